@@ -1,2 +1,6 @@
-//! Placeholder.
+//! The main channel of a QEMU migration stream, sans-IO.
 #![forbid(unsafe_code)]
+
+mod error;
+
+pub use error::{Error, ErrorKind, Reader};

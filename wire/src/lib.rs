@@ -1,2 +1,43 @@
-//! Placeholder.
+//! What every QEMU migration format shares.
+//!
+//! Read in this order: [`error`] (whose fault, where, and what was found), [`read`] and [`write`] (the bounded
+//! big-endian reader and the writer that mirrors it), [`name`] (counted strings), [`limits`] (what a peer may make
+//! us allocate), [`page`] (page arithmetic) and [`profile`] (every switch that changes bytes on the wire).
+//!
+//! # Promises
+//!
+//! No function here panics on any input, performs I/O, or allocates more than the bytes it was given plus what
+//! [`Limits`] allows. The crate is `no_std` and needs `alloc`.
+//!
+//! # Example
+//!
+//! ```
+//! use qevm_wire::{Reader, WireError};
+//!
+//! // The first eight bytes of every QEMU migration stream: magic and version, both big-endian.
+//! let mut reader: Reader<'_, WireError> = Reader::new(b"QEVM\x00\x00\x00\x03");
+//! assert_eq!(reader.be32()?, 0x5145_564d);
+//! assert_eq!(reader.be32()?, 3);
+//! assert!(reader.is_empty());
+//! # Ok::<(), qevm_wire::Located<WireError>>(())
+//! ```
+#![no_std]
 #![forbid(unsafe_code)]
+
+extern crate alloc;
+
+pub mod error;
+pub mod limits;
+pub mod name;
+pub mod page;
+pub mod profile;
+pub mod read;
+pub mod write;
+
+pub use error::{Blame, Fault, Located, Path, WireError, Within};
+pub use limits::Limits;
+pub use name::CountedString;
+pub use page::PageGeometry;
+pub use profile::{Profile, QemuVersion};
+pub use read::Reader;
+pub use write::Writer;
