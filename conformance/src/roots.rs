@@ -1,0 +1,250 @@
+//! Real QEMUs of several Debian suites, side by side and without touching the system.
+//!
+//! Each suite gets a *root*: a folder with the packages of `qemu-system-x86` and everything it depends on, resolved by
+//! `apt-get` from that suite's own index in a private apt state and unpacked with `dpkg-deb -x`. Nothing is installed,
+//! configured or run as a maintainer script. A root's QEMU is started through the root's own dynamic loader, so that no
+//! chroot and no library of the host is involved.
+
+use std::ffi::OsString;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+
+use crate::process::run;
+
+/// Raised whenever the layout or the package set of a root changes, so that older roots are made again.
+const ROOT_REVISION: u32 = 1;
+const ROOT_STAMP: &str = ".qevm-root";
+/// The downloads of one suite are about 65 MB.
+const APT_TIMEOUT: Duration = Duration::from_secs(420);
+/// The suites before Debian's merged /usr keep the loader and some libraries under `/lib`.
+const LIBRARIES: [&str; 2] = ["usr/lib/x86_64-linux-gnu", "lib/x86_64-linux-gnu"];
+const LOADER: &str = "ld-linux-x86-64.so.2";
+
+/// A Debian suite whose QEMU takes part.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, clap::ValueEnum)]
+pub enum Suite {
+    /// Debian 11, QEMU 5.2.
+    Bullseye,
+    /// Debian 12, QEMU 7.2.
+    Bookworm,
+    /// Debian 13, QEMU 10.0.
+    Trixie,
+    /// Debian unstable, QEMU 11.1 at the time of writing.
+    Sid,
+}
+
+impl Suite {
+    /// All suites, oldest first.
+    pub const ALL: [Suite; 4] = [Suite::Bullseye, Suite::Bookworm, Suite::Trixie, Suite::Sid];
+
+    /// The suite's name in Debian's archive.
+    pub fn name(self) -> &'static str {
+        match self {
+            Suite::Bullseye => "bullseye",
+            Suite::Bookworm => "bookworm",
+            Suite::Trixie => "trixie",
+            Suite::Sid => "sid",
+        }
+    }
+
+    /// The QEMU release series that the suite is here for. Unstable moves on: [`Root::version`] tells the truth.
+    pub fn series(self) -> &'static str {
+        match self {
+            Suite::Bullseye => "5.2",
+            Suite::Bookworm => "7.2",
+            Suite::Trixie => "10.0",
+            Suite::Sid => "11.1",
+        }
+    }
+
+    /// Packages beyond `qemu-system-x86`'s dependencies: option ROMs, display devices that are modules, `qemu-img`.
+    fn packages(self) -> &'static [&'static str] {
+        match self {
+            Suite::Bullseye | Suite::Bookworm => &["qemu-system-x86", "ipxe-qemu", "qemu-utils"],
+            Suite::Trixie | Suite::Sid => &[
+                "qemu-system-x86",
+                "ipxe-qemu",
+                "qemu-utils",
+                "qemu-system-modules-spice",
+                "qemu-system-modules-opengl",
+            ],
+        }
+    }
+}
+
+impl std::fmt::Display for Suite {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+/// An unpacked suite.
+#[derive(Debug, Clone)]
+pub struct Root {
+    suite: Suite,
+    dir: PathBuf,
+    version: String,
+}
+
+impl Root {
+    /// Opens the root of `suite`, making it first when it is not there (about 30 s and 300 MB each).
+    ///
+    /// # Errors
+    /// Anything `apt-get` or `dpkg-deb` reports, or a QEMU that does not print its version.
+    pub fn install(suite: Suite) -> Result<Root> {
+        let dir = cache_dir()?.join("qemu").join(suite.name());
+        let stamp = format!("revision {ROOT_REVISION}");
+        if fs::read_to_string(dir.join(ROOT_STAMP)).is_ok_and(|s| s.starts_with(&stamp)) {
+            return Root::open(suite, dir);
+        }
+        let lock = lock(&dir.with_extension("lock"))?;
+        if !fs::read_to_string(dir.join(ROOT_STAMP)).is_ok_and(|s| s.starts_with(&stamp)) {
+            make_root(suite, &dir)
+                .with_context(|| format!("installing QEMU of Debian {suite} into {}", dir.display()))?;
+            let root = Root::open(suite, dir.clone())?;
+            fs::write(dir.join(ROOT_STAMP), format!("{stamp}\nqemu {}\n", root.version))?;
+        }
+        drop(lock);
+        Root::open(suite, dir)
+    }
+
+    fn open(suite: Suite, dir: PathBuf) -> Result<Root> {
+        let mut root = Root { suite, dir, version: String::new() };
+        let banner = run(root.command("usr/bin/qemu-system-x86_64").arg("--version"), Duration::from_secs(30))
+            .with_context(|| format!("starting QEMU of Debian {suite} in {}", root.dir.display()))?;
+        root.version = banner
+            .split_whitespace()
+            .skip_while(|w| *w != "version")
+            .nth(1)
+            .with_context(|| format!("QEMU of Debian {suite} prints no version: {banner:?}"))?
+            .to_string();
+        Ok(root)
+    }
+
+    /// The suite this root was made of.
+    pub fn suite(&self) -> Suite {
+        self.suite
+    }
+
+    /// The folder that holds it.
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    /// QEMU's own version number, for example `10.0.13`.
+    pub fn version(&self) -> &str {
+        &self.version
+    }
+
+    /// `qemu-system-x86_64` of this root with its firmware search path, ready for arguments.
+    pub fn qemu(&self) -> Command {
+        let mut command = self.command("usr/bin/qemu-system-x86_64");
+        for firmware in ["usr/share/qemu", "usr/share/seabios", "usr/lib/ipxe/qemu"] {
+            command.arg("-L").arg(self.dir.join(firmware));
+        }
+        command
+    }
+
+    /// `qemu-img` of this root.
+    pub fn qemu_img(&self) -> Command {
+        self.command("usr/bin/qemu-img")
+    }
+
+    /// A program of this root, run by the root's own dynamic loader with the root's libraries alone.
+    fn command(&self, program: &str) -> Command {
+        let libraries = LIBRARIES.map(|l| self.dir.join(l));
+        let loader = libraries.iter().map(|l| l.join(LOADER)).find(|l| l.exists());
+        let mut path = OsString::from(libraries[0].join("pulseaudio"));
+        for library in &libraries {
+            path.push(":");
+            path.push(library);
+        }
+        let mut command = Command::new(loader.unwrap_or_else(|| libraries[0].join(LOADER)));
+        command.arg("--library-path").arg(path).arg(self.dir.join(program));
+        command.env("QEMU_MODULE_DIR", libraries[0].join("qemu"));
+        command.env_remove("LD_LIBRARY_PATH").env_remove("LD_PRELOAD");
+        command
+    }
+}
+
+/// Where everything that can be made again is kept: `$QEVM_CACHE`, by default `$HOME/.cache/qevm`.
+///
+/// # Errors
+/// Neither variable is set.
+pub fn cache_dir() -> Result<PathBuf> {
+    if let Some(dir) = std::env::var_os("QEVM_CACHE") {
+        return Ok(PathBuf::from(dir));
+    }
+    let home = std::env::var_os("HOME").context("neither QEVM_CACHE nor HOME is set: no place for the QEMU roots")?;
+    Ok(PathBuf::from(home).join(".cache/qevm"))
+}
+
+/// An exclusive lock that two concurrent set-ups take in turn; released when dropped.
+fn lock(path: &Path) -> Result<fs::File> {
+    if let Some(parent) = path.parent() {
+        fs::create_dir_all(parent)?;
+    }
+    let file = fs::File::create(path).with_context(|| format!("creating {}", path.display()))?;
+    file.lock().with_context(|| format!("locking {}", path.display()))?;
+    Ok(file)
+}
+
+fn make_root(suite: Suite, dir: &Path) -> Result<()> {
+    let keyring = Path::new("/usr/share/keyrings/debian-archive-keyring.gpg");
+    if !keyring.exists() {
+        bail!("{} is missing: install Debian's package debian-archive-keyring", keyring.display());
+    }
+    let fresh = dir.with_extension("new");
+    if fresh.exists() {
+        fs::remove_dir_all(&fresh)?;
+    }
+    let apt = fresh.join("apt");
+    for folder in ["etc/apt.conf.d", "etc/preferences.d", "lists/partial", "archives/partial"] {
+        fs::create_dir_all(apt.join(folder))?;
+    }
+    fs::write(apt.join("status"), "")?;
+    let mirror = std::env::var("QEVM_DEBIAN_MIRROR").unwrap_or_else(|_| "http://deb.debian.org/debian".into());
+    fs::write(
+        apt.join("etc/sources.list"),
+        format!("deb [arch=amd64 signed-by={}] {mirror} {suite} main\n", keyring.display()),
+    )?;
+    fs::write(apt.join("apt.conf"), apt_configuration(&apt))?;
+    let apt_get = || {
+        let mut command = Command::new("apt-get");
+        command.env("APT_CONFIG", apt.join("apt.conf")).env("DEBIAN_FRONTEND", "noninteractive").env("LC_ALL", "C");
+        command
+    };
+    run(apt_get().arg("update"), APT_TIMEOUT)?;
+    run(apt_get().args(["install", "--download-only", "--yes"]).args(suite.packages()), APT_TIMEOUT)?;
+
+    for entry in fs::read_dir(apt.join("archives"))? {
+        let path = entry?.path();
+        if path.extension().is_some_and(|e| e == "deb") {
+            run(Command::new("dpkg-deb").arg("--extract").arg(&path).arg(&fresh), Duration::from_secs(120))?;
+        }
+    }
+    fs::remove_dir_all(&apt)?;
+    if dir.exists() {
+        fs::remove_dir_all(dir)?;
+    }
+    fs::rename(&fresh, dir)?;
+    Ok(())
+}
+
+/// An apt that sees nothing of the host: its own sources, state, cache and (empty) list of installed packages.
+fn apt_configuration(apt: &Path) -> String {
+    let apt = apt.display();
+    format!(
+        "Dir \"{apt}/\";\nDir::Etc \"{apt}/etc/\";\nDir::Etc::Parts \"apt.conf.d\";\nDir::State \"{apt}/\";\n\
+         Dir::State::status \"{apt}/status\";\nDir::State::lists \"lists/\";\nDir::Cache \"{apt}/\";\n\
+         Dir::Cache::archives \"archives/\";\nDir::Log \"{apt}/\";\nAPT::Architecture \"amd64\";\n\
+         APT::Architectures {{ \"amd64\"; }};\nAPT::Install-Recommends \"false\";\nAPT::Sandbox::User \"root\";\n\
+         APT::Get::AllowUnauthenticated \"false\";\nAcquire::Languages \"none\";\n\
+         Acquire::Check-Valid-Until \"false\";\nAcquire::Retries \"3\";\nAcquire::http::Timeout \"30\";\n\
+         Acquire::IndexTargets::deb::DEP-11::DefaultEnabled \"false\";\nDebug::NoLocking \"true\";\n"
+    )
+}
