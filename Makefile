@@ -1,0 +1,46 @@
+# Two commands do everything on a fresh Debian machine:
+#   make demo   set up, then live-migrate a running KVM guest and print the timeline
+#   make test   set up, then run every check and every test
+# The others are parts of these, or longer versions.
+
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+export CARGO_TERM_COLOR ?= auto
+SKIPPED := $(CURDIR)/target/skipped-tests.txt
+
+.PHONY: demo test setup lint unit doc skipped conformance-full fuzz-smoke
+
+setup:
+	@scripts/setup
+
+demo: setup
+	@cargo build --quiet --release --package reference-vmm
+	@target/release/reference-vmm demo
+
+test: setup lint unit doc
+	@$(MAKE) --no-print-directory skipped
+
+lint: setup
+	cargo fmt --all --check
+	cargo clippy --workspace --all-targets -- -D warnings
+	cargo clippy --manifest-path fuzz/Cargo.toml -- -D warnings
+
+unit: setup
+	@mkdir -p target && rm -f $(SKIPPED)
+	QEVM_SKIPPED_TESTS=$(SKIPPED) cargo test --workspace --no-fail-fast
+
+doc: setup
+	RUSTDOCFLAGS="-D warnings" cargo doc --workspace --no-deps --quiet
+
+# Says by name and count which tests could not run on this machine.
+skipped:
+	@if [ -s $(SKIPPED) ]; then \
+		echo "$$(wc -l < $(SKIPPED)) tests were SKIPPED on this machine:"; sed 's/^/  /' $(SKIPPED); \
+	else echo "0 tests were skipped."; fi
+
+conformance-full: setup
+	cargo run --release --package qevm-conformance -- matrix --full
+
+# Every fuzz target for a minute each, from its committed seeds.
+fuzz-smoke: setup
+	scripts/fuzz-smoke 60
