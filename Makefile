@@ -28,6 +28,7 @@ lint: setup
 unit: setup
 	@mkdir -p target && rm -f $(SKIPPED)
 	QEVM_SKIPPED_TESTS=$(SKIPPED) cargo test --workspace --no-fail-fast
+	cargo test --manifest-path fuzz/Cargo.toml
 
 doc: setup
 	RUSTDOCFLAGS="-D warnings" cargo doc --workspace --no-deps --quiet

@@ -1,0 +1,13 @@
+//! What each fuzz target does with its input, as plain functions, so that `cargo test` can replay the committed seeds
+//! without libFuzzer. A target passes if nothing panics, hangs or allocates beyond its limits, and if whatever decodes
+//! encodes to the same bytes again.
+
+mod wire_reader;
+
+pub use wire_reader::wire_reader;
+
+/// A fuzz target: takes an input, panics if a promise is broken.
+pub type Target = fn(&[u8]);
+
+/// Every target by its name, for the replay of the seeds.
+pub const TARGETS: &[(&str, Target)] = &[("wire_reader", wire_reader)];
