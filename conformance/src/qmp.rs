@@ -1,0 +1,242 @@
+//! A small QMP client over a UNIX socket: greeting, capabilities, commands, events, and a deadline on everything.
+
+use std::collections::VecDeque;
+use std::io::{ErrorKind, Read, Write};
+use std::os::unix::net::UnixStream;
+use std::time::{Duration, Instant};
+
+use serde_json::{Value, json};
+
+/// How long one command may take. Generous, for the machine may be busy with other guests.
+pub const COMMAND_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// Why a QMP exchange failed.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum QmpError {
+    /// QEMU understood the command and refused it.
+    #[error("QEMU refuses {command}: {description}")]
+    Refused {
+        /// The command that was refused.
+        command: String,
+        /// QEMU's `desc`.
+        description: String,
+    },
+    /// The monitor's connection ended: QEMU exited or crashed.
+    #[error("QEMU closed its monitor during {command}")]
+    Closed {
+        /// The command under way.
+        command: String,
+    },
+    /// No answer in time.
+    #[error("QEMU did not answer {command} within {seconds} s")]
+    Timeout {
+        /// The command under way.
+        command: String,
+        /// The limit.
+        seconds: u64,
+    },
+    /// Something that is not QMP.
+    #[error("the monitor said something that is not QMP during {command}: {found}")]
+    Malformed {
+        /// The command under way.
+        command: String,
+        /// What was received.
+        found: String,
+    },
+    /// The socket failed.
+    #[error("the monitor's socket failed during {command}: {source}")]
+    Io {
+        /// The command under way.
+        command: String,
+        /// The cause.
+        source: std::io::Error,
+    },
+}
+
+/// An asynchronous event.
+#[derive(Debug, Clone)]
+pub struct Event {
+    /// Its name, such as `STOP`.
+    pub name: String,
+    /// Its data, or null.
+    pub data: Value,
+}
+
+/// A monitor in command mode.
+#[derive(Debug)]
+pub struct Qmp {
+    stream: UnixStream,
+    buffer: Vec<u8>,
+    events: VecDeque<Event>,
+}
+
+impl Qmp {
+    /// Reads the greeting and leaves capabilities negotiation.
+    ///
+    /// # Errors
+    /// The peer is silent, or is not a QMP server.
+    pub fn new(stream: UnixStream) -> Result<Qmp, QmpError> {
+        let mut qmp = Qmp { stream, buffer: Vec::new(), events: VecDeque::new() };
+        let greeting = qmp.message("the greeting", Instant::now() + COMMAND_TIMEOUT)?;
+        if greeting.get("QMP").is_none() {
+            return Err(QmpError::Malformed { command: "the greeting".into(), found: greeting.to_string() });
+        }
+        qmp.execute("qmp_capabilities", Value::Null)?;
+        Ok(qmp)
+    }
+
+    /// Executes a command and gives its return value. `arguments` is an object, or null for none.
+    ///
+    /// # Errors
+    /// See [`QmpError`].
+    pub fn execute(&mut self, command: &str, arguments: Value) -> Result<Value, QmpError> {
+        let mut request = json!({ "execute": command });
+        if !arguments.is_null() {
+            request["arguments"] = arguments;
+        }
+        let mut bytes = request.to_string().into_bytes();
+        bytes.push(b'\n');
+        self.stream.write_all(&bytes).map_err(|source| broken(command, source))?;
+        let deadline = Instant::now() + COMMAND_TIMEOUT;
+        loop {
+            let mut message = self.message(command, deadline)?;
+            if let Some(value) = message.get_mut("return") {
+                return Ok(value.take());
+            }
+            if let Some(error) = message.get("error") {
+                let description = error["desc"].as_str().unwrap_or_default().to_string();
+                return Err(QmpError::Refused { command: command.into(), description });
+            }
+            self.keep_event(command, message)?;
+        }
+    }
+
+    /// Executes a command of the human monitor and gives what it prints. It reports failures as text.
+    ///
+    /// # Errors
+    /// See [`QmpError`].
+    pub fn human(&mut self, line: &str) -> Result<String, QmpError> {
+        let reply = self.execute("human-monitor-command", json!({ "command-line": line }))?;
+        Ok(reply.as_str().unwrap_or_default().to_string())
+    }
+
+    /// Waits for the next event called `name`, dropping others.
+    ///
+    /// # Errors
+    /// [`QmpError::Timeout`] when it does not come within `limit`.
+    pub fn wait_event(&mut self, name: &str, limit: Duration) -> Result<Event, QmpError> {
+        let deadline = Instant::now() + limit;
+        loop {
+            while let Some(event) = self.events.pop_front() {
+                if event.name == name {
+                    return Ok(event);
+                }
+            }
+            let message = self.message(name, deadline)?;
+            self.keep_event(name, message)?;
+        }
+    }
+
+    fn keep_event(&mut self, command: &str, message: Value) -> Result<(), QmpError> {
+        match message["event"].as_str() {
+            Some(name) => {
+                self.events.push_back(Event { name: name.into(), data: message["data"].clone() });
+                Ok(())
+            }
+            None => Err(QmpError::Malformed { command: command.into(), found: message.to_string() }),
+        }
+    }
+
+    /// The next line of the monitor, decoded.
+    fn message(&mut self, command: &str, deadline: Instant) -> Result<Value, QmpError> {
+        let started = Instant::now();
+        loop {
+            if let Some(end) = self.buffer.iter().position(|b| *b == b'\n') {
+                let line: Vec<u8> = self.buffer.drain(..=end).collect();
+                return serde_json::from_slice(&line).map_err(|_| QmpError::Malformed {
+                    command: command.into(),
+                    found: String::from_utf8_lossy(&line).trim().into(),
+                });
+            }
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                let seconds = deadline.saturating_duration_since(started).as_secs();
+                return Err(QmpError::Timeout { command: command.into(), seconds });
+            }
+            self.stream.set_read_timeout(Some(left)).map_err(|source| broken(command, source))?;
+            let mut chunk = [0; 8192];
+            match self.stream.read(&mut chunk) {
+                Ok(0) => return Err(QmpError::Closed { command: command.into() }),
+                Ok(n) => self.buffer.extend_from_slice(&chunk[..n]),
+                Err(e) if matches!(e.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut | ErrorKind::Interrupted) => {}
+                Err(source) => return Err(broken(command, source)),
+            }
+        }
+    }
+}
+
+fn broken(command: &str, source: std::io::Error) -> QmpError {
+    match source.kind() {
+        ErrorKind::BrokenPipe | ErrorKind::ConnectionReset => QmpError::Closed { command: command.into() },
+        _ => QmpError::Io { command: command.into(), source },
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::thread;
+
+    /// A monitor that plays a fixed script whatever it is asked, and hangs up when it hears `stop`.
+    fn scripted(lines: &[&str]) -> UnixStream {
+        let (ours, mut theirs) = UnixStream::pair().unwrap();
+        let script = lines.concat();
+        thread::spawn(move || {
+            theirs.write_all(script.as_bytes()).unwrap();
+            let mut heard = Vec::new();
+            let mut chunk = [0; 256];
+            while !heard.windows(6).any(|w| w == b"\"stop\"") {
+                match theirs.read(&mut chunk) {
+                    Ok(n) if n > 0 => heard.extend_from_slice(&chunk[..n]),
+                    _ => break,
+                }
+            }
+        });
+        ours
+    }
+
+    #[test]
+    fn events_before_a_reply_are_kept_for_later() {
+        let mut qmp = Qmp::new(scripted(&[
+            "{\"QMP\": {}}\n",
+            "{\"return\": {}}\n",
+            "{\"event\": \"STOP\", \"data\": {\"a\": 1}}\n{\"return\": {\"running\"",
+            ": false}}\n",
+        ]))
+        .unwrap();
+        assert_eq!(qmp.execute("query-status", Value::Null).unwrap(), json!({"running": false}));
+        assert_eq!(qmp.wait_event("STOP", Duration::from_secs(1)).unwrap().data, json!({"a": 1}));
+    }
+
+    #[test]
+    fn failures_are_told_apart() {
+        let greeting = "{\"QMP\": {}}\n{\"return\": {}}\n";
+        let mut qmp = Qmp::new(scripted(&[greeting, "{\"error\": {\"desc\": \"no such device\"}}\n"])).unwrap();
+        let refused = qmp.execute("device_del", Value::Null);
+        assert!(matches!(refused, Err(QmpError::Refused { description, .. }) if description == "no such device"));
+        assert!(matches!(qmp.execute("stop", Value::Null), Err(QmpError::Closed { .. })));
+
+        let mut qmp = Qmp::new(scripted(&[greeting, "HTTP/1.1 200 OK\n"])).unwrap();
+        assert!(matches!(qmp.execute("cont", Value::Null), Err(QmpError::Malformed { .. })));
+        assert!(matches!(Qmp::new(scripted(&["{\"return\": {}}\n"])), Err(QmpError::Malformed { .. })));
+    }
+
+    #[test]
+    fn a_silent_monitor_is_a_timeout() {
+        let (ours, mut theirs) = UnixStream::pair().unwrap();
+        theirs.write_all(b"{\"QMP\": {}}\n{\"return\": {}}\n").unwrap();
+        let mut qmp = Qmp::new(ours).unwrap();
+        assert!(matches!(qmp.wait_event("STOP", Duration::from_millis(50)), Err(QmpError::Timeout { .. })));
+    }
+}
