@@ -146,20 +146,20 @@ fn parse_ramblock(text: &str) -> Result<Vec<Listed>> {
     let mut names = BTreeMap::new();
     for line in text.lines().skip(1).filter(|l| !l.trim().is_empty()) {
         let words: Vec<&str> = line.split_whitespace().collect();
-        // A block that is never migrated has no name: its line starts with the page size.
-        if words.len() < 6 || !words[3].starts_with("0x") {
-            continue;
-        }
+        let numbers = words.iter().position(|w| w.starts_with("0x"));
+        // A block that is never migrated has no name: its line starts with the page size, "4 KiB".
+        let Some(at) = numbers.filter(|at| *at > 2) else { continue };
         let number = |i: usize| -> Result<u64> {
-            let digits = words[i].trim_start_matches("0x");
-            u64::from_str_radix(digits, 16).with_context(|| format!("info ramblock printed {line:?}"))
+            let digits = words.get(at + i).with_context(|| format!("info ramblock printed {line:?}"))?;
+            u64::from_str_radix(digits.trim_start_matches("0x"), 16)
+                .with_context(|| format!("info ramblock printed {line:?}"))
         };
-        let name = words[0].to_string();
+        let name = words[..at - 2].join(" ");
         if names.insert(name.clone(), ()).is_some() {
             bail!("info ramblock lists {name} twice");
         }
-        let host = if words.len() > 6 { Some(number(6)?) } else { None };
-        blocks.push(Listed { name, used: number(4)?, host });
+        let host = if words.len() > at + 3 { Some(number(3)?) } else { None };
+        blocks.push(Listed { name, used: number(1)?, host });
     }
     Ok(blocks)
 }
