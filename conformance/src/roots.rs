@@ -61,6 +61,11 @@ impl Suite {
         }
     }
 
+    /// The suite with this QEMU release series.
+    pub fn of_series(series: &str) -> Option<Suite> {
+        Suite::ALL.into_iter().find(|s| s.series() == series)
+    }
+
     /// Packages beyond `qemu-system-x86`'s dependencies: option ROMs, display devices that are modules, `qemu-img`.
     fn packages(self) -> &'static [&'static str] {
         match self {

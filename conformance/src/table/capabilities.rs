@@ -47,7 +47,7 @@ fn routes() -> Vec<Scenario> {
 fn live(suite: Suite, machine: &str, what: &str) -> Scenario {
     let row = Scenario::new(suite, machine, what).parameter("max-bandwidth", SLOW);
     match suite {
-        Bullseye | Bookworm => row.kvm().dirtying(1024, 50, 4),
+        Bullseye | Bookworm => row.kvm().dirtying(1024, 1, 4),
         Trixie | Sid => row.dirtying(1024, 2000, 4),
     }
 }
@@ -58,7 +58,7 @@ fn xbzrle() -> Vec<Scenario> {
         let row = live(suite, "microvm", "live-xbzrle").caps("xbzrle");
         rows.push(if suite == Sid { row.quick() } else { row });
         rows.push(live(suite, "q35", "live-xbzrle-small-cache").caps("xbzrle").parameter("xbzrle-cache-size", 2 << 20));
-        rows.push(live(suite, "microvm", "live"));
+        rows.push(live(suite, "microvm", "live-dirtying"));
     }
     rows
 }
