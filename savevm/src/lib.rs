@@ -2,5 +2,6 @@
 #![forbid(unsafe_code)]
 
 mod error;
+pub mod guest_memory;
 
 pub use error::{Error, ErrorKind, Reader};

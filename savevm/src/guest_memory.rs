@@ -1,0 +1,155 @@
+//! Where the bytes of the main RAM block are in guest-physical memory.
+//!
+//! A stream names RAM blocks and offsets in them, not guest-physical addresses. x86 machines cut their one RAM block in
+//! two: the first part starts at address 0, the rest goes on at 4 GiB, and the hole between them is for devices. Where
+//! the cut is follows from the machine type and the size, unless the operator moved it (`max-ram-below-4g`); the size of
+//! the low part is also in the guest's CMOS, which a stream of `pc` and `q35` carries and which therefore wins.
+
+use qevm_wire::{QemuVersion, profile::machine_version};
+
+/// One stretch of guest-physical memory and the part of the RAM block that backs it. Addresses and lengths in bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Segment {
+    /// Guest-physical address of the first byte.
+    pub address: u64,
+    /// Offset of that byte in the RAM block.
+    pub block_offset: u64,
+    /// Length of the stretch.
+    pub len: u64,
+}
+
+const GIB: u64 = 1 << 30;
+const MIB: u64 = 1 << 20;
+
+/// CMOS registers, little-endian, in units of 64 KiB: memory between 16 MiB and 4 GiB.
+const CMOS_ABOVE_16M: core::ops::RangeInclusive<usize> = 0x34..=0x35;
+
+/// Name of the RAM block that is the main memory of `machine` by default; `None` for machine types this module has no rules for.
+///
+/// ```
+/// assert_eq!(qevm_savevm::guest_memory::main_block("pc-q35-10.0"), Some("pc.ram"));
+/// assert_eq!(qevm_savevm::guest_memory::main_block("virt-10.0"), None);
+/// ```
+pub fn main_block(machine: &str) -> Option<&'static str> {
+    Some(match family(machine)? {
+        Family::Microvm => "microvm.ram",
+        Family::I440fx | Family::Q35 | Family::Isapc => "pc.ram",
+    })
+}
+
+/// Maps the main RAM block, `ram_len` bytes long, into the guest-physical memory of `machine` (the name the stream
+/// carries). `cmos` is the content of the RTC's CMOS where the stream has it (section `mc146818rtc`, 128 bytes).
+///
+/// `None` for machine types without rules here. Sources: QEMU's documentation of `max-ram-below-4g` and real `pc`, `q35`
+/// and `microvm` guests of 5.2 to 11.1. Not covered: memory devices (`pc-dimm`, `virtio-mem`), whose addresses are not
+/// in a stream, and `pc` guests of about 1 TiB on AMD hosts, whose high part starts at 1 TiB since 7.1.
+///
+/// ```
+/// use qevm_savevm::guest_memory::{Segment, segments};
+///
+/// // q35 keeps 2 GiB below its hole as soon as the guest has 2.75 GiB.
+/// let gib = 1 << 30;
+/// assert_eq!(
+///     segments("pc-q35-10.0", 4 * gib, None).unwrap(),
+///     [
+///         Segment { address: 0, block_offset: 0, len: 2 * gib },
+///         Segment { address: 4 * gib, block_offset: 2 * gib, len: 2 * gib },
+///     ]
+/// );
+/// ```
+pub fn segments(machine: &str, ram_len: u64, cmos: Option<&[u8]>) -> Option<Vec<Segment>> {
+    let low = cmos
+        .and_then(|cmos| low_memory_from_cmos(cmos, ram_len))
+        .unwrap_or(low_memory_limit(family(machine)?, machine, ram_len))
+        .min(ram_len);
+    let mut segments = Vec::with_capacity(2);
+    if low > 0 {
+        segments.push(Segment { address: 0, block_offset: 0, len: low });
+    }
+    if ram_len > low {
+        segments.push(Segment { address: 4 * GIB, block_offset: low, len: ram_len - low });
+    }
+    Some(segments)
+}
+
+#[derive(Clone, Copy)]
+enum Family {
+    Microvm,
+    I440fx,
+    Q35,
+    Isapc,
+}
+
+fn family(machine: &str) -> Option<Family> {
+    match machine {
+        "microvm" => Some(Family::Microvm),
+        "isapc" => Some(Family::Isapc),
+        m if m == "q35" || m.starts_with("pc-q35-") => Some(Family::Q35),
+        m if m == "pc" || m.starts_with("pc-") => Some(Family::I440fx),
+        _ => None,
+    }
+}
+
+/// Where the hole below 4 GiB starts by default. Types before 2.0 did not round the cut to whole GiB.
+fn low_memory_limit(family: Family, machine: &str, ram_len: u64) -> u64 {
+    let rounds = machine_version(machine).is_none_or(|version| version >= QemuVersion::new(2, 0));
+    let (full, rounded) = match family {
+        Family::Q35 => (2816 * MIB, 2 * GIB),
+        Family::I440fx | Family::Microvm => (3584 * MIB, 3 * GIB),
+        Family::Isapc => return 3584 * MIB,
+    };
+    if rounds && ram_len >= full { rounded } else { full }
+}
+
+/// The size of the low part as the firmware's CMOS tells it, if it makes sense for a block of `ram_len` bytes.
+fn low_memory_from_cmos(cmos: &[u8], ram_len: u64) -> Option<u64> {
+    let [low, high]: [u8; 2] = cmos.get(CMOS_ABOVE_16M)?.try_into().ok()?;
+    let above_16m = u64::from(u16::from_le_bytes([low, high])) << 16;
+    // Zero means less than 16 MiB, or a machine that does not fill these registers.
+    (above_16m > 0).then_some(16 * MIB + above_16m).filter(|&len| len <= ram_len)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn low(machine: &str, ram_len: u64) -> u64 {
+        segments(machine, ram_len, None).unwrap()[0].len
+    }
+
+    #[test]
+    fn small_guests_have_no_hole() {
+        for machine in ["microvm", "pc-i440fx-10.0", "pc-q35-10.0", "isapc"] {
+            let all = segments(machine, 512 * MIB, None).unwrap();
+            assert_eq!(all, [Segment { address: 0, block_offset: 0, len: 512 * MIB }], "{machine}");
+        }
+        assert!(segments("pc-q35-10.0", 0, None).unwrap().is_empty());
+    }
+
+    #[test]
+    fn the_cut_depends_on_type_and_size() {
+        assert_eq!(low("pc-q35-10.0", 2816 * MIB - 4096), 2816 * MIB - 4096);
+        assert_eq!(low("pc-q35-10.0", 2816 * MIB), 2 * GIB);
+        assert_eq!(low("pc-i440fx-10.0", 3584 * MIB), 3 * GIB);
+        assert_eq!(low("pc-i440fx-1.7", 8 * GIB), 3584 * MIB);
+        assert_eq!(low("microvm", 8 * GIB), 3 * GIB);
+    }
+
+    #[test]
+    fn cmos_wins_where_it_makes_sense() {
+        let mut cmos = [0; 128];
+        cmos[0x34..=0x35].copy_from_slice(&(((GIB - 16 * MIB) >> 16) as u16).to_le_bytes());
+        let moved = segments("pc-q35-10.0", 4 * GIB, Some(&cmos)).unwrap();
+        assert_eq!(moved[0].len, GIB);
+        assert_eq!(moved[1], Segment { address: 4 * GIB, block_offset: GIB, len: 3 * GIB });
+        // More low memory than there is memory: not a CMOS of this guest.
+        assert_eq!(segments("pc-q35-10.0", 64 * MIB, Some(&cmos)).unwrap()[0].len, 64 * MIB);
+        assert_eq!(segments("pc-q35-10.0", 4 * GIB, Some(&[])).unwrap()[0].len, 2 * GIB);
+    }
+
+    #[test]
+    fn unknown_machines_have_no_layout() {
+        assert_eq!(segments("virt-10.0", GIB, None), None);
+        assert_eq!(main_block("none"), None);
+    }
+}
