@@ -1,6 +1,10 @@
 //! The error kinds of this crate. Each module has its own enum next to the code that raises it; [`ErrorKind`] is their
 //! union, and every function reports it as [`Error`], with offset and path.
 
+use crate::{
+    block_migration::BlockMigrationError, command::CommandError, configuration::ConfigurationError,
+    decode::StreamError, dirty_bitmap::DirtyBitmapError, ram::RamError, vfio::VfioError,
+};
 use qevm_wire::{Blame, Fault, Located, WireError};
 
 /// An error of this crate: what, at which byte, in which nested things.
@@ -16,12 +20,40 @@ pub enum ErrorKind {
     /// A primitive could not be read or written.
     #[error(transparent)]
     Wire(#[from] WireError),
+    /// The framing of the stream.
+    #[error(transparent)]
+    Stream(#[from] StreamError),
+    /// The configuration section.
+    #[error(transparent)]
+    Configuration(#[from] ConfigurationError),
+    /// A command.
+    #[error(transparent)]
+    Command(#[from] CommandError),
+    /// The `ram` section.
+    #[error(transparent)]
+    Ram(#[from] RamError),
+    /// The section of a VFIO device.
+    #[error(transparent)]
+    Vfio(#[from] VfioError),
+    /// The `dirty-bitmap` section.
+    #[error(transparent)]
+    DirtyBitmap(#[from] DirtyBitmapError),
+    /// The `block` section.
+    #[error(transparent)]
+    BlockMigration(#[from] BlockMigrationError),
 }
 
 impl Blame for ErrorKind {
     fn fault(&self) -> Fault {
         match self {
             ErrorKind::Wire(kind) => kind.fault(),
+            ErrorKind::Stream(kind) => kind.fault(),
+            ErrorKind::Configuration(kind) => kind.fault(),
+            ErrorKind::Command(kind) => kind.fault(),
+            ErrorKind::Ram(kind) => kind.fault(),
+            ErrorKind::Vfio(kind) => kind.fault(),
+            ErrorKind::DirtyBitmap(kind) => kind.fault(),
+            ErrorKind::BlockMigration(kind) => kind.fault(),
         }
     }
 }

@@ -1,7 +1,99 @@
-//! The main channel of a QEMU migration stream, sans-IO.
+//! The main channel of a QEMU migration stream, sans-IO: bytes in, events out, and back.
+//!
+//! # Contents, in reading order
+//!
+//! | module | what |
+//! |---|---|
+//! | [`framing`] | the numbers that frame a stream, section headers |
+//! | [`event`] | [`Event`]: what a stream consists of; [`Step`]: what a decoder answers |
+//! | [`decode`] | [`Decoder`]: bytes to events |
+//! | [`encode`] | [`Encoder`]: events to bytes; [`StreamWriter`] for a source that writes step by step |
+//! | [`configuration`] | the configuration section |
+//! | [`command`] | commands between sections |
+//! | [`ram`] | RAM blocks and page records; the preempt channel |
+//! | [`vfio`], [`dirty_bitmap`], [`block_migration`] | the records of the other iterable handlers |
+//! | [`guest_memory`] | where guest memory lies in RAM blocks, for each machine type |
+//! | [`error`] | [`Error`]: kind, offset, path |
+//!
+//! # Promises
+//!
+//! * Nothing here does I/O, and nothing panics or loops without consuming input, on any input.
+//! * A decoder allocates per section, RAM block and command, within [`Limits`](qevm_wire::Limits), and nothing per
+//!   page. It never copies a page and never holds bytes of the stream.
+//! * Whatever is decoded is encoded to the same bytes.
+//!
+//! # Example: read a stream and write it again
+//!
+//! ```
+//! use qevm_savevm::{Decoder, DecoderOptions, Encoder, Event, Footers, Step};
+//! use qevm_wire::Writer;
+//! # use qevm_savevm::{StreamWriter, command::Command, configuration::Configuration, framing::SectionHeader, ram::{BlockId, RamBlock}};
+//! # use qevm_wire::CountedString;
+//! # fn sample() -> Result<Vec<u8>, qevm_savevm::Error> {
+//! #     let name = |name: &str| CountedString::new(name).unwrap();
+//! #     let section = |section_id, idstr, version_id| SectionHeader { section_id, idstr: name(idstr), instance_id: 0, version_id };
+//! #     let mut stream = StreamWriter::default();
+//! #     stream.header(Some(&Configuration::new("microvm")))?;
+//! #     stream.section_start(&section(2, "ram", 4))?;
+//! #     stream.ram_setup([RamBlock::new(name("microvm.ram"), 0x2000)])?;
+//! #     stream.page_header(BlockId(0), 0)?;
+//! #     stream.payload(&[0xaa; 4096]);
+//! #     stream.zero_page(BlockId(0), 0x1000)?;
+//! #     stream.eos()?;
+//! #     stream.footer()?;
+//! #     stream.section_full(&section(7, "timer", 2), &[0; 24])?;
+//! #     stream.eof()?;
+//! #     stream.vmdesc("{}")?;
+//! #     Ok(stream.take())
+//! # }
+//!
+//! let stream: Vec<u8> = sample()?; // in real life: from a file or socket, piece by piece
+//!
+//! let mut decoder = Decoder::new(DecoderOptions::default());
+//! let mut encoder = Encoder::default();
+//! let mut copy = Writer::new();
+//! let (mut position, mut shown) = (0, 0); // the caller's buffer is stream[position..shown]
+//! loop {
+//!     if shown == stream.len() {
+//!         decoder.end_of_input();
+//!     }
+//!     match decoder.next(&stream[position..shown])? {
+//!         Step::Event { consumed, event } => {
+//!             // Here a receiver acts on the event: enters a section, prepares guest memory, loads a device…
+//!             encoder.encode(&event, &mut copy)?;
+//!             position += consumed;
+//!         }
+//!         Step::Payload { remaining } => {
+//!             // A receiver moves these bytes where the event said. They need not go through its buffer at all.
+//!             let count = remaining.min(1000) as usize;
+//!             copy.bytes(&stream[position..position + count]);
+//!             decoder.skip_payload(count as u64)?;
+//!             position += count;
+//!             shown = shown.max(position);
+//!         }
+//!         Step::NeedMore { at_least } => shown = (position + at_least).min(stream.len()),
+//!         Step::End => break,
+//!     }
+//! }
+//! assert_eq!(copy.as_bytes(), stream);
+//! # Ok::<(), qevm_savevm::Error>(())
+//! ```
 #![forbid(unsafe_code)]
 
-mod error;
+pub mod block_migration;
+pub mod command;
+pub mod configuration;
+pub mod decode;
+pub mod dirty_bitmap;
+pub mod encode;
+pub mod error;
+pub mod event;
+pub mod framing;
 pub mod guest_memory;
+pub mod ram;
+pub mod vfio;
 
+pub use decode::{Decoder, DecoderOptions, Footers, Sections, StreamError};
+pub use encode::{Encoder, StreamWriter};
 pub use error::{Error, ErrorKind, Reader};
+pub use event::{Event, Step};

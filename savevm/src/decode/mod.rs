@@ -1,0 +1,386 @@
+//! The decoder of the main channel: bytes in, events out.
+
+mod error;
+mod item;
+mod options;
+mod scan;
+mod sections;
+
+pub use error::StreamError;
+pub use options::{DecoderOptions, Footers};
+pub use sections::Sections;
+
+use crate::{
+    Error, ErrorKind, Reader, dirty_bitmap,
+    event::{Event, Step},
+    framing::SectionHeader,
+    ram::{RamBlocks, RamReader},
+    vfio,
+};
+use qevm_wire::{Fault, Located, PageGeometry, WireError};
+use scan::{Around, Scan};
+use std::sync::Arc;
+
+/// Reads a main channel: [`next`](Decoder::next) is shown bytes and gives the event at their front.
+///
+/// The decoder holds no bytes of the stream. The caller keeps a buffer, drops from its front what an event consumed,
+/// and adds to its end when [`Step::NeedMore`] asks for it. After an event with payload (a page, VFIO data, the
+/// description, a package) the next bytes of the stream are the caller's: it moves them where they belong, from its
+/// buffer or straight from the socket, and reports them with [`skip_payload`](Decoder::skip_payload).
+///
+/// After an error the decoder stays where it was and gives the same error again.
+///
+/// # The content of device sections
+///
+/// The vmstate of a device has no length on the wire. After [`Event::Section`] with such content (and behind
+/// [`VfioRecord::Config`](crate::vfio::VfioRecord::Config)), [`expects_body`](Decoder::expects_body) is true and the
+/// caller has the choice:
+///
+/// * it knows the device, reads its state from the buffer, and says how long it was with
+///   [`body`](Decoder::body); the decoder then checks the footer;
+/// * it does not, and calls [`next`](Decoder::next): the decoder looks for the footer, and gives the content as
+///   [`Event::Body`], which needs all of it in the buffer (at most [`Limits::device_section`](qevm_wire::Limits));
+/// * it has a description to choose among the places where the content may end: [`next_body_end`](Decoder::next_body_end)
+///   reports them one after the other.
+///
+/// # Packages
+///
+/// The content of a [`Command::Packaged`](crate::command::Command::Packaged) is payload of the stream around it, and is
+/// read with a decoder of its own, from [`nested`](Decoder::nested). A destination must have all of it before it acts
+/// on the first section, because pages of the main channel can be needed to load it.
+#[derive(Debug, Clone)]
+pub struct Decoder {
+    options: DecoderOptions,
+    state: State,
+    offset: u64,
+    payload: u64,
+    pages: PageGeometry,
+    footers: Footers,
+    sections: Sections,
+    section: Option<CurrentSection>,
+    ram: RamReader,
+    /// Page sizes that POSTCOPY_ADVISE told of, or 0.
+    advised_page_sizes: u64,
+    /// `postcopy-ram` was advised and a package was sent: the guest runs at the destination.
+    postcopy: bool,
+    bitmap_names: dirty_bitmap::Names,
+    input_ended: bool,
+    package: Option<Package>,
+}
+
+/// What the next bytes that are not payload mean.
+#[derive(Debug, Clone, PartialEq, Eq)]
+enum State {
+    Header,
+    /// A configuration section may be next.
+    AfterHeader,
+    /// A type byte is next.
+    Item,
+    Ram,
+    Vfio(vfio::Place),
+    DirtyBitmap,
+    BlockMigration,
+    /// Content of unknown length is next; what follows it is given.
+    Body {
+        scan: Scan,
+        then: AfterBody,
+    },
+    /// The footer of the current section is next.
+    Footer,
+    /// A description may be next.
+    AfterEof,
+    End,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum AfterBody {
+    Footer,
+    /// The END_OF_STATE of a VFIO section.
+    EndOfState,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct CurrentSection {
+    id: u32,
+    start: bool,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Package {
+    start: u64,
+    end: u64,
+    depth: u32,
+}
+
+impl Decoder {
+    /// A decoder for a stream from its first byte, the `Q` of `QEVM`.
+    pub fn new(options: DecoderOptions) -> Self {
+        Self::with_state(options, State::Header)
+    }
+
+    fn with_state(options: DecoderOptions, state: State) -> Self {
+        Decoder {
+            state,
+            offset: options.offset,
+            payload: 0,
+            pages: options.pages,
+            footers: options.footers,
+            sections: Sections::default(),
+            section: None,
+            ram: RamReader::new(Arc::default()),
+            advised_page_sizes: 0,
+            postcopy: false,
+            bitmap_names: dirty_bitmap::Names::default(),
+            input_ended: false,
+            package: None,
+            options,
+        }
+    }
+
+    /// A decoder for the connection on which a broken postcopy goes on: it has no header, and sections and RAM blocks
+    /// are those of `self`, the decoder of the connection that broke. Offsets start at 0 again.
+    #[must_use]
+    pub fn recovery(&self) -> Decoder {
+        let options = DecoderOptions { offset: 0, ..self.options.clone() };
+        Decoder {
+            pages: self.pages,
+            footers: self.footers,
+            sections: self.sections.clone(),
+            ram: RamReader::new(self.ram.blocks.clone()),
+            advised_page_sizes: self.advised_page_sizes,
+            postcopy: true,
+            ..Self::with_state(options, State::Item)
+        }
+    }
+
+    /// A decoder for the package that is next in the stream, to be called after the event of its command.
+    ///
+    /// It ends where the package does, with [`Step::End`], and its offsets are those of the stream around it. The
+    /// bytes that it consumes must be skipped in `self` as well.
+    ///
+    /// # Errors
+    /// [`WireError::LimitExceeded`] if packages are nested deeper than [`Limits::depth`](qevm_wire::Limits::depth).
+    pub fn nested(&self) -> Result<Decoder, Error> {
+        let depth = self.package.map_or(0, |package| package.depth) + 1;
+        let limit = self.options.limits.depth;
+        if depth > limit {
+            let (found, limit) = (depth.into(), limit.into());
+            let kind = WireError::LimitExceeded { what: "depth of packages", found, limit };
+            return Err(self.locate(Located::new(kind.into(), self.offset)));
+        }
+        let end = self.offset.saturating_add(self.payload);
+        Ok(Decoder {
+            offset: self.offset,
+            pages: self.pages,
+            footers: self.footers,
+            sections: self.sections.nested(),
+            ram: RamReader::new(self.ram.blocks.clone()),
+            advised_page_sizes: self.advised_page_sizes,
+            package: Some(Package { start: self.offset, end, depth }),
+            ..Self::with_state(self.options.clone(), State::Item)
+        })
+    }
+
+    /// Reads the event at the front of `input`, which starts where the last event, body and payload ended.
+    ///
+    /// # Errors
+    /// What is wrong with the stream, with the offset of the item at fault and the path to it. Input that ends too
+    /// early is only an error after [`end_of_input`](Decoder::end_of_input).
+    pub fn next<'a>(&mut self, input: &'a [u8]) -> Result<Step<Event<'a>>, Error> {
+        let (input, at_end) = self.bounded(input);
+        if self.payload > 0 {
+            return self.pending_payload(input, at_end);
+        }
+        let mut reader = Reader::at(input, self.offset);
+        match self.item(&mut reader, at_end) {
+            Ok(Some(event)) => {
+                self.offset = reader.offset();
+                Ok(Step::Event { consumed: reader.position(), event })
+            }
+            Ok(None) => Ok(Step::End),
+            Err(Located { kind: ErrorKind::Wire(WireError::Truncated { needed, .. }), offset, .. }) if !at_end => {
+                Ok(Step::NeedMore { at_least: self.more(offset, needed) })
+            }
+            Err(error) => Err(self.locate(error)),
+        }
+    }
+
+    /// Bytes of the payload behind the last event that were not skipped yet.
+    pub fn payload_remaining(&self) -> u64 {
+        self.payload
+    }
+
+    /// Says that `count` bytes of payload were taken from the stream.
+    ///
+    /// # Errors
+    /// [`StreamError::SkipTooFar`] if that is more than remain.
+    pub fn skip_payload(&mut self, count: u64) -> Result<(), Error> {
+        skip(&mut self.payload, &mut self.offset, count)
+    }
+
+    /// True if the content of a device section is next, whose length the wire does not tell.
+    pub fn expects_body(&self) -> bool {
+        matches!(self.state, State::Body { .. }) && self.payload == 0
+    }
+
+    /// Says that the content of the device section was `len` bytes long and is done with.
+    ///
+    /// # Errors
+    /// [`StreamError::NoBody`] if none is expected, [`StreamError::PackageTooShort`] if it goes on behind its package.
+    pub fn body(&mut self, len: u64) -> Result<(), Error> {
+        let State::Body { then, .. } = self.state else {
+            return Err(self.locate(Located::new(StreamError::NoBody.into(), self.offset)));
+        };
+        let end = self.offset.checked_add(len);
+        let last = self.package.map_or(u64::MAX, |package| package.end);
+        let Some(end) = end.filter(|end| *end <= last) else {
+            let missing = end.unwrap_or(u64::MAX) - last;
+            return Err(self.locate(Located::new(StreamError::PackageTooShort { missing }.into(), self.offset)));
+        };
+        self.offset = end;
+        self.after_body(then);
+        Ok(())
+    }
+
+    /// Looks for the next place at which the content of the device section may end, and says how long the content
+    /// would be. `content` starts where the content does, and each call goes on behind the place reported before. The
+    /// choice is to be told with [`body`](Decoder::body).
+    ///
+    /// # Errors
+    /// [`WireError::Truncated`] if more of the content must be shown (the kind says how much); others as
+    /// [`next`](Decoder::next).
+    pub fn next_body_end(&mut self, content: &[u8]) -> Result<u64, Error> {
+        let (content, at_end) = self.bounded(content);
+        self.find_body_end(content, at_end).map(|length| length as u64).map_err(|error| self.locate(error))
+    }
+
+    /// Says that no byte follows those that the next call to [`next`](Decoder::next) shows.
+    pub fn end_of_input(&mut self) {
+        self.input_ended = true;
+    }
+
+    /// True if the stream may end here: behind its end, whether a description follows or not.
+    pub fn is_complete(&self) -> bool {
+        match self.state {
+            State::AfterEof | State::End => self.payload == 0,
+            State::Item => self.payload == 0 && self.package.is_some_and(|package| self.offset == package.end),
+            _ => false,
+        }
+    }
+
+    /// Offset of the next byte.
+    pub fn offset(&self) -> u64 {
+        self.offset
+    }
+
+    /// The size of target pages, from the configuration section or the options.
+    pub fn page_geometry(&self) -> PageGeometry {
+        self.pages
+    }
+
+    /// The RAM blocks listed so far.
+    pub fn ram_blocks(&self) -> &Arc<RamBlocks> {
+        &self.ram.blocks
+    }
+
+    /// The sections opened so far.
+    pub fn sections(&self) -> &Sections {
+        &self.sections
+    }
+
+    /// The section that the last event belongs to.
+    pub fn current_section(&self) -> Option<&SectionHeader> {
+        self.section.and_then(|section| self.sections.get(section.id))
+    }
+
+    /// Whether sections have footers, as far as that is known.
+    pub fn footers(&self) -> Footers {
+        self.footers
+    }
+
+    /// As much of `input` as belongs to this stream, and whether nothing can come behind it.
+    fn bounded<'a>(&self, input: &'a [u8]) -> (&'a [u8], bool) {
+        match self.package {
+            Some(package) => {
+                let left = usize::try_from(package.end - self.offset).unwrap_or(usize::MAX);
+                match input.get(..left) {
+                    Some(input) => (input, true),
+                    None => (input, self.input_ended),
+                }
+            }
+            None => (input, self.input_ended),
+        }
+    }
+
+    fn pending_payload<'a>(&self, input: &'a [u8], at_end: bool) -> Result<Step<Event<'a>>, Error> {
+        let (remaining, available) = (self.payload, input.len() as u64);
+        if at_end && available < remaining {
+            let kind = WireError::Truncated { needed: remaining, available };
+            return Err(self.locate(Located::new(kind.into(), self.offset)));
+        }
+        Ok(Step::Payload { remaining })
+    }
+
+    fn find_body_end(&mut self, content: &[u8], at_end: bool) -> Result<usize, Error> {
+        let State::Body { scan, .. } = &mut self.state else {
+            return Err(Located::new(StreamError::NoBody.into(), self.offset));
+        };
+        if self.footers == Footers::Absent {
+            return Err(Located::new(StreamError::LengthUnknown.into(), self.offset));
+        }
+        let around =
+            Around { sections: &self.sections, options: &self.options, at_end, in_package: self.package.is_some() };
+        scan.next_end(content, self.offset, &around)
+    }
+
+    fn after_body(&mut self, then: AfterBody) {
+        self.state = match then {
+            AfterBody::Footer => State::Footer,
+            AfterBody::EndOfState => State::Vfio(vfio::Place::Ending),
+        };
+    }
+
+    /// The length of input that has `needed` bytes at stream offset `offset`.
+    fn more(&self, offset: u64, needed: u64) -> usize {
+        usize::try_from((offset - self.offset).saturating_add(needed)).unwrap_or(usize::MAX)
+    }
+
+    /// Puts the path to the current item around an error.
+    fn locate(&self, error: Error) -> Error {
+        let mut error = match (self.package, error) {
+            // A package is all there, so what it lacks is its writer's error and not the connection's.
+            (Some(package), Located { kind: ErrorKind::Wire(WireError::Truncated { needed, .. }), offset, path })
+                if !self.input_ended || offset.saturating_add(needed) > package.end =>
+            {
+                let missing = offset.saturating_add(needed) - package.end;
+                Located { kind: StreamError::PackageTooShort { missing }.into(), offset, path }
+            }
+            (_, error) => error,
+        };
+        if self.payload > 0 && self.state == State::Ram && error.fault() == Fault::Truncated {
+            error = self.ram.current.map_or(error.clone(), |block| error.within(self.ram.blocks.path(block)));
+        }
+        if let Some(header) = self.current_section() {
+            error = error.within(format!("section {} '{}'", header.section_id, header.idstr));
+        }
+        match self.package {
+            Some(package) => error.within(format!("package at {}", package.start)),
+            None => error,
+        }
+    }
+}
+
+/// Takes `count` bytes off a payload.
+pub(crate) fn skip(payload: &mut u64, offset: &mut u64, count: u64) -> Result<(), Error> {
+    match payload.checked_sub(count) {
+        Some(left) => {
+            *payload = left;
+            *offset = offset.saturating_add(count);
+            Ok(())
+        }
+        None => {
+            let kind = StreamError::SkipTooFar { found: count, remaining: *payload };
+            Err(Located::new(kind.into(), *offset))
+        }
+    }
+}

@@ -1,0 +1,100 @@
+//! The encoder of the main channel: events in, bytes out. The mirror of [`decode`](crate::decode).
+
+mod stream;
+
+pub use stream::StreamWriter;
+
+use crate::{
+    Error,
+    event::Event,
+    framing,
+    framing::SectionHeader,
+    ram::{self, BlockId, RamBlocks},
+};
+use qevm_wire::{PageGeometry, Writer};
+
+/// Writes the events of a main channel as bytes.
+///
+/// Payload is not the encoder's: after an event with payload the caller writes it behind. What a
+/// [`Decoder`](crate::Decoder) gave is written as it was read, byte for byte.
+///
+/// ```
+/// use qevm_savevm::{Encoder, Event, command::Command};
+/// use qevm_wire::Writer;
+///
+/// let mut writer = Writer::new();
+/// Encoder::default().encode(&Event::Command(Command::Ping(1)), &mut writer)?;
+/// assert_eq!(writer.as_bytes(), b"\x08\0\x02\0\x04\0\0\0\x01");
+/// # Ok::<(), qevm_savevm::Error>(())
+/// ```
+#[derive(Debug, Clone)]
+pub struct Encoder {
+    footers: bool,
+    pages: PageGeometry,
+    blocks: RamBlocks,
+    current: Option<BlockId>,
+}
+
+impl Default for Encoder {
+    /// Footers, pages of 4096 bytes, and no RAM blocks so far.
+    fn default() -> Self {
+        Encoder { footers: true, pages: PageGeometry::X86, blocks: RamBlocks::default(), current: None }
+    }
+}
+
+impl Encoder {
+    /// An encoder for the footers and page size that a profile or a decoder tells of.
+    pub fn new(footers: bool, pages: PageGeometry) -> Self {
+        Encoder { footers, pages, ..Encoder::default() }
+    }
+
+    /// An encoder for a connection on which a broken postcopy goes on: RAM blocks are known, and the first page record
+    /// must carry its block's name.
+    #[must_use]
+    pub fn recovery(&self) -> Encoder {
+        Encoder { current: None, ..self.clone() }
+    }
+
+    /// The RAM blocks written so far.
+    pub fn ram_blocks(&self) -> &RamBlocks {
+        &self.blocks
+    }
+
+    /// The block of the last page record, which the next one may leave out.
+    pub fn current_block(&self) -> Option<BlockId> {
+        self.current
+    }
+
+    /// Appends `event` to `writer`, without its payload.
+    ///
+    /// # Errors
+    /// A value that the wire has no room for, or a RAM record that no decoder would accept. Nothing is appended then.
+    /// Offsets in errors are those in `writer`.
+    pub fn encode(&mut self, event: &Event<'_>, writer: &mut Writer) -> Result<(), Error> {
+        match event {
+            Event::Ram(record) => ram::encode(record, &mut self.blocks, &mut self.current, self.pages, writer)?,
+            Event::Header => drop(writer.be32(framing::MAGIC).be32(framing::VERSION)),
+            Event::Configuration(configuration) => configuration.encode(writer)?,
+            Event::Section { kind, header } => section(kind.type_byte(), header, writer),
+            Event::SectionPart { kind, section_id } => drop(writer.u8(kind.type_byte()).be32(*section_id)),
+            Event::SectionFooter { section_id } => {
+                if self.footers {
+                    writer.u8(framing::FOOTER).be32(*section_id);
+                }
+            }
+            Event::Vfio(record) => record.encode(writer),
+            Event::DirtyBitmap(chunk) => chunk.encode(writer),
+            Event::BlockMigration(record) => record.encode(writer)?,
+            Event::Body(bytes) => drop(writer.bytes(bytes)),
+            Event::Command(command) => command.encode(writer)?,
+            Event::Eof => drop(writer.u8(framing::EOF)),
+            Event::VmDescription { len } => drop(writer.u8(framing::VMDESCRIPTION).be32(*len)),
+        }
+        Ok(())
+    }
+}
+
+fn section(type_byte: u8, header: &SectionHeader, writer: &mut Writer) {
+    writer.u8(type_byte).be32(header.section_id).counted_string(&header.idstr);
+    writer.be32(header.instance_id).be32(header.version_id);
+}

@@ -1,0 +1,256 @@
+//! A main channel written step by step: what a source VMM uses.
+
+use super::Encoder;
+use crate::{
+    Error,
+    command::Command,
+    configuration::Configuration,
+    event::Event,
+    framing::{SectionHeader, SectionKind},
+    ram::{BlockId, PageAt, RamBlock, RamBlocks, RamRecord},
+};
+use qevm_wire::{Located, WireError, Writer};
+
+/// Writes a main channel step by step into a buffer of its own: an [`Encoder`] that knows which section is open and
+/// which RAM block the last page was in.
+///
+/// The caller sends [`bytes`](StreamWriter::bytes) and calls [`clear`](StreamWriter::clear) whenever it likes, at the
+/// latest before payload that it sends from elsewhere (pages straight from guest memory).
+///
+/// ```
+/// use qevm_savevm::{StreamWriter, configuration::Configuration, ram::{BlockId, RamBlock}};
+/// use qevm_savevm::framing::SectionHeader;
+/// use qevm_wire::CountedString;
+///
+/// let name = |name: &str| CountedString::new(name).unwrap();
+/// let ram = SectionHeader { section_id: 2, idstr: name("ram"), instance_id: 0, version_id: 4 };
+///
+/// let mut stream = StreamWriter::default();
+/// stream.header(Some(&Configuration::new("microvm")))?;
+/// stream.section_start(&ram)?;
+/// stream.ram_setup([RamBlock::new(name("microvm.ram"), 0x2000)])?;
+/// stream.eos()?;
+/// stream.footer()?;
+/// stream.section_end(2)?;
+/// stream.page_header(BlockId(0), 0)?;
+/// stream.payload(&[0xaa; 4096]); // or sent from guest memory, behind bytes()
+/// stream.zero_page(BlockId(0), 0x1000)?; // the same block: its name is left out
+/// stream.eos()?;
+/// stream.footer()?;
+/// stream.eof()?;
+/// assert_eq!(stream.bytes()[..8], *b"QEVM\0\0\0\x03");
+/// # Ok::<(), qevm_savevm::Error>(())
+/// ```
+#[derive(Debug, Clone, Default)]
+pub struct StreamWriter {
+    encoder: Encoder,
+    writer: Writer,
+    section: Option<u32>,
+}
+
+impl StreamWriter {
+    /// A writer of what `encoder` writes.
+    pub fn new(encoder: Encoder) -> Self {
+        StreamWriter { encoder, ..Self::default() }
+    }
+
+    /// What was written since the last [`clear`](StreamWriter::clear).
+    pub fn bytes(&self) -> &[u8] {
+        self.writer.as_bytes()
+    }
+
+    /// Forgets what was written, which the caller has sent, and keeps the allocation.
+    pub fn clear(&mut self) {
+        self.writer.clear();
+    }
+
+    /// Takes what was written.
+    pub fn take(&mut self) -> Vec<u8> {
+        std::mem::take(&mut self.writer).into_bytes()
+    }
+
+    /// The RAM blocks of [`ram_setup`](StreamWriter::ram_setup).
+    pub fn ram_blocks(&self) -> &RamBlocks {
+        self.encoder.ram_blocks()
+    }
+
+    /// Appends payload of the last event, or a whole package.
+    pub fn payload(&mut self, bytes: &[u8]) {
+        self.writer.bytes(bytes);
+    }
+
+    /// Appends any event. The other methods are short forms of this one.
+    ///
+    /// # Errors
+    /// As [`Encoder::encode`]; all other methods likewise.
+    pub fn event(&mut self, event: &Event<'_>) -> Result<(), Error> {
+        self.encoder.encode(event, &mut self.writer)?;
+        match event {
+            Event::Section { header: SectionHeader { section_id, .. }, .. } | Event::SectionPart { section_id, .. } => {
+                self.section = Some(*section_id)
+            }
+            Event::SectionFooter { .. } => self.section = None,
+            _ => {}
+        }
+        Ok(())
+    }
+
+    /// Magic and version, and the configuration section if the machine type sends one.
+    ///
+    /// # Errors
+    /// See [`event`](StreamWriter::event).
+    pub fn header(&mut self, configuration: Option<&Configuration>) -> Result<(), Error> {
+        self.event(&Event::Header)?;
+        configuration.map_or(Ok(()), |configuration| self.event(&Event::Configuration(configuration.clone())))
+    }
+
+    /// Opens a START section.
+    ///
+    /// # Errors
+    /// See [`event`](StreamWriter::event).
+    pub fn section_start(&mut self, header: &SectionHeader) -> Result<(), Error> {
+        self.event(&Event::Section { kind: SectionKind::Start, header: header.clone() })
+    }
+
+    /// Opens a PART section.
+    ///
+    /// # Errors
+    /// See [`event`](StreamWriter::event).
+    pub fn section_part(&mut self, section_id: u32) -> Result<(), Error> {
+        self.event(&Event::SectionPart { kind: SectionKind::Part, section_id })
+    }
+
+    /// Opens an END section.
+    ///
+    /// # Errors
+    /// See [`event`](StreamWriter::event).
+    pub fn section_end(&mut self, section_id: u32) -> Result<(), Error> {
+        self.event(&Event::SectionPart { kind: SectionKind::End, section_id })
+    }
+
+    /// A whole FULL section: header, content and footer.
+    ///
+    /// # Errors
+    /// See [`event`](StreamWriter::event).
+    pub fn section_full(&mut self, header: &SectionHeader, body: &[u8]) -> Result<(), Error> {
+        self.event(&Event::Section { kind: SectionKind::Full, header: header.clone() })?;
+        self.event(&Event::Body(body))?;
+        self.footer()
+    }
+
+    /// Closes the open section, with a footer if the stream has them; nothing if none is open.
+    ///
+    /// # Errors
+    /// See [`event`](StreamWriter::event).
+    pub fn footer(&mut self) -> Result<(), Error> {
+        self.section.map_or(Ok(()), |section_id| self.event(&Event::SectionFooter { section_id }))
+    }
+
+    /// The list of RAM blocks, which get the numbers 0, 1, 2… as [`BlockId`].
+    ///
+    /// # Errors
+    /// [`RamError::DuplicateBlock`](crate::ram::RamError::DuplicateBlock), or
+    /// [`RamError::Unaligned`](crate::ram::RamError::Unaligned) if a length is not whole pages.
+    pub fn ram_setup(&mut self, blocks: impl IntoIterator<Item = RamBlock>) -> Result<(), Error> {
+        let blocks: Vec<RamBlock> = blocks.into_iter().collect();
+        let total = blocks.iter().try_fold(0u64, |sum, block| sum.checked_add(block.used_length)).ok_or_else(|| {
+            let kind = WireError::TooLong { what: "sum of RAM block lengths", found: u64::MAX, max: u64::MAX };
+            Located::new(kind.into(), self.writer.len() as u64)
+        })?;
+        self.event(&Event::Ram(RamRecord::MemSize { total }))?;
+        blocks.into_iter().try_for_each(|block| self.event(&Event::Ram(RamRecord::Block(block))))
+    }
+
+    /// The record of a page whose bytes the caller sends next. `offset` is that of the page in its block.
+    ///
+    /// # Errors
+    /// See [`event`](StreamWriter::event).
+    pub fn page_header(&mut self, block: BlockId, offset: u64) -> Result<(), Error> {
+        let page = self.page(block, offset);
+        self.event(&Event::Ram(RamRecord::Page(page)))
+    }
+
+    /// The record of a page of zeroes.
+    ///
+    /// # Errors
+    /// See [`event`](StreamWriter::event).
+    pub fn zero_page(&mut self, block: BlockId, offset: u64) -> Result<(), Error> {
+        let page = self.page(block, offset);
+        self.event(&Event::Ram(RamRecord::Zero(page)))
+    }
+
+    /// The record of a page as difference to what was sent of it before.
+    ///
+    /// # Errors
+    /// See [`event`](StreamWriter::event).
+    pub fn xbzrle_page(&mut self, block: BlockId, offset: u64, data: &[u8]) -> Result<(), Error> {
+        let page = self.page(block, offset);
+        self.event(&Event::Ram(RamRecord::Xbzrle { page, data }))
+    }
+
+    /// The record that makes the destination wait for the SYNC packets of all page channels.
+    ///
+    /// # Errors
+    /// See [`event`](StreamWriter::event).
+    pub fn multifd_flush(&mut self) -> Result<(), Error> {
+        self.event(&Event::Ram(RamRecord::MultifdFlush))
+    }
+
+    /// The end of the content of a `ram` section.
+    ///
+    /// # Errors
+    /// See [`event`](StreamWriter::event).
+    pub fn eos(&mut self) -> Result<(), Error> {
+        self.event(&Event::Ram(RamRecord::EndOfSection))
+    }
+
+    /// A command.
+    ///
+    /// # Errors
+    /// See [`event`](StreamWriter::event).
+    pub fn command(&mut self, command: Command) -> Result<(), Error> {
+        self.event(&Event::Command(command))
+    }
+
+    /// A package of sections and commands, which another writer has written.
+    ///
+    /// # Errors
+    /// [`WireError::TooLong`] if it is 4 GiB or more.
+    pub fn package(&mut self, package: &[u8]) -> Result<(), Error> {
+        let len = self.length32("package length", package.len())?;
+        self.command(Command::Packaged { len })?;
+        self.payload(package);
+        Ok(())
+    }
+
+    /// The end of the stream.
+    ///
+    /// # Errors
+    /// See [`event`](StreamWriter::event).
+    pub fn eof(&mut self) -> Result<(), Error> {
+        self.event(&Event::Eof)
+    }
+
+    /// The JSON description behind the end.
+    ///
+    /// # Errors
+    /// [`WireError::TooLong`] if it is 4 GiB or more.
+    pub fn vmdesc(&mut self, json: &str) -> Result<(), Error> {
+        let len = self.length32("description length", json.len())?;
+        self.event(&Event::VmDescription { len })?;
+        self.payload(json.as_bytes());
+        Ok(())
+    }
+
+    /// Names the block only where it is not that of the page before, as QEMU does.
+    fn page(&self, block: BlockId, offset: u64) -> PageAt {
+        PageAt { block, offset, named: self.encoder.current_block() != Some(block) }
+    }
+
+    fn length32(&self, what: &'static str, len: usize) -> Result<u32, Error> {
+        u32::try_from(len).map_err(|_| {
+            let kind = WireError::TooLong { what, found: len as u64, max: u32::MAX.into() };
+            Located::new(kind.into(), self.writer.len() as u64)
+        })
+    }
+}

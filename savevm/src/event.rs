@@ -1,0 +1,106 @@
+//! What a main channel consists of: the events that [`Decoder`](crate::Decoder) gives and
+//! [`Encoder`](crate::Encoder) takes.
+
+use crate::{
+    block_migration::BlockRecord,
+    command::Command,
+    configuration::Configuration,
+    dirty_bitmap::Chunk,
+    framing::{SectionHeader, SectionKind},
+    ram::RamRecord,
+    vfio::VfioRecord,
+};
+
+/// One item of the main channel.
+///
+/// The items of a stream in order, encoded one after the other with their payloads, are the bytes of the stream.
+/// Payload is what follows an event without being part of it; [`Event::payload_len`] tells how much, but for
+/// mapped-ram blocks, where it depends on the place in the file.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Event<'a> {
+    /// Magic and version.
+    Header,
+    /// The configuration section.
+    Configuration(Configuration),
+    /// START (`kind` is [`SectionKind::Start`]) or FULL.
+    Section {
+        /// START or FULL.
+        kind: SectionKind,
+        /// What is opened.
+        header: SectionHeader,
+    },
+    /// PART (`kind` is [`SectionKind::Part`]) or END of a section that a START opened.
+    SectionPart {
+        /// PART or END.
+        kind: SectionKind,
+        /// The section.
+        section_id: u32,
+    },
+    /// A record of the `ram` section.
+    Ram(RamRecord<'a>),
+    /// A record of a VFIO section.
+    Vfio(VfioRecord),
+    /// A chunk of the `dirty-bitmap` section.
+    DirtyBitmap(Chunk),
+    /// A record of the `block` section.
+    BlockMigration(BlockRecord),
+    /// Content whose layout the wire does not tell: the vmstate of a device, or the section of a handler that is
+    /// unknown here.
+    Body(&'a [u8]),
+    /// A section is over. Its footer is part of this event, unless the stream has none.
+    SectionFooter {
+        /// The section.
+        section_id: u32,
+    },
+    /// A command. Behind [`Command::Packaged`] the package is the payload.
+    Command(Command),
+    /// The end of the stream; only a description may follow.
+    Eof,
+    /// The JSON description, whose `len` bytes follow as payload.
+    VmDescription {
+        /// Length in bytes.
+        len: u32,
+    },
+}
+
+impl Event<'_> {
+    /// How many bytes of payload follow the event; `None` for a mapped-ram block, where
+    /// [`Decoder::payload_remaining`](crate::Decoder::payload_remaining) tells. `page_size` is that of a target page.
+    pub fn payload_len(&self, page_size: u64) -> Option<u64> {
+        match self {
+            Event::Ram(RamRecord::Page(_)) => Some(page_size),
+            Event::Ram(RamRecord::Block(block)) if block.mapped_ram.is_some() => None,
+            Event::Vfio(VfioRecord::Data { len }) => Some(*len),
+            Event::DirtyBitmap(chunk) => Some(chunk.payload()),
+            Event::BlockMigration(record) => Some(record.payload()),
+            Event::Command(Command::Packaged { len }) | Event::VmDescription { len } => Some((*len).into()),
+            _ => Some(0),
+        }
+    }
+}
+
+/// What a decoder answers when it is shown input.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Step<E> {
+    /// `event` was read; the first `consumed` bytes of the input are done with. That can be none of them.
+    Event {
+        /// How many bytes the caller must drop from the front of its input.
+        consumed: usize,
+        /// What was read.
+        event: E,
+    },
+    /// The next `remaining` bytes are payload, which the caller moves itself and reports with `skip_payload`.
+    Payload {
+        /// Bytes left of the payload.
+        remaining: u64,
+    },
+    /// The next event is not complete.
+    NeedMore {
+        /// How many bytes, counted from the front of this input, the next call must show at least. Never more than
+        /// the peer has to send in any case.
+        at_least: usize,
+    },
+    /// The stream is over.
+    End,
+}
