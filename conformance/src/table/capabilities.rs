@@ -7,7 +7,9 @@ use crate::roots::Suite::{self, Bookworm, Bullseye, Sid, Trixie};
 use crate::scenario::{Route, Scenario};
 
 /// Bytes per second that let a guest dirty pages faster than they are sent.
-const SLOW: u64 = 6 << 20;
+const SLOW: u64 = 4 << 20;
+/// The same when a page with one counter is sent compressed.
+const SLOW_COMPRESSED: u64 = 256 << 10;
 
 pub(super) fn rows() -> Vec<Scenario> {
     let mut rows = Vec::new();
@@ -47,8 +49,8 @@ fn routes() -> Vec<Scenario> {
 fn live(suite: Suite, machine: &str, what: &str) -> Scenario {
     let row = Scenario::new(suite, machine, what).parameter("max-bandwidth", SLOW);
     match suite {
-        Bullseye | Bookworm => row.kvm().dirtying(1024, 1, 4),
-        Trixie | Sid => row.dirtying(1024, 2000, 4),
+        Bullseye | Bookworm => row.kvm().dirtying(1536, 1, 4),
+        Trixie | Sid => row.dirtying(1536, 2000, 4),
     }
 }
 
@@ -57,7 +59,9 @@ fn xbzrle() -> Vec<Scenario> {
     for suite in Suite::ALL {
         let row = live(suite, "microvm", "live-xbzrle").caps("xbzrle");
         rows.push(if suite == Sid { row.quick() } else { row });
-        rows.push(live(suite, "q35", "live-xbzrle-small-cache").caps("xbzrle").parameter("xbzrle-cache-size", 2 << 20));
+        rows.push(
+            live(suite, "microvm", "live-xbzrle-small-cache").caps("xbzrle").parameter("xbzrle-cache-size", 2 << 20),
+        );
         rows.push(live(suite, "microvm", "live-dirtying"));
     }
     rows
@@ -88,7 +92,8 @@ fn multifd() -> Vec<Scenario> {
                 .by(Route::Unix)
                 .caps("multifd")
                 .parameter("multifd-channels", 2)
-                .parameter("multifd-compression", method);
+                .parameter("multifd-compression", method)
+                .parameter("max-bandwidth", if method == "none" { SLOW } else { SLOW_COMPRESSED });
             rows.push(if method == "none" { row.quick() } else { row });
         }
         for mode in ["none", "legacy", "multifd"] {
@@ -115,6 +120,7 @@ fn multifd() -> Vec<Scenario> {
             live(suite, "pc-i440fx-7.2", "live-multifd-zlib")
                 .by(Route::Tcp)
                 .caps("multifd")
+                .parameter("max-bandwidth", SLOW_COMPRESSED)
                 .parameter("multifd-compression", "zlib"),
         );
     }
@@ -190,9 +196,9 @@ fn others() -> Vec<Scenario> {
         rows.push(
             row("pc", "dirty-bitmaps")
                 .caps("dirty-bitmaps")
-                .with("-drive file={dir}/disk.qcow2,if=none,id=q0,node-name=q0 -device virtio-blk-pci,drive=q0")
-                .before("block-dirty-bitmap-add", json!({"node": "q0", "name": "backup", "granularity": 65536}))
-                .before("block-dirty-bitmap-add", json!({"node": "q0", "name": "kept", "persistent": true})),
+                .with("-drive file={dir}/disk.qcow2,if=none,id=q0,node-name=n0 -device virtio-blk-pci,drive=q0")
+                .before("block-dirty-bitmap-add", json!({"node": "n0", "name": "backup", "granularity": 65536}))
+                .before("block-dirty-bitmap-add", json!({"node": "n0", "name": "kept", "persistent": true})),
         );
         rows.push(row("microvm", "no-global-state").with("-global migration.store-global-state=off"));
         rows.push(row("pc", "no-footers").with("-global migration.send-section-footer=off"));
