@@ -1,7 +1,7 @@
 //! A folder of recordings, for developers who want real streams without starting QEMU.
 
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context, Result};
@@ -19,13 +19,9 @@ const DUMPED: [&str; 4] = ["microvm", "pc", "q35", "isapc"];
 /// The folder cannot be read, or holds a damaged recording.
 pub fn write_index(corpus: &Path) -> Result<usize> {
     let mut lines = Vec::new();
-    for entry in fs::read_dir(corpus).with_context(|| format!("reading {}", corpus.display()))? {
-        let folder = entry?.path();
-        if folder.join(MANIFEST).exists() {
-            lines.push(line(&folder, &Recording::open(&folder)?));
-        }
+    for folder in folders(corpus)? {
+        lines.push(line(&folder, &Recording::open(&folder)?));
     }
-    lines.sort();
     let mut text = String::from(
         "# Recordings\n\nEach folder holds one migration of a real QEMU. `recording.json` tells the arguments, the files and, in `ram`, what the\n\
          stopped source had in each RAM block: `sha256` and `crc32` of the whole used length (null where QEMU shows no way to all of it)\n\
@@ -37,6 +33,22 @@ pub fn write_index(corpus: &Path) -> Result<usize> {
     }
     fs::write(corpus.join("INDEX.md"), text)?;
     Ok(lines.len())
+}
+
+/// The folders of `corpus` that hold a recording, by name.
+///
+/// # Errors
+/// The folder cannot be read.
+pub fn folders(corpus: &Path) -> Result<Vec<PathBuf>> {
+    let mut found = Vec::new();
+    for entry in fs::read_dir(corpus).with_context(|| format!("reading {}", corpus.display()))? {
+        let folder = entry?.path();
+        if folder.join(MANIFEST).exists() {
+            found.push(folder);
+        }
+    }
+    found.sort();
+    Ok(found)
 }
 
 fn line(folder: &Path, r: &Recording) -> String {

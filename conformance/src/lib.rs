@@ -2,16 +2,22 @@
 //!
 //! [`roots`] installs them, [`launch`] starts one and [`qmp`] talks to it. A [`scenario`] is a row of the [`table`];
 //! [`record`] plays it, with [`tape`] as the listener that keeps every channel, and asks the [`oracle`] what the stopped
-//! guest's RAM really is.
+//! guest's RAM really is. [`judge`] then holds what qevm (the [`subject`]) says about the recording against that truth and
+//! against QEMU's own [`description`]; [`matrix`] does it for many scenarios and [`report`] tells the result.
 
 pub mod corpus;
+pub mod description;
+pub mod judge;
 pub mod launch;
+pub mod matrix;
 pub mod oracle;
 pub mod payload;
 pub mod process;
 pub mod qmp;
 pub mod record;
+pub mod report;
 pub mod roots;
 pub mod scenario;
+pub mod subject;
 pub mod table;
 pub mod tape;

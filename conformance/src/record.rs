@@ -121,6 +121,7 @@ fn record_into(scenario: &Scenario, root: &Root, folder: &Path) -> Result<Record
 
     let mut run = Run { scenario, root, scratch, folder, arguments: &arguments };
     let (files, migration) = run.migrate(&mut source)?;
+    check_purpose(scenario, &migration)?;
     let ram = match before {
         Some(ram) => ram,
         None => oracle::ram_blocks(&mut source, scratch)?,
@@ -317,6 +318,21 @@ impl Run<'_> {
         }
         Ok(files)
     }
+}
+
+/// A recording without the records that it is for would prove nothing.
+fn check_purpose(scenario: &Scenario, migration: &Value) -> Result<()> {
+    let compared = [
+        ("xbzrle", &migration["xbzrle-cache"]["pages"], "XBZRLE pages"),
+        ("compress", &migration["compression"]["pages"], "compressed pages"),
+        ("postcopy-ram", &migration["ram"]["postcopy-requests"], "page requests"),
+    ];
+    for (capability, counter, what) in compared {
+        if scenario.capabilities.contains(&capability) && counter.as_u64().unwrap_or(0) == 0 {
+            bail!("QEMU reports no {what}");
+        }
+    }
+    Ok(())
 }
 
 /// Bitmap synchronisations so far, over all rounds.

@@ -1,0 +1,198 @@
+//! The command line.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+use anyhow::{Context, Result};
+use clap::{Args, Parser, Subcommand};
+use qevm_conformance::judge;
+use qevm_conformance::matrix::{self, Options};
+use qevm_conformance::record::{self, Recording};
+use qevm_conformance::report::{Outcome, Report, Row};
+use qevm_conformance::roots::{Root, Suite};
+use qevm_conformance::scenario::Scenario;
+use qevm_conformance::subject::Subject;
+use qevm_conformance::{corpus, table};
+
+#[derive(Parser)]
+#[command(name = "qevm-conformance", version, about = "Real QEMUs of several releases as the judge of qevm")]
+pub(crate) struct Arguments {
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+#[derive(Subcommand)]
+pub(crate) enum Command {
+    /// Install QEMU of Debian's suites side by side under $QEVM_CACHE (default: ~/.cache/qevm)
+    Setup {
+        /// Only these suites (default: all)
+        #[arg(long, value_enum)]
+        suite: Vec<Suite>,
+    },
+    /// Record scenarios with real QEMU and hold qevm's findings against QEMU's
+    Matrix(Matrix),
+    /// Record scenarios with real QEMU into one folder each, without judging
+    Record {
+        /// Where the recordings go
+        #[arg(long)]
+        out: PathBuf,
+        /// Only scenarios whose name contains this (may be given several times)
+        #[arg(long)]
+        only: Vec<String>,
+        /// Record again what is already there
+        #[arg(long)]
+        again: bool,
+    },
+    /// Judge qevm by recordings made earlier
+    Judge {
+        /// The folder that `record` filled
+        corpus: PathBuf,
+        /// Only recordings whose name contains this (may be given several times)
+        #[arg(long)]
+        only: Vec<String>,
+        #[command(flatten)]
+        reporting: Reporting,
+    },
+}
+
+#[derive(Args)]
+pub(crate) struct Matrix {
+    /// The representative subset (the default)
+    #[arg(long, conflicts_with = "full")]
+    quick: bool,
+    /// Every scenario
+    #[arg(long)]
+    full: bool,
+    /// Only scenarios whose name contains this (may be given several times; of all, not of the subset alone)
+    #[arg(long)]
+    only: Vec<String>,
+    /// Scenarios in flight at a time
+    #[arg(long, default_value_t = 2)]
+    jobs: usize,
+    /// Keep all recordings in this folder
+    #[arg(long)]
+    keep: Option<PathBuf>,
+    /// Print the scenarios and stop
+    #[arg(long)]
+    list: bool,
+    #[command(flatten)]
+    reporting: Reporting,
+}
+
+#[derive(Args)]
+pub(crate) struct Reporting {
+    /// Print one JSON object with the numbers as the last line
+    #[arg(long)]
+    json: bool,
+    /// Write every row with its numbers into this file, as JSON
+    #[arg(long)]
+    report: Option<PathBuf>,
+}
+
+impl Command {
+    /// Runs it; false when qevm was found wanting.
+    pub(crate) fn run(self) -> Result<bool> {
+        match self {
+            Command::Setup { suite } => setup(&suite),
+            Command::Matrix(matrix) => matrix.run(),
+            Command::Record { out, only, again } => record_all(&out, &only, again),
+            Command::Judge { corpus, only, reporting } => judge_all(&corpus, &only, &reporting),
+        }
+    }
+}
+
+fn setup(suites: &[Suite]) -> Result<bool> {
+    for suite in if suites.is_empty() { &Suite::ALL } else { suites } {
+        let root = Root::install(*suite)?;
+        println!("{suite}: QEMU {} in {}", root.version(), root.dir().display());
+    }
+    Ok(true)
+}
+
+impl Matrix {
+    fn run(self) -> Result<bool> {
+        let mut scenarios = if self.full || !self.only.is_empty() { table::all() } else { table::quick() };
+        scenarios.retain(|s| wanted(&s.name, &self.only));
+        if self.list {
+            for Scenario { name, quick, .. } in &scenarios {
+                println!("{name}{}", if *quick { " (quick)" } else { "" });
+            }
+            return Ok(true);
+        }
+        let options = Options { jobs: self.jobs, keep: self.keep };
+        let report = matrix::run(&scenarios, &subject()?, &options, |row| println!("{}", row.line()))?;
+        self.reporting.print(&report)
+    }
+}
+
+impl Reporting {
+    fn print(&self, report: &Report) -> Result<bool> {
+        println!("\n{}", report.text());
+        if let Some(path) = &self.report {
+            let json = serde_json::to_vec_pretty(report)?;
+            fs::write(path, json).with_context(|| format!("writing {}", path.display()))?;
+        }
+        if self.json {
+            println!("{}", report.summary());
+        }
+        Ok(report.holds())
+    }
+}
+
+fn subject() -> Result<Subject> {
+    Ok(Subject::new(std::env::current_exe()?))
+}
+
+fn wanted(name: &str, only: &[String]) -> bool {
+    only.is_empty() || only.iter().any(|o| name.contains(o.as_str()))
+}
+
+fn record_all(out: &Path, only: &[String], again: bool) -> Result<bool> {
+    let mut failed = 0;
+    for scenario in table::all() {
+        let folder = out.join(scenario.folder());
+        if !wanted(&scenario.name, only) || (!again && folder.join(record::MANIFEST).exists()) {
+            continue;
+        }
+        let root = Root::install(scenario.suite)?;
+        let started = Instant::now();
+        match record::record(&scenario, &root, &folder) {
+            Ok(_) => println!("recorded {} in {:.1} s", scenario.name, started.elapsed().as_secs_f64()),
+            Err(e) => {
+                failed += 1;
+                println!("FAILED   {}: {e:#}", scenario.name);
+            }
+        }
+    }
+    for suite in Suite::ALL {
+        let folder = out.join("dump-vmstate");
+        if again || !folder.join(format!("{}-microvm.json", suite.series())).exists() {
+            corpus::dump_vmstate(&Root::install(suite)?, &folder)?;
+        }
+    }
+    println!("{} recordings in {}, {failed} could not be made", corpus::write_index(out)?, out.display());
+    Ok(failed == 0)
+}
+
+fn judge_all(corpus: &Path, only: &[String], reporting: &Reporting) -> Result<bool> {
+    let (started, subject) = (Instant::now(), subject()?);
+    let mut rows = Vec::new();
+    for folder in corpus::folders(corpus)? {
+        let recording = Recording::open(&folder)?;
+        if !wanted(&recording.name, only) {
+            continue;
+        }
+        let started = Instant::now();
+        let judgement = judge::judge(&recording, &folder, &subject)?;
+        let outcome = match judgement.problems.is_empty() {
+            true => Outcome::Holds(judgement),
+            false => Outcome::Fails(judgement),
+        };
+        let row = Row { name: recording.name, outcome, duration: started.elapsed().as_secs_f64() };
+        println!("{}", row.line());
+        rows.push(row);
+    }
+    let seconds = started.elapsed().as_secs_f64();
+    reporting.print(&Report { rows, versions: Default::default(), seconds })
+}
