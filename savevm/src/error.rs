@@ -3,7 +3,7 @@
 
 use crate::{
     block_migration::BlockMigrationError, command::CommandError, configuration::ConfigurationError,
-    decode::StreamError, dirty_bitmap::DirtyBitmapError, ram::RamError, vfio::VfioError,
+    decode::StreamError, dirty_bitmap::DirtyBitmapError, ram::RamError, vfio::VfioError, xbzrle::XbzrleError,
 };
 use qevm_wire::{Blame, Fault, Located, WireError};
 
@@ -32,6 +32,9 @@ pub enum ErrorKind {
     /// The `ram` section.
     #[error(transparent)]
     Ram(#[from] RamError),
+    /// A page as difference.
+    #[error(transparent)]
+    Xbzrle(#[from] XbzrleError),
     /// The section of a VFIO device.
     #[error(transparent)]
     Vfio(#[from] VfioError),
@@ -51,6 +54,7 @@ impl Blame for ErrorKind {
             ErrorKind::Configuration(kind) => kind.fault(),
             ErrorKind::Command(kind) => kind.fault(),
             ErrorKind::Ram(kind) => kind.fault(),
+            ErrorKind::Xbzrle(kind) => kind.fault(),
             ErrorKind::Vfio(kind) => kind.fault(),
             ErrorKind::DirtyBitmap(kind) => kind.fault(),
             ErrorKind::BlockMigration(kind) => kind.fault(),

@@ -48,10 +48,12 @@ pub enum Event<'a> {
     /// Content whose layout the wire does not tell: the vmstate of a device, or the section of a handler that is
     /// unknown here.
     Body(&'a [u8]),
-    /// A section is over. Its footer is part of this event, unless the stream has none.
+    /// A section is over.
     SectionFooter {
         /// The section.
         section_id: u32,
+        /// The footer is on the wire. Otherwise the stream has none, and this event takes no bytes.
+        present: bool,
     },
     /// A command. Behind [`Command::Packaged`] the package is the payload.
     Command(Command),

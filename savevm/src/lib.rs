@@ -11,6 +11,7 @@
 //! | [`configuration`] | the configuration section |
 //! | [`command`] | commands between sections |
 //! | [`ram`] | RAM blocks and page records; the preempt channel |
+//! | [`xbzrle`] | pages as differences: decoder, encoder, and the source's cache |
 //! | [`vfio`], [`dirty_bitmap`], [`block_migration`] | the records of the other iterable handlers |
 //! | [`guest_memory`] | where guest memory lies in RAM blocks, for each machine type |
 //! | [`error`] | [`Error`]: kind, offset, path |
@@ -25,7 +26,7 @@
 //! # Example: read a stream and write it again
 //!
 //! ```
-//! use qevm_savevm::{Decoder, DecoderOptions, Encoder, Event, Footers, Step};
+//! use qevm_savevm::{Decoder, DecoderOptions, Encoder, Step};
 //! use qevm_wire::Writer;
 //! # use qevm_savevm::{StreamWriter, command::Command, configuration::Configuration, framing::SectionHeader, ram::{BlockId, RamBlock}};
 //! # use qevm_wire::CountedString;
@@ -92,6 +93,7 @@ pub mod framing;
 pub mod guest_memory;
 pub mod ram;
 pub mod vfio;
+pub mod xbzrle;
 
 pub use decode::{Decoder, DecoderOptions, Footers, Sections, StreamError};
 pub use encode::{Encoder, StreamWriter};

@@ -281,7 +281,7 @@ impl Decoder {
         }
         self.section = None;
         self.state = State::Item;
-        Ok(Event::SectionFooter { section_id })
+        Ok(Event::SectionFooter { section_id, present: self.footers != Footers::Absent })
     }
 
     /// The end of the first section of known layout shows whether the stream has footers.

@@ -29,23 +29,22 @@ use qevm_wire::{PageGeometry, Writer};
 /// ```
 #[derive(Debug, Clone)]
 pub struct Encoder {
-    footers: bool,
     pages: PageGeometry,
     blocks: RamBlocks,
     current: Option<BlockId>,
 }
 
 impl Default for Encoder {
-    /// Footers, pages of 4096 bytes, and no RAM blocks so far.
+    /// An encoder for pages of 4096 bytes.
     fn default() -> Self {
-        Encoder { footers: true, pages: PageGeometry::X86, blocks: RamBlocks::default(), current: None }
+        Self::new(PageGeometry::X86)
     }
 }
 
 impl Encoder {
-    /// An encoder for the footers and page size that a profile or a decoder tells of.
-    pub fn new(footers: bool, pages: PageGeometry) -> Self {
-        Encoder { footers, pages, ..Encoder::default() }
+    /// An encoder for target pages of this size, where the configuration section tells of no other.
+    pub fn new(pages: PageGeometry) -> Self {
+        Encoder { pages, blocks: RamBlocks::default(), current: None }
     }
 
     /// An encoder for a connection on which a broken postcopy goes on: RAM blocks are known, and the first page record
@@ -74,14 +73,14 @@ impl Encoder {
         match event {
             Event::Ram(record) => ram::encode(record, &mut self.blocks, &mut self.current, self.pages, writer)?,
             Event::Header => drop(writer.be32(framing::MAGIC).be32(framing::VERSION)),
-            Event::Configuration(configuration) => configuration.encode(writer)?,
+            Event::Configuration(configuration) => {
+                configuration.encode(writer)?;
+                self.pages = configuration.page_geometry().unwrap_or(self.pages);
+            }
             Event::Section { kind, header } => section(kind.type_byte(), header, writer),
             Event::SectionPart { kind, section_id } => drop(writer.u8(kind.type_byte()).be32(*section_id)),
-            Event::SectionFooter { section_id } => {
-                if self.footers {
-                    writer.u8(framing::FOOTER).be32(*section_id);
-                }
-            }
+            Event::SectionFooter { section_id, present: true } => drop(writer.u8(framing::FOOTER).be32(*section_id)),
+            Event::SectionFooter { present: false, .. } => {}
             Event::Vfio(record) => record.encode(writer),
             Event::DirtyBitmap(chunk) => chunk.encode(writer),
             Event::BlockMigration(record) => record.encode(writer)?,

@@ -41,17 +41,26 @@ use qevm_wire::{Located, WireError, Writer};
 /// assert_eq!(stream.bytes()[..8], *b"QEVM\0\0\0\x03");
 /// # Ok::<(), qevm_savevm::Error>(())
 /// ```
-#[derive(Debug, Clone, Default)]
+#[derive(Debug, Clone)]
 pub struct StreamWriter {
     encoder: Encoder,
+    footers: bool,
     writer: Writer,
     section: Option<u32>,
 }
 
+impl Default for StreamWriter {
+    /// A writer with footers, for pages of 4096 bytes.
+    fn default() -> Self {
+        Self::new(Encoder::default(), true)
+    }
+}
+
 impl StreamWriter {
-    /// A writer of what `encoder` writes.
-    pub fn new(encoder: Encoder) -> Self {
-        StreamWriter { encoder, ..Self::default() }
+    /// A writer of what `encoder` writes, with or without footers
+    /// ([`Profile::send_section_footer`](qevm_wire::Profile)).
+    pub fn new(encoder: Encoder, footers: bool) -> Self {
+        StreamWriter { encoder, footers, writer: Writer::new(), section: None }
     }
 
     /// What was written since the last [`clear`](StreamWriter::clear).
@@ -143,7 +152,8 @@ impl StreamWriter {
     /// # Errors
     /// See [`event`](StreamWriter::event).
     pub fn footer(&mut self) -> Result<(), Error> {
-        self.section.map_or(Ok(()), |section_id| self.event(&Event::SectionFooter { section_id }))
+        let present = self.footers;
+        self.section.map_or(Ok(()), |section_id| self.event(&Event::SectionFooter { section_id, present }))
     }
 
     /// The list of RAM blocks, which get the numbers 0, 1, 2… as [`BlockId`].
@@ -179,7 +189,7 @@ impl StreamWriter {
         self.event(&Event::Ram(RamRecord::Zero(page)))
     }
 
-    /// The record of a page as difference to what was sent of it before.
+    /// The record of a page as difference to what was sent of it before; see [`xbzrle`](crate::xbzrle).
     ///
     /// # Errors
     /// See [`event`](StreamWriter::event).

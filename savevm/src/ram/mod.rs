@@ -61,7 +61,7 @@ pub enum RamRecord<'a> {
     Zero(PageAt),
     /// A page; its bytes follow as payload.
     Page(PageAt),
-    /// The difference to what the page held before; see XBZRLE.
+    /// The difference to what the page held before; see [`xbzrle::decode`](crate::xbzrle::decode()).
     Xbzrle {
         /// The page.
         page: PageAt,
