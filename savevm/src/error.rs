@@ -1,10 +1,15 @@
 //! The error kinds of this crate. Each module has its own enum next to the code that raises it; [`ErrorKind`] is their
 //! union, and every function reports it as [`Error`], with offset and path.
 
-use crate::{
-    block_migration::BlockMigrationError, command::CommandError, configuration::ConfigurationError,
-    decode::StreamError, dirty_bitmap::DirtyBitmapError, ram::RamError, vfio::VfioError, xbzrle::XbzrleError,
-};
+use crate::block_migration::BlockMigrationError;
+use crate::command::CommandError;
+use crate::configuration::ConfigurationError;
+use crate::decode::StreamError;
+use crate::dirty_bitmap::DirtyBitmapError;
+use crate::mapped_ram::MappedRamError;
+use crate::ram::RamError;
+use crate::vfio::VfioError;
+use crate::xbzrle::XbzrleError;
 use qevm_wire::{Blame, Fault, Located, WireError};
 
 /// An error of this crate: what, at which byte, in which nested things.
@@ -41,6 +46,9 @@ pub enum ErrorKind {
     /// The `dirty-bitmap` section.
     #[error(transparent)]
     DirtyBitmap(#[from] DirtyBitmapError),
+    /// The bitmap or pages of a mapped-ram file.
+    #[error(transparent)]
+    MappedRam(#[from] MappedRamError),
     /// The `block` section.
     #[error(transparent)]
     BlockMigration(#[from] BlockMigrationError),
@@ -57,6 +65,7 @@ impl Blame for ErrorKind {
             ErrorKind::Xbzrle(kind) => kind.fault(),
             ErrorKind::Vfio(kind) => kind.fault(),
             ErrorKind::DirtyBitmap(kind) => kind.fault(),
+            ErrorKind::MappedRam(kind) => kind.fault(),
             ErrorKind::BlockMigration(kind) => kind.fault(),
         }
     }

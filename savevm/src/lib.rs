@@ -13,6 +13,7 @@
 //! | [`ram`] | RAM blocks and page records; the preempt channel |
 //! | [`xbzrle`] | pages as differences: decoder, encoder, and the source's cache |
 //! | [`vfio`], [`dirty_bitmap`], [`block_migration`] | the records of the other iterable handlers |
+//! | [`mapped_ram`] | files in which every page has its place |
 //! | [`guest_memory`] | where guest memory lies in RAM blocks, for each machine type |
 //! | [`error`] | [`Error`]: kind, offset, path |
 //!
@@ -91,6 +92,7 @@ pub mod error;
 pub mod event;
 pub mod framing;
 pub mod guest_memory;
+pub mod mapped_ram;
 pub mod ram;
 pub mod vfio;
 pub mod xbzrle;
