@@ -1,2 +1,56 @@
-//! Placeholder.
-pub mod extract;
+//! The library behind `qevm`, the operator's tool for QEMU migration streams.
+//!
+//! [`run`] is the whole program. [`stream::analyze`] reads the files of one migration in constant memory and is what
+//! the commands are made of; [`report::Report`] is what `--json` prints.
+#![forbid(unsafe_code)]
+
+pub mod args;
+pub mod commands;
+pub mod failure;
+pub mod progress;
+pub mod ram;
+pub mod report;
+pub mod source;
+pub mod stream;
+pub mod table;
+
+use args::{Cli, Command};
+use clap::Parser;
+use failure::Stop;
+use std::ffi::OsString;
+use std::process::ExitCode;
+
+/// Exit code: the stream is bad.
+const EXIT_BAD: u8 = 1;
+/// Exit code: wrong usage.
+const EXIT_USAGE: u8 = 2;
+
+/// Runs the program with these arguments (the first is its name).
+pub fn run(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
+    let cli = match Cli::try_parse_from(arguments) {
+        Ok(cli) => cli,
+        Err(error) => {
+            // Asking for help or the version is a success; everything else that clap reports is wrong usage.
+            let code = if error.use_stderr() { ExitCode::from(EXIT_USAGE) } else { ExitCode::SUCCESS };
+            // Nothing can be said if the place to say it is gone.
+            let _ = error.print();
+            return code;
+        }
+    };
+    let result = match &cli.command {
+        Command::Inspect(inspect) => commands::inspect::run(inspect),
+        Command::Verify(verify) => commands::verify::run(verify),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(Stop::Bad(failure)) => {
+            eprintln!("qevm: {failure}");
+            ExitCode::from(EXIT_BAD)
+        }
+        Err(Stop::Usage(message)) => {
+            eprintln!("qevm: {}", failure::printable(&message));
+            ExitCode::from(EXIT_USAGE)
+        }
+        Err(Stop::OutputClosed) => ExitCode::SUCCESS,
+    }
+}

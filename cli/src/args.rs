@@ -1,0 +1,116 @@
+//! The command line: what can be asked, and the help that teaches it.
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use std::path::PathBuf;
+
+/// Read, check and move QEMU migration streams.
+///
+/// A stream is what QEMU's `migrate` command sends: into a file (`file:PATH`), through a command (`exec:cat > PATH`),
+/// or over a socket. Every command takes `-` for standard input.
+#[derive(Debug, Parser)]
+#[command(name = "qevm", version, arg_required_else_help = true, after_help = EXIT_CODES, after_long_help = EXAMPLES)]
+pub struct Cli {
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+const EXIT_CODES: &str = "Exit codes: 0 all holds; 1 the stream is bad (truncated included); 2 wrong usage.";
+
+const EXAMPLES: &str = "\
+Examples:
+  Save a guest and look at it (QMP: migrate uri=file:/tmp/guest.qevm):
+    qevm inspect /tmp/guest.qevm
+    zstd -dc guest.qevm.zst | qevm inspect -
+
+  Prove that a stream is whole, with one JSON object for scripts as the last line:
+    qevm verify --json guest.qevm | tail -n 1 | jq .ok
+
+  A migration that used multifd: the order of the channels does not matter:
+    qevm verify --channel ch0 --channel ch1 main.qevm
+
+Exit codes: 0 all holds; 1 the stream is bad (truncated included); 2 wrong usage.
+Errors are one line on standard error: `qevm: FILE: FAULT at byte N, in PATH: message`.";
+
+/// The commands.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Show what is in a stream: header, RAM blocks with digests, sections, description.
+    Inspect(Inspect),
+    /// Decode everything, re-encode it, compare byte for byte, rebuild every RAM block.
+    Verify(Verify),
+}
+
+/// Where the stream is, and what belongs to it.
+#[derive(Debug, Clone, Args)]
+pub struct Input {
+    /// The main channel: a stream file, or `-` for standard input.
+    #[arg(value_name = "MAIN")]
+    pub main: PathBuf,
+    /// The stream starts at byte N of MAIN (`file:PATH,offset=N` in QEMU). Offsets are reported from the start of MAIN.
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub offset: u64,
+    /// A further channel of the same migration: multifd or postcopy-preempt, told apart by its first bytes. May be
+    /// repeated, in any order.
+    #[arg(long = "channel", value_name = "FILE")]
+    pub channels: Vec<PathBuf>,
+    /// The main channel of a resumed postcopy migration (it has no header). May be repeated, in order.
+    #[arg(long = "recovery", value_name = "FILE")]
+    pub recovery: Vec<PathBuf>,
+    /// What the destination sent back on the return path. May be repeated: the next ones belong to the recoveries.
+    #[arg(long = "return-path", value_name = "FILE")]
+    pub return_path: Vec<PathBuf>,
+}
+
+/// How output is written.
+#[derive(Debug, Clone, Copy, Args)]
+pub struct Output {
+    /// Print one JSON object as the last line of standard output.
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// `qevm inspect`.
+#[derive(Debug, Args)]
+#[command(after_help = EXIT_CODES)]
+pub struct Inspect {
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub input: Input,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub output: Output,
+    /// Skip over page contents instead of reading them: no CRC-32 of RAM, but at the speed of seeking.
+    #[arg(long)]
+    pub no_digest: bool,
+    /// Digest of each RAM block.
+    #[arg(long, value_enum, default_value_t = RamDigest::Crc32)]
+    pub ram_digest: RamDigest,
+    /// List every record of each section (START, PART, END) instead of one line for each section.
+    #[arg(long)]
+    pub records: bool,
+}
+
+/// `qevm verify`.
+#[derive(Debug, Args)]
+#[command(after_help = EXIT_CODES)]
+pub struct Verify {
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub input: Input,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub output: Output,
+    /// Digest of each RAM block, over its used length; pages that never came count as zero.
+    #[arg(long, value_enum, default_value_t = RamDigest::Crc32)]
+    pub ram_digest: RamDigest,
+}
+
+/// Which digest is computed of each RAM block.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum RamDigest {
+    /// CRC-32 as in zlib and Ethernet; needs 4 bytes of memory for each page.
+    Crc32,
+    /// SHA-256; needs a temporary file as large as the guest's non-zero memory.
+    Sha256,
+}

@@ -1,0 +1,182 @@
+//! `qevm inspect`: what is in a stream.
+
+use super::{Bar, Output};
+use crate::args;
+use crate::failure::Stop;
+use crate::progress::Progress;
+use crate::ram::Keep;
+use crate::report::Report;
+use crate::stream::{Analysis, Inputs, Settings, analyze};
+use crate::table::{Table, count, size};
+use qevm_savevm::configuration::ConfigurationSubsection;
+
+/// Runs the command.
+///
+/// # Errors
+/// [`Stop::Bad`] if the stream is bad, [`Stop::Usage`] if a file cannot be opened.
+pub fn run(inspect: &args::Inspect) -> Result<(), Stop> {
+    let mut inputs = Inputs::open(&inspect.input)?;
+    let keep = match (inspect.no_digest, inspect.ram_digest) {
+        (true, _) => Keep::Nothing,
+        (false, args::RamDigest::Crc32) => Keep::Digests,
+        (false, args::RamDigest::Sha256) => Keep::Image,
+    };
+    let settings = Settings { keep, reencode: false };
+    let mut bar = Bar(Progress::new("reading", inputs.main.source.total()));
+    let mut analysis = analyze(&mut inputs, &settings, &mut bar);
+    let report = analysis.report(inspect.ram_digest);
+    drop(bar);
+    let mut out = Output::new();
+    match inspect.output.json {
+        true => out.json(json(&analysis, &report))?,
+        false => print(&mut out, &analysis, &report, inspect)?,
+    }
+    out.finish()?;
+    report.error.map_or(Ok(()), |failure| Err(Stop::Bad(failure)))
+}
+
+/// The object of `verify`, without what `inspect` did not do, and with what only `inspect` tells.
+fn json(analysis: &Analysis, report: &Report) -> serde_json::Map<String, serde_json::Value> {
+    let mut object = report.to_json();
+    object.shift_remove("reencoded_identical");
+    let (machine, capabilities) = (analysis.machine(), capabilities(analysis));
+    object.insert("machine".into(), machine.into());
+    object.insert("capabilities".into(), capabilities.into());
+    object.insert("page_size".into(), analysis.page_size.into());
+    object.insert("footers".into(), analysis.footers.into());
+    let commands =
+        analysis.commands.iter().map(|(offset, text)| serde_json::json!({"offset": offset, "command": text}));
+    object.insert("commands".into(), commands.collect());
+    let description = analysis.description.as_ref();
+    let description = description.map(|(offset, text)| serde_json::json!({"offset": offset, "size": text.len()}));
+    object.insert("description".into(), description.into());
+    object
+}
+
+fn print(out: &mut Output, analysis: &Analysis, report: &Report, inspect: &args::Inspect) -> Result<(), Stop> {
+    heading(out, analysis, report)?;
+    if !report.ram.is_empty() {
+        out.line("\nRAM blocks")?;
+        out.print(ram_table(report))?;
+        out.line(page_line(analysis))?;
+    }
+    for line in analysis.channels.iter().chain(&analysis.return_path) {
+        out.line(line)?;
+    }
+    if !analysis.sections.is_empty() {
+        out.line("\nSections")?;
+        out.print(if inspect.records { record_table(analysis) } else { section_table(analysis) })?;
+    }
+    if !analysis.commands.is_empty() {
+        out.line("\nCommands")?;
+        let mut table = Table::new(&[">offset", "command"]);
+        analysis.commands.iter().for_each(|(offset, text)| table.row([offset.to_string(), text.clone()]));
+        out.print(table)?;
+    }
+    analysis.notes.iter().try_for_each(|note| out.line(note))?;
+    Ok(())
+}
+
+fn heading(out: &mut Output, analysis: &Analysis, report: &Report) -> Result<(), Stop> {
+    let mut line = |label: &str, text: String| out.line(format!("{label:<14}{text}"));
+    if !analysis.header {
+        return Ok(());
+    }
+    line("stream", format!("version 3, {} ({} bytes)", size(report.bytes), count(report.bytes)))?;
+    line("machine", analysis.machine().unwrap_or_else(|| "no configuration section".into()))?;
+    let capabilities = capabilities(analysis);
+    if !capabilities.is_empty() {
+        line("capabilities", capabilities.join(", "))?;
+    }
+    let uuid = analysis.configuration.iter().flat_map(|c| &c.subsections).find_map(|s| match s {
+        ConfigurationSubsection::Uuid(uuid) => Some(uuid.iter().map(|b| format!("{b:02x}")).collect::<String>()),
+        _ => None,
+    });
+    if let Some(uuid) = uuid {
+        line("uuid", uuid)?;
+    }
+    if analysis.footers == Some(false) {
+        line("footers", "none".into())?;
+    }
+    line("written by", report.qemu_profile.clone())?;
+    let description = match &analysis.description {
+        Some((offset, text)) => format!("{} of JSON at {offset}", size(text.len() as u64)),
+        None => "none".into(),
+    };
+    line("description", description)
+}
+
+fn capabilities(analysis: &Analysis) -> Vec<String> {
+    let subsections = analysis.configuration.iter().flat_map(|configuration| &configuration.subsections);
+    subsections
+        .filter_map(|subsection| match subsection {
+            ConfigurationSubsection::Capabilities(names) => Some(names.iter().map(ToString::to_string)),
+            _ => None,
+        })
+        .flatten()
+        .collect()
+}
+
+/// One line for each RAM block.
+pub(super) fn ram_table(report: &Report) -> Table {
+    let digest = report.ram.iter().find_map(|block| block.digest.as_ref()).map(|(kind, _)| *kind);
+    let mut columns = vec!["block", ">length", ">bytes", ">pages", ">zero"];
+    columns.extend(digest);
+    let mut table = Table::new(&columns);
+    for block in &report.ram {
+        let value = block.digest.as_ref().map_or(String::new(), |(_, value)| value.clone());
+        let (length, bytes) = (size(block.used_length), block.used_length.to_string());
+        table.row([block.name.clone(), length, bytes, block.pages.to_string(), block.zero_pages.to_string(), value]);
+    }
+    table
+}
+
+fn page_line(analysis: &Analysis) -> String {
+    let pages = &analysis.main_pages;
+    let kinds = [
+        (pages.page, "pages"),
+        (pages.zero, "zero pages"),
+        (pages.xbzrle, "XBZRLE pages"),
+        (pages.compressed, "compressed pages"),
+        (pages.mapped, "mapped-ram pages"),
+    ];
+    let kinds: Vec<String> =
+        kinds.iter().filter(|(n, _)| *n > 0).map(|(n, what)| format!("{} {what}", count(*n))).collect();
+    match kinds.is_empty() {
+        true => "  main channel: no pages".into(),
+        false => format!("  main channel: {}", kinds.join(", ")),
+    }
+}
+
+fn section_table(analysis: &Analysis) -> Table {
+    let mut table = Table::new(&[">offset", ">size", "type", ">id", "name", ">instance", ">version", ">records"]);
+    for section in &analysis.sections {
+        table.row([
+            section.offset.to_string(),
+            section.size.to_string(),
+            section.kind.as_str().to_owned(),
+            section.header.section_id.to_string(),
+            section.header.idstr.to_string(),
+            section.header.instance_id.to_string(),
+            section.header.version_id.to_string(),
+            section.records.to_string(),
+        ]);
+    }
+    table
+}
+
+fn record_table(analysis: &Analysis) -> Table {
+    let mut table = Table::new(&[">offset", ">size", "type", ">id", "name", ">instance"]);
+    for record in &analysis.records {
+        let header = &analysis.sections[record.section].header;
+        table.row([
+            record.offset.to_string(),
+            record.size.to_string(),
+            record.kind.as_str().to_owned(),
+            header.section_id.to_string(),
+            header.idstr.to_string(),
+            header.instance_id.to_string(),
+        ]);
+    }
+    table
+}

@@ -1,0 +1,101 @@
+//! Why a command did not succeed, and how that is said.
+
+use qevm_wire::{Blame, Located};
+use std::fmt;
+use std::io;
+
+/// A fault found in an input, or met on the way to it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Failure {
+    /// The file (or address) as the user named it.
+    pub file: String,
+    /// `malformed`, `unsupported`, `mismatch`, `limit`, `truncated`; `reencode` if what was decoded does not re-encode
+    /// to the same bytes; `io` if the input could not be read.
+    pub kind: &'static str,
+    /// Offset of the byte at fault in the file; in the decompressed stream if the file is compressed.
+    pub offset: u64,
+    /// What was being read, outermost first; empty at the top level.
+    pub path: String,
+    /// What was found and what was expected.
+    pub message: String,
+}
+
+impl Failure {
+    /// A decoder's error about `file`.
+    pub fn located<K: Blame + fmt::Display>(file: &str, error: Located<K>) -> Self {
+        Failure {
+            file: file.to_owned(),
+            kind: error.kind.fault().as_str(),
+            offset: error.offset,
+            path: error.path.to_string(),
+            message: error.kind.to_string(),
+        }
+    }
+
+    /// `file` could not be read (or a temporary file not written) at `offset`.
+    pub fn io(file: &str, offset: u64, error: &io::Error) -> Self {
+        Failure { file: file.to_owned(), kind: "io", offset, path: String::new(), message: error.to_string() }
+    }
+
+    /// Two inputs, or two places of one, that do not fit together.
+    pub fn mismatch(file: &str, offset: u64, path: impl Into<String>, message: impl Into<String>) -> Self {
+        Failure { file: file.to_owned(), kind: "mismatch", offset, path: path.into(), message: message.into() }
+    }
+}
+
+impl fmt::Display for Failure {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        // One line whatever a file's name or a message contains.
+        write!(f, "{}: {} at byte {}", printable(&self.file), self.kind, self.offset)?;
+        if !self.path.is_empty() {
+            write!(f, ", in {}", printable(&self.path))?;
+        }
+        write!(f, ": {}", printable(&self.message))
+    }
+}
+
+impl std::error::Error for Failure {}
+
+/// How a command ends without success.
+#[derive(Debug)]
+pub enum Stop {
+    /// The input is bad: exit code 1. The line was or will be printed by [`crate::run`].
+    Bad(Failure),
+    /// The command was used wrongly, or an input does not exist: exit code 2.
+    Usage(String),
+    /// The reader of our output went away: nothing to say to anybody.
+    OutputClosed,
+}
+
+impl From<Failure> for Stop {
+    fn from(failure: Failure) -> Self {
+        Stop::Bad(failure)
+    }
+}
+
+/// `text` with control characters escaped, so that it stays on one line and does not drive a terminal.
+pub fn printable(text: &str) -> String {
+    text.chars().fold(String::with_capacity(text.len()), |mut out, c| {
+        match c.is_control() {
+            true => out.extend(c.escape_default()),
+            false => out.push(c),
+        }
+        out
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use qevm_wire::WireError;
+
+    #[test]
+    fn a_failure_is_one_line_with_fault_place_and_path() {
+        let kind = WireError::Truncated { needed: 8, available: 2 };
+        let failure = Failure::located("a\nb", Located::new(kind, 40).within("section 2 'ram'"));
+        assert_eq!(
+            failure.to_string(),
+            "a\\nb: truncated at byte 40, in section 2 'ram': the input ends here: 8 bytes expected, 2 left"
+        );
+    }
+}

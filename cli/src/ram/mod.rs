@@ -1,0 +1,250 @@
+//! Guest memory as a destination would have it: which pages came, their digests, and, where asked, their contents.
+//!
+//! [`GuestRam`] takes pages in the order in which they are applied; the last content of a page wins. It always knows
+//! state and CRC-32 of every page (4¼ bytes each, beyond 15 GiB of guest in a temporary file). The contents are kept
+//! only with [`Keep::Image`]: SHA-256, XBZRLE and extraction need them.
+
+mod crc;
+mod image;
+mod page_table;
+
+pub use page_table::PageState;
+
+use crate::args::RamDigest;
+use crc::PageCrc;
+use image::Image;
+use page_table::{PageTable, Run};
+use sha2::{Digest, Sha256};
+use std::io;
+
+/// What is kept of the pages.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Keep {
+    /// Nothing: pages are not even read.
+    Nothing,
+    /// State and CRC-32 of each page.
+    Digests,
+    /// The contents, too.
+    Image,
+}
+
+/// One RAM block and the pages it got.
+#[derive(Debug, Clone)]
+pub struct Block {
+    /// Its name; bytes that are not ASCII are escaped.
+    pub name: String,
+    /// Its length in bytes.
+    pub used_length: u64,
+    /// Pages that the stream gave a content.
+    pub pages: u64,
+    /// Those of [`Block::pages`] that are all zeroes in the end.
+    pub zero_pages: u64,
+    first_page: u64,
+}
+
+/// The guest's memory.
+#[derive(Debug)]
+pub struct GuestRam {
+    blocks: Vec<Block>,
+    page_size: u64,
+    next_page: u64,
+    table: PageTable,
+    crc: PageCrc,
+    image: Option<Image>,
+    keep: Keep,
+}
+
+impl GuestRam {
+    /// Memory without blocks, of pages of `page_size` bytes.
+    pub fn new(page_size: u64, keep: Keep) -> io::Result<Self> {
+        Ok(GuestRam {
+            blocks: Vec::new(),
+            page_size,
+            next_page: 0,
+            table: PageTable::default(),
+            crc: PageCrc::new(page_size),
+            image: if keep == Keep::Image { Some(Image::new()?) } else { None },
+            keep,
+        })
+    }
+
+    /// What is kept of the pages.
+    pub fn keep(&self) -> Keep {
+        self.keep
+    }
+
+    /// Adds a block of `used_length` bytes, whole pages, and returns its number.
+    pub fn add_block(&mut self, name: String, used_length: u64) -> usize {
+        let first_page = self.next_page;
+        self.next_page = PageTable::align(first_page.saturating_add(used_length / self.page_size));
+        self.blocks.push(Block { name, used_length, pages: 0, zero_pages: 0, first_page });
+        self.blocks.len() - 1
+    }
+
+    /// All blocks, in the order in which they were added.
+    pub fn blocks(&self) -> &[Block] {
+        &self.blocks
+    }
+
+    /// The page at byte `offset` of `block` now holds `bytes`.
+    pub fn put(&mut self, block: usize, offset: u64, bytes: &[u8]) -> io::Result<()> {
+        let crc = crc32fast::hash(bytes);
+        // Only a page with the CRC of a zero page can be one.
+        let zero = crc == self.crc.zero_page() && bytes.iter().all(|byte| *byte == 0);
+        let state = if zero { PageState::Zero } else { PageState::Data };
+        self.set(block, offset, state, crc, bytes)
+    }
+
+    /// The page at byte `offset` of `block` now holds zeroes.
+    pub fn put_zero(&mut self, block: usize, offset: u64) -> io::Result<()> {
+        self.set(block, offset, PageState::Zero, self.crc.zero_page(), &[])
+    }
+
+    /// The pages in `len` bytes from `offset` of `block` have no content any more.
+    pub fn discard(&mut self, block: usize, offset: u64, len: u64) -> io::Result<()> {
+        let Some(first_page) = self.blocks.get(block).map(|block| block.first_page) else {
+            return Err(io::Error::other("no such RAM block"));
+        };
+        let mut offset = offset;
+        let mut present = Vec::new();
+        self.table.walk(first_page + offset / self.page_size, len / self.page_size, |run| {
+            if run.state != PageState::Absent {
+                present.push(offset);
+            }
+            offset += run.pages * self.page_size;
+            Ok(())
+        })?;
+        present.into_iter().try_for_each(|offset| self.set(block, offset, PageState::Absent, 0, &[]))
+    }
+
+    /// The page at byte `offset` of `block` came, but its content was jumped over ([`Keep::Nothing`]).
+    pub fn put_unread(&mut self, block: usize, offset: u64) -> io::Result<()> {
+        self.set(block, offset, PageState::Data, 0, &[])
+    }
+
+    /// What is known of the page at byte `offset` of `block`.
+    pub fn state(&mut self, block: usize, offset: u64) -> io::Result<PageState> {
+        match self.blocks.get(block) {
+            Some(found) => self.table.state(found.first_page + offset / self.page_size),
+            None => Ok(PageState::Absent),
+        }
+    }
+
+    /// Reads the contents at byte `offset` of `block`; needs [`Keep::Image`]. Pages that never came are zeroes.
+    pub fn read(&mut self, block: usize, offset: u64, bytes: &mut [u8]) -> io::Result<()> {
+        let place = self.blocks.get(block).and_then(|b| b.first_page.checked_mul(self.page_size)?.checked_add(offset));
+        match (&mut self.image, place) {
+            (Some(image), Some(place)) => image.read(place, bytes),
+            _ => Err(io::Error::other("page contents were not kept")),
+        }
+    }
+
+    /// The digest of `block` over its whole used length, in lower-case hexadecimal.
+    pub fn digest(&mut self, block: usize, kind: RamDigest) -> io::Result<String> {
+        let Some(Block { used_length, first_page, .. }) = self.blocks.get(block).cloned() else {
+            return Err(io::Error::other("no such RAM block"));
+        };
+        let pages = used_length / self.page_size;
+        match kind {
+            RamDigest::Crc32 => {
+                let mut crc = 0;
+                let combine = &self.crc;
+                self.table.walk(first_page, pages, |run| {
+                    crc = match run.state {
+                        PageState::Absent => combine.append_zero_pages(crc, run.pages),
+                        PageState::Zero | PageState::Data => combine.append(crc, run.crc),
+                    };
+                    Ok(())
+                })?;
+                Ok(format!("{crc:08x}"))
+            }
+            RamDigest::Sha256 => {
+                let Some(image) = &mut self.image else {
+                    return Err(io::Error::other("SHA-256 needs the contents of pages"));
+                };
+                let mut sha = Sha256::new();
+                let mut page = vec![0; self.page_size as usize];
+                let mut place = first_page.saturating_mul(self.page_size);
+                self.table.walk(first_page, pages, |Run { state, pages, .. }| {
+                    if state == PageState::Data {
+                        image.read(place, &mut page)?;
+                        sha.update(&page);
+                    } else {
+                        page.fill(0);
+                        (0..pages).for_each(|_| sha.update(&page));
+                    }
+                    place = place.saturating_add(pages.saturating_mul(page.len() as u64));
+                    Ok(())
+                })?;
+                Ok(sha.finalize().iter().map(|byte| format!("{byte:02x}")).collect())
+            }
+        }
+    }
+
+    fn set(&mut self, block: usize, offset: u64, state: PageState, crc: u32, bytes: &[u8]) -> io::Result<()> {
+        let Some(found) = self.blocks.get_mut(block) else {
+            return Err(io::Error::other("no such RAM block"));
+        };
+        let page = found.first_page + offset / self.page_size;
+        let before = self.table.set(page, state, crc)?;
+        found.pages = found.pages + u64::from(state != PageState::Absent) - u64::from(before != PageState::Absent);
+        found.zero_pages =
+            found.zero_pages + u64::from(state == PageState::Zero) - u64::from(before == PageState::Zero);
+        if let Some(image) = &mut self.image {
+            if bytes.is_empty() && state == PageState::Data {
+                return Err(io::Error::other("page without content"));
+            }
+            let place = page.checked_mul(self.page_size).ok_or_else(too_large)?;
+            if state == PageState::Data {
+                image.write(place, bytes)?;
+            } else if before == PageState::Data {
+                image.write(place, &vec![0; self.page_size as usize])?;
+            }
+        }
+        Ok(())
+    }
+}
+
+fn too_large() -> io::Error {
+    io::Error::from(io::ErrorKind::FileTooLarge)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn digests_are_those_of_the_whole_block_with_absent_pages_as_zeroes() {
+        let mut ram = GuestRam::new(4096, Keep::Image).unwrap();
+        ram.add_block("first".into(), 4096);
+        let block = ram.add_block("second".into(), 5 * 4096);
+        let page: Vec<u8> = (0..4096).map(|i| (i * 7) as u8).collect();
+        ram.put(block, 4096, &page).unwrap();
+        ram.put(block, 3 * 4096, &page).unwrap();
+        ram.put(block, 3 * 4096, &[0; 4096]).unwrap(); // the last content wins
+        ram.put_zero(block, 0).unwrap();
+        ram.put(block, 2 * 4096, &page).unwrap();
+        ram.discard(block, 2 * 4096, 4096).unwrap();
+
+        let mut bytes = vec![0; 5 * 4096];
+        bytes[4096..8192].copy_from_slice(&page);
+        let sha: String = Sha256::digest(&bytes).iter().map(|byte| format!("{byte:02x}")).collect();
+        assert_eq!(ram.digest(block, RamDigest::Crc32).unwrap(), format!("{:08x}", crc32fast::hash(&bytes)));
+        assert_eq!(ram.digest(block, RamDigest::Sha256).unwrap(), sha);
+        assert_eq!((ram.blocks()[block].pages, ram.blocks()[block].zero_pages), (3, 2));
+        let mut read = vec![1; 4096];
+        ram.read(block, 3 * 4096, &mut read).unwrap();
+        assert!(read.iter().all(|byte| *byte == 0));
+        ram.read(block, 4096, &mut read).unwrap();
+        assert_eq!(read, page);
+    }
+
+    #[test]
+    fn a_block_of_a_pebibyte_costs_nothing_until_pages_come() {
+        let mut ram = GuestRam::new(4096, Keep::Digests).unwrap();
+        let block = ram.add_block("huge".into(), 1 << 50);
+        ram.put(block, (1 << 50) - 4096, &[7; 4096]).unwrap();
+        assert_eq!(ram.blocks()[block].pages, 1);
+        assert_eq!(ram.digest(block, RamDigest::Crc32).unwrap().len(), 8);
+    }
+}

@@ -1,0 +1,104 @@
+//! What was found, as the object that `--json` prints.
+
+use crate::failure::Failure;
+use serde::Serialize;
+use serde_json::{Map, Value, json};
+
+/// The result of `qevm verify` (and the core of that of `qevm inspect`).
+///
+/// ```
+/// let value = serde_json::to_value(qevm::report::Report::default().to_json()).unwrap();
+/// let keys: Vec<&String> = value.as_object().unwrap().keys().collect();
+/// assert_eq!(
+///     keys,
+///     ["ok", "bytes", "opaque_bytes", "reencoded_identical", "qemu_profile", "sections", "ram", "error"]
+/// );
+/// ```
+#[derive(Debug, Clone, Default)]
+pub struct Report {
+    /// Bytes accounted for, over all files: from the start of the stream (`--offset`) to the end, or to the fault.
+    pub bytes: u64,
+    /// Bytes of device sections that belong to no named field.
+    pub opaque_bytes: u64,
+    /// Everything that was decoded gave the same bytes when it was encoded again.
+    pub reencoded_identical: bool,
+    /// Best guess of the writer: see [`crate::writer`].
+    pub qemu_profile: String,
+    /// One entry for each section (START or FULL), in stream order.
+    pub sections: Vec<SectionReport>,
+    /// The RAM blocks, in the order of the stream's list.
+    pub ram: Vec<RamReport>,
+    /// Why the stream is bad, if it is.
+    pub error: Option<Failure>,
+}
+
+/// One section of the main channel.
+#[derive(Debug, Clone, Serialize)]
+pub struct SectionReport {
+    /// The handler's name.
+    pub idstr: String,
+    /// Tells handlers of the same name apart.
+    pub instance_id: u32,
+    /// Version of its content.
+    pub version_id: u32,
+    /// Offset in the file of the type byte of START or FULL.
+    pub offset: u64,
+    /// Bytes from type byte to footer; of an iterable section the sum over START, PARTs and END.
+    pub size: u64,
+}
+
+/// One RAM block.
+#[derive(Debug, Clone)]
+pub struct RamReport {
+    /// Its name.
+    pub name: String,
+    /// Its length in bytes.
+    pub used_length: u64,
+    /// Pages that the stream gave a content.
+    pub pages: u64,
+    /// Those that are all zeroes in the end.
+    pub zero_pages: u64,
+    /// Name (`crc32`, `sha256`) and value of the digest over the used length; `None` if page contents were skipped.
+    pub digest: Option<(&'static str, String)>,
+}
+
+impl Report {
+    /// The object, with exactly the keys of the contract and in its order.
+    pub fn to_json(&self) -> Map<String, Value> {
+        let mut object = Map::new();
+        object.insert("ok".into(), self.error.is_none().into());
+        object.insert("bytes".into(), self.bytes.into());
+        object.insert("opaque_bytes".into(), self.opaque_bytes.into());
+        object.insert("reencoded_identical".into(), self.reencoded_identical.into());
+        object.insert("qemu_profile".into(), self.qemu_profile.clone().into());
+        object.insert("sections".into(), json!(self.sections));
+        object.insert("ram".into(), self.ram.iter().map(RamReport::to_json).collect());
+        object.insert("error".into(), self.error.as_ref().map_or(Value::Null, error_json));
+        object
+    }
+}
+
+impl RamReport {
+    fn to_json(&self) -> Value {
+        let mut value = json!({
+            "name": self.name,
+            "used_length": self.used_length,
+            "pages": self.pages,
+            "zero_pages": self.zero_pages,
+        });
+        if let (Some((kind, digest)), Some(object)) = (&self.digest, value.as_object_mut()) {
+            object.insert((*kind).into(), digest.clone().into());
+        }
+        value
+    }
+}
+
+/// The `error` member.
+pub fn error_json(failure: &Failure) -> Value {
+    json!({
+        "kind": failure.kind,
+        "offset": failure.offset,
+        "path": failure.path,
+        "message": failure.message,
+    })
+}

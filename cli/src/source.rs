@@ -1,0 +1,239 @@
+//! Where bytes come from: a file that can be skipped in, or a pipe that must be read.
+
+use std::fs::File;
+use std::io::{self, Read, Seek, SeekFrom};
+
+/// First read after a jump: enough for a few record headers.
+const SMALL_READ: usize = 256;
+/// Largest read: large enough to be cheap, small enough to stay in a processor's cache.
+const LARGE_READ: usize = 256 << 10;
+
+/// A window that moves forward over an input.
+///
+/// The window only grows as far as a caller asks with [`Source::fill`]; what was consumed leaves it. Reads start small
+/// after a jump and double while everything is consumed, so that a reader that jumps over pages reads little more than
+/// the words between them.
+pub struct Source {
+    input: Input,
+    /// Length of a seekable input.
+    len: Option<u64>,
+    buffer: Vec<u8>,
+    /// Range of the buffer that holds bytes not consumed yet.
+    start: usize,
+    end: usize,
+    /// Offset in the input of `buffer[start]`.
+    offset: u64,
+    read_size: usize,
+    ended: bool,
+}
+
+enum Input {
+    Seekable(Box<dyn SeekRead>),
+    Stream(Box<dyn Read>),
+}
+
+/// What a seekable input must do.
+pub trait SeekRead: Read + Seek {}
+impl<T: Read + Seek> SeekRead for T {}
+
+impl std::fmt::Debug for Source {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Source").field("offset", &self.offset).field("len", &self.len).finish_non_exhaustive()
+    }
+}
+
+impl Source {
+    /// A file: seekable if it is a regular file or a block device.
+    pub fn file(mut file: File) -> io::Result<Self> {
+        // A pipe or a terminal refuses to seek; an empty regular file does not.
+        match file.seek(SeekFrom::End(0)) {
+            Ok(len) if file.metadata()?.is_file() || len > 0 => {
+                file.rewind()?;
+                Ok(Self::with(Input::Seekable(Box::new(file)), Some(len)))
+            }
+            _ => Ok(Self::stream(Box::new(file))),
+        }
+    }
+
+    /// Something that can only be read to its end.
+    pub fn stream(input: Box<dyn Read>) -> Self {
+        Self::with(Input::Stream(input), None)
+    }
+
+    /// Something of `len` bytes that can be skipped in, positioned at its start.
+    pub fn seekable(input: Box<dyn SeekRead>, len: u64) -> Self {
+        Self::with(Input::Seekable(input), Some(len))
+    }
+
+    fn with(input: Input, len: Option<u64>) -> Self {
+        let (buffer, start, end) = (Vec::new(), 0, 0);
+        Source { input, len, buffer, start, end, offset: 0, read_size: LARGE_READ, ended: false }
+    }
+
+    /// Offset in the input of the next byte.
+    pub fn offset(&self) -> u64 {
+        self.offset
+    }
+
+    /// Bytes of the whole input, if that is known before its end.
+    pub fn total(&self) -> Option<u64> {
+        self.len
+    }
+
+    /// True if the input can be read again from an earlier place.
+    pub fn is_seekable(&self) -> bool {
+        matches!(self.input, Input::Seekable(_))
+    }
+
+    /// The bytes that are there, without reading more.
+    pub fn window(&self) -> &[u8] {
+        &self.buffer[self.start..self.end]
+    }
+
+    /// True once no byte follows those in the window.
+    pub fn at_end(&self) -> bool {
+        self.ended
+    }
+
+    /// Reads until the window has at least `bytes` bytes or the input ends; then [`Source::at_end`] holds.
+    pub fn fill(&mut self, bytes: usize) -> io::Result<()> {
+        while self.end - self.start < bytes && !self.ended {
+            self.read_some(bytes)?;
+        }
+        Ok(())
+    }
+
+    /// Takes `bytes` bytes, at most the window's, from the front of the window.
+    pub fn consume(&mut self, bytes: usize) {
+        let bytes = bytes.min(self.end - self.start);
+        self.start += bytes;
+        self.offset += bytes as u64;
+    }
+
+    /// Jumps over up to `bytes` bytes and returns how many there were before the input's end.
+    pub fn skip(&mut self, bytes: u64) -> io::Result<u64> {
+        let held = (self.end - self.start) as u64;
+        if bytes <= held {
+            self.consume(bytes as usize);
+            return Ok(bytes);
+        }
+        self.consume(held as usize);
+        let wanted = bytes - held;
+        if let (Input::Seekable(input), Some(len)) = (&mut self.input, self.len) {
+            let jump = wanted.min(len.saturating_sub(self.offset));
+            self.offset += jump;
+            input.seek(SeekFrom::Start(self.offset))?;
+            self.read_size = SMALL_READ;
+            self.ended = false;
+            return Ok(held + jump);
+        }
+        let mut left = wanted;
+        while left > 0 {
+            self.fill(1)?;
+            let step = left.min((self.end - self.start) as u64);
+            if step == 0 {
+                break;
+            }
+            self.consume(step as usize);
+            left -= step;
+        }
+        Ok(bytes - left)
+    }
+
+    /// Goes to `offset`, forwards or backwards.
+    ///
+    /// # Errors
+    /// `Unsupported` if the input is not seekable.
+    pub fn jump(&mut self, offset: u64) -> io::Result<()> {
+        let Input::Seekable(input) = &mut self.input else {
+            return Err(io::ErrorKind::Unsupported.into());
+        };
+        input.seek(SeekFrom::Start(offset))?;
+        (self.start, self.end, self.offset, self.ended) = (0, 0, offset, false);
+        self.read_size = LARGE_READ;
+        Ok(())
+    }
+
+    fn read_some(&mut self, wanted: usize) -> io::Result<()> {
+        if self.start == self.end {
+            (self.start, self.end) = (0, 0);
+        }
+        let missing = wanted.saturating_sub(self.end - self.start);
+        let size = self.read_size.max(missing.min(LARGE_READ));
+        if self.buffer.len() - self.end < size {
+            self.buffer.copy_within(self.start..self.end, 0);
+            (self.start, self.end) = (0, self.end - self.start);
+            if self.buffer.len() - self.end < size {
+                self.buffer.resize((self.end + size).max(2 * LARGE_READ), 0);
+            }
+        }
+        let room = &mut self.buffer[self.end..self.end + size];
+        let read = loop {
+            let read = match &mut self.input {
+                Input::Seekable(input) => input.read(room),
+                Input::Stream(input) => input.read(room),
+            };
+            match read {
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                read => break read?,
+            }
+        };
+        self.ended = read == 0;
+        self.end += read;
+        self.read_size = (self.read_size * 2).min(LARGE_READ);
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::Cursor;
+
+    fn bytes() -> Vec<u8> {
+        (0..1_000_000u32).map(|i| ((i * 31) >> 5) as u8).collect()
+    }
+
+    fn walk(mut source: Source) {
+        let bytes = bytes();
+        let mut at = 0;
+        for step in [1usize, 7, 5000, 8, 300_000, 2, 4096, 600_000] {
+            source.fill(8).unwrap();
+            assert_eq!(source.offset(), at as u64);
+            assert_eq!(source.window()[..8], bytes[at..at + 8]);
+            assert_eq!(source.skip(step as u64).unwrap(), step as u64);
+            at += step;
+        }
+        assert_eq!(source.skip(1 << 40).unwrap(), (bytes.len() - at) as u64);
+        source.fill(1).unwrap();
+        assert!(source.window().is_empty() && source.at_end());
+        assert_eq!(source.offset(), bytes.len() as u64);
+    }
+
+    #[test]
+    fn files_and_pipes_read_alike() {
+        walk(Source::seekable(Box::new(Cursor::new(bytes())), bytes().len() as u64));
+        walk(Source::stream(Box::new(Cursor::new(bytes()))));
+    }
+
+    #[test]
+    fn the_window_grows_as_far_as_asked() {
+        let mut source = Source::stream(Box::new(Cursor::new(bytes())));
+        source.fill(900_000).unwrap();
+        assert_eq!(source.window()[..900_000], bytes()[..900_000]);
+        source.fill(2_000_000).unwrap();
+        assert!(source.at_end());
+        assert_eq!(source.window(), bytes());
+    }
+
+    #[test]
+    fn only_a_seekable_input_goes_back() {
+        let mut source = Source::seekable(Box::new(Cursor::new(bytes())), 1_000_000);
+        source.skip(500).unwrap();
+        source.jump(3).unwrap();
+        source.fill(2).unwrap();
+        assert_eq!(source.window()[..2], bytes()[3..5]);
+        let error = Source::stream(Box::new(Cursor::new(bytes()))).jump(0).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::Unsupported);
+    }
+}

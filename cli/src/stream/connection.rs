@@ -1,0 +1,564 @@
+//! One main channel from its first byte to its last: the loop around [`Decoder`], and what each event means.
+
+use super::analysis::{Analysis, Observer, Record, Section, Settings};
+use super::bodies::Bodies;
+use super::channels::Channels;
+use super::inputs::{Inputs, Named};
+use super::memory::Memory;
+use super::return_path;
+use crate::failure::Failure;
+use crate::ram::Keep;
+use crate::source::Source;
+use qevm_savevm::command::Command;
+use qevm_savevm::framing::{Content, SectionKind};
+use qevm_savevm::ram::{MappedRamHeader, RamRecord};
+use qevm_savevm::{Decoder, DecoderOptions, Encoder, Event, Footers, Step};
+use qevm_wire::{Limits, Writer};
+use std::collections::HashMap;
+use std::io;
+
+/// How reading ended.
+pub(super) enum Outcome {
+    /// At the end, or at a fault.
+    Done(Box<Analysis>),
+    /// At an XBZRLE page, which needs the contents of pages, and they were not kept.
+    NeedsImage,
+}
+
+/// Why reading stops before the end.
+pub(super) enum Halt {
+    /// The stream is bad.
+    Failure(Failure),
+    /// See [`Outcome::NeedsImage`].
+    NeedsImage,
+}
+
+impl From<Failure> for Halt {
+    fn from(failure: Failure) -> Self {
+        Halt::Failure(failure)
+    }
+}
+
+/// Reads all files of a migration.
+pub(super) fn run(inputs: &mut Inputs, settings: &Settings, observer: &mut dyn Observer) -> Outcome {
+    let mut walk = Walk {
+        analysis: Analysis { reencoded_identical: settings.reencode, page_size: 4096, ..Analysis::default() },
+        memory: None,
+        channels: Channels::default(),
+        settings,
+        observer,
+        open: HashMap::new(),
+        record: None,
+        bodies: Bodies::default(),
+        pings: Vec::new(),
+        flush_seen: false,
+        bytes_before: 0,
+    };
+    let result = walk.all(inputs);
+    let Walk { mut analysis, memory, channels, .. } = walk;
+    analysis.ram = memory.map(Memory::into_ram);
+    analysis.channels = channels.describe();
+    analysis.reencoded_identical &= settings.reencode;
+    match result {
+        Ok(()) => {}
+        Err(Halt::NeedsImage) => return Outcome::NeedsImage,
+        Err(Halt::Failure(failure)) => {
+            // What was not read to its end is not known to be identical.
+            analysis.reencoded_identical = false;
+            analysis.failure = Some(failure);
+        }
+    }
+    Outcome::Done(Box::new(analysis))
+}
+
+/// The state of reading a migration, over all its files.
+pub(super) struct Walk<'s> {
+    pub(super) analysis: Analysis,
+    pub(super) memory: Option<Memory>,
+    channels: Channels,
+    settings: &'s Settings,
+    observer: &'s mut dyn Observer,
+    /// Section id to index into the analysis' sections.
+    open: HashMap<u32, usize>,
+    /// The section record being read.
+    record: Option<Record>,
+    bodies: Bodies,
+    /// Values of the PINGs sent.
+    pings: Vec<u32>,
+    /// MULTIFD_FLUSH came: the channels are in step with it, and not with the ends of sections.
+    flush_seen: bool,
+    /// Bytes of the files that are done with.
+    bytes_before: u64,
+}
+
+/// What the payload behind an event is.
+enum Payload {
+    None,
+    Page { block: usize, offset: u64 },
+    MappedRam { block: usize, header: MappedRamHeader, used_length: u64 },
+    Package,
+    Description,
+    Other,
+}
+
+impl Walk<'_> {
+    fn all(&mut self, inputs: &mut Inputs) -> Result<(), Halt> {
+        let Inputs { main, offset, channels, recovery, return_path } = inputs;
+        self.channels = Channels::open(channels)?;
+        let can_break = !recovery.is_empty();
+        let skipped = main.source.skip(*offset).map_err(|e| Failure::io(&main.name, 0, &e))?;
+        if skipped < *offset {
+            let kind = "truncated";
+            let message = format!("the file ends here, before the stream's start at --offset {offset}");
+            let file = main.name.clone();
+            return Err(Failure { file, kind, offset: skipped, path: String::new(), message }.into());
+        }
+        let options = DecoderOptions { offset: *offset, ..DecoderOptions::default() };
+        let (mut last, mut encoder) = self.connection(main, Decoder::new(options), Encoder::default(), can_break)?;
+        self.analysis.main_bytes = self.analysis.bytes;
+        let resumed = recovery.len();
+        for (number, named) in recovery.iter_mut().enumerate() {
+            let (decoder, resumed_encoder) = (last.recovery(), encoder.recovery());
+            (last, encoder) = self.connection(named, decoder, resumed_encoder, number + 1 < resumed)?;
+        }
+        if let Some(memory) = &mut self.memory {
+            self.channels.finish(memory, &last, can_break)?;
+        }
+        self.bytes_before += self.channels.bytes();
+        self.analysis.bytes = self.bytes_before;
+        for (number, named) in return_path.iter_mut().enumerate() {
+            let context =
+                return_path::Context { pings: &self.pings, blocks: last.ram_blocks(), can_break: number < resumed };
+            let read = return_path::read(named, &context)?;
+            self.analysis.return_path.push(read.description);
+            self.bytes_before += read.bytes;
+            self.analysis.bytes = self.bytes_before;
+        }
+        Ok(())
+    }
+
+    /// Reads one connection to its end and returns its decoder.
+    fn connection(
+        &mut self,
+        named: &mut Named,
+        decoder: Decoder,
+        encoder: Encoder,
+        can_break: bool,
+    ) -> Result<(Decoder, Encoder), Halt> {
+        let start = decoder.offset();
+        let mut connection = Connection {
+            file: named.name.clone(),
+            source: &mut named.source,
+            decoders: vec![decoder],
+            encoder,
+            writer: Writer::new(),
+        };
+        self.bodies.look_ahead(connection.source, start);
+        let result = connection.read(self);
+        let Connection { mut decoders, encoder, .. } = connection;
+        let end = decoders.last().map_or(start, Decoder::offset);
+        let outermost = decoders.swap_remove(0);
+        self.bytes_before += end - start;
+        self.analysis.bytes = self.bytes_before;
+        match result {
+            Err(Halt::Failure(failure)) if can_break && failure.kind == "truncated" && failure.file == named.name => {
+                let note = format!("{}: the connection broke at byte {end}, as a resumed postcopy's does", named.name);
+                self.analysis.notes.push(note);
+                self.record = None;
+            }
+            Err(Halt::Failure(mut failure)) => {
+                self.close_record(end);
+                failure.offset = failure.offset.max(start);
+                return Err(failure.into());
+            }
+            Err(halt) => return Err(halt),
+            Ok(()) => {}
+        }
+        Ok((outermost, encoder))
+    }
+
+    /// Notes what an event says and does what it asks for.
+    fn event(
+        &mut self,
+        event: &Event<'_>,
+        at: u64,
+        decoder: &Decoder,
+        packaged: bool,
+        file: &str,
+    ) -> Result<Payload, Halt> {
+        match event {
+            Event::Ram(record) => return self.ram_record(record, at, decoder, file),
+            Event::Header => self.analysis.header = true,
+            Event::Configuration(configuration) => {
+                self.analysis.page_size = decoder.page_geometry().size();
+                self.analysis.configuration = Some(configuration.clone());
+            }
+            Event::Section { kind, header } => {
+                self.observer.section(*kind, header, at);
+                self.analysis.signs.section(header);
+                let known = self.open.get(&header.section_id).copied();
+                // A resumed stream may open a section again; a new entry is right for everything else.
+                let index = known.filter(|_| *kind == SectionKind::Start).unwrap_or_else(|| {
+                    self.analysis.sections.push(Section {
+                        kind: *kind,
+                        header: header.clone(),
+                        offset: at,
+                        size: 0,
+                        records: 0,
+                        packaged,
+                    });
+                    self.analysis.sections.len() - 1
+                });
+                self.open.insert(header.section_id, index);
+                self.record = Some(Record { section: index, kind: *kind, offset: at, size: 0 });
+            }
+            Event::SectionPart { kind, section_id } => {
+                if let Some(section) = self.open.get(section_id).copied() {
+                    self.observer.section(*kind, &self.analysis.sections[section].header, at);
+                    self.record = Some(Record { section, kind: *kind, offset: at, size: 0 });
+                }
+                self.bodies.iterated();
+            }
+            Event::Body(body) => {
+                if let Some(header) = decoder.current_section() {
+                    self.body(&header.clone(), at, body, file)?;
+                }
+            }
+            Event::SectionFooter { .. } => {
+                self.analysis.footers = Some(decoder.footers() != Footers::Absent);
+                self.close_record(decoder.offset());
+            }
+            Event::Command(command) => return self.command(command, at, decoder, file),
+            Event::VmDescription { .. } => return Ok(Payload::Description),
+            Event::Eof => {
+                let sections = &self.analysis.sections;
+                self.bodies.finish(file, sections)?;
+            }
+            _ => {}
+        }
+        Ok(if decoder.payload_remaining() > 0 { Payload::Other } else { Payload::None })
+    }
+
+    fn body(
+        &mut self,
+        header: &qevm_savevm::framing::SectionHeader,
+        at: u64,
+        body: &[u8],
+        file: &str,
+    ) -> Result<(), Halt> {
+        self.observer.body(header, at, body);
+        let read = self.bodies.read(header, at, body, file)?;
+        self.analysis.opaque_bytes += read.opaque;
+        self.analysis.reencoded_identical &= read.identical;
+        Ok(())
+    }
+
+    fn command(&mut self, command: &Command, at: u64, decoder: &Decoder, file: &str) -> Result<Payload, Halt> {
+        self.analysis.command_count += 1;
+        self.analysis.signs.command(command);
+        if self.analysis.commands.len() < Analysis::MAX_RECORDS {
+            self.analysis.commands.push((at, describe_command(command)));
+        }
+        match command {
+            Command::Ping(value) => self.pings.push(*value),
+            Command::RamDiscard(discard) => {
+                if let (Some(memory), Some(block)) =
+                    (&mut self.memory, decoder.ram_blocks().find(discard.block.as_bytes()))
+                {
+                    for range in &discard.ranges {
+                        memory
+                            .ram
+                            .discard(block.index(), range.start, range.len)
+                            .map_err(|error| Failure::io(file, at, &error))?;
+                    }
+                }
+            }
+            Command::Packaged { .. } => return Ok(Payload::Package),
+            _ => {}
+        }
+        Ok(Payload::None)
+    }
+
+    fn ram_record(&mut self, record: &RamRecord<'_>, at: u64, decoder: &Decoder, file: &str) -> Result<Payload, Halt> {
+        let keep = self.settings.keep;
+        let page_size = decoder.page_geometry().size();
+        let io = |error: io::Error| Failure::io(file, at, &error);
+        if let RamRecord::MemSize { .. } = record {
+            if self.memory.is_some() {
+                let mut failure = Failure::mismatch(file, at, "section 'ram'", "a second list of RAM blocks");
+                failure.kind = "unsupported";
+                return Err(failure.into());
+            }
+            self.memory = Some(Memory::new(page_size, keep).map_err(io)?);
+            return Ok(Payload::None);
+        }
+        let pages = &mut self.analysis.main_pages;
+        let Some(memory) = &mut self.memory else {
+            // Only the end of a section can come without a list.
+            return Ok(Payload::None);
+        };
+        match record {
+            RamRecord::Block(block) => {
+                let index = memory.ram.add_block(block.name.to_string(), block.used_length);
+                if let Some(header) = block.mapped_ram {
+                    return Ok(Payload::MappedRam { block: index, header, used_length: block.used_length });
+                }
+            }
+            RamRecord::Page(page) => {
+                pages.page += 1;
+                return Ok(Payload::Page { block: page.block.index(), offset: page.offset });
+            }
+            RamRecord::Zero(page) => {
+                pages.zero += 1;
+                memory.ram.put_zero(page.block.index(), page.offset).map_err(io)?;
+            }
+            RamRecord::Xbzrle { page, data } => {
+                pages.xbzrle += 1;
+                if keep == Keep::Digests {
+                    return Err(Halt::NeedsImage);
+                }
+                let place = memory.place(page);
+                memory
+                    .xbzrle(page, data, decoder.offset() - data.len() as u64)
+                    .map_err(|fault| fault.failure(file, at, &place))?;
+            }
+            RamRecord::Compressed { page, data } => {
+                pages.compressed += 1;
+                let place = memory.place(page);
+                memory.compressed(page, data).map_err(|fault| fault.failure(file, at, &place))?;
+            }
+            RamRecord::MultifdFlush => {
+                self.flush_seen = true;
+                self.analysis.signs.flush();
+                self.channels.sync(memory, decoder.ram_blocks(), decoder.page_geometry(), file, at)?;
+            }
+            RamRecord::EndOfSection if !self.flush_seen && self.channels.any_multifd() => {
+                self.channels.sync(memory, decoder.ram_blocks(), decoder.page_geometry(), file, at)?;
+            }
+            _ => {}
+        }
+        Ok(Payload::None)
+    }
+
+    fn close_record(&mut self, end: u64) {
+        if let Some(mut record) = self.record.take() {
+            record.size = end.saturating_sub(record.offset);
+            let section = &mut self.analysis.sections[record.section];
+            section.size += record.size;
+            section.records += 1;
+            if self.analysis.records.len() < Analysis::MAX_RECORDS {
+                self.analysis.records.push(record);
+            }
+        }
+    }
+}
+
+/// One connection that carries a main channel.
+struct Connection<'c> {
+    file: String,
+    source: &'c mut Source,
+    /// The decoder of the connection, and those of the packages in it.
+    decoders: Vec<Decoder>,
+    encoder: Encoder,
+    writer: Writer,
+}
+
+impl Connection<'_> {
+    fn read(&mut self, walk: &mut Walk<'_>) -> Result<(), Halt> {
+        loop {
+            if let Some(innermost) = self.decoders.last()
+                && innermost.expects_body()
+            {
+                self.known_body(walk)?;
+            }
+            let (Some((decoder, outer)), source) = (self.decoders.split_last_mut(), &mut *self.source) else {
+                return Ok(());
+            };
+            let at = decoder.offset();
+            let step = decoder.next(source.window()).map_err(|error| Failure::located(&self.file, error))?;
+            match step {
+                Step::Event { consumed, event } => {
+                    if let Event::Configuration(_) = event {
+                        self.encoder = Encoder::new(decoder.page_geometry());
+                    }
+                    if walk.settings.reencode {
+                        let read = source.window().get(..consumed).unwrap_or_default();
+                        compare(&mut self.encoder, &mut self.writer, &event, read, at, &self.file)?;
+                    }
+                    let payload = walk.event(&event, at, decoder, !outer.is_empty(), &self.file)?;
+                    source.consume(consumed);
+                    for decoder in outer {
+                        skip(decoder, consumed as u64, &self.file)?;
+                    }
+                    self.payload(payload, walk)?;
+                    walk.observer.position(self.source.offset());
+                }
+                Step::Payload { .. } => self.payload(Payload::Other, walk)?,
+                Step::NeedMore { at_least } => self.more(at_least)?,
+                Step::End if outer.is_empty() => return Ok(()),
+                Step::End => drop(self.decoders.pop()),
+            }
+        }
+    }
+
+    /// If the description tells how long the device section's content is, takes exactly that.
+    fn known_body(&mut self, walk: &mut Walk<'_>) -> Result<(), Halt> {
+        let nested = self.decoders.len() > 1;
+        let Some((decoder, _)) = self.decoders.split_last_mut() else {
+            return Ok(());
+        };
+        let Some(header) = decoder.current_section().cloned() else {
+            return Ok(());
+        };
+        if nested || header.content() != Content::Opaque {
+            return Ok(());
+        }
+        let at = decoder.offset();
+        walk.bodies.spool_if_needed(self.source, at).map_err(|error| Failure::io(&self.file, at, &error))?;
+        let Some(len) = walk.bodies.expected_len(&header) else {
+            return Ok(());
+        };
+        let footers = decoder.footers() != Footers::Absent;
+        let whole = len.saturating_add(if footers { 5 } else { 0 });
+        if len > Limits::default().device_section {
+            return Ok(());
+        }
+        self.source.fill(whole as usize).map_err(|error| Failure::io(&self.file, at, &error))?;
+        let window = self.source.window();
+        let footer = window.get(len as usize..whole as usize);
+        let Some(footer) = footer else {
+            return Ok(());
+        };
+        if footers && (footer[0] != 0x7e || footer[1..] != header.section_id.to_be_bytes()) {
+            // Either the description or the section is wrong. The decoder's search for a footer tells which.
+            walk.bodies.distrust(&header, at);
+            return Ok(());
+        }
+        walk.body(&header, at, &window[..len as usize], &self.file)?;
+        decoder.body(len).map_err(|error| Failure::located(&self.file, error))?;
+        self.source.consume(len as usize);
+        Ok(())
+    }
+
+    /// Moves the payload behind an event.
+    fn payload(&mut self, payload: Payload, walk: &mut Walk<'_>) -> Result<(), Halt> {
+        let Some(decoder) = self.decoders.last() else { return Ok(()) };
+        let remaining = decoder.payload_remaining();
+        let at = decoder.offset();
+        match payload {
+            Payload::None => {}
+            Payload::Page { block, offset } => {
+                let Some(memory) = &mut walk.memory else { return Ok(()) };
+                if memory.ram.keep() == Keep::Nothing {
+                    memory.ram.put_unread(block, offset).map_err(|error| Failure::io(&self.file, at, &error))?;
+                    return self.jump(remaining);
+                }
+                self.more(remaining as usize)?;
+                if let Some(page) = self.source.window().get(..remaining as usize) {
+                    memory.ram.put(block, offset, page).map_err(|error| Failure::io(&self.file, at, &error))?;
+                    self.source.consume(remaining as usize);
+                    self.skipped(remaining)?;
+                }
+            }
+            Payload::MappedRam { block, header, used_length } => {
+                let Some(memory) = &mut walk.memory else { return Ok(()) };
+                let pages = memory.mapped_ram(self.source, block, &header, used_length, walk.observer);
+                let pages = pages.map_err(|fault| fault.failure(&self.file, self.source.offset(), "mapped-ram"))?;
+                walk.analysis.main_pages.mapped += pages;
+                walk.analysis.signs.mapped_ram();
+                self.skipped(self.source.offset() - at)?;
+                let left = self.decoders.last().map_or(0, Decoder::payload_remaining);
+                self.jump(left)?;
+            }
+            Payload::Package => {
+                let nested = decoder.nested().map_err(|error| Failure::located(&self.file, error))?;
+                self.decoders.push(nested);
+            }
+            Payload::Description => {
+                self.more(remaining as usize)?;
+                if let Some(text) = self.source.window().get(..remaining as usize) {
+                    walk.bodies.description(text, at, &self.file, &mut walk.analysis)?;
+                    self.source.consume(remaining as usize);
+                    self.skipped(remaining)?;
+                }
+            }
+            Payload::Other => self.jump(remaining)?,
+        }
+        Ok(())
+    }
+
+    /// Jumps over payload; at the end of input the decoder's next answer is the error.
+    fn jump(&mut self, bytes: u64) -> Result<(), Halt> {
+        let at = self.source.offset();
+        let jumped = self.source.skip(bytes).map_err(|error| Failure::io(&self.file, at, &error))?;
+        self.skipped(jumped)?;
+        if jumped < bytes {
+            self.decoders.iter_mut().for_each(Decoder::end_of_input);
+        }
+        Ok(())
+    }
+
+    fn skipped(&mut self, bytes: u64) -> Result<(), Halt> {
+        self.decoders.iter_mut().try_for_each(|decoder| skip(decoder, bytes, &self.file))
+    }
+
+    /// Reads on until the window has `bytes` bytes; if there are no more, the decoders are told.
+    fn more(&mut self, bytes: usize) -> Result<(), Halt> {
+        let at = self.source.offset();
+        self.source.fill(bytes).map_err(|error| Failure::io(&self.file, at, &error))?;
+        if self.source.at_end() {
+            self.decoders.iter_mut().for_each(Decoder::end_of_input);
+        }
+        Ok(())
+    }
+}
+
+fn skip(decoder: &mut Decoder, bytes: u64, file: &str) -> Result<(), Halt> {
+    decoder.skip_payload(bytes).map_err(|error| Failure::located(file, error).into())
+}
+
+/// Encodes `event` again and compares it with the bytes it was read from.
+fn compare(
+    encoder: &mut Encoder,
+    writer: &mut Writer,
+    event: &Event<'_>,
+    read: &[u8],
+    at: u64,
+    file: &str,
+) -> Result<(), Failure> {
+    writer.clear();
+    let fault = |offset, message| {
+        let (file, path) = (file.to_owned(), "re-encoding".to_owned());
+        Failure { file, kind: "reencode", offset, path, message }
+    };
+    if let Err(error) = encoder.encode(event, writer) {
+        return Err(fault(at, format!("what was read cannot be written again: {}", error.kind)));
+    }
+    let written = writer.as_bytes();
+    if written == read {
+        return Ok(());
+    }
+    let same = written.iter().zip(read).take_while(|(a, b)| a == b).count();
+    let byte = |bytes: &[u8]| bytes.get(same).map_or("nothing".into(), |byte| format!("{byte:#04x}"));
+    Err(fault(at + same as u64, format!("written again as {}, expected {}", byte(written), byte(read))))
+}
+
+/// A command as people read it.
+fn describe_command(command: &Command) -> String {
+    match command {
+        Command::Ping(value) => format!("PING {value}"),
+        Command::PostcopyAdvise(Some(advise)) => {
+            format!(
+                "POSTCOPY_ADVISE page sizes {:#x}, target page {}",
+                advise.page_size_summary, advise.target_page_size
+            )
+        }
+        Command::RamDiscard(discard) => {
+            let bytes = discard.ranges.iter().fold(0u64, |sum, range| sum.saturating_add(range.len));
+            format!("POSTCOPY_RAM_DISCARD {}: {} ranges, {bytes} bytes", discard.block, discard.ranges.len())
+        }
+        Command::Packaged { len } => format!("PACKAGED {len} bytes"),
+        Command::RecvBitmap(block) => format!("RECV_BITMAP {block}"),
+        command => command.name().to_owned(),
+    }
+}

@@ -1,0 +1,100 @@
+//! The files of one migration, opened.
+
+use crate::args;
+use crate::failure::{Failure, Stop};
+use crate::source::Source;
+use std::fs::File;
+use std::path::Path;
+
+/// A named input.
+#[derive(Debug)]
+pub struct Named {
+    /// As the user wrote it; `-` is shown as `standard input`.
+    pub name: String,
+    /// Its bytes.
+    pub source: Source,
+}
+
+/// The files of one migration.
+#[derive(Debug)]
+pub struct Inputs {
+    /// The main channel.
+    pub main: Named,
+    /// Where the stream starts in the main channel's file.
+    pub offset: u64,
+    /// multifd and preempt channels, in any order.
+    pub channels: Vec<Named>,
+    /// Main channels of resumed postcopy, in order.
+    pub recovery: Vec<Named>,
+    /// Return paths: of the main channel, then of the recoveries.
+    pub return_path: Vec<Named>,
+}
+
+impl Inputs {
+    /// Opens everything that the command line names.
+    ///
+    /// # Errors
+    /// [`Stop::Usage`] if a file cannot be opened.
+    pub fn open(input: &args::Input) -> Result<Self, Stop> {
+        let stdin = std::iter::once(&input.main)
+            .chain(&input.channels)
+            .chain(&input.recovery)
+            .chain(&input.return_path)
+            .filter(|path| path.as_os_str() == "-");
+        if stdin.count() > 1 {
+            return Err(Stop::Usage("standard input (-) can only be one of the files".into()));
+        }
+        let all = |paths: &[std::path::PathBuf]| paths.iter().map(|path| open(path)).collect::<Result<Vec<_>, _>>();
+        Ok(Inputs {
+            main: open(&input.main)?,
+            offset: input.offset,
+            channels: all(&input.channels)?,
+            recovery: all(&input.recovery)?,
+            return_path: all(&input.return_path)?,
+        })
+    }
+
+    /// One main channel alone.
+    pub fn single(name: &str, source: Source) -> Self {
+        let main = Named { name: name.to_owned(), source };
+        Inputs { main, offset: 0, channels: Vec::new(), recovery: Vec::new(), return_path: Vec::new() }
+    }
+
+    /// True if everything can be read a second time.
+    pub fn is_seekable(&self) -> bool {
+        self.all().all(|named| named.source.is_seekable())
+    }
+
+    /// Length of all files together, as far as it is known.
+    pub fn total(&self) -> Option<u64> {
+        self.all().map(|named| named.source.total()).sum()
+    }
+
+    /// Goes back to the start of every file.
+    pub(super) fn rewind(&mut self) -> Result<(), Failure> {
+        let files = [&mut self.channels, &mut self.recovery, &mut self.return_path].into_iter().flatten();
+        for named in std::iter::once(&mut self.main).chain(files) {
+            named.source.jump(0).map_err(|error| Failure::io(&named.name, 0, &error))?;
+        }
+        Ok(())
+    }
+
+    fn all(&self) -> impl Iterator<Item = &Named> {
+        std::iter::once(&self.main).chain(&self.channels).chain(&self.recovery).chain(&self.return_path)
+    }
+}
+
+fn open(path: &Path) -> Result<Named, Stop> {
+    if path.as_os_str() == "-" {
+        let source = Source::stream(Box::new(std::io::stdin().lock()));
+        return Ok(Named { name: "standard input".into(), source });
+    }
+    let name = path.display().to_string();
+    let cannot = |error: std::io::Error| Stop::Usage(format!("{name}: cannot be opened: {error}"));
+    let file = File::open(path).map_err(cannot)?;
+    if file.metadata().map_err(cannot)?.is_dir() {
+        return Err(Stop::Usage(format!("{name}: is a directory, expected a stream file")));
+    }
+    let source = Source::file(file).map_err(cannot)?;
+    Ok(Named { name, source })
+}

@@ -1,0 +1,162 @@
+//! RAM records applied to the guest's memory.
+
+use super::analysis::Observer;
+use crate::failure::Failure;
+use crate::ram::{GuestRam, Keep};
+use crate::source::Source;
+use flate2::{Decompress, FlushDecompress, Status};
+use qevm_savevm::ram::{MappedRamHeader, PageAt};
+use std::io;
+
+/// The guest's memory, and what is needed to apply pages that are not sent as they are.
+pub(super) struct Memory {
+    pub(super) ram: GuestRam,
+    page: Vec<u8>,
+}
+
+/// Why a page could not be applied.
+pub(super) enum Fault {
+    /// The page's data is bad.
+    Malformed(String),
+    /// The page's data is bad at a known place.
+    Located(qevm_savevm::Error),
+    /// The input ended; so many bytes were missing.
+    Truncated(u64),
+    /// A file could not be read or written.
+    Io(io::Error),
+}
+
+impl From<io::Error> for Fault {
+    fn from(error: io::Error) -> Self {
+        Fault::Io(error)
+    }
+}
+
+impl Fault {
+    /// The failure of `file` at `offset`, in `path`.
+    pub(super) fn failure(self, file: &str, offset: u64, path: &str) -> Failure {
+        let (kind, message) = match self {
+            Fault::Malformed(message) => ("malformed", message),
+            Fault::Truncated(missing) => ("truncated", format!("the input ends here: {missing} more bytes expected")),
+            Fault::Located(error) => {
+                return Failure::located(file, error.within(path.to_owned()).within("section 'ram'"));
+            }
+            Fault::Io(error) => return Failure::io(file, offset, &error),
+        };
+        Failure { file: file.to_owned(), kind, offset, path: format!("section 'ram' › {path}"), message }
+    }
+}
+
+impl Memory {
+    pub(super) fn new(page_size: u64, keep: Keep) -> io::Result<Self> {
+        Ok(Memory { ram: GuestRam::new(page_size, keep)?, page: vec![0; page_size as usize] })
+    }
+
+    pub(super) fn into_ram(self) -> GuestRam {
+        self.ram
+    }
+
+    /// The place of a page as error paths show it.
+    pub(super) fn place(&self, page: &PageAt) -> String {
+        let name = self.ram.blocks().get(page.block.index()).map_or("?", |block| &block.name);
+        format!("block '{name}' › page {:#x}", page.offset)
+    }
+
+    /// Applies a difference, which lies at `data_at` in the stream, to the page's content.
+    pub(super) fn xbzrle(&mut self, page: &PageAt, data: &[u8], data_at: u64) -> Result<(), Fault> {
+        if self.ram.keep() == Keep::Nothing {
+            return Ok(self.ram.put_unread(page.block.index(), page.offset)?);
+        }
+        self.ram.read(page.block.index(), page.offset, &mut self.page)?;
+        qevm_savevm::xbzrle::decode(data, data_at, &mut self.page).map_err(Fault::Located)?;
+        Ok(self.ram.put(page.block.index(), page.offset, &self.page)?)
+    }
+
+    /// Inflates a page that is a zlib stream of its own.
+    pub(super) fn compressed(&mut self, page: &PageAt, data: &[u8]) -> Result<(), Fault> {
+        if self.ram.keep() == Keep::Nothing {
+            return Ok(self.ram.put_unread(page.block.index(), page.offset)?);
+        }
+        let mut inflate = Decompress::new(true);
+        let status = inflate.decompress(data, &mut self.page, FlushDecompress::Finish);
+        let whole = inflate.total_out() == self.page.len() as u64 && inflate.total_in() == data.len() as u64;
+        match status {
+            Ok(Status::StreamEnd) if whole => Ok(self.ram.put(page.block.index(), page.offset, &self.page)?),
+            Ok(_) => Err(Fault::Malformed(format!(
+                "compressed page inflates to {} bytes from {} of {}, expected {} from all",
+                inflate.total_out(),
+                inflate.total_in(),
+                data.len(),
+                self.page.len()
+            ))),
+            Err(error) => Err(Fault::Malformed(format!("compressed page cannot be inflated: {error}"))),
+        }
+    }
+
+    /// Reads bitmap and pages of a block of a mapped-ram file, from behind its header to the end of its pages, and
+    /// returns how many pages the bitmap says are in the file. The others are zero: old data may lie in their places.
+    pub(super) fn mapped_ram(
+        &mut self,
+        source: &mut Source,
+        block: usize,
+        header: &MappedRamHeader,
+        used_length: u64,
+        observer: &mut dyn Observer,
+    ) -> Result<u64, Fault> {
+        skip_to(source, header.bitmap_offset)?;
+        let bitmap = bytes(source, header.bitmap_len(used_length))?;
+        let page_size = header.page_size;
+        let count = used_length / page_size;
+        let mut pages = 0;
+        for (index, byte) in bitmap.iter().enumerate() {
+            let first = index as u64 * 8;
+            for bit in (0..8).filter(|bit| first + bit < count) {
+                let offset = (first + bit) * page_size;
+                if byte >> bit & 1 == 0 {
+                    self.ram.put_zero(block, offset)?;
+                    continue;
+                }
+                pages += 1;
+                if self.ram.keep() == Keep::Nothing {
+                    self.ram.put_unread(block, offset)?;
+                    continue;
+                }
+                skip_to(source, header.pages_offset + offset)?;
+                source.fill(page_size as usize)?;
+                let Some(page) = source.window().get(..page_size as usize) else {
+                    return Err(Fault::Truncated(page_size - source.window().len() as u64));
+                };
+                self.ram.put(block, offset, page)?;
+                source.consume(page_size as usize);
+            }
+            if index % 1024 == 0 {
+                observer.position(source.offset());
+            }
+        }
+        Ok(pages)
+    }
+}
+
+fn skip_to(source: &mut Source, offset: u64) -> Result<(), Fault> {
+    let distance = offset.saturating_sub(source.offset());
+    match distance - source.skip(distance)? {
+        0 => Ok(()),
+        missing => Err(Fault::Truncated(missing)),
+    }
+}
+
+/// Takes `count` bytes. Memory grows with what is there, not with what is claimed.
+fn bytes(source: &mut Source, count: u64) -> Result<Vec<u8>, Fault> {
+    let mut bytes = Vec::new();
+    while (bytes.len() as u64) < count {
+        source.fill(1)?;
+        let left = count - bytes.len() as u64;
+        let step = left.min(source.window().len() as u64) as usize;
+        if step == 0 {
+            return Err(Fault::Truncated(left));
+        }
+        bytes.extend_from_slice(&source.window()[..step]);
+        source.consume(step);
+    }
+    Ok(bytes)
+}

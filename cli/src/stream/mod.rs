@@ -1,0 +1,61 @@
+//! Reading all files of one migration: the driver around the sans-IO decoders.
+//!
+//! [`analyze`] pulls bytes from the files, feeds the decoders, applies every page in the order in which a destination
+//! would, and calls an [`Observer`]. It works in constant memory: what grows with the guest (page digests, and page
+//! contents where they are asked for) goes to unlinked temporary files.
+//!
+//! | module | what |
+//! |---|---|
+//! | [`inputs`] | the files, opened |
+//! | [`analysis`] | what is found |
+//! | `connection` | one main channel: the original one or one that resumes postcopy |
+//! | `memory` | RAM records and mapped-ram areas applied to [`GuestRam`](crate::ram::GuestRam) |
+//! | `bodies` | where device sections end and which fields they have |
+//! | `channels` | multifd and preempt channels, applied in step with the main channel |
+//! | `return_path` | the destination's answers |
+//! | [`writer`] | which QEMU wrote the stream |
+
+pub mod analysis;
+pub mod inputs;
+pub mod writer;
+
+mod bodies;
+mod channels;
+mod connection;
+mod memory;
+mod return_path;
+
+pub use analysis::{Analysis, Observer, Section, Settings};
+pub use inputs::Inputs;
+
+use crate::failure::Failure;
+use crate::ram::Keep;
+
+/// Reads everything and says what was found. A bad stream is not an error of this function: it is the
+/// [`failure`](Analysis::failure) of the analysis, which then tells of everything before it.
+pub fn analyze(inputs: &mut Inputs, settings: &Settings, observer: &mut dyn Observer) -> Analysis {
+    let mut settings = settings.clone();
+    // XBZRLE needs the contents of pages. Whether there is any is seen only when it comes: files are then read again.
+    if settings.keep == Keep::Digests && !inputs.is_seekable() {
+        settings.keep = Keep::Image;
+    }
+    match connection::run(inputs, &settings, observer) {
+        connection::Outcome::Done(analysis) => *analysis,
+        connection::Outcome::NeedsImage => {
+            settings.keep = Keep::Image;
+            if let Err(failure) = inputs.rewind() {
+                return Analysis::failed(failure);
+            }
+            observer.restarted();
+            match connection::run(inputs, &settings, observer) {
+                connection::Outcome::Done(analysis) => *analysis,
+                connection::Outcome::NeedsImage => Analysis::failed(Failure::mismatch(
+                    &inputs.main.name,
+                    0,
+                    "",
+                    "XBZRLE pages came although page contents are kept",
+                )),
+            }
+        }
+    }
+}

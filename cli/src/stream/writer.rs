@@ -1,0 +1,153 @@
+//! Which QEMU wrote a stream: a guess from what the stream shows.
+//!
+//! A stream does not name the release that wrote it. Some of its bytes changed with a release, whatever the machine
+//! type: each such sign moves a bound. The machine type gives a lower bound, because a release knows no newer ones.
+//!
+//! | sign | release |
+//! |---|---|
+//! | machine type `…-X.Y` | X.Y or newer |
+//! | JSON description written as `{ "page_size" : …` | 5.2 or older |
+//! | JSON description written as `{"page_size": …`, or `{"configuration": …` | 6.0 or newer |
+//! | JSON description with `configuration` | 10.0 or newer; without it older |
+//! | struct arrays in the description without any `index` | 11.0 or newer |
+//! | `apic` sections before `timer` | 11.0 or newer; behind it older |
+//! | command SWITCHOVER_START | 10.0 or newer |
+//! | command PING 0x42 | 10.2 or newer |
+//! | MULTIFD_FLUSH on the main channel | 8.1 or newer |
+//! | mapped-ram | 9.0 or newer |
+//! | zlib pages on the main channel, `block` section | 9.0 or older |
+//! | second `ioapic` of a microvm | 6.0 or newer |
+
+use super::analysis::Analysis;
+use qevm_savevm::command::Command;
+use qevm_savevm::framing::SectionHeader;
+use qevm_wire::QemuVersion;
+use qevm_wire::profile::machine_version;
+
+/// The releases whose streams were examined when this was written; guesses prefer them.
+const EXAMINED: [QemuVersion; 4] =
+    [QemuVersion::new(5, 2), QemuVersion::new(7, 2), QemuVersion::new(10, 0), QemuVersion::new(11, 1)];
+const OLD_JSON_LAST: QemuVersion = QemuVersion::new(5, 2);
+const NEW_JSON_FIRST: QemuVersion = QemuVersion::new(6, 0);
+
+/// Signs of the writer's release, gathered on the way.
+#[derive(Debug, Clone, Default)]
+pub struct Signs {
+    oldest: Option<QemuVersion>,
+    newest: Option<QemuVersion>,
+    timer_seen: bool,
+}
+
+impl Signs {
+    fn at_least(&mut self, major: u16, minor: u16) {
+        let version = QemuVersion::new(major, minor);
+        self.oldest = Some(self.oldest.map_or(version, |oldest| oldest.max(version)));
+    }
+
+    fn at_most(&mut self, major: u16, minor: u16) {
+        let version = QemuVersion::new(major, minor);
+        self.newest = Some(self.newest.map_or(version, |newest| newest.min(version)));
+    }
+
+    pub(super) fn command(&mut self, command: &Command) {
+        match command {
+            Command::SwitchoverStart => self.at_least(10, 0),
+            Command::Ping(0x42) => self.at_least(10, 2),
+            _ => {}
+        }
+    }
+
+    pub(super) fn flush(&mut self) {
+        self.at_least(8, 1);
+    }
+
+    pub(super) fn mapped_ram(&mut self) {
+        self.at_least(9, 0);
+    }
+
+    pub(super) fn section(&mut self, header: &SectionHeader) {
+        match header.idstr.as_bytes() {
+            b"timer" => self.timer_seen = true,
+            b"apic" if self.timer_seen => self.at_most(10, 2),
+            b"apic" => self.at_least(11, 0),
+            b"block" => self.at_most(9, 0),
+            _ => {}
+        }
+    }
+
+    pub(super) fn description(&mut self, text: &[u8]) {
+        if text.starts_with(b"{ ") {
+            self.at_most(OLD_JSON_LAST.major, OLD_JSON_LAST.minor);
+            return;
+        }
+        self.at_least(NEW_JSON_FIRST.major, NEW_JSON_FIRST.minor);
+        // `configuration` is the first member where it exists.
+        let head = &text[..text.len().min(64)];
+        match head.windows(15).any(|window| window == b"\"configuration\"") {
+            true => self.at_least(10, 0),
+            false => self.at_most(9, 2),
+        }
+    }
+}
+
+/// The guess as text: `RELEASE MACHINE`, and behind it the range of releases that fit, if it is not one alone.
+///
+/// RELEASE is the version of the machine type if that release fits: aliases such as `q35` stand for the newest type of
+/// a binary, so a versioned type is mostly run by its own release. Otherwise it is the newest examined release that
+/// fits (5.2, 7.2, 10.0, 11.1).
+pub fn describe(analysis: &Analysis) -> String {
+    let mut signs = analysis.signs.clone();
+    let machine = analysis.machine();
+    let version = machine.as_deref().and_then(machine_version);
+    if let Some(version) = version {
+        signs.at_least(version.major, version.minor);
+    }
+    if analysis.main_pages.compressed > 0 {
+        signs.at_most(9, 0);
+    }
+    let machine = machine.unwrap_or_else(|| "unknown machine".into());
+    let (oldest, newest) = (signs.oldest, signs.newest);
+    let fits = |v: &QemuVersion| oldest.is_none_or(|oldest| *v >= oldest) && newest.is_none_or(|newest| *v <= newest);
+    if !analysis.header {
+        return "unknown".into();
+    }
+    let guess = version.filter(fits).or_else(|| EXAMINED.into_iter().rev().find(fits));
+    let range = match (oldest, newest) {
+        (Some(oldest), Some(newest)) if oldest == newest => String::new(),
+        (Some(oldest), Some(newest)) if oldest < newest => format!(" ({oldest} to {newest})"),
+        (Some(oldest), None) => format!(" ({oldest} or newer)"),
+        (None, Some(newest)) => format!(" ({newest} or older)"),
+        (Some(oldest), Some(newest)) => format!(" (contradictory signs: {oldest} or newer, {newest} or older)"),
+        (None, None) => return format!("unknown release {machine}"),
+    };
+    match guess.or(oldest) {
+        Some(guess) => format!("{guess} {machine}{range}"),
+        None => format!("{machine}{range}"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use qevm_savevm::configuration::Configuration;
+
+    fn guess(machine: &str, signs: impl FnOnce(&mut Signs)) -> String {
+        let configuration = Some(Configuration::new(machine));
+        let mut analysis = Analysis { header: true, configuration, ..Analysis::default() };
+        signs(&mut analysis.signs);
+        describe(&analysis)
+    }
+
+    #[test]
+    fn the_guess_names_release_machine_and_range() {
+        let old = |signs: &mut Signs| signs.description(b"{ \"page_size\" : 4096");
+        assert_eq!(guess("pc-q35-5.2", old), "5.2 pc-q35-5.2");
+        assert_eq!(guess("microvm", old), "5.2 microvm (5.2 or older)");
+        let middle = |signs: &mut Signs| signs.description(b"{\"page_size\": 4096");
+        assert_eq!(guess("pc-q35-7.2", middle), "7.2 pc-q35-7.2 (7.2 to 9.2)");
+        let new = |signs: &mut Signs| signs.description(b"{\"configuration\": {");
+        assert_eq!(guess("pc-i440fx-7.2", new), "11.1 pc-i440fx-7.2 (10.0 or newer)");
+        assert_eq!(guess("pc-q35-10.0", new), "10.0 pc-q35-10.0 (10.0 or newer)");
+        assert_eq!(guess("microvm", |_| {}), "unknown release microvm");
+    }
+}
