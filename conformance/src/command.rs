@@ -6,6 +6,7 @@ use std::time::Instant;
 
 use anyhow::{Context, Result};
 use clap::{Args, Parser, Subcommand};
+use qevm_conformance::analyze::Script;
 use qevm_conformance::judge;
 use qevm_conformance::matrix::{self, Options};
 use qevm_conformance::record::{self, Recording};
@@ -43,6 +44,14 @@ pub(crate) enum Command {
         /// Record again what is already there
         #[arg(long)]
         again: bool,
+    },
+    /// Let QEMU's analyze-migration.py read recordings, and keep what it says as analyze.json beside each
+    Analyze {
+        /// The folder that `record` filled
+        corpus: PathBuf,
+        /// Only recordings whose name contains this (may be given several times)
+        #[arg(long)]
+        only: Vec<String>,
     },
     /// Judge qevm by recordings made earlier
     Judge {
@@ -97,6 +106,7 @@ impl Command {
             Command::Setup { suite } => setup(&suite),
             Command::Matrix(matrix) => matrix.run(),
             Command::Record { out, only, again } => record_all(&out, &only, again),
+            Command::Analyze { corpus, only } => analyze_all(&corpus, &only),
             Command::Judge { corpus, only, reporting } => judge_all(&corpus, &only, &reporting),
         }
     }
@@ -173,6 +183,29 @@ fn record_all(out: &Path, only: &[String], again: bool) -> Result<bool> {
     }
     println!("{} recordings in {}, {failed} could not be made", corpus::write_index(out)?, out.display());
     Ok(failed == 0)
+}
+
+fn analyze_all(corpus: &Path, only: &[String]) -> Result<bool> {
+    let script = Script::install()?;
+    let (mut read, mut refused) = (0, 0);
+    for folder in corpus::folders(corpus)? {
+        let recording = Recording::open(&folder)?;
+        if !wanted(&recording.name, only) {
+            continue;
+        }
+        match script.read(&folder.join(&recording.files.main))? {
+            Ok(value) => {
+                read += 1;
+                fs::write(folder.join("analyze.json"), serde_json::to_vec_pretty(&value)?)?;
+            }
+            Err(why) => {
+                refused += 1;
+                println!("{}: {why}", recording.name);
+            }
+        }
+    }
+    println!("analyze-migration.py reads {read} recordings and fails on {refused}");
+    Ok(true)
 }
 
 fn judge_all(corpus: &Path, only: &[String], reporting: &Reporting) -> Result<bool> {

@@ -11,15 +11,14 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
 
+use crate::apt::{Apt, Kind};
 use crate::process::run;
 
 /// Raised whenever the layout or the package set of a root changes, so that older roots are made again.
 const ROOT_REVISION: u32 = 1;
 const ROOT_STAMP: &str = ".qevm-root";
-/// The downloads of one suite are about 65 MB.
-const APT_TIMEOUT: Duration = Duration::from_secs(420);
 /// The suites before Debian's merged /usr keep the loader and some libraries under `/lib`.
 const LIBRARIES: [&str; 2] = ["usr/lib/x86_64-linux-gnu", "lib/x86_64-linux-gnu"];
 const LOADER: &str = "ld-linux-x86-64.so.2";
@@ -199,57 +198,19 @@ fn lock(path: &Path) -> Result<fs::File> {
 }
 
 fn make_root(suite: Suite, dir: &Path) -> Result<()> {
-    let keyring = Path::new("/usr/share/keyrings/debian-archive-keyring.gpg");
-    if !keyring.exists() {
-        bail!("{} is missing: install Debian's package debian-archive-keyring", keyring.display());
-    }
     let fresh = dir.with_extension("new");
     if fresh.exists() {
         fs::remove_dir_all(&fresh)?;
     }
-    let apt = fresh.join("apt");
-    for folder in ["etc/apt.conf.d", "etc/preferences.d", "lists/partial", "archives/partial"] {
-        fs::create_dir_all(apt.join(folder))?;
+    let state = fresh.join("apt");
+    let apt = Apt::new(&state, suite, Kind::Binary)?;
+    for package in apt.download(suite.packages())? {
+        run(Command::new("dpkg-deb").arg("--extract").arg(&package).arg(&fresh), Duration::from_secs(120))?;
     }
-    fs::write(apt.join("status"), "")?;
-    let mirror = std::env::var("QEVM_DEBIAN_MIRROR").unwrap_or_else(|_| "http://deb.debian.org/debian".into());
-    fs::write(
-        apt.join("etc/sources.list"),
-        format!("deb [arch=amd64 signed-by={}] {mirror} {suite} main\n", keyring.display()),
-    )?;
-    fs::write(apt.join("apt.conf"), apt_configuration(&apt))?;
-    let apt_get = || {
-        let mut command = Command::new("apt-get");
-        command.env("APT_CONFIG", apt.join("apt.conf")).env("DEBIAN_FRONTEND", "noninteractive").env("LC_ALL", "C");
-        command
-    };
-    run(apt_get().arg("update"), APT_TIMEOUT)?;
-    run(apt_get().args(["install", "--download-only", "--yes"]).args(suite.packages()), APT_TIMEOUT)?;
-
-    for entry in fs::read_dir(apt.join("archives"))? {
-        let path = entry?.path();
-        if path.extension().is_some_and(|e| e == "deb") {
-            run(Command::new("dpkg-deb").arg("--extract").arg(&path).arg(&fresh), Duration::from_secs(120))?;
-        }
-    }
-    fs::remove_dir_all(&apt)?;
+    fs::remove_dir_all(&state)?;
     if dir.exists() {
         fs::remove_dir_all(dir)?;
     }
     fs::rename(&fresh, dir)?;
     Ok(())
-}
-
-/// An apt that sees nothing of the host: its own sources, state, cache and (empty) list of installed packages.
-fn apt_configuration(apt: &Path) -> String {
-    let apt = apt.display();
-    format!(
-        "Dir \"{apt}/\";\nDir::Etc \"{apt}/etc/\";\nDir::Etc::Parts \"apt.conf.d\";\nDir::State \"{apt}/\";\n\
-         Dir::State::status \"{apt}/status\";\nDir::State::lists \"lists/\";\nDir::Cache \"{apt}/\";\n\
-         Dir::Cache::archives \"archives/\";\nDir::Log \"{apt}/\";\nAPT::Architecture \"amd64\";\n\
-         APT::Architectures {{ \"amd64\"; }};\nAPT::Install-Recommends \"false\";\nAPT::Sandbox::User \"root\";\n\
-         APT::Get::AllowUnauthenticated \"false\";\nAcquire::Languages \"none\";\n\
-         Acquire::Check-Valid-Until \"false\";\nAcquire::Retries \"3\";\nAcquire::http::Timeout \"30\";\n\
-         Acquire::IndexTargets::deb::DEP-11::DefaultEnabled \"false\";\nDebug::NoLocking \"true\";\n"
-    )
 }
