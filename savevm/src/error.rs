@@ -4,6 +4,7 @@
 use crate::block_migration::BlockMigrationError;
 use crate::command::CommandError;
 use crate::configuration::ConfigurationError;
+use crate::container::ContainerError;
 use crate::decode::StreamError;
 use crate::dirty_bitmap::DirtyBitmapError;
 use crate::mapped_ram::MappedRamError;
@@ -46,6 +47,9 @@ pub enum ErrorKind {
     /// The `dirty-bitmap` section.
     #[error(transparent)]
     DirtyBitmap(#[from] DirtyBitmapError),
+    /// A file with a stream inside.
+    #[error(transparent)]
+    Container(#[from] ContainerError),
     /// The bitmap or pages of a mapped-ram file.
     #[error(transparent)]
     MappedRam(#[from] MappedRamError),
@@ -65,6 +69,7 @@ impl Blame for ErrorKind {
             ErrorKind::Xbzrle(kind) => kind.fault(),
             ErrorKind::Vfio(kind) => kind.fault(),
             ErrorKind::DirtyBitmap(kind) => kind.fault(),
+            ErrorKind::Container(kind) => kind.fault(),
             ErrorKind::MappedRam(kind) => kind.fault(),
             ErrorKind::BlockMigration(kind) => kind.fault(),
         }

@@ -14,6 +14,7 @@
 //! | [`xbzrle`] | pages as differences: decoder, encoder, and the source's cache |
 //! | [`vfio`], [`dirty_bitmap`], [`block_migration`] | the records of the other iterable handlers |
 //! | [`mapped_ram`] | files in which every page has its place |
+//! | [`container`] | files with a stream inside: libvirt save images, qcow2 snapshots |
 //! | [`guest_memory`] | where guest memory lies in RAM blocks, for each machine type |
 //! | [`error`] | [`Error`]: kind, offset, path |
 //!
@@ -85,6 +86,7 @@
 pub mod block_migration;
 pub mod command;
 pub mod configuration;
+pub mod container;
 pub mod decode;
 pub mod dirty_bitmap;
 pub mod encode;

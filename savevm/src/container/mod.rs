@@ -1,0 +1,169 @@
+//! Files that have a migration stream inside: libvirt save images, qcow2 internal snapshots, compressed files.
+//!
+//! [`recognise`] tells from the first bytes what a file is; [`libvirt`] and [`qcow2`] say where in the file the stream
+//! is. Decompression is left to the caller: these modules only say which format to expect. Nothing here does I/O or
+//! panics, and only tables whose sizes were checked against [`Limits`](qevm_wire::Limits) are held.
+//!
+//! Sources: `docs/format/containers.md`.
+
+pub mod libvirt;
+pub mod qcow2;
+
+use qevm_wire::{Blame, Fault};
+
+/// How many bytes from the start of a file [`recognise`] wants to see; fewer are enough for a short file.
+pub const RECOGNISE_LEN: usize = 16;
+
+/// What a file is, by its first bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum FileKind {
+    /// A migration stream: starts with `QEVM`.
+    Stream,
+    /// One page channel of a multifd migration; the main stream is another file.
+    MultifdChannel,
+    /// A libvirt save image (`virsh save`, `virsh managedsave`, memory of external snapshots).
+    Libvirt,
+    /// A qcow2 disk image, which may have internal snapshots (`savevm`, `snapshot-save`).
+    Qcow2,
+    /// A compressed file.
+    Compressed(Compression),
+}
+
+/// A compression format around a stream.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum Compression {
+    /// RFC 1952.
+    Gzip,
+    /// bzip2.
+    Bzip2,
+    /// xz.
+    Xz,
+    /// lzop.
+    Lzop,
+    /// RFC 8878.
+    Zstd,
+}
+
+impl Compression {
+    /// The name of the program that handles it.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Compression::Gzip => "gzip",
+            Compression::Bzip2 => "bzip2",
+            Compression::Xz => "xz",
+            Compression::Lzop => "lzop",
+            Compression::Zstd => "zstd",
+        }
+    }
+}
+
+/// Says what a file is that starts with these bytes; `None` if it is nothing known.
+///
+/// ```
+/// use qevm_savevm::container::{Compression, FileKind, recognise};
+///
+/// assert_eq!(recognise(b"QEVM\0\0\0\x03"), Some(FileKind::Stream));
+/// assert_eq!(recognise(&[0x28, 0xb5, 0x2f, 0xfd, 0x04]), Some(FileKind::Compressed(Compression::Zstd)));
+/// assert_eq!(recognise(b"\x7fELF"), None);
+/// ```
+pub fn recognise(first: &[u8]) -> Option<FileKind> {
+    use Compression::{Bzip2, Gzip, Lzop, Xz, Zstd};
+    let magics: [(&[u8], FileKind); 10] = [
+        (b"QEVM", FileKind::Stream),
+        (&[0x11, 0x22, 0x33, 0x44], FileKind::MultifdChannel),
+        (libvirt::MAGIC_COMPLETE, FileKind::Libvirt),
+        (libvirt::MAGIC_PARTIAL, FileKind::Libvirt),
+        (qcow2::MAGIC, FileKind::Qcow2),
+        (&[0x1f, 0x8b, 8], FileKind::Compressed(Gzip)),
+        (b"BZh", FileKind::Compressed(Bzip2)),
+        (b"\xfd7zXZ\0", FileKind::Compressed(Xz)),
+        (b"\x89LZO\0\r\n\x1a\n", FileKind::Compressed(Lzop)),
+        (&[0x28, 0xb5, 0x2f, 0xfd], FileKind::Compressed(Zstd)),
+    ];
+    magics.into_iter().find(|(magic, _)| first.starts_with(magic)).map(|(_, kind)| kind)
+}
+
+/// What can be wrong with a container.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum ContainerError {
+    /// The file does not start with the container's magic.
+    #[error("not a {container}: its first bytes are {found:02x?}")]
+    Magic {
+        /// The container that was expected.
+        container: &'static str,
+        /// The bytes found.
+        found: Vec<u8>,
+    },
+    /// libvirt had not finished writing the image (`LibvirtQemudPart`).
+    #[error("the save image is incomplete: libvirt marks it so until the save has succeeded")]
+    Incomplete,
+    /// A version of the container that is not known.
+    #[error("{container} version {found}, expected one of {expected}")]
+    Version {
+        /// The container.
+        container: &'static str,
+        /// The version found.
+        found: u32,
+        /// The versions known.
+        expected: &'static str,
+    },
+    /// A compression format that the container's format does not have.
+    #[error("save image format {found}, expected 0 (raw) to 6 (sparse)")]
+    SaveFormat {
+        /// The number found.
+        found: u32,
+    },
+    /// A field whose value cannot be.
+    #[error("{what} is {found:#x}, expected {expected}")]
+    Field {
+        /// Which field.
+        what: &'static str,
+        /// Its value.
+        found: u64,
+        /// What it should be.
+        expected: &'static str,
+    },
+    /// A feature of the container that is not supported.
+    #[error("{what} is not supported")]
+    Feature {
+        /// Which feature.
+        what: &'static str,
+    },
+}
+
+impl Blame for ContainerError {
+    fn fault(&self) -> Fault {
+        match self {
+            ContainerError::Magic { .. } | ContainerError::Field { .. } => Fault::Malformed,
+            ContainerError::Incomplete => Fault::Truncated,
+            ContainerError::Version { .. } | ContainerError::SaveFormat { .. } | ContainerError::Feature { .. } => {
+                Fault::Unsupported
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn short_and_unknown_files_are_nothing() {
+        for first in [&b""[..], b"Q", b"QEV", b"QFI", b"LibvirtQemud", b"LibvirtQemudXxxx"] {
+            assert_eq!(recognise(first), None, "{first:?}");
+        }
+    }
+
+    #[test]
+    fn every_magic_is_recognised() {
+        assert_eq!(recognise(b"LibvirtQemudPart"), Some(FileKind::Libvirt));
+        assert_eq!(recognise(b"LibvirtQemudSave"), Some(FileKind::Libvirt));
+        assert_eq!(recognise(b"QFI\xfb\0\0\0\x03"), Some(FileKind::Qcow2));
+        assert_eq!(recognise(&[0x11, 0x22, 0x33, 0x44, 0]), Some(FileKind::MultifdChannel));
+        assert_eq!(recognise(b"BZh91AY&SY"), Some(FileKind::Compressed(Compression::Bzip2)));
+        assert_eq!(recognise(b"\xfd7zXZ\0\0"), Some(FileKind::Compressed(Compression::Xz)));
+    }
+}
