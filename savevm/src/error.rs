@@ -10,6 +10,7 @@ use crate::dirty_bitmap::DirtyBitmapError;
 use crate::mapped_ram::MappedRamError;
 use crate::ram::RamError;
 use crate::vfio::VfioError;
+use crate::vmstate::VmStateError;
 use crate::xbzrle::XbzrleError;
 use qevm_wire::{Blame, Fault, Located, WireError};
 
@@ -56,6 +57,9 @@ pub enum ErrorKind {
     /// The `block` section.
     #[error(transparent)]
     BlockMigration(#[from] BlockMigrationError),
+    /// Declared device state is not as declared.
+    #[error(transparent)]
+    VmState(#[from] VmStateError),
 }
 
 impl Blame for ErrorKind {
@@ -72,6 +76,7 @@ impl Blame for ErrorKind {
             ErrorKind::Container(kind) => kind.fault(),
             ErrorKind::MappedRam(kind) => kind.fault(),
             ErrorKind::BlockMigration(kind) => kind.fault(),
+            ErrorKind::VmState(kind) => kind.fault(),
         }
     }
 }

@@ -16,6 +16,8 @@
 //! | [`mapped_ram`] | files in which every page has its place |
 //! | [`container`] | files with a stream inside: libvirt save images, qcow2 snapshots |
 //! | [`guest_memory`] | where guest memory lies in RAM blocks, for each machine type |
+//! | [`vmstate`] | device state, declared: one declaration gives codec, description and schema |
+//! | [`devices`] | the device sections of `-M microvm` |
 //! | [`error`] | [`Error`]: kind, offset, path |
 //!
 //! # Promises
@@ -83,11 +85,15 @@
 //! ```
 #![forbid(unsafe_code)]
 
+// The code that the derive macro writes names this crate from the outside.
+extern crate self as qevm_savevm;
+
 pub mod block_migration;
 pub mod command;
 pub mod configuration;
 pub mod container;
 pub mod decode;
+pub mod devices;
 pub mod dirty_bitmap;
 pub mod encode;
 pub mod error;
@@ -97,6 +103,7 @@ pub mod guest_memory;
 pub mod mapped_ram;
 pub mod ram;
 pub mod vfio;
+pub mod vmstate;
 pub mod xbzrle;
 
 pub use decode::{Decoder, DecoderOptions, Footers, Sections, StreamError};

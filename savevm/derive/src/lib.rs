@@ -1,1 +1,52 @@
-//! Placeholder.
+//! `#[derive(VmState)]` for `qevm-savevm`: the state of a device, declared once.
+//!
+//! `attributes` reads the `#[vmstate(…)]` attributes into a declaration and refuses what makes no sense;
+//! `expand` writes the implementation of `qevm_savevm::vmstate::VmState` for it, in `walk` the parts that follow the
+//! wire (save and load). `docs/vmstate.md` is the manual.
+#![forbid(unsafe_code)]
+
+mod attributes;
+mod expand;
+mod walk;
+
+use proc_macro::TokenStream;
+use syn::{DeriveInput, parse_macro_input};
+
+/// Implements `VmState` for a struct with named fields, which are the VMSD's fields in the wire's order.
+///
+/// On the struct, `#[vmstate(…)]` takes
+///
+/// | attribute | meaning |
+/// |---|---|
+/// | `name = "ioapic"` | the VMSD's name (required) |
+/// | `version = 3` | the version it writes (required) |
+/// | `minimum_version = 1` | the oldest version it reads; `version` if left out |
+/// | `needed = \|state, ctx\| …` | as a subsection: whether this content is sent |
+/// | `wire_version = \|state, ctx\| …` | the version this value is written with, where it is not always `version` |
+/// | `pre_save = path` | `fn(&mut Self, &Context) -> Result<(), VmStateError>` |
+/// | `post_load = path` | `fn(&mut Self, version: u32, &Context) -> Result<(), VmStateError>` |
+///
+/// and on a field
+///
+/// | attribute | meaning |
+/// |---|---|
+/// | `name = "env.eip"` | QEMU's name of the field, where it is not the Rust name |
+/// | `type = "uint8 equal"` | QEMU's name of the type, where it is not the Rust type's usual one |
+/// | `since = 2` | first version that has it; `Default` in older ones |
+/// | `exists = expr` | the field, an `Option`, exists when `expr` holds |
+/// | `len = expr` | length of a `Vec`, `VarBuffer` (bytes) or `Bitmap` (bits) |
+/// | `null = expr` | which pointers (`index`) of a `Pointer` field are NULL |
+/// | `subsection` | the field, an `Option` of another `VmState`, is a subsection |
+/// | `needed = \|state, ctx\| …` | of a subsection: whether the parent sends it |
+/// | `since_release = "11.0"`, `until_release = "8.1"` | of a subsection: the releases that know it |
+///
+/// In the expressions of `exists`, `len` and `null` the fields declared before are in scope as references, `version`
+/// is the version being written or read and `ctx` the `Context`.
+#[proc_macro_derive(VmState, attributes(vmstate))]
+pub fn derive_vm_state(input: TokenStream) -> TokenStream {
+    let input = parse_macro_input!(input as DeriveInput);
+    attributes::Declaration::parse(&input)
+        .map(|declaration| expand::implementation(&declaration))
+        .unwrap_or_else(syn::Error::into_compile_error)
+        .into()
+}

@@ -1,0 +1,259 @@
+//! The implementation of `VmState`, and of `Element` and `Field` so that the struct can be a field of another.
+
+use crate::attributes::{Declaration, Field, Release, Subsection};
+use crate::walk;
+use proc_macro2::TokenStream;
+use quote::{ToTokens, quote};
+
+pub(crate) fn implementation(declaration: &Declaration) -> TokenStream {
+    let ident = &declaration.ident;
+    let (impl_generics, type_generics, where_clause) = declaration.generics.split_for_impl();
+    let generic_parameters = &declaration.generics.params;
+    let name = &declaration.name;
+    let (version, minimum_version) = (declaration.version, declaration.minimum_version);
+    let compressible = compressible(declaration);
+    let wire_version = predicate(&declaration.wire_version, quote!(u32), quote!(Self::VERSION));
+    let needed = predicate(&declaration.needed, quote!(bool), quote!(true));
+    let save_fields = walk::save_fields(declaration);
+    let load_fields = walk::load_fields(declaration);
+    let prepare = prepare(declaration);
+    let accept = accept(declaration);
+    let description = description(declaration);
+    quote! {
+        #[automatically_derived]
+        #[allow(unused_variables, clippy::all)]
+        impl #impl_generics ::qevm_savevm::vmstate::VmState for #ident #type_generics #where_clause {
+            const NAME: &'static str = #name;
+            const VERSION: u32 = #version;
+            const MINIMUM_VERSION: u32 = #minimum_version;
+            const COMPRESSIBLE: bool = #compressible;
+            fn wire_version(&self, ctx: &::qevm_savevm::vmstate::Context) -> u32 {
+                #wire_version
+            }
+            fn needed(&self, ctx: &::qevm_savevm::vmstate::Context) -> bool {
+                #needed
+            }
+            #save_fields
+            #load_fields
+            #prepare
+            #accept
+            #description
+        }
+
+        #[automatically_derived]
+        impl #impl_generics ::qevm_savevm::vmstate::Element for #ident #type_generics #where_clause {
+            const TYPE: &'static str = "struct";
+            const COMPRESSIBLE: bool = <Self as ::qevm_savevm::vmstate::VmState>::COMPRESSIBLE;
+            fn put(
+                &self,
+                out: &mut ::qevm_savevm::vmstate::Saver<'_>,
+            ) -> ::core::result::Result<(), ::qevm_savevm::Error> {
+                out.object(self, #version)
+            }
+            fn take(
+                input: &mut ::qevm_savevm::vmstate::Loader<'_, '_, '_>,
+            ) -> ::core::result::Result<Self, ::qevm_savevm::Error> {
+                input.object(#version)
+            }
+            fn describe(
+                ctx: &::qevm_savevm::vmstate::Context,
+            ) -> ::qevm_savevm::vmstate::ElementDescription {
+                ::qevm_savevm::vmstate::ElementDescription {
+                    type_name: ::core::option::Option::Some("struct".into()),
+                    layout: ::qevm_savevm::vmstate::Layout::Struct(
+                        <Self as ::qevm_savevm::vmstate::VmState>::description(ctx),
+                    ),
+                }
+            }
+            fn prepare(
+                &mut self,
+                ctx: &::qevm_savevm::vmstate::Context,
+            ) -> ::core::result::Result<(), ::qevm_savevm::vmstate::VmStateError> {
+                <Self as ::qevm_savevm::vmstate::VmState>::prepare(self, ctx)
+            }
+            fn accept(
+                &mut self,
+                ctx: &::qevm_savevm::vmstate::Context,
+            ) -> ::core::result::Result<(), ::qevm_savevm::vmstate::VmStateError> {
+                <Self as ::qevm_savevm::vmstate::VmState>::accept(self, #version, ctx)
+            }
+        }
+        ::qevm_savevm::__vmstate_element_is_field!([#generic_parameters] #ident #type_generics);
+    }
+}
+
+/// The trait through which a field is saved and loaded.
+pub(crate) fn field_trait(field: &Field) -> TokenStream {
+    match field.len {
+        Some(_) => quote!(::qevm_savevm::vmstate::VarField),
+        None => quote!(::qevm_savevm::vmstate::Field),
+    }
+}
+
+/// The constant with what the declaration says of a field.
+pub(crate) fn field_info(field: &Field) -> TokenStream {
+    let (name, json_name) = (&field.name, &field.json_name);
+    let type_name = field.type_name.iter().map(|t| quote!(.type_name(#t)));
+    let since = field.since.iter().map(|s| quote!(.since(#s)));
+    let conditional = field.exists.iter().map(|_| quote!(.conditional()));
+    quote! {
+        const __INFO: ::qevm_savevm::vmstate::FieldInfo =
+            ::qevm_savevm::vmstate::FieldInfo::new(#name, #json_name) #(#type_name)* #(#since)* #(#conditional)*;
+    }
+}
+
+fn compressible(declaration: &Declaration) -> TokenStream {
+    if !declaration.subsections.is_empty() || declaration.fields.iter().any(|f| f.exists.is_some()) {
+        return quote!(false);
+    }
+    let parts = declaration.fields.iter().map(|field| {
+        let (ty, field_trait) = (&field.ty, field_trait(field));
+        quote!(&& <#ty as #field_trait>::COMPRESSIBLE)
+    });
+    quote!(true #(#parts)*)
+}
+
+/// A call of a predicate over the value and the context, or its default.
+fn predicate(expression: &Option<impl ToTokens>, result: TokenStream, default: TokenStream) -> TokenStream {
+    let Some(expression) = expression else { return default };
+    quote! {
+        let __predicate: fn(&Self, &::qevm_savevm::vmstate::Context) -> #result = #expression;
+        __predicate(self, ctx)
+    }
+}
+
+fn prepare(declaration: &Declaration) -> TokenStream {
+    let hook = declaration.pre_save.iter().map(|hook| quote!(#hook(self, ctx)?;));
+    let fields = declaration.fields.iter().map(|field| {
+        let (field_trait, value) = (field_trait(field), &field.ident);
+        match field.exists {
+            Some(_) => quote!(if let Some(value) = &mut self.#value { #field_trait::prepare(value, ctx)?; }),
+            None => quote!(#field_trait::prepare(&mut self.#value, ctx)?;),
+        }
+    });
+    let subsections = declaration.subsections.iter().map(prepare_subsection);
+    quote! {
+        fn prepare(
+            &mut self,
+            ctx: &::qevm_savevm::vmstate::Context,
+        ) -> ::core::result::Result<(), ::qevm_savevm::vmstate::VmStateError> {
+            #(#hook)*
+            #(#fields)*
+            #(#subsections)*
+            Ok(())
+        }
+    }
+}
+
+fn prepare_subsection(subsection: &Subsection) -> TokenStream {
+    let (ident, ty) = (&subsection.ident, &subsection.ty);
+    let needed_by_parent = match &subsection.needed {
+        Some(_) => {
+            let call = predicate(&subsection.needed, quote!(bool), quote!(true));
+            quote!(&& { #call })
+        }
+        None => quote!(),
+    };
+    let outside = |bound: &Option<Release>, operator: TokenStream, exists: &str| {
+        bound.map(|(major, minor)| {
+            let exists = format!("{exists} {major}.{minor}");
+            quote! {
+                if ctx.profile.qemu #operator ::qevm_savevm::vmstate::QemuVersion::new(#major, #minor) {
+                    return Err(::qevm_savevm::vmstate::VmStateError::NotInRelease {
+                        name: <#ty as ::qevm_savevm::vmstate::VmState>::NAME,
+                        release: ctx.profile.qemu,
+                        exists: #exists,
+                    });
+                }
+            }
+        })
+    };
+    let too_old = outside(&subsection.since_release, quote!(<), "since");
+    let too_new = outside(&subsection.until_release, quote!(>), "until");
+    quote! {
+        let __needed = self
+            .#ident
+            .as_ref()
+            .is_some_and(|content| <#ty as ::qevm_savevm::vmstate::VmState>::needed(content, ctx))
+            #needed_by_parent;
+        match &mut self.#ident {
+            Some(content) if __needed => {
+                #too_old
+                #too_new
+                <#ty as ::qevm_savevm::vmstate::VmState>::prepare(content, ctx)?;
+            }
+            absent => *absent = None,
+        }
+    }
+}
+
+fn accept(declaration: &Declaration) -> TokenStream {
+    let fields = declaration.fields.iter().map(|field| {
+        let (field_trait, value) = (field_trait(field), &field.ident);
+        match field.exists {
+            Some(_) => quote!(if let Some(value) = &mut self.#value { #field_trait::accept(value, ctx)?; }),
+            None => quote!(#field_trait::accept(&mut self.#value, ctx)?;),
+        }
+    });
+    let subsections = declaration.subsections.iter().map(|subsection| {
+        let (ident, ty) = (&subsection.ident, &subsection.ty);
+        quote! {
+            if let Some(content) = &mut self.#ident {
+                let version = <#ty as ::qevm_savevm::vmstate::VmState>::wire_version(content, ctx);
+                <#ty as ::qevm_savevm::vmstate::VmState>::accept(content, version, ctx)?;
+            }
+        }
+    });
+    let hook = declaration.post_load.iter().map(|hook| quote!(#hook(self, version, ctx)?;));
+    quote! {
+        fn accept(
+            &mut self,
+            version: u32,
+            ctx: &::qevm_savevm::vmstate::Context,
+        ) -> ::core::result::Result<(), ::qevm_savevm::vmstate::VmStateError> {
+            #(#fields)*
+            #(#subsections)*
+            #(#hook)*
+            Ok(())
+        }
+    }
+}
+
+fn description(declaration: &Declaration) -> TokenStream {
+    let fields = declaration.fields.iter().map(|field| {
+        let (ty, field_trait, info) = (&field.ty, field_trait(field), field_info(field));
+        quote! {{
+            #info
+            <#ty as #field_trait>::describe(&__INFO, ctx)
+        }}
+    });
+    let subsections = declaration.subsections.iter().map(|subsection| {
+        let ty = &subsection.ty;
+        let release = |bound: &Option<Release>, operator| {
+            bound.map(|(major, minor)| {
+                quote!(&& ctx.profile.qemu #operator ::qevm_savevm::vmstate::QemuVersion::new(#major, #minor))
+            })
+        };
+        let since = release(&subsection.since_release, quote!(>=));
+        let until = release(&subsection.until_release, quote!(<=));
+        quote! {
+            if true #since #until {
+                __subsections.push(<#ty as ::qevm_savevm::vmstate::VmState>::description(ctx));
+            }
+        }
+    });
+    quote! {
+        fn description(ctx: &::qevm_savevm::vmstate::Context) -> ::qevm_savevm::vmstate::Description {
+            #[allow(unused_mut)]
+            let mut __subsections = ::std::vec::Vec::new();
+            #(#subsections)*
+            ::qevm_savevm::vmstate::Description {
+                name: Self::NAME.into(),
+                version: Self::VERSION,
+                minimum_version: Self::MINIMUM_VERSION,
+                fields: ::std::vec![#(#fields),*],
+                subsections: __subsections,
+            }
+        }
+    }
+}

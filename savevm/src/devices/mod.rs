@@ -1,0 +1,44 @@
+//! The device sections of `-M microvm`, with and without `accel=kvm`, as declared types.
+//!
+//! The types hold what the wire holds, under QEMU's names, and nothing else: a monitor converts its own state to and
+//! from them in one place. [`vmstate::save`](crate::vmstate::save) and [`vmstate::load`](crate::vmstate::load) do what
+//! QEMU's source and destination do; [`vmstate::encode`](crate::vmstate::encode) and
+//! [`vmstate::decode`](crate::vmstate::decode) are the bare codec.
+//!
+//! | section (`idstr`) | instance | type | source |
+//! |---|---|---|---|
+//! | `apic` | initial APIC id | [`apic::Apic`] | one per vCPU |
+//! | `timer` | 0 | [`timer::CpuTimers`] | always |
+//! | `fw_cfg` | 0 | [`fw_cfg::FwCfg`] | always |
+//! | `cpu_common` | cpu_index | [`cpu_common::CpuCommon`] | one per vCPU |
+//! | `cpu` | cpu_index | [`cpu::Cpu`] | one per vCPU |
+//! | `kvm-tpr-opt` | 0 | [`kvm_tpr_opt::KvmTprOpt`] | guests with the vapic device |
+//! | `kvmclock` | 0 | [`kvmclock::KvmClock`] | `accel=kvm` |
+//! | `ioapic` | 0, 1 | [`ioapic::IoApic`] | `ioapic2=off` and 5.2 have only one |
+//! | `acpi-ged` | 0 | [`acpi_ged::AcpiGed`] | `acpi=on` |
+//! | `i8259` | 0, 1 | [`i8259::I8259`] | `pic=on` |
+//! | `i8254` | 0 | [`i8254::I8254`] | `pit=on` |
+//! | `mc146818rtc` | 0 | [`mc146818rtc::Mc146818Rtc`] | `rtc=on`, by default not under KVM |
+//! | `serial` | 0 | [`serial::IsaSerial`] | `isa-serial=on` |
+//! | `globalstate` | 0 | [`globalstate::GlobalState`] | always, last |
+//!
+//! Layouts were compared with the descriptions and bytes of real streams of QEMU 5.2, 7.2, 10.0 and 11.1, and the names
+//! and versions of what those streams do not carry with the tables in the same releases' binaries.
+
+pub mod acpi_ged;
+pub mod apic;
+pub mod cpu;
+pub mod cpu_common;
+pub mod fw_cfg;
+pub mod globalstate;
+pub mod i8254;
+pub mod i8259;
+pub mod ioapic;
+pub mod kvm_tpr_opt;
+pub mod kvmclock;
+pub mod mc146818rtc;
+pub mod serial;
+mod state;
+pub mod timer;
+
+pub use state::{DeviceState, descriptions};

@@ -1,0 +1,68 @@
+//! Section `timer`: the virtual clock and the TSC of stopped vCPUs.
+
+use crate::vmstate::{Timer, Unused, VmState};
+
+/// The clocks, section `timer` version 2. (spec: microvm devices, 2)
+#[derive(VmState, Debug, Clone, Default, PartialEq, Eq)]
+#[vmstate(name = "timer", version = 2, minimum_version = 1)]
+pub struct CpuTimers {
+    /// TSC ticks of the guest while it is stopped.
+    pub cpu_ticks_offset: i64,
+    /// Was a frequency once.
+    pub unused: Unused<8>,
+    /// The virtual clock while the guest is stopped, ns.
+    #[vmstate(since = 2)]
+    pub cpu_clock_offset: i64,
+    /// Subsection `timer/icount`: `-icount` is on.
+    #[vmstate(subsection)]
+    pub icount: Option<Icount>,
+}
+
+/// Subsection `timer/icount`.
+#[derive(VmState, Debug, Clone, Default, PartialEq, Eq)]
+#[vmstate(name = "timer/icount", version = 1)]
+pub struct Icount {
+    /// Offset between instruction count and virtual clock, ns.
+    pub qemu_icount_bias: i64,
+    /// Instructions executed.
+    pub qemu_icount: i64,
+    /// Subsection `timer/icount/warp_timer`.
+    #[vmstate(subsection)]
+    pub warp_timer: Option<WarpTimer>,
+    /// Subsection `timer/icount/timers`.
+    #[vmstate(subsection)]
+    pub timers: Option<IcountTimers>,
+    /// Subsection `timer/icount/shift`; in 5.2 and later.
+    #[vmstate(subsection)]
+    pub shift: Option<IcountShift>,
+}
+
+/// Subsection `timer/icount/warp_timer`: `-icount sleep=on`.
+#[derive(VmState, Debug, Clone, Default, PartialEq, Eq)]
+#[vmstate(name = "timer/icount/warp_timer", version = 1)]
+pub struct WarpTimer {
+    /// When the warp began, ns; -1 if there is none.
+    pub vm_clock_warp_start: i64,
+    /// When it ends.
+    pub icount_warp_timer: Timer,
+}
+
+/// Subsection `timer/icount/timers`: `-icount shift=auto`.
+#[derive(VmState, Debug, Clone, Default, PartialEq, Eq)]
+#[vmstate(name = "timer/icount/timers", version = 1)]
+pub struct IcountTimers {
+    /// Adjustment by real time.
+    pub icount_rt_timer: Timer,
+    /// Adjustment by virtual time.
+    pub icount_vm_timer: Timer,
+}
+
+/// Subsection `timer/icount/shift`: `-icount shift=auto`.
+#[derive(VmState, Debug, Clone, Default, PartialEq, Eq)]
+#[vmstate(name = "timer/icount/shift", version = 2)]
+pub struct IcountShift {
+    /// 2^shift ns for an instruction.
+    pub icount_time_shift: i16,
+    /// The last difference between the clocks, ns.
+    pub last_delta: i64,
+}

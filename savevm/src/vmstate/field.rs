@@ -1,0 +1,304 @@
+//! What a field of a declaration can be: the two traits, and their implementations for numbers and arrays.
+
+use super::{Context, Count, ElementDescription, FieldDescription, Layout, Loader, Saver, VmStateError};
+use crate::Error;
+use qevm_wire::Within;
+
+/// What the declaration says of a field, beyond its Rust type.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct FieldInfo {
+    /// QEMU's name of the field.
+    pub name: &'static str,
+    /// That name with the `[k]` that descriptions append to names occurring several times.
+    pub json_name: &'static str,
+    /// The type name, where it is not the Rust type's usual one.
+    pub type_name: Option<&'static str>,
+    /// The first version that has the field.
+    pub since: u32,
+    /// True if a predicate decides whether it exists.
+    pub conditional: bool,
+}
+
+impl FieldInfo {
+    /// An unconditional field of every version with its type's usual name; the derive macro's starting point.
+    pub const fn new(name: &'static str, json_name: &'static str) -> Self {
+        FieldInfo { name, json_name, type_name: None, since: 0, conditional: false }
+    }
+
+    /// The same with another type name.
+    #[must_use]
+    pub const fn type_name(mut self, type_name: &'static str) -> Self {
+        self.type_name = Some(type_name);
+        self
+    }
+
+    /// The same, in versions from `since`.
+    #[must_use]
+    pub const fn since(mut self, since: u32) -> Self {
+        self.since = since;
+        self
+    }
+
+    /// The same, existing under a condition.
+    #[must_use]
+    pub const fn conditional(mut self) -> Self {
+        self.conditional = true;
+        self
+    }
+
+    pub(super) fn describe(&self, count: Count, mut element: ElementDescription) -> FieldDescription {
+        if let Some(name) = self.type_name {
+            element.type_name = Some(name.into());
+        }
+        FieldDescription { name: self.name.into(), since: self.since, conditional: self.conditional, count, element }
+    }
+}
+
+/// One thing on the wire: what a field holds once, or an array several times.
+pub trait Element: Sized {
+    /// The name descriptions give to the type.
+    const TYPE: &'static str;
+    /// False for structures with conditional fields or subsections, see [`super::VmState::COMPRESSIBLE`].
+    const COMPRESSIBLE: bool = true;
+
+    /// The name descriptions give to this value's type, where it depends on the value.
+    fn type_name(&self, _ctx: &Context) -> &'static str {
+        Self::TYPE
+    }
+    /// Appends the element.
+    ///
+    /// # Errors
+    /// The value does not fit its declaration.
+    fn put(&self, out: &mut Saver<'_>) -> Result<(), Error>;
+    /// Reads the element.
+    ///
+    /// # Errors
+    /// The input is truncated or malformed.
+    fn take(input: &mut Loader<'_, '_, '_>) -> Result<Self, Error>;
+    /// Its schema.
+    fn describe(ctx: &Context) -> ElementDescription;
+    /// See [`super::VmState::prepare`].
+    ///
+    /// # Errors
+    /// A hook refuses.
+    fn prepare(&mut self, _ctx: &Context) -> Result<(), VmStateError> {
+        Ok(())
+    }
+    /// See [`super::VmState::accept`].
+    ///
+    /// # Errors
+    /// A hook refuses.
+    fn accept(&mut self, _ctx: &Context) -> Result<(), VmStateError> {
+        Ok(())
+    }
+}
+
+/// A field whose Rust type alone says how long it is: an [`Element`], or an array `[T; N]` of them.
+pub trait Field: Sized {
+    /// See [`Element::COMPRESSIBLE`].
+    const COMPRESSIBLE: bool;
+
+    /// Appends the field.
+    ///
+    /// # Errors
+    /// As [`Element::put`].
+    fn save(&self, out: &mut Saver<'_>, info: &FieldInfo) -> Result<(), Error>;
+    /// Reads the field.
+    ///
+    /// # Errors
+    /// As [`Element::take`].
+    fn load(input: &mut Loader<'_, '_, '_>) -> Result<Self, Error>;
+    /// Its schema.
+    fn describe(info: &FieldInfo, ctx: &Context) -> FieldDescription;
+    /// As [`Element::prepare`].
+    ///
+    /// # Errors
+    /// As [`Element::prepare`].
+    fn prepare(&mut self, ctx: &Context) -> Result<(), VmStateError>;
+    /// As [`Element::accept`].
+    ///
+    /// # Errors
+    /// As [`Element::accept`].
+    fn accept(&mut self, ctx: &Context) -> Result<(), VmStateError>;
+}
+
+/// A field whose length another field gives: attribute `len`.
+pub trait VarField: Sized {
+    /// See [`Element::COMPRESSIBLE`].
+    const COMPRESSIBLE: bool;
+
+    /// Appends the field, which must have length `len`.
+    ///
+    /// # Errors
+    /// [`VmStateError::LengthMismatch`], and as [`Element::put`].
+    fn save(&self, out: &mut Saver<'_>, info: &FieldInfo, len: u64) -> Result<(), Error>;
+    /// Reads a field of length `len`.
+    ///
+    /// # Errors
+    /// A length above the limits, and as [`Element::take`].
+    fn load(input: &mut Loader<'_, '_, '_>, len: u64) -> Result<Self, Error>;
+    /// Its schema.
+    fn describe(info: &FieldInfo, ctx: &Context) -> FieldDescription;
+    /// As [`Element::prepare`].
+    ///
+    /// # Errors
+    /// As [`Element::prepare`].
+    fn prepare(&mut self, ctx: &Context) -> Result<(), VmStateError>;
+    /// As [`Element::accept`].
+    ///
+    /// # Errors
+    /// As [`Element::accept`].
+    fn accept(&mut self, ctx: &Context) -> Result<(), VmStateError>;
+}
+
+/// Implements [`Field`] for an [`Element`].
+#[doc(hidden)]
+#[macro_export]
+macro_rules! __vmstate_element_is_field {
+    ([$($generics:tt)*] $type:ty) => {
+        impl<$($generics)*> $crate::vmstate::Field for $type {
+            const COMPRESSIBLE: bool = <Self as $crate::vmstate::Element>::COMPRESSIBLE;
+            fn save(
+                &self,
+                out: &mut $crate::vmstate::Saver<'_>,
+                info: &$crate::vmstate::FieldInfo,
+            ) -> ::core::result::Result<(), $crate::Error> {
+                out.single(self, info)
+            }
+            fn load(input: &mut $crate::vmstate::Loader<'_, '_, '_>) -> ::core::result::Result<Self, $crate::Error> {
+                <Self as $crate::vmstate::Element>::take(input)
+            }
+            fn describe(
+                info: &$crate::vmstate::FieldInfo,
+                ctx: &$crate::vmstate::Context,
+            ) -> $crate::vmstate::FieldDescription {
+                $crate::vmstate::describe_single::<Self>(info, ctx)
+            }
+            fn prepare(
+                &mut self,
+                ctx: &$crate::vmstate::Context,
+            ) -> ::core::result::Result<(), $crate::vmstate::VmStateError> {
+                <Self as $crate::vmstate::Element>::prepare(self, ctx)
+            }
+            fn accept(
+                &mut self,
+                ctx: &$crate::vmstate::Context,
+            ) -> ::core::result::Result<(), $crate::vmstate::VmStateError> {
+                <Self as $crate::vmstate::Element>::accept(self, ctx)
+            }
+        }
+    };
+}
+
+#[doc(hidden)]
+pub fn describe_single<T: Element>(info: &FieldInfo, ctx: &Context) -> FieldDescription {
+    info.describe(Count::One, T::describe(ctx))
+}
+
+pub(super) fn fixed(type_name: &str, size: u64) -> ElementDescription {
+    ElementDescription { type_name: Some(type_name.into()), layout: Layout::Bytes(size) }
+}
+
+macro_rules! numbers {
+    ($($type:ty, $name:literal, $method:ident;)*) => {$(
+        impl Element for $type {
+            const TYPE: &'static str = $name;
+            fn put(&self, out: &mut Saver<'_>) -> Result<(), Error> {
+                out.writer().$method(*self);
+                Ok(())
+            }
+            fn take(input: &mut Loader<'_, '_, '_>) -> Result<Self, Error> {
+                input.reader().$method()
+            }
+            fn describe(_: &Context) -> ElementDescription {
+                fixed($name, size_of::<$type>() as u64)
+            }
+        }
+        __vmstate_element_is_field!([] $type);
+    )*};
+}
+
+numbers! {
+    u8, "uint8", u8;
+    u16, "uint16", be16;
+    u32, "uint32", be32;
+    u64, "uint64", be64;
+    i8, "int8", i8;
+    i16, "int16", be_i16;
+    i32, "int32", be_i32;
+    i64, "int64", be_i64;
+}
+
+impl Element for bool {
+    const TYPE: &'static str = "bool";
+    fn put(&self, out: &mut Saver<'_>) -> Result<(), Error> {
+        out.writer().u8((*self).into());
+        Ok(())
+    }
+    fn take(input: &mut Loader<'_, '_, '_>) -> Result<Self, Error> {
+        let offset = input.offset();
+        let byte = input.reader().u8()?;
+        if byte > 1 {
+            input.not_canonical("bool", byte.into(), offset)?;
+        }
+        Ok(byte != 0)
+    }
+    fn describe(_: &Context) -> ElementDescription {
+        fixed("bool", 1)
+    }
+}
+__vmstate_element_is_field!([] bool);
+
+impl<T: Element, const N: usize> Field for [T; N] {
+    const COMPRESSIBLE: bool = T::COMPRESSIBLE;
+    fn save(&self, out: &mut Saver<'_>, info: &FieldInfo) -> Result<(), Error> {
+        out.array(self, info)
+    }
+    fn load(input: &mut Loader<'_, '_, '_>) -> Result<Self, Error> {
+        let elements = load_elements(input, N)?;
+        elements.try_into().map_err(|elements: Vec<T>| {
+            let (found, expected) = (elements.len() as u64, N as u64);
+            input.fail(VmStateError::LengthMismatch { field: "array", found, expected })
+        })
+    }
+    fn describe(info: &FieldInfo, ctx: &Context) -> FieldDescription {
+        info.describe(Count::Fixed(N as u64), T::describe(ctx))
+    }
+    fn prepare(&mut self, ctx: &Context) -> Result<(), VmStateError> {
+        self.iter_mut().try_for_each(|element| element.prepare(ctx))
+    }
+    fn accept(&mut self, ctx: &Context) -> Result<(), VmStateError> {
+        self.iter_mut().try_for_each(|element| element.accept(ctx))
+    }
+}
+
+impl<T: Element> VarField for Vec<T> {
+    const COMPRESSIBLE: bool = T::COMPRESSIBLE;
+    fn save(&self, out: &mut Saver<'_>, info: &FieldInfo, len: u64) -> Result<(), Error> {
+        out.expect_len(info.name, self.len(), len)?;
+        out.array(self, info)
+    }
+    fn load(input: &mut Loader<'_, '_, '_>, len: u64) -> Result<Self, Error> {
+        let len = input.expect_count(len)?;
+        load_elements(input, len)
+    }
+    fn describe(info: &FieldInfo, ctx: &Context) -> FieldDescription {
+        info.describe(Count::Variable, T::describe(ctx))
+    }
+    fn prepare(&mut self, ctx: &Context) -> Result<(), VmStateError> {
+        self.iter_mut().try_for_each(|element| element.prepare(ctx))
+    }
+    fn accept(&mut self, ctx: &Context) -> Result<(), VmStateError> {
+        self.iter_mut().try_for_each(|element| element.accept(ctx))
+    }
+}
+
+pub(super) fn load_elements<T: Element>(input: &mut Loader<'_, '_, '_>, count: usize) -> Result<Vec<T>, Error> {
+    // Nearly every element takes at least a byte: what is left bounds what it is worth to reserve.
+    let mut elements = Vec::with_capacity(count.min(input.reader().remaining()));
+    for i in 0..count {
+        elements.push(T::take(input).within(|| format!("element {i}"))?);
+    }
+    Ok(elements)
+}

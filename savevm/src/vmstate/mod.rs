@@ -1,0 +1,189 @@
+//! Device state, declared: one declaration gives encoding, decoding, the JSON description and a static schema.
+//!
+//! QEMU describes the state of a device by a *VMSD*: a name, a version, a list of fields and a list of subsections. The
+//! stream carries the fields without tags, so both sides must know the VMSD. Here a VMSD is a struct with
+//! `#[derive(VmState)]`; its fields are the wire's fields in the wire's order.
+//!
+//! Read in this order: [`VmState`] (what a declaration provides), [`Context`] (the facts that predicates may ask),
+//! [`Field`] and [`Element`] with the field types of [`kinds`] (what a field can be), [`Saver`] and [`Loader`] (the two
+//! walks), [`instance`] (the JSON description of one save) and [`Description`] (the schema).
+//!
+//! # Promises
+//!
+//! * [`decode`] accepts only what [`encode`] gives back byte for byte; [`load`] accepts what QEMU accepts.
+//! * No input makes a decoder panic or allocate more than its input's length times a small constant; counts are checked
+//!   against [`Limits`](qevm_wire::Limits) and nesting against `Limits::depth`.
+//! * [`encode`] never loses data silently: a value that the declaration has no place for is an error.
+//!
+//! # Example
+//!
+//! ```
+//! use qevm_savevm::vmstate::{self, Context, VmState};
+//! use qevm_wire::QemuVersion;
+//!
+//! /// A made-up device: two registers, and a third that newer versions add.
+//! #[derive(VmState, Debug, Clone, Default, PartialEq)]
+//! #[vmstate(name = "toy", version = 2, minimum_version = 1)]
+//! struct Toy {
+//!     control: u32,
+//!     fifo: [u8; 4],
+//!     #[vmstate(since = 2)]
+//!     mask: u16,
+//! }
+//!
+//! let ctx = Context::new(QemuVersion::new(10, 0), "microvm");
+//! let toy = Toy { control: 1, fifo: [1, 2, 3, 4], mask: 0xff };
+//! let bytes = vmstate::encode(&toy, &ctx)?;
+//! assert_eq!(bytes, [0, 0, 0, 1, 1, 2, 3, 4, 0, 0xff]);
+//! assert_eq!(vmstate::decode::<Toy>(&bytes, Toy::VERSION, &ctx)?, toy);
+//! // An older source sends version 1 and no mask.
+//! assert_eq!(vmstate::decode::<Toy>(&bytes[..8], 1, &ctx)?.mask, 0);
+//! # Ok::<(), qevm_savevm::Error>(())
+//! ```
+
+mod context;
+mod description;
+mod error;
+mod field;
+pub mod instance;
+pub mod kinds;
+mod load;
+mod save;
+
+pub use context::{Accel, Context, IndexNotation};
+pub use description::{Count, Description, ElementDescription, FieldDescription, Layout};
+pub use error::VmStateError;
+pub use field::{Element, Field, FieldInfo, VarField, describe_single};
+pub use kinds::{Bitmap, Buffer, Pointer, PointerField, QList, QTailQ, Table, Timer, Tmp, Unused, VStruct, VarBuffer};
+pub use load::{Loader, SubsectionHeader};
+pub use qevm_savevm_derive::VmState;
+pub use save::Saver;
+
+use crate::{Error, Reader};
+#[doc(hidden)]
+pub use qevm_wire::{QemuVersion, Within};
+
+/// The state of one device (or of a structure or subsection in it) as QEMU's VMSD of that name lays it out.
+///
+/// Implemented by `#[derive(VmState)]`. Use the functions of this module rather than the methods.
+pub trait VmState: Sized {
+    /// QEMU's name of the VMSD, e.g. `ioapic` or `cpu/pkru`.
+    const NAME: &'static str;
+    /// The newest version this declaration writes and reads.
+    const VERSION: u32;
+    /// The oldest version this declaration reads.
+    const MINIMUM_VERSION: u32;
+    /// True if QEMU describes an array of these as one entry with `array_len`: no conditional field and no subsection
+    /// anywhere inside.
+    const COMPRESSIBLE: bool;
+
+    /// The version a subsection or section of this value is written with; [`VERSION`](Self::VERSION) for nearly all.
+    fn wire_version(&self, ctx: &Context) -> u32;
+    /// As a subsection: true if QEMU's `needed` test would send this content.
+    fn needed(&self, ctx: &Context) -> bool;
+    /// Appends the fields of `version` and then the subsections.
+    ///
+    /// # Errors
+    /// The value does not fit its declaration.
+    fn save_fields(&self, out: &mut Saver<'_>, version: u32) -> Result<(), Error>;
+    /// Reads the fields of `version` and then the subsections.
+    ///
+    /// # Errors
+    /// The input is truncated, malformed, or not as declared.
+    fn load_fields(input: &mut Loader<'_, '_, '_>, version: u32) -> Result<Self, Error>;
+    /// Runs the pre-save hooks from the outside in, and leaves out subsections whose `needed` test fails.
+    ///
+    /// # Errors
+    /// A hook refuses, or the profile's release has no place for state that is there.
+    fn prepare(&mut self, ctx: &Context) -> Result<(), VmStateError>;
+    /// Runs the post-load hooks from the inside out.
+    ///
+    /// # Errors
+    /// A hook refuses.
+    fn accept(&mut self, version: u32, ctx: &Context) -> Result<(), VmStateError>;
+    /// The static schema for the release and machine of `ctx`.
+    fn description(ctx: &Context) -> Description;
+}
+
+/// Encodes `value` as the payload of a section of its [`wire_version`](VmState::wire_version). No hook runs.
+///
+/// # Errors
+/// A value that does not fit its declaration: a length that disagrees with its count, a conditional field that is
+/// missing or in excess.
+pub fn encode<T: VmState>(value: &T, ctx: &Context) -> Result<Vec<u8>, Error> {
+    encode_version(value, value.wire_version(ctx), ctx)
+}
+
+/// Like [`encode`], as an older `version` of the section.
+///
+/// # Errors
+/// As [`encode`], and a `version` that the declaration does not know.
+pub fn encode_version<T: VmState>(value: &T, version: u32, ctx: &Context) -> Result<Vec<u8>, Error> {
+    let mut saver = Saver::new(ctx);
+    load::check_version::<T>(version, 0)?;
+    value.save_fields(&mut saver, version).within(|| T::NAME)?;
+    Ok(saver.into_bytes())
+}
+
+/// Encodes `value` and gives the description QEMU would put into the stream's JSON for it.
+///
+/// # Errors
+/// As [`encode_version`].
+pub fn encode_described<T: VmState>(
+    value: &T,
+    version: u32,
+    ctx: &Context,
+) -> Result<(Vec<u8>, instance::Object), Error> {
+    let mut saver = Saver::describing(ctx);
+    load::check_version::<T>(version, 0)?;
+    saver.object(value, version).within(|| T::NAME)?;
+    Ok(saver.into_described())
+}
+
+/// Decodes the payload of a section of `version`, and accepts only what re-encodes to the same bytes. No hook runs.
+///
+/// # Errors
+/// Truncated, malformed or undeclared content, bytes left over, and encodings QEMU reads but never writes
+/// ([`VmStateError::NotCanonical`]).
+pub fn decode<T: VmState>(payload: &[u8], version: u32, ctx: &Context) -> Result<T, Error> {
+    let mut reader = Reader::new(payload);
+    let value = decode_from(&mut reader, version, ctx)?;
+    reader.expect_end("section payload").within(|| T::NAME)?;
+    Ok(value)
+}
+
+/// Like [`decode`], for a reader that may hold more than the section, with offsets that count from the stream's start.
+///
+/// # Errors
+/// As [`decode`], except for bytes left over.
+pub fn decode_from<T: VmState>(reader: &mut Reader<'_>, version: u32, ctx: &Context) -> Result<T, Error> {
+    let mut loader = Loader::strict(reader, ctx);
+    load::check_version::<T>(version, loader.offset())?;
+    T::load_fields(&mut loader, version).within(|| T::NAME)
+}
+
+/// What a source does at switchover: runs the pre-save hooks, drops subsections that are not needed, encodes.
+///
+/// Gives the section's version and payload.
+///
+/// # Errors
+/// As [`encode`], what a hook refuses, and [`VmStateError::NotInRelease`] for state the profile's release cannot hold.
+pub fn save<T: VmState>(value: &mut T, ctx: &Context) -> Result<(u32, Vec<u8>), Error> {
+    value.prepare(ctx).map_err(|kind| Error::new(kind.into(), 0)).within(|| T::NAME)?;
+    let version = value.wire_version(ctx);
+    Ok((version, encode_version(value, version, ctx)?))
+}
+
+/// What a destination does: decodes as leniently as QEMU (subsections in any order, any non-zero byte is true) and runs
+/// the post-load hooks.
+///
+/// # Errors
+/// As [`decode`] without `NotCanonical`, and what a hook refuses.
+pub fn load<T: VmState>(reader: &mut Reader<'_>, version: u32, ctx: &Context) -> Result<T, Error> {
+    let start = reader.offset();
+    let mut loader = Loader::lenient(reader, ctx);
+    load::check_version::<T>(version, start)?;
+    let mut value = T::load_fields(&mut loader, version).within(|| T::NAME)?;
+    value.accept(version, ctx).map_err(|kind| Error::new(kind.into(), start)).within(|| T::NAME)?;
+    Ok(value)
+}
