@@ -10,6 +10,7 @@ use crate::dirty_bitmap::DirtyBitmapError;
 use crate::mapped_ram::MappedRamError;
 use crate::ram::RamError;
 use crate::vfio::VfioError;
+use crate::vmdesc::VmdescError;
 use crate::vmstate::VmStateError;
 use crate::xbzrle::XbzrleError;
 use qevm_wire::{Blame, Fault, Located, WireError};
@@ -60,6 +61,9 @@ pub enum ErrorKind {
     /// Declared device state is not as declared.
     #[error(transparent)]
     VmState(#[from] VmStateError),
+    /// The description, or a device section read with it.
+    #[error(transparent)]
+    Vmdesc(#[from] VmdescError),
 }
 
 impl Blame for ErrorKind {
@@ -77,6 +81,7 @@ impl Blame for ErrorKind {
             ErrorKind::MappedRam(kind) => kind.fault(),
             ErrorKind::BlockMigration(kind) => kind.fault(),
             ErrorKind::VmState(kind) => kind.fault(),
+            ErrorKind::Vmdesc(kind) => kind.fault(),
         }
     }
 }

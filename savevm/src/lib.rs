@@ -15,6 +15,7 @@
 //! | [`vfio`], [`dirty_bitmap`], [`block_migration`] | the records of the other iterable handlers |
 //! | [`mapped_ram`] | files in which every page has its place |
 //! | [`container`] | files with a stream inside: libvirt save images, qcow2 snapshots |
+//! | [`vmdesc`] | the JSON description, and device sections decoded with it to their last field |
 //! | [`guest_memory`] | where guest memory lies in RAM blocks, for each machine type |
 //! | [`vmstate`] | device state, declared: one declaration gives codec, description and schema |
 //! | [`devices`] | the device sections of `-M microvm` |
@@ -103,6 +104,7 @@ pub mod guest_memory;
 pub mod mapped_ram;
 pub mod ram;
 pub mod vfio;
+pub mod vmdesc;
 pub mod vmstate;
 pub mod xbzrle;
 
