@@ -50,6 +50,9 @@ pub struct Input {
     /// The stream starts at byte N of MAIN (`file:PATH,offset=N` in QEMU). Offsets are reported from the start of MAIN.
     #[arg(long, value_name = "N", default_value_t = 0)]
     pub offset: u64,
+    /// MAIN is a qcow2 image: read the internal snapshot with this name or ID (`savevm`).
+    #[arg(long, value_name = "NAME")]
+    pub snapshot: Option<String>,
     /// A further channel of the same migration: multifd or postcopy-preempt, told apart by its first bytes. May be
     /// repeated, in any order.
     #[arg(long = "channel", value_name = "FILE")]

@@ -6,7 +6,9 @@
 
 pub mod args;
 pub mod commands;
+pub mod extract;
 pub mod failure;
+pub mod open;
 pub mod progress;
 pub mod ram;
 pub mod report;

@@ -2,8 +2,8 @@
 
 use crate::args;
 use crate::failure::{Failure, Stop};
+use crate::open::{Opened, open};
 use crate::source::Source;
-use std::fs::File;
 use std::path::Path;
 
 /// A named input.
@@ -44,10 +44,11 @@ impl Inputs {
         if stdin.count() > 1 {
             return Err(Stop::Usage("standard input (-) can only be one of the files".into()));
         }
-        let all = |paths: &[std::path::PathBuf]| paths.iter().map(|path| open(path)).collect::<Result<Vec<_>, _>>();
+        let all = |paths: &[std::path::PathBuf]| paths.iter().map(|path| named(path)).collect::<Result<Vec<_>, _>>();
+        let Opened { name, source, offset } = open(&input.main, input.snapshot.as_deref())?;
         Ok(Inputs {
-            main: open(&input.main)?,
-            offset: input.offset,
+            main: Named { name, source },
+            offset: offset + input.offset,
             channels: all(&input.channels)?,
             recovery: all(&input.recovery)?,
             return_path: all(&input.return_path)?,
@@ -84,17 +85,7 @@ impl Inputs {
     }
 }
 
-fn open(path: &Path) -> Result<Named, Stop> {
-    if path.as_os_str() == "-" {
-        let source = Source::stream(Box::new(std::io::stdin().lock()));
-        return Ok(Named { name: "standard input".into(), source });
-    }
-    let name = path.display().to_string();
-    let cannot = |error: std::io::Error| Stop::Usage(format!("{name}: cannot be opened: {error}"));
-    let file = File::open(path).map_err(cannot)?;
-    if file.metadata().map_err(cannot)?.is_dir() {
-        return Err(Stop::Usage(format!("{name}: is a directory, expected a stream file")));
-    }
-    let source = Source::file(file).map_err(cannot)?;
+fn named(path: &Path) -> Result<Named, Stop> {
+    let Opened { name, source, .. } = open(path, None)?;
     Ok(Named { name, source })
 }

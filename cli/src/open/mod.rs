@@ -1,0 +1,147 @@
+//! Opening what holds a stream: a plain file, a compressed one, a libvirt save image, a snapshot in a qcow2 image.
+//!
+//! What a file is shows in its first bytes; nobody has to say it. Offsets in errors and tables count from the start of
+//! the file where the stream lies in it as it is, and from the start of the stream where it had to be decompressed or
+//! gathered from a disk image.
+
+mod snapshot;
+
+use crate::failure::{Failure, Stop};
+use crate::source::Source;
+use qevm_savevm::container::libvirt::{self, SaveFormat, SaveImage};
+use qevm_savevm::container::{Compression, FileKind, RECOGNISE_LEN, recognise};
+use qevm_wire::Limits;
+use std::fs::File;
+use std::io::{self, Cursor, Read, Seek, SeekFrom};
+use std::path::Path;
+
+/// An opened input.
+#[derive(Debug)]
+pub struct Opened {
+    /// As the user wrote it; `-` is shown as `standard input`.
+    pub name: String,
+    /// Its bytes.
+    pub source: Source,
+    /// Where in them the stream starts.
+    pub offset: u64,
+}
+
+/// Opens `path` (`-` is standard input), whatever container the stream is in. `snapshot` chooses one by name or ID where
+/// a qcow2 image has several.
+///
+/// # Errors
+/// [`Stop::Usage`] if the file cannot be opened or holds no stream that could be meant, [`Stop::Bad`] if the container
+/// is damaged.
+pub fn open(path: &Path, snapshot: Option<&str>) -> Result<Opened, Stop> {
+    if path.as_os_str() == "-" {
+        return open_stdin();
+    }
+    let name = path.display().to_string();
+    let cannot = |error: io::Error| Stop::Usage(format!("{name}: cannot be opened: {error}"));
+    let mut file = File::open(path).map_err(cannot)?;
+    if file.metadata().map_err(cannot)?.is_dir() {
+        return Err(Stop::Usage(format!("{name}: is a directory, expected a stream file")));
+    }
+    if file.seek(SeekFrom::Start(0)).is_err() {
+        return from_pipe(name, file);
+    }
+    let first = first_bytes(&mut file, RECOGNISE_LEN).map_err(cannot)?;
+    file.rewind().map_err(cannot)?;
+    let kind = recognise(&first);
+    if snapshot.is_some() && kind != Some(FileKind::Qcow2) {
+        return Err(Stop::Usage(format!("{name}: --snapshot is for qcow2 images, and this is none")));
+    }
+    match kind {
+        Some(FileKind::Libvirt) => open_save_image(name, file),
+        Some(FileKind::Qcow2) => {
+            let source = snapshot::open(&name, file, snapshot)?;
+            Ok(Opened { name, source, offset: 0 })
+        }
+        Some(FileKind::Compressed(compression)) => decompressed(name, file, compression),
+        // What is no stream at all is for the decoder to say, with the bytes it found.
+        _ => {
+            let source = Source::file(file).map_err(cannot)?;
+            Ok(Opened { name, source, offset: 0 })
+        }
+    }
+}
+
+fn open_stdin() -> Result<Opened, Stop> {
+    from_pipe("standard input".to_owned(), io::stdin())
+}
+
+fn from_pipe(name: String, mut pipe: impl Read + 'static) -> Result<Opened, Stop> {
+    let cannot = |error: io::Error| Stop::Usage(format!("{name}: cannot be read: {error}"));
+    let first = first_bytes(&mut pipe, RECOGNISE_LEN).map_err(cannot)?;
+    let kind = recognise(&first);
+    let mut input = Cursor::new(first).chain(pipe);
+    match kind {
+        Some(FileKind::Compressed(compression)) => decompressed(name, input, compression),
+        Some(FileKind::Qcow2) => {
+            Err(Stop::Usage(format!("{name}: a qcow2 image cannot be read from a pipe; name the file")))
+        }
+        Some(FileKind::Libvirt) => {
+            let image = save_image_header(&name, &mut input)?;
+            let behind_header = image.stream_offset - libvirt::HEADER_LEN as u64;
+            io::copy(&mut input.by_ref().take(behind_header), &mut io::sink()).map_err(cannot)?;
+            match image.format {
+                SaveFormat::Compressed(compression) => decompressed(name, input, compression),
+                SaveFormat::Raw => Ok(Opened { name, source: Source::stream(Box::new(input)), offset: 0 }),
+                _ => Err(Stop::Usage(format!("{name}: a sparse save image cannot be read from a pipe; name the file"))),
+            }
+        }
+        _ => Ok(Opened { name, source: Source::stream(Box::new(input)), offset: 0 }),
+    }
+}
+
+fn open_save_image(name: String, mut file: File) -> Result<Opened, Stop> {
+    let cannot = |error: io::Error| Stop::Usage(format!("{name}: cannot be read: {error}"));
+    let image = save_image_header(&name, &mut file)?;
+    match image.format {
+        SaveFormat::Compressed(compression) => {
+            file.seek(SeekFrom::Start(image.stream_offset)).map_err(cannot)?;
+            decompressed(name, file, compression)
+        }
+        _ => {
+            let source = Source::file(file).map_err(cannot)?;
+            Ok(Opened { name, source, offset: image.stream_offset })
+        }
+    }
+}
+
+/// Reads the header of a save image. An incomplete one is read all the same: how far it goes is what its owner wants
+/// to know, and the decoder will say where it ends.
+fn save_image_header(name: &str, input: &mut impl Read) -> Result<SaveImage, Stop> {
+    let header = first_bytes(input, libvirt::HEADER_LEN).map_err(|error| Failure::io(name, 0, &error))?;
+    SaveImage::parse(&header, &Limits::default()).map_err(|error| Failure::located(name, error).into())
+}
+
+fn decompressed(name: String, input: impl Read + 'static, compression: Compression) -> Result<Opened, Stop> {
+    let reader: Box<dyn Read> = match compression {
+        Compression::Gzip => Box::new(flate2::read::MultiGzDecoder::new(input)),
+        Compression::Bzip2 => Box::new(bzip2::read::MultiBzDecoder::new(input)),
+        Compression::Xz => Box::new(lzma_rust2::XzReader::new(input, true)),
+        Compression::Zstd => {
+            let decoder = zstd::Decoder::new(input).map_err(|error| Failure::io(&name, 0, &error))?;
+            Box::new(decoder)
+        }
+        other => {
+            let program = other.as_str();
+            let message = format!(
+                "{name}: is compressed with {program}, which is not supported: decompress it with `{program} -dc` first"
+            );
+            return Err(Stop::Usage(message));
+        }
+    };
+    Ok(Opened { name, source: Source::stream(reader), offset: 0 })
+}
+
+/// Up to `count` bytes from the start; fewer only at the end of the input.
+fn first_bytes(input: &mut impl Read, count: usize) -> io::Result<Vec<u8>> {
+    let mut first = Vec::with_capacity(count);
+    input.by_ref().take(count as u64).read_to_end(&mut first)?;
+    Ok(first)
+}
+
+#[cfg(test)]
+mod tests;

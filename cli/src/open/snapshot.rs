@@ -1,0 +1,156 @@
+//! The VM state of a qcow2 internal snapshot as something to read and seek in.
+
+use crate::failure::{Failure, Stop, printable};
+use crate::source::Source;
+use qevm_savevm::container::qcow2::{self, Cluster, Header, Snapshot, VmState};
+use qevm_savevm::{Error, Reader};
+use qevm_wire::Limits;
+use std::fs::File;
+use std::io::{self, Read, Seek, SeekFrom};
+use std::os::unix::fs::FileExt;
+
+/// The table is read in pieces of this size until an entry is whole.
+const TABLE_PIECE: usize = 64 << 10;
+/// No table is read further than this: far more than any image's snapshots take.
+const TABLE_LIMIT: usize = 16 << 20;
+
+/// Opens the VM state of the snapshot that `chosen` names, or of the only one that has any.
+pub(super) fn open(name: &str, file: File, chosen: Option<&str>) -> Result<Source, Stop> {
+    let bad = |error: Error| Stop::from(Failure::located(name, error));
+    let io = |error: io::Error| Stop::from(Failure::io(name, 0, &error));
+    let mut first = vec![0; qcow2::HEADER_LEN];
+    let read = read_up_to(&file, &mut first, 0).map_err(io)?;
+    let header = Header::parse(&first[..read]).map_err(bad)?;
+    header.check_snapshots(&Limits::default()).map_err(bad)?;
+
+    let snapshots = table(name, &file, &header)?;
+    let snapshot = choose(name, &snapshots, chosen)?;
+    let mut l1 = vec![0; snapshot.l1_len as usize];
+    file.read_exact_at(&mut l1, snapshot.l1_offset).map_err(|error| Failure::io(name, snapshot.l1_offset, &error))?;
+    let state = VmState::new(&header, snapshot, &l1).map_err(bad)?;
+    let len = state.len();
+    let reader = StateReader { file, l2: vec![0; header.cluster_size() as usize], l2_offset: None, state, position: 0 };
+    Ok(Source::seekable(Box::new(reader), len))
+}
+
+fn table(name: &str, file: &File, header: &Header) -> Result<Vec<Snapshot>, Stop> {
+    let (mut bytes, mut parsed) = (Vec::new(), 0);
+    let mut snapshots = Vec::new();
+    while snapshots.len() < header.snapshots as usize {
+        let offset = header.snapshots_offset.saturating_add(parsed as u64);
+        let mut reader = Reader::at(&bytes[parsed..], offset);
+        match Snapshot::parse(&mut reader) {
+            Ok(snapshot) => {
+                parsed += reader.position();
+                snapshots.push(snapshot);
+            }
+            Err(error) if error.is_truncated() && bytes.len() < TABLE_LIMIT => {
+                let held = bytes.len();
+                bytes.resize(held + TABLE_PIECE, 0);
+                let at = header.snapshots_offset.saturating_add(held as u64);
+                let read = read_up_to(file, &mut bytes[held..], at).map_err(|error| Failure::io(name, at, &error))?;
+                bytes.truncate(held + read);
+                if read == 0 {
+                    return Err(Failure::located(name, error.within("snapshot table")).into());
+                }
+            }
+            Err(error) => return Err(Failure::located(name, error.within("snapshot table")).into()),
+        }
+    }
+    Ok(snapshots)
+}
+
+fn choose<'a>(name: &str, snapshots: &'a [Snapshot], chosen: Option<&str>) -> Result<&'a Snapshot, Stop> {
+    let with_state: Vec<&Snapshot> = snapshots.iter().filter(|snapshot| snapshot.vm_state_size > 0).collect();
+    let list = || {
+        let names = with_state.iter().map(|s| printable(&String::from_utf8_lossy(&s.name)));
+        names.collect::<Vec<_>>().join(", ")
+    };
+    match chosen {
+        Some(wanted) => {
+            let found = with_state.iter().find(|s| s.name == wanted.as_bytes() || s.id == wanted.as_bytes());
+            found.copied().ok_or_else(|| {
+                Stop::Usage(format!("{name}: no snapshot '{wanted}' with VM state; there are: {}", list()))
+            })
+        }
+        None => match with_state[..] {
+            [only] => Ok(only),
+            [] => Err(Stop::Usage(format!("{name}: a qcow2 image without a snapshot that has VM state (savevm)"))),
+            _ => Err(Stop::Usage(format!("{name}: several snapshots; choose one with --snapshot: {}", list()))),
+        },
+    }
+}
+
+/// Reads until `buffer` is full or the file ends.
+fn read_up_to(file: &File, buffer: &mut [u8], offset: u64) -> io::Result<usize> {
+    let mut filled = 0;
+    while filled < buffer.len() {
+        match file.read_at(&mut buffer[filled..], offset.saturating_add(filled as u64)) {
+            Ok(0) => break,
+            Ok(read) => filled += read,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(filled)
+}
+
+struct StateReader {
+    file: File,
+    state: VmState,
+    position: u64,
+    /// The L2 table read last, and where it is.
+    l2: Vec<u8>,
+    l2_offset: Option<u64>,
+}
+
+impl Read for StateReader {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let len = self.state.contiguous(self.position).min(buffer.len() as u64) as usize;
+        if len == 0 {
+            return Ok(0);
+        }
+        let buffer = &mut buffer[..len];
+        match self.cluster()? {
+            Cluster::At(offset) => {
+                let in_cluster = self.position_in_cluster();
+                self.file.read_exact_at(buffer, offset.saturating_add(in_cluster))?;
+            }
+            Cluster::Zero => buffer.fill(0),
+        }
+        self.position += len as u64;
+        Ok(len)
+    }
+}
+
+impl StateReader {
+    fn cluster(&mut self) -> io::Result<Cluster> {
+        let damaged = |error: Error| io::Error::new(io::ErrorKind::InvalidData, error);
+        let Some(offset) = self.state.l2_table(self.position).map_err(damaged)? else {
+            return Ok(Cluster::Zero);
+        };
+        if self.l2_offset != Some(offset) {
+            self.l2_offset = None;
+            self.file.read_exact_at(&mut self.l2, offset)?;
+            self.l2_offset = Some(offset);
+        }
+        self.state.cluster(self.position, &self.l2, offset).map_err(damaged)
+    }
+
+    /// The state starts at a cluster boundary, so its clusters are those of the file.
+    fn position_in_cluster(&self) -> u64 {
+        self.position % self.l2.len() as u64
+    }
+}
+
+impl Seek for StateReader {
+    fn seek(&mut self, to: SeekFrom) -> io::Result<u64> {
+        let position = match to {
+            SeekFrom::Start(position) => Some(position),
+            SeekFrom::End(offset) => self.state.len().checked_add_signed(offset),
+            SeekFrom::Current(offset) => self.position.checked_add_signed(offset),
+        };
+        self.position = position.ok_or(io::ErrorKind::InvalidInput)?;
+        Ok(self.position)
+    }
+}
