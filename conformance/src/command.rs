@@ -159,7 +159,7 @@ fn wanted(name: &str, only: &[String]) -> bool {
 }
 
 fn record_all(out: &Path, only: &[String], again: bool) -> Result<bool> {
-    let mut failed = 0;
+    let (mut failed, subject) = (0, subject()?);
     for scenario in table::all() {
         let folder = out.join(scenario.folder());
         if !wanted(&scenario.name, only) || (!again && folder.join(record::MANIFEST).exists()) {
@@ -167,7 +167,7 @@ fn record_all(out: &Path, only: &[String], again: bool) -> Result<bool> {
         }
         let root = Root::install(scenario.suite)?;
         let started = Instant::now();
-        match record::record(&scenario, &root, &folder) {
+        match record::record(&scenario, &root, &subject, &folder) {
             Ok(_) => println!("recorded {} in {:.1} s", scenario.name, started.elapsed().as_secs_f64()),
             Err(e) => {
                 failed += 1;

@@ -153,7 +153,11 @@ fn sections(recording: &Recording, folder: &Path, verified: &Verified, judgement
     }
     let path = folder.join(&recording.files.main);
     let main = File::open(&path).with_context(|| format!("opening {}", path.display()))?;
-    let length = main.metadata()?.len();
+    let mut length = main.metadata()?.len();
+    if let Some(recovery) = &recording.files.recovery {
+        // A section that goes on after a recovery counts there, too.
+        length += fs::metadata(folder.join(recovery))?.len();
+    }
     for section in &verified.sections {
         let name = section.idstr.as_bytes();
         let mut header = vec![0; 5 + 1 + name.len() + 8];

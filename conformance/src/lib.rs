@@ -19,6 +19,7 @@ pub mod qmp;
 pub mod record;
 pub mod report;
 pub mod roots;
+mod route;
 pub mod scenario;
 pub mod subject;
 pub mod table;

@@ -122,7 +122,7 @@ fn play(
 }
 
 fn record_and_judge(scenario: &Scenario, root: &Root, folder: &Path, subject: &Subject) -> Result<Judgement> {
-    let recording = record::record(scenario, root, folder)?;
+    let recording = record::record(scenario, root, subject, folder)?;
     let mut judgement = judge::judge(&recording, folder, subject)?;
     // Damage is tried on the plain streams of the quick subset: it costs eight more runs of qevm each.
     if scenario.quick && scenario.route == Route::Exec && recording.capabilities.is_empty() {

@@ -3,7 +3,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use serde::{Deserialize, Serialize};
@@ -14,14 +14,12 @@ use crate::oracle::{self, Block};
 use crate::payload;
 use crate::process::run;
 use crate::roots::Root;
-use crate::scenario::{Accel, Guest, Route, Scenario};
-use crate::tape::{Channel, Tape};
+use crate::route::Run;
+use crate::scenario::{Accel, Guest, Scenario};
+use crate::subject::Subject;
 
 /// How long firmware runs before it is stopped: SeaBIOS is through with its set-up long before.
 const FIRMWARE_TIME: Duration = Duration::from_millis(1000);
-const MIGRATION_TIMEOUT: Duration = Duration::from_secs(90);
-const DRAIN_TIMEOUT: Duration = Duration::from_secs(30);
-const SNAPSHOT: &str = "qevm-snapshot";
 /// Where the RAM pattern is loaded: above all firmware tables, inside the smallest guest.
 const PATTERN_AT: u32 = 0xc0_0000;
 const PATTERN_PAGES: usize = 256;
@@ -90,11 +88,11 @@ impl Recording {
 /// # Errors
 /// QEMU refuses something, the migration fails, a deadline passes, or the scenario did not reach what it is for (enough
 /// rounds, postcopy, a recovery).
-pub fn record(scenario: &Scenario, root: &Root, folder: &Path) -> Result<Recording> {
-    record_into(scenario, root, folder).with_context(|| format!("recording {}", scenario.name))
+pub fn record(scenario: &Scenario, root: &Root, subject: &Subject, folder: &Path) -> Result<Recording> {
+    record_into(scenario, root, subject, folder).with_context(|| format!("recording {}", scenario.name))
 }
 
-fn record_into(scenario: &Scenario, root: &Root, folder: &Path) -> Result<Recording> {
+fn record_into(scenario: &Scenario, root: &Root, subject: &Subject, folder: &Path) -> Result<Recording> {
     if folder.exists() {
         fs::remove_dir_all(folder)?;
     }
@@ -119,7 +117,7 @@ fn record_into(scenario: &Scenario, root: &Root, folder: &Path) -> Result<Record
     }
     source.set_parameters(&Value::Object(scenario.parameters.clone()))?;
 
-    let mut run = Run { scenario, root, scratch, folder, arguments: &arguments };
+    let run = Run { scenario, root, subject, scratch, folder, arguments: &arguments };
     let (files, migration) = run.migrate(&mut source)?;
     check_purpose(scenario, &migration)?;
     let ram = match before {
@@ -143,183 +141,6 @@ fn record_into(scenario: &Scenario, root: &Root, folder: &Path) -> Result<Record
     Ok(recording)
 }
 
-/// One migration under way.
-struct Run<'a> {
-    scenario: &'a Scenario,
-    root: &'a Root,
-    scratch: &'a Path,
-    folder: &'a Path,
-    arguments: &'a [String],
-}
-
-impl Run<'_> {
-    fn migrate(&mut self, source: &mut Qemu) -> Result<(Files, Value)> {
-        match self.scenario.route {
-            Route::Exec => self.to_file(source, |path| format!("exec:cat > {path}"), 0),
-            Route::File { offset } => self.to_file(source, |path| format!("file:{path},offset={offset}"), offset),
-            Route::Unix => self.to_dead_end(source, Tape::unix(self.scratch, "main", None)?),
-            Route::Tcp => self.to_dead_end(source, Tape::tcp(self.scratch, "main")?),
-            Route::Peer => self.to_peer(source),
-            Route::Postcopy | Route::PostcopyRecovery => self.postcopy(source),
-            Route::Savevm => self.savevm(source),
-        }
-    }
-
-    fn to_file(&self, source: &mut Qemu, uri: impl Fn(&str) -> String, offset: u64) -> Result<(Files, Value)> {
-        let path = self.folder.join("main.qevm");
-        self.start(source, &uri(&path.display().to_string()))?;
-        let state = self.complete(source)?;
-        // `exec:` closes the pipe before `cat` has written everything.
-        settle(&path)?;
-        Ok((Files { main: "main.qevm".into(), offset, ..Files::default() }, state))
-    }
-
-    fn to_dead_end(&self, source: &mut Qemu, tape: Tape) -> Result<(Files, Value)> {
-        self.start(source, tape.uri())?;
-        let state = self.complete(source)?;
-        Ok((self.keep(tape.finish(DRAIN_TIMEOUT)?, Files::default(), false)?, state))
-    }
-
-    fn to_peer(&self, source: &mut Qemu) -> Result<(Files, Value)> {
-        // Loaded, but not continued: its RAM must then be the source's.
-        let (mut target, tape) = self.target(&["-S"])?;
-        self.start(source, tape.uri())?;
-        let state = self.complete(source)?;
-        target.wait_migration(MIGRATION_TIMEOUT, |s| s["status"] == "completed")?;
-        let files = self.keep(tape.finish(DRAIN_TIMEOUT)?, Files::default(), false)?;
-        let theirs = oracle::ram_blocks(&mut target, self.scratch)?;
-        for ours in oracle::ram_blocks(source, self.scratch)? {
-            let loaded = theirs.iter().find(|b| b.name == ours.name);
-            if loaded.is_none_or(|b| b.sha256 != ours.sha256) {
-                bail!("QEMU itself did not carry RAM block {} over: this recording proves nothing", ours.name);
-            }
-        }
-        target.quit();
-        Ok((files, state))
-    }
-
-    fn postcopy(&self, source: &mut Qemu) -> Result<(Files, Value)> {
-        let recovery = self.scenario.route == Route::PostcopyRecovery;
-        let (mut target, tape) = self.target(&[])?;
-        self.start(source, tape.uri())?;
-        let rounds = self.scenario.rounds.max(1);
-        source.wait_migration(MIGRATION_TIMEOUT, |s| sync_count(s) >= rounds)?;
-        source.execute("migrate-start-postcopy", Value::Null)?;
-        source.wait_migration(MIGRATION_TIMEOUT, |s| {
-            matches!(s["status"].as_str(), Some("postcopy-active" | "completed"))
-        })?;
-        if !recovery {
-            let state = source.wait_migration(MIGRATION_TIMEOUT, |s| s["status"] == "completed")?;
-            target.wait_migration(MIGRATION_TIMEOUT, |s| s["status"] == "completed")?;
-            return Ok((self.keep(tape.finish(DRAIN_TIMEOUT)?, Files::default(), false)?, state));
-        }
-        let here = tape.forwarded();
-        let deadline = Instant::now() + DRAIN_TIMEOUT;
-        while tape.forwarded() < here + 128 * 1024 && Instant::now() < deadline {
-            thread::sleep(Duration::from_millis(2));
-        }
-        tape.cut();
-        let paused = |s: &Value| s["status"] == "postcopy-paused";
-        source.wait_migration(MIGRATION_TIMEOUT, paused)?;
-        target.wait_migration(MIGRATION_TIMEOUT, paused)?;
-        let files = self.keep(tape.finish(DRAIN_TIMEOUT)?, Files::default(), false)?;
-
-        let again = self.scratch.join("again.sock");
-        target.execute("migrate-recover", json!({ "uri": format!("unix:{}", again.display()) }))?;
-        let tape = Tape::unix(self.scratch, "recovery", Some(&again))?;
-        source.set_parameters(&json!({ "max-postcopy-bandwidth": 0 }))?;
-        source.execute("migrate", json!({ "uri": tape.uri(), "resume": true }))?;
-        let state = source.wait_migration(MIGRATION_TIMEOUT, |s| s["status"] == "completed")?;
-        target.wait_migration(MIGRATION_TIMEOUT, |s| s["status"] == "completed")?;
-        Ok((self.keep(tape.finish(DRAIN_TIMEOUT)?, files, true)?, state))
-    }
-
-    fn savevm(&self, source: &mut Qemu) -> Result<(Files, Value)> {
-        let said = source.human(&format!("savevm {SNAPSHOT}"))?;
-        if !said.trim().is_empty() {
-            bail!("savevm: {}", said.trim());
-        }
-        let state = source.migration()?;
-        fs::copy(self.scratch.join("disk.qcow2"), self.folder.join("snapshot.qcow2"))?;
-        Ok((Files { main: "snapshot.qcow2".into(), ..Files::default() }, state))
-    }
-
-    /// A second QEMU that listens, and a proxy in front of it.
-    fn target(&self, extra: &[&str]) -> Result<(Qemu, Tape)> {
-        let mut arguments = self.arguments.to_vec();
-        arguments.extend(extra.iter().map(ToString::to_string));
-        arguments.extend(["-incoming".into(), "defer".into()]);
-        let mut target = Qemu::start(self.root, "target", &arguments, self.scratch)?;
-        target.set_capabilities(&self.scenario.capabilities)?;
-        let mut parameters = self.scenario.parameters.clone();
-        parameters.retain(|name, _| name.starts_with("multifd") || name.starts_with("xbzrle"));
-        target.set_parameters(&Value::Object(parameters))?;
-        let socket = self.scratch.join("target.sock");
-        target.execute("migrate-incoming", json!({ "uri": format!("unix:{}", socket.display()) }))?;
-        let tape = Tape::unix(self.scratch, "main", Some(&socket))?;
-        Ok((target, tape))
-    }
-
-    fn start(&self, source: &mut Qemu, uri: &str) -> Result<()> {
-        let mut arguments = self.scenario.migrate.clone();
-        arguments.insert("uri".into(), uri.into());
-        source.execute("migrate", Value::Object(arguments)).map(|_| ())
-    }
-
-    /// Waits for the end of a precopy migration, letting it converge only after the rounds that the scenario wants.
-    fn complete(&self, source: &mut Qemu) -> Result<Value> {
-        let rounds = self.scenario.rounds;
-        if rounds > 0 {
-            source.wait_migration(MIGRATION_TIMEOUT, |s| sync_count(s) >= rounds || s["status"] == "completed")?;
-            source.set_parameters(&json!({ "downtime-limit": 60_000, "max-bandwidth": 0 }))?;
-        }
-        let state = source.wait_migration(MIGRATION_TIMEOUT, |s| s["status"] == "completed")?;
-        if sync_count(&state) < rounds {
-            bail!("{} bitmap synchronisations instead of at least {rounds}", sync_count(&state));
-        }
-        Ok(state)
-    }
-
-    /// Moves the recorded channels into the folder under their names.
-    fn keep(&self, channels: Vec<Channel>, mut files: Files, recovery: bool) -> Result<Files> {
-        let prefix = if recovery { "recovery-" } else { "" };
-        let mut main = None;
-        for (n, channel) in channels.iter().enumerate() {
-            let start = first_bytes(&channel.forward)?;
-            // After a recovery the main channel has no magic, and is the first to arrive.
-            if main.is_none() && (start == *b"QEVM" || recovery) {
-                main = Some(n);
-            }
-        }
-        let main = main.context("no recorded channel starts with the magic QEVM")?;
-        let mut others = Vec::new();
-        for (n, channel) in channels.iter().enumerate() {
-            if n == main {
-                let (name, back) = (format!("{prefix}main.qevm"), format!("{prefix}return-path.bin"));
-                keep_file(&channel.forward, &self.folder.join(&name))?;
-                let answered = fs::metadata(&channel.back)?.len() > 0;
-                if answered {
-                    keep_file(&channel.back, &self.folder.join(&back))?;
-                }
-                let back = answered.then_some(back);
-                match recovery {
-                    true => (files.recovery, files.recovery_return_path) = (Some(name), back),
-                    false => (files.main, files.return_path) = (name, back),
-                }
-            } else {
-                let name = format!("{prefix}channel-{}.bin", others.len() + 1);
-                keep_file(&channel.forward, &self.folder.join(&name))?;
-                others.push(name);
-            }
-        }
-        match recovery {
-            true => files.recovery_channels = others,
-            false => files.channels = others,
-        }
-        Ok(files)
-    }
-}
-
 /// A recording without the records that it is for would prove nothing.
 fn check_purpose(scenario: &Scenario, migration: &Value) -> Result<()> {
     let compared = [
@@ -333,43 +154,6 @@ fn check_purpose(scenario: &Scenario, migration: &Value) -> Result<()> {
         }
     }
     Ok(())
-}
-
-/// Bitmap synchronisations so far, over all rounds.
-fn sync_count(state: &Value) -> u64 {
-    state["ram"]["dirty-sync-count"].as_u64().unwrap_or(0)
-}
-
-/// The scratch folder may be on another file system than the corpus.
-fn keep_file(from: &Path, to: &Path) -> Result<()> {
-    if fs::rename(from, to).is_err() {
-        fs::copy(from, to).with_context(|| format!("keeping {}", to.display()))?;
-    }
-    Ok(())
-}
-
-fn first_bytes(path: &Path) -> Result<[u8; 4]> {
-    let bytes = fs::read(path)?;
-    let mut start = [0; 4];
-    let n = bytes.len().min(4);
-    start[..n].copy_from_slice(&bytes[..n]);
-    Ok(start)
-}
-
-/// Waits until a file that another process writes no longer grows.
-fn settle(path: &Path) -> Result<()> {
-    let deadline = Instant::now() + DRAIN_TIMEOUT;
-    let mut last = (u64::MAX, Instant::now());
-    while Instant::now() < deadline {
-        let size = fs::metadata(path).map(|m| m.len()).unwrap_or(0);
-        if size != last.0 {
-            last = (size, Instant::now());
-        } else if last.1.elapsed() > Duration::from_millis(100) {
-            return Ok(());
-        }
-        thread::sleep(Duration::from_millis(5));
-    }
-    bail!("{} is still growing", path.display())
 }
 
 /// The files that arguments may name: a raw disk, a qcow2 disk, and contents for RAM.

@@ -7,6 +7,7 @@ use serde::Serialize;
 use serde_json::{Value, json};
 
 use crate::judge::Judgement;
+use crate::roots::Suite;
 
 /// How one scenario ended.
 #[derive(Debug, Clone, Serialize)]
@@ -128,7 +129,8 @@ impl Report {
             let _ = writeln!(text, "{}", row.line());
         }
         let s = self.summary();
-        let qemu: Vec<String> = self.versions.values().cloned().collect();
+        let qemu: Vec<&str> =
+            Suite::ALL.iter().filter_map(|s| self.versions.get(s.name())).map(String::as_str).collect();
         let _ = write!(
             text,
             "{} scenarios with QEMU {}: {} hold, {} fail, {} skipped; {} bytes, {} RAM blocks equal to QEMU's, {:.0} s",

@@ -41,6 +41,10 @@ pub enum Route {
     Unix,
     /// A TCP socket that only listens.
     Tcp,
+    /// `qevm receive` on a UNIX socket: the only route on which qevm takes part in the recording.
+    ReceiveUnix,
+    /// `qevm receive` on a TCP port.
+    ReceiveTcp,
     /// Through a proxy into a second QEMU of the same release.
     Peer,
     /// As [`Route::Peer`], switching to postcopy after the given number of bitmap synchronisations.

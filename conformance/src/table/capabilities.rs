@@ -28,6 +28,8 @@ fn routes() -> Vec<Scenario> {
         let row = |machine: &str, what: &str| Scenario::new(suite, machine, what);
         rows.push(row("microvm", "unix").by(Route::Unix));
         rows.push(row("q35", "tcp").by(Route::Tcp));
+        rows.push(row("q35", "receive-unix").by(Route::ReceiveUnix));
+        rows.push(row("microvm", "receive-tcp").by(Route::ReceiveTcp).quick());
         rows.push(row("microvm", "return-path").by(Route::Peer).caps("return-path events").quick());
         rows.push(row("q35", "peer").by(Route::Peer));
         rows.push(
