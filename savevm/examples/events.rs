@@ -78,7 +78,7 @@ impl Printer {
                     self.position += consumed;
                     if package {
                         let mut inner = decoder.nested()?;
-                        self.print(&mut inner, encoder, depth + 2)?;
+                        self.print(&mut inner, &mut encoder.recovery(), depth + 2)?;
                         decoder.skip_payload(decoder.payload_remaining())?;
                     }
                 }

@@ -108,7 +108,7 @@ pub mod vmdesc;
 pub mod vmstate;
 pub mod xbzrle;
 
-pub use decode::{Decoder, DecoderOptions, Footers, Sections, StreamError};
+pub use decode::{BodyEnd, Decoder, DecoderOptions, Footers, Sections, StreamError};
 pub use encode::{Encoder, StreamWriter};
 pub use error::{Error, ErrorKind, Reader};
 pub use event::{Event, Step};

@@ -20,7 +20,7 @@ impl Decoder {
     pub(super) fn item<'a>(&mut self, reader: &mut Reader<'a>, at_end: bool) -> Result<Option<Event<'a>>, Error> {
         match self.state {
             State::Ram => self.ram_record(reader, at_end).map(Some),
-            State::Item => self.section_or_command(reader, at_end),
+            State::Item => self.section_or_command(reader),
             State::Footer => self.footer(reader, at_end).map(Some),
             State::Body { then, .. } => self.whole_body(reader, then, at_end).map(Some),
             State::Vfio(place) => self.vfio_record(reader, place, at_end).map(Some),
@@ -50,7 +50,7 @@ impl Decoder {
 
     fn configuration<'a>(&mut self, reader: &mut Reader<'a>, at_end: bool) -> Result<Option<Event<'a>>, Error> {
         if reader.clone().u8()? != framing::CONFIGURATION {
-            let event = self.section_or_command(reader, at_end)?;
+            let event = self.section_or_command(reader)?;
             return Ok(event);
         }
         reader.u8()?;
@@ -65,8 +65,8 @@ impl Decoder {
         Ok(Some(Event::Configuration(configuration)))
     }
 
-    fn section_or_command<'a>(&mut self, reader: &mut Reader<'a>, at_end: bool) -> Result<Option<Event<'a>>, Error> {
-        if self.package.is_some() && at_end && reader.is_empty() {
+    fn section_or_command<'a>(&mut self, reader: &mut Reader<'a>) -> Result<Option<Event<'a>>, Error> {
+        if self.package.is_some_and(|package| reader.offset() == package.end) {
             return Ok(None);
         }
         let at = reader.offset();
@@ -115,7 +115,7 @@ impl Decoder {
         }
         reader.within_limit("section count", self.sections.len() as u64 + 1, self.options.limits.sections)?;
         self.enter(section_id, content, kind == SectionKind::Start);
-        self.sections.insert(header.clone());
+        self.sections.open(kind, header.clone());
         Ok(Event::Section { kind, header })
     }
 
@@ -123,7 +123,7 @@ impl Decoder {
     fn go_on<'a>(&mut self, reader: &mut Reader<'a>, kind: SectionKind) -> Result<Event<'a>, Error> {
         let at = reader.offset();
         let section_id = reader.be32()?;
-        let Some(header) = self.sections.get(section_id) else {
+        let Some(header) = self.sections.started(section_id) else {
             return Err(Located::new(StreamError::UnknownSection { kind, section_id }.into(), at));
         };
         self.enter(section_id, header.content(), false);
@@ -157,7 +157,7 @@ impl Decoder {
                 return Err(Located::new(RamError::UnknownBlock { name: name.clone() }.into(), at));
             }
             Command::Packaged { len } => {
-                self.payload = (*len).into();
+                self.expect_payload((*len).into());
                 self.postcopy |= self.advised_page_sizes != 0;
             }
             _ => {}
@@ -200,7 +200,7 @@ impl Decoder {
             at_end,
         };
         let (record, payload) = self.ram.record(reader, &context)?;
-        self.payload = payload;
+        self.expect_payload(payload);
         if record == RamRecord::EndOfSection {
             self.state = State::Footer;
         }
@@ -225,7 +225,7 @@ impl Decoder {
             VfioRecord::Setup => State::Vfio(vfio::Place::Ending),
             VfioRecord::ConfigLoadReady => State::Vfio(vfio::Place::MaybeEnded),
             VfioRecord::Data { len } => {
-                self.payload = len;
+                self.expect_payload(len);
                 State::Vfio(vfio::Place::Records)
             }
             VfioRecord::Config => {
@@ -239,7 +239,7 @@ impl Decoder {
 
     fn dirty_bitmap_chunk<'a>(&mut self, reader: &mut Reader<'a>) -> Result<Event<'a>, Error> {
         let chunk = Chunk::decode(reader, &mut self.bitmap_names)?;
-        self.payload = chunk.payload();
+        self.expect_payload(chunk.payload());
         if chunk == Chunk::EndOfSection {
             self.state = State::Footer;
         }
@@ -248,7 +248,7 @@ impl Decoder {
 
     fn block_record<'a>(&mut self, reader: &mut Reader<'a>) -> Result<Event<'a>, Error> {
         let record = BlockRecord::decode(reader)?;
-        self.payload = record.payload();
+        self.expect_payload(record.payload());
         if record == BlockRecord::EndOfSection {
             self.state = State::Footer;
         }
@@ -257,7 +257,12 @@ impl Decoder {
 
     /// Content of unknown length, up to the first place at which it may end.
     fn whole_body<'a>(&mut self, reader: &mut Reader<'a>, then: AfterBody, at_end: bool) -> Result<Event<'a>, Error> {
-        let length = self.find_body_end(reader.rest(), at_end)?;
+        let length = match self.find_body_end(reader.rest(), at_end) {
+            Err(error) if error.kind == (StreamError::EndNotFound { searched: reader.remaining() as u64 }).into() => {
+                self.doubtful_body_end().ok_or(error)?
+            }
+            found => found?,
+        };
         let body = reader.take(length as u64)?;
         self.after_body(then);
         Ok(Event::Body(body))
@@ -311,7 +316,7 @@ impl Decoder {
         let len = reader.clone().be32()?;
         reader.within_limit("description length", len.into(), self.options.limits.vmdesc)?;
         reader.be32()?;
-        self.payload = len.into();
+        self.expect_payload(len.into());
         self.state = State::End;
         Ok(Some(Event::VmDescription { len }))
     }

@@ -17,7 +17,7 @@ use crate::{
     ram::{RamBlocks, RamReader},
     vfio,
 };
-use qevm_wire::{Fault, Located, PageGeometry, WireError};
+use qevm_wire::{Located, PageGeometry, WireError};
 use scan::{Around, Scan};
 use std::sync::Arc;
 
@@ -53,7 +53,9 @@ pub struct Decoder {
     options: DecoderOptions,
     state: State,
     offset: u64,
+    /// Bytes of the current payload that were not skipped, and all of them.
     payload: u64,
+    payload_len: u64,
     pages: PageGeometry,
     footers: Footers,
     sections: Sections,
@@ -112,6 +114,18 @@ struct Package {
     depth: u32,
 }
 
+/// Where the content of a device section may end; see [`Decoder::next_body_end`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum BodyEnd {
+    /// After so many bytes.
+    After(u64),
+    /// To know, so many bytes from the start of the content must be shown.
+    NeedMore {
+        /// How many.
+        at_least: usize,
+    },
+}
+
 impl Decoder {
     /// A decoder for a stream from its first byte, the `Q` of `QEVM`.
     pub fn new(options: DecoderOptions) -> Self {
@@ -123,6 +137,7 @@ impl Decoder {
             state,
             offset: options.offset,
             payload: 0,
+            payload_len: 0,
             pages: options.pages,
             footers: options.footers,
             sections: Sections::default(),
@@ -198,10 +213,10 @@ impl Decoder {
                 Ok(Step::Event { consumed: reader.position(), event })
             }
             Ok(None) => Ok(Step::End),
-            Err(Located { kind: ErrorKind::Wire(WireError::Truncated { needed, .. }), offset, .. }) if !at_end => {
-                Ok(Step::NeedMore { at_least: self.more(offset, needed) })
-            }
-            Err(error) => Err(self.locate(error)),
+            Err(error) => match self.need_more(&error, at_end) {
+                Some(at_least) => Ok(Step::NeedMore { at_least }),
+                None => Err(self.locate(error)),
+            },
         }
     }
 
@@ -213,8 +228,14 @@ impl Decoder {
     /// Says that `count` bytes of payload were taken from the stream.
     ///
     /// # Errors
-    /// [`StreamError::SkipTooFar`] if that is more than remain.
+    /// [`StreamError::SkipTooFar`] if that is more than remain, [`StreamError::PackageTooShort`] if the payload goes on
+    /// behind its package.
     pub fn skip_payload(&mut self, count: u64) -> Result<(), Error> {
+        let left = self.package.map_or(u64::MAX, |package| package.end.saturating_sub(self.offset));
+        if count > left {
+            let kind = StreamError::PackageTooShort { missing: count - left };
+            return Err(self.locate(Located::new(kind.into(), self.offset)));
+        }
         skip(&mut self.payload, &mut self.offset, count)
     }
 
@@ -247,11 +268,15 @@ impl Decoder {
     /// choice is to be told with [`body`](Decoder::body).
     ///
     /// # Errors
-    /// [`WireError::Truncated`] if more of the content must be shown (the kind says how much); others as
-    /// [`next`](Decoder::next).
-    pub fn next_body_end(&mut self, content: &[u8]) -> Result<u64, Error> {
+    /// [`StreamError::EndNotFound`] if there is no further place; others as [`next`](Decoder::next).
+    pub fn next_body_end(&mut self, content: &[u8]) -> Result<BodyEnd, Error> {
         let (content, at_end) = self.bounded(content);
-        self.find_body_end(content, at_end).map(|length| length as u64).map_err(|error| self.locate(error))
+        match self.find_body_end(content, at_end) {
+            Ok(length) => Ok(BodyEnd::After(length as u64)),
+            Err(error) => self
+                .need_more(&error, at_end)
+                .map_or_else(|| Err(self.locate(error)), |at_least| Ok(BodyEnd::NeedMore { at_least })),
+        }
     }
 
     /// Says that no byte follows those that the next call to [`next`](Decoder::next) shows.
@@ -302,7 +327,7 @@ impl Decoder {
     fn bounded<'a>(&self, input: &'a [u8]) -> (&'a [u8], bool) {
         match self.package {
             Some(package) => {
-                let left = usize::try_from(package.end - self.offset).unwrap_or(usize::MAX);
+                let left = usize::try_from(package.end.saturating_sub(self.offset)).unwrap_or(usize::MAX);
                 match input.get(..left) {
                     Some(input) => (input, true),
                     None => (input, self.input_ended),
@@ -315,10 +340,16 @@ impl Decoder {
     fn pending_payload<'a>(&self, input: &'a [u8], at_end: bool) -> Result<Step<Event<'a>>, Error> {
         let (remaining, available) = (self.payload, input.len() as u64);
         if at_end && available < remaining {
-            let kind = WireError::Truncated { needed: remaining, available };
-            return Err(self.locate(Located::new(kind.into(), self.offset)));
+            // The item at fault is the whole payload, wherever the caller is in it.
+            let skipped = self.payload_len - remaining;
+            let kind = WireError::Truncated { needed: self.payload_len, available: skipped.saturating_add(available) };
+            return Err(self.locate(Located::new(kind.into(), self.offset - skipped)));
         }
         Ok(Step::Payload { remaining })
+    }
+
+    fn expect_payload(&mut self, len: u64) {
+        (self.payload, self.payload_len) = (len, len);
     }
 
     fn find_body_end(&mut self, content: &[u8], at_end: bool) -> Result<usize, Error> {
@@ -333,6 +364,13 @@ impl Decoder {
         scan.next_end(content, self.offset, &around)
     }
 
+    fn doubtful_body_end(&self) -> Option<usize> {
+        match &self.state {
+            State::Body { scan, .. } => scan.doubtful_end(),
+            _ => None,
+        }
+    }
+
     fn after_body(&mut self, then: AfterBody) {
         self.state = match then {
             AfterBody::Footer => State::Footer,
@@ -340,9 +378,15 @@ impl Decoder {
         };
     }
 
-    /// The length of input that has `needed` bytes at stream offset `offset`.
-    fn more(&self, offset: u64, needed: u64) -> usize {
-        usize::try_from((offset - self.offset).saturating_add(needed)).unwrap_or(usize::MAX)
+    /// How much input the next call must show at least, if `error` is only that there was too little of it.
+    fn need_more(&self, error: &Error, at_end: bool) -> Option<usize> {
+        match error.kind {
+            ErrorKind::Wire(WireError::Truncated { needed, .. }) if !at_end => {
+                let bytes = error.offset.saturating_sub(self.offset).saturating_add(needed);
+                Some(usize::try_from(bytes).unwrap_or(usize::MAX))
+            }
+            _ => None,
+        }
     }
 
     /// Puts the path to the current item around an error.
@@ -352,13 +396,14 @@ impl Decoder {
             (Some(package), Located { kind: ErrorKind::Wire(WireError::Truncated { needed, .. }), offset, path })
                 if !self.input_ended || offset.saturating_add(needed) > package.end =>
             {
-                let missing = offset.saturating_add(needed) - package.end;
+                let missing = offset.saturating_add(needed).saturating_sub(package.end);
                 Located { kind: StreamError::PackageTooShort { missing }.into(), offset, path }
             }
             (_, error) => error,
         };
-        if self.payload > 0 && self.state == State::Ram && error.fault() == Fault::Truncated {
-            error = self.ram.current.map_or(error.clone(), |block| error.within(self.ram.blocks.path(block)));
+        // What is wrong with a payload is wrong with the page that it is.
+        if let Some(block) = self.ram.current.filter(|_| self.payload > 0 && self.state == State::Ram) {
+            error = error.within(self.ram.blocks.path(block));
         }
         if let Some(header) = self.current_section() {
             error = error.within(format!("section {} '{}'", header.section_id, header.idstr));

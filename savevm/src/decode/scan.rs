@@ -16,6 +16,8 @@ pub(crate) struct Scan {
     needle_len: usize,
     /// The first position that was not looked at.
     position: usize,
+    /// The first place with a footer that nothing plausible follows.
+    doubtful: Option<usize>,
 }
 
 /// What is known about the surroundings of the content.
@@ -47,7 +49,7 @@ impl Scan {
             *slot = *byte;
             needle_len += 1;
         }
-        Scan { needle, needle_len, position: 0 }
+        Scan { needle, needle_len, position: 0, doubtful: None }
     }
 
     /// The length of the content according to the first place at which it may end and that was not reported before.
@@ -75,7 +77,7 @@ impl Scan {
                         self.position += 1;
                         return Ok(length);
                     }
-                    Follows::No => {}
+                    Follows::No => self.doubtful = self.doubtful.or(Some(self.position)),
                     Follows::Needs(bytes) => {
                         return Err(self.need(content, (self.position + needle.len() + bytes) as u64, at, around));
                     }
@@ -83,6 +85,12 @@ impl Scan {
             }
             self.position += 1;
         }
+    }
+
+    /// Where the content ends if no place is followed by a plausible item: then that item is likely to be what is
+    /// broken, and not the footer.
+    pub(crate) fn doubtful_end(&self) -> Option<usize> {
+        self.doubtful
     }
 
     /// The error that asks for more input; at the end of all input, and above the limit, another.
@@ -182,7 +190,7 @@ fn header_follows(rest: &[u8], around: &Around<'_>) -> Follows {
 fn part_follows(rest: &[u8], around: &Around<'_>) -> Follows {
     match rest.first_chunk::<4>() {
         None => Follows::Needs(4),
-        Some(id) => yes_if(around.sections.get(u32::from_be_bytes(*id)).is_some()),
+        Some(id) => yes_if(around.sections.started(u32::from_be_bytes(*id)).is_some()),
     }
 }
 

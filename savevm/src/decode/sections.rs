@@ -1,6 +1,6 @@
 //! The sections that a stream has opened, by id.
 
-use crate::framing::SectionHeader;
+use crate::framing::{SectionHeader, SectionKind};
 use std::{collections::HashMap, sync::Arc};
 
 /// The sections that a stream has opened, by id.
@@ -8,14 +8,28 @@ use std::{collections::HashMap, sync::Arc};
 /// A package sees those of the stream around it, and keeps its own to itself. Tables are shared, not copied.
 #[derive(Debug, Clone, Default)]
 pub struct Sections {
-    outer: Vec<Arc<HashMap<u32, SectionHeader>>>,
-    own: Arc<HashMap<u32, SectionHeader>>,
+    outer: Vec<Arc<Table>>,
+    own: Arc<Table>,
+}
+
+type Table = HashMap<u32, Opened>;
+
+#[derive(Debug, Clone)]
+struct Opened {
+    header: SectionHeader,
+    /// By a START, so that PART and END are legal. A FULL of the same handler takes nothing back.
+    started: bool,
 }
 
 impl Sections {
     /// The section of this id.
     pub fn get(&self, section_id: u32) -> Option<&SectionHeader> {
-        self.own.get(&section_id).or_else(|| self.outer.iter().rev().find_map(|table| table.get(&section_id)))
+        self.opened(section_id).map(|opened| &opened.header)
+    }
+
+    /// The section of this id, if a START opened it.
+    pub(crate) fn started(&self, section_id: u32) -> Option<&SectionHeader> {
+        self.opened(section_id).filter(|opened| opened.started).map(|opened| &opened.header)
     }
 
     /// How many sections this stream has opened itself.
@@ -23,13 +37,18 @@ impl Sections {
         self.own.len()
     }
 
-    pub(crate) fn insert(&mut self, header: SectionHeader) {
-        Arc::make_mut(&mut self.own).insert(header.section_id, header);
+    pub(crate) fn open(&mut self, kind: SectionKind, header: SectionHeader) {
+        let started = kind == SectionKind::Start || self.started(header.section_id).is_some();
+        Arc::make_mut(&mut self.own).insert(header.section_id, Opened { header, started });
     }
 
     /// The table that a package inside this stream starts with.
     pub(crate) fn nested(&self) -> Self {
         let outer = self.outer.iter().chain([&self.own]).cloned().collect();
         Sections { outer, own: Arc::default() }
+    }
+
+    fn opened(&self, section_id: u32) -> Option<&Opened> {
+        self.own.get(&section_id).or_else(|| self.outer.iter().rev().find_map(|table| table.get(&section_id)))
     }
 }

@@ -47,8 +47,8 @@ impl Encoder {
         Encoder { pages, blocks: RamBlocks::default(), current: None }
     }
 
-    /// An encoder for a connection on which a broken postcopy goes on: RAM blocks are known, and the first page record
-    /// must carry its block's name.
+    /// An encoder for a connection on which a broken postcopy goes on, or for the content of a package: RAM blocks are
+    /// known, and the first page record must carry its block's name.
     #[must_use]
     pub fn recovery(&self) -> Encoder {
         Encoder { current: None, ..self.clone() }

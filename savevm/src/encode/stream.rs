@@ -83,6 +83,17 @@ impl StreamWriter {
         self.encoder.ram_blocks()
     }
 
+    /// The block of the last page record.
+    pub fn current_block(&self) -> Option<BlockId> {
+        self.encoder.current_block()
+    }
+
+    /// A writer for the content of a package, to be given to [`package`](StreamWriter::package).
+    #[must_use]
+    pub fn package_writer(&self) -> StreamWriter {
+        StreamWriter::new(self.encoder.recovery(), self.footers)
+    }
+
     /// Appends payload of the last event, or a whole package.
     pub fn payload(&mut self, bytes: &[u8]) {
         self.writer.bytes(bytes);
@@ -222,7 +233,7 @@ impl StreamWriter {
         self.event(&Event::Command(command))
     }
 
-    /// A package of sections and commands, which another writer has written.
+    /// A package of sections and commands, written by a [`package_writer`](StreamWriter::package_writer).
     ///
     /// # Errors
     /// [`WireError::TooLong`] if it is 4 GiB or more.

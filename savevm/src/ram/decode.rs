@@ -86,6 +86,9 @@ impl RamReader {
                 }
                 match kind {
                     flag::EOS => RamRecord::EndOfSection,
+                    _ if context.words.mapped_ram => {
+                        return Err(Located::new(RamError::InMappedRam { found: flags }.into(), at));
+                    }
                     _ => RamRecord::MultifdFlush,
                 }
             }

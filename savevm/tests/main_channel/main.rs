@@ -1,0 +1,9 @@
+//! The decoder and the encoder of the main channel against each other, against broken input, and against what real
+//! QEMUs wrote.
+
+mod errors;
+mod optional_words;
+mod packages;
+mod pump;
+mod round_trip;
+mod streams;
