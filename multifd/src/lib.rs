@@ -1,2 +1,45 @@
-//! Placeholder.
+//! The page channels (multifd) of a QEMU migration, sans-IO: bytes in, events out, and back.
+//!
+//! # Contents, in reading order
+//!
+//! | module | what |
+//! |---|---|
+//! | [`layout`] | numbers and fixed-size headers as they lie on the wire |
+//! | [`init`] | [`Init`], the first packet of a channel; [`ChannelSet`], who has arrived |
+//! | [`packet`] | [`RamPacket`]: which pages the payload holds, and SYNC |
+//! | [`device_state`] | [`DeviceState`]: devices beside the pages |
+//! | [`runs`] | [`Runs`]: adjacent pages as one range |
+//! | [`event`], [`decode`], [`encode`] | [`Event`], [`ChannelDecoder`], [`ChannelEncoder`] |
+//! | [`compression`] | what payloads are |
+//! | [`sync`] | who waits for whom: main channel and page channels |
+//! | [`error`] | [`Error`]: kind, offset, path |
+//!
+//! # Promises
+//!
+//! * Nothing here does I/O, and nothing panics or loops without consuming input, on any input.
+//! * A decoder holds no bytes of the channel and allocates nothing per page; page data never passes through it.
+//! * Whatever is decoded is encoded to the same bytes.
 #![forbid(unsafe_code)]
+
+pub mod compression;
+pub mod decode;
+pub mod device_state;
+pub mod encode;
+pub mod error;
+pub mod event;
+pub mod init;
+pub mod layout;
+pub mod packet;
+pub mod runs;
+pub mod sync;
+
+pub use compression::{Compression, CompressionError};
+pub use decode::{ChannelDecoder, ChannelOptions, Ending, is_page_channel};
+pub use device_state::{DeviceState, VfioDeviceState};
+pub use encode::{ChannelEncoder, EncoderOptions, Pages};
+pub use error::{Error, ErrorKind, HandshakeError, PacketError, Reader};
+pub use event::Event;
+pub use init::{ChannelSet, Init, Uuid};
+pub use packet::{PacketLayout, RamPacket};
+pub use runs::{Run, Runs};
+pub use sync::SyncError;

@@ -11,6 +11,8 @@ use crate::{
     vfio::VfioRecord,
 };
 
+pub use qevm_wire::Step;
+
 /// One item of the main channel.
 ///
 /// The items of a stream in order, encoded one after the other with their payloads, are the bytes of the stream.
@@ -80,29 +82,4 @@ impl Event<'_> {
             _ => Some(0),
         }
     }
-}
-
-/// What a decoder answers when it is shown input.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Step<E> {
-    /// `event` was read; the first `consumed` bytes of the input are done with. That can be none of them.
-    Event {
-        /// How many bytes the caller must drop from the front of its input.
-        consumed: usize,
-        /// What was read.
-        event: E,
-    },
-    /// The next `remaining` bytes are payload, which the caller moves itself and reports with `skip_payload`.
-    Payload {
-        /// Bytes left of the payload.
-        remaining: u64,
-    },
-    /// The next event is not complete.
-    NeedMore {
-        /// How many bytes, counted from the front of this input, the next call must show at least. Never more than
-        /// the peer has to send in any case.
-        at_least: usize,
-    },
-    /// The stream is over.
-    End,
 }

@@ -1,8 +1,9 @@
 //! What every QEMU migration format shares.
 //!
 //! Read in this order: [`error`] (whose fault, where, and what was found), [`read`] and [`write`] (the bounded
-//! big-endian reader and the writer that mirrors it), [`name`] (counted strings), [`limits`] (what a peer may make
-//! us allocate), [`page`] (page arithmetic) and [`profile`] (every switch that changes bytes on the wire).
+//! big-endian reader and the writer that mirrors it), [`step`] (what an incremental decoder answers), [`name`] (counted
+//! strings), [`limits`] (what a peer may make us allocate), [`page`] (page arithmetic) and [`profile`] (every switch
+//! that changes bytes on the wire).
 //!
 //! # Promises
 //!
@@ -32,6 +33,7 @@ pub mod name;
 pub mod page;
 pub mod profile;
 pub mod read;
+pub mod step;
 pub mod write;
 
 pub use error::{Blame, Fault, Located, Path, WireError, Within};
@@ -40,4 +42,5 @@ pub use name::CountedString;
 pub use page::PageGeometry;
 pub use profile::{Profile, QemuVersion};
 pub use read::Reader;
+pub use step::Step;
 pub use write::Writer;

@@ -1,0 +1,108 @@
+//! The error kinds of this crate. Each idea has its own enum; [`ErrorKind`] is their union, and every function reports
+//! it as [`Error`], with offset and path.
+
+use crate::message::MessageType;
+use qevm_wire::{Blame, CountedString, Fault, Located, WireError};
+
+/// An error of this crate: what, at which byte of the return path, in which nested things.
+pub type Error = Located<ErrorKind>;
+
+/// The bounded reader of this crate's decoder.
+pub type Reader<'a> = qevm_wire::Reader<'a, ErrorKind>;
+
+/// What can go wrong on the return path.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum ErrorKind {
+    /// A primitive could not be read or written.
+    #[error(transparent)]
+    Wire(#[from] WireError),
+    /// A message.
+    #[error(transparent)]
+    Message(#[from] MessageError),
+}
+
+impl Blame for ErrorKind {
+    fn fault(&self) -> Fault {
+        match self {
+            ErrorKind::Wire(kind) => kind.fault(),
+            ErrorKind::Message(kind) => kind.fault(),
+        }
+    }
+}
+
+/// What is wrong with a message.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum MessageError {
+    /// A message type that no QEMU release up to 11.1 has.
+    #[error("message type {found}, expected 1 (SHUT) to 7 (SWITCHOVER_ACK)")]
+    Type {
+        /// The type found.
+        found: u16,
+    },
+    /// The length does not fit the type.
+    #[error("length {found} of {message}, expected {expected}")]
+    Length {
+        /// The message.
+        message: MessageType,
+        /// The length found, in bytes.
+        found: u16,
+        /// The only legal length, in bytes.
+        expected: u16,
+    },
+    /// The length is outside of what the type, whose length varies, can have.
+    #[error("length {found} of {message}, expected {min} to {max}")]
+    LengthRange {
+        /// The message.
+        message: MessageType,
+        /// The length found, in bytes.
+        found: u16,
+        /// The lowest possible.
+        min: u16,
+        /// The highest possible.
+        max: u16,
+    },
+    /// Bytes behind SHUT, which is the last message.
+    #[error("{found:#04x} and more behind SHUT, which is the last message")]
+    AfterShut {
+        /// The first of them.
+        found: u8,
+    },
+    /// The length of a received bitmap does not fit its block.
+    #[error("bitmap of RAM block '{block}' is {found} bytes long, expected {expected}")]
+    BitmapLength {
+        /// Name of the block.
+        block: CountedString,
+        /// The length found, in bytes.
+        found: u64,
+        /// The length for this block.
+        expected: u64,
+    },
+    /// More was skipped than remains. The caller's fault, not a peer's.
+    #[error("skipped {found} bytes of a payload of which {remaining} remain")]
+    SkipTooFar {
+        /// How many were skipped.
+        found: u64,
+        /// How many remain.
+        remaining: u64,
+    },
+    /// An event was to be written in a place where it cannot be. The caller's fault, not a peer's.
+    #[error("{what} {place}")]
+    Order {
+        /// What was to be written.
+        what: &'static str,
+        /// Why not.
+        place: &'static str,
+    },
+}
+
+impl Blame for MessageError {
+    fn fault(&self) -> Fault {
+        match self {
+            MessageError::Type { .. } => Fault::Unsupported,
+            MessageError::BitmapLength { .. } => Fault::Mismatch,
+            _ => Fault::Malformed,
+        }
+    }
+}
