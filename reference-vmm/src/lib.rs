@@ -1,1 +1,22 @@
-//! Placeholder.
+//! A KVM virtual machine monitor that is laid out like QEMU's `microvm`, and its payload guest.
+//!
+//! Linux on x86-64. Read in this order:
+//!
+//! 1. [`payload`]: the guest that notices lost pages.
+//! 2. [`memory`]: RAM blocks and where the guest sees them.
+//! 3. [`devices`]: what the guest finds behind ports and addresses.
+//! 4. [`machine`]: the machine as a whole, with its vCPU threads.
+//! 5. [`state`]: what is saved and restored, as plain values.
+//! 6. [`dirty_log`]: which pages changed.
+//!
+//! Every error is an [`Error`]; nothing here panics on what a guest or a saved state says.
+
+pub mod devices;
+pub mod dirty_log;
+pub mod error;
+pub mod machine;
+pub mod memory;
+pub mod payload;
+pub mod state;
+
+pub use error::{Error, Result};

@@ -1,0 +1,138 @@
+//! The options that describe a machine.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::io::{self, LineWriter, Write};
+use std::path::PathBuf;
+use std::str::FromStr;
+
+use anyhow::{Context, bail};
+use reference_vmm::machine::MachineConfig;
+use reference_vmm::payload;
+
+/// The machine.
+#[derive(clap::Args)]
+pub(crate) struct MachineArguments {
+    /// RAM, with K, M or G; plain numbers are MiB as in QEMU
+    #[arg(long, short, value_name = "SIZE", default_value = "128M", value_parser = parse_memory)]
+    memory: u64,
+    /// Number of vCPUs, 1 to 4
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    smp: usize,
+    /// Firmware image, a multiple of 64 KiB [default: the built-in payload guest]
+    #[arg(long, value_name = "FILE")]
+    bios: Option<PathBuf>,
+    /// Where the serial port writes: stdio, file:PATH or null
+    #[arg(long, value_name = "WHERE", default_value = "stdio")]
+    serial: SerialOutput,
+    /// Item of the firmware configuration device: name=NAME,string=TEXT or name=NAME,file=PATH; commas in TEXT are doubled
+    #[arg(long = "fw-cfg", alias = "fw_cfg", value_name = "ITEM")]
+    fw_cfg: Vec<String>,
+}
+
+impl MachineArguments {
+    /// The machine they describe.
+    pub(crate) fn config(&self) -> anyhow::Result<MachineConfig> {
+        let bios = match &self.bios {
+            Some(path) => {
+                std::fs::read(path).with_context(|| format!("cannot read the firmware {}", path.display()))?
+            }
+            None => payload::IMAGE.to_vec(),
+        };
+        let fw_cfg = self.fw_cfg.iter().map(|item| parse_fw_cfg(item)).collect::<anyhow::Result<BTreeMap<_, _>>>()?;
+        Ok(MachineConfig { memory: self.memory, cpus: self.smp, bios, fw_cfg, serial: self.serial.open()? })
+    }
+}
+
+#[derive(Clone)]
+enum SerialOutput {
+    Stdio,
+    File(PathBuf),
+    Null,
+}
+
+impl FromStr for SerialOutput {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<SerialOutput, String> {
+        match (text, text.strip_prefix("file:")) {
+            ("stdio", _) => Ok(SerialOutput::Stdio),
+            ("null", _) => Ok(SerialOutput::Null),
+            (_, Some(path)) if !path.is_empty() => Ok(SerialOutput::File(path.into())),
+            _ => Err("expected stdio, file:PATH or null".to_owned()),
+        }
+    }
+}
+
+impl SerialOutput {
+    fn open(&self) -> anyhow::Result<Box<dyn Write + Send>> {
+        Ok(match self {
+            SerialOutput::Stdio => Box::new(io::stdout()),
+            SerialOutput::Null => Box::new(io::sink()),
+            SerialOutput::File(path) => {
+                let file = File::create(path).with_context(|| format!("cannot write {}", path.display()))?;
+                Box::new(LineWriter::new(file))
+            }
+        })
+    }
+}
+
+fn parse_memory(text: &str) -> Result<u64, String> {
+    let (digits, unit) = match text.char_indices().last() {
+        Some((at, 'K' | 'k')) => (&text[..at], 10),
+        Some((at, 'M' | 'm')) => (&text[..at], 20),
+        Some((at, 'G' | 'g')) => (&text[..at], 30),
+        _ => (text, 20),
+    };
+    let number: u64 = digits.parse().map_err(|_| "expected a number with K, M or G, such as 128M".to_owned())?;
+    number.checked_shl(unit).filter(|bytes| bytes >> unit == number).ok_or_else(|| "too large".to_owned())
+}
+
+/// QEMU's syntax: options separated by commas, a doubled comma stands for one.
+fn parse_fw_cfg(item: &str) -> anyhow::Result<(String, Vec<u8>)> {
+    let mut options = vec![String::new()];
+    let mut chars = item.chars().peekable();
+    while let Some(char) = chars.next() {
+        match char {
+            ',' if chars.next_if_eq(&',').is_none() => options.push(String::new()),
+            other => options.last_mut().expect("never empty").push(other),
+        }
+    }
+    let (mut name, mut data) = (None, None);
+    for option in options {
+        match option.split_once('=') {
+            Some(("name", value)) => name = Some(value.to_owned()),
+            Some(("string", value)) => data = Some(value.as_bytes().to_vec()),
+            Some(("file", path)) => data = Some(std::fs::read(path).with_context(|| format!("cannot read {path}"))?),
+            _ => bail!("--fw-cfg {item}: '{option}' is not one of name=, string=, file="),
+        }
+    }
+    match (name, data) {
+        (Some(name), Some(data)) => Ok((name, data)),
+        _ => bail!("--fw-cfg {item}: wanted name=NAME and one of string=TEXT, file=PATH"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn memory_sizes() {
+        assert_eq!(parse_memory("128"), Ok(128 << 20));
+        assert_eq!(parse_memory("4G"), Ok(4 << 30));
+        assert_eq!(parse_memory("64k"), Ok(64 << 10));
+        for bad in ["", "M", "1T", "-1", "99999999999999999999", "18446744073709551615G"] {
+            assert!(parse_memory(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn fw_cfg_items() {
+        let (name, data) = parse_fw_cfg("name=opt/a,string=x,,y=1").unwrap();
+        assert_eq!((name.as_str(), data.as_slice()), ("opt/a", b"x,y=1".as_slice()));
+        for bad in ["", "name=a", "string=b", "name=a,text=b", "name=a,file=/nonexistent"] {
+            assert!(parse_fw_cfg(bad).is_err(), "{bad}");
+        }
+    }
+}

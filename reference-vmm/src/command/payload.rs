@@ -1,0 +1,44 @@
+//! `reference-vmm payload`.
+
+use std::io::Write;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use anyhow::Context;
+
+/// Write the payload guest's firmware image, for QEMU's -bios.
+#[derive(clap::Args)]
+#[command(after_long_help = "\
+Example: boot the same guest in QEMU
+
+  reference-vmm payload --out payload.bin
+  qemu-system-x86_64 -M microvm,accel=kvm -m 128 -bios payload.bin -nographic -nodefaults -serial stdio \\
+      -fw_cfg name=opt/qevm/payload,string='dirty=32M rate=100M'
+
+Keys of opt/qevm/payload (sizes take K, M or G):
+  base     first address of the pages rewritten in every pass [4M]
+  dirty    bytes rewritten in every pass, shared out to the vCPUs [64M, less when RAM is small]
+  hold     bytes of pseudo-random pages behind them, checked in the background [16M]
+  zero     bytes of pages behind those that stay zero, checked as well [8M]
+  rate     bytes dirtied per second, 0 = as fast as possible [0]
+  verify   background pages each vCPU checks per second [4096]
+  report   milliseconds between progress lines [250]
+  timer    timer interrupts per second and vCPU, 0 = none [20]
+  cpus     vCPUs to use at most [4]")]
+pub(crate) struct Payload {
+    /// File to write; - is standard output
+    #[arg(long, value_name = "FILE")]
+    out: PathBuf,
+}
+
+impl Payload {
+    pub(crate) fn execute(self) -> anyhow::Result<ExitCode> {
+        let image = reference_vmm::payload::IMAGE;
+        if self.out.as_os_str() == "-" {
+            std::io::stdout().write_all(image).context("cannot write the image")?;
+        } else {
+            std::fs::write(&self.out, image).with_context(|| format!("cannot write {}", self.out.display()))?;
+        }
+        Ok(ExitCode::SUCCESS)
+    }
+}

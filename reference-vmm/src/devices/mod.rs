@@ -1,0 +1,87 @@
+//! The devices that live in the monitor, and which port or address reaches which. The interrupt controllers and the PIT live
+//! in the kernel.
+
+mod fw_cfg;
+mod ged;
+mod serial;
+
+use std::sync::{Arc, Mutex, PoisonError};
+
+pub use fw_cfg::{FwCfg, FwCfgItems};
+pub use ged::Ged;
+pub use serial::Serial;
+
+use crate::memory::GuestMemory;
+
+/// First port of the serial port.
+pub const SERIAL_PORT: u16 = 0x3f8;
+/// Interrupt of the serial port.
+pub const SERIAL_IRQ: u32 = 4;
+
+/// What the guest asked of the machine as a whole.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Request {
+    /// Nothing.
+    None,
+    /// To be reset.
+    Reset,
+    /// To be switched off.
+    Shutdown,
+}
+
+/// All devices of the machine, shared by the vCPU threads.
+pub struct Devices {
+    /// The serial port.
+    pub serial: Mutex<Serial>,
+    /// The firmware configuration device.
+    pub fw_cfg: Mutex<FwCfg>,
+    /// The generic event device and its power registers.
+    pub ged: Mutex<Ged>,
+    memory: Arc<GuestMemory>,
+}
+
+impl Devices {
+    /// Puts the devices together.
+    pub fn new(memory: Arc<GuestMemory>, serial: Serial, fw_cfg: FwCfg) -> Devices {
+        Devices { serial: Mutex::new(serial), fw_cfg: Mutex::new(fw_cfg), ged: Mutex::new(Ged::default()), memory }
+    }
+
+    /// A read of a port. Ports without a device read as all ones.
+    pub fn port_in(&self, port: u16, data: &mut [u8]) {
+        match port {
+            0x3f8..=0x3ff => data[0] = lock(&self.serial).read((port - SERIAL_PORT) as u8),
+            0x510..=0x51b => lock(&self.fw_cfg).port_in(port, data),
+            _ => data.fill(0xff),
+        }
+    }
+
+    /// A write to a port. Ports without a device ignore it.
+    pub fn port_out(&self, port: u16, data: &[u8]) {
+        match port {
+            0x3f8..=0x3ff => lock(&self.serial).write((port - SERIAL_PORT) as u8, data[0]),
+            0x510..=0x51b => lock(&self.fw_cfg).port_out(port, data, &self.memory),
+            _ => tracing::trace!(port, ?data, "write to a port without a device"),
+        }
+    }
+
+    /// A read of an address that is not RAM. Addresses without a device read as zero.
+    pub fn mmio_read(&self, gpa: u64, data: &mut [u8]) {
+        data.fill(0);
+        if let Some(offset) = Ged::offset(gpa) {
+            lock(&self.ged).read(offset, data);
+        }
+    }
+
+    /// A write to an address that is not RAM. Addresses without a device ignore it.
+    pub fn mmio_write(&self, gpa: u64, data: &[u8]) -> Request {
+        match Ged::offset(gpa) {
+            Some(offset) => lock(&self.ged).write(offset, data),
+            None => Request::None,
+        }
+    }
+}
+
+/// Locks a device. A vCPU thread that panicked has taken the machine down already, so its poison tells nothing new.
+pub(crate) fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

@@ -1,0 +1,300 @@
+//! A 16550A serial port (National Semiconductor PC16550D data sheet), with the state that QEMU's section `serial` carries.
+
+use std::collections::VecDeque;
+use std::io::Write;
+
+use crate::state::SerialState;
+
+const DATA: u8 = 0;
+const IER: u8 = 1;
+const IIR_FCR: u8 = 2;
+const LCR: u8 = 3;
+const MCR: u8 = 4;
+const LSR: u8 = 5;
+const MSR: u8 = 6;
+const SCR: u8 = 7;
+
+const IER_DATA: u8 = 1 << 0;
+const IER_THR_EMPTY: u8 = 1 << 1;
+const IER_LINE: u8 = 1 << 2;
+const IER_MODEM: u8 = 1 << 3;
+const IIR_NONE: u8 = 0x01;
+const IIR_MODEM: u8 = 0x00;
+const IIR_THR_EMPTY: u8 = 0x02;
+const IIR_DATA: u8 = 0x04;
+const IIR_LINE: u8 = 0x06;
+const IIR_ID: u8 = 0x0f;
+const IIR_FIFO: u8 = 0xc0;
+const FCR_ENABLE: u8 = 1 << 0;
+const FCR_CLEAR_RECEIVE: u8 = 1 << 1;
+/// Bits that read back: enable, DMA mode, trigger level.
+const FCR_KEPT: u8 = 0xc9;
+const LCR_DIVISOR: u8 = 1 << 7;
+const MCR_LOOP: u8 = 1 << 4;
+const MCR_MASK: u8 = 0x1f;
+const LSR_DATA: u8 = 1 << 0;
+const LSR_OVERRUN: u8 = 1 << 1;
+const LSR_ERRORS: u8 = 0x1e;
+const LSR_IDLE: u8 = 0x60;
+const MSR_CONNECTED: u8 = 0xb0;
+const MSR_DELTAS: u8 = 0x0f;
+/// Depth of the receive FIFO.
+const FIFO: usize = 16;
+/// 9600 baud, as QEMU's port starts.
+const RESET_DIVIDER: u16 = 0x0c;
+
+/// The port. Bytes written leave at once, so its transmitter is always empty.
+pub struct Serial {
+    state: SerialState,
+    receive: VecDeque<u8>,
+    output: Box<dyn Write + Send>,
+    interrupt: Box<dyn FnMut(bool) + Send>,
+    level: bool,
+}
+
+impl Serial {
+    /// A port after reset. `interrupt` is told each change of the interrupt line.
+    pub fn new(output: Box<dyn Write + Send>, interrupt: Box<dyn FnMut(bool) + Send>) -> Serial {
+        let state = SerialState {
+            divider: RESET_DIVIDER,
+            iir: IIR_NONE,
+            mcr: 0x08,
+            lsr: LSR_IDLE,
+            msr: MSR_CONNECTED,
+            ..SerialState::default()
+        };
+        Serial { state, receive: VecDeque::new(), output, interrupt, level: false }
+    }
+
+    /// A read of register 0 to 7.
+    pub fn read(&mut self, register: u8) -> u8 {
+        let [high, low] = self.state.divider.to_be_bytes();
+        let divisor = self.state.lcr & LCR_DIVISOR != 0;
+        match register {
+            DATA if divisor => low,
+            IER if divisor => high,
+            DATA => {
+                if let Some(byte) = self.receive.pop_front() {
+                    self.state.rbr = byte;
+                }
+                if self.receive.is_empty() {
+                    self.state.lsr &= !LSR_DATA;
+                }
+                self.update();
+                self.state.rbr
+            }
+            IER => self.state.ier,
+            IIR_FCR => {
+                let iir = self.state.iir;
+                if iir & IIR_ID == IIR_THR_EMPTY {
+                    self.state.thr_ipending = false;
+                    self.update();
+                }
+                iir
+            }
+            LCR => self.state.lcr,
+            MCR => self.state.mcr,
+            LSR => {
+                let lsr = self.state.lsr;
+                self.state.lsr &= !LSR_ERRORS;
+                self.update();
+                lsr
+            }
+            MSR if self.state.mcr & MCR_LOOP != 0 => {
+                let mcr = self.state.mcr;
+                (mcr & 0x0c) << 4 | (mcr & 0x02) << 3 | (mcr & 0x01) << 5
+            }
+            MSR => {
+                let msr = self.state.msr;
+                self.state.msr &= !MSR_DELTAS;
+                self.update();
+                msr
+            }
+            _ => self.state.scr,
+        }
+    }
+
+    /// A write to register 0 to 7.
+    pub fn write(&mut self, register: u8, value: u8) {
+        let divisor = self.state.lcr & LCR_DIVISOR != 0;
+        match register {
+            DATA if divisor => self.state.divider = self.state.divider & 0xff00 | u16::from(value),
+            IER if divisor => self.state.divider = self.state.divider & 0x00ff | u16::from(value) << 8,
+            DATA => {
+                if self.state.mcr & MCR_LOOP != 0 {
+                    self.input(&[value]);
+                } else if let Err(error) = self.output.write_all(&[value]) {
+                    tracing::warn!(%error, "serial output is lost");
+                }
+                self.state.thr_ipending = true;
+            }
+            IER => {
+                let newly = value & !self.state.ier;
+                self.state.ier = value & 0x0f;
+                if newly & IER_THR_EMPTY != 0 {
+                    self.state.thr_ipending = true;
+                }
+            }
+            IIR_FCR => {
+                if value & FCR_CLEAR_RECEIVE != 0 || (value ^ self.state.fcr) & FCR_ENABLE != 0 {
+                    self.receive.clear();
+                    self.state.lsr &= !LSR_DATA;
+                }
+                self.state.fcr = if value & FCR_ENABLE != 0 { value & FCR_KEPT } else { 0 };
+            }
+            LCR => self.state.lcr = value,
+            MCR => self.state.mcr = value & MCR_MASK,
+            SCR => self.state.scr = value,
+            _ => {}
+        }
+        self.update();
+    }
+
+    /// Bytes arrive from outside. What the FIFO has no room for is lost, as on a real line; the count taken is returned.
+    pub fn input(&mut self, bytes: &[u8]) -> usize {
+        let room = if self.state.fcr & FCR_ENABLE != 0 { FIFO } else { 1 };
+        let taken = bytes.len().min(room.saturating_sub(self.receive.len()));
+        self.receive.extend(&bytes[..taken]);
+        if taken < bytes.len() {
+            self.state.lsr |= LSR_OVERRUN;
+        }
+        if !self.receive.is_empty() {
+            self.state.lsr |= LSR_DATA;
+        }
+        self.update();
+        taken
+    }
+
+    /// Hands buffered output on.
+    pub fn flush(&mut self) {
+        if let Err(error) = self.output.flush() {
+            tracing::warn!(%error, "serial output is lost");
+        }
+    }
+
+    /// Registers and FIFO.
+    pub fn save(&self) -> SerialState {
+        SerialState { recv_fifo: self.receive.iter().copied().collect(), ..self.state.clone() }
+    }
+
+    /// Takes over registers and FIFO; bytes beyond the FIFO's depth are dropped.
+    pub fn load(&mut self, state: &SerialState) {
+        self.receive = state.recv_fifo.iter().copied().take(FIFO).collect();
+        self.state = SerialState { recv_fifo: Vec::new(), ..state.clone() };
+        self.level = false;
+        self.update();
+    }
+
+    fn update(&mut self) {
+        let state = &mut self.state;
+        let pending = if state.ier & IER_LINE != 0 && state.lsr & LSR_ERRORS != 0 {
+            IIR_LINE
+        } else if state.ier & IER_DATA != 0 && state.lsr & LSR_DATA != 0 {
+            IIR_DATA
+        } else if state.ier & IER_THR_EMPTY != 0 && state.thr_ipending {
+            IIR_THR_EMPTY
+        } else if state.ier & IER_MODEM != 0 && state.msr & MSR_DELTAS != 0 {
+            IIR_MODEM
+        } else {
+            IIR_NONE
+        };
+        let fifo = if state.fcr & FCR_ENABLE != 0 { IIR_FIFO } else { 0 };
+        state.iir = pending | fifo;
+        let level = pending != IIR_NONE;
+        if level != self.level {
+            self.level = level;
+            (self.interrupt)(level);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc::{Receiver, Sender, channel};
+
+    use super::*;
+
+    struct Pipe(Sender<u8>);
+
+    impl Write for Pipe {
+        fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+            bytes.iter().for_each(|byte| self.0.send(*byte).unwrap());
+            Ok(bytes.len())
+        }
+        fn flush(&mut self) -> std::io::Result<()> {
+            Ok(())
+        }
+    }
+
+    fn port() -> (Serial, Receiver<u8>, Receiver<bool>) {
+        let (bytes, out) = channel();
+        let (levels, line) = channel();
+        (Serial::new(Box::new(Pipe(bytes)), Box::new(move |level| levels.send(level).unwrap())), out, line)
+    }
+
+    #[test]
+    fn bytes_leave_and_the_transmitter_is_empty() {
+        let (mut port, out, line) = port();
+        assert_eq!(port.read(LSR), 0x60);
+        for byte in *b"ok" {
+            port.write(DATA, byte);
+        }
+        assert_eq!(out.try_iter().collect::<Vec<_>>(), b"ok");
+        assert_eq!(line.try_iter().count(), 0, "no interrupt was enabled");
+    }
+
+    #[test]
+    fn the_divisor_latch_hides_data_and_ier() {
+        let (mut port, out, _line) = port();
+        port.write(LCR, 0x83);
+        port.write(DATA, 1);
+        port.write(IER, 2);
+        assert_eq!((port.read(DATA), port.read(IER)), (1, 2));
+        port.write(LCR, 0x03);
+        assert_eq!(port.read(IER), 0);
+        assert_eq!(port.save().divider, 0x0201);
+        assert!(out.try_recv().is_err());
+    }
+
+    #[test]
+    fn transmit_interrupt_is_taken_by_reading_iir() {
+        let (mut port, _out, line) = port();
+        port.write(IER, IER_THR_EMPTY);
+        assert_eq!(line.try_recv(), Ok(true));
+        assert_eq!(port.read(IIR_FCR), IIR_THR_EMPTY);
+        assert_eq!(line.try_recv(), Ok(false));
+        assert_eq!(port.read(IIR_FCR), IIR_NONE);
+        port.write(DATA, b'x');
+        assert_eq!(line.try_recv(), Ok(true));
+    }
+
+    #[test]
+    fn received_bytes_queue_overflow_and_migrate() {
+        let (mut port, _out, line) = port();
+        port.write(IIR_FCR, FCR_ENABLE);
+        port.write(IER, IER_DATA);
+        assert_eq!(port.input(&[7; 20]), 16);
+        assert_eq!(line.try_recv(), Ok(true));
+        assert_eq!(port.read(IIR_FCR), IIR_DATA | IIR_FIFO);
+        assert_eq!(port.read(LSR), 0x60 | LSR_DATA | LSR_OVERRUN);
+        port.read(DATA);
+        let state = port.save();
+        assert_eq!(state.recv_fifo, [7; 15]);
+        let (mut other, _out, line) = self::port();
+        other.load(&state);
+        assert_eq!(line.try_recv(), Ok(true), "a pending interrupt is raised again");
+        (0..15).for_each(|_| assert_eq!(other.read(DATA), 7));
+        assert_eq!(other.read(LSR) & LSR_DATA, 0);
+        assert_eq!(line.try_recv(), Ok(false));
+    }
+
+    #[test]
+    fn loopback_comes_back() {
+        let (mut port, out, _line) = port();
+        port.write(MCR, MCR_LOOP | 0x0b);
+        port.write(DATA, 0x55);
+        assert!(out.try_recv().is_err());
+        assert_eq!(port.read(DATA), 0x55);
+        assert_eq!(port.read(MSR), 0xb0);
+    }
+}

@@ -1,0 +1,80 @@
+//! What can go wrong in the monitor, by cause.
+
+use std::io;
+use std::path::PathBuf;
+
+/// An error of the monitor.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// The KVM device cannot be opened.
+    #[error(
+        "cannot open {}: {source}; this needs a Linux host with KVM and read-write access to that device (load kvm_intel or \
+         kvm_amd, enable nested virtualisation in a virtual machine, or join the group kvm)", path.display()
+    )]
+    KvmUnavailable {
+        /// The device.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// The host's KVM lacks something the machine cannot do without.
+    #[error("this host's KVM lacks {capability}, which the machine needs")]
+    KvmCapability {
+        /// Name of the capability, as in the KVM API document.
+        capability: &'static str,
+    },
+    /// A KVM call failed.
+    #[error("KVM refused to {what}: {source}")]
+    Kvm {
+        /// What was asked.
+        what: &'static str,
+        /// The error code.
+        source: kvm_ioctls::Error,
+    },
+    /// The host refused a resource.
+    #[error("cannot {what}: {source}")]
+    Host {
+        /// What was asked.
+        what: &'static str,
+        /// The error code.
+        source: io::Error,
+    },
+    /// A machine was asked for that cannot be built.
+    #[error("{0}")]
+    Config(String),
+    /// An access outside a RAM block or outside guest RAM.
+    #[error("{len} bytes at {address:#x} are not within {what}")]
+    OutOfRange {
+        /// The RAM block's name, or "guest RAM".
+        what: String,
+        /// Offset in the block, or guest-physical address.
+        address: u64,
+        /// Bytes.
+        len: u64,
+    },
+    /// The call needs stopped vCPUs.
+    #[error("the machine must be paused to {0}")]
+    NotPaused(&'static str),
+    /// The guest or its vCPU cannot go on.
+    #[error("vCPU {vcpu}: {reason} at rip {rip:#x}")]
+    Vcpu {
+        /// Number of the vCPU.
+        vcpu: usize,
+        /// KVM's exit reason and its details.
+        reason: String,
+        /// Instruction pointer.
+        rip: u64,
+    },
+    /// A saved state that does not fit this machine.
+    #[error("the saved state does not fit this machine: {0}")]
+    State(String),
+}
+
+/// Shorthand.
+pub type Result<T> = std::result::Result<T, Error>;
+
+/// Names the KVM call that failed.
+pub(crate) fn kvm(what: &'static str) -> impl Fn(kvm_ioctls::Error) -> Error {
+    move |source| Error::Kvm { what, source }
+}

@@ -1,0 +1,297 @@
+//! The machine: RAM, vCPUs on KVM, in-kernel interrupt controllers and PIT, and the devices of [`devices`](crate::devices).
+//!
+//! A [`Machine`] is built paused at the reset vector. All calls take `&self` and may come from any thread; those that change
+//! or read what the vCPUs use need it paused and say so. Dropping it ends its threads.
+//!
+//! ```no_run
+//! use reference_vmm::machine::{Machine, MachineConfig};
+//! let machine = Machine::new(MachineConfig { memory: 128 << 20, cpus: 2, ..MachineConfig::default() })?;
+//! machine.resume()?;
+//! std::thread::sleep(std::time::Duration::from_secs(1));
+//! machine.pause();
+//! let state = machine.save_state()?;
+//! let other = Machine::new(MachineConfig { memory: 128 << 20, cpus: 2, ..MachineConfig::default() })?;
+//! // … copy every RAM block …
+//! other.load_state(&state)?;
+//! other.resume()?;
+//! # Ok::<(), reference_vmm::Error>(())
+//! ```
+
+mod clock;
+mod cpuid;
+mod kvm_state;
+mod run_control;
+mod vcpu;
+
+use std::collections::BTreeMap;
+use std::io::{self, Write};
+use std::path::Path;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use kvm_bindings::{KVM_PIT_SPEAKER_DUMMY, kvm_enable_cap, kvm_pit_config, kvm_userspace_memory_region};
+use kvm_ioctls::{Cap, Kvm, VmFd};
+
+use crate::devices::{Devices, FwCfg, FwCfgItems, SERIAL_IRQ, Serial, lock};
+use crate::dirty_log::DirtyLog;
+use crate::error::{Error, Result, kvm};
+use crate::memory::GuestMemory;
+use crate::payload;
+use crate::state::MachineState;
+use clock::VirtualClock;
+use run_control::RunControl;
+pub use run_control::{RunState, Stop};
+use vcpu::Vcpu;
+
+/// Most vCPUs a machine can have.
+pub const MAX_CPUS: usize = 4;
+
+const KVM_DEVICE: &str = "/dev/kvm";
+/// Where KVM keeps three pages of its own, and one before them: in the hole, as QEMU does it.
+const IDENTITY_MAP: u64 = 0xfeff_c000;
+const TSS_PAGES: usize = 0xfeff_d000;
+
+/// What machine to build.
+pub struct MachineConfig {
+    /// Bytes of RAM.
+    pub memory: u64,
+    /// Number of vCPUs, 1 to [`MAX_CPUS`].
+    pub cpus: usize,
+    /// Firmware: a multiple of 64 KiB.
+    pub bios: Vec<u8>,
+    /// Files of the firmware configuration device by name.
+    pub fw_cfg: BTreeMap<String, Vec<u8>>,
+    /// Where the serial port writes.
+    pub serial: Box<dyn Write + Send>,
+}
+
+impl Default for MachineConfig {
+    /// 128 MiB, one vCPU, the payload guest, serial output thrown away.
+    fn default() -> MachineConfig {
+        MachineConfig {
+            memory: 128 << 20,
+            cpus: 1,
+            bios: payload::IMAGE.to_vec(),
+            fw_cfg: BTreeMap::new(),
+            serial: Box::new(io::sink()),
+        }
+    }
+}
+
+/// A virtual machine.
+pub struct Machine {
+    vcpus: Arc<[Vcpu]>,
+    control: Arc<RunControl>,
+    threads: Vec<std::thread::JoinHandle<()>>,
+    devices: Arc<Devices>,
+    clock: Mutex<VirtualClock>,
+    dirty_log: DirtyLog,
+    saved_msrs: Vec<u32>,
+    memory: Arc<GuestMemory>,
+    vm: Arc<VmFd>,
+}
+
+impl Machine {
+    /// Builds a machine, paused at the reset vector.
+    ///
+    /// # Errors
+    /// [`Error::KvmUnavailable`] when there is no usable `/dev/kvm`, [`Error::KvmCapability`] when its KVM lacks something,
+    /// [`Error::Config`] for a machine that cannot be, [`Error::Kvm`] and [`Error::Host`] when the host refuses.
+    pub fn new(config: MachineConfig) -> Result<Machine> {
+        if !(1..=MAX_CPUS).contains(&config.cpus) {
+            return Err(Error::Config(format!(
+                "the machine cannot have {} vCPUs: wanted 1 to {MAX_CPUS}",
+                config.cpus
+            )));
+        }
+        let memory = Arc::new(GuestMemory::microvm(config.memory, &config.bios)?);
+        let kvm_fd = open_kvm(Path::new(KVM_DEVICE))?;
+        let vm = Arc::new(create_vm(&kvm_fd, &memory)?);
+        let dirty_log = DirtyLog::new(Arc::clone(&vm), Arc::clone(&memory))?;
+
+        let fw_cfg =
+            FwCfg::new(FwCfgItems { ram_size: config.memory, cpus: config.cpus as u16, files: config.fw_cfg })?;
+        let line = Arc::clone(&vm);
+        let interrupt = move |level| {
+            if let Err(error) = line.set_irq_line(SERIAL_IRQ, level) {
+                tracing::error!(%error, "the serial port's interrupt is lost");
+            }
+        };
+        let serial = Serial::new(config.serial, Box::new(interrupt));
+        let devices = Arc::new(Devices::new(Arc::clone(&memory), serial, fw_cfg));
+
+        let cpuid = cpuid::supported(&kvm_fd)?;
+        let vcpus = (0..config.cpus)
+            .map(|index| {
+                let fd = vm.create_vcpu(index as u64).map_err(kvm("create a vCPU"))?;
+                fd.set_cpuid2(&cpuid::for_vcpu(&cpuid, index, config.cpus)?).map_err(kvm("set a vCPU's CPUID"))?;
+                Ok(Vcpu::new(index, fd))
+            })
+            .collect::<Result<Arc<[Vcpu]>>>()?;
+        let control = Arc::new(RunControl::new(config.cpus));
+        let mut machine = Machine {
+            vcpus,
+            control,
+            threads: Vec::new(),
+            devices,
+            clock: Mutex::new(VirtualClock::default()),
+            dirty_log,
+            saved_msrs: kvm_state::saved_msrs(&kvm_fd)?,
+            memory,
+            vm,
+        };
+        for index in 0..config.cpus {
+            machine.threads.push(vcpu::spawn(&machine.vcpus, index, &machine.control, &machine.devices)?);
+        }
+        machine.control.wait_parked();
+        Ok(machine)
+    }
+
+    /// The RAM.
+    pub fn memory(&self) -> &Arc<GuestMemory> {
+        &self.memory
+    }
+
+    /// The dirty log.
+    pub fn dirty_log(&self) -> &DirtyLog {
+        &self.dirty_log
+    }
+
+    /// Number of vCPUs.
+    pub fn cpus(&self) -> usize {
+        self.vcpus.len()
+    }
+
+    /// Whether the vCPUs run.
+    pub fn run_state(&self) -> RunState {
+        self.control.state()
+    }
+
+    /// Lets the vCPUs run.
+    ///
+    /// # Errors
+    /// [`Error::Config`] when the guest has stopped for good.
+    pub fn resume(&self) -> Result<()> {
+        lock(&self.clock).start();
+        self.control.resume().map_err(|stop| {
+            lock(&self.clock).stop();
+            Error::Config(format!("the machine cannot go on: {stop}"))
+        })
+    }
+
+    /// Stops the vCPUs and waits until none runs. RAM and device state change no more until [`Machine::resume`].
+    pub fn pause(&self) {
+        self.control.pause(|| self.vcpus.iter().for_each(Vcpu::kick));
+        lock(&self.clock).stop();
+        lock(&self.devices.serial).flush();
+    }
+
+    /// Waits until the guest stops by itself, at most that long. `None`: it had not.
+    pub fn wait_stop(&self, timeout: Duration) -> Option<Stop> {
+        self.control.wait_stop(timeout)
+    }
+
+    /// Bytes arrive on the serial line; returns how many the port took.
+    pub fn serial_input(&self, bytes: &[u8]) -> usize {
+        lock(&self.devices.serial).input(bytes)
+    }
+
+    /// Everything but the RAM.
+    ///
+    /// # Errors
+    /// [`Error::NotPaused`]; [`Error::Kvm`] when KVM does not tell.
+    pub fn save_state(&self) -> Result<MachineState> {
+        self.must_be_paused("save its state")?;
+        kvm_state::save(self)
+    }
+
+    /// Makes this machine continue where the saved one stopped. The RAM must be, or become, that of the saved one before
+    /// [`Machine::resume`]. When it fails the machine is of no more use.
+    ///
+    /// # Errors
+    /// [`Error::NotPaused`]; [`Error::State`] when the state is of another machine; [`Error::Kvm`] when KVM refuses it.
+    pub fn load_state(&self, state: &MachineState) -> Result<()> {
+        self.must_be_paused("load a state")?;
+        kvm_state::load(self, state)
+    }
+
+    fn must_be_paused(&self, to: &'static str) -> Result<()> {
+        if self.control.all_parked() { Ok(()) } else { Err(Error::NotPaused(to)) }
+    }
+}
+
+impl Drop for Machine {
+    fn drop(&mut self) {
+        self.control.exit();
+        self.vcpus.iter().for_each(Vcpu::kick);
+        for thread in self.threads.drain(..) {
+            if thread.join().is_err() {
+                tracing::error!("a vCPU thread panicked");
+            }
+        }
+        lock(&self.devices.serial).flush();
+    }
+}
+
+/// Opens the KVM device, and says what to do where that fails.
+///
+/// # Errors
+/// [`Error::KvmUnavailable`].
+pub fn open_kvm(path: &Path) -> Result<Kvm> {
+    let name = std::ffi::CString::new(path.as_os_str().as_encoded_bytes())
+        .map_err(|_| Error::Config(format!("{} is not a path", path.display())))?;
+    Kvm::new_with_path(name)
+        .map_err(|error| Error::KvmUnavailable { path: path.to_owned(), source: io::Error::from(error) })
+}
+
+fn create_vm(kvm_fd: &Kvm, memory: &GuestMemory) -> Result<VmFd> {
+    for (cap, capability) in [
+        (Cap::Irqchip, "KVM_CAP_IRQCHIP"),
+        (Cap::Pit2, "KVM_CAP_PIT2"),
+        (Cap::UserMemory, "KVM_CAP_USER_MEMORY"),
+        (Cap::ImmediateExit, "KVM_CAP_IMMEDIATE_EXIT"),
+        (Cap::Xsave, "KVM_CAP_XSAVE"),
+        (Cap::Xcrs, "KVM_CAP_XCRS"),
+        (Cap::Debugregs, "KVM_CAP_DEBUGREGS"),
+        (Cap::VcpuEvents, "KVM_CAP_VCPU_EVENTS"),
+        (Cap::AdjustClock, "KVM_CAP_ADJUST_CLOCK"),
+    ] {
+        if !kvm_fd.check_extension(cap) {
+            return Err(Error::KvmCapability { capability });
+        }
+    }
+    let vm = kvm_fd.create_vm().map_err(kvm("create a virtual machine"))?;
+    vm.set_identity_map_address(IDENTITY_MAP).map_err(kvm("place the identity map"))?;
+    vm.set_tss_address(TSS_PAGES).map_err(kvm("place the TSS"))?;
+    for slot in 0..memory.mappings().len() {
+        set_memory_slot(&vm, memory, slot, 0)?;
+    }
+    vm.create_irq_chip().map_err(kvm("create the interrupt controllers"))?;
+    let pit = kvm_pit_config { flags: KVM_PIT_SPEAKER_DUMMY, ..kvm_pit_config::default() };
+    vm.create_pit2(pit).map_err(kvm("create the PIT"))?;
+    if vm.check_extension_raw(kvm_bindings::KVM_CAP_X86_TRIPLE_FAULT_EVENT.into()) > 0 {
+        let cap = kvm_enable_cap {
+            cap: kvm_bindings::KVM_CAP_X86_TRIPLE_FAULT_EVENT,
+            args: [1, 0, 0, 0],
+            ..kvm_enable_cap::default()
+        };
+        vm.enable_cap(&cap).map_err(kvm("enable triple fault events"))?;
+    }
+    Ok(vm)
+}
+
+/// Shows a mapping to the guest, or changes the flags of one that is shown. The slot is the mapping's index.
+pub(crate) fn set_memory_slot(vm: &VmFd, memory: &GuestMemory, slot: usize, flags: u32) -> Result<()> {
+    let mapping = memory.mappings()[slot];
+    let block = &memory.blocks()[mapping.block];
+    let region = kvm_userspace_memory_region {
+        slot: slot as u32,
+        flags,
+        guest_phys_addr: mapping.gpa,
+        memory_size: mapping.len,
+        userspace_addr: block.host_address() as u64 + mapping.offset,
+    };
+    // SAFETY: the range lies within the block, which stays mapped until the last owner of `memory` is gone; the machine holds
+    // `memory` together with the VM and the vCPUs, and ends the vCPU threads before it goes.
+    unsafe { vm.set_user_memory_region(region) }.map_err(kvm("map guest RAM"))
+}

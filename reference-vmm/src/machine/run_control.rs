@@ -1,0 +1,174 @@
+//! Who may run: the barrier between the vCPU threads and everybody else.
+
+use std::fmt;
+use std::sync::{Condvar, Mutex, MutexGuard};
+use std::time::{Duration, Instant};
+
+use crate::devices::lock;
+
+/// Whether the vCPUs run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RunState {
+    /// They run.
+    Running,
+    /// They stand still, or are about to.
+    Paused,
+    /// The guest has stopped for good: see [`Stop`].
+    Stopped,
+}
+
+/// Why a guest stopped by itself.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Stop {
+    /// It asked for a reset, or ran into a triple fault.
+    Reset {
+        /// The vCPU.
+        vcpu: usize,
+        /// Register or triple fault.
+        cause: String,
+    },
+    /// It switched itself off.
+    Shutdown,
+    /// A vCPU cannot go on.
+    Failed {
+        /// The vCPU.
+        vcpu: usize,
+        /// KVM's exit reason and details.
+        reason: String,
+        /// Where the vCPU was.
+        rip: u64,
+    },
+}
+
+impl fmt::Display for Stop {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Stop::Reset { vcpu, cause } => write!(f, "guest reset by vCPU {vcpu}: {cause}"),
+            Stop::Shutdown => write!(f, "guest shutdown"),
+            Stop::Failed { vcpu, reason, rip } => write!(f, "vCPU {vcpu} failed: {reason} at rip {rip:#x}"),
+        }
+    }
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Phase {
+    Run,
+    Pause,
+    Exit,
+}
+
+struct Inner {
+    phase: Phase,
+    threads: usize,
+    parked: usize,
+    stop: Option<Stop>,
+}
+
+pub(crate) struct RunControl {
+    inner: Mutex<Inner>,
+    changed: Condvar,
+}
+
+impl RunControl {
+    /// For that many vCPU threads, which will park first of all.
+    pub(crate) fn new(threads: usize) -> RunControl {
+        let inner = Inner { phase: Phase::Pause, threads, parked: 0, stop: None };
+        RunControl { inner: Mutex::new(inner), changed: Condvar::new() }
+    }
+
+    pub(crate) fn state(&self) -> RunState {
+        let inner = lock(&self.inner);
+        match inner.phase {
+            _ if inner.stop.is_some() => RunState::Stopped,
+            Phase::Run => RunState::Running,
+            Phase::Pause | Phase::Exit => RunState::Paused,
+        }
+    }
+
+    pub(crate) fn resume(&self) -> Result<(), Stop> {
+        let mut inner = lock(&self.inner);
+        if let Some(stop) = &inner.stop {
+            return Err(stop.clone());
+        }
+        inner.phase = Phase::Run;
+        self.changed.notify_all();
+        Ok(())
+    }
+
+    /// Asks the threads to park, wakes them with `kick` and waits for them.
+    pub(crate) fn pause(&self, kick: impl Fn()) {
+        let mut inner = lock(&self.inner);
+        if inner.phase == Phase::Run {
+            inner.phase = Phase::Pause;
+        }
+        kick();
+        while inner.parked < inner.threads {
+            inner = self.wait(inner);
+        }
+    }
+
+    pub(crate) fn wait_parked(&self) {
+        self.pause(|| ());
+    }
+
+    pub(crate) fn all_parked(&self) -> bool {
+        let inner = lock(&self.inner);
+        inner.phase != Phase::Run && inner.parked == inner.threads
+    }
+
+    pub(crate) fn exit(&self) {
+        lock(&self.inner).phase = Phase::Exit;
+        self.changed.notify_all();
+    }
+
+    pub(crate) fn wait_stop(&self, timeout: Duration) -> Option<Stop> {
+        let deadline = Instant::now().checked_add(timeout);
+        let mut inner = lock(&self.inner);
+        while inner.stop.is_none() {
+            let left = match deadline {
+                Some(deadline) => deadline.checked_duration_since(Instant::now())?,
+                None => timeout,
+            };
+            inner = self.changed.wait_timeout(inner, left).unwrap_or_else(|poison| poison.into_inner()).0;
+        }
+        inner.stop.clone()
+    }
+
+    /// Called by a vCPU thread before it enters the guest.
+    pub(crate) fn may_run(&self) -> bool {
+        lock(&self.inner).phase == Phase::Run
+    }
+
+    /// Called by a vCPU thread: waits until it may run (true) or must end (false).
+    pub(crate) fn park(&self) -> bool {
+        let mut inner = lock(&self.inner);
+        inner.parked += 1;
+        self.changed.notify_all();
+        while inner.phase == Phase::Pause {
+            inner = self.wait(inner);
+        }
+        inner.parked -= 1;
+        inner.phase == Phase::Run
+    }
+
+    /// Called by a vCPU thread: the guest has stopped. The first reason counts.
+    pub(crate) fn stopped(&self, stop: Stop) {
+        let mut inner = lock(&self.inner);
+        inner.stop.get_or_insert(stop);
+        if inner.phase == Phase::Run {
+            inner.phase = Phase::Pause;
+        }
+        self.changed.notify_all();
+    }
+
+    /// Called when a vCPU thread ends, so that nobody waits for it.
+    pub(crate) fn gone(&self) {
+        lock(&self.inner).threads -= 1;
+        self.changed.notify_all();
+    }
+
+    fn wait<'a>(&self, inner: MutexGuard<'a, Inner>) -> MutexGuard<'a, Inner> {
+        self.changed.wait(inner).unwrap_or_else(|poison| poison.into_inner())
+    }
+}

@@ -1,0 +1,153 @@
+//! A vCPU and its thread.
+
+use std::os::unix::thread::JoinHandleExt;
+use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::{Arc, Mutex, Once, OnceLock};
+use std::thread::JoinHandle;
+
+use kvm_ioctls::{VcpuExit, VcpuFd};
+use vmm_sys_util::signal::{SIGRTMIN, register_signal_handler};
+
+use super::run_control::{RunControl, Stop};
+use crate::devices::{Devices, Request, lock};
+use crate::error::{Error, Result};
+
+/// A vCPU. Its thread holds the lock while it runs; the lock is free while it is parked.
+pub(crate) struct Vcpu {
+    index: usize,
+    pub(crate) fd: Mutex<VcpuFd>,
+    immediate_exit: ImmediateExit,
+    thread: OnceLock<libc::pthread_t>,
+}
+
+/// The flag in the shared `kvm_run` page that makes `KVM_RUN` return at once.
+struct ImmediateExit(*const AtomicU8);
+
+// SAFETY: the target is an atomic byte in a page that stays mapped as long as the vCPU's descriptor, which lives beside it.
+unsafe impl Send for ImmediateExit {}
+// SAFETY: as above; all access is atomic.
+unsafe impl Sync for ImmediateExit {}
+
+impl ImmediateExit {
+    fn set(&self, value: bool) {
+        // SAFETY: see the Send implementation.
+        unsafe { &*self.0 }.store(value.into(), Ordering::SeqCst);
+    }
+}
+
+impl Vcpu {
+    pub(crate) fn new(index: usize, mut fd: VcpuFd) -> Vcpu {
+        let immediate_exit = ImmediateExit((&raw mut fd.get_kvm_run().immediate_exit).cast());
+        Vcpu { index, fd: Mutex::new(fd), immediate_exit, thread: OnceLock::new() }
+    }
+
+    /// Makes the vCPU leave the guest, or not enter it, so that its thread looks at the run control again.
+    pub(crate) fn kick(&self) {
+        self.immediate_exit.set(true);
+        if let Some(thread) = self.thread.get() {
+            // SAFETY: the machine joins the thread only after the last kick, so the id is valid.
+            unsafe { libc::pthread_kill(*thread, kick_signal()) };
+        }
+    }
+
+    /// Runs until the run control says otherwise, then completes what the guest has begun.
+    fn run(&self, control: &RunControl, devices: &Devices) -> Option<Stop> {
+        let mut fd = lock(&self.fd);
+        loop {
+            // First the flag, then the question: a kick after the question finds the flag down and raises it.
+            self.immediate_exit.set(false);
+            if !control.may_run() {
+                break;
+            }
+            if let Some(stop) = self.enter(&mut fd, devices).1 {
+                return Some(stop);
+            }
+        }
+        // An IN or MMIO access is finished by the next KVM_RUN: without it the saved registers would be those before it.
+        loop {
+            self.immediate_exit.set(true);
+            let (interrupted, stop) = self.enter(&mut fd, devices);
+            if interrupted || stop.is_some() {
+                return stop;
+            }
+        }
+    }
+
+    /// One KVM_RUN. The first value tells whether it was interrupted before an exit.
+    fn enter(&self, fd: &mut VcpuFd, devices: &Devices) -> (bool, Option<Stop>) {
+        let reset = |cause: &str| Some(Stop::Reset { vcpu: self.index, cause: cause.to_owned() });
+        let failure = match fd.run() {
+            Ok(VcpuExit::IoIn(port, data)) => {
+                devices.port_in(port, data);
+                return (false, None);
+            }
+            Ok(VcpuExit::IoOut(port, data)) => {
+                devices.port_out(port, data);
+                return (false, None);
+            }
+            Ok(VcpuExit::MmioRead(gpa, data)) => {
+                devices.mmio_read(gpa, data);
+                return (false, None);
+            }
+            Ok(VcpuExit::MmioWrite(gpa, data)) => {
+                let stop = match devices.mmio_write(gpa, data) {
+                    Request::None => None,
+                    Request::Reset => reset("reset register"),
+                    Request::Shutdown => Some(Stop::Shutdown),
+                };
+                return (false, stop);
+            }
+            Ok(VcpuExit::Shutdown) => return (false, reset("triple fault")),
+            Ok(VcpuExit::Intr | VcpuExit::IrqWindowOpen) => return (true, None),
+            Err(error) if matches!(error.errno(), libc::EINTR | libc::EAGAIN) => return (true, None),
+            Ok(exit) => format!("unexpected exit {exit:?}"),
+            Err(error) => format!("KVM_RUN: {error}"),
+        };
+        let rip = fd.get_regs().map_or(0, |regs| regs.rip);
+        (false, Some(Stop::Failed { vcpu: self.index, reason: failure, rip }))
+    }
+}
+
+/// Starts the thread of a vCPU; it parks at once.
+pub(crate) fn spawn(
+    vcpus: &Arc<[Vcpu]>,
+    index: usize,
+    control: &Arc<RunControl>,
+    devices: &Arc<Devices>,
+) -> Result<JoinHandle<()>> {
+    static HANDLER: Once = Once::new();
+    HANDLER.call_once(|| {
+        register_signal_handler(kick_signal(), ignore).expect("a real-time signal can be handled");
+    });
+    let (vcpus_, control, devices) = (Arc::clone(vcpus), Arc::clone(control), Arc::clone(devices));
+    let body = move || {
+        let _gone = Gone(&control);
+        while control.park() {
+            if let Some(stop) = vcpus_[index].run(&control, &devices) {
+                control.stopped(stop);
+                vcpus_.iter().for_each(Vcpu::kick);
+            }
+        }
+    };
+    let handle = std::thread::Builder::new()
+        .name(format!("vcpu{index}"))
+        .spawn(body)
+        .map_err(|source| Error::Host { what: "start a vCPU thread", source })?;
+    vcpus[index].thread.get_or_init(|| handle.as_pthread_t());
+    Ok(handle)
+}
+
+struct Gone<'a>(&'a RunControl);
+
+impl Drop for Gone<'_> {
+    fn drop(&mut self) {
+        self.0.gone();
+    }
+}
+
+fn kick_signal() -> i32 {
+    SIGRTMIN()
+}
+
+/// The signal only has to interrupt `KVM_RUN`.
+extern "C" fn ignore(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {}

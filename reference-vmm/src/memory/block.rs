@@ -1,0 +1,175 @@
+//! One RAM block.
+
+use std::fs::File;
+use std::io;
+use std::num::NonZeroUsize;
+use std::os::fd::{AsFd, BorrowedFd, FromRawFd};
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use vm_memory::bitmap::{AtomicBitmap, BS};
+use vm_memory::mmap::MmapRegionBuilder;
+use vm_memory::{Bytes, FileOffset, MmapRegion, VolatileMemory, VolatileSlice};
+
+use crate::error::{Error, Result};
+
+/// The target page of x86, the unit of the wire and of the dirty log.
+pub const PAGE_SIZE: u64 = 4096;
+
+/// Guest memory with a name, on a memfd.
+///
+/// The guest, the monitor and a migration use it at the same time, so nothing here hands out a plain reference: bytes are
+/// copied, or reached through a [`VolatileSlice`]. The monitor's own writes are recorded and turn up in the
+/// [dirty log](crate::dirty_log) beside the guest's.
+///
+/// ```
+/// use reference_vmm::memory::RamBlock;
+/// let block = RamBlock::new("microvm.ram", 8192, 8192).unwrap();
+/// block.write(4096, b"QEVM").unwrap();
+/// assert!(block.page_is_zero(0).unwrap());
+/// assert!(!block.page_is_zero(1).unwrap());
+/// ```
+#[derive(Debug)]
+pub struct RamBlock {
+    name: String,
+    used: AtomicU64,
+    max: u64,
+    region: MmapRegion<AtomicBitmap>,
+}
+
+impl RamBlock {
+    /// A zeroed block of `used` bytes that may grow to `max`.
+    ///
+    /// # Errors
+    /// [`Error::Config`] for lengths that are not whole pages or a used length beyond the maximum, [`Error::Host`] when the host
+    /// has no memory.
+    pub fn new(name: &str, used: u64, max: u64) -> Result<RamBlock> {
+        let pages = used.is_multiple_of(PAGE_SIZE) && max.is_multiple_of(PAGE_SIZE);
+        if !pages || used > max || max == 0 {
+            return Err(Error::Config(format!("RAM block '{name}' cannot have a length of {used} of {max} bytes")));
+        }
+        let host = |what| move |source| Error::Host { what, source };
+        let len = usize::try_from(max).map_err(|_| Error::Config(format!("RAM block '{name}' is too large")))?;
+        let file = memfd().map_err(host("create a memfd for guest RAM"))?;
+        file.set_len(max).map_err(host("size a memfd for guest RAM"))?;
+        let page = NonZeroUsize::new(PAGE_SIZE as usize).expect("a page has bytes");
+        let region = MmapRegionBuilder::new_with_bitmap(len, AtomicBitmap::new(len, page))
+            .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
+            .with_mmap_flags(libc::MAP_SHARED | libc::MAP_NORESERVE)
+            .with_file_offset(FileOffset::new(file, 0))
+            .build()
+            .map_err(|error| Error::Host { what: "map guest RAM", source: io::Error::other(error) })?;
+        Ok(RamBlock { name: name.to_owned(), used: AtomicU64::new(used), max, region })
+    }
+
+    /// The name on the wire.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Bytes in use: QEMU's `used_length`.
+    pub fn used_length(&self) -> u64 {
+        self.used.load(Ordering::Relaxed)
+    }
+
+    /// Bytes it may grow to: QEMU's `max_length`.
+    pub fn max_length(&self) -> u64 {
+        self.max
+    }
+
+    /// Pages in use.
+    pub fn pages(&self) -> u64 {
+        self.used_length() / PAGE_SIZE
+    }
+
+    /// Takes over the length that the source of a migration uses.
+    ///
+    /// # Errors
+    /// [`Error::State`] when the block cannot have this length.
+    pub fn resize(&self, used: u64) -> Result<()> {
+        if used > self.max || !used.is_multiple_of(PAGE_SIZE) || (used != self.max && self.fixed()) {
+            return Err(Error::State(format!(
+                "RAM block '{}' has {} bytes and cannot have {used}",
+                self.name,
+                self.used_length()
+            )));
+        }
+        self.used.store(used, Ordering::Relaxed);
+        Ok(())
+    }
+
+    /// Copies bytes out.
+    ///
+    /// # Errors
+    /// [`Error::OutOfRange`].
+    pub fn read(&self, offset: u64, into: &mut [u8]) -> Result<()> {
+        self.slice(offset, into.len() as u64)?.read_slice(into, 0).map_err(|_| self.outside(offset, into.len() as u64))
+    }
+
+    /// Copies bytes in and marks the pages dirty.
+    ///
+    /// # Errors
+    /// [`Error::OutOfRange`].
+    pub fn write(&self, offset: u64, from: &[u8]) -> Result<()> {
+        self.slice(offset, from.len() as u64)?.write_slice(from, 0).map_err(|_| self.outside(offset, from.len() as u64))
+    }
+
+    /// A window on the block for vectored I/O. Writes through it mark the pages dirty.
+    ///
+    /// The window's own methods move bytes from and to files and sockets without a copy (`vm_memory::ReadVolatile` and
+    /// `WriteVolatile`).
+    ///
+    /// # Errors
+    /// [`Error::OutOfRange`].
+    pub fn slice(&self, offset: u64, len: u64) -> Result<VolatileSlice<'_, BS<'_, AtomicBitmap>>> {
+        let end = offset.checked_add(len).ok_or_else(|| self.outside(offset, len))?;
+        if end > self.used_length() {
+            return Err(self.outside(offset, len));
+        }
+        self.region.get_slice(offset as usize, len as usize).map_err(|_| self.outside(offset, len))
+    }
+
+    /// Whether all bytes of a page are zero.
+    ///
+    /// # Errors
+    /// [`Error::OutOfRange`] for a page beyond the end.
+    pub fn page_is_zero(&self, page: u64) -> Result<bool> {
+        let mut bytes = [0; PAGE_SIZE as usize];
+        let offset = page.checked_mul(PAGE_SIZE).ok_or_else(|| self.outside(page, PAGE_SIZE))?;
+        self.read(offset, &mut bytes)?;
+        let (words, _) = bytes.as_chunks::<8>();
+        Ok(words.iter().all(|word| u64::from_ne_bytes(*word) == 0))
+    }
+
+    /// The memory's file, for `sendfile`, `splice` and `fallocate`. Offsets in it are offsets in the block.
+    pub fn memfd(&self) -> BorrowedFd<'_> {
+        self.region.file_offset().expect("every block has one").file().as_fd()
+    }
+
+    /// Where the block lies in this process: `max_length` bytes that stay mapped as long as the block lives.
+    pub fn host_address(&self) -> *mut u8 {
+        self.region.as_ptr()
+    }
+
+    /// Pages written by the monitor itself since the last call, 64 to a word.
+    pub(crate) fn take_vmm_writes(&self) -> Vec<u64> {
+        self.region.bitmap().get_and_reset()
+    }
+
+    fn fixed(&self) -> bool {
+        !self.name.starts_with("/rom@")
+    }
+
+    fn outside(&self, address: u64, len: u64) -> Error {
+        Error::OutOfRange { what: format!("RAM block '{}'", self.name), address, len }
+    }
+}
+
+fn memfd() -> io::Result<File> {
+    // SAFETY: the name is a C string; the call has no other memory effects.
+    let fd = unsafe { libc::memfd_create(c"guest-ram".as_ptr(), libc::MFD_CLOEXEC) };
+    if fd < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the descriptor is new and owned by nobody else.
+    Ok(unsafe { File::from_raw_fd(fd) })
+}

@@ -1,0 +1,103 @@
+//! Guest RAM: named blocks as in QEMU's stream, and where the guest sees them.
+//!
+//! A [`RamBlock`] is memory with a name; a [`Mapping`] shows a piece of it at a guest-physical address. One block may be
+//! shown in several places: `microvm.ram` is split by the hole below 4 GiB, `pc.bios` appears below 4 GiB and below 1 MiB.
+//! Everything that crosses the wire is addressed by block and offset, everything the guest says by guest-physical address.
+
+mod block;
+mod layout;
+
+use std::sync::Arc;
+
+pub use block::{PAGE_SIZE, RamBlock};
+pub use layout::{ACPI_RSDP, ACPI_TABLES, BIOS, LOW_RAM_MAX, MAX_BIOS, RAM, TABLE_LOADER};
+
+use crate::error::{Error, Result};
+
+/// A piece of a block as the guest sees it. All values are bytes and page-aligned.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Mapping {
+    /// Guest-physical address.
+    pub gpa: u64,
+    /// Index of the block in [`GuestMemory::blocks`].
+    pub block: usize,
+    /// Where in the block the piece starts.
+    pub offset: u64,
+    /// Length of the piece.
+    pub len: u64,
+}
+
+/// All RAM of a machine.
+#[derive(Debug)]
+pub struct GuestMemory {
+    blocks: Vec<Arc<RamBlock>>,
+    mappings: Vec<Mapping>,
+}
+
+impl GuestMemory {
+    /// The RAM of a `microvm` with `ram` bytes and this firmware.
+    ///
+    /// Blocks and addresses are those of QEMU's microvm (read from `info ramblock` and `info mtree -f` of 11.1.3).
+    ///
+    /// # Errors
+    /// [`Error::Config`] for sizes that microvm cannot have, [`Error::Host`] when the host has no memory.
+    pub fn microvm(ram: u64, bios: &[u8]) -> Result<GuestMemory> {
+        layout::microvm(ram, bios)
+    }
+
+    /// The blocks, in the order in which QEMU lists them in the stream.
+    pub fn blocks(&self) -> &[Arc<RamBlock>] {
+        &self.blocks
+    }
+
+    /// The block of that name.
+    pub fn block(&self, name: &str) -> Option<&Arc<RamBlock>> {
+        self.blocks.iter().find(|block| block.name() == name)
+    }
+
+    /// Where the guest sees what; the index is the KVM memory slot.
+    pub fn mappings(&self) -> &[Mapping] {
+        &self.mappings
+    }
+
+    /// Reads guest-physical memory.
+    ///
+    /// # Errors
+    /// [`Error::OutOfRange`] when not all of it is RAM.
+    pub fn read(&self, gpa: u64, into: &mut [u8]) -> Result<()> {
+        let mut done = 0;
+        while done < into.len() {
+            let (block, offset, len) = self.piece(gpa, done, into.len())?;
+            block.read(offset, &mut into[done..done + len])?;
+            done += len;
+        }
+        Ok(())
+    }
+
+    /// Writes guest-physical memory and marks it dirty.
+    ///
+    /// # Errors
+    /// [`Error::OutOfRange`] when not all of it is RAM; the part before the first hole has been written then.
+    pub fn write(&self, gpa: u64, from: &[u8]) -> Result<()> {
+        let mut done = 0;
+        while done < from.len() {
+            let (block, offset, len) = self.piece(gpa, done, from.len())?;
+            block.write(offset, &from[done..done + len])?;
+            done += len;
+        }
+        Ok(())
+    }
+
+    /// The longest piece of one block at `gpa + done`, of an access of `len` bytes at `gpa`.
+    fn piece(&self, gpa: u64, done: usize, len: usize) -> Result<(&RamBlock, u64, usize)> {
+        let outside = || Error::OutOfRange { what: "guest RAM".to_owned(), address: gpa, len: len as u64 };
+        let at = gpa.checked_add(done as u64).ok_or_else(outside)?;
+        let mapping = self.mappings.iter().find(|m| at >= m.gpa && at - m.gpa < m.len).ok_or_else(outside)?;
+        let within = at - mapping.gpa;
+        let here = (mapping.len - within).min((len - done) as u64);
+        Ok((&self.blocks[mapping.block], mapping.offset + within, here as usize))
+    }
+}
+
+#[cfg(test)]
+mod tests;

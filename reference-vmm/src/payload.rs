@@ -1,0 +1,114 @@
+//! The payload guest: firmware of ours that notices when a migration loses a page.
+//!
+//! Give [`IMAGE`] to QEMU (`-M microvm -bios FILE`) or to a [`Machine`](crate::machine::Machine). It starts at the reset
+//! vector, enters long mode, drops to ring 3 and then, on each of up to four vCPUs, rewrites a range of pages pass after pass
+//! and checks before each rewrite that the page holds exactly what the last pass left there. In the background it re-reads a
+//! range of pseudo-random pages and a range of pages that must stay zero. It prints on COM1:
+//!
+//! ```text
+//! qevm-payload start cpus=1 ram=134217728 base=4194304 dirty=62914560 hold=15728640 zero=8388608 rate=0 timer=20 tsc_khz=2600092
+//! qevm-payload pass=307 pages=15360 stale=0 tsc_back=0 written=4715523 checked=943 rounds=0 ticks=5 ms=271
+//! qevm-payload stale-page kind=hot cpu=0 page=17 word=7 expected=… found=…
+//! ```
+//!
+//! | field | meaning |
+//! |---|---|
+//! | `pass` | passes over the hot range completed by the slowest vCPU |
+//! | `pages` | pages in the hot range |
+//! | `stale` | pages found with other contents than the guest left there, since the start |
+//! | `tsc_back` | times the TSC of a vCPU was seen to run backwards |
+//! | `written` | hot pages written |
+//! | `checked` | background pages checked |
+//! | `rounds` | complete rounds over the background ranges, of all vCPUs together |
+//! | `ticks` | timer interrupts taken |
+//! | `ms` | time since the start by the TSC |
+//!
+//! It is configured by the fw_cfg item `opt/qevm/payload`, a text of `KEY=NUMBER[K|M|G]` entries separated by blanks or `;`:
+//!
+//! | key | meaning | default |
+//! |---|---|---|
+//! | `base` | first address of the hot range | 4M |
+//! | `dirty` | bytes in the hot range, shared out to the vCPUs | at most 64M and half of the RAM beyond 8M |
+//! | `hold` | bytes of pseudo-random pages behind it | at most 16M and an eighth |
+//! | `zero` | bytes of untouched pages behind that | at most 8M and an eighth |
+//! | `rate` | bytes per second all vCPUs together dirty, 0 = as fast as possible | 0 |
+//! | `verify` | background pages each vCPU checks per second | 4096 |
+//! | `report` | milliseconds between progress lines | 250 |
+//! | `timer` | timer interrupts per second and vCPU, 0 = none | 20 |
+//! | `cpus` | vCPUs to use at most | all, up to 4 |
+
+/// The firmware image: 64 KiB, to be mapped so that it ends at 4 GiB and once more so that it ends at 1 MiB.
+pub static IMAGE: &[u8; 64 << 10] = include_bytes!(concat!(env!("OUT_DIR"), "/payload.bin"));
+
+/// Name of the fw_cfg item that configures the payload.
+pub const FW_CFG_NAME: &str = "opt/qevm/payload";
+
+/// One `qevm-payload pass=…` line.
+///
+/// ```
+/// use reference_vmm::payload::Progress;
+/// let line = "qevm-payload pass=3 pages=16 stale=0 tsc_back=0 written=48 checked=9 rounds=0 ticks=5 ms=271";
+/// let progress = Progress::parse(line).unwrap();
+/// assert_eq!((progress.pass, progress.stale, progress.ms), (3, 0, 271));
+/// assert!(Progress::parse("qevm-payload start cpus=1").is_none());
+/// ```
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Progress {
+    /// Passes completed by the slowest vCPU.
+    pub pass: u64,
+    /// Pages in the hot range.
+    pub pages: u64,
+    /// Pages found stale since the start.
+    pub stale: u64,
+    /// Times the TSC ran backwards.
+    pub tsc_back: u64,
+    /// Hot pages written.
+    pub written: u64,
+    /// Background pages checked.
+    pub checked: u64,
+    /// Complete rounds over the background ranges.
+    pub rounds: u64,
+    /// Timer interrupts.
+    pub ticks: u64,
+    /// Milliseconds since the start.
+    pub ms: u64,
+}
+
+impl Progress {
+    /// Reads a progress line; `None` for any other line and for one that was cut off.
+    pub fn parse(line: &str) -> Option<Progress> {
+        let mut words = line.trim_end().strip_prefix("qevm-payload ")?.split(' ');
+        let mut field = |name: &str| words.next()?.strip_prefix(name)?.strip_prefix('=')?.parse().ok();
+        Some(Progress {
+            pass: field("pass")?,
+            pages: field("pages")?,
+            stale: field("stale")?,
+            tsc_back: field("tsc_back")?,
+            written: field("written")?,
+            checked: field("checked")?,
+            rounds: field("rounds")?,
+            ticks: field("ticks")?,
+            ms: field("ms")?,
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_reset_vector_is_a_jump() {
+        // 16-bit near jump, the only thing between the reset vector and the end of the image.
+        assert_eq!(IMAGE[0xfff0], 0xe9);
+    }
+
+    #[test]
+    fn a_cut_line_is_no_progress() {
+        let line = "qevm-payload pass=3 pages=16 stale=0 tsc_back=0 written=48 checked=9 rounds=0 ticks=5 ms=271";
+        assert!(Progress::parse(line).is_some());
+        for end in 0..line.len() - 2 {
+            assert_eq!(Progress::parse(&line[..end]), None, "{}", &line[..end]);
+        }
+    }
+}

@@ -1,0 +1,32 @@
+//! The saved state of a machine, as plain values apart from everything that runs.
+//!
+//! The machine converts it from and to what KVM hands out in one place; what goes on the wire is made from these values. RAM is not part of it.
+
+mod devices;
+mod vcpu;
+
+pub use devices::{ClockState, FwCfgState, GedState, IoapicState, PicState, PitChannelState, PitState, SerialState};
+pub use vcpu::{DebugRegisters, DescriptorTable, Events, Msr, Registers, Segment, SpecialRegisters, VcpuState};
+
+/// Everything about a paused machine but its RAM.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct MachineState {
+    /// One for each vCPU, in the order of their numbers.
+    pub vcpus: Vec<VcpuState>,
+    /// The 8259s: master, slave.
+    pub pics: [PicState; 2],
+    /// The IOAPIC.
+    pub ioapic: IoapicState,
+    /// The i8254.
+    pub pit: PitState,
+    /// The paravirtual clock.
+    pub clock: ClockState,
+    /// The virtual clock, which stands still while the machine is paused, in ns. Times of the PIT refer to it.
+    pub virtual_clock: i64,
+    /// The serial port.
+    pub serial: SerialState,
+    /// The firmware configuration device.
+    pub fw_cfg: FwCfgState,
+    /// The generic event device.
+    pub ged: GedState,
+}
