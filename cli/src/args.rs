@@ -39,6 +39,8 @@ pub enum Command {
     Inspect(Inspect),
     /// Decode everything, re-encode it, compare byte for byte, rebuild every RAM block.
     Verify(Verify),
+    /// Write guest memory to files: RAM blocks, guest-physical memory, an ELF core for gdb and crash.
+    Extract(Extract),
 }
 
 /// Where the stream is, and what belongs to it.
@@ -107,6 +109,28 @@ pub struct Verify {
     /// Digest of each RAM block, over its used length; pages that never came count as zero.
     #[arg(long, value_enum, default_value_t = RamDigest::Crc32)]
     pub ram_digest: RamDigest,
+}
+
+/// `qevm extract`.
+#[derive(Debug, Args)]
+#[command(after_help = EXIT_CODES)]
+#[group(id = "what", required = true, multiple = true, args = ["ram", "memory", "elf"])]
+pub struct Extract {
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub input: Input,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub output: Output,
+    /// Write each RAM block to a file DIR/block-N.raw; the output says which is which.
+    #[arg(long, value_name = "DIR")]
+    pub ram: Option<PathBuf>,
+    /// Write guest-physical memory to a sparse raw file, in which the offset is the address.
+    #[arg(long, value_name = "FILE")]
+    pub memory: Option<PathBuf>,
+    /// Write guest-physical memory and CPU registers to an ELF core file.
+    #[arg(long, value_name = "FILE")]
+    pub elf: Option<PathBuf>,
 }
 
 /// Which digest is computed of each RAM block.

@@ -40,6 +40,7 @@ pub fn run(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
         }
     };
     let result = match &cli.command {
+        Command::Extract(extract) => commands::extract::run(extract),
         Command::Inspect(inspect) => commands::inspect::run(inspect),
         Command::Verify(verify) => commands::verify::run(verify),
     };

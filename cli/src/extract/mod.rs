@@ -1,3 +1,134 @@
-//! Getting guest memory and device state out of a stream.
+//! Getting guest memory out of a migration: RAM blocks as files, guest-physical memory as a raw file or an ELF core.
+//!
+//! Output files are sparse: pages that are zero, or never came, are holes.
 
 pub mod elf_core;
+mod guest;
+
+pub use guest::{Guest, GuestObserver};
+
+use crate::failure::{Failure, Stop};
+use crate::ram::{GuestRam, PageState};
+use elf_core::{CoreHeader, Load, core_header};
+use qevm_savevm::guest_memory::{Segment, main_block, segments};
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+
+/// Guest-physical memory: the RAM block it is in, and where its parts are.
+#[derive(Debug)]
+pub struct PhysicalMemory {
+    block: usize,
+    /// The stretches, in order of their addresses.
+    pub segments: Vec<Segment>,
+}
+
+impl PhysicalMemory {
+    /// Finds the main RAM block of `machine` and maps it.
+    ///
+    /// # Errors
+    /// [`Stop::Usage`] for machine types without known rules and for guests whose main memory has another name.
+    pub fn find(machine: &str, ram: &GuestRam, guest: &Guest) -> Result<Self, Stop> {
+        let name = main_block(machine).ok_or_else(|| {
+            Stop::Usage(format!("no rules for the memory map of machine type '{machine}': use --ram"))
+        })?;
+        let found = ram.blocks().iter().position(|block| block.name == name);
+        let block = found.ok_or_else(|| {
+            let names: Vec<&str> = ram.blocks().iter().map(|block| block.name.as_str()).collect();
+            Stop::Usage(format!(
+                "no RAM block '{name}', the main memory of '{machine}' (memory-backend guests name it otherwise): \
+                 use --ram; the blocks are {}",
+                names.join(", ")
+            ))
+        })?;
+        let len = ram.blocks()[block].used_length;
+        let segments = segments(machine, len, guest.cmos.as_deref()).unwrap_or_default();
+        Ok(PhysicalMemory { block, segments })
+    }
+
+    /// Writes the memory as a sparse raw file in which the offset is the guest-physical address.
+    ///
+    /// # Errors
+    /// [`Stop::Bad`] with kind `io` if a file cannot be read or written.
+    pub fn write_raw(&self, ram: &mut GuestRam, path: &Path) -> Result<u64, Stop> {
+        let file = create(path)?;
+        let places = self.segments.iter().map(|segment| segment.address);
+        let end = self.segments.last().map_or(0, |segment| segment.address + segment.len);
+        self.write(ram, path, &file, places)?;
+        finish(path, &file, end)
+    }
+
+    /// Writes the memory as an ELF core with the registers of `cpus`.
+    ///
+    /// # Errors
+    /// [`Stop::Bad`] with kind `io` if a file cannot be read or written.
+    pub fn write_elf(&self, ram: &mut GuestRam, guest: &Guest, path: &Path) -> Result<u64, Stop> {
+        let file = create(path)?;
+        let loads: Vec<Load> = self.segments.iter().map(|s| Load { address: s.address, len: s.len }).collect();
+        let CoreHeader { bytes, offsets } = core_header(&guest.cpus, &loads);
+        file.write_all_at(&bytes, 0).map_err(|error| write_error(path, 0, &error))?;
+        self.write(ram, path, &file, offsets.iter().copied())?;
+        let end = offsets.last().zip(loads.last()).map_or(bytes.len() as u64, |(offset, load)| offset + load.len);
+        finish(path, &file, end)
+    }
+
+    fn write(
+        &self,
+        ram: &mut GuestRam,
+        path: &Path,
+        file: &File,
+        places: impl Iterator<Item = u64>,
+    ) -> Result<(), Stop> {
+        for (segment, place) in self.segments.iter().zip(places) {
+            copy_pages(ram, self.block, segment.block_offset, segment.len, path, file, place)?;
+        }
+        Ok(())
+    }
+}
+
+/// Writes RAM block number `block` as a sparse raw file and returns its length.
+///
+/// # Errors
+/// [`Stop::Bad`] with kind `io` if a file cannot be read or written.
+pub fn write_block(ram: &mut GuestRam, block: usize, path: &Path) -> Result<u64, Stop> {
+    let len = ram.blocks()[block].used_length;
+    let file = create(path)?;
+    copy_pages(ram, block, 0, len, path, &file, 0)?;
+    finish(path, &file, len)
+}
+
+/// Creates a file that must not exist yet: extraction never overwrites anything.
+fn create(path: &Path) -> Result<File, Stop> {
+    File::create_new(path).map_err(|error| Stop::Usage(format!("{}: cannot be created: {error}", path.display())))
+}
+
+fn copy_pages(
+    ram: &mut GuestRam,
+    block: usize,
+    from: u64,
+    len: u64,
+    path: &Path,
+    file: &File,
+    to: u64,
+) -> Result<(), Stop> {
+    let mut page = vec![0; ram.page_size() as usize];
+    let step = page.len() as u64;
+    for offset in (0..len).step_by(page.len()) {
+        let spool = |error| Failure::io("temporary file", from + offset, &error);
+        if ram.state(block, from + offset).map_err(spool)? == PageState::Data {
+            ram.read(block, from + offset, &mut page).map_err(spool)?;
+            let rest = (len - offset).min(step) as usize;
+            file.write_all_at(&page[..rest], to + offset).map_err(|error| write_error(path, to + offset, &error))?;
+        }
+    }
+    Ok(())
+}
+
+fn finish(path: &Path, file: &File, len: u64) -> Result<u64, Stop> {
+    file.set_len(len).map_err(|error| write_error(path, len, &error))?;
+    Ok(len)
+}
+
+fn write_error(path: &Path, offset: u64, error: &std::io::Error) -> Stop {
+    Failure::io(&path.display().to_string(), offset, error).into()
+}

@@ -73,6 +73,11 @@ impl GuestRam {
         self.keep
     }
 
+    /// Bytes in a page.
+    pub fn page_size(&self) -> u64 {
+        self.page_size
+    }
+
     /// Adds a block of `used_length` bytes, whole pages, and returns its number.
     pub fn add_block(&mut self, name: String, used_length: u64) -> usize {
         let first_page = self.next_page;

@@ -1,0 +1,111 @@
+//! `qevm extract`: guest memory as files.
+
+use super::Output;
+use crate::args;
+use crate::extract::{Guest, GuestObserver, PhysicalMemory, write_block};
+use crate::failure::Stop;
+use crate::progress::Progress;
+use crate::ram::{GuestRam, Keep};
+use crate::stream::{Inputs, Settings, analyze};
+use crate::table::size;
+use serde_json::{Map, Value, json};
+use std::path::Path;
+
+/// Runs the command.
+///
+/// # Errors
+/// [`Stop::Bad`] if the stream is bad or a file cannot be written, [`Stop::Usage`] if a file exists already or the
+/// guest's memory map is not known.
+pub fn run(extract: &args::Extract) -> Result<(), Stop> {
+    let mut inputs = Inputs::open(&extract.input)?;
+    let settings = Settings { keep: Keep::Image, reencode: false };
+    let mut observer = GuestObserver::new(Progress::new("reading", inputs.main.source.total()));
+    let mut analysis = analyze(&mut inputs, &settings, &mut observer);
+    let guest = std::mem::take(&mut observer.guest);
+    drop(observer);
+    if let Some(failure) = analysis.failure.take() {
+        return Err(failure.into());
+    }
+    let machine = analysis.machine().unwrap_or_default();
+    let mut out = Output::new();
+    let mut written = Written::default();
+    let Some(ram) = &mut analysis.ram else {
+        return Err(Stop::Usage(format!("{}: has no RAM to extract", inputs.main.name)));
+    };
+    if let Some(folder) = &extract.ram {
+        write_blocks(ram, folder, &mut written)?;
+    }
+    if extract.memory.is_some() || extract.elf.is_some() {
+        write_physical(extract, &machine, ram, &guest, &mut written)?;
+    }
+    match extract.output.json {
+        true => {
+            let mut object = Map::new();
+            object.insert("machine".into(), Value::String(machine));
+            object.insert("files".into(), written.files.into());
+            object.insert("notes".into(), written.notes.into());
+            out.json(object)?;
+        }
+        false => {
+            for line in written.lines.iter().chain(&written.notes) {
+                out.line(line)?;
+            }
+        }
+    }
+    out.finish()
+}
+
+#[derive(Default)]
+struct Written {
+    files: Vec<Value>,
+    lines: Vec<String>,
+    notes: Vec<String>,
+}
+
+impl Written {
+    fn file(&mut self, path: &Path, len: u64, what: &str) {
+        let path = path.display().to_string();
+        self.lines.push(format!("{path}: {what}, {}", size(len)));
+        self.files.push(json!({"path": path, "len": len, "content": what}));
+    }
+}
+
+/// One file for each RAM block. Files are numbered: a name from a stream is never part of a path.
+fn write_blocks(ram: &mut GuestRam, folder: &Path, written: &mut Written) -> Result<(), Stop> {
+    std::fs::create_dir_all(folder)
+        .map_err(|error| Stop::Usage(format!("{}: cannot be created: {error}", folder.display())))?;
+    for block in 0..ram.blocks().len() {
+        let path = folder.join(format!("block-{block}.raw"));
+        let len = write_block(ram, block, &path)?;
+        written.file(&path, len, &format!("RAM block '{}'", ram.blocks()[block].name));
+    }
+    Ok(())
+}
+
+fn write_physical(
+    extract: &args::Extract,
+    machine: &str,
+    ram: &mut GuestRam,
+    guest: &Guest,
+    written: &mut Written,
+) -> Result<(), Stop> {
+    let physical = PhysicalMemory::find(machine, ram, guest)?;
+    if let Some(path) = &extract.memory {
+        let len = physical.write_raw(ram, path)?;
+        written.file(path, len, "guest-physical memory");
+    }
+    if let Some(path) = &extract.elf {
+        let len = physical.write_elf(ram, guest, path)?;
+        written.file(path, len, &format!("ELF core with {} CPUs", guest.cpus.len()));
+        if guest.cpus.is_empty() {
+            written.notes.push("no CPU registers: the stream has no readable 'cpu' section".into());
+        }
+    }
+    let source = if guest.cmos.is_some() { "the guest's CMOS" } else { "the rules of the machine type" };
+    for segment in &physical.segments {
+        let (start, end) = (segment.address, segment.address + segment.len);
+        written.notes.push(format!("memory at {start:#x} to {end:#x} (according to {source})"));
+    }
+    written.notes.extend(guest.unread.iter().map(|unread| format!("not read: {unread}")));
+    Ok(())
+}
