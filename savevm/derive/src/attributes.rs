@@ -35,6 +35,8 @@ pub(crate) struct Field {
     pub(crate) exists: Option<Expr>,
     pub(crate) len: Option<Expr>,
     pub(crate) null: Option<Expr>,
+    /// The context that the field's own content sees.
+    pub(crate) context: Option<Expr>,
 }
 
 /// A subsection.
@@ -133,23 +135,26 @@ fn parse_field(field: &syn::Field, version: u32) -> Result<Member> {
         ));
     }
     let (mut name, mut type_name, mut since) = (None, None, None);
-    let (mut exists, mut len, mut null, mut needed) = (None, None, None, None);
+    let (mut exists, mut len, mut null, mut context, mut needed) = (None, None, None, None, None);
     let (mut subsection, mut since_release, mut until_release) = (None, None, None);
-    each_attribute(&field.attrs, |meta| match key(meta)?.as_str() {
+    each_attribute(&field.attrs, |meta| {
+        match key(meta)?.as_str() {
         "name" => set(&mut name, meta, |m| m.value()?.parse::<LitStr>()),
         "type" => set(&mut type_name, meta, |m| m.value()?.parse::<LitStr>()),
         "since" => set(&mut since, meta, integer),
         "exists" => set(&mut exists, meta, |m| m.value()?.parse::<Expr>()),
         "len" => set(&mut len, meta, |m| m.value()?.parse::<Expr>()),
         "null" => set(&mut null, meta, |m| m.value()?.parse::<Expr>()),
+        "context" => set(&mut context, meta, |m| m.value()?.parse::<Expr>()),
         "needed" => set(&mut needed, meta, |m| m.value()?.parse::<Expr>()),
         "subsection" => set(&mut subsection, meta, |_| Ok(())),
         "since_release" => set(&mut since_release, meta, release),
         "until_release" => set(&mut until_release, meta, release),
         other => Err(meta.error(format!(
-            "unknown attribute `{other}` of a field: expected name, type, since, exists, len, null, subsection, \
+            "unknown attribute `{other}` of a field: expected name, type, since, exists, len, null, context, subsection, \
              needed, since_release or until_release"
         ))),
+    }
     })?;
     let error = |message: &str| Err(Error::new(field.span(), message));
     if subsection.is_some() {
@@ -159,6 +164,7 @@ fn parse_field(field: &syn::Field, version: u32) -> Result<Member> {
             || exists.is_some()
             || len.is_some()
             || null.is_some()
+            || context.is_some()
         {
             return error("a subsection takes only needed, since_release and until_release");
         }
@@ -179,7 +185,7 @@ fn parse_field(field: &syn::Field, version: u32) -> Result<Member> {
     };
     let name = name.map_or(plain, |name: LitStr| name.value());
     let json_name = name.clone();
-    Ok(Member::Field(Box::new(Field { ident, ty, name, json_name, type_name, since, exists, len, null })))
+    Ok(Member::Field(Box::new(Field { ident, ty, name, json_name, type_name, since, exists, len, null, context })))
 }
 
 /// QEMU appends `[k]` to names that several fields of a VMSD have; k counts all of them, written or not.

@@ -36,11 +36,12 @@ use syn::{DeriveInput, parse_macro_input};
 /// | `exists = expr` | the field, an `Option`, exists when `expr` holds |
 /// | `len = expr` | length of a `Vec`, `VarBuffer` (bytes) or `Bitmap` (bits) |
 /// | `null = expr` | which pointers (`index`) of a `Pointer` field are NULL |
+/// | `context = expr` | the `Context` that the field's own declaration sees, made from `ctx` and earlier fields |
 /// | `subsection` | the field, an `Option` of another `VmState`, is a subsection |
 /// | `needed = \|state, ctx\| …` | of a subsection: whether the parent sends it |
 /// | `since_release = "11.0"`, `until_release = "8.1"` | of a subsection: the releases that know it |
 ///
-/// In the expressions of `exists`, `len` and `null` the fields declared before are in scope as references, `version`
+/// In the expressions of `exists`, `len`, `null` and `context` the fields declared before are in scope as references, `version`
 /// is the version being written or read and `ctx` the `Context`.
 #[proc_macro_derive(VmState, attributes(vmstate))]
 pub fn derive_vm_state(input: TokenStream) -> TokenStream {

@@ -31,12 +31,9 @@ fn save_field(field: &Field) -> TokenStream {
     let (ident, name) = (&field.ident, &field.name);
     let (info, field_trait, path) = (field_info(field), field_trait(field), field_path(field));
     let len = field.len.iter().map(|len| quote!(, (#len) as u64));
-    let save = quote! {
-        ::qevm_savevm::vmstate::Within::within(
-            #field_trait::save(__value, __out, &__INFO #(#len)*),
-            || #path,
-        )?;
-    };
+    let save = quote!(#field_trait::save(__value, __out, &__INFO #(#len)*));
+    let save = in_context(field, quote!(__out), save);
+    let save = quote!(::qevm_savevm::vmstate::Within::within(#save, || #path)?;);
     let conditional = match (&field.exists, field.since) {
         (Some(exists), _) => quote! {
             match (#exists, #ident) {
@@ -107,6 +104,7 @@ fn load_field(field: &Field) -> TokenStream {
         }
         None => quote!(<#ty as #field_trait>::load(__input #(#len)*)),
     };
+    let read = in_context(field, quote!(__input), read);
     let read = quote!(::qevm_savevm::vmstate::Within::within(#read, || #path)?);
     let (ty, read) = match (&field.exists, field.since) {
         (Some(exists), _) => (
@@ -121,6 +119,17 @@ fn load_field(field: &Field) -> TokenStream {
     quote! {
         let #value: #ty = #read;
         let #ident = &#value;
+    }
+}
+
+/// `walk`, under the context that attribute `context` gives.
+fn in_context(field: &Field, walker: TokenStream, walk: TokenStream) -> TokenStream {
+    match &field.context {
+        Some(context) => quote! {{
+            let __context: ::qevm_savevm::vmstate::Context = #context;
+            #walker.with_context(&__context, |#walker| #walk)
+        }},
+        None => walk,
     }
 }
 

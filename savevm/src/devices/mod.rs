@@ -20,6 +20,7 @@
 //! | `i8254` | 0 | [`i8254::I8254`] | `pit=on` |
 //! | `mc146818rtc` | 0 | [`mc146818rtc::Mc146818Rtc`] | `rtc=on`, by default not under KVM |
 //! | `serial` | 0 | [`serial::IsaSerial`] | `isa-serial=on` |
+//! | `virtio-mmio@<address>/virtio-…` | 0 | [`virtio`] | `-device virtio-{blk,net,rng,serial}-device` |
 //! | `globalstate` | 0 | [`globalstate::GlobalState`] | always, last |
 //!
 //! Layouts were compared with the descriptions and bytes of real streams of QEMU 5.2, 7.2, 10.0 and 11.1, and the names
@@ -40,5 +41,6 @@ pub mod mc146818rtc;
 pub mod serial;
 mod state;
 pub mod timer;
+pub mod virtio;
 
 pub use state::{DeviceState, descriptions};

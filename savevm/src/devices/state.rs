@@ -2,7 +2,7 @@
 
 use super::{
     acpi_ged, apic, cpu, cpu_common, fw_cfg, globalstate, i8254, i8259, ioapic, kvm_tpr_opt, kvmclock, mc146818rtc,
-    serial, timer,
+    serial, timer, virtio,
 };
 use crate::Error;
 use crate::vmstate::{self, Context, Description, VmState, VmStateError, instance::Object};
@@ -22,6 +22,7 @@ macro_rules! sections {
         /// assert!(matches!(&state, DeviceState::CpuCommon(cpu) if cpu.halted == 1));
         /// assert_eq!(state.encode(1, &ctx)?, payload);
         /// assert!(DeviceState::decode("slirp", 4, &[], &ctx).is_none());
+        /// assert!(DeviceState::decode("0000:00:01.0/virtio-rng", 1, &[], &ctx).is_none()); // not virtio-mmio
         /// # Ok::<(), qevm_savevm::Error>(())
         /// ```
         #[derive(Debug, Clone, PartialEq, Eq)]
@@ -133,11 +134,24 @@ sections! {
     Mc146818Rtc(mc146818rtc::Mc146818Rtc),
     /// `serial`
     Serial(serial::IsaSerial),
+    /// `virtio-rng` on virtio-mmio
+    VirtioRng(virtio::VirtioRng),
+    /// `virtio-blk` on virtio-mmio
+    VirtioBlk(virtio::VirtioBlk),
+    /// `virtio-net` on virtio-mmio
+    VirtioNet(virtio::VirtioNet),
+    /// `virtio-console` on virtio-mmio
+    VirtioConsole(virtio::VirtioConsole),
     /// `globalstate`
     GlobalState(globalstate::GlobalState),
 }
 
-/// The VMSD's name in an `idstr`: what follows the path of a device on a bus.
+/// The VMSD's name in an `idstr`: what follows the path of a device on virtio-mmio. Devices on other buses have other
+/// layouts under the same names, so that their `idstr` names nothing here.
 fn vmsd_name(idstr: &str) -> &str {
-    idstr.rsplit_once('/').map_or(idstr, |(_, name)| name)
+    match idstr.split_once('/') {
+        Some((path, name)) if path.starts_with("virtio-mmio@") && name.starts_with("virtio-") => name,
+        None if !idstr.starts_with("virtio-") => idstr,
+        _ => "",
+    }
 }

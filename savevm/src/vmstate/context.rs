@@ -46,6 +46,20 @@ pub struct Context {
     pub memory_slots: u32,
     /// Possible CPUs of machines that can plug them: the elements of `acpi-ged/cpuhp`'s `devs`. 0 on microvm.
     pub hotplug_cpus: u32,
+    /// What of a virtio device's transport state decides the layout of the rest; set while that rest is walked.
+    pub virtio: VirtioFacts,
+}
+
+/// See [`Context::virtio`].
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct VirtioFacts {
+    /// Feature bits 0 to 31 that the guest accepted.
+    pub guest_features: u32,
+    /// Queues of a block device, queue pairs of a network device; from the device's configuration space.
+    pub queues: u16,
+    /// The device offers `VIRTIO_F_RING_PACKED`, so that requests in flight are preceded by a descriptor count.
+    pub packed_ring: bool,
 }
 
 impl Context {
@@ -56,7 +70,14 @@ impl Context {
 
     /// The context of a known profile, with default limits.
     pub fn from_profile(profile: Profile) -> Self {
-        Context { profile, limits: Limits::default(), accel: Accel::Tcg, memory_slots: 0, hotplug_cpus: 0 }
+        Context {
+            profile,
+            limits: Limits::default(),
+            accel: Accel::Tcg,
+            memory_slots: 0,
+            hotplug_cpus: 0,
+            virtio: VirtioFacts::default(),
+        }
     }
 
     /// The same with another accelerator.

@@ -66,6 +66,31 @@ impl<'r, 'a, 'c> Loader<'r, 'a, 'c> {
         value
     }
 
+    /// Runs `read` with other facts for its predicates.
+    ///
+    /// # Errors
+    /// What `read` reports.
+    pub fn with_context<T>(
+        &mut self,
+        ctx: &Context,
+        read: impl FnOnce(&mut Loader<'_, 'a, '_>) -> Result<T, Error>,
+    ) -> Result<T, Error> {
+        read(&mut Loader { reader: self.reader, ctx, lenient: self.lenient, depth: self.depth })
+    }
+
+    /// Runs `read`, and goes back to where it started if it fails.
+    ///
+    /// # Errors
+    /// What `read` reports.
+    pub fn attempt<T>(&mut self, read: impl FnOnce(&mut Self) -> Result<T, Error>) -> Result<T, Error> {
+        let start = self.reader.clone();
+        let depth = self.depth;
+        read(self).inspect_err(|_| {
+            *self.reader = start;
+            self.depth = depth;
+        })
+    }
+
     /// Reports an encoding that QEMU reads but never writes; fine when loading, an error when decoding.
     ///
     /// # Errors

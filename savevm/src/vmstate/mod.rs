@@ -50,7 +50,7 @@ pub mod kinds;
 mod load;
 mod save;
 
-pub use context::{Accel, Context, IndexNotation};
+pub use context::{Accel, Context, IndexNotation, VirtioFacts};
 pub use description::{Count, Description, ElementDescription, FieldDescription, Layout};
 pub use error::VmStateError;
 pub use field::{Element, Field, FieldInfo, VarField, describe_single};

@@ -120,6 +120,33 @@ impl<'c> Saver<'c> {
         Ok(())
     }
 
+    /// Runs `write` with other facts for its predicates.
+    ///
+    /// # Errors
+    /// What `write` reports.
+    pub fn with_context<T>(
+        &mut self,
+        ctx: &Context,
+        write: impl FnOnce(&mut Saver<'_>) -> Result<T, Error>,
+    ) -> Result<T, Error> {
+        let mut inner = Saver { ctx, out: std::mem::take(&mut self.out), recorder: self.recorder.take() };
+        let result = write(&mut inner);
+        self.out = inner.out;
+        self.recorder = inner.recorder;
+        result
+    }
+
+    /// Runs `write` without describing what it writes: for types that are opaque in QEMU's descriptions.
+    ///
+    /// # Errors
+    /// What `write` reports.
+    pub fn undescribed<T>(&mut self, write: impl FnOnce(&mut Self) -> Result<T, Error>) -> Result<T, Error> {
+        let recorder = self.recorder.take();
+        let result = write(self);
+        self.recorder = recorder;
+        result
+    }
+
     /// An error at the place that is being written.
     pub fn fail(&self, kind: impl Into<crate::ErrorKind>) -> Error {
         Error::new(kind.into(), self.out.len() as u64)
