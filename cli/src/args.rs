@@ -6,7 +6,7 @@ use std::path::PathBuf;
 /// Read, check and move QEMU migration streams.
 ///
 /// A stream is what QEMU's `migrate` command sends: into a file (`file:PATH`), through a command (`exec:cat > PATH`),
-/// or over a socket. Every command takes `-` for standard input.
+/// or over a socket to `qevm receive`. Every command takes `-` for standard input.
 #[derive(Debug, Parser)]
 #[command(name = "qevm", version, arg_required_else_help = true, after_help = EXIT_CODES, after_long_help = EXAMPLES)]
 pub struct Cli {
@@ -29,6 +29,9 @@ Examples:
   A migration that used multifd: the order of the channels does not matter:
     qevm verify --channel ch0 --channel ch1 main.qevm
 
+  Be the destination of a real QEMU's `migrate tcp:localhost:4444`:
+    qevm receive tcp:0.0.0.0:4444 --out guest.qevm
+
 Exit codes: 0 all holds; 1 the stream is bad (truncated included); 2 wrong usage.
 Errors are one line on standard error: `qevm: FILE: FAULT at byte N, in PATH: message`.";
 
@@ -41,6 +44,8 @@ pub enum Command {
     Verify(Verify),
     /// Write guest memory to files: RAM blocks, guest-physical memory, an ELF core for gdb and crash.
     Extract(Extract),
+    /// Be the destination of a real QEMU's `migrate`, save the stream and say what arrived.
+    Receive(Receive),
 }
 
 /// Where the stream is, and what belongs to it.
@@ -131,6 +136,35 @@ pub struct Extract {
     /// Write guest-physical memory and CPU registers to an ELF core file.
     #[arg(long, value_name = "FILE")]
     pub elf: Option<PathBuf>,
+}
+
+/// `qevm receive`.
+#[derive(Debug, Args)]
+#[command(after_help = EXIT_CODES)]
+pub struct Receive {
+    /// Where to listen: `tcp:HOST:PORT` or `unix:PATH`.
+    #[arg(value_name = "ADDRESS")]
+    pub address: String,
+    /// Save the main channel here; further channels go to FILE.channel-N, the return path to FILE.return-path.
+    #[arg(long, value_name = "FILE")]
+    pub out: PathBuf,
+    /// How many multifd channels the source opens (its `multifd-channels`). Without it, channels are recognised as
+    /// they come.
+    #[arg(long, value_name = "N")]
+    pub multifd_channels: Option<u8>,
+    /// Acknowledge the switchover. For sources with capability `switchover-ack` of QEMU 8.1 to 11.0 or with a machine
+    /// type up to 11.0; newer ones wait for no acknowledgement where no device asks for one.
+    #[arg(long)]
+    pub switchover_ack: bool,
+    /// Give up when no connection comes for this many seconds.
+    #[arg(long, value_name = "SECONDS")]
+    pub timeout: Option<u64>,
+    /// Overwrite the output file if it exists.
+    #[arg(long)]
+    pub force: bool,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub output: Output,
 }
 
 /// Which digest is computed of each RAM block.

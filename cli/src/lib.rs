@@ -12,6 +12,7 @@ pub mod open;
 pub mod progress;
 pub mod ram;
 pub mod report;
+pub mod socket;
 pub mod source;
 pub mod stream;
 pub mod table;
@@ -43,6 +44,7 @@ pub fn run(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
         Command::Extract(extract) => commands::extract::run(extract),
         Command::Inspect(inspect) => commands::inspect::run(inspect),
         Command::Verify(verify) => commands::verify::run(verify),
+        Command::Receive(receive) => commands::receive::run(receive),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

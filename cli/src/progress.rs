@@ -50,12 +50,9 @@ impl Progress {
         }
     }
 
-    /// Says something above the bar, or on standard error without one.
+    /// Says something above the bar; nothing without one.
     pub fn say(&self, line: &str) {
-        match self.bar.is_hidden() {
-            true => eprintln!("{line}"),
-            false => self.bar.println(line),
-        }
+        self.bar.println(line);
     }
 }
 

@@ -1,12 +1,14 @@
 //! Where bytes come from: a file that can be skipped in, or a pipe that must be read.
 
 use std::fs::File;
-use std::io::{self, Read, Seek, SeekFrom};
+use std::io::{self, Read, Seek, SeekFrom, Write};
 
 /// First read after a jump: enough for a few record headers.
 const SMALL_READ: usize = 256;
 /// Largest read: large enough to be cheap, small enough to stay in a processor's cache.
 const LARGE_READ: usize = 256 << 10;
+/// A spool larger than this goes to a file.
+const SPOOL_IN_MEMORY: usize = 16 << 20;
 
 /// A window that moves forward over an input.
 ///
@@ -15,8 +17,10 @@ const LARGE_READ: usize = 256 << 10;
 /// the words between them.
 pub struct Source {
     input: Input,
-    /// Length of a seekable input.
-    len: Option<u64>,
+    /// Where a seekable input ends.
+    total: Option<u64>,
+    /// Offset of a seekable input's first byte.
+    base: u64,
     buffer: Vec<u8>,
     /// Range of the buffer that holds bytes not consumed yet.
     start: usize,
@@ -38,7 +42,7 @@ impl<T: Read + Seek> SeekRead for T {}
 
 impl std::fmt::Debug for Source {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Source").field("offset", &self.offset).field("len", &self.len).finish_non_exhaustive()
+        f.debug_struct("Source").field("offset", &self.offset).field("total", &self.total).finish_non_exhaustive()
     }
 }
 
@@ -65,9 +69,9 @@ impl Source {
         Self::with(Input::Seekable(input), Some(len))
     }
 
-    fn with(input: Input, len: Option<u64>) -> Self {
+    fn with(input: Input, total: Option<u64>) -> Self {
         let (buffer, start, end) = (Vec::new(), 0, 0);
-        Source { input, len, buffer, start, end, offset: 0, read_size: LARGE_READ, ended: false }
+        Source { input, total, base: 0, buffer, start, end, offset: 0, read_size: LARGE_READ, ended: false }
     }
 
     /// Offset in the input of the next byte.
@@ -77,7 +81,7 @@ impl Source {
 
     /// Bytes of the whole input, if that is known before its end.
     pub fn total(&self) -> Option<u64> {
-        self.len
+        self.total
     }
 
     /// True if the input can be read again from an earlier place.
@@ -119,10 +123,10 @@ impl Source {
         }
         self.consume(held as usize);
         let wanted = bytes - held;
-        if let (Input::Seekable(input), Some(len)) = (&mut self.input, self.len) {
-            let jump = wanted.min(len.saturating_sub(self.offset));
+        if let (Input::Seekable(input), Some(total)) = (&mut self.input, self.total) {
+            let jump = wanted.min(total.saturating_sub(self.offset));
             self.offset += jump;
-            input.seek(SeekFrom::Start(self.offset))?;
+            input.seek(SeekFrom::Start(self.offset - self.base))?;
             self.read_size = SMALL_READ;
             self.ended = false;
             return Ok(held + jump);
@@ -148,10 +152,47 @@ impl Source {
         let Input::Seekable(input) = &mut self.input else {
             return Err(io::ErrorKind::Unsupported.into());
         };
-        input.seek(SeekFrom::Start(offset))?;
+        let place = offset.checked_sub(self.base).ok_or(io::ErrorKind::Unsupported)?;
+        input.seek(SeekFrom::Start(place))?;
         (self.start, self.end, self.offset, self.ended) = (0, 0, offset, false);
         self.read_size = LARGE_READ;
         Ok(())
+    }
+
+    /// Puts everything that is still to come into a temporary file (memory, if it is little), so that it can be jumped
+    /// in. Offsets stay as they are; earlier places than the present one are gone.
+    pub fn spool(&mut self) -> io::Result<()> {
+        let Input::Stream(input) = &mut self.input else {
+            return Ok(());
+        };
+        let mut spool = tempfile::spooled_tempfile(SPOOL_IN_MEMORY);
+        spool.write_all(&self.buffer[self.start..self.end])?;
+        if !self.ended {
+            io::copy(input, &mut spool)?;
+        }
+        self.base = self.offset;
+        self.total = Some(self.base + spool.stream_position()?);
+        spool.rewind()?;
+        self.input = Input::Seekable(Box::new(spool));
+        (self.start, self.end, self.ended) = (0, 0, false);
+        Ok(())
+    }
+
+    /// The last bytes of the input, at most `bytes` of them, without moving.
+    ///
+    /// # Errors
+    /// `Unsupported` if the input is not seekable.
+    pub fn tail(&mut self, bytes: u64) -> io::Result<Vec<u8>> {
+        let here = self.offset + (self.end - self.start) as u64;
+        let (Input::Seekable(input), Some(total)) = (&mut self.input, self.total) else {
+            return Err(io::ErrorKind::Unsupported.into());
+        };
+        let start = total.saturating_sub(bytes).max(self.base);
+        input.seek(SeekFrom::Start(start - self.base))?;
+        let mut tail = Vec::new();
+        input.take(total - start).read_to_end(&mut tail)?;
+        input.seek(SeekFrom::Start(here - self.base))?;
+        Ok(tail)
     }
 
     fn read_some(&mut self, wanted: usize) -> io::Result<()> {
@@ -224,6 +265,24 @@ mod tests {
         source.fill(2_000_000).unwrap();
         assert!(source.at_end());
         assert_eq!(source.window(), bytes());
+    }
+
+    #[test]
+    fn a_spooled_pipe_goes_on_where_it_was() {
+        let mut source = Source::stream(Box::new(Cursor::new(bytes())));
+        source.fill(1000).unwrap();
+        source.consume(700);
+        source.spool().unwrap();
+        assert_eq!((source.offset(), source.total()), (700, Some(1_000_000)));
+        assert_eq!(source.tail(10).unwrap(), bytes()[999_990..]);
+        assert_eq!(source.tail(u64::MAX).unwrap().len(), 999_300);
+        source.fill(8).unwrap();
+        assert_eq!(source.window()[..8], bytes()[700..708]);
+        source.skip(500_000).unwrap();
+        source.fill(8).unwrap();
+        assert_eq!(source.window()[..8], bytes()[500_700..500_708]);
+        source.jump(700).unwrap();
+        assert!(source.jump(699).is_err());
     }
 
     #[test]

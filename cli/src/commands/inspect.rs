@@ -21,7 +21,7 @@ pub fn run(inspect: &args::Inspect) -> Result<(), Stop> {
         (false, args::RamDigest::Crc32) => Keep::Digests,
         (false, args::RamDigest::Sha256) => Keep::Image,
     };
-    let settings = Settings { keep, reencode: false };
+    let settings = Settings { keep, reencode: false, live: false };
     let mut bar = Bar(Progress::new("reading", inputs.main.source.total()));
     let mut analysis = analyze(&mut inputs, &settings, &mut bar);
     let report = analysis.report(inspect.ram_digest);
@@ -29,7 +29,7 @@ pub fn run(inspect: &args::Inspect) -> Result<(), Stop> {
     let mut out = Output::new();
     match inspect.output.json {
         true => out.json(json(&analysis, &report))?,
-        false => print(&mut out, &analysis, &report, inspect)?,
+        false => print(&mut out, &analysis, &report, inspect.records)?,
     }
     out.finish()?;
     report.error.map_or(Ok(()), |failure| Err(Stop::Bad(failure)))
@@ -53,7 +53,8 @@ fn json(analysis: &Analysis, report: &Report) -> serde_json::Map<String, serde_j
     object
 }
 
-fn print(out: &mut Output, analysis: &Analysis, report: &Report, inspect: &args::Inspect) -> Result<(), Stop> {
+/// Everything, for people.
+pub(super) fn print(out: &mut Output, analysis: &Analysis, report: &Report, records: bool) -> Result<(), Stop> {
     heading(out, analysis, report)?;
     if !report.ram.is_empty() {
         out.line("\nRAM blocks")?;
@@ -65,7 +66,7 @@ fn print(out: &mut Output, analysis: &Analysis, report: &Report, inspect: &args:
     }
     if !analysis.sections.is_empty() {
         out.line("\nSections")?;
-        out.print(if inspect.records { record_table(analysis) } else { section_table(analysis) })?;
+        out.print(if records { record_table(analysis) } else { section_table(analysis) })?;
     }
     if !analysis.commands.is_empty() {
         out.line("\nCommands")?;

@@ -2,6 +2,7 @@
 
 pub mod extract;
 pub mod inspect;
+pub mod receive;
 pub mod verify;
 
 use crate::failure::Stop;

@@ -4,6 +4,7 @@ use crate::args::RamDigest;
 use crate::failure::Failure;
 use crate::ram::{GuestRam, Keep};
 use crate::report::{RamReport, Report, SectionReport};
+use qevm_savevm::command::Command;
 use qevm_savevm::configuration::Configuration;
 use qevm_savevm::framing::{SectionHeader, SectionKind};
 
@@ -14,6 +15,8 @@ pub struct Settings {
     pub keep: Keep,
     /// Re-encode everything and compare.
     pub reencode: bool,
+    /// The source is alive: it waits for answers, so nothing may be read ahead, and further channels come elsewhere.
+    pub live: bool,
 }
 
 /// Is told of things as they are read.
@@ -24,6 +27,10 @@ pub trait Observer {
     fn restarted(&mut self) {}
     /// A section record starts.
     fn section(&mut self, _kind: SectionKind, _header: &SectionHeader, _offset: u64) {}
+    /// A command came.
+    fn command(&mut self, _command: &Command, _offset: u64) {}
+    /// The stream is over; only a description may follow.
+    fn end_of_stream(&mut self) {}
     /// The content of a device section, `body`, starts at `offset` of its file.
     fn body(&mut self, _header: &SectionHeader, _offset: u64, _body: &[u8]) {}
 }

@@ -5,68 +5,229 @@
 //! been put into an unlinked temporary file as soon as the first device section comes. Without a description the
 //! decoder looks for footers.
 
-use super::analysis::{Analysis, Section};
+use super::analysis::Analysis;
 use crate::failure::Failure;
 use crate::source::Source;
-use qevm_savevm::framing::SectionHeader;
+use qevm_savevm::framing::{self, SectionHeader};
+use qevm_savevm::vmdesc::Description;
 use qevm_wire::Limits;
+use std::collections::{HashMap, VecDeque};
 use std::io;
+
+/// How much of the end of a file is looked at for a description, in steps: most have some ten KiB.
+const TAIL_STEPS: [u64; 3] = [64 << 10, 2 << 20, u64::MAX];
+/// Bytes before the description's text: end of stream, type, length.
+const DESCRIPTION_HEADER: usize = 6;
+/// Contents that are held until a description comes behind them.
+const MAX_PENDING: usize = 16 << 20;
 
 /// What is known about device sections.
 #[derive(Debug, Default)]
 pub(super) struct Bodies {
-    looked: bool,
+    limits: Limits,
+    known: Option<Known>,
+    /// The section being read, as index into the description's devices.
+    current: Option<usize>,
+    /// Sections whose content came before any description was known.
+    pending: Vec<Pending>,
+    pending_bytes: usize,
+    /// A PART or END came: what follows on a pipe is little enough to be put aside.
     iterated: bool,
+    may_read_ahead: bool,
+}
+
+#[derive(Debug)]
+struct Known {
+    /// Offset of the text in the file.
+    offset: u64,
+    description: Description,
+    /// Devices of a name and instance that no section came for yet.
+    waiting: HashMap<(Vec<u8>, u32), VecDeque<usize>>,
+}
+
+#[derive(Debug)]
+struct Pending {
+    header: SectionHeader,
+    offset: u64,
+    body: Vec<u8>,
 }
 
 /// What was found in the content of a section.
+#[derive(Debug, Clone, Copy, Default)]
 pub(super) struct Read {
     /// Bytes that belong to no named field.
     pub(super) opaque: u64,
-    /// The fields encode to the same bytes.
-    pub(super) identical: bool,
 }
 
 impl Bodies {
-    pub(super) fn look_ahead(&mut self, _source: &mut Source, _start: u64) {}
+    /// Nothing is known so far. `may_read_ahead`: all input is there, so that reading ahead waits for nobody.
+    pub(super) fn new(may_read_ahead: bool) -> Self {
+        Bodies { may_read_ahead, ..Bodies::default() }
+    }
+
+    /// Looks for a description at the end of `source`, if that is possible without waiting.
+    pub(super) fn look_ahead(&mut self, source: &mut Source) -> io::Result<()> {
+        if self.known.is_none() && source.is_seekable() && self.may_read_ahead {
+            self.known = find(source, &self.limits)?;
+        }
+        Ok(())
+    }
+
+    /// A description was found.
+    pub(super) fn is_known(&self) -> bool {
+        self.known.is_some()
+    }
+
+    /// A PART or END came.
     pub(super) fn iterated(&mut self) {
         self.iterated = true;
     }
-    pub(super) fn spool_if_needed(&mut self, _source: &mut Source, _at: u64) -> io::Result<()> {
+
+    /// A device section is next in `source`: on a pipe, puts aside what comes, to find the description.
+    pub(super) fn spool_if_needed(&mut self, source: &mut Source) -> io::Result<()> {
+        if self.known.is_none() && self.iterated && self.may_read_ahead && !source.is_seekable() {
+            source.spool()?;
+            self.look_ahead(source)?;
+        }
         Ok(())
     }
-    pub(super) fn expected_len(&mut self, _header: &SectionHeader) -> Option<u64> {
-        None
+
+    /// A FULL section that is not in a package opens.
+    pub(super) fn open(&mut self, header: &SectionHeader) {
+        self.current = self.known.as_mut().and_then(|known| known.take(header));
     }
-    pub(super) fn distrust(&mut self, _header: &SectionHeader, _at: u64) {}
+
+    /// How long the content of the open section is according to the description.
+    pub(super) fn expected_len(&self) -> Option<u64> {
+        let known = self.known.as_ref()?;
+        Some(known.description.devices.get(self.current?)?.wire_size())
+    }
+
+    /// Reads the content of a section, which is in a package or not.
     pub(super) fn read(
         &mut self,
-        _header: &SectionHeader,
-        _at: u64,
+        header: &SectionHeader,
+        offset: u64,
         body: &[u8],
-        _file: &str,
+        packaged: bool,
+        file: &str,
     ) -> Result<Read, Failure> {
-        Ok(Read { opaque: body.len() as u64, identical: true })
+        if packaged {
+            return Ok(Read { opaque: body.len() as u64 });
+        }
+        if let (Some(known), Some(index)) = (&self.known, self.current.take()) {
+            return known.read(index, header, offset, body, file);
+        }
+        let room = self.known.is_none() && self.pending_bytes + body.len() <= MAX_PENDING;
+        if room {
+            self.pending_bytes += body.len();
+            self.pending.push(Pending { header: header.clone(), offset, body: body.to_vec() });
+        }
+        Ok(Read { opaque: body.len() as u64 })
     }
-    pub(super) fn finish(&mut self, _file: &str, _sections: &[Section]) -> Result<(), Failure> {
-        Ok(())
-    }
+
+    /// The description came, with its text at `offset`.
     pub(super) fn description(
         &mut self,
         text: &[u8],
-        at: u64,
+        offset: u64,
         file: &str,
         analysis: &mut Analysis,
     ) -> Result<(), Failure> {
-        let _ = (Limits::default(), self.looked);
-        let value: Result<serde_json::Value, _> = serde_json::from_slice(text);
-        if let Err(error) = value {
-            let (kind, path) = ("malformed", "description".to_owned());
-            let message = format!("not JSON: {error}");
-            return Err(Failure { file: file.to_owned(), kind, offset: at, path, message });
-        }
         analysis.signs.description(text);
-        analysis.description = Some((at, text.to_vec()));
-        Ok(())
+        analysis.description = Some((offset, text.to_vec()));
+        if self.known.as_ref().is_none_or(|known| known.offset != offset) {
+            let description =
+                Description::parse_at(text, offset, &self.limits).map_err(|error| Failure::located(file, error))?;
+            self.known = Some(Known::new(offset, description));
+        }
+        let Some(known) = &mut self.known else { return Ok(()) };
+        for Pending { header, offset, body } in self.pending.drain(..) {
+            if let Some(index) = known.take(&header) {
+                let read = known.read(index, &header, offset, &body, file)?;
+                analysis.opaque_bytes = analysis.opaque_bytes + read.opaque - body.len() as u64;
+            }
+        }
+        match known.first_waiting() {
+            None => Ok(()),
+            Some(device) => {
+                let message = format!("it lists '{}' instance {}, which no section holds", device.0, device.1);
+                Err(Failure::mismatch(file, offset, "description", message))
+            }
+        }
     }
+}
+
+impl Known {
+    fn new(offset: u64, description: Description) -> Self {
+        let mut waiting: HashMap<_, VecDeque<usize>> = HashMap::new();
+        for (index, device) in description.devices.iter().enumerate() {
+            waiting.entry((device.name.clone().into_bytes(), device.instance_id)).or_default().push_back(index);
+        }
+        Known { offset, description, waiting }
+    }
+
+    fn take(&mut self, header: &SectionHeader) -> Option<usize> {
+        self.waiting.get_mut(&(header.idstr.as_bytes().to_vec(), header.instance_id))?.pop_front()
+    }
+
+    fn first_waiting(&self) -> Option<(&str, u32)> {
+        let index = self.waiting.values().flatten().min()?;
+        self.description.devices.get(*index).map(|device| (device.name.as_str(), device.instance_id))
+    }
+
+    fn read(
+        &self,
+        index: usize,
+        header: &SectionHeader,
+        offset: u64,
+        body: &[u8],
+        file: &str,
+    ) -> Result<Read, Failure> {
+        let Some(device) = self.description.devices.get(index) else {
+            return Ok(Read { opaque: body.len() as u64 });
+        };
+        let path = || format!("section {} '{}'", header.section_id, header.idstr);
+        let expected = device.wire_size();
+        if expected != body.len() as u64 && header.content() == framing::Content::Opaque {
+            let message = format!("its content is {} bytes long, expected {expected} as described", body.len());
+            return Err(Failure::mismatch(file, offset, path(), message));
+        }
+        if let Some(expected) = device.version()
+            && expected != header.version_id
+        {
+            let message = format!("version {}, expected {expected} as described", header.version_id);
+            return Err(Failure::mismatch(file, offset - 4, path(), message));
+        }
+        Ok(Read { opaque: body.len() as u64 })
+    }
+}
+
+/// Looks for a description that ends where the file does.
+fn find(source: &mut Source, limits: &Limits) -> io::Result<Option<Known>> {
+    let total = source.total().unwrap_or(0);
+    for step in TAIL_STEPS {
+        let step = step.min(limits.vmdesc + DESCRIPTION_HEADER as u64);
+        let tail = source.tail(step)?;
+        if tail.last() != Some(&b'}') {
+            return Ok(None);
+        }
+        // JSON holds no NUL, so the last one belongs to the header, whose length starts with at least one.
+        let Some(nul) = tail.iter().rposition(|byte| *byte == 0) else { continue };
+        for start in (nul.saturating_sub(DESCRIPTION_HEADER - 1)..=nul).rev() {
+            let (header, text) = match tail[start..].split_at_checked(DESCRIPTION_HEADER) {
+                Some(parts) => parts,
+                None => continue,
+            };
+            let is_header = header[..2] == [framing::EOF, framing::VMDESCRIPTION];
+            if is_header && header[2..] == (text.len() as u32).to_be_bytes() {
+                let offset = total - text.len() as u64;
+                // A description that cannot be read is reported when the stream has come to it.
+                let description = Description::parse_at(text, offset, limits).ok();
+                return Ok(description.map(|description| Known::new(offset, description)));
+            }
+        }
+        return Ok(None);
+    }
+    Ok(None)
 }

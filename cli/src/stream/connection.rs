@@ -49,7 +49,7 @@ pub(super) fn run(inputs: &mut Inputs, settings: &Settings, observer: &mut dyn O
         observer,
         open: HashMap::new(),
         record: None,
-        bodies: Bodies::default(),
+        bodies: Bodies::new(!settings.live),
         pings: Vec::new(),
         flush_seen: false,
         bytes_before: 0,
@@ -153,7 +153,8 @@ impl Walk<'_> {
             encoder,
             writer: Writer::new(),
         };
-        self.bodies.look_ahead(connection.source, start);
+        let looked = self.bodies.look_ahead(connection.source);
+        looked.map_err(|error| Failure::io(&named.name, start, &error))?;
         let result = connection.read(self);
         let Connection { mut decoders, encoder, .. } = connection;
         let end = decoders.last().map_or(start, Decoder::offset);
@@ -196,6 +197,9 @@ impl Walk<'_> {
             Event::Section { kind, header } => {
                 self.observer.section(*kind, header, at);
                 self.analysis.signs.section(header);
+                if *kind == SectionKind::Full && !packaged {
+                    self.bodies.open(header);
+                }
                 let known = self.open.get(&header.section_id).copied();
                 // A resumed stream may open a section again; a new entry is right for everything else.
                 let index = known.filter(|_| *kind == SectionKind::Start).unwrap_or_else(|| {
@@ -221,7 +225,7 @@ impl Walk<'_> {
             }
             Event::Body(body) => {
                 if let Some(header) = decoder.current_section() {
-                    self.body(&header.clone(), at, body, file)?;
+                    self.body(&header.clone(), at, body, packaged, file)?;
                 }
             }
             Event::SectionFooter { .. } => {
@@ -230,10 +234,7 @@ impl Walk<'_> {
             }
             Event::Command(command) => return self.command(command, at, decoder, file),
             Event::VmDescription { .. } => return Ok(Payload::Description),
-            Event::Eof => {
-                let sections = &self.analysis.sections;
-                self.bodies.finish(file, sections)?;
-            }
+            Event::Eof => self.observer.end_of_stream(),
             _ => {}
         }
         Ok(if decoder.payload_remaining() > 0 { Payload::Other } else { Payload::None })
@@ -244,17 +245,18 @@ impl Walk<'_> {
         header: &qevm_savevm::framing::SectionHeader,
         at: u64,
         body: &[u8],
+        packaged: bool,
         file: &str,
     ) -> Result<(), Halt> {
         self.observer.body(header, at, body);
-        let read = self.bodies.read(header, at, body, file)?;
+        let read = self.bodies.read(header, at, body, packaged, file)?;
         self.analysis.opaque_bytes += read.opaque;
-        self.analysis.reencoded_identical &= read.identical;
         Ok(())
     }
 
     fn command(&mut self, command: &Command, at: u64, decoder: &Decoder, file: &str) -> Result<Payload, Halt> {
         self.analysis.command_count += 1;
+        self.observer.command(command, at);
         self.analysis.signs.command(command);
         if self.analysis.commands.len() < Analysis::MAX_RECORDS {
             self.analysis.commands.push((at, describe_command(command)));
@@ -414,8 +416,11 @@ impl Connection<'_> {
             return Ok(());
         }
         let at = decoder.offset();
-        walk.bodies.spool_if_needed(self.source, at).map_err(|error| Failure::io(&self.file, at, &error))?;
-        let Some(len) = walk.bodies.expected_len(&header) else {
+        if !walk.bodies.is_known() {
+            walk.bodies.spool_if_needed(self.source).map_err(|error| Failure::io(&self.file, at, &error))?;
+            walk.bodies.open(&header);
+        }
+        let Some(len) = walk.bodies.expected_len() else {
             return Ok(());
         };
         let footers = decoder.footers() != Footers::Absent;
@@ -431,10 +436,9 @@ impl Connection<'_> {
         };
         if footers && (footer[0] != 0x7e || footer[1..] != header.section_id.to_be_bytes()) {
             // Either the description or the section is wrong. The decoder's search for a footer tells which.
-            walk.bodies.distrust(&header, at);
             return Ok(());
         }
-        walk.body(&header, at, &window[..len as usize], &self.file)?;
+        walk.body(&header, at, &window[..len as usize], false, &self.file)?;
         decoder.body(len).map_err(|error| Failure::located(&self.file, error))?;
         self.source.consume(len as usize);
         Ok(())

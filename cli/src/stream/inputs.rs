@@ -48,7 +48,7 @@ impl Inputs {
         let Opened { name, source, offset } = open(&input.main, input.snapshot.as_deref())?;
         Ok(Inputs {
             main: Named { name, source },
-            offset: offset + input.offset,
+            offset: offset.saturating_add(input.offset),
             channels: all(&input.channels)?,
             recovery: all(&input.recovery)?,
             return_path: all(&input.return_path)?,

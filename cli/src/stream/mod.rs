@@ -36,7 +36,7 @@ use crate::ram::Keep;
 pub fn analyze(inputs: &mut Inputs, settings: &Settings, observer: &mut dyn Observer) -> Analysis {
     let mut settings = settings.clone();
     // XBZRLE needs the contents of pages. Whether there is any is seen only when it comes: files are then read again.
-    if settings.keep == Keep::Digests && !inputs.is_seekable() {
+    if settings.keep == Keep::Digests && !settings.live && !inputs.is_seekable() {
         settings.keep = Keep::Image;
     }
     match connection::run(inputs, &settings, observer) {

@@ -1,0 +1,192 @@
+//! Addresses and sockets of live migrations.
+
+use crate::failure::Stop;
+use std::io::{self, Read, Write};
+use std::net::{Shutdown, TcpListener, TcpStream};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::PathBuf;
+use std::time::Duration;
+
+/// Where to listen or connect, as QEMU's `migrate` command writes it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Address {
+    /// `tcp:HOST:PORT`
+    Tcp(String),
+    /// `unix:PATH`
+    Unix(PathBuf),
+}
+
+impl Address {
+    /// Reads `tcp:HOST:PORT` or `unix:PATH`.
+    ///
+    /// ```
+    /// use qevm::socket::Address;
+    /// assert_eq!(Address::parse("tcp:[::1]:4444").unwrap(), Address::Tcp("[::1]:4444".into()));
+    /// assert!(Address::parse("exec:cat").is_err());
+    /// ```
+    ///
+    /// # Errors
+    /// [`Stop::Usage`] that says what was expected.
+    pub fn parse(text: &str) -> Result<Self, Stop> {
+        let wrong = || Stop::Usage(format!("address '{text}': expected tcp:HOST:PORT or unix:PATH"));
+        if let Some(path) = text.strip_prefix("unix:").filter(|path| !path.is_empty()) {
+            return Ok(Address::Unix(path.into()));
+        }
+        let (host, port) = text.strip_prefix("tcp:").and_then(|rest| rest.rsplit_once(':')).ok_or_else(wrong)?;
+        port.parse::<u16>().map_err(|_| wrong())?;
+        // QEMU takes an empty host for all interfaces.
+        let host = if host.is_empty() { "0.0.0.0" } else { host };
+        Ok(Address::Tcp(format!("{host}:{port}")))
+    }
+}
+
+/// A listening socket. A UNIX socket's file is removed when it is dropped.
+#[derive(Debug)]
+pub enum Listener {
+    /// TCP.
+    Tcp(TcpListener),
+    /// UNIX, with its file.
+    Unix(UnixListener, PathBuf),
+}
+
+impl Listener {
+    /// Starts to listen.
+    ///
+    /// # Errors
+    /// What the operating system says, e.g. that the address is in use.
+    pub fn bind(address: &Address) -> io::Result<Self> {
+        let listener = match address {
+            Address::Tcp(place) => Listener::Tcp(TcpListener::bind(place)?),
+            Address::Unix(path) => Listener::Unix(UnixListener::bind(path)?, path.clone()),
+        };
+        match &listener {
+            Listener::Tcp(listener) => listener.set_nonblocking(true)?,
+            Listener::Unix(listener, _) => listener.set_nonblocking(true)?,
+        }
+        Ok(listener)
+    }
+
+    /// The address as it can be given to `migrate`; with the port chosen if it was asked for port 0.
+    pub fn address(&self) -> String {
+        match self {
+            Listener::Tcp(listener) => listener.local_addr().map_or("tcp:?".into(), |a| format!("tcp:{a}")),
+            Listener::Unix(_, path) => format!("unix:{}", path.display()),
+        }
+    }
+
+    /// A connection, if one is waiting.
+    ///
+    /// # Errors
+    /// What the operating system says.
+    pub fn accept(&self) -> io::Result<Option<Socket>> {
+        let accepted = match self {
+            Listener::Tcp(listener) => listener.accept().map(|(socket, _)| Socket::Tcp(socket)),
+            Listener::Unix(listener, _) => listener.accept().map(|(socket, _)| Socket::Unix(socket)),
+        };
+        match accepted {
+            Ok(socket) => {
+                socket.set_blocking()?;
+                Ok(Some(socket))
+            }
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+}
+
+impl Drop for Listener {
+    fn drop(&mut self) {
+        if let Listener::Unix(_, path) = self {
+            // Nothing can be done about a file that somebody else removed.
+            let _ = std::fs::remove_file(path);
+        }
+    }
+}
+
+/// A connection.
+#[derive(Debug)]
+pub enum Socket {
+    /// TCP.
+    Tcp(TcpStream),
+    /// UNIX.
+    Unix(UnixStream),
+}
+
+impl Socket {
+    /// Connects to `address`.
+    ///
+    /// # Errors
+    /// What the operating system says.
+    pub fn connect(address: &Address) -> io::Result<Self> {
+        Ok(match address {
+            Address::Tcp(place) => Socket::Tcp(TcpStream::connect(place)?),
+            Address::Unix(path) => Socket::Unix(UnixStream::connect(path)?),
+        })
+    }
+
+    /// A second handle to the same connection.
+    ///
+    /// # Errors
+    /// What the operating system says.
+    pub fn try_clone(&self) -> io::Result<Self> {
+        Ok(match self {
+            Socket::Tcp(socket) => Socket::Tcp(socket.try_clone()?),
+            Socket::Unix(socket) => Socket::Unix(socket.try_clone()?),
+        })
+    }
+
+    /// Ends the connection for all its handles.
+    pub fn close(&self) {
+        // A connection that is already gone needs no closing.
+        let _ = match self {
+            Socket::Tcp(socket) => socket.shutdown(Shutdown::Both),
+            Socket::Unix(socket) => socket.shutdown(Shutdown::Both),
+        };
+    }
+
+    /// A read that takes longer fails with `WouldBlock` or `TimedOut`; `None` waits for ever.
+    ///
+    /// # Errors
+    /// What the operating system says.
+    pub fn set_read_timeout(&self, timeout: Option<Duration>) -> io::Result<()> {
+        match self {
+            Socket::Tcp(socket) => socket.set_read_timeout(timeout),
+            Socket::Unix(socket) => socket.set_read_timeout(timeout),
+        }
+    }
+
+    fn set_blocking(&self) -> io::Result<()> {
+        match self {
+            Socket::Tcp(socket) => {
+                socket.set_nonblocking(false)?;
+                socket.set_nodelay(true)
+            }
+            Socket::Unix(socket) => socket.set_nonblocking(false),
+        }
+    }
+}
+
+impl Read for Socket {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        match self {
+            Socket::Tcp(socket) => socket.read(buffer),
+            Socket::Unix(socket) => socket.read(buffer),
+        }
+    }
+}
+
+impl Write for Socket {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        match self {
+            Socket::Tcp(socket) => socket.write(bytes),
+            Socket::Unix(socket) => socket.write(bytes),
+        }
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        match self {
+            Socket::Tcp(socket) => socket.flush(),
+            Socket::Unix(socket) => socket.flush(),
+        }
+    }
+}
