@@ -10,6 +10,10 @@ const LEVELS_PER_STRUCTURE: u32 = 4;
 /// Whatever a caller's limits say, the stack holds this many nested structures. QEMU 5.2 to 11.1 nest seven.
 const MAX_STRUCTURE_DEPTH: u32 = 64;
 
+/// Names are C identifiers and paths of them, or section names, which have at most 255 bytes. The limit keeps an array
+/// of many elements, each of which carries the name, small.
+const MAX_STRING: usize = 255;
+
 /// Walks JSON text; offsets of errors count from `base`.
 pub(super) struct Json<'a> {
     text: &'a [u8],
@@ -53,6 +57,10 @@ impl<'a> Json<'a> {
             let start = self.position;
             out.extend_from_slice(&self.text[start..start + run]);
             self.position += run;
+            if out.len() > MAX_STRING {
+                let (found, limit) = (out.len() as u64, MAX_STRING as u64);
+                return Err(self.fail(WireError::LimitExceeded { what: "length of a name", found, limit }));
+            }
             match self.peek() {
                 Some(b'"') => {
                     self.position += 1;

@@ -1,15 +1,25 @@
 //! The description at the end of a stream, and device sections read with it.
 //!
-//! Read in this order: [`Description`] (what QEMU says it wrote).
+//! Read in this order: [`Description`] (what QEMU says it wrote), [`DeviceDescription::decode`] (a section's bytes to
+//! fields), [`Node`] and [`Value`] (the fields; they encode to the bytes they came from).
 //!
 //! # Promises
 //!
 //! Nothing here panics or recurses deeper than [`Limits::depth`](qevm_wire::Limits) allows. A parsed description takes
 //! memory in proportion to its text, which [`Limits::vmdesc`](qevm_wire::Limits) bounds.
 
+mod composite;
+mod decode;
 mod error;
+mod fields;
 mod json;
 mod model;
+mod slirp;
+mod tree;
+mod value;
+mod virtio;
 
 pub use error::VmdescError;
 pub use model::{Description, DeviceBody, DeviceDescription, FieldDescription, StructDescription};
+pub use tree::{Name, Node, Struct, Value};
+pub use value::{Scalar, ScalarKind, Scalars};

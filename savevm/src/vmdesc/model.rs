@@ -2,7 +2,7 @@
 
 use super::VmdescError;
 use super::json::Json;
-use crate::Error;
+use crate::{Error, framing};
 use qevm_wire::{Limits, Located, WireError, Within};
 
 /// Bytes of a subsection's own header besides its name: marker, name length, version (all QEMU releases).
@@ -137,6 +137,30 @@ impl Description {
             return Err(missing("description", "devices", offset));
         }
         Ok(description)
+    }
+
+    /// Where the text of the description starts in the last bytes of a whole stream; `None` if they hold none.
+    ///
+    /// This is for readers that can seek: with the description at hand before the device sections, the end of each is
+    /// known. `tail` should be as long as a description may be, [`Limits::vmdesc`] at most; QEMU's take some 10 KiB to
+    /// some 100 KiB.
+    ///
+    /// ```
+    /// use qevm_savevm::vmdesc::Description;
+    ///
+    /// assert_eq!(Description::find_at_end(b"...\0\x06\0\0\0\x02{}"), Some(9));
+    /// assert_eq!(Description::find_at_end(b"...\0"), None);
+    /// ```
+    pub fn find_at_end(tail: &[u8]) -> Option<usize> {
+        const HEADER: usize = 6;
+        let ends_stream = |window: &[u8], at: usize| match *window {
+            [framing::EOF, framing::VMDESCRIPTION, a, b, c, d, b'{'] => {
+                u32::from_be_bytes([a, b, c, d]) as usize == tail.len() - (at + HEADER)
+            }
+            _ => false,
+        };
+        let mut windows = tail.windows(HEADER + 1).enumerate();
+        windows.find(|(at, window)| ends_stream(window, *at)).map(|(at, _)| at + HEADER)
     }
 
     /// The first description of the section with this name and instance.

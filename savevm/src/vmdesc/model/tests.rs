@@ -118,4 +118,6 @@ fn limits_hold() {
     assert_eq!(what(two, &Limits { vmdesc: 10, ..Limits::default() }), "length of the description");
     let id = r#"{"devices": [{"name": "x", "instance_id": 4294967296, "size": 1}]}"#;
     assert_eq!(what(id, &limits), "instance_id");
+    let name = format!(r#"{{"devices": [{{"name": "{}", "instance_id": 0, "size": 1}}]}}"#, "x".repeat(256));
+    assert_eq!(what(&name, &limits), "length of a name");
 }

@@ -1,0 +1,95 @@
+//! Types that are one field in a description and have a layout of their own on the wire.
+
+use super::decode::Context;
+use super::fields::Fields;
+use super::tree::Value;
+use super::{ScalarKind, virtio};
+use crate::Error;
+
+/// Reads a field of `size` bytes whose type is no number.
+///
+/// A type whose layout is not known here, or that does not keep to its layout, becomes an opaque leaf: its length is
+/// known in any case.
+pub(super) fn field(
+    fields: &mut Fields<'_, '_>,
+    name: &str,
+    type_name: &str,
+    size: u64,
+    context: &Context<'_>,
+) -> Result<(), Error> {
+    let (owned_name, owned_type) = (|| name.to_owned(), || type_name.to_owned());
+    match type_name {
+        "buffer" | "pci config" => {
+            return fields.leaf(owned_name(), owned_type(), size, |b| Value::Buffer(b.into())).map(drop);
+        }
+        "unused_buffer" => return fields.leaf(owned_name(), owned_type(), size, |b| Value::Unused(b.into())).map(drop),
+        "bitmap" if size.is_multiple_of(8) => {
+            return fields.leaf(owned_name(), owned_type(), size, |b| Value::Bitmap(b.into())).map(drop);
+        }
+        "pci irq state" if size.is_multiple_of(4) => {
+            return fields.scalars(owned_name(), owned_type(), ScalarKind::I32, size / 4);
+        }
+        _ => {}
+    }
+    let known = fields.attempt(|fields| {
+        fields.bounded(size, "field", |fields| {
+            fields.structure(owned_name(), owned_type(), "", 0, |fields| match type_name {
+                "msix state" => msix(fields, size),
+                "shpc" => shpc(fields, size),
+                "capability" => capability(fields),
+                "scsi-requests" => scsi_requests(fields),
+                "virtio-gpu" => virtio::gpu::resources_and_scanouts(fields, size),
+                "virtio" => virtio::device(fields, context),
+                _ => Err(fields.unexpected("size of an unknown type", size, 0)),
+            })
+        })
+    });
+    if !known {
+        fields.opaque(owned_name(), owned_type(), size)?;
+    }
+    Ok(())
+}
+
+/// An MSI-X table of so many vectors takes 16 bytes for each, and its pending bits one byte for each eight.
+pub(super) const MSIX_ENTRY: u64 = 16;
+
+/// MSI-X table and pending bit array as the device has them in memory.
+fn msix(fields: &mut Fields<'_, '_>, size: u64) -> Result<(), Error> {
+    let vectors = size * 8 / (8 * MSIX_ENTRY + 1);
+    if vectors * MSIX_ENTRY + vectors.div_ceil(8) != size {
+        return Err(fields.unexpected("size of an MSI-X state", size, vectors * MSIX_ENTRY + vectors.div_ceil(8)));
+    }
+    msix_tables(fields, vectors)
+}
+
+pub(super) fn msix_tables(fields: &mut Fields<'_, '_>, vectors: u64) -> Result<(), Error> {
+    fields.buffer("table", vectors * MSIX_ENTRY)?;
+    fields.buffer("pending", vectors.div_ceil(8)).map(drop)
+}
+
+/// Registers of a standard hot-plug controller (PCI Standard Hot-Plug Controller and Subsystem Specification 1.0,
+/// chapter 4), little-endian: a working register set, then one dword for each slot.
+fn shpc(fields: &mut Fields<'_, '_>, size: u64) -> Result<(), Error> {
+    const WORKING_REGISTER_DWORDS: u64 = 9;
+    let slots = (size / 4).checked_sub(WORKING_REGISTER_DWORDS);
+    let Some(slots) = slots.filter(|_| size.is_multiple_of(4)) else {
+        return Err(fields.unexpected("size of the hot-plug registers", size, 4 * WORKING_REGISTER_DWORDS));
+    };
+    fields.scalars("registers", "uint32 little-endian", ScalarKind::U32Le, WORKING_REGISTER_DWORDS)?;
+    fields.scalars("slots", "uint32 little-endian", ScalarKind::U32Le, slots)
+}
+
+/// A capability name of the configuration section.
+fn capability(fields: &mut Fields<'_, '_>) -> Result<(), Error> {
+    let len = fields.u8("length")?;
+    fields.buffer("name", len.into()).map(drop)
+}
+
+/// The requests of a SCSI device that are in flight: a list. What the bus and the device add to a request has no
+/// length, so that only an empty list is taken apart.
+fn scsi_requests(fields: &mut Fields<'_, '_>) -> Result<(), Error> {
+    match fields.u8("end")? {
+        0 => Ok(()),
+        found => Err(fields.unexpected("end of the SCSI requests", found.into(), 0)),
+    }
+}

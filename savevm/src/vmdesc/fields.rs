@@ -1,0 +1,246 @@
+//! Reading fields one after the other into the members of a structure.
+
+use super::tree::{Name, Node, Struct, Value};
+use super::{Scalar, ScalarKind, Scalars, VmdescError};
+use crate::{Error, Reader};
+use qevm_wire::{Limits, WireError, Within};
+
+/// Where the bytes of one section come from, and how many nodes may still be made of them.
+#[derive(Clone)]
+pub(super) struct Input<'a> {
+    pub(super) reader: Reader<'a>,
+    nodes: u64,
+    node_limit: u64,
+}
+
+/// The members of one structure while they are being read.
+///
+/// Names and types that are part of the format are given as `&'static str`; those of a description as `String`.
+pub(super) struct Fields<'i, 'a> {
+    pub(super) input: &'i mut Input<'a>,
+    pub(super) members: Vec<Node>,
+}
+
+impl<'a> Input<'a> {
+    pub(super) fn new(body: &'a [u8], offset: u64, limits: &Limits) -> Self {
+        Input { reader: Reader::at(body, offset), nodes: 0, node_limit: limits.elements }
+    }
+
+    fn count_node(&mut self) -> Result<(), Error> {
+        self.nodes += 1;
+        self.reader.within_limit("fields of a section", self.nodes, self.node_limit)
+    }
+}
+
+impl<'i, 'a> Fields<'i, 'a> {
+    pub(super) fn new(input: &'i mut Input<'a>) -> Self {
+        Fields { input, members: Vec::new() }
+    }
+
+    pub(super) fn offset(&self) -> u64 {
+        self.input.reader.offset()
+    }
+
+    /// Reads a field of `len` bytes, of which `value` makes the value.
+    pub(super) fn leaf(
+        &mut self,
+        name: impl Into<Name>,
+        type_name: impl Into<Name>,
+        len: u64,
+        value: impl FnOnce(&'a [u8]) -> Value,
+    ) -> Result<&'a [u8], Error> {
+        let name = name.into();
+        self.input.count_node()?;
+        let offset = self.offset();
+        let bytes = self.input.reader.take(len).within(|| name.escape_debug().to_string())?;
+        self.members.push(Node { name, type_name: type_name.into(), offset, len, value: value(bytes) });
+        Ok(bytes)
+    }
+
+    /// Reads one number.
+    pub(super) fn scalar(
+        &mut self,
+        name: impl Into<Name>,
+        type_name: impl Into<Name>,
+        kind: ScalarKind,
+    ) -> Result<Scalar, Error> {
+        let bytes = self.leaf(name, type_name, kind.width() as u64, |b| Value::Scalar(Scalar::read(kind, b)))?;
+        Ok(Scalar::read(kind, bytes))
+    }
+
+    /// Reads `count` numbers.
+    pub(super) fn scalars(
+        &mut self,
+        name: impl Into<Name>,
+        type_name: impl Into<Name>,
+        kind: ScalarKind,
+        count: u64,
+    ) -> Result<(), Error> {
+        let len = count.saturating_mul(kind.width() as u64);
+        self.leaf(name, type_name, len, |b| Value::Scalars(Scalars::from_bytes(kind, b))).map(drop)
+    }
+
+    pub(super) fn bool(&mut self, name: impl Into<Name>) -> Result<bool, Error> {
+        self.scalar(name, "bool", ScalarKind::Bool).map(|s| s.as_u64() != 0)
+    }
+
+    pub(super) fn u8(&mut self, name: impl Into<Name>) -> Result<u8, Error> {
+        self.scalar(name, "uint8", ScalarKind::U8).map(|s| s.as_u64() as u8)
+    }
+
+    pub(super) fn u16(&mut self, name: impl Into<Name>) -> Result<u16, Error> {
+        self.scalar(name, "uint16", ScalarKind::U16).map(|s| s.as_u64() as u16)
+    }
+
+    pub(super) fn u32(&mut self, name: impl Into<Name>) -> Result<u32, Error> {
+        self.scalar(name, "uint32", ScalarKind::U32).map(|s| s.as_u64() as u32)
+    }
+
+    pub(super) fn i32(&mut self, name: impl Into<Name>) -> Result<i32, Error> {
+        self.scalar(name, "int32", ScalarKind::I32).map(|s| s.as_u64() as u32 as i32)
+    }
+
+    pub(super) fn u64(&mut self, name: impl Into<Name>) -> Result<u64, Error> {
+        self.scalar(name, "uint64", ScalarKind::U64).map(Scalar::as_u64)
+    }
+
+    pub(super) fn buffer(&mut self, name: impl Into<Name>, len: u64) -> Result<&'a [u8], Error> {
+        self.leaf(name, "buffer", len, |b| Value::Buffer(b.into()))
+    }
+
+    pub(super) fn opaque(&mut self, name: impl Into<Name>, type_name: impl Into<Name>, len: u64) -> Result<(), Error> {
+        self.leaf(name, type_name, len, |b| Value::Opaque(b.into())).map(drop)
+    }
+
+    /// Reads a structure; errors inside it name it.
+    pub(super) fn structure(
+        &mut self,
+        name: impl Into<Name>,
+        type_name: impl Into<Name>,
+        vmsd_name: impl Into<Name>,
+        version: u32,
+        content: impl FnOnce(&mut Fields<'_, 'a>) -> Result<(), Error>,
+    ) -> Result<(), Error> {
+        self.node(name.into(), type_name.into(), content, |members| {
+            Value::Struct(Struct { vmsd_name: vmsd_name.into(), version, members })
+        })
+    }
+
+    /// Reads a list: element markers and elements.
+    pub(super) fn list(
+        &mut self,
+        name: impl Into<Name>,
+        type_name: impl Into<Name>,
+        content: impl FnOnce(&mut Fields<'_, 'a>) -> Result<(), Error>,
+    ) -> Result<(), Error> {
+        self.node(name.into(), type_name.into(), content, Value::List)
+    }
+
+    /// Reads the marker before an element of a list (true) or behind its last (false).
+    pub(super) fn element_marker(&mut self, index: u64) -> Result<bool, Error> {
+        let offset = self.offset();
+        let found = self.scalar(format!("[{index}].present"), "element marker", ScalarKind::ElementMarker)?.as_u64();
+        match found {
+            0 => Ok(false),
+            1 => Ok(true),
+            found => {
+                let kind = VmdescError::List { what: "element marker", found, expected: 1 };
+                Err(qevm_wire::Located::new(kind.into(), offset))
+            }
+        }
+    }
+
+    /// Reads a subsection whose header the wire must have next.
+    pub(super) fn subsection(
+        &mut self,
+        vmsd_name: &str,
+        version: u32,
+        content: impl FnOnce(&mut Fields<'_, 'a>) -> Result<(), Error>,
+    ) -> Result<(), Error> {
+        let name: Name = vmsd_name.to_owned().into();
+        let header = |fields: &mut Fields<'_, 'a>| {
+            fields.input.reader.subsection_header(vmsd_name, version)?;
+            content(fields)
+        };
+        self.node(name.clone(), "subsection".into(), header, |members| {
+            Value::Subsection(Struct { vmsd_name: name, version, members })
+        })
+    }
+
+    /// Reads exactly `len` bytes with `content`.
+    pub(super) fn bounded(
+        &mut self,
+        len: u64,
+        what: &'static str,
+        content: impl FnOnce(&mut Fields<'_, 'a>) -> Result<(), Error>,
+    ) -> Result<(), Error> {
+        let mut outer = self.input.reader.clone();
+        self.input.reader = outer.sub(len)?;
+        content(self)?;
+        self.input.reader.expect_end(what)?;
+        self.input.reader = outer;
+        Ok(())
+    }
+
+    /// Reads with `content`, or, if that fails, reads nothing and returns false. Nodes made in vain still count.
+    pub(super) fn attempt(&mut self, content: impl FnOnce(&mut Fields<'_, 'a>) -> Result<(), Error>) -> bool {
+        let (reader, members) = (self.input.reader.clone(), self.members.len());
+        if content(self).is_ok() {
+            return true;
+        }
+        self.input.reader = reader;
+        self.members.truncate(members);
+        false
+    }
+
+    /// The error of a value that this layout does not allow.
+    pub(super) fn unexpected(&self, what: &'static str, found: u64, expected: u64) -> Error {
+        self.input.reader.fail(WireError::Unexpected { what, found, expected })
+    }
+
+    fn node(
+        &mut self,
+        name: Name,
+        type_name: Name,
+        content: impl FnOnce(&mut Fields<'_, 'a>) -> Result<(), Error>,
+        value: impl FnOnce(Vec<Node>) -> Value,
+    ) -> Result<(), Error> {
+        self.input.count_node()?;
+        let offset = self.offset();
+        let mut inner = Fields::new(self.input);
+        content(&mut inner).within(|| name.escape_debug().to_string())?;
+        let members = inner.members;
+        let len = self.offset() - offset;
+        self.members.push(Node { name, type_name, offset, len, value: value(members) });
+        Ok(())
+    }
+}
+
+/// Reading the header of a subsection.
+trait SubsectionHeader {
+    fn subsection_header(&mut self, vmsd_name: &str, version: u32) -> Result<(), Error>;
+}
+
+impl SubsectionHeader for Reader<'_> {
+    fn subsection_header(&mut self, expected: &str, version: u32) -> Result<(), Error> {
+        let at = self.clone();
+        let found = self.u8()?;
+        if found != super::tree::SUBSECTION {
+            let (name, expected) = (expected.to_owned(), super::tree::SUBSECTION);
+            return Err(at.fail(VmdescError::SubsectionMarker { name, found, expected }));
+        }
+        let at = self.clone();
+        let found = self.counted_bytes()?;
+        if found != expected.as_bytes() {
+            let (found, expected) = (found.escape_ascii().to_string(), expected.to_owned());
+            return Err(at.fail(VmdescError::SubsectionName { found, expected }));
+        }
+        let at = self.clone();
+        let found = self.be32()?;
+        if found != version {
+            let name = expected.to_owned();
+            return Err(at.fail(VmdescError::SubsectionVersion { name, found, expected: version }));
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,62 @@
+//! The field of type `virtio-gpu`: resources and scanouts.
+
+use super::Fields;
+use crate::Error;
+
+/// Bytes of a scanout up to the cursor (QEMU up to 7.2).
+const SCANOUT: u64 = 40;
+/// Bytes of a scanout with its frame buffer (version 2).
+const SCANOUT_WITH_FRAME_BUFFER: u64 = SCANOUT + 24;
+/// Every pixel format of virtio-gpu takes so many bytes (virtio 1.2, 5.7.6.8).
+const BYTES_PER_PIXEL: u64 = 4;
+
+/// Reads the resources up to resource id 0, then the scanouts.
+pub(in super::super) fn resources_and_scanouts(fields: &mut Fields<'_, '_>, _size: u64) -> Result<(), Error> {
+    for index in 0.. {
+        let mut next = fields.input.reader.clone();
+        if next.be32()? == 0 {
+            break;
+        }
+        fields.structure(format!("resources[{index}]"), "struct", "virtio-gpu-resource", 0, resource)?;
+    }
+    fields.u32("resources.end")?;
+    fields.i32("enable")?;
+    let scanouts = fields.u32("max_outputs")?;
+    let left = fields.input.reader.remaining() as u64;
+    let frame_buffer = left == u64::from(scanouts) * SCANOUT_WITH_FRAME_BUFFER;
+    for index in 0..scanouts {
+        fields.structure(format!("scanout[{index}]"), "struct", "virtio-gpu-one-scanout", 1, |fields| {
+            for name in ["resource_id", "width", "height"] {
+                fields.u32(name)?;
+            }
+            for name in ["x", "y"] {
+                fields.i32(name)?;
+            }
+            for name in ["resource_id", "hot_x", "hot_y", "pos.x", "pos.y"] {
+                fields.u32(format!("cursor.{name}"))?;
+            }
+            if frame_buffer {
+                for name in ["format", "bytes_pp", "width", "height", "stride", "offset"] {
+                    fields.u32(format!("fb.{name}"))?;
+                }
+            }
+            Ok(())
+        })?;
+    }
+    Ok(())
+}
+
+/// A two-dimensional resource: its backing pages in the guest, and its pixels.
+fn resource(fields: &mut Fields<'_, '_>) -> Result<(), Error> {
+    fields.u32("resource_id")?;
+    let width = fields.u32("width")?;
+    let height = fields.u32("height")?;
+    fields.u32("format")?;
+    let pages = fields.u32("iov_cnt")?;
+    for page in 0..pages {
+        fields.u64(format!("addrs[{page}]"))?;
+        fields.u32(format!("iov[{page}].len"))?;
+    }
+    let pixels = u64::from(width) * u64::from(height);
+    fields.buffer("pixels", pixels.saturating_mul(BYTES_PER_PIXEL)).map(drop)
+}

@@ -1,0 +1,92 @@
+//! The field of type `virtio`: transport, common part, queues, the device's own part, subsections.
+//!
+//! A description gives only its size. Its parts have no lengths either; where the device's own part ends is known from
+//! the subsections behind it, whose names and sizes are fixed. So the own part of a device that is not known here is
+//! one opaque leaf, and all the rest is still taken apart. Facts: streams of QEMU 5.2, 7.2, 10.0 and 11.1.
+
+mod device;
+mod element;
+pub(super) mod gpu;
+mod net;
+mod subsection;
+mod transport;
+
+use super::decode::Context;
+use super::fields::Fields;
+use crate::Error;
+use transport::Transport;
+
+/// Queues a virtio device can have; subsections list all of them (all QEMU releases).
+const QUEUES_MAX: u32 = 1024;
+
+/// What later parts depend on.
+struct Common<'a> {
+    /// The low 32 feature bits that the guest accepted.
+    guest_features: u32,
+    /// The device's configuration space as the guest sees it.
+    config: &'a [u8],
+    queues: u32,
+}
+
+/// Reads the whole content of a field of type `virtio`.
+///
+/// A stream does not say which transport it is, nor how long a PCI device's configuration space is. Only one choice
+/// lets everything be read to the last byte; one that leaves the device's own part unread is the last resort.
+pub(super) fn device(fields: &mut Fields<'_, '_>, context: &Context<'_>) -> Result<(), Error> {
+    let candidates = transport::candidates(context.idstr, fields.input.reader.rest());
+    for opaque_part in [false, true] {
+        for transport in candidates {
+            if fields.attempt(|fields| with_transport(fields, transport, context, opaque_part)) {
+                return Ok(());
+            }
+        }
+    }
+    Err(fields.unexpected("transport of a virtio device", 0, 0))
+}
+
+fn with_transport(
+    fields: &mut Fields<'_, '_>,
+    transport: Transport,
+    context: &Context<'_>,
+    opaque_part: bool,
+) -> Result<(), Error> {
+    let mut vectors = false;
+    fields.structure("transport", transport.name(), transport.name(), 0, |fields| {
+        vectors = transport.config(fields)?;
+        Ok(())
+    })?;
+    let common = common(fields, transport, vectors)?;
+    let own = subsection::start(fields)?;
+    device::own_part(fields, own, &common, context.device, opaque_part)?;
+    subsection::chain(fields)?;
+    fields.input.reader.expect_end("virtio")
+}
+
+/// Reads status, features, configuration space and queues.
+fn common<'a>(fields: &mut Fields<'_, 'a>, transport: Transport, vectors: bool) -> Result<Common<'a>, Error> {
+    fields.u8("status")?;
+    fields.u8("isr")?;
+    fields.u16("queue_sel")?;
+    let guest_features = fields.u32("guest_features")?;
+    let config_len = fields.u32("config_len")?;
+    let config = fields.buffer("config", config_len.into())?;
+    let queues = fields.u32("queues")?;
+    if queues > QUEUES_MAX {
+        return Err(fields.unexpected("number of virtio queues", queues.into(), QUEUES_MAX.into()));
+    }
+    for queue in 0..queues {
+        fields.structure(format!("vq[{queue}]"), "struct", "virtqueue", 0, |fields| {
+            fields.u32("num")?;
+            if transport.has_queue_align() {
+                fields.u32("align")?;
+            }
+            fields.u64("desc")?;
+            fields.u16("last_avail_idx")?;
+            if vectors {
+                fields.u16("vector")?;
+            }
+            Ok(())
+        })?;
+    }
+    Ok(Common { guest_features, config, queues })
+}
