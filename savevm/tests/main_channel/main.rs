@@ -5,5 +5,6 @@ mod errors;
 mod optional_words;
 mod packages;
 mod pump;
+mod real;
 mod round_trip;
 mod streams;
