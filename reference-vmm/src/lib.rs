@@ -8,6 +8,7 @@
 //! 4. [`machine`]: the machine as a whole, with its vCPU threads.
 //! 5. [`state`]: what is saved and restored, as plain values.
 //! 6. [`dirty_log`]: which pages changed.
+//! 7. [`migration`]: live migration with QEMU's stream.
 //!
 //! Every error is an [`Error`]; nothing here panics on what a guest or a saved state says.
 
@@ -16,6 +17,7 @@ pub mod dirty_log;
 pub mod error;
 pub mod machine;
 pub mod memory;
+pub mod migration;
 pub mod payload;
 pub mod state;
 

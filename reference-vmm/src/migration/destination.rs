@@ -1,0 +1,286 @@
+//! The destination engine: reads a stream into a guest that has not run yet.
+
+use super::{
+    Channel, DeviceSection, Guest, Job, LoadError, MigrationError, Status,
+    channel::{Source, write_all},
+    handover,
+    inlet::Inlet,
+    ram_receiver::RamReceiver,
+    return_path::{PONG, SHUT},
+};
+use qevm_savevm::{
+    Decoder, DecoderOptions, Event, Step,
+    command::Command,
+    configuration::{Configuration, ConfigurationSubsection},
+    framing::{Content, SectionHeader, SectionKind},
+    ram::RamRecord,
+};
+use qevm_wire::{Located, PageGeometry, Profile, WireError, Writer};
+use std::{sync::Arc, time::Instant};
+use vm_memory::VolatileSlice;
+
+/// What arrived.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Arrival {
+    /// The guest ran at the source, and is to run here.
+    pub running: bool,
+    /// Bytes of the stream.
+    pub bytes: u64,
+}
+
+/// Reads a migration from `channel` into `guest`, which has not run yet, and does not start it.
+///
+/// The caller has claimed `job` with [`Job::begin`]. When this returns, the guest is wholly here and the source will not
+/// run it again; whether it is to run is in the result.
+///
+/// # Errors
+/// [`MigrationError`], naming byte offset and path for a bad stream. The source has been told, if it opened a return
+/// path, and the guest must not run here.
+pub fn receive(
+    guest: &dyn Guest,
+    channel: &Arc<dyn Channel>,
+    job: &Job,
+    profile: &Profile,
+) -> Result<Arrival, MigrationError> {
+    let start = Instant::now();
+    let mut engine = Engine {
+        channel: &**channel,
+        inlet: Inlet::new(&**channel),
+        decoder: Decoder::new(DecoderOptions { vmdesc: profile.vmdesc, ..DecoderOptions::default() }),
+        loader: Loader {
+            guest,
+            ram: RamReceiver::default(),
+            devices: Vec::new(),
+            section: None,
+            return_path: false,
+            confirmation: false,
+        },
+        vmdesc: profile.vmdesc,
+    };
+    let result = job.attach(channel).and_then(|()| engine.run(job));
+    if result.is_err() {
+        engine.report(SHUT, FAILURE);
+    }
+    job.update(|statistics| {
+        statistics.total_time = start.elapsed();
+        statistics.ram.transferred = engine.inlet.offset();
+    });
+    job.end(result.as_ref().err());
+    channel.finish_writing();
+    result
+}
+
+/// Status of SHUT when the guest has arrived.
+const SUCCESS: u32 = 0;
+/// Status of SHUT when it has not.
+const FAILURE: u32 = 1;
+
+struct Engine<'e> {
+    channel: &'e dyn Channel,
+    inlet: Inlet<'e>,
+    decoder: Decoder,
+    loader: Loader<'e>,
+    /// A description is expected behind the end.
+    vmdesc: bool,
+}
+
+impl Engine<'_> {
+    fn run(&mut self, job: &Job) -> Result<Arrival, MigrationError> {
+        job.advance(Status::Active)?;
+        self.read_stream()?;
+        let running = self.loader.guest.load_devices(&self.loader.devices).map_err(|error| {
+            let error = Located::new(LoadError::Devices(error), self.decoder.offset());
+            MigrationError::from(error)
+        })?;
+        job.check()?;
+        self.report(SHUT, SUCCESS);
+        if self.loader.confirmation {
+            self.await_confirmation()?;
+        }
+        job.handed_over()?;
+        Ok(Arrival { running, bytes: self.inlet.offset() })
+    }
+
+    /// Reads to the end of the stream, with the description if there is one.
+    fn read_stream(&mut self) -> Result<(), MigrationError> {
+        let mut ended = false;
+        loop {
+            match self.decoder.next(self.inlet.bytes()).map_err(located)? {
+                Step::Event { consumed, event } => {
+                    let offset = self.inlet.offset();
+                    let took = self.loader.take(&event);
+                    let eof = matches!(event, Event::Eof);
+                    let last = if self.vmdesc { matches!(event, Event::VmDescription { .. }) } else { eof };
+                    let then = took.map_err(|error| self.place(error, offset))?;
+                    self.inlet.consume(consumed);
+                    match then {
+                        Then::GoOn => {}
+                        Then::Page(memory) => self.page(&memory)?,
+                        Then::Answer(value) => self.report(PONG, value),
+                    }
+                    ended |= last;
+                }
+                Step::Payload { remaining } => {
+                    // Only the description is left to be skipped; pages are moved as they are announced.
+                    if self.inlet.bytes().is_empty() && !self.inlet.fill(1)? {
+                        self.decoder.end_of_input();
+                        continue;
+                    }
+                    let count = self.inlet.bytes().len().min(usize::try_from(remaining).unwrap_or(usize::MAX));
+                    self.inlet.consume(count);
+                    self.decoder.skip_payload(count as u64).map_err(located)?;
+                }
+                Step::NeedMore { at_least } => {
+                    if !self.inlet.fill(at_least)? {
+                        self.decoder.end_of_input();
+                    }
+                }
+                Step::End => return Ok(()),
+            }
+            // A source that waits for the verdict sends nothing more: the decoder must not ask for it.
+            if ended && self.decoder.is_complete() {
+                return Ok(());
+            }
+        }
+    }
+
+    fn page(&mut self, memory: &VolatileSlice<'_>) -> Result<(), MigrationError> {
+        if !self.inlet.read_into(memory)? {
+            let (needed, available) = (memory.len() as u64, 0);
+            let kind = qevm_savevm::ErrorKind::from(WireError::Truncated { needed, available });
+            return Err(self.place(kind.into(), self.decoder.offset()).into());
+        }
+        self.decoder.skip_payload(memory.len() as u64).map_err(located)?;
+        Ok(())
+    }
+
+    /// Waits for the source to say that it will not run the guest again.
+    fn await_confirmation(&mut self) -> Result<(), MigrationError> {
+        let expected = handover::confirmation()?;
+        let arrived = self.inlet.fill(expected.len());
+        if !matches!(arrived, Ok(true)) || !self.inlet.bytes().starts_with(&expected) {
+            return Err(MigrationError::NotHandedOver);
+        }
+        self.inlet.consume(expected.len());
+        Ok(())
+    }
+
+    /// Puts a message of one 32-bit value on the return path, if there is one.
+    fn report(&self, message: u16, value: u32) {
+        if !self.loader.return_path {
+            return;
+        }
+        let mut writer = Writer::new();
+        writer.be16(message).be16(size_of::<u32>() as u16).be32(value);
+        // If the source is gone, reading will tell.
+        if let Err(error) = write_all(self.channel, &mut [Source::bytes(writer.as_bytes())]) {
+            tracing::debug!(%error, message, value, "the return path is broken");
+        }
+    }
+
+    fn place(&self, kind: LoadError, offset: u64) -> Located<LoadError> {
+        let error = Located::new(kind, offset);
+        match self.decoder.current_section() {
+            Some(header) => error.within(format!("section {} '{}'", header.section_id, header.idstr)),
+            None => error,
+        }
+    }
+}
+
+fn located(error: qevm_savevm::Error) -> Located<LoadError> {
+    error.map(LoadError::from)
+}
+
+/// What the events mean for the guest.
+struct Loader<'e> {
+    guest: &'e dyn Guest,
+    ram: RamReceiver<'e>,
+    devices: Vec<DeviceSection>,
+    /// The device section that is open.
+    section: Option<SectionHeader>,
+    /// The source listens.
+    return_path: bool,
+    /// The source confirms the handover.
+    confirmation: bool,
+}
+
+/// What is to be done behind an event.
+enum Then<'e> {
+    GoOn,
+    /// The next bytes belong there.
+    Page(VolatileSlice<'e>),
+    /// PONG with this value.
+    Answer(u32),
+}
+
+impl<'e> Loader<'e> {
+    fn take(&mut self, event: &Event<'_>) -> Result<Then<'e>, LoadError> {
+        match event {
+            Event::Ram(RamRecord::Page(page)) => return Ok(Then::Page(self.ram.page(page))),
+            Event::Ram(record) => self.ram.record(self.guest, record)?,
+            Event::Configuration(configuration) => self.compare(configuration)?,
+            Event::Section { kind, header } => self.open(*kind, header)?,
+            Event::Body(body) => {
+                if let Some(SectionHeader { idstr, instance_id, version_id, .. }) = self.section.take() {
+                    self.devices.push(DeviceSection { idstr, instance_id, version_id, body: body.to_vec() });
+                }
+            }
+            Event::Command(Command::OpenReturnPath) => self.return_path = true,
+            Event::Command(Command::Ping(handover::ANNOUNCE)) => {
+                self.confirmation = self.return_path;
+                return Ok(Then::Answer(handover::AGREED));
+            }
+            Event::Command(Command::Ping(value)) => return Ok(Then::Answer(*value)),
+            Event::Command(Command::SwitchoverStart) => {}
+            Event::Command(command) => {
+                return Err(LoadError::Unsupported(format!("command {} (precopy only)", command.name())));
+            }
+            Event::Header
+            | Event::SectionPart { .. }
+            | Event::SectionFooter { .. }
+            | Event::Eof
+            | Event::VmDescription { .. } => {}
+            other => return Err(LoadError::Unsupported(format!("{other:?}"))),
+        }
+        Ok(Then::GoOn)
+    }
+
+    fn open(&mut self, kind: SectionKind, header: &SectionHeader) -> Result<(), LoadError> {
+        let SectionHeader { idstr, instance_id, .. } = header;
+        match header.content() {
+            Content::Ram if *instance_id == 0 => {}
+            Content::Opaque if kind == SectionKind::Full && self.guest.has_device(idstr, *instance_id) => {
+                self.section = Some(header.clone());
+            }
+            _ => return Err(LoadError::UnknownSection { idstr: idstr.clone(), instance_id: *instance_id }),
+        }
+        Ok(())
+    }
+
+    fn compare(&self, configuration: &Configuration) -> Result<(), LoadError> {
+        let expected = self.guest.machine_type();
+        // QEMU compares as many bytes as were sent.
+        if !expected.as_bytes().starts_with(&configuration.machine) {
+            let found = configuration.machine.escape_ascii().to_string();
+            return Err(LoadError::MachineType { found, expected: expected.into() });
+        }
+        for subsection in &configuration.subsections {
+            match subsection {
+                ConfigurationSubsection::TargetPageBits(_) => {
+                    let found = configuration.page_geometry().map_or(0, PageGeometry::size);
+                    if found != PageGeometry::X86.size() {
+                        return Err(LoadError::PageSize { found, expected: PageGeometry::X86.size() });
+                    }
+                }
+                ConfigurationSubsection::Capabilities(names) => {
+                    if let Some(found) = names.first().cloned() {
+                        return Err(LoadError::Capability { found });
+                    }
+                }
+                // This machine has no UUID to compare with, and QEMU without one does not compare either.
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+}

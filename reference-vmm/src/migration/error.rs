@@ -1,0 +1,175 @@
+//! Why a migration failed.
+
+use super::{Address, GuestError, ReturnPathError};
+use qevm_wire::{Blame, CountedString, Fault, Located};
+use std::io;
+
+/// Why a migration failed. On the source the guest goes on in every case.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum MigrationError {
+    /// The destination cannot be reached.
+    #[error("cannot connect to {address}: {source}")]
+    Connect {
+        /// Where to.
+        address: Address,
+        /// The system's reason.
+        source: io::Error,
+    },
+    /// No source can be waited for.
+    #[error("cannot listen at {address}: {source}")]
+    Listen {
+        /// Where.
+        address: Address,
+        /// The system's reason.
+        source: io::Error,
+    },
+    /// The channel broke while sending.
+    #[error("cannot send {doing}: {source}")]
+    Send {
+        /// What was being sent.
+        doing: &'static str,
+        /// The system's reason.
+        source: io::Error,
+    },
+    /// The channel broke while receiving.
+    #[error("cannot receive after byte {offset}: {source}")]
+    Receive {
+        /// Bytes received so far.
+        offset: u64,
+        /// The system's reason.
+        source: io::Error,
+    },
+    /// The destination reported that it failed.
+    #[error("the destination reported failure (SHUT {status}); its own log says why")]
+    PeerFailed {
+        /// The status, not 0.
+        status: u32,
+    },
+    /// The return path ended before the destination gave its verdict.
+    #[error("the destination closed the return path without a verdict")]
+    NoVerdict,
+    /// The return path broke.
+    #[error("cannot read the return path: {0}")]
+    ReturnPath(io::Error),
+    /// The destination sent something on the return path that is none of its messages, or not now.
+    #[error("return path: {0}")]
+    ReturnPathMessage(#[from] Located<ReturnPathError>),
+    /// What arrived cannot be loaded.
+    #[error(transparent)]
+    Load(#[from] Located<LoadError>),
+    /// The source went away after the guest had arrived, without handing it over: it goes on there.
+    #[error("the source did not confirm the handover: the guest stays there")]
+    NotHandedOver,
+    /// A part of the guest reported an error.
+    #[error("cannot {doing}: {source}")]
+    Guest {
+        /// What was being done.
+        doing: &'static str,
+        /// The part's own error.
+        source: GuestError,
+    },
+    /// The engine built a record that the format has no room for.
+    #[error("cannot encode the stream: {0}")]
+    Encode(#[from] qevm_savevm::Error),
+    /// `migrate_cancel`.
+    #[error("cancelled")]
+    Cancelled,
+}
+
+impl MigrationError {
+    pub(crate) fn guest(doing: &'static str) -> impl FnOnce(GuestError) -> Self {
+        move |source| MigrationError::Guest { doing, source }
+    }
+}
+
+/// Why an incoming stream cannot be loaded, beside what its decoder reports.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum LoadError {
+    /// The decoder's.
+    #[error(transparent)]
+    Stream(qevm_savevm::ErrorKind),
+    /// The stream comes from another machine type.
+    #[error("machine type received is '{found}' and local is '{expected}'")]
+    MachineType {
+        /// As received, escaped.
+        found: String,
+        /// This machine's.
+        expected: String,
+    },
+    /// The source has a capability on that changes what the stream holds.
+    #[error("capability '{found}' is on at the source and not supported here")]
+    Capability {
+        /// The capability.
+        found: CountedString,
+    },
+    /// A RAM block that this machine does not have.
+    #[error(
+        "unknown ramblock \"{found}\"; this machine has {expected}. Start it with the source's devices and firmware"
+    )]
+    UnknownRamBlock {
+        /// As received.
+        found: CountedString,
+        /// Those that this machine has.
+        expected: String,
+    },
+    /// A RAM block of another length.
+    #[error(
+        "size mismatch: {name}: {found:#x} != {expected:#x}. Start this machine with the source's memory size and firmware"
+    )]
+    RamBlockSize {
+        /// The block.
+        name: CountedString,
+        /// Length received.
+        found: u64,
+        /// Length here.
+        expected: u64,
+    },
+    /// A section for a device that this machine does not have.
+    #[error(
+        "unknown section or instance '{idstr}' {instance_id}: start this machine with the devices that the source has"
+    )]
+    UnknownSection {
+        /// The section's name.
+        idstr: CountedString,
+        /// Its instance.
+        instance_id: u32,
+    },
+    /// Target pages of another size.
+    #[error("target pages of {found} bytes, {expected} expected")]
+    PageSize {
+        /// Bytes per page at the source.
+        found: u64,
+        /// Bytes per page here.
+        expected: u64,
+    },
+    /// Something legal that this destination cannot handle.
+    #[error("{0} is not supported here")]
+    Unsupported(String),
+    /// The guest refused the state of its devices.
+    #[error("cannot load the state of the devices: {0}")]
+    Devices(GuestError),
+}
+
+impl Blame for LoadError {
+    fn fault(&self) -> Fault {
+        match self {
+            LoadError::Stream(kind) => kind.fault(),
+            LoadError::Unsupported(_) => Fault::Unsupported,
+            LoadError::MachineType { .. }
+            | LoadError::Capability { .. }
+            | LoadError::UnknownRamBlock { .. }
+            | LoadError::RamBlockSize { .. }
+            | LoadError::UnknownSection { .. }
+            | LoadError::PageSize { .. }
+            | LoadError::Devices(_) => Fault::Mismatch,
+        }
+    }
+}
+
+impl From<qevm_savevm::ErrorKind> for LoadError {
+    fn from(kind: qevm_savevm::ErrorKind) -> Self {
+        LoadError::Stream(kind)
+    }
+}

@@ -1,0 +1,113 @@
+//! What the engines need of a virtual machine.
+
+use qevm_wire::{CountedString, Profile};
+use std::{error::Error, ops::Range};
+use vm_memory::VolatileSlice;
+
+/// Whatever a guest's own parts report; the engine adds what it was doing.
+pub type GuestError = Box<dyn Error + Send + Sync>;
+
+/// A virtual machine as a migration sees it, on either side.
+pub trait Guest: Send + Sync {
+    /// The machine type, as the configuration section carries it.
+    fn machine_type(&self) -> &str;
+
+    /// The RAM blocks, in the order of the stream (QEMU's is largest first).
+    fn ram(&self) -> Vec<RamView<'_>>;
+
+    /// Starts to log which pages change, whoever changes them: vCPUs, in-kernel devices or the monitor's own devices.
+    ///
+    /// # Errors
+    /// The guest's own.
+    fn start_dirty_log(&self) -> Result<Box<dyn DirtyLog + '_>, GuestError>;
+
+    /// Stops all vCPUs and devices; when it returns, nothing in the guest changes any more. Says whether it was running.
+    ///
+    /// # Errors
+    /// The guest's own. The guest is then as it was.
+    fn pause(&self) -> Result<bool, GuestError>;
+
+    /// Lets vCPUs and devices go on.
+    ///
+    /// # Errors
+    /// The guest's own.
+    fn resume(&self) -> Result<(), GuestError>;
+
+    /// The state of all devices of a paused guest, in the order of the stream. `running` is what the destination is to
+    /// take over: whether the guest ran before it was paused for the migration.
+    ///
+    /// # Errors
+    /// The guest's own.
+    fn save_devices(&self, profile: &Profile, running: bool) -> Result<SavedDevices, GuestError>;
+
+    /// Gives RAM block `block` (its number in [`ram`](Guest::ram)) the length that the source uses. Called only before
+    /// the guest has run, and only for a length that differs.
+    ///
+    /// # Errors
+    /// The guest's own, if the block cannot have this length.
+    fn resize_ram(&self, block: usize, used_length: u64) -> Result<(), GuestError>;
+
+    /// Whether this machine has a device whose state comes in sections of this name and instance.
+    fn has_device(&self, idstr: &CountedString, instance_id: u32) -> bool;
+
+    /// Takes over the state of the devices, as [`save_devices`](Guest::save_devices) gave it, into a paused guest, and
+    /// says whether the guest ran at the source.
+    ///
+    /// # Errors
+    /// The guest's own; the guest is unusable then.
+    fn load_devices(&self, devices: &[DeviceSection]) -> Result<bool, GuestError>;
+}
+
+/// A RAM block.
+#[derive(Debug, Clone, Copy)]
+pub struct RamView<'g> {
+    /// Its name in the stream, e.g. `microvm.ram`.
+    pub name: &'g str,
+    /// Its memory, whole pages. vCPUs may be writing to it.
+    pub memory: VolatileSlice<'g>,
+    /// Nothing has been written to it yet, so every page is zero: a destination need not touch pages to clear them.
+    pub pristine: bool,
+}
+
+/// A running log of changed pages. Dropping it ends the log.
+///
+/// Reading and resetting are apart: pages stay in the log until they are reset just before they are sent, so that a
+/// write in between is covered by what is sent and does not make the page dirty again.
+pub trait DirtyLog {
+    /// Reports every page that is in the log: block number (in the order of [`Guest::ram`]), a word number, and the
+    /// word, bit `i` of which is page `64 * word_number + i` of the block. All pages may be in the log at first.
+    ///
+    /// # Errors
+    /// The guest's own.
+    fn read(&mut self, found: &mut dyn FnMut(usize, usize, u64)) -> Result<(), GuestError>;
+
+    /// Resets those pages of a range that the last [`read`](DirtyLog::read) reported. Pages that were written after it
+    /// and not reported stay in the log. The range starts and ends at multiples of 64 pages or the block's end.
+    ///
+    /// # Errors
+    /// The guest's own.
+    fn reset(&mut self, block: usize, pages: Range<u64>) -> Result<(), GuestError>;
+}
+
+/// One FULL section.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DeviceSection {
+    /// The handler's name.
+    pub idstr: CountedString,
+    /// Tells handlers of the same name apart.
+    pub instance_id: u32,
+    /// Version of the content.
+    pub version_id: u32,
+    /// The content.
+    pub body: Vec<u8>,
+}
+
+/// The state of all devices.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct SavedDevices {
+    /// The sections in the order of the stream.
+    pub sections: Vec<DeviceSection>,
+    /// The JSON description behind the end of the stream. Without one, the engine describes each section as a buffer,
+    /// as QEMU does for handlers that describe nothing.
+    pub vmdesc: Option<String>,
+}

@@ -1,0 +1,33 @@
+//! Who runs the guest when the connection breaks in the very last moment.
+//!
+//! A destination of QEMU's runs the guest as soon as it has loaded everything, and tells the source by SHUT on the return
+//! path. If that message is lost, the source cannot know. Between two monitors of this kind there is therefore one more
+//! step, made of messages that QEMU's destination takes for ordinary pings:
+//!
+//! 1. The source announces the step: PING with [`ANNOUNCE`], behind the PING 1 that opens the return path.
+//!    The destination answers with PONG [`AGREED`] instead of the value, which a QEMU would send back.
+//! 2. The destination loads everything, reports SHUT 0, and waits.
+//! 3. The source has its verdict, will never run the guest again, and sends PING with [`CONFIRM`] behind the end of the
+//!    stream. Only then does the destination run the guest.
+//!
+//! So the guest never runs on both sides, wherever the connection breaks: as long as SHUT has not arrived, the source
+//! resumes and the destination gives up. What remains is the loss of the confirmation itself, after which the guest runs
+//! on neither side until the operator says `cont` at the destination, which has everything.
+//!
+//! A source of QEMU's announces nothing, and the destination then runs the guest as QEMU's would.
+
+use qevm_savevm::{StreamWriter, command::Command};
+
+/// Value of the PING that announces the step: "QEH" and a number.
+pub(crate) const ANNOUNCE: u32 = 0x5145_4801;
+/// Value of the PONG that answers the announcement.
+pub(crate) const AGREED: u32 = 0x5145_4803;
+/// Value of the PING that confirms the handover.
+pub(crate) const CONFIRM: u32 = 0x5145_4802;
+
+/// The bytes of the confirmation.
+pub(crate) fn confirmation() -> Result<Vec<u8>, qevm_savevm::Error> {
+    let mut stream = StreamWriter::default();
+    stream.command(Command::Ping(CONFIRM))?;
+    Ok(stream.take())
+}

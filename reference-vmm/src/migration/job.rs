@@ -1,0 +1,246 @@
+//! The control side of a migration: what QMP reads and sets while an engine runs.
+
+use super::{Capabilities, Channel, MigrationError, Parameters, Statistics, Status};
+use std::{
+    fmt,
+    sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError},
+    time::Duration,
+};
+
+/// Something that watchers of a migration want to know at once.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Notice {
+    /// The status changed; QMP's `MIGRATION`.
+    Status(Status),
+    /// The dirty log was read for the so many'th time; QMP's `MIGRATION_PASS`.
+    Pass(u64),
+}
+
+/// Settings, state and controls of a machine's migration. Shared by an engine and whoever watches it.
+#[derive(Default)]
+pub struct Job {
+    state: Mutex<State>,
+    changed: Condvar,
+    watcher: Mutex<Option<Watcher>>,
+}
+
+type Watcher = Box<dyn Fn(Notice) + Send>;
+
+#[derive(Default)]
+struct State {
+    parameters: Parameters,
+    capabilities: Capabilities,
+    statistics: Statistics,
+    cancel: bool,
+    go_on: bool,
+    channel: Option<Arc<dyn Channel>>,
+}
+
+/// A request that does not fit the state of the migration.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum Refused {
+    /// A migration is under way.
+    #[error("There's a migration process in progress")]
+    InProgress,
+    /// `migrate-continue` names a state that the migration is not in.
+    #[error("Migration not in expected state: {}", .0.as_str())]
+    NotInState(Status),
+}
+
+impl Job {
+    /// Whatever happens is told to `watcher`, which must not block. There is one at a time.
+    pub fn watch(&self, watcher: impl Fn(Notice) + Send + 'static) {
+        *self.watcher.lock().unwrap_or_else(PoisonError::into_inner) = Some(Box::new(watcher));
+    }
+
+    /// A copy of the statistics.
+    pub fn statistics(&self) -> Statistics {
+        self.lock().statistics.clone()
+    }
+
+    /// The status.
+    pub fn status(&self) -> Status {
+        self.lock().statistics.status
+    }
+
+    /// The parameters.
+    pub fn parameters(&self) -> Parameters {
+        self.lock().parameters.clone()
+    }
+
+    /// Sets the parameters; a migration under way follows them.
+    pub fn set_parameters(&self, parameters: Parameters) {
+        self.lock().parameters = parameters;
+        self.changed.notify_all();
+    }
+
+    /// The capabilities.
+    pub fn capabilities(&self) -> Capabilities {
+        self.lock().capabilities
+    }
+
+    /// Sets the capabilities.
+    ///
+    /// # Errors
+    /// [`Refused::InProgress`] while a migration is under way.
+    pub fn set_capabilities(&self, capabilities: Capabilities) -> Result<(), Refused> {
+        let mut state = self.lock();
+        if state.statistics.status.is_running() {
+            return Err(Refused::InProgress);
+        }
+        state.capabilities = capabilities;
+        Ok(())
+    }
+
+    /// Begins a migration: forgets the one before, and claims the job.
+    ///
+    /// # Errors
+    /// [`Refused::InProgress`] while one is under way.
+    pub fn begin(&self) -> Result<(), Refused> {
+        let mut state = self.lock();
+        if state.statistics.status.is_running() {
+            return Err(Refused::InProgress);
+        }
+        state.statistics = Statistics { status: Status::Setup, ..Statistics::default() };
+        (state.cancel, state.go_on, state.channel) = (false, false, None);
+        drop(state);
+        self.notify(Notice::Status(Status::Setup));
+        Ok(())
+    }
+
+    /// Cancels the migration, if one is under way. It takes effect at once, even if the channel is stuck; not any more
+    /// when the destination has taken over.
+    pub fn cancel(&self) {
+        let mut state = self.lock();
+        let status = state.statistics.status;
+        let handed_over = status == Status::Device && state.channel.is_none();
+        if handed_over || status == Status::Cancelling || !status.is_running() {
+            return;
+        }
+        state.cancel = true;
+        state.statistics.status = Status::Cancelling;
+        let channel = state.channel.clone();
+        drop(state);
+        self.changed.notify_all();
+        self.notify(Notice::Status(Status::Cancelling));
+        if let Some(channel) = channel {
+            channel.close();
+        }
+    }
+
+    /// Lets a migration go on that waits before the switchover (capability `pause-before-switchover`).
+    ///
+    /// # Errors
+    /// [`Refused::NotInState`] if it does not wait there.
+    pub fn go_on(&self) -> Result<(), Refused> {
+        let mut state = self.lock();
+        if state.statistics.status != Status::PreSwitchover {
+            return Err(Refused::NotInState(state.statistics.status));
+        }
+        state.go_on = true;
+        drop(state);
+        self.changed.notify_all();
+        Ok(())
+    }
+
+    /// Waits until no migration is under way, and gives the statistics.
+    pub fn wait(&self) -> Statistics {
+        let mut state = self.lock();
+        while state.statistics.status.is_running() {
+            state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+        }
+        state.statistics.clone()
+    }
+
+    /// Gives the channel that [`cancel`](Job::cancel) closes.
+    pub(crate) fn attach(&self, channel: &Arc<dyn Channel>) -> Result<(), MigrationError> {
+        let mut state = self.lock();
+        state.channel = Some(channel.clone());
+        state.check()
+    }
+
+    /// From here on it is too late to cancel: the destination has taken over.
+    pub(crate) fn handed_over(&self) -> Result<(), MigrationError> {
+        let mut state = self.lock();
+        state.check()?;
+        state.channel = None;
+        Ok(())
+    }
+
+    pub(crate) fn check(&self) -> Result<(), MigrationError> {
+        self.lock().check()
+    }
+
+    /// Waits, and returns early if cancelled or if settings change.
+    pub(crate) fn sleep(&self, time: Duration) -> Result<(), MigrationError> {
+        let state = self.lock();
+        state.check()?;
+        let (state, _) = self.changed.wait_timeout(state, time).unwrap_or_else(PoisonError::into_inner);
+        state.check()
+    }
+
+    /// Whether `migrate-continue` was given; waits for it up to `patience`.
+    pub(crate) fn may_go_on(&self, patience: Duration) -> Result<bool, MigrationError> {
+        let state = self.lock();
+        let waiting = |state: &mut State| !state.go_on && !state.cancel;
+        let (state, _) =
+            self.changed.wait_timeout_while(state, patience, waiting).unwrap_or_else(PoisonError::into_inner);
+        state.check()?;
+        Ok(state.go_on)
+    }
+
+    /// Changes the status, unless the migration was cancelled.
+    pub(crate) fn advance(&self, status: Status) -> Result<(), MigrationError> {
+        let mut state = self.lock();
+        state.check()?;
+        state.statistics.status = status;
+        drop(state);
+        self.changed.notify_all();
+        self.notify(Notice::Status(status));
+        Ok(())
+    }
+
+    /// Ends the migration.
+    pub(crate) fn end(&self, error: Option<&MigrationError>) {
+        let mut state = self.lock();
+        let status = match error {
+            None => Status::Completed,
+            Some(_) if state.cancel => Status::Cancelled,
+            Some(_) => Status::Failed,
+        };
+        state.statistics.error = error.filter(|_| status == Status::Failed).map(ToString::to_string);
+        state.statistics.status = status;
+        state.channel = None;
+        drop(state);
+        self.changed.notify_all();
+        self.notify(Notice::Status(status));
+    }
+
+    pub(crate) fn update(&self, change: impl FnOnce(&mut Statistics)) {
+        change(&mut self.lock().statistics);
+    }
+
+    pub(crate) fn notify(&self, notice: Notice) {
+        if let Some(watcher) = &*self.watcher.lock().unwrap_or_else(PoisonError::into_inner) {
+            watcher(notice);
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl State {
+    fn check(&self) -> Result<(), MigrationError> {
+        if self.cancel { Err(MigrationError::Cancelled) } else { Ok(()) }
+    }
+}
+
+impl fmt::Debug for Job {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Job").field("statistics", &self.lock().statistics).finish_non_exhaustive()
+    }
+}

@@ -1,0 +1,56 @@
+//! Live migration: precopy of a running guest to another monitor, with QEMU's stream.
+//!
+//! # Contents, in reading order
+//!
+//! | module | what |
+//! |---|---|
+//! | `address`, `channel` | where a peer is, and the socket to it |
+//! | `capabilities`, `parameters`, [`rate`] | QEMU's settings by their names; the rate limit |
+//! | `guest` | [`Guest`]: what the engines need of a virtual machine |
+//! | [`bitmap`], `zero`, `ram_sender` | dirty pages, and sending them straight from guest memory |
+//! | [`switchover`] | when to stop the guest |
+//! | `source`, `return_path` | [`migrate`]: the source engine |
+//! | `inlet`, `ram_receiver`, `destination` | [`receive`]: the destination engine |
+//! | `handover` | who runs the guest when the connection breaks in the last moment |
+//! | `job`, `statistics` | control and what `query-migrate` reports |
+//!
+//! # Promises
+//!
+//! * Until the destination has everything and says so, every failure leaves the source's guest running (if it ran).
+//! * A page that changes after it was sent is sent again: a page leaves the set of dirty pages, and its log is reset,
+//!   before it is read.
+//! * The guest never runs on both sides; see `handover` for the one thing the network can still spoil.
+
+mod address;
+pub mod bitmap;
+mod capabilities;
+mod channel;
+mod destination;
+mod error;
+mod guest;
+mod handover;
+mod inlet;
+mod job;
+#[cfg(test)]
+mod pair;
+mod parameters;
+mod ram_receiver;
+mod ram_sender;
+pub mod rate;
+mod return_path;
+mod source;
+mod statistics;
+pub mod switchover;
+mod zero;
+
+pub use address::{Address, BadAddress};
+pub use capabilities::{BadCapability, Capabilities, KNOWN as KNOWN_CAPABILITIES};
+pub use channel::{Channel, Listener, Socket, Source, Target};
+pub use destination::{Arrival, receive};
+pub use error::{LoadError, MigrationError};
+pub use guest::{DeviceSection, DirtyLog, Guest, GuestError, RamView, SavedDevices};
+pub use job::{Job, Notice, Refused};
+pub use parameters::{BadParameter, Parameters};
+pub use return_path::ReturnPathError;
+pub use source::{migrate, monotonic_now};
+pub use statistics::{RamStatistics, RoundStatistics, Statistics, Status};

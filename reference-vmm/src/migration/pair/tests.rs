@@ -1,0 +1,257 @@
+//! What must hold whatever happens between two machines.
+
+use super::*;
+use crate::migration::{LoadError, Notice};
+use qevm_wire::Located;
+use std::{
+    sync::atomic::Ordering,
+    time::{Duration, Instant},
+};
+
+/// Bytes of the confirmation behind the end of the stream: a command with a 32-bit value.
+const CONFIRMATION: u64 = 9;
+
+#[test]
+fn a_working_guest_moves_with_and_without_a_return_path() {
+    for return_path in [true, false] {
+        let pair = Pair::new(2000).return_path(return_path);
+        let outcome = pair.run(Faults::default());
+        pair.assert_moved(&outcome);
+        let ram = outcome.statistics.ram;
+        assert!(ram.dirty_sync_count >= 3, "the guest was working: {ram:?}");
+        assert!(ram.duplicate > 600 && ram.normal > 1300, "{ram:?}");
+        assert_eq!(ram.remaining, 0);
+        assert_eq!(outcome.destination.unwrap().bytes, outcome.written);
+        assert_eq!(ram.transferred + if return_path { CONFIRMATION } else { 0 }, outcome.written);
+    }
+}
+
+#[test]
+fn a_paused_guest_moves_and_stays_paused() {
+    let pair = Pair::new(100);
+    pair.source.pause().unwrap();
+    let outcome = pair.run(Faults::default());
+    assert!(!outcome.destination.unwrap().running);
+    assert!(!pair.source.is_running() && !pair.destination.is_running());
+    pair.source.assert_same_memory(&pair.destination);
+}
+
+/// The connection is cut at hundreds of places of the stream.
+#[test]
+fn a_cut_connection_leaves_the_guest_running_at_the_source() {
+    let total = Pair::new(60).run(Faults::default()).written;
+    let places = (0..400).chain((400..total + 400).step_by(1009)).chain(total.saturating_sub(400)..total + 100);
+    let mut cut = 0;
+    for place in places {
+        let mut pair = Pair::new(60);
+        let outcome = pair.run(Faults { cut_at: Some(place), ..Faults::default() });
+        // How long a stream is depends on how many rounds the clock makes of it.
+        let confirming = outcome.statistics.status == Status::Completed;
+        match (confirming, &outcome.destination) {
+            (true, Ok(_)) => pair.assert_moved(&outcome),
+            // Only the confirmation was lost: the destination has everything and waits for the operator.
+            (true, Err(error)) => {
+                assert!(matches!(error, MigrationError::NotHandedOver), "{place}: {error}");
+                assert!(!pair.source.is_running() && !pair.destination.is_running());
+                pair.source.assert_same_memory(&pair.destination);
+                assert!(place + CONFIRMATION > outcome.written);
+            }
+            (false, _) => {
+                pair.assert_stayed(&outcome);
+                cut += 1;
+                if place % 50 == 0 {
+                    pair.renew_destination();
+                    let again = pair.run(Faults::default());
+                    pair.assert_moved(&again);
+                }
+            }
+        }
+    }
+    assert!(cut > 700, "only {cut} places were before the end");
+}
+
+#[test]
+fn without_a_return_path_a_destination_that_misses_something_never_runs() {
+    let total = Pair::new(60).return_path(false).run(Faults::default()).written;
+    for place in (0..200).chain((200..total - 300).step_by(2003)) {
+        let pair = Pair::new(60).return_path(false);
+        let outcome = pair.run(Faults { cut_at: Some(place), ..Faults::default() });
+        pair.assert_stayed(&outcome);
+    }
+}
+
+#[test]
+fn a_lost_verdict_leaves_the_guest_at_the_source() {
+    // PONG 1, PONG AGREED, SHUT: 8 bytes each.
+    for place in 0..24 {
+        let pair = Pair::new(60);
+        let outcome = pair.run(Faults { cut_return_path_at: Some(place), ..Faults::default() });
+        pair.assert_stayed(&outcome);
+    }
+    let pair = Pair::new(60);
+    let outcome = pair.run(Faults { cut_return_path_at: Some(25), ..Faults::default() });
+    pair.assert_moved(&outcome);
+}
+
+#[test]
+fn cancelling_anywhere_leaves_exactly_one_guest_running() {
+    let total = Pair::new(60).run(Faults::default()).written;
+    let mut cancelled = 0;
+    for place in (0..total + 50).step_by(997).chain(total - 1500..total + 50) {
+        let pair = Pair::new(60);
+        let job = pair.job.clone();
+        let call: Arc<dyn Fn() + Send + Sync> = Arc::new(move || job.cancel());
+        let outcome = pair.run(Faults { call_at: Some((place, call)), ..Faults::default() });
+        if outcome.source.is_ok() {
+            pair.assert_moved(&outcome);
+        } else {
+            pair.assert_stayed(&outcome);
+            assert_eq!(outcome.statistics.status, Status::Cancelled, "{place}: {outcome:?}");
+            cancelled += 1;
+        }
+    }
+    assert!(cancelled > 200, "{cancelled}");
+}
+
+#[test]
+fn a_damaged_stream_is_named_by_offset_and_reported_to_the_source() {
+    // Magic, version, type of the configuration section, machine type, number and length of commands, the section's
+    // type, name, instance and version, the first record, a block's name and length.
+    let stream = [0, 7, 8, 14, 22, 29, 35, 43, 49, 55, 59, 67, 70, 83].map(|place| (place, 0x41));
+    for (place, mask) in stream {
+        let pair = Pair::new(60);
+        let outcome = pair.run(Faults { flip: Some((place, mask)), ..Faults::default() });
+        pair.assert_stayed(&outcome);
+        let Err(MigrationError::Load(error)) = &outcome.destination else { panic!("byte {place}: {outcome:?}") };
+        assert!(error.offset.abs_diff(place) < 24, "byte {place}: {error}");
+    }
+}
+
+#[test]
+fn a_failure_of_the_destination_reaches_the_source() {
+    let pair = Pair::new(200);
+    pair.destination.refuses_devices.store(true, Ordering::Relaxed);
+    let outcome = pair.run(Faults::default());
+    pair.assert_stayed(&outcome);
+    assert!(matches!(outcome.source, Err(MigrationError::PeerFailed { status: 1 })), "{outcome:?}");
+    assert!(matches!(outcome.destination, Err(MigrationError::Load(Located { kind: LoadError::Devices(_), .. }))));
+    assert_eq!(outcome.statistics.status, Status::Failed);
+    assert!(outcome.statistics.error.unwrap().contains("SHUT 1"));
+}
+
+#[test]
+fn a_mismatch_of_ram_is_named() {
+    let mut pair = Pair::new(60);
+    pair.destination = Arc::new(FakeGuest::new(&[("microvm.ram", 61), ("pc.bios", 4)]));
+    let outcome = pair.run(Faults::default());
+    pair.assert_stayed(&outcome);
+    let Err(MigrationError::Load(error)) = outcome.destination else { panic!("{:?}", outcome.destination) };
+    let LoadError::RamBlockSize { name, found, expected } = &error.kind else { panic!("{error}") };
+    assert_eq!((name.as_str(), *found, *expected), (Some("microvm.ram"), 60 * 4096, 61 * 4096));
+    assert!(error.to_string().contains("section 1 'ram'"), "{error}");
+
+    pair.destination = Arc::new(FakeGuest::new(&[("microvm.ram", 60)]));
+    let outcome = pair.run(Faults::default());
+    pair.assert_stayed(&outcome);
+    let Err(MigrationError::Load(error)) = outcome.destination else { panic!("{:?}", outcome.destination) };
+    assert!(matches!(&error.kind, LoadError::UnknownRamBlock { found, .. } if *found == *"pc.bios"), "{error}");
+}
+
+#[test]
+fn a_guest_that_is_faster_than_the_link_is_not_stopped_and_the_stall_is_named() {
+    let pair = Pair::new(600);
+    // Every 64 KiB that go out, the guest writes much more.
+    pair.source.pages_per_step.store(200, Ordering::Relaxed);
+    let mut parameters = pair.job.parameters();
+    parameters.set("downtime-limit", 1).unwrap();
+    pair.job.set_parameters(parameters);
+    let job = pair.job.clone();
+    let watcher = thread::spawn(move || {
+        let start = Instant::now();
+        loop {
+            let statistics = job.statistics();
+            if let Some(stalled) = statistics.stalled {
+                assert_eq!(statistics.status, Status::Active);
+                job.cancel();
+                return stalled;
+            }
+            assert!(start.elapsed() < Duration::from_secs(60), "no stall was reported: {statistics:?}");
+            thread::sleep(Duration::from_millis(5));
+        }
+    });
+    let outcome = pair.run(Faults { bytes_per_ms: Some(20_000), ..Faults::default() });
+    let stalled = watcher.join().unwrap();
+    assert!(stalled.contains("'microvm.ram' no longer shrinks"), "{stalled}");
+    pair.assert_stayed(&outcome);
+    assert_eq!(outcome.statistics.status, Status::Cancelled);
+}
+
+#[test]
+fn the_rate_limit_holds_while_the_guest_runs() {
+    let pair = Pair::new(1000);
+    let mut parameters = pair.job.parameters();
+    parameters.set("max-bandwidth", 8_000_000).unwrap();
+    pair.job.set_parameters(parameters);
+    let outcome = pair.run(Faults::default());
+    pair.assert_moved(&outcome);
+    let statistics = outcome.statistics;
+    let floor =
+        Duration::from_secs_f64(statistics.ram.precopy_bytes as f64 / 8e6).saturating_sub(Duration::from_millis(150));
+    assert!(statistics.total_time > floor, "{statistics:?}");
+    assert!(statistics.downtime.unwrap() < Duration::from_millis(300), "{statistics:?}");
+}
+
+#[test]
+fn pause_before_switchover_waits_and_can_be_cancelled() {
+    for cancel in [false, true] {
+        let pair = Pair::new(60);
+        let capabilities = Capabilities::default();
+        let capabilities = capabilities.with([("return-path", true), ("pause-before-switchover", true)]).unwrap();
+        pair.job.set_capabilities(capabilities).unwrap();
+        let (job, guest) = (pair.job.clone(), pair.source.clone());
+        let operator = thread::spawn(move || {
+            while job.status() != Status::PreSwitchover {
+                thread::sleep(Duration::from_millis(1));
+            }
+            assert!(!guest.is_running());
+            if cancel { job.cancel() } else { job.go_on().unwrap() }
+        });
+        let outcome = pair.run(Faults::default());
+        operator.join().unwrap();
+        if cancel { pair.assert_stayed(&outcome) } else { pair.assert_moved(&outcome) }
+    }
+}
+
+#[test]
+fn the_status_goes_through_qemus_states() {
+    let pair = Pair::new(60);
+    let seen = Arc::new(Mutex::new(Vec::new()));
+    let log = seen.clone();
+    pair.job.watch(move |notice| log.lock().unwrap().push(notice));
+    let outcome = pair.run(Faults::default());
+    pair.assert_moved(&outcome);
+    let statuses: Vec<_> = seen
+        .lock()
+        .unwrap()
+        .iter()
+        .filter_map(|notice| match notice {
+            Notice::Status(status) => Some(*status),
+            Notice::Pass(_) => None,
+        })
+        .collect();
+    assert_eq!(statuses, [Status::Setup, Status::Active, Status::Device, Status::Completed]);
+}
+
+/// A stream of ours is one that the decoder takes apart and the encoder puts together again.
+#[test]
+fn what_is_sent_follows_the_profile() {
+    let mut pair = Pair::new(60);
+    for (version, start) in [("7.2", false), ("11.1", true)] {
+        pair.profile = Profile::new(version.parse().unwrap(), "microvm");
+        pair.renew_destination();
+        let outcome = pair.run(Faults::default());
+        pair.assert_moved(&outcome);
+        assert_eq!(pair.profile.switchover_start, start);
+        pair.source.resume().unwrap();
+    }
+}

@@ -1,0 +1,106 @@
+//! The destination's RAM: the check of the block list, and where pages go.
+
+use super::{Guest, LoadError, RamView, bitmap::PageBitmap, zero::is_zero};
+use qevm_savevm::ram::{BlockId, PageAt, RamBlock, RamRecord};
+use qevm_wire::{Located, PageGeometry};
+use vm_memory::{Bytes, VolatileSlice};
+
+/// The blocks of the stream, matched to those of the guest.
+#[derive(Default)]
+pub(crate) struct RamReceiver<'g> {
+    blocks: Vec<Block<'g>>,
+}
+
+struct Block<'g> {
+    view: RamView<'g>,
+    /// Pages that hold something, or may do so.
+    written: PageBitmap,
+}
+
+impl<'g> RamReceiver<'g> {
+    /// Takes in a record without payload. `at` is the offset of the record.
+    pub(crate) fn record(&mut self, guest: &'g dyn Guest, record: &RamRecord<'_>) -> Result<(), LoadError> {
+        match record {
+            RamRecord::MemSize { .. } => self.blocks.clear(),
+            RamRecord::Block(block) => self.add_block(guest, block)?,
+            RamRecord::Zero(page) => self.clear_page(page),
+            RamRecord::Xbzrle { page, data } => self.apply_difference(page, data)?,
+            RamRecord::EndOfSection => {}
+            RamRecord::MultifdFlush => {
+                return Err(LoadError::Unsupported("multifd (turn the capability off at the source)".into()));
+            }
+            RamRecord::Compressed { .. } => {
+                return Err(LoadError::Unsupported("capability 'compress' (turn it off at the source)".into()));
+            }
+            // A page is moved by the caller; what else there may be one day is not understood.
+            other => return Err(LoadError::Unsupported(format!("{other:?}"))),
+        }
+        Ok(())
+    }
+
+    /// Where a page goes whose bytes are next in the stream.
+    pub(crate) fn page(&mut self, page: &PageAt) -> VolatileSlice<'g> {
+        let block = self.known(page.block);
+        let index = PageGeometry::X86.index(page.offset);
+        block.written.set_range(index..index + 1);
+        block.memory(page)
+    }
+
+    fn add_block(&mut self, guest: &'g dyn Guest, block: &RamBlock) -> Result<(), LoadError> {
+        let find = || guest.ram().into_iter().enumerate().find(|(_, view)| block.name == *view.name);
+        let Some((index, mut view)) = find() else {
+            let names: Vec<_> = guest.ram().iter().map(|view| format!("\"{}\"", view.name)).collect();
+            return Err(LoadError::UnknownRamBlock { found: block.name.clone(), expected: names.join(", ") });
+        };
+        if view.memory.len() as u64 != block.used_length {
+            let expected = view.memory.len() as u64;
+            let resized = guest.resize_ram(index, block.used_length);
+            match (resized, find()) {
+                (Ok(()), Some((_, resized))) if resized.memory.len() as u64 == block.used_length => view = resized,
+                _ => {
+                    let (name, found) = (block.name.clone(), block.used_length);
+                    return Err(LoadError::RamBlockSize { name, found, expected });
+                }
+            }
+        }
+        let pages = PageGeometry::X86.index(block.used_length);
+        let written = if view.pristine { PageBitmap::new(pages) } else { PageBitmap::full(pages) };
+        self.blocks.push(Block { view, written });
+        Ok(())
+    }
+
+    /// Clears a page, without touching it if it is clear.
+    fn clear_page(&mut self, page: &PageAt) {
+        let block = self.known(page.block);
+        let index = PageGeometry::X86.index(page.offset);
+        let memory = block.memory(page);
+        if block.written.contains(index) && !is_zero(&memory) {
+            memory.copy_from(&ZERO_PAGE[..memory.len()]);
+        }
+    }
+
+    fn apply_difference(&mut self, page: &PageAt, data: &[u8]) -> Result<(), LoadError> {
+        let memory = self.page(page);
+        let mut content = vec![0; memory.len()];
+        let outside = |error: vm_memory::VolatileMemoryError| LoadError::Unsupported(error.to_string());
+        memory.read_slice(&mut content, 0).map_err(outside)?;
+        qevm_savevm::xbzrle::decode(data, 0, &mut content)
+            .map_err(|error: Located<_>| LoadError::Stream(error.kind))?;
+        memory.write_slice(&content, 0).map_err(outside)
+    }
+
+    /// The decoder has checked that the block was listed, and that the page is in it.
+    fn known(&mut self, id: BlockId) -> &mut Block<'g> {
+        &mut self.blocks[id.index()]
+    }
+}
+
+const ZERO_PAGE: [u8; 4096] = [0; 4096];
+
+impl<'g> Block<'g> {
+    fn memory(&self, page: &PageAt) -> VolatileSlice<'g> {
+        let len = (self.view.memory.len() as u64 - page.offset).min(ZERO_PAGE.len() as u64);
+        // The decoder has checked that the page is in the block, whose length was compared.
+        self.view.memory.subslice(page.offset as usize, len as usize).unwrap_or(self.view.memory)
+    }
+}

@@ -1,0 +1,171 @@
+//! The source's RAM: which pages are to be sent, and the sending of them straight from guest memory.
+
+use super::{
+    Channel, DirtyLog, MigrationError, RamView,
+    bitmap::PageBitmap,
+    channel::{Source, write_all},
+    zero::is_zero,
+};
+use qevm_savevm::{StreamWriter, ram::BlockId};
+use qevm_wire::PageGeometry;
+use std::ops::Range;
+use vm_memory::VolatileSlice;
+
+/// Pages whose log is reset in one call: QEMU's `x-clear-bitmap-shift` is 18, which makes the guest write again to pages
+/// that wait long for their turn. 16 MiB cost one call each and keep that wait short.
+const RESET_PAGES: u64 = 4096;
+
+/// Pages in one vectored write: a part for each page and one for the records before it, within `MAX_PARTS`.
+pub(crate) const BATCH_PAGES: u64 = 256;
+
+/// Counts of what was sent.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(crate) struct Sent {
+    pub(crate) bytes: u64,
+    pub(crate) normal: u64,
+    pub(crate) zero: u64,
+}
+
+/// The pages to send, and where the sweep over them is.
+pub(crate) struct RamSender<'g> {
+    blocks: Vec<Block<'g>>,
+    pages: PageGeometry,
+    place: (usize, u64),
+}
+
+struct Block<'g> {
+    view: RamView<'g>,
+    /// Pages to send.
+    dirty: PageBitmap,
+    /// Chunks of [`RESET_PAGES`] in which pages were found dirty whose log was not reset since.
+    to_reset: PageBitmap,
+}
+
+impl<'g> RamSender<'g> {
+    /// Everything is to be sent.
+    pub(crate) fn new(views: Vec<RamView<'g>>, pages: PageGeometry) -> Self {
+        let blocks = views
+            .into_iter()
+            .map(|view| {
+                let count = pages.index(view.memory.len() as u64);
+                let to_reset = PageBitmap::new(count.div_ceil(RESET_PAGES));
+                Block { view, dirty: PageBitmap::full(count), to_reset }
+            })
+            .collect();
+        RamSender { blocks, pages, place: (0, 0) }
+    }
+
+    /// Name and remaining bytes of every block.
+    pub(crate) fn remaining(&self) -> impl Iterator<Item = (&str, u64)> {
+        self.blocks.iter().map(|block| (block.view.name, block.dirty.count() * self.pages.size()))
+    }
+
+    /// Pages to send.
+    pub(crate) fn remaining_pages(&self) -> u64 {
+        self.blocks.iter().map(|block| block.dirty.count()).sum()
+    }
+
+    /// Adds what the log has to what is to be sent, and starts a new sweep. Says how many pages are new.
+    pub(crate) fn read_log(&mut self, log: &mut dyn DirtyLog) -> Result<u64, MigrationError> {
+        let mut new = 0;
+        let blocks = &mut self.blocks;
+        log.read(&mut |block, word_number, word| {
+            let Some(block) = blocks.get_mut(block) else { return };
+            new += block.dirty.merge_word(word_number, word);
+            if word != 0 {
+                let chunk = word_number as u64 * 64 / RESET_PAGES;
+                block.to_reset.set_range(chunk..chunk + 1);
+            }
+        })
+        .map_err(MigrationError::guest("read the dirty log"))?;
+        self.place = (0, 0);
+        Ok(new)
+    }
+
+    /// Sends up to `limit` pages (at most [`BATCH_PAGES`]) of the sweep behind what `stream` holds already. Nothing is
+    /// left in `stream`. With `log`, the log of the pages is reset before they are read; without, the guest stands still.
+    ///
+    /// Says `None` for the counts of pages when the sweep has reached its end.
+    pub(crate) fn send(
+        &mut self,
+        channel: &dyn Channel,
+        stream: &mut StreamWriter,
+        mut log: Option<&mut dyn DirtyLog>,
+        limit: u64,
+    ) -> Result<Option<Sent>, MigrationError> {
+        let mut sent = Sent::default();
+        let mut layout: Vec<(Range<usize>, VolatileSlice<'g>)> = Vec::new();
+        let mut header_start = 0;
+        let mut left = limit.clamp(1, BATCH_PAGES);
+        let mut any = false;
+        while left > 0 {
+            let Some((index, run)) = self.next_run(left) else { break };
+            any = true;
+            self.reset_log(index, &run, &mut log)?;
+            let block = &mut self.blocks[index];
+            // Out of the set before it is read: a page that changes from here on turns up in the log again.
+            block.dirty.clear_range(run.clone());
+            left -= run.end - run.start;
+            self.place = (index, run.end);
+            let id = BlockId(index as u32);
+            for page in run {
+                let offset = page * self.pages.size();
+                let memory = page_of(&block.view, offset, self.pages.size())?;
+                if is_zero(&memory) {
+                    stream.zero_page(id, offset)?;
+                    sent.zero += 1;
+                } else {
+                    stream.page_header(id, offset)?;
+                    sent.normal += 1;
+                    layout.push((header_start..stream.bytes().len(), memory));
+                    header_start = stream.bytes().len();
+                }
+            }
+        }
+        let mut parts = Vec::with_capacity(2 * layout.len() + 1);
+        for (header, memory) in &layout {
+            parts.push(Source::bytes(&stream.bytes()[header.clone()]));
+            parts.push(Source::guest(memory));
+        }
+        parts.push(Source::bytes(&stream.bytes()[header_start..]));
+        sent.bytes = parts.iter().map(|part| part.len() as u64).sum();
+        write_all(channel, &mut parts).map_err(|source| MigrationError::Send { doing: "pages", source })?;
+        stream.clear();
+        Ok(any.then_some(sent))
+    }
+
+    /// The next pages to send at or behind the place of the sweep.
+    fn next_run(&mut self, limit: u64) -> Option<(usize, Range<u64>)> {
+        loop {
+            let (index, page) = self.place;
+            if let Some(run) = self.blocks.get(index)?.dirty.next_run(page, limit) {
+                return Some((index, run));
+            }
+            self.place = (index + 1, 0);
+        }
+    }
+
+    /// Resets the log of the chunks that hold `run`, where that was not done since the log was read.
+    fn reset_log(
+        &mut self,
+        index: usize,
+        run: &Range<u64>,
+        log: &mut Option<&mut dyn DirtyLog>,
+    ) -> Result<(), MigrationError> {
+        let Some(log) = log else { return Ok(()) };
+        let block = &mut self.blocks[index];
+        let chunks = run.start / RESET_PAGES..run.end.div_ceil(RESET_PAGES);
+        while let Some(chunk) = block.to_reset.next_run(chunks.start, 1).filter(|chunk| chunk.start < chunks.end) {
+            let pages = chunk.start * RESET_PAGES..(chunk.end * RESET_PAGES).min(block.dirty.pages());
+            log.reset(index, pages).map_err(MigrationError::guest("reset the dirty log"))?;
+            block.to_reset.clear_range(chunk);
+        }
+        Ok(())
+    }
+}
+
+fn page_of<'g>(view: &RamView<'g>, offset: u64, size: u64) -> Result<VolatileSlice<'g>, MigrationError> {
+    view.memory
+        .subslice(offset as usize, size as usize)
+        .map_err(|error| MigrationError::Guest { doing: "reach a page of guest memory", source: error.into() })
+}

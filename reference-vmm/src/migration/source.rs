@@ -1,0 +1,432 @@
+//! The source engine: precopy of a running guest, switchover, handover.
+
+use super::{
+    Channel, DeviceSection, DirtyLog, Guest, Job, MigrationError, Notice, SavedDevices, Status,
+    channel::{Source, write_all},
+    handover,
+    ram_sender::{RamSender, Sent},
+    rate::RateLimiter,
+    return_path::ReturnPath,
+    statistics::RoundStatistics,
+    switchover::{Bandwidth, Decision, Remaining, Round, Switchover, expected_downtime, per_second},
+};
+use qevm_savevm::{Encoder, StreamWriter, command::Command, configuration::Configuration, framing::SectionHeader, ram};
+use qevm_wire::{CountedString, PageGeometry, Profile};
+use std::{
+    sync::Arc,
+    thread,
+    time::{Duration, Instant},
+};
+
+/// A PART ends at the latest after this time, so that other sections get their turn (QEMU 5.2 to 11.1).
+const PART_TIME: Duration = Duration::from_millis(50);
+/// The section id of `ram`; the devices' follow. QEMU's are registration numbers, and any will do.
+const RAM_SECTION: u32 = 1;
+/// How often the return path is looked at while the guest waits for `migrate-continue`.
+const PRE_SWITCHOVER_POLL: Duration = Duration::from_millis(100);
+/// How long to wait for the destination's word on why the channel broke.
+const EXPLANATION_PATIENCE: Duration = Duration::from_secs(1);
+
+/// Migrates `guest` over `channel`, and returns when it runs at the destination, or goes on here.
+///
+/// The caller has claimed `job` with [`Job::begin`]; its capabilities and parameters apply. `profile` decides the bytes
+/// of the stream and must suit the destination's release.
+///
+/// # Errors
+/// [`MigrationError`]. In every case the guest is as it was before: running if it ran, and no log of dirty pages is kept.
+pub fn migrate(
+    guest: &dyn Guest,
+    channel: &Arc<dyn Channel>,
+    job: &Job,
+    profile: &Profile,
+) -> Result<(), MigrationError> {
+    let return_path = job.capabilities().return_path.then(ReturnPath::default);
+    thread::scope(|scope| {
+        if let Some(return_path) = &return_path {
+            scope.spawn(|| return_path.listen(&**channel));
+        }
+        let mut engine = Engine::new(guest, &**channel, job, profile, return_path.as_ref());
+        let result = job.attach(channel).and_then(|()| engine.run());
+        let result = result.map_err(|error| engine.explain(error)).map_err(|error| engine.back_out(error));
+        engine.finish(result)
+    })
+}
+
+struct Engine<'e> {
+    guest: &'e dyn Guest,
+    channel: &'e dyn Channel,
+    job: &'e Job,
+    profile: &'e Profile,
+    return_path: Option<&'e ReturnPath>,
+    stream: StreamWriter,
+    start: Instant,
+    limiter: RateLimiter,
+    bandwidth: Bandwidth,
+    /// Bytes written so far.
+    transferred: u64,
+    /// Bytes and time up to which [`Bandwidth`] was told.
+    accounted: (u64, Duration),
+    passes: u64,
+    stopped: Option<Stopped>,
+}
+
+struct Stopped {
+    at: Instant,
+    was_running: bool,
+}
+
+impl<'e> Engine<'e> {
+    fn new(
+        guest: &'e dyn Guest,
+        channel: &'e dyn Channel,
+        job: &'e Job,
+        profile: &'e Profile,
+        return_path: Option<&'e ReturnPath>,
+    ) -> Self {
+        Engine {
+            guest,
+            channel,
+            job,
+            profile,
+            return_path,
+            stream: StreamWriter::new(Encoder::new(PageGeometry::X86), profile.send_section_footer),
+            start: Instant::now(),
+            limiter: RateLimiter::new(job.parameters().max_bandwidth, Duration::ZERO),
+            bandwidth: Bandwidth::default(),
+            transferred: 0,
+            accounted: (0, Duration::ZERO),
+            passes: 0,
+            stopped: None,
+        }
+    }
+
+    fn run(&mut self) -> Result<(), MigrationError> {
+        let guest = self.guest;
+        let mut log = guest.start_dirty_log().map_err(MigrationError::guest("start the dirty log"))?;
+        let mut ram = RamSender::new(guest.ram(), PageGeometry::X86);
+        self.set_up(&ram)?;
+        self.job.advance(Status::Active)?;
+        self.read_log(&mut ram, &mut *log)?;
+        self.iterate(&mut ram, &mut *log)?;
+        self.stop()?;
+        // Saving first: whatever that changes in guest memory is then in the log.
+        let devices = self.save_devices()?;
+        self.read_log(&mut ram, &mut *log)?;
+        drop(log);
+        self.send_rest(&mut ram, devices)?;
+        self.hand_over()
+    }
+
+    /// Everything up to the list of RAM blocks.
+    fn set_up(&mut self, ram: &RamSender<'_>) -> Result<(), MigrationError> {
+        let configuration = self.profile.send_configuration.then(|| Configuration::new(self.guest.machine_type()));
+        self.stream.header(configuration.as_ref())?;
+        if self.return_path.is_some() {
+            self.stream.command(Command::OpenReturnPath)?;
+            self.stream.command(Command::Ping(1))?;
+            self.stream.command(Command::Ping(handover::ANNOUNCE))?;
+        }
+        self.stream.section_start(&SectionHeader {
+            section_id: RAM_SECTION,
+            idstr: idstr("ram")?,
+            instance_id: 0,
+            version_id: ram::SECTION_VERSION,
+        })?;
+        let blocks = ram.remaining().map(|(name, len)| Ok(ram::RamBlock::new(idstr(name)?, len)));
+        self.stream.ram_setup(blocks.collect::<Result<Vec<_>, MigrationError>>()?)?;
+        self.stream.eos()?;
+        self.stream.footer()?;
+        self.flush("the list of RAM blocks")?;
+        let total = ram.remaining().map(|(_, bytes)| bytes).sum();
+        let limit = self.job.parameters().downtime_limit();
+        self.job.update(|statistics| {
+            statistics.setup_time = self.start.elapsed();
+            statistics.ram.total = total;
+            statistics.ram.page_size = PageGeometry::X86.size();
+            statistics.expected_downtime = limit;
+        });
+        Ok(())
+    }
+
+    /// Sends rounds of dirty pages until the guest may be stopped. The log is read at the end of each.
+    fn iterate(&mut self, ram: &mut RamSender<'_>, log: &mut dyn DirtyLog) -> Result<(), MigrationError> {
+        let mut switchover = Switchover::default();
+        loop {
+            let (begin, bytes_before, pages) = (self.start.elapsed(), self.transferred, ram.remaining_pages());
+            self.sweep(ram, log)?;
+            let sent_at = self.start.elapsed();
+            self.account();
+            let new_pages = self.read_log(ram, log)?;
+            let end = self.start.elapsed();
+            self.accounted.1 = end;
+
+            let parameters = self.job.parameters();
+            let remaining: Vec<_> = ram.remaining().map(|(name, bytes)| Remaining { name, bytes }).collect();
+            let round = Round {
+                remaining: &remaining,
+                took: end - begin,
+                overhead: end - sent_at,
+                bandwidth: self.bandwidth.estimate(),
+                switchover_bandwidth: Some(parameters.avail_switchover_bandwidth).filter(|bandwidth| *bandwidth > 0),
+                downtime_limit: parameters.downtime_limit(),
+            };
+            let decision = switchover.decide(&round);
+            let total = remaining.iter().map(|part| part.bytes).sum();
+            let rate = per_second(new_pages, round.took);
+            self.job.update(|statistics| {
+                statistics.ram.dirty_pages_rate = rate;
+                statistics.expected_downtime = expected_downtime(total, &round).unwrap_or(parameters.downtime_limit());
+                statistics.rounds.push(RoundStatistics {
+                    start: begin,
+                    took: end - begin,
+                    pages,
+                    bytes: self.transferred - bytes_before,
+                    dirty_rate: rate * PageGeometry::X86.size(),
+                });
+                statistics.stalled = match &decision {
+                    Decision::Iterate { stalled: Some(stall) } => Some(stall.to_string()),
+                    _ => None,
+                };
+            });
+            match decision {
+                Decision::Iterate { stalled: Some(stall) } => tracing::warn!("{stall}"),
+                Decision::Iterate { stalled: None } => {}
+                Decision::SwitchOver(reason) => {
+                    tracing::debug!(?reason, remaining = total, "switchover");
+                    return Ok(());
+                }
+            }
+        }
+    }
+
+    /// Sends every page that is dirty now, in PART sections and within the rate limit.
+    fn sweep(&mut self, ram: &mut RamSender<'_>, log: &mut dyn DirtyLog) -> Result<(), MigrationError> {
+        while ram.remaining_pages() > 0 {
+            self.check()?;
+            self.limiter.set_limit(self.job.parameters().max_bandwidth);
+            let now = self.start.elapsed();
+            if self.limiter.allowance(now) == 0 {
+                self.job.sleep(self.limiter.wait(now))?;
+                continue;
+            }
+            self.stream.section_part(RAM_SECTION)?;
+            loop {
+                let pages = self.limiter.allowance(self.start.elapsed()) / PageGeometry::X86.size();
+                let Some(sent) = ram.send(self.channel, &mut self.stream, Some(&mut *log), pages)? else { break };
+                self.sent(sent);
+                let elapsed = self.start.elapsed();
+                if elapsed - now >= PART_TIME || self.limiter.allowance(elapsed) == 0 {
+                    break;
+                }
+                self.check()?;
+            }
+            self.stream.eos()?;
+            self.stream.footer()?;
+            self.flush("the end of a RAM section")?;
+            self.account();
+        }
+        Ok(())
+    }
+
+    /// Stops the guest.
+    fn stop(&mut self) -> Result<(), MigrationError> {
+        self.check()?;
+        let at = Instant::now();
+        let stopped_at = monotonic_now();
+        let was_running = self.guest.pause().map_err(MigrationError::guest("stop the guest"))?;
+        self.stopped = Some(Stopped { at, was_running });
+        self.job.update(|statistics| {
+            statistics.stopped_at = Some(stopped_at);
+            statistics.ram.precopy_bytes = self.transferred;
+        });
+        if self.job.capabilities().pause_before_switchover {
+            self.job.advance(Status::PreSwitchover)?;
+            while !self.job.may_go_on(PRE_SWITCHOVER_POLL)? {
+                self.check()?;
+            }
+        }
+        self.job.advance(Status::Device)
+    }
+
+    fn save_devices(&self) -> Result<SavedDevices, MigrationError> {
+        let was_running = self.stopped.as_ref().is_some_and(|stopped| stopped.was_running);
+        let saved = self.guest.save_devices(self.profile, was_running);
+        saved.map_err(MigrationError::guest("save the state of the devices"))
+    }
+
+    /// Sends what is left of the RAM, and the devices: all but the end of the stream.
+    fn send_rest(&mut self, ram: &mut RamSender<'_>, devices: SavedDevices) -> Result<(), MigrationError> {
+        if self.profile.switchover_start {
+            self.stream.command(Command::SwitchoverStart)?;
+        }
+        self.stream.section_end(RAM_SECTION)?;
+        while let Some(sent) = ram.send(self.channel, &mut self.stream, None, u64::MAX)? {
+            self.sent(sent);
+            self.check()?;
+        }
+        self.stream.eos()?;
+        self.stream.footer()?;
+        for (section_id, device) in (RAM_SECTION + 1..).zip(&devices.sections) {
+            let (idstr, instance_id, version_id) = (device.idstr.clone(), device.instance_id, device.version_id);
+            self.stream.section_full(&SectionHeader { section_id, idstr, instance_id, version_id }, &device.body)?;
+        }
+        self.flush("the state of the devices")?;
+        self.stream.eof()?;
+        if self.profile.vmdesc {
+            let described = devices.vmdesc.unwrap_or_else(|| describe(&devices.sections));
+            self.stream.vmdesc(&described)?;
+        }
+        self.check()
+    }
+
+    /// Sends the end of the stream, which makes the destination complete, and waits for its verdict.
+    fn hand_over(&mut self) -> Result<(), MigrationError> {
+        let Some(return_path) = self.return_path else {
+            self.flush("the end of the stream")?;
+            return self.job.handed_over();
+        };
+        return_path.sent_everything();
+        // Even if this breaks half-way, the destination may have all it needs: its verdict counts.
+        let sent = self.flush("the end of the stream");
+        match return_path.verdict() {
+            Ok(()) if return_path.agreed() => self.job.handed_over()?,
+            // A QEMU runs the guest already: it is too late to cancel.
+            Ok(()) => return Ok(()),
+            Err(MigrationError::NoVerdict | MigrationError::ReturnPath(_)) => {
+                sent?;
+                return Err(MigrationError::NoVerdict);
+            }
+            Err(error) => return Err(error),
+        }
+        let confirmation = handover::confirmation()?;
+        if let Err(error) = write_all(self.channel, &mut [Source::bytes(&confirmation)]) {
+            // The destination has everything, and may even have been told: running the guest here is not safe.
+            tracing::error!(
+                "cannot confirm the handover ({error}): if the guest does not run at the destination, say 'cont' there"
+            );
+        }
+        Ok(())
+    }
+
+    /// Reads the dirty log: one pass. Says how many pages were new.
+    fn read_log(&mut self, ram: &mut RamSender<'_>, log: &mut dyn DirtyLog) -> Result<u64, MigrationError> {
+        let new = ram.read_log(log)?;
+        self.passes += 1;
+        let remaining = ram.remaining().map(|(_, bytes)| bytes).sum();
+        self.job.update(|statistics| {
+            statistics.ram.dirty_sync_count = self.passes;
+            statistics.ram.remaining = remaining;
+        });
+        self.job.notify(Notice::Pass(self.passes));
+        Ok(new)
+    }
+
+    fn flush(&mut self, doing: &'static str) -> Result<(), MigrationError> {
+        let bytes = self.stream.bytes().len() as u64;
+        write_all(self.channel, &mut [Source::bytes(self.stream.bytes())])
+            .map_err(|source| MigrationError::Send { doing, source })?;
+        self.stream.clear();
+        self.sent(Sent { bytes, ..Sent::default() });
+        Ok(())
+    }
+
+    fn sent(&mut self, sent: Sent) {
+        self.transferred += sent.bytes;
+        self.limiter.sent(sent.bytes);
+        self.job.update(|statistics| {
+            let ram = &mut statistics.ram;
+            ram.transferred = self.transferred;
+            ram.normal += sent.normal;
+            ram.duplicate += sent.zero;
+            ram.remaining = ram.remaining.saturating_sub((sent.normal + sent.zero) * ram.page_size);
+            statistics.total_time = self.start.elapsed();
+        });
+    }
+
+    /// Tells the bandwidth estimate what was sent since the last time.
+    fn account(&mut self) {
+        let now = self.start.elapsed();
+        let (bytes, time) = (self.transferred - self.accounted.0, now.saturating_sub(self.accounted.1));
+        self.accounted = (self.transferred, now);
+        self.bandwidth.add(bytes, time);
+        if let Some(estimate) = self.bandwidth.estimate() {
+            self.job.update(|statistics| {
+                statistics.ram.mbps = estimate as f64 * 8.0 / 1e6;
+                statistics.ram.pages_per_second = estimate / PageGeometry::X86.size();
+            });
+        }
+    }
+
+    fn check(&self) -> Result<(), MigrationError> {
+        self.job.check()?;
+        self.return_path.map_or(Ok(()), ReturnPath::failure)
+    }
+
+    /// Replaces a broken channel by what the destination said about it.
+    fn explain(&self, error: MigrationError) -> MigrationError {
+        match (error, self.return_path) {
+            (error @ MigrationError::Send { .. }, Some(return_path)) => {
+                return_path.explanation(EXPLANATION_PATIENCE).unwrap_or(error)
+            }
+            (error, _) => error,
+        }
+    }
+
+    /// Lets the guest go on after a failure.
+    fn back_out(&mut self, error: MigrationError) -> MigrationError {
+        // First of all the destination must not get any further.
+        self.channel.close();
+        let was_running = self.stopped.take().is_some_and(|stopped| stopped.was_running);
+        if was_running && let Err(resume) = self.guest.resume() {
+            let source = format!("{resume} (the migration had failed: {error})").into();
+            return MigrationError::Guest { doing: "resume the guest", source };
+        }
+        error
+    }
+
+    fn finish(&mut self, result: Result<(), MigrationError>) -> Result<(), MigrationError> {
+        self.job.update(|statistics| {
+            statistics.total_time = self.start.elapsed();
+            if let Some(stopped) = &self.stopped {
+                statistics.downtime = Some(stopped.at.elapsed());
+                statistics.ram.downtime_bytes = self.transferred.saturating_sub(statistics.ram.precopy_bytes);
+            }
+        });
+        self.job.end(result.as_ref().err());
+        // The return path is read to its end: the destination closes when it has taken over.
+        self.channel.finish_writing();
+        result
+    }
+}
+
+fn idstr(name: &str) -> Result<CountedString, MigrationError> {
+    CountedString::new(name).ok_or_else(|| MigrationError::Guest {
+        doing: "name a section or RAM block",
+        source: format!("'{name}' is not 1 to 255 bytes long").into(),
+    })
+}
+
+/// Time since boot of `CLOCK_MONOTONIC`, which processes of one host share.
+pub fn monotonic_now() -> Duration {
+    let mut now = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    // SAFETY: `now` is a valid timespec to write to.
+    unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC, &mut now) };
+    Duration::new(now.tv_sec.unsigned_abs(), now.tv_nsec as u32)
+}
+
+/// A description of sections as buffers, which is how QEMU describes handlers without fields.
+fn describe(sections: &[DeviceSection]) -> String {
+    let devices: Vec<_> = sections
+        .iter()
+        .map(|section| {
+            let size = section.body.len();
+            serde_json::json!({
+                "name": section.idstr.to_string(),
+                "instance_id": section.instance_id,
+                "size": size,
+                "fields": [{ "name": "data", "size": size, "type": "buffer" }],
+            })
+        })
+        .collect();
+    serde_json::json!({ "page_size": PageGeometry::X86.size(), "devices": devices }).to_string()
+}
