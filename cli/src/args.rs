@@ -42,6 +42,8 @@ pub enum Command {
     Inspect(Inspect),
     /// Decode everything, re-encode it, compare byte for byte, rebuild every RAM block.
     Verify(Verify),
+    /// Write a migration again as a plain stream or a mapped-ram file.
+    Convert(Convert),
     /// Write guest memory to files: RAM blocks, guest-physical memory, an ELF core for gdb and crash.
     Extract(Extract),
     /// Be the destination of a real QEMU's `migrate`, save the stream and say what arrived.
@@ -165,6 +167,46 @@ pub struct Receive {
     #[command(flatten)]
     #[allow(missing_docs)]
     pub output: Output,
+}
+
+/// `qevm convert`.
+#[derive(Debug, Args)]
+#[command(after_help = EXIT_CODES)]
+pub struct Convert {
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub input: Input,
+    /// Write the new stream here.
+    #[arg(long, value_name = "FILE")]
+    pub out: PathBuf,
+    /// Its form.
+    #[arg(long, value_enum, default_value_t = StreamForm::Plain)]
+    pub format: StreamForm,
+    /// Overwrite the output file if it exists.
+    #[arg(long)]
+    pub force: bool,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub output: Output,
+}
+
+/// The form of a stream in a file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum StreamForm {
+    /// Every page on the main channel, for `-incoming` and `migrate-incoming` without further capabilities.
+    Plain,
+    /// Every page at its own place (capability `mapped-ram`, QEMU 9.0 and newer).
+    MappedRam,
+}
+
+impl StreamForm {
+    /// The name on the command line.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            StreamForm::Plain => "plain",
+            StreamForm::MappedRam => "mapped-ram",
+        }
+    }
 }
 
 /// Which digest is computed of each RAM block.

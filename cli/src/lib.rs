@@ -12,6 +12,7 @@ pub mod open;
 pub mod progress;
 pub mod ram;
 pub mod report;
+pub mod rewrite;
 pub mod socket;
 pub mod source;
 pub mod stream;
@@ -41,6 +42,7 @@ pub fn run(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
         }
     };
     let result = match &cli.command {
+        Command::Convert(convert) => commands::convert::run(convert),
         Command::Extract(extract) => commands::extract::run(extract),
         Command::Inspect(inspect) => commands::inspect::run(inspect),
         Command::Verify(verify) => commands::verify::run(verify),

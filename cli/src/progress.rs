@@ -61,3 +61,9 @@ impl Drop for Progress {
         self.bar.finish_and_clear();
     }
 }
+
+impl Default for Progress {
+    fn default() -> Self {
+        Self::hidden()
+    }
+}

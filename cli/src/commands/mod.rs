@@ -1,5 +1,6 @@
 //! The commands, one module each.
 
+pub mod convert;
 pub mod extract;
 pub mod inspect;
 pub mod receive;

@@ -7,6 +7,7 @@ use crate::report::{RamReport, Report, SectionReport};
 use qevm_savevm::command::Command;
 use qevm_savevm::configuration::Configuration;
 use qevm_savevm::framing::{SectionHeader, SectionKind};
+use qevm_savevm::ram::RamBlock;
 
 /// What is to be done on the way.
 #[derive(Debug, Clone)]
@@ -31,6 +32,8 @@ pub trait Observer {
     fn command(&mut self, _command: &Command, _offset: u64) {}
     /// The stream is over; only a description may follow.
     fn end_of_stream(&mut self) {}
+    /// The list of RAM blocks has `block`.
+    fn ram_block(&mut self, _block: &RamBlock) {}
     /// The content of a device section, `body`, starts at `offset` of its file.
     fn body(&mut self, _header: &SectionHeader, _offset: u64, _body: &[u8]) {}
 }

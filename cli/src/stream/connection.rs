@@ -301,6 +301,7 @@ impl Walk<'_> {
         };
         match record {
             RamRecord::Block(block) => {
+                self.observer.ram_block(block);
                 let index = memory.ram.add_block(block.name.to_string(), block.used_length);
                 if let Some(header) = block.mapped_ram {
                     return Ok(Payload::MappedRam { block: index, header, used_length: block.used_length });
