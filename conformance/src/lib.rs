@@ -1,6 +1,7 @@
 //! Real QEMUs of several releases as the judge of qevm.
 //!
-//! [`roots`] installs them (through [`apt`]), [`launch`] starts one and [`qmp`] talks to it. A [`scenario`] is a row of the [`table`];
+//! [`roots`] installs them (through [`apt`]), [`launch`] starts one and [`qmp`] talks to it; [`linux`] and
+//! [`payload`] are guests for it. A [`scenario`] is a row of the [`table`];
 //! [`record`] plays it, with [`tape`] as the listener that keeps every channel, and asks the [`oracle`] what the stopped
 //! guest's RAM really is. [`judge`] then holds what qevm (the [`subject`]) says about the recording against that truth and
 //! against QEMU's own [`description`]; [`matrix`] does it for many scenarios and [`report`] tells the result.
@@ -8,9 +9,11 @@
 pub mod analyze;
 pub mod apt;
 pub mod corpus;
+mod cpio;
 pub mod description;
 pub mod judge;
 pub mod launch;
+pub mod linux;
 pub mod matrix;
 pub mod oracle;
 pub mod payload;

@@ -3,13 +3,14 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use crate::launch::Qemu;
+use crate::linux::{self, Linux};
 use crate::oracle::{self, Block};
 use crate::payload;
 use crate::process::run;
@@ -24,6 +25,12 @@ const FIRMWARE_TIME: Duration = Duration::from_millis(1000);
 const PATTERN_AT: u32 = 0xc0_0000;
 const PATTERN_PAGES: usize = 256;
 const DISK_BYTES: usize = 1 << 20;
+const CONSOLE: &str = "console.txt";
+const KERNEL_COMMAND_LINE: &str = "console=ttyS0 quiet panic=-1 mitigations=off nokaslr tsc=reliable";
+/// An emulated microvm has no timer to calibrate the TSC by; TCG's runs at 1 GHz.
+const MICROVM_CLOCK: &str = " tsc_early_khz=1000000";
+/// An emulated guest with a dozen drivers to load takes about ten seconds on an idle machine.
+const LINUX_TIMEOUT: Duration = Duration::from_secs(240);
 /// The name of a recording's description in its folder.
 pub const MANIFEST: &str = "recording.json";
 
@@ -103,7 +110,7 @@ fn record_into(scenario: &Scenario, root: &Root, subject: &Subject, folder: &Pat
     make_inputs(root, scratch)?;
     let arguments = arguments(scenario, scratch)?;
     let mut source = Qemu::start(root, "source", &arguments, scratch)?;
-    let_guest_run(scenario, &mut source)?;
+    let_guest_run(scenario, &mut source, scratch)?;
     for (command, given) in &scenario.prepare {
         source.execute(command, fill_value(given, scratch))?;
     }
@@ -119,7 +126,7 @@ fn record_into(scenario: &Scenario, root: &Root, subject: &Subject, folder: &Pat
 
     let run = Run { scenario, root, subject, scratch, folder, arguments: &arguments };
     let (files, migration) = run.migrate(&mut source)?;
-    check_purpose(scenario, &migration)?;
+    check_purpose(scenario, &migration, &files, folder)?;
     let ram = match before {
         Some(ram) => ram,
         None => oracle::ram_blocks(&mut source, scratch)?,
@@ -142,7 +149,7 @@ fn record_into(scenario: &Scenario, root: &Root, subject: &Subject, folder: &Pat
 }
 
 /// A recording without the records that it is for would prove nothing.
-fn check_purpose(scenario: &Scenario, migration: &Value) -> Result<()> {
+fn check_purpose(scenario: &Scenario, migration: &Value, files: &Files, folder: &Path) -> Result<()> {
     let compared = [
         ("xbzrle", &migration["xbzrle-cache"]["pages"], "XBZRLE pages"),
         ("compress", &migration["compression"]["pages"], "compressed pages"),
@@ -151,6 +158,13 @@ fn check_purpose(scenario: &Scenario, migration: &Value) -> Result<()> {
     for (capability, counter, what) in compared {
         if scenario.capabilities.contains(&capability) && counter.as_u64().unwrap_or(0) == 0 {
             bail!("QEMU reports no {what}");
+        }
+    }
+    if scenario.capabilities.contains(&"postcopy-preempt") {
+        // The preempt channel is the last to be opened; it may legally carry nothing.
+        let preempt = files.channels.last().context("no preempt channel was opened")?;
+        if fs::metadata(folder.join(preempt))?.len() == 0 {
+            bail!("nothing went over the preempt channel");
         }
     }
     Ok(())
@@ -180,9 +194,18 @@ fn arguments(scenario: &Scenario, scratch: &Path) -> Result<Vec<String>> {
             fs::write(&path, payload::firmware(dirtying))?;
             all.extend(["-bios".into(), path.display().to_string()]);
         }
+        Guest::Linux => {
+            let linux = Linux::install()?;
+            all.extend(["-kernel".into(), linux.kernel.display().to_string()]);
+            all.extend(["-initrd".into(), linux.initramfs.display().to_string()]);
+            let clock = if scenario.machine.starts_with("microvm") { MICROVM_CLOCK } else { "" };
+            all.extend(["-append".into(), format!("{KERNEL_COMMAND_LINE}{clock}")]);
+            all.extend(["-chardev".into(), format!("file,id=qevm-console,path={}", scratch.join(CONSOLE).display())]);
+            all.extend(["-serial".into(), "chardev:qevm-console".into()]);
+        }
         Guest::Firmware | Guest::FirmwareLive => {}
     }
-    if !matches!(scenario.guest, Guest::Idle) {
+    if !matches!(scenario.guest, Guest::Idle | Guest::Linux) {
         let file = scratch.join("ram.bin");
         all.push("-device".into());
         all.push(format!("loader,file={},addr={PATTERN_AT:#x},force-raw=on", file.display()));
@@ -204,15 +227,34 @@ fn fill_value(value: &Value, scratch: &Path) -> Value {
     }
 }
 
-fn let_guest_run(scenario: &Scenario, source: &mut Qemu) -> Result<()> {
+fn let_guest_run(scenario: &Scenario, source: &mut Qemu, scratch: &Path) -> Result<()> {
     match scenario.guest {
         Guest::Idle => {}
         Guest::Dirtying(_) => thread::sleep(FIRMWARE_TIME / 3),
         Guest::FirmwareLive => thread::sleep(FIRMWARE_TIME),
+        Guest::Linux => {
+            wait_for_linux(&scratch.join(CONSOLE))?;
+            source.execute("stop", Value::Null)?;
+        }
         Guest::Firmware => {
             thread::sleep(FIRMWARE_TIME);
             source.execute("stop", Value::Null)?;
         }
     }
     Ok(())
+}
+
+fn wait_for_linux(console: &Path) -> Result<()> {
+    let deadline = Instant::now() + LINUX_TIMEOUT;
+    loop {
+        let said = fs::read(console).map(|b| String::from_utf8_lossy(&b).into_owned()).unwrap_or_default();
+        if said.contains(linux::READY) {
+            return Ok(());
+        }
+        if Instant::now() > deadline {
+            let last: Vec<&str> = said.lines().rev().take(5).collect();
+            bail!("Linux is not ready after {} s; last lines, newest first: {last:?}", LINUX_TIMEOUT.as_secs());
+        }
+        thread::sleep(Duration::from_millis(50));
+    }
 }

@@ -188,7 +188,7 @@ pub fn cache_dir() -> Result<PathBuf> {
 }
 
 /// An exclusive lock that two concurrent set-ups take in turn; released when dropped.
-fn lock(path: &Path) -> Result<fs::File> {
+pub(crate) fn lock(path: &Path) -> Result<fs::File> {
     if let Some(parent) = path.parent() {
         fs::create_dir_all(parent)?;
     }

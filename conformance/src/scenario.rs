@@ -23,6 +23,8 @@ pub enum Guest {
     FirmwareLive,
     /// Dirties memory for ever while it migrates; as firmware for `-bios`.
     Dirtying(Dirtying),
+    /// Boots Linux, loads the drivers of its devices, uses them, then is stopped. The first serial port is Linux's.
+    Linux,
     /// Has no processor that does anything.
     Idle,
 }

@@ -169,7 +169,9 @@ fn postcopy() -> Vec<Scenario> {
         rows.push(row("q35", "postcopy", Route::Postcopy).with("-device VGA -device virtio-rng-pci"));
         rows.push(slow(row("microvm", "postcopy-recovery", Route::PostcopyRecovery)));
         if suite != Bullseye {
-            rows.push(row("microvm", "postcopy-preempt", Route::Postcopy).caps("postcopy-preempt"));
+            // A slow background makes the destination ask for pages, which is what the preempt channel is for.
+            let urgent = row("microvm", "postcopy-preempt", Route::Postcopy).caps("postcopy-preempt");
+            rows.push(urgent.parameter("max-postcopy-bandwidth", 8 << 20));
             rows.push(slow(row("q35", "postcopy-preempt-recovery", Route::PostcopyRecovery).caps("postcopy-preempt")));
         }
         if suite == Sid {
@@ -179,6 +181,7 @@ fn postcopy() -> Vec<Scenario> {
             rows.push(
                 row("q35", "postcopy-multifd-preempt", Route::Postcopy)
                     .caps("multifd postcopy-preempt")
+                    .parameter("max-postcopy-bandwidth", 8 << 20)
                     .parameter("multifd-channels", 2),
             );
         }
