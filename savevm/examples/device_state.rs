@@ -74,11 +74,11 @@ fn show(value: &Value) -> String {
     }
 }
 
+/// Header, offset of the body, body.
+type Body<'a> = (SectionHeader, u64, &'a [u8]);
+
 /// The device sections of a stream with the offsets of their bodies, whose lengths the description tells.
-fn sections<'a>(
-    stream: &'a [u8],
-    description: &Description,
-) -> Result<Vec<(SectionHeader, u64, &'a [u8])>, Box<dyn Error>> {
+fn sections<'a>(stream: &'a [u8], description: &Description) -> Result<Vec<Body<'a>>, Box<dyn Error>> {
     let offset = stream.windows(4).position(|w| w == b"QEVM").ok_or("no stream")?;
     let mut decoder = Decoder::new(DecoderOptions { offset: offset as u64, ..DecoderOptions::default() });
     decoder.end_of_input();

@@ -241,3 +241,6 @@ impl<'d> ElementNames<'d> {
         if marker { format!("{}[{index}].present", field.name) } else { format!("{}[{index}]", field.name) }
     }
 }
+
+#[cfg(test)]
+mod tests;
