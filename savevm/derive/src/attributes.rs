@@ -16,6 +16,7 @@ pub(crate) struct Declaration {
     pub(crate) minimum_version: u32,
     pub(crate) needed: Option<Expr>,
     pub(crate) wire_version: Option<Expr>,
+    pub(crate) release_versions: Option<Expr>,
     pub(crate) pre_save: Option<Path>,
     pub(crate) post_load: Option<Path>,
     pub(crate) fields: Vec<Field>,
@@ -33,6 +34,8 @@ pub(crate) struct Field {
     pub(crate) type_name: Option<LitStr>,
     pub(crate) since: Option<u32>,
     pub(crate) exists: Option<Expr>,
+    /// Like `exists`, from the context alone.
+    pub(crate) released: Option<Expr>,
     pub(crate) len: Option<Expr>,
     pub(crate) null: Option<Expr>,
     /// The context that the field's own content sees.
@@ -55,6 +58,13 @@ pub(crate) type Release = (u16, u16);
 /// Names that generated code gives to values of its own, in scope of the attributes' expressions.
 const RESERVED: [&str; 3] = ["version", "ctx", "index"];
 
+impl Field {
+    /// The condition under which the field exists.
+    pub(crate) fn condition(&self) -> Option<&Expr> {
+        self.exists.as_ref().or(self.released.as_ref())
+    }
+}
+
 impl Declaration {
     pub(crate) fn parse(input: &DeriveInput) -> Result<Declaration> {
         let Data::Struct(data) = &input.data else {
@@ -65,7 +75,7 @@ impl Declaration {
         };
         let mut name = None;
         let (mut version, mut minimum_version) = (None, None);
-        let (mut needed, mut wire_version) = (None, None);
+        let (mut needed, mut wire_version, mut release_versions) = (None, None, None);
         let (mut pre_save, mut post_load) = (None, None);
         each_attribute(&input.attrs, |meta| match key(meta)?.as_str() {
             "name" => set(&mut name, meta, |m| m.value()?.parse()),
@@ -73,11 +83,12 @@ impl Declaration {
             "minimum_version" => set(&mut minimum_version, meta, integer),
             "needed" => set(&mut needed, meta, |m| m.value()?.parse()),
             "wire_version" => set(&mut wire_version, meta, |m| m.value()?.parse()),
+            "release_versions" => set(&mut release_versions, meta, |m| m.value()?.parse()),
             "pre_save" => set(&mut pre_save, meta, |m| m.value()?.parse()),
             "post_load" => set(&mut post_load, meta, |m| m.value()?.parse()),
             other => Err(meta.error(format!(
                 "unknown attribute `{other}` of a VMSD: expected name, version, minimum_version, needed, wire_version, \
-                 pre_save or post_load"
+                 release_versions, pre_save or post_load"
             ))),
         })?;
         let missing = |what| Error::new(input.ident.span(), format!("missing #[vmstate({what})]"));
@@ -109,6 +120,7 @@ impl Declaration {
             minimum_version,
             needed,
             wire_version,
+            release_versions,
             pre_save,
             post_load,
             fields,
@@ -136,6 +148,7 @@ fn parse_field(field: &syn::Field, version: u32) -> Result<Member> {
     }
     let (mut name, mut type_name, mut since) = (None, None, None);
     let (mut exists, mut len, mut null, mut context, mut needed) = (None, None, None, None, None);
+    let mut released = None;
     let (mut subsection, mut since_release, mut until_release) = (None, None, None);
     each_attribute(&field.attrs, |meta| {
         match key(meta)?.as_str() {
@@ -143,6 +156,7 @@ fn parse_field(field: &syn::Field, version: u32) -> Result<Member> {
         "type" => set(&mut type_name, meta, |m| m.value()?.parse::<LitStr>()),
         "since" => set(&mut since, meta, integer),
         "exists" => set(&mut exists, meta, |m| m.value()?.parse::<Expr>()),
+        "released" => set(&mut released, meta, |m| m.value()?.parse::<Expr>()),
         "len" => set(&mut len, meta, |m| m.value()?.parse::<Expr>()),
         "null" => set(&mut null, meta, |m| m.value()?.parse::<Expr>()),
         "context" => set(&mut context, meta, |m| m.value()?.parse::<Expr>()),
@@ -151,7 +165,7 @@ fn parse_field(field: &syn::Field, version: u32) -> Result<Member> {
         "since_release" => set(&mut since_release, meta, release),
         "until_release" => set(&mut until_release, meta, release),
         other => Err(meta.error(format!(
-            "unknown attribute `{other}` of a field: expected name, type, since, exists, len, null, context, subsection, \
+            "unknown attribute `{other}` of a field: expected name, type, since, exists, released, len, null, context, subsection, \
              needed, since_release or until_release"
         ))),
     }
@@ -162,6 +176,7 @@ fn parse_field(field: &syn::Field, version: u32) -> Result<Member> {
             || type_name.is_some()
             || since.is_some()
             || exists.is_some()
+            || released.is_some()
             || len.is_some()
             || null.is_some()
             || context.is_some()
@@ -179,13 +194,30 @@ fn parse_field(field: &syn::Field, version: u32) -> Result<Member> {
     if since.is_some_and(|since| since > version) {
         return error("since is above the VMSD's version: the field would never be written");
     }
-    let ty = match exists {
-        Some(_) => option_inner(&field.ty, "a field that may not exist is an Option")?,
-        None => field.ty.clone(),
+    if exists.is_some() && released.is_some() {
+        return error(
+            "`released` is for fields that exist in some releases only; with a further condition use `exists`",
+        );
+    }
+    let ty = match (&exists, &released) {
+        (None, None) => field.ty.clone(),
+        _ => option_inner(&field.ty, "a field that may not exist is an Option")?,
     };
     let name = name.map_or(plain, |name: LitStr| name.value());
     let json_name = name.clone();
-    Ok(Member::Field(Box::new(Field { ident, ty, name, json_name, type_name, since, exists, len, null, context })))
+    Ok(Member::Field(Box::new(Field {
+        ident,
+        ty,
+        name,
+        json_name,
+        type_name,
+        since,
+        exists,
+        released,
+        len,
+        null,
+        context,
+    })))
 }
 
 /// QEMU appends `[k]` to names that several fields of a VMSD have; k counts all of them, written or not.

@@ -126,7 +126,7 @@ fn prepare(declaration: &Declaration) -> TokenStream {
     let hook = declaration.pre_save.iter().map(|hook| quote!(#hook(self, ctx)?;));
     let fields = declaration.fields.iter().map(|field| {
         let (field_trait, value) = (field_trait(field), &field.ident);
-        match field.exists {
+        match field.condition() {
             Some(_) => quote!(if let Some(value) = &mut self.#value { #field_trait::prepare(value, ctx)?; }),
             None => quote!(#field_trait::prepare(&mut self.#value, ctx)?;),
         }
@@ -190,7 +190,7 @@ fn prepare_subsection(subsection: &Subsection) -> TokenStream {
 fn accept(declaration: &Declaration) -> TokenStream {
     let fields = declaration.fields.iter().map(|field| {
         let (field_trait, value) = (field_trait(field), &field.ident);
-        match field.exists {
+        match field.condition() {
             Some(_) => quote!(if let Some(value) = &mut self.#value { #field_trait::accept(value, ctx)?; }),
             None => quote!(#field_trait::accept(&mut self.#value, ctx)?;),
         }
@@ -222,11 +222,22 @@ fn accept(declaration: &Declaration) -> TokenStream {
 fn description(declaration: &Declaration) -> TokenStream {
     let fields = declaration.fields.iter().map(|field| {
         let (ty, field_trait, info) = (&field.ty, field_trait(field), field_info(field));
-        quote! {{
-            #info
-            <#ty as #field_trait>::describe(&__INFO, ctx)
-        }}
+        let released = field.released.iter().map(|released| quote!(&& (#released)));
+        let since = field.since.unwrap_or(0);
+        quote! {
+            if #since <= version #(#released)* {
+                #info
+                __fields.push(<#ty as #field_trait>::describe(&__INFO, ctx));
+            }
+        }
     });
+    let versions = match &declaration.release_versions {
+        Some(versions) => quote! {
+            let __versions: fn(&::qevm_savevm::vmstate::Context) -> (u32, u32) = #versions;
+            let (version, minimum_version) = __versions(ctx);
+        },
+        None => quote!(let (version, minimum_version) = (Self::VERSION, Self::MINIMUM_VERSION);),
+    };
     let subsections = declaration.subsections.iter().map(|subsection| {
         let ty = &subsection.ty;
         let release = |bound: &Option<Release>, operator| {
@@ -244,14 +255,18 @@ fn description(declaration: &Declaration) -> TokenStream {
     });
     quote! {
         fn description(ctx: &::qevm_savevm::vmstate::Context) -> ::qevm_savevm::vmstate::Description {
+            #versions
+            #[allow(unused_mut)]
+            let mut __fields = ::std::vec::Vec::new();
+            #(#fields)*
             #[allow(unused_mut)]
             let mut __subsections = ::std::vec::Vec::new();
             #(#subsections)*
             ::qevm_savevm::vmstate::Description {
                 name: Self::NAME.into(),
-                version: Self::VERSION,
-                minimum_version: Self::MINIMUM_VERSION,
-                fields: ::std::vec![#(#fields),*],
+                version,
+                minimum_version,
+                fields: __fields,
                 subsections: __subsections,
             }
         }

@@ -23,6 +23,7 @@ use syn::{DeriveInput, parse_macro_input};
 /// | `minimum_version = 1` | the oldest version it reads; `version` if left out |
 /// | `needed = \|state, ctx\| …` | as a subsection: whether this content is sent |
 /// | `wire_version = \|state, ctx\| …` | the version this value is written with, where it is not always `version` |
+/// | `release_versions = \|ctx\| …` | version and minimum version of the context's release, for the schema |
 /// | `pre_save = path` | `fn(&mut Self, &Context) -> Result<(), VmStateError>` |
 /// | `post_load = path` | `fn(&mut Self, version: u32, &Context) -> Result<(), VmStateError>` |
 ///
@@ -34,6 +35,7 @@ use syn::{DeriveInput, parse_macro_input};
 /// | `type = "uint8 equal"` | QEMU's name of the type, where it is not the Rust type's usual one |
 /// | `since = 2` | first version that has it; `Default` in older ones |
 /// | `exists = expr` | the field, an `Option`, exists when `expr` holds |
+/// | `released = expr` | the same, from `ctx` alone: not a condition to the schema and the descriptions |
 /// | `len = expr` | length of a `Vec`, `VarBuffer` (bytes) or `Bitmap` (bits) |
 /// | `null = expr` | which pointers (`index`) of a `Pointer` field are NULL |
 /// | `context = expr` | the `Context` that the field's own declaration sees, made from `ctx` and earlier fields |

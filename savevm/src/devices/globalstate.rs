@@ -28,13 +28,13 @@ pub struct GlobalState {
     #[vmstate(len = if ctx.profile.globalstate_suspended { RUNSTATE_LEN } else { RUNSTATE_LEN_BEFORE_8_2 })]
     pub runstate: VarBuffer,
     /// `vm_was_suspended` means something (since 8.2).
-    #[vmstate(exists = ctx.profile.globalstate_suspended)]
+    #[vmstate(released = ctx.profile.globalstate_suspended)]
     pub has_vm_was_suspended: Option<u8>,
     /// The guest was suspended when it was stopped (since 8.2).
-    #[vmstate(exists = ctx.profile.globalstate_suspended)]
+    #[vmstate(released = ctx.profile.globalstate_suspended)]
     pub vm_was_suspended: Option<u8>,
     /// The rest of the name's former place.
-    #[vmstate(type = "buffer", exists = ctx.profile.globalstate_suspended)]
+    #[vmstate(type = "buffer", released = ctx.profile.globalstate_suspended)]
     pub unused: Option<Unused<66>>,
 }
 

@@ -1,12 +1,18 @@
 //! Section `mc146818rtc`: the real-time clock.
 
 use crate::vmstate::{Buffer, Timer, Unused, VmState};
+use qevm_wire::QemuVersion;
 
 /// The RTC, section `mc146818rtc` version 3. 11.1 loads nothing older, releases up to 10.0 load versions 1 and 2 too.
 ///
 /// (spec: microvm devices, 6g)
 #[derive(VmState, Debug, Clone, Default, PartialEq, Eq)]
-#[vmstate(name = "mc146818rtc", version = 3, minimum_version = 1)]
+#[vmstate(
+    name = "mc146818rtc",
+    version = 3,
+    minimum_version = 1,
+    release_versions = |ctx| (3, if ctx.profile.qemu >= QemuVersion::new(11, 0) { 3 } else { 1 })
+)]
 pub struct Mc146818Rtc {
     /// CMOS memory with the clock's registers in its first 14 bytes.
     pub cmos_data: Buffer<128>,

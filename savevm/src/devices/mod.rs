@@ -23,6 +23,8 @@
 //! | `virtio-mmio@<address>/virtio-…` | 0 | [`virtio`] | `-device virtio-{blk,net,rng,serial}-device` |
 //! | `globalstate` | 0 | [`globalstate::GlobalState`] | always, last |
 //!
+//! [`pci`] has what all PCI devices share and what a VFIO device's section contains.
+//!
 //! Layouts were compared with the descriptions and bytes of real streams of QEMU 5.2, 7.2, 10.0 and 11.1, and the names
 //! and versions of what those streams do not carry with the tables in the same releases' binaries.
 
@@ -38,6 +40,7 @@ pub mod ioapic;
 pub mod kvm_tpr_opt;
 pub mod kvmclock;
 pub mod mc146818rtc;
+pub mod pci;
 pub mod serial;
 mod state;
 pub mod timer;

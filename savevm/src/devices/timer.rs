@@ -1,6 +1,7 @@
 //! Section `timer`: the virtual clock and the TSC of stopped vCPUs.
 
 use crate::vmstate::{Timer, Unused, VmState};
+use qevm_wire::QemuVersion;
 
 /// The clocks, section `timer` version 2. (spec: microvm devices, 2)
 #[derive(VmState, Debug, Clone, Default, PartialEq, Eq)]
@@ -32,7 +33,7 @@ pub struct Icount {
     /// Subsection `timer/icount/timers`.
     #[vmstate(subsection)]
     pub timers: Option<IcountTimers>,
-    /// Subsection `timer/icount/shift`; in 5.2 and later.
+    /// Subsection `timer/icount/shift`.
     #[vmstate(subsection)]
     pub shift: Option<IcountShift>,
 }
@@ -57,12 +58,19 @@ pub struct IcountTimers {
     pub icount_vm_timer: Timer,
 }
 
-/// Subsection `timer/icount/shift`: `-icount shift=auto`.
+/// Subsection `timer/icount/shift`: `-icount shift=auto`; version 1 in 5.2, version 2 seen in 7.2 and later.
 #[derive(VmState, Debug, Clone, Default, PartialEq, Eq)]
-#[vmstate(name = "timer/icount/shift", version = 2)]
+#[vmstate(
+    name = "timer/icount/shift",
+    version = 2,
+    minimum_version = 1,
+    wire_version = |shift, _| if shift.last_delta.is_some() { 2 } else { 1 },
+    release_versions = |ctx| if ctx.profile.qemu >= QemuVersion::new(6, 0) { (2, 2) } else { (1, 1) }
+)]
 pub struct IcountShift {
     /// 2^shift ns for an instruction.
     pub icount_time_shift: i16,
-    /// The last difference between the clocks, ns.
-    pub last_delta: i64,
+    /// The last difference between the clocks, ns (version 2).
+    #[vmstate(exists = version >= 2)]
+    pub last_delta: Option<i64>,
 }

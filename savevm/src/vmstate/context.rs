@@ -48,6 +48,8 @@ pub struct Context {
     pub hotplug_cpus: u32,
     /// What of a virtio device's transport state decides the layout of the rest; set while that rest is walked.
     pub virtio: VirtioFacts,
+    /// What the destination knows of a PCI device and the wire does not say.
+    pub pci: PciFacts,
 }
 
 /// See [`Context::virtio`].
@@ -60,6 +62,15 @@ pub struct VirtioFacts {
     pub queues: u16,
     /// The device offers `VIRTIO_F_RING_PACKED`, so that requests in flight are preceded by a descriptor count.
     pub packed_ring: bool,
+}
+
+/// See [`Context::pci`].
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct PciFacts {
+    /// It is a PCI Express device: 4096 bytes of configuration space instead of 256.
+    pub express: bool,
+    /// MSI-X vectors; 0 without MSI-X.
+    pub msix_vectors: u16,
 }
 
 impl Context {
@@ -77,6 +88,7 @@ impl Context {
             memory_slots: 0,
             hotplug_cpus: 0,
             virtio: VirtioFacts::default(),
+            pci: PciFacts::default(),
         }
     }
 

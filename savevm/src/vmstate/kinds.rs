@@ -4,8 +4,8 @@
 
 use super::field::{fixed, load_elements};
 use super::{
-    Context, Count, Description, Element, ElementDescription, Field, FieldDescription, FieldInfo, IndexNotation,
-    Layout, Loader, Saver, VarField, VmState, VmStateError,
+    Context, Count, Description, Element, ElementDescription, Field, FieldDescription, FieldInfo, Layout, Loader,
+    Saver, VarField, VmState, VmStateError,
 };
 use crate::{__vmstate_element_is_field, Error};
 use qevm_wire::Within;
@@ -363,94 +363,5 @@ fn load_list<T: VmState>(input: &mut Loader<'_, '_, '_>, marker: &'static str) -
         input.expect_count(elements.len() as u64 + 1)?;
         let i = elements.len();
         elements.push(input.object(T::VERSION).within(|| format!("element {i}"))?);
-    }
-}
-
-/// The byte that stands for a NULL pointer ('0').
-const NULL_MARKER: u8 = 0x30;
-
-/// A pointer in an array of pointers, before QEMU 11.0: the structure, or the byte 0x30 in its place.
-///
-/// The wire does not say which of the two it is: QEMU's loader looks at its own pointer. Attribute `null`, a predicate
-/// over `index` and the earlier fields, takes the place of that look; without it no pointer is NULL.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Pointer<T>(pub Option<Box<T>>);
-wrapper!([T] Pointer<T> => Option<Box<T>>);
-
-impl<T: VmState> Element for Pointer<T> {
-    const TYPE: &'static str = "struct";
-    const COMPRESSIBLE: bool = false;
-    fn type_name(&self, ctx: &Context) -> &'static str {
-        // Seen in 10.0; 5.2 and 7.2 describe a NULL pointer as an empty structure.
-        if self.0.is_none() && ctx.index_notation() != IndexNotation::All { "nullptr" } else { Self::TYPE }
-    }
-    fn put(&self, out: &mut Saver<'_>) -> Result<(), Error> {
-        match &self.0 {
-            Some(value) => out.object(&**value, T::VERSION),
-            None => {
-                out.writer().u8(NULL_MARKER);
-                Ok(())
-            }
-        }
-    }
-    fn take(input: &mut Loader<'_, '_, '_>) -> Result<Self, Error> {
-        Ok(Pointer(Some(Box::new(input.object(T::VERSION)?))))
-    }
-    fn describe(ctx: &Context) -> ElementDescription {
-        ElementDescription { type_name: Some(Self::TYPE.into()), layout: Layout::Struct(T::description(ctx)) }
-    }
-    fn prepare(&mut self, ctx: &Context) -> Result<(), VmStateError> {
-        self.0.as_deref_mut().map_or(Ok(()), |value| value.prepare(ctx))
-    }
-    fn accept(&mut self, ctx: &Context) -> Result<(), VmStateError> {
-        self.0.as_deref_mut().map_or(Ok(()), |value| value.accept(T::VERSION, ctx))
-    }
-}
-__vmstate_element_is_field!([T: VmState] Pointer<T>);
-
-/// A field of pointers that may be NULL: attribute `null`.
-pub trait PointerField: Sized {
-    /// Reads the field; `null` tells for each index whether the pointer is NULL. `len` is the length another field
-    /// gives, for a `Vec`.
-    ///
-    /// # Errors
-    /// A NULL pointer without its marker, or what the structure reports.
-    fn load(input: &mut Loader<'_, '_, '_>, len: u64, null: &dyn Fn(usize) -> bool) -> Result<Self, Error>;
-}
-
-impl<T: VmState> PointerField for Pointer<T> {
-    fn load(input: &mut Loader<'_, '_, '_>, _: u64, null: &dyn Fn(usize) -> bool) -> Result<Self, Error> {
-        load_pointer(input, null(0))
-    }
-}
-
-impl<T: VmState, const N: usize> PointerField for [Pointer<T>; N] {
-    fn load(input: &mut Loader<'_, '_, '_>, _: u64, null: &dyn Fn(usize) -> bool) -> Result<Self, Error> {
-        let mut pointers = [const { Pointer(None) }; N];
-        for (i, pointer) in pointers.iter_mut().enumerate() {
-            *pointer = load_pointer(input, null(i)).within(|| format!("element {i}"))?;
-        }
-        Ok(pointers)
-    }
-}
-
-impl<T: VmState> PointerField for Vec<Pointer<T>> {
-    fn load(input: &mut Loader<'_, '_, '_>, len: u64, null: &dyn Fn(usize) -> bool) -> Result<Self, Error> {
-        let len = input.expect_count(len)?;
-        (0..len).map(|i| load_pointer(input, null(i)).within(|| format!("element {i}"))).collect()
-    }
-}
-
-fn load_pointer<T: VmState>(input: &mut Loader<'_, '_, '_>, null: bool) -> Result<Pointer<T>, Error> {
-    if !null {
-        return Pointer::take(input);
-    }
-    let offset = input.offset();
-    match input.reader().u8()? {
-        NULL_MARKER => Ok(Pointer(None)),
-        found => {
-            let kind = VmStateError::BadMarker { what: "NULL pointer marker", found, expected: "0x30" };
-            Err(Error::new(kind.into(), offset))
-        }
     }
 }

@@ -5,7 +5,7 @@
 //! `#[derive(VmState)]`; its fields are the wire's fields in the wire's order.
 //!
 //! Read in this order: [`VmState`] (what a declaration provides), [`Context`] (the facts that predicates may ask),
-//! [`Field`] and [`Element`] with the field types of [`kinds`] (what a field can be), [`Saver`] and [`Loader`] (the two
+//! [`Field`] and [`Element`] with the field types of [`kinds`] and [`pointers`] (what a field can be), [`Saver`] and [`Loader`] (the two
 //! walks), [`instance`] (the JSON description of one save) and [`Description`] (the schema).
 //!
 //! # Promises
@@ -48,18 +48,20 @@ mod field;
 pub mod instance;
 pub mod kinds;
 mod load;
+pub mod pointers;
 mod save;
 
-pub use context::{Accel, Context, IndexNotation, VirtioFacts};
+pub use context::{Accel, Context, IndexNotation, PciFacts, VirtioFacts};
 pub use description::{Count, Description, ElementDescription, FieldDescription, Layout};
 pub use error::VmStateError;
 pub use field::{Element, Field, FieldInfo, VarField, describe_single};
-pub use kinds::{Bitmap, Buffer, Pointer, PointerField, QList, QTailQ, Table, Timer, Tmp, Unused, VStruct, VarBuffer};
+pub use kinds::{Bitmap, Buffer, QList, QTailQ, Table, Timer, Tmp, Unused, VStruct, VarBuffer};
 pub use load::{Loader, SubsectionHeader};
 pub use qevm_savevm_derive::VmState;
 pub use save::Saver;
 
 use crate::{Error, Reader};
+pub use pointers::{MarkedPointers, Pointer, PointerField};
 #[doc(hidden)]
 pub use qevm_wire::{QemuVersion, Within};
 

@@ -36,7 +36,7 @@ pub(crate) fn tails() -> Vec<Tail> {
     let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/microvm");
     let mut files: Vec<_> = fs::read_dir(dir).unwrap().map(|entry| entry.unwrap().path()).collect();
     files.sort();
-    assert!(files.len() >= 16, "recorded streams are missing");
+    assert!(files.len() >= 24, "recorded streams are missing");
     files.iter().map(|path| Tail::open(path)).collect()
 }
 

@@ -2,6 +2,7 @@
 
 use super::{DevicePart, MmioVirtio};
 use crate::vmstate::{Buffer, Context, Table, Tmp, VmState};
+use qevm_wire::QemuVersion;
 
 /// Section `virtio-net` version 11.
 #[derive(VmState, Debug, Clone, Default, PartialEq, Eq)]
@@ -116,7 +117,8 @@ pub struct Ufo {
     version = 2,
     minimum_version = 1,
     needed = |rss, _| rss.enabled,
-    wire_version = Rss::version_of
+    wire_version = Rss::version_of,
+    release_versions = |ctx| (if ctx.profile.qemu >= QemuVersion::new(11, 0) { 2 } else { 1 }, 1)
 )]
 pub struct Rss {
     /// It is on.
