@@ -33,7 +33,7 @@ pub mod packet;
 pub mod runs;
 pub mod sync;
 
-pub use compression::{Compression, CompressionError};
+pub use compression::{Compression, CompressionError, Compressor, Decompressor};
 pub use decode::{ChannelDecoder, ChannelOptions, Ending, is_page_channel};
 pub use device_state::{DeviceState, VfioDeviceState};
 pub use encode::{ChannelEncoder, EncoderOptions, Pages};

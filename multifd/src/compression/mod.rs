@@ -1,7 +1,17 @@
 //! What the payload of a packet with pages is: parameter `multifd-compression`.
 
+mod compress;
+mod decompress;
 mod error;
+mod gzip;
+mod lengths;
+#[cfg(test)]
+mod tests;
+mod zlib;
+mod zstd;
 
+pub use compress::Compressor;
+pub use decompress::{Decompressor, PacketPages};
 pub use error::CompressionError;
 
 use crate::layout::COMPRESSION_MASK;

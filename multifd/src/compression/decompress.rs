@@ -1,0 +1,201 @@
+//! From payloads to pages.
+
+use super::{Compression, CompressionError, gzip::GzipPacket, lengths::PageLengths, zlib::Inflate, zstd::ZstdStream};
+use qevm_wire::PageGeometry;
+
+/// Turns the payloads of one channel into pages. `zlib` and `zstd` carry on from packet to packet, so there is one
+/// decompressor for each channel, and it must see every payload in order. After an error it gives that error for ever.
+///
+/// `qpl` payloads are raw deflate and are inflated in software; `qatzip` payloads are read as far as they are gzip
+/// members; of `uadk` only the pages that it left uncompressed can be read.
+///
+/// Memory: the window of the method, at most 32 KiB with `zlib` and 32 MiB with `zstd` (what QEMU's highest level
+/// needs). Never more bytes come out than the caller has room for.
+///
+/// ```
+/// use qevm_multifd::{Compression, compression::{Compressor, Decompressor}};
+/// use qevm_wire::PageGeometry;
+///
+/// let (first, second) = ([0x11; 4096], [0x22; 4096]);
+/// let mut payload = Vec::new();
+/// Compressor::new(Compression::Zlib, Some(1))?.packet([&first[..], &second[..]], &mut payload)?;
+///
+/// let mut decompressor = Decompressor::new(Compression::Zlib, PageGeometry::X86)?;
+/// let mut memory = [0; 8192];
+/// let mut packet = decompressor.packet(&payload, 2)?;
+/// packet.fill(&mut memory[..4096])?; // page by page, or run by run
+/// packet.fill(&mut memory[4096..])?;
+/// packet.finish()?;
+/// assert_eq!(memory[4095..4097], [0x11, 0x22]);
+/// # Ok::<(), qevm_multifd::CompressionError>(())
+/// ```
+#[derive(Debug)]
+pub struct Decompressor {
+    method: Compression,
+    page_size: usize,
+    state: State,
+    failed: Option<CompressionError>,
+}
+
+enum State {
+    Stored,
+    Zlib(Inflate),
+    Zstd(ZstdStream),
+    /// Pages one by one; the context inflates the raw deflate of `qpl`.
+    PageByPage(Option<Inflate>),
+    Gzip,
+}
+
+impl core::fmt::Debug for State {
+    fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
+        f.write_str("decompression context")
+    }
+}
+
+impl Decompressor {
+    /// A decompressor for a channel from its first payload.
+    ///
+    /// # Errors
+    /// [`CompressionError::Corrupt`] if the library has no memory for its context.
+    pub fn new(method: Compression, pages: PageGeometry) -> Result<Self, CompressionError> {
+        let state = match method {
+            Compression::None => State::Stored,
+            Compression::Zlib => State::Zlib(Inflate::zlib()),
+            Compression::Zstd => State::Zstd(ZstdStream::new()?),
+            Compression::Qpl => State::PageByPage(Some(Inflate::raw())),
+            Compression::Uadk => State::PageByPage(None),
+            Compression::Qatzip => State::Gzip,
+        };
+        Ok(Decompressor { method, page_size: pages.size() as usize, state, failed: None })
+    }
+
+    /// The method.
+    pub fn method(&self) -> Compression {
+        self.method
+    }
+
+    /// Starts with the payload of a packet with `pages` normal pages.
+    ///
+    /// # Errors
+    /// The error of an earlier packet; [`CompressionError::PageLength`], [`CompressionError::LeftOver`] and
+    /// [`CompressionError::Length`] for the lengths in front of `qpl` and `uadk` data; [`CompressionError::Hardware`]
+    /// for `qatzip` payloads that are not gzip.
+    pub fn packet<'a>(&'a mut self, payload: &'a [u8], pages: u32) -> Result<PacketPages<'a>, CompressionError> {
+        if let Some(error) = &self.failed {
+            return Err(error.clone());
+        }
+        let expected = u64::from(pages) * self.page_size as u64;
+        let source = match &mut self.state {
+            State::Stored => Ok(Source::Stored(payload)),
+            State::Zlib(stream) => Ok(Source::Zlib { stream, input: payload }),
+            State::Zstd(stream) => Ok(Source::Zstd { stream, input: payload }),
+            State::PageByPage(inflate) => PageLengths::new(payload, pages, self.page_size)
+                .map(|pages| Source::PageByPage { pages, inflate: inflate.as_mut(), method: self.method }),
+            State::Gzip => GzipPacket::new(payload).map(|packet| Source::Gzip(Box::new(packet))),
+        };
+        match source {
+            Ok(source) => {
+                let (failed, page_size) = (&mut self.failed, self.page_size);
+                Ok(PacketPages { source, failed, page_size, filled: 0, expected, len: payload.len() as u64 })
+            }
+            Err(error) => Err(self.failed.insert(error).clone()),
+        }
+    }
+}
+
+/// The pages of one payload, to be taken in order with [`fill`](PacketPages::fill).
+#[derive(Debug)]
+pub struct PacketPages<'a> {
+    source: Source<'a>,
+    failed: &'a mut Option<CompressionError>,
+    page_size: usize,
+    filled: u64,
+    expected: u64,
+    len: u64,
+}
+
+enum Source<'a> {
+    Stored(&'a [u8]),
+    Zlib { stream: &'a mut Inflate, input: &'a [u8] },
+    Zstd { stream: &'a mut ZstdStream, input: &'a [u8] },
+    PageByPage { pages: PageLengths<'a>, inflate: Option<&'a mut Inflate>, method: Compression },
+    Gzip(Box<GzipPacket<'a>>),
+}
+
+impl core::fmt::Debug for Source<'_> {
+    fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
+        f.write_str("payload")
+    }
+}
+
+impl PacketPages<'_> {
+    /// Fills `pages`, whose length is a number of whole pages, with the next of the packet.
+    ///
+    /// # Errors
+    /// [`CompressionError::Corrupt`] and [`CompressionError::Hardware`]; [`CompressionError::Length`] if the payload
+    /// has less, or if more is asked for than the packet has pages.
+    pub fn fill(&mut self, pages: &mut [u8]) -> Result<(), CompressionError> {
+        self.try_fill(pages).map_err(|error| self.failed.insert(error).clone())
+    }
+
+    /// Checks that all pages were taken and that the payload has nothing more.
+    ///
+    /// # Errors
+    /// [`CompressionError::Length`] and [`CompressionError::LeftOver`].
+    pub fn finish(mut self) -> Result<(), CompressionError> {
+        self.try_finish().map_err(|error| self.failed.insert(error).clone())
+    }
+
+    fn try_fill(&mut self, pages: &mut [u8]) -> Result<(), CompressionError> {
+        let wanted = self.filled + pages.len() as u64;
+        if wanted > self.expected || !pages.len().is_multiple_of(self.page_size) {
+            return Err(CompressionError::Length { found: wanted, expected: self.expected });
+        }
+        let filled = match &mut self.source {
+            Source::Stored(input) => match input.split_at_checked(pages.len()) {
+                Some((data, rest)) => {
+                    pages.copy_from_slice(data);
+                    *input = rest;
+                    pages.len()
+                }
+                None => input.len(),
+            },
+            Source::Zlib { stream, input } => stream.fill(input, pages)?,
+            Source::Zstd { stream, input } => stream.fill(input, pages)?,
+            Source::Gzip(packet) => packet.fill(pages)?,
+            Source::PageByPage { pages: lengths, inflate, method } => {
+                for page in pages.chunks_exact_mut(self.page_size) {
+                    lengths.page(page, inflate.as_deref_mut(), *method)?;
+                }
+                pages.len()
+            }
+        };
+        self.filled += filled as u64;
+        if filled < pages.len() {
+            return Err(CompressionError::Length { found: self.filled, expected: self.expected });
+        }
+        Ok(())
+    }
+
+    fn try_finish(&mut self) -> Result<(), CompressionError> {
+        if self.filled != self.expected {
+            return Err(CompressionError::Length { found: self.filled, expected: self.expected });
+        }
+        let mut probe = [0];
+        let (more, left) = match &mut self.source {
+            Source::Stored(input) => (0, input.len()),
+            Source::Zlib { stream, input } => (stream.fill(input, &mut probe)?, input.len()),
+            Source::Zstd { stream, input } => (stream.fill(input, &mut probe)?, input.len()),
+            Source::Gzip(packet) => (packet.fill(&mut probe)?, 0),
+            // Each page has used up its data, and their lengths were added up before.
+            Source::PageByPage { .. } => (0, 0),
+        };
+        if more > 0 {
+            return Err(CompressionError::Length { found: self.expected + more as u64, expected: self.expected });
+        }
+        if left > 0 {
+            return Err(CompressionError::LeftOver { left: left as u64, len: self.len });
+        }
+        Ok(())
+    }
+}
