@@ -42,4 +42,4 @@ pub use event::Event;
 pub use init::{ChannelSet, Init, Uuid};
 pub use packet::{PacketLayout, RamPacket};
 pub use runs::{Run, Runs};
-pub use sync::SyncError;
+pub use sync::{FlushMode, Progress, SourceSync, SyncBarrier, SyncError, SyncStep, Waiting};

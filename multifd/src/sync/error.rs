@@ -1,11 +1,42 @@
-//! What a peer can do wrong when channels synchronise.
+//! What can go wrong when channels synchronise.
 
+use super::{FlushMode, Waiting};
 use qevm_wire::{Blame, Fault};
 
 /// What went wrong when channels were to synchronise.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum SyncError {
+    /// A channel was closed although the main channel has announced a synchronisation that it must take part in.
+    #[error("channel {channel} ended before its SYNC packet for synchronisation {number} of the main channel")]
+    MissingSync {
+        /// Number of the channel, from 0.
+        channel: u8,
+        /// Number of the synchronisation, from 0.
+        number: u64,
+    },
+    /// A channel sent one SYNC packet more than the main channel announced.
+    #[error("channel {channel} sent SYNC packet {number}, but the main channel announced only {number} from 0")]
+    ExtraSync {
+        /// Number of the channel, from 0.
+        channel: u8,
+        /// Number of the SYNC packet, from 0: how many the main channel announced.
+        number: u64,
+    },
+    /// The source synchronises at other places than this machine expects.
+    #[error("the source flushes multifd {found}, expected {expected} (multifd-flush-after-each-section)")]
+    Mode {
+        /// What the source does.
+        found: FlushMode,
+        /// What was configured here.
+        expected: FlushMode,
+    },
+    /// The peer was silent for longer than the caller wants to wait.
+    #[error("nothing came for too long: {waiting}")]
+    TimedOut {
+        /// What was being waited for.
+        waiting: Waiting,
+    },
     /// A channel number that does not exist. The caller's fault, not a peer's.
     #[error("channel number {found}, but there are {channels} channels")]
     UnknownChannel {
@@ -14,10 +45,22 @@ pub enum SyncError {
         /// How many channels there are.
         channels: u8,
     },
+    /// Someone went on who had to wait, or a step was taken out of order. The caller's fault, not a peer's.
+    #[error("{what} {place}")]
+    Order {
+        /// What was done.
+        what: &'static str,
+        /// Why it is wrong here.
+        place: &'static str,
+    },
 }
 
 impl Blame for SyncError {
     fn fault(&self) -> Fault {
-        Fault::Malformed
+        match self {
+            SyncError::Mode { .. } => Fault::Mismatch,
+            SyncError::MissingSync { .. } | SyncError::TimedOut { .. } => Fault::Truncated,
+            _ => Fault::Malformed,
+        }
     }
 }

@@ -1,0 +1,392 @@
+//! Who may go on at a destination.
+
+use super::{FlushMode, SyncError};
+use core::fmt;
+
+/// Lets the reader of the main channel and those of the page channels go on together.
+///
+/// Each reader tells the barrier what it met and does not read on while it
+/// [must wait](SyncBarrier::main_waits). Threads share it behind a mutex and a condition variable that is notified
+/// after every call; an event loop asks it directly. How long to wait is the caller's to decide; with
+/// [`timed_out`](SyncBarrier::timed_out) the error names who is missing. Once there was an error, every call gives it,
+/// so that nobody waits for one who has given up.
+///
+/// ```
+/// use qevm_multifd::{FlushMode, Progress, SyncBarrier};
+///
+/// let mut barrier = SyncBarrier::new(2, Some(FlushMode::PerRound));
+/// assert_eq!(barrier.channel_sync(1)?, Progress::Wait); // channel 1 must not read on
+/// assert_eq!(barrier.main_flush()?, Progress::Wait); // neither must the main channel
+/// assert_eq!(barrier.waiting().to_string(), "the main channel waits for a SYNC packet on channel 0");
+/// assert_eq!(barrier.channel_sync(0)?, Progress::Released); // now all go on
+/// assert!(!barrier.main_waits() && !barrier.channel_waits(1));
+/// # Ok::<(), qevm_multifd::SyncError>(())
+/// ```
+#[derive(Debug, Clone)]
+pub struct SyncBarrier {
+    mode: Option<FlushMode>,
+    channels: Vec<Channel>,
+    main: Main,
+    /// How many synchronisations are complete.
+    completed: u64,
+    /// An EOS was met.
+    after_setup: bool,
+    failed: Option<SyncError>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Channel {
+    Reading,
+    /// Met its SYNC packet.
+    Waiting,
+    Ended,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Main {
+    Reading,
+    Waiting,
+    Ended,
+}
+
+/// Whether a reader goes on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[must_use]
+pub enum Progress {
+    /// Go on: this was no synchronisation.
+    Continue,
+    /// Wait for the others.
+    Wait,
+    /// The synchronisation is complete: everybody goes on.
+    Released,
+}
+
+/// What somebody waits for.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Waiting {
+    /// Nobody waits.
+    Nobody,
+    /// The main channel, and perhaps page channels, wait for SYNC packets on these.
+    Channels(Vec<u8>),
+    /// These page channels wait for a synchronisation on the main channel.
+    Main(Vec<u8>),
+}
+
+impl SyncBarrier {
+    /// A barrier for the main channel and `channels` page channels (1 to 255). Without a mode, the setup section
+    /// tells: it holds a flush record if, and only if, the source flushes once a round.
+    pub fn new(channels: u8, mode: Option<FlushMode>) -> Self {
+        SyncBarrier {
+            mode,
+            channels: vec![Channel::Reading; channels.into()],
+            main: Main::Reading,
+            completed: 0,
+            after_setup: false,
+            failed: None,
+        }
+    }
+
+    /// The main channel met a flush record.
+    ///
+    /// # Errors
+    /// [`SyncError::Mode`]; [`SyncError::MissingSync`] if a page channel has ended; [`SyncError::Order`] if the main
+    /// channel had to wait.
+    pub fn main_flush(&mut self) -> Result<Progress, SyncError> {
+        self.healthy()?;
+        match self.mode {
+            Some(expected @ FlushMode::PerSection) => {
+                self.fail(SyncError::Mode { found: FlushMode::PerRound, expected })
+            }
+            _ => {
+                self.mode = Some(FlushMode::PerRound);
+                self.main_mark("flush record")
+            }
+        }
+    }
+
+    /// The main channel met an EOS of the `ram` section.
+    ///
+    /// # Errors
+    /// As [`main_flush`](Self::main_flush). Behind [`main_end`](Self::main_end), an EOS means nothing.
+    pub fn main_eos(&mut self) -> Result<Progress, SyncError> {
+        self.healthy()?;
+        let setup = !core::mem::replace(&mut self.after_setup, true);
+        match self.mode {
+            // The sections of postcopy go on, without page channels.
+            _ if self.main == Main::Ended => Ok(Progress::Continue),
+            // The setup section of a source that flushes once a round holds a flush record.
+            Some(expected @ FlushMode::PerRound) if setup && self.completed == 0 && self.main != Main::Waiting => {
+                self.fail(SyncError::Mode { found: FlushMode::PerSection, expected })
+            }
+            Some(FlushMode::PerRound) if self.main == Main::Reading => Ok(Progress::Continue),
+            _ => {
+                self.mode.get_or_insert(FlushMode::PerSection);
+                self.main_mark("EOS")
+            }
+        }
+    }
+
+    /// The guest's memory is complete: the END section is over, or postcopy starts. The main channel announces nothing
+    /// more.
+    ///
+    /// # Errors
+    /// [`SyncError::ExtraSync`] if a page channel waits; [`SyncError::Order`] if the main channel had to wait.
+    pub fn main_end(&mut self) -> Result<(), SyncError> {
+        self.healthy()?;
+        if self.main == Main::Waiting {
+            return self.fail(SyncError::Order { what: "the end of memory", place: "comes in a synchronisation" });
+        }
+        self.main = Main::Ended;
+        match self.first(Channel::Waiting) {
+            Some(channel) => self.fail(SyncError::ExtraSync { channel, number: self.completed }),
+            None => Ok(()),
+        }
+    }
+
+    /// A page channel met a SYNC packet, and has loaded the pages in front of it and those of the packet itself.
+    ///
+    /// # Errors
+    /// [`SyncError::ExtraSync`] behind the end of the main channel; [`SyncError::UnknownChannel`];
+    /// [`SyncError::Order`] if the channel had to wait or has ended.
+    pub fn channel_sync(&mut self, channel: u8) -> Result<Progress, SyncError> {
+        self.healthy()?;
+        let number = self.completed;
+        let order = |place| SyncError::Order { what: "SYNC packet", place };
+        match (*self.channel(channel)?, self.main) {
+            (Channel::Waiting, _) => return self.fail(order("was read while its channel had to wait")),
+            (Channel::Ended, _) => return self.fail(order("was read behind the end of its channel")),
+            (Channel::Reading, Main::Ended) => return self.fail(SyncError::ExtraSync { channel, number }),
+            (Channel::Reading, _) => {}
+        }
+        *self.channel(channel)? = Channel::Waiting;
+        self.complete()
+    }
+
+    /// A page channel was closed in an orderly way.
+    ///
+    /// # Errors
+    /// [`SyncError::MissingSync`] if the main channel waits for it; [`SyncError::UnknownChannel`].
+    pub fn channel_end(&mut self, channel: u8) -> Result<(), SyncError> {
+        self.healthy()?;
+        let waited = *self.channel(channel)? == Channel::Waiting;
+        *self.channel(channel)? = Channel::Ended;
+        if self.main == Main::Waiting && !waited {
+            return self.fail(SyncError::MissingSync { channel, number: self.completed });
+        }
+        Ok(())
+    }
+
+    /// The error of a caller that has waited long enough.
+    pub fn timed_out(&mut self) -> SyncError {
+        let error = SyncError::TimedOut { waiting: self.waiting() };
+        self.failed.get_or_insert(error).clone()
+    }
+
+    /// True while the main channel must not be read.
+    pub fn main_waits(&self) -> bool {
+        self.main == Main::Waiting
+    }
+
+    /// True while this page channel must not be read.
+    pub fn channel_waits(&self, channel: u8) -> bool {
+        self.channels.get(usize::from(channel)) == Some(&Channel::Waiting)
+    }
+
+    /// How many synchronisations are complete. Whoever waits may go on when this is no longer what it was.
+    pub fn completed(&self) -> u64 {
+        self.completed
+    }
+
+    /// The mode, as configured or as the source showed it.
+    pub fn mode(&self) -> Option<FlushMode> {
+        self.mode
+    }
+
+    /// Who waits, and for what.
+    pub fn waiting(&self) -> Waiting {
+        let waiting: Vec<u8> = self.numbers(Channel::Waiting).collect();
+        match self.main {
+            Main::Waiting => Waiting::Channels(self.numbers(Channel::Reading).collect()),
+            _ if waiting.is_empty() => Waiting::Nobody,
+            _ => Waiting::Main(waiting),
+        }
+    }
+
+    /// Checks that nobody has failed.
+    ///
+    /// # Errors
+    /// The first error of any call.
+    pub fn healthy(&self) -> Result<(), SyncError> {
+        self.failed.clone().map_or(Ok(()), Err)
+    }
+
+    fn main_mark(&mut self, what: &'static str) -> Result<Progress, SyncError> {
+        match self.main {
+            Main::Waiting => {
+                return self.fail(SyncError::Order { what, place: "was read while the main channel had to wait" });
+            }
+            Main::Ended => return self.fail(SyncError::Order { what, place: "comes behind the end of memory" }),
+            Main::Reading => {}
+        }
+        if let Some(channel) = self.first(Channel::Ended) {
+            return self.fail(SyncError::MissingSync { channel, number: self.completed });
+        }
+        self.main = Main::Waiting;
+        self.complete()
+    }
+
+    fn complete(&mut self) -> Result<Progress, SyncError> {
+        let all = self.channels.iter().all(|channel| *channel == Channel::Waiting);
+        if self.main != Main::Waiting || !all {
+            return Ok(Progress::Wait);
+        }
+        self.main = Main::Reading;
+        self.channels.fill(Channel::Reading);
+        self.completed += 1;
+        Ok(Progress::Released)
+    }
+
+    fn channel(&mut self, found: u8) -> Result<&mut Channel, SyncError> {
+        let channels = self.channels.len() as u8;
+        self.channels.get_mut(usize::from(found)).ok_or(SyncError::UnknownChannel { found, channels })
+    }
+
+    fn first(&self, state: Channel) -> Option<u8> {
+        self.numbers(state).next()
+    }
+
+    fn numbers(&self, state: Channel) -> impl Iterator<Item = u8> + '_ {
+        (0..).zip(&self.channels).filter(move |(_, channel)| **channel == state).map(|(number, _)| number)
+    }
+
+    fn fail<T>(&mut self, error: SyncError) -> Result<T, SyncError> {
+        Err(self.failed.insert(error).clone())
+    }
+}
+
+impl fmt::Display for Waiting {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (before, numbers, after) = match self {
+            Waiting::Nobody => return f.write_str("nobody waits"),
+            Waiting::Channels(numbers) => ("the main channel waits for a SYNC packet on channel", numbers, ""),
+            Waiting::Main(numbers) => ("channel", numbers, " waits for a synchronisation on the main channel"),
+        };
+        f.write_str(before)?;
+        for (i, number) in numbers.iter().enumerate() {
+            write!(f, "{} {number}", if i > 0 { "," } else { "" })?;
+        }
+        f.write_str(after)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn per_round(channels: u8) -> SyncBarrier {
+        SyncBarrier::new(channels, Some(FlushMode::PerRound))
+    }
+
+    #[test]
+    fn nobody_goes_on_before_everybody_is_there() {
+        let mut barrier = per_round(3);
+        assert_eq!(barrier.channel_sync(2), Ok(Progress::Wait));
+        assert_eq!(barrier.waiting(), Waiting::Main(vec![2]));
+        assert_eq!(barrier.channel_sync(0), Ok(Progress::Wait));
+        assert_eq!(barrier.main_flush(), Ok(Progress::Wait));
+        assert!(
+            barrier.main_waits() && barrier.channel_waits(0) && !barrier.channel_waits(1) && barrier.channel_waits(2)
+        );
+        assert_eq!(barrier.waiting(), Waiting::Channels(vec![1]));
+        assert_eq!(barrier.channel_sync(1), Ok(Progress::Released));
+        assert_eq!((barrier.completed(), barrier.waiting()), (1, Waiting::Nobody));
+        assert_eq!(barrier.main_eos(), Ok(Progress::Continue));
+        assert_eq!(barrier.main_end(), Ok(()));
+        assert_eq!(barrier.channel_end(1), Ok(()));
+    }
+
+    #[test]
+    fn the_main_channel_can_be_the_last_one() {
+        let mut barrier = SyncBarrier::new(1, Some(FlushMode::PerSection));
+        assert_eq!(barrier.channel_sync(0), Ok(Progress::Wait));
+        assert_eq!(barrier.main_eos(), Ok(Progress::Released));
+    }
+
+    #[test]
+    fn the_setup_section_tells_the_mode() {
+        let mut barrier = SyncBarrier::new(1, None);
+        assert_eq!(barrier.channel_sync(0), Ok(Progress::Wait));
+        assert_eq!(barrier.main_flush(), Ok(Progress::Released));
+        assert_eq!(barrier.main_eos(), Ok(Progress::Continue));
+        assert_eq!(barrier.mode(), Some(FlushMode::PerRound));
+        let mut barrier = SyncBarrier::new(1, None);
+        assert_eq!(barrier.channel_sync(0), Ok(Progress::Wait));
+        assert_eq!(barrier.main_eos(), Ok(Progress::Released));
+        assert_eq!(barrier.mode(), Some(FlushMode::PerSection));
+    }
+
+    #[test]
+    fn a_source_of_the_other_mode_is_named_at_setup() {
+        let (round, section) = (FlushMode::PerRound, FlushMode::PerSection);
+        assert_eq!(per_round(1).main_eos(), Err(SyncError::Mode { found: section, expected: round }));
+        let error = SyncBarrier::new(1, Some(section)).main_flush();
+        assert_eq!(error, Err(SyncError::Mode { found: round, expected: section }));
+    }
+
+    #[test]
+    fn too_few_sync_packets_are_named() {
+        let mut barrier = per_round(2);
+        assert_eq!(barrier.main_flush(), Ok(Progress::Wait));
+        let error = Err(SyncError::MissingSync { channel: 1, number: 0 });
+        assert_eq!(barrier.channel_end(1), error);
+        // Whoever waits for the others learns of it, too.
+        assert_eq!(barrier.channel_sync(0).map(|_| ()), error);
+        assert_eq!(barrier.healthy(), error);
+
+        let mut barrier = per_round(2);
+        barrier.channel_end(0).unwrap();
+        assert_eq!(barrier.main_flush(), Err(SyncError::MissingSync { channel: 0, number: 0 }));
+    }
+
+    #[test]
+    fn too_many_sync_packets_are_named() {
+        let mut barrier = per_round(2);
+        assert_eq!(barrier.channel_sync(1), Ok(Progress::Wait));
+        assert_eq!(barrier.main_end(), Err(SyncError::ExtraSync { channel: 1, number: 0 }));
+        let mut barrier = per_round(2);
+        barrier.main_end().unwrap();
+        assert_eq!(barrier.channel_sync(0), Err(SyncError::ExtraSync { channel: 0, number: 0 }));
+    }
+
+    #[test]
+    fn a_silent_peer_is_named_by_whoever_has_waited_enough() {
+        let mut barrier = per_round(3);
+        assert_eq!(barrier.channel_sync(1), Ok(Progress::Wait));
+        assert_eq!(barrier.main_flush(), Ok(Progress::Wait));
+        let error = barrier.timed_out();
+        assert_eq!(error, SyncError::TimedOut { waiting: Waiting::Channels(vec![0, 2]) });
+        assert_eq!(barrier.healthy(), Err(error));
+    }
+
+    #[test]
+    fn whoever_reads_on_although_it_had_to_wait_is_refused() {
+        let mut barrier = per_round(2);
+        assert_eq!(barrier.channel_sync(0), Ok(Progress::Wait));
+        assert!(matches!(barrier.channel_sync(0), Err(SyncError::Order { .. })));
+        let mut barrier = per_round(2);
+        assert_eq!(barrier.main_flush(), Ok(Progress::Wait));
+        assert!(matches!(barrier.clone().main_flush(), Err(SyncError::Order { .. })));
+        assert!(matches!(barrier.clone().main_eos(), Err(SyncError::Order { .. })));
+        assert!(matches!(barrier.main_end(), Err(SyncError::Order { .. })));
+        let mut barrier = per_round(2);
+        barrier.main_end().unwrap();
+        assert_eq!(barrier.main_eos(), Ok(Progress::Continue));
+        assert!(matches!(barrier.main_flush(), Err(SyncError::Order { .. })));
+        let mut barrier = per_round(2);
+        barrier.channel_end(1).unwrap();
+        assert!(matches!(barrier.channel_sync(1), Err(SyncError::Order { .. })));
+        assert_eq!(per_round(2).channel_sync(2), Err(SyncError::UnknownChannel { found: 2, channels: 2 }));
+        assert_eq!(per_round(2).channel_end(9), Err(SyncError::UnknownChannel { found: 9, channels: 2 }));
+    }
+}
