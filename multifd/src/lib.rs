@@ -12,6 +12,8 @@
 //! | [`event`], [`decode`], [`encode`] | [`Event`], [`ChannelDecoder`], [`ChannelEncoder`] |
 //! | [`compression`] | what payloads are |
 //! | [`sync`] | who waits for whom: main channel and page channels |
+//! | [`zero_page`] | how zero pages travel |
+//! | [`mapped_ram`] | the same pages in a file |
 //! | [`error`] | [`Error`]: kind, offset, path |
 //!
 //! # Promises
@@ -29,9 +31,13 @@ pub mod error;
 pub mod event;
 pub mod init;
 pub mod layout;
+pub mod mapped_ram;
 pub mod packet;
 pub mod runs;
 pub mod sync;
+#[cfg(test)]
+mod tests;
+pub mod zero_page;
 
 pub use compression::{Compression, CompressionError, Compressor, Decompressor};
 pub use decode::{ChannelDecoder, ChannelOptions, Ending, is_page_channel};
