@@ -16,7 +16,7 @@ use crate::payload;
 use crate::process::run;
 use crate::roots::Root;
 use crate::route::Run;
-use crate::scenario::{Accel, Guest, Scenario};
+use crate::scenario::{Accel, Guest, Route, Scenario};
 use crate::subject::Subject;
 
 /// How long firmware runs before it is stopped: SeaBIOS is through with its set-up long before.
@@ -160,7 +160,7 @@ fn check_purpose(scenario: &Scenario, migration: &Value, files: &Files, folder: 
             bail!("QEMU reports no {what}");
         }
     }
-    if scenario.capabilities.contains(&"postcopy-preempt") {
+    if scenario.route == Route::Postcopy && scenario.capabilities.contains(&"postcopy-preempt") {
         // The preempt channel is the last to be opened; it may legally carry nothing.
         let preempt = files.channels.last().context("no preempt channel was opened")?;
         if fs::metadata(folder.join(preempt))?.len() == 0 {
