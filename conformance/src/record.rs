@@ -171,7 +171,7 @@ fn check_purpose(scenario: &Scenario, migration: &Value, files: &Files, folder: 
 }
 
 /// The files that arguments may name: a raw disk, a qcow2 disk, and contents for RAM.
-fn make_inputs(root: &Root, scratch: &Path) -> Result<()> {
+pub(crate) fn make_inputs(root: &Root, scratch: &Path) -> Result<()> {
     let disk = payload::pattern(DISK_BYTES / 4096);
     fs::write(scratch.join("disk.raw"), &disk)?;
     fs::write(scratch.join("ram.bin"), payload::pattern(PATTERN_PAGES))?;
@@ -183,7 +183,8 @@ fn make_inputs(root: &Root, scratch: &Path) -> Result<()> {
     .map(|_| ())
 }
 
-fn arguments(scenario: &Scenario, scratch: &Path) -> Result<Vec<String>> {
+/// QEMU's arguments for a scenario whose inputs are in `scratch`.
+pub(crate) fn arguments(scenario: &Scenario, scratch: &Path) -> Result<Vec<String>> {
     let accel = if scenario.accel == Accel::Kvm { "kvm" } else { "tcg" };
     let mut all = vec!["-M".into(), format!("{},accel={accel}", scenario.machine)];
     all.extend(["-m".into(), scenario.memory.to_string()]);
