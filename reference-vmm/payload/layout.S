@@ -53,6 +53,7 @@
     .set C_GAVE_UP,    CTRL + 0x14 # the next trap is fatal's way to stop: say nothing
     .set C_TSC_KHZ,    CTRL + 0x18
     .set C_NCPU,       CTRL + 0x70
+    .set C_ROOM,       CTRL + 0x78 # characters that the transmitter takes without a look
     .set C_START,      CTRL + 0x20 # TSC when the work began
     .set C_RAM,        CTRL + 0x28 # bytes
     .set C_PAGES,      CTRL + 0x30 # hot pages of each vCPU

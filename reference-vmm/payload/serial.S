@@ -1,6 +1,8 @@
 # COM1, polled.
 
     .code64
+    .set FIFO_DEPTH, 16
+
 serial_init:
     mov dx, COM1 + 1
     xor eax, eax
@@ -23,6 +25,7 @@ serial_init:
     mov dx, COM1 + 4
     mov al, 3
     out dx, al                     # DTR, RTS
+    mov dword ptr [C_ROOM], 0
     ret
 
 serial_lock:
@@ -38,16 +41,19 @@ serial_unlock:
     mov dword ptr [C_LOCK], 0
     ret
 
-# al = character; nothing changes but the flags
+# al = character; nothing changes but the flags. An empty transmitter takes a FIFO of characters.
 putc:
     push rdx
+    sub dword ptr [C_ROOM], 1
+    jns 2f
     push rax
     mov dx, COM1 + 5
 1:  in al, dx
     test al, 0x20                  # transmitter holding register empty
     jz 1b
     pop rax
-    mov dx, COM1
+    mov dword ptr [C_ROOM], FIFO_DEPTH - 1
+2:  mov dx, COM1
     out dx, al
     pop rdx
     ret

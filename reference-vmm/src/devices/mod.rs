@@ -46,19 +46,25 @@ impl Devices {
         Devices { serial: Mutex::new(serial), fw_cfg: Mutex::new(fw_cfg), ged: Mutex::new(Ged::default()), memory }
     }
 
-    /// A read of a port. Ports without a device read as all ones.
+    /// One read of a port, of 1, 2 or 4 bytes. Ports without a device read as all ones.
     pub fn port_in(&self, port: u16, data: &mut [u8]) {
         match port {
-            0x3f8..=0x3ff => data[0] = lock(&self.serial).read((port - SERIAL_PORT) as u8),
+            0x3f8..=0x3ff => {
+                let mut serial = lock(&self.serial);
+                (port..).zip(data).for_each(|(port, byte)| *byte = serial.read((port - SERIAL_PORT) as u8 & 7));
+            }
             0x510..=0x51b => lock(&self.fw_cfg).port_in(port, data),
             _ => data.fill(0xff),
         }
     }
 
-    /// A write to a port. Ports without a device ignore it.
+    /// One write to a port, of 1, 2 or 4 bytes. Ports without a device ignore it.
     pub fn port_out(&self, port: u16, data: &[u8]) {
         match port {
-            0x3f8..=0x3ff => lock(&self.serial).write((port - SERIAL_PORT) as u8, data[0]),
+            0x3f8..=0x3ff => {
+                let mut serial = lock(&self.serial);
+                (port..).zip(data).for_each(|(port, byte)| serial.write((port - SERIAL_PORT) as u8 & 7, *byte));
+            }
             0x510..=0x51b => lock(&self.fw_cfg).port_out(port, data, &self.memory),
             _ => tracing::trace!(port, ?data, "write to a port without a device"),
         }

@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicU8, Ordering};
 use std::sync::{Arc, Mutex, Once, OnceLock};
 use std::thread::JoinHandle;
 
+use kvm_bindings::kvm_run;
 use kvm_ioctls::{VcpuExit, VcpuFd};
 use vmm_sys_util::signal::{SIGRTMIN, register_signal_handler};
 
@@ -16,34 +17,42 @@ use crate::error::{Error, Result};
 pub(crate) struct Vcpu {
     index: usize,
     pub(crate) fd: Mutex<VcpuFd>,
-    immediate_exit: ImmediateExit,
+    run_page: RunPage,
     thread: OnceLock<libc::pthread_t>,
 }
 
-/// The flag in the shared `kvm_run` page that makes `KVM_RUN` return at once.
-struct ImmediateExit(*const AtomicU8);
+/// The `kvm_run` page that the vCPU shares with the kernel, for what `VcpuFd` does not offer.
+struct RunPage(*mut kvm_run);
 
-// SAFETY: the target is an atomic byte in a page that stays mapped as long as the vCPU's descriptor, which lives beside it.
-unsafe impl Send for ImmediateExit {}
-// SAFETY: as above; all access is atomic.
-unsafe impl Sync for ImmediateExit {}
+// SAFETY: the page stays mapped as long as the vCPU's descriptor, which lives beside it.
+unsafe impl Send for RunPage {}
+// SAFETY: as above; `immediate_exit` is only used atomically, and `io_size` only by the thread that has the descriptor.
+unsafe impl Sync for RunPage {}
 
-impl ImmediateExit {
-    fn set(&self, value: bool) {
-        // SAFETY: see the Send implementation.
-        unsafe { &*self.0 }.store(value.into(), Ordering::SeqCst);
+impl RunPage {
+    /// Makes the next `KVM_RUN` return at once.
+    fn set_immediate_exit(&self, value: bool) {
+        // SAFETY: see the Send implementation; the field is a byte.
+        unsafe { AtomicU8::from_ptr(&raw mut (*self.0).immediate_exit) }.store(value.into(), Ordering::SeqCst);
+    }
+
+    /// After an I/O exit: bytes in each access, of which a string instruction makes many at once.
+    fn io_size(&self) -> usize {
+        // SAFETY: see the Send implementation; the last exit was for I/O, so this is the member of the union that is set.
+        let size = unsafe { (&raw const (*self.0).__bindgen_anon_1.io.size).read() };
+        usize::from(size).max(1)
     }
 }
 
 impl Vcpu {
     pub(crate) fn new(index: usize, mut fd: VcpuFd) -> Vcpu {
-        let immediate_exit = ImmediateExit((&raw mut fd.get_kvm_run().immediate_exit).cast());
-        Vcpu { index, fd: Mutex::new(fd), immediate_exit, thread: OnceLock::new() }
+        let run_page = RunPage(fd.get_kvm_run());
+        Vcpu { index, fd: Mutex::new(fd), run_page, thread: OnceLock::new() }
     }
 
     /// Makes the vCPU leave the guest, or not enter it, so that its thread looks at the run control again.
     pub(crate) fn kick(&self) {
-        self.immediate_exit.set(true);
+        self.run_page.set_immediate_exit(true);
         if let Some(thread) = self.thread.get() {
             // SAFETY: the machine joins the thread only after the last kick, so the id is valid.
             unsafe { libc::pthread_kill(*thread, kick_signal()) };
@@ -55,7 +64,7 @@ impl Vcpu {
         let mut fd = lock(&self.fd);
         loop {
             // First the flag, then the question: a kick after the question finds the flag down and raises it.
-            self.immediate_exit.set(false);
+            self.run_page.set_immediate_exit(false);
             if !control.may_run() {
                 break;
             }
@@ -65,7 +74,7 @@ impl Vcpu {
         }
         // An IN or MMIO access is finished by the next KVM_RUN: without it the saved registers would be those before it.
         loop {
-            self.immediate_exit.set(true);
+            self.run_page.set_immediate_exit(true);
             let (interrupted, stop) = self.enter(&mut fd, devices);
             if interrupted || stop.is_some() {
                 return stop;
@@ -78,11 +87,11 @@ impl Vcpu {
         let reset = |cause: &str| Some(Stop::Reset { vcpu: self.index, cause: cause.to_owned() });
         let failure = match fd.run() {
             Ok(VcpuExit::IoIn(port, data)) => {
-                devices.port_in(port, data);
+                data.chunks_mut(self.run_page.io_size()).for_each(|access| devices.port_in(port, access));
                 return (false, None);
             }
             Ok(VcpuExit::IoOut(port, data)) => {
-                devices.port_out(port, data);
+                data.chunks(self.run_page.io_size()).for_each(|access| devices.port_out(port, access));
                 return (false, None);
             }
             Ok(VcpuExit::MmioRead(gpa, data)) => {

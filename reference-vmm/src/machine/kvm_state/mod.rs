@@ -45,8 +45,8 @@ pub(super) fn load(machine: &Machine, state: &MachineState) -> Result<()> {
     lock(&machine.clock).set(state.virtual_clock);
     chips::load_irqchip(&machine.vm, &state.pics, &state.ioapic)?;
     chips::load_pit(&machine.vm, &state.pit, state.virtual_clock)?;
-    for (vcpu, state) in machine.vcpus.iter().zip(&state.vcpus) {
-        vcpu::load(&lock(&vcpu.fd), state)?;
+    for (index, (vcpu, state)) in machine.vcpus.iter().zip(&state.vcpus).enumerate() {
+        vcpu::load(&lock(&vcpu.fd), index == 0, state)?;
     }
     // After the TSCs: KVM derives the guest's clock from both.
     chips::load_clock(&machine.vm, &state.clock)?;

@@ -16,6 +16,8 @@ use crate::state::{DebugRegisters, DescriptorTable, Events, Msr, Registers, Segm
 const MSR_TSC: u32 = 0x10;
 const MSR_TSC_ADJUST: u32 = 0x3b;
 const MSR_TSC_DEADLINE: u32 = 0x6e0;
+/// More than a second at any frequency.
+const TSC_FAR_AWAY: u64 = 1 << 40;
 const XCR0: u32 = 0;
 /// Bytes of XSAVE state that every kernel knows.
 const XSAVE_MIN: usize = 4096;
@@ -57,8 +59,11 @@ pub(super) fn save(vm: &VmFd, fd: &VcpuFd, msrs: &[u32]) -> Result<VcpuState> {
     })
 }
 
-pub(super) fn load(fd: &VcpuFd, state: &VcpuState) -> Result<()> {
+pub(super) fn load(fd: &VcpuFd, first: bool, state: &VcpuState) -> Result<()> {
     scale_tsc(fd, state.tsc_khz)?;
+    if first {
+        forget_tsc(fd, &state.msrs)?;
+    }
     fd.set_sregs(&kvm_sregs(&state.sregs)).map_err(kvm("set a vCPU's special registers"))?;
     fd.set_regs(&kvm_regs(&state.regs)).map_err(kvm("set a vCPU's registers"))?;
     let mut xcrs = kvm_xcrs { nr_xcrs: 1, ..kvm_xcrs::default() };
@@ -83,6 +88,15 @@ fn scale_tsc(fd: &VcpuFd, wanted: u32) -> Result<()> {
     fd.set_tsc_khz(wanted).map_err(|_| {
         Error::State(format!("its TSC runs at {wanted} kHz, this host's at {have} kHz and cannot be scaled"))
     })
+}
+
+/// KVM takes a TSC within a second of the one it expects for an attempt to synchronise vCPUs, and leaves the offset alone. That is
+/// right for the vCPUs after the first, whose saved values differ by the time between two reads; the first must be set exactly.
+fn forget_tsc(fd: &VcpuFd, msrs: &[Msr]) -> Result<()> {
+    match msrs.iter().find(|msr| msr.index == MSR_TSC) {
+        Some(tsc) => load_msrs(fd, &[Msr { index: MSR_TSC, value: tsc.value ^ TSC_FAR_AWAY }]),
+        None => Ok(()),
+    }
 }
 
 fn save_xsave(vm: &VmFd, fd: &VcpuFd) -> Result<Vec<u8>> {

@@ -1,0 +1,63 @@
+//! Tests on real KVM.
+//!
+//! Where `/dev/kvm` cannot be opened they are reported as ignored, and their names are added to the file that
+//! `QEVM_SKIPPED_TESTS` names; with `QEVM_REQUIRE_KVM=1` they fail instead.
+
+mod dirty_log;
+mod guest;
+mod machine;
+mod payload;
+mod state;
+
+use std::fs::OpenOptions;
+use std::io::Write;
+use std::path::Path;
+use std::process::ExitCode;
+
+use libtest_mimic::{Arguments, Failed, Trial};
+use reference_vmm::machine::open_kvm;
+
+type Test = (&'static str, fn());
+
+fn main() -> ExitCode {
+    let arguments = Arguments::from_args();
+    let missing = open_kvm(Path::new("/dev/kvm")).err().map(|error| error.to_string());
+    let required = std::env::var_os("QEVM_REQUIRE_KVM").is_some_and(|value| value == "1");
+    let tests: Vec<Test> = [payload::TESTS, machine::TESTS, state::TESTS, dirty_log::TESTS].concat();
+    if missing.is_some() && !required && !arguments.list {
+        report_skipped(&tests, "cannot open /dev/kvm");
+    }
+    // A paravirtual KVM may let its guests read the host's TSC as it is.
+    let tsc_moves = missing.is_none() && state::tsc_is_virtual();
+    if !tsc_moves && !arguments.list {
+        report_skipped(state::TSC_TESTS, "this KVM does not virtualise the TSC");
+    }
+    let tsc_tests = state::TSC_TESTS.iter().map(|(name, test)| {
+        Trial::test(*name, move || {
+            test();
+            Ok(())
+        })
+        .with_ignored_flag(!tsc_moves)
+    });
+    let trials = tests.into_iter().map(|(name, test)| match &missing {
+        None => Trial::test(name, move || {
+            test();
+            Ok(())
+        }),
+        Some(why) if required => {
+            let why = why.clone();
+            Trial::test(name, move || Err(Failed::from(why)))
+        }
+        Some(_) => Trial::test(name, || Ok(())).with_ignored_flag(true),
+    });
+    libtest_mimic::run(&arguments, trials.chain(tsc_tests).collect()).exit_code()
+}
+
+fn report_skipped(tests: &[Test], why: &str) {
+    let Some(path) = std::env::var_os("QEVM_SKIPPED_TESTS") else { return };
+    let mut file =
+        OpenOptions::new().create(true).append(true).open(path).expect("the list of skipped tests is writable");
+    for (name, _) in tests {
+        writeln!(file, "reference-vmm kvm {name}: {why}").expect("the list of skipped tests is writable");
+    }
+}
