@@ -2,12 +2,23 @@
 //! without libFuzzer. A target passes if nothing panics, hangs or allocates beyond its limits, and if whatever decodes
 //! encodes to the same bytes again.
 
+mod savevm_decoder;
+mod savevm_preempt;
+mod savevm_xbzrle;
 mod wire_reader;
 
+pub use savevm_decoder::savevm_decoder;
+pub use savevm_preempt::savevm_preempt;
+pub use savevm_xbzrle::savevm_xbzrle;
 pub use wire_reader::wire_reader;
 
 /// A fuzz target: takes an input, panics if a promise is broken.
 pub type Target = fn(&[u8]);
 
 /// Every target by its name, for the replay of the seeds.
-pub const TARGETS: &[(&str, Target)] = &[("wire_reader", wire_reader)];
+pub const TARGETS: &[(&str, Target)] = &[
+    ("savevm_decoder", savevm_decoder),
+    ("savevm_preempt", savevm_preempt),
+    ("savevm_xbzrle", savevm_xbzrle),
+    ("wire_reader", wire_reader),
+];

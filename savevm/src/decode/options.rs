@@ -43,7 +43,8 @@ pub struct DecoderOptions {
     /// A description may follow the end of the stream. Without it, the end is final: a reader that waits for bytes of
     /// a live source whose machine type has `suppress-vmdesc=on` would wait for ever.
     pub vmdesc: bool,
-    /// Bytes behind the end of the stream are no error, but left alone (containers pad).
+    /// Bytes behind the end of the stream are no error, but left alone (containers pad). Otherwise they are one if
+    /// they are shown; a decoder does not ask for any, because a live source sends none and does not close either.
     pub allow_trailing: bool,
 }
 
