@@ -18,7 +18,7 @@ use std::path::Path;
 /// guest's memory map is not known.
 pub fn run(extract: &args::Extract) -> Result<(), Stop> {
     let mut inputs = Inputs::open(&extract.input)?;
-    let settings = Settings { keep: Keep::Image, reencode: false, live: false };
+    let settings = Settings { keep: Keep::Image, reencode: false, complete: true, live: false };
     let mut observer = GuestObserver::new(Progress::new("reading", inputs.main.source.total()));
     let mut analysis = analyze(&mut inputs, &settings, &mut observer);
     let guest = std::mem::take(&mut observer.guest);

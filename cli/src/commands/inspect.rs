@@ -21,7 +21,7 @@ pub fn run(inspect: &args::Inspect) -> Result<(), Stop> {
         (false, args::RamDigest::Crc32) => Keep::Digests,
         (false, args::RamDigest::Sha256) => Keep::Image,
     };
-    let settings = Settings { keep, reencode: false, live: false };
+    let settings = Settings { keep, reencode: false, complete: false, live: false };
     let mut bar = Bar(Progress::new("reading", inputs.main.source.total()));
     let mut analysis = analyze(&mut inputs, &settings, &mut bar);
     let report = analysis.report(inspect.ram_digest);

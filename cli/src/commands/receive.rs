@@ -51,7 +51,7 @@ fn report(receive: &args::Receive, files: &Files, taken: Taken) -> Result<(), St
     };
     let mut inputs = Inputs::open(&input)?;
     let mut bar = Bar(Progress::new("reading what was saved", inputs.main.source.total()));
-    let settings = Settings { keep: Keep::Digests, reencode: true, live: false };
+    let settings = Settings { keep: Keep::Digests, reencode: true, complete: true, live: false };
     let mut analysis = analyze(&mut inputs, &settings, &mut bar);
     // What went wrong on the wire explains what is wrong with the file, and not the other way round.
     analysis.failure = taken.failure.or(analysis.failure);

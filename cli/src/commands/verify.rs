@@ -19,7 +19,7 @@ pub fn run(verify: &args::Verify) -> Result<(), Stop> {
         RamDigest::Crc32 => Keep::Digests,
         RamDigest::Sha256 => Keep::Image,
     };
-    let settings = Settings { keep, reencode: true, live: false };
+    let settings = Settings { keep, reencode: true, complete: true, live: false };
     let mut bar = Bar(Progress::new("verifying", inputs.main.source.total()));
     let mut analysis = analyze(&mut inputs, &settings, &mut bar);
     let report = analysis.report(verify.ram_digest);

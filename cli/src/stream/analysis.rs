@@ -8,6 +8,7 @@ use qevm_savevm::command::Command;
 use qevm_savevm::configuration::Configuration;
 use qevm_savevm::framing::{SectionHeader, SectionKind};
 use qevm_savevm::ram::RamBlock;
+use qevm_savevm::vmdesc::Node;
 
 /// What is to be done on the way.
 #[derive(Debug, Clone)]
@@ -16,6 +17,8 @@ pub struct Settings {
     pub keep: Keep,
     /// Re-encode everything and compare.
     pub reencode: bool,
+    /// Everything that belongs to the migration must be there; otherwise what is missing is only a note.
+    pub complete: bool,
     /// The source is alive: it waits for answers, so nothing may be read ahead, and further channels come elsewhere.
     pub live: bool,
 }
@@ -36,6 +39,8 @@ pub trait Observer {
     fn ram_block(&mut self, _block: &RamBlock) {}
     /// The content of a device section, `body`, starts at `offset` of its file.
     fn body(&mut self, _header: &SectionHeader, _offset: u64, _body: &[u8]) {}
+    /// The fields of a device section, once they are known: at the latest when the description comes.
+    fn fields(&mut self, _header: &SectionHeader, _fields: &Node) {}
 }
 
 /// An observer that is not interested.

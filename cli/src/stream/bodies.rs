@@ -5,11 +5,13 @@
 //! been put into an unlinked temporary file as soon as the first device section comes. Without a description the
 //! decoder looks for footers.
 
-use super::analysis::Analysis;
+use super::analysis::{Analysis, Observer};
+use super::connection::first_difference;
 use crate::failure::Failure;
 use crate::source::Source;
-use qevm_savevm::framing::{self, SectionHeader};
-use qevm_savevm::vmdesc::Description;
+use qevm_savevm::ErrorKind;
+use qevm_savevm::framing::{Content, SectionHeader};
+use qevm_savevm::vmdesc::{Description, Node, VmdescError};
 use qevm_wire::Limits;
 use std::collections::{HashMap, VecDeque};
 use std::io;
@@ -17,7 +19,7 @@ use std::io;
 /// How much of the end of a file is looked at for a description, in steps: most have some ten KiB.
 const TAIL_STEPS: [u64; 3] = [64 << 10, 2 << 20, u64::MAX];
 /// Bytes before the description's text: end of stream, type, length.
-const DESCRIPTION_HEADER: usize = 6;
+const DESCRIPTION_HEADER: u64 = 6;
 /// Contents that are held until a description comes behind them.
 const MAX_PENDING: usize = 16 << 20;
 
@@ -53,10 +55,20 @@ struct Pending {
 }
 
 /// What was found in the content of a section.
-#[derive(Debug, Clone, Copy, Default)]
+#[derive(Debug, Clone, Default)]
 pub(super) struct Read {
     /// Bytes that belong to no named field.
     pub(super) opaque: u64,
+    /// The fields, if the section is described.
+    pub(super) fields: Option<Node>,
+    /// What could not be understood, without being a fault of the stream.
+    pub(super) note: Option<String>,
+}
+
+impl Read {
+    fn opaque(body: &[u8]) -> Self {
+        Read { opaque: body.len() as u64, ..Read::default() }
+    }
 }
 
 impl Bodies {
@@ -113,17 +125,17 @@ impl Bodies {
         file: &str,
     ) -> Result<Read, Failure> {
         if packaged {
-            return Ok(Read { opaque: body.len() as u64 });
+            return Ok(Read::opaque(body));
         }
         if let (Some(known), Some(index)) = (&self.known, self.current.take()) {
-            return known.read(index, header, offset, body, file);
+            return known.read(index, header, offset, body, file, &self.limits);
         }
         let room = self.known.is_none() && self.pending_bytes + body.len() <= MAX_PENDING;
         if room {
             self.pending_bytes += body.len();
             self.pending.push(Pending { header: header.clone(), offset, body: body.to_vec() });
         }
-        Ok(Read { opaque: body.len() as u64 })
+        Ok(Read::opaque(body))
     }
 
     /// The description came, with its text at `offset`.
@@ -133,6 +145,7 @@ impl Bodies {
         offset: u64,
         file: &str,
         analysis: &mut Analysis,
+        observer: &mut dyn Observer,
     ) -> Result<(), Failure> {
         analysis.signs.description(text);
         analysis.description = Some((offset, text.to_vec()));
@@ -144,8 +157,12 @@ impl Bodies {
         let Some(known) = &mut self.known else { return Ok(()) };
         for Pending { header, offset, body } in self.pending.drain(..) {
             if let Some(index) = known.take(&header) {
-                let read = known.read(index, &header, offset, &body, file)?;
+                let read = known.read(index, &header, offset, &body, file, &self.limits)?;
                 analysis.opaque_bytes = analysis.opaque_bytes + read.opaque - body.len() as u64;
+                analysis.notes.extend(read.note);
+                if let Some(fields) = &read.fields {
+                    observer.fields(&header, fields);
+                }
             }
         }
         match known.first_waiting() {
@@ -183,51 +200,74 @@ impl Known {
         offset: u64,
         body: &[u8],
         file: &str,
+        limits: &Limits,
     ) -> Result<Read, Failure> {
         let Some(device) = self.description.devices.get(index) else {
-            return Ok(Read { opaque: body.len() as u64 });
+            return Ok(Read::opaque(body));
         };
         let path = || format!("section {} '{}'", header.section_id, header.idstr);
-        let expected = device.wire_size();
-        if expected != body.len() as u64 && header.content() == framing::Content::Opaque {
-            let message = format!("its content is {} bytes long, expected {expected} as described", body.len());
-            return Err(Failure::mismatch(file, offset, path(), message));
-        }
         if let Some(expected) = device.version()
             && expected != header.version_id
         {
             let message = format!("version {}, expected {expected} as described", header.version_id);
             return Err(Failure::mismatch(file, offset - 4, path(), message));
         }
-        Ok(Read { opaque: body.len() as u64 })
+        if header.content() != Content::Opaque && device.wire_size() != body.len() as u64 {
+            // The description counts the records around a VFIO device's state as well.
+            return Ok(Read::opaque(body));
+        }
+        match device.decode(body, offset, limits) {
+            Ok(fields) => {
+                let mut written = Vec::with_capacity(body.len());
+                let encoded = fields.encode(&mut written);
+                if let Some((place, message)) = first_difference(&written, body).filter(|_| encoded.is_ok()) {
+                    let (file, kind) = (file.to_owned(), "reencode");
+                    return Err(Failure { file, kind, offset: offset + place, path: path(), message });
+                }
+                Ok(Read { opaque: fields.opaque_bytes(), fields: Some(fields), note: None })
+            }
+            Err(error) if is_fault(&error.kind) => Err(Failure::located(file, error.within(path()))),
+            Err(error) => {
+                let note = Some(format!("not understood: {}", error.within(path())));
+                Ok(Read { note, ..Read::opaque(body) })
+            }
+        }
     }
+}
+
+/// True if the section itself is wrong. Other errors can come from a description that does not tell the whole layout of a
+/// type, which its sizes nevertheless bound.
+fn is_fault(kind: &ErrorKind) -> bool {
+    use VmdescError::{List, SectionSize, SubsectionMarker, SubsectionName, SubsectionVersion};
+    matches!(
+        kind,
+        ErrorKind::Vmdesc(
+            SectionSize { .. }
+                | SubsectionMarker { .. }
+                | SubsectionName { .. }
+                | SubsectionVersion { .. }
+                | List { .. }
+        )
+    )
 }
 
 /// Looks for a description that ends where the file does.
 fn find(source: &mut Source, limits: &Limits) -> io::Result<Option<Known>> {
     let total = source.total().unwrap_or(0);
     for step in TAIL_STEPS {
-        let step = step.min(limits.vmdesc + DESCRIPTION_HEADER as u64);
+        let step = step.min(limits.vmdesc + DESCRIPTION_HEADER);
         let tail = source.tail(step)?;
         if tail.last() != Some(&b'}') {
             return Ok(None);
         }
-        // JSON holds no NUL, so the last one belongs to the header, whose length starts with at least one.
-        let Some(nul) = tail.iter().rposition(|byte| *byte == 0) else { continue };
-        for start in (nul.saturating_sub(DESCRIPTION_HEADER - 1)..=nul).rev() {
-            let (header, text) = match tail[start..].split_at_checked(DESCRIPTION_HEADER) {
-                Some(parts) => parts,
-                None => continue,
-            };
-            let is_header = header[..2] == [framing::EOF, framing::VMDESCRIPTION];
-            if is_header && header[2..] == (text.len() as u32).to_be_bytes() {
-                let offset = total - text.len() as u64;
-                // A description that cannot be read is reported when the stream has come to it.
-                let description = Description::parse_at(text, offset, limits).ok();
-                return Ok(description.map(|description| Known::new(offset, description)));
-            }
+        if let Some(start) = Description::find_at_end(&tail) {
+            let text = &tail[start..];
+            let offset = total - text.len() as u64;
+            // A description that cannot be read is reported when the stream has come to it.
+            return Ok(Description::parse_at(text, offset, limits)
+                .ok()
+                .map(|description| Known::new(offset, description)));
         }
-        return Ok(None);
     }
     Ok(None)
 }

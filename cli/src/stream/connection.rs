@@ -12,8 +12,8 @@ use crate::source::Source;
 use qevm_savevm::command::Command;
 use qevm_savevm::framing::{Content, SectionKind};
 use qevm_savevm::ram::{MappedRamHeader, RamRecord};
-use qevm_savevm::{Decoder, DecoderOptions, Encoder, Event, Footers, Step};
-use qevm_wire::{Limits, Writer};
+use qevm_savevm::{Decoder, DecoderOptions, Encoder, Event, Footers};
+use qevm_wire::{Limits, Step, Writer};
 use std::collections::HashMap;
 use std::io;
 
@@ -52,6 +52,7 @@ pub(super) fn run(inputs: &mut Inputs, settings: &Settings, observer: &mut dyn O
         bodies: Bodies::new(!settings.live),
         pings: Vec::new(),
         flush_seen: false,
+        first_flush: None,
         bytes_before: 0,
     };
     let result = walk.all(inputs);
@@ -87,6 +88,8 @@ pub(super) struct Walk<'s> {
     pings: Vec<u32>,
     /// MULTIFD_FLUSH came: the channels are in step with it, and not with the ends of sections.
     flush_seen: bool,
+    /// Where the first one came, if there are no multifd channels that it could wait for.
+    first_flush: Option<u64>,
     /// Bytes of the files that are done with.
     bytes_before: u64,
 }
@@ -104,7 +107,7 @@ enum Payload {
 impl Walk<'_> {
     fn all(&mut self, inputs: &mut Inputs) -> Result<(), Halt> {
         let Inputs { main, offset, channels, recovery, return_path } = inputs;
-        self.channels = Channels::open(channels)?;
+        self.channels = Channels::open(channels, self.settings.reencode)?;
         let can_break = !recovery.is_empty();
         let skipped = main.source.skip(*offset).map_err(|e| Failure::io(&main.name, 0, &e))?;
         if skipped < *offset {
@@ -121,15 +124,28 @@ impl Walk<'_> {
             let (decoder, resumed_encoder) = (last.recovery(), encoder.recovery());
             (last, encoder) = self.connection(named, decoder, resumed_encoder, number + 1 < resumed)?;
         }
+        if let Some(at) = self.first_flush.filter(|_| !self.settings.live) {
+            let missing = "the main channel waits for multifd channels, but none was given (--channel)";
+            match self.settings.complete {
+                true => return Err(Failure::mismatch(&main.name, at, "section 'ram'", missing).into()),
+                false => self.analysis.notes.push(format!("{missing}: pages that came on them are missing here")),
+            }
+        }
         if let Some(memory) = &mut self.memory {
             self.channels.finish(memory, &last, can_break)?;
         }
+        self.analysis.opaque_bytes += self.channels.device_bytes();
         self.bytes_before += self.channels.bytes();
         self.analysis.bytes = self.bytes_before;
         for (number, named) in return_path.iter_mut().enumerate() {
-            let context =
-                return_path::Context { pings: &self.pings, blocks: last.ram_blocks(), can_break: number < resumed };
-            let read = return_path::read(named, &context)?;
+            let mut context = return_path::Context {
+                pings: &mut self.pings,
+                blocks: last.ram_blocks(),
+                pages: last.page_geometry(),
+                can_break: number < resumed,
+                reencode: self.settings.reencode,
+            };
+            let read = return_path::read(named, &mut context)?;
             self.analysis.return_path.push(read.description);
             self.bytes_before += read.bytes;
             self.analysis.bytes = self.bytes_before;
@@ -222,6 +238,9 @@ impl Walk<'_> {
                     self.record = Some(Record { section, kind: *kind, offset: at, size: 0 });
                 }
                 self.bodies.iterated();
+                if *kind == SectionKind::End {
+                    self.analysis.signs.end();
+                }
             }
             Event::Body(body) => {
                 if let Some(header) = decoder.current_section() {
@@ -251,6 +270,10 @@ impl Walk<'_> {
         self.observer.body(header, at, body);
         let read = self.bodies.read(header, at, body, packaged, file)?;
         self.analysis.opaque_bytes += read.opaque;
+        self.analysis.notes.extend(read.note);
+        if let Some(fields) = &read.fields {
+            self.observer.fields(header, fields);
+        }
         Ok(())
     }
 
@@ -332,11 +355,14 @@ impl Walk<'_> {
             }
             RamRecord::MultifdFlush => {
                 self.flush_seen = true;
+                if !self.channels.any_multifd() && self.first_flush.is_none() {
+                    self.first_flush = Some(at);
+                }
                 self.analysis.signs.flush();
-                self.channels.sync(memory, decoder.ram_blocks(), decoder.page_geometry(), file, at)?;
+                self.channels.sync(memory, decoder, at)?;
             }
             RamRecord::EndOfSection if !self.flush_seen && self.channels.any_multifd() => {
-                self.channels.sync(memory, decoder.ram_blocks(), decoder.page_geometry(), file, at)?;
+                self.channels.sync(memory, decoder, at)?;
             }
             _ => {}
         }
@@ -482,7 +508,7 @@ impl Connection<'_> {
             Payload::Description => {
                 self.more(remaining as usize)?;
                 if let Some(text) = self.source.window().get(..remaining as usize) {
-                    walk.bodies.description(text, at, &self.file, &mut walk.analysis)?;
+                    walk.bodies.description(text, at, &self.file, &mut walk.analysis, walk.observer)?;
                     self.source.consume(remaining as usize);
                     self.skipped(remaining)?;
                 }
@@ -539,13 +565,20 @@ fn compare(
     if let Err(error) = encoder.encode(event, writer) {
         return Err(fault(at, format!("what was read cannot be written again: {}", error.kind)));
     }
-    let written = writer.as_bytes();
+    match first_difference(writer.as_bytes(), read) {
+        None => Ok(()),
+        Some((place, message)) => Err(fault(at + place, message)),
+    }
+}
+
+/// Where what was written again differs from what was read, and how.
+pub(super) fn first_difference(written: &[u8], read: &[u8]) -> Option<(u64, String)> {
     if written == read {
-        return Ok(());
+        return None;
     }
     let same = written.iter().zip(read).take_while(|(a, b)| a == b).count();
     let byte = |bytes: &[u8]| bytes.get(same).map_or("nothing".into(), |byte| format!("{byte:#04x}"));
-    Err(fault(at + same as u64, format!("written again as {}, expected {}", byte(written), byte(read))))
+    Some((same as u64, format!("written again as {}, expected {}", byte(written), byte(read))))
 }
 
 /// A command as people read it.

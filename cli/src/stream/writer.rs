@@ -11,12 +11,12 @@
 //! | JSON description with `configuration` | 10.0 or newer; without it older |
 //! | struct arrays in the description without any `index` | 11.0 or newer |
 //! | `apic` sections before `timer` | 11.0 or newer; behind it older |
-//! | command SWITCHOVER_START | 10.0 or newer |
+//! | command SWITCHOVER_START | 10.0 or newer; without it older, unless the machine type is 9.2 or older |
 //! | command PING 0x42 | 10.2 or newer |
 //! | MULTIFD_FLUSH on the main channel | 8.1 or newer |
 //! | mapped-ram | 9.0 or newer |
 //! | zlib pages on the main channel, `block` section | 9.0 or older |
-//! | second `ioapic` of a microvm | 6.0 or newer |
+//! | second `ioapic` | 6.0 or newer |
 
 use super::analysis::Analysis;
 use qevm_savevm::command::Command;
@@ -36,6 +36,9 @@ pub struct Signs {
     oldest: Option<QemuVersion>,
     newest: Option<QemuVersion>,
     timer_seen: bool,
+    /// The guest was stopped in the way in which SWITCHOVER_START is sent: an END or a package came.
+    switched_over: bool,
+    switchover_start: bool,
 }
 
 impl Signs {
@@ -51,7 +54,11 @@ impl Signs {
 
     pub(super) fn command(&mut self, command: &Command) {
         match command {
-            Command::SwitchoverStart => self.at_least(10, 0),
+            Command::SwitchoverStart => {
+                self.switchover_start = true;
+                self.at_least(10, 0);
+            }
+            Command::Packaged { .. } => self.switched_over = true,
             Command::Ping(0x42) => self.at_least(10, 2),
             _ => {}
         }
@@ -65,12 +72,17 @@ impl Signs {
         self.at_least(9, 0);
     }
 
+    pub(super) fn end(&mut self) {
+        self.switched_over = true;
+    }
+
     pub(super) fn section(&mut self, header: &SectionHeader) {
         match header.idstr.as_bytes() {
             b"timer" => self.timer_seen = true,
             b"apic" if self.timer_seen => self.at_most(10, 2),
             b"apic" => self.at_least(11, 0),
             b"block" => self.at_most(9, 0),
+            b"ioapic" if header.instance_id == 1 => self.at_least(6, 0),
             _ => {}
         }
     }
@@ -101,6 +113,13 @@ pub fn describe(analysis: &Analysis) -> String {
     let version = machine.as_deref().and_then(machine_version);
     if let Some(version) = version {
         signs.at_least(version.major, version.minor);
+    }
+    // Machine types up to 9.2 turn the command off in every release; the others leave it to the release, and its user
+    // (`send-switchover-start=off`).
+    let first = QemuVersion::new(10, 0);
+    let silent = version.is_some_and(|version| version < first) || signs.oldest.is_some_and(|oldest| oldest >= first);
+    if signs.switched_over && !signs.switchover_start && !silent {
+        signs.at_most(9, 2);
     }
     if analysis.main_pages.compressed > 0 {
         signs.at_most(9, 0);

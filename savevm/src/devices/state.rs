@@ -5,8 +5,7 @@ use super::{
     serial, timer, virtio,
 };
 use crate::Error;
-use crate::vmdesc::StructDescription;
-use crate::vmstate::{self, Context, Description, VmState, VmStateError};
+use crate::vmstate::{self, Context, Description, VmState, VmStateError, instance::Object};
 
 macro_rules! sections {
     ($($(#[$doc:meta])* $variant:ident($type:ty),)*) => {
@@ -70,7 +69,7 @@ macro_rules! sections {
             ///
             /// # Errors
             /// As [`vmstate::encode_version`].
-            pub fn encode_described(&self, version: u32, ctx: &Context) -> Result<(Vec<u8>, StructDescription), Error> {
+            pub fn encode_described(&self, version: u32, ctx: &Context) -> Result<(Vec<u8>, Object), Error> {
                 match self {
                     $(DeviceState::$variant(state) => vmstate::encode_described(state, version, ctx),)*
                 }

@@ -7,7 +7,9 @@ use crate::ram::Keep;
 use crate::socket::{Listener, Socket};
 use crate::source::Source;
 use crate::stream::{Inputs, Observer, Settings, analyze};
+use qevm_returnpath::Message;
 use qevm_savevm::command::Command;
+use qevm_wire::Writer;
 use std::cell::Cell;
 use std::fs::File;
 use std::io::{self, Read, Write};
@@ -42,7 +44,7 @@ pub(super) struct Taken {
     pub(super) failure: Option<Failure>,
 }
 
-enum Message {
+enum News {
     /// A connection has shown its first bytes (fewer than four if it ended before).
     Opened { socket: Socket, first: Vec<u8> },
     /// The main channel is over; the return path was used.
@@ -71,7 +73,7 @@ impl Session<'_> {
                 thread::spawn(move || recognise(socket, &sender));
             }
             match messages.recv_timeout(POLL) {
-                Ok(Message::Opened { socket, first }) if first == MAIN_MAGIC && !main_started => {
+                Ok(News::Opened { socket, first }) if first == MAIN_MAGIC && !main_started => {
                     main_started = true;
                     let file = self.files.create(&self.files.main).map_err(|error| self.wire_failure(&error))?;
                     let return_path = self.files.return_path();
@@ -79,8 +81,8 @@ impl Session<'_> {
                     let name = self.files.main.display().to_string();
                     thread::spawn(move || main_channel(socket, first, file, return_path, ack, &name, &sender));
                 }
-                Ok(Message::Opened { first, .. }) if first.is_empty() => {}
-                Ok(Message::Opened { socket, first }) => {
+                Ok(News::Opened { first, .. }) if first.is_empty() => {}
+                Ok(News::Opened { socket, first }) => {
                     let path = self.files.channel(taken.channels.len());
                     let file = self.files.create(&path).map_err(|error| self.wire_failure(&error))?;
                     let (name, sender) = (path.display().to_string(), sender.clone());
@@ -88,14 +90,14 @@ impl Session<'_> {
                     open_channels += 1;
                     thread::spawn(move || save(socket, first, file, &name, &sender));
                 }
-                Ok(Message::MainEnded { failure, answered }) => {
+                Ok(News::MainEnded { failure, answered }) => {
                     if answered {
                         taken.return_path = Some(self.files.return_path());
                     }
                     taken.failure = failure.or(taken.failure);
                     main_ended = Some(Instant::now());
                 }
-                Ok(Message::ChannelEnded(failure)) => {
+                Ok(News::ChannelEnded(failure)) => {
                     open_channels -= 1;
                     taken.failure = taken.failure.or(failure);
                 }
@@ -140,21 +142,21 @@ impl Session<'_> {
 }
 
 /// Waits for the first bytes of a connection, which tell what it is.
-fn recognise(mut socket: Socket, sender: &mpsc::Sender<Message>) {
+fn recognise(mut socket: Socket, sender: &mpsc::Sender<News>) {
     let mut first = Vec::new();
     // A connection that breaks here has carried nothing.
     let _ = (&mut socket).take(MAIN_MAGIC.len() as u64).read_to_end(&mut first);
-    let _ = sender.send(Message::Opened { socket, first });
+    let _ = sender.send(News::Opened { socket, first });
 }
 
 /// Saves a channel as it comes.
-fn save(mut socket: Socket, first: Vec<u8>, mut file: File, name: &str, sender: &mpsc::Sender<Message>) {
+fn save(mut socket: Socket, first: Vec<u8>, mut file: File, name: &str, sender: &mpsc::Sender<News>) {
     let saved = file.write_all(&first).and_then(|()| io::copy(&mut socket, &mut file)).map(drop);
     let failure = saved.err().map(|error| {
         let at = file.metadata().map_or(0, |metadata| metadata.len());
         Failure::io(name, at, &error)
     });
-    let _ = sender.send(Message::ChannelEnded(failure));
+    let _ = sender.send(News::ChannelEnded(failure));
 }
 
 /// Decodes, saves and answers the main channel.
@@ -165,7 +167,7 @@ fn main_channel(
     return_path: PathBuf,
     switchover_ack: bool,
     name: &str,
-    sender: &mpsc::Sender<Message>,
+    sender: &mpsc::Sender<News>,
 ) {
     let at_end = Rc::new(Cell::new(false));
     let (failure, answered) = match socket.try_clone() {
@@ -181,13 +183,13 @@ fn main_channel(
                 switchover_ack,
                 progress: Progress::new("receiving", None),
             };
-            let settings = Settings { keep: Keep::Nothing, reencode: false, live: true };
+            let settings = Settings { keep: Keep::Nothing, reencode: false, complete: false, live: true };
             let analysis = analyze(&mut inputs, &settings, &mut answering);
             answering.finish(&mut inputs, analysis.failure)
         }
         Err(error) => (Some(Failure::io(name, 0, &error)), false),
     };
-    let _ = sender.send(Message::MainEnded { failure, answered });
+    let _ = sender.send(News::MainEnded { failure, answered });
 }
 
 /// Gives what comes from the socket, and saves it.
@@ -243,10 +245,10 @@ impl Observer for Answering {
                     Err(error) => self.failure = Some(Failure::io(&self.path.display().to_string(), 0, &error)),
                 }
                 if self.switchover_ack {
-                    self.send(&message::SWITCHOVER_ACK);
+                    self.send(&Message::SwitchoverAck);
                 }
             }
-            Command::Ping(value) => self.send(&message::pong(*value)),
+            Command::Ping(value) => self.send(&Message::Pong { value: *value }),
             _ => {}
         }
     }
@@ -257,8 +259,11 @@ impl Observer for Answering {
 }
 
 impl Answering {
-    fn send(&mut self, bytes: &[u8]) {
+    fn send(&mut self, message: &Message) {
         let Some(record) = &mut self.record else { return };
+        let mut writer = Writer::new();
+        message.encode(&mut writer);
+        let bytes = writer.as_bytes();
         if let Err(error) = self.socket.write_all(bytes).and_then(|()| record.write_all(bytes)) {
             self.failure.get_or_insert_with(|| Failure::io(&self.path.display().to_string(), 0, &error));
         }
@@ -267,25 +272,12 @@ impl Answering {
     /// Tells the source how it went and waits until it closes the connection.
     fn finish(mut self, inputs: &mut Inputs, failure: Option<Failure>) -> (Option<Failure>, bool) {
         let failure = failure.or(self.failure.take());
-        self.send(&message::shut(u32::from(failure.is_some())));
+        self.send(&Message::Shut { status: failure.is_some().into() });
         if failure.is_none() {
             // The clone shares its timeouts with the socket that is read.
             let _ = self.socket.set_read_timeout(Some(CLOSE_PATIENCE));
             let _ = inputs.main.source.skip(u64::MAX);
         }
         (failure, self.record.is_some())
-    }
-}
-
-/// Return-path messages.
-mod message {
-    pub(super) const SWITCHOVER_ACK: [u8; 4] = [0, 7, 0, 0];
-
-    pub(super) fn pong(value: u32) -> Vec<u8> {
-        [&[0, 2, 0, 4][..], &value.to_be_bytes()].concat()
-    }
-
-    pub(super) fn shut(status: u32) -> Vec<u8> {
-        [&[0, 1, 0, 4][..], &status.to_be_bytes()].concat()
     }
 }

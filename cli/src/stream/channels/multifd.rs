@@ -1,0 +1,260 @@
+//! One multifd channel.
+
+use crate::failure::Failure;
+use crate::ram::Keep;
+use crate::source::Source;
+use crate::stream::connection::Halt;
+use crate::stream::memory::Memory;
+use qevm_multifd::compression::Decompressor;
+use qevm_multifd::{ChannelDecoder, ChannelEncoder, ChannelOptions, EncoderOptions, Ending, Event, Init};
+use qevm_savevm::Decoder;
+use qevm_wire::{PageGeometry, Step, Writer};
+
+/// One multifd channel.
+pub(super) struct MultifdChannel {
+    pub(super) name: String,
+    source: Source,
+    decoder: Option<ChannelDecoder>,
+    encoder: Option<ChannelEncoder>,
+    writer: Writer,
+    decompressor: Option<Decompressor>,
+    init: Option<Init>,
+    pages: u64,
+    zero_pages: u64,
+    syncs: u64,
+    device_bytes: u64,
+    page: Vec<u8>,
+}
+
+/// What reading stopped at.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Stopped {
+    Sync,
+    End,
+}
+
+/// The packet whose payload is next.
+struct Packet {
+    block: usize,
+    offsets: Vec<u64>,
+    sync: bool,
+}
+
+impl MultifdChannel {
+    pub(super) fn new(name: String, source: Source, reencode: bool) -> Self {
+        MultifdChannel {
+            name,
+            source,
+            decoder: None,
+            encoder: reencode.then(|| ChannelEncoder::new(EncoderOptions::default())),
+            writer: Writer::new(),
+            decompressor: None,
+            init: None,
+            pages: 0,
+            zero_pages: 0,
+            syncs: 0,
+            device_bytes: 0,
+            page: Vec::new(),
+        }
+    }
+
+    pub(super) fn offset(&self) -> u64 {
+        self.source.offset()
+    }
+
+    pub(super) fn device_bytes(&self) -> u64 {
+        self.device_bytes
+    }
+
+    pub(super) fn init(&self) -> Option<&Init> {
+        self.init.as_ref()
+    }
+
+    pub(super) fn describe(&self) -> String {
+        let number = self.init.as_ref().map_or("?".into(), |init| init.channel.to_string());
+        let method = self.decoder.as_ref().and_then(ChannelDecoder::compression);
+        let method = method.map_or(String::new(), |method| format!(", compression {method}"));
+        let device = match self.device_bytes {
+            0 => String::new(),
+            bytes => format!(", {bytes} bytes of device state"),
+        };
+        format!(
+            "{}: multifd channel {number}{method}, {} pages, {} zero pages, {} syncs{device}",
+            self.name, self.pages, self.zero_pages, self.syncs
+        )
+    }
+
+    /// Applies packets up to and with the next SYNC; false if the channel ends before one.
+    pub(super) fn until_sync(&mut self, memory: &mut Memory, main: &Decoder) -> Result<bool, Halt> {
+        Ok(self.run(memory, main)? == Stopped::Sync)
+    }
+
+    /// Applies what is left after the main channel has waited `waits` times and is over.
+    pub(super) fn rest(&mut self, memory: &mut Memory, main: &Decoder, waits: u64) -> Result<(), Halt> {
+        let pages = self.pages + self.zero_pages;
+        let stopped = self.run(memory, main)?;
+        let path = self.path();
+        if stopped == Stopped::Sync {
+            let message = format!("SYNC number {}, but the main channel waits for {waits} only", self.syncs);
+            return Err(Failure::mismatch(&self.name, self.offset(), path, message).into());
+        }
+        if self.pages + self.zero_pages > pages {
+            let message = "pages behind the last SYNC, for which the main channel does not wait";
+            return Err(Failure::mismatch(&self.name, self.offset(), path, message).into());
+        }
+        Ok(())
+    }
+
+    /// The main channel waits for a SYNC that the channel does not have.
+    pub(super) fn missing_sync(&self, waits: u64, at: u64) -> Failure {
+        let message = format!(
+            "the channel ends after {} SYNCs, but the main channel waits for number {waits} at byte {at}",
+            self.syncs
+        );
+        let kind = "truncated";
+        Failure { file: self.name.clone(), kind, offset: self.offset(), path: self.path(), message }
+    }
+
+    fn path(&self) -> String {
+        self.init.as_ref().map_or("multifd channel".into(), |init| format!("channel {}", init.channel))
+    }
+
+    fn run(&mut self, memory: &mut Memory, main: &Decoder) -> Result<Stopped, Halt> {
+        let geometry = main.page_geometry();
+        let mut decoder = self
+            .decoder
+            .take()
+            .unwrap_or_else(|| ChannelDecoder::new(ChannelOptions { pages: geometry, ..ChannelOptions::default() }));
+        let result = self.packets(&mut decoder, memory, main, geometry);
+        self.decoder = Some(decoder);
+        result
+    }
+
+    fn packets(
+        &mut self,
+        decoder: &mut ChannelDecoder,
+        memory: &mut Memory,
+        main: &Decoder,
+        geometry: PageGeometry,
+    ) -> Result<Stopped, Halt> {
+        loop {
+            let located = |error| Failure::located(&self.name, error);
+            let at = decoder.offset();
+            match decoder.next(self.source.window()).map_err(located)? {
+                Step::Event { consumed, event } => {
+                    if let Some(encoder) = &mut self.encoder {
+                        self.writer.clear();
+                        encoder.event(&event, &mut self.writer).map_err(|error| Failure::located(&self.name, error))?;
+                        compare(self.writer.as_bytes(), &self.source.window()[..consumed], at, &self.name)?;
+                    }
+                    let mut packet = None;
+                    match &event {
+                        Event::Init(init) => self.init = Some(init.clone()),
+                        Event::Ram(ram) => {
+                            let block = main.ram_blocks().find(ram.block_bytes());
+                            let length = block.and_then(|id| main.ram_blocks().get(id)).map(|b| b.used_length);
+                            decoder.check_block(ram, length).map_err(|error| Failure::located(&self.name, error))?;
+                            let index = block.map_or(0, |id| id.index());
+                            if ram.has_pages() {
+                                self.zero_pages += u64::from(ram.zero_count());
+                                for offset in ram.zero() {
+                                    memory
+                                        .ram
+                                        .put_zero(index, offset)
+                                        .map_err(|error| Failure::io(&self.name, at, &error))?;
+                                }
+                            }
+                            let offsets = if ram.has_pages() { ram.normal().collect() } else { Vec::new() };
+                            packet = Some(Packet { block: index, offsets, sync: ram.is_sync() });
+                        }
+                        Event::DeviceState(state) => self.device_bytes += u64::from(state.payload_len),
+                        _ => {}
+                    }
+                    self.source.consume(consumed);
+                    if let Some(packet) = packet {
+                        self.payload(decoder, &packet, memory, geometry)?;
+                        if packet.sync {
+                            self.syncs += 1;
+                            return Ok(Stopped::Sync);
+                        }
+                    }
+                }
+                Step::Payload { remaining } => self.skip(decoder, remaining)?,
+                Step::NeedMore { at_least } => self.more(decoder, at_least)?,
+                Step::End => return Ok(Stopped::End),
+            }
+        }
+    }
+
+    /// Applies the normal pages of a packet.
+    fn payload(
+        &mut self,
+        decoder: &mut ChannelDecoder,
+        packet: &Packet,
+        memory: &mut Memory,
+        geometry: PageGeometry,
+    ) -> Result<(), Halt> {
+        let at = decoder.offset();
+        let len = decoder.payload_remaining();
+        self.pages += packet.offsets.len() as u64;
+        let io = |name: &str, error: std::io::Error| Failure::io(name, at, &error);
+        if memory.ram.keep() == Keep::Nothing {
+            for offset in &packet.offsets {
+                memory.ram.put_unread(packet.block, *offset).map_err(|error| io(&self.name, error))?;
+            }
+            return self.skip(decoder, len);
+        }
+        if packet.offsets.is_empty() {
+            return self.skip(decoder, len);
+        }
+        self.more(decoder, len as usize)?;
+        let Some(payload) = self.source.window().get(..len as usize) else {
+            return self.skip(decoder, len);
+        };
+        let method = decoder.compression().unwrap_or(qevm_multifd::Compression::None);
+        let fail = |error: qevm_multifd::CompressionError| Failure::located(&self.name, decoder.fail(error));
+        let decompressor = match &mut self.decompressor {
+            Some(decompressor) => decompressor,
+            none => none.insert(Decompressor::new(method, geometry).map_err(fail)?),
+        };
+        let mut pages = decompressor.packet(payload, packet.offsets.len() as u32).map_err(fail)?;
+        self.page.resize(geometry.size() as usize, 0);
+        for offset in &packet.offsets {
+            pages.fill(&mut self.page).map_err(fail)?;
+            memory.ram.put(packet.block, *offset, &self.page).map_err(|error| io(&self.name, error))?;
+        }
+        pages.finish().map_err(fail)?;
+        self.skip(decoder, len)
+    }
+
+    fn skip(&mut self, decoder: &mut ChannelDecoder, bytes: u64) -> Result<(), Halt> {
+        let at = self.source.offset();
+        let skipped = self.source.skip(bytes).map_err(|error| Failure::io(&self.name, at, &error))?;
+        decoder.skip_payload(skipped).map_err(|error| Failure::located(&self.name, error))?;
+        if skipped < bytes {
+            decoder.end_of_input(Ending::Closed);
+            // The decoder knows what is missing, and says it as an error.
+            decoder.next(&[]).map_err(|error| Failure::located(&self.name, error))?;
+        }
+        Ok(())
+    }
+
+    fn more(&mut self, decoder: &mut ChannelDecoder, bytes: usize) -> Result<(), Halt> {
+        let at = self.source.offset();
+        self.source.fill(bytes).map_err(|error| Failure::io(&self.name, at, &error))?;
+        if self.source.at_end() {
+            decoder.end_of_input(Ending::Closed);
+        }
+        Ok(())
+    }
+}
+
+fn compare(written: &[u8], read: &[u8], at: u64, name: &str) -> Result<(), Failure> {
+    match crate::stream::connection::first_difference(written, read) {
+        None => Ok(()),
+        Some((place, message)) => {
+            let (file, path) = (name.to_owned(), "re-encoding".to_owned());
+            Err(Failure { file, kind: "reencode", offset: at + place, path, message })
+        }
+    }
+}
