@@ -1,6 +1,8 @@
 //! The command line: what can be asked, and the help that teaches it.
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use qevm_multifd::Compression;
+use qevm_wire::QemuVersion;
 use std::path::PathBuf;
 
 /// Read, check and move QEMU migration streams.
@@ -42,6 +44,8 @@ pub enum Command {
     Inspect(Inspect),
     /// Decode everything, re-encode it, compare byte for byte, rebuild every RAM block.
     Verify(Verify),
+    /// Be the source of a migration: play a saved guest into a QEMU that runs with `-incoming`.
+    Send(Send),
     /// Write a migration again as a plain stream or a mapped-ram file.
     Convert(Convert),
     /// Write guest memory to files: RAM blocks, guest-physical memory, an ELF core for gdb and crash.
@@ -185,6 +189,39 @@ pub struct Convert {
     /// Overwrite the output file if it exists.
     #[arg(long)]
     pub force: bool,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub output: Output,
+}
+
+/// `qevm send`.
+#[derive(Debug, Args)]
+#[command(after_help = EXIT_CODES)]
+pub struct Send {
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub input: Input,
+    /// Where the destination listens: `tcp:HOST:PORT` or `unix:PATH`.
+    #[arg(value_name = "ADDRESS")]
+    pub address: String,
+    /// Release of the destination; decides what may be on the wire.
+    #[arg(long, value_name = "VERSION", default_value_t = QemuVersion::NEWEST)]
+    pub to: QemuVersion,
+    /// Send pages on N page channels. The destination needs capability `multifd` and the same `multifd-channels`.
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u8).range(1..))]
+    pub multifd_channels: Option<u8>,
+    /// Compression of the page channels: none, zlib or zstd; the destination's must be the same.
+    #[arg(long, value_name = "METHOD", default_value = "none", requires = "multifd_channels")]
+    pub multifd_compression: Compression,
+    /// Level of the compression: 0 to 9 for zlib, 0 to 20 for zstd.
+    #[arg(long, value_name = "LEVEL", requires = "multifd_compression")]
+    pub multifd_level: Option<i32>,
+    /// Do not open a return path; the destination then cannot say whether it has loaded the guest.
+    #[arg(long)]
+    pub no_return_path: bool,
+    /// Give up when the destination has not answered for this many seconds.
+    #[arg(long, value_name = "SECONDS", default_value_t = 60)]
+    pub timeout: u64,
     #[command(flatten)]
     #[allow(missing_docs)]
     pub output: Output,

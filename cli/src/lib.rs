@@ -45,6 +45,7 @@ pub fn run(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
         Command::Convert(convert) => commands::convert::run(convert),
         Command::Extract(extract) => commands::extract::run(extract),
         Command::Inspect(inspect) => commands::inspect::run(inspect),
+        Command::Send(send) => commands::send::run(send),
         Command::Verify(verify) => commands::verify::run(verify),
         Command::Receive(receive) => commands::receive::run(receive),
     };

@@ -34,6 +34,8 @@ pub struct Judgement {
     pub blocks: usize,
     /// Bytes of them that `pmemsave` confirmed, too.
     pub pmemsave_bytes: u64,
+    /// Forms written by qevm that QEMU loaded, with the same RAM, and went on with.
+    pub reloads: usize,
     /// RAM blocks that QEMU shows no way to, so that nothing can be said.
     pub unjudged_blocks: Vec<String>,
 }
@@ -112,8 +114,15 @@ pub fn judge(recording: &Recording, folder: &Path, subject: &Subject) -> Result<
 
 /// The command line of `qevm verify` for a recording.
 pub fn verify_arguments(recording: &Recording, folder: &Path) -> Vec<OsString> {
-    let files = &recording.files;
     let mut arguments: Vec<OsString> = ["verify", "--json", "--ram-digest", "sha256"].map(OsString::from).to_vec();
+    arguments.extend(input_arguments(recording, folder));
+    arguments
+}
+
+/// A recording's files, as the commands of `qevm` take them.
+pub fn input_arguments(recording: &Recording, folder: &Path) -> Vec<OsString> {
+    let files = &recording.files;
+    let mut arguments: Vec<OsString> = Vec::new();
     if files.offset > 0 {
         arguments.extend(["--offset".into(), files.offset.to_string().into()]);
     }

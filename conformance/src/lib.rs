@@ -4,7 +4,7 @@
 //! [`payload`] are guests for it. A [`scenario`] is a row of the [`table`];
 //! [`record`] plays it, with [`tape`] as the listener that keeps every channel, and asks the [`oracle`] what the stopped
 //! guest's RAM really is. [`judge`] then holds what qevm (the [`subject`]) says about the recording against that truth and
-//! against QEMU's own [`description`]; [`matrix`] does it for many scenarios and [`report`] tells the result.
+//! against QEMU's own [`description`], and [`reload`] gives what qevm writes back to QEMU; [`matrix`] does it for many scenarios and [`report`] tells the result.
 
 pub mod analyze;
 pub mod apt;
@@ -20,6 +20,7 @@ pub mod payload;
 pub mod process;
 pub mod qmp;
 pub mod record;
+pub mod reload;
 pub mod report;
 pub mod roots;
 mod route;

@@ -12,6 +12,7 @@ use anyhow::Result;
 
 use crate::judge::{self, Judgement};
 use crate::record;
+use crate::reload::{self, Form};
 use crate::report::{Outcome, Report, Row};
 use crate::roots::{Root, Suite};
 use crate::scenario::{Accel, Route, Scenario};
@@ -127,6 +128,13 @@ fn record_and_judge(scenario: &Scenario, root: &Root, folder: &Path, subject: &S
     // Damage is tried on the plain streams of the quick subset: it costs eight more runs of qevm each.
     if scenario.quick && scenario.route == Route::Exec && recording.capabilities.is_empty() {
         judgement.problems.extend(judge::damage(&recording, folder, subject)?);
+    }
+    if reload::applies(scenario) && judgement.problems.is_empty() {
+        for form in Form::of(scenario.suite) {
+            let problems = reload::reload(scenario, *form, root, &recording, folder, subject)?;
+            judgement.reloads += usize::from(problems.is_empty());
+            judgement.problems.extend(problems);
+        }
     }
     Ok(judgement)
 }

@@ -16,7 +16,7 @@ use crate::payload;
 use crate::process::run;
 use crate::roots::Root;
 use crate::route::Run;
-use crate::scenario::{Accel, Guest, Scenario};
+use crate::scenario::{Accel, Guest, Route, Scenario};
 use crate::subject::Subject;
 
 /// How long firmware runs before it is stopped: SeaBIOS is through with its set-up long before.
@@ -160,7 +160,7 @@ fn check_purpose(scenario: &Scenario, migration: &Value, files: &Files, folder: 
             bail!("QEMU reports no {what}");
         }
     }
-    if scenario.capabilities.contains(&"postcopy-preempt") {
+    if scenario.route == Route::Postcopy && scenario.capabilities.contains(&"postcopy-preempt") {
         // The preempt channel is the last to be opened; it may legally carry nothing.
         let preempt = files.channels.last().context("no preempt channel was opened")?;
         if fs::metadata(folder.join(preempt))?.len() == 0 {
@@ -171,7 +171,7 @@ fn check_purpose(scenario: &Scenario, migration: &Value, files: &Files, folder: 
 }
 
 /// The files that arguments may name: a raw disk, a qcow2 disk, and contents for RAM.
-fn make_inputs(root: &Root, scratch: &Path) -> Result<()> {
+pub(crate) fn make_inputs(root: &Root, scratch: &Path) -> Result<()> {
     let disk = payload::pattern(DISK_BYTES / 4096);
     fs::write(scratch.join("disk.raw"), &disk)?;
     fs::write(scratch.join("ram.bin"), payload::pattern(PATTERN_PAGES))?;
@@ -183,7 +183,8 @@ fn make_inputs(root: &Root, scratch: &Path) -> Result<()> {
     .map(|_| ())
 }
 
-fn arguments(scenario: &Scenario, scratch: &Path) -> Result<Vec<String>> {
+/// QEMU's arguments for a scenario whose inputs are in `scratch`.
+pub(crate) fn arguments(scenario: &Scenario, scratch: &Path) -> Result<Vec<String>> {
     let accel = if scenario.accel == Accel::Kvm { "kvm" } else { "tcg" };
     let mut all = vec!["-M".into(), format!("{},accel={accel}", scenario.machine)];
     all.extend(["-m".into(), scenario.memory.to_string()]);

@@ -71,8 +71,11 @@ impl Row {
 
 fn measured(j: &Judgement) -> String {
     let mut text = format!("{} bytes, {} sections, {} RAM blocks", j.bytes, j.sections, j.blocks);
-    if j.opaque_bytes > 0 {
+    if j.reloads > 0 {
         // Writing to a string cannot fail.
+        let _ = write!(text, ", loaded by QEMU {}x", j.reloads);
+    }
+    if j.opaque_bytes > 0 {
         let _ = write!(text, ", {} bytes opaque", j.opaque_bytes);
     }
     if !j.unjudged_blocks.is_empty() {
@@ -116,6 +119,7 @@ impl Report {
             "bytes": held.iter().map(|j| j.bytes).sum::<u64>(),
             "opaque_bytes": held.iter().map(|j| j.opaque_bytes).sum::<u64>(),
             "ram_blocks": held.iter().map(|j| j.blocks).sum::<usize>(),
+            "loaded_by_qemu": held.iter().map(|j| j.reloads).sum::<usize>(),
             "pmemsave_bytes": held.iter().map(|j| j.pmemsave_bytes).sum::<u64>(),
             "qemu": self.versions,
             "seconds": (self.seconds * 10.0).round() / 10.0,

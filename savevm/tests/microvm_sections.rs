@@ -5,7 +5,8 @@
 mod tail;
 
 use qevm_savevm::devices::DeviceState;
-use qevm_savevm::vmstate::instance::TextStyle;
+use qevm_savevm::vmdesc::{Description, DeviceBody, DeviceDescription, TextStyle};
+use qevm_wire::{Limits, QemuVersion};
 use tail::{Tail, tails};
 
 /// Sections of old-style handlers, which have no VMSD to declare.
@@ -26,15 +27,29 @@ fn every_section_decodes_and_encodes_to_the_same_bytes_and_description() {
             let (bytes, described) = state.encode_described(section.version, &ctx).unwrap();
             assert_eq!(bytes, section.payload, "{at}");
             assert_eq!(state.version(&ctx), section.version, "{at}");
+            let (name, body) = (section.idstr.clone(), DeviceBody::Struct(described));
+            let device = DeviceDescription { name, instance_id: section.instance_id, body };
+            let mut description = Description::default();
+            description.devices.push(device);
             for style in [TextStyle::Compact, TextStyle::Spaced] {
-                let text = described.device_json(&section.idstr, section.instance_id, style);
+                let text = description.to_json(style);
                 let ours: serde_json::Value = serde_json::from_str(&text).unwrap();
-                assert_eq!(ours, section.description, "{at}");
+                assert_eq!(ours["devices"][0], section.description, "{at}");
             }
             sections += 1;
         }
     }
     assert!(sections >= 350, "only {sections} sections were checked");
+}
+
+/// A description that was parsed is written as QEMU wrote it, white space included.
+#[test]
+fn descriptions_are_written_as_qemu_writes_them() {
+    for Tail { name, ctx, description, .. } in tails() {
+        let style = if ctx.profile.qemu < QemuVersion::new(6, 0) { TextStyle::Spaced } else { TextStyle::Compact };
+        let parsed = Description::parse(&description, &Limits::default()).unwrap();
+        assert_eq!(parsed.to_json(style), String::from_utf8(description).unwrap(), "{name}");
+    }
 }
 
 /// The hooks and `needed` tests of a source change nothing in a state that a source has just prepared.

@@ -5,6 +5,7 @@ use crate::args::{self, StreamForm};
 use crate::failure::Stop;
 use crate::progress::Progress;
 use crate::rewrite::SavedGuest;
+use crate::rewrite::stream::{Multifd, Target};
 use crate::stream::Inputs;
 use crate::table::size;
 use serde_json::{Map, json};
@@ -22,7 +23,10 @@ pub fn run(convert: &args::Convert) -> Result<(), Stop> {
     let mut file = file.map_err(|error| Stop::Usage(format!("{name}: cannot be created: {error}")))?;
     let mut bar = Progress::new("writing", Some(guest.data_len()));
     let written = match convert.format {
-        StreamForm::Plain => guest.write_plain(&mut file, &name, false, &mut bar),
+        StreamForm::Plain => {
+            let target = Target { out: &mut file, name: &name, return_path: false };
+            guest.write_stream(target, None::<Multifd<File>>, &mut bar)
+        }
         StreamForm::MappedRam => guest.write_mapped(&file, &name, &mut bar),
     };
     drop(bar);

@@ -4,6 +4,7 @@ pub mod convert;
 pub mod extract;
 pub mod inspect;
 pub mod receive;
+pub mod send;
 pub mod verify;
 
 use crate::failure::Stop;

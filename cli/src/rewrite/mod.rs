@@ -1,16 +1,18 @@
 //! Writing a migration again in another form: what `qevm convert` and `qevm send` do.
 //!
 //! Whatever form a migration came in (plain, multifd, mapped-ram, XBZRLE, postcopy), reading it gives a [`SavedGuest`]:
-//! memory, device sections and description as a destination would have them. [`plain`] and [`mapped`] write that guest
+//! memory, device sections and description as a destination would have them. [`stream`] and [`mapped`] write that guest
 //! as a new stream. Device sections keep their bytes; memory is written once, each page in its last content.
 
+pub mod channels;
 pub mod mapped;
-pub mod plain;
+pub mod stream;
 
 use crate::failure::{Failure, Stop};
 use crate::progress::Progress;
 use crate::ram::{GuestRam, Keep, PageState};
 use crate::stream::{Inputs, Observer, Settings, analyze};
+use qevm_multifd::Uuid;
 use qevm_savevm::configuration::{Configuration, ConfigurationSubsection};
 use qevm_savevm::framing::{SectionHeader, SectionKind};
 use qevm_savevm::ram::RamBlock;
@@ -78,6 +80,26 @@ impl SavedGuest {
             devices: capture.devices,
             description: analysis.description.take().map(|(_, text)| text),
         })
+    }
+
+    /// The machine type, as the stream carries it; empty if it does not.
+    pub fn machine(&self) -> String {
+        self.configuration.as_ref().map_or(String::new(), |c| String::from_utf8_lossy(&c.machine).into_owned())
+    }
+
+    /// The guest's UUID (capability `validate-uuid`), all zero if the stream does not tell it.
+    pub fn uuid(&self) -> Uuid {
+        let subsections = self.configuration.iter().flat_map(|c| &c.subsections);
+        let mut uuids = subsections.filter_map(|s| match s {
+            ConfigurationSubsection::Uuid(uuid) => Some(Uuid(*uuid)),
+            _ => None,
+        });
+        uuids.next_back().unwrap_or_default()
+    }
+
+    /// Size of a target page.
+    pub fn page_geometry(&self) -> PageGeometry {
+        self.pages
     }
 
     /// Bytes of memory that are not zero, to within the last pages: what a progress bar counts to.

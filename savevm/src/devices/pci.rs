@@ -183,6 +183,7 @@ impl<const N: usize> Field for Box<Buffer<N>> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::vmdesc::{Description, DeviceBody, DeviceDescription, TextStyle};
     use crate::vmstate;
     use proptest::prelude::*;
     use qevm_wire::QemuVersion;
@@ -203,11 +204,13 @@ mod tests {
         assert_eq!(device.pci.config_space()[..2], [0x36, 0x1b]); // Red Hat's vendor id
         let (bytes, described) = vmstate::encode_described(&device, 1, &ctx).unwrap();
         assert_eq!(bytes, payload);
-        let text = described.device_json("", 0, vmstate::instance::TextStyle::Compact);
-        let ours: serde_json::Value = serde_json::from_str(&text).unwrap();
+        let mut whole = Description::default();
+        let (name, body) = (String::new(), DeviceBody::Struct(described));
+        whole.devices.push(DeviceDescription { name, instance_id: 0, body });
+        let ours: serde_json::Value = serde_json::from_str(&whole.to_json(TextStyle::Compact)).unwrap();
         let qemu: serde_json::Value =
             serde_json::from_str(include_str!("../../tests/data/pci/11.1-nvme.json")).unwrap();
-        assert_eq!(ours["fields"], qemu);
+        assert_eq!(ours["devices"][0]["fields"], qemu);
     }
 
     #[test]

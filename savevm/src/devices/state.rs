@@ -5,7 +5,8 @@ use super::{
     serial, timer, virtio,
 };
 use crate::Error;
-use crate::vmstate::{self, Context, Description, VmState, VmStateError, instance::Object};
+use crate::vmdesc::StructDescription;
+use crate::vmstate::{self, Context, Description, VmState, VmStateError};
 
 macro_rules! sections {
     ($($(#[$doc:meta])* $variant:ident($type:ty),)*) => {
@@ -69,7 +70,7 @@ macro_rules! sections {
             ///
             /// # Errors
             /// As [`vmstate::encode_version`].
-            pub fn encode_described(&self, version: u32, ctx: &Context) -> Result<(Vec<u8>, Object), Error> {
+            pub fn encode_described(&self, version: u32, ctx: &Context) -> Result<(Vec<u8>, StructDescription), Error> {
                 match self {
                     $(DeviceState::$variant(state) => vmstate::encode_described(state, version, ctx),)*
                 }

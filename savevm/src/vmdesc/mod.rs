@@ -15,11 +15,13 @@ mod fields;
 mod json;
 mod model;
 mod slirp;
+mod text;
 mod tree;
 mod value;
 mod virtio;
 
 pub use error::VmdescError;
 pub use model::{Description, DeviceBody, DeviceDescription, FieldDescription, StructDescription};
+pub use text::TextStyle;
 pub use tree::{Name, Node, Struct, Value};
 pub use value::{Scalar, ScalarKind, Scalars};

@@ -6,7 +6,7 @@
 //!
 //! Read in this order: [`VmState`] (what a declaration provides), [`Context`] (the facts that predicates may ask),
 //! [`Field`] and [`Element`] with the field types of [`kinds`] and [`pointers`] (what a field can be), [`Saver`] and [`Loader`] (the two
-//! walks), [`instance`] (the JSON description of one save) and [`Description`] (the schema).
+//! walks), [`encode_described`] (the entry of the stream's description for one save) and [`Description`] (the schema).
 //!
 //! # Promises
 //!
@@ -45,7 +45,6 @@ mod context;
 mod description;
 mod error;
 mod field;
-pub mod instance;
 pub mod kinds;
 mod load;
 pub mod pointers;
@@ -60,6 +59,7 @@ pub use load::{Loader, SubsectionHeader};
 pub use qevm_savevm_derive::VmState;
 pub use save::Saver;
 
+use crate::vmdesc::StructDescription;
 use crate::{Error, Reader};
 pub use pointers::{MarkedPointers, Pointer, PointerField};
 #[doc(hidden)]
@@ -135,7 +135,7 @@ pub fn encode_described<T: VmState>(
     value: &T,
     version: u32,
     ctx: &Context,
-) -> Result<(Vec<u8>, instance::Object), Error> {
+) -> Result<(Vec<u8>, StructDescription), Error> {
     let mut saver = Saver::describing(ctx);
     load::check_version::<T>(version, 0)?;
     saver.object(value, version).within(|| T::NAME)?;

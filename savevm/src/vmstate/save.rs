@@ -1,16 +1,24 @@
 //! The walk that encodes a value and, when asked, describes what it wrote.
 
-use super::instance::{Array, Entry, Nested, Object};
 use super::{Context, Element, FieldInfo, IndexNotation, VmState, VmStateError};
 use crate::Error;
+use crate::vmdesc::{FieldDescription, StructDescription};
 use qevm_wire::{CountedString, Within, Writer};
 use std::fmt;
 
 /// The byte that opens a subsection inside device state (`QEMU_VM_SUBSECTION`, since 0.14).
 pub(super) const SUBSECTION: u8 = 0x05;
 
-/// The type name of fields that hold a structure under the key of that name.
-const STRUCT: &str = "struct";
+/// How a description says that an entry belongs to an array.
+#[derive(Clone, Copy)]
+enum Notation {
+    /// Not at all: a single value, or an element that the release does not number.
+    No,
+    /// `array_len`: the entry stands for so many elements.
+    Len(u64),
+    /// `index`: the entry is the element of that number.
+    Index(u64),
+}
 
 /// Appends device state to a buffer; [`VmState::save_fields`] and [`Element::put`] write to it.
 pub struct Saver<'c> {
@@ -22,8 +30,8 @@ pub struct Saver<'c> {
 /// Objects being described, innermost last, and finished ones that wait for the entry they belong to.
 #[derive(Default)]
 struct Recorder {
-    open: Vec<Object>,
-    finished: Vec<Object>,
+    open: Vec<StructDescription>,
+    finished: Vec<StructDescription>,
 }
 
 impl<'c> Saver<'c> {
@@ -40,10 +48,9 @@ impl<'c> Saver<'c> {
     }
 
     /// The bytes and the one object that was written with [`Saver::object`].
-    pub(super) fn into_described(self) -> (Vec<u8>, Object) {
-        let described = self.recorder.and_then(|mut r| r.finished.pop());
-        let nothing = Object { vmsd_name: "", version: 0, fields: Vec::new(), subsections: Vec::new() };
-        (self.out.into_bytes(), described.unwrap_or(nothing))
+    pub(super) fn into_described(self) -> (Vec<u8>, StructDescription) {
+        let described = self.recorder.and_then(|mut recorder| recorder.finished.pop());
+        (self.out.into_bytes(), described.unwrap_or_default())
     }
 
     /// The facts that predicates ask.
@@ -62,7 +69,8 @@ impl<'c> Saver<'c> {
     /// As [`VmState::save_fields`].
     pub fn object<T: VmState>(&mut self, value: &T, version: u32) -> Result<(), Error> {
         if let Some(recorder) = &mut self.recorder {
-            recorder.open.push(Object { vmsd_name: T::NAME, version, fields: Vec::new(), subsections: Vec::new() });
+            let vmsd_name = T::NAME.to_owned();
+            recorder.open.push(StructDescription { vmsd_name, version, ..StructDescription::default() });
         }
         value.save_fields(self, version)?;
         if let Some(recorder) = &mut self.recorder {
@@ -76,7 +84,7 @@ impl<'c> Saver<'c> {
     /// # Errors
     /// As [`Element::put`].
     pub fn single<T: Element>(&mut self, value: &T, info: &FieldInfo) -> Result<(), Error> {
-        self.element(value, info, Some(Array::No))
+        self.element(value, info, Some(Notation::No))
     }
 
     /// Writes a field that is an array.
@@ -88,11 +96,11 @@ impl<'c> Saver<'c> {
         let compressed = T::COMPRESSIBLE && !info.conditional;
         for (i, value) in values.iter().enumerate() {
             let array = match self.ctx.index_notation() {
-                _ if last == 0 => Some(Array::No),
-                _ if compressed => (i == 0).then_some(Array::Len(values.len() as u64)),
-                IndexNotation::All => Some(Array::Index(i as u64)),
-                IndexNotation::AllButLast if i < last => Some(Array::Index(i as u64)),
-                IndexNotation::AllButLast | IndexNotation::None => Some(Array::No),
+                _ if last == 0 => Some(Notation::No),
+                _ if compressed => (i == 0).then_some(Notation::Len(values.len() as u64)),
+                IndexNotation::All => Some(Notation::Index(i as u64)),
+                IndexNotation::AllButLast if i < last => Some(Notation::Index(i as u64)),
+                IndexNotation::AllButLast | IndexNotation::None => Some(Notation::No),
             };
             self.element(value, info, array).within(|| format!("element {i}"))?;
         }
@@ -163,30 +171,22 @@ impl<'c> Saver<'c> {
         Ok(())
     }
 
-    fn element<T: Element>(&mut self, value: &T, info: &FieldInfo, array: Option<Array>) -> Result<(), Error> {
+    fn element<T: Element>(&mut self, value: &T, info: &FieldInfo, array: Option<Notation>) -> Result<(), Error> {
         let start = self.out.len();
         let mark = self.recorder.as_ref().map_or(0, |r| r.finished.len());
         value.put(self)?;
         let size = (self.out.len() - start) as u64;
         let type_name = info.type_name.unwrap_or(value.type_name(self.ctx));
         let Some(recorder) = &mut self.recorder else { return Ok(()) };
-        let mut nested = recorder.finished.split_off(mark.min(recorder.finished.len()));
+        let nested = recorder.finished.split_off(mark.min(recorder.finished.len()));
         let (Some(array), Some(parent)) = (array, recorder.open.last_mut()) else { return Ok(()) };
-        parent.fields.push(Entry {
-            name: info.json_name,
-            array,
-            type_name,
-            nested: match nested.pop() {
-                None if type_name == STRUCT => Nested::EmptyStruct,
-                None => Nested::No,
-                Some(object) if type_name == STRUCT => Nested::Struct(object),
-                Some(object) => {
-                    nested.push(object);
-                    Nested::Inline(nested)
-                }
-            },
-            size,
-        });
+        let (array_len, index) = match array {
+            Notation::No => (None, None),
+            Notation::Len(n) => (Some(n), None),
+            Notation::Index(n) => (None, Some(n)),
+        };
+        let (name, type_name) = (info.json_name.to_owned(), type_name.to_owned());
+        parent.fields.push(FieldDescription { name, type_name, size, array_len, index, nested });
         Ok(())
     }
 }

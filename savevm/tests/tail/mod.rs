@@ -11,6 +11,8 @@ const FULL: u8 = 0x04;
 const EOF: u8 = 0x00;
 const VMDESCRIPTION: u8 = 0x06;
 const FOOTER: u8 = 0x7e;
+/// Bytes from EOF to the text of the description.
+const DESCRIPTION_HEADER: usize = 6;
 
 /// The end of one recorded stream.
 pub(crate) struct Tail {
@@ -18,6 +20,8 @@ pub(crate) struct Tail {
     pub(crate) name: String,
     /// The release and accelerator that wrote it.
     pub(crate) ctx: Context,
+    /// The text of the description.
+    pub(crate) description: Vec<u8>,
     /// The device sections in stream order.
     pub(crate) sections: Vec<Section>,
 }
@@ -48,8 +52,9 @@ impl Tail {
         let release: QemuVersion = name.split('-').next().unwrap().parse().unwrap();
         let accel = if name.contains("-kvm") { Accel::Kvm } else { Accel::Tcg };
         let ctx = Context::new(release, "microvm").with_accel(accel);
+        let (end, _) = description(&bytes);
         let sections = sections(&bytes);
-        Tail { name, ctx, sections }
+        Tail { name, ctx, description: bytes[end + DESCRIPTION_HEADER..].to_vec(), sections }
     }
 }
 
@@ -79,14 +84,14 @@ fn sections(bytes: &[u8]) -> Vec<Section> {
 
 /// Where the sections end, and the description behind them.
 fn description(bytes: &[u8]) -> (usize, serde_json::Value) {
-    let end = (0..bytes.len() - 6)
+    let end = (0..bytes.len() - DESCRIPTION_HEADER)
         .rev()
         .find(|&i| {
             let length = u32::from_be_bytes(bytes[i + 2..i + 6].try_into().unwrap()) as usize;
-            bytes[i..i + 2] == [EOF, VMDESCRIPTION] && i + 6 + length == bytes.len()
+            bytes[i..i + 2] == [EOF, VMDESCRIPTION] && i + DESCRIPTION_HEADER + length == bytes.len()
         })
         .expect("a description at the end");
-    (end, serde_json::from_slice(&bytes[end + 6..]).unwrap())
+    (end, serde_json::from_slice(&bytes[end + DESCRIPTION_HEADER..]).unwrap())
 }
 
 /// The length of a section by QEMU's own description: sizes of the fields, and subsections with their headers.

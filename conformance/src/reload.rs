@@ -1,0 +1,124 @@
+//! Real QEMU loads what qevm writes: a recording converted by `qevm convert` must bring up the same guest.
+
+use std::ffi::OsString;
+use std::path::Path;
+use std::thread;
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+use serde_json::{Value, json};
+
+use crate::judge::input_arguments;
+use crate::launch::Qemu;
+use crate::oracle;
+use crate::record::{self, Recording};
+use crate::roots::{Root, Suite};
+use crate::scenario::{Guest, Scenario};
+use crate::subject::Subject;
+
+const LOAD_TIMEOUT: Duration = Duration::from_secs(60);
+/// Long enough for a guest that cannot go on to crash QEMU or to stop.
+const RUNNING_TIME: Duration = Duration::from_millis(300);
+/// With these the stream does not hold all that the guest needs, or needs a destination set up in another way.
+const NOT_ALONE: [&str; 2] = ["x-ignore-shared", "dirty-bitmaps"];
+
+/// A form in which qevm writes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Form {
+    /// Every page on the main channel.
+    Plain,
+    /// Every page at its own place; QEMU loads it since 9.0.
+    MappedRam,
+}
+
+impl Form {
+    /// The forms that the QEMU of `suite` loads.
+    pub fn of(suite: Suite) -> &'static [Form] {
+        match suite {
+            Suite::Bullseye | Suite::Bookworm => &[Form::Plain],
+            Suite::Trixie | Suite::Sid => &[Form::Plain, Form::MappedRam],
+        }
+    }
+
+    fn name(self) -> &'static str {
+        match self {
+            Form::Plain => "plain",
+            Form::MappedRam => "mapped-ram",
+        }
+    }
+}
+
+/// Whether the recordings of a scenario can be loaded on their own.
+pub fn applies(scenario: &Scenario) -> bool {
+    let alone = !scenario.capabilities.iter().any(|c| NOT_ALONE.contains(c));
+    alone && scenario.migrate.is_empty()
+}
+
+/// Converts the recording into `form` and loads it with the QEMU that made it; gives what is wrong then.
+///
+/// # Errors
+/// qevm or QEMU cannot be started.
+pub fn reload(
+    scenario: &Scenario,
+    form: Form,
+    root: &Root,
+    recording: &Recording,
+    folder: &Path,
+    subject: &Subject,
+) -> Result<Vec<String>> {
+    let out = folder.join("converted.qevm");
+    let mut arguments: Vec<OsString> =
+        ["convert", "--force", "--format", form.name(), "--out"].map(Into::into).to_vec();
+    arguments.push(out.clone().into());
+    arguments.extend(input_arguments(recording, folder));
+    let finished = subject.run(&arguments)?;
+    if !finished.success {
+        let said = finished.stderr.lines().last().unwrap_or("nothing on standard error");
+        return Ok(vec![format!("convert to {} ends with {}: {said}", form.name(), finished.status)]);
+    }
+    Ok(match load(scenario, form, root, recording, &out) {
+        Ok(problems) => problems,
+        Err(e) => vec![format!("QEMU does not load the {} form: {e:#}", form.name())],
+    })
+}
+
+fn load(scenario: &Scenario, form: Form, root: &Root, recording: &Recording, stream: &Path) -> Result<Vec<String>> {
+    let scratch = tempfile::Builder::new().prefix("qevm-").tempdir()?;
+    let scratch = scratch.path();
+    record::make_inputs(root, scratch)?;
+    let mut arguments = record::arguments(scenario, scratch)?;
+    arguments.extend(["-S", "-incoming", "defer"].map(String::from));
+    let mut target = Qemu::start(root, "target", &arguments, scratch)?;
+    let uri = match form {
+        Form::Plain => format!("exec:cat {}", stream.display()),
+        Form::MappedRam => {
+            target.set_capabilities(&["mapped-ram"])?;
+            format!("file:{}", stream.display())
+        }
+    };
+    target.execute("migrate-incoming", json!({ "uri": uri }))?;
+    target.wait_migration(LOAD_TIMEOUT, |s| s["status"] == "completed")?;
+    let loaded = oracle::ram_blocks(&mut target, scratch)?;
+    let mut problems = Vec::new();
+    let mut compared = 0;
+    for truth in recording.ram.iter().filter(|b| b.sha256.is_some()) {
+        let block = loaded.iter().find(|b| b.name == truth.name);
+        compared += 1;
+        if block.is_none_or(|b| b.sha256 != truth.sha256) {
+            problems.push(format!("loaded from the {} form, {} differs", form.name(), truth.name));
+        }
+    }
+    if compared == 0 && !recording.ram.is_empty() {
+        bail!("no RAM block can be compared");
+    }
+    if !matches!(scenario.guest, Guest::Idle) {
+        target.execute("cont", Value::Null)?;
+        thread::sleep(RUNNING_TIME);
+        let status = target.execute("query-status", Value::Null).context("after continuing the guest")?;
+        if status["running"] != true {
+            problems.push(format!("loaded from the {} form, the guest does not go on: {status}", form.name()));
+        }
+    }
+    target.quit();
+    Ok(problems)
+}
