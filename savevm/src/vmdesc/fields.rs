@@ -9,6 +9,8 @@ use qevm_wire::{Limits, WireError, Within};
 #[derive(Clone)]
 pub(super) struct Input<'a> {
     pub(super) reader: Reader<'a>,
+    body: &'a [u8],
+    base: u64,
     nodes: u64,
     node_limit: u64,
 }
@@ -23,7 +25,17 @@ pub(super) struct Fields<'i, 'a> {
 
 impl<'a> Input<'a> {
     pub(super) fn new(body: &'a [u8], offset: u64, limits: &Limits) -> Self {
-        Input { reader: Reader::at(body, offset), nodes: 0, node_limit: limits.elements }
+        Input { reader: Reader::at(body, offset), body, base: offset, nodes: 0, node_limit: limits.elements }
+    }
+
+    /// The whole section.
+    pub(super) fn body(&self) -> &'a [u8] {
+        self.body
+    }
+
+    /// The bytes of the section that were read.
+    pub(super) fn before(&self) -> &'a [u8] {
+        &self.body[..(self.reader.offset() - self.base) as usize]
     }
 
     fn count_node(&mut self) -> Result<(), Error> {

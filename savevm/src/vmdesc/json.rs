@@ -124,6 +124,18 @@ impl<'a> Json<'a> {
         }
     }
 
+    /// Reads `true` or `false`.
+    pub(super) fn boolean(&mut self) -> Result<bool, Error> {
+        self.space();
+        for (word, value) in [(&b"true"[..], true), (b"false", false)] {
+            if self.text[self.position..].starts_with(word) {
+                self.position += word.len();
+                return Ok(value);
+            }
+        }
+        Err(self.unexpected("true or false"))
+    }
+
     /// Checks that only white space is left.
     pub(super) fn end(&mut self) -> Result<(), Error> {
         self.space();

@@ -1,7 +1,8 @@
 //! The description at the end of a stream, and device sections read with it.
 //!
 //! Read in this order: [`Description`] (what QEMU says it wrote), [`DeviceDescription::decode`] (a section's bytes to
-//! fields), [`Node`] and [`Value`] (the fields; they encode to the bytes they came from).
+//! fields), [`Node`] and [`Value`] (the fields; they encode to the bytes they came from),
+//! [`Schema`] (what to use where there is no description).
 //!
 //! # Promises
 //!
@@ -14,6 +15,7 @@ mod error;
 mod fields;
 mod json;
 mod model;
+mod schema;
 mod slirp;
 mod text;
 mod tree;
@@ -22,6 +24,7 @@ mod virtio;
 
 pub use error::VmdescError;
 pub use model::{Description, DeviceBody, DeviceDescription, FieldDescription, StructDescription};
+pub use schema::{Schema, Verdict};
 pub use text::TextStyle;
 pub use tree::{Name, Node, Struct, Value};
 pub use value::{Scalar, ScalarKind, Scalars};

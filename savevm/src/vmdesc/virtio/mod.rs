@@ -16,6 +16,8 @@ use super::fields::Fields;
 use crate::Error;
 use transport::Transport;
 
+pub(super) use transport::msix_vectors;
+
 /// Queues a virtio device can have; subsections list all of them (all QEMU releases).
 const QUEUES_MAX: u32 = 1024;
 

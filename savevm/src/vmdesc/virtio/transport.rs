@@ -84,7 +84,7 @@ fn pci(fields: &mut Fields<'_, '_>, config_len: u64) -> Result<bool, Error> {
 }
 
 /// Entries of the MSI-X table that the capability list announces, 0 without one.
-fn msix_vectors(config: &[u8]) -> u64 {
+pub(in super::super) fn msix_vectors(config: &[u8]) -> u64 {
     let control = capability(config, PCI_CAP_ID_MSIX).and_then(|at| config.get(at + 2..at + 4)?.try_into().ok());
     control.map_or(0, |control| u64::from(u16::from_le_bytes(control) & PCI_MSIX_TABLE_SIZE) + 1)
 }
