@@ -49,6 +49,8 @@ pub mod kinds;
 mod load;
 pub mod pointers;
 mod save;
+#[cfg(test)]
+mod tests;
 
 pub use context::{Accel, Context, IndexNotation, PciFacts, VirtioFacts};
 pub use description::{Count, Description, ElementDescription, FieldDescription, Layout};
