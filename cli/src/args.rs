@@ -44,6 +44,8 @@ pub enum Command {
     Inspect(Inspect),
     /// Decode everything, re-encode it, compare byte for byte, rebuild every RAM block.
     Verify(Verify),
+    /// Compare two guests: configuration, RAM blocks and pages, sections and fields.
+    Diff(Diff),
     /// Be the source of a migration: play a saved guest into a QEMU that runs with `-incoming`.
     Send(Send),
     /// Write a migration again as a plain stream or a mapped-ram file.
@@ -76,6 +78,14 @@ pub struct Input {
     /// What the destination sent back on the return path. May be repeated: the next ones belong to the recoveries.
     #[arg(long = "return-path", value_name = "FILE")]
     pub return_path: Vec<PathBuf>,
+}
+
+impl Input {
+    /// A single file, with nothing said about it.
+    pub fn plain(main: &std::path::Path) -> Self {
+        let (channels, recovery, return_path) = (Vec::new(), Vec::new(), Vec::new());
+        Input { main: main.to_owned(), offset: 0, snapshot: None, channels, recovery, return_path }
+    }
 }
 
 /// How output is written.
@@ -189,6 +199,27 @@ pub struct Convert {
     /// Overwrite the output file if it exists.
     #[arg(long)]
     pub force: bool,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub output: Output,
+}
+
+/// `qevm diff`.
+#[derive(Debug, Args)]
+#[command(after_help = "Exit codes: 0 no differences; 1 there are some, or a stream is bad; 2 wrong usage.")]
+pub struct Diff {
+    /// A stream, save image or snapshot.
+    #[arg(value_name = "FIRST")]
+    pub first: PathBuf,
+    /// Another one.
+    #[arg(value_name = "SECOND")]
+    pub second: PathBuf,
+    /// Do not compare the contents of memory.
+    #[arg(long)]
+    pub no_ram: bool,
+    /// Only differences in blocks and sections whose name contains TEXT.
+    #[arg(long, value_name = "TEXT")]
+    pub section: Option<String>,
     #[command(flatten)]
     #[allow(missing_docs)]
     pub output: Output,

@@ -63,6 +63,8 @@ pub enum Stop {
     Bad(Failure),
     /// The command was used wrongly, or an input does not exist: exit code 2.
     Usage(String),
+    /// The command found what it looks for, e.g. differences, and has said so: exit code 1.
+    Found,
     /// The reader of our output went away: nothing to say to anybody.
     OutputClosed,
 }

@@ -6,6 +6,7 @@
 
 pub mod args;
 pub mod commands;
+pub mod diff;
 pub mod extract;
 pub mod failure;
 pub mod open;
@@ -43,6 +44,7 @@ pub fn run(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
     };
     let result = match &cli.command {
         Command::Convert(convert) => commands::convert::run(convert),
+        Command::Diff(diff) => commands::diff::run(diff),
         Command::Extract(extract) => commands::extract::run(extract),
         Command::Inspect(inspect) => commands::inspect::run(inspect),
         Command::Send(send) => commands::send::run(send),
@@ -59,6 +61,7 @@ pub fn run(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
             eprintln!("qevm: {}", failure::printable(&message));
             ExitCode::from(EXIT_USAGE)
         }
+        Err(Stop::Found) => ExitCode::from(EXIT_BAD),
         Err(Stop::OutputClosed) => ExitCode::SUCCESS,
     }
 }

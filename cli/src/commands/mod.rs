@@ -1,6 +1,7 @@
 //! The commands, one module each.
 
 pub mod convert;
+pub mod diff;
 pub mod extract;
 pub mod inspect;
 pub mod receive;

@@ -144,6 +144,37 @@ impl GuestRam {
         }
     }
 
+    /// Calls `visit` with the offset of each page of `block` whose content differs from that of the page at the same
+    /// offset of block `other_block` of `other`, up to the shorter one's end. Pages are compared by CRC-32; those that
+    /// never came count as zeroes.
+    pub fn differences(
+        &mut self,
+        block: usize,
+        other: &mut GuestRam,
+        other_block: usize,
+        mut visit: impl FnMut(u64),
+    ) -> io::Result<()> {
+        let (Some(ours), Some(theirs)) = (self.blocks.get(block), other.blocks.get(other_block)) else {
+            return Err(io::Error::other("no such RAM block"));
+        };
+        let (first, other_first) = (ours.first_page, theirs.first_page);
+        let pages = ours.used_length.min(theirs.used_length) / self.page_size;
+        let zero = self.crc.zero_page();
+        let crc = |run: &Run| if run.state == PageState::Absent { zero } else { run.crc };
+        let mut page = 0;
+        while page < pages {
+            let ours = self.table.run_at(first + page, first + pages)?;
+            let theirs = other.table.run_at(other_first + page, other_first + pages)?;
+            if crc(&ours) != crc(&theirs) {
+                visit(page * self.page_size);
+                page += 1;
+            } else {
+                page += ours.pages.min(theirs.pages);
+            }
+        }
+        Ok(())
+    }
+
     /// The digest of `block` over its whole used length, in lower-case hexadecimal.
     pub fn digest(&mut self, block: usize, kind: RamDigest) -> io::Result<String> {
         let Some(Block { used_length, first_page, .. }) = self.blocks.get(block).cloned() else {

@@ -70,6 +70,19 @@ impl PageTable {
         Ok(state_of(self.chunk(chunk)?, (page % CHUNK_PAGES) as usize))
     }
 
+    /// The run that starts at `page`: absent pages up to the next one that may not be, or a single page.
+    pub(super) fn run_at(&mut self, page: u64, end: u64) -> io::Result<Run> {
+        let chunk = page / CHUNK_PAGES;
+        if !self.exists(chunk) {
+            let next = self.next_existing(chunk).map_or(end, |next| end.min(next * CHUNK_PAGES));
+            return Ok(Run { state: PageState::Absent, pages: next.saturating_sub(page).max(1), crc: 0 });
+        }
+        let slot = (page % CHUNK_PAGES) as usize;
+        let bytes = self.chunk(chunk)?;
+        let crc = u32::from_le_bytes(bytes[STATE_BYTES + slot * 4..][..4].try_into().unwrap_or_default());
+        Ok(Run { state: state_of(bytes, slot), pages: 1, crc })
+    }
+
     /// Calls `visit` for all `count` pages from `first` in order, as runs of absent pages or single pages.
     pub(super) fn walk(
         &mut self,
