@@ -11,7 +11,6 @@ pub mod apt;
 pub mod corpus;
 mod cpio;
 pub mod description;
-pub mod fields;
 pub mod judge;
 pub mod launch;
 pub mod linux;

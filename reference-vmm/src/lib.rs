@@ -9,6 +9,7 @@
 //! 5. [`state`]: what is saved and restored, as plain values.
 //! 6. [`dirty_log`]: which pages changed.
 //! 7. [`migration`]: live migration with QEMU's stream.
+//! 8. [`vmm`]: the machine with its run state and migrations; [`qmp`]: its control socket.
 //!
 //! Every error is an [`Error`]; nothing here panics on what a guest or a saved state says.
 
@@ -19,6 +20,8 @@ pub mod machine;
 pub mod memory;
 pub mod migration;
 pub mod payload;
+pub mod qmp;
 pub mod state;
+pub mod vmm;
 
 pub use error::{Error, Result};

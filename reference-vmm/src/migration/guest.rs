@@ -56,6 +56,9 @@ pub trait Guest: Send + Sync {
     /// # Errors
     /// The guest's own; the guest is unusable then.
     fn load_devices(&self, devices: &[DeviceSection]) -> Result<bool, GuestError>;
+
+    /// The guest has gone to the destination for good; told at the source.
+    fn handed_over(&self) {}
 }
 
 /// A RAM block.

@@ -203,7 +203,7 @@ impl Job {
     }
 
     /// Ends the migration.
-    pub(crate) fn end(&self, error: Option<&MigrationError>) {
+    pub fn end(&self, error: Option<&MigrationError>) {
         let mut state = self.lock();
         let status = match error {
             None => Status::Completed,

@@ -31,6 +31,7 @@ mod guest;
 mod handover;
 mod inlet;
 mod job;
+mod machine;
 #[cfg(test)]
 mod pair;
 mod parameters;
@@ -38,6 +39,7 @@ mod ram_receiver;
 mod ram_sender;
 pub mod rate;
 mod return_path;
+pub mod sections;
 mod source;
 mod statistics;
 pub mod switchover;

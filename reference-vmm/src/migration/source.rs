@@ -10,7 +10,14 @@ use super::{
     statistics::RoundStatistics,
     switchover::{Bandwidth, Decision, Remaining, Round, Switchover, expected_downtime, per_second},
 };
-use qevm_savevm::{Encoder, StreamWriter, command::Command, configuration::Configuration, framing::SectionHeader, ram};
+use qevm_savevm::{
+    Encoder, StreamWriter,
+    command::Command,
+    configuration::Configuration,
+    framing::SectionHeader,
+    ram,
+    vmdesc::{Description, DeviceBody, DeviceDescription, TextStyle},
+};
 use qevm_wire::{CountedString, PageGeometry, Profile};
 use std::{
     sync::Arc,
@@ -392,6 +399,9 @@ impl<'e> Engine<'e> {
                 statistics.ram.downtime_bytes = self.transferred.saturating_sub(statistics.ram.precopy_bytes);
             }
         });
+        if result.is_ok() {
+            self.guest.handed_over();
+        }
         self.job.end(result.as_ref().err());
         // The return path is read to its end: the destination closes when it has taken over.
         self.channel.finish_writing();
@@ -416,17 +426,13 @@ pub fn monotonic_now() -> Duration {
 
 /// A description of sections as buffers, which is how QEMU describes handlers without fields.
 fn describe(sections: &[DeviceSection]) -> String {
-    let devices: Vec<_> = sections
-        .iter()
-        .map(|section| {
-            let size = section.body.len();
-            serde_json::json!({
-                "name": section.idstr.to_string(),
-                "instance_id": section.instance_id,
-                "size": size,
-                "fields": [{ "name": "data", "size": size, "type": "buffer" }],
-            })
-        })
-        .collect();
-    serde_json::json!({ "page_size": PageGeometry::X86.size(), "devices": devices }).to_string()
+    let device = |section: &DeviceSection| DeviceDescription {
+        name: section.idstr.to_string(),
+        instance_id: section.instance_id,
+        body: DeviceBody::OldStyle { size: section.body.len() as u64 },
+    };
+    let mut description = Description::default();
+    description.page_size = Some(PageGeometry::X86.size());
+    description.devices = sections.iter().map(device).collect();
+    description.to_json(TextStyle::Compact)
 }

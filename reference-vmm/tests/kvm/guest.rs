@@ -92,6 +92,11 @@ impl Console {
         shortened(&self.0.0.lock().unwrap())
     }
 
+    /// Everything that was printed.
+    pub(crate) fn raw(&self) -> Vec<u8> {
+        self.0.0.lock().unwrap().clone()
+    }
+
     /// The complete lines.
     pub(crate) fn lines(&self) -> Vec<String> {
         complete(&self.0.0.lock().unwrap())

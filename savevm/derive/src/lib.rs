@@ -7,8 +7,6 @@
 
 mod attributes;
 mod expand;
-#[cfg(test)]
-mod tests;
 mod walk;
 
 use proc_macro::TokenStream;

@@ -43,8 +43,6 @@ pub mod mc146818rtc;
 pub mod pci;
 pub mod serial;
 mod state;
-#[cfg(test)]
-mod tests;
 pub mod timer;
 pub mod virtio;
 

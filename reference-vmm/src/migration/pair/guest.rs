@@ -74,9 +74,9 @@ impl FakeGuest {
         let step = self.work.fetch_add(1, Ordering::SeqCst);
         for i in 0..self.pages_per_step.load(Ordering::Relaxed) {
             let random = (step * 31 + i).wrapping_mul(0x9e37_79b9_7f4a_7c15);
-            let block = usize::from(random % 16 == 0) % self.blocks.len();
+            let block = usize::from(random.is_multiple_of(16)) % self.blocks.len();
             let pages = self.blocks[block].1.size() / PAGE;
-            let value = if random % 5 == 0 { 0 } else { random };
+            let value = if random.is_multiple_of(5) { 0 } else { random };
             self.write(block, (random >> 20) as usize % pages, value);
         }
     }
@@ -188,7 +188,7 @@ impl DirtyLog for FakeLog<'_> {
     }
 
     fn reset(&mut self, block: usize, pages: Range<u64>) -> Result<(), GuestError> {
-        assert!(pages.start % 64 == 0);
+        assert!(pages.start.is_multiple_of(64));
         // The guest may write between the reading and the resetting, and right behind it.
         self.0.work();
         {

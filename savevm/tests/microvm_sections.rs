@@ -1,9 +1,13 @@
 //! Declared sections against real ones: what QEMU 5.2, 7.2, 10.0 and 11.1 wrote for `-M microvm`.
+//!
+//! `data/README.md` tells how the files were made.
 
-use crate::tail::{Tail, tails};
+mod tail;
+
 use qevm_savevm::devices::DeviceState;
 use qevm_savevm::vmdesc::{Description, DeviceBody, DeviceDescription, TextStyle};
 use qevm_wire::{Limits, QemuVersion};
+use tail::{Tail, tails};
 
 /// Sections of old-style handlers, which have no VMSD to declare.
 const OLD_STYLE: [&str; 1] = ["slirp"];

@@ -1,0 +1,244 @@
+//! The sections of everything that is not a vCPU.
+
+use crate::state::{
+    ClockState, FwCfgState, IoapicState, MachineState, PicState, PitChannelState, PitState, SerialState,
+};
+use qevm_savevm::devices::{
+    DeviceState,
+    acpi_ged::{AcpiGed, GedState, Memhp},
+    fw_cfg::{FwCfg, FwCfgDma},
+    i8254::{I8254, PitChannel},
+    i8259::I8259,
+    ioapic::IoApic,
+    kvmclock::{ClockIsReliable, KvmClock},
+    serial::{Fifo16, IsaSerial, RecvFifo, ThrIpending, Uart},
+    timer::CpuTimers,
+};
+
+/// A redirection entry after reset: masked.
+const MASKED: u64 = 1 << 16;
+/// Frequency of the PIT in Hz.
+const PIT_FREQUENCY: i128 = 1_193_182;
+const NANOSECONDS: i128 = 1_000_000_000;
+/// KVM's flag for a PIT whose interrupt the HPET has taken over, and QEMU's `irq_disabled`.
+const PIT_IRQ_DISABLED: u32 = 1;
+
+pub(super) fn timer(state: &MachineState) -> DeviceState {
+    DeviceState::Timer(CpuTimers {
+        // Ticks that passed while the guest ran; only TCG guests read them.
+        cpu_ticks_offset: state.virtual_clock,
+        cpu_clock_offset: state.virtual_clock,
+        ..CpuTimers::default()
+    })
+}
+
+pub(super) fn fw_cfg(state: &MachineState) -> DeviceState {
+    let FwCfgState { cur_entry, cur_offset, dma_addr } = state.fw_cfg;
+    DeviceState::FwCfg(FwCfg { cur_entry, cur_offset, dma: Some(FwCfgDma { dma_addr }), ..FwCfg::default() })
+}
+
+pub(super) fn load_fw_cfg(from: &FwCfg, into: &mut FwCfgState) {
+    let cur_offset = from.cur_offset_v1.map_or(from.cur_offset, u32::from);
+    let dma_addr = from.dma.as_ref().map_or(0, |dma| dma.dma_addr);
+    *into = FwCfgState { cur_entry: from.cur_entry, cur_offset, dma_addr };
+}
+
+pub(super) fn ioapic(ioapic: &IoapicState) -> DeviceState {
+    DeviceState::IoApic(IoApic {
+        id: ioapic.id,
+        ioregsel: ioapic.ioregsel,
+        irr: ioapic.irr,
+        ioredtbl: ioapic.redirtbl,
+        ..IoApic::default()
+    })
+}
+
+/// The second IOAPIC of QEMU's microvm, which this machine does not have, as its guest leaves it.
+pub(super) fn idle_ioapic() -> DeviceState {
+    DeviceState::IoApic(IoApic { ioredtbl: [MASKED; 24], ..IoApic::default() })
+}
+
+pub(super) fn expect_idle(ioapic: &IoApic) -> Result<(), String> {
+    match ioapic.ioredtbl.iter().position(|entry| entry & MASKED == 0) {
+        Some(pin) => Err(format!(
+            "the guest uses pin {pin} of a second IOAPIC, which this machine lacks (ioapic2=off at the source)"
+        )),
+        None => Ok(()),
+    }
+}
+
+pub(super) fn load_ioapic(from: &IoApic, into: &mut IoapicState) {
+    let base_address = into.base_address;
+    let IoApic { id, ioregsel, irr, ioredtbl, .. } = *from;
+    *into = IoapicState { base_address, id, ioregsel, irr, redirtbl: ioredtbl };
+}
+
+pub(super) fn kvmclock(state: &MachineState) -> DeviceState {
+    // Releases from 7.2 to 11.1 were seen to send the subsection on microvm.
+    let clock_is_reliable = Some(ClockIsReliable { clock_is_reliable: state.clock.reliable });
+    DeviceState::KvmClock(KvmClock { clock: state.clock.clock, clock_is_reliable })
+}
+
+pub(super) fn load_kvmclock(from: &KvmClock, into: &mut ClockState) {
+    let reliable = from.clock_is_reliable.as_ref().is_some_and(|sub| sub.clock_is_reliable);
+    *into = ClockState { clock: from.clock, reliable };
+}
+
+pub(super) fn ged(state: &MachineState) -> DeviceState {
+    let ged_state = GedState { sel: state.ged.sel };
+    DeviceState::AcpiGed(AcpiGed { ged_state, memhp: Some(Memhp::default()), ..AcpiGed::default() })
+}
+
+pub(super) fn pic(pic: &PicState) -> DeviceState {
+    DeviceState::I8259(I8259 {
+        last_irr: pic.last_irr,
+        irr: pic.irr,
+        imr: pic.imr,
+        isr: pic.isr,
+        priority_add: pic.priority_add,
+        irq_base: pic.irq_base,
+        read_reg_select: pic.read_reg_select,
+        poll: pic.poll,
+        special_mask: pic.special_mask,
+        init_state: pic.init_state,
+        auto_eoi: pic.auto_eoi,
+        rotate_on_auto_eoi: pic.rotate_on_auto_eoi,
+        special_fully_nested_mode: pic.special_fully_nested_mode,
+        init4: pic.init4,
+        single_mode: 0,
+        elcr: pic.elcr,
+        ltim: None,
+    })
+}
+
+pub(super) fn load_pic(from: &I8259, into: &mut PicState) {
+    *into = PicState {
+        last_irr: from.last_irr,
+        irr: from.irr,
+        imr: from.imr,
+        isr: from.isr,
+        priority_add: from.priority_add,
+        irq_base: from.irq_base,
+        read_reg_select: from.read_reg_select,
+        poll: from.poll,
+        special_mask: from.special_mask,
+        init_state: from.init_state,
+        auto_eoi: from.auto_eoi,
+        rotate_on_auto_eoi: from.rotate_on_auto_eoi,
+        special_fully_nested_mode: from.special_fully_nested_mode,
+        init4: from.init4,
+        elcr: from.elcr,
+        // Which lines may be level-triggered is the machine's.
+        elcr_mask: into.elcr_mask,
+    };
+}
+
+pub(super) fn pit(state: &MachineState) -> DeviceState {
+    let channel = |i: usize| {
+        let channel = &state.pit.channels[i];
+        PitChannel {
+            count: channel.count as i32,
+            latched_count: channel.latched_count,
+            count_latched: channel.count_latched,
+            status_latched: channel.status_latched,
+            status: channel.status,
+            read_state: channel.read_state,
+            write_state: channel.write_state,
+            write_latch: channel.write_latch,
+            rw_mode: channel.rw_mode,
+            mode: channel.mode,
+            bcd: channel.bcd,
+            gate: channel.gate,
+            count_load_time: channel.count_load_time,
+            next_transition_time: if i == 0 { next_transition(channel, state.virtual_clock) } else { 0 },
+        }
+    };
+    let channels = [0, 1, 2].map(channel);
+    DeviceState::I8254(I8254 {
+        irq_disabled: state.pit.flags & PIT_IRQ_DISABLED,
+        next_transition_time: channels[0].next_transition_time,
+        channels,
+    })
+}
+
+/// When the output of a channel in a periodic mode changes next; −1 for the others, whose timer QEMU does not need
+/// where the PIT is in the kernel.
+fn next_transition(channel: &PitChannelState, now: i64) -> i64 {
+    const RATE_GENERATOR: u8 = 2;
+    const SQUARE_WAVE: u8 = 3;
+    let count = i128::from(channel.count);
+    if count == 0 || !matches!(channel.mode, RATE_GENERATOR | SQUARE_WAVE) {
+        return -1;
+    }
+    let ticks = i128::from(now - channel.count_load_time) * PIT_FREQUENCY / NANOSECONDS;
+    let (period, half) = (ticks / count * count, (count + 1) / 2);
+    let next = if channel.mode == SQUARE_WAVE && ticks - period < half { period + half } else { period + count };
+    let time = i128::from(channel.count_load_time) + next * NANOSECONDS / PIT_FREQUENCY;
+    (time as i64).max(now + 1)
+}
+
+pub(super) fn load_pit(from: &I8254, into: &mut PitState) -> Result<(), String> {
+    for (i, (into, from)) in into.channels.iter_mut().zip(&from.channels).enumerate() {
+        let count = u32::try_from(from.count).map_err(|_| format!("channel {i} has a count of {}", from.count))?;
+        *into = PitChannelState {
+            count,
+            latched_count: from.latched_count,
+            count_latched: from.count_latched,
+            status_latched: from.status_latched,
+            status: from.status,
+            read_state: from.read_state,
+            write_state: from.write_state,
+            write_latch: from.write_latch,
+            rw_mode: from.rw_mode,
+            mode: from.mode,
+            bcd: from.bcd,
+            gate: from.gate,
+            count_load_time: from.count_load_time,
+        };
+    }
+    into.flags = into.flags & !PIT_IRQ_DISABLED | from.irq_disabled & PIT_IRQ_DISABLED;
+    Ok(())
+}
+
+pub(super) fn serial(serial: &SerialState) -> DeviceState {
+    let mut fifo = Fifo16 { num: serial.recv_fifo.len().min(16) as u32, ..Fifo16::default() };
+    fifo.data.iter_mut().zip(&serial.recv_fifo).for_each(|(into, byte)| *into = *byte);
+    DeviceState::Serial(IsaSerial {
+        state: Uart {
+            divider: serial.divider,
+            rbr: serial.rbr,
+            ier: serial.ier,
+            iir: serial.iir,
+            lcr: serial.lcr,
+            mcr: serial.mcr,
+            lsr: serial.lsr,
+            msr: serial.msr,
+            scr: serial.scr,
+            fcr: serial.fcr,
+            thr_ipending: Some(ThrIpending { thr_ipending: serial.thr_ipending.into() }),
+            recv_fifo: Some(RecvFifo { recv_fifo: fifo }),
+            ..Uart::default()
+        },
+    })
+}
+
+pub(super) fn load_serial(from: &Uart, into: &mut SerialState) -> Result<(), String> {
+    if let Some(sending) = from.xmit_fifo.as_ref().filter(|fifo| fifo.xmit_fifo.num > 0) {
+        return Err(format!("{} bytes wait to be sent, for which this port has no room", sending.xmit_fifo.num));
+    }
+    *into = SerialState {
+        divider: from.divider,
+        rbr: from.rbr,
+        ier: from.ier,
+        iir: from.iir,
+        lcr: from.lcr,
+        mcr: from.mcr,
+        lsr: from.lsr,
+        msr: from.msr,
+        scr: from.scr,
+        fcr: from.fcr,
+        thr_ipending: from.transmit_interrupt_pending(),
+        recv_fifo: from.recv_fifo.as_ref().map_or_else(Vec::new, |sub| sub.recv_fifo.bytes().collect()),
+    };
+    Ok(())
+}

@@ -1,0 +1,188 @@
+//! Between a machine's saved state and the device sections of QEMU's `microvm`.
+//!
+//! [`save`] gives the sections that a QEMU of the profile's release would send for this machine, in its order; [`load`]
+//! takes what any release sends. What a section does not carry keeps the value of the machine that loads.
+
+mod apic;
+mod chips;
+mod cpu;
+mod fpu;
+mod msr;
+
+use super::{DeviceSection, SavedDevices};
+use crate::state::MachineState;
+use qevm_savevm::{
+    Reader,
+    devices::{DeviceState, globalstate::GlobalState, kvm_tpr_opt::KvmTprOpt},
+    vmdesc::{Description, DeviceBody, DeviceDescription, TextStyle},
+    vmstate::{Accel, Context},
+};
+use qevm_wire::{CountedString, PageGeometry, Profile, QemuVersion};
+
+/// Why sections cannot be made or loaded.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum SectionError {
+    /// A section's content is not what its device sends.
+    #[error("section '{idstr}' {instance_id}: {source}")]
+    Content {
+        /// The section.
+        idstr: CountedString,
+        /// Its instance.
+        instance_id: u32,
+        /// What is wrong, and at which byte of the content.
+        source: qevm_savevm::Error,
+    },
+    /// The section says something that this machine cannot be brought to.
+    #[error("section '{idstr}' {instance_id}: {reason}")]
+    Refused {
+        /// The section.
+        idstr: CountedString,
+        /// Its instance.
+        instance_id: u32,
+        /// Why not.
+        reason: String,
+    },
+    /// A section that every source sends is missing.
+    #[error("section '{idstr}' {instance_id} did not arrive; does the source have as many vCPUs as this machine?")]
+    Missing {
+        /// The section.
+        idstr: &'static str,
+        /// Its instance.
+        instance_id: u32,
+    },
+    /// The state cannot be expressed in a section.
+    #[error("cannot make section '{idstr}': {reason}")]
+    Unsendable {
+        /// The section.
+        idstr: &'static str,
+        /// Why not.
+        reason: String,
+    },
+}
+
+/// The run states of QEMU that a source in good health reports.
+const RUNNING: &str = "running";
+const PAUSED: &str = "paused";
+
+/// The sections for `state`, as the release of `profile` sends them.
+///
+/// # Errors
+/// [`SectionError::Unsendable`].
+pub fn save(state: &MachineState, profile: &Profile, running: bool) -> Result<SavedDevices, SectionError> {
+    let ctx = Context::from_profile(profile.clone()).with_accel(Accel::Kvm);
+    let mut devices = Vec::new();
+    let apics = || (0..).zip(&state.vcpus).map(|(i, vcpu)| ("apic", i, apic::save(vcpu, state.virtual_clock)));
+    if profile.apic_first {
+        devices.extend(apics());
+    }
+    devices.push(("timer", 0, chips::timer(state)));
+    devices.push(("fw_cfg", 0, chips::fw_cfg(state)));
+    let mut apics_behind = if profile.apic_first { Vec::new() } else { apics().collect() }.into_iter();
+    for (i, vcpu) in (0..).zip(&state.vcpus) {
+        devices.push(("cpu_common", i, cpu::common(vcpu)));
+        devices.push(("cpu", i, DeviceState::Cpu(cpu::save(vcpu))));
+        if i == 0 {
+            devices.push(("kvm-tpr-opt", 0, DeviceState::KvmTprOpt(KvmTprOpt::default())));
+        }
+        devices.extend(apics_behind.next());
+    }
+    devices.push(("ioapic", 0, chips::ioapic(&state.ioapic)));
+    if profile.microvm_second_ioapic {
+        devices.push(("ioapic", 1, chips::idle_ioapic()));
+    }
+    devices.push(("kvmclock", 0, chips::kvmclock(state)));
+    devices.push(("acpi-ged", 0, chips::ged(state)));
+    for (i, pic) in (0..).zip(&state.pics) {
+        devices.push(("i8259", i, chips::pic(pic)));
+    }
+    devices.push(("i8254", 0, chips::pit(state)));
+    devices.push(("serial", 0, chips::serial(&state.serial)));
+    let runstate = GlobalState::new(if running { RUNNING } else { PAUSED }, &ctx)
+        .ok_or_else(|| SectionError::Unsendable { idstr: "globalstate", reason: "its run state's name".into() })?;
+    devices.push(("globalstate", 0, DeviceState::GlobalState(runstate)));
+    write(devices, &ctx)
+}
+
+/// Encodes the devices and describes them.
+fn write(devices: Vec<(&'static str, u32, DeviceState)>, ctx: &Context) -> Result<SavedDevices, SectionError> {
+    let style = if ctx.profile.qemu < QemuVersion::new(6, 0) { TextStyle::Spaced } else { TextStyle::Compact };
+    let (mut sections, mut described) = (Vec::new(), Vec::new());
+    for (idstr, instance_id, mut device) in devices {
+        let unsendable = |reason: String| SectionError::Unsendable { idstr, reason };
+        device.prepare(ctx).map_err(|error| unsendable(error.to_string()))?;
+        let version_id = device.version(ctx);
+        let (body, object) = device.encode_described(version_id, ctx).map_err(|error| unsendable(error.to_string()))?;
+        described.push(DeviceDescription { name: idstr.into(), instance_id, body: DeviceBody::Struct(object) });
+        let idstr = CountedString::new(idstr).ok_or_else(|| unsendable("its name".into()))?;
+        sections.push(DeviceSection { idstr, instance_id, version_id, body });
+    }
+    let mut description = Description::default();
+    description.page_size = Some(PageGeometry::X86.size());
+    description.devices = described;
+    let vmdesc = description.to_json(style);
+    Ok(SavedDevices { sections, vmdesc: Some(vmdesc) })
+}
+
+/// Whether a machine of `cpus` vCPUs has the section.
+pub fn has_device(idstr: &CountedString, instance_id: u32, cpus: usize) -> bool {
+    let instances = match idstr.as_str() {
+        Some("apic" | "cpu" | "cpu_common") => cpus as u32,
+        // The second IOAPIC is accepted as long as the guest does not use it.
+        Some("ioapic" | "i8259") => 2,
+        Some("timer" | "fw_cfg" | "kvm-tpr-opt" | "kvmclock" | "acpi-ged" | "i8254" | "serial" | "globalstate") => 1,
+        _ => 0,
+    };
+    instance_id < instances
+}
+
+/// Brings `state`, that of the machine that loads, to what the sections say. True if the guest ran at the source.
+///
+/// # Errors
+/// [`SectionError`]; `state` is of no use then.
+pub fn load(sections: &[DeviceSection], profile: &Profile, state: &mut MachineState) -> Result<bool, SectionError> {
+    let ctx = Context::from_profile(profile.clone()).with_accel(Accel::Kvm);
+    let mut running = true;
+    let mut cpus_seen = vec![0; state.vcpus.len()];
+    // The virtual clock first: other devices' times count from it.
+    let timers_first = |section: &&DeviceSection| section.idstr != *"timer";
+    let mut ordered: Vec<_> = sections.iter().collect();
+    ordered.sort_by_key(timers_first);
+    for section in ordered {
+        let DeviceSection { idstr, instance_id, version_id, body } = section;
+        let content = |source| SectionError::Content { idstr: idstr.clone(), instance_id: *instance_id, source };
+        let refused =
+            |reason: String| SectionError::Refused { idstr: idstr.clone(), instance_id: *instance_id, reason };
+        let mut reader = Reader::new(body);
+        let loaded = DeviceState::load(idstr.as_str().unwrap_or_default(), *version_id, &mut reader, &ctx)
+            .ok_or_else(|| refused("this machine has no such device".into()))?
+            .map_err(content)?;
+        reader.expect_end("the section's content").map_err(content)?;
+        let index = *instance_id as usize;
+        let vcpu = state.vcpus.get_mut(index);
+        match (&loaded, vcpu) {
+            (DeviceState::Cpu(from), Some(into)) => {
+                cpu::load(from, into).map_err(refused)?;
+                cpus_seen[index] += 1;
+            }
+            (DeviceState::CpuCommon(_), Some(_)) => {}
+            (DeviceState::Apic(from), Some(into)) => apic::load(from, into, state.virtual_clock),
+            (DeviceState::IoApic(from), _) if index == 0 => chips::load_ioapic(from, &mut state.ioapic),
+            (DeviceState::IoApic(from), _) => chips::expect_idle(from).map_err(refused)?,
+            (DeviceState::I8259(from), _) if index < 2 => chips::load_pic(from, &mut state.pics[index]),
+            (DeviceState::I8254(from), _) => chips::load_pit(from, &mut state.pit).map_err(refused)?,
+            (DeviceState::Timer(from), _) => state.virtual_clock = from.cpu_clock_offset,
+            (DeviceState::FwCfg(from), _) => chips::load_fw_cfg(from, &mut state.fw_cfg),
+            (DeviceState::KvmClock(from), _) => chips::load_kvmclock(from, &mut state.clock),
+            (DeviceState::AcpiGed(from), _) => state.ged.sel = from.ged_state.sel,
+            (DeviceState::Serial(from), _) => chips::load_serial(&from.state, &mut state.serial).map_err(refused)?,
+            (DeviceState::KvmTprOpt(_), _) => {}
+            (DeviceState::GlobalState(from), _) => running = from.name() == Some(RUNNING),
+            _ => return Err(refused("this machine has no such device".into())),
+        }
+    }
+    match cpus_seen.iter().position(|seen| *seen == 0) {
+        Some(missing) => Err(SectionError::Missing { idstr: "cpu", instance_id: missing as u32 }),
+        None => Ok(running),
+    }
+}

@@ -1,0 +1,281 @@
+//! The commands.
+
+use super::{
+    arguments::{Arguments, missing, wrong_type},
+    protocol::Failure,
+};
+use crate::{
+    migration::{Address, BadParameter, KNOWN_CAPABILITIES, Status},
+    vmm::{Exit, RunState, Vmm},
+};
+use serde_json::{Map, Value, json};
+use std::sync::Arc;
+
+type Command = fn(&Arc<Vmm>, &mut Arguments) -> Result<Value, Failure>;
+
+/// Every command but `qmp_capabilities`.
+const COMMANDS: [(&str, Command); 18] = [
+    ("cont", cont),
+    ("migrate", migrate),
+    ("migrate-continue", migrate_continue),
+    ("migrate-incoming", migrate_incoming),
+    ("migrate-set-capabilities", migrate_set_capabilities),
+    ("migrate-set-parameters", migrate_set_parameters),
+    ("migrate_cancel", migrate_cancel),
+    ("query-commands", query_commands),
+    ("query-migrate", query_migrate),
+    ("query-migrate-capabilities", query_migrate_capabilities),
+    ("query-migrate-parameters", query_migrate_parameters),
+    ("query-name", query_nothing),
+    ("query-status", query_status),
+    ("query-version", query_version),
+    ("quit", quit),
+    ("stop", stop),
+    ("x-query-handover", query_handover),
+    ("x-query-rounds", query_rounds),
+];
+
+/// Runs a command.
+pub(super) fn execute(vmm: &Arc<Vmm>, name: &str, arguments: Map<String, Value>) -> Result<Value, Failure> {
+    let command = COMMANDS.iter().find(|(known, _)| *known == name);
+    let (_, command) = command.ok_or_else(|| Failure::not_found(format!("The command {name} has not been found")))?;
+    let mut arguments = Arguments::new(arguments);
+    // A command takes what it knows before it does anything, and whatever is left then is refused by it.
+    command(vmm, &mut arguments)
+}
+
+/// Ends the taking of arguments.
+fn only(arguments: &mut Arguments) -> Result<(), Failure> {
+    Arguments::new(arguments.drain()).finish()
+}
+
+fn empty() -> Value {
+    json!({})
+}
+
+fn stop(vmm: &Arc<Vmm>, arguments: &mut Arguments) -> Result<Value, Failure> {
+    only(arguments)?;
+    vmm.stop();
+    Ok(empty())
+}
+
+fn cont(vmm: &Arc<Vmm>, arguments: &mut Arguments) -> Result<Value, Failure> {
+    only(arguments)?;
+    if vmm.outgoing().status() == Status::Device || vmm.outgoing().status() == Status::PreSwitchover {
+        return Err(Failure::generic("Resuming is not allowed while a migration is about to be finished"));
+    }
+    vmm.cont().map_err(|error| Failure::generic(error.to_string()))?;
+    Ok(empty())
+}
+
+fn quit(vmm: &Arc<Vmm>, arguments: &mut Arguments) -> Result<Value, Failure> {
+    only(arguments)?;
+    vmm.end(Exit::Quit);
+    Ok(empty())
+}
+
+fn query_status(vmm: &Arc<Vmm>, arguments: &mut Arguments) -> Result<Value, Failure> {
+    only(arguments)?;
+    let state = vmm.run_state();
+    Ok(json!({ "status": state.as_str(), "running": state == RunState::Running }))
+}
+
+fn query_nothing(_: &Arc<Vmm>, arguments: &mut Arguments) -> Result<Value, Failure> {
+    only(arguments)?;
+    Ok(empty())
+}
+
+/// What greeting and `query-version` say.
+pub(super) fn version(vmm: &Vmm) -> Value {
+    let release = vmm.profile().qemu;
+    json!({
+        "qemu": { "micro": 0, "minor": release.minor, "major": release.major },
+        "package": concat!("reference-vmm ", env!("CARGO_PKG_VERSION")),
+    })
+}
+
+fn query_version(vmm: &Arc<Vmm>, arguments: &mut Arguments) -> Result<Value, Failure> {
+    only(arguments)?;
+    Ok(version(vmm))
+}
+
+fn query_commands(_: &Arc<Vmm>, arguments: &mut Arguments) -> Result<Value, Failure> {
+    only(arguments)?;
+    let names = COMMANDS.iter().map(|(name, _)| *name).chain(["qmp_capabilities"]);
+    Ok(names.map(|name| json!({ "name": name })).collect())
+}
+
+fn migrate(vmm: &Arc<Vmm>, arguments: &mut Arguments) -> Result<Value, Failure> {
+    let address = address(arguments)?;
+    // `detach` means nothing since QMP exists.
+    arguments.flag("detach")?;
+    if arguments.flag("resume")? {
+        return Err(Failure::generic("Cannot resume if there is no paused migration"));
+    }
+    only(arguments)?;
+    if vmm.run_state() == RunState::Inmigrate {
+        return Err(Failure::generic("Guest is waiting for an incoming migration"));
+    }
+    vmm.migrate(address).map_err(|error| Failure::generic(error.to_string()))?;
+    Ok(empty())
+}
+
+fn migrate_incoming(vmm: &Arc<Vmm>, arguments: &mut Arguments) -> Result<Value, Failure> {
+    let address = address(arguments)?;
+    arguments.flag("exit-on-error")?;
+    only(arguments)?;
+    if !vmm.may_listen() {
+        return Err(Failure::generic("'-incoming' was not specified on the command line, or has been used"));
+    }
+    vmm.listen(&address).map_err(|error| Failure::generic(error.to_string()))?;
+    Ok(empty())
+}
+
+/// `uri`, or the one main channel of `channels`.
+fn address(arguments: &mut Arguments) -> Result<Address, Failure> {
+    let bad = |error: &dyn std::fmt::Display| Failure::generic(error.to_string());
+    match (arguments.optional_text("uri")?, arguments.optional_list("channels")?) {
+        (Some(_), Some(_)) => Err(Failure::generic(
+            "'uri' and 'channels' arguments are mutually exclusive; exactly one of the two should be present in 'migrate' qmp command ",
+        )),
+        (None, None) => Err(missing("uri")),
+        (Some(uri), None) => uri.parse().map_err(|error| bad(&error)),
+        (None, Some(channels)) => {
+            let [channel] = <[Value; 1]>::try_from(channels)
+                .map_err(|_| Failure::generic("exactly one channel is supported, of type 'main'"))?;
+            let mut channel = Arguments::object(channel, "channels")?;
+            if channel.text("channel-type")? != "main" {
+                return Err(Failure::generic("exactly one channel is supported, of type 'main'"));
+            }
+            let mut addr = Arguments::object(channel.take("addr").ok_or_else(|| missing("addr"))?, "addr")?;
+            channel.finish()?;
+            if addr.text("transport")? != "socket" {
+                return Err(Failure::generic("only transport 'socket' is supported here"));
+            }
+            let uri = match addr.text("type")?.as_str() {
+                "inet" => {
+                    let host = addr.text("host")?;
+                    let host = if host.contains(':') { format!("[{host}]") } else { host };
+                    format!("tcp:{host}:{}", addr.text("port")?)
+                }
+                "unix" => format!("unix:{}", addr.text("path")?),
+                other => return Err(Failure::generic(format!("socket type '{other}' is not supported here"))),
+            };
+            addr.finish()?;
+            uri.parse().map_err(|error| bad(&error))
+        }
+    }
+}
+
+fn migrate_cancel(vmm: &Arc<Vmm>, arguments: &mut Arguments) -> Result<Value, Failure> {
+    only(arguments)?;
+    vmm.outgoing().cancel();
+    Ok(empty())
+}
+
+fn migrate_continue(vmm: &Arc<Vmm>, arguments: &mut Arguments) -> Result<Value, Failure> {
+    let state = arguments.text("state")?;
+    only(arguments)?;
+    if state != "pre-switchover" {
+        return Err(Failure::generic(format!("Migration not in expected state: {}", vmm.outgoing().status().as_str())));
+    }
+    vmm.outgoing().go_on().map_err(|error| Failure::generic(error.to_string()))?;
+    Ok(empty())
+}
+
+fn migrate_set_capabilities(vmm: &Arc<Vmm>, arguments: &mut Arguments) -> Result<Value, Failure> {
+    let list = arguments.list("capabilities")?;
+    only(arguments)?;
+    let mut changes = Vec::new();
+    for item in list {
+        let mut item = Arguments::object(item, "capabilities")?;
+        let name = item.text("capability")?;
+        let state = match item.take("state") {
+            Some(Value::Bool(state)) => state,
+            Some(_) => return Err(wrong_type("state", "boolean")),
+            None => return Err(missing("state")),
+        };
+        item.finish()?;
+        changes.push((name, state));
+    }
+    let changes = changes.iter().map(|(name, state)| (name.as_str(), *state));
+    let capabilities =
+        vmm.outgoing().capabilities().with(changes).map_err(|error| Failure::generic(error.to_string()))?;
+    vmm.outgoing().set_capabilities(capabilities).map_err(|error| Failure::generic(error.to_string()))?;
+    Ok(empty())
+}
+
+fn query_migrate_capabilities(vmm: &Arc<Vmm>, arguments: &mut Arguments) -> Result<Value, Failure> {
+    only(arguments)?;
+    let list = vmm.outgoing().capabilities().list();
+    debug_assert_eq!(list.len(), KNOWN_CAPABILITIES.len());
+    Ok(list.into_iter().map(|(capability, state)| json!({ "state": state, "capability": capability })).collect())
+}
+
+fn migrate_set_parameters(vmm: &Arc<Vmm>, arguments: &mut Arguments) -> Result<Value, Failure> {
+    let mut parameters = vmm.outgoing().parameters();
+    for (name, value) in arguments.drain() {
+        let Some(value) = value.as_u64() else {
+            return Err(match parameters.set(&name, 0) {
+                Err(BadParameter::Unknown(name)) => Failure::generic(format!("Parameter '{name}' is unexpected")),
+                _ => wrong_type(&name, "integer"),
+            });
+        };
+        parameters.set(&name, value).map_err(|error| Failure::generic(error.to_string()))?;
+    }
+    vmm.outgoing().set_parameters(parameters);
+    Ok(empty())
+}
+
+fn query_migrate_parameters(vmm: &Arc<Vmm>, arguments: &mut Arguments) -> Result<Value, Failure> {
+    only(arguments)?;
+    let list = vmm.outgoing().parameters().list();
+    Ok(Value::Object(list.into_iter().map(|(name, value)| (name.into(), value.into())).collect()))
+}
+
+fn query_migrate(vmm: &Arc<Vmm>, arguments: &mut Arguments) -> Result<Value, Failure> {
+    only(arguments)?;
+    let outgoing = vmm.outgoing().statistics();
+    if outgoing.status != Status::None {
+        return Ok(outgoing.to_json());
+    }
+    let mut incoming = vmm.incoming().statistics().to_json();
+    if let (Some(address), Value::Object(object)) = (vmm.listening(), &mut incoming) {
+        object.insert("socket-address".into(), json!([socket_address(&address)]));
+    }
+    Ok(incoming)
+}
+
+fn socket_address(address: &Address) -> Value {
+    match address {
+        Address::Tcp { host, port } => json!({ "port": port.to_string(), "type": "inet", "host": host }),
+        Address::Unix(path) => json!({ "path": path.display().to_string(), "type": "unix" }),
+    }
+}
+
+/// An extension: when the guest was stopped and started here by `CLOCK_MONOTONIC`, in ns. On one host the difference
+/// between destination and source is the gap that the guest's users see.
+fn query_handover(vmm: &Arc<Vmm>, arguments: &mut Arguments) -> Result<Value, Failure> {
+    only(arguments)?;
+    let nanos = |time: Option<std::time::Duration>| time.map(|time| time.as_nanos() as u64);
+    Ok(json!({
+        "stopped-at": nanos(vmm.outgoing().statistics().stopped_at),
+        "started-at": nanos(vmm.started_at()),
+    }))
+}
+
+/// An extension: the rounds of the outgoing migration.
+fn query_rounds(vmm: &Arc<Vmm>, arguments: &mut Arguments) -> Result<Value, Failure> {
+    only(arguments)?;
+    let rounds = vmm.outgoing().statistics().rounds;
+    let round = |round: &crate::migration::RoundStatistics| {
+        json!({
+            "start-us": round.start.as_micros() as u64,
+            "took-us": round.took.as_micros() as u64,
+            "pages": round.pages,
+            "bytes": round.bytes,
+            "dirty-rate": round.dirty_rate,
+        })
+    };
+    Ok(rounds.iter().map(round).collect())
+}

@@ -1,0 +1,11 @@
+//! QMP on a UNIX socket, with QEMU's names, shapes and error classes (QMP reference of QEMU 11.1).
+//!
+//! [`Server`] accepts clients one after the other, as QEMU's monitor does; `protocol` is the dialogue with one of them,
+//! `arguments` reads what a command was given, `commands` are the commands.
+
+mod arguments;
+mod commands;
+mod protocol;
+mod server;
+
+pub use server::Server;

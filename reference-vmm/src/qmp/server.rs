@@ -1,0 +1,116 @@
+//! The socket, and the clients on it.
+
+use super::{
+    commands,
+    protocol::{Failure, Request, Requests, reply},
+};
+use crate::vmm::{Event, Vmm};
+use serde_json::{Value, json};
+use std::{
+    fs, io,
+    io::{Read, Write},
+    os::unix::net::{UnixListener, UnixStream},
+    path::{Path, PathBuf},
+    sync::{Arc, Mutex, PoisonError, mpsc},
+    thread,
+    time::{SystemTime, UNIX_EPOCH},
+};
+
+/// Serves QMP at a UNIX socket, to one client after the other. The socket is removed when this is dropped.
+#[derive(Debug)]
+pub struct Server {
+    path: PathBuf,
+}
+
+impl Server {
+    /// Listens at `path` and serves clients in a thread of its own. A socket left behind by a process that is gone is
+    /// replaced.
+    ///
+    /// # Errors
+    /// The system's.
+    pub fn start(path: &Path, vmm: Arc<Vmm>) -> io::Result<Server> {
+        if UnixStream::connect(path).is_err_and(|error| error.kind() == io::ErrorKind::ConnectionRefused) {
+            fs::remove_file(path)?;
+        }
+        let listener = UnixListener::bind(path)?;
+        thread::spawn(move || {
+            for client in listener.incoming() {
+                // A client that breaks off is its own affair.
+                if let Err(error) = client.and_then(|client| serve(&client, &vmm)) {
+                    tracing::debug!(%error, "a QMP client broke off");
+                }
+            }
+        });
+        Ok(Server { path: path.into() })
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        // Somebody may have removed it already.
+        let _ = fs::remove_file(&self.path);
+    }
+}
+
+fn serve(client: &UnixStream, vmm: &Arc<Vmm>) -> io::Result<()> {
+    let writer = Arc::new(Mutex::new(client.try_clone()?));
+    send(&writer, &json!({ "QMP": { "version": commands::version(vmm), "capabilities": [] } }))?;
+    let mut requests = Requests::default();
+    let mut negotiated = false;
+    let mut buffer = [0; 4096];
+    loop {
+        while let Some(request) = requests.next() {
+            let (result, id) = match request {
+                Ok(Request { execute, arguments, id }) => {
+                    let result = match (execute.as_str(), negotiated) {
+                        ("qmp_capabilities", false) => Ok(json!({})),
+                        ("qmp_capabilities", true) => {
+                            Err(Failure::not_found("Capabilities negotiation is already complete, command ignored"))
+                        }
+                        (_, false) => {
+                            Err(Failure::not_found("Expecting capabilities negotiation with 'qmp_capabilities'"))
+                        }
+                        (name, true) => commands::execute(vmm, name, arguments),
+                    };
+                    if !negotiated && result.is_ok() {
+                        negotiated = true;
+                        forward_events(vmm.subscribe(), writer.clone());
+                    }
+                    (result, id)
+                }
+                Err((failure, id)) => (Err(failure), id),
+            };
+            send(&writer, &reply(result, id))?;
+        }
+        let mut client = client;
+        match client.read(&mut buffer)? {
+            0 => return Ok(()),
+            count => requests.push(&buffer[..count]),
+        }
+    }
+}
+
+/// Passes events on until the client is gone or another one has come.
+fn forward_events(events: mpsc::Receiver<Event>, writer: Arc<Mutex<UnixStream>>) {
+    thread::spawn(move || {
+        for event in events {
+            let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+            let mut message = json!({
+                "timestamp": { "seconds": now.as_secs(), "microseconds": now.subsec_micros() },
+                "event": event.name,
+            });
+            if let Some(data) = event.data {
+                message["data"] = data;
+            }
+            if send(&writer, &message).is_err() {
+                return;
+            }
+        }
+    });
+}
+
+fn send(writer: &Mutex<UnixStream>, message: &Value) -> io::Result<()> {
+    let mut text = message.to_string();
+    text.push_str("\r\n");
+    writer.lock().unwrap_or_else(PoisonError::into_inner).write_all(text.as_bytes())
+}

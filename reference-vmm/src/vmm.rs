@@ -1,0 +1,350 @@
+//! A machine with its run state and its migrations: what QMP controls.
+
+use crate::machine::{Machine, RunState as VcpuState};
+use crate::migration::{
+    Address, Arrival, Channel, DeviceSection, DirtyLog, Guest, GuestError, Job, Listener, MigrationError, Notice,
+    RamView, Refused, SavedDevices, Socket, migrate, monotonic_now, receive,
+};
+use qevm_wire::{CountedString, Profile};
+use serde_json::{Value, json};
+use std::{
+    sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, mpsc},
+    thread,
+    time::Duration,
+};
+
+/// Whether the guest runs, and why not. The names are QEMU's.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum RunState {
+    /// It was not started yet.
+    Prelaunch,
+    /// It waits for an incoming migration.
+    Inmigrate,
+    /// It runs.
+    Running,
+    /// It was stopped on request.
+    Paused,
+    /// It was stopped by a migration that is about to be finished.
+    FinishMigrate,
+    /// It has gone elsewhere.
+    Postmigrate,
+    /// It has stopped by itself.
+    Shutdown,
+    /// A vCPU cannot go on.
+    InternalError,
+}
+
+impl RunState {
+    /// QEMU's name.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            RunState::Prelaunch => "prelaunch",
+            RunState::Inmigrate => "inmigrate",
+            RunState::Running => "running",
+            RunState::Paused => "paused",
+            RunState::FinishMigrate => "finish-migrate",
+            RunState::Postmigrate => "postmigrate",
+            RunState::Shutdown => "shutdown",
+            RunState::InternalError => "internal-error",
+        }
+    }
+}
+
+/// An event for QMP clients.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Event {
+    /// Its name, e.g. `STOP`.
+    pub name: &'static str,
+    /// Its data, if it has any.
+    pub data: Option<Value>,
+}
+
+/// A machine with its run state and its migrations.
+pub struct Vmm {
+    machine: Machine,
+    profile: Profile,
+    /// The outgoing migration.
+    outgoing: Arc<Job>,
+    /// The incoming migration.
+    incoming: Arc<Job>,
+    state: Mutex<State>,
+    changed: Condvar,
+    subscriber: Mutex<Option<mpsc::Sender<Event>>>,
+}
+
+struct State {
+    run_state: RunState,
+    /// Start the guest when it has arrived, if it ran at the source.
+    autostart: bool,
+    /// An incoming migration was asked for, now or later.
+    incoming: bool,
+    listening: Option<Address>,
+    started_at: Option<Duration>,
+    exit: Option<Exit>,
+}
+
+/// Why the monitor ends.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Exit {
+    /// `quit`.
+    Quit,
+    /// An incoming migration failed, for this reason.
+    IncomingFailed(String),
+}
+
+impl Vmm {
+    /// Takes over a machine that has not run. `incoming` says that it waits for a migration.
+    pub fn new(machine: Machine, profile: Profile, incoming: bool) -> Arc<Vmm> {
+        let run_state = if incoming { RunState::Inmigrate } else { RunState::Prelaunch };
+        let state = State { run_state, autostart: true, incoming, listening: None, started_at: None, exit: None };
+        let vmm = Arc::new(Vmm {
+            machine,
+            profile,
+            outgoing: Arc::default(),
+            incoming: Arc::default(),
+            state: Mutex::new(state),
+            changed: Condvar::new(),
+            subscriber: Mutex::new(None),
+        });
+        for job in [&vmm.outgoing, &vmm.incoming] {
+            let (weak, capabilities) = (Arc::downgrade(&vmm), Arc::downgrade(&vmm.outgoing));
+            job.watch(move |notice| {
+                let events = capabilities.upgrade().is_some_and(|job| job.capabilities().events);
+                if let Some(vmm) = weak.upgrade().filter(|_| events) {
+                    vmm.emit(match notice {
+                        Notice::Status(status) => {
+                            Event { name: "MIGRATION", data: Some(json!({ "status": status.as_str() })) }
+                        }
+                        Notice::Pass(pass) => Event { name: "MIGRATION_PASS", data: Some(json!({ "pass": pass })) },
+                    });
+                }
+            });
+        }
+        vmm
+    }
+
+    /// The machine.
+    pub fn machine(&self) -> &Machine {
+        &self.machine
+    }
+
+    /// The switches of the release that this monitor takes itself for.
+    pub fn profile(&self) -> &Profile {
+        &self.profile
+    }
+
+    /// Settings and state of the outgoing migration. Capabilities and parameters of an incoming one are the same.
+    pub fn outgoing(&self) -> &Job {
+        &self.outgoing
+    }
+
+    /// State of the incoming migration.
+    pub fn incoming(&self) -> &Job {
+        &self.incoming
+    }
+
+    /// Whether the guest runs, and why not.
+    pub fn run_state(&self) -> RunState {
+        let state = self.lock();
+        match self.machine.wait_stop(Duration::ZERO) {
+            Some(crate::machine::Stop::Failed { .. }) => RunState::InternalError,
+            Some(_) => RunState::Shutdown,
+            None => state.run_state,
+        }
+    }
+
+    /// `CLOCK_MONOTONIC` when the guest was last started.
+    pub fn started_at(&self) -> Option<Duration> {
+        self.lock().started_at
+    }
+
+    /// Where an incoming migration is waited for.
+    pub fn listening(&self) -> Option<Address> {
+        self.lock().listening.clone()
+    }
+
+    /// Stops the guest. Before an incoming migration has arrived, it makes the guest stay stopped then.
+    pub fn stop(&self) {
+        if self.lock().run_state == RunState::Inmigrate {
+            self.lock().autostart = false;
+        } else if self.pause_as(RunState::Paused) {
+            tracing::debug!("stopped on request");
+        }
+    }
+
+    /// Starts the guest. Before an incoming migration has arrived, it makes the guest start then.
+    ///
+    /// # Errors
+    /// A guest that has stopped for good.
+    pub fn cont(&self) -> Result<(), GuestError> {
+        if self.lock().run_state == RunState::Inmigrate {
+            self.lock().autostart = true;
+            return Ok(());
+        }
+        self.start()
+    }
+
+    /// Begins a migration to `address`, which goes on in a thread of its own.
+    ///
+    /// # Errors
+    /// [`Refused::InProgress`] while one is under way.
+    pub fn migrate(self: &Arc<Self>, address: Address) -> Result<(), Refused> {
+        self.outgoing.begin()?;
+        let vmm = self.clone();
+        thread::spawn(move || {
+            let job = &vmm.outgoing;
+            let result = match Socket::connect(&address) {
+                Ok(channel) => migrate(&*vmm, &channel, job, &vmm.profile),
+                Err(error) => {
+                    job.end(Some(&error));
+                    Err(error)
+                }
+            };
+            if let Err(error) = result {
+                tracing::warn!("migration to {address} failed: {error}");
+            }
+        });
+        Ok(())
+    }
+
+    /// Listens for an incoming migration, which goes on in a thread of its own.
+    ///
+    /// # Errors
+    /// [`MigrationError::Listen`].
+    pub fn listen(self: &Arc<Self>, address: &Address) -> Result<(), MigrationError> {
+        let listener = Listener::bind(address)?;
+        // Whoever looks for an incoming migration finds it from now on.
+        let _ = self.incoming.begin();
+        self.lock().listening = Some(listener.address().clone());
+        let vmm = self.clone();
+        thread::spawn(move || {
+            let result = listener.accept().and_then(|channel| {
+                drop(listener);
+                vmm.take_in(&channel)
+            });
+            if let Err(error) = result {
+                vmm.end(Exit::IncomingFailed(format!("load of migration failed: {error}")));
+            }
+        });
+        Ok(())
+    }
+
+    /// Whether an incoming migration was asked for that has not begun to listen.
+    pub fn may_listen(&self) -> bool {
+        let state = self.lock();
+        state.incoming && state.listening.is_none()
+    }
+
+    fn take_in(&self, channel: &Arc<dyn Channel>) -> Result<(), MigrationError> {
+        let Arrival { running, .. } = receive(self, channel, &self.incoming, &self.profile)?;
+        let autostart = self.lock().autostart;
+        if running && autostart {
+            self.start().map_err(|source| MigrationError::Guest { doing: "start the guest", source })?;
+        } else {
+            self.lock().run_state = RunState::Paused;
+        }
+        Ok(())
+    }
+
+    /// Makes [`wait`](Vmm::wait) return.
+    pub fn end(&self, exit: Exit) {
+        self.lock().exit.get_or_insert(exit);
+        self.changed.notify_all();
+    }
+
+    /// Waits up to `timeout` for the end of the monitor.
+    pub fn wait(&self, timeout: Duration) -> Option<Exit> {
+        let state = self.lock();
+        let (state, _) = self
+            .changed
+            .wait_timeout_while(state, timeout, |state| state.exit.is_none())
+            .unwrap_or_else(PoisonError::into_inner);
+        state.exit.clone()
+    }
+
+    /// The events from now on. There is one subscriber at a time.
+    pub fn subscribe(&self) -> mpsc::Receiver<Event> {
+        let (sender, receiver) = mpsc::channel();
+        *self.subscriber.lock().unwrap_or_else(PoisonError::into_inner) = Some(sender);
+        receiver
+    }
+
+    /// Tells the subscriber.
+    pub(crate) fn emit(&self, event: Event) {
+        let mut subscriber = self.subscriber.lock().unwrap_or_else(PoisonError::into_inner);
+        if subscriber.as_ref().is_some_and(|sender| sender.send(event).is_err()) {
+            *subscriber = None;
+        }
+    }
+
+    fn start(&self) -> Result<(), GuestError> {
+        if self.machine.run_state() == VcpuState::Running {
+            return Ok(());
+        }
+        self.machine.resume()?;
+        let mut state = self.lock();
+        state.started_at = Some(monotonic_now());
+        state.run_state = RunState::Running;
+        drop(state);
+        self.emit(Event { name: "RESUME", data: None });
+        Ok(())
+    }
+
+    fn pause_as(&self, run_state: RunState) -> bool {
+        let was_running = self.machine.run_state() == VcpuState::Running;
+        self.machine.pause();
+        if was_running {
+            self.lock().run_state = run_state;
+            self.emit(Event { name: "STOP", data: None });
+        }
+        was_running
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// The machine, with the run state kept and events told.
+impl Guest for Vmm {
+    fn machine_type(&self) -> &str {
+        self.machine.machine_type()
+    }
+
+    fn ram(&self) -> Vec<RamView<'_>> {
+        self.machine.ram()
+    }
+
+    fn start_dirty_log(&self) -> Result<Box<dyn DirtyLog + '_>, GuestError> {
+        self.machine.start_dirty_log()
+    }
+
+    fn pause(&self) -> Result<bool, GuestError> {
+        Ok(self.pause_as(RunState::FinishMigrate))
+    }
+
+    fn resume(&self) -> Result<(), GuestError> {
+        self.start()
+    }
+
+    fn save_devices(&self, profile: &Profile, running: bool) -> Result<SavedDevices, GuestError> {
+        self.machine.save_devices(profile, running)
+    }
+
+    fn resize_ram(&self, block: usize, used_length: u64) -> Result<(), GuestError> {
+        self.machine.resize_ram(block, used_length)
+    }
+
+    fn has_device(&self, idstr: &CountedString, instance_id: u32) -> bool {
+        self.machine.has_device(idstr, instance_id)
+    }
+
+    fn load_devices(&self, devices: &[DeviceSection]) -> Result<bool, GuestError> {
+        self.machine.load_devices(devices)
+    }
+
+    fn handed_over(&self) {
+        self.lock().run_state = RunState::Postmigrate;
+    }
+}
