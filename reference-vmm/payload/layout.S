@@ -64,6 +64,7 @@
     .set C_STEP,       CTRL + 0x58 # TSC ticks between two batches of a paced vCPU, 0 = unpaced
     .set C_BG_STEP,    CTRL + 0x60 # TSC ticks between two background checks of a vCPU
     .set C_PRINT_STEP, CTRL + 0x68 # TSC ticks between two progress lines
+    .set C_CATCH_UP,   CTRL + 0x200 # TSC ticks that a paced vCPU may be late and still make up for
     # Configuration, in the order of config_keys; all ones = not given.
     .set C_CONFIG,     CTRL + 0x80
     .set C_BASE,       C_CONFIG + 0x00
@@ -92,5 +93,6 @@
     .set P_PACE,       0x58        # TSC before which the next batch may not start
     .set P_PRINT_NEXT, 0x60
     .set P_TICKS,      0x68        # timer interrupts
+    .set CATCH_UP_MS,  100
     .set PAGE_BATCH,   16          # hot pages between two looks at the clock
     .set STALE_LINES,  16          # stale pages each vCPU prints; the rest is only counted

@@ -239,6 +239,8 @@ plan:
     mov rax, [C_REPORT]
     mul rbx
     mov [C_PRINT_STEP], rax
+    imul rax, rbx, CATCH_UP_MS
+    mov [C_CATCH_UP], rax
     imul rbx, rbx, 1000            # Hz
     xor eax, eax
     mov rcx, [C_RATE]

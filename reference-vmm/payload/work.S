@@ -303,6 +303,11 @@ tick:
     jae 6f
     pause
     jmp 1b
-6:  # A vCPU that fell behind does not catch up: a pause of the machine must not turn into a burst.
+6:  # A vCPU that fell behind catches up a little: enough for a busy host, too little to turn a paused machine into a burst.
+    mov rcx, rax
+    sub rcx, [r15 + P_PACE]
+    cmp rcx, [C_CATCH_UP]
+    jbe 5f
+    sub rax, [C_CATCH_UP]
     mov [r15 + P_PACE], rax
 5:  ret

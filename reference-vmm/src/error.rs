@@ -9,14 +9,14 @@ use std::path::PathBuf;
 pub enum Error {
     /// The KVM device cannot be opened.
     #[error(
-        "cannot open {}: {source}; this needs a Linux host with KVM and read-write access to that device (load kvm_intel or \
+        "cannot open {}: {cause}; this needs a Linux host with KVM and read-write access to that device (load kvm_intel or \
          kvm_amd, enable nested virtualisation in a virtual machine, or join the group kvm)", path.display()
     )]
     KvmUnavailable {
         /// The device.
         path: PathBuf,
         /// Why.
-        source: io::Error,
+        cause: io::Error,
     },
     /// The host's KVM lacks something the machine cannot do without.
     #[error("this host's KVM lacks {capability}, which the machine needs")]
@@ -25,20 +25,20 @@ pub enum Error {
         capability: &'static str,
     },
     /// A KVM call failed.
-    #[error("KVM refused to {what}: {source}")]
+    #[error("KVM refused to {what}: {cause}")]
     Kvm {
         /// What was asked.
         what: &'static str,
         /// The error code.
-        source: kvm_ioctls::Error,
+        cause: kvm_ioctls::Error,
     },
     /// The host refused a resource.
-    #[error("cannot {what}: {source}")]
+    #[error("cannot {what}: {cause}")]
     Host {
         /// What was asked.
         what: &'static str,
         /// The error code.
-        source: io::Error,
+        cause: io::Error,
     },
     /// A machine was asked for that cannot be built.
     #[error("{0}")]
@@ -76,5 +76,5 @@ pub type Result<T> = std::result::Result<T, Error>;
 
 /// Names the KVM call that failed.
 pub(crate) fn kvm(what: &'static str) -> impl Fn(kvm_ioctls::Error) -> Error {
-    move |source| Error::Kvm { what, source }
+    move |cause| Error::Kvm { what, cause }
 }

@@ -176,7 +176,7 @@ impl DirtyLog {
         // SAFETY: the descriptor is a VM's, and the bitmap has a bit for each of the pages.
         let result = unsafe { ioctl_with_ref(&*self.vm, ioctl::KVM_CLEAR_DIRTY_LOG(), &request) };
         if result < 0 {
-            return Err(Error::Kvm { what: "clear the dirty log", source: kvm_ioctls::Error::last() });
+            return Err(Error::Kvm { what: "clear the dirty log", cause: kvm_ioctls::Error::last() });
         }
         Ok(())
     }

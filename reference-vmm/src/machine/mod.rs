@@ -241,7 +241,7 @@ pub fn open_kvm(path: &Path) -> Result<Kvm> {
     let name = std::ffi::CString::new(path.as_os_str().as_encoded_bytes())
         .map_err(|_| Error::Config(format!("{} is not a path", path.display())))?;
     Kvm::new_with_path(name)
-        .map_err(|error| Error::KvmUnavailable { path: path.to_owned(), source: io::Error::from(error) })
+        .map_err(|error| Error::KvmUnavailable { path: path.to_owned(), cause: io::Error::from(error) })
 }
 
 fn create_vm(kvm_fd: &Kvm, memory: &GuestMemory) -> Result<VmFd> {

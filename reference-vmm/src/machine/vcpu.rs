@@ -141,7 +141,7 @@ pub(crate) fn spawn(
     let handle = std::thread::Builder::new()
         .name(format!("vcpu{index}"))
         .spawn(body)
-        .map_err(|source| Error::Host { what: "start a vCPU thread", source })?;
+        .map_err(|cause| Error::Host { what: "start a vCPU thread", cause })?;
     vcpus[index].thread.get_or_init(|| handle.as_pthread_t());
     Ok(handle)
 }

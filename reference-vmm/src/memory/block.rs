@@ -47,7 +47,7 @@ impl RamBlock {
         if !pages || used > max || max == 0 {
             return Err(Error::Config(format!("RAM block '{name}' cannot have a length of {used} of {max} bytes")));
         }
-        let host = |what| move |source| Error::Host { what, source };
+        let host = |what| move |cause| Error::Host { what, cause };
         let len = usize::try_from(max).map_err(|_| Error::Config(format!("RAM block '{name}' is too large")))?;
         let file = memfd().map_err(host("create a memfd for guest RAM"))?;
         file.set_len(max).map_err(host("size a memfd for guest RAM"))?;
@@ -57,7 +57,7 @@ impl RamBlock {
             .with_mmap_flags(libc::MAP_SHARED | libc::MAP_NORESERVE)
             .with_file_offset(FileOffset::new(file, 0))
             .build()
-            .map_err(|error| Error::Host { what: "map guest RAM", source: io::Error::other(error) })?;
+            .map_err(|error| Error::Host { what: "map guest RAM", cause: io::Error::other(error) })?;
         Ok(RamBlock { name: name.to_owned(), used: AtomicU64::new(used), max, region })
     }
 
