@@ -2,8 +2,8 @@
 //!
 //! Read in this order: [`error`] (whose fault, where, and what was found), [`read`] and [`write`] (the bounded
 //! big-endian reader and the writer that mirrors it), [`step`] (what an incremental decoder answers), [`name`] (counted
-//! strings), [`limits`] (what a peer may make us allocate), [`page`] (page arithmetic) and [`profile`] (every switch
-//! that changes bytes on the wire).
+//! strings), [`limits`] (what a peer may make us allocate), [`page`] (page arithmetic), [`profile`] (every switch
+//! that changes bytes on the wire) and [`capability`] (migration capabilities and what QEMU lets go together).
 //!
 //! # Promises
 //!
@@ -27,6 +27,7 @@
 
 extern crate alloc;
 
+pub mod capability;
 pub mod error;
 pub mod limits;
 pub mod name;
@@ -36,6 +37,7 @@ pub mod read;
 pub mod step;
 pub mod write;
 
+pub use capability::{Capabilities, Capability};
 pub use error::{Blame, Fault, Located, Path, WireError, Within};
 pub use limits::Limits;
 pub use name::CountedString;
