@@ -6,7 +6,7 @@ use crate::failure::Stop;
 use crate::progress::Progress;
 use crate::ram::Keep;
 use crate::report::Report;
-use crate::stream::{Analysis, Inputs, Settings, analyze};
+use crate::stream::{Analysis, Settings, analyze};
 use crate::table::{Table, count, size};
 use qevm_savevm::configuration::ConfigurationSubsection;
 
@@ -15,7 +15,7 @@ use qevm_savevm::configuration::ConfigurationSubsection;
 /// # Errors
 /// [`Stop::Bad`] if the stream is bad, [`Stop::Usage`] if a file cannot be opened.
 pub fn run(inspect: &args::Inspect) -> Result<(), Stop> {
-    let mut inputs = Inputs::open(&inspect.input)?;
+    let mut inputs = super::open(&inspect.input, inspect.output, |report| json(&Analysis::default(), report))?;
     let keep = match (inspect.no_digest, inspect.ram_digest) {
         (true, _) => Keep::Nothing,
         (false, args::RamDigest::Crc32) => Keep::Digests,

@@ -8,9 +8,11 @@ pub mod receive;
 pub mod send;
 pub mod verify;
 
+use crate::args;
 use crate::failure::Stop;
 use crate::progress::Progress;
-use crate::stream::Observer;
+use crate::report::Report;
+use crate::stream::{Inputs, Observer};
 use serde_json::{Map, Value};
 use std::io::{self, Write};
 
@@ -46,6 +48,21 @@ fn closed(error: io::Error) -> Stop {
         io::ErrorKind::BrokenPipe => Stop::OutputClosed,
         _ => Stop::Usage(format!("standard output cannot be written: {error}")),
     }
+}
+
+/// Opens the files; if a container is damaged, that is reported as a damaged stream is.
+pub(crate) fn open(
+    input: &args::Input,
+    output: args::Output,
+    json: impl FnOnce(&Report) -> Map<String, Value>,
+) -> Result<Inputs, Stop> {
+    let opened = Inputs::open(input);
+    if let (Err(Stop::Bad(failure)), true) = (&opened, output.json) {
+        let mut out = Output::new();
+        out.json(json(&Report { error: Some(failure.clone()), qemu_profile: "unknown".into(), ..Report::default() }))?;
+        out.finish()?;
+    }
+    opened
 }
 
 /// Shows how far the main channel was read.

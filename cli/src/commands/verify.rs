@@ -6,7 +6,7 @@ use crate::failure::Stop;
 use crate::progress::Progress;
 use crate::ram::Keep;
 use crate::report::Report;
-use crate::stream::{Analysis, Inputs, Settings, analyze};
+use crate::stream::{Analysis, Settings, analyze};
 use crate::table::{count, size};
 
 /// Runs the command.
@@ -14,7 +14,7 @@ use crate::table::{count, size};
 /// # Errors
 /// [`Stop::Bad`] if the stream is bad, [`Stop::Usage`] if a file cannot be opened.
 pub fn run(verify: &args::Verify) -> Result<(), Stop> {
-    let mut inputs = Inputs::open(&verify.input)?;
+    let mut inputs = super::open(&verify.input, verify.output, Report::to_json)?;
     let keep = match verify.ram_digest {
         RamDigest::Crc32 => Keep::Digests,
         RamDigest::Sha256 => Keep::Image,

@@ -95,6 +95,8 @@ pub struct Analysis {
     pub configuration: Option<Configuration>,
     /// Whether sections have footers.
     pub footers: Option<bool>,
+    /// The guest was moved by postcopy.
+    pub postcopy: bool,
     /// Size of a target page.
     pub page_size: u64,
     /// The sections, in stream order.

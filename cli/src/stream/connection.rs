@@ -10,7 +10,7 @@ use crate::failure::Failure;
 use crate::ram::Keep;
 use crate::source::Source;
 use qevm_savevm::command::Command;
-use qevm_savevm::framing::{Content, SectionKind};
+use qevm_savevm::framing::{self, Content, SectionKind};
 use qevm_savevm::ram::{MappedRamHeader, RamRecord};
 use qevm_savevm::{Decoder, DecoderOptions, Encoder, Event, Footers};
 use qevm_wire::{Limits, Step, Writer};
@@ -132,7 +132,7 @@ impl Walk<'_> {
             }
         }
         if let Some(memory) = &mut self.memory {
-            self.channels.finish(memory, &last, can_break)?;
+            self.channels.finish(memory, &last, self.analysis.postcopy, can_break)?;
         }
         self.analysis.opaque_bytes += self.channels.device_bytes();
         self.bytes_before += self.channels.bytes();
@@ -298,7 +298,10 @@ impl Walk<'_> {
                     }
                 }
             }
-            Command::Packaged { .. } => return Ok(Payload::Package),
+            Command::Packaged { .. } => {
+                self.analysis.postcopy = true;
+                return Ok(Payload::Package);
+            }
             _ => {}
         }
         Ok(Payload::None)
@@ -456,15 +459,15 @@ impl Connection<'_> {
             return Ok(());
         }
         self.source.fill(whole as usize).map_err(|error| Failure::io(&self.file, at, &error))?;
-        let window = self.source.window();
-        let footer = window.get(len as usize..whole as usize);
-        let Some(footer) = footer else {
+        let Some(footer) = self.source.window().get(len as usize..whole as usize) else {
             return Ok(());
         };
-        if footers && (footer[0] != 0x7e || footer[1..] != header.section_id.to_be_bytes()) {
-            // Either the description or the section is wrong. The decoder's search for a footer tells which.
+        let is_footer = !footers || footer[0] == framing::FOOTER && footer[1..] == header.section_id.to_be_bytes();
+        if !is_footer && ends_elsewhere(decoder, self.source, &self.file)? {
+            // The description is wrong, or does not belong to this stream; the section's length will show that.
             return Ok(());
         }
+        let window = self.source.window();
         walk.body(&header, at, &window[..len as usize], false, &self.file)?;
         decoder.body(len).map_err(|error| Failure::located(&self.file, error))?;
         self.source.consume(len as usize);
@@ -541,6 +544,25 @@ impl Connection<'_> {
             self.decoders.iter_mut().for_each(Decoder::end_of_input);
         }
         Ok(())
+    }
+}
+
+/// True if the content of the section, which does not end where it is described to end, has an end elsewhere. If it has
+/// none, the footer at the described place is what is wrong.
+fn ends_elsewhere(decoder: &Decoder, source: &mut Source, file: &str) -> Result<bool, Failure> {
+    let mut search = decoder.clone();
+    loop {
+        if source.at_end() {
+            search.end_of_input();
+        }
+        match search.next_body_end(source.window()) {
+            Ok(_) => return Ok(true),
+            Err(error) if error.is_truncated() && !source.at_end() => {
+                let held = source.window().len();
+                source.fill(held + 1).map_err(|error| Failure::io(file, decoder.offset(), &error))?;
+            }
+            Err(_) => return Ok(false),
+        }
     }
 }
 

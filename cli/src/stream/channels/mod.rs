@@ -32,9 +32,12 @@ impl Channels {
         let mut channels = Channels::default();
         for Named { name, mut source } in files.drain(..) {
             source.fill(4).map_err(|error| Failure::io(&name, 0, &error))?;
+            // A multifd channel can be cut off in its first bytes. A preempt channel has no first packet, and carries
+            // nothing if no page was urgent.
+            let cut = !source.window().is_empty() && MULTIFD_MAGIC.starts_with(source.window());
             match qevm_multifd::is_page_channel(source.window()) {
                 Some(true) => channels.multifd.push(MultifdChannel::new(name, source, reencode)),
-                // A preempt channel has no first packet, and carries nothing if no page was urgent.
+                None if cut => channels.multifd.push(MultifdChannel::new(name, source, reencode)),
                 _ => channels.preempt.push(PreemptChannel { name, source, description: String::new() }),
             }
         }
@@ -75,15 +78,49 @@ impl Channels {
     }
 
     /// The main channel is over: reads what is left.
-    pub(super) fn finish(&mut self, memory: &mut Memory, main: &Decoder, can_break: bool) -> Result<(), Halt> {
+    pub(super) fn finish(
+        &mut self,
+        memory: &mut Memory,
+        main: &Decoder,
+        postcopy: bool,
+        can_break: bool,
+    ) -> Result<(), Halt> {
         self.check_numbers()?;
         for channel in &mut self.multifd {
             channel.rest(memory, main, self.waits)?;
+        }
+        self.check_packets()?;
+        if let (Some(empty), false, false) = (self.empty_channel(), self.multifd.is_empty(), postcopy) {
+            let message = "the file is empty, but every multifd channel starts with a packet that names it";
+            let mut failure = Failure::mismatch(&empty, 0, "multifd channel", message);
+            failure.kind = "truncated";
+            return Err(failure.into());
         }
         for channel in &mut self.preempt {
             channel.read(memory, main, can_break)?;
         }
         Ok(())
+    }
+
+    fn empty_channel(&mut self) -> Option<String> {
+        let empty = |channel: &&mut PreemptChannel| channel.source.offset() == 0 && channel.source.window().is_empty();
+        self.preempt.iter_mut().find(empty).map(|channel| channel.name.clone())
+    }
+
+    /// Packets are numbered over all channels, each number given at most to one packet (a race in QEMU up to 7.2 gives
+    /// some to two, and leaves others out). If there are more numbers than packets, a channel is missing.
+    fn check_packets(&self) -> Result<(), Failure> {
+        let packets: u64 = self.multifd.iter().map(|channel| channel.packets().0).sum();
+        let numbers = self.multifd.iter().filter_map(|channel| channel.packets().1);
+        let range = numbers.reduce(|a, b| (a.0.min(b.0), a.1.max(b.1)));
+        match (range, self.multifd.first()) {
+            (Some((first, last)), Some(channel)) if last - first >= packets => {
+                let message =
+                    format!("packets have numbers {first} to {last}, but only {packets} came: a channel is missing");
+                Err(Failure::mismatch(&channel.name, channel.offset(), "multifd channels", message))
+            }
+            _ => Ok(()),
+        }
     }
 
     /// Channels of one migration are numbered from 0 without gaps, and have one UUID.
@@ -111,6 +148,8 @@ impl Channels {
     }
 }
 
+/// The first bytes of every multifd channel.
+const MULTIFD_MAGIC: [u8; 4] = qevm_multifd::layout::MAGIC.to_be_bytes();
 /// Offset of the UUID in a channel's first packet.
 const INIT_UUID_AT: u64 = 8;
 /// Offset of the channel's number in its first packet.

@@ -22,6 +22,9 @@ pub(super) struct MultifdChannel {
     pages: u64,
     zero_pages: u64,
     syncs: u64,
+    packets: u64,
+    /// Smallest and largest packet number.
+    packet_nums: Option<(u64, u64)>,
     device_bytes: u64,
     page: Vec<u8>,
 }
@@ -53,6 +56,8 @@ impl MultifdChannel {
             pages: 0,
             zero_pages: 0,
             syncs: 0,
+            packets: 0,
+            packet_nums: None,
             device_bytes: 0,
             page: Vec::new(),
         }
@@ -68,6 +73,11 @@ impl MultifdChannel {
 
     pub(super) fn init(&self) -> Option<&Init> {
         self.init.as_ref()
+    }
+
+    /// How many packets came, and the smallest and largest of their numbers.
+    pub(super) fn packets(&self) -> (u64, Option<(u64, u64)>) {
+        (self.packets, self.packet_nums)
     }
 
     pub(super) fn describe(&self) -> String {
@@ -125,12 +135,12 @@ impl MultifdChannel {
             .decoder
             .take()
             .unwrap_or_else(|| ChannelDecoder::new(ChannelOptions { pages: geometry, ..ChannelOptions::default() }));
-        let result = self.packets(&mut decoder, memory, main, geometry);
+        let result = self.apply(&mut decoder, memory, main, geometry);
         self.decoder = Some(decoder);
         result
     }
 
-    fn packets(
+    fn apply(
         &mut self,
         decoder: &mut ChannelDecoder,
         memory: &mut Memory,
@@ -151,6 +161,10 @@ impl MultifdChannel {
                     match &event {
                         Event::Init(init) => self.init = Some(init.clone()),
                         Event::Ram(ram) => {
+                            self.packets += 1;
+                            let num = ram.packet_num();
+                            let (first, last) = self.packet_nums.unwrap_or((num, num));
+                            self.packet_nums = Some((first.min(num), last.max(num)));
                             let block = main.ram_blocks().find(ram.block_bytes());
                             let length = block.and_then(|id| main.ram_blocks().get(id)).map(|b| b.used_length);
                             decoder.check_block(ram, length).map_err(|error| Failure::located(&self.name, error))?;

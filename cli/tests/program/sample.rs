@@ -1,0 +1,79 @@
+//! The recorded streams, and the program run on them.
+
+use serde_json::Value;
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+
+/// The bytes of a recorded stream of `tests/streams`.
+pub(crate) fn stream(name: &str) -> Vec<u8> {
+    let path = path(&format!("{name}.zst"));
+    let file = std::fs::File::open(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
+    zstd::decode_all(file).expect("a whole zstd file")
+}
+
+/// The path of a file in `tests/streams`.
+pub(crate) fn path(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/streams").join(name)
+}
+
+/// `bytes` as a file in `dir`.
+pub(crate) fn file(dir: &tempfile::TempDir, name: &str, bytes: &[u8]) -> PathBuf {
+    let path = dir.path().join(name);
+    std::fs::write(&path, bytes).expect("a writable temporary directory");
+    path
+}
+
+/// What the program did.
+pub(crate) struct Ran {
+    /// Its exit code; panics count as none.
+    pub(crate) code: Option<i32>,
+    /// Standard output.
+    pub(crate) stdout: String,
+    /// Standard error.
+    pub(crate) stderr: String,
+}
+
+impl Ran {
+    /// The last line of standard output as JSON.
+    pub(crate) fn json(&self) -> Value {
+        let last = self.stdout.lines().last().unwrap_or_else(|| panic!("nothing printed; stderr: {}", self.stderr));
+        serde_json::from_str(last).unwrap_or_else(|error| panic!("{error}: {last}"))
+    }
+}
+
+/// Runs the program with nothing on standard input.
+pub(crate) fn qevm<A: AsRef<std::ffi::OsStr>>(arguments: impl IntoIterator<Item = A>) -> Ran {
+    ran(command(arguments).stdin(Stdio::null()).output().expect("the program runs"))
+}
+
+/// Runs the program with `input` on standard input.
+pub(crate) fn qevm_reading<A: AsRef<std::ffi::OsStr>>(arguments: impl IntoIterator<Item = A>, input: &[u8]) -> Ran {
+    let mut child = command(arguments)
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .expect("it runs");
+    let mut stdin = child.stdin.take().expect("a pipe");
+    let input = input.to_vec();
+    // The program may stop reading at a fault.
+    let writer = std::thread::spawn(move || drop(stdin.write_all(&input)));
+    let output = child.wait_with_output().expect("it ends");
+    writer.join().expect("the writer ends");
+    ran(output)
+}
+
+fn command<A: AsRef<std::ffi::OsStr>>(arguments: impl IntoIterator<Item = A>) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_qevm"));
+    command.args(arguments);
+    command
+}
+
+fn ran(output: Output) -> Ran {
+    Ran {
+        code: output.status.code(),
+        stdout: String::from_utf8(output.stdout).expect("UTF-8"),
+        stderr: String::from_utf8(output.stderr).expect("UTF-8"),
+    }
+}

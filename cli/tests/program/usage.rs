@@ -1,0 +1,49 @@
+//! Wrong usage: exit code 2, and words that help.
+
+use crate::sample::{path, qevm};
+
+#[test]
+fn wrong_usage_exits_with_2() {
+    let stream = path("5.2-plain.zst").display().to_string();
+    for arguments in [
+        &["frobnicate"][..],
+        &["verify"],
+        &["verify", "--frobnicate", &stream],
+        &["verify", "--ram-digest", "md5", &stream],
+        &["verify", "--offset", "-1", &stream],
+        &["verify", "/nonexistent/stream"],
+        &["inspect", "/nonexistent/stream"],
+        &["verify", "/"],
+        &["verify", "--channel", "-", "-"],
+        &["verify", "--channel", "/nonexistent/channel", &stream],
+        &["receive", "carrier-pigeon:4444", "--out", "/nonexistent/out"],
+        &["receive", "tcp:localhost", "--out", "/nonexistent/out"],
+        &["receive", "tcp:127.0.0.1:0", "--out", "/nonexistent/out"],
+    ] {
+        let ran = qevm(arguments);
+        assert_eq!(ran.code, Some(2), "{arguments:?}: {}", ran.stderr);
+        assert!(!ran.stderr.is_empty() && ran.stdout.is_empty(), "{arguments:?}");
+    }
+}
+
+#[test]
+fn help_teaches() {
+    let help = qevm(["--help"]);
+    assert_eq!(help.code, Some(0));
+    for words in ["Examples:", "qevm verify", "qevm receive", "Exit codes"] {
+        assert!(help.stdout.contains(words), "{words}: {}", help.stdout);
+    }
+    assert_eq!(qevm(["verify", "--help"]).code, Some(0));
+    assert_eq!(qevm(["--version"]).code, Some(0));
+}
+
+#[test]
+fn inspect_prints_aligned_tables() {
+    let stream = path("7.2-postcopy.zst").display().to_string();
+    let ran = qevm(["inspect", &stream]);
+    assert_eq!((ran.code, ran.stderr.as_str()), (Some(0), ""));
+    for words in ["machine       microvm", "RAM blocks", "mem ", "62d828c8", "mc146818rtc", "PACKAGED", "PING 4"] {
+        assert!(ran.stdout.contains(words), "{words}: {}", ran.stdout);
+    }
+    assert!(ran.stdout.lines().all(|line| line == line.trim_end()), "trailing blanks");
+}
