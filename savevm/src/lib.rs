@@ -16,6 +16,7 @@
 //! | [`mapped_ram`] | files in which every page has its place |
 //! | [`container`] | files with a stream inside: libvirt save images, qcow2 snapshots |
 //! | [`vmdesc`] | the JSON description, and device sections decoded with it to their last field |
+//! | [`mod@check`] | whether a destination will load a stream, and if not, why |
 //! | [`guest_memory`] | where guest memory lies in RAM blocks, for each machine type |
 //! | [`vmstate`] | device state, declared: one declaration gives codec, description and schema |
 //! | [`devices`] | the device sections of `-M microvm` |
@@ -90,6 +91,7 @@
 extern crate self as qevm_savevm;
 
 pub mod block_migration;
+pub mod check;
 pub mod command;
 pub mod configuration;
 pub mod container;

@@ -142,11 +142,15 @@ impl Schema {
         Ok((node, found.err().unwrap_or(Verdict::Unique)))
     }
 
+    /// The versions of the section that devices of this name accept; `None` if the schema has no such device.
+    pub fn versions(&self, idstr: &CountedString) -> Option<Vec<std::ops::RangeInclusive<u32>>> {
+        let devices = self.devices.get(vmsd_name(idstr))?;
+        Some(devices.iter().map(|device| device.minimum_version..=device.version).collect())
+    }
+
     /// The one structure, with the choices in it, that uses up `body`.
     fn search(&self, idstr: &CountedString, version: u32, body: &[u8]) -> Result<(&StructSchema, Vec<bool>), Verdict> {
-        // A device on a bus has the path of its place before its name.
-        let name = idstr.as_str().map(|name| name.rsplit('/').next().unwrap_or(name)).unwrap_or_default();
-        let candidates = self.devices.get(name).map(Vec::as_slice).unwrap_or_default();
+        let candidates = self.devices.get(vmsd_name(idstr)).map(Vec::as_slice).unwrap_or_default();
         let mut verdict = Verdict::NotInSchema;
         let mut found = None;
         for schema in candidates.iter().filter(|s| (s.minimum_version..=s.version).contains(&version)) {
@@ -159,6 +163,11 @@ impl Schema {
         }
         found.ok_or(verdict)
     }
+}
+
+/// A device on a bus has the path of its place before its name.
+fn vmsd_name(idstr: &CountedString) -> &str {
+    idstr.as_str().and_then(|name| name.rsplit('/').next()).unwrap_or_default()
 }
 
 #[cfg(test)]

@@ -1,0 +1,30 @@
+//! The usual causes of what real QEMUs refuse.
+
+/// Why a section of this name can be in a stream and not at its destination.
+pub(super) fn of_missing_section(idstr: &str, instance_id: u32) -> &'static str {
+    let device = idstr.rsplit('/').next().unwrap_or(idstr);
+    match (device, instance_id) {
+        ("kvmclock", _) => "only KVM has it: a stream from accel=kvm does not load under accel=tcg",
+        ("mc146818rtc", _) => "-M microvm has no RTC under KVM unless told rtc=on",
+        ("cpu" | "cpu_common" | "apic", 1..) => "the destination has fewer CPUs: give it the same -smp",
+        ("ioapic", 1..) => "QEMU 5.2 has one I/O APIC: start the source with ioapic2=off",
+        ("i8254" | "i8259" | "serial", _) => "a machine option turns it off: compare pit=, pic=, isa-serial=",
+        ("slirp", _) => "the source has a network of -netdev user",
+        ("dirty-bitmap", _) => "capability dirty-bitmaps is on at the source",
+        ("block", _) => "block migration is on at the source, which releases since 9.1 do not have",
+        ("globalstate", _) => "migration.store-global-state differs",
+        ("virtio-mem-device-early", _) => "releases before 8.0 have no early migration of virtio-mem",
+        _ => "the destination lacks the device, or has it at another place",
+    }
+}
+
+/// Why a RAM block can have another size.
+pub(super) fn of_block_size(name: &str) -> &'static str {
+    match name {
+        "pc.bios" => "another firmware file: give both sides the same -bios",
+        "pc.ram" | "microvm.ram" => "give both sides the same -m",
+        name if name.ends_with(".rom") => "another option ROM: give both sides the same romfile=",
+        name if name.ends_with("vram") || name.ends_with("vgamem") => "another size of video memory",
+        _ => "the block's device is configured differently",
+    }
+}
