@@ -25,7 +25,7 @@ pub fn write_index(corpus: &Path) -> Result<usize> {
     let mut text = String::from(
         "# Recordings\n\nEach folder holds one migration of a real QEMU. `recording.json` tells the arguments, the files and, in `ram`, what the\n\
          stopped source had in each RAM block: `sha256` and `crc32` of the whole used length (null where QEMU shows no way to all of it)\n\
-         and the pieces that `pmemsave` covered. `analyze.json`, where there is one, is what `analyze-migration.py` reads. `dump-vmstate/` holds QEMU's own `-dump-vmstate`.\n\n\
+         and the pieces that `pmemsave` covered. `dump-vmstate/` holds QEMU's own `-dump-vmstate`.\n\n\
          | folder | QEMU | machine | accel | capabilities | parameters | files | arguments |\n|---|---|---|---|---|---|---|---|\n",
     );
     for line in &lines {

@@ -8,7 +8,9 @@ use std::path::Path;
 use anyhow::{Context, Result};
 use serde::{Deserialize, Serialize};
 
+use crate::analyze::Script;
 use crate::description;
+use crate::fields::{self, Comparison, Place};
 use crate::record::Recording;
 use crate::subject::Subject;
 
@@ -110,6 +112,31 @@ pub fn judge(recording: &Recording, folder: &Path, subject: &Subject) -> Result<
     sections(recording, folder, &verified, &mut judgement)?;
     ram(recording, &verified, &mut judgement);
     Ok(judgement)
+}
+
+/// Compares the fields of a recording with those that QEMU's own script reads. The inner error is what the script says
+/// about a stream that it cannot read.
+///
+/// # Errors
+/// The script or qevm cannot be run.
+pub fn judge_fields(
+    recording: &Recording,
+    folder: &Path,
+    subject: &Subject,
+    script: &Script,
+) -> Result<Result<Comparison, String>> {
+    let stream = folder.join(&recording.files.main);
+    let theirs = match script.read(&stream)? {
+        Ok(theirs) => theirs,
+        Err(why) => return Ok(Err(why)),
+    };
+    let finished = subject.run(&verify_arguments(recording, folder))?;
+    let last = finished.stdout.lines().last().unwrap_or_default();
+    let verified: Verified = serde_json::from_str(last).context("qevm verify printed no result")?;
+    let place =
+        |s: Section| Place { idstr: s.idstr, instance_id: s.instance_id as u32, offset: s.offset, size: s.size };
+    let places: Vec<Place> = verified.sections.into_iter().map(place).collect();
+    Ok(Ok(fields::compare(&stream, &places, &theirs)?))
 }
 
 /// The command line of `qevm verify` for a recording.

@@ -11,6 +11,7 @@ pub mod apt;
 pub mod corpus;
 mod cpio;
 pub mod description;
+pub mod fields;
 pub mod judge;
 pub mod launch;
 pub mod linux;

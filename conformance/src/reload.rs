@@ -51,7 +51,7 @@ impl Form {
 /// Whether the recordings of a scenario can be loaded on their own.
 pub fn applies(scenario: &Scenario) -> bool {
     let alone = !scenario.capabilities.iter().any(|c| NOT_ALONE.contains(c));
-    alone && scenario.migrate.is_empty()
+    alone && scenario.reload && scenario.migrate.is_empty()
 }
 
 /// Converts the recording into `form` and loads it with the QEMU that made it; gives what is wrong then.

@@ -86,6 +86,8 @@ pub struct Scenario {
     pub route: Route,
     /// For guests that dirty memory: how many bitmap synchronisations there must be at least.
     pub rounds: u64,
+    /// Whether real QEMU is given back what qevm makes of the recording.
+    pub reload: bool,
     /// Part of the quick subset.
     pub quick: bool,
 }
@@ -107,6 +109,7 @@ impl Scenario {
             migrate: Map::new(),
             route: Route::Exec,
             rounds: 0,
+            reload: true,
             quick: false,
         }
     }
@@ -169,6 +172,12 @@ impl Scenario {
     /// Runs under KVM.
     pub fn kvm(mut self) -> Scenario {
         self.accel = Accel::Kvm;
+        self
+    }
+
+    /// Does not give the stream back to QEMU: QEMU itself loads its own stream with another RAM here.
+    pub fn not_reloaded(mut self) -> Scenario {
+        self.reload = false;
         self
     }
 
