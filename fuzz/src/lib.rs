@@ -3,11 +3,13 @@
 //! encodes to the same bytes again.
 
 mod savevm_decoder;
+mod savevm_devices;
 mod savevm_preempt;
 mod savevm_xbzrle;
 mod wire_reader;
 
 pub use savevm_decoder::savevm_decoder;
+pub use savevm_devices::savevm_devices;
 pub use savevm_preempt::savevm_preempt;
 pub use savevm_xbzrle::savevm_xbzrle;
 pub use wire_reader::wire_reader;
@@ -18,6 +20,7 @@ pub type Target = fn(&[u8]);
 /// Every target by its name, for the replay of the seeds.
 pub const TARGETS: &[(&str, Target)] = &[
     ("savevm_decoder", savevm_decoder),
+    ("savevm_devices", savevm_devices),
     ("savevm_preempt", savevm_preempt),
     ("savevm_xbzrle", savevm_xbzrle),
     ("wire_reader", wire_reader),

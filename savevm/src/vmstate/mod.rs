@@ -189,3 +189,8 @@ pub fn load<T: VmState>(reader: &mut Reader<'_>, version: u32, ctx: &Context) ->
     value.accept(version, ctx).map_err(|kind| Error::new(kind.into(), start)).within(|| T::NAME)?;
     Ok(value)
 }
+
+/// The example of the manual is run with the tests.
+#[cfg(doctest)]
+#[doc = include_str!("../../../docs/vmstate.md")]
+struct Manual;
