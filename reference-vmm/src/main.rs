@@ -17,6 +17,7 @@ struct Arguments {
 #[derive(clap::Subcommand)]
 enum Command {
     Run(command::run::Run),
+    Demo(command::demo::Demo),
     Payload(command::payload::Payload),
 }
 
@@ -24,6 +25,7 @@ fn main() -> ExitCode {
     tracing_subscriber::fmt().with_writer(std::io::stderr).init();
     let result = match Arguments::parse().command {
         Command::Run(run) => run.execute(),
+        Command::Demo(demo) => demo.execute(),
         Command::Payload(payload) => payload.execute(),
     };
     match result {

@@ -1,5 +1,6 @@
 //! The subcommands.
 
+pub(crate) mod demo;
 pub(crate) mod machine;
 pub(crate) mod payload;
 pub(crate) mod run;

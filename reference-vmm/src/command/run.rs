@@ -1,13 +1,20 @@
 //! `reference-vmm run`.
 
+use std::path::PathBuf;
 use std::process::ExitCode;
-use std::time::Duration;
+use std::str::FromStr;
+use std::time::{Duration, Instant};
 
+use anyhow::Context;
+use qevm_wire::{Profile, QemuVersion};
 use reference_vmm::machine::{Machine, Stop};
+use reference_vmm::migration::Address;
+use reference_vmm::qmp::Server;
+use reference_vmm::vmm::{Exit, Vmm};
 
 use super::machine::MachineArguments;
 
-/// Run a guest until it stops.
+/// Run a guest until it stops, or wait for one to migrate here.
 #[derive(clap::Args)]
 #[command(after_long_help = "\
 Examples:
@@ -18,23 +25,86 @@ Examples:
   reference-vmm run --memory 512M --smp 2 --fw-cfg name=opt/qevm/payload,string='dirty=256M rate=200M'
       two vCPUs that dirty 256 MiB at 200 MiB/s; all keys: reference-vmm payload --help
 
-Needs /dev/kvm. Ends with 0 when the guest switched itself off, asked for a reset, or --seconds have passed, and with 1 when
-it could not go on; the reason is the last line on standard error.")]
+  reference-vmm run --incoming tcp:127.0.0.1:4444
+      wait for a guest from another reference-vmm or a QEMU of the same memory size and firmware
+  reference-vmm run --qmp unix:/tmp/qmp.sock
+      control the guest by QMP; {\"execute\": \"migrate\", \"arguments\": {\"uri\": \"tcp:127.0.0.1:4444\"}} sends it there
+
+Needs /dev/kvm. Ends with 0 when the guest switched itself off, asked for a reset, QMP said quit, or --seconds have passed, and
+with 1 when it could not go on or could not be received; the reason is the last line on standard error.")]
 pub(crate) struct Run {
     #[command(flatten)]
     machine: MachineArguments,
     /// Stop after that many seconds
     #[arg(long, value_name = "SECONDS")]
     seconds: Option<u64>,
+    /// Wait for a guest from there: tcp:HOST:PORT, unix:PATH, or defer until QMP's migrate-incoming
+    #[arg(long, value_name = "ADDRESS")]
+    incoming: Option<Incoming>,
+    /// Serve QMP at unix:PATH
+    #[arg(long, value_name = "unix:PATH", value_parser = parse_qmp)]
+    qmp: Option<PathBuf>,
+    /// Do not start the guest; QMP's cont does
+    #[arg(long, short = 'S')]
+    paused: bool,
 }
+
+#[derive(Clone)]
+enum Incoming {
+    Defer,
+    From(Address),
+}
+
+impl FromStr for Incoming {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Incoming, String> {
+        match text {
+            "defer" => Ok(Incoming::Defer),
+            _ => text
+                .parse()
+                .map(Incoming::From)
+                .map_err(|error: reference_vmm::migration::BadAddress| error.to_string()),
+        }
+    }
+}
+
+/// How often the guest and the monitor are looked at for having ended.
+const POLL: Duration = Duration::from_millis(20);
 
 impl Run {
     pub(crate) fn execute(self) -> anyhow::Result<ExitCode> {
         let machine = Machine::new(self.machine.config()?)?;
-        machine.resume()?;
-        let timeout = Duration::from_secs(self.seconds.unwrap_or(u64::MAX / 4));
-        let stop = machine.wait_stop(timeout);
-        machine.pause();
+        let vmm = Vmm::new(machine, Profile::new(QemuVersion::NEWEST, "microvm"), self.incoming.is_some());
+        if self.paused {
+            vmm.stop();
+        }
+        match &self.incoming {
+            Some(Incoming::From(address)) => vmm.listen(address)?,
+            Some(Incoming::Defer) => {}
+            None if self.paused => {}
+            None => vmm.cont().map_err(anyhow::Error::from_boxed)?,
+        }
+        let _server = match &self.qmp {
+            Some(path) => Some(
+                Server::start(path, vmm.clone()).with_context(|| format!("cannot serve QMP at {}", path.display()))?,
+            ),
+            None => None,
+        };
+        let start = Instant::now();
+        let timeout = self.seconds.map(Duration::from_secs);
+        let (stop, exit) = loop {
+            let stop = vmm.machine().wait_stop(POLL);
+            let exit = vmm.wait(Duration::ZERO);
+            if stop.is_some() || exit.is_some() || timeout.is_some_and(|timeout| start.elapsed() >= timeout) {
+                break (stop, exit);
+            }
+        };
+        vmm.machine().pause();
+        if let Some(Exit::IncomingFailed(reason)) = exit {
+            eprintln!("reference-vmm: {reason}");
+            return Ok(ExitCode::FAILURE);
+        }
         Ok(match stop {
             None => ExitCode::SUCCESS,
             Some(stop) => {
@@ -42,5 +112,30 @@ impl Run {
                 if matches!(stop, Stop::Failed { .. }) { ExitCode::FAILURE } else { ExitCode::SUCCESS }
             }
         })
+    }
+}
+
+/// `unix:PATH`, with the options that QEMU wants behind it.
+fn parse_qmp(text: &str) -> Result<PathBuf, String> {
+    let path = text.strip_prefix("unix:").ok_or("expected unix:PATH")?;
+    let mut options = path.split(',');
+    let path = options.next().filter(|path| !path.is_empty()).ok_or("expected unix:PATH")?;
+    match options.find(|option| !matches!(*option, "server" | "server=on" | "wait=off" | "nowait")) {
+        Some(option) => Err(format!("option '{option}' is not supported; the socket is always server=on,wait=off")),
+        None => Ok(path.into()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn qmp_sockets_are_written_as_for_qemu() {
+        assert_eq!(parse_qmp("unix:/tmp/q,server=on,wait=off"), Ok("/tmp/q".into()));
+        assert_eq!(parse_qmp("unix:/tmp/q"), Ok("/tmp/q".into()));
+        for bad in ["tcp:a:1", "unix:", "unix:/tmp/q,server=off"] {
+            assert!(parse_qmp(bad).is_err(), "{bad}");
+        }
     }
 }

@@ -2,10 +2,13 @@
 //!
 //! [`Server`] accepts clients one after the other, as QEMU's monitor does; `protocol` is the dialogue with one of them,
 //! `arguments` reads what a command was given, `commands` are the commands.
+//! [`Client`] is the other end.
 
 mod arguments;
+mod client;
 mod commands;
 mod protocol;
 mod server;
 
+pub use client::{Client, ClientError};
 pub use server::Server;

@@ -1,0 +1,230 @@
+//! One of the two monitor processes, and what its guest prints.
+
+use std::fs::File;
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, bail, ensure};
+use reference_vmm::payload::{FW_CFG_NAME, Progress};
+use reference_vmm::qmp::Client;
+use serde_json::Value;
+
+/// A `reference-vmm run` of this very program, killed when this is dropped.
+pub(super) struct Guest {
+    name: &'static str,
+    process: Child,
+    qmp: Client,
+    console: PathBuf,
+    log: PathBuf,
+}
+
+impl Guest {
+    pub(super) fn start(
+        name: &'static str,
+        directory: &Path,
+        memory: u64,
+        cpus: usize,
+        payload: &str,
+        incoming: Option<&str>,
+        patience: Duration,
+    ) -> anyhow::Result<Guest> {
+        let file = |suffix: &str| directory.join(format!("{name}.{suffix}"));
+        let (console, socket, log) = (file("console"), file("qmp"), file("log"));
+        let mut command = Command::new(std::env::current_exe().context("cannot find this program")?);
+        command.arg("run").args(["--memory", &format!("{}K", memory >> 10), "--smp", &cpus.to_string()]);
+        command.arg("--serial").arg(format!("file:{}", console.display()));
+        command.arg("--fw-cfg").arg(format!("name={FW_CFG_NAME},string={payload}"));
+        command.arg("--qmp").arg(format!("unix:{}", socket.display()));
+        if let Some(incoming) = incoming {
+            command.args(["--incoming", incoming]);
+        }
+        end_with_parent(&mut command);
+        let errors = File::create(&log).context("cannot write a log")?;
+        let mut process = command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(errors).spawn()?;
+        let deadline = Instant::now() + patience;
+        while !socket.exists() {
+            if process.try_wait()?.is_some() || Instant::now() > deadline {
+                let _ = process.kill();
+                bail!("the {name} does not start: {}", std::fs::read_to_string(&log).unwrap_or_default().trim());
+            }
+            std::thread::sleep(super::POLL);
+        }
+        match Client::connect(&socket, patience) {
+            Ok(qmp) => Ok(Guest { name, process, qmp, console, log }),
+            Err(error) => {
+                let _ = process.kill();
+                Err(error.into())
+            }
+        }
+    }
+
+    /// Runs a QMP command. If the process is gone, its last words are the error.
+    pub(super) fn qmp(&mut self, command: &str, arguments: Value) -> anyhow::Result<Value> {
+        self.qmp.execute(command, arguments).with_context(|| {
+            let log = std::fs::read_to_string(&self.log).unwrap_or_default();
+            format!("at the {}: {}", self.name, log.trim())
+        })
+    }
+
+    /// Where the incoming migration is waited for.
+    pub(super) fn incoming_uri(&mut self) -> anyhow::Result<String> {
+        let migration = self.qmp("query-migrate", Value::Object(Default::default()))?;
+        let address = &migration["socket-address"][0];
+        match (address["path"].as_str(), address["host"].as_str(), address["port"].as_str()) {
+            (Some(path), ..) => Ok(format!("unix:{path}")),
+            (_, Some(host), Some(port)) => Ok(format!("tcp:{host}:{port}")),
+            _ => bail!("the {} does not say where it listens: {migration}", self.name),
+        }
+    }
+
+    /// What the guest has printed here.
+    pub(super) fn text(&self) -> anyhow::Result<Vec<u8>> {
+        std::fs::read(&self.console).with_context(|| format!("cannot read the console of the {}", self.name))
+    }
+
+    fn progress(&self) -> anyhow::Result<Vec<Progress>> {
+        Ok(String::from_utf8_lossy(&self.text()?).lines().filter_map(Progress::parse).collect())
+    }
+
+    /// Waits until the guest has completed `passes` passes since its start.
+    pub(super) fn wait_for_passes(&mut self, passes: u64, patience: Duration) -> anyhow::Result<Progress> {
+        self.wait("complete its passes", patience, |progress| progress.pass >= passes)
+    }
+
+    /// Waits until the guest has completed `passes` more passes than `before`, and has checked all its other pages.
+    pub(super) fn wait_for_healthy_passes(
+        &mut self,
+        before: &Progress,
+        passes: u64,
+        cpus: usize,
+        patience: Duration,
+    ) -> anyhow::Result<Progress> {
+        let arrived = self.wait("print something", patience, |_| true)?;
+        // The pass and the round under way may have begun before the migration.
+        let rounds = arrived.rounds + cpus as u64;
+        let pass = before.pass.max(arrived.pass) + passes;
+        let after = self.wait("complete further passes", patience, |p| p.pass >= pass && p.rounds > rounds)?;
+        ensure!(after.stale == 0, "the guest found {} stale pages", after.stale);
+        ensure!(after.tsc_back == 0, "the guest's clock ran backwards {} times", after.tsc_back);
+        Ok(after)
+    }
+
+    fn wait(&mut self, what: &str, patience: Duration, wanted: impl Fn(&Progress) -> bool) -> anyhow::Result<Progress> {
+        let deadline = Instant::now() + patience;
+        loop {
+            if let Some(progress) = self.progress()?.into_iter().find(|progress| wanted(progress)) {
+                return Ok(progress);
+            }
+            if self.process.try_wait()?.is_some() || Instant::now() > deadline {
+                let log = std::fs::read_to_string(&self.log).unwrap_or_default();
+                bail!("the guest at the {} did not {what}; {}", self.name, log.trim());
+            }
+            std::thread::sleep(super::POLL);
+        }
+    }
+
+    /// Ends the process and gives everything that the guest printed here.
+    pub(super) fn quit(mut self) -> anyhow::Result<Vec<u8>> {
+        self.qmp("quit", Value::Object(Default::default()))?;
+        let status = self.process.wait().context("cannot wait for a monitor to end")?;
+        ensure!(status.success(), "the {} ended with {status}", self.name);
+        self.text()
+    }
+}
+
+impl Drop for Guest {
+    fn drop(&mut self) {
+        // It may have ended already.
+        let _ = self.process.kill();
+        let _ = self.process.wait();
+    }
+}
+
+/// The process is not to outlive this one, however this one ends.
+fn end_with_parent(command: &mut Command) {
+    let set_signal = || {
+        // SAFETY: prctl with these arguments changes a property of the calling process and touches no memory.
+        match unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) } {
+            0 => Ok(()),
+            _ => Err(std::io::Error::last_os_error()),
+        }
+    };
+    // SAFETY: between fork and exec the closure makes one system call, which is safe there, and allocates nothing.
+    unsafe { command.pre_exec(set_signal) };
+}
+
+/// What the output of both sides, taken together, says.
+pub(super) struct Verdict {
+    /// The last line.
+    pub(super) last: Progress,
+    /// Lines printed at the source, the one that was cut by the switchover among them.
+    pub(super) lines: usize,
+    /// The line that was begun at the source and ended at the destination, if there was one.
+    pub(super) cut_line: bool,
+}
+
+/// Puts the output of both sides together: one text, in which every line is whole and nothing runs backwards.
+pub(super) fn judge(source: &[u8], destination: &[u8]) -> anyhow::Result<Verdict> {
+    let text = String::from_utf8([source, destination].concat()).context("the guest's output is damaged")?;
+    // The last line may have been cut by the end of the process.
+    let (whole, _) = text.rsplit_once('\n').context("the guest printed no line")?;
+    let mut last = None;
+    for (number, line) in (1..).zip(whole.lines()) {
+        match (Progress::parse(line), last) {
+            (Some(progress), Some(before)) => {
+                ensure!(in_order(&before, &progress), "line {number} of the guest's output runs backwards: {line}");
+                last = Some(progress);
+            }
+            (Some(progress), None) => last = Some(progress),
+            (None, None) if line.starts_with("qevm-payload ") => {}
+            (None, _) => bail!("line {number} of the guest's output is damaged: {line}"),
+        }
+    }
+    let last = last.context("the guest printed no progress")?;
+    ensure!(last.stale == 0 && last.tsc_back == 0, "the guest found {} stale pages", last.stale);
+    let cut_line = source.last().is_some_and(|byte| *byte != b'\n');
+    let lines = source.split(|byte| *byte == b'\n').filter(|line| !line.is_empty()).count();
+    Ok(Verdict { last, lines, cut_line })
+}
+
+fn in_order(before: &Progress, after: &Progress) -> bool {
+    after.ms >= before.ms
+        && after.pass >= before.pass
+        && after.written >= before.written
+        && after.checked >= before.checked
+        && after.ticks >= before.ticks
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const START: &str = "qevm-payload start cpus=1\n";
+
+    fn line(pass: u64, stale: u64, ms: u64) -> String {
+        format!(
+            "qevm-payload pass={pass} pages=16 stale={stale} tsc_back=0 written={pass} checked=9 rounds=0 ticks=5 ms={ms}\n"
+        )
+    }
+
+    #[test]
+    fn a_line_cut_by_the_switchover_is_put_together() {
+        let text = [START.to_owned(), line(1, 0, 10), line(2, 0, 20), line(3, 0, 30)].concat();
+        for cut in START.len()..text.len() {
+            let verdict = judge(&text.as_bytes()[..cut], &text.as_bytes()[cut..]).unwrap();
+            assert_eq!(verdict.last.pass, 3);
+        }
+    }
+
+    #[test]
+    fn lost_repeated_and_stale_output_is_noticed() {
+        let (a, b) = (START.to_owned() + &line(1, 0, 10), line(2, 0, 20));
+        assert!(judge(a.as_bytes(), b.as_bytes()).is_ok());
+        assert!(judge(a.as_bytes(), &b.as_bytes()[1..]).is_err(), "a lost byte");
+        assert!(judge((a.clone() + &b).as_bytes(), line(1, 0, 15).as_bytes()).is_err(), "an older state");
+        assert!(judge(a.as_bytes(), line(2, 1, 20).as_bytes()).is_err(), "a stale page");
+        assert!(judge(START.as_bytes(), b"").is_err(), "no progress");
+    }
+}
