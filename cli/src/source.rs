@@ -2,6 +2,7 @@
 
 use std::fs::File;
 use std::io::{self, Read, Seek, SeekFrom, Write};
+use std::os::unix::fs::FileExt;
 
 /// First read after a jump: enough for a few record headers.
 const SMALL_READ: usize = 256;
@@ -32,6 +33,8 @@ pub struct Source {
 }
 
 enum Input {
+    /// A file, read by position: a jump costs nothing.
+    File(File),
     Seekable(Box<dyn SeekRead>),
     Stream(Box<dyn Read>),
 }
@@ -51,10 +54,7 @@ impl Source {
     pub fn file(mut file: File) -> io::Result<Self> {
         // A pipe or a terminal refuses to seek; an empty regular file does not.
         match file.seek(SeekFrom::End(0)) {
-            Ok(len) if file.metadata()?.is_file() || len > 0 => {
-                file.rewind()?;
-                Ok(Self::with(Input::Seekable(Box::new(file)), Some(len)))
-            }
+            Ok(len) if file.metadata()?.is_file() || len > 0 => Ok(Self::with(Input::File(file), Some(len))),
             _ => Ok(Self::stream(Box::new(file))),
         }
     }
@@ -86,7 +86,7 @@ impl Source {
 
     /// True if the input can be read again from an earlier place.
     pub fn is_seekable(&self) -> bool {
-        matches!(self.input, Input::Seekable(_))
+        !matches!(self.input, Input::Stream(_))
     }
 
     /// The bytes that are there, without reading more.
@@ -123,10 +123,12 @@ impl Source {
         }
         self.consume(held as usize);
         let wanted = bytes - held;
-        if let (Input::Seekable(input), Some(total)) = (&mut self.input, self.total) {
+        if let Some(total) = self.total {
             let jump = wanted.min(total.saturating_sub(self.offset));
             self.offset += jump;
-            input.seek(SeekFrom::Start(self.offset - self.base))?;
+            if let Input::Seekable(input) = &mut self.input {
+                input.seek(SeekFrom::Start(self.offset - self.base))?;
+            }
             self.read_size = SMALL_READ;
             self.ended = false;
             return Ok(held + jump);
@@ -149,11 +151,12 @@ impl Source {
     /// # Errors
     /// `Unsupported` if the input is not seekable.
     pub fn jump(&mut self, offset: u64) -> io::Result<()> {
-        let Input::Seekable(input) = &mut self.input else {
-            return Err(io::ErrorKind::Unsupported.into());
-        };
         let place = offset.checked_sub(self.base).ok_or(io::ErrorKind::Unsupported)?;
-        input.seek(SeekFrom::Start(place))?;
+        match &mut self.input {
+            Input::File(_) => {}
+            Input::Seekable(input) => drop(input.seek(SeekFrom::Start(place))?),
+            Input::Stream(_) => return Err(io::ErrorKind::Unsupported.into()),
+        }
         (self.start, self.end, self.offset, self.ended) = (0, 0, offset, false);
         self.read_size = LARGE_READ;
         Ok(())
@@ -184,14 +187,21 @@ impl Source {
     /// `Unsupported` if the input is not seekable.
     pub fn tail(&mut self, bytes: u64) -> io::Result<Vec<u8>> {
         let here = self.offset + (self.end - self.start) as u64;
-        let (Input::Seekable(input), Some(total)) = (&mut self.input, self.total) else {
-            return Err(io::ErrorKind::Unsupported.into());
-        };
+        let total = self.total.ok_or(io::ErrorKind::Unsupported)?;
         let start = total.saturating_sub(bytes).max(self.base);
-        input.seek(SeekFrom::Start(start - self.base))?;
         let mut tail = Vec::new();
-        input.take(total - start).read_to_end(&mut tail)?;
-        input.seek(SeekFrom::Start(here - self.base))?;
+        match &mut self.input {
+            Input::File(file) => {
+                tail.resize((total - start) as usize, 0);
+                file.read_exact_at(&mut tail, start)?;
+            }
+            Input::Seekable(input) => {
+                input.seek(SeekFrom::Start(start - self.base))?;
+                input.take(total - start).read_to_end(&mut tail)?;
+                input.seek(SeekFrom::Start(here - self.base))?;
+            }
+            Input::Stream(_) => return Err(io::ErrorKind::Unsupported.into()),
+        }
         Ok(tail)
     }
 
@@ -208,9 +218,11 @@ impl Source {
                 self.buffer.resize((self.end + size).max(2 * LARGE_READ), 0);
             }
         }
+        let position = self.offset + (self.end - self.start) as u64;
         let room = &mut self.buffer[self.end..self.end + size];
         let read = loop {
             let read = match &mut self.input {
+                Input::File(file) => file.read_at(room, position),
                 Input::Seekable(input) => input.read(room),
                 Input::Stream(input) => input.read(room),
             };
@@ -265,6 +277,21 @@ mod tests {
         source.fill(2_000_000).unwrap();
         assert!(source.at_end());
         assert_eq!(source.window(), bytes());
+    }
+
+    #[test]
+    fn a_file_reads_by_position() {
+        let mut file = tempfile::tempfile().unwrap();
+        file.write_all(&bytes()).unwrap();
+        let mut source = Source::file(file).unwrap();
+        assert_eq!(source.total(), Some(1_000_000));
+        assert_eq!(source.tail(10).unwrap(), bytes()[999_990..]);
+        source.skip(500).unwrap();
+        source.jump(3).unwrap();
+        source.fill(2).unwrap();
+        assert_eq!(source.window()[..2], bytes()[3..5]);
+        source.jump(0).unwrap();
+        walk(source);
     }
 
     #[test]
