@@ -28,6 +28,10 @@ Examples:
   Prove that a stream is whole, with one JSON object for scripts as the last line:
     qevm verify --json guest.qevm | tail -n 1 | jq .ok
 
+  The CPU's registers, and what a network card was doing:
+    qevm inspect --section cpu --field env.regs guest.qevm
+    qevm inspect --section virtio-net --json guest.qevm | jq .fields
+
   A migration that used multifd: the order of the channels does not matter:
     qevm verify --channel ch0 --channel ch1 main.qevm
 
@@ -54,6 +58,10 @@ pub enum Command {
     Extract(Extract),
     /// Be the destination of a real QEMU's `migrate`, save the stream and say what arrived.
     Receive(Receive),
+    /// Print a completion script for a shell.
+    Completions(Completions),
+    /// Write the manual pages to a directory.
+    Man(Man),
 }
 
 /// Where the stream is, and what belongs to it.
@@ -115,6 +123,15 @@ pub struct Inspect {
     /// List every record of each section (START, PART, END) instead of one line for each section.
     #[arg(long)]
     pub records: bool,
+    /// Show every device section down to its fields.
+    #[arg(long)]
+    pub fields: bool,
+    /// Show only the fields of sections whose name contains TEXT, e.g. `mc146818rtc`. May be repeated.
+    #[arg(long, value_name = "TEXT")]
+    pub section: Vec<String>,
+    /// Show only fields whose path contains TEXT, e.g. `env.eip`.
+    #[arg(long, value_name = "TEXT")]
+    pub field: Option<String>,
 }
 
 /// `qevm verify`.
@@ -275,6 +292,24 @@ impl StreamForm {
             StreamForm::MappedRam => "mapped-ram",
         }
     }
+}
+
+/// `qevm completions`.
+#[derive(Debug, Args)]
+#[command(after_help = "Example: qevm completions bash > ~/.local/share/bash-completion/completions/qevm")]
+pub struct Completions {
+    /// The shell.
+    #[arg(value_enum)]
+    pub shell: clap_complete::Shell,
+}
+
+/// `qevm man`.
+#[derive(Debug, Args)]
+#[command(after_help = "Example: qevm man ~/.local/share/man/man1")]
+pub struct Man {
+    /// An existing directory for qevm.1 and one page for each command.
+    #[arg(value_name = "DIR")]
+    pub dir: PathBuf,
 }
 
 /// Which digest is computed of each RAM block.

@@ -50,6 +50,8 @@ pub fn run(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
         Command::Send(send) => commands::send::run(send),
         Command::Verify(verify) => commands::verify::run(verify),
         Command::Receive(receive) => commands::receive::run(receive),
+        Command::Completions(completions) => commands::docs::completions(completions),
+        Command::Man(man) => commands::docs::man(man),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

@@ -1,6 +1,8 @@
 //! `qevm inspect`: what is in a stream.
 
-use super::{Bar, Output};
+mod fields;
+
+use super::Output;
 use crate::args;
 use crate::failure::Stop;
 use crate::progress::Progress;
@@ -8,6 +10,7 @@ use crate::ram::Keep;
 use crate::report::Report;
 use crate::stream::{Analysis, Settings, analyze};
 use crate::table::{Table, count, size};
+use fields::{Choice, Gather};
 use qevm_savevm::configuration::ConfigurationSubsection;
 
 /// Runs the command.
@@ -16,20 +19,41 @@ use qevm_savevm::configuration::ConfigurationSubsection;
 /// [`Stop::Bad`] if the stream is bad, [`Stop::Usage`] if a file cannot be opened.
 pub fn run(inspect: &args::Inspect) -> Result<(), Stop> {
     let mut inputs = super::open(&inspect.input, inspect.output, |report| json(&Analysis::default(), report))?;
-    let keep = match (inspect.no_digest, inspect.ram_digest) {
+    // Who asks for certain fields wants to see these alone.
+    let only_fields = !inspect.output.json && (!inspect.section.is_empty() || inspect.field.is_some());
+    let keep = match (inspect.no_digest || only_fields, inspect.ram_digest) {
         (true, _) => Keep::Nothing,
         (false, args::RamDigest::Crc32) => Keep::Digests,
         (false, args::RamDigest::Sha256) => Keep::Image,
     };
     let settings = Settings { keep, reencode: false, complete: false, live: false };
-    let mut bar = Bar(Progress::new("reading", inputs.main.source.total()));
-    let mut analysis = analyze(&mut inputs, &settings, &mut bar);
+    let choice = match inspect.fields || !inspect.section.is_empty() || inspect.field.is_some() {
+        true => Choice::Named(inspect.section.clone()),
+        false => Choice::None,
+    };
+    let progress = Progress::new("reading", inputs.main.source.total());
+    let mut gather = Gather { choice, sections: Vec::new(), progress };
+    let mut analysis = analyze(&mut inputs, &settings, &mut gather);
     let report = analysis.report(inspect.ram_digest);
-    drop(bar);
+    gather.progress = Progress::hidden();
+    let filter = inspect.field.as_deref();
     let mut out = Output::new();
     match inspect.output.json {
-        true => out.json(json(&analysis, &report))?,
-        false => print(&mut out, &analysis, &report, inspect.records)?,
+        true => {
+            let mut object = json(&analysis, &report);
+            if matches!(gather.choice, Choice::Named(_)) {
+                object.insert("fields".into(), gather.json(filter));
+            }
+            out.json(object)?;
+        }
+        false if only_fields => match gather.text(filter) {
+            text if text.is_empty() => out.line("no such field in the sections that the stream describes")?,
+            text => out.print(text)?,
+        },
+        false => {
+            print(&mut out, &analysis, &report, inspect.records)?;
+            out.print(gather.text(filter))?;
+        }
     }
     out.finish()?;
     report.error.map_or(Ok(()), |failure| Err(Stop::Bad(failure)))

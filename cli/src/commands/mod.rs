@@ -2,6 +2,7 @@
 
 pub mod convert;
 pub mod diff;
+pub mod docs;
 pub mod extract;
 pub mod inspect;
 pub mod receive;

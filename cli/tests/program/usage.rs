@@ -47,3 +47,33 @@ fn inspect_prints_aligned_tables() {
     }
     assert!(ran.stdout.lines().all(|line| line == line.trim_end()), "trailing blanks");
 }
+
+#[test]
+fn inspect_shows_fields_by_name() {
+    let stream = path("7.2-return-path.zst").display().to_string();
+    let ran = qevm(["inspect", "--section", "mc146818rtc", "--field", "cmos_index", &stream]);
+    assert_eq!((ran.code, ran.stderr.as_str()), (Some(0), ""));
+    assert!(ran.stdout.contains("mc146818rtc instance 0, version 3"), "{}", ran.stdout);
+    assert_eq!(ran.stdout.matches(" = ").count(), 1, "{}", ran.stdout);
+    let fields = qevm(["inspect", "--json", "--fields", &stream]).json()["fields"].clone();
+    let fields = fields.as_array().unwrap();
+    // QEMU 7.2's reset value of the RTC's period timer, and a field of every section.
+    assert!(fields.iter().any(|f| f["path"] == "periodic_timer" && f["value"] == -1));
+    for idstr in ["timer", "cpu", "i8259", "globalstate"] {
+        assert!(fields.iter().any(|f| f["idstr"] == idstr), "{idstr}");
+    }
+}
+
+#[test]
+fn manual_pages_and_completions_are_made() {
+    let dir = tempfile::tempdir().unwrap();
+    assert_eq!(qevm(["man", dir.path().to_str().unwrap()]).code, Some(0));
+    for page in ["qevm.1", "qevm-verify.1", "qevm-receive.1"] {
+        assert!(dir.path().join(page).metadata().unwrap().len() > 300, "{page}");
+    }
+    assert_eq!(qevm(["man", "/nonexistent"]).code, Some(2));
+    for shell in ["bash", "zsh", "fish"] {
+        let ran = qevm(["completions", shell]);
+        assert!(ran.code == Some(0) && ran.stdout.contains("verify"), "{shell}");
+    }
+}
