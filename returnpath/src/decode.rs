@@ -126,6 +126,12 @@ impl Decoder {
         self.offset
     }
 
+    /// Puts the last message around an error that came up with it, as those of the state machines of this crate.
+    pub fn fail(&self, kind: impl Into<ErrorKind>) -> Error {
+        let message = self.messages.saturating_sub(1);
+        Located::new(kind.into(), self.offset).within(format!("message {message}")).within("return path")
+    }
+
     fn item(&self, reader: &mut Reader<'_>) -> Result<Event, Error> {
         match &self.state {
             State::Message => Message::read(reader, &self.limits).map(Event::Message),

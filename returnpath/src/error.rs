@@ -1,8 +1,8 @@
 //! The error kinds of this crate. Each idea has its own enum; [`ErrorKind`] is their union, and every function reports
 //! it as [`Error`], with offset and path.
 
-use crate::message::MessageType;
-use qevm_wire::{Blame, CountedString, Fault, Located, WireError};
+use crate::{message::MessageType, requests::RequestError, session::SessionError};
+use qevm_wire::{Blame, Fault, Located, WireError};
 
 /// An error of this crate: what, at which byte of the return path, in which nested things.
 pub type Error = Located<ErrorKind>;
@@ -20,6 +20,12 @@ pub enum ErrorKind {
     /// A message.
     #[error(transparent)]
     Message(#[from] MessageError),
+    /// A page request.
+    #[error(transparent)]
+    Request(#[from] RequestError),
+    /// The order of messages.
+    #[error(transparent)]
+    Session(#[from] SessionError),
 }
 
 impl Blame for ErrorKind {
@@ -27,6 +33,8 @@ impl Blame for ErrorKind {
         match self {
             ErrorKind::Wire(kind) => kind.fault(),
             ErrorKind::Message(kind) => kind.fault(),
+            ErrorKind::Request(kind) => kind.fault(),
+            ErrorKind::Session(kind) => kind.fault(),
         }
     }
 }
@@ -69,16 +77,6 @@ pub enum MessageError {
         /// The first of them.
         found: u8,
     },
-    /// The length of a received bitmap does not fit its block.
-    #[error("bitmap of RAM block '{block}' is {found} bytes long, expected {expected}")]
-    BitmapLength {
-        /// Name of the block.
-        block: CountedString,
-        /// The length found, in bytes.
-        found: u64,
-        /// The length for this block.
-        expected: u64,
-    },
     /// More was skipped than remains. The caller's fault, not a peer's.
     #[error("skipped {found} bytes of a payload of which {remaining} remain")]
     SkipTooFar {
@@ -101,7 +99,6 @@ impl Blame for MessageError {
     fn fault(&self) -> Fault {
         match self {
             MessageError::Type { .. } => Fault::Unsupported,
-            MessageError::BitmapLength { .. } => Fault::Mismatch,
             _ => Fault::Malformed,
         }
     }

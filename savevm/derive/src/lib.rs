@@ -7,6 +7,8 @@
 
 mod attributes;
 mod expand;
+#[cfg(test)]
+mod tests;
 mod walk;
 
 use proc_macro::TokenStream;

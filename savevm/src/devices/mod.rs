@@ -43,6 +43,8 @@ pub mod mc146818rtc;
 pub mod pci;
 pub mod serial;
 mod state;
+#[cfg(test)]
+mod tests;
 pub mod timer;
 pub mod virtio;
 

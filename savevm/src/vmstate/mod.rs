@@ -6,7 +6,8 @@
 //!
 //! Read in this order: [`VmState`] (what a declaration provides), [`Context`] (the facts that predicates may ask),
 //! [`Field`] and [`Element`] with the field types of [`kinds`] and [`pointers`] (what a field can be), [`Saver`] and [`Loader`] (the two
-//! walks), [`encode_described`] (the entry of the stream's description for one save) and [`Description`] (the schema).
+//! walks), [`encode_described`] (the entry of the stream's description for one save) and [`Description`] (the schema), [`compare`]
+//! (what of a source's state a destination would refuse). `docs/vmstate.md` shows how to declare a device.
 //!
 //! # Promises
 //!
@@ -41,6 +42,7 @@
 //! # Ok::<(), qevm_savevm::Error>(())
 //! ```
 
+pub mod compare;
 mod context;
 mod description;
 mod error;
@@ -49,6 +51,8 @@ pub mod kinds;
 mod load;
 pub mod pointers;
 mod save;
+#[cfg(test)]
+mod tests;
 
 pub use context::{Accel, Context, IndexNotation, PciFacts, VirtioFacts};
 pub use description::{Count, Description, ElementDescription, FieldDescription, Layout};

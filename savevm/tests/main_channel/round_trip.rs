@@ -5,7 +5,7 @@ use crate::{
     streams::{configuration, items, write},
 };
 use proptest::{collection::vec, prelude::*};
-use qevm_savevm::{Decoder, DecoderOptions};
+use qevm_savevm::{Decoder, DecoderOptions, Step};
 use qevm_wire::Fault;
 
 fn decoder() -> Decoder {
@@ -63,6 +63,32 @@ proptest! {
         if let Ok(pumped) = pump(&mut decoder(), &stream, || piece) {
             prop_assert_eq!(pumped.bytes, stream);
         }
+    }
+
+    /// A reader of a live connection that waits for what it is asked for never waits for what does not come.
+    #[test]
+    fn no_more_is_asked_for_than_comes(configuration in configuration(), items in items()) {
+        let stream = write(configuration.as_ref(), &items, Some("{}"));
+        let mut decoder = decoder();
+        let (mut position, mut shown) = (0, 0);
+        while position < stream.len() {
+            match decoder.next(&stream[position..shown])? {
+                Step::Event { consumed, .. } => position += consumed,
+                Step::Payload { remaining } => {
+                    decoder.skip_payload(remaining)?;
+                    position += remaining as usize;
+                    shown = shown.max(position);
+                }
+                Step::NeedMore { at_least } => {
+                    prop_assert!(at_least > shown - position);
+                    shown = position + at_least;
+                    prop_assert!(shown <= stream.len(), "asks for {} bytes at {}", at_least, position);
+                }
+                Step::End => break,
+            }
+        }
+        prop_assert_eq!(position, stream.len());
+        prop_assert!(decoder.is_complete());
     }
 
     #[test]

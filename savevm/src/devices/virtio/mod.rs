@@ -153,7 +153,7 @@ impl<D: DevicePart> Element for MmioVirtio<D> {
 
     fn take(input: &mut Loader<'_, '_, '_>) -> Result<Self, Error> {
         // Whether requests in flight are preceded by a descriptor count shows only behind them, in the presence of
-        // `virtio/packed_virtqueues`: what was read under the wrong assumption is read again under the other one.
+        // `virtio/packed_virtqueues`. The assumption that this subsection proves is tried first.
         let assuming = |input: &mut Loader<'_, '_, '_>, packed_ring| {
             input.attempt(|input| {
                 let ctx = Self::context(input.context(), packed_ring);
@@ -167,7 +167,7 @@ impl<D: DevicePart> Element for MmioVirtio<D> {
                 Ok(MmioVirtio(Box::new(virtio)))
             })
         };
-        assuming(input, false).or_else(|error| assuming(input, true).map_err(|_| error))
+        assuming(input, true).or_else(|_| assuming(input, false))
     }
 
     fn describe(_: &Context) -> ElementDescription {

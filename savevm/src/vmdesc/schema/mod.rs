@@ -20,6 +20,7 @@ mod search;
 use super::fields::{Fields, Input};
 use super::tree::{Node, Struct, Value};
 use crate::Error;
+use crate::vmstate;
 use qevm_wire::{CountedString, Limits};
 use std::collections::BTreeMap;
 
@@ -148,6 +149,12 @@ impl Schema {
         Some(devices.iter().map(|device| device.minimum_version..=device.version).collect())
     }
 
+    /// The schemas of all devices, for [`compare`](crate::vmstate::compare). Where an older QEMU's dump does not tell
+    /// lengths of arrays, every field counts as one of variable length.
+    pub fn descriptions(&self) -> Vec<vmstate::Description> {
+        self.devices.values().flatten().map(|device| device.description(self.array_lengths)).collect()
+    }
+
     /// The one structure, with the choices in it, that uses up `body`.
     fn search(&self, idstr: &CountedString, version: u32, body: &[u8]) -> Result<(&StructSchema, Vec<bool>), Verdict> {
         let candidates = self.devices.get(vmsd_name(idstr)).map(Vec::as_slice).unwrap_or_default();
@@ -168,6 +175,37 @@ impl Schema {
 /// A device on a bus has the path of its place before its name.
 fn vmsd_name(idstr: &CountedString) -> &str {
     idstr.as_str().and_then(|name| name.rsplit('/').next()).unwrap_or_default()
+}
+
+impl StructSchema {
+    fn description(&self, array_lengths: bool) -> vmstate::Description {
+        let element = |field: &FieldSchema| {
+            let layout = match &field.nested {
+                Some(nested) => vmstate::Layout::Struct(nested.description(array_lengths)),
+                None if field.size == 0 => vmstate::Layout::Variable,
+                None => vmstate::Layout::Bytes(field.size),
+            };
+            vmstate::ElementDescription { type_name: None, layout }
+        };
+        let field = |field: &FieldSchema| vmstate::FieldDescription {
+            name: field.name.clone(),
+            since: field.version,
+            conditional: field.conditional,
+            count: match field.count {
+                Some(n) => vmstate::Count::Fixed(n),
+                None if array_lengths => vmstate::Count::One,
+                None => vmstate::Count::Variable,
+            },
+            element: element(field),
+        };
+        vmstate::Description {
+            name: self.name.clone(),
+            version: self.version,
+            minimum_version: self.minimum_version,
+            fields: self.fields.iter().map(field).collect(),
+            subsections: self.subsections.iter().map(|s| s.description(array_lengths)).collect(),
+        }
+    }
 }
 
 #[cfg(test)]

@@ -1,13 +1,9 @@
 //! Declared sections against real ones: what QEMU 5.2, 7.2, 10.0 and 11.1 wrote for `-M microvm`.
-//!
-//! `data/README.md` tells how the files were made.
 
-mod tail;
-
+use crate::tail::{Tail, tails};
 use qevm_savevm::devices::DeviceState;
 use qevm_savevm::vmdesc::{Description, DeviceBody, DeviceDescription, TextStyle};
 use qevm_wire::{Limits, QemuVersion};
-use tail::{Tail, tails};
 
 /// Sections of old-style handlers, which have no VMSD to declare.
 const OLD_STYLE: [&str; 1] = ["slirp"];
