@@ -2,12 +2,16 @@
 //! without libFuzzer. A target passes if nothing panics, hangs or allocates beyond its limits, and if whatever decodes
 //! encodes to the same bytes again.
 
+mod multifd_channel;
+mod returnpath_decoder;
 mod savevm_decoder;
 mod savevm_devices;
 mod savevm_preempt;
 mod savevm_xbzrle;
 mod wire_reader;
 
+pub use multifd_channel::multifd_channel;
+pub use returnpath_decoder::returnpath_decoder;
 pub use savevm_decoder::savevm_decoder;
 pub use savevm_devices::savevm_devices;
 pub use savevm_preempt::savevm_preempt;
@@ -19,6 +23,8 @@ pub type Target = fn(&[u8]);
 
 /// Every target by its name, for the replay of the seeds.
 pub const TARGETS: &[(&str, Target)] = &[
+    ("multifd_channel", multifd_channel),
+    ("returnpath_decoder", returnpath_decoder),
     ("savevm_decoder", savevm_decoder),
     ("savevm_devices", savevm_devices),
     ("savevm_preempt", savevm_preempt),
