@@ -79,8 +79,7 @@ fn channels_of_four_releases_are_read_to_the_last_byte_and_written_again() {
         let (mut packets, mut syncs, mut normal, mut zero) = (0, 0, 0, 0);
         let mut rest = &bytes[..];
         decoder.end_of_input(Ending::Closed);
-        loop {
-            let Step::Event { consumed, event } = decoder.next(rest).unwrap() else { break };
+        while let Step::Event { consumed, event } = decoder.next(rest).unwrap() {
             encoder.event(&event, &mut again).unwrap();
             let (payload, behind) = rest[consumed..].split_at(event.payload_len() as usize);
             again.bytes(payload);

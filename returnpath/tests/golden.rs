@@ -14,8 +14,7 @@ fn messages(file: &str) -> Vec<Message> {
     let (mut decoder, mut encoder, mut again) = (Decoder::default(), Encoder::default(), Writer::new());
     let (mut rest, mut messages) = (&bytes[..], Vec::new());
     decoder.end_of_input();
-    loop {
-        let Step::Event { consumed, event } = decoder.next(rest).unwrap() else { break };
+    while let Step::Event { consumed, event } = decoder.next(rest).unwrap() {
         encoder.event(&event, &mut again).unwrap();
         let (payload, behind) = rest[consumed..].split_at(event.payload_len() as usize);
         again.bytes(payload);
