@@ -44,6 +44,8 @@ impl Requests {
 
     /// The next complete request, or what is wrong with it (with its id, if it has one).
     pub(super) fn next(&mut self) -> Option<Result<Request, (Failure, Option<Value>)>> {
+        let blank = self.buffer.iter().take_while(|byte| byte.is_ascii_whitespace()).count();
+        self.buffer.drain(..blank);
         let mut values = serde_json::Deserializer::from_slice(&self.buffer).into_iter::<Value>();
         match values.next()? {
             Ok(value) => {

@@ -8,6 +8,7 @@ mod guest;
 mod machine;
 mod migration;
 mod payload;
+mod qmp;
 mod state;
 
 use std::fs::OpenOptions;
@@ -24,7 +25,8 @@ fn main() -> ExitCode {
     let arguments = Arguments::from_args();
     let missing = open_kvm(Path::new("/dev/kvm")).err().map(|error| error.to_string());
     let required = std::env::var_os("QEVM_REQUIRE_KVM").is_some_and(|value| value == "1");
-    let tests: Vec<Test> = [payload::TESTS, machine::TESTS, state::TESTS, dirty_log::TESTS, migration::TESTS].concat();
+    let tests: Vec<Test> =
+        [payload::TESTS, machine::TESTS, state::TESTS, dirty_log::TESTS, migration::TESTS, qmp::TESTS].concat();
     if missing.is_some() && !required && !arguments.list {
         report_skipped(&tests, "cannot open /dev/kvm");
     }

@@ -1,0 +1,155 @@
+//! QMP, and the demo that is driven by it.
+
+use std::path::Path;
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use qevm_wire::{Profile, QemuVersion};
+use reference_vmm::qmp::{Client, ClientError, Server};
+use reference_vmm::vmm::Vmm;
+use serde_json::{Value, json};
+
+use crate::Test;
+use crate::guest::Guest;
+
+pub(crate) const TESTS: &[Test] = &[
+    ("qmp_controls_a_guest", controls_a_guest),
+    ("qmp_refuses_with_qemus_words", refuses_with_qemus_words),
+    ("qmp_migrates_a_guest", migrates_a_guest),
+    ("demo_moves_the_guest", demo_moves_the_guest),
+];
+
+const MEMORY: u64 = 32 << 20;
+const PAYLOAD: &str = "dirty=4M rate=8M hold=1M zero=1M verify=16384 report=20";
+const PATIENCE: Duration = Duration::from_secs(60);
+
+fn serve(directory: &Path, name: &str, incoming: bool) -> (std::sync::Arc<Vmm>, Server, Client, crate::guest::Console) {
+    let Guest { machine, console } = Guest::new(MEMORY, 1, PAYLOAD);
+    let vmm = Vmm::new(machine, Profile::new(QemuVersion::NEWEST, "microvm"), incoming);
+    let path = directory.join(name);
+    let server = Server::start(&path, vmm.clone()).unwrap();
+    let client = Client::connect(&path, PATIENCE).unwrap();
+    (vmm, server, client, console)
+}
+
+fn refused(client: &mut Client, command: &str, arguments: Value) -> String {
+    match client.execute(command, arguments).unwrap_err() {
+        ClientError::Refused { desc, .. } => desc,
+        other => panic!("{command}: {other}"),
+    }
+}
+
+fn events(client: &mut Client) -> Vec<String> {
+    // Events that are on their way come before the reply to a command.
+    client.execute("query-status", json!({})).unwrap();
+    client.events.drain(..).map(|event| event["event"].as_str().unwrap().to_owned()).collect()
+}
+
+fn wait_for_event(client: &mut Client, name: &str) {
+    let deadline = Instant::now() + PATIENCE;
+    while !events(client).iter().any(|event| event == name) {
+        assert!(Instant::now() < deadline, "no event {name}");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+fn controls_a_guest() {
+    let directory = tempfile::tempdir().unwrap();
+    let (_vmm, _server, mut client, console) = serve(directory.path(), "q", false);
+    let status = |client: &mut Client| client.execute("query-status", json!({})).unwrap();
+    assert_eq!(status(&mut client), json!({ "status": "prelaunch", "running": false }));
+    client.execute("cont", json!({})).unwrap();
+    wait_for_event(&mut client, "RESUME");
+    assert_eq!(status(&mut client), json!({ "status": "running", "running": true }));
+    console.wait_for_line("qevm-payload pass=");
+    client.execute("stop", json!({})).unwrap();
+    wait_for_event(&mut client, "STOP");
+    assert_eq!(status(&mut client), json!({ "status": "paused", "running": false }));
+    let version = client.execute("query-version", json!({})).unwrap();
+    assert_eq!(version["qemu"], json!({ "micro": 0, "minor": 1, "major": 11 }));
+    let commands = client.execute("query-commands", json!({})).unwrap();
+    assert!(commands.as_array().unwrap().contains(&json!({ "name": "migrate" })));
+    client.execute("quit", json!({})).unwrap();
+}
+
+fn refuses_with_qemus_words() {
+    let directory = tempfile::tempdir().unwrap();
+    let (_vmm, _server, mut client, _) = serve(directory.path(), "q", false);
+    let mut refused = |command, arguments| refused(&mut client, command, arguments);
+    assert_eq!(refused("no-such", json!({})), "The command no-such has not been found");
+    assert_eq!(refused("migrate", json!({})), "Parameter 'uri' is missing");
+    assert_eq!(refused("migrate", json!({ "uri": 1 })), "Invalid parameter type for 'uri', expected: string");
+    assert_eq!(refused("stop", json!({ "x": 1 })), "Parameter 'x' is unexpected");
+    assert_eq!(
+        refused("migrate-set-parameters", json!({ "downtime-limit": 2_000_001 })),
+        "Parameter 'downtime-limit' expects an integer in the range of 0 to 2000000"
+    );
+    let capability = json!({ "capabilities": [{ "capability": "multifd", "state": true }] });
+    assert_eq!(refused("migrate-set-capabilities", capability), "capability 'multifd' is not supported here");
+    assert_eq!(
+        refused("migrate-continue", json!({ "state": "pre-switchover" })),
+        "Migration not in expected state: none"
+    );
+    assert_eq!(refused("qmp_capabilities", json!({})), "Capabilities negotiation is already complete, command ignored");
+    let parameters = client.execute("query-migrate-parameters", json!({})).unwrap();
+    assert_eq!((&parameters["max-bandwidth"], &parameters["downtime-limit"]), (&json!(134_217_728), &json!(300)));
+    assert_eq!(client.execute("query-migrate", json!({})).unwrap(), json!({}));
+}
+
+fn migrates_a_guest() {
+    let directory = tempfile::tempdir().unwrap();
+    let (_source, _a, mut here, console) = serve(directory.path(), "here", false);
+    let (_destination, _b, mut there, arrived) = serve(directory.path(), "there", true);
+    here.execute("cont", json!({})).unwrap();
+    console.wait_for_line("qevm-payload pass=");
+    let events = json!([{ "capability": "events", "state": true }, { "capability": "return-path", "state": true }]);
+    here.execute("migrate-set-capabilities", json!({ "capabilities": events })).unwrap();
+
+    // Nobody listens there: the guest stays.
+    here.execute("migrate", json!({ "uri": format!("unix:{}/nobody", directory.path().display()) })).unwrap();
+    let finished = |client: &mut Client| {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            let migration = client.execute("query-migrate", json!({})).unwrap();
+            match migration["status"].as_str() {
+                Some("completed" | "failed") => return migration,
+                _ => assert!(Instant::now() < deadline, "{migration}"),
+            }
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    };
+    let failed = finished(&mut here);
+    assert!(failed["error-desc"].as_str().unwrap().contains("cannot connect"), "{failed}");
+    assert_eq!(here.execute("query-status", json!({})).unwrap()["status"], "running");
+
+    let path = directory.path().join("migration").display().to_string();
+    let addr = json!({ "transport": "socket", "type": "unix", "path": path });
+    assert_eq!(there.execute("query-status", json!({})).unwrap()["status"], "inmigrate");
+    there.execute("migrate-incoming", json!({ "uri": format!("unix:{path}") })).unwrap();
+    here.events.clear();
+    here.execute("migrate", json!({ "channels": [{ "channel-type": "main", "addr": addr }] })).unwrap();
+    let migration = finished(&mut here);
+    assert_eq!(migration["status"], "completed", "{migration}");
+    assert!(migration["ram"]["transferred"].as_u64().unwrap() > 0);
+    assert_eq!(migration["ram"]["remaining"], 0);
+    wait_for_event(&mut there, "RESUME");
+    assert_eq!(here.execute("query-status", json!({})).unwrap()["status"], "postmigrate");
+    assert_eq!(there.execute("query-status", json!({})).unwrap()["status"], "running");
+    assert_eq!(there.execute("query-migrate", json!({})).unwrap()["status"], "completed");
+    let line = arrived.wait_for_line("qevm-payload pass=");
+    assert!(line.contains(" stale=0 "), "{line}");
+}
+
+fn demo_moves_the_guest() {
+    let output = Command::new(env!("CARGO_BIN_EXE_reference-vmm"))
+        .args(["demo", "--memory", "64M", "--dirty", "8M", "--rate", "8M", "--smp", "2", "--json"])
+        .output()
+        .unwrap();
+    let text = String::from_utf8(output.stdout).unwrap();
+    let object: Value = serde_json::from_str(text.lines().last().unwrap()).unwrap();
+    assert!(output.status.success(), "{object}");
+    assert_eq!((&object["result"], &object["stale_pages"]), (&json!("ok"), &json!(0)), "{object}");
+    assert!(object["rounds"].as_u64().unwrap() >= 1 && object["bytes"].as_u64().unwrap() > 8 << 20, "{object}");
+    assert!(object["downtime_ms"].as_f64().unwrap() > 0.0, "{object}");
+    assert!(object["passes_after"].as_u64() > object["passes_before"].as_u64(), "{object}");
+}
