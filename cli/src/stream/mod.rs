@@ -8,6 +8,7 @@
 //! |---|---|
 //! | [`inputs`] | the files, opened |
 //! | [`analysis`] | what is found |
+//! | `walk` | all files in their order, and what each event means |
 //! | `connection` | one main channel: the original one or one that resumes postcopy |
 //! | `memory` | RAM records and mapped-ram areas applied to [`GuestRam`](crate::ram::GuestRam) |
 //! | `bodies` | where device sections end and which fields they have |
@@ -24,6 +25,7 @@ mod channels;
 mod connection;
 mod memory;
 mod return_path;
+mod walk;
 
 pub use analysis::{Analysis, Observer, Section, Settings};
 pub use inputs::Inputs;
@@ -39,17 +41,17 @@ pub fn analyze(inputs: &mut Inputs, settings: &Settings, observer: &mut dyn Obse
     if settings.keep == Keep::Digests && !settings.live && !inputs.is_seekable() {
         settings.keep = Keep::Image;
     }
-    match connection::run(inputs, &settings, observer) {
-        connection::Outcome::Done(analysis) => *analysis,
-        connection::Outcome::NeedsImage => {
+    match walk::run(inputs, &settings, observer) {
+        walk::Outcome::Done(analysis) => *analysis,
+        walk::Outcome::NeedsImage => {
             settings.keep = Keep::Image;
             if let Err(failure) = inputs.rewind() {
                 return Analysis::failed(failure);
             }
             observer.restarted();
-            match connection::run(inputs, &settings, observer) {
-                connection::Outcome::Done(analysis) => *analysis,
-                connection::Outcome::NeedsImage => Analysis::failed(Failure::mismatch(
+            match walk::run(inputs, &settings, observer) {
+                walk::Outcome::Done(analysis) => *analysis,
+                walk::Outcome::NeedsImage => Analysis::failed(Failure::mismatch(
                     &inputs.main.name,
                     0,
                     "",

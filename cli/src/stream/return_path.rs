@@ -1,7 +1,7 @@
 //! What the destination sent back.
 
-use super::connection::Halt;
 use super::inputs::Named;
+use super::walk::Halt;
 use crate::failure::Failure;
 use qevm_returnpath::{Decoder, Encoder, Event, Message};
 use qevm_savevm::ram::RamBlocks;

@@ -3,8 +3,8 @@
 use crate::failure::Failure;
 use crate::ram::Keep;
 use crate::source::Source;
-use crate::stream::connection::Halt;
 use crate::stream::memory::Memory;
+use crate::stream::walk::Halt;
 use qevm_multifd::compression::Decompressor;
 use qevm_multifd::{ChannelDecoder, ChannelEncoder, ChannelOptions, EncoderOptions, Ending, Event, Init};
 use qevm_savevm::Decoder;
