@@ -4,17 +4,25 @@
 
 mod multifd_channel;
 mod returnpath_decoder;
+mod savevm_container;
 mod savevm_decoder;
 mod savevm_devices;
+mod savevm_mapped_ram;
 mod savevm_preempt;
+mod savevm_schema;
+mod savevm_vmdesc;
 mod savevm_xbzrle;
 mod wire_reader;
 
 pub use multifd_channel::multifd_channel;
 pub use returnpath_decoder::returnpath_decoder;
+pub use savevm_container::savevm_container;
 pub use savevm_decoder::savevm_decoder;
 pub use savevm_devices::savevm_devices;
+pub use savevm_mapped_ram::savevm_mapped_ram;
 pub use savevm_preempt::savevm_preempt;
+pub use savevm_schema::savevm_schema;
+pub use savevm_vmdesc::savevm_vmdesc;
 pub use savevm_xbzrle::savevm_xbzrle;
 pub use wire_reader::wire_reader;
 
@@ -25,9 +33,13 @@ pub type Target = fn(&[u8]);
 pub const TARGETS: &[(&str, Target)] = &[
     ("multifd_channel", multifd_channel),
     ("returnpath_decoder", returnpath_decoder),
+    ("savevm_container", savevm_container),
     ("savevm_decoder", savevm_decoder),
     ("savevm_devices", savevm_devices),
+    ("savevm_mapped_ram", savevm_mapped_ram),
     ("savevm_preempt", savevm_preempt),
+    ("savevm_schema", savevm_schema),
+    ("savevm_vmdesc", savevm_vmdesc),
     ("savevm_xbzrle", savevm_xbzrle),
     ("wire_reader", wire_reader),
 ];
