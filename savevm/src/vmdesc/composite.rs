@@ -3,7 +3,7 @@
 use super::decode::Context;
 use super::fields::Fields;
 use super::tree::Value;
-use super::{ScalarKind, virtio};
+use super::{ScalarKind, scsi, virtio};
 use crate::Error;
 
 /// Reads a field of `size` bytes whose type is no number.
@@ -37,8 +37,8 @@ pub(super) fn field(
                 "msix state" => msix(fields, size),
                 "shpc" => shpc(fields, size),
                 "capability" => capability(fields),
-                "scsi-requests" => scsi_requests(fields),
-                "virtio-gpu" => virtio::gpu::resources_and_scanouts(fields, size),
+                "scsi-requests" => scsi::requests(fields),
+                "virtio-gpu" => virtio::gpu::resources_and_scanouts(fields),
                 "virtio" => virtio::device(fields, context),
                 _ => Err(fields.unexpected("size of an unknown type", size, 0)),
             })
@@ -83,13 +83,4 @@ fn shpc(fields: &mut Fields<'_, '_>, size: u64) -> Result<(), Error> {
 fn capability(fields: &mut Fields<'_, '_>) -> Result<(), Error> {
     let len = fields.u8("length")?;
     fields.buffer("name", len.into()).map(drop)
-}
-
-/// The requests of a SCSI device that are in flight: a list. What the bus and the device add to a request has no
-/// length, so that only an empty list is taken apart.
-fn scsi_requests(fields: &mut Fields<'_, '_>) -> Result<(), Error> {
-    match fields.u8("end")? {
-        0 => Ok(()),
-        found => Err(fields.unexpected("end of the SCSI requests", found.into(), 0)),
-    }
 }

@@ -16,6 +16,7 @@ mod fields;
 mod json;
 mod model;
 mod schema;
+mod scsi;
 mod slirp;
 mod text;
 mod tree;

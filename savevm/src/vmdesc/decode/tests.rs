@@ -86,7 +86,7 @@ fn every_byte_of_composite_types_belongs_to_a_named_field() {
         assert_eq!(node.opaque_bytes(), 0, "{}", device.name);
         count += 1;
     }
-    assert_eq!(count, 19);
+    assert_eq!(count, 20);
 }
 
 #[test]
@@ -115,6 +115,28 @@ fn virtio_devices_have_the_values_they_were_started_with() {
     let gpu = golden_field("feb02c00/virtio-gpu", "virtio-gpu");
     assert_eq!(number(&gpu, "it.max_outputs"), 1);
     assert!(gpu.find("it.scanout[0].fb.offset").is_some());
+}
+
+#[test]
+fn scsi_requests_in_flight_are_read() {
+    // A Linux guest that reads a `usb-storage` disk (11.1.3).
+    let disk = golden_field("scsi-disk", "scsi-requests");
+    assert_eq!((number(&disk, "it.[0].state"), number(&disk, "it.[0].data_len")), (2, 512));
+    let Value::Buffer(cdb) = &disk.find("it.[0].cdb").unwrap().value else { panic!("no buffer") };
+    assert_eq!((cdb[0], number(&disk, "it.[0].tag")), (0x28, 0x3d)); // READ (10)
+
+    let decode = |bytes: &[u8]| decode(&device(vec![field("it", "scsi-requests", bytes.len() as u64)]), bytes).unwrap();
+    let request = |state: u8, operation: u8, rest: &[u8]| {
+        let mut bytes = vec![state, operation];
+        bytes.resize(1 + 16 + 8 + 12, 0);
+        bytes.extend([0, 0, 0, 3]); // buflen
+        [&bytes[..], rest].concat()
+    };
+    let write = decode(&request(2, 0x2a, &[7, 8, 9, 0]));
+    assert_eq!(write.find("it.[0].data").unwrap().len, 3);
+    let retried = decode(&[request(1, 0x28, &[]), request(1, 0x28, &[0])].concat());
+    assert_eq!((retried.opaque_bytes(), number(&retried, "it.[1].buflen")), (0, 3));
+    assert_eq!(decode(&request(3, 0x28, &[0])).opaque_bytes(), 42);
 }
 
 #[test]

@@ -10,7 +10,7 @@ const DESCRIPTORS: u64 = 1024;
 /// Reads an element (49 168 bytes): a structure as the x86-64 host has it in memory, little-endian.
 ///
 /// With `packed` (the device offers VIRTIO_F_RING_PACKED) the number of descriptors is before it.
-pub(super) fn element(fields: &mut Fields<'_, '_>, name: String, packed: bool) -> Result<(), Error> {
+pub(in super::super) fn element(fields: &mut Fields<'_, '_>, name: String, packed: bool) -> Result<(), Error> {
     fields.structure(name, "VirtQueueElement", "VirtQueueElement", 0, |fields| {
         if packed {
             fields.u32("ndescs")?;

@@ -3,15 +3,15 @@
 use super::Fields;
 use crate::Error;
 
-/// Bytes of a scanout up to the cursor (QEMU up to 7.2).
+/// Bytes of a scanout up to the cursor (QEMU 5.2, 7.2).
 const SCANOUT: u64 = 40;
-/// Bytes of a scanout with its frame buffer (version 2).
+/// Bytes of a scanout with its frame buffer (QEMU 10.0, 11.1).
 const SCANOUT_WITH_FRAME_BUFFER: u64 = SCANOUT + 24;
 /// Every pixel format of virtio-gpu takes so many bytes (virtio 1.2, 5.7.6.8).
 const BYTES_PER_PIXEL: u64 = 4;
 
 /// Reads the resources up to resource id 0, then the scanouts.
-pub(in super::super) fn resources_and_scanouts(fields: &mut Fields<'_, '_>, _size: u64) -> Result<(), Error> {
+pub(in super::super) fn resources_and_scanouts(fields: &mut Fields<'_, '_>) -> Result<(), Error> {
     for index in 0.. {
         let mut next = fields.input.reader.clone();
         if next.be32()? == 0 {

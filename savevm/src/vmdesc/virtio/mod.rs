@@ -16,6 +16,7 @@ use super::fields::Fields;
 use crate::Error;
 use transport::Transport;
 
+pub(super) use element::element;
 pub(super) use transport::msix_vectors;
 
 /// Queues a virtio device can have; subsections list all of them (all QEMU releases).
