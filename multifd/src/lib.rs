@@ -13,6 +13,7 @@
 //! | [`compression`] | what payloads are |
 //! | [`sync`] | who waits for whom: main channel and page channels |
 //! | [`zero_page`] | how zero pages travel |
+//! | [`rules`] | which parameters which release takes |
 //! | [`mapped_ram`] | the same pages in a file |
 //! | [`error`] | [`Error`]: kind, offset, path |
 //!
@@ -33,6 +34,7 @@ pub mod init;
 pub mod layout;
 pub mod mapped_ram;
 pub mod packet;
+pub mod rules;
 pub mod runs;
 pub mod sync;
 #[cfg(test)]

@@ -1,6 +1,6 @@
 //! What every QEMU migration format shares.
 //!
-//! Read in this order: [`error`] (whose fault, where, and what was found), [`read`] and [`write`] (the bounded
+//! Read in this order: [`error`] (whose fault, where, and what was found), [`read`] and [`mod@write`] (the bounded
 //! big-endian reader and the writer that mirrors it), [`step`] (what an incremental decoder answers), [`name`] (counted
 //! strings), [`limits`] (what a peer may make us allocate), [`page`] (page arithmetic), [`profile`] (every switch
 //! that changes bytes on the wire) and [`capability`] (migration capabilities and what QEMU lets go together).
