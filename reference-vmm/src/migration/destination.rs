@@ -6,8 +6,8 @@ use super::{
     handover,
     inlet::Inlet,
     ram_receiver::RamReceiver,
-    return_path::{PONG, SHUT},
 };
+use qevm_returnpath::Message;
 use qevm_savevm::{
     Decoder, DecoderOptions, Event, Step,
     command::Command,
@@ -59,7 +59,7 @@ pub fn receive(
     };
     let result = job.attach(channel).and_then(|()| engine.run(job));
     if result.is_err() {
-        engine.report(SHUT, FAILURE);
+        engine.report(&Message::Shut { status: FAILURE });
     }
     job.update(|statistics| {
         statistics.total_time = start.elapsed();
@@ -93,7 +93,7 @@ impl Engine<'_> {
             MigrationError::from(error)
         })?;
         job.check()?;
-        self.report(SHUT, SUCCESS);
+        self.report(&Message::Shut { status: SUCCESS });
         if self.loader.confirmation {
             self.await_confirmation()?;
         }
@@ -116,7 +116,7 @@ impl Engine<'_> {
                     match then {
                         Then::GoOn => {}
                         Then::Page(memory) => self.page(&memory)?,
-                        Then::Answer(value) => self.report(PONG, value),
+                        Then::Answer(value) => self.report(&Message::Pong { value }),
                     }
                     ended |= last;
                 }
@@ -165,16 +165,16 @@ impl Engine<'_> {
         Ok(())
     }
 
-    /// Puts a message of one 32-bit value on the return path, if there is one.
-    fn report(&self, message: u16, value: u32) {
+    /// Puts a message on the return path, if there is one.
+    fn report(&self, message: &Message) {
         if !self.loader.return_path {
             return;
         }
         let mut writer = Writer::new();
-        writer.be16(message).be16(size_of::<u32>() as u16).be32(value);
+        message.encode(&mut writer);
         // If the source is gone, reading will tell.
         if let Err(error) = write_all(self.channel, &mut [Source::bytes(writer.as_bytes())]) {
-            tracing::debug!(%error, message, value, "the return path is broken");
+            tracing::debug!(%error, ?message, "the return path is broken");
         }
     }
 

@@ -14,7 +14,7 @@ use std::ops::Range;
 use vm_memory::VolatileSlice;
 
 /// The machine type this machine is laid out as.
-const MACHINE_TYPE: &str = "microvm";
+pub(super) const MACHINE_TYPE: &str = "microvm";
 
 impl Guest for Machine {
     fn machine_type(&self) -> &str {

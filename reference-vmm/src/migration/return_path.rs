@@ -1,21 +1,13 @@
 //! The source's ear: reads the return path beside the sending thread, and keeps the destination's verdict.
 
 use super::{Channel, MigrationError, channel::Target, handover};
-use qevm_wire::{Blame, Fault, Located, WireError};
+use qevm_returnpath::{Decoder, Event, Message};
+use qevm_wire::{Blame, Fault, Located, Step};
 use std::{
     io,
     sync::{Condvar, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
-
-/// Type and length of a message.
-const HEADER: usize = 4;
-/// A 32-bit value.
-const VALUE: usize = 4;
-/// The verdict (2.5).
-pub(crate) const SHUT: u16 = 1;
-/// The answer to PING (2.5).
-pub(crate) const PONG: u16 = 2;
 
 /// Why a message on the return path is an error.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -23,22 +15,12 @@ pub(crate) const PONG: u16 = 2;
 pub enum ReturnPathError {
     /// A message could not be read.
     #[error(transparent)]
-    Wire(#[from] WireError),
-    /// A message that has no place in a precopy migration, or none at all.
-    #[error("message type {found}, expected SHUT or PONG")]
+    Message(#[from] qevm_returnpath::ErrorKind),
+    /// A message that has no place in a precopy migration without `switchover-ack`.
+    #[error("{message}, expected SHUT or PONG")]
     Unexpected {
-        /// Its type.
-        found: u16,
-    },
-    /// A message of the wrong length.
-    #[error("message type {message} has {found} bytes, expected {expected}")]
-    Length {
-        /// Its type.
-        message: u16,
-        /// Its length.
-        found: u16,
-        /// The only legal length.
-        expected: u16,
+        /// Its name.
+        message: &'static str,
     },
     /// The destination reports success before it can have the whole guest.
     #[error("success reported before everything was sent")]
@@ -48,7 +30,7 @@ pub enum ReturnPathError {
 impl Blame for ReturnPathError {
     fn fault(&self) -> Fault {
         match self {
-            ReturnPathError::Wire(kind) => kind.fault(),
+            ReturnPathError::Message(kind) => kind.fault(),
             _ => Fault::Malformed,
         }
     }
@@ -138,35 +120,37 @@ impl ReturnPath {
 
     /// Reads up to SHUT and gives its verdict.
     fn messages(&self, channel: &dyn Channel) -> Result<(), MigrationError> {
-        let mut offset = 0;
+        let mut decoder = Decoder::default();
+        let mut input = Vec::new();
         loop {
-            let mut header = [0; HEADER];
-            if !fill(channel, &mut header)? {
-                return Err(MigrationError::NoVerdict);
+            let offset = decoder.offset();
+            let at = |kind| Err(Located::new(kind, offset).into());
+            match decoder.next(&input).map_err(|error| error.map(ReturnPathError::from))? {
+                Step::Event { consumed, event } => {
+                    input.drain(..consumed);
+                    match event {
+                        Event::Message(Message::Shut { status: 0 }) if self.lock().sent_everything => return Ok(()),
+                        Event::Message(Message::Shut { status: 0 }) => return at(ReturnPathError::EarlySuccess),
+                        Event::Message(Message::Shut { status }) => return Err(MigrationError::PeerFailed { status }),
+                        Event::Message(Message::Pong { value: handover::AGREED }) => self.lock().agreed = true,
+                        Event::Message(Message::Pong { .. }) => {}
+                        Event::Message(other) => {
+                            return at(ReturnPathError::Unexpected { message: other.message_type().name() });
+                        }
+                        _ => return at(ReturnPathError::Unexpected { message: "bitmap" }),
+                    }
+                }
+                Step::NeedMore { at_least } => {
+                    let have = input.len();
+                    input.resize(at_least.max(have + 1), 0);
+                    match read(channel, &mut input[have..])? {
+                        0 => return Err(MigrationError::NoVerdict),
+                        count => input.truncate(have + count),
+                    }
+                }
+                // Neither can be: SHUT ends the loop, and bitmaps are refused.
+                Step::Payload { .. } | Step::End => return Err(MigrationError::NoVerdict),
             }
-            let at = |kind| Located::new(kind, offset);
-            let mut reader = qevm_wire::Reader::<ReturnPathError>::at(&header, offset);
-            let (kind, len) = (reader.be16()?, reader.be16()?);
-            let wanted = match kind {
-                SHUT | PONG => VALUE,
-                _ => return Err(at(ReturnPathError::Unexpected { found: kind }).into()),
-            };
-            if usize::from(len) != wanted {
-                return Err(at(ReturnPathError::Length { message: kind, found: len, expected: wanted as u16 }).into());
-            }
-            let mut payload = [0; VALUE];
-            if !fill(channel, &mut payload)? {
-                return Err(MigrationError::NoVerdict);
-            }
-            let value = u32::from_be_bytes(payload);
-            match (kind, value) {
-                (SHUT, 0) if self.lock().sent_everything => return Ok(()),
-                (SHUT, 0) => return Err(at(ReturnPathError::EarlySuccess).into()),
-                (SHUT, status) => return Err(MigrationError::PeerFailed { status }),
-                (_, handover::AGREED) => self.lock().agreed = true,
-                _ => {}
-            }
-            offset += (HEADER + VALUE) as u64;
         }
     }
 
@@ -175,18 +159,14 @@ impl ReturnPath {
     }
 }
 
-/// Fills `bytes`; false if the peer closed before.
-fn fill(channel: &dyn Channel, bytes: &mut [u8]) -> Result<bool, MigrationError> {
-    let mut done = 0;
-    while done < bytes.len() {
-        match channel.read(&mut [Target::bytes(&mut bytes[done..])]) {
-            Ok(0) => return Ok(false),
-            Ok(count) => done += count,
+fn read(channel: &dyn Channel, bytes: &mut [u8]) -> Result<usize, MigrationError> {
+    loop {
+        match channel.read(&mut [Target::bytes(bytes)]) {
             Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
             Err(error) => return Err(MigrationError::ReturnPath(error)),
+            Ok(count) => return Ok(count),
         }
     }
-    Ok(true)
 }
 
 /// Reads what still comes, so that closing the socket does not destroy what the peer has yet to read.

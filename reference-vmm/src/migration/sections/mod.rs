@@ -9,12 +9,12 @@ mod cpu;
 mod fpu;
 mod msr;
 
-use super::{DeviceSection, SavedDevices};
+use super::{DeviceSection, SavedDevices, machine::MACHINE_TYPE};
 use crate::state::MachineState;
 use qevm_savevm::{
     Reader,
     devices::{DeviceState, globalstate::GlobalState, kvm_tpr_opt::KvmTprOpt},
-    vmdesc::{Description, DeviceBody, DeviceDescription, TextStyle},
+    vmdesc::{Description, DeviceBody, DeviceDescription, FieldDescription, StructDescription, TextStyle},
     vmstate::{Accel, Context},
 };
 use qevm_wire::{CountedString, PageGeometry, Profile, QemuVersion};
@@ -120,8 +120,25 @@ fn write(devices: Vec<(&'static str, u32, DeviceState)>, ctx: &Context) -> Resul
     let mut description = Description::default();
     description.page_size = Some(PageGeometry::X86.size());
     description.devices = described;
+    description.configuration = ctx.profile.vmdesc_configuration.then(configuration);
     let vmdesc = description.to_json(style);
     Ok(SavedDevices { sections, vmdesc: Some(vmdesc) })
+}
+
+/// How the configuration section is described: by a machine type's name and its length (10.0).
+fn configuration() -> StructDescription {
+    let field = |name: &str, type_name: &str, size: usize| FieldDescription {
+        name: name.into(),
+        type_name: type_name.into(),
+        size: size as u64,
+        ..FieldDescription::default()
+    };
+    StructDescription {
+        vmsd_name: "configuration".into(),
+        version: 1,
+        fields: vec![field("len", "uint32", size_of::<u32>()), field("name", "buffer", MACHINE_TYPE.len())],
+        subsections: Vec::new(),
+    }
 }
 
 /// Whether a machine of `cpus` vCPUs has the section.
