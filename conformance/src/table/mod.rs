@@ -1,4 +1,4 @@
-//! The scenarios, as data: [`machines`] varies the machine type, [`devices`] the device models, [`capabilities`] what
+//! The scenarios, as data: `machines` varies the machine type, `devices` the device models, `capabilities` what
 //! changes the stream itself.
 //!
 //! The quick subset is what the tests run; it has one row of each kind of stream and every release in it.
