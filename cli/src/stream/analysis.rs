@@ -113,6 +113,8 @@ pub struct Analysis {
     pub channels: Vec<String>,
     /// The return paths, in words.
     pub return_path: Vec<String>,
+    /// Pages came on channels that are not there, so no digest of RAM means anything.
+    pub incomplete_ram: bool,
     /// Remarks that are no faults.
     pub notes: Vec<String>,
     /// Offset and text of the description.
@@ -148,13 +150,14 @@ impl Analysis {
         Analysis { failure: Some(failure), ..Analysis::default() }
     }
 
-    /// The report, with the given digest of each RAM block; none if page contents were jumped over.
+    /// The report, with the given digest of each RAM block; none if page contents were jumped over or are missing.
     pub fn report(&mut self, digest: RamDigest) -> Report {
         let mut failure = self.failure.clone();
         let mut ram = Vec::new();
         if let Some(guest) = &mut self.ram {
             for index in 0..guest.blocks().len() {
                 let value = match guest.keep() {
+                    _ if self.incomplete_ram => None,
                     Keep::Nothing => None,
                     _ => match guest.digest(index, digest) {
                         Ok(value) => Some((digest.key(), value)),

@@ -125,6 +125,7 @@ impl Walk<'_> {
             (last, encoder) = self.connection(named, decoder, resumed_encoder, number + 1 < resumed)?;
         }
         if let Some(at) = self.first_flush.filter(|_| !self.settings.live) {
+            self.analysis.incomplete_ram = true;
             let missing = "the main channel waits for multifd channels, but none was given (--channel)";
             match self.settings.complete {
                 true => return Err(Failure::mismatch(&main.name, at, "section 'ram'", missing).into()),

@@ -149,8 +149,12 @@ fn end_follows(rest: &[u8], around: &Around<'_>) -> Follows {
     if around.in_package {
         return Follows::No;
     }
+    if !around.options.vmdesc {
+        // Nobody waits for what may come behind this end, so it must not be asked for, nor count if it is there.
+        return Follows::Yes;
+    }
     match rest.first() {
-        None if around.at_end || !around.options.vmdesc => Follows::Yes,
+        None if around.at_end => Follows::Yes,
         None => Follows::Needs(1),
         Some(&framing::VMDESCRIPTION) => match rest.get(1..6) {
             None => Follows::Needs(6),
