@@ -7,12 +7,17 @@ use std::path::PathBuf;
 use std::str::FromStr;
 
 use anyhow::{Context, bail};
+use qevm_wire::{Profile, QemuVersion};
 use reference_vmm::machine::MachineConfig;
 use reference_vmm::payload;
 
 /// The machine.
 #[derive(clap::Args)]
 pub(crate) struct MachineArguments {
+    /// Machine type, and whom it migrates to: microvm[,qemu=RELEASE]. microvm has no version, so the release of QEMU's binary
+    /// decides the bytes of a stream: name the oldest that is to load one (7.2, 10.0, 11.1, …). Streams of all releases are taken
+    #[arg(long = "machine", short = 'M', value_name = "TYPE", default_value = "microvm")]
+    machine: MachineOptions,
     /// RAM, with K, M or G; plain numbers are MiB as in QEMU
     #[arg(long, short, value_name = "SIZE", default_value = "128M", value_parser = parse_memory)]
     memory: u64,
@@ -31,6 +36,11 @@ pub(crate) struct MachineArguments {
 }
 
 impl MachineArguments {
+    /// The switches of the QEMU release that is to load this machine's streams.
+    pub(crate) fn profile(&self) -> Profile {
+        Profile::new(self.machine.qemu, MACHINE_TYPE)
+    }
+
     /// The machine they describe.
     pub(crate) fn config(&self) -> anyhow::Result<MachineConfig> {
         let bios = match &self.bios {
@@ -41,6 +51,36 @@ impl MachineArguments {
         };
         let fw_cfg = self.fw_cfg.iter().map(|item| parse_fw_cfg(item)).collect::<anyhow::Result<BTreeMap<_, _>>>()?;
         Ok(MachineConfig { memory: self.memory, cpus: self.smp, bios, fw_cfg, serial: self.serial.open()? })
+    }
+}
+
+/// The only machine type there is.
+const MACHINE_TYPE: &str = "microvm";
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct MachineOptions {
+    qemu: QemuVersion,
+}
+
+impl FromStr for MachineOptions {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<MachineOptions, String> {
+        let mut parts = text.split(',').map(|part| part.strip_prefix("type=").unwrap_or(part));
+        match parts.next() {
+            Some(MACHINE_TYPE) => {}
+            other => return Err(format!("machine type '{}': only {MACHINE_TYPE} is there", other.unwrap_or_default())),
+        }
+        let mut options = MachineOptions { qemu: QemuVersion::NEWEST };
+        for part in parts {
+            match part.split_once('=') {
+                Some(("qemu", release)) => {
+                    options.qemu = release.parse().map_err(|bad| format!("qemu={release}: {bad}"))?
+                }
+                _ => return Err(format!("'{part}' is not one of qemu=RELEASE")),
+            }
+        }
+        Ok(options)
     }
 }
 
@@ -124,6 +164,16 @@ mod tests {
         assert_eq!(parse_memory("64k"), Ok(64 << 10));
         for bad in ["", "M", "1T", "-1", "99999999999999999999", "18446744073709551615G"] {
             assert!(parse_memory(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn machine_options() {
+        let newest = MachineOptions { qemu: QemuVersion::NEWEST };
+        assert_eq!("microvm".parse(), Ok(newest));
+        assert_eq!("type=microvm,qemu=7.2.22".parse(), Ok(MachineOptions { qemu: QemuVersion::new(7, 2) }));
+        for bad in ["", "q35", "microvm,", "microvm,qemu=7", "microvm,accel=kvm"] {
+            assert!(bad.parse::<MachineOptions>().is_err(), "{bad}");
         }
     }
 

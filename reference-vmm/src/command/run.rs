@@ -6,7 +6,6 @@ use std::str::FromStr;
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
-use qevm_wire::{Profile, QemuVersion};
 use reference_vmm::machine::{Machine, Stop};
 use reference_vmm::migration::Address;
 use reference_vmm::qmp::Server;
@@ -75,7 +74,7 @@ const POLL: Duration = Duration::from_millis(20);
 impl Run {
     pub(crate) fn execute(self) -> anyhow::Result<ExitCode> {
         let machine = Machine::new(self.machine.config()?)?;
-        let vmm = Vmm::new(machine, Profile::new(QemuVersion::NEWEST, "microvm"), self.incoming.is_some());
+        let vmm = Vmm::new(machine, self.machine.profile(), self.incoming.is_some());
         if self.paused {
             vmm.stop();
         }

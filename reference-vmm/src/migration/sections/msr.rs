@@ -33,6 +33,15 @@ fn fields(cpu: &mut Cpu) -> Vec<(u32, &mut u64)> {
     fields
 }
 
+/// Bits of a physical address beyond those of the processor, up to the architecture's 52. A QEMU under KVM keeps them set in
+/// the masks of the variable MTRRs (every stream of 7.2 to 11.1 shows it), so that a mask fits processors with more bits.
+fn beyond_address_bits() -> u64 {
+    const LEAF_SIZES: u32 = 0x8000_0008;
+    const MAX_BITS: u32 = 52;
+    let bits = (std::arch::x86_64::__cpuid(LEAF_SIZES).eax & 0xff).min(MAX_BITS);
+    (1 << MAX_BITS) - (1 << bits)
+}
+
 const TSC: u32 = 0x10;
 const TSC_ADJUST: u32 = 0x3b;
 const TSC_DEADLINE: u32 = 0x6e0;
@@ -99,6 +108,7 @@ pub(super) fn save(list: &[Msr], cpu: &mut Cpu) {
     let msrs: HashMap<u32, u64> = list.iter().map(|msr| (msr.index, msr.value)).collect();
     let get = |index: u32| msrs.get(&index).copied().unwrap_or(0);
     fields(cpu).into_iter().for_each(|(index, field)| *field = get(index));
+    cpu.mtrr_var.iter_mut().for_each(|pair| pair.mask |= beyond_address_bits());
     cpu.sysenter_cs = get(SYSENTER_CS) as u32;
     save_subsections(&msrs, cpu);
     let mut pmu = msr::ArchitecturalPmu::default();
@@ -126,6 +136,9 @@ pub(super) fn save(list: &[Msr], cpu: &mut Cpu) {
 /// What the section says about MSRs replaces what `list` says; the order is the one in which they can be set.
 pub(super) fn load(cpu: &Cpu, list: &mut Vec<Msr>) {
     let mut said = Vec::new();
+    let mut cpu = cpu.clone();
+    cpu.mtrr_var.iter_mut().for_each(|pair| pair.mask &= !beyond_address_bits());
+    let cpu = &cpu;
     fields(&mut cpu.clone()).into_iter().for_each(|(index, field)| said.push(Msr { index, value: *field }));
     said.push(Msr { index: SYSENTER_CS, value: cpu.sysenter_cs.into() });
     load_subsections(cpu, &mut said);
