@@ -10,9 +10,14 @@
 //! 6. [`dirty_log`]: which pages changed.
 //! 7. [`migration`]: live migration with QEMU's stream.
 //! 8. [`vmm`]: the machine with its run state and migrations; [`qmp`]: its control socket.
+//! 9. [`command`]: the program.
 //!
 //! Every error is an [`Error`]; nothing here panics on what a guest or a saved state says.
 
+// The program uses the library by its name, as any other user does.
+extern crate self as reference_vmm;
+
+pub mod command;
 pub mod devices;
 pub mod dirty_log;
 pub mod error;

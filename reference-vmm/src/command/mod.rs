@@ -1,6 +1,43 @@
-//! The subcommands.
+//! The command line. It is in the library so that the conformance suite runs the very monitor it was built with.
 
-pub(crate) mod demo;
-pub(crate) mod machine;
-pub(crate) mod payload;
-pub(crate) mod run;
+mod demo;
+mod machine;
+mod payload;
+mod run;
+
+use std::ffi::OsString;
+use std::process::ExitCode;
+
+use clap::Parser;
+
+/// A KVM virtual machine monitor laid out like QEMU's microvm, to exchange running guests with QEMU.
+#[derive(Parser)]
+#[command(name = "reference-vmm", version, about, max_term_width = 120)]
+struct Arguments {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(clap::Subcommand)]
+enum Command {
+    Run(run::Run),
+    Demo(demo::Demo),
+    Payload(payload::Payload),
+}
+
+/// Runs the program with these arguments, the first of which is its name, and gives its exit status.
+pub fn main(arguments: impl Iterator<Item = OsString>) -> ExitCode {
+    tracing_subscriber::fmt().with_writer(std::io::stderr).init();
+    let result = match Arguments::parse_from(arguments).command {
+        Command::Run(run) => run.execute(),
+        Command::Demo(demo) => demo.execute(),
+        Command::Payload(payload) => payload.execute(),
+    };
+    match result {
+        Ok(code) => code,
+        Err(error) => {
+            eprintln!("reference-vmm: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
