@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, ensure};
 use reference_vmm::machine::open_kvm;
+use reference_vmm::payload::Transcript;
 use serde_json::{Value, json};
 
 use super::machine::parse_memory;
@@ -131,8 +132,8 @@ impl Demo {
 
         let source_text = source.quit()?;
         let destination_text = destination.quit()?;
-        let verdict = guest::judge(&source_text, &destination_text)?;
-        report.verdict(&before, &after, &verdict);
+        let transcript = Transcript::read(&[&source_text, &destination_text])?;
+        report.verdict(&before, &after, &transcript);
         Ok(())
     }
 

@@ -2,10 +2,8 @@
 
 use std::time::{Duration, Instant};
 
-use reference_vmm::payload::Progress;
+use reference_vmm::payload::{Progress, Transcript};
 use serde_json::{Map, Value, json};
-
-use super::guest::Verdict;
 
 pub(super) struct Report {
     quiet: bool,
@@ -77,13 +75,10 @@ impl Report {
     }
 
     /// What the guest says.
-    pub(super) fn verdict(&mut self, before: &Progress, after: &Progress, verdict: &Verdict) {
-        let cut = if verdict.cut_line { ", the last one cut in two by the switchover" } else { "" };
-        self.say(&format!(
-            "guest        printed {} lines at the source{cut}; the text goes on without a gap",
-            verdict.lines
-        ));
-        let last = &verdict.last;
+    pub(super) fn verdict(&mut self, before: &Progress, after: &Progress, transcript: &Transcript) {
+        let cut = if transcript.cut > 0 { ", one of them cut in two by the switchover" } else { "" };
+        self.say(&format!("guest        printed {} lines{cut}; the text goes on without a gap", transcript.lines));
+        let last = &transcript.last;
         self.say(&format!(
             "guest        pass {} before, pass {} at the destination: {} pages checked, {} stale; it runs on one side only",
             before.pass, last.pass, last.written + last.checked, last.stale

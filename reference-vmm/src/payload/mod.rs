@@ -37,6 +37,10 @@
 //! | `timer` | timer interrupts per second and vCPU, 0 = none | 20 |
 //! | `cpus` | vCPUs to use at most | all, up to 4 |
 
+mod transcript;
+
+pub use transcript::{BadTranscript, Transcript};
+
 /// The firmware image: 64 KiB, to be mapped so that it ends at 4 GiB and once more so that it ends at 1 MiB.
 pub static IMAGE: &[u8; 64 << 10] = include_bytes!(concat!(env!("OUT_DIR"), "/payload.bin"));
 
