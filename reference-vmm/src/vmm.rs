@@ -5,7 +5,7 @@ use crate::migration::{
     Address, Arrival, Channel, DeviceSection, DirtyLog, Guest, GuestError, Job, Listener, MigrationError, Notice,
     RamView, Refused, SavedDevices, Socket, migrate, monotonic_now, receive,
 };
-use qevm_wire::{CountedString, Profile};
+use qevm_wire::{CountedString, Profile, QemuVersion};
 use serde_json::{Value, json};
 use std::{
     sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, mpsc},
@@ -63,7 +63,7 @@ pub struct Event {
 /// A machine with its run state and its migrations.
 pub struct Vmm {
     machine: Machine,
-    profile: Profile,
+    profile: Mutex<Profile>,
     /// The outgoing migration.
     outgoing: Arc<Job>,
     /// The incoming migration.
@@ -100,7 +100,7 @@ impl Vmm {
         let state = State { run_state, autostart: true, incoming, listening: None, started_at: None, exit: None };
         let vmm = Arc::new(Vmm {
             machine,
-            profile,
+            profile: Mutex::new(profile),
             outgoing: Arc::default(),
             incoming: Arc::default(),
             state: Mutex::new(state),
@@ -129,9 +129,15 @@ impl Vmm {
         &self.machine
     }
 
-    /// The switches of the release that this monitor takes itself for.
-    pub fn profile(&self) -> &Profile {
-        &self.profile
+    /// The switches of the QEMU release that is at the other end of the next migration.
+    pub fn profile(&self) -> Profile {
+        self.profile.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Says of which QEMU release the other end of the next migration is. It does not change one that has begun.
+    pub fn set_peer(&self, release: QemuVersion) {
+        let profile = Profile::new(release, self.machine.machine_type());
+        *self.profile.lock().unwrap_or_else(PoisonError::into_inner) = profile;
     }
 
     /// Settings and state of the outgoing migration. Capabilities and parameters of an incoming one are the same.
@@ -195,7 +201,7 @@ impl Vmm {
         thread::spawn(move || {
             let job = &vmm.outgoing;
             let result = match Socket::connect(&address) {
-                Ok(channel) => migrate(&*vmm, &channel, job, &vmm.profile),
+                Ok(channel) => migrate(&*vmm, &channel, job, &vmm.profile()),
                 Err(error) => {
                     job.end(Some(&error));
                     Err(error)
@@ -237,7 +243,7 @@ impl Vmm {
     }
 
     fn take_in(&self, channel: &Arc<dyn Channel>) -> Result<(), MigrationError> {
-        let Arrival { running, .. } = receive(self, channel, &self.incoming, &self.profile)?;
+        let Arrival { running, .. } = receive(self, channel, &self.incoming, &self.profile())?;
         let autostart = self.lock().autostart;
         if running && autostart {
             self.start().map_err(|source| MigrationError::Guest { doing: "start the guest", source })?;

@@ -14,7 +14,7 @@ use std::sync::Arc;
 type Command = fn(&Arc<Vmm>, &mut Arguments) -> Result<Value, Failure>;
 
 /// Every command but `qmp_capabilities`.
-const COMMANDS: [(&str, Command); 18] = [
+const COMMANDS: [(&str, Command); 19] = [
     ("cont", cont),
     ("migrate", migrate),
     ("migrate-continue", migrate_continue),
@@ -33,6 +33,7 @@ const COMMANDS: [(&str, Command); 18] = [
     ("stop", stop),
     ("x-query-handover", query_handover),
     ("x-query-rounds", query_rounds),
+    ("x-set-peer", set_peer),
 ];
 
 /// Runs a command.
@@ -278,4 +279,13 @@ fn query_rounds(vmm: &Arc<Vmm>, arguments: &mut Arguments) -> Result<Value, Fail
         })
     };
     Ok(rounds.iter().map(round).collect())
+}
+
+/// An extension: the QEMU release at the other end of the next migration, which decides its bytes, as `--machine
+/// microvm,qemu=RELEASE` says it at the start.
+fn set_peer(vmm: &Arc<Vmm>, arguments: &mut Arguments) -> Result<Value, Failure> {
+    let release = arguments.text("qemu")?;
+    only(arguments)?;
+    vmm.set_peer(release.parse().map_err(|bad| Failure::generic(format!("qemu '{release}': {bad}")))?);
+    Ok(empty())
 }
