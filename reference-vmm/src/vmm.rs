@@ -220,6 +220,8 @@ impl Vmm {
     /// [`MigrationError::Listen`].
     pub fn listen(self: &Arc<Self>, address: &Address) -> Result<(), MigrationError> {
         let listener = Listener::bind(address)?;
+        // Refused only while one is under way, which then has its own.
+        let _ = self.incoming.set_capabilities(self.outgoing.capabilities());
         // Whoever looks for an incoming migration finds it from now on.
         let _ = self.incoming.begin();
         self.lock().listening = Some(listener.address().clone());

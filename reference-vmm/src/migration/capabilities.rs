@@ -20,7 +20,7 @@ pub const KNOWN: [(&str, bool); 21] = [
     ("background-snapshot", false),
     ("zero-copy-send", false),
     ("postcopy-preempt", false),
-    ("switchover-ack", false),
+    ("switchover-ack", true),
     ("dirty-limit", false),
     ("mapped-ram", false),
 ];
@@ -39,6 +39,8 @@ pub const KNOWN: [(&str, bool); 21] = [
 pub struct Capabilities {
     /// `return-path`: the destination answers, and the source waits for its verdict.
     pub return_path: bool,
+    /// `switchover-ack`: the source switches over only when the destination's devices have agreed; needs `return-path`.
+    pub switchover_ack: bool,
     /// `pause-before-switchover`: the source waits for `migrate-continue` when the guest has stopped.
     pub pause_before_switchover: bool,
     /// `events`: QMP reports every change of status.
@@ -55,6 +57,14 @@ pub enum BadCapability {
     /// One of QEMU's that this monitor does not have.
     #[error("capability '{0}' is not supported here")]
     Unsupported(&'static str),
+    /// One that makes no sense without another.
+    #[error("Capability '{capability}' requires capability '{needs}'")]
+    Requires {
+        /// What was to be on.
+        capability: &'static str,
+        /// What is off.
+        needs: &'static str,
+    },
 }
 
 impl Capabilities {
@@ -75,6 +85,9 @@ impl Capabilities {
                 None => {}
             }
         }
+        if changed.switchover_ack && !changed.return_path {
+            return Err(BadCapability::Requires { capability: "switchover-ack", needs: "return-path" });
+        }
         Ok(changed)
     }
 
@@ -86,6 +99,7 @@ impl Capabilities {
     fn slot(&mut self, name: &str) -> Option<&mut bool> {
         match name {
             "return-path" => Some(&mut self.return_path),
+            "switchover-ack" => Some(&mut self.switchover_ack),
             "pause-before-switchover" => Some(&mut self.pause_before_switchover),
             "events" => Some(&mut self.events),
             _ => None,
@@ -107,13 +121,24 @@ mod tests {
 
     #[test]
     fn whatever_is_supported_can_be_turned_on_and_is_listed_so() {
+        let return_path = Capabilities { return_path: true, ..Capabilities::default() };
         for (name, supported) in KNOWN {
-            let on = Capabilities::default().with([(name, true)]);
+            let on = return_path.with([(name, true)]);
             assert_eq!(on.is_ok(), supported, "{name}");
             if let Ok(on) = on {
-                let listed: Vec<_> = on.list().into_iter().filter(|(_, state)| *state).collect();
-                assert_eq!(listed, [(name, true)]);
+                let others = on.list().into_iter().filter(|(other, _)| !["return-path", name].contains(other));
+                assert!(others.into_iter().all(|(_, state)| !state), "{name}");
+                assert!(on.list().contains(&(name, true)), "{name}");
             }
         }
+    }
+
+    #[test]
+    fn switchover_ack_needs_a_return_path() {
+        let off = Capabilities::default();
+        let refused = Err(BadCapability::Requires { capability: "switchover-ack", needs: "return-path" });
+        assert_eq!(off.with([("switchover-ack", true)]), refused);
+        let on = off.with([("switchover-ack", true), ("return-path", true)]).unwrap();
+        assert_eq!(on.with([("return-path", false)]), refused);
     }
 }

@@ -7,7 +7,10 @@ use super::{
     inlet::Inlet,
     ram_receiver::RamReceiver,
 };
-use qevm_returnpath::Message;
+use qevm_returnpath::{
+    Message,
+    switchover::{Ack, DestinationGate},
+};
 use qevm_savevm::{
     Decoder, DecoderOptions, Event, Step,
     command::Command,
@@ -54,6 +57,7 @@ pub fn receive(
             section: None,
             return_path: false,
             confirmation: false,
+            gate: DestinationGate::new(profile.switchover_ack.filter(|_| job.capabilities().switchover_ack)),
         },
         vmdesc: profile.vmdesc,
     };
@@ -116,7 +120,7 @@ impl Engine<'_> {
                     match then {
                         Then::GoOn => {}
                         Then::Page(memory) => self.page(&memory)?,
-                        Then::Answer(value) => self.report(&Message::Pong { value }),
+                        Then::Answer(message) => self.report(&message),
                     }
                     ended |= last;
                 }
@@ -202,6 +206,8 @@ struct Loader<'e> {
     return_path: bool,
     /// The source confirms the handover.
     confirmation: bool,
+    /// Says when to agree to the switchover. No device of this machine wants to be asked.
+    gate: DestinationGate,
 }
 
 /// What is to be done behind an event.
@@ -209,8 +215,8 @@ enum Then<'e> {
     GoOn,
     /// The next bytes belong there.
     Page(VolatileSlice<'e>),
-    /// PONG with this value.
-    Answer(u32),
+    /// The source is to hear this.
+    Answer(Message),
 }
 
 impl<'e> Loader<'e> {
@@ -225,12 +231,17 @@ impl<'e> Loader<'e> {
                     self.devices.push(DeviceSection { idstr, instance_id, version_id, body: body.to_vec() });
                 }
             }
-            Event::Command(Command::OpenReturnPath) => self.return_path = true,
+            Event::Command(Command::OpenReturnPath) => {
+                self.return_path = true;
+                if self.gate.return_path_opened()? == Ack::Send {
+                    return Ok(Then::Answer(Message::SwitchoverAck));
+                }
+            }
             Event::Command(Command::Ping(handover::ANNOUNCE)) => {
                 self.confirmation = self.return_path;
-                return Ok(Then::Answer(handover::AGREED));
+                return Ok(Then::Answer(Message::Pong { value: handover::AGREED }));
             }
-            Event::Command(Command::Ping(value)) => return Ok(Then::Answer(*value)),
+            Event::Command(Command::Ping(value)) => return Ok(Then::Answer(Message::Pong { value: *value })),
             Event::Command(Command::SwitchoverStart) => {}
             Event::Command(command) => {
                 return Err(LoadError::Unsupported(format!("command {} (precopy only)", command.name())));

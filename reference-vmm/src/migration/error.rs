@@ -144,6 +144,9 @@ pub enum LoadError {
         /// Bytes per page here.
         expected: u64,
     },
+    /// The return path was opened twice.
+    #[error(transparent)]
+    Switchover(#[from] qevm_returnpath::SwitchoverError),
     /// Something legal that this destination cannot handle.
     #[error("{0} is not supported here")]
     Unsupported(String),
@@ -156,6 +159,7 @@ impl Blame for LoadError {
     fn fault(&self) -> Fault {
         match self {
             LoadError::Stream(kind) => kind.fault(),
+            LoadError::Switchover(kind) => kind.fault(),
             LoadError::Unsupported(_) => Fault::Unsupported,
             LoadError::MachineType { .. }
             | LoadError::Capability { .. }

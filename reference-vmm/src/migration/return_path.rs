@@ -1,7 +1,10 @@
 //! The source's ear: reads the return path beside the sending thread, and keeps the destination's verdict.
 
 use super::{Channel, MigrationError, channel::Target, handover};
-use qevm_returnpath::{Decoder, Event, Message};
+use qevm_returnpath::{
+    Decoder, Event, Message, SwitchoverError,
+    switchover::{AckWait, SourceGate, SwitchoverAckFlow},
+};
 use qevm_wire::{Blame, Fault, Located, Step};
 use std::{
     io,
@@ -16,8 +19,11 @@ pub enum ReturnPathError {
     /// A message could not be read.
     #[error(transparent)]
     Message(#[from] qevm_returnpath::ErrorKind),
-    /// A message that has no place in a precopy migration without `switchover-ack`.
-    #[error("{message}, expected SHUT or PONG")]
+    /// An ack of the switchover that was not asked for.
+    #[error(transparent)]
+    Switchover(#[from] SwitchoverError),
+    /// A message that has no place in a precopy migration.
+    #[error("{message}, expected SHUT, PONG or SWITCHOVER_ACK")]
     Unexpected {
         /// Its name.
         message: &'static str,
@@ -31,19 +37,20 @@ impl Blame for ReturnPathError {
     fn fault(&self) -> Fault {
         match self {
             ReturnPathError::Message(kind) => kind.fault(),
+            ReturnPathError::Switchover(kind) => kind.fault(),
             _ => Fault::Malformed,
         }
     }
 }
 
 /// What the return path has said so far.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(crate) struct ReturnPath {
     heard: Mutex<Heard>,
     changed: Condvar,
 }
 
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct Heard {
     /// The destination may have everything, so a good verdict is credible.
     sent_everything: bool,
@@ -53,9 +60,34 @@ struct Heard {
     ended: bool,
     /// The destination waits for a confirmation before it runs the guest.
     agreed: bool,
+    /// Holds the switchover back until the destination's acks are there.
+    gate: SourceGate,
 }
 
 impl ReturnPath {
+    /// `flow` is how acks of the switchover are counted; `None` without `switchover-ack`.
+    pub(crate) fn new(flow: Option<SwitchoverAckFlow>) -> Self {
+        let heard = Heard {
+            sent_everything: false,
+            verdict: None,
+            failed: false,
+            ended: false,
+            agreed: false,
+            gate: SourceGate::new(flow),
+        };
+        ReturnPath { heard: Mutex::new(heard), changed: Condvar::new() }
+    }
+
+    /// Whether the switchover may happen; otherwise, after `patience`, which acks are missing.
+    pub(crate) fn acks(&self, patience: Duration) -> Option<AckWait> {
+        let heard = self.lock();
+        let (heard, _) = self
+            .changed
+            .wait_timeout_while(heard, patience, |heard| !heard.gate.is_open() && !heard.ended)
+            .unwrap_or_else(PoisonError::into_inner);
+        heard.gate.waiting()
+    }
+
     /// Reads messages until the peer closes. A failure closes the channel, so that the sending thread does not stay
     /// blocked in a write that nobody reads.
     pub(crate) fn listen(&self, channel: &dyn Channel) {
@@ -134,6 +166,10 @@ impl ReturnPath {
                         Event::Message(Message::Shut { status }) => return Err(MigrationError::PeerFailed { status }),
                         Event::Message(Message::Pong { value: handover::AGREED }) => self.lock().agreed = true,
                         Event::Message(Message::Pong { .. }) => {}
+                        Event::Message(Message::SwitchoverAck) => {
+                            self.lock().gate.ack().or_else(|error| at(error.into()))?;
+                            self.changed.notify_all();
+                        }
                         Event::Message(other) => {
                             return at(ReturnPathError::Unexpected { message: other.message_type().name() });
                         }

@@ -31,6 +31,8 @@ const PART_TIME: Duration = Duration::from_millis(50);
 const RAM_SECTION: u32 = 1;
 /// How often the return path is looked at while the guest waits for `migrate-continue`.
 const PRE_SWITCHOVER_POLL: Duration = Duration::from_millis(100);
+/// How long to wait for the destination to agree to the switchover before what was dirtied meanwhile is sent.
+const ACK_POLL: Duration = Duration::from_millis(100);
 /// How long to wait for the destination's word on why the channel broke.
 const EXPLANATION_PATIENCE: Duration = Duration::from_secs(1);
 
@@ -47,7 +49,9 @@ pub fn migrate(
     job: &Job,
     profile: &Profile,
 ) -> Result<(), MigrationError> {
-    let return_path = job.capabilities().return_path.then(ReturnPath::default);
+    let capabilities = job.capabilities();
+    let flow = profile.switchover_ack.filter(|_| capabilities.switchover_ack);
+    let return_path = capabilities.return_path.then(|| ReturnPath::new(flow));
     thread::scope(|scope| {
         if let Some(return_path) = &return_path {
             scope.spawn(|| return_path.listen(&**channel));
@@ -200,10 +204,17 @@ impl<'e> Engine<'e> {
             match decision {
                 Decision::Iterate { stalled: Some(stall) } => tracing::warn!("{stall}"),
                 Decision::Iterate { stalled: None } => {}
-                Decision::SwitchOver(reason) => {
-                    tracing::debug!(?reason, remaining = total, "switchover");
-                    return Ok(());
-                }
+                Decision::SwitchOver(reason) => match self.return_path.and_then(|heard| heard.acks(ACK_POLL)) {
+                    None => {
+                        tracing::debug!(?reason, remaining = total, "switchover");
+                        return Ok(());
+                    }
+                    Some(waiting) => {
+                        let stalled = format!("the destination has not agreed to the switchover: {waiting}");
+                        self.job.update(|statistics| statistics.stalled = Some(stalled));
+                        self.check()?;
+                    }
+                },
             }
         }
     }

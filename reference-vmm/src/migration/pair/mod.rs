@@ -26,6 +26,8 @@ pub(super) struct Pair {
     pub(super) destination: Arc<FakeGuest>,
     pub(super) job: Arc<Job>,
     pub(super) profile: Profile,
+    /// Of the destination, where they are not those of the source.
+    pub(super) incoming: Option<Capabilities>,
 }
 
 /// How a migration ended, on both sides.
@@ -53,6 +55,7 @@ impl Pair {
             destination: Arc::new(FakeGuest::new(&[("microvm.ram", pages), ("pc.bios", 4)])),
             job: Arc::new(job),
             profile: Profile::new(QemuVersion::NEWEST, "microvm"),
+            incoming: None,
         };
         pair.return_path(true)
     }
@@ -74,6 +77,7 @@ impl Pair {
         self.job.begin().unwrap();
         let source = thread::scope(|scope| {
             let incoming = Job::default();
+            incoming.set_capabilities(self.incoming.unwrap_or(self.job.capabilities())).unwrap();
             incoming.begin().unwrap();
             scope.spawn(|| {
                 let incoming = incoming;

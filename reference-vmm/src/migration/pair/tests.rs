@@ -26,6 +26,36 @@ fn a_working_guest_moves_with_and_without_a_return_path() {
     }
 }
 
+/// How acks are counted is the release's: 10.0 wants one from every destination, 11.1 one for each device that asks.
+#[test]
+fn the_switchover_waits_for_the_acks_that_the_release_wants() {
+    let with_ack = Capabilities::default().with([("return-path", true), ("switchover-ack", true)]).unwrap();
+    for (release, wanted) in [(QemuVersion::new(10, 0), true), (QemuVersion::NEWEST, false)] {
+        let mut pair = Pair::new(60);
+        pair.profile = Profile::new(release, "microvm");
+        pair.job.set_capabilities(with_ack).unwrap();
+        pair.assert_moved(&pair.run(Faults::default()));
+
+        let mut pair = Pair::new(60);
+        pair.profile = Profile::new(release, "microvm");
+        pair.job.set_capabilities(with_ack).unwrap();
+        pair.incoming = Some(Capabilities { switchover_ack: false, ..with_ack });
+        let job = pair.job.clone();
+        let operator = std::thread::spawn(move || {
+            while job.statistics().stalled.is_none() && job.status() != Status::Completed {
+                std::thread::sleep(Duration::from_millis(1));
+            }
+            let stalled = job.statistics().stalled;
+            job.cancel();
+            stalled
+        });
+        let outcome = pair.run(Faults::default());
+        let stalled = operator.join().unwrap();
+        assert_eq!(stalled.is_some_and(|why| why.contains("0 of 1 switchover acks came")), wanted);
+        if wanted { pair.assert_stayed(&outcome) } else { pair.assert_moved(&outcome) }
+    }
+}
+
 #[test]
 fn a_paused_guest_moves_and_stays_paused() {
     let pair = Pair::new(100);
