@@ -14,7 +14,7 @@ use qevm_conformance::report::{Outcome, Report, Row};
 use qevm_conformance::roots::{Root, Suite};
 use qevm_conformance::scenario::Scenario;
 use qevm_conformance::subject::Subject;
-use qevm_conformance::{corpus, table};
+use qevm_conformance::{corpus, peer, table};
 
 #[derive(Parser)]
 #[command(name = "qevm-conformance", version, about = "Real QEMUs of several releases as the judge of qevm")]
@@ -33,6 +33,8 @@ pub(crate) enum Command {
     },
     /// Record scenarios with real QEMU and hold qevm's findings against QEMU's
     Matrix(Matrix),
+    /// Move running guests between real QEMUs and reference-vmm
+    Peer(Peer),
     /// Record scenarios with real QEMU into one folder each, without judging
     Record {
         /// Where the recordings go
@@ -90,6 +92,55 @@ pub(crate) struct Matrix {
 }
 
 #[derive(Args)]
+pub(crate) struct Peer {
+    /// Every journey, and not the representative subset alone
+    #[arg(long)]
+    full: bool,
+    /// Only journeys whose name contains this (may be given several times; of all, not of the subset alone)
+    #[arg(long)]
+    only: Vec<String>,
+    /// Keep consoles and logs in this folder
+    #[arg(long)]
+    keep: Option<PathBuf>,
+    /// Print the journeys and stop
+    #[arg(long)]
+    list: bool,
+    /// Print one JSON object with the numbers as the last line
+    #[arg(long)]
+    json: bool,
+    /// Write every row with its numbers into this file, as JSON
+    #[arg(long)]
+    report: Option<PathBuf>,
+}
+
+impl Peer {
+    fn run(self) -> Result<bool> {
+        let mut journeys = if self.full || !self.only.is_empty() { peer::table::all() } else { peer::table::quick() };
+        journeys.retain(|journey| wanted(&journey.name, &self.only));
+        if self.list {
+            journeys.iter().for_each(|journey| println!("{}", journey.name));
+            return Ok(true);
+        }
+        let program = peer::Monitor::new(std::env::current_exe()?);
+        let report = peer::run(&journeys, &program, self.keep, |row| println!("{}", row.line()))?;
+        if let Some(path) = &self.report {
+            let json = serde_json::to_vec_pretty(&report)?;
+            fs::write(path, json).with_context(|| format!("writing {}", path.display()))?;
+        }
+        println!(
+            "{} journeys, {} fail, {} skipped",
+            report.rows.len(),
+            report.failures().count(),
+            report.skips().count()
+        );
+        if self.json {
+            println!("{}", report.summary());
+        }
+        Ok(report.holds())
+    }
+}
+
+#[derive(Args)]
 pub(crate) struct Reporting {
     /// Print one JSON object with the numbers as the last line
     #[arg(long)]
@@ -105,6 +156,7 @@ impl Command {
         match self {
             Command::Setup { suite } => setup(&suite),
             Command::Matrix(matrix) => matrix.run(),
+            Command::Peer(peer) => peer.run(),
             Command::Record { out, only, again } => record_all(&out, &only, again),
             Command::Analyze { corpus, only } => analyze_all(&corpus, &only),
             Command::Judge { corpus, only, reporting } => judge_all(&corpus, &only, &reporting),

@@ -68,6 +68,48 @@ impl Qemu {
         Ok(Qemu { child, qmp, stderr, name: format!("{name} (QEMU {})", root.version()) })
     }
 
+    /// Takes over a process whose monitor `connect` reaches. `name` is how errors call it.
+    ///
+    /// # Errors
+    /// The monitor does not answer; the error quotes the file `stderr`.
+    pub(crate) fn adopt(
+        mut child: Child,
+        connect: impl FnOnce() -> std::io::Result<std::os::unix::net::UnixStream>,
+        stderr: PathBuf,
+        name: String,
+    ) -> Result<Qemu> {
+        let qmp = connect().map_err(anyhow::Error::new).and_then(|stream| Ok(Qmp::new(stream)?));
+        match qmp {
+            Ok(qmp) => Ok(Qemu { child, qmp, stderr, name }),
+            Err(error) => {
+                let _ = child.kill();
+                let _ = child.wait();
+                Err(error.context(format!("{name}: {}", said(&stderr))))
+            }
+        }
+    }
+
+    /// What it said on standard error if it has ended by now or does so within a moment.
+    pub(crate) fn last_words(&mut self) -> Option<String> {
+        let deadline = Instant::now() + Duration::from_millis(500);
+        while matches!(self.child.try_wait(), Ok(None)) {
+            if Instant::now() > deadline {
+                return None;
+            }
+            thread::sleep(POLL);
+        }
+        Some(format!("{}: {}", self.name, said(&self.stderr)))
+    }
+
+    /// Waits for an event, dropping others.
+    ///
+    /// # Errors
+    /// See [`QmpError`].
+    pub fn wait_event(&mut self, name: &str, limit: Duration) -> Result<crate::qmp::Event> {
+        let event = self.qmp.wait_event(name, limit);
+        self.explain(event)
+    }
+
     /// Executes a QMP command.
     ///
     /// # Errors

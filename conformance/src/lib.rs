@@ -5,6 +5,8 @@
 //! [`record`] plays it, with [`tape`] as the listener that keeps every channel, and asks the [`oracle`] what the stopped
 //! guest's RAM really is. [`judge`] then holds what qevm (the [`subject`]) says about the recording against that truth and
 //! against QEMU's own [`description`], and [`reload`] gives what qevm writes back to QEMU; [`matrix`] does it for many scenarios and [`report`] tells the result.
+//!
+//! [`peer`] takes running guests to and fro between these QEMUs and reference-vmm.
 
 pub mod analyze;
 pub mod apt;
@@ -18,6 +20,7 @@ pub mod linux;
 pub mod matrix;
 pub mod oracle;
 pub mod payload;
+pub mod peer;
 pub mod process;
 pub mod qmp;
 pub mod record;

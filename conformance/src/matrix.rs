@@ -87,7 +87,7 @@ fn install(scenarios: &[Scenario]) -> BTreeMap<Suite, Installed> {
     roots
 }
 
-fn kvm() -> Result<(), String> {
+pub(crate) fn kvm() -> Result<(), String> {
     let opened = fs::OpenOptions::new().read(true).write(true).open("/dev/kvm");
     opened.map(|_| ()).map_err(|e| format!("/dev/kvm cannot be opened: {e}"))
 }
@@ -141,10 +141,15 @@ fn record_and_judge(scenario: &Scenario, root: &Root, folder: &Path, subject: &S
 
 /// A skip, unless the environment demands that there be none.
 fn unavailable(variable: &str, why: &str) -> Outcome {
-    match std::env::var_os(variable).is_some_and(|v| v == "1") {
+    match required(variable) {
         true => Outcome::NotPlayed(format!("{variable}=1, but {why}")),
         false => Outcome::Skipped(why.into()),
     }
+}
+
+/// Whether the environment demands that there be no skips of that kind.
+pub(crate) fn required(variable: &str) -> bool {
+    std::env::var_os(variable).is_some_and(|v| v == "1")
 }
 
 fn rounded(duration: Duration) -> f64 {

@@ -61,6 +61,8 @@ pub struct Event {
     pub name: String,
     /// Its data, or null.
     pub data: Value,
+    /// When it happened, by the host's wall clock since 1970.
+    pub time: Option<Duration>,
 }
 
 /// A monitor in command mode.
@@ -141,7 +143,10 @@ impl Qmp {
     fn keep_event(&mut self, command: &str, message: Value) -> Result<(), QmpError> {
         match message["event"].as_str() {
             Some(name) => {
-                self.events.push_back(Event { name: name.into(), data: message["data"].clone() });
+                let stamp = |unit| message["timestamp"][unit].as_u64();
+                let time = stamp("seconds").zip(stamp("microseconds"));
+                let time = time.map(|(s, us)| Duration::from_secs(s) + Duration::from_micros(us));
+                self.events.push_back(Event { name: name.into(), data: message["data"].clone(), time });
                 Ok(())
             }
             None => Err(QmpError::Malformed { command: command.into(), found: message.to_string() }),

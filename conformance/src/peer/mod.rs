@@ -1,0 +1,15 @@
+//! Running guests that move between real QEMUs and reference-vmm.
+//!
+//! A [`Journey`] is a row of the [`table`]: the monitors that a payload guest visits, one after the other, and how it gets from
+//! each to the next. [`travel`](Journey::travel) plays it: the first monitor boots the guest, every hop is a live migration under
+//! way while the guest rewrites its memory, and at the end the guest itself says whether a page was stale, its clock ran
+//! backwards or a byte of its serial output got lost. A [`Party`] is one of the monitors, controlled by QMP whoever wrote it.
+
+mod journey;
+mod party;
+mod report;
+pub mod table;
+
+pub use journey::{Account, Hop, Journey, Link, Stop};
+pub use party::{BUILT_IN, Monitor, Party};
+pub use report::{Outcome, Report, Row, run};

@@ -1,0 +1,187 @@
+//! One of the monitors: a real QEMU or reference-vmm.
+
+use std::fs::{self, File};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+use reference_vmm::payload::{FW_CFG_NAME, IMAGE, Progress};
+use serde_json::{Value, json};
+
+use super::Stop;
+use crate::launch::Qemu;
+use crate::roots::{Root, Suite};
+use crate::scenario::Accel;
+
+const START_TIMEOUT: Duration = Duration::from_secs(60);
+const POLL: Duration = Duration::from_millis(5);
+/// The environment variable that names another `reference-vmm` to judge.
+const PROGRAM_VARIABLE: &str = "REFERENCE_VMM_BIN";
+/// The hidden subcommand of `qevm-conformance` that is `reference-vmm` itself.
+pub const BUILT_IN: &str = "reference-vmm";
+
+/// How to start the reference-vmm under judgement.
+#[derive(Debug, Clone)]
+pub struct Monitor {
+    program: PathBuf,
+    leading: Vec<String>,
+}
+
+impl Monitor {
+    /// `$REFERENCE_VMM_BIN` when it is set, otherwise the one inside `judge`, the program `qevm-conformance`.
+    pub fn new(judge: PathBuf) -> Monitor {
+        match std::env::var_os(PROGRAM_VARIABLE) {
+            Some(program) => Monitor { program: program.into(), leading: Vec::new() },
+            None => Monitor { program: judge, leading: vec![BUILT_IN.into()] },
+        }
+    }
+}
+
+/// What every monitor on the way has to be told alike.
+#[derive(Debug, Clone)]
+pub(super) struct Machine {
+    /// MiB.
+    pub(super) memory: u32,
+    pub(super) cpus: u32,
+    /// `opt/qevm/payload`.
+    pub(super) payload: String,
+}
+
+/// A monitor with the guest in it, or waiting for it.
+#[derive(Debug)]
+pub struct Party {
+    monitor: Qemu,
+    console: PathBuf,
+    stop: Stop,
+}
+
+impl Party {
+    /// Starts a monitor that boots the guest, or, with `incoming`, waits until it is told where the guest comes from.
+    pub(super) fn start(
+        stop: Stop,
+        root: Option<&Root>,
+        program: &Monitor,
+        machine: &Machine,
+        name: &str,
+        incoming: bool,
+        scratch: &Path,
+    ) -> Result<Party> {
+        let console = scratch.join(format!("{name}.console"));
+        let _ = fs::remove_file(&console);
+        let mut arguments = vec!["-m".to_string(), format!("{}M", machine.memory)];
+        let mut more = |list: &[&str]| arguments.extend(list.iter().map(|a| a.to_string()));
+        let (cpus, serial) = (machine.cpus.to_string(), format!("file:{}", console.display()));
+        let item = format!("name={FW_CFG_NAME},string={}", machine.payload);
+        if incoming {
+            more(&["--incoming", "defer"]);
+        }
+        more(&["--serial", &serial, "--smp", &cpus]);
+        let monitor = match (stop, root) {
+            (Stop::Qemu(_, accel), Some(root)) => {
+                let firmware = scratch.join("payload.bin");
+                fs::write(&firmware, IMAGE).with_context(|| format!("writing {}", firmware.display()))?;
+                more(&["-bios", &firmware.display().to_string(), "-fw_cfg", &item]);
+                match accel {
+                    Accel::Kvm => more(&["-M", "microvm,accel=kvm", "-cpu", "host"]),
+                    // What a TCG guest has and a KVM guest would lack by default is asked for by name.
+                    Accel::Tcg => more(&["-M", "microvm,accel=tcg,rtc=on", "-cpu", "max"]),
+                }
+                Qemu::start(root, name, &arguments, scratch)?
+            }
+            _ => {
+                more(&["--fw-cfg", &item]);
+                start_reference(program, name, &arguments, scratch)?
+            }
+        };
+        Ok(Party { monitor, console, stop })
+    }
+
+    /// Its QMP connection and process.
+    pub fn monitor(&mut self) -> &mut Qemu {
+        &mut self.monitor
+    }
+
+    /// Who it is.
+    pub fn stop(&self) -> Stop {
+        self.stop
+    }
+
+    /// Tells reference-vmm which release it is dealing with; a QEMU is told nothing.
+    ///
+    /// # Errors
+    /// The monitor refuses it.
+    pub fn meets(&mut self, other: Stop) -> Result<()> {
+        if let (Stop::Reference, Stop::Qemu(suite, _)) = (self.stop, other) {
+            self.monitor.execute("x-set-peer", json!({ "qemu": suite.series() }))?;
+        }
+        // 7.2 does not know the command that sources of 10.0 and later put before the last section; its users turn it off.
+        ensure!(
+            !matches!((self.stop, other), (Stop::Qemu(Suite::Trixie | Suite::Sid, _), Stop::Qemu(Suite::Bookworm, _))),
+            "a hop from a newer QEMU to 7.2 is not reference-vmm's business"
+        );
+        Ok(())
+    }
+
+    /// What the guest has printed here.
+    pub(super) fn text(&self) -> Result<Vec<u8>> {
+        match fs::read(&self.console) {
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(Vec::new()),
+            read => read.with_context(|| format!("reading {}", self.console.display())),
+        }
+    }
+
+    /// Waits for a whole progress line for which `wanted` holds.
+    pub(super) fn wait_progress(
+        &mut self,
+        what: &str,
+        limit: Duration,
+        wanted: impl Fn(&Progress) -> bool,
+    ) -> Result<Progress> {
+        let deadline = Instant::now() + limit;
+        loop {
+            let text = self.text()?;
+            let text = String::from_utf8_lossy(&text);
+            let whole = text.rsplit_once('\n').map_or("", |(whole, _)| whole);
+            if let Some(found) = whole.lines().filter_map(Progress::parse).find(&wanted) {
+                return Ok(found);
+            }
+            if Instant::now() > deadline {
+                let status = self.monitor.execute("query-status", Value::Null)?;
+                let last = text.lines().next_back().unwrap_or("nothing");
+                bail!("the guest at {} did not {what}; {status}; last it printed: {last}", self.stop);
+            }
+            thread::sleep(POLL);
+        }
+    }
+
+    /// Ends the monitor and gives everything that the guest printed here.
+    pub(super) fn end(self) -> Result<Vec<u8>> {
+        let Party { monitor, console, .. } = self;
+        monitor.quit();
+        fs::read(&console).with_context(|| format!("reading {}", console.display()))
+    }
+}
+
+fn start_reference(program: &Monitor, name: &str, arguments: &[String], scratch: &Path) -> Result<Qemu> {
+    let file = |suffix: &str| scratch.join(format!("{name}.{suffix}"));
+    let (socket, stderr) = (file("qmp"), file("stderr"));
+    let _ = fs::remove_file(&socket);
+    let mut command = Command::new(&program.program);
+    command.args(&program.leading).arg("run").args(arguments).arg("--qmp").arg(format!("unix:{}", socket.display()));
+    command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(File::create(&stderr)?);
+    let child = command.spawn().with_context(|| format!("starting {}", program.program.display()))?;
+    let connect = || {
+        let deadline = Instant::now() + START_TIMEOUT;
+        loop {
+            match UnixStream::connect(&socket) {
+                Err(error) if Instant::now() > deadline => return Err(error),
+                Err(_) => thread::sleep(POLL),
+                stream => return stream,
+            }
+        }
+    };
+    Qemu::adopt(child, connect, stderr, format!("{name} (reference-vmm)"))
+}
