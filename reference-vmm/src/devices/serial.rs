@@ -177,10 +177,17 @@ impl Serial {
         SerialState { recv_fifo: self.receive.iter().copied().collect(), ..self.state.clone() }
     }
 
-    /// Takes over registers and FIFO; bytes beyond the FIFO's depth are dropped.
+    /// Takes over registers and FIFO, and sends what waits to be sent; bytes beyond the FIFO's depth are dropped.
     pub fn load(&mut self, state: &SerialState) {
         self.receive = state.recv_fifo.iter().copied().take(FIFO).collect();
-        self.state = SerialState { recv_fifo: Vec::new(), ..state.clone() };
+        self.state = SerialState { recv_fifo: Vec::new(), unsent: Vec::new(), ..state.clone() };
+        if let Err(error) = self.output.write_all(&state.unsent) {
+            tracing::warn!(%error, "serial output is lost");
+        }
+        if self.state.lsr & LSR_IDLE != LSR_IDLE {
+            self.state.lsr |= LSR_IDLE;
+            self.state.thr_ipending = true;
+        }
         self.level = false;
         self.update();
     }

@@ -37,8 +37,9 @@ use crate::dirty_log::DirtyLog;
 use crate::error::{Error, Result, kvm};
 use crate::memory::GuestMemory;
 use crate::payload;
-use crate::state::MachineState;
+use crate::state::{Carried, MachineState};
 use clock::VirtualClock;
+use kvm_state::Held;
 use run_control::RunControl;
 pub use run_control::{RunState, Stop};
 use vcpu::Vcpu;
@@ -85,6 +86,9 @@ pub struct Machine {
     threads: Vec<std::thread::JoinHandle<()>>,
     devices: Arc<Devices>,
     clock: Mutex<VirtualClock>,
+    /// What KVM lets run on while the vCPUs stand still, as it was when they stopped.
+    held: Mutex<Option<Held>>,
+    carried: Mutex<Carried>,
     dirty_log: DirtyLog,
     saved_msrs: Vec<u32>,
     memory: Arc<GuestMemory>,
@@ -135,6 +139,8 @@ impl Machine {
             threads: Vec::new(),
             devices,
             clock: Mutex::new(VirtualClock::default()),
+            held: Mutex::default(),
+            carried: Mutex::default(),
             dirty_log,
             saved_msrs: kvm_state::saved_msrs(&kvm_fd)?,
             memory,
@@ -170,8 +176,11 @@ impl Machine {
     /// Lets the vCPUs run.
     ///
     /// # Errors
-    /// [`Error::Config`] when the guest has stopped for good.
+    /// [`Error::Config`] when the guest has stopped for good; [`Error::Kvm`] when KVM does not let the clocks go on.
     pub fn resume(&self) -> Result<()> {
+        if self.control.all_parked() {
+            kvm_state::release(self)?;
+        }
         lock(&self.clock).start();
         self.control.resume().map_err(|stop| {
             lock(&self.clock).stop();
@@ -181,8 +190,12 @@ impl Machine {
 
     /// Stops the vCPUs and waits until none runs. RAM and device state change no more until [`Machine::resume`].
     pub fn pause(&self) {
+        let was_running = self.control.state() == RunState::Running;
         self.control.pause(|| self.vcpus.iter().for_each(Vcpu::kick));
         lock(&self.clock).stop();
+        if was_running && let Err(error) = kvm_state::hold(self) {
+            tracing::warn!(%error, "clock and PIT go on while the machine is paused");
+        }
         lock(&self.devices.serial).flush();
     }
 

@@ -2,9 +2,11 @@
 //!
 //! The machine converts it from and to what KVM hands out in one place; what goes on the wire is made from these values. RAM is not part of it.
 
+mod carried;
 mod devices;
 mod vcpu;
 
+pub use carried::Carried;
 pub use devices::{ClockState, FwCfgState, GedState, IoapicState, PicState, PitChannelState, PitState, SerialState};
 pub use vcpu::{DebugRegisters, DescriptorTable, Events, Msr, Registers, Segment, SpecialRegisters, VcpuState};
 
@@ -29,4 +31,6 @@ pub struct MachineState {
     pub fw_cfg: FwCfgState,
     /// The generic event device.
     pub ged: GedState,
+    /// What the machine was loaded from and does not use itself.
+    pub carried: Carried,
 }

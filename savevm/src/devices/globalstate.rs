@@ -50,7 +50,8 @@ impl GlobalState {
         Some(GlobalState {
             size: name.len() as u32 + 1,
             runstate: VarBuffer(runstate),
-            has_vm_was_suspended: newer.then_some(0),
+            // As every stream of these releases has it.
+            has_vm_was_suspended: newer.then_some(1),
             vm_was_suspended: newer.then_some(0),
             unused: newer.then(Unused::default),
         })

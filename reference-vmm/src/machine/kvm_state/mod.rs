@@ -8,12 +8,39 @@ pub(super) use vcpu::saved_msrs;
 use super::Machine;
 use crate::devices::lock;
 use crate::error::{Error, Result};
-use crate::state::{GedState, MachineState};
+use crate::state::{ClockState, GedState, MachineState, PitState};
+
+/// The paravirtual clock and the PIT, which KVM lets run on while the vCPUs stand still. As with a QEMU they stand still for
+/// the guest: they are read when it stops, and set when it goes on.
+#[derive(Clone, Debug)]
+pub(super) struct Held {
+    clock: ClockState,
+    pit: PitState,
+}
+
+/// Reads what runs on. The machine has just been paused.
+pub(super) fn hold(machine: &Machine) -> Result<()> {
+    let held = read_held(machine)?;
+    *lock(&machine.held) = Some(held);
+    Ok(())
+}
+
+/// Lets what was held go on from where it was. The machine is about to run.
+pub(super) fn release(machine: &Machine) -> Result<()> {
+    let Some(held) = lock(&machine.held).take() else { return Ok(()) };
+    chips::load_pit(&machine.vm, &held.pit, lock(&machine.clock).now())?;
+    chips::load_clock(&machine.vm, &held.clock)
+}
+
+fn read_held(machine: &Machine) -> Result<Held> {
+    let clock = chips::save_clock(&machine.vm)?;
+    Ok(Held { clock, pit: chips::save_pit(&machine.vm, lock(&machine.clock).now())? })
+}
 
 /// The machine is paused.
 pub(super) fn save(machine: &Machine) -> Result<MachineState> {
-    let virtual_clock = lock(&machine.clock).now();
-    let clock = chips::save_clock(&machine.vm)?;
+    let held = lock(&machine.held).clone();
+    let Held { clock, pit } = held.map_or_else(|| read_held(machine), Ok)?;
     let vcpus = machine
         .vcpus
         .iter()
@@ -24,12 +51,13 @@ pub(super) fn save(machine: &Machine) -> Result<MachineState> {
         vcpus,
         pics,
         ioapic,
-        pit: chips::save_pit(&machine.vm, virtual_clock)?,
+        pit,
         clock,
-        virtual_clock,
+        virtual_clock: lock(&machine.clock).now(),
         serial: lock(&machine.devices.serial).save(),
         fw_cfg: lock(&machine.devices.fw_cfg).save(),
         ged: GedState { sel: lock(&machine.devices.ged).selector },
+        carried: lock(&machine.carried).clone(),
     })
 }
 
@@ -44,14 +72,17 @@ pub(super) fn load(machine: &Machine, state: &MachineState) -> Result<()> {
     }
     lock(&machine.clock).set(state.virtual_clock);
     chips::load_irqchip(&machine.vm, &state.pics, &state.ioapic)?;
-    chips::load_pit(&machine.vm, &state.pit, state.virtual_clock)?;
     for (index, (vcpu, state)) in machine.vcpus.iter().zip(&state.vcpus).enumerate() {
         vcpu::load(&lock(&vcpu.fd), index == 0, state)?;
     }
-    // After the TSCs: KVM derives the guest's clock from both.
-    chips::load_clock(&machine.vm, &state.clock)?;
+    // Now, so that KVM's refusal is the load's failure; and once more when the machine goes on, so that they stand still
+    // until then. After the TSCs, for KVM derives the guest's clock from both.
+    let held = Held { clock: state.clock.clone(), pit: state.pit.clone() };
+    chips::load_clock(&machine.vm, &held.clock)?;
+    *lock(&machine.held) = Some(held);
     lock(&machine.devices.serial).load(&state.serial);
     lock(&machine.devices.fw_cfg).load(&state.fw_cfg);
     lock(&machine.devices.ged).selector = state.ged.sel;
+    *lock(&machine.carried) = state.carried.clone();
     Ok(())
 }

@@ -40,6 +40,7 @@ pub(super) fn save(vcpu: &VcpuState, virtual_clock: i64) -> DeviceState {
     // When the count began that has come to `current` by now.
     let gone = i64::from(initial.saturating_sub(current)) << shift;
     let load_time = virtual_clock.saturating_sub(gone);
+    let next_time = (current > 0).then(|| virtual_clock + (i64::from(current) << shift));
     DeviceState::Apic(Apic {
         apicbase: (vcpu.sregs.apic_base & BASE_MASK) as u32,
         id: (get(register::ID) >> 24) as u8,
@@ -58,8 +59,9 @@ pub(super) fn save(vcpu: &VcpuState, virtual_clock: i64) -> DeviceState {
         count_shift: shift as i32,
         initial_count: initial,
         initial_count_load_time: load_time,
-        next_time: if current > 0 { virtual_clock + (i64::from(current) << shift) } else { 0 },
-        timer_expiry: -1,
+        next_time: next_time.unwrap_or(0),
+        timer_expiry: next_time.unwrap_or(-1),
+        // Only TCG keeps it here; KVM says it in the state of the vCPU.
         sipi: None,
     })
 }

@@ -10,6 +10,7 @@ use qevm_savevm::devices::{
     i8254::{I8254, PitChannel},
     i8259::I8259,
     ioapic::IoApic,
+    kvm_tpr_opt::KvmTprOpt,
     kvmclock::{ClockIsReliable, KvmClock},
     serial::{Fifo16, IsaSerial, RecvFifo, ThrIpending, Uart},
     timer::CpuTimers,
@@ -23,18 +24,51 @@ const NANOSECONDS: i128 = 1_000_000_000;
 /// KVM's flag for a PIT whose interrupt the HPET has taken over, and QEMU's `irq_disabled`.
 const PIT_IRQ_DISABLED: u32 = 1;
 
+/// The section as it came, to start from; else its default.
+macro_rules! base {
+    ($state:ident, $variant:ident, $instance_id:expr) => {
+        match $state.carried.find(crate::migration::sections::idstr::$variant, $instance_id) {
+            Some(DeviceState::$variant(base)) => base.clone(),
+            _ => Default::default(),
+        }
+    };
+}
+
 pub(super) fn timer(state: &MachineState) -> DeviceState {
+    let base: CpuTimers = base!(state, Timer, 0);
+    // Ticks of the TSC that passed while the guest ran; a guest under TCG reads them as its TSC.
+    let ran = i128::from(state.virtual_clock.saturating_sub(base.cpu_clock_offset));
+    let khz = state.vcpus.first().map_or(0, |vcpu| i128::from(vcpu.tsc_khz));
+    let ticks = i64::try_from(ran * khz / 1_000_000).unwrap_or(0);
     DeviceState::Timer(CpuTimers {
-        // Ticks that passed while the guest ran; only TCG guests read them.
-        cpu_ticks_offset: state.virtual_clock,
+        cpu_ticks_offset: base.cpu_ticks_offset.saturating_add(ticks),
         cpu_clock_offset: state.virtual_clock,
-        ..CpuTimers::default()
+        // Instructions are not counted under KVM.
+        icount: None,
+        ..base
     })
 }
 
 pub(super) fn fw_cfg(state: &MachineState) -> DeviceState {
     let FwCfgState { cur_entry, cur_offset, dma_addr } = state.fw_cfg;
-    DeviceState::FwCfg(FwCfg { cur_entry, cur_offset, dma: Some(FwCfgDma { dma_addr }), ..FwCfg::default() })
+    let base: FwCfg = base!(state, FwCfg, 0);
+    DeviceState::FwCfg(FwCfg { cur_entry, cur_offset, dma: Some(FwCfgDma { dma_addr }), ..base })
+}
+
+pub(super) fn kvm_tpr_opt(state: &MachineState) -> DeviceState {
+    DeviceState::KvmTprOpt(base!(state, KvmTprOpt, 0))
+}
+
+/// The guest's code may have been patched to ask the optimisation for its TPR, which only 32-bit guests under firmware with
+/// QEMU's option ROM have done to them.
+pub(super) fn expect_inactive(from: &KvmTprOpt) -> Result<(), String> {
+    const ACTIVE: u32 = 1;
+    match from.state {
+        ACTIVE => Err("the guest's code is patched for QEMU's TPR optimisation, which this machine lacks (-global \
+                       apic-common.vapic=off at the source)"
+            .into()),
+        _ => Ok(()),
+    }
 }
 
 pub(super) fn load_fw_cfg(from: &FwCfg, into: &mut FwCfgState) {
@@ -86,10 +120,13 @@ pub(super) fn load_kvmclock(from: &KvmClock, into: &mut ClockState) {
 
 pub(super) fn ged(state: &MachineState) -> DeviceState {
     let ged_state = GedState { sel: state.ged.sel };
-    DeviceState::AcpiGed(AcpiGed { ged_state, memhp: Some(Memhp::default()), ..AcpiGed::default() })
+    let base: AcpiGed = base!(state, AcpiGed, 0);
+    DeviceState::AcpiGed(AcpiGed { ged_state, memhp: base.memhp.clone().or_else(|| Some(Memhp::default())), ..base })
 }
 
-pub(super) fn pic(pic: &PicState) -> DeviceState {
+pub(super) fn pic(state: &MachineState, instance_id: u32) -> DeviceState {
+    let pic = &state.pics[instance_id as usize];
+    let base: I8259 = base!(state, I8259, instance_id);
     DeviceState::I8259(I8259 {
         last_irr: pic.last_irr,
         irr: pic.irr,
@@ -105,9 +142,8 @@ pub(super) fn pic(pic: &PicState) -> DeviceState {
         rotate_on_auto_eoi: pic.rotate_on_auto_eoi,
         special_fully_nested_mode: pic.special_fully_nested_mode,
         init4: pic.init4,
-        single_mode: 0,
         elcr: pic.elcr,
-        ltim: None,
+        ..base
     })
 }
 
@@ -222,10 +258,14 @@ pub(super) fn serial(serial: &SerialState) -> DeviceState {
     })
 }
 
-pub(super) fn load_serial(from: &Uart, into: &mut SerialState) -> Result<(), String> {
-    if let Some(sending) = from.xmit_fifo.as_ref().filter(|fifo| fifo.xmit_fifo.num > 0) {
-        return Err(format!("{} bytes wait to be sent, for which this port has no room", sending.xmit_fifo.num));
-    }
+pub(super) fn load_serial(from: &Uart, into: &mut SerialState) {
+    const LSR_THR_EMPTY: u8 = 1 << 5;
+    const FCR_ENABLE: u8 = 1;
+    // First the byte in the shift register, then the one in the holding register or those in the FIFO.
+    let shifted = from.tsr.as_ref().map(|sub| sub.tsr);
+    let held = from.tsr.as_ref().filter(|_| from.fcr & FCR_ENABLE == 0 && from.lsr & LSR_THR_EMPTY == 0);
+    let waiting = from.xmit_fifo.iter().flat_map(|sub| sub.xmit_fifo.bytes());
+    let unsent = shifted.into_iter().chain(held.map(|sub| sub.thr)).chain(waiting).collect();
     *into = SerialState {
         divider: from.divider,
         rbr: from.rbr,
@@ -239,6 +279,6 @@ pub(super) fn load_serial(from: &Uart, into: &mut SerialState) -> Result<(), Str
         fcr: from.fcr,
         thr_ipending: from.transmit_interrupt_pending(),
         recv_fifo: from.recv_fifo.as_ref().map_or_else(Vec::new, |sub| sub.recv_fifo.bytes().collect()),
+        unsent,
     };
-    Ok(())
 }

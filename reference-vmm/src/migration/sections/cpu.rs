@@ -1,7 +1,7 @@
 //! Sections `cpu_common` and `cpu`.
 
 use super::{fpu, msr};
-use crate::state::{self, DescriptorTable, Events, VcpuState};
+use crate::state::{self, DescriptorTable, Events, MachineState, VcpuState};
 use qevm_savevm::{
     devices::{
         DeviceState,
@@ -76,7 +76,11 @@ pub(super) fn common(vcpu: &VcpuState) -> DeviceState {
     })
 }
 
-pub(super) fn save(vcpu: &VcpuState) -> Cpu {
+pub(super) fn save(vcpu: &VcpuState, state: &MachineState, instance_id: u32) -> Cpu {
+    let base = match state.carried.find(super::idstr::Cpu, instance_id) {
+        Some(DeviceState::Cpu(base)) => base.clone(),
+        _ => at_reset(),
+    };
     let (regs, sregs, debug, events) = (&vcpu.regs, &vcpu.sregs, &vcpu.debug, &vcpu.events);
     let mut cpu = Cpu {
         regs: regs.gpr,
@@ -93,22 +97,29 @@ pub(super) fn save(vcpu: &VcpuState) -> Cpu {
         cr4: sregs.cr4,
         efer: sregs.efer,
         dr: [debug.db[0], debug.db[1], debug.db[2], debug.db[3], debug.dr6, debug.dr7, debug.dr6, debug.dr7],
-        a20_mask: -1,
-        smbase: 0x3_0000,
         mp_state: vcpu.mp_state,
-        mcg_cap: MCG_CAP,
-        mcg_ctl: u64::MAX,
-        mce_banks: Table::from_fn(
-            |i| if i % MCE_REGISTERS == 0 && i < MCE_BANKS * MCE_REGISTERS { u64::MAX } else { 0 },
-        ),
         tsc_khz: Some(sub::TscKhz { value: vcpu.tsc_khz.into() }),
-        ..Cpu::default()
+        ..base
     };
     fpu::save(&vcpu.xsave, vcpu.xcr0, &mut cpu);
     msr::save(&vcpu.msrs, &mut cpu);
     save_events(events, &mut cpu);
     cpu.hflags |= hidden_flags(&cpu);
     cpu
+}
+
+/// What this machine does not model, as a QEMU has it after a reset.
+fn at_reset() -> Cpu {
+    Cpu {
+        a20_mask: -1,
+        smbase: 0x3_0000,
+        mcg_cap: MCG_CAP,
+        mcg_ctl: u64::MAX,
+        mce_banks: Table::from_fn(
+            |i| if i % MCE_REGISTERS == 0 && i < MCE_BANKS * MCE_REGISTERS { u64::MAX } else { 0 },
+        ),
+        ..Cpu::default()
+    }
 }
 
 fn save_events(events: &Events, cpu: &mut Cpu) {

@@ -116,7 +116,7 @@ pub(super) fn save(xsave: &[u8], xcr0: u64, cpu: &mut Cpu) {
     });
     cpu.pkru = Some(Pkru { value: word(PKRU, 0) as u32 });
     let tiles = 1 << XTILECFG | 1 << XTILEDATA;
-    cpu.intel_amx_xtile = (xcr0 & tiles == tiles).then(|| {
+    cpu.intel_amx_xtile = (xcr0 & tiles == tiles || cpu.intel_amx_xtile.is_some()).then(|| {
         let byte = |component, i: usize| offset(component).map_or(0, |at| area.bytes::<1>(at + i)[0]);
         AmxXtile { xtilecfg: Table::from_fn(|i| byte(XTILECFG, i)), xtiledata: Table::from_fn(|i| byte(XTILEDATA, i)) }
     });

@@ -13,7 +13,7 @@ use super::{DeviceSection, SavedDevices, machine::MACHINE_TYPE};
 use crate::state::MachineState;
 use qevm_savevm::{
     Reader,
-    devices::{DeviceState, globalstate::GlobalState, kvm_tpr_opt::KvmTprOpt},
+    devices::{DeviceState, globalstate::GlobalState},
     vmdesc::{Description, DeviceBody, DeviceDescription, FieldDescription, StructDescription, TextStyle},
     vmstate::{Accel, Context},
 };
@@ -61,6 +61,17 @@ pub enum SectionError {
     },
 }
 
+/// Names of the sections whose content is kept, by their variant of [`DeviceState`].
+#[allow(non_upper_case_globals)] // so that one name finds both
+mod idstr {
+    pub(super) const AcpiGed: &str = "acpi-ged";
+    pub(super) const Cpu: &str = "cpu";
+    pub(super) const FwCfg: &str = "fw_cfg";
+    pub(super) const I8259: &str = "i8259";
+    pub(super) const KvmTprOpt: &str = "kvm-tpr-opt";
+    pub(super) const Timer: &str = "timer";
+}
+
 /// The run states of QEMU that a source in good health reports.
 const RUNNING: &str = "running";
 const PAUSED: &str = "paused";
@@ -81,9 +92,9 @@ pub fn save(state: &MachineState, profile: &Profile, running: bool) -> Result<Sa
     let mut apics_behind = if profile.apic_first { Vec::new() } else { apics().collect() }.into_iter();
     for (i, vcpu) in (0..).zip(&state.vcpus) {
         devices.push(("cpu_common", i, cpu::common(vcpu)));
-        devices.push(("cpu", i, DeviceState::Cpu(cpu::save(vcpu))));
+        devices.push(("cpu", i, DeviceState::Cpu(cpu::save(vcpu, state, i))));
         if i == 0 {
-            devices.push(("kvm-tpr-opt", 0, DeviceState::KvmTprOpt(KvmTprOpt::default())));
+            devices.push(("kvm-tpr-opt", 0, chips::kvm_tpr_opt(state)));
         }
         devices.extend(apics_behind.next());
     }
@@ -93,8 +104,8 @@ pub fn save(state: &MachineState, profile: &Profile, running: bool) -> Result<Sa
     }
     devices.push(("kvmclock", 0, chips::kvmclock(state)));
     devices.push(("acpi-ged", 0, chips::ged(state)));
-    for (i, pic) in (0..).zip(&state.pics) {
-        devices.push(("i8259", i, chips::pic(pic)));
+    for i in 0..state.pics.len() as u32 {
+        devices.push(("i8259", i, chips::pic(state, i)));
     }
     devices.push(("i8254", 0, chips::pit(state)));
     devices.push(("serial", 0, chips::serial(&state.serial)));
@@ -160,6 +171,7 @@ pub fn has_device(idstr: &CountedString, instance_id: u32, cpus: usize) -> bool 
 pub fn load(sections: &[DeviceSection], profile: &Profile, state: &mut MachineState) -> Result<bool, SectionError> {
     let ctx = Context::from_profile(profile.clone()).with_accel(Accel::Kvm);
     let mut running = true;
+    state.carried.clear();
     let mut cpus_seen = vec![0; state.vcpus.len()];
     // The virtual clock first: other devices' times count from it.
     let timers_first = |section: &&DeviceSection| section.idstr != *"timer";
@@ -192,11 +204,12 @@ pub fn load(sections: &[DeviceSection], profile: &Profile, state: &mut MachineSt
             (DeviceState::FwCfg(from), _) => chips::load_fw_cfg(from, &mut state.fw_cfg),
             (DeviceState::KvmClock(from), _) => chips::load_kvmclock(from, &mut state.clock),
             (DeviceState::AcpiGed(from), _) => state.ged.sel = from.ged_state.sel,
-            (DeviceState::Serial(from), _) => chips::load_serial(&from.state, &mut state.serial).map_err(refused)?,
-            (DeviceState::KvmTprOpt(_), _) => {}
+            (DeviceState::Serial(from), _) => chips::load_serial(&from.state, &mut state.serial),
+            (DeviceState::KvmTprOpt(from), _) => chips::expect_inactive(from).map_err(refused)?,
             (DeviceState::GlobalState(from), _) => running = from.name() == Some(RUNNING),
             _ => return Err(refused("this machine has no such device".into())),
         }
+        state.carried.keep(idstr.as_str().unwrap_or_default(), *instance_id, loaded);
     }
     match cpus_seen.iter().position(|seen| *seen == 0) {
         Some(missing) => Err(SectionError::Missing { idstr: "cpu", instance_id: missing as u32 }),

@@ -61,7 +61,10 @@ macro_rules! subsections {
     ($($index:literal => $field:ident: $module:ident::$type:ident;)*) => {
         /// Fills the subsections of a single MSR; those that QEMU would not send are left out when saving.
         fn save_subsections(msrs: &HashMap<u32, u64>, cpu: &mut Cpu) {
-            $(cpu.$field = msrs.get(&$index).map(|value| $module::$type { value: *value as _ });)*
+            // A vCPU without the MSR cannot have changed what came with the guest.
+            $(if let Some(value) = msrs.get(&$index) {
+                cpu.$field = Some($module::$type { value: *value as _ });
+            })*
         }
         /// The MSRs of the subsections that are there.
         fn load_subsections(cpu: &Cpu, msrs: &mut Vec<Msr>) {
@@ -90,7 +93,7 @@ subsections! {
     0x6a4 => msr_pl0_ssp: extended::Pl0Ssp;
 }
 
-/// The performance counters, in the order of the subsection.
+/// The performance counters that can be there, in the order of the subsection.
 fn counters(pmu: &mut msr::ArchitecturalPmu) -> Vec<(u32, &mut u64)> {
     let mut fields = vec![
         (0x38d, &mut pmu.fixed_ctr_ctrl),
@@ -98,38 +101,45 @@ fn counters(pmu: &mut msr::ArchitecturalPmu) -> Vec<(u32, &mut u64)> {
         (0x38e, &mut pmu.global_status),
         (0x390, &mut pmu.global_ovf_ctrl),
     ];
+    // The subsection has room for more than the architecture numbers; behind these there are MSRs of other kinds.
+    const COUNTERS: usize = 8;
     fields.extend((0x309..).zip(&mut pmu.fixed_counters));
-    fields.extend((0xc1..).zip(&mut pmu.gp_counters));
-    fields.extend((0x186..).zip(&mut pmu.gp_evtsel));
+    fields.extend((0xc1..).zip(pmu.gp_counters.iter_mut().take(COUNTERS)));
+    fields.extend((0x186..).zip(pmu.gp_evtsel.iter_mut().take(COUNTERS)));
     fields
 }
 
 pub(super) fn save(list: &[Msr], cpu: &mut Cpu) {
     let msrs: HashMap<u32, u64> = list.iter().map(|msr| (msr.index, msr.value)).collect();
     let get = |index: u32| msrs.get(&index).copied().unwrap_or(0);
-    fields(cpu).into_iter().for_each(|(index, field)| *field = get(index));
+    fields(cpu).into_iter().for_each(|(index, field)| *field = msrs.get(&index).copied().unwrap_or(*field));
     cpu.mtrr_var.iter_mut().for_each(|pair| pair.mask |= beyond_address_bits());
     cpu.sysenter_cs = get(SYSENTER_CS) as u32;
     save_subsections(&msrs, cpu);
-    let mut pmu = msr::ArchitecturalPmu::default();
-    counters(&mut pmu).into_iter().for_each(|(index, field)| *field = get(index));
+    let mut pmu = cpu.msr_architectural_pmu.take().unwrap_or_default();
+    counters(&mut pmu).into_iter().for_each(|(index, field)| *field = msrs.get(&index).copied().unwrap_or(*field));
     cpu.msr_architectural_pmu = Some(pmu);
     if let Some(mpx) = &mut cpu.mpx {
         mpx.bndcfgs = get(BNDCFGS);
     }
-    // QEMU sends these for processors that have them, whatever they hold. A peer without them could not take them.
+    // QEMU sends these for processors that have them, whatever they hold. A peer without them could not take them, so they
+    // are sent if they hold something or came with the guest.
     let value = get(TSX_CTRL) as u32;
-    cpu.msr_tsx_ctrl = (value != 0).then_some(msr::TsxCtrl { value });
-    cpu.msr_xfd = (get(XFD) | get(XFD_ERR) != 0).then(|| extended::Xfd { xfd: get(XFD), xfd_err: get(XFD_ERR) });
+    cpu.msr_tsx_ctrl = (value != 0 || cpu.msr_tsx_ctrl.is_some()).then_some(msr::TsxCtrl { value });
+    let xfd = extended::Xfd { xfd: get(XFD), xfd_err: get(XFD_ERR) };
+    cpu.msr_xfd = (xfd.xfd | xfd.xfd_err != 0 || cpu.msr_xfd.is_some()).then_some(xfd);
     let shadow_stacks = [PL1_SSP, PL2_SSP, PL3_SSP, INT_SSP_TABLE];
-    let shstk = shadow_stacks.iter().any(|index| get(*index) != 0).then(|| extended::CetShstk {
-        pl1_ssp: get(PL1_SSP),
-        pl2_ssp: get(PL2_SSP),
-        pl3_ssp: get(PL3_SSP),
-        int_ssp_table: get(INT_SSP_TABLE),
-        guest_ssp: 0,
-    });
-    let control = get(U_CET) | get(S_CET) != 0;
+    let came = cpu.cet.take();
+    let shstk_came = came.as_ref().and_then(|cet| cet.shstk.as_ref());
+    let shstk =
+        (shstk_came.is_some() || shadow_stacks.iter().any(|index| get(*index) != 0)).then(|| extended::CetShstk {
+            pl1_ssp: get(PL1_SSP),
+            pl2_ssp: get(PL2_SSP),
+            pl3_ssp: get(PL3_SSP),
+            int_ssp_table: get(INT_SSP_TABLE),
+            guest_ssp: shstk_came.map_or(0, |sub| sub.guest_ssp),
+        });
+    let control = came.is_some() || get(U_CET) | get(S_CET) != 0;
     cpu.cet = (control || shstk.is_some()).then(|| extended::Cet { u_cet: get(U_CET), s_cet: get(S_CET), shstk });
 }
 

@@ -1,0 +1,30 @@
+//! What a peer sent that this machine has no use for.
+
+use std::collections::BTreeMap;
+
+use qevm_savevm::devices::DeviceState;
+
+/// The device sections that a machine was loaded from, by name and instance.
+///
+/// Whatever they hold that the machine does not model goes back as it came: the sizes of ACPI tables, machine check banks,
+/// the TPR optimisation, and so on. What the machine does model is taken from the machine.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Carried(BTreeMap<(String, u32), DeviceState>);
+
+impl Carried {
+    /// The section, if it came.
+    pub fn find(&self, idstr: &str, instance_id: u32) -> Option<&DeviceState> {
+        // A lookup by a borrowed pair needs an owned key; there are two dozen sections at most.
+        self.0.get(&(idstr.to_owned(), instance_id))
+    }
+
+    /// Keeps a section, in the place of an older one.
+    pub fn keep(&mut self, idstr: &str, instance_id: u32, device: DeviceState) {
+        self.0.insert((idstr.to_owned(), instance_id), device);
+    }
+
+    /// Forgets all.
+    pub fn clear(&mut self) {
+        self.0.clear();
+    }
+}
