@@ -14,8 +14,8 @@ setup:
 	@scripts/setup
 
 demo: setup
-	@cargo build --quiet --release --package reference-vmm
-	@target/release/reference-vmm demo
+	@cargo build --quiet --release --package qevm-conformance
+	@target/release/qevm-conformance demo
 
 test: setup lint unit doc
 	@$(MAKE) --no-print-directory skipped

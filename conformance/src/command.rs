@@ -33,6 +33,11 @@ pub(crate) enum Command {
     },
     /// Record scenarios with real QEMU and hold qevm's findings against QEMU's
     Matrix(Matrix),
+    /// Show a running guest that visits reference-vmm from a real QEMU and goes home, and what happens on the way.
+    ///
+    /// The last line on standard output is one JSON object. Its `rounds`, `bytes` and `total_ms` are sums over both hops,
+    /// `downtime_ms` is the longer gap between the event STOP at the source and RESUME at the destination; `hops` has each.
+    Demo(Demo),
     /// Move running guests between real QEMUs and reference-vmm
     Peer(Peer),
     /// Record scenarios with real QEMU into one folder each, without judging
@@ -89,6 +94,25 @@ pub(crate) struct Matrix {
     list: bool,
     #[command(flatten)]
     reporting: Reporting,
+}
+
+#[derive(Args)]
+pub(crate) struct Demo {
+    /// Print nothing but the JSON object
+    #[arg(long)]
+    json: bool,
+    /// Whose QEMU the guest comes from
+    #[arg(long, value_enum, default_value_t = Suite::Sid)]
+    suite: Suite,
+}
+
+impl Demo {
+    fn run(self) -> Result<bool> {
+        let options = peer::demo::Options { suite: self.suite, quiet: self.json, ..Default::default() };
+        let object = peer::demo::run(&options, &peer::Monitor::new(std::env::current_exe()?));
+        println!("{object}");
+        Ok(object["result"] == "ok")
+    }
 }
 
 #[derive(Args)]
@@ -157,6 +181,7 @@ impl Command {
             Command::Setup { suite } => setup(&suite),
             Command::Matrix(matrix) => matrix.run(),
             Command::Peer(peer) => peer.run(),
+            Command::Demo(demo) => demo.run(),
             Command::Record { out, only, again } => record_all(&out, &only, again),
             Command::Analyze { corpus, only } => analyze_all(&corpus, &only),
             Command::Judge { corpus, only, reporting } => judge_all(&corpus, &only, &reporting),

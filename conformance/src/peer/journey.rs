@@ -10,19 +10,12 @@ use reference_vmm::payload::{Progress, Transcript};
 use serde::Serialize;
 use serde_json::{Map, Value, json};
 
-use super::party::{Machine, Monitor, Party};
+use super::party::{Monitor, Party};
 use crate::roots::{Root, Suite};
 use crate::scenario::Accel;
 
 /// How long a single step may take: a hop, or the guest's next passes.
 const PATIENCE: Duration = Duration::from_secs(60);
-/// MiB of guest RAM.
-const MEMORY: u32 = 64;
-/// The guest rewrites 16 MiB three times a second, checks the rest in the background and reports fifty times a second.
-const PAYLOAD: &str = "dirty=16M rate=48M hold=4M zero=2M verify=16384 report=20";
-/// A link slow enough that the guest dirties most of its memory again during the first round.
-const MAX_BANDWIDTH: u64 = 64 << 20;
-const DOWNTIME_LIMIT_MS: u64 = 100;
 
 /// A monitor on the way.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -52,6 +45,35 @@ pub enum Link {
     Tcp,
 }
 
+/// What the guest does, and how fast it may migrate.
+#[derive(Debug, Clone)]
+pub struct Load {
+    /// Guest RAM, MiB.
+    pub memory: u32,
+    /// vCPUs.
+    pub cpus: u32,
+    /// Configuration of the payload, see [`reference_vmm::payload`].
+    pub payload: String,
+    /// `max-bandwidth`, bytes per second.
+    pub max_bandwidth: u64,
+    /// `downtime-limit`, ms.
+    pub downtime_limit: u64,
+}
+
+impl Default for Load {
+    /// One vCPU rewrites 16 MiB of 64 three times a second, checks the rest in the background and reports fifty times a
+    /// second; the link is slow enough that most of the 16 MiB are dirty again after the first round.
+    fn default() -> Load {
+        Load {
+            memory: 64,
+            cpus: 1,
+            payload: "dirty=16M rate=48M hold=4M zero=2M verify=16384 report=20".into(),
+            max_bandwidth: 64 << 20,
+            downtime_limit: 100,
+        }
+    }
+}
+
 /// One row of the table.
 #[derive(Debug, Clone)]
 pub struct Journey {
@@ -65,8 +87,8 @@ pub struct Journey {
     pub capabilities: Vec<&'static str>,
     /// Parameters at both ends of each hop, beside the limits of bandwidth and downtime.
     pub parameters: Map<String, Value>,
-    /// vCPUs.
-    pub cpus: u32,
+    /// What the guest does meanwhile.
+    pub load: Load,
     /// In the representative subset.
     pub quick: bool,
 }
@@ -88,6 +110,28 @@ pub struct Hop {
     pub rounds: u64,
 }
 
+/// Something that happens on the way.
+#[derive(Debug, Clone)]
+pub enum Moment {
+    /// The guest has booted and written to all of its memory.
+    Booted(Progress),
+    /// A hop begins.
+    Leaving {
+        /// From where.
+        from: Stop,
+        /// To where.
+        to: Stop,
+        /// What `migrate` was told.
+        uri: String,
+    },
+    /// The source has read its log of dirty pages; `query-migrate`.
+    Round(Value),
+    /// The guest runs at the next monitor.
+    Arrived(Hop),
+    /// It has rewritten and checked all of its memory there.
+    Settled(Progress),
+}
+
 /// How a journey went.
 #[derive(Debug, Clone, Serialize)]
 pub struct Account {
@@ -102,7 +146,7 @@ pub struct Account {
 }
 
 impl Journey {
-    /// Boots the guest and takes it all the way. `tell` hears of every hop as it ends.
+    /// Boots the guest and takes it all the way. `tell` hears of what happens.
     ///
     /// # Errors
     /// A migration fails, the guest does not go on, or what it printed shows that it did not arrive whole.
@@ -111,26 +155,27 @@ impl Journey {
         roots: &BTreeMap<Suite, Root>,
         program: &Monitor,
         scratch: &Path,
-        mut tell: impl FnMut(&Hop, &Progress),
+        mut tell: impl FnMut(Moment),
     ) -> Result<Account> {
-        let machine = Machine { memory: MEMORY, cpus: self.cpus, payload: PAYLOAD.into() };
         let start = |n: usize, incoming| {
             let stop = self.stops[n];
             let root = match stop {
                 Stop::Qemu(suite, _) => Some(roots.get(&suite).with_context(|| format!("no QEMU of {suite}"))?),
                 Stop::Reference => None,
             };
-            Party::start(stop, root, program, &machine, &format!("stop{n}"), incoming, scratch)
+            Party::start(stop, root, program, &self.load, &format!("stop{n}"), incoming, scratch)
         };
         let (mut texts, mut hops) = (Vec::new(), Vec::new());
         let mut here = start(0, false)?;
-        here.wait_progress("complete its first pass", PATIENCE, |p| p.pass >= 1 && p.rounds >= 1)?;
+        let rounds = u64::from(self.load.cpus);
+        let booted = here.wait_progress("complete a pass", PATIENCE, |p| p.pass >= 1 && p.rounds >= rounds)?;
+        tell(Moment::Booted(booted));
         for n in 1..self.stops.len() {
             let mut there = start(n, true)?;
             let context = || format!("hop {n}, {} to {}", self.stops[n - 1], self.stops[n]);
-            let hop = self.hop(&mut here, &mut there, scratch, n).with_context(context)?;
-            let progress = self.settle(&mut there).with_context(context)?;
-            tell(&hop, &progress);
+            let hop = self.hop(&mut here, &mut there, scratch, n, &mut tell).with_context(context)?;
+            tell(Moment::Arrived(hop.clone()));
+            tell(Moment::Settled(self.settle(&mut there).with_context(context)?));
             hops.push(hop);
             texts.push(std::mem::replace(&mut here, there).end()?);
         }
@@ -140,14 +185,21 @@ impl Journey {
         Ok(Account { hops, pages: last.written + last.checked, passes: last.pass, cut_lines: transcript.cut })
     }
 
-    fn hop(&self, here: &mut Party, there: &mut Party, scratch: &Path, n: usize) -> Result<Hop> {
+    fn hop(
+        &self,
+        here: &mut Party,
+        there: &mut Party,
+        scratch: &Path,
+        n: usize,
+        tell: &mut dyn FnMut(Moment),
+    ) -> Result<Hop> {
         here.meets(there.stop())?;
         there.meets(here.stop())?;
         for party in [&mut *here, &mut *there] {
             party.monitor().set_capabilities(&self.capabilities)?;
             party.monitor().set_parameters(&Value::Object(self.parameters.clone()))?;
         }
-        let limits = json!({ "max-bandwidth": MAX_BANDWIDTH, "downtime-limit": DOWNTIME_LIMIT_MS });
+        let limits = json!({ "max-bandwidth": self.load.max_bandwidth, "downtime-limit": self.load.downtime_limit });
         here.monitor().set_parameters(&limits)?;
         let address = match self.link {
             Link::Unix => format!("unix:{}", scratch.join(format!("link{n}")).display()),
@@ -163,7 +215,16 @@ impl Journey {
             }
         };
         here.monitor().execute("migrate", json!({ "uri": uri }))?;
-        let done = here.monitor().wait_migration(PATIENCE, |m| m["status"] == "completed");
+        tell(Moment::Leaving { from: here.stop(), to: there.stop(), uri });
+        let mut rounds = 0;
+        let done = here.monitor().wait_migration(PATIENCE, |migration| {
+            let count = migration["ram"]["dirty-sync-count"].as_u64().unwrap_or(0);
+            if count > rounds {
+                rounds = count;
+                tell(Moment::Round(migration.clone()));
+            }
+            migration["status"] == "completed"
+        });
         // What the destination says about a failure is worth more than the source's broken pipe.
         let done = match done {
             Err(error) => return Err(there.monitor().last_words().map_or(error, |said| anyhow::anyhow!(said))),
@@ -191,7 +252,7 @@ impl Journey {
     fn settle(&self, party: &mut Party) -> Result<Progress> {
         let arrived = party.wait_progress("print anything", PATIENCE, |_| true)?;
         // The pass and the round under way may have begun before the migration.
-        let (pass, rounds) = (arrived.pass + 2, arrived.rounds + u64::from(self.cpus) + 1);
+        let (pass, rounds) = (arrived.pass + 2, arrived.rounds + u64::from(self.load.cpus) + 1);
         let settled = party.wait_progress("complete its passes", PATIENCE, |p| p.pass >= pass && p.rounds >= rounds)?;
         ensure!(settled.stale == 0, "the guest found {} stale pages", settled.stale);
         ensure!(settled.tsc_back == 0, "the guest's clock ran backwards {} times", settled.tsc_back);

@@ -5,11 +5,12 @@
 //! way while the guest rewrites its memory, and at the end the guest itself says whether a page was stale, its clock ran
 //! backwards or a byte of its serial output got lost. A [`Party`] is one of the monitors, controlled by QMP whoever wrote it.
 
+pub mod demo;
 mod journey;
 mod party;
 mod report;
 pub mod table;
 
-pub use journey::{Account, Hop, Journey, Link, Stop};
+pub use journey::{Account, Hop, Journey, Link, Load, Moment, Stop};
 pub use party::{BUILT_IN, Monitor, Party};
 pub use report::{Outcome, Report, Row, run};

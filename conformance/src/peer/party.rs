@@ -11,7 +11,7 @@ use anyhow::{Context, Result, bail, ensure};
 use reference_vmm::payload::{FW_CFG_NAME, IMAGE, Progress};
 use serde_json::{Value, json};
 
-use super::Stop;
+use super::{Load, Stop};
 use crate::launch::Qemu;
 use crate::roots::{Root, Suite};
 use crate::scenario::Accel;
@@ -40,16 +40,6 @@ impl Monitor {
     }
 }
 
-/// What every monitor on the way has to be told alike.
-#[derive(Debug, Clone)]
-pub(super) struct Machine {
-    /// MiB.
-    pub(super) memory: u32,
-    pub(super) cpus: u32,
-    /// `opt/qevm/payload`.
-    pub(super) payload: String,
-}
-
 /// A monitor with the guest in it, or waiting for it.
 #[derive(Debug)]
 pub struct Party {
@@ -64,17 +54,17 @@ impl Party {
         stop: Stop,
         root: Option<&Root>,
         program: &Monitor,
-        machine: &Machine,
+        load: &Load,
         name: &str,
         incoming: bool,
         scratch: &Path,
     ) -> Result<Party> {
         let console = scratch.join(format!("{name}.console"));
         let _ = fs::remove_file(&console);
-        let mut arguments = vec!["-m".to_string(), format!("{}M", machine.memory)];
+        let mut arguments = vec!["-m".to_string(), format!("{}M", load.memory)];
         let mut more = |list: &[&str]| arguments.extend(list.iter().map(|a| a.to_string()));
-        let (cpus, serial) = (machine.cpus.to_string(), format!("file:{}", console.display()));
-        let item = format!("name={FW_CFG_NAME},string={}", machine.payload);
+        let (cpus, serial) = (load.cpus.to_string(), format!("file:{}", console.display()));
+        let item = format!("name={FW_CFG_NAME},string={}", load.payload);
         if incoming {
             more(&["--incoming", "defer"]);
         }

@@ -81,7 +81,7 @@ pub fn run(
             Some((_, why)) => Outcome::Skipped(why),
             None => {
                 fs::create_dir_all(&folder)?;
-                match journey.travel(&here, program, &folder, |_, _| ()) {
+                match journey.travel(&here, program, &folder, |_| ()) {
                     Ok(account) => Outcome::Arrived(account),
                     Err(error) => Outcome::Failed(format!("{error:#}")),
                 }

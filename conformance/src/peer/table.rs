@@ -2,7 +2,7 @@
 
 use serde_json::Map;
 
-use super::{Journey, Link, Stop};
+use super::{Journey, Link, Load, Stop};
 use crate::roots::Suite;
 use crate::scenario::Accel;
 
@@ -29,8 +29,9 @@ pub fn all() -> Vec<Journey> {
                 }
             }
         }
+        let two = Load { cpus: 2, ..Load::default() };
         let name = format!("{suite_series}>ref>{suite_series}/cpus=2", suite_series = suite.series());
-        journeys.push(Journey { name, stops: vec![qemu, Stop::Reference, qemu], cpus: 2, ..plain() });
+        journeys.push(Journey { name, stops: vec![qemu, Stop::Reference, qemu], load: two, ..plain() });
     }
     let ring = |hops: usize| -> Vec<Stop> {
         let [old, middle, new] = [Suite::Bookworm, Suite::Sid, Suite::Trixie].map(|s| Stop::Qemu(s, Accel::Kvm));
@@ -67,7 +68,7 @@ fn plain() -> Journey {
         link: Link::Unix,
         capabilities: Vec::new(),
         parameters: Map::new(),
-        cpus: 1,
+        load: Load::default(),
         quick: false,
     }
 }
