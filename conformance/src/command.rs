@@ -14,7 +14,7 @@ use qevm_conformance::report::{Outcome, Report, Row};
 use qevm_conformance::roots::{Root, Suite};
 use qevm_conformance::scenario::Scenario;
 use qevm_conformance::subject::Subject;
-use qevm_conformance::{corpus, peer, table};
+use qevm_conformance::{catalogue, corpus, peer, table};
 
 #[derive(Parser)]
 #[command(name = "qevm-conformance", version, about = "Real QEMUs of several releases as the judge of qevm")]
@@ -59,6 +59,11 @@ pub(crate) enum Command {
         /// Only recordings whose name contains this (may be given several times)
         #[arg(long)]
         only: Vec<String>,
+    },
+    /// Print the catalogue of device layouts that recordings show, for savevm's layouts.txt
+    Catalogue {
+        /// The folder that `record` filled
+        corpus: PathBuf,
     },
     /// Judge qevm by recordings made earlier
     Judge {
@@ -184,6 +189,7 @@ impl Command {
             Command::Demo(demo) => demo.run(),
             Command::Record { out, only, again } => record_all(&out, &only, again),
             Command::Analyze { corpus, only } => analyze_all(&corpus, &only),
+            Command::Catalogue { corpus } => catalogue::gather(&corpus).map(|text| print!("{text}")).map(|()| true),
             Command::Judge { corpus, only, reporting } => judge_all(&corpus, &only, &reporting),
         }
     }

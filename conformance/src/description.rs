@@ -28,6 +28,14 @@ pub struct Described {
 /// # Errors
 /// The file cannot be read.
 pub fn at_end_of(stream: &Path) -> Result<Option<Value>> {
+    Ok(text_at_end_of(stream)?.and_then(|text| serde_json::from_slice(&text).ok()))
+}
+
+/// The text of the description at the end of `stream`; `None` where there is none.
+///
+/// # Errors
+/// The file cannot be read.
+pub fn text_at_end_of(stream: &Path) -> Result<Option<Vec<u8>>> {
     let mut file = File::open(stream).with_context(|| format!("opening {}", stream.display()))?;
     let size = file.metadata()?.len();
     file.seek(SeekFrom::Start(size.saturating_sub(TAIL)))?;
@@ -36,11 +44,12 @@ pub fn at_end_of(stream: &Path) -> Result<Option<Value>> {
     Ok(find(&tail))
 }
 
-fn find(tail: &[u8]) -> Option<Value> {
+fn find(tail: &[u8]) -> Option<Vec<u8>> {
     for at in (0..tail.len().saturating_sub(5)).rev() {
         let length = u32::from_be_bytes([tail[at + 1], tail[at + 2], tail[at + 3], tail[at + 4]]) as usize;
         if tail[at] == MARKER && at + 5 + length == tail.len() {
-            return serde_json::from_slice(&tail[at + 5..]).ok();
+            let text = &tail[at + 5..];
+            return serde_json::from_slice::<serde::de::IgnoredAny>(text).is_ok().then(|| text.to_vec());
         }
     }
     None
@@ -71,7 +80,7 @@ mod tests {
         stream.push(MARKER);
         stream.extend((json.len() as u32).to_be_bytes());
         stream.extend(json);
-        let devices = devices(&find(&stream).unwrap());
+        let devices = devices(&serde_json::from_slice(&find(&stream).unwrap()).unwrap());
         assert_eq!(devices[0], Described { idstr: "timer".into(), instance_id: 0, version_id: Some(2) });
         assert_eq!(devices[1].version_id, None);
         stream.push(0);

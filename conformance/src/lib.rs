@@ -10,6 +10,7 @@
 
 pub mod analyze;
 pub mod apt;
+pub mod catalogue;
 pub mod corpus;
 mod cpio;
 pub mod description;

@@ -15,7 +15,7 @@
 //! | [`vfio`], [`dirty_bitmap`], [`block_migration`] | the records of the other iterable handlers |
 //! | [`mapped_ram`] | files in which every page has its place |
 //! | [`container`] | files with a stream inside: libvirt save images, qcow2 snapshots |
-//! | [`vmdesc`] | the JSON description, and device sections decoded with it to their last field |
+//! | [`vmdesc`] | the JSON description, and device sections decoded to their last field with it or without |
 //! | [`mod@check`] | whether a destination will load a stream, and if not, why |
 //! | [`guest_memory`] | where guest memory lies in RAM blocks, for each machine type |
 //! | [`vmstate`] | device state, declared: one declaration gives codec, description and schema |

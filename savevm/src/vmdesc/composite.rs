@@ -62,6 +62,11 @@ fn msix(fields: &mut Fields<'_, '_>, size: u64) -> Result<(), Error> {
     msix_tables(fields, vectors)
 }
 
+/// Bytes of an MSI-X table of so many vectors with its pending bits.
+pub(super) fn msix_len(vectors: u64) -> usize {
+    (vectors * MSIX_ENTRY + vectors.div_ceil(8)) as usize
+}
+
 pub(super) fn msix_tables(fields: &mut Fields<'_, '_>, vectors: u64) -> Result<(), Error> {
     fields.buffer("table", vectors * MSIX_ENTRY)?;
     fields.buffer("pending", vectors.div_ceil(8)).map(drop)

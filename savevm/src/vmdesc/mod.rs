@@ -2,13 +2,14 @@
 //!
 //! Read in this order: [`Description`] (what QEMU says it wrote), [`DeviceDescription::decode`] (a section's bytes to
 //! fields), [`Node`] and [`Value`] (the fields; they encode to the bytes they came from),
-//! [`Schema`] (what to use where there is no description).
+//! [`Schema`] and [`Catalogue`] (what to use where there is no description).
 //!
 //! # Promises
 //!
 //! Nothing here panics or recurses deeper than [`Limits::depth`](qevm_wire::Limits) allows. A parsed description takes
 //! memory in proportion to its text, which [`Limits::vmdesc`](qevm_wire::Limits) bounds.
 
+mod catalogue;
 mod composite;
 mod decode;
 mod error;
@@ -23,6 +24,7 @@ mod tree;
 mod value;
 mod virtio;
 
+pub use catalogue::{BadCatalogue, Catalogue, Found};
 pub use error::VmdescError;
 pub use model::{Description, DeviceBody, DeviceDescription, FieldDescription, StructDescription};
 pub use schema::{Schema, Verdict};

@@ -1,9 +1,10 @@
 //! The field of type `scsi-requests`: what a SCSI disk was doing.
 
 use super::ScalarKind;
-use super::fields::Fields;
+use super::fields::{Fields, Input};
 use super::virtio::element;
 use crate::Error;
+use qevm_wire::Limits;
 
 const CDB: u64 = 16;
 /// The request waits to be tried again, after an error that stopped the guest.
@@ -17,7 +18,7 @@ const UNDER_WAY: u64 = 2;
 /// `usb-storage`, QEMU 5.2 to 11.1; virtio's part and data on its way to the disk are from memory of the format, and only
 /// taken where all bytes come out even.
 pub(super) fn requests(fields: &mut Fields<'_, '_>) -> Result<(), Error> {
-    for bus in [Bus::Plain, Bus::Virtio { packed: false }, Bus::Virtio { packed: true }] {
+    for bus in Bus::ALL {
         if fields.attempt(|fields| {
             list(fields, bus)?;
             fields.input.reader.expect_end("scsi-requests")
@@ -28,10 +29,26 @@ pub(super) fn requests(fields: &mut Fields<'_, '_>) -> Result<(), Error> {
     Err(fields.unexpected("SCSI requests", fields.input.reader.remaining() as u64, 1))
 }
 
+/// How long the field may be that `rest` starts with.
+pub(super) fn lengths(rest: &[u8]) -> Vec<usize> {
+    let length = |bus| {
+        let mut input = Input::new(rest, 0, &Limits::default());
+        let mut fields = Fields::new(&mut input);
+        list(&mut fields, bus).ok().map(|()| fields.offset() as usize)
+    };
+    let mut lengths: Vec<usize> = Bus::ALL.into_iter().filter_map(length).collect();
+    lengths.dedup();
+    lengths
+}
+
 #[derive(Clone, Copy)]
 enum Bus {
     Plain,
     Virtio { packed: bool },
+}
+
+impl Bus {
+    const ALL: [Bus; 3] = [Bus::Plain, Bus::Virtio { packed: false }, Bus::Virtio { packed: true }];
 }
 
 fn list(fields: &mut Fields<'_, '_>, bus: Bus) -> Result<(), Error> {

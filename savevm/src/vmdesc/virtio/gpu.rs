@@ -1,7 +1,9 @@
 //! The field of type `virtio-gpu`: resources and scanouts.
 
+use super::super::fields::Input;
 use super::Fields;
 use crate::Error;
+use qevm_wire::Limits;
 
 /// Bytes of a scanout up to the cursor (QEMU 5.2, 7.2).
 const SCANOUT: u64 = 40;
@@ -10,8 +12,25 @@ const SCANOUT_WITH_FRAME_BUFFER: u64 = SCANOUT + 24;
 /// Every pixel format of virtio-gpu takes so many bytes (virtio 1.2, 5.7.6.8).
 const BYTES_PER_PIXEL: u64 = 4;
 
-/// Reads the resources up to resource id 0, then the scanouts.
+/// Reads the resources up to resource id 0, then the scanouts, which are all that is left.
 pub(in super::super) fn resources_and_scanouts(fields: &mut Fields<'_, '_>) -> Result<(), Error> {
+    content(fields, None)
+}
+
+/// How long the field may be that `rest` starts with.
+pub(in super::super) fn lengths(rest: &[u8]) -> Vec<usize> {
+    let length = |frame_buffer| {
+        let mut input = Input::new(rest, 0, &Limits::default());
+        let mut fields = Fields::new(&mut input);
+        content(&mut fields, Some(frame_buffer)).ok().map(|()| fields.offset() as usize)
+    };
+    let mut lengths: Vec<usize> = [false, true].into_iter().filter_map(length).collect();
+    lengths.dedup();
+    lengths
+}
+
+/// `frame_buffer`: scanouts have one; `None` if what is left tells.
+fn content(fields: &mut Fields<'_, '_>, frame_buffer: Option<bool>) -> Result<(), Error> {
     for index in 0.. {
         let mut next = fields.input.reader.clone();
         if next.be32()? == 0 {
@@ -23,7 +42,7 @@ pub(in super::super) fn resources_and_scanouts(fields: &mut Fields<'_, '_>) -> R
     fields.i32("enable")?;
     let scanouts = fields.u32("max_outputs")?;
     let left = fields.input.reader.remaining() as u64;
-    let frame_buffer = left == u64::from(scanouts) * SCANOUT_WITH_FRAME_BUFFER;
+    let frame_buffer = frame_buffer.unwrap_or(left == u64::from(scanouts) * SCANOUT_WITH_FRAME_BUFFER);
     for index in 0..scanouts {
         fields.structure(format!("scanout[{index}]"), "struct", "virtio-gpu-one-scanout", 1, |fields| {
             for name in ["resource_id", "width", "height"] {

@@ -12,8 +12,9 @@ mod subsection;
 mod transport;
 
 use super::decode::Context;
-use super::fields::Fields;
+use super::fields::{Fields, Input};
 use crate::Error;
+use qevm_wire::Limits;
 use transport::Transport;
 
 pub(super) use element::element;
@@ -63,6 +64,23 @@ fn with_transport(
     device::own_part(fields, own, &common, context.device, opaque_part)?;
     subsection::chain(fields)?;
     fields.input.reader.expect_end("virtio")
+}
+
+/// How long the field may be that `rest` starts with: up to where its subsections end, or its queues, or all.
+pub(super) fn lengths(rest: &[u8]) -> Vec<usize> {
+    let mut lengths = subsection::ends(rest);
+    for transport in transport::candidates("", rest) {
+        let mut input = Input::new(rest, 0, &Limits::default());
+        let mut fields = Fields::new(&mut input);
+        let vectors = transport.config(&mut fields);
+        if vectors.is_ok_and(|vectors| common(&mut fields, transport, vectors).is_ok()) {
+            lengths.push(fields.offset() as usize);
+        }
+    }
+    lengths.push(rest.len());
+    lengths.sort_unstable();
+    lengths.dedup();
+    lengths
 }
 
 /// Reads status, features, configuration space and queues.

@@ -1,9 +1,11 @@
 //! The subsections behind a virtio device's own part.
 
 use super::super::ScalarKind;
+use super::super::fields::Input;
 use super::super::tree::SUBSECTION;
 use super::{Fields, QUEUES_MAX};
 use crate::Error;
+use qevm_wire::Limits;
 
 /// What every subsection's name starts with.
 const PREFIX: &[u8] = b"virtio/";
@@ -30,6 +32,25 @@ pub(super) fn start(fields: &mut Fields<'_, '_>) -> Result<u64, Error> {
         }
     }
     Err(fields.unexpected("subsections of a virtio device", 0, 1))
+}
+
+/// Where chains of subsections in `rest` end, in ascending order, each once.
+pub(super) fn ends(rest: &[u8]) -> Vec<usize> {
+    let starts = rest.windows(2 + PREFIX.len()).enumerate();
+    let starts = starts.filter(|(_, w)| w[0] == SUBSECTION && w[2..] == *PREFIX).map(|(at, _)| at);
+    let mut ends: Vec<usize> = Vec::new();
+    for start in starts {
+        // A subsection inside a chain that was followed is no start of another.
+        if ends.last().is_some_and(|end| start < *end) {
+            continue;
+        }
+        let mut input = Input::new(&rest[start..], 0, &Limits::default());
+        let mut fields = Fields::new(&mut input);
+        if chain(&mut fields).is_ok() {
+            ends.push(start + fields.offset() as usize);
+        }
+    }
+    ends
 }
 
 /// Reads subsections until there are no more.
