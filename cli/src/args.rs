@@ -96,6 +96,19 @@ impl Input {
     }
 }
 
+/// How device sections are read that no description tells about.
+#[derive(Debug, Clone, Default, Args)]
+pub struct Layouts {
+    /// Read device sections that the stream does not describe (postcopy, truncated files, suppress-vmdesc=on) with this
+    /// schema: the output of `qemu-system-x86_64 -M TYPE -dump-vmstate FILE` of the QEMU that wrote the stream. Without
+    /// it, and for parts of the machine that no schema lists, the layouts are used that qevm knows.
+    #[arg(long, value_name = "FILE")]
+    pub schema: Option<PathBuf>,
+    /// Read device sections as if the stream did not describe them.
+    #[arg(long)]
+    pub no_description: bool,
+}
+
 /// How output is written.
 #[derive(Debug, Clone, Copy, Args)]
 pub struct Output {
@@ -111,6 +124,9 @@ pub struct Inspect {
     #[command(flatten)]
     #[allow(missing_docs)]
     pub input: Input,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub layouts: Layouts,
     #[command(flatten)]
     #[allow(missing_docs)]
     pub output: Output,
@@ -143,6 +159,9 @@ pub struct Verify {
     pub input: Input,
     #[command(flatten)]
     #[allow(missing_docs)]
+    pub layouts: Layouts,
+    #[command(flatten)]
+    #[allow(missing_docs)]
     pub output: Output,
     /// Digest of each RAM block, over its used length; pages that never came count as zero.
     #[arg(long, value_enum, default_value_t = RamDigest::Crc32)]
@@ -157,6 +176,9 @@ pub struct Extract {
     #[command(flatten)]
     #[allow(missing_docs)]
     pub input: Input,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub layouts: Layouts,
     #[command(flatten)]
     #[allow(missing_docs)]
     pub output: Output,
@@ -237,6 +259,9 @@ pub struct Diff {
     /// Only differences in blocks and sections whose name contains TEXT.
     #[arg(long, value_name = "TEXT")]
     pub section: Option<String>,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub layouts: Layouts,
     #[command(flatten)]
     #[allow(missing_docs)]
     pub output: Output,

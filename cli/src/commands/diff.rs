@@ -5,7 +5,7 @@ use crate::args;
 use crate::diff::{Devices, Guest, differences};
 use crate::failure::Stop;
 use crate::ram::Keep;
-use crate::stream::{Inputs, Settings, analyze};
+use crate::stream::{Inputs, Layouts, Settings, analyze};
 use crate::table::Table;
 use serde_json::{Map, json};
 use std::path::Path;
@@ -16,8 +16,10 @@ use std::path::Path;
 /// [`Stop::Found`] if there are differences, [`Stop::Bad`] if one of the streams is bad, [`Stop::Usage`] if a file cannot be opened.
 pub fn run(diff: &args::Diff) -> Result<(), Stop> {
     let keep = if diff.no_ram { Keep::Nothing } else { Keep::Digests };
-    let mut first = read(&diff.first, keep)?;
-    let mut second = read(&diff.second, keep)?;
+    let layouts = Layouts::open(&diff.layouts)?;
+    let settings = Settings { keep, reencode: false, complete: false, live: false, layouts };
+    let mut first = read(&diff.first, &settings)?;
+    let mut second = read(&diff.second, &settings)?;
     let mut found = differences(&mut first, &mut second)?;
     found.retain(|difference| {
         let section = diff.section.as_ref().is_none_or(|wanted| difference.place.contains(wanted.as_str()));
@@ -45,11 +47,10 @@ pub fn run(diff: &args::Diff) -> Result<(), Stop> {
     if found.is_empty() { Ok(()) } else { Err(Stop::Found) }
 }
 
-fn read(path: &Path, keep: Keep) -> Result<Guest, Stop> {
+fn read(path: &Path, settings: &Settings) -> Result<Guest, Stop> {
     let mut inputs = Inputs::open(&args::Input::plain(path))?;
     let mut devices = Devices::default();
-    let mut analysis =
-        analyze(&mut inputs, &Settings { keep, reencode: false, complete: false, live: false }, &mut devices);
+    let mut analysis = analyze(&mut inputs, settings, &mut devices);
     match analysis.failure.take() {
         Some(failure) => Err(failure.into()),
         None => Ok(Guest { analysis, devices }),

@@ -6,7 +6,7 @@ use crate::extract::{Guest, GuestObserver, PhysicalMemory, write_block};
 use crate::failure::Stop;
 use crate::progress::Progress;
 use crate::ram::{GuestRam, Keep};
-use crate::stream::{Inputs, Settings, analyze};
+use crate::stream::{Inputs, Layouts, Settings, analyze};
 use crate::table::size;
 use serde_json::{Map, Value, json};
 use std::path::Path;
@@ -18,7 +18,13 @@ use std::path::Path;
 /// guest's memory map is not known.
 pub fn run(extract: &args::Extract) -> Result<(), Stop> {
     let mut inputs = Inputs::open(&extract.input)?;
-    let settings = Settings { keep: Keep::Image, reencode: false, complete: true, live: false };
+    let settings = Settings {
+        keep: Keep::Image,
+        reencode: false,
+        complete: true,
+        live: false,
+        layouts: Layouts::open(&extract.layouts)?,
+    };
     let mut observer = GuestObserver::new(Progress::new("reading", inputs.main.source.total()));
     let mut analysis = analyze(&mut inputs, &settings, &mut observer);
     let guest = std::mem::take(&mut observer.guest);

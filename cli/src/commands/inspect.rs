@@ -8,7 +8,7 @@ use crate::failure::Stop;
 use crate::progress::Progress;
 use crate::ram::Keep;
 use crate::report::Report;
-use crate::stream::{Analysis, Settings, analyze};
+use crate::stream::{Analysis, Layouts, Settings, analyze};
 use crate::table::{Table, count, size};
 use fields::{Choice, Gather};
 use qevm_savevm::configuration::ConfigurationSubsection;
@@ -26,7 +26,8 @@ pub fn run(inspect: &args::Inspect) -> Result<(), Stop> {
         (false, args::RamDigest::Crc32) => Keep::Digests,
         (false, args::RamDigest::Sha256) => Keep::Image,
     };
-    let settings = Settings { keep, reencode: false, complete: false, live: false };
+    let settings =
+        Settings { keep, reencode: false, complete: false, live: false, layouts: Layouts::open(&inspect.layouts)? };
     let choice = match inspect.fields || !inspect.section.is_empty() || inspect.field.is_some() {
         true => Choice::Named(inspect.section.clone()),
         false => Choice::None,
@@ -74,6 +75,7 @@ fn json(analysis: &Analysis, report: &Report) -> serde_json::Map<String, serde_j
     let description = analysis.description.as_ref();
     let description = description.map(|(offset, text)| serde_json::json!({"offset": offset, "size": text.len()}));
     object.insert("description".into(), description.into());
+    object.insert("notes".into(), analysis.notes.clone().into());
     object
 }
 

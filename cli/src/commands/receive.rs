@@ -11,7 +11,7 @@ use crate::failure::{Failure, Stop};
 use crate::progress::Progress;
 use crate::ram::Keep;
 use crate::socket::{Address, Listener};
-use crate::stream::{Inputs, Settings, analyze};
+use crate::stream::{Inputs, Layouts, Settings, analyze};
 use serde_json::json;
 use session::{Session, Taken};
 use std::path::{Path, PathBuf};
@@ -51,7 +51,8 @@ fn report(receive: &args::Receive, files: &Files, taken: Taken) -> Result<(), St
     };
     let mut inputs = Inputs::open(&input)?;
     let mut bar = Bar(Progress::new("reading what was saved", inputs.main.source.total()));
-    let settings = Settings { keep: Keep::Digests, reencode: true, complete: true, live: false };
+    let settings =
+        Settings { keep: Keep::Digests, reencode: true, complete: true, live: false, layouts: Layouts::default() };
     let mut analysis = analyze(&mut inputs, &settings, &mut bar);
     // What went wrong on the wire explains what is wrong with the file, and not the other way round.
     analysis.failure = taken.failure.or(analysis.failure);

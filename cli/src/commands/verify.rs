@@ -6,7 +6,7 @@ use crate::failure::Stop;
 use crate::progress::Progress;
 use crate::ram::Keep;
 use crate::report::Report;
-use crate::stream::{Analysis, Settings, analyze};
+use crate::stream::{Analysis, Layouts, Settings, analyze};
 use crate::table::{count, size};
 
 /// Runs the command.
@@ -19,7 +19,8 @@ pub fn run(verify: &args::Verify) -> Result<(), Stop> {
         RamDigest::Crc32 => Keep::Digests,
         RamDigest::Sha256 => Keep::Image,
     };
-    let settings = Settings { keep, reencode: true, complete: true, live: false };
+    let settings =
+        Settings { keep, reencode: true, complete: true, live: false, layouts: Layouts::open(&verify.layouts)? };
     let mut bar = Bar(Progress::new("verifying", inputs.main.source.total()));
     let mut analysis = analyze(&mut inputs, &settings, &mut bar);
     let report = analysis.report(verify.ram_digest);

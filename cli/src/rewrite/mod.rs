@@ -11,7 +11,7 @@ pub mod stream;
 use crate::failure::{Failure, Stop};
 use crate::progress::Progress;
 use crate::ram::{GuestRam, Keep, PageState};
-use crate::stream::{Inputs, Observer, Settings, analyze};
+use crate::stream::{Inputs, Layouts, Observer, Settings, analyze};
 use qevm_multifd::Uuid;
 use qevm_savevm::configuration::{Configuration, ConfigurationSubsection};
 use qevm_savevm::framing::{SectionHeader, SectionKind};
@@ -56,7 +56,8 @@ impl SavedGuest {
     /// was still being read (VFIO), disks (`block`) and their bitmaps (`dirty-bitmap`).
     pub fn read(inputs: &mut Inputs) -> Result<SavedGuest, Stop> {
         let mut capture = Capture { bar: Progress::new("reading", inputs.main.source.total()), ..Capture::default() };
-        let settings = Settings { keep: Keep::Image, reencode: false, complete: true, live: false };
+        let settings =
+            Settings { keep: Keep::Image, reencode: false, complete: true, live: false, layouts: Layouts::default() };
         let mut analysis = analyze(inputs, &settings, &mut capture);
         if let Some(failure) = analysis.failure.take() {
             return Err(failure.into());

@@ -1,5 +1,6 @@
 //! What is found in a migration.
 
+use super::layouts::Layouts;
 use crate::args::RamDigest;
 use crate::failure::Failure;
 use crate::ram::{GuestRam, Keep};
@@ -21,6 +22,8 @@ pub struct Settings {
     pub complete: bool,
     /// The source is alive: it waits for answers, so nothing may be read ahead, and further channels come elsewhere.
     pub live: bool,
+    /// How device sections are read that no description tells about.
+    pub layouts: Layouts,
 }
 
 /// Is told of things as they are read.

@@ -3,10 +3,11 @@
 //! The length of a device's vmstate is not on the wire. The description at the end of the stream tells it, so it is
 //! looked up first: at the end of a file, or, where the input cannot be jumped in, after the rest of the stream has
 //! been put into an unlinked temporary file as soon as the first device section comes. Without a description the
-//! decoder looks for footers.
+//! decoder looks for footers, and [`Layouts`] for the fields.
 
 use super::analysis::{Analysis, Observer};
 use super::connection::first_difference;
+use super::layouts::Layouts;
 use crate::failure::Failure;
 use crate::source::Source;
 use qevm_savevm::ErrorKind;
@@ -27,6 +28,8 @@ const MAX_PENDING: usize = 16 << 20;
 #[derive(Debug, Default)]
 pub(super) struct Bodies {
     limits: Limits,
+    /// For sections that no description tells about.
+    layouts: Layouts,
     known: Option<Known>,
     /// The section being read, as index into the description's devices.
     current: Option<usize>,
@@ -66,20 +69,20 @@ pub(super) struct Read {
 }
 
 impl Read {
-    fn opaque(body: &[u8]) -> Self {
+    pub(super) fn opaque(body: &[u8]) -> Self {
         Read { opaque: body.len() as u64, ..Read::default() }
     }
 }
 
 impl Bodies {
     /// Nothing is known so far. `may_read_ahead`: all input is there, so that reading ahead waits for nobody.
-    pub(super) fn new(may_read_ahead: bool) -> Self {
-        Bodies { may_read_ahead, ..Bodies::default() }
+    pub(super) fn new(may_read_ahead: bool, layouts: Layouts) -> Self {
+        Bodies { may_read_ahead, layouts, ..Bodies::default() }
     }
 
     /// Looks for a description at the end of `source`, if that is possible without waiting.
     pub(super) fn look_ahead(&mut self, source: &mut Source) -> io::Result<()> {
-        if self.known.is_none() && source.is_seekable() && self.may_read_ahead {
+        if self.known.is_none() && source.is_seekable() && self.may_read_ahead && !self.layouts.no_description {
             self.known = find(source, &self.limits)?;
         }
         Ok(())
@@ -97,7 +100,8 @@ impl Bodies {
 
     /// A device section is next in `source`: on a pipe, puts aside what comes, to find the description.
     pub(super) fn spool_if_needed(&mut self, source: &mut Source) -> io::Result<()> {
-        if self.known.is_none() && self.iterated && self.may_read_ahead && !source.is_seekable() {
+        let wanted = self.known.is_none() && !self.layouts.no_description;
+        if wanted && self.iterated && self.may_read_ahead && !source.is_seekable() {
             source.spool()?;
             self.look_ahead(source)?;
         }
@@ -115,7 +119,7 @@ impl Bodies {
         Some(known.description.devices.get(self.current?)?.wire_size())
     }
 
-    /// Reads the content of a section, which is in a package or not.
+    /// Reads the content of a section, which is in a package or not. `analysis` is what was found before it.
     pub(super) fn read(
         &mut self,
         header: &SectionHeader,
@@ -123,19 +127,27 @@ impl Bodies {
         body: &[u8],
         packaged: bool,
         file: &str,
+        analysis: &Analysis,
     ) -> Result<Read, Failure> {
-        if packaged {
-            return Ok(Read::opaque(body));
-        }
-        if let (Some(known), Some(index)) = (&self.known, self.current.take()) {
+        if let (Some(known), Some(index)) = (&self.known, self.current.take().filter(|_| !packaged)) {
             return known.read(index, header, offset, body, file, &self.limits);
         }
-        let room = self.known.is_none() && self.pending_bytes + body.len() <= MAX_PENDING;
-        if room {
+        let room = self.pending_bytes + body.len() <= MAX_PENDING;
+        if !packaged && self.known.is_none() && !self.layouts.no_description && room {
             self.pending_bytes += body.len();
             self.pending.push(Pending { header: header.clone(), offset, body: body.to_vec() });
+            return Ok(Read::opaque(body));
         }
-        Ok(Read::opaque(body))
+        Ok(self.layouts.read(header, offset, body, analysis))
+    }
+
+    /// The stream is over, or nothing more can be read of it: what waits for a description is read without.
+    pub(super) fn finish(&mut self, analysis: &mut Analysis, observer: &mut dyn Observer) {
+        self.pending_bytes = 0;
+        for Pending { header, offset, body } in std::mem::take(&mut self.pending) {
+            let read = self.layouts.read(&header, offset, &body, analysis);
+            replace_opaque(read, &header, body.len(), analysis, observer);
+        }
     }
 
     /// The description came, with its text at `offset`.
@@ -149,6 +161,9 @@ impl Bodies {
     ) -> Result<(), Failure> {
         analysis.signs.description(text);
         analysis.description = Some((offset, text.to_vec()));
+        if self.layouts.no_description {
+            return Ok(());
+        }
         if self.known.as_ref().is_none_or(|known| known.offset != offset) {
             let description =
                 Description::parse_at(text, offset, &self.limits).map_err(|error| Failure::located(file, error))?;
@@ -158,11 +173,7 @@ impl Bodies {
         for Pending { header, offset, body } in self.pending.drain(..) {
             if let Some(index) = known.take(&header) {
                 let read = known.read(index, &header, offset, &body, file, &self.limits)?;
-                analysis.opaque_bytes = analysis.opaque_bytes + read.opaque - body.len() as u64;
-                analysis.notes.extend(read.note);
-                if let Some(fields) = &read.fields {
-                    observer.fields(&header, fields);
-                }
+                replace_opaque(read, &header, body.len(), analysis, observer);
             }
         }
         match known.first_waiting() {
@@ -232,6 +243,21 @@ impl Known {
                 Ok(Read { note, ..Read::opaque(body) })
             }
         }
+    }
+}
+
+/// What a section of `len` bytes, which was opaque so far, is after all.
+fn replace_opaque(
+    read: Read,
+    header: &SectionHeader,
+    len: usize,
+    analysis: &mut Analysis,
+    observer: &mut dyn Observer,
+) {
+    analysis.opaque_bytes = analysis.opaque_bytes + read.opaque - len as u64;
+    analysis.notes.extend(read.note);
+    if let Some(fields) = &read.fields {
+        observer.fields(header, fields);
     }
 }
 

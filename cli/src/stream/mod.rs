@@ -12,12 +12,14 @@
 //! | `connection` | one main channel: the original one or one that resumes postcopy |
 //! | `memory` | RAM records and mapped-ram areas applied to [`GuestRam`](crate::ram::GuestRam) |
 //! | `bodies` | where device sections end and which fields they have |
+//! | [`layouts`] | fields of device sections that no description tells about |
 //! | `channels` | multifd and preempt channels, applied in step with the main channel |
 //! | `return_path` | the destination's answers |
 //! | [`writer`] | which QEMU wrote the stream |
 
 pub mod analysis;
 pub mod inputs;
+pub mod layouts;
 pub mod writer;
 
 mod bodies;
@@ -29,6 +31,7 @@ mod walk;
 
 pub use analysis::{Analysis, Observer, Section, Settings};
 pub use inputs::Inputs;
+pub use layouts::Layouts;
 
 use crate::failure::Failure;
 use crate::ram::Keep;

@@ -49,7 +49,7 @@ pub(super) fn run(inputs: &mut Inputs, settings: &Settings, observer: &mut dyn O
         observer,
         open: HashMap::new(),
         record: None,
-        bodies: Bodies::new(!settings.live),
+        bodies: Bodies::new(!settings.live, settings.layouts.clone()),
         pings: Vec::new(),
         flush_seen: false,
         first_flush: None,
@@ -178,6 +178,7 @@ impl Walk<'_> {
         let outermost = decoders.swap_remove(0);
         self.bytes_before += end - start;
         self.analysis.bytes = self.bytes_before;
+        self.bodies.finish(&mut self.analysis, self.observer);
         match result {
             Err(Halt::Failure(failure)) if can_break && failure.kind == "truncated" && failure.file == named.name => {
                 let note = format!("{}: the connection broke at byte {end}, as a resumed postcopy's does", named.name);
@@ -269,7 +270,7 @@ impl Walk<'_> {
         file: &str,
     ) -> Result<(), Halt> {
         self.observer.body(header, at, body);
-        let read = self.bodies.read(header, at, body, packaged, file)?;
+        let read = self.bodies.read(header, at, body, packaged, file, &self.analysis)?;
         self.analysis.opaque_bytes += read.opaque;
         self.analysis.notes.extend(read.note);
         if let Some(fields) = &read.fields {

@@ -108,25 +108,10 @@ impl Signs {
 /// a binary, so a versioned type is mostly run by its own release. Otherwise it is the newest examined release that
 /// fits (5.2, 7.2, 10.0, 11.1).
 pub fn describe(analysis: &Analysis) -> String {
-    let mut signs = analysis.signs.clone();
+    let Bounds { oldest, newest, version } = Bounds::of(analysis);
     let machine = analysis.machine();
-    let version = machine.as_deref().and_then(machine_version);
-    if let Some(version) = version {
-        signs.at_least(version.major, version.minor);
-    }
-    // Machine types up to 9.2 turn the command off in every release; the others leave it to the release, and its user
-    // (`send-switchover-start=off`).
-    let first = QemuVersion::new(10, 0);
-    let silent = version.is_some_and(|version| version < first) || signs.oldest.is_some_and(|oldest| oldest >= first);
-    if signs.switched_over && !signs.switchover_start && !silent {
-        signs.at_most(9, 2);
-    }
-    if analysis.main_pages.compressed > 0 {
-        signs.at_most(9, 0);
-    }
     let machine = machine.unwrap_or_else(|| "unknown machine".into());
-    let (oldest, newest) = (signs.oldest, signs.newest);
-    let fits = |v: &QemuVersion| oldest.is_none_or(|oldest| *v >= oldest) && newest.is_none_or(|newest| *v <= newest);
+    let fits = |release: &QemuVersion| Bounds { oldest, newest, version }.fits(*release);
     if !analysis.header {
         return "unknown".into();
     }
@@ -142,6 +127,54 @@ pub fn describe(analysis: &Analysis) -> String {
     match guess.or(oldest) {
         Some(guess) => format!("{guess} {machine}{range}"),
         None => format!("{machine}{range}"),
+    }
+}
+
+/// The examined releases, the likeliest writer first: as [`describe`] guesses, then those nearest to the guess.
+pub(super) fn likely_releases(analysis: &Analysis) -> Vec<QemuVersion> {
+    let bounds = Bounds::of(analysis);
+    let mut releases = EXAMINED.to_vec();
+    releases.reverse();
+    // Where the machine type's own release was not examined, the next newer one is nearest.
+    let own = |release: &QemuVersion| bounds.version.is_none_or(|version| *release >= version);
+    if let Some(version) = bounds.version.filter(|version| bounds.fits(*version)) {
+        releases.sort_by_key(|release| (*release < version, if own(release) { *release } else { version }));
+    }
+    releases.sort_by_key(|release| !bounds.fits(*release));
+    releases
+}
+
+/// The releases between which the writer's is.
+struct Bounds {
+    oldest: Option<QemuVersion>,
+    newest: Option<QemuVersion>,
+    /// The version of the machine type.
+    version: Option<QemuVersion>,
+}
+
+impl Bounds {
+    fn of(analysis: &Analysis) -> Self {
+        let mut signs = analysis.signs.clone();
+        let version = analysis.machine().as_deref().and_then(machine_version);
+        if let Some(version) = version {
+            signs.at_least(version.major, version.minor);
+        }
+        // Machine types up to 9.2 turn the command off in every release; the others leave it to the release, and its
+        // user (`send-switchover-start=off`).
+        let first = QemuVersion::new(10, 0);
+        let silent =
+            version.is_some_and(|version| version < first) || signs.oldest.is_some_and(|oldest| oldest >= first);
+        if signs.switched_over && !signs.switchover_start && !silent {
+            signs.at_most(9, 2);
+        }
+        if analysis.main_pages.compressed > 0 {
+            signs.at_most(9, 0);
+        }
+        Bounds { oldest: signs.oldest, newest: signs.newest, version }
+    }
+
+    fn fits(&self, release: QemuVersion) -> bool {
+        self.oldest.is_none_or(|oldest| release >= oldest) && self.newest.is_none_or(|newest| release <= newest)
     }
 }
 

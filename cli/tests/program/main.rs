@@ -1,6 +1,7 @@
 //! The program, run as its users do.
 
 mod damage;
+mod layouts;
 mod sample;
 mod usage;
 mod verify;

@@ -6,7 +6,7 @@ use crate::progress::Progress;
 use crate::ram::Keep;
 use crate::socket::{Listener, Socket};
 use crate::source::Source;
-use crate::stream::{Inputs, Observer, Settings, analyze};
+use crate::stream::{Inputs, Layouts, Observer, Settings, analyze};
 use qevm_returnpath::Message;
 use qevm_savevm::command::Command;
 use qevm_wire::Writer;
@@ -183,7 +183,13 @@ fn main_channel(
                 switchover_ack,
                 progress: Progress::new("receiving", None),
             };
-            let settings = Settings { keep: Keep::Nothing, reencode: false, complete: false, live: true };
+            let settings = Settings {
+                keep: Keep::Nothing,
+                reencode: false,
+                complete: false,
+                live: true,
+                layouts: Layouts::default(),
+            };
             let analysis = analyze(&mut inputs, &settings, &mut answering);
             answering.finish(&mut inputs, analysis.failure)
         }
