@@ -144,14 +144,14 @@ pub(crate) struct Peer {
 
 impl Peer {
     fn run(self) -> Result<bool> {
-        let mut journeys = if self.full || !self.only.is_empty() { peer::table::all() } else { peer::table::quick() };
-        journeys.retain(|journey| wanted(&journey.name, &self.only));
+        let mut cases = if self.full || !self.only.is_empty() { peer::table::all() } else { peer::table::quick() };
+        cases.retain(|case| wanted(&case.journey().name, &self.only));
         if self.list {
-            journeys.iter().for_each(|journey| println!("{}", journey.name));
+            cases.iter().for_each(|case| println!("{}", case.journey().name));
             return Ok(true);
         }
         let program = peer::Monitor::new(std::env::current_exe()?);
-        let report = peer::run(&journeys, &program, self.keep, |row| println!("{}", row.line()))?;
+        let report = peer::run(&cases, &program, self.keep, |row| println!("{}", row.line()))?;
         if let Some(path) = &self.report {
             let json = serde_json::to_vec_pretty(&report)?;
             fs::write(path, json).with_context(|| format!("writing {}", path.display()))?;

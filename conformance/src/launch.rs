@@ -74,11 +74,11 @@ impl Qemu {
     /// The monitor does not answer; the error quotes the file `stderr`.
     pub(crate) fn adopt(
         mut child: Child,
-        connect: impl FnOnce() -> std::io::Result<std::os::unix::net::UnixStream>,
+        connect: impl FnOnce(&mut Child) -> std::io::Result<std::os::unix::net::UnixStream>,
         stderr: PathBuf,
         name: String,
     ) -> Result<Qemu> {
-        let qmp = connect().map_err(anyhow::Error::new).and_then(|stream| Ok(Qmp::new(stream)?));
+        let qmp = connect(&mut child).map_err(anyhow::Error::new).and_then(|stream| Ok(Qmp::new(stream)?));
         match qmp {
             Ok(qmp) => Ok(Qemu { child, qmp, stderr, name }),
             Err(error) => {
@@ -99,6 +99,11 @@ impl Qemu {
             thread::sleep(POLL);
         }
         Some(format!("{}: {}", self.name, said(&self.stderr)))
+    }
+
+    /// Drops the events that came and were not asked for.
+    pub(crate) fn forget_events(&mut self) {
+        self.qmp.forget_events();
     }
 
     /// Waits for an event, dropping others.

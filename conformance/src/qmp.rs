@@ -140,6 +140,11 @@ impl Qmp {
         }
     }
 
+    /// Drops the events that came and were not asked for.
+    pub(crate) fn forget_events(&mut self) {
+        self.events.clear();
+    }
+
     fn keep_event(&mut self, command: &str, message: Value) -> Result<(), QmpError> {
         match message["event"].as_str() {
             Some(name) => {

@@ -6,7 +6,7 @@ use anyhow::{Context, Result};
 use reference_vmm::payload::Progress;
 use serde_json::{Map, Value, json};
 
-use super::{Account, Journey, Link, Load, Moment, Monitor, Stop};
+use super::{Account, Journey, Link, Load, Moment, Monitor, Stage, Stop};
 use crate::roots::{Root, Suite};
 use crate::scenario::Accel;
 
@@ -77,9 +77,9 @@ fn play(options: &Options, program: &Monitor, timeline: &mut Timeline) -> Result
         load.payload,
         root.version()
     ));
-    let account = journey.travel(&[(options.suite, root)].into(), program, scratch.path(), |moment| {
-        timeline.tell(&moment, options);
-    })?;
+    let roots = [(options.suite, root)].into();
+    let stage = Stage { roots: &roots, program, scratch: scratch.path(), more: &[] };
+    let account = journey.travel(&stage, |moment| timeline.tell(&moment, options))?;
     timeline.say(&format!(
         "guest        {} pages rewritten or checked on the way, none of them stale; its clock never ran backwards; {} of {} \
          lines it was printing were cut by a switchover and went on where they were",
@@ -196,7 +196,7 @@ mod tests {
             bytes: 100,
             rounds: 3,
         };
-        let account = Account { hops: vec![hop(2.5), hop(1.0)], pages: 7, passes: 2, cut_lines: 1 };
+        let account = Account { hops: vec![hop(2.5), hop(1.0)], pages: 7, passes: 2, cut_lines: 1, cuts: 0 };
         let good = object(Ok(account));
         assert_eq!((&good["result"], &good["rounds"], &good["bytes"]), (&json!("ok"), &json!(6), &json!(200)));
         assert_eq!((&good["downtime_ms"], &good["total_ms"]), (&json!(2.5), &json!(20)));

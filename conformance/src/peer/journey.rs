@@ -143,6 +143,21 @@ pub struct Account {
     pub passes: u64,
     /// Lines of its output that a migration cut in two.
     pub cut_lines: usize,
+    /// Tries that failed because the connection was cut.
+    pub cuts: usize,
+}
+
+/// Where a journey is played.
+#[derive(Debug, Clone, Copy)]
+pub struct Stage<'s> {
+    /// The real QEMUs.
+    pub roots: &'s BTreeMap<Suite, Root>,
+    /// The reference-vmm under judgement.
+    pub program: &'s Monitor,
+    /// A folder for sockets, consoles and logs.
+    pub scratch: &'s Path,
+    /// Further arguments of a monitor.
+    pub more: &'s [&'static str],
 }
 
 impl Journey {
@@ -150,49 +165,43 @@ impl Journey {
     ///
     /// # Errors
     /// A migration fails, the guest does not go on, or what it printed shows that it did not arrive whole.
-    pub fn travel(
-        &self,
-        roots: &BTreeMap<Suite, Root>,
-        program: &Monitor,
-        scratch: &Path,
-        mut tell: impl FnMut(Moment),
-    ) -> Result<Account> {
-        let start = |n: usize, incoming| {
-            let stop = self.stops[n];
-            let root = match stop {
-                Stop::Qemu(suite, _) => Some(roots.get(&suite).with_context(|| format!("no QEMU of {suite}"))?),
-                Stop::Reference => None,
-            };
-            Party::start(stop, root, program, &self.load, &format!("stop{n}"), incoming, scratch)
-        };
+    pub fn travel(&self, stage: &Stage<'_>, mut tell: impl FnMut(Moment)) -> Result<Account> {
         let (mut texts, mut hops) = (Vec::new(), Vec::new());
-        let mut here = start(0, false)?;
-        let rounds = u64::from(self.load.cpus);
-        let booted = here.wait_progress("complete a pass", PATIENCE, |p| p.pass >= 1 && p.rounds >= rounds)?;
-        tell(Moment::Booted(booted));
+        let mut here = self.boot(stage, &mut tell)?;
         for n in 1..self.stops.len() {
-            let mut there = start(n, true)?;
+            let mut there = self.start(stage, n, true)?;
             let context = || format!("hop {n}, {} to {}", self.stops[n - 1], self.stops[n]);
-            let hop = self.hop(&mut here, &mut there, scratch, n, &mut tell).with_context(context)?;
+            let hop = self.hop(&mut here, &mut there, stage.scratch, n, &mut tell).with_context(context)?;
             tell(Moment::Arrived(hop.clone()));
             tell(Moment::Settled(self.settle(&mut there).with_context(context)?));
             hops.push(hop);
             texts.push(std::mem::replace(&mut here, there).end()?);
         }
         texts.push(here.end()?);
-        let transcript = Transcript::read(&texts.iter().map(Vec::as_slice).collect::<Vec<_>>())?;
-        let last = transcript.last;
-        Ok(Account { hops, pages: last.written + last.checked, passes: last.pass, cut_lines: transcript.cut })
+        Ok(account(hops, &Transcript::read(&texts.iter().map(Vec::as_slice).collect::<Vec<_>>())?))
     }
 
-    fn hop(
-        &self,
-        here: &mut Party,
-        there: &mut Party,
-        scratch: &Path,
-        n: usize,
-        tell: &mut dyn FnMut(Moment),
-    ) -> Result<Hop> {
+    /// Starts the monitor of a stop.
+    pub(super) fn start(&self, stage: &Stage<'_>, n: usize, incoming: bool) -> Result<Party> {
+        let stop = self.stops[n];
+        let root = match stop {
+            Stop::Qemu(suite, _) => Some(stage.roots.get(&suite).with_context(|| format!("no QEMU of {suite}"))?),
+            Stop::Reference => None,
+        };
+        Party::start(stop, root, stage, &self.load, &format!("stop{n}"), incoming)
+    }
+
+    /// Boots the guest at the first stop.
+    pub(super) fn boot(&self, stage: &Stage<'_>, tell: &mut dyn FnMut(Moment)) -> Result<Party> {
+        let mut here = self.start(stage, 0, false)?;
+        let rounds = u64::from(self.load.cpus);
+        let booted = here.wait_progress("complete a pass", PATIENCE, |p| p.pass >= 1 && p.rounds >= rounds)?;
+        tell(Moment::Booted(booted));
+        Ok(here)
+    }
+
+    /// Tells both ends what they have to know before `migrate-incoming`.
+    pub(super) fn prepare(&self, here: &mut Party, there: &mut Party) -> Result<()> {
         here.meets(there.stop())?;
         there.meets(here.stop())?;
         for party in [&mut *here, &mut *there] {
@@ -201,6 +210,12 @@ impl Journey {
         }
         let limits = json!({ "max-bandwidth": self.load.max_bandwidth, "downtime-limit": self.load.downtime_limit });
         here.monitor().set_parameters(&limits)?;
+        here.monitor().forget_events();
+        Ok(())
+    }
+
+    /// Begins a hop, and says where to.
+    pub(super) fn leave(&self, here: &mut Party, there: &mut Party, scratch: &Path, n: usize) -> Result<String> {
         let address = match self.link {
             Link::Unix => format!("unix:{}", scratch.join(format!("link{n}")).display()),
             Link::Tcp => "tcp:127.0.0.1:0".into(),
@@ -215,6 +230,19 @@ impl Journey {
             }
         };
         here.monitor().execute("migrate", json!({ "uri": uri }))?;
+        Ok(uri)
+    }
+
+    pub(super) fn hop(
+        &self,
+        here: &mut Party,
+        there: &mut Party,
+        scratch: &Path,
+        n: usize,
+        tell: &mut dyn FnMut(Moment),
+    ) -> Result<Hop> {
+        self.prepare(here, there)?;
+        let uri = self.leave(here, there, scratch, n)?;
         tell(Moment::Leaving { from: here.stop(), to: there.stop(), uri });
         let mut rounds = 0;
         let done = here.monitor().wait_migration(PATIENCE, |migration| {
@@ -249,7 +277,7 @@ impl Journey {
     }
 
     /// Waits until the guest has rewritten all of its memory and checked the rest since it arrived.
-    fn settle(&self, party: &mut Party) -> Result<Progress> {
+    pub(super) fn settle(&self, party: &mut Party) -> Result<Progress> {
         let arrived = party.wait_progress("print anything", PATIENCE, |_| true)?;
         // The pass and the round under way may have begun before the migration.
         let (pass, rounds) = (arrived.pass + 2, arrived.rounds + u64::from(self.load.cpus) + 1);
@@ -258,4 +286,10 @@ impl Journey {
         ensure!(settled.tsc_back == 0, "the guest's clock ran backwards {} times", settled.tsc_back);
         Ok(settled)
     }
+}
+
+/// What a transcript and the hops amount to.
+pub(super) fn account(hops: Vec<Hop>, transcript: &Transcript) -> Account {
+    let last = transcript.last;
+    Account { hops, pages: last.written + last.checked, passes: last.pass, cut_lines: transcript.cut, cuts: 0 }
 }

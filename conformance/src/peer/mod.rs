@@ -3,14 +3,22 @@
 //! A [`Journey`] is a row of the [`table`]: the monitors that a payload guest visits, one after the other, and how it gets from
 //! each to the next. [`travel`](Journey::travel) plays it: the first monitor boots the guest, every hop is a live migration under
 //! way while the guest rewrites its memory, and at the end the guest itself says whether a page was stale, its clock ran
-//! backwards or a byte of its serial output got lost. A [`Party`] is one of the monitors, controlled by QMP whoever wrote it.
+//! backwards or a byte of its serial output got lost. An [`Outage`]
+//! breaks the connection again and again before it lets the guest go, a [`Pairing`] is of monitors that do not fit each other, and
+//! must be told why. A [`Party`] is one of the monitors, controlled by QMP whoever wrote it.
 
 pub mod demo;
 mod journey;
+mod outage;
+mod pairing;
 mod party;
+mod proxy;
 mod report;
 pub mod table;
 
-pub use journey::{Account, Hop, Journey, Link, Load, Moment, Stop};
+pub use journey::{Account, Hop, Journey, Link, Load, Moment, Stage, Stop};
+pub use outage::Outage;
+pub use pairing::Pairing;
 pub use party::{BUILT_IN, Monitor, Party};
-pub use report::{Outcome, Report, Row, run};
+pub use proxy::Cut;
+pub use report::{Case, Outcome, Report, Row, run};

@@ -3,7 +3,7 @@
 use std::fs::{self, File};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::{Child, Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -11,7 +11,7 @@ use anyhow::{Context, Result, bail, ensure};
 use reference_vmm::payload::{FW_CFG_NAME, IMAGE, Progress};
 use serde_json::{Value, json};
 
-use super::{Load, Stop};
+use super::{Load, Stage, Stop};
 use crate::launch::Qemu;
 use crate::roots::{Root, Suite};
 use crate::scenario::Accel;
@@ -53,12 +53,12 @@ impl Party {
     pub(super) fn start(
         stop: Stop,
         root: Option<&Root>,
-        program: &Monitor,
+        stage: &Stage<'_>,
         load: &Load,
         name: &str,
         incoming: bool,
-        scratch: &Path,
     ) -> Result<Party> {
+        let Stage { program, scratch, .. } = *stage;
         let console = scratch.join(format!("{name}.console"));
         let _ = fs::remove_file(&console);
         let mut arguments = vec!["-m".to_string(), format!("{}M", load.memory)];
@@ -79,10 +79,12 @@ impl Party {
                     // What a TCG guest has and a KVM guest would lack by default is asked for by name.
                     Accel::Tcg => more(&["-M", "microvm,accel=tcg,rtc=on", "-cpu", "max"]),
                 }
+                more(stage.more);
                 Qemu::start(root, name, &arguments, scratch)?
             }
             _ => {
                 more(&["--fw-cfg", &item]);
+                more(stage.more);
                 start_reference(program, name, &arguments, scratch)?
             }
         };
@@ -121,6 +123,14 @@ impl Party {
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(Vec::new()),
             read => read.with_context(|| format!("reading {}", self.console.display())),
         }
+    }
+
+    /// The last whole progress line.
+    pub(super) fn progress(&self) -> Result<Option<Progress>> {
+        let text = self.text()?;
+        let text = String::from_utf8_lossy(&text);
+        let whole = text.rsplit_once('\n').map_or("", |(whole, _)| whole);
+        Ok(whole.lines().rev().find_map(Progress::parse))
     }
 
     /// Waits for a whole progress line for which `wanted` holds.
@@ -163,11 +173,11 @@ fn start_reference(program: &Monitor, name: &str, arguments: &[String], scratch:
     command.args(&program.leading).arg("run").args(arguments).arg("--qmp").arg(format!("unix:{}", socket.display()));
     command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(File::create(&stderr)?);
     let child = command.spawn().with_context(|| format!("starting {}", program.program.display()))?;
-    let connect = || {
+    let connect = |child: &mut Child| {
         let deadline = Instant::now() + START_TIMEOUT;
         loop {
             match UnixStream::connect(&socket) {
-                Err(error) if Instant::now() > deadline => return Err(error),
+                Err(error) if Instant::now() > deadline || child.try_wait()?.is_some() => return Err(error),
                 Err(_) => thread::sleep(POLL),
                 stream => return stream,
             }

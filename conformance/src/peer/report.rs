@@ -9,7 +9,7 @@ use anyhow::Result;
 use serde::Serialize;
 use serde_json::{Value, json};
 
-use super::{Account, Journey, Monitor, Stop};
+use super::{Account, Journey, Monitor, Outage, Pairing, Stage, Stop};
 use crate::matrix::{REQUIRE_KVM, REQUIRE_QEMU, kvm, required};
 use crate::roots::{Root, Suite};
 
@@ -37,6 +37,36 @@ pub struct Row {
     pub seconds: f64,
 }
 
+/// One thing to try.
+#[derive(Debug, Clone)]
+pub enum Case {
+    /// The guest arrives.
+    Journey(Journey),
+    /// It arrives at last.
+    Outage(Outage),
+    /// It stays, and why is said.
+    Pairing(Pairing),
+}
+
+impl Case {
+    /// The way of the guest; its name is the case's.
+    pub fn journey(&self) -> &Journey {
+        match self {
+            Case::Journey(journey) => journey,
+            Case::Outage(outage) => &outage.journey,
+            Case::Pairing(pairing) => &pairing.journey,
+        }
+    }
+
+    fn play(&self, stage: &Stage<'_>) -> Result<Account> {
+        match self {
+            Case::Journey(journey) => journey.travel(stage, |_| ()),
+            Case::Outage(outage) => outage.play(stage),
+            Case::Pairing(pairing) => pairing.play(stage),
+        }
+    }
+}
+
 /// All journeys.
 #[derive(Debug, Clone, Serialize)]
 pub struct Report {
@@ -44,22 +74,18 @@ pub struct Report {
     pub rows: Vec<Row>,
 }
 
-/// Plays journeys one after the other, telling `each` about every row as it ends. `keep` is where consoles and logs stay.
+/// Plays cases one after the other, telling `each` about every row as it ends. `keep` is where consoles and logs stay.
 ///
 /// # Errors
 /// No scratch folder can be made. Everything else is a row of the report.
-pub fn run(
-    journeys: &[Journey],
-    program: &Monitor,
-    keep: Option<PathBuf>,
-    mut each: impl FnMut(&Row),
-) -> Result<Report> {
+pub fn run(cases: &[Case], program: &Monitor, keep: Option<PathBuf>, mut each: impl FnMut(&Row)) -> Result<Report> {
     let scratch = tempfile::Builder::new().prefix("qevm-peer-").tempdir()?;
     let folder = keep.unwrap_or_else(|| scratch.path().to_path_buf());
     let mut roots: BTreeMap<Suite, Result<Root, String>> = BTreeMap::new();
     let kvm = kvm();
     let mut rows = Vec::new();
-    for journey in journeys {
+    for case in cases {
+        let journey = case.journey();
         let started = Instant::now();
         let suites = journey.stops.iter().filter_map(|stop| match stop {
             Stop::Qemu(suite, _) => Some(*suite),
@@ -81,7 +107,7 @@ pub fn run(
             Some((_, why)) => Outcome::Skipped(why),
             None => {
                 fs::create_dir_all(&folder)?;
-                match journey.travel(&here, program, &folder, |_| ()) {
+                match case.play(&Stage { roots: &here, program, scratch: &folder, more: &[] }) {
                     Ok(account) => Outcome::Arrived(account),
                     Err(error) => Outcome::Failed(format!("{error:#}")),
                 }
@@ -108,10 +134,14 @@ impl Row {
 
 fn told(account: &Account) -> String {
     let hops = &account.hops;
+    if hops.is_empty() {
+        return format!("refused and explained; the guest went on, none of {} pages stale", account.pages);
+    }
+    let cuts = if account.cuts > 0 { format!("{} cut connections, then ", account.cuts) } else { String::new() };
     let mut downtimes: Vec<f64> = hops.iter().map(|hop| hop.downtime_ms).collect();
     downtimes.sort_by(f64::total_cmp);
     format!(
-        "{} hops, none of {} pages stale, downtime {:.1} to {:.1} ms, {} to {} rounds",
+        "{cuts}{} hops, none of {} pages stale, downtime {:.1} to {:.1} ms, {} to {} rounds",
         hops.len(),
         account.pages,
         downtimes.first().copied().unwrap_or(0.0),
@@ -155,6 +185,7 @@ impl Report {
             "failed": self.failures().count(),
             "skipped": self.skips().count(),
             "hops": arrived().map(|account| account.hops.len()).sum::<usize>(),
+            "cuts": arrived().map(|account| account.cuts).sum::<usize>(),
             "pages": arrived().map(|account| account.pages).sum::<u64>(),
         })
     }
@@ -166,7 +197,7 @@ mod tests {
 
     #[test]
     fn neither_a_failure_nor_nothing_at_all_holds() {
-        let account = Account { hops: vec![], pages: 1, passes: 1, cut_lines: 0 };
+        let account = Account { hops: vec![], pages: 1, passes: 1, cut_lines: 0, cuts: 0 };
         let (good, bad) = (Outcome::Arrived(account), Outcome::Failed("stale".into()));
         let skipped = Outcome::Skipped("no KVM".into());
         let report = |outcomes: &[&Outcome]| Report {

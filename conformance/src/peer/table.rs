@@ -2,7 +2,7 @@
 
 use serde_json::Map;
 
-use super::{Journey, Link, Load, Stop};
+use super::{Case, Cut, Journey, Link, Load, Outage, Pairing, Stop};
 use crate::roots::Suite;
 use crate::scenario::Accel;
 
@@ -11,8 +11,15 @@ const PEERS: [Suite; 3] = [Suite::Bookworm, Suite::Trixie, Suite::Sid];
 /// Hops of the long ring.
 const RING_HOPS: usize = 50;
 
-/// Every journey.
-pub fn all() -> Vec<Journey> {
+/// Every case.
+pub fn all() -> Vec<Case> {
+    let mut cases: Vec<Case> = journeys().into_iter().map(Case::Journey).collect();
+    cases.extend(outages().into_iter().map(Case::Outage));
+    cases.extend(pairings().into_iter().map(Case::Pairing));
+    cases
+}
+
+fn journeys() -> Vec<Journey> {
     let mut journeys = Vec::new();
     for suite in PEERS {
         let qemu = Stop::Qemu(suite, Accel::Kvm);
@@ -49,8 +56,107 @@ pub fn all() -> Vec<Journey> {
 }
 
 /// The representative subset.
-pub fn quick() -> Vec<Journey> {
-    all().into_iter().filter(|journey| journey.quick).collect()
+pub fn quick() -> Vec<Case> {
+    all().into_iter().filter(|case| case.journey().quick).collect()
+}
+
+/// Places in the whole of a stream, up to the end of the device sections.
+fn outages() -> Vec<Outage> {
+    const SECTIONS: [&str; 9] =
+        ["timer", "fw_cfg", "cpu_common", "apic", "ioapic", "kvmclock", "acpi-ged", "i8254", "globalstate"];
+    let mut outages = Vec::new();
+    for suite in PEERS {
+        let qemu = Stop::Qemu(suite, Accel::Kvm);
+        for stops in [[qemu, Stop::Reference], [Stop::Reference, qemu]] {
+            let outage = |name: &str, cuts: Vec<Cut>, quick: bool| {
+                let name = format!("{}>{}/{name}", stops[0], stops[1]);
+                let capabilities = vec!["return-path"];
+                Outage { journey: Journey { name, stops: stops.into(), capabilities, quick, ..plain() }, cuts }
+            };
+            let few = vec![
+                Cut::After(0),
+                Cut::After(40),
+                Cut::After(1 << 20),
+                Cut::After(17 << 20),
+                Cut::Behind("timer", 30),
+                Cut::Behind("globalstate", 20),
+                Cut::Back(3),
+            ];
+            outages.push(outage("cut/few", few, suite == Suite::Trixie));
+            let mut many: Vec<Cut> = (0..120).step_by(7).map(Cut::After).collect();
+            many.extend((0..40).map(|n| Cut::After(200 + n * n * n * 300)));
+            many.extend(SECTIONS.iter().flat_map(|name| [0, 5, 60].map(|bytes| Cut::Behind(name, bytes))));
+            many.extend((0..8).step_by(2).map(Cut::Back));
+            outages.push(outage("cut/many", many, false));
+        }
+    }
+    outages
+}
+
+/// What real machines differ in, and the words that have to explain it.
+fn pairings() -> Vec<Pairing> {
+    let mut pairings = Vec::new();
+    for suite in PEERS {
+        let qemu = Stop::Qemu(suite, Accel::Kvm);
+        let quick = suite == Suite::Sid;
+        // 7.2 reports no reason at the source, and closes the return path without a word at the destination.
+        let (sibling, told) = match suite {
+            Suite::Bookworm => ("", ""),
+            _ => ("Sibling indicated error", "the destination reported failure"),
+        };
+        let pairing = |stops: [Stop; 2], what: &str| {
+            let name = format!("{}>{}/wrong/{what}", stops[0], stops[1]);
+            let journey = Journey { name, stops: stops.into(), capabilities: vec!["return-path"], quick, ..plain() };
+            let (source, destination, capabilities, said) = (vec![], vec![], vec![], vec![]);
+            Pairing { journey, source, destination, capabilities, said, reported: sibling }
+        };
+        let into = |what| pairing([qemu, Stop::Reference], what);
+        pairings.extend([
+            Pairing {
+                source: vec!["-m", "80M"],
+                said: vec!["size mismatch: microvm.ram: 0x5000000 != 0x4000000", "the source's memory size"],
+                ..into("memory")
+            },
+            Pairing {
+                source: vec!["-smp", "2"],
+                said: vec!["unknown section or instance '", "' 1: the source has more vCPUs", "--smp"],
+                ..into("cpus")
+            },
+            Pairing {
+                source: vec!["-device", "virtio-rng-device"],
+                said: vec!["unknown section or instance 'virtio-mmio@", "/virtio-rng' 0", "-device"],
+                ..into("device")
+            },
+            Pairing {
+                source: vec!["-M", "q35,accel=kvm"],
+                said: vec!["machine type received is 'pc-q35-", "' and local is 'microvm'"],
+                reported: "",
+                ..into("machine")
+            },
+            Pairing {
+                capabilities: vec!["postcopy-ram"],
+                said: vec!["capability 'postcopy-ram'", "turn it off at the source"],
+                reported: "",
+                ..into("capability")
+            },
+        ]);
+        let back = |what| pairing([Stop::Reference, qemu], what);
+        pairings.extend([
+            Pairing {
+                destination: vec!["-m", "80M"],
+                said: vec!["Size mismatch: microvm.ram: 0x4000000 != 0x5000000"],
+                reported: told,
+                ..back("memory")
+            },
+            Pairing {
+                source: vec!["--smp", "2"],
+                said: vec!["nknown", "section or instance", "1"],
+                reported: told,
+                ..back("cpus")
+            },
+        ]);
+    }
+    pairings
 }
 
 fn capability_sets(suite: Suite) -> Vec<Vec<&'static str>> {
@@ -81,16 +187,16 @@ mod tests {
     #[test]
     fn names_are_unique_and_every_release_goes_both_ways() {
         let all = all();
-        let names: BTreeSet<_> = all.iter().map(|journey| &journey.name).collect();
+        let names: BTreeSet<_> = all.iter().map(|case| &case.journey().name).collect();
         assert_eq!(names.len(), all.len());
         for suite in PEERS {
             let qemu = Stop::Qemu(suite, Accel::Kvm);
             for way in [[qemu, Stop::Reference], [Stop::Reference, qemu]] {
-                assert!(all.iter().any(|journey| journey.stops == way), "{way:?}");
+                assert!(journeys().iter().any(|journey| journey.stops == way), "{way:?}");
             }
         }
-        let long = all.iter().find(|journey| journey.name == "ring/50").unwrap();
-        assert_eq!(long.stops.len(), RING_HOPS + 1);
+        let long = all.iter().find(|case| case.journey().name == "ring/50").unwrap();
+        assert_eq!(long.journey().stops.len(), RING_HOPS + 1);
         assert!(!quick().is_empty());
     }
 }

@@ -15,6 +15,7 @@ use super::machine::MachineArguments;
 
 /// Run a guest until it stops, or wait for one to migrate here.
 #[derive(clap::Args)]
+#[command(args_override_self = true)] // as with a QEMU, the last one counts
 #[command(after_long_help = "\
 Examples:
 

@@ -9,9 +9,12 @@ const LEAF_FEATURES: u32 = 0x1;
 const LEAF_CACHE: u32 = 0x4;
 const LEAF_TOPOLOGY: u32 = 0xb;
 const LEAF_TOPOLOGY_V2: u32 = 0x1f;
+const LEAF_AMD_FEATURES: u32 = 0x8000_0001;
 const LEAF_AMD_SIZES: u32 = 0x8000_0008;
 const LEAF_AMD_TOPOLOGY: u32 = 0x8000_001e;
 
+const ECX_VMX: u32 = 1 << 5;
+const ECX_SVM: u32 = 1 << 2;
 const ECX_TSC_DEADLINE: u32 = 1 << 24;
 const ECX_HYPERVISOR: u32 = 1 << 31;
 const EDX_HTT: u32 = 1 << 28;
@@ -39,9 +42,11 @@ pub(crate) fn for_vcpu(supported: &CpuId, index: usize, cpus: usize) -> Result<C
         match entry.function {
             LEAF_FEATURES => {
                 entry.ebx = entry.ebx & 0xffff | count << 16 | id << 24;
-                entry.ecx |= ECX_HYPERVISOR;
+                // The state of guests of the guest is not saved, so the guest is not told that it could have any.
+                entry.ecx = (entry.ecx | ECX_HYPERVISOR) & !ECX_VMX;
                 entry.edx = if cpus > 1 { entry.edx | EDX_HTT } else { entry.edx & !EDX_HTT };
             }
+            LEAF_AMD_FEATURES => entry.ecx &= !ECX_SVM,
             // Bits 31-26: cores in the package less one; 25-14: threads that share the cache less one.
             LEAF_CACHE => entry.eax = entry.eax & 0x3fff | (count - 1) << 26,
             LEAF_AMD_SIZES => entry.ecx = entry.ecx & !0xffff | id_bits << 12 | (count - 1),

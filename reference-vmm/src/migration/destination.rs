@@ -244,7 +244,14 @@ impl<'e> Loader<'e> {
             Event::Command(Command::Ping(value)) => return Ok(Then::Answer(Message::Pong { value: *value })),
             Event::Command(Command::SwitchoverStart) => {}
             Event::Command(command) => {
-                return Err(LoadError::Unsupported(format!("command {} (precopy only)", command.name())));
+                let capability = match command {
+                    Command::EnableColo => "x-colo",
+                    _ => "postcopy-ram",
+                };
+                let name = command.name();
+                return Err(LoadError::Unsupported(format!(
+                    "command {name} of capability '{capability}' (turn it off at the source)"
+                )));
             }
             Event::Header
             | Event::SectionPart { .. }

@@ -127,9 +127,7 @@ pub enum LoadError {
         expected: u64,
     },
     /// A section for a device that this machine does not have.
-    #[error(
-        "unknown section or instance '{idstr}' {instance_id}: start this machine with the devices that the source has"
-    )]
+    #[error("unknown section or instance '{idstr}' {instance_id}: {}", usual_cause(idstr))]
     UnknownSection {
         /// The section's name.
         idstr: CountedString,
@@ -153,6 +151,29 @@ pub enum LoadError {
     /// The guest refused the state of its devices.
     #[error("cannot load the state of the devices: {0}")]
     Devices(GuestError),
+}
+
+/// Why a section may have come that this machine has no device for, and what to do.
+fn usual_cause(idstr: &CountedString) -> &'static str {
+    let idstr = idstr.as_str().unwrap_or_default();
+    let pci_address = |name: &str| name.len() == 12 && name.as_bytes()[4] == b':' && name.as_bytes()[7] == b':';
+    match idstr.split_once('/').map_or(idstr, |(path, _)| path) {
+        "apic" | "cpu" | "cpu_common" => "the source has more vCPUs; start this machine with as many (--smp)",
+        "mc146818rtc" => {
+            "the source has an RTC (its default under TCG); start it with -M microvm,rtc=off or this machine with one"
+        }
+        "ioapic" => "the source has more IOAPICs; start it with -M microvm,ioapic2=off",
+        "slirp" => "the source has a user network, whose connections cannot move; give it another -netdev",
+        "dirty-bitmap" => "turn capability 'dirty-bitmaps' off at the source",
+        "block" => "turn capability 'block' off at the source",
+        path if path.starts_with("virtio-mmio@") => {
+            "the source has a virtio device there; start this machine with the source's virtio devices, in the same order (-device)"
+        }
+        path if pci_address(path) => {
+            "the source has a PCI device, and this machine no PCI bus; start it with -M microvm,pcie=off"
+        }
+        _ => "start this machine with the devices that the source has, or the source without this one",
+    }
 }
 
 impl Blame for LoadError {

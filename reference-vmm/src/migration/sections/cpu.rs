@@ -5,7 +5,11 @@ use crate::state::{self, DescriptorTable, Events, MachineState, VcpuState};
 use qevm_savevm::{
     devices::{
         DeviceState,
-        cpu::{Cpu, msr as sub, nested::ExceptionInfo, registers::Segment},
+        cpu::{
+            Cpu, msr as sub,
+            nested::{ExceptionInfo, NestedState},
+            registers::Segment,
+        },
         cpu_common::CpuCommon,
     },
     vmstate::Table,
@@ -175,6 +179,15 @@ fn hidden_flags(cpu: &Cpu) -> u32 {
 pub(super) fn load(cpu: &Cpu, vcpu: &mut VcpuState) -> Result<(), String> {
     if cpu.hflags & hidden::GUEST != 0 {
         return Err("a guest of the guest runs, which this machine does not support".into());
+    }
+    let vmxon = |nested: &NestedState| nested.state.0.as_ref().is_some_and(|state| state.vmx.is_some());
+    if cpu.nested_state.as_ref().is_some_and(vmxon) {
+        return Err("the guest has executed VMXON, and this machine does not support guests of the guest".into());
+    }
+    if cpu.msr_hyperv_hypercall.as_ref().is_some_and(|sub| sub.guest_os_id != 0) {
+        return Err("the guest uses Hyper-V enlightenments, which this machine lacks (start the source without hv-* \
+                    in -cpu)"
+            .into());
     }
     if cpu.interrupt_injected > u8::MAX.into() || cpu.exception_nr > u8::MAX.into() {
         return Err(format!("vector {} or {}", cpu.interrupt_injected, cpu.exception_nr));
