@@ -5,6 +5,7 @@
 #![forbid(unsafe_code)]
 
 pub mod args;
+pub mod check;
 pub mod commands;
 pub mod diff;
 pub mod extract;
@@ -43,6 +44,7 @@ pub fn run(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
         }
     };
     let result = match &cli.command {
+        Command::Check(check) => commands::check::run(check),
         Command::Convert(convert) => commands::convert::run(convert),
         Command::Diff(diff) => commands::diff::run(diff),
         Command::Extract(extract) => commands::extract::run(extract),

@@ -5,6 +5,7 @@ use crate::args::RamDigest;
 use crate::failure::Failure;
 use crate::ram::{GuestRam, Keep};
 use crate::report::{RamReport, Report, SectionReport};
+use qevm_savevm::Event;
 use qevm_savevm::command::Command;
 use qevm_savevm::configuration::Configuration;
 use qevm_savevm::framing::{SectionHeader, SectionKind};
@@ -32,6 +33,8 @@ pub trait Observer {
     fn position(&mut self, _offset: u64) {}
     /// Everything is read a second time.
     fn restarted(&mut self) {}
+    /// Anything comes on the main channel.
+    fn event(&mut self, _event: &Event<'_>) {}
     /// A section record starts.
     fn section(&mut self, _kind: SectionKind, _header: &SectionHeader, _offset: u64) {}
     /// A command came.

@@ -205,6 +205,7 @@ impl Walk<'_> {
         packaged: bool,
         file: &str,
     ) -> Result<Payload, Halt> {
+        self.observer.event(event);
         match event {
             Event::Ram(record) => return self.ram_record(record, at, decoder, file),
             Event::Header => self.analysis.header = true,

@@ -102,20 +102,28 @@ impl Signs {
     }
 }
 
-/// The guess as text: `RELEASE MACHINE`, and behind it the range of releases that fit, if it is not one alone.
+/// The release that most likely wrote the stream; `None` if it shows no sign of any.
 ///
-/// RELEASE is the version of the machine type if that release fits: aliases such as `q35` stand for the newest type of
+/// It is the version of the machine type if that release fits: aliases such as `q35` stand for the newest type of
 /// a binary, so a versioned type is mostly run by its own release. Otherwise it is the newest examined release that
 /// fits (5.2, 7.2, 10.0, 11.1).
+pub fn guess(analysis: &Analysis) -> Option<QemuVersion> {
+    let bounds = Bounds::of(analysis);
+    if (bounds.oldest, bounds.newest) == (None, None) {
+        return None;
+    }
+    let fits = |release: &QemuVersion| bounds.fits(*release);
+    bounds.version.filter(fits).or_else(|| EXAMINED.into_iter().rev().find(fits)).or(bounds.oldest)
+}
+
+/// The [`guess`] as text: `RELEASE MACHINE`, and behind it the range of releases that fit, if it is not one alone.
 pub fn describe(analysis: &Analysis) -> String {
-    let Bounds { oldest, newest, version } = Bounds::of(analysis);
-    let machine = analysis.machine();
-    let machine = machine.unwrap_or_else(|| "unknown machine".into());
-    let fits = |release: &QemuVersion| Bounds { oldest, newest, version }.fits(*release);
     if !analysis.header {
         return "unknown".into();
     }
-    let guess = version.filter(fits).or_else(|| EXAMINED.into_iter().rev().find(fits));
+    let Bounds { oldest, newest, .. } = Bounds::of(analysis);
+    let machine = analysis.machine();
+    let machine = machine.unwrap_or_else(|| "unknown machine".into());
     let range = match (oldest, newest) {
         (Some(oldest), Some(newest)) if oldest == newest => String::new(),
         (Some(oldest), Some(newest)) if oldest < newest => format!(" ({oldest} to {newest})"),
@@ -124,7 +132,7 @@ pub fn describe(analysis: &Analysis) -> String {
         (Some(oldest), Some(newest)) => format!(" (contradictory signs: {oldest} or newer, {newest} or older)"),
         (None, None) => return format!("unknown release {machine}"),
     };
-    match guess.or(oldest) {
+    match guess(analysis) {
         Some(guess) => format!("{guess} {machine}{range}"),
         None => format!("{machine}{range}"),
     }
@@ -183,7 +191,7 @@ mod tests {
     use super::*;
     use qevm_savevm::configuration::Configuration;
 
-    fn guess(machine: &str, signs: impl FnOnce(&mut Signs)) -> String {
+    fn described(machine: &str, signs: impl FnOnce(&mut Signs)) -> String {
         let configuration = Some(Configuration::new(machine));
         let mut analysis = Analysis { header: true, configuration, ..Analysis::default() };
         signs(&mut analysis.signs);
@@ -193,13 +201,13 @@ mod tests {
     #[test]
     fn the_guess_names_release_machine_and_range() {
         let old = |signs: &mut Signs| signs.description(b"{ \"page_size\" : 4096");
-        assert_eq!(guess("pc-q35-5.2", old), "5.2 pc-q35-5.2");
-        assert_eq!(guess("microvm", old), "5.2 microvm (5.2 or older)");
+        assert_eq!(described("pc-q35-5.2", old), "5.2 pc-q35-5.2");
+        assert_eq!(described("microvm", old), "5.2 microvm (5.2 or older)");
         let middle = |signs: &mut Signs| signs.description(b"{\"page_size\": 4096");
-        assert_eq!(guess("pc-q35-7.2", middle), "7.2 pc-q35-7.2 (7.2 to 9.2)");
+        assert_eq!(described("pc-q35-7.2", middle), "7.2 pc-q35-7.2 (7.2 to 9.2)");
         let new = |signs: &mut Signs| signs.description(b"{\"configuration\": {");
-        assert_eq!(guess("pc-i440fx-7.2", new), "11.1 pc-i440fx-7.2 (10.0 or newer)");
-        assert_eq!(guess("pc-q35-10.0", new), "10.0 pc-q35-10.0 (10.0 or newer)");
-        assert_eq!(guess("microvm", |_| {}), "unknown release microvm");
+        assert_eq!(described("pc-i440fx-7.2", new), "11.1 pc-i440fx-7.2 (10.0 or newer)");
+        assert_eq!(described("pc-q35-10.0", new), "10.0 pc-q35-10.0 (10.0 or newer)");
+        assert_eq!(described("microvm", |_| {}), "unknown release microvm");
     }
 }

@@ -1,5 +1,6 @@
 //! The program, run as its users do.
 
+mod check;
 mod damage;
 mod layouts;
 mod sample;

@@ -4,13 +4,16 @@
 //! side may just have had no reason to write a subsection.
 
 use super::{Expectations, Finding, Outcome, Subject, Summary};
+use crate::devices;
 use crate::vmdesc::{DeviceBody, DeviceDescription, FieldDescription, StructDescription};
+use crate::vmstate::{self, Context, Layout};
 
 pub(super) fn compare(stream: &Summary, destination: &Expectations, findings: &mut Vec<Finding>) {
     let (Some(stream), Some(local)) = (&stream.description, &destination.description) else { return };
+    let models = Models::of(destination);
     for device in &stream.devices {
         let Some(local) = local.device(device.name.as_bytes(), device.instance_id) else { continue };
-        let mut comparison = Comparison { device, findings };
+        let mut comparison = Comparison { device, models: &models, findings };
         match (&device.body, &local.body) {
             (DeviceBody::Struct(found), DeviceBody::Struct(expected)) => comparison.structs(found, expected, ""),
             (found, expected) if found != expected => {
@@ -25,8 +28,48 @@ pub(super) fn compare(stream: &Summary, destination: &Expectations, findings: &m
     }
 }
 
+/// What the destination's device models can read, whether they had a reason to write it or not.
+struct Models {
+    /// By its `-dump-vmstate`: all of them.
+    dumped: Option<Vec<vmstate::Description>>,
+    /// By its release: those that are declared here.
+    declared: Vec<vmstate::Description>,
+}
+
+impl Models {
+    fn of(destination: &Expectations) -> Self {
+        let machine = destination.machine.as_deref().map(String::from_utf8_lossy).unwrap_or_default();
+        let declared = |qemu| devices::descriptions(&Context::new(qemu, &machine));
+        Models {
+            dumped: destination.schema.as_ref().map(|schema| schema.descriptions()),
+            declared: destination.qemu.map(declared).unwrap_or_default(),
+        }
+    }
+
+    /// Whether a device with this VMSD reads this subsection, as far as that is known.
+    fn read(&self, vmsd_name: &str, subsection: &str) -> Option<bool> {
+        let mut dumped = self.dumped.iter().flatten().filter(|model| model.name == vmsd_name).peekable();
+        if dumped.peek().is_some() {
+            return Some(dumped.any(|model| has(model, subsection)));
+        }
+        let mut declared = self.declared.iter().filter(|model| model.name == vmsd_name);
+        declared.any(|model| has(model, subsection)).then_some(true)
+    }
+}
+
+/// True if the VMSD has the subsection, itself or in a structure inside.
+fn has(model: &vmstate::Description, subsection: &str) -> bool {
+    let nested = |layout: &Layout| match layout {
+        Layout::Struct(nested) | Layout::List(nested) => has(nested, subsection),
+        Layout::Bytes(_) | Layout::Variable => false,
+    };
+    model.subsections.iter().any(|own| own.name == subsection || has(own, subsection))
+        || model.fields.iter().any(|field| nested(&field.element.layout))
+}
+
 struct Comparison<'a, 'f> {
     device: &'a DeviceDescription,
+    models: &'a Models,
     findings: &'f mut Vec<Finding>,
 }
 
@@ -38,9 +81,17 @@ impl Comparison<'_, '_> {
         if same < ours.len().max(theirs.len()) {
             let text =
                 |entries: &[Entry<'_>]| entries.get(same).map_or_else(|| "no more fields".to_owned(), Entry::text);
-            let cause =
-                Some("a field that only one side writes shifts all behind it, unless its array just has more elements");
-            self.report(path, text(&ours), text(&theirs), Outcome::MayFail, cause);
+            let length =
+                |s: &StructDescription| s.fields.iter().fold(0u64, |sum, field| sum.saturating_add(field.wire_size()));
+            // A destination reads bytes, and no names.
+            let (outcome, cause) = match length(found) == length(expected) {
+                true => (Outcome::Loads, "all fields together have the same length: releases divide it differently"),
+                false => (
+                    Outcome::MayFail,
+                    "a field that only one side writes shifts all behind it, unless its array just has more elements",
+                ),
+            };
+            self.report(path, text(&ours), text(&theirs), outcome, Some(cause));
         }
         for (ours, theirs) in ours.iter().zip(&theirs).take(same) {
             if let ([found], [expected]) = (ours.field.nested.as_slice(), theirs.field.nested.as_slice()) {
@@ -55,13 +106,27 @@ impl Comparison<'_, '_> {
                     self.report(&path, text(subsection), text(local), Outcome::Fails, None);
                 }
                 Some(local) => self.structs(subsection, local, &path),
-                None => {
-                    let cause =
-                        Some("loads if the destination knows the subsection and just had no reason to write it");
-                    self.report(&path, "the subsection".into(), "not written".into(), Outcome::MayFail, cause);
-                }
+                None => self.unwritten(subsection, &path),
             }
         }
+    }
+
+    /// A subsection that the destination did not write itself.
+    fn unwritten(&mut self, subsection: &StructDescription, path: &str) {
+        let known = match &self.device.body {
+            DeviceBody::Struct(body) => self.models.read(&body.vmsd_name, &subsection.vmsd_name),
+            DeviceBody::OldStyle { .. } => None,
+        };
+        let (expected, outcome, cause) = match known {
+            Some(true) => ("read, but not written", Outcome::Loads, "the destination had no reason to write it"),
+            Some(false) => ("no such subsection", Outcome::Fails, "the source's QEMU or machine type is newer"),
+            None => (
+                "not written",
+                Outcome::MayFail,
+                "loads if the destination knows the subsection and just had no reason to write it",
+            ),
+        };
+        self.report(path, "the subsection".into(), expected.into(), outcome, Some(cause));
     }
 
     fn report(&mut self, path: &str, found: String, expected: String, outcome: Outcome, cause: Option<&'static str>) {

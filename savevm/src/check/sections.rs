@@ -21,7 +21,8 @@ pub(super) fn compare(stream: &Summary, destination: &Expectations, findings: &m
     }
     if let Some(schema) = &destination.schema {
         for section in &stream.sections {
-            against_schema(section, schema, findings);
+            let written = destination.sections.iter().flatten().any(|local| local.is_same_handler(section));
+            against_schema(section, schema, written, findings);
         }
     }
 }
@@ -51,16 +52,18 @@ fn against(section: &SectionHeader, local: &[SectionHeader], findings: &mut Vec<
     }
 }
 
-fn against_schema(section: &SectionHeader, schema: &Schema, findings: &mut Vec<Finding>) {
+/// `written`: the destination writes the section itself, so that it has the device.
+fn against_schema(section: &SectionHeader, schema: &Schema, written: bool, findings: &mut Vec<Finding>) {
     let Some(versions) = schema.versions(&section.idstr) else {
-        // Parts of the machine are in no schema; what has a place on a bus is a device.
-        if section.idstr.as_bytes().contains(&b'/') {
+        // Parts of the machine are in no schema; what has a place on a bus is a device. But some devices, such as `ide`
+        // up to 7.2, register what they save on their own, which no dump shows.
+        if !written && section.idstr.as_bytes().contains(&b'/') {
             findings.push(Finding {
                 subject: subject(section),
                 found: version(section.version_id),
                 expected: "no device of this name".into(),
-                outcome: Outcome::Fails,
-                cause: Some("the destination's QEMU does not have this device model, or not under this name"),
+                outcome: Outcome::MayFail,
+                cause: Some("the destination's QEMU lacks the device model, or leaves it out of its -dump-vmstate"),
             });
         }
         return;

@@ -195,10 +195,31 @@ fn descriptions_tell_which_fields_and_subsections_differ() {
     let longer = one(&of_7_2, describe(&element(""), ""));
     assert!(longer.found.contains("2 × 1 bytes"), "{longer}");
 
+    // 100 bytes of text, as 5.2 and as 10.0 describe them.
+    let renamed = one(&describe(&field("a", 100), ""), describe(&[field("a", 32), field("unused", 68)].join(","), ""));
+    assert_eq!(renamed.outcome, Outcome::Loads);
+
     let old_style = r#"{"devices": [{"name": "x", "instance_id": 0, "size": 3}]}"#;
     let description = Some(Description::parse(old_style.as_bytes(), &Limits::default()).unwrap());
     let finding = one(&Summary { description, ..Summary::default() }, describe(&a, ""));
     assert_eq!(finding.found, "3 bytes without fields");
+}
+
+#[test]
+fn a_subsection_loads_where_the_destinations_release_has_it() {
+    let cpu = |subsections: &str| {
+        let json = format!(
+            r#"{{"devices": [{{"name": "cpu", "instance_id": 0, "vmsd_name": "cpu", "version": 12, "fields": [],
+                "subsections": [{subsections}]}}]}}"#
+        );
+        let description = Some(Description::parse(json.as_bytes(), &Limits::default()).unwrap());
+        Summary { description, ..Summary::default() }
+    };
+    let sub = |name: &str| cpu(&format!(r#"{{"vmsd_name": "{name}", "version": 1, "fields": []}}"#));
+    let of_7_2 = Expectations { qemu: Some(QemuVersion::new(7, 2)), ..cpu("").into() };
+    assert_eq!(one(&sub("cpu/tsc_khz"), of_7_2.clone()).outcome, Outcome::Loads);
+    assert_eq!(one(&sub("cpu/of_another_release"), of_7_2).outcome, Outcome::MayFail);
+    assert_eq!(one(&sub("cpu/tsc_khz"), cpu("")).outcome, Outcome::MayFail);
 }
 
 #[test]

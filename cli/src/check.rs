@@ -1,0 +1,183 @@
+//! Whether a destination will load a stream: what is known of both sides, and what QEMU says about a difference.
+
+use crate::args;
+use crate::failure::{Failure, Stop};
+use crate::progress::Progress;
+use crate::ram::Keep;
+use crate::stream::layouts::Layouts;
+use crate::stream::writer::guess;
+use crate::stream::{Inputs, Observer, Settings, analyze};
+use qevm_savevm::Event;
+use qevm_savevm::check::{Expectations, Finding, Outcome, Subject, Summary};
+use qevm_savevm::ram::RamBlock;
+use qevm_savevm::vmdesc::{Description, Schema};
+use qevm_wire::{Limits, QemuVersion};
+use std::fs::File;
+use std::io::{self, Read};
+use std::path::Path;
+
+/// What decides whether the stream loads, and which release most likely wrote it. Page contents are jumped over.
+///
+/// # Errors
+/// [`Stop::Usage`] if a file cannot be opened, [`Stop::Bad`] if the stream is bad, truncated included.
+pub fn summarize(input: &args::Input) -> Result<(Summary, Option<QemuVersion>), Stop> {
+    let mut inputs = Inputs::open(input)?;
+    let progress = Progress::new("reading", inputs.main.source.total());
+    let mut gather = Gather { summary: Summary::default(), progress };
+    let layouts = Layouts::default();
+    let settings = Settings { keep: Keep::Nothing, reencode: false, complete: false, live: false, layouts };
+    let mut analysis = analyze(&mut inputs, &settings, &mut gather);
+    if let Some(failure) = analysis.failure.take() {
+        return Err(failure.into());
+    }
+    let mut summary = gather.summary;
+    if let Some((offset, text)) = &analysis.description {
+        let description = Description::parse_at(text, *offset, &Limits::default());
+        summary.description = Some(description.map_err(|error| Failure::located(&inputs.main.name, error))?);
+    }
+    Ok((summary, guess(&analysis)))
+}
+
+struct Gather {
+    summary: Summary,
+    progress: Progress,
+}
+
+impl Observer for Gather {
+    fn position(&mut self, offset: u64) {
+        self.progress.at(offset);
+    }
+
+    fn restarted(&mut self) {
+        self.summary = Summary::default();
+    }
+
+    fn event(&mut self, event: &Event<'_>) {
+        self.summary.event(event);
+    }
+}
+
+/// What the command line tells of the destination of `stream`.
+///
+/// # Errors
+/// [`Stop::Usage`] if a file cannot be read, or is neither a whole stream nor a schema.
+pub fn expectations(check: &args::Check, stream: &Summary) -> Result<Expectations, Stop> {
+    let mut known = Expectations::default();
+    for path in &check.against {
+        let file = against(path)?;
+        // Of two files that tell of the same thing, the first one is believed.
+        known.qemu = known.qemu.or(file.qemu);
+        known.machine = known.machine.or(file.machine);
+        known.page_size = known.page_size.or(file.page_size);
+        known.uuid = known.uuid.or(file.uuid);
+        known.ram = known.ram.or(file.ram);
+        known.sections = known.sections.or(file.sections);
+        known.description = known.description.or(file.description);
+        known.schema = known.schema.or(file.schema);
+        for (name, on) in file.capabilities {
+            known.capabilities.entry(name).or_insert(on);
+        }
+    }
+    known.qemu = check.qemu.or(known.qemu);
+    known.machine = check.machine.as_ref().map(|name| name.clone().into_bytes()).or(known.machine);
+    known.page_size = check.page_size.or(known.page_size);
+    known.uuid = check.uuid.map(|uuid| uuid.0).or(known.uuid);
+    known.capabilities.extend(check.capability.iter().map(|(capability, on)| (capability.name().to_owned(), *on)));
+    if !check.ram_block.is_empty() {
+        // What is not named is as the stream has it, so that it gives no finding.
+        let mut ram = known.ram.take().unwrap_or_else(|| stream.ram.clone());
+        for (name, size) in &check.ram_block {
+            match ram.iter_mut().find(|block| block.name == *name) {
+                Some(block) => block.used_length = *size,
+                None => ram.push(RamBlock::new(name.clone(), *size)),
+            }
+        }
+        known.ram = Some(ram);
+    }
+    Ok(known)
+}
+
+/// What one file tells of the destination.
+fn against(path: &Path) -> Result<Expectations, Stop> {
+    if let Some(schema) = schema(path)? {
+        let machine = schema.machine.as_ref().map(|name| name.clone().into_bytes());
+        return Ok(Expectations { machine, schema: Some(schema), ..Expectations::default() });
+    }
+    let (summary, qemu) = summarize(&args::Input::plain(path)).map_err(|stop| match stop {
+        Stop::Bad(failure) => Stop::Usage(format!("--against {failure}")),
+        other => other,
+    })?;
+    Ok(Expectations { qemu, ..summary.into() })
+}
+
+/// The schema, if the file starts like the output of `-dump-vmstate`; pipes are streams.
+fn schema(path: &Path) -> Result<Option<Schema>, Stop> {
+    let cannot = |error: io::Error| Stop::Usage(format!("{}: cannot be opened: {error}", path.display()));
+    if path.as_os_str() == "-" {
+        return Ok(None);
+    }
+    let mut file = File::open(path).map_err(cannot)?;
+    if !file.metadata().map_err(cannot)?.is_file() {
+        return Ok(None);
+    }
+    let mut start = Vec::new();
+    file.by_ref().take(16).read_to_end(&mut start).map_err(cannot)?;
+    if start.trim_ascii_start().first() != Some(&b'{') {
+        return Ok(None);
+    }
+    let limits = Limits::default();
+    file.take(limits.vmdesc).read_to_end(&mut start).map_err(cannot)?;
+    match Schema::parse(&start, &limits) {
+        Ok(schema) => Ok(Some(schema)),
+        Err(error) => {
+            let failure = Failure::located(&path.display().to_string(), error);
+            Err(Stop::Usage(format!("--against {failure}")))
+        }
+    }
+}
+
+/// What of a destination is known, and therefore was compared.
+pub fn compared(destination: &Expectations) -> Vec<&'static str> {
+    let Expectations { qemu, machine, page_size, uuid, ram, sections, description, schema, .. } = destination;
+    let known = [
+        (qemu.is_some(), "release"),
+        (machine.is_some(), "machine type"),
+        (page_size.is_some(), "target page size"),
+        (uuid.is_some(), "UUID"),
+        (!destination.capabilities.is_empty(), "capabilities"),
+        (ram.is_some(), "RAM blocks"),
+        (sections.is_some(), "sections"),
+        (description.is_some(), "fields"),
+        (schema.is_some(), "device models"),
+    ];
+    known.into_iter().filter(|(known, _)| *known).map(|(_, what)| what).collect()
+}
+
+/// The line that a destination prints when it meets the difference, to look for in its log. QEMU 7.2's words; newer
+/// releases put the same into one line with what it is inside of.
+pub fn qemu_says(finding: &Finding) -> Option<String> {
+    if finding.outcome != Outcome::Fails {
+        return None;
+    }
+    let Finding { found, expected, .. } = finding;
+    let unhex = |text: &str| text.strip_suffix(" bytes").map(str::to_owned);
+    Some(match &finding.subject {
+        Subject::MachineType => format!("Machine type received is '{found}' and local is '{expected}'"),
+        Subject::Capability(name @ ("x-ignore-shared" | "mapped-ram")) => {
+            format!("Capability {name} is {expected}, but received capability is {found}")
+        }
+        Subject::Capability("postcopy-ram") => "RAM postcopy is disabled but have 16 byte advise".into(),
+        Subject::Section { idstr, instance_id } if expected == "no such section" => {
+            format!("Unknown savevm section or instance '{idstr}' {instance_id}")
+        }
+        Subject::RamBlock(name) if expected == "no such block" => {
+            format!("Unknown ramblock \"{name}\", cannot accept migration")
+        }
+        Subject::RamBlock(name) => {
+            let (found, expected) = (unhex(found)?, unhex(expected)?);
+            format!("Size mismatch: {name}: {found} != {expected}: Invalid argument")
+        }
+        Subject::Command("SWITCHOVER_START") => "MIG_CMD 0xb unknown (len 0x0)".into(),
+        _ => return None,
+    })
+}

@@ -1,0 +1,119 @@
+//! `qevm check`: whether a destination will load a stream.
+
+use super::Output;
+use crate::args;
+use crate::check::{compared, expectations, qemu_says, summarize};
+use crate::failure::{Failure, Stop, printable};
+use crate::report::error_json;
+use crate::table::Table;
+use qevm_savevm::check::{Expectations, Finding, Outcome, Subject};
+use serde_json::{Map, Value, json};
+
+/// Runs the command.
+///
+/// # Errors
+/// [`Stop::Found`] if the stream will not load, [`Stop::Bad`] if it is bad, [`Stop::Usage`] if a file cannot be opened or
+/// what is said to tell of the destination does not.
+pub fn run(check: &args::Check) -> Result<(), Stop> {
+    let compared = summarize(&check.input).and_then(|(stream, _)| {
+        let destination = expectations(check, &stream)?;
+        let findings = qevm_savevm::check::check(&stream, &destination);
+        Ok((findings, destination))
+    });
+    let mut out = Output::new();
+    let (findings, destination) = match compared {
+        Ok(compared) => compared,
+        Err(Stop::Bad(failure)) if check.output.json => {
+            out.json(object(&[], &Expectations::default(), Some(&failure)))?;
+            out.finish()?;
+            return Err(Stop::Bad(failure));
+        }
+        Err(stop) => return Err(stop),
+    };
+    match check.output.json {
+        true => out.json(object(&findings, &destination, None))?,
+        false => print(&mut out, &findings, &destination)?,
+    }
+    out.finish()?;
+    if worst(&findings) == Outcome::Fails { Err(Stop::Found) } else { Ok(()) }
+}
+
+fn worst(findings: &[Finding]) -> Outcome {
+    findings.iter().map(|finding| finding.outcome).max().unwrap_or(Outcome::Loads)
+}
+
+fn object(findings: &[Finding], destination: &Expectations, failure: Option<&Failure>) -> Map<String, Value> {
+    let mut object = Map::new();
+    let verdict = if failure.is_some() { Outcome::Fails } else { worst(findings) };
+    object.insert("verdict".into(), verdict.as_str().into());
+    object.insert("compared".into(), json!(compared(destination)));
+    object.insert("findings".into(), findings.iter().map(finding_json).collect());
+    object.insert("error".into(), failure.map_or(Value::Null, error_json));
+    object
+}
+
+fn finding_json(finding: &Finding) -> Value {
+    let (kind, name, instance_id, path) = match &finding.subject {
+        Subject::Configuration => ("configuration", None, None, None),
+        Subject::MachineType => ("machine", None, None, None),
+        Subject::PageSize => ("page_size", None, None, None),
+        Subject::Uuid => ("uuid", None, None, None),
+        Subject::Capability(name) => ("capability", Some((*name).to_owned()), None, None),
+        Subject::Command(name) => ("command", Some((*name).to_owned()), None, None),
+        Subject::RamBlock(name) => ("ram_block", Some(name.clone()), None, None),
+        Subject::Section { idstr, instance_id } => ("section", Some(idstr.clone()), Some(*instance_id), None),
+        Subject::Fields { idstr, instance_id, path } => {
+            ("fields", Some(idstr.clone()), Some(*instance_id), Some(path.clone()))
+        }
+        _ => ("other", None, None, None),
+    };
+    json!({
+        "kind": kind,
+        "name": name,
+        "instance_id": instance_id,
+        "path": path,
+        "found": finding.found,
+        "expected": finding.expected,
+        "outcome": finding.outcome.as_str(),
+        "cause": finding.cause,
+        "qemu_says": qemu_says(finding),
+    })
+}
+
+/// For people: a table with the usual cause under each row, and the verdict.
+fn print(out: &mut Output, findings: &[Finding], destination: &Expectations) -> Result<(), Stop> {
+    if !findings.is_empty() {
+        let mut table = Table::new(&["outcome", "what", "stream", "destination"]);
+        for finding in findings {
+            let cells = [finding.subject.to_string(), finding.found.clone(), finding.expected.clone()];
+            let cells = cells.iter().map(|cell| printable(cell));
+            table.row(std::iter::once(finding.outcome.as_str().to_owned()).chain(cells));
+        }
+        let text = table.to_string();
+        let mut lines = text.lines();
+        lines.next().map_or(Ok(()), |header| out.line(header))?;
+        for (line, finding) in lines.zip(findings) {
+            out.line(line)?;
+            finding.cause.map_or(Ok(()), |cause| out.line(format!("            usual cause: {cause}")))?;
+            qemu_says(finding)
+                .map_or(Ok(()), |said| out.line(format!("            QEMU says: {}", printable(&said))))?;
+        }
+        out.line("")?;
+    }
+    let count = |outcome| findings.iter().filter(|finding| finding.outcome == outcome).count();
+    let verdict = match worst(findings) {
+        Outcome::Fails => "the destination will refuse the stream",
+        Outcome::MayFail => "the destination may refuse the stream",
+        Outcome::Loads => "nothing stops the stream from loading",
+    };
+    let counts = match findings.len() {
+        0 => "no differences".to_owned(),
+        _ => format!(
+            "{} fatal, {} that may be, {} harmless",
+            count(Outcome::Fails),
+            count(Outcome::MayFail),
+            count(Outcome::Loads)
+        ),
+    };
+    out.line(format!("{verdict}: {counts} (compared: {})", compared(destination).join(", ")))
+}
