@@ -19,7 +19,7 @@ const SECTION_START: u8 = 0x01;
 /// `QEMU_VM_SECTION_FULL`.
 const SECTION_FULL: u8 = 0x04;
 /// Machine types up to 2.3 neither write footers nor a description.
-const WITHOUT_DESCRIPTION: [&str; 2] = ["pc-i440fx-2.3", "pc-q35-2.3"];
+const WITHOUT_DESCRIPTION: [&str; 4] = ["pc-i440fx-2.0", "pc-i440fx-2.2", "pc-i440fx-2.3", "pc-q35-2.3"];
 
 /// What was found about one recording. It holds when `problems` is empty.
 #[derive(Debug, Clone, Default, Serialize)]

@@ -119,6 +119,11 @@ impl Bodies {
         Some(known.description.devices.get(self.current?)?.wire_size())
     }
 
+    /// True if a layout that does not come from this stream explains `body` to its last byte.
+    pub(super) fn explains(&self, header: &SectionHeader, offset: u64, body: &[u8], analysis: &Analysis) -> bool {
+        self.layouts.read(header, offset, body, analysis).opaque == 0
+    }
+
     /// Reads the content of a section, which is in a package or not. `analysis` is what was found before it.
     pub(super) fn read(
         &mut self,

@@ -4,9 +4,12 @@ use super::walk::{Halt, Payload, Walk};
 use crate::failure::Failure;
 use crate::ram::Keep;
 use crate::source::Source;
-use qevm_savevm::framing::{self, Content};
-use qevm_savevm::{Decoder, Encoder, Event, Footers};
+use qevm_savevm::framing::{self, Content, SectionHeader};
+use qevm_savevm::{BodyEnd, Decoder, Encoder, Event, Footers};
 use qevm_wire::{Limits, Step, Writer};
+
+/// How many places in one section's content are tried that look like the start of the next item.
+const MAX_UNMARKED_ENDS: usize = 64;
 
 /// One connection that carries a main channel.
 pub(super) struct Connection<'c> {
@@ -57,7 +60,8 @@ impl Connection<'_> {
         }
     }
 
-    /// If the description tells how long the device section's content is, takes exactly that.
+    /// If the description tells how long the device section's content is, takes exactly that; if nothing on the wire
+    /// does, not even a footer, looks for an end up to which a known layout explains the content.
     fn known_body(&mut self, walk: &mut Walk<'_>) -> Result<(), Halt> {
         let nested = self.decoders.len() > 1;
         let Some((decoder, _)) = self.decoders.split_last_mut() else {
@@ -74,10 +78,15 @@ impl Connection<'_> {
             walk.bodies.spool_if_needed(self.source).map_err(|error| Failure::io(&self.file, at, &error))?;
             walk.bodies.open(&header);
         }
-        let Some(len) = walk.bodies.expected_len() else {
-            return Ok(());
-        };
         let footers = decoder.footers() != Footers::Absent;
+        let Some(len) = walk.bodies.expected_len() else {
+            return match unmarked_end(decoder, self.source, &self.file, |body| {
+                walk.bodies.explains(&header, at, body, &walk.analysis)
+            })? {
+                Some(len) if !footers => self.take_body(len, &header, walk),
+                _ => Ok(()),
+            };
+        };
         let whole = len.saturating_add(if footers { 5 } else { 0 });
         if len > Limits::default().device_section {
             return Ok(());
@@ -91,8 +100,16 @@ impl Connection<'_> {
             // The description is wrong, or does not belong to this stream; the section's length will show that.
             return Ok(());
         }
-        let window = self.source.window();
-        walk.body(&header, at, &window[..len as usize], false, &self.file)?;
+        self.take_body(len, &header, walk)
+    }
+
+    /// Takes the next `len` bytes, which are held, for the content of the section.
+    fn take_body(&mut self, len: u64, header: &SectionHeader, walk: &mut Walk<'_>) -> Result<(), Halt> {
+        let Some(decoder) = self.decoders.last_mut() else {
+            return Ok(());
+        };
+        let body = &self.source.window()[..len as usize];
+        walk.body(header, decoder.offset(), body, false, &self.file)?;
         decoder.body(len).map_err(|error| Failure::located(&self.file, error))?;
         self.source.consume(len as usize);
         Ok(())
@@ -188,6 +205,39 @@ fn ends_elsewhere(decoder: &Decoder, source: &mut Source, file: &str) -> Result<
             Err(_) => return Ok(false),
         }
     }
+}
+
+/// The length of a section's content in a stream without footers and without a description: up to the first place
+/// where another item may start and that makes the content one that `explains` knows; the first such place if none does.
+fn unmarked_end(
+    decoder: &Decoder,
+    source: &mut Source,
+    file: &str,
+    mut explains: impl FnMut(&[u8]) -> bool,
+) -> Result<Option<u64>, Failure> {
+    if decoder.footers() != Footers::Absent {
+        return Ok(None);
+    }
+    let (mut search, mut first) = (decoder.clone(), None);
+    for _ in 0..MAX_UNMARKED_ENDS {
+        let found = loop {
+            if source.at_end() {
+                search.end_of_input();
+            }
+            match search.next_body_end(source.window()) {
+                Ok(BodyEnd::NeedMore { at_least }) => {
+                    source.fill(at_least).map_err(|error| Failure::io(file, decoder.offset(), &error))?;
+                }
+                Ok(BodyEnd::After(len)) => break len,
+                Err(_) => return Ok(first),
+            }
+        };
+        if source.window().get(..found as usize).is_some_and(&mut explains) {
+            return Ok(Some(found));
+        }
+        first.get_or_insert(found);
+    }
+    Ok(first)
 }
 
 fn skip(decoder: &mut Decoder, bytes: u64, file: &str) -> Result<(), Halt> {

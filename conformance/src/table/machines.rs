@@ -6,8 +6,11 @@ use crate::scenario::{Guest, Scenario};
 
 /// Versioned machine types by suite. 2.3 and older have neither configuration nor footers nor description.
 const VERSIONED: &[(Suite, &[&str])] = &[
-    (Bullseye, &["pc-i440fx-2.3", "pc-i440fx-2.12", "pc-q35-2.12", "pc-i440fx-5.2", "pc-q35-5.2"]),
-    (Bookworm, &["pc-i440fx-2.3", "pc-q35-4.2", "pc-i440fx-5.2", "pc-q35-5.2", "pc-i440fx-7.2", "pc-q35-7.2"]),
+    (Bullseye, &["pc-i440fx-2.2", "pc-i440fx-2.3", "pc-i440fx-2.12", "pc-q35-2.12", "pc-i440fx-5.2", "pc-q35-5.2"]),
+    (
+        Bookworm,
+        &["pc-i440fx-2.0", "pc-i440fx-2.3", "pc-q35-4.2", "pc-i440fx-5.2", "pc-q35-5.2", "pc-i440fx-7.2", "pc-q35-7.2"],
+    ),
     (Trixie, &["pc-q35-5.2", "pc-i440fx-7.2", "pc-q35-7.2", "pc-q35-8.1", "pc-i440fx-9.2", "pc-q35-10.0"]),
     (Sid, &["pc-q35-5.2", "pc-i440fx-7.2", "pc-q35-8.2", "pc-q35-9.2", "pc-q35-10.0", "pc-i440fx-10.2", "pc-q35-11.0"]),
 ];

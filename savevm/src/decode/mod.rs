@@ -267,11 +267,18 @@ impl Decoder {
     /// would be. `content` starts where the content does, and each call goes on behind the place reported before. The
     /// choice is to be told with [`body`](Decoder::body).
     ///
+    /// In a stream without footers (machine types of QEMU 2.3 and before) every place is reported that the header of
+    /// another section or the end of the stream follows, so the caller must know the device's layout to choose.
+    ///
     /// # Errors
     /// [`StreamError::EndNotFound`] if there is no further place; others as [`next`](Decoder::next).
     pub fn next_body_end(&mut self, content: &[u8]) -> Result<BodyEnd, Error> {
         let (content, at_end) = self.bounded(content);
-        match self.find_body_end(content, at_end) {
+        let found = match self.footers {
+            Footers::Absent => self.find_next_start(content, at_end),
+            _ => self.find_body_end(content, at_end),
+        };
+        match found {
             Ok(length) => Ok(BodyEnd::After(length as u64)),
             Err(error) => self
                 .need_more(&error, at_end)
@@ -362,6 +369,15 @@ impl Decoder {
         let around =
             Around { sections: &self.sections, options: &self.options, at_end, in_package: self.package.is_some() };
         scan.next_end(content, self.offset, &around)
+    }
+
+    fn find_next_start(&mut self, content: &[u8], at_end: bool) -> Result<usize, Error> {
+        let State::Body { scan, .. } = &mut self.state else {
+            return Err(Located::new(StreamError::NoBody.into(), self.offset));
+        };
+        let around =
+            Around { sections: &self.sections, options: &self.options, at_end, in_package: self.package.is_some() };
+        scan.next_start(content, self.offset, &around)
     }
 
     fn doubtful_body_end(&self) -> Option<usize> {

@@ -87,6 +87,43 @@ impl Scan {
         }
     }
 
+    /// As [`next_end`](Scan::next_end) in a stream without footers: the content may end wherever the header of another
+    /// section or the end of the stream follows.
+    pub(crate) fn next_start(&mut self, content: &[u8], at: u64, around: &Around<'_>) -> Result<usize, Error> {
+        loop {
+            let rest = content.get(self.position..).unwrap_or_default();
+            let answer = match rest {
+                [] if around.in_package && around.at_end && self.position == content.len() => Follows::Yes,
+                [] => return Err(self.need(content, content.len() as u64 + 1, at, around)),
+                [framing::EOF, behind @ ..] => match end_follows(behind, around) {
+                    // Zeroes are all over: only the last byte of the input can be taken for the end by itself.
+                    Follows::Yes if behind.is_empty() && !around.at_end => Follows::Needs(2),
+                    Follows::Yes => yes_if(matches!(behind, [] | [framing::VMDESCRIPTION, ..])),
+                    Follows::Needs(bytes) => Follows::Needs(bytes + 1),
+                    Follows::No => Follows::No,
+                },
+                [framing::SECTION_START | framing::SECTION_FULL, behind @ ..] => match header_follows(behind, around) {
+                    Follows::Needs(bytes) => Follows::Needs(bytes + 1),
+                    answer => answer,
+                },
+                _ => Follows::No,
+            };
+            match answer {
+                Follows::Yes => {
+                    let length = self.position;
+                    self.within_limit(length, at, around)?;
+                    self.position += 1;
+                    return Ok(length);
+                }
+                // Half a header at the end of all input is none.
+                Follows::Needs(bytes) if !around.at_end => {
+                    return Err(self.need(content, (self.position + bytes) as u64, at, around));
+                }
+                Follows::Needs(_) | Follows::No => self.position += 1,
+            }
+        }
+    }
+
     /// Where the content ends if no place is followed by a plausible item: then that item is likely to be what is
     /// broken, and not the footer.
     pub(crate) fn doubtful_end(&self) -> Option<usize> {

@@ -130,6 +130,14 @@ fn streams_without_footers() {
     assert_eq!(error.kind, StreamError::LengthUnknown.into());
     assert_eq!(error.offset, device as u64 + 19);
     assert_eq!(decoder.footers(), Footers::Absent);
+    // The candidates: the end of the stream follows, and nothing else here looks like an item.
+    let content = &bytes[device + 19..];
+    assert_eq!(decoder.clone().next_body_end(&content[..24]), Ok(qevm_savevm::BodyEnd::NeedMore { at_least: 25 }));
+    let mut ended = decoder.clone();
+    ended.end_of_input();
+    assert_eq!(ended.next_body_end(content), Ok(qevm_savevm::BodyEnd::After(24)));
+    let error = ended.next_body_end(content).unwrap_err();
+    assert!(matches!(error.kind, ErrorKind::Stream(StreamError::EndNotFound { .. })));
     decoder.body(24).unwrap();
     let pumped = pump(&mut decoder, &bytes[device + 19 + 24..], || 1).unwrap();
     assert_eq!(pumped.events.len(), 2);
