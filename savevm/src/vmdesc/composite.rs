@@ -38,6 +38,9 @@ pub(super) fn field(
                 "shpc" => shpc(fields, size),
                 "capability" => capability(fields),
                 "scsi-requests" => scsi::requests(fields),
+                "usb-redir-parser" => usb_redir_parser(fields),
+                "usb-redir-bufpq" => usb_redir_packets(fields),
+                "usb-redir-packet-id-q" => usb_redir_packet_ids(fields),
                 "virtio-gpu" => virtio::gpu::resources_and_scanouts(fields),
                 "virtio" => virtio::device(fields, context),
                 _ => Err(fields.unexpected("size of an unknown type", size, 0)),
@@ -88,4 +91,29 @@ fn shpc(fields: &mut Fields<'_, '_>, size: u64) -> Result<(), Error> {
 fn capability(fields: &mut Fields<'_, '_>) -> Result<(), Error> {
     let len = fields.u8("length")?;
     fields.buffer("name", len.into()).map(drop)
+}
+
+/// What libusbredirparser serialises of a connection; none (seen with QEMU 11.1) if no peer is connected.
+fn usb_redir_parser(fields: &mut Fields<'_, '_>) -> Result<(), Error> {
+    let len = fields.u32("length")?;
+    fields.buffer("data", len.into()).map(drop)
+}
+
+/// Packets that a redirected device has sent and the guest has not fetched: the empty queue was seen with QEMU 11.1, the
+/// packets are from memory of the format, and only taken where all bytes come out even.
+fn usb_redir_packets(fields: &mut Fields<'_, '_>) -> Result<(), Error> {
+    for index in 0..fields.u32("packets")? {
+        fields.structure(format!("[{index}]"), "struct", "usb-redir-packet", 0, |fields| {
+            let len = fields.u32("length")?;
+            fields.u32("status")?;
+            fields.buffer("data", len.into()).map(drop)
+        })?;
+    }
+    Ok(())
+}
+
+/// Ids of packets that were cancelled or that the peer already has; as for the packets, only the empty queue was seen.
+fn usb_redir_packet_ids(fields: &mut Fields<'_, '_>) -> Result<(), Error> {
+    let count = fields.u32("ids")?;
+    fields.scalars("id", "uint64", ScalarKind::U64, count.into())
 }
