@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 use std::{
     sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, mpsc},
     thread,
-    time::Duration,
+    time::{Duration, SystemTime},
 };
 
 /// Whether the guest runs, and why not. The names are QEMU's.
@@ -58,6 +58,14 @@ pub struct Event {
     pub name: &'static str,
     /// Its data, if it has any.
     pub data: Option<Value>,
+    /// When it happened.
+    pub time: SystemTime,
+}
+
+impl Event {
+    fn now(name: &'static str, data: Option<Value>) -> Event {
+        Event { name, data, time: SystemTime::now() }
+    }
 }
 
 /// A machine with its run state and its migrations.
@@ -113,10 +121,8 @@ impl Vmm {
                 let events = capabilities.upgrade().is_some_and(|job| job.capabilities().events);
                 if let Some(vmm) = weak.upgrade().filter(|_| events) {
                     vmm.emit(match notice {
-                        Notice::Status(status) => {
-                            Event { name: "MIGRATION", data: Some(json!({ "status": status.as_str() })) }
-                        }
-                        Notice::Pass(pass) => Event { name: "MIGRATION_PASS", data: Some(json!({ "pass": pass })) },
+                        Notice::Status(status) => Event::now("MIGRATION", Some(json!({ "status": status.as_str() }))),
+                        Notice::Pass(pass) => Event::now("MIGRATION_PASS", Some(json!({ "pass": pass }))),
                     });
                 }
             });
@@ -135,8 +141,10 @@ impl Vmm {
     }
 
     /// Says of which QEMU release the other end of the next migration is. It does not change one that has begun.
-    pub fn set_peer(&self, release: QemuVersion) {
+    /// `kvm` is false for one under TCG.
+    pub fn set_peer(&self, release: QemuVersion, kvm: bool) {
         let profile = Profile::new(release, self.machine.machine_type());
+        let profile = if kvm { profile } else { profile.tcg() };
         *self.profile.lock().unwrap_or_else(PoisonError::into_inner) = profile;
     }
 
@@ -295,7 +303,7 @@ impl Vmm {
         state.started_at = Some(monotonic_now());
         state.run_state = RunState::Running;
         drop(state);
-        self.emit(Event { name: "RESUME", data: None });
+        self.emit(Event::now("RESUME", None));
         Ok(())
     }
 
@@ -304,7 +312,7 @@ impl Vmm {
         self.machine.pause();
         if was_running {
             self.lock().run_state = run_state;
-            self.emit(Event { name: "STOP", data: None });
+            self.emit(Event::now("STOP", None));
         }
         was_running
     }

@@ -133,6 +133,9 @@ pub struct Profile {
     pub apic_first: bool,
     /// `kvmclock/clock_is_reliable` is always sent (seen in 11.1; conditional in 10.0).
     pub kvmclock_always_reliable: bool,
+    /// The other end runs its processors under KVM and has section `kvmclock`; under TCG there is none, and a destination refuses
+    /// it (all releases from 7.2 to 11.1). On by [`Profile::new`], off by [`Profile::tcg`].
+    pub kvmclock: bool,
     /// microvm has a second IOAPIC by default (seen in 7.2, absent in 5.2).
     pub microvm_second_ioapic: bool,
 }
@@ -177,8 +180,15 @@ impl Profile {
             globalstate_suspended: qemu >= v(8, 2),
             apic_first: qemu >= v(11, 0),
             kvmclock_always_reliable: qemu >= v(11, 0),
+            kvmclock: true,
             microvm_second_ioapic: qemu >= v(6, 0),
         }
+    }
+
+    /// The same for a machine under TCG.
+    #[must_use]
+    pub fn tcg(self) -> Self {
+        Profile { kvmclock: false, ..self }
     }
 }
 

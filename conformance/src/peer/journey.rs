@@ -188,7 +188,8 @@ impl Journey {
             Stop::Qemu(suite, _) => Some(stage.roots.get(&suite).with_context(|| format!("no QEMU of {suite}"))?),
             Stop::Reference => None,
         };
-        Party::start(stop, root, stage, &self.load, &format!("stop{n}"), incoming)
+        let rtc = self.stops.iter().any(|stop| matches!(stop, Stop::Qemu(_, Accel::Tcg)));
+        Party::start(stop, root, stage, &self.load, &format!("stop{n}"), incoming, rtc)
     }
 
     /// Boots the guest at the first stop.

@@ -57,6 +57,7 @@ impl Party {
         load: &Load,
         name: &str,
         incoming: bool,
+        rtc: bool,
     ) -> Result<Party> {
         let Stage { program, scratch, .. } = *stage;
         let console = scratch.join(format!("{name}.console"));
@@ -69,21 +70,22 @@ impl Party {
             more(&["--incoming", "defer"]);
         }
         more(&["--serial", &serial, "--smp", &cpus]);
+        // Under TCG there is a real-time clock by default and under KVM there is none: what is on the way of both has one.
+        let rtc = if rtc { ",rtc=on" } else { "" };
         let monitor = match (stop, root) {
             (Stop::Qemu(_, accel), Some(root)) => {
                 let firmware = scratch.join("payload.bin");
                 fs::write(&firmware, IMAGE).with_context(|| format!("writing {}", firmware.display()))?;
                 more(&["-bios", &firmware.display().to_string(), "-fw_cfg", &item]);
                 match accel {
-                    Accel::Kvm => more(&["-M", "microvm,accel=kvm", "-cpu", "host"]),
-                    // What a TCG guest has and a KVM guest would lack by default is asked for by name.
-                    Accel::Tcg => more(&["-M", "microvm,accel=tcg,rtc=on", "-cpu", "max"]),
+                    Accel::Kvm => more(&["-M", &format!("microvm,accel=kvm{rtc}"), "-cpu", "host"]),
+                    Accel::Tcg => more(&["-M", &format!("microvm,accel=tcg{rtc}"), "-cpu", "max"]),
                 }
                 more(stage.more);
                 Qemu::start(root, name, &arguments, scratch)?
             }
             _ => {
-                more(&["--fw-cfg", &item]);
+                more(&["--fw-cfg", &item, "--machine", &format!("microvm{rtc}")]);
                 more(stage.more);
                 start_reference(program, name, &arguments, scratch)?
             }
@@ -106,8 +108,9 @@ impl Party {
     /// # Errors
     /// The monitor refuses it.
     pub fn meets(&mut self, other: Stop) -> Result<()> {
-        if let (Stop::Reference, Stop::Qemu(suite, _)) = (self.stop, other) {
-            self.monitor.execute("x-set-peer", json!({ "qemu": suite.series() }))?;
+        if let (Stop::Reference, Stop::Qemu(suite, accel)) = (self.stop, other) {
+            let accel = if accel == Accel::Kvm { "kvm" } else { "tcg" };
+            self.monitor.execute("x-set-peer", json!({ "qemu": suite.series(), "accel": accel }))?;
         }
         // 7.2 does not know the command that sources of 10.0 and later put before the last section; its users turn it off.
         ensure!(

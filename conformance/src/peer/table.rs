@@ -40,6 +40,17 @@ fn journeys() -> Vec<Journey> {
         let name = format!("{suite_series}>ref>{suite_series}/cpus=2", suite_series = suite.series());
         journeys.push(Journey { name, stops: vec![qemu, Stop::Reference, qemu], load: two, ..plain() });
     }
+    for suite in [Suite::Trixie, Suite::Sid] {
+        let stops = vec![Stop::Qemu(suite, Accel::Tcg), Stop::Reference, Stop::Qemu(suite, Accel::Tcg)];
+        let name = format!("{suite_series}tcg>ref>{suite_series}tcg", suite_series = suite.series());
+        journeys.push(Journey { name, stops, quick: suite == Suite::Sid, ..plain() });
+    }
+    // 7.2 under TCG loses pages even on the way to itself, so it only takes guests in.
+    let stops = [(Suite::Trixie, Accel::Tcg), (Suite::Sid, Accel::Kvm), (Suite::Bookworm, Accel::Tcg)];
+    let stops = stops.map(|(suite, accel)| Stop::Qemu(suite, accel));
+    let stops = vec![stops[0], Stop::Reference, stops[1], Stop::Reference, stops[2]];
+    let two = Load { cpus: 2, ..Load::default() };
+    journeys.push(Journey { name: "ring/tcg".into(), stops, load: two, ..plain() });
     let ring = |hops: usize| -> Vec<Stop> {
         let [old, middle, new] = [Suite::Bookworm, Suite::Sid, Suite::Trixie].map(|s| Stop::Qemu(s, Accel::Kvm));
         [old, Stop::Reference, middle, Stop::Reference, new, Stop::Reference]

@@ -14,8 +14,9 @@ use reference_vmm::payload;
 /// The machine.
 #[derive(clap::Args)]
 pub(crate) struct MachineArguments {
-    /// Machine type, and whom it migrates to: microvm[,qemu=RELEASE]. microvm has no version, so the release of QEMU's binary
-    /// decides the bytes of a stream: name the oldest that is to load one (7.2, 10.0, 11.1, …). Streams of all releases are taken
+    /// Machine type, and whom it migrates to: microvm[,qemu=RELEASE][,peer-accel=tcg][,rtc=on]. microvm has no version, so the release of QEMU's binary
+    /// decides the bytes of a stream: name the oldest that is to load one (7.2, 10.0, 11.1, …). Streams of all releases are taken.
+    /// peer-accel=tcg makes streams that a QEMU under TCG takes. rtc=on adds a real-time clock, which QEMU has by default under TCG and not under KVM
     #[arg(long = "machine", short = 'M', value_name = "TYPE", default_value = "microvm")]
     machine: MachineOptions,
     /// RAM, with K, M or G; plain numbers are MiB as in QEMU
@@ -38,7 +39,8 @@ pub(crate) struct MachineArguments {
 impl MachineArguments {
     /// The switches of the QEMU release that is to load this machine's streams.
     pub(crate) fn profile(&self) -> Profile {
-        Profile::new(self.machine.qemu, MACHINE_TYPE)
+        let profile = Profile::new(self.machine.qemu, MACHINE_TYPE);
+        if self.machine.kvm { profile } else { profile.tcg() }
     }
 
     /// The machine they describe.
@@ -50,7 +52,14 @@ impl MachineArguments {
             None => payload::IMAGE.to_vec(),
         };
         let fw_cfg = self.fw_cfg.iter().map(|item| parse_fw_cfg(item)).collect::<anyhow::Result<BTreeMap<_, _>>>()?;
-        Ok(MachineConfig { memory: self.memory, cpus: self.smp, bios, fw_cfg, serial: self.serial.open()? })
+        Ok(MachineConfig {
+            memory: self.memory,
+            cpus: self.smp,
+            bios,
+            fw_cfg,
+            rtc: self.machine.rtc,
+            serial: self.serial.open()?,
+        })
     }
 }
 
@@ -60,6 +69,9 @@ const MACHINE_TYPE: &str = "microvm";
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct MachineOptions {
     qemu: QemuVersion,
+    rtc: bool,
+    /// The peer runs under KVM.
+    kvm: bool,
 }
 
 impl FromStr for MachineOptions {
@@ -71,13 +83,18 @@ impl FromStr for MachineOptions {
             Some(MACHINE_TYPE) => {}
             other => return Err(format!("machine type '{}': only {MACHINE_TYPE} is there", other.unwrap_or_default())),
         }
-        let mut options = MachineOptions { qemu: QemuVersion::NEWEST };
+        let mut options = MachineOptions { qemu: QemuVersion::NEWEST, rtc: false, kvm: true };
         for part in parts {
             match part.split_once('=') {
                 Some(("qemu", release)) => {
                     options.qemu = release.parse().map_err(|bad| format!("qemu={release}: {bad}"))?
                 }
-                _ => return Err(format!("'{part}' is not one of qemu=RELEASE")),
+                Some(("peer-accel", "kvm")) => options.kvm = true,
+                Some(("peer-accel", "tcg")) => options.kvm = false,
+                Some(("rtc", "on")) => options.rtc = true,
+                // As a QEMU under KVM has it.
+                Some(("rtc", "off" | "auto")) => options.rtc = false,
+                _ => return Err(format!("'{part}' is not one of qemu=RELEASE, peer-accel=kvm|tcg, rtc=on|off|auto")),
             }
         }
         Ok(options)
@@ -169,10 +186,11 @@ mod tests {
 
     #[test]
     fn machine_options() {
-        let newest = MachineOptions { qemu: QemuVersion::NEWEST };
+        let newest = MachineOptions { qemu: QemuVersion::NEWEST, rtc: false, kvm: true };
         assert_eq!("microvm".parse(), Ok(newest));
-        assert_eq!("type=microvm,qemu=7.2.22".parse(), Ok(MachineOptions { qemu: QemuVersion::new(7, 2) }));
-        for bad in ["", "q35", "microvm,", "microvm,qemu=7", "microvm,accel=kvm"] {
+        assert_eq!("type=microvm,qemu=7.2.22".parse(), Ok(MachineOptions { qemu: QemuVersion::new(7, 2), ..newest }));
+        assert_eq!("microvm,rtc=on".parse(), Ok(MachineOptions { rtc: true, ..newest }));
+        for bad in ["", "q35", "microvm,", "microvm,rtc=yes", "microvm,qemu=7", "microvm,accel=kvm"] {
             assert!(bad.parse::<MachineOptions>().is_err(), "{bad}");
         }
     }

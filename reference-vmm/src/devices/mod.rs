@@ -3,12 +3,15 @@
 
 mod fw_cfg;
 mod ged;
+mod rtc;
 mod serial;
 
 use std::sync::{Arc, Mutex, PoisonError};
 
 pub use fw_cfg::{FwCfg, FwCfgItems};
 pub use ged::Ged;
+pub use rtc::Rtc;
+pub(crate) use rtc::ticker::{Clock, wall_clock};
 pub use serial::Serial;
 
 use crate::memory::GuestMemory;
@@ -17,6 +20,9 @@ use crate::memory::GuestMemory;
 pub const SERIAL_PORT: u16 = 0x3f8;
 /// Interrupt of the serial port.
 pub const SERIAL_IRQ: u32 = 4;
+
+/// Interrupt of the real-time clock.
+pub const RTC_IRQ: u32 = 8;
 
 /// What the guest asked of the machine as a whole.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -37,13 +43,15 @@ pub struct Devices {
     pub fw_cfg: Mutex<FwCfg>,
     /// The generic event device and its power registers.
     pub ged: Mutex<Ged>,
+    /// The real-time clock, if there is one.
+    pub(crate) rtc: Option<Arc<Clock>>,
     memory: Arc<GuestMemory>,
 }
 
 impl Devices {
     /// Puts the devices together.
-    pub fn new(memory: Arc<GuestMemory>, serial: Serial, fw_cfg: FwCfg) -> Devices {
-        Devices { serial: Mutex::new(serial), fw_cfg: Mutex::new(fw_cfg), ged: Mutex::new(Ged::default()), memory }
+    pub(crate) fn new(memory: Arc<GuestMemory>, serial: Serial, fw_cfg: FwCfg, rtc: Option<Arc<Clock>>) -> Devices {
+        Devices { rtc, serial: Mutex::new(serial), fw_cfg: Mutex::new(fw_cfg), ged: Mutex::new(Ged::default()), memory }
     }
 
     /// One read of a port, of 1, 2 or 4 bytes. Ports without a device read as all ones.
@@ -54,6 +62,12 @@ impl Devices {
                 (port..).zip(data).for_each(|(port, byte)| *byte = serial.read((port - SERIAL_PORT) as u8 & 7));
             }
             0x510..=0x51b => lock(&self.fw_cfg).port_in(port, data),
+            0x71 if self.rtc.is_some() => {
+                data.fill(0xff);
+                if let Some((rtc, byte)) = self.rtc.as_ref().zip(data.first_mut()) {
+                    *byte = rtc.with(Rtc::read);
+                }
+            }
             _ => data.fill(0xff),
         }
     }
@@ -66,6 +80,12 @@ impl Devices {
                 (port..).zip(data).for_each(|(port, byte)| serial.write((port - SERIAL_PORT) as u8 & 7, *byte));
             }
             0x510..=0x51b => lock(&self.fw_cfg).port_out(port, data, &self.memory),
+            0x70 | 0x71 if self.rtc.is_some() => {
+                let bytes = (port..=0x71).zip(data);
+                for (rtc, (port, byte)) in self.rtc.iter().cycle().zip(bytes) {
+                    rtc.with(|rtc, now| if port == 0x70 { rtc.select(*byte) } else { rtc.write(*byte, now) });
+                }
+            }
             _ => tracing::trace!(port, ?data, "write to a port without a device"),
         }
     }

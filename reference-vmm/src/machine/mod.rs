@@ -32,7 +32,7 @@ use std::time::Duration;
 use kvm_bindings::{KVM_PIT_SPEAKER_DUMMY, kvm_enable_cap, kvm_pit_config, kvm_userspace_memory_region};
 use kvm_ioctls::{Cap, Kvm, VmFd};
 
-use crate::devices::{Devices, FwCfg, FwCfgItems, SERIAL_IRQ, Serial, lock};
+use crate::devices::{Clock, Devices, FwCfg, FwCfgItems, RTC_IRQ, Rtc, SERIAL_IRQ, Serial, lock, wall_clock};
 use crate::dirty_log::DirtyLog;
 use crate::error::{Error, Result, kvm};
 use crate::memory::GuestMemory;
@@ -62,6 +62,8 @@ pub struct MachineConfig {
     pub bios: Vec<u8>,
     /// Files of the firmware configuration device by name.
     pub fw_cfg: BTreeMap<String, Vec<u8>>,
+    /// Whether there is a real-time clock. QEMU's `rtc=auto` has one under TCG only.
+    pub rtc: bool,
     /// Where the serial port writes.
     pub serial: Box<dyn Write + Send>,
 }
@@ -74,6 +76,7 @@ impl Default for MachineConfig {
             cpus: 1,
             bios: payload::IMAGE.to_vec(),
             fw_cfg: BTreeMap::new(),
+            rtc: false,
             serial: Box::new(io::sink()),
         }
     }
@@ -115,14 +118,24 @@ impl Machine {
 
         let fw_cfg =
             FwCfg::new(FwCfgItems { ram_size: config.memory, cpus: config.cpus as u16, files: config.fw_cfg })?;
-        let line = Arc::clone(&vm);
-        let interrupt = move |level| {
-            if let Err(error) = line.set_irq_line(SERIAL_IRQ, level) {
-                tracing::error!(%error, "the serial port's interrupt is lost");
-            }
+        let interrupt = |irq: u32, of: &'static str| -> Box<dyn FnMut(bool) + Send> {
+            let line = Arc::clone(&vm);
+            Box::new(move |level| {
+                if let Err(error) = line.set_irq_line(irq, level) {
+                    tracing::error!(%error, of, "an interrupt is lost");
+                }
+            })
         };
-        let serial = Serial::new(config.serial, Box::new(interrupt));
-        let devices = Arc::new(Devices::new(Arc::clone(&memory), serial, fw_cfg));
+        let serial = Serial::new(config.serial, interrupt(SERIAL_IRQ, "serial port"));
+        let (mut threads, mut rtc) = (Vec::new(), None);
+        if config.rtc {
+            let device = Rtc::new(wall_clock(), config.memory, interrupt(RTC_IRQ, "real-time clock"));
+            let (clock, thread) =
+                Clock::start(device).map_err(|cause| Error::Host { what: "start the thread of the clock", cause })?;
+            threads.push(thread);
+            rtc = Some(clock);
+        }
+        let devices = Arc::new(Devices::new(Arc::clone(&memory), serial, fw_cfg, rtc));
 
         let cpuid = cpuid::supported(&kvm_fd)?;
         let vcpus = (0..config.cpus)
@@ -136,7 +149,7 @@ impl Machine {
         let mut machine = Machine {
             vcpus,
             control,
-            threads: Vec::new(),
+            threads,
             devices,
             clock: Mutex::new(VirtualClock::default()),
             held: Mutex::default(),
@@ -163,6 +176,11 @@ impl Machine {
         &self.dirty_log
     }
 
+    /// Whether there is a real-time clock.
+    pub fn has_rtc(&self) -> bool {
+        self.devices.rtc.is_some()
+    }
+
     /// Number of vCPUs.
     pub fn cpus(&self) -> usize {
         self.vcpus.len()
@@ -182,6 +200,7 @@ impl Machine {
             kvm_state::release(self)?;
         }
         lock(&self.clock).start();
+        self.devices.rtc.iter().for_each(|rtc| rtc.run(true));
         self.control.resume().map_err(|stop| {
             lock(&self.clock).stop();
             Error::Config(format!("the machine cannot go on: {stop}"))
@@ -193,6 +212,7 @@ impl Machine {
         let was_running = self.control.state() == RunState::Running;
         self.control.pause(|| self.vcpus.iter().for_each(Vcpu::kick));
         lock(&self.clock).stop();
+        self.devices.rtc.iter().for_each(|rtc| rtc.run(false));
         if was_running && let Err(error) = kvm_state::hold(self) {
             tracing::warn!(%error, "clock and PIT go on while the machine is paused");
         }
@@ -236,6 +256,7 @@ impl Machine {
 impl Drop for Machine {
     fn drop(&mut self) {
         self.control.exit();
+        self.devices.rtc.iter().for_each(|rtc| rtc.end());
         self.vcpus.iter().for_each(Vcpu::kick);
         for thread in self.threads.drain(..) {
             if thread.join().is_err() {

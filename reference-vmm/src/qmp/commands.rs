@@ -282,10 +282,16 @@ fn query_rounds(vmm: &Arc<Vmm>, arguments: &mut Arguments) -> Result<Value, Fail
 }
 
 /// An extension: the QEMU release at the other end of the next migration, which decides its bytes, as `--machine
-/// microvm,qemu=RELEASE` says it at the start.
+/// microvm,qemu=RELEASE,peer-accel=ACCEL` says it at the start.
 fn set_peer(vmm: &Arc<Vmm>, arguments: &mut Arguments) -> Result<Value, Failure> {
     let release = arguments.text("qemu")?;
+    let accel = arguments.optional_text("accel")?;
     only(arguments)?;
-    vmm.set_peer(release.parse().map_err(|bad| Failure::generic(format!("qemu '{release}': {bad}")))?);
+    let kvm = match accel.as_deref() {
+        None | Some("kvm") => true,
+        Some("tcg") => false,
+        Some(other) => return Err(Failure::generic(format!("accel '{other}': expected kvm or tcg"))),
+    };
+    vmm.set_peer(release.parse().map_err(|bad| Failure::generic(format!("qemu '{release}': {bad}")))?, kvm);
     Ok(empty())
 }

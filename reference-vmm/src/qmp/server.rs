@@ -13,7 +13,7 @@ use std::{
     path::{Path, PathBuf},
     sync::{Arc, Mutex, PoisonError, mpsc},
     thread,
-    time::{SystemTime, UNIX_EPOCH},
+    time::UNIX_EPOCH,
 };
 
 /// Serves QMP at a UNIX socket, to one client after the other. The socket is removed when this is dropped.
@@ -94,9 +94,9 @@ fn serve(client: &UnixStream, vmm: &Arc<Vmm>) -> io::Result<()> {
 fn forward_events(events: mpsc::Receiver<Event>, writer: Arc<Mutex<UnixStream>>) {
     thread::spawn(move || {
         for event in events {
-            let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+            let time = event.time.duration_since(UNIX_EPOCH).unwrap_or_default();
             let mut message = json!({
-                "timestamp": { "seconds": now.as_secs(), "microseconds": now.subsec_micros() },
+                "timestamp": { "seconds": time.as_secs(), "microseconds": time.subsec_micros() },
                 "event": event.name,
             });
             if let Some(data) = event.data {

@@ -97,6 +97,45 @@ pub struct SerialState {
     pub unsent: Vec<u8>,
 }
 
+/// The real-time clock, with the fields of QEMU's section `mc146818rtc`. Times are in ns of the host's clock since 1970.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RtcState {
+    /// CMOS memory, the registers of the clock first.
+    pub cmos: [u8; 128],
+    /// The byte that the data port means.
+    pub cmos_index: u8,
+    /// The guest's time at `last_update`, in whole seconds since 1970.
+    pub base_rtc: u64,
+    /// When the guest's time was `base_rtc` and `offset`.
+    pub last_update: u64,
+    /// Added to the guest's time, ns.
+    pub offset: i64,
+    /// Period of the periodic interrupt in ticks of 32.768 kHz, 0 if it is off. Follows from the registers.
+    pub period: u32,
+    /// When it is due next. Follows from the registers.
+    pub next_periodic: Option<u64>,
+    /// When the next update ends. Follows from the registers.
+    pub next_update: Option<u64>,
+    /// When the alarm is due, 0 if it never is. Follows from the registers.
+    pub next_alarm: u64,
+}
+
+impl Default for RtcState {
+    fn default() -> RtcState {
+        RtcState {
+            cmos: [0; 128],
+            cmos_index: 0,
+            base_rtc: 0,
+            last_update: 0,
+            offset: 0,
+            period: 0,
+            next_periodic: None,
+            next_update: None,
+            next_alarm: 0,
+        }
+    }
+}
+
 /// The firmware configuration device, with the fields of QEMU's section `fw_cfg`.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct FwCfgState {

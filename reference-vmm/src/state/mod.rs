@@ -7,7 +7,9 @@ mod devices;
 mod vcpu;
 
 pub use carried::Carried;
-pub use devices::{ClockState, FwCfgState, GedState, IoapicState, PicState, PitChannelState, PitState, SerialState};
+pub use devices::{
+    ClockState, FwCfgState, GedState, IoapicState, PicState, PitChannelState, PitState, RtcState, SerialState,
+};
 pub use vcpu::{DebugRegisters, DescriptorTable, Events, Msr, Registers, Segment, SpecialRegisters, VcpuState};
 
 /// Everything about a paused machine but its RAM.
@@ -27,6 +29,8 @@ pub struct MachineState {
     pub virtual_clock: i64,
     /// The serial port.
     pub serial: SerialState,
+    /// The real-time clock, if the machine has one.
+    pub rtc: Option<RtcState>,
     /// The firmware configuration device.
     pub fw_cfg: FwCfgState,
     /// The generic event device.

@@ -6,7 +6,7 @@ mod vcpu;
 pub(super) use vcpu::saved_msrs;
 
 use super::Machine;
-use crate::devices::lock;
+use crate::devices::{Rtc, lock};
 use crate::error::{Error, Result};
 use crate::state::{ClockState, GedState, MachineState, PitState};
 
@@ -55,6 +55,7 @@ pub(super) fn save(machine: &Machine) -> Result<MachineState> {
         clock,
         virtual_clock: lock(&machine.clock).now(),
         serial: lock(&machine.devices.serial).save(),
+        rtc: machine.devices.rtc.as_ref().map(|rtc| rtc.with(Rtc::save)),
         fw_cfg: lock(&machine.devices.fw_cfg).save(),
         ged: GedState { sel: lock(&machine.devices.ged).selector },
         carried: lock(&machine.carried).clone(),
@@ -81,6 +82,9 @@ pub(super) fn load(machine: &Machine, state: &MachineState) -> Result<()> {
     chips::load_clock(&machine.vm, &held.clock)?;
     *lock(&machine.held) = Some(held);
     lock(&machine.devices.serial).load(&state.serial);
+    if let Some((rtc, state)) = machine.devices.rtc.as_ref().zip(state.rtc.as_ref()) {
+        rtc.with(|rtc, now| rtc.load(state, now));
+    }
     lock(&machine.devices.fw_cfg).load(&state.fw_cfg);
     lock(&machine.devices.ged).selector = state.ged.sel;
     *lock(&machine.carried) = state.carried.clone();

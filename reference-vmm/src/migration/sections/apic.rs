@@ -1,7 +1,13 @@
 //! Section `apic`: the page of registers of an in-kernel local APIC.
 
 use crate::state::VcpuState;
-use qevm_savevm::devices::{DeviceState, apic::Apic};
+use qevm_savevm::{
+    devices::{
+        DeviceState,
+        apic::{Apic, ApicSipi},
+    },
+    vmstate::Accel,
+};
 
 /// Register numbers: offset in the page divided by 16 (Intel SDM, "Local APIC Register Address Map").
 mod register {
@@ -31,7 +37,7 @@ fn shift(divide: u32) -> u32 {
     (encoded + 1) & 7
 }
 
-pub(super) fn save(vcpu: &VcpuState, virtual_clock: i64) -> DeviceState {
+pub(super) fn save(vcpu: &VcpuState, virtual_clock: i64, accel: Accel) -> DeviceState {
     let get = |index: usize| word(&vcpu.lapic, index);
     let bits = |first: usize| std::array::from_fn(|i| get(first + i));
     let (initial, current) = (get(register::TIMER_INITIAL), get(register::TIMER_CURRENT));
@@ -40,6 +46,7 @@ pub(super) fn save(vcpu: &VcpuState, virtual_clock: i64) -> DeviceState {
     // When the count began that has come to `current` by now.
     let gone = i64::from(initial.saturating_sub(current)) << shift;
     let load_time = virtual_clock.saturating_sub(gone);
+    let waits = vcpu.mp_state == super::cpu::MP_STATE_UNINITIALIZED;
     let next_time = (current > 0).then(|| virtual_clock + (i64::from(current) << shift));
     DeviceState::Apic(Apic {
         apicbase: (vcpu.sregs.apic_base & BASE_MASK) as u32,
@@ -62,7 +69,7 @@ pub(super) fn save(vcpu: &VcpuState, virtual_clock: i64) -> DeviceState {
         next_time: next_time.unwrap_or(0),
         timer_expiry: next_time.unwrap_or(-1),
         // Only TCG keeps it here; KVM says it in the state of the vCPU.
-        sipi: None,
+        sipi: (accel == Accel::Tcg && waits).then_some(ApicSipi { sipi_vector: 0, wait_for_sipi: 1 }),
     })
 }
 

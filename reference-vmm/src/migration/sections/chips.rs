@@ -1,7 +1,8 @@
 //! The sections of everything that is not a vCPU.
 
+use super::msr;
 use crate::state::{
-    ClockState, FwCfgState, IoapicState, MachineState, PicState, PitChannelState, PitState, SerialState,
+    ClockState, FwCfgState, IoapicState, MachineState, PicState, PitChannelState, PitState, RtcState, SerialState,
 };
 use qevm_savevm::devices::{
     DeviceState,
@@ -12,9 +13,11 @@ use qevm_savevm::devices::{
     ioapic::IoApic,
     kvm_tpr_opt::KvmTprOpt,
     kvmclock::{ClockIsReliable, KvmClock},
+    mc146818rtc::Mc146818Rtc,
     serial::{Fifo16, IsaSerial, RecvFifo, ThrIpending, Uart},
     timer::CpuTimers,
 };
+use qevm_savevm::vmstate::{Accel, Buffer, Timer};
 
 /// A redirection entry after reset: masked.
 const MASKED: u64 = 1 << 16;
@@ -34,14 +37,15 @@ macro_rules! base {
     };
 }
 
-pub(super) fn timer(state: &MachineState) -> DeviceState {
+pub(super) fn timer(state: &MachineState, accel: Accel) -> DeviceState {
     let base: CpuTimers = base!(state, Timer, 0);
     // Ticks of the TSC that passed while the guest ran; a guest under TCG reads them as its TSC.
     let ran = i128::from(state.virtual_clock.saturating_sub(base.cpu_clock_offset));
     let khz = state.vcpus.first().map_or(0, |vcpu| i128::from(vcpu.tsc_khz));
-    let ticks = i64::try_from(ran * khz / 1_000_000).unwrap_or(0);
+    let ticks = i64::try_from(ran * khz / 1_000_000).unwrap_or(0).saturating_add(base.cpu_ticks_offset);
+    let tsc = state.vcpus.first().map_or(0, |vcpu| msr::tsc(&vcpu.msrs) as i64);
     DeviceState::Timer(CpuTimers {
-        cpu_ticks_offset: base.cpu_ticks_offset.saturating_add(ticks),
+        cpu_ticks_offset: if accel == Accel::Tcg { tsc } else { ticks },
         cpu_clock_offset: state.virtual_clock,
         // Instructions are not counted under KVM.
         icount: None,
@@ -234,6 +238,37 @@ pub(super) fn load_pit(from: &I8254, into: &mut PitState) -> Result<(), String> 
     }
     into.flags = into.flags & !PIT_IRQ_DISABLED | from.irq_disabled & PIT_IRQ_DISABLED;
     Ok(())
+}
+
+pub(super) fn rtc(rtc: &RtcState, state: &MachineState) -> DeviceState {
+    const CRYSTAL: u128 = 32_768;
+    let base: Mc146818Rtc = base!(state, Mc146818Rtc, 0);
+    let armed = |time: Option<u64>| time.map_or(Timer::NOT_ARMED, |time| Timer(time as i64));
+    let ticks = |time: u64| (u128::from(time) * CRYSTAL).div_ceil(NANOSECONDS as u128) as i64;
+    DeviceState::Mc146818Rtc(Mc146818Rtc {
+        cmos_data: Buffer(rtc.cmos),
+        cmos_index: rtc.cmos_index,
+        periodic_timer: armed(rtc.next_periodic),
+        next_periodic_time: rtc.next_periodic.map_or(0, ticks),
+        period: rtc.period,
+        base_rtc: rtc.base_rtc,
+        last_update: rtc.last_update,
+        offset: rtc.offset,
+        update_timer: armed(rtc.next_update),
+        next_alarm_time: rtc.next_alarm,
+        ..base
+    })
+}
+
+pub(super) fn load_rtc(from: &Mc146818Rtc) -> RtcState {
+    RtcState {
+        cmos: *from.cmos_data,
+        cmos_index: from.cmos_index & 0x7f,
+        base_rtc: from.base_rtc,
+        last_update: from.last_update,
+        offset: from.offset,
+        ..RtcState::default()
+    }
 }
 
 pub(super) fn serial(serial: &SerialState) -> DeviceState {

@@ -12,7 +12,7 @@ use qevm_savevm::{
         },
         cpu_common::CpuCommon,
     },
-    vmstate::Table,
+    vmstate::{Accel, Table},
 };
 
 /// Bits of a segment's flags: those of the second word of its descriptor.
@@ -61,7 +61,8 @@ const CR0_PE: u64 = 1;
 const CR4_OSFXSR: u64 = 1 << 9;
 const EFER_LMA: u64 = 1 << 10;
 const EFLAGS_VM: u64 = 1 << 17;
-const MP_STATE_HALTED: u32 = 3;
+pub(super) const MP_STATE_UNINITIALIZED: u32 = 1;
+pub(super) const MP_STATE_HALTED: u32 = 3;
 /// `interrupt_request`: an SMI is pending.
 const REQUEST_SMI: u32 = 0x40;
 /// A pending exception that nothing can intercept is delivered, see the section's hooks.
@@ -72,9 +73,11 @@ const MCG_CAP: u64 = 0x100_010a;
 const MCE_BANKS: usize = 10;
 const MCE_REGISTERS: usize = 4;
 
-pub(super) fn common(vcpu: &VcpuState) -> DeviceState {
+pub(super) fn common(vcpu: &VcpuState, accel: Accel) -> DeviceState {
+    // A vCPU that waits for its start sleeps as well, under TCG by this flag.
+    let starts_by_flag = accel == Accel::Tcg && vcpu.mp_state == MP_STATE_UNINITIALIZED;
     DeviceState::CpuCommon(CpuCommon {
-        halted: (vcpu.mp_state == MP_STATE_HALTED).into(),
+        halted: (vcpu.mp_state == MP_STATE_HALTED || starts_by_flag).into(),
         interrupt_request: if vcpu.events.smi_pending { REQUEST_SMI } else { 0 },
         ..CpuCommon::default()
     })

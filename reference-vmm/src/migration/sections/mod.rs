@@ -68,6 +68,7 @@ mod idstr {
     pub(super) const Cpu: &str = "cpu";
     pub(super) const FwCfg: &str = "fw_cfg";
     pub(super) const I8259: &str = "i8259";
+    pub(super) const Mc146818Rtc: &str = "mc146818rtc";
     pub(super) const KvmTprOpt: &str = "kvm-tpr-opt";
     pub(super) const Timer: &str = "timer";
 }
@@ -81,17 +82,18 @@ const PAUSED: &str = "paused";
 /// # Errors
 /// [`SectionError::Unsendable`].
 pub fn save(state: &MachineState, profile: &Profile, running: bool) -> Result<SavedDevices, SectionError> {
-    let ctx = Context::from_profile(profile.clone()).with_accel(Accel::Kvm);
+    let accel = if profile.kvmclock { Accel::Kvm } else { Accel::Tcg };
+    let ctx = Context::from_profile(profile.clone()).with_accel(accel);
     let mut devices = Vec::new();
-    let apics = || (0..).zip(&state.vcpus).map(|(i, vcpu)| ("apic", i, apic::save(vcpu, state.virtual_clock)));
+    let apics = || (0..).zip(&state.vcpus).map(|(i, vcpu)| ("apic", i, apic::save(vcpu, state.virtual_clock, accel)));
     if profile.apic_first {
         devices.extend(apics());
     }
-    devices.push(("timer", 0, chips::timer(state)));
+    devices.push(("timer", 0, chips::timer(state, accel)));
     devices.push(("fw_cfg", 0, chips::fw_cfg(state)));
     let mut apics_behind = if profile.apic_first { Vec::new() } else { apics().collect() }.into_iter();
     for (i, vcpu) in (0..).zip(&state.vcpus) {
-        devices.push(("cpu_common", i, cpu::common(vcpu)));
+        devices.push(("cpu_common", i, cpu::common(vcpu, accel)));
         devices.push(("cpu", i, DeviceState::Cpu(cpu::save(vcpu, state, i))));
         if i == 0 {
             devices.push(("kvm-tpr-opt", 0, chips::kvm_tpr_opt(state)));
@@ -102,12 +104,17 @@ pub fn save(state: &MachineState, profile: &Profile, running: bool) -> Result<Sa
     if profile.microvm_second_ioapic {
         devices.push(("ioapic", 1, chips::idle_ioapic()));
     }
-    devices.push(("kvmclock", 0, chips::kvmclock(state)));
+    if profile.kvmclock {
+        devices.push(("kvmclock", 0, chips::kvmclock(state)));
+    }
     devices.push(("acpi-ged", 0, chips::ged(state)));
     for i in 0..state.pics.len() as u32 {
         devices.push(("i8259", i, chips::pic(state, i)));
     }
     devices.push(("i8254", 0, chips::pit(state)));
+    if let Some(rtc) = &state.rtc {
+        devices.push(("mc146818rtc", 0, chips::rtc(rtc, state)));
+    }
     devices.push(("serial", 0, chips::serial(&state.serial)));
     let runstate = GlobalState::new(if running { RUNNING } else { PAUSED }, &ctx)
         .ok_or_else(|| SectionError::Unsendable { idstr: "globalstate", reason: "its run state's name".into() })?;
@@ -152,13 +159,14 @@ fn configuration() -> StructDescription {
     }
 }
 
-/// Whether a machine of `cpus` vCPUs has the section.
-pub fn has_device(idstr: &CountedString, instance_id: u32, cpus: usize) -> bool {
+/// Whether a machine of `cpus` vCPUs, with or without real-time clock, has the section.
+pub fn has_device(idstr: &CountedString, instance_id: u32, cpus: usize, rtc: bool) -> bool {
     let instances = match idstr.as_str() {
         Some("apic" | "cpu" | "cpu_common") => cpus as u32,
         // The second IOAPIC is accepted as long as the guest does not use it.
         Some("ioapic" | "i8259") => 2,
         Some("timer" | "fw_cfg" | "kvm-tpr-opt" | "kvmclock" | "acpi-ged" | "i8254" | "serial" | "globalstate") => 1,
+        Some("mc146818rtc") => u32::from(rtc),
         _ => 0,
     };
     instance_id < instances
@@ -205,14 +213,44 @@ pub fn load(sections: &[DeviceSection], profile: &Profile, state: &mut MachineSt
             (DeviceState::KvmClock(from), _) => chips::load_kvmclock(from, &mut state.clock),
             (DeviceState::AcpiGed(from), _) => state.ged.sel = from.ged_state.sel,
             (DeviceState::Serial(from), _) => chips::load_serial(&from.state, &mut state.serial),
+            (DeviceState::Mc146818Rtc(from), _) => state.rtc = Some(chips::load_rtc(from)),
             (DeviceState::KvmTprOpt(from), _) => chips::expect_inactive(from).map_err(refused)?,
             (DeviceState::GlobalState(from), _) => running = from.name() == Some(RUNNING),
             _ => return Err(refused("this machine has no such device".into())),
         }
         state.carried.keep(idstr.as_str().unwrap_or_default(), *instance_id, loaded);
     }
+    if state.carried.find("kvmclock", 0).is_none() {
+        from_tcg(state);
+    }
     match cpus_seen.iter().position(|seen| *seen == 0) {
         Some(missing) => Err(SectionError::Missing { idstr: "cpu", instance_id: missing as u32 }),
         None => Ok(running),
+    }
+}
+
+/// A source under TCG has the TSC and sleeping vCPUs in other places: it counts ticks in `timer`, and knows by flags that a vCPU
+/// is halted or waits for its start.
+fn from_tcg(state: &mut MachineState) {
+    let MachineState { vcpus, carried, .. } = state;
+    let ticks = match carried.find(idstr::Timer, 0) {
+        Some(DeviceState::Timer(timer)) => timer.cpu_ticks_offset as u64,
+        _ => 0,
+    };
+    for (instance_id, vcpu) in (0..).zip(vcpus) {
+        msr::set_tsc(&mut vcpu.msrs, ticks);
+        let halted = match carried.find("cpu_common", instance_id) {
+            Some(DeviceState::CpuCommon(common)) => common.halted != 0,
+            _ => false,
+        };
+        let waits = match carried.find("apic", instance_id) {
+            Some(DeviceState::Apic(apic)) => apic.sipi.as_ref().is_some_and(|sipi| sipi.wait_for_sipi != 0),
+            _ => false,
+        };
+        if waits {
+            vcpu.mp_state = cpu::MP_STATE_UNINITIALIZED;
+        } else if halted {
+            vcpu.mp_state = cpu::MP_STATE_HALTED;
+        }
     }
 }

@@ -109,6 +109,16 @@ fn counters(pmu: &mut msr::ArchitecturalPmu) -> Vec<(u32, &mut u64)> {
     fields
 }
 
+/// Sets the TSC in a list of MSRs that has it.
+pub(super) fn set_tsc(list: &mut [Msr], value: u64) {
+    list.iter_mut().filter(|msr| msr.index == TSC).for_each(|msr| msr.value = value);
+}
+
+/// The TSC in a list of MSRs.
+pub(super) fn tsc(list: &[Msr]) -> u64 {
+    list.iter().find(|msr| msr.index == TSC).map_or(0, |msr| msr.value)
+}
+
 pub(super) fn save(list: &[Msr], cpu: &mut Cpu) {
     let msrs: HashMap<u32, u64> = list.iter().map(|msr| (msr.index, msr.value)).collect();
     let get = |index: u32| msrs.get(&index).copied().unwrap_or(0);
