@@ -2,10 +2,11 @@
 
 use crate::machine::{Machine, RunState as VcpuState};
 use crate::migration::{
-    Address, Arrival, Channel, DeviceSection, DirtyLog, Guest, GuestError, Job, Listener, MigrationError, Notice,
-    RamView, Refused, SavedDevices, Socket, migrate, monotonic_now, receive,
+    Address, Arrival, Channel, DeviceSection, DirtyLog, Guest, GuestError, Job, Listener, MigrationError, Mode, Notice,
+    RULES, RamView, Refused, SavedDevices, Socket, migrate, monotonic_now, receive,
 };
-use qevm_wire::{CountedString, Profile, QemuVersion};
+use qevm_multifd::compression::Compression;
+use qevm_wire::{CountedString, Profile, QemuVersion, capability::Context};
 use serde_json::{Value, json};
 use std::{
     sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, mpsc},
@@ -151,6 +152,26 @@ impl Vmm {
     /// Settings and state of the outgoing migration. Capabilities and parameters of an incoming one are the same.
     pub fn outgoing(&self) -> &Job {
         &self.outgoing
+    }
+
+    /// Switches capabilities on and off: all of them or, if one is refused, none.
+    ///
+    /// # Errors
+    /// Those that QEMU refuses in this state, too, and those that are not supported here.
+    pub fn set_capabilities<'a>(&self, changes: impl IntoIterator<Item = (&'a str, bool)>) -> Result<(), GuestError> {
+        if self.outgoing.status().is_running() {
+            return Err(Refused::InProgress.into());
+        }
+        let parameters = self.outgoing.parameters();
+        let context = Context {
+            incoming_started: self.listening().is_some(),
+            compressed: parameters.multifd_compression != Compression::None,
+            cpr: parameters.mode != Mode::Normal,
+            dirty_ring: false,
+            ..Context::new(RULES)
+        };
+        let capabilities = self.outgoing.capabilities().with_in(changes, &context)?;
+        Ok(self.outgoing.set_capabilities(capabilities)?)
     }
 
     /// State of the incoming migration.

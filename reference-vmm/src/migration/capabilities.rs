@@ -1,5 +1,10 @@
 //! Migration capabilities, with QEMU's names (QMP reference of QEMU 11.1).
 
+use qevm_wire::{
+    Capability, QemuVersion,
+    capability::{Context, Rejection, check},
+};
+
 /// Every capability of QEMU 11.1 in the order of `query-migrate-capabilities`, and whether it can be turned on here.
 pub const KNOWN: [(&str, bool); 21] = [
     ("xbzrle", false),
@@ -14,7 +19,7 @@ pub const KNOWN: [(&str, bool); 21] = [
     ("multifd", false),
     ("dirty-bitmaps", false),
     ("postcopy-blocktime", false),
-    ("late-block-activate", false),
+    ("late-block-activate", true),
     ("x-ignore-shared", false),
     ("validate-uuid", false),
     ("background-snapshot", false),
@@ -24,6 +29,9 @@ pub const KNOWN: [(&str, bool); 21] = [
     ("dirty-limit", false),
     ("mapped-ram", false),
 ];
+
+/// The release whose rules on combinations hold here.
+pub(crate) const RULES: QemuVersion = QemuVersion::new(11, 1);
 
 /// The capabilities that are on. All are off at first, as in QEMU.
 ///
@@ -45,6 +53,9 @@ pub struct Capabilities {
     pub pause_before_switchover: bool,
     /// `events`: QMP reports every change of status.
     pub events: bool,
+    /// `late-block-activate`: the destination's block devices stay untouched until the guest starts, which they do here
+    /// in any case: images are not locked.
+    pub late_block_activate: bool,
 }
 
 /// A capability that cannot be set so.
@@ -57,14 +68,9 @@ pub enum BadCapability {
     /// One of QEMU's that this monitor does not have.
     #[error("capability '{0}' is not supported here")]
     Unsupported(&'static str),
-    /// One that makes no sense without another.
-    #[error("Capability '{capability}' requires capability '{needs}'")]
-    Requires {
-        /// What was to be on.
-        capability: &'static str,
-        /// What is off.
-        needs: &'static str,
-    },
+    /// QEMU refuses it, too: it does not go with another one, with a parameter or with the state of the machine.
+    #[error(transparent)]
+    Rejected(#[from] Rejection),
 }
 
 impl Capabilities {
@@ -73,27 +79,45 @@ impl Capabilities {
     /// # Errors
     /// [`BadCapability`]; turning off what is not supported is no error.
     pub fn with<'a>(self, changes: impl IntoIterator<Item = (&'a str, bool)>) -> Result<Self, BadCapability> {
-        let mut changed = self;
+        self.with_in(changes, &Context::new(RULES))
+    }
+
+    /// As [`with`](Capabilities::with), where more than the capabilities decides. `before` of the context is filled in.
+    ///
+    /// # Errors
+    /// [`BadCapability`].
+    pub fn with_in<'a>(
+        self,
+        changes: impl IntoIterator<Item = (&'a str, bool)>,
+        context: &Context,
+    ) -> Result<Self, BadCapability> {
+        let before: qevm_wire::Capabilities = self.on().collect();
+        let (mut changed, mut all, mut unsupported) = (self, before, None);
         for (name, state) in changes {
-            let (name, supported) = KNOWN
-                .into_iter()
-                .find(|(known, _)| *known == name)
-                .ok_or_else(|| BadCapability::Unknown(name.into()))?;
+            let unknown = || BadCapability::Unknown(name.into());
+            let (name, supported) = KNOWN.into_iter().find(|(known, _)| *known == name).ok_or_else(unknown)?;
+            all = all.with(name.parse::<Capability>().map_err(|_| unknown())?, state);
             match changed.slot(name) {
                 Some(slot) => *slot = state,
-                None if state || supported => return Err(BadCapability::Unsupported(name)),
+                None if state || supported => unsupported = Some(name),
                 None => {}
             }
         }
-        if changed.switchover_ack && !changed.return_path {
-            return Err(BadCapability::Requires { capability: "switchover-ack", needs: "return-path" });
+        // What QEMU refuses is refused in its words, whether it is supported here or not.
+        check(all, &Context { before, ..*context })?;
+        match unsupported {
+            Some(name) => Err(BadCapability::Unsupported(name)),
+            None => Ok(changed),
         }
-        Ok(changed)
     }
 
     /// Every capability of QEMU 11.1 with its state.
     pub fn list(mut self) -> Vec<(&'static str, bool)> {
         KNOWN.into_iter().map(|(name, _)| (name, self.slot(name).is_some_and(|slot| *slot))).collect()
+    }
+
+    fn on(self) -> impl Iterator<Item = Capability> {
+        self.list().into_iter().filter_map(|(name, state)| name.parse().ok().filter(|_| state))
     }
 
     fn slot(&mut self, name: &str) -> Option<&mut bool> {
@@ -102,6 +126,7 @@ impl Capabilities {
             "switchover-ack" => Some(&mut self.switchover_ack),
             "pause-before-switchover" => Some(&mut self.pause_before_switchover),
             "events" => Some(&mut self.events),
+            "late-block-activate" => Some(&mut self.late_block_activate),
             _ => None,
         }
     }
@@ -136,9 +161,19 @@ mod tests {
     #[test]
     fn switchover_ack_needs_a_return_path() {
         let off = Capabilities::default();
-        let refused = Err(BadCapability::Requires { capability: "switchover-ack", needs: "return-path" });
-        assert_eq!(off.with([("switchover-ack", true)]), refused);
+        let refused = |result| matches!(result, Err(BadCapability::Rejected(Rejection::Requires { .. })));
+        assert!(refused(off.with([("switchover-ack", true)])));
         let on = off.with([("switchover-ack", true), ("return-path", true)]).unwrap();
-        assert_eq!(on.with([("return-path", false)]), refused);
+        assert!(refused(on.with([("return-path", false)])));
+    }
+
+    #[test]
+    fn what_qemu_refuses_is_refused_in_its_words() {
+        let off = Capabilities::default();
+        let both = off.with([("background-snapshot", true), ("events", true), ("return-path", true)]).unwrap_err();
+        assert_eq!(both.to_string(), "Background-snapshot is not compatible with return-path");
+        let context = Context { incoming_started: true, ..Context::new(RULES) };
+        let late = off.with_in([("multifd", true)], &context).unwrap_err();
+        assert_eq!(late.to_string(), "Multifd must be set before incoming starts");
     }
 }

@@ -45,6 +45,8 @@ mod statistics;
 pub mod switchover;
 mod zero;
 
+pub(crate) use capabilities::RULES;
+
 pub use address::{Address, BadAddress};
 pub use capabilities::{BadCapability, Capabilities, KNOWN as KNOWN_CAPABILITIES};
 pub use channel::{Channel, Listener, Socket, Source, Target};
@@ -52,7 +54,7 @@ pub use destination::{Arrival, receive};
 pub use error::{LoadError, MigrationError};
 pub use guest::{DeviceSection, DirtyLog, Guest, GuestError, RamView, SavedDevices};
 pub use job::{Job, Notice, Refused};
-pub use parameters::{BadParameter, Parameters};
+pub use parameters::{BadParameter, Mode, Parameters};
 pub use return_path::ReturnPathError;
 pub use source::{migrate, monotonic_now};
 pub use statistics::{RamStatistics, RoundStatistics, Statistics, Status};

@@ -5,7 +5,7 @@ use super::{
     protocol::Failure,
 };
 use crate::{
-    migration::{Address, BadParameter, KNOWN_CAPABILITIES, Status},
+    migration::{Address, KNOWN_CAPABILITIES, Status},
     vmm::{Exit, RunState, Vmm},
 };
 use serde_json::{Map, Value, json};
@@ -200,9 +200,7 @@ fn migrate_set_capabilities(vmm: &Arc<Vmm>, arguments: &mut Arguments) -> Result
         changes.push((name, state));
     }
     let changes = changes.iter().map(|(name, state)| (name.as_str(), *state));
-    let capabilities =
-        vmm.outgoing().capabilities().with(changes).map_err(|error| Failure::generic(error.to_string()))?;
-    vmm.outgoing().set_capabilities(capabilities).map_err(|error| Failure::generic(error.to_string()))?;
+    vmm.set_capabilities(changes).map_err(|error| Failure::generic(error.to_string()))?;
     Ok(empty())
 }
 
@@ -214,24 +212,14 @@ fn query_migrate_capabilities(vmm: &Arc<Vmm>, arguments: &mut Arguments) -> Resu
 }
 
 fn migrate_set_parameters(vmm: &Arc<Vmm>, arguments: &mut Arguments) -> Result<Value, Failure> {
-    let mut parameters = vmm.outgoing().parameters();
-    for (name, value) in arguments.drain() {
-        let Some(value) = value.as_u64() else {
-            return Err(match parameters.set(&name, 0) {
-                Err(BadParameter::Unknown(name)) => Failure::generic(format!("Parameter '{name}' is unexpected")),
-                _ => wrong_type(&name, "integer"),
-            });
-        };
-        parameters.set(&name, value).map_err(|error| Failure::generic(error.to_string()))?;
-    }
-    vmm.outgoing().set_parameters(parameters);
+    let parameters = vmm.outgoing().parameters().with(&arguments.drain());
+    vmm.outgoing().set_parameters(parameters.map_err(|error| Failure::generic(error.to_string()))?);
     Ok(empty())
 }
 
 fn query_migrate_parameters(vmm: &Arc<Vmm>, arguments: &mut Arguments) -> Result<Value, Failure> {
     only(arguments)?;
-    let list = vmm.outgoing().parameters().list();
-    Ok(Value::Object(list.into_iter().map(|(name, value)| (name.into(), value.into())).collect()))
+    Ok(Value::Object(vmm.outgoing().parameters().list()))
 }
 
 fn query_migrate(vmm: &Arc<Vmm>, arguments: &mut Arguments) -> Result<Value, Failure> {

@@ -1,0 +1,145 @@
+//! A row for each parameter.
+
+use super::{BadParameter, Mode, Parameters};
+use qevm_multifd::{compression::Compression, zero_page::ZeroPageDetection};
+use serde_json::Value;
+
+/// A parameter.
+pub(super) struct Row {
+    pub(super) name: &'static str,
+    slot: fn(&mut Parameters) -> Slot<'_>,
+}
+
+/// Where a parameter's value is kept, and of what type it is in QMP.
+enum Slot<'p> {
+    U8(&'p mut u8),
+    U64(&'p mut u64),
+    Flag(&'p mut bool),
+    Texts(&'p mut Vec<String>),
+    Compression(&'p mut Compression),
+    ZeroPages(&'p mut ZeroPageDetection),
+    Mode(&'p mut Mode),
+    /// A text that is empty by default, which is its only value here.
+    Empty,
+    /// Not listed while it is not set, and it cannot be set here.
+    Unset,
+}
+
+const fn row(name: &'static str, slot: fn(&mut Parameters) -> Slot<'_>) -> Row {
+    Row { name, slot }
+}
+
+/// Every parameter of QEMU 11.1, in the order of its QMP reference.
+pub(super) const ROWS: [Row; 31] = [
+    row("announce-initial", |p| Slot::U64(&mut p.announce_initial_ms)),
+    row("announce-max", |p| Slot::U64(&mut p.announce_max_ms)),
+    row("announce-rounds", |p| Slot::U64(&mut p.announce_rounds)),
+    row("announce-step", |p| Slot::U64(&mut p.announce_step_ms)),
+    row("throttle-trigger-threshold", |p| Slot::U8(&mut p.throttle_trigger_threshold)),
+    row("cpu-throttle-initial", |p| Slot::U8(&mut p.cpu_throttle_initial)),
+    row("cpu-throttle-increment", |p| Slot::U8(&mut p.cpu_throttle_increment)),
+    row("cpu-throttle-tailslow", |p| Slot::Flag(&mut p.cpu_throttle_tailslow)),
+    row("tls-creds", |_| Slot::Empty),
+    row("tls-hostname", |_| Slot::Empty),
+    row("tls-authz", |_| Slot::Empty),
+    row("max-bandwidth", |p| Slot::U64(&mut p.max_bandwidth)),
+    row("avail-switchover-bandwidth", |p| Slot::U64(&mut p.avail_switchover_bandwidth)),
+    row("downtime-limit", |p| Slot::U64(&mut p.downtime_limit_ms)),
+    row("x-checkpoint-delay", |p| Slot::U64(&mut p.checkpoint_delay_ms)),
+    row("multifd-channels", |p| Slot::U8(&mut p.multifd_channels)),
+    row("xbzrle-cache-size", |p| Slot::U64(&mut p.xbzrle_cache_size)),
+    row("max-postcopy-bandwidth", |p| Slot::U64(&mut p.max_postcopy_bandwidth)),
+    row("max-cpu-throttle", |p| Slot::U8(&mut p.max_cpu_throttle)),
+    row("multifd-compression", |p| Slot::Compression(&mut p.multifd_compression)),
+    row("multifd-zlib-level", |p| Slot::U8(&mut p.multifd_zlib_level)),
+    row("multifd-qatzip-level", |p| Slot::U8(&mut p.multifd_qatzip_level)),
+    row("multifd-zstd-level", |p| Slot::U8(&mut p.multifd_zstd_level)),
+    row("block-bitmap-mapping", |_| Slot::Unset),
+    row("x-vcpu-dirty-limit-period", |p| Slot::U64(&mut p.vcpu_dirty_limit_period_ms)),
+    row("vcpu-dirty-limit", |p| Slot::U64(&mut p.vcpu_dirty_limit)),
+    row("mode", |p| Slot::Mode(&mut p.mode)),
+    row("zero-page-detection", |p| Slot::ZeroPages(&mut p.zero_page_detection)),
+    row("direct-io", |p| Slot::Flag(&mut p.direct_io)),
+    row("cpr-exec-command", |p| Slot::Texts(&mut p.cpr_exec_command)),
+    row("x-rdma-chunk-size", |p| Slot::U64(&mut p.rdma_chunk_size)),
+];
+
+const COMPRESSIONS: [(&str, Compression); 3] =
+    [("none", Compression::None), ("zlib", Compression::Zlib), ("zstd", Compression::Zstd)];
+const ZERO_PAGES: [(&str, ZeroPageDetection); 3] =
+    [("none", ZeroPageDetection::None), ("legacy", ZeroPageDetection::Legacy), ("multifd", ZeroPageDetection::Multifd)];
+const MODES: [(&str, Mode); 2] = [("normal", Mode::Normal), ("cpr-reboot", Mode::CprReboot)];
+/// Values of `mode` that QEMU 11.1 has besides.
+const OTHER_MODES: [&str; 2] = ["cpr-transfer", "cpr-exec"];
+
+impl Row {
+    /// Its value, as QMP tells it. Null where there is none.
+    pub(super) fn value(&self, parameters: &mut Parameters) -> Value {
+        match (self.slot)(parameters) {
+            Slot::U8(value) => (*value).into(),
+            Slot::U64(value) => (*value).into(),
+            Slot::Flag(value) => (*value).into(),
+            Slot::Texts(value) => value.clone().into(),
+            Slot::Compression(value) => name_of(*value, &COMPRESSIONS).into(),
+            Slot::ZeroPages(value) => name_of(*value, &ZERO_PAGES).into(),
+            Slot::Mode(value) => value.as_str().into(),
+            Slot::Empty => "".into(),
+            Slot::Unset => Value::Null,
+        }
+    }
+
+    /// Sets it, if the value is of its type.
+    pub(super) fn set(&self, parameters: &mut Parameters, value: &Value) -> Result<(), BadParameter> {
+        let name = self.name;
+        let wrong_type = |expected| BadParameter::Type { name, expected };
+        match (self.slot)(parameters) {
+            Slot::U8(slot) => {
+                let number = value.as_u64().and_then(|number| number.try_into().ok());
+                *slot = number.ok_or(BadParameter::Integer { name, expected: "uint8_t" })?;
+            }
+            Slot::U64(slot) => {
+                // QEMU takes negative numbers for large ones.
+                let number = value.as_u64().or_else(|| value.as_i64().map(|number| number as u64));
+                *slot = number.ok_or(BadParameter::Integer { name, expected: "uint64" })?;
+            }
+            Slot::Flag(slot) => *slot = value.as_bool().ok_or(wrong_type("boolean"))?,
+            Slot::Texts(slot) => {
+                let list = value.as_array().ok_or(wrong_type("array"))?;
+                let texts = list.iter().map(|text| text.as_str().map(str::to_owned));
+                *slot = texts.collect::<Option<_>>().ok_or(wrong_type("array of strings"))?;
+            }
+            Slot::Compression(slot) => *slot = choose(name, value, &COMPRESSIONS, &[])?,
+            Slot::ZeroPages(slot) => *slot = choose(name, value, &ZERO_PAGES, &[])?,
+            Slot::Mode(slot) => *slot = choose(name, value, &MODES, &OTHER_MODES)?,
+            Slot::Empty => match value {
+                Value::Null => {}
+                Value::String(text) if text.is_empty() => {}
+                Value::String(text) => return Err(BadParameter::Unsupported { name, value: text.clone() }),
+                _ => return Err(wrong_type("StrOrNull")),
+            },
+            Slot::Unset => match value {
+                Value::Array(_) => return Err(BadParameter::Unsupported { name, value: value.to_string() }),
+                _ => return Err(wrong_type("array")),
+            },
+        }
+        Ok(())
+    }
+}
+
+fn name_of<T: Copy + PartialEq>(value: T, choices: &[(&'static str, T)]) -> &'static str {
+    choices.iter().find(|(_, choice)| *choice == value).map_or("", |(name, _)| name)
+}
+
+fn choose<T: Copy>(
+    name: &'static str,
+    value: &Value,
+    choices: &[(&'static str, T)],
+    unsupported: &[&str],
+) -> Result<T, BadParameter> {
+    let text = value.as_str().ok_or(BadParameter::Type { name, expected: "string" })?;
+    if unsupported.contains(&text) {
+        return Err(BadParameter::Unsupported { name, value: text.to_owned() });
+    }
+    let choice = choices.iter().find(|(choice, _)| *choice == text);
+    choice.map(|(_, choice)| *choice).ok_or_else(|| BadParameter::Choice { name, value: text.to_owned() })
+}

@@ -1,0 +1,91 @@
+use super::*;
+use serde_json::json;
+
+fn object(value: Value) -> Map<String, Value> {
+    match value {
+        Value::Object(object) => object,
+        other => panic!("{other} is no object"),
+    }
+}
+
+/// What QEMU 11.1.3 answered to `query-migrate-parameters` just after its start.
+#[test]
+fn the_defaults_are_those_of_qemu() {
+    let qemu = json!({
+        "cpu-throttle-tailslow": false, "xbzrle-cache-size": 67108864, "cpu-throttle-initial": 20, "announce-max": 550,
+        "direct-io": false, "avail-switchover-bandwidth": 0, "zero-page-detection": "multifd", "multifd-qatzip-level": 1,
+        "x-rdma-chunk-size": 1048576, "multifd-channels": 2, "mode": "normal", "multifd-zstd-level": 1,
+        "announce-initial": 50, "downtime-limit": 300, "tls-authz": "", "cpr-exec-command": [], "vcpu-dirty-limit": 1,
+        "multifd-compression": "none", "announce-rounds": 5, "announce-step": 100, "tls-creds": "",
+        "x-vcpu-dirty-limit-period": 1000, "multifd-zlib-level": 1, "max-cpu-throttle": 99, "max-postcopy-bandwidth": 0,
+        "tls-hostname": "", "throttle-trigger-threshold": 50, "max-bandwidth": 134217728, "x-checkpoint-delay": 20000,
+        "cpu-throttle-increment": 10,
+    });
+    assert_eq!(Value::Object(Parameters::default().list()), qemu);
+}
+
+#[test]
+fn names_set_what_they_list() {
+    let changes = object(json!({
+        "announce-initial": 1, "announce-max": 2, "announce-rounds": 3, "announce-step": 4,
+        "throttle-trigger-threshold": 5, "cpu-throttle-initial": 6, "cpu-throttle-increment": 7,
+        "cpu-throttle-tailslow": true, "tls-creds": "", "tls-hostname": "", "tls-authz": "", "max-bandwidth": 8,
+        "avail-switchover-bandwidth": 9, "downtime-limit": 10, "x-checkpoint-delay": 11, "multifd-channels": 12,
+        "xbzrle-cache-size": 8192, "max-postcopy-bandwidth": 13, "max-cpu-throttle": 14, "multifd-compression": "zstd",
+        "multifd-zlib-level": 0, "multifd-qatzip-level": 9, "multifd-zstd-level": 15, "x-vcpu-dirty-limit-period": 16,
+        "vcpu-dirty-limit": 17, "mode": "cpr-reboot", "zero-page-detection": "legacy", "direct-io": true,
+        "cpr-exec-command": ["a", "b"], "x-rdma-chunk-size": 2097152,
+    }));
+    let set = Parameters::default().with(&changes).unwrap();
+    assert_eq!(Value::Object(set.list()), Value::Object(changes));
+}
+
+#[test]
+fn a_bad_value_changes_nothing() {
+    let mut parameters = Parameters::default();
+    let bad = [
+        ("downtime-limit", json!(2_000_001)),
+        ("downtime-limit", json!(-1)),
+        ("cpu-throttle-initial", json!(0)),
+        ("cpu-throttle-increment", json!(100)),
+        ("max-cpu-throttle", json!(19)),
+        ("throttle-trigger-threshold", json!(101)),
+        ("multifd-channels", json!(0)),
+        ("multifd-zlib-level", json!(10)),
+        ("multifd-zstd-level", json!(21)),
+        ("multifd-qatzip-level", json!(0)),
+        ("xbzrle-cache-size", json!(4097)),
+        ("announce-initial", json!(100_001)),
+        ("announce-max", json!(100_001)),
+        ("announce-rounds", json!(1001)),
+        ("announce-step", json!(0)),
+        ("x-vcpu-dirty-limit-period", json!(1001)),
+    ];
+    for (name, value) in bad {
+        let refused = parameters.set(name, value);
+        assert!(matches!(refused, Err(BadParameter::Range { name: said, .. }) if said == name), "{name}: {refused:?}");
+    }
+    assert!(matches!(parameters.set("x-rdma-chunk-size", 5), Err(BadParameter::Range { .. })));
+    assert_eq!(parameters.set("vcpu-dirty-limit", 0), Err(BadParameter::TooSmall("vcpu-dirty-limit")));
+    assert!(matches!(parameters.set("multifd-channels", 256), Err(BadParameter::Integer { expected: "uint8_t", .. })));
+    assert!(matches!(parameters.set("downtime-limit", 1.5), Err(BadParameter::Integer { expected: "uint64", .. })));
+    assert!(matches!(parameters.set("cpu-throttle-tailslow", 1), Err(BadParameter::Type { .. })));
+    assert!(matches!(parameters.set("multifd-compression", "qpl"), Err(BadParameter::Choice { .. })));
+    assert!(matches!(parameters.set("mode", "cpr-exec"), Err(BadParameter::Unsupported { .. })));
+    assert!(matches!(parameters.set("tls-creds", "tls0"), Err(BadParameter::Unsupported { .. })));
+    assert!(matches!(parameters.set("tls-creds", 5), Err(BadParameter::Type { .. })));
+    assert!(matches!(parameters.set("block-bitmap-mapping", json!([])), Err(BadParameter::Unsupported { .. })));
+    assert_eq!(parameters.set("max-bandwith", 1), Err(BadParameter::Unknown("max-bandwith".into())));
+    // One bad value among good ones.
+    let changes = object(json!({ "max-bandwidth": 7, "cpu-throttle-initial": 50, "max-cpu-throttle": 40 }));
+    assert!(matches!(parameters.with(&changes), Err(BadParameter::Range { name: "max-cpu-throttle", .. })));
+    assert_eq!(parameters, Parameters::default());
+}
+
+#[test]
+fn negative_sizes_are_large_ones_and_null_is_no_text() {
+    let mut parameters = Parameters::default();
+    parameters.set("max-bandwidth", -1).unwrap();
+    parameters.set("tls-creds", Value::Null).unwrap();
+    assert_eq!(parameters, Parameters { max_bandwidth: u64::MAX, ..Parameters::default() });
+}
