@@ -23,6 +23,9 @@ pub struct Context {
     pub cpr: bool,
     /// The stream goes to, or comes from, a file in which one can seek.
     pub seekable: bool,
+    /// The transport takes several connections: `tcp:`, `unix:` and `vsock:`, not `exec:` and `fd:`, nor `file:` without
+    /// `mapped-ram`.
+    pub multi_channel: bool,
 }
 
 impl Context {
@@ -37,6 +40,7 @@ impl Context {
             dirty_ring: true,
             cpr: false,
             seekable: true,
+            multi_channel: true,
         }
     }
 }
@@ -101,8 +105,8 @@ impl core::error::Error for Rejection {}
 /// Says whether a release takes these capabilities together, and the first reason if not. A set is taken as a whole:
 /// if it is refused, everything stays as it was.
 ///
-/// Compression and TLS with `mapped-ram` are refused here in any order; QEMU only notices when the parameters are set
-/// after the capability.
+/// What depends on parameters and transport, QEMU refuses at `migrate` (7.2, 10.0 and 11.1 were asked); here it is
+/// refused with the rest.
 ///
 /// # Errors
 /// The first rule that is broken.
@@ -138,12 +142,17 @@ pub fn check(on: Capabilities, context: &Context) -> Result<(), Rejection> {
         }
     }
     let late = |capability| context.incoming_started && !context.before.contains(capability);
+    // 7.2 takes capabilities late, and refuses transports with a single connection in other words.
+    let old = qemu < QemuVersion::new(8, 0);
+    let single = if old { "multifd is not supported by current protocol" } else { MULTI_CHANNEL };
     let settings = [
-        (Multifd, late(Multifd), "Multifd must be set before incoming starts"),
-        (PostcopyPreempt, late(PostcopyPreempt), "Postcopy preempt must be set before incoming starts"),
+        (Multifd, late(Multifd) && !old, "Multifd must be set before incoming starts"),
+        (PostcopyPreempt, late(PostcopyPreempt) && !old, "Postcopy preempt must be set before incoming starts"),
         (ZeroCopySend, context.compressed || context.tls, ZERO_COPY),
-        (MappedRam, context.tls || context.compressed && on.contains(Multifd), MAPPED_RAM),
+        (MappedRam, context.compressed, "Cannot use compression with mapped-ram"),
+        (MappedRam, context.tls, "Cannot use TLS with mapped-ram"),
         (MappedRam, !context.seekable, "Migration requires seekable transport (e.g. file)"),
+        (Multifd, !context.multi_channel && !on.contains(MappedRam), single),
         (DirtyLimit, !context.dirty_ring, "dirty-limit requires KVM with accelerator property 'dirty-ring-size' set"),
         (PostcopyRam, context.cpr, "Cannot use CPR mode with postcopy-ram"),
         (BackgroundSnapshot, context.cpr, "Cannot use CPR mode with background-snapshot"),
@@ -180,7 +189,7 @@ const fn rule(capability: Capability, other: Capability, since: (u16, u16), reas
 }
 
 const ZERO_COPY: &str = "Zero copy only available for non-compressed non-TLS multifd migration";
-const MAPPED_RAM: &str = "Mapped-ram only available for non-compressed non-TLS multifd migration";
+const MULTI_CHANNEL: &str = "Migration requires multi-channel URIs (e.g. tcp)";
 
 /// The first needs the second. Where only the releases before and behind a change were examined, the rule counts from
 /// the first one behind the last that is known not to have it.

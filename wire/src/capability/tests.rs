@@ -217,8 +217,13 @@ fn parameters_and_the_state_of_the_machine_count() {
     assert_eq!(refuse("postcopy-ram", |c| c.cpr = true), PostcopyRam);
     assert_eq!(refuse("background-snapshot", |c| c.cpr = true), BackgroundSnapshot);
     assert_eq!(refuse("x-colo+return-path", |c| c.cpr = true), XColo);
-    let compressed = Context { compressed: true, ..Context::new(QemuVersion::NEWEST) };
-    assert_eq!(check(set("mapped-ram"), &compressed), Ok(()), "without multifd the parameter means nothing");
+    // Even without multifd, for which alone the parameter has a meaning.
+    assert_eq!(refuse("mapped-ram", |c| c.compressed = true), MappedRam);
+    assert_eq!(refuse("multifd", |c| c.multi_channel = false), Multifd);
+    let single = Context { multi_channel: false, ..Context::new(QemuVersion::NEWEST) };
+    assert_eq!(check(set("multifd+mapped-ram"), &single), Ok(()), "page channels write to the file by themselves");
+    let old = Context { incoming_started: true, ..Context::new(QemuVersion::new(7, 2)) };
+    assert_eq!(check(set("multifd"), &old), Ok(()), "7.2 does not mind");
     let late = Context { incoming_started: true, before: set("multifd"), ..Context::new(QemuVersion::NEWEST) };
     assert_eq!(check(set("multifd+return-path"), &late), Ok(()));
 }
