@@ -2,6 +2,7 @@
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use qevm_multifd::Compression;
+use qevm_wire::profile::ZeroPageDetection;
 use qevm_wire::{Capability, CountedString, QemuVersion};
 use std::path::PathBuf;
 
@@ -208,15 +209,19 @@ pub struct Receive {
     /// Save the main channel here; further channels go to FILE.channel-N, the return path to FILE.return-path.
     #[arg(long, value_name = "FILE")]
     pub out: PathBuf,
-    /// How many multifd channels the source opens (its `multifd-channels`). Without it, channels are recognised as
-    /// they come.
+    /// How many multifd channels the source opens (its `multifd-channels`), 0 without multifd; another number is refused
+    /// before the guest stops. Without it, channels are recognised as they come.
     #[arg(long, value_name = "N")]
     pub multifd_channels: Option<u8>,
+    /// The source's `multifd-compression`; another method is refused. Without it, the channels' packets tell.
+    #[arg(long, value_name = "METHOD")]
+    pub multifd_compression: Option<Compression>,
     /// Acknowledge the switchover. For sources with capability `switchover-ack` of QEMU 8.1 to 11.0 or with a machine
     /// type up to 11.0; newer ones wait for no acknowledgement where no device asks for one.
     #[arg(long)]
     pub switchover_ack: bool,
-    /// Give up when no connection comes for this many seconds.
+    /// Give up when nothing comes for this many seconds: no connection, no byte, or not all page channels. Without it a
+    /// silent source is waited for, and missing page channels for 30 seconds.
     #[arg(long, value_name = "SECONDS")]
     pub timeout: Option<u64>,
     /// Overwrite the output file if it exists.
@@ -399,15 +404,40 @@ pub struct Send {
     /// Level of the compression: 0 to 9 for zlib, 0 to 20 for zstd.
     #[arg(long, value_name = "LEVEL", requires = "multifd_compression")]
     pub multifd_level: Option<i32>,
+    /// How pages of zeroes travel: none (like all others), legacy (ZERO records of the main channel) or multifd (listed in
+    /// the packets of page channels; QEMU 9.0). The default is that of the destination's release and the machine type.
+    #[arg(long, value_name = "MODE", value_parser = zero_page_detection)]
+    pub zero_page_detection: Option<ZeroPageDetection>,
+    /// Whether the page channels synchronise after each section, as releases before 8.1 and machine types up to 8.0 do,
+    /// or once a round. Must be as at the destination; the default is that of its release and the machine type.
+    #[arg(long, value_name = "on|off", value_parser = on_or_off, requires = "multifd_channels")]
+    pub multifd_flush_after_each_section: Option<bool>,
     /// Do not open a return path; the destination then cannot say whether it has loaded the guest.
     #[arg(long)]
     pub no_return_path: bool,
-    /// Give up when the destination has not answered for this many seconds.
+    /// Give up when the destination takes nothing, or does not answer after all was sent, for this many seconds.
     #[arg(long, value_name = "SECONDS", default_value_t = 60)]
     pub timeout: u64,
     #[command(flatten)]
     #[allow(missing_docs)]
     pub output: Output,
+}
+
+fn zero_page_detection(mode: &str) -> Result<ZeroPageDetection, &'static str> {
+    match mode {
+        "none" => Ok(ZeroPageDetection::None),
+        "legacy" => Ok(ZeroPageDetection::Legacy),
+        "multifd" => Ok(ZeroPageDetection::Multifd),
+        _ => Err("expected none, legacy or multifd"),
+    }
+}
+
+fn on_or_off(value: &str) -> Result<bool, &'static str> {
+    match value {
+        "on" => Ok(true),
+        "off" => Ok(false),
+        _ => Err("expected on or off"),
+    }
 }
 
 /// The form of a stream in a file.

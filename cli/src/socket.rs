@@ -5,6 +5,8 @@ use std::io::{self, Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
+use std::sync::mpsc;
+use std::thread;
 use std::time::Duration;
 
 /// Where to listen or connect, as QEMU's `migrate` command writes it.
@@ -124,6 +126,19 @@ impl Socket {
         })
     }
 
+    /// Connects to `address`, which may take `limit` at most: a UNIX socket whose listener accepts nobody more would
+    /// be waited for for ever.
+    ///
+    /// # Errors
+    /// `TimedOut`, and what the operating system says.
+    pub fn connect_within(address: &Address, limit: Duration) -> io::Result<Self> {
+        let (sender, connected) = mpsc::channel();
+        let address = address.clone();
+        // The thread of a connection that never comes ends with the program.
+        thread::spawn(move || sender.send(Socket::connect(&address)));
+        connected.recv_timeout(limit).unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()))
+    }
+
     /// A second handle to the same connection.
     ///
     /// # Errors
@@ -142,6 +157,25 @@ impl Socket {
             Socket::Tcp(socket) => socket.shutdown(Shutdown::Both),
             Socket::Unix(socket) => socket.shutdown(Shutdown::Both),
         };
+    }
+
+    /// Makes reads of all handles end; answers can still be written.
+    pub fn stop_reading(&self) {
+        let _ = match self {
+            Socket::Tcp(socket) => socket.shutdown(Shutdown::Read),
+            Socket::Unix(socket) => socket.shutdown(Shutdown::Read),
+        };
+    }
+
+    /// A write that takes longer fails with `WouldBlock` or `TimedOut`; `None` waits for ever.
+    ///
+    /// # Errors
+    /// What the operating system says.
+    pub fn set_write_timeout(&self, timeout: Option<Duration>) -> io::Result<()> {
+        match self {
+            Socket::Tcp(socket) => socket.set_write_timeout(timeout),
+            Socket::Unix(socket) => socket.set_write_timeout(timeout),
+        }
     }
 
     /// A read that takes longer fails with `WouldBlock` or `TimedOut`; `None` waits for ever.

@@ -24,7 +24,7 @@ pub fn run(convert: &args::Convert) -> Result<(), Stop> {
     let mut bar = Progress::new("writing", Some(guest.data_len()));
     let written = match convert.format {
         StreamForm::Plain => {
-            let target = Target { out: &mut file, name: &name, return_path: false };
+            let target = Target { out: &mut file, name: &name, return_path: false, zero_pages: true };
             guest.write_stream(target, None::<Multifd<File>>, &mut bar)
         }
         StreamForm::MappedRam => guest.write_mapped(&file, &name, &mut bar),

@@ -1,8 +1,13 @@
 //! `qevm receive`: be the destination of a real QEMU's `migrate`.
 //!
 //! Every connection is saved by a thread of its own. The main channel is decoded on the fly, because the source expects
-//! answers: PONG for PING, SHUT at the end. What arrived is then read from the saved files, as `qevm inspect` does.
+//! answers: PONG for PING, SHUT at the end. Page channels are followed packet by packet, so that a source set up in
+//! another way is refused while its guest can still go on; SHUT 0, which makes the source give up its guest, is only
+//! said when all channels have delivered what the main channel announced. What arrived is then read from the saved
+//! files, as `qevm inspect` does.
 
+mod channel;
+mod ledger;
 mod session;
 
 use super::{Bar, Output, inspect};
@@ -32,6 +37,7 @@ pub fn run(receive: &args::Receive) -> Result<(), Stop> {
         listener,
         files: &files,
         multifd_channels: receive.multifd_channels,
+        multifd_compression: receive.multifd_compression,
         switchover_ack: receive.switchover_ack,
         patience: receive.timeout.map(Duration::from_secs),
     };

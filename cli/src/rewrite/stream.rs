@@ -36,6 +36,8 @@ pub struct Target<'a, M> {
     pub name: &'a str,
     /// Ask for answers, so that the destination says whether it could load the guest.
     pub return_path: bool,
+    /// Pages of zeroes travel as such; otherwise like all others (`zero-page-detection=none`).
+    pub zero_pages: bool,
 }
 
 impl<M> std::fmt::Debug for Target<'_, M> {
@@ -56,6 +58,8 @@ impl SavedGuest {
         multifd: Option<Multifd<C>>,
         bar: &mut Progress,
     ) -> Result<u64, Stop> {
+        let blank = vec![0; self.pages.size() as usize];
+        let zero_pages = target.zero_pages;
         let mut sink = Sink { stream: self.stream(), target, sent: 0, multifd, bar };
         sink.stream.header(self.configuration.as_ref()).map_err(cannot_write)?;
         if sink.target.return_path {
@@ -71,7 +75,9 @@ impl SavedGuest {
         sink.stream.section_end(self.ram_section.section_id).map_err(cannot_write)?;
         for block in 0..self.blocks.len() {
             let name = self.blocks[block].name.clone();
-            self.each_page(block, |offset, content| sink.page(block, &name, offset, content))?;
+            self.each_page(block, |offset, content| {
+                sink.page(block, &name, offset, content.or((!zero_pages).then_some(&blank)))
+            })?;
         }
         sink.steps(SourceSync::completion)?;
         sink.stream.footer().map_err(cannot_write)?;

@@ -35,6 +35,8 @@ pub trait Observer {
     fn restarted(&mut self) {}
     /// Anything comes on the main channel.
     fn event(&mut self, _event: &Event<'_>) {}
+    /// The configuration section is over; target pages have `page_size` bytes.
+    fn configuration(&mut self, _page_size: u64) {}
     /// A section record starts.
     fn section(&mut self, _kind: SectionKind, _header: &SectionHeader, _offset: u64) {}
     /// A command came.

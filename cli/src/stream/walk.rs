@@ -212,6 +212,7 @@ impl Walk<'_> {
             Event::Configuration(configuration) => {
                 self.analysis.page_size = decoder.page_geometry().size();
                 self.analysis.configuration = Some(configuration.clone());
+                self.observer.configuration(self.analysis.page_size);
             }
             Event::Section { kind, header } => {
                 self.observer.section(*kind, header, at);
