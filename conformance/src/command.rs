@@ -1,10 +1,13 @@
 //! The command line.
 
+mod channels;
+
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use anyhow::{Context, Result};
+use channels::Channels;
 use clap::{Args, Parser, Subcommand};
 use qevm_conformance::analyze::Script;
 use qevm_conformance::judge;
@@ -38,6 +41,8 @@ pub(crate) enum Command {
     /// The last line on standard output is one JSON object. Its `rounds`, `bytes` and `total_ms` are sums over both hops,
     /// `downtime_ms` is the longer gap between the event STOP at the source and RESUME at the destination; `hops` has each.
     Demo(Demo),
+    /// Pair qevm receive and qevm send with real QEMUs over page channels, in legal, illegal and differing set-ups
+    Channels(Channels),
     /// Move running guests between real QEMUs and reference-vmm
     Peer(Peer),
     /// Record scenarios with real QEMU into one folder each, without judging
@@ -185,6 +190,7 @@ impl Command {
         match self {
             Command::Setup { suite } => setup(&suite),
             Command::Matrix(matrix) => matrix.run(),
+            Command::Channels(channels) => channels.run(),
             Command::Peer(peer) => peer.run(),
             Command::Demo(demo) => demo.run(),
             Command::Record { out, only, again } => record_all(&out, &only, again),

@@ -199,6 +199,11 @@ impl Qemu {
         }
     }
 
+    /// The last lines of its standard error.
+    pub fn complaints(&self) -> String {
+        said(&self.stderr)
+    }
+
     /// The process id, by which the oracle reads guest memory.
     pub fn pid(&self) -> u32 {
         self.child.id()

@@ -6,11 +6,13 @@
 //! guest's RAM really is. [`judge`] then holds what qevm (the [`subject`]) says about the recording against that truth and
 //! against QEMU's own [`description`], and [`reload`] gives what qevm writes back to QEMU; [`matrix`] does it for many scenarios and [`report`] tells the result.
 //!
+//! [`channels`] is a matrix of its own: page channels and return path, with `qevm receive` and `qevm send` as the other end.
 //! [`peer`] takes running guests to and fro between these QEMUs and reference-vmm.
 
 pub mod analyze;
 pub mod apt;
 pub mod catalogue;
+pub mod channels;
 pub mod corpus;
 mod cpio;
 pub mod description;

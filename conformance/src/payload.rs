@@ -65,6 +65,14 @@ pub fn firmware(dirtying: Dirtying) -> Vec<u8> {
     image
 }
 
+/// An image for `-bios` that halts its processor for good and touches no RAM, 64 KiB.
+pub fn halt() -> Vec<u8> {
+    let mut image = vec![0; SIZE];
+    // cli; 1: hlt; jmp 1b
+    image[RESET_AT..RESET_AT + 4].copy_from_slice(&[0xfa, 0xf4, 0xeb, 0xfd]);
+    image
+}
+
 /// Bytes for guest RAM: zero pages, pages of one repeated byte, text and incompressible pages take turns, so that every
 /// kind of page record appears. `pages` counts 4096-byte pages.
 pub fn pattern(pages: usize) -> Vec<u8> {

@@ -275,7 +275,7 @@ fn first_bytes(path: &Path) -> Result<[u8; 4]> {
 }
 
 /// Waits until a file that another process writes no longer grows.
-fn settle(path: &Path) -> Result<()> {
+pub(crate) fn settle(path: &Path) -> Result<()> {
     let deadline = Instant::now() + DRAIN_TIMEOUT;
     let mut last = (u64::MAX, Instant::now());
     while Instant::now() < deadline {

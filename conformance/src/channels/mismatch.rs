@@ -1,0 +1,79 @@
+//! Both ends are set up legally, but not alike. Whoever is qevm says so in time, and no guest is lost.
+
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+use serde_json::Value;
+
+use super::arrives::{Target, send_arguments};
+use super::receiver::Receiver;
+use super::setup::{Setup, Transport};
+use super::source::{Saved, Source};
+use crate::subject::Subject;
+
+/// Seconds that qevm is told to wait.
+const PATIENCE: u64 = 3;
+/// When it has to have ended.
+const LIMIT: Duration = Duration::from_secs(20);
+
+/// QEMU migrates a running guest into a `qevm receive` that was told `options`. It must end with an error that contains
+/// `word`, and the guest must run on at the source.
+///
+/// # Errors
+/// It accepts, hangs or is unclear; or the source's guest does not run afterwards.
+pub fn at_receiver(
+    source: &mut Source,
+    subject: &Subject,
+    setup: &Setup,
+    options: &[&str],
+    word: &str,
+) -> Result<String> {
+    if let Err(refusal) = setup.apply(&mut source.qemu, &source.flavor.profile())? {
+        bail!("QEMU refuses the set-up: {refusal}");
+    }
+    let folder = source.folder()?;
+    let mut options: Vec<String> = options.iter().map(ToString::to_string).collect();
+    options.extend(["--timeout".into(), PATIENCE.to_string()]);
+    let mut receiver = Receiver::start(subject, &folder, setup.transport, &options)?;
+    let started = Instant::now();
+    source.begin(&receiver.uri)?;
+    let received = receiver.finish(LIMIT)?;
+    let seconds = started.elapsed().as_secs_f64();
+    let error = &received.report["error"];
+    let message = error["message"].as_str().unwrap_or(received.said.trim());
+    if received.code != Some(1) || !received.said.contains(word) || received.said.trim().lines().count() != 1 {
+        bail!("qevm receive ends with {:?} and says {:?} without {word:?}", received.code, received.said);
+    }
+    let ended = |s: &Value| matches!(s["status"].as_str(), Some("failed" | "completed" | "cancelled"));
+    let state = source.qemu.wait_migration(LIMIT, ended).context("after qevm receive has ended")?;
+    let status = source.qemu.execute("query-status", Value::Null)?;
+    if state["status"] != "failed" || status["running"] != true {
+        bail!("the source is {status} and its migration {} after {message:?}", state["status"]);
+    }
+    std::fs::remove_dir_all(&folder)?;
+    Ok(format!("after {seconds:.1} s: {message}; the guest runs on"))
+}
+
+/// `qevm send` plays a guest in one set-up into a QEMU with another. It must end with an error in time.
+///
+/// # Errors
+/// It claims success, hangs, or says nothing.
+pub fn at_target(source: &mut Source, subject: &Subject, sent: &Setup, expected: &Setup) -> Result<String> {
+    let input = source.saved(Saved::Plain)?;
+    let folder = source.folder()?;
+    let mut target = Target::start(source, expected, &folder)?;
+    let uri = target.listen(Transport::Unix, &folder)?;
+    let started = Instant::now();
+    let finished = subject.run(&send_arguments(source, sent, &input, &uri, PATIENCE))?;
+    let seconds = started.elapsed().as_secs_f64();
+    if started.elapsed() > LIMIT {
+        bail!("qevm send took {seconds:.1} s");
+    }
+    let said = finished.stderr.trim();
+    if finished.code != Some(1) || said.lines().count() != 1 || !finished.stdout.trim().is_empty() {
+        bail!("qevm send ends with {}: {said:?} {:?}", finished.status, finished.stdout);
+    }
+    std::fs::remove_dir_all(&folder)?;
+    let message = said.split_once(": ").map_or(said, |(_, rest)| rest);
+    Ok(format!("after {seconds:.1} s: {message}"))
+}

@@ -1,0 +1,27 @@
+//! The matrix of page channels and return path: real QEMUs at one end, `qevm receive` and `qevm send` at the other.
+//!
+//! [`table`] lists the rows as data. A row is one [`setup`] (capabilities, parameters, transport) of one
+//! [`source::Flavor`] (release and machine) and what has to come of it:
+//!
+//! | module | row |
+//! |---|---|
+//! | [`leaves`] | a stopped guest migrates into `qevm receive` or a file; RAM of what arrived is QEMU's own |
+//! | [`arrives`] | `qevm send` or `qevm convert` gives a saved guest to QEMU; RAM of what was loaded is the saved one |
+//! | [`refused`] | QEMU refuses the set-up with a reason before data moves, and `qevm` says the same |
+//! | [`mismatch`] | both ends are set up legally but differently: a named error in time, and the guest runs on |
+//! | [`live`] | a guest that dirties memory goes QEMU → `qevm receive` → `qevm send` → QEMU and finds no stale page |
+//!
+//! [`run`] plays them, reusing one source QEMU for all rows of a flavor.
+
+pub mod arrives;
+pub mod leaves;
+pub mod live;
+pub mod mismatch;
+pub mod refused;
+pub mod run;
+pub mod setup;
+pub mod source;
+pub mod table;
+
+mod receiver;
+mod shape;
