@@ -3,6 +3,7 @@
 
 mod fw_cfg;
 mod ged;
+mod ioapic;
 mod rtc;
 mod serial;
 
@@ -10,6 +11,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 pub use fw_cfg::{FwCfg, FwCfgItems};
 pub use ged::Ged;
+pub use ioapic::{Ioapic, Message};
 pub use rtc::Rtc;
 pub(crate) use rtc::ticker::{Clock, wall_clock};
 pub use serial::Serial;
@@ -43,6 +45,8 @@ pub struct Devices {
     pub fw_cfg: Mutex<FwCfg>,
     /// The generic event device and its power registers.
     pub ged: Mutex<Ged>,
+    /// The second IOAPIC.
+    pub ioapic2: Mutex<Ioapic>,
     /// The real-time clock, if there is one.
     pub(crate) rtc: Option<Arc<Clock>>,
     memory: Arc<GuestMemory>,
@@ -50,8 +54,21 @@ pub struct Devices {
 
 impl Devices {
     /// Puts the devices together.
-    pub(crate) fn new(memory: Arc<GuestMemory>, serial: Serial, fw_cfg: FwCfg, rtc: Option<Arc<Clock>>) -> Devices {
-        Devices { rtc, serial: Mutex::new(serial), fw_cfg: Mutex::new(fw_cfg), ged: Mutex::new(Ged::default()), memory }
+    pub(crate) fn new(
+        memory: Arc<GuestMemory>,
+        serial: Serial,
+        fw_cfg: FwCfg,
+        ioapic2: Ioapic,
+        rtc: Option<Arc<Clock>>,
+    ) -> Devices {
+        Devices {
+            rtc,
+            ioapic2: Mutex::new(ioapic2),
+            serial: Mutex::new(serial),
+            fw_cfg: Mutex::new(fw_cfg),
+            ged: Mutex::new(Ged::default()),
+            memory,
+        }
     }
 
     /// One read of a port, of 1, 2 or 4 bytes. Ports without a device read as all ones.
@@ -95,11 +112,16 @@ impl Devices {
         data.fill(0);
         if let Some(offset) = Ged::offset(gpa) {
             lock(&self.ged).read(offset, data);
+        } else if let Some(offset) = Ioapic::offset(gpa) {
+            lock(&self.ioapic2).read(offset, data);
         }
     }
 
     /// A write to an address that is not RAM. Addresses without a device ignore it.
     pub fn mmio_write(&self, gpa: u64, data: &[u8]) -> Request {
+        if let Some(offset) = Ioapic::offset(gpa) {
+            lock(&self.ioapic2).write(offset, data);
+        }
         match Ged::offset(gpa) {
             Some(offset) => lock(&self.ged).write(offset, data),
             None => Request::None,

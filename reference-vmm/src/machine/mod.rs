@@ -29,10 +29,12 @@ use std::path::Path;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use kvm_bindings::{KVM_PIT_SPEAKER_DUMMY, kvm_enable_cap, kvm_pit_config, kvm_userspace_memory_region};
+use kvm_bindings::{KVM_PIT_SPEAKER_DUMMY, kvm_enable_cap, kvm_msi, kvm_pit_config, kvm_userspace_memory_region};
 use kvm_ioctls::{Cap, Kvm, VmFd};
 
-use crate::devices::{Clock, Devices, FwCfg, FwCfgItems, RTC_IRQ, Rtc, SERIAL_IRQ, Serial, lock, wall_clock};
+use crate::devices::{
+    Clock, Devices, FwCfg, FwCfgItems, Ioapic, Message, RTC_IRQ, Rtc, SERIAL_IRQ, Serial, lock, wall_clock,
+};
 use crate::dirty_log::DirtyLog;
 use crate::error::{Error, Result, kvm};
 use crate::memory::GuestMemory;
@@ -126,6 +128,13 @@ impl Machine {
                 }
             })
         };
+        let line = Arc::clone(&vm);
+        let ioapic2 = Ioapic::new(Box::new(move |Message { address, data }| {
+            let message = kvm_msi { address_lo: address, data, ..kvm_msi::default() };
+            if let Err(error) = line.signal_msi(message) {
+                tracing::error!(%error, address, data, "an interrupt of the second IOAPIC is lost");
+            }
+        }));
         let serial = Serial::new(config.serial, interrupt(SERIAL_IRQ, "serial port"));
         let (mut threads, mut rtc) = (Vec::new(), None);
         if config.rtc {
@@ -135,7 +144,7 @@ impl Machine {
             threads.push(thread);
             rtc = Some(clock);
         }
-        let devices = Arc::new(Devices::new(Arc::clone(&memory), serial, fw_cfg, rtc));
+        let devices = Arc::new(Devices::new(Arc::clone(&memory), serial, fw_cfg, ioapic2, rtc));
 
         let cpuid = cpuid::supported(&kvm_fd)?;
         let vcpus = (0..config.cpus)

@@ -19,8 +19,10 @@ pub struct MachineState {
     pub vcpus: Vec<VcpuState>,
     /// The 8259s: master, slave.
     pub pics: [PicState; 2],
-    /// The IOAPIC.
+    /// The first IOAPIC.
     pub ioapic: IoapicState,
+    /// The second IOAPIC.
+    pub ioapic2: IoapicState,
     /// The i8254.
     pub pit: PitState,
     /// The paravirtual clock.

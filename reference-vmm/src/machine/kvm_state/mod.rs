@@ -51,6 +51,7 @@ pub(super) fn save(machine: &Machine) -> Result<MachineState> {
         vcpus,
         pics,
         ioapic,
+        ioapic2: lock(&machine.devices.ioapic2).save(),
         pit,
         clock,
         virtual_clock: lock(&machine.clock).now(),
@@ -82,6 +83,7 @@ pub(super) fn load(machine: &Machine, state: &MachineState) -> Result<()> {
     chips::load_clock(&machine.vm, &held.clock)?;
     *lock(&machine.held) = Some(held);
     lock(&machine.devices.serial).load(&state.serial);
+    lock(&machine.devices.ioapic2).load(&state.ioapic2);
     if let Some((rtc, state)) = machine.devices.rtc.as_ref().zip(state.rtc.as_ref()) {
         rtc.with(|rtc, now| rtc.load(state, now));
     }

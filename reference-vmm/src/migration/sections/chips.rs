@@ -19,8 +19,6 @@ use qevm_savevm::devices::{
 };
 use qevm_savevm::vmstate::{Accel, Buffer, Timer};
 
-/// A redirection entry after reset: masked.
-const MASKED: u64 = 1 << 16;
 /// Frequency of the PIT in Hz.
 const PIT_FREQUENCY: i128 = 1_193_182;
 const NANOSECONDS: i128 = 1_000_000_000;
@@ -89,20 +87,6 @@ pub(super) fn ioapic(ioapic: &IoapicState) -> DeviceState {
         ioredtbl: ioapic.redirtbl,
         ..IoApic::default()
     })
-}
-
-/// The second IOAPIC of QEMU's microvm, which this machine does not have, as its guest leaves it.
-pub(super) fn idle_ioapic() -> DeviceState {
-    DeviceState::IoApic(IoApic { ioredtbl: [MASKED; 24], ..IoApic::default() })
-}
-
-pub(super) fn expect_idle(ioapic: &IoApic) -> Result<(), String> {
-    match ioapic.ioredtbl.iter().position(|entry| entry & MASKED == 0) {
-        Some(pin) => Err(format!(
-            "the guest uses pin {pin} of a second IOAPIC, which this machine lacks (ioapic2=off at the source)"
-        )),
-        None => Ok(()),
-    }
 }
 
 pub(super) fn load_ioapic(from: &IoApic, into: &mut IoapicState) {

@@ -102,7 +102,7 @@ pub fn save(state: &MachineState, profile: &Profile, running: bool) -> Result<Sa
     }
     devices.push(("ioapic", 0, chips::ioapic(&state.ioapic)));
     if profile.microvm_second_ioapic {
-        devices.push(("ioapic", 1, chips::idle_ioapic()));
+        devices.push(("ioapic", 1, chips::ioapic(&state.ioapic2)));
     }
     if profile.kvmclock {
         devices.push(("kvmclock", 0, chips::kvmclock(state)));
@@ -163,7 +163,6 @@ fn configuration() -> StructDescription {
 pub fn has_device(idstr: &CountedString, instance_id: u32, cpus: usize, rtc: bool) -> bool {
     let instances = match idstr.as_str() {
         Some("apic" | "cpu" | "cpu_common") => cpus as u32,
-        // The second IOAPIC is accepted as long as the guest does not use it.
         Some("ioapic" | "i8259") => 2,
         Some("timer" | "fw_cfg" | "kvm-tpr-opt" | "kvmclock" | "acpi-ged" | "i8254" | "serial" | "globalstate") => 1,
         Some("mc146818rtc") => u32::from(rtc),
@@ -205,7 +204,7 @@ pub fn load(sections: &[DeviceSection], profile: &Profile, state: &mut MachineSt
             (DeviceState::CpuCommon(_), Some(_)) => {}
             (DeviceState::Apic(from), Some(into)) => apic::load(from, into, state.virtual_clock),
             (DeviceState::IoApic(from), _) if index == 0 => chips::load_ioapic(from, &mut state.ioapic),
-            (DeviceState::IoApic(from), _) => chips::expect_idle(from).map_err(refused)?,
+            (DeviceState::IoApic(from), _) => chips::load_ioapic(from, &mut state.ioapic2),
             (DeviceState::I8259(from), _) if index < 2 => chips::load_pic(from, &mut state.pics[index]),
             (DeviceState::I8254(from), _) => chips::load_pit(from, &mut state.pit).map_err(refused)?,
             (DeviceState::Timer(from), _) => state.virtual_clock = from.cpu_clock_offset,
