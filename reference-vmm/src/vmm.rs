@@ -267,6 +267,11 @@ impl Vmm {
         Ok(())
     }
 
+    /// Whether an incoming migration was asked for at the start.
+    pub fn expects_guest(&self) -> bool {
+        self.lock().incoming
+    }
+
     /// Whether an incoming migration was asked for that has not begun to listen.
     pub fn may_listen(&self) -> bool {
         let state = self.lock();

@@ -120,7 +120,7 @@ pub struct Statistics {
 }
 
 impl Statistics {
-    /// The object that `query-migrate` returns. It is empty before the first migration.
+    /// The object that `query-migrate` returns at the source. It is empty before the first migration.
     pub fn to_json(&self) -> Value {
         let mut object = Map::new();
         if self.status == Status::None {
@@ -128,21 +128,33 @@ impl Statistics {
         }
         let mut put = |name: &str, value: Value| drop(object.insert(name.into(), value));
         put("status", self.status.as_str().into());
-        put("total-time", millis(self.total_time));
-        match (self.status, self.downtime) {
-            (Status::Completed, Some(downtime)) => put("downtime", millis(downtime)),
-            (status, _) if status.is_running() => put("expected-downtime", millis(self.expected_downtime)),
-            _ => {}
-        }
-        put("setup-time", millis(self.setup_time));
-        if self.status != Status::Setup {
-            put("ram", self.ram.to_json());
+        let under_way = self.status.is_running() && self.status != Status::Setup;
+        if under_way {
+            put("expected-downtime", millis(self.expected_downtime));
+            // RAM is what this machine has to send while it runs; its devices' state is a few kilobytes at the end.
             put("remaining", self.ram.remaining.into());
+        }
+        if under_way || self.status == Status::Completed {
+            put("total-time", millis(self.total_time));
+            put("setup-time", millis(self.setup_time));
+            put("ram", self.ram.to_json());
+        }
+        if let (Status::Completed, Some(downtime)) = (self.status, self.downtime) {
+            put("downtime", millis(downtime));
         }
         if let Some(error) = &self.error {
             put("error-desc", error.as_str().into());
         }
         object.into()
+    }
+
+    /// The object that `query-migrate` returns at the destination.
+    pub fn to_json_incoming(&self) -> Value {
+        match (self.status, &self.error) {
+            (Status::None, _) => json!({}),
+            (status, None) => json!({ "status": status.as_str() }),
+            (status, Some(error)) => json!({ "status": status.as_str(), "error-desc": error }),
+        }
     }
 }
 
@@ -183,15 +195,21 @@ mod tests {
         assert_eq!(Statistics::default().to_json(), json!({}));
         let mut statistics = Statistics { status: Status::Active, ..Statistics::default() };
         let names = |s: &Statistics| s.to_json().as_object().unwrap().keys().cloned().collect::<Vec<_>>();
-        assert_eq!(names(&statistics), ["status", "total-time", "expected-downtime", "setup-time", "ram", "remaining"]);
+        // As seen of QEMU 11.1.3.
+        let active = ["status", "expected-downtime", "remaining", "total-time", "setup-time", "ram"];
+        assert_eq!(names(&statistics), active);
+        // The counters of the QMP reference of 11.1, in any order.
+        assert_eq!(statistics.to_json()["ram"].as_object().unwrap().len(), 17);
         statistics.status = Status::Completed;
         statistics.downtime = Some(Duration::from_micros(2900));
         assert_eq!(statistics.to_json()["downtime"], 2);
-        assert_eq!(names(&statistics), ["status", "total-time", "downtime", "setup-time", "ram", "remaining"]);
+        assert_eq!(names(&statistics), ["status", "total-time", "setup-time", "ram", "downtime"]);
         statistics.status = Status::Failed;
         statistics.error = Some("connection lost".into());
-        assert_eq!(statistics.to_json()["error-desc"], "connection lost");
-        // The counters of the QMP reference of 11.1, in any order.
-        assert_eq!(statistics.to_json()["ram"].as_object().unwrap().len(), 17);
+        assert_eq!(statistics.to_json(), json!({ "status": "failed", "error-desc": "connection lost" }));
+        assert_eq!(statistics.to_json_incoming(), statistics.to_json());
+        statistics.status = Status::Setup;
+        statistics.error = None;
+        assert_eq!(statistics.to_json(), json!({ "status": "setup" }));
     }
 }

@@ -3,76 +3,121 @@
 use super::protocol::Failure;
 use serde_json::{Map, Value};
 
-/// The `arguments` of a command; each is taken once, and none may be left over.
-pub(super) struct Arguments(Map<String, Value>);
+/// The `arguments` of a command, or an object in them; each member is taken once, and none may be left over.
+pub(super) struct Arguments {
+    members: Map<String, Value>,
+    /// Where they are, in front of a member's name: empty, or as `capabilities[0].`.
+    path: String,
+}
 
 impl Arguments {
-    pub(super) fn new(arguments: Map<String, Value>) -> Self {
-        Arguments(arguments)
+    pub(super) fn new(members: Map<String, Value>) -> Self {
+        Arguments { members, path: String::new() }
     }
 
     /// An argument that may be left out.
     pub(super) fn take(&mut self, name: &str) -> Option<Value> {
-        self.0.remove(name)
+        self.members.remove(name)
     }
 
     /// Every argument that was not taken.
     pub(super) fn drain(&mut self) -> Map<String, Value> {
-        std::mem::take(&mut self.0)
+        std::mem::take(&mut self.members)
     }
 
     pub(super) fn text(&mut self, name: &str) -> Result<String, Failure> {
-        self.optional_text(name)?.ok_or_else(|| missing(name))
+        self.optional_text(name)?.ok_or_else(|| self.missing(name))
     }
 
     pub(super) fn optional_text(&mut self, name: &str) -> Result<Option<String>, Failure> {
         match self.take(name) {
             None => Ok(None),
             Some(Value::String(text)) => Ok(Some(text)),
-            Some(_) => Err(wrong_type(name, "string")),
+            Some(_) => Err(self.wrong_type(name, "string")),
+        }
+    }
+
+    /// One of a few names.
+    pub(super) fn choice(&mut self, name: &str, choices: &[&str]) -> Result<String, Failure> {
+        self.optional_choice(name, choices)?.ok_or_else(|| self.missing(name))
+    }
+
+    pub(super) fn optional_choice(&mut self, name: &str, choices: &[&str]) -> Result<Option<String>, Failure> {
+        match self.optional_text(name)? {
+            // QEMU does not say where the member is here.
+            Some(text) if !choices.contains(&text.as_str()) => {
+                Err(Failure::generic(format!("Parameter '{name}' does not accept value '{text}'")))
+            }
+            text => Ok(text),
         }
     }
 
     pub(super) fn flag(&mut self, name: &str) -> Result<bool, Failure> {
+        Ok(self.optional_flag(name)?.unwrap_or(false))
+    }
+
+    pub(super) fn required_flag(&mut self, name: &str) -> Result<bool, Failure> {
+        self.optional_flag(name)?.ok_or_else(|| self.missing(name))
+    }
+
+    fn optional_flag(&mut self, name: &str) -> Result<Option<bool>, Failure> {
         match self.take(name) {
-            None => Ok(false),
-            Some(Value::Bool(flag)) => Ok(flag),
-            Some(_) => Err(wrong_type(name, "boolean")),
+            None => Ok(None),
+            Some(Value::Bool(flag)) => Ok(Some(flag)),
+            Some(_) => Err(self.wrong_type(name, "boolean")),
+        }
+    }
+
+    pub(super) fn integer(&mut self, name: &str) -> Result<i64, Failure> {
+        self.optional_integer(name)?.ok_or_else(|| self.missing(name))
+    }
+
+    pub(super) fn optional_integer(&mut self, name: &str) -> Result<Option<i64>, Failure> {
+        match self.take(name) {
+            None => Ok(None),
+            Some(value) => value.as_i64().map(Some).ok_or_else(|| self.wrong_type(name, "integer")),
         }
     }
 
     pub(super) fn list(&mut self, name: &str) -> Result<Vec<Value>, Failure> {
-        self.optional_list(name)?.ok_or_else(|| missing(name))
+        self.optional_list(name)?.ok_or_else(|| self.missing(name))
     }
 
     pub(super) fn optional_list(&mut self, name: &str) -> Result<Option<Vec<Value>>, Failure> {
         match self.take(name) {
             None => Ok(None),
             Some(Value::Array(list)) => Ok(Some(list)),
-            Some(_) => Err(wrong_type(name, "array")),
+            Some(_) => Err(self.wrong_type(name, "array")),
         }
     }
 
-    pub(super) fn object(value: Value, name: &str) -> Result<Arguments, Failure> {
+    /// A member that is an object.
+    pub(super) fn object(&mut self, name: &str) -> Result<Arguments, Failure> {
+        let value = self.take(name).ok_or_else(|| self.missing(name))?;
+        self.inner(value, name)
+    }
+
+    /// `value` is member `name` or, as `name[0]`, an item of it, and must be an object.
+    pub(super) fn inner(&self, value: Value, name: &str) -> Result<Arguments, Failure> {
         match value {
-            Value::Object(map) => Ok(Arguments(map)),
-            _ => Err(wrong_type(name, "object")),
+            Value::Object(members) => Ok(Arguments { members, path: format!("{}{name}.", self.path) }),
+            _ => Err(self.wrong_type(name, "object")),
         }
     }
 
     /// Refuses what was not taken.
     pub(super) fn finish(self) -> Result<(), Failure> {
-        match self.0.keys().next() {
-            Some(name) => Err(Failure::generic(format!("Parameter '{name}' is unexpected"))),
+        match self.members.keys().next() {
+            Some(name) => Err(Failure::generic(format!("Parameter '{}{name}' is unexpected", self.path))),
             None => Ok(()),
         }
     }
-}
 
-pub(super) fn missing(name: &str) -> Failure {
-    Failure::generic(format!("Parameter '{name}' is missing"))
-}
+    fn missing(&self, name: &str) -> Failure {
+        Failure::generic(format!("Parameter '{}{name}' is missing", self.path))
+    }
 
-pub(super) fn wrong_type(name: &str, expected: &str) -> Failure {
-    Failure::generic(format!("Invalid parameter type for '{name}', expected: {expected}"))
+    fn wrong_type(&self, name: &str, expected: &str) -> Failure {
+        Failure::generic(format!("Invalid parameter type for '{}{name}', expected: {expected}", self.path))
+    }
 }

@@ -1,9 +1,6 @@
 //! The commands.
 
-use super::{
-    arguments::{Arguments, missing, wrong_type},
-    protocol::Failure,
-};
+use super::{arguments::Arguments, protocol::Failure};
 use crate::{
     migration::{Address, KNOWN_CAPABILITIES, Status},
     vmm::{Exit, RunState, Vmm},
@@ -14,13 +11,16 @@ use std::sync::Arc;
 type Command = fn(&Arc<Vmm>, &mut Arguments) -> Result<Value, Failure>;
 
 /// Every command but `qmp_capabilities`.
-const COMMANDS: [(&str, Command); 19] = [
+const COMMANDS: [(&str, Command); 22] = [
     ("cont", cont),
     ("migrate", migrate),
     ("migrate-continue", migrate_continue),
     ("migrate-incoming", migrate_incoming),
+    ("migrate-pause", migrate_pause),
+    ("migrate-recover", migrate_recover),
     ("migrate-set-capabilities", migrate_set_capabilities),
     ("migrate-set-parameters", migrate_set_parameters),
+    ("migrate-start-postcopy", migrate_start_postcopy),
     ("migrate_cancel", migrate_cancel),
     ("query-commands", query_commands),
     ("query-migrate", query_migrate),
@@ -108,12 +108,14 @@ fn query_commands(_: &Arc<Vmm>, arguments: &mut Arguments) -> Result<Value, Fail
 
 fn migrate(vmm: &Arc<Vmm>, arguments: &mut Arguments) -> Result<Value, Failure> {
     let address = address(arguments)?;
-    // `detach` means nothing since QMP exists.
+    // QEMU ignored `detach` as long as it had it, which was up to 10.x.
     arguments.flag("detach")?;
-    if arguments.flag("resume")? {
+    let resume = arguments.flag("resume")?;
+    only(arguments)?;
+    let address = address.parse()?;
+    if resume {
         return Err(Failure::generic("Cannot resume if there is no paused migration"));
     }
-    only(arguments)?;
     if vmm.run_state() == RunState::Inmigrate {
         return Err(Failure::generic("Guest is waiting for an incoming migration"));
     }
@@ -125,47 +127,74 @@ fn migrate_incoming(vmm: &Arc<Vmm>, arguments: &mut Arguments) -> Result<Value, 
     let address = address(arguments)?;
     arguments.flag("exit-on-error")?;
     only(arguments)?;
-    if !vmm.may_listen() {
-        return Err(Failure::generic("'-incoming' was not specified on the command line, or has been used"));
+    if !vmm.expects_guest() {
+        return Err(Failure::generic("'-incoming' was not specified on the command line"));
     }
-    vmm.listen(&address).map_err(|error| Failure::generic(error.to_string()))?;
+    if !vmm.may_listen() {
+        return Err(Failure::generic("The incoming migration has already been started"));
+    }
+    vmm.listen(&address.parse()?).map_err(|error| Failure::generic(error.to_string()))?;
     Ok(empty())
 }
 
+/// An address as it was given, before it is looked at.
+struct Uri(String);
+
+impl Uri {
+    fn parse(&self) -> Result<Address, Failure> {
+        self.0.parse().map_err(|error: crate::migration::BadAddress| Failure::generic(error.to_string()))
+    }
+}
+
 /// `uri`, or the one main channel of `channels`.
-fn address(arguments: &mut Arguments) -> Result<Address, Failure> {
-    let bad = |error: &dyn std::fmt::Display| Failure::generic(error.to_string());
-    match (arguments.optional_text("uri")?, arguments.optional_list("channels")?) {
-        (Some(_), Some(_)) => Err(Failure::generic(
-            "'uri' and 'channels' arguments are mutually exclusive; exactly one of the two should be present in 'migrate' qmp command ",
-        )),
-        (None, None) => Err(missing("uri")),
-        (Some(uri), None) => uri.parse().map_err(|error| bad(&error)),
-        (None, Some(channels)) => {
-            let [channel] = <[Value; 1]>::try_from(channels)
-                .map_err(|_| Failure::generic("exactly one channel is supported, of type 'main'"))?;
-            let mut channel = Arguments::object(channel, "channels")?;
-            if channel.text("channel-type")? != "main" {
-                return Err(Failure::generic("exactly one channel is supported, of type 'main'"));
-            }
-            let mut addr = Arguments::object(channel.take("addr").ok_or_else(|| missing("addr"))?, "addr")?;
-            channel.finish()?;
-            if addr.text("transport")? != "socket" {
-                return Err(Failure::generic("only transport 'socket' is supported here"));
-            }
-            let uri = match addr.text("type")?.as_str() {
-                "inet" => {
-                    let host = addr.text("host")?;
-                    let host = if host.contains(':') { format!("[{host}]") } else { host };
-                    format!("tcp:{host}:{}", addr.text("port")?)
+fn address(arguments: &mut Arguments) -> Result<Uri, Failure> {
+    let (uri, channels) = (arguments.optional_text("uri")?, arguments.optional_list("channels")?.unwrap_or_default());
+    match (uri, channels.len()) {
+        (None, 0) => Err(Failure::generic("need either 'uri' or 'channels' argument")),
+        (Some(uri), 0) => Ok(Uri(uri)),
+        (Some(_), _) => Err(Failure::generic("need either 'uri' or 'channels' argument")),
+        (None, _) => {
+            let mut uris = Vec::new();
+            for (i, channel) in channels.into_iter().enumerate() {
+                let mut channel = arguments.inner(channel, &format!("channels[{i}]"))?;
+                let kind = channel.choice("channel-type", &["main", "cpr"])?;
+                let uri = transport(channel.object("addr")?)?;
+                channel.finish()?;
+                if kind != "main" {
+                    return Err(Failure::generic("channel type 'cpr' is not supported here"));
                 }
-                "unix" => format!("unix:{}", addr.text("path")?),
-                other => return Err(Failure::generic(format!("socket type '{other}' is not supported here"))),
-            };
-            addr.finish()?;
-            uri.parse().map_err(|error| bad(&error))
+                uris.push(uri);
+            }
+            match <[Uri; 1]>::try_from(uris) {
+                Ok([uri]) => Ok(uri),
+                Err(_) => Err(Failure::generic("Channel list has more than one entries")),
+            }
         }
     }
+}
+
+fn transport(mut addr: Arguments) -> Result<Uri, Failure> {
+    let uri = match addr.choice("transport", &["socket", "exec", "rdma", "file"])?.as_str() {
+        "socket" => match addr.choice("type", &["inet", "unix", "vsock", "fd"])?.as_str() {
+            "inet" => {
+                let host = addr.text("host")?;
+                let host = if host.contains(':') { format!("[{host}]") } else { host };
+                format!("tcp:{host}:{}", addr.text("port")?)
+            }
+            "unix" => format!("unix:{}", addr.text("path")?),
+            "vsock" => format!("vsock:{}:{}", addr.text("cid")?, addr.text("port")?),
+            _ => format!("fd:{}", addr.text("str")?),
+        },
+        "file" => {
+            let (filename, offset) = (addr.text("filename")?, addr.integer("offset")?);
+            if offset == 0 { format!("file:{filename}") } else { format!("file:{filename},offset={offset:#x}") }
+        }
+        other => {
+            return Err(Failure::generic(format!("transport '{other}' is not supported here as a channel; use 'uri'")));
+        }
+    };
+    addr.finish()?;
+    Ok(Uri(uri))
 }
 
 fn migrate_cancel(vmm: &Arc<Vmm>, arguments: &mut Arguments) -> Result<Value, Failure> {
@@ -174,31 +203,68 @@ fn migrate_cancel(vmm: &Arc<Vmm>, arguments: &mut Arguments) -> Result<Value, Fa
     Ok(empty())
 }
 
+/// Every status that QEMU 11.1 has a name for.
+const STATUSES: [&str; 17] = [
+    "none",
+    "setup",
+    "cancelling",
+    "cancelled",
+    "active",
+    "postcopy-device",
+    "postcopy-active",
+    "postcopy-paused",
+    "postcopy-recover-setup",
+    "postcopy-recover",
+    "completed",
+    "failing",
+    "failed",
+    "colo",
+    "pre-switchover",
+    "device",
+    "wait-unplug",
+];
+
 fn migrate_continue(vmm: &Arc<Vmm>, arguments: &mut Arguments) -> Result<Value, Failure> {
-    let state = arguments.text("state")?;
+    let state = arguments.choice("state", &STATUSES)?;
     only(arguments)?;
-    if state != "pre-switchover" {
-        return Err(Failure::generic(format!("Migration not in expected state: {}", vmm.outgoing().status().as_str())));
+    let status = vmm.outgoing().status();
+    if status.as_str() != state {
+        return Err(Failure::generic(format!("Migration not in expected state: {}", status.as_str())));
     }
-    vmm.outgoing().go_on().map_err(|error| Failure::generic(error.to_string()))?;
+    if status == Status::PreSwitchover {
+        vmm.outgoing().go_on().map_err(|error| Failure::generic(error.to_string()))?;
+    }
     Ok(empty())
+}
+
+/// There is no postcopy here, so it is never in a state that could be paused.
+fn migrate_pause(_: &Arc<Vmm>, arguments: &mut Arguments) -> Result<Value, Failure> {
+    only(arguments)?;
+    Err(Failure::generic("migrate-pause is currently only supported during postcopy-active or postcopy-recover state"))
+}
+
+fn migrate_recover(_: &Arc<Vmm>, arguments: &mut Arguments) -> Result<Value, Failure> {
+    arguments.text("uri")?;
+    only(arguments)?;
+    Err(Failure::generic("Migrate recover can only be run when postcopy is paused."))
+}
+
+fn migrate_start_postcopy(_: &Arc<Vmm>, arguments: &mut Arguments) -> Result<Value, Failure> {
+    only(arguments)?;
+    Err(Failure::generic("Enable postcopy with migrate_set_capability before the start of migration"))
 }
 
 fn migrate_set_capabilities(vmm: &Arc<Vmm>, arguments: &mut Arguments) -> Result<Value, Failure> {
     let list = arguments.list("capabilities")?;
-    only(arguments)?;
     let mut changes = Vec::new();
-    for item in list {
-        let mut item = Arguments::object(item, "capabilities")?;
-        let name = item.text("capability")?;
-        let state = match item.take("state") {
-            Some(Value::Bool(state)) => state,
-            Some(_) => return Err(wrong_type("state", "boolean")),
-            None => return Err(missing("state")),
-        };
+    let known = KNOWN_CAPABILITIES.map(|(name, _)| name);
+    for (i, item) in list.into_iter().enumerate() {
+        let mut item = arguments.inner(item, &format!("capabilities[{i}]"))?;
+        let (name, state) = (item.choice("capability", &known)?, item.required_flag("state")?);
         item.finish()?;
         changes.push((name, state));
     }
+    only(arguments)?;
     let changes = changes.iter().map(|(name, state)| (name.as_str(), *state));
     vmm.set_capabilities(changes).map_err(|error| Failure::generic(error.to_string()))?;
     Ok(empty())
@@ -228,7 +294,7 @@ fn query_migrate(vmm: &Arc<Vmm>, arguments: &mut Arguments) -> Result<Value, Fai
     if outgoing.status != Status::None {
         return Ok(outgoing.to_json());
     }
-    let mut incoming = vmm.incoming().statistics().to_json();
+    let mut incoming = vmm.incoming().statistics().to_json_incoming();
     if let (Some(address), Value::Object(object)) = (vmm.listening(), &mut incoming) {
         object.insert("socket-address".into(), json!([socket_address(&address)]));
     }

@@ -70,19 +70,19 @@ fn request(value: Value) -> Result<Request, (Failure, Option<Value>)> {
     };
     let id = object.remove("id");
     let fail = |desc: String| Err((Failure::generic(desc), id.clone()));
-    let execute = match object.remove("execute") {
+    let (execute, arguments) = (object.remove("execute"), object.remove("arguments"));
+    if let Some(name) = object.keys().next() {
+        return fail(format!("QMP input member '{name}' is unexpected"));
+    }
+    let execute = match execute {
         Some(Value::String(name)) => name,
         Some(_) => return fail("QMP input member 'execute' must be a string".into()),
         None => return fail("QMP input lacks member 'execute'".into()),
     };
-    let arguments = match object.remove("arguments") {
-        None => Map::new(),
-        Some(Value::Object(arguments)) => arguments,
-        Some(_) => return fail("QMP input member 'arguments' must be an object".into()),
-    };
-    match object.keys().next() {
-        Some(name) => fail(format!("QMP input member '{name}' is unexpected")),
-        None => Ok(Request { execute, arguments, id }),
+    match arguments {
+        None => Ok(Request { execute, arguments: Map::new(), id }),
+        Some(Value::Object(arguments)) => Ok(Request { execute, arguments, id }),
+        Some(_) => fail("QMP input member 'arguments' must be an object".into()),
     }
 }
 
