@@ -5,9 +5,11 @@
 //! way while the guest rewrites its memory, and at the end the guest itself says whether a page was stale, its clock ran
 //! backwards or a byte of its serial output got lost. An [`Outage`]
 //! breaks the connection again and again before it lets the guest go, a [`Pairing`] is of monitors that do not fit each other, and
-//! must be told why. A [`Party`] is one of the monitors, controlled by QMP whoever wrote it.
+//! must be told why, and an [`Echo`]
+//! is a stopped guest that comes back as it was. A [`Party`] is one of the monitors, controlled by QMP whoever wrote it.
 
 pub mod demo;
+mod echo;
 mod journey;
 mod outage;
 mod pairing;
@@ -16,6 +18,7 @@ mod proxy;
 mod report;
 pub mod table;
 
+pub use echo::Echo;
 pub use journey::{Account, Hop, Journey, Link, Load, Moment, Stage, Stop};
 pub use outage::Outage;
 pub use pairing::Pairing;

@@ -28,15 +28,21 @@ pub const BUILT_IN: &str = "reference-vmm";
 pub struct Monitor {
     program: PathBuf,
     leading: Vec<String>,
+    judge: PathBuf,
 }
 
 impl Monitor {
     /// `$REFERENCE_VMM_BIN` when it is set, otherwise the one inside `judge`, the program `qevm-conformance`.
     pub fn new(judge: PathBuf) -> Monitor {
         match std::env::var_os(PROGRAM_VARIABLE) {
-            Some(program) => Monitor { program: program.into(), leading: Vec::new() },
-            None => Monitor { program: judge, leading: vec![BUILT_IN.into()] },
+            Some(program) => Monitor { program: program.into(), leading: Vec::new(), judge },
+            None => Monitor { program: judge.clone(), leading: vec![BUILT_IN.into()], judge },
         }
+    }
+
+    /// The program `qevm-conformance`.
+    pub(super) fn judge(&self) -> &Path {
+        &self.judge
     }
 }
 

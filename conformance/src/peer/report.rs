@@ -9,7 +9,7 @@ use anyhow::Result;
 use serde::Serialize;
 use serde_json::{Value, json};
 
-use super::{Account, Journey, Monitor, Outage, Pairing, Stage, Stop};
+use super::{Account, Echo, Journey, Monitor, Outage, Pairing, Stage, Stop};
 use crate::matrix::{REQUIRE_KVM, REQUIRE_QEMU, kvm, required};
 use crate::roots::{Root, Suite};
 
@@ -46,6 +46,8 @@ pub enum Case {
     Outage(Outage),
     /// It stays, and why is said.
     Pairing(Pairing),
+    /// It comes back as it was.
+    Echo(Echo),
 }
 
 impl Case {
@@ -55,6 +57,7 @@ impl Case {
             Case::Journey(journey) => journey,
             Case::Outage(outage) => &outage.journey,
             Case::Pairing(pairing) => &pairing.journey,
+            Case::Echo(echo) => &echo.journey,
         }
     }
 
@@ -63,6 +66,7 @@ impl Case {
             Case::Journey(journey) => journey.travel(stage, |_| ()),
             Case::Outage(outage) => outage.play(stage),
             Case::Pairing(pairing) => pairing.play(stage),
+            Case::Echo(echo) => echo.play(stage),
         }
     }
 }
@@ -135,7 +139,7 @@ impl Row {
 fn told(account: &Account) -> String {
     let hops = &account.hops;
     if hops.is_empty() {
-        return format!("refused and explained; the guest went on, none of {} pages stale", account.pages);
+        return format!("as expected; none of {} pages stale", account.pages);
     }
     let cuts = if account.cuts > 0 { format!("{} cut connections, then ", account.cuts) } else { String::new() };
     let mut downtimes: Vec<f64> = hops.iter().map(|hop| hop.downtime_ms).collect();

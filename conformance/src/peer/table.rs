@@ -2,7 +2,7 @@
 
 use serde_json::Map;
 
-use super::{Case, Cut, Journey, Link, Load, Outage, Pairing, Stop};
+use super::{Case, Cut, Echo, Journey, Link, Load, Outage, Pairing, Stop};
 use crate::roots::Suite;
 use crate::scenario::Accel;
 
@@ -16,6 +16,7 @@ pub fn all() -> Vec<Case> {
     let mut cases: Vec<Case> = journeys().into_iter().map(Case::Journey).collect();
     cases.extend(outages().into_iter().map(Case::Outage));
     cases.extend(pairings().into_iter().map(Case::Pairing));
+    cases.extend(echoes().into_iter().map(Case::Echo));
     cases
 }
 
@@ -102,6 +103,16 @@ fn outages() -> Vec<Outage> {
         }
     }
     outages
+}
+
+fn echoes() -> Vec<Echo> {
+    let echo = |(suite, cpus): (Suite, u32)| {
+        let stops = vec![Stop::Qemu(suite, Accel::Kvm), Stop::Reference, Stop::Qemu(suite, Accel::Kvm)];
+        let name = format!("{}>ref/echo/cpus={cpus}", suite.series());
+        let load = Load { cpus, ..Load::default() };
+        Echo { journey: Journey { name, stops, load, quick: cpus == 1, ..plain() } }
+    };
+    PEERS.into_iter().flat_map(|suite| [(suite, 1), (suite, 2)]).map(echo).collect()
 }
 
 /// What real machines differ in, and the words that have to explain it.

@@ -1,0 +1,96 @@
+//! A stopped guest that goes into reference-vmm and comes out again: the second stream says what the first one said, and takes
+//! the guest home.
+
+use std::fs::{self, File};
+use std::io::{self, Write};
+use std::net::Shutdown;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::Path;
+use std::process::Command;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+use reference_vmm::payload::Transcript;
+use serde_json::{Value, json};
+
+use super::journey::{Stage, account};
+use super::{Account, Journey};
+use crate::process::run_any;
+use crate::subject::BUILT_IN;
+
+const PATIENCE: Duration = Duration::from_secs(30);
+
+/// What may differ: KVM lets both run while the machine is stopped. The phase of the local APIC's timer is in three fields.
+const RUNS_ON: [(&str, &str); 4] = [
+    ("apic instance ", " initial_count_load_time"),
+    ("apic instance ", " next_time"),
+    ("apic instance ", " timer_expiry"),
+    ("cpu instance ", " env.tsc"),
+];
+
+/// A stopped guest of a real QEMU, loaded and sent on.
+#[derive(Debug, Clone)]
+pub struct Echo {
+    /// Of three stops: a QEMU, reference-vmm, and a QEMU again.
+    pub journey: Journey,
+}
+
+impl Echo {
+    /// Plays it.
+    ///
+    /// # Errors
+    /// The streams differ in more than what runs on, or the guest does not go on at home.
+    pub(super) fn play(&self, stage: &Stage<'_>) -> Result<Account> {
+        let [first, second, door] = ["first.qevm", "second.qevm", "door"].map(|name| stage.scratch.join(name));
+        let mut here = self.journey.boot(stage, &mut |_| ())?;
+        here.monitor().execute("stop", Value::Null)?;
+        here.monitor().execute("migrate", json!({ "uri": format!("exec:cat > {}", first.display()) }))?;
+        here.monitor().wait_migration(PATIENCE, |migration| migration["status"] == "completed")?;
+
+        let mut there = self.journey.start(stage, 1, true)?;
+        there.meets(here.stop())?;
+        there.monitor().execute("migrate-incoming", json!({ "uri": format!("unix:{}", door.display()) }))?;
+        let mut stream = UnixStream::connect(&door)?;
+        io::copy(&mut File::open(&first)?, &mut stream).context("the guest was not taken in")?;
+        stream.flush()?;
+        stream.shutdown(Shutdown::Write)?;
+        let deadline = Instant::now() + PATIENCE;
+        while there.monitor().execute("query-status", Value::Null)?["status"] != "paused" {
+            ensure!(Instant::now() < deadline, "the guest has not arrived");
+            thread::sleep(Duration::from_millis(5));
+        }
+
+        // The monitor may have removed it already.
+        let _ = fs::remove_file(&door);
+        let listener = UnixListener::bind(&door)?;
+        there.monitor().execute("migrate", json!({ "uri": format!("unix:{}", door.display()) }))?;
+        io::copy(&mut listener.accept()?.0, &mut File::create(&second)?)?;
+        there.monitor().wait_migration(PATIENCE, |migration| migration["status"] == "completed")?;
+        compare(stage, &first, &second)?;
+
+        let mut home = self.journey.start(stage, 2, true)?;
+        home.monitor().execute("migrate-incoming", json!({ "uri": format!("exec:cat {}", second.display()) }))?;
+        home.monitor().wait_migration(PATIENCE, |migration| migration["status"] == "completed")?;
+        home.monitor().execute("cont", Value::Null)?;
+        self.journey.settle(&mut home)?;
+        ensure!(there.text()?.is_empty(), "a stopped guest has run");
+        let texts = [here.end()?, there.end()?, home.end()?];
+        Ok(account(Vec::new(), &Transcript::read(&texts.each_ref().map(Vec::as_slice))?))
+    }
+}
+
+fn compare(stage: &Stage<'_>, first: &Path, second: &Path) -> Result<()> {
+    let mut qevm = Command::new(stage.program.judge());
+    let said = run_any(qevm.args([BUILT_IN, "diff", "--json"]).args([first, second]), PATIENCE)?;
+    let report: Value = serde_json::from_str(said.stdout.lines().next_back().unwrap_or_default())
+        .with_context(|| format!("qevm diff: {}", said.stderr))?;
+    let differences = report["differences"].as_array().context("qevm diff does not list the differences")?;
+    for difference in differences {
+        let place = difference["place"].as_str().unwrap_or_default();
+        if !RUNS_ON.iter().any(|(section, field)| place.starts_with(section) && place.ends_with(field)) {
+            bail!("{difference} (of {} differences)", differences.len());
+        }
+    }
+    Ok(())
+}
