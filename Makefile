@@ -42,6 +42,7 @@ skipped:
 conformance-full: setup
 	cargo run --release --package qevm-conformance -- matrix --full
 	cargo run --release --package qevm-conformance -- channels --full
+	cargo run --release --package qevm-conformance -- trial
 	cargo run --release --package qevm-conformance -- peer --full
 
 # Every fuzz target for a minute each, from its committed seeds.

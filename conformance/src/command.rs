@@ -17,7 +17,7 @@ use qevm_conformance::report::{Outcome, Report, Row};
 use qevm_conformance::roots::{Root, Suite};
 use qevm_conformance::scenario::Scenario;
 use qevm_conformance::subject::Subject;
-use qevm_conformance::{catalogue, corpus, peer, table};
+use qevm_conformance::{catalogue, corpus, peer, table, trial};
 
 #[derive(Parser)]
 #[command(name = "qevm-conformance", version, about = "Real QEMUs of several releases as the judge of qevm")]
@@ -45,6 +45,8 @@ pub(crate) enum Command {
     Channels(Channels),
     /// Move running guests between real QEMUs and reference-vmm
     Peer(Peer),
+    /// Ask real QEMUs single questions: do they load what qevm writes, and does qevm foresee what they refuse
+    Trial(Trial),
     /// Record scenarios with real QEMU into one folder each, without judging
     Record {
         /// Where the recordings go
@@ -175,6 +177,42 @@ impl Peer {
 }
 
 #[derive(Args)]
+pub(crate) struct Trial {
+    /// Only trials whose name contains this (may be given several times)
+    #[arg(long)]
+    only: Vec<String>,
+    /// Print the trials and stop
+    #[arg(long)]
+    list: bool,
+    #[command(flatten)]
+    reporting: Reporting,
+}
+
+impl Trial {
+    fn run(self) -> Result<bool> {
+        let mut trials = trial::all();
+        trials.retain(|trial| wanted(&trial.name, &self.only));
+        if self.list {
+            trials.iter().for_each(|trial| println!("{}", trial.name));
+            return Ok(true);
+        }
+        let rows = trial::run(&trials, &subject()?, |row| println!("{}", row.line()));
+        if let Some(path) = &self.reporting.report {
+            let json = serde_json::to_vec_pretty(&rows)?;
+            fs::write(path, json).with_context(|| format!("writing {}", path.display()))?;
+        }
+        let summary = trial::summary(&rows);
+        match self.reporting.json {
+            true => println!("{summary}"),
+            false => {
+                println!("{} trials, {} fail, {} skipped", summary["trials"], summary["failed"], summary["skipped"])
+            }
+        }
+        Ok(summary["failed"] == 0 && summary["held"] != 0)
+    }
+}
+
+#[derive(Args)]
 pub(crate) struct Reporting {
     /// Print one JSON object with the numbers as the last line
     #[arg(long)]
@@ -193,6 +231,7 @@ impl Command {
             Command::Channels(channels) => channels.run(),
             Command::Peer(peer) => peer.run(),
             Command::Demo(demo) => demo.run(),
+            Command::Trial(trial) => trial.run(),
             Command::Record { out, only, again } => record_all(&out, &only, again),
             Command::Analyze { corpus, only } => analyze_all(&corpus, &only),
             Command::Catalogue { corpus } => catalogue::gather(&corpus).map(|text| print!("{text}")).map(|()| true),

@@ -35,3 +35,4 @@ pub mod scenario;
 pub mod subject;
 pub mod table;
 pub mod tape;
+pub mod trial;

@@ -2,11 +2,11 @@
 
 use super::Output;
 use crate::args;
-use crate::check::{compared, expectations, qemu_says, summarize};
+use crate::check::{Destination, Judged, compared, destination, judge, summarize};
 use crate::failure::{Failure, Stop, printable};
 use crate::report::error_json;
 use crate::table::Table;
-use qevm_savevm::check::{Expectations, Finding, Outcome, Subject};
+use qevm_savevm::check::{Outcome, Subject};
 use serde_json::{Map, Value, json};
 
 /// Runs the command.
@@ -15,16 +15,15 @@ use serde_json::{Map, Value, json};
 /// [`Stop::Found`] if the stream will not load, [`Stop::Bad`] if it is bad, [`Stop::Usage`] if a file cannot be opened or
 /// what is said to tell of the destination does not.
 pub fn run(check: &args::Check) -> Result<(), Stop> {
-    let compared = summarize(&check.input).and_then(|(stream, _)| {
-        let destination = expectations(check, &stream)?;
-        let findings = qevm_savevm::check::check(&stream, &destination);
-        Ok((findings, destination))
+    let compared = summarize(&check.input).and_then(|stream| {
+        let destination = destination(check, &stream)?;
+        Ok((judge(&stream, &destination), destination))
     });
     let mut out = Output::new();
     let (findings, destination) = match compared {
         Ok(compared) => compared,
         Err(Stop::Bad(failure)) if check.output.json => {
-            out.json(object(&[], &Expectations::default(), Some(&failure)))?;
+            out.json(object(&[], &Destination::default(), Some(&failure)))?;
             out.finish()?;
             return Err(Stop::Bad(failure));
         }
@@ -38,11 +37,11 @@ pub fn run(check: &args::Check) -> Result<(), Stop> {
     if worst(&findings) == Outcome::Fails { Err(Stop::Found) } else { Ok(()) }
 }
 
-fn worst(findings: &[Finding]) -> Outcome {
-    findings.iter().map(|finding| finding.outcome).max().unwrap_or(Outcome::Loads)
+fn worst(findings: &[Judged]) -> Outcome {
+    findings.iter().map(|judged| judged.finding.outcome).max().unwrap_or(Outcome::Loads)
 }
 
-fn object(findings: &[Finding], destination: &Expectations, failure: Option<&Failure>) -> Map<String, Value> {
+fn object(findings: &[Judged], destination: &Destination, failure: Option<&Failure>) -> Map<String, Value> {
     let mut object = Map::new();
     let verdict = if failure.is_some() { Outcome::Fails } else { worst(findings) };
     object.insert("verdict".into(), verdict.as_str().into());
@@ -52,7 +51,7 @@ fn object(findings: &[Finding], destination: &Expectations, failure: Option<&Fai
     object
 }
 
-fn finding_json(finding: &Finding) -> Value {
+fn finding_json(Judged { finding, qemu_says }: &Judged) -> Value {
     let (kind, name, instance_id, path) = match &finding.subject {
         Subject::Configuration => ("configuration", None, None, None),
         Subject::MachineType => ("machine", None, None, None),
@@ -76,15 +75,15 @@ fn finding_json(finding: &Finding) -> Value {
         "expected": finding.expected,
         "outcome": finding.outcome.as_str(),
         "cause": finding.cause,
-        "qemu_says": qemu_says(finding),
+        "qemu_says": qemu_says,
     })
 }
 
 /// For people: a table with the usual cause under each row, and the verdict.
-fn print(out: &mut Output, findings: &[Finding], destination: &Expectations) -> Result<(), Stop> {
+fn print(out: &mut Output, findings: &[Judged], destination: &Destination) -> Result<(), Stop> {
     if !findings.is_empty() {
         let mut table = Table::new(&["outcome", "what", "stream", "destination"]);
-        for finding in findings {
+        for Judged { finding, .. } in findings {
             let cells = [finding.subject.to_string(), finding.found.clone(), finding.expected.clone()];
             let cells = cells.iter().map(|cell| printable(cell));
             table.row(std::iter::once(finding.outcome.as_str().to_owned()).chain(cells));
@@ -92,15 +91,16 @@ fn print(out: &mut Output, findings: &[Finding], destination: &Expectations) -> 
         let text = table.to_string();
         let mut lines = text.lines();
         lines.next().map_or(Ok(()), |header| out.line(header))?;
-        for (line, finding) in lines.zip(findings) {
+        for (line, Judged { finding, qemu_says }) in lines.zip(findings) {
             out.line(line)?;
             finding.cause.map_or(Ok(()), |cause| out.line(format!("            usual cause: {cause}")))?;
-            qemu_says(finding)
-                .map_or(Ok(()), |said| out.line(format!("            QEMU says: {}", printable(&said))))?;
+            qemu_says
+                .as_ref()
+                .map_or(Ok(()), |said| out.line(format!("            QEMU says: {}", printable(said))))?;
         }
         out.line("")?;
     }
-    let count = |outcome| findings.iter().filter(|finding| finding.outcome == outcome).count();
+    let count = |outcome| findings.iter().filter(|judged| judged.finding.outcome == outcome).count();
     let verdict = match worst(findings) {
         Outcome::Fails => "the destination will refuse the stream",
         Outcome::MayFail => "the destination may refuse the stream",

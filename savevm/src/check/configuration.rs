@@ -68,11 +68,10 @@ fn in_section(configuration: &Configuration, destination: &Expectations, finding
     for subsection in &configuration.subsections {
         let ConfigurationSubsection::Uuid(uuid) = subsection else { continue };
         if let Some(local) = destination.uuid.filter(|local| local != uuid) {
-            let text = |uuid: [u8; 16]| uuid.iter().map(|b| format!("{b:02x}")).collect::<String>();
             findings.push(Finding {
                 subject: Subject::Uuid,
-                found: text(*uuid),
-                expected: text(local),
+                found: uuid_text(uuid),
+                expected: uuid_text(&local),
                 outcome: Outcome::Fails,
                 cause: Some("capability validate-uuid is on at the source: give both sides the same -uuid"),
             });
@@ -101,6 +100,12 @@ fn commands(stream: &Summary, destination: &Expectations, findings: &mut Vec<Fin
             });
         }
     }
+}
+
+/// As QEMU writes it: 8, 4, 4, 4 and 12 digits.
+fn uuid_text(uuid: &[u8; 16]) -> String {
+    let digits = |range: std::ops::Range<usize>| uuid[range].iter().map(|b| format!("{b:02x}")).collect::<String>();
+    [digits(0..4), digits(4..6), digits(6..8), digits(8..10), digits(10..16)].join("-")
 }
 
 fn on_off(on: bool) -> String {

@@ -1,5 +1,7 @@
 //! Whether a destination will load a stream: what is known of both sides, and what QEMU says about a difference.
 
+mod pci;
+
 use crate::args;
 use crate::failure::{Failure, Stop};
 use crate::progress::Progress;
@@ -9,37 +11,75 @@ use crate::stream::writer::guess;
 use crate::stream::{Inputs, Observer, Settings, analyze};
 use qevm_savevm::Event;
 use qevm_savevm::check::{Expectations, Finding, Outcome, Subject, Summary};
+use qevm_savevm::framing::SectionHeader;
 use qevm_savevm::ram::RamBlock;
-use qevm_savevm::vmdesc::{Description, Schema};
+use qevm_savevm::vmdesc::{Description, Node, Schema};
 use qevm_wire::{Limits, QemuVersion};
 use std::fs::File;
 use std::io::{self, Read};
 use std::path::Path;
 
-/// What decides whether the stream loads, and which release most likely wrote it. Page contents are jumped over.
+/// What of a stream decides whether it loads.
+#[derive(Debug, Default)]
+pub struct Stream {
+    summary: Summary,
+    spaces: pci::Spaces,
+    /// The release that most likely wrote it.
+    qemu: Option<QemuVersion>,
+}
+
+/// What is known of a destination.
+#[derive(Debug, Default)]
+pub struct Destination {
+    known: Expectations,
+    spaces: pci::Spaces,
+}
+
+/// A difference, and what a destination prints when it meets it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Judged {
+    /// The difference.
+    pub finding: Finding,
+    /// A line to look for in the destination's log, in QEMU 7.2's words; newer releases put the same into one line with what
+    /// it is inside of.
+    pub qemu_says: Option<String>,
+}
+
+/// Compares a stream with what is known of its destination.
+pub fn judge(stream: &Stream, destination: &Destination) -> Vec<Judged> {
+    let findings = qevm_savevm::check::check(&stream.summary, &destination.known);
+    let mut judged: Vec<Judged> =
+        findings.into_iter().map(|finding| Judged { qemu_says: qemu_says(&finding), finding }).collect();
+    let spaces = pci::compare(&stream.spaces, &destination.spaces);
+    judged.extend(spaces.into_iter().map(|(finding, says)| Judged { finding, qemu_says: Some(says) }));
+    judged
+}
+
+/// Reads what decides whether a stream loads. Page contents are jumped over.
 ///
 /// # Errors
 /// [`Stop::Usage`] if a file cannot be opened, [`Stop::Bad`] if the stream is bad, truncated included.
-pub fn summarize(input: &args::Input) -> Result<(Summary, Option<QemuVersion>), Stop> {
+pub fn summarize(input: &args::Input) -> Result<Stream, Stop> {
     let mut inputs = Inputs::open(input)?;
     let progress = Progress::new("reading", inputs.main.source.total());
-    let mut gather = Gather { summary: Summary::default(), progress };
+    let mut gather = Gather { stream: Stream::default(), progress };
     let layouts = Layouts::default();
     let settings = Settings { keep: Keep::Nothing, reencode: false, complete: false, live: false, layouts };
     let mut analysis = analyze(&mut inputs, &settings, &mut gather);
     if let Some(failure) = analysis.failure.take() {
         return Err(failure.into());
     }
-    let mut summary = gather.summary;
+    let mut stream = gather.stream;
     if let Some((offset, text)) = &analysis.description {
         let description = Description::parse_at(text, *offset, &Limits::default());
-        summary.description = Some(description.map_err(|error| Failure::located(&inputs.main.name, error))?);
+        stream.summary.description = Some(description.map_err(|error| Failure::located(&inputs.main.name, error))?);
     }
-    Ok((summary, guess(&analysis)))
+    stream.qemu = guess(&analysis);
+    Ok(stream)
 }
 
 struct Gather {
-    summary: Summary,
+    stream: Stream,
     progress: Progress,
 }
 
@@ -49,11 +89,15 @@ impl Observer for Gather {
     }
 
     fn restarted(&mut self) {
-        self.summary = Summary::default();
+        self.stream = Stream::default();
     }
 
     fn event(&mut self, event: &Event<'_>) {
-        self.summary.event(event);
+        self.stream.summary.event(event);
+    }
+
+    fn fields(&mut self, header: &SectionHeader, fields: &Node) {
+        pci::note(header, fields, &mut self.stream.spaces);
     }
 }
 
@@ -61,10 +105,13 @@ impl Observer for Gather {
 ///
 /// # Errors
 /// [`Stop::Usage`] if a file cannot be read, or is neither a whole stream nor a schema.
-pub fn expectations(check: &args::Check, stream: &Summary) -> Result<Expectations, Stop> {
-    let mut known = Expectations::default();
+pub fn destination(check: &args::Check, stream: &Stream) -> Result<Destination, Stop> {
+    let Destination { mut known, mut spaces } = Destination::default();
     for path in &check.against {
-        let file = against(path)?;
+        let Destination { known: file, spaces: more } = against(path)?;
+        more.into_iter().for_each(|(key, space)| {
+            spaces.entry(key).or_insert(space);
+        });
         // Of two files that tell of the same thing, the first one is believed.
         known.qemu = known.qemu.or(file.qemu);
         known.machine = known.machine.or(file.machine);
@@ -85,7 +132,7 @@ pub fn expectations(check: &args::Check, stream: &Summary) -> Result<Expectation
     known.capabilities.extend(check.capability.iter().map(|(capability, on)| (capability.name().to_owned(), *on)));
     if !check.ram_block.is_empty() {
         // What is not named is as the stream has it, so that it gives no finding.
-        let mut ram = known.ram.take().unwrap_or_else(|| stream.ram.clone());
+        let mut ram = known.ram.take().unwrap_or_else(|| stream.summary.ram.clone());
         for (name, size) in &check.ram_block {
             match ram.iter_mut().find(|block| block.name == *name) {
                 Some(block) => block.used_length = *size,
@@ -94,20 +141,21 @@ pub fn expectations(check: &args::Check, stream: &Summary) -> Result<Expectation
         }
         known.ram = Some(ram);
     }
-    Ok(known)
+    Ok(Destination { known, spaces })
 }
 
 /// What one file tells of the destination.
-fn against(path: &Path) -> Result<Expectations, Stop> {
+fn against(path: &Path) -> Result<Destination, Stop> {
     if let Some(schema) = schema(path)? {
         let machine = schema.machine.as_ref().map(|name| name.clone().into_bytes());
-        return Ok(Expectations { machine, schema: Some(schema), ..Expectations::default() });
+        let known = Expectations { machine, schema: Some(schema), ..Expectations::default() };
+        return Ok(Destination { known, ..Destination::default() });
     }
-    let (summary, qemu) = summarize(&args::Input::plain(path)).map_err(|stop| match stop {
+    let Stream { summary, spaces, qemu } = summarize(&args::Input::plain(path)).map_err(|stop| match stop {
         Stop::Bad(failure) => Stop::Usage(format!("--against {failure}")),
         other => other,
     })?;
-    Ok(Expectations { qemu, ..summary.into() })
+    Ok(Destination { known: Expectations { qemu, ..summary.into() }, spaces })
 }
 
 /// The schema, if the file starts like the output of `-dump-vmstate`; pipes are streams.
@@ -137,25 +185,23 @@ fn schema(path: &Path) -> Result<Option<Schema>, Stop> {
 }
 
 /// What of a destination is known, and therefore was compared.
-pub fn compared(destination: &Expectations) -> Vec<&'static str> {
-    let Expectations { qemu, machine, page_size, uuid, ram, sections, description, schema, .. } = destination;
-    let known = [
+pub fn compared(Destination { known, .. }: &Destination) -> Vec<&'static str> {
+    let Expectations { qemu, machine, page_size, uuid, ram, sections, description, schema, capabilities } = known;
+    let all = [
         (qemu.is_some(), "release"),
         (machine.is_some(), "machine type"),
         (page_size.is_some(), "target page size"),
         (uuid.is_some(), "UUID"),
-        (!destination.capabilities.is_empty(), "capabilities"),
+        (!capabilities.is_empty(), "capabilities"),
         (ram.is_some(), "RAM blocks"),
         (sections.is_some(), "sections"),
         (description.is_some(), "fields"),
         (schema.is_some(), "device models"),
     ];
-    known.into_iter().filter(|(known, _)| *known).map(|(_, what)| what).collect()
+    all.into_iter().filter(|(known, _)| *known).map(|(_, what)| what).collect()
 }
 
-/// The line that a destination prints when it meets the difference, to look for in its log. QEMU 7.2's words; newer
-/// releases put the same into one line with what it is inside of.
-pub fn qemu_says(finding: &Finding) -> Option<String> {
+fn qemu_says(finding: &Finding) -> Option<String> {
     if finding.outcome != Outcome::Fails {
         return None;
     }
@@ -177,6 +223,7 @@ pub fn qemu_says(finding: &Finding) -> Option<String> {
             let (found, expected) = (unhex(found)?, unhex(expected)?);
             format!("Size mismatch: {name}: {found} != {expected}: Invalid argument")
         }
+        Subject::Uuid => format!("UUID received is {found} and local is {expected}"),
         Subject::Command("SWITCHOVER_START") => "MIG_CMD 0xb unknown (len 0x0)".into(),
         _ => return None,
     })

@@ -1,0 +1,241 @@
+//! `qevm check` says beforehand what a real destination does: it is given a stream of the source and one of the
+//! destination, and its verdict must be the destination's, with the line that the destination prints.
+
+use std::ffi::OsStr;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Stdio};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+use serde_json::{Value, json};
+
+use super::{Bench, Trial};
+use crate::launch::Qemu;
+use crate::roots::Suite::{self, Bookworm, Bullseye, Sid, Trixie};
+
+const PATIENCE: Duration = Duration::from_secs(30);
+const POLL: Duration = Duration::from_millis(10);
+const A_UUID: &str = "microvm -uuid 2bbd4b29-9d2b-4e0b-9d0e-1f3f6f0e7a11";
+const ANOTHER_UUID: &str = "microvm -uuid 11111111-2222-4333-8444-555555555555";
+const NO_START: &str = "microvm -bios {zeroes} -global migration.send-switchover-start=off";
+
+/// What a destination does with a stream.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Fate {
+    Loads,
+    Fails,
+}
+use Fate::{Fails, Loads};
+
+/// One of the two QEMUs.
+#[derive(Debug, Clone, Copy)]
+struct Side {
+    suite: Suite,
+    /// The machine, the accelerator if it is not TCG, and arguments, separated by blanks.
+    arguments: &'static str,
+    /// Capabilities, separated by blanks.
+    capabilities: &'static str,
+}
+
+const fn side(suite: Suite, arguments: &'static str) -> Side {
+    Side { suite, arguments, capabilities: "" }
+}
+
+const fn with(suite: Suite, arguments: &'static str, capabilities: &'static str) -> Side {
+    Side { suite, arguments, capabilities }
+}
+
+pub(super) fn trials() -> Vec<Trial> {
+    let mut trials = Vec::new();
+    for (what, source, destination, fate) in PAIRS {
+        let name = format!("foreseen/{what}/{} to {}", source.suite.series(), destination.suite.series());
+        let kvm = source.arguments.contains("kvm") || destination.arguments.contains("kvm");
+        let suites = [source.suite, destination.suite];
+        trials.push(Trial::new(name, &suites, kvm, move |bench| pair(bench, source, destination, *fate)));
+    }
+    trials
+}
+
+#[rustfmt::skip]
+const PAIRS: &[(&str, Side, Side, Fate)] = &[
+    ("same", side(Sid, "microvm"), side(Sid, "microvm"), Loads),
+    ("less memory", side(Sid, "microvm -m 32"), side(Sid, "microvm -m 16"), Fails),
+    ("more memory", side(Bookworm, "pc -m 32"), side(Bookworm, "pc -m 64"), Fails),
+    ("device missing", side(Trixie, "q35 -device virtio-rng-pci"), side(Trixie, "q35"), Fails),
+    ("device missing", side(Bullseye, "pc -device virtio-rng-pci"), side(Bullseye, "pc"), Fails),
+    ("device extra", side(Trixie, "q35"), side(Trixie, "q35 -device virtio-rng-pci"), Loads),
+    ("device moved", side(Sid, "q35 -device virtio-rng-pci,addr=4"), side(Sid, "q35 -device virtio-rng-pci,addr=5"), Fails),
+    ("RAM block missing", side(Sid, "q35 -device VGA"), side(Sid, "q35"), Fails),
+    ("video memory", side(Sid, "q35 -device VGA,vgamem_mb=16"), side(Sid, "q35 -device VGA,vgamem_mb=32"), Fails),
+    ("fewer CPUs", side(Sid, "microvm -smp 2"), side(Sid, "microvm -smp 1"), Fails),
+    ("fewer CPUs", side(Bookworm, "q35 -smp 2"), side(Bookworm, "q35 -smp 1"), Fails),
+    ("more CPUs", side(Sid, "microvm -smp 1"), side(Sid, "microvm -smp 2"), Loads),
+    ("CPU model", side(Bookworm, "q35 -cpu qemu64"), side(Bookworm, "q35 -cpu max"), Loads),
+    ("alias", side(Trixie, "q35"), side(Sid, "q35"), Fails),
+    ("machine type", side(Bookworm, "pc-q35-7.2"), side(Bookworm, "pc-i440fx-7.2"), Fails),
+    ("x-ignore-shared at the source", with(Sid, "microvm", "x-ignore-shared"), side(Sid, "microvm"), Fails),
+    ("x-ignore-shared at the destination", side(Bookworm, "microvm"), with(Bookworm, "microvm", "x-ignore-shared"), Fails),
+    ("postcopy-ram at the source", with(Trixie, "microvm", "postcopy-ram"), side(Trixie, "microvm"), Fails),
+    ("postcopy-ram at the destination", side(Bookworm, "microvm"), with(Bookworm, "microvm", "postcopy-ram"), Loads),
+    ("xbzrle at the source", with(Bookworm, "microvm", "xbzrle"), side(Bookworm, "microvm"), Loads),
+    ("another UUID", with(Sid, A_UUID, "validate-uuid"), with(Sid, ANOTHER_UUID, "validate-uuid"), Fails),
+    ("another UUID unvalidated", side(Sid, A_UUID), side(Sid, ANOTHER_UUID), Loads),
+    ("SWITCHOVER_START", side(Sid, "microvm -bios {zeroes}"), side(Bookworm, "microvm -bios {zeroes}"), Fails),
+    ("without SWITCHOVER_START", side(Sid, NO_START), side(Bookworm, "microvm -bios {zeroes}"), Loads),
+    ("second I/O APIC", side(Bookworm, "microvm -bios {zeroes}"), side(Bullseye, "microvm -bios {zeroes}"), Fails),
+    ("firmware of another size", side(Sid, "microvm"), side(Sid, "microvm -bios {zeroes}"), Fails),
+    ("upward", side(Bullseye, "microvm -bios {zeroes}"), side(Trixie, "microvm -bios {zeroes}"), Loads),
+    ("versioned", side(Bullseye, "pc-q35-5.2"), side(Trixie, "pc-q35-5.2"), Loads),
+    ("versioned", side(Trixie, "pc-q35-5.2"), side(Bullseye, "pc-q35-5.2"), Loads),
+    ("versioned", side(Bookworm, "pc-i440fx-7.2 -device virtio-net-pci"), side(Sid, "pc-i440fx-7.2 -device virtio-net-pci"), Loads),
+    ("no kvmclock in TCG", side(Sid, "microvm,accel=kvm,rtc=on"), side(Sid, "microvm"), Fails),
+    ("no RTC in KVM", side(Bookworm, "microvm"), side(Bookworm, "microvm,accel=kvm"), Fails),
+    ("TCG to KVM with an RTC", side(Trixie, "microvm"), side(Trixie, "microvm,accel=kvm,rtc=on"), Loads),
+    ("MSI-X vectors", side(Bookworm, "q35 -device virtio-net-pci,vectors=3"), side(Bookworm, "q35 -device virtio-net-pci,vectors=10"), Fails),
+    ("MSI-X vectors", side(Sid, "q35 -device virtio-net-pci,vectors=3"), side(Sid, "q35 -device virtio-net-pci,vectors=10"), Fails),
+];
+
+fn pair(bench: &Bench<'_>, source: &Side, destination: &Side, fate: Fate) -> Result<String> {
+    let (stream, local) = (bench.scratch.join("source.qevm"), bench.scratch.join("destination.qevm"));
+    write(bench, source, "source", &stream)?;
+    write(bench, destination, "destination", &local)?;
+    let (real, said) = load(bench, destination, &stream)?;
+    ensure!(real == fate, "QEMU itself: {real:?} instead of {fate:?}: {said}");
+
+    let mut arguments: Vec<&OsStr> = ["check", "--json", "--against"].map(OsStr::new).to_vec();
+    arguments.extend([local.as_os_str(), stream.as_os_str()]);
+    // What a destination's own stream does not show, its operator knows.
+    let known = known(destination.capabilities);
+    arguments.extend(known.iter().map(OsStr::new));
+    let ran = bench.subject.run(&arguments)?;
+    let last = ran.stdout.lines().last().unwrap_or_default();
+    let found: Value = serde_json::from_str(last).with_context(|| format!("qevm check: {}", ran.stderr.trim_end()))?;
+    let (verdict, code) = match fate {
+        Loads => ("loads", 0),
+        Fails => ("fails", 1),
+    };
+    ensure!(
+        found["verdict"] == verdict && ran.code == Some(code),
+        "QEMU {verdict}, but qevm check ({}): {found}",
+        ran.status
+    );
+    let fatal: Vec<&Value> =
+        found["findings"].as_array().into_iter().flatten().filter(|f| f["outcome"] == "fails").collect();
+    let foretold: Vec<&str> = fatal.iter().filter_map(|f| f["qemu_says"].as_str()).collect();
+    if fate == Fails && !foretold.iter().any(|line| is_in(line, &said)) {
+        bail!(
+            "QEMU said: {said}; qevm check foretold {foretold:?} of {}",
+            Value::from_iter(fatal.into_iter().cloned())
+        );
+    }
+    Ok(match foretold.as_slice() {
+        [] => format!("{} harmless differences", found["findings"].as_array().map_or(0, Vec::len)),
+        lines => lines.join("; "),
+    })
+}
+
+/// Newer releases have shortened "savevm section" to "section".
+fn is_in(line: &str, said: &str) -> bool {
+    said.contains(line) || said.contains(&line.replace("savevm section", "section"))
+}
+
+/// Capabilities of a destination on the command line of `qevm check`: `postcopy-ram` is off unless it is on.
+fn known(capabilities: &str) -> Vec<String> {
+    let mut known = vec!["postcopy-ram=off".to_owned()];
+    for name in capabilities.split_whitespace() {
+        known.retain(|other| other.split('=').next() != Some(name));
+        known.push(format!("{name}=on"));
+    }
+    known.into_iter().map(|capability| format!("--capability={capability}")).collect()
+}
+
+/// Lets a QEMU that was never started write its stream.
+fn write(bench: &Bench<'_>, side: &Side, name: &str, file: &Path) -> Result<()> {
+    let mut qemu = start(bench, side, name, &["-S"])?;
+    // With postcopy on, a source waits until its destination says goodbye.
+    let mut answering =
+        side.capabilities.contains("postcopy-ram").then(|| Receiver::start(bench, name, file)).transpose()?;
+    let uri =
+        answering.as_ref().map_or_else(|| format!("exec:cat > {}", file.display()), |receiver| receiver.uri.clone());
+    qemu.execute("migrate", json!({ "uri": uri }))?;
+    qemu.wait_migration(PATIENCE, |state| state["status"] == "completed")?;
+    answering.as_mut().map_or(Ok(()), Receiver::finish)?;
+    qemu.quit();
+    Ok(())
+}
+
+/// `qevm receive`, as a destination that answers.
+struct Receiver {
+    child: Child,
+    uri: String,
+}
+
+impl Receiver {
+    fn start(bench: &Bench<'_>, name: &str, file: &Path) -> Result<Receiver> {
+        let socket = bench.scratch.join(format!("{name}.socket"));
+        let uri = format!("unix:{}", socket.display());
+        let mut command = bench.subject.command();
+        command.args(["receive", &uri, "--timeout", "30", "--out"]).arg(file);
+        let child = command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).spawn()?;
+        let receiver = Receiver { child, uri };
+        let deadline = Instant::now() + PATIENCE;
+        while !socket.exists() {
+            ensure!(Instant::now() < deadline, "qevm receive does not listen");
+            thread::sleep(POLL);
+        }
+        Ok(receiver)
+    }
+
+    fn finish(&mut self) -> Result<()> {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            match self.child.try_wait()? {
+                Some(status) => {
+                    ensure!(status.success(), "qevm receive ends with {status}");
+                    return Ok(());
+                }
+                None => ensure!(Instant::now() < deadline, "qevm receive does not end"),
+            }
+            thread::sleep(POLL);
+        }
+    }
+}
+
+impl Drop for Receiver {
+    fn drop(&mut self) {
+        // It has mostly ended by itself.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// What a real destination does, and what it says to it.
+fn load(bench: &Bench<'_>, side: &Side, stream: &Path) -> Result<(Fate, String)> {
+    let mut qemu = start(bench, side, "judge", &["-S", "-incoming", "defer"])?;
+    qemu.execute("migrate-incoming", json!({ "uri": format!("exec:cat {}", stream.display()) }))?;
+    match qemu.wait_migration(PATIENCE, |state| state["status"] == "completed") {
+        Ok(_) => Ok((Loads, String::new())),
+        Err(error) => {
+            let said = format!("{error:#}");
+            ensure!(!said.contains("still"), "the destination neither loads nor refuses: {said}");
+            Ok((Fails, said))
+        }
+    }
+}
+
+fn start(bench: &Bench<'_>, side: &Side, name: &str, more: &[&str]) -> Result<Qemu> {
+    let zeroes: PathBuf = bench.scratch.join("zeroes.bin");
+    std::fs::write(&zeroes, [0; 64 << 10])?;
+    let (machine, rest) = side.arguments.split_once(' ').unwrap_or((side.arguments, ""));
+    let accel = if machine.contains("accel=") { "" } else { ",accel=tcg" };
+    let mut arguments = vec!["-M".to_owned(), format!("{machine}{accel}")];
+    if !rest.contains("-m ") {
+        arguments.extend(["-m".to_owned(), "32".to_owned()]);
+    }
+    let rest = rest.split_whitespace().map(|word| word.replace("{zeroes}", &zeroes.display().to_string()));
+    arguments.extend(rest.chain(more.iter().map(|&word| word.to_owned())));
+    let mut qemu = Qemu::start(bench.root(side.suite)?, name, &arguments, bench.scratch)?;
+    qemu.set_capabilities(&side.capabilities.split_whitespace().collect::<Vec<_>>())?;
+    Ok(qemu)
+}
