@@ -3,6 +3,7 @@
 mod check;
 mod damage;
 mod layouts;
+mod receive;
 mod sample;
 mod usage;
 mod verify;

@@ -3,7 +3,8 @@
 use serde_json::Value;
 use std::io::Write;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output, Stdio};
+use std::process::{Child, Command, Output, Stdio};
+use std::time::{Duration, Instant};
 
 /// The bytes of a recorded stream of `tests/streams`.
 pub(crate) fn stream(name: &str) -> Vec<u8> {
@@ -62,6 +63,31 @@ pub(crate) fn qevm_reading<A: AsRef<std::ffi::OsStr>>(arguments: impl IntoIterat
     let output = child.wait_with_output().expect("it ends");
     writer.join().expect("the writer ends");
     ran(output)
+}
+
+/// The program while it runs.
+pub(crate) struct Background(Child);
+
+impl Background {
+    /// Starts it with nothing on standard input.
+    pub(crate) fn start<A: AsRef<std::ffi::OsStr>>(arguments: impl IntoIterator<Item = A>) -> Self {
+        let mut command = command(arguments);
+        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        Background(command.spawn().expect("the program runs"))
+    }
+
+    /// Waits for its end, which must come within `limit`. It prints less than a pipe holds.
+    pub(crate) fn end(mut self, limit: Duration) -> Ran {
+        let started = Instant::now();
+        while self.0.try_wait().expect("a child").is_none() {
+            if started.elapsed() > limit {
+                self.0.kill().expect("a child");
+                panic!("it hangs: {}", ran(self.0.wait_with_output().expect("it ends")).stderr);
+            }
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        ran(self.0.wait_with_output().expect("it ends"))
+    }
 }
 
 fn command<A: AsRef<std::ffi::OsStr>>(arguments: impl IntoIterator<Item = A>) -> Command {
