@@ -13,6 +13,8 @@ use crate::subject::Subject;
 
 /// Seconds that qevm is told to wait.
 const PATIENCE: u64 = 3;
+/// Bitmap synchronisations after which an idle guest would have switched over long ago.
+const CONVERGED: u64 = 20;
 /// When it has to have ended.
 const LIMIT: Duration = Duration::from_secs(20);
 
@@ -52,6 +54,36 @@ pub fn at_receiver(
     }
     std::fs::remove_dir_all(&folder)?;
     Ok(format!("after {seconds:.1} s: {message}; the guest runs on"))
+}
+
+/// QEMU migrates a running guest with `switchover-ack` into a `qevm receive` that acknowledges otherwise than QEMU expects.
+/// The guest must stay at the source until the operator cancels, and run on; `qevm receive` must then end with an error.
+///
+/// # Errors
+/// The source switches over, or somebody hangs after the cancellation.
+pub fn no_switchover(source: &mut Source, subject: &Subject, setup: &Setup, options: &[&str]) -> Result<String> {
+    if let Err(refusal) = setup.apply(&mut source.qemu, &source.flavor.profile())? {
+        bail!("QEMU refuses the set-up: {refusal}");
+    }
+    let folder = source.folder()?;
+    let options: Vec<String> = options.iter().map(ToString::to_string).collect();
+    let mut receiver = Receiver::start(subject, &folder, setup.transport, &options)?;
+    source.begin(&receiver.uri)?;
+    let converged = |s: &Value| s["ram"]["dirty-sync-count"].as_u64().unwrap_or(0) > CONVERGED;
+    let state = source.qemu.wait_migration(LIMIT, |s| s["status"] == "completed" || converged(s))?;
+    if state["status"] != "active" {
+        bail!("the migration is {}", state["status"]);
+    }
+    source.qemu.execute("migrate_cancel", Value::Null)?;
+    source.qemu.wait_migration(LIMIT, |s| matches!(s["status"].as_str(), Some("cancelled" | "failed")))?;
+    let received = receiver.finish(LIMIT)?;
+    let status = source.qemu.execute("query-status", Value::Null)?;
+    if received.code != Some(1) || status["running"] != true {
+        bail!("the source is {status}, qevm receive ends with {:?}: {}", received.code, received.said);
+    }
+    std::fs::remove_dir_all(&folder)?;
+    let why = state["error-desc"].as_str().map_or(String::new(), |why| format!(" ({why})"));
+    Ok(format!("no switchover after {} synchronisations{why}; the guest runs on", state["ram"]["dirty-sync-count"]))
 }
 
 /// `qevm send` plays a guest in one set-up into a QEMU with another. It must end with an error in time.

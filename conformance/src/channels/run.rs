@@ -241,7 +241,11 @@ impl Machine<'_> {
         if let Case::Live(live, to) = &row.case {
             return live::play(root, self.root(*to)?, self.subject, live);
         }
-        if source.is_none() {
+        let usable = match source {
+            Some(source) => source.is_clean()?,
+            None => false,
+        };
+        if !usable {
             *source = Some(Source::start(row.flavor, root)?);
         }
         let Some(source) = source else { anyhow::bail!("no source") };
@@ -253,6 +257,7 @@ impl Machine<'_> {
             Case::Late(capability) => refused::late_at_destination(source, capability),
             Case::NotSent(setup) => refused::by_send(source, subject, setup),
             Case::ReceiverDiffers(setup, options, word) => mismatch::at_receiver(source, subject, setup, options, word),
+            Case::NoSwitchover(setup, options) => mismatch::no_switchover(source, subject, setup, options),
             Case::TargetDiffers(sent, expected) => mismatch::at_target(source, subject, sent, expected),
             Case::Live(..) => anyhow::bail!("live rows have a source of their own"),
         }

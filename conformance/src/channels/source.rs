@@ -22,7 +22,7 @@ const FIRMWARE_TIME: Duration = Duration::from_millis(100);
 /// How long a small guest may take.
 pub(super) const MIGRATION_TIMEOUT: Duration = Duration::from_secs(60);
 /// How long QEMU may need to forget a migration that failed.
-const CLEANUP_TIME: Duration = Duration::from_secs(10);
+const CLEANUP_TIME: Duration = Duration::from_secs(3);
 const POLL: Duration = Duration::from_millis(20);
 /// Where the RAM pattern is loaded: above all firmware tables.
 const PATTERN_AT: u32 = 0xc0_0000;
@@ -184,12 +184,29 @@ impl Source {
     /// QEMU refuses.
     pub fn begin(&mut self, uri: &str) -> Result<()> {
         self.again()?;
+        if !self.is_clean()? {
+            bail!("the last migration is not cleaned up");
+        }
+        self.qemu.execute("migrate", json!({ "uri": uri })).map(drop)
+    }
+
+    /// Waits until QEMU has cleaned up a migration that failed a moment ago; false if it does not. It refuses the next
+    /// one before that, and 7.2 then stays in status `setup` for ever. 7.2 sometimes never cleans up, either, when a
+    /// page channel was closed while it was being opened; its guest runs on all the same.
+    ///
+    /// # Errors
+    /// QEMU does not answer.
+    pub fn is_clean(&mut self) -> Result<bool> {
         let deadline = Instant::now() + CLEANUP_TIME;
         loop {
-            match self.qemu.execute("migrate", json!({ "uri": uri })) {
-                Err(e) if is_cleaning_up(&e) && Instant::now() < deadline => thread::sleep(POLL),
-                begun => return begun.map(drop),
+            let instances = self.qemu.execute("query-yank", Value::Null)?;
+            if !instances.as_array().is_some_and(|all| all.iter().any(|i| i["type"] == "migration")) {
+                return Ok(true);
             }
+            if Instant::now() > deadline {
+                return Ok(false);
+            }
+            thread::sleep(POLL);
         }
     }
 
@@ -262,12 +279,6 @@ impl Source {
     pub fn quit(self) {
         self.qemu.quit();
     }
-}
-
-/// QEMU refuses because it has not yet cleaned up a migration that failed a moment ago.
-fn is_cleaning_up(error: &anyhow::Error) -> bool {
-    let text = format!("{error:#}");
-    ["duplicate yank instance", "There's a migration process in progress"].iter().any(|reason| text.contains(reason))
 }
 
 /// Blocks of `truth` that `found` does not have with the same content.

@@ -43,6 +43,8 @@ pub enum Case {
     NotSent(Setup),
     /// [`super::mismatch::at_receiver`].
     ReceiverDiffers(Setup, &'static [&'static str], &'static str),
+    /// [`super::mismatch::no_switchover`].
+    NoSwitchover(Setup, &'static [&'static str]),
     /// [`super::mismatch::at_target`]: sent, expected.
     TargetDiffers(Setup, Setup),
     /// [`super::live::play`], to a destination of this suite.
@@ -59,7 +61,7 @@ impl Case {
             Case::Leaves(..) => KINDS[0],
             Case::Arrives(..) => KINDS[1],
             Case::Refused(_) | Case::Late(_) | Case::NotSent(_) => KINDS[2],
-            Case::ReceiverDiffers(..) | Case::TargetDiffers(..) => KINDS[3],
+            Case::ReceiverDiffers(..) | Case::NoSwitchover(..) | Case::TargetDiffers(..) => KINDS[3],
             Case::Live(..) => KINDS[4],
         }
     }
@@ -88,6 +90,7 @@ pub fn all() -> Vec<Row> {
         target_differs(&mut table, Flavor::new(suite, "microvm"));
         receiver_differs(&mut table, Flavor { running: true, ..Flavor::new(suite, "microvm") });
     }
+    acks_differ(&mut table);
     live(&mut table);
     // Stable, so that rows stay in their order within a flavor.
     table.rows.sort_by_key(|row| row.flavor);
@@ -217,6 +220,10 @@ fn others(table: &mut Table, flavor: Flavor) {
             table.arrives(flavor, Setup::multifd(2, method).level(level, value), Saved::Plain);
         }
     }
+    // As many as there can be.
+    table.leaves(flavor, Setup::multifd(255, "none").and("return-path").over(Transport::Tcp), Told::Channels);
+    table.leaves(flavor, Setup::multifd(255, "zlib").and("return-path"), Told::Nothing);
+    table.arrives(flavor, Setup::multifd(255, "zstd").over(Transport::Tcp), Saved::Plain);
     if has_modes(flavor.suite) {
         table.leaves(flavor, Setup::default().over(Transport::File), Told::Nothing);
         for mode in ZERO_PAGES {
@@ -326,6 +333,20 @@ fn receiver_differs(table: &mut Table, flavor: Flavor) {
     ];
     for (what, setup, options, word) in pairs {
         let case = Case::ReceiverDiffers(answered(setup), options, word);
+        table.add(flavor, format!("received-differs/{what}"), case);
+    }
+}
+
+/// Acks that a source waits for and does not get, and one that no device asked for: both keep the guest at the source.
+fn acks_differ(table: &mut Table) {
+    let rows: [(Suite, &str, &str, &[&str]); 3] = [
+        (Trixie, "microvm", "no-ack", &[]),
+        (Sid, "pc-q35-8.0", "no-ack", &[]),
+        (Sid, "microvm", "ack-nobody-asked-for", &["--switchover-ack"]),
+    ];
+    for (suite, machine, what, options) in rows {
+        let flavor = Flavor { running: true, ..Flavor::new(suite, machine) };
+        let case = Case::NoSwitchover(Setup::with("return-path switchover-ack"), options);
         table.add(flavor, format!("received-differs/{what}"), case);
     }
 }

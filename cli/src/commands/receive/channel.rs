@@ -7,9 +7,14 @@ use qevm_multifd::{ChannelDecoder, ChannelOptions, Compression, Ending, Event, I
 use qevm_wire::Step;
 use std::fs::File;
 use std::io::{self, Read, Write};
+use std::thread;
+use std::time::Duration;
 
 /// Bytes that are read at a time.
 const CHUNK: usize = 256 << 10;
+/// How long a source is let alone before it hears of a fault. QEMU 7.2 stands still, monitor and guest included, if a
+/// page channel is closed while it opens the others.
+const REFUSAL_DELAY: Duration = Duration::from_millis(500);
 /// Bytes of a page channel's first packet.
 const INIT_LEN: usize = 64;
 
@@ -45,15 +50,17 @@ impl<'l> Channel<'l> {
     /// Saves a page channel and follows its packets: what is wrong shows while the source can still go on by itself.
     pub(super) fn follow(mut self, compression: Option<Compression>) {
         let opened = self.save_first().and_then(|()| self.open());
-        match &opened {
-            Ok(init) => self.ledger.channel_opened(&self.name, init),
-            Err(failure) => self.ledger.fail(failure.clone()),
-        }
-        // Only now, so that the channel counts from the moment on in which it is no longer unknown.
-        self.ledger.recognised();
-        if let Ok(init) = opened
-            && let Err(failure) = self.packets(init.channel, compression)
-        {
+        let failed = match opened {
+            Ok(init) => {
+                // Only now, so that the channel counts from the moment on in which it is no longer unknown.
+                self.ledger.recognised();
+                self.packets(init.channel, compression).err()
+            }
+            Err(failure) => Some(failure),
+        };
+        if let Some(failure) = failed {
+            // A channel that was not recognised holds up the end meanwhile.
+            thread::sleep(REFUSAL_DELAY);
             self.ledger.fail(failure);
         }
     }
@@ -76,7 +83,9 @@ impl<'l> Channel<'l> {
                 return Err(self.truncated(format!("the connection ends in its first packet of {INIT_LEN} bytes")));
             }
         }
-        Init::decode(&self.input).map_err(|error| Failure::located(&self.name, error))
+        let init = Init::decode(&self.input).map_err(|error| Failure::located(&self.name, error))?;
+        self.ledger.channel_opened(&self.name, &init)?;
+        Ok(init)
     }
 
     fn packets(&mut self, number: u8, compression: Option<Compression>) -> Result<(), Failure> {

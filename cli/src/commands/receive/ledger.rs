@@ -124,20 +124,20 @@ impl Ledger {
     }
 
     /// A page channel, called `name`, has shown its first packet.
-    pub(super) fn channel_opened(&self, name: &str, init: &Init) {
+    ///
+    /// # Errors
+    /// It does not belong to this migration, or the migration has other channels than expected.
+    pub(super) fn channel_opened(&self, name: &str, init: &Init) -> Result<(), Failure> {
         let mut state = self.locked();
-        let arrived = match self.expected {
-            Some(0) => {
-                Err(Failure::mismatch(name, 0, "multifd channel", "a multifd channel came, but none is expected here"))
-            }
-            _ => state.set.arrived(init).map_err(|error| Failure::located(name, error)),
-        };
-        match arrived {
-            Ok(()) => drop(state.channels.insert(init.channel, Channel::default())),
-            Err(failure) => drop(state.failure.get_or_insert(failure)),
+        if self.expected == Some(0) {
+            let message = "a multifd channel came, but none is expected here";
+            return Err(Failure::mismatch(name, 0, "multifd channel", message));
         }
+        state.set.arrived(init).map_err(|error| Failure::located(name, error))?;
+        state.channels.insert(init.channel, Channel::default());
         drop(state);
         self.changed.notify_all();
+        Ok(())
     }
 
     pub(super) fn channel_sync(&self, channel: u8) {
@@ -263,7 +263,9 @@ mod tests {
     }
 
     fn open(ledger: &Ledger, number: u8) {
-        ledger.channel_opened("a channel", &Init::new(Uuid::default(), number));
+        if let Err(failure) = ledger.channel_opened("a channel", &Init::new(Uuid::default(), number)) {
+            ledger.fail(failure);
+        }
     }
 
     #[test]
