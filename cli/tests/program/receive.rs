@@ -63,7 +63,9 @@ fn channels_may_come_before_the_main_channel_and_in_any_order() {
 fn what_does_not_fit_ends_in_a_named_error() {
     let sources = sources();
     let broken = &sources.channels[1][..sources.channels[1].len() - 100];
-    let cases: [(&[&str], &[&[u8]], &str); 6] = [
+    /// Options, what the channels say, and a word of the error.
+    type Case<'a> = (&'a [&'a str], &'a [&'a [u8]], &'a str);
+    let cases: [Case<'_>; 6] = [
         (&["--multifd-channels", "1"], &[&sources.channels[0], &sources.channels[1]], "multifd-channels is 1 here"),
         (&["--multifd-channels", "3"], &[&sources.channels[0], &sources.channels[1]], "2 of 3 multifd channels came"),
         (&["--multifd-channels", "0"], &[&sources.channels[0]], "none is expected"),
