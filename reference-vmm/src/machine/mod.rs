@@ -151,6 +151,7 @@ impl Machine {
             .map(|index| {
                 let fd = vm.create_vcpu(index as u64).map_err(kvm("create a vCPU"))?;
                 fd.set_cpuid2(&cpuid::for_vcpu(&cpuid, index, config.cpus)?).map_err(kvm("set a vCPU's CPUID"))?;
+                kvm_state::set_up_mce(&kvm_fd, &fd)?;
                 Ok(Vcpu::new(index, fd))
             })
             .collect::<Result<Arc<[Vcpu]>>>()?;

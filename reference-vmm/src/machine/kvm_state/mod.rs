@@ -1,8 +1,10 @@
 //! Between KVM and the plain values of [`state`](crate::state). Nothing else reads or sets KVM's state.
 
 mod chips;
+mod mce;
 mod vcpu;
 
+pub(super) use mce::set_up as set_up_mce;
 pub(super) use vcpu::saved_msrs;
 
 use super::Machine;

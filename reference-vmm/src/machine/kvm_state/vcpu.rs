@@ -10,6 +10,7 @@ use kvm_bindings::{
 };
 use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
 
+use super::mce;
 use crate::error::{Error, Result, kvm};
 use crate::state::{DebugRegisters, DescriptorTable, Events, Msr, Registers, Segment, SpecialRegisters, VcpuState};
 
@@ -29,6 +30,7 @@ pub(crate) fn saved_msrs(kvm_fd: &Kvm) -> Result<Vec<u32>> {
     if kvm_fd.check_extension(Cap::TscDeadlineTimer) && !msrs.contains(&MSR_TSC_DEADLINE) {
         msrs.push(MSR_TSC_DEADLINE);
     }
+    msrs.extend(mce::msrs());
     // The TSC comes first, as its adjustment must not move it; the deadline refers to it and comes last.
     msrs.sort_by_key(|msr| match *msr {
         MSR_TSC_ADJUST => (0, 0),
@@ -61,6 +63,12 @@ pub(super) fn save(vm: &VmFd, fd: &VcpuFd, msrs: &[u32]) -> Result<VcpuState> {
 
 pub(super) fn load(fd: &VcpuFd, first: bool, state: &VcpuState) -> Result<()> {
     scale_tsc(fd, state.tsc_khz)?;
+    let capability = |msrs: &[Msr]| msrs.iter().find(|msr| msr.index == mce::MCG_CAP).map(|msr| msr.value);
+    if let Some(wanted) = capability(&state.msrs)
+        && capability(&save_msrs(fd, &[mce::MCG_CAP])?) != Some(wanted)
+    {
+        mce::set_capability(fd, wanted)?;
+    }
     if first {
         forget_tsc(fd, &state.msrs)?;
     }

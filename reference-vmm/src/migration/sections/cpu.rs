@@ -12,7 +12,7 @@ use qevm_savevm::{
         },
         cpu_common::CpuCommon,
     },
-    vmstate::{Accel, Table},
+    vmstate::Accel,
 };
 
 /// Bits of a segment's flags: those of the second word of its descriptor.
@@ -68,11 +68,6 @@ const REQUEST_SMI: u32 = 0x40;
 /// A pending exception that nothing can intercept is delivered, see the section's hooks.
 const NO_EXCEPTION: i32 = -1;
 
-/// What QEMU has at reset and this machine does not have: ten banks of machine checks, all enabled.
-const MCG_CAP: u64 = 0x100_010a;
-const MCE_BANKS: usize = 10;
-const MCE_REGISTERS: usize = 4;
-
 pub(super) fn common(vcpu: &VcpuState, accel: Accel) -> DeviceState {
     // A vCPU that waits for its start sleeps as well, under TCG by this flag.
     let starts_by_flag = accel == Accel::Tcg && vcpu.mp_state == MP_STATE_UNINITIALIZED;
@@ -117,16 +112,7 @@ pub(super) fn save(vcpu: &VcpuState, state: &MachineState, instance_id: u32) -> 
 
 /// What this machine does not model, as a QEMU has it after a reset.
 fn at_reset() -> Cpu {
-    Cpu {
-        a20_mask: -1,
-        smbase: 0x3_0000,
-        mcg_cap: MCG_CAP,
-        mcg_ctl: u64::MAX,
-        mce_banks: Table::from_fn(
-            |i| if i % MCE_REGISTERS == 0 && i < MCE_BANKS * MCE_REGISTERS { u64::MAX } else { 0 },
-        ),
-        ..Cpu::default()
-    }
+    Cpu { a20_mask: -1, smbase: 0x3_0000, ..Cpu::default() }
 }
 
 fn save_events(events: &Events, cpu: &mut Cpu) {

@@ -25,6 +25,8 @@ fn fields(cpu: &mut Cpu) -> Vec<(u32, &mut u64)> {
         (0x4b56_4d01, &mut cpu.system_time_msr),
         (0x4b56_4d00, &mut cpu.wall_clock_msr),
     ];
+    fields.extend([(0x179, &mut cpu.mcg_cap), (0x17a, &mut cpu.mcg_status), (0x17b, &mut cpu.mcg_ctl)]);
+    fields.extend((0x400..).zip(cpu.mce_banks.iter_mut()));
     fields.extend(MTRR_FIXED.into_iter().zip(&mut cpu.mtrr_fixed));
     for (i, pair) in (0..).zip(&mut cpu.mtrr_var) {
         fields.push((MTRR_VAR + 2 * i, &mut pair.base));
