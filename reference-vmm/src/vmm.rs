@@ -211,8 +211,9 @@ impl Vmm {
     /// Starts the guest. Before an incoming migration has arrived, it makes the guest start then.
     ///
     /// # Errors
-    /// A guest that has stopped for good.
+    /// A guest that has stopped for good, or that can only be kept.
     pub fn cont(&self) -> Result<(), GuestError> {
+        self.machine.can_run()?;
         if self.lock().run_state == RunState::Inmigrate {
             self.lock().autostart = true;
             return Ok(());

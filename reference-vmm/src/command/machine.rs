@@ -8,6 +8,7 @@ use std::str::FromStr;
 
 use anyhow::{Context, bail};
 use qevm_wire::{Profile, QemuVersion};
+use reference_vmm::devices::VirtioDevice;
 use reference_vmm::machine::MachineConfig;
 use reference_vmm::payload;
 
@@ -31,6 +32,10 @@ pub(crate) struct MachineArguments {
     /// Where the serial port writes: stdio, file:PATH or null
     #[arg(long, value_name = "WHERE", default_value = "stdio")]
     serial: SerialOutput,
+    /// Device on virtio-mmio, in the order of QEMU's command line: virtio-blk-device, virtio-net-device, virtio-rng-device or
+    /// virtio-serial-device. They have no model: the guest is kept as it came and goes back, but does not run (use -S)
+    #[arg(long, value_name = "NAME")]
+    device: Vec<VirtioDevice>,
     /// Item of the firmware configuration device: name=NAME,string=TEXT or name=NAME,file=PATH; commas in TEXT are doubled
     #[arg(long = "fw-cfg", alias = "fw_cfg", value_name = "ITEM")]
     fw_cfg: Vec<String>,
@@ -58,6 +63,7 @@ impl MachineArguments {
             bios,
             fw_cfg,
             rtc: self.machine.rtc,
+            virtio: self.device.clone(),
             serial: self.serial.open()?,
         })
     }

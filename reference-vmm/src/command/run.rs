@@ -78,6 +78,8 @@ impl Run {
         let vmm = Vmm::new(machine, self.machine.profile(), self.incoming.is_some());
         if self.paused {
             vmm.stop();
+        } else {
+            vmm.machine().can_run()?;
         }
         match &self.incoming {
             Some(Incoming::From(address)) => vmm.listen(address)?,

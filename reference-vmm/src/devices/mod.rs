@@ -6,6 +6,7 @@ mod ged;
 mod ioapic;
 mod rtc;
 mod serial;
+mod virtio;
 
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -15,6 +16,8 @@ pub use ioapic::{Ioapic, Message};
 pub use rtc::Rtc;
 pub(crate) use rtc::ticker::{Clock, wall_clock};
 pub use serial::Serial;
+pub(crate) use virtio::is_section_of;
+pub use virtio::{TRANSPORTS, VirtioDevice};
 
 use crate::memory::GuestMemory;
 

@@ -33,7 +33,8 @@ use kvm_bindings::{KVM_PIT_SPEAKER_DUMMY, kvm_enable_cap, kvm_msi, kvm_pit_confi
 use kvm_ioctls::{Cap, Kvm, VmFd};
 
 use crate::devices::{
-    Clock, Devices, FwCfg, FwCfgItems, Ioapic, Message, RTC_IRQ, Rtc, SERIAL_IRQ, Serial, lock, wall_clock,
+    Clock, Devices, FwCfg, FwCfgItems, Ioapic, Message, RTC_IRQ, Rtc, SERIAL_IRQ, Serial, TRANSPORTS, VirtioDevice,
+    lock, wall_clock,
 };
 use crate::dirty_log::DirtyLog;
 use crate::error::{Error, Result, kvm};
@@ -66,6 +67,8 @@ pub struct MachineConfig {
     pub fw_cfg: BTreeMap<String, Vec<u8>>,
     /// Whether there is a real-time clock. QEMU's `rtc=auto` has one under TCG only.
     pub rtc: bool,
+    /// Devices on virtio-mmio. A machine that has any can take a guest and give it back, but not run it.
+    pub virtio: Vec<VirtioDevice>,
     /// Where the serial port writes.
     pub serial: Box<dyn Write + Send>,
 }
@@ -79,6 +82,7 @@ impl Default for MachineConfig {
             bios: payload::IMAGE.to_vec(),
             fw_cfg: BTreeMap::new(),
             rtc: false,
+            virtio: Vec::new(),
             serial: Box::new(io::sink()),
         }
     }
@@ -93,6 +97,7 @@ pub struct Machine {
     clock: Mutex<VirtualClock>,
     /// What KVM lets run on while the vCPUs stand still, as it was when they stopped.
     held: Mutex<Option<Held>>,
+    virtio: Vec<VirtioDevice>,
     carried: Mutex<Carried>,
     dirty_log: DirtyLog,
     saved_msrs: Vec<u32>,
@@ -112,6 +117,10 @@ impl Machine {
                 "the machine cannot have {} vCPUs: wanted 1 to {MAX_CPUS}",
                 config.cpus
             )));
+        }
+        if config.virtio.len() > TRANSPORTS {
+            let found = config.virtio.len();
+            return Err(Error::Config(format!("the machine has {TRANSPORTS} virtio-mmio transports, not {found}")));
         }
         let memory = Arc::new(GuestMemory::microvm(config.memory, &config.bios)?);
         let kvm_fd = open_kvm(Path::new(KVM_DEVICE))?;
@@ -163,6 +172,7 @@ impl Machine {
             devices,
             clock: Mutex::new(VirtualClock::default()),
             held: Mutex::default(),
+            virtio: config.virtio,
             carried: Mutex::default(),
             dirty_log,
             saved_msrs: kvm_state::saved_msrs(&kvm_fd)?,
@@ -191,6 +201,11 @@ impl Machine {
         self.devices.rtc.is_some()
     }
 
+    /// Devices on virtio-mmio, in the order of the command line.
+    pub fn virtio(&self) -> &[VirtioDevice] {
+        &self.virtio
+    }
+
     /// Number of vCPUs.
     pub fn cpus(&self) -> usize {
         self.vcpus.len()
@@ -204,8 +219,10 @@ impl Machine {
     /// Lets the vCPUs run.
     ///
     /// # Errors
-    /// [`Error::Config`] when the guest has stopped for good; [`Error::Kvm`] when KVM does not let the clocks go on.
+    /// [`Error::Config`] when the guest has stopped for good, or has devices without a model; [`Error::Kvm`] when KVM does not let the clocks go on.
     pub fn resume(&self) -> Result<()> {
+        self.can_run()?;
+        lock(&self.carried).outdate();
         if self.control.all_parked() {
             kvm_state::release(self)?;
         }
@@ -215,6 +232,19 @@ impl Machine {
             lock(&self.clock).stop();
             Error::Config(format!("the machine cannot go on: {stop}"))
         })
+    }
+
+    /// Whether every device of the machine has a model, so that a guest can run and not just be kept.
+    ///
+    /// # Errors
+    /// [`Error::Config`] naming a device that has none.
+    pub fn can_run(&self) -> Result<()> {
+        match self.virtio.first() {
+            Some(device) => Err(Error::Config(format!(
+                "a guest with {device} can be kept here (-S) but not run: the device has no model"
+            ))),
+            None => Ok(()),
+        }
     }
 
     /// Stops the vCPUs and waits until none runs. RAM and device state change no more until [`Machine::resume`].

@@ -57,7 +57,7 @@ impl Guest for Machine {
     }
 
     fn has_device(&self, idstr: &CountedString, instance_id: u32) -> bool {
-        has_device(idstr, instance_id, self.cpus(), self.has_rtc())
+        has_device(idstr, instance_id, self.cpus(), self.has_rtc(), self.virtio())
     }
 
     fn load_devices(&self, devices: &[DeviceSection]) -> Result<bool, GuestError> {

@@ -9,22 +9,36 @@ use qevm_savevm::devices::DeviceState;
 /// Whatever they hold that the machine does not model goes back as it came: the sizes of ACPI tables, machine check banks,
 /// the TPR optimisation, and so on. What the machine does model is taken from the machine.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Carried(BTreeMap<(String, u32), DeviceState>);
+pub struct Carried {
+    sections: BTreeMap<(String, u32), DeviceState>,
+    /// The guest has run here since.
+    outdated: bool,
+}
 
 impl Carried {
     /// The section, if it came.
     pub fn find(&self, idstr: &str, instance_id: u32) -> Option<&DeviceState> {
         // A lookup by a borrowed pair needs an owned key; there are two dozen sections at most.
-        self.0.get(&(idstr.to_owned(), instance_id))
+        self.sections.get(&(idstr.to_owned(), instance_id))
     }
 
     /// Keeps a section, in the place of an older one.
     pub fn keep(&mut self, idstr: &str, instance_id: u32, device: DeviceState) {
-        self.0.insert((idstr.to_owned(), instance_id), device);
+        self.sections.insert((idstr.to_owned(), instance_id), device);
     }
 
     /// Forgets all.
     pub fn clear(&mut self) {
-        self.0.clear();
+        *self = Carried::default();
+    }
+
+    /// The guest runs: what the machine models is only in the machine from now on.
+    pub fn outdate(&mut self) {
+        self.outdated = true;
+    }
+
+    /// Whether the guest has not run since it came.
+    pub fn is_current(&self) -> bool {
+        !self.sections.is_empty() && !self.outdated
     }
 }

@@ -6,6 +6,7 @@ mod carried;
 mod devices;
 mod vcpu;
 
+pub use crate::devices::VirtioDevice;
 pub use carried::Carried;
 pub use devices::{
     ClockState, FwCfgState, GedState, IoapicState, PicState, PitChannelState, PitState, RtcState, SerialState,
@@ -37,6 +38,8 @@ pub struct MachineState {
     pub fw_cfg: FwCfgState,
     /// The generic event device.
     pub ged: GedState,
+    /// The virtio devices, in the order of the command line; their state is carried.
+    pub virtio: Vec<VirtioDevice>,
     /// What the machine was loaded from and does not use itself.
     pub carried: Carried,
 }

@@ -61,6 +61,7 @@ pub(super) fn save(machine: &Machine) -> Result<MachineState> {
         rtc: machine.devices.rtc.as_ref().map(|rtc| rtc.with(Rtc::save)),
         fw_cfg: lock(&machine.devices.fw_cfg).save(),
         ged: GedState { sel: lock(&machine.devices.ged).selector },
+        virtio: machine.virtio.clone(),
         carried: lock(&machine.carried).clone(),
     })
 }

@@ -24,6 +24,8 @@ mod at {
 
 /// Numbers of the state components.
 mod component {
+    pub(super) const X87: u32 = 0;
+    pub(super) const SSE: u32 = 1;
     pub(super) const AVX: u32 = 2;
     pub(super) const BNDREGS: u32 = 3;
     pub(super) const BNDCSR: u32 = 4;
@@ -78,6 +80,23 @@ impl AreaMut<'_> {
             words.iter().zip(index..).for_each(|(word, i)| self.put(at + 8 * i, &word.to_le_bytes()));
         }
     }
+}
+
+/// The control words after FNINIT and after a reset.
+const INITIAL_FCW: u16 = 0x37f;
+const INITIAL_MXCSR: u32 = 0x1f80;
+
+/// The components that are not in their initial state: those that the section names, and those whose registers say so. A source
+/// under TCG names none that its guest has not saved by XSAVE, and KVM would load the others as if they were initial.
+fn in_use(cpu: &Cpu) -> u64 {
+    let x87 = cpu.fpuc != INITIAL_FCW
+        || cpu.fpus != 0
+        || cpu.fptag != 0
+        || cpu.fpregs.iter().any(|register| register.tmp.mantissa != 0 || register.tmp.exponent != 0);
+    let sse = cpu.mxcsr != INITIAL_MXCSR || cpu.xmm_regs.iter().any(|register| register.q0 != 0 || register.q1 != 0);
+    let avx = cpu.ymmh_regs.iter().any(|register| register.q2 != 0 || register.q3 != 0);
+    let used = [(component::X87, x87), (component::SSE, sse), (component::AVX, avx)];
+    used.iter().filter(|(_, used)| *used).fold(cpu.xstate_bv, |bits, (component, _)| bits | 1 << component)
 }
 
 pub(super) fn save(xsave: &[u8], xcr0: u64, cpu: &mut Cpu) {
@@ -143,7 +162,7 @@ pub(super) fn load(cpu: &Cpu, xsave: &mut [u8]) {
         area.put(at::XMM + 16 * i, &q0.to_le_bytes());
         area.put(at::XMM + 16 * i + 8, &q1.to_le_bytes());
     }
-    area.put(at::XSTATE_BV, &cpu.xstate_bv.to_le_bytes());
+    area.put(at::XSTATE_BV, &in_use(cpu).to_le_bytes());
     area.put(at::XCOMP_BV, &0u64.to_le_bytes());
     for (i, YmmhReg { q2, q3 }) in cpu.ymmh_regs.iter().enumerate() {
         area.words(AVX, 2 * i, &[*q2, *q3]);
@@ -170,5 +189,25 @@ pub(super) fn load(cpu: &Cpu, xsave: &mut [u8]) {
                 area.put(at, bytes);
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn registers_in_use_are_loaded_even_if_a_source_under_tcg_does_not_name_them() {
+        let initial = Cpu { fpuc: INITIAL_FCW, mxcsr: INITIAL_MXCSR, ..Cpu::default() };
+        assert_eq!(in_use(&initial), 0);
+        let mut cpu = Cpu { xstate_bv: 1 << component::PKRU, ..initial };
+        cpu.xmm_regs[3].q1 = 1;
+        assert_eq!(in_use(&cpu), 1 << component::PKRU | 1 << component::SSE);
+        let mut xsave = vec![0; 4096];
+        load(&cpu, &mut xsave);
+        assert_eq!(Area(&xsave).u64(at::XSTATE_BV), in_use(&cpu));
+        cpu.fptag = 1;
+        cpu.ymmh_regs[15].q2 = 1;
+        assert_eq!(in_use(&cpu) & 7, 7);
     }
 }

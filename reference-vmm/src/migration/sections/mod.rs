@@ -10,7 +10,10 @@ mod fpu;
 mod msr;
 
 use super::{DeviceSection, SavedDevices, machine::MACHINE_TYPE};
-use crate::state::MachineState;
+use crate::{
+    devices::is_section_of,
+    state::{MachineState, VirtioDevice},
+};
 use qevm_savevm::{
     Reader,
     devices::{DeviceState, globalstate::GlobalState},
@@ -55,7 +58,7 @@ pub enum SectionError {
     #[error("cannot make section '{idstr}': {reason}")]
     Unsendable {
         /// The section.
-        idstr: &'static str,
+        idstr: String,
         /// Why not.
         reason: String,
     },
@@ -84,7 +87,7 @@ const PAUSED: &str = "paused";
 pub fn save(state: &MachineState, profile: &Profile, running: bool) -> Result<SavedDevices, SectionError> {
     let accel = if profile.kvmclock { Accel::Kvm } else { Accel::Tcg };
     let ctx = Context::from_profile(profile.clone()).with_accel(accel);
-    let mut devices = Vec::new();
+    let mut devices: Vec<(&str, u32, DeviceState)> = Vec::new();
     let apics = || (0..).zip(&state.vcpus).map(|(i, vcpu)| ("apic", i, apic::save(vcpu, state.virtual_clock, accel)));
     if profile.apic_first {
         devices.extend(apics());
@@ -116,18 +119,40 @@ pub fn save(state: &MachineState, profile: &Profile, running: bool) -> Result<Sa
         devices.push(("mc146818rtc", 0, chips::rtc(rtc, state)));
     }
     devices.push(("serial", 0, chips::serial(&state.serial)));
-    let runstate = GlobalState::new(if running { RUNNING } else { PAUSED }, &ctx)
-        .ok_or_else(|| SectionError::Unsendable { idstr: "globalstate", reason: "its run state's name".into() })?;
+    let places: Vec<String> = state.virtio.iter().enumerate().map(|(i, device)| device.idstr(i)).collect();
+    for idstr in &places {
+        let kept = state.carried.find(idstr, 0).ok_or_else(|| SectionError::Unsendable {
+            idstr: idstr.clone(),
+            reason: "the device has no model here, and no guest has brought its state".into(),
+        })?;
+        devices.push((idstr, 0, kept.clone()));
+    }
+    let runstate = GlobalState::new(if running { RUNNING } else { PAUSED }, &ctx).ok_or_else(|| {
+        SectionError::Unsendable { idstr: "globalstate".into(), reason: "its run state's name".into() }
+    })?;
     devices.push(("globalstate", 0, DeviceState::GlobalState(runstate)));
+    if accel == Accel::Tcg && state.carried.is_current() && state.carried.find("kvmclock", 0).is_none() {
+        as_they_came(&mut devices, state);
+    }
     write(devices, &ctx)
 }
 
+/// A guest of TCG's that has not run here goes back to TCG with what KVM cannot hold: requests that only TCG has, a TSC that KVM
+/// counts on, reserved bits that it clears. What its run state was is decided here, though.
+fn as_they_came(devices: &mut [(&str, u32, DeviceState)], state: &MachineState) {
+    for (idstr, instance_id, device) in devices.iter_mut().filter(|(idstr, ..)| *idstr != "globalstate") {
+        if let Some(kept) = state.carried.find(idstr, *instance_id) {
+            *device = kept.clone();
+        }
+    }
+}
+
 /// Encodes the devices and describes them.
-fn write(devices: Vec<(&'static str, u32, DeviceState)>, ctx: &Context) -> Result<SavedDevices, SectionError> {
+fn write(devices: Vec<(&str, u32, DeviceState)>, ctx: &Context) -> Result<SavedDevices, SectionError> {
     let style = if ctx.profile.qemu < QemuVersion::new(6, 0) { TextStyle::Spaced } else { TextStyle::Compact };
     let (mut sections, mut described) = (Vec::new(), Vec::new());
     for (idstr, instance_id, mut device) in devices {
-        let unsendable = |reason: String| SectionError::Unsendable { idstr, reason };
+        let unsendable = |reason: String| SectionError::Unsendable { idstr: idstr.into(), reason };
         device.prepare(ctx).map_err(|error| unsendable(error.to_string()))?;
         let version_id = device.version(ctx);
         let (body, object) = device.encode_described(version_id, ctx).map_err(|error| unsendable(error.to_string()))?;
@@ -159,14 +184,14 @@ fn configuration() -> StructDescription {
     }
 }
 
-/// Whether a machine of `cpus` vCPUs, with or without real-time clock, has the section.
-pub fn has_device(idstr: &CountedString, instance_id: u32, cpus: usize, rtc: bool) -> bool {
+/// Whether a machine of `cpus` vCPUs, with or without real-time clock, with these virtio devices, has the section.
+pub fn has_device(idstr: &CountedString, instance_id: u32, cpus: usize, rtc: bool, virtio: &[VirtioDevice]) -> bool {
     let instances = match idstr.as_str() {
         Some("apic" | "cpu" | "cpu_common") => cpus as u32,
         Some("ioapic" | "i8259") => 2,
         Some("timer" | "fw_cfg" | "kvm-tpr-opt" | "kvmclock" | "acpi-ged" | "i8254" | "serial" | "globalstate") => 1,
         Some("mc146818rtc") => u32::from(rtc),
-        _ => 0,
+        _ => u32::from(is_section_of(virtio, idstr)),
     };
     instance_id < instances
 }
@@ -215,6 +240,13 @@ pub fn load(sections: &[DeviceSection], profile: &Profile, state: &mut MachineSt
             (DeviceState::Mc146818Rtc(from), _) => state.rtc = Some(chips::load_rtc(from)),
             (DeviceState::KvmTprOpt(from), _) => chips::expect_inactive(from).map_err(refused)?,
             (DeviceState::GlobalState(from), _) => running = from.name() == Some(RUNNING),
+            (
+                DeviceState::VirtioBlk(_)
+                | DeviceState::VirtioNet(_)
+                | DeviceState::VirtioRng(_)
+                | DeviceState::VirtioConsole(_),
+                _,
+            ) if is_section_of(&state.virtio, idstr) => {}
             _ => return Err(refused("this machine has no such device".into())),
         }
         state.carried.keep(idstr.as_str().unwrap_or_default(), *instance_id, loaded);

@@ -1,0 +1,109 @@
+//! Which virtio devices sit on which virtio-mmio transport.
+//!
+//! QEMU's microvm has 24 transports (with two IOAPICs, from 7.2 on) at [`BASE`], [`STRIDE`] bytes apart, and gives the
+//! last of them to the first device of its command line (addresses and order from the sections of 7.2, 10.0 and 11.1).
+//!
+//! The devices have no model here: a guest that has them is kept with everything it knows about them, and goes back to
+//! a QEMU, but cannot run.
+
+use std::fmt;
+use std::str::FromStr;
+
+use qevm_wire::CountedString;
+
+/// Address of the first transport.
+const BASE: u64 = 0xfeb0_0000;
+/// Bytes from one transport to the next.
+const STRIDE: u64 = 0x200;
+/// Transports of a microvm with two IOAPICs, and so the number of devices it can have.
+pub const TRANSPORTS: usize = 24;
+
+/// A virtio device, by the name that QEMU's `-device` has for it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum VirtioDevice {
+    /// `virtio-blk-device`
+    Block,
+    /// `virtio-net-device`
+    Net,
+    /// `virtio-rng-device`
+    Rng,
+    /// `virtio-serial-device`, with or without consoles and ports
+    Serial,
+}
+
+/// Each device, its name on the command line and the name of its section.
+const NAMES: [(VirtioDevice, &str, &str); 4] = [
+    (VirtioDevice::Block, "virtio-blk-device", "virtio-blk"),
+    (VirtioDevice::Net, "virtio-net-device", "virtio-net"),
+    (VirtioDevice::Rng, "virtio-rng-device", "virtio-rng"),
+    (VirtioDevice::Serial, "virtio-serial-device", "virtio-console"),
+];
+
+impl VirtioDevice {
+    fn names(self) -> (&'static str, &'static str) {
+        NAMES.iter().find(|(device, ..)| *device == self).map_or(("", ""), |(_, option, section)| (option, section))
+    }
+
+    /// The `idstr` of its section when it is device number `position` (from 0) of the command line, below [`TRANSPORTS`].
+    ///
+    /// ```
+    /// use reference_vmm::devices::VirtioDevice;
+    ///
+    /// assert_eq!(VirtioDevice::Block.idstr(0), "virtio-mmio@00000000feb02e00/virtio-blk");
+    /// assert_eq!(VirtioDevice::Rng.idstr(2), "virtio-mmio@00000000feb02a00/virtio-rng");
+    /// ```
+    pub fn idstr(self, position: usize) -> String {
+        let transport = (TRANSPORTS - 1).saturating_sub(position) as u64;
+        format!("virtio-mmio@{:016x}/{}", BASE + transport * STRIDE, self.names().1)
+    }
+}
+
+impl fmt::Display for VirtioDevice {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.names().0)
+    }
+}
+
+impl FromStr for VirtioDevice {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<VirtioDevice, String> {
+        let found = NAMES.iter().find(|(_, option, _)| *option == text);
+        found.map(|(device, ..)| *device).ok_or_else(|| {
+            let known: Vec<&str> = NAMES.iter().map(|(_, option, _)| *option).collect();
+            format!("'{text}' is not one of {}, without options", known.join(", "))
+        })
+    }
+}
+
+/// Whether `idstr` names the section of one of `devices`, in the order of the command line.
+pub(crate) fn is_section_of(devices: &[VirtioDevice], idstr: &CountedString) -> bool {
+    devices.iter().enumerate().any(|(position, device)| *idstr == *device.idstr(position).as_str())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_qemus() {
+        for (device, option, _) in NAMES {
+            assert_eq!(option.parse(), Ok(device));
+            assert_eq!(device.to_string(), option);
+        }
+        for bad in ["", "virtio-blk", "virtio-blk-device,drive=d", "virtio-blk-pci"] {
+            assert!(bad.parse::<VirtioDevice>().is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn sections_belong_to_a_device_at_its_place() {
+        let devices = [VirtioDevice::Block, VirtioDevice::Serial];
+        let has = |idstr: &str| is_section_of(&devices, &CountedString::new(idstr).unwrap());
+        assert!(has("virtio-mmio@00000000feb02e00/virtio-blk"));
+        assert!(has("virtio-mmio@00000000feb02c00/virtio-console"));
+        assert!(!has("virtio-mmio@00000000feb02c00/virtio-blk"));
+        assert!(!has("virtio-mmio@00000000feb02a00/virtio-console"));
+    }
+}
