@@ -20,6 +20,7 @@ extern crate self as reference_vmm;
 pub mod command;
 pub mod devices;
 pub mod dirty_log;
+pub mod dirty_rate;
 pub mod error;
 pub mod machine;
 pub mod memory;

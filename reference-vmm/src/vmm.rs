@@ -1,5 +1,6 @@
 //! A machine with its run state and its migrations: what QMP controls.
 
+use crate::dirty_rate::{self, Gauge, LogClaim};
 use crate::machine::{Machine, RunState as VcpuState};
 use crate::migration::{
     Address, Arrival, Channel, DeviceSection, DirtyLog, Guest, GuestError, Job, Listener, MigrationError, Mode, Notice,
@@ -9,6 +10,7 @@ use qevm_multifd::compression::Compression;
 use qevm_wire::{CountedString, Profile, QemuVersion, capability::Context};
 use serde_json::{Value, json};
 use std::{
+    ops::Range,
     sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, mpsc},
     thread,
     time::{Duration, SystemTime},
@@ -73,6 +75,9 @@ impl Event {
 pub struct Vmm {
     machine: Machine,
     profile: Mutex<Profile>,
+    dirty_rate: Gauge,
+    /// Why the machine cannot migrate.
+    blockers: Mutex<Vec<String>>,
     /// The outgoing migration.
     outgoing: Arc<Job>,
     /// The incoming migration.
@@ -110,6 +115,8 @@ impl Vmm {
         let vmm = Arc::new(Vmm {
             machine,
             profile: Mutex::new(profile),
+            dirty_rate: Gauge::default(),
+            blockers: Mutex::default(),
             outgoing: Arc::default(),
             incoming: Arc::default(),
             state: Mutex::new(state),
@@ -221,11 +228,54 @@ impl Vmm {
         self.start()
     }
 
+    /// Starts to measure how fast the guest dirties memory, in a thread of its own.
+    ///
+    /// # Errors
+    /// [`dirty_rate::Refused`].
+    pub fn measure_dirty_rate(
+        self: &Arc<Self>,
+        time: Duration,
+        mode: dirty_rate::Mode,
+        sample_pages: Option<u64>,
+    ) -> Result<(), dirty_rate::Refused> {
+        self.dirty_rate.begin(time, mode, sample_pages)?;
+        let vmm = self.clone();
+        thread::spawn(move || vmm.dirty_rate.measure(&*vmm, || vmm.machine.start_dirty_log()));
+        Ok(())
+    }
+
+    /// What was last measured of how fast the guest dirties memory.
+    pub fn dirty_rate(&self) -> dirty_rate::Report {
+        self.dirty_rate.report()
+    }
+
+    /// Forbids to migrate, as a device does whose state cannot travel, until the same reason is
+    /// [taken back](Vmm::unblock_migration). It does not end a migration that has begun.
+    pub fn block_migration(&self, reason: impl Into<String>) {
+        self.lock_blockers().push(reason.into());
+    }
+
+    /// Takes back one [`block_migration`](Vmm::block_migration) of this reason.
+    pub fn unblock_migration(&self, reason: &str) {
+        let mut blockers = self.lock_blockers();
+        if let Some(index) = blockers.iter().position(|blocker| blocker == reason) {
+            blockers.remove(index);
+        }
+    }
+
+    /// Why the machine cannot migrate; empty if it can.
+    pub fn blockers(&self) -> Vec<String> {
+        self.lock_blockers().clone()
+    }
+
     /// Begins a migration to `address`, which goes on in a thread of its own.
     ///
     /// # Errors
-    /// [`Refused::InProgress`] while one is under way.
+    /// [`Refused::Blocked`]; [`Refused::InProgress`] while one is under way.
     pub fn migrate(self: &Arc<Self>, address: Address) -> Result<(), Refused> {
+        if let Some(reason) = self.blockers().into_iter().next() {
+            return Err(Refused::Blocked(reason));
+        }
         self.outgoing.begin()?;
         let vmm = self.clone();
         thread::spawn(move || {
@@ -344,8 +394,28 @@ impl Vmm {
         was_running
     }
 
+    fn lock_blockers(&self) -> MutexGuard<'_, Vec<String>> {
+        self.blockers.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// The dirty log of a migration, which is the only one to have it. The log ends before the claim.
+struct ClaimedLog<'v> {
+    log: Box<dyn DirtyLog + 'v>,
+    _claim: LogClaim<'v>,
+}
+
+impl DirtyLog for ClaimedLog<'_> {
+    fn read(&mut self, found: &mut dyn FnMut(usize, usize, u64)) -> Result<(), GuestError> {
+        self.log.read(found)
+    }
+
+    fn reset(&mut self, block: usize, pages: Range<u64>) -> Result<(), GuestError> {
+        self.log.reset(block, pages)
     }
 }
 
@@ -360,7 +430,8 @@ impl Guest for Vmm {
     }
 
     fn start_dirty_log(&self) -> Result<Box<dyn DirtyLog + '_>, GuestError> {
-        self.machine.start_dirty_log()
+        let claim = self.dirty_rate.take_log();
+        Ok(Box::new(ClaimedLog { log: self.machine.start_dirty_log()?, _claim: claim }))
     }
 
     fn pause(&self) -> Result<bool, GuestError> {
@@ -385,6 +456,10 @@ impl Guest for Vmm {
 
     fn load_devices(&self, devices: &[DeviceSection]) -> Result<bool, GuestError> {
         self.machine.load_devices(devices)
+    }
+
+    fn throttle(&self, per_cent: u8) -> Result<(), GuestError> {
+        Ok(self.machine.throttle(per_cent)?)
     }
 
     fn handed_over(&self) {

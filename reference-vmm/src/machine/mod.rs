@@ -21,6 +21,7 @@ mod clock;
 mod cpuid;
 mod kvm_state;
 mod run_control;
+mod throttle;
 mod vcpu;
 
 use std::collections::BTreeMap;
@@ -45,6 +46,8 @@ use clock::VirtualClock;
 use kvm_state::Held;
 use run_control::RunControl;
 pub use run_control::{RunState, Stop};
+pub use throttle::MAX_THROTTLE;
+use throttle::Throttle;
 use vcpu::Vcpu;
 
 /// Most vCPUs a machine can have.
@@ -92,6 +95,7 @@ impl Default for MachineConfig {
 pub struct Machine {
     vcpus: Arc<[Vcpu]>,
     control: Arc<RunControl>,
+    throttle: Throttle,
     threads: Vec<std::thread::JoinHandle<()>>,
     devices: Arc<Devices>,
     clock: Mutex<VirtualClock>,
@@ -168,6 +172,7 @@ impl Machine {
         let mut machine = Machine {
             vcpus,
             control,
+            throttle: Throttle::default(),
             threads,
             devices,
             clock: Mutex::new(VirtualClock::default()),
@@ -180,7 +185,13 @@ impl Machine {
             vm,
         };
         for index in 0..config.cpus {
-            machine.threads.push(vcpu::spawn(&machine.vcpus, index, &machine.control, &machine.devices)?);
+            machine.threads.push(vcpu::spawn(
+                &machine.vcpus,
+                index,
+                &machine.control,
+                machine.throttle.brake(),
+                &machine.devices,
+            )?);
         }
         machine.control.wait_parked();
         Ok(machine)
@@ -259,6 +270,21 @@ impl Machine {
         lock(&self.devices.serial).flush();
     }
 
+    /// Makes the vCPUs stand still for so many per cent of their time (at most [`MAX_THROTTLE`]); 0 lets them run.
+    ///
+    /// # Errors
+    /// [`Error::Host`] when the host has no thread for it.
+    pub fn throttle(&self, per_cent: u8) -> Result<()> {
+        self.throttle.set(per_cent, &self.vcpus)?;
+        self.control.wake();
+        Ok(())
+    }
+
+    /// For how many per cent of their time the vCPUs stand still.
+    pub fn throttled(&self) -> u8 {
+        self.throttle.per_cent()
+    }
+
     /// Waits until the guest stops by itself, at most that long. `None`: it had not.
     pub fn wait_stop(&self, timeout: Duration) -> Option<Stop> {
         self.control.wait_stop(timeout)
@@ -295,6 +321,7 @@ impl Machine {
 
 impl Drop for Machine {
     fn drop(&mut self) {
+        self.throttle.end();
         self.control.exit();
         self.devices.rtc.iter().for_each(|rtc| rtc.end());
         self.vcpus.iter().for_each(Vcpu::kick);

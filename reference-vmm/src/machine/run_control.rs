@@ -101,6 +101,7 @@ impl RunControl {
         let mut inner = lock(&self.inner);
         if inner.phase == Phase::Run {
             inner.phase = Phase::Pause;
+            self.changed.notify_all();
         }
         kick();
         while inner.parked < inner.threads {
@@ -150,6 +151,20 @@ impl RunControl {
         }
         inner.parked -= 1;
         inner.phase == Phase::Run
+    }
+
+    /// Called by a vCPU thread: waits that long, or until it may not run any more, or `enough` says so after a
+    /// [`wake`](RunControl::wake).
+    pub(crate) fn nap(&self, time: Duration, enough: impl Fn() -> bool) {
+        let sleepy = |inner: &mut Inner| inner.phase == Phase::Run && !enough();
+        let nap = self.changed.wait_timeout_while(lock(&self.inner), time, sleepy);
+        drop(nap.unwrap_or_else(|poison| poison.into_inner()));
+    }
+
+    /// Makes those who [nap](RunControl::nap) ask whether it was enough.
+    pub(crate) fn wake(&self) {
+        let _inner = lock(&self.inner);
+        self.changed.notify_all();
     }
 
     /// Called by a vCPU thread: the guest has stopped. The first reason counts.

@@ -10,6 +10,7 @@ use kvm_ioctls::{VcpuExit, VcpuFd};
 use vmm_sys_util::signal::{SIGRTMIN, register_signal_handler};
 
 use super::run_control::{RunControl, Stop};
+use super::throttle::Brake;
 use crate::devices::{Devices, Request, lock};
 use crate::error::{Error, Result};
 
@@ -60,13 +61,18 @@ impl Vcpu {
     }
 
     /// Runs until the run control says otherwise, then completes what the guest has begun.
-    fn run(&self, control: &RunControl, devices: &Devices) -> Option<Stop> {
+    fn run(&self, control: &RunControl, brake: &Brake, devices: &Devices) -> Option<Stop> {
         let mut fd = lock(&self.fd);
+        let mut braked = 0;
         loop {
             // First the flag, then the question: a kick after the question finds the flag down and raises it.
             self.run_page.set_immediate_exit(false);
             if !control.may_run() {
                 break;
+            }
+            if let Some(pause) = brake.due(&mut braked) {
+                control.nap(pause, || brake.released());
+                continue;
             }
             if let Some(stop) = self.enter(&mut fd, devices).1 {
                 return Some(stop);
@@ -122,6 +128,7 @@ pub(crate) fn spawn(
     vcpus: &Arc<[Vcpu]>,
     index: usize,
     control: &Arc<RunControl>,
+    brake: &Arc<Brake>,
     devices: &Arc<Devices>,
 ) -> Result<JoinHandle<()>> {
     static HANDLER: Once = Once::new();
@@ -129,10 +136,11 @@ pub(crate) fn spawn(
         register_signal_handler(kick_signal(), ignore).expect("a real-time signal can be handled");
     });
     let (vcpus_, control, devices) = (Arc::clone(vcpus), Arc::clone(control), Arc::clone(devices));
+    let brake = Arc::clone(brake);
     let body = move || {
         let _gone = Gone(&control);
         while control.park() {
-            if let Some(stop) = vcpus_[index].run(&control, &devices) {
+            if let Some(stop) = vcpus_[index].run(&control, &brake, &devices) {
                 control.stopped(stop);
                 vcpus_.iter().for_each(Vcpu::kick);
             }

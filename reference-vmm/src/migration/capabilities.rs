@@ -9,7 +9,7 @@ use qevm_wire::{
 pub const KNOWN: [(&str, bool); 21] = [
     ("xbzrle", false),
     ("rdma-pin-all", false),
-    ("auto-converge", false),
+    ("auto-converge", true),
     ("events", true),
     ("postcopy-ram", false),
     ("x-colo", false),
@@ -45,6 +45,8 @@ pub(crate) const RULES: QemuVersion = QemuVersion::new(11, 1);
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 #[non_exhaustive]
 pub struct Capabilities {
+    /// `auto-converge`: the guest is slowed down when it dirties memory faster than the link carries it.
+    pub auto_converge: bool,
     /// `return-path`: the destination answers, and the source waits for its verdict.
     pub return_path: bool,
     /// `switchover-ack`: the source switches over only when the destination's devices have agreed; needs `return-path`.
@@ -122,6 +124,7 @@ impl Capabilities {
 
     fn slot(&mut self, name: &str) -> Option<&mut bool> {
         match name {
+            "auto-converge" => Some(&mut self.auto_converge),
             "return-path" => Some(&mut self.return_path),
             "switchover-ack" => Some(&mut self.switchover_ack),
             "pause-before-switchover" => Some(&mut self.pause_before_switchover),

@@ -57,6 +57,14 @@ pub trait Guest: Send + Sync {
     /// The guest's own; the guest is unusable then.
     fn load_devices(&self, devices: &[DeviceSection]) -> Result<bool, GuestError>;
 
+    /// Makes the vCPUs stand still for so many per cent of their time, 0 to 99; for capability `auto-converge`.
+    ///
+    /// # Errors
+    /// The guest's own.
+    fn throttle(&self, per_cent: u8) -> Result<(), GuestError> {
+        if per_cent == 0 { Ok(()) } else { Err("the vCPUs of this machine cannot be slowed down".into()) }
+    }
+
     /// The guest has gone to the destination for good; told at the source.
     fn handed_over(&self) {}
 }

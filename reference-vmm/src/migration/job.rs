@@ -38,12 +38,15 @@ struct State {
 }
 
 /// A request that does not fit the state of the migration.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum Refused {
     /// A migration is under way.
     #[error("There's a migration process in progress")]
     InProgress,
+    /// Something in the machine forbids it; its reason.
+    #[error("{0}")]
+    Blocked(String),
     /// `migrate-continue` names a state that the migration is not in.
     #[error("Migration not in expected state: {}", .0.as_str())]
     NotInState(Status),

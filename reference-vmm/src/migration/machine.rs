@@ -47,6 +47,10 @@ impl Guest for Machine {
         Ok(Machine::resume(self)?)
     }
 
+    fn throttle(&self, per_cent: u8) -> Result<(), GuestError> {
+        Ok(Machine::throttle(self, per_cent)?)
+    }
+
     fn save_devices(&self, profile: &Profile, running: bool) -> Result<SavedDevices, GuestError> {
         Ok(sections::save(&self.save_state()?, profile, running)?)
     }

@@ -25,6 +25,7 @@ mod address;
 pub mod bitmap;
 mod capabilities;
 mod channel;
+mod converge;
 mod destination;
 mod error;
 mod guest;

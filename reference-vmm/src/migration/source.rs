@@ -1,8 +1,9 @@
 //! The source engine: precopy of a running guest, switchover, handover.
 
 use super::{
-    Channel, DeviceSection, DirtyLog, Guest, Job, MigrationError, Notice, SavedDevices, Status,
+    Channel, DeviceSection, DirtyLog, Guest, Job, MigrationError, Mode, Notice, SavedDevices, Status,
     channel::{Source, write_all},
+    converge::AutoConverge,
     handover,
     ram_sender::{RamSender, Sent},
     rate::RateLimiter,
@@ -78,6 +79,7 @@ struct Engine<'e> {
     /// Bytes and time up to which [`Bandwidth`] was told.
     accounted: (u64, Duration),
     passes: u64,
+    converge: AutoConverge,
     stopped: Option<Stopped>,
     handed_over: Option<Instant>,
 }
@@ -108,6 +110,7 @@ impl<'e> Engine<'e> {
             transferred: 0,
             accounted: (0, Duration::ZERO),
             passes: 0,
+            converge: AutoConverge::default(),
             stopped: None,
             handed_over: None,
         }
@@ -115,6 +118,9 @@ impl<'e> Engine<'e> {
 
     fn run(&mut self) -> Result<(), MigrationError> {
         let guest = self.guest;
+        if self.job.parameters().mode == Mode::CprReboot {
+            self.pause()?;
+        }
         let mut log = guest.start_dirty_log().map_err(MigrationError::guest("start the dirty log"))?;
         let mut ram = RamSender::new(guest.ram(), PageGeometry::X86);
         self.set_up(&ram)?;
@@ -251,14 +257,8 @@ impl<'e> Engine<'e> {
     /// Stops the guest.
     fn stop(&mut self) -> Result<(), MigrationError> {
         self.check()?;
-        let at = Instant::now();
-        let stopped_at = monotonic_now();
-        let was_running = self.guest.pause().map_err(MigrationError::guest("stop the guest"))?;
-        self.stopped = Some(Stopped { at, was_running });
-        self.job.update(|statistics| {
-            statistics.stopped_at = Some(stopped_at);
-            statistics.ram.precopy_bytes = self.transferred;
-        });
+        self.pause()?;
+        self.job.update(|statistics| statistics.ram.precopy_bytes = self.transferred);
         if self.job.capabilities().pause_before_switchover {
             self.job.advance(Status::PreSwitchover)?;
             while !self.job.may_go_on(PRE_SWITCHOVER_POLL)? {
@@ -266,6 +266,19 @@ impl<'e> Engine<'e> {
             }
         }
         self.job.advance(Status::Device)
+    }
+
+    /// Stops the guest, unless the mode did it already.
+    fn pause(&mut self) -> Result<(), MigrationError> {
+        if self.stopped.is_some() {
+            return Ok(());
+        }
+        let at = Instant::now();
+        let stopped_at = monotonic_now();
+        let was_running = self.guest.pause().map_err(MigrationError::guest("stop the guest"))?;
+        self.stopped = Some(Stopped { at, was_running });
+        self.job.update(|statistics| statistics.stopped_at = Some(stopped_at));
+        Ok(())
     }
 
     fn save_devices(&self) -> Result<SavedDevices, MigrationError> {
@@ -337,8 +350,34 @@ impl<'e> Engine<'e> {
             statistics.ram.dirty_sync_count = self.passes;
             statistics.ram.remaining = remaining;
         });
-        self.job.notify(Notice::Pass(self.passes));
+        // QEMU 11.1 does not tell the first.
+        if self.passes > 1 {
+            self.job.notify(Notice::Pass(self.passes));
+        }
+        self.slow_down(new * PageGeometry::X86.size())?;
         Ok(new)
+    }
+
+    /// Slows a running guest down if it dirties too much for the link (capability `auto-converge`).
+    fn slow_down(&mut self, dirtied: u64) -> Result<(), MigrationError> {
+        if !self.job.capabilities().auto_converge || self.stopped.is_some() || self.passes == 1 {
+            return Ok(());
+        }
+        let (now, parameters) = (self.start.elapsed(), self.job.parameters());
+        if let Some(per_cent) = self.converge.dirty_log_read(now, dirtied, self.transferred, &parameters) {
+            tracing::info!(per_cent, "auto-converge slows the vCPUs down");
+            self.guest.throttle(per_cent).map_err(MigrationError::guest("slow the vCPUs down"))?;
+            self.job.update(|statistics| statistics.throttled = Some(per_cent));
+        }
+        Ok(())
+    }
+
+    fn let_run(&self) {
+        if self.job.statistics().throttled.is_some()
+            && let Err(error) = self.guest.throttle(0)
+        {
+            tracing::error!("the vCPUs stay slow: {error}");
+        }
     }
 
     fn flush(&mut self, doing: &'static str) -> Result<(), MigrationError> {
@@ -396,6 +435,7 @@ impl<'e> Engine<'e> {
     fn back_out(&mut self, error: MigrationError) -> MigrationError {
         // First of all the destination must not get any further.
         self.channel.close();
+        self.let_run();
         let was_running = self.stopped.take().is_some_and(|stopped| stopped.was_running);
         if was_running && let Err(resume) = self.guest.resume() {
             let source = format!("{resume} (the migration had failed: {error})").into();
@@ -413,6 +453,7 @@ impl<'e> Engine<'e> {
             }
         });
         if result.is_ok() {
+            self.let_run();
             self.guest.handed_over();
         }
         self.job.end(result.as_ref().err());

@@ -111,6 +111,8 @@ pub struct Statistics {
     pub expected_downtime: Duration,
     /// `CLOCK_MONOTONIC` when the last vCPU had stopped.
     pub stopped_at: Option<Duration>,
+    /// For how many per cent of their time the vCPUs stand still, once `auto-converge` has slowed them down.
+    pub throttled: Option<u8>,
     /// Why the migration failed.
     pub error: Option<String>,
     /// What does not shrink, when the guest dirties faster than the link carries.
@@ -133,6 +135,9 @@ impl Statistics {
             put("expected-downtime", millis(self.expected_downtime));
             // RAM is what this machine has to send while it runs; its devices' state is a few kilobytes at the end.
             put("remaining", self.ram.remaining.into());
+            if let Some(per_cent) = self.throttled {
+                put("cpu-throttle-percentage", per_cent.into());
+            }
         }
         if under_way || self.status == Status::Completed {
             put("total-time", millis(self.total_time));

@@ -1,6 +1,6 @@
 //! The commands.
 
-use super::{arguments::Arguments, protocol::Failure};
+use super::{arguments::Arguments, dirty_rate, protocol::Failure};
 use crate::{
     migration::{Address, KNOWN_CAPABILITIES, Status},
     vmm::{Exit, RunState, Vmm},
@@ -11,7 +11,9 @@ use std::sync::Arc;
 type Command = fn(&Arc<Vmm>, &mut Arguments) -> Result<Value, Failure>;
 
 /// Every command but `qmp_capabilities`.
-const COMMANDS: [(&str, Command); 22] = [
+const COMMANDS: [(&str, Command); 27] = [
+    ("calc-dirty-rate", dirty_rate::calc),
+    ("cancel-vcpu-dirty-limit", dirty_rate::cancel_limit),
     ("cont", cont),
     ("migrate", migrate),
     ("migrate-continue", migrate_continue),
@@ -23,13 +25,16 @@ const COMMANDS: [(&str, Command); 22] = [
     ("migrate-start-postcopy", migrate_start_postcopy),
     ("migrate_cancel", migrate_cancel),
     ("query-commands", query_commands),
+    ("query-dirty-rate", dirty_rate::query),
     ("query-migrate", query_migrate),
     ("query-migrate-capabilities", query_migrate_capabilities),
     ("query-migrate-parameters", query_migrate_parameters),
     ("query-name", query_nothing),
     ("query-status", query_status),
+    ("query-vcpu-dirty-limit", dirty_rate::query_limit),
     ("query-version", query_version),
     ("quit", quit),
+    ("set-vcpu-dirty-limit", dirty_rate::set_limit),
     ("stop", stop),
     ("x-query-handover", query_handover),
     ("x-query-rounds", query_rounds),
@@ -46,11 +51,11 @@ pub(super) fn execute(vmm: &Arc<Vmm>, name: &str, arguments: Map<String, Value>)
 }
 
 /// Ends the taking of arguments.
-fn only(arguments: &mut Arguments) -> Result<(), Failure> {
+pub(super) fn only(arguments: &mut Arguments) -> Result<(), Failure> {
     Arguments::new(arguments.drain()).finish()
 }
 
-fn empty() -> Value {
+pub(super) fn empty() -> Value {
     json!({})
 }
 
@@ -291,14 +296,20 @@ fn query_migrate_parameters(vmm: &Arc<Vmm>, arguments: &mut Arguments) -> Result
 fn query_migrate(vmm: &Arc<Vmm>, arguments: &mut Arguments) -> Result<Value, Failure> {
     only(arguments)?;
     let outgoing = vmm.outgoing().statistics();
-    if outgoing.status != Status::None {
-        return Ok(outgoing.to_json());
+    let mut object = match outgoing.status {
+        Status::None => vmm.incoming().statistics().to_json_incoming(),
+        _ => outgoing.to_json(),
+    };
+    if outgoing.status == Status::None
+        && let Some(address) = vmm.listening()
+    {
+        object["socket-address"] = json!([socket_address(&address)]);
     }
-    let mut incoming = vmm.incoming().statistics().to_json_incoming();
-    if let (Some(address), Value::Object(object)) = (vmm.listening(), &mut incoming) {
-        object.insert("socket-address".into(), json!([socket_address(&address)]));
+    let blockers = vmm.blockers();
+    if !blockers.is_empty() {
+        object["blocked-reasons"] = json!(blockers);
     }
-    Ok(incoming)
+    Ok(object)
 }
 
 fn socket_address(address: &Address) -> Value {

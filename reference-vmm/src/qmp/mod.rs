@@ -7,6 +7,7 @@
 mod arguments;
 mod client;
 mod commands;
+mod dirty_rate;
 mod protocol;
 mod server;
 

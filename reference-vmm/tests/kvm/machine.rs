@@ -4,11 +4,13 @@ use std::time::Duration;
 
 use reference_vmm::Error;
 use reference_vmm::machine::{Machine, MachineConfig, RunState, Stop};
+use reference_vmm::payload::Progress;
 
 use crate::Test;
 use crate::guest::Guest;
 
 pub(crate) const TESTS: &[Test] = &[
+    ("machine_runs_as_slowly_as_it_is_told", runs_as_slowly_as_told),
     ("machine_pauses_and_resumes", pauses_and_resumes),
     ("machine_state_needs_a_pause", state_needs_a_pause),
     ("machine_reports_a_triple_fault", reports_a_triple_fault),
@@ -19,6 +21,35 @@ pub(crate) const TESTS: &[Test] = &[
 
 const MIB: u64 = 1 << 20;
 const SECOND: Duration = Duration::from_secs(1);
+
+fn runs_as_slowly_as_told() {
+    let guest = Guest::boot(32 * MIB, 2, "dirty=1M hold=1M zero=1M report=20");
+    // This may be a busy machine, where a free vCPU does not get a whole CPU either.
+    let written_in = |time: Duration| {
+        let last =
+            || guest.console.lines().iter().rev().find_map(|line| Progress::parse(line)).map_or(0, |p| p.written);
+        let before = last();
+        std::thread::sleep(time);
+        last() - before
+    };
+    guest.wait_for_passes();
+    let free = written_in(2 * SECOND);
+    guest.machine.throttle(97).unwrap();
+    // In what it may run there may be no line at all.
+    let slow = written_in(2 * SECOND);
+    assert!(slow * 2 < free, "{free} pages written in two seconds, and slowed down by 97 % {slow}");
+    // The pauses are no obstacle to stopping.
+    guest.machine.throttle(99).unwrap();
+    std::thread::sleep(Duration::from_millis(50));
+    let start = std::time::Instant::now();
+    guest.machine.pause();
+    assert!(start.elapsed() < Duration::from_millis(500), "{:?}", start.elapsed());
+    guest.machine.resume().unwrap();
+    guest.machine.throttle(0).unwrap();
+    let again = written_in(2 * SECOND);
+    assert!(slow * 2 < again, "{again} pages written in two seconds afterwards, {slow} before");
+    guest.assert_healthy();
+}
 
 fn pauses_and_resumes() {
     let guest = Guest::boot(32 * MIB, 3, "dirty=1M hold=1M zero=1M report=20");

@@ -16,6 +16,9 @@ pub(crate) const TESTS: &[Test] = &[
     ("qmp_controls_a_guest", controls_a_guest),
     ("qmp_refuses_with_qemus_words", refuses_with_qemus_words),
     ("qmp_migrates_a_guest", migrates_a_guest),
+    ("qmp_measures_the_dirty_rate", measures_the_dirty_rate),
+    ("qmp_names_what_blocks_a_migration", names_what_blocks_a_migration),
+    ("auto_converge_slows_a_guest_down_until_it_migrates", auto_converge),
     ("demo_moves_the_guest", demo_moves_the_guest),
 ];
 
@@ -137,6 +140,82 @@ fn migrates_a_guest() {
     assert_eq!(here.execute("query-status", json!({})).unwrap()["status"], "postmigrate");
     assert_eq!(there.execute("query-status", json!({})).unwrap()["status"], "running");
     assert_eq!(there.execute("query-migrate", json!({})).unwrap()["status"], "completed");
+    let line = arrived.wait_for_line("qevm-payload pass=");
+    assert!(line.contains(" stale=0 "), "{line}");
+}
+
+/// The payload dirties 8 MiB per second (and a few pages beside).
+fn measures_the_dirty_rate() {
+    let directory = tempfile::tempdir().unwrap();
+    let (_vmm, _server, mut client, console) = serve(directory.path(), "q", false);
+    client.execute("cont", json!({})).unwrap();
+    console.wait_for_line("qevm-payload pass=");
+    for mode in ["dirty-bitmap", "page-sampling"] {
+        client
+            .execute("calc-dirty-rate", json!({ "calc-time": 300, "calc-time-unit": "millisecond", "mode": mode }))
+            .unwrap();
+        assert_eq!(
+            refused(&mut client, "calc-dirty-rate", json!({ "calc-time": 1 })),
+            "the dirty rate is already being measured."
+        );
+        let deadline = Instant::now() + PATIENCE;
+        let report = loop {
+            let report = client.execute("query-dirty-rate", json!({ "calc-time-unit": "millisecond" })).unwrap();
+            match report["status"].as_str() {
+                Some("measuring") => assert!(Instant::now() < deadline),
+                _ => break report,
+            }
+            std::thread::sleep(Duration::from_millis(5));
+        };
+        assert_eq!((&report["status"], &report["mode"]), (&json!("measured"), &json!(mode)), "{report}");
+        assert_eq!(report["calc-time"], 300);
+        let rate = report["dirty-rate"].as_u64().unwrap();
+        // Sampling counts a page once, however often it changes, and sees 16 pages of this small guest.
+        let plausible = if mode == "dirty-bitmap" { 2..=30 } else { 0..=120 };
+        assert!(plausible.contains(&rate), "{report}");
+    }
+}
+
+fn names_what_blocks_a_migration() {
+    let directory = tempfile::tempdir().unwrap();
+    let (vmm, _server, mut client, _) = serve(directory.path(), "q", false);
+    vmm.block_migration("device 'd' cannot migrate");
+    let uri = json!({ "uri": format!("unix:{}/nobody", directory.path().display()) });
+    assert_eq!(refused(&mut client, "migrate", uri.clone()), "device 'd' cannot migrate");
+    let blocked = json!({ "blocked-reasons": ["device 'd' cannot migrate"] });
+    assert_eq!(client.execute("query-migrate", json!({})).unwrap(), blocked);
+    vmm.unblock_migration("device 'd' cannot migrate");
+    client.execute("migrate", uri).unwrap();
+}
+
+/// 8 MiB per second are dirtied, and 4 can be sent: without help this never ends.
+fn auto_converge() {
+    let directory = tempfile::tempdir().unwrap();
+    let (here_vmm, _a, mut here, console) = serve(directory.path(), "here", false);
+    let (_there_vmm, _b, mut there, arrived) = serve(directory.path(), "there", true);
+    here.execute("cont", json!({})).unwrap();
+    console.wait_for_line("qevm-payload pass=");
+    let capabilities = json!([{ "capability": "auto-converge", "state": true }]);
+    here.execute("migrate-set-capabilities", json!({ "capabilities": capabilities })).unwrap();
+    let parameters = json!({ "max-bandwidth": 4 << 20, "downtime-limit": 20, "cpu-throttle-initial": 99 });
+    here.execute("migrate-set-parameters", parameters).unwrap();
+    let uri = json!({ "uri": format!("unix:{}/migration", directory.path().display()) });
+    there.execute("migrate-incoming", uri.clone()).unwrap();
+    here.execute("migrate", uri).unwrap();
+    let (mut seen, deadline) = (None, Instant::now() + PATIENCE);
+    loop {
+        let migration = here.execute("query-migrate", json!({})).unwrap();
+        if let Some(per_cent) = migration.get("cpu-throttle-percentage") {
+            seen = per_cent.as_u64();
+        }
+        match migration["status"].as_str() {
+            Some("completed") => break,
+            _ => assert!(Instant::now() < deadline, "{migration}"),
+        }
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    assert_eq!(seen, Some(99));
+    assert_eq!(here_vmm.machine().throttled(), 0);
     let line = arrived.wait_for_line("qevm-payload pass=");
     assert!(line.contains(" stale=0 "), "{line}");
 }

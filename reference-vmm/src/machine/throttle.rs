@@ -1,0 +1,177 @@
+//! Slowing vCPUs down: each in turn runs for a while and then stands still for a while.
+
+use std::fmt;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Condvar, Mutex};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use super::vcpu::Vcpu;
+use crate::devices::lock;
+use crate::error::{Error, Result};
+
+/// How long a vCPU runs between two pauses (QEMU 11.1).
+const TIMESLICE: Duration = Duration::from_millis(10);
+/// The most, in per cent, that a vCPU stands still (QEMU 11.1).
+pub const MAX_THROTTLE: u8 = 99;
+
+/// What the vCPU threads look at.
+#[derive(Debug, Default)]
+pub(crate) struct Brake {
+    /// Counts the pauses that were asked for.
+    pauses: AtomicU64,
+    /// Length of a pause in nanoseconds.
+    length: AtomicU64,
+}
+
+impl Brake {
+    /// The pause to make now, if one was asked for since `seen`.
+    pub(crate) fn due(&self, seen: &mut u64) -> Option<Duration> {
+        let pauses = self.pauses.load(Ordering::Acquire);
+        let length = Duration::from_nanos(self.length.load(Ordering::Relaxed));
+        let due = pauses != std::mem::replace(seen, pauses);
+        Some(length).filter(|length| due && !length.is_zero())
+    }
+
+    fn pull(&self, length: Duration) {
+        self.length.store(length.as_nanos() as u64, Ordering::Relaxed);
+        self.pauses.fetch_add(1, Ordering::Release);
+    }
+
+    /// Whether nothing slows vCPUs down any more.
+    pub(crate) fn released(&self) -> bool {
+        self.length.load(Ordering::Relaxed) == 0
+    }
+
+    fn release(&self) {
+        self.length.store(0, Ordering::Relaxed);
+    }
+}
+
+/// Slows all vCPUs of a machine down alike. At first it does not.
+#[derive(Default)]
+pub(crate) struct Throttle {
+    brake: Arc<Brake>,
+    setting: Arc<Setting>,
+    thread: Mutex<Option<JoinHandle<()>>>,
+}
+
+#[derive(Default)]
+struct Setting {
+    state: Mutex<State>,
+    changed: Condvar,
+}
+
+#[derive(Default)]
+struct State {
+    per_cent: u8,
+    end: bool,
+}
+
+impl Throttle {
+    pub(crate) fn brake(&self) -> &Arc<Brake> {
+        &self.brake
+    }
+
+    /// Makes the vCPUs stand still for so many per cent of their time; 0 lets them run, and more than
+    /// [`MAX_THROTTLE`] is as much as that.
+    pub(crate) fn set(&self, per_cent: u8, vcpus: &Arc<[Vcpu]>) -> Result<()> {
+        let mut thread = lock(&self.thread);
+        let mut state = lock(&self.setting.state);
+        state.per_cent = per_cent.min(MAX_THROTTLE);
+        if per_cent == 0 {
+            self.brake.release();
+        }
+        drop(state);
+        self.setting.changed.notify_all();
+        if per_cent > 0 && thread.is_none() {
+            let (brake, setting, vcpus) = (self.brake.clone(), self.setting.clone(), vcpus.clone());
+            let handle = std::thread::Builder::new()
+                .name("throttle".into())
+                .spawn(move || setting.pull(&brake, &vcpus))
+                .map_err(|cause| Error::Host { what: "start the thread that slows vCPUs down", cause })?;
+            *thread = Some(handle);
+        }
+        Ok(())
+    }
+
+    /// In per cent.
+    pub(crate) fn per_cent(&self) -> u8 {
+        lock(&self.setting.state).per_cent
+    }
+
+    /// Ends its thread: afterwards no vCPU is kicked any more.
+    pub(crate) fn end(&self) {
+        lock(&self.setting.state).end = true;
+        self.setting.changed.notify_all();
+        if let Some(thread) = lock(&self.thread).take()
+            && thread.join().is_err()
+        {
+            tracing::error!("the thread that slows vCPUs down panicked");
+        }
+    }
+}
+
+impl Setting {
+    fn pull(&self, brake: &Brake, vcpus: &[Vcpu]) {
+        let mut state = lock(&self.state);
+        while !state.end {
+            let wait = |state, time| match time {
+                None => self.changed.wait(state).unwrap_or_else(|poison| poison.into_inner()),
+                Some(time) => self.changed.wait_timeout(state, time).unwrap_or_else(|poison| poison.into_inner()).0,
+            };
+            if state.per_cent == 0 {
+                brake.release();
+                state = wait(state, None);
+                continue;
+            }
+            let (period, pause) = rhythm(state.per_cent);
+            brake.pull(pause);
+            vcpus.iter().for_each(Vcpu::kick);
+            state = wait(state, Some(period));
+        }
+        brake.release();
+    }
+}
+
+/// From one pause to the next, and the length of a pause.
+fn rhythm(per_cent: u8) -> (Duration, Duration) {
+    let running = u32::from(100 - per_cent.min(MAX_THROTTLE));
+    (TIMESLICE * 100 / running, TIMESLICE * per_cent.min(MAX_THROTTLE).into() / running)
+}
+
+impl fmt::Debug for Throttle {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Throttle").field("per_cent", &self.per_cent()).finish_non_exhaustive()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_vcpu_runs_a_timeslice_between_pauses() {
+        for per_cent in 1..=MAX_THROTTLE {
+            let (period, pause) = rhythm(per_cent);
+            let runs = (period - pause).as_micros();
+            assert!((9_999..=10_001).contains(&runs), "{per_cent}: {runs} us");
+            let share = pause.as_secs_f64() / period.as_secs_f64() * 100.0;
+            assert!((share - f64::from(per_cent)).abs() < 0.01, "{per_cent}: {share}");
+        }
+        assert_eq!(rhythm(100), rhythm(MAX_THROTTLE));
+    }
+
+    #[test]
+    fn a_pause_is_made_once() {
+        let (brake, mut seen) = (Brake::default(), 0);
+        assert_eq!(brake.due(&mut seen), None);
+        brake.pull(TIMESLICE);
+        brake.pull(TIMESLICE);
+        assert_eq!(brake.due(&mut seen), Some(TIMESLICE));
+        assert_eq!(brake.due(&mut seen), None);
+        brake.pull(TIMESLICE);
+        brake.release();
+        assert_eq!(brake.due(&mut seen), None);
+    }
+}
