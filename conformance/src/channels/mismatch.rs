@@ -90,13 +90,21 @@ pub fn no_switchover(source: &mut Source, subject: &Subject, setup: &Setup, opti
 ///
 /// # Errors
 /// It claims success, hangs, or says nothing.
-pub fn at_target(source: &mut Source, subject: &Subject, sent: &Setup, expected: &Setup) -> Result<String> {
+pub fn at_target(
+    source: &mut Source,
+    subject: &Subject,
+    sent: &Setup,
+    expected: &Setup,
+    options: &[&str],
+) -> Result<String> {
     let input = source.saved(Saved::Plain)?;
     let folder = source.folder()?;
     let mut target = Target::start(source, expected, &folder)?;
     let uri = target.listen(Transport::Unix, &folder)?;
     let started = Instant::now();
-    let finished = subject.run(&send_arguments(source, sent, &input, &uri, PATIENCE))?;
+    let mut arguments = send_arguments(source, sent, &input, &uri, PATIENCE);
+    arguments.extend(options.iter().map(Into::into));
+    let finished = subject.run(&arguments)?;
     let seconds = started.elapsed().as_secs_f64();
     if started.elapsed() > LIMIT {
         bail!("qevm send took {seconds:.1} s");

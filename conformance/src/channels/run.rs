@@ -258,7 +258,9 @@ impl Machine<'_> {
             Case::NotSent(setup) => refused::by_send(source, subject, setup),
             Case::ReceiverDiffers(setup, options, word) => mismatch::at_receiver(source, subject, setup, options, word),
             Case::NoSwitchover(setup, options) => mismatch::no_switchover(source, subject, setup, options),
-            Case::TargetDiffers(sent, expected) => mismatch::at_target(source, subject, sent, expected),
+            Case::TargetDiffers(sent, expected, options) => {
+                mismatch::at_target(source, subject, sent, expected, options)
+            }
             Case::Live(..) => anyhow::bail!("live rows have a source of their own"),
         }
     }

@@ -45,8 +45,8 @@ pub enum Case {
     ReceiverDiffers(Setup, &'static [&'static str], &'static str),
     /// [`super::mismatch::no_switchover`].
     NoSwitchover(Setup, &'static [&'static str]),
-    /// [`super::mismatch::at_target`]: sent, expected.
-    TargetDiffers(Setup, Setup),
+    /// [`super::mismatch::at_target`]: sent, expected, further options of `qevm send`.
+    TargetDiffers(Setup, Setup, &'static [&'static str]),
     /// [`super::live::play`], to a destination of this suite.
     Live(Box<Live>, Suite),
 }
@@ -315,7 +315,12 @@ fn target_differs(table: &mut Table, flavor: Flavor) {
         ("plain-for-multifd", Setup::default(), Setup::multifd(2, "none")),
     ];
     for (what, sent, expected) in pairs {
-        table.add(flavor, format!("sent-differs/{what}"), Case::TargetDiffers(sent, expected));
+        table.add(flavor, format!("sent-differs/{what}"), Case::TargetDiffers(sent, expected, &[]));
+    }
+    if has_modes(flavor.suite) {
+        let setup = || Setup::multifd(2, "none");
+        let case = Case::TargetDiffers(setup(), setup(), &["--multifd-flush-after-each-section", "on"]);
+        table.add(flavor, "sent-differs/flush-each-section-for-each-round".into(), case);
     }
 }
 
