@@ -8,7 +8,7 @@ SHELL := bash
 export CARGO_TERM_COLOR ?= auto
 SKIPPED := $(CURDIR)/target/skipped-tests.txt
 
-.PHONY: demo test setup lint unit doc skipped conformance-full fuzz-smoke
+.PHONY: demo test setup lint unit doc skipped conformance-full bench fuzz-smoke
 
 setup:
 	@scripts/setup
@@ -44,6 +44,10 @@ conformance-full: setup
 	cargo run --release --package qevm-conformance -- channels --full
 	cargo run --release --package qevm-conformance -- trial
 	cargo run --release --package qevm-conformance -- peer --full
+
+# Reading a stream of 1 GiB next to analyze-migration.py. On a machine that does nothing else.
+bench: setup
+	cargo run --release --package qevm-conformance -- bench decode
 
 # Every fuzz target for a minute each, from its committed seeds.
 fuzz-smoke: setup

@@ -48,13 +48,20 @@ impl Script {
         Ok(Script { path })
     }
 
+    /// The command that reads `stream`.
+    pub fn command(&self, stream: &Path) -> Command {
+        let mut command = Command::new("python3");
+        command.arg(&self.path).arg("--file").arg(stream);
+        command
+    }
+
     /// What the script makes of `stream`: an object with one member `idstr (section id)` for each section. The inner
     /// error is the last line that the script prints about a stream that it cannot read.
     ///
     /// # Errors
     /// The script cannot be run, or prints something other than JSON.
     pub fn read(&self, stream: &Path) -> Result<Result<Value, String>> {
-        let finished = run_any(Command::new("python3").arg(&self.path).arg("--file").arg(stream), TIMEOUT)?;
+        let finished = run_any(&mut self.command(stream), TIMEOUT)?;
         if !finished.success {
             let last = finished.stderr.lines().last().unwrap_or_default();
             return Ok(Err(last.chars().take(200).collect()));

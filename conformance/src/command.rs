@@ -17,7 +17,7 @@ use qevm_conformance::report::{Outcome, Report, Row};
 use qevm_conformance::roots::{Root, Suite};
 use qevm_conformance::scenario::Scenario;
 use qevm_conformance::subject::Subject;
-use qevm_conformance::{catalogue, corpus, peer, table, trial};
+use qevm_conformance::{bench, catalogue, corpus, peer, table, trial};
 
 #[derive(Parser)]
 #[command(name = "qevm-conformance", version, about = "Real QEMUs of several releases as the judge of qevm")]
@@ -47,6 +47,11 @@ pub(crate) enum Command {
     Peer(Peer),
     /// Ask real QEMUs single questions: do they load what qevm writes, and does qevm foresee what they refuse
     Trial(Trial),
+    /// Measure qevm against QEMU's own tools, several times each in turn, on a machine that does nothing else
+    Bench {
+        #[command(subcommand)]
+        what: Bench,
+    },
     /// Record scenarios with real QEMU into one folder each, without judging
     Record {
         /// Where the recordings go
@@ -176,6 +181,35 @@ impl Peer {
     }
 }
 
+#[derive(Subcommand)]
+pub(crate) enum Bench {
+    /// Reading a stream from the page cache: skimming over RAM, with digests, with everything checked, and
+    /// analyze-migration.py
+    Decode(Decode),
+}
+
+#[derive(Args)]
+pub(crate) struct Decode {
+    /// Guest RAM, every page of it different and none zero, MiB
+    #[arg(long, default_value_t = 1024, value_parser = clap::value_parser!(u64).range(1..))]
+    mib: u64,
+    /// How often each reader runs
+    #[arg(long, default_value_t = 7, value_parser = clap::value_parser!(u64).range(1..))]
+    repetitions: u64,
+    /// Print nothing but one JSON object
+    #[arg(long)]
+    json: bool,
+}
+
+impl Decode {
+    fn run(self) -> Result<bool> {
+        let options = bench::Options { mib: self.mib, repetitions: self.repetitions, quiet: self.json };
+        let report = bench::decode(&options, &subject()?)?;
+        println!("{}", report.json());
+        Ok(report.holds())
+    }
+}
+
 #[derive(Args)]
 pub(crate) struct Trial {
     /// Only trials whose name contains this (may be given several times)
@@ -232,6 +266,7 @@ impl Command {
             Command::Peer(peer) => peer.run(),
             Command::Demo(demo) => demo.run(),
             Command::Trial(trial) => trial.run(),
+            Command::Bench { what: Bench::Decode(decode) } => decode.run(),
             Command::Record { out, only, again } => record_all(&out, &only, again),
             Command::Analyze { corpus, only } => analyze_all(&corpus, &only),
             Command::Catalogue { corpus } => catalogue::gather(&corpus).map(|text| print!("{text}")).map(|()| true),

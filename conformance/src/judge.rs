@@ -38,6 +38,8 @@ pub struct Judgement {
     pub pmemsave_bytes: u64,
     /// Forms written by qevm that QEMU loaded, with the same RAM, and went on with.
     pub reloads: usize,
+    /// What went wrong when QEMU loaded what qevm wrote, and goes wrong as well with the stream that QEMU wrote itself.
+    pub own_faults: Vec<String>,
     /// RAM blocks that QEMU shows no way to, so that nothing can be said.
     pub unjudged_blocks: Vec<String>,
 }

@@ -11,6 +11,7 @@
 
 pub mod analyze;
 pub mod apt;
+pub mod bench;
 pub mod catalogue;
 pub mod channels;
 pub mod corpus;

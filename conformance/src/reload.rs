@@ -54,7 +54,19 @@ pub fn applies(scenario: &Scenario) -> bool {
     alone && scenario.reload && scenario.migrate.is_empty()
 }
 
-/// Converts the recording into `form` and loads it with the QEMU that made it; gives what is wrong then.
+/// How a QEMU took what it was given.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Taken {
+    /// The same guest came up.
+    Same,
+    /// The same happens with the stream that QEMU wrote itself: some devices change their memory when they are loaded,
+    /// and some cannot be loaded at all.
+    NoBetterThanItsOwn(Vec<String>),
+    /// Something is wrong with what qevm wrote.
+    Wrong(Vec<String>),
+}
+
+/// Converts the recording into `form` and loads it with the QEMU that made it.
 ///
 /// # Errors
 /// qevm or QEMU cannot be started.
@@ -65,7 +77,7 @@ pub fn reload(
     recording: &Recording,
     folder: &Path,
     subject: &Subject,
-) -> Result<Vec<String>> {
+) -> Result<Taken> {
     let out = folder.join("converted.qevm");
     let mut arguments: Vec<OsString> =
         ["convert", "--force", "--format", form.name(), "--out"].map(Into::into).to_vec();
@@ -74,15 +86,41 @@ pub fn reload(
     let finished = subject.run(&arguments)?;
     if !finished.success {
         let said = finished.stderr.lines().last().unwrap_or("nothing on standard error");
-        return Ok(vec![format!("convert to {} ends with {}: {said}", form.name(), finished.status)]);
+        return Ok(Taken::Wrong(vec![format!("convert to {} ends with {}: {said}", form.name(), finished.status)]));
     }
-    Ok(match load(scenario, form, root, recording, &out) {
+    let problems = match load(scenario, form, root, recording, &out, 0) {
+        Ok(problems) if problems.is_empty() => return Ok(Taken::Same),
         Ok(problems) => problems,
-        Err(e) => vec![format!("QEMU does not load the {} form: {e:#}", form.name())],
+        Err(e) => vec![format!("QEMU does not load it: {e:#}")],
+    };
+    let own = own_stream(scenario, root, recording, folder);
+    let told = |problems: Vec<String>| problems.into_iter().map(|p| format!("{} form: {p}", form.name())).collect();
+    Ok(match own {
+        Some(Ok(own)) if own == problems => Taken::NoBetterThanItsOwn(told(problems)),
+        // What a QEMU that cannot go on says last depends on the moment.
+        Some(Err(_)) => Taken::NoBetterThanItsOwn(told(problems)),
+        _ => Taken::Wrong(told(problems)),
     })
 }
 
-fn load(scenario: &Scenario, form: Form, root: &Root, recording: &Recording, stream: &Path) -> Result<Vec<String>> {
+/// What happens with the stream as QEMU wrote it, where it is one that QEMU can be given again.
+fn own_stream(scenario: &Scenario, root: &Root, recording: &Recording, folder: &Path) -> Option<Result<Vec<String>>> {
+    let files = &recording.files;
+    let alone = files.channels.is_empty() && files.recovery.is_none() && recording.capabilities.is_empty();
+    let stream = files.main.ends_with(".qevm");
+    let main = folder.join(&files.main);
+    (alone && stream).then(|| load(scenario, Form::Plain, root, recording, &main, files.offset))
+}
+
+/// Loads `stream` from byte `offset` on, and gives what is wrong then.
+fn load(
+    scenario: &Scenario,
+    form: Form,
+    root: &Root,
+    recording: &Recording,
+    stream: &Path,
+    offset: u64,
+) -> Result<Vec<String>> {
     let scratch = tempfile::Builder::new().prefix("qevm-").tempdir()?;
     let scratch = scratch.path();
     record::make_inputs(root, scratch)?;
@@ -90,7 +128,7 @@ fn load(scenario: &Scenario, form: Form, root: &Root, recording: &Recording, str
     arguments.extend(["-S", "-incoming", "defer"].map(String::from));
     let mut target = Qemu::start(root, "target", &arguments, scratch)?;
     let uri = match form {
-        Form::Plain => format!("exec:cat {}", stream.display()),
+        Form::Plain => format!("exec:tail -c +{} {}", offset + 1, stream.display()),
         Form::MappedRam => {
             target.set_capabilities(&["mapped-ram"])?;
             format!("file:{}", stream.display())
@@ -105,7 +143,7 @@ fn load(scenario: &Scenario, form: Form, root: &Root, recording: &Recording, str
         let block = loaded.iter().find(|b| b.name == truth.name);
         compared += 1;
         if block.is_none_or(|b| b.sha256 != truth.sha256) {
-            problems.push(format!("loaded from the {} form, {} differs", form.name(), truth.name));
+            problems.push(format!("{} differs", truth.name));
         }
     }
     if compared == 0 && !recording.ram.is_empty() {
@@ -116,7 +154,7 @@ fn load(scenario: &Scenario, form: Form, root: &Root, recording: &Recording, str
         thread::sleep(RUNNING_TIME);
         let status = target.execute("query-status", Value::Null).context("after continuing the guest")?;
         if status["running"] != true {
-            problems.push(format!("loaded from the {} form, the guest does not go on: {status}", form.name()));
+            problems.push(format!("the guest does not go on: {status}"));
         }
     }
     target.quit();

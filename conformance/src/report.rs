@@ -75,6 +75,9 @@ fn measured(j: &Judgement) -> String {
         // Writing to a string cannot fail.
         let _ = write!(text, ", loaded by QEMU {}x", j.reloads);
     }
+    if !j.own_faults.is_empty() {
+        let _ = write!(text, ", no better than QEMU's own stream: {}", j.own_faults.join("; "));
+    }
     if j.opaque_bytes > 0 {
         let _ = write!(text, ", {} bytes opaque", j.opaque_bytes);
     }

@@ -3,6 +3,8 @@
 //! The machine is as it leaves reset (Intel SDM volume 3, table "IA-32 and Intel 64 Processor States Following Power-up,
 //! Reset, or INIT", and the data sheets of the chips), with firmware in the block `pc.bios` and all other memory zero.
 
+use std::io::Write;
+
 use anyhow::{Context as _, Result, ensure};
 use qevm_savevm::StreamWriter;
 use qevm_savevm::configuration::Configuration;
@@ -30,11 +32,27 @@ const CLOCK: u64 = 1_767_225_600;
 /// # Errors
 /// A field holds what the wire has no room for; memory or firmware are not whole pages.
 pub fn stream(qemu: QemuVersion, memory: u64, firmware: &[u8]) -> Result<Vec<u8>> {
+    let mut stream = Vec::new();
+    write(qemu, memory, firmware, |_, _| false, &mut stream)?;
+    Ok(stream)
+}
+
+/// Writes the same to `out`, with other contents of memory: `page` fills the page at an offset, or says that it is zero.
+///
+/// # Errors
+/// As [`stream`], and what `out` reports.
+pub fn write(
+    qemu: QemuVersion,
+    memory: u64,
+    firmware: &[u8],
+    page: impl FnMut(u64, &mut [u8; PAGE]) -> bool,
+    out: &mut impl Write,
+) -> Result<()> {
     ensure!(firmware.len().is_multiple_of(PAGE), "{} bytes of firmware are no whole pages", firmware.len());
     let ctx = Context::new(qemu, "microvm");
     let mut stream = StreamWriter::default();
     stream.header(Some(&Configuration::new("microvm")))?;
-    ram(&mut stream, memory, firmware)?;
+    ram(&mut stream, memory, firmware, page, out)?;
     let mut description = Description::default();
     description.page_size = Some(PAGE as u64);
     for (number, (idstr, instance_id, mut state)) in sections(&ctx)?.into_iter().enumerate() {
@@ -49,15 +67,22 @@ pub fn stream(qemu: QemuVersion, memory: u64, firmware: &[u8]) -> Result<Vec<u8>
     stream.eof()?;
     let style = if qemu < QemuVersion::new(6, 0) { TextStyle::Spaced } else { TextStyle::Compact };
     stream.vmdesc(&description.to_json(style))?;
-    Ok(stream.take())
+    out.write_all(stream.bytes())?;
+    Ok(())
 }
 
 fn name(text: &str) -> Result<CountedString> {
     CountedString::new(text).with_context(|| format!("'{text}' is too long for a name"))
 }
 
-/// One pass over memory that was not written to: everything is zero but the firmware.
-fn ram(stream: &mut StreamWriter, memory: u64, firmware: &[u8]) -> Result<()> {
+/// One pass over memory and firmware.
+fn ram(
+    stream: &mut StreamWriter,
+    memory: u64,
+    firmware: &[u8],
+    mut page: impl FnMut(u64, &mut [u8; PAGE]) -> bool,
+    out: &mut impl Write,
+) -> Result<()> {
     let header =
         SectionHeader { section_id: RAM_SECTION, idstr: name("ram")?, instance_id: 0, version_id: RAM_VERSION };
     stream.section_start(&header)?;
@@ -66,8 +91,17 @@ fn ram(stream: &mut StreamWriter, memory: u64, firmware: &[u8]) -> Result<()> {
     stream.eos()?;
     stream.footer()?;
     stream.section_end(RAM_SECTION)?;
+    let mut content = [0; PAGE];
     for offset in (0..memory).step_by(PAGE) {
-        stream.zero_page(BlockId(0), offset)?;
+        if page(offset, &mut content) {
+            stream.page_header(BlockId(0), offset)?;
+            stream.payload(&content);
+            // As much is held as a guest of any size needs.
+            out.write_all(stream.bytes())?;
+            stream.clear();
+        } else {
+            stream.zero_page(BlockId(0), offset)?;
+        }
     }
     for (number, page) in firmware.chunks_exact(PAGE).enumerate() {
         stream.page_header(BlockId(1), (number * PAGE) as u64)?;
