@@ -15,7 +15,7 @@ use reference_vmm::payload::Transcript;
 use serde_json::{Value, json};
 
 use super::journey::{Stage, account};
-use super::{Account, Journey};
+use super::{Account, Journey, Monitor};
 use crate::process::run_any;
 use crate::subject::BUILT_IN;
 
@@ -81,16 +81,21 @@ impl Echo {
 }
 
 fn compare(stage: &Stage<'_>, first: &Path, second: &Path) -> Result<()> {
-    let mut qevm = Command::new(stage.program.judge());
-    let said = run_any(qevm.args([BUILT_IN, "diff", "--json"]).args([first, second]), PATIENCE)?;
-    let report: Value = serde_json::from_str(said.stdout.lines().next_back().unwrap_or_default())
-        .with_context(|| format!("qevm diff: {}", said.stderr))?;
-    let differences = report["differences"].as_array().context("qevm diff does not list the differences")?;
-    for difference in differences {
+    let differences = differences(stage.program, first, second)?;
+    for difference in &differences {
         let place = difference["place"].as_str().unwrap_or_default();
         if !RUNS_ON.iter().any(|(section, field)| place.starts_with(section) && place.ends_with(field)) {
             bail!("{difference} (of {} differences)", differences.len());
         }
     }
     Ok(())
+}
+
+/// What `qevm diff` finds.
+pub(super) fn differences(program: &Monitor, first: &Path, second: &Path) -> Result<Vec<Value>> {
+    let mut qevm = Command::new(program.judge());
+    let said = run_any(qevm.args([BUILT_IN, "diff", "--json"]).args([first, second]), PATIENCE)?;
+    let report: Value = serde_json::from_str(said.stdout.lines().next_back().unwrap_or_default())
+        .with_context(|| format!("qevm diff: {}", said.stderr))?;
+    report["differences"].as_array().cloned().context("qevm diff does not list the differences")
 }

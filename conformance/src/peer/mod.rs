@@ -6,11 +6,12 @@
 //! backwards or a byte of its serial output got lost. An [`Outage`]
 //! breaks the connection again and again before it lets the guest go, a [`Pairing`] is of monitors that do not fit each other, and
 //! must be told why, and an [`Echo`]
-//! is a stopped guest that comes back as it was. A [`Party`] is one of the monitors, controlled by QMP whoever wrote it.
+//! is a stopped guest that comes back as it was. A [`Lodger`] is one that never runs in reference-vmm: Linux under TCG. A [`Party`] is one of the monitors, controlled by QMP whoever wrote it.
 
 pub mod demo;
 mod echo;
 mod journey;
+mod lodger;
 mod outage;
 mod pairing;
 mod party;
@@ -20,6 +21,7 @@ pub mod table;
 
 pub use echo::Echo;
 pub use journey::{Account, Hop, Journey, Link, Load, Moment, Stage, Stop};
+pub use lodger::Lodger;
 pub use outage::Outage;
 pub use pairing::Pairing;
 pub use party::{BUILT_IN, Monitor, Party};

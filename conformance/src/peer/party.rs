@@ -174,7 +174,7 @@ impl Party {
     }
 }
 
-fn start_reference(program: &Monitor, name: &str, arguments: &[String], scratch: &Path) -> Result<Qemu> {
+pub(super) fn start_reference(program: &Monitor, name: &str, arguments: &[String], scratch: &Path) -> Result<Qemu> {
     let file = |suffix: &str| scratch.join(format!("{name}.{suffix}"));
     let (socket, stderr) = (file("qmp"), file("stderr"));
     let _ = fs::remove_file(&socket);

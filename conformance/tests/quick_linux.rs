@@ -1,0 +1,54 @@
+//! A Linux guest of an emulated QEMU lodges in reference-vmm. What this machine lacks is skipped by name; `QEVM_REQUIRE_QEMU=1`
+//! and `QEVM_REQUIRE_KVM=1` turn such skips into failures.
+
+use std::fs::OpenOptions;
+use std::io::Write;
+use std::path::PathBuf;
+
+use qevm_conformance::matrix::{REQUIRE_KVM, REQUIRE_QEMU};
+use qevm_conformance::peer::{Lodger, Monitor};
+use qevm_conformance::roots::{Root, Suite};
+
+/// The file in which `make test` collects the names of tests that could not run.
+const SKIPPED_TESTS: &str = "QEVM_SKIPPED_TESTS";
+
+#[test]
+fn a_linux_guest_of_7_2_comes_back_as_it_was() {
+    lodge(Lodger { from: Suite::Bookworm, to: Suite::Bookworm });
+}
+
+#[test]
+fn a_linux_guest_of_10_0_comes_back_as_it_was() {
+    // Not to 11.1, which refuses the queues of 1024 entries that 10.0.13 offers to the guest.
+    lodge(Lodger { from: Suite::Trixie, to: Suite::Trixie });
+}
+
+#[test]
+fn a_linux_guest_goes_from_11_1_to_10_0() {
+    lodge(Lodger { from: Suite::Sid, to: Suite::Trixie });
+}
+
+fn lodge(lodger: Lodger) {
+    let name = format!("{} to {}", lodger.from.series(), lodger.to.series());
+    if let Err(error) = OpenOptions::new().read(true).write(true).open("/dev/kvm") {
+        return skip(&name, REQUIRE_KVM, &format!("/dev/kvm cannot be opened: {error}"));
+    }
+    let (from, to) = match (Root::install(lodger.from), Root::install(lodger.to)) {
+        (Ok(from), Ok(to)) => (from, to),
+        (Err(error), _) | (_, Err(error)) => return skip(&name, REQUIRE_QEMU, &format!("{error:#}")),
+    };
+    let program = Monitor::new(PathBuf::from(env!("CARGO_BIN_EXE_qevm-conformance")));
+    match lodger.play(&from, &to, &program) {
+        Ok(account) => eprintln!("{name}: {account}"),
+        Err(error) => panic!("{name}: {error:#}"),
+    }
+}
+
+fn skip(name: &str, variable: &str, why: &str) {
+    assert!(std::env::var_os(variable).is_none_or(|value| value != "1"), "{variable}=1, but {why}");
+    eprintln!("skipped: {name}: {why}");
+    if let Some(path) = std::env::var_os(SKIPPED_TESTS) {
+        let mut list = OpenOptions::new().create(true).append(true).open(path).expect("the list of skipped tests");
+        writeln!(list, "qevm-conformance lodger {name}: {why}").expect("the list of skipped tests");
+    }
+}
