@@ -3,8 +3,8 @@
 use crate::dirty_rate::{self, Gauge, LogClaim};
 use crate::machine::{Machine, RunState as VcpuState};
 use crate::migration::{
-    Address, Arrival, Channel, DeviceSection, DirtyLog, Guest, GuestError, Job, Listener, MigrationError, Mode, Notice,
-    RULES, RamView, Refused, SavedDevices, Socket, migrate, monotonic_now, receive,
+    Address, Arrival, DeviceSection, DirtyLog, Guest, GuestError, Incoming, Job, Listener, MigrationError, Mode,
+    Notice, Outgoing, RULES, RamView, Refused, SavedDevices, migrate, monotonic_now, receive,
 };
 use qevm_multifd::compression::Compression;
 use qevm_wire::{CountedString, Profile, QemuVersion, capability::Context};
@@ -280,8 +280,8 @@ impl Vmm {
         let vmm = self.clone();
         thread::spawn(move || {
             let job = &vmm.outgoing;
-            let result = match Socket::connect(&address) {
-                Ok(channel) => migrate(&*vmm, &channel, job, &vmm.profile()),
+            let result = match Outgoing::connect(&address, job) {
+                Ok(connections) => migrate(&*vmm, &connections, job, &vmm.profile()),
                 Err(error) => {
                     job.end(Some(&error));
                     Err(error)
@@ -302,14 +302,15 @@ impl Vmm {
         let listener = Listener::bind(address)?;
         // Refused only while one is under way, which then has its own.
         let _ = self.incoming.set_capabilities(self.outgoing.capabilities());
+        self.incoming.set_parameters(self.outgoing.parameters());
         // Whoever looks for an incoming migration finds it from now on.
         let _ = self.incoming.begin();
         self.lock().listening = Some(listener.address().clone());
         let vmm = self.clone();
         thread::spawn(move || {
-            let result = listener.accept().and_then(|channel| {
+            let result = Incoming::accept(&listener, &vmm.incoming, &vmm.profile()).and_then(|connections| {
                 drop(listener);
-                vmm.take_in(&channel)
+                vmm.take_in(connections)
             });
             if let Err(error) = result {
                 vmm.end(Exit::IncomingFailed(format!("load of migration failed: {error}")));
@@ -329,8 +330,8 @@ impl Vmm {
         state.incoming && state.listening.is_none()
     }
 
-    fn take_in(&self, channel: &Arc<dyn Channel>) -> Result<(), MigrationError> {
-        let Arrival { running, .. } = receive(self, channel, &self.incoming, &self.profile())?;
+    fn take_in(&self, connections: Incoming) -> Result<(), MigrationError> {
+        let Arrival { running, .. } = receive(self, connections, &self.incoming, &self.profile())?;
         let autostart = self.lock().autostart;
         if running && autostart {
             self.start().map_err(|source| MigrationError::Guest { doing: "start the guest", source })?;

@@ -257,7 +257,7 @@ impl SyncBarrier {
     }
 
     fn numbers(&self, state: Channel) -> impl Iterator<Item = u8> + '_ {
-        (0..).zip(&self.channels).filter(move |(_, channel)| **channel == state).map(|(number, _)| number)
+        (0..=u8::MAX).zip(&self.channels).filter(move |(_, channel)| **channel == state).map(|(number, _)| number)
     }
 
     fn fail<T>(&mut self, error: SyncError) -> Result<T, SyncError> {

@@ -16,7 +16,7 @@ pub const KNOWN: [(&str, bool); 21] = [
     ("release-ram", false),
     ("return-path", true),
     ("pause-before-switchover", true),
-    ("multifd", false),
+    ("multifd", true),
     ("dirty-bitmaps", false),
     ("postcopy-blocktime", false),
     ("late-block-activate", true),
@@ -51,6 +51,8 @@ pub struct Capabilities {
     pub return_path: bool,
     /// `switchover-ack`: the source switches over only when the destination's devices have agreed; needs `return-path`.
     pub switchover_ack: bool,
+    /// `multifd`: pages travel on `multifd-channels` connections of their own.
+    pub multifd: bool,
     /// `pause-before-switchover`: the source waits for `migrate-continue` when the guest has stopped.
     pub pause_before_switchover: bool,
     /// `events`: QMP reports every change of status.
@@ -127,6 +129,7 @@ impl Capabilities {
             "auto-converge" => Some(&mut self.auto_converge),
             "return-path" => Some(&mut self.return_path),
             "switchover-ack" => Some(&mut self.switchover_ack),
+            "multifd" => Some(&mut self.multifd),
             "pause-before-switchover" => Some(&mut self.pause_before_switchover),
             "events" => Some(&mut self.events),
             "late-block-activate" => Some(&mut self.late_block_activate),
@@ -142,9 +145,9 @@ mod tests {
     #[test]
     fn a_set_of_changes_is_applied_as_a_whole() {
         let off = Capabilities::default();
-        assert_eq!(off.with([("events", true), ("multifd", true)]), Err(BadCapability::Unsupported("multifd")));
+        assert_eq!(off.with([("events", true), ("xbzrle", true)]), Err(BadCapability::Unsupported("xbzrle")));
         assert_eq!(off.with([("no-such", false)]), Err(BadCapability::Unknown("no-such".into())));
-        assert_eq!(off.with([("multifd", false)]), Ok(off));
+        assert_eq!(off.with([("xbzrle", false)]), Ok(off));
     }
 
     #[test]

@@ -11,6 +11,7 @@ use std::{
         unix::net::{UnixListener, UnixStream},
     },
     sync::Arc,
+    time::Duration,
 };
 use vm_memory::VolatileSlice;
 
@@ -90,6 +91,13 @@ impl<'a> Target<'a> {
         unsafe { std::ptr::copy(bytes.as_ptr(), self.0.iov_base.cast::<u8>(), count) };
     }
 
+    /// Takes the first `count` bytes (at most all of them) away.
+    fn advance(&mut self, count: usize) {
+        let count = count.min(self.len());
+        self.0.iov_base = self.0.iov_base.cast::<u8>().wrapping_add(count).cast();
+        self.0.iov_len -= count;
+    }
+
     /// Length in bytes.
     pub fn len(&self) -> usize {
         self.0.iov_len
@@ -117,6 +125,9 @@ pub trait Channel: Send + Sync + fmt::Debug {
 
     /// Ends the writing direction: the peer reads to the end of what was written.
     fn finish_writing(&self);
+
+    /// Ends the reading direction: whoever is blocked in a read, or reads later, is told that the peer has closed.
+    fn stop_reading(&self);
 
     /// Ends both directions at once, which wakes every thread that is blocked here.
     fn close(&self);
@@ -152,6 +163,35 @@ pub(crate) fn write_all(channel: &dyn Channel, mut parts: &mut [Source<'_>]) -> 
     Ok(())
 }
 
+/// Reads until the first `at_least` bytes of `parts` are there, and as much behind them as has come by then. Says how many bytes
+/// that were: fewer than `at_least` if the peer has closed.
+pub(crate) fn read_at_least(channel: &dyn Channel, mut parts: &mut [Target<'_>], at_least: usize) -> io::Result<usize> {
+    let mut total = 0;
+    while total < at_least {
+        while parts.first().is_some_and(Target::is_empty) {
+            parts = &mut parts[1..];
+        }
+        let upto = parts.len().min(MAX_PARTS);
+        match channel.read(&mut parts[..upto]) {
+            Ok(0) => break,
+            Ok(mut count) => {
+                total += count;
+                while count > 0 {
+                    let step = count.min(parts[0].len());
+                    parts[0].advance(step);
+                    count -= step;
+                    if parts[0].is_empty() {
+                        parts = &mut parts[1..];
+                    }
+                }
+            }
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(total)
+}
+
 /// A connected socket.
 #[derive(Debug)]
 pub enum Socket {
@@ -185,7 +225,7 @@ impl Socket {
         Ok(Socket::Tcp(stream))
     }
 
-    fn fd(&self) -> RawFd {
+    pub(crate) fn fd(&self) -> RawFd {
         match self {
             Socket::Tcp(stream) => stream.as_raw_fd(),
             Socket::Unix(stream) => stream.as_raw_fd(),
@@ -230,10 +270,37 @@ impl Channel for Socket {
         self.shutdown(Shutdown::Write);
     }
 
+    fn stop_reading(&self) {
+        self.shutdown(Shutdown::Read);
+    }
+
     fn close(&self) {
         self.shutdown(Shutdown::Both);
     }
 }
+
+/// Waits until some of these can be read or accepted from, and says for each whether it can; nothing if the time is over.
+pub(crate) fn wait_readable(
+    descriptors: impl IntoIterator<Item = RawFd>,
+    left: Option<Duration>,
+) -> io::Result<Vec<bool>> {
+    let entry = |fd| libc::pollfd { fd, events: libc::POLLIN, revents: 0 };
+    let mut entries: Vec<_> = descriptors.into_iter().map(entry).collect();
+    let timeout = left.map_or(-1, |left| i32::try_from(left.as_millis()).unwrap_or(i32::MAX));
+    // SAFETY: the entries are valid for writing, and as many as is said.
+    match unsafe { libc::poll(entries.as_mut_ptr(), entries.len() as libc::nfds_t, timeout) } {
+        0 => Ok(Vec::new()),
+        -1 => match io::Error::last_os_error() {
+            // A signal: everybody is looked at again.
+            error if error.kind() == io::ErrorKind::Interrupted => Ok(vec![false; entries.len()]),
+            error => Err(error),
+        },
+        _ => Ok(entries.iter().map(|entry| entry.revents != 0).collect()),
+    }
+}
+
+/// Connections that may wait to be accepted: the main channel and 255 page channels, which a source opens at once.
+const BACKLOG: libc::c_int = 256;
 
 /// A socket that waits for a source.
 #[derive(Debug)]
@@ -254,7 +321,20 @@ impl Listener {
     /// # Errors
     /// [`MigrationError::Listen`] with the system's reason.
     pub fn bind(address: &Address) -> Result<Self, MigrationError> {
-        Self::open(address).map_err(|source| MigrationError::Listen { address: address.clone(), source })
+        let failed = |source| MigrationError::Listen { address: address.clone(), source };
+        let listener = Self::open(address).map_err(failed)?;
+        // SAFETY: the descriptor is a listening socket of ours; a second call only changes the length of its queue.
+        match unsafe { libc::listen(listener.fd(), BACKLOG) } {
+            0 => Ok(listener),
+            _ => Err(failed(io::Error::last_os_error())),
+        }
+    }
+
+    pub(crate) fn fd(&self) -> RawFd {
+        match &self.socket {
+            Listening::Tcp(socket) => socket.as_raw_fd(),
+            Listening::Unix(socket) => socket.as_raw_fd(),
+        }
     }
 
     fn open(address: &Address) -> io::Result<Self> {
@@ -289,13 +369,26 @@ impl Listener {
     /// # Errors
     /// [`MigrationError::Listen`] with the system's reason.
     pub fn accept(&self) -> Result<Arc<dyn Channel>, MigrationError> {
+        Ok(Arc::new(self.accept_socket()?))
+    }
+
+    /// Waits until `socket` has something to read, and says whether somebody else waits to be accepted then.
+    pub(crate) fn has_more_callers(&self, socket: &Socket) -> Result<bool, MigrationError> {
+        let heard = wait_readable([socket.fd()], None);
+        let calling = heard.and_then(|_| wait_readable([self.fd()], Some(Duration::ZERO)));
+        calling
+            .map(|ready| ready.first() == Some(&true))
+            .map_err(|source| MigrationError::Listen { address: self.address.clone(), source })
+    }
+
+    pub(crate) fn accept_socket(&self) -> Result<Socket, MigrationError> {
         loop {
             let accepted = match &self.socket {
                 Listening::Tcp(socket) => socket.accept().and_then(|(stream, _)| Socket::tcp(stream)),
                 Listening::Unix(socket) => socket.accept().map(|(stream, _)| Socket::Unix(stream)),
             };
             match accepted {
-                Ok(socket) => return Ok(Arc::new(socket)),
+                Ok(socket) => return Ok(socket),
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(source) => return Err(MigrationError::Listen { address: self.address.clone(), source }),
             }
@@ -344,6 +437,7 @@ mod tests {
             Ok(0)
         }
         fn finish_writing(&self) {}
+        fn stop_reading(&self) {}
         fn close(&self) {}
     }
 

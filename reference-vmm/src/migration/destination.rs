@@ -1,12 +1,14 @@
 //! The destination engine: reads a stream into a guest that has not run yet.
 
 use super::{
-    Channel, DeviceSection, Guest, Job, LoadError, MigrationError, Status,
+    Channel, DeviceSection, Guest, Incoming, Job, LoadError, MigrationError, Status,
     channel::{Source, write_all},
     handover,
     inlet::Inlet,
-    ram_receiver::RamReceiver,
+    multifd::{Gate, Mark, receive_pages},
+    ram_receiver::{Listed, RamReceiver},
 };
+use qevm_multifd::is_page_channel;
 use qevm_returnpath::{
     Message,
     switchover::{Ack, DestinationGate},
@@ -19,7 +21,14 @@ use qevm_savevm::{
     ram::RamRecord,
 };
 use qevm_wire::{Located, PageGeometry, Profile, WireError, Writer};
-use std::{sync::Arc, time::Instant};
+use std::{
+    sync::{
+        Mutex, OnceLock, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
+    thread,
+    time::Instant,
+};
 use vm_memory::VolatileSlice;
 
 /// What arrived.
@@ -31,7 +40,7 @@ pub struct Arrival {
     pub bytes: u64,
 }
 
-/// Reads a migration from `channel` into `guest`, which has not run yet, and does not start it.
+/// Reads a migration from `connections` into `guest`, which has not run yet, and does not start it.
 ///
 /// The caller has claimed `job` with [`Job::begin`]. When this returns, the guest is wholly here and the source will not
 /// run it again; whether it is to run is in the result.
@@ -41,14 +50,23 @@ pub struct Arrival {
 /// path, and the guest must not run here.
 pub fn receive(
     guest: &dyn Guest,
-    channel: &Arc<dyn Channel>,
+    connections: Incoming,
     job: &Job,
     profile: &Profile,
 ) -> Result<Arrival, MigrationError> {
     let start = Instant::now();
+    let attached = job.attach(connections.all());
+    let Incoming { main, first, pages, settings } = connections;
+    let channels = settings.as_ref().map(|settings| PageChannels {
+        gate: Gate::new(settings.channels),
+        listed: OnceLock::new(),
+        failure: Mutex::default(),
+        ended: AtomicBool::new(false),
+    });
+    let page_channels: Vec<_> = pages.iter().map(|stream| stream.channel().clone()).collect();
     let mut engine = Engine {
-        channel: &**channel,
-        inlet: Inlet::new(&**channel),
+        channel: &*main,
+        inlet: Inlet::new(&*main, &first),
         decoder: Decoder::new(DecoderOptions { vmdesc: profile.vmdesc, ..DecoderOptions::default() }),
         loader: Loader {
             guest,
@@ -59,19 +77,72 @@ pub fn receive(
             confirmation: false,
             gate: DestinationGate::new(profile.switchover_ack.filter(|_| job.capabilities().switchover_ack)),
         },
+        pages: channels.as_ref(),
         vmdesc: profile.vmdesc,
     };
-    let result = job.attach(channel).and_then(|()| engine.run(job));
-    if result.is_err() {
-        engine.report(&Message::Shut { status: FAILURE });
-    }
+    let result = thread::scope(|scope| {
+        if let Some((settings, channels)) = settings.as_ref().zip(channels.as_ref()) {
+            for mut stream in pages {
+                let main = &*main;
+                scope.spawn(move || {
+                    let compression = settings.compression;
+                    let done = receive_pages(guest, &mut stream, compression, &channels.listed, &channels.gate);
+                    if let Err(error) = done
+                        && !channels.ended.load(Ordering::SeqCst)
+                    {
+                        channels.fail(error);
+                        main.stop_reading();
+                    }
+                });
+            }
+        }
+        let result = attached.and_then(|()| engine.run(job));
+        // What a page channel reported made the main channel fail.
+        let result = match (result, channels.as_ref().and_then(PageChannels::failure)) {
+            (Err(_), Some(cause)) => Err(cause),
+            (result, _) => result,
+        };
+        if result.is_err() {
+            engine.report(&Message::Shut { status: FAILURE });
+        }
+        if let Some(channels) = &channels {
+            channels.ended.store(true, Ordering::SeqCst);
+            channels.gate.abandon();
+        }
+        page_channels.iter().for_each(|channel| channel.close());
+        result
+    });
     job.update(|statistics| {
         statistics.total_time = start.elapsed();
-        statistics.ram.transferred = engine.inlet.offset();
+        statistics.ram.transferred =
+            engine.inlet.offset() + channels.as_ref().map_or(0, |channels| channels.gate.received());
     });
     job.end(result.as_ref().err());
-    channel.finish_writing();
+    main.finish_writing();
     result
+}
+
+/// What the threads of the page channels share with that of the main channel.
+struct PageChannels {
+    gate: Gate,
+    /// The RAM blocks, as soon as the main channel has listed them.
+    listed: OnceLock<Vec<Listed>>,
+    /// The first failure on a page channel.
+    failure: Mutex<Option<MigrationError>>,
+    /// What happens on the page channels now is a consequence, and no failure.
+    ended: AtomicBool,
+}
+
+impl PageChannels {
+    /// A page channel failed: nobody waits for it any more.
+    fn fail(&self, error: MigrationError) {
+        self.failure.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(error);
+        self.gate.abandon();
+    }
+
+    fn failure(&self) -> Option<MigrationError> {
+        self.failure.lock().unwrap_or_else(PoisonError::into_inner).take()
+    }
 }
 
 /// Status of SHUT when the guest has arrived.
@@ -84,6 +155,7 @@ struct Engine<'e> {
     inlet: Inlet<'e>,
     decoder: Decoder,
     loader: Loader<'e>,
+    pages: Option<&'e PageChannels>,
     /// A description is expected behind the end.
     vmdesc: bool,
 }
@@ -91,7 +163,13 @@ struct Engine<'e> {
 impl Engine<'_> {
     fn run(&mut self, job: &Job) -> Result<Arrival, MigrationError> {
         job.advance(Status::Active)?;
+        if self.inlet.fill(4)? && is_page_channel(self.inlet.bytes()) == Some(true) {
+            return Err(self.place(LoadError::MultifdOff, 0).into());
+        }
         self.read_stream()?;
+        if let Some(pages) = self.pages {
+            pages.gate.main_end().map_err(|error| self.place(error.into(), self.decoder.offset()))?;
+        }
         let running = self.loader.guest.load_devices(&self.loader.devices).map_err(|error| {
             let error = Located::new(LoadError::Devices(error), self.decoder.offset());
             MigrationError::from(error)
@@ -121,6 +199,7 @@ impl Engine<'_> {
                         Then::GoOn => {}
                         Then::Page(memory) => self.page(&memory)?,
                         Then::Answer(message) => self.report(&message),
+                        Then::Synchronise(mark) => self.synchronise(mark, offset)?,
                     }
                     ended |= last;
                 }
@@ -156,6 +235,19 @@ impl Engine<'_> {
         }
         self.decoder.skip_payload(memory.len() as u64).map_err(located)?;
         Ok(())
+    }
+
+    /// Waits for the page channels, where they and the main channel synchronise.
+    fn synchronise(&self, mark: Mark, offset: u64) -> Result<(), MigrationError> {
+        match (self.pages, mark) {
+            (Some(pages), _) => {
+                // The first mark comes behind the list of blocks.
+                let _ = pages.listed.set(self.loader.ram.listed());
+                pages.gate.main(mark).map_err(|error| self.place(error.into(), offset).into())
+            }
+            (None, Mark::Eos) => Ok(()),
+            (None, Mark::Flush) => Err(self.place(LoadError::MultifdOff, offset).into()),
+        }
     }
 
     /// Waits for the source to say that it will not run the guest again.
@@ -217,12 +309,16 @@ enum Then<'e> {
     Page(VolatileSlice<'e>),
     /// The source is to hear this.
     Answer(Message),
+    /// The page channels may have to be waited for.
+    Synchronise(Mark),
 }
 
 impl<'e> Loader<'e> {
     fn take(&mut self, event: &Event<'_>) -> Result<Then<'e>, LoadError> {
         match event {
             Event::Ram(RamRecord::Page(page)) => return Ok(Then::Page(self.ram.page(page))),
+            Event::Ram(RamRecord::MultifdFlush) => return Ok(Then::Synchronise(Mark::Flush)),
+            Event::Ram(RamRecord::EndOfSection) => return Ok(Then::Synchronise(Mark::Eos)),
             Event::Ram(record) => self.ram.record(self.guest, record)?,
             Event::Configuration(configuration) => self.compare(configuration)?,
             Event::Section { kind, header } => self.open(*kind, header)?,

@@ -2,7 +2,7 @@
 
 use super::{Address, GuestError, ReturnPathError};
 use qevm_wire::{Blame, CountedString, Fault, Located};
-use std::io;
+use std::{io, time::Duration};
 
 /// Why a migration failed. On the source the guest goes on in every case.
 #[derive(Debug, thiserror::Error)]
@@ -72,6 +72,29 @@ pub enum MigrationError {
     /// The engine built a record that the format has no room for.
     #[error("cannot encode the stream: {0}")]
     Encode(#[from] qevm_savevm::Error),
+    /// A packet of a page channel cannot be written.
+    #[error("cannot encode a packet: {0}")]
+    Packet(#[from] qevm_multifd::Error),
+    /// A compression method cannot be used as asked for.
+    #[error("multifd-compression: {0}")]
+    Compression(#[from] qevm_multifd::CompressionError),
+    /// Some channels of the source have not come.
+    #[error(
+        "no further connection came for {} s, but {} missing: the source must have capability 'multifd' on and the same \
+         'multifd-channels'",
+        patience.as_secs(), missing_channels(*main, missing)
+    )]
+    MissingChannels {
+        /// The main channel is missing.
+        main: bool,
+        /// The numbers of the page channels that are missing.
+        missing: Vec<u8>,
+        /// How long nothing came.
+        patience: Duration,
+    },
+    /// The page channels have ended already, for a reason that was reported.
+    #[error("the page channels have ended")]
+    ChannelsEnded,
     /// `migrate_cancel`.
     #[error("cancelled")]
     Cancelled,
@@ -142,6 +165,14 @@ pub enum LoadError {
         /// Bytes per page here.
         expected: u64,
     },
+    /// A page channel, or the synchronisation of page channels with the main channel.
+    #[error(transparent)]
+    Multifd(qevm_multifd::ErrorKind),
+    /// The source uses page channels.
+    #[error(
+        "the source uses more than one connection: capability 'multifd' or 'postcopy-preempt' is on there and off here"
+    )]
+    MultifdOff,
     /// The return path was opened twice.
     #[error(transparent)]
     Switchover(#[from] qevm_returnpath::SwitchoverError),
@@ -151,6 +182,13 @@ pub enum LoadError {
     /// The guest refused the state of its devices.
     #[error("cannot load the state of the devices: {0}")]
     Devices(GuestError),
+}
+
+fn missing_channels(main: bool, pages: &[u8]) -> String {
+    let main = main.then(|| "the main channel".to_owned());
+    let pages = pages.iter().map(|number| format!("page channel {number}"));
+    let names: Vec<_> = main.into_iter().chain(pages).collect();
+    format!("{} {}", names.join(", "), if names.len() == 1 { "is" } else { "are" })
 }
 
 /// Why a section may have come that this machine has no device for, and what to do.
@@ -182,7 +220,9 @@ impl Blame for LoadError {
             LoadError::Stream(kind) => kind.fault(),
             LoadError::Switchover(kind) => kind.fault(),
             LoadError::Unsupported(_) => Fault::Unsupported,
-            LoadError::MachineType { .. }
+            LoadError::Multifd(kind) => kind.fault(),
+            LoadError::MultifdOff
+            | LoadError::MachineType { .. }
             | LoadError::Capability { .. }
             | LoadError::UnknownRamBlock { .. }
             | LoadError::RamBlockSize { .. }

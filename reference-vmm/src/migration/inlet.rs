@@ -17,8 +17,11 @@ pub(crate) struct Inlet<'c> {
 const ROOM: usize = 128 << 10;
 
 impl<'c> Inlet<'c> {
-    pub(crate) fn new(channel: &'c dyn Channel) -> Self {
-        Inlet { channel, buffer: vec![0; ROOM], start: 0, end: 0, received: 0 }
+    /// `first` is what was read from the channel already.
+    pub(crate) fn new(channel: &'c dyn Channel, first: &[u8]) -> Self {
+        let mut buffer = first.to_vec();
+        buffer.resize(first.len().max(ROOM), 0);
+        Inlet { channel, buffer, start: 0, end: first.len(), received: first.len() as u64 }
     }
 
     /// What has arrived and is not used.

@@ -34,7 +34,7 @@ struct State {
     statistics: Statistics,
     cancel: bool,
     go_on: bool,
-    channel: Option<Arc<dyn Channel>>,
+    channels: Vec<Arc<dyn Channel>>,
 }
 
 /// A request that does not fit the state of the migration.
@@ -107,7 +107,7 @@ impl Job {
             return Err(Refused::InProgress);
         }
         state.statistics = Statistics { status: Status::Setup, ..Statistics::default() };
-        (state.cancel, state.go_on, state.channel) = (false, false, None);
+        (state.cancel, state.go_on, state.channels) = (false, false, Vec::new());
         drop(state);
         self.notify(Notice::Status(Status::Setup));
         Ok(())
@@ -118,19 +118,17 @@ impl Job {
     pub fn cancel(&self) {
         let mut state = self.lock();
         let status = state.statistics.status;
-        let handed_over = status == Status::Device && state.channel.is_none();
+        let handed_over = status == Status::Device && state.channels.is_empty();
         if handed_over || status == Status::Cancelling || !status.is_running() {
             return;
         }
         state.cancel = true;
         state.statistics.status = Status::Cancelling;
-        let channel = state.channel.clone();
+        let channels = state.channels.clone();
         drop(state);
         self.changed.notify_all();
         self.notify(Notice::Status(Status::Cancelling));
-        if let Some(channel) = channel {
-            channel.close();
-        }
+        channels.iter().for_each(|channel| channel.close());
     }
 
     /// Lets a migration go on that waits before the switchover (capability `pause-before-switchover`).
@@ -157,10 +155,13 @@ impl Job {
         state.statistics.clone()
     }
 
-    /// Gives the channel that [`cancel`](Job::cancel) closes.
-    pub(crate) fn attach(&self, channel: &Arc<dyn Channel>) -> Result<(), MigrationError> {
+    /// Gives the channels that [`cancel`](Job::cancel) closes.
+    pub(crate) fn attach<'c>(
+        &self,
+        channels: impl IntoIterator<Item = &'c Arc<dyn Channel>>,
+    ) -> Result<(), MigrationError> {
         let mut state = self.lock();
-        state.channel = Some(channel.clone());
+        state.channels = channels.into_iter().cloned().collect();
         state.check()
     }
 
@@ -168,7 +169,7 @@ impl Job {
     pub(crate) fn handed_over(&self) -> Result<(), MigrationError> {
         let mut state = self.lock();
         state.check()?;
-        state.channel = None;
+        state.channels = Vec::new();
         Ok(())
     }
 
@@ -215,7 +216,7 @@ impl Job {
         };
         state.statistics.error = error.filter(|_| status == Status::Failed).map(ToString::to_string);
         state.statistics.status = status;
-        state.channel = None;
+        state.channels = Vec::new();
         drop(state);
         self.changed.notify_all();
         self.notify(Notice::Status(status));

@@ -4,13 +4,14 @@
 //!
 //! | module | what |
 //! |---|---|
-//! | `address`, `channel` | where a peer is, and the socket to it |
+//! | `address`, `channel`, `connections` | where a peer is, and the sockets to it |
 //! | `capabilities`, `parameters`, [`rate`] | QEMU's settings by their names; the rate limit |
 //! | `guest` | [`Guest`]: what the engines need of a virtual machine |
 //! | [`bitmap`], `zero`, `ram_sender` | dirty pages, and sending them straight from guest memory |
+//! | `multifd` | page channels: threads that send and receive pages beside the main channel |
 //! | [`switchover`] | when to stop the guest |
 //! | `source`, `return_path` | [`migrate`]: the source engine |
-//! | `inlet`, `ram_receiver`, `destination` | [`receive`]: the destination engine |
+//! | `inlet`, `touched`, `ram_receiver`, `destination` | [`receive`]: the destination engine |
 //! | `handover` | who runs the guest when the connection breaks in the last moment |
 //! | `job`, `statistics` | control and what `query-migrate` reports |
 //!
@@ -25,6 +26,7 @@ mod address;
 pub mod bitmap;
 mod capabilities;
 mod channel;
+mod connections;
 mod converge;
 mod destination;
 mod error;
@@ -33,6 +35,7 @@ mod handover;
 mod inlet;
 mod job;
 mod machine;
+mod multifd;
 #[cfg(test)]
 mod pair;
 mod parameters;
@@ -44,6 +47,7 @@ pub mod sections;
 mod source;
 mod statistics;
 pub mod switchover;
+mod touched;
 mod zero;
 
 pub(crate) use capabilities::RULES;
@@ -51,6 +55,7 @@ pub(crate) use capabilities::RULES;
 pub use address::{Address, BadAddress};
 pub use capabilities::{BadCapability, Capabilities, KNOWN as KNOWN_CAPABILITIES};
 pub use channel::{Channel, Listener, Socket, Source, Target};
+pub use connections::{Incoming, Outgoing};
 pub use destination::{Arrival, receive};
 pub use error::{LoadError, MigrationError};
 pub use guest::{DeviceSection, DirtyLog, Guest, GuestError, RamView, SavedDevices};

@@ -1,8 +1,10 @@
 //! The destination's RAM: the check of the block list, and where pages go.
 
-use super::{Guest, LoadError, RamView, bitmap::PageBitmap, zero::is_zero};
+use super::{Guest, LoadError, RamView, touched::Touched, zero::is_zero};
 use qevm_savevm::ram::{BlockId, PageAt, RamBlock, RamRecord};
+use qevm_wire::CountedString;
 use qevm_wire::{Located, PageGeometry};
+use std::sync::Arc;
 use vm_memory::{Bytes, VolatileSlice};
 
 /// The blocks of the stream, matched to those of the guest.
@@ -13,8 +15,20 @@ pub(crate) struct RamReceiver<'g> {
 
 struct Block<'g> {
     view: RamView<'g>,
+    name: CountedString,
     /// Pages that hold something, or may do so.
-    written: PageBitmap,
+    written: Arc<Touched>,
+}
+
+/// A RAM block as the threads of the page channels know it.
+#[derive(Debug, Clone)]
+pub(crate) struct Listed {
+    /// Its name.
+    pub(crate) name: CountedString,
+    /// Its length in bytes.
+    pub(crate) used_length: u64,
+    /// Pages that hold something, or may do so.
+    pub(crate) touched: Arc<Touched>,
 }
 
 impl<'g> RamReceiver<'g> {
@@ -25,10 +39,8 @@ impl<'g> RamReceiver<'g> {
             RamRecord::Block(block) => self.add_block(guest, block)?,
             RamRecord::Zero(page) => self.clear_page(page),
             RamRecord::Xbzrle { page, data } => self.apply_difference(page, data)?,
-            RamRecord::EndOfSection => {}
-            RamRecord::MultifdFlush => {
-                return Err(LoadError::Unsupported("multifd (turn the capability off at the source)".into()));
-            }
+            // What these synchronise is the caller's.
+            RamRecord::EndOfSection | RamRecord::MultifdFlush => {}
             RamRecord::Compressed { .. } => {
                 return Err(LoadError::Unsupported("capability 'compress' (turn it off at the source)".into()));
             }
@@ -42,8 +54,18 @@ impl<'g> RamReceiver<'g> {
     pub(crate) fn page(&mut self, page: &PageAt) -> VolatileSlice<'g> {
         let block = self.known(page.block);
         let index = PageGeometry::X86.index(page.offset);
-        block.written.set_range(index..index + 1);
+        block.written.mark(index..index + 1);
         block.memory(page)
+    }
+
+    /// The blocks listed so far.
+    pub(crate) fn listed(&self) -> Vec<Listed> {
+        let listed = |block: &Block<'_>| Listed {
+            name: block.name.clone(),
+            used_length: block.view.memory.len() as u64,
+            touched: block.written.clone(),
+        };
+        self.blocks.iter().map(listed).collect()
     }
 
     fn add_block(&mut self, guest: &'g dyn Guest, block: &RamBlock) -> Result<(), LoadError> {
@@ -64,8 +86,8 @@ impl<'g> RamReceiver<'g> {
             }
         }
         let pages = PageGeometry::X86.index(block.used_length);
-        let written = if view.pristine { PageBitmap::new(pages) } else { PageBitmap::full(pages) };
-        self.blocks.push(Block { view, written });
+        let written = Arc::new(Touched::new(pages, !view.pristine));
+        self.blocks.push(Block { view, name: block.name.clone(), written });
         Ok(())
     }
 
@@ -95,7 +117,8 @@ impl<'g> RamReceiver<'g> {
     }
 }
 
-const ZERO_PAGE: [u8; 4096] = [0; 4096];
+/// What a zero page holds.
+pub(crate) const ZERO_PAGE: [u8; 4096] = [0; 4096];
 
 impl<'g> Block<'g> {
     fn memory(&self, page: &PageAt) -> VolatileSlice<'g> {

@@ -4,8 +4,10 @@ use super::{
     Channel, DirtyLog, MigrationError, RamView,
     bitmap::PageBitmap,
     channel::{Source, write_all},
+    multifd::{Batch, Queue},
     zero::is_zero,
 };
+use crate::memory::PAGE_SIZE;
 use qevm_savevm::{StreamWriter, ram::BlockId};
 use qevm_wire::PageGeometry;
 use std::ops::Range;
@@ -17,6 +19,9 @@ const RESET_PAGES: u64 = 4096;
 
 /// Pages in one vectored write: a part for each page and one for the records before it, within `MAX_PARTS`.
 pub(crate) const BATCH_PAGES: u64 = 256;
+
+/// Pages in one packet of a page channel (524288 bytes; QEMU 5.2 to 11.1).
+const PACKET_PAGES: u64 = qevm_multifd::layout::PACKET_DATA / PAGE_SIZE;
 
 /// Counts of what was sent.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -132,6 +137,50 @@ impl<'g> RamSender<'g> {
         write_all(channel, &mut parts).map_err(|source| MigrationError::Send { doing: "pages", source })?;
         stream.clear();
         Ok(any.then_some(sent))
+    }
+
+    /// Like [`send`](Self::send), but hands the pages to the page channels, a packet at a time. With `legacy`, zero pages are
+    /// found here and go into `stream`, whose content the caller sends.
+    ///
+    /// The counts are those of the zero pages only; the channels count the others when they have sent them.
+    pub(crate) fn hand_over(
+        &mut self,
+        queue: &Queue,
+        stream: &mut StreamWriter,
+        mut log: Option<&mut dyn DirtyLog>,
+        limit: u64,
+        legacy: bool,
+    ) -> Result<Option<Sent>, MigrationError> {
+        let mut sent = Sent::default();
+        let mut batch: Option<Batch> = None;
+        let mut left = limit.clamp(1, PACKET_PAGES);
+        while left > 0 {
+            let Some((index, run)) = self.next_run(left) else { break };
+            // A packet holds pages of one block.
+            if batch.as_ref().is_some_and(|batch| batch.block != index) {
+                break;
+            }
+            self.reset_log(index, &run, &mut log)?;
+            let block = &mut self.blocks[index];
+            block.dirty.clear_range(run.clone());
+            left -= run.end - run.start;
+            self.place = (index, run.end);
+            let batch = batch.get_or_insert_with(|| Batch { block: index, pages: Vec::new() });
+            for page in run {
+                let offset = page * self.pages.size();
+                if legacy && is_zero(&page_of(&block.view, offset, self.pages.size())?) {
+                    stream.zero_page(BlockId(index as u32), offset)?;
+                    sent.zero += 1;
+                } else {
+                    batch.pages.push(offset);
+                }
+            }
+        }
+        let Some(batch) = batch else { return Ok(None) };
+        if !batch.pages.is_empty() {
+            queue.push(batch)?;
+        }
+        Ok(Some(sent))
     }
 
     /// The next pages to send at or behind the place of the sweep.

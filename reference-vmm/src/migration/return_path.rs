@@ -114,6 +114,11 @@ impl ReturnPath {
         if heard.failed { heard.verdict.take().unwrap_or(Err(MigrationError::NoVerdict)) } else { Ok(()) }
     }
 
+    /// Whether the destination or the return path has reported a failure.
+    pub(crate) fn has_failed(&self) -> bool {
+        self.lock().failed
+    }
+
     /// A good verdict is expected from here on.
     pub(crate) fn sent_everything(&self) {
         self.lock().sent_everything = true;

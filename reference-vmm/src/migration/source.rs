@@ -1,16 +1,18 @@
 //! The source engine: precopy of a running guest, switchover, handover.
 
 use super::{
-    Channel, DeviceSection, DirtyLog, Guest, Job, MigrationError, Mode, Notice, SavedDevices, Status,
+    Channel, DeviceSection, DirtyLog, Guest, Job, MigrationError, Mode, Notice, Outgoing, SavedDevices, Status,
     channel::{Source, write_all},
     converge::AutoConverge,
     handover,
+    multifd::{Counts, Queue, Settings, send_pages},
     ram_sender::{RamSender, Sent},
     rate::RateLimiter,
     return_path::ReturnPath,
     statistics::RoundStatistics,
     switchover::{Bandwidth, Decision, Remaining, Round, Switchover, expected_downtime, per_second},
 };
+use qevm_multifd::{SourceSync, SyncError, SyncStep};
 use qevm_savevm::{
     Encoder, StreamWriter,
     command::Command,
@@ -19,15 +21,17 @@ use qevm_savevm::{
     ram,
     vmdesc::{Description, DeviceBody, DeviceDescription, TextStyle},
 };
-use qevm_wire::{CountedString, PageGeometry, Profile};
+use qevm_wire::{CountedString, Located, PageGeometry, Profile, profile::ZeroPageDetection};
 use std::{
-    sync::Arc,
+    sync::atomic::AtomicU64,
     thread,
     time::{Duration, Instant},
 };
 
 /// A PART ends at the latest after this time, so that other sections get their turn (QEMU 5.2 to 11.1).
 const PART_TIME: Duration = Duration::from_millis(50);
+/// Zero pages on the main channel are sent when there are so many bytes of them.
+const FLUSH_AT: usize = 64 << 10;
 /// The section id of `ram`; the devices' follow. QEMU's are registration numbers, and any will do.
 const RAM_SECTION: u32 = 1;
 /// How often the return path is looked at while the guest waits for `migrate-continue`.
@@ -37,39 +41,67 @@ const ACK_POLL: Duration = Duration::from_millis(100);
 /// How long to wait for the destination's word on why the channel broke.
 const EXPLANATION_PATIENCE: Duration = Duration::from_secs(1);
 
-/// Migrates `guest` over `channel`, and returns when it runs at the destination, or goes on here.
+/// Migrates `guest` over `connections`, and returns when it runs at the destination, or goes on here.
 ///
 /// The caller has claimed `job` with [`Job::begin`]; its capabilities and parameters apply. `profile` decides the bytes
 /// of the stream and must suit the destination's release.
 ///
 /// # Errors
 /// [`MigrationError`]. In every case the guest is as it was before: running if it ran, and no log of dirty pages is kept.
-pub fn migrate(
-    guest: &dyn Guest,
-    channel: &Arc<dyn Channel>,
-    job: &Job,
-    profile: &Profile,
-) -> Result<(), MigrationError> {
+pub fn migrate(guest: &dyn Guest, connections: &Outgoing, job: &Job, profile: &Profile) -> Result<(), MigrationError> {
     let capabilities = job.capabilities();
+    let channel = &*connections.main;
+    let settings = Settings::of(capabilities, &job.parameters(), profile).filter(|_| !connections.pages.is_empty());
+    let pages = settings.as_ref().map(|settings| PageChannels {
+        queue: Queue::new(settings.channels),
+        legacy: settings.zero_pages == ZeroPageDetection::Legacy,
+        packets: AtomicU64::new(0),
+    });
     let flow = profile.switchover_ack.filter(|_| capabilities.switchover_ack);
     let return_path = capabilities.return_path.then(|| ReturnPath::new(flow));
     thread::scope(|scope| {
         if let Some(return_path) = &return_path {
-            scope.spawn(|| return_path.listen(&**channel));
+            scope.spawn(|| {
+                return_path.listen(channel);
+                if return_path.has_failed() {
+                    connections.close();
+                }
+            });
         }
-        let mut engine = Engine::new(guest, &**channel, job, profile, return_path.as_ref());
-        let result = job.attach(channel).and_then(|()| engine.run());
+        if let Some((settings, pages)) = settings.as_ref().zip(pages.as_ref()) {
+            for (number, channel) in (0..=u8::MAX).zip(&connections.pages) {
+                scope.spawn(move || send_pages(guest, &**channel, number, settings, &pages.queue, &pages.packets));
+            }
+        }
+        let mut engine = Engine::new(guest, connections, job, profile, return_path.as_ref(), pages.as_ref());
+        let result = job.attach(connections.all()).and_then(|()| engine.run());
         let result = result.map_err(|error| engine.explain(error)).map_err(|error| engine.back_out(error));
+        if let Some(pages) = &pages {
+            pages.queue.end();
+        }
         engine.finish(result)
     })
 }
 
+/// The page channels of a migration.
+struct PageChannels {
+    queue: Queue,
+    /// Zero pages are looked for here, and travel on the main channel.
+    legacy: bool,
+    /// Packets sent on all channels.
+    packets: AtomicU64,
+}
+
 struct Engine<'e> {
     guest: &'e dyn Guest,
+    connections: &'e Outgoing,
     channel: &'e dyn Channel,
     job: &'e Job,
     profile: &'e Profile,
     return_path: Option<&'e ReturnPath>,
+    pages: Option<&'e PageChannels>,
+    /// When the page channels synchronise.
+    sync: SourceSync,
     stream: StreamWriter,
     start: Instant,
     limiter: RateLimiter,
@@ -92,17 +124,21 @@ struct Stopped {
 impl<'e> Engine<'e> {
     fn new(
         guest: &'e dyn Guest,
-        channel: &'e dyn Channel,
+        connections: &'e Outgoing,
         job: &'e Job,
         profile: &'e Profile,
         return_path: Option<&'e ReturnPath>,
+        pages: Option<&'e PageChannels>,
     ) -> Self {
         Engine {
             guest,
-            channel,
+            connections,
+            channel: &*connections.main,
             job,
             profile,
             return_path,
+            pages,
+            sync: SourceSync::new(profile),
             stream: StreamWriter::new(Encoder::new(PageGeometry::X86), profile.send_section_footer),
             start: Instant::now(),
             limiter: RateLimiter::new(job.parameters().max_bandwidth, Duration::ZERO),
@@ -153,7 +189,7 @@ impl<'e> Engine<'e> {
         })?;
         let blocks = ram.remaining().map(|(name, len)| Ok(ram::RamBlock::new(idstr(name)?, len)));
         self.stream.ram_setup(blocks.collect::<Result<Vec<_>, MigrationError>>()?)?;
-        self.stream.eos()?;
+        self.synchronise(SourceSync::setup)?;
         self.stream.footer()?;
         self.flush("the list of RAM blocks")?;
         let total = ram.remaining().map(|(_, bytes)| bytes).sum();
@@ -238,18 +274,76 @@ impl<'e> Engine<'e> {
             self.stream.section_part(RAM_SECTION)?;
             loop {
                 let pages = self.limiter.allowance(self.start.elapsed()) / PageGeometry::X86.size();
-                let Some(sent) = ram.send(self.channel, &mut self.stream, Some(&mut *log), pages)? else { break };
-                self.sent(sent);
+                if !self.send_pages(ram, Some(&mut *log), pages)? {
+                    break;
+                }
                 let elapsed = self.start.elapsed();
                 if elapsed - now >= PART_TIME || self.limiter.allowance(elapsed) == 0 {
                     break;
                 }
                 self.check()?;
             }
-            self.stream.eos()?;
+            if ram.remaining_pages() == 0 {
+                self.synchronise(SourceSync::round_end)?;
+            }
+            self.synchronise(SourceSync::section_end)?;
             self.stream.footer()?;
             self.flush("the end of a RAM section")?;
             self.account();
+        }
+        Ok(())
+    }
+
+    /// Sends up to `limit` pages, at most a batch; false at the end of the sweep.
+    fn send_pages(
+        &mut self,
+        ram: &mut RamSender<'_>,
+        log: Option<&mut dyn DirtyLog>,
+        limit: u64,
+    ) -> Result<bool, MigrationError> {
+        let sent = match self.pages {
+            None => ram.send(self.channel, &mut self.stream, log, limit)?,
+            Some(pages) => {
+                self.sync.pages().map_err(synchronisation)?;
+                let sent = ram.hand_over(&pages.queue, &mut self.stream, log, limit, pages.legacy)?;
+                if self.stream.bytes().len() >= FLUSH_AT {
+                    self.flush("zero pages")?;
+                }
+                self.count_pages();
+                sent
+            }
+        };
+        if let Some(sent) = sent {
+            self.sent(sent);
+        }
+        Ok(sent.is_some())
+    }
+
+    /// Takes over what the page channels have counted.
+    fn count_pages(&mut self) {
+        if let Some(pages) = self.pages {
+            let Counts { bytes, normal, zero } = pages.queue.take_counts();
+            self.sent(Sent { bytes, normal, zero });
+        }
+    }
+
+    /// Synchronises the page channels with the main channel as is due at a moment; without page channels it is the end of the
+    /// section.
+    fn synchronise(
+        &mut self,
+        moment: fn(&mut SourceSync) -> Result<&'static [SyncStep], SyncError>,
+    ) -> Result<(), MigrationError> {
+        let steps = moment(&mut self.sync).map_err(synchronisation)?;
+        for step in steps {
+            match (step, self.pages) {
+                (SyncStep::Eos, _) => self.stream.eos()?,
+                (_, None) => {}
+                (SyncStep::SyncChannels, Some(pages)) => {
+                    pages.queue.synchronise()?;
+                    self.count_pages();
+                }
+                (SyncStep::Flush, Some(_)) => self.stream.multifd_flush()?,
+            }
         }
         Ok(())
     }
@@ -293,11 +387,11 @@ impl<'e> Engine<'e> {
             self.stream.command(Command::SwitchoverStart)?;
         }
         self.stream.section_end(RAM_SECTION)?;
-        while let Some(sent) = ram.send(self.channel, &mut self.stream, None, u64::MAX)? {
-            self.sent(sent);
+        while self.send_pages(ram, None, u64::MAX)? {
             self.check()?;
         }
-        self.stream.eos()?;
+        self.synchronise(SourceSync::round_end)?;
+        self.synchronise(SourceSync::completion)?;
         self.stream.footer()?;
         for (section_id, device) in (RAM_SECTION + 1..).zip(&devices.sections) {
             let (idstr, instance_id, version_id) = (device.idstr.clone(), device.instance_id, device.version_id);
@@ -434,7 +528,7 @@ impl<'e> Engine<'e> {
     /// Lets the guest go on after a failure.
     fn back_out(&mut self, error: MigrationError) -> MigrationError {
         // First of all the destination must not get any further.
-        self.channel.close();
+        self.connections.close();
         self.let_run();
         let was_running = self.stopped.take().is_some_and(|stopped| stopped.was_running);
         if was_running && let Err(resume) = self.guest.resume() {
@@ -458,9 +552,13 @@ impl<'e> Engine<'e> {
         }
         self.job.end(result.as_ref().err());
         // The return path is read to its end: the destination closes when it has taken over.
-        self.channel.finish_writing();
+        self.connections.all().for_each(|channel| channel.finish_writing());
         result
     }
+}
+
+fn synchronisation(error: SyncError) -> MigrationError {
+    MigrationError::Packet(Located::new(error.into(), 0))
 }
 
 fn idstr(name: &str) -> Result<CountedString, MigrationError> {

@@ -64,14 +64,14 @@ fn move_guest(
             let channel = listener.accept()?;
             let incoming = Job::default();
             incoming.begin().unwrap();
-            let arrival = receive(&to.machine, &channel, &incoming, profile)?;
+            let arrival = receive(&to.machine, channel.clone().into(), &incoming, profile)?;
             assert!(arrival.running);
             to.machine.resume().unwrap();
             channel.close();
             Ok(())
         });
         job.begin().unwrap();
-        let sent = Socket::connect(&address).and_then(|channel| migrate(&from.machine, &channel, job, profile));
+        let sent = Socket::connect(&address).and_then(|channel| migrate(&from.machine, &channel.into(), job, profile));
         (sent, arriving.join().unwrap())
     })
 }
@@ -159,7 +159,7 @@ fn failure_leaves_the_source_running() {
         });
         job.begin().unwrap();
         let channel = Socket::connect(&address).unwrap();
-        migrate(&from.machine, &channel, &job, &profile()).unwrap_err();
+        migrate(&from.machine, &channel.into(), &job, &profile()).unwrap_err();
     });
     assert_eq!(job.status(), Status::Failed);
     assert!(job.statistics().error.is_some());

@@ -104,6 +104,10 @@ impl Channel for Faulty {
         self.inner.finish_writing();
     }
 
+    fn stop_reading(&self) {
+        self.inner.stop_reading();
+    }
+
     fn close(&self) {
         self.inner.close();
     }

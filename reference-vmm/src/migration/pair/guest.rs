@@ -23,6 +23,8 @@ pub(crate) struct FakeGuest {
     /// Loading the device fails.
     pub(crate) refuses_devices: AtomicBool,
     log: Mutex<Option<Log>>,
+    /// Held by a step of the guest, so that it is over when the guest has stopped.
+    step: Mutex<()>,
 }
 
 /// As KVM's with manual protect: a write sets a bit, and a bit stays until it is reset.
@@ -42,6 +44,7 @@ impl FakeGuest {
             pages_per_step: AtomicU64::new(3),
             refuses_devices: AtomicBool::new(false),
             log: Mutex::new(None),
+            step: Mutex::new(()),
         }
     }
 
@@ -68,6 +71,7 @@ impl FakeGuest {
 
     /// A step of the guest: it writes some pages all over its memory, some of them with zeroes.
     pub(crate) fn work(&self) {
+        let _step = self.step.lock().unwrap();
         if !self.is_running() {
             return;
         }
@@ -82,8 +86,9 @@ impl FakeGuest {
     }
 
     fn write(&self, block: usize, page: usize, value: u64) {
-        // The log first: should the engine ever look at it between the two, the page is sent once too often, not too rarely.
-        if let Some(log) = &mut *self.log.lock().unwrap() {
+        // As a processor sets the dirty bit and writes in one: nobody looks at the log between the two.
+        let mut log = self.log.lock().unwrap();
+        if let Some(log) = &mut *log {
             log.written[block][page / 64] |= 1 << (page % 64);
         }
         let slice = self.blocks[block].1.get_slice(page * PAGE, PAGE).unwrap();
@@ -135,6 +140,7 @@ impl Guest for FakeGuest {
     }
 
     fn pause(&self) -> Result<bool, GuestError> {
+        let _step = self.step.lock().unwrap();
         Ok(self.running.swap(false, Ordering::SeqCst))
     }
 

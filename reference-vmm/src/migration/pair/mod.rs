@@ -5,11 +5,12 @@
 
 mod faults;
 mod guest;
+mod multifd;
 mod tests;
 
 use super::{
-    Arrival, Capabilities, Channel, Guest, Job, MigrationError, Parameters, Socket, Statistics, Status, migrate,
-    receive,
+    Arrival, Capabilities, Channel, Guest, Incoming, Job, MigrationError, Outgoing, Parameters, Socket, Statistics,
+    Status, migrate, receive,
 };
 pub(super) use faults::{Faults, Faulty};
 pub(super) use guest::FakeGuest;
@@ -28,6 +29,7 @@ pub(super) struct Pair {
     pub(super) profile: Profile,
     /// Of the destination, where they are not those of the source.
     pub(super) incoming: Option<Capabilities>,
+    pub(super) incoming_parameters: Option<Parameters>,
 }
 
 /// How a migration ended, on both sides.
@@ -56,6 +58,7 @@ impl Pair {
             job: Arc::new(job),
             profile: Profile::new(QemuVersion::NEWEST, "microvm"),
             incoming: None,
+            incoming_parameters: None,
         };
         pair.return_path(true)
     }
@@ -73,29 +76,39 @@ impl Pair {
         let faulty = Arc::new(Faulty::new(Socket::Unix(a), faults, move || writer.work()));
         let sending: Arc<dyn Channel> = faulty.clone();
         let receiving: Arc<dyn Channel> = Arc::new(Socket::Unix(b));
+        let (source, destination) = self.play(sending.into(), |_| Ok(receiving.into()));
+        Outcome { source, destination, statistics: self.job.statistics(), written: faulty.written() }
+    }
+
+    /// Migrates once over these connections; those of the destination are asked for when the source runs.
+    fn play(
+        &self,
+        sending: Outgoing,
+        receiving: impl FnOnce(&Job) -> Result<Incoming, MigrationError> + Send,
+    ) -> (Result<(), MigrationError>, Result<Arrival, MigrationError>) {
         let arrived = Mutex::new(None);
         self.job.begin().unwrap();
         let source = thread::scope(|scope| {
             let incoming = Job::default();
             incoming.set_capabilities(self.incoming.unwrap_or(self.job.capabilities())).unwrap();
+            incoming.set_parameters(self.incoming_parameters.clone().unwrap_or(self.job.parameters()));
             incoming.begin().unwrap();
             scope.spawn(|| {
                 let incoming = incoming;
-                let result = receive(&*self.destination, &receiving, &incoming, &self.profile);
-                if result.as_ref().is_ok_and(|arrival| arrival.running) {
-                    self.destination.resume().unwrap();
-                }
-                receiving.close();
+                let result = receiving(&incoming).and_then(|connections| {
+                    let all: Vec<_> = connections.all().cloned().collect();
+                    let result = receive(&*self.destination, connections, &incoming, &self.profile);
+                    if result.as_ref().is_ok_and(|arrival| arrival.running) {
+                        self.destination.resume().unwrap();
+                    }
+                    all.iter().for_each(|channel| channel.close());
+                    result
+                });
                 *arrived.lock().unwrap() = Some(result);
             });
             migrate(&*self.source, &sending, &self.job, &self.profile)
         });
-        Outcome {
-            source,
-            destination: arrived.into_inner().unwrap().unwrap(),
-            statistics: self.job.statistics(),
-            written: faulty.written(),
-        }
+        (source, arrived.into_inner().unwrap().unwrap())
     }
 
     /// Asserts that the guest has moved: it runs there with the same memory, and not here.

@@ -1,0 +1,27 @@
+//! Page channels (capability `multifd`) at work: threads, queues and sockets around the `qevm-multifd` crate.
+//!
+//! | module | what |
+//! |---|---|
+//! | `settings` | [`Settings`]: what both sides have agreed on |
+//! | `queue` | [`Queue`]: batches of pages for the channels, bounded, and who has synchronised |
+//! | `sender` | a thread that sends batches straight from guest memory |
+//! | `arrivals` | connections in whatever order they come, told apart by their first bytes |
+//! | `stream` | the reading end of one page channel |
+//! | `receiver` | a thread that reads pages straight into guest memory |
+//! | `gate` | [`Gate`]: who waits for whom at the destination |
+
+mod arrivals;
+mod gate;
+mod queue;
+mod receiver;
+mod sender;
+mod settings;
+mod stream;
+
+pub(crate) use arrivals::{Patience, gather};
+pub(crate) use gate::{Gate, Mark};
+pub(crate) use queue::{Batch, Counts, Queue};
+pub(crate) use receiver::receive_pages;
+pub(crate) use sender::send_pages;
+pub(crate) use settings::Settings;
+pub(crate) use stream::PageStream;

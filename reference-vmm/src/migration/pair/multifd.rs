@@ -1,0 +1,278 @@
+//! The same with page channels.
+
+use super::*;
+use crate::migration::{
+    Address, Listener, LoadError,
+    multifd::{Patience, Settings, gather},
+};
+use qevm_multifd::{Compression, ErrorKind, HandshakeError, PacketError};
+use qevm_wire::profile::ZeroPageDetection;
+use std::{sync::atomic::Ordering, time::Duration};
+
+/// How a source connects, and what goes wrong on its channels.
+#[derive(Default)]
+struct Plan {
+    /// Page channels that are connected before the main channel; the others follow in falling order.
+    before_main: usize,
+    /// Faults of one page channel.
+    faults: Option<(usize, Faults)>,
+}
+
+impl Pair {
+    /// Page channels between these machines, with one of QEMU's methods.
+    fn multifd(self, channels: u64, method: &str) -> Self {
+        let capabilities = self.job.capabilities().with([("multifd", true)]).unwrap();
+        self.job.set_capabilities(capabilities).unwrap();
+        let mut parameters = self.job.parameters();
+        parameters.set("multifd-channels", channels).unwrap();
+        parameters.set("multifd-compression", method).unwrap();
+        self.job.set_parameters(parameters);
+        self
+    }
+
+    /// Settings of the destination that differ from the source's.
+    fn but(mut self, change: impl FnOnce(&mut Parameters)) -> Self {
+        let mut parameters = self.job.parameters();
+        change(&mut parameters);
+        self.incoming_parameters = Some(parameters);
+        self
+    }
+
+    fn go(&self, plan: &Plan) -> Outcome {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("in");
+        let listener = Listener::bind(&Address::Unix(path.clone())).unwrap();
+        let guest = self.source.clone();
+        let connect = |faults: Faults| {
+            let writer = guest.clone();
+            Arc::new(Faulty::new(Socket::Unix(UnixStream::connect(&path).unwrap()), faults, move || writer.work()))
+        };
+        let count = usize::from(self.job.parameters().multifd_channels);
+        let mut pages = vec![None; count];
+        let mut main = None;
+        for (place, number) in (0..count).rev().enumerate() {
+            if place == plan.before_main {
+                main = Some(connect(Faults::default()));
+            }
+            let faults = plan.faults.clone().filter(|(channel, _)| *channel == number);
+            pages[number] = Some(connect(faults.map(|(_, faults)| faults).unwrap_or_default()));
+        }
+        let main = main.unwrap_or_else(|| connect(Faults::default()));
+        let written = main.clone();
+        let pages = pages.into_iter().flatten().map(|channel| channel as Arc<dyn Channel>).collect();
+        let sending = Outgoing { main, pages };
+        let profile = self.profile.clone();
+        let (source, destination) = self.play(sending, move |job| {
+            let settings = Settings::of(job.capabilities(), &job.parameters(), &profile);
+            match settings {
+                Some(settings) => {
+                    let patience = Patience(Duration::from_millis(300));
+                    gather(&listener, &settings, patience)
+                }
+                None => Incoming::accept(&listener, job, &profile),
+            }
+        });
+        Outcome { source, destination, statistics: self.job.statistics(), written: written.written() }
+    }
+}
+
+#[test]
+fn a_working_guest_moves_over_any_number_of_channels_with_any_method() {
+    for channels in [1, 2, 4, 8] {
+        for method in ["none", "zlib", "zstd"] {
+            let pair = Pair::new(2000).multifd(channels, method);
+            let outcome = pair.go(&Plan::default());
+            pair.assert_moved(&outcome);
+            let ram = outcome.statistics.ram;
+            assert!(ram.dirty_sync_count >= 3, "the guest was working: {ram:?}");
+            assert!(ram.duplicate > 600 && ram.normal > 1300, "{ram:?}");
+            // Pages went over the page channels: the main channel had little to carry.
+            assert!(outcome.written < 20_000, "{channels} {method}: {}", outcome.written);
+            assert!(method != "none" || ram.transferred > 1300 * 4096, "{ram:?}");
+        }
+    }
+}
+
+/// Both flush modes, both layouts, and the extra synchronisation of 8.1 to 9.2, with every way zero pages travel.
+#[test]
+fn the_packets_follow_the_release_and_the_zero_page_detection() {
+    for release in ["5.2", "7.2", "8.2", "9.0", "10.0", "11.1"] {
+        for mode in [ZeroPageDetection::None, ZeroPageDetection::Legacy, ZeroPageDetection::Multifd] {
+            let mut pair = Pair::new(3000).multifd(3, "none");
+            pair.profile = Profile::new(release.parse().unwrap(), "microvm");
+            let mut parameters = pair.job.parameters();
+            parameters.zero_page_detection = mode;
+            pair.job.set_parameters(parameters);
+            let outcome = pair.go(&Plan::default());
+            pair.assert_moved(&outcome);
+            let zero = outcome.statistics.ram.duplicate;
+            // Few at least: the guest clears pages by itself, so only the mode without detection has none.
+            assert_eq!(zero > 900, mode != ZeroPageDetection::None, "{release} {mode:?}: {zero}");
+            // 1,000 records of 8 bytes are on the main channel where the main thread looks for zero pages.
+            let settings = Settings::of(pair.job.capabilities(), &pair.job.parameters(), &pair.profile).unwrap();
+            let legacy = settings.zero_pages == ZeroPageDetection::Legacy;
+            assert_eq!(outcome.written > 8000, legacy, "{release} {mode:?}: {}", outcome.written);
+        }
+    }
+}
+
+/// What QEMU's releases do by default, and what those without zero pages in packets can do.
+#[test]
+fn zero_pages_travel_as_the_release_can_read_them() {
+    use ZeroPageDetection::{Legacy, Multifd, None as Off};
+    let rows = [
+        ("7.2", [Off, Legacy, Legacy]),
+        ("8.2", [Off, Legacy, Legacy]),
+        ("9.0", [Off, Legacy, Multifd]),
+        ("11.1", [Off, Legacy, Multifd]),
+    ];
+    for (release, expected) in rows {
+        let profile = Profile::new(release.parse().unwrap(), "microvm");
+        let capabilities = Capabilities { multifd: true, ..Capabilities::default() };
+        let found = [Off, Legacy, Multifd].map(|mode| {
+            let parameters = Parameters { zero_page_detection: mode, ..Parameters::default() };
+            Settings::of(capabilities, &parameters, &profile).unwrap().zero_pages
+        });
+        assert_eq!(found, expected, "{release}");
+    }
+}
+
+#[test]
+fn channels_arrive_in_any_order() {
+    for before_main in 0..=5 {
+        let pair = Pair::new(300).multifd(5, "zstd");
+        let outcome = pair.go(&Plan { before_main, ..Plan::default() });
+        pair.assert_moved(&outcome);
+    }
+}
+
+#[test]
+fn the_largest_number_of_channels_works() {
+    let pair = Pair::new(600).multifd(255, "none");
+    // Each packet gives the guest a step, and each round has 255 of them at least.
+    pair.source.pages_per_step.store(0, Ordering::Relaxed);
+    let outcome = pair.go(&Plan { before_main: 100, ..Plan::default() });
+    pair.assert_moved(&outcome);
+}
+
+#[test]
+fn channels_that_do_not_come_are_named_and_the_source_goes_on() {
+    let pair = Pair::new(60).multifd(2, "none").but(|parameters| parameters.multifd_channels = 4);
+    let outcome = pair.go(&Plan::default());
+    pair.assert_stayed(&outcome);
+    let Err(MigrationError::MissingChannels { missing, main, .. }) = &outcome.destination else {
+        panic!("{outcome:?}")
+    };
+    // The main channel's first bytes wait for the page channels of the source, which are there.
+    assert_eq!((missing.as_slice(), *main), (&[2, 3][..], false));
+}
+
+#[test]
+fn too_many_channels_are_refused() {
+    let pair = Pair::new(60).multifd(4, "none").but(|parameters| parameters.multifd_channels = 2);
+    let outcome = pair.go(&Plan::default());
+    pair.assert_stayed(&outcome);
+    let Err(MigrationError::Load(error)) = &outcome.destination else { panic!("{outcome:?}") };
+    let number =
+        |kind: &ErrorKind| matches!(kind, ErrorKind::Handshake(HandshakeError::ChannelNumber { channels: 2, .. }));
+    assert!(matches!(&error.kind, LoadError::Multifd(kind) if number(kind)), "{error}");
+}
+
+#[test]
+fn another_method_is_named_on_both_sides() {
+    for (ours, theirs) in [("zlib", Compression::Zstd), ("none", Compression::Zlib), ("zstd", Compression::None)] {
+        let pair = Pair::new(60).multifd(2, ours).but(|parameters| parameters.multifd_compression = theirs);
+        let outcome = pair.go(&Plan::default());
+        pair.assert_stayed(&outcome);
+        let Err(MigrationError::Load(error)) = &outcome.destination else { panic!("{outcome:?}") };
+        let method = |kind: &ErrorKind| matches!(kind, ErrorKind::Packet(PacketError::Method { expected, .. }) if *expected == theirs);
+        assert!(matches!(&error.kind, LoadError::Multifd(kind) if method(kind)), "{error}");
+        assert!(matches!(outcome.source, Err(MigrationError::PeerFailed { .. })), "{:?}", outcome.source);
+    }
+}
+
+#[test]
+fn the_capability_on_one_side_only_is_named() {
+    // Off at the destination: the main channel arrives first, or a page channel does.
+    for before_main in [0, 1] {
+        let mut pair = Pair::new(60).multifd(2, "none");
+        pair.incoming = Some(Capabilities { multifd: false, ..pair.job.capabilities() });
+        let outcome = pair.go(&Plan { before_main, ..Plan::default() });
+        pair.assert_stayed(&outcome);
+        let Err(MigrationError::Load(error)) = &outcome.destination else { panic!("{outcome:?}") };
+        assert!(matches!(error.kind, LoadError::MultifdOff), "{error}");
+    }
+    // Off at the source.
+    let mut pair = Pair::new(60);
+    pair.incoming = Some(Capabilities { multifd: true, ..pair.job.capabilities() });
+    let directory = tempfile::tempdir().unwrap();
+    let address = Address::Unix(directory.path().join("in"));
+    let listener = Listener::bind(&address).unwrap();
+    let sending = Outgoing::connect(&address, &pair.job).unwrap();
+    let profile = pair.profile.clone();
+    let (source, destination) = pair.play(sending, move |job| {
+        let settings = Settings::of(job.capabilities(), &job.parameters(), &profile).unwrap();
+        gather(&listener, &settings, Patience(Duration::from_millis(300)))
+    });
+    assert!(source.is_err() && pair.source.is_running());
+    let Err(MigrationError::MissingChannels { missing, main: false, .. }) = &destination else {
+        panic!("{destination:?}")
+    };
+    assert_eq!(missing, &[0, 1]);
+}
+
+#[test]
+fn a_page_channel_that_breaks_anywhere_leaves_the_guest_running_at_the_source() {
+    let mut cut = 0;
+    for return_path in [true, false] {
+        for place in (0..64).step_by(9).chain((64..4000).step_by(331)).chain((4000..400_000).step_by(17_011)) {
+            let mut pair = Pair::new(200).return_path(return_path).multifd(3, "none");
+            let faults = Faults { cut_at: Some(place), ..Faults::default() };
+            let outcome = pair.go(&Plan { faults: Some((1, faults)), ..Plan::default() });
+            if outcome.source.is_ok() {
+                pair.assert_moved(&outcome);
+                continue;
+            }
+            pair.assert_stayed(&outcome);
+            cut += 1;
+            if cut % 10 == 0 {
+                pair.renew_destination();
+                let again = pair.go(&Plan::default());
+                pair.assert_moved(&again);
+            }
+        }
+    }
+    assert!(cut > 40, "only {cut} cuts were before the end");
+}
+
+#[test]
+fn cancelling_ends_all_channels() {
+    let mut cancelled = 0;
+    for place in (0..300_000).step_by(9001) {
+        let pair = Pair::new(200).multifd(2, "none");
+        let job = pair.job.clone();
+        let call: Arc<dyn Fn() + Send + Sync> = Arc::new(move || job.cancel());
+        let faults = Faults { call_at: Some((place, call)), ..Faults::default() };
+        let outcome = pair.go(&Plan { faults: Some((0, faults)), ..Plan::default() });
+        if outcome.source.is_ok() {
+            pair.assert_moved(&outcome);
+        } else {
+            pair.assert_stayed(&outcome);
+            assert_eq!(outcome.statistics.status, Status::Cancelled, "{place}: {outcome:?}");
+            cancelled += 1;
+        }
+    }
+    assert!(cancelled >= 20, "{cancelled}");
+}
+
+/// Channels that deliver at different speeds: a page that travels slowly in one round must not undo what came in the next.
+#[test]
+fn a_slow_channel_never_brings_an_older_copy() {
+    for method in ["none", "zlib"] {
+        let pair = Pair::new(300).multifd(4, method);
+        pair.source.pages_per_step.store(20, Ordering::Relaxed);
+        let faults = Faults { bytes_per_ms: Some(4 << 10), ..Faults::default() };
+        let outcome = pair.go(&Plan { faults: Some((2, faults)), ..Plan::default() });
+        pair.assert_moved(&outcome);
+    }
+}
