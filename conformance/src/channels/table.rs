@@ -329,7 +329,7 @@ fn receiver_differs(table: &mut Table, flavor: Flavor) {
     let pairs: [(&str, Setup, &[&str], &str); 8] = [
         ("4-channels-for-2", Setup::multifd(4, "none"), &["--multifd-channels", "2"], "multifd-channels is 2 here"),
         ("8-channels-for-1", Setup::multifd(8, "zstd"), &["--multifd-channels", "1"], "multifd-channels is 1 here"),
-        ("2-channels-for-4", Setup::multifd(2, "none"), &["--multifd-channels", "4"], "2 of 4 multifd channels"),
+        ("2-channels-for-4", Setup::multifd(2, "none"), &["--multifd-channels", "4"], "of 4 multifd channels came"),
         ("zlib-for-zstd", Setup::multifd(2, "zlib"), &["--multifd-compression", "zstd"], "zstd"),
         ("none-for-zlib", Setup::multifd(2, "none"), &["--multifd-compression", "zlib"], "zlib"),
         ("zstd-for-none", Setup::multifd(2, "zstd"), &["--multifd-compression", "none"], "zstd"),
