@@ -6,6 +6,7 @@ use anyhow::{Context, Result};
 use reference_vmm::payload::Progress;
 use serde_json::{Map, Value, json};
 
+use super::table::channels_of;
 use super::{Account, Journey, Link, Load, Moment, Monitor, Stage, Stop};
 use crate::roots::{Root, Suite};
 use crate::scenario::Accel;
@@ -37,8 +38,8 @@ impl Default for Options {
                 max_bandwidth: 64 << 20,
                 downtime_limit: 300,
             },
-            capabilities: vec!["return-path", "switchover-ack"],
-            parameters: Map::new(),
+            capabilities: vec!["multifd", "return-path", "switchover-ack"],
+            parameters: channels_of(2, "none"),
             quiet: false,
         }
     }

@@ -15,7 +15,7 @@ use crate::roots::{Root, Suite};
 use crate::scenario::Accel;
 
 /// How long a single step may take: a hop, or the guest's next passes.
-const PATIENCE: Duration = Duration::from_secs(60);
+const PATIENCE: Duration = Duration::from_secs(120);
 
 /// A monitor on the way.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -1,6 +1,6 @@
 //! The journeys.
 
-use serde_json::Map;
+use serde_json::{Map, Value};
 
 use super::{Case, Cut, Echo, Journey, Link, Load, Outage, Pairing, Stop};
 use crate::roots::Suite;
@@ -37,6 +37,16 @@ fn journeys() -> Vec<Journey> {
                 }
             }
         }
+        for (compression, channels) in [("none", 2), ("none", 8), ("zlib", 2), ("zstd", 4)] {
+            for stops in [[qemu, Stop::Reference], [Stop::Reference, qemu]] {
+                let name = format!("{}>{}/multifd/{compression}/{channels}", stops[0], stops[1]);
+                let link = if channels == 2 { Link::Tcp } else { Link::Unix };
+                let quick = suite == Suite::Trixie && channels == 4;
+                let parameters = channels_of(channels, compression);
+                let capabilities = vec!["multifd", "return-path"];
+                journeys.push(Journey { name, stops: stops.into(), link, capabilities, parameters, quick, ..plain() });
+            }
+        }
         let two = Load { cpus: 2, ..Load::default() };
         let name = format!("{suite_series}>ref>{suite_series}/cpus=2", suite_series = suite.series());
         journeys.push(Journey { name, stops: vec![qemu, Stop::Reference, qemu], load: two, ..plain() });
@@ -63,6 +73,9 @@ fn journeys() -> Vec<Journey> {
     let capabilities = vec!["return-path"];
     let stops = ring(4);
     journeys.push(Journey { name: "ring/4".into(), stops, capabilities: capabilities.clone(), quick: true, ..plain() });
+    let (parameters, multifd) = (channels_of(2, "zstd"), vec!["multifd", "return-path"]);
+    let name = "ring/multifd".into();
+    journeys.push(Journey { name, stops: ring(6), link: Link::Tcp, capabilities: multifd, parameters, ..plain() });
     journeys.push(Journey { name: "ring/50".into(), stops: ring(RING_HOPS), capabilities, ..plain() });
     journeys
 }
@@ -179,6 +192,14 @@ fn pairings() -> Vec<Pairing> {
         ]);
     }
     pairings
+}
+
+/// Parameters of page channels.
+pub(super) fn channels_of(channels: u32, compression: &str) -> Map<String, Value> {
+    let mut parameters = Map::new();
+    parameters.insert("multifd-channels".into(), channels.into());
+    parameters.insert("multifd-compression".into(), compression.into());
+    parameters
 }
 
 fn capability_sets(suite: Suite) -> Vec<Vec<&'static str>> {
