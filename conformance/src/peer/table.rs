@@ -62,6 +62,7 @@ fn journeys() -> Vec<Journey> {
     let stops = vec![stops[0], Stop::Reference, stops[1], Stop::Reference, stops[2]];
     let two = Load { cpus: 2, ..Load::default() };
     journeys.push(Journey { name: "ring/tcg".into(), stops, load: two, ..plain() });
+    journeys.extend(page_channels());
     let ring = |hops: usize| -> Vec<Stop> {
         let [old, middle, new] = [Suite::Bookworm, Suite::Sid, Suite::Trixie].map(|s| Stop::Qemu(s, Accel::Kvm));
         [old, Stop::Reference, middle, Stop::Reference, new, Stop::Reference]
@@ -77,6 +78,50 @@ fn journeys() -> Vec<Journey> {
     let name = "ring/multifd".into();
     journeys.push(Journey { name, stops: ring(6), link: Link::Tcp, capabilities: multifd, parameters, ..plain() });
     journeys.push(Journey { name: "ring/50".into(), stops: ring(RING_HOPS), capabilities, ..plain() });
+    journeys
+}
+
+/// Page channels: every number and method, each release in both directions, and the other ways of zero pages.
+fn page_channels() -> Vec<Journey> {
+    let mut journeys = Vec::new();
+    for suite in PEERS {
+        let qemu = Stop::Qemu(suite, Accel::Kvm);
+        let mut settings: Vec<(u64, &str, Option<&str>)> = Vec::new();
+        for method in ["none", "zlib", "zstd"] {
+            settings.extend([1, 2, 4, 8].map(|channels| (channels, method, None)));
+        }
+        // 7.2 has no such parameter.
+        if suite >= Suite::Trixie {
+            settings.extend(["none", "legacy"].map(|mode| (2, "none", Some(mode))));
+        }
+        for (channels, method, zero_pages) in settings {
+            let mut parameters = Map::new();
+            parameters.insert("multifd-channels".into(), channels.into());
+            parameters.insert("multifd-compression".into(), method.into());
+            if let Some(mode) = zero_pages {
+                parameters.insert("zero-page-detection".into(), mode.into());
+            }
+            let with = zero_pages.map_or(String::new(), |mode| format!("/zero={mode}"));
+            for stops in [[qemu, Stop::Reference], [Stop::Reference, qemu]] {
+                let name = format!("{}>{}/multifd={channels}/{method}{with}", stops[0], stops[1]);
+                let quick = match (suite, stops[0]) {
+                    (Suite::Sid, Stop::Reference) => (channels, method) == (4, "zstd"),
+                    (Suite::Bookworm, Stop::Qemu(..)) => (channels, method) == (2, "none"),
+                    _ => false,
+                };
+                let (capabilities, parameters) = (vec!["return-path", "multifd"], parameters.clone());
+                journeys.push(Journey {
+                    name,
+                    stops: stops.into(),
+                    link: Link::Tcp,
+                    capabilities,
+                    parameters,
+                    quick,
+                    ..plain()
+                });
+            }
+        }
+    }
     journeys
 }
 
