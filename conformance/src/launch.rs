@@ -115,6 +115,15 @@ impl Qemu {
         self.explain(event)
     }
 
+    /// Waits for the next event, whatever it is.
+    ///
+    /// # Errors
+    /// See [`QmpError`].
+    pub fn next_event(&mut self, limit: Duration) -> Result<crate::qmp::Event> {
+        let event = self.qmp.next_event(limit);
+        self.explain(event)
+    }
+
     /// Executes a QMP command.
     ///
     /// # Errors

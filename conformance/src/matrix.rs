@@ -87,7 +87,11 @@ fn install(scenarios: &[Scenario]) -> BTreeMap<Suite, Installed> {
     roots
 }
 
-pub(crate) fn kvm() -> Result<(), String> {
+/// Whether there is a KVM to use, and why not.
+///
+/// # Errors
+/// The system's reason.
+pub fn kvm() -> Result<(), String> {
     let opened = fs::OpenOptions::new().read(true).write(true).open("/dev/kvm");
     opened.map(|_| ()).map_err(|e| format!("/dev/kvm cannot be opened: {e}"))
 }
@@ -156,7 +160,7 @@ fn unavailable(variable: &str, why: &str) -> Outcome {
 }
 
 /// Whether the environment demands that there be no skips of that kind.
-pub(crate) fn required(variable: &str) -> bool {
+pub fn required(variable: &str) -> bool {
     std::env::var_os(variable).is_some_and(|v| v == "1")
 }
 

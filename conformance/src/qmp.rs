@@ -19,6 +19,8 @@ pub enum QmpError {
     Refused {
         /// The command that was refused.
         command: String,
+        /// QEMU's `class`.
+        class: String,
         /// QEMU's `desc`.
         description: String,
     },
@@ -107,8 +109,9 @@ impl Qmp {
                 return Ok(value.take());
             }
             if let Some(error) = message.get("error") {
-                let description = error["desc"].as_str().unwrap_or_default().to_string();
-                return Err(QmpError::Refused { command: command.into(), description });
+                let text = |member: &str| error[member].as_str().unwrap_or_default().to_string();
+                let (class, description) = (text("class"), text("desc"));
+                return Err(QmpError::Refused { command: command.into(), class, description });
             }
             self.keep_event(command, message)?;
         }
@@ -137,6 +140,21 @@ impl Qmp {
             }
             let message = self.message(name, deadline)?;
             self.keep_event(name, message)?;
+        }
+    }
+
+    /// Waits for the next event, whatever it is.
+    ///
+    /// # Errors
+    /// [`QmpError::Timeout`] when none comes within `limit`.
+    pub fn next_event(&mut self, limit: Duration) -> Result<Event, QmpError> {
+        let deadline = Instant::now() + limit;
+        loop {
+            if let Some(event) = self.events.pop_front() {
+                return Ok(event);
+            }
+            let message = self.message("events", deadline)?;
+            self.keep_event("events", message)?;
         }
     }
 

@@ -9,6 +9,7 @@
 //! is a stopped guest that comes back as it was. A [`Lodger`] is one that never runs in reference-vmm: Linux under TCG. A [`Party`] is one of the monitors, controlled by QMP whoever wrote it.
 
 pub mod demo;
+pub mod dialogue;
 mod echo;
 mod journey;
 mod lodger;
@@ -16,6 +17,7 @@ mod outage;
 mod pairing;
 mod party;
 mod proxy;
+pub mod python;
 mod report;
 pub mod table;
 

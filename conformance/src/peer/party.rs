@@ -174,7 +174,35 @@ impl Party {
     }
 }
 
-pub(super) fn start_reference(program: &Monitor, name: &str, arguments: &[String], scratch: &Path) -> Result<Qemu> {
+/// A process that ends with this.
+#[derive(Debug)]
+pub(super) struct Running(Child);
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        // It may have ended by itself.
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// Starts reference-vmm for somebody else to talk to, at the socket that is given back as soon as it is there.
+pub(super) fn start_reference_process(
+    program: &Monitor,
+    name: &str,
+    arguments: &[String],
+    scratch: &Path,
+) -> Result<(Running, PathBuf)> {
+    let (child, socket, _) = spawn_reference(program, name, arguments, scratch)?;
+    Ok((Running(child), socket))
+}
+
+fn spawn_reference(
+    program: &Monitor,
+    name: &str,
+    arguments: &[String],
+    scratch: &Path,
+) -> Result<(Child, PathBuf, PathBuf)> {
     let file = |suffix: &str| scratch.join(format!("{name}.{suffix}"));
     let (socket, stderr) = (file("qmp"), file("stderr"));
     let _ = fs::remove_file(&socket);
@@ -182,6 +210,11 @@ pub(super) fn start_reference(program: &Monitor, name: &str, arguments: &[String
     command.args(&program.leading).arg("run").args(arguments).arg("--qmp").arg(format!("unix:{}", socket.display()));
     command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(File::create(&stderr)?);
     let child = command.spawn().with_context(|| format!("starting {}", program.program.display()))?;
+    Ok((child, socket, stderr))
+}
+
+pub(super) fn start_reference(program: &Monitor, name: &str, arguments: &[String], scratch: &Path) -> Result<Qemu> {
+    let (child, socket, stderr) = spawn_reference(program, name, arguments, scratch)?;
     let connect = |child: &mut Child| {
         let deadline = Instant::now() + START_TIMEOUT;
         loop {

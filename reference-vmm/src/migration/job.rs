@@ -219,6 +219,10 @@ impl Job {
         state.channels = Vec::new();
         drop(state);
         self.changed.notify_all();
+        if status == Status::Failed {
+            // Clearing up is over here when the engine says that it has failed; who watches for the word hears it.
+            self.notify(Notice::Status(Status::Failing));
+        }
         self.notify(Notice::Status(status));
     }
 

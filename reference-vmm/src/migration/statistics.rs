@@ -20,6 +20,8 @@ pub enum Status {
     Device,
     /// The peer has taken over.
     Completed,
+    /// Something went wrong, and is being cleared up (11.0).
+    Failing,
     /// Something went wrong; the guest is still here.
     Failed,
     /// `migrate_cancel` was given and takes effect.
@@ -38,6 +40,7 @@ impl Status {
             Status::PreSwitchover => "pre-switchover",
             Status::Device => "device",
             Status::Completed => "completed",
+            Status::Failing => "failing",
             Status::Failed => "failed",
             Status::Cancelling => "cancelling",
             Status::Cancelled => "cancelled",

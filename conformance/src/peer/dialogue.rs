@@ -1,0 +1,253 @@
+//! The same QMP commands to a real QEMU 11.1 and to reference-vmm: the replies are compared.
+//!
+//! Of an error, class and text are to be equal; of a return value, the members and their types, for numbers differ from
+//! machine to machine.
+
+mod commands;
+
+use std::io::Read;
+use std::net::TcpListener;
+use std::path::Path;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+use serde_json::{Map, Value, json};
+
+use self::commands::BEFORE_THE_START;
+use super::party::{Monitor, start_reference};
+use crate::launch::Qemu;
+use crate::qmp::QmpError;
+use crate::roots::Root;
+
+/// What a machine that waits for a guest is asked.
+const WAITING: &[(&str, &str)] = &[
+    ("query-status", ""),
+    ("query-migrate", ""),
+    ("cont", ""),
+    ("query-status", ""),
+    ("migrate", r#"{"uri":"tcp:127.0.0.1:1"}"#),
+    ("migrate-incoming", ""),
+    ("migrate-incoming", r#"{"uri":"foo"}"#),
+    ("migrate-set-parameters", r#"{"multifd-channels":4}"#),
+    ("migrate-incoming", r#"{"uri":"unix:SOCKET"}"#),
+    ("query-migrate", ""),
+    ("migrate-incoming", r#"{"uri":"unix:SOCKET.2"}"#),
+    ("migrate-set-capabilities", r#"{"capabilities":[{"capability":"multifd","state":true}]}"#),
+    ("migrate-set-capabilities", r#"{"capabilities":[{"capability":"events","state":true}]}"#),
+    ("migrate-set-parameters", r#"{"multifd-channels":3}"#),
+    ("migrate_cancel", ""),
+    ("query-migrate", ""),
+    ("stop", ""),
+    ("query-status", ""),
+];
+
+const PATIENCE: Duration = Duration::from_secs(60);
+const POLL: Duration = Duration::from_millis(10);
+
+/// The two who are asked.
+struct Both {
+    qemu: Qemu,
+    ours: Qemu,
+    differences: Vec<String>,
+}
+
+/// Asks both on, and tells how many replies were compared.
+type Part = fn(&mut Both, &Path) -> Result<usize>;
+
+/// Asks both, and gives what they answered differently, and how many replies were compared.
+///
+/// # Errors
+/// One of them does not start, dies, or does not answer.
+pub fn compare(root: &Root, program: &Monitor, scratch: &Path) -> Result<(Vec<String>, usize)> {
+    let (mut differences, mut replies) = (Vec::new(), 0);
+    let parts: [(&str, &[&str], Part); 3] = [
+        ("start", &["-S"], |both, scratch| both.ask_all(BEFORE_THE_START, scratch)),
+        ("waiting", &["--incoming", "defer"], |both, scratch| both.ask_all(WAITING, scratch)),
+        ("migrating", &[], |both, scratch| both.migrate(scratch)),
+    ];
+    for (name, more, play) in parts {
+        let mut arguments: Vec<String> = vec!["-m".into(), "64M".into()];
+        arguments.extend(more.iter().map(|a| a.to_string()));
+        let ours = start_reference(program, &format!("{name}-ours"), &arguments, scratch)?;
+        arguments.extend(["-M".into(), "microvm,accel=tcg".into()]);
+        let qemu = Qemu::start(root, &format!("{name}-qemu"), &arguments, scratch)?;
+        let mut both = Both { qemu, ours, differences: Vec::new() };
+        replies += play(&mut both, scratch).with_context(|| format!("part '{name}'"))?;
+        differences.append(&mut both.differences);
+        both.qemu.quit();
+        both.ours.quit();
+    }
+    Ok((differences, replies))
+}
+
+impl Both {
+    fn ask_all(&mut self, rows: &[(&str, &str)], scratch: &Path) -> Result<usize> {
+        for (command, arguments) in rows {
+            let mut replies = Vec::new();
+            for (who, monitor) in [("qemu", &mut self.qemu), ("ours", &mut self.ours)] {
+                let socket = scratch.join(format!("{who}.incoming")).display().to_string();
+                let arguments = match arguments.replace("SOCKET", &socket) {
+                    text if text.is_empty() => Value::Null,
+                    text => serde_json::from_str(&text).with_context(|| format!("the arguments {text}"))?,
+                };
+                replies.push(reply(monitor, command, arguments)?);
+            }
+            self.compare(&format!("{command} {arguments}"), &replies[0], &replies[1]);
+        }
+        Ok(rows.len())
+    }
+
+    fn compare(&mut self, what: &str, qemu: &Value, ours: &Value) {
+        if qemu != ours {
+            self.differences.push(format!("{what}\n    QEMU: {qemu}\n    here: {ours}"));
+        }
+    }
+
+    /// What is told of migrations that are under way, cancelled, completed and failed, and the events on the way.
+    fn migrate(&mut self, scratch: &Path) -> Result<usize> {
+        let told = [&mut self.qemu, &mut self.ours].map(|monitor| story(monitor, scratch));
+        let [qemu, ours] = told;
+        let (qemu, ours) = (qemu?, ours?);
+        ensure!(qemu.len() == ours.len(), "{} and {} things were told", qemu.len(), ours.len());
+        for ((what, qemu), (_, ours)) in qemu.iter().zip(&ours) {
+            self.compare(what, qemu, ours);
+        }
+        Ok(qemu.len())
+    }
+}
+
+type Story = Vec<(&'static str, Value)>;
+
+fn story(monitor: &mut Qemu, scratch: &Path) -> Result<Story> {
+    let mut told = Story::new();
+    let sink = TcpListener::bind("127.0.0.1:0")?;
+    let uri = json!({ "uri": format!("tcp:127.0.0.1:{}", sink.local_addr()?.port()) });
+    thread::spawn(move || {
+        for stream in sink.incoming().take(2).flatten() {
+            let (mut stream, mut buffer) = (stream, vec![0; 1 << 16]);
+            while matches!(stream.read(&mut buffer), Ok(count) if count > 0) {}
+        }
+    });
+    monitor.set_capabilities(&["events"])?;
+    // A floor for the time that it takes: the records of zero pages alone are more than a second's worth.
+    monitor.set_parameters(&json!({ "max-bandwidth": 20_000, "downtime-limit": 1 }))?;
+
+    monitor.execute("migrate", uri.clone())?;
+    let active = wait(monitor, &["active"])?;
+    told.push(("query-migrate while it is active", shape(&active)));
+    told.push(("migrate while one is active", reply(monitor, "migrate", uri.clone())?));
+    let capabilities = json!({ "capabilities": [{ "capability": "events", "state": true }] });
+    told.push(("capabilities while it is active", reply(monitor, "migrate-set-capabilities", capabilities)?));
+    told.push(("migrate-pause while it is active", reply(monitor, "migrate-pause", Value::Null)?));
+    let state = json!({ "state": "pre-switchover" });
+    told.push(("migrate-continue while it is active", reply(monitor, "migrate-continue", state)?));
+    monitor.execute("migrate_cancel", Value::Null)?;
+    told.push(("query-migrate when it is cancelled", shape(&wait(monitor, &["cancelled"])?)));
+    told.push(("query-status after it was cancelled", monitor.execute("query-status", Value::Null)?));
+    told.push(("events up to cancelled", events(monitor, "cancelled")?));
+
+    monitor.set_parameters(&json!({ "max-bandwidth": 0, "downtime-limit": 2000 }))?;
+    monitor.execute("migrate", uri)?;
+    told.push(("query-migrate when it is completed", shape(&wait(monitor, &["completed"])?)));
+    told.push(("query-status after it was completed", monitor.execute("query-status", Value::Null)?));
+    told.push(("events up to completed", events(monitor, "completed")?));
+    let nobody = json!({ "uri": format!("unix:{}/nobody", scratch.display()) });
+    monitor.execute("cont", Value::Null)?;
+    monitor.execute("migrate", nobody)?;
+    told.push(("query-migrate when it has failed", shape(&wait(monitor, &["failed"])?)));
+    told.push(("events up to failed", events(monitor, "failed")?));
+    Ok(told)
+}
+
+fn wait(monitor: &mut Qemu, wanted: &[&str]) -> Result<Value> {
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        let told = monitor.execute("query-migrate", Value::Null)?;
+        match told["status"].as_str() {
+            Some(status) if wanted.contains(&status) => return Ok(told),
+            _ if Instant::now() > deadline => bail!("still {told}, {wanted:?} wanted"),
+            _ => thread::sleep(POLL),
+        }
+    }
+}
+
+/// The events up to a change of status, but for the passes, whose number differs.
+fn events(monitor: &mut Qemu, last: &str) -> Result<Value> {
+    let mut seen = Vec::new();
+    loop {
+        let event = monitor.next_event(PATIENCE)?;
+        match (event.name.as_str(), event.data["status"].as_str()) {
+            ("MIGRATION_PASS", _) => {}
+            ("MIGRATION", Some(status)) => {
+                seen.push(json!(status));
+                if status == last {
+                    return Ok(seen.into());
+                }
+            }
+            (name, _) => seen.push(json!(name)),
+        }
+    }
+}
+
+/// An error with its class and text, or the shape of what is returned.
+fn reply(monitor: &mut Qemu, command: &str, arguments: Value) -> Result<Value> {
+    match monitor.execute(command, arguments) {
+        Ok(value) => Ok(json!({ "return": shape(&value) })),
+        Err(error) => match error.downcast_ref::<QmpError>() {
+            Some(QmpError::Refused { class, description, .. }) => Ok(json!({ "class": class, "desc": description })),
+            _ => Err(error),
+        },
+    }
+}
+
+/// Members and types. Texts that are names from a list count as they are.
+fn shape(value: &Value) -> Value {
+    match value {
+        Value::Object(members) => {
+            let mut shapes: Vec<_> = members.iter().map(|(name, value)| (name.clone(), member(name, value))).collect();
+            shapes.sort_by(|a, b| a.0.cmp(&b.0));
+            Value::Object(Map::from_iter(shapes))
+        }
+        Value::Array(items) => items.iter().map(shape).collect(),
+        Value::String(_) => "text".into(),
+        Value::Number(_) => "number".into(),
+        Value::Bool(_) => "boolean".into(),
+        Value::Null => Value::Null,
+    }
+}
+
+fn member(name: &str, value: &Value) -> Value {
+    match name {
+        "status"
+        | "mode"
+        | "capability"
+        | "state"
+        | "running"
+        | "calc-time-unit"
+        | "type"
+        | "multifd-compression"
+        | "zero-page-detection" => value.clone(),
+        _ => shape(value),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn shapes_tell_members_and_types_apart() {
+        let shape_of = |text: &str| shape(&serde_json::from_str(text).unwrap());
+        let same =
+            [(r#"{"a":1,"b":[true]}"#, r#"{"b":[false],"a":2.5}"#), (r#"{"ram":{"x":"a"}}"#, r#"{"ram":{"x":"b"}}"#)];
+        same.iter().for_each(|(a, b)| assert_eq!(shape_of(a), shape_of(b)));
+        let differ = [
+            (r#"{"a":1}"#, r#"{"a":"1"}"#),
+            (r#"{"a":1}"#, r#"{"a":1,"b":1}"#),
+            (r#"{"status":"active"}"#, r#"{"status":"failed"}"#),
+            (r#"[1]"#, r#"[1,2]"#),
+        ];
+        differ.iter().for_each(|(a, b)| assert_ne!(shape_of(a), shape_of(b)));
+    }
+}
