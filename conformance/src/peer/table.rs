@@ -220,6 +220,12 @@ fn pairings() -> Vec<Pairing> {
                 ..into("capability")
             },
         ]);
+        pairings.push(Pairing {
+            capabilities: vec!["multifd"],
+            said: vec!["capability 'multifd'", "is on there and off here"],
+            reported: "",
+            ..into("multifd")
+        });
         let back = |what| pairing([Stop::Reference, qemu], what);
         pairings.extend([
             Pairing {
