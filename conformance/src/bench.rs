@@ -4,6 +4,13 @@
 //! that it is in the page cache; then the readers take turns, so that what else the machine does meets them all alike. The
 //! figures are medians with the fastest and the slowest run. Every reader's answer is checked: a reader that fails fast
 //! would win.
+//!
+//! [`link`] measures running guests over a limited [`network`] link, and [`figures`] holds what came out against QEMU's.
+
+pub mod figures;
+pub mod link;
+pub mod network;
+mod watch;
 
 use std::fs::{self, File};
 use std::io::{self, BufWriter, Write};

@@ -1,6 +1,7 @@
 //! The command line.
 
 mod channels;
+mod link;
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -9,6 +10,7 @@ use std::time::Instant;
 use anyhow::{Context, Result};
 use channels::Channels;
 use clap::{Args, Parser, Subcommand};
+use link::Link;
 use qevm_conformance::analyze::Script;
 use qevm_conformance::judge;
 use qevm_conformance::matrix::{self, Options};
@@ -186,6 +188,12 @@ pub(crate) enum Bench {
     /// Reading a stream from the page cache: skimming over RAM, with digests, with everything checked, and
     /// analyze-migration.py
     Decode(Decode),
+    /// Move a running guest over a limited link, between two QEMUs and between two reference-vmm by turns (needs root).
+    ///
+    /// The link is a veth pair between two network namespaces with a token bucket (`tc` tbf) at each end. The last line on
+    /// standard output is one JSON object, and the status is 1 when reference-vmm misses a goal. Run it in a release build on an
+    /// idle machine: figures of a busy one mean nothing.
+    Link(Link),
 }
 
 #[derive(Args)]
@@ -267,6 +275,7 @@ impl Command {
             Command::Demo(demo) => demo.run(),
             Command::Trial(trial) => trial.run(),
             Command::Bench { what: Bench::Decode(decode) } => decode.run(),
+            Command::Bench { what: Bench::Link(link) } => link.run(),
             Command::Record { out, only, again } => record_all(&out, &only, again),
             Command::Analyze { corpus, only } => analyze_all(&corpus, &only),
             Command::Catalogue { corpus } => catalogue::gather(&corpus).map(|text| print!("{text}")).map(|()| true),

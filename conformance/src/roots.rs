@@ -92,6 +92,7 @@ pub struct Root {
     suite: Suite,
     dir: PathBuf,
     version: String,
+    namespace: Option<String>,
 }
 
 impl Root {
@@ -117,7 +118,7 @@ impl Root {
     }
 
     fn open(suite: Suite, dir: PathBuf) -> Result<Root> {
-        let mut root = Root { suite, dir, version: String::new() };
+        let mut root = Root { suite, dir, version: String::new(), namespace: None };
         let banner = run(root.command("usr/bin/qemu-system-x86_64").arg("--version"), Duration::from_secs(30))
             .with_context(|| format!("starting QEMU of Debian {suite} in {}", root.dir.display()))?;
         root.version = banner
@@ -132,6 +133,11 @@ impl Root {
     /// The suite this root was made of.
     pub fn suite(&self) -> Suite {
         self.suite
+    }
+
+    /// The same, with its programs started in a network namespace (by `ip netns exec`).
+    pub(crate) fn inside(&self, namespace: &str) -> Root {
+        Root { namespace: Some(namespace.into()), ..self.clone() }
     }
 
     /// The folder that holds it.
@@ -167,7 +173,15 @@ impl Root {
             path.push(":");
             path.push(library);
         }
-        let mut command = Command::new(loader.unwrap_or_else(|| libraries[0].join(LOADER)));
+        let loader = loader.unwrap_or_else(|| libraries[0].join(LOADER));
+        let mut command = match &self.namespace {
+            None => Command::new(loader),
+            Some(namespace) => {
+                let mut command = Command::new("ip");
+                command.args(["netns", "exec", namespace]).arg(loader);
+                command
+            }
+        };
         command.arg("--library-path").arg(path).arg(self.dir.join(program));
         command.env("QEMU_MODULE_DIR", libraries[0].join("qemu"));
         command.env_remove("LD_LIBRARY_PATH").env_remove("LD_PRELOAD");

@@ -182,7 +182,7 @@ impl Journey {
     }
 
     /// Starts the monitor of a stop.
-    pub(super) fn start(&self, stage: &Stage<'_>, n: usize, incoming: bool) -> Result<Party> {
+    pub(crate) fn start(&self, stage: &Stage<'_>, n: usize, incoming: bool) -> Result<Party> {
         let stop = self.stops[n];
         let root = match stop {
             Stop::Qemu(suite, _) => Some(stage.roots.get(&suite).with_context(|| format!("no QEMU of {suite}"))?),
@@ -193,7 +193,7 @@ impl Journey {
     }
 
     /// Boots the guest at the first stop.
-    pub(super) fn boot(&self, stage: &Stage<'_>, tell: &mut dyn FnMut(Moment)) -> Result<Party> {
+    pub(crate) fn boot(&self, stage: &Stage<'_>, tell: &mut dyn FnMut(Moment)) -> Result<Party> {
         let mut here = self.start(stage, 0, false)?;
         let rounds = u64::from(self.load.cpus);
         let booted = here.wait_progress("complete a pass", PATIENCE, |p| p.pass >= 1 && p.rounds >= rounds)?;
@@ -202,7 +202,7 @@ impl Journey {
     }
 
     /// Tells both ends what they have to know before `migrate-incoming`.
-    pub(super) fn prepare(&self, here: &mut Party, there: &mut Party) -> Result<()> {
+    pub(crate) fn prepare(&self, here: &mut Party, there: &mut Party) -> Result<()> {
         here.meets(there.stop())?;
         there.meets(here.stop())?;
         for party in [&mut *here, &mut *there] {
@@ -278,7 +278,7 @@ impl Journey {
     }
 
     /// Waits until the guest has rewritten all of its memory and checked the rest since it arrived.
-    pub(super) fn settle(&self, party: &mut Party) -> Result<Progress> {
+    pub(crate) fn settle(&self, party: &mut Party) -> Result<Progress> {
         let arrived = party.wait_progress("print anything", PATIENCE, |_| true)?;
         // The pass and the round under way may have begun before the migration.
         let (pass, rounds) = (arrived.pass + 2, arrived.rounds + u64::from(self.load.cpus) + 1);

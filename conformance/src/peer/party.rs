@@ -40,6 +40,14 @@ impl Monitor {
         }
     }
 
+    /// The same in a network namespace.
+    pub(crate) fn inside(&self, namespace: &str) -> Monitor {
+        let mut leading = ["netns", "exec", namespace].map(String::from).to_vec();
+        leading.push(self.program.display().to_string());
+        leading.extend(self.leading.iter().cloned());
+        Monitor { program: "ip".into(), leading, judge: self.judge.clone() }
+    }
+
     /// The program `qevm-conformance`.
     pub(super) fn judge(&self) -> &Path {
         &self.judge
@@ -102,6 +110,11 @@ impl Party {
     /// Its QMP connection and process.
     pub fn monitor(&mut self) -> &mut Qemu {
         &mut self.monitor
+    }
+
+    /// The file of what the guest prints here.
+    pub(crate) fn console(&self) -> &Path {
+        &self.console
     }
 
     /// Who it is.
@@ -167,7 +180,7 @@ impl Party {
     }
 
     /// Ends the monitor and gives everything that the guest printed here.
-    pub(super) fn end(self) -> Result<Vec<u8>> {
+    pub(crate) fn end(self) -> Result<Vec<u8>> {
         let Party { monitor, console, .. } = self;
         monitor.quit();
         fs::read(&console).with_context(|| format!("reading {}", console.display()))

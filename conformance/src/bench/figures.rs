@@ -1,0 +1,79 @@
+//! Medians, spreads and ratios.
+
+use std::fmt;
+
+use serde::Serialize;
+
+/// What one migration took.
+#[derive(Debug, Clone, Copy, Serialize)]
+pub struct Figures {
+    /// From `migrate` to the guest's first output at the destination, ms.
+    pub total_ms: f64,
+    /// From the guest's last output at the source to its first at the destination, ms.
+    pub downtime_ms: f64,
+    /// From the event STOP at the source to RESUME at the destination, ms.
+    pub stop_to_resume_ms: f64,
+    /// MB (10⁶ bytes) over the link, with packet headers.
+    pub megabytes: f64,
+    /// Processor time of both monitors without their vCPUs, ms.
+    pub cpu_ms: f64,
+    /// The source's part of it, ms.
+    pub cpu_source_ms: f64,
+    /// Readings of the dirty log.
+    pub rounds: f64,
+}
+
+/// A column of the report: its name and what it is of a migration.
+pub(super) type Column = (&'static str, fn(&Figures) -> f64);
+
+/// What is compared.
+pub(super) const COLUMNS: [Column; 7] = [
+    ("total ms", |f| f.total_ms),
+    ("downtime ms", |f| f.downtime_ms),
+    ("STOP-RESUME ms", |f| f.stop_to_resume_ms),
+    ("MB", |f| f.megabytes),
+    ("CPU ms", |f| f.cpu_ms),
+    ("CPU src ms", |f| f.cpu_source_ms),
+    ("rounds", |f| f.rounds),
+];
+
+/// Median and range of some values.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+pub struct Summary {
+    /// The middle one, or the mean of the two in the middle.
+    pub median: f64,
+    /// The least.
+    pub min: f64,
+    /// The greatest.
+    pub max: f64,
+}
+
+impl Summary {
+    /// Of `values`; `None` if there are none.
+    pub fn of(values: impl IntoIterator<Item = f64>) -> Option<Summary> {
+        let mut values: Vec<f64> = values.into_iter().collect();
+        values.sort_by(f64::total_cmp);
+        let (min, max) = (*values.first()?, *values.last()?);
+        let middle = values.len() / 2;
+        let median = if values.len() % 2 == 1 { values[middle] } else { (values[middle - 1] + values[middle]) / 2.0 };
+        Some(Summary { median, min, max })
+    }
+}
+
+impl fmt::Display for Summary {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:.1} ({:.1}-{:.1})", self.median, self.min, self.max)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_median_is_in_the_middle() {
+        assert_eq!(Summary::of([]), None);
+        assert_eq!(Summary::of([3.0, 1.0, 2.0]), Some(Summary { median: 2.0, min: 1.0, max: 3.0 }));
+        assert_eq!(Summary::of([4.0, 1.0, 2.0, 3.0]).map(|s| s.median), Some(2.5));
+    }
+}

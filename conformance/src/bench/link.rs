@@ -1,0 +1,203 @@
+//! A running guest over a limited link.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use reference_vmm::payload::Transcript;
+use serde_json::{Value, json};
+
+use super::figures::{COLUMNS, Figures, Summary};
+use super::network::LimitedLink;
+use super::watch::{Silence, processor_time};
+use crate::peer::{Journey, Link, Load, Monitor, Stage, Stop};
+use crate::roots::{Root, Suite};
+use crate::scenario::Accel;
+
+/// How long a migration may take.
+const PATIENCE: Duration = Duration::from_secs(60);
+/// The namespace of the destination is its alone.
+const PORT: u16 = 4444;
+/// Milliseconds between the guest's progress lines: how finely the downtime is known.
+const REPORT: u32 = 5;
+/// No further repetition begins when it would end after this time.
+const BUDGET: Duration = Duration::from_secs(270);
+/// What is asked of reference-vmm: at most this part of QEMU's figure.
+const GOALS: [(&str, f64); 3] = [("downtime ms", 0.1), ("total ms", 1.0), ("CPU ms", 0.6)];
+
+/// What to measure.
+#[derive(Debug, Clone)]
+pub struct Options {
+    /// Whose QEMU.
+    pub suite: Suite,
+    /// Megabits per second.
+    pub megabits: u32,
+    /// `downtime-limit`, ms.
+    pub downtime_limit: u64,
+    /// Working sets of the guest, MiB.
+    pub sets: Vec<u32>,
+    /// MiB per second that it dirties of them.
+    pub rate: u32,
+    /// How often each migration is measured.
+    pub repetitions: u32,
+    /// QEMU to reference-vmm and back as well.
+    pub pairs: bool,
+}
+
+/// Measures, prints every migration and the comparison, and gives it as JSON. All of that was on the same guest, with the same
+/// limits, over the same link, by turns; a stale page is an error.
+///
+/// # Errors
+/// A migration fails, or there is no link to measure on.
+pub fn run(options: &Options, program: &Monitor) -> Result<Value> {
+    let root = Root::install(options.suite)?;
+    let link = LimitedLink::new(options.megabits)?;
+    let qemu = Stop::Qemu(options.suite, Accel::Kvm);
+    let mut routes = vec![[qemu; 2], [Stop::Reference; 2]];
+    if options.pairs {
+        routes.extend([[qemu, Stop::Reference], [Stop::Reference, qemu]]);
+    }
+    println!(
+        "QEMU {}, {} Mbit/s, downtime-limit {} ms, the guest dirties {} MiB/s; CPU of both ends without vCPUs",
+        root.version(),
+        options.megabits,
+        options.downtime_limit,
+        options.rate
+    );
+    let bench = Bench { options, link: &link, root: &root, program };
+    let mut measured: BTreeMap<(usize, usize), Vec<Figures>> = BTreeMap::new();
+    let (begin, mut longest) = (Instant::now(), Duration::ZERO);
+    for repetition in 0..options.repetitions {
+        if begin.elapsed() + longest > BUDGET {
+            println!("only {repetition} repetitions: this machine is slow, and {} s are up", BUDGET.as_secs());
+            break;
+        }
+        let repetition_begin = Instant::now();
+        for (set, megabytes) in options.sets.iter().enumerate() {
+            for (route, stops) in routes.iter().enumerate() {
+                let name = name(stops);
+                let figures = bench
+                    .migrate(stops, *megabytes)
+                    .with_context(|| format!("{name}, {megabytes} MiB, repetition {repetition}"))?;
+                println!("{name:<14} {megabytes:>3} MiB  {}", line(&figures));
+                measured.entry((set, route)).or_default().push(figures);
+            }
+        }
+        longest = longest.max(repetition_begin.elapsed());
+    }
+    Ok(compare(options, &routes, &measured))
+}
+
+fn name(stops: &[Stop; 2]) -> String {
+    format!("{} to {}", stops[0], stops[1])
+}
+
+fn line(figures: &Figures) -> String {
+    COLUMNS.iter().map(|(name, of)| format!("{name} {:.1}", of(figures))).collect::<Vec<_>>().join(", ")
+}
+
+/// Prints medians and ratios; the first route is the measure of the others.
+fn compare(options: &Options, routes: &[[Stop; 2]], measured: &BTreeMap<(usize, usize), Vec<Figures>>) -> Value {
+    let (mut rows, mut goals) = (Vec::new(), true);
+    for (set, megabytes) in options.sets.iter().enumerate() {
+        let count = measured.get(&(set, 0)).map_or(0, Vec::len);
+        println!("\nworking set {megabytes} MiB: median (least-greatest) of {count}");
+        for (route, stops) in routes.iter().enumerate() {
+            let mut row = json!({ "set_mib": megabytes, "route": name(stops) });
+            for (column, of) in COLUMNS {
+                let summary = |route| Summary::of(measured.get(&(set, route)).into_iter().flatten().map(of));
+                let (Some(ours), Some(qemus)) = (summary(route), summary(0)) else {
+                    goals = false;
+                    continue;
+                };
+                let ratio = ours.median / qemus.median;
+                let goal = GOALS.iter().find(|(name, _)| *name == column && stops == &[Stop::Reference; 2]);
+                let verdict = goal.map_or(String::new(), |(_, most)| {
+                    goals &= ratio <= *most;
+                    format!("  goal {most}: {}", if ratio <= *most { "met" } else { "MISSED" })
+                });
+                println!("  {:<14} {column:<15} {ours:<28} ratio {ratio:.3}{verdict}", name(stops));
+                row[column] = json!({ "median": ours.median, "min": ours.min, "max": ours.max, "ratio": ratio });
+            }
+            rows.push(row);
+        }
+    }
+    json!({ "goals_met": goals, "rows": rows })
+}
+
+struct Bench<'b> {
+    options: &'b Options,
+    link: &'b LimitedLink,
+    root: &'b Root,
+    program: &'b Monitor,
+}
+
+impl Bench<'_> {
+    fn migrate(&self, stops: &[Stop; 2], megabytes: u32) -> Result<Figures> {
+        let Options { suite, downtime_limit, rate, .. } = *self.options;
+        let scratch = tempfile::Builder::new().prefix("qevm-bench-").tempdir()?;
+        let journey = Journey {
+            name: name(stops),
+            stops: stops.to_vec(),
+            link: Link::Tcp,
+            capabilities: Vec::new(),
+            parameters: Default::default(),
+            load: Load {
+                memory: 256,
+                cpus: 1,
+                payload: format!("dirty={megabytes}M rate={rate}M hold=64M zero=8M verify=32768 report={REPORT}"),
+                // The link is the limit.
+                max_bandwidth: 10 << 30,
+                downtime_limit,
+            },
+            quick: false,
+        };
+        let root = |namespace: &str| BTreeMap::from([(suite, self.root.inside(namespace))]);
+        let (here_roots, there_roots) = (root(self.link.source()), root(self.link.destination()));
+        let (here_program, there_program) =
+            (self.program.inside(self.link.source()), self.program.inside(self.link.destination()));
+        let stage = Stage { roots: &here_roots, program: &here_program, scratch: scratch.path(), more: &[] };
+        let mut here = journey.boot(&stage, &mut |_| ())?;
+        let stage = Stage { roots: &there_roots, program: &there_program, ..stage };
+        let mut there = journey.start(&stage, 1, true)?;
+        journey.prepare(&mut here, &mut there)?;
+        let uri = format!("tcp:{}:{PORT}", self.link.address());
+        there.monitor().execute("migrate-incoming", json!({ "uri": uri }))?;
+
+        let pids = [here.monitor().pid(), there.monitor().pid()];
+        let before = (times(pids)?, self.link.sent()?);
+        let consoles: [&Path; 2] = [here.console(), there.console()];
+        let silence = Silence::watch(consoles[0], consoles[1]);
+        let start = Instant::now();
+        here.monitor().execute("migrate", json!({ "uri": uri }))?;
+        let done = here.monitor().wait_migration(PATIENCE, |migration| migration["status"] == "completed");
+        let done = match done {
+            Err(error) => return Err(there.monitor().last_words().map_or(error, |said| anyhow::anyhow!(said))),
+            Ok(done) => done,
+        };
+        let (last, first) = silence.ends(PATIENCE)?;
+        let after = (times(pids)?, self.link.sent()?);
+        let stopped = here.monitor().wait_event("STOP", PATIENCE)?.time.context("STOP has no timestamp")?;
+        let resumed = there.monitor().wait_event("RESUME", PATIENCE)?.time.context("RESUME has no timestamp")?;
+        journey.settle(&mut there)?;
+        let texts = [here.end()?, there.end()?];
+        let transcript = Transcript::read(&texts.each_ref().map(Vec::as_slice))?;
+        ensure!(transcript.last.stale == 0, "the guest found {} stale pages", transcript.last.stale);
+
+        let cpu = [0, 1].map(|end| (after.0[end] - before.0[end]) * 1e3);
+        Ok(Figures {
+            total_ms: (first - start).as_secs_f64() * 1e3,
+            downtime_ms: first.saturating_duration_since(last).as_secs_f64() * 1e3,
+            stop_to_resume_ms: resumed.saturating_sub(stopped).as_secs_f64() * 1e3,
+            megabytes: (after.1 - before.1) as f64 / 1e6,
+            cpu_ms: cpu[0] + cpu[1],
+            cpu_source_ms: cpu[0],
+            rounds: done["ram"]["dirty-sync-count"].as_u64().context("no dirty-sync-count")? as f64,
+        })
+    }
+}
+
+fn times(pids: [u32; 2]) -> Result<[f64; 2]> {
+    Ok([processor_time(pids[0])?, processor_time(pids[1])?])
+}

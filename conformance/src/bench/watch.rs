@@ -1,0 +1,129 @@
+//! What is seen of two monitors from outside: when the guest prints, and the processor time that goes by.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+
+/// How often the consoles are looked at: far finer than the guest's progress lines.
+const LOOK: Duration = Duration::from_micros(500);
+/// Clock ticks per second in `/proc/PID/stat`: `USER_HZ`, the same on every x86 Linux.
+const TICKS: f64 = 100.0;
+
+/// Watches the consoles of both ends.
+pub(super) struct Silence {
+    end: Arc<AtomicBool>,
+    thread: JoinHandle<(Option<Instant>, Option<Instant>)>,
+}
+
+impl Silence {
+    /// Begins to watch, while the guest prints at `source` and nothing at `destination` yet.
+    pub(super) fn watch(source: &Path, destination: &Path) -> Silence {
+        let [source, destination]: [PathBuf; 2] = [source.into(), destination.into()];
+        let end = Arc::new(AtomicBool::new(false));
+        let ended = Arc::clone(&end);
+        let thread = thread::spawn(move || {
+            let (mut seen, mut last) = (size(&source), None);
+            while !ended.load(Ordering::Relaxed) {
+                let (now, length) = (Instant::now(), size(&source));
+                if length != seen {
+                    (seen, last) = (length, Some(now));
+                }
+                if size(&destination) > 0 {
+                    return (last, Some(now));
+                }
+                thread::sleep(LOOK);
+            }
+            (last, None)
+        });
+        Silence { end, thread }
+    }
+
+    /// When the guest printed for the last time at the source, and for the first time at the destination.
+    ///
+    /// # Errors
+    /// It did not print at either end within `limit`.
+    pub(super) fn ends(self, limit: Duration) -> Result<(Instant, Instant)> {
+        let deadline = Instant::now() + limit;
+        while !self.thread.is_finished() && Instant::now() < deadline {
+            thread::sleep(LOOK);
+        }
+        self.end.store(true, Ordering::Relaxed);
+        match self.thread.join() {
+            Ok((Some(last), Some(first))) => Ok((last, first)),
+            Ok(_) => bail!("the guest did not print at both ends"),
+            Err(_) => bail!("the thread that watches the consoles has panicked"),
+        }
+    }
+}
+
+fn size(path: &Path) -> u64 {
+    fs::metadata(path).map_or(0, |metadata| metadata.len())
+}
+
+/// Processor time of a process so far, in seconds, without its vCPU threads: those that have spent time in a guest.
+pub(super) fn processor_time(pid: u32) -> Result<f64> {
+    let process = PathBuf::from(format!("/proc/{pid}"));
+    let mut ticks = times(&process.join("stat"))?.0;
+    for thread in fs::read_dir(process.join("task"))? {
+        // A thread that ended meanwhile was no vCPU.
+        let Ok((time, guest)) = times(&thread?.path().join("stat")) else { continue };
+        if guest > 0 {
+            ticks = ticks.saturating_sub(time);
+        }
+    }
+    Ok(ticks as f64 / TICKS)
+}
+
+fn times(stat: &Path) -> Result<(u64, u64)> {
+    let text = fs::read_to_string(stat).with_context(|| format!("reading {}", stat.display()))?;
+    parse_times(&text).with_context(|| format!("{} has an unknown form: {text:?}", stat.display()))
+}
+
+/// `utime` + `stime`, and `guest_time`: fields 14, 15 and 43 of proc_pid_stat(5).
+fn parse_times(stat: &str) -> Option<(u64, u64)> {
+    // The name before may hold blanks and parentheses. Field 3 comes right behind it.
+    let fields: Vec<&str> = stat.rsplit_once(')')?.1.split_whitespace().collect();
+    let field = |number: usize| fields.get(number - 3)?.parse::<u64>().ok();
+    Some((field(14)? + field(15)?, field(43)?))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn times_are_found_behind_any_name() {
+        let numbers: Vec<String> = (4..53).map(|n| n.to_string()).collect();
+        let stat = format!("7 (CPU 0/KVM) x)) S {}\n", numbers.join(" "));
+        assert_eq!(parse_times(&stat), Some((14 + 15, 43)));
+        assert_eq!(parse_times("7 (x) S 1 2"), None);
+    }
+
+    #[test]
+    fn this_process_uses_time() {
+        let before = processor_time(std::process::id()).unwrap();
+        let start = Instant::now();
+        while processor_time(std::process::id()).unwrap() <= before {
+            assert!(start.elapsed() < Duration::from_secs(30));
+        }
+    }
+
+    #[test]
+    fn silence_is_between_the_last_and_the_first_word() {
+        let folder = tempfile::tempdir().unwrap();
+        let [a, b] = ["a", "b"].map(|name| folder.path().join(name));
+        let silence = Silence::watch(&a, &b);
+        thread::sleep(Duration::from_millis(50));
+        fs::write(&a, "x").unwrap();
+        thread::sleep(Duration::from_millis(100));
+        fs::write(&b, "y").unwrap();
+        let (last, first) = silence.ends(Duration::from_secs(10)).unwrap();
+        assert!(first - last >= Duration::from_millis(50), "{:?}", first - last);
+        assert!(Silence::watch(&a, Path::new("/nowhere")).ends(Duration::from_millis(20)).is_err());
+    }
+}

@@ -1,0 +1,42 @@
+//! `qevm-conformance bench link`.
+
+use anyhow::Result;
+use clap::Args;
+use qevm_conformance::bench::link;
+use qevm_conformance::peer::Monitor;
+use qevm_conformance::roots::Suite;
+
+#[derive(Args)]
+pub(crate) struct Link {
+    /// Whose QEMU
+    #[arg(long, value_enum, default_value_t = Suite::Sid)]
+    suite: Suite,
+    /// Speed of the link, Mbit/s
+    #[arg(long, default_value_t = 1000)]
+    megabits: u32,
+    /// downtime-limit, ms
+    #[arg(long, default_value_t = 300)]
+    downtime_limit: u64,
+    /// Working sets of the guest, MiB
+    #[arg(long, value_delimiter = ',', default_value = "1,16,64")]
+    sets: Vec<u32>,
+    /// MiB per second that the guest dirties
+    #[arg(long, default_value_t = 32)]
+    rate: u32,
+    /// Migrations of each kind
+    #[arg(long, default_value_t = 5)]
+    repetitions: u32,
+    /// From QEMU to reference-vmm and from reference-vmm to QEMU as well
+    #[arg(long)]
+    pairs: bool,
+}
+
+impl Link {
+    pub(crate) fn run(self) -> Result<bool> {
+        let Link { suite, megabits, downtime_limit, sets, rate, repetitions, pairs } = self;
+        let options = link::Options { suite, megabits, downtime_limit, sets, rate, repetitions, pairs };
+        let object = link::run(&options, &Monitor::new(std::env::current_exe()?))?;
+        println!("{object}");
+        Ok(object["goals_met"] == true)
+    }
+}
