@@ -56,6 +56,27 @@ fn the_switchover_waits_for_the_acks_that_the_release_wants() {
     }
 }
 
+/// Nothing is dirtied while the guest stands still, so every page goes once; a working guest's go more often.
+#[test]
+fn mode_cpr_reboot_stops_the_guest_before_the_first_page() {
+    let pair = Pair::new(500);
+    let mut parameters = pair.job.parameters();
+    parameters.set("mode", "cpr-reboot").unwrap();
+    pair.job.set_parameters(parameters);
+    let outcome = pair.run(Faults::default());
+    pair.assert_moved(&outcome);
+    let ram = outcome.statistics.ram;
+    assert_eq!((ram.normal + ram.duplicate) * ram.page_size, ram.total);
+    assert!(outcome.statistics.downtime.unwrap() > outcome.statistics.setup_time);
+
+    let pair = Pair::new(500);
+    let mut parameters = pair.job.parameters();
+    parameters.set("mode", "cpr-reboot").unwrap();
+    pair.job.set_parameters(parameters);
+    let outcome = pair.run(Faults { cut_at: Some(100_000), ..Faults::default() });
+    pair.assert_stayed(&outcome);
+}
+
 #[test]
 fn a_paused_guest_moves_and_stays_paused() {
     let pair = Pair::new(100);
