@@ -60,7 +60,7 @@ pub enum Command {
     Send(Send),
     /// Write a migration again as a plain stream or a mapped-ram file.
     Convert(Convert),
-    /// Write guest memory to files: RAM blocks, guest-physical memory, an ELF core for gdb and crash.
+    /// Write a guest to files: RAM blocks, guest-physical memory, an ELF core for gdb and crash, device state as JSON.
     Extract(Extract),
     /// Be the destination of a real QEMU's `migrate`, save the stream and say what arrived.
     Receive(Receive),
@@ -177,7 +177,7 @@ pub struct Verify {
 /// `qevm extract`.
 #[derive(Debug, Args)]
 #[command(after_help = EXIT_CODES)]
-#[group(id = "what", required = true, multiple = true, args = ["ram", "memory", "elf"])]
+#[group(id = "what", required = true, multiple = true, args = ["ram", "memory", "elf", "devices"])]
 pub struct Extract {
     #[command(flatten)]
     #[allow(missing_docs)]
@@ -197,6 +197,9 @@ pub struct Extract {
     /// Write guest-physical memory and CPU registers to an ELF core file.
     #[arg(long, value_name = "FILE")]
     pub elf: Option<PathBuf>,
+    /// Write all device sections, down to each field, to a JSON file.
+    #[arg(long, value_name = "FILE")]
+    pub devices: Option<PathBuf>,
 }
 
 /// `qevm receive`.

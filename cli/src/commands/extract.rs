@@ -1,8 +1,8 @@
-//! `qevm extract`: guest memory as files.
+//! `qevm extract`: guest memory and device state as files.
 
 use super::Output;
 use crate::args;
-use crate::extract::{Guest, GuestObserver, PhysicalMemory, write_block};
+use crate::extract::{Guest, GuestObserver, PhysicalMemory, write_block, write_devices};
 use crate::failure::Stop;
 use crate::progress::Progress;
 use crate::ram::{GuestRam, Keep};
@@ -18,14 +18,17 @@ use std::path::Path;
 /// guest's memory map is not known.
 pub fn run(extract: &args::Extract) -> Result<(), Stop> {
     let mut inputs = Inputs::open(&extract.input)?;
+    let memory = extract.ram.is_some() || extract.memory.is_some() || extract.elf.is_some();
     let settings = Settings {
-        keep: Keep::Image,
+        keep: if memory { Keep::Image } else { Keep::Nothing },
         reencode: false,
-        complete: true,
+        // Device state is whole without the other channels' pages.
+        complete: memory,
         live: false,
         layouts: Layouts::open(&extract.layouts)?,
     };
-    let mut observer = GuestObserver::new(Progress::new("reading", inputs.main.source.total()));
+    let mut observer =
+        GuestObserver::new(Progress::new("reading", inputs.main.source.total()), extract.devices.is_some());
     let mut analysis = analyze(&mut inputs, &settings, &mut observer);
     let guest = std::mem::take(&mut observer.guest);
     drop(observer);
@@ -35,14 +38,21 @@ pub fn run(extract: &args::Extract) -> Result<(), Stop> {
     let machine = analysis.machine().unwrap_or_default();
     let mut out = Output::new();
     let mut written = Written::default();
-    let Some(ram) = &mut analysis.ram else {
-        return Err(Stop::Usage(format!("{}: has no RAM to extract", inputs.main.name)));
-    };
-    if let Some(folder) = &extract.ram {
-        write_blocks(ram, folder, &mut written)?;
+    if let (Some(path), Some(devices)) = (&extract.devices, &guest.devices) {
+        let len = write_devices(devices, &analysis, path)?;
+        written.file(path, len, &format!("{} device sections", devices.count()));
+        written.notes.append(&mut analysis.notes);
     }
-    if extract.memory.is_some() || extract.elf.is_some() {
-        write_physical(extract, &machine, ram, &guest, &mut written)?;
+    if memory {
+        let Some(ram) = &mut analysis.ram else {
+            return Err(Stop::Usage(format!("{}: has no RAM to extract", inputs.main.name)));
+        };
+        if let Some(folder) = &extract.ram {
+            write_blocks(ram, folder, &mut written)?;
+        }
+        if extract.memory.is_some() || extract.elf.is_some() {
+            write_physical(extract, &machine, ram, &guest, &mut written)?;
+        }
     }
     match extract.output.json {
         true => {

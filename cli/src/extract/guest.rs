@@ -1,11 +1,13 @@
-//! What extraction needs of the device sections: the CPUs' registers and the CMOS.
+//! What extraction needs of the device sections: the CPUs' registers, the CMOS, or all of them.
 
+use super::devices::Devices;
 use super::elf_core::{Registers, SegmentRegister};
 use crate::progress::Progress;
 use crate::stream::Observer;
 use qevm_savevm::Reader;
 use qevm_savevm::devices::{cpu, mc146818rtc};
 use qevm_savevm::framing::SectionHeader;
+use qevm_savevm::vmdesc::Node;
 use qevm_savevm::vmstate::{Context, VmState, load};
 use qevm_wire::QemuVersion;
 
@@ -16,6 +18,8 @@ pub struct Guest {
     pub cpus: Vec<Registers>,
     /// The RTC's CMOS, which has the memory size as the firmware sees it.
     pub cmos: Option<Vec<u8>>,
+    /// All device sections, if they are asked for.
+    pub devices: Option<Devices>,
     /// Sections that were there but could not be read, with the reason.
     pub unread: Vec<String>,
 }
@@ -29,9 +33,10 @@ pub struct GuestObserver {
 }
 
 impl GuestObserver {
-    /// Nothing found yet; `bar` shows how far the stream was read.
-    pub fn new(bar: Progress) -> Self {
-        GuestObserver { guest: Guest::default(), bar }
+    /// Nothing found yet; `bar` shows how far the stream was read. `devices`: all device sections are to be kept.
+    pub fn new(bar: Progress, devices: bool) -> Self {
+        let guest = Guest { devices: devices.then(Devices::default), ..Guest::default() };
+        GuestObserver { guest, bar }
     }
 }
 
@@ -41,10 +46,20 @@ impl Observer for GuestObserver {
     }
 
     fn restarted(&mut self) {
-        self.guest = Guest::default();
+        let devices = self.guest.devices.is_some().then(Devices::default);
+        self.guest = Guest { devices, ..Guest::default() };
+    }
+
+    fn fields(&mut self, _header: &SectionHeader, fields: &Node) {
+        if let Some(devices) = &mut self.guest.devices {
+            devices.fields(fields);
+        }
     }
 
     fn body(&mut self, header: &SectionHeader, offset: u64, body: &[u8]) {
+        if let Some(devices) = &mut self.guest.devices {
+            devices.body(header, offset, body);
+        }
         if header.idstr == cpu::Cpu::NAME {
             self.read(header, offset, body, |guest, state: cpu::Cpu| guest.cpus.push(registers(&state)));
         } else if header.idstr == mc146818rtc::Mc146818Rtc::NAME {

@@ -1,14 +1,18 @@
-//! Getting guest memory out of a migration: RAM blocks as files, guest-physical memory as a raw file or an ELF core.
+//! Getting a guest out of a migration: RAM blocks as files, guest-physical memory as a raw file or an ELF core, device
+//! state as JSON.
 //!
 //! Output files are sparse: pages that are zero, or never came, are holes.
 
+pub mod devices;
 pub mod elf_core;
 mod guest;
 
+pub use devices::Devices;
 pub use guest::{Guest, GuestObserver};
 
 use crate::failure::{Failure, Stop};
 use crate::ram::{GuestRam, PageState};
+use crate::stream::Analysis;
 use elf_core::{CoreHeader, Load, core_header};
 use qevm_savevm::guest_memory::{Segment, main_block, segments};
 use std::fs::File;
@@ -95,6 +99,17 @@ pub fn write_block(ram: &mut GuestRam, block: usize, path: &Path) -> Result<u64,
     let file = create(path)?;
     copy_pages(ram, block, 0, len, path, &file, 0)?;
     finish(path, &file, len)
+}
+
+/// Writes device state as JSON.
+///
+/// # Errors
+/// [`Stop::Bad`] with kind `io` if the file cannot be written.
+pub fn write_devices(devices: &Devices, analysis: &Analysis, path: &Path) -> Result<u64, Stop> {
+    let file = create(path)?;
+    let text = format!("{:#}\n", devices.to_json(analysis));
+    file.write_all_at(text.as_bytes(), 0).map_err(|error| write_error(path, 0, &error))?;
+    Ok(text.len() as u64)
 }
 
 /// Creates a file that must not exist yet: extraction never overwrites anything.

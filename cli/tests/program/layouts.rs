@@ -118,3 +118,33 @@ fn a_schema_that_is_none_is_refused_in_one_line() {
     let ran = with("/nonexistent/schema");
     assert_eq!((ran.code, ran.stderr.lines().count()), (Some(2), 1), "{}", ran.stderr);
 }
+
+#[test]
+fn device_state_is_extracted_as_json_down_to_each_field() {
+    let dir = tempfile::tempdir().unwrap();
+    let main = file(&dir, "stream", &stream("7.2-return-path"));
+    let out = dir.path().join("devices.json");
+    let extract = || qevm(["extract", "--json", "--devices", out.to_str().unwrap(), main.to_str().unwrap()]);
+    let ran = extract();
+    assert_eq!((ran.code, ran.stderr.as_str()), (Some(0), ""));
+    assert_eq!(ran.json()["files"][0]["content"], "14 device sections");
+    let devices: Value = serde_json::from_slice(&std::fs::read(&out).unwrap()).unwrap();
+    assert_eq!(devices["machine"], "microvm");
+    // The leaves are those that `inspect` lists, in the same order.
+    fn leaves<'a>(field: &'a Value, found: &mut Vec<(&'a Value, &'a Value)>) {
+        match field["fields"].as_array() {
+            Some(fields) => fields.iter().for_each(|field| leaves(field, found)),
+            None => found.push((&field["offset"], &field["value"])),
+        }
+    }
+    let mut extracted = Vec::new();
+    let sections = devices["sections"].as_array().unwrap();
+    sections.iter().for_each(|section| leaves(section, &mut extracted));
+    let inspected = inspect(&main, &[]).json();
+    let listed: Vec<_> = fields(&inspected).iter().map(|field| (&field["offset"], &field["value"])).collect();
+    assert_eq!(extracted, listed);
+    let ids: Vec<_> = sections.iter().map(|section| (&section["idstr"], &section["instance_id"])).collect();
+    assert!(ids.contains(&(&"i8259".into(), &1.into())), "{ids:?}");
+    // Nothing is overwritten.
+    assert_eq!(extract().code, Some(2));
+}

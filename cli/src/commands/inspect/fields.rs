@@ -1,5 +1,6 @@
 //! The fields of device sections: as an indented tree for people, as a flat list for machines.
 
+use crate::extract::devices::{hex, leaf_value};
 use crate::failure::printable;
 use crate::progress::Progress;
 use crate::stream::Observer;
@@ -85,7 +86,7 @@ impl Gather {
                             "type": leaf.type_name,
                             "offset": leaf.offset,
                             "size": leaf.len,
-                            "value": value_json(&leaf.value),
+                            "value": leaf_value(&leaf.value),
                         }));
                     }
                 });
@@ -140,25 +141,4 @@ fn hex_text(bytes: &[u8]) -> String {
         return format!("{} zero bytes", bytes.len());
     }
     format!("{}{more}", hex(&bytes[..bytes.len().min(SHOWN_BYTES)]))
-}
-
-fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
-}
-
-fn value_json(value: &Value) -> serde_json::Value {
-    match value {
-        Value::Scalar(scalar) => number(*scalar),
-        Value::Scalars(scalars) => scalars.iter().map(number).collect(),
-        Value::Buffer(bytes) | Value::Bitmap(bytes) | Value::Unused(bytes) | Value::Opaque(bytes) => hex(bytes).into(),
-        _ => serde_json::Value::Null,
-    }
-}
-
-fn number(scalar: qevm_savevm::vmdesc::Scalar) -> serde_json::Value {
-    match (i64::try_from(scalar.as_i128()), scalar.as_f64()) {
-        (_, Some(float)) => json!(float),
-        (Ok(signed), None) => signed.into(),
-        (Err(_), None) => scalar.as_u64().into(),
-    }
 }
