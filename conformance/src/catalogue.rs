@@ -15,26 +15,36 @@ use crate::record::Recording;
 const HEAD: &str = "\
 # Layouts of device sections, for streams without a description.
 # Source: the JSON descriptions that real QEMUs wrote behind their streams, and, where a form is marked I, the output of
-# their -dump-vmstate. Recorded with `qevm-conformance record`, put together with `qevm-conformance catalogue`.
+# their -dump-vmstate. The streams are recordings of `qevm-conformance record`, and further ones of the same QEMUs with each
+# `pc` and `q35` machine type (`suppress-vmdesc=off`) and with devices that no scenario has. Put together with
+# `qevm-conformance catalogue`.
 # The lines are explained in text.rs.
 ";
 
-/// The text of a catalogue of everything that the recordings in `corpus` describe.
+/// The text of a catalogue of everything that the recordings in `corpus` describe, and of what `streams` describe: each
+/// is a release and a file, `10.0=/path/to/stream`.
 ///
 /// # Errors
-/// The folder cannot be read, or a description in it not be parsed.
-pub fn gather(corpus: &Path) -> Result<String> {
+/// A file cannot be read, or a description not be parsed.
+pub fn gather(corpus: &Path, streams: &[String]) -> Result<String> {
     let mut descriptions = Vec::new();
-    for folder in corpus::folders(corpus)? {
-        let recording = Recording::open(&folder)?;
-        let stream = folder.join(&recording.files.main);
-        if let Some(text) = description::text_at_end_of(&stream)? {
+    let mut add = |version: &str, stream: &Path| -> Result<()> {
+        if let Some(text) = description::text_at_end_of(stream)? {
             let parsed = Description::parse(&text, &Limits::default());
             let parsed = parsed.with_context(|| format!("the description of {}", stream.display()))?;
-            descriptions.push((release(&recording.qemu_version)?, parsed));
+            descriptions.push((release(version)?, parsed));
         }
+        Ok(())
+    };
+    for folder in corpus::folders(corpus)? {
+        let recording = Recording::open(&folder)?;
+        add(&recording.qemu_version, &folder.join(&recording.files.main))?;
     }
-    // The sort is stable: within a release the order is that of the folders.
+    for stream in streams {
+        let (version, path) = stream.split_once('=').with_context(|| format!("'{stream}' is not RELEASE=FILE"))?;
+        add(version, Path::new(path))?;
+    }
+    // The sort is stable: within a release the order is that of the folders and arguments.
     descriptions.sort_by_key(|(release, _)| *release);
     let mut catalogue = Catalogue::default();
     for (release, description) in &descriptions {

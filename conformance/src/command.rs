@@ -78,6 +78,8 @@ pub(crate) enum Command {
     Catalogue {
         /// The folder that `record` filled
         corpus: PathBuf,
+        /// Further streams with a description, as RELEASE=FILE
+        streams: Vec<String>,
     },
     /// Judge qevm by recordings made earlier
     Judge {
@@ -278,7 +280,9 @@ impl Command {
             Command::Bench { what: Bench::Link(link) } => link.run(),
             Command::Record { out, only, again } => record_all(&out, &only, again),
             Command::Analyze { corpus, only } => analyze_all(&corpus, &only),
-            Command::Catalogue { corpus } => catalogue::gather(&corpus).map(|text| print!("{text}")).map(|()| true),
+            Command::Catalogue { corpus, streams } => {
+                catalogue::gather(&corpus, &streams).map(|text| print!("{text}")).map(|()| true)
+            }
             Command::Judge { corpus, only, reporting } => judge_all(&corpus, &only, &reporting),
         }
     }

@@ -107,6 +107,10 @@ pub fn judge(recording: &Recording, folder: &Path, subject: &Subject) -> Result<
     if !verified.reencoded_identical {
         judgement.problems.push("re-encoding gives other bytes".into());
     }
+    if verified.opaque_bytes > 0 {
+        let opaque = verified.opaque_bytes;
+        judgement.problems.push(format!("{opaque} bytes of device sections belong to no named field"));
+    }
     judgement.bytes = verified.bytes;
     judgement.opaque_bytes = verified.opaque_bytes;
     judgement.sections = verified.sections.len();

@@ -4,6 +4,7 @@
 
 mod multifd_channel;
 mod returnpath_decoder;
+mod savevm_catalogue;
 mod savevm_container;
 mod savevm_decoder;
 mod savevm_devices;
@@ -16,6 +17,7 @@ mod wire_reader;
 
 pub use multifd_channel::multifd_channel;
 pub use returnpath_decoder::returnpath_decoder;
+pub use savevm_catalogue::savevm_catalogue;
 pub use savevm_container::savevm_container;
 pub use savevm_decoder::savevm_decoder;
 pub use savevm_devices::savevm_devices;
@@ -33,6 +35,7 @@ pub type Target = fn(&[u8]);
 pub const TARGETS: &[(&str, Target)] = &[
     ("multifd_channel", multifd_channel),
     ("returnpath_decoder", returnpath_decoder),
+    ("savevm_catalogue", savevm_catalogue),
     ("savevm_container", savevm_container),
     ("savevm_decoder", savevm_decoder),
     ("savevm_devices", savevm_devices),

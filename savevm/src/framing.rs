@@ -29,8 +29,6 @@ pub const CONFIGURATION: u8 = 0x07;
 pub const COMMAND: u8 = 0x08;
 /// First byte of a section footer (2.4; absent with `migration.send-section-footer=off`).
 pub const FOOTER: u8 = 0x7e;
-/// Bytes of a footer: its marker and the section's id.
-pub const FOOTER_LEN: usize = 5;
 
 /// Which of the four kinds a section is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]

@@ -33,7 +33,7 @@ pub(super) struct Bodies {
     known: Option<Known>,
     /// The section being read, as index into the description's devices.
     current: Option<usize>,
-    /// Sections whose content came before any description was known.
+    /// Sections whose content came before any description was known, or that none tells about.
     pending: Vec<Pending>,
     pending_bytes: usize,
     /// A PART or END came: what follows on a pipe is little enough to be put aside.
@@ -55,6 +55,8 @@ struct Pending {
     header: SectionHeader,
     offset: u64,
     body: Vec<u8>,
+    /// It is in a package, which no description tells about.
+    packaged: bool,
 }
 
 /// What was found in the content of a section.
@@ -137,10 +139,10 @@ impl Bodies {
         if let (Some(known), Some(index)) = (&self.known, self.current.take().filter(|_| !packaged)) {
             return known.read(index, header, offset, body, file, &self.limits);
         }
-        let room = self.pending_bytes + body.len() <= MAX_PENDING;
-        if !packaged && self.known.is_none() && !self.layouts.no_description && room {
+        // A description may still come, and even without one what follows can tell which release wrote the stream.
+        if self.pending_bytes + body.len() <= MAX_PENDING {
             self.pending_bytes += body.len();
-            self.pending.push(Pending { header: header.clone(), offset, body: body.to_vec() });
+            self.pending.push(Pending { header: header.clone(), offset, body: body.to_vec(), packaged });
             return Ok(Read::opaque(body));
         }
         Ok(self.layouts.read(header, offset, body, analysis))
@@ -149,7 +151,7 @@ impl Bodies {
     /// The stream is over, or nothing more can be read of it: what waits for a description is read without.
     pub(super) fn finish(&mut self, analysis: &mut Analysis, observer: &mut dyn Observer) {
         self.pending_bytes = 0;
-        for Pending { header, offset, body } in std::mem::take(&mut self.pending) {
+        for Pending { header, offset, body, .. } in std::mem::take(&mut self.pending) {
             let read = self.layouts.read(&header, offset, &body, analysis);
             replace_opaque(read, &header, body.len(), analysis, observer);
         }
@@ -175,11 +177,15 @@ impl Bodies {
             self.known = Some(Known::new(offset, description));
         }
         let Some(known) = &mut self.known else { return Ok(()) };
-        for Pending { header, offset, body } in self.pending.drain(..) {
-            if let Some(index) = known.take(&header) {
-                let read = known.read(index, &header, offset, &body, file, &self.limits)?;
-                replace_opaque(read, &header, body.len(), analysis, observer);
-            }
+        for pending in std::mem::take(&mut self.pending) {
+            let index = if pending.packaged { None } else { known.take(&pending.header) };
+            let Some(index) = index else {
+                self.pending.push(pending);
+                continue;
+            };
+            let Pending { header, offset, body, .. } = pending;
+            let read = known.read(index, &header, offset, &body, file, &self.limits)?;
+            replace_opaque(read, &header, body.len(), analysis, observer);
         }
         match known.first_waiting() {
             None => Ok(()),

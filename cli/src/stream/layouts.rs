@@ -5,7 +5,6 @@ use super::bodies::Read;
 use super::writer;
 use crate::args;
 use crate::failure::{Failure, Stop};
-use qevm_savevm::Reader;
 use qevm_savevm::devices::DeviceState;
 use qevm_savevm::framing::{Content, SectionHeader};
 use qevm_savevm::vmdesc::{Catalogue, DeviceBody, DeviceDescription, Found, Node, Schema, Verdict};
@@ -15,9 +14,6 @@ use std::sync::Arc;
 
 /// The old-style section whose layout is known.
 const SLIRP: &str = "slirp";
-
-/// Bytes of it while no `guestfwd` connection is open (QEMU 5.2 to 11.1).
-const SLIRP_LEN: usize = 131;
 
 /// What there is besides a stream's own description.
 #[derive(Debug, Clone, Default)]
@@ -89,29 +85,6 @@ impl Layouts {
             )
         });
         Read { opaque, fields: best, note }
-    }
-}
-
-impl Layouts {
-    /// How long the content of a section may be that `rest` starts with and that nothing bounds: by layouts that count
-    /// more, and by those that count if none of the former fits.
-    pub(super) fn lengths(&self, header: &SectionHeader, rest: &[u8], analysis: &Analysis) -> [Vec<usize>; 2] {
-        let ends = Catalogue::embedded().ends(&header.idstr, header.version_id, rest);
-        let mut others = ends.inferred;
-        let (idstr, machine) = (header.idstr.to_string(), analysis.machine().unwrap_or_default());
-        for release in writer::likely_releases(analysis) {
-            let mut reader = Reader::at(rest, 0);
-            let context = Context::new(release, &machine);
-            if let Some(Ok(_)) = DeviceState::load(&idstr, header.version_id, &mut reader, &context) {
-                others.push(reader.position());
-            }
-        }
-        if header.idstr == SLIRP {
-            others.push(SLIRP_LEN);
-        }
-        others.sort_unstable();
-        others.dedup();
-        [ends.seen, others]
     }
 }
 

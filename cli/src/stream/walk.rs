@@ -272,6 +272,7 @@ impl Walk<'_> {
         file: &str,
     ) -> Result<(), Halt> {
         self.observer.body(header, at, body);
+        self.analysis.signs.body(header, body);
         let read = self.bodies.read(header, at, body, packaged, file, &self.analysis)?;
         self.analysis.opaque_bytes += read.opaque;
         self.analysis.notes.extend(read.note);

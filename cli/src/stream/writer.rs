@@ -15,6 +15,7 @@
 //! | command PING 0x42 | 10.2 or newer |
 //! | MULTIFD_FLUSH on the main channel | 8.1 or newer |
 //! | mapped-ram | 9.0 or newer |
+//! | `globalstate` has a 1 behind 32 bytes of run state | newer than 7.2 |
 //! | zlib pages on the main channel, `block` section | 9.0 or older |
 //! | second `ioapic` | 6.0 or newer |
 
@@ -84,6 +85,14 @@ impl Signs {
             b"block" => self.at_most(9, 0),
             b"ioapic" if header.instance_id == 1 => self.at_least(6, 0),
             _ => {}
+        }
+    }
+
+    pub(super) fn body(&mut self, header: &SectionHeader, body: &[u8]) {
+        // `has_vm_was_suspended`, which is in 10.0 and 11.1; in 5.2 and 7.2 the run state is longer, and zero there.
+        const FLAG: usize = 4 + 32;
+        if header.idstr.as_bytes() == b"globalstate" && body.get(FLAG) == Some(&1) {
+            self.at_least(8, 0);
         }
     }
 
@@ -209,5 +218,11 @@ mod tests {
         assert_eq!(described("pc-i440fx-7.2", new), "11.1 pc-i440fx-7.2 (10.0 or newer)");
         assert_eq!(described("pc-q35-10.0", new), "10.0 pc-q35-10.0 (10.0 or newer)");
         assert_eq!(described("microvm", |_| {}), "unknown release microvm");
+        let suspendable = |signs: &mut Signs| {
+            let name = qevm_wire::CountedString::new("globalstate").unwrap();
+            let header = SectionHeader { section_id: 9, idstr: name, instance_id: 0, version_id: 1 };
+            signs.body(&header, &[&[0; 36][..], &[1], &[0; 67]].concat());
+        };
+        assert_eq!(described("pc-q35-5.2", suspendable), "11.1 pc-q35-5.2 (8.0 or newer)");
     }
 }

@@ -13,7 +13,7 @@ pub use sections::Sections;
 use crate::{
     Error, ErrorKind, Reader, dirty_bitmap,
     event::{Event, Step},
-    framing::{self, SectionHeader},
+    framing::SectionHeader,
     ram::{RamBlocks, RamReader},
     vfio,
 };
@@ -284,48 +284,6 @@ impl Decoder {
                 .need_more(&error, at_end)
                 .map_or_else(|| Err(self.locate(error)), |at_least| Ok(BodyEnd::NeedMore { at_least })),
         }
-    }
-
-    /// Whether the device section's content can end after `len` bytes: what is behind must be the footer, if sections
-    /// have footers, and something that can start the next item. `None` if more input must be shown to know. `content`
-    /// starts where the content does.
-    ///
-    /// This is for callers who know layouts that the section may have, above all in streams without footers.
-    ///
-    /// ```
-    /// use qevm_savevm::{Decoder, DecoderOptions, Footers, Step};
-    ///
-    /// // A stream without footers: configuration, section `port92` with one byte of content, end.
-    /// let mut stream = b"QEVM\0\0\0\x03\x07\0\0\0\x02pc\x04\0\0\0\x09\x06port92\0\0\0\0\0\0\0\x01".to_vec();
-    /// let at = stream.len();
-    /// stream.extend([0x30, 0]);
-    /// let mut decoder = Decoder::new(DecoderOptions { footers: Footers::Absent, ..DecoderOptions::default() });
-    /// decoder.end_of_input();
-    /// let mut position = 0;
-    /// while !decoder.expects_body() {
-    ///     if let Step::Event { consumed, .. } = decoder.next(&stream[position..])? {
-    ///         position += consumed;
-    ///     }
-    /// }
-    /// assert_eq!(decoder.can_end_after(&stream[at..], 0), Some(false));
-    /// assert_eq!(decoder.can_end_after(&stream[at..], 1), Some(true));
-    /// # Ok::<(), qevm_savevm::Error>(())
-    /// ```
-    pub fn can_end_after(&self, content: &[u8], len: usize) -> Option<bool> {
-        let (content, at_end) = self.bounded(content);
-        let around =
-            Around { sections: &self.sections, options: &self.options, at_end, in_package: self.package.is_some() };
-        let unknown = if at_end { Some(false) } else { None };
-        let Some(mut behind) = content.get(len..) else { return unknown };
-        if self.footers != Footers::Absent {
-            let Some((footer, rest)) = behind.split_first_chunk::<{ framing::FOOTER_LEN }>() else { return unknown };
-            let id = self.section.map_or(0, |section| section.id).to_be_bytes();
-            if footer[0] != framing::FOOTER || footer[1..] != id {
-                return Some(false);
-            }
-            behind = rest;
-        }
-        scan::can_start_item(&Reader::at(behind, 0), &around).map_or(unknown, Some)
     }
 
     /// Says that no byte follows those that the next call to [`next`](Decoder::next) shows.

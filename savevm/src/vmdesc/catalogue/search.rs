@@ -120,7 +120,7 @@ enum Role {
 }
 
 impl Structure {
-    fn is_section(&self, version: u32) -> bool {
+    pub(super) fn is_section(&self, version: u32) -> bool {
         self.layouts.iter().any(|layout| layout.version == version && layout.roles.section)
     }
 }

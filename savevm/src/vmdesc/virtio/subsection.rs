@@ -96,11 +96,17 @@ const LAYOUTS: &[(&str, Layout)] = &[
     }),
     ("virtio/extra_state", |f| {
         f.structure("extra_state", "virtio_extra_state", "", 0, |f| {
+            // A PCI device with `disable-modern=on` has none.
+            if f.input.reader.peek() != Some(SUBSECTION) {
+                return Ok(());
+            }
             let mut header = f.input.reader.clone();
             header.u8()?;
             match header.counted_bytes()? {
                 b"virtio_pci/modern_state" => modern_pci(f),
                 b"virtio_mmio/state" => modern_mmio(f),
+                // The next of the device's subsections.
+                name if name.starts_with(PREFIX) => Ok(()),
                 found => Err(f.unexpected("extra state of a virtio transport", found.len() as u64, 0)),
             }
         })
