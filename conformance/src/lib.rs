@@ -7,7 +7,7 @@
 //! against QEMU's own [`description`], and [`reload`] gives what qevm writes back to QEMU; [`matrix`] does it for many scenarios and [`report`] tells the result.
 //!
 //! [`channels`] is a matrix of its own: page channels and return path, with `qevm receive` and `qevm send` as the other end.
-//! [`peer`] takes running guests to and fro between these QEMUs and reference-vmm, and [`bench`] measures both.
+//! [`peer`] takes running guests to and fro between these QEMUs and reference-vmm, and [`mod@bench`] measures both.
 
 pub mod analyze;
 pub mod apt;
