@@ -48,6 +48,7 @@ conformance-full: setup
 # Reading a stream of 1 GiB next to analyze-migration.py. On a machine that does nothing else.
 bench: setup
 	cargo run --release --package qevm-conformance -- bench decode
+	cargo run --release --package qevm-conformance -- bench migrate
 
 # Every fuzz target for a minute each, from its committed seeds.
 fuzz-smoke: setup

@@ -196,6 +196,42 @@ pub(crate) enum Bench {
     /// standard output is one JSON object, and the status is 1 when reference-vmm misses a goal. Run it in a release build on an
     /// idle machine: figures of a busy one mean nothing.
     Link(Link),
+    /// Moving a stopped guest with random memory over page channels: QEMU and reference-vmm in every pairing
+    Migrate(Migrate),
+}
+
+#[derive(Args)]
+pub(crate) struct Migrate {
+    /// Guest RAM, MiB
+    #[arg(long, default_value_t = 2048, value_parser = clap::value_parser!(u32).range(16..))]
+    mib: u32,
+    /// How often each pairing is measured
+    #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u64).range(1..))]
+    repetitions: u64,
+    /// Numbers of page channels
+    #[arg(long, value_delimiter = ',', default_values_t = [2, 4])]
+    channels: Vec<u64>,
+    /// Values of multifd-compression
+    #[arg(long, value_delimiter = ',', default_values_t = ["none".to_owned(), "zlib".to_owned(), "zstd".to_owned()])]
+    methods: Vec<String>,
+    /// Print nothing but one JSON object
+    #[arg(long)]
+    json: bool,
+}
+
+impl Migrate {
+    fn run(self) -> Result<bool> {
+        let Migrate { mib, repetitions, channels, methods, json } = self;
+        let options = peer::bench::Options { mib, repetitions, channels, methods, suite: Suite::Sid };
+        let program = peer::Monitor::new(std::env::current_exe()?);
+        let tell = |line: &str| {
+            if !json {
+                println!("{line}");
+            }
+        };
+        println!("{}", peer::bench::migrate(&options, &program, tell)?);
+        Ok(true)
+    }
 }
 
 #[derive(Args)]
@@ -278,6 +314,7 @@ impl Command {
             Command::Trial(trial) => trial.run(),
             Command::Bench { what: Bench::Decode(decode) } => decode.run(),
             Command::Bench { what: Bench::Link(link) } => link.run(),
+            Command::Bench { what: Bench::Migrate(migrate) } => migrate.run(),
             Command::Record { out, only, again } => record_all(&out, &only, again),
             Command::Analyze { corpus, only } => analyze_all(&corpus, &only),
             Command::Catalogue { corpus, streams } => {

@@ -8,6 +8,7 @@
 //! must be told why, and an [`Echo`]
 //! is a stopped guest that comes back as it was. A [`Lodger`] is one that never runs in reference-vmm: Linux under TCG. A [`Party`] is one of the monitors, controlled by QMP whoever wrote it.
 
+pub mod bench;
 pub mod demo;
 pub mod dialogue;
 mod echo;

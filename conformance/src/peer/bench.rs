@@ -1,0 +1,284 @@
+//! How fast page channels are: real QEMU and reference-vmm in every pairing, in one run.
+//!
+//! A stopped guest whose memory is random numbers goes from QEMU to QEMU, on to reference-vmm, to another reference-vmm and back
+//! to QEMU; then the next repetition begins. So the pairings take turns, every destination's memory is fresh, and a machine that
+//! becomes slower or faster meanwhile does so for all of them. Numbers mean something only on a machine that does nothing else.
+
+use std::collections::BTreeMap;
+use std::fs::{self, File};
+use std::io::{BufWriter, Write};
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use serde_json::{Value, json};
+
+use super::party::{Monitor, Party};
+use super::{Load, Stage, Stop};
+use crate::roots::{Root, Suite};
+use crate::scenario::Accel;
+
+/// How long one migration may take: zlib on two busy processors needs minutes for 2 GiB.
+const PATIENCE: Duration = Duration::from_secs(600);
+const POLL: Duration = Duration::from_millis(5);
+/// Far above what any machine does.
+const NO_LIMIT: u64 = 1 << 40;
+
+/// What is measured.
+#[derive(Debug, Clone)]
+pub struct Options {
+    /// Guest RAM, MiB.
+    pub mib: u32,
+    /// How often each pairing is measured.
+    pub repetitions: u64,
+    /// Numbers of page channels.
+    pub channels: Vec<u64>,
+    /// Values of `multifd-compression`.
+    pub methods: Vec<String>,
+    /// The release of QEMU.
+    pub suite: Suite,
+}
+
+/// One migration.
+#[derive(Debug, Clone, Copy)]
+struct Sample {
+    seconds: f64,
+    source_cpu: f64,
+    destination_cpu: f64,
+}
+
+/// Measures every number of channels with every method, tells each migration and each median, and gives all medians.
+///
+/// # Errors
+/// A monitor does not start, or a migration fails.
+pub fn migrate(options: &Options, program: &Monitor, mut tell: impl FnMut(&str)) -> Result<Value> {
+    ensure!(options.repetitions > 0, "nothing to measure");
+    let scratch = tempfile::Builder::new().prefix("qevm-bench-").tempdir()?;
+    // On tmpfs where there is one, so that no disk takes part.
+    let shm = Path::new("/dev/shm");
+    let memory_folder =
+        tempfile::Builder::new().prefix("qevm-bench-").tempdir_in(if shm.is_dir() { shm } else { scratch.path() })?;
+    let image = memory_folder.path().join("ram");
+    fill(&image, u64::from(options.mib) << 20)?;
+    let roots = BTreeMap::from([(options.suite, Root::install(options.suite)?)]);
+    let mut results = Vec::new();
+    for method in &options.methods {
+        for &channels in &options.channels {
+            let mut samples: BTreeMap<String, Vec<Sample>> = BTreeMap::new();
+            for _ in 0..options.repetitions {
+                let run =
+                    Run { options, program, roots: &roots, scratch: scratch.path(), image: &image, channels, method };
+                for (pairing, sample) in run.chain()? {
+                    tell(&format!(
+                        "{method} {channels} channels {pairing}: {:.2} s, CPU {:.2} s and {:.2} s",
+                        sample.seconds, sample.source_cpu, sample.destination_cpu
+                    ));
+                    samples.entry(pairing).or_default().push(sample);
+                }
+            }
+            let baseline = Medians::of(&samples[PAIRINGS[0]], options.mib);
+            for pairing in PAIRINGS {
+                let medians = Medians::of(&samples[pairing], options.mib);
+                tell(&medians.line(&format!("{method:<5} {channels} {pairing:<9}"), &baseline));
+                results.push(medians.json(method, channels, pairing, &baseline));
+            }
+        }
+    }
+    Ok(
+        json!({ "qemu": options.suite.series(), "mib": options.mib, "repetitions": options.repetitions, "results": results }),
+    )
+}
+
+/// The pairings in the order of the guest's way; the first is what the others are compared with.
+const PAIRINGS: [&str; 4] = ["qemu>qemu", "qemu>ref", "ref>ref", "ref>qemu"];
+
+struct Run<'r> {
+    options: &'r Options,
+    program: &'r Monitor,
+    roots: &'r BTreeMap<Suite, Root>,
+    scratch: &'r Path,
+    image: &'r Path,
+    channels: u64,
+    method: &'r str,
+}
+
+impl Run<'_> {
+    fn chain(&self) -> Result<Vec<(String, Sample)>> {
+        let qemu = Stop::Qemu(self.options.suite, Accel::Kvm);
+        // The name that QEMU gives the RAM of a machine without a backend.
+        let backend = format!(
+            "memory-backend-file,id=microvm.ram,x-use-canonical-path-for-ramblock-id=off,size={}M,share=on,mem-path={}",
+            self.options.mib,
+            self.image.display()
+        );
+        let stopped = ["-S", "-machine", "memory-backend=microvm.ram", "-object", backend.leak()];
+        let mut here = self.start(qemu, 0, &stopped, false)?;
+        let mut samples = Vec::new();
+        for (n, (pairing, stop)) in (1..).zip(PAIRINGS.into_iter().zip([qemu, Stop::Reference, Stop::Reference, qemu]))
+        {
+            let mut there = self.start(stop, n, &[], true)?;
+            let sample = self.hop(&mut here, &mut there).with_context(|| format!("{pairing}, {}", self.method))?;
+            samples.push((pairing.to_owned(), sample));
+            std::mem::replace(&mut here, there).end()?;
+        }
+        here.end()?;
+        Ok(samples)
+    }
+
+    fn start(&self, stop: Stop, n: usize, more: &[&'static str], incoming: bool) -> Result<Party> {
+        let load = Load { memory: self.options.mib, ..Load::default() };
+        let stage = Stage { roots: self.roots, program: self.program, scratch: self.scratch, more };
+        let root = match stop {
+            Stop::Qemu(suite, _) => self.roots.get(&suite),
+            Stop::Reference => None,
+        };
+        Party::start(stop, root, &stage, &load, &format!("stop{n}"), incoming, false)
+    }
+
+    fn hop(&self, here: &mut Party, there: &mut Party) -> Result<Sample> {
+        here.meets(there.stop())?;
+        there.meets(here.stop())?;
+        let parameters = json!({ "multifd-channels": self.channels, "multifd-compression": self.method });
+        for party in [&mut *here, &mut *there] {
+            party.monitor().set_capabilities(&["multifd", "return-path"])?;
+            party.monitor().set_parameters(&parameters)?;
+        }
+        here.monitor().set_parameters(&json!({ "max-bandwidth": NO_LIMIT, "downtime-limit": 300 }))?;
+        there.monitor().execute("migrate-incoming", json!({ "uri": "tcp:127.0.0.1:0" }))?;
+        let waiting = there.monitor().migration()?;
+        let port = waiting["socket-address"][0]["port"].as_str().context("the destination names no port")?.to_owned();
+        let cpus = (cpu_seconds(here.monitor().pid())?, cpu_seconds(there.monitor().pid())?);
+        let begun = Instant::now();
+        here.monitor().execute("migrate", json!({ "uri": format!("tcp:127.0.0.1:{port}") }))?;
+        here.monitor().wait_migration(PATIENCE, |migration| migration["status"] == "completed")?;
+        while there.monitor().execute("query-status", Value::Null)?["status"] == "inmigrate" {
+            ensure!(begun.elapsed() < PATIENCE, "the guest did not arrive");
+            std::thread::sleep(POLL);
+        }
+        let seconds = begun.elapsed().as_secs_f64();
+        let source_cpu = cpu_seconds(here.monitor().pid())? - cpus.0;
+        let destination_cpu = cpu_seconds(there.monitor().pid())? - cpus.1;
+        Ok(Sample { seconds, source_cpu, destination_cpu })
+    }
+}
+
+/// Median, lowest and highest of a figure.
+#[derive(Debug, Clone, Copy)]
+struct Spread {
+    median: f64,
+    low: f64,
+    high: f64,
+}
+
+impl Spread {
+    fn of(values: impl Iterator<Item = f64>) -> Spread {
+        let mut values: Vec<f64> = values.collect();
+        values.sort_by(f64::total_cmp);
+        let middle = values.len() / 2;
+        let median = match values.len() % 2 {
+            0 => (values[middle - 1] + values[middle]) / 2.0,
+            _ => values[middle],
+        };
+        Spread { median, low: values[0], high: values[values.len() - 1] }
+    }
+
+    fn json(self) -> Value {
+        json!({ "median": self.median, "low": self.low, "high": self.high })
+    }
+}
+
+/// Figures of a pairing: 10⁹ bytes per second, and CPU seconds per GiB of guest memory.
+struct Medians {
+    throughput: Spread,
+    source: Spread,
+    destination: Spread,
+}
+
+impl Medians {
+    fn of(samples: &[Sample], mib: u32) -> Medians {
+        let (bytes, gib) = (f64::from(mib) * 1_048_576.0, f64::from(mib) / 1024.0);
+        Medians {
+            throughput: Spread::of(samples.iter().map(|sample| bytes / 1e9 / sample.seconds)),
+            source: Spread::of(samples.iter().map(|sample| sample.source_cpu / gib)),
+            destination: Spread::of(samples.iter().map(|sample| sample.destination_cpu / gib)),
+        }
+    }
+
+    /// Throughput, CPU of the source and CPU of the destination as multiples of those of QEMU to QEMU.
+    fn ratios(&self, baseline: &Medians) -> [f64; 3] {
+        [
+            self.throughput.median / baseline.throughput.median,
+            self.source.median / baseline.source.median,
+            self.destination.median / baseline.destination.median,
+        ]
+    }
+
+    fn line(&self, name: &str, baseline: &Medians) -> String {
+        let [throughput, source, destination] = self.ratios(baseline);
+        format!(
+            "{name} {:6.3} GB/s ({:.3} to {:.3}) {throughput:5.2}x, CPU-s/GiB source {:.2} {source:5.2}x destination {:.2} {destination:5.2}x",
+            self.throughput.median,
+            self.throughput.low,
+            self.throughput.high,
+            self.source.median,
+            self.destination.median
+        )
+    }
+
+    fn json(&self, method: &str, channels: u64, pairing: &str, baseline: &Medians) -> Value {
+        let [throughput, source, destination] = self.ratios(baseline);
+        json!({
+            "method": method, "channels": channels, "pairing": pairing,
+            "gb_per_s": self.throughput.json(), "source_cpu_s_per_gib": self.source.json(),
+            "destination_cpu_s_per_gib": self.destination.json(),
+            "ratio": { "throughput": throughput, "source_cpu": source, "destination_cpu": destination },
+        })
+    }
+}
+
+/// Fills a file with numbers that no method can compress (xorshift64*).
+fn fill(path: &Path, len: u64) -> Result<()> {
+    let mut file = BufWriter::with_capacity(1 << 20, File::create(path)?);
+    let mut state = 0x9e37_79b9_7f4a_7c15_u64;
+    for _ in 0..len / 8 {
+        state ^= state >> 12;
+        state ^= state << 25;
+        state ^= state >> 27;
+        file.write_all(&state.wrapping_mul(0x2545_f491_4f6c_dd1d).to_le_bytes())?;
+    }
+    file.flush().with_context(|| format!("writing {}", path.display()))
+}
+
+/// User and system time of a process, with its threads.
+fn cpu_seconds(pid: u32) -> Result<f64> {
+    let text = fs::read_to_string(format!("/proc/{pid}/stat")).context("reading a monitor's CPU time")?;
+    // The name in parentheses may hold blanks; utime and stime are the 12th and 13th fields behind it.
+    let behind = text.rsplit_once(')').map_or("", |(_, behind)| behind);
+    let ticks: Vec<u64> = behind.split_whitespace().skip(11).take(2).filter_map(|field| field.parse().ok()).collect();
+    ensure!(ticks.len() == 2, "no CPU time in {text:?}");
+    // USER_HZ is 100 on x86-64.
+    Ok(ticks.iter().sum::<u64>() as f64 / 100.0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn medians_and_ratios_are_those_of_the_samples() {
+        let sample = |seconds: f64, cpu: f64| Sample { seconds, source_cpu: cpu, destination_cpu: 2.0 * cpu };
+        let slow = Medians::of(&[sample(4.0, 2.0), sample(2.0, 1.0), sample(8.0, 4.0)], 1024);
+        let fast = Medians::of(&[sample(1.0, 1.0), sample(3.0, 1.0)], 1024);
+        assert_eq!((slow.throughput.median, slow.source.low), (1.073_741_824 / 4.0, 1.0));
+        let [throughput, source, destination] = fast.ratios(&slow);
+        assert!(
+            (throughput - 8.0 / 3.0).abs() < 1e-9 && (source - 0.5).abs() < 1e-9 && (destination - 0.5).abs() < 1e-9
+        );
+    }
+
+    #[test]
+    fn this_process_uses_time() {
+        assert!(cpu_seconds(std::process::id()).unwrap() >= 0.0);
+        assert!(cpu_seconds(u32::MAX).is_err());
+    }
+}
