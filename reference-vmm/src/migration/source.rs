@@ -1,7 +1,9 @@
 //! The source engine: precopy of a running guest, switchover, handover.
 
+mod ending;
+
 use super::{
-    Channel, DeviceSection, DirtyLog, Guest, Job, MigrationError, Mode, Notice, Outgoing, SavedDevices, Status,
+    Channel, DirtyLog, Guest, Job, MigrationError, Mode, Notice, Outgoing, Status,
     channel::{Source, write_all},
     converge::AutoConverge,
     handover,
@@ -13,14 +15,7 @@ use super::{
     switchover::{Bandwidth, Decision, Remaining, Round, Switchover, expected_downtime, per_second},
 };
 use qevm_multifd::{SourceSync, SyncError, SyncStep};
-use qevm_savevm::{
-    Encoder, StreamWriter,
-    command::Command,
-    configuration::Configuration,
-    framing::SectionHeader,
-    ram,
-    vmdesc::{Description, DeviceBody, DeviceDescription, TextStyle},
-};
+use qevm_savevm::{Encoder, StreamWriter, command::Command, configuration::Configuration, framing::SectionHeader, ram};
 use qevm_wire::{CountedString, Located, PageGeometry, Profile, profile::ZeroPageDetection};
 use std::{
     sync::atomic::AtomicU64,
@@ -348,93 +343,6 @@ impl<'e> Engine<'e> {
         Ok(())
     }
 
-    /// Stops the guest.
-    fn stop(&mut self) -> Result<(), MigrationError> {
-        self.check()?;
-        self.pause()?;
-        self.job.update(|statistics| statistics.ram.precopy_bytes = self.transferred);
-        if self.job.capabilities().pause_before_switchover {
-            self.job.advance(Status::PreSwitchover)?;
-            while !self.job.may_go_on(PRE_SWITCHOVER_POLL)? {
-                self.check()?;
-            }
-        }
-        self.job.advance(Status::Device)
-    }
-
-    /// Stops the guest, unless the mode did it already.
-    fn pause(&mut self) -> Result<(), MigrationError> {
-        if self.stopped.is_some() {
-            return Ok(());
-        }
-        let at = Instant::now();
-        let stopped_at = monotonic_now();
-        let was_running = self.guest.pause().map_err(MigrationError::guest("stop the guest"))?;
-        self.stopped = Some(Stopped { at, was_running });
-        self.job.update(|statistics| statistics.stopped_at = Some(stopped_at));
-        Ok(())
-    }
-
-    fn save_devices(&self) -> Result<SavedDevices, MigrationError> {
-        let was_running = self.stopped.as_ref().is_some_and(|stopped| stopped.was_running);
-        let saved = self.guest.save_devices(self.profile, was_running);
-        saved.map_err(MigrationError::guest("save the state of the devices"))
-    }
-
-    /// Sends what is left of the RAM, and the devices: all but the end of the stream.
-    fn send_rest(&mut self, ram: &mut RamSender<'_>, devices: SavedDevices) -> Result<(), MigrationError> {
-        if self.profile.switchover_start {
-            self.stream.command(Command::SwitchoverStart)?;
-        }
-        self.stream.section_end(RAM_SECTION)?;
-        while self.send_pages(ram, None, u64::MAX)? {
-            self.check()?;
-        }
-        self.synchronise(SourceSync::round_end)?;
-        self.synchronise(SourceSync::completion)?;
-        self.stream.footer()?;
-        for (section_id, device) in (RAM_SECTION + 1..).zip(&devices.sections) {
-            let (idstr, instance_id, version_id) = (device.idstr.clone(), device.instance_id, device.version_id);
-            self.stream.section_full(&SectionHeader { section_id, idstr, instance_id, version_id }, &device.body)?;
-        }
-        self.flush("the state of the devices")?;
-        self.stream.eof()?;
-        if self.profile.vmdesc {
-            let described = devices.vmdesc.unwrap_or_else(|| describe(&devices.sections));
-            self.stream.vmdesc(&described)?;
-        }
-        self.check()
-    }
-
-    /// Sends the end of the stream, which makes the destination complete, and waits for its verdict.
-    fn hand_over(&mut self) -> Result<(), MigrationError> {
-        let Some(return_path) = self.return_path else {
-            self.flush("the end of the stream")?;
-            return self.job.handed_over();
-        };
-        return_path.sent_everything();
-        // Even if this breaks half-way, the destination may have all it needs: its verdict counts.
-        let sent = self.flush("the end of the stream");
-        match return_path.verdict() {
-            Ok(()) if return_path.agreed() => self.job.handed_over()?,
-            // A QEMU runs the guest already: it is too late to cancel.
-            Ok(()) => return Ok(()),
-            Err(MigrationError::NoVerdict | MigrationError::ReturnPath(_)) => {
-                sent?;
-                return Err(MigrationError::NoVerdict);
-            }
-            Err(error) => return Err(error),
-        }
-        let confirmation = handover::confirmation()?;
-        if let Err(error) = write_all(self.channel, &mut [Source::bytes(&confirmation)]) {
-            // The destination has everything, and may even have been told: running the guest here is not safe.
-            tracing::error!(
-                "cannot confirm the handover ({error}): if the guest does not run at the destination, say 'cont' there"
-            );
-        }
-        Ok(())
-    }
-
     /// Reads the dirty log: one pass. Says how many pages were new.
     fn read_log(&mut self, ram: &mut RamSender<'_>, log: &mut dyn DirtyLog) -> Result<u64, MigrationError> {
         let new = ram.read_log(log)?;
@@ -514,47 +422,6 @@ impl<'e> Engine<'e> {
         self.job.check()?;
         self.return_path.map_or(Ok(()), ReturnPath::failure)
     }
-
-    /// Replaces a broken channel by what the destination said about it.
-    fn explain(&self, error: MigrationError) -> MigrationError {
-        match (error, self.return_path) {
-            (error @ MigrationError::Send { .. }, Some(return_path)) => {
-                return_path.explanation(EXPLANATION_PATIENCE).unwrap_or(error)
-            }
-            (error, _) => error,
-        }
-    }
-
-    /// Lets the guest go on after a failure.
-    fn back_out(&mut self, error: MigrationError) -> MigrationError {
-        // First of all the destination must not get any further.
-        self.connections.close();
-        self.let_run();
-        let was_running = self.stopped.take().is_some_and(|stopped| stopped.was_running);
-        if was_running && let Err(resume) = self.guest.resume() {
-            let source = format!("{resume} (the migration had failed: {error})").into();
-            return MigrationError::Guest { doing: "resume the guest", source };
-        }
-        error
-    }
-
-    fn finish(&mut self, result: Result<(), MigrationError>) -> Result<(), MigrationError> {
-        self.job.update(|statistics| {
-            statistics.total_time = self.start.elapsed();
-            if let Some((stopped, handed_over)) = self.stopped.as_ref().zip(self.handed_over) {
-                statistics.downtime = Some(handed_over - stopped.at);
-                statistics.ram.downtime_bytes = self.transferred.saturating_sub(statistics.ram.precopy_bytes);
-            }
-        });
-        if result.is_ok() {
-            self.let_run();
-            self.guest.handed_over();
-        }
-        self.job.end(result.as_ref().err());
-        // The return path is read to its end: the destination closes when it has taken over.
-        self.connections.all().for_each(|channel| channel.finish_writing());
-        result
-    }
 }
 
 fn synchronisation(error: SyncError) -> MigrationError {
@@ -574,17 +441,4 @@ pub fn monotonic_now() -> Duration {
     // SAFETY: `now` is a valid timespec to write to.
     unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC, &mut now) };
     Duration::new(now.tv_sec.unsigned_abs(), now.tv_nsec as u32)
-}
-
-/// A description of sections as buffers, which is how QEMU describes handlers without fields.
-fn describe(sections: &[DeviceSection]) -> String {
-    let device = |section: &DeviceSection| DeviceDescription {
-        name: section.idstr.to_string(),
-        instance_id: section.instance_id,
-        body: DeviceBody::OldStyle { size: section.body.len() as u64 },
-    };
-    let mut description = Description::default();
-    description.page_size = Some(PageGeometry::X86.size());
-    description.devices = sections.iter().map(device).collect();
-    description.to_json(TextStyle::Compact)
 }
