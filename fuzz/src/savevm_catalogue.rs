@@ -18,6 +18,4 @@ pub fn savevm_catalogue(data: &[u8]) {
             check(&state, body, 7);
         }
     }
-    let ends = catalogue.ends(&idstr, version, body);
-    assert!(ends.seen.iter().chain(&ends.inferred).all(|end| *end <= body.len()));
 }

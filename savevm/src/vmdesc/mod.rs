@@ -24,7 +24,7 @@ mod tree;
 mod value;
 mod virtio;
 
-pub use catalogue::{BadCatalogue, Catalogue, Ends, Found};
+pub use catalogue::{BadCatalogue, Catalogue, Found};
 pub use error::VmdescError;
 pub use model::{Description, DeviceBody, DeviceDescription, FieldDescription, StructDescription};
 pub use schema::{Schema, Verdict};

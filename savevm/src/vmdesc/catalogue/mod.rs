@@ -63,16 +63,6 @@ pub enum Found {
     Ambiguous,
 }
 
-/// Where a section of unknown length may end: bytes from its start, in ascending order.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-#[non_exhaustive]
-pub struct Ends {
-    /// With layouts that were seen.
-    pub seen: Vec<usize>,
-    /// With all layouts, those from schemas and arrays of any length among them.
-    pub inferred: Vec<usize>,
-}
-
 /// Everything that goes by one VMSD name.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 struct Structure {
@@ -162,13 +152,6 @@ impl Catalogue {
             search::Outcome::None => Found::NoReading,
             search::Outcome::Several => Found::Ambiguous,
         }
-    }
-
-    /// Where a section may end, whose first bytes `rest` starts with and whose length is not known: for streams without
-    /// footers. What follows must decide between the places.
-    pub fn ends(&self, idstr: &CountedString, version: u32, rest: &[u8]) -> Ends {
-        let ends = |inferred| search::ends(self, vmsd_name(idstr), version, rest, inferred);
-        Ends { seen: ends(false), inferred: ends(true) }
     }
 
     fn readings(

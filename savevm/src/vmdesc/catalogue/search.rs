@@ -59,16 +59,6 @@ pub(super) fn one(
     Outcome::None
 }
 
-/// Where readings of a section end that starts with `rest`.
-pub(super) fn ends(catalogue: &Catalogue, name: &str, version: u32, rest: &[u8], inferred: bool) -> Vec<usize> {
-    let mut search = Search::new(catalogue, rest, inferred);
-    let readings = search.section(name, version);
-    let mut ends: Vec<usize> = readings.iter().map(|reading| reading.way.position).collect();
-    ends.sort_unstable();
-    ends.dedup();
-    if search.spent { Vec::new() } else { ends }
-}
-
 struct Search<'c, 'b> {
     catalogue: &'c Catalogue,
     body: &'b [u8],
