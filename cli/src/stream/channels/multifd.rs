@@ -22,7 +22,8 @@ pub(super) struct MultifdChannel {
     pages: u64,
     zero_pages: u64,
     syncs: u64,
-    packets: u64,
+    /// How many numbers of packets were used up.
+    numbered: u64,
     /// Smallest and largest packet number.
     packet_nums: Option<(u64, u64)>,
     device_bytes: u64,
@@ -56,7 +57,7 @@ impl MultifdChannel {
             pages: 0,
             zero_pages: 0,
             syncs: 0,
-            packets: 0,
+            numbered: 0,
             packet_nums: None,
             device_bytes: 0,
             page: Vec::new(),
@@ -75,9 +76,9 @@ impl MultifdChannel {
         self.init.as_ref()
     }
 
-    /// How many packets came, and the smallest and largest of their numbers.
-    pub(super) fn packets(&self) -> (u64, Option<(u64, u64)>) {
-        (self.packets, self.packet_nums)
+    /// How many numbers the packets used up, and the smallest and largest of those they have.
+    pub(super) fn packet_numbers(&self) -> (u64, Option<(u64, u64)>) {
+        (self.numbered, self.packet_nums)
     }
 
     pub(super) fn describe(&self) -> String {
@@ -161,7 +162,8 @@ impl MultifdChannel {
                     match &event {
                         Event::Init(init) => self.init = Some(init.clone()),
                         Event::Ram(ram) => {
-                            self.packets += 1;
+                            // A SYNC that is put on a packet with pages gives it a further number, in place of its own.
+                            self.numbered += 1 + u64::from(ram.is_sync() && ram.has_pages());
                             let num = ram.packet_num();
                             let (first, last) = self.packet_nums.unwrap_or((num, num));
                             self.packet_nums = Some((first.min(num), last.max(num)));
