@@ -3,6 +3,8 @@
 use std::io;
 use std::path::PathBuf;
 
+use crate::boot::BootError;
+
 /// An error of the monitor.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
@@ -43,6 +45,9 @@ pub enum Error {
     /// A machine was asked for that cannot be built.
     #[error("{0}")]
     Config(String),
+    /// A kernel that cannot be booted.
+    #[error(transparent)]
+    Boot(#[from] BootError),
     /// An access outside a RAM block or outside guest RAM.
     #[error("{len} bytes at {address:#x} are not within {what}")]
     OutOfRange {

@@ -5,7 +5,7 @@
 //! 1. [`payload`]: the guest that notices lost pages.
 //! 2. [`memory`]: RAM blocks and where the guest sees them.
 //! 3. [`devices`]: what the guest finds behind ports and addresses.
-//! 4. [`machine`]: the machine as a whole, with its vCPU threads.
+//! 4. [`machine`]: the machine as a whole, with its vCPU threads; [`boot`]: Linux without firmware.
 //! 5. [`state`]: what is saved and restored, as plain values.
 //! 6. [`dirty_log`]: which pages changed.
 //! 7. [`migration`]: live migration with QEMU's stream.
@@ -17,6 +17,7 @@
 // The program uses the library by its name, as any other user does.
 extern crate self as reference_vmm;
 
+pub mod boot;
 pub mod command;
 pub mod devices;
 pub mod dirty_log;

@@ -8,6 +8,7 @@ use std::str::FromStr;
 
 use anyhow::{Context, bail};
 use qevm_wire::{Profile, QemuVersion};
+use reference_vmm::boot::Kernel;
 use reference_vmm::devices::VirtioDevice;
 use reference_vmm::machine::MachineConfig;
 use reference_vmm::payload;
@@ -26,9 +27,19 @@ pub(crate) struct MachineArguments {
     /// Number of vCPUs, 1 to 4
     #[arg(long, value_name = "N", default_value_t = 1)]
     smp: usize,
-    /// Firmware image, a multiple of 64 KiB [default: the built-in payload guest]
+    /// Firmware image, a multiple of 64 KiB [default: the built-in payload guest; with --kernel none]
     #[arg(long, value_name = "FILE")]
     bios: Option<PathBuf>,
+    /// Linux kernel to boot, an ELF file with a PVH entry point or a bzImage: at once, or with --bios by that firmware.
+    /// Ignored while waiting for a guest (--incoming)
+    #[arg(long, value_name = "FILE")]
+    kernel: Option<PathBuf>,
+    /// Initial RAM disk for the kernel
+    #[arg(long, value_name = "FILE", requires = "kernel")]
+    initrd: Option<PathBuf>,
+    /// Command line for the kernel
+    #[arg(long, value_name = "TEXT", requires = "kernel", allow_hyphen_values = true)]
+    append: Option<String>,
     /// Where the serial port writes: stdio, file:PATH or null
     #[arg(long, value_name = "WHERE", default_value = "stdio")]
     serial: SerialOutput,
@@ -50,10 +61,24 @@ impl MachineArguments {
 
     /// The machine they describe.
     pub(crate) fn config(&self) -> anyhow::Result<MachineConfig> {
+        let read = |path: &Option<PathBuf>, what| match path {
+            Some(path) => std::fs::read(path).with_context(|| format!("cannot read the {what} {}", path.display())),
+            None => Ok(Vec::new()),
+        };
+        let kernel = match &self.kernel {
+            Some(_) => Some(Kernel {
+                image: read(&self.kernel, "kernel")?,
+                initrd: read(&self.initrd, "initial RAM disk")?,
+                command_line: self.append.clone().unwrap_or_default(),
+                by_firmware: self.bios.is_some(),
+            }),
+            None => None,
+        };
         let bios = match &self.bios {
             Some(path) => {
                 std::fs::read(path).with_context(|| format!("cannot read the firmware {}", path.display()))?
             }
+            None if self.kernel.is_some() => vec![0; NO_FIRMWARE],
             None => payload::IMAGE.to_vec(),
         };
         let fw_cfg = self.fw_cfg.iter().map(|item| parse_fw_cfg(item)).collect::<anyhow::Result<BTreeMap<_, _>>>()?;
@@ -62,12 +87,16 @@ impl MachineArguments {
             cpus: self.smp,
             bios,
             fw_cfg,
+            kernel,
             rtc: self.machine.rtc,
             virtio: self.device.clone(),
             serial: self.serial.open()?,
         })
     }
 }
+
+/// Length of the firmware of a machine that has none: that of QEMU's qboot, so that such a guest can go to a QEMU.
+const NO_FIRMWARE: usize = 64 << 10;
 
 /// The only machine type there is.
 const MACHINE_TYPE: &str = "microvm";

@@ -20,7 +20,7 @@ struct Arguments {
 
 #[derive(clap::Subcommand)]
 enum Command {
-    Run(run::Run),
+    Run(Box<run::Run>),
     Demo(demo::Demo),
     Payload(payload::Payload),
 }

@@ -74,7 +74,12 @@ const POLL: Duration = Duration::from_millis(20);
 
 impl Run {
     pub(crate) fn execute(self) -> anyhow::Result<ExitCode> {
-        let machine = Machine::new(self.machine.config()?)?;
+        let mut config = self.machine.config()?;
+        if self.incoming.is_some() {
+            // As with a QEMU: the guest that comes has its own.
+            config.kernel = None;
+        }
+        let machine = Machine::new(config)?;
         let vmm = Vmm::new(machine, self.machine.profile(), self.incoming.is_some());
         if self.paused {
             vmm.stop();

@@ -46,6 +46,8 @@ pub struct FwCfgItems {
     pub cpus: u16,
     /// Files by name.
     pub files: BTreeMap<String, Vec<u8>>,
+    /// Items without a name, by key.
+    pub by_key: BTreeMap<u16, Vec<u8>>,
 }
 
 /// The device.
@@ -66,7 +68,7 @@ impl FwCfg {
         let count = u32::try_from(items.files.len()).ok().filter(|count| *count < 0x1000);
         let count = count.ok_or_else(|| Error::Config("fw_cfg has room for 4095 files".to_owned()))?;
         let mut directory = count.to_be_bytes().to_vec();
-        let mut by_key = BTreeMap::new();
+        let mut by_key = items.by_key;
         for (key, (name, data)) in (KEY_FILE_FIRST..).zip(items.files) {
             if name.len() > MAX_NAME || name.is_empty() || name.contains('\0') {
                 return Err(Error::Config(format!("fw_cfg file name '{name}' must have 1 to {MAX_NAME} bytes")));
@@ -194,7 +196,7 @@ mod tests {
     fn device() -> FwCfg {
         let files = [("opt/qevm/payload", "dirty=1M"), ("etc/a", "x")];
         let files = files.map(|(name, text)| (name.to_owned(), text.as_bytes().to_vec())).into();
-        FwCfg::new(FwCfgItems { ram_size: 0x1234_5678, cpus: 2, files }).unwrap()
+        FwCfg::new(FwCfgItems { ram_size: 0x1234_5678, cpus: 2, files, ..FwCfgItems::default() }).unwrap()
     }
 
     fn memory() -> GuestMemory {

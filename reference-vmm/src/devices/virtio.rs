@@ -15,6 +15,8 @@ use qevm_wire::CountedString;
 const BASE: u64 = 0xfeb0_0000;
 /// Bytes from one transport to the next.
 const STRIDE: u64 = 0x200;
+/// Interrupt of the first transport: the first pin of the second IOAPIC.
+const FIRST_INTERRUPT: u64 = 24;
 /// Transports of a microvm with two IOAPICs, and so the number of devices it can have.
 pub const TRANSPORTS: usize = 24;
 
@@ -43,6 +45,19 @@ const NAMES: [(VirtioDevice, &str, &str); 4] = [
 impl VirtioDevice {
     fn names(self) -> (&'static str, &'static str) {
         NAMES.iter().find(|(device, ..)| *device == self).map_or(("", ""), |(_, option, section)| (option, section))
+    }
+
+    /// How Linux is told, on its command line, of the transport of device number `position` of the command line: length,
+    /// address and interrupt, which is one of the second IOAPIC's.
+    ///
+    /// ```
+    /// use reference_vmm::devices::VirtioDevice;
+    ///
+    /// assert_eq!(VirtioDevice::kernel_parameter(0), "virtio_mmio.device=512@0xfeb02e00:47");
+    /// ```
+    pub fn kernel_parameter(position: usize) -> String {
+        let transport = (TRANSPORTS - 1).saturating_sub(position) as u64;
+        format!("virtio_mmio.device={STRIDE}@{:#x}:{}", BASE + transport * STRIDE, FIRST_INTERRUPT + transport)
     }
 
     /// The `idstr` of its section when it is device number `position` (from 0) of the command line, below [`TRANSPORTS`].

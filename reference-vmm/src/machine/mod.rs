@@ -33,6 +33,7 @@ use std::time::Duration;
 use kvm_bindings::{KVM_PIT_SPEAKER_DUMMY, kvm_enable_cap, kvm_msi, kvm_pit_config, kvm_userspace_memory_region};
 use kvm_ioctls::{Cap, Kvm, VmFd};
 
+use crate::boot::{self, Kernel};
 use crate::devices::{
     Clock, Devices, FwCfg, FwCfgItems, Ioapic, Message, RTC_IRQ, Rtc, SERIAL_IRQ, Serial, TRANSPORTS, VirtioDevice,
     lock, wall_clock,
@@ -68,6 +69,8 @@ pub struct MachineConfig {
     pub bios: Vec<u8>,
     /// Files of the firmware configuration device by name.
     pub fw_cfg: BTreeMap<String, Vec<u8>>,
+    /// A kernel to boot. It must not be there in a machine that waits for a migration.
+    pub kernel: Option<Kernel>,
     /// Whether there is a real-time clock. QEMU's `rtc=auto` has one under TCG only.
     pub rtc: bool,
     /// Devices on virtio-mmio. A machine that has any can take a guest and give it back, but not run it.
@@ -84,6 +87,7 @@ impl Default for MachineConfig {
             cpus: 1,
             bios: payload::IMAGE.to_vec(),
             fw_cfg: BTreeMap::new(),
+            kernel: None,
             rtc: false,
             virtio: Vec::new(),
             serial: Box::new(io::sink()),
@@ -102,6 +106,8 @@ pub struct Machine {
     /// What KVM lets run on while the vCPUs stand still, as it was when they stopped.
     held: Mutex<Option<Held>>,
     virtio: Vec<VirtioDevice>,
+    /// RAM was written to before the guest has run.
+    has_kernel: bool,
     carried: Mutex<Carried>,
     dirty_log: DirtyLog,
     saved_msrs: Vec<u32>,
@@ -131,8 +137,9 @@ impl Machine {
         let vm = Arc::new(create_vm(&kvm_fd, &memory)?);
         let dirty_log = DirtyLog::new(Arc::clone(&vm), Arc::clone(&memory))?;
 
-        let fw_cfg =
-            FwCfg::new(FwCfgItems { ram_size: config.memory, cpus: config.cpus as u16, files: config.fw_cfg })?;
+        let (mut by_key, mut files) = (BTreeMap::new(), config.fw_cfg);
+        boot::add_items(&mut by_key, &mut files, config.memory, config.kernel.as_ref())?;
+        let fw_cfg = FwCfg::new(FwCfgItems { ram_size: config.memory, cpus: config.cpus as u16, files, by_key })?;
         let interrupt = |irq: u32, of: &'static str| -> Box<dyn FnMut(bool) + Send> {
             let line = Arc::clone(&vm);
             Box::new(move |level| {
@@ -168,6 +175,10 @@ impl Machine {
                 Ok(Vcpu::new(index, fd))
             })
             .collect::<Result<Arc<[Vcpu]>>>()?;
+        if let Some(kernel) = config.kernel.as_ref().filter(|kernel| !kernel.by_firmware) {
+            let entry = boot::load(&memory, kernel, config.cpus, &config.virtio)?;
+            kvm_state::enter(&lock(&vcpus[0].fd), entry)?;
+        }
         let control = Arc::new(RunControl::new(config.cpus));
         let mut machine = Machine {
             vcpus,
@@ -178,6 +189,7 @@ impl Machine {
             clock: Mutex::new(VirtualClock::default()),
             held: Mutex::default(),
             virtio: config.virtio,
+            has_kernel: config.kernel.is_some(),
             carried: Mutex::default(),
             dirty_log,
             saved_msrs: kvm_state::saved_msrs(&kvm_fd)?,
@@ -215,6 +227,11 @@ impl Machine {
     /// Devices on virtio-mmio, in the order of the command line.
     pub fn virtio(&self) -> &[VirtioDevice] {
         &self.virtio
+    }
+
+    /// Whether it was built with a kernel, which is in its RAM.
+    pub fn has_kernel(&self) -> bool {
+        self.has_kernel
     }
 
     /// Number of vCPUs.

@@ -29,7 +29,9 @@ impl Guest for Machine {
         };
         // The firmware is loaded before a migration arrives; all other blocks are empty until the guest runs.
         let blocks = self.memory().blocks().iter();
-        blocks.map(|b| RamView { name: b.name(), memory: view(b), pristine: b.name() != BIOS }).collect()
+        blocks
+            .map(|b| RamView { name: b.name(), memory: view(b), pristine: b.name() != BIOS && !self.has_kernel() })
+            .collect()
     }
 
     fn start_dirty_log(&self) -> Result<Box<dyn DirtyLog + '_>, GuestError> {

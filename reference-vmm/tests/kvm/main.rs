@@ -3,6 +3,7 @@
 //! Where `/dev/kvm` cannot be opened they are reported as ignored, and their names are added to the file that
 //! `QEVM_SKIPPED_TESTS` names; with `QEVM_REQUIRE_KVM=1` they fail instead.
 
+mod boot;
 mod dirty_log;
 mod guest;
 mod machine;
@@ -26,7 +27,8 @@ fn main() -> ExitCode {
     let missing = open_kvm(Path::new("/dev/kvm")).err().map(|error| error.to_string());
     let required = std::env::var_os("QEVM_REQUIRE_KVM").is_some_and(|value| value == "1");
     let tests: Vec<Test> =
-        [payload::TESTS, machine::TESTS, state::TESTS, dirty_log::TESTS, migration::TESTS, qmp::TESTS].concat();
+        [boot::TESTS, payload::TESTS, machine::TESTS, state::TESTS, dirty_log::TESTS, migration::TESTS, qmp::TESTS]
+            .concat();
     if missing.is_some() && !required && !arguments.list {
         report_skipped(&tests, "cannot open /dev/kvm");
     }

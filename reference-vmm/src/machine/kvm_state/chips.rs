@@ -11,7 +11,7 @@ use crate::machine::clock::monotonic;
 use crate::state::{ClockState, IoapicState, PicState, PitChannelState, PitState};
 
 pub(super) fn save_irqchip(vm: &VmFd) -> Result<([PicState; 2], IoapicState)> {
-    let chip = |chip_id| {
+    let chip = |chip_id| -> Result<kvm_irqchip> {
         let mut chip = kvm_irqchip { chip_id, ..kvm_irqchip::default() };
         vm.get_irqchip(&mut chip).map_err(kvm("read an interrupt controller"))?;
         Ok(chip)

@@ -5,7 +5,7 @@ mod mce;
 mod vcpu;
 
 pub(super) use mce::set_up as set_up_mce;
-pub(super) use vcpu::saved_msrs;
+pub(super) use vcpu::{enter, saved_msrs};
 
 use super::Machine;
 use crate::devices::{Rtc, lock};

@@ -11,6 +11,7 @@ use kvm_bindings::{
 use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
 
 use super::mce;
+use crate::boot::Entry;
 use crate::error::{Error, Result, kvm};
 use crate::state::{DebugRegisters, DescriptorTable, Events, Msr, Registers, Segment, SpecialRegisters, VcpuState};
 
@@ -40,6 +41,15 @@ pub(crate) fn saved_msrs(kvm_fd: &Kvm) -> Result<Vec<u32>> {
     });
     msrs.dedup();
     Ok(msrs)
+}
+
+/// Brings a vCPU from its reset to a kernel's entry point.
+pub(crate) fn enter(fd: &VcpuFd, entry: Entry) -> Result<()> {
+    let mut regs = registers(&fd.get_regs().map_err(kvm("read a vCPU's registers"))?);
+    let mut sregs = special_registers(&fd.get_sregs().map_err(kvm("read a vCPU's special registers"))?);
+    entry.apply(&mut regs, &mut sregs);
+    fd.set_sregs(&kvm_sregs(&sregs)).map_err(kvm("set a vCPU's special registers"))?;
+    fd.set_regs(&kvm_regs(&regs)).map_err(kvm("set a vCPU's registers"))
 }
 
 pub(super) fn save(vm: &VmFd, fd: &VcpuFd, msrs: &[u32]) -> Result<VcpuState> {

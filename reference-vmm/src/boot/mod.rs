@@ -1,0 +1,162 @@
+//! Starting a Linux kernel without firmware.
+//!
+//! Two protocols, chosen by what the kernel's file is:
+//!
+//! | file | protocol | state at entry |
+//! |---|---|---|
+//! | ELF with the note PHYS32_ENTRY | PVH (Xen's document "x86/HVM direct boot ABI") | 32 bits, no paging, EBX = `hvm_start_info` |
+//! | bzImage, protocol 2.12 or newer | Linux's 64-bit boot protocol ("The Linux/x86 Boot Protocol") | long mode, 4 GiB mapped one to one, RSI = zero page |
+//!
+//! The kernel finds the processors and both IOAPICs by a [table of the multiprocessor specification](mp_table), and virtio-mmio
+//! transports by `virtio_mmio.device=` on its command line, as under QEMU's `-M microvm,acpi=off`.
+//!
+//! What lies where below 1 MiB:
+//!
+//! | address | what |
+//! |---|---|
+//! | 0x500 | segment descriptors |
+//! | 0x6000 | `hvm_start_info`, list of modules, memory map |
+//! | 0x7000 | zero page |
+//! | 0x9000 to 0xf000 | page tables |
+//! | 0x20000 | command line |
+//! | 0x9fc00 | multiprocessor table |
+
+mod bzimage;
+mod elf;
+mod entry;
+mod error;
+mod firmware;
+mod initrd;
+mod mp_table;
+
+use std::fs::File;
+
+use vm_memory::{FileOffset, GuestAddress, GuestMemoryMmap, GuestRegionMmap, MmapRegion};
+
+use crate::devices::VirtioDevice;
+use crate::error::{Error, Result};
+use crate::memory::{GuestMemory, RAM};
+pub(crate) use entry::Entry;
+pub use error::BootError;
+pub(crate) use firmware::add_items;
+
+/// A kernel and what it is given.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Kernel {
+    /// The kernel's file.
+    pub image: Vec<u8>,
+    /// The initial RAM disk; empty if there is none.
+    pub initrd: Vec<u8>,
+    /// The command line.
+    pub command_line: String,
+    /// Let the firmware find the kernel in fw_cfg and start it, instead of entering it at once.
+    pub by_firmware: bool,
+}
+
+const CAN_BE_HERE: u64 = 1 << 20;
+const FOUR_GIB: u64 = 1 << 32;
+/// The last KiB of conventional memory, where a kernel looks for the multiprocessor table.
+const MP_TABLE: u64 = 0x9_fc00;
+const COMMAND_LINE: u64 = 0x2_0000;
+const COMMAND_LINE_MAX: usize = 0x1_0000;
+
+/// Loads the kernel into the RAM of a machine that has not run, with everything it is given, and says how to enter it.
+///
+/// # Errors
+/// [`Error::Boot`].
+pub(crate) fn load(memory: &GuestMemory, kernel: &Kernel, cpus: usize, virtio: &[VirtioDevice]) -> Result<Entry> {
+    let ram = Ram::of(memory)?;
+    let command_line = command_line(kernel, virtio)?;
+    memory.write(COMMAND_LINE, &command_line)?;
+    memory.write(MP_TABLE, &mp_table::table(MP_TABLE as u32, cpus))?;
+    match format(&kernel.image)? {
+        Format::Elf => elf::load(memory, &ram, kernel),
+        Format::BzImage => bzimage::load(memory, &ram, kernel, command_line.len() - 1),
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Format {
+    Elf,
+    BzImage,
+}
+
+fn format(image: &[u8]) -> std::result::Result<Format, BootError> {
+    let bytes = |at: usize| image.get(at..).unwrap_or_default().iter().take(4).copied().collect::<Vec<u8>>();
+    match (bytes(0), bytes(0x202)) {
+        (elf, _) if elf == b"\x7fELF" => Ok(Format::Elf),
+        (_, linux) if linux == b"HdrS" => Ok(Format::BzImage),
+        (at_0, at_0x202) => Err(BootError::UnknownFormat { at_0, at_0x202 }),
+    }
+}
+
+/// With a zero at the end.
+fn command_line(kernel: &Kernel, virtio: &[VirtioDevice]) -> std::result::Result<Vec<u8>, BootError> {
+    let transports = (0..virtio.len()).map(|position| format!(" {}", VirtioDevice::kernel_parameter(position)));
+    let text = [kernel.command_line.clone()].into_iter().chain(transports).collect::<String>();
+    if let Some(zero) = text.bytes().position(|byte| byte == 0) {
+        return Err(BootError::CommandLineZero(zero));
+    }
+    if text.len() >= COMMAND_LINE_MAX {
+        return Err(BootError::CommandLineLength { found: text.len(), most: COMMAND_LINE_MAX - 1 });
+    }
+    let mut bytes = text.into_bytes();
+    bytes.push(0);
+    Ok(bytes)
+}
+
+/// Kinds of memory in a memory map (ACPI specification 6.5, table 15.374).
+const USABLE: u32 = 1;
+const RESERVED: u32 = 2;
+
+/// The machine's RAM as a kernel sees it.
+struct Ram {
+    /// Address behind the RAM below 4 GiB.
+    low_end: u64,
+    /// The memory map: address, bytes, kind.
+    map: Vec<(u64, u64, u32)>,
+    /// For the loader.
+    view: GuestMemoryMmap<()>,
+}
+
+impl Ram {
+    fn of(memory: &GuestMemory) -> Result<Ram> {
+        let mut map = vec![(0, MP_TABLE, USABLE), (MP_TABLE, CAN_BE_HERE - MP_TABLE, RESERVED)];
+        let (mut low_end, mut regions) = (0, Vec::new());
+        for mapping in memory.mappings() {
+            let block = &memory.blocks()[mapping.block];
+            if block.name() != RAM {
+                continue;
+            }
+            let host = |cause| Error::Host { what: "map guest RAM to load a kernel", cause };
+            let file = File::from(block.memfd().try_clone_to_owned().map_err(host)?);
+            let region = MmapRegion::from_file(FileOffset::new(file, mapping.offset), mapping.len as usize)
+                .map_err(|error| host(std::io::Error::other(error)))?;
+            let end = mapping.gpa + mapping.len;
+            if mapping.gpa >= CAN_BE_HERE {
+                map.push((mapping.gpa, mapping.len, USABLE));
+            }
+            if end <= FOUR_GIB {
+                low_end = low_end.max(end);
+            }
+            regions.extend(GuestRegionMmap::new(region, GuestAddress(mapping.gpa)));
+        }
+        let view = GuestMemoryMmap::from_regions(regions).map_err(|error| Error::Host {
+            what: "map guest RAM to load a kernel",
+            cause: std::io::Error::other(error),
+        })?;
+        Ok(Ram { low_end, map, view })
+    }
+
+    /// Whether `what` fits between 1 MiB and the end of the RAM below 4 GiB.
+    fn check(&self, what: &'static str, start: u64, end: Option<u64>) -> std::result::Result<u64, BootError> {
+        let (ram_start, ram_end) = (CAN_BE_HERE, self.low_end);
+        match end {
+            Some(end) if start >= ram_start && start <= end && end <= ram_end => Ok(end),
+            _ => Err(BootError::NoRoom { what, start, end: end.unwrap_or(u64::MAX), ram_start, ram_end }),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;
