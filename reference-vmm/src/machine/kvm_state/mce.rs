@@ -19,6 +19,8 @@ const MCG_CTL: u32 = 0x17b;
 const FIRST_BANK: u32 = 0x400;
 const REGISTERS: u32 = 4;
 const COUNT: u64 = 0xff;
+/// The number of banks and whether there is IA32_MCG_CTL.
+pub(super) const COUNT_AND_CONTROL: u64 = 0x1ff;
 /// Banks that section `cpu` has room for.
 const BANKS: u32 = 10;
 /// As every stream of QEMU 7.2 to 11.1 has it: ten banks, a control register, recovery by software.

@@ -7,17 +7,22 @@ mod vcpu;
 pub(super) use mce::set_up as set_up_mce;
 pub(super) use vcpu::{enter, saved_msrs};
 
-use super::Machine;
+use super::{Machine, vcpu::Vcpu};
 use crate::devices::{Rtc, lock};
 use crate::error::{Error, Result};
-use crate::state::{ClockState, GedState, MachineState, PitState};
+use crate::state::{ClockState, GedState, MachineState, Msr, PitState};
 
-/// The paravirtual clock and the PIT, which KVM lets run on while the vCPUs stand still. As with a QEMU they stand still for
-/// the guest: they are read when it stops, and set when it goes on.
+/// The paravirtual clock, the PIT and the TSCs, which KVM lets run on while the vCPUs stand still. As with a QEMU clock and PIT
+/// stand still for the guest: they are read when it stops, and set when it goes on. The TSCs of a guest that migrates do as well,
+/// so that it does not see TSC and clock part by the time that it stood still.
 #[derive(Clone, Debug)]
 pub(super) struct Held {
     clock: ClockState,
     pit: PitState,
+    /// One for each vCPU.
+    tscs: Vec<Msr>,
+    /// The guest has come from elsewhere since it stopped.
+    came: bool,
 }
 
 /// Reads what runs on. The machine has just been paused.
@@ -31,23 +36,30 @@ pub(super) fn hold(machine: &Machine) -> Result<()> {
 pub(super) fn release(machine: &Machine) -> Result<()> {
     let Some(held) = lock(&machine.held).take() else { return Ok(()) };
     chips::load_pit(&machine.vm, &held.pit, lock(&machine.clock).now())?;
+    if held.came {
+        for (index, (vcpu, tsc)) in machine.vcpus.iter().zip(&held.tscs).enumerate() {
+            vcpu::set_tsc(&lock(&vcpu.fd), index == 0, *tsc)?;
+        }
+    }
     chips::load_clock(&machine.vm, &held.clock)
 }
 
 fn read_held(machine: &Machine) -> Result<Held> {
     let clock = chips::save_clock(&machine.vm)?;
-    Ok(Held { clock, pit: chips::save_pit(&machine.vm, lock(&machine.clock).now())? })
+    let tscs = machine.vcpus.iter().map(|vcpu| vcpu::tsc(&lock(&vcpu.fd))).collect::<Result<_>>()?;
+    Ok(Held { clock, pit: chips::save_pit(&machine.vm, lock(&machine.clock).now())?, tscs, came: false })
 }
 
 /// The machine is paused.
 pub(super) fn save(machine: &Machine) -> Result<MachineState> {
     let held = lock(&machine.held).clone();
-    let Held { clock, pit } = held.map_or_else(|| read_held(machine), Ok)?;
-    let vcpus = machine
-        .vcpus
-        .iter()
-        .map(|vcpu| vcpu::save(&machine.vm, &lock(&vcpu.fd), &machine.saved_msrs))
-        .collect::<Result<_>>()?;
+    let Held { clock, pit, tscs, .. } = held.map_or_else(|| read_held(machine), Ok)?;
+    let save_vcpu = |(vcpu, tsc): (&Vcpu, Msr)| {
+        let mut state = vcpu::save(&machine.vm, &lock(&vcpu.fd), &machine.saved_msrs)?;
+        state.msrs.iter_mut().filter(|msr| msr.index == tsc.index).for_each(|msr| *msr = tsc);
+        Ok(state)
+    };
+    let vcpus = machine.vcpus.iter().zip(tscs).map(save_vcpu).collect::<Result<_>>()?;
     let (pics, ioapic) = chips::save_irqchip(&machine.vm)?;
     Ok(MachineState {
         vcpus,
@@ -82,7 +94,8 @@ pub(super) fn load(machine: &Machine, state: &MachineState) -> Result<()> {
     }
     // Now, so that KVM's refusal is the load's failure; and once more when the machine goes on, so that they stand still
     // until then. After the TSCs, for KVM derives the guest's clock from both.
-    let held = Held { clock: state.clock.clone(), pit: state.pit.clone() };
+    let tscs = state.vcpus.iter().map(vcpu::tsc_of).collect();
+    let held = Held { clock: state.clock.clone(), pit: state.pit.clone(), tscs, came: true };
     chips::load_clock(&machine.vm, &held.clock)?;
     *lock(&machine.held) = Some(held);
     lock(&machine.devices.serial).load(&state.serial);

@@ -73,12 +73,7 @@ pub(super) fn save(vm: &VmFd, fd: &VcpuFd, msrs: &[u32]) -> Result<VcpuState> {
 
 pub(super) fn load(fd: &VcpuFd, first: bool, state: &VcpuState) -> Result<()> {
     scale_tsc(fd, state.tsc_khz)?;
-    let capability = |msrs: &[Msr]| msrs.iter().find(|msr| msr.index == mce::MCG_CAP).map(|msr| msr.value);
-    if let Some(wanted) = capability(&state.msrs)
-        && capability(&save_msrs(fd, &[mce::MCG_CAP])?) != Some(wanted)
-    {
-        mce::set_capability(fd, wanted)?;
-    }
+    set_mce_capability(fd, &state.msrs)?;
     if first {
         forget_tsc(fd, &state.msrs)?;
     }
@@ -90,11 +85,30 @@ pub(super) fn load(fd: &VcpuFd, first: bool, state: &VcpuState) -> Result<()> {
     load_xsave(fd, &state.xsave)?;
     // The local APIC before the MSRs: the TSC deadline needs its timer in that mode.
     fd.set_lapic(&kvm_lapic(&state.lapic)?).map_err(kvm("set a local APIC"))?;
-    load_msrs(fd, &state.msrs)?;
+    let settable = state.msrs.iter().filter(|msr| msr.index != mce::MCG_CAP).copied();
+    load_msrs(fd, &settable.collect::<Vec<_>>())?;
     fd.set_debug_regs(&kvm_debug_registers(&state.debug)).map_err(kvm("set a vCPU's debug registers"))?;
     fd.set_mp_state(kvm_mp_state { mp_state: state.mp_state }).map_err(kvm("set a vCPU's state"))?;
     // Last: setting registers drops pending exceptions.
     fd.set_vcpu_events(&kvm_events(&state.events)).map_err(kvm("set a vCPU's events"))
+}
+
+/// IA32_MCG_CAP cannot be written. KVM on an AMD host has no bits above the number of banks and the control register, and a QEMU
+/// there sends those that it asked for nevertheless; so they are not insisted on.
+fn set_mce_capability(fd: &VcpuFd, msrs: &[Msr]) -> Result<()> {
+    let find = |msrs: &[Msr]| msrs.iter().find(|msr| msr.index == mce::MCG_CAP).map(|msr| msr.value);
+    let Some(wanted) = find(msrs) else { return Ok(()) };
+    let has = || save_msrs(fd, &[mce::MCG_CAP]).map(|msrs| find(&msrs));
+    if has()? == Some(wanted) {
+        return Ok(());
+    }
+    mce::set_capability(fd, wanted)?;
+    match has()?.map_or(0, |has| has & mce::COUNT_AND_CONTROL) {
+        same if same == wanted & mce::COUNT_AND_CONTROL => Ok(()),
+        has => Err(Error::State(format!(
+            "its machine check registers are {wanted:#x} (IA32_MCG_CAP), and this host has {has:#x}"
+        ))),
+    }
 }
 
 /// A guest keeps its TSC frequency where the host can scale it or has the same; up to 250 ppm off counts as the same.
@@ -106,6 +120,26 @@ fn scale_tsc(fd: &VcpuFd, wanted: u32) -> Result<()> {
     fd.set_tsc_khz(wanted).map_err(|_| {
         Error::State(format!("its TSC runs at {wanted} kHz, this host's at {have} kHz and cannot be scaled"))
     })
+}
+
+/// A vCPU's TSC as it is now.
+pub(super) fn tsc(fd: &VcpuFd) -> Result<Msr> {
+    Ok(save_msrs(fd, &[MSR_TSC])?.first().copied().unwrap_or(Msr { index: MSR_TSC, value: 0 }))
+}
+
+/// A vCPU's TSC as it was saved.
+pub(super) fn tsc_of(state: &VcpuState) -> Msr {
+    state.msrs.iter().find(|msr| msr.index == MSR_TSC).copied().unwrap_or(Msr { index: MSR_TSC, value: 0 })
+}
+
+/// Puts a vCPU's TSC back, and the timer that refers to it.
+pub(super) fn set_tsc(fd: &VcpuFd, first: bool, tsc: Msr) -> Result<()> {
+    let deadline = save_msrs(fd, &[MSR_TSC_DEADLINE])?;
+    if first {
+        forget_tsc(fd, &[tsc])?;
+    }
+    load_msrs(fd, &[tsc])?;
+    load_msrs(fd, &deadline)
 }
 
 /// KVM takes a TSC within a second of the one it expects for an attempt to synchronise vCPUs, and leaves the offset alone. That is
@@ -182,7 +216,10 @@ fn load_msrs(fd: &VcpuFd, state: &[Msr]) -> Result<()> {
         let here = save_msrs(fd, &[refused.index])?;
         if here.first() != Some(refused) && refused.value != 0 {
             let Msr { index, value } = refused;
-            return Err(Error::State(format!("this host does not take the value {value:#x} for MSR {index:#x}")));
+            let has = here.first().map_or("none".to_owned(), |msr| format!("{:#x}", msr.value));
+            return Err(Error::State(format!(
+                "this host does not take the value {value:#x} for MSR {index:#x}, and has {has}"
+            )));
         }
         rest = &rest[set + 1..];
     }

@@ -60,6 +60,7 @@ const DS: usize = 3;
 const CR0_PE: u64 = 1;
 const CR4_OSFXSR: u64 = 1 << 9;
 const EFER_LMA: u64 = 1 << 10;
+const EFER_SVME: u64 = 1 << 12;
 const EFLAGS_VM: u64 = 1 << 17;
 pub(super) const MP_STATE_UNINITIALIZED: u32 = 1;
 pub(super) const MP_STATE_HALTED: u32 = 3;
@@ -172,6 +173,11 @@ pub(super) fn load(cpu: &Cpu, vcpu: &mut VcpuState) -> Result<(), String> {
     let vmxon = |nested: &NestedState| nested.state.0.as_ref().is_some_and(|state| state.vmx.is_some());
     if cpu.nested_state.as_ref().is_some_and(vmxon) {
         return Err("the guest has executed VMXON, and this machine does not support guests of the guest".into());
+    }
+    if cpu.efer & EFER_SVME != 0 {
+        return Err("the guest has switched AMD's virtualisation on (EFER.SVME), and this machine does not support \
+                    guests of the guest (start the source with -cpu host,-svm)"
+            .into());
     }
     if cpu.msr_hyperv_hypercall.as_ref().is_some_and(|sub| sub.guest_os_id != 0) {
         return Err("the guest uses Hyper-V enlightenments, which this machine lacks (start the source without hv-* \
