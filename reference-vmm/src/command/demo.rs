@@ -36,6 +36,9 @@ pub(crate) struct Demo {
     /// Number of vCPUs, 1 to 4
     #[arg(long, value_name = "N", default_value_t = 1)]
     smp: usize,
+    /// Accelerator of both monitors, e.g. kvm,dirty-ring-size=4096
+    #[arg(long, value_name = "ACCEL", default_value = "kvm")]
+    accel: String,
     /// Memory that the guest rewrites over and over
     #[arg(long, value_name = "SIZE", default_value = "64M", value_parser = parse_memory)]
     dirty: u64,
@@ -85,8 +88,10 @@ impl Demo {
             true => format!("unix:{}", directory.path().join("migration").display()),
             false => "tcp:127.0.0.1:0".to_owned(),
         };
-        let start =
-            |name, incoming| Guest::start(name, directory.path(), self.memory, self.smp, &payload, incoming, patience);
+        let start = |name, incoming| {
+            let (memory, cpus, accel) = (self.memory, self.smp, self.accel.as_str());
+            Guest::start(name, directory.path(), memory, cpus, accel, &payload, incoming, patience)
+        };
         let mut source = start("source", None)?;
         let mut destination = start("destination", Some(incoming.as_str()))?;
         let uri = destination.incoming_uri()?;

@@ -21,6 +21,10 @@ pub(crate) struct MachineArguments {
     /// peer-accel=tcg makes streams that a QEMU under TCG takes. rtc=on adds a real-time clock, which QEMU has by default under TCG and not under KVM
     #[arg(long = "machine", short = 'M', value_name = "TYPE", default_value = "microvm")]
     machine: MachineOptions,
+    /// Accelerator: kvm[,dirty-ring-size=N]. N is the number of entries of each vCPU's dirty ring, a power of two, 1024 or more;
+    /// 0 is no ring: KVM's dirty log tells which pages were written
+    #[arg(long, value_name = "ACCEL", default_value = "kvm")]
+    accel: Accelerator,
     /// RAM, with K, M or G; plain numbers are MiB as in QEMU
     #[arg(long, short, value_name = "SIZE", default_value = "128M", value_parser = parse_memory)]
     memory: u64,
@@ -90,6 +94,7 @@ impl MachineArguments {
             kernel,
             rtc: self.machine.rtc,
             virtio: self.device.clone(),
+            dirty_ring_size: self.accel.dirty_ring_size,
             serial: self.serial.open()?,
         })
     }
@@ -133,6 +138,37 @@ impl FromStr for MachineOptions {
             }
         }
         Ok(options)
+    }
+}
+
+/// The accelerator, as QEMU's `-accel` takes it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Accelerator {
+    dirty_ring_size: u32,
+}
+
+impl FromStr for Accelerator {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Accelerator, String> {
+        let mut parts = text.split(',').map(|part| part.strip_prefix("accel=").unwrap_or(part));
+        match parts.next() {
+            Some("kvm") => {}
+            other => return Err(format!("accelerator '{}': only kvm is there", other.unwrap_or_default())),
+        }
+        let mut accelerator = Accelerator { dirty_ring_size: 0 };
+        for part in parts {
+            let Some(("dirty-ring-size", size)) = part.split_once('=') else {
+                return Err(format!("'{part}' is not dirty-ring-size=N"));
+            };
+            let size: u64 = size.parse().map_err(|_| "Parameter 'dirty-ring-size' expects uint64".to_owned())?;
+            accelerator.dirty_ring_size =
+                size.try_into().map_err(|_| "Parameter 'dirty-ring-size' expects uint32_t".to_owned())?;
+            if accelerator.dirty_ring_size != 0 && !accelerator.dirty_ring_size.is_power_of_two() {
+                return Err("dirty-ring-size must be a power of two.".to_owned());
+            }
+        }
+        Ok(accelerator)
     }
 }
 
@@ -228,6 +264,18 @@ mod tests {
         for bad in ["", "q35", "microvm,", "microvm,rtc=yes", "microvm,qemu=7", "microvm,accel=kvm"] {
             assert!(bad.parse::<MachineOptions>().is_err(), "{bad}");
         }
+    }
+
+    /// The texts are QEMU 11.1's.
+    #[test]
+    fn accelerators() {
+        assert_eq!("kvm".parse(), Ok(Accelerator { dirty_ring_size: 0 }));
+        assert_eq!("kvm,dirty-ring-size=4096".parse(), Ok(Accelerator { dirty_ring_size: 4096 }));
+        let refused = |text: &str| text.parse::<Accelerator>().unwrap_err();
+        assert_eq!(refused("kvm,dirty-ring-size=3"), "dirty-ring-size must be a power of two.");
+        assert_eq!(refused("kvm,dirty-ring-size=4294967296"), "Parameter 'dirty-ring-size' expects uint32_t");
+        assert_eq!(refused("kvm,dirty-ring-size=x"), "Parameter 'dirty-ring-size' expects uint64");
+        assert!(refused("tcg").contains("only kvm") && refused("kvm,thread=multi").contains("thread"));
     }
 
     #[test]

@@ -1,4 +1,4 @@
-//! Which pages changed: KVM's dirty log and the monitor's own writes, by RAM block and page.
+//! Which pages changed: what KVM tells of the guest's writes, and the monitor's own writes, by RAM block and page.
 //!
 //! The order that loses no page:
 //!
@@ -8,65 +8,82 @@
 //! 3. [`DirtyLog::sync`] adds what has changed; repeat from 2.
 //! 4. Pause the machine, sync once more, send the rest. Or give up: [`DirtyLog::disable`].
 //!
-//! Without a `clear` between two syncs a page stays reported and further writes to it cost nothing. On a kernel without
-//! `KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2` (Linux before 5.1) the sync itself clears, and `clear` does nothing.
+//! KVM tells in one of two ways, chosen when the machine is built:
+//!
+//! * **The log** (`kvm_log`): a bitmap for each memory slot. Without a `clear` between two syncs a page stays reported and further
+//!   writes to it cost nothing. On a kernel without `KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2` (Linux before 5.1) the sync itself
+//!   clears, and `clear` does nothing.
+//! * **Rings** (`rings`; QEMU's `-accel kvm,dirty-ring-size=N`): each vCPU lists the pages it writes to, and leaves the guest
+//!   when its ring is full. A sync costs what was written and not what there is, and tells who wrote; the sync clears.
 
 mod bitmap;
+mod kvm_log;
+mod reaper;
+mod ring;
+mod rings;
 
 use std::sync::{Arc, Mutex};
 
-use kvm_bindings::{
-    KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, KVM_DIRTY_LOG_INITIALLY_SET, KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE,
-    KVM_MEM_LOG_DIRTY_PAGES, KVMIO, kvm_clear_dirty_log, kvm_clear_dirty_log__bindgen_ty_1, kvm_enable_cap,
-};
-use kvm_ioctls::VmFd;
-use vmm_sys_util::ioctl::ioctl_with_ref;
+use kvm_ioctls::{VcpuFd, VmFd};
 
 pub use bitmap::{DirtyBitmap, PAGES_PER_WORD};
+pub(crate) use reaper::Reaper;
 
 use crate::devices::lock;
-use crate::error::{Error, Result, kvm};
+use crate::error::{Error, Result};
 use crate::machine::set_memory_slot;
-use crate::memory::{GuestMemory, Mapping, PAGE_SIZE};
-
-mod ioctl {
-    use super::{KVMIO, kvm_clear_dirty_log};
-
-    vmm_sys_util::ioctl_iowr_nr!(KVM_CLEAR_DIRTY_LOG, KVMIO, 0xc0, kvm_clear_dirty_log);
-}
+use crate::memory::GuestMemory;
+use kvm_log::KvmLog;
+use rings::RingLog;
 
 /// The dirty log of a machine.
 pub struct DirtyLog {
-    vm: Arc<VmFd>,
     memory: Arc<GuestMemory>,
-    manual: bool,
-    initially_set: bool,
+    method: Method,
     /// Held during every operation, so that a sync sees no half-done switch.
     enabled: Mutex<bool>,
 }
 
+/// How KVM tells.
+enum Method {
+    Log(KvmLog),
+    Rings(RingLog),
+}
+
 impl DirtyLog {
-    pub(crate) fn new(vm: Arc<VmFd>, memory: Arc<GuestMemory>) -> Result<DirtyLog> {
-        let offered = vm.check_extension_raw(KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2.into()) as u32;
-        let wanted = offered & (KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE | KVM_DIRTY_LOG_INITIALLY_SET);
-        let manual = wanted & KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE != 0;
-        if manual {
-            let args = [wanted.into(), 0, 0, 0];
-            let cap = kvm_enable_cap { cap: KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, args, ..kvm_enable_cap::default() };
-            vm.enable_cap(&cap).map_err(kvm("enable manual dirty log protection"))?;
+    /// With rings of `ring_size` entries, or with KVM's log if that is 0. No vCPU may be there yet.
+    pub(crate) fn new(vm: Arc<VmFd>, memory: Arc<GuestMemory>, ring_size: u32) -> Result<DirtyLog> {
+        let method = match ring_size {
+            0 => Method::Log(KvmLog::new(vm, memory.clone())?),
+            size => Method::Rings(RingLog::new(vm, memory.clone(), size)?),
+        };
+        Ok(DirtyLog { memory, method, enabled: Mutex::new(false) })
+    }
+
+    /// A vCPU was created, the next by number.
+    pub(crate) fn attach(&self, vcpu: &VcpuFd) -> Result<()> {
+        match &self.method {
+            Method::Log(_) => Ok(()),
+            Method::Rings(rings) => rings.attach(vcpu),
         }
-        let initially_set = manual && wanted & KVM_DIRTY_LOG_INITIALLY_SET != 0;
-        Ok(DirtyLog { vm, memory, manual, initially_set, enabled: Mutex::new(false) })
     }
 
     /// Whether pages are cleared by range, and not by the sync itself.
     pub fn manual_protect(&self) -> bool {
-        self.manual
+        matches!(&self.method, Method::Log(log) if log.manual)
     }
 
     /// Whether the first sync reports every page, which spares KVM the work of protecting all at once.
     pub fn initially_all_set(&self) -> bool {
-        self.initially_set
+        matches!(&self.method, Method::Log(log) if log.initially_set)
+    }
+
+    /// Entries of each vCPU's dirty ring; 0 without rings.
+    pub fn ring_size(&self) -> u32 {
+        match &self.method {
+            Method::Log(_) => 0,
+            Method::Rings(rings) => rings.size(),
+        }
     }
 
     /// Whether writes are being logged.
@@ -86,9 +103,9 @@ impl DirtyLog {
         for block in self.memory.blocks() {
             block.take_vmm_writes();
         }
-        if let Err(error) = self.set_flags(KVM_MEM_LOG_DIRTY_PAGES) {
-            self.set_flags(0)?;
-            return Err(error);
+        match &self.method {
+            Method::Log(log) => log.start()?,
+            Method::Rings(rings) => rings.start()?,
         }
         *enabled = true;
         Ok(())
@@ -100,12 +117,16 @@ impl DirtyLog {
     /// [`Error::Kvm`] when KVM refuses.
     pub fn disable(&self) -> Result<()> {
         let mut enabled = lock(&self.enabled);
-        self.set_flags(0)?;
+        match &self.method {
+            Method::Log(log) => log.stop()?,
+            Method::Rings(rings) => rings.stop()?,
+        }
         *enabled = false;
         Ok(())
     }
 
-    /// Adds the pages written since they were last cleared. Returns how many of them the bitmap did not have yet.
+    /// Adds the pages written since they were last cleared. Returns how many of them the bitmap did not have yet. Of a machine
+    /// that runs, writes of the last moment may come with the next sync; of one that is paused, none is missing.
     ///
     /// # Errors
     /// [`Error::Config`] when nothing is logged, [`Error::Kvm`] when KVM does not tell.
@@ -118,10 +139,10 @@ impl DirtyLog {
         for (index, block) in self.memory.blocks().iter().enumerate() {
             new += into.add(index, 0, &block.take_vmm_writes());
         }
-        for (slot, mapping) in self.memory.mappings().iter().enumerate() {
-            let log = self.vm.get_dirty_log(slot as u32, mapping.len as usize).map_err(kvm("read the dirty log"))?;
-            new += into.add(mapping.block, mapping.offset / PAGE_SIZE, &log);
-        }
+        new += match &self.method {
+            Method::Log(log) => log.sync(into)?,
+            Method::Rings(rings) => rings.sync(into)?,
+        };
         Ok(new)
     }
 
@@ -137,51 +158,71 @@ impl DirtyLog {
                 "dirty pages cannot be cleared from page {first_page} of block {block}"
             )));
         }
-        if !*enabled || !self.manual {
-            return Ok(());
+        match &self.method {
+            Method::Log(log) if *enabled => log.clear(block, first_page, pages),
+            // The sync has done it.
+            Method::Log(_) | Method::Rings(_) => Ok(()),
         }
-        let end = first_page + pages.len() as u64 * PAGES_PER_WORD;
-        for (slot, mapping) in self.memory.mappings().iter().enumerate().filter(|(_, m)| m.block == block) {
-            let start = mapping.offset / PAGE_SIZE;
-            let stop = (mapping.offset + mapping.len) / PAGE_SIZE;
-            let (from, to) = (first_page.max(start), end.min(stop));
-            if from < to {
-                let words = &pages[((from - first_page) / PAGES_PER_WORD) as usize..];
-                self.clear_slot(slot, mapping, from - start, to - from, words)?;
-            }
-        }
-        Ok(())
     }
 
-    /// Mappings start at multiples of 64 pages of their block, so the words fit without shifting (tested for microvm).
-    fn clear_slot(&self, slot: usize, mapping: &Mapping, first: u64, count: u64, words: &[u64]) -> Result<()> {
-        let mut words = words[..count.div_ceil(PAGES_PER_WORD) as usize].to_vec();
-        // KVM wants whole words, but for the end of the slot.
-        let slot_pages = mapping.len / PAGE_SIZE;
-        let count = count.next_multiple_of(PAGES_PER_WORD).min(slot_pages - first);
-        if let Some(last) = words.last_mut()
-            && !count.is_multiple_of(PAGES_PER_WORD)
-        {
-            *last &= (1 << (count % PAGES_PER_WORD)) - 1;
+    /// A vCPU has left the guest because its ring is full. Called by its thread, which enters the guest again afterwards.
+    pub(crate) fn ring_full(&self, vcpu: usize) -> Result<()> {
+        match &self.method {
+            Method::Log(_) => Ok(()),
+            Method::Rings(rings) => rings.full(vcpu),
         }
-        if words.iter().all(|word| *word == 0) {
-            return Ok(());
-        }
-        let request = kvm_clear_dirty_log {
-            slot: slot as u32,
-            num_pages: count as u32,
-            first_page: first,
-            __bindgen_anon_1: kvm_clear_dirty_log__bindgen_ty_1 { dirty_bitmap: words.as_mut_ptr().cast() },
-        };
-        // SAFETY: the descriptor is a VM's, and the bitmap has a bit for each of the pages.
-        let result = unsafe { ioctl_with_ref(&*self.vm, ioctl::KVM_CLEAR_DIRTY_LOG(), &request) };
-        if result < 0 {
-            return Err(Error::Kvm { what: "clear the dirty log", cause: kvm_ioctls::Error::last() });
-        }
-        Ok(())
     }
 
-    fn set_flags(&self, flags: u32) -> Result<()> {
-        (0..self.memory.mappings().len()).try_for_each(|slot| set_memory_slot(&self.vm, &self.memory, slot, flags))
+    /// Harvests all rings ahead of the next sync, if anything is logged.
+    pub(crate) fn reap(&self) -> Result<()> {
+        match &self.method {
+            Method::Log(_) => Ok(()),
+            Method::Rings(rings) => rings.reap(),
+        }
     }
+
+    /// Pages that a vCPU was found to have written to so far, without those still in its ring; 0 without rings.
+    pub(crate) fn harvested(&self, vcpu: usize) -> u64 {
+        match &self.method {
+            Method::Log(_) => 0,
+            Method::Rings(rings) => rings.harvested(vcpu),
+        }
+    }
+
+    /// Counts what each vCPU writes to until the result is dropped, beside a migration or without one.
+    ///
+    /// # Errors
+    /// [`Error::Config`] without rings, [`Error::Kvm`] when KVM refuses.
+    pub fn watch(&self) -> Result<Watch<'_>> {
+        match &self.method {
+            Method::Log(_) => Err(Error::Config("only dirty rings tell which vCPU writes".to_owned())),
+            Method::Rings(rings) => rings.watch().map(|()| Watch(rings)),
+        }
+    }
+}
+
+/// Writes of each vCPU are being counted.
+pub struct Watch<'l>(&'l RingLog);
+
+impl Watch<'_> {
+    /// Pages that each vCPU has written to since the machine was built, as long as somebody watched; a page that it goes on
+    /// writing to counts once each time it was protected again.
+    ///
+    /// # Errors
+    /// [`Error::Kvm`] when KVM does not tell.
+    pub fn written(&self) -> Result<Vec<u64>> {
+        self.0.written()
+    }
+}
+
+impl Drop for Watch<'_> {
+    fn drop(&mut self) {
+        if let Err(error) = self.0.unwatch() {
+            tracing::error!(%error, "the dirty rings cannot be stopped: the guest runs slower than it could");
+        }
+    }
+}
+
+fn set_flags(vm: &VmFd, memory: &GuestMemory, flags: u32) -> Result<()> {
+    (0..memory.mappings().len()).try_for_each(|slot| set_memory_slot(vm, memory, slot, flags))
 }

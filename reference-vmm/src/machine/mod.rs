@@ -19,6 +19,7 @@
 
 mod clock;
 mod cpuid;
+mod dirty_limit;
 mod kvm_state;
 mod run_control;
 mod throttle;
@@ -38,18 +39,20 @@ use crate::devices::{
     Clock, Devices, FwCfg, FwCfgItems, Ioapic, Message, RTC_IRQ, Rtc, SERIAL_IRQ, Serial, TRANSPORTS, VirtioDevice,
     lock, wall_clock,
 };
-use crate::dirty_log::DirtyLog;
+use crate::dirty_log::{DirtyLog, Reaper};
 use crate::error::{Error, Result, kvm};
 use crate::memory::GuestMemory;
 use crate::payload;
 use crate::state::{Carried, MachineState};
 use clock::VirtualClock;
+use dirty_limit::DirtyLimit;
+pub use dirty_limit::VcpuDirtyLimit;
 use kvm_state::Held;
 use run_control::RunControl;
 pub use run_control::{RunState, Stop};
 pub use throttle::MAX_THROTTLE;
 use throttle::Throttle;
-use vcpu::Vcpu;
+use vcpu::{Surroundings, Vcpu};
 
 /// Most vCPUs a machine can have.
 pub const MAX_CPUS: usize = 4;
@@ -75,6 +78,9 @@ pub struct MachineConfig {
     pub rtc: bool,
     /// Devices on virtio-mmio. A machine that has any can take a guest and give it back, but not run it.
     pub virtio: Vec<VirtioDevice>,
+    /// Entries of each vCPU's dirty ring, a power of two; 0 is none, and the dirty log is KVM's bitmap (QEMU's
+    /// `-accel kvm,dirty-ring-size=N`).
+    pub dirty_ring_size: u32,
     /// Where the serial port writes.
     pub serial: Box<dyn Write + Send>,
 }
@@ -90,6 +96,7 @@ impl Default for MachineConfig {
             kernel: None,
             rtc: false,
             virtio: Vec::new(),
+            dirty_ring_size: 0,
             serial: Box::new(io::sink()),
         }
     }
@@ -100,6 +107,7 @@ pub struct Machine {
     vcpus: Arc<[Vcpu]>,
     control: Arc<RunControl>,
     throttle: Throttle,
+    dirty_limit: DirtyLimit,
     threads: Vec<std::thread::JoinHandle<()>>,
     devices: Arc<Devices>,
     clock: Mutex<VirtualClock>,
@@ -109,7 +117,8 @@ pub struct Machine {
     /// RAM was written to before the guest has run.
     has_kernel: bool,
     carried: Mutex<Carried>,
-    dirty_log: DirtyLog,
+    dirty_log: Arc<DirtyLog>,
+    _reaper: Reaper,
     saved_msrs: Vec<u32>,
     memory: Arc<GuestMemory>,
     vm: Arc<VmFd>,
@@ -135,7 +144,8 @@ impl Machine {
         let memory = Arc::new(GuestMemory::microvm(config.memory, &config.bios)?);
         let kvm_fd = open_kvm(Path::new(KVM_DEVICE))?;
         let vm = Arc::new(create_vm(&kvm_fd, &memory)?);
-        let dirty_log = DirtyLog::new(Arc::clone(&vm), Arc::clone(&memory))?;
+        // Rings are asked for before there is a vCPU.
+        let dirty_log = Arc::new(DirtyLog::new(Arc::clone(&vm), Arc::clone(&memory), config.dirty_ring_size)?);
 
         let (mut by_key, mut files) = (BTreeMap::new(), config.fw_cfg);
         boot::add_items(&mut by_key, &mut files, config.memory, config.kernel.as_ref())?;
@@ -172,6 +182,7 @@ impl Machine {
                 let fd = vm.create_vcpu(index as u64).map_err(kvm("create a vCPU"))?;
                 fd.set_cpuid2(&cpuid::for_vcpu(&cpuid, index, config.cpus)?).map_err(kvm("set a vCPU's CPUID"))?;
                 kvm_state::set_up_mce(&kvm_fd, &fd)?;
+                dirty_log.attach(&fd)?;
                 Ok(Vcpu::new(index, fd))
             })
             .collect::<Result<Arc<[Vcpu]>>>()?;
@@ -184,6 +195,7 @@ impl Machine {
             vcpus,
             control,
             throttle: Throttle::default(),
+            dirty_limit: DirtyLimit::new(config.cpus, dirty_log.clone()),
             threads,
             devices,
             clock: Mutex::new(VirtualClock::default()),
@@ -191,19 +203,21 @@ impl Machine {
             virtio: config.virtio,
             has_kernel: config.kernel.is_some(),
             carried: Mutex::default(),
+            _reaper: Reaper::start(&dirty_log)?,
             dirty_log,
             saved_msrs: kvm_state::saved_msrs(&kvm_fd)?,
             memory,
             vm,
         };
+        let surroundings = Surroundings {
+            control: machine.control.clone(),
+            brake: machine.throttle.brake().clone(),
+            devices: machine.devices.clone(),
+            dirty_log: machine.dirty_log.clone(),
+            pauses: machine.dirty_limit.pauses().clone(),
+        };
         for index in 0..config.cpus {
-            machine.threads.push(vcpu::spawn(
-                &machine.vcpus,
-                index,
-                &machine.control,
-                machine.throttle.brake(),
-                &machine.devices,
-            )?);
+            machine.threads.push(vcpu::spawn(&machine.vcpus, index, surroundings.clone())?);
         }
         machine.control.wait_parked();
         Ok(machine)
@@ -302,6 +316,27 @@ impl Machine {
         self.throttle.per_cent()
     }
 
+    /// Keeps a vCPU, or all of them, from writing to more than so many MiB in a second, or ends that with `None`. Rates are
+    /// measured over periods of [`set_dirty_limit_period`](Machine::set_dirty_limit_period).
+    ///
+    /// # Errors
+    /// [`Error::Config`] for a machine without dirty rings or such a vCPU; [`Error::Host`] when the host has no thread for it.
+    pub fn limit_dirty_rate(&self, vcpu: Option<usize>, mib_per_second: Option<u64>) -> Result<()> {
+        self.dirty_limit.set(vcpu, mib_per_second, &self.vcpus)?;
+        self.control.wake();
+        Ok(())
+    }
+
+    /// Over what time dirty rates are measured for a limit; a second at first.
+    pub fn set_dirty_limit_period(&self, period: Duration) {
+        self.dirty_limit.set_period(period);
+    }
+
+    /// The limits that there are, by vCPU; empty without any.
+    pub fn dirty_limits(&self) -> Vec<VcpuDirtyLimit> {
+        self.dirty_limit.list()
+    }
+
     /// Waits until the guest stops by itself, at most that long. `None`: it had not.
     pub fn wait_stop(&self, timeout: Duration) -> Option<Stop> {
         self.control.wait_stop(timeout)
@@ -339,6 +374,7 @@ impl Machine {
 impl Drop for Machine {
     fn drop(&mut self) {
         self.throttle.end();
+        self.dirty_limit.end();
         self.control.exit();
         self.devices.rtc.iter().for_each(|rtc| rtc.end());
         self.vcpus.iter().for_each(Vcpu::kick);

@@ -5,13 +5,15 @@ use std::sync::atomic::{AtomicU8, Ordering};
 use std::sync::{Arc, Mutex, Once, OnceLock};
 use std::thread::JoinHandle;
 
-use kvm_bindings::kvm_run;
+use kvm_bindings::{KVM_EXIT_DIRTY_RING_FULL, kvm_run};
 use kvm_ioctls::{VcpuExit, VcpuFd};
 use vmm_sys_util::signal::{SIGRTMIN, register_signal_handler};
 
+use super::dirty_limit::Pauses;
 use super::run_control::{RunControl, Stop};
 use super::throttle::Brake;
 use crate::devices::{Devices, Request, lock};
+use crate::dirty_log::DirtyLog;
 use crate::error::{Error, Result};
 
 /// A vCPU. Its thread holds the lock while it runs; the lock is free while it is parked.
@@ -20,6 +22,17 @@ pub(crate) struct Vcpu {
     pub(crate) fd: Mutex<VcpuFd>,
     run_page: RunPage,
     thread: OnceLock<libc::pthread_t>,
+}
+
+/// What a vCPU has to do with while it runs.
+#[derive(Clone)]
+pub(crate) struct Surroundings {
+    pub(crate) control: Arc<RunControl>,
+    pub(crate) brake: Arc<Brake>,
+    pub(crate) devices: Arc<Devices>,
+    pub(crate) dirty_log: Arc<DirtyLog>,
+    /// Under a dirty limit.
+    pub(crate) pauses: Arc<Pauses>,
 }
 
 /// The `kvm_run` page that the vCPU shares with the kernel, for what `VcpuFd` does not offer.
@@ -61,9 +74,10 @@ impl Vcpu {
     }
 
     /// Runs until the run control says otherwise, then completes what the guest has begun.
-    fn run(&self, control: &RunControl, brake: &Brake, devices: &Devices) -> Option<Stop> {
+    fn run(&self, around: &Surroundings) -> Option<Stop> {
+        let Surroundings { control, brake, pauses, .. } = around;
         let mut fd = lock(&self.fd);
-        let mut braked = 0;
+        let (mut braked, mut limited) = (0, None);
         loop {
             // First the flag, then the question: a kick after the question finds the flag down and raises it.
             self.run_page.set_immediate_exit(false);
@@ -74,14 +88,18 @@ impl Vcpu {
                 control.nap(pause, || brake.released());
                 continue;
             }
-            if let Some(stop) = self.enter(&mut fd, devices).1 {
+            if let Some(pause) = pauses.due(self.index, &mut limited) {
+                control.nap(pause, || pauses.released(self.index));
+                continue;
+            }
+            if let Some(stop) = self.enter(&mut fd, around).1 {
                 return Some(stop);
             }
         }
         // An IN or MMIO access is finished by the next KVM_RUN: without it the saved registers would be those before it.
         loop {
             self.run_page.set_immediate_exit(true);
-            let (interrupted, stop) = self.enter(&mut fd, devices);
+            let (interrupted, stop) = self.enter(&mut fd, around);
             if interrupted || stop.is_some() {
                 return stop;
             }
@@ -89,8 +107,9 @@ impl Vcpu {
     }
 
     /// One KVM_RUN. The first value tells whether it was interrupted before an exit.
-    fn enter(&self, fd: &mut VcpuFd, devices: &Devices) -> (bool, Option<Stop>) {
+    fn enter(&self, fd: &mut VcpuFd, around: &Surroundings) -> (bool, Option<Stop>) {
         let reset = |cause: &str| Some(Stop::Reset { vcpu: self.index, cause: cause.to_owned() });
+        let devices = &around.devices;
         let failure = match fd.run() {
             Ok(VcpuExit::IoIn(port, data)) => {
                 data.chunks_mut(self.run_page.io_size()).for_each(|access| devices.port_in(port, access));
@@ -115,6 +134,10 @@ impl Vcpu {
             Ok(VcpuExit::Shutdown) => return (false, reset("triple fault")),
             Ok(VcpuExit::Intr | VcpuExit::IrqWindowOpen) => return (true, None),
             Err(error) if matches!(error.errno(), libc::EINTR | libc::EAGAIN) => return (true, None),
+            Ok(VcpuExit::Unsupported(KVM_EXIT_DIRTY_RING_FULL)) => match around.dirty_log.ring_full(self.index) {
+                Ok(()) => return (false, None),
+                Err(error) => error.to_string(),
+            },
             Ok(exit) => format!("unexpected exit {exit:?}"),
             Err(error) => format!("KVM_RUN: {error}"),
         };
@@ -124,23 +147,17 @@ impl Vcpu {
 }
 
 /// Starts the thread of a vCPU; it parks at once.
-pub(crate) fn spawn(
-    vcpus: &Arc<[Vcpu]>,
-    index: usize,
-    control: &Arc<RunControl>,
-    brake: &Arc<Brake>,
-    devices: &Arc<Devices>,
-) -> Result<JoinHandle<()>> {
+pub(crate) fn spawn(vcpus: &Arc<[Vcpu]>, index: usize, around: Surroundings) -> Result<JoinHandle<()>> {
     static HANDLER: Once = Once::new();
     HANDLER.call_once(|| {
         register_signal_handler(kick_signal(), ignore).expect("a real-time signal can be handled");
     });
-    let (vcpus_, control, devices) = (Arc::clone(vcpus), Arc::clone(control), Arc::clone(devices));
-    let brake = Arc::clone(brake);
+    let vcpus_ = Arc::clone(vcpus);
     let body = move || {
-        let _gone = Gone(&control);
+        let control = &around.control;
+        let _gone = Gone(control);
         while control.park() {
-            if let Some(stop) = vcpus_[index].run(&control, &brake, &devices) {
+            if let Some(stop) = vcpus_[index].run(&around) {
                 control.stopped(stop);
                 vcpus_.iter().for_each(Vcpu::kick);
             }

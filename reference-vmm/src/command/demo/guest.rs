@@ -21,11 +21,13 @@ pub(super) struct Guest {
 }
 
 impl Guest {
+    #[expect(clippy::too_many_arguments, reason = "they are those of a command line")]
     pub(super) fn start(
         name: &'static str,
         directory: &Path,
         memory: u64,
         cpus: usize,
+        accel: &str,
         payload: &str,
         incoming: Option<&str>,
         patience: Duration,
@@ -33,7 +35,14 @@ impl Guest {
         let file = |suffix: &str| directory.join(format!("{name}.{suffix}"));
         let (console, socket, log) = (file("console"), file("qmp"), file("log"));
         let mut command = Command::new(std::env::current_exe().context("cannot find this program")?);
-        command.arg("run").args(["--memory", &format!("{}K", memory >> 10), "--smp", &cpus.to_string()]);
+        command.arg("run").args([
+            "--memory",
+            &format!("{}K", memory >> 10),
+            "--smp",
+            &cpus.to_string(),
+            "--accel",
+            accel,
+        ]);
         command.arg("--serial").arg(format!("file:{}", console.display()));
         command.arg("--fw-cfg").arg(format!("name={FW_CFG_NAME},string={payload}"));
         command.arg("--qmp").arg(format!("unix:{}", socket.display()));
