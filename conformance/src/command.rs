@@ -2,6 +2,7 @@
 
 mod channels;
 mod link;
+mod migrate;
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -11,6 +12,7 @@ use anyhow::{Context, Result};
 use channels::Channels;
 use clap::{Args, Parser, Subcommand};
 use link::Link;
+use migrate::Migrate;
 use qevm_conformance::analyze::Script;
 use qevm_conformance::judge;
 use qevm_conformance::matrix::{self, Options};
@@ -198,40 +200,6 @@ pub(crate) enum Bench {
     Link(Link),
     /// Moving a stopped guest with random memory over page channels: QEMU and reference-vmm in every pairing
     Migrate(Migrate),
-}
-
-#[derive(Args)]
-pub(crate) struct Migrate {
-    /// Guest RAM, MiB
-    #[arg(long, default_value_t = 2048, value_parser = clap::value_parser!(u32).range(16..))]
-    mib: u32,
-    /// How often each pairing is measured
-    #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u64).range(1..))]
-    repetitions: u64,
-    /// Numbers of page channels
-    #[arg(long, value_delimiter = ',', default_values_t = [2, 4])]
-    channels: Vec<u64>,
-    /// Values of multifd-compression
-    #[arg(long, value_delimiter = ',', default_values_t = ["none".to_owned(), "zlib".to_owned(), "zstd".to_owned()])]
-    methods: Vec<String>,
-    /// Print nothing but one JSON object
-    #[arg(long)]
-    json: bool,
-}
-
-impl Migrate {
-    fn run(self) -> Result<bool> {
-        let Migrate { mib, repetitions, channels, methods, json } = self;
-        let options = peer::bench::Options { mib, repetitions, channels, methods, suite: Suite::Sid };
-        let program = peer::Monitor::new(std::env::current_exe()?);
-        let tell = |line: &str| {
-            if !json {
-                println!("{line}");
-            }
-        };
-        println!("{}", peer::bench::migrate(&options, &program, tell)?);
-        Ok(true)
-    }
 }
 
 #[derive(Args)]

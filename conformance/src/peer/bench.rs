@@ -1,8 +1,8 @@
 //! How fast page channels are: real QEMU and reference-vmm in every pairing, in one run.
 //!
 //! A stopped guest whose memory is random numbers goes from QEMU to QEMU, on to reference-vmm, to another reference-vmm and back
-//! to QEMU; then the next repetition begins. So the pairings take turns, every destination's memory is fresh, and a machine that
-//! becomes slower or faster meanwhile does so for all of them. Numbers mean something only on a machine that does nothing else.
+//! to QEMU; then the next repetition begins. So the pairings take turns, and a machine that becomes slower or faster meanwhile does
+//! so for all of them. Every destination has its memory from the host before it starts, unless that is to be measured as well. Numbers mean something only on a machine that does nothing else.
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
@@ -35,6 +35,8 @@ pub struct Options {
     pub channels: Vec<u64>,
     /// Values of `multifd-compression`.
     pub methods: Vec<String>,
+    /// Destinations do not touch their memory before pages arrive.
+    pub fresh: bool,
     /// The release of QEMU.
     pub suite: Suite,
 }
@@ -85,7 +87,7 @@ pub fn migrate(options: &Options, program: &Monitor, mut tell: impl FnMut(&str))
         }
     }
     Ok(
-        json!({ "qemu": options.suite.series(), "mib": options.mib, "repetitions": options.repetitions, "results": results }),
+        json!({ "qemu": options.suite.series(), "mib": options.mib, "repetitions": options.repetitions, "fresh": options.fresh, "results": results }),
     )
 }
 
@@ -112,11 +114,21 @@ impl Run<'_> {
             self.image.display()
         );
         let stopped = ["-S", "-machine", "memory-backend=microvm.ram", "-object", backend.leak()];
+        let ready = format!(
+            "memory-backend-ram,id=microvm.ram,x-use-canonical-path-for-ramblock-id=off,size={}M,prealloc=on",
+            self.options.mib
+        );
+        let ready = ["-machine", "memory-backend=microvm.ram", "-object", ready.leak()];
         let mut here = self.start(qemu, 0, &stopped, false)?;
         let mut samples = Vec::new();
         for (n, (pairing, stop)) in (1..).zip(PAIRINGS.into_iter().zip([qemu, Stop::Reference, Stop::Reference, qemu]))
         {
-            let mut there = self.start(stop, n, &[], true)?;
+            let ahead: &[&'static str] = match stop {
+                _ if self.options.fresh => &[],
+                Stop::Qemu(..) => &ready,
+                Stop::Reference => &["--mem-prealloc"],
+            };
+            let mut there = self.start(stop, n, ahead, true)?;
             let sample = self.hop(&mut here, &mut there).with_context(|| format!("{pairing}, {}", self.method))?;
             samples.push((pairing.to_owned(), sample));
             std::mem::replace(&mut here, there).end()?;
@@ -192,6 +204,8 @@ struct Medians {
     throughput: Spread,
     source: Spread,
     destination: Spread,
+    /// Source and destination together.
+    both: Spread,
 }
 
 impl Medians {
@@ -201,37 +215,43 @@ impl Medians {
             throughput: Spread::of(samples.iter().map(|sample| bytes / 1e9 / sample.seconds)),
             source: Spread::of(samples.iter().map(|sample| sample.source_cpu / gib)),
             destination: Spread::of(samples.iter().map(|sample| sample.destination_cpu / gib)),
+            both: Spread::of(samples.iter().map(|sample| (sample.source_cpu + sample.destination_cpu) / gib)),
         }
     }
 
-    /// Throughput, CPU of the source and CPU of the destination as multiples of those of QEMU to QEMU.
-    fn ratios(&self, baseline: &Medians) -> [f64; 3] {
+    /// Throughput, and CPU of the source, of the destination and of both, as multiples of those of QEMU to QEMU.
+    fn ratios(&self, baseline: &Medians) -> [f64; 4] {
         [
             self.throughput.median / baseline.throughput.median,
             self.source.median / baseline.source.median,
             self.destination.median / baseline.destination.median,
+            self.both.median / baseline.both.median,
         ]
     }
 
     fn line(&self, name: &str, baseline: &Medians) -> String {
-        let [throughput, source, destination] = self.ratios(baseline);
+        let [throughput, source, destination, both] = self.ratios(baseline);
         format!(
-            "{name} {:6.3} GB/s ({:.3} to {:.3}) {throughput:5.2}x, CPU-s/GiB source {:.2} {source:5.2}x destination {:.2} {destination:5.2}x",
+            "{name} {:6.3} GB/s ({:.3} to {:.3}) {throughput:5.2}x, CPU-s/GiB source {:.2} {source:5.2}x destination {:.2} \
+             {destination:5.2}x both {:.2} ({:.2} to {:.2}) {both:5.2}x",
             self.throughput.median,
             self.throughput.low,
             self.throughput.high,
             self.source.median,
-            self.destination.median
+            self.destination.median,
+            self.both.median,
+            self.both.low,
+            self.both.high,
         )
     }
 
     fn json(&self, method: &str, channels: u64, pairing: &str, baseline: &Medians) -> Value {
-        let [throughput, source, destination] = self.ratios(baseline);
+        let [throughput, source, destination, both] = self.ratios(baseline);
         json!({
             "method": method, "channels": channels, "pairing": pairing,
             "gb_per_s": self.throughput.json(), "source_cpu_s_per_gib": self.source.json(),
-            "destination_cpu_s_per_gib": self.destination.json(),
-            "ratio": { "throughput": throughput, "source_cpu": source, "destination_cpu": destination },
+            "destination_cpu_s_per_gib": self.destination.json(), "both_cpu_s_per_gib": self.both.json(),
+            "ratio": { "throughput": throughput, "source_cpu": source, "destination_cpu": destination, "both_cpu": both },
         })
     }
 }
@@ -270,10 +290,9 @@ mod tests {
         let slow = Medians::of(&[sample(4.0, 2.0), sample(2.0, 1.0), sample(8.0, 4.0)], 1024);
         let fast = Medians::of(&[sample(1.0, 1.0), sample(3.0, 1.0)], 1024);
         assert_eq!((slow.throughput.median, slow.source.low), (1.073_741_824 / 4.0, 1.0));
-        let [throughput, source, destination] = fast.ratios(&slow);
-        assert!(
-            (throughput - 8.0 / 3.0).abs() < 1e-9 && (source - 0.5).abs() < 1e-9 && (destination - 0.5).abs() < 1e-9
-        );
+        let ratios = fast.ratios(&slow);
+        let expected = [8.0 / 3.0, 0.5, 0.5, 0.5];
+        assert!(ratios.iter().zip(expected).all(|(ratio, expected)| (ratio - expected).abs() < 1e-9), "{ratios:?}");
     }
 
     #[test]

@@ -29,13 +29,13 @@ mod firmware;
 mod initrd;
 mod mp_table;
 
-use std::fs::File;
+use std::sync::Arc;
 
-use vm_memory::{FileOffset, GuestAddress, GuestMemoryMmap, GuestRegionMmap, MmapRegion};
+use vm_memory::{GuestAddress, GuestMemoryMmap, GuestRegionMmap, MmapRegion};
 
 use crate::devices::VirtioDevice;
 use crate::error::{Error, Result};
-use crate::memory::{GuestMemory, RAM};
+use crate::memory::{GuestMemory, RAM, RamBlock};
 pub(crate) use entry::Entry;
 pub use error::BootError;
 pub(crate) use firmware::add_items;
@@ -117,21 +117,26 @@ struct Ram {
     map: Vec<(u64, u64, u32)>,
     /// For the loader.
     view: GuestMemoryMmap<()>,
+    /// What `view` shows.
+    _blocks: Vec<Arc<RamBlock>>,
 }
 
 impl Ram {
     fn of(memory: &GuestMemory) -> Result<Ram> {
         let mut map = vec![(0, MP_TABLE, USABLE), (MP_TABLE, CAN_BE_HERE - MP_TABLE, RESERVED)];
-        let (mut low_end, mut regions) = (0, Vec::new());
+        let (mut low_end, mut regions, mut blocks) = (0, Vec::new(), Vec::new());
+        let host = |cause| Error::Host { what: "map guest RAM to load a kernel", cause };
         for mapping in memory.mappings() {
             let block = &memory.blocks()[mapping.block];
             if block.name() != RAM {
                 continue;
             }
-            let host = |cause| Error::Host { what: "map guest RAM to load a kernel", cause };
-            let file = File::from(block.memfd().try_clone_to_owned().map_err(host)?);
-            let region = MmapRegion::from_file(FileOffset::new(file, mapping.offset), mapping.len as usize)
+            let start = block.host_address().wrapping_add(mapping.offset as usize);
+            let (protection, flags) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);
+            // SAFETY: a mapping is a part of its block, and the block stays mapped as long as `blocks` holds it.
+            let region = unsafe { MmapRegion::build_raw(start, mapping.len as usize, protection, flags) }
                 .map_err(|error| host(std::io::Error::other(error)))?;
+            blocks.push(Arc::clone(block));
             let end = mapping.gpa + mapping.len;
             if mapping.gpa >= CAN_BE_HERE {
                 map.push((mapping.gpa, mapping.len, USABLE));
@@ -141,11 +146,8 @@ impl Ram {
             }
             regions.extend(GuestRegionMmap::new(region, GuestAddress(mapping.gpa)));
         }
-        let view = GuestMemoryMmap::from_regions(regions).map_err(|error| Error::Host {
-            what: "map guest RAM to load a kernel",
-            cause: std::io::Error::other(error),
-        })?;
-        Ok(Ram { low_end, map, view })
+        let view = GuestMemoryMmap::from_regions(regions).map_err(|error| host(std::io::Error::other(error)))?;
+        Ok(Ram { low_end, map, view, _blocks: blocks })
     }
 
     /// Whether `what` fits between 1 MiB and the end of the RAM below 4 GiB.

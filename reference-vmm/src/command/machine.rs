@@ -28,6 +28,10 @@ pub(crate) struct MachineArguments {
     /// RAM, with K, M or G; plain numbers are MiB as in QEMU
     #[arg(long, short, value_name = "SIZE", default_value = "128M", value_parser = parse_memory)]
     memory: u64,
+    /// Let the host back all RAM at once, rather than page by page when the guest first writes to it. A destination that waits
+    /// with --incoming then takes pages faster
+    #[arg(long)]
+    mem_prealloc: bool,
     /// Number of vCPUs, 1 to 4
     #[arg(long, value_name = "N", default_value_t = 1)]
     smp: usize,
@@ -88,6 +92,7 @@ impl MachineArguments {
         let fw_cfg = self.fw_cfg.iter().map(|item| parse_fw_cfg(item)).collect::<anyhow::Result<BTreeMap<_, _>>>()?;
         Ok(MachineConfig {
             memory: self.memory,
+            mem_prealloc: self.mem_prealloc,
             cpus: self.smp,
             bios,
             fw_cfg,

@@ -66,6 +66,8 @@ const TSS_PAGES: usize = 0xfeff_d000;
 pub struct MachineConfig {
     /// Bytes of RAM.
     pub memory: u64,
+    /// Whether the host is to back all RAM before the machine is there.
+    pub mem_prealloc: bool,
     /// Number of vCPUs, 1 to [`MAX_CPUS`].
     pub cpus: usize,
     /// Firmware: a multiple of 64 KiB.
@@ -90,6 +92,7 @@ impl Default for MachineConfig {
     fn default() -> MachineConfig {
         MachineConfig {
             memory: 128 << 20,
+            mem_prealloc: false,
             cpus: 1,
             bios: payload::IMAGE.to_vec(),
             fw_cfg: BTreeMap::new(),
@@ -142,6 +145,9 @@ impl Machine {
             return Err(Error::Config(format!("the machine has {TRANSPORTS} virtio-mmio transports, not {found}")));
         }
         let memory = Arc::new(GuestMemory::microvm(config.memory, &config.bios)?);
+        if config.mem_prealloc {
+            memory.blocks().iter().try_for_each(|block| block.populate())?;
+        }
         let kvm_fd = open_kvm(Path::new(KVM_DEVICE))?;
         let vm = Arc::new(create_vm(&kvm_fd, &memory)?);
         // Rings are asked for before there is a vCPU.

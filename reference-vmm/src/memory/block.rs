@@ -1,21 +1,20 @@
 //! One RAM block.
 
-use std::fs::File;
 use std::io;
 use std::num::NonZeroUsize;
-use std::os::fd::{AsFd, BorrowedFd, FromRawFd};
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use vm_memory::bitmap::{AtomicBitmap, BS};
 use vm_memory::mmap::MmapRegionBuilder;
-use vm_memory::{Bytes, FileOffset, MmapRegion, VolatileMemory, VolatileSlice};
+use vm_memory::{Bytes, MmapRegion, VolatileMemory, VolatileSlice};
 
+use super::host::HostMemory;
 use crate::error::{Error, Result};
 
 /// The target page of x86, the unit of the wire and of the dirty log.
 pub const PAGE_SIZE: u64 = 4096;
 
-/// Guest memory with a name, on a memfd.
+/// Guest memory with a name.
 ///
 /// The guest, the monitor and a migration use it at the same time, so nothing here hands out a plain reference: bytes are
 /// copied, or reached through a [`VolatileSlice`]. The monitor's own writes are recorded and turn up in the
@@ -33,7 +32,9 @@ pub struct RamBlock {
     name: String,
     used: AtomicU64,
     max: u64,
+    /// The memory behind `host`.
     region: MmapRegion<AtomicBitmap>,
+    host: HostMemory,
 }
 
 impl RamBlock {
@@ -47,18 +48,17 @@ impl RamBlock {
         if !pages || used > max || max == 0 {
             return Err(Error::Config(format!("RAM block '{name}' cannot have a length of {used} of {max} bytes")));
         }
-        let host = |what| move |cause| Error::Host { what, cause };
+        let map = |cause| Error::Host { what: "map guest RAM", cause };
         let len = usize::try_from(max).map_err(|_| Error::Config(format!("RAM block '{name}' is too large")))?;
-        let file = memfd().map_err(host("create a memfd for guest RAM"))?;
-        file.set_len(max).map_err(host("size a memfd for guest RAM"))?;
+        let host = HostMemory::new(len).map_err(map)?;
         let page = NonZeroUsize::new(PAGE_SIZE as usize).expect("a page has bytes");
         let region = MmapRegionBuilder::new_with_bitmap(len, AtomicBitmap::new(len, page))
             .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
-            .with_mmap_flags(libc::MAP_SHARED | libc::MAP_NORESERVE)
-            .with_file_offset(FileOffset::new(file, 0))
-            .build()
-            .map_err(|error| Error::Host { what: "map guest RAM", cause: io::Error::other(error) })?;
-        Ok(RamBlock { name: name.to_owned(), used: AtomicU64::new(used), max, region })
+            .with_mmap_flags(libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE);
+        // SAFETY: `host` is a mapping of that kind and length, which lives as long as the region beside it.
+        let region = unsafe { region.with_raw_mmap_pointer(host.start()) };
+        let region = region.build().map_err(|error| map(io::Error::other(error)))?;
+        Ok(RamBlock { name: name.to_owned(), used: AtomicU64::new(used), max, region, host })
     }
 
     /// The name on the wire.
@@ -140,9 +140,12 @@ impl RamBlock {
         Ok(words.iter().all(|word| u64::from_ne_bytes(*word) == 0))
     }
 
-    /// The memory's file, for `sendfile`, `splice` and `fallocate`. Offsets in it are offsets in the block.
-    pub fn memfd(&self) -> BorrowedFd<'_> {
-        self.region.file_offset().expect("every block has one").file().as_fd()
+    /// Makes the host back all of the block now, rather than page by page when it is first written to.
+    ///
+    /// # Errors
+    /// [`Error::Host`] when the host has not enough memory.
+    pub fn populate(&self) -> Result<()> {
+        self.host.populate().map_err(|cause| Error::Host { what: "preallocate guest RAM", cause })
     }
 
     /// Where the block lies in this process: `max_length` bytes that stay mapped as long as the block lives.
@@ -162,14 +165,4 @@ impl RamBlock {
     fn outside(&self, address: u64, len: u64) -> Error {
         Error::OutOfRange { what: format!("RAM block '{}'", self.name), address, len }
     }
-}
-
-fn memfd() -> io::Result<File> {
-    // SAFETY: the name is a C string; the call has no other memory effects.
-    let fd = unsafe { libc::memfd_create(c"guest-ram".as_ptr(), libc::MFD_CLOEXEC) };
-    if fd < 0 {
-        return Err(io::Error::last_os_error());
-    }
-    // SAFETY: the descriptor is new and owned by nobody else.
-    Ok(unsafe { File::from_raw_fd(fd) })
 }

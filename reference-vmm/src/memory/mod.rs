@@ -5,6 +5,7 @@
 //! Everything that crosses the wire is addressed by block and offset, everything the guest says by guest-physical address.
 
 mod block;
+mod host;
 mod layout;
 
 use std::sync::Arc;

@@ -1,0 +1,48 @@
+//! `qevm-conformance bench migrate`.
+
+use anyhow::Result;
+use clap::Args;
+
+use qevm_conformance::peer;
+use qevm_conformance::roots::Suite;
+
+#[derive(Args)]
+pub(crate) struct Migrate {
+    /// Guest RAM, MiB
+    #[arg(long, default_value_t = 2048, value_parser = clap::value_parser!(u32).range(16..))]
+    mib: u32,
+    /// How often each pairing is measured
+    #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u64).range(1..))]
+    repetitions: u64,
+    /// Numbers of page channels
+    #[arg(long, value_delimiter = ',', default_values_t = [2, 4])]
+    channels: Vec<u64>,
+    /// Values of multifd-compression
+    #[arg(long, value_delimiter = ',', default_values_t = ["none".to_owned(), "zlib".to_owned(), "zstd".to_owned()])]
+    methods: Vec<String>,
+    /// Let every destination touch its memory only when pages arrive. Then the host's giving of memory is measured as well,
+    /// which takes longer than the migration and varies most
+    #[arg(long)]
+    fresh: bool,
+    /// Print nothing but one JSON object
+    #[arg(long)]
+    json: bool,
+}
+
+impl Migrate {
+    pub(crate) fn run(self) -> Result<bool> {
+        let Migrate { mib, repetitions, channels, methods, fresh, json } = self;
+        let options = peer::bench::Options { mib, repetitions, channels, methods, fresh, suite: Suite::Sid };
+        let program = peer::Monitor::new(std::env::current_exe()?);
+        let tell = |line: &str| {
+            if !json {
+                println!("{line}");
+            }
+        };
+        if cfg!(debug_assertions) {
+            tell("this is a debug build: its figures mean nothing");
+        }
+        println!("{}", peer::bench::migrate(&options, &program, tell)?);
+        Ok(true)
+    }
+}
