@@ -5,6 +5,7 @@ mod decompress;
 mod error;
 mod gzip;
 mod lengths;
+mod noise;
 #[cfg(test)]
 mod tests;
 mod zlib;

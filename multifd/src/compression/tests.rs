@@ -76,11 +76,12 @@ fn flags_and_names_are_those_of_the_format() {
 /// The marks that the spec gives for the payloads of the channel's packets.
 #[test]
 fn streams_start_once_and_are_flushed_with_every_packet() {
-    let pages = [page(1), page(200)];
+    let (pages, noise) = ([page(1), page(2)], [page(200), page(1), page(200)]);
     let mut zlib = Compressor::new(Compression::Zlib, None).unwrap();
     let (first, second) = (compress(&mut zlib, &pages), compress(&mut zlib, &pages));
     assert_eq!(first[..2], [0x78, 0x01]);
     assert_ne!(second[..2], [0x78, 0x01]);
+    assert!(compress(&mut zlib, &noise).ends_with(&[0, 0, 0xff, 0xff]));
     for payload in [first, second] {
         assert_eq!(payload[payload.len() - 4..], [0, 0, 0xff, 0xff]);
         let markers = payload.windows(4).filter(|window| *window == [0, 0, 0xff, 0xff]).count();
@@ -288,4 +289,48 @@ proptest! {
             prop_assert_eq!(memory.len(), pages as usize * PAGE);
         }
     }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(1000))]
+
+    /// Pages that are stored and pages that are compressed may follow each other in any way, at every level, and flate2's
+    /// own decoder reads what comes out.
+    #[test]
+    fn noise_between_other_pages_survives(
+        packets in prop::collection::vec(prop::collection::vec((any::<bool>(), any::<u8>()), 1..12), 1..4),
+        level in 0..=9,
+    ) {
+        let noise = |seed: u8| -> Vec<u8> {
+            let mut state = u64::from(seed) + 1;
+            (0..PAGE).map(|_| { state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1); (state >> 56) as u8 }).collect()
+        };
+        let mut compressor = Compressor::new(Compression::Zlib, Some(level)).unwrap();
+        let mut other = flate2::Decompress::new(true);
+        for packet in packets {
+            let pages: Vec<Vec<u8>> = packet.iter().map(|(random, seed)| if *random { noise(*seed) } else { page(*seed) }).collect();
+            let payload = compress(&mut compressor, &pages);
+            let mut memory = vec![0; pages.len() * PAGE];
+            let read = other.total_in();
+            other.decompress(&payload, &mut memory, flate2::FlushDecompress::Sync).unwrap();
+            prop_assert_eq!(other.total_in() - read, payload.len() as u64);
+            prop_assert!(memory == pages.concat());
+        }
+    }
+}
+
+/// Random pages stay as long as they are but for the headers of stored blocks.
+#[test]
+fn noise_is_stored() {
+    let mut state = 1u64;
+    let mut noise = || -> Vec<u8> {
+        let mut byte = || {
+            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+            (state >> 56) as u8
+        };
+        (0..PAGE).map(|_| byte()).collect()
+    };
+    let pages: Vec<_> = (0..128).map(|_| noise()).collect();
+    let payload = compress(&mut Compressor::new(Compression::Zlib, None).unwrap(), &pages);
+    assert!(payload.len() < 128 * PAGE + 128 * 16, "{}", payload.len());
 }

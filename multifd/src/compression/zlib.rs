@@ -1,6 +1,6 @@
 //! Deflate streams: one for the whole channel with `zlib`, one for each page with `qpl`.
 
-use super::{Compression, CompressionError};
+use super::{Compression, CompressionError, noise::is_noise};
 use flate2::{Compress, Decompress, FlushCompress, FlushDecompress, Status};
 
 /// Highest level of `multifd-zlib-level`; the lowest is 0.
@@ -52,23 +52,75 @@ impl Inflate {
     }
 }
 
-/// The deflate stream of a channel that is written.
+/// The zlib stream of a channel that is written. It never ends, so its checksum is never due, and the deflate blocks in it may
+/// come from wherever they are made.
 pub(super) struct Deflate {
     stream: Compress,
+    level: u32,
+    started: bool,
+    /// `stream` has pages that it has not written.
+    waiting: bool,
+    /// The reader has had bytes that `stream` does not know, so what it could refer back to is elsewhere.
+    passed_by: bool,
 }
+
+/// What a sync flush leaves behind everything else: a stored block without bytes.
+const FLUSH: [u8; 5] = [0, 0, 0, 0xff, 0xff];
+/// The most bytes of a stored block (RFC 1951, 3.2.4).
+const STORED_MAX: usize = 0xffff;
 
 impl Deflate {
     pub(super) fn new(level: u32) -> Self {
-        Deflate { stream: Compress::new(flate2::Compression::new(level), true) }
+        let stream = Compress::new(flate2::Compression::new(level), false);
+        Deflate { stream, level, started: false, waiting: false, passed_by: false }
     }
 
     /// Appends what there is to send after `page`: with the last page of a packet all of it.
+    ///
+    /// Noise is stored: looking for matches in it takes longer than everything else, and finds none.
     pub(super) fn page(&mut self, page: &[u8], last: bool, output: &mut Vec<u8>) -> Result<(), CompressionError> {
-        let flush = if last { FlushCompress::Sync } else { FlushCompress::None };
-        let mut input = page;
+        if !std::mem::replace(&mut self.started, true) {
+            output.extend_from_slice(&header(self.level));
+        }
+        if self.level == 0 || is_noise(page) {
+            self.store(page, output)?;
+            if last {
+                output.extend_from_slice(&FLUSH);
+            }
+            return Ok(());
+        }
+        if std::mem::take(&mut self.passed_by) {
+            self.stream.reset();
+        }
+        self.waiting = !last;
+        self.compress(page, if last { FlushCompress::Sync } else { FlushCompress::None }, output)
+    }
+
+    /// Appends a page as it is, in blocks that begin and end with a byte as everything does after a flush.
+    fn store(&mut self, page: &[u8], output: &mut Vec<u8>) -> Result<(), CompressionError> {
+        if std::mem::take(&mut self.waiting) {
+            self.compress(&[], FlushCompress::Sync, output)?;
+        }
+        for bytes in page.chunks(STORED_MAX) {
+            let len = bytes.len() as u16;
+            output.push(0);
+            output.extend_from_slice(&len.to_le_bytes());
+            output.extend_from_slice(&(!len).to_le_bytes());
+            output.extend_from_slice(bytes);
+        }
+        self.passed_by = true;
+        Ok(())
+    }
+
+    fn compress(
+        &mut self,
+        mut input: &[u8],
+        flush: FlushCompress,
+        output: &mut Vec<u8>,
+    ) -> Result<(), CompressionError> {
         loop {
-            // Room for an incompressible page and its flush, so that one call does.
-            output.reserve(page.len() + page.len() / 1000 + 64);
+            // Room for a page and its flush, so that one call does.
+            output.reserve(input.len() + input.len() / 1000 + 64);
             let consumed = self.stream.total_in();
             self.stream.compress_vec(input, output, flush).map_err(|_| CompressionError::Corrupt {
                 method: Compression::Zlib,
@@ -79,5 +131,15 @@ impl Deflate {
                 return Ok(());
             }
         }
+    }
+}
+
+/// CMF and FLG (RFC 1950, 2.2): deflate with a window of 32 KiB, and roughly the level.
+fn header(level: u32) -> [u8; 2] {
+    match level {
+        0 | 1 => [0x78, 0x01],
+        2..=5 => [0x78, 0x5e],
+        6 => [0x78, 0x9c],
+        _ => [0x78, 0xda],
     }
 }
