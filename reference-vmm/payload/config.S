@@ -218,6 +218,8 @@ config_keys:
     .ascii "verify\0\0"            # background pages per second and vCPU
     .ascii "timer\0\0\0"           # timer interrupts per second and vCPU, 0 = none
     .ascii "cpus\0\0\0\0"          # vCPUs to use at most
+    .ascii "virtio\0\0"            # devices to use: 1 disk, 2 random numbers, 4 console, 8 network
+    .ascii "events\0\0"            # not 0: with VIRTIO_RING_F_EVENT_IDX
 config_name:
     .asciz "opt/qevm/payload"
 msg_no_fw_cfg:

@@ -17,6 +17,11 @@
     .set CONFIG_TEXT,  0x30000     # fw_cfg item opt/qevm/payload, at most CONFIG_MAX bytes
     .set CONFIG_MAX,   0x1000
     .set CODE,         0x40000     # copy of the image: ring 3 runs from RAM, see boot.S
+    .set VIRTIO_DEVICES, 0x50000   # KINDS blocks of DEVICE_SIZE bytes, fields D_*
+    .set V_INTERRUPTS, 0x50200     # interrupts of virtio devices
+    .set V_ERRORS,     0x50208
+    .set V_NEXT,       0x50210     # TSC before which the devices are left alone
+    .set VIRTIO_MEMORY, 0x60000    # 64 KiB of queues and buffers for each kind of device
     .set PML4,         0x100000
     .set PDPT,         0x101000
     .set PD,           0x102000    # one page for each GiB, up to MAX_GIB
@@ -40,6 +45,7 @@
     .set SEL_TSS,      0x30
 
     .set VEC_TIMER,    0x40
+    .set VEC_VIRTIO,   0x41
 
     .set COM1,         0x3f8
     .set FW_CFG_SEL,   0x510
@@ -76,7 +82,9 @@
     .set C_VERIFY,     C_CONFIG + 0x30
     .set C_TIMER,      C_CONFIG + 0x38
     .set C_CPUS,       C_CONFIG + 0x40
-    .set CONFIG_COUNT, 9
+    .set C_VIRTIO,     C_CONFIG + 0x48
+    .set C_EVENTS,     C_CONFIG + 0x50
+    .set CONFIG_COUNT, 11
 
     # Per-vCPU block, addressed by r15.
     .set P_ID,         0x00

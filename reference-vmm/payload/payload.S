@@ -8,10 +8,12 @@
 #  * re-reads in the background a range of pseudo-random pages written once ("hold") and a range of pages
 #    never written at all ("zero"),
 #  * watches that the TSC never runs backwards and that its timer interrupt keeps coming,
+#  * if asked to, keeps virtio devices busy with numbered requests (virtio.S),
 #  * reports on COM1.
 # Everything that takes time happens in ring 3: a paravirtual KVM runs that natively and emulates the rest.
 #
-# Read: layout.S (memory map), boot.S (reset vector to ring 3), config.S (fw_cfg), smp.S (start), work.S, report.S.
+# Read: layout.S (memory map), boot.S (reset vector to ring 3), config.S (fw_cfg), smp.S (start), work.S, report.S,
+# virtio.S.
 
     .intel_syntax noprefix
     .text
@@ -26,6 +28,7 @@ image:
     .include "smp.S"
     .include "work.S"
     .include "report.S"
+    .include "virtio.S"
     .include "serial.S"
 image_used_end:
 

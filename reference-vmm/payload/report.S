@@ -68,6 +68,7 @@ progress:
     mov rbx, rax
     FIELD name_ms, rbx
     call newline
+    call virtio_progress
     call serial_unlock
     pop r13
     pop r12

@@ -35,6 +35,7 @@ main:
     call map_high
     call banner
     call fill_hold
+    call virtio_start
     call start_aps
     rdtsc
     shl rdx, 32

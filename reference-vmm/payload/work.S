@@ -277,6 +277,7 @@ tick:
     mov [r15 + P_BG_NEXT], rax
     mov [r15 + P_PRINT_NEXT], rax
     mov [r15 + P_PACE], rax
+    mov [V_NEXT], rax
 2:  cmp rax, [r15 + P_BG_NEXT]
     jb 3f
     mov rcx, [C_BG_STEP]
@@ -289,7 +290,16 @@ tick:
 3:  cmp qword ptr [r15 + P_ID], 0
     jne 4f
     mov rax, [r15 + P_TSC]
-    cmp rax, [r15 + P_PRINT_NEXT]
+    cmp qword ptr [C_VIRTIO], 0
+    je 7f
+    cmp rax, [V_NEXT]
+    jb 7f
+    add rax, [C_TSC_KHZ]           # a millisecond
+    mov [V_NEXT], rax
+    call virtio_poll
+    LOAD_MIX_FACTOR
+    mov rax, [r15 + P_TSC]
+7:  cmp rax, [r15 + P_PRINT_NEXT]
     jb 4f
     call progress
     # The interval starts when the line is out: where ports are slow, printing must not crowd out the work.

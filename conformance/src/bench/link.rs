@@ -147,6 +147,7 @@ impl Bench<'_> {
                 memory: 256,
                 cpus: 1,
                 payload: format!("dirty={megabytes}M rate={rate}M hold=64M zero=8M verify=32768 report={REPORT}"),
+                gear: Vec::new(),
                 // The link is the limit.
                 max_bandwidth: 10 << 30,
                 downtime_limit,

@@ -15,7 +15,7 @@ use reference_vmm::payload::Transcript;
 use serde_json::{Value, json};
 
 use super::journey::{Stage, account};
-use super::{Account, Journey, Monitor};
+use super::{Account, Journey, Monitor, gear};
 use crate::process::run_any;
 use crate::subject::BUILT_IN;
 
@@ -75,7 +75,9 @@ impl Echo {
         home.monitor().execute("cont", Value::Null)?;
         self.journey.settle(&mut home)?;
         ensure!(there.text()?.is_empty(), "a stopped guest has run");
-        let texts = [here.end()?, there.end()?, home.end()?];
+        let (left, nothing, back) = (here.end()?, there.end()?, home.end()?);
+        gear::judge(&self.journey.load.gear, &[left.clone(), back.clone()], stage.scratch)?;
+        let texts = [left, nothing, back];
         Ok(account(Vec::new(), &Transcript::read(&texts.each_ref().map(Vec::as_slice))?))
     }
 }

@@ -10,6 +10,7 @@ use reference_vmm::payload::{Progress, Transcript};
 use serde::Serialize;
 use serde_json::{Map, Value, json};
 
+use super::gear::{self, Gear};
 use super::party::{Monitor, Party};
 use crate::roots::{Root, Suite};
 use crate::scenario::Accel;
@@ -54,6 +55,8 @@ pub struct Load {
     pub cpus: u32,
     /// Configuration of the payload, see [`reference_vmm::payload`].
     pub payload: String,
+    /// Virtio devices that it keeps busy.
+    pub gear: Vec<Gear>,
     /// `max-bandwidth`, bytes per second.
     pub max_bandwidth: u64,
     /// `downtime-limit`, ms.
@@ -68,6 +71,7 @@ impl Default for Load {
             memory: 64,
             cpus: 1,
             payload: "dirty=16M rate=48M hold=4M zero=2M verify=16384 report=20".into(),
+            gear: Vec::new(),
             max_bandwidth: 64 << 20,
             downtime_limit: 100,
         }
@@ -178,6 +182,7 @@ impl Journey {
             texts.push(std::mem::replace(&mut here, there).end()?);
         }
         texts.push(here.end()?);
+        gear::judge(&self.load.gear, &texts, stage.scratch)?;
         Ok(account(hops, &Transcript::read(&texts.iter().map(Vec::as_slice).collect::<Vec<_>>())?))
     }
 

@@ -6,12 +6,14 @@
 //! backwards or a byte of its serial output got lost. An [`Outage`]
 //! breaks the connection again and again before it lets the guest go, a [`Pairing`] is of monitors that do not fit each other, and
 //! must be told why, and an [`Echo`]
-//! is a stopped guest that comes back as it was. A [`Lodger`] is one that never runs in reference-vmm: Linux under TCG. A [`Party`] is one of the monitors, controlled by QMP whoever wrote it.
+//! is a stopped guest that comes back as it was. A [`Lodger`] is one that never runs in reference-vmm: Linux under TCG. [`Gear`] is what a guest
+//! uses besides its memory: virtio devices that it keeps busy. A [`Party`] is one of the monitors, controlled by QMP whoever wrote it.
 
 pub mod bench;
 pub mod demo;
 pub mod dialogue;
 mod echo;
+mod gear;
 mod journey;
 mod lodger;
 mod outage;
@@ -23,6 +25,7 @@ mod report;
 pub mod table;
 
 pub use echo::Echo;
+pub use gear::Gear;
 pub use journey::{Account, Hop, Journey, Link, Load, Moment, Stage, Stop};
 pub use lodger::Lodger;
 pub use outage::Outage;

@@ -11,7 +11,7 @@ use anyhow::{Context, Result, bail, ensure};
 use reference_vmm::payload::{FW_CFG_NAME, IMAGE, Progress};
 use serde_json::{Value, json};
 
-use super::{Load, Stage, Stop};
+use super::{Load, Stage, Stop, gear};
 use crate::launch::Qemu;
 use crate::roots::{Root, Suite};
 use crate::scenario::Accel;
@@ -79,7 +79,9 @@ impl Party {
         let mut arguments = vec!["-m".to_string(), format!("{}M", load.memory)];
         let mut more = |list: &[&str]| arguments.extend(list.iter().map(|a| a.to_string()));
         let (cpus, serial) = (load.cpus.to_string(), format!("file:{}", console.display()));
-        let item = format!("name={FW_CFG_NAME},string={}", load.payload);
+        let item = format!("name={FW_CFG_NAME},string={}{}", load.payload, gear::configuration(&load.gear));
+        let gear = gear::arguments(&load.gear, scratch, name)?;
+        more(&gear.iter().map(String::as_str).collect::<Vec<_>>());
         if incoming {
             more(&["--incoming", "defer"]);
         }

@@ -2,12 +2,14 @@
 
 use serde_json::{Map, Value};
 
-use super::{Case, Cut, Echo, Journey, Link, Load, Outage, Pairing, Stop};
+use super::{Case, Cut, Echo, Gear, Journey, Link, Load, Outage, Pairing, Stop};
 use crate::roots::Suite;
 use crate::scenario::Accel;
 
 /// The releases whose microvm can trade guests with reference-vmm.
 const PEERS: [Suite; 3] = [Suite::Bookworm, Suite::Trixie, Suite::Sid];
+/// What a guest with virtio devices has.
+const GEAR: [Gear; 1] = [Gear::Disk];
 /// Hops of the long ring.
 const RING_HOPS: usize = 50;
 
@@ -63,6 +65,7 @@ fn journeys() -> Vec<Journey> {
     let two = Load { cpus: 2, ..Load::default() };
     journeys.push(Journey { name: "ring/tcg".into(), stops, load: two, ..plain() });
     journeys.extend(page_channels());
+    journeys.extend(devices());
     let ring = |hops: usize| -> Vec<Stop> {
         let [old, middle, new] = [Suite::Bookworm, Suite::Sid, Suite::Trixie].map(|s| Stop::Qemu(s, Accel::Kvm));
         [old, Stop::Reference, middle, Stop::Reference, new, Stop::Reference]
@@ -79,6 +82,34 @@ fn journeys() -> Vec<Journey> {
     journeys.push(Journey { name, stops: ring(6), link: Link::Tcp, capabilities: multifd, parameters, ..plain() });
     journeys.push(Journey { name: "ring/50".into(), stops: ring(RING_HOPS), capabilities, ..plain() });
     journeys
+}
+
+/// Guests that keep virtio devices busy: there and back with each release, and round all of them.
+fn devices() -> Vec<Journey> {
+    let [old, new, middle] = [Suite::Bookworm, Suite::Sid, Suite::Trixie].map(|suite| Stop::Qemu(suite, Accel::Kvm));
+    let reference = Stop::Reference;
+    let ways = [
+        ("7.2", vec![old, reference, old], false),
+        ("10.0", vec![middle, reference, middle], false),
+        ("11.1", vec![new, reference, new], true),
+        ("ref", vec![reference, reference, new, reference], false),
+        ("ring", vec![old, reference, new, reference, middle, reference, old], false),
+    ];
+    // Half of the guests tell and are told of some requests only (VIRTIO_RING_F_EVENT_IDX).
+    let events = |name: &str| u8::from(["10.0", "11.1", "ring"].contains(&name));
+    let journey = |(name, stops, quick): (&str, Vec<Stop>, bool)| Journey {
+        name: format!("virtio/{name}"),
+        stops,
+        capabilities: vec!["return-path"],
+        load: Load {
+            gear: GEAR.into(),
+            payload: format!("{} events={}", Load::default().payload, events(name)),
+            ..Load::default()
+        },
+        quick,
+        ..plain()
+    };
+    ways.map(journey).into()
 }
 
 /// More page channels: the other numbers and methods, each release in both directions, and the other ways of zero pages.
@@ -170,7 +201,17 @@ fn echoes() -> Vec<Echo> {
         let load = Load { cpus, ..Load::default() };
         Echo { journey: Journey { name, stops, load, quick: cpus == 1, ..plain() } }
     };
-    PEERS.into_iter().flat_map(|suite| [(suite, 1), (suite, 2)]).map(echo).collect()
+    let mut echoes: Vec<Echo> = PEERS.into_iter().flat_map(|suite| [(suite, 1), (suite, 2)]).map(echo).collect();
+    // Byte for byte: what a source says of its devices, through the models and back.
+    let stocked = PEERS.into_iter().map(|suite| {
+        let mut echo = echo((suite, 1));
+        echo.journey.name = format!("{}>ref/echo/virtio", suite.series());
+        echo.journey.load.gear = GEAR.into();
+        echo.journey.quick = suite == Suite::Bookworm;
+        echo
+    });
+    echoes.extend(stocked);
+    echoes
 }
 
 /// What real machines differ in, and the words that have to explain it.

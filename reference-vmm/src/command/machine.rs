@@ -9,9 +9,11 @@ use std::str::FromStr;
 use anyhow::{Context, bail};
 use qevm_wire::{Profile, QemuVersion};
 use reference_vmm::boot::Kernel;
-use reference_vmm::devices::VirtioDevice;
 use reference_vmm::machine::MachineConfig;
 use reference_vmm::payload;
+
+use super::device::DeviceOptions;
+use super::options::split;
 
 /// The machine.
 #[derive(clap::Args)]
@@ -51,10 +53,14 @@ pub(crate) struct MachineArguments {
     /// Where the serial port writes: stdio, file:PATH or null
     #[arg(long, value_name = "WHERE", default_value = "stdio")]
     serial: SerialOutput,
-    /// Device on virtio-mmio, in the order of QEMU's command line: virtio-blk-device, virtio-net-device, virtio-rng-device or
-    /// virtio-serial-device. They have no model: the guest is kept as it came and goes back, but does not run (use -S)
-    #[arg(long, value_name = "NAME")]
-    device: Vec<VirtioDevice>,
+    /// Disk for a virtio-blk-device: id=ID,file=PATH[,format=raw][,if=none][,readonly=on]
+    #[arg(long, value_name = "OPTIONS")]
+    drive: Vec<String>,
+    /// Device on virtio-mmio, in the order of QEMU's command line: virtio-blk-device,drive=ID[,serial=TEXT]. Without its drive, and for
+    /// virtio-net-device, virtio-rng-device and virtio-serial-device, there is no model: a guest is kept as it came and goes back,
+    /// but does not run (use -S)
+    #[arg(long, value_name = "OPTIONS")]
+    device: Vec<String>,
     /// Item of the firmware configuration device: name=NAME,string=TEXT or name=NAME,file=PATH; commas in TEXT are doubled
     #[arg(long = "fw-cfg", alias = "fw_cfg", value_name = "ITEM")]
     fw_cfg: Vec<String>,
@@ -98,7 +104,7 @@ impl MachineArguments {
             fw_cfg,
             kernel,
             rtc: self.machine.rtc,
-            virtio: self.device.clone(),
+            virtio: DeviceOptions { drives: &self.drive, devices: &self.device }.slots()?,
             dirty_ring_size: self.accel.dirty_ring_size,
             serial: self.serial.open()?,
         })
@@ -223,16 +229,8 @@ pub(crate) fn parse_memory(text: &str) -> Result<u64, String> {
 
 /// QEMU's syntax: options separated by commas, a doubled comma stands for one.
 fn parse_fw_cfg(item: &str) -> anyhow::Result<(String, Vec<u8>)> {
-    let mut options = vec![String::new()];
-    let mut chars = item.chars().peekable();
-    while let Some(char) = chars.next() {
-        match char {
-            ',' if chars.next_if_eq(&',').is_none() => options.push(String::new()),
-            other => options.last_mut().expect("never empty").push(other),
-        }
-    }
     let (mut name, mut data) = (None, None);
-    for option in options {
+    for option in split(item) {
         match option.split_once('=') {
             Some(("name", value)) => name = Some(value.to_owned()),
             Some(("string", value)) => data = Some(value.as_bytes().to_vec()),

@@ -1,7 +1,9 @@
 //! The command line. It is in the library so that the conformance suite runs the very monitor it was built with.
 
 mod demo;
+mod device;
 mod machine;
+mod options;
 mod payload;
 mod run;
 

@@ -24,7 +24,9 @@ Keys of opt/qevm/payload (sizes take K, M or G):
   verify   background pages each vCPU checks per second [4096]
   report   milliseconds between progress lines [250]
   timer    timer interrupts per second and vCPU, 0 = none [20]
-  cpus     vCPUs to use at most [4]")]
+  cpus     vCPUs to use at most [4]
+  virtio   virtio-mmio devices to keep busy: 1 disk, 2 random numbers, 4 console, 8 network [0]
+  events   not 0: with VIRTIO_RING_F_EVENT_IDX [0]")]
 pub(crate) struct Payload {
     /// File to write; - is standard output
     #[arg(long, value_name = "FILE")]

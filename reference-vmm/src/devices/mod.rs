@@ -16,8 +16,8 @@ pub use ioapic::{Ioapic, Message};
 pub use rtc::Rtc;
 pub(crate) use rtc::ticker::{Clock, wall_clock};
 pub use serial::Serial;
-pub(crate) use virtio::is_section_of;
-pub use virtio::{TRANSPORTS, VirtioDevice};
+pub use virtio::{Block, BlockOptions, TRANSPORTS, VirtioDevice, VirtioSlot};
+pub(crate) use virtio::{Transport, Transports, is_section_of, transport_of};
 
 use crate::memory::GuestMemory;
 
@@ -49,9 +49,11 @@ pub struct Devices {
     /// The generic event device and its power registers.
     pub ged: Mutex<Ged>,
     /// The second IOAPIC.
-    pub ioapic2: Mutex<Ioapic>,
+    pub ioapic2: Arc<Mutex<Ioapic>>,
     /// The real-time clock, if there is one.
     pub(crate) rtc: Option<Arc<Clock>>,
+    /// The virtio-mmio transports.
+    pub(crate) virtio: Transports,
     memory: Arc<GuestMemory>,
 }
 
@@ -61,12 +63,14 @@ impl Devices {
         memory: Arc<GuestMemory>,
         serial: Serial,
         fw_cfg: FwCfg,
-        ioapic2: Ioapic,
+        ioapic2: Arc<Mutex<Ioapic>>,
+        virtio: Transports,
         rtc: Option<Arc<Clock>>,
     ) -> Devices {
         Devices {
             rtc,
-            ioapic2: Mutex::new(ioapic2),
+            ioapic2,
+            virtio,
             serial: Mutex::new(serial),
             fw_cfg: Mutex::new(fw_cfg),
             ged: Mutex::new(Ged::default()),
@@ -113,6 +117,9 @@ impl Devices {
     /// A read of an address that is not RAM. Addresses without a device read as zero.
     pub fn mmio_read(&self, gpa: u64, data: &mut [u8]) {
         data.fill(0);
+        if self.virtio.read(gpa, data) {
+            return;
+        }
         if let Some(offset) = Ged::offset(gpa) {
             lock(&self.ged).read(offset, data);
         } else if let Some(offset) = Ioapic::offset(gpa) {
@@ -122,6 +129,9 @@ impl Devices {
 
     /// A write to an address that is not RAM. Addresses without a device ignore it.
     pub fn mmio_write(&self, gpa: u64, data: &[u8]) -> Request {
+        if self.virtio.write(gpa, data) {
+            return Request::None;
+        }
         if let Some(offset) = Ioapic::offset(gpa) {
             lock(&self.ioapic2).write(offset, data);
         }

@@ -36,8 +36,8 @@ use kvm_ioctls::{Cap, Kvm, VmFd};
 
 use crate::boot::{self, Kernel};
 use crate::devices::{
-    Clock, Devices, FwCfg, FwCfgItems, Ioapic, Message, RTC_IRQ, Rtc, SERIAL_IRQ, Serial, TRANSPORTS, VirtioDevice,
-    lock, wall_clock,
+    Clock, Devices, FwCfg, FwCfgItems, Ioapic, Message, RTC_IRQ, Rtc, SERIAL_IRQ, Serial, TRANSPORTS, Transport,
+    Transports, VirtioDevice, VirtioSlot, lock, transport_of, wall_clock,
 };
 use crate::dirty_log::{DirtyLog, Reaper};
 use crate::error::{Error, Result, kvm};
@@ -78,8 +78,8 @@ pub struct MachineConfig {
     pub kernel: Option<Kernel>,
     /// Whether there is a real-time clock. QEMU's `rtc=auto` has one under TCG only.
     pub rtc: bool,
-    /// Devices on virtio-mmio. A machine that has any can take a guest and give it back, but not run it.
-    pub virtio: Vec<VirtioDevice>,
+    /// Devices on virtio-mmio. A machine that has one without a model can take a guest and give it back, but not run it.
+    pub virtio: Vec<VirtioSlot>,
     /// Entries of each vCPU's dirty ring, a power of two; 0 is none, and the dirty log is KVM's bitmap (QEMU's
     /// `-accel kvm,dirty-ring-size=N`).
     pub dirty_ring_size: u32,
@@ -165,12 +165,20 @@ impl Machine {
             })
         };
         let line = Arc::clone(&vm);
-        let ioapic2 = Ioapic::new(Box::new(move |Message { address, data }| {
+        let ioapic2 = Arc::new(Mutex::new(Ioapic::new(Box::new(move |Message { address, data }| {
             let message = kvm_msi { address_lo: address, data, ..kvm_msi::default() };
             if let Err(error) = line.signal_msi(message) {
                 tracing::error!(%error, address, data, "an interrupt of the second IOAPIC is lost");
             }
-        }));
+        }))));
+        let (mut virtio, mut transports) = (Vec::new(), Transports::default());
+        for (position, slot) in config.virtio.into_iter().enumerate() {
+            virtio.push(slot.device());
+            let (ioapic, pin) = (Arc::clone(&ioapic2), transport_of(position));
+            let line = Box::new(move |level| lock(&ioapic).set_line(pin, level));
+            let device = slot.into_model().map(|model| Transport::new(model, Arc::clone(&memory), line));
+            transports.0.push(device.map(|device| Arc::new(Mutex::new(device))));
+        }
         let serial = Serial::new(config.serial, interrupt(SERIAL_IRQ, "serial port"));
         let (mut threads, mut rtc) = (Vec::new(), None);
         if config.rtc {
@@ -180,7 +188,7 @@ impl Machine {
             threads.push(thread);
             rtc = Some(clock);
         }
-        let devices = Arc::new(Devices::new(Arc::clone(&memory), serial, fw_cfg, ioapic2, rtc));
+        let devices = Arc::new(Devices::new(Arc::clone(&memory), serial, fw_cfg, ioapic2, transports, rtc));
 
         let cpuid = cpuid::supported(&kvm_fd)?;
         let vcpus = (0..config.cpus)
@@ -193,7 +201,7 @@ impl Machine {
             })
             .collect::<Result<Arc<[Vcpu]>>>()?;
         if let Some(kernel) = config.kernel.as_ref().filter(|kernel| !kernel.by_firmware) {
-            let entry = boot::load(&memory, kernel, config.cpus, &config.virtio)?;
+            let entry = boot::load(&memory, kernel, config.cpus, &virtio)?;
             kvm_state::enter(&lock(&vcpus[0].fd), entry)?;
         }
         let control = Arc::new(RunControl::new(config.cpus));
@@ -206,7 +214,7 @@ impl Machine {
             devices,
             clock: Mutex::new(VirtualClock::default()),
             held: Mutex::default(),
-            virtio: config.virtio,
+            virtio,
             has_kernel: config.kernel.is_some(),
             carried: Mutex::default(),
             _reaper: Reaper::start(&dirty_log)?,
@@ -270,6 +278,9 @@ impl Machine {
     /// [`Error::Config`] when the guest has stopped for good, or has devices without a model; [`Error::Kvm`] when KVM does not let the clocks go on.
     pub fn resume(&self) -> Result<()> {
         self.can_run()?;
+        if self.control.all_parked() {
+            self.devices.virtio.each(Transport::resume)?;
+        }
         lock(&self.carried).outdate();
         if self.control.all_parked() {
             kvm_state::release(self)?;
@@ -287,9 +298,11 @@ impl Machine {
     /// # Errors
     /// [`Error::Config`] naming a device that has none.
     pub fn can_run(&self) -> Result<()> {
-        match self.virtio.first() {
-            Some(device) => Err(Error::Config(format!(
-                "a guest with {device} can be kept here (-S) but not run: the device has no model"
+        let kept = self.virtio.iter().zip(&self.devices.virtio.0).find(|(_, model)| model.is_none());
+        match kept {
+            Some((device, _)) => Err(Error::Config(format!(
+                "a guest with this {device} can be kept here (-S) but not run: it was given {}",
+                device.missing()
             ))),
             None => Ok(()),
         }
@@ -304,6 +317,11 @@ impl Machine {
         if was_running && let Err(error) = kvm_state::hold(self) {
             tracing::warn!(%error, "clock and PIT go on while the machine is paused");
         }
+        let paused = self.devices.virtio.each(|transport| {
+            transport.pause();
+            Ok(())
+        });
+        debug_assert!(paused.is_ok());
         lock(&self.devices.serial).flush();
     }
 
@@ -370,6 +388,14 @@ impl Machine {
     pub fn load_state(&self, state: &MachineState) -> Result<()> {
         self.must_be_paused("load a state")?;
         kvm_state::load(self, state)
+    }
+
+    /// Whether the queues of virtio devices fit what the RAM says about them; to be asked when both have been loaded.
+    ///
+    /// # Errors
+    /// [`Error::State`] naming a queue that does not.
+    pub fn check_virtio(&self) -> Result<()> {
+        self.devices.virtio.each(Transport::check)
     }
 
     fn must_be_paused(&self, to: &'static str) -> Result<()> {

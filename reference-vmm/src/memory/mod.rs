@@ -13,6 +13,9 @@ use std::sync::Arc;
 pub use block::{PAGE_SIZE, RamBlock};
 pub use layout::{ACPI_RSDP, ACPI_TABLES, BIOS, LOW_RAM_MAX, MAX_BIOS, RAM, TABLE_LOADER};
 
+use vm_memory::VolatileSlice;
+use vm_memory::bitmap::{AtomicBitmap, BS};
+
 use crate::error::{Error, Result};
 
 /// A piece of a block as the guest sees it. All values are bytes and page-aligned.
@@ -87,6 +90,31 @@ impl GuestMemory {
             done += len;
         }
         Ok(())
+    }
+
+    /// Whether all of a guest-physical range is RAM.
+    ///
+    /// # Errors
+    /// [`Error::OutOfRange`] when not all of it is.
+    pub fn check(&self, gpa: u64, len: u64) -> Result<()> {
+        self.slices(gpa, len).map(drop)
+    }
+
+    /// The windows on the blocks behind a guest-physical range, one for each mapping that it touches. Writes through them mark
+    /// the pages dirty.
+    ///
+    /// # Errors
+    /// [`Error::OutOfRange`] when not all of it is RAM.
+    pub fn slices(&self, gpa: u64, len: u64) -> Result<Vec<VolatileSlice<'_, BS<'_, AtomicBitmap>>>> {
+        let outside = || Error::OutOfRange { what: "guest RAM".to_owned(), address: gpa, len };
+        let len = usize::try_from(len).map_err(|_| outside())?;
+        let (mut slices, mut done) = (Vec::new(), 0);
+        while done < len {
+            let (block, offset, here) = self.piece(gpa, done, len)?;
+            slices.push(block.slice(offset, here as u64)?);
+            done += here;
+        }
+        Ok(slices)
     }
 
     /// The longest piece of one block at `gpa + done`, of an access of `len` bytes at `gpa`.

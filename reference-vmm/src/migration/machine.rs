@@ -71,6 +71,8 @@ impl Guest for Machine {
         // A loader takes what every release sends; the newest knows most.
         let running = sections::load(devices, &Profile::new(QemuVersion::NEWEST, MACHINE_TYPE), &mut state)?;
         self.load_state(&state)?;
+        // The RAM has come before the devices.
+        self.check_virtio()?;
         Ok(running)
     }
 }

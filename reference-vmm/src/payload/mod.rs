@@ -36,6 +36,12 @@
 //! | `report` | milliseconds between progress lines | 250 |
 //! | `timer` | timer interrupts per second and vCPU, 0 = none | 20 |
 //! | `cpus` | vCPUs to use at most | all, up to 4 |
+//! | `virtio` | virtio-mmio devices to keep busy: 1 disk, 2 random numbers, 4 console, 8 network | 0 |
+//! | `events` | not 0: with `VIRTIO_RING_F_EVENT_IDX` | 0 |
+//!
+//! With virtio devices each progress line is followed by `qevm-payload virtio disk=… rng=… console=… net=… interrupts=… errors=…`: the
+//! number of the next request of each device (0: it is not used), interrupts taken, and devices that gave back something else than
+//! was asked for.
 
 mod transcript;
 

@@ -5,6 +5,7 @@
 mod carried;
 mod devices;
 mod vcpu;
+mod virtio;
 
 pub use crate::devices::VirtioDevice;
 pub use carried::Carried;
@@ -12,6 +13,7 @@ pub use devices::{
     ClockState, FwCfgState, GedState, IoapicState, PicState, PitChannelState, PitState, RtcState, SerialState,
 };
 pub use vcpu::{DebugRegisters, DescriptorTable, Events, Msr, Registers, Segment, SpecialRegisters, VcpuState};
+pub use virtio::{VirtioDeviceState, VirtioQueueState, VirtioRequest, VirtioState};
 
 /// Everything about a paused machine but its RAM.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -38,8 +40,10 @@ pub struct MachineState {
     pub fw_cfg: FwCfgState,
     /// The generic event device.
     pub ged: GedState,
-    /// The virtio devices, in the order of the command line; their state is carried.
+    /// The virtio devices, in the order of the command line.
     pub virtio: Vec<VirtioDevice>,
+    /// Their states, in the same order; `None` where the device has no model and its state is carried.
+    pub virtio_states: Vec<Option<VirtioState>>,
     /// What the machine was loaded from and does not use itself.
     pub carried: Carried,
 }

@@ -74,6 +74,7 @@ pub(super) fn save(machine: &Machine) -> Result<MachineState> {
         fw_cfg: lock(&machine.devices.fw_cfg).save(),
         ged: GedState { sel: lock(&machine.devices.ged).selector },
         virtio: machine.virtio.clone(),
+        virtio_states: machine.devices.virtio.0.iter().map(|d| d.as_ref().map(|d| lock(d).save())).collect(),
         carried: lock(&machine.carried).clone(),
     })
 }
@@ -98,6 +99,11 @@ pub(super) fn load(machine: &Machine, state: &MachineState) -> Result<()> {
     let held = Held { clock: state.clock.clone(), pit: state.pit.clone(), tscs, came: true };
     chips::load_clock(&machine.vm, &held.clock)?;
     *lock(&machine.held) = Some(held);
+    for (device, state) in machine.devices.virtio.0.iter().zip(&state.virtio_states) {
+        if let Some((device, state)) = device.as_ref().zip(state.as_ref()) {
+            lock(device).load(state)?;
+        }
+    }
     lock(&machine.devices.serial).load(&state.serial);
     lock(&machine.devices.ioapic2).load(&state.ioapic2);
     if let Some((rtc, state)) = machine.devices.rtc.as_ref().zip(state.rtc.as_ref()) {

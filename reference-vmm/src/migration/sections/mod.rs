@@ -8,6 +8,7 @@ mod chips;
 mod cpu;
 mod fpu;
 mod msr;
+mod virtio;
 
 use super::{DeviceSection, SavedDevices, machine::MACHINE_TYPE};
 use crate::{
@@ -120,8 +121,16 @@ pub fn save(state: &MachineState, profile: &Profile, running: bool) -> Result<Sa
     }
     devices.push(("serial", 0, chips::serial(&state.serial)));
     let places: Vec<String> = state.virtio.iter().enumerate().map(|(i, device)| device.idstr(i)).collect();
-    for idstr in &places {
-        let kept = state.carried.find(idstr, 0).ok_or_else(|| SectionError::Unsendable {
+    let models = state.virtio_states.iter().map(Option::as_ref).chain(std::iter::repeat(None));
+    for ((idstr, device), model) in places.iter().zip(&state.virtio).zip(models) {
+        let kept = state.carried.find(idstr, 0);
+        if let Some(model) = model {
+            let section = virtio::save(*device, model, kept, profile.qemu)
+                .map_err(|reason| SectionError::Unsendable { idstr: idstr.clone(), reason })?;
+            devices.push((idstr, 0, section));
+            continue;
+        }
+        let kept = kept.ok_or_else(|| SectionError::Unsendable {
             idstr: idstr.clone(),
             reason: "the device has no model here, and no guest has brought its state".into(),
         })?;
@@ -246,7 +255,13 @@ pub fn load(sections: &[DeviceSection], profile: &Profile, state: &mut MachineSt
                 | DeviceState::VirtioRng(_)
                 | DeviceState::VirtioConsole(_),
                 _,
-            ) if is_section_of(&state.virtio, idstr) => {}
+            ) if is_section_of(&state.virtio, idstr) => {
+                let position = (0..state.virtio.len()).find(|at| *idstr == *state.virtio[*at].idstr(*at).as_str());
+                let model = position.and_then(|at| state.virtio_states.get_mut(at)).and_then(Option::as_mut);
+                if let Some(model) = model {
+                    *model = virtio::load(&loaded).map_err(refused)?;
+                }
+            }
             _ => return Err(refused("this machine has no such device".into())),
         }
         state.carried.keep(idstr.as_str().unwrap_or_default(), *instance_id, loaded);

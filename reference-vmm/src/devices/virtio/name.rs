@@ -1,20 +1,12 @@
-//! Which virtio devices sit on which virtio-mmio transport.
-//!
-//! QEMU's microvm has 24 transports (with two IOAPICs, from 7.2 on) at [`BASE`], [`STRIDE`] bytes apart, and gives the
-//! last of them to the first device of its command line (addresses and order from the sections of 7.2, 10.0 and 11.1).
-//!
-//! The devices have no model here: a guest that has them is kept with everything it knows about them, and goes back to
-//! a QEMU, but cannot run.
+//! Which virtio devices sit on which transport.
 
 use std::fmt;
 use std::str::FromStr;
 
 use qevm_wire::CountedString;
 
-/// Address of the first transport.
-const BASE: u64 = 0xfeb0_0000;
-/// Bytes from one transport to the next.
-const STRIDE: u64 = 0x200;
+use super::{BASE, STRIDE, transport_of};
+
 /// Interrupt of the first transport: the first pin of the second IOAPIC.
 const FIRST_INTERRUPT: u64 = 24;
 /// Transports of a microvm with two IOAPICs, and so the number of devices it can have.
@@ -56,8 +48,18 @@ impl VirtioDevice {
     /// assert_eq!(VirtioDevice::kernel_parameter(0), "virtio_mmio.device=512@0xfeb02e00:47");
     /// ```
     pub fn kernel_parameter(position: usize) -> String {
-        let transport = (TRANSPORTS - 1).saturating_sub(position) as u64;
+        let transport = transport_of(position) as u64;
         format!("virtio_mmio.device={STRIDE}@{:#x}:{}", BASE + transport * STRIDE, FIRST_INTERRUPT + transport)
+    }
+
+    /// What it needs to have a model.
+    pub(crate) fn missing(self) -> &'static str {
+        match self {
+            VirtioDevice::Block => "no drive (drive=ID)",
+            VirtioDevice::Net => "no netdev (netdev=ID)",
+            VirtioDevice::Rng => "no source of random numbers",
+            VirtioDevice::Serial => "no port (virtconsole or virtserialport behind it)",
+        }
     }
 
     /// The `idstr` of its section when it is device number `position` (from 0) of the command line, below [`TRANSPORTS`].
@@ -69,7 +71,7 @@ impl VirtioDevice {
     /// assert_eq!(VirtioDevice::Rng.idstr(2), "virtio-mmio@00000000feb02a00/virtio-rng");
     /// ```
     pub fn idstr(self, position: usize) -> String {
-        let transport = (TRANSPORTS - 1).saturating_sub(position) as u64;
+        let transport = transport_of(position) as u64;
         format!("virtio-mmio@{:016x}/{}", BASE + transport * STRIDE, self.names().1)
     }
 }

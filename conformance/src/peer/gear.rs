@@ -1,0 +1,186 @@
+//! Virtio devices that a payload guest keeps busy on its way, and what has to be left of it in the end.
+//!
+//! The guest numbers its requests (see the payload's `virtio.S`), checks itself that each comes back once, and says how far it
+//! got. Here the other side is looked at: the disk's file, and what arrived on the console and the network. Every number has to be
+//! there once, in order, whatever monitor served the request.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, bail, ensure};
+
+/// Bytes of the disk: a few seconds of the guest's work, so that it goes round.
+const DISK: u64 = 1 << 20;
+const SECTOR: usize = 512;
+/// Word `k` of sector number `n` is `n + k * WORD_STEP`.
+const WORD_STEP: u64 = 0x9e37_79b9;
+/// Requests that are under way at the same time.
+const BATCH: u64 = 4;
+
+/// A device.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Gear {
+    /// `virtio-blk-device`
+    Disk,
+}
+
+impl Gear {
+    /// Its bit in the payload's configuration.
+    fn bit(self) -> u32 {
+        match self {
+            Gear::Disk => 1,
+        }
+    }
+
+    /// Its counter in the payload's line.
+    fn counter(self) -> &'static str {
+        match self {
+            Gear::Disk => "disk",
+        }
+    }
+}
+
+/// What the payload has to be told.
+pub(super) fn configuration(gear: &[Gear]) -> String {
+    match gear.iter().map(|gear| gear.bit()).sum::<u32>() {
+        0 => String::new(),
+        bits => format!(" virtio={bits}"),
+    }
+}
+
+/// The arguments of the monitor `name`, the same for QEMU and reference-vmm.
+pub(super) fn arguments(gear: &[Gear], scratch: &Path, _name: &str) -> Result<Vec<String>> {
+    let mut arguments = Vec::new();
+    let mut add = |option: &str, value: String| arguments.extend([option.to_string(), value]);
+    for gear in gear {
+        match gear {
+            Gear::Disk => {
+                let disk = disk(scratch);
+                if !disk.exists() {
+                    fs::File::create(&disk)?.set_len(DISK)?;
+                }
+                add("--drive", format!("if=none,id=d,format=raw,file={}", disk.display()));
+                add("--device", "virtio-blk-device,drive=d".into());
+            }
+        }
+    }
+    Ok(arguments)
+}
+
+fn disk(scratch: &Path) -> PathBuf {
+    scratch.join("disk.raw")
+}
+
+/// How far the guest got, by its last line: the counter of each device, and of interrupts.
+fn last_counters(text: &str, gear: &[Gear]) -> Option<Vec<u64>> {
+    let line = text.lines().rev().find(|line| line.starts_with("qevm-payload virtio ") && line.contains(" errors="))?;
+    let value = |name: &str| {
+        let (found, number) =
+            line.split(' ').filter_map(|word| word.split_once('=')).find(|(found, _)| *found == name)?;
+        debug_assert_eq!(found, name);
+        number.parse().ok()
+    };
+    gear.iter().map(|gear| gear.counter()).chain(["interrupts"]).map(value).collect()
+}
+
+/// Judges the whole way. `texts` is what the guest printed at each stop.
+pub(super) fn judge(gear: &[Gear], texts: &[Vec<u8>], scratch: &Path) -> Result<()> {
+    if gear.is_empty() {
+        return Ok(());
+    }
+    let mut before: Option<Vec<u64>> = None;
+    for (stop, text) in texts.iter().enumerate() {
+        let text = String::from_utf8_lossy(text);
+        let counters = last_counters(&text, gear)
+            .with_context(|| format!("the guest said nothing of its virtio devices at stop {stop}"))?;
+        // A batch that was under way is no work of this stop's.
+        let stuck = |before: &Vec<u64>| before.iter().zip(&counters).any(|(before, now)| *now <= before + 2 * BATCH);
+        if before.as_ref().is_some_and(stuck) || counters.contains(&0) {
+            bail!(
+                "a device or its interrupts stand still at stop {stop}: {before:?}, then {counters:?} of {gear:?} and interrupts"
+            );
+        }
+        before = Some(counters);
+    }
+    let counters = before.context("the guest has been nowhere")?;
+    for (gear, next) in gear.iter().zip(counters) {
+        match gear {
+            Gear::Disk => judge_disk(&fs::read(disk(scratch))?, next),
+        }
+        .with_context(|| format!("{gear:?}, of which the guest had done {} requests", next - 1))?;
+    }
+    Ok(())
+}
+
+/// Sector `n` modulo their number holds number `n`, for all of the last round. The guest had gone on for a moment after it
+/// said that `next` is its next number, and may have been stopped while it wrote a batch.
+fn judge_disk(disk: &[u8], next: u64) -> Result<()> {
+    let sectors = (disk.len() / SECTOR) as u64;
+    let words = |sector: u64| disk[sector as usize * SECTOR..][..SECTOR].as_chunks::<8>().0.iter();
+    let number = |sector: u64| words(sector).next().map_or(0, |word| u64::from_le_bytes(*word));
+    let newest = (0..sectors).map(number).max().unwrap_or(0);
+    ensure!(newest + 1 >= next, "the newest sector on the disk is number {newest}");
+    for n in newest.saturating_sub(sectors - 1).max(1)..=newest {
+        let sector = n % sectors;
+        let found = number(sector);
+        // The oldest may have been overwritten, or the last batch written out of order.
+        let under_way = n + BATCH > newest;
+        ensure!(
+            found == n || under_way && (found == 0 || found == n - sectors),
+            "sector {sector} holds number {found}, not {n}"
+        );
+        let whole = words(sector)
+            .zip(0u64..)
+            .all(|(word, k)| found == 0 || u64::from_le_bytes(*word) == found.wrapping_add(k.wrapping_mul(WORD_STEP)));
+        ensure!(whole, "sector {sector} is not what the guest wrote as number {found}");
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn written(disk: &mut [u8], n: u64) {
+        let sectors = (disk.len() / SECTOR) as u64;
+        let at = (n % sectors) as usize * SECTOR;
+        for k in 0..64 {
+            let word = n.wrapping_add(k * WORD_STEP);
+            disk[at + 8 * k as usize..][..8].copy_from_slice(&word.to_le_bytes());
+        }
+    }
+
+    #[test]
+    fn a_disk_with_every_number_is_whole() {
+        let mut disk = vec![0; 16 * SECTOR];
+        (1..=40).for_each(|n| written(&mut disk, n));
+        assert!(judge_disk(&disk, 41).is_ok());
+        assert!(judge_disk(&disk, 37).is_ok());
+        assert!(judge_disk(&disk, 42).is_err(), "number 41 is lost");
+        let mut lost = disk.clone();
+        written(&mut lost, 30 - 16);
+        assert!(judge_disk(&lost, 41).is_err(), "number 30 is lost");
+        let mut torn = disk.clone();
+        torn[5 * SECTOR + 100] ^= 1;
+        assert!(judge_disk(&torn, 41).is_err(), "a sector is damaged");
+    }
+
+    #[test]
+    fn a_device_that_stands_still_is_found_out() {
+        let line = |disk: u64, interrupts: u64| {
+            format!("qevm-payload virtio disk={disk} rng=0 console=0 net=0 interrupts={interrupts} errors=0\n")
+                .into_bytes()
+        };
+        let folder = tempfile::tempdir().unwrap();
+        let mut disk_file = vec![0; 16 * SECTOR];
+        (1..=60).for_each(|n| written(&mut disk_file, n));
+        fs::write(disk(folder.path()), &disk_file).unwrap();
+        let judge = |texts: &[Vec<u8>]| judge(&[Gear::Disk], texts, folder.path());
+        assert!(judge(&[line(20, 30), line(61, 60)]).is_ok());
+        assert!(judge(&[line(60, 30), line(61, 60)]).is_err());
+        assert!(judge(&[line(20, 30), line(61, 30)]).is_err());
+        assert!(judge(&[line(20, 30), b"nothing\n".to_vec()]).is_err());
+        assert_eq!(configuration(&[]), "");
+        assert_eq!(configuration(&[Gear::Disk]), " virtio=1");
+    }
+}

@@ -1,0 +1,105 @@
+//! virtio-mmio transports and the devices on them, as QEMU's microvm has them.
+//!
+//! There are 24 transports (with two IOAPICs, from 7.2 on), [`STRIDE`] bytes apart, and the last of them belongs to the first
+//! device of the command line. Transport `n` interrupts by pin `n` of the second IOAPIC. All are legacy (`force-legacy=on`,
+//! microvm's default): register interface version 1 and guest-endian rings at a page frame number (virtio 1.2, 4.2.4 and
+//! 2.7.2). Addresses, order and pins were read from `info qtree`, the registers and migrated guests of 7.2, 10.0 and 11.1.
+//!
+//! Read: [`name`](VirtioDevice) (what sits where), `transport` (registers), `queue` and `chain` (rings in guest memory), then the
+//! models: `block`. A device without a model is kept with everything that a guest's source said about it, and
+//! goes back to a QEMU, but its guest cannot run.
+
+mod block;
+mod chain;
+mod name;
+mod queue;
+mod transport;
+
+use std::sync::{Arc, Mutex};
+
+pub use block::{Block, BlockOptions};
+pub(crate) use name::is_section_of;
+pub use name::{TRANSPORTS, VirtioDevice};
+pub(crate) use transport::{Model, Transport};
+
+use super::lock;
+use crate::error::Result;
+
+/// Address of the first transport.
+const BASE: u64 = 0xfeb0_0000;
+/// Bytes from one transport to the next.
+const STRIDE: u64 = 0x200;
+
+/// A device on a transport.
+pub struct VirtioSlot {
+    device: VirtioDevice,
+    model: Option<Box<dyn Model>>,
+}
+
+impl VirtioSlot {
+    /// A device without a model: its state is kept, and the guest does not run.
+    pub fn kept(device: VirtioDevice) -> VirtioSlot {
+        VirtioSlot { device, model: None }
+    }
+
+    /// A disk.
+    pub fn block(block: Block) -> VirtioSlot {
+        VirtioSlot { device: VirtioDevice::Block, model: Some(Box::new(block)) }
+    }
+
+    /// Which device it is.
+    pub fn device(&self) -> VirtioDevice {
+        self.device
+    }
+
+    pub(crate) fn into_model(self) -> Option<Box<dyn Model>> {
+        self.model
+    }
+}
+
+/// The transport of device number `position` (from 0) of the command line.
+pub(crate) fn transport_of(position: usize) -> usize {
+    (TRANSPORTS - 1).saturating_sub(position)
+}
+
+/// All transports, by the position of their devices; `None` where the device has no model.
+#[derive(Default)]
+pub(crate) struct Transports(pub(crate) Vec<Option<Arc<Mutex<Transport>>>>);
+
+impl Transports {
+    /// Does something with each device that has a model, up to the first error.
+    pub(crate) fn each(&self, mut what: impl FnMut(&mut Transport) -> Result<()>) -> Result<()> {
+        self.0.iter().flatten().try_for_each(|device| what(&mut lock(device)))
+    }
+
+    /// The transport at an address, if there is a device with a model, and the offset in it. `None` if no transport is there.
+    fn find(&self, gpa: u64) -> Option<(Option<&Arc<Mutex<Transport>>>, u64)> {
+        let at = gpa.checked_sub(BASE)?;
+        let index = usize::try_from(at / STRIDE).ok().filter(|index| *index < TRANSPORTS)?;
+        let device = self.0.get(TRANSPORTS - 1 - index).and_then(Option::as_ref);
+        Some((device, at % STRIDE))
+    }
+
+    /// A read; false if no transport is there.
+    pub(crate) fn read(&self, gpa: u64, data: &mut [u8]) -> bool {
+        match self.find(gpa) {
+            Some((Some(device), offset)) => lock(device).read(offset, data),
+            Some((None, offset)) => transport::read_empty(offset, data),
+            None => return false,
+        }
+        true
+    }
+
+    /// A write; false if no transport is there.
+    pub(crate) fn write(&self, gpa: u64, data: &[u8]) -> bool {
+        match self.find(gpa) {
+            Some((Some(device), offset)) => lock(device).write(offset, data),
+            Some((None, _)) => {}
+            None => return false,
+        }
+        true
+    }
+}
+
+#[cfg(test)]
+mod tests;

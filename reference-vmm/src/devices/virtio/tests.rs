@@ -1,0 +1,382 @@
+use std::fs;
+use std::io::Write;
+use std::sync::OnceLock;
+
+use proptest::prelude::*;
+use tempfile::NamedTempFile;
+
+use super::*;
+use crate::memory::GuestMemory;
+use crate::state::{VirtioDeviceState, VirtioRequest};
+
+/// Where the tests' driver has its queue: the descriptors, the rings behind them as `align` says, and buffers.
+const DESC: u64 = 0x1_0000;
+const NUM: u16 = 16;
+const AVAIL: u64 = DESC + 16 * NUM as u64;
+const USED: u64 = DESC + 0x1000;
+const BUFFERS: u64 = 0x2_0000;
+const RAM: u64 = 2 << 20;
+
+const NEXT: u16 = 1;
+const WRITE: u16 = 2;
+const INDIRECT: u16 = 4;
+const EVENT_IDX: u32 = 1 << 29;
+
+/// A transport with its guest.
+struct Bench {
+    memory: Arc<GuestMemory>,
+    transport: Transport,
+    line: Arc<Mutex<Vec<bool>>>,
+}
+
+impl Bench {
+    fn new(model: Box<dyn Model>) -> Bench {
+        let memory = Arc::new(GuestMemory::microvm(RAM, &[0; 64 << 10]).unwrap());
+        let line: Arc<Mutex<Vec<bool>>> = Arc::default();
+        let seen = Arc::clone(&line);
+        let transport =
+            Transport::new(model, Arc::clone(&memory), Box::new(move |level| seen.lock().unwrap().push(level)));
+        Bench { memory, transport, line }
+    }
+
+    fn read(&mut self, offset: u64) -> u32 {
+        let mut data = [0; 4];
+        self.transport.read(offset, &mut data);
+        u32::from_le_bytes(data)
+    }
+
+    fn write(&mut self, offset: u64, value: u32) {
+        self.transport.write(offset, &value.to_le_bytes());
+    }
+
+    /// What a legacy driver does first.
+    fn start(&mut self, features: u32) {
+        self.write(0x70, 0);
+        self.write(0x70, 3);
+        self.write(0x20, features);
+        self.write(0x28, 4096);
+        self.queue(0, DESC);
+        self.write(0x70, 7);
+        self.memory.write(DESC, &[0; 0x2000]).unwrap();
+    }
+
+    fn queue(&mut self, index: u32, desc: u64) {
+        self.write(0x30, index);
+        self.write(0x38, NUM.into());
+        self.write(0x3c, 4096);
+        self.write(0x40, (desc >> 12) as u32);
+    }
+
+    fn descriptor(&self, index: u16, gpa: u64, len: u32, flags: u16, next: u16) {
+        self.descriptor_at(DESC + 16 * u64::from(index), gpa, len, flags, next);
+    }
+
+    fn descriptor_at(&self, at: u64, gpa: u64, len: u32, flags: u16, next: u16) {
+        let word = u128::from(gpa) | u128::from(len) << 64 | u128::from(flags) << 96 | u128::from(next) << 112;
+        self.memory.write(at, &word.to_le_bytes()).unwrap();
+    }
+
+    fn u16_at(&self, gpa: u64) -> u16 {
+        let mut bytes = [0; 2];
+        self.memory.read(gpa, &mut bytes).unwrap();
+        u16::from_le_bytes(bytes)
+    }
+
+    /// Makes a chain available and tells the device.
+    fn offer(&mut self, head: u16) {
+        let index = self.u16_at(AVAIL + 2);
+        self.memory.write(AVAIL + 4 + 2 * u64::from(index % NUM), &head.to_le_bytes()).unwrap();
+        self.memory.write(AVAIL + 2, &index.wrapping_add(1).to_le_bytes()).unwrap();
+        self.write(0x50, 0);
+    }
+
+    fn used(&self) -> u16 {
+        self.u16_at(USED + 2)
+    }
+
+    /// A disk request of one data buffer; its status.
+    fn request(&mut self, kind: u32, sector: u64, data: Option<(u64, u32)>) -> u8 {
+        let header = [kind.to_le_bytes().to_vec(), vec![0; 4], sector.to_le_bytes().to_vec()].concat();
+        self.memory.write(BUFFERS, &header).unwrap();
+        self.memory.write(BUFFERS + 0x20, &[0xff]).unwrap();
+        self.descriptor(0, BUFFERS, 16, NEXT, 1);
+        if let Some((gpa, len)) = data {
+            let written = if matches!(kind, 0 | 8) { WRITE } else { 0 };
+            self.descriptor(1, gpa, len, NEXT | written, 2);
+        } else {
+            self.descriptor(0, BUFFERS, 16, NEXT, 2);
+        }
+        self.descriptor(2, BUFFERS + 0x20, 1, WRITE, 0);
+        self.offer(0);
+        let mut status = [0];
+        self.memory.read(BUFFERS + 0x20, &mut status).unwrap();
+        status[0]
+    }
+
+    fn broken(&self) -> bool {
+        self.transport.save().broken
+    }
+}
+
+fn disk(readonly: bool) -> (Bench, NamedTempFile) {
+    let mut file = NamedTempFile::new().unwrap();
+    file.write_all(&(0..1u32 << 18).flat_map(u32::to_le_bytes).collect::<Vec<_>>()).unwrap();
+    let block = Block::open(BlockOptions { file: file.path().into(), readonly, serial: "qevm".into() }).unwrap();
+    (Bench::new(Box::new(block)), file)
+}
+
+#[test]
+fn registers_are_those_of_qemu() {
+    let (mut bench, _file) = disk(false);
+    assert_eq!((bench.read(0), bench.read(4), bench.read(8), bench.read(0xc)), (0x7472_6976, 1, 2, 0x554d_4551));
+    assert_eq!(bench.read(0x10), 0x3100_6ed4);
+    bench.write(0x14, 1);
+    assert_eq!(bench.read(0x10), 0);
+    assert_eq!((bench.read(0x34), bench.read(0x40)), (256, 0));
+    bench.write(0x30, 1);
+    assert_eq!(bench.read(0x34), 0);
+    // Read from QEMU 7.2.22, 10.0.13 and 11.1.3 with a disk of 1 MiB.
+    let golden = "000800000000000000000000fe0000000200103f00020000000000000000000001000100ffff3f000100000001000000ffff3f0001000000\
+                  01ffffff";
+    let mut config = [0; 60];
+    (0..15).for_each(|i| bench.transport.read(0x100 + 4 * i, &mut config[4 * i as usize..][..4]));
+    assert_eq!(config.iter().map(|byte| format!("{byte:02x}")).collect::<String>(), golden);
+    let mut empty = [0xaa; 4];
+    assert!(Transports::default().read(0xfeb0_0000, &mut empty));
+    assert_eq!(u32::from_le_bytes(empty), 0x7472_6976);
+    assert!(!Transports::default().read(0xfeb0_3000, &mut empty));
+}
+
+#[test]
+fn a_disk_is_read_and_written() {
+    for features in [0, EVENT_IDX] {
+        let (mut bench, file) = disk(false);
+        bench.start(features);
+        assert_eq!(bench.request(0, 3, Some((BUFFERS + 0x1000, 1024))), 0);
+        let mut data = [0; 4];
+        bench.memory.read(BUFFERS + 0x1000 + 516, &mut data).unwrap();
+        assert_eq!(u32::from_le_bytes(data), 4 * 128 + 1);
+        assert!(*bench.line.lock().unwrap().last().unwrap());
+        bench.write(0x64, 1);
+        assert_eq!((bench.read(0x60), *bench.line.lock().unwrap().last().unwrap()), (0, false));
+
+        bench.memory.write(BUFFERS + 0x1000, &[7; 512]).unwrap();
+        assert_eq!(bench.request(1, 2047, Some((BUFFERS + 0x1000, 512))), 0);
+        assert_eq!(bench.request(4, 0, None), 0);
+        assert_eq!(&fs::read(file.path()).unwrap()[2047 * 512..], &[7; 512]);
+        assert_eq!(bench.request(8, 0, Some((BUFFERS + 0x1000, 20))), 0);
+        let mut serial = [0; 20];
+        bench.memory.read(BUFFERS + 0x1000, &mut serial).unwrap();
+        assert_eq!(&serial, b"qevm\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0");
+        assert_eq!(bench.used(), 4);
+        assert!(!bench.broken());
+    }
+}
+
+#[test]
+fn sectors_are_zeroed_and_discarded() {
+    let (mut bench, file) = disk(false);
+    bench.start(0);
+    let mut segment = |sector: u64, sectors: u32, flags: u32, kind: u32| {
+        let bytes =
+            [sector.to_le_bytes().to_vec(), sectors.to_le_bytes().to_vec(), flags.to_le_bytes().to_vec()].concat();
+        bench.memory.write(BUFFERS + 0x1000, &bytes).unwrap();
+        bench.request(kind, 0, Some((BUFFERS + 0x1000, 16)))
+    };
+    assert_eq!(segment(1, 2, 0, 13), 0);
+    assert_eq!(segment(2047, 2, 0, 13), 1);
+    assert_eq!(segment(u64::MAX, 2, 0, 11), 1);
+    assert_eq!(segment(5, 1, 0, 11), 0);
+    assert_eq!(segment(1, 1, 2, 13), 2);
+    assert_eq!(segment(1, 1, 1, 11), 2);
+    let bytes = fs::read(file.path()).unwrap();
+    assert!(bytes[512..1536].iter().all(|byte| *byte == 0) && bytes[1536..2048].iter().any(|byte| *byte != 0));
+}
+
+#[test]
+fn what_a_disk_cannot_do_is_an_error_of_the_request() {
+    let (mut bench, _file) = disk(true);
+    bench.start(0);
+    assert_eq!(bench.read(0x10) & 1 << 5, 1 << 5);
+    let data = Some((BUFFERS + 0x1000, 512));
+    assert_eq!(bench.request(1, 0, data), 1);
+    assert_eq!(bench.request(0, 2048, data), 1);
+    assert_eq!(bench.request(0, u64::MAX, data), 1);
+    assert_eq!(bench.request(0, 0, Some((BUFFERS + 0x1000, 100))), 1);
+    assert_eq!(bench.request(2, 0, data), 2);
+    assert_eq!(bench.request(0, 0, data), 0);
+    assert_eq!((bench.used(), bench.broken()), (6, false));
+}
+
+/// Each ring of a driver that breaks the protocol, as a step that lays it out; head 0 is offered then.
+type Hostile = (&'static str, fn(&Bench));
+const HOSTILE: [Hostile; 11] = [
+    ("a loop", |b| b.descriptor(0, BUFFERS, 16, NEXT, 0)),
+    ("a next beyond the table", |b| b.descriptor(0, BUFFERS, 16, NEXT, NUM)),
+    ("an address outside RAM", |b| b.descriptor(0, 3 << 20, 16, 0, 0)),
+    ("the end of the address space", |b| b.descriptor(0, u64::MAX, 16, 0, 0)),
+    ("a length beyond RAM", |b| b.descriptor(0, BUFFERS, u32::MAX, 0, 0)),
+    ("no bytes", |b| b.descriptor(0, BUFFERS, 0, 0, 0)),
+    ("a wrong order", |b| {
+        b.descriptor(0, BUFFERS, 16, NEXT | WRITE, 1);
+        b.descriptor(1, BUFFERS, 16, 0, 0);
+    }),
+    ("an indirect table of half a descriptor", |b| b.descriptor(0, BUFFERS, 24, INDIRECT, 0)),
+    ("an indirect table in an indirect table", |b| {
+        b.descriptor(0, BUFFERS, 16, INDIRECT, 0);
+        b.descriptor_at(BUFFERS, BUFFERS, 16, INDIRECT, 0);
+    }),
+    ("no room for a status", |b| b.descriptor(0, BUFFERS, 16, 0, 0)),
+    ("half a header", |b| {
+        b.descriptor(0, BUFFERS, 15, NEXT, 1);
+        b.descriptor(1, BUFFERS, 1, WRITE, 0);
+    }),
+];
+
+#[test]
+fn a_driver_that_breaks_the_protocol_loses_its_device_until_a_reset() {
+    for (what, lay_out) in HOSTILE {
+        let (mut bench, _file) = disk(false);
+        bench.start(0);
+        lay_out(&bench);
+        bench.offer(0);
+        assert!(bench.broken(), "{what}");
+        assert_eq!(bench.request(4, 0, None), 0xff, "{what}");
+        bench.start(0);
+        assert_eq!(bench.request(4, 0, None), 0, "{what}");
+    }
+}
+
+#[test]
+fn indices_that_cannot_be_are_found_out() {
+    let (mut bench, _file) = disk(false);
+    bench.start(0);
+    bench.memory.write(AVAIL + 2, &(NUM + 1).to_le_bytes()).unwrap();
+    bench.write(0x50, 0);
+    assert!(bench.broken());
+    bench.start(0);
+    bench.memory.write(AVAIL + 4, &NUM.to_le_bytes()).unwrap();
+    bench.memory.write(AVAIL + 2, &1u16.to_le_bytes()).unwrap();
+    bench.write(0x50, 0);
+    assert!(bench.broken());
+    // Queues outside RAM, and none at all.
+    bench.start(0);
+    bench.queue(0, 0xfff_ffff_f000);
+    bench.write(0x50, 0);
+    assert!(bench.broken());
+    bench.start(0);
+    bench.write(0x50, 5);
+    bench.write(0x50, u32::MAX);
+    assert!(!bench.broken());
+    // What a source has sent has to fit what RAM says.
+    let mut state = bench.transport.save();
+    assert!(bench.transport.check().is_ok());
+    state.queues[0].last_avail_idx = NUM + 1;
+    bench.transport.load(&state).unwrap();
+    assert!(bench.transport.check().is_err());
+    assert!(bench.transport.resume().is_err());
+}
+
+#[test]
+fn a_long_chain_is_taken_and_a_longer_one_is_not() {
+    for (len, broken) in [(1024, false), (1025, true)] {
+        let (mut bench, _file) = disk(false);
+        bench.start(0);
+        let table = 0x8_0000;
+        bench.descriptor(0, table, len * 16, INDIRECT, 0);
+        for i in 0..len {
+            let flags = if i + 1 < len { NEXT } else { WRITE };
+            bench.descriptor_at(table + 16 * u64::from(i), BUFFERS, 16, flags, i as u16 + 1);
+        }
+        bench.offer(0);
+        assert_eq!((bench.broken(), bench.used()), (broken, u16::from(!broken)), "{len}");
+    }
+}
+
+#[test]
+fn a_saved_disk_goes_on_and_does_what_was_under_way() {
+    let (mut bench, file) = disk(false);
+    bench.start(EVENT_IDX);
+    assert_eq!(bench.request(0, 3, Some((BUFFERS + 0x1000, 1024))), 0);
+    let mut state = bench.transport.save();
+    assert_eq!(state.device, VirtioDeviceState::Block(Vec::new()));
+    // A request that the source took and did not answer: it is done when the machine goes on, and given back once.
+    let header = [1u32.to_le_bytes().to_vec(), vec![0; 4], 9u64.to_le_bytes().to_vec()].concat();
+    bench.memory.write(BUFFERS, &header).unwrap();
+    bench.memory.write(BUFFERS + 0x1000, &[9; 512]).unwrap();
+    state.queues[0].last_avail_idx += 1;
+    bench.memory.write(AVAIL + 2, &2u16.to_le_bytes()).unwrap();
+    let (readable, writable) = (vec![(BUFFERS, 16), (BUFFERS + 0x1000, 512)], vec![(BUFFERS + 0x20, 1)]);
+    state.device = VirtioDeviceState::Block(vec![VirtioRequest { head: 5, readable, writable }]);
+    let block = Block::open(BlockOptions { file: file.path().into(), ..BlockOptions::default() }).unwrap();
+    let memory = Arc::clone(&bench.memory);
+    bench.transport = Transport::new(Box::new(block), memory, Box::new(|_| ()));
+    bench.transport.load(&state).unwrap();
+    assert_eq!(bench.transport.save().device, state.device);
+    bench.transport.check().unwrap();
+    bench.transport.resume().unwrap();
+    assert_eq!((bench.used(), bench.u16_at(USED + 4 + 8)), (2, 5));
+    assert_eq!(&fs::read(file.path()).unwrap()[9 * 512..10 * 512], &[9; 512]);
+    assert_eq!(bench.request(4, 0, None), 0);
+    assert_eq!(bench.used(), 3);
+    // Buffers that a hostile source names.
+    for gpa in [u64::MAX, 3 << 20] {
+        let request = VirtioRequest { head: 1, readable: vec![(gpa, 16)], writable: vec![(gpa, 0), (gpa, 1)] };
+        state.device = VirtioDeviceState::Block(vec![request]);
+        state.queues[0].last_avail_idx = 3;
+        bench.transport.load(&state).unwrap();
+        bench.transport.resume().unwrap();
+        assert!(bench.broken());
+    }
+}
+
+#[test]
+fn a_state_of_another_device_is_refused() {
+    let (mut bench, _file) = disk(false);
+    let state = bench.transport.save();
+    let mut other = state.clone();
+    other.guest_features = 1;
+    assert!(bench.transport.load(&other).is_err());
+    let mut other = state.clone();
+    other.queues.push(other.queues[0]);
+    assert!(bench.transport.load(&other).is_err());
+    for (num, align) in [(2048, 4096), (256, 3), (256, 0)] {
+        let mut other = state.clone();
+        (other.queues[0].num, other.queues[0].align) = (num, align);
+        assert!(bench.transport.load(&other).is_err());
+    }
+    assert!(bench.transport.load(&state).is_ok());
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(1000))]
+
+    /// Whatever a driver writes to the registers and lays out in its rings: nothing panics, nothing hangs.
+    #[test]
+    fn nothing_a_driver_does_is_a_panic(
+        writes in prop::collection::vec((0u64..0x140, any::<u32>()), 0..20),
+        words in prop::collection::vec((0u64..0x200, any::<u16>()), 0..40),
+        indices in prop::collection::vec(0u16..20, 3),
+    ) {
+        static FILE: OnceLock<NamedTempFile> = OnceLock::new();
+        let file = FILE.get_or_init(|| disk(false).1);
+        let block = Block::open(BlockOptions { file: file.path().into(), ..BlockOptions::default() }).unwrap();
+        let mut bench = Bench::new(Box::new(block));
+        bench.start(EVENT_IDX);
+        for (i, index) in indices.iter().enumerate() {
+            bench.descriptor(i as u16, BUFFERS + 16 * u64::from(*index), u32::from(*index), index % 5, index % 3);
+        }
+        for (at, word) in words {
+            bench.memory.write(DESC + 2 * at % 0x1a0, &word.to_le_bytes()).unwrap();
+        }
+        bench.offer(0);
+        for (offset, value) in writes {
+            bench.write(offset & !3, value);
+            bench.read(offset & !3);
+        }
+        bench.write(0x50, 0);
+        let state = bench.transport.save();
+        let _ = bench.transport.load(&state);
+        let _ = bench.transport.resume();
+    }
+}

@@ -1,0 +1,367 @@
+//! The registers of a legacy virtio-mmio transport (virtio 1.2, 4.2.4), and what all devices behind them have in common.
+
+use std::sync::Arc;
+
+use super::chain::Chain;
+use super::queue::{MAX_QUEUE, Queue, RingError};
+use crate::error::{Error, Result};
+use crate::memory::GuestMemory;
+use crate::state::{VirtioDeviceState, VirtioState};
+
+/// Registers, by offset.
+mod register {
+    pub(super) const MAGIC: u64 = 0x00;
+    pub(super) const VERSION: u64 = 0x04;
+    pub(super) const DEVICE_ID: u64 = 0x08;
+    pub(super) const VENDOR_ID: u64 = 0x0c;
+    pub(super) const HOST_FEATURES: u64 = 0x10;
+    pub(super) const HOST_FEATURES_SEL: u64 = 0x14;
+    pub(super) const GUEST_FEATURES: u64 = 0x20;
+    pub(super) const GUEST_FEATURES_SEL: u64 = 0x24;
+    pub(super) const GUEST_PAGE_SIZE: u64 = 0x28;
+    pub(super) const QUEUE_SEL: u64 = 0x30;
+    pub(super) const QUEUE_NUM_MAX: u64 = 0x34;
+    pub(super) const QUEUE_NUM: u64 = 0x38;
+    pub(super) const QUEUE_ALIGN: u64 = 0x3c;
+    pub(super) const QUEUE_PFN: u64 = 0x40;
+    pub(super) const QUEUE_NOTIFY: u64 = 0x50;
+    pub(super) const INTERRUPT_STATUS: u64 = 0x60;
+    pub(super) const INTERRUPT_ACK: u64 = 0x64;
+    pub(super) const STATUS: u64 = 0x70;
+    pub(super) const CONFIG: u64 = 0x100;
+}
+
+const MAGIC: u32 = u32::from_le_bytes(*b"virt");
+const LEGACY: u32 = 1;
+const VENDOR: u32 = u32::from_le_bytes(*b"QEMU");
+
+/// Device status: the driver is ready.
+const DRIVER_OK: u8 = 4;
+/// Interrupt status: a queue was used; the configuration has changed.
+const ISR_QUEUE: u8 = 1;
+
+/// A device behind a transport.
+pub(crate) trait Model: Send {
+    /// Device number of the virtio specification.
+    fn id(&self) -> u32;
+    /// Features that it offers: those of QEMU 7.2 to 11.1.
+    fn features(&self) -> u64;
+    /// The sizes of its queues: what 11.1 gives the guest as QueueNumMax.
+    fn queues(&self) -> Vec<u32>;
+    /// Its configuration space.
+    fn config(&self) -> Vec<u8>;
+    /// The guest writes to the configuration space.
+    fn write_config(&mut self, _offset: usize, _data: &[u8], _features: u64) {}
+    /// The guest may have added chains to a queue.
+    fn process(&mut self, queue: usize, access: &mut Access<'_>) -> Result<(), RingError>;
+    /// The machine goes on: with what a source of migration left undone.
+    fn resume(&mut self, _access: &mut Access<'_>) -> Result<(), RingError> {
+        Ok(())
+    }
+    /// The machine has stopped.
+    fn pause(&mut self) {}
+    /// The guest resets it.
+    fn reset(&mut self);
+    /// What it has beside the transport.
+    fn save(&self) -> VirtioDeviceState;
+    /// Takes that over.
+    ///
+    /// # Errors
+    /// Says what does not fit.
+    fn load(&mut self, state: &VirtioDeviceState) -> Result<(), String>;
+}
+
+/// What a model works with.
+pub(crate) struct Access<'a> {
+    pub(crate) memory: &'a GuestMemory,
+    /// Features that the guest accepted.
+    pub(crate) features: u64,
+    queues: &'a mut [Queue],
+    raise: bool,
+}
+
+impl Access<'_> {
+    /// Takes the next chain of a queue.
+    pub(crate) fn pop(&mut self, queue: usize) -> Result<Option<Chain>, RingError> {
+        match self.queues.get_mut(queue) {
+            Some(queue) => queue.pop(self.memory, self.features),
+            None => Ok(None),
+        }
+    }
+
+    /// Gives a chain back, `written` bytes of which were written.
+    pub(crate) fn push(&mut self, queue: usize, head: u16, written: u32) -> Result<(), RingError> {
+        let Some(queue) = self.queues.get_mut(queue) else { return Ok(()) };
+        self.raise |= queue.push(self.memory, self.features, head, written)?;
+        Ok(())
+    }
+}
+
+/// A transport with its device.
+pub(crate) struct Transport {
+    host_features_sel: u32,
+    guest_features_sel: u32,
+    guest_page_shift: u32,
+    status: u8,
+    isr: u8,
+    queue_sel: u16,
+    guest_features: u64,
+    config: Vec<u8>,
+    started: bool,
+    broken: bool,
+    queues: Vec<Queue>,
+    model: Box<dyn Model>,
+    line: Box<dyn FnMut(bool) + Send>,
+    memory: Arc<GuestMemory>,
+}
+
+impl Transport {
+    /// After reset. `line` is the interrupt.
+    pub(crate) fn new(model: Box<dyn Model>, memory: Arc<GuestMemory>, line: Box<dyn FnMut(bool) + Send>) -> Transport {
+        Transport {
+            host_features_sel: 0,
+            guest_features_sel: 0,
+            guest_page_shift: 0,
+            status: 0,
+            isr: 0,
+            queue_sel: 0,
+            guest_features: 0,
+            config: vec![0; model.config().len()],
+            started: false,
+            broken: false,
+            queues: model.queues().into_iter().map(Queue::new).collect(),
+            model,
+            line,
+            memory,
+        }
+    }
+
+    /// A read by the guest. Registers are words; other accesses to them read as zero.
+    pub(crate) fn read(&mut self, offset: u64, data: &mut [u8]) {
+        if let Some(at) = offset.checked_sub(register::CONFIG) {
+            self.config = self.model.config();
+            let bytes = self.config.iter().skip(at as usize).copied().chain(std::iter::repeat(0xff));
+            data.iter_mut().zip(bytes).for_each(|(into, byte)| *into = byte);
+            return;
+        }
+        let value = match offset {
+            register::DEVICE_ID => self.model.id(),
+            register::HOST_FEATURES if self.host_features_sel == 0 => self.model.features() as u32,
+            register::QUEUE_NUM_MAX => self.queue().map_or(0, |queue| queue.default_num()),
+            register::QUEUE_PFN => {
+                let shift = self.guest_page_shift;
+                self.queue().map_or(0, |queue| (queue.desc >> shift) as u32)
+            }
+            register::INTERRUPT_STATUS => self.isr.into(),
+            register::STATUS => self.status.into(),
+            _ => return read_empty(offset, data),
+        };
+        put_word(value, data);
+    }
+
+    /// A write by the guest.
+    pub(crate) fn write(&mut self, offset: u64, data: &[u8]) {
+        if let Some(at) = offset.checked_sub(register::CONFIG) {
+            return self.model.write_config(at as usize, data, self.guest_features);
+        }
+        let Ok(value) = data.try_into().map(u32::from_le_bytes) else { return };
+        let shift = self.guest_page_shift;
+        match offset {
+            register::HOST_FEATURES_SEL => self.host_features_sel = u32::from(value != 0),
+            register::GUEST_FEATURES if self.guest_features_sel == 0 => {
+                self.guest_features = u64::from(value) & self.model.features();
+            }
+            register::GUEST_FEATURES_SEL => self.guest_features_sel = u32::from(value != 0),
+            // 0 and what is no power of two mean nothing; the lowest bit counts.
+            register::GUEST_PAGE_SIZE => self.guest_page_shift = value.trailing_zeros() % u32::BITS,
+            register::QUEUE_SEL if value < MAX_QUEUE => self.queue_sel = value as u16,
+            register::QUEUE_NUM => match self.queue() {
+                Some(queue) if value != 0 && value <= queue.default_num() => queue.num = value,
+                _ => tracing::warn!(value, queue = self.queue_sel, "a virtio driver asks for a queue that cannot be"),
+            },
+            register::QUEUE_ALIGN => match self.queue() {
+                Some(queue) if value.is_power_of_two() => queue.align = value,
+                _ => tracing::warn!(value, "a virtio driver asks for an alignment that cannot be"),
+            },
+            register::QUEUE_PFN if value == 0 => self.reset(),
+            register::QUEUE_PFN => {
+                if let Some(queue) = self.queue() {
+                    queue.desc = u64::from(value) << shift;
+                }
+            }
+            register::QUEUE_NOTIFY => self.notify(value as usize),
+            register::INTERRUPT_ACK => {
+                self.isr &= !(value as u8);
+                self.update_line();
+            }
+            register::STATUS => self.set_status(value as u8),
+            _ => {}
+        }
+    }
+
+    /// The machine is about to run.
+    ///
+    /// # Errors
+    /// [`Error::State`] when the queues' indices do not fit what guest memory says.
+    pub(crate) fn resume(&mut self) -> Result<()> {
+        self.check()?;
+        self.update_line();
+        if !self.started || self.broken {
+            return Ok(());
+        }
+        self.serve(|model, access| {
+            model.resume(access)?;
+            for index in 0..access.queues.len() {
+                if access.queues[index].is_ready() {
+                    access.queues[index].listen(access.memory, access.features)?;
+                    model.process(index, access)?;
+                }
+            }
+            Ok(())
+        });
+        Ok(())
+    }
+
+    /// Whether the queues' indices fit what guest memory says.
+    ///
+    /// # Errors
+    /// [`Error::State`] when they do not.
+    pub(crate) fn check(&mut self) -> Result<()> {
+        if self.broken {
+            return Ok(());
+        }
+        for (index, queue) in self.queues.iter_mut().enumerate() {
+            queue.check(&self.memory).map_err(|error| {
+                Error::State(format!("queue {index} of virtio device {}: {error}", self.model.id()))
+            })?;
+        }
+        Ok(())
+    }
+
+    /// The machine has stopped: nothing is under way when this returns.
+    pub(crate) fn pause(&mut self) {
+        self.model.pause();
+    }
+
+    /// Registers, queues and device.
+    pub(crate) fn save(&self) -> VirtioState {
+        VirtioState {
+            host_features_sel: self.host_features_sel,
+            guest_features_sel: self.guest_features_sel,
+            guest_page_shift: self.guest_page_shift,
+            status: self.status,
+            isr: self.isr,
+            queue_sel: self.queue_sel,
+            guest_features: self.guest_features,
+            config: self.config.clone(),
+            queues: self.queues.iter().map(Queue::save).collect(),
+            default_nums: self.queues.iter().map(Queue::default_num).collect(),
+            started: self.started,
+            broken: self.broken,
+            device: self.model.save(),
+        }
+    }
+
+    /// Takes over what was saved.
+    ///
+    /// # Errors
+    /// [`Error::State`] when it is of another device, or of one with other features.
+    pub(crate) fn load(&mut self, state: &VirtioState) -> Result<()> {
+        let id = self.model.id();
+        let refused = |reason: String| Error::State(format!("virtio device {id}: {reason}"));
+        let (offered, accepted) = (self.model.features(), state.guest_features);
+        if accepted & !offered != 0 {
+            return Err(refused(format!(
+                "the guest uses features {accepted:#x}, and only {offered:#x} are offered here"
+            )));
+        }
+        if state.queues.len() > self.queues.len() {
+            return Err(refused(format!("{} queues came, and it has {}", state.queues.len(), self.queues.len())));
+        }
+        if let Some(queue) = state.queues.iter().find(|q| q.num > MAX_QUEUE || !q.align.is_power_of_two()) {
+            return Err(refused(format!("a queue of {} entries, aligned to {}", queue.num, queue.align)));
+        }
+        self.model.load(&state.device).map_err(&refused)?;
+        self.host_features_sel = state.host_features_sel;
+        self.guest_features_sel = state.guest_features_sel;
+        self.guest_page_shift = state.guest_page_shift % u32::BITS;
+        self.status = state.status;
+        self.isr = state.isr;
+        self.queue_sel = state.queue_sel;
+        self.guest_features = accepted;
+        self.config.iter_mut().zip(&state.config).for_each(|(into, byte)| *into = *byte);
+        self.started = state.started;
+        self.broken = state.broken;
+        for (queue, state) in self.queues.iter_mut().zip(&state.queues) {
+            queue.load(state);
+        }
+        Ok(())
+    }
+
+    fn queue(&mut self) -> Option<&mut Queue> {
+        self.queues.get_mut(usize::from(self.queue_sel))
+    }
+
+    fn set_status(&mut self, status: u8) {
+        self.status = status;
+        self.started = status & DRIVER_OK != 0;
+        if status == 0 {
+            self.reset();
+        }
+    }
+
+    fn reset(&mut self) {
+        (self.status, self.isr, self.queue_sel, self.guest_features) = (0, 0, 0, 0);
+        (self.started, self.broken) = (false, false);
+        self.queues.iter_mut().for_each(|queue| *queue = Queue::new(queue.default_num()));
+        self.model.reset();
+        self.update_line();
+    }
+
+    fn notify(&mut self, index: usize) {
+        if self.broken || !self.queues.get(index).is_some_and(Queue::is_ready) {
+            return;
+        }
+        // A legacy driver may use a queue before it says that it is ready.
+        self.started = true;
+        self.serve(|model, access| model.process(index, access));
+    }
+
+    /// Lets the model work, and interrupts the guest if it is to be.
+    fn serve(&mut self, work: impl FnOnce(&mut dyn Model, &mut Access<'_>) -> Result<(), RingError>) {
+        let features = self.guest_features;
+        let mut access = Access { memory: &self.memory, features, queues: &mut self.queues, raise: false };
+        let result = work(&mut *self.model, &mut access);
+        let raise = access.raise;
+        if let Err(error) = result {
+            tracing::error!(device = self.model.id(), %error, "a virtio driver broke the protocol; its device waits for a reset");
+            self.broken = true;
+        }
+        if raise {
+            self.isr |= ISR_QUEUE;
+            self.update_line();
+        }
+    }
+
+    fn update_line(&mut self) {
+        (self.line)(self.isr != 0);
+    }
+}
+
+/// A read from a transport without a device, or of a register that is the same for all.
+pub(crate) fn read_empty(offset: u64, data: &mut [u8]) {
+    let value = match offset {
+        register::MAGIC => MAGIC,
+        register::VERSION => LEGACY,
+        register::VENDOR_ID => VENDOR,
+        _ => 0,
+    };
+    put_word(value, data);
+}
+
+fn put_word(value: u32, data: &mut [u8]) {
+    data.fill(0);
+    if let Ok(word) = <&mut [u8; 4]>::try_from(data) {
+        *word = value.to_le_bytes();
+    }
+}

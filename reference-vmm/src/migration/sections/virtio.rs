@@ -1,0 +1,174 @@
+//! The sections of virtio devices that have a model.
+
+use crate::state::{VirtioDevice, VirtioDeviceState, VirtioQueueState, VirtioRequest, VirtioState};
+use qevm_savevm::devices::{
+    DeviceState,
+    virtio::{
+        DevicePart, MmioVirtio, VirtQueue, Virtio, VirtioBlk,
+        block::{Block, BlockRequest},
+        element::{IoVec, Le, MAX_DESCRIPTORS, VirtQueueElement},
+        subsections::{Broken, Features64Bit, RingSize, RingSizeState, Started},
+    },
+};
+use qevm_savevm::vmstate::{QTailQ, Table};
+use qevm_wire::QemuVersion;
+
+/// From here on a destination refuses queues that are longer than its own (seen in 11.1, not in 10.0), and nobody sends
+/// `virtio/ringsize`.
+const OWN_SIZES_ONLY: QemuVersion = QemuVersion::new(11, 0);
+/// From here to [`OWN_SIZES_ONLY`] a device's queues are [`LONG_QUEUE`] entries long after a reset (seen in 10.0.13, not in 7.2).
+const LONG_QUEUES: QemuVersion = QemuVersion::new(10, 0);
+const LONG_QUEUE: u32 = 1024;
+
+/// The section of a device, made of `base`, the section as it came.
+///
+/// # Errors
+/// Why this release cannot take it.
+pub(super) fn save(
+    device: VirtioDevice,
+    state: &VirtioState,
+    base: Option<&DeviceState>,
+    qemu: QemuVersion,
+) -> Result<DeviceState, String> {
+    match (device, &state.device) {
+        (VirtioDevice::Block, VirtioDeviceState::Block(requests)) => {
+            let base = match base {
+                Some(DeviceState::VirtioBlk(base)) => base.virtio.clone(),
+                _ => MmioVirtio::default(),
+            };
+            let requests = requests.iter().map(|request| BlockRequest { queue: None, element: element(request) });
+            let part = Block { requests: QTailQ(requests.collect()) };
+            Ok(DeviceState::VirtioBlk(VirtioBlk { virtio: common(state, base, part, qemu)? }))
+        }
+        _ => Err(format!("the state is not that of {device}")),
+    }
+}
+
+/// What a section says of its device.
+///
+/// # Errors
+/// What the model cannot be.
+pub(super) fn load(section: &DeviceState) -> Result<VirtioState, String> {
+    match section {
+        DeviceState::VirtioBlk(section) => {
+            let requests =
+                section.virtio.device.requests.iter().map(|r| request(&r.element)).collect::<Result<_, _>>()?;
+            uncommon(&section.virtio, VirtioDeviceState::Block(requests))
+        }
+        _ => Err("the device has no model".into()),
+    }
+}
+
+/// What all devices have.
+fn common<D: DevicePart + Default>(
+    state: &VirtioState,
+    base: MmioVirtio<D>,
+    device: D,
+    qemu: QemuVersion,
+) -> Result<MmioVirtio<D>, String> {
+    let queues = state.queues.iter().zip(&state.default_nums);
+    if qemu >= OWN_SIZES_ONLY
+        && let Some((queue, own)) = queues.clone().find(|(queue, own)| queue.num > **own)
+    {
+        return Err(format!(
+            "the guest uses a queue of {} entries, which QEMU {qemu} refuses: its queues have at most {own}",
+            queue.num
+        ));
+    }
+    let default = |own: u32| if qemu >= LONG_QUEUES { LONG_QUEUE } else { own };
+    let resized = qemu < OWN_SIZES_ONLY && queues.clone().any(|(queue, own)| queue.num != default(*own));
+    let ringsize = resized.then(|| RingSize {
+        vq: Table::from_fn(|i| RingSizeState { num_default: state.default_nums.get(i).map_or(0, |own| default(*own)) }),
+    });
+    let queue = |queue: &VirtioQueueState| VirtQueue {
+        num: queue.num,
+        align: queue.align,
+        desc: queue.desc,
+        last_avail_idx: queue.last_avail_idx,
+    };
+    let mut virtio = base;
+    *virtio.0 = Virtio {
+        host_features_sel: state.host_features_sel,
+        guest_features_sel: state.guest_features_sel,
+        guest_page_shift: state.guest_page_shift,
+        status: state.status,
+        isr: state.isr,
+        queue_sel: state.queue_sel,
+        guest_features: state.guest_features as u32,
+        config: qevm_savevm::devices::virtio::Counted(state.config.clone()),
+        queues: qevm_savevm::devices::virtio::Counted(state.queues.iter().map(queue).collect()),
+        device,
+        features_64bit: Some(Features64Bit { guest_features: state.guest_features }),
+        ringsize,
+        broken: state.broken.then_some(Broken { broken: true }),
+        started: state.started.then_some(Started { started: true }),
+        ..std::mem::take(&mut *virtio.0)
+    };
+    Ok(virtio)
+}
+
+fn uncommon<D: DevicePart>(virtio: &Virtio<D>, device: VirtioDeviceState) -> Result<VirtioState, String> {
+    if virtio.virtqueues.is_some() || virtio.extra_state.is_some() || virtio.packed_virtqueues.is_some() {
+        return Err("the source's transport is no legacy one (force-legacy=off), as those of this machine are".into());
+    }
+    let queue = |queue: &VirtQueue| VirtioQueueState {
+        num: queue.num,
+        align: queue.align,
+        desc: queue.desc,
+        last_avail_idx: queue.last_avail_idx,
+    };
+    Ok(VirtioState {
+        host_features_sel: virtio.host_features_sel,
+        guest_features_sel: virtio.guest_features_sel,
+        guest_page_shift: virtio.guest_page_shift,
+        status: virtio.status,
+        isr: virtio.isr,
+        queue_sel: virtio.queue_sel,
+        guest_features: virtio.features_64bit.as_ref().map_or(virtio.guest_features.into(), |f| f.guest_features),
+        config: virtio.config.to_vec(),
+        queues: virtio.queues.iter().map(queue).collect(),
+        // Those are the model's own.
+        default_nums: Vec::new(),
+        started: virtio.started.is_some(),
+        broken: virtio.broken.is_some(),
+        device,
+    })
+}
+
+/// A request in flight, as QEMU keeps it in memory.
+fn element(request: &VirtioRequest) -> VirtQueueElement {
+    let address = |list: &[(u64, u32)], i: usize| Le(list.get(i).map_or(0, |(gpa, _)| *gpa));
+    let length = |list: &[(u64, u32)], i: usize| IoVec {
+        base: Le(0),
+        len: Le(list.get(i).map_or(0, |(_, len)| u64::from(*len))),
+    };
+    let (readable, writable) = (&request.readable, &request.writable);
+    VirtQueueElement {
+        ndescs: None,
+        head: Le(request.head.into()),
+        out_num: Le(readable.len() as u32),
+        in_num: Le(writable.len() as u32),
+        padding: Le(0),
+        in_addr: Table::from_fn(|i| address(writable, i)),
+        out_addr: Table::from_fn(|i| address(readable, i)),
+        in_sg: Table::from_fn(|i| length(writable, i)),
+        out_sg: Table::from_fn(|i| length(readable, i)),
+    }
+}
+
+fn request(element: &VirtQueueElement) -> Result<VirtioRequest, String> {
+    let list = |count: u32, addresses: &[Le<u64>], lengths: &[IoVec]| {
+        let count = usize::try_from(count).ok().filter(|count| *count <= MAX_DESCRIPTORS);
+        let count = count.ok_or_else(|| format!("a request in flight has more than {MAX_DESCRIPTORS} buffers"))?;
+        let pairs = addresses.iter().zip(lengths).take(count).map(|(address, length)| {
+            let len = u32::try_from(length.len.0).map_err(|_| format!("a buffer of {} bytes", length.len.0))?;
+            Ok((address.0, len))
+        });
+        pairs.collect::<Result<Vec<_>, String>>()
+    };
+    Ok(VirtioRequest {
+        head: u16::try_from(element.head.0).map_err(|_| format!("descriptor {} in flight", element.head.0))?,
+        readable: list(element.out_num.0, &element.out_addr[..], &element.out_sg[..])?,
+        writable: list(element.in_num.0, &element.in_addr[..], &element.in_sg[..])?,
+    })
+}

@@ -1,0 +1,61 @@
+//! Virtio devices.
+
+/// A queue, with the fields of QEMU's virtio sections. The used index lives in guest memory alone.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[allow(missing_docs)] // the names are those of the section's fields
+pub struct VirtioQueueState {
+    pub num: u32,
+    pub align: u32,
+    pub desc: u64,
+    pub last_avail_idx: u16,
+}
+
+/// A request that was taken from its queue and not answered.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct VirtioRequest {
+    /// The descriptor that it is given back by.
+    pub head: u16,
+    /// Guest-physical address and bytes of each buffer that the device reads.
+    pub readable: Vec<(u64, u32)>,
+    /// Guest-physical address and bytes of each buffer that the device writes.
+    pub writable: Vec<(u64, u32)>,
+}
+
+/// What a device has beside its transport.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum VirtioDeviceState {
+    /// Requests that a disk was not done with.
+    Block(Vec<VirtioRequest>),
+}
+
+/// A virtio device with a model.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct VirtioState {
+    /// The word of the device's features that a read gives.
+    pub host_features_sel: u32,
+    /// The word of the driver's features that a write sets.
+    pub guest_features_sel: u32,
+    /// log2 of the guest's page size.
+    pub guest_page_shift: u32,
+    /// Device status.
+    pub status: u8,
+    /// Interrupt status.
+    pub isr: u8,
+    /// The selected queue.
+    pub queue_sel: u16,
+    /// Features that the guest accepted.
+    pub guest_features: u64,
+    /// The configuration space as the guest read it last; zeroes before.
+    pub config: Vec<u8>,
+    /// All queues of the device.
+    pub queues: Vec<VirtioQueueState>,
+    /// The sizes that the queues have after a reset.
+    pub default_nums: Vec<u32>,
+    /// The driver has started the device.
+    pub started: bool,
+    /// The driver broke the protocol; only a reset helps.
+    pub broken: bool,
+    /// What the device has beside that.
+    pub device: VirtioDeviceState,
+}
