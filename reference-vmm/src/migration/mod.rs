@@ -4,7 +4,7 @@
 //!
 //! | module | what |
 //! |---|---|
-//! | `address`, `channel`, `connections` | where a peer is, and the sockets to it |
+//! | `address`, `channel`, `socket`, `connections` | where a peer is, and the ways to it |
 //! | `capabilities`, `parameters`, [`rate`] | QEMU's settings by their names; the rate limit |
 //! | `guest` | [`Guest`]: what the engines need of a virtual machine |
 //! | [`bitmap`], `zero`, `ram_sender` | dirty pages, and sending them straight from guest memory |
@@ -44,6 +44,7 @@ mod ram_sender;
 pub mod rate;
 mod return_path;
 pub mod sections;
+mod socket;
 mod source;
 mod statistics;
 pub mod switchover;
@@ -54,7 +55,7 @@ pub(crate) use capabilities::RULES;
 
 pub use address::{Address, BadAddress};
 pub use capabilities::{BadCapability, Capabilities, KNOWN as KNOWN_CAPABILITIES};
-pub use channel::{Channel, Listener, Socket, Source, Target};
+pub use channel::{Channel, Source, Target};
 pub use connections::{Incoming, Outgoing};
 pub use destination::{Arrival, receive};
 pub use error::{LoadError, MigrationError};
@@ -62,5 +63,6 @@ pub use guest::{DeviceSection, DirtyLog, Guest, GuestError, RamView, SavedDevice
 pub use job::{Job, Notice, Refused};
 pub use parameters::{BadParameter, Mode, Parameters};
 pub use return_path::ReturnPathError;
+pub use socket::{Listener, Socket};
 pub use source::{migrate, monotonic_now};
 pub use statistics::{RamStatistics, RoundStatistics, Statistics, Status};

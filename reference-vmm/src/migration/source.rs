@@ -1,5 +1,6 @@
 //! The source engine: precopy of a running guest, switchover, handover.
 
+mod backlog;
 mod ending;
 
 use super::{
@@ -204,6 +205,7 @@ impl<'e> Engine<'e> {
         loop {
             let (begin, bytes_before, pages) = (self.start.elapsed(), self.transferred, ram.remaining_pages());
             self.sweep(ram, log)?;
+            self.drain()?;
             let sent_at = self.start.elapsed();
             self.account();
             let new_pages = self.read_log(ram, log)?;

@@ -200,7 +200,7 @@ fn expected_after_another(total: u64, round: &Round<'_>) -> u128 {
     (u128::from(total) * next / round.took.as_nanos().max(1)).min(total.into())
 }
 
-fn time_to_send(bytes: u64, bandwidth: u64) -> Option<Duration> {
+pub(super) fn time_to_send(bytes: u64, bandwidth: u64) -> Option<Duration> {
     let nanos = u128::from(bytes) * 1_000_000_000;
     (bandwidth > 0).then(|| Duration::from_nanos(u64::try_from(nanos / u128::from(bandwidth)).unwrap_or(u64::MAX)))
 }

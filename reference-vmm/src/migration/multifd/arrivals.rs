@@ -5,8 +5,7 @@
 
 use super::{PageStream, Settings};
 use crate::migration::{
-    Channel, Incoming, Listener, LoadError, MigrationError, Socket,
-    channel::{Target, wait_readable},
+    Channel, Incoming, Listener, LoadError, MigrationError, Socket, channel::Target, socket::wait_readable,
 };
 use qevm_multifd::{ChannelSet, Init, Uuid, is_page_channel, layout::INIT_LEN};
 use qevm_wire::Located;

@@ -23,6 +23,8 @@ pub(crate) struct Faults {
     pub(crate) call_at: Option<(u64, Arc<dyn Fn() + Send + Sync>)>,
     /// The source cannot write faster than so many bytes per millisecond.
     pub(crate) bytes_per_ms: Option<u64>,
+    /// So many times the source is told that a megabyte is still on its way.
+    pub(crate) backlog: Arc<AtomicU64>,
 }
 
 /// A socket with [`Faults`], which calls a function before everything that is written.
@@ -98,6 +100,11 @@ impl Channel for Faulty {
         self.read.fetch_add(count as u64, Ordering::Relaxed);
         parts[0].fill(&bytes[..count]);
         Ok(count)
+    }
+
+    fn backlog(&self) -> io::Result<u64> {
+        let left = self.faults.backlog.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |left| left.checked_sub(1));
+        Ok(if left.is_ok() { 1 << 20 } else { 0 })
     }
 
     fn finish_writing(&self) {

@@ -56,6 +56,37 @@ fn the_switchover_waits_for_the_acks_that_the_release_wants() {
     }
 }
 
+/// What the kernel has taken and the link has not carried would be part of the downtime.
+#[test]
+fn the_guest_runs_while_what_was_sent_is_on_its_way() {
+    let pair = Pair::new(60);
+    let faults = Faults { backlog: Arc::new(20.into()), ..Faults::default() };
+    let (left, job) = (faults.backlog.clone(), pair.job.clone());
+    let watch = std::thread::spawn(move || {
+        let mut stopped_early = false;
+        while left.load(Ordering::Relaxed) > 0 {
+            stopped_early |= job.statistics().stopped_at.is_some();
+        }
+        stopped_early
+    });
+    pair.assert_moved(&pair.run(faults));
+    assert!(!watch.join().unwrap());
+
+    // A peer that takes nothing any more does not keep an operator from cancelling.
+    let pair = Pair::new(60);
+    let faults = Faults { backlog: Arc::new(u64::MAX.into()), ..Faults::default() };
+    let (left, job) = (faults.backlog.clone(), pair.job.clone());
+    let operator = std::thread::spawn(move || {
+        while left.load(Ordering::Relaxed) > u64::MAX - 3 {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        job.cancel();
+    });
+    let outcome = pair.run(faults);
+    operator.join().unwrap();
+    pair.assert_stayed(&outcome);
+}
+
 /// Nothing is dirtied while the guest stands still, so every page goes once; a working guest's go more often.
 #[test]
 fn mode_cpr_reboot_stops_the_guest_before_the_first_page() {

@@ -1,0 +1,299 @@
+//! Channels that are sockets: TCP and AF_UNIX.
+
+use super::{
+    Address, Channel, MigrationError,
+    channel::{MAX_PARTS, Source, Target},
+};
+use std::{
+    fs, io,
+    net::{Shutdown, TcpListener, TcpStream},
+    os::{
+        fd::{AsRawFd, RawFd},
+        unix::net::{UnixListener, UnixStream},
+    },
+    sync::Arc,
+    time::Duration,
+};
+
+/// A connected socket.
+#[derive(Debug)]
+pub enum Socket {
+    /// TCP, with Nagle's delay off: the last bytes of a migration are on the critical path of the downtime.
+    Tcp(TcpStream),
+    /// AF_UNIX.
+    Unix(UnixStream),
+}
+
+impl Socket {
+    /// Connects to a destination.
+    ///
+    /// # Errors
+    /// [`MigrationError::Connect`] with the system's reason.
+    pub fn connect(address: &Address) -> Result<Arc<dyn Channel>, MigrationError> {
+        let connected = match address {
+            Address::Tcp { host, port } => {
+                let host = if host.is_empty() { "localhost" } else { host };
+                TcpStream::connect((host, *port)).and_then(Socket::tcp)
+            }
+            Address::Unix(path) => UnixStream::connect(path).map(Socket::Unix),
+        };
+        match connected {
+            Ok(socket) => Ok(Arc::new(socket)),
+            Err(source) => Err(MigrationError::Connect { address: address.clone(), source }),
+        }
+    }
+
+    fn tcp(stream: TcpStream) -> io::Result<Socket> {
+        stream.set_nodelay(true)?;
+        if stream.peer_addr()?.ip() == stream.local_addr()?.ip() {
+            shorten(&stream)?;
+        }
+        Ok(Socket::Tcp(stream))
+    }
+
+    pub(crate) fn fd(&self) -> RawFd {
+        match self {
+            Socket::Tcp(stream) => stream.as_raw_fd(),
+            Socket::Unix(stream) => stream.as_raw_fd(),
+        }
+    }
+
+    fn shutdown(&self, how: Shutdown) {
+        // A socket that the peer has closed already cannot be shut down, which is as well.
+        let _ = match self {
+            Socket::Tcp(stream) => stream.shutdown(how),
+            Socket::Unix(stream) => stream.shutdown(how),
+        };
+    }
+}
+
+/// Bytes that a sender may have on the way to a peer on its own host.
+static LOCAL_BUFFER: libc::c_int = 64 << 10;
+
+/// Keeps little on the way to a peer on the same host, so that what the sender has copied is still in the processor's cache when
+/// the receiver copies it. Between hosts the kernel sizes the buffer to the link.
+fn shorten(stream: &TcpStream) -> io::Result<()> {
+    let len = size_of_val(&LOCAL_BUFFER) as libc::socklen_t;
+    let value = (&raw const LOCAL_BUFFER).cast();
+    // SAFETY: the value is an int of that length, which the kernel reads.
+    match unsafe { libc::setsockopt(stream.as_raw_fd(), libc::SOL_SOCKET, libc::SO_SNDBUF, value, len) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+impl Channel for Socket {
+    fn write(&self, parts: &[Source<'_>]) -> io::Result<usize> {
+        let message = libc::msghdr {
+            msg_name: std::ptr::null_mut(),
+            msg_namelen: 0,
+            msg_iov: parts.as_ptr().cast_mut().cast(),
+            msg_iovlen: parts.len().min(MAX_PARTS),
+            msg_control: std::ptr::null_mut(),
+            msg_controllen: 0,
+            msg_flags: 0,
+        };
+        // SAFETY: `Source` is a transparent iovec whose memory lives as long as its lifetime says; the kernel only
+        // reads it. A peer that is gone gives EPIPE instead of a signal.
+        let written = unsafe { libc::sendmsg(self.fd(), &message, libc::MSG_NOSIGNAL) };
+        usize::try_from(written).map_err(|_| io::Error::last_os_error())
+    }
+
+    fn read(&self, parts: &mut [Target<'_>]) -> io::Result<usize> {
+        let count = parts.len().min(MAX_PARTS) as libc::c_int;
+        // SAFETY: `Target` is a transparent iovec over memory that is writable as long as its lifetime says, borrowed
+        // exclusively or, for guest memory, open to changes at any time.
+        let read = unsafe { libc::readv(self.fd(), parts.as_mut_ptr().cast(), count) };
+        usize::try_from(read).map_err(|_| io::Error::last_os_error())
+    }
+
+    fn backlog(&self) -> io::Result<u64> {
+        let mut bytes: libc::c_int = 0;
+        // SAFETY: the call writes an int where it is told to.
+        match unsafe { libc::ioctl(self.fd(), libc::TIOCOUTQ, &raw mut bytes) } {
+            0 => Ok(u64::try_from(bytes).unwrap_or(0)),
+            _ => Err(io::Error::last_os_error()),
+        }
+    }
+
+    fn finish_writing(&self) {
+        self.shutdown(Shutdown::Write);
+    }
+
+    fn stop_reading(&self) {
+        self.shutdown(Shutdown::Read);
+    }
+
+    fn close(&self) {
+        self.shutdown(Shutdown::Both);
+    }
+}
+
+/// Waits until some of these can be read or accepted from, and says for each whether it can; nothing if the time is over.
+pub(crate) fn wait_readable(
+    descriptors: impl IntoIterator<Item = RawFd>,
+    left: Option<Duration>,
+) -> io::Result<Vec<bool>> {
+    let entry = |fd| libc::pollfd { fd, events: libc::POLLIN, revents: 0 };
+    let mut entries: Vec<_> = descriptors.into_iter().map(entry).collect();
+    let timeout = left.map_or(-1, |left| i32::try_from(left.as_millis()).unwrap_or(i32::MAX));
+    // SAFETY: the entries are valid for writing, and as many as is said.
+    match unsafe { libc::poll(entries.as_mut_ptr(), entries.len() as libc::nfds_t, timeout) } {
+        0 => Ok(Vec::new()),
+        -1 => match io::Error::last_os_error() {
+            // A signal: everybody is looked at again.
+            error if error.kind() == io::ErrorKind::Interrupted => Ok(vec![false; entries.len()]),
+            error => Err(error),
+        },
+        _ => Ok(entries.iter().map(|entry| entry.revents != 0).collect()),
+    }
+}
+
+/// Connections that may wait to be accepted: the main channel and 255 page channels, which a source opens at once.
+const BACKLOG: libc::c_int = 256;
+
+/// A socket that waits for a source.
+#[derive(Debug)]
+pub struct Listener {
+    socket: Listening,
+    address: Address,
+}
+
+#[derive(Debug)]
+enum Listening {
+    Tcp(TcpListener),
+    Unix(UnixListener),
+}
+
+impl Listener {
+    /// Listens at `address`. A UNIX socket left behind by a process that is gone is replaced.
+    ///
+    /// # Errors
+    /// [`MigrationError::Listen`] with the system's reason.
+    pub fn bind(address: &Address) -> Result<Self, MigrationError> {
+        let failed = |source| MigrationError::Listen { address: address.clone(), source };
+        let listener = Self::open(address).map_err(failed)?;
+        // SAFETY: the descriptor is a listening socket of ours; a second call only changes the length of its queue.
+        match unsafe { libc::listen(listener.fd(), BACKLOG) } {
+            0 => Ok(listener),
+            _ => Err(failed(io::Error::last_os_error())),
+        }
+    }
+
+    pub(crate) fn fd(&self) -> RawFd {
+        match &self.socket {
+            Listening::Tcp(socket) => socket.as_raw_fd(),
+            Listening::Unix(socket) => socket.as_raw_fd(),
+        }
+    }
+
+    fn open(address: &Address) -> io::Result<Self> {
+        match address {
+            Address::Tcp { host, port } => {
+                let any = if host.is_empty() { "::" } else { host };
+                let socket = match TcpListener::bind((any, *port)) {
+                    // A host without IPv6.
+                    Err(_) if host.is_empty() => TcpListener::bind(("0.0.0.0", *port))?,
+                    socket => socket?,
+                };
+                let port = socket.local_addr()?.port();
+                Ok(Listener { socket: Listening::Tcp(socket), address: Address::Tcp { host: host.clone(), port } })
+            }
+            Address::Unix(path) => {
+                if UnixStream::connect(path).is_err_and(|error| error.kind() == io::ErrorKind::ConnectionRefused) {
+                    fs::remove_file(path)?;
+                }
+                let socket = UnixListener::bind(path)?;
+                Ok(Listener { socket: Listening::Unix(socket), address: address.clone() })
+            }
+        }
+    }
+
+    /// Where this listens, with the port that was chosen if none was given.
+    pub fn address(&self) -> &Address {
+        &self.address
+    }
+
+    /// Waits for a source.
+    ///
+    /// # Errors
+    /// [`MigrationError::Listen`] with the system's reason.
+    pub fn accept(&self) -> Result<Arc<dyn Channel>, MigrationError> {
+        Ok(Arc::new(self.accept_socket()?))
+    }
+
+    /// Waits until `socket` has something to read, and says whether somebody else waits to be accepted then.
+    pub(crate) fn has_more_callers(&self, socket: &Socket) -> Result<bool, MigrationError> {
+        let heard = wait_readable([socket.fd()], None);
+        let calling = heard.and_then(|_| wait_readable([self.fd()], Some(Duration::ZERO)));
+        calling
+            .map(|ready| ready.first() == Some(&true))
+            .map_err(|source| MigrationError::Listen { address: self.address.clone(), source })
+    }
+
+    pub(crate) fn accept_socket(&self) -> Result<Socket, MigrationError> {
+        loop {
+            let accepted = match &self.socket {
+                Listening::Tcp(socket) => socket.accept().and_then(|(stream, _)| Socket::tcp(stream)),
+                Listening::Unix(socket) => socket.accept().map(|(stream, _)| Socket::Unix(stream)),
+            };
+            match accepted {
+                Ok(socket) => return Ok(socket),
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(source) => return Err(MigrationError::Listen { address: self.address.clone(), source }),
+            }
+        }
+    }
+}
+
+impl Drop for Listener {
+    fn drop(&mut self) {
+        if let Address::Unix(path) = &self.address {
+            // Somebody may have removed it already.
+            let _ = fs::remove_file(path);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::migration::channel::write_all;
+
+    #[test]
+    fn a_peer_that_is_gone_is_an_error_and_no_signal() {
+        let (a, b) = UnixStream::pair().unwrap();
+        drop(b);
+        let error = write_all(&Socket::Unix(a), &mut [Source::bytes(b"x")]).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::BrokenPipe);
+    }
+
+    #[test]
+    fn the_backlog_is_what_the_peer_has_not_got() {
+        let (a, b) = UnixStream::pair().unwrap();
+        let (a, b) = (Socket::Unix(a), Socket::Unix(b));
+        assert_eq!(a.backlog().unwrap(), 0);
+        write_all(&a, &mut [Source::bytes(&[1; 10_000])]).unwrap();
+        assert!(a.backlog().unwrap() >= 10_000);
+        let mut read = [0; 10_000];
+        assert_eq!(b.read(&mut [Target::bytes(&mut read)]).unwrap(), 10_000);
+        assert_eq!(a.backlog().unwrap(), 0);
+    }
+
+    #[test]
+    fn a_listener_tells_its_port_and_replaces_a_dead_unix_socket() {
+        let tcp = Listener::bind(&"tcp:127.0.0.1:0".parse().unwrap()).unwrap();
+        assert!(matches!(tcp.address(), Address::Tcp { port, .. } if *port != 0));
+        let directory = tempfile::tempdir().unwrap();
+        let address = Address::Unix(directory.path().join("in.sock"));
+        // Dropped without removing its file, as by a process that was killed.
+        drop(UnixListener::bind(directory.path().join("in.sock")).unwrap());
+        let listener = Listener::bind(&address).unwrap();
+        assert!(matches!(Listener::bind(&address), Err(MigrationError::Listen { .. })), "in use");
+        let channel = Socket::connect(&address).unwrap();
+        listener.accept().unwrap();
+        drop(channel);
+        drop(listener);
+        assert!(matches!(Socket::connect(&address), Err(MigrationError::Connect { .. })));
+    }
+}
