@@ -146,6 +146,7 @@ impl Bench<'_> {
             load: Load {
                 memory: 256,
                 cpus: 1,
+                split_irqchip: false,
                 payload: format!("dirty={megabytes}M rate={rate}M hold=64M zero=8M verify=32768 report={REPORT}"),
                 gear: Vec::new(),
                 // The link is the limit.

@@ -34,6 +34,7 @@ impl Default for Options {
             load: Load {
                 memory: 256,
                 cpus: 1,
+                split_irqchip: false,
                 payload: "dirty=64M rate=32M hold=16M zero=8M verify=16384 report=50".into(),
                 gear: Vec::new(),
                 max_bandwidth: 64 << 20,

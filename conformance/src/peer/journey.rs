@@ -53,6 +53,8 @@ pub struct Load {
     pub memory: u32,
     /// vCPUs.
     pub cpus: u32,
+    /// All monitors leave only the local APICs to the kernel.
+    pub split_irqchip: bool,
     /// Configuration of the payload, see [`reference_vmm::payload`].
     pub payload: String,
     /// Virtio devices that it keeps busy.
@@ -70,6 +72,7 @@ impl Default for Load {
         Load {
             memory: 64,
             cpus: 1,
+            split_irqchip: false,
             payload: "dirty=16M rate=48M hold=4M zero=2M verify=16384 report=20".into(),
             gear: Vec::new(),
             max_bandwidth: 64 << 20,

@@ -87,21 +87,24 @@ impl Party {
         }
         more(&["--serial", &serial, "--smp", &cpus]);
         // Under TCG there is a real-time clock by default and under KVM there is none: what is on the way of both has one.
-        let rtc = if rtc { ",rtc=on" } else { "" };
+        let mut options = String::from(if rtc { ",rtc=on" } else { "" });
+        if load.split_irqchip {
+            options.push_str(",kernel-irqchip=split");
+        }
         let monitor = match (stop, root) {
             (Stop::Qemu(_, accel), Some(root)) => {
                 let firmware = scratch.join("payload.bin");
                 fs::write(&firmware, IMAGE).with_context(|| format!("writing {}", firmware.display()))?;
                 more(&["-bios", &firmware.display().to_string(), "-fw_cfg", &item]);
                 match accel {
-                    Accel::Kvm => more(&["-M", &format!("microvm,accel=kvm{rtc}"), "-cpu", "host"]),
-                    Accel::Tcg => more(&["-M", &format!("microvm,accel=tcg{rtc}"), "-cpu", "max"]),
+                    Accel::Kvm => more(&["-M", &format!("microvm,accel=kvm{options}"), "-cpu", "host"]),
+                    Accel::Tcg => more(&["-M", &format!("microvm,accel=tcg{options}"), "-cpu", "max"]),
                 }
                 more(stage.more);
                 Qemu::start(root, name, &arguments, scratch)?
             }
             _ => {
-                more(&["--fw-cfg", &item, "--machine", &format!("microvm{rtc}")]);
+                more(&["--fw-cfg", &item, "--machine", &format!("microvm{options}")]);
                 more(stage.more);
                 start_reference(program, name, &arguments, scratch)?
             }

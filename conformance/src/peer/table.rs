@@ -52,6 +52,9 @@ fn journeys() -> Vec<Journey> {
         let two = Load { cpus: 2, ..Load::default() };
         let name = format!("{suite_series}>ref>{suite_series}/cpus=2", suite_series = suite.series());
         journeys.push(Journey { name, stops: vec![qemu, Stop::Reference, qemu], load: two, ..plain() });
+        let split = Load { cpus: 2, split_irqchip: true, ..Load::default() };
+        let (name, quick) = (format!("{0}>ref>{0}/split", suite.series()), suite == Suite::Sid);
+        journeys.push(Journey { name, stops: vec![qemu, Stop::Reference, qemu], load: split, quick, ..plain() });
     }
     for suite in [Suite::Trixie, Suite::Sid] {
         let stops = vec![Stop::Qemu(suite, Accel::Tcg), Stop::Reference, Stop::Qemu(suite, Accel::Tcg)];

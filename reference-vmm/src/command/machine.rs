@@ -18,9 +18,9 @@ use super::options::split;
 /// The machine.
 #[derive(clap::Args)]
 pub(crate) struct MachineArguments {
-    /// Machine type, and whom it migrates to: microvm[,qemu=RELEASE][,peer-accel=tcg][,rtc=on]. microvm has no version, so the release of QEMU's binary
+    /// Machine type, and whom it migrates to: microvm[,qemu=RELEASE][,peer-accel=tcg][,rtc=on][,kernel-irqchip=split]. microvm has no version, so the release of QEMU's binary
     /// decides the bytes of a stream: name the oldest that is to load one (7.2, 10.0, 11.1, …). Streams of all releases are taken.
-    /// peer-accel=tcg makes streams that a QEMU under TCG takes. rtc=on adds a real-time clock, which QEMU has by default under TCG and not under KVM
+    /// peer-accel=tcg makes streams that a QEMU under TCG takes. rtc=on adds a real-time clock, which QEMU has by default under TCG and not under KVM. kernel-irqchip=split leaves only the local APICs to the kernel, as QEMU's
     #[arg(long = "machine", short = 'M', value_name = "TYPE", default_value = "microvm")]
     machine: MachineOptions,
     /// Accelerator: kvm[,dirty-ring-size=N]. N is the number of entries of each vCPU's dirty ring, a power of two, 1024 or more;
@@ -103,6 +103,7 @@ impl MachineArguments {
             bios,
             fw_cfg,
             kernel,
+            split_irqchip: self.machine.split_irqchip,
             rtc: self.machine.rtc,
             virtio: DeviceOptions { drives: &self.drive, devices: &self.device }.slots()?,
             dirty_ring_size: self.accel.dirty_ring_size,
@@ -121,6 +122,7 @@ const MACHINE_TYPE: &str = "microvm";
 struct MachineOptions {
     qemu: QemuVersion,
     rtc: bool,
+    split_irqchip: bool,
     /// The peer runs under KVM.
     kvm: bool,
 }
@@ -134,7 +136,7 @@ impl FromStr for MachineOptions {
             Some(MACHINE_TYPE) => {}
             other => return Err(format!("machine type '{}': only {MACHINE_TYPE} is there", other.unwrap_or_default())),
         }
-        let mut options = MachineOptions { qemu: QemuVersion::NEWEST, rtc: false, kvm: true };
+        let mut options = MachineOptions { qemu: QemuVersion::NEWEST, rtc: false, split_irqchip: false, kvm: true };
         for part in parts {
             match part.split_once('=') {
                 Some(("qemu", release)) => {
@@ -143,9 +145,15 @@ impl FromStr for MachineOptions {
                 Some(("peer-accel", "kvm")) => options.kvm = true,
                 Some(("peer-accel", "tcg")) => options.kvm = false,
                 Some(("rtc", "on")) => options.rtc = true,
+                Some(("kernel-irqchip", "on")) => options.split_irqchip = false,
+                Some(("kernel-irqchip", "split")) => options.split_irqchip = true,
                 // As a QEMU under KVM has it.
                 Some(("rtc", "off" | "auto")) => options.rtc = false,
-                _ => return Err(format!("'{part}' is not one of qemu=RELEASE, peer-accel=kvm|tcg, rtc=on|off|auto")),
+                _ => {
+                    return Err(format!(
+                        "'{part}' is not one of qemu=RELEASE, peer-accel=kvm|tcg, rtc=on|off|auto, kernel-irqchip=on|split"
+                    ));
+                }
             }
         }
         Ok(options)
@@ -260,11 +268,21 @@ mod tests {
 
     #[test]
     fn machine_options() {
-        let newest = MachineOptions { qemu: QemuVersion::NEWEST, rtc: false, kvm: true };
+        let newest = MachineOptions { qemu: QemuVersion::NEWEST, rtc: false, split_irqchip: false, kvm: true };
         assert_eq!("microvm".parse(), Ok(newest));
         assert_eq!("type=microvm,qemu=7.2.22".parse(), Ok(MachineOptions { qemu: QemuVersion::new(7, 2), ..newest }));
+        let split = MachineOptions { split_irqchip: true, ..newest };
+        assert_eq!("microvm,kernel-irqchip=split".parse(), Ok(split));
         assert_eq!("microvm,rtc=on".parse(), Ok(MachineOptions { rtc: true, ..newest }));
-        for bad in ["", "q35", "microvm,", "microvm,rtc=yes", "microvm,qemu=7", "microvm,accel=kvm"] {
+        for bad in [
+            "",
+            "q35",
+            "microvm,",
+            "microvm,rtc=yes",
+            "microvm,qemu=7",
+            "microvm,accel=kvm",
+            "microvm,kernel-irqchip=off",
+        ] {
             assert!(bad.parse::<MachineOptions>().is_err(), "{bad}");
         }
     }

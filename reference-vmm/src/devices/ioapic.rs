@@ -1,12 +1,16 @@
-//! The second IOAPIC of QEMU's microvm (Intel 82093AA data sheet). The first is in the kernel, which has only one: this one turns
-//! its pins into messages to the local APICs. The interrupts of virtio-mmio transports come here.
+//! An IOAPIC outside of the kernel (Intel 82093AA data sheet), which turns its pins into messages to the local APICs.
 //!
-//! The kernel tells nobody when a local APIC ends an interrupt, so a level-triggered pin sends one message each time its line
-//! rises, as an edge-triggered one does. Its devices lower their line when the guest acknowledges.
+//! The second one of QEMU's microvm, where the interrupts of virtio-mmio transports come, is always here. The kernel tells nobody
+//! when a local APIC ends one of its interrupts, so a level-triggered pin sends one message each time its line rises, as an
+//! edge-triggered one does. Its devices lower their line when the guest acknowledges.
+//!
+//! The first one is here with `kernel-irqchip=split`. The kernel is told of the pins' messages, and tells when a local APIC ends a
+//! level-triggered one.
 
 use crate::state::IoapicState;
 
-/// Where the guest sees it (`info mtree` of QEMU 7.2 to 11.1).
+/// Where the guest sees the first and the second one (`info mtree` of QEMU 7.2 to 11.1).
+const FIRST_BASE: u64 = 0xfec0_0000;
 const BASE: u64 = 0xfec1_0000;
 const LEN: u64 = 0x1000;
 /// Pins.
@@ -30,6 +34,8 @@ const DELIVERY_STATUS: u64 = 1 << 12;
 const LOGICAL: u64 = 1 << 11;
 /// What the guest cannot write.
 const READ_ONLY: u64 = REMOTE_IRR | DELIVERY_STATUS;
+/// In a message's data: level-triggered, and the level is there.
+const MESSAGE_LEVEL: u32 = 1 << 15 | 1 << 14;
 
 /// A message to the local APICs (Intel SDM volume 3, "Message signalled interrupts").
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -40,19 +46,37 @@ pub struct Message {
     pub data: u32,
 }
 
+/// Is told the messages of all pins, `None` for those that are masked.
+pub(crate) type Route = Box<dyn FnMut(&[Option<Message>]) + Send>;
+
 /// The device.
 pub struct Ioapic {
     state: IoapicState,
     /// The lines of the pins.
     lines: u32,
     send: Box<dyn FnMut(Message) + Send>,
+    /// Is told each change. Whoever is told says when a level-triggered interrupt was ended.
+    route: Option<Route>,
 }
 
 impl Ioapic {
     /// After reset; all pins masked. `send` delivers a message.
     pub fn new(send: Box<dyn FnMut(Message) + Send>) -> Ioapic {
         let state = IoapicState { base_address: BASE, redirtbl: [MASKED; PINS], ..IoapicState::default() };
-        Ioapic { state, lines: 0, send }
+        Ioapic { state, lines: 0, send, route: None }
+    }
+
+    /// The first one, after reset; all pins masked.
+    pub(crate) fn first(send: Box<dyn FnMut(Message) + Send>, route: Route) -> Ioapic {
+        let mut ioapic = Ioapic::new(send);
+        ioapic.state.base_address = FIRST_BASE;
+        ioapic.route = Some(route);
+        ioapic
+    }
+
+    /// Where in the first one an address lies.
+    pub(crate) fn first_offset(gpa: u64) -> Option<u64> {
+        gpa.checked_sub(FIRST_BASE).filter(|offset| *offset < LEN)
     }
 
     /// Where in the device an address lies.
@@ -96,11 +120,21 @@ impl Ioapic {
         match offset {
             SELECT => self.state.ioregsel = value as u8,
             WINDOW => self.set_register(value),
-            END_OF_INTERRUPT => {
-                let ended = |entry: &&mut u64| **entry & 0xff == u64::from(value & 0xff);
-                self.state.redirtbl.iter_mut().filter(ended).for_each(|entry| *entry &= !REMOTE_IRR);
-            }
+            END_OF_INTERRUPT => self.end_of_interrupt(value as u8),
             _ => {}
+        }
+    }
+
+    /// A local APIC has ended the level-triggered interrupt of this vector; a level that is still there is sent again.
+    pub fn end_of_interrupt(&mut self, vector: u8) {
+        for pin in 0..PINS {
+            let entry = &mut self.state.redirtbl[pin];
+            if *entry & 0xff == u64::from(vector) && *entry & REMOTE_IRR != 0 {
+                *entry &= !REMOTE_IRR;
+                if self.state.irr & 1 << pin != 0 {
+                    self.serve(pin);
+                }
+            }
         }
     }
 
@@ -111,8 +145,9 @@ impl Ioapic {
 
     /// Takes over registers and pending requests, and sends those that are not masked.
     pub fn load(&mut self, state: &IoapicState) {
-        self.state = IoapicState { base_address: BASE, ..state.clone() };
+        self.state = IoapicState { base_address: self.state.base_address, ..state.clone() };
         self.lines = 0;
+        self.tell_routes();
         (0..PINS).filter(|pin| state.irr & 1 << pin != 0).for_each(|pin| self.serve(pin));
     }
 
@@ -137,9 +172,15 @@ impl Ioapic {
             true => *entry & 0xffff_ffff | u64::from(value) << 32,
             false => *entry & (!0xffff_ffff | READ_ONLY) | u64::from(value) & !READ_ONLY,
         };
+        self.tell_routes();
         if self.state.irr & 1 << pin != 0 {
             self.serve(pin);
         }
+    }
+
+    fn tell_routes(&mut self) {
+        let messages: Vec<_> = (0..PINS).map(|pin| self.message(pin)).collect();
+        self.route.iter_mut().for_each(|route| route(&messages));
     }
 
     /// The pin whose entry a register is half of, and whether it is the upper half.
@@ -150,17 +191,31 @@ impl Ioapic {
 
     /// Sends the message of a pin unless it is masked.
     fn serve(&mut self, pin: usize) {
+        let Some(message) = self.message(pin) else { return };
+        let entry = &mut self.state.redirtbl[pin];
+        if self.route.is_none() || *entry & LEVEL == 0 {
+            self.state.irr &= !(1 << pin);
+        } else if *entry & REMOTE_IRR == 0 {
+            *entry |= REMOTE_IRR;
+        } else {
+            return;
+        }
+        (self.send)(message);
+    }
+
+    /// The message of a pin, unless it is masked.
+    fn message(&self, pin: usize) -> Option<Message> {
         const LOCAL_APICS: u32 = 0xfee0_0000;
         let entry = self.state.redirtbl[pin];
         if entry & MASKED != 0 {
-            return;
+            return None;
         }
-        self.state.irr &= !(1 << pin);
+        let level = if self.route.is_some() && entry & LEVEL != 0 { MESSAGE_LEVEL } else { 0 };
         let logical = if entry & LOGICAL != 0 { 1 << 2 } else { 0 };
         let destination = (entry >> 56) as u32;
         // Vector and delivery mode are where the entry has them.
-        let data = (entry & 0x7ff) as u32;
-        (self.send)(Message { address: LOCAL_APICS | destination << 12 | logical, data });
+        let data = (entry & 0x7ff) as u32 | level;
+        Some(Message { address: LOCAL_APICS | destination << 12 | logical, data })
     }
 }
 
@@ -213,6 +268,34 @@ mod tests {
         device.set_line(3, false);
         device.set_line(3, true);
         assert_eq!(*sent.lock().unwrap(), [Message { address: 0xfee0_2004, data: 0x31 }]);
+    }
+
+    #[test]
+    fn the_first_one_sends_a_level_until_it_is_ended() {
+        let (sent, routes) = (Arc::new(Mutex::new(Vec::new())), Arc::new(Mutex::new(Vec::new())));
+        let (into, routed) = (sent.clone(), routes.clone());
+        let mut device = Ioapic::first(
+            Box::new(move |message| into.lock().unwrap().push(message)),
+            Box::new(move |messages| *routed.lock().unwrap() = messages.to_vec()),
+        );
+        set(&mut device, 0x1b, 0x0100_0000);
+        set(&mut device, 0x1a, LEVEL as u32 | 0x35);
+        let message = Message { address: 0xfee0_1000, data: 0xc035 };
+        assert_eq!(routes.lock().unwrap()[5], Some(message));
+        assert_eq!(routes.lock().unwrap().iter().flatten().count(), 1);
+        device.set_line(5, true);
+        assert_eq!(*sent.lock().unwrap(), [message]);
+        assert_eq!(get(&mut device, 0x1a), (LEVEL | REMOTE_IRR) as u32 | 0x35);
+        device.end_of_interrupt(0x36);
+        assert_eq!(sent.lock().unwrap().len(), 1);
+        device.end_of_interrupt(0x35);
+        assert_eq!(sent.lock().unwrap().len(), 2, "the line is still up");
+        device.set_line(5, false);
+        device.end_of_interrupt(0x35);
+        assert_eq!((sent.lock().unwrap().len(), device.save().irr), (2, 0));
+        set(&mut device, 0x18, 0x31);
+        device.set_line(4, true);
+        assert_eq!(sent.lock().unwrap()[2], Message { address: 0xfee0_0000, data: 0x31 }, "an edge");
     }
 
     #[test]

@@ -6,6 +6,8 @@ mod ged;
 mod ioapic;
 mod rtc;
 mod serial;
+mod split;
+mod ticker;
 mod virtio;
 
 use std::sync::{Arc, Mutex, PoisonError};
@@ -16,6 +18,8 @@ pub use ioapic::{Ioapic, Message};
 pub use rtc::Rtc;
 pub(crate) use rtc::ticker::{Clock, wall_clock};
 pub use serial::Serial;
+pub(crate) use split::{Lines, SplitChips, pic::Pics, pit::Pit};
+pub(crate) use ticker::Ticker;
 pub use virtio::{Block, BlockOptions, TRANSPORTS, VirtioDevice, VirtioSlot};
 pub(crate) use virtio::{Transport, Transports, is_section_of, transport_of};
 
@@ -54,6 +58,8 @@ pub struct Devices {
     pub(crate) rtc: Option<Arc<Clock>>,
     /// The virtio-mmio transports.
     pub(crate) virtio: Transports,
+    /// Interrupt controllers and PIT, where the kernel does not have them.
+    pub(crate) split: Option<SplitChips>,
     memory: Arc<GuestMemory>,
 }
 
@@ -69,6 +75,7 @@ impl Devices {
     ) -> Devices {
         Devices {
             rtc,
+            split: None,
             ioapic2,
             virtio,
             serial: Mutex::new(serial),
@@ -92,7 +99,10 @@ impl Devices {
                     *byte = rtc.with(Rtc::read);
                 }
             }
-            _ => data.fill(0xff),
+            _ => {
+                data.fill(0xff);
+                self.split.iter().for_each(|chips| _ = chips.port_in(port, data));
+            }
         }
     }
 
@@ -110,7 +120,11 @@ impl Devices {
                     rtc.with(|rtc, now| if port == 0x70 { rtc.select(*byte) } else { rtc.write(*byte, now) });
                 }
             }
-            _ => tracing::trace!(port, ?data, "write to a port without a device"),
+            _ => {
+                if !self.split.as_ref().is_some_and(|chips| chips.port_out(port, data)) {
+                    tracing::trace!(port, ?data, "write to a port without a device");
+                }
+            }
         }
     }
 
@@ -124,6 +138,8 @@ impl Devices {
             lock(&self.ged).read(offset, data);
         } else if let Some(offset) = Ioapic::offset(gpa) {
             lock(&self.ioapic2).read(offset, data);
+        } else if let Some(chips) = &self.split {
+            chips.mmio_read(gpa, data);
         }
     }
 
@@ -134,6 +150,8 @@ impl Devices {
         }
         if let Some(offset) = Ioapic::offset(gpa) {
             lock(&self.ioapic2).write(offset, data);
+        } else if self.split.as_ref().is_some_and(|chips| chips.mmio_write(gpa, data)) {
+            return Request::None;
         }
         match Ged::offset(gpa) {
             Some(offset) => lock(&self.ged).write(offset, data),

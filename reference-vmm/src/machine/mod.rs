@@ -22,6 +22,7 @@ mod cpuid;
 mod dirty_limit;
 mod kvm_state;
 mod run_control;
+mod split;
 mod throttle;
 mod vcpu;
 
@@ -50,6 +51,7 @@ pub use dirty_limit::VcpuDirtyLimit;
 use kvm_state::Held;
 use run_control::RunControl;
 pub use run_control::{RunState, Stop};
+use split::Split;
 pub use throttle::MAX_THROTTLE;
 use throttle::Throttle;
 use vcpu::{Surroundings, Vcpu};
@@ -76,6 +78,8 @@ pub struct MachineConfig {
     pub fw_cfg: BTreeMap<String, Vec<u8>>,
     /// A kernel to boot. It must not be there in a machine that waits for a migration.
     pub kernel: Option<Kernel>,
+    /// Interrupt controllers and PIT are in the monitor, and only the local APICs in the kernel: QEMU's `kernel-irqchip=split`.
+    pub split_irqchip: bool,
     /// Whether there is a real-time clock. QEMU's `rtc=auto` has one under TCG only.
     pub rtc: bool,
     /// Devices on virtio-mmio. A machine that has one without a model can take a guest and give it back, but not run it.
@@ -97,6 +101,7 @@ impl Default for MachineConfig {
             bios: payload::IMAGE.to_vec(),
             fw_cfg: BTreeMap::new(),
             kernel: None,
+            split_irqchip: false,
             rtc: false,
             virtio: Vec::new(),
             dirty_ring_size: 0,
@@ -113,7 +118,7 @@ pub struct Machine {
     dirty_limit: DirtyLimit,
     threads: Vec<std::thread::JoinHandle<()>>,
     devices: Arc<Devices>,
-    clock: Mutex<VirtualClock>,
+    clock: Arc<Mutex<VirtualClock>>,
     /// What KVM lets run on while the vCPUs stand still, as it was when they stopped.
     held: Mutex<Option<Held>>,
     virtio: Vec<VirtioDevice>,
@@ -149,14 +154,23 @@ impl Machine {
             memory.blocks().iter().try_for_each(|block| block.populate())?;
         }
         let kvm_fd = open_kvm(Path::new(KVM_DEVICE))?;
-        let vm = Arc::new(create_vm(&kvm_fd, &memory)?);
+        let vm = Arc::new(create_vm(&kvm_fd, &memory, config.split_irqchip)?);
         // Rings are asked for before there is a vCPU.
         let dirty_log = Arc::new(DirtyLog::new(Arc::clone(&vm), Arc::clone(&memory), config.dirty_ring_size)?);
 
         let (mut by_key, mut files) = (BTreeMap::new(), config.fw_cfg);
         boot::add_items(&mut by_key, &mut files, config.memory, config.kernel.as_ref())?;
         let fw_cfg = FwCfg::new(FwCfgItems { ram_size: config.memory, cpus: config.cpus as u16, files, by_key })?;
+        let clock = Arc::new(Mutex::new(VirtualClock::default()));
+        let mut threads = Vec::new();
+        let split = match config.split_irqchip {
+            true => Some(Split::new(&vm, &clock, &mut threads)?),
+            false => None,
+        };
         let interrupt = |irq: u32, of: &'static str| -> Box<dyn FnMut(bool) + Send> {
+            if let Some(split) = &split {
+                return split.line(irq);
+            }
             let line = Arc::clone(&vm);
             Box::new(move |level| {
                 if let Err(error) = line.set_irq_line(irq, level) {
@@ -180,15 +194,18 @@ impl Machine {
             transports.0.push(device.map(|device| Arc::new(Mutex::new(device))));
         }
         let serial = Serial::new(config.serial, interrupt(SERIAL_IRQ, "serial port"));
-        let (mut threads, mut rtc) = (Vec::new(), None);
+        let mut rtc = None;
         if config.rtc {
             let device = Rtc::new(wall_clock(), config.memory, interrupt(RTC_IRQ, "real-time clock"));
-            let (clock, thread) =
-                Clock::start(device).map_err(|cause| Error::Host { what: "start the thread of the clock", cause })?;
+            let (clock, thread) = Clock::start("rtc", device, wall_clock)
+                .map_err(|cause| Error::Host { what: "start the thread of the clock", cause })?;
             threads.push(thread);
             rtc = Some(clock);
         }
-        let devices = Arc::new(Devices::new(Arc::clone(&memory), serial, fw_cfg, ioapic2, transports, rtc));
+        let mut devices = Devices::new(Arc::clone(&memory), serial, fw_cfg, ioapic2, transports, rtc);
+        let to_vcpu = split.as_ref().map(|split| split.to_vcpu.clone());
+        devices.split = split.map(Split::into_chips);
+        let devices = Arc::new(devices);
 
         let cpuid = cpuid::supported(&kvm_fd)?;
         let vcpus = (0..config.cpus)
@@ -204,6 +221,9 @@ impl Machine {
             let entry = boot::load(&memory, kernel, config.cpus, &virtio)?;
             kvm_state::enter(&lock(&vcpus[0].fd), entry)?;
         }
+        if let Some(to_vcpu) = &to_vcpu {
+            to_vcpu.connect(&vcpus);
+        }
         let control = Arc::new(RunControl::new(config.cpus));
         let mut machine = Machine {
             vcpus,
@@ -212,7 +232,7 @@ impl Machine {
             dirty_limit: DirtyLimit::new(config.cpus, dirty_log.clone()),
             threads,
             devices,
-            clock: Mutex::new(VirtualClock::default()),
+            clock,
             held: Mutex::default(),
             virtio,
             has_kernel: config.kernel.is_some(),
@@ -286,7 +306,7 @@ impl Machine {
             kvm_state::release(self)?;
         }
         lock(&self.clock).start();
-        self.devices.rtc.iter().for_each(|rtc| rtc.run(true));
+        self.tick(true);
         self.control.resume().map_err(|stop| {
             lock(&self.clock).stop();
             Error::Config(format!("the machine cannot go on: {stop}"))
@@ -313,7 +333,7 @@ impl Machine {
         let was_running = self.control.state() == RunState::Running;
         self.control.pause(|| self.vcpus.iter().for_each(Vcpu::kick));
         lock(&self.clock).stop();
-        self.devices.rtc.iter().for_each(|rtc| rtc.run(false));
+        self.tick(false);
         if was_running && let Err(error) = kvm_state::hold(self) {
             tracing::warn!(%error, "clock and PIT go on while the machine is paused");
         }
@@ -398,6 +418,12 @@ impl Machine {
         self.devices.virtio.each(Transport::check)
     }
 
+    /// Lets timers of devices run out, or holds them back.
+    fn tick(&self, running: bool) {
+        self.devices.rtc.iter().for_each(|rtc| rtc.run(running));
+        self.devices.split.iter().for_each(|chips| chips.pit.run(running));
+    }
+
     fn must_be_paused(&self, to: &'static str) -> Result<()> {
         if self.control.all_parked() { Ok(()) } else { Err(Error::NotPaused(to)) }
     }
@@ -409,6 +435,7 @@ impl Drop for Machine {
         self.dirty_limit.end();
         self.control.exit();
         self.devices.rtc.iter().for_each(|rtc| rtc.end());
+        self.devices.split.iter().for_each(|chips| chips.pit.end());
         self.vcpus.iter().for_each(Vcpu::kick);
         for thread in self.threads.drain(..) {
             if thread.join().is_err() {
@@ -430,7 +457,7 @@ pub fn open_kvm(path: &Path) -> Result<Kvm> {
         .map_err(|error| Error::KvmUnavailable { path: path.to_owned(), cause: io::Error::from(error) })
 }
 
-fn create_vm(kvm_fd: &Kvm, memory: &GuestMemory) -> Result<VmFd> {
+fn create_vm(kvm_fd: &Kvm, memory: &GuestMemory, split: bool) -> Result<VmFd> {
     for (cap, capability) in [
         (Cap::Irqchip, "KVM_CAP_IRQCHIP"),
         (Cap::Pit2, "KVM_CAP_PIT2"),
@@ -452,9 +479,13 @@ fn create_vm(kvm_fd: &Kvm, memory: &GuestMemory) -> Result<VmFd> {
     for slot in 0..memory.mappings().len() {
         set_memory_slot(&vm, memory, slot, 0)?;
     }
-    vm.create_irq_chip().map_err(kvm("create the interrupt controllers"))?;
-    let pit = kvm_pit_config { flags: KVM_PIT_SPEAKER_DUMMY, ..kvm_pit_config::default() };
-    vm.create_pit2(pit).map_err(kvm("create the PIT"))?;
+    if split {
+        split::enable(kvm_fd, &vm)?;
+    } else {
+        vm.create_irq_chip().map_err(kvm("create the interrupt controllers"))?;
+        let pit = kvm_pit_config { flags: KVM_PIT_SPEAKER_DUMMY, ..kvm_pit_config::default() };
+        vm.create_pit2(pit).map_err(kvm("create the PIT"))?;
+    }
     if vm.check_extension_raw(kvm_bindings::KVM_CAP_X86_TRIPLE_FAULT_EVENT.into()) > 0 {
         let cap = kvm_enable_cap {
             cap: kvm_bindings::KVM_CAP_X86_TRIPLE_FAULT_EVENT,

@@ -5,16 +5,20 @@ use std::sync::atomic::{AtomicU8, Ordering};
 use std::sync::{Arc, Mutex, Once, OnceLock};
 use std::thread::JoinHandle;
 
-use kvm_bindings::{KVM_EXIT_DIRTY_RING_FULL, kvm_run};
+use kvm_bindings::{KVM_EXIT_DIRTY_RING_FULL, KVMIO, kvm_interrupt, kvm_run};
 use kvm_ioctls::{VcpuExit, VcpuFd};
+use vmm_sys_util::ioctl::ioctl_with_ref;
 use vmm_sys_util::signal::{SIGRTMIN, register_signal_handler};
 
 use super::dirty_limit::Pauses;
 use super::run_control::{RunControl, Stop};
+use super::split::ToVcpu;
 use super::throttle::Brake;
 use crate::devices::{Devices, Request, lock};
 use crate::dirty_log::DirtyLog;
 use crate::error::{Error, Result};
+
+vmm_sys_util::ioctl_iow_nr!(KVM_INTERRUPT, KVMIO, 0x86, kvm_interrupt);
 
 /// A vCPU. Its thread holds the lock while it runs; the lock is free while it is parked.
 pub(crate) struct Vcpu {
@@ -22,6 +26,8 @@ pub(crate) struct Vcpu {
     pub(crate) fd: Mutex<VcpuFd>,
     run_page: RunPage,
     thread: OnceLock<libc::pthread_t>,
+    /// The line from 8259s that are not in the kernel.
+    external: OnceLock<Arc<ToVcpu>>,
 }
 
 /// What a vCPU has to do with while it runs.
@@ -50,6 +56,18 @@ impl RunPage {
         unsafe { AtomicU8::from_ptr(&raw mut (*self.0).immediate_exit) }.store(value.into(), Ordering::SeqCst);
     }
 
+    /// Whether the guest could take an interrupt of 8259s when it was last left.
+    fn is_ready_for_interrupt(&self) -> bool {
+        // SAFETY: see the Send implementation; the field is a byte that only the thread that has the descriptor uses.
+        unsafe { (&raw const (*self.0).ready_for_interrupt_injection).read() != 0 }
+    }
+
+    /// Makes `KVM_RUN` return when the guest can take an interrupt of 8259s.
+    fn ask_for_window(&self, ask: bool) {
+        // SAFETY: as above.
+        unsafe { (&raw mut (*self.0).request_interrupt_window).write(ask.into()) }
+    }
+
     /// After an I/O exit: bytes in each access, of which a string instruction makes many at once.
     fn io_size(&self) -> usize {
         // SAFETY: see the Send implementation; the last exit was for I/O, so this is the member of the union that is set.
@@ -61,7 +79,7 @@ impl RunPage {
 impl Vcpu {
     pub(crate) fn new(index: usize, mut fd: VcpuFd) -> Vcpu {
         let run_page = RunPage(fd.get_kvm_run());
-        Vcpu { index, fd: Mutex::new(fd), run_page, thread: OnceLock::new() }
+        Vcpu { index, fd: Mutex::new(fd), run_page, thread: OnceLock::new(), external: OnceLock::new() }
     }
 
     /// Makes the vCPU leave the guest, or not enter it, so that its thread looks at the run control again.
@@ -71,6 +89,35 @@ impl Vcpu {
             // SAFETY: the machine joins the thread only after the last kick, so the id is valid.
             unsafe { libc::pthread_kill(*thread, kick_signal()) };
         }
+    }
+
+    /// Connects the 8259s.
+    pub(super) fn attach(&self, line: Arc<ToVcpu>) {
+        self.external.get_or_init(|| line);
+    }
+
+    /// Hands the guest the interrupt of 8259s that are not in the kernel, or asks to be told when it can take one.
+    fn inject(&self, fd: &VcpuFd, devices: &Devices) -> Option<Stop> {
+        let (line, chips) = self.external.get().zip(devices.split.as_ref())?;
+        if line.is_asserted() && self.run_page.is_ready_for_interrupt() {
+            let inject = |vector: u8| {
+                let interrupt = kvm_interrupt { irq: vector.into() };
+                // SAFETY: the call reads one structure.
+                match unsafe { ioctl_with_ref(fd, KVM_INTERRUPT(), &interrupt) } {
+                    0 => Ok(true),
+                    _ => match kvm_ioctls::Error::last() {
+                        // The one before has not got into the guest yet.
+                        error if error.errno() == libc::EEXIST => Ok(false),
+                        error => Err(error),
+                    },
+                }
+            };
+            if let Err(error) = line.hand_over(|| chips.acknowledge(), inject) {
+                return Some(Stop::Failed { vcpu: self.index, reason: format!("KVM_INTERRUPT: {error}"), rip: 0 });
+            }
+        }
+        self.run_page.ask_for_window(line.is_asserted());
+        None
     }
 
     /// Runs until the run control says otherwise, then completes what the guest has begun.
@@ -92,7 +139,8 @@ impl Vcpu {
                 control.nap(pause, || pauses.released(self.index));
                 continue;
             }
-            if let Some(stop) = self.enter(&mut fd, around).1 {
+            let stop = self.inject(&fd, &around.devices);
+            if let Some(stop) = stop.or_else(|| self.enter(&mut fd, around).1) {
                 return Some(stop);
             }
         }
@@ -130,6 +178,10 @@ impl Vcpu {
                     Request::Shutdown => Some(Stop::Shutdown),
                 };
                 return (false, stop);
+            }
+            Ok(VcpuExit::IoapicEoi(vector)) => {
+                devices.split.iter().for_each(|chips| chips.end_of_interrupt(vector));
+                return (false, None);
             }
             Ok(VcpuExit::Shutdown) => return (false, reset("triple fault")),
             Ok(VcpuExit::Intr | VcpuExit::IrqWindowOpen) => return (true, None),

@@ -18,6 +18,8 @@ pub struct PicState {
     pub rotate_on_auto_eoi: u8,
     pub special_fully_nested_mode: u8,
     pub init4: u8,
+    /// Only where the 8259s are in the monitor; KVM's have no such field.
+    pub single_mode: u8,
     pub elcr: u8,
     pub elcr_mask: u8,
 }

@@ -26,6 +26,8 @@ pub struct MachineState {
     pub ioapic: IoapicState,
     /// The second IOAPIC.
     pub ioapic2: IoapicState,
+    /// Interrupt controllers and PIT are in the monitor.
+    pub split_irqchip: bool,
     /// The i8254.
     pub pit: PitState,
     /// The paravirtual clock.

@@ -18,10 +18,16 @@ pub(crate) struct Guest {
 impl Guest {
     /// A paused machine with the payload and this configuration of it.
     pub(crate) fn new(memory: u64, cpus: usize, payload: &str) -> Guest {
+        Guest::with(memory, cpus, payload, false)
+    }
+
+    /// The same with the interrupt controllers in the monitor, or in the kernel.
+    pub(crate) fn with(memory: u64, cpus: usize, payload: &str, split_irqchip: bool) -> Guest {
         let console = Console::default();
         let config = MachineConfig {
             memory,
             cpus,
+            split_irqchip,
             fw_cfg: [(FW_CFG_NAME.to_owned(), payload.as_bytes().to_vec())].into(),
             serial: Box::new(console.clone()),
             ..MachineConfig::default()

@@ -31,7 +31,7 @@ pub(crate) fn tsc_is_virtual() -> bool {
 const MIB: u64 = 1 << 20;
 const SMALL: &str = "dirty=1M hold=1M zero=1M report=20";
 
-fn copy_ram(from: &GuestMemory, to: &GuestMemory) {
+pub(crate) fn copy_ram(from: &GuestMemory, to: &GuestMemory) {
     for (from, to) in from.blocks().iter().zip(to.blocks()) {
         assert_eq!(from.name(), to.name());
         let mut bytes = vec![0; from.used_length() as usize];
@@ -131,6 +131,9 @@ fn sets_the_tsc_exactly() {
         }
         let start = Instant::now();
         guest.machine.load_state(&state).unwrap();
+        // They stand still until the machine runs.
+        guest.machine.resume().unwrap();
+        guest.machine.pause();
         let loaded = guest.machine.save_state().unwrap();
         let passed = (start.elapsed().as_secs_f64() * second as f64) as u64 + second / 1000;
         for vcpu in &loaded.vcpus {

@@ -82,6 +82,7 @@ fn pic_state(pic: &kvm_pic_state) -> PicState {
         init4: pic.init4,
         elcr: pic.elcr,
         elcr_mask: pic.elcr_mask,
+        single_mode: 0,
     }
 }
 

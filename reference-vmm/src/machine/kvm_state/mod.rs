@@ -35,7 +35,10 @@ pub(super) fn hold(machine: &Machine) -> Result<()> {
 /// Lets what was held go on from where it was. The machine is about to run.
 pub(super) fn release(machine: &Machine) -> Result<()> {
     let Some(held) = lock(&machine.held).take() else { return Ok(()) };
-    chips::load_pit(&machine.vm, &held.pit, lock(&machine.clock).now())?;
+    // One in the monitor counts in virtual time, which stands still by itself.
+    if machine.devices.split.is_none() {
+        chips::load_pit(&machine.vm, &held.pit, lock(&machine.clock).now())?;
+    }
     if held.came {
         for (index, (vcpu, tsc)) in machine.vcpus.iter().zip(&held.tscs).enumerate() {
             vcpu::set_tsc(&lock(&vcpu.fd), index == 0, *tsc)?;
@@ -47,7 +50,11 @@ pub(super) fn release(machine: &Machine) -> Result<()> {
 fn read_held(machine: &Machine) -> Result<Held> {
     let clock = chips::save_clock(&machine.vm)?;
     let tscs = machine.vcpus.iter().map(|vcpu| vcpu::tsc(&lock(&vcpu.fd))).collect::<Result<_>>()?;
-    Ok(Held { clock, pit: chips::save_pit(&machine.vm, lock(&machine.clock).now())?, tscs, came: false })
+    let pit = match &machine.devices.split {
+        Some(chips) => chips.save_pit(),
+        None => chips::save_pit(&machine.vm, lock(&machine.clock).now())?,
+    };
+    Ok(Held { clock, pit, tscs, came: false })
 }
 
 /// The machine is paused.
@@ -60,7 +67,10 @@ pub(super) fn save(machine: &Machine) -> Result<MachineState> {
         Ok(state)
     };
     let vcpus = machine.vcpus.iter().zip(tscs).map(save_vcpu).collect::<Result<_>>()?;
-    let (pics, ioapic) = chips::save_irqchip(&machine.vm)?;
+    let (pics, ioapic) = match &machine.devices.split {
+        Some(chips) => chips.save_irqchip(),
+        None => chips::save_irqchip(&machine.vm)?,
+    };
     Ok(MachineState {
         vcpus,
         pics,
@@ -69,6 +79,7 @@ pub(super) fn save(machine: &Machine) -> Result<MachineState> {
         pit,
         clock,
         virtual_clock: lock(&machine.clock).now(),
+        split_irqchip: machine.devices.split.is_some(),
         serial: lock(&machine.devices.serial).save(),
         rtc: machine.devices.rtc.as_ref().map(|rtc| rtc.with(Rtc::save)),
         fw_cfg: lock(&machine.devices.fw_cfg).save(),
@@ -89,7 +100,10 @@ pub(super) fn load(machine: &Machine, state: &MachineState) -> Result<()> {
         )));
     }
     lock(&machine.clock).set(state.virtual_clock);
-    chips::load_irqchip(&machine.vm, &state.pics, &state.ioapic)?;
+    match &machine.devices.split {
+        Some(chips) => chips.load(&state.pics, &state.ioapic, &state.pit),
+        None => chips::load_irqchip(&machine.vm, &state.pics, &state.ioapic)?,
+    }
     for (index, (vcpu, state)) in machine.vcpus.iter().zip(&state.vcpus).enumerate() {
         vcpu::load(&lock(&vcpu.fd), index == 0, state)?;
     }

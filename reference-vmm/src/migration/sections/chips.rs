@@ -130,6 +130,7 @@ pub(super) fn pic(state: &MachineState, instance_id: u32) -> DeviceState {
         rotate_on_auto_eoi: pic.rotate_on_auto_eoi,
         special_fully_nested_mode: pic.special_fully_nested_mode,
         init4: pic.init4,
+        single_mode: if state.split_irqchip { pic.single_mode } else { base.single_mode },
         elcr: pic.elcr,
         ..base
     })
@@ -151,6 +152,7 @@ pub(super) fn load_pic(from: &I8259, into: &mut PicState) {
         rotate_on_auto_eoi: from.rotate_on_auto_eoi,
         special_fully_nested_mode: from.special_fully_nested_mode,
         init4: from.init4,
+        single_mode: from.single_mode,
         elcr: from.elcr,
         // Which lines may be level-triggered is the machine's.
         elcr_mask: into.elcr_mask,
@@ -174,7 +176,7 @@ pub(super) fn pit(state: &MachineState) -> DeviceState {
             bcd: channel.bcd,
             gate: channel.gate,
             count_load_time: channel.count_load_time,
-            next_transition_time: if i == 0 { next_transition(channel, state.virtual_clock) } else { 0 },
+            next_transition_time: if i == 0 { next_transition(channel, state) } else { 0 },
         }
     };
     let channels = [0, 1, 2].map(channel);
@@ -186,17 +188,23 @@ pub(super) fn pit(state: &MachineState) -> DeviceState {
 }
 
 /// When the output of a channel in a periodic mode changes next; −1 for the others, whose timer QEMU does not need
-/// where the PIT is in the kernel.
-fn next_transition(channel: &PitChannelState, now: i64) -> i64 {
+/// where the PIT is in the kernel. Where it is not, a count that has not run out yet is waited for as well.
+fn next_transition(channel: &PitChannelState, state: &MachineState) -> i64 {
+    const TERMINAL_COUNT: u8 = 0;
     const RATE_GENERATOR: u8 = 2;
     const SQUARE_WAVE: u8 = 3;
     let count = i128::from(channel.count);
-    if count == 0 || !matches!(channel.mode, RATE_GENERATOR | SQUARE_WAVE) {
-        return -1;
-    }
+    let now = state.virtual_clock;
     let ticks = i128::from(now - channel.count_load_time) * PIT_FREQUENCY / NANOSECONDS;
-    let (period, half) = (ticks / count * count, (count + 1) / 2);
-    let next = if channel.mode == SQUARE_WAVE && ticks - period < half { period + half } else { period + count };
+    let (period, half) = (ticks.checked_div(count).unwrap_or(0) * count, (count + 1) / 2);
+    let next = match channel.mode {
+        _ if count == 0 => return -1,
+        RATE_GENERATOR => period + count,
+        SQUARE_WAVE if ticks - period < half => period + half,
+        SQUARE_WAVE => period + count,
+        TERMINAL_COUNT if state.split_irqchip && ticks < count => count,
+        _ => return -1,
+    };
     let time = i128::from(channel.count_load_time) + next * NANOSECONDS / PIT_FREQUENCY;
     (time as i64).max(now + 1)
 }

@@ -1,0 +1,106 @@
+//! The interrupt controllers and the PIT of `kernel-irqchip=split`, where the kernel has the local APICs only.
+
+pub(crate) mod pic;
+pub(crate) mod pit;
+
+use std::sync::{Arc, Mutex};
+
+use super::ioapic::Ioapic;
+use super::lock;
+use super::ticker::Ticker;
+use crate::state::{IoapicState, PicState, PitState};
+use pic::Pics;
+use pit::Pit;
+
+/// Interrupt of the PIT.
+const PIT_IRQ: u32 = 0;
+/// The first IOAPIC's pin for it; pin 0 is the 8259s'.
+const PIT_PIN: usize = 2;
+
+/// What a device's interrupt reaches.
+#[derive(Clone)]
+pub(crate) struct Lines {
+    pics: Arc<Mutex<Pics>>,
+    ioapic: Arc<Mutex<Ioapic>>,
+}
+
+impl Lines {
+    pub(crate) fn new(pics: Pics, ioapic: Ioapic) -> Lines {
+        Lines { pics: Arc::new(Mutex::new(pics)), ioapic: Arc::new(Mutex::new(ioapic)) }
+    }
+
+    /// A device raises or lowers interrupt 0 to 15.
+    pub(crate) fn set(&self, irq: u32, level: bool) {
+        lock(&self.pics).set_line(irq as u8, level);
+        let pin = if irq == PIT_IRQ { PIT_PIN } else { irq as usize };
+        lock(&self.ioapic).set_line(pin, level);
+    }
+}
+
+/// The chips.
+pub(crate) struct SplitChips {
+    pub(crate) lines: Lines,
+    pub(crate) pit: Arc<Ticker<Pit>>,
+}
+
+impl SplitChips {
+    /// A read of a port; false if it is none of theirs.
+    pub(crate) fn port_in(&self, port: u16, data: &mut [u8]) -> bool {
+        let Some(byte) = data.first_mut() else { return false };
+        let value = match port {
+            0x40..=0x43 => self.pit.with(|pit, now| pit.read(port, now as i64)),
+            _ => lock(&self.lines.pics).read(port),
+        };
+        value.is_some_and(|value| {
+            *byte = value;
+            true
+        })
+    }
+
+    /// A write to a port; false if it is none of theirs.
+    pub(crate) fn port_out(&self, port: u16, data: &[u8]) -> bool {
+        let Some(value) = data.first().copied() else { return false };
+        match port {
+            0x40..=0x43 => self.pit.with(|pit, now| pit.write(port, value, now as i64)),
+            _ => lock(&self.lines.pics).write(port, value),
+        }
+    }
+
+    /// A read of an address; false if it is not the first IOAPIC's.
+    pub(crate) fn mmio_read(&self, gpa: u64, data: &mut [u8]) -> bool {
+        let offset = Ioapic::first_offset(gpa);
+        offset.into_iter().for_each(|offset| lock(&self.lines.ioapic).read(offset, data));
+        offset.is_some()
+    }
+
+    /// A write to an address; false if it is not the first IOAPIC's.
+    pub(crate) fn mmio_write(&self, gpa: u64, data: &[u8]) -> bool {
+        let offset = Ioapic::first_offset(gpa);
+        offset.into_iter().for_each(|offset| lock(&self.lines.ioapic).write(offset, data));
+        offset.is_some()
+    }
+
+    /// A local APIC has ended a level-triggered interrupt.
+    pub(crate) fn end_of_interrupt(&self, vector: u8) {
+        lock(&self.lines.ioapic).end_of_interrupt(vector);
+    }
+
+    /// The first vCPU takes the 8259s' interrupt: its vector.
+    pub(crate) fn acknowledge(&self) -> u8 {
+        lock(&self.lines.pics).acknowledge()
+    }
+
+    pub(crate) fn save_irqchip(&self) -> ([PicState; 2], IoapicState) {
+        (lock(&self.lines.pics).save(), lock(&self.lines.ioapic).save())
+    }
+
+    pub(crate) fn save_pit(&self) -> PitState {
+        self.pit.with(|pit, _| pit.save())
+    }
+
+    pub(crate) fn load(&self, pics: &[PicState; 2], ioapic: &IoapicState, pit: &PitState) {
+        lock(&self.lines.pics).load(pics);
+        lock(&self.lines.ioapic).load(ioapic);
+        self.pit.with(|device, now| device.load(pit, now as i64));
+    }
+}
