@@ -8,7 +8,7 @@ SHELL := bash
 export CARGO_TERM_COLOR ?= auto
 SKIPPED := $(CURDIR)/target/skipped-tests.txt
 
-.PHONY: demo test setup lint unit doc skipped conformance-full bench fuzz-smoke
+.PHONY: demo test setup lint unit doc skipped conformance-full lab bench fuzz-smoke
 
 setup:
 	@scripts/setup
@@ -44,6 +44,11 @@ conformance-full: setup
 	cargo run --release --package qevm-conformance -- channels --full
 	cargo run --release --package qevm-conformance -- trial
 	cargo run --release --package qevm-conformance -- peer --full
+	cargo run --release --package qevm-conformance -- lab
+
+# Dirty log and dirty rings in an emulated machine whose KVM works as on hardware.
+lab: setup
+	cargo run --release --package qevm-conformance -- lab
 
 # Reading a stream of 1 GiB next to analyze-migration.py. On a machine that does nothing else.
 bench: setup

@@ -1,6 +1,7 @@
 //! The command line.
 
 mod channels;
+mod lab;
 mod link;
 mod migrate;
 
@@ -11,6 +12,7 @@ use std::time::Instant;
 use anyhow::{Context, Result};
 use channels::Channels;
 use clap::{Args, Parser, Subcommand};
+use lab::Lab;
 use link::Link;
 use migrate::Migrate;
 use qevm_conformance::analyze::Script;
@@ -49,6 +51,8 @@ pub(crate) enum Command {
     Channels(Channels),
     /// Move running guests between real QEMUs and reference-vmm
     Peer(Peer),
+    /// Run reference-vmm in an emulated machine whose KVM works as on hardware: dirty log, dirty rings, stale pages
+    Lab(Lab),
     /// Ask real QEMUs single questions: do they load what qevm writes, and does qevm foresee what they refuse
     Trial(Trial),
     /// Measure qevm against QEMU's own tools, several times each in turn, on a machine that does nothing else
@@ -278,6 +282,7 @@ impl Command {
             Command::Matrix(matrix) => matrix.run(),
             Command::Channels(channels) => channels.run(),
             Command::Peer(peer) => peer.run(),
+            Command::Lab(lab) => lab.run(),
             Command::Demo(demo) => demo.run(),
             Command::Trial(trial) => trial.run(),
             Command::Bench { what: Bench::Decode(decode) } => decode.run(),

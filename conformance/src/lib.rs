@@ -7,6 +7,7 @@
 //! against QEMU's own [`description`], and [`reload`] gives what qevm writes back to QEMU; [`matrix`] does it for many scenarios and [`report`] tells the result.
 //!
 //! [`channels`] is a matrix of its own: page channels and return path, with `qevm receive` and `qevm send` as the other end.
+//! [`lab`] is a machine with a KVM as on hardware, for what a paravirtual host cannot show.
 //! [`peer`] takes running guests to and fro between these QEMUs and reference-vmm, and [`mod@bench`] measures both.
 
 pub mod analyze;
@@ -19,6 +20,7 @@ mod cpio;
 pub mod description;
 pub mod fields;
 pub mod judge;
+pub mod lab;
 pub mod launch;
 pub mod linux;
 pub mod matrix;

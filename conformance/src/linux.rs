@@ -148,25 +148,16 @@ impl Linux {
 
 fn make(dir: &Path) -> Result<()> {
     let scratch = tempfile::Builder::new().prefix("linux-").tempdir_in(dir)?;
-    let root = scratch.path().join("root");
     let apt = Apt::new(&scratch.path().join("apt"), SUITE, Kind::Binary)?;
-    for package in apt.download(&["linux-image-amd64", "busybox-static"])? {
-        let name = package.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default();
-        if name.starts_with("linux-image-6") || name.starts_with("busybox-static") {
-            run(Command::new("dpkg-deb").arg("--extract").arg(&package).arg(&root), TIMEOUT)?;
-        }
-    }
-    let boot = fs::read_dir(root.join("boot"))?.filter_map(Result::ok).map(|e| e.path());
-    let kernel =
-        boot.into_iter().find(|p| p.to_string_lossy().contains("vmlinuz-")).context("the package has no kernel")?;
-    let modules = Modules::unpack(&root)?;
+    let packages = unpack_packages(&apt, &scratch.path().join("root"))?;
+    let kernel = packages.kernel()?;
+    let modules = Modules::unpack(packages.root(), MODULES)?;
 
     let mut archive = Archive::new();
     for folder in ["bin", "dev", "proc", "sys", "tmp", "modules"] {
         archive.folder(folder);
     }
-    let busybox = ["usr/bin/busybox", "bin/busybox"].map(|p| root.join(p)).into_iter().find(|p| p.exists());
-    archive.program("bin/busybox", &fs::read(busybox.context("the package has no busybox")?)?);
+    archive.program("bin/busybox", &packages.busybox()?);
     for applet in
         ["sh", "mount", "insmod", "ip", "udhcpc", "sleep", "dd", "cat", "echo", "head", "dmesg", "tail", "true"]
     {
@@ -187,22 +178,61 @@ fn make(dir: &Path) -> Result<()> {
     Ok(())
 }
 
+/// The kernel's package and busybox, unpacked.
+pub(crate) struct Packages(PathBuf);
+
+/// Downloads the kernel and busybox, and unpacks them in `root`.
+pub(crate) fn unpack_packages(apt: &Apt, root: &Path) -> Result<Packages> {
+    for package in apt.download(&["linux-image-amd64", "busybox-static"])? {
+        let name = package.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default();
+        if name.starts_with("linux-image-6") || name.starts_with("busybox-static") {
+            run(Command::new("dpkg-deb").arg("--extract").arg(&package).arg(root), TIMEOUT)?;
+        }
+    }
+    Ok(Packages(root.to_path_buf()))
+}
+
+impl Packages {
+    /// Where they are.
+    pub(crate) fn root(&self) -> &Path {
+        &self.0
+    }
+
+    /// The kernel image.
+    pub(crate) fn kernel(&self) -> Result<PathBuf> {
+        let mut boot = fs::read_dir(self.0.join("boot"))?.filter_map(Result::ok).map(|e| e.path());
+        boot.find(|p| p.to_string_lossy().contains("vmlinuz-")).context("the package has no kernel")
+    }
+
+    /// The static busybox.
+    pub(crate) fn busybox(&self) -> Result<Vec<u8>> {
+        let busybox = ["usr/bin/busybox", "bin/busybox"].map(|p| self.0.join(p)).into_iter().find(|p| p.exists());
+        Ok(fs::read(busybox.context("the package has no busybox")?)?)
+    }
+}
+
 /// Modules in an order in which each comes after those it needs.
-struct Modules {
+pub(crate) struct Modules {
     files: HashMap<String, PathBuf>,
     done: BTreeSet<String>,
     ordered: Vec<(String, Vec<u8>)>,
 }
 
 impl Modules {
-    fn unpack(root: &Path) -> Result<Modules> {
+    /// Those of the kernel's package in `root` with these names, and what they need.
+    pub(crate) fn unpack(root: &Path, wanted: &[&str]) -> Result<Modules> {
         let mut modules = Modules { files: HashMap::new(), done: BTreeSet::new(), ordered: Vec::new() };
         let tree = ["usr/lib/modules", "lib/modules"].map(|p| root.join(p)).into_iter().find(|p| p.exists());
         modules.index(&tree.context("the package has no modules")?)?;
-        for name in MODULES {
+        for name in wanted {
             modules.add(name)?;
         }
         Ok(modules)
+    }
+
+    /// Name and content, in order.
+    pub(crate) fn ordered(&self) -> impl Iterator<Item = (&str, &[u8])> {
+        self.ordered.iter().map(|(name, bytes)| (name.as_str(), bytes.as_slice()))
     }
 
     fn index(&mut self, folder: &Path) -> Result<()> {
