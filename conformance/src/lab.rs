@@ -68,7 +68,8 @@ pub fn jobs() -> Vec<Job> {
         demo("ring-1024-two-vcpus", "kvm,dirty-ring-size=1024", "--smp 2"),
         Job {
             name: "tests-ring-1024".into(),
-            command: "QEVM_REQUIRE_KVM=1 QEVM_DIRTY_RING_SIZE=1024 /kvm-tests --test-threads 1 dirty_".into(),
+            command: "QEVM_REQUIRE_KVM=1 QEVM_DIRTY_RING_SIZE=1024 /kvm-tests --color never --test-threads 1 dirty_"
+                .into(),
             judge: judge_tests,
         },
     ]
@@ -130,7 +131,7 @@ fn artifact(workspace: &Path, how: &[&str], name: &str) -> Result<PathBuf> {
     let messages = built.stdout.lines().filter_map(|line| serde_json::from_str::<Value>(line).ok());
     let executables =
         messages.filter(|m| m["target"]["name"] == name).filter_map(|m| Some(m["executable"].as_str()?.into()));
-    executables.last().with_context(|| format!("cargo built no program {name}"))
+    executables.next_back().with_context(|| format!("cargo built no program {name}"))
 }
 
 /// Runs jobs in the lab, one after the other, and tells what became of each.

@@ -19,6 +19,7 @@ use qevm_savevm::{
     configuration::{Configuration, ConfigurationSubsection},
     framing::{Content, SectionHeader, SectionKind},
     ram::RamRecord,
+    vfio::VfioRecord,
 };
 use qevm_wire::{Located, PageGeometry, Profile, WireError, Writer};
 use std::{
@@ -204,12 +205,17 @@ impl Engine<'_> {
                     ended |= last;
                 }
                 Step::Payload { remaining } => {
-                    // Only the description is left to be skipped; pages are moved as they are announced.
+                    // The state of a device, taken over as it comes; otherwise the description, which is skipped. Pages are moved
+                    // as they are announced.
                     if self.inlet.bytes().is_empty() && !self.inlet.fill(1)? {
                         self.decoder.end_of_input();
                         continue;
                     }
                     let count = self.inlet.bytes().len().min(usize::try_from(remaining).unwrap_or(usize::MAX));
+                    if let Some(header) = self.decoder.current_section().filter(|h| h.content() == Content::Vfio) {
+                        let loaded = self.loader.guest.load_iterative(&header.idstr, &self.inlet.bytes()[..count]);
+                        loaded.map_err(|error| self.place(LoadError::Devices(error), self.decoder.offset()))?;
+                    }
                     self.inlet.consume(count);
                     self.decoder.skip_payload(count as u64).map_err(located)?;
                 }
@@ -327,6 +333,7 @@ impl<'e> Loader<'e> {
                     self.devices.push(DeviceSection { idstr, instance_id, version_id, body: body.to_vec() });
                 }
             }
+            Event::Vfio(VfioRecord::Setup | VfioRecord::Data { .. } | VfioRecord::EndOfState) => {}
             Event::Command(Command::OpenReturnPath) => {
                 self.return_path = true;
                 if self.gate.return_path_opened()? == Ack::Send {
@@ -363,6 +370,9 @@ impl<'e> Loader<'e> {
         let SectionHeader { idstr, instance_id, .. } = header;
         match header.content() {
             Content::Ram if *instance_id == 0 => {}
+            // Their configuration, which is a FULL section, comes with devices on PCI; this machine has none.
+            Content::Vfio
+                if kind == SectionKind::Start && *instance_id == 0 && self.guest.has_iterative_device(idstr) => {}
             Content::Opaque if kind == SectionKind::Full && self.guest.has_device(idstr, *instance_id) => {
                 self.section = Some(header.clone());
             }

@@ -1,5 +1,6 @@
 //! What the engines need of a virtual machine.
 
+use super::IterativeDevice;
 use qevm_wire::{CountedString, Profile};
 use std::{error::Error, ops::Range};
 use vm_memory::VolatileSlice;
@@ -63,6 +64,26 @@ pub trait Guest: Send + Sync {
     /// The guest's own.
     fn throttle(&self, per_cent: u8) -> Result<(), GuestError> {
         if per_cent == 0 { Ok(()) } else { Err("the vCPUs of this machine cannot be slowed down".into()) }
+    }
+
+    /// The devices whose state is sent in parts while the guest runs; none by default.
+    fn iterative_devices(&self) -> Vec<&dyn IterativeDevice> {
+        Vec::new()
+    }
+
+    /// Takes over a piece of the state of the device whose section has that name, as [`IterativeDevice::read`] gave it at the source.
+    ///
+    /// # Errors
+    /// The guest's own; there is no such device, or it does not like its state.
+    fn load_iterative(&self, idstr: &CountedString, state: &[u8]) -> Result<(), GuestError> {
+        let _ = state;
+        Err(format!("there is no device '{idstr}'").into())
+    }
+
+    /// Whether a device takes over state in sections of this name, piece by piece.
+    fn has_iterative_device(&self, idstr: &CountedString) -> bool {
+        let _ = idstr;
+        false
     }
 
     /// The guest has gone to the destination for good; told at the source.

@@ -9,7 +9,7 @@
 //! | `guest` | [`Guest`]: what the engines need of a virtual machine |
 //! | [`bitmap`], `zero`, `ram_sender` | dirty pages, and sending them straight from guest memory |
 //! | `multifd` | page channels: threads that send and receive pages beside the main channel |
-//! | [`switchover`] | when to stop the guest |
+//! | `pending`, [`switchover`] | what remains of everything, and when to stop the guest |
 //! | `source`, `return_path` | [`migrate`]: the source engine |
 //! | `inlet`, `touched`, `ram_receiver`, `destination` | [`receive`]: the destination engine |
 //! | `handover` | who runs the guest when the connection breaks in the last moment |
@@ -39,6 +39,7 @@ mod multifd;
 #[cfg(test)]
 mod pair;
 mod parameters;
+mod pending;
 mod ram_receiver;
 mod ram_sender;
 pub mod rate;
@@ -62,6 +63,7 @@ pub use error::{LoadError, MigrationError};
 pub use guest::{DeviceSection, DirtyLog, Guest, GuestError, RamView, SavedDevices};
 pub use job::{Job, Notice, Refused};
 pub use parameters::{BadParameter, Mode, Parameters};
+pub use pending::{IterativeDevice, Pending};
 pub use return_path::ReturnPathError;
 pub use socket::{Listener, Socket};
 pub use source::{migrate, monotonic_now};

@@ -1,6 +1,7 @@
 //! The source engine: precopy of a running guest, switchover, handover.
 
 mod backlog;
+mod devices;
 mod ending;
 
 use super::{
@@ -9,11 +10,12 @@ use super::{
     converge::AutoConverge,
     handover,
     multifd::{Counts, Queue, Settings, send_pages},
+    pending::Account,
     ram_sender::{RamSender, Sent},
     rate::RateLimiter,
     return_path::ReturnPath,
     statistics::RoundStatistics,
-    switchover::{Bandwidth, Decision, Remaining, Round, Switchover, expected_downtime, per_second},
+    switchover::{Bandwidth, Decision, Round, Switchover, expected_downtime, per_second},
 };
 use qevm_multifd::{SourceSync, SyncError, SyncStep};
 use qevm_savevm::{Encoder, StreamWriter, command::Command, configuration::Configuration, framing::SectionHeader, ram};
@@ -108,6 +110,7 @@ struct Engine<'e> {
     accounted: (u64, Duration),
     passes: u64,
     converge: AutoConverge,
+    devices: Account<'e>,
     stopped: Option<Stopped>,
     handed_over: Option<Instant>,
 }
@@ -143,6 +146,7 @@ impl<'e> Engine<'e> {
             accounted: (0, Duration::ZERO),
             passes: 0,
             converge: AutoConverge::default(),
+            devices: Account::new(guest.iterative_devices()),
             stopped: None,
             handed_over: None,
         }
@@ -187,6 +191,7 @@ impl<'e> Engine<'e> {
         self.stream.ram_setup(blocks.collect::<Result<Vec<_>, MigrationError>>()?)?;
         self.synchronise(SourceSync::setup)?;
         self.stream.footer()?;
+        self.begin_devices()?;
         self.flush("the list of RAM blocks")?;
         let total = ram.remaining().map(|(_, bytes)| bytes).sum();
         let limit = self.job.parameters().downtime_limit();
@@ -201,10 +206,12 @@ impl<'e> Engine<'e> {
 
     /// Sends rounds of dirty pages until the guest may be stopped. The log is read at the end of each.
     fn iterate(&mut self, ram: &mut RamSender<'_>, log: &mut dyn DirtyLog) -> Result<(), MigrationError> {
-        let mut switchover = Switchover::default();
+        let (mut switchover, mut begin) = (Switchover::default(), self.start.elapsed());
+        let mut warned_of = None;
         loop {
-            let (begin, bytes_before, pages) = (self.start.elapsed(), self.transferred, ram.remaining_pages());
+            let (bytes_before, pages) = (self.transferred, ram.remaining_pages());
             self.sweep(ram, log)?;
+            self.send_device_parts()?;
             self.drain()?;
             let sent_at = self.start.elapsed();
             self.account();
@@ -213,24 +220,22 @@ impl<'e> Engine<'e> {
             self.accounted.1 = end;
 
             let parameters = self.job.parameters();
-            let remaining: Vec<_> = ram.remaining().map(|(name, bytes)| Remaining { name, bytes }).collect();
             let round = Round {
-                remaining: &remaining,
+                remaining: &[],
                 took: end - begin,
                 overhead: end - sent_at,
                 bandwidth: self.bandwidth.estimate(),
                 switchover_bandwidth: Some(parameters.avail_switchover_bandwidth).filter(|bandwidth| *bandwidth > 0),
                 downtime_limit: parameters.downtime_limit(),
             };
-            let decision = switchover.decide(&round);
-            let total = remaining.iter().map(|part| part.bytes).sum();
+            let (decision, total) = self.decide(&mut switchover, ram, &round)?;
             let rate = per_second(new_pages, round.took);
             self.job.update(|statistics| {
                 statistics.ram.dirty_pages_rate = rate;
                 statistics.expected_downtime = expected_downtime(total, &round).unwrap_or(parameters.downtime_limit());
                 statistics.rounds.push(RoundStatistics {
                     start: begin,
-                    took: end - begin,
+                    took: round.took,
                     pages,
                     bytes: self.transferred - bytes_before,
                     dirty_rate: rate * PageGeometry::X86.size(),
@@ -240,9 +245,16 @@ impl<'e> Engine<'e> {
                     _ => None,
                 };
             });
+            begin = end;
+            if matches!(decision, Decision::Iterate { .. }) {
+                self.pace(ram)?;
+            }
             match decision {
-                Decision::Iterate { stalled: Some(stall) } => tracing::warn!("{stall}"),
-                Decision::Iterate { stalled: None } => {}
+                Decision::Iterate { stalled: Some(stall) } if warned_of.as_ref() != Some(&stall.name) => {
+                    tracing::warn!("{stall}");
+                    warned_of = Some(stall.name);
+                }
+                Decision::Iterate { .. } => {}
                 Decision::SwitchOver(reason) => match self.return_path.and_then(|heard| heard.acks(ACK_POLL)) {
                     None => {
                         tracing::debug!(?reason, remaining = total, "switchover");
@@ -252,6 +264,8 @@ impl<'e> Engine<'e> {
                         let stalled = format!("the destination has not agreed to the switchover: {waiting}");
                         self.job.update(|statistics| statistics.stalled = Some(stalled));
                         self.check()?;
+                        // The wait says nothing about the link.
+                        self.accounted.1 = self.start.elapsed();
                     }
                 },
             }

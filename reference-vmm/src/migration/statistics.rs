@@ -116,6 +116,10 @@ pub struct Statistics {
     pub stopped_at: Option<Duration>,
     /// For how many per cent of their time the vCPUs stand still, once `auto-converge` has slowed them down.
     pub throttled: Option<u8>,
+    /// Bytes that remained of devices whose state goes in parts, when that was last reckoned.
+    pub devices_remaining: u64,
+    /// Bytes of such devices' state that were sent.
+    pub device_bytes: u64,
     /// Why the migration failed.
     pub error: Option<String>,
     /// What does not shrink, when the guest dirties faster than the link carries.
@@ -136,8 +140,8 @@ impl Statistics {
         let under_way = self.status.is_running() && self.status != Status::Setup;
         if under_way {
             put("expected-downtime", millis(self.expected_downtime));
-            // RAM is what this machine has to send while it runs; its devices' state is a few kilobytes at the end.
-            put("remaining", self.ram.remaining.into());
+            // RAM, and devices whose state goes in parts; that of the others is a few kilobytes at the end.
+            put("remaining", self.ram.remaining.saturating_add(self.devices_remaining).into());
             if let Some(per_cent) = self.throttled {
                 put("cpu-throttle-percentage", per_cent.into());
             }
@@ -146,6 +150,9 @@ impl Statistics {
             put("total-time", millis(self.total_time));
             put("setup-time", millis(self.setup_time));
             put("ram", self.ram.to_json());
+            if self.device_bytes > 0 {
+                put("vfio", json!({ "transferred": self.device_bytes }));
+            }
         }
         if let (Status::Completed, Some(downtime)) = (self.status, self.downtime) {
             put("downtime", millis(downtime));

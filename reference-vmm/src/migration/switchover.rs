@@ -28,8 +28,21 @@ pub struct Round<'a> {
 pub struct Remaining<'a> {
     /// Name for messages, e.g. the RAM block's.
     pub name: &'a str,
-    /// Bytes to send.
+    /// Bytes that can be sent while the guest runs.
     pub bytes: u64,
+    /// Bytes that can be sent only when it has stopped; RAM has none.
+    pub stopcopy: u64,
+}
+
+impl<'a> Remaining<'a> {
+    /// So many bytes of RAM.
+    pub fn ram(name: &'a str, bytes: u64) -> Self {
+        Remaining { name, bytes, stopcopy: 0 }
+    }
+
+    fn total(&self) -> u64 {
+        self.bytes.saturating_add(self.stopcopy)
+    }
 }
 
 /// What to do next.
@@ -62,6 +75,8 @@ pub struct Stall {
     pub name: String,
     /// What remains of it in bytes.
     pub remaining: u64,
+    /// How much of that can be sent only when the guest has stopped.
+    pub stopcopy: u64,
     /// Bytes per second at which the guest dirties memory.
     pub dirty_rate: u64,
     /// Bytes per second that the link gives.
@@ -70,14 +85,13 @@ pub struct Stall {
 
 impl fmt::Display for Stall {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Stall { name, remaining, dirty_rate, bandwidth } = self;
-        write!(
-            f,
-            "'{name}' no longer shrinks: {} of it remain, the guest dirties {}/s and the link carries {}/s",
-            Bytes(*remaining),
-            Bytes(*dirty_rate),
-            Bytes(*bandwidth)
-        )
+        let Stall { name, remaining, stopcopy, dirty_rate, bandwidth } = self;
+        write!(f, "'{name}' no longer shrinks: {} of it remain, ", Bytes(*remaining))?;
+        match stopcopy {
+            0 => write!(f, "the guest dirties {}/s", Bytes(*dirty_rate))?,
+            stopcopy => write!(f, "{} of them to be sent when the guest has stopped,", Bytes(*stopcopy))?,
+        }
+        write!(f, " and the link carries {}/s", Bytes(*bandwidth))
     }
 }
 
@@ -99,8 +113,10 @@ const MAX_EXTRA_ROUNDS: u32 = 30;
 const EXTRA_LIMITS: u32 = 2;
 /// …or as a part of the time the migration has taken so far, whichever is more.
 const EXTRA_PART: u32 = 8;
-/// Rounds in a row without shrinking that make a stall.
+/// Rounds in a row without shrinking that make a stall…
 const STALL_ROUNDS: u32 = 3;
+/// …if they took at least this long: rounds are short where a device alone is in the way.
+const STALL_TIME: Duration = Duration::from_secs(1);
 
 /// Decides after every round.
 ///
@@ -110,7 +126,7 @@ const STALL_ROUNDS: u32 = 3;
 ///
 /// let mut switchover = Switchover::default();
 /// let mut round = |bytes, took| {
-///     let remaining = [Remaining { name: "microvm.ram", bytes }];
+///     let remaining = [Remaining::ram("microvm.ram", bytes)];
 ///     switchover.decide(&Round {
 ///         remaining: &remaining,
 ///         took: Duration::from_millis(took),
@@ -132,30 +148,57 @@ pub struct Switchover {
     elapsed: Duration,
     extra_rounds: u32,
     extra_time: Duration,
-    previous: Option<u64>,
-    not_shrinking: u32,
+    total: Shrinking,
+    /// Of every part, in the order of the rounds.
+    parts: Vec<Shrinking>,
+}
+
+/// Whether something shrinks.
+#[derive(Debug, Clone, Copy, Default)]
+struct Shrinking {
+    /// What there was when it last shrank, and for how long it has not.
+    from: Option<u64>,
+    rounds: u32,
+    time: Duration,
+}
+
+impl Shrinking {
+    /// By less than a tenth is not at all.
+    fn note(&mut self, now: u64, took: Duration) {
+        if self.from.is_none_or(|from| u128::from(now) * 10 < u128::from(from) * 9) {
+            *self = Shrinking { from: Some(now), ..Shrinking::default() };
+        } else {
+            (self.rounds, self.time) = (self.rounds + 1, self.time + took);
+            // What has grown shrinks when it is less than that.
+            self.from = self.from.max(Some(now));
+        }
+    }
+
+    fn has_stalled(&self) -> bool {
+        self.rounds >= STALL_ROUNDS && self.time >= STALL_TIME
+    }
 }
 
 impl Switchover {
     /// Takes note of a round and says what to do next.
     pub fn decide(&mut self, round: &Round<'_>) -> Decision {
-        let total: u64 = round.remaining.iter().fold(0, |sum, part| sum.saturating_add(part.bytes));
+        let total = total(round.remaining);
+        let stopcopy = round.remaining.iter().fold(0, |sum: u64, part| sum.saturating_add(part.stopcopy));
         self.elapsed += round.took;
-        let shrank = self.previous.is_none_or(|previous| u128::from(total) * 10 < u128::from(previous) * 9);
-        self.not_shrinking = if shrank { 0 } else { self.not_shrinking + 1 };
-        self.previous = Some(total);
+        self.total.note(total, round.took);
+        self.parts.resize(round.remaining.len(), Shrinking::default());
+        self.parts.iter_mut().zip(round.remaining).for_each(|(part, now)| part.note(now.total(), round.took));
 
         let Some(downtime) = expected_downtime(total, round) else {
             return Decision::Iterate { stalled: None };
         };
         if downtime > round.downtime_limit {
-            (self.extra_rounds, self.extra_time) = (0, Duration::ZERO);
-            return Decision::Iterate { stalled: self.stall(total, round) };
+            return self.too_much(round);
         }
         if downtime <= NEGLIGIBLE {
             return Decision::SwitchOver(Reason::Negligible);
         }
-        if expected_after_another(total, round) * 100 >= u128::from(total) * WORTHWHILE_PERCENT {
+        if expected_after_another(total - stopcopy, stopcopy, round) * 100 >= u128::from(total) * WORTHWHILE_PERCENT {
             return Decision::SwitchOver(Reason::NoGain);
         }
         let allowed = (round.downtime_limit * EXTRA_LIMITS).max(self.elapsed / EXTRA_PART);
@@ -163,19 +206,42 @@ impl Switchover {
             return Decision::SwitchOver(Reason::Enough);
         }
         self.extra_rounds += 1;
-        self.extra_time += time_to_send(total, round.bandwidth.unwrap_or(0)).unwrap_or_default() + round.overhead;
+        let sending = time_to_send(total - stopcopy, round.bandwidth.unwrap_or(0)).unwrap_or_default();
+        self.extra_time += sending + round.overhead;
         Decision::Iterate { stalled: None }
     }
 
-    fn stall(&self, total: u64, round: &Round<'_>) -> Option<Stall> {
-        let largest = round.remaining.iter().max_by_key(|part| part.bytes)?;
-        (self.not_shrinking >= STALL_ROUNDS).then(|| Stall {
-            name: largest.name.into(),
-            remaining: largest.bytes,
-            dirty_rate: per_second(total, round.took),
+    /// Says what to do when [`decide`](Switchover::decide) was for switching over, by estimates, and this is what remains exactly.
+    pub fn confirm(&mut self, reason: Reason, exact: &Round<'_>) -> Decision {
+        match expected_downtime(total(exact.remaining), exact) {
+            Some(downtime) if downtime <= exact.downtime_limit => Decision::SwitchOver(reason),
+            _ => self.too_much(exact),
+        }
+    }
+
+    fn too_much(&mut self, round: &Round<'_>) -> Decision {
+        (self.extra_rounds, self.extra_time) = (0, Duration::ZERO);
+        Decision::Iterate { stalled: self.stall(round) }
+    }
+
+    fn stall(&self, round: &Round<'_>) -> Option<Stall> {
+        if !self.total.has_stalled() {
+            return None;
+        }
+        let parts = self.parts.iter().zip(round.remaining);
+        let (_, part) = parts.max_by_key(|(shrinking, part)| (shrinking.has_stalled(), part.total()))?;
+        Some(Stall {
+            name: part.name.into(),
+            remaining: part.total(),
+            stopcopy: part.stopcopy,
+            dirty_rate: per_second(total(round.remaining), round.took),
             bandwidth: round.bandwidth.unwrap_or(0),
         })
     }
+}
+
+fn total(remaining: &[Remaining<'_>]) -> u64 {
+    remaining.iter().fold(0, |sum, part| sum.saturating_add(part.total()))
 }
 
 /// How long the guest would stand still if it were stopped now; `None` if the bandwidth is not known.
@@ -193,11 +259,11 @@ pub(crate) fn per_second(bytes: u64, time: Duration) -> u64 {
 }
 
 /// What would remain after another round: as much as the guest dirties meanwhile, at the rate of the round before, and
-/// no more than now, because a round before that was no longer would else have found more.
-fn expected_after_another(total: u64, round: &Round<'_>) -> u128 {
-    let sending = round.bandwidth.and_then(|bandwidth| time_to_send(total, bandwidth)).unwrap_or(Duration::MAX);
+/// no more than now, because a round before that was no longer would else have found more; and what waits for the stop.
+fn expected_after_another(precopy: u64, stopcopy: u64, round: &Round<'_>) -> u128 {
+    let sending = round.bandwidth.and_then(|bandwidth| time_to_send(precopy, bandwidth)).unwrap_or(Duration::MAX);
     let next = sending.saturating_add(round.overhead).as_nanos();
-    (u128::from(total) * next / round.took.as_nanos().max(1)).min(total.into())
+    u128::from(stopcopy) + (u128::from(precopy) * next / round.took.as_nanos().max(1)).min(precopy.into())
 }
 
 pub(super) fn time_to_send(bytes: u64, bandwidth: u64) -> Option<Duration> {
@@ -250,7 +316,7 @@ mod tests {
             let dirtied = (u128::from(dirty_rate) * took.as_nanos() / 1_000_000_000) as u64;
             let bytes = dirtied.min(hot);
             let decision = switchover.decide(&Round {
-                remaining: &[Remaining { name: "ram", bytes }],
+                remaining: &[Remaining::ram("ram", bytes)],
                 took,
                 overhead,
                 bandwidth: Some(bandwidth),
@@ -287,10 +353,7 @@ mod tests {
         let mut last = Decision::SwitchOver(Reason::Enough);
         for _ in 0..5 {
             last = switchover.decide(&Round {
-                remaining: &[
-                    Remaining { name: "pc.bios", bytes: 4096 },
-                    Remaining { name: "microvm.ram", bytes: 200_000_000 },
-                ],
+                remaining: &[Remaining::ram("pc.bios", 4096), Remaining::ram("microvm.ram", 200_000_000)],
                 took: Duration::from_secs(2),
                 overhead: MS,
                 bandwidth: Some(50_000_000),
@@ -312,14 +375,14 @@ mod tests {
             switchover_bandwidth: None,
             downtime_limit: Duration::ZERO,
         };
-        let one = [Remaining { name: "ram", bytes: 4096 }];
+        let one = [Remaining::ram("ram", 4096)];
         assert_eq!(Switchover::default().decide(&round(&[])), Decision::SwitchOver(Reason::Negligible));
         assert_eq!(Switchover::default().decide(&round(&one)), Decision::Iterate { stalled: None });
     }
 
     #[test]
     fn the_switchover_bandwidth_replaces_the_measured_one_for_the_limit() {
-        let remaining = [Remaining { name: "ram", bytes: 10_000_000 }];
+        let remaining = [Remaining::ram("ram", 10_000_000)];
         let mut round = Round {
             remaining: &remaining,
             took: 10 * MS,
@@ -359,7 +422,7 @@ mod tests {
             let mut switchover = Switchover::default();
             let mut fitting = 0;
             for (bytes, took) in rounds {
-                let remaining = [Remaining { name: "ram", bytes }];
+                let remaining = [Remaining::ram("ram", bytes)];
                 let round = Round {
                     remaining: &remaining,
                     took: Duration::from_millis(took),

@@ -1,6 +1,7 @@
 //! A guest that is memory and a counter, and writes when it is told to.
 
-use crate::migration::{DeviceSection, DirtyLog, Guest, GuestError, RamView, SavedDevices};
+use super::device::FakeDevice;
+use crate::migration::{DeviceSection, DirtyLog, Guest, GuestError, IterativeDevice, RamView, SavedDevices};
 use qevm_wire::{CountedString, Profile};
 use std::{
     ops::Range,
@@ -22,6 +23,8 @@ pub(crate) struct FakeGuest {
     pub(crate) pages_per_step: AtomicU64,
     /// Loading the device fails.
     pub(crate) refuses_devices: AtomicBool,
+    /// A device whose state goes in parts.
+    pub(crate) device: Option<FakeDevice>,
     log: Mutex<Option<Log>>,
     /// Held by a step of the guest, so that it is over when the guest has stopped.
     step: Mutex<()>,
@@ -43,6 +46,7 @@ impl FakeGuest {
             work: AtomicU64::new(0),
             pages_per_step: AtomicU64::new(3),
             refuses_devices: AtomicBool::new(false),
+            device: None,
             log: Mutex::new(None),
             step: Mutex::new(()),
         }
@@ -141,6 +145,7 @@ impl Guest for FakeGuest {
 
     fn pause(&self) -> Result<bool, GuestError> {
         let _step = self.step.lock().unwrap();
+        self.device.iter().for_each(FakeDevice::stop);
         Ok(self.running.swap(false, Ordering::SeqCst))
     }
 
@@ -155,6 +160,20 @@ impl Guest for FakeGuest {
         body.push(running.into());
         let idstr = CountedString::new("counter").unwrap();
         Ok(SavedDevices { sections: vec![DeviceSection { idstr, instance_id: 0, version_id: 1, body }], vmdesc: None })
+    }
+
+    fn iterative_devices(&self) -> Vec<&dyn IterativeDevice> {
+        self.device.iter().map(|device| device as &dyn IterativeDevice).collect()
+    }
+
+    fn has_iterative_device(&self, idstr: &CountedString) -> bool {
+        self.device.as_ref().is_some_and(|device| *idstr == *device.idstr())
+    }
+
+    fn load_iterative(&self, _: &CountedString, state: &[u8]) -> Result<(), GuestError> {
+        assert!(!self.is_running(), "loaded while running");
+        self.device.as_ref().ok_or("no such device")?.load(state);
+        Ok(())
     }
 
     fn resize_ram(&self, _: usize, _: u64) -> Result<(), GuestError> {

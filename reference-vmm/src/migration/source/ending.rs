@@ -62,7 +62,9 @@ impl Engine<'_> {
         self.synchronise(SourceSync::round_end)?;
         self.synchronise(SourceSync::completion)?;
         self.stream.footer()?;
-        for (section_id, device) in (RAM_SECTION + 1..).zip(&devices.sections) {
+        self.send_device_rest()?;
+        let first = RAM_SECTION + 1 + self.devices.devices().len() as u32;
+        for (section_id, device) in (first..).zip(&devices.sections) {
             let (idstr, instance_id, version_id) = (device.idstr.clone(), device.instance_id, device.version_id);
             self.stream.section_full(&SectionHeader { section_id, idstr, instance_id, version_id }, &device.body)?;
         }
@@ -135,6 +137,7 @@ impl Engine<'_> {
                 statistics.ram.downtime_bytes = self.transferred.saturating_sub(statistics.ram.precopy_bytes);
             }
         });
+        self.devices.devices().iter().for_each(|device| device.end());
         if result.is_ok() {
             self.let_run();
             self.guest.handed_over();

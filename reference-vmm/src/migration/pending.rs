@@ -1,0 +1,123 @@
+//! What remains to be sent of everything: RAM, and devices whose state is sent in parts while the guest runs.
+//!
+//! Such a device is asked in two ways (as QEMU's handlers are since 8.1): for an *estimate* in every round, which must be cheap, and for
+//! the *exact* size, which may need the device's firmware or stop what it is doing. An estimate leaves out what the device cannot tell
+//! cheaply, above all what it can send only when the guest has stopped. Asking exactly in every round makes the source
+//! spin; never asking again makes it miss a device that shrinks. [`Account`] remembers the last exact answer, so that both agree, and asks
+//! again when the estimates say that it may be worth it, less and less often.
+
+use super::GuestError;
+use std::time::Duration;
+
+/// Bytes that remain.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Pending {
+    /// What can be sent while the guest runs.
+    pub precopy: u64,
+    /// What can be sent only when it has stopped.
+    pub stopcopy: u64,
+}
+
+impl Pending {
+    /// All of it.
+    pub fn total(self) -> u64 {
+        self.precopy.saturating_add(self.stopcopy)
+    }
+}
+
+/// A device with more state than fits the downtime, sent in parts while the guest runs, in the sections of QEMU's VFIO devices.
+pub trait IterativeDevice: Send + Sync {
+    /// The section's name; it ends in `/vfio`.
+    fn idstr(&self) -> &str;
+
+    /// The migration begins.
+    ///
+    /// # Errors
+    /// The device's own.
+    fn begin(&self) -> Result<(), GuestError>;
+
+    /// What remains, as far as it can be told at once.
+    fn estimate(&self) -> Pending;
+
+    /// What remains, at whatever cost.
+    ///
+    /// # Errors
+    /// The device's own.
+    fn exact(&self) -> Result<Pending, GuestError>;
+
+    /// Moves up to `limit` bytes of state to the end of `into`; none if there are none to send at the moment. When the guest has
+    /// stopped, it is called until none is left.
+    ///
+    /// # Errors
+    /// The device's own.
+    fn read(&self, into: &mut Vec<u8>, limit: usize) -> Result<(), GuestError>;
+
+    /// The migration is over: the device is at the destination, or stays.
+    fn end(&self);
+}
+
+/// The first wait before a device is asked exactly again…
+const FIRST_WAIT: Duration = Duration::from_millis(50);
+/// …and the longest, which is how late a device that shrinks may be noticed…
+const LONGEST_WAIT: Duration = Duration::from_secs(2);
+/// …unless asking takes long: it is not to take more than this part of the time.
+const ASKING_PART: u32 = 8;
+
+/// What the devices said.
+pub(super) struct Account<'g> {
+    devices: Vec<&'g dyn IterativeDevice>,
+    /// What the last exact answers had more to be sent at the stop than the estimates of that moment.
+    hidden: Vec<u64>,
+    /// The sum of the last exact answers.
+    last: Option<u64>,
+    wait: Duration,
+    ask_at: Duration,
+}
+
+impl<'g> Account<'g> {
+    pub(super) fn new(devices: Vec<&'g dyn IterativeDevice>) -> Self {
+        let hidden = vec![0; devices.len()];
+        Account { devices, hidden, last: None, wait: FIRST_WAIT, ask_at: Duration::ZERO }
+    }
+
+    pub(super) fn devices(&self) -> &[&'g dyn IterativeDevice] {
+        &self.devices
+    }
+
+    /// What remains of each device, with what is known only exactly as it was when it was last asked.
+    pub(super) fn estimate(&self) -> Vec<Pending> {
+        let known = |(device, hidden): (&&dyn IterativeDevice, &u64)| {
+            let told = device.estimate();
+            Pending { stopcopy: told.stopcopy.saturating_add(*hidden), ..told }
+        };
+        self.devices.iter().zip(&self.hidden).map(known).collect()
+    }
+
+    /// Whether to ask exactly now although what is known does not fit: it would fit by what the devices tell cheaply (`fits`),
+    /// and the last answer is old enough.
+    pub(super) fn is_due(&self, now: Duration, fits: impl FnOnce(u64) -> bool) -> bool {
+        let hides = self.hidden.iter().any(|hidden| *hidden > 0);
+        hides && now >= self.ask_at && fits(self.devices.iter().map(|device| device.estimate().total()).sum())
+    }
+
+    /// Asks every device exactly. `clock` tells the time, from which the next time to ask follows.
+    pub(super) fn ask(&mut self, clock: impl Fn() -> Duration) -> Result<Vec<Pending>, GuestError> {
+        let begin = clock();
+        let mut answers = Vec::new();
+        for (device, hidden) in self.devices.iter().zip(&mut self.hidden) {
+            let exact = device.exact()?;
+            *hidden = exact.stopcopy.saturating_sub(device.estimate().stopcopy);
+            answers.push(exact);
+        }
+        let end = clock();
+        let total = answers.iter().map(|pending| pending.total()).sum();
+        let shrank = self.last.is_none_or(|last| u128::from(total) * 10 < u128::from(last) * 9);
+        self.last = Some(total);
+        self.wait = if shrank { FIRST_WAIT } else { (self.wait * 2).min(LONGEST_WAIT) };
+        self.ask_at = end + self.wait.max((end - begin) * ASKING_PART);
+        Ok(answers)
+    }
+}
+
+#[cfg(test)]
+mod tests;
