@@ -129,7 +129,7 @@ fn artifact(workspace: &Path, how: &[&str], name: &str) -> Result<PathBuf> {
     let built = run_any(&mut cargo, TIMEOUT)?;
     ensure!(built.success, "building {name}: {}", built.stderr);
     let messages = built.stdout.lines().filter_map(|line| serde_json::from_str::<Value>(line).ok());
-    let executables =
+    let mut executables =
         messages.filter(|m| m["target"]["name"] == name).filter_map(|m| Some(m["executable"].as_str()?.into()));
     executables.next_back().with_context(|| format!("cargo built no program {name}"))
 }
