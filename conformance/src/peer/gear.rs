@@ -22,6 +22,10 @@ const BATCH: u64 = 4;
 pub enum Gear {
     /// `virtio-blk-device`
     Disk,
+    /// `virtio-rng-device`
+    Rng,
+    /// `virtio-serial-device` with a `virtconsole`
+    Console,
 }
 
 impl Gear {
@@ -29,6 +33,8 @@ impl Gear {
     fn bit(self) -> u32 {
         match self {
             Gear::Disk => 1,
+            Gear::Rng => 2,
+            Gear::Console => 4,
         }
     }
 
@@ -36,6 +42,8 @@ impl Gear {
     fn counter(self) -> &'static str {
         match self {
             Gear::Disk => "disk",
+            Gear::Rng => "rng",
+            Gear::Console => "console",
         }
     }
 }
@@ -49,7 +57,7 @@ pub(super) fn configuration(gear: &[Gear]) -> String {
 }
 
 /// The arguments of the monitor `name`, the same for QEMU and reference-vmm.
-pub(super) fn arguments(gear: &[Gear], scratch: &Path, _name: &str) -> Result<Vec<String>> {
+pub(super) fn arguments(gear: &[Gear], scratch: &Path, name: &str) -> Result<Vec<String>> {
     let mut arguments = Vec::new();
     let mut add = |option: &str, value: String| arguments.extend([option.to_string(), value]);
     for gear in gear {
@@ -62,6 +70,12 @@ pub(super) fn arguments(gear: &[Gear], scratch: &Path, _name: &str) -> Result<Ve
                 add("--drive", format!("if=none,id=d,format=raw,file={}", disk.display()));
                 add("--device", "virtio-blk-device,drive=d".into());
             }
+            Gear::Rng => add("--device", "virtio-rng-device".into()),
+            Gear::Console => {
+                add("--chardev", format!("file,id=c,path={}", console(scratch, name).display()));
+                add("--device", "virtio-serial-device".into());
+                add("--device", "virtconsole,chardev=c".into());
+            }
         }
     }
     Ok(arguments)
@@ -69,6 +83,17 @@ pub(super) fn arguments(gear: &[Gear], scratch: &Path, _name: &str) -> Result<Ve
 
 fn disk(scratch: &Path) -> PathBuf {
     scratch.join("disk.raw")
+}
+
+fn console(scratch: &Path, name: &str) -> PathBuf {
+    scratch.join(format!("{name}.hvc"))
+}
+
+/// What arrived on the consoles of all stops, one behind the other.
+fn consoles(scratch: &Path) -> Result<Vec<u8>> {
+    let files = (0..).map(|stop| console(scratch, &format!("stop{stop}"))).take_while(|file| file.exists());
+    let texts: Vec<Vec<u8>> = files.map(fs::read).collect::<std::io::Result<_>>()?;
+    Ok(texts.concat())
 }
 
 /// How far the guest got, by its last line: the counter of each device, and of interrupts.
@@ -106,6 +131,9 @@ pub(super) fn judge(gear: &[Gear], texts: &[Vec<u8>], scratch: &Path) -> Result<
     for (gear, next) in gear.iter().zip(counters) {
         match gear {
             Gear::Disk => judge_disk(&fs::read(disk(scratch))?, next),
+            // The guest has looked at what it got.
+            Gear::Rng => Ok(()),
+            Gear::Console => judge_console(&consoles(scratch)?, next),
         }
         .with_context(|| format!("{gear:?}, of which the guest had done {} requests", next - 1))?;
     }
@@ -137,6 +165,19 @@ fn judge_disk(disk: &[u8], next: u64) -> Result<()> {
     Ok(())
 }
 
+/// Each line is the next number. The last may have been cut off with the guest's end.
+fn judge_console(text: &[u8], next: u64) -> Result<()> {
+    let text = String::from_utf8_lossy(text);
+    let mut expected = 1;
+    for line in text.split_inclusive('\n').filter_map(|line| line.strip_suffix('\n')) {
+        let found = u64::from_str_radix(line, 16);
+        ensure!(line.len() == 16 && found == Ok(expected), "line {expected} is '{line}'");
+        expected += 1;
+    }
+    ensure!(expected >= next, "line {expected} is missing");
+    Ok(())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -163,6 +204,18 @@ mod tests {
         let mut torn = disk.clone();
         torn[5 * SECTOR + 100] ^= 1;
         assert!(judge_disk(&torn, 41).is_err(), "a sector is damaged");
+    }
+
+    #[test]
+    fn lines_that_are_lost_repeated_or_damaged_are_found_out() {
+        let lines = |numbers: &[u64]| numbers.iter().map(|n| format!("{n:016x}\n")).collect::<String>().into_bytes();
+        let text = lines(&[1, 2, 3, 4, 5]);
+        assert!(judge_console(&text, 6).is_ok());
+        assert!(judge_console(&text[..text.len() - 3], 5).is_ok());
+        assert!(judge_console(&text, 7).is_err());
+        assert!(judge_console(&lines(&[1, 2, 4, 5]), 5).is_err());
+        assert!(judge_console(&lines(&[1, 2, 2, 3]), 4).is_err());
+        assert!(judge_console(&text[1..], 6).is_err());
     }
 
     #[test]

@@ -1,50 +1,110 @@
-//! `--drive` and `--device`: virtio devices in QEMU's words.
+//! `--drive`, `--chardev` and `--device`: virtio devices in QEMU's words.
 
 use std::collections::BTreeMap;
 
 use anyhow::{Context, bail, ensure};
-use reference_vmm::devices::{Block, BlockOptions, VirtioDevice, VirtioSlot};
+use reference_vmm::devices::{
+    Block, BlockOptions, Chardev, ChardevOptions, Rng, VirtioDevice, VirtioSerial, VirtioSlot,
+};
 
 use super::options::Options;
 
 /// What devices are made of: the text of the options, in the order of the command line.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct DeviceOptions<'a> {
     pub(crate) drives: &'a [String],
+    pub(crate) chardevs: &'a [String],
     pub(crate) devices: &'a [String],
+}
+
+/// What the host has for devices and no device has taken yet, by its id.
+struct Backends {
+    drives: BTreeMap<String, BlockOptions>,
+    chardevs: BTreeMap<String, ChardevOptions>,
+}
+
+/// A device of which the command line may have more to say.
+enum Device {
+    Whole(VirtioSlot),
+    /// A serial bus takes the ports that follow.
+    Serial(VirtioSerial, bool),
 }
 
 impl DeviceOptions<'_> {
     /// Opens what the devices need.
     pub(crate) fn slots(&self) -> anyhow::Result<Vec<VirtioSlot>> {
-        let mut drives = named("drive", self.drives, drive)?;
-        let mut slots = Vec::new();
+        let mut backends = Backends {
+            drives: named("drive", "file", self.drives, drive)?,
+            chardevs: named("chardev", "backend", self.chardevs, chardev)?,
+        };
+        let mut devices = Vec::new();
         for text in self.devices {
-            let slot = slot(text, &mut drives).with_context(|| format!("--device {text}"))?;
-            slots.push(slot);
+            add(text, &mut backends, &mut devices).with_context(|| format!("--device {text}"))?;
         }
-        ensure!(drives.is_empty(), "--drive: no device uses {}", drives.into_keys().collect::<Vec<_>>().join(", "));
-        Ok(slots)
+        let unused: Vec<String> = backends.drives.into_keys().chain(backends.chardevs.into_keys()).collect();
+        ensure!(unused.is_empty(), "no device uses --drive or --chardev {}", unused.join(", "));
+        Ok(devices
+            .into_iter()
+            .map(|device| match device {
+                Device::Whole(slot) => slot,
+                Device::Serial(serial, true) => VirtioSlot::serial(serial),
+                Device::Serial(_, false) => VirtioSlot::kept(VirtioDevice::Serial),
+            })
+            .collect())
     }
 }
 
-fn slot(text: &str, drives: &mut BTreeMap<String, BlockOptions>) -> anyhow::Result<VirtioSlot> {
+fn add(text: &str, backends: &mut Backends, devices: &mut Vec<Device>) -> anyhow::Result<()> {
     let mut options = Options::parse(text, "driver")?;
-    let device: VirtioDevice = options.need("driver")?.parse().map_err(anyhow::Error::msg)?;
-    let slot = match device {
+    let driver = options.need("driver")?;
+    options.take("id");
+    if let "virtconsole" | "virtserialport" = driver.as_str() {
+        let id = options.need("chardev")?;
+        let chardev =
+            backends.chardevs.remove(&id).with_context(|| format!("no --chardev with id={id} is left for it"))?;
+        let name = options.take("name").unwrap_or_default();
+        let bus = devices.iter_mut().rev().find_map(|device| match device {
+            Device::Serial(serial, has_ports) => Some((serial, has_ports)),
+            Device::Whole(_) => None,
+        });
+        let (serial, has_ports) = bus.context("it needs a virtio-serial-device before it")?;
+        *has_ports = true;
+        ensure!(serial.add(driver == "virtconsole", &name, Chardev::open(&chardev)?), "the bus has no port left");
+        return options.finish();
+    }
+    let device: VirtioDevice = driver.parse().map_err(anyhow::Error::msg)?;
+    devices.push(match device {
         VirtioDevice::Block => match options.take("drive") {
             Some(id) => {
-                let drive = drives.remove(&id).with_context(|| format!("no --drive with id={id} is left for it"))?;
+                let drive = backends.drives.remove(&id);
+                let drive = drive.with_context(|| format!("no --drive with id={id} is left for it"))?;
                 let serial = options.take("serial").unwrap_or_default();
-                VirtioSlot::block(Block::open(BlockOptions { serial, ..drive })?)
+                Device::Whole(VirtioSlot::block(Block::open(BlockOptions { serial, ..drive })?))
             }
-            None => VirtioSlot::kept(device),
+            None => Device::Whole(VirtioSlot::kept(device)),
         },
-        _ => VirtioSlot::kept(device),
-    };
-    options.take("id");
-    options.finish()?;
-    Ok(slot)
+        VirtioDevice::Rng => Device::Whole(VirtioSlot::rng(Rng::open()?)),
+        VirtioDevice::Serial => Device::Serial(VirtioSerial::default(), false),
+        _ => Device::Whole(VirtioSlot::kept(device)),
+    });
+    options.finish()
+}
+
+fn chardev(options: &mut Options) -> anyhow::Result<ChardevOptions> {
+    Ok(match options.need("backend")?.as_str() {
+        "null" => ChardevOptions::Null,
+        "stdio" => ChardevOptions::Stdio,
+        "file" => {
+            let append = options.switch("append")?.unwrap_or(false);
+            ChardevOptions::File { path: options.need("path")?.into(), append }
+        }
+        "socket" => {
+            let server = options.switch("server")?.unwrap_or(false);
+            ensure!(options.switch("wait")? != Some(true), "wait=on is not supported, wait=off is");
+            ChardevOptions::Socket { path: options.need("path")?.into(), server }
+        }
+        other => bail!("{other} is not one of null, stdio, file, socket"),
+    })
 }
 
 fn drive(options: &mut Options) -> anyhow::Result<BlockOptions> {
@@ -61,13 +121,14 @@ fn drive(options: &mut Options) -> anyhow::Result<BlockOptions> {
 /// Each option of a kind by its `id`.
 fn named<T>(
     kind: &str,
+    implied: &str,
     texts: &[String],
     make: impl Fn(&mut Options) -> anyhow::Result<T>,
 ) -> anyhow::Result<BTreeMap<String, T>> {
     let mut all = BTreeMap::new();
     for text in texts {
         let context = || format!("--{kind} {text}");
-        let mut options = Options::parse(text, "file").with_context(context)?;
+        let mut options = Options::parse(text, implied).with_context(context)?;
         let id = options.need("id").with_context(context)?;
         let made = make(&mut options).with_context(context)?;
         options.finish().with_context(context)?;
@@ -83,8 +144,37 @@ mod tests {
     fn slots(drives: &[&str], devices: &[&str]) -> anyhow::Result<Vec<VirtioDevice>> {
         let owned = |list: &[&str]| list.iter().map(|text| text.to_string()).collect::<Vec<_>>();
         let (drives, devices) = (owned(drives), owned(devices));
-        let slots = DeviceOptions { drives: &drives, devices: &devices }.slots()?;
+        let chardevs = ["null,id=c".to_string(), "null,id=e".to_string()];
+        let chardevs: &[String] =
+            if devices.iter().any(|device| device.starts_with("virt") && device.contains("chardev=")) {
+                &chardevs
+            } else {
+                &[]
+            };
+        let slots = DeviceOptions { drives: &drives, chardevs, devices: &devices }.slots()?;
         Ok(slots.iter().map(VirtioSlot::device).collect())
+    }
+
+    #[test]
+    fn ports_belong_to_the_bus_before_them() {
+        let (bus, console, port) = ("virtio-serial-device", "virtconsole,chardev=c", "virtserialport,chardev=e,name=a");
+        let found = slots(&[], &[bus, console, "virtio-rng-device", port]).unwrap();
+        assert_eq!(found, [VirtioDevice::Serial, VirtioDevice::Rng]);
+        for devices in
+            [vec![console, bus, port], vec![bus, console], vec![bus, console, console], vec![bus, "virtconsole"]]
+        {
+            assert!(slots(&[], &devices).is_err(), "{devices:?}");
+        }
+        let options = |text: &str| chardev(&mut Options::parse(text, "backend").unwrap());
+        assert_eq!(options("null").unwrap(), ChardevOptions::Null);
+        assert!(matches!(options("file,path=/x,append=on").unwrap(), ChardevOptions::File { append: true, .. }));
+        assert!(matches!(
+            options("socket,path=/x,server=on,wait=off").unwrap(),
+            ChardevOptions::Socket { server: true, .. }
+        ));
+        for bad in ["file", "pty", "socket,path=/x,server=on,wait=on", "socket"] {
+            assert!(options(bad).is_err(), "{bad}");
+        }
     }
 
     #[test]

@@ -9,6 +9,7 @@ use std::str::FromStr;
 use anyhow::{Context, bail};
 use qevm_wire::{Profile, QemuVersion};
 use reference_vmm::boot::Kernel;
+use reference_vmm::devices::VirtioSlot;
 use reference_vmm::machine::MachineConfig;
 use reference_vmm::payload;
 
@@ -56,9 +57,12 @@ pub(crate) struct MachineArguments {
     /// Disk for a virtio-blk-device: id=ID,file=PATH[,format=raw][,if=none][,readonly=on]
     #[arg(long, value_name = "OPTIONS")]
     drive: Vec<String>,
-    /// Device on virtio-mmio, in the order of QEMU's command line: virtio-blk-device,drive=ID[,serial=TEXT]. Without its drive, and for
-    /// virtio-net-device, virtio-rng-device and virtio-serial-device, there is no model: a guest is kept as it came and goes back,
-    /// but does not run (use -S)
+    /// Character device for a port: null,id=ID; stdio,id=ID; file,id=ID,path=PATH[,append=on]; socket,id=ID,path=PATH[,server=on][,wait=off]
+    #[arg(long, value_name = "OPTIONS")]
+    chardev: Vec<String>,
+    /// Device on virtio-mmio, in the order of QEMU's command line: virtio-blk-device,drive=ID[,serial=TEXT], virtio-rng-device,
+    /// virtio-serial-device with virtconsole,chardev=ID[,name=TEXT] and virtserialport,chardev=ID[,name=TEXT] behind it. Without what it
+    /// needs, and for virtio-net-device, there is no model: a guest is kept as it came and goes back, but does not run (use -S)
     #[arg(long, value_name = "OPTIONS")]
     device: Vec<String>,
     /// Item of the firmware configuration device: name=NAME,string=TEXT or name=NAME,file=PATH; commas in TEXT are doubled
@@ -71,6 +75,10 @@ impl MachineArguments {
     pub(crate) fn profile(&self) -> Profile {
         let profile = Profile::new(self.machine.qemu, MACHINE_TYPE);
         if self.machine.kvm { profile } else { profile.tcg() }
+    }
+
+    fn virtio(&self) -> anyhow::Result<Vec<VirtioSlot>> {
+        DeviceOptions { drives: &self.drive, chardevs: &self.chardev, devices: &self.device }.slots()
     }
 
     /// The machine they describe.
@@ -105,7 +113,7 @@ impl MachineArguments {
             kernel,
             split_irqchip: self.machine.split_irqchip,
             rtc: self.machine.rtc,
-            virtio: DeviceOptions { drives: &self.drive, devices: &self.device }.slots()?,
+            virtio: self.virtio()?,
             dirty_ring_size: self.accel.dirty_ring_size,
             serial: self.serial.open()?,
         })

@@ -1,6 +1,7 @@
 //! The devices that live in the monitor, and which port or address reaches which. The interrupt controllers and the PIT live
 //! in the kernel.
 
+mod chardev;
 mod fw_cfg;
 mod ged;
 mod ioapic;
@@ -12,6 +13,7 @@ mod virtio;
 
 use std::sync::{Arc, Mutex, PoisonError};
 
+pub use chardev::{Chardev, ChardevOptions};
 pub use fw_cfg::{FwCfg, FwCfgItems};
 pub use ged::Ged;
 pub use ioapic::{Ioapic, Message};
@@ -20,8 +22,8 @@ pub(crate) use rtc::ticker::{Clock, wall_clock};
 pub use serial::Serial;
 pub(crate) use split::{Lines, SplitChips, pic::Pics, pit::Pit};
 pub(crate) use ticker::Ticker;
-pub use virtio::{Block, BlockOptions, TRANSPORTS, VirtioDevice, VirtioSlot};
-pub(crate) use virtio::{Transport, Transports, is_section_of, transport_of};
+pub use virtio::{Block, BlockOptions, Rng, TRANSPORTS, VirtioDevice, VirtioSerial, VirtioSlot};
+pub(crate) use virtio::{MAX_PORTS, Transport, Transports, is_section_of, start_pump, transport_of};
 
 use crate::memory::GuestMemory;
 

@@ -38,7 +38,7 @@ use kvm_ioctls::{Cap, Kvm, VmFd};
 use crate::boot::{self, Kernel};
 use crate::devices::{
     Clock, Devices, FwCfg, FwCfgItems, Ioapic, Message, RTC_IRQ, Rtc, SERIAL_IRQ, Serial, TRANSPORTS, Transport,
-    Transports, VirtioDevice, VirtioSlot, lock, transport_of, wall_clock,
+    Transports, VirtioDevice, VirtioSlot, lock, start_pump, transport_of, wall_clock,
 };
 use crate::dirty_log::{DirtyLog, Reaper};
 use crate::error::{Error, Result, kvm};
@@ -194,6 +194,9 @@ impl Machine {
             transports.0.push(device.map(|device| Arc::new(Mutex::new(device))));
         }
         let serial = Serial::new(config.serial, interrupt(SERIAL_IRQ, "serial port"));
+        for device in transports.0.iter().flatten() {
+            threads.extend(start_pump(device)?);
+        }
         let mut rtc = None;
         if config.rtc {
             let device = Rtc::new(wall_clock(), config.memory, interrupt(RTC_IRQ, "real-time clock"));
@@ -436,6 +439,7 @@ impl Drop for Machine {
         self.control.exit();
         self.devices.rtc.iter().for_each(|rtc| rtc.end());
         self.devices.split.iter().for_each(|chips| chips.pit.end());
+        self.devices.virtio.0.iter().flatten().for_each(|device| lock(device).end());
         self.vcpus.iter().for_each(Vcpu::kick);
         for thread in self.threads.drain(..) {
             if thread.join().is_err() {

@@ -21,12 +21,29 @@ pub struct VirtioRequest {
     pub writable: Vec<(u64, u32)>,
 }
 
+/// A port of a serial bus.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct VirtioPortState {
+    /// Its number.
+    pub id: u32,
+    /// The guest has it open.
+    pub guest_connected: bool,
+    /// Somebody listens at the host.
+    pub host_connected: bool,
+    /// What the guest sends and the host did not take completely, and how many bytes it took.
+    pub pending: Option<(VirtioRequest, u64)>,
+}
+
 /// What a device has beside its transport.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum VirtioDeviceState {
     /// Requests that a disk was not done with.
     Block(Vec<VirtioRequest>),
+    /// A source of random numbers has nothing.
+    Rng,
+    /// The ports of a serial bus.
+    Serial(Vec<VirtioPortState>),
 }
 
 /// A virtio device with a model.

@@ -322,7 +322,6 @@ impl Model for Block {
     }
 
     fn load(&mut self, state: &VirtioDeviceState) -> Result<(), String> {
-        #[allow(irrefutable_let_patterns)]
         let VirtioDeviceState::Block(requests) = state else { return Err("it is no disk".into()) };
         self.requests = requests.iter().map(|request: &VirtioRequest| Chain::load(request)).collect();
         Ok(())

@@ -6,13 +6,16 @@
 //! 2.7.2). Addresses, order and pins were read from `info qtree`, the registers and migrated guests of 7.2, 10.0 and 11.1.
 //!
 //! Read: [`name`](VirtioDevice) (what sits where), `transport` (registers), `queue` and `chain` (rings in guest memory), then the
-//! models: `block`. A device without a model is kept with everything that a guest's source said about it, and
+//! models: `block`, `rng`, `serial`; `pump` is the thread of those that hear from the host. A device without a model is kept with everything that a guest's source said about it, and
 //! goes back to a QEMU, but its guest cannot run.
 
 mod block;
 mod chain;
 mod name;
+mod pump;
 mod queue;
+mod rng;
+mod serial;
 mod transport;
 
 use std::sync::{Arc, Mutex};
@@ -20,6 +23,10 @@ use std::sync::{Arc, Mutex};
 pub use block::{Block, BlockOptions};
 pub(crate) use name::is_section_of;
 pub use name::{TRANSPORTS, VirtioDevice};
+pub(crate) use pump::start as start_pump;
+pub use rng::Rng;
+pub(crate) use serial::MAX_PORTS;
+pub use serial::Serial as VirtioSerial;
 pub(crate) use transport::{Model, Transport};
 
 use super::lock;
@@ -45,6 +52,16 @@ impl VirtioSlot {
     /// A disk.
     pub fn block(block: Block) -> VirtioSlot {
         VirtioSlot { device: VirtioDevice::Block, model: Some(Box::new(block)) }
+    }
+
+    /// A source of random numbers.
+    pub fn rng(rng: Rng) -> VirtioSlot {
+        VirtioSlot { device: VirtioDevice::Rng, model: Some(Box::new(rng)) }
+    }
+
+    /// A serial bus.
+    pub fn serial(serial: VirtioSerial) -> VirtioSlot {
+        VirtioSlot { device: VirtioDevice::Serial, model: Some(Box::new(serial)) }
     }
 
     /// Which device it is.

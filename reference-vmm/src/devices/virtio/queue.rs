@@ -153,19 +153,30 @@ impl Queue {
         }
     }
 
-    /// Takes the next chain.
-    pub(super) fn pop(&mut self, memory: &GuestMemory, features: u64) -> Result<Option<Chain>, RingError> {
+    /// The next chain's first descriptor.
+    fn head(&self, memory: &GuestMemory) -> Result<Option<u16>, RingError> {
         if !self.is_ready() || self.waiting(memory)? == 0 {
             return Ok(None);
         }
-        self.used_index(memory)?;
         // The index is read before what it speaks of.
         fence(Ordering::SeqCst);
         let slot = u64::from(u32::from(self.last_avail) % self.num);
         let head = read_u16(memory, self.avail().wrapping_add(4 + 2 * slot))?;
-        if u32::from(head) >= self.num {
-            return Err(RingError::Descriptor { index: head.into(), table: self.num });
+        match u32::from(head) < self.num {
+            true => Ok(Some(head)),
+            false => Err(RingError::Descriptor { index: head.into(), table: self.num }),
         }
+    }
+
+    /// The next chain, which stays where it is.
+    pub(super) fn peek(&self, memory: &GuestMemory) -> Result<Option<Chain>, RingError> {
+        self.head(memory)?.map(|head| self.walk(memory, head)).transpose()
+    }
+
+    /// Takes the next chain.
+    pub(super) fn pop(&mut self, memory: &GuestMemory, features: u64) -> Result<Option<Chain>, RingError> {
+        let Some(head) = self.head(memory)? else { return Ok(None) };
+        self.used_index(memory)?;
         self.last_avail = self.last_avail.wrapping_add(1);
         if features & EVENT_IDX != 0 {
             write_u16(memory, self.avail_event(), self.last_avail)?;

@@ -1,8 +1,10 @@
 //! The registers of a legacy virtio-mmio transport (virtio 1.2, 4.2.4), and what all devices behind them have in common.
 
+use std::os::fd::RawFd;
 use std::sync::Arc;
 
 use super::chain::Chain;
+use super::pump::Wake;
 use super::queue::{MAX_QUEUE, Queue, RingError};
 use crate::error::{Error, Result};
 use crate::memory::GuestMemory;
@@ -60,6 +62,18 @@ pub(crate) trait Model: Send {
     }
     /// The machine has stopped.
     fn pause(&mut self) {}
+    /// Whether it hears from the host, and so needs a thread for it.
+    fn has_events(&self) -> bool {
+        false
+    }
+    /// What to wait for: descriptors, which only [`pump`](Model::pump) may close, and the events of `poll`.
+    fn interest(&mut self, _access: &mut Access<'_>) -> Result<Vec<(RawFd, i16)>, RingError> {
+        Ok(Vec::new())
+    }
+    /// Some of that has happened.
+    fn pump(&mut self, _ready: &[(RawFd, i16)], _access: &mut Access<'_>) -> Result<(), RingError> {
+        Ok(())
+    }
     /// The guest resets it.
     fn reset(&mut self);
     /// What it has beside the transport.
@@ -89,6 +103,14 @@ impl Access<'_> {
         }
     }
 
+    /// The chain that [`pop`](Access::pop) would take.
+    pub(crate) fn peek(&self, queue: usize) -> Result<Option<Chain>, RingError> {
+        match self.queues.get(queue) {
+            Some(queue) => queue.peek(self.memory),
+            None => Ok(None),
+        }
+    }
+
     /// Gives a chain back, `written` bytes of which were written.
     pub(crate) fn push(&mut self, queue: usize, head: u16, written: u32) -> Result<(), RingError> {
         let Some(queue) = self.queues.get_mut(queue) else { return Ok(()) };
@@ -110,6 +132,10 @@ pub(crate) struct Transport {
     started: bool,
     broken: bool,
     queues: Vec<Queue>,
+    /// The machine runs.
+    running: bool,
+    gone: bool,
+    wake: Option<Wake>,
     model: Box<dyn Model>,
     line: Box<dyn FnMut(bool) + Send>,
     memory: Arc<GuestMemory>,
@@ -130,6 +156,9 @@ impl Transport {
             started: false,
             broken: false,
             queues: model.queues().into_iter().map(Queue::new).collect(),
+            running: false,
+            gone: false,
+            wake: None,
             model,
             line,
             memory,
@@ -206,6 +235,8 @@ impl Transport {
     pub(crate) fn resume(&mut self) -> Result<()> {
         self.check()?;
         self.update_line();
+        self.running = true;
+        self.wake();
         if !self.started || self.broken {
             return Ok(());
         }
@@ -240,7 +271,48 @@ impl Transport {
 
     /// The machine has stopped: nothing is under way when this returns.
     pub(crate) fn pause(&mut self) {
+        self.running = false;
+        self.wake();
         self.model.pause();
+    }
+
+    /// Ends the thread of the device.
+    pub(crate) fn end(&mut self) {
+        self.gone = true;
+        self.wake();
+    }
+
+    pub(super) fn set_wake(&mut self, wake: Wake) {
+        self.wake = Some(wake);
+    }
+
+    pub(super) fn has_events(&self) -> bool {
+        self.model.has_events()
+    }
+
+    /// What the device's thread is to wait for; `None` when it is to end.
+    pub(super) fn interest(&mut self) -> Option<Vec<(RawFd, i16)>> {
+        let mut interest = Vec::new();
+        if self.running && !self.broken && !self.gone {
+            self.work(|model, access| {
+                interest = model.interest(access)?;
+                Ok(())
+            });
+        }
+        (!self.gone).then_some(interest)
+    }
+
+    /// Some of it has happened. A machine that has stopped meanwhile hears of it when it goes on.
+    pub(super) fn pump(&mut self, ready: &[(RawFd, i16)]) {
+        if self.running && !self.broken {
+            self.work(|model, access| model.pump(ready, access));
+        }
+    }
+
+    fn wake(&self) {
+        if let Some(wake) = &self.wake {
+            wake.wake();
+        }
     }
 
     /// Registers, queues and device.
@@ -327,8 +399,14 @@ impl Transport {
         self.serve(|model, access| model.process(index, access));
     }
 
-    /// Lets the model work, and interrupts the guest if it is to be.
+    /// Lets the model work; what it waits for may be something else then.
     fn serve(&mut self, work: impl FnOnce(&mut dyn Model, &mut Access<'_>) -> Result<(), RingError>) {
+        self.work(work);
+        self.wake();
+    }
+
+    /// Lets the model work, and interrupts the guest if it is to be.
+    fn work(&mut self, work: impl FnOnce(&mut dyn Model, &mut Access<'_>) -> Result<(), RingError>) {
         let features = self.guest_features;
         let mut access = Access { memory: &self.memory, features, queues: &mut self.queues, raise: false };
         let result = work(&mut *self.model, &mut access);

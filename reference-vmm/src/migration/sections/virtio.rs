@@ -1,11 +1,13 @@
 //! The sections of virtio devices that have a model.
 
-use crate::state::{VirtioDevice, VirtioDeviceState, VirtioQueueState, VirtioRequest, VirtioState};
+use crate::devices::MAX_PORTS;
+use crate::state::{VirtioDevice, VirtioDeviceState, VirtioPortState, VirtioQueueState, VirtioRequest, VirtioState};
 use qevm_savevm::devices::{
     DeviceState,
     virtio::{
-        DevicePart, MmioVirtio, VirtQueue, Virtio, VirtioBlk,
+        DevicePart, MmioVirtio, NoDevicePart, VirtQueue, Virtio, VirtioBlk, VirtioConsole, VirtioRng,
         block::{Block, BlockRequest},
+        console::{Console, Port, PortElement},
         element::{IoVec, Le, MAX_DESCRIPTORS, VirtQueueElement},
         subsections::{Broken, Features64Bit, RingSize, RingSizeState, Started},
     },
@@ -40,6 +42,27 @@ pub(super) fn save(
             let part = Block { requests: QTailQ(requests.collect()) };
             Ok(DeviceState::VirtioBlk(VirtioBlk { virtio: common(state, base, part, qemu)? }))
         }
+        (VirtioDevice::Rng, VirtioDeviceState::Rng) => {
+            let base = match base {
+                Some(DeviceState::VirtioRng(base)) => base.virtio.clone(),
+                _ => MmioVirtio::default(),
+            };
+            Ok(DeviceState::VirtioRng(VirtioRng { virtio: common(state, base, NoDevicePart {}, qemu)? }))
+        }
+        (VirtioDevice::Serial, VirtioDeviceState::Serial(ports)) => {
+            let base = match base {
+                Some(DeviceState::VirtioConsole(base)) => base.virtio.clone(),
+                _ => MmioVirtio::default(),
+            };
+            let part = Console {
+                max_nr_ports: MAX_PORTS,
+                ports_map: vec![ports.iter().fold(0, |map, port| map | 1 << port.id)],
+                nr_ports: ports.len() as u32,
+                ports: ports.iter().map(port).collect(),
+                ..base.device.clone()
+            };
+            Ok(DeviceState::VirtioConsole(VirtioConsole { virtio: common(state, base, part, qemu)? }))
+        }
         _ => Err(format!("the state is not that of {device}")),
     }
 }
@@ -54,6 +77,11 @@ pub(super) fn load(section: &DeviceState) -> Result<VirtioState, String> {
             let requests =
                 section.virtio.device.requests.iter().map(|r| request(&r.element)).collect::<Result<_, _>>()?;
             uncommon(&section.virtio, VirtioDeviceState::Block(requests))
+        }
+        DeviceState::VirtioRng(section) => uncommon(&section.virtio, VirtioDeviceState::Rng),
+        DeviceState::VirtioConsole(section) => {
+            let ports = section.virtio.device.ports.iter().map(port_state).collect::<Result<_, _>>()?;
+            uncommon(&section.virtio, VirtioDeviceState::Serial(ports))
         }
         _ => Err("the device has no model".into()),
     }
@@ -132,6 +160,43 @@ fn uncommon<D: DevicePart>(virtio: &Virtio<D>, device: VirtioDeviceState) -> Res
         started: virtio.started.is_some(),
         broken: virtio.broken.is_some(),
         device,
+    })
+}
+
+fn port(port: &VirtioPortState) -> Port {
+    let pending = port.pending.as_ref().map(|(request, done)| {
+        // The piece that is being consumed, and how much of it was.
+        let (mut iov_idx, mut iov_offset) = (0, *done);
+        for (_, len) in &request.readable {
+            match iov_offset.checked_sub((*len).into()) {
+                Some(behind) => (iov_idx, iov_offset) = (iov_idx + 1, behind),
+                None => break,
+            }
+        }
+        PortElement { iov_idx, iov_offset, element: element(request) }
+    });
+    Port {
+        id: port.id,
+        guest_connected: port.guest_connected.into(),
+        host_connected: port.host_connected.into(),
+        elem_popped: pending.is_some().into(),
+        element: pending,
+    }
+}
+
+fn port_state(port: &Port) -> Result<VirtioPortState, String> {
+    let pending = port.element.as_ref().map(|consumed| {
+        let request = request(&consumed.element)?;
+        let before =
+            request.readable.iter().take(consumed.iov_idx as usize).map(|(_, len)| u64::from(*len)).sum::<u64>();
+        let done = before.checked_add(consumed.iov_offset).ok_or("a buffer is consumed beyond its end")?;
+        Ok::<_, String>((request, done))
+    });
+    Ok(VirtioPortState {
+        id: port.id,
+        guest_connected: port.guest_connected != 0,
+        host_connected: port.host_connected != 0,
+        pending: pending.transpose()?,
     })
 }
 
