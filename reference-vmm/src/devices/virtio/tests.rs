@@ -2,12 +2,14 @@ use std::fs;
 use std::io::Write;
 use std::sync::OnceLock;
 
-use proptest::prelude::*;
+use proptest::prelude::{ProptestConfig, any, prop, proptest};
 use tempfile::NamedTempFile;
 
 use super::*;
 use crate::memory::GuestMemory;
 use crate::state::{VirtioDeviceState, VirtioRequest};
+
+mod serial;
 
 /// Where the tests' driver has its queue: the descriptors, the rings behind them as `align` says, and buffers.
 const DESC: u64 = 0x1_0000;

@@ -1,0 +1,230 @@
+//! The serial bus and the source of random numbers.
+
+use std::io::Read;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::time::{Duration, Instant};
+
+use super::*;
+use crate::devices::Rng;
+use crate::devices::{Chardev, ChardevOptions};
+use crate::state::VirtioPortState;
+
+const PATIENCE: Duration = Duration::from_secs(20);
+const MULTIPORT: u32 = 1 << 1;
+
+/// A queue of the driver's, laid out as queue 0 is, at an address of its own.
+#[derive(Clone, Copy)]
+struct Ring(u32);
+
+impl Ring {
+    fn desc(self) -> u64 {
+        0x4_0000 + 0x4000 * u64::from(self.0)
+    }
+
+    fn buffer(self, index: u16) -> u64 {
+        self.desc() + 0x2000 + 0x100 * u64::from(index)
+    }
+
+    fn set_up(self, bench: &mut Bench) {
+        bench.queue(self.0, self.desc());
+    }
+
+    /// Offers a buffer, as descriptor and entry `index`.
+    fn offer(self, bench: &mut Bench, index: u16, len: u32, flags: u16) {
+        self.lay(bench, index, len, flags);
+        bench.write(0x50, self.0);
+    }
+
+    fn lay(self, bench: &Bench, index: u16, len: u32, flags: u16) {
+        let avail = self.desc() + 16 * u64::from(NUM);
+        bench.descriptor_at(self.desc() + 16 * u64::from(index), self.buffer(index), len, flags, 0);
+        bench.memory.write(avail + 4 + 2 * u64::from(index), &index.to_le_bytes()).unwrap();
+        bench.memory.write(avail + 2, &(index + 1).to_le_bytes()).unwrap();
+    }
+
+    fn send(self, bench: &mut Bench, index: u16, bytes: &[u8]) {
+        bench.memory.write(self.buffer(index), bytes).unwrap();
+        self.offer(bench, index, bytes.len() as u32, 0);
+    }
+
+    fn used(self, bench: &Bench) -> u16 {
+        bench.u16_at(self.desc() + 0x1002)
+    }
+
+    /// What the device wrote into its `index`th buffer.
+    fn received(self, bench: &Bench, index: u16) -> Vec<u8> {
+        let mut len = [0; 4];
+        bench.memory.read(self.desc() + 0x1004 + 8 * u64::from(index) + 4, &mut len).unwrap();
+        let mut bytes = vec![0; u32::from_le_bytes(len) as usize];
+        bench.memory.read(self.buffer(index), &mut bytes).unwrap();
+        bytes
+    }
+}
+
+fn control(id: u32, event: u16, value: u16) -> Vec<u8> {
+    [&id.to_le_bytes()[..], &event.to_le_bytes(), &value.to_le_bytes()].concat()
+}
+
+fn start(bench: &mut Bench, features: u32, rings: &[Ring]) {
+    bench.write(0x70, 3);
+    bench.write(0x20, features);
+    bench.write(0x28, 4096);
+    rings.iter().for_each(|ring| ring.set_up(bench));
+    bench.write(0x70, 7);
+}
+
+/// A console on a socket and a named port on nothing, and the other end of the socket.
+fn ports() -> (Box<VirtioSerial>, UnixStream) {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("socket");
+    let listener = UnixListener::bind(&path).unwrap();
+    let mut serial = VirtioSerial::default();
+    assert!(serial.add(false, "org.qevm", Chardev::open(&ChardevOptions::Null).unwrap()));
+    assert!(serial.add(true, "", Chardev::open(&ChardevOptions::Socket { path, server: false }).unwrap()));
+    (Box::new(serial), listener.accept().unwrap().0)
+}
+
+fn bus() -> (Bench, UnixStream) {
+    let (serial, host) = ports();
+    (Bench::new(serial), host)
+}
+
+#[test]
+fn random_numbers_fill_what_the_guest_offers() {
+    let mut bench = Bench::new(Box::new(Rng::open().unwrap()));
+    assert_eq!((bench.read(8), bench.read(0x10), bench.read(0x34)), (4, 0x3900_0000, 8));
+    let ring = Ring(0);
+    bench.write(0x28, 4096);
+    bench.write(0x38, 8);
+    ring.set_up(&mut bench);
+    assert_eq!(bench.transport.save().queues[0].num, 8, "16 is more than the queue has");
+    let ring_of_8 = |bench: &mut Bench, index: u16| {
+        let avail = ring.desc() + 16 * 8;
+        bench.descriptor_at(ring.desc() + 16 * u64::from(index), ring.buffer(index), 32, WRITE, 0);
+        bench.memory.write(avail + 4 + 2 * u64::from(index), &index.to_le_bytes()).unwrap();
+        bench.memory.write(avail + 2, &(index + 1).to_le_bytes()).unwrap();
+        bench.write(0x50, 0);
+        ring.received(bench, index)
+    };
+    let (a, b) = (ring_of_8(&mut bench, 0), ring_of_8(&mut bench, 1));
+    assert!(a.len() == 32 && b.len() == 32 && a != b && a != [0; 32]);
+}
+
+#[test]
+fn ports_are_introduced_to_a_driver_that_knows_them() {
+    let (mut bench, _host) = bus();
+    assert_eq!((bench.read(8), bench.read(0x10), bench.read(0x104)), (3, 0x3900_0006, 31));
+    let (to_guest, to_host) = (Ring(2), Ring(3));
+    start(&mut bench, MULTIPORT, &[to_guest, to_host]);
+    (0..8).for_each(|i| to_guest.offer(&mut bench, i, 0x80, WRITE));
+    to_host.send(&mut bench, 0, &control(0xffff_ffff, 0, 1));
+    assert_eq!(to_guest.received(&bench, 0), control(1, 1, 1));
+    assert_eq!(to_guest.received(&bench, 1), control(0, 1, 1));
+    to_host.send(&mut bench, 1, &control(0, 3, 1));
+    assert_eq!(to_guest.received(&bench, 2), control(0, 4, 1));
+    assert_eq!(to_guest.received(&bench, 3), control(0, 6, 1));
+    to_host.send(&mut bench, 2, &control(1, 3, 1));
+    assert_eq!(to_guest.received(&bench, 4), [control(1, 7, 1), b"org.qevm".to_vec()].concat());
+    assert_eq!(to_guest.received(&bench, 5), control(1, 6, 1));
+    to_host.send(&mut bench, 3, &control(1, 6, 1));
+    // Ports that are not there, messages that are none.
+    to_host.send(&mut bench, 4, &control(30, 3, 1));
+    to_host.send(&mut bench, 5, &[1, 2, 3]);
+    assert_eq!((to_host.used(&bench), to_guest.used(&bench), bench.broken()), (6, 6, false));
+    let VirtioDeviceState::Serial(ports) = bench.transport.save().device else { panic!("it is a serial bus") };
+    let open: Vec<_> = ports.iter().map(|port| (port.id, port.guest_connected, port.host_connected)).collect();
+    assert_eq!(open, [(1, true, true), (0, false, true)]);
+}
+
+#[test]
+fn a_console_speaks_and_listens() {
+    let (bench, mut host) = bus();
+    let Bench { transport, memory, line } = bench;
+    let transport = Arc::new(Mutex::new(transport));
+    let thread = start_pump(&transport).unwrap().unwrap();
+    // The bench of the driver, for as long as `work` runs.
+    let placeholder = || Bench::new(Box::new(Rng::open().unwrap())).transport;
+    let with = |work: &mut dyn FnMut(&mut Bench)| {
+        let mut guard = transport.lock().unwrap();
+        let inner = std::mem::replace(&mut *guard, placeholder());
+        let mut bench = Bench { transport: inner, memory: Arc::clone(&memory), line: Arc::clone(&line) };
+        work(&mut bench);
+        *guard = bench.transport;
+    };
+    let (receive, transmit) = (Ring(0), Ring(1));
+    with(&mut |bench| {
+        bench.transport.resume().unwrap();
+        start(bench, 0, &[receive, transmit]);
+        transmit.send(bench, 0, b"hello");
+        receive.offer(bench, 0, 0x40, WRITE);
+    });
+    let mut bytes = [0; 5];
+    host.read_exact(&mut bytes).unwrap();
+    assert_eq!(&bytes, b"hello");
+    host.write_all(b"and you").unwrap();
+    let deadline = Instant::now() + PATIENCE;
+    let mut heard = Vec::new();
+    while heard.is_empty() {
+        with(&mut |bench| {
+            if receive.used(bench) == 1 {
+                heard = receive.received(bench, 0);
+            }
+        });
+        assert!(Instant::now() < deadline, "nothing arrives");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    assert_eq!(heard, b"and you");
+    lock(&transport).end();
+    thread.join().unwrap();
+}
+
+#[test]
+fn what_the_host_does_not_take_goes_along() {
+    let (mut bench, mut host) = bus();
+    bench.transport.resume().unwrap();
+    let transmit = Ring(1);
+    start(&mut bench, 0, &[transmit]);
+    // One buffer of half a MiB is more than a socket takes.
+    const LEN: u32 = 1 << 19;
+    let text: Vec<u8> = (0..LEN / 4).flat_map(u32::to_le_bytes).collect();
+    bench.memory.write(0x10_0000, &text).unwrap();
+    transmit.lay(&bench, 0, LEN, 0);
+    bench.descriptor_at(transmit.desc(), 0x10_0000, LEN, 0, 0);
+    bench.write(0x50, 1);
+    assert_eq!(transmit.used(&bench), 0);
+    bench.transport.pause();
+    let state = bench.transport.save();
+    let VirtioDeviceState::Serial(saved) = &state.device else { panic!("it is a serial bus") };
+    let (request, done) = saved[1].pending.clone().unwrap();
+    assert_eq!(request.readable, [(0x10_0000, LEN)]);
+    assert!(done > 0 && done < LEN.into());
+    let mut first = vec![0; done as usize];
+    host.read_exact(&mut first).unwrap();
+    // The next machine writes the rest, to another listener.
+    let (serial, mut next_host) = ports();
+    bench.transport = Transport::new(serial, Arc::clone(&bench.memory), Box::new(|_| ()));
+    bench.transport.load(&state).unwrap();
+    assert_eq!(bench.transport.save().device, state.device);
+    let transport = Arc::new(Mutex::new(bench.transport));
+    let thread = start_pump(&transport).unwrap().unwrap();
+    lock(&transport).resume().unwrap();
+    let mut rest = vec![0; LEN as usize - done as usize];
+    next_host.read_exact(&mut rest).unwrap();
+    assert_eq!([first, rest].concat(), text);
+    lock(&transport).end();
+    thread.join().unwrap();
+}
+
+#[test]
+fn other_ports_are_refused() {
+    let (mut bench, _host) = bus();
+    let state = bench.transport.save();
+    assert!(bench.transport.load(&state).is_ok());
+    for ids in [vec![], vec![0], vec![0, 2], vec![0, 1, 1]] {
+        let ports = ids.into_iter().map(|id| VirtioPortState { id, ..VirtioPortState::default() });
+        let other = crate::state::VirtioState { device: VirtioDeviceState::Serial(ports.collect()), ..state.clone() };
+        assert!(bench.transport.load(&other).is_err(), "{other:?}");
+    }
+    let other = crate::state::VirtioState { device: VirtioDeviceState::Rng, ..state };
+    assert!(bench.transport.load(&other).is_err());
+}
