@@ -29,8 +29,10 @@ pub enum Mode {
     /// `page-sampling`: a few pages are compared with what they were.
     #[default]
     PageSampling,
-    /// `dirty-bitmap`: the dirty log is read at the end.
+    /// `dirty-bitmap`: the dirty log is read at the end; of a machine without dirty rings.
     DirtyBitmap,
+    /// `dirty-ring`: what each vCPU lists in its dirty ring is counted (6.2).
+    DirtyRing,
 }
 
 impl Mode {
@@ -39,6 +41,7 @@ impl Mode {
         match self {
             Mode::PageSampling => "page-sampling",
             Mode::DirtyBitmap => "dirty-bitmap",
+            Mode::DirtyRing => "dirty-ring",
         }
     }
 }
@@ -68,12 +71,14 @@ impl State {
 }
 
 /// The last measurement.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Report {
     /// Its state.
     pub state: State,
     /// MiB per second, when it has been measured.
     pub rate: Option<u64>,
+    /// MiB per second of each vCPU, where dirty rings told it.
+    pub vcpus: Vec<u64>,
     /// When it began, in seconds since 1970.
     pub start_time: u64,
     /// For how long it was to go on.
@@ -97,6 +102,9 @@ pub enum Refused {
     /// A number of pages, where none are sampled.
     #[error("sample-pages is used only in page-sampling mode")]
     NothingSampled,
+    /// The machine tracks dirty pages in another way.
+    #[error("mode {} is not enabled, use other method instead.", .0.as_str())]
+    NotEnabled(Mode),
     /// One goes on.
     #[error("the dirty rate is already being measured.")]
     Measuring,
@@ -110,11 +118,18 @@ pub struct Gauge {
 }
 
 impl Gauge {
-    /// Claims the gauge for a measurement, which [`measure`](Gauge::measure) then makes.
+    /// Claims the gauge for a measurement, which [`measure`](Gauge::measure) then makes. `dirty_rings` says how the machine tracks dirty
+    /// pages.
     ///
     /// # Errors
     /// [`Refused`].
-    pub fn begin(&self, time: Duration, mode: Mode, sample_pages: Option<u64>) -> Result<(), Refused> {
+    pub fn begin(
+        &self,
+        time: Duration,
+        mode: Mode,
+        sample_pages: Option<u64>,
+        dirty_rings: bool,
+    ) -> Result<(), Refused> {
         let mut report = self.lock();
         if report.state == State::Measuring {
             return Err(Refused::Measuring);
@@ -124,30 +139,41 @@ impl Gauge {
         }
         let sample_pages = match (mode, sample_pages) {
             (Mode::PageSampling, pages) => pages.unwrap_or(DEFAULT_SAMPLE_PAGES),
-            (Mode::DirtyBitmap, None) => 0,
-            (Mode::DirtyBitmap, Some(_)) => return Err(Refused::NothingSampled),
+            (Mode::DirtyBitmap | Mode::DirtyRing, None) => 0,
+            (Mode::DirtyBitmap | Mode::DirtyRing, Some(_)) => return Err(Refused::NothingSampled),
         };
         if mode == Mode::PageSampling && !SAMPLE_PAGES.contains(&sample_pages) {
             return Err(Refused::SamplePages);
         }
+        if mode != Mode::PageSampling && (mode == Mode::DirtyRing) != dirty_rings {
+            return Err(Refused::NotEnabled(mode));
+        }
         let start_time = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
-        *report = Report { state: State::Measuring, rate: None, start_time, time, mode, sample_pages };
+        *report = Report { state: State::Measuring, start_time, time, mode, sample_pages, ..Report::default() };
         Ok(())
     }
 
-    /// Measures as [`begin`](Gauge::begin) was told, which takes that time. `start_log` starts the machine's dirty log.
+    /// Measures as [`begin`](Gauge::begin) was told, which takes that time. `start_log` starts the machine's dirty log; `written` says
+    /// how many pages each vCPU writes to in a time, which it takes.
     pub fn measure<'g>(
         &self,
         guest: &dyn Guest,
         start_log: impl FnOnce() -> Result<Box<dyn DirtyLog + 'g>, GuestError>,
+        written: impl FnOnce(Duration) -> Result<Vec<u64>, GuestError>,
     ) {
-        let Report { time, mode, sample_pages, .. } = *self.lock();
-        let rate = match mode {
+        let Report { time, mode, sample_pages, .. } = self.report();
+        let mut vcpus = Vec::new();
+        let measured = match mode {
             Mode::PageSampling => Ok(sample(&guest.ram(), sample_pages, time)),
             Mode::DirtyBitmap => self.count(guest, time, start_log),
+            Mode::DirtyRing => written(time).map(|pages| {
+                vcpus = pages.into_iter().map(|pages| rate(pages * PAGE, time)).collect();
+                vcpus.iter().sum()
+            }),
         };
         let mut report = self.lock();
-        match rate {
+        report.vcpus = vcpus;
+        match measured {
             Ok(rate) => (report.state, report.rate) = (State::Measured, Some(rate)),
             Err(error) => {
                 tracing::warn!("the dirty rate cannot be measured: {error}");
@@ -158,7 +184,7 @@ impl Gauge {
 
     /// The last measurement.
     pub fn report(&self) -> Report {
-        *self.lock()
+        self.lock().clone()
     }
 
     /// Takes the machine's dirty log for a migration: a measurement that uses it ends.
@@ -289,15 +315,18 @@ mod tests {
     fn what_cannot_be_measured_is_refused() {
         let gauge = Gauge::default();
         let second = Duration::from_secs(1);
-        assert_eq!(gauge.begin(Duration::from_millis(49), Mode::PageSampling, None), Err(Refused::Time));
-        assert_eq!(gauge.begin(Duration::from_secs(61), Mode::DirtyBitmap, None), Err(Refused::Time));
-        assert_eq!(gauge.begin(second, Mode::PageSampling, Some(127)), Err(Refused::SamplePages));
-        assert_eq!(gauge.begin(second, Mode::PageSampling, Some(16_385)), Err(Refused::SamplePages));
-        assert_eq!(gauge.begin(second, Mode::DirtyBitmap, Some(512)), Err(Refused::NothingSampled));
+        assert_eq!(gauge.begin(Duration::from_millis(49), Mode::PageSampling, None, false), Err(Refused::Time));
+        assert_eq!(gauge.begin(Duration::from_secs(61), Mode::DirtyBitmap, None, false), Err(Refused::Time));
+        assert_eq!(gauge.begin(second, Mode::PageSampling, Some(127), false), Err(Refused::SamplePages));
+        assert_eq!(gauge.begin(second, Mode::PageSampling, Some(16_385), false), Err(Refused::SamplePages));
+        assert_eq!(gauge.begin(second, Mode::DirtyBitmap, Some(512), false), Err(Refused::NothingSampled));
+        assert_eq!(gauge.begin(second, Mode::DirtyRing, None, false), Err(Refused::NotEnabled(Mode::DirtyRing)));
+        let bitmap = gauge.begin(second, Mode::DirtyBitmap, None, true);
+        assert_eq!(bitmap, Err(Refused::NotEnabled(Mode::DirtyBitmap)));
         assert_eq!(gauge.report(), Report::default());
-        assert_eq!(gauge.begin(second, Mode::DirtyBitmap, None), Ok(()));
+        assert_eq!(gauge.begin(second, Mode::DirtyBitmap, None, false), Ok(()));
         assert_eq!(gauge.report().state, State::Measuring);
-        assert_eq!(gauge.begin(second, Mode::DirtyBitmap, None), Err(Refused::Measuring));
+        assert_eq!(gauge.begin(second, Mode::DirtyBitmap, None, false), Err(Refused::Measuring));
     }
 
     #[test]

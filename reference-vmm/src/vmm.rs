@@ -1,5 +1,9 @@
 //! A machine with its run state and its migrations: what QMP controls.
 
+mod dirty_limit;
+
+pub use dirty_limit::LimitRefused;
+
 use crate::dirty_rate::{self, Gauge, LogClaim};
 use crate::machine::{Machine, RunState as VcpuState};
 use crate::migration::{
@@ -174,7 +178,7 @@ impl Vmm {
             incoming_started: self.listening().is_some(),
             compressed: parameters.multifd_compression != Compression::None,
             cpr: parameters.mode != Mode::Normal,
-            dirty_ring: false,
+            dirty_ring: self.machine.dirty_log().ring_size() > 0,
             ..Context::new(RULES)
         };
         let capabilities = self.outgoing.capabilities().with_in(changes, &context)?;
@@ -238,9 +242,13 @@ impl Vmm {
         mode: dirty_rate::Mode,
         sample_pages: Option<u64>,
     ) -> Result<(), dirty_rate::Refused> {
-        self.dirty_rate.begin(time, mode, sample_pages)?;
+        let rings = self.machine.dirty_log().ring_size() > 0;
+        self.dirty_rate.begin(time, mode, sample_pages, rings)?;
         let vmm = self.clone();
-        thread::spawn(move || vmm.dirty_rate.measure(&*vmm, || vmm.machine.start_dirty_log()));
+        thread::spawn(move || {
+            let written = |time| Ok(vmm.machine.dirty_log().written_in(time)?);
+            vmm.dirty_rate.measure(&*vmm, || vmm.machine.start_dirty_log(), written);
+        });
         Ok(())
     }
 
@@ -461,6 +469,10 @@ impl Guest for Vmm {
 
     fn throttle(&self, per_cent: u8) -> Result<(), GuestError> {
         Ok(self.machine.throttle(per_cent)?)
+    }
+
+    fn limit_dirty_rate(&self, mib_per_second: Option<u64>, period: Duration) -> Result<(), GuestError> {
+        Guest::limit_dirty_rate(&self.machine, mib_per_second, period)
     }
 
     fn handed_over(&self) {

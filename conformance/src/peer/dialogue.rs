@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::{Map, Value, json};
 
-use self::commands::BEFORE_THE_START;
+use self::commands::{BEFORE_THE_START, WITH_RINGS};
 use super::party::{Monitor, start_reference};
 use crate::launch::Qemu;
 use crate::qmp::QmpError;
@@ -61,16 +61,29 @@ type Part = fn(&mut Both, &Path) -> Result<usize>;
 /// One of them does not start, dies, or does not answer.
 pub fn compare(root: &Root, program: &Monitor, scratch: &Path) -> Result<(Vec<String>, usize)> {
     let (mut differences, mut replies) = (Vec::new(), 0);
-    let parts: [(&str, &[&str], Part); 3] = [
-        ("start", &["-S"], |both, scratch| both.ask_all(BEFORE_THE_START, scratch)),
-        ("waiting", &["--incoming", "defer"], |both, scratch| both.ask_all(WAITING, scratch)),
-        ("migrating", &[], |both, scratch| both.migrate(scratch)),
+    const RINGS: [&str; 4] = ["-S", "-smp", "2", "--accel"];
+    let tcg = ["-M", "microvm,accel=tcg"];
+    let parts: [(&str, &[&str], [&str; 2], Part); 4] = [
+        ("start", &["-S"], tcg, |both, scratch| both.ask_all(BEFORE_THE_START, scratch)),
+        ("waiting", &["--incoming", "defer"], tcg, |both, scratch| both.ask_all(WAITING, scratch)),
+        ("migrating", &[], tcg, |both, scratch| both.migrate(scratch)),
+        ("rings", &RINGS, ["-M", "microvm"], |both, scratch| {
+            let replies = both.ask_all(WITH_RINGS, scratch)?;
+            Ok(replies + both.tell(limited, scratch)?)
+        }),
     ];
-    for (name, more, play) in parts {
-        let mut arguments: Vec<String> = vec!["-m".into(), "64M".into()];
+    for (name, more, machine, play) in parts {
+        // So much that a slow migration is not over at once.
+        let memory = if more == RINGS { "1024M" } else { "64M" };
+        let mut arguments: Vec<String> = vec!["-m".into(), memory.into()];
         arguments.extend(more.iter().map(|a| a.to_string()));
-        let ours = start_reference(program, &format!("{name}-ours"), &arguments, scratch)?;
-        arguments.extend(["-M".into(), "microvm,accel=tcg".into()]);
+        if more == RINGS {
+            arguments.push("kvm,dirty-ring-size=1024".into());
+        }
+        // The one spelling that both take.
+        let ours: Vec<_> = arguments.iter().map(|a| if a == "-smp" { "--smp".into() } else { a.clone() }).collect();
+        let ours = start_reference(program, &format!("{name}-ours"), &ours, scratch)?;
+        arguments.extend(machine.map(String::from));
         let qemu = Qemu::start(root, &format!("{name}-qemu"), &arguments, scratch)?;
         let mut both = Both { qemu, ours, differences: Vec::new() };
         replies += play(&mut both, scratch).with_context(|| format!("part '{name}'"))?;
@@ -106,6 +119,10 @@ impl Both {
 
     /// What is told of migrations that are under way, cancelled, completed and failed, and the events on the way.
     fn migrate(&mut self, scratch: &Path) -> Result<usize> {
+        self.tell(story, scratch)
+    }
+
+    fn tell(&mut self, story: fn(&mut Qemu, &Path) -> Result<Story>, scratch: &Path) -> Result<usize> {
         let told = [&mut self.qemu, &mut self.ours].map(|monitor| story(monitor, scratch));
         let [qemu, ours] = told;
         let (qemu, ours) = (qemu?, ours?);
@@ -157,6 +174,52 @@ fn story(monitor: &mut Qemu, scratch: &Path) -> Result<Story> {
     monitor.execute("migrate", nobody)?;
     told.push(("query-migrate when it has failed", shape(&wait(monitor, &["failed"])?)));
     told.push(("events up to failed", events(monitor, "failed")?));
+    Ok(told)
+}
+
+/// What is told of dirty rates that were measured, and of limits during a migration under capability `dirty-limit`, which is on.
+fn limited(monitor: &mut Qemu, _: &Path) -> Result<Story> {
+    let mut told = Story::new();
+    let deadline = Instant::now() + PATIENCE;
+    let measured = loop {
+        let rate = monitor.execute("query-dirty-rate", Value::Null)?;
+        match rate["status"].as_str() {
+            Some("measuring") if Instant::now() < deadline => thread::sleep(POLL),
+            _ => break rate,
+        }
+    };
+    told.push(("query-dirty-rate when it was measured", shape(&measured)));
+    let sink = TcpListener::bind("127.0.0.1:0")?;
+    let uri = json!({ "uri": format!("tcp:127.0.0.1:{}", sink.local_addr()?.port()) });
+    thread::spawn(move || {
+        for mut stream in sink.incoming().take(2).flatten() {
+            let mut buffer = vec![0; 1 << 16];
+            while matches!(stream.read(&mut buffer), Ok(count) if count > 0) {}
+        }
+    });
+    monitor.set_parameters(&json!({ "max-bandwidth": 1000, "downtime-limit": 1 }))?;
+    for (set_first, name) in [(true, "a limit set before"), (false, "no limit set before")] {
+        if set_first {
+            monitor.execute("set-vcpu-dirty-limit", json!({ "dirty-rate": 7 }))?;
+        }
+        monitor.execute("migrate", uri.clone())?;
+        told.push((name, shape(&wait(monitor, &["active"])?)));
+        for (command, arguments) in [
+            ("set-vcpu-dirty-limit", json!({ "dirty-rate": 9 })),
+            ("set-vcpu-dirty-limit", json!({ "dirty-rate": 9, "cpu-index": 9 })),
+            ("set-vcpu-dirty-limit", json!({ "dirty-rate": 0 })),
+            ("cancel-vcpu-dirty-limit", json!({})),
+            ("cancel-vcpu-dirty-limit", json!({ "cpu-index": 9 })),
+            ("query-vcpu-dirty-limit", json!({})),
+            ("query-migrate", json!({})),
+        ] {
+            told.push((name, reply(monitor, command, arguments)?));
+        }
+        monitor.execute("migrate_cancel", Value::Null)?;
+        told.push((name, shape(&wait(monitor, &["cancelled"])?)));
+        told.push((name, reply(monitor, "query-vcpu-dirty-limit", Value::Null)?));
+        monitor.execute("cancel-vcpu-dirty-limit", Value::Null)?;
+    }
     Ok(told)
 }
 
@@ -227,7 +290,9 @@ fn member(name: &str, value: &Value) -> Value {
         | "calc-time-unit"
         | "type"
         | "multifd-compression"
-        | "zero-page-detection" => value.clone(),
+        | "zero-page-detection"
+        | "limit-rate"
+        | "cpu-index" => value.clone(),
         _ => shape(value),
     }
 }

@@ -23,6 +23,7 @@ mod ring;
 mod rings;
 
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use kvm_ioctls::{VcpuFd, VmFd};
 
@@ -187,6 +188,17 @@ impl DirtyLog {
             Method::Log(_) => 0,
             Method::Rings(rings) => rings.harvested(vcpu),
         }
+    }
+
+    /// How many pages each vCPU writes to in `time`, which it takes.
+    ///
+    /// # Errors
+    /// Those of [`watch`](DirtyLog::watch).
+    pub fn written_in(&self, time: Duration) -> Result<Vec<u64>> {
+        let watch = self.watch()?;
+        let before = watch.written()?;
+        std::thread::sleep(time);
+        Ok(watch.written()?.iter().zip(before).map(|(now, before)| now - before).collect())
     }
 
     /// Counts what each vCPU writes to until the result is dropped, beside a migration or without one.

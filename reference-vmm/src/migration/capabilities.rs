@@ -26,7 +26,7 @@ pub const KNOWN: [(&str, bool); 21] = [
     ("zero-copy-send", false),
     ("postcopy-preempt", false),
     ("switchover-ack", true),
-    ("dirty-limit", false),
+    ("dirty-limit", true),
     ("mapped-ram", false),
 ];
 
@@ -57,6 +57,9 @@ pub struct Capabilities {
     pub pause_before_switchover: bool,
     /// `events`: QMP reports every change of status.
     pub events: bool,
+    /// `dirty-limit`: vCPUs that dirty more than `vcpu-dirty-limit` are slowed down, when the guest dirties memory faster than the
+    /// link carries it; needs dirty rings.
+    pub dirty_limit: bool,
     /// `late-block-activate`: the destination's block devices stay untouched until the guest starts, which they do here
     /// in any case: images are not locked.
     pub late_block_activate: bool,
@@ -132,6 +135,7 @@ impl Capabilities {
             "multifd" => Some(&mut self.multifd),
             "pause-before-switchover" => Some(&mut self.pause_before_switchover),
             "events" => Some(&mut self.events),
+            "dirty-limit" => Some(&mut self.dirty_limit),
             "late-block-activate" => Some(&mut self.late_block_activate),
             _ => None,
         }
@@ -171,6 +175,18 @@ mod tests {
         assert!(refused(off.with([("switchover-ack", true)])));
         let on = off.with([("switchover-ack", true), ("return-path", true)]).unwrap();
         assert!(refused(on.with([("return-path", false)])));
+    }
+
+    #[test]
+    fn dirty_limit_needs_dirty_rings_and_excludes_auto_converge() {
+        let off = Capabilities::default();
+        let context = Context { dirty_ring: false, ..Context::new(RULES) };
+        let refused = off.with_in([("dirty-limit", true)], &context).unwrap_err();
+        assert!(matches!(refused, BadCapability::Rejected(_)), "{refused}");
+        let both = off.with([("dirty-limit", true), ("auto-converge", true)]).unwrap_err();
+        assert!(matches!(both, BadCapability::Rejected(_)), "{both}");
+        let on = off.with([("dirty-limit", true)]).unwrap();
+        assert!(matches!(on.with([("auto-converge", true)]), Err(BadCapability::Rejected(_))));
     }
 
     #[test]

@@ -1,5 +1,5 @@
-//! Capability `auto-converge`: by how much to slow vCPUs down, so that a guest that dirties memory faster than the link
-//! carries it comes to an end. The rule is QEMU 11.1's.
+//! Capabilities `auto-converge` and `dirty-limit`: when and by how much to slow vCPUs down, so that a guest that dirties memory faster
+//! than the link carries it comes to an end. The rules are QEMU 11.1's.
 
 use super::Parameters;
 use std::time::Duration;
@@ -9,29 +9,35 @@ const PERIOD: Duration = Duration::from_secs(1);
 /// In so many periods the guest must have dirtied too much before it is slowed down (further).
 const PERIODS: u32 = 2;
 
-/// What was seen of the guest so far.
+/// Says when a guest dirties too much, for `auto-converge` and `dirty-limit`.
 #[derive(Debug, Default)]
-pub(super) struct AutoConverge {
+pub(super) struct Trigger {
     /// When the period began, and what had been sent by then.
     since: (Duration, u64),
     /// Bytes dirtied in this period.
     dirtied: u64,
-    /// Periods with too much since the last step.
+    /// Periods with too much since the last time.
     exceeded: u32,
-    per_cent: u8,
 }
 
-impl AutoConverge {
+/// Too much was dirtied.
+pub(super) struct Exceeded {
+    /// Bytes in the last period.
+    dirtied: u64,
+    /// Bytes that would not have been too much.
+    threshold: u128,
+}
+
+impl Trigger {
     /// To be told of every reading of the dirty log: when (from the start of the migration), how many bytes were newly
-    /// dirty, and how many have been sent in all. Says how many per cent of their time vCPUs are to stand still from now
-    /// on, when that changes.
+    /// dirty, and how many have been sent in all.
     pub(super) fn dirty_log_read(
         &mut self,
         now: Duration,
         dirtied: u64,
         transferred: u64,
         parameters: &Parameters,
-    ) -> Option<u8> {
+    ) -> Option<Exceeded> {
         self.dirtied += dirtied;
         if now.saturating_sub(self.since.0) <= PERIOD {
             return None;
@@ -48,6 +54,29 @@ impl AutoConverge {
             return None;
         }
         self.exceeded = 0;
+        Some(Exceeded { dirtied, threshold })
+    }
+}
+
+/// What was seen of the guest so far.
+#[derive(Debug, Default)]
+pub(super) struct AutoConverge {
+    trigger: Trigger,
+    per_cent: u8,
+}
+
+impl AutoConverge {
+    /// To be told of every reading of the dirty log: when (from the start of the migration), how many bytes were newly
+    /// dirty, and how many have been sent in all. Says how many per cent of their time vCPUs are to stand still from now
+    /// on, when that changes.
+    pub(super) fn dirty_log_read(
+        &mut self,
+        now: Duration,
+        dirtied: u64,
+        transferred: u64,
+        parameters: &Parameters,
+    ) -> Option<u8> {
+        let Exceeded { dirtied, threshold } = self.trigger.dirty_log_read(now, dirtied, transferred, parameters)?;
         let before = self.per_cent;
         self.per_cent = match before {
             0 => parameters.cpu_throttle_initial,

@@ -2,7 +2,7 @@
 
 use super::IterativeDevice;
 use qevm_wire::{CountedString, Profile};
-use std::{error::Error, ops::Range};
+use std::{error::Error, ops::Range, time::Duration};
 use vm_memory::VolatileSlice;
 
 /// Whatever a guest's own parts report; the engine adds what it was doing.
@@ -64,6 +64,16 @@ pub trait Guest: Send + Sync {
     /// The guest's own.
     fn throttle(&self, per_cent: u8) -> Result<(), GuestError> {
         if per_cent == 0 { Ok(()) } else { Err("the vCPUs of this machine cannot be slowed down".into()) }
+    }
+
+    /// Keeps every vCPU from dirtying more than so many MiB in a second, or ends that with `None`; for capability `dirty-limit`.
+    /// Rates are measured over `period`.
+    ///
+    /// # Errors
+    /// The guest's own.
+    fn limit_dirty_rate(&self, mib_per_second: Option<u64>, period: Duration) -> Result<(), GuestError> {
+        let _ = period;
+        if mib_per_second.is_none() { Ok(()) } else { Err("the dirty rate of this machine cannot be limited".into()) }
     }
 
     /// The devices whose state is sent in parts while the guest runs; none by default.

@@ -10,7 +10,7 @@ use crate::{
     memory::{BIOS, PAGE_SIZE},
 };
 use qevm_wire::{CountedString, Profile, QemuVersion};
-use std::ops::Range;
+use std::{ops::Range, time::Duration};
 use vm_memory::VolatileSlice;
 
 /// The machine type this machine is laid out as.
@@ -51,6 +51,11 @@ impl Guest for Machine {
 
     fn throttle(&self, per_cent: u8) -> Result<(), GuestError> {
         Ok(Machine::throttle(self, per_cent)?)
+    }
+
+    fn limit_dirty_rate(&self, mib_per_second: Option<u64>, period: Duration) -> Result<(), GuestError> {
+        self.set_dirty_limit_period(period);
+        Ok(Machine::limit_dirty_rate(self, None, mib_per_second)?)
     }
 
     fn save_devices(&self, profile: &Profile, running: bool) -> Result<SavedDevices, GuestError> {

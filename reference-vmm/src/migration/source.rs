@@ -7,7 +7,7 @@ mod ending;
 use super::{
     Channel, DirtyLog, Guest, Job, MigrationError, Mode, Notice, Outgoing, Status,
     channel::{Source, write_all},
-    converge::AutoConverge,
+    converge::{AutoConverge, Trigger},
     handover,
     multifd::{Counts, Queue, Settings, send_pages},
     pending::Account,
@@ -110,6 +110,9 @@ struct Engine<'e> {
     accounted: (u64, Duration),
     passes: u64,
     converge: AutoConverge,
+    trigger: Trigger,
+    /// The limit of dirty rates that holds for this migration.
+    limit: Option<u64>,
     devices: Account<'e>,
     stopped: Option<Stopped>,
     handed_over: Option<Instant>,
@@ -146,6 +149,8 @@ impl<'e> Engine<'e> {
             accounted: (0, Duration::ZERO),
             passes: 0,
             converge: AutoConverge::default(),
+            trigger: Trigger::default(),
+            limit: None,
             devices: Account::new(guest.iterative_devices()),
             stopped: None,
             handed_over: None,
@@ -376,23 +381,43 @@ impl<'e> Engine<'e> {
         Ok(new)
     }
 
-    /// Slows a running guest down if it dirties too much for the link (capability `auto-converge`).
+    /// Slows a running guest down if it dirties too much for the link (capabilities `auto-converge` and `dirty-limit`).
     fn slow_down(&mut self, dirtied: u64) -> Result<(), MigrationError> {
-        if !self.job.capabilities().auto_converge || self.stopped.is_some() || self.passes == 1 {
+        let capabilities = self.job.capabilities();
+        if self.stopped.is_some() || self.passes == 1 {
             return Ok(());
         }
         let (now, parameters) = (self.start.elapsed(), self.job.parameters());
-        if let Some(per_cent) = self.converge.dirty_log_read(now, dirtied, self.transferred, &parameters) {
+        if capabilities.auto_converge
+            && let Some(per_cent) = self.converge.dirty_log_read(now, dirtied, self.transferred, &parameters)
+        {
             tracing::info!(per_cent, "auto-converge slows the vCPUs down");
             self.guest.throttle(per_cent).map_err(MigrationError::guest("slow the vCPUs down"))?;
             self.job.update(|statistics| statistics.throttled = Some(per_cent));
         }
+        if capabilities.dirty_limit {
+            let exceeded = self.trigger.dirty_log_read(now, dirtied, self.transferred, &parameters).is_some();
+            // The parameter may change while the limit holds.
+            let limit = Some(parameters.vcpu_dirty_limit).filter(|limit| self.limit != Some(*limit));
+            if let Some(limit) = limit.filter(|_| exceeded || self.limit.is_some()) {
+                tracing::info!(limit, "dirty-limit slows the vCPUs down");
+                let period = Duration::from_millis(parameters.vcpu_dirty_limit_period_ms);
+                let limited = self.guest.limit_dirty_rate(Some(limit), period);
+                limited.map_err(MigrationError::guest("limit the dirty rate of the vCPUs"))?;
+                self.limit = Some(limit);
+            }
+        }
         Ok(())
     }
 
-    fn let_run(&self) {
+    fn let_run(&mut self) {
         if self.job.statistics().throttled.is_some()
             && let Err(error) = self.guest.throttle(0)
+        {
+            tracing::error!("the vCPUs stay slow: {error}");
+        }
+        if self.limit.take().is_some()
+            && let Err(error) = self.guest.limit_dirty_rate(None, Duration::from_secs(1))
         {
             tracing::error!("the vCPUs stay slow: {error}");
         }

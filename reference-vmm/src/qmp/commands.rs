@@ -305,6 +305,7 @@ fn query_migrate(vmm: &Arc<Vmm>, arguments: &mut Arguments) -> Result<Value, Fai
     {
         object["socket-address"] = json!([socket_address(&address)]);
     }
+    dirty_rate::add_limit_times(vmm, &mut object);
     let blockers = vmm.blockers();
     if !blockers.is_empty() {
         object["blocked-reasons"] = json!(blockers);

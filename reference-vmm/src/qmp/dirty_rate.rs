@@ -5,7 +5,7 @@ use super::{
     commands::{empty, only},
     protocol::Failure,
 };
-use crate::{dirty_rate::Mode, vmm::Vmm};
+use crate::{dirty_rate::Mode, machine::VcpuDirtyLimit, vmm::Vmm};
 use serde_json::{Value, json};
 use std::{sync::Arc, time::Duration};
 
@@ -21,7 +21,7 @@ pub(super) fn calc(vmm: &Arc<Vmm>, arguments: &mut Arguments) -> Result<Value, F
     let mode = match mode.as_deref() {
         None | Some("page-sampling") => Mode::PageSampling,
         Some("dirty-bitmap") => Mode::DirtyBitmap,
-        Some(_) => return Err(Failure::generic("mode dirty-ring is not enabled, use other method instead.")),
+        Some(_) => Mode::DirtyRing,
     };
     let millis = if unit.as_deref() == Some("millisecond") { time } else { time.saturating_mul(1000) };
     // What is negative is too short, and too few.
@@ -47,27 +47,48 @@ pub(super) fn query(vmm: &Arc<Vmm>, arguments: &mut Arguments) -> Result<Value, 
     });
     if let Some(rate) = report.rate {
         object["dirty-rate"] = rate.into();
+        if report.mode == Mode::DirtyRing {
+            let vcpus = report.vcpus.iter().enumerate();
+            object["vcpu-dirty-rate"] = vcpus.map(|(id, rate)| json!({ "id": id, "dirty-rate": rate })).collect();
+        }
     }
     Ok(object)
 }
 
-/// `set-vcpu-dirty-limit`: needs to know what each vCPU dirties, which only a dirty ring tells.
-pub(super) fn set_limit(_: &Arc<Vmm>, arguments: &mut Arguments) -> Result<Value, Failure> {
-    arguments.optional_integer("cpu-index")?;
-    arguments.integer("dirty-rate")?;
+/// `set-vcpu-dirty-limit`.
+pub(super) fn set_limit(vmm: &Arc<Vmm>, arguments: &mut Arguments) -> Result<Value, Failure> {
+    let vcpu = arguments.optional_integer("cpu-index")?;
+    let rate = arguments.unsigned("dirty-rate")?;
     only(arguments)?;
-    Err(Failure::generic("dirty page limit feature requires KVM with accelerator property 'dirty-ring-size' set'"))
-}
-
-/// `cancel-vcpu-dirty-limit`: there is none.
-pub(super) fn cancel_limit(_: &Arc<Vmm>, arguments: &mut Arguments) -> Result<Value, Failure> {
-    arguments.optional_integer("cpu-index")?;
-    only(arguments)?;
+    vmm.set_vcpu_dirty_limit(vcpu, rate).map_err(|error| Failure::generic(error.to_string()))?;
     Ok(empty())
 }
 
-/// `query-vcpu-dirty-limit`: there is none.
-pub(super) fn query_limit(_: &Arc<Vmm>, arguments: &mut Arguments) -> Result<Value, Failure> {
+/// `cancel-vcpu-dirty-limit`.
+pub(super) fn cancel_limit(vmm: &Arc<Vmm>, arguments: &mut Arguments) -> Result<Value, Failure> {
+    let vcpu = arguments.optional_integer("cpu-index")?;
     only(arguments)?;
-    Ok(json!([]))
+    vmm.cancel_vcpu_dirty_limit(vcpu).map_err(|error| Failure::generic(error.to_string()))?;
+    Ok(empty())
+}
+
+/// `query-vcpu-dirty-limit`.
+pub(super) fn query_limit(vmm: &Arc<Vmm>, arguments: &mut Arguments) -> Result<Value, Failure> {
+    only(arguments)?;
+    let limits = vmm.vcpu_dirty_limits();
+    let one = |limit: &VcpuDirtyLimit| json!({ "limit-rate": limit.limit, "current-rate": limit.rate, "cpu-index": limit.vcpu });
+    Ok(limits.iter().map(one).collect())
+}
+
+/// Adds to what `query-migrate` returns how vCPUs are slowed down under capability `dirty-limit` (8.1).
+pub(super) fn add_limit_times(vmm: &Vmm, migration: &mut Value) {
+    let limits = vmm.vcpu_dirty_limits();
+    if !vmm.outgoing().capabilities().dirty_limit || limits.is_empty() || migration.get("ram").is_none() {
+        return;
+    }
+    let micros = |time: Duration| time.as_micros() as u64;
+    let longest = limits.iter().map(|limit| micros(limit.pause)).max().unwrap_or(0);
+    let ring_full = limits.iter().map(|limit| micros(limit.ring_full)).sum::<u64>() / limits.len() as u64;
+    migration["dirty-limit-throttle-time-per-round"] = longest.into();
+    migration["dirty-limit-ring-full-time"] = ring_full.into();
 }

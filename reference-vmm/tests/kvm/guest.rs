@@ -18,21 +18,30 @@ pub(crate) struct Guest {
 impl Guest {
     /// A paused machine with the payload and this configuration of it.
     pub(crate) fn new(memory: u64, cpus: usize, payload: &str) -> Guest {
-        Guest::with(memory, cpus, payload, false)
+        Guest::configured(memory, cpus, payload, |_| ())
     }
 
     /// The same with the interrupt controllers in the monitor, or in the kernel.
     pub(crate) fn with(memory: u64, cpus: usize, payload: &str, split_irqchip: bool) -> Guest {
+        Guest::configured(memory, cpus, payload, |config| config.split_irqchip = split_irqchip)
+    }
+
+    /// The same with dirty rings of so many entries.
+    pub(crate) fn with_rings(memory: u64, cpus: usize, payload: &str, dirty_ring_size: u32) -> Guest {
+        Guest::configured(memory, cpus, payload, |config| config.dirty_ring_size = dirty_ring_size)
+    }
+
+    fn configured(memory: u64, cpus: usize, payload: &str, change: impl FnOnce(&mut MachineConfig)) -> Guest {
         let console = Console::default();
-        let config = MachineConfig {
+        let mut config = MachineConfig {
             memory,
             cpus,
-            split_irqchip,
             fw_cfg: [(FW_CFG_NAME.to_owned(), payload.as_bytes().to_vec())].into(),
             dirty_ring_size: dirty_ring_size(),
             serial: Box::new(console.clone()),
             ..MachineConfig::default()
         };
+        change(&mut config);
         Guest { machine: Machine::new(config).unwrap(), console }
     }
 

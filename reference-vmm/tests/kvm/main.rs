@@ -5,6 +5,7 @@
 
 mod boot;
 mod dirty_log;
+mod dirty_ring;
 mod guest;
 mod machine;
 mod migration;
@@ -26,9 +27,17 @@ fn main() -> ExitCode {
     let arguments = Arguments::from_args();
     let missing = open_kvm(Path::new("/dev/kvm")).err().map(|error| error.to_string());
     let required = std::env::var_os("QEVM_REQUIRE_KVM").is_some_and(|value| value == "1");
-    let tests: Vec<Test> =
-        [boot::TESTS, payload::TESTS, machine::TESTS, state::TESTS, dirty_log::TESTS, migration::TESTS, qmp::TESTS]
-            .concat();
+    let tests: Vec<Test> = [
+        boot::TESTS,
+        payload::TESTS,
+        machine::TESTS,
+        state::TESTS,
+        dirty_log::TESTS,
+        dirty_ring::TESTS,
+        migration::TESTS,
+        qmp::TESTS,
+    ]
+    .concat();
     if missing.is_some() && !required && !arguments.list {
         report_skipped(&tests, "cannot open /dev/kvm");
     }

@@ -1,0 +1,141 @@
+//! Dirty rings: their sizes, what they tell of each vCPU, and limits of dirty rates. That they lose no page is for `dirty_log`'s tests with
+//! `QEVM_DIRTY_RING_SIZE`, in a machine whose KVM has rings that work (`make lab`).
+
+use std::time::{Duration, Instant};
+
+use reference_vmm::Error;
+use reference_vmm::machine::{Machine, MachineConfig};
+use reference_vmm::qmp::{Client, ClientError, Server};
+use reference_vmm::vmm::Vmm;
+use serde_json::{Value, json};
+
+use crate::Test;
+use crate::guest::Guest;
+
+pub(crate) const TESTS: &[Test] = &[
+    ("dirty_ring_sizes_are_refused_in_qemus_words", sizes),
+    ("dirty_ring_tells_what_each_vcpu_writes", tells_what_each_vcpu_writes),
+    ("dirty_limit_holds_for_one_vcpu_and_is_taken_back", limit_holds),
+    ("dirty_limit_lets_a_fast_guest_migrate", limit_lets_a_fast_guest_migrate),
+];
+
+const MEMORY: u64 = 64 << 20;
+const RING: u32 = 1024;
+const PATIENCE: Duration = Duration::from_secs(90);
+/// As fast as it can.
+const FAST: &str = "dirty=16M hold=1M zero=1M report=50";
+
+fn sizes() {
+    let refused = |dirty_ring_size| match Machine::new(MachineConfig { dirty_ring_size, ..MachineConfig::default() }) {
+        Err(Error::Config(why)) => why,
+        Err(other) => panic!("{other:?}"),
+        Ok(_) => panic!("{dirty_ring_size} is a size"),
+    };
+    assert_eq!(refused(3), "dirty-ring-size must be a power of two.");
+    assert!(
+        refused(1 << 30).starts_with("KVM dirty ring size 1073741824 too big (maximum is "),
+        "{}",
+        refused(1 << 30)
+    );
+    assert!(refused(1).ends_with("Suggested minimum value is 1024."), "{}", refused(1));
+    for size in [0, RING, 4096] {
+        assert_eq!(Guest::with_rings(MEMORY, 2, FAST, size).machine.dirty_log().ring_size(), size);
+    }
+}
+
+fn tells_what_each_vcpu_writes() {
+    let guest = Guest::with_rings(MEMORY, 2, FAST, RING);
+    let log = guest.machine.dirty_log();
+    assert_eq!(log.written_in(Duration::from_millis(50)).unwrap(), [0, 0]);
+    guest.machine.resume().unwrap();
+    guest.wait_until(|progress| progress.pass > 0);
+    let written = log.written_in(Duration::from_millis(500)).unwrap();
+    assert!(written.iter().all(|pages| *pages > 100), "{written:?}");
+    assert!(!log.is_enabled(), "counting is not logging");
+    guest.assert_healthy();
+    assert!(matches!(Guest::with_rings(MEMORY, 1, FAST, 0).machine.dirty_log().watch().err(), Some(Error::Config(_))));
+}
+
+/// MiB per second of each vCPU.
+fn rates(guest: &Guest) -> Vec<u64> {
+    let time = Duration::from_millis(500);
+    let written = guest.machine.dirty_log().written_in(time).unwrap();
+    written.iter().map(|pages| pages * 4096 * 2 >> 20).collect()
+}
+
+fn wait(what: &str, mut done: impl FnMut() -> bool) {
+    let start = Instant::now();
+    while !done() {
+        assert!(start.elapsed() < PATIENCE, "{what}");
+        std::thread::sleep(Duration::from_millis(50));
+    }
+}
+
+fn limit_holds() {
+    let guest = Guest::with_rings(MEMORY, 2, FAST, RING);
+    guest.machine.resume().unwrap();
+    guest.wait_until(|progress| progress.pass > 0);
+    let before = rates(&guest)[1];
+    let limit = (before / 8).max(1);
+    guest.machine.set_dirty_limit_period(Duration::from_millis(300));
+    guest.machine.limit_dirty_rate(Some(1), Some(limit)).unwrap();
+    wait("the limit is not kept", || {
+        let limits = guest.machine.dirty_limits();
+        let [kept] = limits[..] else { panic!("{limits:?}") };
+        assert_eq!((kept.vcpu, kept.limit), (1, limit));
+        kept.rate > 0 && kept.rate <= limit * 3 / 2 + 1 && !kept.pause.is_zero()
+    });
+    let during = rates(&guest);
+    assert!(during[1] < before / 2, "{before} MiB/s before, {during:?} under a limit of {limit}");
+    guest.machine.limit_dirty_rate(None, None).unwrap();
+    assert_eq!(guest.machine.dirty_limits(), []);
+    wait("the vCPU stays slow", || rates(&guest)[1] > before / 2);
+    guest.assert_healthy();
+    assert!(matches!(guest.machine.limit_dirty_rate(Some(2), Some(1)), Err(Error::Config(_))));
+}
+
+fn execute(client: &mut Client, command: &str, arguments: Value) -> Value {
+    client.execute(command, arguments).unwrap_or_else(|error| panic!("{command}: {error}"))
+}
+
+/// A guest that dirties memory faster than the link carries it comes to an end under `dirty-limit`.
+fn limit_lets_a_fast_guest_migrate() {
+    let directory = tempfile::tempdir().unwrap();
+    let serve = |name: &str, incoming| {
+        let Guest { machine, console } = Guest::with_rings(MEMORY, 1, FAST, RING);
+        let vmm = Vmm::new(machine, qevm_wire::Profile::new(qevm_wire::QemuVersion::NEWEST, "microvm"), incoming);
+        let path = directory.path().join(name);
+        let server = Server::start(&path, vmm.clone()).unwrap();
+        (vmm, server, Client::connect(&path, PATIENCE).unwrap(), console)
+    };
+    let (_here, _server, mut here, console) = serve("here", false);
+    let (_there, _server, mut there, _console) = serve("there", true);
+    execute(&mut here, "cont", json!({}));
+    console.wait_for_line("qevm-payload pass=");
+    let both =
+        json!([{ "capability": "dirty-limit", "state": true }, { "capability": "auto-converge", "state": true }]);
+    let refused = here.execute("migrate-set-capabilities", json!({ "capabilities": both })).unwrap_err();
+    let words = "dirty-limit conflicts with auto-converge either of then available currently";
+    assert!(matches!(&refused, ClientError::Refused { desc, .. } if desc == words), "{refused}");
+    let capabilities = json!([{ "capability": "dirty-limit", "state": true }]);
+    execute(&mut here, "migrate-set-capabilities", json!({ "capabilities": capabilities }));
+    let parameters = json!({
+        "max-bandwidth": 8 << 20, "downtime-limit": 100, "vcpu-dirty-limit": 1, "x-vcpu-dirty-limit-period": 200,
+        "throttle-trigger-threshold": 20,
+    });
+    execute(&mut here, "migrate-set-parameters", parameters);
+    let address = format!("unix:{}", directory.path().join("stream").display());
+    execute(&mut there, "migrate-incoming", json!({ "uri": address }));
+    execute(&mut here, "migrate", json!({ "uri": address }));
+    let mut slowed = false;
+    wait("the guest does not come to an end", || {
+        let told = execute(&mut here, "query-migrate", json!({}));
+        assert_ne!(told["status"], "failed", "{told}");
+        slowed |= told["dirty-limit-throttle-time-per-round"].as_u64() > Some(0)
+            && told["dirty-limit-ring-full-time"].as_u64() > Some(0);
+        told["status"] == "completed"
+    });
+    assert!(slowed, "it migrated without being slowed down");
+    assert_eq!(execute(&mut here, "query-vcpu-dirty-limit", json!({})), json!([]), "a limit outlives its migration");
+    wait("the guest does not arrive", || execute(&mut there, "query-status", json!({}))["running"] == true);
+}
