@@ -10,12 +10,16 @@ use super::{
 use crate::memory::PAGE_SIZE;
 use qevm_savevm::{StreamWriter, ram::BlockId};
 use qevm_wire::PageGeometry;
-use std::ops::Range;
+use std::{ops::Range, time::Duration};
 use vm_memory::VolatileSlice;
 
-/// Pages whose log is reset in one call: QEMU's `x-clear-bitmap-shift` is 18, which makes the guest write again to pages
-/// that wait long for their turn. 16 MiB cost one call each and keep that wait short.
-const RESET_PAGES: u64 = 4096;
+/// The least whose log is reset in one call, in pages.
+const RESET_PAGES: u64 = 256;
+/// The most that is reset in one call, in `RESET_PAGES`: 16 MiB (QEMU's `x-clear-bitmap-shift` of 18 is 1 GiB).
+const MAX_RESET: u64 = 16;
+/// How long a page may wait for its turn after its log was reset. What the guest writes meanwhile is sent and then sent again,
+/// so little is reset at a time when the link is slow; when it is fast, calls would cost more than that.
+const RESET_AHEAD: Duration = Duration::from_millis(5);
 
 /// Pages in one vectored write: a part for each page and one for the records before it, within `MAX_PARTS`.
 pub(crate) const BATCH_PAGES: u64 = 256;
@@ -36,6 +40,8 @@ pub(crate) struct RamSender<'g> {
     blocks: Vec<Block<'g>>,
     pages: PageGeometry,
     place: (usize, u64),
+    /// How much is reset in one call, in [`RESET_PAGES`].
+    reset_ahead: u64,
 }
 
 struct Block<'g> {
@@ -57,7 +63,14 @@ impl<'g> RamSender<'g> {
                 Block { view, dirty: PageBitmap::full(count), to_reset }
             })
             .collect();
-        RamSender { blocks, pages, place: (0, 0) }
+        RamSender { blocks, pages, place: (0, 0), reset_ahead: MAX_RESET }
+    }
+
+    /// Says how many bytes per second go out.
+    pub(crate) fn expect(&mut self, bandwidth: u64) {
+        let bytes = u128::from(bandwidth) * RESET_AHEAD.as_nanos() / 1_000_000_000;
+        let steps = bytes / u128::from(RESET_PAGES * self.pages.size());
+        self.reset_ahead = u64::try_from(steps).unwrap_or(MAX_RESET).clamp(1, MAX_RESET);
     }
 
     /// Name and remaining bytes of every block.
@@ -204,7 +217,8 @@ impl<'g> RamSender<'g> {
         let Some(log) = log else { return Ok(()) };
         let block = &mut self.blocks[index];
         let chunks = run.start / RESET_PAGES..run.end.div_ceil(RESET_PAGES);
-        while let Some(chunk) = block.to_reset.next_run(chunks.start, 1).filter(|chunk| chunk.start < chunks.end) {
+        let next = |block: &Block<'_>| block.to_reset.next_run(chunks.start, self.reset_ahead);
+        while let Some(chunk) = next(block).filter(|chunk| chunk.start < chunks.end) {
             let pages = chunk.start * RESET_PAGES..(chunk.end * RESET_PAGES).min(block.dirty.pages());
             log.reset(index, pages).map_err(MigrationError::guest("reset the dirty log"))?;
             block.to_reset.clear_range(chunk);
@@ -217,4 +231,72 @@ fn page_of<'g>(view: &RamView<'g>, offset: u64, size: u64) -> Result<VolatileSli
     view.memory
         .subslice(offset as usize, size as usize)
         .map_err(|error| MigrationError::Guest { doing: "reach a page of guest memory", source: error.into() })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::migration::{Guest, GuestError, Target, pair::FakeGuest};
+    use qevm_savevm::{Encoder, framing::SectionHeader, ram::RamBlock};
+    use qevm_wire::CountedString;
+    use std::io;
+
+    #[derive(Debug)]
+    struct Sink;
+
+    impl Channel for Sink {
+        fn write(&self, parts: &[Source<'_>]) -> io::Result<usize> {
+            Ok(parts.iter().map(Source::len).sum())
+        }
+        fn read(&self, _: &mut [Target<'_>]) -> io::Result<usize> {
+            Ok(0)
+        }
+        fn finish_writing(&self) {}
+        fn stop_reading(&self) {}
+        fn close(&self) {}
+    }
+
+    /// Everything is dirty, and what is reset is written down.
+    struct Recorder(Vec<Range<u64>>);
+
+    impl DirtyLog for Recorder {
+        fn read(&mut self, found: &mut dyn FnMut(usize, usize, u64)) -> Result<(), GuestError> {
+            (0..PAGES / 64).for_each(|word| found(0, word, u64::MAX));
+            Ok(())
+        }
+        fn reset(&mut self, _: usize, pages: Range<u64>) -> Result<(), GuestError> {
+            self.0.push(pages);
+            Ok(())
+        }
+    }
+
+    const PAGES: usize = 10_240;
+
+    /// The calls that reset the log of a whole block at this bandwidth.
+    fn resets(bandwidth: Option<u64>) -> Vec<Range<u64>> {
+        let guest = FakeGuest::new(&[("microvm.ram", PAGES)]);
+        let mut ram = RamSender::new(guest.ram(), PageGeometry::X86);
+        let mut log = Recorder(Vec::new());
+        ram.read_log(&mut log).unwrap();
+        if let Some(bandwidth) = bandwidth {
+            ram.expect(bandwidth);
+        }
+        let mut stream = StreamWriter::new(Encoder::new(PageGeometry::X86), true);
+        let (name, len) = (CountedString::new("microvm.ram").unwrap(), PAGES as u64 * PAGE_SIZE);
+        let (idstr, instance_id, version_id) = (CountedString::new("ram").unwrap(), 0, 4);
+        stream.section_start(&SectionHeader { section_id: 1, idstr, instance_id, version_id }).unwrap();
+        stream.ram_setup([RamBlock::new(name, len)]).unwrap();
+        stream.section_part(1).unwrap();
+        while ram.send(&Sink, &mut stream, Some(&mut log), u64::MAX).unwrap().is_some() {}
+        log.0
+    }
+
+    #[test]
+    fn a_slow_link_resets_little_ahead_and_a_fast_one_much() {
+        let steps =
+            |step: usize| (0..PAGES as u64).step_by(step).map(move |at| at..(at + step as u64).min(PAGES as u64));
+        for (bandwidth, pages) in [(None, 4096), (Some(u64::MAX), 4096), (Some(1), 256), (Some(420_000_000), 512)] {
+            assert_eq!(resets(bandwidth), steps(pages).collect::<Vec<_>>(), "{bandwidth:?}");
+        }
+    }
 }

@@ -287,6 +287,9 @@ impl<'e> Engine<'e> {
                 self.job.sleep(self.limiter.wait(now))?;
                 continue;
             }
+            if let Some(bandwidth) = self.bandwidth.estimate() {
+                ram.expect(bandwidth);
+            }
             self.stream.section_part(RAM_SECTION)?;
             loop {
                 let pages = self.limiter.allowance(self.start.elapsed()) / PageGeometry::X86.size();
