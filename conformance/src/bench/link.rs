@@ -43,6 +43,8 @@ pub struct Options {
     pub repetitions: u32,
     /// QEMU to reference-vmm and back as well.
     pub pairs: bool,
+    /// Destinations do not touch their memory before pages arrive.
+    pub fresh: bool,
 }
 
 /// Measures, prints every migration and the comparison, and gives it as JSON. All of that was on the same guest, with the same
@@ -145,13 +147,12 @@ impl Bench<'_> {
             parameters: Default::default(),
             load: Load {
                 memory: 256,
-                cpus: 1,
-                split_irqchip: false,
-                payload: format!("dirty={megabytes}M rate={rate}M hold=64M zero=8M verify=32768 report={REPORT}"),
-                gear: Vec::new(),
+                mem_prealloc: !self.options.fresh,
+                payload: format!("dirty={megabytes}M rate={rate}M hold=128M zero=8M verify=32768 report={REPORT}"),
                 // The link is the limit.
                 max_bandwidth: 10 << 30,
                 downtime_limit,
+                ..Load::default()
             },
             quick: false,
         };

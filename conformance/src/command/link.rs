@@ -29,12 +29,16 @@ pub(crate) struct Link {
     /// From QEMU to reference-vmm and from reference-vmm to QEMU as well
     #[arg(long)]
     pairs: bool,
+    /// Let every destination touch its memory only when pages arrive. Then the host's giving of memory is measured as well,
+    /// which varies most
+    #[arg(long)]
+    fresh: bool,
 }
 
 impl Link {
     pub(crate) fn run(self) -> Result<bool> {
-        let Link { suite, megabits, downtime_limit, sets, rate, repetitions, pairs } = self;
-        let options = link::Options { suite, megabits, downtime_limit, sets, rate, repetitions, pairs };
+        let Link { suite, megabits, downtime_limit, sets, rate, repetitions, pairs, fresh } = self;
+        let options = link::Options { suite, megabits, downtime_limit, sets, rate, repetitions, pairs, fresh };
         let object = link::run(&options, &Monitor::new(std::env::current_exe()?))?;
         println!("{object}");
         Ok(object["goals_met"] == true)

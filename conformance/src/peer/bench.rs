@@ -114,21 +114,11 @@ impl Run<'_> {
             self.image.display()
         );
         let stopped = ["-S", "-machine", "memory-backend=microvm.ram", "-object", backend.leak()];
-        let ready = format!(
-            "memory-backend-ram,id=microvm.ram,x-use-canonical-path-for-ramblock-id=off,size={}M,prealloc=on",
-            self.options.mib
-        );
-        let ready = ["-machine", "memory-backend=microvm.ram", "-object", ready.leak()];
         let mut here = self.start(qemu, 0, &stopped, false)?;
         let mut samples = Vec::new();
         for (n, (pairing, stop)) in (1..).zip(PAIRINGS.into_iter().zip([qemu, Stop::Reference, Stop::Reference, qemu]))
         {
-            let ahead: &[&'static str] = match stop {
-                _ if self.options.fresh => &[],
-                Stop::Qemu(..) => &ready,
-                Stop::Reference => &["--mem-prealloc"],
-            };
-            let mut there = self.start(stop, n, ahead, true)?;
+            let mut there = self.start(stop, n, &[], true)?;
             let sample = self.hop(&mut here, &mut there).with_context(|| format!("{pairing}, {}", self.method))?;
             samples.push((pairing.to_owned(), sample));
             std::mem::replace(&mut here, there).end()?;
@@ -138,7 +128,7 @@ impl Run<'_> {
     }
 
     fn start(&self, stop: Stop, n: usize, more: &[&'static str], incoming: bool) -> Result<Party> {
-        let load = Load { memory: self.options.mib, ..Load::default() };
+        let load = Load { memory: self.options.mib, mem_prealloc: !self.options.fresh, ..Load::default() };
         let stage = Stage { roots: self.roots, program: self.program, scratch: self.scratch, more };
         let root = match stop {
             Stop::Qemu(suite, _) => self.roots.get(&suite),

@@ -33,12 +33,9 @@ impl Default for Options {
             suite: Suite::Sid,
             load: Load {
                 memory: 256,
-                cpus: 1,
-                split_irqchip: false,
                 payload: "dirty=64M rate=32M hold=16M zero=8M verify=16384 report=50".into(),
-                gear: Vec::new(),
                 max_bandwidth: 64 << 20,
-                downtime_limit: 300,
+                ..Load::default()
             },
             capabilities: vec!["multifd", "return-path", "switchover-ack"],
             parameters: channels_of(2, "none"),

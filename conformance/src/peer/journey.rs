@@ -51,6 +51,8 @@ pub enum Link {
 pub struct Load {
     /// Guest RAM, MiB.
     pub memory: u32,
+    /// Destinations have all their memory from the host before they start.
+    pub mem_prealloc: bool,
     /// vCPUs.
     pub cpus: u32,
     /// All monitors leave only the local APICs to the kernel.
@@ -71,6 +73,7 @@ impl Default for Load {
     fn default() -> Load {
         Load {
             memory: 64,
+            mem_prealloc: false,
             cpus: 1,
             split_irqchip: false,
             payload: "dirty=16M rate=48M hold=4M zero=2M verify=16384 report=20".into(),

@@ -100,11 +100,25 @@ impl Party {
                     Accel::Kvm => more(&["-M", &format!("microvm,accel=kvm{options}"), "-cpu", "host"]),
                     Accel::Tcg => more(&["-M", &format!("microvm,accel=tcg{options}"), "-cpu", "max"]),
                 }
+                if incoming && load.mem_prealloc {
+                    // The name that QEMU gives the RAM of a machine without a backend.
+                    let backend =
+                        "memory-backend-ram,id=microvm.ram,x-use-canonical-path-for-ramblock-id=off,prealloc=on";
+                    more(&[
+                        "-object",
+                        &format!("{backend},size={}M", load.memory),
+                        "-machine",
+                        "memory-backend=microvm.ram",
+                    ]);
+                }
                 more(stage.more);
                 Qemu::start(root, name, &arguments, scratch)?
             }
             _ => {
                 more(&["--fw-cfg", &item, "--machine", &format!("microvm{options}")]);
+                if incoming && load.mem_prealloc {
+                    more(&["--mem-prealloc"]);
+                }
                 more(stage.more);
                 start_reference(program, name, &arguments, scratch)?
             }
