@@ -35,6 +35,7 @@ impl Default for Options {
                 memory: 256,
                 payload: "dirty=64M rate=32M hold=16M zero=8M verify=16384 report=50".into(),
                 max_bandwidth: 64 << 20,
+                downtime_limit: 300,
                 ..Load::default()
             },
             capabilities: vec!["multifd", "return-path", "switchover-ack"],
