@@ -7,6 +7,7 @@ mod boot;
 mod dirty_log;
 mod dirty_ring;
 mod guest;
+mod linux;
 mod machine;
 mod migration;
 mod payload;
@@ -53,6 +54,19 @@ fn main() -> ExitCode {
         })
         .with_ignored_flag(!tsc_moves)
     });
+    let linux = [linux::TESTS, linux::QEMU_TESTS].into_iter().zip(linux::missing()).flat_map(|(tests, missing)| {
+        if let Some(why) = missing.filter(|_| !arguments.list) {
+            report_skipped(tests, why);
+        }
+        tests.iter().map(move |(name, test)| {
+            let run = move || {
+                test();
+                Ok(())
+            };
+            Trial::test(*name, run).with_ignored_flag(missing.is_some())
+        })
+    });
+    let linux: Vec<_> = linux.collect();
     let trials = tests.into_iter().map(|(name, test)| match &missing {
         None => Trial::test(name, move || {
             test();
@@ -64,7 +78,7 @@ fn main() -> ExitCode {
         }
         Some(_) => Trial::test(name, || Ok(())).with_ignored_flag(true),
     });
-    libtest_mimic::run(&arguments, trials.chain(tsc_tests).collect()).exit_code()
+    libtest_mimic::run(&arguments, trials.chain(tsc_tests).chain(linux).collect()).exit_code()
 }
 
 fn report_skipped(tests: &[Test], why: &str) {
