@@ -1,0 +1,117 @@
+//! What the lab's machine needs to run a stock Linux guest: a kernel in both formats, an initial RAM disk, and a QEMU.
+
+use std::fs;
+use std::path::Path;
+use std::process::Command;
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+
+use crate::cpio::Archive;
+use crate::process::run;
+use crate::roots::Root;
+
+/// What the tests of `reference-vmm/tests/kvm/linux.rs` want to know.
+pub(super) const ENVIRONMENT: &str = "QEVM_MONITOR=/reference-vmm QEVM_LINUX_ELF=/guest/vmlinux \
+                                      QEVM_LINUX_BZIMAGE=/guest/vmlinuz QEVM_LINUX_INITRD=/guest/initrd QEVM_QEMU=/qemu/run";
+
+const INIT: &str = include_str!("../../lab/guest-init");
+const APPLETS: [&str; 9] = ["sh", "mount", "dd", "md5sum", "cp", "mv", "date", "usleep", "echo"];
+const LIBRARIES: &str = "usr/lib/x86_64-linux-gnu";
+const LOADER: &str = "ld-linux-x86-64.so.2";
+const QEMU: &str = "usr/bin/qemu-system-x86_64";
+/// Firmware of microvm without ACPI, what it boots kernels with, and the page of the local APIC's registers.
+const FIRMWARE: [&str; 4] = ["qboot.rom", "pvh.bin", "linuxboot_dma.bin", "kvmvapic.bin"];
+const TIMEOUT: Duration = Duration::from_secs(30);
+
+/// Where the setup header of a bzImage says that the compressed kernel is, counted from the protected-mode code, and how long
+/// ("The Linux/x86 Boot Protocol").
+const SETUP_SECTORS: usize = 0x1f1;
+const PAYLOAD_OFFSET: usize = 0x248;
+const PAYLOAD_LENGTH: usize = 0x24c;
+
+/// Adds the folders `guest` and `qemu`.
+pub(super) fn add(archive: &mut Archive, bzimage: &Path, busybox: &[u8], qemu: &Root) -> Result<()> {
+    let bzimage = fs::read(bzimage).with_context(|| format!("reading {}", bzimage.display()))?;
+    archive.folder("guest");
+    archive.file("guest/vmlinux", &unpack(&bzimage)?);
+    archive.file("guest/vmlinuz", &bzimage);
+    archive.file("guest/initrd", &initrd(busybox));
+    archive.folder("qemu");
+    let root = qemu.dir();
+    let mut add = |name: &str, path: &Path| -> Result<()> {
+        archive
+            .program(&format!("qemu/{name}"), &fs::read(path).with_context(|| format!("reading {}", path.display()))?);
+        Ok(())
+    };
+    add("qemu", &root.join(QEMU))?;
+    add(LOADER, &root.join(LIBRARIES).join(LOADER))?;
+    for name in FIRMWARE {
+        add(name, &root.join("usr/share/qemu").join(name))?;
+    }
+    let folders = format!("{0}:{0}/pulseaudio", root.join(LIBRARIES).display());
+    let mut list = Command::new(root.join(LIBRARIES).join(LOADER));
+    let listed = run(list.args(["--library-path", &folders, "--list"]).arg(root.join(QEMU)), TIMEOUT)?;
+    for line in listed.lines() {
+        // `libz.so.1 => /path/libz.so.1 (0x00007f…)`
+        let Some((name, rest)) = line.trim().split_once(" => ") else { continue };
+        let path = rest.rsplit_once(" (").map_or(rest, |(path, _)| path);
+        add(name, Path::new(path))?;
+    }
+    let start = format!("#!/bin/sh\nexec /qemu/{LOADER} --library-path /qemu /qemu/qemu -L /qemu \"$@\"\n");
+    archive.program("qemu/run", start.as_bytes());
+    Ok(())
+}
+
+fn initrd(busybox: &[u8]) -> Vec<u8> {
+    let mut archive = Archive::new();
+    for folder in ["bin", "dev", "proc", "tmp"] {
+        archive.folder(folder);
+    }
+    archive.program("bin/busybox", busybox);
+    for applet in APPLETS {
+        archive.link(&format!("bin/{applet}"), "busybox");
+    }
+    archive.program("init", INIT.as_bytes());
+    archive.finish()
+}
+
+/// The ELF file in a bzImage that is compressed with zstd, as Debian's are.
+fn unpack(bzimage: &[u8]) -> Result<Vec<u8>> {
+    let number =
+        |at: usize| bzimage.get(at..).and_then(|rest| rest.first_chunk()).map(|bytes| u32::from_le_bytes(*bytes));
+    let sectors = match bzimage.get(SETUP_SECTORS).context("the kernel has no setup header")? {
+        0 => 4,
+        sectors => usize::from(*sectors),
+    };
+    let (offset, length) =
+        number(PAYLOAD_OFFSET).zip(number(PAYLOAD_LENGTH)).context("the kernel has no setup header")?;
+    let start = (sectors + 1) * 512 + offset as usize;
+    // Behind the compressed kernel there is its length.
+    let payload = bzimage.get(start..).and_then(|rest| rest.get(..(length as usize).saturating_sub(4)));
+    let kernel = zstd::decode_all(payload.context("the kernel's payload is not in the file")?)
+        .context("the kernel is not compressed with zstd")?;
+    ensure!(kernel.starts_with(b"\x7fELF"), "the kernel's payload is no ELF file");
+    Ok(kernel)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_kernel_is_found_by_its_setup_header() {
+        let packed = zstd::encode_all(&b"\x7fELF and so on"[..], 1).unwrap();
+        let mut file = vec![0; 0x400 + 7];
+        file[SETUP_SECTORS] = 1;
+        file[PAYLOAD_OFFSET] = 7;
+        file[PAYLOAD_LENGTH] = packed.len() as u8 + 4;
+        file.extend([packed.clone(), vec![14, 0, 0, 0]].concat());
+        assert_eq!(unpack(&file).unwrap(), b"\x7fELF and so on");
+        for len in [0, 0x240, 0x24a, 0x400, file.len() - 6] {
+            assert!(unpack(&file[..len]).is_err(), "{len}");
+        }
+        file[0x400 + 7] = 0;
+        assert!(unpack(&file).is_err());
+    }
+}
