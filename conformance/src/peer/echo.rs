@@ -43,6 +43,7 @@ impl Echo {
     /// The streams differ in more than what runs on, or the guest does not go on at home.
     pub(super) fn play(&self, stage: &Stage<'_>) -> Result<Account> {
         let [first, second, door] = ["first.qevm", "second.qevm", "door"].map(|name| stage.scratch.join(name));
+        let ear = gear::Ear::listen(&self.journey.load.gear, stage.scratch)?;
         let mut here = self.journey.boot(stage, &mut |_| ())?;
         here.monitor().execute("stop", Value::Null)?;
         here.monitor().execute("migrate", json!({ "uri": format!("exec:cat > {}", first.display()) }))?;
@@ -76,7 +77,7 @@ impl Echo {
         self.journey.settle(&mut home)?;
         ensure!(there.text()?.is_empty(), "a stopped guest has run");
         let (left, nothing, back) = (here.end()?, there.end()?, home.end()?);
-        gear::judge(&self.journey.load.gear, &[left.clone(), back.clone()], stage.scratch)?;
+        gear::judge(&self.journey.load.gear, &[left.clone(), back.clone()], stage.scratch, &ear)?;
         let texts = [left, nothing, back];
         Ok(account(Vec::new(), &Transcript::read(&texts.each_ref().map(Vec::as_slice))?))
     }

@@ -5,7 +5,11 @@
 //! there once, in order, whatever monitor served the request.
 
 use std::fs;
+use std::os::unix::net::UnixDatagram;
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread;
+use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 
@@ -26,6 +30,8 @@ pub enum Gear {
     Rng,
     /// `virtio-serial-device` with a `virtconsole`
     Console,
+    /// `virtio-net-device` on `-netdev dgram`
+    Net,
 }
 
 impl Gear {
@@ -35,6 +41,7 @@ impl Gear {
             Gear::Disk => 1,
             Gear::Rng => 2,
             Gear::Console => 4,
+            Gear::Net => 8,
         }
     }
 
@@ -44,6 +51,7 @@ impl Gear {
             Gear::Disk => "disk",
             Gear::Rng => "rng",
             Gear::Console => "console",
+            Gear::Net => "net",
         }
     }
 }
@@ -76,6 +84,12 @@ pub(super) fn arguments(gear: &[Gear], scratch: &Path, name: &str) -> Result<Vec
                 add("--device", "virtio-serial-device".into());
                 add("--device", "virtconsole,chardev=c".into());
             }
+            Gear::Net => {
+                let (local, remote) = (scratch.join(format!("{name}.net")), frames(scratch));
+                let unix = |end: &str, path: &Path| format!("{end}.type=unix,{end}.path={}", path.display());
+                add("--netdev", format!("dgram,id=n,{},{}", unix("local", &local), unix("remote", &remote)));
+                add("--device", "virtio-net-device,netdev=n".into());
+            }
         }
     }
     Ok(arguments)
@@ -87,6 +101,46 @@ fn disk(scratch: &Path) -> PathBuf {
 
 fn console(scratch: &Path, name: &str) -> PathBuf {
     scratch.join(format!("{name}.hvc"))
+}
+
+fn frames(scratch: &Path) -> PathBuf {
+    scratch.join("frames")
+}
+
+/// The network's other end: takes the guest's frames wherever it is.
+#[derive(Debug)]
+pub(super) struct Ear {
+    numbers: Arc<Mutex<Vec<u64>>>,
+}
+
+impl Ear {
+    /// Begins to listen, before the first monitor starts.
+    pub(super) fn listen(gear: &[Gear], scratch: &Path) -> Result<Ear> {
+        /// Ethertype of the guest's frames (for experiments), and where their number is.
+        const ETHERTYPE: [u8; 2] = [0x88, 0xb5];
+        const NUMBER: usize = 14;
+        let numbers: Arc<Mutex<Vec<u64>>> = Arc::default();
+        if gear.contains(&Gear::Net) {
+            let socket = UnixDatagram::bind(frames(scratch))?;
+            socket.set_read_timeout(Some(Duration::from_millis(200)))?;
+            let weak = Arc::downgrade(&numbers);
+            thread::spawn(move || {
+                let mut frame = [0; 2048];
+                while let Some(numbers) = weak.upgrade() {
+                    let Ok(len) = socket.recv(&mut frame) else { continue };
+                    let number = frame[..len].get(NUMBER..).and_then(|rest| rest.first_chunk());
+                    if let Some(number) = number.filter(|_| frame[NUMBER - 2..NUMBER] == ETHERTYPE) {
+                        numbers.lock().unwrap_or_else(PoisonError::into_inner).push(u64::from_le_bytes(*number));
+                    }
+                }
+            });
+        }
+        Ok(Ear { numbers })
+    }
+
+    fn heard(&self) -> Vec<u64> {
+        self.numbers.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
 }
 
 /// What arrived on the consoles of all stops, one behind the other.
@@ -109,7 +163,7 @@ fn last_counters(text: &str, gear: &[Gear]) -> Option<Vec<u64>> {
 }
 
 /// Judges the whole way. `texts` is what the guest printed at each stop.
-pub(super) fn judge(gear: &[Gear], texts: &[Vec<u8>], scratch: &Path) -> Result<()> {
+pub(super) fn judge(gear: &[Gear], texts: &[Vec<u8>], scratch: &Path, ear: &Ear) -> Result<()> {
     if gear.is_empty() {
         return Ok(());
     }
@@ -134,6 +188,7 @@ pub(super) fn judge(gear: &[Gear], texts: &[Vec<u8>], scratch: &Path) -> Result<
             // The guest has looked at what it got.
             Gear::Rng => Ok(()),
             Gear::Console => judge_console(&consoles(scratch)?, next),
+            Gear::Net => judge_frames(&ear.heard(), next),
         }
         .with_context(|| format!("{gear:?}, of which the guest had done {} requests", next - 1))?;
     }
@@ -178,6 +233,15 @@ fn judge_console(text: &[u8], next: u64) -> Result<()> {
     Ok(())
 }
 
+/// Each frame is the next number.
+fn judge_frames(numbers: &[u64], next: u64) -> Result<()> {
+    for (expected, found) in (1..).zip(numbers) {
+        ensure!(expected == *found, "frame {expected} is number {found}");
+    }
+    ensure!(numbers.len() as u64 + 1 >= next, "{} frames arrived", numbers.len());
+    Ok(())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -216,6 +280,10 @@ mod tests {
         assert!(judge_console(&lines(&[1, 2, 4, 5]), 5).is_err());
         assert!(judge_console(&lines(&[1, 2, 2, 3]), 4).is_err());
         assert!(judge_console(&text[1..], 6).is_err());
+        assert!(judge_frames(&[1, 2, 3], 4).is_ok());
+        assert!(judge_frames(&[1, 2, 3], 5).is_err());
+        assert!(judge_frames(&[1, 3], 2).is_err());
+        assert!(judge_frames(&[1, 2, 2], 2).is_err());
     }
 
     #[test]
@@ -228,7 +296,8 @@ mod tests {
         let mut disk_file = vec![0; 16 * SECTOR];
         (1..=60).for_each(|n| written(&mut disk_file, n));
         fs::write(disk(folder.path()), &disk_file).unwrap();
-        let judge = |texts: &[Vec<u8>]| judge(&[Gear::Disk], texts, folder.path());
+        let ear = Ear::listen(&[Gear::Disk], folder.path()).unwrap();
+        let judge = |texts: &[Vec<u8>]| judge(&[Gear::Disk], texts, folder.path(), &ear);
         assert!(judge(&[line(20, 30), line(61, 60)]).is_ok());
         assert!(judge(&[line(60, 30), line(61, 60)]).is_err());
         assert!(judge(&[line(20, 30), line(61, 30)]).is_err());

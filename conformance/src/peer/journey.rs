@@ -10,7 +10,7 @@ use reference_vmm::payload::{Progress, Transcript};
 use serde::Serialize;
 use serde_json::{Map, Value, json};
 
-use super::gear::{self, Gear};
+use super::gear::{self, Ear, Gear};
 use super::party::{Monitor, Party};
 use crate::roots::{Root, Suite};
 use crate::scenario::Accel;
@@ -177,6 +177,7 @@ impl Journey {
     /// A migration fails, the guest does not go on, or what it printed shows that it did not arrive whole.
     pub fn travel(&self, stage: &Stage<'_>, mut tell: impl FnMut(Moment)) -> Result<Account> {
         let (mut texts, mut hops) = (Vec::new(), Vec::new());
+        let ear = Ear::listen(&self.load.gear, stage.scratch)?;
         let mut here = self.boot(stage, &mut tell)?;
         for n in 1..self.stops.len() {
             let mut there = self.start(stage, n, true)?;
@@ -188,7 +189,7 @@ impl Journey {
             texts.push(std::mem::replace(&mut here, there).end()?);
         }
         texts.push(here.end()?);
-        gear::judge(&self.load.gear, &texts, stage.scratch)?;
+        gear::judge(&self.load.gear, &texts, stage.scratch, &ear)?;
         Ok(account(hops, &Transcript::read(&texts.iter().map(Vec::as_slice).collect::<Vec<_>>())?))
     }
 

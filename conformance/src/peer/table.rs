@@ -9,7 +9,7 @@ use crate::scenario::Accel;
 /// The releases whose microvm can trade guests with reference-vmm.
 const PEERS: [Suite; 3] = [Suite::Bookworm, Suite::Trixie, Suite::Sid];
 /// What a guest with virtio devices has.
-const GEAR: [Gear; 3] = [Gear::Disk, Gear::Rng, Gear::Console];
+const GEAR: [Gear; 4] = [Gear::Disk, Gear::Net, Gear::Rng, Gear::Console];
 /// Hops of the long ring.
 const RING_HOPS: usize = 50;
 

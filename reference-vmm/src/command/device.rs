@@ -1,10 +1,11 @@
-//! `--drive`, `--chardev` and `--device`: virtio devices in QEMU's words.
+//! `--drive`, `--chardev`, `--netdev` and `--device`: virtio devices in QEMU's words.
 
 use std::collections::BTreeMap;
 
 use anyhow::{Context, bail, ensure};
 use reference_vmm::devices::{
-    Block, BlockOptions, Chardev, ChardevOptions, Rng, VirtioDevice, VirtioSerial, VirtioSlot,
+    Block, BlockOptions, Chardev, ChardevOptions, Net, Netdev, NetdevOptions, Rng, VirtioDevice, VirtioSerial,
+    VirtioSlot,
 };
 
 use super::options::Options;
@@ -14,6 +15,7 @@ use super::options::Options;
 pub(crate) struct DeviceOptions<'a> {
     pub(crate) drives: &'a [String],
     pub(crate) chardevs: &'a [String],
+    pub(crate) netdevs: &'a [String],
     pub(crate) devices: &'a [String],
 }
 
@@ -21,6 +23,9 @@ pub(crate) struct DeviceOptions<'a> {
 struct Backends {
     drives: BTreeMap<String, BlockOptions>,
     chardevs: BTreeMap<String, ChardevOptions>,
+    netdevs: BTreeMap<String, NetdevOptions>,
+    /// Network cards that there are.
+    cards: u8,
 }
 
 /// A device of which the command line may have more to say.
@@ -36,13 +41,16 @@ impl DeviceOptions<'_> {
         let mut backends = Backends {
             drives: named("drive", "file", self.drives, drive)?,
             chardevs: named("chardev", "backend", self.chardevs, chardev)?,
+            netdevs: named("netdev", "type", self.netdevs, netdev)?,
+            cards: 0,
         };
         let mut devices = Vec::new();
         for text in self.devices {
             add(text, &mut backends, &mut devices).with_context(|| format!("--device {text}"))?;
         }
-        let unused: Vec<String> = backends.drives.into_keys().chain(backends.chardevs.into_keys()).collect();
-        ensure!(unused.is_empty(), "no device uses --drive or --chardev {}", unused.join(", "));
+        let Backends { drives, chardevs, netdevs, .. } = backends;
+        let unused: Vec<String> = drives.into_keys().chain(chardevs.into_keys()).chain(netdevs.into_keys()).collect();
+        ensure!(unused.is_empty(), "no device uses --drive, --chardev or --netdev {}", unused.join(", "));
         Ok(devices
             .into_iter()
             .map(|device| match device {
@@ -85,7 +93,17 @@ fn add(text: &str, backends: &mut Backends, devices: &mut Vec<Device>) -> anyhow
         },
         VirtioDevice::Rng => Device::Whole(VirtioSlot::rng(Rng::open()?)),
         VirtioDevice::Serial => Device::Serial(VirtioSerial::default(), false),
-        _ => Device::Whole(VirtioSlot::kept(device)),
+        VirtioDevice::Net => match options.take("netdev") {
+            Some(id) => {
+                let netdev = backends.netdevs.remove(&id);
+                let netdev = netdev.with_context(|| format!("no --netdev with id={id} is left for it"))?;
+                let mac = options.take("mac").map(|text| mac(&text)).transpose()?;
+                let number = backends.cards;
+                backends.cards = number.wrapping_add(1);
+                Device::Whole(VirtioSlot::net(Net::new(Netdev::open(&netdev)?, mac, number)))
+            }
+            None => Device::Whole(VirtioSlot::kept(device)),
+        },
     });
     options.finish()
 }
@@ -105,6 +123,37 @@ fn chardev(options: &mut Options) -> anyhow::Result<ChardevOptions> {
         }
         other => bail!("{other} is not one of null, stdio, file, socket"),
     })
+}
+
+fn netdev(options: &mut Options) -> anyhow::Result<NetdevOptions> {
+    let unix = |options: &mut Options, name: &str| {
+        let kind = options.need(&format!("{name}.type"))?;
+        ensure!(kind == "unix", "{name}.type={kind} is not supported, {name}.type=unix is");
+        Ok(options.need(&format!("{name}.path"))?.into())
+    };
+    Ok(match options.need("type")?.as_str() {
+        "tap" => {
+            for script in ["script", "downscript"] {
+                ensure!(
+                    options.take(script).is_none_or(|script| script == "no"),
+                    "{script}= is not supported, {script}=no is"
+                );
+            }
+            NetdevOptions::Tap { ifname: options.need("ifname")? }
+        }
+        "dgram" => NetdevOptions::Dgram { local: unix(options, "local")?, remote: unix(options, "remote")? },
+        "stream" => {
+            let server = options.switch("server")?.unwrap_or(false);
+            NetdevOptions::Stream { path: unix(options, "addr")?, server }
+        }
+        other => bail!("{other} is not one of tap, dgram, stream"),
+    })
+}
+
+/// Six bytes in hexadecimal, with colons between them.
+fn mac(text: &str) -> anyhow::Result<[u8; 6]> {
+    let bytes = text.split(':').map(|byte| u8::from_str_radix(byte, 16)).collect::<Result<Vec<_>, _>>();
+    bytes.ok().and_then(|bytes| bytes.try_into().ok()).with_context(|| format!("mac={text} is no address"))
 }
 
 fn drive(options: &mut Options) -> anyhow::Result<BlockOptions> {
@@ -151,8 +200,30 @@ mod tests {
             } else {
                 &[]
             };
-        let slots = DeviceOptions { drives: &drives, chardevs, devices: &devices }.slots()?;
+        let slots = DeviceOptions { drives: &drives, chardevs, netdevs: &[], devices: &devices }.slots()?;
         Ok(slots.iter().map(VirtioSlot::device).collect())
+    }
+
+    #[test]
+    fn networks_are_written_as_for_qemu() {
+        let options = |text: &str| netdev(&mut Options::parse(text, "type").unwrap());
+        assert_eq!(
+            options("tap,ifname=t0,script=no,downscript=no").unwrap(),
+            NetdevOptions::Tap { ifname: "t0".into() }
+        );
+        let dgram = "dgram,local.type=unix,local.path=/a,remote.type=unix,remote.path=/b";
+        assert_eq!(options(dgram).unwrap(), NetdevOptions::Dgram { local: "/a".into(), remote: "/b".into() });
+        let stream = "stream,addr.type=unix,addr.path=/a,server=on";
+        assert_eq!(options(stream).unwrap(), NetdevOptions::Stream { path: "/a".into(), server: true });
+        for bad in
+            ["user", "tap", "tap,ifname=t0,script=/x", "dgram,local.type=inet,local.path=/a", "stream,addr.path=/a"]
+        {
+            assert!(options(bad).is_err(), "{bad}");
+        }
+        assert_eq!(mac("52:54:00:12:34:5a").unwrap(), [0x52, 0x54, 0, 0x12, 0x34, 0x5a]);
+        for bad in ["", "52:54:00:12:34", "52:54:00:12:34:56:78", "52:54:00:12:34:xx"] {
+            assert!(mac(bad).is_err(), "{bad}");
+        }
     }
 
     #[test]

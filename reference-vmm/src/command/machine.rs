@@ -60,9 +60,14 @@ pub(crate) struct MachineArguments {
     /// Character device for a port: null,id=ID; stdio,id=ID; file,id=ID,path=PATH[,append=on]; socket,id=ID,path=PATH[,server=on][,wait=off]
     #[arg(long, value_name = "OPTIONS")]
     chardev: Vec<String>,
+    /// Network for a card: tap,id=ID,ifname=NAME,script=no,downscript=no; dgram,id=ID,local.type=unix,local.path=PATH,remote.type=unix,
+    /// remote.path=PATH; stream,id=ID,addr.type=unix,addr.path=PATH[,server=on]
+    #[arg(long, value_name = "OPTIONS")]
+    netdev: Vec<String>,
     /// Device on virtio-mmio, in the order of QEMU's command line: virtio-blk-device,drive=ID[,serial=TEXT], virtio-rng-device,
+    /// virtio-net-device,netdev=ID[,mac=ADDRESS],
     /// virtio-serial-device with virtconsole,chardev=ID[,name=TEXT] and virtserialport,chardev=ID[,name=TEXT] behind it. Without what it
-    /// needs, and for virtio-net-device, there is no model: a guest is kept as it came and goes back, but does not run (use -S)
+    /// needs a device has no model: a guest is kept as it came and goes back, but does not run (use -S)
     #[arg(long, value_name = "OPTIONS")]
     device: Vec<String>,
     /// Item of the firmware configuration device: name=NAME,string=TEXT or name=NAME,file=PATH; commas in TEXT are doubled
@@ -78,7 +83,8 @@ impl MachineArguments {
     }
 
     fn virtio(&self) -> anyhow::Result<Vec<VirtioSlot>> {
-        DeviceOptions { drives: &self.drive, chardevs: &self.chardev, devices: &self.device }.slots()
+        let (drives, chardevs, netdevs) = (&self.drive, &self.chardev, &self.netdev);
+        DeviceOptions { drives, chardevs, netdevs, devices: &self.device }.slots()
     }
 
     /// The machine they describe.

@@ -5,6 +5,7 @@ mod chardev;
 mod fw_cfg;
 mod ged;
 mod ioapic;
+mod netdev;
 mod rtc;
 mod serial;
 mod split;
@@ -17,13 +18,16 @@ pub use chardev::{Chardev, ChardevOptions};
 pub use fw_cfg::{FwCfg, FwCfgItems};
 pub use ged::Ged;
 pub use ioapic::{Ioapic, Message};
+pub use netdev::{Netdev, NetdevOptions};
 pub use rtc::Rtc;
 pub(crate) use rtc::ticker::{Clock, wall_clock};
 pub use serial::Serial;
 pub(crate) use split::{Lines, SplitChips, pic::Pics, pit::Pit};
 pub(crate) use ticker::Ticker;
-pub use virtio::{Block, BlockOptions, Rng, TRANSPORTS, VirtioDevice, VirtioSerial, VirtioSlot};
-pub(crate) use virtio::{MAX_PORTS, Transport, Transports, is_section_of, start_pump, transport_of};
+pub use virtio::{Block, BlockOptions, Net, Rng, TRANSPORTS, VirtioDevice, VirtioSerial, VirtioSlot};
+pub(crate) use virtio::{
+    CTRL_GUEST_OFFLOADS, MAX_PORTS, MRG_RXBUF, Transport, Transports, is_section_of, start_pump, transport_of,
+};
 
 use crate::memory::GuestMemory;
 

@@ -13,7 +13,9 @@ pub use devices::{
     ClockState, FwCfgState, GedState, IoapicState, PicState, PitChannelState, PitState, RtcState, SerialState,
 };
 pub use vcpu::{DebugRegisters, DescriptorTable, Events, Msr, Registers, Segment, SpecialRegisters, VcpuState};
-pub use virtio::{VirtioDeviceState, VirtioPortState, VirtioQueueState, VirtioRequest, VirtioState};
+pub use virtio::{
+    VirtioDeviceState, VirtioNetFilter, VirtioNetState, VirtioPortState, VirtioQueueState, VirtioRequest, VirtioState,
+};
 
 /// Everything about a paused machine but its RAM.
 #[derive(Clone, Debug, PartialEq, Eq)]

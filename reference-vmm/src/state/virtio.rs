@@ -34,6 +34,58 @@ pub struct VirtioPortState {
     pub pending: Option<(VirtioRequest, u64)>,
 }
 
+/// A network card.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct VirtioNetState {
+    /// Its address.
+    pub mac: [u8; 6],
+    /// Link status: 1 up, 2 the guest is to announce itself.
+    pub status: u16,
+    /// Frames wait in the transmit queue until the network takes them.
+    pub transmit_waits: bool,
+    /// Frames have a virtio header on the host's side.
+    pub header: bool,
+    /// The offloads that the guest takes, as bits of the features.
+    pub guest_offloads: u64,
+    /// Which frames it receives.
+    pub filter: VirtioNetFilter,
+}
+
+/// Which frames a network card receives, with the names of QEMU's section.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[allow(missing_docs)] // the names are those of the section's fields
+pub struct VirtioNetFilter {
+    pub promisc: bool,
+    pub allmulti: bool,
+    pub alluni: bool,
+    pub nomulti: bool,
+    pub nouni: bool,
+    pub nobcast: bool,
+    pub multi_overflow: bool,
+    pub uni_overflow: bool,
+    pub macs: Vec<[u8; 6]>,
+    /// A bit for each VLAN.
+    pub vlans: [u8; 512],
+}
+
+impl Default for VirtioNetFilter {
+    /// After a reset: everything is received.
+    fn default() -> VirtioNetFilter {
+        VirtioNetFilter {
+            promisc: true,
+            allmulti: false,
+            alluni: false,
+            nomulti: false,
+            nouni: false,
+            nobcast: false,
+            multi_overflow: false,
+            uni_overflow: false,
+            macs: Vec::new(),
+            vlans: [0; 512],
+        }
+    }
+}
+
 /// What a device has beside its transport.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
@@ -42,6 +94,8 @@ pub enum VirtioDeviceState {
     Block(Vec<VirtioRequest>),
     /// A source of random numbers has nothing.
     Rng,
+    /// A network card.
+    Net(Box<VirtioNetState>),
     /// The ports of a serial bus.
     Serial(Vec<VirtioPortState>),
 }

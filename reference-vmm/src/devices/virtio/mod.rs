@@ -6,12 +6,13 @@
 //! 2.7.2). Addresses, order and pins were read from `info qtree`, the registers and migrated guests of 7.2, 10.0 and 11.1.
 //!
 //! Read: [`name`](VirtioDevice) (what sits where), `transport` (registers), `queue` and `chain` (rings in guest memory), then the
-//! models: `block`, `rng`, `serial`; `pump` is the thread of those that hear from the host. A device without a model is kept with everything that a guest's source said about it, and
+//! models: `block`, `rng`, `serial`, `net`; `pump` is the thread of those that hear from the host. A device without a model is kept with everything that a guest's source said about it, and
 //! goes back to a QEMU, but its guest cannot run.
 
 mod block;
 mod chain;
 mod name;
+mod net;
 mod pump;
 mod queue;
 mod rng;
@@ -23,6 +24,8 @@ use std::sync::{Arc, Mutex};
 pub use block::{Block, BlockOptions};
 pub(crate) use name::is_section_of;
 pub use name::{TRANSPORTS, VirtioDevice};
+pub use net::Net;
+pub(crate) use net::{CTRL_GUEST_OFFLOADS, MRG_RXBUF};
 pub(crate) use pump::start as start_pump;
 pub use rng::Rng;
 pub(crate) use serial::MAX_PORTS;
@@ -52,6 +55,11 @@ impl VirtioSlot {
     /// A disk.
     pub fn block(block: Block) -> VirtioSlot {
         VirtioSlot { device: VirtioDevice::Block, model: Some(Box::new(block)) }
+    }
+
+    /// A network card.
+    pub fn net(net: Net) -> VirtioSlot {
+        VirtioSlot { device: VirtioDevice::Net, model: Some(Box::new(net)) }
     }
 
     /// A source of random numbers.

@@ -153,14 +153,14 @@ impl Queue {
         }
     }
 
-    /// The next chain's first descriptor.
-    fn head(&self, memory: &GuestMemory) -> Result<Option<u16>, RingError> {
-        if !self.is_ready() || self.waiting(memory)? == 0 {
+    /// The first descriptor of the chain that is `ahead` behind the next.
+    fn head(&self, memory: &GuestMemory, ahead: u16) -> Result<Option<u16>, RingError> {
+        if !self.is_ready() || self.waiting(memory)? <= ahead {
             return Ok(None);
         }
         // The index is read before what it speaks of.
         fence(Ordering::SeqCst);
-        let slot = u64::from(u32::from(self.last_avail) % self.num);
+        let slot = u64::from(u32::from(self.last_avail.wrapping_add(ahead)) % self.num);
         let head = read_u16(memory, self.avail().wrapping_add(4 + 2 * slot))?;
         match u32::from(head) < self.num {
             true => Ok(Some(head)),
@@ -168,14 +168,14 @@ impl Queue {
         }
     }
 
-    /// The next chain, which stays where it is.
-    pub(super) fn peek(&self, memory: &GuestMemory) -> Result<Option<Chain>, RingError> {
-        self.head(memory)?.map(|head| self.walk(memory, head)).transpose()
+    /// The chain that is `ahead` behind the next; it stays where it is.
+    pub(super) fn peek(&self, memory: &GuestMemory, ahead: u16) -> Result<Option<Chain>, RingError> {
+        self.head(memory, ahead)?.map(|head| self.walk(memory, head)).transpose()
     }
 
     /// Takes the next chain.
     pub(super) fn pop(&mut self, memory: &GuestMemory, features: u64) -> Result<Option<Chain>, RingError> {
-        let Some(head) = self.head(memory)? else { return Ok(None) };
+        let Some(head) = self.head(memory, 0)? else { return Ok(None) };
         self.used_index(memory)?;
         self.last_avail = self.last_avail.wrapping_add(1);
         if features & EVENT_IDX != 0 {

@@ -41,6 +41,7 @@ const VENDOR: u32 = u32::from_le_bytes(*b"QEMU");
 const DRIVER_OK: u8 = 4;
 /// Interrupt status: a queue was used; the configuration has changed.
 const ISR_QUEUE: u8 = 1;
+const ISR_CONFIG: u8 = 2;
 
 /// A device behind a transport.
 pub(crate) trait Model: Send {
@@ -54,6 +55,8 @@ pub(crate) trait Model: Send {
     fn config(&self) -> Vec<u8>;
     /// The guest writes to the configuration space.
     fn write_config(&mut self, _offset: usize, _data: &[u8], _features: u64) {}
+    /// The guest accepts features.
+    fn accepted(&mut self, _features: u64) {}
     /// The guest may have added chains to a queue.
     fn process(&mut self, queue: usize, access: &mut Access<'_>) -> Result<(), RingError>;
     /// The machine goes on: with what a source of migration left undone.
@@ -91,7 +94,8 @@ pub(crate) struct Access<'a> {
     /// Features that the guest accepted.
     pub(crate) features: u64,
     queues: &'a mut [Queue],
-    raise: bool,
+    /// Bits of the interrupt status.
+    raise: u8,
 }
 
 impl Access<'_> {
@@ -105,16 +109,28 @@ impl Access<'_> {
 
     /// The chain that [`pop`](Access::pop) would take.
     pub(crate) fn peek(&self, queue: usize) -> Result<Option<Chain>, RingError> {
+        self.peek_at(queue, 0)
+    }
+
+    /// The chain that `ahead` more would take.
+    pub(crate) fn peek_at(&self, queue: usize, ahead: u16) -> Result<Option<Chain>, RingError> {
         match self.queues.get(queue) {
-            Some(queue) => queue.peek(self.memory),
+            Some(queue) => queue.peek(self.memory, ahead),
             None => Ok(None),
         }
+    }
+
+    /// The guest is to look at the configuration space.
+    pub(crate) fn config_changed(&mut self) {
+        self.raise |= ISR_CONFIG;
     }
 
     /// Gives a chain back, `written` bytes of which were written.
     pub(crate) fn push(&mut self, queue: usize, head: u16, written: u32) -> Result<(), RingError> {
         let Some(queue) = self.queues.get_mut(queue) else { return Ok(()) };
-        self.raise |= queue.push(self.memory, self.features, head, written)?;
+        if queue.push(self.memory, self.features, head, written)? {
+            self.raise |= ISR_QUEUE;
+        }
         Ok(())
     }
 }
@@ -199,6 +215,7 @@ impl Transport {
             register::HOST_FEATURES_SEL => self.host_features_sel = u32::from(value != 0),
             register::GUEST_FEATURES if self.guest_features_sel == 0 => {
                 self.guest_features = u64::from(value) & self.model.features();
+                self.model.accepted(self.guest_features);
             }
             register::GUEST_FEATURES_SEL => self.guest_features_sel = u32::from(value != 0),
             // 0 and what is no power of two mean nothing; the lowest bit counts.
@@ -408,15 +425,15 @@ impl Transport {
     /// Lets the model work, and interrupts the guest if it is to be.
     fn work(&mut self, work: impl FnOnce(&mut dyn Model, &mut Access<'_>) -> Result<(), RingError>) {
         let features = self.guest_features;
-        let mut access = Access { memory: &self.memory, features, queues: &mut self.queues, raise: false };
+        let mut access = Access { memory: &self.memory, features, queues: &mut self.queues, raise: 0 };
         let result = work(&mut *self.model, &mut access);
         let raise = access.raise;
         if let Err(error) = result {
             tracing::error!(device = self.model.id(), %error, "a virtio driver broke the protocol; its device waits for a reset");
             self.broken = true;
         }
-        if raise {
-            self.isr |= ISR_QUEUE;
+        if raise != 0 {
+            self.isr |= raise;
             self.update_line();
         }
     }

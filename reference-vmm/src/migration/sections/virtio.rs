@@ -1,18 +1,22 @@
 //! The sections of virtio devices that have a model.
 
-use crate::devices::MAX_PORTS;
-use crate::state::{VirtioDevice, VirtioDeviceState, VirtioPortState, VirtioQueueState, VirtioRequest, VirtioState};
+use crate::devices::{CTRL_GUEST_OFFLOADS, MAX_PORTS, MRG_RXBUF};
+use crate::state::{
+    VirtioDevice, VirtioDeviceState, VirtioNetFilter, VirtioNetState, VirtioPortState, VirtioQueueState, VirtioRequest,
+    VirtioState,
+};
 use qevm_savevm::devices::{
     DeviceState,
     virtio::{
-        DevicePart, MmioVirtio, NoDevicePart, VirtQueue, Virtio, VirtioBlk, VirtioConsole, VirtioRng,
+        DevicePart, MmioVirtio, NoDevicePart, VirtQueue, Virtio, VirtioBlk, VirtioConsole, VirtioNet, VirtioRng,
         block::{Block, BlockRequest},
         console::{Console, Port, PortElement},
         element::{IoVec, Le, MAX_DESCRIPTORS, VirtQueueElement},
+        net::{Net, TxWaiting, Ufo, Vnet},
         subsections::{Broken, Features64Bit, RingSize, RingSizeState, Started},
     },
 };
-use qevm_savevm::vmstate::{QTailQ, Table};
+use qevm_savevm::vmstate::{Buffer, QTailQ, Table, Tmp};
 use qevm_wire::QemuVersion;
 
 /// From here on a destination refuses queues that are longer than its own (seen in 11.1, not in 10.0), and nobody sends
@@ -63,6 +67,14 @@ pub(super) fn save(
             };
             Ok(DeviceState::VirtioConsole(VirtioConsole { virtio: common(state, base, part, qemu)? }))
         }
+        (VirtioDevice::Net, VirtioDeviceState::Net(net)) => {
+            let base = match base {
+                Some(DeviceState::VirtioNet(base)) => base.virtio.clone(),
+                _ => MmioVirtio::default(),
+            };
+            let part = net_part(net, state.guest_features, &base.device);
+            Ok(DeviceState::VirtioNet(VirtioNet { virtio: common(state, base, part, qemu)? }))
+        }
         _ => Err(format!("the state is not that of {device}")),
     }
 }
@@ -79,6 +91,9 @@ pub(super) fn load(section: &DeviceState) -> Result<VirtioState, String> {
             uncommon(&section.virtio, VirtioDeviceState::Block(requests))
         }
         DeviceState::VirtioRng(section) => uncommon(&section.virtio, VirtioDeviceState::Rng),
+        DeviceState::VirtioNet(section) => {
+            uncommon(&section.virtio, VirtioDeviceState::Net(Box::new(net_state(&section.virtio.device))))
+        }
         DeviceState::VirtioConsole(section) => {
             let ports = section.virtio.device.ports.iter().map(port_state).collect::<Result<_, _>>()?;
             uncommon(&section.virtio, VirtioDeviceState::Serial(ports))
@@ -161,6 +176,56 @@ fn uncommon<D: DevicePart>(virtio: &Virtio<D>, device: VirtioDeviceState) -> Res
         broken: virtio.broken.is_some(),
         device,
     })
+}
+
+fn net_part(net: &VirtioNetState, features: u64, base: &Net) -> Net {
+    let VirtioNetFilter { promisc, allmulti, alluni, nomulti, nouni, nobcast, multi_overflow, uni_overflow, .. } =
+        net.filter;
+    let offloads = features & CTRL_GUEST_OFFLOADS != 0;
+    Net {
+        mac: net.mac,
+        tx_waiting: TxWaiting { tx_waiting: net.transmit_waits.into() },
+        mergeable_rx_bufs: (features & MRG_RXBUF != 0).into(),
+        status: net.status,
+        promisc: promisc.into(),
+        allmulti: allmulti.into(),
+        mac_table_in_use: net.filter.macs.len() as u32,
+        mac_table: net.filter.macs.iter().map(|mac| Buffer(*mac)).collect(),
+        vlans: Buffer(net.filter.vlans),
+        vnet: Tmp(Vnet { has_vnet_hdr: net.header.into() }),
+        multi_overflow: multi_overflow.into(),
+        uni_overflow: uni_overflow.into(),
+        alluni: alluni.into(),
+        nomulti: nomulti.into(),
+        nouni: nouni.into(),
+        nobcast: nobcast.into(),
+        // A tap interface does UFO.
+        ufo: Tmp(Ufo { has_ufo: net.header.into() }),
+        curr_guest_offloads: offloads.then_some(net.guest_offloads),
+        ..base.clone()
+    }
+}
+
+fn net_state(net: &Net) -> VirtioNetState {
+    VirtioNetState {
+        mac: net.mac,
+        status: net.status,
+        transmit_waits: net.tx_waiting.tx_waiting != 0,
+        header: net.vnet.has_vnet_hdr != 0,
+        guest_offloads: net.curr_guest_offloads.unwrap_or(0),
+        filter: VirtioNetFilter {
+            promisc: net.promisc != 0,
+            allmulti: net.allmulti != 0,
+            alluni: net.alluni != 0,
+            nomulti: net.nomulti != 0,
+            nouni: net.nouni != 0,
+            nobcast: net.nobcast != 0,
+            multi_overflow: net.multi_overflow != 0,
+            uni_overflow: net.uni_overflow != 0,
+            macs: net.mac_table.iter().map(|mac| mac.0).collect(),
+            vlans: net.vlans.0,
+        },
+    }
 }
 
 fn port(port: &VirtioPortState) -> Port {
