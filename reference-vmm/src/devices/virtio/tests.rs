@@ -9,6 +9,7 @@ use super::*;
 use crate::memory::GuestMemory;
 use crate::state::{VirtioDeviceState, VirtioRequest};
 
+mod net;
 mod serial;
 
 /// Where the tests' driver has its queue: the descriptors, the rings behind them as `align` says, and buffers.

@@ -14,14 +14,14 @@ const MULTIPORT: u32 = 1 << 1;
 
 /// A queue of the driver's, laid out as queue 0 is, at an address of its own.
 #[derive(Clone, Copy)]
-struct Ring(u32);
+pub(super) struct Ring(pub(super) u32);
 
 impl Ring {
-    fn desc(self) -> u64 {
+    pub(super) fn desc(self) -> u64 {
         0x4_0000 + 0x4000 * u64::from(self.0)
     }
 
-    fn buffer(self, index: u16) -> u64 {
+    pub(super) fn buffer(self, index: u16) -> u64 {
         self.desc() + 0x2000 + 0x100 * u64::from(index)
     }
 
@@ -30,29 +30,29 @@ impl Ring {
     }
 
     /// Offers a buffer, as descriptor and entry `index`.
-    fn offer(self, bench: &mut Bench, index: u16, len: u32, flags: u16) {
+    pub(super) fn offer(self, bench: &mut Bench, index: u16, len: u32, flags: u16) {
         self.lay(bench, index, len, flags);
         bench.write(0x50, self.0);
     }
 
-    fn lay(self, bench: &Bench, index: u16, len: u32, flags: u16) {
+    pub(super) fn lay(self, bench: &Bench, index: u16, len: u32, flags: u16) {
         let avail = self.desc() + 16 * u64::from(NUM);
         bench.descriptor_at(self.desc() + 16 * u64::from(index), self.buffer(index), len, flags, 0);
         bench.memory.write(avail + 4 + 2 * u64::from(index), &index.to_le_bytes()).unwrap();
         bench.memory.write(avail + 2, &(index + 1).to_le_bytes()).unwrap();
     }
 
-    fn send(self, bench: &mut Bench, index: u16, bytes: &[u8]) {
+    pub(super) fn send(self, bench: &mut Bench, index: u16, bytes: &[u8]) {
         bench.memory.write(self.buffer(index), bytes).unwrap();
         self.offer(bench, index, bytes.len() as u32, 0);
     }
 
-    fn used(self, bench: &Bench) -> u16 {
+    pub(super) fn used(self, bench: &Bench) -> u16 {
         bench.u16_at(self.desc() + 0x1002)
     }
 
     /// What the device wrote into its `index`th buffer.
-    fn received(self, bench: &Bench, index: u16) -> Vec<u8> {
+    pub(super) fn received(self, bench: &Bench, index: u16) -> Vec<u8> {
         let mut len = [0; 4];
         bench.memory.read(self.desc() + 0x1004 + 8 * u64::from(index) + 4, &mut len).unwrap();
         let mut bytes = vec![0; u32::from_le_bytes(len) as usize];
@@ -65,7 +65,7 @@ fn control(id: u32, event: u16, value: u16) -> Vec<u8> {
     [&id.to_le_bytes()[..], &event.to_le_bytes(), &value.to_le_bytes()].concat()
 }
 
-fn start(bench: &mut Bench, features: u32, rings: &[Ring]) {
+pub(super) fn start(bench: &mut Bench, features: u32, rings: &[Ring]) {
     bench.write(0x70, 3);
     bench.write(0x20, features);
     bench.write(0x28, 4096);

@@ -1,0 +1,210 @@
+//! The network card.
+
+use std::os::unix::net::UnixDatagram;
+
+use super::serial::{Ring, start};
+use super::*;
+use crate::devices::{Netdev, NetdevOptions};
+
+const MRG_RXBUF: u32 = 1 << 15;
+const GUEST_ANNOUNCE: u32 = 1 << 21;
+const BROADCAST: [u8; 6] = [0xff; 6];
+
+/// A card on datagrams, and the other end.
+fn card() -> (Bench, UnixDatagram, tempfile::TempDir) {
+    let folder = tempfile::tempdir().unwrap();
+    let (local, remote) = (folder.path().join("card"), folder.path().join("wire"));
+    let wire = UnixDatagram::bind(&remote).unwrap();
+    let netdev = Netdev::open(&NetdevOptions::Dgram { local: local.clone(), remote }).unwrap();
+    let bench = Bench::new(Box::new(Net::new(netdev, None, 1)));
+    wire.connect(local).unwrap();
+    wire.set_nonblocking(true).unwrap();
+    (bench, wire, folder)
+}
+
+fn frame(to: [u8; 6], len: usize) -> Vec<u8> {
+    (0..len).map(|i| to.get(i).copied().unwrap_or(i as u8)).collect()
+}
+
+/// What a thread would do when something has come.
+fn pump(bench: &mut Bench) {
+    let interest = bench.transport.interest().unwrap();
+    bench.transport.pump(&interest);
+}
+
+#[test]
+fn registers_of_a_card_are_those_of_qemu() {
+    let (mut bench, _wire, _folder) = card();
+    assert_eq!((bench.read(8), bench.read(0x10)), (1, 0x39bf_8064));
+    for (queue, max) in [(0, 256), (1, 256), (2, 64), (3, 0)] {
+        bench.write(0x30, queue);
+        assert_eq!(bench.read(0x34), max);
+    }
+    // QEMU's second card.
+    assert_eq!((bench.read(0x100), bench.read(0x104), bench.read(0x108)), (0x1200_5452, 0x0001_5734, 0xffff_ffff));
+}
+
+#[test]
+fn frames_are_sent_and_received() {
+    for (features, header) in [(0, 10), (MRG_RXBUF, 12)] {
+        let (mut bench, wire, _folder) = card();
+        bench.transport.resume().unwrap();
+        let (receive, transmit) = (Ring(0), Ring(1));
+        start(&mut bench, features, &[receive, transmit]);
+        let out = frame(BROADCAST, 60);
+        transmit.send(&mut bench, 0, &[vec![0; header], out.clone()].concat());
+        let mut bytes = [0; 200];
+        assert_eq!(wire.recv(&mut bytes).unwrap(), 60);
+        assert_eq!(bytes[..60], out);
+        assert_eq!(transmit.used(&bench), 1);
+        // One that comes before the guest has room waits.
+        let long = frame(BROADCAST, 150);
+        wire.send(&long).unwrap();
+        pump(&mut bench);
+        receive.offer(&mut bench, 0, 100, WRITE);
+        if features == 0 {
+            // It does not fit, and no other buffer may be added to.
+            assert_eq!(receive.used(&bench), 0);
+            let short = frame(BROADCAST, 80);
+            wire.send(&short).unwrap();
+            pump(&mut bench);
+            assert_eq!(receive.received(&bench, 0), [vec![0; 10], short].concat());
+        } else {
+            assert_eq!(receive.used(&bench), 0, "half a frame is no frame");
+            receive.offer(&mut bench, 1, 100, WRITE);
+            let whole = [receive.received(&bench, 0), receive.received(&bench, 1)].concat();
+            assert_eq!(whole, [&[0; 10][..], &[2, 0], &long].concat());
+        }
+        assert!(!bench.broken());
+    }
+}
+
+#[test]
+fn a_wire_that_is_full_takes_the_frame_later() {
+    let (mut bench, wire, _folder) = card();
+    bench.transport.resume().unwrap();
+    let transmit = Ring(1);
+    start(&mut bench, 0, &[transmit]);
+    let waits = |bench: &Bench| match bench.transport.save().device {
+        VirtioDeviceState::Net(state) => state.transmit_waits,
+        other => panic!("it is a card: {other:?}"),
+    };
+    // The same descriptor again and again, as long as the other end does not read.
+    bench.memory.write(transmit.buffer(0), &[&[0; 10][..], &frame(BROADCAST, 60)].concat()).unwrap();
+    bench.descriptor_at(transmit.desc(), transmit.buffer(0), 70, 0, 0);
+    let avail = transmit.desc() + 16 * u64::from(NUM);
+    let mut sent = 0;
+    while !waits(&bench) {
+        sent += 1;
+        assert!(sent < 60_000, "the wire is never full");
+        bench.memory.write(avail + 2, &(sent as u16).to_le_bytes()).unwrap();
+        bench.write(0x50, 1);
+    }
+    assert_eq!(transmit.used(&bench), sent as u16 - 1);
+    let mut bytes = [0; 200];
+    (1..sent).for_each(|_| assert_eq!(wire.recv(&mut bytes).unwrap(), 60));
+    pump(&mut bench);
+    assert_eq!((transmit.used(&bench), waits(&bench)), (sent as u16, false));
+    assert_eq!(wire.recv(&mut bytes).unwrap(), 60);
+    assert!(wire.recv(&mut bytes).is_err(), "a frame was sent twice");
+}
+
+#[test]
+fn commands_are_answered() {
+    let (mut bench, _wire, _folder) = card();
+    bench.transport.resume().unwrap();
+    let control = Ring(2);
+    start(&mut bench, GUEST_ANNOUNCE, &[control]);
+    let mut number = 0;
+    let mut command = |bench: &mut Bench, bytes: &[u8]| {
+        // Two descriptors, of which the first tells the command and the second takes the answer.
+        let avail = control.desc() + 16 * u64::from(NUM);
+        bench.memory.write(control.buffer(0), bytes).unwrap();
+        bench.memory.write(control.buffer(1), &[0xff]).unwrap();
+        bench.descriptor_at(control.desc(), control.buffer(0), bytes.len() as u32, NEXT, 1);
+        bench.descriptor_at(control.desc() + 16, control.buffer(1), 1, WRITE, 0);
+        number += 1;
+        bench.memory.write(avail + 2, &(number as u16).to_le_bytes()).unwrap();
+        bench.write(0x50, 2);
+        let mut answer = [0];
+        bench.memory.read(control.buffer(1), &mut answer).unwrap();
+        answer[0]
+    };
+    assert_eq!(command(&mut bench, &[0, 0, 0]), 0);
+    assert_eq!(command(&mut bench, &[1, 1, 2, 4, 6, 8, 10, 12]), 0);
+    assert_eq!(command(&mut bench, &[1, 1, 2]), 1);
+    assert_eq!(command(&mut bench, &[9, 9, 2]), 1);
+    assert_eq!(bench.read(0x100), u32::from_le_bytes([2, 4, 6, 8]));
+    // A guest that arrives is asked to announce itself, and says when it has.
+    let state = bench.transport.save();
+    bench.write(0x64, 3);
+    bench.transport.load(&state).unwrap();
+    bench.transport.resume().unwrap();
+    assert_eq!((bench.read(0x60) & 2, bench.read(0x104) >> 16), (2, 3));
+    assert_eq!(command(&mut bench, &[3, 0]), 0);
+    assert_eq!(bench.read(0x104) >> 16, 1);
+    // A command without an answer.
+    bench.descriptor_at(control.desc(), control.buffer(0), 2, 0, 0);
+    assert!(!bench.broken());
+    command(&mut bench, &[0]);
+    assert!(bench.broken());
+}
+
+#[test]
+fn hostile_frames_break_the_card_and_nothing_else() {
+    let hostile: [fn(&Bench, Ring); 3] = [
+        |bench, ring| bench.descriptor_at(ring.desc(), ring.buffer(0), 9, 0, 0),
+        |bench, ring| bench.descriptor_at(ring.desc(), ring.buffer(0), 60, WRITE, 0),
+        |bench, ring| bench.descriptor_at(ring.desc(), u64::MAX - 5, 60, 0, 0),
+    ];
+    for lay_out in hostile {
+        let (mut bench, _wire, _folder) = card();
+        bench.transport.resume().unwrap();
+        start(&mut bench, 0, &[Ring(1)]);
+        Ring(1).lay(&bench, 0, 60, 0);
+        lay_out(&bench, Ring(1));
+        bench.write(0x50, 1);
+        assert!(bench.broken());
+    }
+    // A frame of a megabyte is dropped.
+    let (mut bench, wire, _folder) = card();
+    bench.transport.resume().unwrap();
+    start(&mut bench, 0, &[Ring(1)]);
+    Ring(1).lay(&bench, 0, 60, 0);
+    bench.descriptor_at(Ring(1).desc(), 0x10_0000, 1 << 19, 0, 0);
+    bench.write(0x50, 1);
+    assert_eq!((Ring(1).used(&bench), bench.broken(), wire.recv(&mut [0; 100]).is_err()), (1, false, true));
+    // Receive buffers that cannot be written.
+    let (mut bench, wire, _folder) = card();
+    bench.transport.resume().unwrap();
+    start(&mut bench, 0, &[Ring(0)]);
+    Ring(0).offer(&mut bench, 0, 60, 0);
+    wire.send(&frame(BROADCAST, 60)).unwrap();
+    pump(&mut bench);
+    assert!(bench.broken());
+}
+
+#[test]
+fn a_stream_carries_frames_with_their_length() {
+    use std::io::Read;
+    use std::os::unix::net::UnixListener;
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("stream");
+    let listener = UnixListener::bind(&path).unwrap();
+    let mut netdev = Netdev::open(&NetdevOptions::Stream { path, server: false }).unwrap();
+    let (mut peer, _) = listener.accept().unwrap();
+    assert!(netdev.send(b"frame"));
+    let mut bytes = [0; 9];
+    peer.read_exact(&mut bytes).unwrap();
+    assert_eq!(&bytes, b"\0\0\0\x05frame");
+    let mut into = [0; 100];
+    peer.write_all(b"\0\0\0\x03abc\0\0\0\x02d").unwrap();
+    assert_eq!((netdev.receive(&mut into), &into[..3]), (3, &b"abc"[..]));
+    assert_eq!(netdev.receive(&mut into), 0);
+    peer.write_all(b"e").unwrap();
+    assert_eq!((netdev.receive(&mut into), &into[..2]), (2, &b"de"[..]));
+    peer.write_all(&[0xff; 8]).unwrap();
+    assert_eq!(netdev.receive(&mut into), 0);
+    netdev.settle(&[]);
+    assert!(netdev.interest(true, true).is_empty() && netdev.send(b"into the void"));
+}
