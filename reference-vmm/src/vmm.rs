@@ -341,9 +341,12 @@ impl Vmm {
     fn take_in(&self, connections: Incoming) -> Result<(), MigrationError> {
         let Arrival { running, .. } = receive(self, connections, &self.incoming, &self.profile())?;
         let autostart = self.lock().autostart;
-        if running && autostart {
-            self.start().map_err(|source| MigrationError::Guest { doing: "start the guest", source })?;
-        } else {
+        let started = if running && autostart { self.start().map(|()| true) } else { Ok(false) };
+        if let Err(error) = &started {
+            // It has left the source, so that it must not be lost here.
+            tracing::error!("the guest has arrived and cannot be started ({error}): say 'cont' when that is mended");
+        }
+        if !started.unwrap_or(false) {
             self.lock().run_state = RunState::Paused;
         }
         Ok(())
@@ -465,6 +468,14 @@ impl Guest for Vmm {
 
     fn load_devices(&self, devices: &[DeviceSection]) -> Result<bool, GuestError> {
         self.machine.load_devices(devices)
+    }
+
+    fn activate(&self) -> Result<(), GuestError> {
+        Guest::activate(&self.machine)
+    }
+
+    fn inactivate(&self) {
+        Guest::inactivate(&self.machine);
     }
 
     fn throttle(&self, per_cent: u8) -> Result<(), GuestError> {

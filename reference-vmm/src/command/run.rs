@@ -89,7 +89,7 @@ impl Run {
         match &self.incoming {
             Some(Incoming::From(address)) => vmm.listen(address)?,
             Some(Incoming::Defer) => {}
-            None if self.paused => {}
+            None if self.paused => vmm.machine().activate()?,
             None => vmm.cont().map_err(anyhow::Error::from_boxed)?,
         }
         let _server = match &self.qmp {

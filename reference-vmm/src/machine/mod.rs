@@ -302,6 +302,7 @@ impl Machine {
     pub fn resume(&self) -> Result<()> {
         self.can_run()?;
         if self.control.all_parked() {
+            self.activate()?;
             self.devices.virtio.each(Transport::resume)?;
         }
         lock(&self.carried).outdate();
@@ -314,6 +315,24 @@ impl Machine {
             lock(&self.clock).stop();
             Error::Config(format!("the machine cannot go on: {stop}"))
         })
+    }
+
+    /// Locks the images of the disks, as QEMU does; [`resume`](Machine::resume) does so, too. A machine that waits for a guest leaves it at
+    /// that, because the images are the source's until it has let go of them.
+    ///
+    /// # Errors
+    /// [`Error::Config`] when somebody else uses one; none is locked then.
+    pub fn activate(&self) -> Result<()> {
+        let activated = self.devices.virtio.each(Transport::activate);
+        if activated.is_err() {
+            self.inactivate();
+        }
+        activated
+    }
+
+    /// Lets go of the images of the disks, for the destination of a migration to lock. The guest must be paused.
+    pub fn inactivate(&self) {
+        self.devices.virtio.0.iter().flatten().for_each(|device| lock(device).inactivate());
     }
 
     /// Whether every device of the machine has a model, so that a guest can run and not just be kept.

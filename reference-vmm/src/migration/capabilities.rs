@@ -60,8 +60,8 @@ pub struct Capabilities {
     /// `dirty-limit`: vCPUs that dirty more than `vcpu-dirty-limit` are slowed down, when the guest dirties memory faster than the
     /// link carries it; needs dirty rings.
     pub dirty_limit: bool,
-    /// `late-block-activate`: the destination's block devices stay untouched until the guest starts, which they do here
-    /// in any case: images are not locked.
+    /// `late-block-activate`: the destination locks the images of its disks when the guest starts, and not when it has
+    /// arrived (3.0).
     pub late_block_activate: bool,
 }
 

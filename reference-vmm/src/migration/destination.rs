@@ -175,6 +175,11 @@ impl Engine<'_> {
             let error = Located::new(LoadError::Devices(error), self.decoder.offset());
             MigrationError::from(error)
         })?;
+        if !job.capabilities().late_block_activate {
+            // Before the verdict: if somebody else has a disk, the source can still go on.
+            let activated = self.loader.guest.activate();
+            activated.map_err(|error| Located::new(LoadError::Devices(error), self.decoder.offset()))?;
+        }
         job.check()?;
         self.report(&Message::Shut { status: SUCCESS });
         if self.loader.confirmation {

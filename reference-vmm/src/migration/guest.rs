@@ -58,6 +58,19 @@ pub trait Guest: Send + Sync {
     /// The guest's own; the guest is unusable then.
     fn load_devices(&self, devices: &[DeviceSection]) -> Result<bool, GuestError>;
 
+    /// The stopped guest's disks are to be used by this machine and nobody else from now on; [`resume`](Guest::resume) implies it. Called at the
+    /// destination when everything has been loaded, but not under `late-block-activate`, and at the source when a migration
+    /// has failed.
+    ///
+    /// # Errors
+    /// Somebody else uses a disk.
+    fn activate(&self) -> Result<(), GuestError> {
+        Ok(())
+    }
+
+    /// The stopped guest's disks may be used by the destination from now on; told at the source before the end of the stream is sent.
+    fn inactivate(&self) {}
+
     /// Makes the vCPUs stand still for so many per cent of their time, 0 to 99; for capability `auto-converge`.
     ///
     /// # Errors

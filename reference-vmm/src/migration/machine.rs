@@ -49,6 +49,14 @@ impl Guest for Machine {
         Ok(Machine::resume(self)?)
     }
 
+    fn activate(&self) -> Result<(), GuestError> {
+        Ok(Machine::activate(self)?)
+    }
+
+    fn inactivate(&self) {
+        Machine::inactivate(self);
+    }
+
     fn throttle(&self, per_cent: u8) -> Result<(), GuestError> {
         Ok(Machine::throttle(self, per_cent)?)
     }

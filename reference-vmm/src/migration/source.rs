@@ -115,6 +115,8 @@ struct Engine<'e> {
     limit: Option<u64>,
     devices: Account<'e>,
     stopped: Option<Stopped>,
+    /// The guest's disks were left to the destination.
+    inactive: bool,
     handed_over: Option<Instant>,
 }
 
@@ -153,6 +155,7 @@ impl<'e> Engine<'e> {
             limit: None,
             devices: Account::new(guest.iterative_devices()),
             stopped: None,
+            inactive: false,
             handed_over: None,
         }
     }
@@ -172,6 +175,9 @@ impl<'e> Engine<'e> {
         // Saving first: whatever that changes in guest memory is then in the log.
         let devices = self.save_devices()?;
         self.read_log(&mut ram, &mut *log)?;
+        // The destination takes the disks as soon as it has everything.
+        self.guest.inactivate();
+        self.inactive = true;
         self.send_rest(&mut ram, devices)?;
         // The log ends with this function: stopping it takes longer than all the rest of the downtime.
         self.hand_over().inspect(|()| self.handed_over = Some(Instant::now()))

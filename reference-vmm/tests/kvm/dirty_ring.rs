@@ -60,7 +60,7 @@ fn tells_what_each_vcpu_writes() {
 fn rates(guest: &Guest) -> Vec<u64> {
     let time = Duration::from_millis(500);
     let written = guest.machine.dirty_log().written_in(time).unwrap();
-    written.iter().map(|pages| pages * 4096 * 2 >> 20).collect()
+    written.iter().map(|pages| (pages * 4096 * 2) >> 20).collect()
 }
 
 fn wait(what: &str, mut done: impl FnMut() -> bool) {

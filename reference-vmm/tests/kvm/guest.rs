@@ -31,7 +31,13 @@ impl Guest {
         Guest::configured(memory, cpus, payload, |config| config.dirty_ring_size = dirty_ring_size)
     }
 
-    fn configured(memory: u64, cpus: usize, payload: &str, change: impl FnOnce(&mut MachineConfig)) -> Guest {
+    /// The same with a change of the machine.
+    pub(crate) fn configured(
+        memory: u64,
+        cpus: usize,
+        payload: &str,
+        change: impl FnOnce(&mut MachineConfig),
+    ) -> Guest {
         let console = Console::default();
         let mut config = MachineConfig {
             memory,

@@ -6,6 +6,7 @@
 mod boot;
 mod dirty_log;
 mod dirty_ring;
+mod drives;
 mod guest;
 mod linux;
 mod machine;
@@ -35,6 +36,7 @@ fn main() -> ExitCode {
         state::TESTS,
         dirty_log::TESTS,
         dirty_ring::TESTS,
+        drives::TESTS,
         migration::TESTS,
         qmp::TESTS,
     ]

@@ -10,6 +10,7 @@ use std::path::PathBuf;
 use vm_memory::{ReadVolatile, WriteVolatile};
 
 use super::chain::{Buffer, Chain, pieces, windows};
+use super::image_lock;
 use super::queue::RingError;
 use super::transport::{Access, Model};
 use crate::error::{Error, Result};
@@ -310,6 +311,15 @@ impl Model for Block {
         if self.dirty {
             self.flush();
         }
+    }
+
+    fn activate(&mut self) -> Result<()> {
+        image_lock::take(&self.file, self.options.readonly)
+            .map_err(|cause| Error::Config(format!("the drive {}: {cause}", self.options.file.display())))
+    }
+
+    fn inactivate(&mut self) {
+        image_lock::release(&self.file);
     }
 
     fn reset(&mut self) {

@@ -11,6 +11,7 @@
 
 mod block;
 mod chain;
+mod image_lock;
 mod name;
 mod net;
 mod pump;

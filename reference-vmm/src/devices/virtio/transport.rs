@@ -65,6 +65,15 @@ pub(crate) trait Model: Send {
     }
     /// The machine has stopped.
     fn pause(&mut self) {}
+    /// The guest is this machine's from now on: what it uses of the host is claimed.
+    ///
+    /// # Errors
+    /// Somebody else uses it.
+    fn activate(&mut self) -> Result<()> {
+        Ok(())
+    }
+    /// The stopped guest may be another machine's from now on.
+    fn inactivate(&mut self) {}
     /// Whether it hears from the host, and so needs a thread for it.
     fn has_events(&self) -> bool {
         false
@@ -291,6 +300,16 @@ impl Transport {
         self.running = false;
         self.wake();
         self.model.pause();
+    }
+
+    /// See [`Model::activate`].
+    pub(crate) fn activate(&mut self) -> Result<()> {
+        self.model.activate()
+    }
+
+    /// See [`Model::inactivate`].
+    pub(crate) fn inactivate(&mut self) {
+        self.model.inactivate();
     }
 
     /// Ends the thread of the device.
