@@ -23,7 +23,9 @@ use qevm_conformance::report::{Outcome, Report, Row};
 use qevm_conformance::roots::{Root, Suite};
 use qevm_conformance::scenario::Scenario;
 use qevm_conformance::subject::Subject;
-use qevm_conformance::{bench, catalogue, corpus, peer, table, trial};
+use qevm_conformance::{bench, catalogue, corpus, peer, played, table, trial};
+use serde::Serialize;
+use serde_json::Value;
 
 #[derive(Parser)]
 #[command(name = "qevm-conformance", version, about = "Real QEMUs of several releases as the judge of qevm")]
@@ -156,12 +158,8 @@ pub(crate) struct Peer {
     /// Print the journeys and stop
     #[arg(long)]
     list: bool,
-    /// Print one JSON object with the numbers as the last line
-    #[arg(long)]
-    json: bool,
-    /// Write every row with its numbers into this file, as JSON
-    #[arg(long)]
-    report: Option<PathBuf>,
+    #[command(flatten)]
+    reporting: Reporting,
 }
 
 impl Peer {
@@ -174,19 +172,7 @@ impl Peer {
         }
         let program = peer::Monitor::new(std::env::current_exe()?);
         let report = peer::run(&cases, &program, self.keep, |row| println!("{}", row.line()))?;
-        if let Some(path) = &self.report {
-            let json = serde_json::to_vec_pretty(&report)?;
-            fs::write(path, json).with_context(|| format!("writing {}", path.display()))?;
-        }
-        println!(
-            "{} journeys, {} fail, {} skipped",
-            report.rows.len(),
-            report.failures().count(),
-            report.skips().count()
-        );
-        if self.json {
-            println!("{}", report.summary());
-        }
+        self.reporting.tell("journeys", &report, peer::summary(&report))?;
         Ok(report.holds())
     }
 }
@@ -248,19 +234,9 @@ impl Trial {
             trials.iter().for_each(|trial| println!("{}", trial.name));
             return Ok(true);
         }
-        let rows = trial::run(&trials, &subject()?, |row| println!("{}", row.line()));
-        if let Some(path) = &self.reporting.report {
-            let json = serde_json::to_vec_pretty(&rows)?;
-            fs::write(path, json).with_context(|| format!("writing {}", path.display()))?;
-        }
-        let summary = trial::summary(&rows);
-        match self.reporting.json {
-            true => println!("{summary}"),
-            false => {
-                println!("{} trials, {} fail, {} skipped", summary["trials"], summary["failed"], summary["skipped"])
-            }
-        }
-        Ok(summary["failed"] == 0 && summary["held"] != 0)
+        let report = trial::run(&trials, &subject()?, |row| println!("{}", row.line()));
+        self.reporting.tell("trials", &report, report.summary())?;
+        Ok(report.holds())
     }
 }
 
@@ -272,6 +248,21 @@ pub(crate) struct Reporting {
     /// Write every row with its numbers into this file, as JSON
     #[arg(long)]
     report: Option<PathBuf>,
+}
+
+impl Reporting {
+    /// The end of a report: the counts, and the file if one is wanted.
+    fn tell<T: Serialize>(&self, what: &str, report: &played::Report<T>, summary: Value) -> Result<()> {
+        if let Some(path) = &self.report {
+            let json = serde_json::to_vec_pretty(report)?;
+            fs::write(path, json).with_context(|| format!("writing {}", path.display()))?;
+        }
+        match self.json {
+            true => println!("{summary}"),
+            false => println!("{} {what}, {} fail, {} skipped", summary["rows"], summary["failed"], summary["skipped"]),
+        }
+        Ok(())
+    }
 }
 
 impl Command {

@@ -27,6 +27,7 @@ pub mod matrix;
 pub mod oracle;
 pub mod payload;
 pub mod peer;
+pub mod played;
 pub mod process;
 pub mod qmp;
 pub mod record;

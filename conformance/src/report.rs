@@ -93,9 +93,12 @@ impl Report {
         self.rows.iter().filter(|r| r.is_failure())
     }
 
-    /// Rows that were skipped.
-    pub fn skips(&self) -> impl Iterator<Item = &Row> {
-        self.rows.iter().filter(|r| r.is_skip())
+    /// Rows that were skipped, and why.
+    pub fn skips(&self) -> impl Iterator<Item = (&Row, &str)> {
+        self.rows.iter().filter_map(|row| match &row.outcome {
+            Outcome::Skipped(why) => Some((row, why.as_str())),
+            _ => None,
+        })
     }
 
     /// Whether everything that could be tried holds. A matrix in which nothing could be tried does not hold.

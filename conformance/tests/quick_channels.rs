@@ -1,15 +1,11 @@
 //! The quick subset of the matrix of page channels with real QEMU. What this machine lacks is skipped by name;
 //! `QEVM_REQUIRE_QEMU=1` and `QEVM_REQUIRE_KVM=1` turn such skips into failures.
 
-use std::fs::OpenOptions;
-use std::io::Write;
 use std::path::PathBuf;
 
 use qevm_conformance::channels::{run, table};
+use qevm_conformance::played::list_skips;
 use qevm_conformance::subject::Subject;
-
-/// The file in which `make test` collects the names of tests that could not run.
-const SKIPPED_TESTS: &str = "QEVM_SKIPPED_TESTS";
 
 #[test]
 fn qevm_trades_page_channels_with_real_qemu() {
@@ -17,12 +13,7 @@ fn qevm_trades_page_channels_with_real_qemu() {
     let rows = table::quick();
     let report = run::run(&rows, &subject, 2, |line| eprintln!("{}", line.text()));
     eprintln!("{}", report.text());
-    if let Some(path) = std::env::var_os(SKIPPED_TESTS) {
-        let mut list = OpenOptions::new().create(true).append(true).open(path).unwrap();
-        for (line, why) in report.skips() {
-            writeln!(list, "qevm-conformance {}: {why}", line.name).unwrap();
-        }
-    }
+    list_skips("channels", report.skips().map(|(line, why)| (line.name.as_str(), why))).unwrap();
     assert!(report.lines.len() >= rows.len());
     let failures: Vec<String> = report.failures().map(|line| line.text()).collect();
     assert!(failures.is_empty(), "{} of {}:\n{}", failures.len(), rows.len(), failures.join("\n"));

@@ -2,15 +2,12 @@
 //! and `QEVM_REQUIRE_KVM=1` turn such skips into failures.
 
 use std::fs::OpenOptions;
-use std::io::Write;
 use std::path::PathBuf;
 
 use qevm_conformance::matrix::{REQUIRE_KVM, REQUIRE_QEMU};
 use qevm_conformance::peer::{Lodger, Monitor};
+use qevm_conformance::played::list_skips;
 use qevm_conformance::roots::{Root, Suite};
-
-/// The file in which `make test` collects the names of tests that could not run.
-const SKIPPED_TESTS: &str = "QEVM_SKIPPED_TESTS";
 
 #[test]
 fn a_linux_guest_of_7_2_comes_back_as_it_was() {
@@ -47,8 +44,5 @@ fn lodge(lodger: Lodger) {
 fn skip(name: &str, variable: &str, why: &str) {
     assert!(std::env::var_os(variable).is_none_or(|value| value != "1"), "{variable}=1, but {why}");
     eprintln!("skipped: {name}: {why}");
-    if let Some(path) = std::env::var_os(SKIPPED_TESTS) {
-        let mut list = OpenOptions::new().create(true).append(true).open(path).expect("the list of skipped tests");
-        writeln!(list, "qevm-conformance lodger {name}: {why}").expect("the list of skipped tests");
-    }
+    list_skips("lodger", [(name, why)]).unwrap();
 }

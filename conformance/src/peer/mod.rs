@@ -32,4 +32,4 @@ pub use outage::Outage;
 pub use pairing::Pairing;
 pub use party::{BUILT_IN, Monitor, Party};
 pub use proxy::Cut;
-pub use report::{Case, Outcome, Report, Row, run};
+pub use report::{Case, run, summary};

@@ -1,41 +1,19 @@
 //! Plays journeys and tells how they went.
 
 use std::collections::BTreeMap;
+use std::fmt;
 use std::fs;
 use std::path::PathBuf;
 use std::time::Instant;
 
 use anyhow::Result;
-use serde::Serialize;
-use serde_json::{Value, json};
+use serde_json::Value;
 
 use super::{Account, Echo, Journey, Monitor, Outage, Pairing, Stage, Stop};
-use crate::matrix::{REQUIRE_KVM, REQUIRE_QEMU, kvm, required};
+use crate::bench::figures::Summary;
+use crate::matrix::{REQUIRE_KVM, REQUIRE_QEMU, kvm};
+use crate::played::{Outcome, Report, Row};
 use crate::roots::{Root, Suite};
-
-/// How a journey ended.
-#[derive(Debug, Clone, Serialize)]
-#[serde(rename_all = "kebab-case", tag = "outcome", content = "detail")]
-pub enum Outcome {
-    /// The guest arrived whole everywhere.
-    Arrived(Account),
-    /// It did not, or the journey could not be made although it had to be.
-    Failed(String),
-    /// This machine lacks what it needs.
-    Skipped(String),
-}
-
-/// One line of the report.
-#[derive(Debug, Clone, Serialize)]
-pub struct Row {
-    /// The journey's name.
-    pub name: String,
-    /// How it ended.
-    #[serde(flatten)]
-    pub outcome: Outcome,
-    /// Wall time, seconds.
-    pub seconds: f64,
-}
 
 /// One thing to try.
 #[derive(Debug, Clone)]
@@ -71,18 +49,16 @@ impl Case {
     }
 }
 
-/// All journeys.
-#[derive(Debug, Clone, Serialize)]
-pub struct Report {
-    /// In the order of the table.
-    pub rows: Vec<Row>,
-}
-
 /// Plays cases one after the other, telling `each` about every row as it ends. `keep` is where consoles and logs stay.
 ///
 /// # Errors
 /// No scratch folder can be made. Everything else is a row of the report.
-pub fn run(cases: &[Case], program: &Monitor, keep: Option<PathBuf>, mut each: impl FnMut(&Row)) -> Result<Report> {
+pub fn run(
+    cases: &[Case],
+    program: &Monitor,
+    keep: Option<PathBuf>,
+    mut each: impl FnMut(&Row<Account>),
+) -> Result<Report<Account>> {
     let scratch = tempfile::Builder::new().prefix("qevm-peer-").tempdir()?;
     let folder = keep.unwrap_or_else(|| scratch.path().to_path_buf());
     let mut roots: BTreeMap<Suite, Result<Root, String>> = BTreeMap::new();
@@ -107,14 +83,10 @@ pub fn run(cases: &[Case], program: &Monitor, keep: Option<PathBuf>, mut each: i
         }
         let folder = folder.join(journey.name.replace(['/', '>', ' '], "_"));
         let outcome = match missing {
-            Some((variable, why)) if required(variable) => Outcome::Failed(format!("{variable}=1, but {why}")),
-            Some((_, why)) => Outcome::Skipped(why),
+            Some((variable, why)) => Outcome::unavailable(variable, &why),
             None => {
                 fs::create_dir_all(&folder)?;
-                match case.play(&Stage { roots: &here, program, scratch: &folder, more: &[] }) {
-                    Ok(account) => Outcome::Arrived(account),
-                    Err(error) => Outcome::Failed(format!("{error:#}")),
-                }
+                case.play(&Stage { roots: &here, program, scratch: &folder, more: &[] }).into()
             }
         };
         let row = Row { name: journey.name.clone(), outcome, seconds: started.elapsed().as_secs_f64() };
@@ -124,92 +96,34 @@ pub fn run(cases: &[Case], program: &Monitor, keep: Option<PathBuf>, mut each: i
     Ok(Report { rows })
 }
 
-impl Row {
-    /// One readable line.
-    pub fn line(&self) -> String {
-        let (word, detail) = match &self.outcome {
-            Outcome::Arrived(account) => ("ok", told(account)),
-            Outcome::Failed(why) => ("FAILS", why.clone()),
-            Outcome::Skipped(why) => ("skipped", why.clone()),
-        };
-        format!("{word:<8} {:<44} {:>6.1} s  {detail}", self.name, self.seconds)
+impl fmt::Display for Account {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Account { hops, pages, cuts, .. } = self;
+        if hops.is_empty() {
+            return write!(f, "as expected; none of {pages} pages stale");
+        }
+        if *cuts > 0 {
+            write!(f, "{cuts} cut connections, then ")?;
+        }
+        let downtimes = Summary::of(hops.iter().map(|hop| hop.downtime_ms));
+        let (least, most) = downtimes.map_or((0.0, 0.0), |summary| (summary.min, summary.max));
+        let rounds = || hops.iter().map(|hop| hop.rounds);
+        write!(
+            f,
+            "{} hops, none of {pages} pages stale, downtime {least:.1} to {most:.1} ms, {} to {} rounds",
+            hops.len(),
+            rounds().min().unwrap_or(0),
+            rounds().max().unwrap_or(0),
+        )
     }
 }
 
-fn told(account: &Account) -> String {
-    let hops = &account.hops;
-    if hops.is_empty() {
-        return format!("as expected; none of {} pages stale", account.pages);
-    }
-    let cuts = if account.cuts > 0 { format!("{} cut connections, then ", account.cuts) } else { String::new() };
-    let mut downtimes: Vec<f64> = hops.iter().map(|hop| hop.downtime_ms).collect();
-    downtimes.sort_by(f64::total_cmp);
-    format!(
-        "{cuts}{} hops, none of {} pages stale, downtime {:.1} to {:.1} ms, {} to {} rounds",
-        hops.len(),
-        account.pages,
-        downtimes.first().copied().unwrap_or(0.0),
-        downtimes.last().copied().unwrap_or(0.0),
-        hops.iter().map(|hop| hop.rounds).min().unwrap_or(0),
-        hops.iter().map(|hop| hop.rounds).max().unwrap_or(0),
-    )
-}
-
-impl Report {
-    /// Rows of journeys that failed.
-    pub fn failures(&self) -> impl Iterator<Item = &Row> {
-        self.rows.iter().filter(|row| matches!(row.outcome, Outcome::Failed(_)))
-    }
-
-    /// Journeys that this machine cannot make, and why.
-    pub fn skips(&self) -> impl Iterator<Item = (&str, &str)> {
-        self.rows.iter().filter_map(|row| match &row.outcome {
-            Outcome::Skipped(why) => Some((row.name.as_str(), why.as_str())),
-            _ => None,
-        })
-    }
-
-    /// Whether everything that could be tried holds. A report in which nothing could be tried does not hold.
-    pub fn holds(&self) -> bool {
-        self.failures().next().is_none() && self.skips().count() < self.rows.len()
-    }
-
-    /// The numbers alone.
-    pub fn summary(&self) -> Value {
-        let arrived = || {
-            self.rows.iter().filter_map(|row| match &row.outcome {
-                Outcome::Arrived(account) => Some(account),
-                _ => None,
-            })
-        };
-        json!({
-            "ok": self.holds(),
-            "journeys": self.rows.len(),
-            "arrived": arrived().count(),
-            "failed": self.failures().count(),
-            "skipped": self.skips().count(),
-            "hops": arrived().map(|account| account.hops.len()).sum::<usize>(),
-            "cuts": arrived().map(|account| account.cuts).sum::<usize>(),
-            "pages": arrived().map(|account| account.pages).sum::<u64>(),
-        })
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn neither_a_failure_nor_nothing_at_all_holds() {
-        let account = Account { hops: vec![], pages: 1, passes: 1, cut_lines: 0, cuts: 0 };
-        let (good, bad) = (Outcome::Arrived(account), Outcome::Failed("stale".into()));
-        let skipped = Outcome::Skipped("no KVM".into());
-        let report = |outcomes: &[&Outcome]| Report {
-            rows: outcomes.iter().map(|o| Row { name: "a".into(), outcome: (*o).clone(), seconds: 1.0 }).collect(),
-        };
-        assert!(report(&[&good, &skipped]).holds());
-        assert!(!report(&[&good, &bad]).holds());
-        assert!(!report(&[&skipped]).holds());
-        assert!(!report(&[]).holds());
-    }
+/// The numbers alone.
+pub fn summary(report: &Report<Account>) -> Value {
+    let held = || report.held();
+    let mut summary = report.summary();
+    summary["hops"] = held().map(|account| account.hops.len()).sum::<usize>().into();
+    summary["cuts"] = held().map(|account| account.cuts).sum::<usize>().into();
+    summary["pages"] = held().map(|account| account.pages).sum::<u64>().into();
+    summary
 }

@@ -13,10 +13,9 @@ use std::path::Path;
 use std::time::Instant;
 
 use anyhow::Result;
-use serde::Serialize;
-use serde_json::{Value, json};
 
-use crate::matrix::{REQUIRE_KVM, REQUIRE_QEMU, kvm, required};
+use crate::matrix::{REQUIRE_KVM, REQUIRE_QEMU, kvm};
+use crate::played::{Outcome, Report, Row};
 use crate::roots::{Root, Suite};
 use crate::scenario::Accel;
 use crate::subject::Subject;
@@ -58,42 +57,6 @@ impl Trial {
     }
 }
 
-/// How a trial ended.
-#[derive(Debug, Clone, Serialize)]
-#[serde(rename_all = "kebab-case", tag = "outcome", content = "detail")]
-pub enum Outcome {
-    /// As it should, with what was seen.
-    Held(String),
-    /// It did not, or could not be played although it had to be.
-    Failed(String),
-    /// This machine lacks what it needs.
-    Skipped(String),
-}
-
-/// One line of the report.
-#[derive(Debug, Clone, Serialize)]
-pub struct Row {
-    /// The trial's name.
-    pub name: String,
-    /// How it ended.
-    #[serde(flatten)]
-    pub outcome: Outcome,
-    /// Wall time, seconds.
-    pub seconds: f64,
-}
-
-impl Row {
-    /// One readable line.
-    pub fn line(&self) -> String {
-        let (word, detail) = match &self.outcome {
-            Outcome::Held(what) => ("ok", what),
-            Outcome::Failed(why) => ("FAILS", why),
-            Outcome::Skipped(why) => ("skipped", why),
-        };
-        format!("{word:<8} {:<52} {:>5.1} s  {detail}", self.name, self.seconds)
-    }
-}
-
 /// All trials, in the order of the table.
 pub fn all() -> Vec<Trial> {
     let mut trials = written::trials();
@@ -102,7 +65,7 @@ pub fn all() -> Vec<Trial> {
 }
 
 /// Plays trials one after the other, telling `each` about every row as it ends.
-pub fn run(trials: &[Trial], subject: &Subject, mut each: impl FnMut(&Row)) -> Vec<Row> {
+pub fn run(trials: &[Trial], subject: &Subject, mut each: impl FnMut(&Row<String>)) -> Report<String> {
     let mut missing: BTreeMap<Suite, String> = BTreeMap::new();
     let mut roots = BTreeMap::new();
     let kvm = kvm();
@@ -119,46 +82,21 @@ pub fn run(trials: &[Trial], subject: &Subject, mut each: impl FnMut(&Row)) -> V
         }
         let lacking = trial.suites.iter().find_map(|suite| missing.get(suite));
         let outcome = match (lacking, &kvm) {
-            (Some(why), _) => unavailable(REQUIRE_QEMU, why),
-            (None, Err(why)) if trial.kvm => unavailable(REQUIRE_KVM, why),
-            _ => played(trial, &roots, subject),
+            (Some(why), _) => Outcome::unavailable(REQUIRE_QEMU, why),
+            (None, Err(why)) if trial.kvm => Outcome::unavailable(REQUIRE_KVM, why),
+            _ => play(trial, &roots, subject).into(),
         };
         let row = Row { name: trial.name.clone(), outcome, seconds: started.elapsed().as_secs_f64() };
         each(&row);
         rows.push(row);
     }
-    rows
+    Report { rows }
 }
 
-fn played(trial: &Trial, roots: &BTreeMap<Suite, Root>, subject: &Subject) -> Outcome {
+fn play(trial: &Trial, roots: &BTreeMap<Suite, Root>, subject: &Subject) -> Result<String> {
     // Sockets live here, and their paths must be short.
-    let seen = tempfile::Builder::new().prefix("qevm-").tempdir().map_err(anyhow::Error::new).and_then(|scratch| {
-        let bench = Bench { roots, subject, scratch: scratch.path() };
-        (trial.play)(&bench)
-    });
-    match seen {
-        Ok(what) => Outcome::Held(what),
-        Err(why) => Outcome::Failed(format!("{why:#}")),
-    }
-}
-
-/// A skip, unless the environment demands that there be none.
-fn unavailable(variable: &str, why: &str) -> Outcome {
-    match required(variable) {
-        true => Outcome::Failed(format!("{variable}=1, but {why}")),
-        false => Outcome::Skipped(why.to_owned()),
-    }
-}
-
-/// The numbers alone, for scripts.
-pub fn summary(rows: &[Row]) -> Value {
-    let count = |wanted: fn(&Outcome) -> bool| rows.iter().filter(|row| wanted(&row.outcome)).count();
-    json!({
-        "trials": rows.len(),
-        "held": count(|o| matches!(o, Outcome::Held(_))),
-        "failed": count(|o| matches!(o, Outcome::Failed(_))),
-        "skipped": count(|o| matches!(o, Outcome::Skipped(_))),
-    })
+    let scratch = tempfile::Builder::new().prefix("qevm-").tempdir()?;
+    (trial.play)(&Bench { roots, subject, scratch: scratch.path() })
 }
 
 /// How QEMU's options and the names of trials call an accelerator.
