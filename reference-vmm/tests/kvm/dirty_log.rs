@@ -189,6 +189,7 @@ fn carries_a_live_copy() {
         }
         guest.machine.pause();
         log.sync(&mut dirty).unwrap();
+        assert!(snapshot(guest.machine.memory()) != snapshot(next.machine.memory()), "the log had nothing to tell");
         copy_dirty(&guest, &mut dirty, next.machine.memory());
         assert!(snapshot(guest.machine.memory()) == snapshot(next.machine.memory()), "the copy differs");
         next.machine.load_state(&guest.machine.save_state().unwrap()).unwrap();

@@ -106,7 +106,7 @@ impl Guest {
 
 /// `QEVM_DIRTY_RING_SIZE`: with it the tests are about dirty rings. `make lab` sets it, for a paravirtual KVM may lose pages with
 /// rings.
-fn dirty_ring_size() -> u32 {
+pub(crate) fn dirty_ring_size() -> u32 {
     let size = std::env::var("QEVM_DIRTY_RING_SIZE").ok();
     size.map_or(0, |size| size.parse().expect("QEVM_DIRTY_RING_SIZE is a number"))
 }
