@@ -7,7 +7,7 @@
 //! | ELF with the note PHYS32_ENTRY | PVH (Xen's document "x86/HVM direct boot ABI") | 32 bits, no paging, EBX = `hvm_start_info` |
 //! | bzImage, protocol 2.12 or newer | Linux's 64-bit boot protocol ("The Linux/x86 Boot Protocol") | long mode, 4 GiB mapped one to one, RSI = zero page |
 //!
-//! The kernel finds the processors and both IOAPICs by a [table of the multiprocessor specification](mp_table), and virtio-mmio
+//! The kernel finds the processors and both IOAPICs by a table of the multiprocessor specification (`mp_table`), and virtio-mmio
 //! transports by `virtio_mmio.device=` on its command line, as under QEMU's `-M microvm,acpi=off`.
 //!
 //! What lies where below 1 MiB:

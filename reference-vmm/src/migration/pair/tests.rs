@@ -121,7 +121,8 @@ fn a_paused_guest_moves_and_stays_paused() {
 /// The connection is cut at hundreds of places of the stream.
 #[test]
 fn a_cut_connection_leaves_the_guest_running_at_the_source() {
-    let total = Pair::new(60).run(Faults::default()).written;
+    // How long a run is depends on the clock: the shortest of some, so that most are cut before their end.
+    let total = (0..5).map(|_| Pair::new(60).run(Faults::default()).written).min().unwrap();
     let places = (0..400).chain((400..total + 400).step_by(1009)).chain(total.saturating_sub(400)..total + 100);
     let mut cut = 0;
     for place in places {
