@@ -7,7 +7,7 @@ use linux_loader::loader::bootparam::{boot_e820_entry, boot_params};
 use linux_loader::loader::bzimage::BzImage;
 use vm_memory::ByteValued;
 
-use super::{BootError, COMMAND_LINE, Entry, Kernel, Ram, initrd};
+use super::{ACPI_TABLES, BootError, COMMAND_LINE, Entry, Kernel, Ram, initrd, with_acpi};
 use crate::error::Result;
 use crate::memory::{GuestMemory, PAGE_SIZE};
 
@@ -73,6 +73,7 @@ pub(super) fn load(memory: &GuestMemory, ram: &Ram, kernel: &Kernel, command_lin
         (header.ramdisk_image, header.ramdisk_size) = (address as u32, size as u32);
     }
     let mut zero_page = boot_params { hdr: header, e820_entries: ram.map.len() as u8, ..boot_params::default() };
+    zero_page.acpi_rsdp_addr = if with_acpi(kernel) { ACPI_TABLES } else { 0 };
     for (into, (addr, size, kind)) in zero_page.e820_table.iter_mut().zip(&ram.map) {
         *into = boot_e820_entry { addr: *addr, size: *size, r#type: *kind };
     }

@@ -6,7 +6,7 @@ use linux_loader::loader::elf::{Elf, PvhBootCapability};
 use linux_loader::loader::{KernelLoader, elf::start_info as xen};
 use vm_memory::ByteValued;
 
-use super::{BootError, CAN_BE_HERE, COMMAND_LINE, Entry, Kernel, Ram, initrd};
+use super::{ACPI_TABLES, BootError, CAN_BE_HERE, COMMAND_LINE, Entry, Kernel, Ram, initrd, with_acpi};
 use crate::error::Result;
 use crate::memory::GuestMemory;
 
@@ -45,6 +45,7 @@ pub(super) fn load(memory: &GuestMemory, ram: &Ram, kernel: &Kernel) -> Result<E
         nr_modules: initrd.is_some().into(),
         modlist_paddr: if initrd.is_some() { MODULES } else { 0 },
         cmdline_paddr: COMMAND_LINE,
+        rsdp_paddr: if with_acpi(kernel) { ACPI_TABLES } else { 0 },
         memmap_paddr: MEMORY_MAP,
         memmap_entries: ram.map.len() as u32,
         ..Default::default()

@@ -7,8 +7,9 @@
 //! | ELF with the note PHYS32_ENTRY | PVH (Xen's document "x86/HVM direct boot ABI") | 32 bits, no paging, EBX = `hvm_start_info` |
 //! | bzImage, protocol 2.12 or newer | Linux's 64-bit boot protocol ("The Linux/x86 Boot Protocol") | long mode, 4 GiB mapped one to one, RSI = zero page |
 //!
-//! The kernel finds the processors and both IOAPICs by a table of the multiprocessor specification (`mp_table`), and virtio-mmio
-//! transports by `virtio_mmio.device=` on its command line, as under QEMU's `-M microvm,acpi=off`.
+//! The kernel finds the processors, both IOAPICs, the serial port, the virtio-mmio transports and how to switch off by
+//! ACPI tables (`acpi`), as under QEMU's `-M microvm`. One whose command line says `acpi=off` has a table of the multiprocessor
+//! specification (`mp_table`), and `virtio_mmio.device=` added to its command line, as under `-M microvm,acpi=off`.
 //!
 //! What lies where below 1 MiB:
 //!
@@ -19,8 +20,10 @@
 //! | 0x7000 | zero page |
 //! | 0x9000 to 0xf000 | page tables |
 //! | 0x20000 | command line |
+//! | 0x90000 | ACPI tables |
 //! | 0x9fc00 | multiprocessor table |
 
+mod acpi;
 mod bzimage;
 mod elf;
 mod entry;
@@ -57,6 +60,7 @@ const CAN_BE_HERE: u64 = 1 << 20;
 const FOUR_GIB: u64 = 1 << 32;
 /// The last KiB of conventional memory, where a kernel looks for the multiprocessor table.
 const MP_TABLE: u64 = 0x9_fc00;
+const ACPI_TABLES: u64 = 0x9_0000;
 const COMMAND_LINE: u64 = 0x2_0000;
 const COMMAND_LINE_MAX: usize = 0x1_0000;
 
@@ -68,6 +72,9 @@ pub(crate) fn load(memory: &GuestMemory, kernel: &Kernel, cpus: usize, virtio: &
     let ram = Ram::of(memory)?;
     let command_line = command_line(kernel, virtio)?;
     memory.write(COMMAND_LINE, &command_line)?;
+    if with_acpi(kernel) {
+        memory.write(ACPI_TABLES, &acpi::tables(ACPI_TABLES, cpus, virtio.len()))?;
+    }
     memory.write(MP_TABLE, &mp_table::table(MP_TABLE as u32, cpus))?;
     match format(&kernel.image)? {
         Format::Elf => elf::load(memory, &ram, kernel),
@@ -90,9 +97,15 @@ fn format(image: &[u8]) -> std::result::Result<Format, BootError> {
     }
 }
 
+/// Whether the kernel will look at ACPI tables.
+fn with_acpi(kernel: &Kernel) -> bool {
+    !kernel.command_line.split_ascii_whitespace().any(|word| word == "acpi=off")
+}
+
 /// With a zero at the end.
 fn command_line(kernel: &Kernel, virtio: &[VirtioDevice]) -> std::result::Result<Vec<u8>, BootError> {
-    let transports = (0..virtio.len()).map(|position| format!(" {}", VirtioDevice::kernel_parameter(position)));
+    let told = if with_acpi(kernel) { 0 } else { virtio.len() };
+    let transports = (0..told).map(|position| format!(" {}", VirtioDevice::kernel_parameter(position)));
     let text = [kernel.command_line.clone()].into_iter().chain(transports).collect::<String>();
     if let Some(zero) = text.bytes().position(|byte| byte == 0) {
         return Err(BootError::CommandLineZero(zero));
@@ -108,6 +121,7 @@ fn command_line(kernel: &Kernel, virtio: &[VirtioDevice]) -> std::result::Result
 /// Kinds of memory in a memory map (ACPI specification 6.5, table 15.374).
 const USABLE: u32 = 1;
 const RESERVED: u32 = 2;
+const ACPI: u32 = 3;
 
 /// The machine's RAM as a kernel sees it.
 struct Ram {
@@ -123,7 +137,11 @@ struct Ram {
 
 impl Ram {
     fn of(memory: &GuestMemory) -> Result<Ram> {
-        let mut map = vec![(0, MP_TABLE, USABLE), (MP_TABLE, CAN_BE_HERE - MP_TABLE, RESERVED)];
+        let mut map = vec![
+            (0, ACPI_TABLES, USABLE),
+            (ACPI_TABLES, MP_TABLE - ACPI_TABLES, ACPI),
+            (MP_TABLE, CAN_BE_HERE - MP_TABLE, RESERVED),
+        ];
         let (mut low_end, mut regions, mut blocks) = (0, Vec::new(), Vec::new());
         let host = |cause| Error::Host { what: "map guest RAM to load a kernel", cause };
         for mapping in memory.mappings() {

@@ -72,7 +72,7 @@ fn pvh_start_info_names_what_was_loaded() {
     let memory = memory();
     let given = Kernel {
         initrd: b"disk".to_vec(),
-        command_line: "a=b".into(),
+        command_line: "acpi=off".into(),
         ..kernel(elf(2 * MIB, b"code", 4096, 0x20_0000))
     };
     let entry = load(&memory, &given, 2, &[VirtioDevice::Rng]).unwrap();
@@ -82,12 +82,12 @@ fn pvh_start_info_names_what_was_loaded() {
     assert_eq!(read(&memory, 0x6000), [0x78, 0xc5, 0x6e, 0x33, 1, 0, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0]);
     let [modules, command_line, rsdp, map] = [0, 1, 2, 3].map(|i| number(&memory, 0x6010 + 8 * i));
     assert_eq!(rsdp, 0);
-    assert_eq!(&read(&memory, command_line), b"a=b virtio_mmio.device=512@0xfeb02e00:47\0");
+    assert_eq!(&read(&memory, command_line), b"acpi=off virtio_mmio.device=512@0xfeb02e00:47\0");
     assert_eq!((number(&memory, modules), number(&memory, modules + 8)), (8 * MIB - 4096, 4));
     assert_eq!(&read(&memory, 8 * MIB - 4096), b"disk");
-    assert_eq!(read(&memory, 0x6030), [3, 0, 0, 0]);
-    let entries = [0, 1, 2].map(|i| [0, 1, 2].map(|word| number(&memory, map + 24 * i + 8 * word)));
-    assert_eq!(entries, [[0, 0x9_fc00, 1], [0x9_fc00, 0x6_0400, 2], [MIB, 7 * MIB, 1]]);
+    assert_eq!(read(&memory, 0x6030), [4, 0, 0, 0]);
+    let entries = [0, 1, 2, 3].map(|i| [0, 1, 2].map(|word| number(&memory, map + 24 * i + 8 * word)));
+    assert_eq!(entries, [[0, 0x9_0000, 1], [0x9_0000, 0xfc00, 3], [0x9_fc00, 0x6_0400, 2], [MIB, 7 * MIB, 1]]);
     assert_eq!(&read(&memory, MP_TABLE), b"_MP_");
 }
 
@@ -102,9 +102,11 @@ fn the_zero_page_names_what_was_loaded() {
     assert_eq!(&read(&memory, u32_at(0x228).into()), b"a=b\0");
     assert_eq!((u32_at(0x218), u32_at(0x21c)), (8 * MIB as u32 - 8192, 5000));
     assert_eq!(read(&memory, u32_at(0x218).into()), [7; 4]);
-    assert_eq!((read(&memory, 0x71e8), read(&memory, 0x7210)), ([3], [0xff]));
+    assert_eq!((read(&memory, 0x71e8), read(&memory, 0x7210)), ([4], [0xff]));
     assert_eq!(&read(&memory, 0x7202), b"HdrS");
-    assert_eq!((number(&memory, 0x72d0), number(&memory, 0x72d8)), (0, 0x9_fc00));
+    assert_eq!((number(&memory, 0x72d0), number(&memory, 0x72d8)), (0, 0x9_0000));
+    let tables = number(&memory, 0x7070);
+    assert_eq!(&read(&memory, tables), b"RSD PTR ");
 }
 
 #[test]

@@ -20,6 +20,17 @@ pub struct Ged {
 }
 
 impl Ged {
+    /// Address of the register that switches off.
+    pub(crate) const SLEEP_CONTROL: u64 = BASE + SLEEP_CONTROL;
+    /// Address of the register that tells of waking up, which never happens.
+    pub(crate) const SLEEP_STATUS: u64 = BASE + REGISTERS + 1;
+    /// Address of the register that resets.
+    pub(crate) const RESET: u64 = BASE + RESET;
+    /// What is written there.
+    pub(crate) const RESET_VALUE: u8 = RESET_VALUE;
+    /// The sleep type that switches off.
+    pub(crate) const SOFT_OFF: u8 = SLEEP_TYPE_SOFT_OFF;
+
     /// Where in the device an address lies.
     pub fn offset(gpa: u64) -> Option<u64> {
         gpa.checked_sub(BASE).filter(|offset| *offset < LEN)

@@ -48,8 +48,15 @@ impl VirtioDevice {
     /// assert_eq!(VirtioDevice::kernel_parameter(0), "virtio_mmio.device=512@0xfeb02e00:47");
     /// ```
     pub fn kernel_parameter(position: usize) -> String {
+        let (address, length, interrupt) = VirtioDevice::resources(position);
+        format!("virtio_mmio.device={length}@{address:#x}:{interrupt}")
+    }
+
+    /// Address, length and interrupt of the transport of device number `position` of the command line.
+    pub(crate) fn resources(position: usize) -> (u32, u32, u32) {
         let transport = transport_of(position) as u64;
-        format!("virtio_mmio.device={STRIDE}@{:#x}:{}", BASE + transport * STRIDE, FIRST_INTERRUPT + transport)
+        // All transports are below 4 GiB.
+        ((BASE + transport * STRIDE) as u32, STRIDE as u32, (FIRST_INTERRUPT + transport) as u32)
     }
 
     /// What it needs to have a model.
