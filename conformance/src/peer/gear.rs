@@ -18,6 +18,8 @@ const DISK: u64 = 1 << 20;
 const SECTOR: usize = 512;
 /// Word `k` of sector number `n` is `n + k * WORD_STEP`.
 const WORD_STEP: u64 = 0x9e37_79b9;
+/// How the first monitor is called.
+const FIRST: &str = "stop0";
 /// Requests that are under way at the same time.
 const BATCH: u64 = 4;
 
@@ -26,6 +28,8 @@ const BATCH: u64 = 4;
 pub enum Gear {
     /// `virtio-blk-device`
     Disk,
+    /// The same, which refuses one write at the first stop: QEMU stops the guest with the request under way (`werror=stop`).
+    FailingDisk,
     /// `virtio-rng-device`
     Rng,
     /// `virtio-serial-device` with a `virtconsole`
@@ -38,7 +42,7 @@ impl Gear {
     /// Its bit in the payload's configuration.
     fn bit(self) -> u32 {
         match self {
-            Gear::Disk => 1,
+            Gear::Disk | Gear::FailingDisk => 1,
             Gear::Rng => 2,
             Gear::Console => 4,
             Gear::Net => 8,
@@ -48,7 +52,7 @@ impl Gear {
     /// Its counter in the payload's line.
     fn counter(self) -> &'static str {
         match self {
-            Gear::Disk => "disk",
+            Gear::Disk | Gear::FailingDisk => "disk",
             Gear::Rng => "rng",
             Gear::Console => "console",
             Gear::Net => "net",
@@ -70,12 +74,21 @@ pub(super) fn arguments(gear: &[Gear], scratch: &Path, name: &str) -> Result<Vec
     let mut add = |option: &str, value: String| arguments.extend([option.to_string(), value]);
     for gear in gear {
         match gear {
-            Gear::Disk => {
+            Gear::Disk | Gear::FailingDisk => {
                 let disk = disk(scratch);
                 if !disk.exists() {
                     fs::File::create(&disk)?.set_len(DISK)?;
                 }
-                add("--drive", format!("if=none,id=d,format=raw,file={}", disk.display()));
+                let file = match gear {
+                    Gear::FailingDisk if name == FIRST => {
+                        let error = ["event=pwritev", "errno=28", "once=on", "sector=400"]
+                            .map(|part| format!("file.inject-error.0.{part}"));
+                        let image = format!("file.image.driver=file,file.image.filename={}", disk.display());
+                        format!("werror=stop,file.driver=blkdebug,{image},{}", error.join(","))
+                    }
+                    _ => format!("file={}", disk.display()),
+                };
+                add("--drive", format!("if=none,id=d,format=raw,{file}"));
                 add("--device", "virtio-blk-device,drive=d".into());
             }
             Gear::Rng => add("--device", "virtio-rng-device".into()),
@@ -184,7 +197,7 @@ pub(super) fn judge(gear: &[Gear], texts: &[Vec<u8>], scratch: &Path, ear: &Ear)
     let counters = before.context("the guest has been nowhere")?;
     for (gear, next) in gear.iter().zip(counters) {
         match gear {
-            Gear::Disk => judge_disk(&fs::read(disk(scratch))?, next),
+            Gear::Disk | Gear::FailingDisk => judge_disk(&fs::read(disk(scratch))?, next),
             // The guest has looked at what it got.
             Gear::Rng => Ok(()),
             Gear::Console => judge_console(&consoles(scratch)?, next),

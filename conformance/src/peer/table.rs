@@ -214,6 +214,15 @@ fn echoes() -> Vec<Echo> {
         echo
     });
     echoes.extend(stocked);
+    // A request that a source has taken and not answered goes along in its section.
+    let failing = PEERS.into_iter().map(|suite| {
+        let mut echo = echo((suite, 1));
+        echo.journey.name = format!("{}>ref/echo/request", suite.series());
+        echo.journey.load.gear = vec![Gear::FailingDisk];
+        echo.journey.quick = suite == Suite::Sid;
+        echo
+    });
+    echoes.extend(failing);
     echoes
 }
 
