@@ -211,3 +211,32 @@ fn firmware_finds_a_bzimage_in_parts() {
         Err(Error::Boot(BootError::InitrdNoRoom { .. }))
     ));
 }
+
+proptest::proptest! {
+    #![proptest_config(proptest::prelude::ProptestConfig::with_cases(1000))]
+
+    /// Whatever a file says, it is loaded or refused.
+    #[test]
+    fn damaged_kernels_do_no_harm(
+        is_elf in proptest::bool::ANY,
+        damage in proptest::collection::vec((0..0x1010usize, proptest::num::u8::ANY), 0..12),
+        header in proptest::collection::vec((0..0x278usize, proptest::num::u8::ANY), 0..6),
+        cut in 0..0x1010usize,
+    ) {
+        let mut image = if is_elf { elf(2 * MIB, b"code", 4096, 0x20_0000) } else { bzimage(b"code", 1 << 20) };
+        for (at, byte) in damage.into_iter().chain(header) {
+            if let Some(into) = image.get_mut(at) {
+                *into = byte;
+            }
+        }
+        if cut < 0x400 {
+            image.truncate(cut);
+        }
+        let given = Kernel { initrd: vec![1; 100], ..kernel(image) };
+        let loaded = load(&memory(), &given, 1, &[]);
+        proptest::prop_assert!(matches!(loaded, Ok(_) | Err(Error::Boot(_))), "{loaded:?}");
+        let by_firmware = Kernel { by_firmware: true, ..given };
+        let found = add_items(&mut BTreeMap::new(), &mut BTreeMap::new(), 8 * MIB, Some(&by_firmware));
+        proptest::prop_assert!(matches!(found, Ok(()) | Err(Error::Boot(_))), "{found:?}");
+    }
+}
