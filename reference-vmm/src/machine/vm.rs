@@ -1,0 +1,83 @@
+//! KVM's virtual machine before it has vCPUs.
+
+use std::io;
+use std::path::Path;
+
+use kvm_bindings::{KVM_PIT_SPEAKER_DUMMY, kvm_enable_cap, kvm_pit_config, kvm_userspace_memory_region};
+use kvm_ioctls::{Cap, Kvm, VmFd};
+
+use super::split;
+use crate::error::{Error, Result, kvm};
+use crate::memory::GuestMemory;
+
+/// Where KVM keeps three pages of its own, and one before them: in the hole, as QEMU does it.
+const IDENTITY_MAP: u64 = 0xfeff_c000;
+const TSS_PAGES: usize = 0xfeff_d000;
+
+/// Opens the KVM device, and says what to do where that fails.
+///
+/// # Errors
+/// [`Error::KvmUnavailable`].
+pub fn open_kvm(path: &Path) -> Result<Kvm> {
+    let name = std::ffi::CString::new(path.as_os_str().as_encoded_bytes())
+        .map_err(|_| Error::Config(format!("{} is not a path", path.display())))?;
+    Kvm::new_with_path(name)
+        .map_err(|error| Error::KvmUnavailable { path: path.to_owned(), cause: io::Error::from(error) })
+}
+
+/// A virtual machine with its memory and interrupt controllers, and no vCPU yet.
+pub(super) fn create_vm(kvm_fd: &Kvm, memory: &GuestMemory, split: bool) -> Result<VmFd> {
+    for (cap, capability) in [
+        (Cap::Irqchip, "KVM_CAP_IRQCHIP"),
+        (Cap::Pit2, "KVM_CAP_PIT2"),
+        (Cap::UserMemory, "KVM_CAP_USER_MEMORY"),
+        (Cap::ImmediateExit, "KVM_CAP_IMMEDIATE_EXIT"),
+        (Cap::Xsave, "KVM_CAP_XSAVE"),
+        (Cap::Xcrs, "KVM_CAP_XCRS"),
+        (Cap::Debugregs, "KVM_CAP_DEBUGREGS"),
+        (Cap::VcpuEvents, "KVM_CAP_VCPU_EVENTS"),
+        (Cap::AdjustClock, "KVM_CAP_ADJUST_CLOCK"),
+    ] {
+        if !kvm_fd.check_extension(cap) {
+            return Err(Error::KvmCapability { capability });
+        }
+    }
+    let vm = kvm_fd.create_vm().map_err(kvm("create a virtual machine"))?;
+    vm.set_identity_map_address(IDENTITY_MAP).map_err(kvm("place the identity map"))?;
+    vm.set_tss_address(TSS_PAGES).map_err(kvm("place the TSS"))?;
+    for slot in 0..memory.mappings().len() {
+        set_memory_slot(&vm, memory, slot, 0)?;
+    }
+    if split {
+        split::enable(kvm_fd, &vm)?;
+    } else {
+        vm.create_irq_chip().map_err(kvm("create the interrupt controllers"))?;
+        let pit = kvm_pit_config { flags: KVM_PIT_SPEAKER_DUMMY, ..kvm_pit_config::default() };
+        vm.create_pit2(pit).map_err(kvm("create the PIT"))?;
+    }
+    if vm.check_extension_raw(kvm_bindings::KVM_CAP_X86_TRIPLE_FAULT_EVENT.into()) > 0 {
+        let cap = kvm_enable_cap {
+            cap: kvm_bindings::KVM_CAP_X86_TRIPLE_FAULT_EVENT,
+            args: [1, 0, 0, 0],
+            ..kvm_enable_cap::default()
+        };
+        vm.enable_cap(&cap).map_err(kvm("enable triple fault events"))?;
+    }
+    Ok(vm)
+}
+
+/// Shows a mapping to the guest, or changes the flags of one that is shown. The slot is the mapping's index.
+pub(crate) fn set_memory_slot(vm: &VmFd, memory: &GuestMemory, slot: usize, flags: u32) -> Result<()> {
+    let mapping = memory.mappings()[slot];
+    let block = &memory.blocks()[mapping.block];
+    let region = kvm_userspace_memory_region {
+        slot: slot as u32,
+        flags,
+        guest_phys_addr: mapping.gpa,
+        memory_size: mapping.len,
+        userspace_addr: block.host_address() as u64 + mapping.offset,
+    };
+    // SAFETY: the range lies within the block, which stays mapped until the last owner of `memory` is gone; the machine holds
+    // `memory` together with the VM and the vCPUs, and ends the vCPU threads before it goes.
+    unsafe { vm.set_user_memory_region(region) }.map_err(kvm("map guest RAM"))
+}
