@@ -1,6 +1,7 @@
 //! A running real QEMU: started with a monitor, bounded in time, killed when dropped.
 
 use std::fs::{self, File};
+use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Stdio};
@@ -131,6 +132,15 @@ impl Qemu {
     pub fn execute(&mut self, command: &str, arguments: Value) -> Result<Value> {
         let reply = self.qmp.execute(command, arguments);
         self.explain(reply)
+    }
+
+    /// Names a descriptor for `fd:NAME`.
+    ///
+    /// # Errors
+    /// See [`QmpError`].
+    pub fn name_descriptor(&mut self, name: &str, descriptor: &impl AsRawFd) -> Result<()> {
+        let named = self.qmp.name_descriptor(name, descriptor);
+        self.explain(named)
     }
 
     /// Executes a human monitor command and gives its output.

@@ -2,10 +2,12 @@
 
 use std::collections::VecDeque;
 use std::io::{ErrorKind, Read, Write};
+use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
+use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
 /// How long one command may take. Generous, for the machine may be busy with other guests.
 pub const COMMAND_TIMEOUT: Duration = Duration::from_secs(60);
@@ -102,6 +104,22 @@ impl Qmp {
         let mut bytes = request.to_string().into_bytes();
         bytes.push(b'\n');
         self.stream.write_all(&bytes).map_err(|source| broken(command, source))?;
+        self.reply(command)
+    }
+
+    /// Names a descriptor for `fd:NAME` (`getfd`), which is sent along.
+    ///
+    /// # Errors
+    /// See [`QmpError`].
+    pub fn name_descriptor(&mut self, name: &str, descriptor: &impl AsRawFd) -> Result<(), QmpError> {
+        let command = "getfd";
+        let request = json!({ "execute": command, "arguments": { "fdname": name } }).to_string();
+        let sent = self.stream.send_with_fd(request.as_bytes(), descriptor.as_raw_fd());
+        sent.map_err(|error| broken(command, error.into()))?;
+        self.reply(command).map(drop)
+    }
+
+    fn reply(&mut self, command: &str) -> Result<Value, QmpError> {
         let deadline = Instant::now() + COMMAND_TIMEOUT;
         loop {
             let mut message = self.message(command, deadline)?;

@@ -19,6 +19,7 @@ extern crate self as reference_vmm;
 
 pub mod boot;
 pub mod command;
+pub mod descriptors;
 pub mod devices;
 pub mod dirty_log;
 pub mod dirty_rate;

@@ -4,11 +4,12 @@ mod dirty_limit;
 
 pub use dirty_limit::LimitRefused;
 
+use crate::descriptors::Descriptors;
 use crate::dirty_rate::{self, Gauge, LogClaim};
 use crate::machine::{Machine, RunState as VcpuState};
 use crate::migration::{
     Address, Arrival, DeviceSection, DirtyLog, Guest, GuestError, Incoming, Job, Listener, MigrationError, Mode,
-    Notice, Outgoing, RULES, RamView, Refused, SavedDevices, migrate, monotonic_now, receive,
+    Notice, Outgoing, RULES, RamView, Refused, SavedDevices, check_transport, migrate, monotonic_now, receive,
 };
 use qevm_multifd::compression::Compression;
 use qevm_wire::{CountedString, Profile, QemuVersion, capability::Context};
@@ -86,9 +87,16 @@ pub struct Vmm {
     outgoing: Arc<Job>,
     /// The incoming migration.
     incoming: Arc<Job>,
+    descriptors: Mutex<Descriptors>,
     state: Mutex<State>,
     changed: Condvar,
     subscriber: Mutex<Option<mpsc::Sender<Event>>>,
+}
+
+/// Where a guest comes from.
+enum Entrance {
+    Socket(Listener),
+    Open(Incoming),
 }
 
 struct State {
@@ -123,6 +131,7 @@ impl Vmm {
             blockers: Mutex::default(),
             outgoing: Arc::default(),
             incoming: Arc::default(),
+            descriptors: Mutex::default(),
             state: Mutex::new(state),
             changed: Condvar::new(),
             subscriber: Mutex::new(None),
@@ -276,19 +285,34 @@ impl Vmm {
         self.lock_blockers().clone()
     }
 
+    /// The descriptors that others have opened for this monitor.
+    pub fn descriptors(&self) -> MutexGuard<'_, Descriptors> {
+        self.descriptors.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// Begins a migration to `address`, which goes on in a thread of its own.
     ///
     /// # Errors
-    /// [`Refused::Blocked`]; [`Refused::InProgress`] while one is under way.
-    pub fn migrate(self: &Arc<Self>, address: Address) -> Result<(), Refused> {
+    /// [`MigrationError::Refused`] for [`Refused::Blocked`], and for [`Refused::InProgress`] while one is under way;
+    /// [`MigrationError::Capability`] for capabilities that do not go with the transport; and for what is no socket, what
+    /// [`Outgoing::open`] says.
+    pub fn migrate(self: &Arc<Self>, address: Address) -> Result<(), MigrationError> {
         if let Some(reason) = self.blockers().into_iter().next() {
-            return Err(Refused::Blocked(reason));
+            return Err(Refused::Blocked(reason).into());
         }
+        check_transport(&address, &self.outgoing)?;
         self.outgoing.begin()?;
+        // A socket may take long to connect; everything else is there or not.
+        let mut opened = None;
+        if !matches!(address, Address::Tcp { .. } | Address::Unix(_)) {
+            let connections = Outgoing::open(&address, &self.outgoing, &mut self.descriptors());
+            opened = Some(connections.inspect_err(|error| self.outgoing.end(Some(error)))?);
+        }
         let vmm = self.clone();
         thread::spawn(move || {
             let job = &vmm.outgoing;
-            let result = match Outgoing::connect(&address, job) {
+            let connections = opened.map_or_else(|| Outgoing::open(&address, job, &mut Descriptors::default()), Ok);
+            let result = match connections {
                 Ok(connections) => migrate(&*vmm, &connections, job, &vmm.profile()),
                 Err(error) => {
                     job.end(Some(&error));
@@ -302,24 +326,33 @@ impl Vmm {
         Ok(())
     }
 
-    /// Listens for an incoming migration, which goes on in a thread of its own.
+    /// Listens for an incoming migration, or takes it from a command, descriptor or file, which goes on in a thread of its own.
     ///
     /// # Errors
-    /// [`MigrationError::Listen`].
+    /// [`MigrationError::Listen`]; [`MigrationError::Capability`] for capabilities that do not go with the transport; and what
+    /// [`Incoming::open`] says. Another address may be tried then.
     pub fn listen(self: &Arc<Self>, address: &Address) -> Result<(), MigrationError> {
-        let listener = Listener::bind(address)?;
+        check_transport(address, &self.outgoing)?;
+        let entrance = match address {
+            Address::Tcp { .. } | Address::Unix(_) => Entrance::Socket(Listener::bind(address)?),
+            _ => Entrance::Open(Incoming::open(address, &self.outgoing, &mut self.descriptors())?),
+        };
         // Refused only while one is under way, which then has its own.
         let _ = self.incoming.set_capabilities(self.outgoing.capabilities());
         self.incoming.set_parameters(self.outgoing.parameters());
         // Whoever looks for an incoming migration finds it from now on.
         let _ = self.incoming.begin();
-        self.lock().listening = Some(listener.address().clone());
+        self.lock().listening = Some(match &entrance {
+            Entrance::Socket(listener) => listener.address().clone(),
+            Entrance::Open(_) => address.clone(),
+        });
         let vmm = self.clone();
         thread::spawn(move || {
-            let result = Incoming::accept(&listener, &vmm.incoming, &vmm.profile()).and_then(|connections| {
-                drop(listener);
-                vmm.take_in(connections)
-            });
+            let connections = match entrance {
+                Entrance::Socket(listener) => Incoming::accept(&listener, &vmm.incoming, &vmm.profile()),
+                Entrance::Open(connections) => Ok(connections),
+            };
+            let result = connections.and_then(|connections| vmm.take_in(connections));
             if let Err(error) = result {
                 vmm.end(Exit::IncomingFailed(format!("load of migration failed: {error}")));
             }

@@ -2,7 +2,9 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
+use std::os::unix::net::UnixStream;
 use std::path::Path;
+use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
@@ -44,6 +46,12 @@ pub enum Link {
     Unix,
     /// A TCP connection over the loopback.
     Tcp,
+    /// A command at each end, with a named pipe between them.
+    Exec,
+    /// A pair of sockets that the monitors are given.
+    Descriptor,
+    /// A file: the guest goes on from it when all of it is there. 7.2 has it written and read by commands.
+    File,
 }
 
 /// What the guest does, and how fast it may migrate.
@@ -229,21 +237,51 @@ impl Journey {
 
     /// Begins a hop, and says where to.
     pub(super) fn leave(&self, here: &mut Party, there: &mut Party, scratch: &Path, n: usize) -> Result<String> {
-        let address = match self.link {
-            Link::Unix => format!("unix:{}", scratch.join(format!("link{n}")).display()),
-            Link::Tcp => "tcp:127.0.0.1:0".into(),
-        };
-        there.monitor().execute("migrate-incoming", json!({ "uri": address }))?;
         let uri = match self.link {
-            Link::Unix => address,
+            Link::Unix => {
+                let uri = format!("unix:{}", scratch.join(format!("link{n}")).display());
+                there.monitor().execute("migrate-incoming", json!({ "uri": uri }))?;
+                uri
+            }
             Link::Tcp => {
+                there.monitor().execute("migrate-incoming", json!({ "uri": "tcp:127.0.0.1:0" }))?;
                 let waiting = there.monitor().migration()?;
                 let port = waiting["socket-address"][0]["port"].as_str().context("the destination names no port")?;
                 format!("tcp:127.0.0.1:{port}")
             }
+            Link::Exec | Link::Descriptor | Link::File => return self.leave_without_caller(here, there, scratch, n),
         };
         here.monitor().execute("migrate", json!({ "uri": uri }))?;
         Ok(uri)
+    }
+
+    /// As [`leave`](Self::leave), where no end calls the other.
+    fn leave_without_caller(&self, here: &mut Party, there: &mut Party, scratch: &Path, n: usize) -> Result<String> {
+        let path = scratch.join(format!("link{n}"));
+        let _ = std::fs::remove_file(&path);
+        let (from, to) = match self.link {
+            Link::Exec => {
+                let made = Command::new("mkfifo").arg(&path).status().context("mkfifo")?;
+                ensure!(made.success(), "mkfifo {} failed", path.display());
+                (format!("exec:cat {}", path.display()), format!("exec:cat > {}", path.display()))
+            }
+            Link::Descriptor => {
+                let (a, b) = UnixStream::pair()?;
+                here.monitor().name_descriptor("away", &a)?;
+                there.monitor().name_descriptor("back", &b)?;
+                ("fd:back".into(), "fd:away".into())
+            }
+            _ => (there.reads_file(&path), here.writes_file(&path)),
+        };
+        if self.link != Link::File {
+            there.monitor().execute("migrate-incoming", json!({ "uri": from }))?;
+        }
+        here.monitor().execute("migrate", json!({ "uri": to }))?;
+        if self.link == Link::File {
+            here.monitor().wait_migration(PATIENCE, |migration| migration["status"] == "completed")?;
+            there.monitor().execute("migrate-incoming", json!({ "uri": from }))?;
+        }
+        Ok(to)
     }
 
     pub(super) fn hop(

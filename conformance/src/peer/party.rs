@@ -158,6 +158,22 @@ impl Party {
         Ok(())
     }
 
+    /// The address of a file that a guest goes to. 7.2 has no `file:`.
+    pub(super) fn writes_file(&self, path: &Path) -> String {
+        match self.stop {
+            Stop::Qemu(Suite::Bookworm, _) => format!("exec:cat > {}", path.display()),
+            _ => format!("file:{}", path.display()),
+        }
+    }
+
+    /// The address of a file that a guest comes from.
+    pub(super) fn reads_file(&self, path: &Path) -> String {
+        match self.stop {
+            Stop::Qemu(Suite::Bookworm, _) => format!("exec:cat {}", path.display()),
+            _ => format!("file:{}", path.display()),
+        }
+    }
+
     /// What the guest has printed here.
     pub(super) fn text(&self) -> Result<Vec<u8>> {
         match fs::read(&self.console) {

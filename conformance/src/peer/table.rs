@@ -69,6 +69,7 @@ fn journeys() -> Vec<Journey> {
     journeys.push(Journey { name: "ring/tcg".into(), stops, load: two, ..plain() });
     journeys.extend(page_channels());
     journeys.extend(devices());
+    journeys.extend(without_callers());
     let ring = |hops: usize| -> Vec<Stop> {
         let [old, middle, new] = [Suite::Bookworm, Suite::Sid, Suite::Trixie].map(|s| Stop::Qemu(s, Accel::Kvm));
         [old, Stop::Reference, middle, Stop::Reference, new, Stop::Reference]
@@ -113,6 +114,59 @@ fn devices() -> Vec<Journey> {
         ..plain()
     };
     ways.map(journey).into()
+}
+
+/// Links on which nobody calls: commands, descriptors and files, and the files in which each page has its place.
+fn without_callers() -> Vec<Journey> {
+    let links = [
+        ("exec", Link::Exec, vec![]),
+        ("fd", Link::Descriptor, vec![]),
+        ("fd/return-path", Link::Descriptor, vec!["return-path"]),
+        ("file", Link::File, vec![]),
+        ("mapped-ram", Link::File, vec!["mapped-ram"]),
+        ("mapped-ram+multifd", Link::File, vec!["mapped-ram", "multifd"]),
+    ];
+    let mut journeys = Vec::new();
+    for suite in PEERS {
+        let qemu = Stop::Qemu(suite, Accel::Kvm);
+        for (with, link, capabilities) in &links {
+            // 7.2 has no such capability.
+            if suite == Suite::Bookworm && capabilities.contains(&"mapped-ram") {
+                continue;
+            }
+            for (stops, back) in [([qemu, Stop::Reference], false), ([Stop::Reference, qemu], true)] {
+                let quick = match (suite, *with) {
+                    (Suite::Bookworm, "exec") | (Suite::Trixie, "fd") => back,
+                    (Suite::Trixie, "mapped-ram") => !back,
+                    (Suite::Sid, "mapped-ram+multifd") => true,
+                    _ => false,
+                };
+                let parameters = match capabilities.contains(&"multifd") {
+                    true => channels_of(4, "none"),
+                    false => Map::new(),
+                };
+                let (name, capabilities) = (format!("{}>{}/{with}", stops[0], stops[1]), capabilities.clone());
+                journeys.push(Journey {
+                    name,
+                    stops: stops.into(),
+                    link: *link,
+                    capabilities,
+                    parameters,
+                    quick,
+                    ..plain()
+                });
+            }
+        }
+    }
+    // Threads that write, threads that read, and other numbers of both.
+    let stops = [Suite::Trixie, Suite::Sid].map(|suite| Stop::Qemu(suite, Accel::Kvm));
+    let stops = vec![stops[0], Stop::Reference, Stop::Reference, stops[1], Stop::Reference, stops[0]];
+    let capabilities = vec!["mapped-ram", "multifd"];
+    let mut parameters = channels_of(8, "none");
+    parameters.insert("direct-io".into(), true.into());
+    let (name, two) = ("ring/mapped-ram".into(), Load { cpus: 2, ..Load::default() });
+    journeys.push(Journey { name, stops, link: Link::File, capabilities, parameters, load: two, ..plain() });
+    journeys
 }
 
 /// More page channels: the other numbers and methods, each release in both directions, and the other ways of zero pages.

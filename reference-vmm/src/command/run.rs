@@ -6,6 +6,7 @@ use std::str::FromStr;
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
+use reference_vmm::descriptors::Descriptors;
 use reference_vmm::machine::{Machine, Stop};
 use reference_vmm::migration::Address;
 use reference_vmm::qmp::Server;
@@ -27,6 +28,8 @@ Examples:
 
   reference-vmm run --incoming tcp:127.0.0.1:4444
       wait for a guest from another reference-vmm or a QEMU of the same memory size and firmware
+  reference-vmm run --incoming file:guest.img
+      go on where a guest was saved by migrate file:guest.img; with capability mapped-ram use --incoming defer and QMP
   reference-vmm run --qmp unix:/tmp/qmp.sock
       control the guest by QMP; {\"execute\": \"migrate\", \"arguments\": {\"uri\": \"tcp:127.0.0.1:4444\"}} sends it there
 
@@ -38,7 +41,8 @@ pub(crate) struct Run {
     /// Stop after that many seconds
     #[arg(long, value_name = "SECONDS")]
     seconds: Option<u64>,
-    /// Wait for a guest from there: tcp:HOST:PORT, unix:PATH, or defer until QMP's migrate-incoming
+    /// Wait for a guest from there: tcp:HOST:PORT, unix:PATH, exec:COMMAND, fd:NUMBER, file:PATH[,offset=N], or defer until QMP's
+    /// migrate-incoming
     #[arg(long, value_name = "ADDRESS")]
     incoming: Option<Incoming>,
     /// Serve QMP at unix:PATH
@@ -74,6 +78,8 @@ const POLL: Duration = Duration::from_millis(20);
 
 impl Run {
     pub(crate) fn execute(self) -> anyhow::Result<ExitCode> {
+        let inherited = Descriptors::inherit().context("cannot list the inherited descriptors")?;
+        survive_full_files();
         let mut config = self.machine.config()?;
         if self.incoming.is_some() {
             // As with a QEMU: the guest that comes has its own.
@@ -81,6 +87,7 @@ impl Run {
         }
         let machine = Machine::new(config)?;
         let vmm = Vmm::new(machine, self.machine.profile(), self.incoming.is_some());
+        *vmm.descriptors() = inherited;
         if self.paused {
             vmm.stop();
         } else {
@@ -120,6 +127,12 @@ impl Run {
             }
         })
     }
+}
+
+/// Makes a file that has reached its limit (`ulimit -f`) an error of the migration, instead of the end of the guest.
+fn survive_full_files() {
+    // SAFETY: to ignore a signal needs no handler.
+    unsafe { libc::signal(libc::SIGXFSZ, libc::SIG_IGN) };
 }
 
 /// `unix:PATH`, with the options that QEMU wants behind it.

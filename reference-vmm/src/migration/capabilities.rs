@@ -27,7 +27,7 @@ pub const KNOWN: [(&str, bool); 21] = [
     ("postcopy-preempt", false),
     ("switchover-ack", true),
     ("dirty-limit", true),
-    ("mapped-ram", false),
+    ("mapped-ram", true),
 ];
 
 /// The release whose rules on combinations hold here.
@@ -63,6 +63,8 @@ pub struct Capabilities {
     /// `late-block-activate`: the destination locks the images of its disks when the guest starts, and not when it has
     /// arrived (3.0).
     pub late_block_activate: bool,
+    /// `mapped-ram`: pages have fixed places in a file; needs `file:`.
+    pub mapped_ram: bool,
 }
 
 /// A capability that cannot be set so.
@@ -75,6 +77,9 @@ pub enum BadCapability {
     /// One of QEMU's that this monitor does not have.
     #[error("capability '{0}' is not supported here")]
     Unsupported(&'static str),
+    /// `return-path` over something that has only one direction.
+    #[error("capability 'return-path' needs a transport with both directions; a file has one")]
+    OneWay,
     /// QEMU refuses it, too: it does not go with another one, with a parameter or with the state of the machine.
     #[error(transparent)]
     Rejected(#[from] Rejection),
@@ -137,6 +142,7 @@ impl Capabilities {
             "events" => Some(&mut self.events),
             "dirty-limit" => Some(&mut self.dirty_limit),
             "late-block-activate" => Some(&mut self.late_block_activate),
+            "mapped-ram" => Some(&mut self.mapped_ram),
             _ => None,
         }
     }

@@ -84,7 +84,7 @@ impl<'a> Target<'a> {
     }
 
     /// Takes the first `count` bytes (at most all of them) away.
-    fn advance(&mut self, count: usize) {
+    pub(crate) fn advance(&mut self, count: usize) {
         let count = count.min(self.len());
         self.0.iov_base = self.0.iov_base.cast::<u8>().wrapping_add(count).cast();
         self.0.iov_len -= count;
@@ -121,6 +121,14 @@ pub trait Channel: Send + Sync + fmt::Debug {
     /// As `ioctl(2)`.
     fn backlog(&self) -> io::Result<u64> {
         Ok(0)
+    }
+
+    /// Ends the writing direction and waits until what was written has been taken, where that can be known: until a command has ended.
+    ///
+    /// # Errors
+    /// The command has failed. It may have done its work all the same.
+    fn settle(&self) -> io::Result<()> {
+        Ok(())
     }
 
     /// Ends the writing direction: the peer reads to the end of what was written.

@@ -1,29 +1,87 @@
-//! The connections of one migration: the main channel, and the page channels if capability `multifd` is on.
+//! The connections of one migration: the main channel, and the page channels if capability `multifd` is on; or a file.
 
 use super::{
-    Address, Channel, Job, Listener, LoadError, MigrationError, Socket,
+    Address, BadCapability, Channel, Job, Listener, LoadError, MigrationError, Mode, Pipe, RULES, Socket,
     multifd::{PageStream, Patience, Settings, gather},
+    page_file::PageFile,
 };
-use qevm_wire::{Located, Profile};
-use std::sync::Arc;
+use crate::descriptors::Descriptors;
+use qevm_multifd::compression::Compression;
+use qevm_wire::{Located, Profile, capability::Context};
+use std::{
+    fs::{File, OpenOptions},
+    io,
+    io::{Seek, SeekFrom},
+    os::{
+        fd::OwnedFd,
+        unix::fs::{FileTypeExt, OpenOptionsExt},
+    },
+    path::Path,
+    sync::Arc,
+};
+
+/// Permissions of a file that a guest goes to (QEMU 8.2): it holds all of the guest's secrets.
+const FILE_MODE: u32 = 0o600;
 
 /// The connections of a source.
 #[derive(Debug, Clone)]
 pub struct Outgoing {
     pub(crate) main: Arc<dyn Channel>,
     pub(crate) pages: Vec<Arc<dyn Channel>>,
+    /// Pages have their places in this file, in which the main channel writes, too.
+    pub(crate) file: Option<PageFile>,
 }
 
 impl Outgoing {
-    /// Connects to a destination, with as many page channels as `job` has settings for.
+    /// Connects to a destination, with as many page channels as `job` has settings for, or opens what else the guest goes to.
     ///
     /// # Errors
-    /// [`MigrationError::Connect`] with the system's reason.
-    pub fn connect(address: &Address, job: &Job) -> Result<Self, MigrationError> {
-        let main = Socket::connect(address)?;
-        let channels = if job.capabilities().multifd { job.parameters().multifd_channels } else { 0 };
-        let pages = (0..channels).map(|_| Socket::connect(address)).collect::<Result<_, _>>()?;
-        Ok(Outgoing { main, pages })
+    /// [`MigrationError::Connect`], [`MigrationError::Create`] and [`MigrationError::Open`] with the system's reason,
+    /// [`MigrationError::Descriptor`], and [`MigrationError::Capability`] for capabilities that do not go with the transport.
+    pub fn open(address: &Address, job: &Job, descriptors: &mut Descriptors) -> Result<Self, MigrationError> {
+        check_transport(address, job)?;
+        let failed = |source| MigrationError::Open { address: address.clone(), source };
+        match address {
+            Address::Tcp { .. } | Address::Unix(_) => {
+                let main = Socket::connect(address)?;
+                let channels = if job.capabilities().multifd { job.parameters().multifd_channels } else { 0 };
+                let pages = (0..channels).map(|_| Socket::connect(address)).collect::<Result<_, _>>()?;
+                Ok(Outgoing { main, pages, file: None })
+            }
+            Address::Exec(words) => {
+                let main: Arc<dyn Channel> = Arc::new(Pipe::command(words).map_err(failed)?);
+                Ok(main.into())
+            }
+            Address::Fd(name) => {
+                let (main, two_way) = channel(descriptors.take(name)?, true).map_err(failed)?;
+                if job.capabilities().return_path && !two_way {
+                    return Err(BadCapability::OneWay.into());
+                }
+                Ok(main.into())
+            }
+            Address::File { path, offset } => {
+                if job.capabilities().return_path {
+                    return Err(BadCapability::OneWay.into());
+                }
+                let failed = |source| MigrationError::Create { path: path.clone(), source };
+                let open = |flags| match descriptors.of_set(path, true) {
+                    None => create(path, flags).map_err(failed),
+                    // Flags belong to what was opened, and others may use it, too.
+                    Some(descriptor) => Ok(File::from(descriptor?)),
+                };
+                let mut file = open(0)?;
+                place(&mut file, *offset).map_err(failed)?;
+                let direct = job.parameters().direct_io && job.capabilities().multifd;
+                let pages = match job.capabilities().mapped_ram {
+                    true => Some(PageFile::new(
+                        file.try_clone().map_err(failed)?,
+                        direct.then(|| open(libc::O_DIRECT)).transpose()?,
+                    )),
+                    false => None,
+                };
+                Ok(Outgoing { main: Arc::new(Pipe::new(file.into()).map_err(failed)?), pages: Vec::new(), file: pages })
+            }
+        }
     }
 
     /// Ends all connections at once.
@@ -39,7 +97,7 @@ impl Outgoing {
 impl From<Arc<dyn Channel>> for Outgoing {
     /// A main channel alone.
     fn from(main: Arc<dyn Channel>) -> Self {
-        Outgoing { main, pages: Vec::new() }
+        Outgoing { main, pages: Vec::new(), file: None }
     }
 }
 
@@ -49,8 +107,12 @@ pub struct Incoming {
     pub(crate) main: Arc<dyn Channel>,
     /// What was read from the main channel already.
     pub(crate) first: Vec<u8>,
+    /// Where the stream begins in its file.
+    pub(crate) offset: u64,
     pub(crate) pages: Vec<PageStream>,
     pub(crate) settings: Option<Settings>,
+    /// Pages may have their places in this file, in which the main channel reads, too.
+    pub(crate) file: Option<PageFile>,
 }
 
 impl Incoming {
@@ -75,6 +137,46 @@ impl Incoming {
         }
     }
 
+    /// Opens what a guest comes from without a caller: a command, a descriptor or a file.
+    ///
+    /// # Errors
+    /// As [`Outgoing::open`]; [`MigrationError::Open`] also for an address that is to be listened at.
+    pub fn open(address: &Address, job: &Job, descriptors: &mut Descriptors) -> Result<Self, MigrationError> {
+        check_transport(address, job)?;
+        let failed = |source| MigrationError::Open { address: address.clone(), source };
+        match address {
+            Address::Tcp { .. } | Address::Unix(_) => Err(failed(io::ErrorKind::InvalidInput.into())),
+            Address::Exec(words) => {
+                let main: Arc<dyn Channel> = Arc::new(Pipe::command(words).map_err(failed)?);
+                Ok(main.into())
+            }
+            Address::Fd(name) => Ok(channel(descriptors.take(name)?, false).map_err(failed)?.0.into()),
+            Address::File { path, offset } => {
+                let open = |flags| match descriptors.of_set(path, false) {
+                    None => OpenOptions::new().read(true).custom_flags(flags).open(path).map_err(failed),
+                    Some(descriptor) => Ok(File::from(descriptor?)),
+                };
+                let mut file = open(0)?;
+                if file.metadata().map_err(failed)?.is_dir() {
+                    return Err(failed(io::ErrorKind::IsADirectory.into()));
+                }
+                if *offset > 0 || job.capabilities().mapped_ram {
+                    file.seek(SeekFrom::Start(*offset)).map_err(failed)?;
+                }
+                let direct = job.parameters().direct_io && job.capabilities().multifd;
+                let pages = match job.capabilities().mapped_ram {
+                    true => Some(PageFile::new(
+                        file.try_clone().map_err(failed)?,
+                        direct.then(|| open(libc::O_DIRECT)).transpose()?,
+                    )),
+                    false => None,
+                };
+                let main: Arc<dyn Channel> = Arc::new(Pipe::new(file.into()).map_err(failed)?);
+                Ok(Incoming { offset: *offset, file: pages, ..main.into() })
+            }
+        }
+    }
+
     pub(crate) fn all(&self) -> impl Iterator<Item = &Arc<dyn Channel>> {
         std::iter::once(&self.main).chain(self.pages.iter().map(PageStream::channel))
     }
@@ -83,6 +185,54 @@ impl Incoming {
 impl From<Arc<dyn Channel>> for Incoming {
     /// A main channel alone.
     fn from(main: Arc<dyn Channel>) -> Self {
-        Incoming { main, first: Vec::new(), pages: Vec::new(), settings: None }
+        Incoming { main, first: Vec::new(), offset: 0, pages: Vec::new(), settings: None, file: None }
     }
+}
+
+/// Refuses capabilities that do not go with the transport, as QEMU does before it opens anything.
+///
+/// # Errors
+/// [`MigrationError::Capability`].
+pub(crate) fn check_transport(address: &Address, job: &Job) -> Result<(), MigrationError> {
+    let parameters = job.parameters();
+    let context = Context {
+        seekable: matches!(address, Address::File { .. }),
+        multi_channel: matches!(address, Address::Tcp { .. } | Address::Unix(_)),
+        compressed: parameters.multifd_compression != Compression::None,
+        cpr: parameters.mode != Mode::Normal,
+        ..Context::new(RULES)
+    };
+    job.capabilities().with_in([], &context)?;
+    Ok(())
+}
+
+fn create(path: &Path, flags: libc::c_int) -> io::Result<File> {
+    // What lies in front of the stream in the file stays.
+    OpenOptions::new().write(true).create(true).truncate(false).mode(FILE_MODE).custom_flags(flags).open(path)
+}
+
+/// Cuts a file where the stream begins, and goes there. A device is as long as it is.
+fn place(file: &mut File, offset: u64) -> io::Result<()> {
+    let file_type = file.metadata()?.file_type();
+    if file_type.is_file() {
+        file.set_len(offset)?;
+    }
+    if file_type.is_file() || file_type.is_block_device() {
+        file.seek(SeekFrom::Start(offset))?;
+    }
+    Ok(())
+}
+
+/// A channel over a descriptor of unknown kind, and whether it goes both ways.
+fn channel(fd: OwnedFd, write: bool) -> io::Result<(Arc<dyn Channel>, bool)> {
+    if File::from(fd.try_clone()?).metadata()?.file_type().is_socket() {
+        return Ok((Arc::new(Socket::adopt(fd)?), true));
+    }
+    let pipe = Pipe::new(fd)?;
+    let (reads, writes) = pipe.directions();
+    if if write { writes } else { reads } {
+        return Ok((Arc::new(pipe), false));
+    }
+    let missing = if write { "writing" } else { "reading" };
+    Err(io::Error::new(io::ErrorKind::InvalidInput, format!("it is not open for {missing}")))
 }

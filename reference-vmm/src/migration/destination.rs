@@ -6,6 +6,8 @@ use super::{
     handover,
     inlet::Inlet,
     multifd::{Gate, Mark, receive_pages},
+    page_file,
+    page_file::PageFile,
     ram_receiver::{Listed, RamReceiver},
 };
 use qevm_multifd::is_page_channel;
@@ -18,7 +20,8 @@ use qevm_savevm::{
     command::Command,
     configuration::{Configuration, ConfigurationSubsection},
     framing::{Content, SectionHeader, SectionKind},
-    ram::RamRecord,
+    mapped_ram::MappedBlock,
+    ram::{RamBlock, RamRecord},
     vfio::VfioRecord,
 };
 use qevm_wire::{Located, PageGeometry, Profile, WireError, Writer};
@@ -57,7 +60,7 @@ pub fn receive(
 ) -> Result<Arrival, MigrationError> {
     let start = Instant::now();
     let attached = job.attach(connections.all());
-    let Incoming { main, first, pages, settings } = connections;
+    let Incoming { main, first, offset, pages, settings, file } = connections;
     let channels = settings.as_ref().map(|settings| PageChannels {
         gate: Gate::new(settings.channels),
         listed: OnceLock::new(),
@@ -67,8 +70,8 @@ pub fn receive(
     let page_channels: Vec<_> = pages.iter().map(|stream| stream.channel().clone()).collect();
     let mut engine = Engine {
         channel: &*main,
-        inlet: Inlet::new(&*main, &first),
-        decoder: Decoder::new(DecoderOptions { vmdesc: profile.vmdesc, ..DecoderOptions::default() }),
+        inlet: Inlet::new(&*main, &first, offset),
+        decoder: Decoder::new(DecoderOptions { vmdesc: profile.vmdesc, offset, ..DecoderOptions::default() }),
         loader: Loader {
             guest,
             ram: RamReceiver::default(),
@@ -76,9 +79,15 @@ pub fn receive(
             section: None,
             return_path: false,
             confirmation: false,
+            mapped_ram: job.capabilities().mapped_ram,
             gate: DestinationGate::new(profile.switchover_ack.filter(|_| job.capabilities().switchover_ack)),
         },
         pages: channels.as_ref(),
+        file,
+        threads: if job.capabilities().multifd { job.parameters().multifd_channels } else { 1 },
+        from_file: 0,
+        jumped: 0,
+        start: offset,
         vmdesc: profile.vmdesc,
     };
     let result = thread::scope(|scope| {
@@ -116,7 +125,7 @@ pub fn receive(
     job.update(|statistics| {
         statistics.total_time = start.elapsed();
         statistics.ram.transferred =
-            engine.inlet.offset() + channels.as_ref().map_or(0, |channels| channels.gate.received());
+            engine.received() + channels.as_ref().map_or(0, |channels| channels.gate.received());
     });
     job.end(result.as_ref().err());
     main.finish_writing();
@@ -146,6 +155,8 @@ impl PageChannels {
     }
 }
 
+/// The capability that both sides must agree on and that is supported here.
+const MAPPED_RAM: &str = "mapped-ram";
 /// Status of SHUT when the guest has arrived.
 const SUCCESS: u32 = 0;
 /// Status of SHUT when it has not.
@@ -157,6 +168,16 @@ struct Engine<'e> {
     decoder: Decoder,
     loader: Loader<'e>,
     pages: Option<&'e PageChannels>,
+    /// Pages may have their places in this file…
+    file: Option<PageFile>,
+    /// …and are read by so many threads.
+    threads: u8,
+    /// Bytes of pages that were read from their places.
+    from_file: u64,
+    /// Bytes of the file that the stream jumps over.
+    jumped: u64,
+    /// Where the stream begins in its file.
+    start: u64,
     /// A description is expected behind the end.
     vmdesc: bool,
 }
@@ -186,7 +207,27 @@ impl Engine<'_> {
             self.await_confirmation()?;
         }
         job.handed_over()?;
-        Ok(Arrival { running, bytes: self.inlet.offset() })
+        Ok(Arrival { running, bytes: self.received() })
+    }
+
+    /// Bytes that were read: of the stream, but for what it jumps over, and of pages.
+    fn received(&self) -> u64 {
+        self.inlet.offset() - self.start - self.jumped + self.from_file
+    }
+
+    /// Reads the pages of the block that was listed last from their places, and goes on behind them.
+    fn load_block(&mut self, block: &RamBlock) -> Result<(), MigrationError> {
+        let (Some(layout), Some(file), Some(touched)) = (MappedBlock::of(block), &self.file, self.loader.ram.last())
+        else {
+            return Ok(());
+        };
+        let loaded = page_file::load(file, &layout, self.loader.guest, &block.name, &touched, self.threads);
+        self.from_file += loaded.map_err(|error| error.within(format!("RAM block '{}'", block.name)))?;
+        let gap = self.decoder.payload_remaining();
+        self.inlet.jump(layout.end(), file)?;
+        self.jumped += gap;
+        self.decoder.skip_payload(gap).map_err(located)?;
+        Ok(())
     }
 
     /// Reads to the end of the stream, with the description if there is one.
@@ -204,6 +245,7 @@ impl Engine<'_> {
                     match then {
                         Then::GoOn => {}
                         Then::Page(memory) => self.page(&memory)?,
+                        Then::Block(block) => self.load_block(&block)?,
                         Then::Answer(message) => self.report(&message),
                         Then::Synchronise(mark) => self.synchronise(mark, offset)?,
                     }
@@ -309,6 +351,8 @@ struct Loader<'e> {
     return_path: bool,
     /// The source confirms the handover.
     confirmation: bool,
+    /// Capability `mapped-ram` is on here.
+    mapped_ram: bool,
     /// Says when to agree to the switchover. No device of this machine wants to be asked.
     gate: DestinationGate,
 }
@@ -318,6 +362,8 @@ enum Then<'e> {
     GoOn,
     /// The next bytes belong there.
     Page(VolatileSlice<'e>),
+    /// The pages of this block are in the file.
+    Block(RamBlock),
     /// The source is to hear this.
     Answer(Message),
     /// The page channels may have to be waited for.
@@ -330,7 +376,14 @@ impl<'e> Loader<'e> {
             Event::Ram(RamRecord::Page(page)) => return Ok(Then::Page(self.ram.page(page))),
             Event::Ram(RamRecord::MultifdFlush) => return Ok(Then::Synchronise(Mark::Flush)),
             Event::Ram(RamRecord::EndOfSection) => return Ok(Then::Synchronise(Mark::Eos)),
-            Event::Ram(record) => self.ram.record(self.guest, record)?,
+            Event::Ram(record) => {
+                self.ram.record(self.guest, record)?;
+                if let RamRecord::Block(block) = record
+                    && block.mapped_ram.is_some()
+                {
+                    return Ok(Then::Block(block.clone()));
+                }
+            }
             Event::Configuration(configuration) => self.compare(configuration)?,
             Event::Section { kind, header } => self.open(*kind, header)?,
             Event::Body(body) => {
@@ -393,6 +446,10 @@ impl<'e> Loader<'e> {
             let found = configuration.machine.escape_ascii().to_string();
             return Err(LoadError::MachineType { found, expected: expected.into() });
         }
+        let (here, there) = (self.mapped_ram, configuration.has_capability(MAPPED_RAM));
+        if here != there {
+            return Err(LoadError::CapabilityDiffers { name: MAPPED_RAM, here });
+        }
         for subsection in &configuration.subsections {
             match subsection {
                 ConfigurationSubsection::TargetPageBits(_) => {
@@ -402,7 +459,7 @@ impl<'e> Loader<'e> {
                     }
                 }
                 ConfigurationSubsection::Capabilities(names) => {
-                    if let Some(found) = names.first().cloned() {
+                    if let Some(found) = names.iter().find(|name| *name != MAPPED_RAM).cloned() {
                         return Err(LoadError::Capability { found });
                     }
                 }

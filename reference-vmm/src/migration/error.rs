@@ -1,8 +1,10 @@
 //! Why a migration failed.
 
-use super::{Address, GuestError, ReturnPathError};
+use super::{Address, BadCapability, GuestError, ReturnPathError};
+use crate::descriptors::BadDescriptor;
+use qevm_savevm::mapped_ram::MappedRamError;
 use qevm_wire::{Blame, CountedString, Fault, Located};
-use std::{io, time::Duration};
+use std::{io, path::PathBuf, time::Duration};
 
 /// Why a migration failed. On the source the guest goes on in every case.
 #[derive(Debug, thiserror::Error)]
@@ -22,6 +24,37 @@ pub enum MigrationError {
         /// Where.
         address: Address,
         /// The system's reason.
+        source: io::Error,
+    },
+    /// The migration cannot begin now.
+    #[error(transparent)]
+    Refused(#[from] super::Refused),
+    /// The capabilities do not go with the transport.
+    #[error(transparent)]
+    Capability(#[from] BadCapability),
+    /// The file that the guest is to go to cannot be made.
+    #[error("Could not create '{path}': {source}")]
+    Create {
+        /// The file.
+        path: PathBuf,
+        /// The system's reason.
+        source: io::Error,
+    },
+    /// What the guest is to come from, or a descriptor or command that it is to go to, cannot be used.
+    #[error("Could not open '{address}': {source}")]
+    Open {
+        /// Where.
+        address: Address,
+        /// The system's reason.
+        source: io::Error,
+    },
+    /// There is no such descriptor.
+    #[error(transparent)]
+    Descriptor(#[from] BadDescriptor),
+    /// The destination has been sent everything, and the command that carries it has failed: whether the guest runs there is not known.
+    #[error("{source}; it had everything, so see whether the guest runs at the destination before you say 'cont'")]
+    Unsettled {
+        /// How the command has ended.
         source: io::Error,
     },
     /// The channel broke while sending.
@@ -127,6 +160,28 @@ pub enum LoadError {
         /// The capability.
         found: CountedString,
     },
+    /// A capability that both sides must agree on.
+    #[error(
+        "Capability {name} is {}, but received capability is {}: set it here as at the source, before migrate-incoming",
+        if *here { "on" } else { "off" }, if *here { "off" } else { "on" }
+    )]
+    CapabilityDiffers {
+        /// The capability.
+        name: &'static str,
+        /// It is on here.
+        here: bool,
+    },
+    /// The bitmap of a mapped-ram file, or what it says of the file.
+    #[error(transparent)]
+    MappedRam(#[from] MappedRamError),
+    /// A mapped-ram file cannot be read.
+    #[error("cannot {doing}: {source}")]
+    File {
+        /// What was being done.
+        doing: &'static str,
+        /// The system's reason.
+        source: io::Error,
+    },
     /// A RAM block that this machine does not have.
     #[error(
         "unknown ramblock \"{found}\"; this machine has {expected}. Start it with the source's devices and firmware"
@@ -221,7 +276,10 @@ impl Blame for LoadError {
             LoadError::Switchover(kind) => kind.fault(),
             LoadError::Unsupported(_) => Fault::Unsupported,
             LoadError::Multifd(kind) => kind.fault(),
-            LoadError::MultifdOff
+            LoadError::MappedRam(kind) => kind.fault(),
+            LoadError::File { .. } => Fault::Truncated,
+            LoadError::CapabilityDiffers { .. }
+            | LoadError::MultifdOff
             | LoadError::MachineType { .. }
             | LoadError::Capability { .. }
             | LoadError::UnknownRamBlock { .. }

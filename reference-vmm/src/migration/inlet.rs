@@ -1,6 +1,6 @@
 //! The reading end of a channel: a buffer for records, and a way past it for pages.
 
-use super::{Channel, MigrationError, channel::Target};
+use super::{Channel, MigrationError, channel::Target, page_file::PageFile};
 use std::io;
 use vm_memory::{Bytes, VolatileSlice};
 
@@ -17,11 +17,11 @@ pub(crate) struct Inlet<'c> {
 const ROOM: usize = 128 << 10;
 
 impl<'c> Inlet<'c> {
-    /// `first` is what was read from the channel already.
-    pub(crate) fn new(channel: &'c dyn Channel, first: &[u8]) -> Self {
+    /// `first` is what was read from the channel already. Bytes are counted from `offset` on.
+    pub(crate) fn new(channel: &'c dyn Channel, first: &[u8], offset: u64) -> Self {
         let mut buffer = first.to_vec();
         buffer.resize(first.len().max(ROOM), 0);
-        Inlet { channel, buffer, start: 0, end: first.len(), received: first.len() as u64 }
+        Inlet { channel, buffer, start: 0, end: first.len(), received: offset + first.len() as u64 }
     }
 
     /// What has arrived and is not used.
@@ -29,9 +29,22 @@ impl<'c> Inlet<'c> {
         &self.buffer[self.start..self.end]
     }
 
-    /// Bytes used so far.
+    /// Where the next byte to use is: so many bytes were used so far, and lie in front of the stream in its file.
     pub(crate) fn offset(&self) -> u64 {
         self.received - self.bytes().len() as u64
+    }
+
+    /// Leaves everything out up to byte `offset`, which is not behind what is here or what the file has.
+    pub(crate) fn jump(&mut self, offset: u64, file: &PageFile) -> Result<(), MigrationError> {
+        let distance = offset.saturating_sub(self.offset());
+        match usize::try_from(distance).ok().filter(|distance| *distance <= self.bytes().len()) {
+            Some(distance) => self.consume(distance),
+            None => {
+                file.seek(offset).map_err(|source| MigrationError::Receive { offset: self.received, source })?;
+                (self.start, self.end, self.received) = (0, 0, offset);
+            }
+        }
+        Ok(())
     }
 
     /// Uses up the first `count` bytes.

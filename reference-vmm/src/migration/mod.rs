@@ -4,11 +4,12 @@
 //!
 //! | module | what |
 //! |---|---|
-//! | `address`, `channel`, `socket`, `connections` | where a peer is, and the ways to it |
+//! | `address`, `channel`, `socket`, `pipe`, `connections` | where a peer is, and the ways to it |
 //! | `capabilities`, `parameters`, [`rate`] | QEMU's settings by their names; the rate limit |
 //! | `guest` | [`Guest`]: what the engines need of a virtual machine |
 //! | [`bitmap`], `zero`, `ram_sender` | dirty pages, and sending them straight from guest memory |
 //! | `multifd` | page channels: threads that send and receive pages beside the main channel |
+//! | `page_file` | files in which every page has its place |
 //! | `pending`, [`switchover`] | what remains of everything, and when to stop the guest |
 //! | `source`, `return_path` | [`migrate`]: the source engine |
 //! | `inlet`, `touched`, `ram_receiver`, `destination` | [`receive`]: the destination engine |
@@ -36,10 +37,12 @@ mod inlet;
 mod job;
 mod machine;
 mod multifd;
+mod page_file;
 #[cfg(test)]
 mod pair;
 mod parameters;
 mod pending;
+mod pipe;
 mod ram_receiver;
 mod ram_sender;
 pub mod rate;
@@ -53,6 +56,7 @@ mod touched;
 mod zero;
 
 pub(crate) use capabilities::RULES;
+pub(crate) use connections::check_transport;
 
 pub use address::{Address, BadAddress};
 pub use capabilities::{BadCapability, Capabilities, KNOWN as KNOWN_CAPABILITIES};
@@ -64,6 +68,7 @@ pub use guest::{DeviceSection, DirtyLog, Guest, GuestError, RamView, SavedDevice
 pub use job::{Job, Notice, Refused};
 pub use parameters::{BadParameter, Mode, Parameters};
 pub use pending::{IterativeDevice, Pending};
+pub use pipe::Pipe;
 pub use return_path::ReturnPathError;
 pub use socket::{Listener, Socket};
 pub use source::{migrate, monotonic_now};

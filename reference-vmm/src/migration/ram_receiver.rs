@@ -58,6 +58,11 @@ impl<'g> RamReceiver<'g> {
         block.memory(page)
     }
 
+    /// Which pages of the block that was listed last were written to.
+    pub(crate) fn last(&self) -> Option<Arc<Touched>> {
+        self.blocks.last().map(|block| block.written.clone())
+    }
+
     /// The blocks listed so far.
     pub(crate) fn listed(&self) -> Vec<Listed> {
         let listed = |block: &Block<'_>| Listed {

@@ -4,7 +4,8 @@ use super::{
     Channel, DirtyLog, MigrationError, RamView,
     bitmap::PageBitmap,
     channel::{Source, write_all},
-    multifd::{Batch, Queue},
+    multifd::{Batch, Counts, Queue},
+    page_file::Saving,
     zero::is_zero,
 };
 use crate::memory::PAGE_SIZE;
@@ -150,6 +151,23 @@ impl<'g> RamSender<'g> {
         write_all(channel, &mut parts).map_err(|source| MigrationError::Send { doing: "pages", source })?;
         stream.clear();
         Ok(any.then_some(sent))
+    }
+
+    /// Like [`send`](Self::send), but writes the pages to their places in a file.
+    pub(crate) fn save(
+        &mut self,
+        saving: &Saving,
+        mut log: Option<&mut dyn DirtyLog>,
+        limit: u64,
+    ) -> Result<Option<Sent>, MigrationError> {
+        let Some((index, run)) = self.next_run(limit.clamp(1, BATCH_PAGES)) else { return Ok(None) };
+        self.reset_log(index, &run, &mut log)?;
+        let block = &mut self.blocks[index];
+        block.dirty.clear_range(run.clone());
+        self.place = (index, run.end);
+        let offsets: Vec<_> = run.map(|page| page * self.pages.size()).collect();
+        let Counts { bytes, normal, zero } = saving.save(index, &block.view, &offsets)?;
+        Ok(Some(Sent { bytes, normal, zero }))
     }
 
     /// Like [`send`](Self::send), but hands the pages to the page channels, a packet at a time. With `legacy`, zero pages are

@@ -8,7 +8,7 @@ use std::{
     fs, io,
     net::{Shutdown, TcpListener, TcpStream},
     os::{
-        fd::{AsRawFd, RawFd},
+        fd::{AsRawFd, OwnedFd, RawFd},
         unix::net::{UnixListener, UnixStream},
     },
     sync::Arc,
@@ -36,10 +36,31 @@ impl Socket {
                 TcpStream::connect((host, *port)).and_then(Socket::tcp)
             }
             Address::Unix(path) => UnixStream::connect(path).map(Socket::Unix),
+            _ => Err(io::ErrorKind::Unsupported.into()),
         };
         match connected {
             Ok(socket) => Ok(Arc::new(socket)),
             Err(source) => Err(MigrationError::Connect { address: address.clone(), source }),
+        }
+    }
+
+    /// Takes over a connected socket that somebody else has opened.
+    ///
+    /// # Errors
+    /// The system's: it is not connected, for example.
+    pub(crate) fn adopt(fd: OwnedFd) -> io::Result<Socket> {
+        let stream = UnixStream::from(fd);
+        stream.set_nonblocking(false)?;
+        // SAFETY: all bits zero are an address of no family.
+        let mut address: libc::sockaddr_storage = unsafe { std::mem::zeroed() };
+        let mut len = size_of_val(&address) as libc::socklen_t;
+        // SAFETY: there is room for so many bytes.
+        if unsafe { libc::getpeername(stream.as_raw_fd(), (&raw mut address).cast(), &raw mut len) } != 0 {
+            return Err(io::Error::last_os_error());
+        }
+        match libc::c_int::from(address.ss_family) {
+            libc::AF_INET | libc::AF_INET6 => Socket::tcp(TcpStream::from(OwnedFd::from(stream))),
+            _ => Ok(Socket::Unix(stream)),
         }
     }
 
@@ -206,6 +227,7 @@ impl Listener {
                 let socket = UnixListener::bind(path)?;
                 Ok(Listener { socket: Listening::Unix(socket), address: address.clone() })
             }
+            _ => Err(io::ErrorKind::Unsupported.into()),
         }
     }
 

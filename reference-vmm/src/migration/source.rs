@@ -3,13 +3,14 @@
 mod backlog;
 mod devices;
 mod ending;
+mod set_up;
 
 use super::{
     Channel, DirtyLog, Guest, Job, MigrationError, Mode, Notice, Outgoing, Status,
     channel::{Source, write_all},
     converge::{AutoConverge, Trigger},
-    handover,
-    multifd::{Counts, Queue, Settings, send_pages},
+    multifd::{Counts, Queue, Settings, save_pages, send_pages},
+    page_file::Saving,
     pending::Account,
     ram_sender::{RamSender, Sent},
     rate::RateLimiter,
@@ -18,7 +19,7 @@ use super::{
     switchover::{Bandwidth, Decision, Round, Switchover, expected_downtime, per_second},
 };
 use qevm_multifd::{SourceSync, SyncError, SyncStep};
-use qevm_savevm::{Encoder, StreamWriter, command::Command, configuration::Configuration, framing::SectionHeader, ram};
+use qevm_savevm::{Encoder, StreamWriter};
 use qevm_wire::{CountedString, Located, PageGeometry, Profile, profile::ZeroPageDetection};
 use std::{
     sync::atomic::AtomicU64,
@@ -49,10 +50,16 @@ const EXPLANATION_PATIENCE: Duration = Duration::from_secs(1);
 pub fn migrate(guest: &dyn Guest, connections: &Outgoing, job: &Job, profile: &Profile) -> Result<(), MigrationError> {
     let capabilities = job.capabilities();
     let channel = &*connections.main;
-    let settings = Settings::of(capabilities, &job.parameters(), profile).filter(|_| !connections.pages.is_empty());
+    let saving = connections.file.clone().map(|file| {
+        // Without page channels of its own nobody else looks for zero pages, as on a connection.
+        let holes = !capabilities.multifd || job.parameters().zero_page_detection != ZeroPageDetection::None;
+        Saving::new(file, holes)
+    });
+    let settings = Settings::of(capabilities, &job.parameters(), profile)
+        .filter(|_| !connections.pages.is_empty() || saving.is_some());
     let pages = settings.as_ref().map(|settings| PageChannels {
         queue: Queue::new(settings.channels),
-        legacy: settings.zero_pages == ZeroPageDetection::Legacy,
+        legacy: settings.zero_pages == ZeroPageDetection::Legacy && saving.is_none(),
         packets: AtomicU64::new(0),
     });
     let flow = profile.switchover_ack.filter(|_| capabilities.switchover_ack);
@@ -67,11 +74,15 @@ pub fn migrate(guest: &dyn Guest, connections: &Outgoing, job: &Job, profile: &P
             });
         }
         if let Some((settings, pages)) = settings.as_ref().zip(pages.as_ref()) {
+            if let Some(saving) = &saving {
+                (0..settings.channels).for_each(|_| drop(scope.spawn(|| save_pages(guest, saving, &pages.queue))));
+            }
             for (number, channel) in (0..=u8::MAX).zip(&connections.pages) {
                 scope.spawn(move || send_pages(guest, &**channel, number, settings, &pages.queue, &pages.packets));
             }
         }
-        let mut engine = Engine::new(guest, connections, job, profile, return_path.as_ref(), pages.as_ref());
+        let mut engine =
+            Engine::new(guest, connections, job, profile, return_path.as_ref(), pages.as_ref(), saving.as_ref());
         let result = job.attach(connections.all()).and_then(|()| engine.run());
         let result = result.map_err(|error| engine.explain(error)).map_err(|error| engine.back_out(error));
         if let Some(pages) = &pages {
@@ -98,6 +109,8 @@ struct Engine<'e> {
     profile: &'e Profile,
     return_path: Option<&'e ReturnPath>,
     pages: Option<&'e PageChannels>,
+    /// The pages have places in a file.
+    saving: Option<&'e Saving>,
     /// When the page channels synchronise.
     sync: SourceSync,
     stream: StreamWriter,
@@ -133,6 +146,7 @@ impl<'e> Engine<'e> {
         profile: &'e Profile,
         return_path: Option<&'e ReturnPath>,
         pages: Option<&'e PageChannels>,
+        saving: Option<&'e Saving>,
     ) -> Self {
         Engine {
             guest,
@@ -142,6 +156,7 @@ impl<'e> Engine<'e> {
             profile,
             return_path,
             pages,
+            saving,
             sync: SourceSync::new(profile),
             stream: StreamWriter::new(Encoder::new(PageGeometry::X86), profile.send_section_footer),
             start: Instant::now(),
@@ -181,38 +196,6 @@ impl<'e> Engine<'e> {
         self.send_rest(&mut ram, devices)?;
         // The log ends with this function: stopping it takes longer than all the rest of the downtime.
         self.hand_over().inspect(|()| self.handed_over = Some(Instant::now()))
-    }
-
-    /// Everything up to the list of RAM blocks.
-    fn set_up(&mut self, ram: &RamSender<'_>) -> Result<(), MigrationError> {
-        let configuration = self.profile.send_configuration.then(|| Configuration::new(self.guest.machine_type()));
-        self.stream.header(configuration.as_ref())?;
-        if self.return_path.is_some() {
-            self.stream.command(Command::OpenReturnPath)?;
-            self.stream.command(Command::Ping(1))?;
-            self.stream.command(Command::Ping(handover::ANNOUNCE))?;
-        }
-        self.stream.section_start(&SectionHeader {
-            section_id: RAM_SECTION,
-            idstr: idstr("ram")?,
-            instance_id: 0,
-            version_id: ram::SECTION_VERSION,
-        })?;
-        let blocks = ram.remaining().map(|(name, len)| Ok(ram::RamBlock::new(idstr(name)?, len)));
-        self.stream.ram_setup(blocks.collect::<Result<Vec<_>, MigrationError>>()?)?;
-        self.synchronise(SourceSync::setup)?;
-        self.stream.footer()?;
-        self.begin_devices()?;
-        self.flush("the list of RAM blocks")?;
-        let total = ram.remaining().map(|(_, bytes)| bytes).sum();
-        let limit = self.job.parameters().downtime_limit();
-        self.job.update(|statistics| {
-            statistics.setup_time = self.start.elapsed();
-            statistics.ram.total = total;
-            statistics.ram.page_size = PageGeometry::X86.size();
-            statistics.expected_downtime = limit;
-        });
-        Ok(())
     }
 
     /// Sends rounds of dirty pages until the guest may be stopped. The log is read at the end of each.
@@ -326,9 +309,10 @@ impl<'e> Engine<'e> {
         log: Option<&mut dyn DirtyLog>,
         limit: u64,
     ) -> Result<bool, MigrationError> {
-        let sent = match self.pages {
-            None => ram.send(self.channel, &mut self.stream, log, limit)?,
-            Some(pages) => {
+        let sent = match (self.pages, self.saving) {
+            (None, Some(saving)) => ram.save(saving, log, limit)?,
+            (None, None) => ram.send(self.channel, &mut self.stream, log, limit)?,
+            (Some(pages), _) => {
                 self.sync.pages().map_err(synchronisation)?;
                 let sent = ram.hand_over(&pages.queue, &mut self.stream, log, limit, pages.legacy)?;
                 if self.stream.bytes().len() >= FLUSH_AT {
@@ -367,6 +351,8 @@ impl<'e> Engine<'e> {
                     pages.queue.synchronise()?;
                     self.count_pages();
                 }
+                // In a file the threads have synchronised, and nobody reads along.
+                (SyncStep::Flush, Some(_)) if self.saving.is_some() => {}
                 (SyncStep::Flush, Some(_)) => self.stream.multifd_flush()?,
             }
         }

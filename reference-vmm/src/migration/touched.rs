@@ -21,21 +21,40 @@ impl Touched {
 
     /// Adds pages; those behind the end are left out.
     pub(crate) fn mark(&self, pages: Range<u64>) {
-        for (word, bits) in (pages.start / BITS..).zip(self.0.iter().skip((pages.start / BITS) as usize)) {
-            let first = word * BITS;
-            if first >= pages.end {
-                return;
-            }
-            let low = u64::MAX << pages.start.saturating_sub(first);
-            let high = u64::MAX >> (BITS - (pages.end - first).min(BITS));
-            bits.fetch_or(low & high, Ordering::Relaxed);
+        for (word, bits) in words(&pages).zip(self.0.iter().skip((pages.start / BITS) as usize)) {
+            bits.fetch_or(mask(word, &pages), Ordering::Relaxed);
         }
+    }
+
+    /// Takes pages out; those behind the end are left out.
+    pub(crate) fn clear(&self, pages: Range<u64>) {
+        for (word, bits) in words(&pages).zip(self.0.iter().skip((pages.start / BITS) as usize)) {
+            bits.fetch_and(!mask(word, &pages), Ordering::Relaxed);
+        }
+    }
+
+    /// A byte for each eight pages, the first of them in the lowest bit: whole 64-bit words.
+    pub(crate) fn to_bytes(&self) -> Vec<u8> {
+        self.0.iter().flat_map(|word| word.load(Ordering::Relaxed).to_le_bytes()).collect()
     }
 
     /// Whether a page was written to.
     pub(crate) fn contains(&self, page: u64) -> bool {
         self.0.get((page / BITS) as usize).is_some_and(|word| word.load(Ordering::Relaxed) >> (page % BITS) & 1 != 0)
     }
+}
+
+/// The words that have bits of `pages`.
+fn words(pages: &Range<u64>) -> Range<u64> {
+    pages.start / BITS..if pages.is_empty() { 0 } else { pages.end.div_ceil(BITS) }
+}
+
+/// The bits of one of these words.
+fn mask(word: u64, pages: &Range<u64>) -> u64 {
+    let first = word * BITS;
+    let low = u64::MAX << pages.start.saturating_sub(first);
+    let high = u64::MAX >> (BITS - (pages.end - first).min(BITS));
+    low & high
 }
 
 #[cfg(test)]
@@ -51,6 +70,11 @@ mod tests {
                 assert_eq!(touched.contains(page), range.contains(&page), "{page} of {range:?}");
             }
         }
+        let touched = Touched::new(200, true);
+        touched.clear(63..130);
+        assert!((0..200).all(|page| touched.contains(page) != (63..130).contains(&page)));
+        let bytes = touched.to_bytes();
+        assert_eq!((bytes.len(), bytes[7], bytes[8], bytes[16]), (32, 0x7f, 0, 0xfc));
         assert!(Touched::new(3, true).contains(2));
         assert!(!Touched::new(3, true).contains(64));
     }

@@ -1,6 +1,7 @@
 //! The other end of QMP: a client that blocks.
 
 use serde_json::{Value, json};
+use std::os::fd::AsRawFd;
 use std::{
     io,
     io::{BufRead, BufReader, Write},
@@ -9,6 +10,7 @@ use std::{
     thread,
     time::{Duration, Instant},
 };
+use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
 /// Why a command did not succeed.
 #[derive(Debug, thiserror::Error)]
@@ -72,6 +74,26 @@ impl Client {
     pub fn execute(&mut self, command: &str, arguments: Value) -> Result<Value, ClientError> {
         let request = json!({ "execute": command, "arguments": arguments });
         self.reader.get_mut().write_all(format!("{request}\r\n").as_bytes())?;
+        self.reply(command)
+    }
+
+    /// Runs a command that takes a descriptor, such as `getfd`, and sends it along.
+    ///
+    /// # Errors
+    /// [`ClientError`].
+    pub fn execute_with(
+        &mut self,
+        command: &str,
+        arguments: Value,
+        descriptor: &impl AsRawFd,
+    ) -> Result<Value, ClientError> {
+        let request = json!({ "execute": command, "arguments": arguments }).to_string();
+        let sent = self.reader.get_ref().send_with_fd(request.as_bytes(), descriptor.as_raw_fd());
+        sent.map_err(io::Error::from)?;
+        self.reply(command)
+    }
+
+    fn reply(&mut self, command: &str) -> Result<Value, ClientError> {
         loop {
             let mut message = self.message(command)?;
             if let Some(value) = message.get_mut("return") {

@@ -1,6 +1,6 @@
 //! The commands.
 
-use super::{arguments::Arguments, dirty_rate, protocol::Failure};
+use super::{arguments::Arguments, descriptors, dirty_rate, place::place, protocol::Failure};
 use crate::{
     migration::{Address, KNOWN_CAPABILITIES, Status},
     vmm::{Exit, RunState, Vmm},
@@ -11,10 +11,13 @@ use std::sync::Arc;
 type Command = fn(&Arc<Vmm>, &mut Arguments) -> Result<Value, Failure>;
 
 /// Every command but `qmp_capabilities`.
-const COMMANDS: [(&str, Command); 27] = [
+const COMMANDS: [(&str, Command); 32] = [
+    ("add-fd", descriptors::add_fd),
     ("calc-dirty-rate", dirty_rate::calc),
     ("cancel-vcpu-dirty-limit", dirty_rate::cancel_limit),
+    ("closefd", descriptors::closefd),
     ("cont", cont),
+    ("getfd", descriptors::getfd),
     ("migrate", migrate),
     ("migrate-continue", migrate_continue),
     ("migrate-incoming", migrate_incoming),
@@ -26,6 +29,7 @@ const COMMANDS: [(&str, Command); 27] = [
     ("migrate_cancel", migrate_cancel),
     ("query-commands", query_commands),
     ("query-dirty-rate", dirty_rate::query),
+    ("query-fdsets", descriptors::query_fdsets),
     ("query-migrate", query_migrate),
     ("query-migrate-capabilities", query_migrate_capabilities),
     ("query-migrate-parameters", query_migrate_parameters),
@@ -34,6 +38,7 @@ const COMMANDS: [(&str, Command); 27] = [
     ("query-vcpu-dirty-limit", dirty_rate::query_limit),
     ("query-version", query_version),
     ("quit", quit),
+    ("remove-fd", descriptors::remove_fd),
     ("set-vcpu-dirty-limit", dirty_rate::set_limit),
     ("stop", stop),
     ("x-query-handover", query_handover),
@@ -112,12 +117,12 @@ fn query_commands(_: &Arc<Vmm>, arguments: &mut Arguments) -> Result<Value, Fail
 }
 
 fn migrate(vmm: &Arc<Vmm>, arguments: &mut Arguments) -> Result<Value, Failure> {
-    let address = address(arguments)?;
+    let address = place(arguments)?;
     // QEMU ignored `detach` as long as it had it, which was up to 10.x.
     arguments.flag("detach")?;
     let resume = arguments.flag("resume")?;
     only(arguments)?;
-    let address = address.parse()?;
+    let address = address.look_at()?;
     if resume {
         return Err(Failure::generic("Cannot resume if there is no paused migration"));
     }
@@ -129,7 +134,7 @@ fn migrate(vmm: &Arc<Vmm>, arguments: &mut Arguments) -> Result<Value, Failure> 
 }
 
 fn migrate_incoming(vmm: &Arc<Vmm>, arguments: &mut Arguments) -> Result<Value, Failure> {
-    let address = address(arguments)?;
+    let address = place(arguments)?;
     arguments.flag("exit-on-error")?;
     only(arguments)?;
     if !vmm.expects_guest() {
@@ -138,68 +143,8 @@ fn migrate_incoming(vmm: &Arc<Vmm>, arguments: &mut Arguments) -> Result<Value, 
     if !vmm.may_listen() {
         return Err(Failure::generic("The incoming migration has already been started"));
     }
-    vmm.listen(&address.parse()?).map_err(|error| Failure::generic(error.to_string()))?;
+    vmm.listen(&address.look_at()?).map_err(|error| Failure::generic(error.to_string()))?;
     Ok(empty())
-}
-
-/// An address as it was given, before it is looked at.
-struct Uri(String);
-
-impl Uri {
-    fn parse(&self) -> Result<Address, Failure> {
-        self.0.parse().map_err(|error: crate::migration::BadAddress| Failure::generic(error.to_string()))
-    }
-}
-
-/// `uri`, or the one main channel of `channels`.
-fn address(arguments: &mut Arguments) -> Result<Uri, Failure> {
-    let (uri, channels) = (arguments.optional_text("uri")?, arguments.optional_list("channels")?.unwrap_or_default());
-    match (uri, channels.len()) {
-        (None, 0) => Err(Failure::generic("need either 'uri' or 'channels' argument")),
-        (Some(uri), 0) => Ok(Uri(uri)),
-        (Some(_), _) => Err(Failure::generic("need either 'uri' or 'channels' argument")),
-        (None, _) => {
-            let mut uris = Vec::new();
-            for (i, channel) in channels.into_iter().enumerate() {
-                let mut channel = arguments.inner(channel, &format!("channels[{i}]"))?;
-                let kind = channel.choice("channel-type", &["main", "cpr"])?;
-                let uri = transport(channel.object("addr")?)?;
-                channel.finish()?;
-                if kind != "main" {
-                    return Err(Failure::generic("channel type 'cpr' is not supported here"));
-                }
-                uris.push(uri);
-            }
-            match <[Uri; 1]>::try_from(uris) {
-                Ok([uri]) => Ok(uri),
-                Err(_) => Err(Failure::generic("Channel list has more than one entries")),
-            }
-        }
-    }
-}
-
-fn transport(mut addr: Arguments) -> Result<Uri, Failure> {
-    let uri = match addr.choice("transport", &["socket", "exec", "rdma", "file"])?.as_str() {
-        "socket" => match addr.choice("type", &["inet", "unix", "vsock", "fd"])?.as_str() {
-            "inet" => {
-                let host = addr.text("host")?;
-                let host = if host.contains(':') { format!("[{host}]") } else { host };
-                format!("tcp:{host}:{}", addr.text("port")?)
-            }
-            "unix" => format!("unix:{}", addr.text("path")?),
-            "vsock" => format!("vsock:{}:{}", addr.text("cid")?, addr.text("port")?),
-            _ => format!("fd:{}", addr.text("str")?),
-        },
-        "file" => {
-            let (filename, offset) = (addr.text("filename")?, addr.integer("offset")?);
-            if offset == 0 { format!("file:{filename}") } else { format!("file:{filename},offset={offset:#x}") }
-        }
-        other => {
-            return Err(Failure::generic(format!("transport '{other}' is not supported here as a channel; use 'uri'")));
-        }
-    };
-    addr.finish()?;
-    Ok(Uri(uri))
 }
 
 fn migrate_cancel(vmm: &Arc<Vmm>, arguments: &mut Arguments) -> Result<Value, Failure> {
@@ -301,9 +246,9 @@ fn query_migrate(vmm: &Arc<Vmm>, arguments: &mut Arguments) -> Result<Value, Fai
         _ => outgoing.to_json(),
     };
     if outgoing.status == Status::None
-        && let Some(address) = vmm.listening()
+        && let Some(address) = vmm.listening().as_ref().and_then(socket_address)
     {
-        object["socket-address"] = json!([socket_address(&address)]);
+        object["socket-address"] = json!([address]);
     }
     dirty_rate::add_limit_times(vmm, &mut object);
     let blockers = vmm.blockers();
@@ -313,11 +258,13 @@ fn query_migrate(vmm: &Arc<Vmm>, arguments: &mut Arguments) -> Result<Value, Fai
     Ok(object)
 }
 
-fn socket_address(address: &Address) -> Value {
-    match address {
+/// Where others find a socket; nothing else has an address.
+fn socket_address(address: &Address) -> Option<Value> {
+    Some(match address {
         Address::Tcp { host, port } => json!({ "port": port.to_string(), "type": "inet", "host": host }),
         Address::Unix(path) => json!({ "path": path.display().to_string(), "type": "unix" }),
-    }
+        _ => return None,
+    })
 }
 
 /// An extension: when the guest was stopped and started here by `CLOCK_MONOTONIC`, in ns. On one host the difference

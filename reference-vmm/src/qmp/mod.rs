@@ -7,7 +7,9 @@
 mod arguments;
 mod client;
 mod commands;
+mod descriptors;
 mod dirty_rate;
+mod place;
 mod protocol;
 mod server;
 

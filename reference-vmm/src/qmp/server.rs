@@ -1,14 +1,14 @@
 //! The socket, and the clients on it.
 
 use super::{
-    commands,
+    commands, descriptors,
     protocol::{Failure, Request, Requests, reply},
 };
 use crate::vmm::{Event, Vmm};
 use serde_json::{Value, json};
 use std::{
     fs, io,
-    io::{Read, Write},
+    io::Write,
     os::unix::net::{UnixListener, UnixStream},
     path::{Path, PathBuf},
     sync::{Arc, Mutex, PoisonError, mpsc},
@@ -39,6 +39,7 @@ impl Server {
                 if let Err(error) = client.and_then(|client| serve(&client, &vmm)) {
                     tracing::debug!(%error, "a QMP client broke off");
                 }
+                vmm.descriptors().forget_received();
             }
         });
         Ok(Server { path: path.into() })
@@ -82,8 +83,9 @@ fn serve(client: &UnixStream, vmm: &Arc<Vmm>) -> io::Result<()> {
             };
             send(&writer, &reply(result, id))?;
         }
-        let mut client = client;
-        match client.read(&mut buffer)? {
+        let (count, descriptors) = descriptors::read(client, &mut buffer)?;
+        vmm.descriptors().receive(descriptors);
+        match count {
             0 => return Ok(()),
             count => requests.push(&buffer[..count]),
         }

@@ -91,7 +91,7 @@ pub(crate) fn gather(
     // All have come, as the loop's condition says.
     let Some((main, first)) = main else { return Err(MigrationError::ChannelsEnded) };
     pages.sort_by_key(PageStream::number);
-    Ok(Incoming { main, first, pages, settings: Some(settings.clone()) })
+    Ok(Incoming { main, first, offset: 0, pages, settings: Some(settings.clone()), file: None })
 }
 
 impl Stranger {

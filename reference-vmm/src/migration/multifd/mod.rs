@@ -5,6 +5,7 @@
 //! | `settings` | [`Settings`]: what both sides have agreed on |
 //! | `queue` | [`Queue`]: batches of pages for the channels, bounded, and who has synchronised |
 //! | `sender` | a thread that sends batches straight from guest memory |
+//! | `saver` | a thread that writes them to their places in a file instead (`mapped-ram`) |
 //! | `arrivals` | connections in whatever order they come, told apart by their first bytes |
 //! | `stream` | the reading end of one page channel |
 //! | `receiver` | a thread that reads pages straight into guest memory |
@@ -14,6 +15,7 @@ mod arrivals;
 mod gate;
 mod queue;
 mod receiver;
+mod saver;
 mod sender;
 mod settings;
 mod stream;
@@ -22,6 +24,7 @@ pub(crate) use arrivals::{Patience, gather};
 pub(crate) use gate::{Gate, Mark};
 pub(crate) use queue::{Batch, Counts, Queue};
 pub(crate) use receiver::receive_pages;
+pub(crate) use saver::save_pages;
 pub(crate) use sender::send_pages;
 pub(crate) use settings::Settings;
 pub(crate) use stream::PageStream;

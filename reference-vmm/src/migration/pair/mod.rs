@@ -6,6 +6,7 @@
 mod device;
 mod devices;
 mod faults;
+mod files;
 mod guest;
 mod multifd;
 mod tests;

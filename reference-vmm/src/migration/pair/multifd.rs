@@ -1,6 +1,7 @@
 //! The same with page channels.
 
 use super::*;
+use crate::descriptors::Descriptors;
 use crate::migration::{
     Address, Listener, LoadError,
     multifd::{Patience, Settings, gather},
@@ -60,7 +61,7 @@ impl Pair {
         let main = main.unwrap_or_else(|| connect(Faults::default()));
         let written = main.clone();
         let pages = pages.into_iter().flatten().map(|channel| channel as Arc<dyn Channel>).collect();
-        let sending = Outgoing { main, pages };
+        let sending = Outgoing { main, pages, file: None };
         let profile = self.profile.clone();
         let (source, destination) = self.play(sending, move |job| {
             let settings = Settings::of(job.capabilities(), &job.parameters(), &profile);
@@ -208,7 +209,7 @@ fn the_capability_on_one_side_only_is_named() {
     let directory = tempfile::tempdir().unwrap();
     let address = Address::Unix(directory.path().join("in"));
     let listener = Listener::bind(&address).unwrap();
-    let sending = Outgoing::connect(&address, &pair.job).unwrap();
+    let sending = Outgoing::open(&address, &pair.job, &mut Descriptors::default()).unwrap();
     let profile = pair.profile.clone();
     let (source, destination) = pair.play(sending, move |job| {
         let settings = Settings::of(job.capabilities(), &job.parameters(), &profile).unwrap();

@@ -5,7 +5,7 @@ use crate::migration::{
     DeviceSection, MigrationError, SavedDevices, Status,
     channel::{Source, write_all},
     handover,
-    ram_sender::RamSender,
+    ram_sender::{RamSender, Sent},
 };
 use qevm_multifd::SourceSync;
 use qevm_savevm::{
@@ -60,6 +60,10 @@ impl Engine<'_> {
             self.check()?;
         }
         self.synchronise(SourceSync::round_end)?;
+        if let Some(saving) = self.saving {
+            let bytes = saving.finish()?;
+            self.sent(Sent { bytes, ..Sent::default() });
+        }
         self.synchronise(SourceSync::completion)?;
         self.stream.footer()?;
         self.send_device_rest()?;
@@ -81,7 +85,11 @@ impl Engine<'_> {
     pub(super) fn hand_over(&mut self) -> Result<(), MigrationError> {
         let Some(return_path) = self.return_path else {
             self.flush("the end of the stream")?;
-            return self.job.handed_over();
+            return match self.channel.settle() {
+                Ok(()) => self.job.handed_over(),
+                // The destination may have got everything, and run the guest.
+                Err(source) => Err(MigrationError::Unsettled { source }),
+            };
         };
         return_path.sent_everything();
         // Even if this breaks half-way, the destination may have all it needs: its verdict counts.
@@ -122,6 +130,10 @@ impl Engine<'_> {
         self.connections.close();
         self.let_run();
         let was_running = self.stopped.take().is_some_and(|stopped| stopped.was_running);
+        if matches!(error, MigrationError::Unsettled { .. }) {
+            self.guest.handed_over();
+            return error;
+        }
         if was_running && let Err(resume) = self.guest.resume() {
             let source = format!("{resume} (the migration had failed: {error})").into();
             return MigrationError::Guest { doing: "resume the guest", source };
