@@ -33,7 +33,7 @@ pub enum MigrationError {
     #[error(transparent)]
     Capability(#[from] BadCapability),
     /// The file that the guest is to go to cannot be made.
-    #[error("Could not create '{path}': {source}")]
+    #[error("Could not create '{path}': {}", reason(source))]
     Create {
         /// The file.
         path: PathBuf,
@@ -41,7 +41,7 @@ pub enum MigrationError {
         source: io::Error,
     },
     /// What the guest is to come from, or a descriptor or command that it is to go to, cannot be used.
-    #[error("Could not open '{address}': {source}")]
+    #[error("Could not open '{}': {}", opened(address), reason(source))]
     Open {
         /// Where.
         address: Address,
@@ -237,6 +237,20 @@ pub enum LoadError {
     /// The guest refused the state of its devices.
     #[error("cannot load the state of the devices: {0}")]
     Devices(GuestError),
+}
+
+/// A file is called by its path, as by QEMU.
+fn opened(address: &Address) -> String {
+    match address {
+        Address::File { path, .. } => path.display().to_string(),
+        other => other.to_string(),
+    }
+}
+
+/// The system's words without their number, as QEMU gives them.
+fn reason(source: &io::Error) -> String {
+    let text = source.to_string();
+    text.split_once(" (os error").map_or(text.as_str(), |(words, _)| words).into()
 }
 
 fn missing_channels(main: bool, pages: &[u8]) -> String {

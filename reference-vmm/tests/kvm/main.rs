@@ -14,6 +14,7 @@ mod migration;
 mod payload;
 mod qmp;
 mod state;
+mod transports;
 
 use std::fs::OpenOptions;
 use std::io::Write;
@@ -39,6 +40,7 @@ fn main() -> ExitCode {
         drives::TESTS,
         migration::TESTS,
         qmp::TESTS,
+        transports::TESTS,
     ]
     .concat();
     if missing.is_some() && !required && !arguments.list {

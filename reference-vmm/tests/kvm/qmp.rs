@@ -24,9 +24,13 @@ pub(crate) const TESTS: &[Test] = &[
 
 const MEMORY: u64 = 32 << 20;
 const PAYLOAD: &str = "dirty=4M rate=8M hold=1M zero=1M verify=16384 report=20";
-const PATIENCE: Duration = Duration::from_secs(60);
+pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
 
-fn serve(directory: &Path, name: &str, incoming: bool) -> (std::sync::Arc<Vmm>, Server, Client, crate::guest::Console) {
+pub(crate) fn serve(
+    directory: &Path,
+    name: &str,
+    incoming: bool,
+) -> (std::sync::Arc<Vmm>, Server, Client, crate::guest::Console) {
     let Guest { machine, console } = Guest::new(MEMORY, 1, PAYLOAD);
     let vmm = Vmm::new(machine, Profile::new(QemuVersion::NEWEST, "microvm"), incoming);
     let path = directory.join(name);
@@ -35,7 +39,7 @@ fn serve(directory: &Path, name: &str, incoming: bool) -> (std::sync::Arc<Vmm>, 
     (vmm, server, client, console)
 }
 
-fn refused(client: &mut Client, command: &str, arguments: Value) -> String {
+pub(crate) fn refused(client: &mut Client, command: &str, arguments: Value) -> String {
     match client.execute(command, arguments).unwrap_err() {
         ClientError::Refused { desc, .. } => desc,
         other => panic!("{command}: {other}"),
@@ -48,7 +52,7 @@ fn events(client: &mut Client) -> Vec<String> {
     client.events.drain(..).map(|event| event["event"].as_str().unwrap().to_owned()).collect()
 }
 
-fn wait_for_event(client: &mut Client, name: &str) {
+pub(crate) fn wait_for_event(client: &mut Client, name: &str) {
     let deadline = Instant::now() + PATIENCE;
     while !events(client).iter().any(|event| event == name) {
         assert!(Instant::now() < deadline, "no event {name}");

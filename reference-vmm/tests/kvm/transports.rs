@@ -1,0 +1,119 @@
+//! Running guests over descriptors, into files, and into files that are full.
+
+use std::os::unix::net::UnixStream;
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use reference_vmm::qmp::{Client, ClientError};
+use serde_json::{Value, json};
+
+use crate::Test;
+use crate::qmp::{PATIENCE, refused, serve, wait_for_event};
+
+pub(crate) const TESTS: &[Test] = &[
+    ("transport_descriptors_are_named_and_used", descriptors),
+    ("transport_a_full_disk_leaves_the_guest_running_and_a_file_takes_it", files),
+    ("transport_a_limit_on_files_is_no_end_of_the_guest", limited_files),
+];
+
+fn finished(client: &mut Client) -> Value {
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        let migration = client.execute("query-migrate", json!({})).unwrap();
+        match migration["status"].as_str() {
+            Some("completed" | "failed") => return migration,
+            _ => assert!(Instant::now() < deadline, "{migration}"),
+        }
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+fn descriptors() {
+    let directory = tempfile::tempdir().unwrap();
+    let (_source, _a, mut here, console) = serve(directory.path(), "here", false);
+    let (_destination, _b, mut there, arrived) = serve(directory.path(), "there", true);
+    here.execute("cont", json!({})).unwrap();
+    console.wait_for_line("qevm-payload pass=");
+    let name = |name: &str| json!({ "fdname": name });
+    assert_eq!(refused(&mut here, "getfd", name("x")), "No file descriptor supplied via SCM_RIGHTS");
+    assert_eq!(refused(&mut here, "closefd", name("x")), "File descriptor named 'x' not found");
+    let (a, b) = UnixStream::pair().unwrap();
+    let Err(ClientError::Refused { desc, .. }) = here.execute_with("getfd", name("1x"), &a) else { panic!() };
+    assert_eq!(desc, "Parameter 'fdname' expects a name not starting with a digit");
+    here.execute_with("getfd", name("closed"), &a).unwrap();
+    here.execute("closefd", name("closed")).unwrap();
+    assert_eq!(
+        refused(&mut here, "migrate", json!({ "uri": "fd:closed" })),
+        "File descriptor named 'closed' has not been found"
+    );
+    here.execute_with("getfd", name("away"), &a).unwrap();
+    there.execute_with("getfd", name("back"), &b).unwrap();
+    drop((a, b));
+    there.execute("migrate-incoming", json!({ "uri": "fd:back" })).unwrap();
+    here.execute("migrate", json!({ "uri": "fd:away" })).unwrap();
+    assert_eq!(finished(&mut here)["status"], "completed");
+    wait_for_event(&mut there, "RESUME");
+    let line = arrived.wait_for_line("qevm-payload pass=");
+    assert!(line.contains(" stale=0 "), "{line}");
+}
+
+fn files() {
+    let directory = tempfile::tempdir().unwrap();
+    let (_source, _a, mut here, console) = serve(directory.path(), "here", false);
+    let (_destination, _b, mut there, arrived) = serve(directory.path(), "there", true);
+    here.execute("cont", json!({})).unwrap();
+    console.wait_for_line("qevm-payload pass=");
+    let capabilities =
+        json!([{ "capability": "mapped-ram", "state": true }, { "capability": "multifd", "state": true }]);
+    for client in [&mut here, &mut there] {
+        client.execute("migrate-set-capabilities", json!({ "capabilities": capabilities })).unwrap();
+    }
+    here.execute("migrate", json!({ "uri": "file:/dev/full" })).unwrap();
+    let failed = finished(&mut here);
+    assert!(failed["error-desc"].as_str().unwrap().contains("No space left on device"), "{failed}");
+    assert_eq!(here.execute("query-status", json!({})).unwrap()["status"], "running");
+    let uri = json!({ "uri": format!("file:{}", directory.path().join("guest").display()) });
+    assert!(refused(&mut there, "migrate-incoming", uri.clone()).starts_with("Could not open '"));
+    here.execute("migrate", uri.clone()).unwrap();
+    assert_eq!(finished(&mut here)["status"], "completed");
+    assert_eq!(here.execute("query-status", json!({})).unwrap()["status"], "postmigrate");
+    // After an address that could not be opened, another try is free.
+    there.execute("migrate-incoming", uri).unwrap();
+    wait_for_event(&mut there, "RESUME");
+    let line = arrived.wait_for_line("qevm-payload pass=");
+    assert!(line.contains(" stale=0 "), "{line}");
+}
+
+/// A process that is ended with the test.
+struct Ended(Child);
+
+impl Drop for Ended {
+    fn drop(&mut self) {
+        // It may have ended by itself.
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+fn limited_files() {
+    let directory = tempfile::tempdir().unwrap();
+    let socket = directory.path().join("qmp");
+    // 4 MiB, in the shell's blocks of 512 bytes.
+    let command = format!(
+        "ulimit -f 8192; exec {} run --memory 96M --qmp unix:{}",
+        env!("CARGO_BIN_EXE_reference-vmm"),
+        socket.display()
+    );
+    let process = Command::new("sh").args(["-c", &command]).stdout(Stdio::null()).stderr(Stdio::null()).spawn();
+    let _process = Ended(process.unwrap());
+    let mut client = Client::connect(&socket, PATIENCE).unwrap();
+    for mapped in [false, true] {
+        let capabilities = json!([{ "capability": "mapped-ram", "state": mapped }]);
+        client.execute("migrate-set-capabilities", json!({ "capabilities": capabilities })).unwrap();
+        let uri = format!("file:{}", directory.path().join("guest").display());
+        client.execute("migrate", json!({ "uri": uri })).unwrap();
+        let failed = finished(&mut client);
+        assert!(failed["error-desc"].as_str().unwrap().contains("File too large"), "{failed}");
+        assert_eq!(client.execute("query-status", json!({})).unwrap()["status"], "running");
+    }
+}
