@@ -1,21 +1,21 @@
 //! A machine with its run state and its migrations: what QMP controls.
 
 mod dirty_limit;
+mod guest;
 
 pub use dirty_limit::LimitRefused;
 
 use crate::descriptors::Descriptors;
-use crate::dirty_rate::{self, Gauge, LogClaim};
+use crate::dirty_rate::{self, Gauge};
 use crate::machine::{Machine, RunState as VcpuState};
 use crate::migration::{
-    Address, Arrival, DeviceSection, DirtyLog, Guest, GuestError, Incoming, Job, Listener, MigrationError, Mode,
-    Notice, Outgoing, RULES, RamView, Refused, SavedDevices, check_transport, migrate, monotonic_now, receive,
+    Address, Arrival, Guest, GuestError, Incoming, Job, Listener, MigrationError, Mode, Notice, Outgoing, RULES,
+    Refused, check_transport, migrate, monotonic_now, receive,
 };
 use qevm_multifd::compression::Compression;
-use qevm_wire::{CountedString, Profile, QemuVersion, capability::Context};
+use qevm_wire::{Profile, QemuVersion, capability::Context};
 use serde_json::{Value, json};
 use std::{
-    ops::Range,
     sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, mpsc},
     thread,
     time::{Duration, SystemTime},
@@ -445,81 +445,5 @@ impl Vmm {
 
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-/// The dirty log of a migration, which is the only one to have it. The log ends before the claim.
-struct ClaimedLog<'v> {
-    log: Box<dyn DirtyLog + 'v>,
-    _claim: LogClaim<'v>,
-}
-
-impl DirtyLog for ClaimedLog<'_> {
-    fn read(&mut self, found: &mut dyn FnMut(usize, usize, u64)) -> Result<(), GuestError> {
-        self.log.read(found)
-    }
-
-    fn reset(&mut self, block: usize, pages: Range<u64>) -> Result<(), GuestError> {
-        self.log.reset(block, pages)
-    }
-}
-
-/// The machine, with the run state kept and events told.
-impl Guest for Vmm {
-    fn machine_type(&self) -> &str {
-        self.machine.machine_type()
-    }
-
-    fn ram(&self) -> Vec<RamView<'_>> {
-        self.machine.ram()
-    }
-
-    fn start_dirty_log(&self) -> Result<Box<dyn DirtyLog + '_>, GuestError> {
-        let claim = self.dirty_rate.take_log();
-        Ok(Box::new(ClaimedLog { log: self.machine.start_dirty_log()?, _claim: claim }))
-    }
-
-    fn pause(&self) -> Result<bool, GuestError> {
-        Ok(self.pause_as(RunState::FinishMigrate))
-    }
-
-    fn resume(&self) -> Result<(), GuestError> {
-        self.start()
-    }
-
-    fn save_devices(&self, profile: &Profile, running: bool) -> Result<SavedDevices, GuestError> {
-        self.machine.save_devices(profile, running)
-    }
-
-    fn resize_ram(&self, block: usize, used_length: u64) -> Result<(), GuestError> {
-        self.machine.resize_ram(block, used_length)
-    }
-
-    fn has_device(&self, idstr: &CountedString, instance_id: u32) -> bool {
-        self.machine.has_device(idstr, instance_id)
-    }
-
-    fn load_devices(&self, devices: &[DeviceSection]) -> Result<bool, GuestError> {
-        self.machine.load_devices(devices)
-    }
-
-    fn activate(&self) -> Result<(), GuestError> {
-        Guest::activate(&self.machine)
-    }
-
-    fn inactivate(&self) {
-        Guest::inactivate(&self.machine);
-    }
-
-    fn throttle(&self, per_cent: u8) -> Result<(), GuestError> {
-        Ok(self.machine.throttle(per_cent)?)
-    }
-
-    fn limit_dirty_rate(&self, mib_per_second: Option<u64>, period: Duration) -> Result<(), GuestError> {
-        Guest::limit_dirty_rate(&self.machine, mib_per_second, period)
-    }
-
-    fn handed_over(&self) {
-        self.lock().run_state = RunState::Postmigrate;
     }
 }
