@@ -2,7 +2,7 @@
 
 use super::{
     Channel, DeviceSection, Guest, Incoming, Job, LoadError, MigrationError, Status,
-    channel::{Source, write_all},
+    channel::{Source, Target, write_all},
     handover,
     inlet::Inlet,
     multifd::{Gate, Mark, receive_pages},
@@ -29,9 +29,10 @@ use std::{
     sync::{
         Mutex, OnceLock, PoisonError,
         atomic::{AtomicBool, Ordering},
+        mpsc,
     },
     thread,
-    time::Instant,
+    time::{Duration, Instant},
 };
 use vm_memory::VolatileSlice;
 
@@ -114,6 +115,10 @@ pub fn receive(
         };
         if result.is_err() {
             engine.report(&Message::Shut { status: FAILURE });
+            main.finish_writing();
+            if engine.loader.return_path {
+                linger(&*main);
+            }
         }
         if let Some(channels) = &channels {
             channels.ended.store(true, Ordering::SeqCst);
@@ -130,6 +135,22 @@ pub fn receive(
     job.end(result.as_ref().err());
     main.finish_writing();
     result
+}
+
+/// Gives the source time to read the verdict and to close: a socket that is closed while something unread arrives takes back
+/// what it has said, and the source would know of a broken pipe only.
+fn linger(main: &dyn Channel) {
+    let (closed, wait) = mpsc::channel();
+    thread::scope(|scope| {
+        scope.spawn(move || {
+            let mut unread = vec![0; 64 << 10];
+            while main.read(&mut [Target::bytes(&mut unread)]).is_ok_and(|count| count > 0) {}
+            // The other end waits no longer than it wants to.
+            let _ = closed.send(());
+        });
+        let _ = wait.recv_timeout(LINGER);
+        main.stop_reading();
+    });
 }
 
 /// What the threads of the page channels share with that of the main channel.
@@ -155,6 +176,8 @@ impl PageChannels {
     }
 }
 
+/// How long the source may take to close after it was told of a failure.
+const LINGER: Duration = Duration::from_secs(1);
 /// The capability that both sides must agree on and that is supported here.
 const MAPPED_RAM: &str = "mapped-ram";
 /// Status of SHUT when the guest has arrived.

@@ -2,8 +2,11 @@
 
 use super::*;
 use crate::migration::{LoadError, Notice};
-use qevm_wire::Located;
+use qevm_savevm::{Encoder, StreamWriter, command::Command};
+use qevm_wire::{Located, PageGeometry};
 use std::{
+    io::{Read, Write},
+    net::Shutdown,
     sync::atomic::Ordering,
     time::{Duration, Instant},
 };
@@ -220,6 +223,31 @@ fn a_failure_of_the_destination_reaches_the_source() {
     assert!(matches!(outcome.destination, Err(MigrationError::Load(Located { kind: LoadError::Devices(_), .. }))));
     assert_eq!(outcome.statistics.status, Status::Failed);
     assert!(outcome.statistics.error.unwrap().contains("SHUT 1"));
+}
+
+#[test]
+fn a_source_that_is_busy_sending_hears_why_it_fails() {
+    let mut stream = StreamWriter::new(Encoder::new(PageGeometry::X86), true);
+    stream.header(None).unwrap();
+    stream.command(Command::OpenReturnPath).unwrap();
+    let (mut source, destination) = UnixStream::pair().unwrap();
+    let (guest, job) = (FakeGuest::new(&[("microvm.ram", 8)]), Job::default());
+    job.begin().unwrap();
+    thread::scope(|scope| {
+        let receiver = scope.spawn(|| {
+            let receiving: Arc<dyn Channel> = Arc::new(Socket::Unix(destination));
+            receive(&guest, receiving.into(), &job, &Profile::new(QemuVersion::NEWEST, "microvm"))
+        });
+        source.write_all(stream.bytes()).unwrap();
+        // More than any socket holds, and no section.
+        source.write_all(&vec![0xee; 4 << 20]).unwrap();
+        source.shutdown(Shutdown::Write).unwrap();
+        let mut heard = Vec::new();
+        source.read_to_end(&mut heard).unwrap();
+        assert!(heard.ends_with(&[0, 1, 0, 4, 0, 0, 0, 1]), "SHUT 1 at the end of {heard:?}");
+        let failed = receiver.join().unwrap().unwrap_err();
+        assert!(matches!(failed, MigrationError::Load(_)), "{failed:?}");
+    });
 }
 
 #[test]
