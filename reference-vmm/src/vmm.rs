@@ -7,7 +7,7 @@ pub use dirty_limit::LimitRefused;
 
 use crate::descriptors::Descriptors;
 use crate::dirty_rate::{self, Gauge};
-use crate::machine::{Machine, RunState as VcpuState};
+use crate::machine::{Machine, RunState as VcpuState, Stop};
 use crate::migration::{
     Address, Arrival, Guest, GuestError, Incoming, Job, Listener, MigrationError, Mode, Notice, Outgoing, RULES,
     Refused, check_transport, migrate, monotonic_now, receive,
@@ -117,6 +117,8 @@ pub enum Exit {
     Quit,
     /// An incoming migration failed, for this reason.
     IncomingFailed(String),
+    /// The guest stopped by itself.
+    GuestStopped(Stop),
 }
 
 impl Vmm {
@@ -203,7 +205,7 @@ impl Vmm {
     pub fn run_state(&self) -> RunState {
         let state = self.lock();
         match self.machine.wait_stop(Duration::ZERO) {
-            Some(crate::machine::Stop::Failed { .. }) => RunState::InternalError,
+            Some(Stop::Failed { .. }) => RunState::InternalError,
             Some(_) => RunState::Shutdown,
             None => state.run_state,
         }

@@ -3,7 +3,8 @@
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::str::FromStr;
-use std::time::{Duration, Instant};
+use std::thread;
+use std::time::Duration;
 
 use anyhow::Context;
 use reference_vmm::descriptors::Descriptors;
@@ -73,9 +74,6 @@ impl FromStr for Incoming {
     }
 }
 
-/// How often the guest and the monitor are looked at for having ended.
-const POLL: Duration = Duration::from_millis(20);
-
 impl Run {
     pub(crate) fn execute(self) -> anyhow::Result<ExitCode> {
         let inherited = Descriptors::inherit().context("cannot list the inherited descriptors")?;
@@ -105,23 +103,21 @@ impl Run {
             ),
             None => None,
         };
-        let start = Instant::now();
-        let timeout = self.seconds.map(Duration::from_secs);
-        let (stop, exit) = loop {
-            let stop = vmm.machine().wait_stop(POLL);
-            let exit = vmm.wait(Duration::ZERO);
-            if stop.is_some() || exit.is_some() || timeout.is_some_and(|timeout| start.elapsed() >= timeout) {
-                break (stop, exit);
+        let watched = vmm.clone();
+        thread::spawn(move || {
+            if let Some(stop) = watched.machine().wait_stop(Duration::MAX) {
+                watched.end(Exit::GuestStopped(stop));
             }
-        };
+        });
+        let exit = vmm.wait(self.seconds.map_or(Duration::MAX, Duration::from_secs));
         vmm.machine().pause();
-        if let Some(Exit::IncomingFailed(reason)) = exit {
-            eprintln!("reference-vmm: {reason}");
-            return Ok(ExitCode::FAILURE);
-        }
-        Ok(match stop {
-            None => ExitCode::SUCCESS,
-            Some(stop) => {
+        Ok(match exit {
+            None | Some(Exit::Quit) => ExitCode::SUCCESS,
+            Some(Exit::IncomingFailed(reason)) => {
+                eprintln!("reference-vmm: {reason}");
+                ExitCode::FAILURE
+            }
+            Some(Exit::GuestStopped(stop)) => {
                 eprintln!("reference-vmm: {stop}");
                 if matches!(stop, Stop::Failed { .. }) { ExitCode::FAILURE } else { ExitCode::SUCCESS }
             }
