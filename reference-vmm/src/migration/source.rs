@@ -29,6 +29,8 @@ use std::{
 
 /// A PART ends at the latest after this time, so that other sections get their turn (QEMU 5.2 to 11.1).
 const PART_TIME: Duration = Duration::from_millis(50);
+/// Looking ahead in the dirty log takes at most this part of the first sweep.
+const LOOK_PART: u32 = 32;
 /// Zero pages on the main channel are sent when there are so many bytes of them.
 const FLUSH_AT: usize = 64 << 10;
 /// The section id of `ram`; the devices' follow. QEMU's are registration numbers, and any will do.
@@ -268,7 +270,8 @@ impl<'e> Engine<'e> {
 
     /// Sends every page that is dirty now, in PART sections and within the rate limit.
     fn sweep(&mut self, ram: &mut RamSender<'_>, log: &mut dyn DirtyLog) -> Result<(), MigrationError> {
-        while ram.remaining_pages() > 0 {
+        let mut look_at = Duration::ZERO;
+        while !ram.is_swept() {
             self.check()?;
             self.limiter.set_limit(self.job.parameters().max_bandwidth);
             let now = self.start.elapsed();
@@ -278,6 +281,11 @@ impl<'e> Engine<'e> {
             }
             if let Some(bandwidth) = self.bandwidth.estimate() {
                 ram.expect(bandwidth);
+            }
+            if self.passes == 1 && now >= look_at {
+                ram.look_ahead(log)?;
+                let took = self.start.elapsed() - now;
+                look_at = now + took * LOOK_PART;
             }
             self.stream.section_part(RAM_SECTION)?;
             loop {
@@ -291,7 +299,7 @@ impl<'e> Engine<'e> {
                 }
                 self.check()?;
             }
-            if ram.remaining_pages() == 0 {
+            if ram.is_swept() {
                 self.synchronise(SourceSync::round_end)?;
             }
             self.synchronise(SourceSync::section_end)?;
