@@ -56,19 +56,39 @@ impl Script {
     }
 
     /// What the script makes of `stream`: an object with one member `idstr (section id)` for each section. The inner
-    /// error is the last line that the script prints about a stream that it cannot read.
+    /// error is the exception by which the script gives up a stream that it cannot read.
     ///
     /// # Errors
     /// The script cannot be run, or prints something other than JSON.
     pub fn read(&self, stream: &Path) -> Result<Result<Value, String>> {
         let finished = run_any(&mut self.command(stream), TIMEOUT)?;
         if !finished.success {
-            let last = finished.stderr.lines().last().unwrap_or_default();
-            return Ok(Err(last.chars().take(200).collect()));
+            return Ok(Err(cause(&finished.stderr).chars().take(200).collect()));
         }
         match serde_json::from_str(&finished.stdout) {
             Ok(value) => Ok(Ok(value)),
             Err(e) => bail!("{NAME} printed no JSON about {}: {e}", stream.display()),
         }
+    }
+}
+
+/// The first exception that Python reports; those after it were raised while it was handled.
+fn cause(report: &str) -> &str {
+    let exception = |line: &&str| !line.starts_with([' ', '\t']) && !line.starts_with("Traceback ");
+    report.lines().find(exception).unwrap_or_default()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_cause_is_the_first_exception() {
+        let report = "Traceback (most recent call last):\n  File \"a\", line 1\n    read()\n\
+                      Exception: Unknown section type: 5\n\n\
+                      During handling of the above exception, another exception occurred:\n\n\
+                      Traceback (most recent call last):\n  File \"a\", line 2\nException: dump\n";
+        assert_eq!(cause(report), "Exception: Unknown section type: 5");
+        assert_eq!(cause(""), "");
     }
 }

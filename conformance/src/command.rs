@@ -385,7 +385,7 @@ fn analyze_all(corpus: &Path, only: &[String]) -> Result<bool> {
             }
             Err(why) => {
                 refused += 1;
-                println!("only we {}: the script fails: {}", recording.name, why.chars().take(80).collect::<String>());
+                println!("only we {}: {why}", recording.name);
             }
         }
     }

@@ -41,7 +41,9 @@ impl Qemu {
         listener.set_nonblocking(true)?;
         let stderr = scratch.join(format!("{name}.stderr"));
         let mut command = root.qemu();
-        command.args(["-no-user-config", "-nodefaults", "-display", "none"]).args(arguments);
+        command
+            .args(["-name", "debug-threads=on", "-no-user-config", "-nodefaults", "-display", "none"])
+            .args(arguments);
         command.args(["-chardev", &format!("socket,id=qevm-qmp,path={}", socket.display())]);
         command.args(["-mon", "chardev=qevm-qmp,mode=control"]);
         command.stdin(Stdio::null()).stdout(File::create(scratch.join(format!("{name}.stdout")))?);

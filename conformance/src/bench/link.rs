@@ -45,6 +45,8 @@ pub struct Options {
     pub pairs: bool,
     /// Destinations do not touch their memory before pages arrive.
     pub fresh: bool,
+    /// `multifd-channels`; pages go over the main channel if this is 0.
+    pub multifd: u8,
 }
 
 /// Measures, prints every migration and the comparison, and gives it as JSON. All of that was on the same guest, with the same
@@ -137,14 +139,14 @@ struct Bench<'b> {
 
 impl Bench<'_> {
     fn migrate(&self, stops: &[Stop; 2], megabytes: u32) -> Result<Figures> {
-        let Options { suite, downtime_limit, rate, .. } = *self.options;
+        let Options { suite, downtime_limit, rate, multifd, .. } = *self.options;
         let scratch = tempfile::Builder::new().prefix("qevm-bench-").tempdir()?;
         let journey = Journey {
             name: name(stops),
             stops: stops.to_vec(),
             link: Link::Tcp,
-            capabilities: Vec::new(),
-            parameters: Default::default(),
+            capabilities: if multifd == 0 { vec![] } else { vec!["multifd"] },
+            parameters: (multifd > 0).then(|| ("multifd-channels".into(), multifd.into())).into_iter().collect(),
             load: Load {
                 memory: 256,
                 mem_prealloc: !self.options.fresh,

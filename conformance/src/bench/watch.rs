@@ -65,31 +65,41 @@ fn size(path: &Path) -> u64 {
     fs::metadata(path).map_or(0, |metadata| metadata.len())
 }
 
-/// Processor time of a process so far, in seconds, without its vCPU threads: those that have spent time in a guest.
+/// Processor time of a process so far, in seconds, without its vCPU threads.
+///
+/// # Errors
+/// There is no such process.
 pub(super) fn processor_time(pid: u32) -> Result<f64> {
     let process = PathBuf::from(format!("/proc/{pid}"));
-    let mut ticks = times(&process.join("stat"))?.0;
+    let mut time = time_of(&process.join("stat"))?;
     for thread in fs::read_dir(process.join("task"))? {
+        let thread = thread?.path();
         // A thread that ended meanwhile was no vCPU.
-        let Ok((time, guest)) = times(&thread?.path().join("stat")) else { continue };
-        if guest > 0 {
-            ticks = ticks.saturating_sub(time);
+        let Ok(name) = fs::read_to_string(thread.join("comm")) else { continue };
+        if is_vcpu(&name) {
+            time -= time_of(&thread.join("stat"))?;
         }
     }
+    Ok(time)
+}
+
+/// What QEMU (with `-name debug-threads=on`) and reference-vmm call the threads of vCPUs.
+fn is_vcpu(comm: &str) -> bool {
+    comm.starts_with("CPU ") || comm.starts_with("vcpu")
+}
+
+fn time_of(stat: &Path) -> Result<f64> {
+    let text = fs::read_to_string(stat).with_context(|| format!("reading {}", stat.display()))?;
+    let ticks = parse_time(&text).with_context(|| format!("{} has an unknown form: {text:?}", stat.display()))?;
     Ok(ticks as f64 / TICKS)
 }
 
-fn times(stat: &Path) -> Result<(u64, u64)> {
-    let text = fs::read_to_string(stat).with_context(|| format!("reading {}", stat.display()))?;
-    parse_times(&text).with_context(|| format!("{} has an unknown form: {text:?}", stat.display()))
-}
-
-/// `utime` + `stime`, and `guest_time`: fields 14, 15 and 43 of proc_pid_stat(5).
-fn parse_times(stat: &str) -> Option<(u64, u64)> {
+/// `utime` + `stime`: fields 14 and 15 of proc_pid_stat(5).
+fn parse_time(stat: &str) -> Option<u64> {
     // The name before may hold blanks and parentheses. Field 3 comes right behind it.
     let fields: Vec<&str> = stat.rsplit_once(')')?.1.split_whitespace().collect();
     let field = |number: usize| fields.get(number - 3)?.parse::<u64>().ok();
-    Some((field(14)? + field(15)?, field(43)?))
+    Some(field(14)? + field(15)?)
 }
 
 #[cfg(test)]
@@ -100,8 +110,14 @@ mod tests {
     fn times_are_found_behind_any_name() {
         let numbers: Vec<String> = (4..53).map(|n| n.to_string()).collect();
         let stat = format!("7 (CPU 0/KVM) x)) S {}\n", numbers.join(" "));
-        assert_eq!(parse_times(&stat), Some((14 + 15, 43)));
-        assert_eq!(parse_times("7 (x) S 1 2"), None);
+        assert_eq!(parse_time(&stat), Some(14 + 15));
+        assert_eq!(parse_time("7 (x) S 1 2"), None);
+    }
+
+    #[test]
+    fn vcpus_are_known_by_their_names() {
+        let names = ["CPU 0/KVM\n", "vcpu0\n", "mig/src/main\n", "reference-vmm\n"];
+        assert_eq!(names.map(is_vcpu), [true, true, false, false]);
     }
 
     #[test]

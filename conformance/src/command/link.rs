@@ -26,6 +26,9 @@ pub(crate) struct Link {
     /// Migrations of each kind
     #[arg(long, default_value_t = 5)]
     repetitions: u32,
+    /// Let the pages go over so many page channels, with both monitors
+    #[arg(long, default_value_t = 0, value_name = "CHANNELS")]
+    multifd: u8,
     /// From QEMU to reference-vmm and from reference-vmm to QEMU as well
     #[arg(long)]
     pairs: bool,
@@ -37,8 +40,8 @@ pub(crate) struct Link {
 
 impl Link {
     pub(crate) fn run(self) -> Result<bool> {
-        let Link { suite, megabits, downtime_limit, sets, rate, repetitions, pairs, fresh } = self;
-        let options = link::Options { suite, megabits, downtime_limit, sets, rate, repetitions, pairs, fresh };
+        let Link { suite, megabits, downtime_limit, sets, rate, repetitions, pairs, fresh, multifd } = self;
+        let options = link::Options { suite, megabits, downtime_limit, sets, rate, repetitions, pairs, fresh, multifd };
         let object = link::run(&options, &Monitor::new(std::env::current_exe()?))?;
         println!("{object}");
         Ok(object["goals_met"] == true)
