@@ -29,17 +29,20 @@ fn receive(dir: &tempfile::TempDir, options: &[&str]) -> Background {
     let out = dir.path().join("out").display().to_string();
     let mut arguments = vec!["receive", &address, "--json", "--out", &out];
     arguments.extend(options);
-    let receiver = Background::start(&arguments);
-    let started = Instant::now();
-    while !dir.path().join("s").exists() && started.elapsed() < LIMIT {
-        std::thread::sleep(Duration::from_millis(5));
-    }
-    receiver
+    Background::start(&arguments)
 }
 
 /// A connection that has said `bytes`. A receiver that has given up may have closed it.
 fn say(dir: &tempfile::TempDir, bytes: &[u8]) -> UnixStream {
-    let mut socket = UnixStream::connect(dir.path().join("s")).expect("it listens");
+    let started = Instant::now();
+    // The socket is there a moment before it listens.
+    let mut socket = loop {
+        match UnixStream::connect(dir.path().join("s")) {
+            Ok(socket) => break socket,
+            Err(error) => assert!(started.elapsed() < LIMIT, "nobody listens: {error}"),
+        }
+        std::thread::sleep(Duration::from_millis(5));
+    };
     let _ = socket.write_all(bytes);
     socket
 }
