@@ -38,8 +38,8 @@ use kvm_ioctls::VmFd;
 
 use crate::boot::{self, Kernel};
 use crate::devices::{
-    Clock, Devices, FwCfg, FwCfgItems, Ioapic, Message, RTC_IRQ, Rtc, SERIAL_IRQ, Serial, TRANSPORTS, Transport,
-    Transports, VirtioDevice, VirtioSlot, lock, start_pump, transport_of, wall_clock,
+    Clock, Devices, FwCfg, FwCfgItems, Ioapic, Message, RTC_IRQ, Rtc, SERIAL_IRQ, Serial, SplitChips, TRANSPORTS,
+    Transport, Transports, VirtioDevice, VirtioSlot, lock, start_pump, transport_of, wall_clock,
 };
 use crate::dirty_log::{DirtyLog, Reaper};
 use crate::error::{Error, Result, kvm};
@@ -224,6 +224,7 @@ impl Machine {
         if let Some(kernel) = config.kernel.as_ref().filter(|kernel| !kernel.by_firmware) {
             let entry = boot::load(&memory, kernel, config.cpus, &virtio)?;
             kvm_state::enter(&lock(&vcpus[0].fd), entry)?;
+            devices.split.iter().for_each(SplitChips::set_up);
         }
         if let Some(to_vcpu) = &to_vcpu {
             to_vcpu.connect(&vcpus);

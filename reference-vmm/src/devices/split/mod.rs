@@ -44,6 +44,11 @@ pub(crate) struct SplitChips {
 }
 
 impl SplitChips {
+    /// Leaves the chips as firmware would, for a kernel that is entered without one.
+    pub(crate) fn set_up(&self) {
+        lock(&self.lines.pics).set_up();
+    }
+
     /// A read of a port; false if it is none of theirs.
     pub(crate) fn port_in(&self, port: u16, data: &mut [u8]) -> bool {
         let Some(byte) = data.first_mut() else { return false };

@@ -45,6 +45,18 @@ impl Pics {
         Pics { chips: MAY_BE_LEVEL.map(chip), output, asserted: false }
     }
 
+    /// Sets them up as a PC's firmware does, with vectors 0x08 and 0x70, and masks every line. After reset they would let the
+    /// PIT, which ticks from the start, interrupt with vector 0: a divide error to a kernel that is entered without firmware
+    /// and has no use for these chips.
+    pub(crate) fn set_up(&mut self) {
+        for (base, vectors, cascade) in [(0x20, 0x08, 4), (0xa0, 0x70, 2)] {
+            let bytes = [(base, 0x11), (base + 1, vectors), (base + 1, cascade), (base + 1, 0x01), (base + 1, 0xff)];
+            for (port, value) in bytes {
+                self.write(port, value);
+            }
+        }
+    }
+
     /// A device raises or lowers line 0 to 15.
     pub(crate) fn set_line(&mut self, line: u8, level: bool) {
         if let Some(chip) = self.chips.get_mut(usize::from(line / 8)) {
@@ -266,16 +278,34 @@ mod tests {
 
     use super::*;
 
-    /// As a PC's firmware sets them up: vectors 0x08 and 0x70, everything allowed.
+    /// Set up, and everything allowed.
     fn pics() -> (Pics, Arc<AtomicBool>) {
+        let (mut pics, line) = after_reset();
+        pics.set_up();
+        [0x21, 0xa1].into_iter().for_each(|port| assert!(pics.write(port, 0)));
+        (pics, line)
+    }
+
+    fn after_reset() -> (Pics, Arc<AtomicBool>) {
         let line = Arc::new(AtomicBool::new(false));
         let seen = line.clone();
-        let mut pics = Pics::new(Box::new(move |level| seen.store(level, Ordering::SeqCst)));
-        for (base, vectors, cascade) in [(0x20, 0x08, 4), (0xa0, 0x70, 2)] {
-            pics.write(base, 0x11);
-            [vectors, cascade, 0x01, 0x00].into_iter().for_each(|value| assert!(pics.write(base + 1, value)));
+        (Pics::new(Box::new(move |level| seen.store(level, Ordering::SeqCst))), line)
+    }
+
+    #[test]
+    fn firmware_leaves_them_silent() {
+        let (mut pics, line) = after_reset();
+        pics.set_line(0, true);
+        assert!(line.load(Ordering::SeqCst), "after reset nothing is masked");
+        pics.set_up();
+        for number in 0..16 {
+            pics.set_line(number, false);
+            pics.set_line(number, true);
         }
-        (pics, line)
+        assert!(!line.load(Ordering::SeqCst));
+        pics.write(0xa1, 0);
+        pics.write(0x21, 0xfb);
+        assert_eq!((line.load(Ordering::SeqCst), pics.acknowledge()), (true, 0x70));
     }
 
     #[test]
