@@ -63,6 +63,11 @@ pub fn jobs() -> Vec<Job> {
         ),
         judge: judge_demo,
     };
+    let linux = |name: &str, tests: &str, judge: fn(&str) -> Result<Value>| Job {
+        name: name.into(),
+        command: format!("{} QEVM_REQUIRE_KVM=1 /kvm-tests --color never --test-threads 1 {tests}", guest::ENVIRONMENT),
+        judge,
+    };
     vec![
         demo("log", "kvm", ""),
         demo("ring-4096", "kvm,dirty-ring-size=4096", ""),
@@ -79,14 +84,8 @@ pub fn jobs() -> Vec<Job> {
             command: "QEVM_REQUIRE_KVM=1 /kvm-tests --color never --exact state_sets_the_tsc_exactly".into(),
             judge: judge_tests::<1>,
         },
-        Job {
-            name: "linux".into(),
-            command: format!(
-                "{} QEVM_REQUIRE_KVM=1 /kvm-tests --color never --test-threads 1 linux_",
-                guest::ENVIRONMENT
-            ),
-            judge: judge_tests::<6>,
-        },
+        linux("linux", "--skip virtio_devices linux_", judge_tests::<6>),
+        linux("linux-virtio", "virtio_devices", judge_tests::<2>),
     ]
 }
 

@@ -8,14 +8,17 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 
 use crate::cpio::Archive;
+use crate::linux::Linux;
 use crate::process::run;
 use crate::roots::Root;
 
 /// What the tests of `reference-vmm/tests/kvm/linux.rs` want to know.
 pub(super) const ENVIRONMENT: &str = "QEVM_MONITOR=/reference-vmm QEVM_LINUX_ELF=/guest/vmlinux \
-                                      QEVM_LINUX_BZIMAGE=/guest/vmlinuz QEVM_LINUX_INITRD=/guest/initrd QEVM_QEMU=/qemu/run";
+                                      QEVM_LINUX_BZIMAGE=/guest/vmlinuz QEVM_LINUX_INITRD=/guest/initrd \
+                                      QEVM_LINUX_VIRTIO_INITRD=/guest/virtio-initrd QEVM_QEMU=/qemu/run";
 
 const INIT: &str = include_str!("../../lab/guest-init");
+const INIT_VIRTIO: &str = include_str!("../../lab/guest-init-virtio");
 const APPLETS: [&str; 9] = ["sh", "mount", "dd", "md5sum", "cp", "mv", "date", "usleep", "echo"];
 const LIBRARIES: &str = "usr/lib/x86_64-linux-gnu";
 const LOADER: &str = "ld-linux-x86-64.so.2";
@@ -37,6 +40,7 @@ pub(super) fn add(archive: &mut Archive, bzimage: &Path, busybox: &[u8], qemu: &
     archive.file("guest/vmlinux", &unpack(&bzimage)?);
     archive.file("guest/vmlinuz", &bzimage);
     archive.file("guest/initrd", &initrd(busybox));
+    archive.file("guest/virtio-initrd", &virtio_initrd()?);
     archive.folder("qemu");
     let root = qemu.dir();
     let mut add = |name: &str, path: &Path| -> Result<()> {
@@ -74,6 +78,17 @@ fn initrd(busybox: &[u8]) -> Vec<u8> {
     }
     archive.program("init", INIT.as_bytes());
     archive.finish()
+}
+
+/// The initial RAM disk of the recordings, which has the drivers, with another first process.
+fn virtio_initrd() -> Result<Vec<u8>> {
+    let mut initrd = fs::read(Linux::install()?.initramfs)?;
+    // The kernel looks for the next archive at a multiple of four bytes.
+    initrd.resize(initrd.len().next_multiple_of(4), 0);
+    let mut archive = Archive::new();
+    archive.program("init", INIT_VIRTIO.as_bytes());
+    initrd.extend(archive.finish());
+    Ok(initrd)
 }
 
 /// The ELF file in a bzImage that is compressed with zstd, as Debian's are.

@@ -8,6 +8,7 @@
 //! | `QEVM_MONITOR` | the program `reference-vmm` |
 //! | `QEVM_LINUX_ELF`, `QEVM_LINUX_BZIMAGE` | a kernel in both formats |
 //! | `QEVM_LINUX_INITRD` | an initial RAM disk that prints lines as [`Line`] has them |
+//! | `QEVM_LINUX_VIRTIO_INITRD` | one that uses virtio devices as well, as `conformance/lab/guest-init-virtio` says |
 //! | `QEVM_QEMU` | a QEMU with its firmware; without it the tests with a QEMU are skipped |
 
 use std::fs::File;
@@ -26,12 +27,14 @@ pub(crate) const TESTS: &[Test] = &[
     ("linux_migrates_with_a_split_irqchip", || {
         journey(&[REFERENCE, REFERENCE], "QEVM_LINUX_ELF", 2, ",kernel-irqchip=split");
     }),
+    ("linux_takes_its_virtio_devices_along", || virtio_journey(&[REFERENCE, REFERENCE], ",kernel-irqchip=split")),
 ];
 
 /// These need a QEMU as well.
 pub(crate) const QEMU_TESTS: &[Test] = &[
     ("linux_visits_qemu", || journey(&[REFERENCE, QEMU, REFERENCE], "QEVM_LINUX_ELF", 2, "")),
     ("linux_comes_from_qemu_and_goes_back", || journey(&[QEMU, REFERENCE, QEMU], "QEVM_LINUX_BZIMAGE", 1, "")),
+    ("linux_visits_qemu_with_its_virtio_devices", || virtio_journey(&[REFERENCE, QEMU, REFERENCE], "")),
     ("linux_visits_qemu_with_a_split_irqchip", || {
         journey(&[REFERENCE, QEMU, REFERENCE], "QEVM_LINUX_ELF", 1, ",kernel-irqchip=split");
     }),
@@ -40,8 +43,14 @@ pub(crate) const QEMU_TESTS: &[Test] = &[
 /// Why the tests, and those with a QEMU, cannot run.
 pub(crate) fn missing() -> [Option<&'static str>; 2] {
     let lacks = |names: &[&str]| names.iter().any(|name| std::env::var_os(name).is_none());
-    let kernel = lacks(&["QEVM_MONITOR", "QEVM_LINUX_ELF", "QEVM_LINUX_BZIMAGE", "QEVM_LINUX_INITRD"])
-        .then_some("no Linux guest is there: make lab");
+    let kernel = lacks(&[
+        "QEVM_MONITOR",
+        "QEVM_LINUX_ELF",
+        "QEVM_LINUX_BZIMAGE",
+        "QEVM_LINUX_INITRD",
+        "QEVM_LINUX_VIRTIO_INITRD",
+    ])
+    .then_some("no Linux guest is there: make lab");
     let qemu = lacks(&["QEVM_QEMU"]).then_some("no QEMU is there: make lab");
     [kernel, kernel.or(qemu)]
 }
@@ -67,14 +76,40 @@ const QEMU: Kind = Kind::Qemu;
 /// Boots Linux at the first stop, and takes it from each to the next while it counts.
 fn journey(stops: &[Kind], kernel: &str, cpus: u32, machine: &str) {
     let scratch = tempfile::tempdir().unwrap();
-    let given = Setup { kernel: PathBuf::from(variable(kernel)), cpus, machine, scratch: scratch.path() };
-    let mut here = Monitor::start(stops[0], &given, 0, false);
+    let given = Setup { kernel: variable(kernel).into(), cpus, machine, virtio: false, scratch: scratch.path() };
+    travel(stops, &given);
+}
+
+/// The same with virtio devices: the guest writes its count to the disk, to sector `count`, and to the console.
+fn virtio_journey(stops: &[Kind], machine: &str) {
+    let scratch = tempfile::tempdir().unwrap();
+    let kernel = variable("QEVM_LINUX_ELF").into();
+    File::create(scratch.path().join("disk")).unwrap().set_len(4 << 20).unwrap();
+    let counted = travel(stops, &Setup { kernel, cpus: 1, machine, virtio: true, scratch: scratch.path() });
+    let disk = std::fs::read(scratch.path().join("disk")).unwrap();
+    let console = |stop: usize| std::fs::read_to_string(scratch.path().join(format!("{stop}.console"))).unwrap();
+    let console = (0..stops.len()).map(console).collect::<String>().replace('\r', "");
+    for count in 1..counted {
+        let sector = &disk[512 * count as usize..][..512];
+        let found = String::from_utf8_lossy(sector);
+        assert_eq!(found.trim_end(), format!("sector {count}"), "of {counted}");
+    }
+    let lines: Vec<_> = console.lines().collect();
+    assert!(lines.len() as u64 + 1 >= counted, "{counted} {console}");
+    let expected = (1..).map(|count| format!("console {count}"));
+    lines.iter().zip(expected).for_each(|(line, expected)| assert_eq!(*line, expected));
+}
+
+/// Says how far it counted.
+fn travel(stops: &[Kind], given: &Setup<'_>) -> u64 {
+    let scratch = given.scratch;
+    let mut here = Monitor::start(stops[0], given, 0, false);
     let mut text = here.wait_for_count(LINES);
     let mut parts = Vec::new();
     for (number, stop) in stops.iter().enumerate().skip(1) {
-        let mut there = Monitor::start(*stop, &given, number, true);
-        let address = format!("unix:{}", scratch.path().join(format!("{number}.migration")).display());
-        let listening = scratch.path().join(format!("{number}.migration"));
+        let mut there = Monitor::start(*stop, given, number, true);
+        let address = format!("unix:{}", scratch.join(format!("{number}.migration")).display());
+        let listening = scratch.join(format!("{number}.migration"));
         let start = Instant::now();
         while !listening.exists() {
             assert!(start.elapsed() < PATIENCE, "{}", there.said());
@@ -101,7 +136,9 @@ fn journey(stops: &[Kind], kernel: &str, cpus: u32, machine: &str) {
     }
     assert!(!text.is_empty());
     parts.push(here.end());
-    judge(&parts.concat());
+    let text = parts.concat();
+    judge(&text);
+    lines(&text).last().map_or(0, |line| line.count)
 }
 
 /// All output together is that of one guest.
@@ -156,6 +193,8 @@ struct Setup<'a> {
     cpus: u32,
     /// Options of the machine.
     machine: &'a str,
+    /// It has a disk, a network card, random numbers and a console.
+    virtio: bool,
     scratch: &'a Path,
 }
 
@@ -169,17 +208,30 @@ struct Monitor {
 
 impl Monitor {
     fn start(kind: Kind, setup: &Setup<'_>, number: usize, incoming: bool) -> Monitor {
-        let Setup { kernel, cpus, machine, scratch } = setup;
+        let Setup { kernel, cpus, machine, virtio, scratch } = setup;
         let file = |name: &str| scratch.join(format!("{number}.{name}"));
         let (serial, errors, socket) = (file("serial"), file("errors"), file("qmp"));
         let qemu = kind == Kind::Qemu;
         let mut command = Command::new(variable(if qemu { "QEVM_QEMU" } else { "QEVM_MONITOR" }));
         let mut arguments: Vec<(&str, String)> = Vec::new();
+        let initrd = if *virtio { "QEVM_LINUX_VIRTIO_INITRD" } else { "QEVM_LINUX_INITRD" };
+        if *virtio {
+            let (card, wire) = (file("card"), file("wire"));
+            let unix = |end: &str, path: &Path| format!("{end}.type=unix,{end}.path={}", path.display());
+            arguments.extend([
+                ("drive", format!("if=none,id=d,format=raw,file={}", scratch.join("disk").display())),
+                ("netdev", format!("dgram,id=n,{},{}", unix("local", &card), unix("remote", &wire))),
+                ("chardev", format!("file,id=c,path={}", file("console").display())),
+            ]);
+            let devices = ["blk-device,drive=d", "net-device,netdev=n", "rng-device", "serial-device"];
+            arguments.extend(devices.map(|device| ("device", format!("virtio-{device}"))));
+            arguments.push(("device", "virtconsole,chardev=c".into()));
+        }
         if incoming {
             arguments.push(("incoming", format!("unix:{}", file("migration").display())));
         } else {
             arguments.push(("kernel", kernel.display().to_string()));
-            arguments.push(("initrd", Path::new(&variable("QEVM_LINUX_INITRD")).display().to_string()));
+            arguments.push(("initrd", Path::new(&variable(initrd)).display().to_string()));
             arguments.push(("append", "console=ttyS0 quiet loglevel=0 reboot=t panic=-1".into()));
         }
         arguments.extend([("smp", cpus.to_string()), ("serial", format!("file:{}", serial.display()))]);
