@@ -71,14 +71,7 @@ impl Outgoing {
                 };
                 let mut file = open(0)?;
                 place(&mut file, *offset).map_err(failed)?;
-                let direct = job.parameters().direct_io && job.capabilities().multifd;
-                let pages = match job.capabilities().mapped_ram {
-                    true => Some(PageFile::new(
-                        file.try_clone().map_err(failed)?,
-                        direct.then(|| open(libc::O_DIRECT)).transpose()?,
-                    )),
-                    false => None,
-                };
+                let pages = page_file(&file, job, open, failed)?;
                 Ok(Outgoing { main: Arc::new(Pipe::new(file.into()).map_err(failed)?), pages: Vec::new(), file: pages })
             }
         }
@@ -163,14 +156,7 @@ impl Incoming {
                 if *offset > 0 || job.capabilities().mapped_ram {
                     file.seek(SeekFrom::Start(*offset)).map_err(failed)?;
                 }
-                let direct = job.parameters().direct_io && job.capabilities().multifd;
-                let pages = match job.capabilities().mapped_ram {
-                    true => Some(PageFile::new(
-                        file.try_clone().map_err(failed)?,
-                        direct.then(|| open(libc::O_DIRECT)).transpose()?,
-                    )),
-                    false => None,
-                };
+                let pages = page_file(&file, job, open, failed)?;
                 let main: Arc<dyn Channel> = Arc::new(Pipe::new(file.into()).map_err(failed)?);
                 Ok(Incoming { offset: *offset, file: pages, ..main.into() })
             }
@@ -180,6 +166,21 @@ impl Incoming {
     pub(crate) fn all(&self) -> impl Iterator<Item = &Arc<dyn Channel>> {
         std::iter::once(&self.main).chain(self.pages.iter().map(PageStream::channel))
     }
+}
+
+/// Where pages have their places in `file`, which `open` opens again with other flags (`direct-io`); without `mapped-ram` nowhere.
+fn page_file(
+    file: &File,
+    job: &Job,
+    open: impl FnOnce(libc::c_int) -> Result<File, MigrationError>,
+    failed: impl FnOnce(io::Error) -> MigrationError,
+) -> Result<Option<PageFile>, MigrationError> {
+    let capabilities = job.capabilities();
+    if !capabilities.mapped_ram {
+        return Ok(None);
+    }
+    let direct = job.parameters().direct_io && capabilities.multifd;
+    Ok(Some(PageFile::new(file.try_clone().map_err(failed)?, direct.then(|| open(libc::O_DIRECT)).transpose()?)))
 }
 
 impl From<Arc<dyn Channel>> for Incoming {

@@ -103,6 +103,19 @@ fn refuses_with_qemus_words() {
     assert_eq!(client.execute("query-migrate", json!({})).unwrap(), json!({}));
 }
 
+/// What the source says when its migration has ended.
+pub(crate) fn finished(client: &mut Client) -> Value {
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        let migration = client.execute("query-migrate", json!({})).unwrap();
+        match migration["status"].as_str() {
+            Some("completed" | "failed") => return migration,
+            _ => assert!(Instant::now() < deadline, "{migration}"),
+        }
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
 fn migrates_a_guest() {
     let directory = tempfile::tempdir().unwrap();
     let (_source, _a, mut here, console) = serve(directory.path(), "here", false);
@@ -114,17 +127,6 @@ fn migrates_a_guest() {
 
     // Nobody listens there: the guest stays.
     here.execute("migrate", json!({ "uri": format!("unix:{}/nobody", directory.path().display()) })).unwrap();
-    let finished = |client: &mut Client| {
-        let deadline = Instant::now() + PATIENCE;
-        loop {
-            let migration = client.execute("query-migrate", json!({})).unwrap();
-            match migration["status"].as_str() {
-                Some("completed" | "failed") => return migration,
-                _ => assert!(Instant::now() < deadline, "{migration}"),
-            }
-            std::thread::sleep(Duration::from_millis(5));
-        }
-    };
     let failed = finished(&mut here);
     assert!(failed["error-desc"].as_str().unwrap().contains("cannot connect"), "{failed}");
     assert_eq!(here.execute("query-status", json!({})).unwrap()["status"], "running");

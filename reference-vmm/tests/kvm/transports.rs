@@ -2,31 +2,18 @@
 
 use std::os::unix::net::UnixStream;
 use std::process::{Child, Command, Stdio};
-use std::time::{Duration, Instant};
 
 use reference_vmm::qmp::{Client, ClientError};
-use serde_json::{Value, json};
+use serde_json::json;
 
 use crate::Test;
-use crate::qmp::{PATIENCE, refused, serve, wait_for_event};
+use crate::qmp::{PATIENCE, finished, refused, serve, wait_for_event};
 
 pub(crate) const TESTS: &[Test] = &[
     ("transport_descriptors_are_named_and_used", descriptors),
     ("transport_a_full_disk_leaves_the_guest_running_and_a_file_takes_it", files),
     ("transport_a_limit_on_files_is_no_end_of_the_guest", limited_files),
 ];
-
-fn finished(client: &mut Client) -> Value {
-    let deadline = Instant::now() + PATIENCE;
-    loop {
-        let migration = client.execute("query-migrate", json!({})).unwrap();
-        match migration["status"].as_str() {
-            Some("completed" | "failed") => return migration,
-            _ => assert!(Instant::now() < deadline, "{migration}"),
-        }
-        std::thread::sleep(Duration::from_millis(5));
-    }
-}
 
 fn descriptors() {
     let directory = tempfile::tempdir().unwrap();
