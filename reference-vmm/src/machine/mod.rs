@@ -129,6 +129,8 @@ pub struct Machine {
     dirty_log: Arc<DirtyLog>,
     _reaper: Reaper,
     saved_msrs: Vec<u32>,
+    /// The state in which the machine was made.
+    fresh: Option<MachineState>,
     memory: Arc<GuestMemory>,
     vm: Arc<VmFd>,
 }
@@ -245,6 +247,7 @@ impl Machine {
             _reaper: Reaper::start(&dirty_log)?,
             dirty_log,
             saved_msrs: kvm_state::saved_msrs(&kvm_fd)?,
+            fresh: None,
             memory,
             vm,
         };
@@ -259,6 +262,7 @@ impl Machine {
             machine.threads.push(vcpu::spawn(&machine.vcpus, index, surroundings.clone())?);
         }
         machine.control.wait_parked();
+        machine.fresh = Some(machine.save_state()?);
         Ok(machine)
     }
 
@@ -422,6 +426,11 @@ impl Machine {
     pub fn save_state(&self) -> Result<MachineState> {
         self.must_be_paused("save its state")?;
         kvm_state::save(self)
+    }
+
+    /// The state in which the machine was made.
+    pub(crate) fn fresh_state(&self) -> Result<MachineState> {
+        self.fresh.clone().map_or_else(|| self.save_state(), Ok)
     }
 
     /// Makes this machine continue where the saved one stopped. The RAM must be, or become, that of the saved one before

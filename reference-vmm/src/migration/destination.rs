@@ -208,6 +208,7 @@ struct Engine<'e> {
 impl Engine<'_> {
     fn run(&mut self, job: &Job) -> Result<Arrival, MigrationError> {
         job.advance(Status::Active)?;
+        self.loader.guest.prepare();
         if self.inlet.fill(4)? && is_page_channel(self.inlet.bytes()) == Some(true) {
             return Err(self.place(LoadError::MultifdOff, 0).into());
         }

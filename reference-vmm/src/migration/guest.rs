@@ -16,6 +16,10 @@ pub trait Guest: Send + Sync {
     /// The RAM blocks, in the order of the stream (QEMU's is largest first).
     fn ram(&self) -> Vec<RamView<'_>>;
 
+    /// The guest is about to be migrated, from here or to here: what can be done ahead for saving or loading its devices is done now,
+    /// because later everybody waits for that.
+    fn prepare(&self) {}
+
     /// Starts to log which pages change, whoever changes them: vCPUs, in-kernel devices or the monitor's own devices.
     ///
     /// # Errors

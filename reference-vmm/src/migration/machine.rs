@@ -8,8 +8,9 @@ use crate::{
     dirty_log::{self, DirtyBitmap},
     machine::{Machine, RunState},
     memory::{BIOS, PAGE_SIZE},
+    state::MachineState,
 };
-use qevm_wire::{CountedString, Profile, QemuVersion};
+use qevm_wire::{CountedString, Profile};
 use std::{ops::Range, time::Duration};
 use vm_memory::VolatileSlice;
 
@@ -32,6 +33,15 @@ impl Guest for Machine {
         blocks
             .map(|b| RamView { name: b.name(), memory: view(b), pristine: b.name() != BIOS && !self.has_kernel() })
             .collect()
+    }
+
+    fn prepare(&self) {
+        // A device that cannot be saved is reported when it comes to that.
+        let rehearsed: Result<(), GuestError> =
+            self.fresh_state().map_err(Into::into).and_then(|state| Ok(sections::rehearse(&state)?));
+        if let Err(error) = rehearsed {
+            tracing::debug!(error, "the devices could not be rehearsed");
+        }
     }
 
     fn start_dirty_log(&self) -> Result<Box<dyn DirtyLog + '_>, GuestError> {
@@ -80,9 +90,9 @@ impl Guest for Machine {
     }
 
     fn load_devices(&self, devices: &[DeviceSection]) -> Result<bool, GuestError> {
-        let mut state = self.save_state()?;
-        // A loader takes what every release sends; the newest knows most.
-        let running = sections::load(devices, &Profile::new(QemuVersion::NEWEST, MACHINE_TYPE), &mut state)?;
+        // Nothing has run here, so this is still its state; but for the real-time clock, which is left alone if none arrives.
+        let mut state = MachineState { rtc: None, ..self.fresh_state()? };
+        let running = sections::load(devices, &sections::newest(), &mut state)?;
         self.load_state(&state)?;
         // The RAM has come before the devices.
         self.check_virtio()?;

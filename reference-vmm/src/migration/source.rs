@@ -182,6 +182,7 @@ impl<'e> Engine<'e> {
         if self.job.parameters().mode == Mode::CprReboot {
             self.pause()?;
         }
+        guest.prepare();
         let mut log = guest.start_dirty_log().map_err(MigrationError::guest("start the dirty log"))?;
         let mut ram = RamSender::new(guest.ram(), PageGeometry::X86);
         self.set_up(&ram)?;

@@ -32,6 +32,10 @@ impl Guest for Vmm {
         self.machine.ram()
     }
 
+    fn prepare(&self) {
+        self.machine.prepare();
+    }
+
     fn start_dirty_log(&self) -> Result<Box<dyn DirtyLog + '_>, GuestError> {
         let claim = self.dirty_rate.take_log();
         Ok(Box::new(ClaimedLog { log: self.machine.start_dirty_log()?, _claim: claim }))

@@ -55,12 +55,23 @@ impl FieldInfo {
     }
 }
 
+/// Arrays of elements that are bytes, as bytes.
+#[derive(Debug, Clone, Copy)]
+pub struct Bytes<T> {
+    /// The bytes of some elements.
+    pub of: fn(&[T]) -> &[u8],
+    /// The elements that are these bytes.
+    pub into: fn(&[u8]) -> Vec<T>,
+}
+
 /// One thing on the wire: what a field holds once, or an array several times.
 pub trait Element: Sized {
     /// The name descriptions give to the type.
     const TYPE: &'static str;
     /// False for structures with conditional fields or subsections, see [`super::VmState::COMPRESSIBLE`].
     const COMPRESSIBLE: bool = true;
+    /// For elements that are bytes on the wire as they are in memory: how arrays of them are moved at once.
+    const BYTES: Option<Bytes<Self>> = None;
 
     /// The name descriptions give to this value's type, where it depends on the value.
     fn type_name(&self, _ctx: &Context) -> &'static str {
@@ -201,9 +212,10 @@ pub(super) fn fixed(type_name: &str, size: u64) -> ElementDescription {
 }
 
 macro_rules! numbers {
-    ($($type:ty, $name:literal, $method:ident;)*) => {$(
+    ($($type:ty, $name:literal, $method:ident $(, $bytes:expr)?;)*) => {$(
         impl Element for $type {
             const TYPE: &'static str = $name;
+            $(const BYTES: Option<Bytes<Self>> = Some($bytes);)?
             fn put(&self, out: &mut Saver<'_>) -> Result<(), Error> {
                 out.writer().$method(*self);
                 Ok(())
@@ -220,7 +232,7 @@ macro_rules! numbers {
 }
 
 numbers! {
-    u8, "uint8", u8;
+    u8, "uint8", u8, Bytes { of: |bytes| bytes, into: <[u8]>::to_vec };
     u16, "uint16", be16;
     u32, "uint32", be32;
     u64, "uint64", be64;
@@ -296,8 +308,12 @@ impl<T: Element> VarField for Vec<T> {
 
 pub(super) fn load_elements<T: Element>(input: &mut Loader<'_, '_, '_>, count: usize) -> Result<Vec<T>, Error> {
     // Nearly every element takes at least a byte: what is left bounds what it is worth to reserve.
-    let mut elements = Vec::with_capacity(count.min(input.reader().remaining()));
-    for i in 0..count {
+    let possible = count.min(input.reader().remaining());
+    let mut elements = match T::BYTES {
+        Some(bytes) => (bytes.into)(input.reader().take(possible as u64)?),
+        None => Vec::with_capacity(possible),
+    };
+    for i in elements.len()..count {
         elements.push(T::take(input).within(|| format!("element {i}"))?);
     }
     Ok(elements)

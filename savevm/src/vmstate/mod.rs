@@ -57,7 +57,7 @@ mod tests;
 pub use context::{Accel, Context, IndexNotation, PciFacts, VirtioFacts};
 pub use description::{Count, Description, ElementDescription, FieldDescription, Layout};
 pub use error::VmStateError;
-pub use field::{Element, Field, FieldInfo, VarField, describe_single};
+pub use field::{Bytes, Element, Field, FieldInfo, VarField, describe_single};
 pub use kinds::{Bitmap, Buffer, QList, QTailQ, Table, Timer, Tmp, Unused, VStruct, VarBuffer};
 pub use load::{Loader, SubsectionHeader};
 pub use qevm_savevm_derive::VmState;

@@ -94,6 +94,12 @@ impl<'c> Saver<'c> {
     pub fn array<T: Element>(&mut self, values: &[T], info: &FieldInfo) -> Result<(), Error> {
         let last = values.len().saturating_sub(1);
         let compressed = T::COMPRESSIBLE && !info.conditional;
+        if let (Some(bytes), [first, rest @ ..], true) = (T::BYTES, values, compressed) {
+            let array = if rest.is_empty() { Notation::No } else { Notation::Len(values.len() as u64) };
+            self.element(first, info, Some(array))?;
+            self.out.bytes((bytes.of)(rest));
+            return Ok(());
+        }
         for (i, value) in values.iter().enumerate() {
             let array = match self.ctx.index_notation() {
                 _ if last == 0 => Some(Notation::No),

@@ -5,7 +5,7 @@ use qevm_savevm::devices::cpu::{
     extended::{AmxXtile, Avx512, BndReg, FpopIpDp, Hi16ZmmReg, Mpx, Pkru, ZmmhReg},
     registers::{FpReg, XmmReg, YmmhReg},
 };
-use qevm_savevm::vmstate::Table;
+use std::sync::LazyLock;
 
 /// Places in the legacy area and the header (Intel SDM volume 1, "XSAVE area").
 mod at {
@@ -35,6 +35,7 @@ mod component {
     pub(super) const PKRU: u32 = 9;
     pub(super) const XTILECFG: u32 = 17;
     pub(super) const XTILEDATA: u32 = 18;
+    pub(super) const COUNT: usize = 19;
 }
 
 /// An XSAVE area to read from.
@@ -43,11 +44,19 @@ struct Area<'a>(&'a [u8]);
 /// An XSAVE area to write to.
 struct AreaMut<'a>(&'a mut [u8]);
 
-/// Where a component is in the standard format on this processor; `None` if it has none.
-fn offset(component: u32) -> Option<usize> {
+/// Where each component is in the standard format on this processor. It is asked once: inside a virtual machine every CPUID is
+/// an exit, and the guest stands still meanwhile.
+static OFFSETS: LazyLock<[Option<usize>; component::COUNT]> = LazyLock::new(|| {
     const LEAF: u32 = 0xd;
-    let leaf = std::arch::x86_64::__cpuid_count(LEAF, component);
-    (leaf.eax != 0 && leaf.ebx != 0).then_some(leaf.ebx as usize)
+    std::array::from_fn(|component| {
+        let leaf = std::arch::x86_64::__cpuid_count(LEAF, component as u32);
+        (leaf.eax != 0 && leaf.ebx != 0).then_some(leaf.ebx as usize)
+    })
+});
+
+/// Where a component is; `None` if this processor has none.
+fn offset(component: u32) -> Option<usize> {
+    OFFSETS.get(component as usize).copied().flatten()
 }
 
 impl Area<'_> {
@@ -62,6 +71,10 @@ impl Area<'_> {
     }
     fn u64(&self, at: usize) -> u64 {
         u64::from_le_bytes(self.bytes(at))
+    }
+    /// The first bytes of a component; 0 if it is not there.
+    fn component<const N: usize>(&self, component: u32) -> [u8; N] {
+        offset(component).map_or([0; N], |at| self.bytes(at))
     }
     /// Word `index` of a component; 0 if it is not there.
     fn word(&self, component: u32, index: usize) -> u64 {
@@ -135,10 +148,8 @@ pub(super) fn save(xsave: &[u8], xcr0: u64, cpu: &mut Cpu) {
     });
     cpu.pkru = Some(Pkru { value: word(PKRU, 0) as u32 });
     let tiles = 1 << XTILECFG | 1 << XTILEDATA;
-    cpu.intel_amx_xtile = (xcr0 & tiles == tiles || cpu.intel_amx_xtile.is_some()).then(|| {
-        let byte = |component, i: usize| offset(component).map_or(0, |at| area.bytes::<1>(at + i)[0]);
-        AmxXtile { xtilecfg: Table::from_fn(|i| byte(XTILECFG, i)), xtiledata: Table::from_fn(|i| byte(XTILEDATA, i)) }
-    });
+    cpu.intel_amx_xtile = (xcr0 & tiles == tiles || cpu.intel_amx_xtile.is_some())
+        .then(|| AmxXtile { xtilecfg: area.component(XTILECFG).into(), xtiledata: area.component(XTILEDATA).into() });
 }
 
 pub(super) fn load(cpu: &Cpu, xsave: &mut [u8]) {

@@ -193,6 +193,21 @@ fn configuration() -> StructDescription {
     }
 }
 
+/// A loader takes what every release sends; the newest knows most.
+pub fn newest() -> Profile {
+    Profile::new(QemuVersion::NEWEST, MACHINE_TYPE)
+}
+
+/// Saves and loads `state` without effect, so that the next time, when a guest stands still, is not the first: then the processor
+/// has been asked what it has, and code and heap are in memory.
+///
+/// # Errors
+/// As [`save`] and [`load`].
+pub fn rehearse(state: &MachineState) -> Result<(), SectionError> {
+    let saved = save(state, &newest(), false)?;
+    load(&saved.sections, &newest(), &mut state.clone()).map(drop)
+}
+
 /// Whether a machine of `cpus` vCPUs, with or without real-time clock, with these virtio devices, has the section.
 pub fn has_device(idstr: &CountedString, instance_id: u32, cpus: usize, rtc: bool, virtio: &[VirtioDevice]) -> bool {
     let instances = match idstr.as_str() {

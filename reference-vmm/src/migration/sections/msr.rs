@@ -2,7 +2,7 @@
 
 use crate::state::Msr;
 use qevm_savevm::devices::cpu::{Cpu, extended, msr, paravirt};
-use std::collections::HashMap;
+use std::{collections::HashMap, sync::LazyLock};
 
 /// The MSRs with fields of their own (Intel SDM volume 4; KVM's are in the kernel's `kvm/x86/msr` document).
 fn fields(cpu: &mut Cpu) -> Vec<(u32, &mut u64)> {
@@ -37,12 +37,12 @@ fn fields(cpu: &mut Cpu) -> Vec<(u32, &mut u64)> {
 
 /// Bits of a physical address beyond those of the processor, up to the architecture's 52. A QEMU under KVM keeps them set in
 /// the masks of the variable MTRRs (every stream of 7.2 to 11.1 shows it), so that a mask fits processors with more bits.
-fn beyond_address_bits() -> u64 {
+static BEYOND_ADDRESS_BITS: LazyLock<u64> = LazyLock::new(|| {
     const LEAF_SIZES: u32 = 0x8000_0008;
     const MAX_BITS: u32 = 52;
     let bits = (std::arch::x86_64::__cpuid(LEAF_SIZES).eax & 0xff).min(MAX_BITS);
     (1 << MAX_BITS) - (1 << bits)
-}
+});
 
 const TSC: u32 = 0x10;
 const TSC_ADJUST: u32 = 0x3b;
@@ -125,7 +125,7 @@ pub(super) fn save(list: &[Msr], cpu: &mut Cpu) {
     let msrs: HashMap<u32, u64> = list.iter().map(|msr| (msr.index, msr.value)).collect();
     let get = |index: u32| msrs.get(&index).copied().unwrap_or(0);
     fields(cpu).into_iter().for_each(|(index, field)| *field = msrs.get(&index).copied().unwrap_or(*field));
-    cpu.mtrr_var.iter_mut().for_each(|pair| pair.mask |= beyond_address_bits());
+    cpu.mtrr_var.iter_mut().for_each(|pair| pair.mask |= *BEYOND_ADDRESS_BITS);
     cpu.sysenter_cs = get(SYSENTER_CS) as u32;
     save_subsections(&msrs, cpu);
     let mut pmu = cpu.msr_architectural_pmu.take().unwrap_or_default();
@@ -159,7 +159,7 @@ pub(super) fn save(list: &[Msr], cpu: &mut Cpu) {
 pub(super) fn load(cpu: &Cpu, list: &mut Vec<Msr>) {
     let mut said = Vec::new();
     let mut cpu = cpu.clone();
-    cpu.mtrr_var.iter_mut().for_each(|pair| pair.mask &= !beyond_address_bits());
+    cpu.mtrr_var.iter_mut().for_each(|pair| pair.mask &= !*BEYOND_ADDRESS_BITS);
     let cpu = &cpu;
     fields(&mut cpu.clone()).into_iter().for_each(|(index, field)| said.push(Msr { index, value: *field }));
     said.push(Msr { index: SYSENTER_CS, value: cpu.sysenter_cs.into() });
