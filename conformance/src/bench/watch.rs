@@ -8,11 +8,11 @@ use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
+use nix::time::clock_getcpuclockid;
+use nix::unistd::Pid;
 
 /// How often the consoles are looked at: far finer than the guest's progress lines.
 const LOOK: Duration = Duration::from_micros(500);
-/// Clock ticks per second in `/proc/PID/stat`: `USER_HZ`, the same on every x86 Linux.
-const TICKS: f64 = 100.0;
 
 /// Watches the consoles of both ends.
 pub(super) struct Silence {
@@ -70,17 +70,19 @@ fn size(path: &Path) -> u64 {
 /// # Errors
 /// There is no such process.
 pub(super) fn processor_time(pid: u32) -> Result<f64> {
-    let process = PathBuf::from(format!("/proc/{pid}"));
-    let mut time = time_of(&process.join("stat"))?;
-    for thread in fs::read_dir(process.join("task"))? {
+    // `/proc/PID/stat` counts in hundredths of a second, which is too coarse for what is compared here.
+    let clock = clock_getcpuclockid(Pid::from_raw(i32::try_from(pid)?))
+        .with_context(|| format!("the processor time of process {pid}"))?;
+    let mut time = Duration::from(clock.now()?);
+    for thread in fs::read_dir(format!("/proc/{pid}/task"))? {
         let thread = thread?.path();
         // A thread that ended meanwhile was no vCPU.
         let Ok(name) = fs::read_to_string(thread.join("comm")) else { continue };
         if is_vcpu(&name) {
-            time -= time_of(&thread.join("stat"))?;
+            time = time.saturating_sub(time_of(&thread.join("schedstat"))?);
         }
     }
-    Ok(time)
+    Ok(time.as_secs_f64())
 }
 
 /// What QEMU (with `-name debug-threads=on`) and reference-vmm call the threads of vCPUs.
@@ -88,31 +90,17 @@ fn is_vcpu(comm: &str) -> bool {
     comm.starts_with("CPU ") || comm.starts_with("vcpu")
 }
 
-fn time_of(stat: &Path) -> Result<f64> {
-    let text = fs::read_to_string(stat).with_context(|| format!("reading {}", stat.display()))?;
-    let ticks = parse_time(&text).with_context(|| format!("{} has an unknown form: {text:?}", stat.display()))?;
-    Ok(ticks as f64 / TICKS)
-}
-
-/// `utime` + `stime`: fields 14 and 15 of proc_pid_stat(5).
-fn parse_time(stat: &str) -> Option<u64> {
-    // The name before may hold blanks and parentheses. Field 3 comes right behind it.
-    let fields: Vec<&str> = stat.rsplit_once(')')?.1.split_whitespace().collect();
-    let field = |number: usize| fields.get(number - 3)?.parse::<u64>().ok();
-    Some(field(14)? + field(15)?)
+/// What a thread has run for: the first field of its `schedstat`, in nanoseconds.
+fn time_of(schedstat: &Path) -> Result<Duration> {
+    let text = fs::read_to_string(schedstat).with_context(|| format!("reading {}", schedstat.display()))?;
+    let nanos = text.split_whitespace().next().and_then(|field| field.parse().ok());
+    let nanos = nanos.with_context(|| format!("{} has an unknown form: {text:?}", schedstat.display()))?;
+    Ok(Duration::from_nanos(nanos))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn times_are_found_behind_any_name() {
-        let numbers: Vec<String> = (4..53).map(|n| n.to_string()).collect();
-        let stat = format!("7 (CPU 0/KVM) x)) S {}\n", numbers.join(" "));
-        assert_eq!(parse_time(&stat), Some(14 + 15));
-        assert_eq!(parse_time("7 (x) S 1 2"), None);
-    }
 
     #[test]
     fn vcpus_are_known_by_their_names() {

@@ -305,7 +305,9 @@ impl Engine<'_> {
     }
 
     fn page(&mut self, memory: &VolatileSlice<'_>) -> Result<(), MigrationError> {
-        if !self.inlet.read_into(memory)? {
+        // With page channels there may be others who write to pages that hold nothing yet.
+        let expect = || if self.pages.is_none() { self.loader.ram.expected() } else { Vec::new() };
+        if !self.inlet.read_into(memory, expect)? {
             let (needed, available) = (memory.len() as u64, 0);
             let kind = qevm_savevm::ErrorKind::from(WireError::Truncated { needed, available });
             return Err(self.place(kind.into(), self.decoder.offset()).into());

@@ -1,7 +1,12 @@
 //! The destination's RAM: the check of the block list, and where pages go.
 
-use super::{Guest, LoadError, RamView, touched::Touched, zero::is_zero};
-use qevm_savevm::ram::{BlockId, PageAt, RamBlock, RamRecord};
+use super::{
+    Guest, LoadError, RamView,
+    inlet::{Expected, MOST_EXPECTED},
+    touched::Touched,
+    zero::is_zero,
+};
+use qevm_savevm::ram::{BlockId, PageAt, RamBlock, RamRecord, flag};
 use qevm_wire::CountedString;
 use qevm_wire::{Located, PageGeometry};
 use std::sync::Arc;
@@ -11,6 +16,9 @@ use vm_memory::{Bytes, VolatileSlice};
 #[derive(Default)]
 pub(crate) struct RamReceiver<'g> {
     blocks: Vec<Block<'g>>,
+    /// The page that came last, and how many came one behind the other before it.
+    last: Option<(BlockId, u64)>,
+    run: u64,
 }
 
 struct Block<'g> {
@@ -35,7 +43,7 @@ impl<'g> RamReceiver<'g> {
     /// Takes in a record without payload. `at` is the offset of the record.
     pub(crate) fn record(&mut self, guest: &'g dyn Guest, record: &RamRecord<'_>) -> Result<(), LoadError> {
         match record {
-            RamRecord::MemSize { .. } => self.blocks.clear(),
+            RamRecord::MemSize { .. } => *self = RamReceiver::default(),
             RamRecord::Block(block) => self.add_block(guest, block)?,
             RamRecord::Zero(page) => self.clear_page(page),
             RamRecord::Xbzrle { page, data } => self.apply_difference(page, data)?,
@@ -52,10 +60,32 @@ impl<'g> RamReceiver<'g> {
 
     /// Where a page goes whose bytes are next in the stream.
     pub(crate) fn page(&mut self, page: &PageAt) -> VolatileSlice<'g> {
+        let goes_on =
+            self.last.is_some_and(|(id, last)| (id, last + PageGeometry::X86.size()) == (page.block, page.offset));
+        self.run = if goes_on { self.run + 1 } else { 0 };
+        self.last = Some((page.block, page.offset));
         let block = self.known(page.block);
         let index = PageGeometry::X86.index(page.offset);
         block.written.mark(index..index + 1);
         block.memory(page)
+    }
+
+    /// The pages that come next if the source goes on as before. Only those that hold nothing yet: nothing is lost there if something
+    /// else comes.
+    pub(crate) fn expected(&self) -> Vec<Expected<'g>> {
+        let Some((id, last)) = self.last else { return Vec::new() };
+        let block = &self.blocks[id.index()];
+        let offsets = (1..=self.run.min(MOST_EXPECTED as u64)).map(|ahead| last + ahead * PageGeometry::X86.size());
+        let free = |offset: &u64| {
+            *offset < block.view.memory.len() as u64 && !block.written.contains(PageGeometry::X86.index(*offset))
+        };
+        let expected = |offset: u64| Expected {
+            record: (offset | flag::PAGE | flag::CONTINUE).to_be_bytes(),
+            memory: block.memory(&PageAt { block: id, offset, named: false }),
+        };
+        let mut pages = Vec::with_capacity(MOST_EXPECTED);
+        pages.extend(offsets.take_while(free).map(expected));
+        pages
     }
 
     /// Which pages of the block that was listed last were written to.
