@@ -8,18 +8,31 @@ use vm_memory::VolatileSlice;
 pub(crate) fn is_zero(page: &VolatileSlice<'_>) -> bool {
     let guard = page.ptr_guard();
     let (start, len) = (guard.as_ptr(), page.len());
-    let wide = len - len % LINE;
-    (0..wide).step_by(LINE).all(|offset| {
-        // SAFETY: `offset + LINE <= len`, so the line is inside the slice, which lives through this call.
-        unsafe { line_is_zero(start.add(offset)) }
-    }) && (wide..len).all(|offset| {
-        // SAFETY: `offset < len`.
-        unsafe { start.add(offset).read_volatile() == 0 }
-    })
+    // SAFETY: `offset + LINE <= len` wherever this is called, so the line is inside the slice, which lives through this call.
+    let line = |offset| unsafe { line_is_zero(start.add(offset)) };
+    // Most pages that are not zero show it in the first line; the others are read as fast as memory gives.
+    if len >= LINE && !line(0) {
+        return false;
+    }
+    let wide = len - len % STEP;
+    (0..wide).step_by(STEP).all(|offset| (0..STEP).step_by(LINE).fold(true, |zero, at| zero & line(offset + at)))
+        && (wide..len).all(|offset| {
+            // SAFETY: `offset < len`.
+            unsafe { start.add(offset).read_volatile() == 0 }
+        })
 }
 
-/// Bytes that are compared in one step: a cache line.
+/// Asks for the beginning of a page that will be looked at soon.
+pub(crate) fn prefetch(page: &VolatileSlice<'_>) {
+    use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+    // SAFETY: prefetching gives no value, and no address is wrong for it.
+    unsafe { _mm_prefetch::<_MM_HINT_T0>(page.ptr_guard().as_ptr().cast()) };
+}
+
+/// A cache line.
 const LINE: usize = 64;
+/// Bytes that are compared in one step.
+const STEP: usize = 4 * LINE;
 
 /// # Safety
 /// `LINE` bytes at `line` must be readable.
@@ -45,7 +58,7 @@ mod tests {
 
     #[test]
     fn one_set_bit_anywhere_is_seen() {
-        for len in [4096, 100, 64, 7] {
+        for len in [4096, 300, 100, 64, 7] {
             let mut page = vec![0u8; len];
             assert!(is_zero(&VolatileSlice::from(&mut page[..])));
             for at in 0..len {
