@@ -4,14 +4,16 @@
 //! got. Here the other side is looked at: the disk's file, and what arrived on the console and the network. Every number has to be
 //! there once, in order, whatever monitor served the request.
 
-use std::fs;
 use std::os::unix::net::UnixDatagram;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::thread;
+use std::thread::{self, JoinHandle};
 use std::time::Duration;
+use std::{fs, io};
 
 use anyhow::{Context, Result, bail, ensure};
+
+use super::tap::{self, Taps};
 
 /// Bytes of the disk: a few seconds of the guest's work, so that it goes round.
 const DISK: u64 = 1 << 20;
@@ -36,6 +38,8 @@ pub enum Gear {
     Console,
     /// `virtio-net-device` on `-netdev dgram`
     Net,
+    /// The same on `-netdev tap`, which only root can have.
+    Tap,
 }
 
 impl Gear {
@@ -45,7 +49,7 @@ impl Gear {
             Gear::Disk | Gear::FailingDisk => 1,
             Gear::Rng => 2,
             Gear::Console => 4,
-            Gear::Net => 8,
+            Gear::Net | Gear::Tap => 8,
         }
     }
 
@@ -55,7 +59,7 @@ impl Gear {
             Gear::Disk | Gear::FailingDisk => "disk",
             Gear::Rng => "rng",
             Gear::Console => "console",
-            Gear::Net => "net",
+            Gear::Net | Gear::Tap => "net",
         }
     }
 }
@@ -103,6 +107,11 @@ pub(super) fn arguments(gear: &[Gear], scratch: &Path, name: &str) -> Result<Vec
                 add("--netdev", format!("dgram,id=n,{},{}", unix("local", &local), unix("remote", &remote)));
                 add("--device", "virtio-net-device,netdev=n".into());
             }
+            Gear::Tap => {
+                let ifname = tap::add(scratch, name)?;
+                add("--netdev", format!("tap,id=n,ifname={ifname},script=no,downscript=no"));
+                add("--device", "virtio-net-device,netdev=n".into());
+            }
         }
     }
     Ok(arguments)
@@ -124,7 +133,14 @@ fn frames(scratch: &Path) -> PathBuf {
 #[derive(Debug)]
 pub(super) struct Ear {
     numbers: Arc<Mutex<Vec<u64>>>,
+    thread: Option<JoinHandle<()>>,
 }
+
+/// Gives a frame, or an error when none comes in time.
+type Receive = Box<dyn FnMut(&mut [u8]) -> io::Result<usize> + Send>;
+
+/// How long the ear listens before it looks whether anybody is interested.
+const PAUSE: Duration = Duration::from_millis(200);
 
 impl Ear {
     /// Begins to listen, before the first monitor starts.
@@ -133,26 +149,45 @@ impl Ear {
         const ETHERTYPE: [u8; 2] = [0x88, 0xb5];
         const NUMBER: usize = 14;
         let numbers: Arc<Mutex<Vec<u64>>> = Arc::default();
+        let mut receive: Option<Receive> = None;
         if gear.contains(&Gear::Net) {
             let socket = UnixDatagram::bind(frames(scratch))?;
-            socket.set_read_timeout(Some(Duration::from_millis(200)))?;
+            socket.set_read_timeout(Some(PAUSE))?;
+            receive = Some(Box::new(move |frame| socket.recv(frame)));
+        }
+        if gear.contains(&Gear::Tap) {
+            let mut taps = Taps::listen(scratch, PAUSE)?;
+            receive = Some(Box::new(move |frame| taps.receive(frame)));
+        }
+        let mut thread = None;
+        if let Some(mut receive) = receive {
             let weak = Arc::downgrade(&numbers);
-            thread::spawn(move || {
+            thread = Some(thread::spawn(move || {
                 let mut frame = [0; 2048];
                 while let Some(numbers) = weak.upgrade() {
-                    let Ok(len) = socket.recv(&mut frame) else { continue };
+                    let Ok(len) = receive(&mut frame) else { continue };
                     let number = frame[..len].get(NUMBER..).and_then(|rest| rest.first_chunk());
                     if let Some(number) = number.filter(|_| frame[NUMBER - 2..NUMBER] == ETHERTYPE) {
                         numbers.lock().unwrap_or_else(PoisonError::into_inner).push(u64::from_le_bytes(*number));
                     }
                 }
-            });
+            }));
         }
-        Ok(Ear { numbers })
+        Ok(Ear { numbers, thread })
     }
 
     fn heard(&self) -> Vec<u64> {
         self.numbers.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+}
+
+impl Drop for Ear {
+    fn drop(&mut self) {
+        // The thread sees that, and is waited for: it takes its interfaces away.
+        self.numbers = Arc::default();
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
     }
 }
 
@@ -201,7 +236,7 @@ pub(super) fn judge(gear: &[Gear], texts: &[Vec<u8>], scratch: &Path, ear: &Ear)
             // The guest has looked at what it got.
             Gear::Rng => Ok(()),
             Gear::Console => judge_console(&consoles(scratch)?, next),
-            Gear::Net => judge_frames(&ear.heard(), next),
+            Gear::Net | Gear::Tap => judge_frames(&ear.heard(), next),
         }
         .with_context(|| format!("{gear:?}, of which the guest had done {} requests", next - 1))?;
     }

@@ -23,6 +23,7 @@ mod proxy;
 pub mod python;
 mod report;
 pub mod table;
+mod tap;
 
 pub use echo::Echo;
 pub use gear::Gear;

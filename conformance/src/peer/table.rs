@@ -114,7 +114,11 @@ fn devices() -> Vec<Journey> {
         quick,
         ..plain()
     };
-    ways.map(journey).into()
+    let mut journeys: Vec<_> = ways.map(journey).into();
+    let mut tap = journey(("tap", vec![new, reference, old, reference], false));
+    tap.load.gear = vec![Gear::Tap];
+    journeys.push(tap);
+    journeys
 }
 
 /// Links on which nobody calls: commands, descriptors and files, and the files in which each page has its place.

@@ -142,6 +142,8 @@ fn common<D: DevicePart + Default>(
         queues: qevm_savevm::devices::virtio::Counted(state.queues.iter().map(queue).collect()),
         device,
         features_64bit: Some(Features64Bit { guest_features: state.guest_features }),
+        // A QEMU sends them if its device has any; no model has, and older releases do not know the subsection.
+        features_128bit: None,
         ringsize,
         broken: state.broken.then_some(Broken { broken: true }),
         started: state.started.then_some(Started { started: true }),
@@ -153,6 +155,9 @@ fn common<D: DevicePart + Default>(
 fn uncommon<D: DevicePart>(virtio: &Virtio<D>, device: VirtioDeviceState) -> Result<VirtioState, String> {
     if virtio.virtqueues.is_some() || virtio.extra_state.is_some() || virtio.packed_virtqueues.is_some() {
         return Err("the source's transport is no legacy one (force-legacy=off), as those of this machine are".into());
+    }
+    if let Some(found) = virtio.features_128bit.as_ref().map(|sub| sub.guest_features).filter(|found| *found != 0) {
+        return Err(format!("the guest uses features that no device of this machine has: bits {found:#x} from 64 on"));
     }
     let queue = |queue: &VirtQueue| VirtioQueueState {
         num: queue.num,
@@ -301,4 +306,30 @@ fn request(element: &VirtQueueElement) -> Result<VirtioRequest, String> {
         readable: list(element.out_num.0, &element.out_addr[..], &element.out_sg[..])?,
         writable: list(element.in_num.0, &element.in_addr[..], &element.in_sg[..])?,
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use qevm_savevm::devices::virtio::subsections::Features128Bit;
+
+    /// What QEMU 11.1 sends of a network device on a tap interface, whose host side has features beyond 64.
+    fn on_tap(guest_features: u64) -> DeviceState {
+        let mut section = VirtioNet::default();
+        section.virtio.features_128bit = Some(Features128Bit { guest_features });
+        DeviceState::VirtioNet(section)
+    }
+
+    #[test]
+    fn features_beyond_64_are_refused_if_used_and_else_forgotten() {
+        let came = on_tap(0);
+        let state = load(&came).unwrap();
+        for qemu in [QemuVersion::new(7, 2), QemuVersion::NEWEST] {
+            let DeviceState::VirtioNet(sent) = save(VirtioDevice::Net, &state, Some(&came), qemu).unwrap() else {
+                panic!("no network device");
+            };
+            assert_eq!(sent.virtio.features_128bit, None, "{qemu}");
+        }
+        assert!(load(&on_tap(4)).unwrap_err().contains("bits 0x4 from 64 on"));
+    }
 }
