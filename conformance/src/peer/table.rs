@@ -115,7 +115,7 @@ fn devices() -> Vec<Journey> {
         ..plain()
     };
     let mut journeys: Vec<_> = ways.map(journey).into();
-    let mut tap = journey(("tap", vec![new, reference, old, reference], false));
+    let mut tap = journey(("tap", vec![new, reference, old, reference, middle], false));
     tap.load.gear = vec![Gear::Tap];
     journeys.push(tap);
     journeys

@@ -129,7 +129,7 @@ pub struct Machine {
     dirty_log: Arc<DirtyLog>,
     _reaper: Reaper,
     saved_msrs: Vec<u32>,
-    /// The state in which the machine was made.
+    /// The state in which the machine was made; `None` until it is.
     fresh: Option<MachineState>,
     memory: Arc<GuestMemory>,
     vm: Arc<VmFd>,
