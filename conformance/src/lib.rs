@@ -29,6 +29,7 @@ pub mod payload;
 pub mod peer;
 pub mod played;
 pub mod process;
+mod processor_time;
 pub mod qmp;
 pub mod record;
 pub mod reload;

@@ -10,8 +10,9 @@ use serde_json::{Value, json};
 
 use super::figures::{COLUMNS, Figures, Summary};
 use super::network::LimitedLink;
-use super::watch::{Silence, processor_time};
+use super::watch::Silence;
 use crate::peer::{Journey, Link, Load, Monitor, Stage, Stop};
+use crate::processor_time;
 use crate::roots::{Root, Suite};
 use crate::scenario::Accel;
 
@@ -204,5 +205,6 @@ impl Bench<'_> {
 }
 
 fn times(pids: [u32; 2]) -> Result<[f64; 2]> {
-    Ok([processor_time(pids[0])?, processor_time(pids[1])?])
+    let time = |pid| processor_time::without_vcpus(pid).map(|time| time.as_secs_f64());
+    Ok([time(pids[0])?, time(pids[1])?])
 }

@@ -5,7 +5,7 @@
 //! so for all of them. Every destination has its memory from the host before it starts, unless that is to be measured as well. Numbers mean something only on a machine that does nothing else.
 
 use std::collections::BTreeMap;
-use std::fs::{self, File};
+use std::fs::File;
 use std::io::{BufWriter, Write};
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -15,6 +15,7 @@ use serde_json::{Value, json};
 
 use super::party::{Monitor, Party};
 use super::{Load, Stage, Stop};
+use crate::processor_time;
 use crate::roots::{Root, Suite};
 use crate::scenario::Accel;
 
@@ -259,15 +260,8 @@ fn fill(path: &Path, len: u64) -> Result<()> {
     file.flush().with_context(|| format!("writing {}", path.display()))
 }
 
-/// User and system time of a process, with its threads.
 fn cpu_seconds(pid: u32) -> Result<f64> {
-    let text = fs::read_to_string(format!("/proc/{pid}/stat")).context("reading a monitor's CPU time")?;
-    // The name in parentheses may hold blanks; utime and stime are the 12th and 13th fields behind it.
-    let behind = text.rsplit_once(')').map_or("", |(_, behind)| behind);
-    let ticks: Vec<u64> = behind.split_whitespace().skip(11).take(2).filter_map(|field| field.parse().ok()).collect();
-    ensure!(ticks.len() == 2, "no CPU time in {text:?}");
-    // USER_HZ is 100 on x86-64.
-    Ok(ticks.iter().sum::<u64>() as f64 / 100.0)
+    Ok(processor_time::of(pid)?.as_secs_f64())
 }
 
 #[cfg(test)]
@@ -283,11 +277,5 @@ mod tests {
         let ratios = fast.ratios(&slow);
         let expected = [8.0 / 3.0, 0.5, 0.5, 0.5];
         assert!(ratios.iter().zip(expected).all(|(ratio, expected)| (ratio - expected).abs() < 1e-9), "{ratios:?}");
-    }
-
-    #[test]
-    fn this_process_uses_time() {
-        assert!(cpu_seconds(std::process::id()).unwrap() >= 0.0);
-        assert!(cpu_seconds(u32::MAX).is_err());
     }
 }
