@@ -127,7 +127,7 @@ pub(crate) struct Matrix {
 
 #[derive(Args)]
 pub(crate) struct Demo {
-    /// Print nothing but the JSON object
+    /// Print nothing on standard output but the JSON object
     #[arg(long)]
     json: bool,
     /// Whose QEMU the guest comes from
@@ -293,6 +293,9 @@ fn setup(suites: &[Suite]) -> Result<bool> {
     for suite in if suites.is_empty() { &Suite::ALL } else { suites } {
         let root = Root::install(*suite)?;
         println!("{suite}: QEMU {} in {}", root.version(), root.dir().display());
+        if matrix::kvm().is_ok() {
+            root.host_cpu()?;
+        }
     }
     Ok(true)
 }

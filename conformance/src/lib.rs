@@ -1,6 +1,6 @@
 //! Real QEMUs of several releases as the judge of qevm.
 //!
-//! [`roots`] installs them (through [`apt`]), [`launch`] starts one and [`qmp`] talks to it; [`linux`] and
+//! [`roots`] installs them (through [`apt`]), [`launch`] starts one and [`qmp`] talks to it; [`host_cpu`] is the processor that it starts with under KVM; [`linux`] and
 //! [`payload`] are guests for it. A [`scenario`] is a row of the [`table`];
 //! [`record`] plays it, with [`tape`] as the listener that keeps every channel, and asks the [`oracle`] what the stopped
 //! guest's RAM really is. [`judge`] then holds what qevm (the [`subject`]) says about the recording against that truth and
@@ -19,6 +19,7 @@ pub mod corpus;
 mod cpio;
 pub mod description;
 pub mod fields;
+pub mod host_cpu;
 pub mod judge;
 pub mod lab;
 pub mod launch;

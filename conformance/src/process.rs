@@ -1,6 +1,6 @@
 //! Child processes with a deadline and errors that quote what the child said.
 
-use std::io::Read;
+use std::io::{Read, Write};
 use std::process::{Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -40,7 +40,22 @@ pub struct Finished {
 /// # Errors
 /// The child cannot start, or is still running after `limit`.
 pub fn run_any(command: &mut Command, limit: Duration) -> Result<Finished> {
-    command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    finish(command.stdin(Stdio::null()), limit)
+}
+
+/// Like [`run_any`], with `input` on the child's standard input: less than a pipe holds (64 KiB).
+///
+/// # Errors
+/// As [`run_any`].
+pub(crate) fn run_fed(command: &mut Command, input: &str, limit: Duration) -> Result<Finished> {
+    let (reader, mut writer) = std::io::pipe()?;
+    writer.write_all(input.as_bytes())?;
+    drop(writer);
+    finish(command.stdin(reader), limit)
+}
+
+fn finish(command: &mut Command, limit: Duration) -> Result<Finished> {
+    command.stdout(Stdio::piped()).stderr(Stdio::piped());
     let mut child = command.spawn().with_context(|| format!("starting {}", line(command)))?;
     let stdout = drain(child.stdout.take());
     let stderr = drain(child.stderr.take());

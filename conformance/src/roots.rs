@@ -14,6 +14,7 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 
 use crate::apt::{Apt, Kind};
+use crate::host_cpu::{self, HostCpu};
 use crate::process::run;
 
 /// Raised whenever the layout or the package set of a root changes, so that older roots are made again.
@@ -157,6 +158,14 @@ impl Root {
             command.arg("-L").arg(self.dir.join(firmware));
         }
         command
+    }
+
+    /// What `-cpu` gives a guest of this QEMU the host's processor under KVM. Found out once in a process, by starting it.
+    ///
+    /// # Errors
+    /// QEMU starts with none that is known; the error quotes every attempt.
+    pub fn host_cpu(&self) -> Result<HostCpu> {
+        host_cpu::of(self).with_context(|| format!("QEMU of Debian {}", self.suite))
     }
 
     /// `qemu-img` of this root.

@@ -97,7 +97,9 @@ impl Party {
                 fs::write(&firmware, IMAGE).with_context(|| format!("writing {}", firmware.display()))?;
                 more(&["-bios", &firmware.display().to_string(), "-fw_cfg", &item]);
                 match accel {
-                    Accel::Kvm => more(&["-M", &format!("microvm,accel=kvm{options}"), "-cpu", "host"]),
+                    Accel::Kvm => {
+                        more(&["-M", &format!("microvm,accel=kvm{options}"), "-cpu", root.host_cpu()?.model()]);
+                    }
                     Accel::Tcg => more(&["-M", &format!("microvm,accel=tcg{options}"), "-cpu", "max"]),
                 }
                 if incoming && load.mem_prealloc {

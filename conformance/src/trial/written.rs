@@ -178,12 +178,13 @@ impl Guest {
         let (memory, serial) = (format!("{MEMORY_MIB}M"), format!("file:{}", console.display()));
         let bios = bios.display().to_string();
         let mut arguments = vec!["-M", &machine, "-m", &memory, "-bios", &bios, "-serial", &serial];
-        arguments.extend(if accel == Accel::Kvm { ["-cpu", "host"] } else { ["-cpu", "max"] });
+        let root = bench.root(suite)?;
+        arguments.extend(["-cpu", if accel == Accel::Kvm { root.host_cpu()?.model() } else { "max" }]);
         if incoming {
             arguments.extend(["-incoming", "defer"]);
         }
         let arguments: Vec<String> = arguments.into_iter().map(str::to_owned).collect();
-        let qemu = Qemu::start(bench.root(suite)?, name, &arguments, bench.scratch)?;
+        let qemu = Qemu::start(root, name, &arguments, bench.scratch)?;
         Ok(Guest { qemu, console })
     }
 
