@@ -188,7 +188,8 @@ pub struct Extract {
     #[command(flatten)]
     #[allow(missing_docs)]
     pub output: Output,
-    /// Write each RAM block to a file DIR/block-N.raw; the output says which is which.
+    /// Write each RAM block to a file DIR/block-N.raw; the output says which is which. Only their owner can read these
+    /// and the other files, which appear when they are whole.
     #[arg(long, value_name = "DIR")]
     pub ram: Option<PathBuf>,
     /// Write guest-physical memory to a sparse raw file, in which the offset is the address.
@@ -200,6 +201,9 @@ pub struct Extract {
     /// Write all device sections, down to each field, to a JSON file.
     #[arg(long, value_name = "FILE")]
     pub devices: Option<PathBuf>,
+    /// Replace files that exist. A symbolic link is replaced itself, and not what it points to.
+    #[arg(long)]
+    pub force: bool,
 }
 
 /// `qevm receive`.
@@ -227,7 +231,7 @@ pub struct Receive {
     /// silent source is waited for, and missing page channels for 30 seconds.
     #[arg(long, value_name = "SECONDS")]
     pub timeout: Option<u64>,
-    /// Overwrite the output file if it exists.
+    /// Replace the output file if it exists. A symbolic link is replaced itself, and not what it points to.
     #[arg(long)]
     pub force: bool,
     #[command(flatten)]
@@ -242,13 +246,13 @@ pub struct Convert {
     #[command(flatten)]
     #[allow(missing_docs)]
     pub input: Input,
-    /// Write the new stream here.
+    /// Write the new stream here. Only its owner can read the file, which appears when it is whole.
     #[arg(long, value_name = "FILE")]
     pub out: PathBuf,
     /// Its form.
     #[arg(long, value_enum, default_value_t = StreamForm::Plain)]
     pub format: StreamForm,
-    /// Overwrite the output file if it exists.
+    /// Replace the output file if it exists. A symbolic link is replaced itself, and not what it points to.
     #[arg(long)]
     pub force: bool,
     #[command(flatten)]

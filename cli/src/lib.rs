@@ -11,6 +11,7 @@ pub mod diff;
 pub mod extract;
 pub mod failure;
 pub mod open;
+pub mod output_file;
 pub mod progress;
 pub mod ram;
 pub mod report;

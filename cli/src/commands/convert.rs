@@ -2,7 +2,8 @@
 
 use super::Output;
 use crate::args::{self, StreamForm};
-use crate::failure::Stop;
+use crate::failure::{Failure, Stop};
+use crate::output_file::OutputFile;
 use crate::progress::Progress;
 use crate::rewrite::SavedGuest;
 use crate::rewrite::stream::{Multifd, Target};
@@ -18,22 +19,20 @@ use std::fs::File;
 pub fn run(convert: &args::Convert) -> Result<(), Stop> {
     let mut inputs = Inputs::open(&convert.input)?;
     let name = convert.out.display().to_string();
+    let output = OutputFile::create(&convert.out, convert.force)?;
     let mut guest = SavedGuest::read(&mut inputs)?;
-    let file = if convert.force { File::create(&convert.out) } else { File::create_new(&convert.out) };
-    let mut file = file.map_err(|error| Stop::Usage(format!("{name}: cannot be created: {error}")))?;
+    let mut file = output.file();
     let mut bar = Progress::new("writing", Some(guest.data_len()));
     let written = match convert.format {
         StreamForm::Plain => {
             let target = Target { out: &mut file, name: &name, return_path: false, zero_pages: true };
             guest.write_stream(target, None::<Multifd<File>>, &mut bar)
         }
-        StreamForm::MappedRam => guest.write_mapped(&file, &name, &mut bar),
+        StreamForm::MappedRam => guest.write_mapped(file, &name, &mut bar),
     };
     drop(bar);
-    let bytes = written.inspect_err(|_| {
-        // Half a stream is of no use, and looks like a whole one.
-        let _ = std::fs::remove_file(&convert.out);
-    })?;
+    let bytes = written?;
+    output.publish().map_err(|error| Failure::io(&name, bytes, &error))?;
     let mut out = Output::new();
     match convert.output.json {
         true => {

@@ -4,20 +4,25 @@ use super::Output;
 use crate::args;
 use crate::extract::{Guest, GuestObserver, PhysicalMemory, write_block, write_devices};
 use crate::failure::Stop;
+use crate::output_file::OutputFile;
 use crate::progress::Progress;
 use crate::ram::{GuestRam, Keep};
 use crate::stream::{Inputs, Layouts, Settings, analyze};
 use crate::table::size;
 use serde_json::{Map, Value, json};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 /// Runs the command.
 ///
 /// # Errors
-/// [`Stop::Bad`] if the stream is bad or a file cannot be written, [`Stop::Usage`] if a file exists already or the
-/// guest's memory map is not known.
+/// [`Stop::Bad`] if the stream is bad or a file cannot be written, [`Stop::Usage`] if a file exists that `--force` does
+/// not replace, or the guest's memory map is not known.
 pub fn run(extract: &args::Extract) -> Result<(), Stop> {
     let mut inputs = Inputs::open(&extract.input)?;
+    let output =
+        |path: &Option<PathBuf>| path.as_deref().map(|path| OutputFile::create(path, extract.force)).transpose();
+    // That a file cannot be written must show before hours of reading.
+    let outputs = (output(&extract.devices)?, output(&extract.memory)?, output(&extract.elf)?);
     let memory = extract.ram.is_some() || extract.memory.is_some() || extract.elf.is_some();
     let settings = Settings {
         keep: if memory { Keep::Image } else { Keep::Nothing },
@@ -38,9 +43,11 @@ pub fn run(extract: &args::Extract) -> Result<(), Stop> {
     let machine = analysis.machine().unwrap_or_default();
     let mut out = Output::new();
     let mut written = Written::default();
-    if let (Some(path), Some(devices)) = (&extract.devices, &guest.devices) {
-        let len = write_devices(devices, &analysis, path)?;
-        written.file(path, len, &format!("{} device sections", devices.count()));
+    let (devices_file, memory_file, elf_file) = outputs;
+    if let (Some(output), Some(devices)) = (devices_file, &guest.devices) {
+        let path = output.path().to_owned();
+        let len = write_devices(devices, &analysis, output)?;
+        written.file(&path, len, &format!("{} device sections", devices.count()));
         written.notes.append(&mut analysis.notes);
     }
     if memory {
@@ -48,10 +55,10 @@ pub fn run(extract: &args::Extract) -> Result<(), Stop> {
             return Err(Stop::Usage(format!("{}: has no RAM to extract", inputs.main.name)));
         };
         if let Some(folder) = &extract.ram {
-            write_blocks(ram, folder, &mut written)?;
+            write_blocks(ram, folder, extract.force, &mut written)?;
         }
-        if extract.memory.is_some() || extract.elf.is_some() {
-            write_physical(extract, &machine, ram, &guest, &mut written)?;
+        if memory_file.is_some() || elf_file.is_some() {
+            write_physical(memory_file, elf_file, &machine, ram, &guest, &mut written)?;
         }
     }
     match extract.output.json {
@@ -87,32 +94,35 @@ impl Written {
 }
 
 /// One file for each RAM block. Files are numbered: a name from a stream is never part of a path.
-fn write_blocks(ram: &mut GuestRam, folder: &Path, written: &mut Written) -> Result<(), Stop> {
+fn write_blocks(ram: &mut GuestRam, folder: &Path, replace: bool, written: &mut Written) -> Result<(), Stop> {
     std::fs::create_dir_all(folder)
         .map_err(|error| Stop::Usage(format!("{}: cannot be created: {error}", folder.display())))?;
     for block in 0..ram.blocks().len() {
         let path = folder.join(format!("block-{block}.raw"));
-        let len = write_block(ram, block, &path)?;
+        let len = write_block(ram, block, OutputFile::create(&path, replace)?)?;
         written.file(&path, len, &format!("RAM block '{}'", ram.blocks()[block].name));
     }
     Ok(())
 }
 
 fn write_physical(
-    extract: &args::Extract,
+    memory: Option<OutputFile>,
+    elf: Option<OutputFile>,
     machine: &str,
     ram: &mut GuestRam,
     guest: &Guest,
     written: &mut Written,
 ) -> Result<(), Stop> {
     let physical = PhysicalMemory::find(machine, ram, guest)?;
-    if let Some(path) = &extract.memory {
-        let len = physical.write_raw(ram, path)?;
-        written.file(path, len, "guest-physical memory");
+    if let Some(output) = memory {
+        let path = output.path().to_owned();
+        let len = physical.write_raw(ram, output)?;
+        written.file(&path, len, "guest-physical memory");
     }
-    if let Some(path) = &extract.elf {
-        let len = physical.write_elf(ram, guest, path)?;
-        written.file(path, len, &format!("ELF core with {} CPUs", guest.cpus.len()));
+    if let Some(output) = elf {
+        let path = output.path().to_owned();
+        let len = physical.write_elf(ram, guest, output)?;
+        written.file(&path, len, &format!("ELF core with {} CPUs", guest.cpus.len()));
         if guest.cpus.is_empty() {
             written.notes.push("no CPU registers: the stream has no readable 'cpu' section".into());
         }

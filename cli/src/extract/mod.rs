@@ -11,6 +11,7 @@ pub use devices::Devices;
 pub use guest::{Guest, GuestObserver};
 
 use crate::failure::{Failure, Stop};
+use crate::output_file::OutputFile;
 use crate::ram::{GuestRam, PageState};
 use crate::stream::Analysis;
 use elf_core::{CoreHeader, Load, core_header};
@@ -54,26 +55,26 @@ impl PhysicalMemory {
     ///
     /// # Errors
     /// [`Stop::Bad`] with kind `io` if a file cannot be read or written.
-    pub fn write_raw(&self, ram: &mut GuestRam, path: &Path) -> Result<u64, Stop> {
-        let file = create(path)?;
+    pub fn write_raw(&self, ram: &mut GuestRam, output: OutputFile) -> Result<u64, Stop> {
+        let (path, file) = (output.path(), output.file());
         let places = self.segments.iter().map(|segment| segment.address);
         let end = self.segments.last().map_or(0, |segment| segment.address + segment.len);
-        self.write(ram, path, &file, places)?;
-        finish(path, &file, end)
+        self.write(ram, path, file, places)?;
+        finish(output, end)
     }
 
     /// Writes the memory as an ELF core with the registers of `cpus`.
     ///
     /// # Errors
     /// [`Stop::Bad`] with kind `io` if a file cannot be read or written.
-    pub fn write_elf(&self, ram: &mut GuestRam, guest: &Guest, path: &Path) -> Result<u64, Stop> {
-        let file = create(path)?;
+    pub fn write_elf(&self, ram: &mut GuestRam, guest: &Guest, output: OutputFile) -> Result<u64, Stop> {
+        let (path, file) = (output.path(), output.file());
         let loads: Vec<Load> = self.segments.iter().map(|s| Load { address: s.address, len: s.len }).collect();
         let CoreHeader { bytes, offsets } = core_header(&guest.cpus, &loads);
         file.write_all_at(&bytes, 0).map_err(|error| write_error(path, 0, &error))?;
-        self.write(ram, path, &file, offsets.iter().copied())?;
+        self.write(ram, path, file, offsets.iter().copied())?;
         let end = offsets.last().zip(loads.last()).map_or(bytes.len() as u64, |(offset, load)| offset + load.len);
-        finish(path, &file, end)
+        finish(output, end)
     }
 
     fn write(
@@ -94,27 +95,20 @@ impl PhysicalMemory {
 ///
 /// # Errors
 /// [`Stop::Bad`] with kind `io` if a file cannot be read or written.
-pub fn write_block(ram: &mut GuestRam, block: usize, path: &Path) -> Result<u64, Stop> {
+pub fn write_block(ram: &mut GuestRam, block: usize, output: OutputFile) -> Result<u64, Stop> {
     let len = ram.blocks()[block].used_length;
-    let file = create(path)?;
-    copy_pages(ram, block, 0, len, path, &file, 0)?;
-    finish(path, &file, len)
+    copy_pages(ram, block, 0, len, output.path(), output.file(), 0)?;
+    finish(output, len)
 }
 
 /// Writes device state as JSON.
 ///
 /// # Errors
 /// [`Stop::Bad`] with kind `io` if the file cannot be written.
-pub fn write_devices(devices: &Devices, analysis: &Analysis, path: &Path) -> Result<u64, Stop> {
-    let file = create(path)?;
+pub fn write_devices(devices: &Devices, analysis: &Analysis, output: OutputFile) -> Result<u64, Stop> {
     let text = format!("{:#}\n", devices.to_json(analysis));
-    file.write_all_at(text.as_bytes(), 0).map_err(|error| write_error(path, 0, &error))?;
-    Ok(text.len() as u64)
-}
-
-/// Creates a file that must not exist yet: extraction never overwrites anything.
-fn create(path: &Path) -> Result<File, Stop> {
-    File::create_new(path).map_err(|error| Stop::Usage(format!("{}: cannot be created: {error}", path.display())))
+    output.file().write_all_at(text.as_bytes(), 0).map_err(|error| write_error(output.path(), 0, &error))?;
+    finish(output, text.len() as u64)
 }
 
 fn copy_pages(
@@ -139,8 +133,10 @@ fn copy_pages(
     Ok(())
 }
 
-fn finish(path: &Path, file: &File, len: u64) -> Result<u64, Stop> {
-    file.set_len(len).map_err(|error| write_error(path, len, &error))?;
+/// The output is whole: from now on it is called by its name.
+fn finish(output: OutputFile, len: u64) -> Result<u64, Stop> {
+    let path = output.path().to_owned();
+    output.file().set_len(len).and_then(|()| output.publish()).map_err(|error| write_error(&path, len, &error))?;
     Ok(len)
 }
 

@@ -3,6 +3,7 @@
 mod check;
 mod damage;
 mod layouts;
+mod outputs;
 mod receive;
 mod sample;
 mod usage;

@@ -65,6 +65,13 @@ pub(crate) fn qevm_reading<A: AsRef<std::ffi::OsStr>>(arguments: impl IntoIterat
     ran(output)
 }
 
+/// Runs the program in a shell that has done `first`, e.g. `umask 0`.
+pub(crate) fn qevm_after<A: AsRef<std::ffi::OsStr>>(first: &str, arguments: impl IntoIterator<Item = A>) -> Ran {
+    let mut shell = Command::new("sh");
+    shell.args(["-c", &format!("{first}; exec \"$0\" \"$@\""), env!("CARGO_BIN_EXE_qevm")]).args(arguments);
+    ran(shell.stdin(Stdio::null()).output().expect("the shell runs"))
+}
+
 /// The program while it runs.
 pub(crate) struct Background(Child);
 

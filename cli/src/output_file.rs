@@ -1,0 +1,213 @@
+//! Files that a command writes. They hold guest memory and device state, that is passwords, keys and other people's data.
+//!
+//! An [`OutputFile`] can be read and written by its owner alone, whatever the umask is. It has no name until it is
+//! whole: a command that fails, or is killed, leaves nothing behind. It never goes through a symbolic link, and takes
+//! the place of what has its name only if that is asked for.
+
+use crate::failure::Stop;
+use rustix::fs::{AtFlags, CWD, Mode, OFlags, RenameFlags};
+use rustix::io::Errno;
+use std::ffi::OsStr;
+use std::fs::{self, File};
+use std::io;
+use std::os::fd::AsRawFd;
+use std::path::{Path, PathBuf};
+use tempfile::NamedTempFile;
+
+/// A file on its way to a name.
+#[derive(Debug)]
+pub struct OutputFile {
+    content: Content,
+    path: PathBuf,
+    replace: bool,
+}
+
+#[derive(Debug)]
+enum Content {
+    /// Without a name (`O_TMPFILE`): the kernel removes it with the process.
+    Unnamed(File),
+    /// For file systems that have no files without a name: beside its place, under a name of its own.
+    Named(NamedTempFile),
+}
+
+impl OutputFile {
+    /// Makes a file that is to be called `path`. If something is called so already, that is an error, unless it is to
+    /// be replaced (`replace`) and is a file or a symbolic link; what a link points to is never touched.
+    ///
+    /// # Errors
+    /// [`Stop::Usage`] if the name is taken or its directory cannot be written to.
+    pub fn create(path: &Path, replace: bool) -> Result<Self, Stop> {
+        check_free(path, replace)?;
+        let content = unnamed(path).or_else(|error| match error {
+            // What the kernel says for file systems, and kernels, that cannot do that.
+            Errno::OPNOTSUPP | Errno::ISDIR | Errno::INVAL => named(path),
+            error => Err(error.into()),
+        });
+        let content =
+            content.map_err(|error| Stop::Usage(format!("{}: cannot be created: {error}", path.display())))?;
+        Ok(OutputFile { content, path: path.to_owned(), replace })
+    }
+
+    /// What is written.
+    pub fn file(&self) -> &File {
+        match &self.content {
+            Content::Unnamed(file) => file,
+            Content::Named(file) => file.as_file(),
+        }
+    }
+
+    /// The name that it gets.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Gives it its name, now that it is whole.
+    ///
+    /// # Errors
+    /// `AlreadyExists` if somebody else has taken the name meanwhile; what else the operating system says. The file is
+    /// gone then.
+    pub fn publish(self) -> io::Result<()> {
+        let OutputFile { content, path, replace } = self;
+        let named = match content {
+            Content::Unnamed(file) if !replace => return link(&file, &path),
+            // A link does not replace anything; a rename does.
+            Content::Unnamed(file) => builder().make_in(directory(&path), |free| link(&file, free))?.into_temp_path(),
+            Content::Named(named) => named.into_temp_path(),
+        };
+        match replace {
+            true => named.persist(&path).map_err(|error| error.error),
+            false => {
+                rustix::fs::renameat_with(CWD, &*named, CWD, &path, RenameFlags::NOREPLACE)?;
+                // It is called otherwise now.
+                let _ = named.keep();
+                Ok(())
+            }
+        }
+    }
+}
+
+/// Refuses a name at which nothing can, or may, be written.
+///
+/// # Errors
+/// [`Stop::Usage`].
+pub fn check_free(path: &Path, replace: bool) -> Result<(), Stop> {
+    let refused = |reason: &str| Err(Stop::Usage(format!("{}: {reason}", path.display())));
+    match fs::symlink_metadata(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        Err(error) => refused(&format!("cannot be created: {error}")),
+        Ok(_) if !replace => refused("exists; --force replaces it"),
+        Ok(found) if found.is_file() || found.is_symlink() => Ok(()),
+        Ok(_) => refused("is there and is no file, which --force would replace"),
+    }
+}
+
+fn unnamed(path: &Path) -> Result<Content, Errno> {
+    // Without /proc it could never be given a name.
+    rustix::fs::stat("/proc/self/fd").map_err(|_| Errno::OPNOTSUPP)?;
+    let flags = OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC;
+    let file = rustix::fs::open(directory(path), flags, Mode::RUSR | Mode::WUSR)?;
+    Ok(Content::Unnamed(file.into()))
+}
+
+fn named(path: &Path) -> io::Result<Content> {
+    // The crate's files are created new, and their owner's alone.
+    Ok(Content::Named(builder().tempfile_in(directory(path))?))
+}
+
+fn builder() -> tempfile::Builder<'static, 'static> {
+    let mut builder = tempfile::Builder::new();
+    builder.prefix(".qevm-").suffix(".partial");
+    builder
+}
+
+fn link(file: &File, path: &Path) -> io::Result<()> {
+    let own = format!("/proc/self/fd/{}", file.as_raw_fd());
+    Ok(rustix::fs::linkat(CWD, own, CWD, path, AtFlags::SYMLINK_FOLLOW)?)
+}
+
+/// The directory that `path` is in.
+fn directory(path: &Path) -> &Path {
+    match path.parent() {
+        Some(parent) if parent.as_os_str() != OsStr::new("") => parent,
+        _ => Path::new("."),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::Write;
+    use std::os::unix::fs::{MetadataExt, symlink};
+
+    const WAYS: [fn(&Path) -> OutputFile; 2] = [
+        |path| OutputFile { content: unnamed(path).unwrap(), path: path.to_owned(), replace: false },
+        // Few file systems need it.
+        |path| OutputFile { content: named(path).unwrap(), path: path.to_owned(), replace: false },
+    ];
+
+    fn names(dir: &tempfile::TempDir) -> Vec<String> {
+        fs::read_dir(dir.path()).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect()
+    }
+
+    #[test]
+    fn a_file_appears_whole_and_for_its_owner_alone() {
+        for way in WAYS {
+            let dir = tempfile::tempdir().unwrap();
+            let path = dir.path().join("out");
+            for replace in [false, true] {
+                let output = OutputFile { replace, ..way(&path) };
+                output.file().write_all(b"secret").unwrap();
+                output.publish().unwrap();
+                assert_eq!(fs::metadata(&path).unwrap().mode() & 0o777, 0o600);
+                assert_eq!(fs::read(&path).unwrap(), b"secret");
+                assert_eq!(names(&dir), ["out"], "{replace}");
+            }
+        }
+    }
+
+    #[test]
+    fn what_is_not_finished_leaves_nothing() {
+        let dir = tempfile::tempdir().unwrap();
+        for way in WAYS {
+            way(&dir.path().join("out")).file().write_all(b"half").unwrap();
+            assert!(names(&dir).is_empty());
+        }
+    }
+
+    #[test]
+    fn a_name_that_is_taken_meanwhile_is_not_overwritten() {
+        for way in WAYS {
+            let dir = tempfile::tempdir().unwrap();
+            let path = dir.path().join("out");
+            let output = way(&path);
+            fs::write(&path, "other").unwrap();
+            assert_eq!(output.publish().unwrap_err().kind(), io::ErrorKind::AlreadyExists);
+            assert_eq!(fs::read(&path).unwrap(), b"other");
+            assert_eq!(names(&dir), ["out"]);
+        }
+    }
+
+    #[test]
+    fn a_link_is_replaced_and_not_followed() {
+        for way in WAYS {
+            let dir = tempfile::tempdir().unwrap();
+            let (path, victim) = (dir.path().join("out"), dir.path().join("victim"));
+            fs::write(&victim, "precious").unwrap();
+            symlink(&victim, &path).unwrap();
+            assert!(OutputFile::create(&path, false).is_err());
+            let output = OutputFile { replace: true, ..way(&path) };
+            output.file().write_all(b"new").unwrap();
+            output.publish().unwrap();
+            assert_eq!(fs::read(&victim).unwrap(), b"precious");
+            assert!(fs::symlink_metadata(&path).unwrap().is_file());
+        }
+    }
+
+    #[test]
+    fn only_files_are_replaced() {
+        for taken in ["/dev/null", "/"] {
+            assert!(matches!(OutputFile::create(Path::new(taken), true), Err(Stop::Usage(_))), "{taken}");
+        }
+        assert!(OutputFile::create(Path::new("/nonexistent/out"), true).is_err());
+    }
+}
