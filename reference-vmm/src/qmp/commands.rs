@@ -3,12 +3,15 @@
 use super::{arguments::Arguments, descriptors, dirty_rate, place::place, protocol::Failure};
 use crate::{
     migration::{Address, KNOWN_CAPABILITIES, Status},
-    vmm::{Exit, RunState, Vmm},
+    vmm::{RunState, Vmm},
 };
 use serde_json::{Map, Value, json};
 use std::sync::Arc;
 
 type Command = fn(&Arc<Vmm>, &mut Arguments) -> Result<Value, Failure>;
+
+/// The command after which the monitor ends.
+pub(super) const QUIT: &str = "quit";
 
 /// Every command but `qmp_capabilities`.
 const COMMANDS: [(&str, Command); 32] = [
@@ -37,7 +40,7 @@ const COMMANDS: [(&str, Command); 32] = [
     ("query-status", query_status),
     ("query-vcpu-dirty-limit", dirty_rate::query_limit),
     ("query-version", query_version),
-    ("quit", quit),
+    (QUIT, quit),
     ("remove-fd", descriptors::remove_fd),
     ("set-vcpu-dirty-limit", dirty_rate::set_limit),
     ("stop", stop),
@@ -79,9 +82,9 @@ fn cont(vmm: &Arc<Vmm>, arguments: &mut Arguments) -> Result<Value, Failure> {
     Ok(empty())
 }
 
-fn quit(vmm: &Arc<Vmm>, arguments: &mut Arguments) -> Result<Value, Failure> {
+/// The server ends the monitor when the reply is out: the process may be gone a moment later.
+fn quit(_: &Arc<Vmm>, arguments: &mut Arguments) -> Result<Value, Failure> {
     only(arguments)?;
-    vmm.end(Exit::Quit);
     Ok(empty())
 }
 

@@ -4,7 +4,7 @@ use super::{
     commands, descriptors,
     protocol::{Failure, Request, Requests, reply},
 };
-use crate::vmm::{Event, Vmm};
+use crate::vmm::{Event, Exit, Vmm};
 use serde_json::{Value, json};
 use std::{
     fs, io,
@@ -61,6 +61,7 @@ fn serve(client: &UnixStream, vmm: &Arc<Vmm>) -> io::Result<()> {
     let mut buffer = [0; 4096];
     loop {
         while let Some(request) = requests.next() {
+            let mut quits = false;
             let (result, id) = match request {
                 Ok(Request { execute, arguments, id }) => {
                     let result = match (execute.as_str(), negotiated) {
@@ -77,11 +78,16 @@ fn serve(client: &UnixStream, vmm: &Arc<Vmm>) -> io::Result<()> {
                         negotiated = true;
                         forward_events(vmm.subscribe(), writer.clone());
                     }
+                    quits = execute == commands::QUIT && result.is_ok();
                     (result, id)
                 }
                 Err((failure, id)) => (Err(failure), id),
             };
-            send(&writer, &reply(result, id))?;
+            let sent = send(&writer, &reply(result, id));
+            if quits {
+                vmm.end(Exit::Quit);
+            }
+            sent?;
         }
         let (count, descriptors) = descriptors::read(client, &mut buffer)?;
         vmm.descriptors().receive(descriptors);

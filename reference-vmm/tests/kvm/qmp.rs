@@ -1,7 +1,7 @@
 //! QMP, and the demo that is driven by it.
 
 use std::path::Path;
-use std::process::Command;
+use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use qevm_wire::{Profile, QemuVersion};
@@ -15,6 +15,7 @@ use crate::guest::Guest;
 pub(crate) const TESTS: &[Test] = &[
     ("qmp_controls_a_guest", controls_a_guest),
     ("qmp_refuses_with_qemus_words", refuses_with_qemus_words),
+    ("qmp_answers_quit_before_the_monitor_ends", answers_quit),
     ("qmp_migrates_a_guest", migrates_a_guest),
     ("qmp_measures_the_dirty_rate", measures_the_dirty_rate),
     ("qmp_names_what_blocks_a_migration", names_what_blocks_a_migration),
@@ -101,6 +102,25 @@ fn refuses_with_qemus_words() {
     let parameters = client.execute("query-migrate-parameters", json!({})).unwrap();
     assert_eq!((&parameters["max-bandwidth"], &parameters["downtime-limit"]), (&json!(134_217_728), &json!(300)));
     assert_eq!(client.execute("query-migrate", json!({})).unwrap(), json!({}));
+}
+
+/// A process that is told to end says so first. Many times, for the end could overtake the reply.
+fn answers_quit() {
+    let directory = tempfile::tempdir().unwrap();
+    for round in 0..30 {
+        let socket = directory.path().join(format!("q{round}"));
+        let mut command = Command::new(env!("CARGO_BIN_EXE_reference-vmm"));
+        command.args(["run", "-S", "--memory", "16M", "--qmp", &format!("unix:{}", socket.display())]);
+        let mut process = command.stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+        let quit = Client::connect(&socket, PATIENCE).and_then(|mut client| client.execute("quit", json!({})));
+        if quit.is_err() {
+            // It may have ended.
+            let _ = process.kill();
+        }
+        let status = process.wait().unwrap();
+        assert_eq!(quit.unwrap_or_else(|error| panic!("round {round}: {error}")), json!({}));
+        assert!(status.success(), "round {round}: {status}");
+    }
 }
 
 /// What the source says when its migration has ended.
