@@ -182,11 +182,12 @@ impl DirtyLog {
         }
     }
 
-    /// Pages that a vCPU was found to have written to so far, without those still in its ring; 0 without rings.
-    pub(crate) fn harvested(&self, vcpu: usize) -> u64 {
+    /// Pages that a vCPU has written to since the machine was built, as [`Watch::written`] counts them; it costs the guest nothing,
+    /// as nothing is harvested. 0 without rings.
+    pub(crate) fn written(&self, vcpu: usize) -> u64 {
         match &self.method {
             Method::Log(_) => 0,
-            Method::Rings(rings) => rings.harvested(vcpu),
+            Method::Rings(rings) => rings.written_by(vcpu),
         }
     }
 

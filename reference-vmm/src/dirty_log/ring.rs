@@ -71,6 +71,22 @@ impl<M: Deref<Target = [Entry]>> Ring<M> {
         len
     }
 
+    /// Entries that KVM has filled and that were not harvested yet. All harvested ones must have been reset.
+    pub(crate) fn filled(&self) -> u32 {
+        // KVM fills them in order.
+        let len = self.entries.len() as u32;
+        let (mut filled, mut free) = (0, len);
+        while filled < free {
+            let middle = filled + (free - filled) / 2;
+            let entry = &self.entries[(self.next.wrapping_add(middle) & (len - 1)) as usize];
+            match entry.flags.load(Ordering::Relaxed) & (DIRTY | RESET) {
+                DIRTY => filled = middle + 1,
+                _ => free = middle,
+            }
+        }
+        filled
+    }
+
     /// Entries harvested since the ring was made.
     pub(crate) fn harvested(&self) -> u64 {
         self.harvested
@@ -150,7 +166,9 @@ mod tests {
         for round in 0..100u64 {
             let pages: Vec<_> = (0..round % 6).map(|i| (i as u32 % 3, round * 10 + i)).collect();
             assert!(pages.iter().all(|(slot, page)| kernel.write(&memory, *slot, *page)));
+            assert_eq!(ring.filled() as usize, pages.len(), "round {round}");
             assert_eq!(harvest(&mut ring), pages, "round {round}");
+            assert_eq!(ring.filled(), 0, "round {round}");
             assert_eq!(harvest(&mut ring), [], "round {round}");
             assert_eq!(kernel.reset(&memory) as usize, pages.len());
         }
@@ -190,6 +208,7 @@ mod tests {
         let (memory, mut kernel) = (memory(8), Kernel { reserved: 0, ..Kernel::new() });
         let mut ring = Ring::new(&memory[..]);
         assert!((0..8).all(|page| kernel.write(&memory, 0, page)) && !kernel.write(&memory, 0, 8));
+        assert_eq!(ring.filled(), 8);
         assert_eq!(harvest(&mut ring).len(), 8);
         assert_eq!(harvest(&mut ring), []);
     }
@@ -200,6 +219,7 @@ mod tests {
         let (mut ring, mut kernel) = (Ring::new(&memory[..]), Kernel::new());
         (ring.next, kernel.filled, kernel.reset) = (u32::MAX - 2, u32::MAX - 2, u32::MAX - 2);
         assert!((0..5).all(|page| kernel.write(&memory, 0, page)));
+        assert_eq!(ring.filled(), 5);
         assert_eq!(harvest(&mut ring).len(), 5);
         assert_eq!(kernel.reset(&memory), 5);
     }

@@ -146,9 +146,9 @@ impl RingLog {
         Ok(state.rings.iter().map(Ring::harvested).collect())
     }
 
-    /// Pages that a vCPU was found to have written to so far, without those in its ring.
-    pub(super) fn harvested(&self, vcpu: usize) -> u64 {
-        lock(&self.state).rings.get(vcpu).map_or(0, Ring::harvested)
+    /// Pages that a vCPU has written to so far, those in its ring included, which stay there.
+    pub(super) fn written_by(&self, vcpu: usize) -> u64 {
+        lock(&self.state).rings.get(vcpu).map_or(0, |ring| ring.harvested() + u64::from(ring.filled()))
     }
 
     fn log(&self, state: &MutexGuard<'_, State>) -> Result<()> {

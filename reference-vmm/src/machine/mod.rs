@@ -256,7 +256,7 @@ impl Machine {
             brake: machine.throttle.brake().clone(),
             devices: machine.devices.clone(),
             dirty_log: machine.dirty_log.clone(),
-            pauses: machine.dirty_limit.pauses().clone(),
+            dirty_limit: machine.dirty_limit.shared().clone(),
         };
         for index in 0..config.cpus {
             machine.threads.push(vcpu::spawn(&machine.vcpus, index, surroundings.clone())?);
@@ -388,8 +388,9 @@ impl Machine {
         self.throttle.per_cent()
     }
 
-    /// Keeps a vCPU, or all of them, from writing to more than so many MiB in a second, or ends that with `None`. Rates are
-    /// measured over periods of [`set_dirty_limit_period`](Machine::set_dirty_limit_period).
+    /// Keeps a vCPU, or all of them, from writing to more than so many MiB in a second, or ends that with `None`. A vCPU that keeps
+    /// to the limit in every [period](Machine::set_dirty_limit_period) is not slowed down; another one pauses for as long as it
+    /// takes, and over any longer time writes at most what the limit allows in that time and one period.
     ///
     /// # Errors
     /// [`Error::Config`] for a machine without dirty rings or such a vCPU; [`Error::Host`] when the host has no thread for it.
@@ -399,7 +400,7 @@ impl Machine {
         Ok(())
     }
 
-    /// Over what time dirty rates are measured for a limit; a second at first.
+    /// Over what time a vCPU has to keep to its limit; a second at first.
     pub fn set_dirty_limit_period(&self, period: Duration) {
         self.dirty_limit.set_period(period);
     }

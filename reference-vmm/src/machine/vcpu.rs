@@ -10,7 +10,7 @@ use kvm_ioctls::{VcpuExit, VcpuFd};
 use vmm_sys_util::ioctl::ioctl_with_ref;
 use vmm_sys_util::signal::{SIGRTMIN, register_signal_handler};
 
-use super::dirty_limit::Pauses;
+use super::dirty_limit;
 use super::run_control::{RunControl, Stop};
 use super::split::ToVcpu;
 use super::throttle::Brake;
@@ -37,8 +37,7 @@ pub(crate) struct Surroundings {
     pub(crate) brake: Arc<Brake>,
     pub(crate) devices: Arc<Devices>,
     pub(crate) dirty_log: Arc<DirtyLog>,
-    /// Under a dirty limit.
-    pub(crate) pauses: Arc<Pauses>,
+    pub(crate) dirty_limit: Arc<dirty_limit::Shared>,
 }
 
 /// The `kvm_run` page that the vCPU shares with the kernel, for what `VcpuFd` does not offer.
@@ -122,9 +121,10 @@ impl Vcpu {
 
     /// Runs until the run control says otherwise, then completes what the guest has begun.
     fn run(&self, around: &Surroundings) -> Option<Stop> {
-        let Surroundings { control, brake, pauses, .. } = around;
+        let Surroundings { control, brake, .. } = around;
+        let pauses = &around.dirty_limit.pauses;
         let mut fd = lock(&self.fd);
-        let (mut braked, mut limited) = (0, None);
+        let mut braked = 0;
         loop {
             // First the flag, then the question: a kick after the question finds the flag down and raises it.
             self.run_page.set_immediate_exit(false);
@@ -135,8 +135,10 @@ impl Vcpu {
                 control.nap(pause, || brake.released());
                 continue;
             }
-            if let Some(pause) = pauses.due(self.index, &mut limited) {
-                control.nap(pause, || pauses.released(self.index));
+            if let Some(pause) = pauses.due(self.index) {
+                control.nap(pause.left, || pauses.has_changed(self.index, pause));
+                // What it wrote between the decision and the pause is paid for as well.
+                around.dirty_limit.look(self.index);
                 continue;
             }
             let stop = self.inject(&fd, &around.devices);
@@ -187,7 +189,10 @@ impl Vcpu {
             Ok(VcpuExit::Intr | VcpuExit::IrqWindowOpen) => return (true, None),
             Err(error) if matches!(error.errno(), libc::EINTR | libc::EAGAIN) => return (true, None),
             Ok(VcpuExit::Unsupported(KVM_EXIT_DIRTY_RING_FULL)) => match around.dirty_log.ring_full(self.index) {
-                Ok(()) => return (false, None),
+                Ok(()) => {
+                    around.dirty_limit.look(self.index);
+                    return (false, None);
+                }
                 Err(error) => error.to_string(),
             },
             Ok(exit) => format!("unexpected exit {exit:?}"),
