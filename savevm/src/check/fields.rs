@@ -7,12 +7,16 @@ use super::{Expectations, Finding, Outcome, Subject, Summary};
 use crate::devices;
 use crate::vmdesc::{DeviceBody, DeviceDescription, FieldDescription, StructDescription};
 use crate::vmstate::{self, Context, Layout};
+use std::collections::HashMap;
 
 pub(super) fn compare(stream: &Summary, destination: &Expectations, findings: &mut Vec<Finding>) {
     let (Some(stream), Some(local)) = (&stream.description, &destination.description) else { return };
     let models = Models::of(destination);
+    // Of two devices of one name and instance the first counts.
+    let by_name: HashMap<_, _> =
+        local.devices.iter().rev().map(|device| ((device.name.as_str(), device.instance_id), device)).collect();
     for device in &stream.devices {
-        let Some(local) = local.device(device.name.as_bytes(), device.instance_id) else { continue };
+        let Some(local) = by_name.get(&(device.name.as_str(), device.instance_id)) else { continue };
         let mut comparison = Comparison { device, models: &models, findings };
         match (&device.body, &local.body) {
             (DeviceBody::Struct(found), DeviceBody::Struct(expected)) => comparison.structs(found, expected, ""),
@@ -98,9 +102,10 @@ impl Comparison<'_, '_> {
                 self.structs(found, expected, &join(path, &ours.field.name));
             }
         }
+        let by_name: HashMap<_, _> = expected.subsections.iter().rev().map(|s| (s.vmsd_name.as_str(), s)).collect();
         for subsection in &found.subsections {
             let path = join(path, &subsection.vmsd_name);
-            match expected.subsections.iter().find(|s| s.vmsd_name == subsection.vmsd_name) {
+            match by_name.get(subsection.vmsd_name.as_str()).copied() {
                 Some(local) if subsection.version > local.version => {
                     let text = |s: &StructDescription| format!("version {}", s.version);
                     self.report(&path, text(subsection), text(local), Outcome::Fails, None);

@@ -2,11 +2,13 @@
 
 use super::{Expectations, Finding, Outcome, Subject, Summary, cause};
 use crate::ram::RamBlock;
+use std::collections::{HashMap, HashSet};
 
 pub(super) fn compare(stream: &Summary, destination: &Expectations, findings: &mut Vec<Finding>) {
     let Some(local) = &destination.ram else { return };
+    let at_destination: HashMap<_, _> = local.iter().map(|block| (&block.name, block)).collect();
     for block in &stream.ram {
-        match local.iter().find(|l| l.name == block.name) {
+        match at_destination.get(&block.name) {
             Some(local) => one(block, local, findings),
             None => findings.push(Finding {
                 subject: subject(block),
@@ -17,7 +19,8 @@ pub(super) fn compare(stream: &Summary, destination: &Expectations, findings: &m
             }),
         }
     }
-    for block in local.iter().filter(|l| !stream.ram.iter().any(|b| b.name == l.name)) {
+    let sent: HashSet<_> = stream.ram.iter().map(|block| &block.name).collect();
+    for block in local.iter().filter(|l| !sent.contains(&l.name)) {
         findings.push(Finding {
             subject: subject(block),
             found: "no such block".into(),

@@ -3,13 +3,23 @@
 use super::{Expectations, Finding, Outcome, Subject, Summary, cause};
 use crate::framing::SectionHeader;
 use crate::vmdesc::Schema;
+use qevm_wire::CountedString;
+use std::collections::{HashMap, HashSet};
 
 pub(super) fn compare(stream: &Summary, destination: &Expectations, findings: &mut Vec<Finding>) {
+    let handlers = |sections: &'_ [SectionHeader]| -> HashSet<(CountedString, u32)> {
+        sections.iter().map(|section| (section.idstr.clone(), section.instance_id)).collect()
+    };
     if let Some(local) = &destination.sections {
+        // Of two sections of one handler the first counts.
+        let by_handler: HashMap<_, _> =
+            local.iter().rev().map(|section| ((&section.idstr, section.instance_id), section)).collect();
         for section in &stream.sections {
+            let local = by_handler.get(&(&section.idstr, section.instance_id)).copied();
             against(section, local, findings);
         }
-        for section in local.iter().filter(|l| !stream.sections.iter().any(|s| s.is_same_handler(l))) {
+        let sent = handlers(&stream.sections);
+        for section in local.iter().filter(|l| !sent.contains(&(l.idstr.clone(), l.instance_id))) {
             findings.push(Finding {
                 subject: subject(section),
                 found: "no such section".into(),
@@ -20,16 +30,17 @@ pub(super) fn compare(stream: &Summary, destination: &Expectations, findings: &m
         }
     }
     if let Some(schema) = &destination.schema {
+        let local = handlers(destination.sections.as_deref().unwrap_or_default());
         for section in &stream.sections {
-            let written = destination.sections.iter().flatten().any(|local| local.is_same_handler(section));
+            let written = local.contains(&(section.idstr.clone(), section.instance_id));
             against_schema(section, schema, written, findings);
         }
     }
 }
 
-fn against(section: &SectionHeader, local: &[SectionHeader], findings: &mut Vec<Finding>) {
+fn against(section: &SectionHeader, local: Option<&SectionHeader>, findings: &mut Vec<Finding>) {
     let idstr = section.idstr.to_string();
-    let Some(local) = local.iter().find(|l| l.is_same_handler(section)) else {
+    let Some(local) = local else {
         findings.push(Finding {
             subject: subject(section),
             found: version(section.version_id),

@@ -113,7 +113,7 @@ impl Decoder {
             let (found, known) = (header.idstr.clone(), known.idstr.clone());
             return Err(Located::new(StreamError::SectionIdReused { section_id, found, known }.into(), at));
         }
-        reader.within_limit("section count", self.sections.len() as u64 + 1, self.options.limits.sections)?;
+        self.totals.section(&self.options.limits).map_err(|kind| Located::new(kind.into(), reader.offset()))?;
         self.enter(section_id, content, kind == SectionKind::Start);
         self.sections.open(kind, header.clone());
         Ok(Event::Section { kind, header })
@@ -157,6 +157,9 @@ impl Decoder {
                 return Err(Located::new(RamError::UnknownBlock { name: name.clone() }.into(), at));
             }
             Command::Packaged { len } => {
+                self.totals
+                    .package((*len).into(), &self.options.limits)
+                    .map_err(|kind| Located::new(kind.into(), at))?;
                 self.expect_payload((*len).into());
                 self.postcopy |= self.advised_page_sizes != 0;
             }
@@ -263,7 +266,9 @@ impl Decoder {
             }
             found => found?,
         };
+        let at = reader.offset();
         let body = reader.take(length as u64)?;
+        self.totals.device_state(length as u64, &self.options.limits).map_err(|kind| Located::new(kind.into(), at))?;
         self.after_body(then);
         Ok(Event::Body(body))
     }

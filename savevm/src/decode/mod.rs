@@ -5,6 +5,7 @@ mod item;
 mod options;
 mod scan;
 mod sections;
+mod totals;
 
 pub use error::StreamError;
 pub use options::{DecoderOptions, Footers};
@@ -20,6 +21,7 @@ use crate::{
 use qevm_wire::{Located, PageGeometry, WireError};
 use scan::{Around, Scan};
 use std::sync::Arc;
+use totals::Totals;
 
 /// Reads a main channel: [`next`](Decoder::next) is shown bytes and gives the event at their front.
 ///
@@ -29,6 +31,9 @@ use std::sync::Arc;
 /// buffer or straight from the socket, and reports them with [`skip_payload`](Decoder::skip_payload).
 ///
 /// After an error the decoder stays where it was and gives the same error again.
+///
+/// What the limits bound for a whole stream is counted by all decoders of it together: those of packages, of recoveries,
+/// and clones.
 ///
 /// # The content of device sections
 ///
@@ -68,6 +73,8 @@ pub struct Decoder {
     bitmap_names: dirty_bitmap::Names,
     input_ended: bool,
     package: Option<Package>,
+    /// What the stream has cost so far.
+    totals: Totals,
 }
 
 /// What the next bytes that are not payload mean.
@@ -148,6 +155,7 @@ impl Decoder {
             bitmap_names: dirty_bitmap::Names::default(),
             input_ended: false,
             package: None,
+            totals: Totals::default(),
             options,
         }
     }
@@ -164,6 +172,7 @@ impl Decoder {
             ram: RamReader::new(self.ram.blocks.clone()),
             advised_page_sizes: self.advised_page_sizes,
             postcopy: true,
+            totals: self.totals.clone(),
             ..Self::with_state(options, State::Item)
         }
     }
@@ -192,6 +201,7 @@ impl Decoder {
             ram: RamReader::new(self.ram.blocks.clone()),
             advised_page_sizes: self.advised_page_sizes,
             package: Some(Package { start: self.offset, end, depth }),
+            totals: self.totals.clone(),
             ..Self::with_state(self.options.clone(), State::Item)
         })
     }
@@ -247,7 +257,9 @@ impl Decoder {
     /// Says that the content of the device section was `len` bytes long and is done with.
     ///
     /// # Errors
-    /// [`StreamError::NoBody`] if none is expected, [`StreamError::PackageTooShort`] if it goes on behind its package.
+    /// [`StreamError::NoBody`] if none is expected, [`StreamError::PackageTooShort`] if it goes on behind its package,
+    /// [`WireError::LimitExceeded`] if all device sections together have more than
+    /// [`Limits::device_state`](qevm_wire::Limits::device_state) bytes.
     pub fn body(&mut self, len: u64) -> Result<(), Error> {
         let State::Body { then, .. } = self.state else {
             return Err(self.locate(Located::new(StreamError::NoBody.into(), self.offset)));
@@ -258,6 +270,9 @@ impl Decoder {
             let missing = end.unwrap_or(u64::MAX) - last;
             return Err(self.locate(Located::new(StreamError::PackageTooShort { missing }.into(), self.offset)));
         };
+        self.totals
+            .device_state(len, &self.options.limits)
+            .map_err(|kind| self.locate(Located::new(kind.into(), self.offset)))?;
         self.offset = end;
         self.after_body(then);
         Ok(())

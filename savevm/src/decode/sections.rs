@@ -32,11 +32,6 @@ impl Sections {
         self.opened(section_id).filter(|opened| opened.started).map(|opened| &opened.header)
     }
 
-    /// How many sections this stream has opened itself.
-    pub(crate) fn len(&self) -> usize {
-        self.own.len()
-    }
-
     pub(crate) fn open(&mut self, kind: SectionKind, header: SectionHeader) {
         let started = kind == SectionKind::Start || self.started(header.section_id).is_some();
         Arc::make_mut(&mut self.own).insert(header.section_id, Opened { header, started });

@@ -16,7 +16,10 @@ impl DeviceDescription {
     /// [`VmdescError`] where the bytes contradict the description, with the path of fields;
     /// [`WireError::Truncated`](qevm_wire::WireError::Truncated) if the body is too short for it;
     /// [`WireError::LimitExceeded`](qevm_wire::WireError::LimitExceeded) if the section has more than
-    /// [`Limits::elements`] fields.
+    /// [`Limits::elements`] fields, if they take more memory than [`Limits::fields`] allows, or if far more of them have no
+    /// bytes than it has bytes.
+    ///
+    /// An array whose elements have no bytes is one node, a list without elements.
     ///
     /// ```
     /// use qevm_savevm::vmdesc::Description;
@@ -95,6 +98,11 @@ fn elements(
     let Some(count) = field.array_len else {
         return element(fields, field, name, context);
     };
+    if field.size == 0 && field.nested.iter().all(StructDescription::is_empty) {
+        // No element says anything, however many there are.
+        let type_name = field.type_name.clone();
+        return fields.leaf(name, type_name, 0, |_| Value::List(Vec::new())).map(drop);
+    }
     match ScalarKind::of_type(&field.type_name) {
         Some(kind) if field.size == kind.width() as u64 => fields.scalars(name, field.type_name.clone(), kind, count),
         _ => (0..count).try_for_each(|index| element(fields, field, format!("{name}[{index}]"), context)),
@@ -109,10 +117,13 @@ fn element(
     context: &Context<'_>,
 ) -> Result<(), Error> {
     let (size, type_name) = (field.size, || Name::from(field.type_name.clone()));
+    if size == 0 {
+        fields.input.count_empty(1)?;
+    }
     // Up to 7.2, an entry for a NULL pointer looks like that of an element, but for its size.
     let null = size == 1 && fields.input.reader.peek() == Some(NULL_POINTER);
     match (field.type_name.as_str(), field.nested.as_slice()) {
-        ("struct", nested) if null && nested.iter().all(|n| n.wire_size() == 0) => {
+        ("struct", nested) if null && nested.iter().all(StructDescription::is_empty) => {
             fields.scalar(name, type_name(), ScalarKind::PointerMarker).map(drop)
         }
         ("qtailq" | "qlist", nested) => {

@@ -13,7 +13,17 @@ pub(super) struct Input<'a> {
     base: u64,
     nodes: u64,
     node_limit: u64,
+    /// Bytes of memory that the nodes take, and may take.
+    memory: u64,
+    memory_limit: u64,
+    /// Fields that have no bytes, and how many there may be.
+    empty: u64,
+    empty_limit: u64,
 }
+
+/// Fields without bytes that a section may have, beyond four for each of its bytes. Their number would otherwise be bounded
+/// by nothing on the wire.
+const EMPTY_FIELDS: u64 = 4096;
 
 /// The members of one structure while they are being read.
 ///
@@ -25,7 +35,18 @@ pub(super) struct Fields<'i, 'a> {
 
 impl<'a> Input<'a> {
     pub(super) fn new(body: &'a [u8], offset: u64, limits: &Limits) -> Self {
-        Input { reader: Reader::at(body, offset), body, base: offset, nodes: 0, node_limit: limits.elements }
+        let len = body.len() as u64;
+        Input {
+            reader: Reader::at(body, offset),
+            body,
+            base: offset,
+            nodes: 0,
+            node_limit: limits.elements,
+            memory: 0,
+            memory_limit: limits.fields.saturating_add(2 * len),
+            empty: 0,
+            empty_limit: EMPTY_FIELDS.saturating_add(4 * len),
+        }
     }
 
     /// The whole section.
@@ -38,9 +59,22 @@ impl<'a> Input<'a> {
         &self.body[..(self.reader.offset() - self.base) as usize]
     }
 
-    fn count_node(&mut self) -> Result<(), Error> {
+    /// A node is about to be made, with these names and a value of `len` bytes.
+    fn count_node(&mut self, names: [&Name; 2], len: u64) -> Result<(), Error> {
+        /// What an allocation takes besides its bytes.
+        const ALLOCATION: u64 = 16;
         self.nodes += 1;
-        self.reader.within_limit("fields of a section", self.nodes, self.node_limit)
+        self.reader.within_limit("fields of a section", self.nodes, self.node_limit)?;
+        let owned = |name: &Name| if let Name::Owned(name) = name { name.len() as u64 + ALLOCATION } else { 0 };
+        let names: u64 = names.into_iter().map(owned).sum();
+        self.memory += size_of::<Node>() as u64 + names + if len > 0 { len + ALLOCATION } else { 0 };
+        self.reader.within_limit("memory for the fields of a section", self.memory, self.memory_limit)
+    }
+
+    /// `count` fields are looked at that have no bytes.
+    pub(super) fn count_empty(&mut self, count: u64) -> Result<(), Error> {
+        self.empty = self.empty.saturating_add(count);
+        self.reader.within_limit("fields without bytes of a section", self.empty, self.empty_limit)
     }
 }
 
@@ -61,11 +95,11 @@ impl<'i, 'a> Fields<'i, 'a> {
         len: u64,
         value: impl FnOnce(&'a [u8]) -> Value,
     ) -> Result<&'a [u8], Error> {
-        let name = name.into();
-        self.input.count_node()?;
+        let (name, type_name) = (name.into(), type_name.into());
         let offset = self.offset();
         let bytes = self.input.reader.take(len).within(|| name.escape_debug().to_string())?;
-        self.members.push(Node { name, type_name: type_name.into(), offset, len, value: value(bytes) });
+        self.input.count_node([&name, &type_name], len)?;
+        self.members.push(Node { name, type_name, offset, len, value: value(bytes) });
         Ok(bytes)
     }
 
@@ -133,8 +167,10 @@ impl<'i, 'a> Fields<'i, 'a> {
         version: u32,
         content: impl FnOnce(&mut Fields<'_, 'a>) -> Result<(), Error>,
     ) -> Result<(), Error> {
-        self.node(name.into(), type_name.into(), content, |members| {
-            Value::Struct(Struct { vmsd_name: vmsd_name.into(), version, members })
+        let vmsd_name = vmsd_name.into();
+        let vmsd_len = if let Name::Owned(name) = &vmsd_name { name.len() as u64 } else { 0 };
+        self.node(name.into(), type_name.into(), vmsd_len, content, |members| {
+            Value::Struct(Struct { vmsd_name, version, members })
         })
     }
 
@@ -145,7 +181,7 @@ impl<'i, 'a> Fields<'i, 'a> {
         type_name: impl Into<Name>,
         content: impl FnOnce(&mut Fields<'_, 'a>) -> Result<(), Error>,
     ) -> Result<(), Error> {
-        self.node(name.into(), type_name.into(), content, Value::List)
+        self.node(name.into(), type_name.into(), 0, content, Value::List)
     }
 
     /// Reads the marker before an element of a list (true) or behind its last (false).
@@ -174,7 +210,7 @@ impl<'i, 'a> Fields<'i, 'a> {
             fields.input.reader.subsection_header(vmsd_name, version)?;
             content(fields)
         };
-        self.node(name.clone(), "subsection".into(), header, |members| {
+        self.node(name.clone(), "subsection".into(), name.len() as u64, header, |members| {
             Value::Subsection(Struct { vmsd_name: name, version, members })
         })
     }
@@ -214,14 +250,16 @@ impl<'i, 'a> Fields<'i, 'a> {
         &mut self,
         name: Name,
         type_name: Name,
+        extra: u64,
         content: impl FnOnce(&mut Fields<'_, 'a>) -> Result<(), Error>,
         value: impl FnOnce(Vec<Node>) -> Value,
     ) -> Result<(), Error> {
-        self.input.count_node()?;
+        self.input.count_node([&name, &type_name], extra)?;
         let offset = self.offset();
         let mut inner = Fields::new(self.input);
         content(&mut inner).within(|| name.escape_debug().to_string())?;
-        let members = inner.members;
+        let mut members = inner.members;
+        members.shrink_to_fit();
         let len = self.offset() - offset;
         self.members.push(Node { name, type_name, offset, len, value: value(members) });
         Ok(())

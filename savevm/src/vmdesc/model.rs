@@ -188,6 +188,11 @@ impl DeviceDescription {
 }
 
 impl StructDescription {
+    /// Nothing was written of it.
+    pub(super) fn is_empty(&self) -> bool {
+        self.fields.is_empty() && self.subsections.is_empty()
+    }
+
     /// Bytes of all fields and subsections. (A subsection's own header is not in it; see the parent's size.)
     pub fn wire_size(&self) -> u64 {
         let fields = self.fields.iter().map(FieldDescription::wire_size);

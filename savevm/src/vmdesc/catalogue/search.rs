@@ -11,8 +11,11 @@ use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
 use std::rc::Rc;
 
-/// Fields read before the search gives up: some 100 ms.
-const BUDGET: u32 = 1 << 18;
+/// Fields read before the search gives up, at most: some 20 ms, and as many MiB of descriptions.
+const BUDGET: u32 = 1 << 16;
+/// Fields read in any section, and for each of its bytes: the work follows the section's length.
+const BUDGET_BASE: u32 = 1 << 13;
+const BUDGET_PER_BYTE: u32 = 1 << 6;
 /// Places that ways can be at, at a time.
 const MAX_WAYS: usize = 1 << 9;
 /// Elements of an array whose length the catalogue does not tell.
@@ -90,6 +93,16 @@ struct Step {
     before: Option<Rc<Step>>,
 }
 
+impl Drop for Step {
+    /// A long way must not be dropped by recursion.
+    fn drop(&mut self) {
+        let mut before = self.before.take();
+        while let Some(mut step) = before.and_then(Rc::into_inner) {
+            before = step.before.take();
+        }
+    }
+}
+
 enum Part {
     Field(FieldDescription),
     Subsection(StructDescription),
@@ -117,7 +130,9 @@ impl Structure {
 
 impl<'c, 'b> Search<'c, 'b> {
     fn new(catalogue: &'c Catalogue, body: &'b [u8], inferred: bool) -> Self {
-        Search { catalogue, body, inferred, budget: BUDGET, spent: false, open: Vec::new() }
+        let per_byte = BUDGET_PER_BYTE.saturating_mul(u32::try_from(body.len()).unwrap_or(u32::MAX));
+        let budget = BUDGET.min(BUDGET_BASE.saturating_add(per_byte));
+        Search { catalogue, body, inferred, budget, spent: false, open: Vec::new() }
     }
 
     fn section(&mut self, name: &str, version: u32) -> Vec<Reading> {
@@ -291,14 +306,15 @@ impl<'c, 'b> Search<'c, 'b> {
 
     /// Reads a list: a marker before each element, and one behind the last.
     fn list(&mut self, field: &FieldLayout, start: &Way, after: &mut Vec<Way>) {
-        let mut ways = vec![(start.clone(), Vec::new())];
-        while let Some((way, nested)) = ways.pop() {
+        let mut ways: Vec<(Way, Option<Rc<Element>>)> = vec![(start.clone(), None)];
+        while let Some((way, last)) = ways.pop() {
             if self.is_spent(ways.len()) {
                 return;
             }
             match self.body.get(way.position) {
                 Some(0) => {
                     let end = way.position + 1;
+                    let nested = Element::all(last.as_deref());
                     let described = FieldDescription { nested, ..field.describe((end - start.position) as u64) };
                     let way = Way { position: end, ..way };
                     after.push(way.with(start.last.clone(), Part::Field(described)));
@@ -306,8 +322,8 @@ impl<'c, 'b> Search<'c, 'b> {
                 Some(1) => {
                     let inside = Way { position: way.position + 1, ..way.clone() };
                     for reading in self.inner(field, &inside) {
-                        let nested = [&nested[..], &[reading.description]].concat();
-                        ways.push((Way { last: None, ..reading.way }, nested));
+                        let element = Element { description: reading.description, before: last.clone() };
+                        ways.push((Way { last: None, ..reading.way }, Some(Rc::new(element))));
                     }
                 }
                 _ => {}
@@ -358,6 +374,32 @@ impl Way {
         subsections.reverse();
         let description = StructDescription { vmsd_name: name.to_owned(), version, fields, subsections };
         Reading { way: self, description }
+    }
+}
+
+/// An element of a list and those before it, which the ways that go on from there share.
+struct Element {
+    description: StructDescription,
+    before: Option<Rc<Element>>,
+}
+
+impl Element {
+    /// The elements in order.
+    fn all(last: Option<&Element>) -> Vec<StructDescription> {
+        let backwards = std::iter::successors(last, |element| element.before.as_deref());
+        let mut all: Vec<_> = backwards.map(|element| element.description.clone()).collect();
+        all.reverse();
+        all
+    }
+}
+
+impl Drop for Element {
+    /// A long list must not be dropped by recursion.
+    fn drop(&mut self) {
+        let mut before = self.before.take();
+        while let Some(mut element) = before.and_then(Rc::into_inner) {
+            before = element.before.take();
+        }
     }
 }
 

@@ -241,10 +241,44 @@ fn every_contradiction_has_its_kind_and_place() {
     let size = decode(&device(vec![nested]), &[0, 0]).unwrap_err();
     assert_eq!((size.offset, size.path.to_string()), (1000, "s".to_owned()));
     assert!(matches!(kind(size), VmdescError::StructSize { content: 1, declared: 2, .. }));
+}
 
-    let many = device(vec![FieldDescription { array_len: Some(u64::MAX), ..field("z", "buffer", 0) }]);
-    let limit = decode(&many, &[]).unwrap_err();
-    assert!(matches!(limit.kind, ErrorKind::Wire(WireError::LimitExceeded { .. })));
+fn exceeded(result: Result<Node, Error>) -> &'static str {
+    match result.map(drop).unwrap_err().kind {
+        ErrorKind::Wire(WireError::LimitExceeded { what, .. }) => what,
+        other => panic!("{other:?}"),
+    }
+}
+
+#[test]
+fn elements_without_bytes_cost_nothing() {
+    // A description of one line that claims 2^64 - 1 elements.
+    let array = |type_name, array_len| FieldDescription { array_len: Some(array_len), ..field("z", type_name, 0) };
+    for type_name in ["buffer", "unused_buffer", "struct", "unheard of"] {
+        let node = decode(&device(vec![array(type_name, u64::MAX)]), &[]).unwrap();
+        assert_eq!((names(&node), node.children()[0].children().len()), (vec!["z"], 0), "{type_name}");
+    }
+    // The same in pieces: elements of one byte that have many fields without any.
+    let empty = (0..64).map(|_| field("e", "buffer", 0)).chain([field("b", "uint8", 1)]).collect();
+    let nested = vec![structure_of("e", empty)];
+    let many = FieldDescription { array_len: Some(1000), nested, ..field("s", "struct", 1) };
+    assert_eq!(exceeded(decode(&device(vec![many]), &[0; 1000])), "fields without bytes of a section");
+    // Real sections have some.
+    let some = (0..100).map(|_| field("e", "buffer", 0)).collect();
+    assert_eq!(decode(&device(some), &[]).unwrap().children().len(), 100);
+}
+
+#[test]
+fn the_memory_for_fields_is_bounded() {
+    let long = "n".repeat(255);
+    let many = |count| {
+        let nested = vec![structure_of("e", vec![field(&long, "uint8", 1)])];
+        device(vec![FieldDescription { array_len: Some(count), nested, ..field(&long, "struct", 1) }])
+    };
+    assert!(decode(&many(1000), &[0; 1000]).is_ok());
+    assert_eq!(exceeded(decode(&many(100_000), &[0; 100_000])), "memory for the fields of a section");
+    let limits = Limits { fields: 0, ..Limits::default() };
+    assert_eq!(exceeded(many(10).decode(&[0; 10], 0, &limits)), "memory for the fields of a section");
 }
 
 /// A field with as many bytes as its type needs, and its description.

@@ -6,8 +6,11 @@ use super::super::virtio::msix_vectors;
 use super::{FieldSchema, StructSchema, Verdict};
 use std::rc::Rc;
 
-/// Fields looked at before the search gives up: some 10 ms.
+/// Fields looked at before the search gives up, at most: some 10 ms.
 const BUDGET: u32 = 1 << 20;
+/// Fields looked at in any section, and for each of its bytes: the work follows the section's length.
+const BUDGET_BASE: u32 = 1 << 12;
+const BUDGET_PER_BYTE: u32 = 1 << 8;
 
 /// Conditional fields of one section that may be in doubt. Real devices have some ten.
 const MAX_CHOICES: usize = 1 << 10;
@@ -21,7 +24,8 @@ pub(super) fn only_way(
 ) -> Result<Vec<bool>, Verdict> {
     let start = Frame { schema, version, field: 0, element: 0, outer: None };
     let mut open = vec![Path { frame: Some(Rc::new(start)), position: 0, choices: Vec::new() }];
-    let mut budget = BUDGET;
+    let per_byte = BUDGET_PER_BYTE.saturating_mul(u32::try_from(body.len()).unwrap_or(u32::MAX));
+    let mut budget = BUDGET.min(BUDGET_BASE.saturating_add(per_byte));
     let mut found: Option<Vec<bool>> = None;
     while let Some(path) = open.pop() {
         match path.follow(body, &mut open, &mut budget) {
