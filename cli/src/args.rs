@@ -1,5 +1,6 @@
 //! The command line: what can be asked, and the help that teaches it.
 
+use crate::bounds::Bounds;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use qevm_multifd::Compression;
 use qevm_wire::profile::ZeroPageDetection;
@@ -132,6 +133,9 @@ pub struct Inspect {
     pub input: Input,
     #[command(flatten)]
     #[allow(missing_docs)]
+    pub bounds: Bounds,
+    #[command(flatten)]
+    #[allow(missing_docs)]
     pub layouts: Layouts,
     #[command(flatten)]
     #[allow(missing_docs)]
@@ -165,6 +169,9 @@ pub struct Verify {
     pub input: Input,
     #[command(flatten)]
     #[allow(missing_docs)]
+    pub bounds: Bounds,
+    #[command(flatten)]
+    #[allow(missing_docs)]
     pub layouts: Layouts,
     #[command(flatten)]
     #[allow(missing_docs)]
@@ -182,6 +189,9 @@ pub struct Extract {
     #[command(flatten)]
     #[allow(missing_docs)]
     pub input: Input,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub bounds: Bounds,
     #[command(flatten)]
     #[allow(missing_docs)]
     pub layouts: Layouts,
@@ -236,6 +246,9 @@ pub struct Receive {
     pub force: bool,
     #[command(flatten)]
     #[allow(missing_docs)]
+    pub bounds: Bounds,
+    #[command(flatten)]
+    #[allow(missing_docs)]
     pub output: Output,
 }
 
@@ -246,6 +259,9 @@ pub struct Convert {
     #[command(flatten)]
     #[allow(missing_docs)]
     pub input: Input,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub bounds: Bounds,
     /// Write the new stream here. Only its owner can read the file, which appears when it is whole.
     #[arg(long, value_name = "FILE")]
     pub out: PathBuf,
@@ -281,6 +297,9 @@ pub struct Diff {
     pub layouts: Layouts,
     #[command(flatten)]
     #[allow(missing_docs)]
+    pub bounds: Bounds,
+    #[command(flatten)]
+    #[allow(missing_docs)]
     pub output: Output,
 }
 
@@ -293,6 +312,9 @@ pub struct Check {
     #[command(flatten)]
     #[allow(missing_docs)]
     pub input: Input,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub bounds: Bounds,
     #[command(flatten)]
     #[allow(missing_docs)]
     pub output: Output,
@@ -363,7 +385,7 @@ fn parse_ram_block(text: &str) -> Result<(CountedString, u64), String> {
 }
 
 /// Bytes, as QEMU's options take them: decimal or hexadecimal, with a binary suffix.
-fn parse_size(text: &str) -> Result<u64, String> {
+pub(crate) fn parse_size(text: &str) -> Result<u64, String> {
     let expected = || format!("'{text}' is no size: expected bytes, or a number with K, M, G or T");
     let (number, shift) = match text.char_indices().next_back() {
         Some((at, 'K' | 'k')) => (&text[..at], 10),
@@ -396,6 +418,9 @@ pub struct Send {
     #[command(flatten)]
     #[allow(missing_docs)]
     pub input: Input,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub bounds: Bounds,
     /// Where the destination listens: `tcp:HOST:PORT` or `unix:PATH`.
     #[arg(value_name = "ADDRESS")]
     pub address: String,

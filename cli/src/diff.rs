@@ -249,6 +249,7 @@ fn key(header: &SectionHeader) -> (String, u32) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::bounds::Spool;
     use crate::ram::Keep;
     use qevm_savevm::vmdesc::{Scalar, ScalarKind, Struct};
 
@@ -258,7 +259,7 @@ mod tests {
     }
 
     fn guest(version_id: u32, members: Vec<Node>, pages: &[u64]) -> Guest {
-        let mut ram = GuestRam::new(4096, Keep::Digests).unwrap();
+        let mut ram = GuestRam::new(4096, Keep::Digests, Spool::unlimited()).unwrap();
         let block = ram.add_block("pc.ram".into(), 1 << 30);
         pages.iter().for_each(|page| ram.put(block, page * 4096, &[7; 4096]).unwrap());
         let body = members.iter().map(|m| m.scalar().unwrap().as_u64() as u8).collect();

@@ -1,6 +1,7 @@
 //! Why a command did not succeed, and how that is said.
 
-use qevm_wire::{Blame, Located};
+use crate::bounds::Exceeded;
+use qevm_wire::{Blame, Fault, Located};
 use std::fmt;
 use std::io;
 
@@ -32,9 +33,19 @@ impl Failure {
         }
     }
 
-    /// `file` could not be read (or a temporary file not written) at `offset`.
+    /// `file` could not be read (or a temporary file not written) at `offset`. If that is because a bound of the command
+    /// was reached, the failure is of kind `limit`.
     pub fn io(file: &str, offset: u64, error: &io::Error) -> Self {
+        if let Some(exceeded) = error.get_ref().and_then(|inner| inner.downcast_ref::<Exceeded>()) {
+            return Self::exceeded(file, offset, "", exceeded.clone());
+        }
         Failure { file: file.to_owned(), kind: "io", offset, path: String::new(), message: error.to_string() }
+    }
+
+    /// At `offset` of `file` a bound was reached.
+    pub fn exceeded(file: &str, offset: u64, path: &str, exceeded: Exceeded) -> Self {
+        let (path, message) = (path.to_owned(), exceeded.to_string());
+        Failure { file: file.to_owned(), kind: Fault::Limit.as_str(), offset, path, message }
     }
 
     /// Two inputs, or two places of one, that do not fit together.
@@ -72,6 +83,13 @@ pub enum Stop {
 impl From<Failure> for Stop {
     fn from(failure: Failure) -> Self {
         Stop::Bad(failure)
+    }
+}
+
+impl From<io::Error> for Stop {
+    /// A temporary file could not be read or written.
+    fn from(error: io::Error) -> Self {
+        Failure::io("temporary file", 0, &error).into()
     }
 }
 

@@ -1,5 +1,6 @@
 //! Where bytes come from: a file that can be skipped in, or a pipe that must be read.
 
+use crate::bounds::{Exceeded, Spool};
 use std::fs::File;
 use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::os::unix::fs::FileExt;
@@ -164,21 +165,68 @@ impl Source {
 
     /// Puts everything that is still to come into a temporary file (memory, if it is little), so that it can be jumped
     /// in. Offsets stay as they are; earlier places than the present one are gone.
-    pub fn spool(&mut self) -> io::Result<()> {
+    ///
+    /// # Errors
+    /// An [`Exceeded`] if that is more than `most` bytes, or more than `room` has left; others if a file cannot be read or
+    /// written.
+    pub fn spool(&mut self, room: &Spool, most: u64) -> io::Result<()> {
         let Input::Stream(input) = &mut self.input else {
             return Ok(());
         };
         let mut spool = tempfile::spooled_tempfile(SPOOL_IN_MEMORY);
-        spool.write_all(&self.buffer[self.start..self.end])?;
-        if !self.ended {
-            io::copy(input, &mut spool)?;
+        let mut piece = std::mem::take(&mut self.buffer);
+        let held = self.start..self.end;
+        (self.start, self.end) = (0, 0);
+        let mut len = 0u64;
+        let mut put = |bytes: &[u8]| {
+            len += bytes.len() as u64;
+            if len > most {
+                let message = format!(
+                    "more than {most} bytes behind the first device section, which no device sections and description take"
+                );
+                return Err(io::Error::other(Exceeded::new(message)));
+            }
+            room.take(bytes.len() as u64)?;
+            spool.write_all(bytes)
+        };
+        put(&piece[held])?;
+        piece.resize(LARGE_READ.max(piece.len()), 0);
+        while !self.ended {
+            match input.read(&mut piece) {
+                Ok(0) => self.ended = true,
+                Ok(read) => put(&piece[..read])?,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(error),
+            }
         }
         self.base = self.offset;
-        self.total = Some(self.base + spool.stream_position()?);
+        self.total = Some(self.base + len);
         spool.rewind()?;
         self.input = Input::Seekable(Box::new(spool));
-        (self.start, self.end, self.ended) = (0, 0, false);
+        self.ended = false;
         Ok(())
+    }
+
+    /// How many bytes from `offset` on are a hole of the file, which reads as zeroes. 0 if it is not known.
+    pub fn hole_at(&self, offset: u64) -> io::Result<u64> {
+        let (Input::File(file), Some(total)) = (&self.input, self.total) else { return Ok(0) };
+        if offset >= total {
+            return Ok(0);
+        }
+        match rustix::fs::seek(file, rustix::fs::SeekFrom::Data(offset)) {
+            Ok(data) => Ok(data.saturating_sub(offset)),
+            // No data up to the end.
+            Err(rustix::io::Errno::NXIO) => Ok(total - offset),
+            // A file system that does not tell.
+            Err(_) => Ok(0),
+        }
+    }
+
+    /// How many bytes from `offset` on are no hole. `u64::MAX` if it is not known.
+    pub fn data_at(&self, offset: u64) -> io::Result<u64> {
+        let Input::File(file) = &self.input else { return Ok(u64::MAX) };
+        let hole = rustix::fs::seek(file, rustix::fs::SeekFrom::Hole(offset));
+        Ok(hole.map_or(u64::MAX, |hole| hole.saturating_sub(offset)))
     }
 
     /// The last bytes of the input, at most `bytes` of them, without moving.
@@ -212,8 +260,12 @@ impl Source {
         let missing = wanted.saturating_sub(self.end - self.start);
         let size = self.read_size.max(missing.min(LARGE_READ));
         if self.buffer.len() - self.end < size {
-            self.buffer.copy_within(self.start..self.end, 0);
-            (self.start, self.end) = (0, self.end - self.start);
+            let held = self.end - self.start;
+            // What is held is moved only if at least as much was consumed before it.
+            if self.start >= held {
+                self.buffer.copy_within(self.start..self.end, 0);
+                (self.start, self.end) = (0, held);
+            }
             if self.buffer.len() - self.end < size {
                 self.buffer.resize((self.end + size).max(2 * LARGE_READ), 0);
             }
@@ -299,7 +351,7 @@ mod tests {
         let mut source = Source::stream(Box::new(Cursor::new(bytes())));
         source.fill(1000).unwrap();
         source.consume(700);
-        source.spool().unwrap();
+        source.spool(&Spool::unlimited(), u64::MAX).unwrap();
         assert_eq!((source.offset(), source.total()), (700, Some(1_000_000)));
         assert_eq!(source.tail(10).unwrap(), bytes()[999_990..]);
         assert_eq!(source.tail(u64::MAX).unwrap().len(), 999_300);

@@ -3,6 +3,7 @@
 mod pci;
 
 use crate::args;
+use crate::bounds::Bounds;
 use crate::failure::{Failure, Stop};
 use crate::progress::Progress;
 use crate::ram::Keep;
@@ -59,12 +60,14 @@ pub fn judge(stream: &Stream, destination: &Destination) -> Vec<Judged> {
 ///
 /// # Errors
 /// [`Stop::Usage`] if a file cannot be opened, [`Stop::Bad`] if the stream is bad, truncated included.
-pub fn summarize(input: &args::Input) -> Result<Stream, Stop> {
+pub fn summarize(input: &args::Input, bounds: &Bounds) -> Result<Stream, Stop> {
     let mut inputs = Inputs::open(input)?;
     let progress = Progress::new("reading", inputs.main.source.total());
     let mut gather = Gather { stream: Stream::default(), progress };
     let layouts = Layouts::default();
-    let settings = Settings { keep: Keep::Nothing, reencode: false, complete: false, live: false, layouts };
+    let (spool, max_ram) = (bounds.spool(), u64::MAX);
+    let settings =
+        Settings { keep: Keep::Nothing, reencode: false, complete: false, live: false, layouts, spool, max_ram };
     let mut analysis = analyze(&mut inputs, &settings, &mut gather);
     if let Some(failure) = analysis.failure.take() {
         return Err(failure.into());
@@ -108,7 +111,7 @@ impl Observer for Gather {
 pub fn destination(check: &args::Check, stream: &Stream) -> Result<Destination, Stop> {
     let Destination { mut known, mut spaces } = Destination::default();
     for path in &check.against {
-        let Destination { known: file, spaces: more } = against(path)?;
+        let Destination { known: file, spaces: more } = against(path, &check.bounds)?;
         more.into_iter().for_each(|(key, space)| {
             spaces.entry(key).or_insert(space);
         });
@@ -145,13 +148,13 @@ pub fn destination(check: &args::Check, stream: &Stream) -> Result<Destination, 
 }
 
 /// What one file tells of the destination.
-fn against(path: &Path) -> Result<Destination, Stop> {
+fn against(path: &Path, bounds: &Bounds) -> Result<Destination, Stop> {
     if let Some(schema) = schema(path)? {
         let machine = schema.machine.as_ref().map(|name| name.clone().into_bytes());
         let known = Expectations { machine, schema: Some(schema), ..Expectations::default() };
         return Ok(Destination { known, ..Destination::default() });
     }
-    let Stream { summary, spaces, qemu } = summarize(&args::Input::plain(path)).map_err(|stop| match stop {
+    let Stream { summary, spaces, qemu } = summarize(&args::Input::plain(path), bounds).map_err(|stop| match stop {
         Stop::Bad(failure) => Stop::Usage(format!("--against {failure}")),
         other => other,
     })?;

@@ -15,7 +15,7 @@ use serde_json::{Map, Value, json};
 /// [`Stop::Found`] if the stream will not load, [`Stop::Bad`] if it is bad, [`Stop::Usage`] if a file cannot be opened or
 /// what is said to tell of the destination does not.
 pub fn run(check: &args::Check) -> Result<(), Stop> {
-    let compared = summarize(&check.input).and_then(|stream| {
+    let compared = summarize(&check.input, &check.bounds).and_then(|stream| {
         let destination = destination(check, &stream)?;
         Ok((judge(&stream, &destination), destination))
     });

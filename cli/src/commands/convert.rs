@@ -20,7 +20,7 @@ pub fn run(convert: &args::Convert) -> Result<(), Stop> {
     let mut inputs = Inputs::open(&convert.input)?;
     let name = convert.out.display().to_string();
     let output = OutputFile::create(&convert.out, convert.force)?;
-    let mut guest = SavedGuest::read(&mut inputs)?;
+    let mut guest = SavedGuest::read(&mut inputs, &convert.bounds)?;
     let mut file = output.file();
     let mut bar = Progress::new("writing", Some(guest.data_len()));
     let written = match convert.format {

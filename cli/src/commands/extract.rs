@@ -31,6 +31,8 @@ pub fn run(extract: &args::Extract) -> Result<(), Stop> {
         complete: memory,
         live: false,
         layouts: Layouts::open(&extract.layouts)?,
+        spool: extract.bounds.spool(),
+        max_ram: if memory { extract.bounds.max_ram } else { u64::MAX },
     };
     let mut observer =
         GuestObserver::new(Progress::new("reading", inputs.main.source.total()), extract.devices.is_some());

@@ -26,8 +26,15 @@ pub fn run(inspect: &args::Inspect) -> Result<(), Stop> {
         (false, args::RamDigest::Crc32) => Keep::Digests,
         (false, args::RamDigest::Sha256) => Keep::Image,
     };
-    let settings =
-        Settings { keep, reencode: false, complete: false, live: false, layouts: Layouts::open(&inspect.layouts)? };
+    let settings = Settings {
+        keep,
+        reencode: false,
+        complete: false,
+        live: false,
+        layouts: Layouts::open(&inspect.layouts)?,
+        spool: inspect.bounds.spool(),
+        max_ram: if keep == Keep::Image { inspect.bounds.max_ram } else { u64::MAX },
+    };
     let choice = match inspect.fields || !inspect.section.is_empty() || inspect.field.is_some() {
         true => Choice::Named(inspect.section.clone()),
         false => Choice::None,

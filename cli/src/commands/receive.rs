@@ -39,6 +39,7 @@ pub fn run(receive: &args::Receive) -> Result<(), Stop> {
         multifd_channels: receive.multifd_channels,
         multifd_compression: receive.multifd_compression,
         switchover_ack: receive.switchover_ack,
+        spool: receive.bounds.spool(),
         patience: receive.timeout.map(Duration::from_secs),
     };
     let taken = session.run()?;
@@ -57,8 +58,15 @@ fn report(receive: &args::Receive, files: &Files, taken: Taken) -> Result<(), St
     };
     let mut inputs = Inputs::open(&input)?;
     let mut bar = Bar(Progress::new("reading what was saved", inputs.main.source.total()));
-    let settings =
-        Settings { keep: Keep::Digests, reencode: true, complete: true, live: false, layouts: Layouts::default() };
+    let settings = Settings {
+        keep: Keep::Digests,
+        reencode: true,
+        complete: true,
+        live: false,
+        layouts: Layouts::default(),
+        spool: receive.bounds.spool(),
+        max_ram: u64::MAX,
+    };
     let mut analysis = analyze(&mut inputs, &settings, &mut bar);
     // What went wrong on the wire explains what is wrong with the file, and not the other way round.
     analysis.failure = taken.failure.or(analysis.failure);

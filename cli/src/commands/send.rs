@@ -32,7 +32,7 @@ pub fn run(send: &args::Send) -> Result<(), Stop> {
     let address = Address::parse(&send.address)?;
     check(send)?;
     let mut inputs = Inputs::open(&send.input)?;
-    let mut guest = SavedGuest::read(&mut inputs)?;
+    let mut guest = SavedGuest::read(&mut inputs, &send.bounds)?;
     let profile = profile(send, &guest);
     let patience = Duration::from_secs(send.timeout);
     let cannot = |error: io::Error| Stop::from(Failure::io(&send.address, 0, &error));

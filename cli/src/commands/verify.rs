@@ -19,8 +19,15 @@ pub fn run(verify: &args::Verify) -> Result<(), Stop> {
         RamDigest::Crc32 => Keep::Digests,
         RamDigest::Sha256 => Keep::Image,
     };
-    let settings =
-        Settings { keep, reencode: true, complete: true, live: false, layouts: Layouts::open(&verify.layouts)? };
+    let settings = Settings {
+        keep,
+        reencode: true,
+        complete: true,
+        live: false,
+        layouts: Layouts::open(&verify.layouts)?,
+        spool: verify.bounds.spool(),
+        max_ram: if keep == Keep::Image { verify.bounds.max_ram } else { u64::MAX },
+    };
     let mut bar = Bar(Progress::new("verifying", inputs.main.source.total()));
     let mut analysis = analyze(&mut inputs, &settings, &mut bar);
     let report = analysis.report(verify.ram_digest);

@@ -12,7 +12,7 @@ pub use guest::{Guest, GuestObserver};
 
 use crate::failure::{Failure, Stop};
 use crate::output_file::OutputFile;
-use crate::ram::{GuestRam, PageState};
+use crate::ram::{GuestRam, Stretch};
 use crate::stream::Analysis;
 use elf_core::{CoreHeader, Load, core_header};
 use qevm_savevm::guest_memory::{Segment, main_block, segments};
@@ -120,17 +120,13 @@ fn copy_pages(
     file: &File,
     to: u64,
 ) -> Result<(), Stop> {
-    let mut page = vec![0; ram.page_size() as usize];
-    let step = page.len() as u64;
-    for offset in (0..len).step_by(page.len()) {
-        let spool = |error| Failure::io("temporary file", from + offset, &error);
-        if ram.state(block, from + offset).map_err(spool)? == PageState::Data {
-            ram.read(block, from + offset, &mut page).map_err(spool)?;
-            let rest = (len - offset).min(step) as usize;
-            file.write_all_at(&page[..rest], to + offset).map_err(|error| write_error(path, to + offset, &error))?;
-        }
-    }
-    Ok(())
+    let page_size = ram.page_size();
+    ram.stretches(block, from, len, |offset, stretch| {
+        let Stretch::Data(page) = stretch else { return Ok(()) };
+        let rest = (from + len - offset).min(page_size) as usize;
+        let place = to + (offset - from);
+        file.write_all_at(&page[..rest], place).map_err(|error| write_error(path, place, &error))
+    })
 }
 
 /// The output is whole: from now on it is called by its name.

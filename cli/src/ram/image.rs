@@ -1,29 +1,48 @@
-//! The contents of guest memory, in an unlinked sparse temporary file.
+//! The contents of guest memory, in an unlinked temporary file.
 
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
 
 /// Bytes of consecutive pages that are gathered before they are written.
 const RUN_BYTES: usize = 1 << 20;
+/// Consecutive pages that lie together in the file. A unit has a place as soon as a page of it comes, so that the file is
+/// as long as what came, however far apart in the guest's memory that is.
+const UNIT_PAGES: u64 = 256;
 
-/// A sparse file that disappears with the process. What was never written reads as zeroes.
+/// Pages by number, in a file that disappears with the process.
 #[derive(Debug)]
 pub(super) struct Image {
     file: File,
-    end: u64,
+    page_size: u64,
+    /// Number of a unit to its place in the file.
+    units: BTreeMap<u64, u64>,
+    /// The unit used last, and its place.
+    current: Option<(u64, u64)>,
     run_start: u64,
     run: Vec<u8>,
 }
 
 impl Image {
-    /// An empty image in the directory for temporary files (`TMPDIR`).
-    pub(super) fn new() -> io::Result<Self> {
-        Ok(Image { file: tempfile::tempfile()?, end: 0, run_start: 0, run: Vec::with_capacity(RUN_BYTES) })
+    /// An empty image in the directory for temporary files (`TMPDIR`), for pages of `page_size` bytes.
+    pub(super) fn new(page_size: u64) -> io::Result<Self> {
+        let (file, run) = (tempfile::tempfile()?, Vec::new());
+        Ok(Image { file, page_size, units: BTreeMap::new(), current: None, run_start: 0, run })
     }
 
-    /// Writes `bytes` at `offset`.
-    pub(super) fn write(&mut self, offset: u64, bytes: &[u8]) -> io::Result<()> {
+    /// The content of page number `page` is `bytes`.
+    pub(super) fn write(&mut self, page: u64, bytes: &[u8]) -> io::Result<()> {
+        let unit = page / UNIT_PAGES;
+        let place = match self.current.filter(|current| current.0 == unit) {
+            Some((_, place)) => place,
+            None => {
+                let next = self.units.len() as u64;
+                *self.units.entry(unit).or_insert(next)
+            }
+        };
+        self.current = Some((unit, place));
+        let offset = self.offset(place, page)?;
         if self.run_start + self.run.len() as u64 != offset || self.run.len() + bytes.len() > RUN_BYTES {
             self.flush()?;
             self.run_start = offset;
@@ -32,21 +51,21 @@ impl Image {
         Ok(())
     }
 
-    /// Fills `bytes` from `offset` on.
-    pub(super) fn read(&mut self, offset: u64, bytes: &mut [u8]) -> io::Result<()> {
+    /// Reads the content of page number `page`, which was written.
+    pub(super) fn read(&mut self, page: u64, bytes: &mut [u8]) -> io::Result<()> {
         self.flush()?;
-        // Behind the end of the file nothing was ever written.
-        let inside = (bytes.len() as u64).min(self.end.saturating_sub(offset)) as usize;
-        let (inside, outside) = bytes.split_at_mut(inside);
-        self.file.read_exact_at(inside, offset)?;
-        outside.fill(0);
-        Ok(())
+        let place = self.units.get(&(page / UNIT_PAGES)).ok_or(io::ErrorKind::NotFound)?;
+        self.file.read_exact_at(bytes, self.offset(*place, page)?)
+    }
+
+    fn offset(&self, place: u64, page: u64) -> io::Result<u64> {
+        let pages = place.checked_mul(UNIT_PAGES).and_then(|first| first.checked_add(page % UNIT_PAGES));
+        pages.and_then(|pages| pages.checked_mul(self.page_size)).ok_or_else(|| io::ErrorKind::FileTooLarge.into())
     }
 
     fn flush(&mut self) -> io::Result<()> {
         if !self.run.is_empty() {
             self.file.write_all_at(&self.run, self.run_start)?;
-            self.end = self.end.max(self.run_start + self.run.len() as u64);
             self.run.clear();
         }
         Ok(())

@@ -1,9 +1,11 @@
 //! Guest memory as a destination would have it: which pages came, their digests, and, where asked, their contents.
 //!
 //! [`GuestRam`] takes pages in the order in which they are applied; the last content of a page wins. It always knows
-//! state and CRC-32 of every page (4¼ bytes each, beyond 15 GiB of guest in a temporary file). The contents are kept
-//! only with [`Keep::Image`]: SHA-256, XBZRLE and extraction need them.
+//! state and CRC-32 of every page that came (4¼ bytes each, beyond 15 GiB of guest in a temporary file). The contents are
+//! kept only with [`Keep::Image`]: SHA-256, XBZRLE and extraction need them. Pages that never came cost nothing, however
+//! long a block says it is.
 
+mod chunk;
 mod crc;
 mod image;
 mod page_table;
@@ -11,6 +13,7 @@ mod page_table;
 pub use page_table::PageState;
 
 use crate::args::RamDigest;
+use crate::bounds::Spool;
 use crc::PageCrc;
 use image::Image;
 use page_table::{PageTable, Run};
@@ -52,19 +55,32 @@ pub struct GuestRam {
     crc: PageCrc,
     image: Option<Image>,
     keep: Keep,
+    spool: Spool,
+}
+
+/// A stretch of pages of a block, as [`GuestRam::stretches`] tells it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Stretch<'a> {
+    /// So many pages that never came.
+    Absent(u64),
+    /// So many pages of zeroes.
+    Zero(u64),
+    /// One page with this content.
+    Data(&'a [u8]),
 }
 
 impl GuestRam {
-    /// Memory without blocks, of pages of `page_size` bytes.
-    pub fn new(page_size: u64, keep: Keep) -> io::Result<Self> {
+    /// Memory without blocks, of pages of `page_size` bytes. What goes to temporary files comes out of `spool`.
+    pub fn new(page_size: u64, keep: Keep, spool: Spool) -> io::Result<Self> {
         Ok(GuestRam {
             blocks: Vec::new(),
             page_size,
             next_page: 0,
-            table: PageTable::default(),
+            table: PageTable::new(spool.clone()),
             crc: PageCrc::new(page_size),
-            image: if keep == Keep::Image { Some(Image::new()?) } else { None },
+            image: if keep == Keep::Image { Some(Image::new(page_size)?) } else { None },
             keep,
+            spool,
         })
     }
 
@@ -105,21 +121,14 @@ impl GuestRam {
         self.set(block, offset, PageState::Zero, self.crc.zero_page(), &[])
     }
 
+    /// The pages in `len` bytes from `offset` of `block` now hold zeroes.
+    pub fn put_zeroes(&mut self, block: usize, offset: u64, len: u64) -> io::Result<()> {
+        self.fill(block, offset, len, PageState::Zero)
+    }
+
     /// The pages in `len` bytes from `offset` of `block` have no content any more.
     pub fn discard(&mut self, block: usize, offset: u64, len: u64) -> io::Result<()> {
-        let Some(first_page) = self.blocks.get(block).map(|block| block.first_page) else {
-            return Err(io::Error::other("no such RAM block"));
-        };
-        let mut offset = offset;
-        let mut present = Vec::new();
-        self.table.walk(first_page + offset / self.page_size, len / self.page_size, |run| {
-            if run.state != PageState::Absent {
-                present.push(offset);
-            }
-            offset += run.pages * self.page_size;
-            Ok(())
-        })?;
-        present.into_iter().try_for_each(|offset| self.set(block, offset, PageState::Absent, 0, &[]))
+        self.fill(block, offset, len, PageState::Absent)
     }
 
     /// The page at byte `offset` of `block` came, but its content was jumped over ([`Keep::Nothing`]).
@@ -135,13 +144,52 @@ impl GuestRam {
         }
     }
 
-    /// Reads the contents at byte `offset` of `block`; needs [`Keep::Image`]. Pages that never came are zeroes.
+    /// Reads the page at byte `offset` of `block`; needs [`Keep::Image`]. Pages that never came are zeroes.
     pub fn read(&mut self, block: usize, offset: u64, bytes: &mut [u8]) -> io::Result<()> {
-        let place = self.blocks.get(block).and_then(|b| b.first_page.checked_mul(self.page_size)?.checked_add(offset));
-        match (&mut self.image, place) {
-            (Some(image), Some(place)) => image.read(place, bytes),
-            _ => Err(io::Error::other("page contents were not kept")),
+        let found = self.blocks.get(block).ok_or_else(no_block)?;
+        let page = found.first_page + offset / self.page_size;
+        let Some(image) = &mut self.image else {
+            return Err(io::Error::other("page contents were not kept"));
+        };
+        match self.table.state(page)? {
+            PageState::Data => image.read(page, bytes),
+            PageState::Zero | PageState::Absent => {
+                bytes.fill(0);
+                Ok(())
+            }
         }
+    }
+
+    /// Calls `visit` for the pages in `len` bytes from `offset` of `block`, in order, with the offset of each stretch of
+    /// them; needs [`Keep::Image`].
+    pub fn stretches<E: From<io::Error>>(
+        &mut self,
+        block: usize,
+        offset: u64,
+        len: u64,
+        mut visit: impl FnMut(u64, Stretch<'_>) -> Result<(), E>,
+    ) -> Result<(), E> {
+        let found = self.blocks.get(block).ok_or_else(no_block)?;
+        let Some(image) = &mut self.image else {
+            return Err(io::Error::other("page contents were not kept").into());
+        };
+        let first = found.first_page;
+        let (mut page, end) = (first + offset / self.page_size, first + (offset + len).div_ceil(self.page_size));
+        let mut content = vec![0; self.page_size as usize];
+        while page < end {
+            let run = self.table.run_at(page, end)?;
+            let stretch = match run.state {
+                PageState::Absent => Stretch::Absent(run.pages),
+                PageState::Zero => Stretch::Zero(run.pages),
+                PageState::Data => {
+                    image.read(page, &mut content)?;
+                    Stretch::Data(&content)
+                }
+            };
+            visit((page - first) * self.page_size, stretch)?;
+            page += run.pages;
+        }
+        Ok(())
     }
 
     /// Calls `visit` with the offset of each page of `block` whose content differs from that of the page at the same
@@ -155,22 +203,29 @@ impl GuestRam {
         mut visit: impl FnMut(u64),
     ) -> io::Result<()> {
         let (Some(ours), Some(theirs)) = (self.blocks.get(block), other.blocks.get(other_block)) else {
-            return Err(io::Error::other("no such RAM block"));
+            return Err(no_block());
         };
         let (first, other_first) = (ours.first_page, theirs.first_page);
         let pages = ours.used_length.min(theirs.used_length) / self.page_size;
         let zero = self.crc.zero_page();
-        let crc = |run: &Run| if run.state == PageState::Absent { zero } else { run.crc };
-        let mut page = 0;
+        let crc = |run: &Run| if run.state == PageState::Data { run.crc } else { zero };
+        let none = Run { state: PageState::Absent, pages: 0, crc: 0 };
+        let (mut page, mut ours, mut theirs) = (0, none, none);
         while page < pages {
-            let ours = self.table.run_at(first + page, first + pages)?;
-            let theirs = other.table.run_at(other_first + page, other_first + pages)?;
+            if ours.pages == 0 {
+                ours = self.table.run_at(first + page, first + pages)?;
+            }
+            if theirs.pages == 0 {
+                theirs = other.table.run_at(other_first + page, other_first + pages)?;
+            }
+            // Where the contents differ, one of the runs is a single page.
+            let both = ours.pages.min(theirs.pages);
             if crc(&ours) != crc(&theirs) {
                 visit(page * self.page_size);
-                page += 1;
-            } else {
-                page += ours.pages.min(theirs.pages);
             }
+            page += both;
+            ours.pages -= both;
+            theirs.pages -= both;
         }
         Ok(())
     }
@@ -178,7 +233,7 @@ impl GuestRam {
     /// The digest of `block` over its whole used length, in lower-case hexadecimal.
     pub fn digest(&mut self, block: usize, kind: RamDigest) -> io::Result<String> {
         let Some(Block { used_length, first_page, .. }) = self.blocks.get(block).cloned() else {
-            return Err(io::Error::other("no such RAM block"));
+            return Err(no_block());
         };
         let pages = used_length / self.page_size;
         match kind {
@@ -187,62 +242,64 @@ impl GuestRam {
                 let combine = &self.crc;
                 self.table.walk(first_page, pages, |run| {
                     crc = match run.state {
-                        PageState::Absent => combine.append_zero_pages(crc, run.pages),
-                        PageState::Zero | PageState::Data => combine.append(crc, run.crc),
+                        PageState::Absent | PageState::Zero => combine.append_zero_pages(crc, run.pages),
+                        PageState::Data => combine.append(crc, run.crc),
                     };
                     Ok(())
                 })?;
                 Ok(format!("{crc:08x}"))
             }
             RamDigest::Sha256 => {
-                let Some(image) = &mut self.image else {
-                    return Err(io::Error::other("SHA-256 needs the contents of pages"));
-                };
-                let mut sha = Sha256::new();
-                let mut page = vec![0; self.page_size as usize];
-                let mut place = first_page.saturating_mul(self.page_size);
-                self.table.walk(first_page, pages, |Run { state, pages, .. }| {
-                    if state == PageState::Data {
-                        image.read(place, &mut page)?;
-                        sha.update(&page);
-                    } else {
-                        page.fill(0);
-                        (0..pages).for_each(|_| sha.update(&page));
+                let (mut sha, blank) = (Sha256::new(), vec![0; self.page_size as usize]);
+                self.stretches(block, 0, used_length, |_, stretch| {
+                    match stretch {
+                        Stretch::Data(page) => sha.update(page),
+                        Stretch::Absent(pages) | Stretch::Zero(pages) => (0..pages).for_each(|_| sha.update(&blank)),
                     }
-                    place = place.saturating_add(pages.saturating_mul(page.len() as u64));
-                    Ok(())
+                    Ok::<(), io::Error>(())
                 })?;
                 Ok(sha.finalize().iter().map(|byte| format!("{byte:02x}")).collect())
             }
         }
     }
 
+    fn fill(&mut self, block: usize, offset: u64, len: u64, state: PageState) -> io::Result<()> {
+        let found = self.blocks.get_mut(block).ok_or_else(no_block)?;
+        let (first, pages) = (found.first_page + offset / self.page_size, len / self.page_size);
+        let before = self.table.fill(first, pages, state)?;
+        found.pages -= before.zero + before.data;
+        found.zero_pages -= before.zero;
+        if state == PageState::Zero {
+            found.pages += pages;
+            found.zero_pages += pages;
+        }
+        Ok(())
+    }
+
     fn set(&mut self, block: usize, offset: u64, state: PageState, crc: u32, bytes: &[u8]) -> io::Result<()> {
-        let Some(found) = self.blocks.get_mut(block) else {
-            return Err(io::Error::other("no such RAM block"));
-        };
+        let found = self.blocks.get_mut(block).ok_or_else(no_block)?;
         let page = found.first_page + offset / self.page_size;
         let before = self.table.set(page, state, crc)?;
         found.pages = found.pages + u64::from(state != PageState::Absent) - u64::from(before != PageState::Absent);
         found.zero_pages =
             found.zero_pages + u64::from(state == PageState::Zero) - u64::from(before == PageState::Zero);
-        if let Some(image) = &mut self.image {
-            if bytes.is_empty() && state == PageState::Data {
+        if let Some(image) = &mut self.image
+            && state == PageState::Data
+        {
+            if bytes.is_empty() {
                 return Err(io::Error::other("page without content"));
             }
-            let place = page.checked_mul(self.page_size).ok_or_else(too_large)?;
-            if state == PageState::Data {
-                image.write(place, bytes)?;
-            } else if before == PageState::Data {
-                image.write(place, &vec![0; self.page_size as usize])?;
+            if before != PageState::Data {
+                self.spool.take(self.page_size)?;
             }
+            image.write(page, bytes)?;
         }
         Ok(())
     }
 }
 
-fn too_large() -> io::Error {
-    io::Error::from(io::ErrorKind::FileTooLarge)
+fn no_block() -> io::Error {
+    io::Error::other("no such RAM block")
 }
 
 #[cfg(test)]
@@ -251,7 +308,7 @@ mod tests {
 
     #[test]
     fn digests_are_those_of_the_whole_block_with_absent_pages_as_zeroes() {
-        let mut ram = GuestRam::new(4096, Keep::Image).unwrap();
+        let mut ram = GuestRam::new(4096, Keep::Image, Spool::unlimited()).unwrap();
         ram.add_block("first".into(), 4096);
         let block = ram.add_block("second".into(), 5 * 4096);
         let page: Vec<u8> = (0..4096).map(|i| (i * 7) as u8).collect();
@@ -277,7 +334,7 @@ mod tests {
 
     #[test]
     fn a_block_of_a_pebibyte_costs_nothing_until_pages_come() {
-        let mut ram = GuestRam::new(4096, Keep::Digests).unwrap();
+        let mut ram = GuestRam::new(4096, Keep::Digests, Spool::unlimited()).unwrap();
         let block = ram.add_block("huge".into(), 1 << 50);
         ram.put(block, (1 << 50) - 4096, &[7; 4096]).unwrap();
         assert_eq!(ram.blocks()[block].pages, 1);

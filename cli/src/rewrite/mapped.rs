@@ -5,7 +5,7 @@ use crate::failure::{Failure, Stop};
 use crate::progress::Progress;
 use qevm_savevm::StreamWriter;
 use qevm_savevm::event::Event;
-use qevm_savevm::mapped_ram::{MappedBlock, PageBitmap};
+use qevm_savevm::mapped_ram::MappedBlock;
 use qevm_savevm::ram::{RamBlock, RamRecord};
 use std::fs::File;
 use std::os::unix::fs::FileExt;
@@ -27,6 +27,42 @@ impl Place<'_> {
 
     fn write_at(&self, bytes: &[u8], offset: u64) -> Result<(), Stop> {
         self.file.write_all_at(bytes, offset).map_err(|error| Failure::io(self.name, offset, &error).into())
+    }
+}
+
+/// Bytes of a bitmap that are held at a time.
+const PIECE: usize = 4096;
+
+/// The bitmap of a block, written piece by piece: where no page is present, it is a hole. That of 1 PiB has 32 GiB.
+struct Present {
+    bitmap_offset: u64,
+    /// Number of the piece that is held.
+    piece: u64,
+    bits: [u8; PIECE],
+}
+
+impl Present {
+    fn new(bitmap_offset: u64) -> Self {
+        Present { bitmap_offset, piece: 0, bits: [0; PIECE] }
+    }
+
+    /// Marks a page as present. Pages come in order.
+    fn set(&mut self, page: u64, place: &Place<'_>) -> Result<(), Stop> {
+        let (piece, byte) = (page / 8 / PIECE as u64, (page / 8 % PIECE as u64) as usize);
+        if piece != self.piece {
+            self.write(place)?;
+            self.piece = piece;
+        }
+        self.bits[byte] |= 1 << (page % 8);
+        Ok(())
+    }
+
+    /// Writes what is held.
+    fn write(&mut self, place: &Place<'_>) -> Result<(), Stop> {
+        let Some(last) = self.bits.iter().rposition(|byte| *byte != 0) else { return Ok(()) };
+        place.write_at(&self.bits[..=last], self.bitmap_offset + self.piece * PIECE as u64)?;
+        self.bits.fill(0);
+        Ok(())
     }
 }
 
@@ -64,18 +100,18 @@ impl SavedGuest {
         }
         let mut done = 0;
         for (block, layout) in mapped.iter().enumerate() {
-            let mut present = PageBitmap::new(layout.pages());
+            let mut present = Present::new(layout.header.bitmap_offset);
             let pages = self.pages;
             self.each_page(block, |offset, content| {
                 if let Some(content) = content {
-                    present.set(pages.index(offset));
+                    present.set(pages.index(offset), &place)?;
                     place.write_at(content, layout.header.pages_offset + offset)?;
                     done += content.len() as u64;
                     bar.at(done);
                 }
                 Ok(())
             })?;
-            place.write_at(present.as_bytes(), layout.header.bitmap_offset)?;
+            present.write(&place)?;
         }
         stream.section_end(self.ram_section.section_id).map_err(cannot_write)?;
         stream.eos().map_err(cannot_write)?;

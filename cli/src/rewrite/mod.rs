@@ -8,9 +8,10 @@ pub mod channels;
 pub mod mapped;
 pub mod stream;
 
+use crate::bounds::Bounds;
 use crate::failure::{Failure, Stop};
 use crate::progress::Progress;
-use crate::ram::{GuestRam, Keep, PageState};
+use crate::ram::{GuestRam, Keep, Stretch};
 use crate::stream::{Inputs, Layouts, Observer, Settings, analyze};
 use qevm_multifd::Uuid;
 use qevm_savevm::configuration::{Configuration, ConfigurationSubsection};
@@ -18,7 +19,6 @@ use qevm_savevm::framing::{SectionHeader, SectionKind};
 use qevm_savevm::ram::RamBlock;
 use qevm_savevm::{Encoder, StreamWriter};
 use qevm_wire::{CountedString, PageGeometry};
-use std::io;
 
 /// A guest as a migration left it.
 #[derive(Debug)]
@@ -54,10 +54,17 @@ impl SavedGuest {
     /// # Errors
     /// [`Stop::Bad`] if the migration is bad, or has sections whose content depends on the form: state of devices that
     /// was still being read (VFIO), disks (`block`) and their bitmaps (`dirty-bitmap`).
-    pub fn read(inputs: &mut Inputs) -> Result<SavedGuest, Stop> {
+    pub fn read(inputs: &mut Inputs, bounds: &Bounds) -> Result<SavedGuest, Stop> {
         let mut capture = Capture { bar: Progress::new("reading", inputs.main.source.total()), ..Capture::default() };
-        let settings =
-            Settings { keep: Keep::Image, reencode: false, complete: true, live: false, layouts: Layouts::default() };
+        let settings = Settings {
+            keep: Keep::Image,
+            reencode: false,
+            complete: true,
+            live: false,
+            layouts: Layouts::default(),
+            spool: bounds.spool(),
+            max_ram: bounds.max_ram,
+        };
         let mut analysis = analyze(inputs, &settings, &mut capture);
         if let Some(failure) = analysis.failure.take() {
             return Err(failure.into());
@@ -118,19 +125,12 @@ impl SavedGuest {
         block: usize,
         mut page: impl FnMut(u64, Option<&[u8]>) -> Result<(), Stop>,
     ) -> Result<(), Stop> {
-        let io = |error: io::Error| Failure::io("temporary file", 0, &error);
-        let mut content = vec![0; self.pages.size() as usize];
-        for offset in (0..self.blocks[block].used_length).step_by(content.len()) {
-            match self.ram.state(block, offset).map_err(io)? {
-                PageState::Absent => {}
-                PageState::Zero => page(offset, None)?,
-                PageState::Data => {
-                    self.ram.read(block, offset, &mut content).map_err(io)?;
-                    page(offset, Some(&content))?;
-                }
-            }
-        }
-        Ok(())
+        let (size, len) = (self.pages.size(), self.blocks[block].used_length);
+        self.ram.stretches(block, 0, len, |offset, stretch| match stretch {
+            Stretch::Absent(_) => Ok(()),
+            Stretch::Zero(pages) => (0..pages).try_for_each(|number| page(offset + number * size, None)),
+            Stretch::Data(content) => page(offset, Some(content)),
+        })
     }
 
     fn devices(&self, early: bool) -> impl Iterator<Item = &Device> {

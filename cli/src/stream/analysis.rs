@@ -2,6 +2,7 @@
 
 use super::layouts::Layouts;
 use crate::args::RamDigest;
+use crate::bounds::Spool;
 use crate::failure::Failure;
 use crate::ram::{GuestRam, Keep};
 use crate::report::{RamReport, Report, SectionReport};
@@ -25,6 +26,10 @@ pub struct Settings {
     pub live: bool,
     /// How device sections are read that no description tells about.
     pub layouts: Layouts,
+    /// The room for temporary files.
+    pub spool: Spool,
+    /// Bytes of guest memory above which a stream is refused; `u64::MAX` where absent pages cost nothing.
+    pub max_ram: u64,
 }
 
 /// Is told of things as they are read.

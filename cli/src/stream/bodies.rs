@@ -8,6 +8,7 @@
 use super::analysis::{Analysis, Observer};
 use super::connection::first_difference;
 use super::layouts::Layouts;
+use crate::bounds::Spool;
 use crate::failure::Failure;
 use crate::source::Source;
 use qevm_savevm::ErrorKind;
@@ -25,7 +26,7 @@ const DESCRIPTION_HEADER: u64 = 6;
 const MAX_PENDING: usize = 16 << 20;
 
 /// What is known about device sections.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct Bodies {
     limits: Limits,
     /// For sections that no description tells about.
@@ -39,6 +40,7 @@ pub(super) struct Bodies {
     /// A PART or END came: what follows on a pipe is little enough to be put aside.
     iterated: bool,
     may_read_ahead: bool,
+    spool: Spool,
 }
 
 #[derive(Debug)]
@@ -78,8 +80,18 @@ impl Read {
 
 impl Bodies {
     /// Nothing is known so far. `may_read_ahead`: all input is there, so that reading ahead waits for nobody.
-    pub(super) fn new(may_read_ahead: bool, layouts: Layouts) -> Self {
-        Bodies { may_read_ahead, layouts, ..Bodies::default() }
+    pub(super) fn new(may_read_ahead: bool, layouts: Layouts, spool: Spool) -> Self {
+        Bodies {
+            limits: Limits::default(),
+            layouts,
+            known: None,
+            current: None,
+            pending: Vec::new(),
+            pending_bytes: 0,
+            iterated: false,
+            may_read_ahead,
+            spool,
+        }
     }
 
     /// Looks for a description at the end of `source`, if that is possible without waiting.
@@ -104,7 +116,7 @@ impl Bodies {
     pub(super) fn spool_if_needed(&mut self, source: &mut Source) -> io::Result<()> {
         let wanted = self.known.is_none() && !self.layouts.no_description;
         if wanted && self.iterated && self.may_read_ahead && !source.is_seekable() {
-            source.spool()?;
+            source.spool(&self.spool, self.limits.behind_memory())?;
             self.look_ahead(source)?;
         }
         Ok(())

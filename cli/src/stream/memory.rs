@@ -1,17 +1,23 @@
 //! RAM records applied to the guest's memory.
 
 use super::analysis::Observer;
+use crate::bounds::Spool;
 use crate::failure::Failure;
 use crate::ram::{GuestRam, Keep};
 use crate::source::Source;
 use flate2::{Decompress, FlushDecompress, Status};
+use qevm_savevm::mapped_ram::PageBitmap;
 use qevm_savevm::ram::{MappedRamHeader, PageAt};
 use std::io;
+
+/// Bytes of a mapped-ram bitmap that are read at a time, where the input can be read in any order: 32 GiB of guest.
+const BITMAP_PIECE: u64 = 1 << 20;
 
 /// The guest's memory, and what is needed to apply pages that are not sent as they are.
 pub(super) struct Memory {
     pub(super) ram: GuestRam,
     page: Vec<u8>,
+    inflate: Decompress,
 }
 
 /// Why a page could not be applied.
@@ -48,8 +54,9 @@ impl Fault {
 }
 
 impl Memory {
-    pub(super) fn new(page_size: u64, keep: Keep) -> io::Result<Self> {
-        Ok(Memory { ram: GuestRam::new(page_size, keep)?, page: vec![0; page_size as usize] })
+    pub(super) fn new(page_size: u64, keep: Keep, spool: Spool) -> io::Result<Self> {
+        let (page, inflate) = (vec![0; page_size as usize], Decompress::new(true));
+        Ok(Memory { ram: GuestRam::new(page_size, keep, spool)?, page, inflate })
     }
 
     pub(super) fn into_ram(self) -> GuestRam {
@@ -77,7 +84,8 @@ impl Memory {
         if self.ram.keep() == Keep::Nothing {
             return Ok(self.ram.put_unread(page.block.index(), page.offset)?);
         }
-        let mut inflate = Decompress::new(true);
+        let inflate = &mut self.inflate;
+        inflate.reset(true);
         let status = inflate.decompress(data, &mut self.page, FlushDecompress::Finish);
         let whole = inflate.total_out() == self.page.len() as u64 && inflate.total_in() == data.len() as u64;
         match status {
@@ -103,24 +111,69 @@ impl Memory {
         used_length: u64,
         observer: &mut dyn Observer,
     ) -> Result<u64, Fault> {
-        skip_to(source, header.bitmap_offset)?;
-        let bitmap = bytes(source, header.bitmap_len(used_length))?;
-        let page_size = header.page_size;
-        let count = used_length / page_size;
+        let bitmap_len = header.bitmap_len(used_length);
+        let count = used_length / header.page_size;
+        let piece_len = if source.is_seekable() { BITMAP_PIECE } else { bitmap_len.max(1) };
         let mut pages = 0;
-        for (index, byte) in bitmap.iter().enumerate() {
-            let first = index as u64 * 8;
-            for bit in (0..8).filter(|bit| first + bit < count) {
-                let offset = (first + bit) * page_size;
-                if byte >> bit & 1 == 0 {
-                    self.ram.put_zero(block, offset)?;
+        for start in (0..bitmap_len).step_by(piece_len as usize) {
+            if source.is_seekable() {
+                source.jump(header.bitmap_offset + start)?;
+            } else {
+                skip_to(source, header.bitmap_offset)?;
+            }
+            let first = start * 8;
+            let piece_pages = (count - first).min(piece_len * 8);
+            let bits = bytes(source, piece_len.min(bitmap_len - start))?;
+            let present = present_pages(bits, piece_pages);
+            let mut next = 0;
+            for (run, length) in present.runs(u64::MAX) {
+                let zeroes = run - next;
+                self.ram.put_zeroes(block, (first + next) * header.page_size, zeroes * header.page_size)?;
+                self.mapped_run(source, block, header, first + run, length)?;
+                pages += length;
+                next = run + length;
+                observer.position(source.offset());
+            }
+            let zeroes = piece_pages - next;
+            self.ram.put_zeroes(block, (first + next) * header.page_size, zeroes * header.page_size)?;
+        }
+        if source.is_seekable() {
+            // Where the stream goes on is behind all of it, wherever the last page was.
+            let read_to = source.offset().max(header.bitmap_offset + bitmap_len);
+            source.jump(read_to)?;
+        }
+        Ok(pages)
+    }
+
+    /// Applies `count` pages from number `first` on, all of which the file has. Holes in it are pages of zeroes and are not
+    /// read.
+    fn mapped_run(
+        &mut self,
+        source: &mut Source,
+        block: usize,
+        header: &MappedRamHeader,
+        first: u64,
+        count: u64,
+    ) -> Result<(), Fault> {
+        let page_size = header.page_size;
+        let (mut offset, end) = (first * page_size, (first + count) * page_size);
+        // Up to here in the block, the file holds data.
+        let mut data_end = offset;
+        while offset < end {
+            if offset >= data_end {
+                let place = header.pages_offset + offset;
+                let hole = source.hole_at(place)?.min(end - offset);
+                let skipped = hole / page_size * page_size;
+                if skipped > 0 {
+                    self.ram.put_zeroes(block, offset, skipped)?;
+                    offset += skipped;
                     continue;
                 }
-                pages += 1;
-                if self.ram.keep() == Keep::Nothing {
-                    self.ram.put_unread(block, offset)?;
-                    continue;
-                }
+                data_end = offset + source.data_at(place)?.clamp(page_size, end - offset);
+            }
+            if self.ram.keep() == Keep::Nothing {
+                self.ram.put_unread(block, offset)?;
+            } else {
                 skip_to(source, header.pages_offset + offset)?;
                 source.fill(page_size as usize)?;
                 let Some(page) = source.window().get(..page_size as usize) else {
@@ -129,12 +182,19 @@ impl Memory {
                 self.ram.put(block, offset, page)?;
                 source.consume(page_size as usize);
             }
-            if index % 1024 == 0 {
-                observer.position(source.offset());
-            }
+            offset += page_size;
         }
-        Ok(pages)
+        Ok(())
     }
+}
+
+/// The bitmap of `pages` pages. What is set behind the last page means nothing.
+fn present_pages(mut bits: Vec<u8>, pages: u64) -> PageBitmap {
+    bits.resize(pages.div_ceil(64) as usize * 8, 0);
+    for page in pages..pages.next_multiple_of(64) {
+        bits[(page / 8) as usize] &= !(1 << (page % 8));
+    }
+    PageBitmap::from_bytes(bits, pages).unwrap_or_else(|_| PageBitmap::new(0))
 }
 
 fn skip_to(source: &mut Source, offset: u64) -> Result<(), Fault> {

@@ -11,7 +11,7 @@ use std::collections::HashMap;
 /// What the messages refer to.
 pub(super) struct Context<'c> {
     /// Values of the PINGs that were not answered yet.
-    pub(super) pings: &'c mut Vec<u32>,
+    pub(super) pings: &'c mut HashMap<u32, u64>,
     pub(super) blocks: &'c RamBlocks,
     pub(super) pages: PageGeometry,
     /// The connection may have broken, because a recovery follows.
@@ -103,9 +103,10 @@ fn check(
     match message {
         Message::Pong { value } => {
             // Answers to different PINGs may overtake each other.
-            let asked = context.pings.iter().position(|ping| ping == value);
-            let asked = asked.ok_or((PAYLOAD_AT, format!("PONG {value:#x}, but no such PING is unanswered")))?;
-            context.pings.remove(asked);
+            match context.pings.get_mut(value).filter(|unanswered| **unanswered > 0) {
+                Some(unanswered) => *unanswered -= 1,
+                None => return Err((PAYLOAD_AT, format!("PONG {value:#x}, but no such PING is unanswered"))),
+            }
         }
         Message::ReqPages { block, start, len } => {
             if block.is_some() {

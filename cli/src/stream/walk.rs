@@ -7,6 +7,7 @@ use super::connection::Connection;
 use super::inputs::{Inputs, Named};
 use super::memory::Memory;
 use super::return_path;
+use crate::bounds::Exceeded;
 use crate::failure::Failure;
 use crate::ram::Keep;
 use qevm_savevm::command::Command;
@@ -49,8 +50,8 @@ pub(super) fn run(inputs: &mut Inputs, settings: &Settings, observer: &mut dyn O
         observer,
         open: HashMap::new(),
         record: None,
-        bodies: Bodies::new(!settings.live, settings.layouts.clone()),
-        pings: Vec::new(),
+        bodies: Bodies::new(!settings.live, settings.layouts.clone(), settings.spool.clone()),
+        pings: HashMap::new(),
         flush_seen: false,
         first_flush: None,
         bytes_before: 0,
@@ -84,8 +85,8 @@ pub(super) struct Walk<'s> {
     /// The section record being read.
     record: Option<Record>,
     pub(super) bodies: Bodies,
-    /// Values of the PINGs sent.
-    pings: Vec<u32>,
+    /// Values of the PINGs sent, and how often each.
+    pings: HashMap<u32, u64>,
     /// MULTIFD_FLUSH came: the channels are in step with it, and not with the ends of sections.
     flush_seen: bool,
     /// Where the first one came, if there are no multifd channels that it could wait for.
@@ -290,7 +291,7 @@ impl Walk<'_> {
             self.analysis.commands.push((at, describe_command(command)));
         }
         match command {
-            Command::Ping(value) => self.pings.push(*value),
+            Command::Ping(value) => *self.pings.entry(*value).or_default() += 1,
             Command::RamDiscard(discard) => {
                 if let (Some(memory), Some(block)) =
                     (&mut self.memory, decoder.ram_blocks().find(discard.block.as_bytes()))
@@ -316,13 +317,18 @@ impl Walk<'_> {
         let keep = self.settings.keep;
         let page_size = decoder.page_geometry().size();
         let io = |error: io::Error| Failure::io(file, at, &error);
-        if let RamRecord::MemSize { .. } = record {
+        if let RamRecord::MemSize { total } = record {
             if self.memory.is_some() {
                 let mut failure = Failure::mismatch(file, at, "section 'ram'", "a second list of RAM blocks");
                 failure.kind = "unsupported";
                 return Err(failure.into());
             }
-            self.memory = Some(Memory::new(page_size, keep).map_err(io)?);
+            if *total > self.settings.max_ram {
+                return Err(
+                    Failure::exceeded(file, at, "section 'ram'", Exceeded::ram(*total, self.settings.max_ram)).into()
+                );
+            }
+            self.memory = Some(Memory::new(page_size, keep, self.settings.spool.clone()).map_err(io)?);
             return Ok(Payload::None);
         }
         let pages = &mut self.analysis.main_pages;

@@ -1,5 +1,6 @@
 //! The program, run as its users do.
 
+mod bounds;
 mod check;
 mod damage;
 mod layouts;

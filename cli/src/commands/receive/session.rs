@@ -3,6 +3,7 @@
 use super::Files;
 use super::channel::Channel;
 use super::ledger::Ledger;
+use crate::bounds::Spool;
 use crate::failure::{Failure, Stop};
 use crate::progress::Progress;
 use crate::ram::Keep;
@@ -42,6 +43,7 @@ pub(super) struct Session<'f> {
     pub(super) multifd_channels: Option<u8>,
     pub(super) multifd_compression: Option<Compression>,
     pub(super) switchover_ack: bool,
+    pub(super) spool: Spool,
     pub(super) patience: Option<Duration>,
 }
 
@@ -96,6 +98,7 @@ impl Session<'_> {
                         name: self.files.main.display().to_string(),
                         return_path: self.files.return_path(),
                         switchover_ack: self.switchover_ack,
+                        spool: self.spool.clone(),
                         patience: self.patience.unwrap_or(CHANNEL_PATIENCE),
                         ledger: Arc::clone(&ledger),
                     };
@@ -199,6 +202,7 @@ struct MainChannel {
     name: String,
     return_path: PathBuf,
     switchover_ack: bool,
+    spool: Spool,
     /// How long page channels may stay behind.
     patience: Duration,
     ledger: Arc<Ledger>,
@@ -230,6 +234,8 @@ impl MainChannel {
                     complete: false,
                     live: true,
                     layouts: Layouts::default(),
+                    spool: self.spool,
+                    max_ram: u64::MAX,
                 };
                 let analysis = analyze(&mut inputs, &settings, &mut answering);
                 answering.finish(&mut inputs, analysis.failure, self.patience)
