@@ -220,6 +220,10 @@ config_keys:
     .ascii "cpus\0\0\0\0"          # vCPUs to use at most
     .ascii "virtio\0\0"            # devices to use: 1 disk, 2 random numbers, 4 console, 8 network
     .ascii "events\0\0"            # not 0: with VIRTIO_RING_F_EVENT_IDX
+    .ascii "reset\0\0\0"           # milliseconds from the start to a reset, 0 = never
+    .ascii "resets\0\0"            # how often at most
+    .ascii "way\0\0\0\0\0"         # how: 1 ACPI reset register, 2 triple fault
+    .ascii "button\0\0"            # power button: 1 report it, 2 report it and switch off
 config_name:
     .asciz "opt/qevm/payload"
 msg_no_fw_cfg:

@@ -30,6 +30,9 @@
     .set LOW_RAM_MAX,  0xc0000000  # microvm puts RAM beyond 3 GiB at 4 GiB
     .set HIGH_RAM,     0x100000000
     .set LAPIC,        0xfee00000
+    .set ACPI_EVENTS,  0xfea00000  # selector of the generic event device
+    .set ACPI_SLEEP,   0xfea00200
+    .set ACPI_RESET,   0xfea00202
     .set MAX_CPUS,     4
 
     # Page table entry bits: present, writable, user, accessed, dirty; large page.
@@ -84,7 +87,14 @@
     .set C_CPUS,       C_CONFIG + 0x40
     .set C_VIRTIO,     C_CONFIG + 0x48
     .set C_EVENTS,     C_CONFIG + 0x50
-    .set CONFIG_COUNT, 11
+    .set C_RESET,      C_CONFIG + 0x58
+    .set C_RESETS,     C_CONFIG + 0x60
+    .set C_WAY,        C_CONFIG + 0x68
+    .set C_BUTTON,     C_CONFIG + 0x70
+    .set CONFIG_COUNT, 15
+    # What a reset leaves alone, as it does all RAM.
+    .set C_BOOTS,      CTRL + 0x208 # starts so far
+    .set C_RESET_AT,   CTRL + 0x210 # TSC of the next reset, all ones = never
 
     # Per-vCPU block, addressed by r15.
     .set P_ID,         0x00

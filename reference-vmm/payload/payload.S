@@ -13,7 +13,7 @@
 # Everything that takes time happens in ring 3: a paravirtual KVM runs that natively and emulates the rest.
 #
 # Read: layout.S (memory map), boot.S (reset vector to ring 3), config.S (fw_cfg), smp.S (start), work.S, report.S,
-# virtio.S.
+# reset.S, virtio.S.
 
     .intel_syntax noprefix
     .text
@@ -28,6 +28,7 @@ image:
     .include "smp.S"
     .include "work.S"
     .include "report.S"
+    .include "reset.S"
     .include "virtio.S"
     .include "serial.S"
 image_used_end:

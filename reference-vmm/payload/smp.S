@@ -33,6 +33,7 @@ main:
     call calibrate_tsc
     call plan
     call map_high
+    inc qword ptr [C_BOOTS]
     call banner
     call fill_hold
     call virtio_start
@@ -41,6 +42,7 @@ main:
     shl rdx, 32
     or rax, rdx
     mov [C_START], rax
+    call plan_reset
     mov dword ptr [C_GO], 1
     jmp work
 main_ap:
@@ -92,30 +94,46 @@ map_high:
     jnz 1b
 3:  ret
 
-# Counts TSC ticks during 20 ms of PIT channel 0 (1193182 Hz).
+# Counts TSC ticks during 20 ms of PIT channel 0 (1193182 Hz). The host may take the CPU away between reading one and the other: both
+# ends count only when that took at most a 32nd of it all.
     .set PIT_20MS, 23864
 calibrate_tsc:
+    mov r12d, 100                  # tries
+1:  dec r12d
+    lea rsi, [rip + msg_no_pit]
+    jz fatal
     mov al, 0x34                   # channel 0, both bytes, mode 2
     out 0x43, al
     xor eax, eax
     out 0x40, al
     out 0x40, al                   # reload 65536
+    call tsc
+    mov r11, rax
     call pit_count
     mov ebx, eax
     call tsc
     mov r8, rax
     mov r10d, 1000000              # gives up when there is no PIT
-1:  dec r10d
+2:  dec r10d
     lea rsi, [rip + msg_no_pit]
     jz fatal
+    call tsc
+    mov r9, rax
     call pit_count
     mov ecx, ebx
     sub ecx, eax
     movzx ecx, cx                  # it counts down and wraps
     cmp ecx, PIT_20MS
-    jb 1b
+    jb 2b
     call tsc
-    sub rax, r8
+    mov rdx, rax
+    sub rdx, r9
+    sub rax, r8                    # of it all
+    sub r8, r11
+    add rdx, r8
+    shl rdx, 5
+    cmp rdx, rax
+    ja 1b
     imul rax, rax, 1193
     xor edx, edx
     div rcx                        # kHz

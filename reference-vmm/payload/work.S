@@ -290,6 +290,8 @@ tick:
 3:  cmp qword ptr [r15 + P_ID], 0
     jne 4f
     mov rax, [r15 + P_TSC]
+    cmp rax, [C_RESET_AT]
+    jae reset
     cmp qword ptr [C_VIRTIO], 0
     je 7f
     cmp rax, [V_NEXT]
@@ -302,6 +304,7 @@ tick:
 7:  cmp rax, [r15 + P_PRINT_NEXT]
     jb 4f
     call progress
+    call look_at_button
     # The interval starts when the line is out: where ports are slow, printing must not crowd out the work.
     call tsc
     add rax, [C_PRINT_STEP]

@@ -26,7 +26,11 @@ Keys of opt/qevm/payload (sizes take K, M or G):
   timer    timer interrupts per second and vCPU, 0 = none [20]
   cpus     vCPUs to use at most [4]
   virtio   virtio-mmio devices to keep busy: 1 disk, 2 random numbers, 4 console, 8 network [0]
-  events   not 0: with VIRTIO_RING_F_EVENT_IDX [0]")]
+  events   not 0: with VIRTIO_RING_F_EVENT_IDX [0]
+  reset    milliseconds from each start to a reset, 0 = never [0]
+  resets   resets at most [no limit]
+  way      how: 1 ACPI reset register, 2 triple fault [1]
+  button   power button: 1 report it, 2 report it and switch off [0]")]
 pub(crate) struct Payload {
     /// File to write; - is standard output
     #[arg(long, value_name = "FILE")]

@@ -38,6 +38,13 @@
 //! | `cpus` | vCPUs to use at most | all, up to 4 |
 //! | `virtio` | virtio-mmio devices to keep busy: 1 disk, 2 random numbers, 4 console, 8 network | 0 |
 //! | `events` | not 0: with `VIRTIO_RING_F_EVENT_IDX` | 0 |
+//! | `reset` | milliseconds from each start to a reset, 0 = never | 0 |
+//! | `resets` | resets at most | no limit |
+//! | `way` | how: 1 ACPI reset register, 2 triple fault | 1 |
+//! | `button` | power button: 1 report it, 2 report it and switch off | 0 |
+//!
+//! Before a reset it prints `qevm-payload reset boots=N`, where `N` counts the starts so far in RAM, which a reset keeps; and
+//! `qevm-payload power button` with the first progress line after the button was pressed.
 //!
 //! With virtio devices each progress line is followed by `qevm-payload virtio disk=… rng=… console=… net=… interrupts=… errors=…`: the
 //! number of the next request of each device (0: it is not used), interrupts taken, and devices that gave back something else than

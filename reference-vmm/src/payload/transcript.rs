@@ -97,9 +97,15 @@ impl Transcript {
 
 /// The payload's other messages.
 fn whole_message(line: &str) -> bool {
-    ["qevm-payload start cpus=", "qevm-payload stale-page kind=", "qevm-payload virtio disk="]
-        .iter()
-        .any(|begin| line.starts_with(begin))
+    [
+        "qevm-payload start cpus=",
+        "qevm-payload stale-page kind=",
+        "qevm-payload virtio disk=",
+        "qevm-payload reset boots=",
+        "qevm-payload power button",
+    ]
+    .iter()
+    .any(|begin| line.starts_with(begin))
 }
 
 fn in_order(before: &Progress, after: &Progress) -> bool {
