@@ -1,13 +1,17 @@
 //! A machine with its run state and its migrations: what QMP controls.
 
+mod actions;
 mod dirty_limit;
 mod guest;
+mod lifecycle;
 
+pub use actions::{ACTIONS, Actions, Reboot, Shutdown, UnknownAction};
 pub use dirty_limit::LimitRefused;
+pub use lifecycle::Cause;
 
 use crate::descriptors::Descriptors;
 use crate::dirty_rate::{self, Gauge};
-use crate::machine::{Machine, RunState as VcpuState, Stop};
+use crate::machine::{Machine, Stop};
 use crate::migration::{
     Address, Arrival, Guest, GuestError, Incoming, Job, Listener, MigrationError, Mode, Notice, Outgoing, RULES,
     Refused, check_transport, migrate, monotonic_now, receive,
@@ -89,6 +93,10 @@ pub struct Vmm {
     incoming: Arc<Job>,
     descriptors: Mutex<Descriptors>,
     state: Mutex<State>,
+    /// Held while the vCPUs are started or stopped, the machine is reset, or its devices are saved or loaded.
+    transition: Mutex<()>,
+    /// Wakes the thread that attends to the guest's stops and to resets.
+    asks: mpsc::Sender<()>,
     changed: Condvar,
     subscriber: Mutex<Option<mpsc::Sender<Event>>>,
 }
@@ -108,6 +116,12 @@ struct State {
     listening: Option<Address>,
     started_at: Option<Duration>,
     exit: Option<Exit>,
+    actions: Actions,
+    reset_wanted: bool,
+    /// A migration has saved the devices: what happens to the guest here does not travel any more.
+    saved: bool,
+    /// A migration has brought the guest, which may not have been started yet.
+    loaded: bool,
 }
 
 /// Why the monitor ends.
@@ -117,15 +131,52 @@ pub enum Exit {
     Quit,
     /// An incoming migration failed, for this reason.
     IncomingFailed(String),
-    /// The guest stopped by itself.
+    /// A vCPU cannot go on.
     GuestStopped(Stop),
+    /// The guest was switched off, or reset where that counts as the same.
+    ShutDown {
+        /// By whom.
+        cause: Cause,
+        /// Why the guest stopped, if it did so by itself.
+        stop: Option<Stop>,
+    },
+    /// The guest could not be reset, for this reason.
+    ResetFailed(String),
+    /// A signal that ends processes was received.
+    Signal {
+        /// Its number.
+        number: i32,
+        /// The process that sent it, if one did.
+        sender: Option<Sender>,
+    },
+}
+
+/// The sender of a signal.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Sender {
+    /// Its number.
+    pub pid: i32,
+    /// How it was called; empty if it has ended already.
+    pub name: String,
 }
 
 impl Vmm {
     /// Takes over a machine that has not run. `incoming` says that it waits for a migration.
     pub fn new(machine: Machine, profile: Profile, incoming: bool) -> Arc<Vmm> {
         let run_state = if incoming { RunState::Inmigrate } else { RunState::Prelaunch };
-        let state = State { run_state, autostart: true, incoming, listening: None, started_at: None, exit: None };
+        let state = State {
+            run_state,
+            autostart: true,
+            incoming,
+            listening: None,
+            started_at: None,
+            exit: None,
+            actions: Actions::default(),
+            reset_wanted: false,
+            saved: false,
+            loaded: false,
+        };
+        let (asks, asked) = mpsc::channel();
         let vmm = Arc::new(Vmm {
             machine,
             profile: Mutex::new(profile),
@@ -135,6 +186,8 @@ impl Vmm {
             incoming: Arc::default(),
             descriptors: Mutex::default(),
             state: Mutex::new(state),
+            transition: Mutex::default(),
+            asks,
             changed: Condvar::new(),
             subscriber: Mutex::new(None),
         });
@@ -150,6 +203,7 @@ impl Vmm {
                 }
             });
         }
+        lifecycle::attend(&vmm, asked);
         vmm
     }
 
@@ -206,8 +260,8 @@ impl Vmm {
         let state = self.lock();
         match self.machine.wait_stop(Duration::ZERO) {
             Some(Stop::Failed { .. }) => RunState::InternalError,
-            Some(_) => RunState::Shutdown,
-            None => state.run_state,
+            Some(Stop::Shutdown) => RunState::Shutdown,
+            Some(Stop::Reset { .. }) | None => state.run_state,
         }
     }
 
@@ -225,7 +279,7 @@ impl Vmm {
     pub fn stop(&self) {
         if self.lock().run_state == RunState::Inmigrate {
             self.lock().autostart = false;
-        } else if self.pause_as(RunState::Paused) {
+        } else if self.pause_as(RunState::Paused).0 {
             tracing::debug!("stopped on request");
         }
     }
@@ -236,6 +290,9 @@ impl Vmm {
     /// A guest that has stopped for good, or that can only be kept.
     pub fn cont(&self) -> Result<(), GuestError> {
         self.machine.can_run()?;
+        if matches!(self.run_state(), RunState::Shutdown | RunState::InternalError) {
+            return Err("Resetting the Virtual Machine is required".into());
+        }
         if self.lock().run_state == RunState::Inmigrate {
             self.lock().autostart = true;
             return Ok(());
@@ -389,7 +446,14 @@ impl Vmm {
 
     /// Makes [`wait`](Vmm::wait) return.
     pub fn end(&self, exit: Exit) {
-        self.lock().exit.get_or_insert(exit);
+        let mut state = self.lock();
+        if state.exit.is_some() {
+            return;
+        }
+        // Before the end itself, so that whoever waits for that can rely on it.
+        self.tell_of_end(&exit);
+        state.exit = Some(exit);
+        drop(state);
         self.changed.notify_all();
     }
 
@@ -410,6 +474,11 @@ impl Vmm {
         receiver
     }
 
+    /// Ends the subscription; the subscriber still gets what has happened.
+    pub(crate) fn unsubscribe(&self) {
+        *self.subscriber.lock().unwrap_or_else(PoisonError::into_inner) = None;
+    }
+
     /// Tells the subscriber.
     pub(crate) fn emit(&self, event: Event) {
         let mut subscriber = self.subscriber.lock().unwrap_or_else(PoisonError::into_inner);
@@ -419,26 +488,43 @@ impl Vmm {
     }
 
     fn start(&self) -> Result<(), GuestError> {
-        if self.machine.run_state() == VcpuState::Running {
+        let _transition = self.transition();
+        let state = self.lock();
+        // At the end of the monitor a migration that is cancelled must not start the guest once more.
+        if state.run_state == RunState::Running || state.exit.is_some() {
             return Ok(());
         }
+        drop(state);
         self.machine.resume()?;
         let mut state = self.lock();
         state.started_at = Some(monotonic_now());
         state.run_state = RunState::Running;
+        state.saved = false;
         drop(state);
         self.emit(Event::now("RESUME", None));
         Ok(())
     }
 
-    fn pause_as(&self, run_state: RunState) -> bool {
-        let was_running = self.machine.run_state() == VcpuState::Running;
+    /// Stops the vCPUs. Says whether they ran, and why the guest cannot go on if it has stopped by itself.
+    fn pause_as(&self, run_state: RunState) -> (bool, Option<Stop>) {
+        let _transition = self.transition();
         self.machine.pause();
+        let was_running = self.lock().run_state == RunState::Running;
+        let mut stop = self.machine.wait_stop(Duration::ZERO).filter(|_| was_running);
+        if matches!(stop, Some(Stop::Reset { .. })) && self.actions().reboot == Reboot::Reset {
+            // It was asked for before, and must not be lost.
+            self.reset_paused(Cause::GuestReset);
+            stop = None;
+        }
         if was_running {
             self.lock().run_state = run_state;
             self.emit(Event::now("STOP", None));
         }
-        was_running
+        (was_running, stop)
+    }
+
+    fn transition(&self) -> MutexGuard<'_, ()> {
+        self.transition.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn lock_blockers(&self) -> MutexGuard<'_, Vec<String>> {

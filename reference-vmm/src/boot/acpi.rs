@@ -9,7 +9,7 @@ use acpi_tables::sdt::Sdt;
 use acpi_tables::xsdt::XSDT;
 use acpi_tables::{Aml, aml};
 
-use crate::devices::{Ged, SERIAL_IRQ, SERIAL_PORT, VirtioDevice};
+use crate::devices::{GED_IRQ, Ged, SERIAL_IRQ, SERIAL_PORT, VirtioDevice};
 
 const OEM: [u8; 6] = *b"QEVM  ";
 const TABLE: [u8; 8] = *b"MICROVM ";
@@ -87,6 +87,7 @@ fn dsdt(virtio: usize) -> Sdt {
         // The identifier that Linux and QEMU use for virtio-mmio.
         device(&mut body, &format!("VR{position:02}"), &"LNRO0005", position as u8, vec![&memory, &interrupt(irq)]);
     }
+    event_device(&mut body);
     // Soft off is sleep type 5 of the sleep control register.
     let soft_off = aml::Package::new(vec![&Ged::SOFT_OFF, &aml::ZERO, &aml::ZERO, &aml::ZERO]);
     aml::Name::new("\\_S5_".into(), &soft_off).to_aml_bytes(&mut body);
@@ -94,6 +95,34 @@ fn dsdt(virtio: usize) -> Sdt {
     let mut dsdt = Sdt::new(*b"DSDT", HEADER, DSDT_REVISION, OEM, TABLE, REVISION);
     dsdt.append_slice(&body);
     dsdt
+}
+
+/// The generic event device, and the power button that it tells of (ACPI specification 6.5, 5.6.9 and 4.8.2.2.1.2).
+fn event_device(into: &mut Vec<u8>) {
+    const STATUS_CHANGE: u8 = 0x80;
+    let button = aml::Name::new("_HID".into(), &aml::EISAName::new("PNP0C0C"));
+    let button_uid = aml::Name::new("_UID".into(), &aml::ZERO);
+    let button = aml::Device::new("PWRB".into(), vec![&button, &button_uid]);
+    let hid = aml::Name::new("_HID".into(), &"ACPI0013");
+    let uid = aml::Name::new("_UID".into(), &"GED");
+    let line = interrupt(GED_IRQ);
+    let crs = aml::Name::new("_CRS".into(), &aml::ResourceTemplate::new(vec![&line]));
+    let (at, length) = (Ged::SELECTOR as usize, size_of::<u32>());
+    let region = aml::OpRegion::new("EREG".into(), aml::OpRegionSpace::SystemMemory, &at, &length);
+    let selector = aml::FieldEntry::Named(*b"ESEL", 8 * length);
+    let (access, update) = (aml::FieldAccessType::DWord, aml::FieldUpdateRule::WriteAsZeroes);
+    let field = aml::Field::new("EREG".into(), access, aml::FieldLockRule::NoLock, update, vec![selector]);
+    let selector = aml::Path::new("ESEL");
+    let events = aml::Local(0);
+    let read = aml::Store::new(&events, &selector);
+    let pressed = aml::And::new(&aml::Local(1), &events, &Ged::POWER_BUTTON);
+    let is_pressed = aml::Equal::new(&aml::Local(1), &Ged::POWER_BUTTON);
+    let button_path = aml::Path::new("PWRB");
+    let notify = aml::Notify::new(&button_path, &STATUS_CHANGE);
+    let tell = aml::If::new(&is_pressed, vec![&notify]);
+    let event = aml::Method::new("_EVT".into(), 1, true, vec![&read, &pressed, &tell]);
+    let device = aml::Device::new("GED_".into(), vec![&hid, &uid, &crs, &region, &field, &event]);
+    aml::Scope::new("\\_SB_".into(), vec![&button, &device]).to_aml_bytes(into);
 }
 
 /// A line that rises: the second IOAPIC does not know when a level has ended.
@@ -139,6 +168,13 @@ mod tests {
         let (dsdt, _) = table(u64_at(fadt_start + 140));
         let count = |what: &[u8]| dsdt.windows(what.len()).filter(|window| *window == what).count();
         assert_eq!((count(b"LNRO0005"), count(b"COM1"), count(b"_S5_")), (24, 1, 1));
+        // From the DSDT that QEMU 11.1.3 gives to its firmware: the operation region of the event selector, its one field, and the
+        // interrupt, edge-triggered and active high.
+        let region = [b"\x5b\x80EREG\x00\x0c".as_slice(), &0xfea0_0000_u32.to_le_bytes(), b"\x0a\x04"].concat();
+        let wanted: [&[u8]; 4] =
+            [&region, b"\x5b\x81\x0bEREG\x43ESEL\x20", &[0x89, 6, 0, 3, 1, 9, 0, 0, 0], b"ACPI0013\0"];
+        wanted.iter().for_each(|part| assert_eq!(count(part), 1, "{}", String::from_utf8_lossy(part)));
+        assert_eq!((count(b"PWRB"), count(b"_EVT")), (2, 1));
         let (madt, _) = table(u64_at(start + 44));
         assert_eq!((&madt[..4], madt.len()), (b"APIC".as_slice(), 44 + 4 * 8 + 2 * 12));
     }

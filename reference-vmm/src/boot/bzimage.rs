@@ -54,6 +54,8 @@ pub(super) fn load(memory: &GuestMemory, ram: &Ram, kernel: &Kernel, command_lin
     let start = u64::from(code_32);
     ram.check("the kernel", start, start.checked_add(size))?;
     let loaded = BzImage::load(&ram.view, None, &mut Cursor::new(&kernel.image), None).map_err(BootError::Loader)?;
+    // The loader writes past the record of what is dirty.
+    memory.mark_dirty(start, size)?;
     let mut header = loaded.setup_header.unwrap_or_default();
 
     // It unpacks itself to the address it prefers, or to where it was loaded if that is higher.

@@ -17,8 +17,17 @@ const MEMORY_MAP: u64 = 0x6080;
 const START_INFO_VERSION: u32 = 1;
 
 pub(super) fn load(memory: &GuestMemory, ram: &Ram, kernel: &Kernel) -> Result<Entry> {
-    let (start, end) = extent(&kernel.image, ram)?;
+    let segments = segments(&kernel.image, ram)?;
+    let start = segments.iter().map(|segment| segment.start).min().unwrap_or_default();
+    let end = segments.iter().map(|segment| segment.end).max().unwrap_or_default();
+    // The loader leaves alone what is not in the file, and RAM may hold what an earlier kernel left there.
+    for segment in &segments {
+        clear(memory, segment.file_end, segment.end)?;
+    }
     let loaded = Elf::load(&ram.view, None, &mut Cursor::new(&kernel.image), None).map_err(BootError::Loader)?;
+    for segment in &segments {
+        memory.mark_dirty(segment.start, segment.file_end - segment.start)?;
+    }
     let PvhBootCapability::PvhEntryPresent(entry) = loaded.pvh_boot_cap else {
         return Err(BootError::NoPvhEntry.into());
     };
@@ -67,9 +76,24 @@ const PHNUM: usize = 56;
 const PROGRAM_HEADER: usize = 56;
 const PT_LOAD: u32 = 1;
 
-/// First byte of the loaded kernel and the one behind its last. The loader does not say where a kernel has no room, nor does it
-/// know what must not be overwritten; so this is found out before it writes anything.
-fn extent(image: &[u8], ram: &Ram) -> std::result::Result<(u64, u64), BootError> {
+/// A piece of the loaded kernel: addresses of its first byte and of those behind the last from the file and the last of all.
+struct Segment {
+    start: u64,
+    file_end: u64,
+    end: u64,
+}
+
+fn clear(memory: &GuestMemory, start: u64, end: u64) -> Result<()> {
+    static ZEROES: [u8; 1 << 16] = [0; 1 << 16];
+    for at in (start..end).step_by(ZEROES.len()) {
+        memory.write(at, &ZEROES[..(end - at).min(ZEROES.len() as u64) as usize])?;
+    }
+    Ok(())
+}
+
+/// Where the kernel goes, one segment at least. The loader does not say where a kernel has no room, nor does it know what must not
+/// be overwritten; so this is found out before it writes anything.
+fn segments(image: &[u8], ram: &Ram) -> std::result::Result<Vec<Segment>, BootError> {
     let header =
         |offset: usize, what, found: u64, wanted| BootError::Header { offset: offset as u64, what, found, wanted };
     let bytes = |at: usize, what| {
@@ -90,7 +114,7 @@ fn extent(image: &[u8], ram: &Ram) -> std::result::Result<(u64, u64), BootError>
     if usize::from(size) != PROGRAM_HEADER {
         return Err(header(PHENTSIZE, "the size of a program header", size.into(), "56"));
     }
-    let mut extent: Option<(u64, u64)> = None;
+    let mut segments = Vec::new();
     for index in 0..usize::from(u16_at(PHNUM, "e_phnum")?) {
         let bad =
             || header(PHOFF, "the offset of the program headers", offset, "one that leaves room for them in the file");
@@ -119,9 +143,12 @@ fn extent(image: &[u8], ram: &Ram) -> std::result::Result<(u64, u64), BootError>
             continue;
         }
         let end = ram.check("a segment of the kernel", start, start.checked_add(in_memory))?;
-        extent = Some(extent.map_or((start, end), |(low, high)| (low.min(start), high.max(end))));
+        segments.push(Segment { start, file_end: start + in_file, end });
     }
-    extent.ok_or(header(PHNUM, "the number of segments to load", 0, "at least one"))
+    if segments.is_empty() {
+        return Err(header(PHNUM, "the number of segments to load", 0, "at least one"));
+    }
+    Ok(segments)
 }
 
 // What is written below must not be where a kernel can be.

@@ -240,3 +240,28 @@ proptest::proptest! {
         proptest::prop_assert!(matches!(found, Ok(()) | Err(Error::Boot(_))), "{found:?}");
     }
 }
+
+/// The loader writes by a view of its own; a migration that is under way must hear of it all the same.
+#[test]
+fn a_kernel_that_is_loaded_again_is_dirty_and_as_in_its_file() {
+    for (given, pages) in [
+        (kernel(elf(2 * MIB, &[7; 5000], 20_000, 0x20_0000)), 2 * MIB / 4096..2 * MIB / 4096 + 5),
+        (kernel(bzimage(&[7; 0x3000], 1 << 20)), 256..259),
+    ] {
+        let memory = memory();
+        load(&memory, &given, 1, &[]).unwrap();
+        let (start, end) = (pages.start * 4096, pages.end * 4096);
+        let mut before = vec![0; (end - start) as usize];
+        memory.read(start, &mut before).unwrap();
+        memory.write(start, &vec![0xee; (20_000).min(end - start) as usize]).unwrap();
+        memory.blocks()[0].take_vmm_writes();
+        load(&memory, &given, 1, &[]).unwrap();
+        let dirty = memory.blocks()[0].take_vmm_writes();
+        for page in pages {
+            assert!(dirty[page as usize / 64] & 1 << (page % 64) != 0, "page {page} is clean");
+        }
+        let mut after = vec![0; before.len()];
+        memory.read(start, &mut after).unwrap();
+        assert!(before == after);
+    }
+}

@@ -42,7 +42,7 @@ pub(crate) struct MachineArguments {
     #[arg(long, value_name = "FILE")]
     bios: Option<PathBuf>,
     /// Linux kernel to boot, an ELF file with a PVH entry point or a bzImage: at once, or with --bios by that firmware.
-    /// Ignored while waiting for a guest (--incoming)
+    /// With --incoming it is what the guest that comes starts anew with when it is reset
     #[arg(long, value_name = "FILE")]
     kernel: Option<PathBuf>,
     /// Initial RAM disk for the kernel
@@ -87,8 +87,8 @@ impl MachineArguments {
         DeviceOptions { drives, chardevs, netdevs, devices: &self.device }.slots()
     }
 
-    /// The machine they describe.
-    pub(crate) fn config(&self) -> anyhow::Result<MachineConfig> {
+    /// The machine they describe. `incoming` says that it waits for a guest.
+    pub(crate) fn config(&self, incoming: bool) -> anyhow::Result<MachineConfig> {
         let read = |path: &Option<PathBuf>, what| match path {
             Some(path) => std::fs::read(path).with_context(|| format!("cannot read the {what} {}", path.display())),
             None => Ok(Vec::new()),
@@ -117,6 +117,7 @@ impl MachineArguments {
             bios,
             fw_cfg,
             kernel,
+            incoming,
             split_irqchip: self.machine.split_irqchip,
             rtc: self.machine.rtc,
             virtio: self.virtio()?,

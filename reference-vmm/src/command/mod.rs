@@ -6,6 +6,7 @@ mod machine;
 mod options;
 mod payload;
 mod run;
+mod signals;
 
 use std::ffi::OsString;
 use std::process::ExitCode;
@@ -30,7 +31,7 @@ enum Command {
 /// Runs the program with these arguments, the first of which is its name, and gives its exit status.
 pub fn main(arguments: impl Iterator<Item = OsString>) -> ExitCode {
     tracing_subscriber::fmt().with_writer(std::io::stderr).init();
-    let result = match Arguments::parse_from(arguments).command {
+    let result = match Arguments::parse_from(arguments.map(two_dashes)).command {
         Command::Run(run) => run.execute(),
         Command::Demo(demo) => demo.execute(),
         Command::Payload(payload) => payload.execute(),
@@ -41,5 +42,15 @@ pub fn main(arguments: impl Iterator<Item = OsString>) -> ExitCode {
             eprintln!("reference-vmm: {error:#}");
             ExitCode::FAILURE
         }
+    }
+}
+
+/// Options that are written with one dash for a QEMU, and may be here.
+const ONE_DASH: [&str; 3] = ["-action", "-no-reboot", "-no-shutdown"];
+
+fn two_dashes(argument: OsString) -> OsString {
+    match argument.to_str() {
+        Some(text) if ONE_DASH.contains(&text) => format!("-{text}").into(),
+        _ => argument,
     }
 }

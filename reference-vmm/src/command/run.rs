@@ -3,17 +3,19 @@
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::str::FromStr;
+use std::sync::{Arc, mpsc};
 use std::thread;
 use std::time::Duration;
 
 use anyhow::Context;
 use reference_vmm::descriptors::Descriptors;
-use reference_vmm::machine::{Machine, Stop};
+use reference_vmm::machine::Machine;
 use reference_vmm::migration::Address;
 use reference_vmm::qmp::Server;
-use reference_vmm::vmm::{Exit, Vmm};
+use reference_vmm::vmm::{Actions, Exit, Vmm};
 
 use super::machine::MachineArguments;
+use super::signals;
 
 /// Run a guest until it stops, or wait for one to migrate here.
 #[derive(clap::Args)]
@@ -34,7 +36,9 @@ Examples:
   reference-vmm run --qmp unix:/tmp/qmp.sock
       control the guest by QMP; {\"execute\": \"migrate\", \"arguments\": {\"uri\": \"tcp:127.0.0.1:4444\"}} sends it there
 
-Needs /dev/kvm. Ends with 0 when the guest switched itself off, asked for a reset, QMP said quit, or --seconds have passed, and
+A guest that resets itself starts anew. SIGTERM, SIGINT and SIGHUP end the monitor in order; the second of them does so at once.
+
+Needs /dev/kvm. Ends with 0 when the guest switched itself off, QMP said quit, a signal came, or --seconds have passed, and
 with 1 when it could not go on or could not be received; the reason is the last line on standard error.")]
 pub(crate) struct Run {
     #[command(flatten)]
@@ -52,6 +56,16 @@ pub(crate) struct Run {
     /// Do not start the guest; QMP's cont does
     #[arg(long, short = 'S')]
     paused: bool,
+    /// End when the guest resets itself or is reset, instead of starting it anew: --action reboot=shutdown
+    #[arg(long)]
+    no_reboot: bool,
+    /// Keep the guest, paused, when it switches itself off, instead of ending: --action shutdown=pause
+    #[arg(long)]
+    no_shutdown: bool,
+    /// What to do when the guest stops: reboot=reset|shutdown, shutdown=poweroff|pause, and panic= and watchdog= with QEMU's actions,
+    /// which no device of this machine needs
+    #[arg(long, value_name = "EVENT=ACTION,…", value_parser = parse_actions)]
+    action: Vec<Vec<(String, String)>>,
 }
 
 #[derive(Clone)]
@@ -78,13 +92,12 @@ impl Run {
     pub(crate) fn execute(self) -> anyhow::Result<ExitCode> {
         let inherited = Descriptors::inherit().context("cannot list the inherited descriptors")?;
         survive_full_files();
-        let mut config = self.machine.config()?;
-        if self.incoming.is_some() {
-            // As with a QEMU: the guest that comes has its own.
-            config.kernel = None;
-        }
-        let machine = Machine::new(config)?;
+        let signals = signals::take()?;
+        let actions = self.actions()?;
+        let machine = Machine::new(self.machine.config(self.incoming.is_some())?)?;
         let vmm = Vmm::new(machine, self.machine.profile(), self.incoming.is_some());
+        signals::attend(signals, vmm.clone());
+        vmm.set_actions(actions);
         *vmm.descriptors() = inherited;
         if self.paused {
             vmm.stop();
@@ -97,32 +110,72 @@ impl Run {
             None if self.paused => vmm.machine().activate()?,
             None => vmm.cont().map_err(anyhow::Error::from_boxed)?,
         }
-        let _server = match &self.qmp {
+        let server = match &self.qmp {
             Some(path) => Some(
                 Server::start(path, vmm.clone()).with_context(|| format!("cannot serve QMP at {}", path.display()))?,
             ),
             None => None,
         };
-        let watched = vmm.clone();
-        thread::spawn(move || {
-            if let Some(stop) = watched.machine().wait_stop(Duration::MAX) {
-                watched.end(Exit::GuestStopped(stop));
-            }
-        });
         let exit = vmm.wait(self.seconds.map_or(Duration::MAX, Duration::from_secs));
-        vmm.machine().pause();
-        Ok(match exit {
-            None | Some(Exit::Quit) => ExitCode::SUCCESS,
-            Some(Exit::IncomingFailed(reason)) => {
-                eprintln!("reference-vmm: {reason}");
-                ExitCode::FAILURE
-            }
-            Some(Exit::GuestStopped(stop)) => {
-                eprintln!("reference-vmm: {stop}");
-                if matches!(stop, Stop::Failed { .. }) { ExitCode::FAILURE } else { ExitCode::SUCCESS }
-            }
-        })
+        leave(&vmm);
+        drop(server);
+        if let Some(Address::Unix(path)) = vmm.listening() {
+            let _ = std::fs::remove_file(path);
+        }
+        let (code, reason) = match exit {
+            None | Some(Exit::Quit) => return Ok(ExitCode::SUCCESS),
+            Some(Exit::Signal { number, sender }) => (ExitCode::SUCCESS, signals::message(number, sender.as_ref())),
+            Some(Exit::ShutDown { stop: None, .. }) => return Ok(ExitCode::SUCCESS),
+            Some(Exit::ShutDown { stop: Some(stop), .. }) => (ExitCode::SUCCESS, stop.to_string()),
+            Some(Exit::GuestStopped(stop)) => (ExitCode::FAILURE, stop.to_string()),
+            Some(Exit::ResetFailed(reason)) => (ExitCode::FAILURE, format!("the guest could not be reset: {reason}")),
+            Some(Exit::IncomingFailed(reason)) => (ExitCode::FAILURE, reason),
+        };
+        eprintln!("reference-vmm: {reason}");
+        Ok(code)
     }
+
+    fn actions(&self) -> anyhow::Result<Actions> {
+        let mut actions = Actions::default();
+        if self.no_reboot {
+            actions = actions.with("reboot", "shutdown")?;
+        }
+        if self.no_shutdown {
+            actions = actions.with("shutdown", "pause")?;
+        }
+        for (event, action) in self.action.iter().flatten() {
+            actions = actions.with(event, action).with_context(|| format!("--action {event}={action}"))?;
+        }
+        Ok(actions)
+    }
+}
+
+/// How long the end waits for a guest that does not stop.
+const LEAVING: Duration = Duration::from_secs(2);
+
+/// Stops guest and migration for the end.
+fn leave(vmm: &Arc<Vmm>) {
+    let (done, wait) = mpsc::channel();
+    let vmm = vmm.clone();
+    thread::spawn(move || {
+        vmm.leave();
+        let _ = done.send(());
+    });
+    if wait.recv_timeout(LEAVING).is_err() {
+        tracing::warn!("the guest does not stop; it ends with the monitor");
+    }
+}
+
+/// QEMU's `-action`: `EVENT=ACTION[,EVENT=ACTION…]`.
+fn parse_actions(text: &str) -> Result<Vec<(String, String)>, String> {
+    let action = |part: &str| match part.split_once('=') {
+        Some((event, action)) => match Actions::default().with(event, action) {
+            Ok(_) => Ok((event.to_owned(), action.to_owned())),
+            Err(error) => Err(error.to_string()),
+        },
+        None => Err(format!("'{part}' is not EVENT=ACTION")),
+    };
+    text.split(',').map(action).collect()
 }
 
 /// Makes a file that has reached its limit (`ulimit -f`) an error of the migration, instead of the end of the guest.
@@ -145,6 +198,18 @@ fn parse_qmp(text: &str) -> Result<PathBuf, String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// The texts are QEMU 11.1's.
+    #[test]
+    fn actions_are_written_as_for_qemu() {
+        let pair = |event: &str, action: &str| (event.to_owned(), action.to_owned());
+        let parsed = parse_actions("reboot=shutdown,panic=exit-failure");
+        assert_eq!(parsed, Ok(vec![pair("reboot", "shutdown"), pair("panic", "exit-failure")]));
+        let refused = |text: &str| parse_actions(text).unwrap_err();
+        assert_eq!(refused("reboot=x"), "Parameter 'reboot' does not accept value 'x'");
+        assert_eq!(refused("foo=bar"), "Invalid parameter 'foo'");
+        assert_eq!(refused("reboot"), "'reboot' is not EVENT=ACTION");
+    }
 
     #[test]
     fn qmp_sockets_are_written_as_for_qemu() {

@@ -36,6 +36,8 @@ pub const SERIAL_PORT: u16 = 0x3f8;
 /// Interrupt of the serial port.
 pub const SERIAL_IRQ: u32 = 4;
 
+/// Interrupt of the generic event device.
+pub const GED_IRQ: u32 = 9;
 /// Interrupt of the real-time clock.
 pub const RTC_IRQ: u32 = 8;
 
@@ -75,6 +77,7 @@ impl Devices {
         memory: Arc<GuestMemory>,
         serial: Serial,
         fw_cfg: FwCfg,
+        ged: Ged,
         ioapic2: Arc<Mutex<Ioapic>>,
         virtio: Transports,
         rtc: Option<Arc<Clock>>,
@@ -86,7 +89,7 @@ impl Devices {
             virtio,
             serial: Mutex::new(serial),
             fw_cfg: Mutex::new(fw_cfg),
-            ged: Mutex::new(Ged::default()),
+            ged: Mutex::new(ged),
             memory,
         }
     }

@@ -21,6 +21,7 @@ mod clock;
 mod cpuid;
 mod dirty_limit;
 mod kvm_state;
+mod reset;
 mod run_control;
 mod split;
 mod throttle;
@@ -38,7 +39,7 @@ use kvm_ioctls::VmFd;
 
 use crate::boot::{self, Kernel};
 use crate::devices::{
-    Clock, Devices, FwCfg, FwCfgItems, Ioapic, Message, RTC_IRQ, Rtc, SERIAL_IRQ, Serial, SplitChips, TRANSPORTS,
+    Clock, Devices, FwCfg, FwCfgItems, GED_IRQ, Ged, Ioapic, Message, RTC_IRQ, Rtc, SERIAL_IRQ, Serial, TRANSPORTS,
     Transport, Transports, VirtioDevice, VirtioSlot, lock, start_pump, transport_of, wall_clock,
 };
 use crate::dirty_log::{DirtyLog, Reaper};
@@ -77,8 +78,10 @@ pub struct MachineConfig {
     pub bios: Vec<u8>,
     /// Files of the firmware configuration device by name.
     pub fw_cfg: BTreeMap<String, Vec<u8>>,
-    /// A kernel to boot. It must not be there in a machine that waits for a migration.
+    /// A kernel to boot.
     pub kernel: Option<Kernel>,
+    /// The machine waits for a guest that has its own kernel: this one is loaded when that guest is reset, and not before.
+    pub incoming: bool,
     /// Interrupt controllers and PIT are in the monitor, and only the local APICs in the kernel: QEMU's `kernel-irqchip=split`.
     pub split_irqchip: bool,
     /// Whether there is a real-time clock. QEMU's `rtc=auto` has one under TCG only.
@@ -102,6 +105,7 @@ impl Default for MachineConfig {
             bios: payload::IMAGE.to_vec(),
             fw_cfg: BTreeMap::new(),
             kernel: None,
+            incoming: false,
             split_irqchip: false,
             rtc: false,
             virtio: Vec::new(),
@@ -123,13 +127,14 @@ pub struct Machine {
     /// What KVM lets run on while the vCPUs stand still, as it was when they stopped.
     held: Mutex<Option<Held>>,
     virtio: Vec<VirtioDevice>,
+    kernel: Option<Kernel>,
     /// RAM was written to before the guest has run.
     has_kernel: bool,
     carried: Mutex<Carried>,
     dirty_log: Arc<DirtyLog>,
     _reaper: Reaper,
     saved_msrs: Vec<u32>,
-    /// The state in which the machine was made; `None` until it is.
+    /// The state in which the machine was made, before a kernel was loaded; `None` until it is.
     fresh: Option<MachineState>,
     memory: Arc<GuestMemory>,
     vm: Arc<VmFd>,
@@ -208,7 +213,8 @@ impl Machine {
             threads.push(thread);
             rtc = Some(clock);
         }
-        let mut devices = Devices::new(Arc::clone(&memory), serial, fw_cfg, ioapic2, transports, rtc);
+        let ged = Ged::new(interrupt(GED_IRQ, "generic event device"));
+        let mut devices = Devices::new(Arc::clone(&memory), serial, fw_cfg, ged, ioapic2, transports, rtc);
         let to_vcpu = split.as_ref().map(|split| split.to_vcpu.clone());
         devices.split = split.map(Split::into_chips);
         let devices = Arc::new(devices);
@@ -223,11 +229,6 @@ impl Machine {
                 Ok(Vcpu::new(index, fd))
             })
             .collect::<Result<Arc<[Vcpu]>>>()?;
-        if let Some(kernel) = config.kernel.as_ref().filter(|kernel| !kernel.by_firmware) {
-            let entry = boot::load(&memory, kernel, config.cpus, &virtio)?;
-            kvm_state::enter(&lock(&vcpus[0].fd), entry)?;
-            devices.split.iter().for_each(SplitChips::set_up);
-        }
         if let Some(to_vcpu) = &to_vcpu {
             to_vcpu.connect(&vcpus);
         }
@@ -242,7 +243,8 @@ impl Machine {
             clock,
             held: Mutex::default(),
             virtio,
-            has_kernel: config.kernel.is_some(),
+            has_kernel: config.kernel.is_some() && !config.incoming,
+            kernel: config.kernel,
             carried: Mutex::default(),
             _reaper: Reaper::start(&dirty_log)?,
             dirty_log,
@@ -263,6 +265,9 @@ impl Machine {
         }
         machine.control.wait_parked();
         machine.fresh = Some(machine.save_state()?);
+        if machine.has_kernel {
+            machine.load_kernel()?;
+        }
         Ok(machine)
     }
 
@@ -410,7 +415,7 @@ impl Machine {
         self.dirty_limit.list()
     }
 
-    /// Waits until the guest stops by itself, at most that long. `None`: it had not.
+    /// Waits until the guest stops by itself, at most that long. `None`: it had not, or has been reset since.
     pub fn wait_stop(&self, timeout: Duration) -> Option<Stop> {
         self.control.wait_stop(timeout)
     }
@@ -429,7 +434,7 @@ impl Machine {
         kvm_state::save(self)
     }
 
-    /// The state in which the machine was made.
+    /// The state in which the machine was made, without a kernel.
     pub(crate) fn fresh_state(&self) -> Result<MachineState> {
         self.fresh.clone().map_or_else(|| self.save_state(), Ok)
     }

@@ -1,7 +1,7 @@
 //! Who may run: the barrier between the vCPU threads and everybody else.
 
 use std::fmt;
-use std::sync::{Condvar, Mutex, MutexGuard};
+use std::sync::{Condvar, Mutex, MutexGuard, OnceLock};
 use std::time::{Duration, Instant};
 
 use crate::devices::lock;
@@ -13,7 +13,7 @@ pub enum RunState {
     Running,
     /// They stand still, or are about to.
     Paused,
-    /// The guest has stopped for good: see [`Stop`].
+    /// The guest has stopped by itself: see [`Stop`]. A reset lets it start anew.
     Stopped,
 }
 
@@ -68,13 +68,15 @@ struct Inner {
 pub(crate) struct RunControl {
     inner: Mutex<Inner>,
     changed: Condvar,
+    /// Whom to tell that the guest has stopped by itself.
+    watcher: OnceLock<Box<dyn Fn() + Send + Sync>>,
 }
 
 impl RunControl {
     /// For that many vCPU threads, which will park first of all.
     pub(crate) fn new(threads: usize) -> RunControl {
         let inner = Inner { phase: Phase::Pause, threads, parked: 0, stop: None };
-        RunControl { inner: Mutex::new(inner), changed: Condvar::new() }
+        RunControl { inner: Mutex::new(inner), changed: Condvar::new(), watcher: OnceLock::new() }
     }
 
     pub(crate) fn state(&self) -> RunState {
@@ -175,6 +177,18 @@ impl RunControl {
             inner.phase = Phase::Pause;
         }
         self.changed.notify_all();
+        drop(inner);
+        self.watcher.get().into_iter().for_each(|watcher| watcher());
+    }
+
+    /// Each stop of the guest is told to `watcher`, on the thread of a vCPU. There is one watcher at most, the first.
+    pub(crate) fn watch(&self, watcher: impl Fn() + Send + Sync + 'static) {
+        self.watcher.get_or_init(|| Box::new(watcher));
+    }
+
+    /// Forgets why the guest stopped: it has been reset.
+    pub(crate) fn forget_stop(&self) {
+        lock(&self.inner).stop = None;
     }
 
     /// Called when a vCPU thread ends, so that nobody waits for it.

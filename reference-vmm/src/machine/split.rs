@@ -108,6 +108,11 @@ impl ToVcpu {
         vcpus.iter().take(1).for_each(|vcpu| vcpu.attach(self.clone()));
     }
 
+    /// The machine is reset: an interrupt that was taken and not handed over is no more.
+    pub(super) fn forget(&self) {
+        *lock(&self.taken) = None;
+    }
+
     /// Whether there is an interrupt for the vCPU.
     pub(super) fn is_asserted(&self) -> bool {
         self.asserted.load(Ordering::SeqCst) || lock(&self.taken).is_some()

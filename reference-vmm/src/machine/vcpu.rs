@@ -95,6 +95,11 @@ impl Vcpu {
         self.external.get_or_init(|| line);
     }
 
+    /// The machine is reset.
+    pub(super) fn forget_interrupts(&self) {
+        self.external.get().into_iter().for_each(|line| line.forget());
+    }
+
     /// Hands the guest the interrupt of 8259s that are not in the kernel, or asks to be told when it can take one.
     fn inject(&self, fd: &VcpuFd, devices: &Devices) -> Option<Stop> {
         let (line, chips) = self.external.get().zip(devices.split.as_ref())?;
@@ -119,12 +124,12 @@ impl Vcpu {
         None
     }
 
-    /// Runs until the run control says otherwise, then completes what the guest has begun.
+    /// Runs until the run control says otherwise or the guest stops by itself, then completes what the guest has begun.
     fn run(&self, around: &Surroundings) -> Option<Stop> {
         let Surroundings { control, brake, .. } = around;
         let pauses = &around.dirty_limit.pauses;
         let mut fd = lock(&self.fd);
-        let mut braked = 0;
+        let (mut braked, mut stopped) = (0, None);
         loop {
             // First the flag, then the question: a kick after the question finds the flag down and raises it.
             self.run_page.set_immediate_exit(false);
@@ -142,8 +147,14 @@ impl Vcpu {
                 continue;
             }
             let stop = self.inject(&fd, &around.devices);
-            if let Some(stop) = stop.or_else(|| self.enter(&mut fd, around).1) {
-                return Some(stop);
+            match stop.or_else(|| self.enter(&mut fd, around).1) {
+                None => {}
+                // There is nothing to complete, and it may not end.
+                failed @ Some(Stop::Failed { .. }) => return failed,
+                stop => {
+                    stopped = stop;
+                    break;
+                }
             }
         }
         // An IN or MMIO access is finished by the next KVM_RUN: without it the saved registers would be those before it.
@@ -151,7 +162,7 @@ impl Vcpu {
             self.run_page.set_immediate_exit(true);
             let (interrupted, stop) = self.enter(&mut fd, around);
             if interrupted || stop.is_some() {
-                return stop;
+                return stopped.or(stop);
             }
         }
     }

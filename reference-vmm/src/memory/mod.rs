@@ -14,7 +14,7 @@ pub use block::{PAGE_SIZE, RamBlock};
 pub use layout::{ACPI_RSDP, ACPI_TABLES, BIOS, LOW_RAM_MAX, MAX_BIOS, RAM, TABLE_LOADER};
 
 use vm_memory::VolatileSlice;
-use vm_memory::bitmap::{AtomicBitmap, BS};
+use vm_memory::bitmap::{AtomicBitmap, BS, Bitmap};
 
 use crate::error::{Error, Result};
 
@@ -89,6 +89,15 @@ impl GuestMemory {
             block.write(offset, &from[done..done + len])?;
             done += len;
         }
+        Ok(())
+    }
+
+    /// Marks guest-physical memory dirty that was written by other means.
+    ///
+    /// # Errors
+    /// [`Error::OutOfRange`] when not all of it is RAM.
+    pub fn mark_dirty(&self, gpa: u64, len: u64) -> Result<()> {
+        self.slices(gpa, len)?.iter().for_each(|slice| slice.bitmap().mark_dirty(0, slice.len()));
         Ok(())
     }
 

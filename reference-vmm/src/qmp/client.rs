@@ -93,6 +93,21 @@ impl Client {
         self.reply(command)
     }
 
+    /// Waits until the monitor is gone, and keeps the events that it sends before.
+    ///
+    /// # Errors
+    /// [`ClientError`]; the monitor may be silent for as long as [`connect`](Client::connect) was patient.
+    pub fn wait_for_end(&mut self) -> Result<(), ClientError> {
+        loop {
+            match self.message("its end") {
+                Ok(message) => self.events.push(message),
+                Err(ClientError::Closed(_)) => return Ok(()),
+                Err(ClientError::Io(error)) if error.kind() == io::ErrorKind::ConnectionReset => return Ok(()),
+                Err(error) => return Err(error),
+            }
+        }
+    }
+
     fn reply(&mut self, command: &str) -> Result<Value, ClientError> {
         loop {
             let mut message = self.message(command)?;

@@ -1,6 +1,6 @@
 //! The commands.
 
-use super::{arguments::Arguments, descriptors, dirty_rate, place::place, protocol::Failure};
+use super::{arguments::Arguments, descriptors, dirty_rate, place::place, power, protocol::Failure};
 use crate::{
     migration::{Address, KNOWN_CAPABILITIES, Status},
     vmm::{RunState, Vmm},
@@ -14,7 +14,7 @@ type Command = fn(&Arc<Vmm>, &mut Arguments) -> Result<Value, Failure>;
 pub(super) const QUIT: &str = "quit";
 
 /// Every command but `qmp_capabilities`.
-const COMMANDS: [(&str, Command); 32] = [
+const COMMANDS: [(&str, Command); 35] = [
     ("add-fd", descriptors::add_fd),
     ("calc-dirty-rate", dirty_rate::calc),
     ("cancel-vcpu-dirty-limit", dirty_rate::cancel_limit),
@@ -42,8 +42,11 @@ const COMMANDS: [(&str, Command); 32] = [
     ("query-version", query_version),
     (QUIT, quit),
     ("remove-fd", descriptors::remove_fd),
+    ("set-action", power::set_action),
     ("set-vcpu-dirty-limit", dirty_rate::set_limit),
     ("stop", stop),
+    ("system_powerdown", power::system_powerdown),
+    ("system_reset", power::system_reset),
     ("x-query-handover", query_handover),
     ("x-query-rounds", query_rounds),
     ("x-set-peer", set_peer),

@@ -10,6 +10,7 @@ mod commands;
 mod descriptors;
 mod dirty_rate;
 mod place;
+mod power;
 mod protocol;
 mod server;
 

@@ -13,14 +13,35 @@ use std::{
     path::{Path, PathBuf},
     sync::{Arc, Mutex, PoisonError, mpsc},
     thread,
-    time::UNIX_EPOCH,
+    time::{Duration, UNIX_EPOCH},
 };
 
-/// Serves QMP at a UNIX socket, to one client after the other. The socket is removed when this is dropped.
-#[derive(Debug)]
+/// Serves QMP at a UNIX socket, to one client after the other. When this is dropped, the client is told what has happened, and the
+/// socket is removed.
 pub struct Server {
     path: PathBuf,
+    vmm: Arc<Vmm>,
+    speaking: Speaking,
+    silent: mpsc::Receiver<()>,
 }
+
+/// Those who have something to say to the client hold a copy of the sender, so that its receiver hears when all have said it.
+/// There is none any more when the server ends.
+#[derive(Clone)]
+struct Speaking(Arc<Mutex<Option<mpsc::Sender<()>>>>);
+
+impl Speaking {
+    fn begin(&self) -> Option<mpsc::Sender<()>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    fn end(&self) {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = None;
+    }
+}
+
+/// How long the end waits for a client that does not read.
+const LAST_WORDS: Duration = Duration::from_secs(1);
 
 impl Server {
     /// Listens at `path` and serves clients in a thread of its own. A socket left behind by a process that is gone is
@@ -33,27 +54,34 @@ impl Server {
             fs::remove_file(path)?;
         }
         let listener = UnixListener::bind(path)?;
+        let (sender, silent) = mpsc::channel();
+        let speaking = Speaking(Arc::new(Mutex::new(Some(sender))));
+        let server = Server { path: path.into(), vmm: vmm.clone(), speaking: speaking.clone(), silent };
         thread::spawn(move || {
             for client in listener.incoming() {
                 // A client that breaks off is its own affair.
-                if let Err(error) = client.and_then(|client| serve(&client, &vmm)) {
+                if let Err(error) = client.and_then(|client| serve(&client, &vmm, &speaking)) {
                     tracing::debug!(%error, "a QMP client broke off");
                 }
                 vmm.descriptors().forget_received();
             }
         });
-        Ok(Server { path: path.into() })
+        Ok(server)
     }
 }
 
 impl Drop for Server {
     fn drop(&mut self) {
+        self.vmm.unsubscribe();
+        self.speaking.end();
+        // Nothing is ever sent: this is the time limit, or everybody is done.
+        let _ = self.silent.recv_timeout(LAST_WORDS);
         // Somebody may have removed it already.
         let _ = fs::remove_file(&self.path);
     }
 }
 
-fn serve(client: &UnixStream, vmm: &Arc<Vmm>) -> io::Result<()> {
+fn serve(client: &UnixStream, vmm: &Arc<Vmm>, speaking: &Speaking) -> io::Result<()> {
     let writer = Arc::new(Mutex::new(client.try_clone()?));
     send(&writer, &json!({ "QMP": { "version": commands::version(vmm), "capabilities": [] } }))?;
     let mut requests = Requests::default();
@@ -61,6 +89,7 @@ fn serve(client: &UnixStream, vmm: &Arc<Vmm>) -> io::Result<()> {
     let mut buffer = [0; 4096];
     loop {
         while let Some(request) = requests.next() {
+            let _speaking = speaking.begin();
             let mut quits = false;
             let (result, id) = match request {
                 Ok(Request { execute, arguments, id }) => {
@@ -76,7 +105,7 @@ fn serve(client: &UnixStream, vmm: &Arc<Vmm>) -> io::Result<()> {
                     };
                     if !negotiated && result.is_ok() {
                         negotiated = true;
-                        forward_events(vmm.subscribe(), writer.clone());
+                        forward_events(vmm.subscribe(), writer.clone(), speaking.begin());
                     }
                     quits = execute == commands::QUIT && result.is_ok();
                     (result, id)
@@ -99,8 +128,9 @@ fn serve(client: &UnixStream, vmm: &Arc<Vmm>) -> io::Result<()> {
 }
 
 /// Passes events on until the client is gone or another one has come.
-fn forward_events(events: mpsc::Receiver<Event>, writer: Arc<Mutex<UnixStream>>) {
+fn forward_events(events: mpsc::Receiver<Event>, writer: Arc<Mutex<UnixStream>>, speaking: Option<mpsc::Sender<()>>) {
     thread::spawn(move || {
+        let _speaking = speaking;
         for event in events {
             let time = event.time.duration_since(UNIX_EPOCH).unwrap_or_default();
             let mut message = json!({

@@ -42,7 +42,11 @@ impl Guest for Vmm {
     }
 
     fn pause(&self) -> Result<bool, GuestError> {
-        Ok(self.pause_as(RunState::FinishMigrate))
+        match self.pause_as(RunState::FinishMigrate) {
+            (was_running, None) => Ok(was_running),
+            // The monitor ends, or waits to be told what to do: the destination must not run it on.
+            (_, Some(stop)) => Err(stop.to_string().into()),
+        }
     }
 
     fn resume(&self) -> Result<(), GuestError> {
@@ -50,7 +54,10 @@ impl Guest for Vmm {
     }
 
     fn save_devices(&self, profile: &Profile, running: bool) -> Result<SavedDevices, GuestError> {
-        self.machine.save_devices(profile, running)
+        let _transition = self.transition();
+        let saved = self.machine.save_devices(profile, running)?;
+        self.lock().saved = true;
+        Ok(saved)
     }
 
     fn resize_ram(&self, block: usize, used_length: u64) -> Result<(), GuestError> {
@@ -62,7 +69,10 @@ impl Guest for Vmm {
     }
 
     fn load_devices(&self, devices: &[DeviceSection]) -> Result<bool, GuestError> {
-        self.machine.load_devices(devices)
+        let _transition = self.transition();
+        let running = self.machine.load_devices(devices)?;
+        self.lock().loaded = true;
+        Ok(running)
     }
 
     fn activate(&self) -> Result<(), GuestError> {
@@ -82,6 +92,8 @@ impl Guest for Vmm {
     }
 
     fn handed_over(&self) {
-        self.lock().run_state = RunState::Postmigrate;
+        let mut state = self.lock();
+        state.run_state = RunState::Postmigrate;
+        state.saved = false;
     }
 }

@@ -45,7 +45,7 @@ fn enters_an_elf_by_pvh() {
 }
 
 /// An ELF file with this code at its entry point.
-fn elf(code: Vec<u8>) -> Vec<u8> {
+pub(crate) fn elf(code: Vec<u8>) -> Vec<u8> {
     let mut file = vec![0; 0x1000];
     file[..8].copy_from_slice(b"\x7fELF\x02\x01\x01\x00");
     file[32] = 64; // e_phoff

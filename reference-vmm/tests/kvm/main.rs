@@ -8,11 +8,13 @@ mod dirty_log;
 mod dirty_ring;
 mod drives;
 mod guest;
+mod lifecycle;
 mod linux;
 mod machine;
 mod migration;
 mod payload;
 mod qmp;
+mod reset;
 mod state;
 mod transports;
 
@@ -34,6 +36,8 @@ fn main() -> ExitCode {
         boot::TESTS,
         payload::TESTS,
         machine::TESTS,
+        reset::TESTS,
+        lifecycle::TESTS,
         state::TESTS,
         dirty_log::TESTS,
         dirty_ring::TESTS,

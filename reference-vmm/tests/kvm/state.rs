@@ -76,7 +76,7 @@ fn survives_many_hops() {
 }
 
 /// Without what goes on by itself: clocks and what depends on them.
-fn still(mut state: MachineState) -> MachineState {
+pub(crate) fn still(mut state: MachineState) -> MachineState {
     state.clock.clock = 0;
     state.clock.reliable = false;
     for vcpu in &mut state.vcpus {

@@ -28,6 +28,7 @@ const A_DIVIDER: u8 = 0x70;
 const A_DIVIDER_ON: u8 = 0x20;
 const A_RATE: u8 = 0x0f;
 const B_SET: u8 = 1 << 7;
+const B_SQUARE_WAVE: u8 = 1 << 3;
 const FLAG_PERIODIC: u8 = 1 << 6;
 const FLAG_ALARM: u8 = 1 << 5;
 const FLAG_UPDATE: u8 = 1 << 4;
@@ -185,6 +186,13 @@ impl Rtc {
         self.state = state.clone();
         self.caught_up = now;
         self.level = false;
+        self.update_line();
+    }
+
+    /// The machine is reset: interrupts are off and none is pending, time and memory stay (data sheet, "RESET").
+    pub fn reset(&mut self) {
+        self.state.cmos[B] &= !(FLAG_PERIODIC | FLAG_ALARM | FLAG_UPDATE | B_SQUARE_WAVE);
+        self.state.cmos[C] = 0;
         self.update_line();
     }
 

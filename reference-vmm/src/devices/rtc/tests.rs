@@ -110,3 +110,18 @@ fn a_saved_clock_goes_on_elsewhere() {
     assert!(there.next_event().is_some_and(|due| due <= NOW + 2 * S + S / 1024 + 1));
     assert_eq!(raised.load(Ordering::Relaxed), 1, "a flag that was up raises the line");
 }
+
+#[test]
+fn a_reset_takes_interrupts_and_leaves_the_time() {
+    let (mut rtc, raised) = rtc();
+    write(&mut rtc, 0x0b, 0x82, NOW);
+    write(&mut rtc, 4, 0x03, NOW);
+    write(&mut rtc, 0x60, 0x77, NOW);
+    write(&mut rtc, 0x0b, 0x7a, NOW);
+    rtc.catch_up(NOW + 2 * S);
+    assert!(raised.load(Ordering::Relaxed) > 0);
+    rtc.reset();
+    assert_eq!((read(&mut rtc, 0x0b, NOW + 2 * S), read(&mut rtc, 0x0c, NOW + 2 * S)), (0x02, 0));
+    assert_eq!(rtc.next_event(), None);
+    assert_eq!([4, 0x60].map(|register| read(&mut rtc, register, NOW + 2 * S)), [0x03, 0x77]);
+}

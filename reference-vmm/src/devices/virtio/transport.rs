@@ -418,6 +418,13 @@ impl Transport {
         }
     }
 
+    /// As when the machine is switched on: what a driver's reset leaves alone is reset as well.
+    pub(crate) fn switch_on(&mut self) {
+        (self.host_features_sel, self.guest_features_sel, self.guest_page_shift) = (0, 0, 0);
+        self.reset();
+        self.wake();
+    }
+
     fn reset(&mut self) {
         (self.status, self.isr, self.queue_sel, self.guest_features) = (0, 0, 0, 0);
         (self.started, self.broken) = (false, false);

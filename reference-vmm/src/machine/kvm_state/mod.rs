@@ -10,7 +10,7 @@ pub(super) use vcpu::{enter, saved_msrs};
 use super::{Machine, vcpu::Vcpu};
 use crate::devices::{Rtc, lock};
 use crate::error::{Error, Result};
-use crate::state::{ClockState, GedState, MachineState, Msr, PitState};
+use crate::state::{Carried, ClockState, GedState, MachineState, Msr, PitState};
 
 /// The paravirtual clock, the PIT and the TSCs, which KVM lets run on while the vCPUs stand still. As with a QEMU clock and PIT
 /// stand still for the guest: they are read when it stops, and set when it goes on. The TSCs of a guest that migrates do as well,
@@ -127,4 +127,34 @@ pub(super) fn load(machine: &Machine, state: &MachineState) -> Result<()> {
     lock(&machine.devices.ged).selector = state.ged.sel;
     *lock(&machine.carried) = state.carried.clone();
     Ok(())
+}
+
+/// Makes everything but the time what it was in `fresh`, the state of this machine when it was made. The machine is paused.
+pub(super) fn reset(machine: &Machine, fresh: &MachineState) -> Result<()> {
+    // Devices first, so that none holds an interrupt line when the controllers are reset.
+    machine.devices.virtio.0.iter().flatten().for_each(|device| lock(device).switch_on());
+    machine.devices.rtc.iter().for_each(|rtc| rtc.with(|rtc, _| rtc.reset()));
+    machine.vcpus.iter().for_each(Vcpu::forget_interrupts);
+    let held = lock(&machine.held).clone();
+    let Held { clock, .. } = held.map_or_else(|| read_held(machine), Ok)?;
+    let virtual_clock = lock(&machine.clock).now();
+    let mut pit = fresh.pit.clone();
+    // Its counters start now.
+    let passed = virtual_clock - fresh.virtual_clock;
+    pit.channels.iter_mut().for_each(|channel| channel.count_load_time += passed);
+    if machine.devices.split.is_none() {
+        // KVM's goes on while the vCPUs stand still, and would interrupt by controllers that have been reset already.
+        chips::load_pit(&machine.vm, &pit, virtual_clock)?;
+    }
+    let virtio_states = vec![None; fresh.virtio_states.len()];
+    let state = MachineState {
+        clock,
+        pit,
+        virtual_clock,
+        rtc: None,
+        virtio_states,
+        carried: Carried::default(),
+        ..fresh.clone()
+    };
+    load(machine, &state)
 }
