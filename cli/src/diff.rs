@@ -1,15 +1,17 @@
 //! What differs between two guests: configuration, RAM blocks, pages, device sections, fields.
+//!
+//! The fields of both guests are held until they are compared, as long as they take little memory beside the streams.
 
 use crate::failure::Failure;
 use crate::ram::GuestRam;
 use crate::stream::{Analysis, Observer};
 use qevm_savevm::framing::SectionHeader;
 use qevm_savevm::vmdesc::{Node, Value};
-use serde_json::{Value as Json, json};
-use std::collections::BTreeMap;
+use serde::Serialize;
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 /// One difference.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Difference {
     /// `configuration`, `block`, `pages`, `section` or `field`.
     pub kind: &'static str,
@@ -21,10 +23,42 @@ pub struct Difference {
     pub second: Option<String>,
 }
 
-impl Difference {
-    /// As an object.
-    pub fn to_json(&self) -> Json {
-        json!({"kind": self.kind, "place": self.place, "first": self.first, "second": self.second})
+/// What was found, as far as it is worth showing.
+#[derive(Debug, Default)]
+pub struct Differences {
+    /// The first ones.
+    pub list: Vec<Difference>,
+    /// How many more there are.
+    pub omitted: u64,
+    wanted: Wanted,
+    text: usize,
+}
+
+/// Which differences are asked for.
+#[derive(Debug, Clone, Default)]
+pub struct Wanted {
+    /// Only those whose place contains this.
+    pub place: Option<String>,
+    /// The contents of memory count.
+    pub pages: bool,
+}
+
+impl Differences {
+    /// Text of differences that is kept: the paths of nested fields can be many times as long as the fields.
+    const MOST_TEXT: usize = 8 << 20;
+
+    fn push(&mut self, difference: Difference) {
+        let wanted = self.wanted.place.as_ref().is_none_or(|place| difference.place.contains(place.as_str()));
+        if !wanted || (difference.kind == "pages" && !self.wanted.pages) {
+            return;
+        }
+        if self.text > Self::MOST_TEXT {
+            self.omitted += 1;
+            return;
+        }
+        let values = [&difference.first, &difference.second].into_iter().flatten().map(String::len);
+        self.text += size_of::<Difference>() + difference.place.len() + values.sum::<usize>();
+        self.list.push(difference);
     }
 }
 
@@ -32,6 +66,15 @@ impl Difference {
 #[derive(Debug, Default)]
 pub struct Devices {
     sections: BTreeMap<(String, u32), Device>,
+    /// Bytes of the main channel that were read.
+    position: u64,
+    /// Memory that the fields take.
+    held: u64,
+}
+
+impl Devices {
+    /// Memory for fields beyond twice the stream's length. Real guests take far less: their memory is in the stream, too.
+    const ROOM: u64 = 12 << 20;
 }
 
 #[derive(Debug)]
@@ -42,8 +85,12 @@ struct Device {
 }
 
 impl Observer for Devices {
+    fn position(&mut self, offset: u64) {
+        self.position = self.position.max(offset);
+    }
+
     fn restarted(&mut self) {
-        self.sections.clear();
+        *self = Devices::default();
     }
 
     fn body(&mut self, header: &SectionHeader, _offset: u64, body: &[u8]) {
@@ -52,7 +99,12 @@ impl Observer for Devices {
     }
 
     fn fields(&mut self, header: &SectionHeader, fields: &Node) {
+        let memory = fields.memory();
+        if self.held + memory > Self::ROOM + 2 * self.position {
+            return;
+        }
         if let Some(device) = self.sections.get_mut(&key(header)) {
+            self.held += memory;
             device.fields = Some(fields.clone());
         }
     }
@@ -71,8 +123,8 @@ pub struct Guest {
 ///
 /// # Errors
 /// A failure of kind `io` if what is known of pages cannot be read.
-pub fn differences(first: &mut Guest, second: &mut Guest) -> Result<Vec<Difference>, Failure> {
-    let mut found = Vec::new();
+pub fn differences(first: &mut Guest, second: &mut Guest, wanted: Wanted) -> Result<Differences, Failure> {
+    let mut found = Differences { wanted, ..Differences::default() };
     let machines = (first.analysis.machine(), second.analysis.machine());
     if machines.0 != machines.1 {
         found.push(Difference {
@@ -95,11 +147,15 @@ pub fn differences(first: &mut Guest, second: &mut Guest) -> Result<Vec<Differen
     Ok(found)
 }
 
-fn memory(ours: &mut GuestRam, theirs: &mut GuestRam, found: &mut Vec<Difference>) -> Result<(), Failure> {
+fn memory(ours: &mut GuestRam, theirs: &mut GuestRam, found: &mut Differences) -> Result<(), Failure> {
     let length = |block: &crate::ram::Block| format!("{:#x} bytes", block.used_length);
+    let named = |ram: &GuestRam| -> HashMap<String, usize> {
+        ram.blocks().iter().enumerate().rev().map(|(index, block)| (block.name.clone(), index)).collect()
+    };
+    let (our_names, their_names) = (named(ours), named(theirs));
     for index in 0..ours.blocks().len() {
         let block = ours.blocks()[index].clone();
-        let Some(other) = theirs.blocks().iter().position(|other| other.name == block.name) else {
+        let Some(&other) = their_names.get(&block.name) else {
             let (first, second) = (Some(length(&block)), None);
             found.push(Difference { kind: "block", place: block.name, first, second });
             continue;
@@ -124,7 +180,7 @@ fn memory(ours: &mut GuestRam, theirs: &mut GuestRam, found: &mut Vec<Difference
         }
     }
     for block in theirs.blocks() {
-        if ours.blocks().iter().all(|other| other.name != block.name) {
+        if !our_names.contains_key(&block.name) {
             let (first, second) = (None, Some(length(block)));
             found.push(Difference { kind: "block", place: block.name.clone(), first, second });
         }
@@ -159,8 +215,8 @@ impl Ranges {
     }
 }
 
-fn devices(first: &Devices, second: &Devices, found: &mut Vec<Difference>) {
-    let keys: std::collections::BTreeSet<_> = first.sections.keys().chain(second.sections.keys()).collect();
+fn devices(first: &Devices, second: &Devices, found: &mut Differences) {
+    let keys: BTreeSet<_> = first.sections.keys().chain(second.sections.keys()).collect();
     for key in keys {
         let place = format!("{} instance {}", key.0, key.1);
         let version = |device: &Device| format!("version {}", device.version_id);
@@ -180,12 +236,14 @@ fn devices(first: &Devices, second: &Devices, found: &mut Vec<Difference>) {
     }
 }
 
-fn contents(place: &str, ours: &Device, theirs: &Device, found: &mut Vec<Difference>) {
+fn contents(place: &str, ours: &Device, theirs: &Device, found: &mut Differences) {
     if ours.body == theirs.body {
         return;
     }
     let (Some(our_fields), Some(their_fields)) = (&ours.fields, &theirs.fields) else {
-        let length = |device: &Device| Some(format!("{} bytes without known fields", device.body.len()));
+        let length = |device: &Device| {
+            Some(format!("{} bytes without known fields, or with too many to compare", device.body.len()))
+        };
         found.push(Difference {
             kind: "section",
             place: place.to_owned(),
@@ -194,33 +252,81 @@ fn contents(place: &str, ours: &Device, theirs: &Device, found: &mut Vec<Differe
         });
         return;
     };
-    let (our_leaves, their_leaves) = (leaves(our_fields), leaves(their_fields));
-    for (path, value) in &our_leaves {
-        let other = their_leaves.get(path);
-        if other != Some(value) {
-            let place = format!("{place} › {path}");
-            found.push(Difference { kind: "field", place, first: Some(show(value)), second: other.map(|v| show(v)) });
-        }
+    let mut path = format!("{place} › ");
+    nodes(our_fields.children(), their_fields.children(), &mut path, found);
+}
+
+/// Compares the nodes of one structure. Of nodes with one name the first is compared with the first, and so on.
+fn nodes(ours: &[Node], theirs: &[Node], path: &mut String, found: &mut Differences) {
+    let mut theirs_by_name = HashMap::new();
+    let numbered = |number: &mut HashMap<_, u32>, node: &'_ Node| {
+        let number = number.entry(node.name.to_string()).or_default();
+        *number += 1;
+        (node.name.to_string(), *number)
+    };
+    let mut count = HashMap::new();
+    for node in theirs {
+        theirs_by_name.insert(numbered(&mut count, node), node);
     }
-    for (path, value) in &their_leaves {
-        if !our_leaves.contains_key(path) {
-            let place = format!("{place} › {path}");
-            found.push(Difference { kind: "field", place, first: None, second: Some(show(value)) });
+    count.clear();
+    for node in ours {
+        let key = numbered(&mut count, node);
+        let other = theirs_by_name.remove(&key);
+        inside(&key, path, |path| match other {
+            Some(other) if is_leaf(node) && is_leaf(other) => {
+                if node.value != other.value {
+                    field(path, Some(node), Some(other), found);
+                }
+            }
+            Some(other) if !is_leaf(node) && !is_leaf(other) => {
+                nodes(node.children(), other.children(), path, found);
+            }
+            other => {
+                alone(node, path, found, true);
+                other.into_iter().for_each(|other| alone(other, path, found, false));
+            }
+        });
+    }
+    count.clear();
+    for node in theirs {
+        let key = numbered(&mut count, node);
+        if theirs_by_name.contains_key(&key) {
+            inside(&key, path, |path| alone(node, path, found, false));
         }
     }
 }
 
-/// The leaves of a section by their paths; a path that comes again gets a number.
-fn leaves(fields: &Node) -> BTreeMap<String, &Value> {
-    let mut leaves = BTreeMap::new();
-    let root = fields.name.len() + 1;
-    fields.leaves(&mut |path, leaf| {
-        let path = path.get(root..).unwrap_or(path).to_owned();
-        let again = (2..).map(|n| format!("{path} #{n}"));
-        let free = std::iter::once(path.clone()).chain(again).find(|path| !leaves.contains_key(path));
-        leaves.insert(free.unwrap_or(path), &leaf.value);
-    });
-    leaves
+/// Reports the fields of a node that only one guest has.
+fn alone(node: &Node, path: &mut String, found: &mut Differences, ours: bool) {
+    if is_leaf(node) {
+        return if ours { field(path, Some(node), None, found) } else { field(path, None, Some(node), found) };
+    }
+    for child in node.children() {
+        inside(&(child.name.to_string(), 1), path, |path| alone(child, path, found, ours));
+    }
+}
+
+fn field(path: &str, first: Option<&Node>, second: Option<&Node>, found: &mut Differences) {
+    let show = |node: Option<&Node>| node.map(|node| show(&node.value));
+    found.push(Difference { kind: "field", place: path.to_owned(), first: show(first), second: show(second) });
+}
+
+/// Calls `visit` with the path to a node of this name, of which it may be the second or a later one.
+fn inside((name, number): &(String, u32), path: &mut String, visit: impl FnOnce(&mut String)) {
+    let before = path.len();
+    if !path.ends_with(' ') {
+        path.push('.');
+    }
+    path.push_str(name);
+    if *number > 1 {
+        path.push_str(&format!(" #{number}"));
+    }
+    visit(path);
+    path.truncate(before);
+}
+
+fn is_leaf(node: &Node) -> bool {
+    !matches!(node.value, Value::Struct(_) | Value::Subsection(_) | Value::List(_))
 }
 
 /// A value on one line, shortened if it is long.
@@ -258,6 +364,10 @@ mod tests {
         Node { name: name.into(), type_name: "uint8".into(), offset: 0, len: 1, value }
     }
 
+    fn all() -> Wanted {
+        Wanted { place: None, pages: true }
+    }
+
     fn guest(version_id: u32, members: Vec<Node>, pages: &[u64]) -> Guest {
         let mut ram = GuestRam::new(4096, Keep::Digests, Spool::unlimited()).unwrap();
         let block = ram.add_block("pc.ram".into(), 1 << 30);
@@ -266,21 +376,22 @@ mod tests {
         let value = Value::Struct(Struct { vmsd_name: "toy".into(), version: 1, members });
         let fields = Node { name: "toy".into(), type_name: "struct".into(), offset: 0, len: 1, value };
         let device = Device { version_id, body, fields: Some(fields) };
-        let devices = Devices { sections: BTreeMap::from([(("toy".into(), 0), device)]) };
+        let sections = BTreeMap::from([(("toy".into(), 0), device)]);
+        let devices = Devices { sections, ..Devices::default() };
         Guest { analysis: Analysis { ram: Some(ram), ..Analysis::default() }, devices }
     }
 
     #[test]
     fn equal_guests_have_no_differences() {
         let make = || guest(1, vec![field("a", 1), field("b", 2)], &[3, 4, 900]);
-        assert_eq!(differences(&mut make(), &mut make()).unwrap(), []);
+        assert_eq!(differences(&mut make(), &mut make(), all()).unwrap().list, []);
     }
 
     #[test]
     fn each_difference_is_found_where_it_is() {
         let mut first = guest(1, vec![field("a", 1), field("b", 2)], &[3, 4, 900]);
         let mut second = guest(2, vec![field("a", 9), field("c", 2)], &[3, 5, 900]);
-        let found = differences(&mut first, &mut second).unwrap();
+        let found = differences(&mut first, &mut second, all()).unwrap().list;
         let flat: Vec<_> =
             found.iter().map(|d| (d.kind, d.place.as_str(), d.first.as_deref(), d.second.as_deref())).collect();
         assert_eq!(

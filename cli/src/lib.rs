@@ -5,6 +5,7 @@
 #![forbid(unsafe_code)]
 
 pub mod args;
+pub mod aside;
 pub mod bounds;
 pub mod check;
 pub mod commands;

@@ -1,13 +1,13 @@
 //! What was found, as the object that `--json` prints.
 
 use crate::failure::Failure;
-use serde::Serialize;
-use serde_json::{Map, Value, json};
+use serde::{Serialize, Serializer};
+use serde_json::{Value, json};
 
 /// The result of `qevm verify` (and the core of that of `qevm inspect`).
 ///
 /// ```
-/// let value = serde_json::to_value(qevm::report::Report::default().to_json()).unwrap();
+/// let value = serde_json::to_value(qevm::report::Report::default()).unwrap();
 /// let keys: Vec<&String> = value.as_object().unwrap().keys().collect();
 /// assert_eq!(
 ///     keys,
@@ -63,19 +63,39 @@ pub struct RamReport {
 }
 
 impl Report {
-    /// The object, with exactly the keys of the contract and in its order.
-    pub fn to_json(&self) -> Map<String, Value> {
-        let mut object = Map::new();
-        object.insert("ok".into(), self.error.is_none().into());
-        object.insert("bytes".into(), self.bytes.into());
-        object.insert("opaque_bytes".into(), self.opaque_bytes.into());
-        object.insert("reencoded_identical".into(), self.reencoded_identical.into());
-        object.insert("qemu_profile".into(), self.qemu_profile.clone().into());
-        object.insert("sections".into(), json!(self.sections));
-        object.insert("ram".into(), self.ram.iter().map(RamReport::to_json).collect());
-        object.insert("error".into(), self.error.as_ref().map_or(Value::Null, error_json));
-        object
+    /// The members of the object, in the contract's order; `reencoded`: with what re-encoding gave.
+    pub fn members(&self, reencoded: bool) -> Members<'_> {
+        Members {
+            ok: self.error.is_none(),
+            bytes: self.bytes,
+            opaque_bytes: self.opaque_bytes,
+            reencoded_identical: reencoded.then_some(self.reencoded_identical),
+            qemu_profile: &self.qemu_profile,
+            sections: &self.sections,
+            ram: self.ram.iter().map(RamReport::to_json).collect(),
+            error: self.error.as_ref().map(error_json),
+        }
     }
+}
+
+impl Serialize for Report {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        self.members(true).serialize(serializer)
+    }
+}
+
+/// A report as it is printed, so that others can add members of their own.
+#[derive(Debug, Serialize)]
+pub struct Members<'a> {
+    ok: bool,
+    bytes: u64,
+    opaque_bytes: u64,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    reencoded_identical: Option<bool>,
+    qemu_profile: &'a str,
+    sections: &'a [SectionReport],
+    ram: Vec<Value>,
+    error: Option<Value>,
 }
 
 impl RamReport {

@@ -15,7 +15,11 @@ pub enum Align {
 #[derive(Debug)]
 pub struct Table {
     columns: Vec<(String, Align)>,
-    rows: Vec<Vec<String>>,
+    /// The cells of all rows, one after the other, and where each ends: a table of many short cells takes little more than
+    /// their text.
+    text: String,
+    ends: Vec<usize>,
+    rows: usize,
     indent: usize,
 }
 
@@ -26,32 +30,49 @@ impl Table {
             Some(name) => (name.to_owned(), Align::Right),
             None => ((*name).to_owned(), Align::Left),
         };
-        Table { columns: columns.iter().map(column).collect(), rows: Vec::new(), indent: 2 }
+        Table {
+            columns: columns.iter().map(column).collect(),
+            text: String::new(),
+            ends: Vec::new(),
+            rows: 0,
+            indent: 2,
+        }
     }
 
     /// Adds a row; missing cells are empty.
     pub fn row(&mut self, cells: impl IntoIterator<Item = String>) {
-        self.rows.push(cells.into_iter().collect());
+        let mut cells = cells.into_iter();
+        for _ in 0..self.columns.len() {
+            self.text.push_str(&cells.next().unwrap_or_default());
+            self.ends.push(self.text.len());
+        }
+        self.rows += 1;
+    }
+
+    fn cell(&self, row: usize, column: usize) -> &str {
+        let index = row * self.columns.len() + column;
+        let start = index.checked_sub(1).map_or(0, |before| self.ends[before]);
+        &self.text[start..self.ends[index]]
     }
 
     /// True if there are no rows.
     pub fn is_empty(&self) -> bool {
-        self.rows.is_empty()
+        self.rows == 0
     }
 }
 
 impl fmt::Display for Table {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let header: Vec<String> = self.columns.iter().map(|(name, _)| name.clone()).collect();
-        let width = |column: usize| {
-            let cells = std::iter::once(&header).chain(&self.rows).filter_map(|row| row.get(column));
+        let width = |(column, (name, _)): (usize, &(String, Align))| {
+            let cells = (0..self.rows).map(|row| self.cell(row, column)).chain([name.as_str()]);
             cells.map(|cell| cell.chars().count()).max().unwrap_or(0)
         };
-        let widths: Vec<usize> = (0..self.columns.len()).map(width).collect();
-        for row in std::iter::once(&header).chain(&self.rows) {
+        let widths: Vec<usize> = self.columns.iter().enumerate().map(width).collect();
+        // The header, then the rows.
+        for row in std::iter::once(None).chain((0..self.rows).map(Some)) {
             let mut line = " ".repeat(self.indent);
-            for (i, (width, (_, align))) in widths.iter().zip(&self.columns).enumerate() {
-                let cell = row.get(i).map_or("", String::as_str);
+            for (i, (width, (name, align))) in widths.iter().zip(&self.columns).enumerate() {
+                let cell = row.map_or(name.as_str(), |row| self.cell(row, i));
                 let gap = if i == 0 { "" } else { "  " };
                 match align {
                     Align::Left => line += &format!("{gap}{cell:<width$}"),

@@ -37,6 +37,8 @@ pub struct Limits {
     pub device_section: u64,
     /// Bytes of the JSON description after the end of the stream.
     pub vmdesc: u64,
+    /// Bytes of a schema (`-dump-vmstate`), which no stream carries.
+    pub schema: u64,
     /// Bytes of one `MIG_CMD_PACKAGED` blob.
     pub package: u64,
     /// Bytes of all `MIG_CMD_PACKAGED` blobs together; those inside others count again.
@@ -88,6 +90,7 @@ impl Default for Limits {
             device_state: 256 << 20,
             device_section: 256 << 20,
             vmdesc: 64 << 20,
+            schema: 16 << 20,
             package: 512 << 20,
             packages: 1 << 30,
             depth: 32,

@@ -177,7 +177,7 @@ fn schema(path: &Path) -> Result<Option<Schema>, Stop> {
         return Ok(None);
     }
     let limits = Limits::default();
-    file.take(limits.vmdesc).read_to_end(&mut start).map_err(cannot)?;
+    file.take(limits.schema).read_to_end(&mut start).map_err(cannot)?;
     match Schema::parse(&start, &limits) {
         Ok(schema) => Ok(Some(schema)),
         Err(error) => {

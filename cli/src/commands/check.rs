@@ -7,7 +7,8 @@ use crate::failure::{Failure, Stop, printable};
 use crate::report::error_json;
 use crate::table::Table;
 use qevm_savevm::check::{Outcome, Subject};
-use serde_json::{Map, Value, json};
+use serde::{Serialize, Serializer};
+use serde_json::{Value, json};
 
 /// Runs the command.
 ///
@@ -23,14 +24,14 @@ pub fn run(check: &args::Check) -> Result<(), Stop> {
     let (findings, destination) = match compared {
         Ok(compared) => compared,
         Err(Stop::Bad(failure)) if check.output.json => {
-            out.json(object(&[], &Destination::default(), Some(&failure)))?;
+            out.json(&object(&[], &Destination::default(), Some(&failure)))?;
             out.finish()?;
             return Err(Stop::Bad(failure));
         }
         Err(stop) => return Err(stop),
     };
     match check.output.json {
-        true => out.json(object(&findings, &destination, None))?,
+        true => out.json(&object(&findings, &destination, None))?,
         false => print(&mut out, &findings, &destination)?,
     }
     out.finish()?;
@@ -41,14 +42,24 @@ fn worst(findings: &[Judged]) -> Outcome {
     findings.iter().map(|judged| judged.finding.outcome).max().unwrap_or(Outcome::Loads)
 }
 
-fn object(findings: &[Judged], destination: &Destination, failure: Option<&Failure>) -> Map<String, Value> {
-    let mut object = Map::new();
+/// What is printed for machines.
+#[derive(Serialize)]
+struct Object<'a> {
+    verdict: &'static str,
+    compared: Vec<&'static str>,
+    #[serde(serialize_with = "all")]
+    findings: &'a [Judged],
+    error: Option<Value>,
+}
+
+fn all<S: Serializer>(findings: &&[Judged], serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.collect_seq(findings.iter().map(finding_json))
+}
+
+fn object<'a>(findings: &'a [Judged], destination: &Destination, failure: Option<&Failure>) -> Object<'a> {
     let verdict = if failure.is_some() { Outcome::Fails } else { worst(findings) };
-    object.insert("verdict".into(), verdict.as_str().into());
-    object.insert("compared".into(), json!(compared(destination)));
-    object.insert("findings".into(), findings.iter().map(finding_json).collect());
-    object.insert("error".into(), failure.map_or(Value::Null, error_json));
-    object
+    let (verdict, compared) = (verdict.as_str(), compared(destination));
+    Object { verdict, compared, findings, error: failure.map(error_json) }
 }
 
 fn finding_json(Judged { finding, qemu_says }: &Judged) -> Value {

@@ -40,7 +40,7 @@ pub fn run(convert: &args::Convert) -> Result<(), Stop> {
             object.insert("path".into(), json!(name));
             object.insert("format".into(), json!(convert.format.as_str()));
             object.insert("bytes".into(), json!(bytes));
-            out.json(object)?;
+            out.json(&object)?;
         }
         false => out.line(format!("{name}: {} stream, {}", convert.format.as_str(), size(bytes)))?,
     }

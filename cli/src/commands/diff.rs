@@ -2,12 +2,12 @@
 
 use super::Output;
 use crate::args;
-use crate::diff::{Devices, Guest, differences};
+use crate::diff::{Devices, Difference, Differences, Guest, Wanted, differences};
 use crate::failure::Stop;
 use crate::ram::Keep;
 use crate::stream::{Inputs, Layouts, Settings, analyze};
 use crate::table::Table;
-use serde_json::{Map, json};
+use serde::Serialize;
 use std::path::Path;
 
 /// Runs the command.
@@ -21,17 +21,11 @@ pub fn run(diff: &args::Diff) -> Result<(), Stop> {
     let settings = Settings { keep, reencode: false, complete: false, live: false, layouts, spool, max_ram };
     let mut first = read(&diff.first, &settings)?;
     let mut second = read(&diff.second, &settings)?;
-    let mut found = differences(&mut first, &mut second)?;
-    found.retain(|difference| {
-        let section = diff.section.as_ref().is_none_or(|wanted| difference.place.contains(wanted.as_str()));
-        section && !(diff.no_ram && difference.kind == "pages")
-    });
+    let wanted = Wanted { place: diff.section.clone(), pages: !diff.no_ram };
+    let Differences { list: found, omitted, .. } = differences(&mut first, &mut second, wanted)?;
     let mut out = Output::new();
     if diff.output.json {
-        let mut object = Map::new();
-        object.insert("identical".into(), json!(found.is_empty()));
-        object.insert("differences".into(), found.iter().map(|difference| difference.to_json()).collect());
-        out.json(object)?;
+        out.json(&Object { identical: found.is_empty(), differences: &found, omitted })?;
     } else if found.is_empty() {
         out.line("no differences")?;
     } else {
@@ -42,10 +36,25 @@ pub fn run(diff: &args::Diff) -> Result<(), Stop> {
             table.row([difference.kind.to_owned(), difference.place.clone(), first, second]);
         }
         out.print(table)?;
-        out.line(format!("{} differences", found.len()))?;
+        let omitted = if omitted > 0 { format!(" and {omitted} more") } else { String::new() };
+        out.line(format!("{} differences{omitted}", found.len()))?;
     }
     out.finish()?;
     if found.is_empty() { Ok(()) } else { Err(Stop::Found) }
+}
+
+/// What is printed for machines.
+#[derive(Serialize)]
+struct Object<'a> {
+    identical: bool,
+    differences: &'a [Difference],
+    /// Only if there are too many to list.
+    #[serde(skip_serializing_if = "is_zero")]
+    omitted: u64,
+}
+
+fn is_zero(omitted: &u64) -> bool {
+    *omitted == 0
 }
 
 fn read(path: &Path, settings: &Settings) -> Result<Guest, Stop> {

@@ -2,7 +2,7 @@
 
 use super::Output;
 use crate::args;
-use crate::extract::{Guest, GuestObserver, PhysicalMemory, write_block, write_devices};
+use crate::extract::{Devices, Guest, GuestObserver, PhysicalMemory, write_block, write_devices};
 use crate::failure::Stop;
 use crate::output_file::OutputFile;
 use crate::progress::Progress;
@@ -34,10 +34,10 @@ pub fn run(extract: &args::Extract) -> Result<(), Stop> {
         spool: extract.bounds.spool(),
         max_ram: if memory { extract.bounds.max_ram } else { u64::MAX },
     };
-    let mut observer =
-        GuestObserver::new(Progress::new("reading", inputs.main.source.total()), extract.devices.is_some());
+    let devices = extract.devices.as_ref().map(|_| Devices::new(settings.spool.clone()));
+    let mut observer = GuestObserver::new(Progress::new("reading", inputs.main.source.total()), devices);
     let mut analysis = analyze(&mut inputs, &settings, &mut observer);
-    let guest = std::mem::take(&mut observer.guest);
+    let mut guest = std::mem::take(&mut observer.guest);
     drop(observer);
     if let Some(failure) = analysis.failure.take() {
         return Err(failure.into());
@@ -46,7 +46,7 @@ pub fn run(extract: &args::Extract) -> Result<(), Stop> {
     let mut out = Output::new();
     let mut written = Written::default();
     let (devices_file, memory_file, elf_file) = outputs;
-    if let (Some(output), Some(devices)) = (devices_file, &guest.devices) {
+    if let (Some(output), Some(devices)) = (devices_file, &mut guest.devices) {
         let path = output.path().to_owned();
         let len = write_devices(devices, &analysis, output)?;
         written.file(&path, len, &format!("{} device sections", devices.count()));
@@ -69,7 +69,7 @@ pub fn run(extract: &args::Extract) -> Result<(), Stop> {
             object.insert("machine".into(), Value::String(machine));
             object.insert("files".into(), written.files.into());
             object.insert("notes".into(), written.notes.into());
-            out.json(object)?;
+            out.json(&object)?;
         }
         false => {
             for line in written.lines.iter().chain(&written.notes) {

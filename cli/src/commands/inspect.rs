@@ -4,21 +4,25 @@ mod fields;
 
 use super::Output;
 use crate::args;
-use crate::failure::Stop;
+use crate::aside::Aside;
+use crate::failure::{Failure, Stop};
 use crate::progress::Progress;
 use crate::ram::Keep;
-use crate::report::Report;
+use crate::report::{Members, Report};
 use crate::stream::{Analysis, Layouts, Settings, analyze};
 use crate::table::{Table, count, size};
 use fields::{Choice, Gather};
 use qevm_savevm::configuration::ConfigurationSubsection;
+use serde::{Serialize, Serializer};
 
 /// Runs the command.
 ///
 /// # Errors
 /// [`Stop::Bad`] if the stream is bad, [`Stop::Usage`] if a file cannot be opened.
 pub fn run(inspect: &args::Inspect) -> Result<(), Stop> {
-    let mut inputs = super::open(&inspect.input, inspect.output, |report| json(&Analysis::default(), report))?;
+    let mut inputs = super::open(&inspect.input, inspect.output, |report, out| {
+        out.json(&Inspected::new(&Analysis::default(), report))
+    })?;
     // Who asks for certain fields wants to see these alone.
     let only_fields = !inspect.output.json && (!inspect.section.is_empty() || inspect.field.is_some());
     let keep = match (inspect.no_digest || only_fields, inspect.ram_digest) {
@@ -40,27 +44,28 @@ pub fn run(inspect: &args::Inspect) -> Result<(), Stop> {
         false => Choice::None,
     };
     let progress = Progress::new("reading", inputs.main.source.total());
-    let mut gather = Gather { choice, sections: Vec::new(), progress };
+    let (filter, aside) = (inspect.field.clone(), Aside::new(settings.spool.clone()));
+    let mut gather = Gather { choice, filter, json: inspect.output.json, aside, failed: None, progress };
     let mut analysis = analyze(&mut inputs, &settings, &mut gather);
-    let report = analysis.report(inspect.ram_digest);
+    let mut report = analysis.report(inspect.ram_digest);
     gather.progress = Progress::hidden();
-    let filter = inspect.field.as_deref();
+    if let Some(error) = gather.failed.take() {
+        report.error.get_or_insert_with(|| Failure::io("temporary file", 0, &error));
+    }
     let mut out = Output::new();
     match inspect.output.json {
-        true => {
-            let mut object = json(&analysis, &report);
-            if matches!(gather.choice, Choice::Named(_)) {
-                object.insert("fields".into(), gather.json(filter));
-            }
-            out.json(object)?;
+        true if matches!(gather.choice, Choice::Named(_)) => {
+            out.json_with_list(&Inspected::new(&analysis, &report), "fields", |out| gather.copy(out))?;
         }
-        false if only_fields => match gather.text(filter) {
-            text if text.is_empty() => out.line("no such field in the sections that the stream describes")?,
-            text => out.print(text)?,
-        },
+        true => out.json(&Inspected::new(&analysis, &report))?,
+        false if only_fields && gather.aside.is_empty() => {
+            out.line("no such field in the sections that the stream describes")?;
+        }
         false => {
-            print(&mut out, &analysis, &report, inspect.records)?;
-            out.print(gather.text(filter))?;
+            if !only_fields {
+                print(&mut out, &analysis, &report, inspect.records)?;
+            }
+            out.copy(|out| gather.copy(out))?;
         }
     }
     out.finish()?;
@@ -68,22 +73,51 @@ pub fn run(inspect: &args::Inspect) -> Result<(), Stop> {
 }
 
 /// The object of `verify`, without what `inspect` did not do, and with what only `inspect` tells.
-fn json(analysis: &Analysis, report: &Report) -> serde_json::Map<String, serde_json::Value> {
-    let mut object = report.to_json();
-    object.shift_remove("reencoded_identical");
-    let (machine, capabilities) = (analysis.machine(), capabilities(analysis));
-    object.insert("machine".into(), machine.into());
-    object.insert("capabilities".into(), capabilities.into());
-    object.insert("page_size".into(), analysis.page_size.into());
-    object.insert("footers".into(), analysis.footers.into());
-    let commands =
-        analysis.commands.iter().map(|(offset, text)| serde_json::json!({"offset": offset, "command": text}));
-    object.insert("commands".into(), commands.collect());
-    let description = analysis.description.as_ref();
-    let description = description.map(|(offset, text)| serde_json::json!({"offset": offset, "size": text.len()}));
-    object.insert("description".into(), description.into());
-    object.insert("notes".into(), analysis.notes.clone().into());
-    object
+#[derive(Serialize)]
+struct Inspected<'a> {
+    #[serde(flatten)]
+    report: Members<'a>,
+    machine: Option<String>,
+    capabilities: Vec<String>,
+    page_size: u64,
+    footers: Option<bool>,
+    #[serde(serialize_with = "commands")]
+    commands: &'a [(u64, String)],
+    description: Option<Description>,
+    notes: &'a [String],
+}
+
+#[derive(Serialize)]
+struct Description {
+    offset: u64,
+    size: usize,
+}
+
+impl<'a> Inspected<'a> {
+    fn new(analysis: &'a Analysis, report: &'a Report) -> Self {
+        Inspected {
+            report: report.members(false),
+            machine: analysis.machine(),
+            capabilities: capabilities(analysis),
+            page_size: analysis.page_size,
+            footers: analysis.footers,
+            commands: &analysis.commands,
+            description: analysis
+                .description
+                .as_ref()
+                .map(|(offset, text)| Description { offset: *offset, size: text.len() }),
+            notes: &analysis.notes,
+        }
+    }
+}
+
+fn commands<S: Serializer>(commands: &&[(u64, String)], serializer: S) -> Result<S::Ok, S::Error> {
+    #[derive(Serialize)]
+    struct Command<'a> {
+        offset: u64,
+        command: &'a str,
+    }
+    serializer.collect_seq(commands.iter().map(|(offset, command)| Command { offset: *offset, command }))
 }
 
 /// Everything, for people.

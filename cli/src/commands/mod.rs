@@ -15,7 +15,7 @@ use crate::failure::Stop;
 use crate::progress::Progress;
 use crate::report::Report;
 use crate::stream::{Inputs, Observer};
-use serde_json::{Map, Value};
+use serde::Serialize;
 use std::io::{self, Write};
 
 /// Standard output that ends the command quietly when its reader has gone (`qevm inspect … | head`).
@@ -36,8 +36,30 @@ impl Output {
         writeln!(self.out, "{text}").map_err(closed)
     }
 
-    pub(crate) fn json(&mut self, object: Map<String, Value>) -> Result<(), Stop> {
-        self.line(Value::Object(object))
+    /// Writes an object on a line of its own, without building it first.
+    pub(crate) fn json(&mut self, object: &impl Serialize) -> Result<(), Stop> {
+        serde_json::to_writer(&mut self.out, object).map_err(|error| closed(error.into()))?;
+        self.line("")
+    }
+
+    /// As [`json`](Output::json), with a list as last member whose elements `elements` writes.
+    pub(crate) fn json_with_list(
+        &mut self,
+        object: &impl Serialize,
+        member: &str,
+        elements: impl FnOnce(&mut dyn Write) -> io::Result<()>,
+    ) -> Result<(), Stop> {
+        let mut text = serde_json::to_vec(object).map_err(|error| closed(error.into()))?;
+        text.pop();
+        self.out.write_all(&text).map_err(closed)?;
+        self.print(format_args!(",\"{member}\":["))?;
+        self.copy(elements)?;
+        self.line("]}")
+    }
+
+    /// Writes what `content` writes.
+    pub(crate) fn copy(&mut self, content: impl FnOnce(&mut dyn Write) -> io::Result<()>) -> Result<(), Stop> {
+        content(&mut self.out).map_err(closed)
     }
 
     pub(crate) fn finish(mut self) -> Result<(), Stop> {
@@ -56,12 +78,13 @@ fn closed(error: io::Error) -> Stop {
 pub(crate) fn open(
     input: &args::Input,
     output: args::Output,
-    json: impl FnOnce(&Report) -> Map<String, Value>,
+    print: impl FnOnce(&Report, &mut Output) -> Result<(), Stop>,
 ) -> Result<Inputs, Stop> {
     let opened = Inputs::open(input);
     if let (Err(Stop::Bad(failure)), true) = (&opened, output.json) {
         let mut out = Output::new();
-        out.json(json(&Report { error: Some(failure.clone()), qemu_profile: "unknown".into(), ..Report::default() }))?;
+        let report = Report { error: Some(failure.clone()), qemu_profile: "unknown".into(), ..Report::default() };
+        print(&report, &mut out)?;
         out.finish()?;
     }
     opened

@@ -15,9 +15,10 @@ use crate::args::{self, RamDigest};
 use crate::failure::{Failure, Stop};
 use crate::progress::Progress;
 use crate::ram::Keep;
+use crate::report::Members;
 use crate::socket::{Address, Listener};
 use crate::stream::{Inputs, Layouts, Settings, analyze};
-use serde_json::json;
+use serde::Serialize;
 use session::{Session, Taken};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -44,6 +45,14 @@ pub fn run(receive: &args::Receive) -> Result<(), Stop> {
     };
     let taken = session.run()?;
     report(receive, &files, taken)
+}
+
+/// The object of `verify`, and where the files are.
+#[derive(Serialize)]
+struct Received<'a> {
+    #[serde(flatten)]
+    report: Members<'a>,
+    files: &'a [String],
 }
 
 /// Says what arrived.
@@ -77,9 +86,7 @@ fn report(receive: &args::Receive, files: &Files, taken: Taken) -> Result<(), St
     let saved: Vec<String> = saved.map(|path| path.display().to_string()).collect();
     match receive.output.json {
         true => {
-            let mut object = report.to_json();
-            object.insert("files".into(), json!(saved));
-            out.json(object)?;
+            out.json(&Received { report: report.members(true), files: &saved })?;
         }
         false => {
             inspect::print(&mut out, &analysis, &report, false)?;

@@ -97,7 +97,7 @@ pub fn run(send: &args::Send) -> Result<(), Stop> {
             object.insert("address".into(), json!(send.address));
             object.insert("bytes".into(), json!(bytes));
             object.insert("confirmed".into(), json!(confirmed));
-            out.json(object)?;
+            out.json(&object)?;
         }
         false => {
             let word = if confirmed { "the destination has loaded the guest" } else { "not confirmed" };

@@ -14,7 +14,7 @@ use crate::table::{count, size};
 /// # Errors
 /// [`Stop::Bad`] if the stream is bad, [`Stop::Usage`] if a file cannot be opened.
 pub fn run(verify: &args::Verify) -> Result<(), Stop> {
-    let mut inputs = super::open(&verify.input, verify.output, Report::to_json)?;
+    let mut inputs = super::open(&verify.input, verify.output, |report, out| out.json(report))?;
     let keep = match verify.ram_digest {
         RamDigest::Crc32 => Keep::Digests,
         RamDigest::Sha256 => Keep::Image,
@@ -34,7 +34,7 @@ pub fn run(verify: &args::Verify) -> Result<(), Stop> {
     drop(bar);
     let mut out = Output::new();
     match verify.output.json {
-        true => out.json(report.to_json())?,
+        true => out.json(&report)?,
         false => print(&mut out, &analysis, &report)?,
     }
     out.finish()?;

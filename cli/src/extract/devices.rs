@@ -1,14 +1,23 @@
 //! Device state as JSON.
 
+use crate::aside::Aside;
+use crate::bounds::Spool;
 use crate::stream::Analysis;
 use qevm_savevm::framing::SectionHeader;
 use qevm_savevm::vmdesc::{Node, Scalar, Value};
 use serde_json::{Value as Json, json};
+use std::collections::HashMap;
+use std::io::{self, BufWriter, Write};
 
 /// The device sections of a stream, in its order.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Devices {
     sections: Vec<Section>,
+    /// Offset of a section's content to its index.
+    by_offset: HashMap<u64, usize>,
+    /// The fields of sections, as JSON: they take far more room than the sections.
+    aside: Aside,
+    failed: Option<io::Error>,
 }
 
 #[derive(Debug)]
@@ -22,20 +31,43 @@ struct Section {
 enum Content {
     /// Nothing is known of it, so far.
     Bytes(Vec<u8>),
-    Fields(Node),
+    /// The fields of so many bytes lie here in what was put aside.
+    Fields { size: u64, start: u64, len: u64 },
 }
 
 impl Devices {
+    /// No section so far. What is put aside comes out of `room`.
+    pub fn new(room: Spool) -> Self {
+        Devices { sections: Vec::new(), by_offset: HashMap::new(), aside: Aside::new(room), failed: None }
+    }
+
     /// The content of a section came.
     pub(super) fn body(&mut self, header: &SectionHeader, offset: u64, body: &[u8]) {
         let content = Content::Bytes(body.to_vec());
+        self.by_offset.insert(offset, self.sections.len());
         self.sections.push(Section { header: header.clone(), offset, content });
     }
 
     /// Its fields are known.
     pub(super) fn fields(&mut self, fields: &Node) {
-        if let Some(section) = self.sections.iter_mut().find(|section| section.offset == fields.offset) {
-            section.content = Content::Fields(fields.clone());
+        let Some(index) = self.by_offset.get(&fields.offset) else { return };
+        let start = self.aside.len();
+        let written = {
+            let mut out = BufWriter::new(&mut self.aside);
+            write_fields(&mut out, fields.children(), 3).and_then(|()| out.flush())
+        };
+        if let Err(error) = written {
+            self.failed.get_or_insert(error);
+        }
+        self.sections[*index].content = Content::Fields { size: fields.len, start, len: self.aside.len() - start };
+    }
+
+    /// The stream is read again.
+    pub(super) fn restarted(&mut self) {
+        self.sections.clear();
+        self.by_offset.clear();
+        if let Err(error) = self.aside.clear() {
+            self.failed.get_or_insert(error);
         }
     }
 
@@ -44,68 +76,103 @@ impl Devices {
         self.sections.len()
     }
 
-    /// All sections as one object.
+    /// Writes all sections as one object, a line for each field.
     ///
     /// A section has `idstr`, `instance_id`, `version_id`, `offset` (of its content), `size`, and `fields`; or, if nothing
     /// is known of it, `opaque` with its bytes in hexadecimal. A field has `name`, `type`, `offset`, `size` and one of
-    /// `value` (see [`leaf_value`]), `opaque` (bytes whose layout is not known) and
+    /// `value` (see [`write_value`]), `opaque` (bytes whose layout is not known) and
     /// `fields` (a structure, subsection or list).
-    pub fn to_json(&self, analysis: &Analysis) -> Json {
-        json!({
-            "machine": analysis.machine(),
-            "qemu_profile": crate::stream::writer::describe(analysis),
-            "sections": self.sections.iter().map(Section::to_json).collect::<Vec<_>>(),
-        })
-    }
-}
-
-impl Section {
-    fn to_json(&self) -> Json {
-        let mut object = json!({
-            "idstr": self.header.idstr.to_string(),
-            "instance_id": self.header.instance_id,
-            "version_id": self.header.version_id,
-            "offset": self.offset,
-        });
-        match &self.content {
-            Content::Bytes(bytes) => {
-                object["size"] = bytes.len().into();
-                object["opaque"] = hex(bytes).into();
-            }
-            Content::Fields(node) => {
-                object["size"] = node.len.into();
-                object["fields"] = node.children().iter().map(field).collect();
+    ///
+    /// # Errors
+    /// What the operating system says, of `out` or of a temporary file.
+    pub fn write(&mut self, analysis: &Analysis, mut out: impl Write) -> io::Result<()> {
+        if let Some(error) = self.failed.take() {
+            return Err(error);
+        }
+        let (machine, profile) = (json!(analysis.machine()), json!(crate::stream::writer::describe(analysis)));
+        write!(out, "{{\n  \"machine\": {machine},\n  \"qemu_profile\": {profile},\n  \"sections\": [")?;
+        for (number, section) in self.sections.iter().enumerate() {
+            let comma = if number > 0 { "," } else { "" };
+            let Section { header, offset, content } = section;
+            let (idstr, instance_id) = (json!(header.idstr.to_string()), header.instance_id);
+            write!(out, "{comma}\n    {{\"idstr\": {idstr}, \"instance_id\": {instance_id}, ")?;
+            write!(out, "\"version_id\": {}, \"offset\": {offset}, ", header.version_id)?;
+            match content {
+                Content::Bytes(bytes) => {
+                    write!(out, "\"size\": {}, \"opaque\": \"", bytes.len())?;
+                    write_hex(&mut out, bytes)?;
+                    out.write_all(b"\"}")?;
+                }
+                Content::Fields { size, start, len } => {
+                    write!(out, "\"size\": {size}, \"fields\": ")?;
+                    self.aside.copy(*start, *len, &mut out)?;
+                    out.write_all(b"}")?;
+                }
             }
         }
-        object
+        out.write_all(b"\n  ]\n}\n")?;
+        out.flush()
     }
 }
 
-fn field(node: &Node) -> Json {
-    let mut object = json!({"name": node.name, "type": node.type_name, "offset": node.offset, "size": node.len});
-    match &node.value {
-        Value::Struct(structure) | Value::Subsection(structure) => {
-            if !structure.vmsd_name.is_empty() {
-                object["vmsd_name"] = structure.vmsd_name.as_ref().into();
-                object["version"] = structure.version.into();
+/// Writes a list of fields whose elements are `depth` levels inside.
+fn write_fields(out: &mut impl Write, fields: &[Node], depth: usize) -> io::Result<()> {
+    if fields.is_empty() {
+        return out.write_all(b"[]");
+    }
+    for (number, node) in fields.iter().enumerate() {
+        let comma = if number > 0 { "," } else { "[" };
+        let (name, type_name) = (json!(node.name), json!(node.type_name));
+        write!(out, "{comma}\n{:width$}{{\"name\": {name}, \"type\": {type_name}, ", "", width = depth * 2)?;
+        write!(out, "\"offset\": {}, \"size\": {}, ", node.offset, node.len)?;
+        match &node.value {
+            Value::Struct(structure) | Value::Subsection(structure) => {
+                if !structure.vmsd_name.is_empty() {
+                    let vmsd_name = json!(structure.vmsd_name);
+                    write!(out, "\"vmsd_name\": {vmsd_name}, \"version\": {}, ", structure.version)?;
+                }
+                out.write_all(b"\"fields\": ")?;
+                write_fields(out, node.children(), depth + 1)?;
             }
-            object["fields"] = node.children().iter().map(field).collect();
+            Value::List(elements) => {
+                out.write_all(b"\"fields\": ")?;
+                write_fields(out, elements, depth + 1)?;
+            }
+            Value::Opaque(bytes) => {
+                out.write_all(b"\"opaque\": \"")?;
+                write_hex(out, bytes)?;
+                out.write_all(b"\"")?;
+            }
+            value => {
+                out.write_all(b"\"value\": ")?;
+                write_value(out, value)?;
+            }
         }
-        Value::List(elements) => object["fields"] = elements.iter().map(field).collect(),
-        Value::Opaque(bytes) => object["opaque"] = hex(bytes).into(),
-        value => object["value"] = leaf_value(value),
+        out.write_all(b"}")?;
     }
-    object
+    write!(out, "\n{:width$}]", "", width = (depth - 1) * 2)
 }
 
-/// The value of a field without fields: a number (a double that is none as its bits, in hexadecimal), a list of numbers,
-/// or bytes in hexadecimal.
-pub fn leaf_value(value: &Value) -> Json {
+/// Writes the value of a field without fields: a number (a double that is none as its bits, in hexadecimal), a list of
+/// numbers, or bytes in hexadecimal.
+///
+/// # Errors
+/// What `out` says.
+pub fn write_value(out: &mut (impl Write + ?Sized), value: &Value) -> io::Result<()> {
     match value {
-        Value::Scalar(scalar) => number(*scalar),
-        Value::Scalars(scalars) => scalars.iter().map(number).collect(),
-        Value::Buffer(bytes) | Value::Bitmap(bytes) | Value::Unused(bytes) | Value::Opaque(bytes) => hex(bytes).into(),
-        _ => Json::Null,
+        Value::Scalar(scalar) => write!(out, "{}", number(*scalar)),
+        Value::Scalars(scalars) => {
+            for (index, scalar) in scalars.iter().enumerate() {
+                write!(out, "{}{}", if index > 0 { "," } else { "[" }, number(scalar))?;
+            }
+            out.write_all(if scalars.is_empty() { b"[]" } else { b"]" })
+        }
+        Value::Buffer(bytes) | Value::Bitmap(bytes) | Value::Unused(bytes) | Value::Opaque(bytes) => {
+            out.write_all(b"\"")?;
+            write_hex(out, bytes)?;
+            out.write_all(b"\"")
+        }
+        _ => out.write_all(b"null"),
     }
 }
 
@@ -119,7 +186,18 @@ fn number(scalar: Scalar) -> Json {
     }
 }
 
-/// Bytes as hexadecimal digits.
-pub fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+/// Writes bytes as hexadecimal digits.
+///
+/// # Errors
+/// What `out` says.
+pub fn write_hex(out: &mut (impl Write + ?Sized), bytes: &[u8]) -> io::Result<()> {
+    const DIGITS: &[u8; 16] = b"0123456789abcdef";
+    for piece in bytes.chunks(512) {
+        let mut text = [0; 1024];
+        for (byte, digits) in piece.iter().zip(text.chunks_exact_mut(2)) {
+            digits.copy_from_slice(&[DIGITS[usize::from(byte >> 4)], DIGITS[usize::from(byte & 15)]]);
+        }
+        out.write_all(&text[..2 * piece.len()])?;
+    }
+    Ok(())
 }

@@ -33,9 +33,9 @@ pub struct GuestObserver {
 }
 
 impl GuestObserver {
-    /// Nothing found yet; `bar` shows how far the stream was read. `devices`: all device sections are to be kept.
-    pub fn new(bar: Progress, devices: bool) -> Self {
-        let guest = Guest { devices: devices.then(Devices::default), ..Guest::default() };
+    /// Nothing found yet; `bar` shows how far the stream was read. `devices`: where all device sections are to be kept.
+    pub fn new(bar: Progress, devices: Option<Devices>) -> Self {
+        let guest = Guest { devices, ..Guest::default() };
         GuestObserver { guest, bar }
     }
 }
@@ -46,7 +46,8 @@ impl Observer for GuestObserver {
     }
 
     fn restarted(&mut self) {
-        let devices = self.guest.devices.is_some().then(Devices::default);
+        let mut devices = self.guest.devices.take();
+        devices.iter_mut().for_each(Devices::restarted);
         self.guest = Guest { devices, ..Guest::default() };
     }
 

@@ -17,6 +17,7 @@ use crate::stream::Analysis;
 use elf_core::{CoreHeader, Load, core_header};
 use qevm_savevm::guest_memory::{Segment, main_block, segments};
 use std::fs::File;
+use std::io::BufWriter;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
@@ -105,10 +106,10 @@ pub fn write_block(ram: &mut GuestRam, block: usize, output: OutputFile) -> Resu
 ///
 /// # Errors
 /// [`Stop::Bad`] with kind `io` if the file cannot be written.
-pub fn write_devices(devices: &Devices, analysis: &Analysis, output: OutputFile) -> Result<u64, Stop> {
-    let text = format!("{:#}\n", devices.to_json(analysis));
-    output.file().write_all_at(text.as_bytes(), 0).map_err(|error| write_error(output.path(), 0, &error))?;
-    finish(output, text.len() as u64)
+pub fn write_devices(devices: &mut Devices, analysis: &Analysis, output: OutputFile) -> Result<u64, Stop> {
+    let written = devices.write(analysis, BufWriter::new(output.file())).and_then(|()| output.file().metadata());
+    let len = written.map_err(|error| write_error(output.path(), 0, &error))?.len();
+    finish(output, len)
 }
 
 fn copy_pages(

@@ -130,6 +130,8 @@ pub struct Analysis {
     pub incomplete_ram: bool,
     /// Remarks that are no faults.
     pub notes: Vec<String>,
+    /// How many there are beyond those that are kept.
+    pub more_notes: u64,
     /// Offset and text of the description.
     pub description: Option<(u64, Vec<u8>)>,
     /// Signs of the writer's release.
@@ -158,6 +160,20 @@ pub struct PageCounts {
 impl Analysis {
     /// Lists that grow with the length of a migration stop growing here: 200 000 records are 5 MiB.
     pub const MAX_RECORDS: usize = 200_000;
+
+    /// Remarks stop being kept here; the last one says how many more there are.
+    const MAX_NOTES: usize = 5_000;
+
+    /// Keeps a remark.
+    pub(super) fn note(&mut self, note: String) {
+        if self.notes.len() < Self::MAX_NOTES {
+            self.notes.push(note);
+        } else {
+            self.more_notes += 1;
+            self.notes.truncate(Self::MAX_NOTES);
+            self.notes.push(format!("and {} more remarks of this kind", self.more_notes));
+        }
+    }
 
     pub(super) fn failed(failure: Failure) -> Self {
         Analysis { failure: Some(failure), ..Analysis::default() }

@@ -278,7 +278,7 @@ fn replace_opaque(
     observer: &mut dyn Observer,
 ) {
     analysis.opaque_bytes = analysis.opaque_bytes + read.opaque - len as u64;
-    analysis.notes.extend(read.note);
+    read.note.into_iter().for_each(|note| analysis.note(note));
     if let Some(fields) = &read.fields {
         observer.fields(header, fields);
     }

@@ -10,6 +10,8 @@ use qevm_savevm::framing::{Content, SectionHeader};
 use qevm_savevm::vmdesc::{Catalogue, DeviceBody, DeviceDescription, Found, Node, Schema, Verdict};
 use qevm_savevm::vmstate::Context;
 use qevm_wire::{Limits, QemuVersion};
+use std::fs::File;
+use std::io::Read as _;
 use std::sync::Arc;
 
 /// The old-style section whose layout is known.
@@ -33,8 +35,12 @@ impl Layouts {
         let no_description = arguments.no_description;
         let Some(path) = &arguments.schema else { return Ok(Layouts { schema: None, no_description }) };
         let name = path.display().to_string();
-        let text = std::fs::read(path).map_err(|error| Stop::Usage(format!("{name}: {error}")))?;
-        let schema = Schema::parse(&text, &Limits::default()).map_err(|error| Failure::located(&name, error))?;
+        let limits = Limits::default();
+        let mut text = Vec::new();
+        // One byte more, so that what is too long is seen to be.
+        let read = File::open(path).and_then(|file| file.take(limits.schema + 1).read_to_end(&mut text));
+        read.map_err(|error| Stop::Usage(format!("{name}: {error}")))?;
+        let schema = Schema::parse(&text, &limits).map_err(|error| Failure::located(&name, error))?;
         Ok(Layouts { schema: Some(Arc::new(schema)), no_description })
     }
 

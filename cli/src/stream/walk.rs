@@ -130,7 +130,7 @@ impl Walk<'_> {
             let missing = "the main channel waits for multifd channels, but none was given (--channel)";
             match self.settings.complete {
                 true => return Err(Failure::mismatch(&main.name, at, "section 'ram'", missing).into()),
-                false => self.analysis.notes.push(format!("{missing}: pages that came on them are missing here")),
+                false => self.analysis.note(format!("{missing}: pages that came on them are missing here")),
             }
         }
         if let Some(memory) = &mut self.memory {
@@ -183,7 +183,7 @@ impl Walk<'_> {
         match result {
             Err(Halt::Failure(failure)) if can_break && failure.kind == "truncated" && failure.file == named.name => {
                 let note = format!("{}: the connection broke at byte {end}, as a resumed postcopy's does", named.name);
-                self.analysis.notes.push(note);
+                self.analysis.note(note);
                 self.record = None;
             }
             Err(Halt::Failure(mut failure)) => {
@@ -276,7 +276,7 @@ impl Walk<'_> {
         self.analysis.signs.body(header, body);
         let read = self.bodies.read(header, at, body, packaged, file, &self.analysis)?;
         self.analysis.opaque_bytes += read.opaque;
-        self.analysis.notes.extend(read.note);
+        read.note.into_iter().for_each(|note| self.analysis.note(note));
         if let Some(fields) = &read.fields {
             self.observer.fields(header, fields);
         }

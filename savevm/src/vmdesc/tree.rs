@@ -136,6 +136,19 @@ impl Node {
         }
     }
 
+    /// Bytes of memory that the node takes, with all inside it.
+    pub fn memory(&self) -> u64 {
+        let owned = |name: &Name| if let Cow::Owned(name) = name { name.len() } else { 0 };
+        let value = match &self.value {
+            Value::Scalars(scalars) => scalars.as_bytes().len(),
+            Value::Buffer(b) | Value::Unused(b) | Value::Bitmap(b) | Value::Opaque(b) => b.len(),
+            Value::Struct(inner) | Value::Subsection(inner) => owned(&inner.vmsd_name),
+            Value::Scalar(_) | Value::List(_) => 0,
+        };
+        let own = size_of::<Node>() + owned(&self.name) + owned(&self.type_name) + value;
+        own as u64 + self.children().iter().map(Node::memory).sum::<u64>()
+    }
+
     /// Bytes that the node encodes to. Unlike [`Node::len`] it follows changes of the values.
     pub fn encoded_len(&self) -> u64 {
         let own = match &self.value {

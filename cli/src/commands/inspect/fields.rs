@@ -1,12 +1,14 @@
 //! The fields of device sections: as an indented tree for people, as a flat list for machines.
 
-use crate::extract::devices::{hex, leaf_value};
+use crate::aside::Aside;
+use crate::extract::devices::{write_hex, write_value};
 use crate::failure::printable;
 use crate::progress::Progress;
 use crate::stream::Observer;
 use qevm_savevm::framing::SectionHeader;
 use qevm_savevm::vmdesc::{Node, Value};
 use serde_json::json;
+use std::io::{self, BufWriter, Write};
 
 /// Bytes of a buffer that are shown to people.
 const SHOWN_BYTES: usize = 32;
@@ -22,11 +24,16 @@ pub(super) enum Choice {
     Named(Vec<String>),
 }
 
-/// Gathers the chosen sections' fields, and shows progress.
+/// Writes the chosen sections' fields down as they come, and shows progress.
 #[derive(Debug)]
 pub(super) struct Gather {
     pub(super) choice: Choice,
-    pub(super) sections: Vec<(SectionHeader, Node)>,
+    /// Only fields whose path contains this.
+    pub(super) filter: Option<String>,
+    /// A flat list, and not a tree.
+    pub(super) json: bool,
+    pub(super) aside: Aside,
+    pub(super) failed: Option<io::Error>,
     pub(super) progress: Progress,
 }
 
@@ -36,13 +43,16 @@ impl Observer for Gather {
     }
 
     fn restarted(&mut self) {
-        self.sections.clear();
+        self.failed = self.aside.clear().err();
         self.progress.say("XBZRLE pages found: reading again with page contents kept");
     }
 
     fn fields(&mut self, header: &SectionHeader, fields: &Node) {
-        if self.chooses(header) {
-            self.sections.push((header.clone(), fields.clone()));
+        if self.chooses(header)
+            && self.failed.is_none()
+            && let Err(error) = self.write(header, fields)
+        {
+            self.failed = Some(error);
         }
     }
 }
@@ -58,64 +68,97 @@ impl Gather {
         }
     }
 
-    /// The trees as text; only fields whose path contains `filter`.
-    pub(super) fn text(&self, filter: Option<&str>) -> String {
-        let mut out = String::new();
-        for (header, fields) in &self.sections {
-            let mut tree = String::new();
-            fields.children().iter().for_each(|child| lines(child, 1, &child.name, filter, &mut tree));
-            if !tree.is_empty() {
-                out += &format!("\n{} instance {}, version {}\n", header.idstr, header.instance_id, header.version_id);
-                out += &tree;
+    fn write(&mut self, header: &SectionHeader, fields: &Node) -> io::Result<()> {
+        let filter = self.filter.as_deref();
+        let first = self.aside.is_empty();
+        let mut out = BufWriter::new(&mut self.aside);
+        match self.json {
+            true => list(&mut out, header, fields, filter, first)?,
+            false => {
+                let heading =
+                    format!("\n{} instance {}, version {}\n", header.idstr, header.instance_id, header.version_id);
+                let mut tree = Tree { out: &mut out, filter, path: String::new(), pending: vec![heading] };
+                fields.children().iter().try_for_each(|child| tree.node(child, 1))?;
             }
         }
-        out
+        out.flush()
     }
 
-    /// All leaves as a list.
-    pub(super) fn json(&self, filter: Option<&str>) -> serde_json::Value {
-        let mut list = Vec::new();
-        for (header, fields) in &self.sections {
-            for child in fields.children() {
-                child.leaves(&mut |path, leaf| {
-                    if filter.is_none_or(|filter| path.contains(filter)) {
-                        list.push(json!({
-                            "idstr": header.idstr.to_string(),
-                            "instance_id": header.instance_id,
-                            "path": path,
-                            "type": leaf.type_name,
-                            "offset": leaf.offset,
-                            "size": leaf.len,
-                            "value": leaf_value(&leaf.value),
-                        }));
-                    }
-                });
-            }
-        }
-        list.into()
+    /// Writes what was gathered to `out`.
+    pub(super) fn copy(&mut self, out: &mut (impl Write + ?Sized)) -> io::Result<()> {
+        self.aside.copy(0, self.aside.len(), out)
     }
 }
 
-/// Appends a node and what is in it; nothing if no leaf's path contains `filter`.
-fn lines(node: &Node, depth: usize, path: &str, filter: Option<&str>, out: &mut String) {
-    let indent = "  ".repeat(depth);
-    let name = printable(&node.name);
-    match &node.value {
-        Value::Struct(_) | Value::Subsection(_) | Value::List(_) => {
-            let mut inside = String::new();
-            for child in node.children() {
-                lines(child, depth + 1, &format!("{path}.{}", child.name), filter, &mut inside);
+/// Writes all leaves as elements of a list.
+fn list(
+    out: &mut impl Write,
+    header: &SectionHeader,
+    fields: &Node,
+    filter: Option<&str>,
+    mut first: bool,
+) -> io::Result<()> {
+    let (idstr, instance_id) = (json!(header.idstr.to_string()), header.instance_id);
+    let mut result = Ok(());
+    for child in fields.children() {
+        child.leaves(&mut |path, leaf| {
+            if result.is_err() || filter.is_some_and(|filter| !path.contains(filter)) {
+                return;
             }
-            if !inside.is_empty() || filter.is_none() {
-                *out += &format!("{indent}{name}  ({}, {} bytes at {})\n", node.type_name, node.len, node.offset);
-                *out += &inside;
+            let comma = if std::mem::take(&mut first) { "" } else { "," };
+            let (path, type_name, offset, size) = (json!(path), json!(leaf.type_name), leaf.offset, leaf.len);
+            result = write!(out, "{comma}{{\"idstr\":{idstr},\"instance_id\":{instance_id},\"path\":{path},")
+                .and_then(|()| write!(out, "\"type\":{type_name},\"offset\":{offset},\"size\":{size},\"value\":"))
+                .and_then(|()| write_value(out, &leaf.value))
+                .and_then(|()| out.write_all(b"}"));
+        });
+    }
+    result
+}
+
+/// A tree on its way to people.
+struct Tree<'t, W> {
+    out: &'t mut W,
+    filter: Option<&'t str>,
+    path: String,
+    /// Lines that are written if a field is inside.
+    pending: Vec<String>,
+}
+
+impl<W: Write> Tree<'_, W> {
+    /// Writes a node and what is in it; nothing if no leaf's path contains the filter.
+    fn node(&mut self, node: &Node, depth: usize) -> io::Result<()> {
+        let before = self.path.len();
+        if depth > 1 {
+            self.path.push('.');
+        }
+        self.path.push_str(&node.name);
+        let (indent, name) = ("  ".repeat(depth), printable(&node.name));
+        match &node.value {
+            Value::Struct(_) | Value::Subsection(_) | Value::List(_) => {
+                let pending = self.pending.len();
+                self.pending
+                    .push(format!("{indent}{name}  ({}, {} bytes at {})\n", node.type_name, node.len, node.offset));
+                if self.filter.is_none() {
+                    self.flush()?;
+                }
+                node.children().iter().try_for_each(|child| self.node(child, depth + 1))?;
+                self.pending.truncate(pending);
+            }
+            value => {
+                if self.filter.is_none_or(|filter| self.path.contains(filter)) {
+                    self.flush()?;
+                    let value = value_text(value);
+                    writeln!(self.out, "{indent}{name} = {value}  ({}, at {})", node.type_name, node.offset)?;
+                }
             }
         }
-        value => {
-            if filter.is_none_or(|filter| path.contains(filter)) {
-                *out += &format!("{indent}{name} = {}  ({}, at {})\n", value_text(value), node.type_name, node.offset);
-            }
-        }
+        self.path.truncate(before);
+        Ok(())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.pending.drain(..).try_for_each(|line| self.out.write_all(line.as_bytes()))
     }
 }
 
@@ -140,5 +183,8 @@ fn hex_text(bytes: &[u8]) -> String {
     if bytes.len() > 1 && bytes.iter().all(|byte| *byte == 0) {
         return format!("{} zero bytes", bytes.len());
     }
-    format!("{}{more}", hex(&bytes[..bytes.len().min(SHOWN_BYTES)]))
+    let mut shown = Vec::new();
+    // Nothing can go wrong in memory.
+    let _ = write_hex(&mut shown, &bytes[..bytes.len().min(SHOWN_BYTES)]);
+    format!("{}{more}", String::from_utf8_lossy(&shown))
 }

@@ -83,7 +83,7 @@ impl Verdict {
 }
 
 /// A structure that may be written.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Hash)]
 struct StructSchema {
     name: String,
     version: u32,
@@ -93,7 +93,7 @@ struct StructSchema {
 }
 
 /// A field that may be written.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Hash)]
 struct FieldSchema {
     name: String,
     /// Version of the structure from which on it is written.
@@ -104,7 +104,7 @@ struct FieldSchema {
     count: Option<u64>,
     /// Bytes in memory, which for numbers are those on the wire; 0 if they vary.
     size: u64,
-    nested: Option<StructSchema>,
+    nested: Option<Box<StructSchema>>,
 }
 
 impl Schema {

@@ -5,6 +5,8 @@ use super::super::json::Json;
 use super::{FieldSchema, Schema, StructSchema};
 use crate::Error;
 use qevm_wire::{Limits, Located, WireError, Within};
+use std::collections::HashSet;
+use std::hash::{BuildHasher, RandomState};
 
 /// The entry that is no device.
 const MACHINE: &str = "vmschkmachine";
@@ -14,16 +16,17 @@ impl Schema {
     ///
     /// # Errors
     /// [`VmdescError::Json`], [`VmdescError::MissingKey`];
-    /// [`WireError::LimitExceeded`](qevm_wire::WireError::LimitExceeded) for text longer than [`Limits::vmdesc`] or
+    /// [`WireError::LimitExceeded`](qevm_wire::WireError::LimitExceeded) for text longer than [`Limits::schema`] or
     /// deeper nesting than [`Limits::depth`].
     pub fn parse(json: &[u8], limits: &Limits) -> Result<Self, Error> {
-        let (found, limit) = (json.len() as u64, limits.vmdesc);
+        let (found, limit) = (json.len() as u64, limits.schema);
         if found > limit {
             let kind = WireError::LimitExceeded { what: "length of the schema", found, limit };
             return Err(Located::new(kind.into(), 0));
         }
         let mut json = Json::new(json, 0, limits.depth);
         let mut schema = Schema::default();
+        let (mut seen, hasher) = (HashSet::new(), RandomState::new());
         json.object(|json, key| {
             let place = format!("device '{}'", key.escape_debug());
             if key == MACHINE {
@@ -34,7 +37,8 @@ impl Schema {
             } else {
                 let description = device(json, &mut schema.array_lengths).within(|| place)?;
                 let same_name = schema.devices.entry(description.name.clone()).or_default();
-                if !same_name.contains(&description) {
+                // What was not seen need not be looked for among all that were.
+                if seen.insert(hasher.hash_one(&description)) || !same_name.contains(&description) {
                     same_name.push(description);
                 }
                 Ok(())
@@ -92,7 +96,7 @@ fn field(json: &mut Json<'_>, arrays: &mut bool) -> Result<FieldSchema, Error> {
         "field_exists" => json.boolean().map(|b| field.conditional = b),
         "num" => json.unsigned().map(|n| field.count = Some(n)),
         "size" => json.unsigned().map(|s| size = Some(s)),
-        "Description" => structure(json, arrays).map(|s| field.nested = Some(s)),
+        "Description" => structure(json, arrays).map(|s| field.nested = Some(Box::new(s))),
         _ => json.skip(),
     })?;
     *arrays |= field.count.is_some();

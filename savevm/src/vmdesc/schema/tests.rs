@@ -130,7 +130,7 @@ fn damage_has_its_kind() {
         |field: &str| format!(r#"{{"x": {{"Description": {{"name": "x", "version_id": 1, "Fields": [{field}]}}}}}}"#);
     assert_eq!(missing(&with(r#"{"size": 1}"#)), ("field", "field"));
     assert_eq!(missing(&with(r#"{"field": "f"}"#)), ("field", "size"));
-    let limits = Limits { vmdesc: 10, ..Limits::default() };
+    let limits = Limits { schema: 10, ..Limits::default() };
     let error = Schema::parse(with("").as_bytes(), &limits).unwrap_err();
     assert!(matches!(error.kind, ErrorKind::Wire(qevm_wire::WireError::LimitExceeded { .. })));
 }
