@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::fs::File;
-use std::io::{self, LineWriter, Write};
+use std::io::{self, Write};
 use std::path::PathBuf;
 use std::str::FromStr;
 
@@ -233,7 +233,7 @@ impl SerialOutput {
             SerialOutput::Null => Box::new(io::sink()),
             SerialOutput::File(path) => {
                 let file = File::create(path).with_context(|| format!("cannot write {}", path.display()))?;
-                Box::new(LineWriter::new(file))
+                Box::new(file)
             }
         })
     }

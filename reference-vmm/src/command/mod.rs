@@ -13,6 +13,8 @@ use std::process::ExitCode;
 
 use clap::Parser;
 
+use crate::log;
+
 /// A KVM virtual machine monitor laid out like QEMU's microvm, to exchange running guests with QEMU.
 #[derive(Parser)]
 #[command(name = "reference-vmm", version, about, max_term_width = 120)]
@@ -30,8 +32,15 @@ enum Command {
 
 /// Runs the program with these arguments, the first of which is its name, and gives its exit status.
 pub fn main(arguments: impl Iterator<Item = OsString>) -> ExitCode {
-    tracing_subscriber::fmt().with_writer(std::io::stderr).init();
-    let result = match Arguments::parse_from(arguments.map(two_dashes)).command {
+    let command = Arguments::parse_from(arguments.map(two_dashes)).command;
+    let _log = match log::init() {
+        Ok(log) => log,
+        Err(error) => {
+            eprintln!("reference-vmm: cannot start the log: {error}");
+            return ExitCode::FAILURE;
+        }
+    };
+    let result = match command {
         Command::Run(run) => run.execute(),
         Command::Demo(demo) => demo.execute(),
         Command::Payload(payload) => payload.execute(),
@@ -39,7 +48,7 @@ pub fn main(arguments: impl Iterator<Item = OsString>) -> ExitCode {
     match result {
         Ok(code) => code,
         Err(error) => {
-            eprintln!("reference-vmm: {error:#}");
+            log::say(&format!("{error:#}"));
             ExitCode::FAILURE
         }
     }

@@ -16,6 +16,7 @@ use reference_vmm::vmm::{Actions, Exit, Vmm};
 
 use super::machine::MachineArguments;
 use super::signals;
+use crate::log;
 
 /// Run a guest until it stops, or wait for one to migrate here.
 #[derive(clap::Args)]
@@ -131,7 +132,7 @@ impl Run {
             Some(Exit::ResetFailed(reason)) => (ExitCode::FAILURE, format!("the guest could not be reset: {reason}")),
             Some(Exit::IncomingFailed(reason)) => (ExitCode::FAILURE, reason),
         };
-        eprintln!("reference-vmm: {reason}");
+        log::say(&reason);
         Ok(code)
     }
 

@@ -55,7 +55,7 @@ pub enum Request {
 /// All devices of the machine, shared by the vCPU threads.
 pub struct Devices {
     /// The serial port.
-    pub serial: Mutex<Serial>,
+    pub serial: Arc<Mutex<Serial>>,
     /// The firmware configuration device.
     pub fw_cfg: Mutex<FwCfg>,
     /// The generic event device and its power registers.
@@ -75,7 +75,7 @@ impl Devices {
     /// Puts the devices together.
     pub(crate) fn new(
         memory: Arc<GuestMemory>,
-        serial: Serial,
+        serial: Arc<Mutex<Serial>>,
         fw_cfg: FwCfg,
         ged: Ged,
         ioapic2: Arc<Mutex<Ioapic>>,
@@ -87,7 +87,7 @@ impl Devices {
             split: None,
             ioapic2,
             virtio,
-            serial: Mutex::new(serial),
+            serial,
             fw_cfg: Mutex::new(fw_cfg),
             ged: Mutex::new(ged),
             memory,

@@ -1,8 +1,17 @@
 //! A 16550A serial port (National Semiconductor PC16550D data sheet), with the state that QEMU's section `serial` carries.
 
+//!
+//! Output that nobody reads never holds the guest up: it fills a buffer, and then the transmitter is busy (`THRE` and `TEMT` are
+//! clear) until there is room again, as on QEMU's port. What a guest writes all the same is lost, and counted in the log.
+
 use std::collections::VecDeque;
 use std::io::Write;
+use std::sync::{Arc, Mutex, OnceLock, Weak};
+use std::time::Duration;
 
+use super::lock;
+use crate::error::{Error, Result};
+use crate::non_blocking::NonBlockingWriter;
 use crate::state::SerialState;
 
 const DATA: u8 = 0;
@@ -38,23 +47,44 @@ const LSR_ERRORS: u8 = 0x1e;
 const LSR_IDLE: u8 = 0x60;
 const MSR_CONNECTED: u8 = 0xb0;
 const MSR_DELTAS: u8 = 0x0f;
-/// Depth of the receive FIFO.
+/// Depth of the FIFOs. An empty transmitter takes that much without a look at it.
 const FIFO: usize = 16;
+/// Bytes of output that wait for a slow reader.
+const OUTPUT: usize = 64 << 10;
 /// 9600 baud, as QEMU's port starts.
 const RESET_DIVIDER: u16 = 0x0c;
 
-/// The port. Bytes written leave at once, so its transmitter is always empty.
+/// The port. Bytes written leave at once, so its transmitter is empty unless its output is not read.
 pub struct Serial {
     state: SerialState,
     receive: VecDeque<u8>,
-    output: Box<dyn Write + Send>,
+    output: NonBlockingWriter,
+    /// The transmitter is busy: the output has no room for a FIFO of bytes.
+    busy: bool,
+    /// Bytes that were written to a busy transmitter, since it became busy.
+    lost: u64,
+    /// The machine runs: what the guest sees of the port may change.
+    running: bool,
     interrupt: Box<dyn FnMut(bool) + Send>,
     level: bool,
 }
 
 impl Serial {
     /// A port after reset. `interrupt` is told each change of the interrupt line.
-    pub fn new(output: Box<dyn Write + Send>, interrupt: Box<dyn FnMut(bool) + Send>) -> Serial {
+    ///
+    /// # Errors
+    /// [`Error::Host`] when the host has no thread for the output.
+    pub fn start(output: Box<dyn Write + Send>, interrupt: Box<dyn FnMut(bool) + Send>) -> Result<Arc<Mutex<Serial>>> {
+        let port: Arc<OnceLock<Weak<Mutex<Serial>>>> = Arc::default();
+        let told = Arc::clone(&port);
+        let room = move || {
+            if let Some(port) = told.get().and_then(Weak::upgrade) {
+                lock(&port).transmit();
+            }
+        };
+        let failed = |error| tracing::warn!(%error, "serial output is lost");
+        let output = NonBlockingWriter::start(OUTPUT, output, failed, room)
+            .map_err(|cause| Error::Host { what: "start the thread of the serial port", cause })?;
         let state = SerialState {
             divider: RESET_DIVIDER,
             iir: IIR_NONE,
@@ -63,7 +93,29 @@ impl Serial {
             msr: MSR_CONNECTED,
             ..SerialState::default()
         };
-        Serial { state, receive: VecDeque::new(), output, interrupt, level: false }
+        let (busy, lost, running, level) = (false, 0, false, false);
+        let serial = Serial { state, receive: VecDeque::new(), output, busy, lost, running, interrupt, level };
+        let serial = Arc::new(Mutex::new(serial));
+        port.get_or_init(|| Arc::downgrade(&serial));
+        Ok(serial)
+    }
+
+    /// The machine runs, or stops.
+    pub(crate) fn run(&mut self, running: bool) {
+        self.running = running;
+        self.transmit();
+    }
+
+    /// The transmitter becomes empty if there is room again. The state of a paused machine stays as it is.
+    fn transmit(&mut self) {
+        if self.busy && self.running && self.output.room(FIFO) >= FIFO {
+            self.busy = false;
+            if self.lost > 0 {
+                tracing::warn!(bytes = self.lost, "the guest did not wait for its serial port, and output is lost");
+            }
+            self.state.thr_ipending = true;
+            self.update();
+        }
     }
 
     /// A read of register 0 to 7.
@@ -98,7 +150,7 @@ impl Serial {
                 let lsr = self.state.lsr;
                 self.state.lsr &= !LSR_ERRORS;
                 self.update();
-                lsr
+                if self.busy { lsr & !LSR_IDLE } else { lsr }
             }
             MSR if self.state.mcr & MCR_LOOP != 0 => {
                 let mcr = self.state.mcr;
@@ -123,10 +175,12 @@ impl Serial {
             DATA => {
                 if self.state.mcr & MCR_LOOP != 0 {
                     self.input(&[value]);
-                } else if let Err(error) = self.output.write_all(&[value]) {
-                    tracing::warn!(%error, "serial output is lost");
+                } else {
+                    self.lost = if self.busy { self.lost } else { 0 };
+                    self.lost += u64::from(self.output.write(&[value]) == 0);
+                    self.busy = self.output.room(FIFO) < FIFO;
                 }
-                self.state.thr_ipending = true;
+                self.state.thr_ipending = !self.busy;
             }
             IER => {
                 let newly = value & !self.state.ier;
@@ -165,54 +219,61 @@ impl Serial {
         taken
     }
 
-    /// Hands buffered output on.
-    pub fn flush(&mut self) {
-        if let Err(error) = self.output.flush() {
-            tracing::warn!(%error, "serial output is lost");
-        }
+    /// Waits until the output is written, but not long: whoever does not read it is not waited for.
+    pub(crate) fn flush(serial: &Mutex<Serial>) {
+        const PATIENCE: Duration = Duration::from_millis(300);
+        let output = lock(serial).output.clone();
+        output.flush(PATIENCE);
     }
 
-    /// Registers and FIFO.
+    /// Registers and FIFO. What waits for a slow reader here has been sent as far as the guest is concerned.
     pub fn save(&self) -> SerialState {
-        SerialState { recv_fifo: self.receive.iter().copied().collect(), ..self.state.clone() }
+        let mut state = SerialState { recv_fifo: self.receive.iter().copied().collect(), ..self.state.clone() };
+        if self.busy {
+            state.thr_ipending = true;
+            state.iir = identification(&state);
+        }
+        state
     }
 
     /// Takes over registers and FIFO, and sends what waits to be sent; bytes beyond the FIFO's depth are dropped.
     pub fn load(&mut self, state: &SerialState) {
         self.receive = state.recv_fifo.iter().copied().take(FIFO).collect();
         self.state = SerialState { recv_fifo: Vec::new(), unsent: Vec::new(), ..state.clone() };
-        if let Err(error) = self.output.write_all(&state.unsent) {
-            tracing::warn!(%error, "serial output is lost");
-        }
+        self.output.write(&state.unsent);
         if self.state.lsr & LSR_IDLE != LSR_IDLE {
             self.state.lsr |= LSR_IDLE;
             self.state.thr_ipending = true;
         }
-        self.level = false;
+        (self.level, self.busy) = (false, false);
         self.update();
     }
 
     fn update(&mut self) {
-        let state = &mut self.state;
-        let pending = if state.ier & IER_LINE != 0 && state.lsr & LSR_ERRORS != 0 {
-            IIR_LINE
-        } else if state.ier & IER_DATA != 0 && state.lsr & LSR_DATA != 0 {
-            IIR_DATA
-        } else if state.ier & IER_THR_EMPTY != 0 && state.thr_ipending {
-            IIR_THR_EMPTY
-        } else if state.ier & IER_MODEM != 0 && state.msr & MSR_DELTAS != 0 {
-            IIR_MODEM
-        } else {
-            IIR_NONE
-        };
-        let fifo = if state.fcr & FCR_ENABLE != 0 { IIR_FIFO } else { 0 };
-        state.iir = pending | fifo;
-        let level = pending != IIR_NONE;
+        self.state.iir = identification(&self.state);
+        let level = self.state.iir & IIR_ID != IIR_NONE;
         if level != self.level {
             self.level = level;
             (self.interrupt)(level);
         }
     }
+}
+
+/// The interrupt identification register: the most urgent of what is pending and enabled.
+fn identification(state: &SerialState) -> u8 {
+    let pending = if state.ier & IER_LINE != 0 && state.lsr & LSR_ERRORS != 0 {
+        IIR_LINE
+    } else if state.ier & IER_DATA != 0 && state.lsr & LSR_DATA != 0 {
+        IIR_DATA
+    } else if state.ier & IER_THR_EMPTY != 0 && state.thr_ipending {
+        IIR_THR_EMPTY
+    } else if state.ier & IER_MODEM != 0 && state.msr & MSR_DELTAS != 0 {
+        IIR_MODEM
+    } else {
+        IIR_NONE
+    };
+    let fifo = if state.fcr & FCR_ENABLE != 0 { IIR_FIFO } else { 0 };
+    pending | fifo
 }
 
 #[cfg(test)]
@@ -233,26 +294,39 @@ mod tests {
         }
     }
 
-    fn port() -> (Serial, Receiver<u8>, Receiver<bool>) {
+    /// The port, what it writes, and its interrupt line.
+    fn port() -> (Arc<Mutex<Serial>>, Receiver<u8>, Receiver<bool>) {
         let (bytes, out) = channel();
-        let (levels, line) = channel();
-        (Serial::new(Box::new(Pipe(bytes)), Box::new(move |level| levels.send(level).unwrap())), out, line)
+        let (port, line) = port_on(Box::new(Pipe(bytes)));
+        (port, out, line)
     }
+
+    fn port_on(output: Box<dyn Write + Send>) -> (Arc<Mutex<Serial>>, Receiver<bool>) {
+        let (levels, line) = channel();
+        let port = Serial::start(output, Box::new(move |level| levels.send(level).unwrap_or_default())).unwrap();
+        lock(&port).run(true);
+        (port, line)
+    }
+
+    const PATIENCE: Duration = Duration::from_secs(60);
 
     #[test]
     fn bytes_leave_and_the_transmitter_is_empty() {
-        let (mut port, out, line) = port();
+        let (port, out, line) = port();
+        let mut port = lock(&port);
         assert_eq!(port.read(LSR), 0x60);
         for byte in *b"ok" {
             port.write(DATA, byte);
         }
+        assert!(port.output.flush(PATIENCE));
         assert_eq!(out.try_iter().collect::<Vec<_>>(), b"ok");
         assert_eq!(line.try_iter().count(), 0, "no interrupt was enabled");
     }
 
     #[test]
     fn the_divisor_latch_hides_data_and_ier() {
-        let (mut port, out, _line) = port();
+        let (port, out, _line) = port();
+        let mut port = lock(&port);
         port.write(LCR, 0x83);
         port.write(DATA, 1);
         port.write(IER, 2);
@@ -265,7 +339,8 @@ mod tests {
 
     #[test]
     fn transmit_interrupt_is_taken_by_reading_iir() {
-        let (mut port, _out, line) = port();
+        let (port, _out, line) = port();
+        let mut port = lock(&port);
         port.write(IER, IER_THR_EMPTY);
         assert_eq!(line.try_recv(), Ok(true));
         assert_eq!(port.read(IIR_FCR), IIR_THR_EMPTY);
@@ -277,7 +352,8 @@ mod tests {
 
     #[test]
     fn received_bytes_queue_overflow_and_migrate() {
-        let (mut port, _out, line) = port();
+        let (port, _out, line) = port();
+        let mut port = lock(&port);
         port.write(IIR_FCR, FCR_ENABLE);
         port.write(IER, IER_DATA);
         assert_eq!(port.input(&[7; 20]), 16);
@@ -287,7 +363,8 @@ mod tests {
         port.read(DATA);
         let state = port.save();
         assert_eq!(state.recv_fifo, [7; 15]);
-        let (mut other, _out, line) = self::port();
+        let (other, _out, line) = self::port();
+        let mut other = lock(&other);
         other.load(&state);
         assert_eq!(line.try_recv(), Ok(true), "a pending interrupt is raised again");
         (0..15).for_each(|_| assert_eq!(other.read(DATA), 7));
@@ -297,11 +374,49 @@ mod tests {
 
     #[test]
     fn loopback_comes_back() {
-        let (mut port, out, _line) = port();
+        let (port, out, _line) = port();
+        let mut port = lock(&port);
         port.write(MCR, MCR_LOOP | 0x0b);
         port.write(DATA, 0x55);
         assert!(out.try_recv().is_err());
         assert_eq!(port.read(DATA), 0x55);
         assert_eq!(port.read(MSR), 0xb0);
+    }
+
+    /// As QEMU's port on a pipe: it is busy until somebody reads.
+    #[test]
+    fn a_pipe_that_nobody_reads_makes_the_transmitter_busy() {
+        let (mut reader, pipe) = std::io::pipe().unwrap();
+        let (port, line) = port_on(Box::new(pipe));
+        lock(&port).write(IER, IER_THR_EMPTY);
+        let mut written = 0;
+        while lock(&port).read(LSR) & LSR_IDLE == LSR_IDLE {
+            (0..FIFO).for_each(|_| lock(&port).write(DATA, b'a'));
+            written += FIFO;
+            assert!(written < 1 << 20, "no end of it");
+        }
+        // The thread may just be taking what is in the buffer; whatever it takes the pipe does not.
+        while written <= (64 << 10) + 2 * OUTPUT {
+            lock(&port).write(DATA, b'a');
+            written += 1;
+        }
+        assert_eq!(lock(&port).read(IIR_FCR) & IIR_ID, IIR_NONE, "nothing to tell while it is busy");
+        assert!(lock(&port).lost > 0);
+        let saved = lock(&port).save();
+        assert_eq!(
+            (saved.lsr, saved.iir, saved.thr_ipending),
+            (LSR_IDLE, IIR_THR_EMPTY, true),
+            "it has left the guest"
+        );
+        // What a paused guest sees does not change, and what comes then is told when it goes on.
+        lock(&port).run(false);
+        let mut bytes = [0; 64 << 10];
+        while lock(&port).output.room(0) < OUTPUT {
+            std::io::Read::read(&mut reader, &mut bytes).unwrap();
+        }
+        assert_eq!(lock(&port).read(LSR) & LSR_IDLE, 0);
+        while line.try_recv().is_ok() {}
+        lock(&port).run(true);
+        assert_eq!((lock(&port).read(LSR) & LSR_IDLE, line.try_recv()), (LSR_IDLE, Ok(true)));
     }
 }

@@ -201,7 +201,7 @@ impl Machine {
             let device = slot.into_model().map(|model| Transport::new(model, Arc::clone(&memory), line));
             transports.0.push(device.map(|device| Arc::new(Mutex::new(device))));
         }
-        let serial = Serial::new(config.serial, interrupt(SERIAL_IRQ, "serial port"));
+        let serial = Serial::start(config.serial, interrupt(SERIAL_IRQ, "serial port"))?;
         for device in transports.0.iter().flatten() {
             threads.extend(start_pump(device)?);
         }
@@ -375,7 +375,7 @@ impl Machine {
             Ok(())
         });
         debug_assert!(paused.is_ok());
-        lock(&self.devices.serial).flush();
+        Serial::flush(&self.devices.serial);
     }
 
     /// Makes the vCPUs stand still for so many per cent of their time (at most [`MAX_THROTTLE`]); 0 lets them run.
@@ -459,6 +459,7 @@ impl Machine {
 
     /// Lets timers of devices run out, or holds them back.
     fn tick(&self, running: bool) {
+        lock(&self.devices.serial).run(running);
         self.devices.rtc.iter().for_each(|rtc| rtc.run(running));
         self.devices.split.iter().for_each(|chips| chips.pit.run(running));
     }
@@ -482,6 +483,6 @@ impl Drop for Machine {
                 tracing::error!("a vCPU thread panicked");
             }
         }
-        lock(&self.devices.serial).flush();
+        Serial::flush(&self.devices.serial);
     }
 }

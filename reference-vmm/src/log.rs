@@ -1,0 +1,239 @@
+//! The log on standard error. It never holds up whoever logs, and nobody can flood it.
+//!
+//! Lines go through a bounded buffer; a standard error that is not read costs lines, which are counted. Of the lines of one place in
+//! the code [`LINES`] are shown in a second, and the rest are counted: a guest or a peer can cause most of them as often as it likes.
+
+use std::collections::HashMap;
+use std::io::{self, IsTerminal, Write};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use tracing::callsite::Identifier;
+use tracing::{Event, Metadata, Subscriber};
+use tracing_subscriber::filter::LevelFilter;
+use tracing_subscriber::fmt::MakeWriter;
+use tracing_subscriber::layer::{Context, Filter, Layer, SubscriberExt};
+use tracing_subscriber::util::SubscriberInitExt;
+
+use crate::non_blocking::NonBlockingWriter;
+
+/// Lines of one place in the code that are shown in a second.
+const LINES: u32 = 10;
+/// What is shown.
+const LEVEL: LevelFilter = LevelFilter::INFO;
+const SECOND: Duration = Duration::from_secs(1);
+/// Bytes that wait for a slow reader.
+const BUFFER: usize = 256 << 10;
+/// How long the end of the program waits for one.
+const PATIENCE: Duration = Duration::from_millis(500);
+
+static STDERR: OnceLock<Stderr> = OnceLock::new();
+
+/// Writes out what still waits when the program ends.
+pub(crate) struct Log;
+
+impl Drop for Log {
+    fn drop(&mut self) {
+        if let Some(stderr) = STDERR.get() {
+            stderr.writer.flush(PATIENCE);
+        }
+    }
+}
+
+/// Starts to log.
+///
+/// # Errors
+/// The host has no thread for it.
+pub(crate) fn init() -> io::Result<Log> {
+    let writer = NonBlockingWriter::start(BUFFER, Box::new(io::stderr()), |_| (), || ())?;
+    let stderr = STDERR.get_or_init(|| Stderr { writer, lost: Arc::default() });
+    let lines = tracing_subscriber::fmt::layer().with_writer(stderr.clone()).with_ansi(io::stderr().is_terminal());
+    tracing_subscriber::registry().with(lines.with_filter(RateLimit::default())).init();
+    Ok(Log)
+}
+
+/// Says something in the program's own name, in its place among the lines of the log.
+pub(crate) fn say(text: &str) {
+    let line = format!("reference-vmm: {text}\n");
+    match STDERR.get() {
+        Some(stderr) => stderr.line(line.as_bytes()),
+        None => eprint!("{line}"),
+    }
+}
+
+/// Standard error, which may lose lines.
+#[derive(Clone)]
+struct Stderr {
+    writer: NonBlockingWriter,
+    lost: Arc<AtomicU64>,
+}
+
+impl Stderr {
+    fn line(&self, line: &[u8]) {
+        let lost = self.lost.swap(0, Ordering::Relaxed);
+        if lost > 0
+            && !self.writer.write_whole(format!("{lost} lines of the log are lost: nobody read them\n").as_bytes())
+        {
+            self.lost.fetch_add(lost + 1, Ordering::Relaxed);
+        } else if !self.writer.write_whole(line) {
+            self.lost.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+}
+
+impl<'a> MakeWriter<'a> for Stderr {
+    type Writer = &'a Stderr;
+
+    fn make_writer(&'a self) -> &'a Stderr {
+        self
+    }
+}
+
+/// Each call has a whole line.
+impl Write for &Stderr {
+    fn write(&mut self, line: &[u8]) -> io::Result<usize> {
+        self.line(line);
+        Ok(line.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+/// Lets [`LINES`] events of a place pass in a second, and tells how many more there were.
+#[derive(Clone, Default)]
+struct RateLimit(Arc<Mutex<Windows>>);
+
+#[derive(Default)]
+struct Windows {
+    places: HashMap<Identifier, Window>,
+    /// The thread that tells of suppressed lines is there.
+    telling: bool,
+}
+
+struct Window {
+    metadata: &'static Metadata<'static>,
+    since: Instant,
+    events: u32,
+    suppressed: u64,
+}
+
+impl RateLimit {
+    /// Whether an event of this place may pass.
+    fn passes(&self, metadata: &'static Metadata<'static>, now: Instant) -> bool {
+        let mut windows = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let fresh = || Window { metadata, since: now, events: 0, suppressed: 0 };
+        let window = windows.places.entry(metadata.callsite()).or_insert_with(fresh);
+        if now.saturating_duration_since(window.since) >= SECOND {
+            (window.since, window.events) = (now, 0);
+        }
+        window.events = window.events.saturating_add(1);
+        if window.events <= LINES {
+            return true;
+        }
+        window.suppressed += 1;
+        if !std::mem::replace(&mut windows.telling, true) {
+            let limit = self.clone();
+            let thread = thread::Builder::new().name("log".into()).spawn(move || limit.tell());
+            windows.telling = thread.is_ok();
+        }
+        false
+    }
+
+    /// Takes what was suppressed, by place.
+    fn take_suppressed(&self) -> Vec<(&'static Metadata<'static>, u64)> {
+        let mut windows = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let suppressed = windows.places.values_mut().filter(|window| window.suppressed > 0);
+        let suppressed: Vec<_> = suppressed.map(|w| (w.metadata, std::mem::take(&mut w.suppressed))).collect();
+        windows.telling = !suppressed.is_empty();
+        suppressed
+    }
+
+    /// Tells once a second what was suppressed, until nothing is.
+    fn tell(&self) {
+        loop {
+            thread::sleep(SECOND);
+            let suppressed = self.take_suppressed();
+            if suppressed.is_empty() {
+                return;
+            }
+            for (metadata, lines) in suppressed {
+                let (target, line) = (metadata.target(), metadata.line().unwrap_or_default());
+                tracing::warn!("{lines} more lines like those of {target}, line {line}, were suppressed");
+            }
+        }
+    }
+}
+
+impl<S: Subscriber> Filter<S> for RateLimit {
+    fn enabled(&self, metadata: &Metadata<'_>, _: &Context<'_, S>) -> bool {
+        *metadata.level() <= LEVEL
+    }
+
+    fn max_level_hint(&self) -> Option<LevelFilter> {
+        Some(LEVEL)
+    }
+
+    fn event_enabled(&self, event: &Event<'_>, _: &Context<'_, S>) -> bool {
+        self.passes(event.metadata(), Instant::now())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[derive(Clone, Default)]
+    struct Lines(Arc<Mutex<Vec<String>>>);
+
+    impl Write for Lines {
+        fn write(&mut self, line: &[u8]) -> io::Result<usize> {
+            self.0.lock().unwrap().push(String::from_utf8(line.to_vec()).unwrap());
+            Ok(line.len())
+        }
+
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn a_place_has_ten_lines_a_second_and_the_rest_is_counted() {
+        let (lines, limit) = (Lines::default(), RateLimit::default());
+        let writer = lines.clone();
+        let layer = tracing_subscriber::fmt::layer().with_writer(move || writer.clone()).with_ansi(false);
+        let subscriber = tracing_subscriber::registry().with(layer.with_filter(limit.clone()));
+        tracing::subscriber::with_default(subscriber, || {
+            // However long it takes, a window has ten lines at most.
+            let start = Instant::now();
+            (0..1000).for_each(|number| tracing::warn!(number, "again"));
+            tracing::info!("another place");
+            let windows = start.elapsed().as_secs() as usize + 1;
+            let shown = lines.0.lock().unwrap().iter().filter(|line| line.contains("again")).count();
+            assert!((10..=10 * windows).contains(&shown), "{shown}");
+            assert!(lines.0.lock().unwrap().last().unwrap().contains("another place"));
+            let suppressed: u64 = limit.take_suppressed().iter().map(|(_, lines)| lines).sum();
+            assert!(suppressed as usize <= 1000 - shown, "the thread may have told of some");
+        });
+    }
+
+    #[test]
+    fn lines_that_nobody_reads_are_counted() {
+        let (reader, pipe) = io::pipe().unwrap();
+        let writer = NonBlockingWriter::start(1000, Box::new(pipe), |_| (), || ()).unwrap();
+        let stderr = Stderr { writer, lost: Arc::default() };
+        let line = [&[b'x'; 99][..], b"\n"].concat();
+        while stderr.lost.load(Ordering::Relaxed) < 5 {
+            stderr.line(&line);
+        }
+        let reading = thread::spawn(move || io::read_to_string(reader).unwrap());
+        assert!(stderr.writer.flush(Duration::from_secs(60)));
+        stderr.line(b"end\n");
+        drop(stderr);
+        let text = reading.join().unwrap();
+        assert!(text.contains(" lines of the log are lost") && text.ends_with("end\n"), "{text}");
+    }
+}
