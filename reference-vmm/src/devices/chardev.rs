@@ -5,8 +5,13 @@ use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use crate::error::{Error, Result};
+use crate::non_blocking::NonBlockingWriter;
 
 /// What to open.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -43,8 +48,31 @@ pub struct Chardev {
 #[derive(Debug)]
 enum End {
     Null,
-    Files { output: File, input: Option<File> },
-    Socket { listener: Option<UnixListener>, stream: Option<UnixStream> },
+    /// Files may block: a pipe that nobody reads, a disk that hangs. So the output has a thread, and the input is only read when there
+    /// is some.
+    Files {
+        output: NonBlockingWriter,
+        room: Arc<EventFd>,
+        input: Option<File>,
+    },
+    Socket {
+        listener: Option<UnixListener>,
+        stream: Option<UnixStream>,
+    },
+}
+
+/// Bytes of output to files that wait for a slow one.
+const OUTPUT: usize = 64 << 10;
+
+impl End {
+    fn files(output: File, input: Option<File>) -> io::Result<End> {
+        let room = Arc::new(EventFd::new(EFD_NONBLOCK)?);
+        let told = Arc::clone(&room);
+        let failed = |error| tracing::warn!(%error, "output of a character device is lost");
+        // The counter is full only when it is noticed anyway.
+        let output = NonBlockingWriter::start(OUTPUT, Box::new(output), failed, move || _ = told.write(1))?;
+        Ok(End::Files { output, room, input })
+    }
 }
 
 impl Chardev {
@@ -57,18 +85,17 @@ impl Chardev {
         let end = match options {
             ChardevOptions::Null => End::Null,
             ChardevOptions::Stdio => {
-                let open = || -> io::Result<(File, File)> {
+                let open = || -> io::Result<End> {
                     let output = io::stdout().as_fd().try_clone_to_owned()?;
-                    Ok((output.into(), io::stdin().as_fd().try_clone_to_owned()?.into()))
+                    End::files(output.into(), Some(io::stdin().as_fd().try_clone_to_owned()?.into()))
                 };
-                let (output, input) = open().map_err(failed("use standard input and output".into()))?;
-                End::Files { output, input: Some(input) }
+                open().map_err(failed("use standard input and output".into()))?
             }
             ChardevOptions::File { path, append } => {
                 let mut open = OpenOptions::new();
                 open.create(true).write(true).append(*append).truncate(!append);
-                let output = open.open(path).map_err(failed(format!("write {}", path.display())))?;
-                End::Files { output, input: None }
+                let end = open.open(path).and_then(|output| End::files(output, None));
+                end.map_err(failed(format!("write {}", path.display())))?
             }
             ChardevOptions::Socket { path, server } => {
                 let open = || -> io::Result<End> {
@@ -100,7 +127,10 @@ impl Chardev {
     pub(crate) fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         let written = match &mut self.end {
             End::Null => Ok(bytes.len()),
-            End::Files { output, .. } => output.write(bytes),
+            End::Files { output, .. } => match output.write(bytes) {
+                0 if !bytes.is_empty() => Err(io::ErrorKind::WouldBlock.into()),
+                taken => Ok(taken),
+            },
             End::Socket { stream: Some(stream), .. } if !self.dead => stream.write(bytes),
             End::Socket { .. } => Ok(bytes.len()),
         };
@@ -111,6 +141,21 @@ impl Chardev {
                 Ok(bytes.len())
             }
             other => other,
+        }
+    }
+
+    /// Waits until the output is written, at most that long.
+    pub(crate) fn flush(&self, patience: Duration) {
+        if let End::Files { output, .. } = &self.end {
+            output.flush(patience);
+        }
+    }
+
+    /// Whether [`read`](Chardev::read) may be called: it would wait where nothing has come.
+    pub(crate) fn may_read(&self, ready: &[(RawFd, i16)]) -> bool {
+        match &self.end {
+            End::Files { input: Some(input), .. } => ready.iter().any(|(fd, _)| *fd == input.as_raw_fd()),
+            _ => true,
         }
     }
 
@@ -134,11 +179,6 @@ impl Chardev {
         }
     }
 
-    /// Whether there is anything to poll.
-    pub(crate) fn has_events(&self) -> bool {
-        !matches!(self.end, End::Null)
-    }
-
     /// What to poll it for, when input is wanted and when output waits.
     pub(crate) fn interest(&self, input_wanted: bool, output_waits: bool) -> Vec<(RawFd, i16)> {
         let mut interest = Vec::new();
@@ -149,8 +189,8 @@ impl Chardev {
         };
         match &self.end {
             End::Null => {}
-            End::Files { output, input } => {
-                add(output.as_raw_fd(), output_waits, libc::POLLOUT);
+            End::Files { room, input, .. } => {
+                add(room.as_raw_fd(), output_waits, libc::POLLIN);
                 if let Some(input) = input {
                     add(input.as_raw_fd(), input_wanted, libc::POLLIN);
                 }
@@ -169,7 +209,14 @@ impl Chardev {
 
     /// After a poll: takes a client, and drops one that is gone.
     pub(crate) fn settle(&mut self, ready: &[(RawFd, i16)]) {
-        let End::Socket { listener, stream } = &mut self.end else { return };
+        let (listener, stream) = match &mut self.end {
+            End::Socket { listener, stream } => (listener, stream),
+            End::Files { room, .. } => {
+                let _ = room.read();
+                return;
+            }
+            End::Null => return,
+        };
         if let Some(open) = stream {
             let fd = open.as_raw_fd();
             let gone = libc::POLLERR | libc::POLLHUP;

@@ -202,8 +202,10 @@ impl Machine {
             transports.0.push(device.map(|device| Arc::new(Mutex::new(device))));
         }
         let serial = Serial::start(config.serial, interrupt(SERIAL_IRQ, "serial port"))?;
+        let control = Arc::new(RunControl::new(config.cpus));
         for device in transports.0.iter().flatten() {
-            threads.extend(start_pump(device)?);
+            let control = Arc::clone(&control);
+            threads.push(start_pump(device, move || control.may_run())?);
         }
         let mut rtc = None;
         if config.rtc {
@@ -232,7 +234,6 @@ impl Machine {
         if let Some(to_vcpu) = &to_vcpu {
             to_vcpu.connect(&vcpus);
         }
-        let control = Arc::new(RunControl::new(config.cpus));
         let mut machine = Machine {
             vcpus,
             control,
@@ -325,7 +326,10 @@ impl Machine {
         self.control.resume().map_err(|stop| {
             lock(&self.clock).stop();
             Error::Config(format!("the machine cannot go on: {stop}"))
-        })
+        })?;
+        // What was too much for one turn goes on, too.
+        self.devices.virtio.0.iter().flatten().for_each(|device| lock(device).wake());
+        Ok(())
     }
 
     /// Locks the images of the disks, as QEMU does; [`resume`](Machine::resume) does so, too. A machine that waits for a guest leaves it at

@@ -1,4 +1,6 @@
-//! The thread of a device that hears from the host: it waits for what the model is interested in, and lets it work.
+//! The thread of a device: it waits for what the model is interested in on the host's side, and lets it work; and it goes on with what
+//! was too much for one notification of the guest's. Between two turns the device is free for others, and when the machine is to
+//! stop there is no further turn.
 
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
@@ -22,36 +24,42 @@ impl Wake {
     }
 }
 
-/// Starts the thread for a device that needs one. It ends with [`Transport::end`].
-pub(crate) fn start(transport: &Arc<Mutex<Transport>>) -> Result<Option<JoinHandle<()>>> {
+/// Starts the thread of a device. It ends with [`Transport::end`]. `may_run` says whether the machine runs, and is not about to stop.
+pub(crate) fn start(
+    transport: &Arc<Mutex<Transport>>,
+    may_run: impl Fn() -> bool + Send + 'static,
+) -> Result<JoinHandle<()>> {
     let failed = |cause| Error::Host { what: "start the thread of a virtio device", cause };
-    if !lock(transport).has_events() {
-        return Ok(None);
-    }
     let wake = Wake(Arc::new(EventFd::new(EFD_NONBLOCK).map_err(failed)?));
     lock(transport).set_wake(wake.clone());
     let transport = Arc::clone(transport);
-    let thread = thread::Builder::new().name("virtio".into()).spawn(move || pump(&transport, &wake)).map_err(failed)?;
-    Ok(Some(thread))
+    thread::Builder::new().name("virtio".into()).spawn(move || pump(&transport, &wake, may_run)).map_err(failed)
 }
 
-fn pump(transport: &Mutex<Transport>, wake: &Wake) {
+fn pump(transport: &Mutex<Transport>, wake: &Wake, may_run: impl Fn() -> bool) {
     loop {
-        let Some(interest) = lock(transport).interest() else { return };
-        let ready = wait(&interest, wake);
+        let mut device = lock(transport);
+        let Some(interest) = device.interest() else { return };
+        let left = device.has_left() && may_run();
+        drop(device);
+        let ready = wait(&interest, wake, !left);
         if !ready.is_empty() {
             lock(transport).pump(&ready);
+        }
+        if left && may_run() {
+            lock(transport).go_on();
         }
     }
 }
 
-/// Waits for one of the events, or to be woken.
-fn wait(interest: &[(RawFd, i16)], wake: &Wake) -> Vec<(RawFd, i16)> {
+/// Waits for one of the events, or to be woken; or only looks.
+fn wait(interest: &[(RawFd, i16)], wake: &Wake, patient: bool) -> Vec<(RawFd, i16)> {
+    let timeout = if patient { -1 } else { 0 };
     let entry = |fd: RawFd, events: i16| libc::pollfd { fd, events, revents: 0 };
     let mut list: Vec<libc::pollfd> = interest.iter().map(|(fd, events)| entry(*fd, *events)).collect();
     list.push(entry(wake.0.as_raw_fd(), libc::POLLIN));
     // SAFETY: the list has as many entries as it says.
-    if unsafe { libc::poll(list.as_mut_ptr(), list.len() as libc::nfds_t, -1) } < 0 {
+    if unsafe { libc::poll(list.as_mut_ptr(), list.len() as libc::nfds_t, timeout) } < 0 {
         let error = io::Error::last_os_error();
         if error.kind() != io::ErrorKind::Interrupted {
             tracing::error!(%error, "cannot wait for the host's side of a virtio device");

@@ -3,6 +3,7 @@
 //! Nothing the guest writes there is trusted: every index and address is checked when it is read, a chain has at most
 //! [`MAX_CHAIN`] descriptors, and what is wrong is a [`RingError`].
 
+use std::cell::Cell;
 use std::sync::atomic::{Ordering, fence};
 
 use super::chain::{Buffer, Chain};
@@ -34,6 +35,8 @@ pub(crate) const EVENT_IDX: u64 = 1 << 29;
 pub(crate) enum RingError {
     #[error("the available index went from {last} to {found}: more than the queue's {num} entries")]
     AvailableIndex { last: u16, found: u16, num: u32 },
+    #[error("all {num} buffers of the queue are in use, and the driver offers more")]
+    Overfull { num: u32 },
     #[error("{inuse} buffers are in use of a queue of {num}: the used index {used} does not fit {last}")]
     UsedIndex { inuse: u16, num: u32, used: u16, last: u16 },
     #[error("descriptor {index} of a table of {table}")]
@@ -65,12 +68,32 @@ pub(crate) struct Queue {
     used: Option<u16>,
     /// The used index when the guest was last interrupted.
     signalled: Option<u16>,
+    /// Chains that may still be taken in this turn: a guest that goes on adding some does not keep the device busy for ever.
+    budget: u32,
+    /// A chain was left because the budget was used up.
+    left: Cell<bool>,
 }
 
 impl Queue {
     pub(super) fn new(default_num: u32) -> Queue {
         let (num, align) = (default_num, DEFAULT_ALIGN);
-        Queue { default_num, num, align, desc: 0, last_avail: 0, used: None, signalled: None }
+        let (budget, left) = (0, Cell::new(false));
+        Queue { default_num, num, align, desc: 0, last_avail: 0, used: None, signalled: None, budget, left }
+    }
+
+    /// A new turn: as many chains may be taken as the queue has entries.
+    pub(super) fn refill(&mut self) {
+        self.budget = self.num;
+    }
+
+    /// Whether a chain was left for another turn since this was last asked.
+    pub(super) fn take_left(&self) -> bool {
+        self.left.take()
+    }
+
+    /// Whether a chain was left for another turn.
+    pub(super) fn has_left(&self) -> bool {
+        self.left.get()
     }
 
     pub(super) fn default_num(&self) -> u32 {
@@ -153,9 +176,13 @@ impl Queue {
         }
     }
 
-    /// The first descriptor of the chain that is `ahead` behind the next.
+    /// The first descriptor of the chain that is `ahead` behind the next, if the budget of this turn reaches so far.
     fn head(&self, memory: &GuestMemory, ahead: u16) -> Result<Option<u16>, RingError> {
         if !self.is_ready() || self.waiting(memory)? <= ahead {
+            return Ok(None);
+        }
+        if u32::from(ahead) >= self.budget {
+            self.left.set(true);
             return Ok(None);
         }
         // The index is read before what it speaks of.
@@ -176,7 +203,10 @@ impl Queue {
     /// Takes the next chain.
     pub(super) fn pop(&mut self, memory: &GuestMemory, features: u64) -> Result<Option<Chain>, RingError> {
         let Some(head) = self.head(memory, 0)? else { return Ok(None) };
-        self.used_index(memory)?;
+        if u32::from(self.last_avail.wrapping_sub(self.used_index(memory)?)) >= self.num {
+            return Err(RingError::Overfull { num: self.num });
+        }
+        self.budget -= 1;
         self.last_avail = self.last_avail.wrapping_add(1);
         if features & EVENT_IDX != 0 {
             write_u16(memory, self.avail_event(), self.last_avail)?;

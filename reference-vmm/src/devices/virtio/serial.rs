@@ -2,6 +2,7 @@
 
 use std::io;
 use std::os::fd::RawFd;
+use std::time::{Duration, Instant};
 
 use super::chain::Chain;
 use super::queue::RingError;
@@ -152,7 +153,7 @@ impl Serial {
         if access.features & MULTIPORT == 0 {
             return Ok(());
         }
-        let Some(chain) = access.pop(CONTROL_RECEIVE)? else { return Ok(()) };
+        let Some(chain) = access.pop_for_reply(CONTROL_RECEIVE)? else { return Ok(()) };
         let message = [&port.to_le_bytes()[..], &event.to_le_bytes(), &value.to_le_bytes(), more].concat();
         let written = chain.write(access.memory, 0, &message)?;
         access.push(CONTROL_RECEIVE, chain.head, written as u32)
@@ -272,8 +273,11 @@ impl Model for Serial {
         self.tell_listeners(access)
     }
 
-    fn has_events(&self) -> bool {
-        self.ports.iter().any(|port| port.chardev.has_events())
+    fn pause(&mut self) {
+        // What is written is there when the guest has stopped, but nobody is waited for for long.
+        let deadline = Instant::now() + Duration::from_millis(300);
+        let patience = || deadline.saturating_duration_since(Instant::now());
+        self.ports.iter().for_each(|port| port.chardev.flush(patience()));
     }
 
     fn interest(&mut self, access: &mut Access<'_>) -> Result<Vec<(RawFd, i16)>, RingError> {
@@ -287,7 +291,9 @@ impl Model for Serial {
 
     fn pump(&mut self, ready: &[(RawFd, i16)], access: &mut Access<'_>) -> Result<(), RingError> {
         for port in &mut self.ports {
-            port.receive(access)?;
+            if port.chardev.may_read(ready) {
+                port.receive(access)?;
+            }
             port.chardev.settle(ready);
             port.flush(access)?;
         }

@@ -74,10 +74,6 @@ pub(crate) trait Model: Send {
     }
     /// The stopped guest may be another machine's from now on.
     fn inactivate(&mut self) {}
-    /// Whether it hears from the host, and so needs a thread for it.
-    fn has_events(&self) -> bool {
-        false
-    }
     /// What to wait for: descriptors, which only [`pump`](Model::pump) may close, and the events of `poll`.
     fn interest(&mut self, _access: &mut Access<'_>) -> Result<Vec<(RawFd, i16)>, RingError> {
         Ok(Vec::new())
@@ -108,12 +104,19 @@ pub(crate) struct Access<'a> {
 }
 
 impl Access<'_> {
-    /// Takes the next chain of a queue.
+    /// Takes the next chain of a queue; after as many as the queue has entries, none in this turn, and the device's thread sees to
+    /// the rest.
     pub(crate) fn pop(&mut self, queue: usize) -> Result<Option<Chain>, RingError> {
         match self.queues.get_mut(queue) {
             Some(queue) => queue.pop(self.memory, self.features),
             None => Ok(None),
         }
+    }
+
+    /// Takes the next chain of a queue, whatever was taken in this turn: for replies, of which there are only so many.
+    pub(crate) fn pop_for_reply(&mut self, queue: usize) -> Result<Option<Chain>, RingError> {
+        self.queues.get_mut(queue).into_iter().for_each(Queue::refill);
+        self.pop(queue)
     }
 
     /// The chain that [`pop`](Access::pop) would take.
@@ -322,10 +325,6 @@ impl Transport {
         self.wake = Some(wake);
     }
 
-    pub(super) fn has_events(&self) -> bool {
-        self.model.has_events()
-    }
-
     /// What the device's thread is to wait for; `None` when it is to end.
     pub(super) fn interest(&mut self) -> Option<Vec<(RawFd, i16)>> {
         let mut interest = Vec::new();
@@ -345,7 +344,22 @@ impl Transport {
         }
     }
 
-    fn wake(&self) {
+    /// Whether chains wait that were too many for one turn.
+    pub(super) fn has_left(&self) -> bool {
+        self.running && !self.broken && self.queues.iter().any(Queue::has_left)
+    }
+
+    /// Does a turn's worth of what was too much for one turn.
+    pub(super) fn go_on(&mut self) {
+        for index in 0..self.queues.len() {
+            if self.running && !self.broken && self.queues[index].take_left() && self.queues[index].is_ready() {
+                self.work(|model, access| model.process(index, access));
+            }
+        }
+    }
+
+    /// Makes the device's thread look at everything anew.
+    pub(crate) fn wake(&self) {
         if let Some(wake) = &self.wake {
             wake.wake();
         }
@@ -448,9 +462,10 @@ impl Transport {
         self.wake();
     }
 
-    /// Lets the model work, and interrupts the guest if it is to be.
+    /// Lets the model work for a turn, and interrupts the guest if it is to be.
     fn work(&mut self, work: impl FnOnce(&mut dyn Model, &mut Access<'_>) -> Result<(), RingError>) {
         let features = self.guest_features;
+        self.queues.iter_mut().for_each(Queue::refill);
         let mut access = Access { memory: &self.memory, features, queues: &mut self.queues, raise: 0 };
         let result = work(&mut *self.model, &mut access);
         let raise = access.raise;

@@ -126,10 +126,11 @@ impl Net {
         Ok(())
     }
 
-    /// Receives frames for as long as there are any and the guest has room.
+    /// Receives frames for as long as there are any and the guest has room, but not more than a queue's worth in a turn: the rest
+    /// waits at the host.
     fn receive(&mut self, access: &mut Access<'_>) -> Result<(), RingError> {
         let header = Net::header(access.features);
-        loop {
+        for _ in 0..QUEUES[RECEIVE] {
             if self.inbox.is_empty() {
                 if access.peek(RECEIVE)?.is_none() {
                     return Ok(());
@@ -152,6 +153,7 @@ impl Net {
             }
             self.inbox.clear();
         }
+        Ok(())
     }
 
     /// Gives the guest what is in the inbox; false if it has no room.
@@ -293,10 +295,6 @@ impl Model for Net {
             self.announce(access);
         }
         Ok(())
-    }
-
-    fn has_events(&self) -> bool {
-        true
     }
 
     fn interest(&mut self, access: &mut Access<'_>) -> Result<Vec<(RawFd, i16)>, RingError> {

@@ -141,7 +141,7 @@ fn a_console_speaks_and_listens() {
     let (bench, mut host) = bus();
     let Bench { transport, memory, line } = bench;
     let transport = Arc::new(Mutex::new(transport));
-    let thread = start_pump(&transport).unwrap().unwrap();
+    let thread = start_pump(&transport, || true).unwrap();
     // The bench of the driver, for as long as `work` runs.
     let placeholder = || Bench::new(Box::new(Rng::open().unwrap())).transport;
     let with = |work: &mut dyn FnMut(&mut Bench)| {
@@ -206,7 +206,7 @@ fn what_the_host_does_not_take_goes_along() {
     bench.transport.load(&state).unwrap();
     assert_eq!(bench.transport.save().device, state.device);
     let transport = Arc::new(Mutex::new(bench.transport));
-    let thread = start_pump(&transport).unwrap().unwrap();
+    let thread = start_pump(&transport, || true).unwrap();
     lock(&transport).resume().unwrap();
     let mut rest = vec![0; LEN as usize - done as usize];
     next_host.read_exact(&mut rest).unwrap();
@@ -227,4 +227,101 @@ fn other_ports_are_refused() {
     }
     let other = crate::state::VirtioState { device: VirtioDeviceState::Rng, ..state };
     assert!(bench.transport.load(&other).is_err());
+}
+
+/// Lays a ring of `num` one-buffer chains out, and gives what makes all of them available again, whatever the device has taken.
+fn endless(bench: &mut Bench, queue: u32, num: u16, flags: u16, message: &[u8]) -> impl Fn(&GuestMemory) + use<> {
+    let ring = Ring(queue);
+    bench.write(0x30, queue);
+    bench.write(0x38, num.into());
+    bench.write(0x3c, 4096);
+    bench.write(0x40, (ring.desc() >> 12) as u32);
+    let avail = ring.desc() + 16 * u64::from(num);
+    for index in 0..num {
+        bench.memory.write(ring.buffer(index), message).unwrap();
+        let at = ring.desc() + 16 * u64::from(index);
+        bench.descriptor_at(at, ring.buffer(index), message.len() as u32, flags, 0);
+        bench.memory.write(avail + 4 + 2 * u64::from(index), &index.to_le_bytes()).unwrap();
+    }
+    move |memory| {
+        let mut used = [0; 2];
+        memory.read(ring.desc() + 0x1002, &mut used).unwrap();
+        memory.write(avail + 2, &u16::from_le_bytes(used).wrapping_add(num).to_le_bytes()).unwrap();
+    }
+}
+
+/// A second vCPU gives each buffer to the device again as soon as it comes back.
+#[test]
+fn a_guest_that_never_stops_adding_gets_one_turn_for_each_notification() {
+    use std::sync::atomic::{AtomicBool, Ordering};
+    let folder = tempfile::tempdir().unwrap();
+    let nobody = || {
+        let mut serial = VirtioSerial::default();
+        let options = ChardevOptions::Socket { path: folder.path().join("nobody"), server: true };
+        assert!(serial.add(true, "", Chardev::open(&options).unwrap()));
+        Box::new(serial)
+    };
+    type Case = (&'static str, Box<dyn Model>, u32, u16, u16, Vec<u8>);
+    let cases: [Case; 3] = [
+        ("random numbers", Box::new(Rng::open().unwrap()), 0, 8, WRITE, vec![0; 32]),
+        ("control messages", nobody(), 3, 16, 0, control(0, 6, 1)),
+        ("output that nobody takes", nobody(), 1, 16, 0, b"hello".to_vec()),
+    ];
+    for (what, model, queue, num, flags, message) in cases {
+        let mut bench = Bench::new(model);
+        bench.transport.resume().unwrap();
+        start(&mut bench, 0, &[]);
+        let offer = endless(&mut bench, queue, num, flags, &message);
+        let (memory, stop) = (Arc::clone(&bench.memory), AtomicBool::new(false));
+        offer(&memory);
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                while !stop.load(Ordering::Relaxed) {
+                    offer(&memory);
+                }
+            });
+            for _ in 0..50 {
+                // The other vCPU has its chance to add some.
+                while !bench.transport.has_left() {
+                    bench.write(0x50, queue);
+                }
+                let before = Ring(queue).used(&bench);
+                bench.transport.go_on();
+                let done = Ring(queue).used(&bench).wrapping_sub(before);
+                assert!((1..=num).contains(&done), "{what}: {done} in a turn");
+            }
+            stop.store(true, Ordering::Relaxed);
+            assert!(!bench.broken(), "{what}");
+        });
+    }
+}
+
+#[test]
+fn a_pipe_that_nobody_reads_holds_its_port_up_and_no_vcpu() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("fifo");
+    let name = std::ffi::CString::new(path.to_str().unwrap()).unwrap();
+    // SAFETY: the path is a C string.
+    assert_eq!(unsafe { libc::mkfifo(name.as_ptr(), 0o600) }, 0);
+    let mut reader = std::fs::OpenOptions::new().read(true).write(true).open(&path).unwrap();
+    let mut serial = VirtioSerial::default();
+    assert!(serial.add(true, "", Chardev::open(&ChardevOptions::File { path, append: true }).unwrap()));
+    let mut bench = Bench::new(Box::new(serial));
+    bench.transport.resume().unwrap();
+    let transmit = Ring(1);
+    start(&mut bench, 0, &[transmit]);
+    const LEN: u32 = 1 << 19;
+    bench.memory.write(0x10_0000, &vec![b'a'; LEN as usize]).unwrap();
+    transmit.lay(&bench, 0, LEN, 0);
+    bench.descriptor_at(transmit.desc(), 0x10_0000, LEN, 0, 0);
+    bench.write(0x50, 1);
+    bench.transport.pause();
+    assert_eq!(transmit.used(&bench), 0);
+    // As soon as somebody reads, all of it comes.
+    let transport = Arc::new(Mutex::new(bench.transport));
+    let thread = start_pump(&transport, || true).unwrap();
+    lock(&transport).resume().unwrap();
+    reader.read_exact(&mut vec![0; LEN as usize]).unwrap();
+    lock(&transport).end();
+    thread.join().unwrap();
 }
