@@ -71,6 +71,14 @@ pub enum Error {
         /// Instruction pointer.
         rip: u64,
     },
+    /// A disk hangs, so that another machine cannot have its guest.
+    #[error("virtio device {device} has had something under way at the host for {seconds} s: its disk hangs")]
+    DiskHangs {
+        /// The device's position on the command line, from 0.
+        device: usize,
+        /// How long it was waited for.
+        seconds: u64,
+    },
     /// A saved state that does not fit this machine.
     #[error("the saved state does not fit this machine: {0}")]
     State(String),

@@ -32,7 +32,7 @@ use std::collections::BTreeMap;
 use std::io::{self, Write};
 use std::path::Path;
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use kvm_bindings::kvm_msi;
 use kvm_ioctls::VmFd;
@@ -63,6 +63,13 @@ pub(crate) use vm::set_memory_slot;
 
 /// Most vCPUs a machine can have.
 pub const MAX_CPUS: usize = 4;
+
+/// How long a stopped machine waits for its disks.
+const DRAIN: Duration = Duration::from_millis(300);
+/// How long one that is to be saved waits for what they have begun: nothing may be written when the guest is elsewhere.
+const SETTLE: Duration = Duration::from_secs(30);
+/// How long the end of a machine waits for the threads of its devices.
+const PATIENCE: Duration = Duration::from_secs(1);
 
 const KVM_DEVICE: &str = "/dev/kvm";
 
@@ -122,6 +129,8 @@ pub struct Machine {
     throttle: Throttle,
     dirty_limit: DirtyLimit,
     threads: Vec<std::thread::JoinHandle<()>>,
+    /// Those of the virtio devices.
+    pumps: Vec<std::thread::JoinHandle<()>>,
     devices: Arc<Devices>,
     clock: Arc<Mutex<VirtualClock>>,
     /// What KVM lets run on while the vCPUs stand still, as it was when they stopped.
@@ -203,9 +212,10 @@ impl Machine {
         }
         let serial = Serial::start(config.serial, interrupt(SERIAL_IRQ, "serial port"))?;
         let control = Arc::new(RunControl::new(config.cpus));
+        let mut pumps = Vec::new();
         for device in transports.0.iter().flatten() {
             let control = Arc::clone(&control);
-            threads.push(start_pump(device, move || control.may_run())?);
+            pumps.push(start_pump(device, move || control.may_run())?);
         }
         let mut rtc = None;
         if config.rtc {
@@ -240,6 +250,7 @@ impl Machine {
             throttle: Throttle::default(),
             dirty_limit: DirtyLimit::new(config.cpus, dirty_log.clone()),
             threads,
+            pumps,
             devices,
             clock,
             held: Mutex::default(),
@@ -365,7 +376,8 @@ impl Machine {
         }
     }
 
-    /// Stops the vCPUs and waits until none runs. RAM and device state change no more until [`Machine::resume`].
+    /// Stops the vCPUs and waits until none runs. RAM and device state change no more until [`Machine::resume`]. It takes less than a
+    /// second whatever the guest and its disks do: requests that a disk has not answered by then are begun anew when the guest goes on.
     pub fn pause(&self) {
         let was_running = self.control.state() == RunState::Running;
         self.control.pause(|| self.vcpus.iter().for_each(Vcpu::kick));
@@ -374,11 +386,7 @@ impl Machine {
         if was_running && let Err(error) = kvm_state::hold(self) {
             tracing::warn!(%error, "clock and PIT go on while the machine is paused");
         }
-        let paused = self.devices.virtio.each(|transport| {
-            transport.pause();
-            Ok(())
-        });
-        debug_assert!(paused.is_ok());
+        self.devices.virtio.drain(Instant::now() + DRAIN);
         Serial::flush(&self.devices.serial);
     }
 
@@ -432,9 +440,11 @@ impl Machine {
     /// Everything but the RAM.
     ///
     /// # Errors
-    /// [`Error::NotPaused`]; [`Error::Kvm`] when KVM does not tell.
+    /// [`Error::NotPaused`]; [`Error::Kvm`] when KVM does not tell; [`Error::DiskHangs`] when a disk does not finish what is under way.
     pub fn save_state(&self) -> Result<MachineState> {
         self.must_be_paused("save its state")?;
+        let settled = self.devices.virtio.settle(Instant::now() + SETTLE);
+        settled.map_err(|device| Error::DiskHangs { device, seconds: SETTLE.as_secs() })?;
         kvm_state::save(self)
     }
 
@@ -486,6 +496,11 @@ impl Drop for Machine {
             if thread.join().is_err() {
                 tracing::error!("a vCPU thread panicked");
             }
+        }
+        // A thread that waits for a disk that hangs is left behind: it touches nothing any more.
+        let deadline = Instant::now() + PATIENCE;
+        while !self.pumps.iter().all(|pump| pump.is_finished()) && Instant::now() < deadline {
+            std::thread::sleep(Duration::from_millis(1));
         }
         Serial::flush(&self.devices.serial);
     }

@@ -1,21 +1,25 @@
 //! `virtio-blk-device` on a raw file (virtio 1.2, 5.2).
 //!
-//! Requests are done one after the other, when the guest tells of them: none is under way while the machine stands still.
+//! Requests are done one after the other, in the order in which the guest has made them, by the device's thread: a disk that takes its
+//! time, or hangs, holds nobody else up. A piece of a request at a time goes by way of a buffer, so that the guest's memory is only
+//! touched while the machine runs. A request that is not done when the machine stops is begun anew when the guest goes on; it goes along with
+//! it, as QEMU's do that an error has stopped.
 
+mod request;
+
+use std::collections::VecDeque;
 use std::fs::{File, OpenOptions};
-use std::io::{self, Seek, SeekFrom, Write};
-use std::os::fd::AsRawFd;
+use std::io::{self, Seek, SeekFrom};
 use std::path::PathBuf;
+use std::sync::Arc;
 
-use vm_memory::{ReadVolatile, WriteVolatile};
-
-use super::chain::{Buffer, Chain, pieces, windows};
+use super::chain::Chain;
 use super::image_lock;
 use super::queue::RingError;
-use super::transport::{Access, Model};
+use super::transport::{Access, Model, Task};
 use crate::error::{Error, Result};
-use crate::memory::GuestMemory;
 use crate::state::{VirtioDeviceState, VirtioRequest};
+use request::{Progress, Step};
 
 /// Device number.
 const ID: u32 = 2;
@@ -35,29 +39,6 @@ const WRITEBACK: usize = 32;
 const SECTOR: u64 = 512;
 /// Largest discard and write of zeroes, in sectors.
 const MAX_SECTORS: u32 = 0x003f_ffff;
-const HEADER: usize = 16;
-/// Bytes of the answer to `GET_ID`.
-const SERIAL: usize = 20;
-
-/// Request types. The bit of `OUT` says which way the data goes.
-mod request {
-    pub(super) const IN: u32 = 0;
-    pub(super) const OUT: u32 = 1;
-    pub(super) const FLUSH: u32 = 4;
-    pub(super) const GET_ID: u32 = 8;
-    pub(super) const DISCARD: u32 = 11;
-    pub(super) const WRITE_ZEROES: u32 = 13;
-    /// Set by old drivers, and ignored.
-    pub(super) const BARRIER: u32 = 1 << 31;
-}
-
-/// What the device answers.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Status {
-    Ok = 0,
-    IoError = 1,
-    Unsupported = 2,
-}
 
 /// A disk, with the names of QEMU's `-drive` and `-device`.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -73,15 +54,23 @@ pub struct BlockOptions {
 /// The device.
 #[derive(Debug)]
 pub struct Block {
-    file: File,
+    file: Arc<File>,
     options: BlockOptions,
     sectors: u64,
     /// Writes may stay in the host's cache until the guest flushes.
     writeback: bool,
     /// Something was written since the last flush.
     dirty: bool,
-    /// What the source of a migration had not done.
-    requests: Vec<Chain>,
+    /// What the guest has asked for and was not given back, in order.
+    requests: VecDeque<Chain>,
+    /// How far the first of them is, once it was looked at.
+    progress: Option<Progress>,
+    /// What the task under way does.
+    step: Option<Step>,
+    /// What the task under way is for was forgotten by a reset.
+    forgotten: bool,
+    /// What was written is to be flushed as soon as nothing else is to be done.
+    flush_due: bool,
 }
 
 impl Block {
@@ -99,41 +88,18 @@ impl Block {
                 "the drive {path} has {bytes} bytes: wanted whole sectors of 512 bytes"
             )));
         }
-        Ok(Block { file, options, sectors: bytes / SECTOR, writeback: true, dirty: false, requests: Vec::new() })
-    }
-
-    /// Does a request and gives it back.
-    fn serve(&mut self, chain: &Chain, access: &mut Access<'_>) -> Result<(), RingError> {
-        let mut header = [0; HEADER];
-        let malformed = |what| Err(RingError::Request { what });
-        let room = chain.writable_len();
-        if room == 0 {
-            return malformed("a disk request without room for its status");
-        }
-        if chain.read(access.memory, 0, &mut header)? != HEADER {
-            return malformed("a disk request without a whole header");
-        }
-        let kind = u32::from_le_bytes([header[0], header[1], header[2], header[3]]);
-        let sector = header.last_chunk().map_or(0, |bytes| u64::from_le_bytes(*bytes));
-        let status = match kind & !request::BARRIER {
-            request::IN => self.transfer(&chain.writable, 0, room - 1, sector, access.memory, false),
-            request::OUT => {
-                let len = chain.readable_len() - HEADER as u64;
-                self.transfer(&chain.readable, HEADER as u64, len, sector, access.memory, true)
-            }
-            request::FLUSH => self.flush(),
-            request::GET_ID => {
-                let mut serial = [0; SERIAL];
-                serial.iter_mut().zip(self.options.serial.bytes()).for_each(|(into, byte)| *into = byte);
-                let len = (room - 1).min(SERIAL as u64) as usize;
-                chain.write(access.memory, 0, &serial[..len])?;
-                Status::Ok
-            }
-            kind @ (request::DISCARD | request::WRITE_ZEROES) => self.clear(chain, kind, access.memory)?,
-            _ => Status::Unsupported,
-        };
-        chain.write(access.memory, room - 1, &[status as u8])?;
-        access.push(0, chain.head, u32::try_from(room).unwrap_or(u32::MAX))
+        Ok(Block {
+            file: Arc::new(file),
+            options,
+            sectors: bytes / SECTOR,
+            writeback: true,
+            dirty: false,
+            requests: VecDeque::new(),
+            progress: None,
+            step: None,
+            forgotten: false,
+            flush_due: false,
+        })
     }
 
     /// Whether the guest may access these sectors.
@@ -141,111 +107,12 @@ impl Block {
         sector.checked_add(sectors).is_some_and(|end| end <= self.sectors)
     }
 
-    /// Moves `len` bytes of the buffers, from `skip` on, to or from the file.
-    fn transfer(
-        &mut self,
-        buffers: &[Buffer],
-        skip: u64,
-        len: u64,
-        sector: u64,
-        memory: &GuestMemory,
-        write: bool,
-    ) -> Status {
-        if !len.is_multiple_of(SECTOR) || !self.has(sector, len / SECTOR) || write && self.options.readonly {
-            return Status::IoError;
-        }
-        let moved = self.file.seek(SeekFrom::Start(sector * SECTOR)).map_err(vm_memory::VolatileMemoryError::IOError);
-        let moved = moved.and_then(|_| {
-            for piece in pieces(buffers, skip, len) {
-                let windows = windows(memory, piece)
-                    .map_err(|error| vm_memory::VolatileMemoryError::IOError(io::Error::other(error)))?;
-                for mut window in windows {
-                    match write {
-                        true => self.file.write_all_volatile(&window)?,
-                        false => self.file.read_exact_volatile(&mut window)?,
-                    }
-                }
-            }
-            Ok(())
-        });
-        if let Err(error) = moved {
-            tracing::error!(%error, sector, write, file = %self.options.file.display(), "a disk request failed");
-            return Status::IoError;
-        }
-        self.dirty |= write;
-        self.written(write)
+    /// Forgets all requests. The task that is under way ends for nothing.
+    fn forget(&mut self) {
+        self.requests.clear();
+        self.progress = None;
+        self.forgotten = self.step.is_some();
     }
-
-    /// A write is done; without a write cache it has to be on the disk.
-    fn written(&mut self, write: bool) -> Status {
-        if write && !self.writeback { self.flush() } else { Status::Ok }
-    }
-
-    fn flush(&mut self) -> Status {
-        match self.file.sync_data() {
-            Ok(()) => {
-                self.dirty = false;
-                Status::Ok
-            }
-            Err(error) => {
-                tracing::error!(%error, file = %self.options.file.display(), "the disk cannot be flushed");
-                Status::IoError
-            }
-        }
-    }
-
-    /// Discards sectors, which may leave them as they are (as QEMU's `discard=ignore` does), or fills them with zeroes.
-    fn clear(&mut self, chain: &Chain, kind: u32, memory: &GuestMemory) -> Result<Status> {
-        /// A segment: sector, number of sectors, flags.
-        const SEGMENT: usize = 16;
-        const UNMAP: u32 = 1;
-        let mut segment = [0; SEGMENT];
-        if self.options.readonly {
-            return Ok(Status::IoError);
-        }
-        // One segment at most is offered.
-        if chain.readable_len() != (HEADER + SEGMENT) as u64 {
-            return Ok(Status::Unsupported);
-        }
-        chain.read(memory, HEADER as u64, &mut segment)?;
-        let word = u128::from_le_bytes(segment);
-        let (sector, sectors, flags) = (word as u64, (word >> 64) as u32, (word >> 96) as u32);
-        let known = if kind == request::WRITE_ZEROES { UNMAP } else { 0 };
-        if flags & !known != 0 {
-            return Ok(Status::Unsupported);
-        }
-        if sectors > MAX_SECTORS || !self.has(sector, sectors.into()) {
-            return Ok(Status::IoError);
-        }
-        if kind == request::DISCARD || sectors == 0 {
-            return Ok(Status::Ok);
-        }
-        if let Err(error) = zero(&mut self.file, sector * SECTOR, u64::from(sectors) * SECTOR) {
-            tracing::error!(%error, sector, sectors, file = %self.options.file.display(), "zeroes cannot be written");
-            return Ok(Status::IoError);
-        }
-        self.dirty = true;
-        Ok(self.written(true))
-    }
-}
-
-/// Fills a range of the file with zeroes.
-fn zero(file: &mut File, offset: u64, mut len: u64) -> io::Result<()> {
-    let (from, count) = (offset as libc::off_t, len as libc::off_t);
-    let mode = libc::FALLOC_FL_ZERO_RANGE | libc::FALLOC_FL_KEEP_SIZE;
-    // SAFETY: the descriptor is open; the call touches no memory.
-    if unsafe { libc::fallocate(file.as_raw_fd(), mode, from, count) } == 0 {
-        return Ok(());
-    }
-    // Not every filesystem can do that.
-    let zeroes = [0; 64 << 10];
-    file.seek(SeekFrom::Start(offset))?;
-    while len > 0 {
-        let piece = len.min(zeroes.len() as u64) as usize;
-        file.write_all(&zeroes[..piece])?;
-        len -= piece as u64;
-    }
-    Ok(())
 }
 
 impl Model for Block {
@@ -289,28 +156,46 @@ impl Model for Block {
             && let Some(byte) = WRITEBACK.checked_sub(offset).and_then(|at| data.get(at))
         {
             self.writeback = *byte != 0;
-            if !self.writeback {
-                self.flush();
-            }
+            self.flush_due |= !self.writeback;
         }
     }
 
     fn process(&mut self, queue: usize, access: &mut Access<'_>) -> Result<(), RingError> {
         while let Some(chain) = access.pop(queue)? {
-            self.serve(&chain, access)?;
+            self.requests.push_back(chain);
         }
         Ok(())
     }
 
-    fn resume(&mut self, access: &mut Access<'_>) -> Result<(), RingError> {
-        std::mem::take(&mut self.requests).iter().try_for_each(|chain| self.serve(chain, access))
+    fn drain(&mut self) {
+        // Whoever takes the guest over reads what it wrote.
+        self.flush_due = true;
     }
 
-    fn pause(&mut self) {
-        // Whoever takes the guest over reads what it wrote.
-        if self.dirty {
-            self.flush();
-        }
+    fn task(&mut self, access: &mut Access<'_>) -> Result<Option<Task>, RingError> {
+        self.next_step(access)
+    }
+
+    fn done(&mut self, result: io::Result<Vec<u8>>, access: &mut Access<'_>) -> Result<(), RingError> {
+        self.step_done(result, Some(access))
+    }
+
+    fn give_up(&mut self, result: io::Result<Vec<u8>>) {
+        // Without the guest's memory nothing can be wrong with it.
+        let _ = self.step_done(result, None);
+        self.progress = None;
+    }
+
+    fn flush_task(&mut self) -> Option<Task> {
+        self.must_flush().then(|| self.flush())
+    }
+
+    fn is_idle(&self) -> bool {
+        self.requests.is_empty()
+    }
+
+    fn must_flush(&self) -> bool {
+        self.flush_due && self.dirty
     }
 
     fn activate(&mut self) -> Result<()> {
@@ -323,7 +208,7 @@ impl Model for Block {
     }
 
     fn reset(&mut self) {
-        self.requests.clear();
+        self.forget();
         self.writeback = true;
     }
 
@@ -333,6 +218,7 @@ impl Model for Block {
 
     fn load(&mut self, state: &VirtioDeviceState) -> Result<(), String> {
         let VirtioDeviceState::Block(requests) = state else { return Err("it is no disk".into()) };
+        self.forget();
         self.requests = requests.iter().map(|request: &VirtioRequest| Chain::load(request)).collect();
         Ok(())
     }

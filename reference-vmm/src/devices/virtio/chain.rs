@@ -1,8 +1,5 @@
 //! The buffers of a request.
 
-use vm_memory::VolatileSlice;
-use vm_memory::bitmap::{AtomicBitmap, BS};
-
 use super::queue::{Descriptor, RingError};
 use crate::error::Result;
 use crate::memory::GuestMemory;
@@ -102,9 +99,4 @@ pub(crate) fn pieces(buffers: &[Buffer], mut skip: u64, mut len: u64) -> impl It
         len -= here;
         (here > 0).then_some(Buffer { gpa: buffer.gpa.wrapping_add(passed), len: here as u32 })
     })
-}
-
-/// The memory behind a piece, to move bytes from and to files.
-pub(crate) fn windows(memory: &GuestMemory, piece: Buffer) -> Result<Vec<VolatileSlice<'_, BS<'_, AtomicBitmap>>>> {
-    memory.slices(piece.gpa, piece.len.into())
 }

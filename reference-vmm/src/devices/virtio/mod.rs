@@ -21,6 +21,7 @@ mod serial;
 mod transport;
 
 use std::sync::{Arc, Mutex};
+use std::time::Instant;
 
 pub use block::{Block, BlockOptions};
 pub(crate) use name::is_section_of;
@@ -31,7 +32,7 @@ pub(crate) use pump::start as start_pump;
 pub use rng::Rng;
 pub(crate) use serial::MAX_PORTS;
 pub use serial::Serial as VirtioSerial;
-pub(crate) use transport::{Model, Transport};
+pub(crate) use transport::{Model, Transport, drain, settle};
 
 use super::lock;
 use crate::error::Result;
@@ -96,6 +97,19 @@ impl Transports {
     /// Does something with each device that has a model, up to the first error.
     pub(crate) fn each(&self, mut what: impl FnMut(&mut Transport) -> Result<()>) -> Result<()> {
         self.0.iter().flatten().try_for_each(|device| what(&mut lock(device)))
+    }
+
+    /// The machine has stopped: no device does anything that the guest could see from now on. What they have begun they finish until
+    /// the deadline; requests that are left are done when the guest goes on, here or where it has gone.
+    pub(crate) fn drain(&self, deadline: Instant) {
+        self.0.iter().flatten().for_each(|device| drain(device, deadline));
+    }
+
+    /// Waits until no device has anything under way at the host. On failure, the first device by its position that still had at the
+    /// deadline.
+    pub(crate) fn settle(&self, deadline: Instant) -> Result<(), usize> {
+        let devices = self.0.iter().enumerate().filter_map(|(position, device)| Some((position, device.as_ref()?)));
+        devices.into_iter().try_for_each(|(position, device)| settle(device, deadline).then_some(()).ok_or(position))
     }
 
     /// The transport at an address, if there is a device with a model, and the offset in it. `None` if no transport is there.

@@ -1,6 +1,6 @@
-//! The thread of a device: it waits for what the model is interested in on the host's side, and lets it work; and it goes on with what
-//! was too much for one notification of the guest's. Between two turns the device is free for others, and when the machine is to
-//! stop there is no further turn.
+//! The thread of a device: it waits for what the model is interested in on the host's side, and lets it work; it does what takes its
+//! time at the host, a disk's requests; and it goes on with what was too much for one notification of the guest's. Between two turns the
+//! device is free for others, and when the machine is to stop there is no further turn.
 
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
@@ -18,6 +18,10 @@ use crate::error::{Error, Result};
 pub(super) struct Wake(Arc<EventFd>);
 
 impl Wake {
+    pub(super) fn new() -> io::Result<Wake> {
+        Ok(Wake(Arc::new(EventFd::new(EFD_NONBLOCK)?)))
+    }
+
     pub(super) fn wake(&self) {
         // It fails only when the counter is full, and then the thread is awake.
         let _ = self.0.write(1);
@@ -30,7 +34,7 @@ pub(crate) fn start(
     may_run: impl Fn() -> bool + Send + 'static,
 ) -> Result<JoinHandle<()>> {
     let failed = |cause| Error::Host { what: "start the thread of a virtio device", cause };
-    let wake = Wake(Arc::new(EventFd::new(EFD_NONBLOCK).map_err(failed)?));
+    let wake = Wake::new().map_err(failed)?;
     lock(transport).set_wake(wake.clone());
     let transport = Arc::clone(transport);
     thread::Builder::new().name("virtio".into()).spawn(move || pump(&transport, &wake, may_run)).map_err(failed)
@@ -41,13 +45,18 @@ fn pump(transport: &Mutex<Transport>, wake: &Wake, may_run: impl Fn() -> bool) {
         let mut device = lock(transport);
         let Some(interest) = device.interest() else { return };
         let left = device.has_left() && may_run();
+        let task = device.next_task();
         drop(device);
-        let ready = wait(&interest, wake, !left);
+        let ready = wait(&interest, wake, !left && task.is_none());
         if !ready.is_empty() {
             lock(transport).pump(&ready);
         }
         if left && may_run() {
             lock(transport).go_on();
+        }
+        if let Some(task) = task {
+            let result = task.run();
+            lock(transport).finish_task(result);
         }
     }
 }

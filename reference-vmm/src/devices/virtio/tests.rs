@@ -37,9 +37,18 @@ impl Bench {
         let memory = Arc::new(GuestMemory::microvm(RAM, &[0; 64 << 10]).unwrap());
         let line: Arc<Mutex<Vec<bool>>> = Arc::default();
         let seen = Arc::clone(&line);
-        let transport =
+        let mut transport =
             Transport::new(model, Arc::clone(&memory), Box::new(move |level| seen.lock().unwrap().push(level)));
+        transport.resume().unwrap();
         Bench { memory, transport, line }
+    }
+
+    /// What the device's thread does.
+    fn do_tasks(&mut self) {
+        while let Some(task) = self.transport.next_task() {
+            let result = task.run();
+            self.transport.finish_task(result);
+        }
     }
 
     fn read(&mut self, offset: u64) -> u32 {
@@ -50,6 +59,7 @@ impl Bench {
 
     fn write(&mut self, offset: u64, value: u32) {
         self.transport.write(offset, &value.to_le_bytes());
+        self.do_tasks();
     }
 
     /// What a legacy driver does first.
@@ -318,6 +328,7 @@ fn a_saved_disk_goes_on_and_does_what_was_under_way() {
     assert_eq!(bench.transport.save().device, state.device);
     bench.transport.check().unwrap();
     bench.transport.resume().unwrap();
+    bench.do_tasks();
     assert_eq!((bench.used(), bench.u16_at(USED + 4 + 8)), (2, 5));
     assert_eq!(&fs::read(file.path()).unwrap()[9 * 512..10 * 512], &[9; 512]);
     assert_eq!(bench.request(4, 0, None), 0);
@@ -329,8 +340,88 @@ fn a_saved_disk_goes_on_and_does_what_was_under_way() {
         state.queues[0].last_avail_idx = 3;
         bench.transport.load(&state).unwrap();
         bench.transport.resume().unwrap();
+        bench.do_tasks();
         assert!(bench.broken());
     }
+}
+
+/// Offers a read of sector 3 and takes the task, which is under way then.
+fn under_way(bench: &mut Bench) -> std::io::Result<Vec<u8>> {
+    let header = [vec![0; 8], 3u64.to_le_bytes().to_vec()].concat();
+    bench.memory.write(BUFFERS, &header).unwrap();
+    bench.memory.write(BUFFERS + 0x20, &[0xff]).unwrap();
+    bench.memory.write(BUFFERS + 0x1000, &[0; 512]).unwrap();
+    bench.descriptor(0, BUFFERS, 16, NEXT, 1);
+    bench.descriptor(1, BUFFERS + 0x1000, 512, NEXT | WRITE, 2);
+    bench.descriptor(2, BUFFERS + 0x20, 1, WRITE, 0);
+    let index = bench.u16_at(AVAIL + 2);
+    bench.memory.write(AVAIL + 2, &(index + 1).to_le_bytes()).unwrap();
+    bench.transport.write(0x50, &0u32.to_le_bytes());
+    bench.transport.next_task().expect("the request takes its time").run()
+}
+
+/// What the guest sees of that request: entries of the used ring, its data, its status.
+fn seen(bench: &Bench) -> (u16, u32, u8) {
+    let (mut data, mut status) = ([0; 4], [0]);
+    bench.memory.read(BUFFERS + 0x1000, &mut data).unwrap();
+    bench.memory.read(BUFFERS + 0x20, &mut status).unwrap();
+    (bench.used(), u32::from_le_bytes(data), status[0])
+}
+
+#[test]
+fn a_machine_that_stops_does_not_wait_for_a_disk_that_hangs() {
+    let (mut bench, _file) = disk(false);
+    bench.transport.set_wake(super::pump::Wake::new().unwrap());
+    bench.start(0);
+    let result = under_way(&mut bench);
+    let Bench { transport, memory, line } = bench;
+    let shared = Arc::new(Mutex::new(transport));
+    let (go_on, hanging) = std::sync::mpsc::channel::<()>();
+    let theirs = Arc::clone(&shared);
+    let thread = std::thread::spawn(move || {
+        hanging.recv().unwrap_or_default();
+        lock(&theirs).finish_task(result);
+    });
+    let soon = || std::time::Instant::now() + std::time::Duration::from_millis(10);
+    super::transport::drain(&shared, soon());
+    assert!(!super::transport::settle(&shared, soon()), "it may not be another machine's yet");
+    drop(go_on);
+    thread.join().unwrap();
+    assert!(super::transport::settle(&shared, soon()));
+    let transport = Arc::into_inner(shared).unwrap().into_inner().unwrap();
+    let mut bench = Bench { transport, memory, line };
+    assert_eq!(seen(&bench), (0, 0, 0xff), "a stopped guest sees nothing of it");
+    let VirtioDeviceState::Block(requests) = bench.transport.save().device else { panic!("it is a disk") };
+    assert_eq!(requests.len(), 1, "it goes along");
+    bench.transport.resume().unwrap();
+    bench.do_tasks();
+    assert_eq!(seen(&bench), (1, 3 * 128, 0));
+}
+
+#[test]
+fn a_reset_forgets_what_is_under_way() {
+    let (mut bench, _file) = disk(false);
+    bench.start(0);
+    let result = under_way(&mut bench);
+    bench.transport.write(0x70, &0u32.to_le_bytes());
+    bench.transport.finish_task(result);
+    assert_eq!(seen(&bench), (0, 0, 0xff));
+    bench.start(0);
+    assert_eq!(bench.request(0, 3, Some((BUFFERS + 0x1000, 512))), 0);
+    assert_eq!((seen(&bench), bench.broken()), ((1, 3 * 128, 0), false));
+}
+
+#[test]
+fn more_requests_than_a_queue_has_entries_break_the_disk() {
+    let (mut bench, _file) = disk(false);
+    bench.start(0);
+    bench.descriptor(0, BUFFERS, 16, 0, 0);
+    for offered in 1..=NUM + 1 {
+        assert!(!bench.broken(), "{offered}");
+        bench.memory.write(AVAIL + 2, &offered.to_le_bytes()).unwrap();
+        bench.transport.write(0x50, &0u32.to_le_bytes());
+    }
+    assert!(bench.broken());
 }
 
 #[test]

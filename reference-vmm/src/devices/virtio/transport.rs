@@ -1,7 +1,12 @@
 //! The registers of a legacy virtio-mmio transport (virtio 1.2, 4.2.4), and what all devices behind them have in common.
 
+mod tasks;
+
+use std::io;
 use std::os::fd::RawFd;
-use std::sync::Arc;
+use std::sync::{Arc, Condvar};
+
+pub(crate) use tasks::{Task, drain, settle};
 
 use super::chain::Chain;
 use super::pump::Wake;
@@ -63,8 +68,32 @@ pub(crate) trait Model: Send {
     fn resume(&mut self, _access: &mut Access<'_>) -> Result<(), RingError> {
         Ok(())
     }
-    /// The machine has stopped.
+    /// The machine has stopped, and the device is to finish what it has begun.
+    fn drain(&mut self) {}
+    /// The machine has stopped, and the device does no more.
     fn pause(&mut self) {}
+    /// What is to be done next that may take its time.
+    fn task(&mut self, _access: &mut Access<'_>) -> Result<Option<Task>, RingError> {
+        Ok(None)
+    }
+    /// The task is done.
+    fn done(&mut self, _result: io::Result<Vec<u8>>, _access: &mut Access<'_>) -> Result<(), RingError> {
+        Ok(())
+    }
+    /// The task is done, too late: what it was for is to be begun anew.
+    fn give_up(&mut self, _result: io::Result<Vec<u8>>) {}
+    /// A task of a paused machine, which leaves the guest as it is.
+    fn flush_task(&mut self) -> Option<Task> {
+        None
+    }
+    /// Whether nothing is left to do for the guest.
+    fn is_idle(&self) -> bool {
+        true
+    }
+    /// Whether something is to be flushed before another machine may have the guest.
+    fn must_flush(&self) -> bool {
+        false
+    }
     /// The guest is this machine's from now on: what it uses of the host is claimed.
     ///
     /// # Errors
@@ -147,6 +176,15 @@ impl Access<'_> {
     }
 }
 
+/// Whether the machine runs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Phase {
+    Paused,
+    /// The vCPUs have stopped, and the device finishes what it has begun.
+    Draining,
+    Running,
+}
+
 /// A transport with its device.
 pub(crate) struct Transport {
     host_features_sel: u32,
@@ -160,8 +198,11 @@ pub(crate) struct Transport {
     started: bool,
     broken: bool,
     queues: Vec<Queue>,
-    /// The machine runs.
-    running: bool,
+    phase: Phase,
+    /// The device's thread has a task.
+    busy: bool,
+    /// A task was finished, or there is none.
+    idle: Arc<Condvar>,
     gone: bool,
     wake: Option<Wake>,
     model: Box<dyn Model>,
@@ -184,7 +225,9 @@ impl Transport {
             started: false,
             broken: false,
             queues: model.queues().into_iter().map(Queue::new).collect(),
-            running: false,
+            phase: Phase::Paused,
+            busy: false,
+            idle: Arc::default(),
             gone: false,
             wake: None,
             model,
@@ -264,7 +307,7 @@ impl Transport {
     pub(crate) fn resume(&mut self) -> Result<()> {
         self.check()?;
         self.update_line();
-        self.running = true;
+        self.phase = Phase::Running;
         self.wake();
         if !self.started || self.broken {
             return Ok(());
@@ -298,9 +341,9 @@ impl Transport {
         Ok(())
     }
 
-    /// The machine has stopped: nothing is under way when this returns.
-    pub(crate) fn pause(&mut self) {
-        self.running = false;
+    /// The machine has stopped: the guest sees nothing of the device any more when this returns.
+    pub(super) fn pause(&mut self) {
+        self.phase = Phase::Paused;
         self.wake();
         self.model.pause();
     }
@@ -328,7 +371,7 @@ impl Transport {
     /// What the device's thread is to wait for; `None` when it is to end.
     pub(super) fn interest(&mut self) -> Option<Vec<(RawFd, i16)>> {
         let mut interest = Vec::new();
-        if self.running && !self.broken && !self.gone {
+        if self.runs() && !self.gone {
             self.work(|model, access| {
                 interest = model.interest(access)?;
                 Ok(())
@@ -339,20 +382,24 @@ impl Transport {
 
     /// Some of it has happened. A machine that has stopped meanwhile hears of it when it goes on.
     pub(super) fn pump(&mut self, ready: &[(RawFd, i16)]) {
-        if self.running && !self.broken {
+        if self.runs() {
             self.work(|model, access| model.pump(ready, access));
         }
     }
 
+    fn runs(&self) -> bool {
+        self.phase == Phase::Running && !self.broken
+    }
+
     /// Whether chains wait that were too many for one turn.
     pub(super) fn has_left(&self) -> bool {
-        self.running && !self.broken && self.queues.iter().any(Queue::has_left)
+        self.runs() && self.queues.iter().any(Queue::has_left)
     }
 
     /// Does a turn's worth of what was too much for one turn.
     pub(super) fn go_on(&mut self) {
         for index in 0..self.queues.len() {
-            if self.running && !self.broken && self.queues[index].take_left() && self.queues[index].is_ready() {
+            if self.runs() && self.queues[index].take_left() && self.queues[index].is_ready() {
                 self.work(|model, access| model.process(index, access));
             }
         }
