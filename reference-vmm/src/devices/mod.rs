@@ -82,16 +82,7 @@ impl Devices {
         virtio: Transports,
         rtc: Option<Arc<Clock>>,
     ) -> Devices {
-        Devices {
-            rtc,
-            split: None,
-            ioapic2,
-            virtio,
-            serial,
-            fw_cfg: Mutex::new(fw_cfg),
-            ged: Mutex::new(ged),
-            memory,
-        }
+        Devices { rtc, split: None, ioapic2, virtio, serial, fw_cfg: Mutex::new(fw_cfg), ged: Mutex::new(ged), memory }
     }
 
     /// One read of a port, of 1, 2 or 4 bytes. Ports without a device read as all ones.

@@ -9,6 +9,7 @@ use serde_json::{Value, json};
 use std::{
     fs, io,
     io::Write,
+    net::Shutdown,
     os::unix::net::{UnixListener, UnixStream},
     path::{Path, PathBuf},
     sync::{Arc, Mutex, PoisonError, mpsc},
@@ -16,8 +17,8 @@ use std::{
     time::{Duration, UNIX_EPOCH},
 };
 
-/// Serves QMP at a UNIX socket, to one client after the other. When this is dropped, the client is told what has happened, and the
-/// socket is removed.
+/// Serves QMP at a UNIX socket, to one client after the other; one that does not read what it is told is dropped after five seconds.
+/// When this is dropped, the client is told what has happened, and the socket is removed.
 pub struct Server {
     path: PathBuf,
     vmm: Arc<Vmm>,
@@ -59,10 +60,25 @@ impl Server {
         let server = Server { path: path.into(), vmm: vmm.clone(), speaking: speaking.clone(), silent };
         thread::spawn(move || {
             for client in listener.incoming() {
-                // A client that breaks off is its own affair.
-                if let Err(error) = client.and_then(|client| serve(&client, &vmm, &speaking)) {
-                    tracing::debug!(%error, "a QMP client broke off");
+                let client = match client {
+                    Ok(client) => client,
+                    Err(error) => {
+                        // Too many open files, for example: there may be room later.
+                        tracing::warn!(%error, "a QMP client cannot be taken");
+                        thread::sleep(PAUSE);
+                        continue;
+                    }
+                };
+                match serve(&client, &vmm, &speaking) {
+                    Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                        tracing::warn!("a QMP client does not read what it is told, and is dropped");
+                    }
+                    // One that breaks off is its own affair.
+                    Err(error) => tracing::debug!(%error, "a QMP client broke off"),
+                    Ok(()) => {}
                 }
+                // Its events end, too.
+                let _ = client.shutdown(Shutdown::Both);
                 vmm.descriptors().forget_received();
             }
         });
@@ -81,7 +97,15 @@ impl Drop for Server {
     }
 }
 
+/// How long a client may leave what it is told unread when its socket is full. The next one waits meanwhile.
+const PATIENCE: Duration = Duration::from_secs(5);
+/// How long the reply to `quit` waits for that.
+const QUIT_PATIENCE: Duration = Duration::from_millis(300);
+/// How long a server without descriptors rests.
+const PAUSE: Duration = Duration::from_millis(100);
+
 fn serve(client: &UnixStream, vmm: &Arc<Vmm>, speaking: &Speaking) -> io::Result<()> {
+    client.set_write_timeout(Some(PATIENCE))?;
     let writer = Arc::new(Mutex::new(client.try_clone()?));
     send(&writer, &json!({ "QMP": { "version": commands::version(vmm), "capabilities": [] } }))?;
     let mut requests = Requests::default();
@@ -112,6 +136,9 @@ fn serve(client: &UnixStream, vmm: &Arc<Vmm>, speaking: &Speaking) -> io::Result
                 }
                 Err((failure, id)) => (Err(failure), id),
             };
+            if quits {
+                client.set_write_timeout(Some(QUIT_PATIENCE))?;
+            }
             let sent = send(&writer, &reply(result, id));
             if quits {
                 vmm.end(Exit::Quit);
@@ -141,6 +168,9 @@ fn forward_events(events: mpsc::Receiver<Event>, writer: Arc<Mutex<UnixStream>>,
                 message["data"] = data;
             }
             if send(&writer, &message).is_err() {
+                // Half a message may be out: nothing more can follow.
+                let writer = writer.lock().unwrap_or_else(PoisonError::into_inner);
+                let _ = writer.shutdown(Shutdown::Both);
                 return;
             }
         }

@@ -14,6 +14,7 @@ mod machine;
 mod migration;
 mod payload;
 mod qmp;
+mod qmp_clients;
 mod reset;
 mod state;
 mod transports;
@@ -44,6 +45,7 @@ fn main() -> ExitCode {
         drives::TESTS,
         migration::TESTS,
         qmp::TESTS,
+        qmp_clients::TESTS,
         transports::TESTS,
     ]
     .concat();
