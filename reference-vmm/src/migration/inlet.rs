@@ -99,13 +99,17 @@ impl<'c> Inlet<'c> {
             // There is the whole record of a page, and nothing else to come before the page.
             return Ok(false);
         }
-        self.buffer.copy_within(self.start..self.end, 0);
-        self.end -= self.start;
-        self.start = 0;
+        if self.start > 0 {
+            // Moving bytes to where they are would still touch all of them, at every read of a long section.
+            self.buffer.copy_within(self.start..self.end, 0);
+            self.end -= self.start;
+            self.start = 0;
+        }
         while self.end < at_least {
             if self.end == self.buffer.len() {
-                // Grows as data arrives, not as the peer promises.
-                self.buffer.resize(at_least.min(2 * self.buffer.len()), 0);
+                // Grows as data arrives, not as the peer promises; and by all of its length, for whoever looks for the end of a
+                // section asks for one byte more at a time.
+                self.buffer.resize(2 * self.buffer.len(), 0);
             }
             let room = &mut self.buffer[self.end..];
             match read(self.channel, &mut [Target::bytes(room)], self.received)? {
@@ -223,10 +227,49 @@ mod tests {
     use super::*;
     use crate::migration::Source;
     use proptest::prelude::*;
-    use std::sync::Mutex;
+    use std::sync::{
+        Mutex,
+        atomic::{AtomicUsize, Ordering},
+    };
 
     const PAGE: usize = ZERO_PAGE.len();
     const PAGES: usize = 40;
+
+    /// A file: gives all there is room for, and counts the reads.
+    #[derive(Debug)]
+    struct Counted {
+        left: AtomicUsize,
+        reads: AtomicUsize,
+    }
+
+    impl Channel for Counted {
+        fn read(&self, parts: &mut [Target<'_>]) -> io::Result<usize> {
+            self.reads.fetch_add(1, Ordering::Relaxed);
+            let count = self.left.load(Ordering::Relaxed).min(parts.iter().map(Target::len).sum());
+            self.left.fetch_sub(count, Ordering::Relaxed);
+            Ok(count)
+        }
+        fn write(&self, _: &[Source<'_>]) -> io::Result<usize> {
+            Ok(0)
+        }
+        fn finish_writing(&self) {}
+        fn stop_reading(&self) {}
+        fn close(&self) {}
+    }
+
+    /// Who looks for the end of a section whose length the wire does not tell asks for one byte more than there is, again and again.
+    #[test]
+    fn a_long_section_takes_few_reads() {
+        const MIB: usize = 1 << 20;
+        let channel = Counted { left: (16 * MIB).into(), reads: 0.into() };
+        let mut inlet = Inlet::new(&channel, &[], 0);
+        while inlet.bytes().len() < 16 * MIB {
+            assert!(inlet.fill(inlet.bytes().len() + 1).unwrap());
+            assert!(channel.reads.load(Ordering::Relaxed) < 16 * 100, "{} bytes are here", inlet.bytes().len());
+        }
+        assert!(inlet.buffer.len() <= 2 * 16 * MIB, "{}", inlet.buffer.len());
+        assert!(!inlet.fill(16 * MIB + 1).unwrap());
+    }
 
     /// Gives a stream in pieces of these lengths, over and over.
     #[derive(Debug)]
