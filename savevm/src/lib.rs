@@ -14,6 +14,7 @@
 //! | [`xbzrle`] | pages as differences: decoder, encoder, and the source's cache |
 //! | [`vfio`], [`dirty_bitmap`], [`block_migration`] | the records of the other iterable handlers |
 //! | [`mapped_ram`] | files in which every page has its place |
+//! | [`first_bytes`] | what a connection is that may be no source |
 //! | [`container`] | files with a stream inside: libvirt save images, qcow2 snapshots |
 //! | [`vmdesc`] | the JSON description, and device sections decoded to their last field with it or without |
 //! | [`mod@check`] | whether a destination will load a stream, and if not, why |
@@ -101,6 +102,7 @@ pub mod dirty_bitmap;
 pub mod encode;
 pub mod error;
 pub mod event;
+pub mod first_bytes;
 pub mod framing;
 pub mod guest_memory;
 pub mod mapped_ram;
