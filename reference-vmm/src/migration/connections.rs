@@ -1,13 +1,14 @@
 //! The connections of one migration: the main channel, and the page channels if capability `multifd` is on; or a file.
 
 use super::{
-    Address, BadCapability, Channel, Job, Listener, LoadError, MigrationError, Mode, Pipe, RULES, Socket,
-    multifd::{PageStream, Patience, Settings, gather},
+    Address, BadCapability, Channel, Job, Listener, MigrationError, Mode, Pipe, RULES, Socket,
+    arrivals::{Patience, Seen, gather},
+    multifd::{PageStream, Settings},
     page_file::PageFile,
 };
 use crate::descriptors::Descriptors;
 use qevm_multifd::compression::Compression;
-use qevm_wire::{Located, Profile, capability::Context};
+use qevm_wire::{Profile, capability::Context};
 use std::{
     fs::{File, OpenOptions},
     io,
@@ -104,30 +105,26 @@ pub struct Incoming {
     pub(crate) offset: u64,
     pub(crate) pages: Vec<PageStream>,
     pub(crate) settings: Option<Settings>,
+    /// A source with page channels has called, and there are none in this migration.
+    pub(crate) page_channels_called: bool,
+    /// What may explain a source that gives up at once: one of its channels did not fit.
+    pub(crate) misfit: Option<MigrationError>,
     /// Pages may have their places in this file, in which the main channel reads, too.
     pub(crate) file: Option<PageFile>,
 }
 
 impl Incoming {
-    /// Waits for a source, and for all of its page channels if `job` has capability `multifd`.
+    /// Waits for a source, and for all of its page channels if `job` has capability `multifd`, as long as it takes. Whoever else
+    /// calls is dropped, with a line in the log; so is a source whose channels do not all come within ten seconds.
     ///
     /// # Errors
-    /// [`MigrationError::Listen`] with the system's reason. With `multifd` also [`MigrationError::MissingChannels`] when no
-    /// further channel has come for ten seconds, and [`MigrationError::Load`] for a connection that does not belong here.
+    /// [`MigrationError::Listen`] with the system's reason, when the listener is of no more use.
     pub fn accept(listener: &Listener, job: &Job, profile: &Profile) -> Result<Self, MigrationError> {
-        match Settings::of(job.capabilities(), &job.parameters(), profile) {
-            Some(settings) => gather(listener, &settings, Patience::default()),
-            None => {
-                let socket = listener.accept_socket()?;
-                // A source has opened all of its page channels when it says the first word. Without them its stream has
-                // no pages, and not every release's stream tells.
-                if listener.has_more_callers(&socket)? {
-                    return Err(Located::new(LoadError::MultifdOff, 0).into());
-                }
-                let main: Arc<dyn Channel> = Arc::new(socket);
-                Ok(main.into())
-            }
-        }
+        let settings = Settings::of(job.capabilities(), &job.parameters(), profile);
+        gather(listener, settings.as_ref(), Patience::default(), &mut |seen| match seen {
+            Seen::Dropped(dropped) => tracing::warn!("{dropped}"),
+            Seen::Incomplete(error) => tracing::warn!("a source has come without all of its channels: {error}"),
+        })
     }
 
     /// Opens what a guest comes from without a caller: a command, a descriptor or a file.
@@ -186,7 +183,16 @@ fn page_file(
 impl From<Arc<dyn Channel>> for Incoming {
     /// A main channel alone.
     fn from(main: Arc<dyn Channel>) -> Self {
-        Incoming { main, first: Vec::new(), offset: 0, pages: Vec::new(), settings: None, file: None }
+        Incoming {
+            main,
+            first: Vec::new(),
+            offset: 0,
+            pages: Vec::new(),
+            settings: None,
+            page_channels_called: false,
+            misfit: None,
+            file: None,
+        }
     }
 }
 

@@ -61,7 +61,7 @@ pub fn receive(
 ) -> Result<Arrival, MigrationError> {
     let start = Instant::now();
     let attached = job.attach(connections.all());
-    let Incoming { main, first, offset, pages, settings, file } = connections;
+    let Incoming { main, first, offset, pages, settings, page_channels_called, misfit, file } = connections;
     let channels = settings.as_ref().map(|settings| PageChannels {
         gate: Gate::new(settings.channels),
         listed: OnceLock::new(),
@@ -84,6 +84,7 @@ pub fn receive(
             gate: DestinationGate::new(profile.switchover_ack.filter(|_| job.capabilities().switchover_ack)),
         },
         pages: channels.as_ref(),
+        page_channels_called,
         file,
         threads: if job.capabilities().multifd { job.parameters().multifd_channels } else { 1 },
         from_file: 0,
@@ -111,6 +112,8 @@ pub fn receive(
         // What a page channel reported made the main channel fail.
         let result = match (result, channels.as_ref().and_then(PageChannels::failure)) {
             (Err(_), Some(cause)) => Err(cause),
+            // A source one of whose channels was dropped gives up, and its main channel just ends.
+            (Err(error), None) if is_cut(&error) && !engine.has_pages() => Err(misfit.unwrap_or(error)),
             (result, _) => result,
         };
         if result.is_err() {
@@ -191,6 +194,8 @@ struct Engine<'e> {
     decoder: Decoder,
     loader: Loader<'e>,
     pages: Option<&'e PageChannels>,
+    /// A source with page channels has called, and there are none in this migration.
+    page_channels_called: bool,
     /// Pages may have their places in this file…
     file: Option<PageFile>,
     /// …and are read by so many threads.
@@ -213,6 +218,10 @@ impl Engine<'_> {
             return Err(self.place(LoadError::MultifdOff, 0).into());
         }
         self.read_stream()?;
+        if self.page_channels_called && !self.has_pages() {
+            // Not every release's stream tells that its pages went elsewhere.
+            return Err(self.place(LoadError::MultifdOff, self.decoder.offset()).into());
+        }
         if let Some(pages) = self.pages {
             pages.gate.main_end().map_err(|error| self.place(error.into(), self.decoder.offset()))?;
         }
@@ -232,6 +241,11 @@ impl Engine<'_> {
         }
         job.handed_over()?;
         Ok(Arrival { running, bytes: self.received() })
+    }
+
+    /// Whether a page with content came on the main channel.
+    fn has_pages(&self) -> bool {
+        self.loader.ram.has_pages()
     }
 
     /// Bytes that were read: of the stream, but for what it jumps over, and of pages.
@@ -359,6 +373,17 @@ impl Engine<'_> {
             Some(header) => error.within(format!("section {} '{}'", header.section_id, header.idstr)),
             None => error,
         }
+    }
+}
+
+/// Whether the main channel ended before the stream did.
+fn is_cut(error: &MigrationError) -> bool {
+    match error {
+        MigrationError::Receive { .. } => true,
+        MigrationError::Load(error) => {
+            matches!(&error.kind, LoadError::Stream(qevm_savevm::ErrorKind::Wire(WireError::Truncated { .. })))
+        }
+        _ => false,
     }
 }
 

@@ -5,6 +5,7 @@
 //! | module | what |
 //! |---|---|
 //! | `address`, `channel`, `socket`, `pipe`, `connections` | where a peer is, and the ways to it |
+//! | `strangers`, `arrivals` | connections until it is known what they are; those of one source |
 //! | `capabilities`, `parameters`, [`rate`] | QEMU's settings by their names; the rate limit |
 //! | `guest` | [`Guest`]: what the engines need of a virtual machine |
 //! | [`bitmap`], `zero`, `ram_sender` | dirty pages, and sending them straight from guest memory |
@@ -24,6 +25,7 @@
 //! * The guest never runs on both sides; see `handover` for the one thing the network can still spoil.
 
 mod address;
+mod arrivals;
 pub mod bitmap;
 mod capabilities;
 mod channel;
@@ -51,6 +53,7 @@ pub mod sections;
 mod socket;
 mod source;
 mod statistics;
+mod strangers;
 pub mod switchover;
 mod touched;
 mod zero;

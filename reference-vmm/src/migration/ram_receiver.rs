@@ -70,6 +70,11 @@ impl<'g> RamReceiver<'g> {
         block.memory(page)
     }
 
+    /// Whether a page with content has come.
+    pub(crate) fn has_pages(&self) -> bool {
+        self.last.is_some()
+    }
+
     /// The pages that come next if the source goes on as before. Only those that hold nothing yet: nothing is lost there if something
     /// else comes.
     pub(crate) fn expected(&self) -> Vec<Expected<'g>> {

@@ -5,14 +5,14 @@ use super::{
     channel::{MAX_PARTS, Source, Target},
 };
 use std::{
-    fs, io,
-    net::{Shutdown, TcpListener, TcpStream},
+    fmt, fs, io,
+    io::Read,
+    net::{Shutdown, SocketAddr, TcpListener, TcpStream},
     os::{
-        fd::{AsRawFd, OwnedFd, RawFd},
+        fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd},
         unix::net::{UnixListener, UnixStream},
     },
     sync::Arc,
-    time::Duration,
 };
 
 /// A connected socket.
@@ -65,18 +65,48 @@ impl Socket {
     }
 
     fn tcp(stream: TcpStream) -> io::Result<Socket> {
-        stream.set_nodelay(true)?;
-        if stream.peer_addr()?.ip() == stream.local_addr()?.ip() {
-            shorten(&stream)?;
-        }
-        Ok(Socket::Tcp(stream))
+        let socket = Socket::Tcp(stream);
+        socket.prepare()?;
+        Ok(socket)
     }
 
-    pub(crate) fn fd(&self) -> RawFd {
-        match self {
-            Socket::Tcp(stream) => stream.as_raw_fd(),
-            Socket::Unix(stream) => stream.as_raw_fd(),
+    /// Sets a connected socket up for a migration.
+    ///
+    /// # Errors
+    /// The system's: it is not connected any more, for example.
+    pub(crate) fn prepare(&self) -> io::Result<()> {
+        let Socket::Tcp(stream) = self else { return Ok(()) };
+        stream.set_nodelay(true)?;
+        if stream.peer_addr()?.ip() == stream.local_addr()?.ip() {
+            shorten(stream)?;
         }
+        Ok(())
+    }
+
+    pub(crate) fn set_nonblocking(&self, on: bool) -> io::Result<()> {
+        match self {
+            Socket::Tcp(stream) => stream.set_nonblocking(on),
+            Socket::Unix(stream) => stream.set_nonblocking(on),
+        }
+    }
+
+    /// Reads into bytes of ours; as [`Channel::read`].
+    pub(crate) fn receive(&self, bytes: &mut [u8]) -> io::Result<usize> {
+        match self {
+            Socket::Tcp(stream) => (&*stream).read(bytes),
+            Socket::Unix(stream) => (&*stream).read(bytes),
+        }
+    }
+
+    pub(crate) fn as_fd(&self) -> BorrowedFd<'_> {
+        match self {
+            Socket::Tcp(stream) => stream.as_fd(),
+            Socket::Unix(stream) => stream.as_fd(),
+        }
+    }
+
+    fn fd(&self) -> RawFd {
+        self.as_fd().as_raw_fd()
     }
 
     fn shutdown(&self, how: Shutdown) {
@@ -150,28 +180,27 @@ impl Channel for Socket {
     }
 }
 
-/// Waits until some of these can be read or accepted from, and says for each whether it can; nothing if the time is over.
-pub(crate) fn wait_readable(
-    descriptors: impl IntoIterator<Item = RawFd>,
-    left: Option<Duration>,
-) -> io::Result<Vec<bool>> {
-    let entry = |fd| libc::pollfd { fd, events: libc::POLLIN, revents: 0 };
-    let mut entries: Vec<_> = descriptors.into_iter().map(entry).collect();
-    let timeout = left.map_or(-1, |left| i32::try_from(left.as_millis()).unwrap_or(i32::MAX));
-    // SAFETY: the entries are valid for writing, and as many as is said.
-    match unsafe { libc::poll(entries.as_mut_ptr(), entries.len() as libc::nfds_t, timeout) } {
-        0 => Ok(Vec::new()),
-        -1 => match io::Error::last_os_error() {
-            // A signal: everybody is looked at again.
-            error if error.kind() == io::ErrorKind::Interrupted => Ok(vec![false; entries.len()]),
-            error => Err(error),
-        },
-        _ => Ok(entries.iter().map(|entry| entry.revents != 0).collect()),
-    }
+/// Connections that may wait to be accepted: the main channel and 255 page channels, which a source opens at once, behind as many
+/// others as the system allows.
+const BACKLOG: libc::c_int = 4096;
+
+/// Who has connected.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Caller {
+    /// From that address.
+    Tcp(SocketAddr),
+    /// Over a UNIX socket.
+    Unix,
 }
 
-/// Connections that may wait to be accepted: the main channel and 255 page channels, which a source opens at once.
-const BACKLOG: libc::c_int = 256;
+impl fmt::Display for Caller {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Caller::Tcp(address) => address.fmt(f),
+            Caller::Unix => f.write_str("a process of this host"),
+        }
+    }
+}
 
 /// A socket that waits for a source.
 #[derive(Debug)]
@@ -195,16 +224,16 @@ impl Listener {
         let failed = |source| MigrationError::Listen { address: address.clone(), source };
         let listener = Self::open(address).map_err(failed)?;
         // SAFETY: the descriptor is a listening socket of ours; a second call only changes the length of its queue.
-        match unsafe { libc::listen(listener.fd(), BACKLOG) } {
+        match unsafe { libc::listen(listener.as_fd().as_raw_fd(), BACKLOG) } {
             0 => Ok(listener),
             _ => Err(failed(io::Error::last_os_error())),
         }
     }
 
-    pub(crate) fn fd(&self) -> RawFd {
+    pub(crate) fn as_fd(&self) -> BorrowedFd<'_> {
         match &self.socket {
-            Listening::Tcp(socket) => socket.as_raw_fd(),
-            Listening::Unix(socket) => socket.as_raw_fd(),
+            Listening::Tcp(socket) => socket.as_fd(),
+            Listening::Unix(socket) => socket.as_fd(),
         }
     }
 
@@ -241,30 +270,46 @@ impl Listener {
     /// # Errors
     /// [`MigrationError::Listen`] with the system's reason.
     pub fn accept(&self) -> Result<Arc<dyn Channel>, MigrationError> {
-        Ok(Arc::new(self.accept_socket()?))
-    }
-
-    /// Waits until `socket` has something to read, and says whether somebody else waits to be accepted then.
-    pub(crate) fn has_more_callers(&self, socket: &Socket) -> Result<bool, MigrationError> {
-        let heard = wait_readable([socket.fd()], None);
-        let calling = heard.and_then(|_| wait_readable([self.fd()], Some(Duration::ZERO)));
-        calling
-            .map(|ready| ready.first() == Some(&true))
-            .map_err(|source| MigrationError::Listen { address: self.address.clone(), source })
-    }
-
-    pub(crate) fn accept_socket(&self) -> Result<Socket, MigrationError> {
         loop {
-            let accepted = match &self.socket {
-                Listening::Tcp(socket) => socket.accept().and_then(|(stream, _)| Socket::tcp(stream)),
-                Listening::Unix(socket) => socket.accept().map(|(stream, _)| Socket::Unix(stream)),
-            };
-            match accepted {
-                Ok(socket) => return Ok(socket),
+            match self.try_accept() {
+                Ok(Some((socket, _))) => {
+                    socket.prepare().map_err(|error| self.failed(error))?;
+                    return Ok(Arc::new(socket));
+                }
+                Ok(None) => {}
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(source) => return Err(MigrationError::Listen { address: self.address.clone(), source }),
+                Err(source) => return Err(self.failed(source)),
             }
         }
+    }
+
+    /// Makes it give nothing at once when nobody waits to be accepted.
+    pub(crate) fn set_nonblocking(&self) -> io::Result<()> {
+        match &self.socket {
+            Listening::Tcp(socket) => socket.set_nonblocking(true),
+            Listening::Unix(socket) => socket.set_nonblocking(true),
+        }
+    }
+
+    /// The next connection, which is to be [prepared](Socket::prepare), if somebody waits to be accepted.
+    ///
+    /// # Errors
+    /// As `accept(2)`.
+    pub(crate) fn try_accept(&self) -> io::Result<Option<(Socket, Caller)>> {
+        let accepted = match &self.socket {
+            Listening::Tcp(socket) => {
+                socket.accept().map(|(stream, caller)| (Socket::Tcp(stream), Caller::Tcp(caller)))
+            }
+            Listening::Unix(socket) => socket.accept().map(|(stream, _)| (Socket::Unix(stream), Caller::Unix)),
+        };
+        match accepted {
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(None),
+            accepted => accepted.map(Some),
+        }
+    }
+
+    pub(crate) fn failed(&self, source: io::Error) -> MigrationError {
+        MigrationError::Listen { address: self.address.clone(), source }
     }
 }
 

@@ -6,12 +6,10 @@
 //! | `queue` | [`Queue`]: batches of pages for the channels, bounded, and who has synchronised |
 //! | `sender` | a thread that sends batches straight from guest memory |
 //! | `saver` | a thread that writes them to their places in a file instead (`mapped-ram`) |
-//! | `arrivals` | connections in whatever order they come, told apart by their first bytes |
 //! | `stream` | the reading end of one page channel |
 //! | `receiver` | a thread that reads pages straight into guest memory |
 //! | `gate` | [`Gate`]: who waits for whom at the destination |
 
-mod arrivals;
 mod gate;
 mod queue;
 mod receiver;
@@ -20,7 +18,6 @@ mod sender;
 mod settings;
 mod stream;
 
-pub(crate) use arrivals::{Patience, gather};
 pub(crate) use gate::{Gate, Mark};
 pub(crate) use queue::{Batch, Counts, Queue};
 pub(crate) use receiver::receive_pages;

@@ -4,11 +4,18 @@ use super::*;
 use crate::descriptors::Descriptors;
 use crate::migration::{
     Address, Listener, LoadError,
-    multifd::{Patience, Settings, gather},
+    arrivals::{Patience, Seen, gather},
+    multifd::Settings,
+    strangers::{Dropped, Reason},
 };
-use qevm_multifd::{Compression, ErrorKind, HandshakeError, PacketError};
+use qevm_multifd::{Compression, ErrorKind, HandshakeError, Init, PacketError, Uuid};
 use qevm_wire::profile::ZeroPageDetection;
-use std::{sync::atomic::Ordering, time::Duration};
+use std::{
+    io::Write,
+    path::PathBuf,
+    sync::atomic::{AtomicBool, Ordering},
+    time::Duration,
+};
 
 /// How a source connects, and what goes wrong on its channels.
 #[derive(Default)]
@@ -40,6 +47,12 @@ impl Pair {
     }
 
     fn go(&self, plan: &Plan) -> Outcome {
+        self.watch(plan).0
+    }
+
+    /// The same, with what was seen while the destination waited. It waits until a source is complete: when this one has failed before,
+    /// another comes, says the first word and leaves.
+    fn watch(&self, plan: &Plan) -> (Outcome, Vec<Seen>) {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("in");
         let listener = Listener::bind(&Address::Unix(path.clone())).unwrap();
@@ -63,18 +76,40 @@ impl Pair {
         let pages = pages.into_iter().flatten().map(|channel| channel as Arc<dyn Channel>).collect();
         let sending = Outgoing { main, pages, file: None };
         let profile = self.profile.clone();
-        let (source, destination) = self.play(sending, move |job| {
+        let log = Mutex::new(Vec::new());
+        let (source, destination) = self.play(sending, |job| {
             let settings = Settings::of(job.capabilities(), &job.parameters(), &profile);
-            match settings {
-                Some(settings) => {
-                    let patience = Patience(Duration::from_millis(300));
-                    gather(&listener, &settings, patience)
-                }
-                None => Incoming::accept(&listener, job, &profile),
-            }
+            let patience = Patience { silence: Duration::from_secs(5), channels: Duration::from_millis(300) };
+            let gathered = Arc::new(AtomicBool::new(false));
+            let channels = settings.as_ref().map_or(0, |settings| settings.channels);
+            another_source_later(path, channels, self.job.clone(), gathered.clone());
+            let incoming = gather(&listener, settings.as_ref(), patience, &mut |seen| log.lock().unwrap().push(seen));
+            gathered.store(true, Ordering::SeqCst);
+            incoming
         });
-        Outcome { source, destination, statistics: self.job.statistics(), written: written.written() }
+        let outcome = Outcome { source, destination, statistics: self.job.statistics(), written: written.written() };
+        (outcome, log.into_inner().unwrap())
     }
+}
+
+/// When `source` has ended and who waits has still no source, another comes, says its first words and leaves when they were heard.
+fn another_source_later(path: PathBuf, channels: u8, source: Arc<Job>, gathered: Arc<AtomicBool>) {
+    thread::spawn(move || {
+        source.wait();
+        while !gathered.load(Ordering::SeqCst) {
+            // Nobody may be there any more.
+            let connect = |first: &[u8]| {
+                UnixStream::connect(&path).and_then(|mut stream| stream.write_all(first).map(|()| stream)).ok()
+            };
+            let page = |number| {
+                let mut writer = qevm_wire::Writer::new();
+                Init::new(Uuid::default(), number).encode(&mut writer);
+                connect(writer.as_bytes())
+            };
+            let _streams: Vec<_> = (0..channels).map(page).chain([connect(b"QEVM\0\0\0\x03")]).collect();
+            thread::sleep(Duration::from_millis(20));
+        }
+    });
 }
 
 #[test]
@@ -159,24 +194,29 @@ fn the_largest_number_of_channels_works() {
 #[test]
 fn channels_that_do_not_come_are_named_and_the_source_goes_on() {
     let pair = Pair::new(60).multifd(2, "none").but(|parameters| parameters.multifd_channels = 4);
-    let outcome = pair.go(&Plan::default());
+    let (outcome, seen) = pair.watch(&Plan::default());
     pair.assert_stayed(&outcome);
-    let Err(MigrationError::MissingChannels { missing, main, .. }) = &outcome.destination else {
-        panic!("{outcome:?}")
-    };
+    let incomplete = seen.iter().find_map(|seen| match seen {
+        Seen::Incomplete(MigrationError::MissingChannels { missing, main, .. }) => Some((missing.as_slice(), *main)),
+        _ => None,
+    });
     // The main channel's first bytes wait for the page channels of the source, which are there.
-    assert_eq!((missing.as_slice(), *main), (&[2, 3][..], false));
+    assert_eq!(incomplete, Some((&[2, 3][..], false)), "{seen:?}");
+    let dropped = |seen: &&Seen| matches!(seen, Seen::Dropped(Dropped { why: Reason::Incomplete, .. }));
+    assert_eq!(seen.iter().filter(dropped).count(), 3, "{seen:?}");
 }
 
 #[test]
 fn too_many_channels_are_refused() {
     let pair = Pair::new(60).multifd(4, "none").but(|parameters| parameters.multifd_channels = 2);
-    let outcome = pair.go(&Plan::default());
+    let (outcome, seen) = pair.watch(&Plan::default());
     pair.assert_stayed(&outcome);
     let Err(MigrationError::Load(error)) = &outcome.destination else { panic!("{outcome:?}") };
     let number =
         |kind: &ErrorKind| matches!(kind, ErrorKind::Handshake(HandshakeError::ChannelNumber { channels: 2, .. }));
     assert!(matches!(&error.kind, LoadError::Multifd(kind) if number(kind)), "{error}");
+    let refused = |seen: &&Seen| matches!(seen, Seen::Dropped(Dropped { why: Reason::Page(_), .. }));
+    assert_eq!(seen.iter().filter(refused).count(), 2, "{seen:?}");
 }
 
 #[test]
@@ -207,19 +247,27 @@ fn the_capability_on_one_side_only_is_named() {
     let mut pair = Pair::new(60);
     pair.incoming = Some(Capabilities { multifd: true, ..pair.job.capabilities() });
     let directory = tempfile::tempdir().unwrap();
-    let address = Address::Unix(directory.path().join("in"));
+    let path = directory.path().join("in");
+    let address = Address::Unix(path.clone());
     let listener = Listener::bind(&address).unwrap();
     let sending = Outgoing::open(&address, &pair.job, &mut Descriptors::default()).unwrap();
     let profile = pair.profile.clone();
-    let (source, destination) = pair.play(sending, move |job| {
+    let named = Mutex::new(Vec::new());
+    let (source, destination) = pair.play(sending, |job| {
         let settings = Settings::of(job.capabilities(), &job.parameters(), &profile).unwrap();
-        gather(&listener, &settings, Patience(Duration::from_millis(300)))
+        let patience = Patience { channels: Duration::from_millis(300), ..Patience::default() };
+        let gathered = Arc::new(AtomicBool::new(false));
+        another_source_later(path, settings.channels, pair.job.clone(), gathered.clone());
+        let incoming = gather(&listener, Some(&settings), patience, &mut |seen| {
+            if let Seen::Incomplete(MigrationError::MissingChannels { missing, main: false, .. }) = seen {
+                named.lock().unwrap().extend(missing);
+            }
+        });
+        gathered.store(true, Ordering::SeqCst);
+        incoming
     });
-    assert!(source.is_err() && pair.source.is_running());
-    let Err(MigrationError::MissingChannels { missing, main: false, .. }) = &destination else {
-        panic!("{destination:?}")
-    };
-    assert_eq!(missing, &[0, 1]);
+    assert!(source.is_err() && pair.source.is_running() && destination.is_err());
+    assert_eq!(named.into_inner().unwrap(), [0, 1]);
 }
 
 #[test]
