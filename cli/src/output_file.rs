@@ -12,22 +12,17 @@ use std::fs::{self, File};
 use std::io;
 use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
-use tempfile::NamedTempFile;
+use std::sync::{Mutex, PoisonError};
+use tempfile::TempPath;
 
 /// A file on its way to a name.
 #[derive(Debug)]
 pub struct OutputFile {
-    content: Content,
+    file: File,
+    /// What it is called meanwhile, on a file system that has no files without a name.
+    temporary: Mutex<Option<TempPath>>,
     path: PathBuf,
     replace: bool,
-}
-
-#[derive(Debug)]
-enum Content {
-    /// Without a name (`O_TMPFILE`): the kernel removes it with the process.
-    Unnamed(File),
-    /// For file systems that have no files without a name: beside its place, under a name of its own.
-    Named(NamedTempFile),
 }
 
 impl OutputFile {
@@ -38,22 +33,27 @@ impl OutputFile {
     /// [`Stop::Usage`] if the name is taken or its directory cannot be written to.
     pub fn create(path: &Path, replace: bool) -> Result<Self, Stop> {
         check_free(path, replace)?;
-        let content = unnamed(path).or_else(|error| match error {
-            // What the kernel says for file systems, and kernels, that cannot do that.
-            Errno::OPNOTSUPP | Errno::ISDIR | Errno::INVAL => named(path),
-            error => Err(error.into()),
-        });
-        let content =
-            content.map_err(|error| Stop::Usage(format!("{}: cannot be created: {error}", path.display())))?;
-        Ok(OutputFile { content, path: path.to_owned(), replace })
+        Self::make(path, replace)
+            .map_err(|error| Stop::Usage(format!("{}: cannot be created: {error}", path.display())))
+    }
+
+    /// As [`create`](Self::create), for a name of which it is known that it can be had.
+    ///
+    /// # Errors
+    /// What the operating system says.
+    pub fn make(path: &Path, replace: bool) -> io::Result<Self> {
+        let (file, temporary) = match unnamed(path) {
+            Ok(file) => (file, None),
+            // What the kernel says for file systems, and kernels, that have no such files.
+            Err(Errno::OPNOTSUPP | Errno::ISDIR | Errno::INVAL) => named(path)?,
+            Err(error) => return Err(error.into()),
+        };
+        Ok(OutputFile { file, temporary: Mutex::new(temporary), path: path.to_owned(), replace })
     }
 
     /// What is written.
     pub fn file(&self) -> &File {
-        match &self.content {
-            Content::Unnamed(file) => file,
-            Content::Named(file) => file.as_file(),
-        }
+        &self.file
     }
 
     /// The name that it gets.
@@ -64,26 +64,49 @@ impl OutputFile {
     /// Gives it its name, now that it is whole.
     ///
     /// # Errors
-    /// `AlreadyExists` if somebody else has taken the name meanwhile; what else the operating system says. The file is
-    /// gone then.
-    pub fn publish(self) -> io::Result<()> {
-        let OutputFile { content, path, replace } = self;
-        let named = match content {
-            Content::Unnamed(file) if !replace => return link(&file, &path),
+    /// `AlreadyExists` if somebody else has taken the name meanwhile; what else the operating system says.
+    pub fn publish(&self) -> io::Result<()> {
+        self.publish_as(&self.path)
+    }
+
+    /// Gives it another name than it was made for, in the same directory.
+    ///
+    /// # Errors
+    /// As [`publish`](Self::publish).
+    pub fn publish_as(&self, path: &Path) -> io::Result<()> {
+        let temporary = self.temporary.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let named = match temporary {
+            Some(named) => named,
+            None if !self.replace => return link(&self.file, path),
             // A link does not replace anything; a rename does.
-            Content::Unnamed(file) => builder().make_in(directory(&path), |free| link(&file, free))?.into_temp_path(),
-            Content::Named(named) => named.into_temp_path(),
+            None => builder().make_in(directory(path), |free| link(&self.file, free))?.into_temp_path(),
         };
-        match replace {
-            true => named.persist(&path).map_err(|error| error.error),
+        match self.replace {
+            true => named.persist(path).map_err(|error| error.error),
             false => {
-                rustix::fs::renameat_with(CWD, &*named, CWD, &path, RenameFlags::NOREPLACE)?;
+                rustix::fs::renameat_with(CWD, &*named, CWD, path, RenameFlags::NOREPLACE)?;
                 // It is called otherwise now.
                 let _ = named.keep();
                 Ok(())
             }
         }
     }
+
+    /// Waits until the content is on the disk.
+    ///
+    /// # Errors
+    /// What the operating system says.
+    pub fn sync(&self) -> io::Result<()> {
+        self.file.sync_all()
+    }
+}
+
+/// Waits until the names in `path`'s directory are on the disk.
+///
+/// # Errors
+/// What the operating system says.
+pub fn sync_names(path: &Path) -> io::Result<()> {
+    File::open(directory(path))?.sync_all()
 }
 
 /// Refuses a name at which nothing can, or may, be written.
@@ -101,17 +124,18 @@ pub fn check_free(path: &Path, replace: bool) -> Result<(), Stop> {
     }
 }
 
-fn unnamed(path: &Path) -> Result<Content, Errno> {
+fn unnamed(path: &Path) -> Result<File, Errno> {
     // Without /proc it could never be given a name.
     rustix::fs::stat("/proc/self/fd").map_err(|_| Errno::OPNOTSUPP)?;
     let flags = OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC;
     let file = rustix::fs::open(directory(path), flags, Mode::RUSR | Mode::WUSR)?;
-    Ok(Content::Unnamed(file.into()))
+    Ok(file.into())
 }
 
-fn named(path: &Path) -> io::Result<Content> {
+fn named(path: &Path) -> io::Result<(File, Option<TempPath>)> {
     // The crate's files are created new, and their owner's alone.
-    Ok(Content::Named(builder().tempfile_in(directory(path))?))
+    let (file, path) = builder().tempfile_in(directory(path))?.into_parts();
+    Ok((file, Some(path)))
 }
 
 fn builder() -> tempfile::Builder<'static, 'static> {
@@ -140,10 +164,14 @@ mod tests {
     use std::os::unix::fs::{MetadataExt, symlink};
 
     const WAYS: [fn(&Path) -> OutputFile; 2] = [
-        |path| OutputFile { content: unnamed(path).unwrap(), path: path.to_owned(), replace: false },
+        |path| output(path, (unnamed(path).unwrap(), None)),
         // Few file systems need it.
-        |path| OutputFile { content: named(path).unwrap(), path: path.to_owned(), replace: false },
+        |path| output(path, named(path).unwrap()),
     ];
+
+    fn output(path: &Path, (file, temporary): (File, Option<TempPath>)) -> OutputFile {
+        OutputFile { file, temporary: Mutex::new(temporary), path: path.to_owned(), replace: false }
+    }
 
     fn names(dir: &tempfile::TempDir) -> Vec<String> {
         fs::read_dir(dir.path()).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect()

@@ -1,8 +1,13 @@
 //! Addresses and sockets of live migrations.
 
 use crate::failure::Stop;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::Errno;
+use rustix::net::RecvFlags;
+use std::fmt;
 use std::io::{self, Read, Write};
-use std::net::{Shutdown, TcpListener, TcpStream};
+use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
 use std::sync::mpsc;
@@ -76,22 +81,56 @@ impl Listener {
         }
     }
 
-    /// A connection, if one is waiting.
+    /// A connection, if one is waiting, and who it comes from. Its reads and writes do not wait.
     ///
     /// # Errors
     /// What the operating system says.
-    pub fn accept(&self) -> io::Result<Option<Socket>> {
+    pub fn accept(&self) -> io::Result<Option<(Socket, Peer)>> {
         let accepted = match self {
-            Listener::Tcp(listener) => listener.accept().map(|(socket, _)| Socket::Tcp(socket)),
-            Listener::Unix(listener, _) => listener.accept().map(|(socket, _)| Socket::Unix(socket)),
+            Listener::Tcp(listener) => {
+                listener.accept().map(|(socket, address)| (Socket::Tcp(socket), Peer(Some(address))))
+            }
+            Listener::Unix(listener, _) => listener.accept().map(|(socket, _)| (Socket::Unix(socket), Peer(None))),
         };
         match accepted {
-            Ok(socket) => {
-                socket.set_blocking()?;
-                Ok(Some(socket))
+            Ok((socket, peer)) => {
+                socket.set_nonblocking(true)?;
+                if let Socket::Tcp(socket) = &socket {
+                    socket.set_nodelay(true)?;
+                }
+                Ok(Some((socket, peer)))
             }
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(None),
             Err(error) => Err(error),
+        }
+    }
+}
+
+impl AsFd for Listener {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        match self {
+            Listener::Tcp(listener) => listener.as_fd(),
+            Listener::Unix(listener, _) => listener.as_fd(),
+        }
+    }
+}
+
+/// Who a connection comes from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Peer(Option<SocketAddr>);
+
+impl Peer {
+    /// True if both come from one host, as far as can be told.
+    pub fn same_host(&self, other: &Peer) -> bool {
+        self.0.map(|address| address.ip()) == other.0.map(|address| address.ip())
+    }
+}
+
+impl fmt::Display for Peer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.0 {
+            Some(address) => address.fmt(f),
+            None => f.write_str("this host"),
         }
     }
 }
@@ -135,22 +174,11 @@ impl Socket {
         let (sender, connected) = mpsc::channel();
         let address = address.clone();
         // The thread of a connection that never comes ends with the program.
-        thread::spawn(move || sender.send(Socket::connect(&address)));
+        thread::Builder::new().spawn(move || sender.send(Socket::connect(&address)))?;
         connected.recv_timeout(limit).unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()))
     }
 
-    /// A second handle to the same connection.
-    ///
-    /// # Errors
-    /// What the operating system says.
-    pub fn try_clone(&self) -> io::Result<Self> {
-        Ok(match self {
-            Socket::Tcp(socket) => Socket::Tcp(socket.try_clone()?),
-            Socket::Unix(socket) => Socket::Unix(socket.try_clone()?),
-        })
-    }
-
-    /// Ends the connection for all its handles.
+    /// Ends the connection for all that use it.
     pub fn close(&self) {
         // A connection that is already gone needs no closing.
         let _ = match self {
@@ -159,12 +187,30 @@ impl Socket {
         };
     }
 
-    /// Makes reads of all handles end; answers can still be written.
+    /// Makes reads end; answers can still be written.
     pub fn stop_reading(&self) {
         let _ = match self {
             Socket::Tcp(socket) => socket.shutdown(Shutdown::Read),
             Socket::Unix(socket) => socket.shutdown(Shutdown::Read),
         };
+    }
+
+    /// True if the other end has closed or reset the connection, and all that it had sent was read.
+    pub fn is_closed(&self) -> bool {
+        let flags = RecvFlags::PEEK | RecvFlags::DONTWAIT;
+        match rustix::net::recv(self, &mut [0u8; 1], flags) {
+            Ok((read, _)) => read == 0,
+            Err(error) => !matches!(error, Errno::AGAIN | Errno::INTR),
+        }
+    }
+
+    /// True if the connection breaks within `limit`. A UNIX socket does not: there the last write has failed.
+    pub fn is_reset_within(&self, limit: Duration) -> bool {
+        let Socket::Tcp(socket) = self else { return false };
+        let limit = Timespec { tv_sec: 0, tv_nsec: limit.subsec_nanos().into() };
+        // Nothing is asked for, so that only errors are told.
+        let broken = poll(&mut [PollFd::new(self, PollFlags::empty())], Some(&limit));
+        broken != Ok(0) || !matches!(socket.take_error(), Ok(None))
     }
 
     /// A write that takes longer fails with `WouldBlock` or `TimedOut`; `None` waits for ever.
@@ -189,38 +235,45 @@ impl Socket {
         }
     }
 
-    fn set_blocking(&self) -> io::Result<()> {
+    /// Whether reads and writes that would wait fail with `WouldBlock` instead.
+    ///
+    /// # Errors
+    /// What the operating system says.
+    pub fn set_nonblocking(&self, nonblocking: bool) -> io::Result<()> {
         match self {
-            Socket::Tcp(socket) => {
-                socket.set_nonblocking(false)?;
-                socket.set_nodelay(true)
-            }
-            Socket::Unix(socket) => socket.set_nonblocking(false),
+            Socket::Tcp(socket) => socket.set_nonblocking(nonblocking),
+            Socket::Unix(socket) => socket.set_nonblocking(nonblocking),
         }
     }
 }
 
-impl Read for Socket {
+impl AsFd for Socket {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        match self {
+            Socket::Tcp(socket) => socket.as_fd(),
+            Socket::Unix(socket) => socket.as_fd(),
+        }
+    }
+}
+
+impl Read for &Socket {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         match self {
-            Socket::Tcp(socket) => socket.read(buffer),
-            Socket::Unix(socket) => socket.read(buffer),
+            Socket::Tcp(socket) => (&mut &*socket).read(buffer),
+            Socket::Unix(socket) => (&mut &*socket).read(buffer),
         }
     }
 }
 
-impl Write for Socket {
+impl Write for &Socket {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         match self {
-            Socket::Tcp(socket) => socket.write(bytes),
-            Socket::Unix(socket) => socket.write(bytes),
+            Socket::Tcp(socket) => (&mut &*socket).write(bytes),
+            Socket::Unix(socket) => (&mut &*socket).write(bytes),
         }
     }
 
     fn flush(&mut self) -> io::Result<()> {
-        match self {
-            Socket::Tcp(socket) => socket.flush(),
-            Socket::Unix(socket) => socket.flush(),
-        }
+        Ok(())
     }
 }

@@ -1,5 +1,7 @@
 //! `qevm send`: be the source of a migration into a real QEMU's `-incoming`.
 
+mod answers;
+
 use super::Output;
 use crate::args;
 use crate::failure::{Failure, Stop};
@@ -10,18 +12,18 @@ use crate::rewrite::stream::{Multifd, Target};
 use crate::socket::{Address, Socket};
 use crate::stream::Inputs;
 use crate::table::size;
+use answers::{Answer, Answers, POLL, Sent};
 use qevm_multifd::rules::Parameters;
 use qevm_multifd::{Compression, Compressor};
-use qevm_returnpath::{Decoder, Event, Message};
 use qevm_wire::capability::{self, Context};
 use qevm_wire::profile::ZeroPageDetection;
-use qevm_wire::{Capabilities, Capability, Profile, QemuVersion, Step};
+use qevm_wire::{Capabilities, Capability, Profile, QemuVersion};
 use serde_json::{Map, json};
-use std::io::{self, Read, Write};
+use std::io::{self, Write};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::Ordering;
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 /// Runs the command.
 ///
@@ -41,7 +43,7 @@ pub fn run(send: &args::Send) -> Result<(), Stop> {
             .map_err(|error| Stop::Usage(format!("{}: cannot connect: {error}", send.address)))?;
         // A destination with another number of channels, or without multifd, stops reading without a word.
         socket.set_write_timeout(Some(patience)).map_err(cannot)?;
-        Ok(Patient { socket, patience })
+        Ok(Patient { socket: Arc::new(socket), patience, sent: Arc::default() })
     };
 
     // Older destinations tell channels apart by their order only: the main channel is the first.
@@ -63,14 +65,15 @@ pub fn run(send: &args::Send) -> Result<(), Stop> {
             Some(Multifd::new(Channels::open(sockets, &form, guest.page_geometry())?, &profile))
         }
     };
-    let sent = Arc::new(AtomicBool::new(false));
+    let sent = Arc::clone(&main.sent);
     let answers = match send.no_return_path {
         true => None,
         false => {
-            let socket = main.socket.try_clone().map_err(cannot)?;
+            let socket = Arc::clone(&main.socket);
             socket.set_read_timeout(Some(POLL)).map_err(cannot)?;
-            let mut answers = Answers { socket, sent: Arc::clone(&sent), patience, waiting_since: None };
-            Some(thread::spawn(move || answers.shut_status()))
+            let answers =
+                Answers { socket, sent: Arc::clone(&sent), patience, waiting_since: None, acknowledged: false };
+            Some(thread::Builder::new().spawn(move || answers.last()).map_err(cannot)?)
         }
     };
 
@@ -78,7 +81,7 @@ pub fn run(send: &args::Send) -> Result<(), Stop> {
     let zero_pages = profile.zero_page_detection != ZeroPageDetection::None;
     let target = Target { out: &mut main, name: &send.address, return_path: answers.is_some(), zero_pages };
     let written = guest.write_stream(target, multifd, &mut bar);
-    sent.store(true, Ordering::Relaxed);
+    sent.all.store(true, Ordering::SeqCst);
     drop(bar);
     let confirmed = answers.is_some();
     // The destination's own word explains a broken connection, and so comes first.
@@ -86,8 +89,10 @@ pub fn run(send: &args::Send) -> Result<(), Stop> {
         if written.is_err() {
             main.socket.close();
         }
-        let answer = answers.join().unwrap_or_else(|_| Err("the reader of the return path failed".into()));
-        verdict(&send.address, answer, &written)?;
+        let answer = answers.join().unwrap_or_else(|_| Answer::Missing("the reader of the return path failed".into()));
+        // Only the description may be under way when the destination has loaded all.
+        let needed = sent.bytes.load(Ordering::SeqCst).saturating_sub(guest.description_len());
+        verdict(&send.address, answer, needed, &written)?;
     }
     let bytes = written?;
     let mut out = Output::new();
@@ -107,30 +112,43 @@ pub fn run(send: &args::Send) -> Result<(), Stop> {
     out.finish()
 }
 
-fn verdict(address: &str, answer: Result<u32, String>, written: &Result<u64, Stop>) -> Result<(), Stop> {
+/// Judges the destination's last word: `needed` bytes of the main channel make the guest.
+fn verdict(address: &str, answer: Answer, needed: u64, written: &Result<u64, Stop>) -> Result<(), Stop> {
     let message = match (answer, written) {
-        (Ok(0), _) => return Ok(()),
-        (Ok(status), _) => {
+        (Answer::Shut { status: 0, sent }, Ok(_)) if sent < needed => {
+            format!("the destination said that it has loaded the guest (SHUT 0) after {sent} of {needed} bytes")
+        }
+        (Answer::Shut { status: 0, .. }, _) => return Ok(()),
+        (Answer::Shut { status, .. }, _) => {
             format!("the destination failed to load the guest (SHUT {status}); its own log has the reason")
         }
-        (Err(_), Err(_)) => return Ok(()), // the failed write is the better explanation
-        (Err(reason), Ok(_)) => format!("the destination did not say that it has loaded the guest: {reason}"),
+        (Answer::Wrong(reason), _) => format!("the destination said what nobody asked for: {reason}"),
+        (Answer::Missing(_), Err(_)) => return Ok(()), // the failed write is the better explanation
+        (Answer::Missing(reason), Ok(_)) => {
+            format!("the destination did not say that it has loaded the guest: {reason}")
+        }
     };
     Err(Failure::mismatch(address, written.as_ref().copied().unwrap_or(0), "return path", message).into())
 }
 
-/// What a destination that stands still is asked.
+/// What a destination that hangs is asked.
 const HINT: &str = "does it have the same capabilities, multifd-channels, multifd-compression and machine properties?";
 
-/// A connection to a destination that may stand still.
+/// A connection to a destination that may hang.
 struct Patient {
-    socket: Socket,
+    socket: Arc<Socket>,
     patience: Duration,
+    sent: Arc<Sent>,
 }
 
 impl Write for Patient {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        self.socket.write(bytes).map_err(|error| match error.kind() {
+        // Before, for the destination may be faster than this thread.
+        self.sent.bytes.fetch_add(bytes.len() as u64, Ordering::SeqCst);
+        let written = (&*self.socket).write(bytes);
+        let left = bytes.len() - *written.as_ref().unwrap_or(&0);
+        self.sent.bytes.fetch_sub(left as u64, Ordering::SeqCst);
+        written.map_err(|error| match error.kind() {
             io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut => {
                 let seconds = self.patience.as_secs();
                 let message = format!("the destination took nothing for {seconds} s (--timeout); {HINT}");
@@ -145,68 +163,7 @@ impl Write for Patient {
     }
 
     fn flush(&mut self) -> io::Result<()> {
-        self.socket.flush()
-    }
-}
-
-/// How often it is looked whether everything has been sent.
-const POLL: Duration = Duration::from_millis(100);
-
-/// The return path.
-struct Answers {
-    socket: Socket,
-    /// Everything has been sent, so that the last answer is due.
-    sent: Arc<AtomicBool>,
-    patience: Duration,
-    waiting_since: Option<Instant>,
-}
-
-impl Answers {
-    /// Reads the destination's answers up to its last one.
-    fn shut_status(&mut self) -> Result<u32, String> {
-        let mut decoder = Decoder::default();
-        let mut buffer = Vec::new();
-        loop {
-            match decoder.next(&buffer).map_err(|error| error.to_string())? {
-                Step::Event { event: Event::Message(Message::Shut { status }), .. } => return Ok(status),
-                Step::Event { consumed, .. } => drop(buffer.drain(..consumed)),
-                Step::Payload { remaining } => {
-                    let count = remaining.min(buffer.len() as u64);
-                    decoder.skip_payload(count).map_err(|error| error.to_string())?;
-                    buffer.drain(..count as usize);
-                    if count == 0 {
-                        self.more(&mut buffer)?;
-                    }
-                }
-                Step::NeedMore { .. } => self.more(&mut buffer)?,
-                Step::End => return Err("the return path ended without SHUT".into()),
-            }
-        }
-    }
-
-    fn more(&mut self, buffer: &mut Vec<u8>) -> Result<(), String> {
-        let mut piece = [0; 4096];
-        loop {
-            match self.socket.read(&mut piece) {
-                Ok(0) => return Err("it closed the connection".into()),
-                Ok(read) => {
-                    buffer.extend_from_slice(&piece[..read]);
-                    self.waiting_since = None;
-                    return Ok(());
-                }
-                Err(error) if matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut) => {
-                    // While there is more to send, the destination has nothing to say.
-                    if self.sent.load(Ordering::Relaxed)
-                        && self.waiting_since.get_or_insert_with(Instant::now).elapsed() > self.patience
-                    {
-                        let seconds = self.patience.as_secs();
-                        return Err(format!("no answer within {seconds} s (--timeout); {HINT}"));
-                    }
-                }
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) => return Err(error.to_string()),
-            }
-        }
+        Ok(())
     }
 }
 

@@ -115,6 +115,11 @@ impl SavedGuest {
         self.ram.blocks().iter().map(|b| (b.pages - b.zero_pages) * self.pages.size()).sum()
     }
 
+    /// Bytes of the stream after its end mark: the description, with its own mark and length.
+    pub fn description_len(&self) -> u64 {
+        self.description.as_ref().map_or(0, |text| text.len() as u64 + 5)
+    }
+
     fn stream(&self) -> StreamWriter {
         StreamWriter::new(Encoder::new(self.pages), self.footers)
     }

@@ -7,5 +7,6 @@ mod layouts;
 mod outputs;
 mod receive;
 mod sample;
+mod strangers;
 mod usage;
 mod verify;

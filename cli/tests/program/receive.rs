@@ -8,23 +8,23 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 /// Far more than any of these may take.
-const LIMIT: Duration = Duration::from_secs(20);
+pub(crate) const LIMIT: Duration = Duration::from_secs(20);
 /// Inside of the section that lists the RAM blocks.
 const IN_SETUP: usize = 60;
 
 /// A recorded source with two page channels.
-struct Sources {
-    main: Vec<u8>,
-    channels: [Vec<u8>; 2],
+pub(crate) struct Sources {
+    pub(crate) main: Vec<u8>,
+    pub(crate) channels: [Vec<u8>; 2],
 }
 
-fn sources() -> Sources {
+pub(crate) fn sources() -> Sources {
     let [main, first, second] =
         ["10.0-multifd-zstd", "10.0-multifd-zstd.channel-0", "10.0-multifd-zstd.channel-1"].map(stream);
     Sources { main, channels: [first, second] }
 }
 
-fn receive(dir: &tempfile::TempDir, options: &[&str]) -> Background {
+pub(crate) fn receive(dir: &tempfile::TempDir, options: &[&str]) -> Background {
     let address = format!("unix:{}", dir.path().join("s").display());
     let out = dir.path().join("out").display().to_string();
     let mut arguments = vec!["receive", &address, "--json", "--out", &out];
@@ -33,7 +33,7 @@ fn receive(dir: &tempfile::TempDir, options: &[&str]) -> Background {
 }
 
 /// A connection that has said `bytes`. A receiver that has given up may have closed it.
-fn say(dir: &tempfile::TempDir, bytes: &[u8]) -> UnixStream {
+pub(crate) fn say(dir: &tempfile::TempDir, bytes: &[u8]) -> UnixStream {
     let started = Instant::now();
     // The socket is there a moment before it listens.
     let mut socket = loop {
@@ -116,10 +116,90 @@ fn the_source_is_told_that_a_channel_is_missing() {
     assert!(answers.ends_with(&[0, 1, 0, 4, 0, 0, 0, 1]), "SHUT 1 comes last: {answers:x?}");
 }
 
+/// A destination that reads nothing and says `words`, one after the other.
+fn destination(dir: &Path, words: Vec<Vec<u8>>, pause: Duration) -> impl FnOnce() {
+    let listener = UnixListener::bind(dir.join("t")).unwrap();
+    let saying = std::thread::spawn(move || {
+        let (mut socket, _) = listener.accept().unwrap();
+        let mut reader = socket.try_clone().unwrap();
+        let reading = std::thread::spawn(move || std::io::copy(&mut reader, &mut std::io::sink()));
+        for word in words {
+            if socket.write_all(&word).is_err() {
+                break;
+            }
+            std::thread::sleep(pause);
+        }
+        reading.join().unwrap().ok();
+    });
+    || saying.join().unwrap()
+}
+
+/// The header of a message of the return path, and its body.
+fn message(kind: u16, body: &[u8]) -> Vec<u8> {
+    [&kind.to_be_bytes()[..], &(body.len() as u16).to_be_bytes(), body].concat()
+}
+
+#[test]
+fn what_nobody_asked_for_is_refused_by_name() {
+    let (shut, pong, request) = (message(1, &[0; 4]), message(2, &[0; 4]), message(4, &[0; 12]));
+    let acknowledge = message(7, &[]);
+    for (words, word) in [
+        (vec![pong; 100_000], "PONG 0x0"),
+        (vec![request], "REQ_PAGES"),
+        (vec![message(6, &[0; 4])], "RESUME_ACK"),
+        (vec![acknowledge.clone(), acknowledge], "SWITCHOVER_ACK for the second time"),
+        (vec![message(9, &[])], "message type 9"),
+        (vec![shut], "after"),
+    ] {
+        let dir = tempfile::tempdir().unwrap();
+        let early = word == "after";
+        let over = match early {
+            // It reads nothing until it has said that it has all.
+            true => destination_in_a_hurry(dir.path(), words.concat()),
+            false => Box::new(destination(dir.path(), words, Duration::ZERO)) as Box<dyn FnOnce()>,
+        };
+        let ran = send_to("10.0", dir.path(), &["--zero-page-detection", "none"]).end(LIMIT);
+        assert_eq!(ran.code, Some(1), "{word}: {}", ran.stderr);
+        assert!(ran.stderr.contains(word) && ran.stderr.lines().count() == 1, "{word}: {}", ran.stderr);
+        assert_eq!(ran.stdout, "", "{word}");
+        over();
+    }
+}
+
+/// A destination that says `word` before it reads anything.
+fn destination_in_a_hurry(dir: &Path, word: Vec<u8>) -> Box<dyn FnOnce()> {
+    let listener = UnixListener::bind(dir.join("t")).unwrap();
+    let saying = std::thread::spawn(move || {
+        let (mut socket, _) = listener.accept().unwrap();
+        socket.write_all(&word).unwrap();
+        // The answer is read while the source waits for room. It would be as wrong if it had sent all by now, but then
+        // nobody could tell.
+        std::thread::sleep(Duration::from_millis(500));
+        std::io::copy(&mut socket, &mut std::io::sink()).ok();
+    });
+    Box::new(|| saying.join().unwrap())
+}
+
+/// However long a destination goes on to talk: the time for its last word is limited.
+#[test]
+fn an_answer_that_never_ends_is_given_up() {
+    let dir = tempfile::tempdir().unwrap();
+    let drops = message(1, &[0; 4]).into_iter().take(7).map(|byte| vec![byte]).collect();
+    let over = destination(dir.path(), drops, Duration::from_millis(400));
+    let ran = send(dir.path(), &[]).end(LIMIT);
+    assert_eq!(ran.code, Some(1), "{}", ran.stderr);
+    assert!(ran.stderr.contains("no answer within 1 s"), "{}", ran.stderr);
+    over();
+}
+
 fn send(dir: &Path, options: &[&str]) -> Background {
+    send_to("7.2", dir, options)
+}
+
+fn send_to(release: &str, dir: &Path, options: &[&str]) -> Background {
     let (stream, address) =
         (path("7.2-return-path.zst").display().to_string(), format!("unix:{}", dir.join("t").display()));
-    let mut arguments = vec!["send", "--to", "7.2", "--timeout", "1"];
+    let mut arguments = vec!["send", "--to", release, "--timeout", "1"];
     arguments.extend(options);
     arguments.extend([stream.as_str(), address.as_str()]);
     Background::start(&arguments)

@@ -67,9 +67,7 @@ pub(crate) fn qevm_reading<A: AsRef<std::ffi::OsStr>>(arguments: impl IntoIterat
 
 /// Runs the program in a shell that has done `first`, e.g. `umask 0`.
 pub(crate) fn qevm_after<A: AsRef<std::ffi::OsStr>>(first: &str, arguments: impl IntoIterator<Item = A>) -> Ran {
-    let mut shell = Command::new("sh");
-    shell.args(["-c", &format!("{first}; exec \"$0\" \"$@\""), env!("CARGO_BIN_EXE_qevm")]).args(arguments);
-    ran(shell.stdin(Stdio::null()).output().expect("the shell runs"))
+    ran(command_after(first, arguments).stdin(Stdio::null()).output().expect("the shell runs"))
 }
 
 /// The program while it runs.
@@ -81,6 +79,24 @@ impl Background {
         let mut command = command(arguments);
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
         Background(command.spawn().expect("the program runs"))
+    }
+
+    /// Starts it in a shell that has done `first`.
+    pub(crate) fn start_after<A: AsRef<std::ffi::OsStr>>(first: &str, arguments: impl IntoIterator<Item = A>) -> Self {
+        let mut command = command_after(first, arguments);
+        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        Background(command.spawn().expect("the shell runs"))
+    }
+
+    /// The number of its process.
+    pub(crate) fn id(&self) -> u32 {
+        self.0.id()
+    }
+
+    /// Kills it, so that it can tidy up nothing.
+    pub(crate) fn kill(mut self) {
+        self.0.kill().expect("a child");
+        self.0.wait().expect("a child");
     }
 
     /// Waits for its end, which must come within `limit`. It prints less than a pipe holds.
@@ -101,6 +117,12 @@ fn command<A: AsRef<std::ffi::OsStr>>(arguments: impl IntoIterator<Item = A>) ->
     let mut command = Command::new(env!("CARGO_BIN_EXE_qevm"));
     command.args(arguments);
     command
+}
+
+fn command_after<A: AsRef<std::ffi::OsStr>>(first: &str, arguments: impl IntoIterator<Item = A>) -> Command {
+    let mut shell = Command::new("sh");
+    shell.args(["-c", &format!("{first}; exec \"$0\" \"$@\""), env!("CARGO_BIN_EXE_qevm")]).args(arguments);
+    shell
 }
 
 fn ran(output: Output) -> Ran {

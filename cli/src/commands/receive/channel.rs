@@ -1,158 +1,163 @@
-//! A channel beside the main one, as it arrives: saved, and if it is a page channel, followed packet by packet.
+//! A channel beside the main one, as it arrives: saved, and if it is a page channel, followed packet by packet, so that
+//! what is wrong shows while the source can still go on by itself.
 
-use super::ledger::Ledger;
+use super::gate::{Caller, Known};
+use super::ledger::{Delivered, Ledger};
 use crate::failure::Failure;
+use crate::output_file::OutputFile;
 use crate::socket::Socket;
-use qevm_multifd::{ChannelDecoder, ChannelOptions, Compression, Ending, Event, Init};
-use qevm_wire::Step;
-use std::fs::File;
+use qevm_multifd::{ChannelDecoder, ChannelOptions, Compression, Ending, Event};
+use qevm_wire::{PageGeometry, Step};
 use std::io::{self, Read, Write};
-use std::thread;
-use std::time::Duration;
+use std::sync::Arc;
 
 /// Bytes that are read at a time.
-const CHUNK: usize = 256 << 10;
-/// How long a source is let alone before it hears of a fault. QEMU 7.2 stands still, monitor and guest included, if a
-/// page channel is closed while it opens the others.
-const REFUSAL_DELAY: Duration = Duration::from_millis(500);
-/// Bytes of a page channel's first packet.
-const INIT_LEN: usize = 64;
+pub(super) const CHUNK: usize = 256 << 10;
 
 /// One connection and the file that it is saved to.
-pub(super) struct Channel<'l> {
-    socket: Socket,
-    file: File,
+#[derive(Debug)]
+pub(super) struct Channel {
+    pub(super) socket: Socket,
+    output: Arc<OutputFile>,
     /// The file's name, by which errors call the channel.
     name: String,
-    ledger: &'l Ledger,
+    /// The number of a page channel; `None` for the second channel of postcopy.
+    pub(super) number: Option<u8>,
+    /// Once the page size is known.
+    decoder: Option<ChannelDecoder>,
+    delivered: Delivered,
+    /// The last packet is a SYNC, which counts when all of it has come.
+    sync: bool,
     /// What was read and not yet followed, from `start` on.
     input: Vec<u8>,
     start: usize,
     /// Bytes read.
     read: u64,
-    chunk: Vec<u8>,
 }
 
-impl<'l> Channel<'l> {
-    /// A connection of which `first` was read to recognise it.
-    pub(super) fn new(socket: Socket, first: Vec<u8>, file: File, name: String, ledger: &'l Ledger) -> Self {
+impl Channel {
+    /// Saves `caller` to `output`.
+    ///
+    /// # Errors
+    /// The file cannot be written.
+    pub(super) fn new(caller: Caller, output: Arc<OutputFile>) -> Result<Self, Failure> {
+        let Caller { socket, first, known, .. } = caller;
+        let name = output.path().display().to_string();
+        output.file().write_all(&first).map_err(|error| Failure::io(&name, 0, &error))?;
+        let number = match known {
+            Known::PageChannel(init) => Some(init.channel),
+            Known::Main | Known::Preempt => None,
+        };
         let read = first.len() as u64;
-        Channel { socket, file, name, ledger, input: first, start: 0, read, chunk: vec![0; CHUNK] }
+        let delivered = Delivered::default();
+        Ok(Channel {
+            socket,
+            output,
+            name,
+            number,
+            decoder: None,
+            delivered,
+            sync: false,
+            input: first,
+            start: 0,
+            read,
+        })
     }
 
-    /// Saves a channel that is no page channel (postcopy-preempt) as it comes.
-    pub(super) fn save(mut self) {
-        if let Err(failure) = self.save_first().and_then(|()| self.save_rest()) {
-            self.ledger.fail(failure);
-        }
+    /// The file that it is saved to.
+    pub(super) fn output(&self) -> &Arc<OutputFile> {
+        &self.output
     }
 
-    /// Saves a page channel and follows its packets: what is wrong shows while the source can still go on by itself.
-    pub(super) fn follow(mut self, compression: Option<Compression>) {
-        let opened = self.save_first().and_then(|()| self.open());
-        let failed = match opened {
-            Ok(init) => {
-                // Only now, so that the channel counts from the moment on in which it is no longer unknown.
-                self.ledger.recognised();
-                self.packets(init.channel, compression).err()
+    /// True once what comes can be followed, for which the page size is needed. Until then it waits in the socket.
+    pub(super) fn can_follow(&self, ledger: &Ledger) -> bool {
+        self.number.is_none() || self.decoder.is_some() || ledger.page_geometry().is_some()
+    }
+
+    /// Takes what has arrived; false once the channel is over.
+    ///
+    /// # Errors
+    /// It breaks off, cannot be saved, or is not what `compression` and the main channel say.
+    pub(super) fn advance(
+        &mut self,
+        chunk: &mut [u8],
+        compression: Option<Compression>,
+        ledger: &Ledger,
+    ) -> Result<bool, Failure> {
+        let count = match (&self.socket).read(chunk) {
+            Ok(count) => count,
+            Err(error) if matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => {
+                return Ok(true);
             }
-            Err(failure) => Some(failure),
+            Err(error) => return Err(Failure::io(&self.name, self.read, &error)),
         };
-        if let Some(failure) = failed {
-            // A channel that was not recognised holds up the end meanwhile.
-            thread::sleep(REFUSAL_DELAY);
-            self.ledger.fail(failure);
-        }
-    }
-
-    fn save_first(&mut self) -> Result<(), Failure> {
-        self.file.write_all(&self.input).map_err(|error| Failure::io(&self.name, 0, &error))
-    }
-
-    fn save_rest(&mut self) -> Result<(), Failure> {
-        while self.more()? > 0 {
-            self.input.clear();
-        }
-        Ok(())
-    }
-
-    /// Reads the first packet, and leaves it in the input.
-    fn open(&mut self) -> Result<Init, Failure> {
-        while self.input.len() < INIT_LEN {
-            if self.more()? == 0 {
-                return Err(self.truncated(format!("the connection ends in its first packet of {INIT_LEN} bytes")));
-            }
-        }
-        let init = Init::decode(&self.input).map_err(|error| Failure::located(&self.name, error))?;
-        self.ledger.channel_opened(&self.name, &init)?;
-        Ok(init)
-    }
-
-    fn packets(&mut self, number: u8, compression: Option<Compression>) -> Result<(), Failure> {
-        // After a failure elsewhere nothing is left to do.
-        let Some(pages) = self.ledger.page_geometry() else { return Ok(()) };
-        let mut decoder = ChannelDecoder::new(ChannelOptions { pages, compression, ..ChannelOptions::default() });
-        loop {
-            let step = decoder.next(&self.input[self.start..]).map_err(|error| Failure::located(&self.name, error))?;
-            match step {
-                Step::Event { consumed, event } => {
-                    let is_sync = matches!(&event, Event::Ram(packet) if packet.is_sync());
-                    self.start += consumed;
-                    self.payload(&mut decoder)?;
-                    if is_sync {
-                        self.ledger.channel_sync(number);
-                    }
-                }
-                Step::Payload { .. } => self.payload(&mut decoder)?,
-                Step::NeedMore { .. } => {
-                    self.input.drain(..self.start);
-                    self.start = 0;
-                    if self.more()? == 0 {
-                        decoder.end_of_input(Ending::Closed);
-                    }
-                }
-                Step::End => {
-                    self.ledger.channel_ended(number);
-                    return Ok(());
-                }
-            }
-        }
-    }
-
-    /// Moves past the payload of the last packet.
-    fn payload(&mut self, decoder: &mut ChannelDecoder) -> Result<(), Failure> {
-        loop {
-            let count = decoder.payload_remaining().min((self.input.len() - self.start) as u64);
-            decoder.skip_payload(count).map_err(|error| Failure::located(&self.name, error))?;
-            self.start += count as usize;
-            if decoder.payload_remaining() == 0 {
-                return Ok(());
-            }
-            self.input.clear();
-            self.start = 0;
-            if self.more()? == 0 {
-                return Err(self.truncated(format!("the connection ends {} bytes early", decoder.payload_remaining())));
-            }
-        }
-    }
-
-    /// Reads what has arrived, saves it and appends it to the input; 0 at the end.
-    fn more(&mut self) -> Result<usize, Failure> {
-        let count = loop {
-            match self.socket.read(&mut self.chunk) {
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                result => break result.map_err(|error| Failure::io(&self.name, self.read, &error))?,
-            }
-        };
-        let fresh = &self.chunk[..count];
-        self.file.write_all(fresh).map_err(|error| Failure::io(&self.name, self.read, &error))?;
-        self.input.extend_from_slice(fresh);
+        let fresh = &chunk[..count];
+        self.output.file().write_all(fresh).map_err(|error| Failure::io(&self.name, self.read, &error))?;
         self.read += count as u64;
-        self.ledger.count(count);
-        Ok(count)
+        ledger.count(count);
+        let Some(number) = self.number else { return Ok(count > 0) };
+        self.input.extend_from_slice(fresh);
+        let mut decoder = match self.decoder.take() {
+            Some(decoder) => decoder,
+            None => {
+                let pages = ledger.page_geometry().unwrap_or(PageGeometry::X86);
+                ChannelDecoder::new(ChannelOptions { pages, compression, ..ChannelOptions::default() })
+            }
+        };
+        if count == 0 {
+            decoder.end_of_input(Ending::Closed);
+        }
+        let goes_on = self.follow(&mut decoder, number, count == 0, ledger);
+        self.decoder = Some(decoder);
+        self.input.drain(..self.start);
+        self.start = 0;
+        goes_on
     }
 
-    fn truncated(&self, message: String) -> Failure {
-        Failure { kind: "truncated", ..Failure::mismatch(&self.name, self.read, "multifd channel", message) }
+    /// Follows the packets that are there.
+    fn follow(
+        &mut self,
+        decoder: &mut ChannelDecoder,
+        number: u8,
+        ended: bool,
+        ledger: &Ledger,
+    ) -> Result<bool, Failure> {
+        loop {
+            let located = |error| Failure::located(&self.name, error);
+            let there = (self.input.len() - self.start) as u64;
+            let skipped = decoder.payload_remaining().min(there);
+            decoder.skip_payload(skipped).map_err(located)?;
+            self.start += skipped as usize;
+            if decoder.payload_remaining() > 0 && !ended {
+                return Ok(true);
+            }
+            if std::mem::take(&mut self.sync) {
+                self.delivered.syncs += 1;
+                ledger.channel_sync(number, self.delivered);
+            }
+            match decoder.next(&self.input[self.start..]).map_err(located)? {
+                Step::Event { consumed, event } => {
+                    self.start += consumed;
+                    if let Event::Ram(packet) = &event {
+                        let num = packet.packet_num();
+                        let (first, last) = self.delivered.range.unwrap_or((num, num));
+                        self.delivered.range = Some((first.min(num), last.max(num)));
+                        // A SYNC that is put on a packet with pages gives it a further number, in place of its own.
+                        self.delivered.numbers += 1 + u64::from(packet.is_sync() && packet.has_pages());
+                        self.sync = packet.is_sync();
+                    }
+                }
+                Step::Payload { remaining } => {
+                    let message = format!("the connection ends {remaining} bytes early");
+                    let failure = Failure::mismatch(&self.name, self.read, "multifd channel", message);
+                    return Err(Failure { kind: "truncated", ..failure });
+                }
+                Step::NeedMore { .. } => return Ok(true),
+                Step::End => {
+                    ledger.channel_ended(number);
+                    return Ok(false);
+                }
+            }
+        }
     }
 }

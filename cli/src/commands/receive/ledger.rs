@@ -1,16 +1,21 @@
 //! What all connections of one migration know together: whether everything that the source sent has arrived.
 //!
 //! The destination's last word, SHUT 0, makes the source give up its guest. It may only be said when every page channel
-//! has delivered as many SYNC packets as the main channel announced; and what goes wrong on one connection must end
-//! the others.
+//! has delivered as many SYNC packets as the main channel announced, and no packet number is missing, which would be on
+//! a channel that never came. Connections that have not shown to belong to the migration do not count. What goes wrong
+//! on one connection must end the others.
 
 use crate::failure::Failure;
 use qevm_multifd::{ChannelSet, Init};
+use qevm_savevm::ram::{RamBlock, RamBlocks};
 use qevm_wire::PageGeometry;
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
+
+/// How long page channels may be under way of which nothing is known, if the main channel has brought no page itself.
+const DOUBT: Duration = Duration::from_secs(2);
 
 /// The shared state of a migration that arrives.
 #[derive(Debug)]
@@ -26,49 +31,84 @@ pub(super) struct Ledger {
 
 #[derive(Debug)]
 struct State {
-    set: ChannelSet,
     /// By number.
     channels: BTreeMap<u8, Channel>,
+    /// Why a page channel was turned away that could be one of this migration.
+    refused: Option<String>,
     /// Once the configuration section is over.
     pages: Option<PageGeometry>,
+    blocks: Arc<RamBlocks>,
+    /// The source may send pages on a second channel in postcopy.
+    postcopy: bool,
+    /// The main channel has brought pages.
+    main_pages: bool,
     eos: u64,
     flushes: u64,
-    /// Connections that have not shown yet what they are.
-    unrecognised: usize,
-    /// The main channel is over.
-    main_over: bool,
-    /// After that, no connection was waiting to be accepted.
-    all_accepted: bool,
     /// When the main channel waited for the page channels for the first time.
     first_mark: Option<Instant>,
+    phase: Phase,
     failure: Option<Failure>,
 }
 
-#[derive(Debug, Default)]
+/// How far the migration is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Phase {
+    /// Bytes are expected.
+    Arriving,
+    /// All has arrived: nothing that comes now changes that.
+    Settled,
+    /// The source has had its answer and the main channel is closed.
+    Over,
+}
+
+#[derive(Debug)]
 struct Channel {
-    syncs: u64,
+    init: Init,
+    delivered: Delivered,
     ended: bool,
+}
+
+/// What a page channel has brought up to its last SYNC packet.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct Delivered {
+    pub(super) syncs: u64,
+    /// How many packet numbers were used.
+    pub(super) numbers: u64,
+    /// The first and the last of them.
+    pub(super) range: Option<(u64, u64)>,
+}
+
+/// Why SHUT 0 cannot be said yet.
+struct Missing {
+    message: String,
+    /// It cannot come any more.
+    hopeless: bool,
 }
 
 impl Ledger {
     pub(super) fn new(address: String, expected: Option<u8>) -> Self {
-        let set = ChannelSet::new(expected.unwrap_or(u8::MAX), None);
         let state = State {
-            set,
             channels: BTreeMap::new(),
+            refused: None,
             pages: None,
+            blocks: Arc::default(),
+            postcopy: false,
+            main_pages: false,
             eos: 0,
             flushes: 0,
-            unrecognised: 0,
-            main_over: false,
-            all_accepted: false,
             first_mark: None,
+            phase: Phase::Arriving,
             failure: None,
         };
         Ledger { address, expected, state: Mutex::new(state), changed: Condvar::new(), bytes: AtomicU64::new(0) }
     }
 
-    /// Bytes that arrived on all connections.
+    /// The address that is listened on.
+    pub(super) fn address(&self) -> &str {
+        &self.address
+    }
+
+    /// Bytes that arrived on all connections of the migration.
     pub(super) fn bytes(&self) -> u64 {
         self.bytes.load(Ordering::Relaxed)
     }
@@ -77,72 +117,109 @@ impl Ledger {
         self.bytes.fetch_add(bytes as u64, Ordering::Relaxed);
     }
 
+    pub(super) fn phase(&self) -> Phase {
+        self.locked().phase
+    }
+
+    /// The main channel is closed.
+    pub(super) fn over(&self) {
+        self.locked().phase = Phase::Over;
+    }
+
     /// The first failure; from then on nothing that arrives means anything.
     pub(super) fn failure(&self) -> Option<Failure> {
         self.locked().failure.clone()
     }
 
+    /// Notes a failure, unless all has arrived already.
     pub(super) fn fail(&self, failure: Failure) {
-        self.locked().failure.get_or_insert(failure);
+        let mut state = self.locked();
+        if state.phase == Phase::Arriving {
+            state.failure.get_or_insert(failure);
+        }
+        drop(state);
         self.changed.notify_all();
+    }
+
+    /// `failure` with what may be its cause: the source of a channel that was turned away breaks off.
+    pub(super) fn explained(&self, failure: Failure) -> Failure {
+        match &self.locked().refused {
+            Some(refused) if !failure.message.contains(refused.as_str()) => {
+                let message = format!("{refused}; then: {}", failure.message);
+                Failure { kind: "mismatch", message, ..failure }
+            }
+            _ => failure,
+        }
     }
 
     /// The main channel is past its configuration section, in which only large pages are announced.
     pub(super) fn configured(&self, pages: Option<PageGeometry>) {
         self.locked().pages.get_or_insert(pages.unwrap_or(PageGeometry::X86));
-        self.changed.notify_all();
     }
 
-    /// Waits for the page size, which page channels need behind their first packet; `None` after a failure.
+    /// The page size, which page channels need after their first packet, once it is known.
     pub(super) fn page_geometry(&self) -> Option<PageGeometry> {
-        let mut state = self.locked();
-        while state.pages.is_none() && state.failure.is_none() {
-            state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
-        }
-        state.pages.filter(|_| state.failure.is_none())
+        self.locked().pages
     }
 
-    /// A connection was accepted.
-    pub(super) fn accepted(&self) {
-        self.locked().unrecognised += 1;
+    /// The main channel lists a RAM block.
+    pub(super) fn block(&self, block: RamBlock) {
+        // A list that cannot be is refused by the main channel's decoder.
+        let _ = Arc::make_mut(&mut self.locked().blocks).push(block);
     }
 
-    /// An accepted connection has shown what it is: a page channel also its first packet.
-    pub(super) fn recognised(&self) {
-        self.locked().unrecognised -= 1;
-        self.changed.notify_all();
+    /// The source has announced postcopy.
+    pub(super) fn postcopy_advised(&self) {
+        self.locked().postcopy = true;
     }
 
-    /// No connection is waiting to be accepted.
-    pub(super) fn nobody_waits(&self) {
-        let mut state = self.locked();
-        if state.main_over && !state.all_accepted {
-            state.all_accepted = true;
-            drop(state);
-            self.changed.notify_all();
-        }
+    /// The main channel has brought a page.
+    pub(super) fn main_page(&self) {
+        self.locked().main_pages = true;
     }
 
-    /// A page channel, called `name`, has shown its first packet.
+    /// What a second channel of postcopy would refer to, if the source may open one.
+    pub(super) fn preempt_context(&self) -> Option<(Arc<RamBlocks>, PageGeometry)> {
+        let state = self.locked();
+        state.postcopy.then(|| (Arc::clone(&state.blocks), state.pages.unwrap_or(PageGeometry::X86)))
+    }
+
+    /// A page channel has shown its first packet: says why it does not belong to this migration, if it does not.
     ///
     /// # Errors
-    /// It does not belong to this migration, or the migration has other channels than expected.
-    pub(super) fn channel_opened(&self, name: &str, init: &Init) -> Result<(), Failure> {
+    /// The reason, for people.
+    pub(super) fn admit(&self, init: &Init) -> Result<(), String> {
         let mut state = self.locked();
-        if self.expected == Some(0) {
-            let message = "a multifd channel came, but none is expected here";
-            return Err(Failure::mismatch(name, 0, "multifd channel", message));
+        let reason = match self.expected {
+            Some(0) => Err("a multifd channel came, but none is expected here".to_owned()),
+            expected => {
+                let first = state.channels.values().next().map(|channel| channel.init.uuid);
+                let mut set = ChannelSet::new(expected.unwrap_or(u8::MAX), first);
+                let others = state.channels.values().map(|channel| &channel.init);
+                let all = others.chain([init]).map(|init| set.arrived(init));
+                all.collect::<Result<(), _>>().map_err(|error| error.to_string())
+            }
+        };
+        match &reason {
+            Ok(()) => {
+                let channel = Channel { init: init.clone(), delivered: Delivered::default(), ended: false };
+                state.channels.insert(init.channel, channel);
+            }
+            Err(reason) => drop(state.refused.get_or_insert_with(|| reason.clone())),
         }
-        state.set.arrived(init).map_err(|error| Failure::located(name, error))?;
-        state.channels.insert(init.channel, Channel::default());
         drop(state);
         self.changed.notify_all();
-        Ok(())
+        reason
     }
 
-    pub(super) fn channel_sync(&self, channel: u8) {
+    /// A page channel went away before there was a migration that it could belong to.
+    pub(super) fn forget(&self, channel: u8) {
+        self.locked().channels.remove(&channel);
+    }
+
+    pub(super) fn channel_sync(&self, channel: u8, delivered: Delivered) {
         if let Some(channel) = self.locked().channels.get_mut(&channel) {
-            channel.syncs += 1;
+            channel.delivered = delivered;
         }
         self.changed.notify_all();
     }
@@ -170,62 +247,85 @@ impl Ledger {
 
     /// Fails if page channels are missing although the main channel has waited for them longer than `patience`.
     pub(super) fn check_missing(&self, patience: Duration) {
-        let mut state = self.locked();
+        let state = self.locked();
         let late = state.first_mark.is_some_and(|since| since.elapsed() > patience);
-        if late && let Some(message) = self.missing(&state) {
-            let failure = Failure::mismatch(&self.address, 0, "multifd channels", message);
-            state.failure.get_or_insert(failure);
-            drop(state);
-            self.changed.notify_all();
-        }
+        let unexpected = self.expected == Some(0) && state.flushes > 0;
+        let Some(message) = self.missing(&state).filter(|_| late || unexpected) else { return };
+        drop(state);
+        self.fail(Failure::mismatch(&self.address, 0, "multifd channels", message));
     }
 
     /// The main channel is over: waits until every page channel has delivered what was announced, for `patience` at
-    /// most, and gives what is missing then. A channel can still be on its way into the program when the main channel
-    /// is over: so no connection may be left that has not shown what it is.
+    /// most, and gives what is missing then.
     pub(super) fn settle(&self, patience: Duration) -> Option<Failure> {
-        let deadline = Instant::now() + patience;
+        let started = Instant::now();
         let mut state = self.locked();
-        state.main_over = true;
         loop {
             if state.failure.is_some() {
                 return state.failure.clone();
             }
-            let behind = self.behind(&state);
-            let unknown = state.unrecognised > 0 || !state.all_accepted;
-            let left = deadline.saturating_duration_since(Instant::now());
-            match behind {
-                Some((message, hopeless)) if hopeless || left.is_zero() => {
+            let waited = started.elapsed();
+            let limit = match self.lacks(&state) {
+                Some(Missing { message, hopeless }) if hopeless || waited >= patience => {
                     let failure = Failure::mismatch(&self.address, 0, "multifd channels", message);
                     return Some(state.failure.get_or_insert(failure).clone());
                 }
-                // A connection that is still silent then is no channel: those start with a packet.
-                None if !unknown || left.is_zero() => return None,
-                _ => {}
-            }
+                Some(_) => patience,
+                None if self.doubts(&state) && waited < DOUBT.min(patience) => DOUBT.min(patience),
+                None => {
+                    state.phase = Phase::Settled;
+                    return None;
+                }
+            };
+            let left = limit.saturating_sub(waited);
             state = self.changed.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0;
         }
     }
 
-    /// What is still missing, and whether it cannot come any more.
-    fn behind(&self, state: &State) -> Option<(String, bool)> {
+    /// All pages may be under way on channels that nobody has announced: sources before 8.1 do not flush.
+    fn doubts(&self, state: &State) -> bool {
+        self.expected.is_none() && state.channels.is_empty() && !state.main_pages && !state.blocks.is_empty()
+    }
+
+    fn lacks(&self, state: &State) -> Option<Missing> {
         if let Some(message) = self.missing(state) {
-            return Some((message, false));
+            return Some(Missing { message, hopeless: self.expected == Some(0) });
+        }
+        // A source with page channels sends its pages on them. If there are pages here, the channel was a stranger's.
+        if let Some(refused) = state.refused.as_ref().filter(|_| state.channels.is_empty() && !state.main_pages) {
+            return Some(Missing { message: refused.clone(), hopeless: true });
         }
         // A source that flushes once a round says so; otherwise every RAM section ends in a SYNC.
         let waits = if state.flushes > 0 { state.flushes } else { state.eos };
-        let (number, channel) = state.channels.iter().find(|(_, channel)| channel.syncs < waits)?;
-        let found = channel.syncs;
-        Some((
-            format!("channel {number} brought {found} SYNC packets, the main channel waits for {waits}"),
-            channel.ended,
-        ))
+        if let Some((number, channel)) = state.channels.iter().find(|(_, c)| c.delivered.syncs < waits) {
+            let found = channel.delivered.syncs;
+            let message = format!("channel {number} brought {found} SYNC packets, the main channel waits for {waits}");
+            return Some(Missing { message, hopeless: channel.ended });
+        }
+        self.missing_numbers(state)
+    }
+
+    /// Packets are numbered over all channels. Up to QEMU 7.2 a race gives some numbers to two packets, so that fewer
+    /// can be missing than there are packets; but not more.
+    fn missing_numbers(&self, state: &State) -> Option<Missing> {
+        let used: u64 = state.channels.values().map(|channel| channel.delivered.numbers).sum();
+        let ranges = state.channels.values().filter_map(|channel| channel.delivered.range);
+        let (first, last) = ranges.reduce(|a, b| (a.0.min(b.0), a.1.max(b.1)))?;
+        (last - first >= used).then(|| {
+            let reason = state.refused.as_ref().map_or(String::new(), |refused| format!(" ({refused})"));
+            let message =
+                format!("packets have numbers {first} to {last}, but only {used} came: a channel is missing{reason}");
+            Missing { message, hopeless: self.expected.is_some() }
+        })
     }
 
     fn missing(&self, state: &State) -> Option<String> {
         let came = state.channels.len();
         let hint = "multifd-channels must be equal on both sides";
         match self.expected {
+            Some(0) if state.flushes > 0 => {
+                Some("the main channel waits for multifd channels, but none is expected here".into())
+            }
             Some(expected) if came < usize::from(expected) => {
                 Some(format!("{came} of {expected} multifd channels came: {hint}"))
             }
@@ -250,130 +350,4 @@ impl Ledger {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use qevm_multifd::Uuid;
-
-    const SOON: Duration = Duration::from_millis(20);
-
-    fn ledger(expected: Option<u8>) -> Ledger {
-        let ledger = Ledger::new("tcp:here:1".into(), expected);
-        ledger.locked().all_accepted = true;
-        ledger
-    }
-
-    fn open(ledger: &Ledger, number: u8) {
-        if let Err(failure) = ledger.channel_opened("a channel", &Init::new(Uuid::default(), number)) {
-            ledger.fail(failure);
-        }
-    }
-
-    #[test]
-    fn a_plain_migration_waits_for_nobody() {
-        for expected in [None, Some(0)] {
-            let ledger = ledger(expected);
-            ledger.eos();
-            assert_eq!(ledger.settle(Duration::ZERO), None);
-        }
-    }
-
-    #[test]
-    fn all_is_there_when_every_channel_has_brought_what_was_announced() {
-        for per_round in [false, true] {
-            let ledger = ledger(Some(2));
-            open(&ledger, 1);
-            open(&ledger, 0);
-            ledger.eos();
-            if per_round {
-                ledger.flush();
-                ledger.eos(); // means nothing
-            }
-            ledger.channel_sync(0);
-            assert!(ledger.settle(SOON).is_some_and(|f| f.message.contains("channel 1 brought 0")), "{per_round}");
-        }
-        let ledger = ledger(Some(1));
-        open(&ledger, 0);
-        ledger.flush();
-        std::thread::scope(|scope| {
-            scope.spawn(|| {
-                std::thread::sleep(SOON);
-                ledger.channel_sync(0);
-            });
-            assert_eq!(ledger.settle(Duration::from_secs(20)), None);
-        });
-    }
-
-    /// A source that is not asked for its number of channels can be done before its last channel was accepted.
-    #[test]
-    fn a_connection_that_is_not_recognised_yet_is_waited_for() {
-        let ledger = Ledger::new("tcp:here:1".into(), None);
-        ledger.accepted();
-        open(&ledger, 0);
-        ledger.recognised();
-        ledger.flush();
-        ledger.channel_sync(0);
-        std::thread::scope(|scope| {
-            let settled = scope.spawn(|| ledger.settle(Duration::from_secs(20)));
-            while !ledger.locked().main_over {
-                std::thread::yield_now();
-            }
-            ledger.accepted();
-            ledger.nobody_waits();
-            std::thread::sleep(SOON);
-            assert!(!settled.is_finished());
-            open(&ledger, 1);
-            ledger.recognised();
-            ledger.channel_sync(1);
-            assert_eq!(settled.join().unwrap(), None);
-        });
-    }
-
-    #[test]
-    fn a_channel_that_ended_is_not_waited_for() {
-        let ledger = ledger(None);
-        open(&ledger, 0);
-        ledger.flush();
-        ledger.channel_ended(0);
-        assert!(ledger.settle(Duration::from_secs(1000)).is_some());
-    }
-
-    #[test]
-    fn a_wrong_number_of_channels_is_a_failure() {
-        let few = ledger(Some(2));
-        open(&few, 0);
-        few.check_missing(Duration::ZERO);
-        assert_eq!(few.failure(), None, "the main channel does not wait yet");
-        few.flush();
-        std::thread::sleep(SOON);
-        few.check_missing(SOON / 2);
-        assert!(few.failure().is_some_and(|f| f.message.starts_with("1 of 2")));
-
-        let many = ledger(Some(1));
-        open(&many, 1);
-        assert!(many.failure().is_some_and(|f| f.message.contains("multifd-channels is 1")));
-        let none = ledger(Some(0));
-        open(&none, 0);
-        assert!(none.failure().is_some());
-        let twice = ledger(None);
-        open(&twice, 0);
-        open(&twice, 0);
-        assert!(twice.failure().is_some_and(|f| f.message.contains("second connection")));
-        let gap = ledger(None);
-        open(&gap, 1);
-        assert!(gap.settle(SOON).is_some());
-        let silent = ledger(None);
-        silent.flush();
-        assert!(silent.settle(SOON).is_some());
-    }
-
-    #[test]
-    fn a_failure_wakes_everybody() {
-        let ledger = ledger(Some(1));
-        std::thread::scope(|scope| {
-            let waiting = scope.spawn(|| ledger.page_geometry());
-            ledger.fail(Failure::mismatch("main", 0, "", "broken"));
-            assert_eq!(waiting.join().unwrap(), None);
-        });
-        assert!(ledger.settle(Duration::from_secs(1000)).is_some());
-    }
-}
+mod tests;

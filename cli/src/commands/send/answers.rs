@@ -1,0 +1,125 @@
+//! What the destination says while a guest is sent to it, and after.
+
+use super::HINT;
+use crate::socket::Socket;
+use qevm_returnpath::{Decoder, Event, Message};
+use qevm_wire::Step;
+use std::io::{self, Read};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+/// How often it is looked whether everything has been sent.
+pub(super) const POLL: Duration = Duration::from_millis(100);
+
+/// How far the main channel is sent.
+#[derive(Debug, Default)]
+pub(super) struct Sent {
+    /// Bytes that were given to the operating system, or are being given to it.
+    pub(super) bytes: AtomicU64,
+    /// There are no more, so that the last answer is due.
+    pub(super) all: AtomicBool,
+}
+
+/// The destination's last word.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum Answer {
+    /// SHUT with this status, when so many bytes of the main channel had been sent.
+    Shut {
+        /// 0 if the guest was loaded.
+        status: u32,
+        /// Bytes.
+        sent: u64,
+    },
+    /// None came, for this reason.
+    Missing(String),
+    /// It said what no destination may say.
+    Wrong(String),
+}
+
+/// The return path.
+pub(super) struct Answers {
+    pub(super) socket: Arc<Socket>,
+    pub(super) sent: Arc<Sent>,
+    pub(super) patience: Duration,
+    /// When everything had been sent.
+    pub(super) waiting_since: Option<Instant>,
+    /// The destination has agreed to the switchover.
+    pub(super) acknowledged: bool,
+}
+
+impl Answers {
+    /// Reads the destination's answers up to its last one. If it says something wrong, the connection is closed, so
+    /// that nothing more is sent.
+    pub(super) fn last(mut self) -> Answer {
+        let answer = self.read();
+        if let Answer::Wrong(_) = &answer {
+            self.socket.close();
+        }
+        answer
+    }
+
+    fn read(&mut self) -> Answer {
+        let mut decoder = Decoder::default();
+        let mut buffer = Vec::new();
+        loop {
+            let event = match decoder.next(&buffer) {
+                Ok(Step::Event { consumed, event }) => {
+                    buffer.drain(..consumed);
+                    event
+                }
+                Ok(Step::End) => return Answer::Missing("the return path ended without SHUT".into()),
+                Ok(Step::Payload { .. } | Step::NeedMore { .. }) => match self.more(&mut buffer) {
+                    Ok(()) => continue,
+                    Err(reason) => return Answer::Missing(reason),
+                },
+                Err(error) => return Answer::Wrong(error.to_string()),
+            };
+            match event {
+                Event::Message(Message::Shut { status }) => {
+                    return Answer::Shut { status, sent: self.sent.bytes.load(Ordering::SeqCst) };
+                }
+                // Its own capability may make it say that once; it changes nothing here.
+                Event::Message(Message::SwitchoverAck) if !self.acknowledged => self.acknowledged = true,
+                Event::Message(message) => {
+                    let name = message.message_type().name();
+                    return Answer::Wrong(match message {
+                        Message::Pong { value } => format!("PONG {value:#x}, but no PING was sent"),
+                        Message::SwitchoverAck => format!("{name} for the second time"),
+                        _ => format!("{name}, which only belongs to postcopy"),
+                    });
+                }
+                // Follows a message that was refused.
+                _ => {}
+            }
+        }
+    }
+
+    /// Reads what has come, if that is in time.
+    fn more(&mut self, buffer: &mut Vec<u8>) -> Result<(), String> {
+        let mut piece = [0; 4096];
+        loop {
+            // While there is more to send, the destination need not say anything. From then on the time counts,
+            // whatever it says.
+            if self.sent.all.load(Ordering::SeqCst)
+                && self.waiting_since.get_or_insert_with(Instant::now).elapsed() > self.patience
+            {
+                let seconds = self.patience.as_secs();
+                return Err(format!("no answer within {seconds} s (--timeout); {HINT}"));
+            }
+            match (&*self.socket).read(&mut piece) {
+                Ok(0) => return Err("it closed the connection".into()),
+                Ok(read) => {
+                    buffer.extend_from_slice(&piece[..read]);
+                    return Ok(());
+                }
+                Err(error)
+                    if matches!(
+                        error.kind(),
+                        io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut | io::ErrorKind::Interrupted
+                    ) => {}
+                Err(error) => return Err(error.to_string()),
+            }
+        }
+    }
+}
