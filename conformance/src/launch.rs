@@ -230,6 +230,40 @@ impl Qemu {
         self.child.id()
     }
 
+    /// Sends SIGTERM.
+    ///
+    /// # Errors
+    /// The system's.
+    pub(crate) fn terminate(&self) -> Result<()> {
+        let pid = nix::unistd::Pid::from_raw(i32::try_from(self.pid())?);
+        Ok(nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGTERM)?)
+    }
+
+    /// Waits for the end of the process: the events until then, and its exit code.
+    ///
+    /// # Errors
+    /// It does not end within `limit`.
+    pub(crate) fn wait_for_end(&mut self, limit: Duration) -> Result<(Vec<crate::qmp::Event>, Option<i32>)> {
+        let mut events = Vec::new();
+        loop {
+            match self.qmp.next_event(limit) {
+                Ok(event) => events.push(event),
+                Err(QmpError::Closed { .. }) => break,
+                Err(error) => return Err(error.into()),
+            }
+        }
+        let deadline = Instant::now() + limit;
+        loop {
+            if let Some(status) = self.child.try_wait()? {
+                return Ok((events, status.code()));
+            }
+            if Instant::now() > deadline {
+                bail!("{} does not end", self.name);
+            }
+            thread::sleep(POLL);
+        }
+    }
+
     /// Asks QEMU to quit and waits for it, killing it when it does not.
     pub fn quit(mut self) {
         let _ = self.qmp.execute("quit", Value::Null);

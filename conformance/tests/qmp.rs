@@ -7,8 +7,9 @@ use std::path::PathBuf;
 
 use qevm_conformance::matrix::{REQUIRE_KVM, REQUIRE_QEMU, kvm, required};
 use qevm_conformance::peer::python::Python;
-use qevm_conformance::peer::{Monitor, dialogue};
+use qevm_conformance::peer::{Monitor, Stop, dialogue, reboots};
 use qevm_conformance::roots::{Root, Suite};
+use qevm_conformance::scenario::Accel;
 use serde_json::json;
 
 /// The file in which `make test` collects the names of tests that could not run.
@@ -66,4 +67,37 @@ fn qemus_python_package_drives_reference_vmm() {
     assert_eq!(told["refused"], json!(["GenericError", limits]), "{told}");
     assert_eq!(told["events"], json!(["setup", "active", "STOP", "device", "completed"]), "{told}");
     assert!(told["commands"].as_u64() >= Some(25), "{told}");
+}
+
+#[test]
+fn guests_are_reset_and_monitors_end_as_with_qemu() {
+    const NAME: &str = "resets and ends";
+    if let Err(why) = kvm() {
+        return skipped(NAME, REQUIRE_KVM, &why);
+    }
+    let root = match Root::install(Suite::Sid) {
+        Ok(root) => root,
+        Err(why) => return skipped(NAME, REQUIRE_QEMU, &format!("{why:#}")),
+    };
+    let scratch = tempfile::tempdir().unwrap();
+    let differences = reboots::compare(&root, &program(), scratch.path()).unwrap();
+    assert!(differences.is_empty(), "{}", differences.join("\n"));
+}
+
+#[test]
+fn resets_do_not_hinder_a_migration_between_qemu_and_reference_vmm() {
+    const NAME: &str = "resets while migrating";
+    if let Err(why) = kvm() {
+        return skipped(NAME, REQUIRE_KVM, &why);
+    }
+    let root = match Root::install(Suite::Sid) {
+        Ok(root) => root,
+        Err(why) => return skipped(NAME, REQUIRE_QEMU, &format!("{why:#}")),
+    };
+    let qemu = Stop::Qemu(Suite::Sid, Accel::Kvm);
+    for (from, to) in [(qemu, Stop::Reference), (Stop::Reference, qemu), (Stop::Reference, Stop::Reference)] {
+        let scratch = tempfile::tempdir().unwrap();
+        reboots::travel(from, to, &root, &program(), scratch.path())
+            .unwrap_or_else(|error| panic!("{from} to {to}: {error:#}"));
+    }
 }

@@ -21,6 +21,7 @@ mod pairing;
 mod party;
 mod proxy;
 pub mod python;
+pub mod reboots;
 mod report;
 pub mod table;
 mod tap;
