@@ -40,6 +40,7 @@ skipped:
 	else echo "0 tests were skipped."; fi
 
 conformance-full: setup
+	QEVM_WORST=full cargo test --release --package reference-vmm --test kvm -- worst
 	cargo run --release --package qevm-conformance -- matrix --full
 	cargo run --release --package qevm-conformance -- channels --full
 	cargo run --release --package qevm-conformance -- trial

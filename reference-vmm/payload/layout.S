@@ -91,7 +91,8 @@
     .set C_RESETS,     C_CONFIG + 0x60
     .set C_WAY,        C_CONFIG + 0x68
     .set C_BUTTON,     C_CONFIG + 0x70
-    .set CONFIG_COUNT, 15
+    .set C_WORST,      C_CONFIG + 0x78
+    .set CONFIG_COUNT, 16
     # What a reset leaves alone, as it does all RAM.
     .set C_BOOTS,      CTRL + 0x208 # starts so far
     .set C_RESET_AT,   CTRL + 0x210 # TSC of the next reset, all ones = never

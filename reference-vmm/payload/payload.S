@@ -12,6 +12,8 @@
 #  * reports on COM1.
 # Everything that takes time happens in ring 3: a paravirtual KVM runs that natively and emulates the rest.
 #
+# With key worst it does nothing of this, and its worst to the monitor instead (worst.S).
+#
 # Read: layout.S (memory map), boot.S (reset vector to ring 3), config.S (fw_cfg), smp.S (start), work.S, report.S,
 # reset.S, virtio.S.
 
@@ -30,6 +32,7 @@ image:
     .include "report.S"
     .include "reset.S"
     .include "virtio.S"
+    .include "worst.S"
     .include "serial.S"
 image_used_end:
 

@@ -37,19 +37,25 @@ main:
     call banner
     call fill_hold
     call virtio_start
-    call start_aps
+    cmp qword ptr [C_WORST], 0
+    je 1f
+    call worst_set_up
+1:  call start_aps
     rdtsc
     shl rdx, 32
     or rax, rdx
     mov [C_START], rax
     call plan_reset
     mov dword ptr [C_GO], 1
-    jmp work
+    jmp main_go
 main_ap:
     pause
     cmp dword ptr [C_GO], 0
     je main_ap
-    jmp work
+main_go:
+    cmp qword ptr [C_WORST], 0
+    je work
+    jmp worst
 
 # Identity-maps the first 4 GiB; boot.S has linked the first and the last of these page directories.
 map_low:
@@ -199,6 +205,9 @@ plan:
     call default
     xor eax, eax
     mov edi, C_RATE
+    call default
+    xor eax, eax
+    mov edi, C_WORST
     call default
     mov eax, DEFAULT_REPORT
     mov edi, C_REPORT

@@ -30,7 +30,8 @@ Keys of opt/qevm/payload (sizes take K, M or G):
   reset    milliseconds from each start to a reset, 0 = never [0]
   resets   resets at most [no limit]
   way      how: 1 ACPI reset register, 2 triple fault [1]
-  button   power button: 1 report it, 2 report it and switch off [0]")]
+  button   power button: 1 report it, 2 report it and switch off [0]
+  worst    not 0: do nothing of this, and to the monitor the worst that a guest can do [0]")]
 pub(crate) struct Payload {
     /// File to write; - is standard output
     #[arg(long, value_name = "FILE")]

@@ -221,7 +221,7 @@ impl Serial {
 
     /// Waits until the output is written, but not long: whoever does not read it is not waited for.
     pub(crate) fn flush(serial: &Mutex<Serial>) {
-        const PATIENCE: Duration = Duration::from_millis(300);
+        const PATIENCE: Duration = Duration::from_millis(150);
         let output = lock(serial).output.clone();
         output.flush(PATIENCE);
     }

@@ -42,6 +42,7 @@
 //! | `resets` | resets at most | no limit |
 //! | `way` | how: 1 ACPI reset register, 2 triple fault | 1 |
 //! | `button` | power button: 1 report it, 2 report it and switch off | 0 |
+//! | `worst` | not 0: do nothing of this, and to the monitor the worst that a guest can do, on every queue and port | 0 |
 //!
 //! Before a reset it prints `qevm-payload reset boots=N`, where `N` counts the starts so far in RAM, which a reset keeps; and
 //! `qevm-payload power button` with the first progress line after the button was pressed.

@@ -18,6 +18,7 @@ mod qmp_clients;
 mod reset;
 mod state;
 mod transports;
+mod worst;
 
 use std::fs::OpenOptions;
 use std::io::Write;
@@ -47,6 +48,7 @@ fn main() -> ExitCode {
         qmp::TESTS,
         qmp_clients::TESTS,
         transports::TESTS,
+        worst::TESTS,
     ]
     .concat();
     if missing.is_some() && !required && !arguments.list {

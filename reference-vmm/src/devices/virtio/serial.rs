@@ -275,7 +275,7 @@ impl Model for Serial {
 
     fn pause(&mut self) {
         // What is written is there when the guest has stopped, but nobody is waited for for long.
-        let deadline = Instant::now() + Duration::from_millis(300);
+        let deadline = Instant::now() + Duration::from_millis(150);
         let patience = || deadline.saturating_duration_since(Instant::now());
         self.ports.iter().for_each(|port| port.chardev.flush(patience()));
     }
