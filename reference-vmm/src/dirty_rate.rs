@@ -336,8 +336,8 @@ mod tests {
             let claim = gauge.log.take(false);
             let migration = scope.spawn(|| drop(gauge.take_log()));
             let start = Instant::now();
-            claim.wait(Duration::from_secs(60));
-            assert!(start.elapsed() < Duration::from_secs(30));
+            claim.wait(Duration::from_secs(600));
+            assert!(start.elapsed() < Duration::from_secs(300));
             assert!(!migration.is_finished());
             drop(claim);
         });

@@ -201,3 +201,31 @@ impl RunControl {
         self.changed.wait(inner).unwrap_or_else(|poison| poison.into_inner())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_nap_ends_when_the_machine_is_paused() {
+        let control = RunControl::new(1);
+        std::thread::scope(|scope| {
+            let vcpu = scope.spawn(|| {
+                control.park();
+                // Far longer than any test may take.
+                control.nap(Duration::from_secs(1 << 30), || false);
+                assert!(!control.park(), "it was told to end");
+                control.gone();
+            });
+            control.wait_parked();
+            control.resume().unwrap();
+            while lock(&control.inner).parked > 0 {
+                std::thread::yield_now();
+            }
+            control.pause(|| ());
+            assert!(control.all_parked());
+            control.exit();
+            vcpu.join().unwrap();
+        });
+    }
+}

@@ -53,8 +53,10 @@ fn tells_what_each_vcpu_writes() {
     assert_eq!(log.written_in(Duration::from_millis(50)).unwrap(), [0, 0]);
     guest.machine.resume().unwrap();
     guest.wait_until(|progress| progress.pass > 0);
-    let written = log.written_in(Duration::from_millis(500)).unwrap();
-    assert!(written.iter().all(|pages| *pages > 100), "{written:?}");
+    // However long a busy machine lets one of them wait.
+    wait("a vCPU is not seen writing", || {
+        log.written_in(Duration::from_millis(500)).unwrap().iter().all(|pages| *pages > 100)
+    });
     assert!(!log.is_enabled(), "counting is not logging");
     guest.assert_healthy();
     assert!(matches!(Guest::with_rings(MEMORY, 1, FAST, 0).machine.dirty_log().watch().err(), Some(Error::Config(_))));

@@ -13,7 +13,7 @@ use reference_vmm::vmm::Vmm;
 use serde_json::{Value, json};
 
 use crate::Test;
-use crate::guest::Guest;
+use crate::guest::{Guest, PATIENCE};
 
 pub(crate) const TESTS: &[Test] = &[
     ("drives_go_with_a_guest_that_stands_still", go_with_a_guest_that_stands_still),
@@ -22,7 +22,6 @@ pub(crate) const TESTS: &[Test] = &[
     ("drives_that_somebody_else_uses_keep_the_guest_at_the_source", keep_the_guest_at_the_source),
 ];
 
-const PATIENCE: Duration = Duration::from_secs(60);
 /// The bytes of the locks for a disk that is written (`/proc/locks` of QEMU 11.1).
 const USED_FOR_WRITING: i64 = 101;
 const NOBODY_ELSE_WRITES: i64 = 201;

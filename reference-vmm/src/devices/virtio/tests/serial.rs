@@ -9,7 +9,7 @@ use crate::devices::Rng;
 use crate::devices::{Chardev, ChardevOptions};
 use crate::state::VirtioPortState;
 
-const PATIENCE: Duration = Duration::from_secs(20);
+const PATIENCE: Duration = Duration::from_secs(300);
 const MULTIPORT: u32 = 1 << 1;
 
 /// A queue of the driver's, laid out as queue 0 is, at an address of its own.
