@@ -4,19 +4,18 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use serde_json::Value;
 
 use crate::apt::{Apt, Kind};
+use crate::patience::PATIENCE;
 use crate::process::{run, run_any};
 use crate::roots::{Suite, cache_dir};
 
 const NAME: &str = "analyze-migration.py";
 /// The suite whose source package the script is taken from; it reads the streams of every release here.
 const SUITE: Suite = Suite::Trixie;
-const TIMEOUT: Duration = Duration::from_secs(120);
 
 /// The script and the Python that runs it.
 #[derive(Debug, Clone)]
@@ -30,7 +29,7 @@ impl Script {
     /// # Errors
     /// No `python3`, or what `apt-get` and `tar` report.
     pub fn install() -> Result<Script> {
-        run(Command::new("python3").arg("--version"), TIMEOUT).context("analyze-migration.py needs python3")?;
+        run(Command::new("python3").arg("--version"), PATIENCE).context("analyze-migration.py needs python3")?;
         let folder = cache_dir()?.join("analyze-migration");
         let path = folder.join(NAME);
         if !path.exists() {
@@ -42,7 +41,7 @@ impl Script {
             let archive = archive.context("the source package has no upstream archive")?;
             let mut tar = Command::new("tar");
             tar.arg("--extract").arg("--file").arg(archive).arg("--directory").arg(scratch.path());
-            run(tar.args(["--wildcards", "--strip-components=2", &format!("*/scripts/{NAME}")]), TIMEOUT)?;
+            run(tar.args(["--wildcards", "--strip-components=2", &format!("*/scripts/{NAME}")]), PATIENCE)?;
             fs::rename(scratch.path().join(NAME), &path)?;
         }
         Ok(Script { path })
@@ -61,7 +60,7 @@ impl Script {
     /// # Errors
     /// The script cannot be run, or prints something other than JSON.
     pub fn read(&self, stream: &Path) -> Result<Result<Value, String>> {
-        let finished = run_any(&mut self.command(stream), TIMEOUT)?;
+        let finished = run_any(&mut self.command(stream), PATIENCE)?;
         if !finished.success {
             return Ok(Err(cause(&finished.stderr).chars().take(200).collect()));
         }

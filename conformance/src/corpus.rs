@@ -2,10 +2,10 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
 
 use anyhow::{Context, Result};
 
+use crate::patience::PATIENCE;
 use crate::process::run;
 use crate::record::{MANIFEST, Recording};
 use crate::roots::Root;
@@ -89,7 +89,7 @@ pub fn dump_vmstate(root: &Root, folder: &Path) -> Result<()> {
         let file = folder.join(format!("{}-{machine}.json", root.suite().series()));
         let mut command = root.qemu();
         command.args(["-nodefaults", "-display", "none", "-M", machine, "-dump-vmstate"]).arg(&file);
-        run(&mut command, Duration::from_secs(30)).with_context(|| format!("-dump-vmstate of {machine}"))?;
+        run(&mut command, PATIENCE).with_context(|| format!("-dump-vmstate of {machine}"))?;
     }
     Ok(())
 }

@@ -9,10 +9,10 @@ use std::fmt;
 use std::path::PathBuf;
 use std::process::Command;
 use std::sync::{Mutex, PoisonError};
-use std::time::Duration;
 
 use anyhow::{Result, bail};
 
+use crate::patience::PATIENCE;
 use crate::process::run_fed;
 use crate::roots::Root;
 
@@ -20,7 +20,6 @@ use crate::roots::Root;
 const CANDIDATES: [&str; 3] = ["host", "host,-arch-capabilities", "qemu64"];
 /// A QEMU aborts after its monitor's greeting, when it gives the registers to KVM; one that comes to `quit` has done that.
 const SESSION: &str = "{\"execute\":\"qmp_capabilities\"}\n{\"execute\":\"quit\"}\n";
-const TIMEOUT: Duration = Duration::from_secs(120);
 
 /// A value for `-cpu` with which a QEMU was seen to start under KVM on this host.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -67,7 +66,7 @@ fn probe(qemu: impl Fn() -> Command) -> Result<HostCpu> {
         let mut command = qemu();
         command.args(["-no-user-config", "-nodefaults", "-display", "none", "-S", "-qmp", "stdio"]);
         command.args(["-M", "microvm,accel=kvm", "-cpu", model]);
-        let ended = run_fed(&mut command, SESSION, TIMEOUT)?;
+        let ended = run_fed(&mut command, SESSION, PATIENCE)?;
         if ended.success {
             return Ok(HostCpu { model, refused });
         }

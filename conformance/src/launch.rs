@@ -11,12 +11,11 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 use serde_json::{Value, json};
 
+use crate::patience::PATIENCE;
 use crate::process::line;
 use crate::qmp::{Qmp, QmpError};
 use crate::roots::Root;
 
-/// How long QEMU may take from its start to its monitor.
-const START_TIMEOUT: Duration = Duration::from_secs(60);
 const POLL: Duration = Duration::from_millis(10);
 
 /// A QEMU process with its monitor.
@@ -102,6 +101,18 @@ impl Qemu {
             thread::sleep(POLL);
         }
         Some(format!("{}: {}", self.name, said(&self.stderr)))
+    }
+
+    /// Whether the process, which has closed its monitor, comes to its end.
+    pub(crate) fn has_ended(&mut self) -> Result<bool> {
+        let deadline = Instant::now() + PATIENCE;
+        while self.child.try_wait()?.is_none() {
+            if Instant::now() > deadline {
+                return Ok(false);
+            }
+            thread::sleep(POLL);
+        }
+        Ok(true)
     }
 
     /// Drops the events that came and were not asked for.
@@ -282,7 +293,7 @@ impl Drop for Qemu {
 }
 
 fn wait_for_monitor(listener: &UnixListener, child: &mut Child) -> Result<std::os::unix::net::UnixStream> {
-    let deadline = Instant::now() + START_TIMEOUT;
+    let deadline = Instant::now() + PATIENCE;
     loop {
         match listener.accept() {
             Ok((stream, _)) => return Ok(stream),
@@ -293,7 +304,7 @@ fn wait_for_monitor(listener: &UnixListener, child: &mut Child) -> Result<std::o
             bail!("exited before its monitor was up ({status})");
         }
         if Instant::now() > deadline {
-            bail!("no monitor within {} s", START_TIMEOUT.as_secs());
+            bail!("no monitor within {} s", PATIENCE.as_secs());
         }
         thread::sleep(POLL);
     }

@@ -9,8 +9,7 @@ use std::time::{Duration, Instant};
 use serde_json::{Value, json};
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
-/// How long one command may take. Generous, for the machine may be busy with other guests.
-pub const COMMAND_TIMEOUT: Duration = Duration::from_secs(60);
+use crate::patience::PATIENCE;
 
 /// Why a QMP exchange failed.
 #[derive(Debug, thiserror::Error)]
@@ -84,7 +83,7 @@ impl Qmp {
     /// The peer is silent, or is not a QMP server.
     pub fn new(stream: UnixStream) -> Result<Qmp, QmpError> {
         let mut qmp = Qmp { stream, buffer: Vec::new(), events: VecDeque::new() };
-        let greeting = qmp.message("the greeting", Instant::now() + COMMAND_TIMEOUT)?;
+        let greeting = qmp.message("the greeting", Instant::now() + PATIENCE)?;
         if greeting.get("QMP").is_none() {
             return Err(QmpError::Malformed { command: "the greeting".into(), found: greeting.to_string() });
         }
@@ -120,7 +119,7 @@ impl Qmp {
     }
 
     fn reply(&mut self, command: &str) -> Result<Value, QmpError> {
-        let deadline = Instant::now() + COMMAND_TIMEOUT;
+        let deadline = Instant::now() + PATIENCE;
         loop {
             let mut message = self.message(command, deadline)?;
             if let Some(value) = message.get_mut("return") {
@@ -262,7 +261,7 @@ mod tests {
         ]))
         .unwrap();
         assert_eq!(qmp.execute("query-status", Value::Null).unwrap(), json!({"running": false}));
-        assert_eq!(qmp.wait_event("STOP", Duration::from_secs(1)).unwrap().data, json!({"a": 1}));
+        assert_eq!(qmp.wait_event("STOP", PATIENCE).unwrap().data, json!({"a": 1}));
     }
 
     #[test]

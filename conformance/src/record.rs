@@ -5,14 +5,15 @@ use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use crate::launch::Qemu;
 use crate::linux::{self, Linux};
 use crate::oracle::{self, Block};
-use crate::payload;
+use crate::patience::{LONG_PATIENCE, PATIENCE};
+use crate::payload::{self, Dirtying};
 use crate::process::run;
 use crate::roots::Root;
 use crate::route::Run;
@@ -26,11 +27,9 @@ const PATTERN_AT: u32 = 0xc0_0000;
 const PATTERN_PAGES: usize = 256;
 const DISK_BYTES: usize = 1 << 20;
 const CONSOLE: &str = "console.txt";
-const KERNEL_COMMAND_LINE: &str = "console=ttyS0 quiet panic=-1 mitigations=off nokaslr tsc=reliable";
+const KERNEL_COMMAND_LINE: &str = "console=ttyS0 quiet panic=-1 mitigations=off nokaslr no_timer_check tsc=reliable";
 /// An emulated microvm has no timer to calibrate the TSC by; TCG's runs at 1 GHz.
 const MICROVM_CLOCK: &str = " tsc_early_khz=1000000";
-/// An emulated guest with a dozen drivers to load takes about ten seconds on an idle machine.
-const LINUX_TIMEOUT: Duration = Duration::from_secs(240);
 /// The name of a recording's description in its folder.
 pub const MANIFEST: &str = "recording.json";
 
@@ -176,11 +175,8 @@ pub(crate) fn make_inputs(root: &Root, scratch: &Path) -> Result<()> {
     fs::write(scratch.join("disk.raw"), &disk)?;
     fs::write(scratch.join("ram.bin"), payload::pattern(PATTERN_PAGES))?;
     let qcow2: PathBuf = scratch.join("disk.qcow2");
-    run(
-        root.qemu_img().args(["create", "-q", "-f", "qcow2"]).arg(qcow2).arg((8 << 20).to_string()),
-        Duration::from_secs(30),
-    )
-    .map(|_| ())
+    run(root.qemu_img().args(["create", "-q", "-f", "qcow2"]).arg(qcow2).arg((8 << 20).to_string()), PATIENCE)
+        .map(|_| ())
 }
 
 /// QEMU's arguments for a scenario whose inputs are in `scratch`.
@@ -231,7 +227,7 @@ fn fill_value(value: &Value, scratch: &Path) -> Value {
 fn let_guest_run(scenario: &Scenario, source: &mut Qemu, scratch: &Path) -> Result<()> {
     match scenario.guest {
         Guest::Idle => {}
-        Guest::Dirtying(_) => thread::sleep(FIRMWARE_TIME / 3),
+        Guest::Dirtying(dirtying) => wait_for_rounds(dirtying, source)?,
         Guest::FirmwareLive => thread::sleep(FIRMWARE_TIME),
         Guest::Linux => {
             wait_for_linux(&scratch.join(CONSOLE))?;
@@ -245,8 +241,23 @@ fn let_guest_run(scenario: &Scenario, source: &mut Qemu, scratch: &Path) -> Resu
     Ok(())
 }
 
+/// Waits until a guest is in its third round over the pages that it dirties: each adds one to the first word of a page.
+fn wait_for_rounds(dirtying: Dirtying, source: &mut Qemu) -> Result<()> {
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        let said = source.human(&format!("xp /1wx {:#x}", dirtying.base))?;
+        let word = said.rsplit_once("0x").map(|(_, word)| u32::from_str_radix(word.trim(), 16));
+        let word = word.with_context(|| format!("xp says {said:?}"))??;
+        if word > 2 {
+            return Ok(());
+        }
+        ensure!(Instant::now() < deadline, "the guest has not dirtied its pages three times but {word} times");
+        thread::sleep(Duration::from_millis(10));
+    }
+}
+
 fn wait_for_linux(console: &Path) -> Result<()> {
-    let deadline = Instant::now() + LINUX_TIMEOUT;
+    let deadline = Instant::now() + LONG_PATIENCE;
     loop {
         let said = fs::read(console).map(|b| String::from_utf8_lossy(&b).into_owned()).unwrap_or_default();
         if said.contains(linux::READY) {
@@ -254,7 +265,7 @@ fn wait_for_linux(console: &Path) -> Result<()> {
         }
         if Instant::now() > deadline {
             let last: Vec<&str> = said.lines().rev().take(5).collect();
-            bail!("Linux is not ready after {} s; last lines, newest first: {last:?}", LINUX_TIMEOUT.as_secs());
+            bail!("Linux is not ready after {} s; last lines, newest first: {last:?}", LONG_PATIENCE.as_secs());
         }
         thread::sleep(Duration::from_millis(50));
     }

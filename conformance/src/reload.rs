@@ -11,12 +11,12 @@ use serde_json::{Value, json};
 use crate::judge::input_arguments;
 use crate::launch::Qemu;
 use crate::oracle;
+use crate::patience::PATIENCE;
 use crate::record::{self, Recording};
 use crate::roots::{Root, Suite};
 use crate::scenario::{Guest, Scenario};
 use crate::subject::Subject;
 
-const LOAD_TIMEOUT: Duration = Duration::from_secs(60);
 /// Long enough for a guest that cannot go on to crash QEMU or to stop.
 const RUNNING_TIME: Duration = Duration::from_millis(300);
 /// With these the stream does not hold all that the guest needs, or needs a destination set up in another way.
@@ -135,7 +135,7 @@ fn load(
         }
     };
     target.execute("migrate-incoming", json!({ "uri": uri }))?;
-    target.wait_migration(LOAD_TIMEOUT, |s| s["status"] == "completed")?;
+    target.wait_migration(PATIENCE, |s| s["status"] == "completed")?;
     let loaded = oracle::ram_blocks(&mut target, scratch)?;
     let mut problems = Vec::new();
     let mut compared = 0;

@@ -9,12 +9,12 @@ use std::ffi::OsString;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::time::Duration;
 
 use anyhow::{Context, Result};
 
 use crate::apt::{Apt, Kind};
 use crate::host_cpu::{self, HostCpu};
+use crate::patience::PATIENCE;
 use crate::process::run;
 
 /// Raised whenever the layout or the package set of a root changes, so that older roots are made again.
@@ -120,7 +120,7 @@ impl Root {
 
     fn open(suite: Suite, dir: PathBuf) -> Result<Root> {
         let mut root = Root { suite, dir, version: String::new(), namespace: None };
-        let banner = run(root.command("usr/bin/qemu-system-x86_64").arg("--version"), Duration::from_secs(30))
+        let banner = run(root.command("usr/bin/qemu-system-x86_64").arg("--version"), PATIENCE)
             .with_context(|| format!("starting QEMU of Debian {suite} in {}", root.dir.display()))?;
         root.version = banner
             .split_whitespace()
@@ -228,7 +228,7 @@ fn make_root(suite: Suite, dir: &Path) -> Result<()> {
     let state = fresh.join("apt");
     let apt = Apt::new(&state, suite, Kind::Binary)?;
     for package in apt.download(suite.packages())? {
-        run(Command::new("dpkg-deb").arg("--extract").arg(&package).arg(&fresh), Duration::from_secs(120))?;
+        run(Command::new("dpkg-deb").arg("--extract").arg(&package).arg(&fresh), PATIENCE)?;
     }
     fs::remove_dir_all(&state)?;
     if dir.exists() {

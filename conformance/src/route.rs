@@ -10,8 +10,10 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 use serde_json::{Value, json};
 
+use crate::exec;
 use crate::launch::Qemu;
 use crate::oracle;
+use crate::patience::PATIENCE;
 use crate::process::run;
 use crate::record::Files;
 use crate::roots::Root;
@@ -19,8 +21,6 @@ use crate::scenario::{Route, Scenario};
 use crate::subject::Subject;
 use crate::tape::{Channel, Tape};
 
-const MIGRATION_TIMEOUT: Duration = Duration::from_secs(90);
-const DRAIN_TIMEOUT: Duration = Duration::from_secs(30);
 const SNAPSHOT: &str = "qevm-snapshot";
 
 /// One migration under way.
@@ -37,8 +37,10 @@ impl Run<'_> {
     /// Migrates `source` on the scenario's route and gives the files and its last `query-migrate`.
     pub(crate) fn migrate(&self, source: &mut Qemu) -> Result<(Files, Value)> {
         match self.scenario.route {
-            Route::Exec => self.to_file(source, |path| format!("exec:cat > {path}"), 0),
-            Route::File { offset } => self.to_file(source, |path| format!("file:{path},offset={offset}"), offset),
+            Route::Exec => self.to_file(source, exec::uri, 0),
+            Route::File { offset } => {
+                self.to_file(source, |path| format!("file:{},offset={offset}", path.display()), offset)
+            }
             Route::Unix => self.to_dead_end(source, Tape::unix(self.scratch, "main", None)?),
             Route::Tcp => self.to_dead_end(source, Tape::tcp(self.scratch, "main")?),
             Route::ReceiveUnix => self.to_qevm(source, &format!("unix:{}", self.scratch.join("qevm.sock").display())),
@@ -53,19 +55,18 @@ impl Run<'_> {
         }
     }
 
-    fn to_file(&self, source: &mut Qemu, uri: impl Fn(&str) -> String, offset: u64) -> Result<(Files, Value)> {
+    fn to_file(&self, source: &mut Qemu, uri: impl Fn(&Path) -> String, offset: u64) -> Result<(Files, Value)> {
         let path = self.folder.join("main.qevm");
-        self.start(source, &uri(&path.display().to_string()))?;
+        self.start(source, &uri(&path))?;
         let state = self.complete(source)?;
-        // `exec:` closes the pipe before `cat` has written everything.
-        settle(&path)?;
+        exec::finish(&path)?;
         Ok((Files { main: "main.qevm".into(), offset, ..Files::default() }, state))
     }
 
     fn to_dead_end(&self, source: &mut Qemu, tape: Tape) -> Result<(Files, Value)> {
         self.start(source, tape.uri())?;
         let state = self.complete(source)?;
-        Ok((self.keep(tape.finish(DRAIN_TIMEOUT)?, Files::default(), false)?, state))
+        Ok((self.keep(tape.finish(PATIENCE)?, Files::default(), false)?, state))
     }
 
     /// `qevm receive` as the destination. What it prints must be what `--json` promises: one object at the end.
@@ -74,7 +75,7 @@ impl Run<'_> {
         let mut command = self.subject.command();
         command.args(["receive", address, "--json", "--out"]).arg(&out);
         thread::scope(|scope| {
-            let receiving = scope.spawn(|| run(&mut command, MIGRATION_TIMEOUT));
+            let receiving = scope.spawn(|| run(&mut command, PATIENCE));
             // When qevm ends before the migration does, what it said is the better error.
             let state = self
                 .start_when_listening(source, address, || receiving.is_finished())
@@ -95,10 +96,10 @@ impl Run<'_> {
     /// QEMU connects once and gives up, and a connection made to find out whether somebody listens would be taken for
     /// the migration: so the migration is tried until it gets through.
     fn start_when_listening(&self, source: &mut Qemu, address: &str, gone: impl Fn() -> bool) -> Result<()> {
-        let deadline = Instant::now() + DRAIN_TIMEOUT;
+        let deadline = Instant::now() + PATIENCE;
         loop {
             let refused = match self.start(source, address) {
-                Ok(()) => match source.wait_migration(DRAIN_TIMEOUT, |s| {
+                Ok(()) => match source.wait_migration(PATIENCE, |s| {
                     matches!(s["status"].as_str(), Some("active" | "device" | "completed"))
                 }) {
                     Ok(_) => return Ok(()),
@@ -118,8 +119,8 @@ impl Run<'_> {
         let (mut target, tape) = self.target(&["-S"])?;
         self.start(source, tape.uri())?;
         let state = self.complete(source)?;
-        target.wait_migration(MIGRATION_TIMEOUT, |s| s["status"] == "completed")?;
-        let files = self.keep(tape.finish(DRAIN_TIMEOUT)?, Files::default(), false)?;
+        target.wait_migration(PATIENCE, |s| s["status"] == "completed")?;
+        let files = self.keep(tape.finish(PATIENCE)?, Files::default(), false)?;
         let theirs = oracle::ram_blocks(&mut target, self.scratch)?;
         for ours in oracle::ram_blocks(source, self.scratch)? {
             let loaded = theirs.iter().find(|b| b.name == ours.name);
@@ -136,35 +137,33 @@ impl Run<'_> {
         let (mut target, tape) = self.target(&[])?;
         self.start(source, tape.uri())?;
         let rounds = self.scenario.rounds.max(1);
-        source.wait_migration(MIGRATION_TIMEOUT, |s| sync_count(s) >= rounds)?;
+        source.wait_migration(PATIENCE, |s| sync_count(s) >= rounds)?;
         source.execute("migrate-start-postcopy", Value::Null)?;
-        source.wait_migration(MIGRATION_TIMEOUT, |s| {
-            matches!(s["status"].as_str(), Some("postcopy-active" | "completed"))
-        })?;
+        source.wait_migration(PATIENCE, |s| matches!(s["status"].as_str(), Some("postcopy-active" | "completed")))?;
         if !recovery {
-            let state = source.wait_migration(MIGRATION_TIMEOUT, |s| s["status"] == "completed")?;
-            target.wait_migration(MIGRATION_TIMEOUT, |s| s["status"] == "completed")?;
-            return Ok((self.keep(tape.finish(DRAIN_TIMEOUT)?, Files::default(), false)?, state));
+            let state = source.wait_migration(PATIENCE, |s| s["status"] == "completed")?;
+            target.wait_migration(PATIENCE, |s| s["status"] == "completed")?;
+            return Ok((self.keep(tape.finish(PATIENCE)?, Files::default(), false)?, state));
         }
         let here = tape.forwarded();
-        let deadline = Instant::now() + DRAIN_TIMEOUT;
+        let deadline = Instant::now() + PATIENCE;
         while tape.forwarded() < here + 128 * 1024 && Instant::now() < deadline {
             thread::sleep(Duration::from_millis(2));
         }
         tape.cut();
         let paused = |s: &Value| s["status"] == "postcopy-paused";
-        source.wait_migration(MIGRATION_TIMEOUT, paused)?;
-        target.wait_migration(MIGRATION_TIMEOUT, paused)?;
-        let files = self.keep(tape.finish(DRAIN_TIMEOUT)?, Files::default(), false)?;
+        source.wait_migration(PATIENCE, paused)?;
+        target.wait_migration(PATIENCE, paused)?;
+        let files = self.keep(tape.finish(PATIENCE)?, Files::default(), false)?;
 
         let again = self.scratch.join("again.sock");
         target.execute("migrate-recover", json!({ "uri": format!("unix:{}", again.display()) }))?;
         let tape = Tape::unix(self.scratch, "recovery", Some(&again))?;
         source.set_parameters(&json!({ "max-postcopy-bandwidth": 0 }))?;
         source.execute("migrate", json!({ "uri": tape.uri(), "resume": true }))?;
-        let state = source.wait_migration(MIGRATION_TIMEOUT, |s| s["status"] == "completed")?;
-        target.wait_migration(MIGRATION_TIMEOUT, |s| s["status"] == "completed")?;
-        Ok((self.keep(tape.finish(DRAIN_TIMEOUT)?, files, true)?, state))
+        let state = source.wait_migration(PATIENCE, |s| s["status"] == "completed")?;
+        target.wait_migration(PATIENCE, |s| s["status"] == "completed")?;
+        Ok((self.keep(tape.finish(PATIENCE)?, files, true)?, state))
     }
 
     fn savevm(&self, source: &mut Qemu) -> Result<(Files, Value)> {
@@ -203,10 +202,10 @@ impl Run<'_> {
     fn complete(&self, source: &mut Qemu) -> Result<Value> {
         let rounds = self.scenario.rounds;
         if rounds > 0 {
-            source.wait_migration(MIGRATION_TIMEOUT, |s| sync_count(s) >= rounds || s["status"] == "completed")?;
+            source.wait_migration(PATIENCE, |s| sync_count(s) >= rounds || s["status"] == "completed")?;
             source.set_parameters(&json!({ "downtime-limit": 60_000, "max-bandwidth": 0 }))?;
         }
-        let state = source.wait_migration(MIGRATION_TIMEOUT, |s| s["status"] == "completed")?;
+        let state = source.wait_migration(PATIENCE, |s| s["status"] == "completed")?;
         if sync_count(&state) < rounds {
             bail!("{} bitmap synchronisations instead of at least {rounds}", sync_count(&state));
         }
@@ -272,20 +271,4 @@ fn first_bytes(path: &Path) -> Result<[u8; 4]> {
     File::open(path)?.take(4).read_to_end(&mut start)?;
     start.resize(4, 0);
     Ok([start[0], start[1], start[2], start[3]])
-}
-
-/// Waits until a file that another process writes no longer grows.
-pub(crate) fn settle(path: &Path) -> Result<()> {
-    let deadline = Instant::now() + DRAIN_TIMEOUT;
-    let mut last = (u64::MAX, Instant::now());
-    while Instant::now() < deadline {
-        let size = fs::metadata(path).map(|m| m.len()).unwrap_or(0);
-        if size != last.0 {
-            last = (size, Instant::now());
-        } else if last.1.elapsed() > Duration::from_millis(100) {
-            return Ok(());
-        }
-        thread::sleep(Duration::from_millis(5));
-    }
-    bail!("{} is still growing", path.display())
 }

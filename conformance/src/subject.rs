@@ -2,14 +2,12 @@
 
 use std::path::PathBuf;
 use std::process::Command;
-use std::time::Duration;
 
 use anyhow::{Context, Result};
 
+use crate::patience::PATIENCE;
 use crate::process::{Finished, run_any};
 
-/// Verifying even the largest recording takes a few seconds.
-const TIMEOUT: Duration = Duration::from_secs(240);
 /// The environment variable that names another `qevm` to judge.
 pub const PROGRAM_VARIABLE: &str = "QEVM_BIN";
 /// The hidden subcommand of `qevm-conformance` that is `qevm` itself, so that the judged program is always the one
@@ -44,7 +42,7 @@ impl Subject {
     /// # Errors
     /// It cannot start, or does not end in time.
     pub fn run<A: AsRef<std::ffi::OsStr>>(&self, arguments: &[A]) -> Result<Finished> {
-        run_any(self.command().args(arguments), TIMEOUT)
+        run_any(self.command().args(arguments), PATIENCE)
             .with_context(|| format!("running the qevm under judgement, {}", self.program.display()))
     }
 }

@@ -296,6 +296,7 @@ impl Write for Socket {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::patience::PATIENCE;
 
     #[test]
     fn every_connection_has_a_file_and_the_answer_its_own() {
@@ -322,7 +323,7 @@ mod tests {
         }
         answering.join().unwrap();
         assert_eq!(tape.forwarded(), 6);
-        let channels = tape.finish(Duration::from_secs(5)).unwrap();
+        let channels = tape.finish(PATIENCE).unwrap();
         assert_eq!(fs::read(&channels[1].forward).unwrap(), b"two");
         assert_eq!(fs::read(&channels[1].back).unwrap(), b"pong two");
     }

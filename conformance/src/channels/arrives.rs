@@ -9,9 +9,10 @@ use anyhow::{Context, Result, bail};
 use serde_json::{Value, json};
 
 use super::setup::{Setup, Transport};
-use super::source::{Flush, MIGRATION_TIMEOUT, Saved, Source, differing};
+use super::source::{Flush, Saved, Source, differing};
 use crate::launch::Qemu;
 use crate::oracle;
+use crate::patience::PATIENCE;
 use crate::process::Finished;
 use crate::subject::Subject;
 
@@ -93,7 +94,7 @@ impl Target {
 
     /// The guest has arrived: status and RAM are right, and it goes on.
     fn loaded(&mut self, source: &Source, folder: &Path) -> Result<()> {
-        self.qemu.wait_migration(MIGRATION_TIMEOUT, |s| s["status"] == "completed")?;
+        self.qemu.wait_migration(PATIENCE, |s| s["status"] == "completed")?;
         let status = self.qemu.execute("query-status", Value::Null)?;
         if status["running"] != false || status["status"] != "paused" {
             bail!("the destination is {status} instead of paused");

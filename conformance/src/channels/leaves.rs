@@ -1,7 +1,6 @@
 //! QEMU is the source; `qevm receive`, or `qevm verify` of the file that QEMU wrote, is the destination.
 
 use std::path::{Path, PathBuf};
-use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use qevm_wire::Profile;
@@ -11,14 +10,12 @@ use serde_json::{Value, json};
 use super::receiver::Receiver;
 use super::setup::{Setup, Transport};
 use super::shape;
-use super::source::{MIGRATION_TIMEOUT, Source};
+use super::source::Source;
+use crate::exec;
 use crate::judge;
+use crate::patience::PATIENCE;
 use crate::record::{Files, Recording};
-use crate::route::settle;
 use crate::subject::Subject;
-
-/// How long qevm may take to notice that the source has failed.
-const AFTER_FAILURE: Duration = Duration::from_secs(10);
 
 /// What `qevm receive` is told beforehand.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -63,8 +60,7 @@ fn into_receiver(
         Receiver::start(subject, folder, setup.transport, &options(setup, told, &source.flavor.profile()))?;
     let uri = receiver.uri.clone();
     let state = source.migrate(&uri);
-    let limit = if state.is_ok() { MIGRATION_TIMEOUT } else { AFTER_FAILURE };
-    let received = match (receiver.finish(limit), &state) {
+    let received = match (receiver.finish(PATIENCE), &state) {
         (Err(e), Err(theirs)) => bail!("{theirs:#}; {e:#}"),
         (received, _) => received?,
     };
@@ -112,11 +108,11 @@ pub(super) fn files(report: &Value, folder: &Path) -> Result<Files> {
 fn into_file(source: &mut Source, setup: &Setup, folder: &Path) -> Result<(Files, Value)> {
     let path = folder.join("main.qevm");
     let uri = match setup.transport {
-        Transport::Exec => format!("exec:cat > {}", path.display()),
+        Transport::Exec => exec::uri(&path),
         _ => format!("file:{}", path.display()),
     };
     let state = source.migrate(&uri)?;
-    settle(&path)?;
+    exec::finish(&path)?;
     Ok((Files { main: "main.qevm".into(), ..Files::default() }, state))
 }
 

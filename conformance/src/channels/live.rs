@@ -17,13 +17,13 @@ use super::shape;
 use crate::judge;
 use crate::launch::Qemu;
 use crate::oracle;
+use crate::patience::PATIENCE;
 use crate::record::Recording;
 use crate::roots::Root;
 use crate::subject::Subject;
 
 /// Bitmap synchronisations that a row needs: with two, a page dirtied again after being sent may go unnoticed.
 const ROUNDS: u64 = 4;
-const TIMEOUT: Duration = Duration::from_secs(60);
 /// What the payload does: it rewrites 16 MiB without rest and re-reads 8 MiB of contents and 8 MiB of zeroes.
 const PAYLOAD: &str = "dirty=16M hold=8M zero=8M verify=16384 report=100";
 const MEMORY: &str = "64";
@@ -65,7 +65,7 @@ fn leave(root: &Root, subject: &Subject, live: &Live, folder: &Path) -> Result<(
     let profile = profile(root, live);
     let serial = folder.join("source.serial");
     let mut source = Qemu::start(root, "source", &arguments(live, folder, &serial, &[]), folder)?;
-    seen(&serial, TIMEOUT, |p| p.pass > 2)?;
+    seen(&serial, PATIENCE, |p| p.pass > 2)?;
     if let Err(refusal) = live.leaves.apply(&mut source, &profile)? {
         bail!("QEMU refuses the set-up: {refusal}");
     }
@@ -73,10 +73,10 @@ fn leave(root: &Root, subject: &Subject, live: &Live, folder: &Path) -> Result<(
     let mut receiver =
         Receiver::start(subject, folder, live.leaves.transport, &options(&live.leaves, Told::Channels, &profile))?;
     source.execute("migrate", json!({ "uri": receiver.uri }))?;
-    source.wait_migration(TIMEOUT, |s| syncs(s) >= ROUNDS || s["status"] == "completed")?;
+    source.wait_migration(PATIENCE, |s| syncs(s) >= ROUNDS || s["status"] == "completed")?;
     source.set_parameters(&json!({ "downtime-limit": 60_000, "max-bandwidth": 0 }))?;
-    let state = source.wait_migration(TIMEOUT, |s| s["status"] == "completed");
-    let received = receiver.finish(TIMEOUT)?;
+    let state = source.wait_migration(PATIENCE, |s| s["status"] == "completed");
+    let received = receiver.finish(PATIENCE)?;
     if received.code != Some(0) {
         bail!("qevm receive ends with {:?}: {} ({state:?})", received.code, received.said.trim());
     }
@@ -141,9 +141,10 @@ fn arrive(
     if finished.code != Some(0) {
         bail!("qevm send ends with {}: {}", finished.status, finished.stderr.trim());
     }
-    target.wait_migration(TIMEOUT, |s| s["status"] == "completed")?;
-    let first = seen(&serial, TIMEOUT, |_| true)?;
-    let progress = seen(&serial, TIMEOUT, |p| p.stale > 0 || p.pass >= first.pass + 3 && p.rounds >= first.rounds + 2)?;
+    target.wait_migration(PATIENCE, |s| s["status"] == "completed")?;
+    let first = seen(&serial, PATIENCE, |_| true)?;
+    let progress =
+        seen(&serial, PATIENCE, |p| p.stale > 0 || p.pass >= first.pass + 3 && p.rounds >= first.rounds + 2)?;
     let status = target.execute("query-status", Value::Null)?;
     target.quit();
     if progress.stale > 0 || progress.pass <= last.pass || progress.tsc_back > 0 {

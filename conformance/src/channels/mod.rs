@@ -23,5 +23,5 @@ pub mod setup;
 pub mod source;
 pub mod table;
 
-mod receiver;
+pub(crate) mod receiver;
 mod shape;

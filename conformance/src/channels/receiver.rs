@@ -10,30 +10,31 @@ use anyhow::{Context, Result, bail};
 use serde_json::Value;
 
 use super::setup::Transport;
+use crate::patience::PATIENCE;
 use crate::subject::Subject;
 
 /// A running `qevm receive`.
-pub(super) struct Receiver {
+pub(crate) struct Receiver {
     child: Child,
     /// What the source's `migrate` takes.
-    pub(super) uri: String,
+    pub(crate) uri: String,
     stdout: Option<JoinHandle<String>>,
     stderr: Option<JoinHandle<String>>,
 }
 
 /// How it ended.
 #[derive(Debug)]
-pub(super) struct Received {
-    pub(super) code: Option<i32>,
+pub(crate) struct Received {
+    pub(crate) code: Option<i32>,
     /// The object that it printed; null if there is none.
-    pub(super) report: Value,
+    pub(crate) report: Value,
     /// Standard error, without the first line.
-    pub(super) said: String,
+    pub(crate) said: String,
 }
 
 impl Receiver {
-    /// Starts it and waits until it listens.
-    pub(super) fn start(
+    /// Starts it and waits until it listens. What it receives is `main.qevm` in `folder`.
+    pub(crate) fn start(
         subject: &Subject,
         folder: &Path,
         transport: Transport,
@@ -58,7 +59,7 @@ impl Receiver {
         let stderr = thread::spawn(move || all(stderr));
         let mut receiver = Receiver { child, uri: String::new(), stdout: Some(stdout), stderr: Some(stderr) };
         let Some(uri) = line.trim().strip_prefix("listening; on the source: migrate ") else {
-            let rest = receiver.finish(Duration::from_secs(10))?;
+            let rest = receiver.finish(PATIENCE)?;
             bail!("qevm receive does not listen: {line}{}", rest.said);
         };
         receiver.uri = uri.into();
@@ -66,7 +67,7 @@ impl Receiver {
     }
 
     /// Waits for its end.
-    pub(super) fn finish(&mut self, limit: Duration) -> Result<Received> {
+    pub(crate) fn finish(&mut self, limit: Duration) -> Result<Received> {
         let deadline = Instant::now() + limit;
         let status = loop {
             if let Some(status) = self.child.try_wait()? {

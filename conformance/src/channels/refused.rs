@@ -1,7 +1,6 @@
 //! Set-ups that are illegal: QEMU refuses them with a reason before a byte moves, and qevm refuses the same ones.
 
 use std::fs;
-use std::time::Duration;
 
 use anyhow::{Result, bail};
 use serde_json::{Value, json};
@@ -10,11 +9,9 @@ use super::arrives::form_arguments;
 use super::setup::{Setup, Transport, refusal};
 use super::source::{Saved, Source};
 use crate::launch::Qemu;
+use crate::patience::PATIENCE;
 use crate::subject::Subject;
 use crate::tape::Tape;
-
-/// How long a migration that must not start is watched.
-const WATCHED: Duration = Duration::from_secs(10);
 
 /// The source QEMU refuses, and qevm says why.
 ///
@@ -61,7 +58,7 @@ fn migrate(source: &mut Source, setup: &Setup) -> Result<Result<(), String>> {
     if refused.is_ok() {
         let state = source
             .qemu
-            .wait_migration(WATCHED, |s| matches!(s["status"].as_str(), Some("failed" | "completed" | "active")))?;
+            .wait_migration(PATIENCE, |s| matches!(s["status"].as_str(), Some("failed" | "completed" | "active")))?;
         if state["status"] == "failed" {
             // 7.2 gives some reasons on its standard error alone.
             let reason = state["error-desc"].as_str().map(String::from);
@@ -128,7 +125,7 @@ pub fn by_send(source: &mut Source, subject: &Subject, setup: &Setup) -> Result<
     if finished.code != Some(2) {
         bail!("qevm send ends with {} instead of exit status 2: {}", finished.status, finished.stderr.trim());
     }
-    let connections = tape.finish(Duration::from_secs(5))?;
+    let connections = tape.finish(PATIENCE)?;
     if !connections.is_empty() {
         bail!("qevm send connected before it refused");
     }

@@ -13,16 +13,15 @@ use serde_json::{Value, json};
 use super::setup::{Setup, Transport};
 use crate::launch::Qemu;
 use crate::oracle::{self, Block};
+use crate::patience::PATIENCE;
 use crate::payload;
 use crate::roots::{Root, Suite};
 use crate::tape::Tape;
 
 /// How long the guest runs before it is stopped.
 const FIRMWARE_TIME: Duration = Duration::from_millis(100);
-/// How long a small guest may take.
-pub(super) const MIGRATION_TIMEOUT: Duration = Duration::from_secs(60);
-/// How long QEMU may need to forget a migration that failed.
-const CLEANUP_TIME: Duration = Duration::from_secs(3);
+/// How long QEMU may need to forget a migration that failed. Not a hang: 7.2 sometimes never does.
+const CLEANUP_TIME: Duration = Duration::from_secs(20);
 const POLL: Duration = Duration::from_millis(20);
 /// Where the RAM pattern is loaded: above all firmware tables.
 const PATTERN_AT: u32 = 0xc0_0000;
@@ -216,7 +215,7 @@ impl Source {
     /// QEMU refuses or fails.
     pub fn migrate(&mut self, uri: &str) -> Result<Value> {
         self.begin(uri)?;
-        self.qemu.wait_migration(MIGRATION_TIMEOUT, |s| s["status"] == "completed")
+        self.qemu.wait_migration(PATIENCE, |s| s["status"] == "completed")
     }
 
     /// The guest in this form, made by QEMU alone, as input arguments of `qevm`.
@@ -250,7 +249,7 @@ impl Source {
         }
         let tape = Tape::unix(&folder, "saved", None)?;
         self.migrate(tape.uri())?;
-        let channels = tape.finish(Duration::from_secs(30))?;
+        let channels = tape.finish(PATIENCE)?;
         let (mut arguments, mut main) = (Vec::new(), None);
         for channel in channels {
             match fs::read(&channel.forward)?.starts_with(b"QEVM") {

@@ -3,12 +3,12 @@
 use std::fs;
 use std::path::Path;
 use std::process::Command;
-use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 
 use crate::cpio::Archive;
 use crate::linux::Linux;
+use crate::patience::PATIENCE;
 use crate::process::run;
 use crate::roots::Root;
 
@@ -25,7 +25,6 @@ const LOADER: &str = "ld-linux-x86-64.so.2";
 const QEMU: &str = "usr/bin/qemu-system-x86_64";
 /// Firmware of microvm without ACPI, what it boots kernels with, and the page of the local APIC's registers.
 const FIRMWARE: [&str; 4] = ["qboot.rom", "pvh.bin", "linuxboot_dma.bin", "kvmvapic.bin"];
-const TIMEOUT: Duration = Duration::from_secs(30);
 
 /// Where the setup header of a bzImage says that the compressed kernel is, counted from the protected-mode code, and how long
 /// ("The Linux/x86 Boot Protocol").
@@ -55,7 +54,7 @@ pub(super) fn add(archive: &mut Archive, bzimage: &Path, busybox: &[u8], qemu: &
     }
     let folders = format!("{0}:{0}/pulseaudio", root.join(LIBRARIES).display());
     let mut list = Command::new(root.join(LIBRARIES).join(LOADER));
-    let listed = run(list.args(["--library-path", &folders, "--list"]).arg(root.join(QEMU)), TIMEOUT)?;
+    let listed = run(list.args(["--library-path", &folders, "--list"]).arg(root.join(QEMU)), PATIENCE)?;
     for line in listed.lines() {
         // `libz.so.1 => /path/libz.so.1 (0x00007f…)`
         let Some((name, rest)) = line.trim().split_once(" => ") else { continue };

@@ -4,13 +4,23 @@ import asyncio
 import json
 import sys
 
-from qemu.qmp import ExecuteError, QMPClient
+from qemu.qmp import ConnectError, ExecuteError, QMPClient
+
+
+async def connected(name, path):
+    """A client of the monitor at path, as soon as it listens."""
+    while True:
+        client = QMPClient(name)
+        try:
+            await client.connect(path)
+            return client
+        except ConnectError:
+            await asyncio.sleep(0.01)
 
 
 async def main(source_path, destination_path, migration_path):
-    source, destination = QMPClient("source"), QMPClient("destination")
-    await source.connect(source_path)
-    await destination.connect(destination_path)
+    source = await connected("source", source_path)
+    destination = await connected("destination", destination_path)
     told = {"greeting": sorted(source.greeting._asdict()["QMP"])}
     told["status"] = (await source.execute("query-status"))["status"]
     told["commands"] = len(await source.execute("query-commands"))
@@ -44,4 +54,4 @@ async def main(source_path, destination_path, migration_path):
     print(json.dumps(told))
 
 
-asyncio.run(asyncio.wait_for(main(*sys.argv[1:]), 60))
+asyncio.run(asyncio.wait_for(main(*sys.argv[1:]), 240))

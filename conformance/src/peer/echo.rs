@@ -7,19 +7,17 @@ use std::net::Shutdown;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::process::Command;
-use std::thread;
-use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use reference_vmm::payload::Transcript;
 use serde_json::{Value, json};
 
 use super::journey::{Stage, account};
-use super::{Account, Gear, Journey, Monitor, Party, gear};
+use super::{Account, Gear, Journey, Monitor, gear};
+use crate::exec;
+use crate::patience::PATIENCE;
 use crate::process::run_any;
 use crate::subject::BUILT_IN;
-
-const PATIENCE: Duration = Duration::from_secs(30);
 
 /// Bytes of a request in flight in a section.
 const REQUEST: u64 = 49168;
@@ -50,15 +48,14 @@ impl Echo {
         let fails = self.journey.load.gear.contains(&Gear::FailingDisk);
         let mut here = if fails {
             let mut here = self.journey.start(stage, 0, false)?;
-            wait_status(&mut here, "io-error")?;
+            here.wait_status("io-error")?;
             here
         } else {
             let mut here = self.journey.boot(stage, &mut |_| ())?;
             here.monitor().execute("stop", Value::Null)?;
             here
         };
-        here.monitor().execute("migrate", json!({ "uri": format!("exec:cat > {}", first.display()) }))?;
-        here.monitor().wait_migration(PATIENCE, |migration| migration["status"] == "completed")?;
+        exec::save(here.monitor(), &first)?;
 
         let mut there = self.journey.start(stage, 1, true)?;
         there.meets(here.stop())?;
@@ -67,7 +64,7 @@ impl Echo {
         io::copy(&mut File::open(&first)?, &mut stream).context("the guest was not taken in")?;
         stream.flush()?;
         stream.shutdown(Shutdown::Write)?;
-        wait_status(&mut there, "paused")?;
+        there.wait_status("paused")?;
 
         // The monitor may have removed it already.
         let _ = fs::remove_file(&door);
@@ -91,18 +88,6 @@ impl Echo {
         gear::judge(&self.journey.load.gear, &[left.clone(), back.clone()], stage.scratch, &ear)?;
         let texts = [left, nothing, back];
         Ok(account(Vec::new(), &Transcript::read(&texts.each_ref().map(Vec::as_slice))?))
-    }
-}
-
-fn wait_status(party: &mut Party, wanted: &str) -> Result<()> {
-    let deadline = Instant::now() + PATIENCE;
-    loop {
-        let status = party.monitor().execute("query-status", Value::Null)?;
-        if status["status"] == wanted {
-            return Ok(());
-        }
-        ensure!(Instant::now() < deadline, "the guest is not {wanted} but {status}");
-        thread::sleep(Duration::from_millis(5));
     }
 }
 

@@ -8,12 +8,13 @@ use std::os::unix::net::UnixDatagram;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use std::{fs, io};
 
 use anyhow::{Context, Result, bail, ensure};
 
 use super::tap::{self, Taps};
+use crate::patience::PATIENCE;
 
 /// Bytes of the disk: a few seconds of the guest's work, so that it goes round.
 const DISK: u64 = 1 << 20;
@@ -176,8 +177,16 @@ impl Ear {
         Ok(Ear { numbers, thread })
     }
 
-    fn heard(&self) -> Vec<u64> {
-        self.numbers.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    /// What has arrived, when everything before number `next` should have: what is still on its way is waited for.
+    fn heard(&self, next: u64) -> Vec<u64> {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            let numbers = self.numbers.lock().unwrap_or_else(PoisonError::into_inner).clone();
+            if numbers.len() as u64 + 1 >= next || Instant::now() > deadline {
+                return numbers;
+            }
+            thread::sleep(Duration::from_millis(5));
+        }
     }
 }
 
@@ -200,7 +209,22 @@ fn consoles(scratch: &Path) -> Result<Vec<u8>> {
 
 /// How far the guest got, by its last line: the counter of each device, and of interrupts.
 fn last_counters(text: &str, gear: &[Gear]) -> Option<Vec<u64>> {
-    let line = text.lines().rev().find(|line| line.starts_with("qevm-payload virtio ") && line.contains(" errors="))?;
+    counter_lines(text).next_back().and_then(|line| counters(line, gear))
+}
+
+/// Every device and the interrupts have done more than one batch since the first line of `text`.
+pub(super) fn works(gear: &[Gear], text: &str) -> bool {
+    let first = counter_lines(text).next().and_then(|line| counters(line, gear));
+    let since =
+        |(first, last): (Vec<u64>, Vec<u64>)| first.iter().zip(last).all(|(first, last)| last > first + 2 * BATCH);
+    gear.is_empty() || first.zip(last_counters(text, gear)).is_some_and(since)
+}
+
+fn counter_lines(text: &str) -> impl DoubleEndedIterator<Item = &str> {
+    text.lines().filter(|line| line.starts_with("qevm-payload virtio ") && line.contains(" errors="))
+}
+
+fn counters(line: &str, gear: &[Gear]) -> Option<Vec<u64>> {
     let value = |name: &str| {
         let (found, number) =
             line.split(' ').filter_map(|word| word.split_once('=')).find(|(found, _)| *found == name)?;
@@ -236,7 +260,7 @@ pub(super) fn judge(gear: &[Gear], texts: &[Vec<u8>], scratch: &Path, ear: &Ear)
             // The guest has looked at what it got.
             Gear::Rng => Ok(()),
             Gear::Console => judge_console(&consoles(scratch)?, next),
-            Gear::Net | Gear::Tap => judge_frames(&ear.heard(), next),
+            Gear::Net | Gear::Tap => judge_frames(&ear.heard(next), next),
         }
         .with_context(|| format!("{gear:?}, of which the guest had done {} requests", next - 1))?;
     }
@@ -350,6 +374,12 @@ mod tests {
         assert!(judge(&[line(60, 30), line(61, 60)]).is_err());
         assert!(judge(&[line(20, 30), line(61, 30)]).is_err());
         assert!(judge(&[line(20, 30), b"nothing\n".to_vec()]).is_err());
+        let both = |first: (u64, u64), last: (u64, u64)| {
+            let lines = [line(first.0, first.1), line(last.0, last.1)].concat();
+            works(&[Gear::Disk], &String::from_utf8(lines).unwrap())
+        };
+        assert!(both((20, 30), (29, 39)) && !both((20, 30), (28, 39)) && !both((20, 30), (29, 38)));
+        assert!(works(&[], "") && !works(&[Gear::Disk], ""));
         assert_eq!(configuration(&[]), "");
         assert_eq!(configuration(&[Gear::Disk]), " virtio=1");
     }

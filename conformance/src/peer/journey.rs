@@ -5,7 +5,6 @@ use std::fmt;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process::Command;
-use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use reference_vmm::payload::{Progress, Transcript};
@@ -14,11 +13,10 @@ use serde_json::{Map, Value, json};
 
 use super::gear::{self, Ear, Gear};
 use super::party::{Monitor, Party};
+use crate::exec;
+use crate::patience::PATIENCE;
 use crate::roots::{Root, Suite};
 use crate::scenario::Accel;
-
-/// How long a single step may take: a hop, or the guest's next passes.
-const PATIENCE: Duration = Duration::from_secs(120);
 
 /// A monitor on the way.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -217,6 +215,7 @@ impl Journey {
         let mut here = self.start(stage, 0, false)?;
         let rounds = u64::from(self.load.cpus);
         let booted = here.wait_progress("complete a pass", PATIENCE, |p| p.pass >= 1 && p.rounds >= rounds)?;
+        self.wait_for_gear(&mut here)?;
         tell(Moment::Booted(booted));
         Ok(here)
     }
@@ -279,6 +278,7 @@ impl Journey {
         here.monitor().execute("migrate", json!({ "uri": to }))?;
         if self.link == Link::File {
             here.monitor().wait_migration(PATIENCE, |migration| migration["status"] == "completed")?;
+            exec::finish(&path)?;
             there.monitor().execute("migrate-incoming", json!({ "uri": from }))?;
         }
         Ok(to)
@@ -312,8 +312,8 @@ impl Journey {
         let stopped = here.monitor().wait_event("STOP", PATIENCE)?.time.context("STOP has no timestamp")?;
         let resumed = there.monitor().wait_event("RESUME", PATIENCE)?.time.context("RESUME has no timestamp")?;
         for (party, expected) in [(here, "postmigrate"), (there, "running")] {
-            let status = party.monitor().execute("query-status", Value::Null)?;
-            ensure!(status["status"] == expected, "{} says {status}, not {expected}", party.stop());
+            // A QEMU says that its migration has completed a moment before it leaves the status finish-migrate.
+            party.wait_status(expected)?;
         }
         let gap = resumed.checked_sub(stopped).context("the guest was started before it was stopped")?;
         let number = |value: &Value| value.as_u64().context("the source does not report all figures");
@@ -335,7 +335,13 @@ impl Journey {
         let settled = party.wait_progress("complete its passes", PATIENCE, |p| p.pass >= pass && p.rounds >= rounds)?;
         ensure!(settled.stale == 0, "the guest found {} stale pages", settled.stale);
         ensure!(settled.tsc_back == 0, "the guest's clock ran backwards {} times", settled.tsc_back);
+        self.wait_for_gear(party)?;
         Ok(settled)
+    }
+
+    /// Waits until every device has worked here.
+    fn wait_for_gear(&self, party: &mut Party) -> Result<()> {
+        party.wait_text("use all its devices", PATIENCE, |text| gear::works(&self.load.gear, text).then_some(()))
     }
 }
 

@@ -11,8 +11,8 @@ use super::journey::{Stage, account};
 use super::party::Party;
 use super::proxy::{Cut, broken};
 use super::{Account, Journey, Moment};
+use crate::patience::PATIENCE;
 
-const PATIENCE: Duration = Duration::from_secs(30);
 const POLL: Duration = Duration::from_millis(5);
 
 /// A journey of one hop that fails some times before it succeeds.
@@ -80,9 +80,11 @@ pub(super) fn goes_on(here: &mut Party) -> Result<String> {
 
 /// Asserts that the guest does not run there, and gives what the monitor said if it has ended.
 pub(super) fn stays_out(there: &mut Party) -> Result<()> {
-    if there.monitor().last_words().is_none() {
-        let status = there.monitor().execute("query-status", Value::Null)?;
-        ensure!(status["running"] == false, "the guest runs at both ends: {status}");
+    // One that ends while it is asked does not run the guest either.
+    let status = there.monitor().execute("query-status", Value::Null);
+    match status {
+        Ok(status) => ensure!(status["running"] == false, "the guest runs at both ends: {status}"),
+        Err(error) => ensure!(there.monitor().has_ended()?, "{error:#}"),
     }
     ensure!(there.text()?.is_empty(), "the guest has run at the destination");
     Ok(())

@@ -12,11 +12,12 @@ use reference_vmm::payload::{FW_CFG_NAME, IMAGE, Progress};
 use serde_json::{Value, json};
 
 use super::{Load, Stage, Stop, gear};
+use crate::exec;
 use crate::launch::Qemu;
+use crate::patience::PATIENCE;
 use crate::roots::{Root, Suite};
 use crate::scenario::Accel;
 
-const START_TIMEOUT: Duration = Duration::from_secs(60);
 const POLL: Duration = Duration::from_millis(5);
 /// The environment variable that names another `reference-vmm` to judge.
 const PROGRAM_VARIABLE: &str = "REFERENCE_VMM_BIN";
@@ -163,7 +164,7 @@ impl Party {
     /// The address of a file that a guest goes to. 7.2 has no `file:`.
     pub(super) fn writes_file(&self, path: &Path) -> String {
         match self.stop {
-            Stop::Qemu(Suite::Bookworm, _) => format!("exec:cat > {}", path.display()),
+            Stop::Qemu(Suite::Bookworm, _) => exec::uri(path),
             _ => format!("file:{}", path.display()),
         }
     }
@@ -184,6 +185,19 @@ impl Party {
         }
     }
 
+    /// Waits for a status that `query-status` has to tell in the end.
+    pub(super) fn wait_status(&mut self, wanted: &str) -> Result<()> {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            let status = self.monitor.execute("query-status", Value::Null)?;
+            if status["status"] == wanted {
+                return Ok(());
+            }
+            ensure!(Instant::now() < deadline, "{} says {status}, not {wanted}", self.stop);
+            thread::sleep(POLL);
+        }
+    }
+
     /// The last whole progress line.
     pub(super) fn progress(&self) -> Result<Option<Progress>> {
         let text = self.text()?;
@@ -199,12 +213,17 @@ impl Party {
         limit: Duration,
         wanted: impl Fn(&Progress) -> bool,
     ) -> Result<Progress> {
+        self.wait_text(what, limit, |whole| whole.lines().filter_map(Progress::parse).find(&wanted))
+    }
+
+    /// Waits until `find` finds something in the whole lines that the guest has printed here.
+    pub(super) fn wait_text<T>(&mut self, what: &str, limit: Duration, find: impl Fn(&str) -> Option<T>) -> Result<T> {
         let deadline = Instant::now() + limit;
         loop {
             let text = self.text()?;
             let text = String::from_utf8_lossy(&text);
             let whole = text.rsplit_once('\n').map_or("", |(whole, _)| whole);
-            if let Some(found) = whole.lines().filter_map(Progress::parse).find(&wanted) {
+            if let Some(found) = find(whole) {
                 return Ok(found);
             }
             if Instant::now() > deadline {
@@ -266,7 +285,7 @@ fn spawn_reference(
 pub(super) fn start_reference(program: &Monitor, name: &str, arguments: &[String], scratch: &Path) -> Result<Qemu> {
     let (child, socket, stderr) = spawn_reference(program, name, arguments, scratch)?;
     let connect = |child: &mut Child| {
-        let deadline = Instant::now() + START_TIMEOUT;
+        let deadline = Instant::now() + PATIENCE;
         loop {
             match UnixStream::connect(&socket) {
                 Err(error) if Instant::now() > deadline || child.try_wait()?.is_some() => return Err(error),

@@ -3,21 +3,18 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
 use serde_json::Value;
 
 use super::party::{Monitor, start_reference_process};
+use crate::patience::PATIENCE;
 use crate::process::run;
 use crate::roots::cache_dir;
 
 /// The package as on PyPI.
 const PACKAGE: &str = "qemu.qmp==0.0.6";
 const CLIENT: &str = include_str!("client.py");
-/// Downloading and unpacking take seconds, but the network may be slow.
-const INSTALLING: Duration = Duration::from_secs(120);
-const DRIVING: Duration = Duration::from_secs(90);
 
 /// A Python with the package.
 #[derive(Debug)]
@@ -36,10 +33,10 @@ impl Python {
             let _ = fs::remove_dir_all(&dir);
             let parent = dir.parent().context("the cache has folders")?;
             fs::create_dir_all(parent)?;
-            run(Command::new("python3").args(["-m", "venv"]).arg(&dir), INSTALLING).context("python3 -m venv")?;
+            run(Command::new("python3").args(["-m", "venv"]).arg(&dir), PATIENCE).context("python3 -m venv")?;
             let mut pip = Command::new(&python);
             pip.args(["-m", "pip", "install", "--quiet", "--disable-pip-version-check", PACKAGE]);
-            run(&mut pip, INSTALLING).with_context(|| format!("installing {PACKAGE}"))?;
+            run(&mut pip, PATIENCE).with_context(|| format!("installing {PACKAGE}"))?;
             fs::write(&stamp, PACKAGE)?;
         }
         Ok(Python(python))
@@ -56,18 +53,11 @@ impl Python {
         let (_source, source) = start_reference_process(program, "python-source", &arguments(&[]), scratch)?;
         let incoming = arguments(&["--incoming", "defer"]);
         let (_destination, destination) = start_reference_process(program, "python-destination", &incoming, scratch)?;
-        let deadline = Instant::now() + DRIVING;
-        while !(source.exists() && destination.exists()) {
-            if Instant::now() > deadline {
-                bail!("no monitor at {} or {}", source.display(), destination.display());
-            }
-            std::thread::sleep(Duration::from_millis(5));
-        }
         let script = scratch.join("client.py");
         fs::write(&script, CLIENT)?;
         let mut client = Command::new(&self.0);
         client.arg(&script).args([&source, &destination, &scratch.join("python.migration")]);
-        let said = run(&mut client, DRIVING).context("the client")?;
+        let said = run(&mut client, PATIENCE).context("the client")?;
         serde_json::from_str(said.trim()).with_context(|| format!("the client said {said:?}"))
     }
 }

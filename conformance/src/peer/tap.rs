@@ -13,9 +13,9 @@ use nix::sys::socket::{
 };
 use nix::sys::time::{TimeVal, TimeValLike};
 
+use crate::patience::PATIENCE;
 use crate::process::run;
 
-const PATIENCE: Duration = Duration::from_secs(20);
 /// Characters of a scratch folder's name that tell journeys apart; a name of an interface has 15 at most.
 const MARK: usize = 6;
 /// Frames may wait here while this process does something else.

@@ -3,19 +3,18 @@
 
 use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Stdio};
-use std::thread;
-use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::{Value, json};
 
 use super::{Bench, Trial};
+use crate::channels::receiver::Receiver;
+use crate::channels::setup::Transport;
+use crate::exec;
 use crate::launch::Qemu;
+use crate::patience::PATIENCE;
 use crate::roots::Suite::{self, Bookworm, Bullseye, Sid, Trixie};
 
-const PATIENCE: Duration = Duration::from_secs(30);
-const POLL: Duration = Duration::from_millis(10);
 const A_UUID: &str = "microvm -uuid 2bbd4b29-9d2b-4e0b-9d0e-1f3f6f0e7a11";
 const ANOTHER_UUID: &str = "microvm -uuid 11111111-2222-4333-8444-555555555555";
 const NO_START: &str = "microvm -bios {zeroes} -global migration.send-switchover-start=off";
@@ -154,60 +153,22 @@ fn known(capabilities: &str) -> Vec<String> {
 fn write(bench: &Bench<'_>, side: &Side, name: &str, file: &Path) -> Result<()> {
     let mut qemu = start(bench, side, name, &["-S"])?;
     // With postcopy on, a source waits until its destination says goodbye.
-    let mut answering =
-        side.capabilities.contains("postcopy-ram").then(|| Receiver::start(bench, name, file)).transpose()?;
-    let uri =
-        answering.as_ref().map_or_else(|| format!("exec:cat > {}", file.display()), |receiver| receiver.uri.clone());
-    qemu.execute("migrate", json!({ "uri": uri }))?;
-    qemu.wait_migration(PATIENCE, |state| state["status"] == "completed")?;
-    answering.as_mut().map_or(Ok(()), Receiver::finish)?;
+    if side.capabilities.contains("postcopy-ram") {
+        // With postcopy on, a source waits until its destination says goodbye.
+        let folder = bench.scratch.join(format!("{name}.received"));
+        std::fs::create_dir(&folder)?;
+        let options = ["--timeout", "300"].map(String::from);
+        let mut receiver = Receiver::start(bench.subject, &folder, Transport::Unix, &options)?;
+        qemu.execute("migrate", json!({ "uri": receiver.uri }))?;
+        qemu.wait_migration(PATIENCE, |state| state["status"] == "completed")?;
+        let received = receiver.finish(PATIENCE)?;
+        ensure!(received.code == Some(0), "qevm receive ends with {:?}: {}", received.code, received.said);
+        std::fs::rename(folder.join("main.qevm"), file)?;
+    } else {
+        exec::save(&mut qemu, file)?;
+    }
     qemu.quit();
     Ok(())
-}
-
-/// `qevm receive`, as a destination that answers.
-struct Receiver {
-    child: Child,
-    uri: String,
-}
-
-impl Receiver {
-    fn start(bench: &Bench<'_>, name: &str, file: &Path) -> Result<Receiver> {
-        let socket = bench.scratch.join(format!("{name}.socket"));
-        let uri = format!("unix:{}", socket.display());
-        let mut command = bench.subject.command();
-        command.args(["receive", &uri, "--timeout", "30", "--out"]).arg(file);
-        let child = command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).spawn()?;
-        let receiver = Receiver { child, uri };
-        let deadline = Instant::now() + PATIENCE;
-        while !socket.exists() {
-            ensure!(Instant::now() < deadline, "qevm receive does not listen");
-            thread::sleep(POLL);
-        }
-        Ok(receiver)
-    }
-
-    fn finish(&mut self) -> Result<()> {
-        let deadline = Instant::now() + PATIENCE;
-        loop {
-            match self.child.try_wait()? {
-                Some(status) => {
-                    ensure!(status.success(), "qevm receive ends with {status}");
-                    return Ok(());
-                }
-                None => ensure!(Instant::now() < deadline, "qevm receive does not end"),
-            }
-            thread::sleep(POLL);
-        }
-    }
-}
-
-impl Drop for Receiver {
-    fn drop(&mut self) {
-        // It has mostly ended by itself.
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
 }
 
 /// What a real destination does, and what it says to it.

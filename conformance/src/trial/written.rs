@@ -16,13 +16,14 @@ use reference_vmm::payload::{IMAGE, Progress};
 use serde_json::json;
 
 use super::{Bench, Trial, accel_name, machine};
+use crate::exec;
 use crate::launch::Qemu;
 use crate::oracle;
+use crate::patience::PATIENCE;
 use crate::roots::Suite;
 use crate::scenario::Accel;
 
 const MEMORY_MIB: u64 = 32;
-const PATIENCE: Duration = Duration::from_secs(30);
 const POLL: Duration = Duration::from_millis(10);
 const MICROVM: &str = "microvm";
 /// Passes over its memory that the guest must make where it was loaded.
@@ -190,12 +191,11 @@ impl Guest {
 
     fn save(&mut self, file: &Path, capabilities: &[&str]) -> Result<()> {
         self.qemu.set_capabilities(capabilities)?;
-        let uri = match capabilities.contains(&"mapped-ram") {
-            true => format!("file:{}", file.display()),
-            false => format!("exec:cat > {}", file.display()),
-        };
         self.qemu.set_parameters(&json!({ "max-bandwidth": 0 }))?;
-        self.qemu.execute("migrate", json!({ "uri": uri }))?;
+        if !capabilities.contains(&"mapped-ram") {
+            return exec::save(&mut self.qemu, file);
+        }
+        self.qemu.execute("migrate", json!({ "uri": format!("file:{}", file.display()) }))?;
         self.qemu.wait_migration(PATIENCE, |state| state["status"] == "completed")?;
         Ok(())
     }
