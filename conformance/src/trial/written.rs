@@ -38,9 +38,9 @@ pub(super) fn trials() -> Vec<Trial> {
             if accel == Accel::Tcg {
                 trials.push(Trial::new(name("declared"), &[suite], kvm, move |bench| declared(bench, suite)));
             }
-            trials.push(Trial::new(name("rewritten"), &[suite], kvm, move |bench| {
-                rewritten(bench, suite, accel, Way::plain(MICROVM))
-            }));
+            let way = Way { stopped: !carries_writes(suite, accel), ..Way::plain(MICROVM) };
+            let what = name(if way.stopped { "rewritten stopped" } else { "rewritten" });
+            trials.push(Trial::new(what, &[suite], kvm, move |bench| rewritten(bench, suite, accel, way)));
         }
     }
     for suite in [Suite::Trixie, Suite::Sid] {
@@ -48,13 +48,19 @@ pub(super) fn trials() -> Vec<Trial> {
             [(true, false, MICROVM), (false, true, MICROVM), (true, true, MICROVM), (true, true, "q35")]
         {
             for multifd in [false, true] {
-                let way = Way { machine, from_mapped, to_mapped, multifd };
+                let way = Way { machine, from_mapped, to_mapped, multifd, stopped: false };
                 let name = format!("{}/{}", way.name(), suite.series());
                 trials.push(Trial::new(name, &[suite], false, move |bench| rewritten(bench, suite, Accel::Tcg, way)));
             }
         }
     }
     trials
+}
+
+/// Whether QEMU carries over what a guest writes while it leaves. TCG of 5.2 and 7.2 loses such pages, on the way to another QEMU of
+/// the same release as well, and so judges nothing: a guest of theirs is stopped before it leaves.
+fn carries_writes(suite: Suite, accel: Accel) -> bool {
+    accel == Accel::Kvm || !matches!(suite, Suite::Bullseye | Suite::Bookworm)
 }
 
 /// How a guest's stream goes from QEMU to qevm and back.
@@ -67,11 +73,13 @@ struct Way {
     to_mapped: bool,
     /// QEMU writes and reads mapped-ram files with multifd.
     multifd: bool,
+    /// The guest is stopped before it leaves.
+    stopped: bool,
 }
 
 impl Way {
     fn plain(machine: &'static str) -> Way {
-        Way { machine, from_mapped: false, to_mapped: false, multifd: false }
+        Way { machine, from_mapped: false, to_mapped: false, multifd: false, stopped: false }
     }
 
     fn name(self) -> String {
@@ -114,6 +122,9 @@ fn rewritten(bench: &Bench<'_>, suite: Suite, accel: Accel, way: Way) -> Result<
     let (theirs, ours) = (bench.scratch.join("theirs.qevm"), bench.scratch.join("ours.qevm"));
     let mut source = Guest::start(bench, suite, (way.machine, accel), &firmware, "source", false)?;
     source.passes(PASSES)?;
+    if way.stopped {
+        source.qemu.execute("stop", serde_json::Value::Null)?;
+    }
     source.save(&theirs, way.capabilities(way.from_mapped))?;
     let truth = oracle::ram_blocks(&mut source.qemu, bench.scratch)?;
     let left = source.progress()?.context("the guest printed nothing")?;
@@ -132,6 +143,9 @@ fn rewritten(bench: &Bench<'_>, suite: Suite, accel: Accel, way: Way) -> Result<
 
     let mut target = Guest::start(bench, suite, (way.machine, accel), &firmware, "target", true)?;
     target.load(&ours, way.capabilities(way.to_mapped))?;
+    if way.stopped {
+        target.qemu.execute("cont", serde_json::Value::Null)?;
+    }
     let seen = target.passes(left.pass + PASSES)?;
     Ok(format!("{} bytes; left at pass {}, {}", fs::metadata(&ours)?.len(), left.pass, told(&seen)))
 }
