@@ -17,6 +17,7 @@ use serde_json::{Map, Value, json};
 use self::commands::{BEFORE_THE_START, WITH_RINGS};
 use super::party::{Monitor, start_reference};
 use crate::launch::Qemu;
+use crate::patience::PATIENCE;
 use crate::qmp::QmpError;
 use crate::roots::Root;
 
@@ -42,7 +43,6 @@ const WAITING: &[(&str, &str)] = &[
     ("query-status", ""),
 ];
 
-const PATIENCE: Duration = Duration::from_secs(60);
 const POLL: Duration = Duration::from_millis(10);
 
 /// The two who are asked.
@@ -147,8 +147,8 @@ fn story(monitor: &mut Qemu, scratch: &Path) -> Result<Story> {
         }
     });
     monitor.set_capabilities(&["events"])?;
-    // A floor for the time that it takes: the records of zero pages alone are more than a second's worth.
-    monitor.set_parameters(&json!({ "max-bandwidth": 20_000, "downtime-limit": 1 }))?;
+    // A floor for the time that it takes: the records of zero pages alone are more than a minute's worth.
+    monitor.set_parameters(&json!({ "max-bandwidth": 2_000, "downtime-limit": 1 }))?;
 
     monitor.execute("migrate", uri.clone())?;
     let active = wait(monitor, &["active"])?;
@@ -167,7 +167,7 @@ fn story(monitor: &mut Qemu, scratch: &Path) -> Result<Story> {
     monitor.set_parameters(&json!({ "max-bandwidth": 0, "downtime-limit": 2000 }))?;
     monitor.execute("migrate", uri)?;
     told.push(("query-migrate when it is completed", shape(&wait(monitor, &["completed"])?)));
-    told.push(("query-status after it was completed", monitor.execute("query-status", Value::Null)?));
+    told.push(("query-status after it was completed", settled_status(monitor)?));
     told.push(("events up to completed", events(monitor, "completed")?));
     let nobody = json!({ "uri": format!("unix:{}/nobody", scratch.display()) });
     monitor.execute("cont", Value::Null)?;
@@ -180,14 +180,9 @@ fn story(monitor: &mut Qemu, scratch: &Path) -> Result<Story> {
 /// What is told of dirty rates that were measured, and of limits during a migration under capability `dirty-limit`, which is on.
 fn limited(monitor: &mut Qemu, _: &Path) -> Result<Story> {
     let mut told = Story::new();
-    let deadline = Instant::now() + PATIENCE;
-    let measured = loop {
-        let rate = monitor.execute("query-dirty-rate", Value::Null)?;
-        match rate["status"].as_str() {
-            Some("measuring") if Instant::now() < deadline => thread::sleep(POLL),
-            _ => break rate,
-        }
-    };
+    let measure = |seconds: u64| json!({ "calc-time": seconds, "mode": "dirty-ring" });
+    told.push(("calc-dirty-rate", reply(monitor, "calc-dirty-rate", measure(1))?));
+    let measured = wait_while(monitor, "query-dirty-rate", "measuring")?;
     told.push(("query-dirty-rate when it was measured", shape(&measured)));
     let sink = TcpListener::bind("127.0.0.1:0")?;
     let uri = json!({ "uri": format!("tcp:127.0.0.1:{}", sink.local_addr()?.port()) });
@@ -220,7 +215,29 @@ fn limited(monitor: &mut Qemu, _: &Path) -> Result<Story> {
         told.push((name, reply(monitor, "query-vcpu-dirty-limit", Value::Null)?));
         monitor.execute("cancel-vcpu-dirty-limit", Value::Null)?;
     }
+    // The longest that there is, so that it is still under way however long the questions take. It ends with the monitor.
+    told.push(("calc-dirty-rate for a minute", reply(monitor, "calc-dirty-rate", measure(60))?));
+    told.push(("query-dirty-rate while it is measured", reply(monitor, "query-dirty-rate", Value::Null)?));
+    told.push(("calc-dirty-rate while one is measured", reply(monitor, "calc-dirty-rate", measure(1))?));
     Ok(told)
+}
+
+/// A QEMU says that its migration has completed a moment before it leaves the status `finish-migrate`.
+fn settled_status(monitor: &mut Qemu) -> Result<Value> {
+    wait_while(monitor, "query-status", "finish-migrate")
+}
+
+/// What `command` tells when its status is another one than `passing`.
+fn wait_while(monitor: &mut Qemu, command: &str, passing: &str) -> Result<Value> {
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        let told = monitor.execute(command, Value::Null)?;
+        if told["status"] != passing {
+            return Ok(told);
+        }
+        ensure!(Instant::now() < deadline, "{command} still says {told}");
+        thread::sleep(POLL);
+    }
 }
 
 fn wait(monitor: &mut Qemu, wanted: &[&str]) -> Result<Value> {

@@ -237,7 +237,4 @@ pub(super) const WITH_RINGS: &[(&str, &str)] = &[
     ("calc-dirty-rate", r#"{"calc-time":1,"mode":"dirty-bitmap","sample-pages":512}"#),
     ("calc-dirty-rate", r#"{"calc-time":1,"mode":"dirty-bitmap"}"#),
     ("calc-dirty-rate", r#"{"calc-time":1,"mode":"dirty-ring","sample-pages":512}"#),
-    ("calc-dirty-rate", r#"{"calc-time":1,"mode":"dirty-ring"}"#),
-    ("query-dirty-rate", ""),
-    ("calc-dirty-rate", r#"{"calc-time":1,"mode":"dirty-ring"}"#),
 ];
