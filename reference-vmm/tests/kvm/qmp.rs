@@ -10,7 +10,8 @@ use reference_vmm::vmm::Vmm;
 use serde_json::{Value, json};
 
 use crate::Test;
-use crate::guest::{Guest, PATIENCE};
+use crate::guest::Guest;
+pub(crate) use crate::guest::PATIENCE;
 
 pub(crate) const TESTS: &[Test] = &[
     ("qmp_controls_a_guest", controls_a_guest),
