@@ -1,7 +1,7 @@
 use qevm_multifd::{
     ChannelDecoder, ChannelEncoder, ChannelOptions, Decompressor, EncoderOptions, Ending, Event, PacketLayout,
 };
-use qevm_wire::{Step, Writer};
+use qevm_wire::{Decode, Step, Writer};
 
 /// Reads the input as a recorded page channel, shown in pieces, and writes it again; payloads of up to 64 KiB of pages
 /// are decompressed, too.
@@ -13,7 +13,7 @@ pub fn multifd_channel(data: &[u8]) {
     let (mut position, mut shown) = (0, 0);
     loop {
         if shown == data.len() {
-            decoder.end_of_input(Ending::Closed);
+            decoder.ended(Ending::Closed);
         }
         match decoder.next(&data[position..shown]) {
             Ok(Step::Event { consumed, event }) => {

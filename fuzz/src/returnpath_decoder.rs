@@ -3,7 +3,7 @@ use qevm_returnpath::{
     requests::{PageRequests, RequestBlock, RequestBlocks},
     session::SourceSession,
 };
-use qevm_wire::{CountedString, Limits, Step, Writer};
+use qevm_wire::{CountedString, Decode, Limits, Step, Writer};
 
 /// Reads the input as a return path, shown in pieces, and writes it again; every message also goes through the source's
 /// session and page requests.

@@ -2,7 +2,7 @@ use qevm_savevm::{
     Decoder, DecoderOptions, Encoder, Event, Footers, Step, StreamWriter, command::Command, framing::SectionHeader,
     ram::RamBlock,
 };
-use qevm_wire::{CountedString, Limits, Writer};
+use qevm_wire::{CountedString, Decode, Limits, Writer};
 
 /// Reads the input as a main channel, all at once and in pieces, and writes every event again.
 ///

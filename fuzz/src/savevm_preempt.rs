@@ -2,7 +2,7 @@ use qevm_savevm::{
     Step,
     ram::{PreemptDecoder, RamBlock, RamBlocks},
 };
-use qevm_wire::{CountedString, PageGeometry};
+use qevm_wire::{CountedString, Decode, PageGeometry};
 use std::sync::Arc;
 
 /// Reads the input as the second channel of `postcopy-preempt`, all at once and in pieces as long as its first byte says.

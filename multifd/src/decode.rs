@@ -9,7 +9,7 @@ use crate::{
     layout::{self, FLAG_DEVICE_STATE, PREFIX_LEN},
     packet::{self, RamPacket},
 };
-use qevm_wire::{Limits, Located, PageGeometry, Step, WireError, Within};
+use qevm_wire::{Cursor, Decode, Limits, Located, PageGeometry, Step, Within};
 
 /// What a channel's decoder has to know from elsewhere. The defaults read a recorded channel of any source.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -56,17 +56,17 @@ pub enum Ending {
     TlsCut,
 }
 
-/// Reads one page channel: [`next`](ChannelDecoder::next) is shown bytes and gives the event at their front.
+/// Reads one page channel: [`next`](Decode::next) is shown bytes and gives the event at their front.
 ///
 /// The decoder holds no bytes of the channel. After an event with payload the next bytes are the caller's, which moves
-/// them where they belong and reports them with [`skip_payload`](ChannelDecoder::skip_payload). With method `none` they
+/// them where they belong and reports them with [`skip_payload`](Decode::skip_payload). With method `none` they
 /// are the content of [`RamPacket::normal_runs`], and can be read from the socket straight into guest memory.
 ///
 /// After an error the decoder stays where it was and gives the same error again.
 ///
 /// ```
-/// use qevm_multifd::{ChannelDecoder, ChannelEncoder, ChannelOptions, EncoderOptions, Ending, Event, Init, Pages, Uuid};
-/// use qevm_wire::{CountedString, Step, Writer};
+/// use qevm_multifd::{ChannelDecoder, ChannelEncoder, ChannelOptions, EncoderOptions, Event, Init, Pages, Uuid};
+/// use qevm_wire::{CountedString, Decode, Step, Writer};
 ///
 /// let mut encoder = ChannelEncoder::new(EncoderOptions::default());
 /// let mut sent = Writer::new();
@@ -77,7 +77,7 @@ pub enum Ending {
 ///
 /// let (mut input, mut memory) = (sent.as_bytes(), vec![0x55; 0x10000]);
 /// let mut decoder = ChannelDecoder::new(ChannelOptions::default());
-/// decoder.end_of_input(Ending::Closed);
+/// decoder.end_of_input();
 /// loop {
 ///     match decoder.next(input)? {
 ///         Step::Event { consumed, event } => {
@@ -107,8 +107,7 @@ pub struct ChannelDecoder {
     options: ChannelOptions,
     channel: Option<u8>,
     compression: Option<Compression>,
-    offset: u64,
-    payload: u64,
+    cursor: Cursor,
     /// Number of the next packet on this channel, from 0, for paths.
     packet: u64,
     /// Where the last packet started, for errors about it.
@@ -122,8 +121,7 @@ impl ChannelDecoder {
         ChannelDecoder {
             channel: None,
             compression: options.compression,
-            offset: 0,
-            payload: 0,
+            cursor: Cursor::default(),
             packet: 0,
             last_packet: 0,
             ending: None,
@@ -131,65 +129,11 @@ impl ChannelDecoder {
         }
     }
 
-    /// Reads the event at the front of `input`, which starts where the last event and its payload ended.
-    ///
-    /// # Errors
-    /// What is wrong with the packet, with the offset of the field at fault and a path that names the channel. Input
-    /// that ends too early is only an error after [`end_of_input`](Self::end_of_input).
-    pub fn next<'a>(&mut self, input: &'a [u8]) -> Result<Step<Event<'a>>, Error> {
-        if self.payload > 0 {
-            return self.pending_payload(input.len() as u64);
-        }
-        if input.is_empty() && self.channel.is_some() && self.ending.is_some() {
-            return self.end();
-        }
-        let mut reader = Reader::at(input, self.offset);
-        match self.item(&mut reader) {
-            Ok(event) => {
-                self.last_packet = self.offset;
-                self.offset = reader.offset();
-                self.payload = event.payload_len();
-                match &event {
-                    Event::Init(init) => self.channel = Some(init.channel),
-                    Event::Ram(packet) if packet.has_pages() => self.compression = Some(packet.compression()),
-                    _ => {}
-                }
-                self.packet += u64::from(!matches!(event, Event::Init(_)));
-                Ok(Step::Event { consumed: reader.position(), event })
-            }
-            Err(Located { kind: ErrorKind::Wire(WireError::Truncated { needed, .. }), offset, .. })
-                if self.ending.is_none() =>
-            {
-                let at_least = (offset - self.offset).saturating_add(needed);
-                Ok(Step::NeedMore { at_least: usize::try_from(at_least).unwrap_or(usize::MAX) })
-            }
-            Err(error) => Err(self.locate(error, self.packet)),
-        }
-    }
-
-    /// Bytes of the payload behind the last event that were not skipped yet.
-    pub fn payload_remaining(&self) -> u64 {
-        self.payload
-    }
-
-    /// Says that `count` bytes of payload were taken from the channel.
-    ///
-    /// # Errors
-    /// [`PacketError::SkipTooFar`] if that is more than remain.
-    pub fn skip_payload(&mut self, count: u64) -> Result<(), Error> {
-        match self.payload.checked_sub(count) {
-            Some(left) => {
-                self.payload = left;
-                self.offset = self.offset.saturating_add(count);
-                Ok(())
-            }
-            None => Err(self.fail(PacketError::SkipTooFar { found: count, remaining: self.payload })),
-        }
-    }
-
-    /// Says that no byte follows those that the next call to [`next`](Self::next) shows, and how the connection ended.
-    pub fn end_of_input(&mut self, ending: Ending) {
+    /// Reports how the connection ended, and that no byte follows those that the next call to [`next`](Decode::next)
+    /// shows. [`end_of_input`](Decode::end_of_input) is this with [`Ending::Closed`], unless it is known better.
+    pub fn ended(&mut self, ending: Ending) {
         self.ending = Some(ending);
+        self.cursor.end();
     }
 
     /// Checks the pages of the last packet against the block that it names: `used_length` is the block's length in
@@ -217,7 +161,7 @@ impl ChannelDecoder {
 
     /// Puts the channel and the last packet around an error that came up with its payload.
     pub fn fail(&self, kind: impl Into<ErrorKind>) -> Error {
-        self.locate(Located::new(kind.into(), self.offset), self.packet.saturating_sub(1))
+        self.locate(Located::new(kind.into(), self.cursor.offset()), self.packet.saturating_sub(1))
     }
 
     /// Number of the channel; `None` before its first packet.
@@ -228,11 +172,6 @@ impl ChannelDecoder {
     /// The compression method: as configured, or else as the first packet with pages told.
     pub fn compression(&self) -> Option<Compression> {
         self.compression
-    }
-
-    /// Offset of the next byte.
-    pub fn offset(&self) -> u64 {
-        self.offset
     }
 
     /// Target page size of the channel.
@@ -268,17 +207,11 @@ impl ChannelDecoder {
         }
     }
 
-    fn pending_payload<'a>(&self, available: u64) -> Result<Step<Event<'a>>, Error> {
-        let remaining = self.payload;
-        if self.ending.is_some() && available < remaining {
-            return Err(self.fail(WireError::Truncated { needed: remaining, available }));
-        }
-        Ok(Step::Payload { remaining })
-    }
-
     fn end<'a>(&self) -> Result<Step<Event<'a>>, Error> {
         if self.ending == Some(Ending::TlsCut) && self.options.clean_tls_termination {
-            return Err(Located::new(PacketError::NoTlsBye.into(), self.offset).within(init::path(self.channel)));
+            return Err(
+                Located::new(PacketError::NoTlsBye.into(), self.cursor.offset()).within(init::path(self.channel))
+            );
         }
         Ok(Step::End)
     }
@@ -291,6 +224,56 @@ impl ChannelDecoder {
             None => error.within("init packet"),
         };
         error.within(init::path(self.channel))
+    }
+}
+
+impl Decode for ChannelDecoder {
+    type Event<'a> = Event<'a>;
+    type Kind = ErrorKind;
+
+    fn next<'a>(&mut self, input: &'a [u8]) -> Result<Step<Event<'a>>, Error> {
+        let at_end = self.cursor.has_ended();
+        if let Some(step) = self.cursor.pending(input.len() as u64, at_end) {
+            return step.map_err(|error| self.locate(error, self.packet.saturating_sub(1)));
+        }
+        if input.is_empty() && self.channel.is_some() && at_end {
+            return self.end();
+        }
+        let mut reader = Reader::at(input, self.cursor.offset());
+        match self.item(&mut reader) {
+            Ok(event) => {
+                self.last_packet = self.cursor.offset();
+                self.cursor.move_to(reader.offset());
+                self.cursor.expect(event.payload_len());
+                match &event {
+                    Event::Init(init) => self.channel = Some(init.channel),
+                    Event::Ram(packet) if packet.has_pages() => self.compression = Some(packet.compression()),
+                    _ => {}
+                }
+                self.packet += u64::from(!matches!(event, Event::Init(_)));
+                Ok(Step::Event { consumed: reader.position(), event })
+            }
+            Err(error) => match self.cursor.need_more(&error, at_end) {
+                Some(at_least) => Ok(Step::NeedMore { at_least }),
+                None => Err(self.locate(error, self.packet)),
+            },
+        }
+    }
+
+    fn payload_remaining(&self) -> u64 {
+        self.cursor.payload()
+    }
+
+    fn skip_payload(&mut self, count: u64) -> Result<(), Error> {
+        self.cursor.skip(count).map_err(|error| self.locate(error, self.packet.saturating_sub(1)))
+    }
+
+    fn end_of_input(&mut self) {
+        self.ended(self.ending.unwrap_or(Ending::Closed));
+    }
+
+    fn offset(&self) -> u64 {
+        self.cursor.offset()
     }
 }
 

@@ -45,6 +45,13 @@ impl Blame for ErrorKind {
             ErrorKind::Sync(kind) => kind.fault(),
         }
     }
+
+    fn needed(&self) -> Option<u64> {
+        match self {
+            ErrorKind::Wire(kind) => kind.needed(),
+            _ => None,
+        }
+    }
 }
 
 /// What is wrong with the first packet of a channel, or with the set of channels.
@@ -85,7 +92,7 @@ pub enum HandshakeError {
         /// The UUID of this machine.
         expected: crate::Uuid,
     },
-    /// Something was to be written in a place where it cannot be. The caller's fault, not a peer's.
+    /// Something was to be written in a place where it cannot be. The caller's fault.
     #[error("{what} {place}")]
     Order {
         /// What was to be written.
@@ -99,6 +106,7 @@ impl Blame for HandshakeError {
     fn fault(&self) -> Fault {
         match self {
             HandshakeError::Version { .. } => Fault::Unsupported,
+            HandshakeError::Order { .. } => Fault::Misuse,
             HandshakeError::ChannelNumber { .. } | HandshakeError::Uuid { .. } => Fault::Mismatch,
             _ => Fault::Malformed,
         }
@@ -192,15 +200,7 @@ pub enum PacketError {
     /// The connection was closed without the TLS bye.
     #[error("TLS session ended without a bye, expected one (multifd-clean-tls-termination=on)")]
     NoTlsBye,
-    /// More was skipped than remains. The caller's fault, not a peer's.
-    #[error("skipped {found} bytes of a payload of which {remaining} remain")]
-    SkipTooFar {
-        /// How many were skipped.
-        found: u64,
-        /// How many remain.
-        remaining: u64,
-    },
-    /// Zero pages were to be written into a packet that has no field for them. The caller's fault, not a peer's.
+    /// Zero pages were to be written into a packet that has no field for them. The caller's fault.
     #[error("{found} zero pages in a packet of QEMU before 9.0, which cannot list them")]
     NoZeroPages {
         /// Number of zero pages.
@@ -216,6 +216,7 @@ impl Blame for PacketError {
                 Fault::Mismatch
             }
             PacketError::NoTlsBye => Fault::Truncated,
+            PacketError::NoZeroPages { .. } => Fault::Misuse,
             _ => Fault::Malformed,
         }
     }

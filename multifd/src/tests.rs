@@ -4,7 +4,7 @@ mod random;
 
 use crate::*;
 use proptest::prelude::*;
-use qevm_wire::{Blame, CountedString, Fault, Limits, PageGeometry, Step, WireError, Writer};
+use qevm_wire::{Blame, CountedString, Decode, Fault, Limits, PageGeometry, Step, WireError, Writer};
 
 const PAGE: u64 = 4096;
 const INIT: usize = 64;
@@ -38,7 +38,7 @@ fn again(options: &ChannelOptions, bytes: &[u8], piece: usize) -> Result<Vec<u8>
     let (mut position, mut shown) = (0, 0);
     loop {
         if shown == bytes.len() {
-            decoder.end_of_input(Ending::Closed);
+            decoder.ended(Ending::Closed);
         }
         match decoder.next(&bytes[position..shown])? {
             Step::Event { consumed, event } => {
@@ -284,7 +284,7 @@ fn a_tls_session_ends_in_a_bye_unless_told_otherwise() {
     let end = |clean_tls_termination, ending, shown: usize| {
         let mut decoder = ChannelDecoder::new(ChannelOptions { clean_tls_termination, ..ChannelOptions::default() });
         decoder.next(bytes).unwrap();
-        decoder.end_of_input(ending);
+        decoder.ended(ending);
         decoder.next(&[0x11, 0x22, 0x33, 0x44][..shown]).map(|step| step == Step::End)
     };
     assert_eq!(end(true, Ending::TlsBye, 0), Ok(true));
@@ -402,7 +402,7 @@ fn more_than_the_payload_cannot_be_skipped() {
     decoder.next(&bytes[INIT..]).unwrap();
     assert_eq!(decoder.payload_remaining(), 3 * PAGE);
     let error = decoder.skip_payload(3 * PAGE + 1).unwrap_err();
-    assert_eq!(error.kind, PacketError::SkipTooFar { found: 3 * PAGE + 1, remaining: 3 * PAGE }.into());
-    decoder.end_of_input(Ending::Closed);
+    assert_eq!(error.kind, WireError::SkipTooFar { found: 3 * PAGE + 1, remaining: 3 * PAGE }.into());
+    decoder.ended(Ending::Closed);
     assert!(decoder.next(&[0; 100]).unwrap_err().is_truncated());
 }

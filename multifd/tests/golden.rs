@@ -5,7 +5,7 @@ use flate2::read::GzDecoder;
 use qevm_multifd::{
     ChannelDecoder, ChannelEncoder, ChannelOptions, Compression, Decompressor, EncoderOptions, Ending, Event,
 };
-use qevm_wire::{Step, Writer};
+use qevm_wire::{Decode, Step, Writer};
 use std::{fs, io::Read, path::Path};
 
 struct Expected {
@@ -78,7 +78,7 @@ fn channels_of_four_releases_are_read_to_the_last_byte_and_written_again() {
         let (mut again, mut pages) = (Writer::new(), Vec::new());
         let (mut packets, mut syncs, mut normal, mut zero) = (0, 0, 0, 0);
         let mut rest = &bytes[..];
-        decoder.end_of_input(Ending::Closed);
+        decoder.ended(Ending::Closed);
         while let Step::Event { consumed, event } = decoder.next(rest).unwrap() {
             encoder.event(&event, &mut again).unwrap();
             let (payload, behind) = rest[consumed..].split_at(event.payload_len() as usize);

@@ -4,17 +4,17 @@ use crate::{
     Error, ErrorKind, Event, MessageError, Reader,
     message::{BITMAP_END, Message},
 };
-use qevm_wire::{CountedString, Limits, Located, Step, WireError};
+use qevm_wire::{CountedString, Cursor, Decode, Limits, Located, Step, WireError};
 
-/// Reads a return path: [`next`](Decoder::next) is shown bytes and gives the message at their front.
+/// Reads a return path: [`next`](Decode::next) is shown bytes and gives the message at their front.
 ///
 /// The decoder holds no bytes. The bitmap behind [`Message::RecvBitmap`] is payload, which the caller moves itself and
-/// reports with [`skip_payload`](Decoder::skip_payload); [`Event::BitmapEnd`] follows it. After an error the decoder
+/// reports with [`skip_payload`](Decode::skip_payload); [`Event::BitmapEnd`] follows it. After an error the decoder
 /// stays where it was and gives the same error again. Behind SHUT the return path is over.
 ///
 /// ```
 /// use qevm_returnpath::{Decoder, Event, Message};
-/// use qevm_wire::Step;
+/// use qevm_wire::{Decode, Step};
 ///
 /// // What QEMU 10.0 sends for a precopy without errors: PONG 1, SHUT 0.
 /// let input = [0, 2, 0, 4, 0, 0, 0, 1, 0, 1, 0, 4, 0, 0, 0, 0];
@@ -31,10 +31,8 @@ use qevm_wire::{CountedString, Limits, Located, Step, WireError};
 pub struct Decoder {
     limits: Limits,
     state: State,
-    offset: u64,
-    payload: u64,
+    cursor: Cursor,
     messages: u64,
-    input_ended: bool,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
@@ -52,84 +50,15 @@ impl Decoder {
         Decoder { limits, ..Decoder::default() }
     }
 
-    /// Reads the event at the front of `input`, which starts where the last event and its payload ended.
-    ///
-    /// # Errors
-    /// What is wrong with the message, with its offset and path. Input that ends too early is only an error after
-    /// [`end_of_input`](Self::end_of_input); that it ends without SHUT is none here, see
-    /// [`is_shut`](Self::is_shut).
-    pub fn next(&mut self, input: &[u8]) -> Result<Step<Event>, Error> {
-        if self.payload > 0 {
-            return self.pending_payload(input.len() as u64);
-        }
-        if input.is_empty() && (self.state == State::Shut || self.input_ended && self.state == State::Message) {
-            return Ok(Step::End);
-        }
-        let mut reader = Reader::at(input, self.offset);
-        match self.item(&mut reader) {
-            Ok(event) => {
-                self.offset = reader.offset();
-                self.payload = event.payload_len();
-                self.messages += u64::from(event != Event::BitmapEnd);
-                self.state = match &event {
-                    Event::Message(Message::Shut { .. }) => State::Shut,
-                    Event::Message(Message::RecvBitmap { block, .. }) => State::Bitmap(block.clone()),
-                    _ => State::Message,
-                };
-                Ok(Step::Event { consumed: reader.position(), event })
-            }
-            Err(Located { kind: ErrorKind::Wire(WireError::Truncated { needed, .. }), offset, .. })
-                if !self.input_ended =>
-            {
-                let at_least = (offset - self.offset).saturating_add(needed);
-                Ok(Step::NeedMore { at_least: usize::try_from(at_least).unwrap_or(usize::MAX) })
-            }
-            Err(error) => Err(self.locate(error)),
-        }
-    }
-
-    /// Bytes of the bitmap behind the last event that were not skipped yet.
-    pub fn payload_remaining(&self) -> u64 {
-        self.payload
-    }
-
-    /// Says that `count` bytes of the bitmap were taken.
-    ///
-    /// # Errors
-    /// [`MessageError::SkipTooFar`] if that is more than remain.
-    pub fn skip_payload(&mut self, count: u64) -> Result<(), Error> {
-        match self.payload.checked_sub(count) {
-            Some(left) => {
-                self.payload = left;
-                self.offset = self.offset.saturating_add(count);
-                Ok(())
-            }
-            None => {
-                let kind = MessageError::SkipTooFar { found: count, remaining: self.payload };
-                Err(self.locate(Located::new(kind.into(), self.offset)))
-            }
-        }
-    }
-
-    /// Says that no byte follows those that the next call to [`next`](Self::next) shows.
-    pub fn end_of_input(&mut self) {
-        self.input_ended = true;
-    }
-
     /// True behind SHUT. A return path that ends without it ended because the destination or the connection broke.
     pub fn is_shut(&self) -> bool {
         self.state == State::Shut
     }
 
-    /// Offset of the next byte.
-    pub fn offset(&self) -> u64 {
-        self.offset
-    }
-
     /// Puts the last message around an error that came up with it, as those of the state machines of this crate.
     pub fn fail(&self, kind: impl Into<ErrorKind>) -> Error {
         let message = self.messages.saturating_sub(1);
-        Located::new(kind.into(), self.offset).within(format!("message {message}")).within("return path")
+        Located::new(kind.into(), self.cursor.offset()).within(format!("message {message}")).within("return path")
     }
 
     fn item(&self, reader: &mut Reader<'_>) -> Result<Event, Error> {
@@ -152,15 +81,6 @@ impl Decoder {
         }
     }
 
-    fn pending_payload(&self, available: u64) -> Result<Step<Event>, Error> {
-        let remaining = self.payload;
-        if self.input_ended && available < remaining {
-            let kind = WireError::Truncated { needed: remaining, available };
-            return Err(self.locate(Located::new(kind.into(), self.offset)));
-        }
-        Ok(Step::Payload { remaining })
-    }
-
     fn locate(&self, error: Error) -> Error {
         match &self.state {
             State::Bitmap(block) => error
@@ -169,5 +89,56 @@ impl Decoder {
             _ => error.within(format!("message {}", self.messages)),
         }
         .within("return path")
+    }
+}
+
+impl Decode for Decoder {
+    type Event<'a> = Event;
+    type Kind = ErrorKind;
+
+    /// Reads the event at the front of `input`. That a return path ends without SHUT is no error here, see
+    /// [`is_shut`](Decoder::is_shut).
+    fn next(&mut self, input: &[u8]) -> Result<Step<Event>, Error> {
+        let at_end = self.cursor.has_ended();
+        if let Some(step) = self.cursor.pending(input.len() as u64, at_end) {
+            return step.map_err(|error| self.locate(error));
+        }
+        if input.is_empty() && (self.state == State::Shut || at_end && self.state == State::Message) {
+            return Ok(Step::End);
+        }
+        let mut reader = Reader::at(input, self.cursor.offset());
+        match self.item(&mut reader) {
+            Ok(event) => {
+                self.cursor.move_to(reader.offset());
+                self.cursor.expect(event.payload_len());
+                self.messages += u64::from(event != Event::BitmapEnd);
+                self.state = match &event {
+                    Event::Message(Message::Shut { .. }) => State::Shut,
+                    Event::Message(Message::RecvBitmap { block, .. }) => State::Bitmap(block.clone()),
+                    _ => State::Message,
+                };
+                Ok(Step::Event { consumed: reader.position(), event })
+            }
+            Err(error) => match self.cursor.need_more(&error, at_end) {
+                Some(at_least) => Ok(Step::NeedMore { at_least }),
+                None => Err(self.locate(error)),
+            },
+        }
+    }
+
+    fn payload_remaining(&self) -> u64 {
+        self.cursor.payload()
+    }
+
+    fn skip_payload(&mut self, count: u64) -> Result<(), Error> {
+        self.cursor.skip(count).map_err(|error| self.locate(error))
+    }
+
+    fn end_of_input(&mut self) {
+        self.cursor.end();
+    }
+
+    fn offset(&self) -> u64 {
+        self.cursor.offset()
     }
 }

@@ -37,6 +37,13 @@ impl Blame for ErrorKind {
             ErrorKind::Session(kind) => kind.fault(),
         }
     }
+
+    fn needed(&self) -> Option<u64> {
+        match self {
+            ErrorKind::Wire(kind) => kind.needed(),
+            _ => None,
+        }
+    }
 }
 
 /// What is wrong with a message.
@@ -77,15 +84,7 @@ pub enum MessageError {
         /// The first of them.
         found: u8,
     },
-    /// More was skipped than remains. The caller's fault, not a peer's.
-    #[error("skipped {found} bytes of a payload of which {remaining} remain")]
-    SkipTooFar {
-        /// How many were skipped.
-        found: u64,
-        /// How many remain.
-        remaining: u64,
-    },
-    /// An event was to be written in a place where it cannot be. The caller's fault, not a peer's.
+    /// An event was to be written in a place where it cannot be. The caller's fault.
     #[error("{what} {place}")]
     Order {
         /// What was to be written.
@@ -99,6 +98,7 @@ impl Blame for MessageError {
     fn fault(&self) -> Fault {
         match self {
             MessageError::Type { .. } => Fault::Unsupported,
+            MessageError::Order { .. } => Fault::Misuse,
             _ => Fault::Malformed,
         }
     }

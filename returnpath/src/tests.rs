@@ -3,7 +3,7 @@
 
 use crate::*;
 use proptest::prelude::*;
-use qevm_wire::{Blame, CountedString, Fault, Limits, Step, WireError, Writer};
+use qevm_wire::{Blame, CountedString, Decode, Fault, Limits, Step, WireError, Writer};
 
 /// Reads all of `bytes`, shown in pieces of `piece` bytes, and writes it again.
 fn again(limits: &Limits, bytes: &[u8], piece: usize) -> Result<Vec<u8>, Error> {
@@ -166,7 +166,7 @@ fn more_than_the_bitmap_cannot_be_skipped() {
     let mut decoder = Decoder::default();
     decoder.next(&[0, 5, 0, 2, 1, b'x', 0, 0, 0, 0, 0, 0, 0, 8]).unwrap();
     assert_eq!(decoder.payload_remaining(), 8);
-    assert_eq!(decoder.skip_payload(9).unwrap_err().kind, MessageError::SkipTooFar { found: 9, remaining: 8 }.into());
+    assert_eq!(decoder.skip_payload(9).unwrap_err().kind, WireError::SkipTooFar { found: 9, remaining: 8 }.into());
 }
 
 fn message() -> impl Strategy<Value = Message> {

@@ -1,7 +1,7 @@
 //! Return paths as real QEMUs wrote them. `data/README.md` tells how the files were made.
 
 use qevm_returnpath::{Decoder, Encoder, Event, Message, session::SourceSession};
-use qevm_wire::{CountedString, PageGeometry, Step, Writer};
+use qevm_wire::{CountedString, Decode, PageGeometry, Step, Writer};
 use std::{fs, path::Path};
 
 fn read(file: &str) -> Vec<u8> {

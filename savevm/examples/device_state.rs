@@ -3,6 +3,7 @@
 //! `device_state [--quiet] FILE…`: with `--quiet`, one line for each file and one for each section with opaque bytes.
 
 use qevm_savevm::{Decoder, DecoderOptions, Step, framing::SectionHeader, vmdesc::Description, vmdesc::Value};
+use qevm_wire::Decode;
 use qevm_wire::Limits;
 use std::error::Error;
 

@@ -4,7 +4,7 @@
 //! connection on which a broken postcopy went on. Pages are counted, not printed.
 
 use qevm_savevm::{Decoder, DecoderOptions, Encoder, Event, Step, command::Command, ram::RamRecord};
-use qevm_wire::{Located, Writer};
+use qevm_wire::{Decode, Located, Writer};
 use std::{
     error::Error,
     fs::File,

@@ -84,4 +84,11 @@ impl Blame for ErrorKind {
             ErrorKind::Vmdesc(kind) => kind.fault(),
         }
     }
+
+    fn needed(&self) -> Option<u64> {
+        match self {
+            ErrorKind::Wire(kind) => kind.needed(),
+            _ => None,
+        }
+    }
 }

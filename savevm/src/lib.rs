@@ -33,8 +33,9 @@
 //! # Example: read a stream and write it again
 //!
 //! ```
-//! use qevm_savevm::{Decoder, DecoderOptions, Encoder, Step};
-//! use qevm_wire::Writer;
+//! use qevm_savevm::{Decoder, DecoderOptions, Encoder};
+//! use qevm_wire::{Driver, Writer};
+//! use std::io::Read;
 //! # use qevm_savevm::{StreamWriter, command::Command, configuration::Configuration, framing::SectionHeader, ram::{BlockId, RamBlock}};
 //! # use qevm_wire::CountedString;
 //! # fn sample() -> Result<Vec<u8>, qevm_savevm::Error> {
@@ -57,34 +58,19 @@
 //!
 //! let stream: Vec<u8> = sample()?; // in real life: from a file or socket, piece by piece
 //!
-//! let mut decoder = Decoder::new(DecoderOptions::default());
+//! let mut driver = Driver::new(&stream[..], Decoder::new(DecoderOptions::default()));
 //! let mut encoder = Encoder::default();
 //! let mut copy = Writer::new();
-//! let (mut position, mut shown) = (0, 0); // the caller's buffer is stream[position..shown]
-//! loop {
-//!     if shown == stream.len() {
-//!         decoder.end_of_input();
-//!     }
-//!     match decoder.next(&stream[position..shown])? {
-//!         Step::Event { consumed, event } => {
-//!             // Here a receiver acts on the event: enters a section, prepares guest memory, loads a device…
-//!             encoder.encode(&event, &mut copy)?;
-//!             position += consumed;
-//!         }
-//!         Step::Payload { remaining } => {
-//!             // A receiver moves these bytes where the event said. They need not go through its buffer at all.
-//!             let count = remaining.min(1000) as usize;
-//!             copy.bytes(&stream[position..position + count]);
-//!             decoder.skip_payload(count as u64)?;
-//!             position += count;
-//!             shown = shown.max(position);
-//!         }
-//!         Step::NeedMore { at_least } => shown = (position + at_least).min(stream.len()),
-//!         Step::End => break,
-//!     }
+//! while let Some(event) = driver.next()? {
+//!     // Here a receiver acts on the event: enters a section, prepares guest memory, loads a device…
+//!     encoder.encode(&event, &mut copy)?;
+//!     // A receiver reads these bytes where the event said. They need not go through a buffer at all.
+//!     let mut payload = Vec::new();
+//!     driver.payload().read_to_end(&mut payload)?;
+//!     copy.bytes(&payload);
 //! }
 //! assert_eq!(copy.as_bytes(), stream);
-//! # Ok::<(), qevm_savevm::Error>(())
+//! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 #![forbid(unsafe_code)]
 

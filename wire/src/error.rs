@@ -21,6 +21,8 @@ pub enum Fault {
     Limit,
     /// The input ended too early. To an incremental decoder this means "more bytes, please".
     Truncated,
+    /// The program that uses this library called it in a way that makes no sense. No peer can bring this about.
+    Misuse,
 }
 
 impl Fault {
@@ -36,6 +38,7 @@ impl Fault {
             Fault::Mismatch => "mismatch",
             Fault::Limit => "limit",
             Fault::Truncated => "truncated",
+            Fault::Misuse => "misuse",
         }
     }
 }
@@ -50,6 +53,11 @@ impl fmt::Display for Fault {
 pub trait Blame {
     /// Whose fault this error is.
     fn fault(&self) -> Fault;
+
+    /// How many bytes from the place of the error are needed to read on, if the only fault is that there are fewer.
+    fn needed(&self) -> Option<u64> {
+        None
+    }
 }
 
 /// What the primitives of this crate can report.
@@ -98,7 +106,15 @@ pub enum WireError {
         /// What is empty, e.g. `"RAM block name"`.
         what: &'static str,
     },
-    /// A value to be written does not fit its field. The caller's fault, not a peer's.
+    /// More payload was skipped than remains. The caller's fault.
+    #[error("skipped {found} bytes of a payload of which {remaining} remain")]
+    SkipTooFar {
+        /// Bytes skipped.
+        found: u64,
+        /// Bytes that remain.
+        remaining: u64,
+    },
+    /// A value to be written does not fit its field. The caller's fault.
     #[error("{what} is {found}, but its field holds at most {max}")]
     TooLong {
         /// What does not fit.
@@ -115,10 +131,17 @@ impl Blame for WireError {
         match self {
             WireError::Truncated { .. } => Fault::Truncated,
             WireError::LimitExceeded { .. } => Fault::Limit,
-            WireError::Unexpected { .. }
-            | WireError::TrailingBytes { .. }
-            | WireError::Empty { .. }
-            | WireError::TooLong { .. } => Fault::Malformed,
+            WireError::Unexpected { .. } | WireError::TrailingBytes { .. } | WireError::Empty { .. } => {
+                Fault::Malformed
+            }
+            WireError::SkipTooFar { .. } | WireError::TooLong { .. } => Fault::Misuse,
+        }
+    }
+
+    fn needed(&self) -> Option<u64> {
+        match self {
+            WireError::Truncated { needed, .. } => Some(*needed),
+            _ => None,
         }
     }
 }

@@ -1,14 +1,15 @@
 //! What every QEMU migration format shares.
 //!
 //! Read in this order: [`error`] (whose fault, where, and what was found), [`read`] and [`mod@write`] (the bounded
-//! big-endian reader and the writer that mirrors it), [`step`] (what an incremental decoder answers), [`name`] (counted
-//! strings), [`limits`] (what a peer may make us allocate), [`page`] (page arithmetic), [`profile`] (every switch
+//! big-endian reader and the writer that mirrors it), [`step`] (what an incremental decoder answers), [`decode`] (what all
+//! decoders have in common), `drive` (the loop around a decoder, with feature `std`), [`name`] (counted strings), [`limits`] (what a peer may make us allocate), [`page`] (page arithmetic), [`profile`] (every switch
 //! that changes bytes on the wire) and [`capability`] (migration capabilities and what QEMU lets go together).
 //!
 //! # Promises
 //!
 //! No function here panics on any input, performs I/O, or allocates more than the bytes it was given plus what
-//! [`Limits`] allows. The crate is `no_std` and needs `alloc`.
+//! [`Limits`] allows. The crate is `no_std` and needs `alloc`; only `drive` is another matter, which reads from what its
+//! caller gives it.
 //!
 //! # Example
 //!
@@ -26,8 +27,13 @@
 #![forbid(unsafe_code)]
 
 extern crate alloc;
+#[cfg(feature = "std")]
+extern crate std;
 
 pub mod capability;
+pub mod decode;
+#[cfg(feature = "std")]
+pub mod drive;
 pub mod error;
 pub mod limits;
 pub mod name;
@@ -38,6 +44,9 @@ pub mod step;
 pub mod write;
 
 pub use capability::{Capabilities, Capability};
+pub use decode::{Cursor, Decode};
+#[cfg(feature = "std")]
+pub use drive::{DriveError, Driver, Payload};
 pub use error::{Blame, Fault, Located, Path, WireError, Within};
 pub use limits::Limits;
 pub use name::CountedString;

@@ -6,7 +6,7 @@ use crate::ram::Keep;
 use crate::source::Source;
 use qevm_savevm::framing::{self, Content, SectionHeader};
 use qevm_savevm::{BodyEnd, Decoder, Encoder, Event, Footers};
-use qevm_wire::{Limits, Step, Writer};
+use qevm_wire::{Decode, Limits, Step, Writer};
 
 /// How many places in one section's content are tried that look like the start of the next item.
 const MAX_UNMARKED_ENDS: usize = 64;

@@ -5,7 +5,7 @@ use super::walk::Halt;
 use crate::failure::Failure;
 use qevm_returnpath::{Decoder, Encoder, Event, Message};
 use qevm_savevm::ram::RamBlocks;
-use qevm_wire::{CountedString, PageGeometry, Step, Writer};
+use qevm_wire::{CountedString, Decode, PageGeometry, Step, Writer};
 use std::collections::HashMap;
 
 /// What the messages refer to.

@@ -14,6 +14,7 @@ use qevm_savevm::command::Command;
 use qevm_savevm::framing::SectionKind;
 use qevm_savevm::ram::{MappedRamHeader, RamRecord};
 use qevm_savevm::{Decoder, DecoderOptions, Encoder, Event, Footers};
+use qevm_wire::Decode;
 use qevm_wire::Writer;
 use std::collections::HashMap;
 use std::io;

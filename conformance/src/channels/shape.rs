@@ -9,7 +9,7 @@ use qevm_multifd::{ChannelDecoder, ChannelOptions, Compression, Ending};
 use qevm_savevm::framing::SectionKind;
 use qevm_savevm::ram::RamRecord;
 use qevm_savevm::{Decoder, DecoderOptions, Event};
-use qevm_wire::{Profile, QemuVersion, Step};
+use qevm_wire::{Decode, Profile, QemuVersion, Step};
 
 use super::setup::Setup;
 
@@ -121,7 +121,7 @@ fn read_channels(paths: &[PathBuf]) -> Result<Pages> {
     for path in paths {
         let bytes = fs::read(path).with_context(|| format!("reading {}", path.display()))?;
         let mut decoder = ChannelDecoder::new(ChannelOptions::default());
-        decoder.end_of_input(Ending::Closed);
+        decoder.ended(Ending::Closed);
         let (mut at, mut syncs) = (0, 0);
         loop {
             match decoder.next(&bytes[at..])? {

@@ -49,7 +49,7 @@ pub enum CompressionError {
         /// What was found.
         what: &'static str,
     },
-    /// A level that the method does not have. The caller's fault, not a peer's.
+    /// A level that the method does not have. The caller's fault.
     #[error("level {found} of {method}, expected {min} to {max}")]
     Level {
         /// The method.
@@ -67,6 +67,7 @@ impl Blame for CompressionError {
     fn fault(&self) -> Fault {
         match self {
             CompressionError::Hardware { .. } => Fault::Unsupported,
+            CompressionError::Level { .. } => Fault::Misuse,
             _ => Fault::Malformed,
         }
     }

@@ -90,7 +90,7 @@ impl SyncBarrier {
     /// The main channel met a flush record.
     ///
     /// # Errors
-    /// [`SyncError::Mode`]; [`SyncError::MissingSync`] if a page channel has ended; [`SyncError::Order`] if the main
+    /// [`SyncError::Mode`]; [`SyncError::MissingSync`] if a page channel has ended; [`SyncError::AfterEnd`]; [`SyncError::Order`] if the main
     /// channel had to wait.
     pub fn main_flush(&mut self) -> Result<Progress, SyncError> {
         self.healthy()?;
@@ -226,7 +226,7 @@ impl SyncBarrier {
             Main::Waiting => {
                 return self.fail(SyncError::Order { what, place: "was read while the main channel had to wait" });
             }
-            Main::Ended => return self.fail(SyncError::Order { what, place: "comes behind the end of memory" }),
+            Main::Ended => return self.fail(SyncError::AfterEnd { what }),
             Main::Reading => {}
         }
         if let Some(channel) = self.first(Channel::Ended) {
@@ -382,7 +382,7 @@ mod tests {
         let mut barrier = per_round(2);
         barrier.main_end().unwrap();
         assert_eq!(barrier.main_eos(), Ok(Progress::Continue));
-        assert!(matches!(barrier.main_flush(), Err(SyncError::Order { .. })));
+        assert!(matches!(barrier.main_flush(), Err(SyncError::AfterEnd { .. })));
         let mut barrier = per_round(2);
         barrier.channel_end(1).unwrap();
         assert!(matches!(barrier.channel_sync(1), Err(SyncError::Order { .. })));

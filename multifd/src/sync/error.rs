@@ -37,7 +37,13 @@ pub enum SyncError {
         /// What was being waited for.
         waiting: Waiting,
     },
-    /// A channel number that does not exist. The caller's fault, not a peer's.
+    /// The main channel went on with memory after it had said that this is over.
+    #[error("{what} comes after the end of memory")]
+    AfterEnd {
+        /// What came.
+        what: &'static str,
+    },
+    /// A channel number that does not exist. The caller's fault.
     #[error("channel number {found}, but there are {channels} channels")]
     UnknownChannel {
         /// The number found, from 0.
@@ -45,7 +51,7 @@ pub enum SyncError {
         /// How many channels there are.
         channels: u8,
     },
-    /// Someone went on who had to wait, or a step was taken out of order. The caller's fault, not a peer's.
+    /// Someone went on who had to wait, or a step was taken out of order. The caller's fault.
     #[error("{what} {place}")]
     Order {
         /// What was done.
@@ -60,6 +66,7 @@ impl Blame for SyncError {
         match self {
             SyncError::Mode { .. } => Fault::Mismatch,
             SyncError::MissingSync { .. } | SyncError::TimedOut { .. } => Fault::Truncated,
+            SyncError::UnknownChannel { .. } | SyncError::Order { .. } => Fault::Misuse,
             _ => Fault::Malformed,
         }
     }

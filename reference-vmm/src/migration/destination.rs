@@ -24,7 +24,7 @@ use qevm_savevm::{
     ram::{RamBlock, RamRecord},
     vfio::VfioRecord,
 };
-use qevm_wire::{Located, PageGeometry, Profile, WireError, Writer};
+use qevm_wire::{Decode, Located, PageGeometry, Profile, WireError, Writer};
 use std::{
     sync::{
         Mutex, OnceLock, PoisonError,

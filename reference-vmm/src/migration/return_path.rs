@@ -5,7 +5,7 @@ use qevm_returnpath::{
     Decoder, Event, Message, SwitchoverError,
     switchover::{AckWait, SourceGate, SwitchoverAckFlow},
 };
-use qevm_wire::{Blame, Fault, Located, Step};
+use qevm_wire::{Blame, Decode, Fault, Located, Step};
 use std::{
     io,
     sync::{Condvar, Mutex, MutexGuard, PoisonError},

@@ -53,7 +53,7 @@ pub enum RequestError {
         /// Name of the block.
         name: CountedString,
     },
-    /// A list of blocks in which requests could not be told apart. The caller's fault, not a peer's.
+    /// A list of blocks in which requests could not be told apart. The caller's fault.
     #[error("RAM block '{name}' {what}")]
     Blocks {
         /// Name of the block.
@@ -67,6 +67,7 @@ impl Blame for RequestError {
     fn fault(&self) -> Fault {
         match self {
             RequestError::UnknownBlock { .. } => Fault::Mismatch,
+            RequestError::Blocks { .. } => Fault::Misuse,
             _ => Fault::Malformed,
         }
     }

@@ -65,7 +65,7 @@ pub enum SessionError {
         /// What was missing.
         waiting: String,
     },
-    /// A step was taken out of order. The caller's fault, not a peer's.
+    /// A step was taken out of order. The caller's fault.
     #[error("{what} {place}")]
     Order {
         /// What was done.
@@ -81,6 +81,7 @@ impl Blame for SessionError {
             SessionError::Switchover(error) => error.fault(),
             SessionError::BitmapLength { .. } => Fault::Mismatch,
             SessionError::Ended { .. } | SessionError::TimedOut { .. } => Fault::Truncated,
+            SessionError::Order { .. } => Fault::Misuse,
             _ => Fault::Malformed,
         }
     }

@@ -58,10 +58,10 @@ impl DestinationGate {
     /// `MIG_CMD_OPEN_RETURN_PATH` was met. The ack that may be due goes out before any other message.
     ///
     /// # Errors
-    /// [`SwitchoverError::Order`] if it was met before.
+    /// [`SwitchoverError::OpenedTwice`] if it was met before.
     pub fn return_path_opened(&mut self) -> Result<Ack, SwitchoverError> {
         if core::mem::replace(&mut self.opened, true) {
-            return Err(SwitchoverError::Order { what: "OPEN_RETURN_PATH", place: "was met twice" });
+            return Err(SwitchoverError::OpenedTwice);
         }
         Ok(match self.flow {
             Some(SwitchoverAckFlow::Legacy) if self.devices.is_empty() => Ack::Send,

@@ -68,7 +68,10 @@ pub enum SwitchoverError {
         /// The device.
         device: String,
     },
-    /// A step was taken out of order. The caller's fault, not a peer's.
+    /// The source opened the return path a second time.
+    #[error("OPEN_RETURN_PATH came twice")]
+    OpenedTwice,
+    /// A step was taken out of order. The caller's fault.
     #[error("{what} {place}")]
     Order {
         /// What was done.
@@ -83,6 +86,7 @@ impl Blame for SwitchoverError {
         match self {
             SwitchoverError::Off | SwitchoverError::BeforeRequest => Fault::Mismatch,
             SwitchoverError::Missing { .. } | SwitchoverError::TimedOut { .. } => Fault::Truncated,
+            SwitchoverError::Order { .. } => Fault::Misuse,
             _ => Fault::Malformed,
         }
     }

@@ -65,7 +65,7 @@ fn the_legacy_destination_acks_once() {
     gate.announce("b").unwrap();
     assert!(matches!(gate.agree("a"), Err(SwitchoverError::Order { .. })));
     assert_eq!(gate.return_path_opened(), Ok(Ack::Hold));
-    assert!(matches!(gate.return_path_opened(), Err(SwitchoverError::Order { .. })));
+    assert_eq!(gate.return_path_opened(), Err(SwitchoverError::OpenedTwice));
     assert!(matches!(gate.announce("c"), Err(SwitchoverError::Order { .. })));
     assert_eq!(gate.agree("b"), Ok(Ack::Hold));
     assert_eq!(gate.waiting().collect::<Vec<_>>(), ["a"]);

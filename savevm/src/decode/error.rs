@@ -121,15 +121,7 @@ pub enum StreamError {
         /// The first of them.
         found: u8,
     },
-    /// More was skipped than remains. The caller's fault, not a peer's.
-    #[error("skipped {found} bytes of a payload of which {remaining} remain")]
-    SkipTooFar {
-        /// How many were skipped.
-        found: u64,
-        /// How many remain.
-        remaining: u64,
-    },
-    /// A length was given where no content of unknown length is. The caller's fault, not a peer's.
+    /// A length was given where no content of unknown length is. The caller's fault.
     #[error("the length of a section's content was given where none is expected")]
     NoBody,
 }
@@ -141,6 +133,7 @@ impl Blame for StreamError {
                 Fault::Unsupported
             }
             StreamError::AdvisedPageSize { .. } => Fault::Mismatch,
+            StreamError::NoBody => Fault::Misuse,
             _ => Fault::Malformed,
         }
     }

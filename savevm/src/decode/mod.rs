@@ -18,17 +18,17 @@ use crate::{
     ram::{RamBlocks, RamReader},
     vfio,
 };
-use qevm_wire::{Located, PageGeometry, WireError};
+use qevm_wire::{Cursor, Decode, Located, PageGeometry, WireError};
 use scan::{Around, Scan};
 use std::sync::Arc;
 use totals::Totals;
 
-/// Reads a main channel: [`next`](Decoder::next) is shown bytes and gives the event at their front.
+/// Reads a main channel: [`next`](Decode::next) is shown bytes and gives the event at their front.
 ///
 /// The decoder holds no bytes of the stream. The caller keeps a buffer, drops from its front what an event consumed,
 /// and adds to its end when [`Step::NeedMore`] asks for it. After an event with payload (a page, VFIO data, the
 /// description, a package) the next bytes of the stream are the caller's: it moves them where they belong, from its
-/// buffer or straight from the socket, and reports them with [`skip_payload`](Decoder::skip_payload).
+/// buffer or straight from the socket, and reports them with [`skip_payload`](Decode::skip_payload).
 ///
 /// After an error the decoder stays where it was and gives the same error again.
 ///
@@ -43,7 +43,7 @@ use totals::Totals;
 ///
 /// * it knows the device, reads its state from the buffer, and says how long it was with
 ///   [`body`](Decoder::body); the decoder then checks the footer;
-/// * it does not, and calls [`next`](Decoder::next): the decoder looks for the footer, and gives the content as
+/// * it does not, and calls [`next`](Decode::next): the decoder looks for the footer, and gives the content as
 ///   [`Event::Body`], which needs all of it in the buffer (at most [`Limits::device_section`](qevm_wire::Limits));
 /// * it has a description to choose among the places where the content may end: [`next_body_end`](Decoder::next_body_end)
 ///   reports them one after the other.
@@ -57,10 +57,7 @@ use totals::Totals;
 pub struct Decoder {
     options: DecoderOptions,
     state: State,
-    offset: u64,
-    /// Bytes of the current payload that were not skipped, and all of them.
-    payload: u64,
-    payload_len: u64,
+    cursor: Cursor,
     pages: PageGeometry,
     footers: Footers,
     sections: Sections,
@@ -71,7 +68,6 @@ pub struct Decoder {
     /// `postcopy-ram` was advised and a package was sent: the guest runs at the destination.
     postcopy: bool,
     bitmap_names: dirty_bitmap::Names,
-    input_ended: bool,
     package: Option<Package>,
     /// What the stream has cost so far.
     totals: Totals,
@@ -142,9 +138,7 @@ impl Decoder {
     fn with_state(options: DecoderOptions, state: State) -> Self {
         Decoder {
             state,
-            offset: options.offset,
-            payload: 0,
-            payload_len: 0,
+            cursor: Cursor::at(options.offset),
             pages: options.pages,
             footers: options.footers,
             sections: Sections::default(),
@@ -153,7 +147,6 @@ impl Decoder {
             advised_page_sizes: 0,
             postcopy: false,
             bitmap_names: dirty_bitmap::Names::default(),
-            input_ended: false,
             package: None,
             totals: Totals::default(),
             options,
@@ -190,68 +183,25 @@ impl Decoder {
         if depth > limit {
             let (found, limit) = (depth.into(), limit.into());
             let kind = WireError::LimitExceeded { what: "depth of packages", found, limit };
-            return Err(self.locate(Located::new(kind.into(), self.offset)));
+            return Err(self.locate(Located::new(kind.into(), self.cursor.offset())));
         }
-        let end = self.offset.saturating_add(self.payload);
+        let end = self.cursor.offset().saturating_add(self.cursor.payload());
         Ok(Decoder {
-            offset: self.offset,
+            cursor: Cursor::at(self.cursor.offset()),
             pages: self.pages,
             footers: self.footers,
             sections: self.sections.nested(),
             ram: RamReader::new(self.ram.blocks.clone()),
             advised_page_sizes: self.advised_page_sizes,
-            package: Some(Package { start: self.offset, end, depth }),
+            package: Some(Package { start: self.cursor.offset(), end, depth }),
             totals: self.totals.clone(),
             ..Self::with_state(self.options.clone(), State::Item)
         })
     }
 
-    /// Reads the event at the front of `input`, which starts where the last event, body and payload ended.
-    ///
-    /// # Errors
-    /// What is wrong with the stream, with the offset of the item at fault and the path to it. Input that ends too
-    /// early is only an error after [`end_of_input`](Decoder::end_of_input).
-    pub fn next<'a>(&mut self, input: &'a [u8]) -> Result<Step<Event<'a>>, Error> {
-        let (input, at_end) = self.bounded(input);
-        if self.payload > 0 {
-            return self.pending_payload(input, at_end);
-        }
-        let mut reader = Reader::at(input, self.offset);
-        match self.item(&mut reader, at_end) {
-            Ok(Some(event)) => {
-                self.offset = reader.offset();
-                Ok(Step::Event { consumed: reader.position(), event })
-            }
-            Ok(None) => Ok(Step::End),
-            Err(error) => match self.need_more(&error, at_end) {
-                Some(at_least) => Ok(Step::NeedMore { at_least }),
-                None => Err(self.locate(error)),
-            },
-        }
-    }
-
-    /// Bytes of the payload behind the last event that were not skipped yet.
-    pub fn payload_remaining(&self) -> u64 {
-        self.payload
-    }
-
-    /// Says that `count` bytes of payload were taken from the stream.
-    ///
-    /// # Errors
-    /// [`StreamError::SkipTooFar`] if that is more than remain, [`StreamError::PackageTooShort`] if the payload goes on
-    /// behind its package.
-    pub fn skip_payload(&mut self, count: u64) -> Result<(), Error> {
-        let left = self.package.map_or(u64::MAX, |package| package.end.saturating_sub(self.offset));
-        if count > left {
-            let kind = StreamError::PackageTooShort { missing: count - left };
-            return Err(self.locate(Located::new(kind.into(), self.offset)));
-        }
-        skip(&mut self.payload, &mut self.offset, count)
-    }
-
     /// True if the content of a device section is next, whose length the wire does not tell.
     pub fn expects_body(&self) -> bool {
-        matches!(self.state, State::Body { .. }) && self.payload == 0
+        matches!(self.state, State::Body { .. }) && self.cursor.payload() == 0
     }
 
     /// Says that the content of the device section was `len` bytes long and is done with.
@@ -262,18 +212,20 @@ impl Decoder {
     /// [`Limits::device_state`](qevm_wire::Limits::device_state) bytes.
     pub fn body(&mut self, len: u64) -> Result<(), Error> {
         let State::Body { then, .. } = self.state else {
-            return Err(self.locate(Located::new(StreamError::NoBody.into(), self.offset)));
+            return Err(self.locate(Located::new(StreamError::NoBody.into(), self.cursor.offset())));
         };
-        let end = self.offset.checked_add(len);
+        let end = self.cursor.offset().checked_add(len);
         let last = self.package.map_or(u64::MAX, |package| package.end);
         let Some(end) = end.filter(|end| *end <= last) else {
             let missing = end.unwrap_or(u64::MAX) - last;
-            return Err(self.locate(Located::new(StreamError::PackageTooShort { missing }.into(), self.offset)));
+            return Err(
+                self.locate(Located::new(StreamError::PackageTooShort { missing }.into(), self.cursor.offset()))
+            );
         };
         self.totals
             .device_state(len, &self.options.limits)
-            .map_err(|kind| self.locate(Located::new(kind.into(), self.offset)))?;
-        self.offset = end;
+            .map_err(|kind| self.locate(Located::new(kind.into(), self.cursor.offset())))?;
+        self.cursor.move_to(end);
         self.after_body(then);
         Ok(())
     }
@@ -286,7 +238,7 @@ impl Decoder {
     /// another section or the end of the stream follows, so the caller must know the device's layout to choose.
     ///
     /// # Errors
-    /// [`StreamError::EndNotFound`] if there is no further place; others as [`next`](Decoder::next).
+    /// [`StreamError::EndNotFound`] if there is no further place; others as [`next`](Decode::next).
     pub fn next_body_end(&mut self, content: &[u8]) -> Result<BodyEnd, Error> {
         let (content, at_end) = self.bounded(content);
         let found = match self.footers {
@@ -295,29 +247,22 @@ impl Decoder {
         };
         match found {
             Ok(length) => Ok(BodyEnd::After(length as u64)),
-            Err(error) => self
-                .need_more(&error, at_end)
-                .map_or_else(|| Err(self.locate(error)), |at_least| Ok(BodyEnd::NeedMore { at_least })),
+            Err(error) => match self.cursor.need_more(&error, at_end) {
+                Some(at_least) => Ok(BodyEnd::NeedMore { at_least }),
+                None => Err(self.locate(error)),
+            },
         }
-    }
-
-    /// Says that no byte follows those that the next call to [`next`](Decoder::next) shows.
-    pub fn end_of_input(&mut self) {
-        self.input_ended = true;
     }
 
     /// True if the stream may end here: behind its end, whether a description follows or not.
     pub fn is_complete(&self) -> bool {
         match self.state {
-            State::AfterEof | State::End => self.payload == 0,
-            State::Item => self.payload == 0 && self.package.is_some_and(|package| self.offset == package.end),
+            State::AfterEof | State::End => self.cursor.payload() == 0,
+            State::Item => {
+                self.cursor.payload() == 0 && self.package.is_some_and(|package| self.cursor.offset() == package.end)
+            }
             _ => false,
         }
-    }
-
-    /// Offset of the next byte.
-    pub fn offset(&self) -> u64 {
-        self.offset
     }
 
     /// The size of target pages, from the configuration section or the options.
@@ -349,50 +294,39 @@ impl Decoder {
     fn bounded<'a>(&self, input: &'a [u8]) -> (&'a [u8], bool) {
         match self.package {
             Some(package) => {
-                let left = usize::try_from(package.end.saturating_sub(self.offset)).unwrap_or(usize::MAX);
+                let left = usize::try_from(package.end.saturating_sub(self.cursor.offset())).unwrap_or(usize::MAX);
                 match input.get(..left) {
                     Some(input) => (input, true),
-                    None => (input, self.input_ended),
+                    None => (input, self.cursor.has_ended()),
                 }
             }
-            None => (input, self.input_ended),
+            None => (input, self.cursor.has_ended()),
         }
-    }
-
-    fn pending_payload<'a>(&self, input: &'a [u8], at_end: bool) -> Result<Step<Event<'a>>, Error> {
-        let (remaining, available) = (self.payload, input.len() as u64);
-        if at_end && available < remaining {
-            // The item at fault is the whole payload, wherever the caller is in it.
-            let skipped = self.payload_len - remaining;
-            let kind = WireError::Truncated { needed: self.payload_len, available: skipped.saturating_add(available) };
-            return Err(self.locate(Located::new(kind.into(), self.offset - skipped)));
-        }
-        Ok(Step::Payload { remaining })
     }
 
     fn expect_payload(&mut self, len: u64) {
-        (self.payload, self.payload_len) = (len, len);
+        self.cursor.expect(len);
     }
 
     fn find_body_end(&mut self, content: &[u8], at_end: bool) -> Result<usize, Error> {
         let State::Body { scan, .. } = &mut self.state else {
-            return Err(Located::new(StreamError::NoBody.into(), self.offset));
+            return Err(Located::new(StreamError::NoBody.into(), self.cursor.offset()));
         };
         if self.footers == Footers::Absent {
-            return Err(Located::new(StreamError::LengthUnknown.into(), self.offset));
+            return Err(Located::new(StreamError::LengthUnknown.into(), self.cursor.offset()));
         }
         let around =
             Around { sections: &self.sections, options: &self.options, at_end, in_package: self.package.is_some() };
-        scan.next_end(content, self.offset, &around)
+        scan.next_end(content, self.cursor.offset(), &around)
     }
 
     fn find_next_start(&mut self, content: &[u8], at_end: bool) -> Result<usize, Error> {
         let State::Body { scan, .. } = &mut self.state else {
-            return Err(Located::new(StreamError::NoBody.into(), self.offset));
+            return Err(Located::new(StreamError::NoBody.into(), self.cursor.offset()));
         };
         let around =
             Around { sections: &self.sections, options: &self.options, at_end, in_package: self.package.is_some() };
-        scan.next_start(content, self.offset, &around)
+        scan.next_start(content, self.cursor.offset(), &around)
     }
 
     fn doubtful_body_end(&self) -> Option<usize> {
@@ -409,23 +343,12 @@ impl Decoder {
         };
     }
 
-    /// How much input the next call must show at least, if `error` is only that there was too little of it.
-    fn need_more(&self, error: &Error, at_end: bool) -> Option<usize> {
-        match error.kind {
-            ErrorKind::Wire(WireError::Truncated { needed, .. }) if !at_end => {
-                let bytes = error.offset.saturating_sub(self.offset).saturating_add(needed);
-                Some(usize::try_from(bytes).unwrap_or(usize::MAX))
-            }
-            _ => None,
-        }
-    }
-
     /// Puts the path to the current item around an error.
     fn locate(&self, error: Error) -> Error {
         let mut error = match (self.package, error) {
             // A package is all there, so what it lacks is its writer's error and not the connection's.
             (Some(package), Located { kind: ErrorKind::Wire(WireError::Truncated { needed, .. }), offset, path })
-                if !self.input_ended || offset.saturating_add(needed) > package.end =>
+                if !self.cursor.has_ended() || offset.saturating_add(needed) > package.end =>
             {
                 let missing = offset.saturating_add(needed).saturating_sub(package.end);
                 Located { kind: StreamError::PackageTooShort { missing }.into(), offset, path }
@@ -433,7 +356,7 @@ impl Decoder {
             (_, error) => error,
         };
         // What is wrong with a payload is wrong with the page that it is.
-        if let Some(block) = self.ram.current.filter(|_| self.payload > 0 && self.state == State::Ram) {
+        if let Some(block) = self.ram.current.filter(|_| self.cursor.payload() > 0 && self.state == State::Ram) {
             error = error.within(self.ram.blocks.path(block));
         }
         if let Some(header) = self.current_section() {
@@ -446,17 +369,48 @@ impl Decoder {
     }
 }
 
-/// Takes `count` bytes off a payload.
-pub(crate) fn skip(payload: &mut u64, offset: &mut u64, count: u64) -> Result<(), Error> {
-    match payload.checked_sub(count) {
-        Some(left) => {
-            *payload = left;
-            *offset = offset.saturating_add(count);
-            Ok(())
+impl Decode for Decoder {
+    type Event<'a> = Event<'a>;
+    type Kind = ErrorKind;
+
+    fn next<'a>(&mut self, input: &'a [u8]) -> Result<Step<Event<'a>>, Error> {
+        let (input, at_end) = self.bounded(input);
+        if let Some(step) = self.cursor.pending(input.len() as u64, at_end) {
+            return step.map_err(|error| self.locate(error));
         }
-        None => {
-            let kind = StreamError::SkipTooFar { found: count, remaining: *payload };
-            Err(Located::new(kind.into(), *offset))
+        let mut reader = Reader::at(input, self.cursor.offset());
+        match self.item(&mut reader, at_end) {
+            Ok(Some(event)) => {
+                self.cursor.move_to(reader.offset());
+                Ok(Step::Event { consumed: reader.position(), event })
+            }
+            Ok(None) => Ok(Step::End),
+            Err(error) => match self.cursor.need_more(&error, at_end) {
+                Some(at_least) => Ok(Step::NeedMore { at_least }),
+                None => Err(self.locate(error)),
+            },
         }
+    }
+
+    fn payload_remaining(&self) -> u64 {
+        self.cursor.payload()
+    }
+
+    /// As everywhere; [`StreamError::PackageTooShort`] if the payload goes on after the end of its package.
+    fn skip_payload(&mut self, count: u64) -> Result<(), Error> {
+        let left = self.package.map_or(u64::MAX, |package| package.end.saturating_sub(self.cursor.offset()));
+        if count > left {
+            let kind = StreamError::PackageTooShort { missing: count - left };
+            return Err(self.locate(Located::new(kind.into(), self.cursor.offset())));
+        }
+        self.cursor.skip(count)
+    }
+
+    fn end_of_input(&mut self) {
+        self.cursor.end();
+    }
+
+    fn offset(&self) -> u64 {
+        self.cursor.offset()
     }
 }

@@ -125,7 +125,7 @@ pub enum RamError {
         /// The flags found.
         found: u64,
     },
-    /// A record refers to a block that the list does not have. The caller's fault, not a peer's.
+    /// A record refers to a block that the list does not have. The caller's fault.
     #[error("RAM block number {found}, but the list has {blocks}")]
     NoSuchBlock {
         /// The number used.
@@ -150,6 +150,7 @@ impl Blame for RamError {
     fn fault(&self) -> Fault {
         match self {
             RamError::Hook | RamError::MappedRamVersion { .. } => Fault::Unsupported,
+            RamError::NoSuchBlock { .. } | RamError::ContinueElsewhere | RamError::Unaligned { .. } => Fault::Misuse,
             _ => Fault::Malformed,
         }
     }

@@ -2,7 +2,7 @@
 
 use super::{ListWords, RamBlocks, RamError, RamReader, RamRecord, decode::RecordContext};
 use crate::{Error, ErrorKind, Step};
-use qevm_wire::{Limits, Located, PageGeometry, WireError};
+use qevm_wire::{Cursor, Decode, Limits, Located, PageGeometry};
 use std::sync::Arc;
 
 /// Reads the channel on which a source with capability `postcopy-preempt` (7.1) sends the pages that the destination
@@ -13,7 +13,7 @@ use std::sync::Arc;
 ///
 /// ```
 /// use qevm_savevm::{Step, ram::{PreemptDecoder, RamBlock, RamBlocks, RamRecord}};
-/// use qevm_wire::{CountedString, PageGeometry};
+/// use qevm_wire::{CountedString, Decode, PageGeometry};
 /// use std::sync::Arc;
 ///
 /// let mut blocks = RamBlocks::default();
@@ -30,9 +30,7 @@ pub struct PreemptDecoder {
     ram: RamReader,
     pages: PageGeometry,
     limits: Limits,
-    offset: u64,
-    payload: u64,
-    input_ended: bool,
+    cursor: Cursor,
     ended: bool,
 }
 
@@ -43,44 +41,22 @@ impl PreemptDecoder {
             ram: RamReader::new(blocks),
             pages,
             limits: Limits::default(),
-            offset: 0,
-            payload: 0,
-            input_ended: false,
+            cursor: Cursor::default(),
             ended: false,
         }
     }
+}
 
-    /// Bytes of the current page that were not skipped yet.
-    pub fn payload_remaining(&self) -> u64 {
-        self.payload
-    }
+impl Decode for PreemptDecoder {
+    type Event<'a> = RamRecord<'a>;
+    type Kind = ErrorKind;
 
-    /// Says that `count` bytes of the page were taken from the channel.
-    ///
-    /// # Errors
-    /// [`StreamError::SkipTooFar`](crate::StreamError::SkipTooFar) if that is more than remain.
-    pub fn skip_payload(&mut self, count: u64) -> Result<(), Error> {
-        crate::decode::skip(&mut self.payload, &mut self.offset, count)
-    }
-
-    /// Says that no byte follows those that were shown.
-    pub fn end_of_input(&mut self) {
-        self.input_ended = true;
-    }
-
-    /// The next record at the front of `input`; see [`Decoder::next`](crate::Decoder::next).
-    ///
-    /// # Errors
-    /// As the main channel's; [`RamError::InPostcopy`] for all records but ZERO, PAGE and EOS.
-    pub fn next<'a>(&mut self, input: &'a [u8]) -> Result<Step<RamRecord<'a>>, Error> {
-        if self.payload > 0 {
-            if self.input_ended && (input.len() as u64) < self.payload {
-                let kind = WireError::Truncated { needed: self.payload, available: input.len() as u64 };
-                return Err(Located::new(kind.into(), self.offset));
-            }
-            return Ok(Step::Payload { remaining: self.payload });
+    fn next<'a>(&mut self, input: &'a [u8]) -> Result<Step<RamRecord<'a>>, Error> {
+        let at_end = self.cursor.has_ended();
+        if let Some(step) = self.cursor.pending(input.len() as u64, at_end) {
+            return step.map_err(|error: Error| error.within("preempt channel"));
         }
-        if self.ended || self.input_ended && input.is_empty() {
+        if self.ended || at_end && input.is_empty() {
             return Ok(Step::End);
         }
         let context = RecordContext {
@@ -89,26 +65,40 @@ impl PreemptDecoder {
             words: ListWords::default(),
             start: false,
             postcopy: true,
-            at_end: self.input_ended,
+            at_end,
         };
-        let mut reader = crate::Reader::at(input, self.offset);
+        let mut reader = crate::Reader::at(input, self.cursor.offset());
         match self.ram.record(&mut reader, &context) {
             Ok((RamRecord::MultifdFlush, _)) => {
                 let found = super::flag::MULTIFD_FLUSH;
-                Err(Located::new(RamError::InPostcopy { found }.into(), self.offset))
+                Err(Located::new(RamError::InPostcopy { found }.into(), self.cursor.offset()).within("preempt channel"))
             }
             Ok((record, payload)) => {
-                self.payload = payload;
-                self.offset = reader.offset();
+                self.cursor.move_to(reader.offset());
+                self.cursor.expect(payload);
                 self.ended = record == RamRecord::EndOfSection;
                 Ok(Step::Event { consumed: reader.position(), event: record })
             }
-            Err(Located { kind: ErrorKind::Wire(WireError::Truncated { needed, .. }), offset, .. })
-                if !self.input_ended =>
-            {
-                Ok(Step::NeedMore { at_least: (offset - self.offset + needed) as usize })
-            }
-            Err(error) => Err(error.within("preempt channel")),
+            Err(error) => match self.cursor.need_more(&error, at_end) {
+                Some(at_least) => Ok(Step::NeedMore { at_least }),
+                None => Err(error.within("preempt channel")),
+            },
         }
+    }
+
+    fn payload_remaining(&self) -> u64 {
+        self.cursor.payload()
+    }
+
+    fn skip_payload(&mut self, count: u64) -> Result<(), Error> {
+        self.cursor.skip(count)
+    }
+
+    fn end_of_input(&mut self) {
+        self.cursor.end();
+    }
+
+    fn offset(&self) -> u64 {
+        self.cursor.offset()
     }
 }

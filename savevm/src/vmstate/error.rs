@@ -111,11 +111,10 @@ impl Blame for VmStateError {
             | VmStateError::NotCanonical { .. }
             | VmStateError::NotInRelease { .. } => Fault::Unsupported,
             VmStateError::Refused { .. } => Fault::Mismatch,
-            VmStateError::RepeatedSubsection { .. }
-            | VmStateError::BadMarker { .. }
-            | VmStateError::LengthMismatch { .. }
+            VmStateError::RepeatedSubsection { .. } | VmStateError::BadMarker { .. } => Fault::Malformed,
+            VmStateError::LengthMismatch { .. }
             | VmStateError::FieldMissing { .. }
-            | VmStateError::FieldInExcess { .. } => Fault::Malformed,
+            | VmStateError::FieldInExcess { .. } => Fault::Misuse,
         }
     }
 }

@@ -1,6 +1,7 @@
 //! A caller of the decoder that shows it input in pieces, and writes every event again.
 
 use qevm_savevm::{Decoder, Encoder, Error, Event, Step, command::Command};
+use qevm_wire::Decode;
 use qevm_wire::Writer;
 
 /// What became of a stream.

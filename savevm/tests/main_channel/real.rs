@@ -15,6 +15,7 @@ use qevm_savevm::{
     ram::{MappedRamHeader, RamBlock, RamRecord},
     xbzrle,
 };
+use qevm_wire::Decode;
 use qevm_wire::WireError;
 
 const MIB: u64 = 1 << 20;

@@ -6,6 +6,7 @@ use crate::{
 };
 use proptest::{collection::vec, prelude::*};
 use qevm_savevm::{Decoder, DecoderOptions, Step};
+use qevm_wire::Decode;
 use qevm_wire::Fault;
 
 fn decoder() -> Decoder {

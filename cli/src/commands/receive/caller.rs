@@ -3,7 +3,7 @@
 use qevm_multifd::Init;
 use qevm_savevm::container::{FileKind, recognise};
 use qevm_savevm::ram::{PreemptDecoder, RamBlocks};
-use qevm_wire::{PageGeometry, Step};
+use qevm_wire::{Decode, PageGeometry, Step};
 use std::fmt;
 use std::sync::Arc;
 

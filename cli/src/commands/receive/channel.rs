@@ -7,7 +7,7 @@ use crate::failure::Failure;
 use crate::output_file::OutputFile;
 use crate::socket::Socket;
 use qevm_multifd::{ChannelDecoder, ChannelOptions, Compression, Ending, Event};
-use qevm_wire::{PageGeometry, Step};
+use qevm_wire::{Decode, PageGeometry, Step};
 use std::io::{self, Read, Write};
 use std::sync::Arc;
 
@@ -105,7 +105,7 @@ impl Channel {
             }
         };
         if count == 0 {
-            decoder.end_of_input(Ending::Closed);
+            decoder.ended(Ending::Closed);
         }
         let goes_on = self.follow(&mut decoder, number, count == 0, ledger);
         self.decoder = Some(decoder);

@@ -3,6 +3,7 @@
 use super::HINT;
 use crate::socket::Socket;
 use qevm_returnpath::{Decoder, Event, Message};
+use qevm_wire::Decode;
 use qevm_wire::Step;
 use std::io::{self, Read};
 use std::sync::Arc;

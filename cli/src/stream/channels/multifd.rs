@@ -8,7 +8,7 @@ use crate::stream::walk::Halt;
 use qevm_multifd::compression::Decompressor;
 use qevm_multifd::{ChannelDecoder, ChannelEncoder, ChannelOptions, EncoderOptions, Ending, Event, Init};
 use qevm_savevm::Decoder;
-use qevm_wire::{PageGeometry, Step, Writer};
+use qevm_wire::{Decode, PageGeometry, Step, Writer};
 
 /// One multifd channel.
 pub(super) struct MultifdChannel {
@@ -248,7 +248,7 @@ impl MultifdChannel {
         let skipped = self.source.skip(bytes).map_err(|error| Failure::io(&self.name, at, &error))?;
         decoder.skip_payload(skipped).map_err(|error| Failure::located(&self.name, error))?;
         if skipped < bytes {
-            decoder.end_of_input(Ending::Closed);
+            decoder.ended(Ending::Closed);
             // The decoder knows what is missing, and says it as an error.
             decoder.next(&[]).map_err(|error| Failure::located(&self.name, error))?;
         }
@@ -259,7 +259,7 @@ impl MultifdChannel {
         let at = self.source.offset();
         self.source.fill(bytes).map_err(|error| Failure::io(&self.name, at, &error))?;
         if self.source.at_end() {
-            decoder.end_of_input(Ending::Closed);
+            decoder.ended(Ending::Closed);
         }
         Ok(())
     }

@@ -6,6 +6,7 @@ use crate::stream::memory::Memory;
 use crate::stream::walk::Halt;
 use qevm_savevm::Decoder;
 use qevm_savevm::ram::{PreemptDecoder, RamRecord};
+use qevm_wire::Decode;
 use qevm_wire::Step;
 
 /// The second channel of postcopy-preempt.

@@ -5,7 +5,7 @@ use crate::migration::{
     channel::{Target, read_at_least},
 };
 use qevm_multifd::{ChannelDecoder, ChannelOptions, Ending, Event, Init, RamPacket, layout::INIT_LEN, packet};
-use qevm_wire::{Located, PageGeometry, Step};
+use qevm_wire::{Decode, Located, PageGeometry, Step};
 use std::{io, sync::Arc};
 
 /// A page channel, read packet by packet. Of what follows a packet, no more than its payload and the next packet's
@@ -74,7 +74,7 @@ impl PageStream {
         let read = read_at_least(&*self.channel, &mut [Target::bytes(&mut self.header[self.filled..])], wanted);
         self.filled += self.received(read)?;
         if self.filled < self.header.len() {
-            self.decoder.end_of_input(Ending::Closed);
+            self.decoder.ended(Ending::Closed);
         }
         let PageStream { channel, decoder, header, filled, ahead, .. } = self;
         let input = &header[..std::mem::replace(filled, 0)];

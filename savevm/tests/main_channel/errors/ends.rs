@@ -8,7 +8,7 @@ use crate::{
 use qevm_savevm::{
     Decoder, DecoderOptions, Encoder, ErrorKind, Event, Footers, Step, StreamError, StreamWriter, ram::RamBlock,
 };
-use qevm_wire::{Limits, WireError};
+use qevm_wire::{Decode, Limits, WireError};
 
 #[test]
 fn device_sections() {

@@ -11,7 +11,7 @@ use qevm_savevm::{
     Decoder, DecoderOptions, Error, ErrorKind, StreamError, StreamWriter, command::CommandError,
     configuration::ConfigurationError, framing::SectionKind, ram::RamError,
 };
-use qevm_wire::{Fault, Limits, WireError};
+use qevm_wire::{Decode, Fault, Limits, WireError};
 
 fn read(stream: &[u8]) -> Result<(), Error> {
     pump(&mut Decoder::new(DecoderOptions::default()), stream, || 50).map(drop)
@@ -203,6 +203,6 @@ fn an_error_stays() {
     assert_eq!(decoder.next(&bytes[8..]).unwrap_err(), first);
     assert!(matches!(
         decoder.skip_payload(1).unwrap_err().kind,
-        ErrorKind::Stream(StreamError::SkipTooFar { found: 1, remaining: 0 })
+        ErrorKind::Wire(WireError::SkipTooFar { found: 1, remaining: 0 })
     ));
 }

@@ -1,0 +1,255 @@
+//! The loop around a decoder: reads from anything that can be read, and keeps the buffer.
+
+use crate::{Blame, Decode, Located, Step};
+use bytes::{Buf, BytesMut};
+use core::fmt;
+use polonius_the_crab::{polonius, polonius_return};
+use std::io::{self, ErrorKind, Read};
+
+/// How much is read at a time, in bytes, unless more is needed at once.
+const CHUNK: usize = 64 << 10;
+
+/// Why a [`Driver`] cannot go on.
+#[derive(Debug)]
+#[non_exhaustive]
+pub enum DriveError<K> {
+    /// The input could not be read.
+    Io(io::Error),
+    /// What was read is wrong, and where.
+    Stream(Located<K>),
+}
+
+impl<K: Blame + fmt::Display> fmt::Display for DriveError<K> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            DriveError::Io(error) => write!(f, "the stream cannot be read: {error}"),
+            DriveError::Stream(error) => error.fmt(f),
+        }
+    }
+}
+
+impl<K: Blame + fmt::Debug + fmt::Display + 'static> std::error::Error for DriveError<K> {
+    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
+        match self {
+            DriveError::Io(error) => Some(error),
+            DriveError::Stream(_) => None,
+        }
+    }
+}
+
+impl<K> From<Located<K>> for DriveError<K> {
+    fn from(error: Located<K>) -> Self {
+        DriveError::Stream(error)
+    }
+}
+
+impl<K> From<io::Error> for DriveError<K> {
+    fn from(error: io::Error) -> Self {
+        DriveError::Io(error)
+    }
+}
+
+/// Drives a decoder over an input: [`next`](Driver::next) gives event after event, [`payload`](Driver::payload) the
+/// bytes that follow one.
+///
+/// It keeps at most what one event needs and one chunk of 64 KiB. Payload that nobody reads is read and dropped before
+/// the next event.
+///
+/// ```
+/// use qevm_wire::{Blame, Decode, Driver, Fault, Located, Reader, Step, WireError};
+/// use std::io::Read;
+///
+/// // A decoder of records that are a length byte and as many bytes of payload.
+/// #[derive(Default)]
+/// struct Records(qevm_wire::Cursor);
+///
+/// impl Decode for Records {
+///     type Event<'a> = u8;
+///     type Kind = WireError;
+///     fn next<'a>(&mut self, input: &'a [u8]) -> Result<Step<u8>, Located<WireError>> {
+///         let at_end = self.0.has_ended();
+///         if let Some(step) = self.0.pending(input.len() as u64, at_end) {
+///             return step;
+///         }
+///         let Some(len) = input.first().copied() else {
+///             return Ok(if at_end { Step::End } else { Step::NeedMore { at_least: 1 } });
+///         };
+///         self.0.move_to(self.0.offset() + 1);
+///         self.0.expect(len.into());
+///         Ok(Step::Event { consumed: 1, event: len })
+///     }
+///     fn payload_remaining(&self) -> u64 { self.0.payload() }
+///     fn skip_payload(&mut self, count: u64) -> Result<(), Located<WireError>> { self.0.skip(count) }
+///     fn end_of_input(&mut self) { self.0.end() }
+///     fn offset(&self) -> u64 { self.0.offset() }
+/// }
+///
+/// let mut driver = Driver::new(&b"\x03ram\x02pc\x00"[..], Records::default());
+/// let mut names = Vec::new();
+/// while let Some(len) = driver.next()? {
+///     let mut name = String::new();
+///     driver.payload().read_to_string(&mut name)?;
+///     assert_eq!(name.len(), len.into());
+///     names.push(name);
+/// }
+/// assert_eq!(names, ["ram", "pc", ""]);
+/// # Ok::<(), qevm_wire::DriveError<WireError>>(())
+/// ```
+#[derive(Debug)]
+pub struct Driver<R, D> {
+    input: R,
+    decoder: D,
+    buffer: BytesMut,
+    ended: bool,
+    /// Bytes at the front of the buffer that belong to the event that was given last.
+    taken: usize,
+}
+
+impl<R: Read, D: Decode> Driver<R, D> {
+    /// Drives `decoder` over `input`, from where both are.
+    pub fn new(input: R, decoder: D) -> Self {
+        Driver { input, decoder, buffer: BytesMut::new(), ended: false, taken: 0 }
+    }
+
+    /// The next event; `None` at the end of the stream. What is left of the last event's payload is skipped.
+    ///
+    /// # Errors
+    /// [`DriveError::Io`] if the input fails, [`DriveError::Stream`] with what is wrong with the stream.
+    #[allow(clippy::should_implement_trait)] // an event borrows from the driver
+    pub fn next(&mut self) -> Result<Option<D::Event<'_>>, DriveError<D::Kind>> {
+        self.drop_taken();
+        io::copy(&mut self.payload(), &mut io::sink())?;
+        let mut this = self;
+        loop {
+            let at_least = polonius!(|this| -> Result<Option<D::Event<'polonius>>, DriveError<D::Kind>> {
+                match this.decoder.next(&this.buffer) {
+                    Ok(Step::Event { consumed, event }) => {
+                        this.taken = consumed;
+                        polonius_return!(Ok(Some(event)))
+                    }
+                    Ok(Step::End) => polonius_return!(Ok(None)),
+                    // No more is shown than was asked for, and payload was skipped above.
+                    Ok(Step::Payload { .. }) => this.buffer.len() + 1,
+                    Ok(Step::NeedMore { at_least }) => at_least,
+                    Err(error) => polonius_return!(Err(error.into())),
+                }
+            });
+            if this.ended {
+                // A decoder that was told so and asks for more all the same.
+                return Err(io::Error::from(ErrorKind::UnexpectedEof).into());
+            }
+            this.fill(at_least)?;
+        }
+    }
+
+    /// The rest of the payload that follows the last event. It ends where the payload does; dropping it early is
+    /// legal.
+    pub fn payload(&mut self) -> Payload<'_, R, D> {
+        self.drop_taken();
+        Payload { driver: self }
+    }
+
+    /// What was read and not used yet: it starts where the last event and its payload ended.
+    pub fn buffered(&mut self) -> &[u8] {
+        self.drop_taken();
+        &self.buffer
+    }
+
+    /// Reads until [`buffered`](Self::buffered) holds `at_least` bytes, or the input ends.
+    ///
+    /// # Errors
+    /// The input fails.
+    pub fn fill(&mut self, at_least: usize) -> io::Result<()> {
+        self.drop_taken();
+        while self.buffer.len() < at_least && !self.ended {
+            let old = self.buffer.len();
+            // The length comes from the peer: it is believed as far as bytes come.
+            self.buffer.resize(old + CHUNK, 0);
+            let read = self.input.read(&mut self.buffer[old..]);
+            self.buffer.truncate(old + read.as_ref().map_or(0, |count| *count));
+            match read {
+                Ok(0) => {
+                    self.ended = true;
+                    self.decoder.end_of_input();
+                }
+                Ok(_) => {}
+                Err(error) if error.kind() == ErrorKind::Interrupted => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(())
+    }
+
+    /// Takes `count` bytes off the front of [`buffered`](Self::buffered), which the decoder was told of by the caller:
+    /// the content of a device section that the caller has read.
+    ///
+    /// # Panics
+    /// Never: at most what is buffered is taken.
+    pub fn consume(&mut self, count: usize) {
+        self.drop_taken();
+        self.buffer.advance(count.min(self.buffer.len()));
+    }
+
+    /// The decoder.
+    pub fn decoder(&self) -> &D {
+        &self.decoder
+    }
+
+    /// The decoder, to tell it what only the caller knows.
+    pub fn decoder_mut(&mut self) -> &mut D {
+        &mut self.decoder
+    }
+
+    /// The input. Bytes of it may have been read ahead.
+    pub fn input(&self) -> &R {
+        &self.input
+    }
+
+    fn drop_taken(&mut self) {
+        self.buffer.advance(core::mem::take(&mut self.taken));
+    }
+}
+
+/// The payload that follows an event: from the buffer as far as it is there, then straight from the input.
+#[derive(Debug)]
+pub struct Payload<'d, R, D> {
+    driver: &'d mut Driver<R, D>,
+}
+
+impl<R: Read, D: Decode> Payload<'_, R, D> {
+    /// Bytes that are left.
+    pub fn remaining(&self) -> u64 {
+        self.driver.decoder.payload_remaining()
+    }
+}
+
+impl<R: Read, D: Decode> Read for Payload<'_, R, D> {
+    /// Reads some of the payload; 0 at its end.
+    ///
+    /// An input that ends before the payload does is no error here but the end: the next call to [`Driver::next`] says
+    /// what is missing, and where.
+    fn read(&mut self, into: &mut [u8]) -> io::Result<usize> {
+        let Driver { input, decoder, buffer, ended, .. } = &mut *self.driver;
+        let wanted = into.len().min(usize::try_from(decoder.payload_remaining()).unwrap_or(usize::MAX));
+        if wanted == 0 || (*ended && buffer.is_empty()) {
+            return Ok(0);
+        }
+        let count = if buffer.is_empty() {
+            input.read(&mut into[..wanted])?
+        } else {
+            let count = wanted.min(buffer.len());
+            buffer.copy_to_slice(&mut into[..count]);
+            count
+        };
+        if count == 0 {
+            *ended = true;
+            decoder.end_of_input();
+        }
+        // It was bounded by what remains.
+        decoder.skip_payload(count as u64).map_err(|_| io::Error::other("the payload is shorter than it was"))?;
+        Ok(count)
+    }
+}
+
+#[cfg(test)]
+mod tests;
