@@ -34,6 +34,9 @@ const DMA_WRITE: u32 = 1 << 4;
 /// Copy unit of a DMA read, so that a guest's length costs no memory.
 const DMA_CHUNK: usize = 4096;
 
+/// Most zeroes that a DMA read adds to the end of an item: whoever asks for gigabytes of them keeps the vCPU from stopping meanwhile.
+const DMA_BEYOND: u64 = 64 << 20;
+
 /// Names of files in the directory have at most this many bytes, the closing zero not counted.
 const MAX_NAME: usize = 55;
 
@@ -169,6 +172,9 @@ impl FwCfg {
             self.select((control >> 16) as u16);
         }
         if control & DMA_READ != 0 {
+            if len > self.rest().len() as u64 + DMA_BEYOND {
+                return Err(Error::Config("a fw_cfg read goes far beyond its item".to_owned()));
+            }
             while len > 0 {
                 let mut chunk = [0; DMA_CHUNK];
                 let here = len.min(DMA_CHUNK as u64);
@@ -250,6 +256,9 @@ mod tests {
         assert_eq!(text, [b'1', b'M', 0, 0, 0]);
         assert_eq!(dma(&mut device, &memory, DMA_WRITE, 4, 0x2000), DMA_ERROR);
         assert_eq!(dma(&mut device, &memory, DMA_READ, u32::MAX, 0x2000), DMA_ERROR, "beyond the end of RAM");
+        let large = GuestMemory::microvm(256 << 20, &[0; 64 << 10]).unwrap();
+        assert_eq!(dma(&mut device, &large, DMA_READ, DMA_BEYOND as u32, 0x2000), 0);
+        assert_eq!(dma(&mut device, &large, DMA_READ, DMA_BEYOND as u32 + 1, 0x2000), DMA_ERROR, "too many zeroes");
         memory.blocks()[0].take_vmm_writes();
         dma(&mut device, &memory, 0x21 << 16 | DMA_SELECT | DMA_READ, 4, 0x5000);
         assert_eq!(memory.blocks()[0].take_vmm_writes()[0] & 1 << 5, 1 << 5, "DMA marks the page dirty");

@@ -61,6 +61,8 @@ impl<D: Timed + Send + 'static> Ticker<D> {
     }
 }
 
+/// Rest after an event, for those who wait for the device: a guest can ask for events as fast as they can be made.
+const REST: Duration = Duration::from_micros(50);
 /// Longest sleep, so that a step of the clock does no lasting harm.
 const LONGEST: Duration = Duration::from_secs(1);
 
@@ -76,6 +78,8 @@ fn tick<D: Timed>(ticker: &Weak<Ticker<D>>) {
             match ticking.device.next_event() {
                 Some(event) if event <= now => {
                     ticking.device.catch_up(now);
+                    drop(ticking);
+                    thread::sleep(REST);
                     continue;
                 }
                 Some(event) => sleep = sleep.min(Duration::from_nanos(u64::try_from(event - now).unwrap_or(u64::MAX))),

@@ -98,6 +98,10 @@ fn run(cpus: usize) {
     ];
     let mut command = Command::new(env!("CARGO_BIN_EXE_reference-vmm"));
     command.args(["run", "--memory", "32M", "--smp", &cpus.to_string(), "--qmp", &format!("unix:{}", path("q"))]);
+    if cpus > 1 {
+        // Interrupt controllers, PIT and clock are the monitor's as well.
+        command.args(["--machine", "microvm,kernel-irqchip=split,rtc=on"]);
+    }
     command.args(["--fw-cfg", "name=opt/qevm/payload,string=dirty=1M hold=1M zero=1M worst=1"]);
     command.args(devices.iter().flat_map(|(option, value)| [*option, value.as_str()]));
     // Pipes that nobody reads as long as it runs.
