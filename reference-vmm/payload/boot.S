@@ -38,6 +38,10 @@ sleep32:
     jmp sleep32
 
 start32_bsp:
+    # Both 8259s: everything masked, before interrupts are on. The PIT counts from the start.
+    mov al, 0xff
+    out 0x21, al
+    out 0xa1, al
     xor edi, edi
     # Descriptors. The image is read-only, so the busy bit of a TSS needs a copy in RAM.
     xor ecx, ecx

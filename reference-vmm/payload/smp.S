@@ -26,9 +26,6 @@ main:
     call serial_init
     call map_low
     call install_traps
-    mov al, 0xff                   # both 8259s: everything masked
-    out 0x21, al
-    out 0xa1, al
     call read_config
     call calibrate_tsc
     call plan
@@ -100,8 +97,8 @@ map_high:
     jnz 1b
 3:  ret
 
-# Counts TSC ticks during 20 ms of PIT channel 0 (1193182 Hz). The host may take the CPU away between reading one and the other: both
-# ends count only when that took at most a 32nd of it all.
+# Counts TSC ticks during 20 ms of PIT channel 0 (1193182 Hz), until it gets the same twice, by a 32nd: where the host takes the CPU
+# away in between, the TSC and the PIT are not read at one time, or the PIT wraps.
     .set PIT_20MS, 23864
 calibrate_tsc:
     mov r12d, 100                  # tries
@@ -113,8 +110,6 @@ calibrate_tsc:
     xor eax, eax
     out 0x40, al
     out 0x40, al                   # reload 65536
-    call tsc
-    mov r11, rax
     call pit_count
     mov ebx, eax
     call tsc
@@ -123,8 +118,6 @@ calibrate_tsc:
 2:  dec r10d
     lea rsi, [rip + msg_no_pit]
     jz fatal
-    call tsc
-    mov r9, rax
     call pit_count
     mov ecx, ebx
     sub ecx, eax
@@ -132,18 +125,19 @@ calibrate_tsc:
     cmp ecx, PIT_20MS
     jb 2b
     call tsc
-    mov rdx, rax
-    sub rdx, r9
-    sub rax, r8                    # of it all
-    sub r8, r11
-    add rdx, r8
-    shl rdx, 5
-    cmp rdx, rax
-    ja 1b
+    sub rax, r8
     imul rax, rax, 1193
     xor edx, edx
     div rcx                        # kHz
+    mov rdx, [C_TSC_KHZ]           # what it was before, maybe before a reset
     mov [C_TSC_KHZ], rax
+    sub rdx, rax
+    mov rcx, rdx
+    neg rcx
+    cmovs rcx, rdx                 # the difference without its sign
+    shl rcx, 5
+    cmp rcx, rax
+    ja 1b
     ret
 
 pit_count:

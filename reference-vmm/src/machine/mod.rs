@@ -136,6 +136,7 @@ pub struct Machine {
     /// What KVM lets run on while the vCPUs stand still, as it was when they stopped.
     held: Mutex<Option<Held>>,
     virtio: Vec<VirtioDevice>,
+    bios: Vec<u8>,
     kernel: Option<Kernel>,
     /// RAM was written to before the guest has run.
     has_kernel: bool,
@@ -256,6 +257,7 @@ impl Machine {
             held: Mutex::default(),
             virtio,
             has_kernel: config.kernel.is_some() && !config.incoming,
+            bios: config.bios,
             kernel: config.kernel,
             carried: Mutex::default(),
             _reaper: Reaper::start(&dirty_log)?,

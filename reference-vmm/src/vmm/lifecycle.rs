@@ -137,9 +137,9 @@ impl Vmm {
     pub(super) fn reset_paused(&self, cause: Cause) -> bool {
         // RAM is the source's as long as the guest has not come.
         let state = self.lock();
-        let load_kernel = state.run_state != RunState::Inmigrate || state.loaded;
+        let load = state.run_state != RunState::Inmigrate || state.loaded;
         drop(state);
-        match self.machine.reset(load_kernel) {
+        match self.machine.reset(load) {
             Ok(()) => {
                 let mut state = self.lock();
                 // A migration goes on from where it is.

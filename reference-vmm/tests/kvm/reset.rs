@@ -6,6 +6,7 @@ use reference_vmm::Error;
 use reference_vmm::boot::Kernel;
 use reference_vmm::devices::{Rng, VirtioSlot};
 use reference_vmm::machine::{Machine, MachineConfig, RunState, Stop};
+use reference_vmm::memory::BIOS;
 use reference_vmm::state::MachineState;
 
 use crate::Test;
@@ -17,6 +18,7 @@ pub(crate) const TESTS: &[Test] = &[
     ("reset_makes_everything_but_time_and_ram_as_it_was", makes_everything_as_it_was),
     ("reset_starts_a_guest_anew_again_and_again", starts_a_guest_anew),
     ("reset_loads_a_kernel_anew", loads_a_kernel_anew),
+    ("reset_loads_the_firmware_anew", loads_the_firmware_anew),
 ];
 
 const MIB: u64 = 1 << 20;
@@ -154,4 +156,23 @@ fn loads_a_kernel_anew() {
     destination.load_state(&source.save_state().unwrap()).unwrap();
     destination.reset(true).unwrap();
     run(&destination, &console, &["b"]);
+}
+
+/// As at a QEMU 11.1: a guest can write to the firmware, and what it wrote is gone after a reset, as is the firmware that a guest
+/// has come with.
+fn loads_the_firmware_anew() {
+    let guest = guest(false, "");
+    let bios = guest.machine.memory().block(BIOS).unwrap();
+    let mut before = vec![0; 64 << 10];
+    bios.read(0, &mut before).unwrap();
+    bios.write(0x1234, b"anything else").unwrap();
+    guest.machine.reset(false).unwrap();
+    let read = |at| {
+        let mut bytes = [0; 13];
+        bios.read(at, &mut bytes).unwrap();
+        bytes
+    };
+    assert_eq!(&read(0x1234), b"anything else");
+    guest.machine.reset(true).unwrap();
+    assert_eq!(read(0x1234), before[0x1234..][..13]);
 }
