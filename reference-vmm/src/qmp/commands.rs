@@ -1,8 +1,14 @@
 //! The commands.
 
-use super::{arguments::Arguments, descriptors, dirty_rate, place::place, power, protocol::Failure};
+use super::{
+    arguments::Arguments,
+    descriptors, dirty_rate,
+    place::place,
+    power,
+    protocol::{Failure, Request},
+};
 use crate::{
-    migration::{Address, KNOWN_CAPABILITIES, Status},
+    migration::{Address, Capabilities, KNOWN_CAPABILITIES, Parameters, Status},
     vmm::{RunState, Vmm},
 };
 use serde_json::{Map, Value, json};
@@ -54,11 +60,38 @@ const COMMANDS: [(&str, Command); 35] = [
 
 /// Runs a command.
 pub(super) fn execute(vmm: &Arc<Vmm>, name: &str, arguments: Map<String, Value>) -> Result<Value, Failure> {
-    let command = COMMANDS.iter().find(|(known, _)| *known == name);
-    let (_, command) = command.ok_or_else(|| Failure::not_found(format!("The command {name} has not been found")))?;
+    let command = command(name)?;
     let mut arguments = Arguments::new(arguments);
     // A command takes what it knows before it does anything, and whatever is left then is refused by it.
     command(vmm, &mut arguments)
+}
+
+fn command(name: &str) -> Result<Command, Failure> {
+    let command = COMMANDS.iter().find(|(known, _)| *known == name);
+    command
+        .map(|(_, command)| *command)
+        .ok_or_else(|| Failure::not_found(format!("The command {name} has not been found")))
+}
+
+/// Checks a request as far as that needs no machine: that there is the command, and what places, parameters and capabilities the
+/// commands of migrations are given. Nothing is carried out.
+///
+/// # Errors
+/// What the client would be told.
+pub fn check_arguments(request: &Request) -> Result<(), Failure> {
+    let (name, mut arguments) = (request.execute.as_str(), Arguments::new(request.arguments.clone()));
+    let refuse = |error: &dyn std::fmt::Display| Failure::generic(error.to_string());
+    match name {
+        "migrate" | "migrate-incoming" => drop(place(&mut arguments)?.look_at()?),
+        "migrate-set-parameters" => drop(Parameters::default().with(&arguments.drain()).map_err(|e| refuse(&e))?),
+        "migrate-set-capabilities" => {
+            let changes = capability_changes(&mut arguments)?;
+            let changes = changes.iter().map(|(name, state)| (name.as_str(), *state));
+            Capabilities::default().with(changes).map_err(|e| refuse(&e))?;
+        }
+        _ => return command(name).map(drop),
+    }
+    Ok(())
 }
 
 /// Ends the taking of arguments.
@@ -211,6 +244,13 @@ fn migrate_start_postcopy(_: &Arc<Vmm>, arguments: &mut Arguments) -> Result<Val
 }
 
 fn migrate_set_capabilities(vmm: &Arc<Vmm>, arguments: &mut Arguments) -> Result<Value, Failure> {
+    let changes = capability_changes(arguments)?;
+    let changes = changes.iter().map(|(name, state)| (name.as_str(), *state));
+    vmm.set_capabilities(changes).map_err(|error| Failure::generic(error.to_string()))?;
+    Ok(empty())
+}
+
+fn capability_changes(arguments: &mut Arguments) -> Result<Vec<(String, bool)>, Failure> {
     let list = arguments.list("capabilities")?;
     let mut changes = Vec::new();
     let known = KNOWN_CAPABILITIES.map(|(name, _)| name);
@@ -221,9 +261,7 @@ fn migrate_set_capabilities(vmm: &Arc<Vmm>, arguments: &mut Arguments) -> Result
         changes.push((name, state));
     }
     only(arguments)?;
-    let changes = changes.iter().map(|(name, state)| (name.as_str(), *state));
-    vmm.set_capabilities(changes).map_err(|error| Failure::generic(error.to_string()))?;
-    Ok(empty())
+    Ok(changes)
 }
 
 fn query_migrate_capabilities(vmm: &Arc<Vmm>, arguments: &mut Arguments) -> Result<Value, Failure> {

@@ -15,4 +15,6 @@ mod protocol;
 mod server;
 
 pub use client::{Client, ClientError};
+pub use commands::check_arguments;
+pub use protocol::{Failure, Request, Requests, reply};
 pub use server::Server;

@@ -7,7 +7,7 @@ const MAX_REQUEST: usize = 1 << 20;
 
 /// A request that cannot be fulfilled.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Failure {
+pub struct Failure {
     pub(super) class: &'static str,
     pub(super) desc: String,
 }
@@ -25,16 +25,29 @@ impl Failure {
 
 /// A request as it was sent.
 #[derive(Debug, Clone, PartialEq)]
-pub(super) struct Request {
-    pub(super) execute: String,
-    pub(super) arguments: Map<String, Value>,
-    pub(super) id: Option<Value>,
+pub struct Request {
+    /// The command.
+    pub execute: String,
+    /// Its arguments; empty if there were none.
+    pub arguments: Map<String, Value>,
+    /// What the reply is to carry.
+    pub id: Option<Value>,
 }
 
 /// Cuts requests out of what a client sends. Each byte is looked at once, and what is being read is parsed again only when it has
 /// doubled, so that a long request costs as much as many short ones.
+///
+/// ```
+/// use reference_vmm::qmp::Requests;
+///
+/// let mut requests = Requests::default();
+/// requests.push(br#"{ "execute": "stop", "id": 1 }{ "exec"#);
+/// let request = requests.next().unwrap().unwrap();
+/// assert_eq!((request.execute.as_str(), request.id), ("stop", Some(1.into())));
+/// assert!(requests.next().is_none());
+/// ```
 #[derive(Debug, Default)]
-pub(super) struct Requests {
+pub struct Requests {
     buffer: Vec<u8>,
     /// Bytes of the buffer that were looked at, and where they leave off.
     seen: usize,
@@ -48,48 +61,9 @@ pub(super) struct Requests {
 }
 
 impl Requests {
-    pub(super) fn push(&mut self, bytes: &[u8]) {
+    /// More has come.
+    pub fn push(&mut self, bytes: &[u8]) {
         self.buffer.extend_from_slice(bytes);
-    }
-
-    /// The next complete request, or what is wrong with it (with its id, if it has one). There is one error for a line: the next one is a
-    /// new beginning.
-    pub(super) fn next(&mut self) -> Option<Result<Request, (Failure, Option<Value>)>> {
-        if self.skipping {
-            self.skip_line(0);
-        }
-        if self.seen == 0 {
-            let blank = self.buffer.iter().take_while(|byte| byte.is_ascii_whitespace()).count();
-            self.buffer.drain(..blank);
-        }
-        let end = self.find_end();
-        let whole = end.unwrap_or(self.buffer.len());
-        if end.is_none() && (whole == 0 || whole <= MAX_REQUEST && whole < 2 * self.tried) {
-            return None;
-        }
-        let error = match serde_json::from_slice(&self.buffer[..whole]) {
-            Ok(value) => {
-                self.take(whole);
-                return Some(request(value));
-            }
-            Err(error) if error.is_eof() && end.is_none() && whole <= MAX_REQUEST => {
-                self.tried = whole;
-                return None;
-            }
-            Err(error) if end.is_none() && whole > MAX_REQUEST => {
-                // Whatever lines it has, all of them are of this request.
-                self.buffer.clear();
-                self.skip_line(0);
-                if error.is_eof() { format!("a request of more than {MAX_REQUEST} bytes") } else { error.to_string() }
-            }
-            Err(error) => {
-                let lines = self.buffer.iter().enumerate().filter(|(_, byte)| **byte == b'\n');
-                let before = lines.take(error.line().saturating_sub(1)).last().map_or(0, |(at, _)| at + 1);
-                self.skip_line(before);
-                error.to_string()
-            }
-        };
-        Some(Err((Failure::generic(format!("JSON parse error, {error}")), None)))
     }
 
     /// Where the value at the beginning of the buffer ends: with its last bracket, or else with its line.
@@ -130,6 +104,50 @@ impl Requests {
     }
 }
 
+/// Complete requests, or what is wrong with them (with the id, if there is one). There is one error for a line: the next one is a new
+/// beginning. `None`: more has to come.
+impl Iterator for Requests {
+    type Item = Result<Request, (Failure, Option<Value>)>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        if self.skipping {
+            self.skip_line(0);
+        }
+        if self.seen == 0 {
+            let blank = self.buffer.iter().take_while(|byte| byte.is_ascii_whitespace()).count();
+            self.buffer.drain(..blank);
+        }
+        let end = self.find_end();
+        let whole = end.unwrap_or(self.buffer.len());
+        if end.is_none() && (whole == 0 || whole <= MAX_REQUEST && whole < 2 * self.tried) {
+            return None;
+        }
+        let error = match serde_json::from_slice(&self.buffer[..whole]) {
+            Ok(value) => {
+                self.take(whole);
+                return Some(request(value));
+            }
+            Err(error) if error.is_eof() && end.is_none() && whole <= MAX_REQUEST => {
+                self.tried = whole;
+                return None;
+            }
+            Err(error) if end.is_none() && whole > MAX_REQUEST => {
+                // Whatever lines it has, all of them are of this request.
+                self.buffer.clear();
+                self.skip_line(0);
+                if error.is_eof() { format!("a request of more than {MAX_REQUEST} bytes") } else { error.to_string() }
+            }
+            Err(error) => {
+                let lines = self.buffer.iter().enumerate().filter(|(_, byte)| **byte == b'\n');
+                let before = lines.take(error.line().saturating_sub(1)).last().map_or(0, |(at, _)| at + 1);
+                self.skip_line(before);
+                error.to_string()
+            }
+        };
+        Some(Err((Failure::generic(format!("JSON parse error, {error}")), None)))
+    }
+}
+
 fn request(value: Value) -> Result<Request, (Failure, Option<Value>)> {
     let Value::Object(mut object) = value else {
         return Err((Failure::generic("QMP input must be a JSON object"), None));
@@ -152,8 +170,8 @@ fn request(value: Value) -> Result<Request, (Failure, Option<Value>)> {
     }
 }
 
-/// The reply to a request.
-pub(super) fn reply(result: Result<Value, Failure>, id: Option<Value>) -> Value {
+/// The reply to a request, which is one line.
+pub fn reply(result: Result<Value, Failure>, id: Option<Value>) -> Value {
     let mut reply = match result {
         Ok(value) => json!({ "return": value }),
         Err(Failure { class, desc }) => json!({ "error": { "class": class, "desc": desc } }),

@@ -112,7 +112,7 @@ fn serve(client: &UnixStream, vmm: &Arc<Vmm>, speaking: &Speaking) -> io::Result
     let mut negotiated = false;
     let mut buffer = [0; 4096];
     loop {
-        while let Some(request) = requests.next() {
+        for request in requests.by_ref() {
             let _speaking = speaking.begin();
             let mut quits = false;
             let (result, id) = match request {
