@@ -23,7 +23,7 @@ test: setup lint unit doc
 lint: setup
 	cargo fmt --all --check
 	cargo clippy --workspace --all-targets -- -D warnings
-	cargo clippy --manifest-path fuzz/Cargo.toml -- -D warnings
+	cargo clippy --manifest-path fuzz/Cargo.toml --all-targets -- -D warnings
 
 unit: setup
 	@mkdir -p target && rm -f $(SKIPPED)
@@ -57,5 +57,5 @@ bench: setup
 	cargo run --release --package qevm-conformance -- bench migrate
 
 # Every fuzz target for a minute each, from its committed seeds.
-fuzz-smoke: setup
+fuzz-smoke:
 	scripts/fuzz-smoke 60

@@ -1,2 +1,2 @@
-#![no_main]
-libfuzzer_sys::fuzz_target!(|data: &[u8]| qevm_fuzz::multifd_channel(data));
+#![cfg_attr(fuzzing, no_main)]
+qevm_fuzz::entry!(multifd_channel);

@@ -1,2 +1,2 @@
-#![no_main]
-libfuzzer_sys::fuzz_target!(|data: &[u8]| qevm_fuzz::savevm_preempt(data));
+#![cfg_attr(fuzzing, no_main)]
+qevm_fuzz::entry!(savevm_preempt);

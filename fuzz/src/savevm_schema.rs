@@ -8,7 +8,9 @@ use qevm_wire::{CountedString, Limits};
 pub fn savevm_schema(data: &[u8]) {
     let limits = Limits { elements: 1 << 16, ..Limits::default() };
     let mut parts = data.splitn(3, |b| *b == 0);
-    let (Some(idstr), Some(json), Some([version, body @ ..])) = (parts.next(), parts.next(), parts.next()) else { return };
+    let (Some(idstr), Some(json), Some([version, body @ ..])) = (parts.next(), parts.next(), parts.next()) else {
+        return;
+    };
     let Some(idstr) = CountedString::new(idstr) else { return };
     let Ok(schema) = Schema::parse(json, &limits) else { return };
     if let Ok((state, verdict)) = schema.decode(&idstr, u32::from(*version), body, 7, &limits) {

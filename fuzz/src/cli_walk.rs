@@ -1,0 +1,43 @@
+use crate::parts::parts;
+use qevm::args::RamDigest;
+use qevm::ram::Keep;
+use qevm::source::Source;
+use qevm::stream::inputs::Named;
+use qevm::stream::{Inputs, Layouts, Settings, analysis::Ignore, analyze};
+use std::io::Cursor;
+
+/// The files of one migration, as the commands of `qevm` walk over them: the first byte chooses how, the kind of each part says
+/// what it is (0 main channel, 1 page channel, 2 main channel after a recovery, 3 return path).
+///
+/// Whatever is good must be encoded to the same bytes; the report must be JSON.
+pub fn cli_walk(data: &[u8]) {
+    let [choice, files @ ..] = data else { return };
+    let seekable = choice & 1 != 0;
+    let mut inputs = Inputs::single("main", source(&[], seekable));
+    for (count, (kind, bytes)) in parts(files).take(24).enumerate() {
+        let file = Named { name: format!("file {count}"), source: source(bytes, seekable) };
+        match kind % 4 {
+            0 => inputs.main = file,
+            1 => inputs.channels.push(file),
+            2 => inputs.recovery.push(file),
+            _ => inputs.return_path.push(file),
+        }
+    }
+    let settings = Settings {
+        keep: [Keep::Nothing, Keep::Digests, Keep::Image][usize::from(choice >> 1 & 3) % 3],
+        reencode: choice & 8 == 0,
+        complete: choice & 16 != 0,
+        live: false,
+        layouts: Layouts::default(),
+    };
+    let mut analysis = analyze(&mut inputs, &settings, &mut Ignore);
+    let report = analysis.report(RamDigest::Crc32);
+    assert!(report.error.is_some() || !settings.reencode || report.reencoded_identical, "{report:?}");
+    let json = serde_json::Value::Object(report.to_json()).to_string();
+    assert!(serde_json::from_str::<serde_json::Value>(&json).is_ok());
+}
+
+fn source(bytes: &[u8], seekable: bool) -> Source {
+    let file = Cursor::new(bytes.to_vec());
+    if seekable { Source::seekable(Box::new(file), bytes.len() as u64) } else { Source::stream(Box::new(file)) }
+}
