@@ -1,10 +1,16 @@
 use crate::parts::parts;
 use qevm::args::RamDigest;
+use qevm::bounds::Spool;
 use qevm::ram::Keep;
 use qevm::source::Source;
 use qevm::stream::inputs::Named;
 use qevm::stream::{Inputs, Layouts, Settings, analysis::Ignore, analyze};
 use std::io::Cursor;
+
+/// Room for temporary files.
+const SPOOL: u64 = 64 << 20;
+/// Guest memory of which contents are kept.
+const MAX_RAM: u64 = 1 << 30;
 
 /// The files of one migration, as the commands of `qevm` walk over them: the first byte chooses how, the kind of each part says
 /// what it is (0 main channel, 1 page channel, 2 main channel after a recovery, 3 return path).
@@ -23,17 +29,20 @@ pub fn cli_walk(data: &[u8]) {
             _ => inputs.return_path.push(file),
         }
     }
+    let keep = [Keep::Nothing, Keep::Digests, Keep::Image][usize::from(choice >> 1 & 3) % 3];
     let settings = Settings {
-        keep: [Keep::Nothing, Keep::Digests, Keep::Image][usize::from(choice >> 1 & 3) % 3],
+        keep,
         reencode: choice & 8 == 0,
         complete: choice & 16 != 0,
         live: false,
         layouts: Layouts::default(),
+        spool: Spool::new(SPOOL),
+        max_ram: if keep == Keep::Image { MAX_RAM } else { u64::MAX },
     };
     let mut analysis = analyze(&mut inputs, &settings, &mut Ignore);
     let report = analysis.report(RamDigest::Crc32);
     assert!(report.error.is_some() || !settings.reencode || report.reencoded_identical, "{report:?}");
-    let json = serde_json::Value::Object(report.to_json()).to_string();
+    let json = serde_json::to_string(&report).expect("a report can be written");
     assert!(serde_json::from_str::<serde_json::Value>(&json).is_ok());
 }
 

@@ -3,7 +3,7 @@ use qevm_multifd::{
     ChannelDecoder, ChannelEncoder, ChannelOptions, DeviceState, EncoderOptions, Ending, Event, PacketLayout,
     VfioDeviceState,
 };
-use qevm_wire::{Limits, Step, Writer};
+use qevm_wire::{Decode, Limits, Step, Writer};
 use std::collections::BTreeMap;
 
 /// The parts are page channels of one migration over which the state of devices travels: each device's payloads are numbered, and
@@ -37,7 +37,7 @@ fn read<'a>(channel: &'a [u8], devices: &mut Devices<'a>) {
     let mut decoder = ChannelDecoder::new(ChannelOptions::default());
     let options = EncoderOptions { layout: PacketLayout::ZeroPages, ..EncoderOptions::default() };
     let (mut encoder, mut again, mut position) = (ChannelEncoder::new(options), Writer::new(), 0);
-    decoder.end_of_input(Ending::Closed);
+    decoder.ended(Ending::Closed);
     loop {
         match decoder.next(&channel[position..]) {
             Ok(Step::Event { consumed, event }) => {

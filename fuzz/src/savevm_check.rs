@@ -2,7 +2,7 @@ use crate::parts::parts;
 use qevm_savevm::check::{Expectations, Outcome, Summary, check};
 use qevm_savevm::vmdesc::{Description, Schema};
 use qevm_savevm::{Decoder, DecoderOptions, Event, Step};
-use qevm_wire::Limits;
+use qevm_wire::{Decode, Limits};
 
 /// The input has two parts: a stream, and what is known of its destination, which is another stream or the output of
 /// `-dump-vmstate`.

@@ -3,7 +3,7 @@
 use std::io;
 
 use qevm_multifd::{ChannelDecoder, ChannelOptions, Ending, Event, is_page_channel};
-use qevm_wire::Step;
+use qevm_wire::{Decode, Step};
 
 use crate::stream::contents;
 use crate::{Recording, Seeds, parts};
@@ -54,7 +54,7 @@ pub(crate) fn seeds(recordings: &[Recording]) -> io::Result<()> {
 /// whether there is any with pages.
 fn packets(channel: &[u8]) -> (Vec<u8>, bool) {
     let mut decoder = ChannelDecoder::new(ChannelOptions::default());
-    decoder.end_of_input(Ending::Closed);
+    decoder.ended(Ending::Closed);
     let (mut kept, mut pages, mut room) = (Vec::new(), false, true);
     let (mut position, mut start, mut payload) = (0, 0, 0);
     loop {

@@ -4,7 +4,7 @@
 use std::io;
 
 use qevm_multifd::{ChannelDecoder, ChannelOptions, DeviceState, Ending, VfioDeviceState, is_page_channel};
-use qevm_wire::{CountedString, Step, Writer};
+use qevm_wire::{CountedString, Decode, Step, Writer};
 
 use crate::{Recording, Seeds, parts};
 
@@ -40,7 +40,7 @@ fn start(channel: &[u8]) -> Option<Vec<u8>> {
         return None;
     }
     let mut decoder = ChannelDecoder::new(ChannelOptions::default());
-    decoder.end_of_input(Ending::Closed);
+    decoder.ended(Ending::Closed);
     match decoder.next(channel) {
         Ok(Step::Event { consumed, .. }) => Some(channel[..consumed].to_vec()),
         _ => None,

@@ -8,7 +8,7 @@ use qevm_savevm::mapped_ram::MappedBlock;
 use qevm_savevm::ram::RamRecord;
 use qevm_savevm::vmdesc::{Catalogue, Found};
 use qevm_savevm::{Decoder, DecoderOptions, Encoder, Event, Step};
-use qevm_wire::{QemuVersion, Writer};
+use qevm_wire::{Decode, QemuVersion, Writer};
 
 use crate::{Recording, Seeds, parts};
 
