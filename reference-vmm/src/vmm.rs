@@ -3,6 +3,7 @@
 mod actions;
 mod dirty_limit;
 mod guest;
+mod incoming;
 mod lifecycle;
 
 pub use actions::{ACTIONS, Actions, Reboot, Shutdown, UnknownAction};
@@ -13,8 +14,8 @@ use crate::descriptors::Descriptors;
 use crate::dirty_rate::{self, Gauge};
 use crate::machine::{Machine, Stop};
 use crate::migration::{
-    Address, Arrival, Guest, GuestError, Incoming, Job, Listener, MigrationError, Mode, Notice, Outgoing, RULES,
-    Refused, check_transport, migrate, monotonic_now, receive,
+    Address, Guest, GuestError, Job, MigrationError, Mode, Notice, Outgoing, RULES, Refused, check_transport, migrate,
+    monotonic_now,
 };
 use qevm_multifd::compression::Compression;
 use qevm_wire::{Profile, QemuVersion, capability::Context};
@@ -101,12 +102,6 @@ pub struct Vmm {
     subscriber: Mutex<Option<mpsc::Sender<Event>>>,
 }
 
-/// Where a guest comes from.
-enum Entrance {
-    Socket(Listener),
-    Open(Incoming),
-}
-
 struct State {
     run_state: RunState,
     /// Start the guest when it has arrived, if it ran at the source.
@@ -122,6 +117,8 @@ struct State {
     saved: bool,
     /// A migration has brought the guest, which may not have been started yet.
     loaded: bool,
+    /// An incoming migration has failed and left something in the RAM.
+    tried: bool,
 }
 
 /// Why the monitor ends.
@@ -175,6 +172,7 @@ impl Vmm {
             reset_wanted: false,
             saved: false,
             loaded: false,
+            tried: false,
         };
         let (asks, asked) = mpsc::channel();
         let vmm = Arc::new(Vmm {
@@ -382,65 +380,6 @@ impl Vmm {
                 tracing::warn!("migration to {address} failed: {error}");
             }
         });
-        Ok(())
-    }
-
-    /// Listens for an incoming migration, or takes it from a command, descriptor or file, which goes on in a thread of its own.
-    ///
-    /// # Errors
-    /// [`MigrationError::Listen`]; [`MigrationError::Capability`] for capabilities that do not go with the transport; and what
-    /// [`Incoming::open`] says. Another address may be tried then.
-    pub fn listen(self: &Arc<Self>, address: &Address) -> Result<(), MigrationError> {
-        check_transport(address, &self.outgoing)?;
-        let entrance = match address {
-            Address::Tcp { .. } | Address::Unix(_) => Entrance::Socket(Listener::bind(address)?),
-            _ => Entrance::Open(Incoming::open(address, &self.outgoing, &mut self.descriptors())?),
-        };
-        // Refused only while one is under way, which then has its own.
-        let _ = self.incoming.set_capabilities(self.outgoing.capabilities());
-        self.incoming.set_parameters(self.outgoing.parameters());
-        // Whoever looks for an incoming migration finds it from now on.
-        let _ = self.incoming.begin();
-        self.lock().listening = Some(match &entrance {
-            Entrance::Socket(listener) => listener.address().clone(),
-            Entrance::Open(_) => address.clone(),
-        });
-        let vmm = self.clone();
-        thread::spawn(move || {
-            let connections = match entrance {
-                Entrance::Socket(listener) => Incoming::accept(&listener, &vmm.incoming, &vmm.profile()),
-                Entrance::Open(connections) => Ok(connections),
-            };
-            let result = connections.and_then(|connections| vmm.take_in(connections));
-            if let Err(error) = result {
-                vmm.end(Exit::IncomingFailed(format!("load of migration failed: {error}")));
-            }
-        });
-        Ok(())
-    }
-
-    /// Whether an incoming migration was asked for at the start.
-    pub fn expects_guest(&self) -> bool {
-        self.lock().incoming
-    }
-
-    /// Whether an incoming migration was asked for that has not begun to listen.
-    pub fn may_listen(&self) -> bool {
-        let state = self.lock();
-        state.incoming && state.listening.is_none()
-    }
-
-    fn take_in(&self, connections: Incoming) -> Result<(), MigrationError> {
-        let Arrival { running, .. } = receive(self, connections, &self.incoming, &self.profile())?;
-        let autostart = self.lock().autostart;
-        let started = if running && autostart { self.start().map(|()| true) } else { Ok(false) };
-        if let Err(error) = &started {
-            // It has left the source, so that it must not be lost here.
-            tracing::error!("the guest has arrived and cannot be started ({error}): say 'cont' when that is mended");
-        }
-        if !started.unwrap_or(false) {
-            self.lock().run_state = RunState::Paused;
-        }
         Ok(())
     }
 

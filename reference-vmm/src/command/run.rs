@@ -106,7 +106,7 @@ impl Run {
             vmm.machine().can_run()?;
         }
         match &self.incoming {
-            Some(Incoming::From(address)) => vmm.listen(address)?,
+            Some(Incoming::From(address)) => vmm.listen(address, true)?,
             Some(Incoming::Defer) => {}
             None if self.paused => vmm.machine().activate()?,
             None => vmm.cont().map_err(anyhow::Error::from_boxed)?,

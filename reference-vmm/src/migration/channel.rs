@@ -123,6 +123,19 @@ pub trait Channel: Send + Sync + fmt::Debug {
         Ok(0)
     }
 
+    /// Whether the peer can still send: it has neither closed the connection nor ended its direction, where that can be known.
+    ///
+    /// # Errors
+    /// The connection was reset, or broke otherwise.
+    fn is_open(&self) -> io::Result<bool> {
+        Ok(true)
+    }
+
+    /// Whether anything can be written to the peer at all.
+    fn answers(&self) -> bool {
+        true
+    }
+
     /// Ends the writing direction and waits until what was written has been taken, where that can be known: until a command has ended.
     ///
     /// # Errors

@@ -1,7 +1,9 @@
 //! The destination engine: reads a stream into a guest that has not run yet.
 
+mod loader;
+
 use super::{
-    Channel, DeviceSection, Guest, Incoming, Job, LoadError, MigrationError, Status,
+    Channel, Doubt, Guest, Incoming, Job, LoadError, MigrationError, Status,
     channel::{Source, Target, write_all},
     handover,
     inlet::Inlet,
@@ -9,23 +11,15 @@ use super::{
     page_file,
     page_file::PageFile,
     ram_receiver::{Listed, RamReceiver},
+    verdict,
 };
+use loader::{Loader, RamSection, Then};
 use qevm_multifd::is_page_channel;
-use qevm_returnpath::{
-    Message,
-    switchover::{Ack, DestinationGate},
-};
-use qevm_savevm::{
-    Decoder, DecoderOptions, Event, Step,
-    command::Command,
-    configuration::{Configuration, ConfigurationSubsection},
-    framing::{Content, SectionHeader, SectionKind},
-    mapped_ram::MappedBlock,
-    ram::{RamBlock, RamRecord},
-    vfio::VfioRecord,
-};
-use qevm_wire::{Decode, Located, PageGeometry, Profile, WireError, Writer};
+use qevm_returnpath::{Message, switchover::DestinationGate};
+use qevm_savevm::{Decoder, DecoderOptions, Event, Step, framing::Content, mapped_ram::MappedBlock, ram::RamBlock};
+use qevm_wire::{Decode, Limits, Located, Profile, WireError, Writer};
 use std::{
+    collections::HashSet,
     sync::{
         Mutex, OnceLock, PoisonError,
         atomic::{AtomicBool, Ordering},
@@ -47,12 +41,12 @@ pub struct Arrival {
 
 /// Reads a migration from `connections` into `guest`, which has not run yet, and does not start it.
 ///
-/// The caller has claimed `job` with [`Job::begin`]. When this returns, the guest is wholly here and the source will not
-/// run it again; whether it is to run is in the result.
+/// The caller has claimed `job` with [`Job::begin`], and ends it with [`Job::end`] when it has started the guest or the failure is
+/// dealt with. When this returns, the guest is wholly here and the source will not run it again; whether it is to run is in the result.
 ///
 /// # Errors
 /// [`MigrationError`], naming byte offset and path for a bad stream. The source has been told, if it opened a return
-/// path, and the guest must not run here.
+/// path, and the guest must not run here. With [`MigrationError::Undecided`] it is wholly here, and may run at the source.
 pub fn receive(
     guest: &dyn Guest,
     connections: Incoming,
@@ -69,15 +63,19 @@ pub fn receive(
         ended: AtomicBool::new(false),
     });
     let page_channels: Vec<_> = pages.iter().map(|stream| stream.channel().clone()).collect();
+    let limits = Limits { device_state: DEVICE_STATE, device_section: DEVICE_STATE, ..Limits::default() };
     let mut engine = Engine {
         channel: &*main,
         inlet: Inlet::new(&*main, &first, offset),
-        decoder: Decoder::new(DecoderOptions { vmdesc: profile.vmdesc, offset, ..DecoderOptions::default() }),
+        decoder: Decoder::new(DecoderOptions { vmdesc: profile.vmdesc, offset, limits, ..DecoderOptions::default() }),
         loader: Loader {
             guest,
             ram: RamReceiver::default(),
             devices: Vec::new(),
+            came: HashSet::new(),
+            ram_section: RamSection::Awaited,
             section: None,
+            answers: main.answers(),
             return_path: false,
             confirmation: false,
             mapped_ram: job.capabilities().mapped_ram,
@@ -96,7 +94,7 @@ pub fn receive(
         if let Some((settings, channels)) = settings.as_ref().zip(channels.as_ref()) {
             for mut stream in pages {
                 let main = &*main;
-                scope.spawn(move || {
+                let spawned = thread::Builder::new().spawn_scoped(scope, move || {
                     let compression = settings.compression;
                     let done = receive_pages(guest, &mut stream, compression, &channels.listed, &channels.gate);
                     if let Err(error) = done
@@ -106,6 +104,13 @@ pub fn receive(
                         main.stop_reading();
                     }
                 });
+                if let Err(error) = spawned {
+                    channels.fail(MigrationError::Guest {
+                        doing: "start a thread for a page channel",
+                        source: error.into(),
+                    });
+                    main.stop_reading();
+                }
             }
         }
         let result = attached.and_then(|()| engine.run(job));
@@ -116,11 +121,15 @@ pub fn receive(
             (Err(error), None) if is_cut(&error) && !engine.has_pages() => Err(misfit.unwrap_or(error)),
             (result, _) => result,
         };
-        if result.is_err() {
-            engine.report(&Message::Shut { status: FAILURE });
-            main.finish_writing();
-            if engine.loader.return_path {
-                linger(&*main);
+        if let Err(error) = &result {
+            // Whoever runs it has the disks.
+            guest.inactivate();
+            if !matches!(error, MigrationError::Undecided(_)) {
+                engine.report(&Message::Shut { status: FAILURE });
+                main.finish_writing();
+                if engine.loader.return_path {
+                    linger(&*main);
+                }
             }
         }
         if let Some(channels) = &channels {
@@ -135,7 +144,6 @@ pub fn receive(
         statistics.ram.transferred =
             engine.received() + channels.as_ref().map_or(0, |channels| channels.gate.received());
     });
-    job.end(result.as_ref().err());
     main.finish_writing();
     result
 }
@@ -143,17 +151,29 @@ pub fn receive(
 /// Gives the source time to read the verdict and to close: a socket that is closed while something unread arrives takes back
 /// what it has said, and the source would know of a broken pipe only.
 fn linger(main: &dyn Channel) {
-    let (closed, wait) = mpsc::channel();
-    thread::scope(|scope| {
-        scope.spawn(move || {
-            let mut unread = vec![0; 64 << 10];
-            while main.read(&mut [Target::bytes(&mut unread)]).is_ok_and(|count| count > 0) {}
-            // The other end waits no longer than it wants to.
-            let _ = closed.send(());
-        });
-        let _ = wait.recv_timeout(LINGER);
-        main.stop_reading();
+    within(LINGER, main, || {
+        let mut unread = vec![0; 64 << 10];
+        while main.read(&mut [Target::bytes(&mut unread)]).is_ok_and(|count| count > 0) {}
     });
+}
+
+/// Does something that reads from `main`, which reads no more when `patience` is over.
+fn within<T>(patience: Duration, main: &dyn Channel, read: impl FnOnce() -> T) -> T {
+    let (done, wait) = mpsc::channel::<()>();
+    thread::scope(|scope| {
+        let watch = thread::Builder::new().spawn_scoped(scope, move || {
+            if wait.recv_timeout(patience) == Err(mpsc::RecvTimeoutError::Timeout) {
+                main.stop_reading();
+            }
+        });
+        if watch.is_err() {
+            // Without a thread that watches, nobody may wait.
+            main.stop_reading();
+        }
+        let result = read();
+        drop(done);
+        result
+    })
 }
 
 /// What the threads of the page channels share with that of the main channel.
@@ -181,8 +201,8 @@ impl PageChannels {
 
 /// How long the source may take to close after it was told of a failure.
 const LINGER: Duration = Duration::from_secs(1);
-/// The capability that both sides must agree on and that is supported here.
-const MAPPED_RAM: &str = "mapped-ram";
+/// Bytes that the state of all devices of a machine may have; with a full console it is some hundred kilobytes.
+const DEVICE_STATE: u64 = 64 << 20;
 /// Status of SHUT when the guest has arrived.
 const SUCCESS: u32 = 0;
 /// Status of SHUT when it has not.
@@ -225,6 +245,7 @@ impl Engine<'_> {
         if let Some(pages) = self.pages {
             pages.gate.main_end().map_err(|error| self.place(error.into(), self.decoder.offset()))?;
         }
+        self.loader.check_complete().map_err(|error| self.place(error, self.decoder.offset()))?;
         let running = self.loader.guest.load_devices(&self.loader.devices).map_err(|error| {
             let error = Located::new(LoadError::Devices(error), self.decoder.offset());
             MigrationError::from(error)
@@ -235,9 +256,12 @@ impl Engine<'_> {
             activated.map_err(|error| Located::new(LoadError::Devices(error), self.decoder.offset()))?;
         }
         job.check()?;
-        self.report(&Message::Shut { status: SUCCESS });
+        let verdict = Message::Shut { status: SUCCESS };
         if self.loader.confirmation {
+            verdict::send(self.channel, &verdict).map_err(MigrationError::from)?;
             self.await_confirmation()?;
+        } else if self.loader.return_path {
+            verdict::deliver(self.channel, &verdict, verdict::PATIENCE).map_err(MigrationError::from)?;
         }
         job.handed_over()?;
         Ok(Arrival { running, bytes: self.received() })
@@ -346,9 +370,9 @@ impl Engine<'_> {
     /// Waits for the source to say that it will not run the guest again.
     fn await_confirmation(&mut self) -> Result<(), MigrationError> {
         let expected = handover::confirmation()?;
-        let arrived = self.inlet.fill(expected.len());
+        let arrived = within(verdict::PATIENCE, self.channel, || self.inlet.fill(expected.len()));
         if !matches!(arrived, Ok(true)) || !self.inlet.bytes().starts_with(&expected) {
-            return Err(MigrationError::NotHandedOver);
+            return Err(Doubt::NotConfirmed.into());
         }
         self.inlet.consume(expected.len());
         Ok(())
@@ -389,135 +413,4 @@ fn is_cut(error: &MigrationError) -> bool {
 
 fn located(error: qevm_savevm::Error) -> Located<LoadError> {
     error.map(LoadError::from)
-}
-
-/// What the events mean for the guest.
-struct Loader<'e> {
-    guest: &'e dyn Guest,
-    ram: RamReceiver<'e>,
-    devices: Vec<DeviceSection>,
-    /// The device section that is open.
-    section: Option<SectionHeader>,
-    /// The source listens.
-    return_path: bool,
-    /// The source confirms the handover.
-    confirmation: bool,
-    /// Capability `mapped-ram` is on here.
-    mapped_ram: bool,
-    /// Says when to agree to the switchover. No device of this machine wants to be asked.
-    gate: DestinationGate,
-}
-
-/// What is to be done behind an event.
-enum Then<'e> {
-    GoOn,
-    /// The next bytes belong there.
-    Page(VolatileSlice<'e>),
-    /// The pages of this block are in the file.
-    Block(RamBlock),
-    /// The source is to hear this.
-    Answer(Message),
-    /// The page channels may have to be waited for.
-    Synchronise(Mark),
-}
-
-impl<'e> Loader<'e> {
-    fn take(&mut self, event: &Event<'_>) -> Result<Then<'e>, LoadError> {
-        match event {
-            Event::Ram(RamRecord::Page(page)) => return Ok(Then::Page(self.ram.page(page))),
-            Event::Ram(RamRecord::MultifdFlush) => return Ok(Then::Synchronise(Mark::Flush)),
-            Event::Ram(RamRecord::EndOfSection) => return Ok(Then::Synchronise(Mark::Eos)),
-            Event::Ram(record) => {
-                self.ram.record(self.guest, record)?;
-                if let RamRecord::Block(block) = record
-                    && block.mapped_ram.is_some()
-                {
-                    return Ok(Then::Block(block.clone()));
-                }
-            }
-            Event::Configuration(configuration) => self.compare(configuration)?,
-            Event::Section { kind, header } => self.open(*kind, header)?,
-            Event::Body(body) => {
-                if let Some(SectionHeader { idstr, instance_id, version_id, .. }) = self.section.take() {
-                    self.devices.push(DeviceSection { idstr, instance_id, version_id, body: body.to_vec() });
-                }
-            }
-            Event::Vfio(VfioRecord::Setup | VfioRecord::Data { .. } | VfioRecord::EndOfState) => {}
-            Event::Command(Command::OpenReturnPath) => {
-                self.return_path = true;
-                if self.gate.return_path_opened()? == Ack::Send {
-                    return Ok(Then::Answer(Message::SwitchoverAck));
-                }
-            }
-            Event::Command(Command::Ping(handover::ANNOUNCE)) => {
-                self.confirmation = self.return_path;
-                return Ok(Then::Answer(Message::Pong { value: handover::AGREED }));
-            }
-            Event::Command(Command::Ping(value)) => return Ok(Then::Answer(Message::Pong { value: *value })),
-            Event::Command(Command::SwitchoverStart) => {}
-            Event::Command(command) => {
-                let capability = match command {
-                    Command::EnableColo => "x-colo",
-                    _ => "postcopy-ram",
-                };
-                let name = command.name();
-                return Err(LoadError::Unsupported(format!(
-                    "command {name} of capability '{capability}' (turn it off at the source)"
-                )));
-            }
-            Event::Header
-            | Event::SectionPart { .. }
-            | Event::SectionFooter { .. }
-            | Event::Eof
-            | Event::VmDescription { .. } => {}
-            other => return Err(LoadError::Unsupported(format!("{other:?}"))),
-        }
-        Ok(Then::GoOn)
-    }
-
-    fn open(&mut self, kind: SectionKind, header: &SectionHeader) -> Result<(), LoadError> {
-        let SectionHeader { idstr, instance_id, .. } = header;
-        match header.content() {
-            Content::Ram if *instance_id == 0 => {}
-            // Their configuration, which is a FULL section, comes with devices on PCI; this machine has none.
-            Content::Vfio
-                if kind == SectionKind::Start && *instance_id == 0 && self.guest.has_iterative_device(idstr) => {}
-            Content::Opaque if kind == SectionKind::Full && self.guest.has_device(idstr, *instance_id) => {
-                self.section = Some(header.clone());
-            }
-            _ => return Err(LoadError::UnknownSection { idstr: idstr.clone(), instance_id: *instance_id }),
-        }
-        Ok(())
-    }
-
-    fn compare(&self, configuration: &Configuration) -> Result<(), LoadError> {
-        let expected = self.guest.machine_type();
-        // QEMU compares as many bytes as were sent.
-        if !expected.as_bytes().starts_with(&configuration.machine) {
-            let found = configuration.machine.escape_ascii().to_string();
-            return Err(LoadError::MachineType { found, expected: expected.into() });
-        }
-        let (here, there) = (self.mapped_ram, configuration.has_capability(MAPPED_RAM));
-        if here != there {
-            return Err(LoadError::CapabilityDiffers { name: MAPPED_RAM, here });
-        }
-        for subsection in &configuration.subsections {
-            match subsection {
-                ConfigurationSubsection::TargetPageBits(_) => {
-                    let found = configuration.page_geometry().map_or(0, PageGeometry::size);
-                    if found != PageGeometry::X86.size() {
-                        return Err(LoadError::PageSize { found, expected: PageGeometry::X86.size() });
-                    }
-                }
-                ConfigurationSubsection::Capabilities(names) => {
-                    if let Some(found) = names.iter().find(|name| *name != MAPPED_RAM).cloned() {
-                        return Err(LoadError::Capability { found });
-                    }
-                }
-                // This machine has no UUID to compare with, and QEMU without one does not compare either.
-                _ => {}
-            }
-        }
-        Ok(())
-    }
 }

@@ -1,6 +1,6 @@
 //! Why a migration failed.
 
-use super::{Address, BadCapability, GuestError, ReturnPathError};
+use super::{Address, BadCapability, Doubt, GuestError, ReturnPathError};
 use crate::descriptors::BadDescriptor;
 use qevm_savevm::mapped_ram::MappedRamError;
 use qevm_wire::{Blame, CountedString, Fault, Located};
@@ -91,9 +91,13 @@ pub enum MigrationError {
     /// What arrived cannot be loaded.
     #[error(transparent)]
     Load(#[from] Located<LoadError>),
-    /// The source went away after the guest had arrived, without handing it over: it goes on there.
-    #[error("the source did not confirm the handover: the guest stays there")]
-    NotHandedOver,
+    /// The guest has arrived, and it is not certain that the source leaves it to this destination: it stays paused here, and whoever
+    /// can look at the source has to decide.
+    #[error(
+        "{0}; the guest is here and paused: if it runs at the source, say 'quit' here; only if it is certain that it does not run \
+         there and never will, say 'cont' here"
+    )]
+    Undecided(#[from] Doubt),
     /// A part of the guest reported an error.
     #[error("cannot {doing}: {source}")]
     Guest {
@@ -212,6 +216,26 @@ pub enum LoadError {
         /// Its instance.
         instance_id: u32,
     },
+    /// A section that has come before: each device, and `ram`, comes once.
+    #[error("section '{idstr}' {instance_id} has come before")]
+    SectionAgain {
+        /// The section's name.
+        idstr: CountedString,
+        /// Its instance.
+        instance_id: u32,
+    },
+    /// The stream is over, and guest memory is not complete.
+    #[error("the stream ends without {missing} of section 'ram': guest memory is not complete")]
+    RamIncomplete {
+        /// START or END.
+        missing: &'static str,
+    },
+    /// A RAM block of this machine that the source has not listed.
+    #[error("RAM block '{name}' did not arrive; start the source with this machine's devices and firmware")]
+    MissingRamBlock {
+        /// The block.
+        name: String,
+    },
     /// Target pages of another size.
     #[error("target pages of {found} bytes, {expected} expected")]
     PageSize {
@@ -292,6 +316,7 @@ impl Blame for LoadError {
             LoadError::Multifd(kind) => kind.fault(),
             LoadError::MappedRam(kind) => kind.fault(),
             LoadError::File { .. } => Fault::Truncated,
+            LoadError::SectionAgain { .. } | LoadError::RamIncomplete { .. } => Fault::Malformed,
             LoadError::CapabilityDiffers { .. }
             | LoadError::MultifdOff
             | LoadError::MachineType { .. }
@@ -299,6 +324,7 @@ impl Blame for LoadError {
             | LoadError::UnknownRamBlock { .. }
             | LoadError::RamBlockSize { .. }
             | LoadError::UnknownSection { .. }
+            | LoadError::MissingRamBlock { .. }
             | LoadError::PageSize { .. }
             | LoadError::Devices(_) => Fault::Mismatch,
         }

@@ -14,7 +14,7 @@
 //! | `pending`, [`switchover`] | what remains of everything, and when to stop the guest |
 //! | `source`, `return_path` | [`migrate`]: the source engine |
 //! | `inlet`, `touched`, `ram_receiver`, `destination` | [`receive`]: the destination engine |
-//! | `handover` | who runs the guest when the connection breaks in the last moment |
+//! | `handover`, `verdict` | who runs the guest when the connection breaks in the last moment |
 //! | `job`, `statistics` | control and what `query-migrate` reports |
 //!
 //! # Promises
@@ -22,7 +22,7 @@
 //! * Until the destination has everything and says so, every failure leaves the source's guest running (if it ran).
 //! * A page that changes after it was sent is sent again: a page leaves the set of dirty pages, and its log is reset,
 //!   before it is read.
-//! * The guest never runs on both sides; see `handover` for the one thing the network can still spoil.
+//! * The guest never runs on both sides; see `handover` and `verdict` for what the network can still spoil.
 
 mod address;
 mod arrivals;
@@ -56,6 +56,7 @@ mod statistics;
 mod strangers;
 pub mod switchover;
 mod touched;
+mod verdict;
 mod zero;
 
 pub(crate) use capabilities::RULES;
@@ -76,3 +77,4 @@ pub use return_path::ReturnPathError;
 pub use socket::{Listener, Socket};
 pub use source::{migrate, monotonic_now};
 pub use statistics::{RamStatistics, RoundStatistics, Statistics, Status};
+pub use verdict::Doubt;

@@ -164,6 +164,10 @@ impl Channel for Pipe {
         }
     }
 
+    fn answers(&self) -> bool {
+        self.directions().1
+    }
+
     fn finish_writing(&self) {
         // The descriptor is closed when nobody writes to it any more, and the other end reads to the end.
         *lock(&self.writer) = None;

@@ -4,6 +4,7 @@ use super::{
     Address, Channel, MigrationError,
     channel::{MAX_PARTS, Source, Target},
 };
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use std::{
     fmt, fs, io,
     io::Read,
@@ -165,6 +166,19 @@ impl Channel for Socket {
             0 => Ok(u64::try_from(bytes).unwrap_or(0)),
             _ => Err(io::Error::last_os_error()),
         }
+    }
+
+    fn is_open(&self) -> io::Result<bool> {
+        let error = match self {
+            Socket::Tcp(stream) => stream.take_error(),
+            Socket::Unix(stream) => stream.take_error(),
+        };
+        if let Some(error) = error? {
+            return Err(error);
+        }
+        let mut entries = [PollFd::from_borrowed_fd(self.as_fd(), PollFlags::RDHUP)];
+        poll(&mut entries, Some(&Timespec::default()))?;
+        Ok(entries[0].revents().is_empty())
     }
 
     fn finish_writing(&self) {

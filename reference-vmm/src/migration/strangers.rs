@@ -197,7 +197,8 @@ impl Strangers {
         listener: &Listener,
         dropped: &mut dyn FnMut(Dropped),
     ) -> Result<(), MigrationError> {
-        for _ in 0..ACCEPTED_AT_ONCE {
+        // Nobody makes room who has not been heard.
+        for _ in 0..ACCEPTED_AT_ONCE.min(self.room.div_ceil(2)) {
             match listener.try_accept() {
                 Ok(None) => return Ok(()),
                 Ok(Some((socket, caller))) => {

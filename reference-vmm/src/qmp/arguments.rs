@@ -60,7 +60,7 @@ impl Arguments {
         self.optional_flag(name)?.ok_or_else(|| self.missing(name))
     }
 
-    fn optional_flag(&mut self, name: &str) -> Result<Option<bool>, Failure> {
+    pub(super) fn optional_flag(&mut self, name: &str) -> Result<Option<bool>, Failure> {
         match self.take(name) {
             None => Ok(None),
             Some(Value::Bool(flag)) => Ok(Some(flag)),

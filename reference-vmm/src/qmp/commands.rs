@@ -174,7 +174,7 @@ fn migrate(vmm: &Arc<Vmm>, arguments: &mut Arguments) -> Result<Value, Failure> 
 
 fn migrate_incoming(vmm: &Arc<Vmm>, arguments: &mut Arguments) -> Result<Value, Failure> {
     let address = place(arguments)?;
-    arguments.flag("exit-on-error")?;
+    let exit_on_error = arguments.optional_flag("exit-on-error")?.unwrap_or(true);
     only(arguments)?;
     if !vmm.expects_guest() {
         return Err(Failure::generic("'-incoming' was not specified on the command line"));
@@ -182,7 +182,7 @@ fn migrate_incoming(vmm: &Arc<Vmm>, arguments: &mut Arguments) -> Result<Value, 
     if !vmm.may_listen() {
         return Err(Failure::generic("The incoming migration has already been started"));
     }
-    vmm.listen(&address.look_at()?).map_err(|error| Failure::generic(error.to_string()))?;
+    vmm.listen(&address.look_at()?, exit_on_error).map_err(|error| Failure::generic(error.to_string()))?;
     Ok(empty())
 }
 

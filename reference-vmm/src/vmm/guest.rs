@@ -29,7 +29,9 @@ impl Guest for Vmm {
     }
 
     fn ram(&self) -> Vec<RamView<'_>> {
-        self.machine.ram()
+        // What an incoming migration has left that failed is still there when the next one comes.
+        let tried = self.lock().tried;
+        self.machine.ram().into_iter().map(|view| RamView { pristine: view.pristine && !tried, ..view }).collect()
     }
 
     fn prepare(&self) {

@@ -26,9 +26,9 @@ const PAYLOAD: &str = "dirty=1M rate=4M hold=1M zero=1M verify=16384 report=20";
 const POLL: Duration = Duration::from_millis(5);
 
 /// A monitor that is killed when this is dropped.
-struct Monitor {
-    child: Child,
-    qmp: Client,
+pub(crate) struct Monitor {
+    pub(crate) child: Child,
+    pub(crate) qmp: Client,
     serial: PathBuf,
     stderr: PathBuf,
     socket: PathBuf,
@@ -42,10 +42,22 @@ impl Drop for Monitor {
 }
 
 impl Monitor {
-    fn start(directory: &Path, name: &str, payload: &str, options: &[&str]) -> Monitor {
+    pub(crate) fn start(directory: &Path, name: &str, payload: &str, options: &[&str]) -> Monitor {
+        Monitor::run(Command::new(env!("CARGO_BIN_EXE_reference-vmm")), directory, name, payload, options)
+    }
+
+    /// A monitor that may have so many descriptors.
+    pub(crate) fn with_descriptors(limit: u32, directory: &Path, name: &str, options: &[&str]) -> Monitor {
+        let mut shell = Command::new("sh");
+        let program = env!("CARGO_BIN_EXE_reference-vmm");
+        shell.args(["-c", &format!("ulimit -n {limit}; exec {program} \"$@\""), "sh"]);
+        Monitor::run(shell, directory, name, "", options)
+    }
+
+    fn run(mut command: Command, directory: &Path, name: &str, payload: &str, options: &[&str]) -> Monitor {
         let file = |kind: &str| directory.join(format!("{name}.{kind}"));
         let (serial, stderr, socket) = (file("serial"), file("stderr"), file("qmp"));
-        let child = Command::new(env!("CARGO_BIN_EXE_reference-vmm"))
+        let child = command
             .args(["run", "--memory", "32M", "--qmp", &format!("unix:{}", socket.display())])
             .args(["--serial", &format!("file:{}", serial.display())])
             .args(["--fw-cfg", &format!("name=opt/qevm/payload,string={PAYLOAD} {payload}")])
@@ -60,11 +72,11 @@ impl Monitor {
         Monitor { child, qmp, serial, stderr, socket }
     }
 
-    fn execute(&mut self, command: &str, arguments: Value) -> Value {
+    pub(crate) fn execute(&mut self, command: &str, arguments: Value) -> Value {
         self.qmp.execute(command, arguments).unwrap_or_else(|error| panic!("{error}: {}", self.said()))
     }
 
-    fn status(&mut self) -> String {
+    pub(crate) fn status(&mut self) -> String {
         self.execute("query-status", json!({}))["status"].as_str().unwrap().to_owned()
     }
 
@@ -74,7 +86,7 @@ impl Monitor {
     }
 
     /// Waits until as many events have come, and gives all.
-    fn wait_for_events(&mut self, wanted: &[&str]) {
+    pub(crate) fn wait_for_events(&mut self, wanted: &[&str]) {
         let deadline = Instant::now() + PATIENCE;
         loop {
             self.execute("query-status", json!({}));
@@ -90,7 +102,7 @@ impl Monitor {
     }
 
     /// What comes until the monitor closes its socket, and how it ends.
-    fn end(&mut self) -> (Vec<String>, ExitStatus) {
+    pub(crate) fn end(&mut self) -> (Vec<String>, ExitStatus) {
         self.qmp.wait_for_end().unwrap();
         let deadline = Instant::now() + PATIENCE;
         let status = loop {
@@ -103,11 +115,11 @@ impl Monitor {
         (self.events(), status)
     }
 
-    fn text(&self) -> String {
+    pub(crate) fn text(&self) -> String {
         String::from_utf8_lossy(&fs::read(&self.serial).unwrap_or_default()).into_owned()
     }
 
-    fn said(&self) -> String {
+    pub(crate) fn said(&self) -> String {
         fs::read_to_string(&self.stderr).unwrap_or_default()
     }
 
@@ -115,7 +127,7 @@ impl Monitor {
         self.text().lines().filter(|line| line.contains("qevm-payload start cpus=")).count()
     }
 
-    fn wait_for(&self, what: &str, satisfied: impl Fn(&str) -> bool) {
+    pub(crate) fn wait_for(&self, what: &str, satisfied: impl Fn(&str) -> bool) {
         let deadline = Instant::now() + PATIENCE;
         while !satisfied(&self.text()) {
             assert!(Instant::now() < deadline, "no {what}: {}\n{}", self.text(), self.said());

@@ -8,6 +8,7 @@ mod dirty_log;
 mod dirty_ring;
 mod drives;
 mod guest;
+mod incoming;
 mod lifecycle;
 mod linux;
 mod machine;
@@ -45,6 +46,7 @@ fn main() -> ExitCode {
         dirty_ring::TESTS,
         drives::TESTS,
         migration::TESTS,
+        incoming::TESTS,
         qmp::TESTS,
         qmp_clients::TESTS,
         transports::TESTS,

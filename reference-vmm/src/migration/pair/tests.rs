@@ -1,7 +1,7 @@
 //! What must hold whatever happens between two machines.
 
 use super::*;
-use crate::migration::{LoadError, Notice};
+use crate::migration::{Doubt, LoadError, Notice};
 use qevm_savevm::{Encoder, StreamWriter, command::Command};
 use qevm_wire::{Located, PageGeometry};
 use std::{
@@ -153,7 +153,7 @@ fn a_cut_connection_leaves_the_guest_running_at_the_source() {
             (true, Ok(_)) => pair.assert_moved(&outcome),
             // Only the confirmation was lost: the destination has everything and waits for the operator.
             (true, Err(error)) => {
-                assert!(matches!(error, MigrationError::NotHandedOver), "{place}: {error}");
+                assert!(matches!(error, MigrationError::Undecided(Doubt::NotConfirmed)), "{place}: {error}");
                 assert!(!pair.source.is_running() && !pair.destination.is_running());
                 pair.source.assert_same_memory(&pair.destination);
                 assert!(place + CONFIRMATION > outcome.written);

@@ -48,10 +48,10 @@ pub enum SectionError {
         reason: String,
     },
     /// A section that every source sends is missing.
-    #[error("section '{idstr}' {instance_id} did not arrive; does the source have as many vCPUs as this machine?")]
+    #[error("section '{idstr}' {instance_id} did not arrive: {}", usual_cause(idstr))]
     Missing {
         /// The section.
-        idstr: &'static str,
+        idstr: String,
         /// Its instance.
         instance_id: u32,
     },
@@ -63,6 +63,15 @@ pub enum SectionError {
         /// Why not.
         reason: String,
     },
+}
+
+/// Why a section may be missing.
+fn usual_cause(idstr: &str) -> &'static str {
+    match idstr {
+        "cpu" | "cpu_common" | "apic" => "does the source have as many vCPUs as this machine?",
+        "i8254" | "i8259" | "acpi-ged" => "start the source without pit=off, pic=off and acpi=off",
+        _ => "start the source with this machine's devices",
+    }
 }
 
 /// Names of the sections whose content is kept, by their variant of [`DeviceState`].
@@ -228,7 +237,6 @@ pub fn load(sections: &[DeviceSection], profile: &Profile, state: &mut MachineSt
     let ctx = Context::from_profile(profile.clone()).with_accel(Accel::Kvm);
     let mut running = true;
     state.carried.clear();
-    let mut cpus_seen = vec![0; state.vcpus.len()];
     // The virtual clock first: other devices' times count from it.
     let timers_first = |section: &&DeviceSection| section.idstr != *"timer";
     let mut ordered: Vec<_> = sections.iter().collect();
@@ -246,10 +254,7 @@ pub fn load(sections: &[DeviceSection], profile: &Profile, state: &mut MachineSt
         let index = *instance_id as usize;
         let vcpu = state.vcpus.get_mut(index);
         match (&loaded, vcpu) {
-            (DeviceState::Cpu(from), Some(into)) => {
-                cpu::load(from, into).map_err(refused)?;
-                cpus_seen[index] += 1;
-            }
+            (DeviceState::Cpu(from), Some(into)) => cpu::load(from, into).map_err(refused)?,
             (DeviceState::CpuCommon(_), Some(_)) => {}
             (DeviceState::Apic(from), Some(into)) => apic::load(from, into, state.virtual_clock),
             (DeviceState::IoApic(from), _) if index == 0 => chips::load_ioapic(from, &mut state.ioapic),
@@ -284,10 +289,33 @@ pub fn load(sections: &[DeviceSection], profile: &Profile, state: &mut MachineSt
     if state.carried.find("kvmclock", 0).is_none() {
         from_tcg(state);
     }
-    match cpus_seen.iter().position(|seen| *seen == 0) {
-        Some(missing) => Err(SectionError::Missing { idstr: "cpu", instance_id: missing as u32 }),
+    match missing(sections, state) {
+        Some((idstr, instance_id)) => Err(SectionError::Missing { idstr, instance_id }),
         None => Ok(running),
     }
+}
+
+/// The first device of this machine without a section, of those that every source has: not the serial port, which a QEMU may lack, the
+/// second IOAPIC (since 7.2), the paravirtual clock and the TPR optimisation, which are KVM's, and the real-time clock.
+fn missing(sections: &[DeviceSection], state: &MachineState) -> Option<(String, u32)> {
+    let vcpus = state.vcpus.len() as u32;
+    let counts = [
+        ("cpu", vcpus),
+        ("cpu_common", vcpus),
+        ("apic", vcpus),
+        ("timer", 1),
+        ("fw_cfg", 1),
+        ("ioapic", 1),
+        ("acpi-ged", 1),
+        ("i8259", state.pics.len() as u32),
+        ("i8254", 1),
+        ("globalstate", 1),
+    ];
+    let chips = counts.into_iter().flat_map(|(idstr, count)| (0..count).map(move |i| (idstr.to_owned(), i)));
+    let virtio = state.virtio.iter().enumerate().map(|(i, device)| (device.idstr(i), 0));
+    chips.chain(virtio).find(|(idstr, instance_id)| {
+        !sections.iter().any(|section| section.idstr == *idstr.as_str() && section.instance_id == *instance_id)
+    })
 }
 
 /// A source under TCG has the TSC and sleeping vCPUs in other places: it counts ticks in `timer`, and knows by flags that a vCPU

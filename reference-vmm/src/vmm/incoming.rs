@@ -1,0 +1,94 @@
+//! The guest that comes.
+
+use super::{Exit, RunState, Vmm};
+use crate::migration::{Address, Arrival, Incoming, Listener, MigrationError, check_transport, receive};
+use std::{sync::Arc, thread};
+
+/// Where a guest comes from.
+enum Entrance {
+    Socket(Listener),
+    Open(Incoming),
+}
+
+impl Vmm {
+    /// Listens for an incoming migration, or takes it from a command, descriptor or file, which goes on in a thread of its own.
+    ///
+    /// If it fails, the monitor [ends](Exit::IncomingFailed) when `exit_on_error` says so; otherwise it goes on waiting to be told
+    /// where a guest comes from. In either case it stays, with the guest paused, if the guest has arrived and may run at the source.
+    ///
+    /// # Errors
+    /// [`MigrationError::Listen`]; [`MigrationError::Capability`] for capabilities that do not go with the transport; and what
+    /// [`Incoming::open`] says. Another address may be tried then.
+    pub fn listen(self: &Arc<Self>, address: &Address, exit_on_error: bool) -> Result<(), MigrationError> {
+        check_transport(address, self.outgoing())?;
+        let entrance = match address {
+            Address::Tcp { .. } | Address::Unix(_) => Entrance::Socket(Listener::bind(address)?),
+            _ => Entrance::Open(Incoming::open(address, self.outgoing(), &mut self.descriptors())?),
+        };
+        // Refused only while one is under way, which then has its own.
+        let _ = self.incoming.set_capabilities(self.outgoing.capabilities());
+        self.incoming.set_parameters(self.outgoing.parameters());
+        // Whoever looks for an incoming migration finds it from now on.
+        let _ = self.incoming.begin();
+        self.lock().listening = Some(match &entrance {
+            Entrance::Socket(listener) => listener.address().clone(),
+            Entrance::Open(_) => address.clone(),
+        });
+        let vmm = self.clone();
+        thread::spawn(move || {
+            let connections = match entrance {
+                Entrance::Socket(listener) => Incoming::accept(&listener, &vmm.incoming, &vmm.profile()),
+                Entrance::Open(connections) => Ok(connections),
+            };
+            match connections.and_then(|connections| receive(&*vmm, connections, &vmm.incoming, &vmm.profile())) {
+                Ok(arrival) => vmm.arrived(arrival),
+                Err(error) => vmm.did_not_arrive(&error, exit_on_error),
+            }
+        });
+        Ok(())
+    }
+
+    /// Whether an incoming migration was asked for at the start.
+    pub fn expects_guest(&self) -> bool {
+        self.lock().incoming
+    }
+
+    /// Whether an incoming migration was asked for that has not begun to listen, or has failed since.
+    pub fn may_listen(&self) -> bool {
+        let state = self.lock();
+        state.incoming && state.listening.is_none()
+    }
+
+    fn arrived(&self, arrival: Arrival) {
+        let autostart = self.lock().autostart;
+        let started = if arrival.running && autostart { self.start().map(|()| true) } else { Ok(false) };
+        if let Err(error) = &started {
+            // It has left the source, so that it must not be lost here.
+            tracing::error!("the guest has arrived and cannot be started ({error}): say 'cont' when that is mended");
+        }
+        if !started.unwrap_or(false) {
+            self.lock().run_state = RunState::Paused;
+        }
+        // As a QEMU: the guest runs when this is said.
+        self.incoming.end(None);
+    }
+
+    fn did_not_arrive(&self, error: &MigrationError, exit_on_error: bool) {
+        if matches!(error, MigrationError::Undecided(_)) {
+            // It may be nowhere else, so that it must not be lost here; nor may it run here if it does elsewhere.
+            tracing::error!("{error}");
+            self.lock().run_state = RunState::Paused;
+            return self.incoming.end(Some(error));
+        }
+        if exit_on_error {
+            self.incoming.end(Some(error));
+            return self.end(Exit::IncomingFailed(format!("load of migration failed: {error}")));
+        }
+        tracing::warn!("load of migration failed: {error}");
+        let mut state = self.lock();
+        (state.listening, state.loaded, state.tried) = (None, false, true);
+        drop(state);
+        // When this is said, another try is free.
+        self.incoming.end(Some(error));
+    }
+}
