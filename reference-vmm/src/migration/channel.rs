@@ -4,6 +4,7 @@ use std::{
     fmt, io,
     io::{IoSlice, IoSliceMut},
     marker::PhantomData,
+    time::Duration,
 };
 use vm_memory::VolatileSlice;
 
@@ -129,6 +130,14 @@ pub trait Channel: Send + Sync + fmt::Debug {
     /// The connection was reset, or broke otherwise.
     fn is_open(&self) -> io::Result<bool> {
         Ok(true)
+    }
+
+    /// Makes a read fail when nothing comes for so long, where that can be done; at first it waits as long as it takes.
+    ///
+    /// # Errors
+    /// The system's.
+    fn limit_silence(&self, _: Option<Duration>) -> io::Result<()> {
+        Ok(())
     }
 
     /// Whether anything can be written to the peer at all.

@@ -83,6 +83,7 @@ pub fn receive(
         },
         pages: channels.as_ref(),
         page_channels_called,
+        hurried: settings.is_none() && misfit.is_some(),
         file,
         threads: if job.capabilities().multifd { job.parameters().multifd_channels } else { 1 },
         from_file: 0,
@@ -201,6 +202,8 @@ impl PageChannels {
 
 /// How long the source may take to close after it was told of a failure.
 const LINGER: Duration = Duration::from_secs(1);
+/// How long a source may be silent that has sent no page, and whose page channels may have been dropped.
+const SILENCE: Duration = Duration::from_secs(3);
 /// Bytes that the state of all devices of a machine may have; with a full console it is some hundred kilobytes.
 const DEVICE_STATE: u64 = 64 << 20;
 /// Status of SHUT when the guest has arrived.
@@ -216,6 +219,8 @@ struct Engine<'e> {
     pages: Option<&'e PageChannels>,
     /// A source with page channels has called, and there are none in this migration.
     page_channels_called: bool,
+    /// The source may be one whose page channels were dropped, until the first page comes.
+    hurried: bool,
     /// Pages may have their places in this file…
     file: Option<PageFile>,
     /// …and are read by so many threads.
@@ -234,6 +239,10 @@ impl Engine<'_> {
     fn run(&mut self, job: &Job) -> Result<Arrival, MigrationError> {
         job.advance(Status::Active)?;
         self.loader.guest.prepare();
+        if self.hurried {
+            // A QEMU 7.2 that has failed and has a return path waits for us to close.
+            self.limit_silence(Some(SILENCE))?;
+        }
         if self.inlet.fill(4)? && is_page_channel(self.inlet.bytes()) == Some(true) {
             return Err(self.place(LoadError::MultifdOff, 0).into());
         }
@@ -342,7 +351,15 @@ impl Engine<'_> {
         }
     }
 
+    fn limit_silence(&self, limit: Option<Duration>) -> Result<(), MigrationError> {
+        let offset = self.decoder.offset();
+        self.channel.limit_silence(limit).map_err(|source| MigrationError::Receive { offset, source })
+    }
+
     fn page(&mut self, memory: &VolatileSlice<'_>) -> Result<(), MigrationError> {
+        if std::mem::take(&mut self.hurried) {
+            self.limit_silence(None)?;
+        }
         // With page channels there may be others who write to pages that hold nothing yet.
         let expect = || if self.pages.is_none() { self.loader.ram.expected() } else { Vec::new() };
         if !self.inlet.read_into(memory, expect)? {

@@ -14,6 +14,7 @@ use std::{
         unix::net::{UnixListener, UnixStream},
     },
     sync::Arc,
+    time::Duration,
 };
 
 /// A connected socket.
@@ -179,6 +180,13 @@ impl Channel for Socket {
         let mut entries = [PollFd::from_borrowed_fd(self.as_fd(), PollFlags::RDHUP)];
         poll(&mut entries, Some(&Timespec::default()))?;
         Ok(entries[0].revents().is_empty())
+    }
+
+    fn limit_silence(&self, limit: Option<Duration>) -> io::Result<()> {
+        match self {
+            Socket::Tcp(stream) => stream.set_read_timeout(limit),
+            Socket::Unix(stream) => stream.set_read_timeout(limit),
+        }
     }
 
     fn finish_writing(&self) {
