@@ -1,6 +1,7 @@
 //! `--drive`, `--chardev`, `--netdev` and `--device`: virtio devices in QEMU's words.
 
 use std::collections::BTreeMap;
+use std::path::PathBuf;
 
 use anyhow::{Context, bail, ensure};
 use reference_vmm::devices::{
@@ -36,6 +37,21 @@ enum Device {
 }
 
 impl DeviceOptions<'_> {
+    /// The sockets that the character devices and networks listen at.
+    pub(crate) fn sockets(&self) -> anyhow::Result<Vec<PathBuf>> {
+        let chardevs =
+            named("chardev", "backend", self.chardevs, chardev)?.into_values().filter_map(|options| match options {
+                ChardevOptions::Socket { path, server: true } => Some(path),
+                _ => None,
+            });
+        let netdevs =
+            named("netdev", "type", self.netdevs, netdev)?.into_values().filter_map(|options| match options {
+                NetdevOptions::Dgram { local: path, .. } | NetdevOptions::Stream { path, server: true } => Some(path),
+                _ => None,
+            });
+        Ok(chardevs.chain(netdevs).collect())
+    }
+
     /// Opens what the devices need.
     pub(crate) fn slots(&self) -> anyhow::Result<Vec<VirtioSlot>> {
         let mut backends = Backends {

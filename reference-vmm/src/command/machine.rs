@@ -9,7 +9,6 @@ use std::str::FromStr;
 use anyhow::{Context, bail};
 use qevm_wire::{Profile, QemuVersion};
 use reference_vmm::boot::Kernel;
-use reference_vmm::devices::VirtioSlot;
 use reference_vmm::machine::MachineConfig;
 use reference_vmm::payload;
 
@@ -82,9 +81,14 @@ impl MachineArguments {
         if self.machine.kvm { profile } else { profile.tcg() }
     }
 
-    fn virtio(&self) -> anyhow::Result<Vec<VirtioSlot>> {
+    fn devices(&self) -> DeviceOptions<'_> {
         let (drives, chardevs, netdevs) = (&self.drive, &self.chardev, &self.netdev);
-        DeviceOptions { drives, chardevs, netdevs, devices: &self.device }.slots()
+        DeviceOptions { drives, chardevs, netdevs, devices: &self.device }
+    }
+
+    /// The sockets that its devices listen at.
+    pub(crate) fn sockets(&self) -> anyhow::Result<Vec<PathBuf>> {
+        self.devices().sockets()
     }
 
     /// The machine they describe. `incoming` says that it waits for a guest.
@@ -120,7 +124,7 @@ impl MachineArguments {
             incoming,
             split_irqchip: self.machine.split_irqchip,
             rtc: self.machine.rtc,
-            virtio: self.virtio()?,
+            virtio: self.devices().slots()?,
             dirty_ring_size: self.accel.dirty_ring_size,
             serial: self.serial.open()?,
         })

@@ -96,6 +96,7 @@ impl Run {
         let signals = signals::take()?;
         let actions = self.actions()?;
         let machine = Machine::new(self.machine.config(self.incoming.is_some())?)?;
+        let sockets = self.machine.sockets()?;
         let vmm = Vmm::new(machine, self.machine.profile(), self.incoming.is_some());
         signals::attend(signals, vmm.clone());
         vmm.set_actions(actions);
@@ -120,7 +121,12 @@ impl Run {
         let exit = vmm.wait(self.seconds.map_or(Duration::MAX, Duration::from_secs));
         leave(&vmm);
         drop(server);
-        if let Some(Address::Unix(path)) = vmm.listening() {
+        let incoming = match vmm.listening() {
+            Some(Address::Unix(path)) => Some(path),
+            _ => None,
+        };
+        for path in sockets.into_iter().chain(incoming) {
+            // Others may have removed it already.
             let _ = std::fs::remove_file(path);
         }
         let (code, reason) = match exit {

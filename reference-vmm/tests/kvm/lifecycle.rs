@@ -284,14 +284,18 @@ fn signals_end_in_order() {
         assert!(said.contains(&format!("reference-vmm: terminating on signal {signal} from pid {pid} (")), "{said}");
         assert!(!monitor.socket.exists(), "the socket is left");
     }
-    let incoming = directory.path().join("incoming");
-    let mut monitor =
-        Monitor::start(directory.path(), "d", "", &["--incoming", &format!("unix:{}", incoming.display())]);
-    assert!(incoming.exists());
+    let [incoming, console] = ["incoming", "console"].map(|name| directory.path().join(name));
+    let from = format!("unix:{}", incoming.display());
+    let chardev = format!("socket,id=c,path={},server=on,wait=off", console.display());
+    let options = ["--incoming", &from, "--chardev", &chardev];
+    let options = [&options[..], &["--device", "virtio-serial-device", "--device", "virtconsole,chardev=c"]];
+    let mut monitor = Monitor::start(directory.path(), "d", "", &options.concat());
+    let sockets = [incoming, console, monitor.socket.clone()];
+    assert_eq!(sockets.each_ref().map(|socket| socket.exists()), [true; 3]);
     monitor.signal(libc::SIGTERM);
     let (events, status) = monitor.end();
     assert_eq!((events.as_slice(), status.code()), (&["SHUTDOWN host-signal host".to_owned()][..], Some(0)));
-    assert!(!incoming.exists() && !monitor.socket.exists(), "a socket is left");
+    assert_eq!(sockets.map(|socket| socket.exists()), [false; 3], "a socket is left");
 }
 
 /// Two monitors between which a migration has begun, so slowly that it does not end by itself.
