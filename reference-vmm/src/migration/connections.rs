@@ -143,7 +143,7 @@ impl Incoming {
             Address::Fd(name) => Ok(channel(descriptors.take(name)?, false).map_err(failed)?.0.into()),
             Address::File { path, offset } => {
                 let open = |flags| match descriptors.of_set(path, false) {
-                    None => OpenOptions::new().read(true).custom_flags(flags).open(path).map_err(failed),
+                    None => OpenOptions::new().read(true).custom_flags(flags | AT_ONCE).open(path).map_err(failed),
                     Some(descriptor) => Ok(File::from(descriptor?)),
                 };
                 let mut file = open(0)?;
@@ -213,9 +213,12 @@ pub(crate) fn check_transport(address: &Address, job: &Job) -> Result<(), Migrat
     Ok(())
 }
 
+/// A FIFO without another end is no reason to wait: the monitor opens it while it serves QMP. To a file it makes no difference.
+const AT_ONCE: libc::c_int = libc::O_NONBLOCK;
+
 fn create(path: &Path, flags: libc::c_int) -> io::Result<File> {
     // What lies in front of the stream in the file stays.
-    OpenOptions::new().write(true).create(true).truncate(false).mode(FILE_MODE).custom_flags(flags).open(path)
+    OpenOptions::new().write(true).create(true).truncate(false).mode(FILE_MODE).custom_flags(flags | AT_ONCE).open(path)
 }
 
 /// Cuts a file where the stream begins, and goes there. A device is as long as it is.
@@ -242,4 +245,35 @@ fn channel(fd: OwnedFd, write: bool) -> io::Result<(Arc<dyn Channel>, bool)> {
     }
     let missing = if write { "writing" } else { "reading" };
     Err(io::Error::new(io::ErrorKind::InvalidInput, format!("it is not open for {missing}")))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::migration::channel::{Source, Target, read_at_least, write_all};
+
+    /// Whoever serves QMP opens them.
+    #[test]
+    fn a_fifo_without_another_end_does_not_make_the_monitor_wait() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("fifo");
+        let name = std::ffi::CString::new(path.to_str().unwrap()).unwrap();
+        // SAFETY: the path is a C string.
+        assert_eq!(unsafe { libc::mkfifo(name.as_ptr(), 0o600) }, 0);
+        let address = Address::File { path, offset: 0 };
+        let (job, mut none) = (Job::default(), Descriptors::default());
+        match Outgoing::open(&address, &job, &mut none) {
+            Err(MigrationError::Create { source, .. }) => assert_eq!(source.raw_os_error(), Some(libc::ENXIO)),
+            other => panic!("{other:?}"),
+        }
+        // Whoever reads waits for the first byte, and not for its end, when there was no writer yet.
+        let incoming = Incoming::open(&address, &job, &mut none).unwrap();
+        let reading = std::thread::spawn(move || {
+            let mut bytes = [0; 5];
+            read_at_least(&*incoming.main, &mut [Target::bytes(&mut bytes)], 5).map(|_| bytes)
+        });
+        let outgoing = Outgoing::open(&address, &job, &mut none).unwrap();
+        write_all(&*outgoing.main, &mut [Source::bytes(b"hello")]).unwrap();
+        assert_eq!(&reading.join().unwrap().unwrap(), b"hello");
+    }
 }
