@@ -45,6 +45,7 @@ conformance-full: setup
 	cargo run --release --package qevm-conformance -- channels --full
 	cargo run --release --package qevm-conformance -- trial
 	cargo run --release --package qevm-conformance -- peer --full
+	cargo run --release --package qevm-conformance -- lifecycle --full
 	cargo run --release --package qevm-conformance -- lab
 
 # Dirty log and dirty rings in an emulated machine whose KVM works as on hardware.

@@ -9,7 +9,6 @@
 
 pub mod figures;
 pub mod link;
-pub mod network;
 mod watch;
 
 use std::fs::{self, File};

@@ -2,6 +2,7 @@
 
 mod channels;
 mod lab;
+mod lifecycle;
 mod link;
 mod migrate;
 
@@ -13,6 +14,7 @@ use anyhow::{Context, Result};
 use channels::Channels;
 use clap::{Args, Parser, Subcommand};
 use lab::Lab;
+use lifecycle::Lifecycle;
 use link::Link;
 use migrate::Migrate;
 use qevm_conformance::analyze::Script;
@@ -53,6 +55,8 @@ pub(crate) enum Command {
     Channels(Channels),
     /// Move running guests between real QEMUs and reference-vmm
     Peer(Peer),
+    /// Cut links, kill and reset in the worst moments of a migration: where does the guest run then (needs root)
+    Lifecycle(Lifecycle),
     /// Run reference-vmm in an emulated machine whose KVM works as on hardware: dirty log, dirty rings, stale pages
     Lab(Lab),
     /// Ask real QEMUs single questions: do they load what qevm writes, and does qevm foresee what they refuse
@@ -273,6 +277,7 @@ impl Command {
             Command::Matrix(matrix) => matrix.run(),
             Command::Channels(channels) => channels.run(),
             Command::Peer(peer) => peer.run(),
+            Command::Lifecycle(lifecycle) => lifecycle.run(),
             Command::Lab(lab) => lab.run(),
             Command::Demo(demo) => demo.run(),
             Command::Trial(trial) => trial.run(),

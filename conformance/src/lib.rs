@@ -8,7 +8,8 @@
 //!
 //! [`channels`] is a matrix of its own: page channels and return path, with `qevm receive` and `qevm send` as the other end.
 //! [`lab`] is a machine with a KVM as on hardware, for what a paravirtual host cannot show.
-//! [`peer`] takes running guests to and fro between these QEMUs and reference-vmm, and [`mod@bench`] measures both.
+//! [`peer`] takes running guests to and fro between these QEMUs and reference-vmm, and [`mod@bench`] measures both;
+//! [`lifecycle`] is about what becomes of a guest when something goes wrong with that.
 
 pub mod analyze;
 pub mod apt;
@@ -24,8 +25,10 @@ pub mod host_cpu;
 pub mod judge;
 pub mod lab;
 pub mod launch;
+pub mod lifecycle;
 pub mod linux;
 pub mod matrix;
+mod network;
 pub mod oracle;
 pub mod patience;
 pub mod payload;

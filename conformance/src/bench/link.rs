@@ -9,8 +9,8 @@ use reference_vmm::payload::Transcript;
 use serde_json::{Value, json};
 
 use super::figures::{COLUMNS, Figures, Summary};
-use super::network::LimitedLink;
 use super::watch::Silence;
+use crate::network::{Network, PORT};
 use crate::peer::{Journey, Link, Load, Monitor, Stage, Stop};
 use crate::processor_time;
 use crate::roots::{Root, Suite};
@@ -18,8 +18,6 @@ use crate::scenario::Accel;
 
 /// How long a migration may take.
 const PATIENCE: Duration = Duration::from_secs(60);
-/// The namespace of the destination is its alone.
-const PORT: u16 = 4444;
 /// Milliseconds between the guest's progress lines: how finely the downtime is known.
 const REPORT: u32 = 5;
 /// No further repetition begins when it would end after this time.
@@ -57,7 +55,7 @@ pub struct Options {
 /// A migration fails, or there is no link to measure on.
 pub fn run(options: &Options, program: &Monitor) -> Result<Value> {
     let root = Root::install(options.suite)?;
-    let link = LimitedLink::new(options.megabits)?;
+    let link = Network::new(Some(options.megabits))?;
     let qemu = Stop::Qemu(options.suite, Accel::Kvm);
     let mut routes = vec![[qemu; 2], [Stop::Reference; 2]];
     if options.pairs {
@@ -133,7 +131,7 @@ fn compare(options: &Options, routes: &[[Stop; 2]], measured: &BTreeMap<(usize, 
 
 struct Bench<'b> {
     options: &'b Options,
-    link: &'b LimitedLink,
+    link: &'b Network,
     root: &'b Root,
     program: &'b Monitor,
 }

@@ -178,7 +178,7 @@ impl Party {
     }
 
     /// What the guest has printed here.
-    pub(super) fn text(&self) -> Result<Vec<u8>> {
+    pub(crate) fn text(&self) -> Result<Vec<u8>> {
         match fs::read(&self.console) {
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(Vec::new()),
             read => read.with_context(|| format!("reading {}", self.console.display())),
@@ -199,7 +199,7 @@ impl Party {
     }
 
     /// The last whole progress line.
-    pub(super) fn progress(&self) -> Result<Option<Progress>> {
+    pub(crate) fn progress(&self) -> Result<Option<Progress>> {
         let text = self.text()?;
         let text = String::from_utf8_lossy(&text);
         let whole = text.rsplit_once('\n').map_or("", |(whole, _)| whole);
