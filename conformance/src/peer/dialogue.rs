@@ -11,7 +11,7 @@ use std::path::Path;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, ensure};
 use serde_json::{Map, Value, json};
 
 use self::commands::{BEFORE_THE_START, WITH_RINGS};
@@ -151,7 +151,7 @@ fn story(monitor: &mut Qemu, scratch: &Path) -> Result<Story> {
     monitor.set_parameters(&json!({ "max-bandwidth": 2_000, "downtime-limit": 1 }))?;
 
     monitor.execute("migrate", uri.clone())?;
-    let active = wait(monitor, &["active"])?;
+    let active = wait(monitor, "query-migrate", "active")?;
     told.push(("query-migrate while it is active", shape(&active)));
     told.push(("migrate while one is active", reply(monitor, "migrate", uri.clone())?));
     let capabilities = json!({ "capabilities": [{ "capability": "events", "state": true }] });
@@ -160,19 +160,19 @@ fn story(monitor: &mut Qemu, scratch: &Path) -> Result<Story> {
     let state = json!({ "state": "pre-switchover" });
     told.push(("migrate-continue while it is active", reply(monitor, "migrate-continue", state)?));
     monitor.execute("migrate_cancel", Value::Null)?;
-    told.push(("query-migrate when it is cancelled", shape(&wait(monitor, &["cancelled"])?)));
+    told.push(("query-migrate when it is cancelled", shape(&wait(monitor, "query-migrate", "cancelled")?)));
     told.push(("query-status after it was cancelled", monitor.execute("query-status", Value::Null)?));
     told.push(("events up to cancelled", events(monitor, "cancelled")?));
 
     monitor.set_parameters(&json!({ "max-bandwidth": 0, "downtime-limit": 2000 }))?;
     monitor.execute("migrate", uri)?;
-    told.push(("query-migrate when it is completed", shape(&wait(monitor, &["completed"])?)));
-    told.push(("query-status after it was completed", settled_status(monitor)?));
+    told.push(("query-migrate when it is completed", shape(&wait(monitor, "query-migrate", "completed")?)));
+    told.push(("query-status after it was completed", wait(monitor, "query-status", "postmigrate")?));
     told.push(("events up to completed", events(monitor, "completed")?));
     let nobody = json!({ "uri": format!("unix:{}/nobody", scratch.display()) });
     monitor.execute("cont", Value::Null)?;
     monitor.execute("migrate", nobody)?;
-    told.push(("query-migrate when it has failed", shape(&wait(monitor, &["failed"])?)));
+    told.push(("query-migrate when it has failed", shape(&wait(monitor, "query-migrate", "failed")?)));
     told.push(("events up to failed", events(monitor, "failed")?));
     Ok(told)
 }
@@ -182,7 +182,7 @@ fn limited(monitor: &mut Qemu, _: &Path) -> Result<Story> {
     let mut told = Story::new();
     let measure = |seconds: u64| json!({ "calc-time": seconds, "mode": "dirty-ring" });
     told.push(("calc-dirty-rate", reply(monitor, "calc-dirty-rate", measure(1))?));
-    let measured = wait_while(monitor, "query-dirty-rate", "measuring")?;
+    let measured = wait(monitor, "query-dirty-rate", "measured")?;
     told.push(("query-dirty-rate when it was measured", shape(&measured)));
     let sink = TcpListener::bind("127.0.0.1:0")?;
     let uri = json!({ "uri": format!("tcp:127.0.0.1:{}", sink.local_addr()?.port()) });
@@ -198,7 +198,7 @@ fn limited(monitor: &mut Qemu, _: &Path) -> Result<Story> {
             monitor.execute("set-vcpu-dirty-limit", json!({ "dirty-rate": 7 }))?;
         }
         monitor.execute("migrate", uri.clone())?;
-        told.push((name, shape(&wait(monitor, &["active"])?)));
+        told.push((name, shape(&wait(monitor, "query-migrate", "active")?)));
         for (command, arguments) in [
             ("set-vcpu-dirty-limit", json!({ "dirty-rate": 9 })),
             ("set-vcpu-dirty-limit", json!({ "dirty-rate": 9, "cpu-index": 9 })),
@@ -211,44 +211,29 @@ fn limited(monitor: &mut Qemu, _: &Path) -> Result<Story> {
             told.push((name, reply(monitor, command, arguments)?));
         }
         monitor.execute("migrate_cancel", Value::Null)?;
-        told.push((name, shape(&wait(monitor, &["cancelled"])?)));
+        told.push((name, shape(&wait(monitor, "query-migrate", "cancelled")?)));
         told.push((name, reply(monitor, "query-vcpu-dirty-limit", Value::Null)?));
         monitor.execute("cancel-vcpu-dirty-limit", Value::Null)?;
     }
     // The longest that there is, so that it is still under way however long the questions take. It ends with the monitor.
     told.push(("calc-dirty-rate for a minute", reply(monitor, "calc-dirty-rate", measure(60))?));
-    told.push(("query-dirty-rate while it is measured", reply(monitor, "query-dirty-rate", Value::Null)?));
+    let measuring = wait(monitor, "query-dirty-rate", "measuring")?;
+    told.push(("query-dirty-rate while it is measured", shape(&measuring)));
     told.push(("calc-dirty-rate while one is measured", reply(monitor, "calc-dirty-rate", measure(1))?));
     Ok(told)
 }
 
-/// A QEMU says that its migration has completed a moment before it leaves the status `finish-migrate`.
-fn settled_status(monitor: &mut Qemu) -> Result<Value> {
-    wait_while(monitor, "query-status", "finish-migrate")
-}
-
-/// What `command` tells when its status is another one than `passing`.
-fn wait_while(monitor: &mut Qemu, command: &str, passing: &str) -> Result<Value> {
+/// What `command` tells when its status is `wanted`. Statuses come late: a QEMU says that its migration has completed before it leaves
+/// `finish-migrate`, and answers `calc-dirty-rate` before the rate is being measured.
+fn wait(monitor: &mut Qemu, command: &str, wanted: &str) -> Result<Value> {
     let deadline = Instant::now() + PATIENCE;
     loop {
         let told = monitor.execute(command, Value::Null)?;
-        if told["status"] != passing {
+        if told["status"] == wanted {
             return Ok(told);
         }
-        ensure!(Instant::now() < deadline, "{command} still says {told}");
+        ensure!(Instant::now() < deadline, "{command} still says {told}, {wanted} wanted");
         thread::sleep(POLL);
-    }
-}
-
-fn wait(monitor: &mut Qemu, wanted: &[&str]) -> Result<Value> {
-    let deadline = Instant::now() + PATIENCE;
-    loop {
-        let told = monitor.execute("query-migrate", Value::Null)?;
-        match told["status"].as_str() {
-            Some(status) if wanted.contains(&status) => return Ok(told),
-            _ if Instant::now() > deadline => bail!("still {told}, {wanted:?} wanted"),
-            _ => thread::sleep(POLL),
-        }
     }
 }
 
