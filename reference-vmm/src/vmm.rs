@@ -4,18 +4,20 @@ mod actions;
 mod dirty_limit;
 mod guest;
 mod incoming;
+pub mod legality;
 mod lifecycle;
 
 pub use actions::{ACTIONS, Actions, Reboot, Shutdown, UnknownAction};
 pub use dirty_limit::LimitRefused;
 pub use lifecycle::Cause;
 
+use self::legality::{ArrivalState, Situation};
 use crate::descriptors::Descriptors;
 use crate::dirty_rate::{self, Gauge};
 use crate::machine::{Machine, Stop};
 use crate::migration::{
-    Address, Guest, GuestError, Job, MigrationError, Mode, Notice, Outgoing, RULES, Refused, check_transport, migrate,
-    monotonic_now,
+    Address, Guest, GuestError, Job, MigrationError, Mode, Notice, Outgoing, RULES, Refused, Status, check_transport,
+    migrate, monotonic_now,
 };
 use qevm_multifd::compression::Compression;
 use qevm_wire::{Profile, QemuVersion, capability::Context};
@@ -104,6 +106,8 @@ pub struct Vmm {
 
 struct State {
     run_state: RunState,
+    /// What it was before a migration stopped the guest.
+    before_migration: RunState,
     /// Start the guest when it has arrived, if it ran at the source.
     autostart: bool,
     /// An incoming migration was asked for, now or later.
@@ -163,6 +167,7 @@ impl Vmm {
         let run_state = if incoming { RunState::Inmigrate } else { RunState::Prelaunch };
         let state = State {
             run_state,
+            before_migration: run_state,
             autostart: true,
             incoming,
             listening: None,
@@ -238,7 +243,8 @@ impl Vmm {
         }
         let parameters = self.outgoing.parameters();
         let context = Context {
-            incoming_started: self.listening().is_some(),
+            // A guest that has arrived may leave as it likes.
+            incoming_started: self.listening().is_some() && self.run_state() == RunState::Inmigrate,
             compressed: parameters.multifd_compression != Compression::None,
             cpr: parameters.mode != Mode::Normal,
             dirty_ring: self.machine.dirty_log().ring_size() > 0,
@@ -263,6 +269,20 @@ impl Vmm {
         }
     }
 
+    /// What decides which commands are legal now.
+    pub fn situation(&self) -> Situation {
+        self.situation_with(self.outgoing.status())
+    }
+
+    fn situation_with(&self, outgoing: Status) -> Situation {
+        let arrival = match (self.expects_guest(), self.may_listen()) {
+            (false, _) => ArrivalState::NotExpected,
+            (true, true) => ArrivalState::Deferred,
+            (true, false) => ArrivalState::Started,
+        };
+        Situation { run_state: self.run_state(), outgoing, arrival }
+    }
+
     /// `CLOCK_MONOTONIC` when the guest was last started.
     pub fn started_at(&self) -> Option<Duration> {
         self.lock().started_at
@@ -285,8 +305,10 @@ impl Vmm {
     /// Starts the guest. Before an incoming migration has arrived, it makes the guest start then.
     ///
     /// # Errors
-    /// A guest that has stopped for good, or that can only be kept.
+    /// A guest that has stopped for good, that can only be kept, or that is being handed over to a destination.
     pub fn cont(&self) -> Result<(), GuestError> {
+        let _transition = self.transition();
+        legality::check(legality::CONT, &self.situation())?;
         self.machine.can_run()?;
         if matches!(self.run_state(), RunState::Shutdown | RunState::InternalError) {
             return Err("Resetting the Virtual Machine is required".into());
@@ -295,7 +317,7 @@ impl Vmm {
             self.lock().autostart = true;
             return Ok(());
         }
-        self.start()
+        self.start_now()
     }
 
     /// Starts to measure how fast the guest dirties memory, in a thread of its own.
@@ -350,15 +372,17 @@ impl Vmm {
     /// Begins a migration to `address`, which goes on in a thread of its own.
     ///
     /// # Errors
-    /// [`MigrationError::Refused`] for [`Refused::Blocked`], and for [`Refused::InProgress`] while one is under way;
+    /// [`MigrationError::Refused`] for [`Refused::Blocked`] and as [`legality::MIGRATE`] says;
     /// [`MigrationError::Capability`] for capabilities that do not go with the transport; and for what is no socket, what
     /// [`Outgoing::open`] says.
     pub fn migrate(self: &Arc<Self>, address: Address) -> Result<(), MigrationError> {
+        legality::check(legality::MIGRATE, &self.situation())?;
         if let Some(reason) = self.blockers().into_iter().next() {
             return Err(Refused::Blocked(reason).into());
         }
         check_transport(&address, &self.outgoing)?;
-        self.outgoing.begin()?;
+        // Once more, for the migration before may have ended meanwhile, with the guest gone.
+        self.outgoing.begin_if(|status| legality::check(legality::MIGRATE, &self.situation_with(status)))?;
         // A socket may take long to connect; everything else is there or not.
         let mut opened = None;
         if !matches!(address, Address::Tcp { .. } | Address::Unix(_)) {
@@ -428,6 +452,11 @@ impl Vmm {
 
     fn start(&self) -> Result<(), GuestError> {
         let _transition = self.transition();
+        self.start_now()
+    }
+
+    /// For who holds the transition.
+    fn start_now(&self) -> Result<(), GuestError> {
         let state = self.lock();
         // At the end of the monitor a migration that is cancelled must not start the guest once more.
         if state.run_state == RunState::Running || state.exit.is_some() {
@@ -447,6 +476,21 @@ impl Vmm {
     /// Stops the vCPUs. Says whether they ran, and why the guest cannot go on if it has stopped by itself.
     fn pause_as(&self, run_state: RunState) -> (bool, Option<Stop>) {
         let _transition = self.transition();
+        self.pause_now(run_state)
+    }
+
+    /// As [`pause_as`](Vmm::pause_as); a guest that is stopped already is being handed over from here on, too.
+    fn pause_for_migration(&self) -> (bool, Option<Stop>) {
+        let _transition = self.transition();
+        let before = self.lock().run_state;
+        let paused = self.pause_now(RunState::FinishMigrate);
+        let mut state = self.lock();
+        (state.before_migration, state.run_state) = (before, RunState::FinishMigrate);
+        paused
+    }
+
+    /// For who holds the transition.
+    fn pause_now(&self, run_state: RunState) -> (bool, Option<Stop>) {
         self.machine.pause();
         let was_running = self.lock().run_state == RunState::Running;
         let mut stop = self.machine.wait_stop(Duration::ZERO).filter(|_| was_running);

@@ -4,6 +4,7 @@
 //! machine to machine.
 
 mod commands;
+mod legality;
 
 use std::io::Read;
 use std::net::TcpListener;
@@ -91,6 +92,7 @@ pub fn compare(root: &Root, program: &Monitor, scratch: &Path) -> Result<(Vec<St
         both.qemu.quit();
         both.ours.quit();
     }
+    replies += legality::compare(root, program, scratch, &mut differences)?;
     Ok((differences, replies))
 }
 

@@ -32,6 +32,9 @@ pub trait Guest: Send + Sync {
     /// The guest's own. The guest is then as it was.
     fn pause(&self) -> Result<bool, GuestError>;
 
+    /// The migration has failed, and the guest, which did not run before [`pause`](Guest::pause) either, stays as it was.
+    fn stay_stopped(&self) {}
+
     /// Lets vCPUs and devices go on.
     ///
     /// # Errors

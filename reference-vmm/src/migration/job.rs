@@ -44,6 +44,30 @@ pub enum Refused {
     /// A migration is under way.
     #[error("There's a migration process in progress")]
     InProgress,
+    /// The guest has not come yet.
+    #[error("Guest is waiting for an incoming migration")]
+    GuestExpected,
+    /// The guest has gone elsewhere: what is left here is as old as its departure.
+    #[error("Can't migrate the vm that was paused due to previous migration")]
+    GuestHasLeft,
+    /// The guest is being handed over.
+    #[error("Migration is not finalized yet")]
+    NotFinalized,
+    /// The machine was not started to wait for a guest.
+    #[error("'-incoming' was not specified on the command line")]
+    NoGuestExpected,
+    /// It was said already where the guest comes from.
+    #[error("The incoming migration has already been started")]
+    IncomingStarted,
+    /// `migrate-pause`, outside of postcopy.
+    #[error("migrate-pause is currently only supported during postcopy-active or postcopy-recover state")]
+    NotInPostcopy,
+    /// `migrate-recover` without a postcopy that waits for it.
+    #[error("Migrate recover can only be run when postcopy is paused.")]
+    PostcopyNotPaused,
+    /// `migrate-start-postcopy` without the capability.
+    #[error("Enable postcopy with migrate_set_capability before the start of migration")]
+    PostcopyOff,
     /// Something in the machine forbids it; its reason.
     #[error("{0}")]
     Blocked(String),
@@ -102,10 +126,20 @@ impl Job {
     /// # Errors
     /// [`Refused::InProgress`] while one is under way.
     pub fn begin(&self) -> Result<(), Refused> {
+        self.begin_if(|_| Ok(()))
+    }
+
+    /// As [`begin`](Job::begin), if `legal` agrees, which is given the status. Nothing begins or ends meanwhile, so that what it finds
+    /// still holds when the migration has begun; it must not use the job. If it refuses, the last migration stays what it was.
+    ///
+    /// # Errors
+    /// [`Refused::InProgress`] while one is under way, and what `legal` says.
+    pub(crate) fn begin_if(&self, legal: impl FnOnce(Status) -> Result<(), Refused>) -> Result<(), Refused> {
         let mut state = self.lock();
         if state.statistics.status.is_running() {
             return Err(Refused::InProgress);
         }
+        legal(state.statistics.status)?;
         state.statistics = Statistics { status: Status::Setup, ..Statistics::default() };
         (state.cancel, state.go_on, state.channels) = (false, false, Vec::new());
         drop(state);
@@ -214,7 +248,12 @@ impl Job {
             Some(_) if state.cancel => Status::Cancelled,
             Some(_) => Status::Failed,
         };
-        state.statistics.error = error.filter(|_| status == Status::Failed).map(ToString::to_string);
+        state.statistics.error = match status {
+            Status::Failed => error.map(ToString::to_string),
+            // QEMU's words.
+            Status::Cancelled if state.statistics.stopped_at.is_some() => Some("Switchover is interrupted".into()),
+            _ => None,
+        };
         state.statistics.status = status;
         state.channels = Vec::new();
         drop(state);

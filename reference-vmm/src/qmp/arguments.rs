@@ -1,18 +1,46 @@
 //! What a command was given.
 
 use super::protocol::Failure;
+use crate::vmm::{
+    Vmm,
+    legality::{self, Rule},
+};
 use serde_json::{Map, Value};
+use std::sync::Arc;
 
 /// The `arguments` of a command, or an object in them; each member is taken once, and none may be left over.
 pub(super) struct Arguments {
     members: Map<String, Value>,
     /// Where they are, in front of a member's name: empty, or as `capabilities[0].`.
     path: String,
+    /// Who is told the command, and when it is not legal; not of an object in them.
+    rules: Option<(Arc<Vmm>, &'static [Rule])>,
 }
 
 impl Arguments {
     pub(super) fn new(members: Map<String, Value>) -> Self {
-        Arguments { members, path: String::new() }
+        Arguments { members, path: String::new(), rules: None }
+    }
+
+    /// Those of a command that is refused in some situations.
+    pub(super) fn of_command(vmm: &Arc<Vmm>, rules: &'static [Rule], members: Map<String, Value>) -> Self {
+        Arguments { rules: Some((vmm.clone(), rules)), ..Arguments::new(members) }
+    }
+
+    /// Ends the taking of arguments: refuses what was not taken.
+    pub(super) fn complete(&self) -> Result<(), Failure> {
+        match self.members.keys().next() {
+            Some(name) => Err(Failure::generic(format!("Parameter '{}{name}' is unexpected", self.path))),
+            None => Ok(()),
+        }
+    }
+
+    /// Refuses the command if it is not legal now.
+    pub(super) fn legal(&self) -> Result<(), Failure> {
+        match &self.rules {
+            Some((vmm, rules)) => Ok(legality::check(rules, &vmm.situation())?),
+            None => Ok(()),
+        }
     }
 
     /// An argument that may be left out.
@@ -107,16 +135,8 @@ impl Arguments {
     /// `value` is member `name` or, as `name[0]`, an item of it, and must be an object.
     pub(super) fn inner(&self, value: Value, name: &str) -> Result<Arguments, Failure> {
         match value {
-            Value::Object(members) => Ok(Arguments { members, path: format!("{}{name}.", self.path) }),
+            Value::Object(members) => Ok(Arguments { members, path: format!("{}{name}.", self.path), rules: None }),
             _ => Err(self.wrong_type(name, "object")),
-        }
-    }
-
-    /// Refuses what was not taken.
-    pub(super) fn finish(self) -> Result<(), Failure> {
-        match self.members.keys().next() {
-            Some(name) => Err(Failure::generic(format!("Parameter '{}{name}' is unexpected", self.path))),
-            None => Ok(()),
         }
     }
 

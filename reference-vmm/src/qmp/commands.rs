@@ -8,8 +8,11 @@ use super::{
     protocol::{Failure, Request},
 };
 use crate::{
-    migration::{Address, Capabilities, KNOWN_CAPABILITIES, Parameters, Status},
-    vmm::{RunState, Vmm},
+    migration::{Address, Capabilities, KNOWN_CAPABILITIES, Parameters, Refused, Status},
+    vmm::{
+        RunState, Vmm,
+        legality::{self, Rule},
+    },
 };
 use serde_json::{Map, Value, json};
 use std::sync::Arc;
@@ -19,57 +22,57 @@ type Command = fn(&Arc<Vmm>, &mut Arguments) -> Result<Value, Failure>;
 /// The command after which the monitor ends.
 pub(super) const QUIT: &str = "quit";
 
-/// Every command but `qmp_capabilities`.
-const COMMANDS: [(&str, Command); 35] = [
-    ("add-fd", descriptors::add_fd),
-    ("calc-dirty-rate", dirty_rate::calc),
-    ("cancel-vcpu-dirty-limit", dirty_rate::cancel_limit),
-    ("closefd", descriptors::closefd),
-    ("cont", cont),
-    ("getfd", descriptors::getfd),
-    ("migrate", migrate),
-    ("migrate-continue", migrate_continue),
-    ("migrate-incoming", migrate_incoming),
-    ("migrate-pause", migrate_pause),
-    ("migrate-recover", migrate_recover),
-    ("migrate-set-capabilities", migrate_set_capabilities),
-    ("migrate-set-parameters", migrate_set_parameters),
-    ("migrate-start-postcopy", migrate_start_postcopy),
-    ("migrate_cancel", migrate_cancel),
-    ("query-commands", query_commands),
-    ("query-dirty-rate", dirty_rate::query),
-    ("query-fdsets", descriptors::query_fdsets),
-    ("query-migrate", query_migrate),
-    ("query-migrate-capabilities", query_migrate_capabilities),
-    ("query-migrate-parameters", query_migrate_parameters),
-    ("query-name", query_nothing),
-    ("query-status", query_status),
-    ("query-vcpu-dirty-limit", dirty_rate::query_limit),
-    ("query-version", query_version),
-    (QUIT, quit),
-    ("remove-fd", descriptors::remove_fd),
-    ("set-action", power::set_action),
-    ("set-vcpu-dirty-limit", dirty_rate::set_limit),
-    ("stop", stop),
-    ("system_powerdown", power::system_powerdown),
-    ("system_reset", power::system_reset),
-    ("x-query-handover", query_handover),
-    ("x-query-rounds", query_rounds),
-    ("x-set-peer", set_peer),
+/// Every command but `qmp_capabilities`, and when it is refused whatever its arguments.
+const COMMANDS: [(&str, Command, &[Rule]); 35] = [
+    ("add-fd", descriptors::add_fd, legality::ANYTIME),
+    ("calc-dirty-rate", dirty_rate::calc, legality::ANYTIME),
+    ("cancel-vcpu-dirty-limit", dirty_rate::cancel_limit, legality::ANYTIME),
+    ("closefd", descriptors::closefd, legality::ANYTIME),
+    ("cont", cont, legality::CONT),
+    ("getfd", descriptors::getfd, legality::ANYTIME),
+    ("migrate", migrate, legality::MIGRATE),
+    ("migrate-continue", migrate_continue, legality::ANYTIME),
+    ("migrate-incoming", migrate_incoming, legality::MIGRATE_INCOMING),
+    ("migrate-pause", migrate_pause, legality::MIGRATE_PAUSE),
+    ("migrate-recover", migrate_recover, legality::MIGRATE_RECOVER),
+    ("migrate-set-capabilities", migrate_set_capabilities, legality::SET_CAPABILITIES),
+    ("migrate-set-parameters", migrate_set_parameters, legality::ANYTIME),
+    ("migrate-start-postcopy", migrate_start_postcopy, legality::START_POSTCOPY),
+    ("migrate_cancel", migrate_cancel, legality::ANYTIME),
+    ("query-commands", query_commands, legality::ANYTIME),
+    ("query-dirty-rate", dirty_rate::query, legality::ANYTIME),
+    ("query-fdsets", descriptors::query_fdsets, legality::ANYTIME),
+    ("query-migrate", query_migrate, legality::ANYTIME),
+    ("query-migrate-capabilities", query_migrate_capabilities, legality::ANYTIME),
+    ("query-migrate-parameters", query_migrate_parameters, legality::ANYTIME),
+    ("query-name", query_nothing, legality::ANYTIME),
+    ("query-status", query_status, legality::ANYTIME),
+    ("query-vcpu-dirty-limit", dirty_rate::query_limit, legality::ANYTIME),
+    ("query-version", query_version, legality::ANYTIME),
+    (QUIT, quit, legality::ANYTIME),
+    ("remove-fd", descriptors::remove_fd, legality::ANYTIME),
+    ("set-action", power::set_action, legality::ANYTIME),
+    ("set-vcpu-dirty-limit", dirty_rate::set_limit, legality::ANYTIME),
+    ("stop", stop, legality::ANYTIME),
+    ("system_powerdown", power::system_powerdown, legality::ANYTIME),
+    ("system_reset", power::system_reset, legality::ANYTIME),
+    ("x-query-handover", query_handover, legality::ANYTIME),
+    ("x-query-rounds", query_rounds, legality::ANYTIME),
+    ("x-set-peer", set_peer, legality::ANYTIME),
 ];
 
 /// Runs a command.
 pub(super) fn execute(vmm: &Arc<Vmm>, name: &str, arguments: Map<String, Value>) -> Result<Value, Failure> {
-    let command = command(name)?;
-    let mut arguments = Arguments::new(arguments);
-    // A command takes what it knows before it does anything, and whatever is left then is refused by it.
+    let (command, rules) = command(name)?;
+    let mut arguments = Arguments::of_command(vmm, rules, arguments);
+    // A command takes what it knows before it does anything, and is refused then if anything is left, or if it is not legal now.
     command(vmm, &mut arguments)
 }
 
-fn command(name: &str) -> Result<Command, Failure> {
-    let command = COMMANDS.iter().find(|(known, _)| *known == name);
+fn command(name: &str) -> Result<(Command, &'static [Rule]), Failure> {
+    let command = COMMANDS.iter().find(|(known, ..)| *known == name);
     command
-        .map(|(_, command)| *command)
+        .map(|(_, command, rules)| (*command, *rules))
         .ok_or_else(|| Failure::not_found(format!("The command {name} has not been found")))
 }
 
@@ -94,9 +97,10 @@ pub fn check_arguments(request: &Request) -> Result<(), Failure> {
     Ok(())
 }
 
-/// Ends the taking of arguments.
+/// Ends the taking of arguments, and refuses the command if it is not legal now.
 pub(super) fn only(arguments: &mut Arguments) -> Result<(), Failure> {
-    Arguments::new(arguments.drain()).finish()
+    arguments.complete()?;
+    arguments.legal()
 }
 
 pub(super) fn empty() -> Value {
@@ -111,9 +115,6 @@ fn stop(vmm: &Arc<Vmm>, arguments: &mut Arguments) -> Result<Value, Failure> {
 
 fn cont(vmm: &Arc<Vmm>, arguments: &mut Arguments) -> Result<Value, Failure> {
     only(arguments)?;
-    if vmm.outgoing().status() == Status::Device || vmm.outgoing().status() == Status::PreSwitchover {
-        return Err(Failure::generic("Resuming is not allowed while a migration is about to be finished"));
-    }
     vmm.cont().map_err(|error| Failure::generic(error.to_string()))?;
     Ok(empty())
 }
@@ -151,7 +152,7 @@ fn query_version(vmm: &Arc<Vmm>, arguments: &mut Arguments) -> Result<Value, Fai
 
 fn query_commands(_: &Arc<Vmm>, arguments: &mut Arguments) -> Result<Value, Failure> {
     only(arguments)?;
-    let names = COMMANDS.iter().map(|(name, _)| *name).chain(["qmp_capabilities"]);
+    let names = COMMANDS.iter().map(|(name, ..)| *name).chain(["qmp_capabilities"]);
     Ok(names.map(|name| json!({ "name": name })).collect())
 }
 
@@ -160,14 +161,12 @@ fn migrate(vmm: &Arc<Vmm>, arguments: &mut Arguments) -> Result<Value, Failure> 
     // QEMU ignored `detach` as long as it had it, which was up to 10.x.
     arguments.flag("detach")?;
     let resume = arguments.flag("resume")?;
-    only(arguments)?;
+    arguments.complete()?;
     let address = address.look_at()?;
     if resume {
         return Err(Failure::generic("Cannot resume if there is no paused migration"));
     }
-    if vmm.run_state() == RunState::Inmigrate {
-        return Err(Failure::generic("Guest is waiting for an incoming migration"));
-    }
+    arguments.legal()?;
     vmm.migrate(address).map_err(|error| Failure::generic(error.to_string()))?;
     Ok(empty())
 }
@@ -176,12 +175,6 @@ fn migrate_incoming(vmm: &Arc<Vmm>, arguments: &mut Arguments) -> Result<Value, 
     let address = place(arguments)?;
     let exit_on_error = arguments.optional_flag("exit-on-error")?.unwrap_or(true);
     only(arguments)?;
-    if !vmm.expects_guest() {
-        return Err(Failure::generic("'-incoming' was not specified on the command line"));
-    }
-    if !vmm.may_listen() {
-        return Err(Failure::generic("The incoming migration has already been started"));
-    }
     vmm.listen(&address.look_at()?, exit_on_error).map_err(|error| Failure::generic(error.to_string()))?;
     Ok(empty())
 }
@@ -218,10 +211,10 @@ fn migrate_continue(vmm: &Arc<Vmm>, arguments: &mut Arguments) -> Result<Value, 
     only(arguments)?;
     let status = vmm.outgoing().status();
     if status.as_str() != state {
-        return Err(Failure::generic(format!("Migration not in expected state: {}", status.as_str())));
+        return Err(Refused::NotInState(status).into());
     }
     if status == Status::PreSwitchover {
-        vmm.outgoing().go_on().map_err(|error| Failure::generic(error.to_string()))?;
+        vmm.outgoing().go_on()?;
     }
     Ok(empty())
 }
@@ -229,18 +222,18 @@ fn migrate_continue(vmm: &Arc<Vmm>, arguments: &mut Arguments) -> Result<Value, 
 /// There is no postcopy here, so it is never in a state that could be paused.
 fn migrate_pause(_: &Arc<Vmm>, arguments: &mut Arguments) -> Result<Value, Failure> {
     only(arguments)?;
-    Err(Failure::generic("migrate-pause is currently only supported during postcopy-active or postcopy-recover state"))
+    Err(Refused::NotInPostcopy.into())
 }
 
 fn migrate_recover(_: &Arc<Vmm>, arguments: &mut Arguments) -> Result<Value, Failure> {
     arguments.text("uri")?;
     only(arguments)?;
-    Err(Failure::generic("Migrate recover can only be run when postcopy is paused."))
+    Err(Refused::PostcopyNotPaused.into())
 }
 
 fn migrate_start_postcopy(_: &Arc<Vmm>, arguments: &mut Arguments) -> Result<Value, Failure> {
     only(arguments)?;
-    Err(Failure::generic("Enable postcopy with migrate_set_capability before the start of migration"))
+    Err(Refused::PostcopyOff.into())
 }
 
 fn migrate_set_capabilities(vmm: &Arc<Vmm>, arguments: &mut Arguments) -> Result<Value, Failure> {
@@ -257,7 +250,7 @@ fn capability_changes(arguments: &mut Arguments) -> Result<Vec<(String, bool)>, 
     for (i, item) in list.into_iter().enumerate() {
         let mut item = arguments.inner(item, &format!("capabilities[{i}]"))?;
         let (name, state) = (item.choice("capability", &known)?, item.required_flag("state")?);
-        item.finish()?;
+        item.complete()?;
         changes.push((name, state));
     }
     only(arguments)?;

@@ -33,7 +33,7 @@ pub(super) fn place(arguments: &mut Arguments) -> Result<Place, Failure> {
                 let mut channel = arguments.inner(channel, &format!("channels[{i}]"))?;
                 let kind = channel.choice("channel-type", &["main", "cpr"])?;
                 let place = transport(channel.object("addr")?)?;
-                channel.finish()?;
+                channel.complete()?;
                 if kind != "main" {
                     return Err(Failure::generic("channel type 'cpr' is not supported here"));
                 }
@@ -71,7 +71,7 @@ fn transport(mut addr: Arguments) -> Result<Place, Failure> {
             return Err(Failure::generic(format!("transport '{other}' is not supported here")));
         }
     };
-    addr.finish()?;
+    addr.complete()?;
     Ok(place)
 }
 

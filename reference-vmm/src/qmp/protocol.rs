@@ -1,5 +1,6 @@
 //! The dialogue with one client, apart from the socket: bytes in, replies out.
 
+use crate::migration::Refused;
 use serde_json::{Map, Value, json};
 
 /// Longest request that is read: far above any real one.
@@ -20,6 +21,12 @@ impl Failure {
 
     pub(super) fn not_found(desc: impl Into<String>) -> Self {
         Failure { class: "CommandNotFound", desc: desc.into() }
+    }
+}
+
+impl From<Refused> for Failure {
+    fn from(refused: Refused) -> Failure {
+        Failure::generic(refused.to_string())
     }
 }
 

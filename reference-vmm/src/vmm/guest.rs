@@ -44,11 +44,20 @@ impl Guest for Vmm {
     }
 
     fn pause(&self) -> Result<bool, GuestError> {
-        match self.pause_as(RunState::FinishMigrate) {
+        match self.pause_for_migration() {
             (was_running, None) => Ok(was_running),
             // The monitor ends, or waits to be told what to do: the destination must not run it on.
             (_, Some(stop)) => Err(stop.to_string().into()),
         }
+    }
+
+    fn stay_stopped(&self) {
+        let mut state = self.lock();
+        // One that has stopped by itself is not to be taken for one that runs.
+        if state.run_state == RunState::FinishMigrate && state.before_migration != RunState::Running {
+            state.run_state = state.before_migration;
+        }
+        state.saved = false;
     }
 
     fn resume(&self) -> Result<(), GuestError> {

@@ -18,6 +18,7 @@ pub(crate) const TESTS: &[Test] = &[
     ("qmp_refuses_with_qemus_words", refuses_with_qemus_words),
     ("qmp_answers_quit_before_the_monitor_ends", answers_quit),
     ("qmp_migrates_a_guest", migrates_a_guest),
+    ("qmp_refuses_to_migrate_a_guest_that_has_left", refuses_to_migrate_a_guest_that_has_left),
     ("qmp_measures_the_dirty_rate", measures_the_dirty_rate),
     ("qmp_names_what_blocks_a_migration", names_what_blocks_a_migration),
     ("auto_converge_slows_a_guest_down_until_it_migrates", auto_converge),
@@ -168,6 +169,31 @@ fn migrates_a_guest() {
     assert_eq!(there.execute("query-migrate", json!({})).unwrap()["status"], "completed");
     let line = arrived.wait_for_line("qevm-payload pass=");
     assert!(line.contains(" stale=0 "), "{line}");
+}
+
+/// Whoever repeats a command whose answer was lost must not make a second guest of the one that goes on elsewhere.
+fn refuses_to_migrate_a_guest_that_has_left() {
+    let directory = tempfile::tempdir().unwrap();
+    let (_source, _a, mut here, console) = serve(directory.path(), "here", false);
+    let (_first, _b, mut first, _) = serve(directory.path(), "first", true);
+    let (_second, _c, mut second, nothing) = serve(directory.path(), "second", true);
+    here.execute("cont", json!({})).unwrap();
+    console.wait_for_line("qevm-payload pass=");
+    let uri = |name: &str| json!({ "uri": format!("unix:{}/{name}.in", directory.path().display()) });
+    first.execute("migrate-incoming", uri("first")).unwrap();
+    second.execute("migrate-incoming", uri("second")).unwrap();
+    here.execute("migrate", uri("first")).unwrap();
+    assert_eq!(finished(&mut here)["status"], "completed");
+
+    for place in [uri("second"), uri("nobody"), json!({ "uri": "exec:cat > /dev/null" })] {
+        let answer = refused(&mut here, "migrate", place);
+        assert_eq!(answer, "Can't migrate the vm that was paused due to previous migration");
+        assert_eq!(here.execute("query-migrate", json!({})).unwrap()["status"], "completed");
+        assert_eq!(here.execute("query-status", json!({})).unwrap()["status"], "postmigrate");
+    }
+    assert_eq!(first.execute("query-status", json!({})).unwrap()["status"], "running");
+    assert_eq!(second.execute("query-status", json!({})).unwrap()["status"], "inmigrate");
+    assert!(nothing.lines().is_empty());
 }
 
 /// The payload dirties 8 MiB per second (and a few pages beside), or less where a busy machine lets it wait.

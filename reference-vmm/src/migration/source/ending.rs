@@ -138,12 +138,14 @@ impl Engine<'_> {
             let source = format!("{resume} (the migration had failed: {error})").into();
             return MigrationError::Guest { doing: "resume the guest", source };
         }
-        if !was_running
-            && self.inactive
-            && let Err(claim) = self.guest.activate()
-        {
-            let source = format!("{claim} (the migration had failed: {error})").into();
-            return MigrationError::Guest { doing: "take the guest's disks back", source };
+        if !was_running {
+            self.guest.stay_stopped();
+            if self.inactive
+                && let Err(claim) = self.guest.activate()
+            {
+                let source = format!("{claim} (the migration had failed: {error})").into();
+                return MigrationError::Guest { doing: "take the guest's disks back", source };
+            }
         }
         error
     }

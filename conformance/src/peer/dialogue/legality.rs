@@ -1,0 +1,314 @@
+//! Every command in every state that a machine and its migrations can be in: what is refused, and in which words.
+//!
+//! Both are led through the same states, and asked the same in each. What changes the state is asked last.
+
+use std::io::{Read, Write};
+use std::net::{TcpListener, TcpStream};
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::path::Path;
+use std::thread;
+use std::time::Instant;
+
+use anyhow::{Context, Result, bail, ensure};
+use nix::errno::Errno;
+use nix::sys::socket::{AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, connect, listen, socket};
+use reference_vmm::migration::Status;
+use serde_json::{Value, json};
+
+use super::{Both, Monitor, PATIENCE, POLL, reply};
+use crate::launch::Qemu;
+use crate::peer::party::start_reference;
+use crate::roots::Root;
+
+/// What is asked in every state. No command here changes it, where it is accepted.
+const EVERYWHERE: &[(&str, &str)] = &[
+    ("query-status", ""),
+    ("query-migrate", ""),
+    ("query-migrate-capabilities", ""),
+    ("query-migrate-parameters", ""),
+    ("migrate-continue", r#"{"state":"completed"}"#),
+    ("migrate-continue", r#"{"state":"setup"}"#),
+    ("migrate-pause", ""),
+    ("migrate-recover", r#"{"uri":"tcp:127.0.0.1:0"}"#),
+    ("migrate-start-postcopy", ""),
+    ("migrate", r#"{"uri":"foo:bar"}"#),
+    ("migrate", r#"{"uri":"tcp:127.0.0.1:1","resume":true}"#),
+    ("migrate-incoming", r#"{"uri":"foo:bar"}"#),
+    ("migrate-set-capabilities", r#"{"capabilities":[{"capability":"events","state":false}]}"#),
+    ("migrate-set-capabilities", r#"{"capabilities":[{"capability":"multifd","state":true}]}"#),
+    ("migrate-set-capabilities", r#"{"capabilities":[{"capability":"multifd","state":false}]}"#),
+    ("migrate-set-parameters", r#"{"multifd-channels":3}"#),
+    ("query-dirty-rate", ""),
+    ("set-vcpu-dirty-limit", r#"{"dirty-rate":5}"#),
+    ("cancel-vcpu-dirty-limit", ""),
+    ("query-vcpu-dirty-limit", ""),
+    ("closefd", r#"{"fdname":"x"}"#),
+    ("remove-fd", r#"{"fdset-id":6}"#),
+    ("query-fdsets", ""),
+    ("query-name", ""),
+    ("query-version", ""),
+    ("nosuch", ""),
+];
+/// What is asked beside that where a migration is refused.
+const REFUSED: &[(&str, &str)] = &[
+    ("migrate", r#"{"uri":"unix:/nonexistent/nobody"}"#),
+    ("migrate", r#"{"uri":"exec:cat > /dev/null"}"#),
+    ("query-migrate", ""),
+];
+/// What stops a guest and lets it go on, where both are possible or without effect.
+const STOP_AND_GO: &[(&str, &str)] =
+    &[("cont", ""), ("query-status", ""), ("stop", ""), ("query-status", ""), ("cont", ""), ("query-status", "")];
+/// What a guest is asked that is being handed over: it is neither stopped nor started.
+const HANDED_OVER: &[(&str, &str)] = &[("cont", ""), ("stop", ""), ("query-status", ""), ("query-migrate", "")];
+const CANCEL: &[(&str, &str)] = &[("migrate_cancel", "")];
+
+/// Leads both through the states, and tells how many replies were compared. The differences are added to `differences`.
+pub(super) fn compare(root: &Root, program: &Monitor, scratch: &Path, differences: &mut Vec<String>) -> Result<usize> {
+    let mut replies = 0;
+    let tours: [(&str, &[&str], fn(&mut Tour<'_>) -> Result<()>); 3] = [
+        ("running", &[], running),
+        ("prelaunch", &["-S"], prelaunch),
+        ("incoming", &["--incoming", "defer"], incoming),
+    ];
+    for (name, more, lead) in tours {
+        let start = |name: &str, more: &[&str]| start(root, program, scratch, name, more);
+        let mut tour = Tour { both: start(name, more)?, start: &start, scratch, replies: 0 };
+        lead(&mut tour).with_context(|| format!("tour '{name}'"))?;
+        replies += tour.replies;
+        differences.append(&mut tour.both.differences);
+        tour.both.qemu.quit();
+        tour.both.ours.quit();
+    }
+    Ok(replies)
+}
+
+fn start(root: &Root, program: &Monitor, scratch: &Path, name: &str, more: &[&str]) -> Result<Both> {
+    let mut arguments = ["-m", "64M"].iter().chain(more).map(|a| a.to_string()).collect::<Vec<_>>();
+    let ours = start_reference(program, &format!("{name}-ours"), &arguments, scratch)?;
+    arguments.extend(["-M", "microvm,accel=tcg"].map(String::from));
+    let qemu = Qemu::start(root, &format!("{name}-qemu"), &arguments, scratch)?;
+    Ok(Both { qemu, ours, differences: Vec::new() })
+}
+
+/// Both on their way through the states.
+struct Tour<'t> {
+    both: Both,
+    start: &'t dyn Fn(&str, &[&str]) -> Result<Both>,
+    scratch: &'t Path,
+    replies: usize,
+}
+
+impl Tour<'_> {
+    /// Waits until both are in this state, and asks them.
+    fn at(&mut self, run_state: &str, migration: Option<Status>, asked: &[&[(&str, &str)]]) -> Result<()> {
+        let migration = migration.map(Status::as_str);
+        for monitor in [&mut self.both.qemu, &mut self.both.ours] {
+            let deadline = Instant::now() + PATIENCE;
+            loop {
+                let status = monitor.execute("query-status", Value::Null)?;
+                let told = monitor.execute("query-migrate", Value::Null)?;
+                if status["status"] == run_state && told["status"].as_str() == migration {
+                    break;
+                }
+                ensure!(Instant::now() < deadline, "still {status}, {told}; {run_state}, {migration:?} wanted");
+                thread::sleep(POLL);
+            }
+        }
+        let before = self.both.differences.len();
+        for rows in [EVERYWHERE].iter().chain(asked) {
+            self.replies += self.both.ask_all(rows, self.scratch)?;
+        }
+        for difference in &mut self.both.differences[before..] {
+            *difference = format!("in {run_state}, {}: {difference}", migration.unwrap_or("no migration"));
+        }
+        Ok(())
+    }
+
+    /// Both are told the same, which is the way to the next state; with a list of arguments, each its own.
+    fn tell(&mut self, command: &str, arguments: [Value; 2]) -> Result<()> {
+        let [qemu, ours] = arguments;
+        let replies = [reply(&mut self.both.qemu, command, qemu)?, reply(&mut self.both.ours, command, ours)?];
+        self.both.compare(command, &replies[0], &replies[1]);
+        self.replies += 1;
+        Ok(())
+    }
+
+    fn tell_both(&mut self, command: &str, arguments: Value) -> Result<()> {
+        self.tell(command, [arguments.clone(), arguments])
+    }
+
+    fn capabilities(&mut self, changes: &[(&str, bool)]) -> Result<()> {
+        let list = changes.iter().map(|(name, state)| json!({ "capability": name, "state": state }));
+        self.tell_both("migrate-set-capabilities", json!({ "capabilities": list.collect::<Value>() }))
+    }
+
+    /// Both begin to migrate to a peer of their own, at this speed.
+    fn migrate(&mut self, max_bandwidth: u64) -> Result<()> {
+        self.tell_both("migrate-set-parameters", json!({ "max-bandwidth": max_bandwidth }))?;
+        let peers = [Peer::start()?, Peer::start()?].map(|Peer(uri)| json!({ "uri": uri }));
+        self.tell("migrate", peers)
+    }
+}
+
+/// So slow that a migration does not come to its end.
+const SLOW: u64 = 20_000;
+/// No limit.
+const FAST: u64 = 0;
+
+fn running(tour: &mut Tour<'_>) -> Result<()> {
+    tour.at("running", None, &[CANCEL, STOP_AND_GO])?;
+    tour.tell_both("stop", Value::Null)?;
+    tour.at("paused", None, &[CANCEL])?;
+    let nobody = json!({ "uri": "unix:/nonexistent/nobody" });
+    tour.tell_both("migrate", nobody.clone())?;
+    tour.at("paused", Some(Status::Failed), &[CANCEL, STOP_AND_GO])?;
+    tour.at("running", Some(Status::Failed), &[])?;
+
+    // Nobody accepts the connection, so that it is neither there nor refused.
+    let crowd = Crowd::gather(tour.scratch)?;
+    tour.tell("migrate", crowd.addresses())?;
+    tour.at("running", Some(Status::Setup), &[REFUSED, STOP_AND_GO])?;
+    tour.tell_both("migrate_cancel", Value::Null)?;
+    tour.at("running", Some(Status::Cancelling), &[REFUSED, CANCEL, STOP_AND_GO])?;
+    drop(crowd);
+
+    tour.at("running", Some(Status::Cancelled), &[])?;
+    tour.migrate(SLOW)?;
+    tour.at("running", Some(Status::Active), &[REFUSED, STOP_AND_GO])?;
+    tour.tell_both("stop", Value::Null)?;
+    tour.at("paused", Some(Status::Active), &[REFUSED])?;
+    tour.tell_both("migrate_cancel", Value::Null)?;
+    tour.at("paused", Some(Status::Cancelled), &[CANCEL])?;
+
+    // A guest that is stopped when it is handed over stays so when that fails.
+    tour.capabilities(&[("pause-before-switchover", true), ("return-path", true)])?;
+    tour.migrate(FAST)?;
+    tour.at("finish-migrate", Some(Status::PreSwitchover), &[REFUSED, HANDED_OVER])?;
+    tour.tell_both("migrate_cancel", Value::Null)?;
+    tour.at("paused", Some(Status::Cancelled), &[STOP_AND_GO])?;
+    tour.migrate(FAST)?;
+    tour.at("finish-migrate", Some(Status::PreSwitchover), &[REFUSED, HANDED_OVER])?;
+    tour.tell_both("migrate-continue", json!({ "state": "pre-switchover" }))?;
+    // The peers do not say that they have the guest.
+    tour.at("finish-migrate", Some(Status::Device), &[REFUSED, HANDED_OVER])?;
+    tour.tell_both("migrate_cancel", Value::Null)?;
+    tour.at("running", Some(Status::Cancelled), &[])?;
+
+    tour.capabilities(&[("pause-before-switchover", false), ("return-path", false)])?;
+    tour.tell_both("migrate", json!({ "uri": "exec:cat > /dev/null" }))?;
+    tour.at("postmigrate", Some(Status::Completed), &[REFUSED, CANCEL, &[("stop", ""), ("query-status", "")]])?;
+    // That a second migration was refused has changed nothing. What the operator says counts, as with QEMU.
+    tour.at("postmigrate", Some(Status::Completed), &[STOP_AND_GO])?;
+    tour.at("running", Some(Status::Completed), &[CANCEL])?;
+    tour.tell_both("stop", Value::Null)?;
+    tour.at("paused", Some(Status::Completed), &[])?;
+    tour.tell_both("migrate", nobody)?;
+    tour.at("paused", Some(Status::Failed), &[])
+}
+
+fn prelaunch(tour: &mut Tour<'_>) -> Result<()> {
+    tour.at("prelaunch", None, &[CANCEL, &[("stop", ""), ("query-status", "")]])?;
+    tour.migrate(SLOW)?;
+    tour.at("prelaunch", Some(Status::Active), &[REFUSED, &[("stop", ""), ("query-status", "")]])?;
+    tour.tell_both("migrate_cancel", Value::Null)?;
+    tour.at("prelaunch", Some(Status::Cancelled), &[])?;
+    tour.capabilities(&[("pause-before-switchover", true)])?;
+    tour.migrate(FAST)?;
+    tour.at("finish-migrate", Some(Status::PreSwitchover), &[REFUSED, HANDED_OVER])?;
+    tour.tell_both("migrate_cancel", Value::Null)?;
+    tour.at("prelaunch", Some(Status::Cancelled), &[STOP_AND_GO])
+}
+
+fn incoming(tour: &mut Tour<'_>) -> Result<()> {
+    tour.at("inmigrate", None, &[REFUSED, CANCEL, STOP_AND_GO])?;
+    let place = |who: &str| tour.scratch.join(format!("{who}.legality"));
+    let places = ["qemu", "ours"].map(|who| json!({ "uri": format!("unix:{}", place(who).display()) }));
+    tour.tell("migrate-incoming", places.clone())?;
+    let again = &[("migrate-incoming", r#"{"uri":"tcp:127.0.0.1:0"}"#)];
+    tour.at("inmigrate", Some(Status::Setup), &[REFUSED, again, CANCEL, STOP_AND_GO])?;
+
+    // Each has a guest of its own kind sent, slowly at first.
+    let mut sources = (tour.start)("sources", &[])?;
+    for (monitor, place) in [&mut sources.qemu, &mut sources.ours].into_iter().zip(places) {
+        monitor.set_parameters(&json!({ "max-bandwidth": SLOW, "downtime-limit": 1 }))?;
+        monitor.execute("migrate", place)?;
+    }
+    tour.at("inmigrate", Some(Status::Active), &[REFUSED, again, CANCEL, STOP_AND_GO])?;
+    for monitor in [&mut sources.qemu, &mut sources.ours] {
+        monitor.set_parameters(&json!({ "max-bandwidth": FAST, "downtime-limit": 2000 }))?;
+    }
+    tour.at("running", Some(Status::Completed), &[again, CANCEL, STOP_AND_GO])?;
+    // It may leave again.
+    tour.migrate(SLOW)?;
+    tour.at("running", Some(Status::Active), &[REFUSED, again, STOP_AND_GO])?;
+    tour.tell_both("migrate_cancel", Value::Null)?;
+    tour.at("running", Some(Status::Cancelled), &[again])?;
+    sources.qemu.quit();
+    sources.ours.quit();
+    Ok(())
+}
+
+/// Where a guest is sent that does not arrive: somebody who takes everything, says that it is there, and nothing else. Its address.
+struct Peer(String);
+
+/// PONGs to the two PINGs that a stream begins with. A QEMU does not look at their values.
+const PONGS: [u8; 16] = [0, 2, 0, 4, 0, 0, 0, 1, 0, 2, 0, 4, 0x51, 0x45, 0x48, 0x01];
+/// So many bytes of a stream hold both PINGs.
+const UP_TO_PINGS: usize = 100;
+
+impl Peer {
+    fn start() -> Result<Peer> {
+        let listener = TcpListener::bind("127.0.0.1:0")?;
+        let uri = format!("tcp:127.0.0.1:{}", listener.local_addr()?.port());
+        thread::spawn(move || {
+            // The source may go at any time.
+            let _ = listener.accept().and_then(|(stream, _)| take_in(stream));
+        });
+        Ok(Peer(uri))
+    }
+}
+
+fn take_in(mut stream: TcpStream) -> std::io::Result<()> {
+    let mut chunk = vec![0; 1 << 16];
+    stream.read_exact(&mut chunk[..UP_TO_PINGS])?;
+    stream.write_all(&PONGS)?;
+    while stream.read(&mut chunk)? > 0 {}
+    Ok(())
+}
+
+/// Sockets at which others wait already.
+struct Crowd {
+    _sockets: Vec<OwnedFd>,
+    addresses: [Value; 2],
+}
+
+impl Crowd {
+    fn gather(scratch: &Path) -> Result<Crowd> {
+        let mut sockets = Vec::new();
+        let mut addresses = [Value::Null, Value::Null];
+        for (who, address) in ["qemu", "ours"].into_iter().zip(&mut addresses) {
+            let path = scratch.join(format!("{who}.crowd"));
+            let place = UnixAddr::new(&path)?;
+            let stream = |flags| socket(AddressFamily::Unix, SockType::Stream, flags, None);
+            let listener = stream(SockFlag::SOCK_CLOEXEC)?;
+            bind(listener.as_raw_fd(), &place)?;
+            listen(&listener, Backlog::new(0)?)?;
+            sockets.push(listener);
+            // Until nobody else can connect without waiting.
+            loop {
+                let waiting = stream(SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK)?;
+                match connect(waiting.as_raw_fd(), &place) {
+                    Ok(()) => sockets.push(waiting),
+                    Err(Errno::EAGAIN) => break,
+                    Err(error) => bail!("connecting to {}: {error}", path.display()),
+                }
+            }
+            *address = json!({ "uri": format!("unix:{}", path.display()) });
+        }
+        Ok(Crowd { _sockets: sockets, addresses })
+    }
+
+    fn addresses(&self) -> [Value; 2] {
+        self.addresses.clone()
+    }
+}
