@@ -89,7 +89,7 @@ fn address_of((host, port): (&str, u16)) -> Result<std::net::SocketAddr> {
     format!("{host}:{port}").parse().context("an address")
 }
 
-/// A destination that reads everything, says nothing and resets the connection once the source has no more to say.
+/// A destination that reads, says nothing and resets the connection after some seconds.
 pub(super) fn reads_and_resets(network: &Network, port: u16) -> Result<thread::JoinHandle<Result<u64>>> {
     use std::io::Read;
     let namespace = format!("/run/netns/{}", network.destination());
@@ -102,7 +102,10 @@ pub(super) fn reads_and_resets(network: &Network, port: u16) -> Result<thread::J
         let (mut source, _) = listener.accept()?;
         let (mut count, mut chunk) = (0, vec![0; 1 << 20]);
         source.set_read_timeout(Some(Duration::from_secs(3)))?;
-        while let Ok(read @ 1..) = source.read(&mut chunk) {
+        let until = std::time::Instant::now() + Duration::from_secs(5);
+        while std::time::Instant::now() < until
+            && let Ok(read @ 1..) = source.read(&mut chunk)
+        {
             count += read as u64;
         }
         nix::sys::socket::setsockopt(

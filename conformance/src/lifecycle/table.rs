@@ -64,8 +64,9 @@ fn moments() -> Vec<(&'static str, Moment, [Option<Expected>; 3])> {
         ("1.2 link dies at SHUT", Moment::LinkDiesAtShut, [says(Paused(1), 1, DECIDE), says(Paused(1), 1, DECIDE), runs(Destination)]),
         ("1.2 link dies at SHUT then cancel", Moment::LinkDiesAtShutThenCancel, [runs(Source), runs(Source), runs(Destination)]),
         ("1.2 link dies after SHUT", Moment::LinkDiesAfterShut, [says(Paused(1), 1, DECIDE), says(Paused(1), 1, DECIDE), arrives()]),
-        ("1.2 source killed in device", Moment::SourceKilledInDevice, [says(Paused(1), 1, DECIDE), says(Paused(1), 1, DECIDE), runs(Destination)]),
-        ("1.2 cancelled in device", Moment::CancelInDevice, [runs(Source), runs(Source), runs(Destination)]),
+        // Ours keeps the end of the stream back from a QEMU that has not loaded the rest: the guest is still the source's.
+        ("1.2 source killed in device", Moment::SourceKilledInDevice, [says(Paused(1), 1, DECIDE), says(Paused(1), 1, DECIDE), runs(Gone)]),
+        ("1.2 cancelled in device", Moment::CancelInDevice, [runs(Source); 3]),
         ("1.3 second migrate", Moment::SecondMigrate, [arrives(), arrives(), arrives()]),
         ("1.4 reset while active", Moment::ResetWhileActive, [arrives(), arrives(), arrives()]),
         ("1.4 reset after arrival", Moment::ResetAfterArrival, [arrives(), arrives(), arrives()]),

@@ -4,7 +4,7 @@
 use std::fs::{self, File};
 use std::io::{self, Write};
 use std::net::Shutdown;
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::thread;
@@ -202,10 +202,7 @@ impl Stage<'_> {
         })?;
         ensure!(lodge.execute("cont", Value::Null).is_err(), "a guest whose devices have no model was let run");
 
-        let _ = fs::remove_file(door);
-        let listener = UnixListener::bind(door)?;
-        lodge.execute("migrate", json!({ "uri": entry }))?;
-        io::copy(&mut listener.accept()?.0, &mut File::create(second)?)?;
+        lodge.execute("migrate", json!({ "uri": format!("exec:cat > {}", second.display()) }))?;
         lodge.wait_migration(PATIENCE, |migration| migration["status"] == "completed")?;
         lodge.quit();
         Ok(())

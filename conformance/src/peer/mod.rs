@@ -5,13 +5,14 @@
 //! way while the guest rewrites its memory, and at the end the guest itself says whether a page was stale, its clock ran
 //! backwards or a byte of its serial output got lost. An [`Outage`]
 //! breaks the connection again and again before it lets the guest go, a [`Pairing`] is of monitors that do not fit each other, and
-//! must be told why, and an [`Echo`]
+//! must be told why, a [`Doubt`] ends in a moment when the source cannot know what the destination does, and an [`Echo`]
 //! is a stopped guest that comes back as it was. A [`Lodger`] is one that never runs in reference-vmm: Linux under TCG. [`Gear`] is what a guest
 //! uses besides its memory: virtio devices that it keeps busy. A [`Party`] is one of the monitors, controlled by QMP whoever wrote it.
 
 pub mod bench;
 pub mod demo;
 pub mod dialogue;
+mod doubt;
 mod echo;
 mod gear;
 mod journey;
@@ -26,6 +27,7 @@ mod report;
 pub mod table;
 mod tap;
 
+pub use doubt::{Doubt, Doubtful};
 pub use echo::Echo;
 pub use gear::Gear;
 pub use journey::{Account, Hop, Journey, Link, Load, Moment, Stage, Stop};

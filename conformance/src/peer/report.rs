@@ -9,7 +9,7 @@ use std::time::Instant;
 use anyhow::Result;
 use serde_json::Value;
 
-use super::{Account, Echo, Journey, Monitor, Outage, Pairing, Stage, Stop};
+use super::{Account, Doubt, Echo, Journey, Monitor, Outage, Pairing, Stage, Stop};
 use crate::bench::figures::Summary;
 use crate::matrix::{REQUIRE_KVM, REQUIRE_QEMU, kvm};
 use crate::played::{Outcome, Report, Row};
@@ -22,6 +22,8 @@ pub enum Case {
     Journey(Journey),
     /// It arrives at last.
     Outage(Outage),
+    /// It runs at one end, though one of them cannot know what the other does.
+    Doubt(Doubt),
     /// It stays, and why is said.
     Pairing(Pairing),
     /// It comes back as it was.
@@ -34,6 +36,7 @@ impl Case {
         match self {
             Case::Journey(journey) => journey,
             Case::Outage(outage) => &outage.journey,
+            Case::Doubt(doubt) => &doubt.journey,
             Case::Pairing(pairing) => &pairing.journey,
             Case::Echo(echo) => &echo.journey,
         }
@@ -43,6 +46,7 @@ impl Case {
         match self {
             Case::Journey(journey) => journey.travel(stage, |_| ()),
             Case::Outage(outage) => outage.play(stage),
+            Case::Doubt(doubt) => doubt.play(stage),
             Case::Pairing(pairing) => pairing.play(stage),
             Case::Echo(echo) => echo.play(stage),
         }

@@ -2,7 +2,7 @@
 
 use serde_json::{Map, Value};
 
-use super::{Case, Cut, Echo, Gear, Journey, Link, Load, Outage, Pairing, Stop};
+use super::{Case, Cut, Doubt, Doubtful, Echo, Gear, Journey, Link, Load, Outage, Pairing, Stop};
 use crate::roots::Suite;
 use crate::scenario::Accel;
 
@@ -17,6 +17,7 @@ const RING_HOPS: usize = 50;
 pub fn all() -> Vec<Case> {
     let mut cases: Vec<Case> = journeys().into_iter().map(Case::Journey).collect();
     cases.extend(outages().into_iter().map(Case::Outage));
+    cases.extend(doubts().into_iter().map(Case::Doubt));
     cases.extend(pairings().into_iter().map(Case::Pairing));
     cases.extend(echoes().into_iter().map(Case::Echo));
     cases
@@ -263,6 +264,19 @@ fn outages() -> Vec<Outage> {
         }
     }
     outages
+}
+
+/// The last moments of a handover from reference-vmm, which asks every destination to answer.
+fn doubts() -> Vec<Doubt> {
+    let peers = PEERS.map(|suite| Stop::Qemu(suite, Accel::Kvm));
+    let doubt = |there: Stop, what: Doubtful, name: &str| {
+        let name = format!("{}>{there}/{name}", Stop::Reference);
+        let quick = [Stop::Reference, Stop::Qemu(Suite::Sid, Accel::Kvm)].contains(&there);
+        Doubt { journey: Journey { name, stops: vec![Stop::Reference, there], quick, ..plain() }, what }
+    };
+    let still = peers.into_iter().chain([Stop::Reference]);
+    let still = still.map(|there| doubt(there, Doubtful::Standstill, "doubt/standstill"));
+    still.chain(peers.map(|there| doubt(there, Doubtful::LostVerdict, "doubt/verdict"))).collect()
 }
 
 fn echoes() -> Vec<Echo> {

@@ -145,10 +145,12 @@ pub trait Channel: Send + Sync + fmt::Debug {
         true
     }
 
-    /// Ends the writing direction and waits until what was written has been taken, where that can be known: until a command has ended.
+    /// Ends the writing direction and waits until what was written has been taken, where that can be known: until the peer has closed
+    /// in order, a pipe is empty, or a command has ended.
     ///
     /// # Errors
-    /// The command has failed. It may have done its work all the same.
+    /// [`io::ErrorKind::BrokenPipe`] if the peer is gone and did not read everything. With every other error it may have: the
+    /// connection was reset, the command has failed.
     fn settle(&self) -> io::Result<()> {
         Ok(())
     }

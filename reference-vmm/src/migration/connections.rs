@@ -24,10 +24,22 @@ use std::{
 /// Permissions of a file that a guest goes to (QEMU 8.2): it holds all of the guest's secrets.
 const FILE_MODE: u32 = 0o600;
 
+/// Who reads what a source sends.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Reader {
+    /// A destination, over something with two directions: it is asked to answer.
+    Answers,
+    /// A destination perhaps, which is asked to answer only under capability `return-path`.
+    Silent,
+    /// Nobody for now: a file.
+    Nobody,
+}
+
 /// The connections of a source.
 #[derive(Debug, Clone)]
 pub struct Outgoing {
     pub(crate) main: Arc<dyn Channel>,
+    pub(crate) reader: Reader,
     pub(crate) pages: Vec<Arc<dyn Channel>>,
     /// Pages have their places in this file, in which the main channel writes, too.
     pub(crate) file: Option<PageFile>,
@@ -47,7 +59,7 @@ impl Outgoing {
                 let main = Socket::connect(address)?;
                 let channels = if job.capabilities().multifd { job.parameters().multifd_channels } else { 0 };
                 let pages = (0..channels).map(|_| Socket::connect(address)).collect::<Result<_, _>>()?;
-                Ok(Outgoing { main, pages, file: None })
+                Ok(Outgoing { pages, reader: Reader::Answers, ..main.into() })
             }
             Address::Exec(words) => {
                 let main: Arc<dyn Channel> = Arc::new(Pipe::command(words).map_err(failed)?);
@@ -58,7 +70,8 @@ impl Outgoing {
                 if job.capabilities().return_path && !two_way {
                     return Err(BadCapability::OneWay.into());
                 }
-                Ok(main.into())
+                let reader = if two_way { Reader::Answers } else { Reader::Silent };
+                Ok(Outgoing { reader, ..main.into() })
             }
             Address::File { path, offset } => {
                 if job.capabilities().return_path {
@@ -73,7 +86,8 @@ impl Outgoing {
                 let mut file = open(0)?;
                 place(&mut file, *offset).map_err(failed)?;
                 let pages = page_file(&file, job, open, failed)?;
-                Ok(Outgoing { main: Arc::new(Pipe::new(file.into()).map_err(failed)?), pages: Vec::new(), file: pages })
+                let main: Arc<dyn Channel> = Arc::new(Pipe::new(file.into()).map_err(failed)?);
+                Ok(Outgoing { reader: Reader::Nobody, file: pages, ..main.into() })
             }
         }
     }
@@ -89,9 +103,9 @@ impl Outgoing {
 }
 
 impl From<Arc<dyn Channel>> for Outgoing {
-    /// A main channel alone.
+    /// A main channel alone. The destination is asked to answer if capability `return-path` is on.
     fn from(main: Arc<dyn Channel>) -> Self {
-        Outgoing { main, pages: Vec::new(), file: None }
+        Outgoing { main, reader: Reader::Silent, pages: Vec::new(), file: None }
     }
 }
 

@@ -6,7 +6,7 @@ use qevm_savevm::mapped_ram::MappedRamError;
 use qevm_wire::{Blame, CountedString, Fault, Located};
 use std::{io, path::PathBuf, time::Duration};
 
-/// Why a migration failed. On the source the guest goes on in every case.
+/// Why a migration failed. On the source the guest goes on in every case but [`Unsettled`](MigrationError::Unsettled).
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum MigrationError {
@@ -51,11 +51,15 @@ pub enum MigrationError {
     /// There is no such descriptor.
     #[error(transparent)]
     Descriptor(#[from] BadDescriptor),
-    /// The destination has been sent everything, and the command that carries it has failed: whether the guest runs there is not known.
-    #[error("{source}; it had everything, so see whether the guest runs at the destination before you say 'cont'")]
+    /// Something failed when the destination had been sent everything: whether the guest runs there is not known, and it stays paused
+    /// here.
+    #[error(
+        "{reason}; the destination has everything, so the guest may run there, and stays paused here: see whether it runs at the \
+         destination, and say 'cont' here only if it does not"
+    )]
     Unsettled {
-        /// How the command has ended.
-        source: io::Error,
+        /// What failed.
+        reason: GuestError,
     },
     /// The channel broke while sending.
     #[error("cannot send {doing}: {source}")]

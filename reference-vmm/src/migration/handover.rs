@@ -15,6 +15,12 @@
 //! on neither side until the operator says `cont` at the destination, which has everything.
 //!
 //! A source of QEMU's announces nothing, and the destination then runs the guest as QEMU's would.
+//!
+//! A destination of QEMU's agrees to nothing. It gets the end of the stream only when it has answered one more PING, [`LOADED`], which
+//! stands behind the last device: until then it does not run the guest for certain, whether it is slow, stopped, dead or cut off, and
+//! the source may resume. Behind the end only the destination's word counts: SHUT 0 completes the migration, another SHUT makes the
+//! source resume, and if none arrives (the link is dead, the connection was reset, or the migration cancelled) nobody can tell at the
+//! source. The guest then stays paused there, and the operator decides.
 
 use qevm_savevm::{StreamWriter, command::Command};
 
@@ -22,6 +28,8 @@ use qevm_savevm::{StreamWriter, command::Command};
 pub(crate) const ANNOUNCE: u32 = 0x5145_4801;
 /// Value of the PONG that answers the announcement.
 pub(crate) const AGREED: u32 = 0x5145_4803;
+/// Value of the PING behind the last device, for a destination that has not agreed.
+pub(crate) const LOADED: u32 = 0x5145_4804;
 /// Value of the PING that confirms the handover.
 pub(crate) const CONFIRM: u32 = 0x5145_4802;
 

@@ -4,7 +4,7 @@ use super::{Capabilities, Channel, MigrationError, Parameters, Statistics, Statu
 use std::{
     fmt,
     sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 /// Something that watchers of a migration want to know at once.
@@ -34,6 +34,8 @@ struct State {
     statistics: Statistics,
     cancel: bool,
     go_on: bool,
+    /// When the migration was begun.
+    began: Option<Instant>,
     channels: Vec<Arc<dyn Channel>>,
 }
 
@@ -82,9 +84,14 @@ impl Job {
         *self.watcher.lock().unwrap_or_else(PoisonError::into_inner) = Some(Box::new(watcher));
     }
 
-    /// A copy of the statistics.
+    /// A copy of the statistics. The time of a migration under way goes on whatever its connections do.
     pub fn statistics(&self) -> Statistics {
-        self.lock().statistics.clone()
+        let state = self.lock();
+        let mut statistics = state.statistics.clone();
+        if statistics.status.is_running() {
+            statistics.total_time = state.elapsed();
+        }
+        statistics
     }
 
     /// The status.
@@ -142,6 +149,7 @@ impl Job {
         legal(state.statistics.status)?;
         state.statistics = Statistics { status: Status::Setup, ..Statistics::default() };
         (state.cancel, state.go_on, state.channels) = (false, false, Vec::new());
+        state.began = Some(Instant::now());
         drop(state);
         self.notify(Notice::Status(Status::Setup));
         Ok(())
@@ -245,16 +253,22 @@ impl Job {
         let mut state = self.lock();
         let status = match error {
             None => Status::Completed,
+            // The guest does not go on here as after a migration that was cancelled in time.
+            Some(MigrationError::Unsettled { .. }) => Status::Failed,
             Some(_) if state.cancel => Status::Cancelled,
             Some(_) => Status::Failed,
         };
         state.statistics.error = match status {
             Status::Failed => error.map(ToString::to_string),
+            Status::Cancelled if matches!(error, Some(MigrationError::Connect { .. })) => {
+                error.map(ToString::to_string)
+            }
             // QEMU's words.
             Status::Cancelled if state.statistics.stopped_at.is_some() => Some("Switchover is interrupted".into()),
             _ => None,
         };
         state.statistics.status = status;
+        state.statistics.total_time = state.elapsed();
         state.channels = Vec::new();
         drop(state);
         self.changed.notify_all();
@@ -281,6 +295,10 @@ impl Job {
 }
 
 impl State {
+    fn elapsed(&self) -> Duration {
+        self.began.map_or(Duration::ZERO, |began| began.elapsed())
+    }
+
     fn check(&self) -> Result<(), MigrationError> {
         if self.cancel { Err(MigrationError::Cancelled) } else { Ok(()) }
     }

@@ -22,6 +22,8 @@ use vmm_sys_util::eventfd::EventFd;
 const COMMAND_PATIENCE: Duration = Duration::from_secs(5);
 /// How long a command may take to tell why it has ended.
 const STATUS_PATIENCE: Duration = Duration::from_millis(500);
+/// How often a pipe is looked at that is to be read, in ms.
+const READ_POLL: libc::c_int = 2;
 /// How often a command is asked for its status.
 const STATUS_POLL: Duration = Duration::from_millis(2);
 
@@ -35,6 +37,8 @@ pub struct Pipe {
     /// Readable when nothing more may be written.
     writing_ends: EventFd,
     command: Mutex<Option<Child>>,
+    /// What was written can be told from what was read.
+    fifo: bool,
 }
 
 impl Pipe {
@@ -51,7 +55,7 @@ impl Pipe {
         }
         let reader = (access != libc::O_WRONLY).then(|| fd.clone());
         let writer = (access != libc::O_RDONLY).then_some(fd);
-        Self::over(reader, writer, None)
+        Self::over(reader, writer, None, file_type.is_fifo())
     }
 
     /// Starts a command: what is written goes to its standard input, what is read comes from its standard output.
@@ -68,22 +72,51 @@ impl Pipe {
         for end in [&reader, &writer].into_iter().flatten() {
             do_not_block(end)?;
         }
-        Self::over(reader, writer, Some(child))
+        Self::over(reader, writer, Some(child), true)
     }
 
-    fn over(reader: Option<Arc<OwnedFd>>, writer: Option<Arc<OwnedFd>>, command: Option<Child>) -> io::Result<Self> {
+    fn over(
+        reader: Option<Arc<OwnedFd>>,
+        writer: Option<Arc<OwnedFd>>,
+        command: Option<Child>,
+        fifo: bool,
+    ) -> io::Result<Self> {
         Ok(Pipe {
             reader: Mutex::new(reader),
             writer: Mutex::new(writer),
             reading_ends: EventFd::new(libc::EFD_NONBLOCK)?,
             writing_ends: EventFd::new(libc::EFD_NONBLOCK)?,
             command: Mutex::new(command),
+            fifo,
         })
     }
 
     /// Whether it can be read from, and written to.
     pub(crate) fn directions(&self) -> (bool, bool) {
         (lock(&self.reader).is_some(), lock(&self.writer).is_some())
+    }
+
+    /// Waits until the pipe is empty.
+    fn wait_until_read(&self) -> io::Result<()> {
+        let Some(fd) = lock(&self.writer).clone() else { return Err(io::ErrorKind::BrokenPipe.into()) };
+        while self.backlog()? > 0 {
+            let entry = |fd, events| libc::pollfd { fd, events, revents: 0 };
+            // That nobody reads any more is told unasked.
+            let mut entries = [entry(self.writing_ends.as_raw_fd(), libc::POLLIN), entry(fd.as_raw_fd(), 0)];
+            // SAFETY: the entries are valid for writing, and as many as is said.
+            match unsafe { libc::poll(entries.as_mut_ptr(), entries.len() as libc::nfds_t, READ_POLL) } {
+                -1 => match io::Error::last_os_error() {
+                    error if error.kind() == io::ErrorKind::Interrupted => {}
+                    error => return Err(error),
+                },
+                _ if entries[0].revents != 0 => return Err(io::ErrorKind::ConnectionAborted.into()),
+                _ if entries[1].revents & libc::POLLERR != 0 && self.backlog()? > 0 => {
+                    return Err(io::ErrorKind::BrokenPipe.into());
+                }
+                _ => {}
+            }
+        }
+        Ok(())
     }
 
     /// How the command has ended, if there is one and it has or does within `patience`.
@@ -152,7 +185,20 @@ impl Channel for Pipe {
         }
     }
 
+    fn backlog(&self) -> io::Result<u64> {
+        let Some(fd) = lock(&self.writer).clone().filter(|_| self.fifo) else { return Ok(0) };
+        let mut unread: libc::c_int = 0;
+        // SAFETY: the call writes an int where it is told to.
+        match unsafe { libc::ioctl(fd.as_raw_fd(), libc::FIONREAD, &raw mut unread) } {
+            0 => Ok(u64::try_from(unread).unwrap_or(0)),
+            _ => Err(io::Error::last_os_error()),
+        }
+    }
+
     fn settle(&self) -> io::Result<()> {
+        if lock(&self.command).is_none() {
+            self.wait_until_read()?;
+        }
         self.finish_writing();
         match self.status(COMMAND_PATIENCE)? {
             Some(status) if !status.success() => Err(io::Error::other(format!("the command has ended with {status}"))),

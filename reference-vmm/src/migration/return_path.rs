@@ -2,9 +2,11 @@
 
 use super::{Channel, MigrationError, channel::Target, handover};
 use qevm_returnpath::{
-    Decoder, Event, Message, SwitchoverError,
-    switchover::{AckWait, SourceGate, SwitchoverAckFlow},
+    Decoder, Event, Message, SessionError, SwitchoverError,
+    session::{Action, SourceSession},
+    switchover::SwitchoverAckFlow,
 };
+use qevm_savevm::command::Command;
 use qevm_wire::{Blame, Decode, Fault, Located, Step};
 use std::{
     io,
@@ -19,29 +21,22 @@ pub enum ReturnPathError {
     /// A message could not be read.
     #[error(transparent)]
     Message(#[from] qevm_returnpath::ErrorKind),
-    /// An ack of the switchover that was not asked for.
+    /// A message that nobody asked for, or that has no place at this time.
     #[error(transparent)]
-    Switchover(#[from] SwitchoverError),
-    /// A message that has no place in a precopy migration.
-    #[error("{message}, expected SHUT, PONG or SWITCHOVER_ACK")]
-    Unexpected {
-        /// Its name.
-        message: &'static str,
-    },
-    /// The destination reports success before it can have the whole guest.
-    #[error("success reported before everything was sent")]
-    EarlySuccess,
+    Session(#[from] SessionError),
 }
 
 impl Blame for ReturnPathError {
     fn fault(&self) -> Fault {
         match self {
             ReturnPathError::Message(kind) => kind.fault(),
-            ReturnPathError::Switchover(kind) => kind.fault(),
-            _ => Fault::Malformed,
+            ReturnPathError::Session(kind) => kind.fault(),
         }
     }
 }
+
+/// Bytes that a destination may send behind its verdict, which are not looked at.
+const MOST_BEHIND_VERDICT: usize = 64 << 10;
 
 /// What the return path has said so far.
 #[derive(Debug)]
@@ -52,59 +47,85 @@ pub(crate) struct ReturnPath {
 
 #[derive(Debug)]
 struct Heard {
-    /// The destination may have everything, so a good verdict is credible.
-    sent_everything: bool,
+    /// What may come, and what is missing.
+    session: SourceSession,
     verdict: Option<Result<(), MigrationError>>,
     failed: bool,
-    /// Nothing more will be heard.
-    ended: bool,
+    /// Nothing more will be heard: how the destination closed.
+    ended: Option<io::Result<()>>,
     /// The destination waits for a confirmation before it runs the guest.
     agreed: bool,
-    /// Holds the switchover back until the destination's acks are there.
-    gate: SourceGate,
+    /// An ack of the switchover may come though nobody waits for it: the capability may be on there.
+    stray_ack: bool,
 }
 
 impl ReturnPath {
-    /// `flow` is how acks of the switchover are counted; `None` without `switchover-ack`.
-    pub(crate) fn new(flow: Option<SwitchoverAckFlow>) -> Self {
+    /// `flow` is how acks of the switchover are counted; `None` without `switchover-ack`. `asked_for` is false without
+    /// `return-path`: a return path that is opened all the same must not fail a migration that would succeed without.
+    pub(crate) fn new(flow: Option<SwitchoverAckFlow>, asked_for: bool) -> Self {
         let heard = Heard {
-            sent_everything: false,
+            session: SourceSession::new(flow),
             verdict: None,
             failed: false,
-            ended: false,
+            ended: None,
             agreed: false,
-            gate: SourceGate::new(flow),
+            stray_ack: !asked_for,
         };
         ReturnPath { heard: Mutex::new(heard), changed: Condvar::new() }
     }
 
-    /// Whether the switchover may happen; otherwise, after `patience`, which acks are missing.
-    pub(crate) fn acks(&self, patience: Duration) -> Option<AckWait> {
+    /// This PING goes out.
+    pub(crate) fn ping(&self, value: u32) -> Result<Command, MigrationError> {
+        let pinged = self.lock().session.ping(value);
+        match pinged {
+            Ok(()) => Ok(Command::Ping(value)),
+            Err(_) => Err(self.early_verdict()),
+        }
+    }
+
+    /// Whether the switchover may happen: the destination listens, and its devices agree. Otherwise, after `patience`, what is missing.
+    pub(crate) fn unready(&self, patience: Duration) -> Option<String> {
+        let ready = |heard: &Heard| heard.session.gate().is_open() && heard.session.is_answered();
         let heard = self.lock();
         let (heard, _) = self
             .changed
-            .wait_timeout_while(heard, patience, |heard| !heard.gate.is_open() && !heard.ended)
+            .wait_timeout_while(heard, patience, |heard| !ready(heard) && heard.ended.is_none())
             .unwrap_or_else(PoisonError::into_inner);
-        heard.gate.waiting()
+        (!ready(&heard)).then(|| match heard.session.gate().waiting() {
+            Some(acks) => format!("the destination has not agreed to the switchover: {acks}"),
+            None => format!("the destination does not answer: {}", heard.session.waiting()),
+        })
+    }
+
+    /// Waits until every PING was answered.
+    pub(crate) fn answers(&self) -> Result<(), MigrationError> {
+        let heard = self.lock();
+        let unanswered = |heard: &mut Heard| !heard.session.is_answered() && heard.ended.is_none();
+        let mut heard = self.changed.wait_while(heard, unanswered).unwrap_or_else(PoisonError::into_inner);
+        match heard.session.is_answered() {
+            true => Ok(()),
+            false => heard.verdict.take().unwrap_or(Err(MigrationError::NoVerdict)),
+        }
     }
 
     /// Reads messages until the peer closes. A failure closes the channel, so that the sending thread does not stay
     /// blocked in a write that nobody reads.
     pub(crate) fn listen(&self, channel: &dyn Channel) {
         let result = self.messages(channel);
+        let failed = result.is_err();
         let mut heard = self.lock();
-        if heard.verdict.is_none() {
-            heard.failed = result.is_err();
-            heard.verdict = Some(result);
+        (heard.failed, heard.verdict) = (failed, Some(result));
+        if failed {
+            heard.ended = Some(Ok(()));
         }
-        heard.ended = true;
-        let failed = heard.failed;
         drop(heard);
         self.changed.notify_all();
         if failed {
             channel.close();
         } else {
-            drain(channel);
+            let ended = drain(channel);
+            self.lock().ended = Some(ended);
+            self.changed.notify_all();
         }
     }
 
@@ -120,8 +141,14 @@ impl ReturnPath {
     }
 
     /// A good verdict is expected from here on.
-    pub(crate) fn sent_everything(&self) {
-        self.lock().sent_everything = true;
+    pub(crate) fn everything_is_sent(&self) -> Result<(), MigrationError> {
+        let noted = self.lock().session.everything_sent();
+        noted.map_err(|_| self.early_verdict())
+    }
+
+    /// The verdict of a destination that has given one before it had everything, which cannot be a good one.
+    fn early_verdict(&self) -> MigrationError {
+        self.verdict().err().unwrap_or(MigrationError::NoVerdict)
     }
 
     /// Waits for the verdict.
@@ -140,12 +167,22 @@ impl ReturnPath {
         self.lock().agreed
     }
 
+    /// Waits, behind the verdict, until the destination has closed, up to `patience`; says how it did.
+    pub(crate) fn closed(&self, patience: Duration) -> Option<io::Result<()>> {
+        let heard = self.lock();
+        let (mut heard, _) = self
+            .changed
+            .wait_timeout_while(heard, patience, |heard| heard.ended.is_none())
+            .unwrap_or_else(PoisonError::into_inner);
+        heard.ended.take()
+    }
+
     /// Waits for a failure that explains why the channel broke; gives up after `patience`.
     pub(crate) fn explanation(&self, patience: Duration) -> Option<MigrationError> {
         let heard = self.lock();
         let (mut heard, _) = self
             .changed
-            .wait_timeout_while(heard, patience, |heard| !heard.ended)
+            .wait_timeout_while(heard, patience, |heard| heard.ended.is_none())
             .unwrap_or_else(PoisonError::into_inner);
         match heard.verdict.take() {
             Some(Err(error @ (MigrationError::PeerFailed { .. } | MigrationError::ReturnPathMessage(_)))) => {
@@ -161,24 +198,13 @@ impl ReturnPath {
         let mut input = Vec::new();
         loop {
             let offset = decoder.offset();
-            let at = |kind| Err(Located::new(kind, offset).into());
             match decoder.next(&input).map_err(|error| error.map(ReturnPathError::from))? {
                 Step::Event { consumed, event } => {
                     input.drain(..consumed);
-                    match event {
-                        Event::Message(Message::Shut { status: 0 }) if self.lock().sent_everything => return Ok(()),
-                        Event::Message(Message::Shut { status: 0 }) => return at(ReturnPathError::EarlySuccess),
-                        Event::Message(Message::Shut { status }) => return Err(MigrationError::PeerFailed { status }),
-                        Event::Message(Message::Pong { value: handover::AGREED }) => self.lock().agreed = true,
-                        Event::Message(Message::Pong { .. }) => {}
-                        Event::Message(Message::SwitchoverAck) => {
-                            self.lock().gate.ack().or_else(|error| at(error.into()))?;
-                            self.changed.notify_all();
-                        }
-                        Event::Message(other) => {
-                            return at(ReturnPathError::Unexpected { message: other.message_type().name() });
-                        }
-                        _ => return at(ReturnPathError::Unexpected { message: "bitmap" }),
+                    if let Event::Message(message) = event
+                        && let Some(verdict) = self.message(message).map_err(|kind| Located::new(kind, offset))?
+                    {
+                        return verdict;
                     }
                 }
                 Step::NeedMore { at_least } => {
@@ -193,6 +219,27 @@ impl ReturnPath {
                 Step::Payload { .. } | Step::End => return Err(MigrationError::NoVerdict),
             }
         }
+    }
+
+    /// What a message says, which is the verdict if it is the last one.
+    fn message(&self, message: Message) -> Result<Option<Result<(), MigrationError>>, ReturnPathError> {
+        let mut heard = self.lock();
+        let agrees = message == Message::Pong { value: handover::AGREED };
+        let action = heard.session.message(&if agrees { Message::Pong { value: handover::ANNOUNCE } } else { message });
+        let verdict = match action {
+            Ok(Action::Complete) => Some(Ok(())),
+            Ok(Action::Failed { status }) => Some(Err(MigrationError::PeerFailed { status })),
+            Err(SessionError::Switchover(SwitchoverError::Off)) if heard.stray_ack => {
+                heard.stray_ack = false;
+                None
+            }
+            Err(error) => return Err(error.into()),
+            Ok(_) => None,
+        };
+        heard.agreed |= agrees;
+        drop(heard);
+        self.changed.notify_all();
+        Ok(verdict)
     }
 
     fn lock(&self) -> MutexGuard<'_, Heard> {
@@ -211,7 +258,17 @@ fn read(channel: &dyn Channel, bytes: &mut [u8]) -> Result<usize, MigrationError
 }
 
 /// Reads what still comes, so that closing the socket does not destroy what the peer has yet to read.
-fn drain(channel: &dyn Channel) {
-    let mut rest = [0; 512];
-    while let Ok(1..) = channel.read(&mut [Target::bytes(&mut rest)]) {}
+fn drain(channel: &dyn Channel) -> io::Result<()> {
+    let (mut rest, mut total) = ([0; 512], 0);
+    while total <= MOST_BEHIND_VERDICT {
+        match channel.read(&mut [Target::bytes(&mut rest)]) {
+            Ok(0) => return Ok(()),
+            Ok(count) => total += count,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    }
+    // It would go on for ever.
+    channel.close();
+    Ok(())
 }

@@ -189,6 +189,27 @@ impl Channel for Socket {
         }
     }
 
+    fn settle(&self) -> io::Result<()> {
+        self.finish_writing();
+        let mut answer = [0; 512];
+        loop {
+            match self.read(&mut [Target::bytes(&mut answer)]) {
+                Ok(0) => break,
+                Ok(_) => {}
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                // That is what a peer's end of a UNIX socket does which is closed before it was read to its end.
+                Err(error) if matches!(self, Socket::Unix(_)) && error.kind() == io::ErrorKind::ConnectionReset => {
+                    return Err(io::ErrorKind::BrokenPipe.into());
+                }
+                Err(error) => return Err(error),
+            }
+        }
+        match self.backlog()? {
+            0 => Ok(()),
+            _ => Err(io::Error::new(io::ErrorKind::UnexpectedEof, "the peer has closed before it had everything")),
+        }
+    }
+
     fn finish_writing(&self) {
         self.shutdown(Shutdown::Write);
     }

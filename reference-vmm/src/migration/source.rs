@@ -8,6 +8,7 @@ mod set_up;
 use super::{
     Channel, DirtyLog, Guest, Job, MigrationError, Mode, Notice, Outgoing, Status,
     channel::{Source, write_all},
+    connections::Reader,
     converge::{AutoConverge, Trigger},
     multifd::{Counts, Queue, Settings, save_pages, send_pages},
     page_file::Saving,
@@ -37,7 +38,7 @@ const FLUSH_AT: usize = 64 << 10;
 const RAM_SECTION: u32 = 1;
 /// How often the return path is looked at while the guest waits for `migrate-continue`.
 const PRE_SWITCHOVER_POLL: Duration = Duration::from_millis(100);
-/// How long to wait for the destination to agree to the switchover before what was dirtied meanwhile is sent.
+/// How long to wait for the destination to answer and to agree to the switchover before what was dirtied meanwhile is sent.
 const ACK_POLL: Duration = Duration::from_millis(100);
 /// How long to wait for the destination's word on why the channel broke.
 const EXPLANATION_PATIENCE: Duration = Duration::from_secs(1);
@@ -48,7 +49,8 @@ const EXPLANATION_PATIENCE: Duration = Duration::from_secs(1);
 /// of the stream and must suit the destination's release.
 ///
 /// # Errors
-/// [`MigrationError`]. In every case the guest is as it was before: running if it ran, and no log of dirty pages is kept.
+/// [`MigrationError`]. The guest is as it was before: running if it ran, and no log of dirty pages is kept. Only with
+/// [`MigrationError::Unsettled`] it stays paused, because it may run at the destination.
 pub fn migrate(guest: &dyn Guest, connections: &Outgoing, job: &Job, profile: &Profile) -> Result<(), MigrationError> {
     let capabilities = job.capabilities();
     let channel = &*connections.main;
@@ -65,7 +67,9 @@ pub fn migrate(guest: &dyn Guest, connections: &Outgoing, job: &Job, profile: &P
         packets: AtomicU64::new(0),
     });
     let flow = profile.switchover_ack.filter(|_| capabilities.switchover_ack);
-    let return_path = capabilities.return_path.then(|| ReturnPath::new(flow));
+    // The destination answers who asks it to, whatever its own capability says.
+    let answers = capabilities.return_path || connections.reader == Reader::Answers;
+    let return_path = answers.then(|| ReturnPath::new(flow, capabilities.return_path));
     thread::scope(|scope| {
         if let Some(return_path) = &return_path {
             scope.spawn(|| {
@@ -192,13 +196,13 @@ impl<'e> Engine<'e> {
         self.stop()?;
         // Saving first: whatever that changes in guest memory is then in the log.
         let devices = self.save_devices()?;
-        self.read_log(&mut ram, &mut *log)?;
+        self.read_last(&mut ram, &mut *log)?;
         // The destination takes the disks as soon as it has everything.
         self.guest.inactivate();
         self.inactive = true;
-        self.send_rest(&mut ram, devices)?;
+        let description = self.send_rest(&mut ram, devices)?;
         // The log ends with this function: stopping it takes longer than all the rest of the downtime.
-        self.hand_over().inspect(|()| self.handed_over = Some(Instant::now()))
+        self.hand_over(description.as_deref())
     }
 
     /// Sends rounds of dirty pages until the guest may be stopped. The log is read at the end of each.
@@ -252,13 +256,12 @@ impl<'e> Engine<'e> {
                     warned_of = Some(stall.name);
                 }
                 Decision::Iterate { .. } => {}
-                Decision::SwitchOver(reason) => match self.return_path.and_then(|heard| heard.acks(ACK_POLL)) {
+                Decision::SwitchOver(reason) => match self.return_path.and_then(|heard| heard.unready(ACK_POLL)) {
                     None => {
                         tracing::debug!(?reason, remaining = total, "switchover");
                         return Ok(());
                     }
-                    Some(waiting) => {
-                        let stalled = format!("the destination has not agreed to the switchover: {waiting}");
+                    Some(stalled) => {
                         self.job.update(|statistics| statistics.stalled = Some(stalled));
                         self.check()?;
                         // The wait says nothing about the link.
@@ -368,15 +371,19 @@ impl<'e> Engine<'e> {
         Ok(())
     }
 
+    /// Reads the dirty log when the guest has stopped for the switchover. It is no pass, as in QEMU 11.1.
+    fn read_last(&mut self, ram: &mut RamSender<'_>, log: &mut dyn DirtyLog) -> Result<u64, MigrationError> {
+        let new = ram.read_log(log)?;
+        let remaining = ram.remaining().map(|(_, bytes)| bytes).sum();
+        self.job.update(|statistics| statistics.ram.remaining = remaining);
+        Ok(new)
+    }
+
     /// Reads the dirty log: one pass. Says how many pages were new.
     fn read_log(&mut self, ram: &mut RamSender<'_>, log: &mut dyn DirtyLog) -> Result<u64, MigrationError> {
-        let new = ram.read_log(log)?;
+        let new = self.read_last(ram, log)?;
         self.passes += 1;
-        let remaining = ram.remaining().map(|(_, bytes)| bytes).sum();
-        self.job.update(|statistics| {
-            statistics.ram.dirty_sync_count = self.passes;
-            statistics.ram.remaining = remaining;
-        });
+        self.job.update(|statistics| statistics.ram.dirty_sync_count = self.passes);
         // QEMU 11.1 does not tell the first.
         if self.passes > 1 {
             self.job.notify(Notice::Pass(self.passes));
@@ -445,7 +452,6 @@ impl<'e> Engine<'e> {
             ram.normal += sent.normal;
             ram.duplicate += sent.zero;
             ram.remaining = ram.remaining.saturating_sub((sent.normal + sent.zero) * ram.page_size);
-            statistics.total_time = self.start.elapsed();
         });
     }
 

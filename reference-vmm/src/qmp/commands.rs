@@ -283,6 +283,7 @@ fn query_migrate(vmm: &Arc<Vmm>, arguments: &mut Arguments) -> Result<Value, Fai
         _ => outgoing.to_json(),
     };
     if outgoing.status == Status::None
+        && vmm.incoming().status() != Status::Completed
         && let Some(address) = vmm.listening().as_ref().and_then(socket_address)
     {
         object["socket-address"] = json!([address]);

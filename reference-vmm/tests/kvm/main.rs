@@ -18,6 +18,7 @@ mod qmp;
 mod qmp_clients;
 mod reset;
 mod state;
+mod strange_peers;
 mod transports;
 mod worst;
 
@@ -50,6 +51,7 @@ fn main() -> ExitCode {
         qmp::TESTS,
         qmp_clients::TESTS,
         transports::TESTS,
+        strange_peers::TESTS,
         worst::TESTS,
     ]
     .concat();

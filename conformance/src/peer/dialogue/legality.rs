@@ -62,10 +62,13 @@ const STOP_AND_GO: &[(&str, &str)] =
 const HANDED_OVER: &[(&str, &str)] = &[("cont", ""), ("stop", ""), ("query-status", ""), ("query-migrate", "")];
 const CANCEL: &[(&str, &str)] = &[("migrate_cancel", "")];
 
+/// Leads both from state to state.
+type Lead = fn(&mut Tour<'_>) -> Result<()>;
+
 /// Leads both through the states, and tells how many replies were compared. The differences are added to `differences`.
 pub(super) fn compare(root: &Root, program: &Monitor, scratch: &Path, differences: &mut Vec<String>) -> Result<usize> {
     let mut replies = 0;
-    let tours: [(&str, &[&str], fn(&mut Tour<'_>) -> Result<()>); 3] = [
+    let tours: [(&str, &[&str], Lead); 3] = [
         ("running", &[], running),
         ("prelaunch", &["-S"], prelaunch),
         ("incoming", &["--incoming", "defer"], incoming),
@@ -144,7 +147,9 @@ impl Tour<'_> {
 
     /// Both begin to migrate to a peer of their own, at this speed.
     fn migrate(&mut self, max_bandwidth: u64) -> Result<()> {
-        self.tell_both("migrate-set-parameters", json!({ "max-bandwidth": max_bandwidth }))?;
+        let downtime_limit = if max_bandwidth == SLOW { 1 } else { 2000 };
+        let limits = json!({ "max-bandwidth": max_bandwidth, "downtime-limit": downtime_limit });
+        self.tell_both("migrate-set-parameters", limits)?;
         let peers = [Peer::start()?, Peer::start()?].map(|Peer(uri)| json!({ "uri": uri }));
         self.tell("migrate", peers)
     }

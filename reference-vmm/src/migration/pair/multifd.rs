@@ -74,7 +74,7 @@ impl Pair {
         let main = main.unwrap_or_else(|| connect(Faults::default()));
         let written = main.clone();
         let pages = pages.into_iter().flatten().map(|channel| channel as Arc<dyn Channel>).collect();
-        let sending = Outgoing { main, pages, file: None };
+        let sending = Outgoing { pages, ..(main as Arc<dyn Channel>).into() };
         let profile = self.profile.clone();
         let log = Mutex::new(Vec::new());
         let (source, destination) = self.play(sending, |job| {
@@ -120,7 +120,7 @@ fn a_working_guest_moves_over_any_number_of_channels_with_any_method() {
             let outcome = pair.go(&Plan::default());
             pair.assert_moved(&outcome);
             let ram = outcome.statistics.ram;
-            assert!(ram.dirty_sync_count >= 3, "the guest was working: {ram:?}");
+            assert!(ram.dirty_sync_count >= 2, "the guest was working: {ram:?}");
             assert!(ram.duplicate > 600 && ram.normal > 1300, "{ram:?}");
             // Pages went over the page channels: the main channel had little to carry.
             assert!(outcome.written < 20_000, "{channels} {method}: {}", outcome.written);

@@ -21,7 +21,7 @@ fn a_working_guest_moves_with_and_without_a_return_path() {
         let outcome = pair.run(Faults::default());
         pair.assert_moved(&outcome);
         let ram = outcome.statistics.ram;
-        assert!(ram.dirty_sync_count >= 3, "the guest was working: {ram:?}");
+        assert!(ram.dirty_sync_count >= 2, "the guest was working: {ram:?}");
         assert!(ram.duplicate > 600 && ram.normal > 1300, "{ram:?}");
         assert_eq!(ram.remaining, 0);
         assert_eq!(outcome.destination.unwrap().bytes, outcome.written);
@@ -150,10 +150,11 @@ fn a_cut_connection_leaves_the_guest_running_at_the_source() {
         // How long a stream is depends on how many rounds the clock makes of it.
         let confirming = outcome.statistics.status == Status::Completed;
         match (confirming, &outcome.destination) {
-            (true, Ok(_)) => pair.assert_moved(&outcome),
-            // Only the confirmation was lost: the destination has everything and waits for the operator.
-            (true, Err(error)) => {
-                assert!(matches!(error, MigrationError::Undecided(Doubt::NotConfirmed)), "{place}: {error}");
+            (true, _) => pair.assert_moved(&outcome),
+            // Only the confirmation was lost: the destination has everything, and the operator decides.
+            (false, Err(MigrationError::Undecided(Doubt::NotConfirmed)))
+                if matches!(outcome.source, Err(MigrationError::Unsettled { .. })) =>
+            {
                 assert!(!pair.source.is_running() && !pair.destination.is_running());
                 pair.source.assert_same_memory(&pair.destination);
                 assert!(place + CONFIRMATION > outcome.written);

@@ -2,10 +2,12 @@
 
 use super::{EXPLANATION_PATIENCE, Engine, PRE_SWITCHOVER_POLL, RAM_SECTION, Stopped, monotonic_now};
 use crate::migration::{
-    DeviceSection, MigrationError, SavedDevices, Status,
+    DeviceSection, GuestError, MigrationError, SavedDevices, Status,
     channel::{Source, write_all},
+    connections::Reader,
     handover,
     ram_sender::{RamSender, Sent},
+    return_path::ReturnPath,
 };
 use qevm_multifd::SourceSync;
 use qevm_savevm::{
@@ -14,7 +16,15 @@ use qevm_savevm::{
     vmdesc::{Description, DeviceBody, DeviceDescription, TextStyle},
 };
 use qevm_wire::PageGeometry;
-use std::time::Instant;
+use std::{
+    io,
+    time::{Duration, Instant},
+};
+
+/// How long the destination's host may take to acknowledge the confirmation.
+const CONFIRMATION_PATIENCE: Duration = Duration::from_secs(30);
+/// How often it is looked whether it has.
+const CONFIRMATION_POLL: Duration = Duration::from_millis(1);
 
 impl Engine<'_> {
     /// Stops the guest.
@@ -50,8 +60,12 @@ impl Engine<'_> {
         saved.map_err(MigrationError::guest("save the state of the devices"))
     }
 
-    /// Sends what is left of the RAM, and the devices: all but the end of the stream.
-    pub(super) fn send_rest(&mut self, ram: &mut RamSender<'_>, devices: SavedDevices) -> Result<(), MigrationError> {
+    /// Sends what is left of the RAM, and the devices: all but the end of the stream. Gives the description that stands behind that.
+    pub(super) fn send_rest(
+        &mut self,
+        ram: &mut RamSender<'_>,
+        devices: SavedDevices,
+    ) -> Result<Option<String>, MigrationError> {
         if self.profile.switchover_start {
             self.stream.command(Command::SwitchoverStart)?;
         }
@@ -72,46 +86,109 @@ impl Engine<'_> {
             let (idstr, instance_id, version_id) = (device.idstr.clone(), device.instance_id, device.version_id);
             self.stream.section_full(&SectionHeader { section_id, idstr, instance_id, version_id }, &device.body)?;
         }
-        self.flush("the state of the devices")?;
-        self.stream.eof()?;
-        if self.profile.vmdesc {
-            let described = devices.vmdesc.unwrap_or_else(|| describe(&devices.sections));
-            self.stream.vmdesc(&described)?;
+        if let Some(return_path) = self.return_path.filter(|_| !self.agreed()) {
+            self.stream.command(return_path.ping(handover::LOADED)?)?;
         }
-        self.check()
+        self.flush("the state of the devices")?;
+        let described = devices.vmdesc.filter(|_| self.profile.vmdesc);
+        let described = described.or_else(|| self.profile.vmdesc.then(|| describe(&devices.sections)));
+        self.check()?;
+        Ok(described)
     }
 
     /// Sends the end of the stream, which makes the destination complete, and waits for its verdict.
-    pub(super) fn hand_over(&mut self) -> Result<(), MigrationError> {
-        let Some(return_path) = self.return_path else {
-            self.flush("the end of the stream")?;
-            return match self.channel.settle() {
-                Ok(()) => self.job.handed_over(),
-                // The destination may have got everything, and run the guest.
-                Err(source) => Err(MigrationError::Unsettled { source }),
-            };
-        };
-        return_path.sent_everything();
-        // Even if this breaks half-way, the destination may have all it needs: its verdict counts.
-        let sent = self.flush("the end of the stream");
-        match return_path.verdict() {
-            Ok(()) if return_path.agreed() => self.job.handed_over()?,
+    ///
+    /// Whatever fails before any of that was sent, the destination does not run the guest, which may go on here. Behind it, only one that
+    /// waits for a confirmation or says that it has failed does not run it for certain.
+    pub(super) fn hand_over(&mut self, description: Option<&str>) -> Result<(), MigrationError> {
+        let agreed = self.agreed();
+        if let Some(return_path) = self.return_path {
+            return_path.answers()?;
+            self.check()?;
+            return_path.everything_is_sent()?;
+        }
+        self.stream.eof()?;
+        if let Some(description) = description {
+            self.stream.vmdesc(description)?;
+        }
+        let sent = self.send_end()?;
+        match self.return_path.map(ReturnPath::verdict) {
+            Some(Ok(())) if agreed => self.job.handed_over()?,
             // A QEMU runs the guest already: it is too late to cancel.
-            Ok(()) => return Ok(()),
-            Err(MigrationError::NoVerdict | MigrationError::ReturnPath(_)) => {
+            Some(Ok(())) => {}
+            Some(Err(error @ MigrationError::PeerFailed { .. })) => return Err(error),
+            Some(Err(MigrationError::NoVerdict | MigrationError::ReturnPath(_))) if agreed => {
                 sent?;
                 return Err(MigrationError::NoVerdict);
             }
-            Err(error) => return Err(error),
+            Some(Err(error)) if agreed => return Err(error),
+            Some(Err(error)) => return Err(self.unsettled(error)),
+            None => self.settle(sent)?,
         }
+        self.handed_over = Some(Instant::now());
+        if agreed { self.confirm() } else { Ok(()) }
+    }
+
+    /// Whether the destination waits for a confirmation before it runs the guest. It has said so before the guest was stopped.
+    fn agreed(&self) -> bool {
+        self.return_path.is_some_and(ReturnPath::agreed)
+    }
+
+    /// Sends what the stream holds, its end. An error of its own says that nothing has got out; behind that, the inner one says that not
+    /// all has.
+    fn send_end(&mut self) -> Result<Result<(), MigrationError>, MigrationError> {
+        const DOING: &str = "the end of the stream";
+        let failed = |source| MigrationError::Send { doing: DOING, source };
+        let first = loop {
+            match self.channel.write(&[Source::bytes(self.stream.bytes())]) {
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                written => break written.map_err(failed)?,
+            }
+        };
+        let rest = write_all(self.channel, &mut [Source::bytes(&self.stream.bytes()[first..])]);
+        let bytes = self.stream.bytes().len() as u64;
+        self.stream.clear();
+        self.sent(Sent { bytes, ..Sent::default() });
+        Ok(rest.map_err(failed))
+    }
+
+    /// Waits, without a return path, until everything has been taken.
+    fn settle(&self, sent: Result<(), MigrationError>) -> Result<(), MigrationError> {
+        if self.connections.reader == Reader::Nobody {
+            sent?;
+            return self.job.handed_over();
+        }
+        sent.map_err(|error| self.unsettled(error))?;
+        match self.channel.settle() {
+            Ok(()) => self.job.handed_over().map_err(|error| self.unsettled(error)),
+            // What it has not read it does not have.
+            Err(source) if source.kind() == io::ErrorKind::BrokenPipe => {
+                Err(MigrationError::Send { doing: "the end of the stream", source })
+            }
+            Err(source) => Err(self.unsettled(source)),
+        }
+    }
+
+    /// Says that the guest will not run here again, and waits until the destination's host has that.
+    fn confirm(&self) -> Result<(), MigrationError> {
         let confirmation = handover::confirmation()?;
-        if let Err(error) = write_all(self.channel, &mut [Source::bytes(&confirmation)]) {
-            // The destination has everything, and may even have been told: running the guest here is not safe.
-            tracing::error!(
-                "cannot confirm the handover ({error}): if the guest does not run at the destination, say 'cont' there"
-            );
+        write_all(self.channel, &mut [Source::bytes(&confirmation)]).map_err(|error| self.unsettled(error))?;
+        let deadline = Instant::now() + CONFIRMATION_PATIENCE;
+        while self.channel.backlog().map_err(|error| self.unsettled(error))? > 0 {
+            if let Some(Err(error)) = self.return_path.and_then(|heard| heard.closed(CONFIRMATION_POLL)) {
+                return Err(self.unsettled(error));
+            }
+            if Instant::now() > deadline {
+                return Err(self.unsettled("it does not acknowledge that it is to run the guest"));
+            }
         }
         Ok(())
+    }
+
+    /// Whether the guest runs at the destination is not known.
+    fn unsettled(&self, reason: impl Into<GuestError>) -> MigrationError {
+        let reason = self.job.check().map_or_else(Into::into, |()| reason.into());
+        MigrationError::Unsettled { reason }
     }
 
     /// Replaces a broken channel by what the destination said about it.
@@ -152,7 +229,6 @@ impl Engine<'_> {
 
     pub(super) fn finish(&mut self, result: Result<(), MigrationError>) -> Result<(), MigrationError> {
         self.job.update(|statistics| {
-            statistics.total_time = self.start.elapsed();
             if let Some((stopped, handed_over)) = self.stopped.as_ref().zip(self.handed_over) {
                 statistics.downtime = Some(handed_over - stopped.at);
                 statistics.ram.downtime_bytes = self.transferred.saturating_sub(statistics.ram.precopy_bytes);

@@ -15,6 +15,8 @@ use qevm_savevm::{
 use qevm_wire::PageGeometry;
 use std::io;
 
+/// Value of the PING that QEMU sends when it has opened the return path.
+const FIRST_PING: u32 = 1;
 /// What the length of a block takes in front of its header in the file.
 const LENGTH_WORD: u64 = 8;
 
@@ -23,10 +25,10 @@ impl Engine<'_> {
     pub(super) fn set_up(&mut self, ram: &RamSender<'_>) -> Result<(), MigrationError> {
         let configuration = self.profile.send_configuration.then(|| self.configuration()).transpose()?;
         self.stream.header(configuration.as_ref())?;
-        if self.return_path.is_some() {
+        if let Some(return_path) = self.return_path {
             self.stream.command(Command::OpenReturnPath)?;
-            self.stream.command(Command::Ping(1))?;
-            self.stream.command(Command::Ping(handover::ANNOUNCE))?;
+            self.stream.command(return_path.ping(FIRST_PING)?)?;
+            self.stream.command(return_path.ping(handover::ANNOUNCE)?)?;
         }
         self.stream.section_start(&SectionHeader {
             section_id: RAM_SECTION,
