@@ -7,6 +7,7 @@ use std::process::ExitCode;
 use clap::Parser;
 use qevm_conformance::peer;
 use qevm_conformance::subject::BUILT_IN;
+use reference_vmm::descriptors::Descriptors;
 
 fn main() -> ExitCode {
     // The judged programs are in here, so that they are never an older build than their judge.
@@ -15,7 +16,7 @@ fn main() -> ExitCode {
         return qevm::run(arguments);
     }
     if arguments.peek().is_some_and(|a| a == peer::BUILT_IN) {
-        return reference_vmm::command::main(arguments);
+        return reference_vmm::command::main(arguments, Descriptors::default());
     }
     match command::Arguments::parse().command.run() {
         Ok(true) => ExitCode::SUCCESS,

@@ -64,11 +64,16 @@ pub struct Descriptors {
 const STANDARD: std::ops::RangeInclusive<RawFd> = 0..=2;
 
 impl Descriptors {
-    /// Takes over what the process has inherited, beside standard input, output and error. To be called once, at the start.
+    /// Takes over what the process has inherited, beside standard input, output and error: all descriptors that stay open
+    /// on execution (`exec`), which those that this process opens by itself do not.
     ///
     /// # Errors
     /// The system's.
-    pub fn inherit() -> io::Result<Self> {
+    ///
+    /// # Safety
+    /// Nothing in this process may own a descriptor above 2 that stays open on execution, or come to own one meanwhile.
+    /// That is so at the start of `main`, before there are other threads, and nowhere else.
+    pub unsafe fn inherit() -> io::Result<Self> {
         let entries = fs::read_dir("/proc/self/fd")?.collect::<io::Result<Vec<_>>>()?;
         let numbers = entries.iter().filter_map(|entry| entry.file_name().to_str()?.parse::<RawFd>().ok());
         let mut inherited = BTreeMap::new();
@@ -81,7 +86,7 @@ impl Descriptors {
             }
             // SAFETY: as above; commands of `exec:` do not get it.
             unsafe { libc::fcntl(number, libc::F_SETFD, flags | libc::FD_CLOEXEC) };
-            // SAFETY: it is open, nothing in this process has opened it, and it is taken once: the flag is set now.
+            // SAFETY: it is open; by the contract nothing in this process owns it; and it is taken once: the flag is set now.
             inherited.insert(number, unsafe { OwnedFd::from_raw_fd(number) });
         }
         Ok(Descriptors { inherited, ..Descriptors::default() })

@@ -30,6 +30,7 @@ pub mod memory;
 pub mod migration;
 mod non_blocking;
 pub mod payload;
+mod private;
 pub mod qmp;
 pub mod state;
 pub mod vmm;

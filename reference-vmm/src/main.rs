@@ -2,6 +2,15 @@
 
 use std::process::ExitCode;
 
+use reference_vmm::descriptors::Descriptors;
+
 fn main() -> ExitCode {
-    reference_vmm::command::main(std::env::args_os())
+    // SAFETY: the process has opened nothing yet, and has no other thread.
+    match unsafe { Descriptors::inherit() } {
+        Ok(inherited) => reference_vmm::command::main(std::env::args_os(), inherited),
+        Err(error) => {
+            eprintln!("reference-vmm: cannot list the inherited descriptors: {error}");
+            ExitCode::FAILURE
+        }
+    }
 }

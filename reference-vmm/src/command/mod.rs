@@ -13,6 +13,7 @@ use std::process::ExitCode;
 
 use clap::Parser;
 
+use crate::descriptors::Descriptors;
 use crate::log;
 
 /// A KVM virtual machine monitor laid out like QEMU's microvm, to exchange running guests with QEMU.
@@ -30,8 +31,9 @@ enum Command {
     Payload(payload::Payload),
 }
 
-/// Runs the program with these arguments, the first of which is its name, and gives its exit status.
-pub fn main(arguments: impl Iterator<Item = OsString>) -> ExitCode {
+/// Runs the program with these arguments, the first of which is its name, and gives its exit status. `inherited`: what it
+/// may use by number (`fd:NUMBER`).
+pub fn main(arguments: impl Iterator<Item = OsString>, inherited: Descriptors) -> ExitCode {
     let command = Arguments::parse_from(arguments.map(two_dashes)).command;
     let _log = match log::init() {
         Ok(log) => log,
@@ -41,7 +43,7 @@ pub fn main(arguments: impl Iterator<Item = OsString>) -> ExitCode {
         }
     };
     let result = match command {
-        Command::Run(run) => run.execute(),
+        Command::Run(run) => run.execute(inherited),
         Command::Demo(demo) => demo.execute(),
         Command::Payload(payload) => payload.execute(),
     };

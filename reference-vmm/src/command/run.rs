@@ -16,7 +16,7 @@ use reference_vmm::vmm::{Actions, Exit, Vmm};
 
 use super::machine::MachineArguments;
 use super::signals;
-use crate::log;
+use crate::{log, private};
 
 /// Run a guest until it stops, or wait for one to migrate here.
 #[derive(clap::Args)]
@@ -90,8 +90,8 @@ impl FromStr for Incoming {
 }
 
 impl Run {
-    pub(crate) fn execute(self) -> anyhow::Result<ExitCode> {
-        let inherited = Descriptors::inherit().context("cannot list the inherited descriptors")?;
+    pub(crate) fn execute(self, inherited: Descriptors) -> anyhow::Result<ExitCode> {
+        private::keep_out_of_dumps().context("cannot keep the guest's memory out of core dumps")?;
         survive_full_files();
         let signals = signals::take()?;
         let actions = self.actions()?;

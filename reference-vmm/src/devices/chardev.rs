@@ -12,6 +12,7 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use crate::error::{Error, Result};
 use crate::non_blocking::NonBlockingWriter;
+use crate::private;
 
 /// What to open.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -101,7 +102,7 @@ impl Chardev {
                 let open = || -> io::Result<End> {
                     if *server {
                         let _ = std::fs::remove_file(path);
-                        let listener = UnixListener::bind(path)?;
+                        let listener = private::listener(path)?;
                         listener.set_nonblocking(true)?;
                         return Ok(End::Socket { listener: Some(listener), stream: None });
                     }

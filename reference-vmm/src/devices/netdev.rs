@@ -7,6 +7,7 @@ use std::os::unix::net::{UnixDatagram, UnixListener, UnixStream};
 use std::path::PathBuf;
 
 use crate::error::{Error, Result};
+use crate::private;
 
 /// Largest frame, with what offloads make of it.
 pub(crate) const MAX_FRAME: usize = 65_550;
@@ -82,7 +83,7 @@ impl Netdev {
             NetdevOptions::Dgram { local, remote } => {
                 let open = || -> io::Result<UnixDatagram> {
                     let _ = std::fs::remove_file(local);
-                    let socket = UnixDatagram::bind(local)?;
+                    let socket = private::datagram(local)?;
                     socket.set_nonblocking(true)?;
                     Ok(socket)
                 };
@@ -93,7 +94,7 @@ impl Netdev {
                 let open = || -> io::Result<Stream> {
                     if *server {
                         let _ = std::fs::remove_file(path);
-                        let listener = UnixListener::bind(path)?;
+                        let listener = private::listener(path)?;
                         listener.set_nonblocking(true)?;
                         return Ok(Stream { listener: Some(listener), ..Stream::default() });
                     }

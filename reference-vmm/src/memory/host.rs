@@ -40,6 +40,9 @@ impl HostMemory {
         }
         // SAFETY: advice on memory of ours; a kernel without huge pages refuses it, and small ones do as well.
         unsafe { libc::madvise(aligned, len, libc::MADV_HUGEPAGE) };
+        // SAFETY: advice on memory of ours, which has the guest's secrets. The whole process is kept out of dumps, too, but
+        // that can be undone from outside.
+        unsafe { libc::madvise(aligned, len, libc::MADV_DONTDUMP) };
         let start = NonNull::new(aligned.cast()).ok_or_else(too_large)?;
         Ok(HostMemory { start, len })
     }

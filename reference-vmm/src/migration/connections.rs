@@ -231,8 +231,20 @@ pub(crate) fn check_transport(address: &Address, job: &Job) -> Result<(), Migrat
 const AT_ONCE: libc::c_int = libc::O_NONBLOCK;
 
 fn create(path: &Path, flags: libc::c_int) -> io::Result<File> {
+    let mut options = OpenOptions::new();
     // What lies in front of the stream in the file stays.
-    OpenOptions::new().write(true).create(true).truncate(false).mode(FILE_MODE).custom_flags(flags | AT_ONCE).open(path)
+    options.write(true).create(true).truncate(false).mode(FILE_MODE);
+    match options.custom_flags(flags | AT_ONCE | libc::O_NOFOLLOW).open(path) {
+        Err(error) if error.raw_os_error() == Some(libc::ELOOP) => {
+            // Disks and standard output are named by links. A link to a file may be anybody's, and so may the file.
+            let file = options.create(false).custom_flags(flags | AT_ONCE).open(path)?;
+            match file.metadata()?.is_file() {
+                true => Err(io::Error::other("it is a symbolic link to a file, which guest memory does not follow")),
+                false => Ok(file),
+            }
+        }
+        opened => opened,
+    }
 }
 
 /// Cuts a file where the stream begins, and goes there. A device is as long as it is.

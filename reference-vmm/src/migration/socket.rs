@@ -4,6 +4,7 @@ use super::{
     Address, Channel, MigrationError,
     channel::{MAX_PARTS, Source, Target},
 };
+use crate::private;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use std::{
     fmt, fs, io,
@@ -296,7 +297,7 @@ impl Listener {
                 if UnixStream::connect(path).is_err_and(|error| error.kind() == io::ErrorKind::ConnectionRefused) {
                     fs::remove_file(path)?;
                 }
-                let socket = UnixListener::bind(path)?;
+                let socket = private::listener(path)?;
                 Ok(Listener { socket: Listening::Unix(socket), address: address.clone() })
             }
             _ => Err(io::ErrorKind::Unsupported.into()),

@@ -4,13 +4,14 @@ use super::{
     commands, descriptors,
     protocol::{Failure, Request, Requests, reply},
 };
+use crate::private;
 use crate::vmm::{Event, Exit, Vmm};
 use serde_json::{Value, json};
 use std::{
     fs, io,
     io::Write,
     net::Shutdown,
-    os::unix::net::{UnixListener, UnixStream},
+    os::unix::net::UnixStream,
     path::{Path, PathBuf},
     sync::{Arc, Mutex, PoisonError, mpsc},
     thread,
@@ -54,7 +55,7 @@ impl Server {
         if UnixStream::connect(path).is_err_and(|error| error.kind() == io::ErrorKind::ConnectionRefused) {
             fs::remove_file(path)?;
         }
-        let listener = UnixListener::bind(path)?;
+        let listener = private::listener(path)?;
         let (sender, silent) = mpsc::channel();
         let speaking = Speaking(Arc::new(Mutex::new(Some(sender))));
         let server = Server { path: path.into(), vmm: vmm.clone(), speaking: speaking.clone(), silent };

@@ -1,5 +1,7 @@
 //! Running guests over descriptors, into files, and into files that are full.
 
+use std::fs;
+use std::os::unix::fs::{PermissionsExt, symlink};
 use std::os::unix::net::UnixStream;
 use std::process::{Child, Command, Stdio};
 
@@ -13,6 +15,7 @@ use crate::qmp::{finished, refused, serve, wait_for_event};
 pub(crate) const TESTS: &[Test] = &[
     ("transport_descriptors_are_named_and_used", descriptors),
     ("transport_a_full_disk_leaves_the_guest_running_and_a_file_takes_it", files),
+    ("transport_guest_memory_is_its_owners_alone", owners_alone),
     ("transport_a_limit_on_files_is_no_end_of_the_guest", limited_files),
 ];
 
@@ -104,4 +107,49 @@ fn limited_files() {
         assert!(failed["error-desc"].as_str().unwrap().contains("File too large"), "{failed}");
         assert_eq!(client.execute("query-status", json!({})).unwrap()["status"], "running");
     }
+}
+
+/// Whatever the umask is: sockets, files and the memory of the process itself.
+fn owners_alone() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = |name: &str| directory.path().join(name);
+    let mode = |name: &str| fs::metadata(path(name)).unwrap().permissions().mode() & 0o777;
+    let command = format!(
+        "umask 0; exec {} run --memory 96M --qmp unix:{}",
+        env!("CARGO_BIN_EXE_reference-vmm"),
+        path("qmp").display()
+    );
+    let process = Command::new("sh").args(["-c", &command]).stdout(Stdio::null()).stderr(Stdio::null()).spawn();
+    let process = Ended(process.unwrap());
+    let mut client = Client::connect(&path("qmp"), PATIENCE).unwrap();
+    assert_eq!(mode("qmp"), 0o600);
+    match fs::read_to_string(format!("/proc/{}/smaps", process.0.id())) {
+        Ok(maps) => {
+            let flags = maps.split("VmFlags:").zip(maps.split("VmFlags:").skip(1)).filter_map(|(map, flags)| {
+                let sized = |line: &str| line.starts_with("Size:") && line.contains(" 98304 kB");
+                map.lines().any(sized).then(|| flags.lines().next().unwrap().to_owned())
+            });
+            let flags: Vec<String> = flags.collect();
+            assert!(!flags.is_empty() && flags.iter().all(|flags| flags.contains(" dd")), "{flags:?}");
+        }
+        // Only root sees the memory of a process that is not dumpable.
+        Err(error) => assert_eq!(error.kind(), std::io::ErrorKind::PermissionDenied, "{error}"),
+    }
+
+    fs::write(path("victim"), "precious").unwrap();
+    symlink(path("victim"), path("link")).unwrap();
+    for capabilities in [false, true] {
+        let capabilities = json!([{ "capability": "mapped-ram", "state": capabilities }]);
+        client.execute("migrate-set-capabilities", json!({ "capabilities": capabilities })).unwrap();
+        let uri = json!({ "uri": format!("file:{}", path("link").display()) });
+        let reason = match client.execute("migrate", uri) {
+            Ok(_) => finished(&mut client)["error-desc"].to_string(),
+            Err(error) => error.to_string(),
+        };
+        assert!(reason.contains("symbolic link"), "{reason}");
+        assert_eq!(fs::read(path("victim")).unwrap(), b"precious");
+    }
+    client.execute("migrate", json!({ "uri": format!("file:{}", path("guest").display()) })).unwrap();
+    assert_eq!(finished(&mut client)["status"], "completed");
+    assert_eq!(mode("guest"), 0o600);
 }
