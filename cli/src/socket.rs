@@ -2,17 +2,21 @@
 
 use crate::failure::Stop;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::fs::{Mode, fchmod};
 use rustix::io::Errno;
-use rustix::net::RecvFlags;
+use rustix::net::{AddressFamily, RecvFlags, SocketAddrUnix, SocketFlags, SocketType, bind, listen, socket_with};
 use std::fmt;
 use std::io::{self, Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::mpsc;
 use std::thread;
 use std::time::Duration;
+
+/// Connections that may wait to be accepted, as std has it.
+const BACKLOG: i32 = 128;
 
 /// Where to listen or connect, as QEMU's `migrate` command writes it.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -64,7 +68,7 @@ impl Listener {
     pub fn bind(address: &Address) -> io::Result<Self> {
         let listener = match address {
             Address::Tcp(place) => Listener::Tcp(TcpListener::bind(place)?),
-            Address::Unix(path) => Listener::Unix(UnixListener::bind(path)?, path.clone()),
+            Address::Unix(path) => Listener::Unix(listener(path)?, path.clone()),
         };
         match &listener {
             Listener::Tcp(listener) => listener.set_nonblocking(true)?,
@@ -104,6 +108,16 @@ impl Listener {
             Err(error) => Err(error),
         }
     }
+}
+
+/// A socket at `path` to which only its owner can connect, whatever the umask is.
+fn listener(path: &Path) -> io::Result<UnixListener> {
+    let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None)?;
+    // The file takes over the mode that the socket has now: it never has another.
+    fchmod(&socket, Mode::RUSR | Mode::WUSR)?;
+    bind(&socket, &SocketAddrUnix::new(path)?)?;
+    listen(&socket, BACKLOG)?;
+    Ok(socket.into())
 }
 
 impl AsFd for Listener {

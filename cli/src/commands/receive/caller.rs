@@ -1,9 +1,10 @@
 //! Who a connection is, by its first bytes.
 
 use qevm_multifd::Init;
-use qevm_savevm::container::{FileKind, recognise};
+use qevm_savevm::first_bytes::FirstBytes;
 use qevm_savevm::ram::{PreemptDecoder, RamBlocks};
 use qevm_wire::{Decode, PageGeometry, Step};
+use std::borrow::Cow;
 use std::fmt;
 use std::sync::Arc;
 
@@ -40,14 +41,14 @@ pub(super) enum Verdict {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct What {
     /// What it is, without details.
-    pub(super) kind: &'static str,
+    pub(super) kind: Cow<'static, str>,
     /// Its first bytes, or why it is none.
     pub(super) detail: String,
 }
 
 impl fmt::Display for What {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(self.kind)?;
+        f.write_str(&self.kind)?;
         match self.detail.is_empty() {
             true => Ok(()),
             false => write!(f, " ({})", self.detail),
@@ -63,7 +64,7 @@ pub(super) fn judge(first: &[u8], ended: bool, preempt: Option<&(Arc<RamBlocks>,
         return match first.get(NAME_LEN..MAIN_LEN) {
             Some(version) if version == MAIN_VERSION => Verdict::Main,
             Some(version) => {
-                Verdict::Stranger(What { kind: "a migration stream of another version", detail: hex(version) })
+                Verdict::Stranger(What { kind: "a migration stream of another version".into(), detail: hex(version) })
             }
             None => wait(first, ended),
         };
@@ -72,7 +73,7 @@ pub(super) fn judge(first: &[u8], ended: bool, preempt: Option<&(Arc<RamBlocks>,
         return match first.get(..INIT_LEN).map(Init::decode) {
             Some(Ok(init)) => Verdict::PageChannel(init),
             Some(Err(error)) => {
-                Verdict::Stranger(What { kind: "a multifd channel that is none", detail: error.to_string() })
+                Verdict::Stranger(What { kind: "a multifd channel that is none".into(), detail: error.to_string() })
             }
             None => wait(first, ended),
         };
@@ -100,39 +101,17 @@ fn wait(first: &[u8], ended: bool) -> Verdict {
 /// What a connection is that has sent nothing but `first`, and then this.
 pub(super) fn incomplete(first: &[u8], then: &str) -> What {
     match first.is_empty() {
-        true => What { kind: "nothing", detail: then.to_owned() },
-        false => What { kind: "a few bytes", detail: format!("{}, then {then}", hex(first)) },
+        true => What { kind: "nothing".into(), detail: then.to_owned() },
+        false => What { kind: "a few bytes".into(), detail: format!("{}, then {then}", hex(first)) },
     }
 }
 
 /// What starts with these bytes, if it is no migration.
 fn name(first: &[u8]) -> What {
-    const KNOWN: [(&[u8], &str); 16] = [
-        (b"\x16\x03", "TLS"),
-        (b"GET ", "HTTP"),
-        (b"HEAD", "HTTP"),
-        (b"POST", "HTTP"),
-        (b"PUT ", "HTTP"),
-        (b"PATC", "HTTP"),
-        (b"DELE", "HTTP"),
-        (b"OPTI", "HTTP"),
-        (b"CONN", "HTTP"),
-        (b"TRAC", "HTTP"),
-        (b"PRI ", "HTTP"),
-        (b"HTTP", "HTTP"),
-        (b"SSH-", "SSH"),
-        (b"NBDM", "NBD"),
-        (b"\x7fELF", "an ELF file"),
-        (b"{", "JSON"),
-    ];
-    let known = KNOWN.iter().find(|(magic, _)| first.starts_with(magic)).map(|(_, kind)| *kind);
-    let kind = known.unwrap_or_else(|| match recognise(first) {
-        Some(FileKind::Libvirt) => "a libvirt save image",
-        Some(FileKind::Qcow2) => "a qcow2 image",
-        Some(FileKind::Compressed(compression)) => compression.as_str(),
-        _ => "unknown bytes",
-    });
-    What { kind, detail: hex(first) }
+    match FirstBytes::of(first) {
+        FirstBytes::Unknown { .. } => What { kind: "bytes of no kind known here".into(), detail: hex(first) },
+        known => What { kind: known.to_string().into(), detail: String::new() },
+    }
 }
 
 /// The first of `bytes`, for people.
@@ -147,7 +126,7 @@ mod tests {
     use qevm_savevm::ram::RamBlock;
     use qevm_wire::{CountedString, Writer};
 
-    fn kind(first: &[u8]) -> &'static str {
+    fn kind(first: &[u8]) -> Cow<'static, str> {
         match judge(first, false, None) {
             Verdict::Stranger(what) => what.kind,
             other => panic!("{first:x?}: {other:?}"),
@@ -157,14 +136,13 @@ mod tests {
     #[test]
     fn what_is_no_migration_is_named() {
         for (first, expected) in [
-            (&b"\x16\x03\x01\0\xc8"[..], "TLS"),
-            (b"GET / HTTP/1.1", "HTTP"),
-            (b"\x1f\x8b\x08\0", "gzip"),
-            (b"\x28\xb5\x2f\xfd", "zstd"),
+            (&b"\x16\x03\x01\0\xc8"[..], "a TLS ClientHello"),
+            (b"GET / HTTP/1.1", "an HTTP request"),
+            (b"\x1f\x8b\x08\0", "a file compressed with gzip"),
+            (b"\x28\xb5\x2f\xfd", "a file compressed with zstd"),
             (b"LibvirtQemudSave\x02", "a libvirt save image"),
             (b"QFI\xfb", "a qcow2 image"),
-            (b"{\"execute\"", "JSON"),
-            (b"garbage", "unknown bytes"),
+            (b"garbage", "bytes of no kind known here"),
             (b"QEVM\0\0\0\x02", "a migration stream of another version"),
         ] {
             assert_eq!(kind(first), expected);

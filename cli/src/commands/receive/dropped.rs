@@ -4,6 +4,7 @@ use super::caller::What;
 use crate::failure::printable;
 use crate::socket::Peer;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::io::{self, Write};
 use std::time::{Duration, Instant};
@@ -16,7 +17,7 @@ const PERIOD: Duration = Duration::from_secs(1);
 #[derive(Debug, Default)]
 pub(super) struct Dropped {
     /// How many of each kind.
-    kinds: BTreeMap<&'static str, u64>,
+    kinds: BTreeMap<Cow<'static, str>, u64>,
     /// When the present period began, and the lines written in it.
     period: Option<Instant>,
     lines: u32,
@@ -27,7 +28,7 @@ pub(super) struct Dropped {
 impl Dropped {
     /// A connection of `peer` was dropped, because it is `what`.
     pub(super) fn note(&mut self, peer: &Peer, what: &What) {
-        *self.kinds.entry(what.kind).or_default() += 1;
+        *self.kinds.entry(what.kind.clone()).or_default() += 1;
         self.flush();
         match self.lines < LINES && say(&format!("dropped a connection from {peer}: {what}")) {
             true => self.lines += 1,
@@ -50,13 +51,13 @@ impl Dropped {
     }
 
     /// All that came, with what still `waits`; `None` if nobody came.
-    pub(super) fn summary(&self, waits: impl Iterator<Item = &'static str>) -> Option<String> {
+    pub(super) fn summary(&self, waits: impl Iterator<Item = Cow<'static, str>>) -> Option<String> {
         let mut kinds = self.kinds.clone();
         waits.for_each(|kind| *kinds.entry(kind).or_default() += 1);
         let all: Vec<String> = kinds
             .iter()
             .map(|(kind, count)| match count {
-                1 => (*kind).to_owned(),
+                1 => kind.to_string(),
                 _ => format!("{kind} ({count} times)"),
             })
             .collect();

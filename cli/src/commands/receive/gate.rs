@@ -109,7 +109,7 @@ impl Gate {
     /// Turns away a page channel that could have been one of the migration, but not at once.
     pub(super) fn refuse(&mut self, caller: Caller, why: String) {
         let Caller { socket, peer, first, .. } = caller;
-        self.dropped.note(&peer, &What { kind: "a multifd channel", detail: why });
+        self.dropped.note(&peer, &What { kind: "a multifd channel".into(), detail: why });
         let since = Instant::now();
         let closing = Some(since + REFUSAL_DELAY);
         self.strangers.push_back(Stranger { socket, peer, first, since, late: true, closing });
@@ -142,7 +142,7 @@ impl Gate {
             let known = match judge(&stranger.first, ended, preempt) {
                 Verdict::Main if main.is_some() => {
                     let detail = "one is under way".to_owned();
-                    self.dropped.note(&stranger.peer, &What { kind: "a second migration", detail });
+                    self.dropped.note(&stranger.peer, &What { kind: "a second migration".into(), detail });
                     continue;
                 }
                 Verdict::Main => {
