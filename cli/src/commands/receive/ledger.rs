@@ -85,6 +85,13 @@ struct Missing {
     hopeless: bool,
 }
 
+impl State {
+    /// A channel was turned away, and the source has closed all others: it will not open the one that is missing.
+    fn has_left(&self) -> bool {
+        self.refused.is_some() && !self.channels.is_empty() && self.channels.values().all(|channel| channel.ended)
+    }
+}
+
 impl Ledger {
     pub(super) fn new(address: String, expected: Option<u8>) -> Self {
         let state = State {
@@ -289,7 +296,7 @@ impl Ledger {
 
     fn lacks(&self, state: &State) -> Option<Missing> {
         if let Some(message) = self.missing(state) {
-            return Some(Missing { message, hopeless: self.expected == Some(0) });
+            return Some(Missing { message, hopeless: self.expected == Some(0) || state.has_left() });
         }
         // A source with page channels sends its pages on them. If there are pages here, the channel was a stranger's.
         if let Some(refused) = state.refused.as_ref().filter(|_| state.channels.is_empty() && !state.main_pages) {
@@ -315,7 +322,8 @@ impl Ledger {
             let reason = state.refused.as_ref().map_or(String::new(), |refused| format!(" ({refused})"));
             let message =
                 format!("packets have numbers {first} to {last}, but only {used} came: a channel is missing{reason}");
-            Missing { message, hopeless: self.expected.is_some() }
+            let hopeless = self.expected.is_some() || state.has_left();
+            Missing { message, hopeless }
         })
     }
 
