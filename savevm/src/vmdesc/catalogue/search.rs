@@ -42,9 +42,8 @@ pub(super) fn one(
         return Outcome::Unknown;
     }
     for inferred in [false, true] {
-        let mut search = Search::new(catalogue, body, inferred);
-        let mut readings = search.section(name, version);
-        readings.retain(|reading| accept(reading.way.position));
+        let mut search = Search::new(catalogue, body, accept, inferred);
+        let readings = search.section(name, version);
         if search.spent {
             return Outcome::Several;
         }
@@ -65,6 +64,8 @@ pub(super) fn one(
 struct Search<'c, 'b> {
     catalogue: &'c Catalogue,
     body: &'b [u8],
+    /// Where the section may end.
+    accept: &'b dyn Fn(usize) -> bool,
     /// Also layouts from schemas, and arrays of lengths that were not seen.
     inferred: bool,
     budget: u32,
@@ -129,10 +130,10 @@ impl Structure {
 }
 
 impl<'c, 'b> Search<'c, 'b> {
-    fn new(catalogue: &'c Catalogue, body: &'b [u8], inferred: bool) -> Self {
+    fn new(catalogue: &'c Catalogue, body: &'b [u8], accept: &'b dyn Fn(usize) -> bool, inferred: bool) -> Self {
         let per_byte = BUDGET_PER_BYTE.saturating_mul(u32::try_from(body.len()).unwrap_or(u32::MAX));
         let budget = BUDGET.min(BUDGET_BASE.saturating_add(per_byte));
-        Search { catalogue, body, inferred, budget, spent: false, open: Vec::new() }
+        Search { catalogue, body, accept, inferred, budget, spent: false, open: Vec::new() }
     }
 
     fn section(&mut self, name: &str, version: u32) -> Vec<Reading> {
@@ -165,7 +166,9 @@ impl<'c, 'b> Search<'c, 'b> {
             }
             let ways = self.subsections(structure, ways);
             self.open.pop();
-            readings.extend(ways.into_iter().map(|way| way.finish(name, version)));
+            // Only what is a whole reading is worth writing down.
+            let accept = |way: &Way| !matches!(role, Role::Section) || (self.accept)(way.position);
+            readings.extend(ways.into_iter().filter(accept).map(|way| way.finish(name, version)));
         }
         readings
     }
@@ -344,7 +347,8 @@ impl<'c, 'b> Search<'c, 'b> {
     }
 
     fn is_spent(&mut self, ways: usize) -> bool {
-        self.budget = self.budget.saturating_sub(1);
+        // What is done next is done for each of them.
+        self.budget = self.budget.saturating_sub(1 + ways as u32);
         self.spent |= self.budget == 0 || ways > MAX_WAYS;
         self.spent
     }
