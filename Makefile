@@ -23,12 +23,12 @@ test: setup lint unit doc
 lint: setup
 	cargo fmt --all --check
 	cargo clippy --workspace --all-targets -- -D warnings
-	cargo clippy --manifest-path fuzz/Cargo.toml --all-targets -- -D warnings
+	cargo clippy --manifest-path fuzz/Cargo.toml --target-dir target --all-targets -- -D warnings
 
 unit: setup
 	@mkdir -p target && rm -f $(SKIPPED)
 	QEVM_SKIPPED_TESTS=$(SKIPPED) cargo test --workspace --no-fail-fast
-	cargo test --manifest-path fuzz/Cargo.toml
+	cargo test --manifest-path fuzz/Cargo.toml --target-dir target
 
 doc: setup
 	RUSTDOCFLAGS="-D warnings" cargo doc --workspace --no-deps --quiet
