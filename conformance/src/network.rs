@@ -25,9 +25,9 @@ pub(crate) struct Network {
 pub(crate) enum Cut {
     /// It drops all of them.
     Now,
-    /// It drops the packet that carries SHUT with status 0, and all that come after it in either direction.
+    /// It drops the packet that SHUT begins in, and all that come after it in either direction.
     AtShut,
-    /// SHUT with status 0 goes through; what the source sends after it, its acknowledgement first, is dropped.
+    /// SHUT goes through; what the source sends after it, its acknowledgement first, is dropped.
     AfterShut,
 }
 
@@ -127,7 +127,7 @@ impl Network {
 /// The rules of a cut, in the destination's namespace. SHUT is be16 type 1, be16 length 4, be32 status, and begins a segment:
 /// what was sent before it is acknowledged, or sent in segments of its own.
 fn rules(cut: Cut) -> String {
-    let shut = format!("tcp sport {PORT} @ih,0,64 0x0001000400000000 add @dead {{ tcp sport }}");
+    let shut = format!("tcp sport {PORT} @ih,0,32 0x00010004 add @dead {{ tcp sport }}");
     let (out, back) = match cut {
         Cut::Now => (format!("tcp sport {PORT} drop"), format!("tcp dport {PORT} drop")),
         Cut::AtShut => (format!("{shut}\n tcp sport @dead drop"), "tcp dport @dead drop".into()),

@@ -98,7 +98,8 @@ impl Moment {
             Moment::LinkDiesAfterShut => cut_at_the_end(scene, Cut::AfterShut),
             Moment::LinkDiesAtShutThenCancel => {
                 cut_at_the_end(scene, Cut::AtShut)?;
-                thread::sleep(Duration::from_secs(2));
+                scene.until("device")?;
+                scene.until_silent()?;
                 scene.here.monitor().execute("migrate_cancel", Value::Null).map(drop)
             }
             Moment::SourceKilledInDevice => {

@@ -135,6 +135,11 @@ impl<'g> Scene<'g> {
         signal(self.there.monitor().pid(), "STOP")?;
         self.here.monitor().execute("migrate-continue", json!({ "state": "pre-switchover" }))?;
         self.until("device")?;
+        self.until_silent()
+    }
+
+    /// Waits until the source sends no more.
+    pub(super) fn until_silent(&mut self) -> Result<()> {
         let (mut sent, deadline) = (0, Instant::now() + PATIENCE);
         loop {
             thread::sleep(LISTEN);
