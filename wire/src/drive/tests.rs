@@ -142,7 +142,7 @@ fn what_the_peer_announces_is_not_allocated_before_it_comes() {
     impl Decode for Greedy {
         type Event<'a> = ();
         type Kind = WireError;
-        fn next<'a>(&mut self, _: &'a [u8]) -> Result<Step<()>, Located<WireError>> {
+        fn next(&mut self, _: &[u8]) -> Result<Step<()>, Located<WireError>> {
             Ok(Step::NeedMore { at_least: 1 << 40 })
         }
         fn payload_remaining(&self) -> u64 {
