@@ -1,10 +1,15 @@
 //! The command line: what can be asked, and the help that teaches it.
 
+mod check;
+mod receive;
+mod send;
+
+pub use self::check::{Check, Uuid};
+pub use self::receive::Receive;
+pub use self::send::Send;
+
 use crate::bounds::Bounds;
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use qevm_multifd::Compression;
-use qevm_wire::profile::ZeroPageDetection;
-use qevm_wire::{Capability, CountedString, QemuVersion};
 use std::path::PathBuf;
 
 /// Read, check and move QEMU migration streams.
@@ -216,47 +221,6 @@ pub struct Extract {
     pub force: bool,
 }
 
-/// `qevm receive`.
-#[derive(Debug, Args)]
-#[command(after_help = RECEIVE_EXIT_CODES, after_long_help = RECEIVE_OUTCOMES)]
-pub struct Receive {
-    /// Where to listen: `tcp:HOST:PORT` or `unix:PATH`.
-    #[arg(value_name = "ADDRESS")]
-    pub address: String,
-    /// Save the main channel here; further channels go to FILE.channel-N, the return path to FILE.return-path. Only their
-    /// owner can read these files, which appear when the migration has arrived.
-    #[arg(long, value_name = "FILE")]
-    pub out: PathBuf,
-    /// How many multifd channels the source opens (its `multifd-channels`), 0 without multifd; another number is refused
-    /// before the guest stops. Without it, channels are recognised as they come.
-    #[arg(long, value_name = "N")]
-    pub multifd_channels: Option<u8>,
-    /// The source's `multifd-compression`; another method is refused. Without it, the channels' packets tell.
-    #[arg(long, value_name = "METHOD")]
-    pub multifd_compression: Option<Compression>,
-    /// Acknowledge the switchover. For sources with capability `switchover-ack` of QEMU 8.1 to 11.0 or with a machine
-    /// type up to 11.0; newer ones wait for no acknowledgement where no device asks for one.
-    #[arg(long)]
-    pub switchover_ack: bool,
-    /// Give up when nothing of a migration comes for this many seconds: no main channel, no byte, or not all page
-    /// channels. Without it a silent source is waited for, and missing page channels for 30 seconds. Connections that
-    /// are no migration, or say nothing for 5 seconds, are dropped with a line that names what came, and do not count.
-    #[arg(long, value_name = "SECONDS")]
-    pub timeout: Option<u64>,
-    /// Keep what came of a migration that did not arrive whole, in files whose names end in `.partial`.
-    #[arg(long)]
-    pub keep_partial: bool,
-    /// Replace output files that exist. A symbolic link is replaced itself, and not what it points to.
-    #[arg(long)]
-    pub force: bool,
-    #[command(flatten)]
-    #[allow(missing_docs)]
-    pub bounds: Bounds,
-    #[command(flatten)]
-    #[allow(missing_docs)]
-    pub output: Output,
-}
-
 /// `qevm convert`.
 #[derive(Debug, Args)]
 #[command(after_help = EXIT_CODES)]
@@ -308,191 +272,6 @@ pub struct Diff {
     pub output: Output,
 }
 
-/// `qevm check`.
-#[derive(Debug, Args)]
-#[command(after_help = CHECK_EXIT_CODES, after_long_help = CHECK_EXAMPLES)]
-#[group(id = "destination", required = true, multiple = true,
-    args = ["against", "qemu", "machine", "page_size", "uuid", "ram_block", "capability"])]
-pub struct Check {
-    #[command(flatten)]
-    #[allow(missing_docs)]
-    pub input: Input,
-    #[command(flatten)]
-    #[allow(missing_docs)]
-    pub bounds: Bounds,
-    #[command(flatten)]
-    #[allow(missing_docs)]
-    pub output: Output,
-    /// What tells of the destination: a stream, save image or snapshot that a QEMU set up like it wrote, or the output
-    /// of its `-dump-vmstate`. May be repeated: the files tell of one destination.
-    #[arg(long, value_name = "FILE")]
-    pub against: Vec<PathBuf>,
-    /// Release of the destination's QEMU.
-    #[arg(long, value_name = "RELEASE")]
-    pub qemu: Option<QemuVersion>,
-    /// Machine type of the destination, by its full name: `pc-q35-10.0`, not `q35`.
-    #[arg(long, value_name = "TYPE")]
-    pub machine: Option<String>,
-    /// Target page size of the destination in bytes.
-    #[arg(long, value_name = "BYTES")]
-    pub page_size: Option<u64>,
-    /// UUID of the destination's guest, which counts with capability `validate-uuid`.
-    #[arg(long, value_parser = parse_uuid)]
-    pub uuid: Option<Uuid>,
-    /// A RAM block of the destination and its used length, e.g. `pc.ram=4G`. May be repeated; blocks that are not named
-    /// are not compared, unless `--against` tells of them.
-    #[arg(long, value_name = "NAME=SIZE", value_parser = parse_ram_block)]
-    pub ram_block: Vec<(CountedString, u64)>,
-    /// A migration capability of the destination, e.g. `postcopy-ram=off`. May be repeated.
-    #[arg(long, value_name = "NAME=on|off", value_parser = parse_capability)]
-    pub capability: Vec<(Capability, bool)>,
-}
-
-const CHECK_EXIT_CODES: &str =
-    "Exit codes: 0 nothing is known that stops it from loading; 1 it will not load, or it is bad; 2 wrong usage.";
-
-const CHECK_EXAMPLES: &str = "\
-Examples:
-  Will a save file load in the QEMU that is to take it over? Let that QEMU, started with the same options and -S,
-  write a stream of its own (QMP: migrate uri=exec:cat>/tmp/destination.qevm), and compare:
-    qevm check guest.qevm --against /tmp/destination.qevm
-
-  Without starting a guest there: what its device models read, by the machine type of the stream:
-    qemu-system-x86_64 -M pc-q35-10.0 -dump-vmstate schema.json
-    qevm check guest.qevm --against schema.json
-
-  By what is known of the destination:
-    qevm check guest.qevm --machine pc-q35-10.0 --ram-block pc.ram=4G --capability postcopy-ram=off --qemu 7.2
-
-Outcomes: `fails`: QEMU refuses the stream; `may fail`: what is known does not tell, e.g. because a description lists
-only what its guest had a reason to write; `loads`: QEMU accepts the difference in silence.
-
-Exit codes: 0 nothing is known that stops it from loading; 1 it will not load, or it is bad; 2 wrong usage.";
-
-const RECEIVE_EXIT_CODES: &str = "Exit codes: 0 the guest has arrived; 1 it has not; 2 wrong usage.";
-
-const RECEIVE_OUTCOMES: &str = "\
-Exit codes, if the source opened a return path (capability `return-path`):
-  0  the source was told that its guest has arrived (SHUT 0) and has given it up: the guest is in FILE and nowhere else,
-     on the disk before the source heard it. If the connection was reset right then, a line says that the source may
-     not have heard it; look there before you start the guest.
-  1  it was not told so: the guest is still the source's, and nothing is kept (but see --keep-partial).
-  2  wrong usage: nothing was received.
-
-Without a return path the source is told nothing. It gives up its guest when it has sent everything, which need not have
-arrived. Code 0 then means that everything came, 1 that it did not, and in both cases the source says itself (QMP
-query-migrate, query-status) whether its guest is still there. With --json the member `handover` is `confirmed` (0),
-`doubtful` (0, reset), `refused` (1) or `unasked` (no return path).";
-
-/// A guest's UUID, in the order of its text.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Uuid(pub [u8; 16]);
-
-fn parse_uuid(text: &str) -> Result<Uuid, String> {
-    let digits: String = text.chars().filter(|c| *c != '-').collect();
-    let number = match digits.len() {
-        32 => u128::from_str_radix(&digits, 16).ok(),
-        _ => None,
-    };
-    number.map(|number| Uuid(number.to_be_bytes())).ok_or_else(|| "expected 32 hexadecimal digits".to_owned())
-}
-
-fn parse_ram_block(text: &str) -> Result<(CountedString, u64), String> {
-    // The names of option ROMs have no '=' in them, but nothing forbids one.
-    let (name, size) = text.rsplit_once('=').ok_or("expected NAME=SIZE, e.g. pc.ram=4G")?;
-    let name = CountedString::new(name).ok_or("the name is longer than 255 bytes")?;
-    Ok((name, parse_size(size)?))
-}
-
-/// Bytes, as QEMU's options take them: decimal or hexadecimal, with a binary suffix.
-pub(crate) fn parse_size(text: &str) -> Result<u64, String> {
-    let expected = || format!("'{text}' is no size: expected bytes, or a number with K, M, G or T");
-    let (number, shift) = match text.char_indices().next_back() {
-        Some((at, 'K' | 'k')) => (&text[..at], 10),
-        Some((at, 'M' | 'm')) => (&text[..at], 20),
-        Some((at, 'G' | 'g')) => (&text[..at], 30),
-        Some((at, 'T' | 't')) => (&text[..at], 40),
-        _ => (text, 0),
-    };
-    let number = match number.strip_prefix("0x") {
-        Some(digits) => u64::from_str_radix(digits, 16),
-        None => number.parse(),
-    };
-    number.ok().and_then(|number: u64| number.checked_mul(1 << shift)).ok_or_else(expected)
-}
-
-fn parse_capability(text: &str) -> Result<(Capability, bool), String> {
-    let (name, state) = text.split_once('=').ok_or("expected NAME=on or NAME=off")?;
-    let capability = name.parse().map_err(|_| format!("QEMU has no migration capability '{name}'"))?;
-    match state {
-        "on" => Ok((capability, true)),
-        "off" => Ok((capability, false)),
-        _ => Err(format!("'{state}' is neither on nor off")),
-    }
-}
-
-/// `qevm send`.
-#[derive(Debug, Args)]
-#[command(after_help = EXIT_CODES)]
-pub struct Send {
-    #[command(flatten)]
-    #[allow(missing_docs)]
-    pub input: Input,
-    #[command(flatten)]
-    #[allow(missing_docs)]
-    pub bounds: Bounds,
-    /// Where the destination listens: `tcp:HOST:PORT` or `unix:PATH`.
-    #[arg(value_name = "ADDRESS")]
-    pub address: String,
-    /// Release of the destination; decides what may be on the wire.
-    #[arg(long, value_name = "VERSION", default_value_t = QemuVersion::NEWEST)]
-    pub to: QemuVersion,
-    /// Send pages on N page channels. The destination needs capability `multifd` and the same `multifd-channels`.
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u8).range(1..))]
-    pub multifd_channels: Option<u8>,
-    /// Compression of the page channels: none, zlib or zstd; the destination's must be the same.
-    #[arg(long, value_name = "METHOD", default_value = "none", requires = "multifd_channels")]
-    pub multifd_compression: Compression,
-    /// Level of the compression: 0 to 9 for zlib, 0 to 20 for zstd.
-    #[arg(long, value_name = "LEVEL", requires = "multifd_compression")]
-    pub multifd_level: Option<i32>,
-    /// How pages of zeroes travel: none (like all others), legacy (ZERO records of the main channel) or multifd (listed in
-    /// the packets of page channels; QEMU 9.0). The default is that of the destination's release and the machine type.
-    #[arg(long, value_name = "MODE", value_parser = zero_page_detection)]
-    pub zero_page_detection: Option<ZeroPageDetection>,
-    /// Whether the page channels synchronise after each section, as releases before 8.1 and machine types up to 8.0 do,
-    /// or once a round. Must be as at the destination; the default is that of its release and the machine type.
-    #[arg(long, value_name = "on|off", value_parser = on_or_off, requires = "multifd_channels")]
-    pub multifd_flush_after_each_section: Option<bool>,
-    /// Do not open a return path; the destination then cannot say whether it has loaded the guest.
-    #[arg(long)]
-    pub no_return_path: bool,
-    /// Give up when the destination takes nothing for this many seconds, or has not said that it has loaded the guest
-    /// this many seconds after all was sent, whatever else it says.
-    #[arg(long, value_name = "SECONDS", default_value_t = 60)]
-    pub timeout: u64,
-    #[command(flatten)]
-    #[allow(missing_docs)]
-    pub output: Output,
-}
-
-fn zero_page_detection(mode: &str) -> Result<ZeroPageDetection, &'static str> {
-    match mode {
-        "none" => Ok(ZeroPageDetection::None),
-        "legacy" => Ok(ZeroPageDetection::Legacy),
-        "multifd" => Ok(ZeroPageDetection::Multifd),
-        _ => Err("expected none, legacy or multifd"),
-    }
-}
-
-fn on_or_off(value: &str) -> Result<bool, &'static str> {
-    match value {
-        "on" => Ok(true),
-        "off" => Ok(false),
-        _ => Err("expected on or off"),
-    }
-}
-
 /// The form of a stream in a file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum StreamForm {
@@ -537,4 +316,21 @@ pub enum RamDigest {
     Crc32,
     /// SHA-256; needs a temporary file as large as the guest's non-zero memory.
     Sha256,
+}
+
+/// Bytes, as QEMU's options take them: decimal or hexadecimal, with a binary suffix.
+pub(crate) fn parse_size(text: &str) -> Result<u64, String> {
+    let expected = || format!("'{text}' is no size: expected bytes, or a number with K, M, G or T");
+    let (number, shift) = match text.char_indices().next_back() {
+        Some((at, 'K' | 'k')) => (&text[..at], 10),
+        Some((at, 'M' | 'm')) => (&text[..at], 20),
+        Some((at, 'G' | 'g')) => (&text[..at], 30),
+        Some((at, 'T' | 't')) => (&text[..at], 40),
+        _ => (text, 0),
+    };
+    let number = match number.strip_prefix("0x") {
+        Some(digits) => u64::from_str_radix(digits, 16),
+        None => number.parse(),
+    };
+    number.ok().and_then(|number: u64| number.checked_mul(1 << shift)).ok_or_else(expected)
 }
