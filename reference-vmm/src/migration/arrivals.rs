@@ -244,6 +244,8 @@ mod tests {
     };
 
     const HEADER: &[u8] = b"QEVM\0\0\0\x03";
+    /// What a source says first: the header and the type of the configuration.
+    const MAIN: &[u8] = b"QEVM\0\0\0\x03\x07";
     /// Far more than anything here takes.
     const LONG: Duration = Duration::from_secs(60);
     const SHORT: Duration = Duration::from_millis(200);
@@ -323,9 +325,9 @@ mod tests {
                 let _damaged = call(&damaged);
                 assert!(matches!(reason(seen), Reason::Page(_)));
                 let pages = (0..channels.unwrap_or(0)).map(|number| call(&init(number)));
-                pages.chain([call(HEADER), silent, half]).collect()
+                pages.chain([call(MAIN), silent, half]).collect()
             });
-            assert_eq!((incoming.first.as_slice(), incoming.pages.len()), (HEADER, usize::from(channels.unwrap_or(0))));
+            assert_eq!((incoming.first.as_slice(), incoming.pages.len()), (MAIN, usize::from(channels.unwrap_or(0))));
             assert!(rest.is_empty(), "{rest:?}");
         }
     }
@@ -344,15 +346,33 @@ mod tests {
                 }
             };
             assert!(matches!(slowly, Reason::Silent(..) | Reason::Wrong(_)), "{slowly:?}");
-            vec![call(HEADER)]
+            vec![call(MAIN)]
         });
         assert!(rest.is_empty(), "{rest:?}");
+    }
+
+    /// Whoever says the header alone is no source, with page channels or without, and keeps none out.
+    #[test]
+    fn who_says_the_header_alone_is_dropped_after_a_while() {
+        for channels in [None, Some(1)] {
+            let (incoming, rest) = wait_for(channels, patience(SHORT, LONG), |call, seen| {
+                let _header = call(HEADER);
+                assert!(matches!(reason(seen), Reason::Silent(FirstBytes::File(FileKind::Stream), SHORT)));
+                drop(call(HEADER));
+                assert!(matches!(reason(seen), Reason::Closed(FirstBytes::File(FileKind::Stream))));
+                let mut slow = call(HEADER);
+                slow.write_all(&MAIN[HEADER.len()..]).unwrap();
+                (0..channels.unwrap_or(0)).map(|number| call(&init(number))).chain([slow]).collect()
+            });
+            assert_eq!(incoming.first, MAIN);
+            assert!(rest.is_empty(), "{rest:?}");
+        }
     }
 
     #[test]
     fn idle_connections_do_not_renew_the_patience() {
         let (incoming, _) = wait_for(Some(2), patience(LONG, SHORT), |call, seen| {
-            let _half = (call(HEADER), call(&init(1)));
+            let _half = (call(MAIN), call(&init(1)));
             let mut idle = Vec::new();
             let incomplete = loop {
                 idle.push(call(b""));
@@ -364,7 +384,7 @@ mod tests {
             let MigrationError::MissingChannels { main, missing, .. } = incomplete else { panic!("{incomplete}") };
             assert_eq!((main, missing), (false, vec![0]));
             // The wait has begun anew.
-            vec![call(&init(0)), call(&init(1)), call(HEADER)]
+            vec![call(&init(0)), call(&init(1)), call(MAIN)]
         });
         assert_eq!(incoming.pages.len(), 2);
     }
@@ -380,10 +400,10 @@ mod tests {
             for _ in 0..ROOM_AND_MAIN {
                 assert!(matches!(reason(seen), Reason::Crowded(FirstBytes::Nothing)));
             }
-            crowd.push(call(HEADER));
+            crowd.push(call(MAIN));
             crowd
         });
-        assert_eq!(incoming.first, HEADER);
+        assert_eq!(incoming.first, MAIN);
         assert!(rest.len() <= 1, "{rest:?}");
     }
 
@@ -392,12 +412,12 @@ mod tests {
     #[test]
     fn a_second_source_is_none_of_the_first() {
         let (incoming, _) = wait_for(Some(2), patience(LONG, LONG), |call, seen| {
-            let mut main = call(HEADER);
+            let mut main = call(MAIN);
             let page = call(&init(0));
             main.write_all(b"first").unwrap();
             let _again = call(&init(0));
             assert!(matches!(reason(seen), Reason::Second(_)));
-            let _second = call(HEADER);
+            let _second = call(MAIN);
             assert!(matches!(reason(seen), Reason::Second(_)));
             vec![main, page, call(&init(1))]
         });
@@ -407,12 +427,12 @@ mod tests {
     #[test]
     fn a_source_that_leaves_makes_room_for_another() {
         let (incoming, _) = wait_for(Some(2), patience(LONG, LONG), |call, seen| {
-            let (main, page) = (call(HEADER), call(&init(1)));
+            let (main, page) = (call(MAIN), call(&init(1)));
             main.shutdown(Shutdown::Both).unwrap();
             assert!(matches!(reason(seen), Reason::Left));
             drop(page);
             assert!(matches!(reason(seen), Reason::Left));
-            vec![call(&init(1)), call(&init(0)), call(HEADER)]
+            vec![call(&init(1)), call(&init(0)), call(MAIN)]
         });
         assert!(incoming.misfit.is_none() && incoming.pages.len() == 2);
     }
@@ -420,7 +440,7 @@ mod tests {
     #[test]
     fn page_channels_where_there_are_none_are_kept_in_mind() {
         let (incoming, _) =
-            wait_for(None, patience(LONG, LONG), |call, _| vec![call(&init(0)), call(&init(1)), call(HEADER)]);
+            wait_for(None, patience(LONG, LONG), |call, _| vec![call(&init(0)), call(&init(1)), call(MAIN)]);
         assert!(incoming.page_channels_called);
         let Some(MigrationError::Load(error)) = incoming.misfit else { panic!("{:?}", incoming.misfit) };
         assert!(matches!(error.kind, LoadError::MultifdOff));
@@ -428,7 +448,7 @@ mod tests {
         let (incoming, _) = wait_for(None, patience(SHORT, LONG), |call, seen| {
             let _page = call(&init(0));
             assert!(matches!(reason(seen), Reason::MultifdOff));
-            vec![call(HEADER)]
+            vec![call(MAIN)]
         });
         assert!(!incoming.page_channels_called && incoming.misfit.is_none());
     }

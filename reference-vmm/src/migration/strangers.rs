@@ -27,7 +27,7 @@ const ROOM: usize = 256;
 const ACCEPTED_AT_ONCE: usize = 64;
 /// How long not to accept when the system could not.
 const PAUSE: Duration = Duration::from_millis(100);
-/// Bytes that begin a main channel: magic and version.
+/// Bytes that begin a main channel: magic and version. A source says more along with them; whoever stops there is none.
 const HEADER_LEN: usize = 8;
 /// Bytes of a magic.
 const MAGIC_LEN: usize = 4;
@@ -104,6 +104,12 @@ impl fmt::Display for Dropped {
         const EXPECTED: &str = "expected a migration stream (QEVM)";
         write!(f, "dropped a connection from {}: ", self.caller)?;
         match &self.why {
+            Reason::Silent(FirstBytes::File(FileKind::Stream), after) => {
+                write!(f, "it sent the start of a migration stream and nothing more in {} s", after.as_secs())
+            }
+            Reason::Closed(FirstBytes::File(FileKind::Stream)) => {
+                f.write_str("it sent the start of a migration stream and was closed")
+            }
             Reason::Silent(said, after) => write!(f, "it sent {said} in {} s, {EXPECTED}", after.as_secs()),
             Reason::Closed(said) => write!(f, "it sent {said} and was closed, {EXPECTED}"),
             Reason::Wrong(FirstBytes::Tls) => {
@@ -299,7 +305,10 @@ impl Stranger {
         match FirstBytes::of(&self.said) {
             FirstBytes::File(FileKind::Stream) => match self.said.get(MAGIC_LEN..HEADER_LEN) {
                 None => Heard::More,
-                Some(version) if version == VERSION.to_be_bytes() => Heard::Main,
+                Some(version) if version == VERSION.to_be_bytes() => match self.said.len() {
+                    HEADER_LEN => Heard::More,
+                    _ => Heard::Main,
+                },
                 Some(version) => {
                     let found = version.iter().fold(0, |found, byte| found << 8 | u32::from(*byte));
                     Heard::Drop(Reason::Version(found))

@@ -19,6 +19,7 @@ use crate::qmp::{PATIENCE, finished};
 
 pub(crate) const TESTS: &[Test] = &[
     ("incoming_strangers_neither_end_nor_delay_the_wait", strangers),
+    ("incoming_who_says_the_header_alone_is_no_source", header_alone),
     ("incoming_exit_on_error_false_waits_for_another_guest", exit_on_error),
     ("incoming_a_guest_arrives_only_if_all_of_it_came", all_of_it),
     ("incoming_a_guest_starts_only_when_its_source_knows", source_knows),
@@ -158,6 +159,25 @@ fn strangers() {
         runs(&there);
         assert!(TcpStream::connect(("127.0.0.1", port)).is_err(), "nobody is waited for any more");
     }
+}
+
+/// As a source that hangs, or a scanner that knows the format, by the first eight bytes.
+fn header_alone() {
+    const HEADER: &[u8] = b"QEVM\0\0\0\x03";
+    let directory = tempfile::tempdir().unwrap();
+    let mut there = Monitor::start(directory.path(), "there", "", &["--incoming", "tcp:127.0.0.1:0"]);
+    let port = port(&mut there);
+    // One hangs as long as the test takes, and one leaves.
+    let _hangs = send(port, HEADER);
+    drop(send(port, HEADER));
+    says(&there, "it sent the start of a migration stream and was closed");
+    waits(&mut there);
+    let mut here = Monitor::start(directory.path(), "here", "", &[]);
+    runs(&here);
+    here.execute("migrate", json!({ "uri": format!("tcp:127.0.0.1:{port}") }));
+    assert_eq!(finished(&mut here.qmp)["status"], "completed");
+    wait_for_status(&mut there, "completed");
+    runs(&there);
 }
 
 fn exit_on_error() {

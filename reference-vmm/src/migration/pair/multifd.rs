@@ -106,7 +106,7 @@ fn another_source_later(path: PathBuf, channels: u8, source: Arc<Job>, gathered:
                 Init::new(Uuid::default(), number).encode(&mut writer);
                 connect(writer.as_bytes())
             };
-            let _streams: Vec<_> = (0..channels).map(page).chain([connect(b"QEVM\0\0\0\x03")]).collect();
+            let _streams: Vec<_> = (0..channels).map(page).chain([connect(b"QEVM\0\0\0\x03\x07")]).collect();
             thread::sleep(Duration::from_millis(20));
         }
     });
