@@ -18,7 +18,12 @@ use std::{
         unix::fs::{FileTypeExt, OpenOptionsExt},
     },
     path::Path,
-    sync::Arc,
+    sync::{
+        Arc,
+        mpsc::{self, RecvTimeoutError},
+    },
+    thread,
+    time::Duration,
 };
 
 /// Permissions of a file that a guest goes to (QEMU 8.2): it holds all of the guest's secrets.
@@ -49,6 +54,7 @@ impl Outgoing {
     /// Connects to a destination, with as many page channels as `job` has settings for, or opens what else the guest goes to.
     ///
     /// # Errors
+    /// [`MigrationError::Cancelled`] at once when `job` is cancelled while it connects;
     /// [`MigrationError::Connect`], [`MigrationError::Create`] and [`MigrationError::Open`] with the system's reason,
     /// [`MigrationError::Descriptor`], and [`MigrationError::Capability`] for capabilities that do not go with the transport.
     pub fn open(address: &Address, job: &Job, descriptors: &mut Descriptors) -> Result<Self, MigrationError> {
@@ -56,9 +62,8 @@ impl Outgoing {
         let failed = |source| MigrationError::Open { address: address.clone(), source };
         match address {
             Address::Tcp { .. } | Address::Unix(_) => {
-                let main = Socket::connect(address)?;
                 let channels = if job.capabilities().multifd { job.parameters().multifd_channels } else { 0 };
-                let pages = (0..channels).map(|_| Socket::connect(address)).collect::<Result<_, _>>()?;
+                let (main, pages) = connect(address, job, channels.into())?;
                 Ok(Outgoing { pages, reader: Reader::Answers, ..main.into() })
             }
             Address::Exec(words) => {
@@ -177,6 +182,40 @@ impl Incoming {
     pub(crate) fn all(&self) -> impl Iterator<Item = &Arc<dyn Channel>> {
         std::iter::once(&self.main).chain(self.pages.iter().map(PageStream::channel))
     }
+}
+
+/// How often a migration that is being connected looks whether it was cancelled.
+const CANCEL_POLL: Duration = Duration::from_millis(20);
+
+/// Connects the main channel and so many page channels, until `job` is cancelled. To look a name up and to connect may take minutes
+/// and cannot be interrupted: a thread of its own does it, which nobody waits for then.
+fn connect(
+    address: &Address,
+    job: &Job,
+    channels: usize,
+) -> Result<(Arc<dyn Channel>, Vec<Arc<dyn Channel>>), MigrationError> {
+    let failed = |source| MigrationError::Connect { address: address.clone(), source };
+    let (sender, connected) = mpsc::channel();
+    let to = address.clone();
+    let connecting = move || {
+        for _ in 0..=channels {
+            let channel = Socket::connect(&to);
+            let failed = channel.is_err();
+            if sender.send(channel).is_err() || failed {
+                return;
+            }
+        }
+    };
+    thread::Builder::new().name("connect".into()).spawn(connecting).map_err(failed)?;
+    let next = || loop {
+        job.check()?;
+        match connected.recv_timeout(CANCEL_POLL) {
+            Ok(channel) => return channel,
+            Err(RecvTimeoutError::Timeout) => {}
+            Err(RecvTimeoutError::Disconnected) => return Err(failed(io::Error::other("its thread has ended"))),
+        }
+    };
+    Ok((next()?, (0..channels).map(|_| next()).collect::<Result<_, _>>()?))
 }
 
 /// Where pages have their places in `file`, which `open` opens again with other flags (`direct-io`); without `mapped-ram` nowhere.

@@ -130,7 +130,7 @@ pub(crate) fn finished(client: &mut Client) -> Value {
     loop {
         let migration = client.execute("query-migrate", json!({})).unwrap();
         match migration["status"].as_str() {
-            Some("completed" | "failed") => return migration,
+            Some("completed" | "failed" | "cancelled") => return migration,
             _ => assert!(Instant::now() < deadline, "{migration}"),
         }
         std::thread::sleep(Duration::from_millis(5));

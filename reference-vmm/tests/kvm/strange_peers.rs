@@ -2,12 +2,13 @@
 
 use std::io::{self, PipeReader, Read, Write};
 use std::net::TcpListener;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use nix::sys::socket::{setsockopt, sockopt};
+use nix::sys::socket::{Backlog, listen, setsockopt, sockopt};
 use reference_vmm::qmp::{Client, Server};
 use reference_vmm::vmm::Vmm;
 use serde_json::{Value, json};
@@ -24,6 +25,7 @@ pub(crate) const TESTS: &[Test] = &[
     ("source_resumes_when_the_destination_says_that_it_failed", resumes_when_the_destination_says_that_it_failed),
     ("source_waits_until_a_pipe_was_read_to_its_end", waits_until_a_pipe_was_read_to_its_end),
     ("source_counts_time_while_its_link_is_silent", counts_time_while_its_link_is_silent),
+    ("source_is_cancelled_while_it_connects", is_cancelled_while_it_connects),
     ("source_tells_no_pass_behind_stop", tells_no_pass_behind_stop),
 ];
 
@@ -369,4 +371,27 @@ fn tells_no_pass_behind_stop() {
     assert!(told[..passes].contains(&"MIGRATION_PASS".into()), "{told:?}");
     // As QEMU 11.1 tells it.
     assert_eq!(told[passes..], ["STOP", "device", "completed"], "{told:?}");
+}
+
+/// A connection that the other end does not take up, as behind a firewall or at a host that hangs.
+fn is_cancelled_while_it_connects() {
+    let directory = tempfile::tempdir().unwrap();
+    let (_vmm, _server, mut client, _console) = serve(directory.path(), "qmp", false);
+    client.execute("cont", json!({})).unwrap();
+    let path = directory.path().join("hangs");
+    let listener = UnixListener::bind(&path).unwrap();
+    listen(&listener, Backlog::new(0).unwrap()).unwrap();
+    let _first_in_the_queue = UnixStream::connect(&path).unwrap();
+    let hangs = json!({ "uri": format!("unix:{}", path.display()) });
+    for _ in 0..2 {
+        client.execute("migrate", hangs.clone()).unwrap();
+        assert_eq!(client.execute("query-migrate", json!({})).unwrap()["status"], "setup");
+        client.execute("migrate_cancel", json!({})).unwrap();
+        assert_eq!(finished(&mut client)["status"], "cancelled");
+        assert_eq!(client.execute("query-status", json!({})).unwrap()["status"], "running");
+    }
+    // The next one need not wait for those.
+    let file = directory.path().join("guest");
+    client.execute("migrate", json!({ "uri": format!("file:{}", file.display()) })).unwrap();
+    assert_eq!(finished(&mut client)["status"], "completed");
 }
