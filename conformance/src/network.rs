@@ -125,16 +125,19 @@ impl Network {
 }
 
 /// The rules of a cut, in the destination's namespace. SHUT is be16 type 1, be16 length 4, be32 status, and begins a segment:
-/// what was sent before it is acknowledged, or sent in segments of its own.
+/// what was sent before it is acknowledged, or sent in segments of its own. A connection is dead for itself: what an earlier
+/// one, cut and closed, sends again is none of the next one's business.
 fn rules(cut: Cut) -> String {
-    let shut = format!("tcp sport {PORT} @ih,0,32 0x00010004 add @dead {{ tcp sport }}");
+    let shut = format!("tcp sport {PORT} @ih,0,32 0x00010004 add @dead {{ tcp sport . tcp dport }}");
     let (out, back) = match cut {
         Cut::Now => (format!("tcp sport {PORT} drop"), format!("tcp dport {PORT} drop")),
-        Cut::AtShut => (format!("{shut}\n tcp sport @dead drop"), "tcp dport @dead drop".into()),
-        Cut::AfterShut => (shut, "tcp dport @dead drop".into()),
+        Cut::AtShut => {
+            (format!("{shut}\n tcp sport . tcp dport @dead drop"), "tcp dport . tcp sport @dead drop".into())
+        }
+        Cut::AfterShut => (shut, "tcp dport . tcp sport @dead drop".into()),
     };
     format!(
-        "table inet cut {{\n set dead {{ type inet_service; flags dynamic; size 16; }}\n \
+        "table inet cut {{\n set dead {{ type inet_service . inet_service; flags dynamic; size 16; }}\n \
          chain out {{ type filter hook output priority 0; policy accept;\n {out}\n }}\n \
          chain back {{ type filter hook input priority 0; policy accept;\n {back}\n }}\n}}\n"
     )
