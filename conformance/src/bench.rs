@@ -5,7 +5,7 @@
 //! figures are medians with the fastest and the slowest run. Every reader's answer is checked: a reader that fails fast
 //! would win.
 //!
-//! [`link`] measures running guests over a limited [`network`] link, and [`figures`] holds what came out against QEMU's.
+//! [`link`] measures running guests over a limited `network` link, and [`figures`] holds what came out against QEMU's.
 
 pub mod figures;
 pub mod link;

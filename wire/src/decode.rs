@@ -8,7 +8,7 @@ use core::fmt;
 /// The main channel, a page channel, the preempt channel and the return path each have one. A decoder holds no bytes of
 /// the stream: its caller keeps a buffer, shows it to [`next`](Decode::next), and drops from its front what an event
 /// consumed. The payload that may follow an event (a page, a bitmap) is the caller's, which moves it where it belongs
-/// and reports it with [`skip_payload`](Decode::skip_payload). [`Driver`](crate::Driver) is that caller for anything
+/// and reports it with [`skip_payload`](Decode::skip_payload). `Driver` (feature `std`) is that caller for anything
 /// that can be read.
 ///
 /// After an error a decoder stays where it was and gives the same error again.
