@@ -63,8 +63,7 @@ impl Outgoing {
         match address {
             Address::Tcp { .. } | Address::Unix(_) => {
                 let channels = if job.capabilities().multifd { job.parameters().multifd_channels } else { 0 };
-                let (main, pages) = connect(address, job, channels.into())?;
-                Ok(Outgoing { pages, reader: Reader::Answers, ..main.into() })
+                connect(address, job, channels.into())
             }
             Address::Exec(words) => {
                 let main: Arc<dyn Channel> = Arc::new(Pipe::command(words).map_err(failed)?);
@@ -189,11 +188,7 @@ const CANCEL_POLL: Duration = Duration::from_millis(20);
 
 /// Connects the main channel and so many page channels, until `job` is cancelled. To look a name up and to connect may take minutes
 /// and cannot be interrupted: a thread of its own does it, which nobody waits for then.
-fn connect(
-    address: &Address,
-    job: &Job,
-    channels: usize,
-) -> Result<(Arc<dyn Channel>, Vec<Arc<dyn Channel>>), MigrationError> {
+fn connect(address: &Address, job: &Job, channels: usize) -> Result<Outgoing, MigrationError> {
     let failed = |source| MigrationError::Connect { address: address.clone(), source };
     let (sender, connected) = mpsc::channel();
     let to = address.clone();
@@ -215,7 +210,9 @@ fn connect(
             Err(RecvTimeoutError::Disconnected) => return Err(failed(io::Error::other("its thread has ended"))),
         }
     };
-    Ok((next()?, (0..channels).map(|_| next()).collect::<Result<_, _>>()?))
+    let main = next()?;
+    let pages = (0..channels).map(|_| next()).collect::<Result<_, _>>()?;
+    Ok(Outgoing { pages, reader: Reader::Answers, ..main.into() })
 }
 
 /// Where pages have their places in `file`, which `open` opens again with other flags (`direct-io`); without `mapped-ram` nowhere.
