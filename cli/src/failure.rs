@@ -34,12 +34,19 @@ impl Failure {
     }
 
     /// `file` could not be read (or a temporary file not written) at `offset`. If that is because a bound of the command
-    /// was reached, the failure is of kind `limit`.
+    /// was reached, the failure is of kind `limit`; if what the file is wrapped in is damaged, of kind `malformed`, or
+    /// `truncated`.
     pub fn io(file: &str, offset: u64, error: &io::Error) -> Self {
         if let Some(exceeded) = error.get_ref().and_then(|inner| inner.downcast_ref::<Exceeded>()) {
             return Self::exceeded(file, offset, "", exceeded.clone());
         }
-        Failure { file: file.to_owned(), kind: "io", offset, path: String::new(), message: error.to_string() }
+        let kind = match error.kind() {
+            // Said by readers of what is inside the file: the operating system has neither.
+            io::ErrorKind::UnexpectedEof => Fault::Truncated.as_str(),
+            io::ErrorKind::InvalidData => Fault::Malformed.as_str(),
+            _ => "io",
+        };
+        Failure { file: file.to_owned(), kind, offset, path: String::new(), message: error.to_string() }
     }
 
     /// At `offset` of `file` a bound was reached.

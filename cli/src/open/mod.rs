@@ -4,8 +4,10 @@
 //! the file where the stream lies in it as it is, and from the start of the stream where it had to be decompressed or
 //! gathered from a disk image.
 
+mod decompressed;
 mod snapshot;
 
+use self::decompressed::{Decompressed, XZ_MEMORY_KIB};
 use crate::failure::{Failure, Stop};
 use crate::source::Source;
 use qevm_savevm::container::libvirt::{self, SaveFormat, SaveImage};
@@ -120,7 +122,7 @@ fn decompressed(name: String, input: impl Read + 'static, compression: Compressi
     let reader: Box<dyn Read> = match compression {
         Compression::Gzip => Box::new(flate2::read::MultiGzDecoder::new(input)),
         Compression::Bzip2 => Box::new(bzip2::read::MultiBzDecoder::new(input)),
-        Compression::Xz => Box::new(lzma_rust2::XzReader::new(input, true)),
+        Compression::Xz => Box::new(lzma_rust2::XzReader::new_mem_limit(input, true, XZ_MEMORY_KIB)),
         Compression::Zstd => {
             let decoder = zstd::Decoder::new(input).map_err(|error| Failure::io(&name, 0, &error))?;
             Box::new(decoder)
@@ -133,7 +135,8 @@ fn decompressed(name: String, input: impl Read + 'static, compression: Compressi
             return Err(Stop::Usage(message));
         }
     };
-    Ok(Opened { name, source: Source::stream(reader), offset: 0 })
+    let reader = Decompressed { reader, program: compression.as_str() };
+    Ok(Opened { name, source: Source::stream(Box::new(reader)), offset: 0 })
 }
 
 /// Up to `count` bytes from the start; fewer only at the end of the input.

@@ -86,3 +86,59 @@ fn what_cannot_be_opened_says_why() {
     assert!(matches!(open(cut.path(), None), Err(Stop::Bad(Failure { kind: "truncated", offset: 36, .. }))));
     assert!(matches!(open(Path::new("/nonexistent"), None), Err(Stop::Usage(_))));
 }
+
+/// Reads to the end, and says how that fails.
+fn failure(bytes: &[u8]) -> Failure {
+    let file = file(bytes);
+    match open(file.path(), None) {
+        Ok(mut opened) => {
+            let error = opened.source.skip(u64::MAX).expect_err("a fault");
+            Failure::io(&opened.name, 0, &error)
+        }
+        Err(Stop::Bad(failure)) => failure,
+        Err(other) => panic!("{other:?}"),
+    }
+}
+
+#[test]
+fn damaged_compressed_data_is_the_inputs_fault() {
+    let zstd = {
+        let mut encoder = zstd::Encoder::new(Vec::new(), 1).unwrap();
+        encoder.include_checksum(true).unwrap();
+        encoder.write_all(STREAM).unwrap();
+        encoder.finish().unwrap()
+    };
+    // What is changed is a byte of a checksum, for which each has a place of its own.
+    let (gzip, zstd_len) = (gzip(STREAM), zstd.len());
+    let gzip_len = gzip.len();
+    for (program, whole, checksum) in
+        [("gzip", gzip, gzip_len - 7), ("bzip2", bzip2(STREAM), 10), ("xz", xz(), 10), ("zstd", zstd, zstd_len - 1)]
+    {
+        let cut = failure(&whole[..whole.len() - 3]);
+        assert_eq!(cut.kind, "truncated", "{program}: {cut}");
+        assert!(cut.message.contains(program), "{cut}");
+        let mut changed = whole;
+        changed[checksum] ^= 0x55;
+        let changed = failure(&changed);
+        assert_eq!(changed.kind, "malformed", "{program}: {changed}");
+        assert!(changed.message.contains(program), "{changed}");
+    }
+}
+
+#[test]
+fn compressed_data_that_asks_for_much_memory_is_beyond_a_limit() {
+    // The header of a frame with a window of 2 GiB (RFC 8878, 3.1.1.1.2), and an empty last block.
+    let window = failure(&[0x28, 0xb5, 0x2f, 0xfd, 0, 21 << 3, 1, 0, 0]);
+    assert_eq!(window.kind, "limit", "{window}");
+    assert!(window.message.contains("`zstd -dc`"), "{window}");
+    // A stream with a dictionary of 4 GiB - 1: flags and size of the block's header, its one filter, and CRCs.
+    let mut dictionary = b"\xfd7zXZ\0\0\0\xff\x12\xd9\x41".to_vec();
+    dictionary.extend(b"\x02\0\x21\x01\x28\0\0\0");
+    let mut crc = flate2::Crc::new();
+    crc.update(&dictionary[12..]);
+    dictionary.extend(crc.sum().to_le_bytes());
+    dictionary.extend([1, 0, 0, b'x', 0]);
+    let dictionary = failure(&dictionary);
+    assert_eq!(dictionary.kind, "limit", "{dictionary}");
+    assert!(dictionary.message.contains("`xz -dc`"), "{dictionary}");
+}
