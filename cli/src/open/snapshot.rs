@@ -4,7 +4,7 @@ use crate::failure::{Failure, Stop, printable};
 use crate::source::Source;
 use qevm_savevm::container::qcow2::{self, Cluster, Header, Snapshot, VmState};
 use qevm_savevm::{Error, Reader};
-use qevm_wire::Limits;
+use qevm_wire::{Fault, Limits};
 use std::fs::File;
 use std::io::{self, Read, Seek, SeekFrom};
 use std::os::unix::fs::FileExt;
@@ -25,12 +25,28 @@ pub(super) fn open(name: &str, file: File, chosen: Option<&str>) -> Result<Sourc
 
     let snapshots = table(name, &file, &header)?;
     let snapshot = choose(name, &snapshots, chosen)?;
+    let held = (&file).seek(SeekFrom::End(0)).map_err(io)?;
+    if snapshot.vm_state_size > held {
+        return Err(more_than_held(name, &header, snapshot, held).into());
+    }
     let mut l1 = vec![0; snapshot.l1_len as usize];
-    file.read_exact_at(&mut l1, snapshot.l1_offset).map_err(|error| Failure::io(name, snapshot.l1_offset, &error))?;
+    read_exact(&file, &mut l1, snapshot.l1_offset).map_err(|error| Failure::io(name, snapshot.l1_offset, &error))?;
     let state = VmState::new(&header, snapshot, &l1).map_err(bad)?;
     let len = state.len();
     let reader = StateReader { file, l2: vec![0; header.cluster_size() as usize], l2_offset: None, state, position: 0 };
     Ok(Source::seekable(Box::new(reader), len))
+}
+
+/// `savevm` writes every byte of the state. What claims more than the file holds would be made of clusters that are not there,
+/// or of one many times, and cost more than was sent.
+fn more_than_held(name: &str, header: &Header, snapshot: &Snapshot, held: u64) -> Failure {
+    Failure {
+        file: name.to_owned(),
+        kind: Fault::Malformed.as_str(),
+        offset: header.snapshots_offset,
+        path: "snapshot table".to_owned(),
+        message: format!("VM state of {} bytes, expected at most the file's {held}", snapshot.vm_state_size),
+    }
 }
 
 fn table(name: &str, file: &File, header: &Header) -> Result<Vec<Snapshot>, Stop> {
@@ -85,7 +101,12 @@ fn choose<'a>(name: &str, snapshots: &'a [Snapshot], chosen: Option<&str>) -> Re
 fn read_up_to(file: &File, buffer: &mut [u8], offset: u64) -> io::Result<usize> {
     let mut filled = 0;
     while filled < buffer.len() {
-        match file.read_at(&mut buffer[filled..], offset.saturating_add(filled as u64)) {
+        let at = offset.saturating_add(filled as u64);
+        // The operating system has another error for places that no file can have.
+        if i64::try_from(at).is_err() {
+            break;
+        }
+        match file.read_at(&mut buffer[filled..], at) {
             Ok(0) => break,
             Ok(read) => filled += read,
             Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
@@ -93,6 +114,17 @@ fn read_up_to(file: &File, buffer: &mut [u8], offset: u64) -> io::Result<usize> 
         }
     }
     Ok(filled)
+}
+
+/// Fills `buffer`.
+fn read_exact(file: &File, buffer: &mut [u8], offset: u64) -> io::Result<()> {
+    match read_up_to(file, buffer, offset)? {
+        read if read == buffer.len() => Ok(()),
+        read => {
+            let message = format!("{} bytes expected at byte {offset}, {read} are there", buffer.len());
+            Err(io::Error::new(io::ErrorKind::UnexpectedEof, message))
+        }
+    }
 }
 
 struct StateReader {
@@ -114,7 +146,7 @@ impl Read for StateReader {
         match self.cluster()? {
             Cluster::At(offset) => {
                 let in_cluster = self.position_in_cluster();
-                self.file.read_exact_at(buffer, offset.saturating_add(in_cluster))?;
+                read_exact(&self.file, buffer, offset.saturating_add(in_cluster))?;
             }
             Cluster::Zero => buffer.fill(0),
         }
@@ -131,7 +163,7 @@ impl StateReader {
         };
         if self.l2_offset != Some(offset) {
             self.l2_offset = None;
-            self.file.read_exact_at(&mut self.l2, offset)?;
+            read_exact(&self.file, &mut self.l2, offset)?;
             self.l2_offset = Some(offset);
         }
         self.state.cluster(self.position, &self.l2, offset).map_err(damaged)

@@ -142,3 +142,49 @@ fn compressed_data_that_asks_for_much_memory_is_beyond_a_limit() {
     assert_eq!(dictionary.kind, "limit", "{dictionary}");
     assert!(dictionary.message.contains("`xz -dc`"), "{dictionary}");
 }
+
+/// A qcow2 image (version 3, clusters of 64 KiB, no disk) with one snapshot of this much VM state, and no cluster of it.
+fn image(vm_state_size: u64) -> Vec<u8> {
+    const CLUSTER: usize = 64 << 10;
+    let mut image = b"QFI\xfb\0\0\0\x03".to_vec();
+    image.extend([0; 12]);
+    image.extend(16u32.to_be_bytes());
+    image.resize(60, 0);
+    image.extend(1u32.to_be_bytes());
+    image.extend((CLUSTER as u64).to_be_bytes());
+    image.resize(100, 0);
+    image.extend(104u32.to_be_bytes());
+    image.resize(CLUSTER, 0);
+    // L1 table: one entry maps 512 MiB.
+    let entries = vm_state_size.div_ceil(512 << 20) as u32;
+    image.extend((2 * CLUSTER as u64).to_be_bytes());
+    image.extend(entries.to_be_bytes());
+    image.extend(b"\0\x01\0\x01");
+    image.extend([0; 20]);
+    image.extend(16u32.to_be_bytes());
+    image.extend(vm_state_size.to_be_bytes());
+    image.extend([0; 8]);
+    image.extend(b"1s");
+    image.resize(3 * CLUSTER + 8 * entries as usize, 0);
+    image
+}
+
+#[test]
+fn a_snapshot_has_no_more_state_than_its_file() {
+    let file = file(&image(100_000));
+    assert_eq!(read_all(open(file.path(), None).unwrap()), [0; 100_000]);
+    let failure = failure(&image(1 << 40));
+    assert_eq!((failure.kind, failure.path.as_str()), ("malformed", "snapshot table"), "{failure}");
+    assert!(failure.message.contains("1099511627776"), "{failure}");
+}
+
+#[test]
+fn places_beyond_any_file_are_beyond_its_end() {
+    let mut table = image(100_000);
+    table[64..72].copy_from_slice(&(u64::MAX - 3).to_be_bytes());
+    assert_eq!(failure(&table).kind, "truncated");
+    let mut l1 = image(100_000);
+    let at = 64 << 10;
+    l1[at..at + 8].copy_from_slice(&(u64::MAX - 3).to_be_bytes());
+    assert_eq!(failure(&l1).kind, "truncated");
+}
