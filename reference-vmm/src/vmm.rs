@@ -6,10 +6,12 @@ mod guest;
 mod incoming;
 pub mod legality;
 mod lifecycle;
+mod run_state;
 
 pub use actions::{ACTIONS, Actions, Reboot, Shutdown, UnknownAction};
 pub use dirty_limit::LimitRefused;
 pub use lifecycle::Cause;
+pub use run_state::RunState;
 
 use self::legality::{ArrivalState, Situation};
 use crate::descriptors::Descriptors;
@@ -17,7 +19,7 @@ use crate::dirty_rate::{self, Gauge};
 use crate::machine::{Machine, Stop};
 use crate::migration::{
     Address, Guest, GuestError, Job, MigrationError, Mode, Notice, Outgoing, RULES, Refused, Status, check_transport,
-    migrate, monotonic_now,
+    migrate,
 };
 use qevm_multifd::compression::Compression;
 use qevm_wire::{Profile, QemuVersion, capability::Context};
@@ -27,44 +29,6 @@ use std::{
     thread,
     time::{Duration, SystemTime},
 };
-
-/// Whether the guest runs, and why not. The names are QEMU's.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-#[non_exhaustive]
-pub enum RunState {
-    /// It was not started yet.
-    Prelaunch,
-    /// It waits for an incoming migration.
-    Inmigrate,
-    /// It runs.
-    Running,
-    /// It was stopped on request.
-    Paused,
-    /// It was stopped by a migration that is about to be finished.
-    FinishMigrate,
-    /// It has gone elsewhere.
-    Postmigrate,
-    /// It has stopped by itself.
-    Shutdown,
-    /// A vCPU cannot go on.
-    InternalError,
-}
-
-impl RunState {
-    /// QEMU's name.
-    pub fn as_str(self) -> &'static str {
-        match self {
-            RunState::Prelaunch => "prelaunch",
-            RunState::Inmigrate => "inmigrate",
-            RunState::Running => "running",
-            RunState::Paused => "paused",
-            RunState::FinishMigrate => "finish-migrate",
-            RunState::Postmigrate => "postmigrate",
-            RunState::Shutdown => "shutdown",
-            RunState::InternalError => "internal-error",
-        }
-    }
-}
 
 /// An event for QMP clients.
 #[derive(Debug, Clone, PartialEq)]
@@ -259,16 +223,6 @@ impl Vmm {
         &self.incoming
     }
 
-    /// Whether the guest runs, and why not.
-    pub fn run_state(&self) -> RunState {
-        let state = self.lock();
-        match self.machine.wait_stop(Duration::ZERO) {
-            Some(Stop::Failed { .. }) => RunState::InternalError,
-            Some(Stop::Shutdown) => RunState::Shutdown,
-            Some(Stop::Reset { .. }) | None => state.run_state,
-        }
-    }
-
     /// What decides which commands are legal now.
     pub fn situation(&self) -> Situation {
         self.situation_with(self.outgoing.status())
@@ -283,41 +237,9 @@ impl Vmm {
         Situation { run_state: self.run_state(), outgoing, arrival }
     }
 
-    /// `CLOCK_MONOTONIC` when the guest was last started.
-    pub fn started_at(&self) -> Option<Duration> {
-        self.lock().started_at
-    }
-
     /// Where an incoming migration is waited for.
     pub fn listening(&self) -> Option<Address> {
         self.lock().listening.clone()
-    }
-
-    /// Stops the guest. Before an incoming migration has arrived, it makes the guest stay stopped then.
-    pub fn stop(&self) {
-        if self.lock().run_state == RunState::Inmigrate {
-            self.lock().autostart = false;
-        } else if self.pause_as(RunState::Paused).0 {
-            tracing::debug!("stopped on request");
-        }
-    }
-
-    /// Starts the guest. Before an incoming migration has arrived, it makes the guest start then.
-    ///
-    /// # Errors
-    /// A guest that has stopped for good, that can only be kept, or that is being handed over to a destination.
-    pub fn cont(&self) -> Result<(), GuestError> {
-        let _transition = self.transition();
-        legality::check(legality::CONT, &self.situation())?;
-        self.machine.can_run()?;
-        if matches!(self.run_state(), RunState::Shutdown | RunState::InternalError) {
-            return Err("Resetting the Virtual Machine is required".into());
-        }
-        if self.lock().run_state == RunState::Inmigrate {
-            self.lock().autostart = true;
-            return Ok(());
-        }
-        self.start_now()
     }
 
     /// Starts to measure how fast the guest dirties memory, in a thread of its own.
@@ -448,62 +370,6 @@ impl Vmm {
         if subscriber.as_ref().is_some_and(|sender| sender.send(event).is_err()) {
             *subscriber = None;
         }
-    }
-
-    fn start(&self) -> Result<(), GuestError> {
-        let _transition = self.transition();
-        self.start_now()
-    }
-
-    /// For who holds the transition.
-    fn start_now(&self) -> Result<(), GuestError> {
-        let state = self.lock();
-        // At the end of the monitor a migration that is cancelled must not start the guest once more.
-        if state.run_state == RunState::Running || state.exit.is_some() {
-            return Ok(());
-        }
-        drop(state);
-        self.machine.resume()?;
-        let mut state = self.lock();
-        state.started_at = Some(monotonic_now());
-        state.run_state = RunState::Running;
-        state.saved = false;
-        drop(state);
-        self.emit(Event::now("RESUME", None));
-        Ok(())
-    }
-
-    /// Stops the vCPUs. Says whether they ran, and why the guest cannot go on if it has stopped by itself.
-    fn pause_as(&self, run_state: RunState) -> (bool, Option<Stop>) {
-        let _transition = self.transition();
-        self.pause_now(run_state)
-    }
-
-    /// As [`pause_as`](Vmm::pause_as); a guest that is stopped already is being handed over from here on, too.
-    fn pause_for_migration(&self) -> (bool, Option<Stop>) {
-        let _transition = self.transition();
-        let before = self.lock().run_state;
-        let paused = self.pause_now(RunState::FinishMigrate);
-        let mut state = self.lock();
-        (state.before_migration, state.run_state) = (before, RunState::FinishMigrate);
-        paused
-    }
-
-    /// For who holds the transition.
-    fn pause_now(&self, run_state: RunState) -> (bool, Option<Stop>) {
-        self.machine.pause();
-        let was_running = self.lock().run_state == RunState::Running;
-        let mut stop = self.machine.wait_stop(Duration::ZERO).filter(|_| was_running);
-        if matches!(stop, Some(Stop::Reset { .. })) && self.actions().reboot == Reboot::Reset {
-            // It was asked for before, and must not be lost.
-            self.reset_paused(Cause::GuestReset);
-            stop = None;
-        }
-        if was_running {
-            self.lock().run_state = run_state;
-            self.emit(Event::now("STOP", None));
-        }
-        (was_running, stop)
     }
 
     fn transition(&self) -> MutexGuard<'_, ()> {

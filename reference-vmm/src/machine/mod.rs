@@ -18,6 +18,7 @@
 //! ```
 
 mod clock;
+mod config;
 mod cpuid;
 mod dirty_limit;
 mod kvm_state;
@@ -29,7 +30,6 @@ mod vcpu;
 mod vm;
 
 use std::collections::BTreeMap;
-use std::io::{self, Write};
 use std::path::Path;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -40,14 +40,14 @@ use kvm_ioctls::VmFd;
 use crate::boot::{self, Kernel};
 use crate::devices::{
     Clock, Devices, FwCfg, FwCfgItems, GED_IRQ, Ged, Ioapic, Message, RTC_IRQ, Rtc, SERIAL_IRQ, Serial, TRANSPORTS,
-    Transport, Transports, VirtioDevice, VirtioSlot, lock, start_pump, transport_of, wall_clock,
+    Transport, Transports, VirtioDevice, lock, start_pump, transport_of, wall_clock,
 };
 use crate::dirty_log::{DirtyLog, Reaper};
 use crate::error::{Error, Result, kvm};
 use crate::memory::GuestMemory;
-use crate::payload;
 use crate::state::{Carried, MachineState};
 use clock::VirtualClock;
+pub use config::MachineConfig;
 use dirty_limit::DirtyLimit;
 pub use dirty_limit::VcpuDirtyLimit;
 use kvm_state::Held;
@@ -72,55 +72,6 @@ const SETTLE: Duration = Duration::from_secs(30);
 const PATIENCE: Duration = Duration::from_secs(1);
 
 const KVM_DEVICE: &str = "/dev/kvm";
-
-/// What machine to build.
-pub struct MachineConfig {
-    /// Bytes of RAM.
-    pub memory: u64,
-    /// Whether the host is to back all RAM before the machine is there.
-    pub mem_prealloc: bool,
-    /// Number of vCPUs, 1 to [`MAX_CPUS`].
-    pub cpus: usize,
-    /// Firmware: a multiple of 64 KiB.
-    pub bios: Vec<u8>,
-    /// Files of the firmware configuration device by name.
-    pub fw_cfg: BTreeMap<String, Vec<u8>>,
-    /// A kernel to boot.
-    pub kernel: Option<Kernel>,
-    /// The machine waits for a guest that has its own kernel: this one is loaded when that guest is reset, and not before.
-    pub incoming: bool,
-    /// Interrupt controllers and PIT are in the monitor, and only the local APICs in the kernel: QEMU's `kernel-irqchip=split`.
-    pub split_irqchip: bool,
-    /// Whether there is a real-time clock. QEMU's `rtc=auto` has one under TCG only.
-    pub rtc: bool,
-    /// Devices on virtio-mmio. A machine that has one without a model can take a guest and give it back, but not run it.
-    pub virtio: Vec<VirtioSlot>,
-    /// Entries of each vCPU's dirty ring, a power of two; 0 is none, and the dirty log is KVM's bitmap (QEMU's
-    /// `-accel kvm,dirty-ring-size=N`).
-    pub dirty_ring_size: u32,
-    /// Where the serial port writes.
-    pub serial: Box<dyn Write + Send>,
-}
-
-impl Default for MachineConfig {
-    /// 128 MiB, one vCPU, the payload guest, serial output thrown away.
-    fn default() -> MachineConfig {
-        MachineConfig {
-            memory: 128 << 20,
-            mem_prealloc: false,
-            cpus: 1,
-            bios: payload::IMAGE.to_vec(),
-            fw_cfg: BTreeMap::new(),
-            kernel: None,
-            incoming: false,
-            split_irqchip: false,
-            rtc: false,
-            virtio: Vec::new(),
-            dirty_ring_size: 0,
-            serial: Box::new(io::sink()),
-        }
-    }
-}
 
 /// A virtual machine.
 pub struct Machine {
