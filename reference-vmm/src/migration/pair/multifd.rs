@@ -24,7 +24,16 @@ struct Plan {
     before_main: usize,
     /// Faults of one page channel.
     faults: Option<(usize, Faults)>,
+    /// How long the destination waits for another channel; longer than any source takes if not given.
+    patience: Option<Duration>,
 }
+
+/// Far more than a source takes on any machine.
+const LONG: Duration = Duration::from_secs(60);
+/// For channels that do not come. Those that come have to do so in this time.
+const SHORT: Duration = Duration::from_secs(2);
+/// Bytes of the first packet, which is sent over every page channel whatever else is.
+const INIT: u64 = 64;
 
 impl Pair {
     /// Page channels between these machines, with one of QEMU's methods.
@@ -79,7 +88,7 @@ impl Pair {
         let log = Mutex::new(Vec::new());
         let (source, destination) = self.play(sending, |job| {
             let settings = Settings::of(job.capabilities(), &job.parameters(), &profile);
-            let patience = Patience { silence: Duration::from_secs(5), channels: Duration::from_millis(300) };
+            let patience = Patience { silence: LONG, channels: plan.patience.unwrap_or(LONG) };
             let gathered = Arc::new(AtomicBool::new(false));
             let channels = settings.as_ref().map_or(0, |settings| settings.channels);
             another_source_later(path, channels, self.job.clone(), gathered.clone());
@@ -194,7 +203,7 @@ fn the_largest_number_of_channels_works() {
 #[test]
 fn channels_that_do_not_come_are_named_and_the_source_goes_on() {
     let pair = Pair::new(60).multifd(2, "none").but(|parameters| parameters.multifd_channels = 4);
-    let (outcome, seen) = pair.watch(&Plan::default());
+    let (outcome, seen) = pair.watch(&Plan { patience: Some(SHORT), ..Plan::default() });
     pair.assert_stayed(&outcome);
     let incomplete = seen.iter().find_map(|seen| match seen {
         Seen::Incomplete(MigrationError::MissingChannels { missing, main, .. }) => Some((missing.as_slice(), *main)),
@@ -255,7 +264,7 @@ fn the_capability_on_one_side_only_is_named() {
     let named = Mutex::new(Vec::new());
     let (source, destination) = pair.play(sending, |job| {
         let settings = Settings::of(job.capabilities(), &job.parameters(), &profile).unwrap();
-        let patience = Patience { channels: Duration::from_millis(300), ..Patience::default() };
+        let patience = Patience { channels: SHORT, silence: LONG };
         let gathered = Arc::new(AtomicBool::new(false));
         another_source_later(path, settings.channels, pair.job.clone(), gathered.clone());
         let incoming = gather(&listener, Some(&settings), patience, &mut |seen| {
@@ -273,45 +282,53 @@ fn the_capability_on_one_side_only_is_named() {
 #[test]
 fn a_page_channel_that_breaks_anywhere_leaves_the_guest_running_at_the_source() {
     let mut cut = 0;
-    for return_path in [true, false] {
-        for place in (0..64).step_by(9).chain((64..4000).step_by(331)).chain((4000..400_000).step_by(17_011)) {
-            let mut pair = Pair::new(200).return_path(return_path).multifd(3, "none");
-            let faults = Faults { cut_at: Some(place), ..Faults::default() };
-            let outcome = pair.go(&Plan { faults: Some((1, faults)), ..Plan::default() });
-            if outcome.source.is_ok() {
-                pair.assert_moved(&outcome);
-                continue;
-            }
-            pair.assert_stayed(&outcome);
-            cut += 1;
-            if cut % 10 == 0 {
-                pair.renew_destination();
-                let again = pair.go(&Plan::default());
-                pair.assert_moved(&again);
-            }
+    let early = (0..INIT).step_by(9);
+    let places = early.chain((64..4000).step_by(331)).chain((4000..400_000).step_by(17_011));
+    // How much goes over one of three channels is up to the scheduler; all goes over the only one.
+    let rows = places.map(|place| (3, 1, place)).chain([64, 30_011, 300_007].map(|place| (1, 0, place)));
+    for (return_path, (channels, channel, place)) in
+        [true, false].into_iter().flat_map(|on| rows.clone().map(move |row| (on, row)))
+    {
+        let mut pair = Pair::new(200).return_path(return_path).multifd(channels, "none");
+        let faults = Faults { cut_at: Some(place), ..Faults::default() };
+        let outcome = pair.go(&Plan { faults: Some((channel, faults)), ..Plan::default() });
+        if outcome.source.is_ok() {
+            assert!(channels > 1 && place >= INIT, "{channels} channels, cut at {place}: {outcome:?}");
+            pair.assert_moved(&outcome);
+            continue;
+        }
+        pair.assert_stayed(&outcome);
+        cut += 1;
+        if cut % 10 == 0 {
+            pair.renew_destination();
+            let again = pair.go(&Plan::default());
+            pair.assert_moved(&again);
         }
     }
-    assert!(cut > 40, "only {cut} cuts were before the end");
 }
 
 #[test]
 fn cancelling_ends_all_channels() {
-    let mut cancelled = 0;
-    for place in (0..300_000).step_by(9001) {
-        let pair = Pair::new(200).multifd(2, "none");
-        let job = pair.job.clone();
-        let call: Arc<dyn Fn() + Send + Sync> = Arc::new(move || job.cancel());
+    for (channels, place) in (0..300_000).step_by(9001).flat_map(|place| [(1, place), (2, place)]) {
+        let pair = Pair::new(200).multifd(channels, "none");
+        let (job, called) = (pair.job.clone(), Arc::new(AtomicBool::new(false)));
+        let calling = called.clone();
+        let call: Arc<dyn Fn() + Send + Sync> = Arc::new(move || {
+            calling.store(true, Ordering::SeqCst);
+            job.cancel();
+        });
         let faults = Faults { call_at: Some((place, call)), ..Faults::default() };
         let outcome = pair.go(&Plan { faults: Some((0, faults)), ..Plan::default() });
-        if outcome.source.is_ok() {
-            pair.assert_moved(&outcome);
-        } else {
+        let called = called.load(Ordering::SeqCst);
+        // How much goes over one of two channels is up to the scheduler; all goes over the only one.
+        assert!(called || (channels > 1 && place > 0), "{channels} channels, {place}: {outcome:?}");
+        if called {
             pair.assert_stayed(&outcome);
             assert_eq!(outcome.statistics.status, Status::Cancelled, "{place}: {outcome:?}");
-            cancelled += 1;
+        } else {
+            pair.assert_moved(&outcome);
         }
     }
-    assert!(cancelled >= 20, "{cancelled}");
 }
 
 /// Channels that deliver at different speeds: a page that travels slowly in one round must not undo what came in the next.
