@@ -21,6 +21,10 @@ pub fn run(extract: &args::Extract) -> Result<(), Stop> {
     let mut inputs = Inputs::open(&extract.input)?;
     let output =
         |path: &Option<PathBuf>| path.as_deref().map(|path| OutputFile::create(path, extract.force)).transpose();
+    let named = [&extract.devices, &extract.memory, &extract.elf].map(|path| path.as_deref());
+    if let Some(twice) = (1..named.len()).find_map(|at| named[at].filter(|_| named[..at].contains(&named[at]))) {
+        return Err(Stop::Usage(format!("{}: cannot be two of the files at once", twice.display())));
+    }
     // That a file cannot be written must show before hours of reading.
     let outputs = (output(&extract.devices)?, output(&extract.memory)?, output(&extract.elf)?);
     let memory = extract.ram.is_some() || extract.memory.is_some() || extract.elf.is_some();
@@ -45,23 +49,30 @@ pub fn run(extract: &args::Extract) -> Result<(), Stop> {
     let machine = analysis.machine().unwrap_or_default();
     let mut out = Output::new();
     let mut written = Written::default();
-    let (devices_file, memory_file, elf_file) = outputs;
-    if let (Some(output), Some(devices)) = (devices_file, &mut guest.devices) {
-        let path = output.path().to_owned();
-        let len = write_devices(devices, &analysis, output)?;
-        written.file(&path, len, &format!("{} device sections", devices.count()));
-        written.notes.append(&mut analysis.notes);
-    }
-    if memory {
-        let Some(ram) = &mut analysis.ram else {
-            return Err(Stop::Usage(format!("{}: has no RAM to extract", inputs.main.name)));
-        };
-        if let Some(folder) = &extract.ram {
-            write_blocks(ram, folder, extract.force, &mut written)?;
+    let complete = (|| {
+        let (devices_file, memory_file, elf_file) = outputs;
+        if let (Some(output), Some(devices)) = (devices_file, &mut guest.devices) {
+            let path = output.path().to_owned();
+            let len = write_devices(devices, &analysis, output)?;
+            written.file(&path, len, &format!("{} device sections", devices.count()));
+            written.notes.append(&mut analysis.notes);
         }
-        if memory_file.is_some() || elf_file.is_some() {
-            write_physical(memory_file, elf_file, &machine, ram, &guest, &mut written)?;
+        if memory {
+            let Some(ram) = &mut analysis.ram else {
+                return Err(Stop::Usage(format!("{}: has no RAM to extract", inputs.main.name)));
+            };
+            if let Some(folder) = &extract.ram {
+                write_blocks(ram, folder, extract.force, &mut written)?;
+            }
+            if memory_file.is_some() || elf_file.is_some() {
+                write_physical(memory_file, elf_file, &machine, ram, &guest, &mut written)?;
+            }
         }
+        Ok(())
+    })();
+    if let Err(stop) = complete {
+        written.remove();
+        return Err(stop);
     }
     match extract.output.json {
         true => {
@@ -82,6 +93,9 @@ pub fn run(extract: &args::Extract) -> Result<(), Stop> {
 
 #[derive(Default)]
 struct Written {
+    paths: Vec<PathBuf>,
+    /// A directory that was not there.
+    folder: Option<PathBuf>,
     files: Vec<Value>,
     lines: Vec<String>,
     notes: Vec<String>,
@@ -89,14 +103,23 @@ struct Written {
 
 impl Written {
     fn file(&mut self, path: &Path, len: u64, what: &str) {
+        self.paths.push(path.to_owned());
         let path = path.display().to_string();
         self.lines.push(format!("{path}: {what}, {}", size(len)));
         self.files.push(json!({"path": path, "len": len, "content": what}));
+    }
+
+    /// Takes back what was written, because the rest cannot be: whole files that are half of what was asked for.
+    fn remove(&self) {
+        // What cannot be removed does not make the reason to do so less important.
+        self.paths.iter().for_each(|path| drop(std::fs::remove_file(path)));
+        self.folder.iter().for_each(|folder| drop(std::fs::remove_dir(folder)));
     }
 }
 
 /// One file for each RAM block. Files are numbered: a name from a stream is never part of a path.
 fn write_blocks(ram: &mut GuestRam, folder: &Path, replace: bool, written: &mut Written) -> Result<(), Stop> {
+    written.folder = (!folder.exists()).then(|| folder.to_owned());
     std::fs::create_dir_all(folder)
         .map_err(|error| Stop::Usage(format!("{}: cannot be created: {error}", folder.display())))?;
     for block in 0..ram.blocks().len() {

@@ -116,3 +116,26 @@ fn half_a_file_does_not_stay() {
         }
     }
 }
+
+#[test]
+fn whole_files_do_not_stay_alone() {
+    let input = tempfile::tempdir().unwrap();
+    // The recorded guest's memory has a name of its own, from which no guest-physical memory can be made.
+    let guest = file(&input, "guest.qevm", &stream("7.2-return-path"));
+    let dir = tempfile::tempdir().unwrap();
+    let writer = ["extract", "--devices", "DIR/devices", "--ram", "DIR/ram", "--memory", "DIR/memory"];
+    let ran = qevm(arguments(&writer, dir.path(), &[], &guest));
+    assert_eq!(ran.code, Some(2), "{}", ran.stderr);
+    assert!(ran.stderr.contains("no RAM block"), "{}", ran.stderr);
+    assert_eq!(names(dir.path()), [""; 0]);
+}
+
+#[test]
+fn one_name_is_for_one_file() {
+    let input = tempfile::tempdir().unwrap();
+    let dir = tempfile::tempdir().unwrap();
+    let writer = ["extract", "--memory", "DIR/out", "--elf", "DIR/out"];
+    let ran = qevm(arguments(&writer, dir.path(), &["--force"], &guest(&input)));
+    assert_eq!(ran.code, Some(2), "{}", ran.stderr);
+    assert_eq!(names(dir.path()), [""; 0]);
+}
