@@ -39,6 +39,8 @@ pub struct Row {
     pub moment: Moment,
     /// Source and destination.
     pub stops: [Stop; 2],
+    /// Capabilities that are on at both ends, beside those that the moment needs.
+    pub capabilities: &'static [&'static str],
     /// What must be seen in the end.
     pub expected: Expected,
     /// In the representative subset.
@@ -63,7 +65,7 @@ impl fmt::Display for Seen {
 
 impl Row {
     fn play(&self, ground: &Ground, scratch: &Path) -> Result<Seen> {
-        let mut scene = Scene::set(ground, self.stops, self.moment, scratch)?;
+        let mut scene = Scene::set(ground, self, scratch)?;
         self.moment.happen(&mut scene).with_context(|| scene.describe())?;
         let sides = scene.settle(&self.expected).with_context(|| format!("expected: {}", self.expected))?;
         Ok(Seen { outcome: self.expected.to_string(), sides })
@@ -90,7 +92,7 @@ pub fn run(rows: &[Row], program: &Monitor, mut each: impl FnMut(&played::Row<Se
     let mut played = Vec::new();
     for row in rows {
         let started = Instant::now();
-        let folder = scratch.path().join(row.name.replace(['/', '>', ' '], "_"));
+        let folder = scratch.path().join(row.name.replace(['/', '>', ' ', ','], "_"));
         let outcome = match (&ground, &missing) {
             (Some(Ok(ground)), _) => {
                 std::fs::create_dir_all(&folder)?;

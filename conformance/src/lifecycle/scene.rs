@@ -10,10 +10,10 @@ use anyhow::{Context, Result, bail, ensure};
 use reference_vmm::payload::Progress;
 use serde_json::{Map, Value, json};
 
-use super::moments::Moment;
+use super::Row;
 use super::sides::{Expected, Side};
 use crate::network::{Network, PORT};
-use crate::peer::{Journey, Link, Load, Monitor, Party, Stage, Stop};
+use crate::peer::{Journey, Link, Load, Monitor, Party, Stage};
 use crate::process::run;
 use crate::roots::{Root, Suite};
 
@@ -49,8 +49,8 @@ pub(super) struct Scene<'g> {
 
 impl<'g> Scene<'g> {
     /// Boots the guest in a monitor of the first kind, and lets one of the second kind wait for it.
-    pub(super) fn set(ground: &'g Ground, stops: [Stop; 2], moment: Moment, scratch: &'g Path) -> Result<Scene<'g>> {
-        let working_set = if moment.fits_in_buffers() { "64K" } else { "4M" };
+    pub(super) fn set(ground: &'g Ground, row: &Row, scratch: &'g Path) -> Result<Scene<'g>> {
+        let working_set = if row.moment.fits_in_buffers() { "64K" } else { "4M" };
         let load = Load {
             payload: format!("dirty={working_set} rate=48M hold=4M zero=2M verify=16384 report=20"),
             max_bandwidth: SLOW,
@@ -59,9 +59,9 @@ impl<'g> Scene<'g> {
         };
         let journey = Journey {
             name: String::new(),
-            stops: stops.into(),
+            stops: row.stops.into(),
             link: Link::Tcp,
-            capabilities: moment.capabilities().into(),
+            capabilities: [row.moment.capabilities(), row.capabilities].concat(),
             parameters: Map::new(),
             load,
             quick: false,
