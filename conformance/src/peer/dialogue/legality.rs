@@ -173,10 +173,9 @@ fn running(tour: &mut Tour<'_>) -> Result<()> {
     let crowd = Crowd::gather(tour.scratch)?;
     tour.tell("migrate", crowd.addresses())?;
     tour.at("running", Some(Status::Setup), &[REFUSED, STOP_AND_GO])?;
+    // A QEMU is in `cancelling` until the connection is there or refused; reference-vmm does not wait for that.
     tour.tell_both("migrate_cancel", Value::Null)?;
-    tour.at("running", Some(Status::Cancelling), &[REFUSED, CANCEL, STOP_AND_GO])?;
     drop(crowd);
-
     tour.at("running", Some(Status::Cancelled), &[])?;
     tour.migrate(SLOW)?;
     tour.at("running", Some(Status::Active), &[REFUSED, STOP_AND_GO])?;
