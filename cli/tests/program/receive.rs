@@ -106,6 +106,22 @@ fn a_silent_source_is_given_up() {
 }
 
 /// SHUT 0 makes a source give up its guest, so it must not be said while a page channel is behind.
+/// Nothing more has to come then, and how long a description is waited for is not the user's to say.
+#[test]
+fn a_source_that_has_said_everything_is_not_given_up() {
+    let dir = tempfile::tempdir().unwrap();
+    // No devices and no description: one block of one page of zeroes.
+    let mut main = b"QEVM\0\0\0\x03\x07\0\0\0\x07microvm".to_vec();
+    main.extend(b"\x01\0\0\0\x02\x03ram\0\0\0\0\0\0\0\x04\0\0\0\0\0\0\x10\x04");
+    main.extend(b"\x03mem\0\0\0\0\0\0\x10\0\0\0\0\0\0\0\0\x10\x7e\0\0\0\x02");
+    main.extend(b"\x03\0\0\0\x02\0\0\0\0\0\0\0\x02\x03mem\0\0\0\0\0\0\0\0\x10\x7e\0\0\0\x02\0");
+    let receiver = receive(&dir, &["--timeout", "1"]);
+    let socket = say(&dir, &main);
+    let ran = receiver.end(LIMIT);
+    assert_eq!(ran.code, Some(0), "{}", ran.stderr);
+    drop(socket);
+}
+
 #[test]
 fn the_source_is_told_that_a_channel_is_missing() {
     let dir = tempfile::tempdir().unwrap();

@@ -251,7 +251,8 @@ impl Connections {
         if self.main.is_some() {
             self.ledger.check_missing(self.patience.unwrap_or(CHANNEL_PATIENCE));
         }
-        if let Some(patience) = self.patience.filter(|patience| heard.elapsed() > *patience) {
+        let silent = self.patience.filter(|patience| heard.elapsed() > *patience && self.ledger.awaits_main());
+        if let Some(patience) = silent {
             let what = if self.main.is_some() { "nothing came" } else { "no main channel came" };
             let instead = self.gate.summary().map_or(String::new(), |came| format!("; what came instead: {came}"));
             let message = format!("{what} within {} s (--timeout){instead}", patience.as_secs());

@@ -46,6 +46,8 @@ struct State {
     flushes: u64,
     /// When the main channel waited for the page channels for the first time.
     first_mark: Option<Instant>,
+    /// The end of the stream has come on the main channel.
+    main_ended: bool,
     phase: Phase,
     failure: Option<Failure>,
 }
@@ -104,6 +106,7 @@ impl Ledger {
             eos: 0,
             flushes: 0,
             first_mark: None,
+            main_ended: false,
             phase: Phase::Arriving,
             failure: None,
         };
@@ -260,6 +263,16 @@ impl Ledger {
         let Some(message) = self.missing(&state).filter(|_| late || unexpected) else { return };
         drop(state);
         self.fail(Failure::mismatch(&self.address, 0, "multifd channels", message));
+    }
+
+    /// The main channel's stream has ended. What is waited for from now on has a patience of its own.
+    pub(super) fn main_ended(&self) {
+        self.locked().main_ended = true;
+    }
+
+    /// The source may still owe something on the main channel.
+    pub(super) fn awaits_main(&self) -> bool {
+        !self.locked().main_ended
     }
 
     /// The main channel is over: waits until every page channel has delivered what was announced, for `patience` at

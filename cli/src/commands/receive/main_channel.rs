@@ -230,6 +230,7 @@ impl Observer for Answering {
 
     fn end_of_stream(&mut self) {
         self.at_end.set(true);
+        self.ledger.main_ended();
     }
 }
 
