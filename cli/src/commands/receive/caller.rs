@@ -10,7 +10,7 @@ use std::sync::Arc;
 
 /// Bytes of the longest start that is looked at: the first record of a preempt channel, with the longest name of a block.
 pub(super) const MAX_FIRST: usize = 8 + 1 + 255;
-/// Bytes by which a main channel is known: magic and version.
+/// Bytes of magic and version. A main channel is known by them and one byte more.
 const MAIN_LEN: usize = 8;
 /// Bytes of a page channel's first packet.
 pub(super) const INIT_LEN: usize = 64;
@@ -62,6 +62,8 @@ pub(super) fn judge(first: &[u8], ended: bool, preempt: Option<&(Arc<RamBlocks>,
     let could_be = |magic: &[u8]| first.iter().zip(magic).all(|(a, b)| a == b);
     if could_be(MAIN_MAGIC) && first.len() >= NAME_LEN {
         return match first.get(NAME_LEN..MAIN_LEN) {
+            // Who says no more than that is no source yet: they all go on at once.
+            Some(version) if version == MAIN_VERSION && first.len() == MAIN_LEN => wait(first, ended),
             Some(version) if version == MAIN_VERSION => Verdict::Main,
             Some(version) => {
                 Verdict::Stranger(What { kind: "a migration stream of another version".into(), detail: hex(version) })
@@ -158,7 +160,7 @@ mod tests {
         let init = Init::new(qevm_multifd::Uuid::default(), 7);
         init.encode(&mut writer);
         for (bytes, whole) in
-            [(b"QEVM\0\0\0\x03".to_vec(), Verdict::Main), (writer.as_bytes().to_vec(), Verdict::PageChannel(init))]
+            [(b"QEVM\0\0\0\x03\x07".to_vec(), Verdict::Main), (writer.as_bytes().to_vec(), Verdict::PageChannel(init))]
         {
             for len in 0..bytes.len() {
                 assert_eq!(judge(&bytes[..len], false, None), Verdict::Wait, "{len}");
