@@ -166,7 +166,8 @@ fn migrates_a_guest() {
     wait_for_event(&mut there, "RESUME");
     assert_eq!(here.execute("query-status", json!({})).unwrap()["status"], "postmigrate");
     assert_eq!(there.execute("query-status", json!({})).unwrap()["status"], "running");
-    assert_eq!(there.execute("query-migrate", json!({})).unwrap()["status"], "completed");
+    // It says so when the guest runs.
+    assert_eq!(finished(&mut there)["status"], "completed");
     let line = arrived.wait_for_line("qevm-payload pass=");
     assert!(line.contains(" stale=0 "), "{line}");
 }
@@ -191,6 +192,7 @@ fn refuses_to_migrate_a_guest_that_has_left() {
         assert_eq!(here.execute("query-migrate", json!({})).unwrap()["status"], "completed");
         assert_eq!(here.execute("query-status", json!({})).unwrap()["status"], "postmigrate");
     }
+    wait_for_event(&mut first, "RESUME");
     assert_eq!(first.execute("query-status", json!({})).unwrap()["status"], "running");
     assert_eq!(second.execute("query-status", json!({})).unwrap()["status"], "inmigrate");
     assert!(nothing.lines().is_empty());
