@@ -1,5 +1,5 @@
-//! Text that is put aside until it is its turn, without taking memory: what is told of many small things is larger than
-//! they are.
+//! Output that has to wait for its turn, kept in a temporary file: the report about many small items is larger than the
+//! items.
 
 use crate::bounds::Spool;
 use std::fmt;

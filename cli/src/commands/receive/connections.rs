@@ -23,7 +23,7 @@ const PAUSE: Duration = Duration::from_millis(100);
 const BURST: usize = 64;
 /// How long a source may take to close its channels after all has arrived.
 const CLOSE_PATIENCE: Duration = Duration::from_secs(10);
-/// How long page channels may stay behind the main channel: to connect, and to deliver the rest at the end.
+/// How long page channels may take after the main channel: to connect, and to deliver the rest at the end.
 pub(super) const CHANNEL_PATIENCE: Duration = Duration::from_secs(30);
 
 /// What the main channel's reader waits for.

@@ -1,4 +1,4 @@
-//! Where a migration is saved. Its files get their names when all of it has arrived, before the source is told so.
+//! Where a migration is saved. Its files get their names when all of it has arrived, before SHUT 0 is sent.
 
 use crate::args;
 use crate::failure::{Failure, Stop};

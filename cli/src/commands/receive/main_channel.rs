@@ -91,7 +91,7 @@ pub(super) struct MainChannel {
     pub(super) files: Arc<Files>,
     pub(super) switchover_ack: bool,
     pub(super) spool: Spool,
-    /// How long page channels may stay behind.
+    /// How long the page channels may take after the main channel.
     pub(super) patience: Option<Duration>,
     pub(super) ledger: Arc<Ledger>,
 }
