@@ -3,6 +3,7 @@
 //! A manager that runs the monitor without rights of its own opens what it migrates over, and passes it along: by name
 //! (`getfd`, for `fd:NAME`), in a set (`add-fd`, for `file:/dev/fdset/N`), or by number at the start (`fd:N`).
 
+use qevm_migration::GuestError;
 use std::{
     collections::{BTreeMap, VecDeque},
     fs, io,
@@ -205,6 +206,16 @@ impl Descriptors {
             duplicate(members.iter().find(fits).ok_or(wrong)?.fd.as_raw_fd())
         };
         Some(find())
+    }
+}
+
+impl qevm_migration::Descriptors for Descriptors {
+    fn take(&mut self, name: &str) -> Result<OwnedFd, GuestError> {
+        Ok(Descriptors::take(self, name)?)
+    }
+
+    fn of_set(&self, path: &Path, write: bool) -> Option<Result<OwnedFd, GuestError>> {
+        Some(Descriptors::of_set(self, path, write)?.map_err(Into::into))
     }
 }
 

@@ -8,7 +8,7 @@
 //! 4. [`machine`]: the machine as a whole, with its vCPU threads; [`boot`]: Linux without firmware.
 //! 5. [`state`]: what is saved and restored, as plain values.
 //! 6. [`dirty_log`]: which pages changed.
-//! 7. [`migration`]: live migration with QEMU's stream.
+//! 7. [`sections`]: the same as the device sections of QEMU's stream, which [`qevm_migration`] moves.
 //! 8. [`vmm`]: the machine with its run state and migrations; [`qmp`]: its control socket.
 //! 9. [`command`]: the program.
 //!
@@ -22,16 +22,15 @@ pub mod command;
 pub mod descriptors;
 pub mod devices;
 pub mod dirty_log;
-pub mod dirty_rate;
 pub mod error;
 mod log;
 pub mod machine;
 pub mod memory;
-pub mod migration;
 mod non_blocking;
 pub mod payload;
 mod private;
 pub mod qmp;
+pub mod sections;
 pub mod state;
 pub mod vmm;
 

@@ -15,11 +15,11 @@ pub use run_state::RunState;
 
 use self::legality::{ArrivalState, Situation};
 use crate::descriptors::Descriptors;
-use crate::dirty_rate::{self, Gauge};
 use crate::machine::{Machine, Stop};
-use crate::migration::{
-    Address, Guest, GuestError, Job, MigrationError, Mode, Notice, Outgoing, RULES, Refused, Status, check_transport,
-    migrate,
+use qevm_migration::dirty_rate::{self, Gauge};
+use qevm_migration::{
+    Address, Guest, GuestError, Job, MigrationError, Mode, NoDescriptors, Notice, Outgoing, RULES, Refused, Status,
+    check_transport, migrate,
 };
 use qevm_multifd::compression::Compression;
 use qevm_wire::{Profile, QemuVersion, capability::Context};
@@ -163,10 +163,13 @@ impl Vmm {
             job.watch(move |notice| {
                 let events = capabilities.upgrade().is_some_and(|job| job.capabilities().events);
                 if let Some(vmm) = weak.upgrade().filter(|_| events) {
-                    vmm.emit(match notice {
-                        Notice::Status(status) => Event::now("MIGRATION", Some(json!({ "status": status.as_str() }))),
-                        Notice::Pass(pass) => Event::now("MIGRATION_PASS", Some(json!({ "pass": pass }))),
-                    });
+                    let (name, data) = match notice {
+                        Notice::Status(status) => ("MIGRATION", json!({ "status": status.as_str() })),
+                        Notice::Pass(pass) => ("MIGRATION_PASS", json!({ "pass": pass })),
+                        // QMP knows no other.
+                        _ => return,
+                    };
+                    vmm.emit(Event::now(name, Some(data)));
                 }
             });
         }
@@ -308,13 +311,13 @@ impl Vmm {
         // A socket may take long to connect; everything else is there or not.
         let mut opened = None;
         if !matches!(address, Address::Tcp { .. } | Address::Unix(_)) {
-            let connections = Outgoing::open(&address, &self.outgoing, &mut self.descriptors());
+            let connections = Outgoing::open(&address, &self.outgoing, &mut *self.descriptors());
             opened = Some(connections.inspect_err(|error| self.outgoing.end(Some(error)))?);
         }
         let vmm = self.clone();
         thread::spawn(move || {
             let job = &vmm.outgoing;
-            let connections = opened.map_or_else(|| Outgoing::open(&address, job, &mut Descriptors::default()), Ok);
+            let connections = opened.map_or_else(|| Outgoing::open(&address, job, &mut NoDescriptors), Ok);
             let result = match connections {
                 Ok(connections) => migrate(&*vmm, &connections, job, &vmm.profile()),
                 Err(error) => {

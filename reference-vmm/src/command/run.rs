@@ -8,9 +8,9 @@ use std::thread;
 use std::time::Duration;
 
 use anyhow::Context;
+use qevm_migration::Address;
 use reference_vmm::descriptors::Descriptors;
 use reference_vmm::machine::Machine;
-use reference_vmm::migration::Address;
 use reference_vmm::qmp::Server;
 use reference_vmm::vmm::{Actions, Exit, Vmm};
 
@@ -81,10 +81,7 @@ impl FromStr for Incoming {
     fn from_str(text: &str) -> Result<Incoming, String> {
         match text {
             "defer" => Ok(Incoming::Defer),
-            _ => text
-                .parse()
-                .map(Incoming::From)
-                .map_err(|error: reference_vmm::migration::BadAddress| error.to_string()),
+            _ => text.parse().map(Incoming::From).map_err(|error: qevm_migration::BadAddress| error.to_string()),
         }
     }
 }

@@ -2,18 +2,17 @@
 
 use super::{
     arguments::Arguments,
-    descriptors, dirty_rate,
+    descriptors, dirty_rate, parameters,
     place::place,
     power,
     protocol::{Failure, Request},
+    statistics,
 };
-use crate::{
-    migration::{Address, Capabilities, KNOWN_CAPABILITIES, Parameters, Refused, Status},
-    vmm::{
-        RunState, Vmm,
-        legality::{self, Rule},
-    },
+use crate::vmm::{
+    RunState, Vmm,
+    legality::{self, Rule},
 };
+use qevm_migration::{Address, Capabilities, KNOWN_CAPABILITIES, Parameters, Refused, Status};
 use serde_json::{Map, Value, json};
 use std::sync::Arc;
 
@@ -86,7 +85,9 @@ pub fn check_arguments(request: &Request) -> Result<(), Failure> {
     let refuse = |error: &dyn std::fmt::Display| Failure::generic(error.to_string());
     match name {
         "migrate" | "migrate-incoming" => drop(place(&mut arguments)?.look_at()?),
-        "migrate-set-parameters" => drop(Parameters::default().with(&arguments.drain()).map_err(|e| refuse(&e))?),
+        "migrate-set-parameters" => {
+            drop(parameters::with(&Parameters::default(), &arguments.drain()).map_err(|e| refuse(&e))?)
+        }
         "migrate-set-capabilities" => {
             let changes = capability_changes(&mut arguments)?;
             let changes = changes.iter().map(|(name, state)| (name.as_str(), *state));
@@ -265,22 +266,22 @@ fn query_migrate_capabilities(vmm: &Arc<Vmm>, arguments: &mut Arguments) -> Resu
 }
 
 fn migrate_set_parameters(vmm: &Arc<Vmm>, arguments: &mut Arguments) -> Result<Value, Failure> {
-    let parameters = vmm.outgoing().parameters().with(&arguments.drain());
-    vmm.outgoing().set_parameters(parameters.map_err(|error| Failure::generic(error.to_string()))?);
+    let changed = parameters::with(&vmm.outgoing().parameters(), &arguments.drain());
+    vmm.outgoing().set_parameters(changed.map_err(|error| Failure::generic(error.to_string()))?);
     Ok(empty())
 }
 
 fn query_migrate_parameters(vmm: &Arc<Vmm>, arguments: &mut Arguments) -> Result<Value, Failure> {
     only(arguments)?;
-    Ok(Value::Object(vmm.outgoing().parameters().list()))
+    Ok(Value::Object(parameters::list(&vmm.outgoing().parameters())))
 }
 
 fn query_migrate(vmm: &Arc<Vmm>, arguments: &mut Arguments) -> Result<Value, Failure> {
     only(arguments)?;
     let outgoing = vmm.outgoing().statistics();
     let mut object = match outgoing.status {
-        Status::None => vmm.incoming().statistics().to_json_incoming(),
-        _ => outgoing.to_json(),
+        Status::None => statistics::incoming(&vmm.incoming().statistics()),
+        _ => statistics::outgoing(&outgoing),
     };
     if outgoing.status == Status::None
         && vmm.incoming().status() != Status::Completed
@@ -320,7 +321,7 @@ fn query_handover(vmm: &Arc<Vmm>, arguments: &mut Arguments) -> Result<Value, Fa
 fn query_rounds(vmm: &Arc<Vmm>, arguments: &mut Arguments) -> Result<Value, Failure> {
     only(arguments)?;
     let rounds = vmm.outgoing().statistics().rounds;
-    let round = |round: &crate::migration::RoundStatistics| {
+    let round = |round: &qevm_migration::RoundStatistics| {
         json!({
             "start-us": round.start.as_micros() as u64,
             "took-us": round.took.as_micros() as u64,

@@ -5,7 +5,8 @@ use super::{
     commands::{empty, only},
     protocol::Failure,
 };
-use crate::{dirty_rate::Mode, machine::VcpuDirtyLimit, vmm::Vmm};
+use crate::{machine::VcpuDirtyLimit, vmm::Vmm};
+use qevm_migration::dirty_rate::Mode;
 use serde_json::{Value, json};
 use std::{sync::Arc, time::Duration};
 

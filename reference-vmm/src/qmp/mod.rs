@@ -9,10 +9,12 @@ mod client;
 mod commands;
 mod descriptors;
 mod dirty_rate;
+mod parameters;
 mod place;
 mod power;
 mod protocol;
 mod server;
+mod statistics;
 
 pub use client::{Client, ClientError};
 pub use commands::check_arguments;

@@ -1,7 +1,7 @@
 //! Where a guest goes to or comes from: arguments `uri` and `channels` of `migrate` and `migrate-incoming`.
 
 use super::{arguments::Arguments, protocol::Failure};
-use crate::migration::Address;
+use qevm_migration::Address;
 
 /// An address as it was given. It is looked at when the arguments are complete.
 pub(super) enum Place {
@@ -13,7 +13,7 @@ impl Place {
     pub(super) fn look_at(self) -> Result<Address, Failure> {
         match self {
             Place::Uri(uri) => {
-                uri.parse().map_err(|error: crate::migration::BadAddress| Failure::generic(error.to_string()))
+                uri.parse().map_err(|error: qevm_migration::BadAddress| Failure::generic(error.to_string()))
             }
             Place::Address(address) => Ok(address),
         }

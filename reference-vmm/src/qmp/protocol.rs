@@ -1,6 +1,6 @@
 //! The dialogue with one client, apart from the socket: bytes in, replies out.
 
-use crate::migration::Refused;
+use qevm_migration::Refused;
 use serde_json::{Map, Value, json};
 
 /// Longest request that is read: far above any real one.

@@ -1,8 +1,8 @@
 //! The machine as a migration sees it.
 
 use super::{RunState, Vmm};
-use crate::dirty_rate::LogClaim;
-use crate::migration::{DeviceSection, DirtyLog, Guest, GuestError, RamView, SavedDevices};
+use qevm_migration::dirty_rate::LogClaim;
+use qevm_migration::{DeviceSection, DirtyLog, Guest, GuestError, RamView, SavedDevices};
 use qevm_wire::{CountedString, Profile};
 use std::{ops::Range, time::Duration};
 
@@ -77,6 +77,10 @@ impl Guest for Vmm {
 
     fn has_device(&self, idstr: &CountedString, instance_id: u32) -> bool {
         self.machine.has_device(idstr, instance_id)
+    }
+
+    fn advice(&self, idstr: &CountedString) -> String {
+        self.machine.advice(idstr)
     }
 
     fn load_devices(&self, devices: &[DeviceSection]) -> Result<bool, GuestError> {

@@ -1,7 +1,7 @@
 //! The guest that comes.
 
 use super::{Exit, RunState, Vmm};
-use crate::migration::{Address, Arrival, Incoming, Listener, MigrationError, check_transport, receive};
+use qevm_migration::{Address, Arrival, Incoming, Listener, MigrationError, check_transport, receive};
 use std::{sync::Arc, thread};
 
 /// Where a guest comes from.
@@ -23,7 +23,7 @@ impl Vmm {
         check_transport(address, self.outgoing())?;
         let entrance = match address {
             Address::Tcp { .. } | Address::Unix(_) => Entrance::Socket(Listener::bind(address)?),
-            _ => Entrance::Open(Incoming::open(address, self.outgoing(), &mut self.descriptors())?),
+            _ => Entrance::Open(Incoming::open(address, self.outgoing(), &mut *self.descriptors())?),
         };
         // Refused only while one is under way, which then has its own.
         let _ = self.incoming.set_capabilities(self.outgoing.capabilities());

@@ -4,7 +4,7 @@
 //! rows are QEMU 11.1's as it was seen to answer; `qevm-conformance` puts both into every state that can be reached and compares.
 
 use super::RunState;
-use crate::migration::{Refused, Status};
+use qevm_migration::{Refused, Status};
 
 /// What the legality of a command depends on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -81,7 +81,7 @@ pub const START_POSTCOPY: &[Rule] = &[rule(When::Always, Refused::PostcopyOff)];
 /// Whether a command with these rules is legal in a situation.
 ///
 /// ```
-/// use reference_vmm::migration::{Refused, Status};
+/// use qevm_migration::{Refused, Status};
 /// use reference_vmm::vmm::{RunState, legality::{self, ArrivalState, Situation}};
 ///
 /// let (run_state, outgoing) = (RunState::Postmigrate, Status::Completed);

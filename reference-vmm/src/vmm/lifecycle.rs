@@ -4,7 +4,7 @@
 
 use super::{Actions, Event, Exit, Reboot, RunState, Shutdown, Vmm};
 use crate::machine::Stop;
-use crate::migration::Status;
+use qevm_migration::Status;
 use serde_json::json;
 use std::sync::{Arc, mpsc};
 use std::thread;

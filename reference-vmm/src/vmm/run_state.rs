@@ -2,7 +2,7 @@
 
 use super::{Cause, Event, Reboot, Vmm, legality};
 use crate::machine::Stop;
-use crate::migration::{GuestError, monotonic_now};
+use qevm_migration::{GuestError, monotonic_now};
 use std::time::Duration;
 
 /// Whether the guest runs, and why not. The names are QEMU's.

@@ -4,11 +4,11 @@ use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
 
-use qevm_wire::{Profile, QemuVersion};
-use reference_vmm::machine::RunState;
-use reference_vmm::migration::{
+use qevm_migration::{
     Address, Capabilities, Job, Listener, MigrationError, Parameters, Socket, Statistics, Status, migrate, receive,
 };
+use qevm_wire::{Profile, QemuVersion};
+use reference_vmm::machine::RunState;
 use reference_vmm::payload::Progress;
 
 use crate::Test;
@@ -44,7 +44,7 @@ fn job(return_path: bool, max_bandwidth: u64) -> Arc<Job> {
     let job = Job::default();
     job.set_capabilities(Capabilities::default().with([("return-path", return_path)]).unwrap()).unwrap();
     let mut parameters = Parameters::default();
-    parameters.set("max-bandwidth", max_bandwidth).unwrap();
+    parameters.max_bandwidth = max_bandwidth;
     job.set_parameters(parameters);
     Arc::new(job)
 }
@@ -207,7 +207,7 @@ fn fast_guest() {
     let to = Guest::new(MEMORY, 1, payload);
     let job = job(true, 4 * MIB);
     let mut parameters = job.parameters();
-    parameters.set("downtime-limit", 10).unwrap();
+    parameters.downtime_limit_ms = 10;
     job.set_parameters(parameters.clone());
     let watched = job.clone();
     let operator = thread::spawn(move || {
@@ -215,8 +215,8 @@ fn fast_guest() {
             assert!(watched.status() != Status::Completed, "it was stopped although the rest did not fit");
             thread::sleep(Duration::from_millis(10));
         }
-        parameters.set("max-bandwidth", 0).unwrap();
-        parameters.set("downtime-limit", 2000).unwrap();
+        parameters.max_bandwidth = 0;
+        parameters.downtime_limit_ms = 2000;
         watched.set_parameters(parameters);
     });
     let (sent, arrived) = move_guest(&from, &to, &job, &tcp(), &profile());

@@ -12,7 +12,7 @@ use std::time::Instant;
 use anyhow::{Context, Result, bail, ensure};
 use nix::errno::Errno;
 use nix::sys::socket::{AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, connect, listen, socket};
-use reference_vmm::migration::Status;
+use qevm_migration::Status;
 use serde_json::{Value, json};
 
 use super::{Both, Monitor, PATIENCE, POLL, reply};

@@ -1,0 +1,198 @@
+//! Where a migration goes to or comes from: QEMU's URIs.
+
+use std::{fmt, path::PathBuf, str::FromStr};
+
+/// The address of a migration peer, in the notation of QEMU's `-incoming` and `migrate`.
+///
+/// ```
+/// use qevm_migration::Address;
+///
+/// let address: Address = "tcp:127.0.0.1:4444".parse()?;
+/// assert_eq!(address, Address::Tcp { host: "127.0.0.1".into(), port: 4444 });
+/// assert_eq!("unix:/run/vm.sock".parse::<Address>()?.to_string(), "unix:/run/vm.sock");
+/// assert_eq!("tcp:[::1]:4444".parse::<Address>()?.to_string(), "tcp:[::1]:4444");
+/// # Ok::<(), qevm_migration::BadAddress>(())
+/// ```
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Address {
+    /// `tcp:HOST:PORT`. An empty host listens on every interface; an IPv6 address stands in brackets.
+    Tcp {
+        /// Name or address, without brackets.
+        host: String,
+        /// Port; 0 listens on a free one.
+        port: u16,
+    },
+    /// `unix:PATH`.
+    Unix(PathBuf),
+    /// `exec:COMMAND`: the stream goes to the standard input of a command, or comes from its standard output.
+    ///
+    /// Program and arguments; a `COMMAND` of a URI is for `/bin/sh -c`.
+    Exec(Vec<String>),
+    /// `fd:NAME`: a descriptor that QMP's `getfd` was given, or the number of an inherited one.
+    Fd(String),
+    /// `file:PATH[,offset=N]`: a file, from byte N on (QEMU 8.2).
+    File {
+        /// The file.
+        path: PathBuf,
+        /// Where the stream begins in it, in bytes.
+        offset: u64,
+    },
+}
+
+/// A text that is no address of a migration peer.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum BadAddress {
+    /// No transport of QEMU starts like this.
+    #[error("unknown migration protocol: {0}")]
+    Unknown(String),
+    /// A transport of QEMU's that this monitor does not have.
+    #[error("migration protocol '{transport}' is not supported here; use tcp:, unix:, exec:, fd: or file:")]
+    Unsupported {
+        /// The word before the first colon.
+        transport: &'static str,
+    },
+    /// `tcp:` without a usable host and port.
+    #[error("'{0}' is not tcp:HOST:PORT")]
+    HostPort(String),
+    /// `unix:` without a path.
+    #[error("'unix:' needs the path of a socket")]
+    EmptyPath,
+    /// `exec:` without a command.
+    #[error("'exec:' needs a command")]
+    EmptyCommand,
+    /// `fd:` without a name.
+    #[error("invalid file descriptor address")]
+    EmptyDescriptor,
+    /// `file:` without a path.
+    #[error("'file:' needs the path of a file")]
+    EmptyFile,
+    /// `,offset=` of `file:` is no size.
+    #[error("file URI has bad offset {0}: Invalid argument")]
+    Offset(String),
+}
+
+/// Transports that QEMU 11.1 knows and that are recognised, so that the error is not "unknown".
+const OTHER_TRANSPORTS: [&str; 2] = ["rdma", "vsock"];
+
+/// What runs the command of an `exec:` URI (QEMU 7.2 to 11.1).
+const SHELL: [&str; 2] = ["/bin/sh", "-c"];
+/// What separates path and offset in a `file:` URI (QEMU 8.2).
+const OFFSET: &str = ",offset=";
+
+impl FromStr for Address {
+    type Err = BadAddress;
+
+    fn from_str(text: &str) -> Result<Self, BadAddress> {
+        let (transport, rest) = text.split_once(':').ok_or_else(|| BadAddress::Unknown(text.into()))?;
+        match transport {
+            "tcp" => {
+                let bad = || BadAddress::HostPort(text.into());
+                let (host, port) = rest.rsplit_once(':').ok_or_else(bad)?;
+                let host = match host.strip_prefix('[') {
+                    Some(inner) => inner.strip_suffix(']').ok_or_else(bad)?,
+                    None if host.contains(':') => return Err(bad()),
+                    None => host,
+                };
+                Ok(Address::Tcp { host: host.into(), port: port.parse().map_err(|_| bad())? })
+            }
+            "unix" if rest.is_empty() => Err(BadAddress::EmptyPath),
+            "unix" => Ok(Address::Unix(rest.into())),
+            "exec" if rest.is_empty() => Err(BadAddress::EmptyCommand),
+            "exec" => Ok(Address::Exec(SHELL.into_iter().chain([rest]).map(String::from).collect())),
+            "fd" if rest.is_empty() => Err(BadAddress::EmptyDescriptor),
+            "fd" => Ok(Address::Fd(rest.into())),
+            "file" => {
+                let (path, offset) = match rest.rsplit_once(OFFSET) {
+                    Some((path, offset)) => (path, size(offset).ok_or_else(|| BadAddress::Offset(offset.into()))?),
+                    None => (rest, 0),
+                };
+                if path.is_empty() {
+                    return Err(BadAddress::EmptyFile);
+                }
+                Ok(Address::File { path: path.into(), offset })
+            }
+            other => match OTHER_TRANSPORTS.into_iter().find(|known| *known == other) {
+                Some(transport) => Err(BadAddress::Unsupported { transport }),
+                None => Err(BadAddress::Unknown(text.into())),
+            },
+        }
+    }
+}
+
+impl fmt::Display for Address {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Address::Tcp { host, port } if host.contains(':') => write!(f, "tcp:[{host}]:{port}"),
+            Address::Tcp { host, port } => write!(f, "tcp:{host}:{port}"),
+            Address::Unix(path) => write!(f, "unix:{}", path.display()),
+            Address::Exec(words) => match words.as_slice() {
+                [shell, option, command] if [shell, option] == SHELL => write!(f, "exec:{command}"),
+                words => write!(f, "exec:{}", words.join(" ")),
+            },
+            Address::Fd(name) => write!(f, "fd:{name}"),
+            Address::File { path, offset: 0 } => write!(f, "file:{}", path.display()),
+            Address::File { path, offset } => write!(f, "file:{}{OFFSET}{offset:#x}", path.display()),
+        }
+    }
+}
+
+/// A size as QEMU reads one: decimal or, with `0x`, hexadecimal bytes, or a decimal number with a suffix from `B` and `K` to `E`.
+fn size(text: &str) -> Option<u64> {
+    if let Some(digits) = text.strip_prefix("0x").or_else(|| text.strip_prefix("0X")) {
+        return u64::from_str_radix(digits, 16).ok().filter(|_| !digits.starts_with('+'));
+    }
+    let last = text.chars().next_back()?.to_ascii_uppercase();
+    let (digits, shift) = match "BKMGTPE".chars().position(|suffix| suffix == last) {
+        Some(place) => (&text[..text.len() - 1], 10 * place as u32),
+        None => (text, 0),
+    };
+    let number: u64 = digits.parse().ok().filter(|_| !digits.starts_with('+'))?;
+    number.checked_mul(1 << shift)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_no_address_says_why() {
+        let parse = |text: &str| text.parse::<Address>().unwrap_err();
+        for bad in ["tcp:4444", "tcp:host:", "tcp:host:65536", "tcp:::1:44", "tcp:[::1:44"] {
+            assert!(matches!(parse(bad), BadAddress::HostPort(_)), "{bad}");
+        }
+        assert_eq!(parse("unix:"), BadAddress::EmptyPath);
+        assert_eq!(parse("vsock:3:44"), BadAddress::Unsupported { transport: "vsock" });
+        assert_eq!(parse("exec:"), BadAddress::EmptyCommand);
+        assert_eq!(parse("fd:"), BadAddress::EmptyDescriptor);
+        assert_eq!(parse("file:"), BadAddress::EmptyFile);
+        for bad in ["", "zz", "-1", "+1", "0x", "1Q", "\u{e9}", "18446744073709551616", "17E"] {
+            assert_eq!(parse(&format!("file:a,offset={bad}")), BadAddress::Offset(bad.into()));
+        }
+        assert!(matches!(parse("defer"), BadAddress::Unknown(_)));
+        assert!(matches!(parse("udp:a:1"), BadAddress::Unknown(_)));
+    }
+
+    #[test]
+    fn a_file_may_begin_behind_something_else() {
+        for (text, expected) in [("", 0), (",offset=4096", 4096), (",offset=0x1000", 4096), (",offset=3M", 3 << 20)] {
+            let address: Address = format!("file:/a,b{text}").parse().unwrap();
+            assert_eq!(address, Address::File { path: "/a,b".into(), offset: expected });
+            assert_eq!(address.to_string().parse(), Ok(address));
+        }
+    }
+
+    #[test]
+    fn a_command_is_for_the_shell() {
+        let address: Address = "exec:gzip > a:b".parse().unwrap();
+        assert_eq!(address, Address::Exec(["/bin/sh", "-c", "gzip > a:b"].map(String::from).into()));
+        assert_eq!(address.to_string(), "exec:gzip > a:b");
+        assert_eq!(Address::Exec(vec!["cat".into(), "-u".into()]).to_string(), "exec:cat -u");
+    }
+
+    #[test]
+    fn an_empty_host_means_every_interface() {
+        assert_eq!("tcp::0".parse(), Ok(Address::Tcp { host: String::new(), port: 0 }));
+    }
+}

@@ -1,0 +1,207 @@
+//! Migration capabilities, with QEMU's names (QMP reference of QEMU 11.1).
+
+use qevm_wire::{
+    Capability, QemuVersion,
+    capability::{Context, Rejection, check},
+};
+
+/// Every capability of QEMU 11.1 in the order of `query-migrate-capabilities`, and whether it can be turned on here.
+pub const KNOWN: [(&str, bool); 21] = [
+    ("xbzrle", false),
+    ("rdma-pin-all", false),
+    ("auto-converge", true),
+    ("events", true),
+    ("postcopy-ram", false),
+    ("x-colo", false),
+    ("release-ram", false),
+    ("return-path", true),
+    ("pause-before-switchover", true),
+    ("multifd", true),
+    ("dirty-bitmaps", false),
+    ("postcopy-blocktime", false),
+    ("late-block-activate", true),
+    ("x-ignore-shared", false),
+    ("validate-uuid", false),
+    ("background-snapshot", false),
+    ("zero-copy-send", false),
+    ("postcopy-preempt", false),
+    ("switchover-ack", true),
+    ("dirty-limit", true),
+    ("mapped-ram", true),
+];
+
+/// The release whose rules on combinations hold here.
+pub const RULES: QemuVersion = QemuVersion::new(11, 1);
+
+/// The capabilities that are on. All are off at first, as in QEMU.
+///
+/// ```
+/// use qevm_migration::Capabilities;
+///
+/// let capabilities = Capabilities::default().with([("return-path", true)])?;
+/// assert!(capabilities.return_path && !capabilities.events);
+/// # Ok::<(), qevm_migration::BadCapability>(())
+/// ```
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[non_exhaustive]
+pub struct Capabilities {
+    /// `auto-converge`: the guest is slowed down when it dirties memory faster than the link carries it.
+    pub auto_converge: bool,
+    /// `return-path`: the destination answers, and the source waits for its verdict.
+    pub return_path: bool,
+    /// `switchover-ack`: the source switches over only when the destination's devices have agreed; needs `return-path`.
+    pub switchover_ack: bool,
+    /// `multifd`: pages travel on `multifd-channels` connections of their own.
+    pub multifd: bool,
+    /// `pause-before-switchover`: the source waits for `migrate-continue` when the guest has stopped.
+    pub pause_before_switchover: bool,
+    /// `events`: QMP reports every change of status.
+    pub events: bool,
+    /// `dirty-limit`: vCPUs that dirty more than `vcpu-dirty-limit` are slowed down, when the guest dirties memory faster than the
+    /// link carries it; needs dirty rings.
+    pub dirty_limit: bool,
+    /// `late-block-activate`: the destination locks the images of its disks when the guest starts, and not when it has
+    /// arrived (3.0).
+    pub late_block_activate: bool,
+    /// `mapped-ram`: pages have fixed places in a file; needs `file:`.
+    pub mapped_ram: bool,
+}
+
+/// A capability that cannot be set so.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum BadCapability {
+    /// No capability has that name.
+    #[error("Parameter 'capability' does not accept value '{0}'")]
+    Unknown(String),
+    /// One of QEMU's that this monitor does not have.
+    #[error("capability '{0}' is not supported here")]
+    Unsupported(&'static str),
+    /// `return-path` over something that has only one direction.
+    #[error("capability 'return-path' needs a transport with both directions; a file has one")]
+    OneWay,
+    /// QEMU refuses it, too: it does not go with another one, with a parameter or with the state of the machine.
+    #[error(transparent)]
+    Rejected(#[from] Rejection),
+}
+
+impl Capabilities {
+    /// These capabilities with changes, which are applied as a whole or not at all.
+    ///
+    /// # Errors
+    /// [`BadCapability`]; turning off what is not supported is no error.
+    pub fn with<'a>(self, changes: impl IntoIterator<Item = (&'a str, bool)>) -> Result<Self, BadCapability> {
+        self.with_in(changes, &Context::new(RULES))
+    }
+
+    /// As [`with`](Capabilities::with), where more than the capabilities decides. `before` of the context is filled in.
+    ///
+    /// # Errors
+    /// [`BadCapability`].
+    pub fn with_in<'a>(
+        self,
+        changes: impl IntoIterator<Item = (&'a str, bool)>,
+        context: &Context,
+    ) -> Result<Self, BadCapability> {
+        let before: qevm_wire::Capabilities = self.on().collect();
+        let (mut changed, mut all, mut unsupported) = (self, before, None);
+        for (name, state) in changes {
+            let unknown = || BadCapability::Unknown(name.into());
+            let (name, supported) = KNOWN.into_iter().find(|(known, _)| *known == name).ok_or_else(unknown)?;
+            all = all.with(name.parse::<Capability>().map_err(|_| unknown())?, state);
+            match changed.slot(name) {
+                Some(slot) => *slot = state,
+                None if state || supported => unsupported = Some(name),
+                None => {}
+            }
+        }
+        // What QEMU refuses is refused in its words, whether it is supported here or not.
+        check(all, &Context { before, ..*context })?;
+        match unsupported {
+            Some(name) => Err(BadCapability::Unsupported(name)),
+            None => Ok(changed),
+        }
+    }
+
+    /// Every capability of QEMU 11.1 with its state.
+    pub fn list(mut self) -> Vec<(&'static str, bool)> {
+        KNOWN.into_iter().map(|(name, _)| (name, self.slot(name).is_some_and(|slot| *slot))).collect()
+    }
+
+    fn on(self) -> impl Iterator<Item = Capability> {
+        self.list().into_iter().filter_map(|(name, state)| name.parse().ok().filter(|_| state))
+    }
+
+    fn slot(&mut self, name: &str) -> Option<&mut bool> {
+        match name {
+            "auto-converge" => Some(&mut self.auto_converge),
+            "return-path" => Some(&mut self.return_path),
+            "switchover-ack" => Some(&mut self.switchover_ack),
+            "multifd" => Some(&mut self.multifd),
+            "pause-before-switchover" => Some(&mut self.pause_before_switchover),
+            "events" => Some(&mut self.events),
+            "dirty-limit" => Some(&mut self.dirty_limit),
+            "late-block-activate" => Some(&mut self.late_block_activate),
+            "mapped-ram" => Some(&mut self.mapped_ram),
+            _ => None,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_set_of_changes_is_applied_as_a_whole() {
+        let off = Capabilities::default();
+        assert_eq!(off.with([("events", true), ("xbzrle", true)]), Err(BadCapability::Unsupported("xbzrle")));
+        assert_eq!(off.with([("no-such", false)]), Err(BadCapability::Unknown("no-such".into())));
+        assert_eq!(off.with([("xbzrle", false)]), Ok(off));
+    }
+
+    #[test]
+    fn whatever_is_supported_can_be_turned_on_and_is_listed_so() {
+        let return_path = Capabilities { return_path: true, ..Capabilities::default() };
+        for (name, supported) in KNOWN {
+            let on = return_path.with([(name, true)]);
+            assert_eq!(on.is_ok(), supported, "{name}");
+            if let Ok(on) = on {
+                let others = on.list().into_iter().filter(|(other, _)| !["return-path", name].contains(other));
+                assert!(others.into_iter().all(|(_, state)| !state), "{name}");
+                assert!(on.list().contains(&(name, true)), "{name}");
+            }
+        }
+    }
+
+    #[test]
+    fn switchover_ack_needs_a_return_path() {
+        let off = Capabilities::default();
+        let refused = |result| matches!(result, Err(BadCapability::Rejected(Rejection::Requires { .. })));
+        assert!(refused(off.with([("switchover-ack", true)])));
+        let on = off.with([("switchover-ack", true), ("return-path", true)]).unwrap();
+        assert!(refused(on.with([("return-path", false)])));
+    }
+
+    #[test]
+    fn dirty_limit_needs_dirty_rings_and_excludes_auto_converge() {
+        let off = Capabilities::default();
+        let context = Context { dirty_ring: false, ..Context::new(RULES) };
+        let refused = off.with_in([("dirty-limit", true)], &context).unwrap_err();
+        assert!(matches!(refused, BadCapability::Rejected(_)), "{refused}");
+        let both = off.with([("dirty-limit", true), ("auto-converge", true)]).unwrap_err();
+        assert!(matches!(both, BadCapability::Rejected(_)), "{both}");
+        let on = off.with([("dirty-limit", true)]).unwrap();
+        assert!(matches!(on.with([("auto-converge", true)]), Err(BadCapability::Rejected(_))));
+    }
+
+    #[test]
+    fn what_qemu_refuses_is_refused_in_its_words() {
+        let off = Capabilities::default();
+        let both = off.with([("background-snapshot", true), ("events", true), ("return-path", true)]).unwrap_err();
+        assert_eq!(both.to_string(), "Background-snapshot is not compatible with return-path");
+        let context = Context { incoming_started: true, ..Context::new(RULES) };
+        let late = off.with_in([("multifd", true)], &context).unwrap_err();
+        assert_eq!(late.to_string(), "Multifd must be set before incoming starts");
+    }
+}

@@ -1,0 +1,346 @@
+//! The connections of one migration: the main channel, and the page channels if capability `multifd` is on; or a file.
+
+use super::{
+    Address, BadCapability, Channel, Job, Listener, MigrationError, Mode, Pipe, RULES, Socket,
+    arrivals::{Patience, Seen, gather},
+    multifd::{PageStream, Settings},
+    page_file::PageFile,
+};
+use crate::descriptors::Descriptors;
+use qevm_multifd::compression::Compression;
+use qevm_wire::{Profile, capability::Context};
+use std::{
+    fs::{File, OpenOptions},
+    io,
+    io::{Seek, SeekFrom},
+    os::{
+        fd::OwnedFd,
+        unix::fs::{FileTypeExt, OpenOptionsExt},
+    },
+    path::Path,
+    sync::{
+        Arc,
+        mpsc::{self, RecvTimeoutError},
+    },
+    thread,
+    time::Duration,
+};
+
+/// Permissions of a file that a guest goes to (QEMU 8.2): it holds all of the guest's secrets.
+const FILE_MODE: u32 = 0o600;
+
+/// Who reads what a source sends.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Reader {
+    /// A destination, over something with two directions: it is asked to answer.
+    Answers,
+    /// A destination perhaps, which is asked to answer only under capability `return-path`.
+    Silent,
+    /// Nobody for now: a file.
+    Nobody,
+}
+
+/// The connections of a source.
+#[derive(Debug, Clone)]
+pub struct Outgoing {
+    pub(crate) main: Arc<dyn Channel>,
+    pub(crate) reader: Reader,
+    pub(crate) pages: Vec<Arc<dyn Channel>>,
+    /// Pages have their places in this file, in which the main channel writes, too.
+    pub(crate) file: Option<PageFile>,
+}
+
+impl Outgoing {
+    /// Connects to a destination, with as many page channels as `job` has settings for, or opens what else the guest goes to.
+    ///
+    /// # Errors
+    /// [`MigrationError::Connect`] with the system's reason, or at once when `job` is cancelled meanwhile;
+    /// [`MigrationError::Create`] and [`MigrationError::Open`] with the system's reason,
+    /// [`MigrationError::Descriptor`], and [`MigrationError::Capability`] for capabilities that do not go with the transport.
+    pub fn open(address: &Address, job: &Job, descriptors: &mut dyn Descriptors) -> Result<Self, MigrationError> {
+        check_transport(address, job)?;
+        let failed = |source| MigrationError::Open { address: address.clone(), source };
+        match address {
+            Address::Tcp { .. } | Address::Unix(_) => {
+                let channels = if job.capabilities().multifd { job.parameters().multifd_channels } else { 0 };
+                connect(address, job, channels.into())
+            }
+            Address::Exec(words) => {
+                let main: Arc<dyn Channel> = Arc::new(Pipe::command(words).map_err(failed)?);
+                Ok(main.into())
+            }
+            Address::Fd(name) => {
+                let (main, two_way) =
+                    channel(descriptors.take(name).map_err(MigrationError::Descriptor)?, true).map_err(failed)?;
+                if job.capabilities().return_path && !two_way {
+                    return Err(BadCapability::OneWay.into());
+                }
+                let reader = if two_way { Reader::Answers } else { Reader::Silent };
+                Ok(Outgoing { reader, ..main.into() })
+            }
+            Address::File { path, offset } => {
+                if job.capabilities().return_path {
+                    return Err(BadCapability::OneWay.into());
+                }
+                let failed = |source| MigrationError::Create { path: path.clone(), source };
+                let open = |flags| match descriptors.of_set(path, true) {
+                    None => create(path, flags).map_err(failed),
+                    // Flags belong to what was opened, and others may use it, too.
+                    Some(descriptor) => Ok(File::from(descriptor.map_err(MigrationError::Descriptor)?)),
+                };
+                let mut file = open(0)?;
+                place(&mut file, *offset).map_err(failed)?;
+                let pages = page_file(&file, job, open, failed)?;
+                let main: Arc<dyn Channel> = Arc::new(Pipe::new(file.into()).map_err(failed)?);
+                Ok(Outgoing { reader: Reader::Nobody, file: pages, ..main.into() })
+            }
+        }
+    }
+
+    /// Ends all connections at once.
+    pub(crate) fn close(&self) {
+        self.all().for_each(|channel| channel.close());
+    }
+
+    pub(crate) fn all(&self) -> impl Iterator<Item = &Arc<dyn Channel>> {
+        std::iter::once(&self.main).chain(&self.pages)
+    }
+}
+
+impl From<Arc<dyn Channel>> for Outgoing {
+    /// A main channel alone. The destination is asked to answer if capability `return-path` is on.
+    fn from(main: Arc<dyn Channel>) -> Self {
+        Outgoing { main, reader: Reader::Silent, pages: Vec::new(), file: None }
+    }
+}
+
+/// The connections of a destination.
+#[derive(Debug)]
+pub struct Incoming {
+    pub(crate) main: Arc<dyn Channel>,
+    /// What was read from the main channel already.
+    pub(crate) first: Vec<u8>,
+    /// Where the stream begins in its file.
+    pub(crate) offset: u64,
+    pub(crate) pages: Vec<PageStream>,
+    pub(crate) settings: Option<Settings>,
+    /// A source with page channels has called, and there are none in this migration.
+    pub(crate) page_channels_called: bool,
+    /// What may explain a source that gives up at once: one of its channels did not fit.
+    pub(crate) misfit: Option<MigrationError>,
+    /// Pages may have their places in this file, in which the main channel reads, too.
+    pub(crate) file: Option<PageFile>,
+}
+
+impl Incoming {
+    /// Waits for a source, and for all of its page channels if `job` has capability `multifd`, as long as it takes. Whoever else
+    /// calls is dropped, with a line in the log; so is a source whose channels do not all come within ten seconds.
+    ///
+    /// # Errors
+    /// [`MigrationError::Listen`] with the system's reason, when the listener is of no more use.
+    pub fn accept(listener: &Listener, job: &Job, profile: &Profile) -> Result<Self, MigrationError> {
+        let settings = Settings::of(job.capabilities(), &job.parameters(), profile);
+        gather(listener, settings.as_ref(), Patience::default(), &mut |seen| match seen {
+            Seen::Dropped(dropped) => tracing::warn!("{dropped}"),
+            Seen::Incomplete(error) => tracing::warn!("a source has come without all of its channels: {error}"),
+        })
+    }
+
+    /// Opens what a guest comes from without a caller: a command, a descriptor or a file.
+    ///
+    /// # Errors
+    /// As [`Outgoing::open`]; [`MigrationError::Open`] also for an address that is to be listened at.
+    pub fn open(address: &Address, job: &Job, descriptors: &mut dyn Descriptors) -> Result<Self, MigrationError> {
+        check_transport(address, job)?;
+        let failed = |source| MigrationError::Open { address: address.clone(), source };
+        match address {
+            Address::Tcp { .. } | Address::Unix(_) => Err(failed(io::ErrorKind::InvalidInput.into())),
+            Address::Exec(words) => {
+                let main: Arc<dyn Channel> = Arc::new(Pipe::command(words).map_err(failed)?);
+                Ok(main.into())
+            }
+            Address::Fd(name) => Ok(channel(descriptors.take(name).map_err(MigrationError::Descriptor)?, false)
+                .map_err(failed)?
+                .0
+                .into()),
+            Address::File { path, offset } => {
+                let open = |flags| match descriptors.of_set(path, false) {
+                    None => OpenOptions::new().read(true).custom_flags(flags | AT_ONCE).open(path).map_err(failed),
+                    Some(descriptor) => Ok(File::from(descriptor.map_err(MigrationError::Descriptor)?)),
+                };
+                let mut file = open(0)?;
+                if file.metadata().map_err(failed)?.is_dir() {
+                    return Err(failed(io::ErrorKind::IsADirectory.into()));
+                }
+                if *offset > 0 || job.capabilities().mapped_ram {
+                    file.seek(SeekFrom::Start(*offset)).map_err(failed)?;
+                }
+                let pages = page_file(&file, job, open, failed)?;
+                let main: Arc<dyn Channel> = Arc::new(Pipe::new(file.into()).map_err(failed)?);
+                Ok(Incoming { offset: *offset, file: pages, ..main.into() })
+            }
+        }
+    }
+
+    pub(crate) fn all(&self) -> impl Iterator<Item = &Arc<dyn Channel>> {
+        std::iter::once(&self.main).chain(self.pages.iter().map(PageStream::channel))
+    }
+}
+
+/// How often a migration that is being connected looks whether it was cancelled.
+const CANCEL_POLL: Duration = Duration::from_millis(20);
+
+/// Connects the main channel and so many page channels, until `job` is cancelled. To look a name up and to connect may take minutes
+/// and cannot be interrupted: a thread of its own does it, which nobody waits for then.
+fn connect(address: &Address, job: &Job, channels: usize) -> Result<Outgoing, MigrationError> {
+    let failed = |source| MigrationError::Connect { address: address.clone(), source };
+    let (sender, connected) = mpsc::channel();
+    let to = address.clone();
+    let connecting = move || {
+        for _ in 0..=channels {
+            let channel = Socket::connect(&to);
+            let failed = channel.is_err();
+            if sender.send(channel).is_err() || failed {
+                return;
+            }
+        }
+    };
+    thread::Builder::new().name("connect".into()).spawn(connecting).map_err(failed)?;
+    let next = || loop {
+        // As with a QEMU, `query-migrate` then says what was cancelled.
+        job.check().map_err(|cancelled| failed(io::Error::new(io::ErrorKind::Interrupted, cancelled)))?;
+        match connected.recv_timeout(CANCEL_POLL) {
+            Ok(channel) => return channel,
+            Err(RecvTimeoutError::Timeout) => {}
+            Err(RecvTimeoutError::Disconnected) => return Err(failed(io::Error::other("its thread has ended"))),
+        }
+    };
+    let main = next()?;
+    let pages = (0..channels).map(|_| next()).collect::<Result<_, _>>()?;
+    Ok(Outgoing { pages, reader: Reader::Answers, ..main.into() })
+}
+
+/// Where pages have their places in `file`, which `open` opens again with other flags (`direct-io`); without `mapped-ram` nowhere.
+fn page_file(
+    file: &File,
+    job: &Job,
+    open: impl FnOnce(libc::c_int) -> Result<File, MigrationError>,
+    failed: impl FnOnce(io::Error) -> MigrationError,
+) -> Result<Option<PageFile>, MigrationError> {
+    let capabilities = job.capabilities();
+    if !capabilities.mapped_ram {
+        return Ok(None);
+    }
+    let direct = job.parameters().direct_io && capabilities.multifd;
+    Ok(Some(PageFile::new(file.try_clone().map_err(failed)?, direct.then(|| open(libc::O_DIRECT)).transpose()?)))
+}
+
+impl From<Arc<dyn Channel>> for Incoming {
+    /// A main channel alone.
+    fn from(main: Arc<dyn Channel>) -> Self {
+        Incoming {
+            main,
+            first: Vec::new(),
+            offset: 0,
+            pages: Vec::new(),
+            settings: None,
+            page_channels_called: false,
+            misfit: None,
+            file: None,
+        }
+    }
+}
+
+/// Refuses capabilities that do not go with the transport, as QEMU does before it opens anything.
+///
+/// # Errors
+/// [`MigrationError::Capability`].
+pub fn check_transport(address: &Address, job: &Job) -> Result<(), MigrationError> {
+    let parameters = job.parameters();
+    let context = Context {
+        seekable: matches!(address, Address::File { .. }),
+        multi_channel: matches!(address, Address::Tcp { .. } | Address::Unix(_)),
+        compressed: parameters.multifd_compression != Compression::None,
+        cpr: parameters.mode != Mode::Normal,
+        ..Context::new(RULES)
+    };
+    job.capabilities().with_in([], &context)?;
+    Ok(())
+}
+
+/// A FIFO without another end is no reason to wait: the monitor opens it while it serves QMP. To a file it makes no difference.
+const AT_ONCE: libc::c_int = libc::O_NONBLOCK;
+
+fn create(path: &Path, flags: libc::c_int) -> io::Result<File> {
+    let mut options = OpenOptions::new();
+    // What lies in front of the stream in the file stays.
+    options.write(true).create(true).truncate(false).mode(FILE_MODE);
+    match options.custom_flags(flags | AT_ONCE | libc::O_NOFOLLOW).open(path) {
+        Err(error) if error.raw_os_error() == Some(libc::ELOOP) => {
+            // Disks and standard output are named by links. A link to a file may be anybody's, and so may the file.
+            let file = options.create(false).custom_flags(flags | AT_ONCE).open(path)?;
+            match file.metadata()?.is_file() {
+                true => Err(io::Error::other("it is a symbolic link to a file, which guest memory does not follow")),
+                false => Ok(file),
+            }
+        }
+        opened => opened,
+    }
+}
+
+/// Cuts a file where the stream begins, and goes there. A device is as long as it is.
+fn place(file: &mut File, offset: u64) -> io::Result<()> {
+    let file_type = file.metadata()?.file_type();
+    if file_type.is_file() {
+        file.set_len(offset)?;
+    }
+    if file_type.is_file() || file_type.is_block_device() {
+        file.seek(SeekFrom::Start(offset))?;
+    }
+    Ok(())
+}
+
+/// A channel over a descriptor of unknown kind, and whether it goes both ways.
+fn channel(fd: OwnedFd, write: bool) -> io::Result<(Arc<dyn Channel>, bool)> {
+    if File::from(fd.try_clone()?).metadata()?.file_type().is_socket() {
+        return Ok((Arc::new(Socket::adopt(fd)?), true));
+    }
+    let pipe = Pipe::new(fd)?;
+    let (reads, writes) = pipe.directions();
+    if if write { writes } else { reads } {
+        return Ok((Arc::new(pipe), false));
+    }
+    let missing = if write { "writing" } else { "reading" };
+    Err(io::Error::new(io::ErrorKind::InvalidInput, format!("it is not open for {missing}")))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::channel::{Source, Target, read_at_least, write_all};
+
+    /// Whoever serves QMP opens them.
+    #[test]
+    fn a_fifo_without_another_end_does_not_make_the_monitor_wait() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("fifo");
+        let name = std::ffi::CString::new(path.to_str().unwrap()).unwrap();
+        // SAFETY: the path is a C string.
+        assert_eq!(unsafe { libc::mkfifo(name.as_ptr(), 0o600) }, 0);
+        let address = Address::File { path, offset: 0 };
+        let (job, mut none) = (Job::default(), crate::NoDescriptors);
+        match Outgoing::open(&address, &job, &mut none) {
+            Err(MigrationError::Create { source, .. }) => assert_eq!(source.raw_os_error(), Some(libc::ENXIO)),
+            other => panic!("{other:?}"),
+        }
+        // Whoever reads waits for the first byte, and not for its end, when there was no writer yet.
+        let incoming = Incoming::open(&address, &job, &mut none).unwrap();
+        let reading = std::thread::spawn(move || {
+            let mut bytes = [0; 5];
+            read_at_least(&*incoming.main, &mut [Target::bytes(&mut bytes)], 5).map(|_| bytes)
+        });
+        let outgoing = Outgoing::open(&address, &job, &mut none).unwrap();
+        write_all(&*outgoing.main, &mut [Source::bytes(b"hello")]).unwrap();
+        assert_eq!(&reading.join().unwrap().unwrap(), b"hello");
+    }
+}

@@ -1,0 +1,185 @@
+//! What the engines need of a virtual machine.
+
+use super::IterativeDevice;
+use qevm_wire::{CountedString, Profile};
+use std::{error::Error, ops::Range, time::Duration};
+use vm_memory::VolatileSlice;
+
+/// Whatever a guest's own parts report; the engine adds what it was doing.
+pub type GuestError = Box<dyn Error + Send + Sync>;
+
+/// The advice where nothing more is known of a section.
+pub const ADVICE: &str = "start this machine with the devices that the source has, or the source without this one";
+
+/// A virtual machine as a migration sees it, on either side.
+pub trait Guest: Send + Sync {
+    /// The machine type, as the configuration section carries it.
+    fn machine_type(&self) -> &str;
+
+    /// The RAM blocks, in the order of the stream (QEMU's is largest first).
+    fn ram(&self) -> Vec<RamView<'_>>;
+
+    /// The guest is about to be migrated, from here or to here: what can be done ahead for saving or loading its devices is done now,
+    /// because later everybody waits for that.
+    fn prepare(&self) {}
+
+    /// Starts to log which pages change, whoever changes them: vCPUs, in-kernel devices or the monitor's own devices.
+    ///
+    /// # Errors
+    /// The guest's own.
+    fn start_dirty_log(&self) -> Result<Box<dyn DirtyLog + '_>, GuestError>;
+
+    /// Stops all vCPUs and devices; when it returns, nothing in the guest changes any more. Says whether it was running.
+    ///
+    /// # Errors
+    /// The guest's own. The guest is then as it was.
+    fn pause(&self) -> Result<bool, GuestError>;
+
+    /// The migration has failed, and the guest, which did not run before [`pause`](Guest::pause) either, stays as it was.
+    fn stay_stopped(&self) {}
+
+    /// Lets vCPUs and devices go on.
+    ///
+    /// # Errors
+    /// The guest's own.
+    fn resume(&self) -> Result<(), GuestError>;
+
+    /// The state of all devices of a paused guest, in the order of the stream. `running` is what the destination is to
+    /// take over: whether the guest ran before it was paused for the migration.
+    ///
+    /// # Errors
+    /// The guest's own.
+    fn save_devices(&self, profile: &Profile, running: bool) -> Result<SavedDevices, GuestError>;
+
+    /// Gives RAM block `block` (its number in [`ram`](Guest::ram)) the length that the source uses. Called only before
+    /// the guest has run, and only for a length that differs.
+    ///
+    /// # Errors
+    /// The guest's own, if the block cannot have this length.
+    fn resize_ram(&self, block: usize, used_length: u64) -> Result<(), GuestError>;
+
+    /// Whether this machine has a device whose state comes in sections of this name and instance.
+    fn has_device(&self, idstr: &CountedString, instance_id: u32) -> bool;
+
+    /// What the operator may do when a section came that [`has_device`](Guest::has_device) and
+    /// [`has_iterative_device`](Guest::has_iterative_device) do not know.
+    fn advice(&self, idstr: &CountedString) -> String {
+        let _ = idstr;
+        ADVICE.into()
+    }
+
+    /// Takes over the state of the devices, as [`save_devices`](Guest::save_devices) gave it, into a paused guest, and
+    /// says whether the guest ran at the source.
+    ///
+    /// # Errors
+    /// The guest's own; the guest is unusable then.
+    fn load_devices(&self, devices: &[DeviceSection]) -> Result<bool, GuestError>;
+
+    /// The stopped guest's disks are to be used by this machine and nobody else from now on; [`resume`](Guest::resume) implies it. Called at the
+    /// destination when everything has been loaded, but not under `late-block-activate`, and at the source when a migration
+    /// has failed.
+    ///
+    /// # Errors
+    /// Somebody else uses a disk.
+    fn activate(&self) -> Result<(), GuestError> {
+        Ok(())
+    }
+
+    /// The stopped guest's disks may be used by the destination from now on; told at the source before the end of the stream is sent.
+    fn inactivate(&self) {}
+
+    /// Makes the vCPUs stand still for so many per cent of their time, 0 to 99; for capability `auto-converge`.
+    ///
+    /// # Errors
+    /// The guest's own.
+    fn throttle(&self, per_cent: u8) -> Result<(), GuestError> {
+        if per_cent == 0 { Ok(()) } else { Err("the vCPUs of this machine cannot be slowed down".into()) }
+    }
+
+    /// Keeps every vCPU from dirtying more than so many MiB in a second, or ends that with `None`; for capability `dirty-limit`.
+    /// Rates are measured over `period`.
+    ///
+    /// # Errors
+    /// The guest's own.
+    fn limit_dirty_rate(&self, mib_per_second: Option<u64>, period: Duration) -> Result<(), GuestError> {
+        let _ = period;
+        if mib_per_second.is_none() { Ok(()) } else { Err("the dirty rate of this machine cannot be limited".into()) }
+    }
+
+    /// The devices whose state is sent in parts while the guest runs; none by default.
+    fn iterative_devices(&self) -> Vec<&dyn IterativeDevice> {
+        Vec::new()
+    }
+
+    /// Takes over a piece of the state of the device whose section has that name, as [`IterativeDevice::read`] gave it at the source.
+    ///
+    /// # Errors
+    /// The guest's own; there is no such device, or it does not like its state.
+    fn load_iterative(&self, idstr: &CountedString, state: &[u8]) -> Result<(), GuestError> {
+        let _ = state;
+        Err(format!("there is no device '{idstr}'").into())
+    }
+
+    /// Whether a device takes over state in sections of this name, piece by piece.
+    fn has_iterative_device(&self, idstr: &CountedString) -> bool {
+        let _ = idstr;
+        false
+    }
+
+    /// The guest has gone to the destination for good; told at the source.
+    fn handed_over(&self) {}
+}
+
+/// A RAM block.
+#[derive(Debug, Clone, Copy)]
+pub struct RamView<'g> {
+    /// Its name in the stream, e.g. `microvm.ram`.
+    pub name: &'g str,
+    /// Its memory, whole pages. vCPUs may be writing to it.
+    pub memory: VolatileSlice<'g>,
+    /// Nothing has been written to it yet, so every page is zero: a destination need not touch pages to clear them.
+    pub pristine: bool,
+}
+
+/// A running log of changed pages. Dropping it ends the log.
+///
+/// Reading and resetting are apart: pages stay in the log until they are reset just before they are sent, so that a
+/// write in between is covered by what is sent and does not make the page dirty again.
+pub trait DirtyLog {
+    /// Reports every page that is in the log: block number (in the order of [`Guest::ram`]), a word number, and the
+    /// word, bit `i` of which is page `64 * word_number + i` of the block. All pages may be in the log at first.
+    ///
+    /// # Errors
+    /// The guest's own.
+    fn read(&mut self, found: &mut dyn FnMut(usize, usize, u64)) -> Result<(), GuestError>;
+
+    /// Resets those pages of a range that the last [`read`](DirtyLog::read) reported. Pages that were written after it
+    /// and not reported stay in the log. The range starts and ends at multiples of 64 pages or the block's end.
+    ///
+    /// # Errors
+    /// The guest's own.
+    fn reset(&mut self, block: usize, pages: Range<u64>) -> Result<(), GuestError>;
+}
+
+/// One FULL section.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DeviceSection {
+    /// The handler's name.
+    pub idstr: CountedString,
+    /// Tells handlers of the same name apart.
+    pub instance_id: u32,
+    /// Version of the content.
+    pub version_id: u32,
+    /// The content.
+    pub body: Vec<u8>,
+}
+
+/// The state of all devices.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct SavedDevices {
+    /// The sections in the order of the stream.
+    pub sections: Vec<DeviceSection>,
+    /// The JSON description behind the end of the stream. Without one, the engine describes each section as a buffer,
+    /// as QEMU does for handlers that describe nothing.
+    pub vmdesc: Option<String>,
+}

@@ -1,0 +1,311 @@
+//! The control side of a migration: what QMP reads and sets while an engine runs.
+
+use super::{Capabilities, Channel, MigrationError, Parameters, Statistics, Status};
+use std::{
+    fmt,
+    sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError},
+    time::{Duration, Instant},
+};
+
+/// Something that watchers of a migration want to know at once.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Notice {
+    /// The status changed; QMP's `MIGRATION`.
+    Status(Status),
+    /// The dirty log was read for the so many'th time; QMP's `MIGRATION_PASS`.
+    Pass(u64),
+}
+
+/// Settings, state and controls of a machine's migration. Shared by an engine and whoever watches it.
+#[derive(Default)]
+pub struct Job {
+    state: Mutex<State>,
+    changed: Condvar,
+    watcher: Mutex<Option<Watcher>>,
+}
+
+type Watcher = Box<dyn Fn(Notice) + Send>;
+
+#[derive(Default)]
+struct State {
+    parameters: Parameters,
+    capabilities: Capabilities,
+    statistics: Statistics,
+    cancel: bool,
+    go_on: bool,
+    /// When the migration was begun.
+    began: Option<Instant>,
+    channels: Vec<Arc<dyn Channel>>,
+}
+
+/// A request that does not fit the state of the migration.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum Refused {
+    /// A migration is under way.
+    #[error("There's a migration process in progress")]
+    InProgress,
+    /// The guest has not come yet.
+    #[error("Guest is waiting for an incoming migration")]
+    GuestExpected,
+    /// The guest has gone elsewhere: what is left here is as old as its departure.
+    #[error("Can't migrate the vm that was paused due to previous migration")]
+    GuestHasLeft,
+    /// The guest is being handed over.
+    #[error("Migration is not finalized yet")]
+    NotFinalized,
+    /// The machine was not started to wait for a guest.
+    #[error("'-incoming' was not specified on the command line")]
+    NoGuestExpected,
+    /// It was said already where the guest comes from.
+    #[error("The incoming migration has already been started")]
+    IncomingStarted,
+    /// `migrate-pause`, outside of postcopy.
+    #[error("migrate-pause is currently only supported during postcopy-active or postcopy-recover state")]
+    NotInPostcopy,
+    /// `migrate-recover` without a postcopy that waits for it.
+    #[error("Migrate recover can only be run when postcopy is paused.")]
+    PostcopyNotPaused,
+    /// `migrate-start-postcopy` without the capability.
+    #[error("Enable postcopy with migrate_set_capability before the start of migration")]
+    PostcopyOff,
+    /// Something in the machine forbids it; its reason.
+    #[error("{0}")]
+    Blocked(String),
+    /// `migrate-continue` names a state that the migration is not in.
+    #[error("Migration not in expected state: {}", .0.as_str())]
+    NotInState(Status),
+}
+
+impl Job {
+    /// Whatever happens is told to `watcher`, which must not block. There is one at a time.
+    pub fn watch(&self, watcher: impl Fn(Notice) + Send + 'static) {
+        *self.watcher.lock().unwrap_or_else(PoisonError::into_inner) = Some(Box::new(watcher));
+    }
+
+    /// A copy of the statistics. The time of a migration under way goes on whatever its connections do.
+    pub fn statistics(&self) -> Statistics {
+        let state = self.lock();
+        let mut statistics = state.statistics.clone();
+        if statistics.status.is_running() {
+            statistics.total_time = state.elapsed();
+        }
+        statistics
+    }
+
+    /// The status.
+    pub fn status(&self) -> Status {
+        self.lock().statistics.status
+    }
+
+    /// The parameters.
+    pub fn parameters(&self) -> Parameters {
+        self.lock().parameters.clone()
+    }
+
+    /// Sets the parameters; a migration under way follows them.
+    pub fn set_parameters(&self, parameters: Parameters) {
+        self.lock().parameters = parameters;
+        self.changed.notify_all();
+    }
+
+    /// The capabilities.
+    pub fn capabilities(&self) -> Capabilities {
+        self.lock().capabilities
+    }
+
+    /// Sets the capabilities.
+    ///
+    /// # Errors
+    /// [`Refused::InProgress`] while a migration is under way.
+    pub fn set_capabilities(&self, capabilities: Capabilities) -> Result<(), Refused> {
+        let mut state = self.lock();
+        if state.statistics.status.is_running() {
+            return Err(Refused::InProgress);
+        }
+        state.capabilities = capabilities;
+        Ok(())
+    }
+
+    /// Begins a migration: forgets the one before, and claims the job.
+    ///
+    /// # Errors
+    /// [`Refused::InProgress`] while one is under way.
+    pub fn begin(&self) -> Result<(), Refused> {
+        self.begin_if(|_| Ok(()))
+    }
+
+    /// As [`begin`](Job::begin), if `legal` agrees, which is given the status. Nothing begins or ends meanwhile, so that what it finds
+    /// still holds when the migration has begun; it must not use the job. If it refuses, the last migration stays what it was.
+    ///
+    /// # Errors
+    /// [`Refused::InProgress`] while one is under way, and what `legal` says.
+    pub fn begin_if(&self, legal: impl FnOnce(Status) -> Result<(), Refused>) -> Result<(), Refused> {
+        let mut state = self.lock();
+        if state.statistics.status.is_running() {
+            return Err(Refused::InProgress);
+        }
+        legal(state.statistics.status)?;
+        state.statistics = Statistics { status: Status::Setup, ..Statistics::default() };
+        (state.cancel, state.go_on, state.channels) = (false, false, Vec::new());
+        state.began = Some(Instant::now());
+        drop(state);
+        self.notify(Notice::Status(Status::Setup));
+        Ok(())
+    }
+
+    /// Cancels the migration, if one is under way. It takes effect at once, even if the channel is stuck; not any more
+    /// when the destination has taken over.
+    pub fn cancel(&self) {
+        let mut state = self.lock();
+        let status = state.statistics.status;
+        let handed_over = status == Status::Device && state.channels.is_empty();
+        if handed_over || status == Status::Cancelling || !status.is_running() {
+            return;
+        }
+        state.cancel = true;
+        state.statistics.status = Status::Cancelling;
+        let channels = state.channels.clone();
+        drop(state);
+        self.changed.notify_all();
+        self.notify(Notice::Status(Status::Cancelling));
+        channels.iter().for_each(|channel| channel.close());
+    }
+
+    /// Lets a migration go on that waits before the switchover (capability `pause-before-switchover`).
+    ///
+    /// # Errors
+    /// [`Refused::NotInState`] if it does not wait there.
+    pub fn go_on(&self) -> Result<(), Refused> {
+        let mut state = self.lock();
+        if state.statistics.status != Status::PreSwitchover {
+            return Err(Refused::NotInState(state.statistics.status));
+        }
+        state.go_on = true;
+        drop(state);
+        self.changed.notify_all();
+        Ok(())
+    }
+
+    /// Waits until no migration is under way, and gives the statistics.
+    pub fn wait(&self) -> Statistics {
+        let mut state = self.lock();
+        while state.statistics.status.is_running() {
+            state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+        }
+        state.statistics.clone()
+    }
+
+    /// Gives the channels that [`cancel`](Job::cancel) closes.
+    pub(crate) fn attach<'c>(
+        &self,
+        channels: impl IntoIterator<Item = &'c Arc<dyn Channel>>,
+    ) -> Result<(), MigrationError> {
+        let mut state = self.lock();
+        state.channels = channels.into_iter().cloned().collect();
+        state.check()
+    }
+
+    /// From here on it is too late to cancel: the destination has taken over.
+    pub(crate) fn handed_over(&self) -> Result<(), MigrationError> {
+        let mut state = self.lock();
+        state.check()?;
+        state.channels = Vec::new();
+        Ok(())
+    }
+
+    pub(crate) fn check(&self) -> Result<(), MigrationError> {
+        self.lock().check()
+    }
+
+    /// Waits, and returns early if cancelled or if settings change.
+    pub(crate) fn sleep(&self, time: Duration) -> Result<(), MigrationError> {
+        let state = self.lock();
+        state.check()?;
+        let (state, _) = self.changed.wait_timeout(state, time).unwrap_or_else(PoisonError::into_inner);
+        state.check()
+    }
+
+    /// Whether `migrate-continue` was given; waits for it up to `patience`.
+    pub(crate) fn may_go_on(&self, patience: Duration) -> Result<bool, MigrationError> {
+        let state = self.lock();
+        let waiting = |state: &mut State| !state.go_on && !state.cancel;
+        let (state, _) =
+            self.changed.wait_timeout_while(state, patience, waiting).unwrap_or_else(PoisonError::into_inner);
+        state.check()?;
+        Ok(state.go_on)
+    }
+
+    /// Changes the status, unless the migration was cancelled.
+    pub(crate) fn advance(&self, status: Status) -> Result<(), MigrationError> {
+        let mut state = self.lock();
+        state.check()?;
+        state.statistics.status = status;
+        drop(state);
+        self.changed.notify_all();
+        self.notify(Notice::Status(status));
+        Ok(())
+    }
+
+    /// Ends the migration.
+    pub fn end(&self, error: Option<&MigrationError>) {
+        let mut state = self.lock();
+        let status = match error {
+            None => Status::Completed,
+            // The guest does not go on here as after a migration that was cancelled in time.
+            Some(MigrationError::Unsettled { .. }) => Status::Failed,
+            Some(_) if state.cancel => Status::Cancelled,
+            Some(_) => Status::Failed,
+        };
+        state.statistics.error = match status {
+            Status::Failed => error.map(ToString::to_string),
+            Status::Cancelled if matches!(error, Some(MigrationError::Connect { .. })) => {
+                error.map(ToString::to_string)
+            }
+            // QEMU's words.
+            Status::Cancelled if state.statistics.stopped_at.is_some() => Some("Switchover is interrupted".into()),
+            _ => None,
+        };
+        state.statistics.status = status;
+        state.statistics.total_time = state.elapsed();
+        state.channels = Vec::new();
+        drop(state);
+        self.changed.notify_all();
+        if status == Status::Failed {
+            // Clearing up is over here when the engine says that it has failed; who watches for the word hears it.
+            self.notify(Notice::Status(Status::Failing));
+        }
+        self.notify(Notice::Status(status));
+    }
+
+    pub(crate) fn update(&self, change: impl FnOnce(&mut Statistics)) {
+        change(&mut self.lock().statistics);
+    }
+
+    pub(crate) fn notify(&self, notice: Notice) {
+        if let Some(watcher) = &*self.watcher.lock().unwrap_or_else(PoisonError::into_inner) {
+            watcher(notice);
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl State {
+    fn elapsed(&self) -> Duration {
+        self.began.map_or(Duration::ZERO, |began| began.elapsed())
+    }
+
+    fn check(&self) -> Result<(), MigrationError> {
+        if self.cancel { Err(MigrationError::Cancelled) } else { Ok(()) }
+    }
+}
+
+impl fmt::Debug for Job {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Job").field("statistics", &self.lock().statistics).finish_non_exhaustive()
+    }
+}

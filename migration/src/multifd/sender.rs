@@ -1,0 +1,153 @@
+//! A thread that sends pages on one channel.
+
+use super::{
+    Queue, Settings,
+    queue::{Batch, Counts, Work},
+};
+use crate::PAGE_SIZE;
+use crate::{
+    Channel, Guest, MigrationError, RamView,
+    channel::{Source, write_all},
+    zero::is_zero,
+};
+use qevm_multifd::{ChannelEncoder, Compression, Compressor, Init, Pages, Runs, Uuid};
+use qevm_wire::{CountedString, PageGeometry, Writer, profile::ZeroPageDetection};
+use std::sync::atomic::{AtomicU64, Ordering};
+use vm_memory::{Bytes, VolatileSlice};
+
+/// Sends what `queue` has for channel `number`, until it ends. A failure ends the queue for all channels.
+pub(crate) fn send_pages(
+    guest: &dyn Guest,
+    channel: &dyn Channel,
+    number: u8,
+    settings: &Settings,
+    queue: &Queue,
+    packets: &AtomicU64,
+) {
+    let sender = Sender::new(guest, channel, settings, packets);
+    if let Err(error) = sender.and_then(|mut sender| sender.run(number, queue)) {
+        queue.fail(error);
+    }
+}
+
+struct Sender<'s> {
+    blocks: Vec<(CountedString, RamView<'s>)>,
+    channel: &'s dyn Channel,
+    encoder: ChannelEncoder,
+    compressor: Option<Compressor>,
+    zero_pages: ZeroPageDetection,
+    /// Numbers the packets of all channels.
+    packets: &'s AtomicU64,
+    header: Writer,
+    payload: Vec<u8>,
+}
+
+const PAGE: usize = PAGE_SIZE as usize;
+
+impl<'s> Sender<'s> {
+    fn new(
+        guest: &'s dyn Guest,
+        channel: &'s dyn Channel,
+        settings: &Settings,
+        packets: &'s AtomicU64,
+    ) -> Result<Self, MigrationError> {
+        let compressor = match settings.compression {
+            Compression::None => None,
+            method => Some(Compressor::new(method, settings.level)?),
+        };
+        let name = |view: RamView<'s>| {
+            let name = CountedString::new(view.name).ok_or_else(|| MigrationError::Guest {
+                doing: "name a RAM block",
+                source: format!("'{}' is not 1 to 255 bytes long", view.name).into(),
+            });
+            name.map(|name| (name, view))
+        };
+        Ok(Sender {
+            blocks: guest.ram().into_iter().map(name).collect::<Result<_, _>>()?,
+            channel,
+            encoder: ChannelEncoder::new(settings.encoder()),
+            compressor,
+            zero_pages: settings.zero_pages,
+            packets,
+            header: Writer::new(),
+            payload: Vec::new(),
+        })
+    }
+
+    fn run(&mut self, number: u8, queue: &Queue) -> Result<(), MigrationError> {
+        self.encoder.init(&Init::new(Uuid::default(), number), &mut self.header)?;
+        queue.sent(self.write(&[])?);
+        let mut synced = 0;
+        loop {
+            match queue.next(synced) {
+                Work::Pages(batch) => queue.sent(self.batch(&batch)?),
+                Work::Sync => {
+                    self.encoder.sync(self.packets.fetch_add(1, Ordering::Relaxed), &mut self.header)?;
+                    queue.sent(self.write(&[])?);
+                    synced += 1;
+                    queue.synced();
+                }
+                Work::End => return Ok(()),
+            }
+        }
+    }
+
+    fn batch(&mut self, batch: &Batch) -> Result<Counts, MigrationError> {
+        let Some((name, view)) = self.blocks.get(batch.block).cloned() else { return Ok(Counts::default()) };
+        let (zero, normal): (Vec<u64>, Vec<u64>) = match self.zero_pages {
+            ZeroPageDetection::Multifd => {
+                let page = |offset| part(&view, offset, PAGE as u64);
+                let is_zero = |offset: &u64| page(*offset).map(|page| (is_zero(&page), *offset));
+                let sorted = batch.pages.iter().map(is_zero).collect::<Result<Vec<_>, _>>()?;
+                let of = |zero| sorted.iter().filter(move |page| page.0 == zero).map(|page| page.1).collect();
+                (of(true), of(false))
+            }
+            _ => (Vec::new(), batch.pages.clone()),
+        };
+        let runs = Runs::new(normal.iter().copied(), PageGeometry::X86);
+        let runs = runs.map(|run| part(&view, run.offset, run.len)).collect::<Result<Vec<_>, _>>()?;
+        let len = self.compress(&runs)?.unwrap_or((normal.len() * PAGE) as u64);
+        let packet_num = self.packets.fetch_add(1, Ordering::Relaxed);
+        let pages = Pages { block: &name, normal: &normal, zero: &zero, packet_num };
+        self.encoder.pages(&pages, len, &mut self.header)?;
+        let counts = self.write(&runs)?;
+        Ok(Counts { normal: normal.len() as u64, zero: zero.len() as u64, ..counts })
+    }
+
+    /// Compresses pages into `payload`, from a copy: the guest may be writing to them. `None` without a method.
+    fn compress(&mut self, runs: &[VolatileSlice<'_>]) -> Result<Option<u64>, MigrationError> {
+        let Some(compressor) = &mut self.compressor else { return Ok(None) };
+        self.payload.clear();
+        let mut copy = [0; PAGE];
+        let mut left = runs.iter().map(|run| run.len() / PAGE).sum::<usize>();
+        for run in runs {
+            for at in (0..run.len()).step_by(PAGE) {
+                run.read_slice(&mut copy, at)
+                    .map_err(|error| MigrationError::Guest { doing: "read guest memory", source: error.into() })?;
+                left -= 1;
+                compressor.page(&copy, left == 0, &mut self.payload)?;
+            }
+        }
+        Ok(Some(self.payload.len() as u64))
+    }
+
+    /// Writes the header and what belongs behind it.
+    fn write(&mut self, runs: &[VolatileSlice<'_>]) -> Result<Counts, MigrationError> {
+        let mut parts = vec![Source::bytes(self.header.as_bytes())];
+        match &self.compressor {
+            Some(_) if !runs.is_empty() => parts.push(Source::bytes(&self.payload)),
+            _ => parts.extend(runs.iter().map(Source::guest)),
+        }
+        let bytes = parts.iter().map(|part| part.len() as u64).sum();
+        write_all(self.channel, &mut parts)
+            .map_err(|source| MigrationError::Send { doing: "pages on a page channel", source })?;
+        self.header.clear();
+        Ok(Counts { bytes, ..Counts::default() })
+    }
+}
+
+fn part<'g>(view: &RamView<'g>, offset: u64, len: u64) -> Result<VolatileSlice<'g>, MigrationError> {
+    view.memory
+        .subslice(offset as usize, len as usize)
+        .map_err(|error| MigrationError::Guest { doing: "reach a page of guest memory", source: error.into() })
+}

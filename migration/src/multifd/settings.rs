@@ -1,0 +1,62 @@
+//! What both sides of a migration have agreed on about its page channels.
+
+use crate::{Capabilities, Parameters};
+use qevm_multifd::{ChannelOptions, Compression, EncoderOptions, PacketLayout, Uuid};
+use qevm_wire::{PageGeometry, Profile, profile::ZeroPageDetection};
+
+/// How page channels are used in one migration.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Settings {
+    /// How many there are, 1 to 255.
+    pub(crate) channels: u8,
+    /// Method of all payloads.
+    pub(crate) compression: Compression,
+    /// Level of the method, where it has one.
+    pub(crate) level: Option<i32>,
+    /// Who looks for zero pages.
+    pub(crate) zero_pages: ZeroPageDetection,
+    /// What the release at the other end reads.
+    pub(crate) layout: PacketLayout,
+}
+
+impl Settings {
+    /// The settings of a migration, `None` if it has no page channels.
+    pub(crate) fn of(capabilities: Capabilities, parameters: &Parameters, profile: &Profile) -> Option<Self> {
+        let level = match parameters.multifd_compression {
+            Compression::Zlib => Some(i32::from(parameters.multifd_zlib_level)),
+            Compression::Zstd => Some(i32::from(parameters.multifd_zstd_level)),
+            _ => None,
+        };
+        let layout = PacketLayout::of(profile);
+        let zero_pages = match parameters.zero_page_detection {
+            // Releases before 9.0 have no room for zero pages in their packets.
+            ZeroPageDetection::Multifd if layout == PacketLayout::Pages => ZeroPageDetection::Legacy,
+            mode => mode,
+        };
+        capabilities.multifd.then_some(Settings {
+            channels: parameters.multifd_channels,
+            compression: parameters.multifd_compression,
+            level,
+            zero_pages,
+            layout,
+        })
+    }
+
+    /// How packets are written.
+    pub(crate) fn encoder(&self) -> EncoderOptions {
+        EncoderOptions { layout: self.layout, pages: PageGeometry::X86, compression: self.compression }
+    }
+
+    /// How packets are read.
+    pub(crate) fn decoder(&self) -> ChannelOptions {
+        ChannelOptions {
+            channels: Some(self.channels),
+            // This machine has none, as a QEMU without `-uuid`.
+            uuid: Some(Uuid::default()),
+            compression: Some(self.compression),
+            // No device of this machine sends its state beside the pages.
+            device_state: false,
+            ..ChannelOptions::default()
+        }
+    }
+}

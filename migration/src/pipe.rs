@@ -1,0 +1,352 @@
+//! Channels that are no sockets: commands, pipes and files.
+
+use super::{
+    Channel,
+    channel::{MAX_PARTS, Source, Target},
+};
+use std::{
+    fs::File,
+    io,
+    os::{
+        fd::{AsRawFd, OwnedFd, RawFd},
+        unix::fs::FileTypeExt,
+    },
+    process::{Child, Command, ExitStatus, Stdio},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    thread,
+    time::{Duration, Instant},
+};
+use vmm_sys_util::eventfd::EventFd;
+
+/// How long a command may take to end when it has everything, and what it does then is not known any more.
+const COMMAND_PATIENCE: Duration = Duration::from_secs(5);
+/// How long a command may take to tell why it has ended.
+const STATUS_PATIENCE: Duration = Duration::from_millis(500);
+/// How often a pipe is looked at that is to be read, in ms.
+const READ_POLL: libc::c_int = 2;
+/// How often a command is asked for its status.
+const STATUS_POLL: Duration = Duration::from_millis(2);
+
+/// A channel over one or two descriptors that are no sockets.
+#[derive(Debug)]
+pub struct Pipe {
+    reader: Mutex<Option<Arc<OwnedFd>>>,
+    writer: Mutex<Option<Arc<OwnedFd>>>,
+    /// Readable when there is nothing more to be read.
+    reading_ends: EventFd,
+    /// Readable when nothing more may be written.
+    writing_ends: EventFd,
+    command: Mutex<Option<Child>>,
+    /// What was written can be told from what was read.
+    fifo: bool,
+}
+
+impl Pipe {
+    /// A pipe, a file or a device, for what it is open for. Waiting for a pipe can be ended, for which it is made non-blocking.
+    ///
+    /// # Errors
+    /// The system's.
+    pub fn new(fd: OwnedFd) -> io::Result<Self> {
+        let fd = Arc::new(fd);
+        let access = flags(&fd)? & libc::O_ACCMODE;
+        let file_type = File::from(fd.try_clone()?).metadata()?.file_type();
+        if file_type.is_fifo() || file_type.is_char_device() {
+            do_not_block(&fd)?;
+        }
+        let reader = (access != libc::O_WRONLY).then(|| fd.clone());
+        let writer = (access != libc::O_RDONLY).then_some(fd);
+        Self::over(reader, writer, None, file_type.is_fifo())
+    }
+
+    /// Starts a command: what is written goes to its standard input, what is read comes from its standard output.
+    ///
+    /// # Errors
+    /// The system's.
+    pub fn command(words: &[String]) -> io::Result<Self> {
+        let (program, arguments) = words.split_first().ok_or(io::ErrorKind::InvalidInput)?;
+        let mut command = Command::new(program);
+        command.args(arguments).stdin(Stdio::piped()).stdout(Stdio::piped());
+        let mut child = command.spawn()?;
+        let writer = child.stdin.take().map(|stdin| Arc::new(OwnedFd::from(stdin)));
+        let reader = child.stdout.take().map(|stdout| Arc::new(OwnedFd::from(stdout)));
+        for end in [&reader, &writer].into_iter().flatten() {
+            do_not_block(end)?;
+        }
+        Self::over(reader, writer, Some(child), true)
+    }
+
+    fn over(
+        reader: Option<Arc<OwnedFd>>,
+        writer: Option<Arc<OwnedFd>>,
+        command: Option<Child>,
+        fifo: bool,
+    ) -> io::Result<Self> {
+        Ok(Pipe {
+            reader: Mutex::new(reader),
+            writer: Mutex::new(writer),
+            reading_ends: EventFd::new(libc::EFD_NONBLOCK)?,
+            writing_ends: EventFd::new(libc::EFD_NONBLOCK)?,
+            command: Mutex::new(command),
+            fifo,
+        })
+    }
+
+    /// Whether it can be read from, and written to.
+    pub(crate) fn directions(&self) -> (bool, bool) {
+        (lock(&self.reader).is_some(), lock(&self.writer).is_some())
+    }
+
+    /// Waits until the pipe is empty.
+    fn wait_until_read(&self) -> io::Result<()> {
+        let Some(fd) = lock(&self.writer).clone() else { return Err(io::ErrorKind::BrokenPipe.into()) };
+        while self.backlog()? > 0 {
+            let entry = |fd, events| libc::pollfd { fd, events, revents: 0 };
+            // That nobody reads any more is told unasked.
+            let mut entries = [entry(self.writing_ends.as_raw_fd(), libc::POLLIN), entry(fd.as_raw_fd(), 0)];
+            // SAFETY: the entries are valid for writing, and as many as is said.
+            match unsafe { libc::poll(entries.as_mut_ptr(), entries.len() as libc::nfds_t, READ_POLL) } {
+                -1 => match io::Error::last_os_error() {
+                    error if error.kind() == io::ErrorKind::Interrupted => {}
+                    error => return Err(error),
+                },
+                _ if entries[0].revents != 0 => return Err(io::ErrorKind::ConnectionAborted.into()),
+                _ if entries[1].revents & libc::POLLERR != 0 && self.backlog()? > 0 => {
+                    return Err(io::ErrorKind::BrokenPipe.into());
+                }
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+
+    /// How the command has ended, if there is one and it has or does within `patience`.
+    fn status(&self, patience: Duration) -> io::Result<Option<ExitStatus>> {
+        let deadline = Instant::now() + patience;
+        loop {
+            let status = match &mut *lock(&self.command) {
+                None => return Ok(None),
+                Some(child) => child.try_wait()?,
+            };
+            if status.is_some() || Instant::now() >= deadline {
+                return Ok(status);
+            }
+            thread::sleep(STATUS_POLL);
+        }
+    }
+
+    /// An error that says how the command has ended, if it has failed.
+    fn failure(&self, patience: Duration) -> Option<io::Error> {
+        let status = self.status(patience).ok().flatten().filter(|status| !status.success())?;
+        Some(io::Error::other(format!("the command has ended with {status}")))
+    }
+}
+
+impl Channel for Pipe {
+    fn write(&self, parts: &[Source<'_>]) -> io::Result<usize> {
+        let Some(fd) = lock(&self.writer).clone() else { return Err(io::ErrorKind::BrokenPipe.into()) };
+        loop {
+            if wait(fd.as_raw_fd(), libc::POLLOUT, &self.writing_ends)? {
+                return Err(io::ErrorKind::BrokenPipe.into());
+            }
+            let count = parts.len().min(MAX_PARTS) as libc::c_int;
+            // SAFETY: `Source` is a transparent iovec whose memory lives as long as its lifetime says; the kernel only reads it.
+            let written = unsafe { libc::writev(fd.as_raw_fd(), parts.as_ptr().cast(), count) };
+            match usize::try_from(written) {
+                Ok(written) => return Ok(written),
+                Err(_) => match io::Error::last_os_error() {
+                    error if error.kind() == io::ErrorKind::WouldBlock => {}
+                    error if error.kind() == io::ErrorKind::BrokenPipe => {
+                        return Err(self.failure(STATUS_PATIENCE).unwrap_or(error));
+                    }
+                    error => return Err(error),
+                },
+            }
+        }
+    }
+
+    fn read(&self, parts: &mut [Target<'_>]) -> io::Result<usize> {
+        let Some(fd) = lock(&self.reader).clone() else { return Err(io::Error::from_raw_os_error(libc::EBADF)) };
+        loop {
+            if wait(fd.as_raw_fd(), libc::POLLIN, &self.reading_ends)? {
+                return Ok(0);
+            }
+            let count = parts.len().min(MAX_PARTS) as libc::c_int;
+            // SAFETY: `Target` is a transparent iovec over memory that is writable as long as its lifetime says, borrowed
+            // exclusively or, for guest memory, open to changes at any time.
+            let read = unsafe { libc::readv(fd.as_raw_fd(), parts.as_mut_ptr().cast(), count) };
+            match usize::try_from(read) {
+                Ok(0) => return self.failure(STATUS_PATIENCE).map_or(Ok(0), Err),
+                Ok(read) => return Ok(read),
+                Err(_) => match io::Error::last_os_error() {
+                    error if error.kind() == io::ErrorKind::WouldBlock => {}
+                    error => return Err(error),
+                },
+            }
+        }
+    }
+
+    fn backlog(&self) -> io::Result<u64> {
+        let Some(fd) = lock(&self.writer).clone().filter(|_| self.fifo) else { return Ok(0) };
+        let mut unread: libc::c_int = 0;
+        // SAFETY: the call writes an int where it is told to.
+        match unsafe { libc::ioctl(fd.as_raw_fd(), libc::FIONREAD, &raw mut unread) } {
+            0 => Ok(u64::try_from(unread).unwrap_or(0)),
+            _ => Err(io::Error::last_os_error()),
+        }
+    }
+
+    fn settle(&self) -> io::Result<()> {
+        if lock(&self.command).is_none() {
+            self.wait_until_read()?;
+        }
+        self.finish_writing();
+        match self.status(COMMAND_PATIENCE)? {
+            Some(status) if !status.success() => Err(io::Error::other(format!("the command has ended with {status}"))),
+            None if lock(&self.command).is_some() => {
+                tracing::warn!("the command has everything and goes on; whether it succeeds is not known");
+                Ok(())
+            }
+            _ => Ok(()),
+        }
+    }
+
+    fn answers(&self) -> bool {
+        self.directions().1
+    }
+
+    fn finish_writing(&self) {
+        // The descriptor is closed when nobody writes to it any more, and the other end reads to the end.
+        *lock(&self.writer) = None;
+    }
+
+    fn stop_reading(&self) {
+        signal(&self.reading_ends);
+    }
+
+    fn close(&self) {
+        signal(&self.reading_ends);
+        signal(&self.writing_ends);
+        *lock(&self.writer) = None;
+        *lock(&self.reader) = None;
+        if let Some(child) = &mut *lock(&self.command)
+            && matches!(child.try_wait(), Ok(None))
+        {
+            // SAFETY: the process is a child that has not been waited for, so its number is not another's.
+            unsafe { libc::kill(child.id() as libc::pid_t, libc::SIGTERM) };
+        }
+    }
+}
+
+impl Drop for Pipe {
+    fn drop(&mut self) {
+        *lock(&self.writer) = None;
+        *lock(&self.reader) = None;
+        if let Some(mut child) = lock(&self.command).take()
+            && matches!(child.try_wait(), Ok(None))
+        {
+            // It ends when it likes to, and leaves no zombie.
+            thread::spawn(move || child.wait());
+        }
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn signal(event: &EventFd) {
+    if let Err(error) = event.write(1) {
+        tracing::error!(%error, "a channel cannot be ended");
+    }
+}
+
+/// Waits until `fd` is ready, or says that `end` was signalled.
+fn wait(fd: RawFd, events: libc::c_short, end: &EventFd) -> io::Result<bool> {
+    let entry = |fd, events| libc::pollfd { fd, events, revents: 0 };
+    let mut entries = [entry(end.as_raw_fd(), libc::POLLIN), entry(fd, events)];
+    // SAFETY: the entries are valid for writing, and as many as is said.
+    match unsafe { libc::poll(entries.as_mut_ptr(), entries.len() as libc::nfds_t, -1) } {
+        -1 => Err(io::Error::last_os_error()),
+        _ => Ok(entries[0].revents != 0),
+    }
+}
+
+fn flags(fd: &OwnedFd) -> io::Result<libc::c_int> {
+    // SAFETY: only asks for the flags of a descriptor that we own.
+    match unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_GETFL) } {
+        -1 => Err(io::Error::last_os_error()),
+        flags => Ok(flags),
+    }
+}
+
+fn do_not_block(fd: &OwnedFd) -> io::Result<()> {
+    // SAFETY: sets the flags of a descriptor that we own.
+    match unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_SETFL, flags(fd)? | libc::O_NONBLOCK) } {
+        -1 => Err(io::Error::last_os_error()),
+        _ => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::channel::{read_at_least, write_all};
+
+    fn shell(command: &str) -> Pipe {
+        Pipe::command(&["/bin/sh", "-c", command].map(String::from)).unwrap()
+    }
+
+    #[test]
+    fn a_command_is_written_to_and_read_from() {
+        let cat = shell("cat");
+        write_all(&cat, &mut [Source::bytes(b"hello")]).unwrap();
+        cat.settle().unwrap();
+        let mut answer = [0; 8];
+        assert_eq!(read_at_least(&cat, &mut [Target::bytes(&mut answer)], 8).unwrap(), 5);
+        assert_eq!(&answer[..5], b"hello");
+    }
+
+    #[test]
+    fn a_command_that_fails_says_how() {
+        let failing = shell("cat > /dev/null; exit 3");
+        write_all(&failing, &mut [Source::bytes(b"hello")]).unwrap();
+        assert!(failing.settle().unwrap_err().to_string().contains("exit status: 3"));
+        let gone = shell("exit 4");
+        // A command may close its ends before it ends, and a busy machine may take its time between.
+        while gone.status(Duration::ZERO).unwrap().is_none() {
+            thread::yield_now();
+        }
+        let mut byte = [0];
+        let error = gone.read(&mut [Target::bytes(&mut byte)]).unwrap_err();
+        assert!(error.to_string().contains("exit status: 4"), "{error}");
+        let error = loop {
+            // The first bytes may find room in the pipe.
+            if let Err(error) = write_all(&gone, &mut [Source::bytes(&[0; 1 << 17])]) {
+                break error;
+            }
+        };
+        assert!(error.to_string().contains("exit status: 4"), "{error}");
+    }
+
+    #[test]
+    fn closing_wakes_who_waits() {
+        let silent = shell("sleep 60");
+        thread::scope(|scope| {
+            let reader = scope.spawn(|| silent.read(&mut [Target::bytes(&mut [0])]));
+            let writer = scope.spawn(|| write_all(&silent, &mut [Source::bytes(&vec![0; 1 << 20])]));
+            thread::sleep(Duration::from_millis(20));
+            silent.close();
+            assert_eq!(reader.join().unwrap().unwrap(), 0);
+            assert_eq!(writer.join().unwrap().unwrap_err().kind(), io::ErrorKind::BrokenPipe);
+        });
+        assert!(silent.status(COMMAND_PATIENCE).unwrap().is_some(), "the command was ended");
+    }
+
+    #[test]
+    fn a_device_is_used_as_it_was_opened() {
+        let full = Pipe::new(File::options().write(true).open("/dev/full").unwrap().into()).unwrap();
+        let error = write_all(&full, &mut [Source::bytes(b"x")]).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::StorageFull);
+        assert!(full.read(&mut [Target::bytes(&mut [0])]).is_err());
+    }
+}

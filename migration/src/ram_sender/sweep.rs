@@ -1,0 +1,364 @@
+//! Which pages are sent in which order, and which wait. Knows nothing of their content.
+//!
+//! A sweep takes every page that was dirty at its beginning. The first takes all there are, and long: what the guest writes
+//! meanwhile must be sent again, so a page that it has written to since the beginning waits for the next sweep instead of being
+//! sent twice. [`Sweep::defer`] finds those. It can know only of pages whose log was reset, so [`Sweep::reset_lead`] resets
+//! the log far ahead; and stretches of memory are taken in turns, so that not all of what the guest is busy with comes first,
+//! while nothing is known.
+
+use crate::{DirtyLog, GuestError, bitmap::PageBitmap};
+use std::{ops::Range, time::Duration};
+
+/// The least whose log is reset in one call, in pages.
+const RESET_PAGES: u64 = 256;
+/// The most that is reset in one call, in `RESET_PAGES`: 16 MiB (QEMU's `x-clear-bitmap-shift` of 18 is 1 GiB).
+const MAX_RESET: u64 = 16;
+/// How long a page may wait for its turn after its log was reset. What the guest writes meanwhile is sent and then sent again,
+/// so little is reset at a time when the link is slow; when it is fast, calls would cost more than that.
+const RESET_AHEAD: Duration = Duration::from_millis(5);
+/// In the first sweep the log is reset so many times as fast as pages are sent…
+const LEAD: u64 = 8;
+/// …from so many pages on.
+const FIRST_LEAD: u64 = 16 << 10;
+/// Pages that the first sweep sends one after another: a huge page.
+const STRETCH: u64 = 512;
+/// In how many turns the first sweep goes through a block: one stretch of so many is sent in each.
+const TURNS: u64 = 16;
+
+/// The pages to send, by block, and where the sweep over them is.
+pub(super) struct Sweep {
+    blocks: Vec<Block>,
+    place: Place,
+    first: bool,
+    /// How much is reset in one call, in [`RESET_PAGES`].
+    reset_ahead: u64,
+    /// Pages that were taken so far.
+    taken: u64,
+    /// Pages that were reset ahead so far, and where to go on.
+    lead: (u64, (usize, u64)),
+}
+
+#[derive(Clone, Copy, Default)]
+struct Place {
+    block: usize,
+    /// In the first sweep, the stretch whose turn it is.
+    stretch: u64,
+    page: u64,
+}
+
+struct Block {
+    /// Pages to send in this sweep.
+    dirty: PageBitmap,
+    /// Pages to send in the next: not in `dirty`.
+    later: PageBitmap,
+    /// Chunks of [`RESET_PAGES`] in which pages were found dirty whose log was not reset since.
+    to_reset: PageBitmap,
+}
+
+impl Sweep {
+    /// Over blocks of so many pages, all of which are to be sent.
+    pub(super) fn new(pages: impl Iterator<Item = u64>) -> Self {
+        let block = |pages: u64| Block {
+            dirty: PageBitmap::full(pages),
+            later: PageBitmap::new(pages),
+            to_reset: PageBitmap::new(pages.div_ceil(RESET_PAGES)),
+        };
+        let blocks = pages.map(block).collect();
+        Sweep { blocks, place: Place::default(), first: true, reset_ahead: MAX_RESET, taken: 0, lead: (0, (0, 0)) }
+    }
+
+    /// Says how many pages per second go out.
+    pub(super) fn expect(&mut self, pages: u64) {
+        let steps = u128::from(pages) * RESET_AHEAD.as_nanos() / 1_000_000_000 / u128::from(RESET_PAGES);
+        self.reset_ahead = u64::try_from(steps).unwrap_or(MAX_RESET).clamp(1, MAX_RESET);
+    }
+
+    /// Pages of each block that are to be sent, in this sweep or later.
+    pub(super) fn remaining(&self) -> impl Iterator<Item = u64> {
+        self.blocks.iter().map(|block| block.dirty.count() + block.later.count())
+    }
+
+    /// Adds what the log has to what is to be sent, and starts a new sweep. Says how many pages were written to since the last.
+    pub(super) fn begin(&mut self, log: &mut dyn DirtyLog) -> Result<u64, GuestError> {
+        let mut new = 0;
+        let blocks = &mut self.blocks;
+        log.read(&mut |block, word_number, word| {
+            let Some(block) = blocks.get_mut(block) else { return };
+            new += block.dirty.merge_word(word_number, word);
+            if word != 0 {
+                block.to_reset.set_range(chunks_of(word_number));
+            }
+        })?;
+        for block in blocks {
+            new += block.dirty.take_all(&mut block.later);
+        }
+        (self.place, self.first) = (Place::default(), self.taken == 0);
+        Ok(new)
+    }
+
+    /// Leaves what the guest has written to since the beginning of the sweep for the next one.
+    pub(super) fn defer(&mut self, log: &mut dyn DirtyLog) -> Result<(), GuestError> {
+        let blocks = &mut self.blocks;
+        log.read(&mut |block, word_number, word| {
+            let Some(block) = blocks.get_mut(block) else { return };
+            // Where the log was not reset it has what was known, and perhaps more: there is time for that in this sweep.
+            if block.to_reset.contains(chunks_of(word_number).start) {
+                block.dirty.merge_word(word_number, word);
+            } else {
+                block.dirty.clear_word(word_number, word);
+                block.later.merge_word(word_number, word);
+            }
+        })
+    }
+
+    /// Resets the log ahead of the sweep, which is the first.
+    pub(super) fn reset_lead(&mut self, log: &mut dyn DirtyLog) -> Result<(), GuestError> {
+        let goal = self.taken.saturating_mul(LEAD).saturating_add(FIRST_LEAD);
+        while self.lead.0 < goal {
+            let (done, (index, from)) = self.lead;
+            let Some(block) = self.blocks.get_mut(index) else { break };
+            let to = (from + MAX_RESET).min(block.to_reset.pages());
+            while let Some(chunks) = block.to_reset.next_run(from..to, MAX_RESET) {
+                block.reset(index, chunks, log)?;
+            }
+            let next = if to == block.to_reset.pages() { (index + 1, 0) } else { (index, to) };
+            self.lead = (done + (to - from) * RESET_PAGES, next);
+        }
+        Ok(())
+    }
+
+    /// Whether the sweep has come to its end.
+    pub(super) fn is_over(&mut self) -> bool {
+        self.next_run(1).is_none()
+    }
+
+    /// Takes the next pages, at most `limit`, out of what is to be sent: block and pages. With `log`, that of the pages is reset
+    /// before; without, the guest stands still. They must be read after this: what changes from here on turns up in the log.
+    pub(super) fn take(
+        &mut self,
+        limit: u64,
+        log: &mut Option<&mut dyn DirtyLog>,
+    ) -> Result<Option<(usize, Range<u64>)>, GuestError> {
+        let Some((index, run)) = self.next_run(limit) else { return Ok(None) };
+        let block = &mut self.blocks[index];
+        if let Some(log) = log {
+            let (first, end) = (run.start / RESET_PAGES, run.end.div_ceil(RESET_PAGES));
+            let next = |block: &Block| block.to_reset.next_run(first..block.to_reset.pages(), self.reset_ahead);
+            while let Some(chunks) = next(block).filter(|chunks| chunks.start < end) {
+                block.reset(index, chunks, *log)?;
+            }
+        }
+        block.dirty.clear_range(run.clone());
+        self.place.page = run.end;
+        self.taken += run.end - run.start;
+        Ok(Some((index, run)))
+    }
+
+    /// The block of the next page to send.
+    pub(super) fn next_block(&mut self) -> Option<usize> {
+        self.next_run(1).map(|(index, _)| index)
+    }
+
+    /// The next pages to send at or behind the place of the sweep, in its order.
+    fn next_run(&mut self, limit: u64) -> Option<(usize, Range<u64>)> {
+        loop {
+            let Place { block, stretch, page } = self.place;
+            let dirty = &self.blocks.get(block)?.dirty;
+            let end = if self.first { (stretch + 1) * STRETCH } else { dirty.pages() };
+            if let Some(run) = dirty.next_run(page..end, limit) {
+                return Some((block, run));
+            }
+            self.place = match self.first.then(|| following(stretch, dirty.pages())).flatten() {
+                Some(stretch) => Place { block, stretch, page: stretch * STRETCH },
+                None => Place { block: block + 1, ..Place::default() },
+            };
+        }
+    }
+}
+
+/// The stretch behind `stretch` in the order of the first sweep over a block.
+fn following(stretch: u64, pages: u64) -> Option<u64> {
+    let turn = stretch % TURNS + 1;
+    let is_there = |stretch: &u64| *stretch * STRETCH < pages;
+    Some(stretch + TURNS).filter(is_there).or(Some(turn).filter(|turn| *turn < TURNS && is_there(turn)))
+}
+
+impl Block {
+    fn reset(&mut self, index: usize, chunks: Range<u64>, log: &mut dyn DirtyLog) -> Result<(), GuestError> {
+        log.reset(index, chunks.start * RESET_PAGES..(chunks.end * RESET_PAGES).min(self.dirty.pages()))?;
+        self.to_reset.clear_range(chunks);
+        Ok(())
+    }
+}
+
+/// The chunk that a word of the log belongs to.
+fn chunks_of(word_number: usize) -> Range<u64> {
+    let chunk = word_number as u64 * u64::from(u64::BITS) / RESET_PAGES;
+    chunk..chunk + 1
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    const PAGES: u64 = 10_240;
+
+    /// A guest's writes to one block, as KVM logs them.
+    #[derive(Default)]
+    struct Log {
+        written: Vec<u64>,
+        /// Reading takes out of the log, as with dirty rings; otherwise resetting does.
+        consumed: bool,
+        reported: Vec<u64>,
+        resets: Vec<Range<u64>>,
+    }
+
+    impl Log {
+        fn new(consumed: bool) -> Log {
+            let all = if consumed { 0 } else { u64::MAX };
+            Log { written: vec![all; PAGES as usize / 64], consumed, ..Log::default() }
+        }
+
+        fn write(&mut self, page: u64) {
+            self.written[page as usize / 64] |= 1 << (page % 64);
+        }
+    }
+
+    impl DirtyLog for Log {
+        fn read(&mut self, found: &mut dyn FnMut(usize, usize, u64)) -> Result<(), GuestError> {
+            self.reported = self.written.clone();
+            if self.consumed {
+                self.written.fill(0);
+            }
+            self.reported.iter().enumerate().for_each(|(index, word)| found(0, index, *word));
+            Ok(())
+        }
+
+        fn reset(&mut self, _: usize, pages: Range<u64>) -> Result<(), GuestError> {
+            for index in pages.start as usize / 64..pages.end as usize / 64 {
+                self.written[index] &= if self.consumed { u64::MAX } else { !self.reported[index] };
+            }
+            self.resets.push(pages);
+            Ok(())
+        }
+    }
+
+    fn begun(log: &mut Log) -> Sweep {
+        let mut sweep = Sweep::new([PAGES].into_iter());
+        sweep.begin(log).unwrap();
+        sweep
+    }
+
+    fn take_all(sweep: &mut Sweep, log: &mut Log) -> Vec<Range<u64>> {
+        let mut next = || sweep.take(u64::MAX, &mut Some(&mut *log)).unwrap();
+        std::iter::from_fn(|| next().map(|(_, run)| run)).collect()
+    }
+
+    #[test]
+    fn the_first_sweep_takes_huge_pages_in_turns_and_the_second_goes_straight() {
+        let mut log = Log::new(false);
+        let mut sweep = begun(&mut log);
+        let stretches = (0..16).flat_map(|turn| (turn..20).step_by(16)).map(|at| at * 512..(at + 1) * 512);
+        assert_eq!(take_all(&mut sweep, &mut log), stretches.collect::<Vec<_>>());
+        assert!(sweep.is_over());
+        (600..1800).for_each(|page| log.write(page));
+        assert_eq!(sweep.begin(&mut log).unwrap(), 1200);
+        assert_eq!(take_all(&mut sweep, &mut log), vec![600..1800; 1]);
+    }
+
+    #[test]
+    fn a_slow_link_resets_little_ahead_and_a_fast_one_much() {
+        let steps = |step: usize| (0..PAGES).step_by(step).map(move |at| at..(at + step as u64).min(PAGES));
+        for (pages_per_second, pages) in [(None, 4096), (Some(u64::MAX), 4096), (Some(1), 256), (Some(110_000), 512)] {
+            let mut log = Log::new(false);
+            let mut sweep = begun(&mut log);
+            take_all(&mut sweep, &mut log);
+            (0..PAGES).for_each(|page| log.write(page));
+            sweep.begin(&mut log).unwrap();
+            log.resets.clear();
+            if let Some(pages) = pages_per_second {
+                sweep.expect(pages);
+            }
+            take_all(&mut sweep, &mut log);
+            assert_eq!(log.resets, steps(pages).collect::<Vec<_>>(), "{pages_per_second:?}");
+        }
+    }
+
+    #[test]
+    fn what_is_written_before_its_turn_is_sent_once() {
+        for consumed in [false, true] {
+            let mut log = Log::new(consumed);
+            let mut sweep = begun(&mut log);
+            sweep.reset_lead(&mut log).unwrap();
+            sweep.take(512, &mut Some(&mut log)).unwrap();
+            // The first has had its turn, the second has not.
+            [3, 5000].into_iter().for_each(|page| log.write(page));
+            sweep.defer(&mut log).unwrap();
+            assert_eq!(sweep.remaining().sum::<u64>(), PAGES - 512 + 1);
+            let taken = take_all(&mut sweep, &mut log);
+            assert!(taken.iter().all(|run| !run.contains(&3) && !run.contains(&5000)), "{taken:?}");
+            assert_eq!(sweep.begin(&mut log).unwrap(), 2);
+            assert_eq!(take_all(&mut sweep, &mut log), [3..4, 5000..5001]);
+        }
+    }
+
+    #[derive(Debug, Clone)]
+    enum Step {
+        Write(u64),
+        Take(u64),
+        Look,
+        Begin,
+    }
+
+    fn step() -> impl Strategy<Value = Step> {
+        prop_oneof![
+            4 => (0..PAGES).prop_map(Step::Write),
+            4 => (1..2000u64).prop_map(Step::Take),
+            1 => Just(Step::Look),
+            1 => Just(Step::Begin),
+        ]
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(1000))]
+
+        #[test]
+        fn no_write_is_lost(consumed: bool, steps in prop::collection::vec(step(), 0..120)) {
+            let (mut here, mut there) = (vec![1; PAGES as usize], vec![0; PAGES as usize]);
+            let mut log = Log::new(consumed);
+            let mut sweep = begun(&mut log);
+            let mut send = |run: Range<u64>, here: &[u32]| {
+                let run = run.start as usize..run.end as usize;
+                there[run.clone()].copy_from_slice(&here[run]);
+            };
+            for step in steps {
+                match step {
+                    Step::Write(page) => {
+                        here[page as usize] += 1;
+                        log.write(page);
+                    }
+                    Step::Take(limit) => {
+                        if let Some((_, run)) = sweep.take(limit, &mut Some(&mut log)).unwrap() {
+                            send(run, &here);
+                        }
+                    }
+                    Step::Look => {
+                        sweep.defer(&mut log).unwrap();
+                        sweep.reset_lead(&mut log).unwrap();
+                    }
+                    Step::Begin => {
+                        sweep.begin(&mut log).unwrap();
+                    }
+                }
+            }
+            // The guest stands still.
+            sweep.begin(&mut log).unwrap();
+            while let Some((_, run)) = sweep.take(u64::MAX, &mut None).unwrap() {
+                send(run, &here);
+            }
+            prop_assert_eq!(sweep.remaining().sum::<u64>(), 0);
+            prop_assert!(here == there);
+        }
+    }
+}

@@ -1,0 +1,422 @@
+//! Channels that are sockets: TCP and AF_UNIX.
+
+use super::{
+    Address, Channel, MigrationError,
+    channel::{MAX_PARTS, Source, Target},
+};
+use rustix::{
+    event::{PollFd, PollFlags, Timespec, poll},
+    fs::{Mode, fchmod},
+    net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, listen, socket_with},
+};
+use std::{
+    fmt, fs, io,
+    io::Read,
+    net::{Shutdown, SocketAddr, TcpListener, TcpStream},
+    os::{
+        fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd},
+        unix::net::{UnixListener, UnixStream},
+    },
+    path::Path,
+    sync::Arc,
+    time::Duration,
+};
+
+/// A connected socket.
+#[derive(Debug)]
+pub enum Socket {
+    /// TCP, with Nagle's delay off: the last bytes of a migration are on the critical path of the downtime.
+    Tcp(TcpStream),
+    /// AF_UNIX.
+    Unix(UnixStream),
+}
+
+impl Socket {
+    /// Connects to a destination.
+    ///
+    /// # Errors
+    /// [`MigrationError::Connect`] with the system's reason.
+    pub fn connect(address: &Address) -> Result<Arc<dyn Channel>, MigrationError> {
+        let connected = match address {
+            Address::Tcp { host, port } => {
+                let host = if host.is_empty() { "localhost" } else { host };
+                TcpStream::connect((host, *port)).and_then(Socket::tcp)
+            }
+            Address::Unix(path) => UnixStream::connect(path).map(Socket::Unix),
+            _ => Err(io::ErrorKind::Unsupported.into()),
+        };
+        match connected {
+            Ok(socket) => Ok(Arc::new(socket)),
+            Err(source) => Err(MigrationError::Connect { address: address.clone(), source }),
+        }
+    }
+
+    /// Takes over a connected socket that somebody else has opened.
+    ///
+    /// # Errors
+    /// The system's: it is not connected, for example.
+    pub(crate) fn adopt(fd: OwnedFd) -> io::Result<Socket> {
+        let stream = UnixStream::from(fd);
+        stream.set_nonblocking(false)?;
+        // SAFETY: all bits zero are an address of no family.
+        let mut address: libc::sockaddr_storage = unsafe { std::mem::zeroed() };
+        let mut len = size_of_val(&address) as libc::socklen_t;
+        // SAFETY: there is room for so many bytes.
+        if unsafe { libc::getpeername(stream.as_raw_fd(), (&raw mut address).cast(), &raw mut len) } != 0 {
+            return Err(io::Error::last_os_error());
+        }
+        match libc::c_int::from(address.ss_family) {
+            libc::AF_INET | libc::AF_INET6 => Socket::tcp(TcpStream::from(OwnedFd::from(stream))),
+            _ => Ok(Socket::Unix(stream)),
+        }
+    }
+
+    fn tcp(stream: TcpStream) -> io::Result<Socket> {
+        let socket = Socket::Tcp(stream);
+        socket.prepare()?;
+        Ok(socket)
+    }
+
+    /// Sets a connected socket up for a migration.
+    ///
+    /// # Errors
+    /// The system's: it is not connected any more, for example.
+    pub(crate) fn prepare(&self) -> io::Result<()> {
+        let Socket::Tcp(stream) = self else { return Ok(()) };
+        stream.set_nodelay(true)?;
+        if stream.peer_addr()?.ip() == stream.local_addr()?.ip() {
+            shorten(stream)?;
+        }
+        Ok(())
+    }
+
+    pub(crate) fn set_nonblocking(&self, on: bool) -> io::Result<()> {
+        match self {
+            Socket::Tcp(stream) => stream.set_nonblocking(on),
+            Socket::Unix(stream) => stream.set_nonblocking(on),
+        }
+    }
+
+    /// Reads into bytes of ours; as [`Channel::read`].
+    pub(crate) fn receive(&self, bytes: &mut [u8]) -> io::Result<usize> {
+        match self {
+            Socket::Tcp(stream) => (&*stream).read(bytes),
+            Socket::Unix(stream) => (&*stream).read(bytes),
+        }
+    }
+
+    pub(crate) fn as_fd(&self) -> BorrowedFd<'_> {
+        match self {
+            Socket::Tcp(stream) => stream.as_fd(),
+            Socket::Unix(stream) => stream.as_fd(),
+        }
+    }
+
+    fn fd(&self) -> RawFd {
+        self.as_fd().as_raw_fd()
+    }
+
+    fn shutdown(&self, how: Shutdown) {
+        // A socket that the peer has closed already cannot be shut down, which is as well.
+        let _ = match self {
+            Socket::Tcp(stream) => stream.shutdown(how),
+            Socket::Unix(stream) => stream.shutdown(how),
+        };
+    }
+}
+
+/// Bytes that a sender may have on the way to a peer on its own host.
+static LOCAL_BUFFER: libc::c_int = 64 << 10;
+
+/// Keeps little on the way to a peer on the same host, so that what the sender has copied is still in the processor's cache when
+/// the receiver copies it. Between hosts the kernel sizes the buffer to the link.
+fn shorten(stream: &TcpStream) -> io::Result<()> {
+    let len = size_of_val(&LOCAL_BUFFER) as libc::socklen_t;
+    let value = (&raw const LOCAL_BUFFER).cast();
+    // SAFETY: the value is an int of that length, which the kernel reads.
+    match unsafe { libc::setsockopt(stream.as_raw_fd(), libc::SOL_SOCKET, libc::SO_SNDBUF, value, len) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+impl Channel for Socket {
+    fn write(&self, parts: &[Source<'_>]) -> io::Result<usize> {
+        let message = libc::msghdr {
+            msg_name: std::ptr::null_mut(),
+            msg_namelen: 0,
+            msg_iov: parts.as_ptr().cast_mut().cast(),
+            msg_iovlen: parts.len().min(MAX_PARTS),
+            msg_control: std::ptr::null_mut(),
+            msg_controllen: 0,
+            msg_flags: 0,
+        };
+        // SAFETY: `Source` is a transparent iovec whose memory lives as long as its lifetime says; the kernel only
+        // reads it. A peer that is gone gives EPIPE instead of a signal.
+        let written = unsafe { libc::sendmsg(self.fd(), &message, libc::MSG_NOSIGNAL) };
+        usize::try_from(written).map_err(|_| io::Error::last_os_error())
+    }
+
+    fn read(&self, parts: &mut [Target<'_>]) -> io::Result<usize> {
+        let count = parts.len().min(MAX_PARTS) as libc::c_int;
+        // SAFETY: `Target` is a transparent iovec over memory that is writable as long as its lifetime says, borrowed
+        // exclusively or, for guest memory, open to changes at any time.
+        let read = unsafe { libc::readv(self.fd(), parts.as_mut_ptr().cast(), count) };
+        usize::try_from(read).map_err(|_| io::Error::last_os_error())
+    }
+
+    fn backlog(&self) -> io::Result<u64> {
+        let mut bytes: libc::c_int = 0;
+        // SAFETY: the call writes an int where it is told to.
+        match unsafe { libc::ioctl(self.fd(), libc::TIOCOUTQ, &raw mut bytes) } {
+            0 => Ok(u64::try_from(bytes).unwrap_or(0)),
+            _ => Err(io::Error::last_os_error()),
+        }
+    }
+
+    fn is_open(&self) -> io::Result<bool> {
+        let error = match self {
+            Socket::Tcp(stream) => stream.take_error(),
+            Socket::Unix(stream) => stream.take_error(),
+        };
+        if let Some(error) = error? {
+            return Err(error);
+        }
+        let mut entries = [PollFd::from_borrowed_fd(self.as_fd(), PollFlags::RDHUP)];
+        poll(&mut entries, Some(&Timespec::default()))?;
+        Ok(entries[0].revents().is_empty())
+    }
+
+    fn limit_silence(&self, limit: Option<Duration>) -> io::Result<()> {
+        match self {
+            Socket::Tcp(stream) => stream.set_read_timeout(limit),
+            Socket::Unix(stream) => stream.set_read_timeout(limit),
+        }
+    }
+
+    fn settle(&self) -> io::Result<()> {
+        self.finish_writing();
+        let mut answer = [0; 512];
+        loop {
+            match self.read(&mut [Target::bytes(&mut answer)]) {
+                Ok(0) => break,
+                Ok(_) => {}
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                // That is what a peer's end of a UNIX socket does which is closed before it was read to its end.
+                Err(error) if matches!(self, Socket::Unix(_)) && error.kind() == io::ErrorKind::ConnectionReset => {
+                    return Err(io::ErrorKind::BrokenPipe.into());
+                }
+                Err(error) => return Err(error),
+            }
+        }
+        match self.backlog()? {
+            0 => Ok(()),
+            _ => Err(io::Error::new(io::ErrorKind::UnexpectedEof, "the peer has closed before it had everything")),
+        }
+    }
+
+    fn finish_writing(&self) {
+        self.shutdown(Shutdown::Write);
+    }
+
+    fn stop_reading(&self) {
+        self.shutdown(Shutdown::Read);
+    }
+
+    fn close(&self) {
+        self.shutdown(Shutdown::Both);
+    }
+}
+
+/// Connections that may wait to be accepted: the main channel and 255 page channels, which a source opens at once, behind as many
+/// others as the system allows.
+const BACKLOG: i32 = 4096;
+
+/// A socket at `path` to which only its owner can connect, whatever the umask is.
+fn private(path: &Path) -> io::Result<UnixListener> {
+    let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None)?;
+    // The file takes over the mode that the socket has now: it never has another.
+    fchmod(&socket, Mode::RUSR | Mode::WUSR)?;
+    bind(&socket, &SocketAddrUnix::new(path)?)?;
+    listen(&socket, BACKLOG)?;
+    Ok(socket.into())
+}
+
+/// Who has connected.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Caller {
+    /// From that address.
+    Tcp(SocketAddr),
+    /// Over a UNIX socket.
+    Unix,
+}
+
+impl fmt::Display for Caller {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Caller::Tcp(address) => address.fmt(f),
+            Caller::Unix => f.write_str("a process of this host"),
+        }
+    }
+}
+
+/// A socket that waits for a source.
+#[derive(Debug)]
+pub struct Listener {
+    socket: Listening,
+    address: Address,
+}
+
+#[derive(Debug)]
+enum Listening {
+    Tcp(TcpListener),
+    Unix(UnixListener),
+}
+
+impl Listener {
+    /// Listens at `address`. A UNIX socket left behind by a process that is gone is replaced.
+    ///
+    /// # Errors
+    /// [`MigrationError::Listen`] with the system's reason.
+    pub fn bind(address: &Address) -> Result<Self, MigrationError> {
+        let failed = |source| MigrationError::Listen { address: address.clone(), source };
+        let listener = Self::open(address).map_err(failed)?;
+        // A second call only changes the length of its queue.
+        listen(listener.as_fd(), BACKLOG).map_err(|error| failed(error.into()))?;
+        Ok(listener)
+    }
+
+    pub(crate) fn as_fd(&self) -> BorrowedFd<'_> {
+        match &self.socket {
+            Listening::Tcp(socket) => socket.as_fd(),
+            Listening::Unix(socket) => socket.as_fd(),
+        }
+    }
+
+    fn open(address: &Address) -> io::Result<Self> {
+        match address {
+            Address::Tcp { host, port } => {
+                let any = if host.is_empty() { "::" } else { host };
+                let socket = match TcpListener::bind((any, *port)) {
+                    // A host without IPv6.
+                    Err(_) if host.is_empty() => TcpListener::bind(("0.0.0.0", *port))?,
+                    socket => socket?,
+                };
+                let port = socket.local_addr()?.port();
+                Ok(Listener { socket: Listening::Tcp(socket), address: Address::Tcp { host: host.clone(), port } })
+            }
+            Address::Unix(path) => {
+                if UnixStream::connect(path).is_err_and(|error| error.kind() == io::ErrorKind::ConnectionRefused) {
+                    fs::remove_file(path)?;
+                }
+                let socket = private(path)?;
+                Ok(Listener { socket: Listening::Unix(socket), address: address.clone() })
+            }
+            _ => Err(io::ErrorKind::Unsupported.into()),
+        }
+    }
+
+    /// Where this listens, with the port that was chosen if none was given.
+    pub fn address(&self) -> &Address {
+        &self.address
+    }
+
+    /// Waits for a source.
+    ///
+    /// # Errors
+    /// [`MigrationError::Listen`] with the system's reason.
+    pub fn accept(&self) -> Result<Arc<dyn Channel>, MigrationError> {
+        loop {
+            match self.try_accept() {
+                Ok(Some((socket, _))) => {
+                    socket.prepare().map_err(|error| self.failed(error))?;
+                    return Ok(Arc::new(socket));
+                }
+                Ok(None) => {}
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(source) => return Err(self.failed(source)),
+            }
+        }
+    }
+
+    /// Makes it give nothing at once when nobody waits to be accepted.
+    pub(crate) fn set_nonblocking(&self) -> io::Result<()> {
+        match &self.socket {
+            Listening::Tcp(socket) => socket.set_nonblocking(true),
+            Listening::Unix(socket) => socket.set_nonblocking(true),
+        }
+    }
+
+    /// The next connection, which is to be [prepared](Socket::prepare), if somebody waits to be accepted.
+    ///
+    /// # Errors
+    /// As `accept(2)`.
+    pub(crate) fn try_accept(&self) -> io::Result<Option<(Socket, Caller)>> {
+        let accepted = match &self.socket {
+            Listening::Tcp(socket) => {
+                socket.accept().map(|(stream, caller)| (Socket::Tcp(stream), Caller::Tcp(caller)))
+            }
+            Listening::Unix(socket) => socket.accept().map(|(stream, _)| (Socket::Unix(stream), Caller::Unix)),
+        };
+        match accepted {
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(None),
+            accepted => accepted.map(Some),
+        }
+    }
+
+    pub(crate) fn failed(&self, source: io::Error) -> MigrationError {
+        MigrationError::Listen { address: self.address.clone(), source }
+    }
+}
+
+impl Drop for Listener {
+    fn drop(&mut self) {
+        if let Address::Unix(path) = &self.address {
+            // Somebody may have removed it already.
+            let _ = fs::remove_file(path);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::channel::write_all;
+
+    #[test]
+    fn a_peer_that_is_gone_is_an_error_and_no_signal() {
+        let (a, b) = UnixStream::pair().unwrap();
+        drop(b);
+        let error = write_all(&Socket::Unix(a), &mut [Source::bytes(b"x")]).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::BrokenPipe);
+    }
+
+    #[test]
+    fn the_backlog_is_what_the_peer_has_not_got() {
+        let (a, b) = UnixStream::pair().unwrap();
+        let (a, b) = (Socket::Unix(a), Socket::Unix(b));
+        assert_eq!(a.backlog().unwrap(), 0);
+        write_all(&a, &mut [Source::bytes(&[1; 10_000])]).unwrap();
+        assert!(a.backlog().unwrap() >= 10_000);
+        let mut read = [0; 10_000];
+        assert_eq!(b.read(&mut [Target::bytes(&mut read)]).unwrap(), 10_000);
+        assert_eq!(a.backlog().unwrap(), 0);
+    }
+
+    #[test]
+    fn a_listener_tells_its_port_and_replaces_a_dead_unix_socket() {
+        let tcp = Listener::bind(&"tcp:127.0.0.1:0".parse().unwrap()).unwrap();
+        assert!(matches!(tcp.address(), Address::Tcp { port, .. } if *port != 0));
+        let directory = tempfile::tempdir().unwrap();
+        let address = Address::Unix(directory.path().join("in.sock"));
+        // Dropped without removing its file, as by a process that was killed.
+        drop(UnixListener::bind(directory.path().join("in.sock")).unwrap());
+        let listener = Listener::bind(&address).unwrap();
+        assert!(matches!(Listener::bind(&address), Err(MigrationError::Listen { .. })), "in use");
+        let channel = Socket::connect(&address).unwrap();
+        listener.accept().unwrap();
+        drop(channel);
+        drop(listener);
+        assert!(matches!(Socket::connect(&address), Err(MigrationError::Connect { .. })));
+    }
+}

@@ -1,0 +1,128 @@
+//! What `query-migrate` reports, with QEMU's names (QMP reference of QEMU 11.1).
+
+use std::time::Duration;
+
+/// State of a migration. The names are QEMU's.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[non_exhaustive]
+pub enum Status {
+    /// No migration has been started.
+    #[default]
+    None,
+    /// Connecting, listing RAM blocks.
+    Setup,
+    /// Rounds of dirty pages while the guest runs.
+    Active,
+    /// The guest has stopped and waits for `migrate-continue` (capability `pause-before-switchover`).
+    PreSwitchover,
+    /// The guest has stopped; the rest is on its way.
+    Device,
+    /// The peer has taken over.
+    Completed,
+    /// Something went wrong, and is being cleared up (11.0).
+    Failing,
+    /// Something went wrong; the guest is still here.
+    Failed,
+    /// `migrate_cancel` was given and takes effect.
+    Cancelling,
+    /// Given up on request; the guest is still here.
+    Cancelled,
+}
+
+impl Status {
+    /// QEMU's name.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Status::None => "none",
+            Status::Setup => "setup",
+            Status::Active => "active",
+            Status::PreSwitchover => "pre-switchover",
+            Status::Device => "device",
+            Status::Completed => "completed",
+            Status::Failing => "failing",
+            Status::Failed => "failed",
+            Status::Cancelling => "cancelling",
+            Status::Cancelled => "cancelled",
+        }
+    }
+
+    /// Whether a migration is under way.
+    pub fn is_running(self) -> bool {
+        matches!(self, Status::Setup | Status::Active | Status::PreSwitchover | Status::Device | Status::Cancelling)
+    }
+}
+
+/// Counters of guest memory, `ram` in `query-migrate`.
+#[derive(Debug, Clone, Copy, PartialEq, Default)]
+pub struct RamStatistics {
+    /// Bytes written to the channel since the migration began.
+    pub transferred: u64,
+    /// Bytes of dirty pages still to send.
+    pub remaining: u64,
+    /// Bytes of guest memory.
+    pub total: u64,
+    /// Pages sent as a record of zeroes.
+    pub duplicate: u64,
+    /// Pages sent in full.
+    pub normal: u64,
+    /// Pages per second that the guest dirtied in the last round.
+    pub dirty_pages_rate: u64,
+    /// Megabits per second that went out in the last window.
+    pub mbps: f64,
+    /// How often the dirty log was read.
+    pub dirty_sync_count: u64,
+    /// Bytes per page.
+    pub page_size: u64,
+    /// Pages per second that went out in the last window.
+    pub pages_per_second: u64,
+    /// Bytes sent while the guest ran.
+    pub precopy_bytes: u64,
+    /// Bytes sent while it stood still.
+    pub downtime_bytes: u64,
+}
+
+/// One round: what was sent between two readings of the dirty log.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct RoundStatistics {
+    /// When the round began, counted from the start of the migration.
+    pub start: Duration,
+    /// How long it took, with waiting for the rate limit.
+    pub took: Duration,
+    /// Dirty pages to send when it began.
+    pub pages: u64,
+    /// Bytes written to the channel.
+    pub bytes: u64,
+    /// Bytes per second that the guest dirtied during the round.
+    pub dirty_rate: u64,
+}
+
+/// Everything about a migration that can be asked for.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub struct Statistics {
+    /// State of the migration.
+    pub status: Status,
+    /// Guest memory.
+    pub ram: RamStatistics,
+    /// Time since the start, or up to the end.
+    pub total_time: Duration,
+    /// From the start to the first page.
+    pub setup_time: Duration,
+    /// From stopping the guest to the destination's verdict, or to the end of the stream where there is none.
+    pub downtime: Option<Duration>,
+    /// How long the guest would have stood still if stopped at the last reading of the dirty log.
+    pub expected_downtime: Duration,
+    /// `CLOCK_MONOTONIC` when the last vCPU had stopped.
+    pub stopped_at: Option<Duration>,
+    /// For how many per cent of their time the vCPUs stand still, once `auto-converge` has slowed them down.
+    pub throttled: Option<u8>,
+    /// Bytes that remained of devices whose state goes in parts, when that was last reckoned.
+    pub devices_remaining: u64,
+    /// Bytes of such devices' state that were sent.
+    pub device_bytes: u64,
+    /// Why the migration failed.
+    pub error: Option<String>,
+    /// What does not shrink, when the guest dirties faster than the link carries.
+    pub stalled: Option<String>,
+    /// Every round so far.
+    pub rounds: Vec<RoundStatistics>,
+}

@@ -1,0 +1,144 @@
+//! The machine as the engines see it.
+
+use super::{Machine, RunState};
+use crate::{
+    dirty_log::{self, DirtyBitmap},
+    memory::{BIOS, PAGE_SIZE},
+    sections::{self, has_device},
+    state::MachineState,
+};
+use qevm_migration::{DeviceSection, DirtyLog, Guest, GuestError, RamView, SavedDevices};
+use qevm_wire::{CountedString, Profile};
+use std::{ops::Range, time::Duration};
+use vm_memory::VolatileSlice;
+
+/// The machine type this machine is laid out as.
+pub(crate) const MACHINE_TYPE: &str = "microvm";
+
+impl Guest for Machine {
+    fn machine_type(&self) -> &str {
+        MACHINE_TYPE
+    }
+
+    fn ram(&self) -> Vec<RamView<'_>> {
+        let view = |block: &'_ crate::memory::RamBlock| -> VolatileSlice<'_> {
+            // SAFETY: a block stays mapped, `used_length` bytes at least, as long as it lives, and the view borrows the
+            // machine, which holds it.
+            unsafe { VolatileSlice::new(block.host_address(), block.used_length() as usize) }
+        };
+        // The firmware is loaded before a migration arrives; all other blocks are empty until the guest runs.
+        let blocks = self.memory().blocks().iter();
+        blocks
+            .map(|b| RamView { name: b.name(), memory: view(b), pristine: b.name() != BIOS && !self.has_kernel() })
+            .collect()
+    }
+
+    fn prepare(&self) {
+        // A device that cannot be saved is reported when it comes to that.
+        let rehearsed: Result<(), GuestError> =
+            self.fresh_state().map_err(Into::into).and_then(|state| Ok(sections::rehearse(&state)?));
+        if let Err(error) = rehearsed {
+            tracing::debug!(error, "the devices could not be rehearsed");
+        }
+    }
+
+    fn start_dirty_log(&self) -> Result<Box<dyn DirtyLog + '_>, GuestError> {
+        self.dirty_log().enable()?;
+        Ok(Box::new(RunningLog { machine: self, reported: Vec::new() }))
+    }
+
+    fn pause(&self) -> Result<bool, GuestError> {
+        let was_running = self.run_state() == RunState::Running;
+        Machine::pause(self);
+        Ok(was_running)
+    }
+
+    fn resume(&self) -> Result<(), GuestError> {
+        Ok(Machine::resume(self)?)
+    }
+
+    fn activate(&self) -> Result<(), GuestError> {
+        Ok(Machine::activate(self)?)
+    }
+
+    fn inactivate(&self) {
+        Machine::inactivate(self);
+    }
+
+    fn throttle(&self, per_cent: u8) -> Result<(), GuestError> {
+        Ok(Machine::throttle(self, per_cent)?)
+    }
+
+    fn limit_dirty_rate(&self, mib_per_second: Option<u64>, period: Duration) -> Result<(), GuestError> {
+        self.set_dirty_limit_period(period);
+        Ok(Machine::limit_dirty_rate(self, None, mib_per_second)?)
+    }
+
+    fn save_devices(&self, profile: &Profile, running: bool) -> Result<SavedDevices, GuestError> {
+        Ok(sections::save(&self.save_state()?, profile, running)?)
+    }
+
+    fn resize_ram(&self, block: usize, used_length: u64) -> Result<(), GuestError> {
+        let block = self.memory().blocks().get(block).ok_or("no such RAM block")?;
+        Ok(block.resize(used_length)?)
+    }
+
+    fn has_device(&self, idstr: &CountedString, instance_id: u32) -> bool {
+        has_device(idstr, instance_id, self.cpus(), self.has_rtc(), self.virtio())
+    }
+
+    fn advice(&self, idstr: &CountedString) -> String {
+        sections::advice(idstr).into()
+    }
+
+    fn load_devices(&self, devices: &[DeviceSection]) -> Result<bool, GuestError> {
+        // Nothing has run here, so this is still its state; but for the real-time clock, which is left alone if none arrives.
+        let mut state = MachineState { rtc: None, ..self.fresh_state()? };
+        let running = sections::load(devices, &sections::newest(), &mut state)?;
+        self.load_state(&state)?;
+        // The RAM has come before the devices.
+        self.check_virtio()?;
+        Ok(running)
+    }
+}
+
+/// KVM's log and the monitor's own writes.
+struct RunningLog<'m> {
+    machine: &'m Machine,
+    /// What the last reading reported and was not reset since, by block, 64 pages to a word.
+    reported: Vec<Vec<u64>>,
+}
+
+impl DirtyLog for RunningLog<'_> {
+    fn read(&mut self, found: &mut dyn FnMut(usize, usize, u64)) -> Result<(), GuestError> {
+        let memory = self.machine.memory();
+        let mut dirty = DirtyBitmap::none(memory);
+        self.machine.dirty_log().sync(&mut dirty)?;
+        self.reported = (0..memory.blocks().len()).map(|block| dirty.take(block, 0, usize::MAX >> 1)).collect();
+        for (block, words) in self.reported.iter().enumerate() {
+            words.iter().enumerate().for_each(|(i, word)| found(block, i, *word));
+        }
+        Ok(())
+    }
+
+    fn reset(&mut self, block: usize, pages: Range<u64>) -> Result<(), GuestError> {
+        let words = self.reported.get_mut(block).ok_or("no such RAM block")?;
+        let first = (pages.start / dirty_log::PAGES_PER_WORD) as usize;
+        let last = (pages.end.div_ceil(dirty_log::PAGES_PER_WORD) as usize).min(words.len());
+        let words = words.get_mut(first..last).ok_or("no such pages")?;
+        self.machine.dirty_log().clear(block, pages.start, words)?;
+        words.fill(0);
+        Ok(())
+    }
+}
+
+impl Drop for RunningLog<'_> {
+    fn drop(&mut self) {
+        if let Err(error) = self.machine.dirty_log().disable() {
+            tracing::error!(%error, "the dirty log cannot be stopped: the guest runs slower than it could");
+        }
+    }
+}
+
+// Pages of the wire are those of the log.
+const _: () = assert!(PAGE_SIZE == 4096);

@@ -1,0 +1,102 @@
+//! What `query-migrate` returns, with QEMU's names (QMP reference of QEMU 11.1).
+
+use qevm_migration::{RamStatistics, Statistics, Status};
+use serde_json::{Map, Value, json};
+use std::time::Duration;
+
+/// The object that `query-migrate` returns at the source. It is empty before the first migration.
+pub(super) fn outgoing(statistics: &Statistics) -> Value {
+    let mut object = Map::new();
+    if statistics.status == Status::None {
+        return object.into();
+    }
+    let mut put = |name: &str, value: Value| drop(object.insert(name.into(), value));
+    put("status", statistics.status.as_str().into());
+    let under_way = statistics.status.is_running() && statistics.status != Status::Setup;
+    if under_way {
+        put("expected-downtime", millis(statistics.expected_downtime));
+        // RAM, and devices whose state goes in parts; that of the others is a few kilobytes at the end.
+        put("remaining", statistics.ram.remaining.saturating_add(statistics.devices_remaining).into());
+        if let Some(per_cent) = statistics.throttled {
+            put("cpu-throttle-percentage", per_cent.into());
+        }
+    }
+    if under_way || statistics.status == Status::Completed {
+        put("total-time", millis(statistics.total_time));
+        put("setup-time", millis(statistics.setup_time));
+        put("ram", ram(&statistics.ram));
+        if statistics.device_bytes > 0 {
+            put("vfio", json!({ "transferred": statistics.device_bytes }));
+        }
+    }
+    if let (Status::Completed, Some(downtime)) = (statistics.status, statistics.downtime) {
+        put("downtime", millis(downtime));
+    }
+    if let Some(error) = &statistics.error {
+        put("error-desc", error.as_str().into());
+    }
+    object.into()
+}
+
+/// The object that `query-migrate` returns at the destination.
+pub(super) fn incoming(statistics: &Statistics) -> Value {
+    match (statistics.status, &statistics.error) {
+        (Status::None, _) => json!({}),
+        (status, None) => json!({ "status": status.as_str() }),
+        (status, Some(error)) => json!({ "status": status.as_str(), "error-desc": error }),
+    }
+}
+
+fn ram(ram: &RamStatistics) -> Value {
+    json!({
+        "total": ram.total,
+        "postcopy-requests": 0,
+        "dirty-sync-count": ram.dirty_sync_count,
+        "multifd-bytes": 0,
+        "pages-per-second": ram.pages_per_second,
+        "downtime-bytes": ram.downtime_bytes,
+        "page-size": ram.page_size,
+        "remaining": ram.remaining,
+        "postcopy-bytes": 0,
+        "mbps": ram.mbps,
+        "transferred": ram.transferred,
+        "dirty-sync-missed-zero-copy": 0,
+        "precopy-bytes": ram.precopy_bytes,
+        "duplicate": ram.duplicate,
+        "dirty-pages-rate": ram.dirty_pages_rate,
+        "normal-bytes": ram.normal * ram.page_size,
+        "normal": ram.normal,
+    })
+}
+
+fn millis(duration: Duration) -> Value {
+    (duration.as_millis() as u64).into()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_object_has_what_qemu_gives_in_each_state() {
+        assert_eq!(outgoing(&Statistics::default()), json!({}));
+        let mut statistics = Statistics { status: Status::Active, ..Statistics::default() };
+        let names = |s: &Statistics| outgoing(s).as_object().unwrap().keys().cloned().collect::<Vec<_>>();
+        // As seen of QEMU 11.1.3.
+        let active = ["status", "expected-downtime", "remaining", "total-time", "setup-time", "ram"];
+        assert_eq!(names(&statistics), active);
+        // The counters of the QMP reference of 11.1, in any order.
+        assert_eq!(outgoing(&statistics)["ram"].as_object().unwrap().len(), 17);
+        statistics.status = Status::Completed;
+        statistics.downtime = Some(Duration::from_micros(2900));
+        assert_eq!(outgoing(&statistics)["downtime"], 2);
+        assert_eq!(names(&statistics), ["status", "total-time", "setup-time", "ram", "downtime"]);
+        statistics.status = Status::Failed;
+        statistics.error = Some("connection lost".into());
+        assert_eq!(outgoing(&statistics), json!({ "status": "failed", "error-desc": "connection lost" }));
+        assert_eq!(incoming(&statistics), outgoing(&statistics));
+        statistics.status = Status::Setup;
+        statistics.error = None;
+        assert_eq!(outgoing(&statistics), json!({ "status": "setup" }));
+    }
+}
