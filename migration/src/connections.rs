@@ -318,15 +318,14 @@ fn channel(fd: OwnedFd, write: bool) -> io::Result<(Arc<dyn Channel>, bool)> {
 mod tests {
     use super::*;
     use crate::channel::{Source, Target, read_at_least, write_all};
+    use rustix::fs::{CWD, FileType, Mode, mknodat};
 
     /// Whoever serves QMP opens them.
     #[test]
     fn a_fifo_without_another_end_does_not_make_the_monitor_wait() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("fifo");
-        let name = std::ffi::CString::new(path.to_str().unwrap()).unwrap();
-        // SAFETY: the path is a C string.
-        assert_eq!(unsafe { libc::mkfifo(name.as_ptr(), 0o600) }, 0);
+        mknodat(CWD, &path, FileType::Fifo, Mode::RUSR | Mode::WUSR, 0).unwrap();
         let address = Address::File { path, offset: 0 };
         let (job, mut none) = (Job::default(), crate::NoDescriptors);
         match Outgoing::open(&address, &job, &mut none) {

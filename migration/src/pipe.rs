@@ -4,11 +4,17 @@ use super::{
     Channel,
     channel::{MAX_PARTS, Source, Target},
 };
+use rustix::{
+    event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll},
+    fs::{OFlags, fcntl_getfl, fcntl_setfl},
+    io::{ioctl_fionread, write},
+    process::{Pid, Signal, kill_process},
+};
 use std::{
     fs::File,
     io,
     os::{
-        fd::{AsRawFd, OwnedFd, RawFd},
+        fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
         unix::fs::FileTypeExt,
     },
     process::{Child, Command, ExitStatus, Stdio},
@@ -16,14 +22,13 @@ use std::{
     thread,
     time::{Duration, Instant},
 };
-use vmm_sys_util::eventfd::EventFd;
 
 /// How long a command may take to end when it has everything, and what it does then is not known any more.
 const COMMAND_PATIENCE: Duration = Duration::from_secs(5);
 /// How long a command may take to tell why it has ended.
 const STATUS_PATIENCE: Duration = Duration::from_millis(500);
-/// How often a pipe is looked at that is to be read, in ms.
-const READ_POLL: libc::c_int = 2;
+/// How often a pipe is looked at that is to be read.
+const READ_POLL: Timespec = Timespec { tv_sec: 0, tv_nsec: 2_000_000 };
 /// How often a command is asked for its status.
 const STATUS_POLL: Duration = Duration::from_millis(2);
 
@@ -33,9 +38,9 @@ pub struct Pipe {
     reader: Mutex<Option<Arc<OwnedFd>>>,
     writer: Mutex<Option<Arc<OwnedFd>>>,
     /// Readable when there is nothing more to be read.
-    reading_ends: EventFd,
+    reading_ends: OwnedFd,
     /// Readable when nothing more may be written.
-    writing_ends: EventFd,
+    writing_ends: OwnedFd,
     command: Mutex<Option<Child>>,
     /// What was written can be told from what was read.
     fifo: bool,
@@ -48,13 +53,13 @@ impl Pipe {
     /// The system's.
     pub fn new(fd: OwnedFd) -> io::Result<Self> {
         let fd = Arc::new(fd);
-        let access = flags(&fd)? & libc::O_ACCMODE;
+        let access = fcntl_getfl(&fd)? & OFlags::ACCMODE;
         let file_type = File::from(fd.try_clone()?).metadata()?.file_type();
         if file_type.is_fifo() || file_type.is_char_device() {
             do_not_block(&fd)?;
         }
-        let reader = (access != libc::O_WRONLY).then(|| fd.clone());
-        let writer = (access != libc::O_RDONLY).then_some(fd);
+        let reader = (access != OFlags::WRONLY).then(|| fd.clone());
+        let writer = (access != OFlags::RDONLY).then_some(fd);
         Self::over(reader, writer, None, file_type.is_fifo())
     }
 
@@ -84,8 +89,8 @@ impl Pipe {
         Ok(Pipe {
             reader: Mutex::new(reader),
             writer: Mutex::new(writer),
-            reading_ends: EventFd::new(libc::EFD_NONBLOCK)?,
-            writing_ends: EventFd::new(libc::EFD_NONBLOCK)?,
+            reading_ends: eventfd(0, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC)?,
+            writing_ends: eventfd(0, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC)?,
             command: Mutex::new(command),
             fifo,
         })
@@ -100,20 +105,16 @@ impl Pipe {
     fn wait_until_read(&self) -> io::Result<()> {
         let Some(fd) = lock(&self.writer).clone() else { return Err(io::ErrorKind::BrokenPipe.into()) };
         while self.backlog()? > 0 {
-            let entry = |fd, events| libc::pollfd { fd, events, revents: 0 };
             // That nobody reads any more is told unasked.
-            let mut entries = [entry(self.writing_ends.as_raw_fd(), libc::POLLIN), entry(fd.as_raw_fd(), 0)];
-            // SAFETY: the entries are valid for writing, and as many as is said.
-            match unsafe { libc::poll(entries.as_mut_ptr(), entries.len() as libc::nfds_t, READ_POLL) } {
-                -1 => match io::Error::last_os_error() {
-                    error if error.kind() == io::ErrorKind::Interrupted => {}
-                    error => return Err(error),
-                },
-                _ if entries[0].revents != 0 => return Err(io::ErrorKind::ConnectionAborted.into()),
-                _ if entries[1].revents & libc::POLLERR != 0 && self.backlog()? > 0 => {
+            let mut entries = [PollFd::new(&self.writing_ends, PollFlags::IN), PollFd::new(&*fd, PollFlags::empty())];
+            match poll(&mut entries, Some(&READ_POLL)) {
+                Err(rustix::io::Errno::INTR) => {}
+                Err(error) => return Err(error.into()),
+                Ok(_) if !entries[0].revents().is_empty() => return Err(io::ErrorKind::ConnectionAborted.into()),
+                Ok(_) if entries[1].revents().contains(PollFlags::ERR) && self.backlog()? > 0 => {
                     return Err(io::ErrorKind::BrokenPipe.into());
                 }
-                _ => {}
+                Ok(_) => {}
             }
         }
         Ok(())
@@ -145,7 +146,7 @@ impl Channel for Pipe {
     fn write(&self, parts: &[Source<'_>]) -> io::Result<usize> {
         let Some(fd) = lock(&self.writer).clone() else { return Err(io::ErrorKind::BrokenPipe.into()) };
         loop {
-            if wait(fd.as_raw_fd(), libc::POLLOUT, &self.writing_ends)? {
+            if wait(fd.as_fd(), PollFlags::OUT, &self.writing_ends)? {
                 return Err(io::ErrorKind::BrokenPipe.into());
             }
             let count = parts.len().min(MAX_PARTS) as libc::c_int;
@@ -167,7 +168,7 @@ impl Channel for Pipe {
     fn read(&self, parts: &mut [Target<'_>]) -> io::Result<usize> {
         let Some(fd) = lock(&self.reader).clone() else { return Err(io::Error::from_raw_os_error(libc::EBADF)) };
         loop {
-            if wait(fd.as_raw_fd(), libc::POLLIN, &self.reading_ends)? {
+            if wait(fd.as_fd(), PollFlags::IN, &self.reading_ends)? {
                 return Ok(0);
             }
             let count = parts.len().min(MAX_PARTS) as libc::c_int;
@@ -187,12 +188,7 @@ impl Channel for Pipe {
 
     fn backlog(&self) -> io::Result<u64> {
         let Some(fd) = lock(&self.writer).clone().filter(|_| self.fifo) else { return Ok(0) };
-        let mut unread: libc::c_int = 0;
-        // SAFETY: the call writes an int where it is told to.
-        match unsafe { libc::ioctl(fd.as_raw_fd(), libc::FIONREAD, &raw mut unread) } {
-            0 => Ok(u64::try_from(unread).unwrap_or(0)),
-            _ => Err(io::Error::last_os_error()),
-        }
+        Ok(ioctl_fionread(&fd)?)
     }
 
     fn settle(&self) -> io::Result<()> {
@@ -231,8 +227,8 @@ impl Channel for Pipe {
         if let Some(child) = &mut *lock(&self.command)
             && matches!(child.try_wait(), Ok(None))
         {
-            // SAFETY: the process is a child that has not been waited for, so its number is not another's.
-            unsafe { libc::kill(child.id() as libc::pid_t, libc::SIGTERM) };
+            // It has not been waited for, so its number is not another's. It may have ended already.
+            let _ = kill_process(Pid::from_child(child), Signal::TERM);
         }
     }
 }
@@ -254,37 +250,21 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-fn signal(event: &EventFd) {
-    if let Err(error) = event.write(1) {
+fn signal(event: &OwnedFd) {
+    if let Err(error) = write(event, &1_u64.to_ne_bytes()) {
         tracing::error!(%error, "a channel cannot be ended");
     }
 }
 
 /// Waits until `fd` is ready, or says that `end` was signalled.
-fn wait(fd: RawFd, events: libc::c_short, end: &EventFd) -> io::Result<bool> {
-    let entry = |fd, events| libc::pollfd { fd, events, revents: 0 };
-    let mut entries = [entry(end.as_raw_fd(), libc::POLLIN), entry(fd, events)];
-    // SAFETY: the entries are valid for writing, and as many as is said.
-    match unsafe { libc::poll(entries.as_mut_ptr(), entries.len() as libc::nfds_t, -1) } {
-        -1 => Err(io::Error::last_os_error()),
-        _ => Ok(entries[0].revents != 0),
-    }
-}
-
-fn flags(fd: &OwnedFd) -> io::Result<libc::c_int> {
-    // SAFETY: only asks for the flags of a descriptor that we own.
-    match unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_GETFL) } {
-        -1 => Err(io::Error::last_os_error()),
-        flags => Ok(flags),
-    }
+fn wait(fd: BorrowedFd<'_>, events: PollFlags, end: &OwnedFd) -> io::Result<bool> {
+    let mut entries = [PollFd::new(end, PollFlags::IN), PollFd::from_borrowed_fd(fd, events)];
+    poll(&mut entries, None)?;
+    Ok(!entries[0].revents().is_empty())
 }
 
 fn do_not_block(fd: &OwnedFd) -> io::Result<()> {
-    // SAFETY: sets the flags of a descriptor that we own.
-    match unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_SETFL, flags(fd)? | libc::O_NONBLOCK) } {
-        -1 => Err(io::Error::last_os_error()),
-        _ => Ok(()),
-    }
+    Ok(fcntl_setfl(fd, fcntl_getfl(fd)? | OFlags::NONBLOCK)?)
 }
 
 #[cfg(test)]

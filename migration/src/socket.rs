@@ -7,7 +7,10 @@ use super::{
 use rustix::{
     event::{PollFd, PollFlags, Timespec, poll},
     fs::{Mode, fchmod},
-    net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, listen, socket_with},
+    net::{
+        AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, getpeername, getsockname, listen, socket_with,
+        sockopt,
+    },
 };
 use std::{
     fmt, fs, io,
@@ -58,15 +61,10 @@ impl Socket {
     pub(crate) fn adopt(fd: OwnedFd) -> io::Result<Socket> {
         let stream = UnixStream::from(fd);
         stream.set_nonblocking(false)?;
-        // SAFETY: all bits zero are an address of no family.
-        let mut address: libc::sockaddr_storage = unsafe { std::mem::zeroed() };
-        let mut len = size_of_val(&address) as libc::socklen_t;
-        // SAFETY: there is room for so many bytes.
-        if unsafe { libc::getpeername(stream.as_raw_fd(), (&raw mut address).cast(), &raw mut len) } != 0 {
-            return Err(io::Error::last_os_error());
-        }
-        match libc::c_int::from(address.ss_family) {
-            libc::AF_INET | libc::AF_INET6 => Socket::tcp(TcpStream::from(OwnedFd::from(stream))),
+        // Only a connected socket has a peer.
+        getpeername(&stream)?;
+        match getsockname(&stream)?.address_family() {
+            AddressFamily::INET | AddressFamily::INET6 => Socket::tcp(TcpStream::from(OwnedFd::from(stream))),
             _ => Ok(Socket::Unix(stream)),
         }
     }
@@ -126,18 +124,12 @@ impl Socket {
 }
 
 /// Bytes that a sender may have on the way to a peer on its own host.
-static LOCAL_BUFFER: libc::c_int = 64 << 10;
+const LOCAL_BUFFER: usize = 64 << 10;
 
 /// Keeps little on the way to a peer on the same host, so that what the sender has copied is still in the processor's cache when
 /// the receiver copies it. Between hosts the kernel sizes the buffer to the link.
 fn shorten(stream: &TcpStream) -> io::Result<()> {
-    let len = size_of_val(&LOCAL_BUFFER) as libc::socklen_t;
-    let value = (&raw const LOCAL_BUFFER).cast();
-    // SAFETY: the value is an int of that length, which the kernel reads.
-    match unsafe { libc::setsockopt(stream.as_raw_fd(), libc::SOL_SOCKET, libc::SO_SNDBUF, value, len) } {
-        0 => Ok(()),
-        _ => Err(io::Error::last_os_error()),
-    }
+    Ok(sockopt::set_socket_send_buffer_size(stream, LOCAL_BUFFER)?)
 }
 
 impl Channel for Socket {

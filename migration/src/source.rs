@@ -186,6 +186,7 @@ impl<'e> Engine<'e> {
         if self.job.parameters().mode == Mode::CprReboot {
             self.pause()?;
         }
+        self.greet()?;
         guest.prepare();
         let mut log = guest.start_dirty_log().map_err(MigrationError::guest("start the dirty log"))?;
         let mut ram = RamSender::new(guest.ram(), PageGeometry::X86);
@@ -488,8 +489,6 @@ fn idstr(name: &str) -> Result<CountedString, MigrationError> {
 
 /// Time since boot of `CLOCK_MONOTONIC`, which processes of one host share.
 pub fn monotonic_now() -> Duration {
-    let mut now = libc::timespec { tv_sec: 0, tv_nsec: 0 };
-    // SAFETY: `now` is a valid timespec to write to.
-    unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC, &mut now) };
+    let now = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
     Duration::new(now.tv_sec.unsigned_abs(), now.tv_nsec as u32)
 }

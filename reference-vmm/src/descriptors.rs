@@ -4,10 +4,14 @@
 //! (`getfd`, for `fd:NAME`), in a set (`add-fd`, for `file:/dev/fdset/N`), or by number at the start (`fd:N`).
 
 use qevm_migration::GuestError;
+use rustix::{
+    fs::{OFlags, fcntl_getfl},
+    io::{FdFlags, fcntl_getfd, fcntl_setfd},
+};
 use std::{
     collections::{BTreeMap, VecDeque},
     fs, io,
-    os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd},
+    os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd},
     path::Path,
 };
 
@@ -79,14 +83,15 @@ impl Descriptors {
         let numbers = entries.iter().filter_map(|entry| entry.file_name().to_str()?.parse::<RawFd>().ok());
         let mut inherited = BTreeMap::new();
         for number in numbers.filter(|number| !STANDARD.contains(number)) {
-            // SAFETY: only asks for the flags of a descriptor, which may not exist any more.
-            let flags = unsafe { libc::fcntl(number, libc::F_GETFD) };
+            // SAFETY: only its flags are asked for and set; one that does not exist any more has none.
+            let descriptor = unsafe { BorrowedFd::borrow_raw(number) };
             // What this process has opened itself is closed on execution; what was inherited cannot be.
-            if flags == -1 || flags & libc::FD_CLOEXEC != 0 {
+            let Ok(flags) = fcntl_getfd(descriptor) else { continue };
+            if flags.contains(FdFlags::CLOEXEC) {
                 continue;
             }
-            // SAFETY: as above; commands of `exec:` do not get it.
-            unsafe { libc::fcntl(number, libc::F_SETFD, flags | libc::FD_CLOEXEC) };
+            // Commands of `exec:` do not get it.
+            fcntl_setfd(descriptor, flags | FdFlags::CLOEXEC)?;
             // SAFETY: it is open; by the contract nothing in this process owns it; and it is taken once: the flag is set now.
             inherited.insert(number, unsafe { OwnedFd::from_raw_fd(number) });
         }
@@ -141,8 +146,12 @@ impl Descriptors {
         let number: RawFd = name.parse().map_err(|_| unknown())?;
         match self.inherited.remove(&number) {
             Some(inherited) => Ok(inherited),
-            None if STANDARD.contains(&number) => duplicate(number),
-            None => Err(unknown()),
+            None => match number {
+                0 => duplicate(io::stdin().as_fd()),
+                1 => duplicate(io::stdout().as_fd()),
+                2 => duplicate(io::stderr().as_fd()),
+                _ => Err(unknown()),
+            },
         }
     }
 
@@ -198,12 +207,11 @@ impl Descriptors {
             let set: u32 = number.parse().map_err(|_| unknown())?;
             let members = self.sets.get(&set).ok_or_else(unknown)?;
             let fits = |member: &&Member| {
-                // SAFETY: only asks for the flags of a descriptor that the member owns.
-                let access = unsafe { libc::fcntl(member.fd.as_raw_fd(), libc::F_GETFL) } & libc::O_ACCMODE;
-                access == libc::O_RDWR || access == if write { libc::O_WRONLY } else { libc::O_RDONLY }
+                let access = fcntl_getfl(&member.fd).map(|flags| flags & OFlags::ACCMODE);
+                access == Ok(OFlags::RDWR) || access == Ok(if write { OFlags::WRONLY } else { OFlags::RDONLY })
             };
             let wrong = BadDescriptor::WrongAccess(set, if write { "writing" } else { "reading" });
-            duplicate(members.iter().find(fits).ok_or(wrong)?.fd.as_raw_fd())
+            duplicate(members.iter().find(fits).ok_or(wrong)?.fd.as_fd())
         };
         Some(find())
     }
@@ -219,13 +227,8 @@ impl qevm_migration::Descriptors for Descriptors {
     }
 }
 
-fn duplicate(number: RawFd) -> Result<OwnedFd, BadDescriptor> {
-    // SAFETY: makes a new descriptor, or fails.
-    match unsafe { libc::fcntl(number, libc::F_DUPFD_CLOEXEC, 3) } {
-        -1 => Err(BadDescriptor::Duplicate(io::Error::last_os_error().to_string())),
-        // SAFETY: it was made for us.
-        duplicate => Ok(unsafe { OwnedFd::from_raw_fd(duplicate) }),
-    }
+fn duplicate(descriptor: BorrowedFd<'_>) -> Result<OwnedFd, BadDescriptor> {
+    descriptor.try_clone_to_owned().map_err(|error| BadDescriptor::Duplicate(error.to_string()))
 }
 
 #[cfg(test)]

@@ -2,12 +2,8 @@
 
 use super::*;
 use crate::{Address, BadCapability, LoadError, NoDescriptors, connections::Reader, page_file::PageFile, pipe::Pipe};
-use std::{
-    fs::File,
-    io,
-    os::{fd::FromRawFd, unix::fs::FileExt},
-    path::Path,
-};
+use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, memfd_create};
+use std::{fs::File, io, os::unix::fs::FileExt, path::Path};
 
 /// The page size of the guest.
 const PAGE: u64 = 4096;
@@ -154,14 +150,9 @@ fn a_full_disk_leaves_the_guest_running() {
 
 /// A file that cannot grow beyond `len`.
 fn bounded(len: u64) -> File {
-    // SAFETY: makes a new descriptor, or fails.
-    let fd = unsafe { libc::memfd_create(c"bounded".as_ptr(), libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING) };
-    assert!(fd >= 0);
-    // SAFETY: it was made for us.
-    let file = unsafe { File::from_raw_fd(fd) };
+    let file = File::from(memfd_create("bounded", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING).unwrap());
     file.set_len(len).unwrap();
-    // SAFETY: seals a file of ours.
-    assert_eq!(unsafe { libc::fcntl(fd, libc::F_ADD_SEALS, libc::F_SEAL_GROW) }, 0);
+    fcntl_add_seals(&file, SealFlags::GROW).unwrap();
     file
 }
 

@@ -21,8 +21,8 @@ const FIRST_PING: u32 = 1;
 const LENGTH_WORD: u64 = 8;
 
 impl Engine<'_> {
-    /// Everything up to the list of RAM blocks.
-    pub(super) fn set_up(&mut self, ram: &RamSender<'_>) -> Result<(), MigrationError> {
+    /// The first bytes. They are sent before anything that may take time: a destination gives up a connection that says nothing.
+    pub(super) fn greet(&mut self) -> Result<(), MigrationError> {
         let configuration = self.profile.send_configuration.then(|| self.configuration()).transpose()?;
         self.stream.header(configuration.as_ref())?;
         if let Some(return_path) = self.return_path {
@@ -30,6 +30,11 @@ impl Engine<'_> {
             self.stream.command(return_path.ping(FIRST_PING)?)?;
             self.stream.command(return_path.ping(handover::ANNOUNCE)?)?;
         }
+        self.flush("the header of the stream")
+    }
+
+    /// Everything up to the list of RAM blocks.
+    pub(super) fn set_up(&mut self, ram: &RamSender<'_>) -> Result<(), MigrationError> {
         self.stream.section_start(&SectionHeader {
             section_id: RAM_SECTION,
             idstr: idstr("ram")?,

@@ -6,6 +6,8 @@ use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::net::{UnixDatagram, UnixListener, UnixStream};
 use std::path::PathBuf;
 
+use rustix::fs::{OFlags, fcntl_setfl};
+
 use crate::error::{Error, Result};
 use crate::private;
 
@@ -282,9 +284,6 @@ fn open_tap(ifname: &str) -> io::Result<File> {
     if unsafe { libc::ioctl(file.as_raw_fd(), ioctl::TUNSETIFF(), &raw mut request) } < 0 {
         return Err(io::Error::last_os_error());
     }
-    // SAFETY: the descriptor is open; the call touches no memory.
-    if unsafe { libc::fcntl(file.as_raw_fd(), libc::F_SETFL, libc::O_NONBLOCK) } < 0 {
-        return Err(io::Error::last_os_error());
-    }
+    fcntl_setfl(&file, OFlags::NONBLOCK)?;
     Ok(file)
 }

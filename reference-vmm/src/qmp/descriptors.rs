@@ -6,11 +6,16 @@ use super::{
     protocol::Failure,
 };
 use crate::{descriptors::BadDescriptor, vmm::Vmm};
+use rustix::{
+    io::retry_on_intr,
+    net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg},
+};
 use serde_json::{Value, json};
 use std::{
-    io,
+    io::{self, IoSliceMut},
+    mem::MaybeUninit,
     os::{
-        fd::{AsRawFd, FromRawFd, OwnedFd, RawFd},
+        fd::{AsRawFd, OwnedFd, RawFd},
         unix::net::UnixStream,
     },
     sync::Arc,
@@ -72,49 +77,15 @@ pub(super) fn query_fdsets(vmm: &Arc<Vmm>, arguments: &mut Arguments) -> Result<
 
 /// Reads what a client says, and takes the descriptors that it has sent along.
 pub(super) fn read(client: &UnixStream, buffer: &mut [u8]) -> io::Result<(usize, Vec<OwnedFd>)> {
-    // In words, for the alignment of the headers.
-    let mut control = [0_u64; 32];
-    const _: () = assert!(size_of::<libc::cmsghdr>() + MOST * size_of::<RawFd>() <= 32 * size_of::<u64>());
-    let mut part = libc::iovec { iov_base: buffer.as_mut_ptr().cast(), iov_len: buffer.len() };
-    let mut message = libc::msghdr {
-        msg_name: std::ptr::null_mut(),
-        msg_namelen: 0,
-        msg_iov: &raw mut part,
-        msg_iovlen: 1,
-        msg_control: control.as_mut_ptr().cast(),
-        msg_controllen: size_of::<libc::cmsghdr>() + MOST * size_of::<RawFd>(),
-        msg_flags: 0,
-    };
-    let count = loop {
-        // SAFETY: all that the message points to is writable, and as long as it says.
-        let count = unsafe { libc::recvmsg(client.as_raw_fd(), &raw mut message, libc::MSG_CMSG_CLOEXEC) };
-        match usize::try_from(count) {
-            Ok(count) => break count,
-            Err(_) => match io::Error::last_os_error() {
-                error if error.kind() == io::ErrorKind::Interrupted => {}
-                error => return Err(error),
-            },
-        }
-    };
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MOST))];
+    let mut control = RecvAncillaryBuffer::new(&mut space);
+    let mut part = [IoSliceMut::new(buffer)];
+    let count = retry_on_intr(|| recvmsg(client, &mut part, &mut control, RecvFlags::CMSG_CLOEXEC))?.bytes;
     let mut descriptors = Vec::new();
-    // SAFETY: the kernel has filled the message in.
-    let mut header = unsafe { libc::CMSG_FIRSTHDR(&raw const message) };
-    while !header.is_null() {
-        // SAFETY: the header lies within the control buffer, which the kernel has filled in.
-        let (level, kind, len) = unsafe { ((*header).cmsg_level, (*header).cmsg_type, (*header).cmsg_len) };
-        if (level, kind) == (libc::SOL_SOCKET, libc::SCM_RIGHTS) {
-            // SAFETY: a number for arithmetic only.
-            let bytes = len.saturating_sub(unsafe { libc::CMSG_LEN(0) } as usize);
-            for index in 0..bytes / size_of::<RawFd>() {
-                // SAFETY: so many descriptors follow the header, each of them new and ours.
-                let fd = unsafe {
-                    OwnedFd::from_raw_fd(libc::CMSG_DATA(header).cast::<RawFd>().add(index).read_unaligned())
-                };
-                descriptors.push(fd);
-            }
+    for message in control.drain() {
+        if let RecvAncillaryMessage::ScmRights(rights) = message {
+            descriptors.extend(rights);
         }
-        // SAFETY: as for the first.
-        header = unsafe { libc::CMSG_NXTHDR(&raw const message, header) };
     }
     Ok((count, descriptors))
 }

@@ -312,12 +312,7 @@ fn source_knows() {
             source.write_all(all).unwrap();
             wait_for_status(&mut there, "active");
             std::thread::sleep(Duration::from_millis(200));
-            let linger = libc::linger { l_onoff: 1, l_linger: 0 };
-            let (fd, len) = (std::os::fd::AsRawFd::as_raw_fd(&source), size_of_val(&linger) as libc::socklen_t);
-            // SAFETY: the kernel reads a value of that type and length.
-            let set =
-                unsafe { libc::setsockopt(fd, libc::SOL_SOCKET, libc::SO_LINGER, (&raw const linger).cast(), len) };
-            assert_eq!(set, 0);
+            rustix::net::sockopt::set_socket_linger(&source, Some(Duration::ZERO)).unwrap();
             source.write_all(&[*last]).unwrap();
         } else {
             source.write_all(&stream).unwrap();

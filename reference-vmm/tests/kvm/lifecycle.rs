@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use reference_vmm::payload::Progress;
 use reference_vmm::qmp::Client;
+use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
 
 use crate::Test;
@@ -149,9 +150,9 @@ impl Monitor {
         assert_eq!(self.starts(), number, "{text}");
     }
 
-    fn signal(&self, signal: i32) {
-        // SAFETY: the process is a child that was not waited for.
-        assert_eq!(unsafe { libc::kill(self.child.id() as i32, signal) }, 0);
+    fn signal(&self, signal: Signal) {
+        // A child that was not waited for.
+        kill_process(Pid::from_child(&self.child), signal).unwrap();
     }
 }
 
@@ -273,7 +274,7 @@ fn actions_decide() {
 
 fn signals_end_in_order() {
     let directory = tempfile::tempdir().unwrap();
-    for (name, signal) in [("a", libc::SIGTERM), ("b", libc::SIGINT), ("c", libc::SIGHUP)] {
+    for (name, signal) in [("a", Signal::TERM), ("b", Signal::INT), ("c", Signal::HUP)] {
         let mut monitor = Monitor::start(directory.path(), name, "", &["--no-shutdown"]);
         monitor.wait_for_start(1);
         monitor.signal(signal);
@@ -281,7 +282,10 @@ fn signals_end_in_order() {
         assert_eq!(events, ["SHUTDOWN host-signal host"]);
         let (said, pid) = (monitor.said(), std::process::id());
         assert_eq!(status.code(), Some(0), "{said}");
-        assert!(said.contains(&format!("reference-vmm: terminating on signal {signal} from pid {pid} (")), "{said}");
+        assert!(
+            said.contains(&format!("reference-vmm: terminating on signal {} from pid {pid} (", signal.as_raw())),
+            "{said}"
+        );
         assert!(!monitor.socket.exists(), "the socket is left");
     }
     let [incoming, console] = ["incoming", "console"].map(|name| directory.path().join(name));
@@ -292,7 +296,7 @@ fn signals_end_in_order() {
     let mut monitor = Monitor::start(directory.path(), "d", "", &options.concat());
     let sockets = [incoming, console, monitor.socket.clone()];
     assert_eq!(sockets.each_ref().map(|socket| socket.exists()), [true; 3]);
-    monitor.signal(libc::SIGTERM);
+    monitor.signal(Signal::TERM);
     let (events, status) = monitor.end();
     assert_eq!((events.as_slice(), status.code()), (&["SHUTDOWN host-signal host".to_owned()][..], Some(0)));
     assert_eq!(sockets.map(|socket| socket.exists()), [false; 3], "a socket is left");
@@ -303,7 +307,8 @@ fn migrating(directory: &Path, payload: &str) -> (Monitor, Monitor) {
     let uri = format!("unix:{}", directory.join("migration").display());
     let mut source = Monitor::start(directory, "source", payload, &[]);
     let mut destination = Monitor::start(directory, "destination", payload, &["--incoming", &uri]);
-    source.wait_for_start(1);
+    // It may have reset itself already.
+    source.wait_for("start", |text| text.lines().filter_map(Progress::parse).count() >= 1);
     for monitor in [&mut source, &mut destination] {
         let capabilities = ["pause-before-switchover", "return-path"];
         let on = capabilities.map(|name| json!({ "capability": name, "state": true }));
@@ -371,7 +376,7 @@ fn a_migration_ends_with_its_monitor() {
             wait_for_migration(&mut source, "pre-switchover");
             source.wait_for_events(&["STOP"]);
         }
-        source.signal(libc::SIGTERM);
+        source.signal(Signal::TERM);
         let (events, status) = source.end();
         assert_eq!((events.as_slice(), status.code()), (&["SHUTDOWN host-signal host".to_owned()][..], Some(0)));
         let (events, status) = destination.end();
@@ -380,7 +385,7 @@ fn a_migration_ends_with_its_monitor() {
     }
     // The destination is ended: the guest goes on.
     let (mut source, mut destination) = migrating(directory.path(), "");
-    destination.signal(libc::SIGTERM);
+    destination.signal(Signal::TERM);
     let (events, status) = destination.end();
     assert_eq!((events.as_slice(), status.code()), (&["SHUTDOWN host-signal host".to_owned()][..], Some(0)));
     assert_eq!(finished(&mut source.qmp)["status"], "failed");

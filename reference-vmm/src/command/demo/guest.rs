@@ -153,13 +153,7 @@ impl Drop for Guest {
 
 /// The process is not to outlive this one, however this one ends.
 fn end_with_parent(command: &mut Command) {
-    let set_signal = || {
-        // SAFETY: prctl with these arguments changes a property of the calling process and touches no memory.
-        match unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) } {
-            0 => Ok(()),
-            _ => Err(std::io::Error::last_os_error()),
-        }
-    };
+    let set_signal = || Ok(rustix::process::set_parent_process_death_signal(Some(rustix::process::Signal::KILL))?);
     // SAFETY: between fork and exec the closure makes one system call, which is safe there, and allocates nothing.
     unsafe { command.pre_exec(set_signal) };
 }

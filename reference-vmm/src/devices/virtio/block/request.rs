@@ -2,9 +2,10 @@
 
 use std::fs::File;
 use std::io;
-use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
+
+use rustix::fs::{FallocateFlags, fallocate};
 
 use super::{Block, MAX_SECTORS, SECTOR};
 use crate::devices::virtio::chain::Chain;
@@ -247,10 +248,7 @@ impl Block {
 
 /// Fills a piece of the file with zeroes.
 fn zero(file: &File, offset: u64, len: u64) -> io::Result<()> {
-    let (from, count) = (offset as libc::off_t, len as libc::off_t);
-    let mode = libc::FALLOC_FL_ZERO_RANGE | libc::FALLOC_FL_KEEP_SIZE;
-    // SAFETY: the descriptor is open; the call touches no memory.
-    if unsafe { libc::fallocate(file.as_raw_fd(), mode, from, count) } == 0 {
+    if fallocate(file, FallocateFlags::ZERO_RANGE | FallocateFlags::KEEP_SIZE, offset, len).is_ok() {
         return Ok(());
     }
     // Not every filesystem can do that.

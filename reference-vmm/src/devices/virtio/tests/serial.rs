@@ -4,6 +4,8 @@ use std::io::Read;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::time::{Duration, Instant};
 
+use rustix::fs::{CWD, FileType, Mode, mknodat};
+
 use super::*;
 use crate::devices::Rng;
 use crate::devices::{Chardev, ChardevOptions};
@@ -300,9 +302,7 @@ fn a_guest_that_never_stops_adding_gets_one_turn_for_each_notification() {
 fn a_pipe_that_nobody_reads_holds_its_port_up_and_no_vcpu() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("fifo");
-    let name = std::ffi::CString::new(path.to_str().unwrap()).unwrap();
-    // SAFETY: the path is a C string.
-    assert_eq!(unsafe { libc::mkfifo(name.as_ptr(), 0o600) }, 0);
+    mknodat(CWD, &path, FileType::Fifo, Mode::RUSR | Mode::WUSR, 0).unwrap();
     let mut reader = std::fs::OpenOptions::new().read(true).write(true).open(&path).unwrap();
     let mut serial = VirtioSerial::default();
     assert!(serial.add(true, "", Chardev::open(&ChardevOptions::File { path, append: true }).unwrap()));
