@@ -2,6 +2,7 @@
 
 use super::{Capabilities, Channel, MigrationError, Parameters, Statistics, Status};
 use std::{
+    collections::VecDeque,
     fmt,
     sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError},
     time::{Duration, Instant},
@@ -37,6 +38,8 @@ struct State {
     /// When the migration was begun.
     began: Option<Instant>,
     channels: Vec<Arc<dyn Channel>>,
+    /// What the watcher has not been told yet.
+    notices: VecDeque<Notice>,
 }
 
 /// A request that does not fit the state of the migration.
@@ -150,8 +153,9 @@ impl Job {
         state.statistics = Statistics { status: Status::Setup, ..Statistics::default() };
         (state.cancel, state.go_on, state.channels) = (false, false, Vec::new());
         state.began = Some(Instant::now());
+        state.notices.push_back(Notice::Status(Status::Setup));
         drop(state);
-        self.notify(Notice::Status(Status::Setup));
+        self.tell();
         Ok(())
     }
 
@@ -166,10 +170,11 @@ impl Job {
         }
         state.cancel = true;
         state.statistics.status = Status::Cancelling;
+        state.notices.push_back(Notice::Status(Status::Cancelling));
         let channels = state.channels.clone();
         drop(state);
         self.changed.notify_all();
-        self.notify(Notice::Status(Status::Cancelling));
+        self.tell();
         channels.iter().for_each(|channel| channel.close());
     }
 
@@ -242,9 +247,10 @@ impl Job {
         let mut state = self.lock();
         state.check()?;
         state.statistics.status = status;
+        state.notices.push_back(Notice::Status(status));
         drop(state);
         self.changed.notify_all();
-        self.notify(Notice::Status(status));
+        self.tell();
         Ok(())
     }
 
@@ -270,13 +276,14 @@ impl Job {
         state.statistics.status = status;
         state.statistics.total_time = state.elapsed();
         state.channels = Vec::new();
-        drop(state);
-        self.changed.notify_all();
         if status == Status::Failed {
             // Clearing up is over here when the engine says that it has failed; who watches for the word hears it.
-            self.notify(Notice::Status(Status::Failing));
+            state.notices.push_back(Notice::Status(Status::Failing));
         }
-        self.notify(Notice::Status(status));
+        state.notices.push_back(Notice::Status(status));
+        drop(state);
+        self.changed.notify_all();
+        self.tell();
     }
 
     pub(crate) fn update(&self, change: impl FnOnce(&mut Statistics)) {
@@ -284,8 +291,19 @@ impl Job {
     }
 
     pub(crate) fn notify(&self, notice: Notice) {
-        if let Some(watcher) = &*self.watcher.lock().unwrap_or_else(PoisonError::into_inner) {
-            watcher(notice);
+        self.lock().notices.push_back(notice);
+        self.tell();
+    }
+
+    /// Tells the watcher what happened, in the order in which it did: what other threads have noted before, too.
+    fn tell(&self) {
+        let watcher = self.watcher.lock().unwrap_or_else(PoisonError::into_inner);
+        loop {
+            // The watcher may use the job.
+            let Some(notice) = self.lock().notices.pop_front() else { return };
+            if let Some(watcher) = &*watcher {
+                watcher(notice);
+            }
         }
     }
 
@@ -307,5 +325,31 @@ impl State {
 impl fmt::Debug for Job {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Job").field("statistics", &self.lock().statistics).finish_non_exhaustive()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::thread;
+
+    #[test]
+    fn notices_come_in_the_order_of_what_happened() {
+        let (job, told) = (Job::default(), Arc::new(Mutex::new(Vec::new())));
+        let list = told.clone();
+        job.watch(move |notice| list.lock().unwrap().push(notice));
+        for _ in 0..2000 {
+            job.begin().unwrap();
+            // An engine that sees the cancelling at once, and ends before it has been told of.
+            thread::scope(|scope| {
+                scope.spawn(|| {
+                    while job.status() != Status::Cancelling {}
+                    job.end(Some(&MigrationError::Cancelled));
+                });
+                job.cancel();
+            });
+            let expected = [Status::Setup, Status::Cancelling, Status::Cancelled].map(Notice::Status);
+            assert_eq!(std::mem::take(&mut *told.lock().unwrap()), expected);
+        }
     }
 }
