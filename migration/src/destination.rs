@@ -124,7 +124,7 @@ pub fn receive(
         };
         if let Err(error) = &result {
             // Whoever runs it has the disks.
-            guest.inactivate();
+            guest.hooks().inactivate();
             if !matches!(error, MigrationError::Undecided(_)) {
                 engine.report(&Message::Shut { status: FAILURE });
                 main.finish_writing();
@@ -238,7 +238,7 @@ struct Engine<'e> {
 impl Engine<'_> {
     fn run(&mut self, job: &Job) -> Result<Arrival, MigrationError> {
         job.advance(Status::Active)?;
-        self.loader.guest.prepare();
+        self.loader.guest.hooks().prepare();
         if self.hurried {
             // A QEMU 7.2 that has failed and has a return path waits for us to close.
             self.limit_silence(Some(SILENCE))?;
@@ -255,13 +255,13 @@ impl Engine<'_> {
             pages.gate.main_end().map_err(|error| self.place(error.into(), self.decoder.offset()))?;
         }
         self.loader.check_complete().map_err(|error| self.place(error, self.decoder.offset()))?;
-        let running = self.loader.guest.load_devices(&self.loader.devices).map_err(|error| {
+        let running = self.loader.guest.devices().load(&self.loader.devices).map_err(|error| {
             let error = Located::new(LoadError::Devices(error), self.decoder.offset());
             MigrationError::from(error)
         })?;
         if !job.capabilities().late_block_activate {
             // Before the verdict: if somebody else has a disk, the source can still go on.
-            let activated = self.loader.guest.activate();
+            let activated = self.loader.guest.hooks().activate();
             activated.map_err(|error| Located::new(LoadError::Devices(error), self.decoder.offset()))?;
         }
         job.check()?;
@@ -331,7 +331,7 @@ impl Engine<'_> {
                     }
                     let count = self.inlet.bytes().len().min(usize::try_from(remaining).unwrap_or(usize::MAX));
                     if let Some(header) = self.decoder.current_section().filter(|h| h.content() == Content::Vfio) {
-                        let loaded = self.loader.guest.load_iterative(&header.idstr, &self.inlet.bytes()[..count]);
+                        let loaded = self.loader.load_iterative(&header.idstr, &self.inlet.bytes()[..count]);
                         loaded.map_err(|error| self.place(LoadError::Devices(error), self.decoder.offset()))?;
                     }
                     self.inlet.consume(count);

@@ -218,7 +218,7 @@ pub enum LoadError {
         idstr: CountedString,
         /// Its instance.
         instance_id: u32,
-        /// What the operator may do about it; [`Guest::advice`](super::Guest::advice).
+        /// What the operator may do about it; [`Devices::advice`](super::Devices::advice).
         advice: String,
     },
     /// A section that has come before: each device, and `ram`, comes once.

@@ -11,17 +11,16 @@ pub type GuestError = Box<dyn Error + Send + Sync>;
 /// The advice where nothing more is known of a section.
 pub const ADVICE: &str = "start this machine with the devices that the source has, or the source without this one";
 
-/// A virtual machine as a migration sees it, on either side.
+/// A virtual machine as a migration sees it, on either side: memory whose changes are logged, and that can be paused.
+///
+/// What else it has comes through [`devices`](Guest::devices), and what it wants to know or can do on the way through
+/// [`hooks`](Guest::hooks).
 pub trait Guest: Send + Sync {
     /// The machine type, as the configuration section carries it.
     fn machine_type(&self) -> &str;
 
     /// The RAM blocks, in the order of the stream (QEMU's is largest first).
     fn ram(&self) -> Vec<RamView<'_>>;
-
-    /// The guest is about to be migrated, from here or to here: what can be done ahead for saving or loading its devices is done now,
-    /// because later everybody waits for that.
-    fn prepare(&self) {}
 
     /// Starts to log which pages change, whoever changes them: vCPUs, in-kernel devices or the monitor's own devices.
     ///
@@ -35,47 +34,73 @@ pub trait Guest: Send + Sync {
     /// The guest's own. The guest is then as it was.
     fn pause(&self) -> Result<bool, GuestError>;
 
-    /// The migration has failed, and the guest, which did not run before [`pause`](Guest::pause) either, stays as it was.
-    fn stay_stopped(&self) {}
-
     /// Lets vCPUs and devices go on.
     ///
     /// # Errors
     /// The guest's own.
     fn resume(&self) -> Result<(), GuestError>;
 
+    /// The devices.
+    fn devices(&self) -> &dyn Devices;
+
+    /// What the guest wants to be told, and can do for a migration; nothing by default.
+    fn hooks(&self) -> &dyn Hooks {
+        &NoHooks
+    }
+
+    /// Gives RAM block `block` (its number in [`ram`](Guest::ram)) the length that the source uses. Called only before
+    /// the guest has run, and only for a length that differs. No block can have another length by default.
+    ///
+    /// # Errors
+    /// The guest's own, if the block cannot have this length.
+    fn resize_ram(&self, block: usize, used_length: u64) -> Result<(), GuestError> {
+        let _ = block;
+        Err(format!("this machine's RAM blocks have fixed lengths, none of {used_length} bytes").into())
+    }
+}
+
+/// The devices of a guest.
+pub trait Devices: Send + Sync {
     /// The state of all devices of a paused guest, in the order of the stream. `running` is what the destination is to
     /// take over: whether the guest ran before it was paused for the migration.
     ///
     /// # Errors
     /// The guest's own.
-    fn save_devices(&self, profile: &Profile, running: bool) -> Result<SavedDevices, GuestError>;
+    fn save(&self, profile: &Profile, running: bool) -> Result<SavedDevices, GuestError>;
 
-    /// Gives RAM block `block` (its number in [`ram`](Guest::ram)) the length that the source uses. Called only before
-    /// the guest has run, and only for a length that differs.
+    /// Takes over the state of the devices, as [`save`](Devices::save) gave it, into a paused guest, and
+    /// says whether the guest ran at the source.
     ///
     /// # Errors
-    /// The guest's own, if the block cannot have this length.
-    fn resize_ram(&self, block: usize, used_length: u64) -> Result<(), GuestError>;
+    /// The guest's own; the guest is unusable then.
+    fn load(&self, devices: &[DeviceSection]) -> Result<bool, GuestError>;
 
-    /// Whether this machine has a device whose state comes in sections of this name and instance.
-    fn has_device(&self, idstr: &CountedString, instance_id: u32) -> bool;
+    /// Whether this machine has a device whose state comes in a section of this name and instance.
+    fn has(&self, idstr: &CountedString, instance_id: u32) -> bool;
 
-    /// What the operator may do when a section came that [`has_device`](Guest::has_device) and
-    /// [`has_iterative_device`](Guest::has_iterative_device) do not know.
+    /// What the operator may do when a section came that neither [`has`](Devices::has) nor
+    /// [`iterative`](Devices::iterative) knows.
     fn advice(&self, idstr: &CountedString) -> String {
         let _ = idstr;
         ADVICE.into()
     }
 
-    /// Takes over the state of the devices, as [`save_devices`](Guest::save_devices) gave it, into a paused guest, and
-    /// says whether the guest ran at the source.
-    ///
-    /// # Errors
-    /// The guest's own; the guest is unusable then.
-    fn load_devices(&self, devices: &[DeviceSection]) -> Result<bool, GuestError>;
+    /// The devices whose state is sent in parts while the guest runs; none by default.
+    fn iterative(&self) -> Vec<&dyn IterativeDevice> {
+        Vec::new()
+    }
+}
 
-    /// The stopped guest's disks are to be used by this machine and nobody else from now on; [`resume`](Guest::resume) implies it. Called at the
+/// What a guest is told of its migration, and what it can be asked for. Everything has a default.
+pub trait Hooks: Send + Sync {
+    /// The guest is about to be migrated, from here or to here: what can be done ahead for saving or loading its devices is done now,
+    /// because later everybody waits for that.
+    fn prepare(&self) {}
+
+    /// The migration has failed, and the guest, which did not run before [`Guest::pause`] either, stays as it was.
+    fn stay_stopped(&self) {}
+
+    /// The stopped guest's disks are to be used by this machine and nobody else from now on; [`Guest::resume`] implies it. Called at the
     /// destination when everything has been loaded, but not under `late-block-activate`, and at the source when a migration
     /// has failed.
     ///
@@ -88,7 +113,7 @@ pub trait Guest: Send + Sync {
     /// The stopped guest's disks may be used by the destination from now on; told at the source before the end of the stream is sent.
     fn inactivate(&self) {}
 
-    /// Makes the vCPUs stand still for so many per cent of their time, 0 to 99; for capability `auto-converge`.
+    /// Throttles the vCPUs by `per_cent` of their time, 0 to 99; for capability `auto-converge`.
     ///
     /// # Errors
     /// The guest's own.
@@ -96,7 +121,7 @@ pub trait Guest: Send + Sync {
         if per_cent == 0 { Ok(()) } else { Err("the vCPUs of this machine cannot be slowed down".into()) }
     }
 
-    /// Keeps every vCPU from dirtying more than so many MiB in a second, or ends that with `None`; for capability `dirty-limit`.
+    /// Keeps every vCPU from dirtying more than this many MiB in a second, or ends that with `None`; for capability `dirty-limit`.
     /// Rates are measured over `period`.
     ///
     /// # Errors
@@ -106,29 +131,15 @@ pub trait Guest: Send + Sync {
         if mib_per_second.is_none() { Ok(()) } else { Err("the dirty rate of this machine cannot be limited".into()) }
     }
 
-    /// The devices whose state is sent in parts while the guest runs; none by default.
-    fn iterative_devices(&self) -> Vec<&dyn IterativeDevice> {
-        Vec::new()
-    }
-
-    /// Takes over a piece of the state of the device whose section has that name, as [`IterativeDevice::read`] gave it at the source.
-    ///
-    /// # Errors
-    /// The guest's own; there is no such device, or it does not like its state.
-    fn load_iterative(&self, idstr: &CountedString, state: &[u8]) -> Result<(), GuestError> {
-        let _ = state;
-        Err(format!("there is no device '{idstr}'").into())
-    }
-
-    /// Whether a device takes over state in sections of this name, piece by piece.
-    fn has_iterative_device(&self, idstr: &CountedString) -> bool {
-        let _ = idstr;
-        false
-    }
-
     /// The guest has gone to the destination for good; told at the source.
     fn handed_over(&self) {}
 }
+
+/// The hooks of a guest that has none of its own.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct NoHooks;
+
+impl Hooks for NoHooks {}
 
 /// A RAM block.
 #[derive(Debug, Clone, Copy)]

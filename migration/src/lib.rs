@@ -7,7 +7,7 @@
 //! | `address`, `channel`, `socket`, `pipe`, `connections` | where a peer is, and the ways to it |
 //! | `strangers`, `arrivals` | connections until it is known what they are; those of one source |
 //! | `capabilities`, `parameters`, [`rate`] | QEMU's settings by their names; the rate limit |
-//! | `guest` | [`Guest`]: what the engines need of a virtual machine |
+//! | `guest` | [`Guest`], [`Devices`], [`Hooks`]: what the engines need of a virtual machine |
 //! | [`bitmap`], `zero`, `ram_sender` | dirty pages, and sending them straight from guest memory |
 //! | `multifd` | page channels: threads that send and receive pages beside the main channel |
 //! | `page_file` | files in which every page has its place |
@@ -66,7 +66,7 @@ pub use connections::{Incoming, Outgoing, check_transport};
 pub use descriptors::{Descriptors, NoDescriptors};
 pub use destination::{Arrival, receive};
 pub use error::{LoadError, MigrationError};
-pub use guest::{ADVICE, DeviceSection, DirtyLog, Guest, GuestError, RamView, SavedDevices};
+pub use guest::{ADVICE, DeviceSection, Devices, DirtyLog, Guest, GuestError, Hooks, NoHooks, RamView, SavedDevices};
 pub use job::{Job, Notice, Refused};
 pub use parameters::{BadParameter, Mode, Parameters};
 pub use pending::{IterativeDevice, Pending};

@@ -52,6 +52,12 @@ pub trait IterativeDevice: Send + Sync {
     /// The device's own.
     fn read(&self, into: &mut Vec<u8>, limit: usize) -> Result<(), GuestError>;
 
+    /// Takes over a piece of the state, as [`read`](IterativeDevice::read) gave it at the source; called at the destination.
+    ///
+    /// # Errors
+    /// The device's own; it does not like its state.
+    fn load(&self, state: &[u8]) -> Result<(), GuestError>;
+
     /// The migration is over: the device is at the destination, or stays.
     fn end(&self);
 }

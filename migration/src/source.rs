@@ -174,7 +174,7 @@ impl<'e> Engine<'e> {
             converge: AutoConverge::default(),
             trigger: Trigger::default(),
             limit: None,
-            devices: Account::new(guest.iterative_devices()),
+            devices: Account::new(guest.devices().iterative()),
             stopped: None,
             inactive: false,
             handed_over: None,
@@ -187,7 +187,7 @@ impl<'e> Engine<'e> {
             self.pause()?;
         }
         self.greet()?;
-        guest.prepare();
+        guest.hooks().prepare();
         let mut log = guest.start_dirty_log().map_err(MigrationError::guest("start the dirty log"))?;
         let mut ram = RamSender::new(guest.ram(), PageGeometry::X86);
         self.set_up(&ram)?;
@@ -199,7 +199,7 @@ impl<'e> Engine<'e> {
         let devices = self.save_devices()?;
         self.read_last(&mut ram, &mut *log)?;
         // The destination takes the disks as soon as it has everything.
-        self.guest.inactivate();
+        self.guest.hooks().inactivate();
         self.inactive = true;
         let description = self.send_rest(&mut ram, devices)?;
         // The log ends with this function: stopping it takes longer than all the rest of the downtime.
@@ -404,7 +404,7 @@ impl<'e> Engine<'e> {
             && let Some(per_cent) = self.converge.dirty_log_read(now, dirtied, self.transferred, &parameters)
         {
             tracing::info!(per_cent, "auto-converge slows the vCPUs down");
-            self.guest.throttle(per_cent).map_err(MigrationError::guest("slow the vCPUs down"))?;
+            self.guest.hooks().throttle(per_cent).map_err(MigrationError::guest("slow the vCPUs down"))?;
             self.job.update(|statistics| statistics.throttled = Some(per_cent));
         }
         if capabilities.dirty_limit {
@@ -414,7 +414,7 @@ impl<'e> Engine<'e> {
             if let Some(limit) = limit.filter(|_| exceeded || self.limit.is_some()) {
                 tracing::info!(limit, "dirty-limit slows the vCPUs down");
                 let period = Duration::from_millis(parameters.vcpu_dirty_limit_period_ms);
-                let limited = self.guest.limit_dirty_rate(Some(limit), period);
+                let limited = self.guest.hooks().limit_dirty_rate(Some(limit), period);
                 limited.map_err(MigrationError::guest("limit the dirty rate of the vCPUs"))?;
                 self.limit = Some(limit);
             }
@@ -424,12 +424,12 @@ impl<'e> Engine<'e> {
 
     fn let_run(&mut self) {
         if self.job.statistics().throttled.is_some()
-            && let Err(error) = self.guest.throttle(0)
+            && let Err(error) = self.guest.hooks().throttle(0)
         {
             tracing::error!("the vCPUs stay slow: {error}");
         }
         if self.limit.take().is_some()
-            && let Err(error) = self.guest.limit_dirty_rate(None, Duration::from_secs(1))
+            && let Err(error) = self.guest.hooks().limit_dirty_rate(None, Duration::from_secs(1))
         {
             tracing::error!("the vCPUs stay slow: {error}");
         }

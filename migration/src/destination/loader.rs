@@ -1,6 +1,8 @@
 //! What the events of a stream mean for the guest.
 
-use super::super::{DeviceSection, Guest, LoadError, handover, multifd::Mark, ram_receiver::RamReceiver};
+use super::super::{
+    DeviceSection, Guest, GuestError, IterativeDevice, LoadError, handover, multifd::Mark, ram_receiver::RamReceiver,
+};
 use qevm_returnpath::{
     Message,
     switchover::{Ack, DestinationGate},
@@ -127,13 +129,12 @@ impl<'e> Loader<'e> {
         match header.content() {
             Content::Ram if *instance_id == 0 => self.ram_section = RamSection::Open(*section_id),
             // Their configuration, which is a FULL section, comes with devices on PCI; this machine has none.
-            Content::Vfio
-                if kind == SectionKind::Start && *instance_id == 0 && self.guest.has_iterative_device(idstr) => {}
-            Content::Opaque if kind == SectionKind::Full && self.guest.has_device(idstr, *instance_id) => {
+            Content::Vfio if kind == SectionKind::Start && *instance_id == 0 && self.iterative(idstr).is_some() => {}
+            Content::Opaque if kind == SectionKind::Full && self.guest.devices().has(idstr, *instance_id) => {
                 self.section = Some(header.clone());
             }
             _ => {
-                let advice = self.guest.advice(idstr);
+                let advice = self.guest.devices().advice(idstr);
                 return Err(LoadError::UnknownSection { idstr: idstr.clone(), instance_id: *instance_id, advice });
             }
         }
@@ -141,6 +142,16 @@ impl<'e> Loader<'e> {
             return Err(LoadError::SectionAgain { idstr: idstr.clone(), instance_id: *instance_id });
         }
         Ok(())
+    }
+
+    /// The device whose state comes in sections of this name, piece by piece.
+    fn iterative(&self, idstr: &CountedString) -> Option<&'e dyn IterativeDevice> {
+        self.guest.devices().iterative().into_iter().find(|device| *idstr == *device.idstr())
+    }
+
+    /// Takes a piece of the state of the device of this name over.
+    pub(super) fn load_iterative(&self, idstr: &CountedString, state: &[u8]) -> Result<(), GuestError> {
+        self.iterative(idstr).ok_or_else(|| format!("there is no device '{idstr}'"))?.load(state)
     }
 
     /// Refuses a stream that has not brought all of guest memory. Which devices are missing, the guest says.

@@ -49,10 +49,6 @@ impl FakeDevice {
         self.state.lock().unwrap().stopped = true;
     }
 
-    pub(crate) fn load(&self, bytes: &[u8]) {
-        self.state.lock().unwrap().loaded.extend_from_slice(bytes);
-    }
-
     /// How often it was asked exactly.
     pub(crate) fn asked(&self) -> u32 {
         self.state.lock().unwrap().asked
@@ -115,6 +111,11 @@ impl IterativeDevice for FakeDevice {
         } else {
             state.stopcopy -= count;
         }
+        Ok(())
+    }
+
+    fn load(&self, bytes: &[u8]) -> Result<(), GuestError> {
+        self.state.lock().unwrap().loaded.extend_from_slice(bytes);
         Ok(())
     }
 

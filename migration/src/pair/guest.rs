@@ -1,7 +1,7 @@
 //! A guest that is memory and a counter, and writes when it is told to.
 
 use super::device::FakeDevice;
-use crate::{DeviceSection, DirtyLog, Guest, GuestError, IterativeDevice, RamView, SavedDevices};
+use crate::{DeviceSection, Devices, DirtyLog, Guest, GuestError, IterativeDevice, RamView, SavedDevices};
 use qevm_wire::{CountedString, Profile};
 use std::{
     ops::Range,
@@ -154,7 +154,13 @@ impl Guest for FakeGuest {
         Ok(())
     }
 
-    fn save_devices(&self, _: &Profile, running: bool) -> Result<SavedDevices, GuestError> {
+    fn devices(&self) -> &dyn Devices {
+        self
+    }
+}
+
+impl Devices for FakeGuest {
+    fn save(&self, _: &Profile, running: bool) -> Result<SavedDevices, GuestError> {
         assert!(!self.is_running(), "saved while running");
         let mut body = self.work.load(Ordering::SeqCst).to_be_bytes().to_vec();
         body.push(running.into());
@@ -162,29 +168,15 @@ impl Guest for FakeGuest {
         Ok(SavedDevices { sections: vec![DeviceSection { idstr, instance_id: 0, version_id: 1, body }], vmdesc: None })
     }
 
-    fn iterative_devices(&self) -> Vec<&dyn IterativeDevice> {
+    fn iterative(&self) -> Vec<&dyn IterativeDevice> {
         self.device.iter().map(|device| device as &dyn IterativeDevice).collect()
     }
 
-    fn has_iterative_device(&self, idstr: &CountedString) -> bool {
-        self.device.as_ref().is_some_and(|device| *idstr == *device.idstr())
-    }
-
-    fn load_iterative(&self, _: &CountedString, state: &[u8]) -> Result<(), GuestError> {
-        assert!(!self.is_running(), "loaded while running");
-        self.device.as_ref().ok_or("no such device")?.load(state);
-        Ok(())
-    }
-
-    fn resize_ram(&self, _: usize, _: u64) -> Result<(), GuestError> {
-        Err("no block of this guest can be resized".into())
-    }
-
-    fn has_device(&self, idstr: &CountedString, instance_id: u32) -> bool {
+    fn has(&self, idstr: &CountedString, instance_id: u32) -> bool {
         *idstr == *"counter" && instance_id == 0
     }
 
-    fn load_devices(&self, devices: &[DeviceSection]) -> Result<bool, GuestError> {
+    fn load(&self, devices: &[DeviceSection]) -> Result<bool, GuestError> {
         assert!(!self.is_running(), "loaded while running");
         if self.refuses_devices.load(Ordering::Relaxed) {
             return Err("the counter does not like its state".into());

@@ -43,6 +43,10 @@ impl<F: Fn(Duration) -> u64 + Send + Sync> IterativeDevice for Hiding<F> {
         Ok(())
     }
 
+    fn load(&self, _: &[u8]) -> Result<(), GuestError> {
+        Ok(())
+    }
+
     fn end(&self) {}
 }
 

@@ -56,7 +56,7 @@ impl Engine<'_> {
 
     pub(super) fn save_devices(&self) -> Result<SavedDevices, MigrationError> {
         let was_running = self.stopped.as_ref().is_some_and(|stopped| stopped.was_running);
-        let saved = self.guest.save_devices(self.profile, was_running);
+        let saved = self.guest.devices().save(self.profile, was_running);
         saved.map_err(MigrationError::guest("save the state of the devices"))
     }
 
@@ -208,7 +208,7 @@ impl Engine<'_> {
         self.let_run();
         let was_running = self.stopped.take().is_some_and(|stopped| stopped.was_running);
         if matches!(error, MigrationError::Unsettled { .. }) {
-            self.guest.handed_over();
+            self.guest.hooks().handed_over();
             return error;
         }
         if was_running && let Err(resume) = self.guest.resume() {
@@ -216,9 +216,9 @@ impl Engine<'_> {
             return MigrationError::Guest { doing: "resume the guest", source };
         }
         if !was_running {
-            self.guest.stay_stopped();
+            self.guest.hooks().stay_stopped();
             if self.inactive
-                && let Err(claim) = self.guest.activate()
+                && let Err(claim) = self.guest.hooks().activate()
             {
                 let source = format!("{claim} (the migration had failed: {error})").into();
                 return MigrationError::Guest { doing: "take the guest's disks back", source };
@@ -237,7 +237,7 @@ impl Engine<'_> {
         self.devices.devices().iter().for_each(|device| device.end());
         if result.is_ok() {
             self.let_run();
-            self.guest.handed_over();
+            self.guest.hooks().handed_over();
         }
         self.job.end(result.as_ref().err());
         // The return path is read to its end: the destination closes when it has taken over.

@@ -7,7 +7,7 @@ use crate::{
     sections::{self, has_device},
     state::MachineState,
 };
-use qevm_migration::{DeviceSection, DirtyLog, Guest, GuestError, RamView, SavedDevices};
+use qevm_migration::{DeviceSection, Devices, DirtyLog, Guest, GuestError, Hooks, RamView, SavedDevices};
 use qevm_wire::{CountedString, Profile};
 use std::{ops::Range, time::Duration};
 use vm_memory::VolatileSlice;
@@ -33,15 +33,6 @@ impl Guest for Machine {
             .collect()
     }
 
-    fn prepare(&self) {
-        // A device that cannot be saved is reported when it comes to that.
-        let rehearsed: Result<(), GuestError> =
-            self.fresh_state().map_err(Into::into).and_then(|state| Ok(sections::rehearse(&state)?));
-        if let Err(error) = rehearsed {
-            tracing::debug!(error, "the devices could not be rehearsed");
-        }
-    }
-
     fn start_dirty_log(&self) -> Result<Box<dyn DirtyLog + '_>, GuestError> {
         self.dirty_log().enable()?;
         Ok(Box::new(RunningLog { machine: self, reported: Vec::new() }))
@@ -55,6 +46,54 @@ impl Guest for Machine {
 
     fn resume(&self) -> Result<(), GuestError> {
         Ok(Machine::resume(self)?)
+    }
+
+    fn resize_ram(&self, block: usize, used_length: u64) -> Result<(), GuestError> {
+        let block = self.memory().blocks().get(block).ok_or("no such RAM block")?;
+        Ok(block.resize(used_length)?)
+    }
+
+    fn devices(&self) -> &dyn Devices {
+        self
+    }
+
+    fn hooks(&self) -> &dyn Hooks {
+        self
+    }
+}
+
+impl Devices for Machine {
+    fn save(&self, profile: &Profile, running: bool) -> Result<SavedDevices, GuestError> {
+        Ok(sections::save(&self.save_state()?, profile, running)?)
+    }
+
+    fn has(&self, idstr: &CountedString, instance_id: u32) -> bool {
+        has_device(idstr, instance_id, self.cpus(), self.has_rtc(), self.virtio())
+    }
+
+    fn advice(&self, idstr: &CountedString) -> String {
+        sections::advice(idstr).into()
+    }
+
+    fn load(&self, devices: &[DeviceSection]) -> Result<bool, GuestError> {
+        // Nothing has run here, so this is still its state; but for the real-time clock, which is left alone if none arrives.
+        let mut state = MachineState { rtc: None, ..self.fresh_state()? };
+        let running = sections::load(devices, &sections::newest(), &mut state)?;
+        self.load_state(&state)?;
+        // The RAM has come before the devices.
+        self.check_virtio()?;
+        Ok(running)
+    }
+}
+
+impl Hooks for Machine {
+    fn prepare(&self) {
+        // A device that cannot be saved is reported when it comes to that.
+        let rehearsed: Result<(), GuestError> =
+            self.fresh_state().map_err(Into::into).and_then(|state| Ok(sections::rehearse(&state)?));
+        if let Err(error) = rehearsed {
+            tracing::debug!(error, "the devices could not be rehearsed");
+        }
     }
 
     fn activate(&self) -> Result<(), GuestError> {
@@ -72,33 +111,6 @@ impl Guest for Machine {
     fn limit_dirty_rate(&self, mib_per_second: Option<u64>, period: Duration) -> Result<(), GuestError> {
         self.set_dirty_limit_period(period);
         Ok(Machine::limit_dirty_rate(self, None, mib_per_second)?)
-    }
-
-    fn save_devices(&self, profile: &Profile, running: bool) -> Result<SavedDevices, GuestError> {
-        Ok(sections::save(&self.save_state()?, profile, running)?)
-    }
-
-    fn resize_ram(&self, block: usize, used_length: u64) -> Result<(), GuestError> {
-        let block = self.memory().blocks().get(block).ok_or("no such RAM block")?;
-        Ok(block.resize(used_length)?)
-    }
-
-    fn has_device(&self, idstr: &CountedString, instance_id: u32) -> bool {
-        has_device(idstr, instance_id, self.cpus(), self.has_rtc(), self.virtio())
-    }
-
-    fn advice(&self, idstr: &CountedString) -> String {
-        sections::advice(idstr).into()
-    }
-
-    fn load_devices(&self, devices: &[DeviceSection]) -> Result<bool, GuestError> {
-        // Nothing has run here, so this is still its state; but for the real-time clock, which is left alone if none arrives.
-        let mut state = MachineState { rtc: None, ..self.fresh_state()? };
-        let running = sections::load(devices, &sections::newest(), &mut state)?;
-        self.load_state(&state)?;
-        // The RAM has come before the devices.
-        self.check_virtio()?;
-        Ok(running)
     }
 }
 

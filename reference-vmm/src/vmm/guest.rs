@@ -2,7 +2,7 @@
 
 use super::{RunState, Vmm};
 use qevm_migration::dirty_rate::LogClaim;
-use qevm_migration::{DeviceSection, DirtyLog, Guest, GuestError, RamView, SavedDevices};
+use qevm_migration::{DeviceSection, Devices, DirtyLog, Guest, GuestError, Hooks, RamView, SavedDevices};
 use qevm_wire::{CountedString, Profile};
 use std::{ops::Range, time::Duration};
 
@@ -34,10 +34,6 @@ impl Guest for Vmm {
         self.machine.ram().into_iter().map(|view| RamView { pristine: view.pristine && !tried, ..view }).collect()
     }
 
-    fn prepare(&self) {
-        self.machine.prepare();
-    }
-
     fn start_dirty_log(&self) -> Result<Box<dyn DirtyLog + '_>, GuestError> {
         let claim = self.dirty_rate.take_log();
         Ok(Box::new(ClaimedLog { log: self.machine.start_dirty_log()?, _claim: claim }))
@@ -51,6 +47,52 @@ impl Guest for Vmm {
         }
     }
 
+    fn resume(&self) -> Result<(), GuestError> {
+        self.start()
+    }
+
+    fn resize_ram(&self, block: usize, used_length: u64) -> Result<(), GuestError> {
+        self.machine.resize_ram(block, used_length)
+    }
+
+    fn devices(&self) -> &dyn Devices {
+        self
+    }
+
+    fn hooks(&self) -> &dyn Hooks {
+        self
+    }
+}
+
+impl Devices for Vmm {
+    fn save(&self, profile: &Profile, running: bool) -> Result<SavedDevices, GuestError> {
+        let _transition = self.transition();
+        let saved = self.machine.devices().save(profile, running)?;
+        self.lock().saved = true;
+        Ok(saved)
+    }
+
+    fn has(&self, idstr: &CountedString, instance_id: u32) -> bool {
+        self.machine.devices().has(idstr, instance_id)
+    }
+
+    fn advice(&self, idstr: &CountedString) -> String {
+        self.machine.devices().advice(idstr)
+    }
+
+    fn load(&self, devices: &[DeviceSection]) -> Result<bool, GuestError> {
+        let _transition = self.transition();
+        let running = self.machine.devices().load(devices)?;
+        self.lock().loaded = true;
+        Ok(running)
+    }
+}
+
+impl Hooks for Vmm {
+    fn prepare(&self) {
+        self.machine.hooks().prepare();
+    }
+
     fn stay_stopped(&self) {
         let mut state = self.lock();
         // One that has stopped by itself is not to be taken for one that runs.
@@ -60,42 +102,12 @@ impl Guest for Vmm {
         state.saved = false;
     }
 
-    fn resume(&self) -> Result<(), GuestError> {
-        self.start()
-    }
-
-    fn save_devices(&self, profile: &Profile, running: bool) -> Result<SavedDevices, GuestError> {
-        let _transition = self.transition();
-        let saved = self.machine.save_devices(profile, running)?;
-        self.lock().saved = true;
-        Ok(saved)
-    }
-
-    fn resize_ram(&self, block: usize, used_length: u64) -> Result<(), GuestError> {
-        self.machine.resize_ram(block, used_length)
-    }
-
-    fn has_device(&self, idstr: &CountedString, instance_id: u32) -> bool {
-        self.machine.has_device(idstr, instance_id)
-    }
-
-    fn advice(&self, idstr: &CountedString) -> String {
-        self.machine.advice(idstr)
-    }
-
-    fn load_devices(&self, devices: &[DeviceSection]) -> Result<bool, GuestError> {
-        let _transition = self.transition();
-        let running = self.machine.load_devices(devices)?;
-        self.lock().loaded = true;
-        Ok(running)
-    }
-
     fn activate(&self) -> Result<(), GuestError> {
-        Guest::activate(&self.machine)
+        self.machine.hooks().activate()
     }
 
     fn inactivate(&self) {
-        Guest::inactivate(&self.machine);
+        self.machine.hooks().inactivate();
     }
 
     fn throttle(&self, per_cent: u8) -> Result<(), GuestError> {
@@ -103,7 +115,7 @@ impl Guest for Vmm {
     }
 
     fn limit_dirty_rate(&self, mib_per_second: Option<u64>, period: Duration) -> Result<(), GuestError> {
-        Guest::limit_dirty_rate(&self.machine, mib_per_second, period)
+        self.machine.hooks().limit_dirty_rate(mib_per_second, period)
     }
 
     fn handed_over(&self) {
