@@ -20,6 +20,9 @@ pub(crate) struct Migrate {
     /// Values of multifd-compression
     #[arg(long, value_delimiter = ',', default_values_t = ["none".to_owned(), "zlib".to_owned(), "zstd".to_owned()])]
     methods: Vec<String>,
+    /// Measure page channels only, and not the main channel alone
+    #[arg(long)]
+    page_channels_only: bool,
     /// Let every destination touch its memory only when pages arrive. Then the host's giving of memory is measured as well,
     /// which takes longer than the migration and varies most
     #[arg(long)]
@@ -31,8 +34,10 @@ pub(crate) struct Migrate {
 
 impl Migrate {
     pub(crate) fn run(self) -> Result<bool> {
-        let Migrate { mib, repetitions, channels, methods, fresh, json } = self;
-        let options = peer::bench::Options { mib, repetitions, channels, methods, fresh, suite: Suite::Sid };
+        let Migrate { mib, repetitions, channels, methods, page_channels_only, fresh, json } = self;
+        let main_channel = !page_channels_only;
+        let suite = Suite::Sid;
+        let options = peer::bench::Options { mib, repetitions, channels, methods, main_channel, fresh, suite };
         let program = peer::Monitor::new(std::env::current_exe()?);
         let tell = |line: &str| {
             if !json {

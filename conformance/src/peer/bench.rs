@@ -1,10 +1,11 @@
-//! How fast page channels are: real QEMU and reference-vmm in every pairing, in one run.
+//! How fast a guest moves, over the main channel alone and over page channels: real QEMU and reference-vmm in every pairing, in one run.
 //!
-//! A stopped guest whose memory is random numbers goes from QEMU to QEMU, on to reference-vmm, to another reference-vmm and back
+//! A stopped guest whose memory is random numbers, or zeros, goes from QEMU to QEMU, on to reference-vmm, to another reference-vmm and back
 //! to QEMU; then the next repetition begins. So the pairings take turns, and a machine that becomes slower or faster meanwhile does
 //! so for all of them. Every destination has its memory from the host before it starts, unless that is to be measured as well. Numbers mean something only on a machine that does nothing else.
 
 use std::collections::BTreeMap;
+use std::fmt;
 use std::fs::File;
 use std::io::{BufWriter, Write};
 use std::path::Path;
@@ -32,10 +33,12 @@ pub struct Options {
     pub mib: u32,
     /// How often each pairing is measured.
     pub repetitions: u64,
-    /// Numbers of page channels.
+    /// Numbers of page channels; each goes with each method.
     pub channels: Vec<u64>,
     /// Values of `multifd-compression`.
     pub methods: Vec<String>,
+    /// The main channel alone is measured, too: over TCP and a UNIX socket, and a guest of zeros over TCP.
+    pub main_channel: bool,
     /// Destinations do not touch their memory before pages arrive.
     pub fresh: bool,
     /// The release of QEMU.
@@ -61,30 +64,31 @@ pub fn migrate(options: &Options, program: &Monitor, mut tell: impl FnMut(&str))
     let shm = Path::new("/dev/shm");
     let memory_folder =
         tempfile::Builder::new().prefix("qevm-bench-").tempdir_in(if shm.is_dir() { shm } else { scratch.path() })?;
-    let image = memory_folder.path().join("ram");
-    fill(&image, u64::from(options.mib) << 20)?;
+    let images = [Content::Random, Content::Zeros].map(|content| (content, memory_folder.path().join(content.name())));
+    for (content, image) in &images {
+        content.fill(image, u64::from(options.mib) << 20)?;
+    }
+    let images = BTreeMap::from(images);
     let roots = BTreeMap::from([(options.suite, Root::install(options.suite)?)]);
     let mut results = Vec::new();
-    for method in &options.methods {
-        for &channels in &options.channels {
-            let mut samples: BTreeMap<String, Vec<Sample>> = BTreeMap::new();
-            for _ in 0..options.repetitions {
-                let run =
-                    Run { options, program, roots: &roots, scratch: scratch.path(), image: &image, channels, method };
-                for (pairing, sample) in run.chain()? {
-                    tell(&format!(
-                        "{method} {channels} channels {pairing}: {:.2} s, CPU {:.2} s and {:.2} s",
-                        sample.seconds, sample.source_cpu, sample.destination_cpu
-                    ));
-                    samples.entry(pairing).or_default().push(sample);
-                }
+    for way in Way::all(options) {
+        let mut samples: BTreeMap<String, Vec<Sample>> = BTreeMap::new();
+        for _ in 0..options.repetitions {
+            let image = &images[&way.content];
+            let run = Run { options, program, roots: &roots, scratch: scratch.path(), image, way };
+            for (pairing, sample) in run.chain()? {
+                tell(&format!(
+                    "{way} {pairing}: {:.2} s, CPU {:.2} s and {:.2} s",
+                    sample.seconds, sample.source_cpu, sample.destination_cpu
+                ));
+                samples.entry(pairing).or_default().push(sample);
             }
-            let baseline = Medians::of(&samples[PAIRINGS[0]], options.mib);
-            for pairing in PAIRINGS {
-                let medians = Medians::of(&samples[pairing], options.mib);
-                tell(&medians.line(&format!("{method:<5} {channels} {pairing:<9}"), &baseline));
-                results.push(medians.json(method, channels, pairing, &baseline));
-            }
+        }
+        let baseline = Medians::of(&samples[PAIRINGS[0]], options.mib);
+        for pairing in PAIRINGS {
+            let medians = Medians::of(&samples[pairing], options.mib);
+            tell(&medians.line(&format!("{:<24} {pairing:<9}", way.to_string()), &baseline));
+            results.push(medians.json(&way, pairing, &baseline));
         }
     }
     Ok(
@@ -95,14 +99,70 @@ pub fn migrate(options: &Options, program: &Monitor, mut tell: impl FnMut(&str))
 /// The pairings in the order of the guest's way; the first is what the others are compared with.
 const PAIRINGS: [&str; 4] = ["qemu>qemu", "qemu>ref", "ref>ref", "ref>qemu"];
 
+/// What guest memory is filled with.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum Content {
+    /// Numbers that no method can compress.
+    Random,
+    /// Zeros, of which only headers are sent.
+    Zeros,
+}
+
+impl Content {
+    fn name(self) -> &'static str {
+        match self {
+            Content::Random => "random",
+            Content::Zeros => "zeros",
+        }
+    }
+
+    fn fill(self, path: &Path, len: u64) -> Result<()> {
+        match self {
+            Content::Random => fill(path, len),
+            Content::Zeros => Ok(File::create(path)?.set_len(len)?),
+        }
+    }
+}
+
+/// What a guest travels over.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Way<'o> {
+    transport: &'static str,
+    content: Content,
+    /// Number of page channels, and their method.
+    multifd: Option<(u64, &'o str)>,
+}
+
+impl<'o> Way<'o> {
+    fn all(options: &'o Options) -> Vec<Way<'o>> {
+        let main = |transport, content| Way { transport, content, multifd: None };
+        let alone = [main("tcp", Content::Random), main("unix", Content::Random), main("tcp", Content::Zeros)];
+        let channels = options.methods.iter().flat_map(|method| {
+            let way = |&channels| Way { multifd: Some((channels, method.as_str())), ..main("tcp", Content::Random) };
+            options.channels.iter().map(way)
+        });
+        alone.into_iter().filter(|_| options.main_channel).chain(channels).collect()
+    }
+}
+
+impl fmt::Display for Way<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Way { transport, content, multifd } = self;
+        match multifd {
+            Some((channels, method)) => write!(f, "{transport} {channels} x {method}")?,
+            None => write!(f, "{transport} main channel")?,
+        }
+        if *content == Content::Zeros { f.write_str(", zeros") } else { Ok(()) }
+    }
+}
+
 struct Run<'r> {
     options: &'r Options,
     program: &'r Monitor,
     roots: &'r BTreeMap<Suite, Root>,
     scratch: &'r Path,
     image: &'r Path,
-    channels: u64,
-    method: &'r str,
+    way: Way<'r>,
 }
 
 impl Run<'_> {
@@ -120,7 +180,7 @@ impl Run<'_> {
         for (n, (pairing, stop)) in (1..).zip(PAIRINGS.into_iter().zip([qemu, Stop::Reference, Stop::Reference, qemu]))
         {
             let mut there = self.start(stop, n, &[], true)?;
-            let sample = self.hop(&mut here, &mut there).with_context(|| format!("{pairing}, {}", self.method))?;
+            let sample = self.hop(&mut here, &mut there).with_context(|| format!("{pairing}, {}", self.way))?;
             samples.push((pairing.to_owned(), sample));
             std::mem::replace(&mut here, there).end()?;
         }
@@ -141,18 +201,27 @@ impl Run<'_> {
     fn hop(&self, here: &mut Party, there: &mut Party) -> Result<Sample> {
         here.meets(there.stop())?;
         there.meets(here.stop())?;
-        let parameters = json!({ "multifd-channels": self.channels, "multifd-compression": self.method });
         for party in [&mut *here, &mut *there] {
-            party.monitor().set_capabilities(&["multifd", "return-path"])?;
-            party.monitor().set_parameters(&parameters)?;
+            party.monitor().set_capabilities(&["return-path"])?;
+            if let Some((channels, method)) = self.way.multifd {
+                party.monitor().set_capabilities(&["multifd"])?;
+                let parameters = json!({ "multifd-channels": channels, "multifd-compression": method });
+                party.monitor().set_parameters(&parameters)?;
+            }
         }
         here.monitor().set_parameters(&json!({ "max-bandwidth": NO_LIMIT, "downtime-limit": 300 }))?;
-        there.monitor().execute("migrate-incoming", json!({ "uri": "tcp:127.0.0.1:0" }))?;
+        let path = self.scratch.join("migration");
+        let to =
+            if self.way.transport == "unix" { format!("unix:{}", path.display()) } else { "tcp:127.0.0.1:0".into() };
+        there.monitor().execute("migrate-incoming", json!({ "uri": to }))?;
         let waiting = there.monitor().migration()?;
-        let port = waiting["socket-address"][0]["port"].as_str().context("the destination names no port")?.to_owned();
+        let to = match waiting["socket-address"][0]["port"].as_str() {
+            Some(port) => format!("tcp:127.0.0.1:{port}"),
+            None => to,
+        };
         let cpus = (cpu_seconds(here.monitor().pid())?, cpu_seconds(there.monitor().pid())?);
         let begun = Instant::now();
-        here.monitor().execute("migrate", json!({ "uri": format!("tcp:127.0.0.1:{port}") }))?;
+        here.monitor().execute("migrate", json!({ "uri": to }))?;
         here.monitor().wait_migration(PATIENCE, |migration| migration["status"] == "completed")?;
         while there.monitor().execute("query-status", Value::Null)?["status"] == "inmigrate" {
             ensure!(begun.elapsed() < PATIENCE, "the guest did not arrive");
@@ -236,10 +305,12 @@ impl Medians {
         )
     }
 
-    fn json(&self, method: &str, channels: u64, pairing: &str, baseline: &Medians) -> Value {
+    fn json(&self, way: &Way<'_>, pairing: &str, baseline: &Medians) -> Value {
         let [throughput, source, destination, both] = self.ratios(baseline);
         json!({
-            "method": method, "channels": channels, "pairing": pairing,
+            "transport": way.transport, "content": way.content.name(),
+            "method": way.multifd.map(|(_, method)| method), "channels": way.multifd.map_or(0, |(channels, _)| channels),
+            "pairing": pairing,
             "gb_per_s": self.throughput.json(), "source_cpu_s_per_gib": self.source.json(),
             "destination_cpu_s_per_gib": self.destination.json(), "both_cpu_s_per_gib": self.both.json(),
             "ratio": { "throughput": throughput, "source_cpu": source, "destination_cpu": destination, "both_cpu": both },
