@@ -34,7 +34,7 @@ pub fn multifd_channel(data: &[u8]) {
                     drop(result);
                 }
             }
-            Ok(Step::Payload { remaining }) => {
+            Ok(Step::Payload { remaining, .. }) => {
                 let count = remaining.min((data.len() - position) as u64);
                 again.bytes(&data[position..position + count as usize]);
                 decoder.skip_payload(count).expect("no more than remains");

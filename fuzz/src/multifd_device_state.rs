@@ -56,7 +56,7 @@ fn read<'a>(channel: &'a [u8], devices: &mut Devices<'a>) {
                 let device = devices.entry((packet.idstr.as_bytes().to_vec(), packet.instance_id)).or_default();
                 device.push((place.map(|place| (place.index, place.config)), payload));
             }
-            Ok(Step::Payload { remaining }) => {
+            Ok(Step::Payload { remaining, .. }) => {
                 let count = remaining.min((channel.len() - position) as u64);
                 if count == 0 {
                     return;

@@ -31,7 +31,7 @@ pub fn returnpath_decoder(data: &[u8]) {
                     assert!(requests.waiting() <= 8192);
                 }
             }
-            Ok(Step::Payload { remaining }) => {
+            Ok(Step::Payload { remaining, .. }) => {
                 let count = remaining.min((data.len() - position) as u64);
                 again.bytes(&data[position..position + count as usize]);
                 decoder.skip_payload(count).expect("no more than remains");

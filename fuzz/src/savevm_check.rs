@@ -46,7 +46,7 @@ fn summarize(stream: &[u8], limits: &Limits) -> Option<Summary> {
                     summary.description = Some(Description::parse(text, limits).ok()?);
                 }
             }
-            Ok(Step::Payload { remaining }) => {
+            Ok(Step::Payload { remaining, .. }) => {
                 let count = remaining.min((stream.len() - position) as u64);
                 if count == 0 {
                     return Some(summary);

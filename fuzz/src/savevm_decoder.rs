@@ -86,7 +86,7 @@ impl Pump<'_> {
                         assert_eq!(inner.offset(), decoder.offset(), "a package ends where it says");
                     }
                 }
-                Ok(Step::Payload { remaining }) => {
+                Ok(Step::Payload { remaining, .. }) => {
                     let left = (self.shown - self.position) as u64;
                     if left == 0 {
                         self.shown = (self.shown + self.piece).min(self.stream.len());

@@ -30,7 +30,7 @@ fn run(channel: &[u8], piece: usize) -> (Vec<String>, bool) {
                 records.push(format!("{event:?}"));
                 position += consumed;
             }
-            Ok(Step::Payload { remaining }) => {
+            Ok(Step::Payload { remaining, .. }) => {
                 let left = (shown - position) as u64;
                 if left == 0 {
                     shown = (shown + piece).min(channel.len());

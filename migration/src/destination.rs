@@ -16,7 +16,7 @@ use super::{
 use loader::{Loader, RamSection, Then};
 use qevm_multifd::is_page_channel;
 use qevm_returnpath::{Message, switchover::DestinationGate};
-use qevm_savevm::{Decoder, DecoderOptions, Event, Step, framing::Content, mapped_ram::MappedBlock, ram::RamBlock};
+use qevm_savevm::{Decoder, DecoderOptions, PayloadKind, Step, mapped_ram::MappedBlock, ram::RamBlock};
 use qevm_wire::{Decode, Limits, Located, Profile, WireError, Writer};
 use std::{
     collections::HashSet,
@@ -67,7 +67,13 @@ pub fn receive(
     let mut engine = Engine {
         channel: &*main,
         inlet: Inlet::new(&*main, &first, offset),
-        decoder: Decoder::new(DecoderOptions { vmdesc: profile.vmdesc, offset, limits, ..DecoderOptions::default() }),
+        decoder: Decoder::new(DecoderOptions {
+            vmdesc: profile.vmdesc,
+            live: true,
+            offset,
+            limits,
+            ..DecoderOptions::default()
+        }),
         loader: Loader {
             guest,
             ram: RamReceiver::default(),
@@ -89,7 +95,6 @@ pub fn receive(
         from_file: 0,
         jumped: 0,
         start: offset,
-        vmdesc: profile.vmdesc,
     };
     let result = thread::scope(|scope| {
         if let Some((settings, channels)) = settings.as_ref().zip(channels.as_ref()) {
@@ -231,8 +236,6 @@ struct Engine<'e> {
     jumped: u64,
     /// Where the stream begins in its file.
     start: u64,
-    /// A description is expected behind the end.
-    vmdesc: bool,
 }
 
 impl Engine<'_> {
@@ -303,14 +306,11 @@ impl Engine<'_> {
 
     /// Reads to the end of the stream, with the description if there is one.
     fn read_stream(&mut self) -> Result<(), MigrationError> {
-        let mut ended = false;
         loop {
             match self.decoder.next(self.inlet.bytes()).map_err(located)? {
                 Step::Event { consumed, event } => {
                     let offset = self.inlet.offset();
                     let took = self.loader.take(&event);
-                    let eof = matches!(event, Event::Eof);
-                    let last = if self.vmdesc { matches!(event, Event::VmDescription { .. }) } else { eof };
                     let then = took.map_err(|error| self.place(error, offset))?;
                     self.inlet.consume(consumed);
                     match then {
@@ -320,9 +320,8 @@ impl Engine<'_> {
                         Then::Answer(message) => self.report(&message),
                         Then::Synchronise(mark) => self.synchronise(mark, offset)?,
                     }
-                    ended |= last;
                 }
-                Step::Payload { remaining } => {
+                Step::Payload { of, remaining } => {
                     // The state of a device, taken over as it comes; otherwise the description, which is skipped. Pages are moved
                     // as they are announced.
                     if self.inlet.bytes().is_empty() && !self.inlet.fill(1)? {
@@ -330,7 +329,9 @@ impl Engine<'_> {
                         continue;
                     }
                     let count = self.inlet.bytes().len().min(usize::try_from(remaining).unwrap_or(usize::MAX));
-                    if let Some(header) = self.decoder.current_section().filter(|h| h.content() == Content::Vfio) {
+                    if let PayloadKind::DeviceData { section_id } = of
+                        && let Some(header) = self.decoder.sections().get(section_id)
+                    {
                         let loaded = self.loader.load_iterative(&header.idstr, &self.inlet.bytes()[..count]);
                         loaded.map_err(|error| self.place(LoadError::Devices(error), self.decoder.offset()))?;
                     }
@@ -342,11 +343,8 @@ impl Engine<'_> {
                         self.decoder.end_of_input();
                     }
                 }
+                // A source that waits for the verdict sends nothing more, and the decoder asks for nothing more.
                 Step::End => return Ok(()),
-            }
-            // A source that waits for the verdict sends nothing more: the decoder must not ask for it.
-            if ended && self.decoder.is_complete() {
-                return Ok(());
             }
         }
     }

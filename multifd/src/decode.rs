@@ -4,12 +4,12 @@ use crate::{
     Error, ErrorKind, PacketError, Reader,
     compression::Compression,
     device_state::DeviceState,
-    event::Event,
+    event::{Event, PayloadKind},
     init::{self, Init, Uuid},
     layout::{self, FLAG_DEVICE_STATE, PREFIX_LEN},
     packet::{self, RamPacket},
 };
-use qevm_wire::{Cursor, Decode, Limits, Located, PageGeometry, Step, Within};
+use qevm_wire::{Cursor, Decode, Limits, Located, NextStep, PageGeometry, Step, Within};
 
 /// What a channel's decoder has to know from elsewhere. The defaults read a recorded channel of any source.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -107,7 +107,7 @@ pub struct ChannelDecoder {
     options: ChannelOptions,
     channel: Option<u8>,
     compression: Option<Compression>,
-    cursor: Cursor,
+    cursor: Cursor<PayloadKind>,
     /// Number of the next packet on this channel, from 0, for paths.
     packet: u64,
     /// Where the last packet started, for errors about it.
@@ -207,7 +207,7 @@ impl ChannelDecoder {
         }
     }
 
-    fn end<'a>(&self) -> Result<Step<Event<'a>>, Error> {
+    fn end<'a>(&self) -> Result<NextStep<'a, Self>, Error> {
         if self.ending == Some(Ending::TlsCut) && self.options.clean_tls_termination {
             return Err(
                 Located::new(PacketError::NoTlsBye.into(), self.cursor.offset()).within(init::path(self.channel))
@@ -229,9 +229,10 @@ impl ChannelDecoder {
 
 impl Decode for ChannelDecoder {
     type Event<'a> = Event<'a>;
+    type Payload = PayloadKind;
     type Kind = ErrorKind;
 
-    fn next<'a>(&mut self, input: &'a [u8]) -> Result<Step<Event<'a>>, Error> {
+    fn next<'a>(&mut self, input: &'a [u8]) -> Result<NextStep<'a, Self>, Error> {
         let at_end = self.cursor.has_ended();
         if let Some(step) = self.cursor.pending(input.len() as u64, at_end) {
             return step.map_err(|error| self.locate(error, self.packet.saturating_sub(1)));
@@ -244,7 +245,7 @@ impl Decode for ChannelDecoder {
             Ok(event) => {
                 self.last_packet = self.cursor.offset();
                 self.cursor.move_to(reader.offset());
-                self.cursor.expect(event.payload_len());
+                self.cursor.expect(event.payload_len(), event.payload_kind());
                 match &event {
                     Event::Init(init) => self.channel = Some(init.channel),
                     Event::Ram(packet) if packet.has_pages() => self.compression = Some(packet.compression()),
@@ -262,6 +263,10 @@ impl Decode for ChannelDecoder {
 
     fn payload_remaining(&self) -> u64 {
         self.cursor.payload()
+    }
+
+    fn payload_of(&self) -> Option<&PayloadKind> {
+        self.cursor.payload_of()
     }
 
     fn skip_payload(&mut self, count: u64) -> Result<(), Error> {

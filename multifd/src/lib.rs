@@ -46,7 +46,7 @@ pub use decode::{ChannelDecoder, ChannelOptions, Ending, is_page_channel};
 pub use device_state::{DeviceState, VfioDeviceState};
 pub use encode::{ChannelEncoder, EncoderOptions, Pages};
 pub use error::{Error, ErrorKind, HandshakeError, PacketError, Reader};
-pub use event::Event;
+pub use event::{Event, PayloadKind};
 pub use init::{ChannelSet, Init, Uuid};
 pub use packet::{PacketLayout, RamPacket};
 pub use runs::{Run, Runs};

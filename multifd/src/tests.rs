@@ -45,7 +45,7 @@ fn again(options: &ChannelOptions, bytes: &[u8], piece: usize) -> Result<Vec<u8>
                 encoder.event(&event, &mut writer).unwrap();
                 position += consumed;
             }
-            Step::Payload { remaining } => {
+            Step::Payload { remaining, .. } => {
                 let count = (bytes.len() - position).min(piece).min(remaining as usize);
                 writer.bytes(&bytes[position..position + count]);
                 decoder.skip_payload(count as u64).unwrap();

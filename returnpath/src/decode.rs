@@ -31,7 +31,7 @@ use qevm_wire::{CountedString, Cursor, Decode, Limits, Located, Step, WireError}
 pub struct Decoder {
     limits: Limits,
     state: State,
-    cursor: Cursor,
+    cursor: Cursor<CountedString>,
     messages: u64,
 }
 
@@ -94,11 +94,13 @@ impl Decoder {
 
 impl Decode for Decoder {
     type Event<'a> = Event;
+    /// The RAM block whose bitmap it is.
+    type Payload = CountedString;
     type Kind = ErrorKind;
 
     /// Reads the event at the front of `input`. That a return path ends without SHUT is no error here, see
     /// [`is_shut`](Decoder::is_shut).
-    fn next(&mut self, input: &[u8]) -> Result<Step<Event>, Error> {
+    fn next(&mut self, input: &[u8]) -> Result<Step<Event, CountedString>, Error> {
         let at_end = self.cursor.has_ended();
         if let Some(step) = self.cursor.pending(input.len() as u64, at_end) {
             return step.map_err(|error| self.locate(error));
@@ -110,11 +112,13 @@ impl Decode for Decoder {
         match self.item(&mut reader) {
             Ok(event) => {
                 self.cursor.move_to(reader.offset());
-                self.cursor.expect(event.payload_len());
                 self.messages += u64::from(event != Event::BitmapEnd);
                 self.state = match &event {
                     Event::Message(Message::Shut { .. }) => State::Shut,
-                    Event::Message(Message::RecvBitmap { block, .. }) => State::Bitmap(block.clone()),
+                    Event::Message(Message::RecvBitmap { block, .. }) => {
+                        self.cursor.expect(event.payload_len(), block.clone());
+                        State::Bitmap(block.clone())
+                    }
                     _ => State::Message,
                 };
                 Ok(Step::Event { consumed: reader.position(), event })
@@ -128,6 +132,10 @@ impl Decode for Decoder {
 
     fn payload_remaining(&self) -> u64 {
         self.cursor.payload()
+    }
+
+    fn payload_of(&self) -> Option<&CountedString> {
+        self.cursor.payload_of()
     }
 
     fn skip_payload(&mut self, count: u64) -> Result<(), Error> {

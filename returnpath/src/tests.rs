@@ -18,7 +18,7 @@ fn again(limits: &Limits, bytes: &[u8], piece: usize) -> Result<Vec<u8>, Error> 
                 encoder.event(&event, &mut writer).unwrap();
                 position += consumed;
             }
-            Step::Payload { remaining } => {
+            Step::Payload { remaining, .. } => {
                 let count = (bytes.len() - position).min(piece).min(remaining as usize);
                 writer.bytes(&bytes[position..position + count]);
                 decoder.skip_payload(count as u64).unwrap();

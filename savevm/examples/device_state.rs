@@ -94,7 +94,7 @@ fn sections<'a>(stream: &'a [u8], description: &Description) -> Result<Vec<Body<
         }
         match decoder.next(&stream[position..])? {
             Step::Event { consumed, .. } => position += consumed,
-            Step::Payload { remaining } => {
+            Step::Payload { remaining, .. } => {
                 decoder.skip_payload(remaining)?;
                 position = stream.len().min(position + remaining as usize);
             }

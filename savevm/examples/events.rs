@@ -82,7 +82,7 @@ impl Printer {
                         decoder.skip_payload(decoder.payload_remaining())?;
                     }
                 }
-                Step::Payload { remaining } => {
+                Step::Payload { remaining, .. } => {
                     let buffered = (self.buffer.len() - self.position) as u64;
                     let count = remaining.min(buffered);
                     self.position += count as usize;

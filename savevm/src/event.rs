@@ -7,7 +7,7 @@ use crate::{
     configuration::Configuration,
     dirty_bitmap::Chunk,
     framing::{SectionHeader, SectionKind},
-    ram::RamRecord,
+    ram::{BlockId, RamRecord},
     vfio::VfioRecord,
 };
 
@@ -66,6 +66,34 @@ pub enum Event<'a> {
         /// Length in bytes.
         len: u32,
     },
+}
+
+/// What the payload of a main channel or a preempt channel is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum PayloadKind {
+    /// A page of guest memory.
+    Page {
+        /// The RAM block.
+        block: BlockId,
+        /// Where in the block the page is, in bytes.
+        offset: u64,
+    },
+    /// The page bitmap and the pages of the RAM block that was listed last, each at its place in a mapped-ram file.
+    MappedPages,
+    /// The data of a VFIO device.
+    DeviceData {
+        /// The device's section.
+        section_id: u32,
+    },
+    /// Bits of a dirty bitmap of a disk.
+    DirtyBitmap,
+    /// Sectors of a disk.
+    DiskSectors,
+    /// A package: sections that a decoder of their own reads, from [`Decoder::nested`](crate::Decoder::nested).
+    Package,
+    /// The JSON description.
+    Description,
 }
 
 impl Event<'_> {

@@ -101,4 +101,4 @@ pub mod xbzrle;
 pub use decode::{BodyEnd, Decoder, DecoderOptions, Footers, Sections, StreamError};
 pub use encode::{Encoder, StreamWriter};
 pub use error::{Error, ErrorKind, Reader};
-pub use event::{Event, Step};
+pub use event::{Event, PayloadKind, Step};

@@ -65,6 +65,7 @@ impl<K> From<io::Error> for DriveError<K> {
 ///
 /// impl Decode for Records {
 ///     type Event<'a> = u8;
+///     type Payload = ();
 ///     type Kind = WireError;
 ///     fn next<'a>(&mut self, input: &'a [u8]) -> Result<Step<u8>, Located<WireError>> {
 ///         let at_end = self.0.has_ended();
@@ -75,10 +76,11 @@ impl<K> From<io::Error> for DriveError<K> {
 ///             return Ok(if at_end { Step::End } else { Step::NeedMore { at_least: 1 } });
 ///         };
 ///         self.0.move_to(self.0.offset() + 1);
-///         self.0.expect(len.into());
+///         self.0.expect(len.into(), ());
 ///         Ok(Step::Event { consumed: 1, event: len })
 ///     }
 ///     fn payload_remaining(&self) -> u64 { self.0.payload() }
+///     fn payload_of(&self) -> Option<&()> { self.0.payload_of() }
 ///     fn skip_payload(&mut self, count: u64) -> Result<(), Located<WireError>> { self.0.skip(count) }
 ///     fn end_of_input(&mut self) { self.0.end() }
 ///     fn offset(&self) -> u64 { self.0.offset() }
@@ -220,6 +222,11 @@ impl<R: Read, D: Decode> Payload<'_, R, D> {
     /// Bytes that are left.
     pub fn remaining(&self) -> u64 {
         self.driver.decoder.payload_remaining()
+    }
+
+    /// What it is; `None` if nothing is left.
+    pub fn of(&self) -> Option<&D::Payload> {
+        self.driver.decoder.payload_of()
     }
 }
 

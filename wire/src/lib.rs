@@ -44,7 +44,7 @@ pub mod step;
 pub mod write;
 
 pub use capability::{Capabilities, Capability};
-pub use decode::{Cursor, Decode};
+pub use decode::{Cursor, Decode, NextStep};
 #[cfg(feature = "std")]
 pub use drive::{DriveError, Driver, Payload};
 pub use error::{Blame, Fault, Located, Path, WireError, Within};

@@ -3,7 +3,7 @@
 /// What a decoder answers when it is shown input.
 ///
 /// The decoder holds no bytes: the caller keeps a buffer, drops from its front what was consumed, and adds to its end
-/// when [`Step::NeedMore`] asks for it. `E` is the event type of the decoder.
+/// when [`Step::NeedMore`] asks for it. `E` is the event type of the decoder, `P` says what its payload can be.
 ///
 /// ```
 /// use qevm_wire::Step;
@@ -17,7 +17,7 @@
 /// assert_eq!(bytes_to_read(&Step::NeedMore { at_least: 64 }, 10), 54);
 /// ```
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Step<E> {
+pub enum Step<E, P = ()> {
     /// `event` was read; the first `consumed` bytes of the input are done with. That can be none of them.
     Event {
         /// How many bytes the caller must drop from the front of its input.
@@ -27,6 +27,8 @@ pub enum Step<E> {
     },
     /// The next `remaining` bytes are payload, which the caller moves itself and reports with `skip_payload`.
     Payload {
+        /// What the payload is: a page of this block, the data of that device…
+        of: P,
         /// Bytes left of the payload.
         remaining: u64,
     },

@@ -59,7 +59,7 @@ pub(super) fn read(named: &mut Named, context: &mut Context<'_>) -> Result<Read,
                 }
                 source.consume(consumed);
             }
-            Ok(Step::Payload { remaining }) => {
+            Ok(Step::Payload { remaining, .. }) => {
                 let skipped = source.skip(remaining).map_err(io)?;
                 decoder.skip_payload(skipped).map_err(|error| Failure::located(name, error))?;
                 if skipped < remaining {

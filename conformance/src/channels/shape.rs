@@ -104,7 +104,7 @@ fn read_main(path: &PathBuf) -> Result<Main> {
                     _ => {}
                 }
             }
-            Step::Payload { remaining } => {
+            Step::Payload { remaining, .. } => {
                 decoder.skip_payload(remaining)?;
                 at += remaining as usize;
                 if at > bytes.len() {
@@ -140,7 +140,7 @@ fn read_channels(paths: &[PathBuf]) -> Result<Pages> {
                         _ => {}
                     }
                 }
-                Step::Payload { remaining } => {
+                Step::Payload { remaining, .. } => {
                     decoder.skip_payload(remaining)?;
                     at += remaining as usize;
                     if at > bytes.len() {

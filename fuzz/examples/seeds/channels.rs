@@ -71,7 +71,7 @@ fn packets(channel: &[u8]) -> (Vec<u8>, bool) {
                     kept.extend_from_slice(&channel[start..position]);
                 }
             }
-            Ok(Step::Payload { remaining }) => {
+            Ok(Step::Payload { remaining, .. }) => {
                 let count = (remaining as usize).min(channel.len() - position);
                 if count == 0 || decoder.skip_payload(count as u64).is_err() {
                     return (kept, pages);

@@ -75,7 +75,7 @@ pub(crate) fn contents(stream: &[u8], mapped_ram: bool, most: usize) -> Contents
                     _ => found.thin.extend_from_slice(item.as_bytes()),
                 }
             }
-            Ok(Step::Payload { remaining }) => {
+            Ok(Step::Payload { remaining, .. }) => {
                 let count = remaining.min((stream.len() - position) as u64) as usize;
                 if count == 0 || decoder.skip_payload(count as u64).is_err() {
                     return found;

@@ -68,7 +68,7 @@ fn pump(input: &[u8], decoder: &mut Decoder, start: usize) -> (u64, usize) {
                     shown = shown.max(position);
                 }
             }
-            Ok(Step::Payload { remaining }) => {
+            Ok(Step::Payload { remaining, .. }) => {
                 let count = remaining.min((input.len() - position) as u64) as usize;
                 if count == 0 || decoder.skip_payload(count as u64).is_err() {
                     return (calls, position);
@@ -99,7 +99,7 @@ pub(crate) fn page_channel(files: &Files) -> u64 {
                     calls += (packet.zero_runs().count() + packet.normal_runs().count()) as u64;
                 }
             }
-            Ok(Step::Payload { remaining }) => {
+            Ok(Step::Payload { remaining, .. }) => {
                 let count = remaining.min((input.len() - position) as u64);
                 if count == 0 || decoder.skip_payload(count).is_err() {
                     return calls;
@@ -120,7 +120,7 @@ pub(crate) fn return_path(files: &Files) -> u64 {
         calls += 1;
         match decoder.next(&input[position..]) {
             Ok(Step::Event { consumed, .. }) => position += consumed,
-            Ok(Step::Payload { remaining }) => {
+            Ok(Step::Payload { remaining, .. }) => {
                 let count = remaining.min((input.len() - position) as u64);
                 if count == 0 || decoder.skip_payload(count).is_err() {
                     return calls;

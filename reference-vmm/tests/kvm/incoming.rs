@@ -230,7 +230,7 @@ fn sections(stream: &[u8]) -> Vec<(SectionKind, String, u32, Range<usize>)> {
                 }
                 at += consumed;
             }
-            Step::Payload { remaining } => {
+            Step::Payload { remaining, .. } => {
                 decoder.skip_payload(remaining).unwrap();
                 at += remaining as usize;
             }

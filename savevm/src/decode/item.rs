@@ -7,7 +7,7 @@ use crate::{
     command::{Command, RamDiscard},
     configuration::Configuration,
     dirty_bitmap::Chunk,
-    event::Event,
+    event::{Event, PayloadKind},
     framing::{self, Content, SectionHeader, SectionKind},
     ram::{ListWords, RamError, RamRecord, RecordContext},
     vfio::{self, VfioRecord},
@@ -160,7 +160,7 @@ impl Decoder {
                 self.totals
                     .package((*len).into(), &self.options.limits)
                     .map_err(|kind| Located::new(kind.into(), at))?;
-                self.expect_payload((*len).into());
+                self.expect_payload((*len).into(), PayloadKind::Package);
                 self.postcopy |= self.advised_page_sizes != 0;
             }
             _ => {}
@@ -203,7 +203,13 @@ impl Decoder {
             at_end,
         };
         let (record, payload) = self.ram.record(reader, &context)?;
-        self.expect_payload(payload);
+        match &record {
+            RamRecord::Page(page) => {
+                self.expect_payload(payload, PayloadKind::Page { block: page.block, offset: page.offset });
+            }
+            RamRecord::Block(_) => self.expect_payload(payload, PayloadKind::MappedPages),
+            _ => {}
+        }
         if record == RamRecord::EndOfSection {
             self.state = State::Footer;
         }
@@ -228,7 +234,8 @@ impl Decoder {
             VfioRecord::Setup => State::Vfio(vfio::Place::Ending),
             VfioRecord::ConfigLoadReady => State::Vfio(vfio::Place::MaybeEnded),
             VfioRecord::Data { len } => {
-                self.expect_payload(len);
+                let section_id = self.section.map_or(0, |section| section.id);
+                self.expect_payload(len, PayloadKind::DeviceData { section_id });
                 State::Vfio(vfio::Place::Records)
             }
             VfioRecord::Config => {
@@ -242,7 +249,7 @@ impl Decoder {
 
     fn dirty_bitmap_chunk<'a>(&mut self, reader: &mut Reader<'a>) -> Result<Event<'a>, Error> {
         let chunk = Chunk::decode(reader, &mut self.bitmap_names)?;
-        self.expect_payload(chunk.payload());
+        self.expect_payload(chunk.payload(), PayloadKind::DirtyBitmap);
         if chunk == Chunk::EndOfSection {
             self.state = State::Footer;
         }
@@ -251,7 +258,7 @@ impl Decoder {
 
     fn block_record<'a>(&mut self, reader: &mut Reader<'a>) -> Result<Event<'a>, Error> {
         let record = BlockRecord::decode(reader)?;
-        self.expect_payload(record.payload());
+        self.expect_payload(record.payload(), PayloadKind::DiskSectors);
         if record == BlockRecord::EndOfSection {
             self.state = State::Footer;
         }
@@ -321,14 +328,14 @@ impl Decoder {
         let len = reader.clone().be32()?;
         reader.within_limit("description length", len.into(), self.options.limits.vmdesc)?;
         reader.be32()?;
-        self.expect_payload(len.into());
+        self.expect_payload(len.into(), PayloadKind::Description);
         self.state = State::End;
         Ok(Some(Event::VmDescription { len }))
     }
 
     fn end<'a>(&mut self, reader: &mut Reader<'a>) -> Result<Option<Event<'a>>, Error> {
         match reader.peek() {
-            Some(found) if !self.options.allow_trailing => {
+            Some(found) if !self.options.allow_trailing && !self.options.live => {
                 Err(Located::new(StreamError::TrailingBytes { found }.into(), reader.offset()))
             }
             _ => Ok(None),

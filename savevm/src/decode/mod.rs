@@ -13,7 +13,7 @@ pub use sections::Sections;
 
 use crate::{
     Error, ErrorKind, Reader, dirty_bitmap,
-    event::{Event, Step},
+    event::{Event, PayloadKind, Step},
     framing::SectionHeader,
     ram::{RamBlocks, RamReader},
     vfio,
@@ -57,7 +57,7 @@ use totals::Totals;
 pub struct Decoder {
     options: DecoderOptions,
     state: State,
-    cursor: Cursor,
+    cursor: Cursor<PayloadKind>,
     pages: PageGeometry,
     footers: Footers,
     sections: Sections,
@@ -304,8 +304,8 @@ impl Decoder {
         }
     }
 
-    fn expect_payload(&mut self, len: u64) {
-        self.cursor.expect(len);
+    fn expect_payload(&mut self, len: u64, of: PayloadKind) {
+        self.cursor.expect(len, of);
     }
 
     fn find_body_end(&mut self, content: &[u8], at_end: bool) -> Result<usize, Error> {
@@ -371,9 +371,10 @@ impl Decoder {
 
 impl Decode for Decoder {
     type Event<'a> = Event<'a>;
+    type Payload = PayloadKind;
     type Kind = ErrorKind;
 
-    fn next<'a>(&mut self, input: &'a [u8]) -> Result<Step<Event<'a>>, Error> {
+    fn next<'a>(&mut self, input: &'a [u8]) -> Result<Step<Event<'a>, PayloadKind>, Error> {
         let (input, at_end) = self.bounded(input);
         if let Some(step) = self.cursor.pending(input.len() as u64, at_end) {
             return step.map_err(|error| self.locate(error));
@@ -394,6 +395,10 @@ impl Decode for Decoder {
 
     fn payload_remaining(&self) -> u64 {
         self.cursor.payload()
+    }
+
+    fn payload_of(&self) -> Option<&PayloadKind> {
+        self.cursor.payload_of()
     }
 
     /// As everywhere; [`StreamError::PackageTooShort`] if the payload goes on after the end of its package.

@@ -46,6 +46,11 @@ pub struct DecoderOptions {
     /// Bytes behind the end of the stream are no error, but left alone (containers pad). Otherwise they are one if
     /// they are shown; a decoder does not ask for any, because a live source sends none and does not close either.
     pub allow_trailing: bool,
+    /// The stream is read from its source while that is connected, and not from a recording: [`Step::End`](crate::Step)
+    /// comes with the last byte that the source has to say, and bytes behind it belong to what the two say to each
+    /// other afterwards. Whether a description is the last that comes is what [`vmdesc`](Self::vmdesc) says, which
+    /// then must be known ([`Profile::vmdesc`](qevm_wire::Profile)).
+    pub live: bool,
 }
 
 impl Default for DecoderOptions {
@@ -59,6 +64,7 @@ impl Default for DecoderOptions {
             mapped_ram: false,
             vmdesc: true,
             allow_trailing: false,
+            live: false,
         }
     }
 }

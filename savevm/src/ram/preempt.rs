@@ -1,7 +1,7 @@
 //! The second channel of `postcopy-preempt`.
 
 use super::{ListWords, RamBlocks, RamError, RamReader, RamRecord, decode::RecordContext};
-use crate::{Error, ErrorKind, Step};
+use crate::{Error, ErrorKind, PayloadKind, Step};
 use qevm_wire::{Cursor, Decode, Limits, Located, PageGeometry};
 use std::sync::Arc;
 
@@ -30,7 +30,7 @@ pub struct PreemptDecoder {
     ram: RamReader,
     pages: PageGeometry,
     limits: Limits,
-    cursor: Cursor,
+    cursor: Cursor<PayloadKind>,
     ended: bool,
 }
 
@@ -49,9 +49,10 @@ impl PreemptDecoder {
 
 impl Decode for PreemptDecoder {
     type Event<'a> = RamRecord<'a>;
+    type Payload = PayloadKind;
     type Kind = ErrorKind;
 
-    fn next<'a>(&mut self, input: &'a [u8]) -> Result<Step<RamRecord<'a>>, Error> {
+    fn next<'a>(&mut self, input: &'a [u8]) -> Result<Step<RamRecord<'a>, PayloadKind>, Error> {
         let at_end = self.cursor.has_ended();
         if let Some(step) = self.cursor.pending(input.len() as u64, at_end) {
             return step.map_err(|error: Error| error.within("preempt channel"));
@@ -75,7 +76,9 @@ impl Decode for PreemptDecoder {
             }
             Ok((record, payload)) => {
                 self.cursor.move_to(reader.offset());
-                self.cursor.expect(payload);
+                if let RamRecord::Page(page) = &record {
+                    self.cursor.expect(payload, PayloadKind::Page { block: page.block, offset: page.offset });
+                }
                 self.ended = record == RamRecord::EndOfSection;
                 Ok(Step::Event { consumed: reader.position(), event: record })
             }
@@ -88,6 +91,10 @@ impl Decode for PreemptDecoder {
 
     fn payload_remaining(&self) -> u64 {
         self.cursor.payload()
+    }
+
+    fn payload_of(&self) -> Option<&PayloadKind> {
+        self.cursor.payload_of()
     }
 
     fn skip_payload(&mut self, count: u64) -> Result<(), Error> {

@@ -1,6 +1,8 @@
 //! A caller of the decoder that shows it input in pieces, and writes every event again.
 
-use qevm_savevm::{Decoder, Encoder, Error, Event, Step, command::Command};
+use qevm_savevm::{
+    Decoder, Encoder, Error, Event, PayloadKind, Step, command::Command, ram::RamRecord, vfio::VfioRecord,
+};
 use qevm_wire::Decode;
 use qevm_wire::Writer;
 
@@ -47,6 +49,7 @@ impl<P: FnMut() -> usize> Pump<'_, P> {
                 decoder.end_of_input();
             }
             let offset = decoder.offset();
+            let section = decoder.current_section().map_or(0, |header| header.section_id);
             match decoder.next(&self.input[self.position..self.shown])? {
                 Step::Event { consumed, event } => {
                     let mut writer = Writer::new();
@@ -56,6 +59,9 @@ impl<P: FnMut() -> usize> Pump<'_, P> {
                     self.pumped.events.push((offset, format!("{event:?}")));
                     let package = matches!(event, Event::Command(Command::Packaged { .. }));
                     self.position += consumed;
+                    let of = decoder.payload_of().copied();
+                    assert_eq!(of.is_some(), decoder.payload_remaining() > 0);
+                    assert!(of.is_none_or(|of| of == payload_of(&event, section)), "{event:?}: {of:?}");
                     if package {
                         let mut inner = decoder.nested()?;
                         self.run(&mut inner, &mut encoder.recovery())?;
@@ -64,7 +70,8 @@ impl<P: FnMut() -> usize> Pump<'_, P> {
                         decoder.skip_payload(len)?;
                     }
                 }
-                Step::Payload { remaining } => {
+                Step::Payload { of, remaining } => {
+                    assert_eq!(Some(&of), decoder.payload_of());
                     // Payload need not have been shown to the decoder at all.
                     let left = self.input.len() - self.position;
                     let count = (self.piece)().min(left).min(usize::try_from(remaining).unwrap_or(usize::MAX));
@@ -81,5 +88,19 @@ impl<P: FnMut() -> usize> Pump<'_, P> {
                 Step::End => return Ok(()),
             }
         }
+    }
+}
+
+/// What the payload of `event` must be said to be, in this section.
+fn payload_of(event: &Event<'_>, section_id: u32) -> PayloadKind {
+    match event {
+        Event::Ram(RamRecord::Page(page)) => PayloadKind::Page { block: page.block, offset: page.offset },
+        Event::Ram(RamRecord::Block(_)) => PayloadKind::MappedPages,
+        Event::Vfio(VfioRecord::Data { .. }) => PayloadKind::DeviceData { section_id },
+        Event::DirtyBitmap(_) => PayloadKind::DirtyBitmap,
+        Event::BlockMigration(_) => PayloadKind::DiskSectors,
+        Event::Command(Command::Packaged { .. }) => PayloadKind::Package,
+        Event::VmDescription { .. } => PayloadKind::Description,
+        event => panic!("{event:?} has no payload"),
     }
 }

@@ -64,7 +64,7 @@ fn each(bytes: &[u8], mut action: impl FnMut(&Event<'_>, &[u8], u64)) {
                 position += consumed;
                 action(&event, &bytes[position..], position as u64);
             }
-            Step::Payload { remaining } => {
+            Step::Payload { remaining, .. } => {
                 position += remaining as usize;
                 decoder.skip_payload(remaining).unwrap();
             }

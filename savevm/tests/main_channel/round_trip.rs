@@ -75,7 +75,7 @@ proptest! {
         while position < stream.len() {
             match decoder.next(&stream[position..shown])? {
                 Step::Event { consumed, .. } => position += consumed,
-                Step::Payload { remaining } => {
+                Step::Payload { remaining, .. } => {
                     decoder.skip_payload(remaining)?;
                     position += remaining as usize;
                     shown = shown.max(position);

@@ -9,6 +9,7 @@ struct Records(Cursor);
 
 impl Decode for Records {
     type Event<'a> = (&'a [u8], u64);
+    type Payload = ();
     type Kind = WireError;
 
     fn next<'a>(&mut self, input: &'a [u8]) -> Result<Step<Self::Event<'a>>, Located<WireError>> {
@@ -27,7 +28,7 @@ impl Decode for Records {
         match record {
             Ok(event) => {
                 self.0.move_to(reader.offset());
-                self.0.expect(event.1);
+                self.0.expect(event.1, ());
                 Ok(Step::Event { consumed: reader.position(), event })
             }
             Err(error) => match self.0.need_more(&error, at_end) {
@@ -39,6 +40,10 @@ impl Decode for Records {
 
     fn payload_remaining(&self) -> u64 {
         self.0.payload()
+    }
+
+    fn payload_of(&self) -> Option<&()> {
+        self.0.payload_of()
     }
 
     fn skip_payload(&mut self, count: u64) -> Result<(), Located<WireError>> {
@@ -141,12 +146,16 @@ fn what_the_peer_announces_is_not_allocated_before_it_comes() {
     struct Greedy;
     impl Decode for Greedy {
         type Event<'a> = ();
+        type Payload = ();
         type Kind = WireError;
         fn next(&mut self, _: &[u8]) -> Result<Step<()>, Located<WireError>> {
             Ok(Step::NeedMore { at_least: 1 << 40 })
         }
         fn payload_remaining(&self) -> u64 {
             0
+        }
+        fn payload_of(&self) -> Option<&()> {
+            None
         }
         fn skip_payload(&mut self, _: u64) -> Result<(), Located<WireError>> {
             Ok(())

@@ -147,7 +147,7 @@ impl Channel {
                         self.sync = packet.is_sync();
                     }
                 }
-                Step::Payload { remaining } => {
+                Step::Payload { remaining, .. } => {
                     let message = format!("the connection ends {remaining} bytes early");
                     let failure = Failure::mismatch(&self.name, self.read, "multifd channel", message);
                     return Err(Failure { kind: "truncated", ..failure });

@@ -195,7 +195,7 @@ impl MultifdChannel {
                         }
                     }
                 }
-                Step::Payload { remaining } => self.skip(decoder, remaining)?,
+                Step::Payload { remaining, .. } => self.skip(decoder, remaining)?,
                 Step::NeedMore { at_least } => self.more(decoder, at_least)?,
                 Step::End => return Ok(Stopped::End),
             }

@@ -42,7 +42,7 @@ impl PreemptChannel {
                     }
                     source.consume(consumed);
                 }
-                Ok(Step::Payload { remaining }) => {
+                Ok(Step::Payload { remaining, .. }) => {
                     source.fill(remaining as usize).map_err(|e| io(at, e))?;
                     match (source.window().get(..page_size as usize), target) {
                         (Some(page), Some(place)) => {

@@ -8,7 +8,8 @@ use crate::{
 use qevm_savevm::{
     Decoder, DecoderOptions, Encoder, ErrorKind, Event, Footers, Step, StreamError, StreamWriter, ram::RamBlock,
 };
-use qevm_wire::{Decode, Limits, WireError};
+use qevm_wire::{Decode, Driver, Limits, WireError};
+use std::io::{self, Read};
 
 #[test]
 fn device_sections() {
@@ -167,6 +168,37 @@ fn behind_the_end() {
     let limits = Limits { vmdesc: 18, ..Limits::default() };
     let error = pump(&mut Decoder::new(DecoderOptions { limits, ..options() }), &stream, || 50).unwrap_err();
     assert_eq!(error.kind, WireError::LimitExceeded { what: "description length", found: 19, limit: 18 }.into());
+}
+
+/// A source that waits for an answer sends nothing more: whoever would read on waits for ever.
+#[test]
+fn a_live_source_is_not_asked_for_more_than_it_has_to_say() {
+    /// Gives byte after byte, then what is not the stream's, and nothing more.
+    struct Live<'b>(&'b [u8], &'b [u8]);
+    impl Read for Live<'_> {
+        fn read(&mut self, into: &mut [u8]) -> io::Result<usize> {
+            let left = if self.0.is_empty() { &mut self.1 } else { &mut self.0 };
+            let Some((first, rest)) = left.split_first() else { panic!("a source that waits is read from") };
+            (into[0], *left) = (*first, rest);
+            Ok(1)
+        }
+    }
+    for vmdesc in [None, Some("{}")] {
+        let stream = write(None, &[], vmdesc);
+        let options = || DecoderOptions { vmdesc: vmdesc.is_some(), live: true, ..DecoderOptions::default() };
+        let mut driver = Driver::new(Live(&stream, b""), Decoder::new(options()));
+        while driver.next().unwrap().is_some() {}
+        assert_eq!(driver.decoder().offset(), stream.len() as u64);
+        // What is said afterwards is not the stream's, and may be in the buffer already.
+        let mut decoder = Decoder::new(options());
+        pump(&mut decoder, &[&stream[..], b"afterwards"].concat(), || 50).unwrap();
+        assert_eq!(decoder.offset(), stream.len() as u64);
+    }
+    // A description that was promised is waited for, and is missing only when the source closes.
+    let stream = write(None, &[], None);
+    let mut driver = Driver::new(&stream[..], Decoder::new(DecoderOptions { live: true, ..DecoderOptions::default() }));
+    while driver.next().unwrap().is_some() {}
+    assert!(driver.input().is_empty());
 }
 
 /// A reader of a live connection must know when it need not wait.
