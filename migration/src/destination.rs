@@ -140,7 +140,7 @@ pub fn receive(
         }
         if let Some(channels) = &channels {
             channels.ended.store(true, Ordering::SeqCst);
-            channels.gate.abandon();
+            channels.gate.abandon("the main channel is done");
         }
         page_channels.iter().for_each(|channel| channel.close());
         result
@@ -196,8 +196,9 @@ struct PageChannels {
 impl PageChannels {
     /// A page channel failed: nobody waits for it any more.
     fn fail(&self, error: MigrationError) {
+        let reason = error.to_string();
         self.failure.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(error);
-        self.gate.abandon();
+        self.gate.abandon(reason);
     }
 
     fn failure(&self) -> Option<MigrationError> {

@@ -97,9 +97,9 @@ impl Gate {
         ended
     }
 
-    /// Lets everybody who waits give up.
-    pub(crate) fn abandon(&self) {
-        self.lock().timed_out();
+    /// Lets everybody who waits give up, for this reason.
+    pub(crate) fn abandon(&self, reason: impl Into<String>) {
+        self.lock().abort(reason);
         self.changed.notify_all();
     }
 

@@ -9,7 +9,12 @@ use core::fmt;
 /// [must wait](SyncBarrier::main_waits). Threads share it behind a mutex and a condition variable that is notified
 /// after every call; an event loop asks it directly. How long to wait is the caller's to decide; with
 /// [`timed_out`](SyncBarrier::timed_out) the error names who is missing. Once there was an error, every call gives it,
-/// so that nobody waits for one who has given up.
+/// so that nobody waits for one who has given up: a reader that fails for reasons of its own (its connection broke, a
+/// packet was damaged) says so with [`abort`](SyncBarrier::abort).
+///
+/// The main channel lists the RAM blocks *before* its first flush record. Hand the list to the page channels before
+/// [`main_flush`](SyncBarrier::main_flush) is called, and not only at the end of the section: the call may let them go
+/// on, to pages of these blocks.
 ///
 /// ```
 /// use qevm_multifd::{FlushMode, Progress, SyncBarrier};
@@ -181,6 +186,22 @@ impl SyncBarrier {
     pub fn timed_out(&mut self) -> SyncError {
         let error = SyncError::TimedOut { waiting: self.waiting() };
         self.failed.get_or_insert(error).clone()
+    }
+
+    /// A reader has failed and reads no more. Whoever waits, or comes to wait, gets the error, unless there was one
+    /// before: the first one is given back.
+    ///
+    /// ```
+    /// use qevm_multifd::{Progress, SyncBarrier, SyncError};
+    ///
+    /// let mut barrier = SyncBarrier::new(1, None);
+    /// assert_eq!(barrier.main_flush()?, Progress::Wait);
+    /// barrier.abort("channel 0: connection reset by peer");
+    /// assert!(matches!(barrier.healthy(), Err(SyncError::Aborted { .. }))); // the main channel waits no longer
+    /// # Ok::<(), SyncError>(())
+    /// ```
+    pub fn abort(&mut self, reason: impl Into<String>) -> SyncError {
+        self.failed.get_or_insert_with(|| SyncError::Aborted { reason: reason.into() }).clone()
     }
 
     /// True while the main channel must not be read.

@@ -37,6 +37,13 @@ pub enum SyncError {
         /// What was being waited for.
         waiting: Waiting,
     },
+    /// A reader has given up, so whoever waits for it would wait for ever. Here too nothing more comes from the
+    /// channel, whatever the reason: that is reported by the one who gave up.
+    #[error("a reader has given up: {reason}")]
+    Aborted {
+        /// Why.
+        reason: String,
+    },
     /// The main channel went on with memory after it had said that this is over.
     #[error("{what} comes after the end of memory")]
     AfterEnd {
@@ -65,7 +72,7 @@ impl Blame for SyncError {
     fn fault(&self) -> Fault {
         match self {
             SyncError::Mode { .. } => Fault::Mismatch,
-            SyncError::MissingSync { .. } | SyncError::TimedOut { .. } => Fault::Truncated,
+            SyncError::MissingSync { .. } | SyncError::TimedOut { .. } | SyncError::Aborted { .. } => Fault::Truncated,
             SyncError::UnknownChannel { .. } | SyncError::Order { .. } => Fault::Misuse,
             _ => Fault::Malformed,
         }

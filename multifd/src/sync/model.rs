@@ -19,6 +19,8 @@ enum Item {
     Flush,
     Eos,
     End,
+    /// The reader fails here.
+    Death,
 }
 
 /// One decision of the source for one page: on which channel its copy travels; 0 is the main channel, where zero pages
@@ -131,6 +133,13 @@ fn deliver(
             Item::Sync => drop(barrier.channel_sync(channel).map_err(fail)?),
             Item::Flush => drop(barrier.main_flush().map_err(fail)?),
             Item::Eos => drop(barrier.main_eos().map_err(fail)?),
+            Item::Death => {
+                let error = barrier.abort("it died");
+                assert_eq!((barrier.healthy(), barrier.timed_out()), (Err(error.clone()), error.clone()));
+                assert_eq!(barrier.clone().main_flush(), Err(error.clone()));
+                assert_eq!(barrier.clone().channel_sync(0), Err(error.clone()));
+                return Err(error.to_string());
+            }
             Item::End if queue == 0 => barrier.main_end().map_err(fail)?,
             Item::End => barrier.channel_end(channel).map_err(fail)?,
         }
@@ -176,6 +185,28 @@ proptest! {
         }
         let error = deliver(queues, &versions, None, &choices, true).unwrap_err();
         prop_assert!(!error.starts_with("nobody may go on"), "{error}");
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(300))]
+
+    /// A reader that dies anywhere, in any order of delivery, leaves nobody waiting: unless memory was complete
+    /// before, everybody gets its reason.
+    #[test]
+    fn a_reader_that_dies_leaves_nobody_waiting(
+        plan in plan(),
+        who in any::<prop::sample::Index>(),
+        place in any::<prop::sample::Index>(),
+        choices in prop::collection::vec(any::<u8>(), 1..200),
+    ) {
+        let (mut queues, versions) = plan.send();
+        let queues_len = queues.len();
+        let queue = &mut queues[who.index(queues_len)];
+        queue.truncate(place.index(queue.len()));
+        queue.push_back(Item::Death);
+        let error = deliver(queues, &versions, None, &choices, true).unwrap_err();
+        prop_assert_eq!(error, "a reader has given up: it died");
     }
 }
 
