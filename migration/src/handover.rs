@@ -22,7 +22,8 @@
 //! source resume, and if none arrives (the link is dead, the connection was reset, or the migration cancelled) nobody can tell at the
 //! source. The guest then stays paused there, and the operator decides.
 
-use qevm_savevm::{StreamWriter, command::Command};
+use qevm_savevm::{Encoder, Event, command::Command};
+use qevm_wire::Writer;
 
 /// Value of the PING that announces the step: "QEH" and a number.
 pub(crate) const ANNOUNCE: u32 = 0x5145_4801;
@@ -35,7 +36,7 @@ pub(crate) const CONFIRM: u32 = 0x5145_4802;
 
 /// The bytes of the confirmation.
 pub(crate) fn confirmation() -> Result<Vec<u8>, qevm_savevm::Error> {
-    let mut stream = StreamWriter::default();
-    stream.command(Command::Ping(CONFIRM))?;
-    Ok(stream.take())
+    let mut writer = Writer::new();
+    Encoder::default().encode(&Event::Command(Command::Ping(CONFIRM)), &mut writer)?;
+    Ok(writer.into_bytes())
 }

@@ -48,7 +48,7 @@ impl<'g> RamReceiver<'g> {
             RamRecord::Zero(page) => self.clear_page(page),
             RamRecord::Xbzrle { page, data } => self.apply_difference(page, data)?,
             // What these synchronise is the caller's.
-            RamRecord::EndOfSection | RamRecord::MultifdFlush => {}
+            RamRecord::EndOfBlocks | RamRecord::EndOfSection | RamRecord::MultifdFlush => {}
             RamRecord::Compressed { .. } => {
                 return Err(LoadError::Unsupported("capability 'compress' (turn it off at the source)".into()));
             }

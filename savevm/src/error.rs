@@ -7,6 +7,7 @@ use crate::configuration::ConfigurationError;
 use crate::container::ContainerError;
 use crate::decode::StreamError;
 use crate::dirty_bitmap::DirtyBitmapError;
+use crate::encode::WriteError;
 use crate::mapped_ram::MappedRamError;
 use crate::ram::RamError;
 use crate::vfio::VfioError;
@@ -64,6 +65,9 @@ pub enum ErrorKind {
     /// The description, or a device section read with it.
     #[error(transparent)]
     Vmdesc(#[from] VmdescError),
+    /// What is written here, no decoder takes. The caller's fault.
+    #[error(transparent)]
+    Write(#[from] WriteError),
 }
 
 impl Blame for ErrorKind {
@@ -82,6 +86,7 @@ impl Blame for ErrorKind {
             ErrorKind::BlockMigration(kind) => kind.fault(),
             ErrorKind::VmState(kind) => kind.fault(),
             ErrorKind::Vmdesc(kind) => kind.fault(),
+            ErrorKind::Write(kind) => kind.fault(),
         }
     }
 

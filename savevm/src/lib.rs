@@ -46,7 +46,7 @@
 //! #     stream.section_start(&section(2, "ram", 4))?;
 //! #     stream.ram_setup([RamBlock::new(name("microvm.ram"), 0x2000)])?;
 //! #     stream.page_header(BlockId(0), 0)?;
-//! #     stream.payload(&[0xaa; 4096]);
+//! #     stream.payload(&[0xaa; 4096])?;
 //! #     stream.zero_page(BlockId(0), 0x1000)?;
 //! #     stream.eos()?;
 //! #     stream.footer()?;
@@ -74,6 +74,11 @@
 //! ```
 #![forbid(unsafe_code)]
 
+// The page on embedding is compiled and run as a test of this crate, which needs all that the page does.
+#[cfg(doctest)]
+#[doc = include_str!("../../docs/embedding.md")]
+struct Embedding;
+
 // The code that the derive macro writes names this crate from the outside.
 extern crate self as qevm_savevm;
 
@@ -99,6 +104,6 @@ pub mod vmstate;
 pub mod xbzrle;
 
 pub use decode::{BodyEnd, Decoder, DecoderOptions, Footers, Sections, StreamError};
-pub use encode::{Encoder, StreamWriter};
+pub use encode::{Encoder, StreamWriter, WriteError};
 pub use error::{Error, ErrorKind, Reader};
 pub use event::{Event, PayloadKind, Step};

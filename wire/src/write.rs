@@ -80,6 +80,11 @@ impl Writer {
         self.bytes
     }
 
+    /// Forgets what was written behind the first `len` bytes.
+    pub fn truncate(&mut self, len: usize) {
+        self.bytes.truncate(len);
+    }
+
     /// Forgets what was written and keeps the allocation.
     pub fn clear(&mut self) {
         self.bytes.clear();

@@ -130,7 +130,7 @@ impl<M: Write, C: Write> Sink<'_, M, C> {
         match content {
             Some(content) => {
                 self.stream.page_header(id, offset).map_err(cannot_write)?;
-                self.stream.payload(content);
+                self.stream.payload(content).map_err(cannot_write)?;
             }
             None => self.stream.zero_page(id, offset).map_err(cannot_write)?,
         }

@@ -1,15 +1,15 @@
 //! What a recorded migration looks like on the wire: proof that a row tried what its name says.
 
 use std::collections::BTreeSet;
-use std::fs;
+use std::fs::File;
 use std::path::PathBuf;
 
 use anyhow::{Context, Result, bail};
-use qevm_multifd::{ChannelDecoder, ChannelOptions, Compression, Ending};
+use qevm_multifd::{ChannelDecoder, ChannelOptions, Compression};
 use qevm_savevm::framing::SectionKind;
 use qevm_savevm::ram::RamRecord;
 use qevm_savevm::{Decoder, DecoderOptions, Event};
-use qevm_wire::{Decode, Profile, QemuVersion, Step};
+use qevm_wire::{Driver, Profile, QemuVersion};
 
 use super::setup::Setup;
 
@@ -86,69 +86,42 @@ pub(super) fn differences(
 }
 
 fn read_main(path: &PathBuf) -> Result<Main> {
-    let bytes = fs::read(path).with_context(|| format!("reading {}", path.display()))?;
-    let (mut decoder, mut at, mut counted, mut ending) =
-        (Decoder::new(DecoderOptions::default()), 0, Main::default(), false);
-    loop {
-        match decoder.next(&bytes[at..])? {
-            Step::Event { consumed, event } => {
-                at += consumed;
-                match event {
-                    Event::Ram(RamRecord::Page(_)) => counted.pages += 1,
-                    Event::Ram(RamRecord::Zero(_)) => counted.zeroes += 1,
-                    Event::Ram(RamRecord::MultifdFlush) => counted.flushes += 1,
-                    Event::Ram(RamRecord::EndOfSection) => counted.eos += 1,
-                    Event::Ram(RamRecord::Block(block)) => counted.mapped |= block.mapped_ram.is_some(),
-                    Event::SectionPart { kind: SectionKind::End, .. } => ending = true,
-                    Event::SectionFooter { .. } if ending => return Ok(counted),
-                    _ => {}
-                }
-            }
-            Step::Payload { remaining, .. } => {
-                decoder.skip_payload(remaining)?;
-                at += remaining as usize;
-                if at > bytes.len() {
-                    bail!("{} ends in a page", path.display());
-                }
-            }
-            Step::NeedMore { .. } | Step::End => bail!("{} ends before its RAM does", path.display()),
+    let file = File::open(path).with_context(|| format!("opening {}", path.display()))?;
+    let mut driver = Driver::new(file, Decoder::new(DecoderOptions::default()));
+    let (mut counted, mut ending) = (Main::default(), false);
+    while let Some(event) = driver.next().with_context(|| format!("reading {}", path.display()))? {
+        match event {
+            Event::Ram(RamRecord::Page(_)) => counted.pages += 1,
+            Event::Ram(RamRecord::Zero(_)) => counted.zeroes += 1,
+            Event::Ram(RamRecord::MultifdFlush) => counted.flushes += 1,
+            Event::Ram(RamRecord::EndOfSection) => counted.eos += 1,
+            Event::Ram(RamRecord::Block(block)) => counted.mapped |= block.mapped_ram.is_some(),
+            Event::SectionPart { kind: SectionKind::End, .. } => ending = true,
+            Event::SectionFooter { .. } if ending => return Ok(counted),
+            _ => {}
         }
     }
+    bail!("{} ends before its RAM does", path.display())
 }
 
 fn read_channels(paths: &[PathBuf]) -> Result<Pages> {
     let mut counted = Pages::default();
     for path in paths {
-        let bytes = fs::read(path).with_context(|| format!("reading {}", path.display()))?;
-        let mut decoder = ChannelDecoder::new(ChannelOptions::default());
-        decoder.ended(Ending::Closed);
-        let (mut at, mut syncs) = (0, 0);
-        loop {
-            match decoder.next(&bytes[at..])? {
-                Step::Event { consumed, event } => {
-                    at += consumed;
-                    match event {
-                        qevm_multifd::Event::Init(init) => drop(counted.numbers.insert(init.channel)),
-                        qevm_multifd::Event::Ram(packet) => {
-                            syncs += u64::from(packet.is_sync());
-                            counted.normal += u64::from(packet.normal_count());
-                            counted.zeroes += u64::from(packet.zero_count());
-                            if packet.normal_count() > 0 {
-                                counted.methods.insert(Compression::name(packet.compression()));
-                            }
-                        }
-                        _ => {}
+        let file = File::open(path).with_context(|| format!("opening {}", path.display()))?;
+        let mut driver = Driver::new(file, ChannelDecoder::new(ChannelOptions::default()));
+        let mut syncs = 0;
+        while let Some(event) = driver.next().with_context(|| format!("reading {}", path.display()))? {
+            match event {
+                qevm_multifd::Event::Init(init) => drop(counted.numbers.insert(init.channel)),
+                qevm_multifd::Event::Ram(packet) => {
+                    syncs += u64::from(packet.is_sync());
+                    counted.normal += u64::from(packet.normal_count());
+                    counted.zeroes += u64::from(packet.zero_count());
+                    if packet.normal_count() > 0 {
+                        counted.methods.insert(Compression::name(packet.compression()));
                     }
                 }
-                Step::Payload { remaining, .. } => {
-                    decoder.skip_payload(remaining)?;
-                    at += remaining as usize;
-                    if at > bytes.len() {
-                        bail!("{} ends in a packet", path.display());
-                    }
-                }
-                Step::NeedMore { .. } => bail!("{} ends in a packet", path.display()),
-                Step::End => break,
+                _ => {}
             }
         }
         counted.syncs.insert(syncs);

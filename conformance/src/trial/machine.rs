@@ -95,7 +95,7 @@ fn ram(
     for offset in (0..memory).step_by(PAGE) {
         if page(offset, &mut content) {
             stream.page_header(BlockId(0), offset)?;
-            stream.payload(&content);
+            stream.payload(&content)?;
             // As much is held as a guest of any size needs.
             out.write_all(stream.bytes())?;
             stream.clear();
@@ -105,7 +105,7 @@ fn ram(
     }
     for (number, page) in firmware.chunks_exact(PAGE).enumerate() {
         stream.page_header(BlockId(1), (number * PAGE) as u64)?;
-        stream.payload(page);
+        stream.payload(page)?;
     }
     stream.eos()?;
     stream.footer()?;

@@ -63,7 +63,7 @@ fn data_pages(count: u64) -> Files {
     end_of_ram(&mut stream, |stream| {
         for i in 0..count {
             stream.page_header(BlockId(0), i << 30).unwrap();
-            stream.payload(&[7; PAGE as usize]);
+            stream.payload(&[7; PAGE as usize]).expect("payload");
         }
     });
     stream.eof().unwrap();

@@ -138,7 +138,7 @@ pub(crate) fn stream(random: &mut Random) -> Vec<u8> {
             match random.below(8) {
                 0 => {
                     stream.page_header(BlockId(block as u32), offset).unwrap();
-                    stream.payload(&[random.next() as u8; 4096]);
+                    stream.payload(&[random.next() as u8; 4096]).expect("payload");
                 }
                 // Runs.
                 1 => {

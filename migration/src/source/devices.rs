@@ -143,7 +143,7 @@ impl<'e> Engine<'e> {
         let len = state.len() as u64;
         if len > 0 {
             self.stream.event(&Event::Vfio(VfioRecord::Data { len }))?;
-            self.stream.payload(&state);
+            self.stream.payload(&state)?;
             self.job.update(|statistics| statistics.device_bytes += len);
         }
         Ok(len)

@@ -14,7 +14,7 @@ use core::fmt;
 ///
 /// The main channel lists the RAM blocks *before* its first flush record. Hand the list to the page channels before
 /// [`main_flush`](SyncBarrier::main_flush) is called, and not only at the end of the section: the call may let them go
-/// on, to pages of these blocks.
+/// on, to pages of these blocks. The event `RamRecord::EndOfBlocks` of the main channel says when the list is whole.
 ///
 /// ```
 /// use qevm_multifd::{FlushMode, Progress, SyncBarrier};

@@ -6,6 +6,7 @@ mod options;
 mod scan;
 mod sections;
 mod totals;
+mod written;
 
 pub use error::StreamError;
 pub use options::{DecoderOptions, Footers};
@@ -200,6 +201,40 @@ impl Decoder {
     }
 
     /// True if the content of a device section is next, whose length the wire does not tell.
+    ///
+    /// ```
+    /// use qevm_savevm::{Decoder, DecoderOptions, Event};
+    /// use qevm_wire::Driver;
+    ///
+    /// # use qevm_savevm::{StreamWriter, framing::SectionHeader};
+    /// # let name = |name: &str| qevm_wire::CountedString::new(name).unwrap();
+    /// # let section = |section_id, idstr| SectionHeader { section_id, idstr: name(idstr), instance_id: 0, version_id: 2 };
+    /// # let mut stream = StreamWriter::default();
+    /// # stream.header(None)?;
+    /// # stream.section_full(&section(7, "timer"), &[1; 24])?;
+    /// # stream.section_full(&section(8, "strange"), b"who knows")?;
+    /// # stream.eof()?;
+    /// # let stream = stream.take();
+    /// let mut driver = Driver::new(&stream[..], Decoder::new(DecoderOptions::default()));
+    /// let mut found = Vec::new();
+    /// while let Some(event) = driver.next()? {
+    ///     match event {
+    ///         // A device of known layout: so many bytes are read, and the decoder is told.
+    ///         Event::Section { header, .. } if header.idstr == "timer" => {
+    ///             assert!(driver.decoder().expects_body());
+    ///             driver.fill(24)?;
+    ///             found.push(driver.buffered().get(..24).ok_or("the stream is cut")?.to_vec());
+    ///             driver.decoder_mut().body(24)?;
+    ///             driver.consume(24);
+    ///         }
+    ///         // Any other: the decoder looks for its end, and gives all of it, within the limits.
+    ///         Event::Body(content) => found.push(content.to_vec()),
+    ///         _ => {}
+    ///     }
+    /// }
+    /// assert_eq!(found, [&[1; 24][..], b"who knows"]);
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
     pub fn expects_body(&self) -> bool {
         matches!(self.state, State::Body { .. }) && self.cursor.payload() == 0
     }

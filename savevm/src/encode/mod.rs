@@ -1,7 +1,10 @@
 //! The encoder of the main channel: events in, bytes out. The mirror of [`decode`](crate::decode).
 
+mod error;
 mod stream;
+mod taken;
 
+pub use error::WriteError;
 pub use stream::StreamWriter;
 
 use crate::{

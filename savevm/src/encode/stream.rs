@@ -1,6 +1,6 @@
 //! A main channel written step by step: what a source VMM uses.
 
-use super::Encoder;
+use super::{Encoder, WriteError, taken::Taken};
 use crate::{
     Error,
     command::Command,
@@ -9,7 +9,7 @@ use crate::{
     framing::{SectionHeader, SectionKind},
     ram::{BlockId, PageAt, RamBlock, RamBlocks, RamRecord},
 };
-use qevm_wire::{Located, WireError, Writer};
+use qevm_wire::{Fault, Located, WireError, Writer};
 
 /// Writes a main channel step by step into a buffer of its own: an [`Encoder`] that knows which section is open and
 /// which RAM block the last page was in.
@@ -33,12 +33,14 @@ use qevm_wire::{Located, WireError, Writer};
 /// stream.footer()?;
 /// stream.section_end(2)?;
 /// stream.page_header(BlockId(0), 0)?;
-/// stream.payload(&[0xaa; 4096]); // or sent from guest memory, behind bytes()
+/// stream.payload(&[0xaa; 4096])?; // or sent from guest memory, behind bytes()
 /// stream.zero_page(BlockId(0), 0x1000)?; // the same block: its name is left out
 /// stream.eos()?;
 /// stream.footer()?;
 /// stream.eof()?;
 /// assert_eq!(stream.bytes()[..8], *b"QEVM\0\0\0\x03");
+/// // What no decoder takes is refused, and is the caller's fault.
+/// assert_eq!(stream.section_part(2).unwrap_err().fault(), qevm_wire::Fault::Misuse);
 /// # Ok::<(), qevm_savevm::Error>(())
 /// ```
 #[derive(Debug, Clone)]
@@ -47,6 +49,8 @@ pub struct StreamWriter {
     footers: bool,
     writer: Writer,
     section: Option<u32>,
+    /// What was written so far, as a decoder takes it; `None` for who wants to write what none takes.
+    taken: Option<Taken>,
 }
 
 impl Default for StreamWriter {
@@ -60,7 +64,14 @@ impl StreamWriter {
     /// A writer of what `encoder` writes, with or without footers
     /// ([`Profile::send_section_footer`](qevm_wire::Profile)).
     pub fn new(encoder: Encoder, footers: bool) -> Self {
-        StreamWriter { encoder, footers, writer: Writer::new(), section: None }
+        let taken = Some(Taken::new(encoder.pages, footers));
+        StreamWriter { encoder, footers, writer: Writer::new(), section: None, taken }
+    }
+
+    /// A writer of anything, to write a piece of a stream, or a wrong one for a test: what no decoder takes is not
+    /// refused, but for what has no form on the wire.
+    pub fn unchecked(encoder: Encoder, footers: bool) -> Self {
+        StreamWriter { encoder, footers, writer: Writer::new(), section: None, taken: None }
     }
 
     /// What was written since the last [`clear`](StreamWriter::clear).
@@ -91,20 +102,62 @@ impl StreamWriter {
     /// A writer for the content of a package, to be given to [`package`](StreamWriter::package).
     #[must_use]
     pub fn package_writer(&self) -> StreamWriter {
-        StreamWriter::new(self.encoder.recovery(), self.footers)
+        let taken = self.taken.as_ref().map(Taken::package);
+        StreamWriter { taken, ..StreamWriter::unchecked(self.encoder.recovery(), self.footers) }
     }
 
-    /// Appends payload of the last event, or a whole package.
-    pub fn payload(&mut self, bytes: &[u8]) {
+    /// A writer for the connection on which a broken postcopy goes on: it has no header, and sections and RAM blocks are
+    /// those of `self`.
+    #[must_use]
+    pub fn recovery(&self) -> StreamWriter {
+        let taken = self.taken.as_ref().map(Taken::recovery);
+        StreamWriter { taken, ..StreamWriter::unchecked(self.encoder.recovery(), self.footers) }
+    }
+
+    /// Appends payload of the last event, or a whole package. Payload goes through here as a whole or not at all: what
+    /// the caller sends from elsewhere is taken for sent when the next event is written.
+    ///
+    /// # Errors
+    /// [`WriteError::PayloadInExcess`].
+    pub fn payload(&mut self, bytes: &[u8]) -> Result<(), Error> {
+        if let Some(taken) = &mut self.taken {
+            taken.payload(bytes.len() as u64, self.writer.len() as u64)?;
+        }
         self.writer.bytes(bytes);
+        Ok(())
     }
 
     /// Appends any event. The other methods are short forms of this one.
     ///
     /// # Errors
-    /// As [`Encoder::encode`]; all other methods likewise.
+    /// [`WriteError`] for what no [`Decoder`](crate::Decoder) takes here, such as a section of
+    /// an id that was not opened, or anything after the end; those of [`Encoder::encode`]. All other methods likewise.
+    /// Nothing is written then, and the writer can go on.
     pub fn event(&mut self, event: &Event<'_>) -> Result<(), Error> {
-        self.encoder.encode(event, &mut self.writer)?;
+        let at = self.writer.len();
+        let Some(taken) = &mut self.taken else {
+            self.encoder.encode(event, &mut self.writer)?;
+            self.entered(event);
+            return Ok(());
+        };
+        // What the encoder remembers of an event that is refused must go.
+        let changes = |event: &Event<'_>| {
+            matches!(event, Event::Configuration(_) | Event::Ram(RamRecord::MemSize { .. } | RamRecord::Block(_)))
+        };
+        let (current, whole) = (self.encoder.current, changes(event).then(|| self.encoder.clone()));
+        let encoded = self.encoder.encode(event, &mut self.writer).map_err(misuse);
+        let written = &self.writer.as_bytes()[at.min(self.writer.len())..];
+        let taken = encoded.and_then(|()| taken.event(event, written, at as u64));
+        if let Err(error) = taken {
+            self.encoder = whole.unwrap_or_else(|| Encoder { current, ..self.encoder.clone() });
+            self.writer.truncate(at);
+            return Err(error);
+        }
+        self.entered(event);
+        Ok(())
+    }
+
+    fn entered(&mut self, event: &Event<'_>) {
         match event {
             Event::Section { header: SectionHeader { section_id, .. }, .. } | Event::SectionPart { section_id, .. } => {
                 self.section = Some(*section_id)
@@ -112,7 +165,6 @@ impl StreamWriter {
             Event::SectionFooter { .. } => self.section = None,
             _ => {}
         }
-        Ok(())
     }
 
     /// Magic and version, and the configuration section if the machine type sends one.
@@ -179,7 +231,8 @@ impl StreamWriter {
             Located::new(kind.into(), self.writer.len() as u64)
         })?;
         self.event(&Event::Ram(RamRecord::MemSize { total }))?;
-        blocks.into_iter().try_for_each(|block| self.event(&Event::Ram(RamRecord::Block(block))))
+        blocks.into_iter().try_for_each(|block| self.event(&Event::Ram(RamRecord::Block(block))))?;
+        self.event(&Event::Ram(RamRecord::EndOfBlocks))
     }
 
     /// The record of a page whose bytes the caller sends next. `offset` is that of the page in its block.
@@ -240,8 +293,7 @@ impl StreamWriter {
     pub fn package(&mut self, package: &[u8]) -> Result<(), Error> {
         let len = self.length32("package length", package.len())?;
         self.command(Command::Packaged { len })?;
-        self.payload(package);
-        Ok(())
+        self.payload(package)
     }
 
     /// The end of the stream.
@@ -259,8 +311,7 @@ impl StreamWriter {
     pub fn vmdesc(&mut self, json: &str) -> Result<(), Error> {
         let len = self.length32("description length", json.len())?;
         self.event(&Event::VmDescription { len })?;
-        self.payload(json.as_bytes());
-        Ok(())
+        self.payload(json.as_bytes())
     }
 
     /// Names the block only where it is not that of the page before, as QEMU does.
@@ -273,5 +324,13 @@ impl StreamWriter {
             let kind = WireError::TooLong { what, found: len as u64, max: u32::MAX.into() };
             Located::new(kind.into(), self.writer.len() as u64)
         })
+    }
+}
+
+/// What cannot be written is never the peer's fault.
+fn misuse(error: Error) -> Error {
+    match error.fault() {
+        Fault::Misuse => error,
+        _ => error.map(|kind| WriteError::Refused { reason: Box::new(kind) }.into()),
     }
 }

@@ -11,7 +11,7 @@ pub(crate) struct RamReader {
     pub(crate) blocks: Arc<RamBlocks>,
     /// Block of the last page record; survives the ends of sections.
     pub(crate) current: Option<BlockId>,
-    /// Bytes that the blocks to come in the list sum up to; `None` outside the list.
+    /// Bytes that the blocks to come in the list sum up to; 0 where its end is to be told, `None` outside the list.
     list_left: Option<u64>,
     total: u64,
 }
@@ -44,6 +44,27 @@ impl RamReader {
         RamReader { blocks, current: None, list_left: None, total: 0 }
     }
 
+    /// Whether a page may come next.
+    pub(crate) fn takes_page(&self, mapped_ram: bool) -> bool {
+        !mapped_ram && self.list_left.is_none_or(|left| left == 0)
+    }
+
+    /// Takes an entry of the list, unless none may come next.
+    pub(crate) fn takes_block(&mut self, block: &RamBlock, pages: PageGeometry) -> bool {
+        let left = self.list_left.filter(|left| *left > 0).and_then(|left| left.checked_sub(block.used_length));
+        if left.is_none() || pages.count(block.used_length).is_none() {
+            return false;
+        }
+        let listed = Arc::make_mut(&mut self.blocks).push(block.clone()).is_ok();
+        self.list_left = if listed { left } else { self.list_left };
+        listed
+    }
+
+    /// Does without the event for the end of the list, if that is what is due.
+    pub(crate) fn pass_end_of_blocks(&mut self) {
+        self.list_left = self.list_left.filter(|left| *left > 0);
+    }
+
     /// Reads one record and says how many bytes of payload follow it. Changes `self` only on success.
     pub(crate) fn record<'a>(
         &mut self,
@@ -51,6 +72,10 @@ impl RamReader {
         context: &RecordContext<'_>,
     ) -> Result<(RamRecord<'a>, u64), Error> {
         match self.list_left {
+            Some(0) => {
+                self.list_left = None;
+                Ok((RamRecord::EndOfBlocks, 0))
+            }
             Some(left) => self.list_entry(reader, context, left),
             None => self.plain_record(reader, context),
         }
@@ -153,7 +178,7 @@ impl RamReader {
         self.blocks = Arc::default();
         self.current = None;
         self.total = total;
-        self.list_left = (total > 0).then_some(total);
+        self.list_left = Some(total);
         Ok((RamRecord::MemSize { total }, 0))
     }
 
@@ -190,7 +215,7 @@ impl RamReader {
         let payload = mapped_ram.and_then(|header| header.gap(reader.offset(), used_length)).unwrap_or(0);
         let block = RamBlock { name, used_length, page_size, address, mapped_ram };
         Arc::make_mut(&mut self.blocks).push(block.clone()).map_err(|kind| Located::new(kind.into(), at))?;
-        self.list_left = (left > 0).then_some(left);
+        self.list_left = Some(left);
         Ok((RamRecord::Block(block), payload))
     }
 }

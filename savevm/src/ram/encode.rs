@@ -60,6 +60,7 @@ pub(crate) fn encode(
             blocks.clear();
             *current = None;
         }
+        RamRecord::EndOfBlocks => {}
         RamRecord::Block(block) => {
             blocks.push(block.clone()).map_err(|kind| Located::new(kind.into(), at))?;
             writer.counted_string(&block.name).be64(block.used_length);

@@ -8,3 +8,4 @@ mod pump;
 mod real;
 mod round_trip;
 mod streams;
+mod writer;

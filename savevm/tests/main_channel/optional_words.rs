@@ -6,7 +6,7 @@ use crate::{
 };
 use proptest::{collection::vec, option, prelude::*};
 use qevm_savevm::{
-    Decoder, DecoderOptions, Error, ErrorKind, Event, StreamWriter,
+    Decoder, DecoderOptions, Encoder, Error, ErrorKind, Event, StreamWriter,
     command::{Command, PostcopyAdvise},
     configuration::{Configuration, ConfigurationSubsection},
     ram::{MappedRamHeader, RamBlock, RamError, RamRecord},
@@ -121,7 +121,7 @@ fn mapped_ram(lengths: &[u64], address: bool, offset: u64) -> Vec<u8> {
         let pages_offset = (bitmap_offset + pages.div_ceil(64) * 8).next_multiple_of(1 << 20);
         let mapped_ram = Some(MappedRamHeader { page_size: 4096, bitmap_offset, pages_offset });
         stream.event(&Event::Ram(RamRecord::Block(RamBlock { mapped_ram, ..block }))).unwrap();
-        stream.payload(&vec![0x11; (pages_offset + (pages << 12) - bitmap_offset) as usize]);
+        stream.payload(&vec![0x11; (pages_offset + (pages << 12) - bitmap_offset) as usize]).unwrap();
     }
     stream.eos().unwrap();
     stream.footer().unwrap();
@@ -134,7 +134,7 @@ fn mapped_ram_headers_must_make_sense() {
     let refused = |change: fn(&mut MappedRamHeader)| {
         let mut header_value = MappedRamHeader { page_size: 4096, bitmap_offset: 200, pages_offset: 1 << 20 };
         change(&mut header_value);
-        let mut stream = StreamWriter::default();
+        let mut stream = StreamWriter::unchecked(Encoder::default(), true);
         stream.header(Some(&capabilities(&["mapped-ram"]))).unwrap();
         stream.section_start(&header(1, "ram", 4)).unwrap();
         let block = RamBlock { mapped_ram: Some(header_value), ..RamBlock::new(name("pc.ram"), 1 << 30) };

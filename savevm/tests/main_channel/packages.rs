@@ -19,7 +19,7 @@ fn read(stream: &[u8]) -> Result<(), Error> {
 fn packaged(package: &[u8]) -> (Vec<u8>, u64) {
     let mut stream = write(None, &[], None);
     stream.pop();
-    let mut tail = StreamWriter::default();
+    let mut tail = StreamWriter::unchecked(Encoder::default(), true);
     tail.package(package).unwrap();
     let start = stream.len() + tail.bytes().len() - package.len();
     tail.eof().unwrap();
@@ -51,14 +51,14 @@ fn a_package_that_ends_inside_an_item_is_its_writers_fault() {
     let (kind, at, _) = refused(b"\x08\0\x02\0\x04\0\0");
     assert_eq!((kind, at), (StreamError::PackageTooShort { missing: 2 }.into(), 5));
     // A page whose bytes go on behind the package.
-    let mut part = StreamWriter::default();
+    let mut part = StreamWriter::unchecked(Encoder::default(), true);
     part.section_part(RAM).unwrap();
     let page = [part.bytes(), b"\0\0\0\0\0\0\0\x08\x06pc.ram", &[0; 100]].concat();
     let (kind, at, path) = refused(&page);
     assert_eq!((kind, at), (StreamError::PackageTooShort { missing: 3996 }.into(), 20));
     assert!(path.ends_with("section 2 'ram' › block 'pc.ram'"), "{path}");
     // Content without footer.
-    let mut device = StreamWriter::default();
+    let mut device = StreamWriter::unchecked(Encoder::default(), true);
     device.section_full(&header(9, "timer", 2), &[0; 24]).unwrap();
     let whole = device.take();
     let (kind, _, path) = refused(&whole[..whole.len() - 1]);
@@ -69,12 +69,12 @@ fn a_package_that_ends_inside_an_item_is_its_writers_fault() {
 
 #[test]
 fn the_sections_of_a_package_stay_its_own() {
-    let mut device = StreamWriter::default();
+    let mut device = StreamWriter::unchecked(Encoder::default(), true);
     device.section_full(&header(9, "timer", 2), &[0; 24]).unwrap();
     let (mut stream, _) = packaged(&device.take());
     stream.pop();
     // The same id for another handler: in a package it would be refused, behind it the package is forgotten.
-    let mut tail = StreamWriter::default();
+    let mut tail = StreamWriter::unchecked(Encoder::default(), true);
     tail.section_full(&header(9, "cpu", 12), &[0; 24]).unwrap();
     tail.eof().unwrap();
     stream.extend(tail.take());
@@ -85,7 +85,7 @@ fn the_sections_of_a_package_stay_its_own() {
 fn packages_in_packages_have_a_limit() {
     let mut package = b"\x08\0\x0b\0\0".to_vec();
     for _ in 0..5 {
-        let mut outer = StreamWriter::default();
+        let mut outer = StreamWriter::unchecked(Encoder::default(), true);
         outer.package(&package).unwrap();
         package = outer.take();
     }
@@ -108,7 +108,7 @@ fn a_package_above_the_limit_is_refused_before_it_is_read() {
 /// After `postcopy-ram` was advised and the package sent, pages come whole or as zero.
 #[test]
 fn postcopy_has_fewer_records() {
-    let mut stream = StreamWriter::new(Encoder::default(), true);
+    let mut stream = StreamWriter::unchecked(Encoder::default(), true);
     stream.header(None).unwrap();
     stream.command(advise()).unwrap();
     stream.section_start(&header(RAM, "ram", 4)).unwrap();
@@ -135,7 +135,7 @@ fn a_recovery_stream_goes_on_with_sections_and_blocks() {
     let broken = &stream[..stream.len() - 1];
     assert!(pump_with(&mut first, &mut encoder, broken, || 100).unwrap_err().is_truncated());
 
-    let mut second = StreamWriter::new(encoder.recovery(), true);
+    let mut second = StreamWriter::unchecked(encoder.recovery(), true);
     second.command(Command::RecvBitmap(name("pc.ram"))).unwrap();
     second.command(Command::PostcopyResume).unwrap();
     second.section_part(RAM).unwrap();

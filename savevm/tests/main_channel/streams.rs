@@ -228,7 +228,7 @@ fn write_item(stream: &mut StreamWriter, item: &Item, names: &mut Names) {
             part(stream, *end, VFIO);
             for data in data {
                 event(stream, Event::Vfio(VfioRecord::Data { len: data.len() as u64 }));
-                stream.payload(data);
+                stream.payload(data).unwrap();
             }
             let last = if *init_data_sent { VfioRecord::InitDataSent } else { VfioRecord::EndOfState };
             event(stream, Event::Vfio(last));
@@ -267,7 +267,7 @@ fn write_item(stream: &mut StreamWriter, item: &Item, names: &mut Names) {
                 };
                 event(stream, Event::DirtyBitmap(Chunk::Bitmap { node, bitmap, content }));
                 if matches!(content, ChunkContent::Bits { len: Some(_), .. }) {
-                    stream.payload(bits);
+                    stream.payload(bits).unwrap();
                 }
             }
             event(stream, Event::DirtyBitmap(Chunk::EndOfSection));
@@ -277,7 +277,7 @@ fn write_item(stream: &mut StreamWriter, item: &Item, names: &mut Names) {
             for record in records {
                 event(stream, Event::BlockMigration(record.clone()));
                 if matches!(record, BlockRecord::DeviceBlock { zero: false, .. }) {
-                    stream.payload(&vec![0x5a; BLOCK_LEN as usize]);
+                    stream.payload(&vec![0x5a; BLOCK_LEN as usize]).unwrap();
                 }
             }
             event(stream, Event::BlockMigration(BlockRecord::EndOfSection));
@@ -313,6 +313,6 @@ fn write_record(stream: &mut StreamWriter, record: &Record) {
     };
     stream.event(&Event::Ram(record)).unwrap();
     if let PageKind::Plain(fill) = kind {
-        stream.payload(&[*fill; 4096]);
+        stream.payload(&[*fill; 4096]).unwrap();
     }
 }

@@ -8,7 +8,7 @@ use crate::{
     streams::{advise, header, name, write},
 };
 use qevm_savevm::{
-    Decoder, DecoderOptions, Error, ErrorKind, StreamError, StreamWriter, command::CommandError,
+    Decoder, DecoderOptions, Encoder, Error, ErrorKind, StreamError, StreamWriter, command::CommandError,
     configuration::ConfigurationError, framing::SectionKind, ram::RamError,
 };
 use qevm_wire::{Decode, Fault, Limits, WireError};
@@ -95,7 +95,7 @@ fn section_headers() {
 fn a_part_needs_a_start() {
     let mut start = write(None, &[], None);
     start.pop();
-    let mut device = StreamWriter::default();
+    let mut device = StreamWriter::unchecked(Encoder::default(), true);
     device.section_full(&header(9, "timer", 2), &[0; 24]).unwrap();
     start.extend(device.take());
     let (kind, at, _) = refused_after(&start, b"\x02\0\0\0\x09");
@@ -152,7 +152,7 @@ fn commands() {
 #[test]
 fn postcopy_advice() {
     let mut start = HEADER.to_vec();
-    let mut stream = StreamWriter::default();
+    let mut stream = StreamWriter::unchecked(Encoder::default(), true);
     stream.command(advise()).unwrap();
     let mut other = stream.take();
     other[5 + 8 + 6] = 0x20; // the target page size
