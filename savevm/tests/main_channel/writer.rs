@@ -238,7 +238,8 @@ fn what_no_decoder_takes_is_refused_where_it_is_written() {
     is_refused(refused(&open, Call::Page { block: 1, offset: 0x1000 }));
     assert_eq!(refused(&open, Call::Body), WriteError::Content.into());
     let closed = [&open[..], &[Call::Eos, Call::Footer]].concat();
-    is_refused(refused(&closed, Call::Page { block: 0, offset: 0 }));
+    // Its first byte is the end of the stream.
+    assert_eq!(refused(&closed, Call::Page { block: 0, offset: 0 }), WriteError::TakenForElse.into());
     is_refused(refused(&closed, Call::Start { section_id: RAM, idstr: "timer", version_id: 2 }));
     // After the end.
     let ended = [&closed[..], &[Call::Eof]].concat();
