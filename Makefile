@@ -24,6 +24,7 @@ lint: setup
 	cargo fmt --all --check
 	cargo clippy --workspace --all-targets -- -D warnings
 	cargo clippy --manifest-path fuzz/Cargo.toml --target-dir target --all-targets -- -D warnings
+	@scripts/engine-dependencies
 
 unit: setup
 	@mkdir -p target && rm -f $(SKIPPED)
@@ -46,6 +47,7 @@ conformance-full: setup
 	cargo run --release --package qevm-conformance -- trial
 	cargo run --release --package qevm-conformance -- peer --full
 	cargo run --release --package qevm-conformance -- lifecycle --full
+	cargo run --release --package qevm-conformance -- toy --full
 	cargo run --release --package qevm-conformance -- lab
 
 # Dirty log and dirty rings in an emulated machine whose KVM works as on hardware.

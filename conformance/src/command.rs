@@ -5,6 +5,7 @@ mod lab;
 mod lifecycle;
 mod link;
 mod migrate;
+mod toy;
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -28,6 +29,7 @@ use qevm_conformance::subject::Subject;
 use qevm_conformance::{bench, catalogue, corpus, peer, played, table, trial};
 use serde::Serialize;
 use serde_json::Value;
+use toy::Toy;
 
 #[derive(Parser)]
 #[command(name = "qevm-conformance", version, about = "Real QEMUs of several releases as the judge of qevm")]
@@ -57,6 +59,8 @@ pub(crate) enum Command {
     Peer(Peer),
     /// Cut links, kill and reset in the worst moments of a migration: where does the guest run then (needs root)
     Lifecycle(Lifecycle),
+    /// Move guests from real QEMUs to toy_vmm, the example of qevm-migration, and back
+    Toy(Toy),
     /// Run reference-vmm in an emulated machine whose KVM works as on hardware: dirty log, dirty rings, stale pages
     Lab(Lab),
     /// Ask real QEMUs single questions: do they load what qevm writes, and does qevm foresee what they refuse
@@ -278,6 +282,7 @@ impl Command {
             Command::Channels(channels) => channels.run(),
             Command::Peer(peer) => peer.run(),
             Command::Lifecycle(lifecycle) => lifecycle.run(),
+            Command::Toy(toy) => toy.run(),
             Command::Lab(lab) => lab.run(),
             Command::Demo(demo) => demo.run(),
             Command::Trial(trial) => trial.run(),

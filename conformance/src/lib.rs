@@ -9,7 +9,7 @@
 //! [`channels`] is a matrix of its own: page channels and return path, with `qevm receive` and `qevm send` as the other end.
 //! [`lab`] is a machine with a KVM as on hardware, for what a paravirtual host cannot show.
 //! [`peer`] takes running guests to and fro between these QEMUs and reference-vmm, and [`mod@bench`] measures both;
-//! [`lifecycle`] is about what becomes of a guest when something goes wrong with that.
+//! [`toy`] does so with the example of `qevm-migration`, and [`lifecycle`] is about what becomes of a guest when something goes wrong with that.
 
 pub mod analyze;
 pub mod apt;
@@ -46,4 +46,5 @@ pub mod scenario;
 pub mod subject;
 pub mod table;
 pub mod tape;
+pub mod toy;
 pub mod trial;

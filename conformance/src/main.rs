@@ -1,12 +1,16 @@
 //! `qevm-conformance`: drives real QEMUs against qevm.
 
 mod command;
+#[path = "../../migration/examples/toy_vmm.rs"]
+#[allow(dead_code)] // Its `main`.
+mod toy_vmm;
 
 use std::process::ExitCode;
 
 use clap::Parser;
 use qevm_conformance::peer;
 use qevm_conformance::subject::BUILT_IN;
+use qevm_conformance::toy;
 use reference_vmm::descriptors::Descriptors;
 
 fn main() -> ExitCode {
@@ -17,6 +21,16 @@ fn main() -> ExitCode {
     }
     if arguments.peek().is_some_and(|a| a == peer::BUILT_IN) {
         return reference_vmm::command::main(arguments, Descriptors::default());
+    }
+    if arguments.peek().is_some_and(|a| a == toy::BUILT_IN) {
+        let arguments: Vec<String> = arguments.skip(1).map(|a| a.to_string_lossy().into_owned()).collect();
+        return match toy_vmm::run(&arguments) {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(error) => {
+                eprintln!("toy_vmm: {error}");
+                ExitCode::FAILURE
+            }
+        };
     }
     match command::Arguments::parse().command.run() {
         Ok(true) => ExitCode::SUCCESS,

@@ -59,7 +59,7 @@ pub trait Guest: Send + Sync {
     }
 }
 
-/// The devices of a guest.
+/// The devices of a guest. A [`Registry`](crate::Registry) is one, of devices that are declared.
 pub trait Devices: Send + Sync {
     /// The state of all devices of a paused guest, in the order of the stream. `running` is what the destination is to
     /// take over: whether the guest ran before it was paused for the migration.

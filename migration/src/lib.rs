@@ -1,5 +1,74 @@
 //! Live migration: precopy of a running guest to another monitor, with QEMU's stream.
 //!
+//! A monitor implements [`Guest`], registers its devices ([`Registry`]), and calls [`migrate`] at the source and [`receive`] at the
+//! destination. `docs/first-migration.md` goes through a first migration from a QEMU; `examples/toy_vmm.rs` is the monitor in it.
+//!
+//! ```
+//! use qevm_migration::{Channel, Devices, DirtyLog, Guest, GuestError, Job, RamView, Registry, Socket, migrate, receive};
+//! use qevm_wire::{Profile, QemuVersion};
+//! use std::sync::{Arc, atomic::{AtomicBool, Ordering}};
+//! use std::{ops::Range, os::unix::net::UnixStream, thread};
+//! use vm_memory::{Bytes, MmapRegion, VolatileMemory};
+//!
+//! /// A guest that is memory, to which nobody writes.
+//! struct Toy {
+//!     memory: MmapRegion,
+//!     running: AtomicBool,
+//!     devices: Registry<'static>,
+//! }
+//!
+//! impl Guest for Toy {
+//!     fn machine_type(&self) -> &str { "toy" }
+//!     fn ram(&self) -> Vec<RamView<'_>> {
+//!         vec![RamView { name: "ram", memory: self.memory.as_volatile_slice(), pristine: false }]
+//!     }
+//!     fn start_dirty_log(&self) -> Result<Box<dyn DirtyLog + '_>, GuestError> { Ok(Box::new(Log { first: true })) }
+//!     fn pause(&self) -> Result<bool, GuestError> { Ok(self.running.swap(false, Ordering::SeqCst)) }
+//!     fn resume(&self) -> Result<(), GuestError> { self.running.store(true, Ordering::SeqCst); Ok(()) }
+//!     fn devices(&self) -> &dyn Devices { &self.devices }
+//! }
+//!
+//! /// At first all pages are in the log, and then none.
+//! struct Log { first: bool }
+//!
+//! impl DirtyLog for Log {
+//!     fn read(&mut self, found: &mut dyn FnMut(usize, usize, u64)) -> Result<(), GuestError> {
+//!         found(0, 0, if self.first { u64::MAX } else { 0 });
+//!         Ok(())
+//!     }
+//!     fn reset(&mut self, _: usize, _: Range<u64>) -> Result<(), GuestError> { self.first = false; Ok(()) }
+//! }
+//!
+//! // 64 pages each: one word of the log.
+//! let toy = || -> Result<Toy, GuestError> {
+//!     Ok(Toy { memory: MmapRegion::new(64 * 4096)?, running: AtomicBool::new(false), devices: Registry::new("toy") })
+//! };
+//! let (here, there) = (toy()?, toy()?);
+//! here.memory.as_volatile_slice().write_obj(42_u64, 0x5008)?;
+//! here.resume()?;
+//!
+//! let (a, b) = UnixStream::pair()?;
+//! let channel = |stream| -> Arc<dyn Channel> { Arc::new(Socket::Unix(stream)) };
+//! let (sending, receiving) = (channel(a), channel(b));
+//! let profile = Profile::new(QemuVersion::NEWEST, "toy");
+//! let (source, destination) = (Job::default(), Job::default());
+//! source.begin()?;
+//! destination.begin()?;
+//! let arrival = thread::scope(|scope| {
+//!     let arriving = scope.spawn(|| receive(&there, receiving.into(), &destination, &profile));
+//!     let left = migrate(&here, &sending.into(), &source, &profile);
+//!     let arrived = arriving.join().map_err(|_| "the receiving thread has died")?;
+//!     left?;
+//!     Ok::<_, GuestError>(arrived?)
+//! })?;
+//! destination.end(None);
+//!
+//! assert!(arrival.running, "the guest ran at the source: it is to run here");
+//! assert!(!here.pause()?, "and it does not run there any more");
+//! assert_eq!(there.memory.as_volatile_slice().read_obj::<u64>(0x5008)?, 42);
+//! # Ok::<(), GuestError>(())
+//! ```
+//!
 //! # Contents, in reading order
 //!
 //! | module | what |
@@ -8,6 +77,7 @@
 //! | `strangers`, `arrivals` | connections until it is known what they are; those of one source |
 //! | `capabilities`, `parameters`, [`rate`] | QEMU's settings by their names; the rate limit |
 //! | `guest` | [`Guest`], [`Devices`], [`Hooks`]: what the engines need of a virtual machine |
+//! | `registry`, `description` | [`Registry`]: devices that are declared, and their description |
 //! | [`bitmap`], `zero`, `ram_sender` | dirty pages, and sending them straight from guest memory |
 //! | `multifd` | page channels: threads that send and receive pages beside the main channel |
 //! | `page_file` | files in which every page has its place |
@@ -31,6 +101,7 @@ mod capabilities;
 mod channel;
 mod connections;
 mod converge;
+mod description;
 mod descriptors;
 mod destination;
 pub mod dirty_rate;
@@ -49,6 +120,7 @@ mod pipe;
 mod ram_receiver;
 mod ram_sender;
 pub mod rate;
+mod registry;
 mod return_path;
 mod socket;
 mod source;
@@ -71,6 +143,7 @@ pub use job::{Job, Notice, Refused};
 pub use parameters::{BadParameter, Mode, Parameters};
 pub use pending::{IterativeDevice, Pending};
 pub use pipe::Pipe;
+pub use registry::{Registry, RegistryError};
 pub use return_path::ReturnPathError;
 pub use socket::{Listener, Socket};
 pub use source::{migrate, monotonic_now};

@@ -19,10 +19,9 @@ use qevm_migration::{DeviceSection, SavedDevices};
 use qevm_savevm::{
     Reader,
     devices::{DeviceState, globalstate::GlobalState},
-    vmdesc::{Description, DeviceBody, DeviceDescription, FieldDescription, StructDescription, TextStyle},
     vmstate::{Accel, Context},
 };
-use qevm_wire::{CountedString, PageGeometry, Profile, QemuVersion};
+use qevm_wire::{CountedString, Profile, QemuVersion};
 
 /// Why sections cannot be made or loaded.
 #[derive(Debug, thiserror::Error)]
@@ -191,39 +190,16 @@ fn as_they_came(devices: &mut [(&str, u32, DeviceState)], state: &MachineState) 
 
 /// Encodes the devices and describes them.
 fn write(devices: Vec<(&str, u32, DeviceState)>, ctx: &Context) -> Result<SavedDevices, SectionError> {
-    let style = if ctx.profile.qemu < QemuVersion::new(6, 0) { TextStyle::Spaced } else { TextStyle::Compact };
-    let (mut sections, mut described) = (Vec::new(), Vec::new());
+    let mut described = Vec::new();
     for (idstr, instance_id, mut device) in devices {
         let unsendable = |reason: String| SectionError::Unsendable { idstr: idstr.into(), reason };
         device.prepare(ctx).map_err(|error| unsendable(error.to_string()))?;
         let version_id = device.version(ctx);
         let (body, object) = device.encode_described(version_id, ctx).map_err(|error| unsendable(error.to_string()))?;
-        described.push(DeviceDescription { name: idstr.into(), instance_id, body: DeviceBody::Struct(object) });
         let idstr = CountedString::new(idstr).ok_or_else(|| unsendable("its name".into()))?;
-        sections.push(DeviceSection { idstr, instance_id, version_id, body });
+        described.push((DeviceSection { idstr, instance_id, version_id, body }, object));
     }
-    let mut description = Description::default();
-    description.page_size = Some(PageGeometry::X86.size());
-    description.devices = described;
-    description.configuration = ctx.profile.vmdesc_configuration.then(configuration);
-    let vmdesc = description.to_json(style);
-    Ok(SavedDevices { sections, vmdesc: Some(vmdesc) })
-}
-
-/// How the configuration section is described: by a machine type's name and its length (10.0).
-fn configuration() -> StructDescription {
-    let field = |name: &str, type_name: &str, size: usize| FieldDescription {
-        name: name.into(),
-        type_name: type_name.into(),
-        size: size as u64,
-        ..FieldDescription::default()
-    };
-    StructDescription {
-        vmsd_name: "configuration".into(),
-        version: 1,
-        fields: vec![field("len", "uint32", size_of::<u32>()), field("name", "buffer", MACHINE_TYPE.len())],
-        subsections: Vec::new(),
-    }
+    Ok(SavedDevices::described(MACHINE_TYPE, &ctx.profile, described))
 }
 
 /// A loader takes what every release sends; the newest knows most.
