@@ -29,6 +29,7 @@ lint: setup
 unit: setup
 	@mkdir -p target && rm -f $(SKIPPED)
 	QEVM_SKIPPED_TESTS=$(SKIPPED) cargo test --workspace --no-fail-fast
+	cargo test -p qevm-wire --features tokio
 	cargo test --manifest-path fuzz/Cargo.toml --target-dir target
 
 doc: setup

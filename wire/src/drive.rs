@@ -107,12 +107,49 @@ pub struct Driver<R, D> {
     taken: usize,
 }
 
-impl<R: Read, D: Decode> Driver<R, D> {
+impl<R, D: Decode> Driver<R, D> {
     /// Drives `decoder` over `input`, from where both are.
     pub fn new(input: R, decoder: D) -> Self {
         Driver { input, decoder, buffer: BytesMut::new(), ended: false, taken: 0 }
     }
 
+    /// What was read and not used yet: it starts where the last event and its payload ended.
+    pub fn buffered(&mut self) -> &[u8] {
+        self.drop_taken();
+        &self.buffer
+    }
+
+    /// Takes `count` bytes off the front of [`buffered`](Self::buffered), which the decoder was told of by the caller:
+    /// the content of a device section that the caller has read.
+    ///
+    /// # Panics
+    /// Never: at most what is buffered is taken.
+    pub fn consume(&mut self, count: usize) {
+        self.drop_taken();
+        self.buffer.advance(count.min(self.buffer.len()));
+    }
+
+    /// The decoder.
+    pub fn decoder(&self) -> &D {
+        &self.decoder
+    }
+
+    /// The decoder, to tell it what only the caller knows.
+    pub fn decoder_mut(&mut self) -> &mut D {
+        &mut self.decoder
+    }
+
+    /// The input. Bytes of it may have been read ahead.
+    pub fn input(&self) -> &R {
+        &self.input
+    }
+
+    fn drop_taken(&mut self) {
+        self.buffer.advance(core::mem::take(&mut self.taken));
+    }
+}
+
+impl<R: Read, D: Decode> Driver<R, D> {
     /// The next event; `None` at the end of the stream. What is left of the last event's payload is skipped.
     ///
     /// # Errors
@@ -151,12 +188,6 @@ impl<R: Read, D: Decode> Driver<R, D> {
         Payload { driver: self }
     }
 
-    /// What was read and not used yet: it starts where the last event and its payload ended.
-    pub fn buffered(&mut self) -> &[u8] {
-        self.drop_taken();
-        &self.buffer
-    }
-
     /// Reads until [`buffered`](Self::buffered) holds `at_least` bytes, or the input ends.
     ///
     /// # Errors
@@ -180,35 +211,6 @@ impl<R: Read, D: Decode> Driver<R, D> {
             }
         }
         Ok(())
-    }
-
-    /// Takes `count` bytes off the front of [`buffered`](Self::buffered), which the decoder was told of by the caller:
-    /// the content of a device section that the caller has read.
-    ///
-    /// # Panics
-    /// Never: at most what is buffered is taken.
-    pub fn consume(&mut self, count: usize) {
-        self.drop_taken();
-        self.buffer.advance(count.min(self.buffer.len()));
-    }
-
-    /// The decoder.
-    pub fn decoder(&self) -> &D {
-        &self.decoder
-    }
-
-    /// The decoder, to tell it what only the caller knows.
-    pub fn decoder_mut(&mut self) -> &mut D {
-        &mut self.decoder
-    }
-
-    /// The input. Bytes of it may have been read ahead.
-    pub fn input(&self) -> &R {
-        &self.input
-    }
-
-    fn drop_taken(&mut self) {
-        self.buffer.advance(core::mem::take(&mut self.taken));
     }
 }
 
@@ -257,6 +259,11 @@ impl<R: Read, D: Decode> Read for Payload<'_, R, D> {
         Ok(count)
     }
 }
+
+#[cfg(feature = "tokio")]
+mod tokio;
+#[cfg(feature = "tokio")]
+pub use self::tokio::{AsyncDriver, AsyncPayload};
 
 #[cfg(test)]
 mod tests;

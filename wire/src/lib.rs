@@ -2,7 +2,7 @@
 //!
 //! Read in this order: [`error`] (whose fault, where, and what was found), [`read`] and [`mod@write`] (the bounded
 //! big-endian reader and the writer that mirrors it), [`step`] (what an incremental decoder answers), [`decode`] (what all
-//! decoders have in common), `drive` (the loop around a decoder, with feature `std`), [`name`] (counted strings), [`limits`] (what a peer may make us allocate), [`page`] (page arithmetic), [`profile`] (every switch
+//! decoders have in common), `drive` (the loop around a decoder, with feature `std`; over what tokio reads with feature `tokio`), [`name`] (counted strings), [`limits`] (what a peer may make us allocate), [`page`] (page arithmetic), [`profile`] (every switch
 //! that changes bytes on the wire) and [`capability`] (migration capabilities and what QEMU lets go together).
 //!
 //! # Promises
@@ -45,6 +45,8 @@ pub mod write;
 
 pub use capability::{Capabilities, Capability};
 pub use decode::{Cursor, Decode, NextStep};
+#[cfg(feature = "tokio")]
+pub use drive::{AsyncDriver, AsyncPayload};
 #[cfg(feature = "std")]
 pub use drive::{DriveError, Driver, Payload};
 pub use error::{Blame, Fault, Located, Path, WireError, Within};

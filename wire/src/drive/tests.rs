@@ -5,7 +5,7 @@ use proptest::prelude::*;
 
 /// Records of a be16 length of payload, an event that borrows one byte, and the payload.
 #[derive(Default)]
-struct Records(Cursor);
+pub(super) struct Records(Cursor);
 
 impl Decode for Records {
     type Event<'a> = (&'a [u8], u64);
@@ -85,7 +85,7 @@ impl Read for Pieces<'_> {
     }
 }
 
-fn stream(records: &[(u8, Vec<u8>)]) -> Vec<u8> {
+pub(super) fn stream(records: &[(u8, Vec<u8>)]) -> Vec<u8> {
     let mut bytes = Vec::new();
     for (mark, payload) in records {
         bytes.extend((payload.len() as u16).to_be_bytes());
