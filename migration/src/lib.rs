@@ -82,7 +82,8 @@
 //! | `multifd` | page channels: threads that send and receive pages beside the main channel |
 //! | `page_file` | files in which every page has its place |
 //! | `pending`, [`switchover`] | what remains of everything, and when to stop the guest |
-//! | `source`, `return_path` | [`migrate`]: the source engine |
+//! | `core` | what the engines decide, without I/O, threads and clocks |
+//! | `source`, `return_path` | [`migrate`]: the source engine: threads, sockets and the guest around the core |
 //! | `inlet`, `touched`, `ram_receiver`, `destination` | [`receive`]: the destination engine |
 //! | `handover`, `verdict` | who runs the guest when the connection breaks in the last moment |
 //! | `job`, `statistics` | control and what `query-migrate` reports |
@@ -101,6 +102,7 @@ mod capabilities;
 mod channel;
 mod connections;
 mod converge;
+mod core;
 mod description;
 mod descriptors;
 mod destination;

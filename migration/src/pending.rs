@@ -69,9 +69,18 @@ const LONGEST_WAIT: Duration = Duration::from_secs(2);
 /// …unless asking takes long: it is not to take more than this part of the time.
 const ASKING_PART: u32 = 8;
 
-/// What the devices said.
-pub(super) struct Account<'g> {
-    devices: Vec<&'g dyn IterativeDevice>,
+/// What a device said of its size.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(crate) struct DeviceSize {
+    /// What remains, as far as it can be told at once.
+    pub(crate) estimate: Pending,
+    /// What remains, if the device was asked exactly; the estimate is of just after that.
+    pub(crate) exact: Option<Pending>,
+}
+
+/// What the devices said so far.
+#[derive(Debug)]
+pub(crate) struct Account {
     /// What the last exact answers had more to be sent at the stop than the estimates of that moment.
     hidden: Vec<u64>,
     /// The sum of the last exact answers.
@@ -80,48 +89,42 @@ pub(super) struct Account<'g> {
     ask_at: Duration,
 }
 
-impl<'g> Account<'g> {
-    pub(super) fn new(devices: Vec<&'g dyn IterativeDevice>) -> Self {
-        let hidden = vec![0; devices.len()];
-        Account { devices, hidden, last: None, wait: FIRST_WAIT, ask_at: Duration::ZERO }
-    }
-
-    pub(super) fn devices(&self) -> &[&'g dyn IterativeDevice] {
-        &self.devices
+impl Account {
+    /// Of so many devices.
+    pub(crate) fn new(devices: usize) -> Self {
+        Account { hidden: vec![0; devices], last: None, wait: FIRST_WAIT, ask_at: Duration::ZERO }
     }
 
     /// What remains of each device, with what is known only exactly as it was when it was last asked.
-    pub(super) fn estimate(&self) -> Vec<Pending> {
-        let known = |(device, hidden): (&&dyn IterativeDevice, &u64)| {
-            let told = device.estimate();
+    pub(crate) fn estimate(&self, sizes: &[DeviceSize]) -> Vec<Pending> {
+        let known = |(size, hidden): (&DeviceSize, &u64)| {
+            let told = size.estimate;
             Pending { stopcopy: told.stopcopy.saturating_add(*hidden), ..told }
         };
-        self.devices.iter().zip(&self.hidden).map(known).collect()
+        sizes.iter().zip(&self.hidden).map(known).collect()
     }
 
     /// Whether to ask exactly now although what is known does not fit: it would fit by what the devices tell cheaply (`fits`),
     /// and the last answer is old enough.
-    pub(super) fn is_due(&self, now: Duration, fits: impl FnOnce(u64) -> bool) -> bool {
+    pub(crate) fn is_due(&self, sizes: &[DeviceSize], now: Duration, fits: impl FnOnce(u64) -> bool) -> bool {
         let hides = self.hidden.iter().any(|hidden| *hidden > 0);
-        hides && now >= self.ask_at && fits(self.devices.iter().map(|device| device.estimate().total()).sum())
+        let estimates = sizes.iter().map(|size| size.estimate.total());
+        hides && now >= self.ask_at && fits(estimates.fold(0, u64::saturating_add))
     }
 
-    /// Asks every device exactly. `clock` tells the time, from which the next time to ask follows.
-    pub(super) fn ask(&mut self, clock: impl Fn() -> Duration) -> Result<Vec<Pending>, GuestError> {
-        let begin = clock();
-        let mut answers = Vec::new();
-        for (device, hidden) in self.devices.iter().zip(&mut self.hidden) {
-            let exact = device.exact()?;
-            *hidden = exact.stopcopy.saturating_sub(device.estimate().stopcopy);
-            answers.push(exact);
+    /// Every device was asked exactly from `begin` to `end`, from which the next time to ask follows. Gives what remains of each.
+    pub(crate) fn answered(&mut self, sizes: &[DeviceSize], begin: Duration, end: Duration) -> Vec<Pending> {
+        let exact = |size: &DeviceSize| size.exact.unwrap_or(size.estimate);
+        let answers: Vec<Pending> = sizes.iter().map(exact).collect();
+        for ((size, answer), hidden) in sizes.iter().zip(&answers).zip(&mut self.hidden) {
+            *hidden = answer.stopcopy.saturating_sub(size.estimate.stopcopy);
         }
-        let end = clock();
-        let total = answers.iter().map(|pending| pending.total()).sum();
+        let total = answers.iter().map(|pending| pending.total()).fold(0, u64::saturating_add);
         let shrank = self.last.is_none_or(|last| u128::from(total) * 10 < u128::from(last) * 9);
         self.last = Some(total);
         self.wait = if shrank { FIRST_WAIT } else { (self.wait * 2).min(LONGEST_WAIT) };
-        self.ask_at = end + self.wait.max((end - begin) * ASKING_PART);
-        Ok(answers)
+        self.ask_at = end + self.wait.max(end.saturating_sub(begin) * ASKING_PART);
+        answers
     }
 }
 

@@ -1,6 +1,5 @@
 use super::*;
 use crate::switchover::{Decision, Remaining, Round, Switchover, expected_downtime};
-use std::sync::atomic::{AtomicU64, Ordering};
 
 const MS: Duration = Duration::from_millis(1);
 const MB: u64 = 1 << 20;
@@ -8,57 +7,34 @@ const LIMIT: Duration = Duration::from_millis(300);
 const BANDWIDTH: u64 = 100 * MB;
 
 /// A device with nothing to send while the guest runs, and that much when it has stopped, which it tells only exactly.
-struct Hiding<F>(F, AtomicU64, AtomicU64);
+struct Hiding<F>(F, u64);
 
-impl<F: Fn(Duration) -> u64 + Send + Sync> Hiding<F> {
+impl<F: Fn(Duration) -> u64> Hiding<F> {
     fn new(size: F) -> Self {
-        Hiding(size, AtomicU64::new(0), AtomicU64::new(0))
+        Hiding(size, 0)
     }
 
     fn asked(&self) -> u64 {
-        self.2.load(Ordering::Relaxed)
+        self.1
+    }
+
+    fn exact(&mut self, now: Duration) -> [DeviceSize; 1] {
+        self.1 += 1;
+        let exact = Some(Pending { stopcopy: (self.0)(now), ..Pending::default() });
+        [DeviceSize { exact, ..DeviceSize::default() }]
     }
 }
 
-impl<F: Fn(Duration) -> u64 + Send + Sync> IterativeDevice for Hiding<F> {
-    fn idstr(&self) -> &str {
-        "hiding/vfio"
-    }
-
-    fn begin(&self) -> Result<(), GuestError> {
-        Ok(())
-    }
-
-    fn estimate(&self) -> Pending {
-        Pending::default()
-    }
-
-    fn exact(&self) -> Result<Pending, GuestError> {
-        self.2.fetch_add(1, Ordering::Relaxed);
-        let stopcopy = (self.0)(Duration::from_millis(self.1.load(Ordering::Relaxed)));
-        Ok(Pending { stopcopy, ..Pending::default() })
-    }
-
-    fn read(&self, _: &mut Vec<u8>, _: usize) -> Result<(), GuestError> {
-        Ok(())
-    }
-
-    fn load(&self, _: &[u8]) -> Result<(), GuestError> {
-        Ok(())
-    }
-
-    fn end(&self) {}
-}
+const ESTIMATES: [DeviceSize; 1] = [DeviceSize { estimate: Pending { precopy: 0, stopcopy: 0 }, exact: None }];
 
 /// Runs rounds of 20 ms that leave 1 MB of RAM for up to `time`, and says when the guest could be stopped.
-fn play<F: Fn(Duration) -> u64 + Send + Sync>(device: &Hiding<F>, time: Duration) -> Option<Duration> {
-    let (mut account, mut switchover) = (Account::new(vec![device]), Switchover::default());
+fn play<F: Fn(Duration) -> u64>(device: &mut Hiding<F>, time: Duration) -> Option<Duration> {
+    let (mut account, mut switchover) = (Account::new(1), Switchover::default());
     for round in 1.. {
         let now = 20 * MS * round;
         if now > time {
             return None;
         }
-        device.1.store(now.as_millis() as u64, Ordering::Relaxed);
         let round = |remaining| Round {
             remaining,
             took: 20 * MS,
@@ -72,12 +48,12 @@ fn play<F: Fn(Duration) -> u64 + Send + Sync>(device: &Hiding<F>, time: Duration
             let stopcopy = pending[0].stopcopy;
             [Remaining::ram("ram", MB), Remaining { name: "hiding/vfio", bytes: 0, stopcopy }]
         };
-        let asked = account.is_due(now, fits);
-        let pending = if asked { account.ask(|| now).unwrap() } else { account.estimate() };
+        let asked = account.is_due(&ESTIMATES, now, fits);
+        let pending = if asked { account.answered(&device.exact(now), now, now) } else { account.estimate(&ESTIMATES) };
         let remaining = parts(&pending);
         let mut decision = switchover.decide(&round(&remaining));
         if let (Decision::SwitchOver(reason), false) = (&decision, asked) {
-            let remaining = parts(&account.ask(|| now).unwrap());
+            let remaining = parts(&account.answered(&device.exact(now), now, now));
             decision = switchover.confirm(*reason, &round(&remaining));
         }
         if let Decision::SwitchOver(_) = decision {
@@ -90,23 +66,23 @@ fn play<F: Fn(Duration) -> u64 + Send + Sync>(device: &Hiding<F>, time: Duration
 
 #[test]
 fn a_device_that_fits_is_asked_once_and_the_guest_stopped() {
-    let device = Hiding::new(|_| 5 * MB);
-    assert!(play(&device, Duration::from_secs(5)).unwrap() < Duration::from_secs(1));
+    let mut device = Hiding::new(|_| 5 * MB);
+    assert!(play(&mut device, Duration::from_secs(5)).unwrap() < Duration::from_secs(1));
     assert_eq!(device.asked(), 1);
 }
 
 #[test]
 fn a_device_that_never_shrinks_is_asked_seldom_and_the_guest_never_stopped() {
-    let device = Hiding::new(|_| 200 * MB);
-    assert_eq!(play(&device, Duration::from_secs(60)), None);
+    let mut device = Hiding::new(|_| 200 * MB);
+    assert_eq!(play(&mut device, Duration::from_secs(60)), None);
     assert!(device.asked() < 40, "asked {} times in 3000 rounds", device.asked());
 }
 
 #[test]
 fn a_device_that_shrinks_late_is_noticed_soon() {
     for late in [Duration::from_secs(1), Duration::from_secs(30)] {
-        let device = Hiding::new(move |now| if now < late { 200 * MB } else { 10 * MB });
-        let stopped = play(&device, Duration::from_secs(60)).unwrap();
+        let mut device = Hiding::new(move |now| if now < late { 200 * MB } else { 10 * MB });
+        let stopped = play(&mut device, Duration::from_secs(60)).unwrap();
         assert!(stopped >= late && stopped <= late + LONGEST_WAIT + 20 * MS, "{late:?}: {stopped:?}");
         assert!(device.asked() < 30, "asked {} times", device.asked());
     }
@@ -114,36 +90,30 @@ fn a_device_that_shrinks_late_is_noticed_soon() {
 
 #[test]
 fn a_device_that_shrinks_steadily_is_asked_more_often_than_one_that_does_not() {
-    let device = Hiding::new(|now| (200 * MB) >> (now.as_secs() / 2));
-    let stopped = play(&device, Duration::from_secs(60)).unwrap();
+    let mut device = Hiding::new(|now| (200 * MB) >> (now.as_secs() / 2));
+    let stopped = play(&mut device, Duration::from_secs(60)).unwrap();
     // 25 MB fit from the sixth second on.
     assert!(stopped >= Duration::from_secs(6) && stopped < Duration::from_secs(8), "{stopped:?}");
 }
 
 #[test]
 fn a_device_that_grows_is_not_stopped_for() {
-    let device = Hiding::new(|now| MB * now.as_millis() as u64);
-    let stopped = play(&device, Duration::from_secs(20));
+    let mut device = Hiding::new(|now| MB * now.as_millis() as u64);
+    let stopped = play(&mut device, Duration::from_secs(20));
     // At first it fits, if it is asked at once; later never more.
     assert!(stopped.is_none_or(|at| at <= 40 * MS), "{stopped:?}");
 }
 
 #[test]
 fn a_device_that_is_slow_to_answer_is_asked_an_eighth_of_the_time() {
-    let device = Hiding::new(|_| 200 * MB);
-    let (mut account, mut now) = (Account::new(vec![&device]), Duration::ZERO);
-    let clock = std::cell::Cell::new(Duration::ZERO);
+    let mut device = Hiding::new(|_| 200 * MB);
+    let (mut account, mut now) = (Account::new(1), Duration::ZERO);
     while now < Duration::from_secs(80) {
-        clock.set(now);
-        if device.asked() == 0 || account.is_due(now, |_| true) {
+        if device.asked() == 0 || account.is_due(&ESTIMATES, now, |_| true) {
             // Asking takes a second.
-            let ticking = || {
-                let time = clock.get();
-                clock.set(time + Duration::from_secs(1));
-                time
-            };
-            account.ask(ticking).unwrap();
+            let begin = now;
             now += Duration::from_secs(1);
+            account.answered(&device.exact(now), begin, now);
         }
         now += 20 * MS;
     }
@@ -152,13 +122,13 @@ fn a_device_that_is_slow_to_answer_is_asked_an_eighth_of_the_time() {
 
 #[test]
 fn what_was_hidden_counts_until_the_next_answer() {
-    let device = Hiding::new(|_| 7);
-    let mut account = Account::new(vec![&device]);
-    assert_eq!(account.estimate(), [Pending::default()]);
-    assert!(!account.is_due(LIMIT, |_| true), "nothing is hidden as far as is known");
-    account.ask(|| Duration::ZERO).unwrap();
-    assert_eq!(account.estimate(), [Pending { precopy: 0, stopcopy: 7 }]);
-    assert!(account.is_due(LIMIT, |bytes| bytes == 0));
-    assert!(!account.is_due(LIMIT, |_| false));
-    assert!(!account.is_due(Duration::ZERO, |_| true));
+    let mut device = Hiding::new(|_| 7);
+    let mut account = Account::new(1);
+    assert_eq!(account.estimate(&ESTIMATES), [Pending::default()]);
+    assert!(!account.is_due(&ESTIMATES, LIMIT, |_| true), "nothing is hidden as far as is known");
+    account.answered(&device.exact(Duration::ZERO), Duration::ZERO, Duration::ZERO);
+    assert_eq!(account.estimate(&ESTIMATES), [Pending { precopy: 0, stopcopy: 7 }]);
+    assert!(account.is_due(&ESTIMATES, LIMIT, |bytes| bytes == 0));
+    assert!(!account.is_due(&ESTIMATES, LIMIT, |_| false));
+    assert!(!account.is_due(&ESTIMATES, Duration::ZERO, |_| true));
 }

@@ -6,7 +6,8 @@
 //! the log far ahead; and stretches of memory are taken in turns, so that not all of what the guest is busy with comes first,
 //! while nothing is known.
 
-use crate::{DirtyLog, GuestError, bitmap::PageBitmap};
+use super::source::BlockRange;
+use crate::bitmap::PageBitmap;
 use std::{ops::Range, time::Duration};
 
 /// The least whose log is reset in one call, in pages.
@@ -26,6 +27,7 @@ const STRETCH: u64 = 512;
 const TURNS: u64 = 16;
 
 /// The pages to send, by block, and where the sweep over them is.
+#[derive(Debug)]
 pub(super) struct Sweep {
     blocks: Vec<Block>,
     place: Place,
@@ -38,7 +40,7 @@ pub(super) struct Sweep {
     lead: (u64, (usize, u64)),
 }
 
-#[derive(Clone, Copy, Default)]
+#[derive(Debug, Clone, Copy, Default)]
 struct Place {
     block: usize,
     /// In the first sweep, the stretch whose turn it is.
@@ -46,6 +48,7 @@ struct Place {
     page: u64,
 }
 
+#[derive(Debug)]
 struct Block {
     /// Pages to send in this sweep.
     dirty: PageBitmap,
@@ -78,53 +81,49 @@ impl Sweep {
         self.blocks.iter().map(|block| block.dirty.count() + block.later.count())
     }
 
-    /// Adds what the log has to what is to be sent, and starts a new sweep. Says how many pages were written to since the last.
-    pub(super) fn begin(&mut self, log: &mut dyn DirtyLog) -> Result<u64, GuestError> {
-        let mut new = 0;
-        let blocks = &mut self.blocks;
-        log.read(&mut |block, word_number, word| {
-            let Some(block) = blocks.get_mut(block) else { return };
-            new += block.dirty.merge_word(word_number, word);
-            if word != 0 {
-                block.to_reset.set_range(chunks_of(word_number));
-            }
-        })?;
-        for block in blocks {
-            new += block.dirty.take_all(&mut block.later);
+    /// Adds a word of the dirty log to what is to be sent. Says how many pages of it were not to be sent already.
+    pub(super) fn add(&mut self, block: usize, word_number: usize, word: u64) -> u64 {
+        let Some(block) = self.blocks.get_mut(block) else { return 0 };
+        if word != 0 {
+            block.to_reset.set_range(chunks_of(word_number));
         }
+        block.dirty.merge_word(word_number, word)
+    }
+
+    /// Starts a new sweep, when the whole log was [added](Self::add). Says how many pages of it waited for that.
+    pub(super) fn begin(&mut self) -> u64 {
+        let new = self.blocks.iter_mut().map(|block| block.dirty.take_all(&mut block.later)).sum();
         (self.place, self.first) = (Place::default(), self.taken == 0);
-        Ok(new)
+        new
     }
 
-    /// Leaves what the guest has written to since the beginning of the sweep for the next one.
-    pub(super) fn defer(&mut self, log: &mut dyn DirtyLog) -> Result<(), GuestError> {
-        let blocks = &mut self.blocks;
-        log.read(&mut |block, word_number, word| {
-            let Some(block) = blocks.get_mut(block) else { return };
-            // Where the log was not reset it has what was known, and perhaps more: there is time for that in this sweep.
-            if block.to_reset.contains(chunks_of(word_number).start) {
-                block.dirty.merge_word(word_number, word);
-            } else {
-                block.dirty.clear_word(word_number, word);
-                block.later.merge_word(word_number, word);
-            }
-        })
+    /// Leaves what the guest has written to since the beginning of the sweep, by this word of the dirty log, for the next one.
+    pub(super) fn defer(&mut self, block: usize, word_number: usize, word: u64) {
+        let Some(block) = self.blocks.get_mut(block) else { return };
+        // Where the log was not reset it has what was known, and perhaps more: there is time for that in this sweep.
+        if block.to_reset.contains(chunks_of(word_number).start) {
+            block.dirty.merge_word(word_number, word);
+        } else {
+            block.dirty.clear_word(word_number, word);
+            block.later.merge_word(word_number, word);
+        }
     }
 
-    /// Resets the log ahead of the sweep, which is the first.
-    pub(super) fn reset_lead(&mut self, log: &mut dyn DirtyLog) -> Result<(), GuestError> {
+    /// What to reset in the log ahead of the sweep, which is the first.
+    pub(super) fn reset_lead(&mut self) -> Vec<BlockRange> {
         let goal = self.taken.saturating_mul(LEAD).saturating_add(FIRST_LEAD);
+        let mut resets = Vec::new();
         while self.lead.0 < goal {
             let (done, (index, from)) = self.lead;
             let Some(block) = self.blocks.get_mut(index) else { break };
             let to = (from + MAX_RESET).min(block.to_reset.pages());
             while let Some(chunks) = block.to_reset.next_run(from..to, MAX_RESET) {
-                block.reset(index, chunks, log)?;
+                resets.push(block.reset(index, chunks));
             }
             let next = if to == block.to_reset.pages() { (index + 1, 0) } else { (index, to) };
             self.lead = (done + (to - from) * RESET_PAGES, next);
         }
-        Ok(())
+        resets
     }
 
     /// Whether the sweep has come to its end.
@@ -132,26 +131,22 @@ impl Sweep {
         self.next_run(1).is_none()
     }
 
-    /// Takes the next pages, at most `limit`, out of what is to be sent: block and pages. With `log`, that of the pages is reset
-    /// before; without, the guest stands still. They must be read after this: what changes from here on turns up in the log.
-    pub(super) fn take(
-        &mut self,
-        limit: u64,
-        log: &mut Option<&mut dyn DirtyLog>,
-    ) -> Result<Option<(usize, Range<u64>)>, GuestError> {
-        let Some((index, run)) = self.next_run(limit) else { return Ok(None) };
+    /// Takes the next pages, at most `limit`, out of what is to be sent. What is to be reset in the log before they are read goes to
+    /// `resets`; without, the guest is paused. They must be read after this: what changes from here on turns up in the log.
+    pub(super) fn take(&mut self, limit: u64, resets: Option<&mut Vec<BlockRange>>) -> Option<BlockRange> {
+        let (index, run) = self.next_run(limit)?;
         let block = &mut self.blocks[index];
-        if let Some(log) = log {
+        if let Some(resets) = resets {
             let (first, end) = (run.start / RESET_PAGES, run.end.div_ceil(RESET_PAGES));
             let next = |block: &Block| block.to_reset.next_run(first..block.to_reset.pages(), self.reset_ahead);
             while let Some(chunks) = next(block).filter(|chunks| chunks.start < end) {
-                block.reset(index, chunks, *log)?;
+                resets.push(block.reset(index, chunks));
             }
         }
         block.dirty.clear_range(run.clone());
         self.place.page = run.end;
         self.taken += run.end - run.start;
-        Ok(Some((index, run)))
+        Some(BlockRange { block: index, pages: run })
     }
 
     /// The block of the next page to send.
@@ -184,10 +179,11 @@ fn following(stretch: u64, pages: u64) -> Option<u64> {
 }
 
 impl Block {
-    fn reset(&mut self, index: usize, chunks: Range<u64>, log: &mut dyn DirtyLog) -> Result<(), GuestError> {
-        log.reset(index, chunks.start * RESET_PAGES..(chunks.end * RESET_PAGES).min(self.dirty.pages()))?;
+    /// What the log is to reset for these chunks.
+    fn reset(&mut self, index: usize, chunks: Range<u64>) -> BlockRange {
+        let pages = chunks.start * RESET_PAGES..(chunks.end * RESET_PAGES).min(self.dirty.pages());
         self.to_reset.clear_range(chunks);
-        Ok(())
+        BlockRange { block: index, pages }
     }
 }
 
@@ -225,34 +221,48 @@ mod tests {
         }
     }
 
-    impl DirtyLog for Log {
-        fn read(&mut self, found: &mut dyn FnMut(usize, usize, u64)) -> Result<(), GuestError> {
+    impl Log {
+        fn read(&mut self, mut found: impl FnMut(usize, usize, u64)) {
             self.reported = self.written.clone();
             if self.consumed {
                 self.written.fill(0);
             }
             self.reported.iter().enumerate().for_each(|(index, word)| found(0, index, *word));
-            Ok(())
         }
 
-        fn reset(&mut self, _: usize, pages: Range<u64>) -> Result<(), GuestError> {
+        fn reset(&mut self, BlockRange { pages, .. }: BlockRange) {
             for index in pages.start as usize / 64..pages.end as usize / 64 {
                 self.written[index] &= if self.consumed { u64::MAX } else { !self.reported[index] };
             }
             self.resets.push(pages);
-            Ok(())
+        }
+
+        fn reset_all(&mut self, resets: Vec<BlockRange>) {
+            resets.into_iter().for_each(|reset| self.reset(reset));
         }
     }
 
     fn begun(log: &mut Log) -> Sweep {
         let mut sweep = Sweep::new([PAGES].into_iter());
-        sweep.begin(log).unwrap();
+        begin(&mut sweep, log);
         sweep
     }
 
+    fn begin(sweep: &mut Sweep, log: &mut Log) -> u64 {
+        let mut new = 0;
+        log.read(|block, word_number, word| new += sweep.add(block, word_number, word));
+        new + sweep.begin()
+    }
+
+    fn take(sweep: &mut Sweep, limit: u64, log: &mut Log) -> Option<Range<u64>> {
+        let mut resets = Vec::new();
+        let run = sweep.take(limit, Some(&mut resets));
+        log.reset_all(resets);
+        run.map(|run| run.pages)
+    }
+
     fn take_all(sweep: &mut Sweep, log: &mut Log) -> Vec<Range<u64>> {
-        let mut next = || sweep.take(u64::MAX, &mut Some(&mut *log)).unwrap();
-        std::iter::from_fn(|| next().map(|(_, run)| run)).collect()
+        std::iter::from_fn(|| take(sweep, u64::MAX, log)).collect()
     }
 
     #[test]
@@ -263,7 +273,7 @@ mod tests {
         assert_eq!(take_all(&mut sweep, &mut log), stretches.collect::<Vec<_>>());
         assert!(sweep.is_over());
         (600..1800).for_each(|page| log.write(page));
-        assert_eq!(sweep.begin(&mut log).unwrap(), 1200);
+        assert_eq!(begin(&mut sweep, &mut log), 1200);
         assert_eq!(take_all(&mut sweep, &mut log), vec![600..1800; 1]);
     }
 
@@ -275,7 +285,7 @@ mod tests {
             let mut sweep = begun(&mut log);
             take_all(&mut sweep, &mut log);
             (0..PAGES).for_each(|page| log.write(page));
-            sweep.begin(&mut log).unwrap();
+            begin(&mut sweep, &mut log);
             log.resets.clear();
             if let Some(pages) = pages_per_second {
                 sweep.expect(pages);
@@ -290,15 +300,15 @@ mod tests {
         for consumed in [false, true] {
             let mut log = Log::new(consumed);
             let mut sweep = begun(&mut log);
-            sweep.reset_lead(&mut log).unwrap();
-            sweep.take(512, &mut Some(&mut log)).unwrap();
+            log.reset_all(sweep.reset_lead());
+            take(&mut sweep, 512, &mut log);
             // The first has had its turn, the second has not.
             [3, 5000].into_iter().for_each(|page| log.write(page));
-            sweep.defer(&mut log).unwrap();
+            log.read(|block, word_number, word| sweep.defer(block, word_number, word));
             assert_eq!(sweep.remaining().sum::<u64>(), PAGES - 512 + 1);
             let taken = take_all(&mut sweep, &mut log);
             assert!(taken.iter().all(|run| !run.contains(&3) && !run.contains(&5000)), "{taken:?}");
-            assert_eq!(sweep.begin(&mut log).unwrap(), 2);
+            assert_eq!(begin(&mut sweep, &mut log), 2);
             assert_eq!(take_all(&mut sweep, &mut log), [3..4, 5000..5001]);
         }
     }
@@ -339,23 +349,23 @@ mod tests {
                         log.write(page);
                     }
                     Step::Take(limit) => {
-                        if let Some((_, run)) = sweep.take(limit, &mut Some(&mut log)).unwrap() {
+                        if let Some(run) = take(&mut sweep, limit, &mut log) {
                             send(run, &here);
                         }
                     }
                     Step::Look => {
-                        sweep.defer(&mut log).unwrap();
-                        sweep.reset_lead(&mut log).unwrap();
+                        log.read(|block, word_number, word| sweep.defer(block, word_number, word));
+                        log.reset_all(sweep.reset_lead());
                     }
                     Step::Begin => {
-                        sweep.begin(&mut log).unwrap();
+                        begin(&mut sweep, &mut log);
                     }
                 }
             }
             // The guest stands still.
-            sweep.begin(&mut log).unwrap();
-            while let Some((_, run)) = sweep.take(u64::MAX, &mut None).unwrap() {
-                send(run, &here);
+            begin(&mut sweep, &mut log);
+            while let Some(run) = sweep.take(u64::MAX, None) {
+                send(run.pages, &here);
             }
             prop_assert_eq!(sweep.remaining().sum::<u64>(), 0);
             prop_assert!(here == there);

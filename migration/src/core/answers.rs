@@ -1,0 +1,255 @@
+//! What a destination has said on the return path, and what follows from it for the source.
+
+use crate::{MigrationError, ReturnPathError, handover};
+use qevm_returnpath::{
+    Message, SessionError, SwitchoverError,
+    session::{Action, SourceSession},
+    switchover::SwitchoverAckFlow,
+};
+use qevm_savevm::command::Command;
+use qevm_wire::Located;
+use std::io;
+
+/// The source's end of a return path. It is told of every PING that goes out, of every message that comes and of the end, and says
+/// what the source may do.
+#[derive(Debug)]
+pub(crate) struct Answers {
+    /// What may come, and what is missing.
+    session: SourceSession,
+    verdict: Verdict,
+    /// Nothing more comes: how the destination closed.
+    ended: Option<io::Result<()>>,
+    /// The destination waits for a confirmation before it runs the guest.
+    agreed: bool,
+    /// An ack of the switchover may come though nobody waits for it: the capability may be on there.
+    stray_ack: bool,
+}
+
+/// How the migration ended at the destination, as far as it is known.
+#[derive(Debug)]
+enum Verdict {
+    /// It has not said so.
+    Missing,
+    /// It has loaded everything.
+    Loaded,
+    /// It has failed, or the return path has. The reason is given once.
+    Failed(Option<MigrationError>),
+}
+
+impl Answers {
+    /// `flow` is how acks of the switchover are counted; `None` without `switchover-ack`. `asked_for` is false without
+    /// `return-path`: a return path that is opened all the same must not fail a migration that would succeed without.
+    pub(crate) fn new(flow: Option<SwitchoverAckFlow>, asked_for: bool) -> Self {
+        Answers {
+            session: SourceSession::new(flow),
+            verdict: Verdict::Missing,
+            ended: None,
+            agreed: false,
+            stray_ack: !asked_for,
+        }
+    }
+
+    /// This PING goes out.
+    ///
+    /// # Errors
+    /// Why nobody will answer: the destination's last message came before everything was sent.
+    pub(crate) fn ping(&mut self, value: u32) -> Result<Command, MigrationError> {
+        match self.session.ping(value) {
+            Ok(()) => Ok(Command::Ping(value)),
+            Err(_) => Err(self.early_verdict()),
+        }
+    }
+
+    /// The end of the stream is about to go out: a good verdict is expected from here on.
+    ///
+    /// # Errors
+    /// As [`ping`](Self::ping).
+    pub(crate) fn everything_is_sent(&mut self) -> Result<(), MigrationError> {
+        let noted = self.session.everything_sent();
+        noted.map_err(|_| self.early_verdict())
+    }
+
+    /// A message came, which began at byte `offset` of the return path. Says whether it was the last that matters.
+    pub(crate) fn message(&mut self, message: Message, offset: u64) -> bool {
+        let agrees = message == Message::Pong { value: handover::AGREED };
+        let message = if agrees { Message::Pong { value: handover::ANNOUNCE } } else { message };
+        match self.session.message(&message) {
+            Ok(Action::Complete) => self.verdict = Verdict::Loaded,
+            Ok(Action::Failed { status }) => self.fail(MigrationError::PeerFailed { status }),
+            Err(SessionError::Switchover(SwitchoverError::Off)) if self.stray_ack => self.stray_ack = false,
+            Err(error) => self.fail(Located::new(ReturnPathError::from(error), offset).into()),
+            Ok(_) => self.agreed |= agrees,
+        }
+        self.has_verdict()
+    }
+
+    /// The return path cannot be read (further), or ended before the verdict.
+    pub(crate) fn fail(&mut self, error: MigrationError) {
+        self.verdict = Verdict::Failed(Some(error));
+        self.ended = Some(Ok(()));
+    }
+
+    /// The destination closed after its verdict, in order or not.
+    pub(crate) fn end(&mut self, how: io::Result<()>) {
+        self.ended = Some(how);
+    }
+
+    /// Whether nothing more comes.
+    pub(crate) fn has_ended(&self) -> bool {
+        self.ended.is_some()
+    }
+
+    /// How the destination closed; given once.
+    pub(crate) fn take_end(&mut self) -> Option<io::Result<()>> {
+        self.ended.take()
+    }
+
+    /// Whether the destination or the return path has failed.
+    pub(crate) fn has_failed(&self) -> bool {
+        matches!(self.verdict, Verdict::Failed(_))
+    }
+
+    /// The failure that the destination or the return path reported, if there is one. It is given once.
+    pub(crate) fn failure(&mut self) -> Result<(), MigrationError> {
+        if self.has_failed() { self.verdict() } else { Ok(()) }
+    }
+
+    /// Whether the verdict has come.
+    pub(crate) fn has_verdict(&self) -> bool {
+        !matches!(self.verdict, Verdict::Missing)
+    }
+
+    /// The verdict. The reason of a failure is given once.
+    ///
+    /// # Errors
+    /// Why there is no good one: the destination failed, the return path failed, or no verdict has come.
+    pub(crate) fn verdict(&mut self) -> Result<(), MigrationError> {
+        match &mut self.verdict {
+            Verdict::Missing => Err(MigrationError::NoVerdict),
+            Verdict::Loaded => Ok(()),
+            Verdict::Failed(reason) => Err(reason.take().unwrap_or(MigrationError::NoVerdict)),
+        }
+    }
+
+    /// What keeps the switchover from happening: nothing if the destination listens and its devices agree.
+    pub(crate) fn unready(&self) -> Option<String> {
+        match self.session.gate().waiting() {
+            Some(acks) => Some(format!("the destination has not agreed to the switchover: {acks}")),
+            None if self.session.is_answered() => None,
+            None => Some(format!("the destination does not answer: {}", self.session.waiting())),
+        }
+    }
+
+    /// Whether every PING was answered.
+    pub(crate) fn is_answered(&self) -> bool {
+        self.session.is_answered()
+    }
+
+    /// Fails if not every PING was answered.
+    ///
+    /// # Errors
+    /// As [`ping`](Self::ping).
+    pub(crate) fn answered(&mut self) -> Result<(), MigrationError> {
+        if self.is_answered() { Ok(()) } else { Err(self.early_verdict()) }
+    }
+
+    /// Whether the destination waits for a confirmation before it runs the guest.
+    pub(crate) fn agreed(&self) -> bool {
+        self.agreed
+    }
+
+    /// The error of a source that has waited long enough, with what is missing.
+    pub(crate) fn timed_out(&self) -> SessionError {
+        self.session.timed_out()
+    }
+
+    /// What explains why the main channel broke: what the destination reported, or how it broke the rules.
+    pub(crate) fn explanation(&mut self) -> Option<MigrationError> {
+        match self.verdict() {
+            Err(error @ (MigrationError::PeerFailed { .. } | MigrationError::ReturnPathMessage(_))) => Some(error),
+            _ => None,
+        }
+    }
+
+    /// The verdict of a destination that has given one before it had everything, which cannot be a good one.
+    fn early_verdict(&mut self) -> MigrationError {
+        self.verdict().err().unwrap_or(MigrationError::NoVerdict)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use qevm_returnpath::MessageType;
+
+    fn answers() -> Answers {
+        let mut answers = Answers::new(None, true);
+        for value in [1, handover::ANNOUNCE] {
+            assert_eq!(answers.ping(value).unwrap(), Command::Ping(value));
+        }
+        answers
+    }
+
+    fn pong(value: u32) -> Message {
+        Message::Pong { value }
+    }
+
+    #[test]
+    fn the_switchover_waits_for_every_answer_and_an_agreement_is_one() {
+        let mut answers = answers();
+        assert!(answers.unready().unwrap().contains("PONG 0x1, 0x51454801"));
+        assert!(!answers.message(pong(1), 0) && !answers.is_answered());
+        assert!(!answers.message(pong(handover::AGREED), 8));
+        assert!(answers.agreed() && answers.unready().is_none());
+        answers.answered().unwrap();
+    }
+
+    #[test]
+    fn a_pong_that_nobody_asked_for_fails_the_migration_with_its_place() {
+        let mut answers = answers();
+        assert!(answers.message(pong(handover::CONFIRM), 16));
+        assert!(answers.has_failed() && answers.has_ended());
+        let Err(MigrationError::ReturnPathMessage(error)) = answers.failure() else { panic!("{answers:?}") };
+        let expected = SessionError::Pong { value: handover::CONFIRM };
+        assert_eq!((error.offset, error.kind), (16, ReturnPathError::Session(expected)));
+        assert!(matches!(answers.verdict(), Err(MigrationError::NoVerdict)), "the reason is given once");
+    }
+
+    #[test]
+    fn success_counts_only_after_everything_was_sent() {
+        let shut = |status| Message::Shut { status };
+        let mut early = answers();
+        assert!(early.message(shut(0), 0));
+        let Err(MigrationError::ReturnPathMessage(error)) = early.verdict() else { panic!("{early:?}") };
+        assert_eq!(error.kind, ReturnPathError::Session(SessionError::EarlyShut));
+
+        let mut answers = answers();
+        answers.everything_is_sent().unwrap();
+        assert!(answers.message(shut(0), 0) && !answers.has_failed() && !answers.has_ended());
+        answers.verdict().unwrap();
+        answers.end(Err(io::ErrorKind::ConnectionReset.into()));
+        assert_eq!(answers.take_end().unwrap().unwrap_err().kind(), io::ErrorKind::ConnectionReset);
+    }
+
+    #[test]
+    fn after_a_failure_nothing_more_can_be_asked() {
+        let mut answers = answers();
+        assert!(answers.message(Message::Shut { status: 7 }, 0));
+        assert!(matches!(answers.ping(3), Err(MigrationError::PeerFailed { status: 7 })));
+        assert!(matches!(answers.everything_is_sent(), Err(MigrationError::NoVerdict)));
+        assert!(answers.explanation().is_none(), "it was given already");
+    }
+
+    #[test]
+    fn one_stray_ack_is_forgiven_where_nobody_asked_for_a_return_path() {
+        for (asked_for, forgiven) in [(true, 0), (false, 1)] {
+            let mut answers = Answers::new(None, asked_for);
+            for _ in 0..forgiven {
+                assert!(!answers.message(Message::SwitchoverAck, 0));
+            }
+            assert!(answers.message(Message::SwitchoverAck, 8), "{}", MessageType::SwitchoverAck.name());
+            let Err(MigrationError::ReturnPathMessage(error)) = answers.failure() else { panic!("{answers:?}") };
+            assert_eq!(error.kind, ReturnPathError::Session(SwitchoverError::Off.into()));
+        }
+    }
+}

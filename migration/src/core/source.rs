@@ -1,0 +1,455 @@
+//! The source: which bytes and pages go out, when the guest is paused, and who has it in the end.
+//!
+//! [`SourceCore`] is told what the return path said, what was sent, what was found in the dirty log and what the guest reported. It
+//! says what to do next, one [`Action`] at a time. [`Phase`] is how far it is.
+
+mod action;
+mod completion;
+mod ending;
+mod opening;
+mod phase;
+mod precopy;
+mod round;
+#[cfg(test)]
+mod tests;
+
+pub(crate) use action::{Action, Batch, BlockRange, Wake};
+
+use super::{Answers, Sweep};
+use crate::{
+    Capabilities, MigrationError, Parameters, Pending, SavedDevices, Statistics,
+    connections::Reader,
+    converge::{AutoConverge, Trigger},
+    pending::{Account, DeviceSize},
+    rate::RateLimiter,
+    statistics::RoundStatistics,
+    switchover::Bandwidth,
+};
+use phase::{Phase, Setup, Stopped};
+use qevm_multifd::{SourceSync, SyncError, SyncStep};
+use qevm_savevm::{Encoder, StreamWriter};
+use qevm_wire::{CountedString, Located, PageGeometry, Profile};
+use std::{collections::VecDeque, io, time::Duration};
+
+/// The section id of `ram`; the devices' follow. QEMU's are registration numbers, and any will do.
+const RAM_SECTION: u32 = 1;
+/// Pages in one vectored write: a part for each page and one for the records before it, within `IOV_MAX`.
+pub(crate) const BATCH_PAGES: u64 = 256;
+/// Pages in one packet of a page channel (524288 bytes; QEMU 5.2 to 11.1).
+const PACKET_PAGES: u64 = qevm_multifd::layout::PACKET_DATA / crate::PAGE_SIZE;
+/// Zero pages on the main channel are sent when there are so many bytes of them.
+const FLUSH_AT: usize = 64 << 10;
+
+/// How pages travel.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum PageRoute {
+    /// In the stream.
+    Main,
+    /// On page channels.
+    Channels,
+    /// To their places in a file, by the thread that drives this machine.
+    File,
+    /// To their places in a file, by threads that take them as page channels do.
+    FileByThreads,
+}
+
+/// What does not change while the source runs.
+#[derive(Debug, Clone)]
+pub(crate) struct SourceOptions {
+    pub(crate) profile: Profile,
+    pub(crate) capabilities: Capabilities,
+    pub(crate) machine_type: String,
+    /// Names and lengths in bytes of the RAM blocks.
+    pub(crate) blocks: Vec<(String, u64)>,
+    /// Section names of the devices whose state is sent in parts.
+    pub(crate) devices: Vec<String>,
+    pub(crate) route: PageRoute,
+    /// Who takes the stream where there is no return path.
+    pub(crate) reader: Reader,
+    /// How long a destination may take to answer and to give its verdict; `None` for as long as it takes. An operator may cancel
+    /// before, and a connection that breaks ends the wait.
+    pub(crate) patience: Option<Duration>,
+}
+
+/// Counts of what was sent.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(crate) struct Sent {
+    /// Bytes on all channels.
+    pub(crate) bytes: u64,
+    /// Pages in full.
+    pub(crate) normal: u64,
+    /// Pages as a record of zeroes.
+    pub(crate) zero: u64,
+}
+
+/// The guest is paused.
+#[derive(Debug, Clone, Copy)]
+struct Pause {
+    /// When it was told to.
+    since: Duration,
+    /// Whether it ran before.
+    was_running: bool,
+}
+
+/// The state machine of a source. All times are counted from the start of the migration.
+#[derive(Debug)]
+pub(crate) struct SourceCore {
+    options: SourceOptions,
+    parameters: Parameters,
+    phase: Phase,
+    /// What was decided and is not done.
+    actions: VecDeque<Action>,
+    stream: StreamWriter,
+    sweep: Sweep,
+    /// What the last reading of the dirty log found is not for this pass but for the next one.
+    look_ahead: bool,
+    /// Pages that were found dirty since the last pass began.
+    found: u64,
+    /// When the page channels synchronise.
+    sync: SourceSync,
+    limiter: RateLimiter,
+    bandwidth: Bandwidth,
+    /// Bytes sent so far.
+    transferred: u64,
+    /// Bytes and time up to which [`Bandwidth`] was told.
+    accounted: (u64, Duration),
+    passes: u64,
+    converge: AutoConverge,
+    trigger: Trigger,
+    throttled: bool,
+    /// The limit of dirty rates that holds for this migration.
+    limit: Option<u64>,
+    account: Account,
+    sizes: Vec<DeviceSize>,
+    /// Bytes of the last record of a device's state.
+    record: u64,
+    backlog: u64,
+    pause: Option<Pause>,
+    /// When the destination had the guest.
+    gone_at: Option<Duration>,
+    /// The guest's disks were left to the destination.
+    inactive: bool,
+    may_switch_over: bool,
+    cancelled: bool,
+    statistics: Statistics,
+    /// Rounds that were reported.
+    reported: usize,
+}
+
+impl SourceCore {
+    pub(crate) fn new(options: SourceOptions, parameters: Parameters) -> Self {
+        let profile = &options.profile;
+        let pages = PageGeometry::X86;
+        SourceCore {
+            stream: StreamWriter::new(Encoder::new(pages), profile.send_section_footer),
+            sweep: Sweep::new(options.blocks.iter().map(|(_, len)| pages.index(*len))),
+            sync: SourceSync::new(profile),
+            limiter: RateLimiter::new(parameters.max_bandwidth, Duration::ZERO),
+            account: Account::new(options.devices.len()),
+            sizes: vec![DeviceSize::default(); options.devices.len()],
+            options,
+            parameters,
+            phase: Phase::Setup(Setup::Begin),
+            actions: VecDeque::new(),
+            look_ahead: false,
+            found: 0,
+            bandwidth: Bandwidth::default(),
+            transferred: 0,
+            accounted: (0, Duration::ZERO),
+            passes: 0,
+            converge: AutoConverge::default(),
+            trigger: Trigger::default(),
+            throttled: false,
+            limit: None,
+            record: 0,
+            backlog: 0,
+            pause: None,
+            gone_at: None,
+            inactive: false,
+            may_switch_over: false,
+            cancelled: false,
+            statistics: Statistics::default(),
+            reported: 0,
+        }
+    }
+
+    /// What to do next, `now`. What the one before is answered with has to be told before.
+    pub(crate) fn poll(&mut self, now: Duration, mut answers: Option<&mut Answers>) -> Action {
+        loop {
+            if let Some(action) = self.actions.pop_front() {
+                return action;
+            }
+            if let Err(error) = self.advance(now, answers.as_deref_mut()) {
+                self.fail(error, now, answers.is_some());
+            }
+        }
+    }
+
+    /// How far the migration is.
+    #[cfg(test)]
+    pub(crate) fn phase(&self) -> &Phase {
+        &self.phase
+    }
+
+    /// The parameters have changed.
+    pub(crate) fn set_parameters(&mut self, parameters: Parameters) {
+        self.parameters = parameters;
+    }
+
+    /// The operator has cancelled.
+    pub(crate) fn cancel(&mut self) {
+        self.cancelled = true;
+    }
+
+    /// The operator lets the switchover happen.
+    pub(crate) fn let_switch_over(&mut self) {
+        self.may_switch_over = true;
+    }
+
+    /// What is to be sent on the main channel, before the pages of a batch. Whoever sends it clears it.
+    pub(crate) fn stream(&mut self) -> &mut StreamWriter {
+        &mut self.stream
+    }
+
+    /// This was sent.
+    pub(crate) fn sent(&mut self, sent: Sent) {
+        self.transferred += sent.bytes;
+        self.limiter.sent(sent.bytes);
+        let ram = &mut self.statistics.ram;
+        ram.transferred = self.transferred;
+        ram.normal += sent.normal;
+        ram.duplicate += sent.zero;
+        ram.remaining = ram.remaining.saturating_sub((sent.normal + sent.zero) * ram.page_size);
+    }
+
+    /// The dirty log has this word: bit `i` of `word` is page `64 * word_number + i` of the block.
+    pub(crate) fn found(&mut self, block: usize, word_number: usize, word: u64) {
+        if self.look_ahead {
+            self.sweep.defer(block, word_number, word);
+        } else {
+            self.found += self.sweep.add(block, word_number, word);
+        }
+    }
+
+    /// The guest is paused. `was_running` is whether it ran before.
+    pub(crate) fn paused(&mut self, was_running: bool) {
+        if let Some(pause) = &mut self.pause {
+            pause.was_running = was_running;
+        }
+    }
+
+    /// What remains of the iterative devices.
+    pub(crate) fn device_sizes(&mut self, sizes: Vec<DeviceSize>) {
+        self.sizes = sizes;
+    }
+
+    /// The next state of an iterative device; empty if there is none at the moment.
+    pub(crate) fn device_state(&mut self, state: &[u8]) -> Result<(), MigrationError> {
+        self.record = state.len() as u64;
+        self.device_record(state)
+    }
+
+    /// So many sent bytes have not reached the peer's host.
+    pub(crate) fn backlog(&mut self, bytes: u64) {
+        self.backlog = bytes;
+    }
+
+    /// The devices were saved.
+    pub(crate) fn devices_saved(&mut self, devices: SavedDevices) {
+        if let Phase::Stopped(Stopped::Saved(saved)) = &mut self.phase {
+            *saved = Some(devices);
+        }
+    }
+
+    /// The end of the stream was sent, or some of it and then no more. (If nothing got out, the action has [failed](Self::failed).)
+    pub(crate) fn end_sent(&mut self, result: Result<(), MigrationError>, now: Duration) {
+        if matches!(self.phase, Phase::Ending) {
+            self.phase = Phase::AwaitVerdict { sent: result, since: now };
+        }
+    }
+
+    /// Everything was taken, or not.
+    pub(crate) fn settled(&mut self, result: io::Result<()>) {
+        if let Phase::Settling(settled) = &mut self.phase {
+            *settled = Some(result);
+        }
+    }
+
+    /// It is too late to cancel, or the operator has cancelled before.
+    pub(crate) fn committed(&mut self, result: Result<(), MigrationError>) {
+        if let Phase::Committing { committed, .. } = &mut self.phase {
+            *committed = Some(result);
+        }
+    }
+
+    /// The confirmation was sent, or not.
+    pub(crate) fn confirmed(&mut self, result: io::Result<()>) {
+        if let Phase::Confirming { sent, .. } = &mut self.phase {
+            *sent = Some(result);
+        }
+    }
+
+    /// The guest goes on here, or cannot.
+    pub(crate) fn resumed(&mut self, result: Result<(), crate::GuestError>) {
+        self.came_back(result);
+    }
+
+    /// The last action has failed.
+    ///
+    /// `return_path` is whether the destination may say why.
+    pub(crate) fn failed(&mut self, error: MigrationError, now: Duration, return_path: bool) {
+        // The destination runs the guest, or does not yet.
+        let error = if matches!(self.phase, Phase::Confirming { .. }) { self.unsettled(error) } else { error };
+        self.fail(error, now, return_path);
+    }
+
+    /// Brings what is reported of the migration up to date.
+    pub(crate) fn report(&mut self, to: &mut Statistics) {
+        let Statistics { status, total_time, stopped_at, error, .. } = to;
+        let (status, total_time, stopped_at, error) = (*status, *total_time, *stopped_at, error.take());
+        let mut rounds = std::mem::take(&mut to.rounds);
+        rounds.extend_from_slice(self.statistics.rounds.get(self.reported..).unwrap_or_default());
+        self.reported = self.statistics.rounds.len();
+        let own = std::mem::take(&mut self.statistics.rounds);
+        *to = Statistics { status, total_time, stopped_at, error, rounds, ..self.statistics.clone() };
+        self.statistics.rounds = own;
+    }
+
+    fn advance(&mut self, now: Duration, mut answers: Option<&mut Answers>) -> Result<(), MigrationError> {
+        if self.phase.may_be_cancelled() {
+            self.check(answers.as_deref_mut())?;
+        }
+        match std::mem::replace(&mut self.phase, Phase::Over) {
+            Phase::Setup(step) => self.open(step, now, answers),
+            Phase::Precopy(precopy, step) => self.pass(precopy, step, now, answers),
+            Phase::AwaitAck { until, precopy } => self.await_ack(precopy, until, now, answers),
+            Phase::Stopping => self.stopping(),
+            Phase::PreSwitchover => self.pre_switchover(now),
+            Phase::Stopped(step) => self.stopped(step),
+            Phase::Completing(rest) => self.complete(rest, now, answers),
+            Phase::AwaitAnswers { devices, since } => self.await_answers(devices, since, now, answers),
+            // `end_sent` is what ends this.
+            Phase::Ending => Err(self.unsettled("it is not known how much of the end of the stream was sent")),
+            Phase::AwaitVerdict { sent, since } => self.await_verdict(sent, since, now, answers),
+            Phase::Settling(result) => self.settling(result),
+            Phase::Committing { unsettled, committed } => self.committing(unsettled, committed, now, answers),
+            Phase::Confirming { sent, deadline } => self.confirming(sent, deadline, now, answers),
+            Phase::AwaitExplanation { error, until } => {
+                self.await_explanation(error, until, now, answers);
+                Ok(())
+            }
+            Phase::BackOut { error, back } => {
+                self.back_out(error, back);
+                Ok(())
+            }
+            Phase::HandedOver => {
+                self.hand_over();
+                Ok(())
+            }
+            Phase::Over => {
+                self.do_next(Action::End(Ok(())));
+                Ok(())
+            }
+        }
+    }
+
+    fn do_next(&mut self, action: Action) {
+        self.actions.push_back(action);
+    }
+
+    fn wait(&mut self, until: Option<Duration>, wake: Wake) {
+        self.do_next(Action::Wait { until, wake });
+    }
+
+    fn check(&self, answers: Option<&mut Answers>) -> Result<(), MigrationError> {
+        if self.cancelled {
+            return Err(MigrationError::Cancelled);
+        }
+        answers.map_or(Ok(()), Answers::failure)
+    }
+
+    /// The next batch of a sweep, of up to `limit` pages; none at its end. `reset` is whether the guest may write to them meanwhile.
+    fn batch(&mut self, limit: u64, reset: bool) -> Result<Option<Batch>, MigrationError> {
+        let route = self.options.route;
+        let most = if matches!(route, PageRoute::Main | PageRoute::File) { BATCH_PAGES } else { PACKET_PAGES };
+        let mut left = limit.clamp(1, most);
+        let mut batch = Batch::default();
+        while left > 0 {
+            if let Some(first) = batch.runs.first() {
+                let same_block = self.sweep.next_block() == Some(first.block);
+                match route {
+                    PageRoute::Main => {}
+                    PageRoute::File => break,
+                    // A packet holds pages of one block.
+                    PageRoute::Channels | PageRoute::FileByThreads if same_block => {}
+                    PageRoute::Channels | PageRoute::FileByThreads => break,
+                }
+            }
+            let Some(run) = self.sweep.take(left, reset.then_some(&mut batch.resets)) else { break };
+            left -= run.pages.end - run.pages.start;
+            batch.runs.push(run);
+        }
+        if batch.runs.is_empty() {
+            return Ok(None);
+        }
+        if self.has_page_channels() {
+            self.sync.pages().map_err(synchronisation)?;
+        }
+        Ok(Some(batch))
+    }
+
+    fn has_page_channels(&self) -> bool {
+        matches!(self.options.route, PageRoute::Channels | PageRoute::FileByThreads)
+    }
+
+    /// Synchronises the page channels with the main channel as is due at a moment; without page channels it is the end of the
+    /// section.
+    fn synchronise(
+        &mut self,
+        moment: fn(&mut SourceSync) -> Result<&'static [SyncStep], SyncError>,
+    ) -> Result<(), MigrationError> {
+        for step in moment(&mut self.sync).map_err(synchronisation)? {
+            match step {
+                SyncStep::Eos => self.stream.eos()?,
+                SyncStep::SyncChannels if self.has_page_channels() => self.do_next(Action::SyncChannels),
+                SyncStep::Flush if self.options.route == PageRoute::Channels => self.stream.multifd_flush()?,
+                // In a file the threads have synchronised, and nobody reads along.
+                SyncStep::SyncChannels | SyncStep::Flush => {}
+            }
+        }
+        Ok(())
+    }
+
+    /// Tells the bandwidth estimate what was sent since the last time.
+    fn account_for(&mut self, now: Duration) {
+        let (bytes, time) = (self.transferred - self.accounted.0, now.saturating_sub(self.accounted.1));
+        self.accounted = (self.transferred, now);
+        self.bandwidth.add(bytes, time);
+        if let Some(estimate) = self.bandwidth.estimate() {
+            let ram = &mut self.statistics.ram;
+            ram.mbps = estimate as f64 * 8.0 / 1e6;
+            ram.pages_per_second = estimate / PageGeometry::X86.size();
+        }
+    }
+
+    /// Names and remaining bytes of every block.
+    fn remaining(&self) -> impl Iterator<Item = (&str, u64)> {
+        let bytes = self.sweep.remaining().map(|pages| pages * PageGeometry::X86.size());
+        self.options.blocks.iter().map(|(name, _)| name.as_str()).zip(bytes)
+    }
+
+    fn remaining_bytes(&self) -> u64 {
+        self.remaining().map(|(_, bytes)| bytes).sum()
+    }
+}
+
+fn synchronisation(error: SyncError) -> MigrationError {
+    MigrationError::Packet(Located::new(error.into(), 0))
+}
+
+fn idstr(name: &str) -> Result<CountedString, MigrationError> {
+    CountedString::new(name).ok_or_else(|| MigrationError::Guest {
+        doing: "name a section or RAM block",
+        source: format!("'{name}' is not 1 to 255 bytes long").into(),
+    })
+}

@@ -1,0 +1,135 @@
+//! What a source is to do next.
+
+use crate::{MigrationError, Status};
+use qevm_savevm::ram::RamBlock;
+use std::{ops::Range, time::Duration};
+
+/// Pages of one RAM block.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct BlockRange {
+    /// Number of the block, in the order of the stream.
+    pub(crate) block: usize,
+    /// Page numbers in the block.
+    pub(crate) pages: Range<u64>,
+}
+
+/// Pages to send in one go.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(crate) struct Batch {
+    /// What is reset in the dirty log before any of the pages is read; nothing once the guest is paused.
+    pub(crate) resets: Vec<BlockRange>,
+    /// The pages, in the order in which they are sent.
+    pub(crate) runs: Vec<BlockRange>,
+}
+
+/// What ends a wait early.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Wake {
+    /// The operator cancels or changes a parameter.
+    Operator,
+    /// The operator lets the switchover happen (`migrate-continue`), or cancels.
+    Continue,
+    /// Something came on the return path.
+    Answers,
+}
+
+/// One step. It is done before the machine is polled again; what it is answered with stands at each.
+#[derive(Debug)]
+pub(crate) enum Action {
+    /// Prepare the guest and start to log which pages change.
+    StartLog,
+    /// Read the dirty log: [`found`](super::SourceCore::found) for every word.
+    ReadLog,
+    /// Reset these ranges of the dirty log.
+    Reset(Vec<BlockRange>),
+    /// The dirty log is of no more use.
+    StopLog,
+    /// Prepare this iterative device.
+    BeginDevice(usize),
+    /// Ask every iterative device for its size: [`device_sizes`](super::SourceCore::device_sizes).
+    AskDevices {
+        /// At whatever cost.
+        exact: bool,
+    },
+    /// Read the next state of an iterative device: [`device_state`](super::SourceCore::device_state).
+    ReadDevice {
+        /// Its number.
+        device: usize,
+        /// Most bytes.
+        limit: usize,
+    },
+    /// List these RAM blocks in the stream with places for their pages in the file, which begins with the stream.
+    PlaceBlocks(Vec<RamBlock>),
+    /// Send what [`stream`](super::SourceCore::stream) holds, on the main channel: [`sent`](super::SourceCore::sent).
+    Send {
+        /// What that is, for messages.
+        doing: &'static str,
+    },
+    /// Send these pages, each in full or as a record of zeroes: [`sent`](super::SourceCore::sent).
+    Pages(Batch),
+    /// Send all pages that are queued for page channels and a SYNC packet on each: [`sent`](super::SourceCore::sent).
+    SyncChannels,
+    /// Write to the file which pages are there: [`sent`](super::SourceCore::sent).
+    FinishFile,
+    /// Say how many sent bytes have not reached the peer's host: [`backlog`](super::SourceCore::backlog).
+    MeasureBacklog {
+        /// On all channels, not only on the main one.
+        all: bool,
+    },
+    /// Pause the guest: [`paused`](super::SourceCore::paused).
+    Pause,
+    /// Throttle the vCPUs by this percentage.
+    Throttle(u8),
+    /// Limit the dirty rate of each vCPU.
+    LimitDirtyRate {
+        /// The most, in MiB per second.
+        mib_per_second: u64,
+        /// Over which it is measured.
+        period: Duration,
+    },
+    /// Let the vCPUs run at full speed again.
+    Unthrottle {
+        /// They are throttled.
+        throttled: bool,
+        /// Their dirty rate is limited.
+        limited: bool,
+    },
+    /// Report that the dirty log was read for the n-th time.
+    Pass(u64),
+    /// Report a status.
+    Status(Status),
+    /// Save the devices of the paused guest: [`devices_saved`](super::SourceCore::devices_saved).
+    SaveDevices {
+        /// The guest is to run at the destination.
+        running: bool,
+    },
+    /// Leave the guest's disks to the destination.
+    Inactivate,
+    /// Send the end of the stream: [`end_sent`](super::SourceCore::end_sent).
+    SendEnd,
+    /// Wait until everything has been taken: [`settled`](super::SourceCore::settled).
+    Settle,
+    /// From here on it is too late to cancel: [`committed`](super::SourceCore::committed).
+    Commit,
+    /// Send this on the main channel; without it the destination does not run the guest: [`confirmed`](super::SourceCore::confirmed).
+    Confirm(Vec<u8>),
+    /// Do nothing until then, or for as long as it takes, or until something happens.
+    Wait {
+        /// The latest time.
+        until: Option<Duration>,
+        /// What may come before.
+        wake: Wake,
+    },
+    /// Close all channels, in both directions.
+    Close,
+    /// Let the guest run on: [`resumed`](super::SourceCore::resumed).
+    Resume,
+    /// The guest, which did not run before, stays as it was.
+    StayStopped,
+    /// Take the guest's disks back: [`resumed`](super::SourceCore::resumed).
+    Activate,
+    /// The guest has gone, or may have: it stays paused here.
+    LeaveGuest,
+    /// The migration is over. Last.
+    End(Result<(), MigrationError>),
+}

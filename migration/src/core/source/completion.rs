@@ -1,0 +1,170 @@
+//! The guest is paused: its devices are saved, and all that is left is sent but the end of the stream.
+
+use super::{
+    Action, Answers, PageRoute, Pause, RAM_SECTION, SourceCore, Wake,
+    phase::{Completing, Phase, Rest, Stopped},
+    precopy::RECORD,
+};
+use crate::{DeviceSection, MigrationError, SavedDevices, Status, handover};
+use qevm_multifd::SourceSync;
+use qevm_savevm::{
+    command::Command,
+    framing::SectionHeader,
+    vmdesc::{Description, DeviceBody, DeviceDescription, TextStyle},
+};
+use qevm_wire::PageGeometry;
+use std::time::Duration;
+
+/// How often the return path is looked at while the guest waits for `migrate-continue`.
+const PRE_SWITCHOVER_POLL: Duration = Duration::from_millis(100);
+
+impl SourceCore {
+    /// Pauses the guest, unless the mode did it already.
+    pub(super) fn pause(&mut self, now: Duration) {
+        if self.pause.is_none() {
+            self.pause = Some(Pause { since: now, was_running: false });
+            self.do_next(Action::Pause);
+        }
+    }
+
+    pub(super) fn stopping(&mut self) -> Result<(), MigrationError> {
+        self.statistics.ram.precopy_bytes = self.transferred;
+        self.phase = if self.options.capabilities.pause_before_switchover {
+            self.do_next(Action::Status(Status::PreSwitchover));
+            Phase::PreSwitchover
+        } else {
+            Phase::Stopped(Stopped::Save)
+        };
+        Ok(())
+    }
+
+    pub(super) fn pre_switchover(&mut self, now: Duration) -> Result<(), MigrationError> {
+        self.phase = if self.may_switch_over {
+            Phase::Stopped(Stopped::Save)
+        } else {
+            self.wait(Some(now + PRE_SWITCHOVER_POLL), Wake::Continue);
+            Phase::PreSwitchover
+        };
+        Ok(())
+    }
+
+    pub(super) fn stopped(&mut self, step: Stopped) -> Result<(), MigrationError> {
+        self.phase = match step {
+            Stopped::Save => {
+                self.do_next(Action::Status(Status::Device));
+                // Saving first: whatever that changes in guest memory is then in the log.
+                let running = self.pause.is_some_and(|pause| pause.was_running);
+                self.do_next(Action::SaveDevices { running });
+                Phase::Stopped(Stopped::Saved(None))
+            }
+            Stopped::Saved(devices) => {
+                self.do_next(Action::ReadLog);
+                Phase::Stopped(Stopped::ReadLast(devices.unwrap_or_default()))
+            }
+            Stopped::ReadLast(devices) => {
+                // It is no pass, as in QEMU 11.1.
+                self.sweep_begins();
+                // The destination takes the disks as soon as it has everything.
+                self.do_next(Action::Inactivate);
+                self.inactive = true;
+                Phase::Completing(Completing { devices, step: Rest::Begin })
+            }
+        };
+        Ok(())
+    }
+
+    pub(super) fn complete(
+        &mut self,
+        mut rest: Completing,
+        now: Duration,
+        answers: Option<&mut Answers>,
+    ) -> Result<(), MigrationError> {
+        rest.step = match rest.step {
+            Rest::Begin => {
+                if self.options.profile.switchover_start {
+                    self.stream.command(Command::SwitchoverStart)?;
+                }
+                self.stream.section_end(RAM_SECTION)?;
+                Rest::Pages
+            }
+            Rest::Pages => {
+                self.flush_zero_pages();
+                match self.batch(u64::MAX, false)? {
+                    Some(batch) => {
+                        self.do_next(Action::Pages(batch));
+                        Rest::Pages
+                    }
+                    None => {
+                        self.synchronise(SourceSync::round_end)?;
+                        if matches!(self.options.route, PageRoute::File | PageRoute::FileByThreads) {
+                            self.do_next(Action::FinishFile);
+                        }
+                        self.synchronise(SourceSync::completion)?;
+                        self.stream.footer()?;
+                        Rest::Device(0)
+                    }
+                }
+            }
+            Rest::Device(device) if device < self.options.devices.len() => {
+                self.stream.section_end(Self::device_section(device))?;
+                self.do_next(Action::ReadDevice { device, limit: RECORD });
+                Rest::DeviceRead(device)
+            }
+            Rest::DeviceRead(device) if self.record > 0 => {
+                self.do_next(Action::Send { doing: "the rest of the state of a device" });
+                self.do_next(Action::ReadDevice { device, limit: RECORD });
+                Rest::DeviceRead(device)
+            }
+            Rest::DeviceRead(device) => {
+                self.end_device_section()?;
+                Rest::Device(device + 1)
+            }
+            Rest::Device(_) => {
+                self.device_sections(&rest.devices.sections)?;
+                if let Some(answers) = answers.filter(|answers| !answers.agreed()) {
+                    self.stream.command(answers.ping(handover::LOADED)?)?;
+                }
+                self.do_next(Action::Send { doing: "the state of the devices" });
+                Rest::Sent
+            }
+            Rest::Sent => {
+                self.phase = Phase::AwaitAnswers { devices: rest.devices, since: now };
+                return Ok(());
+            }
+        };
+        self.phase = Phase::Completing(rest);
+        Ok(())
+    }
+
+    fn device_sections(&mut self, sections: &[DeviceSection]) -> Result<(), MigrationError> {
+        let first = Self::device_section(self.options.devices.len());
+        for (section_id, device) in (first..).zip(sections) {
+            let (idstr, instance_id, version_id) = (device.idstr.clone(), device.instance_id, device.version_id);
+            self.stream.section_full(&SectionHeader { section_id, idstr, instance_id, version_id }, &device.body)?;
+        }
+        Ok(())
+    }
+
+    /// The end of the stream, which makes the destination complete.
+    pub(super) fn end_stream(&mut self, devices: SavedDevices) -> Result<(), MigrationError> {
+        self.stream.eof()?;
+        if self.options.profile.vmdesc {
+            let description = devices.vmdesc.unwrap_or_else(|| describe(&devices.sections));
+            self.stream.vmdesc(&description)?;
+        }
+        Ok(())
+    }
+}
+
+/// A description of sections as buffers, which is how QEMU describes handlers without fields.
+fn describe(sections: &[DeviceSection]) -> String {
+    let device = |section: &DeviceSection| DeviceDescription {
+        name: section.idstr.to_string(),
+        instance_id: section.instance_id,
+        body: DeviceBody::OldStyle { size: section.body.len() as u64 },
+    };
+    let mut description = Description::default();
+    description.page_size = Some(PageGeometry::X86.size());
+    description.devices = sections.iter().map(device).collect();
+    description.to_json(TextStyle::Compact)
+}

@@ -1,0 +1,279 @@
+//! Who has the guest in the end: the destination's verdict, the handover, and the way back.
+//!
+//! Whatever fails before any byte of the end of the stream was sent, the destination does not run the guest, which may go on here.
+//! After that, only a destination that waits for a confirmation, or says that it has failed, does not run it for certain.
+
+use super::{
+    Action, Answers, SourceCore, Wake,
+    phase::{Back, Phase},
+};
+use crate::{GuestError, MigrationError, ReturnPathError, SavedDevices, connections::Reader, handover};
+use qevm_wire::Located;
+use std::{io, time::Duration};
+
+/// How long to wait for the destination's word on why the channel broke.
+const EXPLANATION_PATIENCE: Duration = Duration::from_secs(1);
+/// How long the destination's host may take to acknowledge the confirmation.
+const CONFIRMATION_PATIENCE: Duration = Duration::from_secs(30);
+/// How often it is looked whether it has.
+const CONFIRMATION_POLL: Duration = Duration::from_millis(1);
+
+impl SourceCore {
+    /// Sends the end of the stream when the destination has answered everything before.
+    pub(super) fn await_answers(
+        &mut self,
+        devices: SavedDevices,
+        since: Duration,
+        now: Duration,
+        answers: Option<&mut Answers>,
+    ) -> Result<(), MigrationError> {
+        if let Some(answers) = answers {
+            if !answers.is_answered() && !answers.has_ended() {
+                self.keep_waiting(since, now, answers)?;
+                self.phase = Phase::AwaitAnswers { devices, since };
+                return Ok(());
+            }
+            answers.answered()?;
+            answers.everything_is_sent()?;
+        }
+        self.end_stream(devices)?;
+        self.do_next(Action::SendEnd);
+        self.phase = Phase::Ending;
+        Ok(())
+    }
+
+    pub(super) fn await_verdict(
+        &mut self,
+        sent: Result<(), MigrationError>,
+        since: Duration,
+        now: Duration,
+        answers: Option<&mut Answers>,
+    ) -> Result<(), MigrationError> {
+        let Some(answers) = answers else { return self.settle(sent) };
+        let agreed = answers.agreed();
+        if !answers.has_verdict() {
+            let patience = self.keep_waiting(since, now, answers);
+            self.phase = Phase::AwaitVerdict { sent, since };
+            return patience.map_err(|error| if agreed { error } else { self.unsettled(error) });
+        }
+        match answers.verdict() {
+            Ok(()) if agreed => self.commit(false),
+            // A QEMU runs the guest already: it is too late to cancel.
+            Ok(()) => self.succeed(now),
+            Err(error @ MigrationError::PeerFailed { .. }) => return Err(error),
+            Err(MigrationError::NoVerdict | MigrationError::ReturnPath(_)) if agreed => {
+                sent?;
+                return Err(MigrationError::NoVerdict);
+            }
+            Err(error) if agreed => return Err(error),
+            Err(error) => return Err(self.unsettled(error)),
+        }
+        Ok(())
+    }
+
+    /// Waits on for the destination, as long as its patience allows.
+    fn keep_waiting(&mut self, since: Duration, now: Duration, answers: &Answers) -> Result<(), MigrationError> {
+        let deadline = self.options.patience.map(|patience| since + patience);
+        if deadline.is_some_and(|deadline| now >= deadline) {
+            let error = ReturnPathError::Session(answers.timed_out());
+            return Err(MigrationError::ReturnPathMessage(Located::new(error, 0)));
+        }
+        self.wait(deadline, Wake::Answers);
+        Ok(())
+    }
+
+    /// Without a return path, waits until everything has been taken.
+    fn settle(&mut self, sent: Result<(), MigrationError>) -> Result<(), MigrationError> {
+        if self.options.reader == Reader::Nobody {
+            sent?;
+            self.commit(false);
+            return Ok(());
+        }
+        sent.map_err(|error| self.unsettled(error))?;
+        self.do_next(Action::Settle);
+        self.phase = Phase::Settling(None);
+        Ok(())
+    }
+
+    pub(super) fn settling(&mut self, result: Option<io::Result<()>>) -> Result<(), MigrationError> {
+        match result.unwrap_or(Ok(())) {
+            Ok(()) => {
+                self.commit(true);
+                Ok(())
+            }
+            // What it has not read it does not have.
+            Err(source) if source.kind() == io::ErrorKind::BrokenPipe => {
+                Err(MigrationError::Send { doing: "the end of the stream", source })
+            }
+            Err(source) => Err(self.unsettled(source)),
+        }
+    }
+
+    fn commit(&mut self, unsettled: bool) {
+        self.do_next(Action::Commit);
+        self.phase = Phase::Committing { unsettled, committed: None };
+    }
+
+    pub(super) fn committing(
+        &mut self,
+        unsettled: bool,
+        committed: Option<Result<(), MigrationError>>,
+        now: Duration,
+        answers: Option<&mut Answers>,
+    ) -> Result<(), MigrationError> {
+        let committed = committed.unwrap_or(Ok(()));
+        committed.map_err(|error| if unsettled { self.unsettled(error) } else { error })?;
+        self.succeed(now);
+        if answers.is_some_and(|answers| answers.agreed()) {
+            // Says that the guest will not run here again.
+            self.do_next(Action::Confirm(handover::confirmation()?));
+            self.phase = Phase::Confirming { sent: None, deadline: now + CONFIRMATION_PATIENCE };
+        }
+        Ok(())
+    }
+
+    /// Waits until the destination's host has the confirmation.
+    pub(super) fn confirming(
+        &mut self,
+        sent: Option<io::Result<()>>,
+        deadline: Duration,
+        now: Duration,
+        answers: Option<&mut Answers>,
+    ) -> Result<(), MigrationError> {
+        let measured = sent.is_none();
+        sent.unwrap_or(Ok(())).map_err(|error| self.unsettled(error))?;
+        self.phase = Phase::Confirming { sent: None, deadline };
+        if measured && self.backlog == 0 {
+            self.phase = Phase::HandedOver;
+            return Ok(());
+        }
+        if measured {
+            if let Some(Err(error)) = answers.and_then(Answers::take_end) {
+                return Err(self.unsettled(error));
+            }
+            if now > deadline {
+                return Err(self.unsettled("it does not acknowledge that it is to run the guest"));
+            }
+            self.wait(Some(now + CONFIRMATION_POLL), Wake::Answers);
+        }
+        self.do_next(Action::MeasureBacklog { all: false });
+        Ok(())
+    }
+
+    /// The destination has the guest.
+    fn succeed(&mut self, now: Duration) {
+        self.gone_at = Some(now);
+        self.phase = Phase::HandedOver;
+    }
+
+    pub(super) fn hand_over(&mut self) {
+        if let Some((pause, gone_at)) = self.pause.zip(self.gone_at) {
+            self.statistics.downtime = Some(gone_at.saturating_sub(pause.since));
+            let ram = &mut self.statistics.ram;
+            ram.downtime_bytes = self.transferred.saturating_sub(ram.precopy_bytes);
+        }
+        self.do_next(Action::StopLog);
+        self.unthrottle();
+        self.do_next(Action::LeaveGuest);
+        self.do_next(Action::End(Ok(())));
+        self.phase = Phase::Over;
+    }
+
+    /// Whether the guest runs at the destination is not known.
+    pub(super) fn unsettled(&self, reason: impl Into<GuestError>) -> MigrationError {
+        let reason = if self.cancelled { MigrationError::Cancelled.into() } else { reason.into() };
+        MigrationError::Unsettled { reason }
+    }
+
+    fn unthrottle(&mut self) {
+        let (throttled, limited) = (std::mem::take(&mut self.throttled), self.limit.take().is_some());
+        if throttled || limited {
+            self.do_next(Action::Unthrottle { throttled, limited });
+        }
+    }
+
+    /// The migration fails. `return_path` is whether the destination may say why.
+    pub(super) fn fail(&mut self, error: MigrationError, now: Duration, return_path: bool) {
+        self.actions.clear();
+        self.do_next(Action::StopLog);
+        self.phase = if return_path && matches!(error, MigrationError::Send { .. }) {
+            Phase::AwaitExplanation { error, until: now + EXPLANATION_PATIENCE }
+        } else {
+            Phase::BackOut { error, back: None }
+        };
+    }
+
+    /// Replaces a broken channel by what the destination said about it.
+    pub(super) fn await_explanation(
+        &mut self,
+        error: MigrationError,
+        until: Duration,
+        now: Duration,
+        answers: Option<&mut Answers>,
+    ) {
+        let error = match answers {
+            Some(answers) if !answers.has_ended() && now < until => {
+                self.wait(Some(until), Wake::Answers);
+                self.phase = Phase::AwaitExplanation { error, until };
+                return;
+            }
+            Some(answers) => answers.explanation().unwrap_or(error),
+            None => error,
+        };
+        self.phase = Phase::BackOut { error, back: None };
+    }
+
+    /// Lets the guest go on after a failure.
+    pub(super) fn back_out(&mut self, error: MigrationError, back: Option<Back>) {
+        if back.is_some() {
+            self.do_next(Action::End(Err(error)));
+            self.phase = Phase::Over;
+            return;
+        }
+        // First of all the destination must not get any further.
+        self.do_next(Action::Close);
+        self.unthrottle();
+        let was_running = self.pause.take().is_some_and(|pause| pause.was_running);
+        let back = if matches!(error, MigrationError::Unsettled { .. }) {
+            self.do_next(Action::LeaveGuest);
+            Back::Done
+        } else if was_running {
+            self.do_next(Action::Resume);
+            Back::Asked { doing: "resume the guest" }
+        } else {
+            self.do_next(Action::StayStopped);
+            if self.inactive {
+                self.do_next(Action::Activate);
+                Back::Asked { doing: "take the guest's disks back" }
+            } else {
+                Back::Done
+            }
+        };
+        self.phase = Phase::BackOut { error, back: Some(back) };
+    }
+
+    /// The guest goes on here, or cannot.
+    pub(super) fn came_back(&mut self, result: Result<(), GuestError>) {
+        if let (Phase::BackOut { error, back: Some(Back::Asked { doing }) }, Err(failed)) = (&mut self.phase, result) {
+            let source = format!("{failed} (the migration had failed: {error})").into();
+            *error = MigrationError::Guest { doing, source };
+        }
+    }
+}
+
+impl Phase {
+    /// Whether the destination cannot have the guest yet, so that an operator's word or a failure brings it back.
+    pub(super) fn may_be_cancelled(&self) -> bool {
+        matches!(
+            self,
+            Phase::Setup(_)
+                | Phase::Precopy(..)
+                | Phase::AwaitAck { .. }
+                | Phase::Stopping
+                | Phase::PreSwitchover
+                | Phase::Stopped(_)
+                | Phase::Completing(_)
+                | Phase::AwaitAnswers { .. }
+        )
+    }
+}

@@ -1,0 +1,141 @@
+//! How a stream begins: the configuration, the list of RAM blocks, and the sections of iterative devices.
+
+use super::{
+    Action, Answers, PageRoute, RAM_SECTION, SourceCore, idstr,
+    phase::{Phase, Precopy, Setup, Step},
+};
+use crate::{MigrationError, Mode, Status, handover};
+use qevm_multifd::SourceSync;
+use qevm_savevm::{
+    command::Command,
+    configuration::{Configuration, ConfigurationSubsection},
+    event::Event,
+    framing::SectionHeader,
+    ram,
+    vfio::VfioRecord,
+};
+use qevm_wire::PageGeometry;
+use std::time::Duration;
+
+/// Value of the PING that QEMU sends when it has opened the return path.
+const FIRST_PING: u32 = 1;
+/// `version_id` of the sections of iterative devices.
+const DEVICE_VERSION: u32 = 1;
+
+impl SourceCore {
+    pub(super) fn open(
+        &mut self,
+        step: Setup,
+        now: Duration,
+        answers: Option<&mut Answers>,
+    ) -> Result<(), MigrationError> {
+        let next = match step {
+            Setup::Begin => {
+                if self.parameters.mode == Mode::CprReboot {
+                    self.pause(now);
+                }
+                self.greet(answers)?;
+                self.do_next(Action::StartLog);
+                Setup::List
+            }
+            Setup::List => {
+                self.list_blocks()?;
+                Setup::CloseList
+            }
+            Setup::CloseList => {
+                self.synchronise(SourceSync::setup)?;
+                self.stream.footer()?;
+                self.begin_devices()?;
+                self.do_next(Action::Send { doing: "the list of RAM blocks" });
+                Setup::Done
+            }
+            Setup::Done => {
+                self.statistics.setup_time = now;
+                self.statistics.ram.total = self.remaining_bytes();
+                self.statistics.ram.page_size = PageGeometry::X86.size();
+                self.statistics.expected_downtime = self.parameters.downtime_limit();
+                self.do_next(Action::Status(Status::Active));
+                self.do_next(Action::ReadLog);
+                self.phase = Phase::Precopy(Precopy::default(), Step::FirstRead);
+                return Ok(());
+            }
+        };
+        self.phase = Phase::Setup(next);
+        Ok(())
+    }
+
+    /// The first bytes. They are sent before anything that may take time: a destination gives up a connection that says nothing.
+    fn greet(&mut self, answers: Option<&mut Answers>) -> Result<(), MigrationError> {
+        let configuration = self.options.profile.send_configuration.then(|| self.configuration()).transpose()?;
+        self.stream.header(configuration.as_ref())?;
+        if let Some(answers) = answers {
+            self.stream.command(Command::OpenReturnPath)?;
+            self.stream.command(answers.ping(FIRST_PING)?)?;
+            self.stream.command(answers.ping(handover::ANNOUNCE)?)?;
+        }
+        self.do_next(Action::Send { doing: "the header of the stream" });
+        Ok(())
+    }
+
+    /// Everything up to the list of RAM blocks.
+    fn list_blocks(&mut self) -> Result<(), MigrationError> {
+        self.stream.section_start(&SectionHeader {
+            section_id: RAM_SECTION,
+            idstr: idstr("ram")?,
+            instance_id: 0,
+            version_id: ram::SECTION_VERSION,
+        })?;
+        let blocks = self.options.blocks.iter().map(|(name, len)| Ok(ram::RamBlock::new(idstr(name)?, *len)));
+        let blocks = blocks.collect::<Result<Vec<_>, MigrationError>>()?;
+        match self.options.route {
+            PageRoute::Main | PageRoute::Channels => self.stream.ram_setup(blocks)?,
+            PageRoute::File | PageRoute::FileByThreads => self.do_next(Action::PlaceBlocks(blocks)),
+        }
+        Ok(())
+    }
+
+    fn configuration(&self) -> Result<Configuration, MigrationError> {
+        let mut configuration = Configuration::new(self.options.machine_type.clone());
+        if matches!(self.options.route, PageRoute::File | PageRoute::FileByThreads) {
+            configuration.subsections.push(ConfigurationSubsection::Capabilities(vec![idstr("mapped-ram")?]));
+        }
+        Ok(configuration)
+    }
+
+    /// Opens the sections of iterative devices.
+    fn begin_devices(&mut self) -> Result<(), MigrationError> {
+        for device in 0..self.options.devices.len() {
+            self.do_next(Action::BeginDevice(device));
+            self.stream.section_start(&SectionHeader {
+                section_id: Self::device_section(device),
+                idstr: idstr(&self.options.devices[device])?,
+                instance_id: 0,
+                version_id: DEVICE_VERSION,
+            })?;
+            self.stream.event(&Event::Vfio(VfioRecord::Setup))?;
+            self.end_device_section()?;
+        }
+        Ok(())
+    }
+
+    /// The id of the section of an iterative device.
+    pub(super) fn device_section(device: usize) -> u32 {
+        RAM_SECTION + 1 + device as u32
+    }
+
+    /// Appends the state of a device that was read.
+    pub(super) fn device_record(&mut self, state: &[u8]) -> Result<(), MigrationError> {
+        let len = state.len() as u64;
+        if len > 0 {
+            self.stream.event(&Event::Vfio(VfioRecord::Data { len }))?;
+            self.stream.payload(state)?;
+            self.statistics.device_bytes += len;
+        }
+        Ok(())
+    }
+
+    pub(super) fn end_device_section(&mut self) -> Result<(), MigrationError> {
+        self.stream.event(&Event::Vfio(VfioRecord::EndOfState))?;
+        Ok(self.stream.footer()?)
+    }
+}

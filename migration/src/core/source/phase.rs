@@ -1,0 +1,159 @@
+//! How far a migration is at its source.
+
+use crate::{
+    MigrationError, SavedDevices,
+    switchover::{Reason, Switchover},
+};
+use std::{io, time::Duration};
+
+/// The phases in their order, each with what is known in it alone.
+#[derive(Debug)]
+pub(crate) enum Phase {
+    /// The stream is opened.
+    Setup(Setup),
+    /// The guest runs, and its memory is sent pass by pass.
+    Precopy(Precopy, Step),
+    /// What remains is little enough. The destination has to answer and to agree before the guest is paused.
+    AwaitAck {
+        /// When the guest's memory is sent on.
+        until: Duration,
+        precopy: Precopy,
+    },
+    /// The guest is being paused.
+    Stopping,
+    /// The guest is paused and waits for the operator (`pause-before-switchover`).
+    PreSwitchover,
+    /// The guest is paused: its devices are saved, and the dirty log is read once more.
+    Stopped(Stopped),
+    /// The rest is sent.
+    Completing(Completing),
+    /// Everything but the end of the stream was sent. The destination has to answer before it gets that.
+    AwaitAnswers { devices: SavedDevices, since: Duration },
+    /// The end of the stream is being sent: from here on the destination may run the guest.
+    Ending,
+    /// The destination has everything, as far as is known.
+    AwaitVerdict { sent: Result<(), MigrationError>, since: Duration },
+    /// There is no return path: what was written is being taken.
+    Settling(Option<io::Result<()>>),
+    /// The destination has the guest, and it is asked whether the operator has cancelled before.
+    Committing { unsettled: bool, committed: Option<Result<(), MigrationError>> },
+    /// The destination has the guest and waits for the confirmation.
+    Confirming { sent: Option<io::Result<()>>, deadline: Duration },
+    /// The channel broke. The destination may say why.
+    AwaitExplanation { error: MigrationError, until: Duration },
+    /// The migration has failed, and the guest goes on here (unless it may run at the destination).
+    BackOut { error: MigrationError, back: Option<Back> },
+    /// The migration has succeeded.
+    HandedOver,
+    /// Nothing is left to do.
+    Over,
+}
+
+/// Steps of [`Phase::Setup`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Setup {
+    Begin,
+    List,
+    CloseList,
+    Done,
+}
+
+/// The passes over the guest's memory.
+#[derive(Debug, Default)]
+pub(crate) struct Precopy {
+    pub(super) switchover: Switchover,
+    /// The part whose stall was logged.
+    pub(super) warned_of: Option<String>,
+    /// When the pass began: its dirty log was read.
+    pub(super) begin: Duration,
+    /// Bytes that had been sent by then.
+    pub(super) bytes_before: u64,
+    /// Pages that were to be sent then.
+    pub(super) pages: u64,
+    /// When to look ahead in the dirty log again.
+    pub(super) look_at: Duration,
+}
+
+/// Steps of a pass.
+#[derive(Debug)]
+pub(crate) enum Step {
+    /// The dirty log was read for the first time.
+    FirstRead,
+    /// Between sections.
+    Sweep,
+    /// The dirty log was read ahead of the sweep; `since` is when.
+    Looked { since: Duration },
+    /// …and what was found was reset.
+    LookedAhead { since: Duration },
+    /// In a section that was opened at `since`: a batch may go.
+    Section { since: Duration },
+    /// A batch has gone.
+    Batched { since: Duration },
+    /// The section was sent.
+    SectionSent,
+    /// The turn of a device, whose size was asked for.
+    Device { device: usize },
+    /// So many bytes of a device's state are left in this pass.
+    DeviceLeft { device: usize, left: u64 },
+    /// A record was read.
+    DeviceRead { device: usize, left: u64 },
+    /// Everything was sent, and it is asked what is still on its way.
+    Drain,
+    /// The wait for that is over.
+    DrainAgain,
+    /// The dirty log was read.
+    Read { sent_at: Duration },
+    /// vCPUs were throttled where that was due.
+    Measure { sent_at: Duration, new: u64 },
+    /// The sizes of devices were asked for.
+    Sized(RoundEnd),
+    /// …exactly, by `reason` if the guest could be paused by the estimates.
+    SizedExactly(RoundEnd, Option<Reason>),
+    /// A pause that says nothing about the link is over.
+    Paced,
+    /// The next pass begins.
+    Begin,
+}
+
+/// What was measured at the end of a round.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct RoundEnd {
+    pub(super) at: Duration,
+    pub(super) took: Duration,
+    pub(super) overhead: Duration,
+    pub(super) new: u64,
+}
+
+/// Steps of [`Phase::Stopped`].
+#[derive(Debug)]
+pub(crate) enum Stopped {
+    Save,
+    Saved(Option<SavedDevices>),
+    ReadLast(SavedDevices),
+}
+
+/// The rest, which is sent while the guest is paused.
+#[derive(Debug)]
+pub(crate) struct Completing {
+    pub(super) devices: SavedDevices,
+    pub(super) step: Rest,
+}
+
+/// Steps of [`Phase::Completing`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Rest {
+    Begin,
+    Pages,
+    Device(usize),
+    DeviceRead(usize),
+    Sent,
+}
+
+/// How the guest comes back.
+#[derive(Debug)]
+pub(crate) enum Back {
+    /// It was told to, and how that went is not known.
+    Asked { doing: &'static str },
+    /// It did, or did not have to.
+    Done,
+}

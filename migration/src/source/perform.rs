@@ -1,0 +1,206 @@
+//! What each action of the core means for threads, sockets, files and the guest.
+
+use super::{Action, Counts, Engine, Notice, Sent, Source, Wake, monotonic_now, write_all};
+use crate::{GuestError, MigrationError, core::source::BlockRange, page_file::Saving, pending::DeviceSize};
+use qevm_savevm::{
+    event::Event,
+    mapped_ram::MappedBlock,
+    ram::{RamBlock, RamRecord},
+};
+use qevm_wire::PageGeometry;
+use std::{io, time::Duration};
+
+/// What the length of a block takes in front of its header in the file.
+const LENGTH_WORD: u64 = 8;
+
+impl Engine<'_> {
+    /// Does one thing, and tells the core what came of it.
+    pub(super) fn perform(&mut self, action: Action) -> Result<(), MigrationError> {
+        match action {
+            Action::StartLog => {
+                self.guest.hooks().prepare();
+                let log = self.guest.start_dirty_log().map_err(MigrationError::guest("start the dirty log"))?;
+                self.log = Some(log);
+            }
+            Action::ReadLog => {
+                if let Some(log) = &mut self.log {
+                    let core = &mut self.core;
+                    let read = log.read(&mut |block, word_number, word| core.found(block, word_number, word));
+                    read.map_err(MigrationError::guest("read the dirty log"))?;
+                }
+            }
+            Action::Reset(ranges) => self.reset(ranges)?,
+            Action::StopLog => self.log = None,
+            Action::BeginDevice(device) => {
+                let begun = self.devices.get(device).map_or(Ok(()), |device| device.begin());
+                begun.map_err(MigrationError::guest("prepare a device for migration"))?;
+            }
+            Action::AskDevices { exact } => {
+                let sizes = self.device_sizes(exact);
+                let sizes = sizes.map_err(MigrationError::guest("ask a device for the size of its state"))?;
+                self.core.device_sizes(sizes);
+            }
+            Action::ReadDevice { device, limit } => {
+                let mut state = Vec::new();
+                let read = self.devices.get(device).map_or(Ok(()), |device| device.read(&mut state, limit));
+                read.map_err(MigrationError::guest("read the state of a device"))?;
+                self.core.device_state(&state)?;
+            }
+            Action::PlaceBlocks(blocks) => {
+                if let Some(saving) = self.saving {
+                    self.place(saving, blocks)?;
+                }
+            }
+            Action::Send { doing } => self.flush(doing)?,
+            Action::Pages(batch) => {
+                self.reset(batch.resets.clone())?;
+                let stream = self.core.stream();
+                let sent = match (self.pages, self.saving) {
+                    (None, Some(saving)) => self.ram.save(saving, &batch)?,
+                    (None, None) => self.ram.send(self.channel, stream, &batch)?,
+                    (Some(pages), _) => self.ram.hand_over(&pages.queue, stream, &batch, pages.legacy)?,
+                };
+                self.core.sent(sent);
+                self.count_pages();
+            }
+            Action::SyncChannels => {
+                if let Some(pages) = self.pages {
+                    pages.queue.synchronise()?;
+                    self.count_pages();
+                }
+            }
+            Action::FinishFile => {
+                let bytes = self.saving.map_or(Ok(0), Saving::finish)?;
+                self.core.sent(Sent { bytes, ..Sent::default() });
+            }
+            Action::MeasureBacklog { all } => {
+                let channels = self.connections.all().take(if all { usize::MAX } else { 1 });
+                let backlog = channels.map(|channel| channel.backlog()).sum::<io::Result<u64>>();
+                let failed = |source| MigrationError::Send { doing: "what is on the way already", source };
+                self.core.backlog(backlog.map_err(failed)?);
+            }
+            Action::Pause => {
+                let stopped_at = monotonic_now();
+                let was_running = self.guest.pause().map_err(MigrationError::guest("stop the guest"))?;
+                self.core.paused(was_running);
+                self.job.update(|statistics| statistics.stopped_at = Some(stopped_at));
+            }
+            Action::Throttle(per_cent) => {
+                self.guest.hooks().throttle(per_cent).map_err(MigrationError::guest("slow the vCPUs down"))?;
+            }
+            Action::LimitDirtyRate { mib_per_second, period } => {
+                let limited = self.guest.hooks().limit_dirty_rate(Some(mib_per_second), period);
+                limited.map_err(MigrationError::guest("limit the dirty rate of the vCPUs"))?;
+            }
+            Action::Unthrottle { throttled, limited } => self.unthrottle(throttled, limited),
+            Action::Pass(pass) => self.job.notify(Notice::Pass(pass)),
+            Action::Status(status) => self.job.advance(status)?,
+            Action::SaveDevices { running } => {
+                let saved = self.guest.devices().save(self.profile, running);
+                self.core.devices_saved(saved.map_err(MigrationError::guest("save the state of the devices"))?);
+            }
+            Action::Inactivate => self.guest.hooks().inactivate(),
+            Action::SendEnd => self.send_end()?,
+            Action::Settle => self.core.settled(self.channel.settle()),
+            Action::Commit => self.core.committed(self.job.handed_over()),
+            Action::Confirm(bytes) => {
+                self.core.confirmed(write_all(self.channel, &mut [Source::bytes(&bytes)]));
+            }
+            Action::Wait { until, wake } => self.wait(until, wake),
+            Action::Close => self.connections.close(),
+            Action::Resume => self.core.resumed(self.guest.resume()),
+            Action::StayStopped => self.guest.hooks().stay_stopped(),
+            Action::Activate => self.core.resumed(self.guest.hooks().activate()),
+            Action::LeaveGuest => self.guest.hooks().handed_over(),
+            // Whoever runs the machine stops here.
+            Action::End(result) => return result,
+        }
+        Ok(())
+    }
+
+    fn reset(&mut self, ranges: Vec<BlockRange>) -> Result<(), MigrationError> {
+        let Some(log) = &mut self.log else { return Ok(()) };
+        for BlockRange { block, pages } in ranges {
+            log.reset(block, pages).map_err(MigrationError::guest("reset the dirty log"))?;
+        }
+        Ok(())
+    }
+
+    fn device_sizes(&self, exact: bool) -> Result<Vec<DeviceSize>, GuestError> {
+        let size = |device: &&dyn crate::IterativeDevice| {
+            let exact = exact.then(|| device.exact()).transpose()?;
+            Ok(DeviceSize { estimate: device.estimate(), exact })
+        };
+        self.devices.iter().map(size).collect()
+    }
+
+    /// Tells the core what the page channels have counted.
+    fn count_pages(&mut self) {
+        if let Some(pages) = self.pages {
+            let Counts { bytes, normal, zero } = pages.queue.take_counts();
+            self.core.sent(Sent { bytes, normal, zero });
+        }
+    }
+
+    /// Waits for the operator. (For the return path is waited where its lock is held.)
+    fn wait(&mut self, until: Option<Duration>, wake: Wake) {
+        let time = until.map_or(Duration::MAX, |until| until.saturating_sub(self.start.elapsed()));
+        match wake {
+            // The core is told of a cancellation before it is polled again.
+            Wake::Continue => {
+                if let Ok(true) = self.job.may_go_on(time) {
+                    self.core.let_switch_over();
+                }
+            }
+            Wake::Operator | Wake::Answers => drop(self.job.sleep(time)),
+        }
+    }
+
+    fn unthrottle(&self, throttled: bool, limited: bool) {
+        if throttled && let Err(error) = self.guest.hooks().throttle(0) {
+            tracing::error!("the vCPUs stay slow: {error}");
+        }
+        if limited && let Err(error) = self.guest.hooks().limit_dirty_rate(None, Duration::from_secs(1)) {
+            tracing::error!("the vCPUs stay slow: {error}");
+        }
+    }
+
+    /// Sends what the stream holds, its end. An error says that nothing has got out; the core is told whether all has.
+    fn send_end(&mut self) -> Result<(), MigrationError> {
+        let failed = |source| MigrationError::Send { doing: "the end of the stream", source };
+        let stream = self.core.stream();
+        let first = loop {
+            match self.channel.write(&[Source::bytes(stream.bytes())]) {
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                written => break written.map_err(failed)?,
+            }
+        };
+        let rest = write_all(self.channel, &mut [Source::bytes(&stream.bytes()[first..])]);
+        let bytes = stream.bytes().len() as u64;
+        stream.clear();
+        self.core.sent(Sent { bytes, ..Sent::default() });
+        self.core.end_sent(rest.map_err(failed), self.start.elapsed());
+        Ok(())
+    }
+
+    /// Lists the blocks with the places of their pages. The stream goes on after each block's pages.
+    fn place(&mut self, saving: &Saving, blocks: Vec<RamBlock>) -> Result<(), MigrationError> {
+        let failed = |source: io::Error| MigrationError::Send { doing: "the list of RAM blocks", source };
+        let total = blocks.iter().map(|block| block.used_length).sum();
+        self.core.stream().event(&Event::Ram(RamRecord::MemSize { total }))?;
+        let mut layouts = Vec::with_capacity(blocks.len());
+        for mut block in blocks {
+            let here = saving.file.position().map_err(failed)? + self.core.stream().bytes().len() as u64;
+            let header_at = here + block.name.wire_len() as u64 + LENGTH_WORD;
+            let layout = MappedBlock::place(header_at, block.used_length, PageGeometry::X86)
+                .ok_or_else(|| failed(io::Error::from_raw_os_error(libc::EFBIG)))?;
+            block.mapped_ram = Some(layout.header);
+            self.core.stream().event(&Event::Ram(RamRecord::Block(block)))?;
+            self.flush("the list of RAM blocks")?;
+            saving.file.seek(layout.end()).map_err(failed)?;
+            layouts.push(layout);
+        }
+        saving.lay_out(layouts);
+        Ok(())
+    }
+}
