@@ -1,7 +1,7 @@
 use qevm_multifd::{
     ChannelDecoder, ChannelEncoder, ChannelOptions, Decompressor, EncoderOptions, Ending, Event, PacketLayout,
 };
-use qevm_wire::{Decode, Step, Writer};
+use qevm_wire::{Decode, Fault, Step, Writer};
 
 /// Reads the input as a recorded page channel, shown in pieces, and writes it again; payloads of up to 64 KiB of pages
 /// are decompressed, too.
@@ -48,6 +48,7 @@ pub fn multifd_channel(data: &[u8]) {
             Ok(Step::End) => break assert_eq!(again.as_bytes(), data),
             Err(error) => {
                 assert!(error.offset <= data.len() as u64, "{error}");
+                assert_ne!(error.fault(), Fault::Misuse, "a peer cannot misuse a decoder: {error}");
                 break assert_eq!(again.as_bytes(), &data[..position]);
             }
         }

@@ -3,7 +3,7 @@ use qevm_returnpath::{
     requests::{PageRequests, RequestBlock, RequestBlocks},
     session::SourceSession,
 };
-use qevm_wire::{CountedString, Decode, Limits, Step, Writer};
+use qevm_wire::{CountedString, Decode, Fault, Limits, Step, Writer};
 
 /// Reads the input as a return path, shown in pieces, and writes it again; every message also goes through the source's
 /// session and page requests.
@@ -47,6 +47,7 @@ pub fn returnpath_decoder(data: &[u8]) {
             Ok(Step::End) => break assert_eq!(again.as_bytes(), data),
             Err(error) => {
                 assert!(error.offset <= data.len() as u64, "{error}");
+                assert_ne!(error.fault(), Fault::Misuse, "a peer cannot misuse a decoder: {error}");
                 break assert_eq!(again.as_bytes(), &data[..position]);
             }
         }

@@ -1,8 +1,9 @@
 use crate::parts::parts;
 use qevm_savevm::check::{Expectations, Outcome, Summary, check};
 use qevm_savevm::vmdesc::{Description, Schema};
-use qevm_savevm::{Decoder, DecoderOptions, Event, Step};
-use qevm_wire::{Decode, Limits};
+use qevm_savevm::{Decoder, DecoderOptions, Event};
+use qevm_wire::{DriveError, Driver, Fault, Limits};
+use std::io::Read;
 
 /// The input has two parts: a stream, and what is known of its destination, which is another stream or the output of
 /// `-dump-vmstate`.
@@ -33,28 +34,28 @@ pub fn savevm_check(data: &[u8]) {
 
 /// What of a stream matters, up to where it is damaged or ends; `None` if its description is none.
 fn summarize(stream: &[u8], limits: &Limits) -> Option<Summary> {
-    let mut decoder = Decoder::new(DecoderOptions { limits: limits.clone(), ..DecoderOptions::default() });
-    let (mut summary, mut position) = (Summary::default(), 0);
-    decoder.end_of_input();
+    let options = DecoderOptions { limits: limits.clone(), ..DecoderOptions::default() };
+    let (mut driver, mut summary) = (Driver::new(stream, Decoder::new(options)), Summary::default());
     loop {
-        match decoder.next(&stream[position..]) {
-            Ok(Step::Event { consumed, event }) => {
-                position += consumed;
+        let described = match driver.next() {
+            Ok(Some(event)) => {
                 summary.event(&event);
-                if let Event::VmDescription { len } = event {
-                    let text = stream[position..].get(..len as usize)?;
-                    summary.description = Some(Description::parse(text, limits).ok()?);
-                }
+                matches!(event, Event::VmDescription { .. })
             }
-            Ok(Step::Payload { remaining, .. }) => {
-                let count = remaining.min((stream.len() - position) as u64);
-                if count == 0 {
-                    return Some(summary);
-                }
-                decoder.skip_payload(count).expect("no more than remains");
-                position += count as usize;
+            Ok(None) => return Some(summary),
+            Err(DriveError::Stream(error)) => {
+                assert_ne!(error.fault(), Fault::Misuse, "a peer cannot misuse a decoder: {error}");
+                return Some(summary);
             }
-            Ok(Step::NeedMore { .. } | Step::End) | Err(_) => return Some(summary),
+            Err(error) => panic!("memory can be read: {error}"),
+        };
+        if described {
+            let mut text = Vec::new();
+            driver.payload().read_to_end(&mut text).expect("memory can be read");
+            if driver.payload().remaining() > 0 {
+                return None;
+            }
+            summary.description = Some(Description::parse(&text, limits).ok()?);
         }
     }
 }

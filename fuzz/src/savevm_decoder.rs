@@ -2,7 +2,7 @@ use qevm_savevm::{
     Decoder, DecoderOptions, Encoder, Event, Footers, Step, StreamWriter, command::Command, framing::SectionHeader,
     ram::RamBlock,
 };
-use qevm_wire::{CountedString, Decode, Limits, Writer};
+use qevm_wire::{CountedString, Decode, Fault, Limits, Writer};
 
 /// Reads the input as a main channel, all at once and in pieces, and writes every event again.
 ///
@@ -109,6 +109,7 @@ impl Pump<'_> {
                 Ok(Step::End) => return true,
                 Err(error) => {
                     assert!(!error.to_string().is_empty());
+                    assert_ne!(error.fault(), Fault::Misuse, "a peer cannot misuse a decoder: {error}");
                     return false;
                 }
             }

@@ -2,7 +2,7 @@ use qevm_savevm::{
     Step,
     ram::{PreemptDecoder, RamBlock, RamBlocks},
 };
-use qevm_wire::{CountedString, Decode, PageGeometry};
+use qevm_wire::{CountedString, Decode, Fault, PageGeometry};
 use std::sync::Arc;
 
 /// Reads the input as the second channel of `postcopy-preempt`, all at once and in pieces as long as its first byte says.
@@ -45,7 +45,10 @@ fn run(channel: &[u8], piece: usize) -> (Vec<String>, bool) {
                 shown = (shown + piece).min(channel.len());
             }
             Ok(Step::End) => return (records, true),
-            Err(_) => return (records, false),
+            Err(error) => {
+                assert_ne!(error.fault(), Fault::Misuse, "a peer cannot misuse a decoder: {error}");
+                return (records, false);
+            }
         }
     }
 }

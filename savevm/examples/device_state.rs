@@ -2,9 +2,8 @@
 //!
 //! `device_state [--quiet] FILE…`: with `--quiet`, one line for each file and one for each section with opaque bytes.
 
-use qevm_savevm::{Decoder, DecoderOptions, Step, framing::SectionHeader, vmdesc::Description, vmdesc::Value};
-use qevm_wire::Decode;
-use qevm_wire::Limits;
+use qevm_savevm::{Decoder, DecoderOptions, framing::SectionHeader, vmdesc::Description, vmdesc::Value};
+use qevm_wire::{Decode, Driver, Limits};
 use std::error::Error;
 
 fn main() -> Result<(), Box<dyn Error>> {
@@ -81,24 +80,19 @@ type Body<'a> = (SectionHeader, u64, &'a [u8]);
 /// The device sections of a stream with the offsets of their bodies, whose lengths the description tells.
 fn sections<'a>(stream: &'a [u8], description: &Description) -> Result<Vec<Body<'a>>, Box<dyn Error>> {
     let offset = stream.windows(4).position(|w| w == b"QEVM").ok_or("no stream")?;
-    let mut decoder = Decoder::new(DecoderOptions { offset: offset as u64, ..DecoderOptions::default() });
-    decoder.end_of_input();
-    let (mut sections, mut position) = (Vec::new(), offset);
-    loop {
+    let decoder = Decoder::new(DecoderOptions { offset: offset as u64, ..DecoderOptions::default() });
+    let mut driver = Driver::new(&stream[offset..], decoder);
+    let mut sections = Vec::new();
+    while driver.next()?.is_some() {
+        let decoder = driver.decoder();
         if let (true, Some(header)) = (decoder.expects_body(), decoder.current_section().cloned()) {
             let device = description.device(header.idstr.as_bytes(), header.instance_id).ok_or("not described")?;
-            let end = position + device.wire_size() as usize;
-            sections.push((header, position as u64, stream.get(position..end).ok_or("too short")?));
-            decoder.body(device.wire_size())?;
-            position = end;
-        }
-        match decoder.next(&stream[position..])? {
-            Step::Event { consumed, .. } => position += consumed,
-            Step::Payload { remaining, .. } => {
-                decoder.skip_payload(remaining)?;
-                position = stream.len().min(position + remaining as usize);
-            }
-            Step::NeedMore { .. } | Step::End => return Ok(sections),
+            let (start, len) = (decoder.offset() as usize, device.wire_size() as usize);
+            sections.push((header, start as u64, stream.get(start..start + len).ok_or("too short")?));
+            driver.fill(len)?;
+            driver.decoder_mut().body(len as u64)?;
+            driver.consume(len);
         }
     }
+    Ok(sections)
 }

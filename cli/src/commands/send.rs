@@ -71,8 +71,7 @@ pub fn run(send: &args::Send) -> Result<(), Stop> {
         false => {
             let socket = Arc::clone(&main.socket);
             socket.set_read_timeout(Some(POLL)).map_err(cannot)?;
-            let answers =
-                Answers { socket, sent: Arc::clone(&sent), patience, waiting_since: None, acknowledged: false };
+            let answers = Answers { socket, sent: Arc::clone(&sent), patience, waiting_since: None };
             Some(thread::Builder::new().spawn(move || answers.last()).map_err(cannot)?)
         }
     };

@@ -8,8 +8,8 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use qevm_savevm::framing::SectionKind;
-use qevm_savevm::{Decoder, DecoderOptions, Event, Step};
-use qevm_wire::Decode;
+use qevm_savevm::{Decoder, DecoderOptions, Event};
+use qevm_wire::{Decode, Driver};
 use reference_vmm::payload::Progress;
 use serde_json::{Value, json};
 
@@ -213,28 +213,23 @@ fn exit_on_error() {
 
 /// Where the sections of a stream are: kind, name, instance, bytes from the type to behind the footer.
 fn sections(stream: &[u8]) -> Vec<(SectionKind, String, u32, Range<usize>)> {
-    let (mut decoder, mut found, mut at, mut start) =
-        (Decoder::new(DecoderOptions::default()), Vec::new(), 0, (SectionKind::Full, 0));
+    let mut driver = Driver::new(stream, Decoder::new(DecoderOptions::default()));
+    let (mut found, mut start) = (Vec::new(), (SectionKind::Full, 0));
     loop {
-        match decoder.next(&stream[at..]).unwrap() {
-            Step::Event { consumed, event } => {
-                match event {
-                    Event::Section { kind, .. } | Event::SectionPart { kind, .. } => start = (kind, at),
-                    Event::SectionFooter { section_id, .. } => {
-                        let header = decoder.sections().get(section_id).unwrap();
-                        let (idstr, instance) = (header.idstr.to_string(), header.instance_id);
-                        found.push((start.0, idstr, instance, start.1..at + consumed));
-                    }
-                    Event::Eof => return found,
-                    _ => {}
-                }
-                at += consumed;
+        let at = (driver.decoder().offset() + driver.payload().remaining()) as usize;
+        let closed = match driver.next().unwrap().expect("the end of the stream") {
+            Event::Section { kind, .. } | Event::SectionPart { kind, .. } => {
+                start = (kind, at);
+                None
             }
-            Step::Payload { remaining, .. } => {
-                decoder.skip_payload(remaining).unwrap();
-                at += remaining as usize;
-            }
-            other => panic!("{other:?} at {at}"),
+            Event::SectionFooter { section_id, .. } => Some(section_id),
+            Event::Eof => return found,
+            _ => None,
+        };
+        if let Some(section_id) = closed {
+            let header = driver.decoder().sections().get(section_id).unwrap();
+            let (idstr, instance) = (header.idstr.to_string(), header.instance_id);
+            found.push((start.0, idstr, instance, start.1..driver.decoder().offset() as usize));
         }
     }
 }

@@ -3,12 +3,13 @@
 use super::HINT;
 use crate::socket::Socket;
 use qevm_returnpath::{Decoder, Event, Message};
-use qevm_wire::Decode;
-use qevm_wire::Step;
+use qevm_wire::{DriveError, Driver};
 use std::io::{self, Read};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
+
+const CLOSED: &str = "it closed the connection";
 
 /// How often it is looked whether everything has been sent.
 pub(super) const POLL: Duration = Duration::from_millis(100);
@@ -45,44 +46,38 @@ pub(super) struct Answers {
     pub(super) patience: Duration,
     /// When everything had been sent.
     pub(super) waiting_since: Option<Instant>,
-    /// The destination has agreed to the switchover.
-    pub(super) acknowledged: bool,
 }
 
 impl Answers {
     /// Reads the destination's answers up to its last one. If it says something wrong, the connection is closed, so
     /// that nothing more is sent.
     pub(super) fn last(mut self) -> Answer {
-        let answer = self.read();
+        let answer = self.answer();
         if let Answer::Wrong(_) = &answer {
             self.socket.close();
         }
         answer
     }
 
-    fn read(&mut self) -> Answer {
-        let mut decoder = Decoder::default();
-        let mut buffer = Vec::new();
+    fn answer(&mut self) -> Answer {
+        let sent = self.sent.clone();
+        let mut acknowledged = false;
+        let mut answers = Driver::new(self, Decoder::default());
         loop {
-            let event = match decoder.next(&buffer) {
-                Ok(Step::Event { consumed, event }) => {
-                    buffer.drain(..consumed);
-                    event
-                }
-                Ok(Step::End) => return Answer::Missing("the return path ended without SHUT".into()),
-                Ok(Step::Payload { .. } | Step::NeedMore { .. }) => match self.more(&mut buffer) {
-                    Ok(()) => continue,
-                    Err(reason) => return Answer::Missing(reason),
-                },
+            let message = match answers.next() {
+                Ok(Some(Event::Message(message))) => message,
+                // Follows a message that was refused.
+                Ok(Some(_)) => continue,
+                Ok(None) => return Answer::Missing(CLOSED.into()),
+                Err(DriveError::Io(error)) => return Answer::Missing(error.to_string()),
+                Err(DriveError::Stream(error)) if error.is_truncated() => return Answer::Missing(CLOSED.into()),
                 Err(error) => return Answer::Wrong(error.to_string()),
             };
-            match event {
-                Event::Message(Message::Shut { status }) => {
-                    return Answer::Shut { status, sent: self.sent.bytes.load(Ordering::SeqCst) };
-                }
+            match message {
+                Message::Shut { status } => return Answer::Shut { status, sent: sent.bytes.load(Ordering::SeqCst) },
                 // Its own capability may make it say that once; it changes nothing here.
-                Event::Message(Message::SwitchoverAck) if !self.acknowledged => self.acknowledged = true,
-                Event::Message(message) => {
+                Message::SwitchoverAck if !acknowledged => acknowledged = true,
+                message => {
                     let name = message.message_type().name();
                     return Answer::Wrong(match message {
                         Message::Pong { value } => format!("PONG {value:#x}, but no PING was sent"),
@@ -90,15 +85,14 @@ impl Answers {
                         _ => format!("{name}, which only belongs to postcopy"),
                     });
                 }
-                // Follows a message that was refused.
-                _ => {}
             }
         }
     }
+}
 
+impl Read for Answers {
     /// Reads what has come, if that is in time.
-    fn more(&mut self, buffer: &mut Vec<u8>) -> Result<(), String> {
-        let mut piece = [0; 4096];
+    fn read(&mut self, into: &mut [u8]) -> io::Result<usize> {
         loop {
             // While there is more to send, the destination need not say anything. From then on the time counts,
             // whatever it says.
@@ -106,20 +100,15 @@ impl Answers {
                 && self.waiting_since.get_or_insert_with(Instant::now).elapsed() > self.patience
             {
                 let seconds = self.patience.as_secs();
-                return Err(format!("no answer within {seconds} s (--timeout); {HINT}"));
+                return Err(io::Error::other(format!("no answer within {seconds} s (--timeout); {HINT}")));
             }
-            match (&*self.socket).read(&mut piece) {
-                Ok(0) => return Err("it closed the connection".into()),
-                Ok(read) => {
-                    buffer.extend_from_slice(&piece[..read]);
-                    return Ok(());
-                }
+            match (&*self.socket).read(into) {
                 Err(error)
                     if matches!(
                         error.kind(),
                         io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut | io::ErrorKind::Interrupted
                     ) => {}
-                Err(error) => return Err(error.to_string()),
+                read => return read,
             }
         }
     }
