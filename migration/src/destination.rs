@@ -1,25 +1,23 @@
 //! The destination engine: reads a stream into a guest that has not run yet.
 
-mod loader;
-
 use super::{
-    Channel, Doubt, Guest, Incoming, Job, LoadError, MigrationError, Status,
+    Channel, Guest, GuestError, Incoming, IterativeDevice, Job, LoadError, MigrationError, Status,
     channel::{Source, Target, write_all},
-    handover,
+    core::{Action, Destination, DestinationOptions, SectionUse, Turn},
     inlet::Inlet,
-    multifd::{Gate, Mark, receive_pages},
+    multifd::{Gate, receive_pages},
     page_file,
     page_file::PageFile,
     ram_receiver::{Listed, RamReceiver},
     verdict,
 };
-use loader::{Loader, RamSection, Then};
-use qevm_multifd::is_page_channel;
-use qevm_returnpath::{Message, switchover::DestinationGate};
-use qevm_savevm::{Decoder, DecoderOptions, PayloadKind, Step, mapped_ram::MappedBlock, ram::RamBlock};
-use qevm_wire::{Decode, Limits, Located, Profile, WireError, Writer};
+use qevm_returnpath::Message;
+use qevm_savevm::{
+    mapped_ram::MappedBlock,
+    ram::{PageAt, RamBlock},
+};
+use qevm_wire::{CountedString, Profile, WireError, Writer};
 use std::{
-    collections::HashSet,
     sync::{
         Mutex, OnceLock, PoisonError,
         atomic::{AtomicBool, Ordering},
@@ -28,7 +26,6 @@ use std::{
     thread,
     time::{Duration, Instant},
 };
-use vm_memory::VolatileSlice;
 
 /// What arrived.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -63,38 +60,36 @@ pub fn receive(
         ended: AtomicBool::new(false),
     });
     let page_channels: Vec<_> = pages.iter().map(|stream| stream.channel().clone()).collect();
-    let limits = Limits { device_state: DEVICE_STATE, device_section: DEVICE_STATE, ..Limits::default() };
+    let capabilities = job.capabilities();
+    let options = DestinationOptions {
+        machine_type: guest.machine_type().into(),
+        ram: guest.ram().iter().map(|view| view.name.into()).collect(),
+        offset,
+        vmdesc: profile.vmdesc,
+        answers: main.answers(),
+        mapped_ram: capabilities.mapped_ram,
+        switchover_ack: profile.switchover_ack.filter(|_| capabilities.switchover_ack),
+        page_channels: settings.is_some(),
+        page_channels_called,
+        // A QEMU 7.2 that has failed and has a return path waits for us to close.
+        hurried: settings.is_none() && misfit.is_some(),
+        late_block_activate: capabilities.late_block_activate,
+        silence: None,
+    };
     let mut engine = Engine {
+        guest,
         channel: &*main,
         inlet: Inlet::new(&*main, &first, offset),
-        decoder: Decoder::new(DecoderOptions {
-            vmdesc: profile.vmdesc,
-            live: true,
-            offset,
-            limits,
-            ..DecoderOptions::default()
-        }),
-        loader: Loader {
-            guest,
-            ram: RamReceiver::default(),
-            devices: Vec::new(),
-            came: HashSet::new(),
-            ram_section: RamSection::Awaited,
-            section: None,
-            answers: main.answers(),
-            return_path: false,
-            confirmation: false,
-            mapped_ram: job.capabilities().mapped_ram,
-            gate: DestinationGate::new(profile.switchover_ack.filter(|_| job.capabilities().switchover_ack)),
-        },
+        core: Destination::new(options),
+        ram: RamReceiver::default(),
         pages: channels.as_ref(),
-        page_channels_called,
-        hurried: settings.is_none() && misfit.is_some(),
+        limited: false,
         file,
-        threads: if job.capabilities().multifd { job.parameters().multifd_channels } else { 1 },
+        threads: if capabilities.multifd { job.parameters().multifd_channels } else { 1 },
         from_file: 0,
         jumped: 0,
-        start: offset,
+        offset,
+        start,
     };
     let result = thread::scope(|scope| {
         if let Some((settings, channels)) = settings.as_ref().zip(channels.as_ref()) {
@@ -124,19 +119,13 @@ pub fn receive(
         let result = match (result, channels.as_ref().and_then(PageChannels::failure)) {
             (Err(_), Some(cause)) => Err(cause),
             // A source one of whose channels was dropped gives up, and its main channel just ends.
-            (Err(error), None) if is_cut(&error) && !engine.has_pages() => Err(misfit.unwrap_or(error)),
+            (Err(error), None) if is_cut(&error) && !engine.core.has_pages() => Err(misfit.unwrap_or(error)),
             (result, _) => result,
         };
         if let Err(error) = &result {
             // Whoever runs it has the disks.
             guest.hooks().inactivate();
-            if !matches!(error, MigrationError::Undecided(_)) {
-                engine.report(&Message::Shut { status: FAILURE });
-                main.finish_writing();
-                if engine.loader.return_path {
-                    linger(&*main);
-                }
-            }
+            engine.leave(error);
         }
         if let Some(channels) = &channels {
             channels.ended.store(true, Ordering::SeqCst);
@@ -152,15 +141,6 @@ pub fn receive(
     });
     main.finish_writing();
     result
-}
-
-/// Gives the source time to read the verdict and to close: a socket that is closed while something unread arrives takes back
-/// what it has said, and the source would know of a broken pipe only.
-fn linger(main: &dyn Channel) {
-    within(LINGER, main, || {
-        let mut unread = vec![0; 64 << 10];
-        while main.read(&mut [Target::bytes(&mut unread)]).is_ok_and(|count| count > 0) {}
-    });
 }
 
 /// Does something that reads from `main`, which reads no more when `patience` is over.
@@ -206,27 +186,16 @@ impl PageChannels {
     }
 }
 
-/// How long the source may take to close after it was told of a failure.
-const LINGER: Duration = Duration::from_secs(1);
-/// How long a source may be silent that has sent no page, and whose page channels may have been dropped.
-const SILENCE: Duration = Duration::from_secs(3);
-/// Bytes that the state of all devices of a machine may have; with a full console it is some hundred kilobytes.
-const DEVICE_STATE: u64 = 64 << 20;
-/// Status of SHUT when the guest has arrived.
-const SUCCESS: u32 = 0;
-/// Status of SHUT when it has not.
-const FAILURE: u32 = 1;
-
+/// Carries out what the core says.
 struct Engine<'e> {
+    guest: &'e dyn Guest,
     channel: &'e dyn Channel,
     inlet: Inlet<'e>,
-    decoder: Decoder,
-    loader: Loader<'e>,
+    core: Destination,
+    ram: RamReceiver<'e>,
     pages: Option<&'e PageChannels>,
-    /// A source with page channels has called, and there are none in this migration.
-    page_channels_called: bool,
-    /// The source may be one whose page channels were dropped, until the first page comes.
-    hurried: bool,
+    /// Reads of the main channel fail when nothing comes for some time.
+    limited: bool,
     /// Pages may have their places in this file…
     file: Option<PageFile>,
     /// …and are read by so many threads.
@@ -236,182 +205,209 @@ struct Engine<'e> {
     /// Bytes of the file that the stream jumps over.
     jumped: u64,
     /// Where the stream begins in its file.
-    start: u64,
+    offset: u64,
+    /// Time 0 of the core.
+    start: Instant,
 }
 
 impl Engine<'_> {
     fn run(&mut self, job: &Job) -> Result<Arrival, MigrationError> {
         job.advance(Status::Active)?;
-        self.loader.guest.hooks().prepare();
-        if self.hurried {
-            // A QEMU 7.2 that has failed and has a return path waits for us to close.
-            self.limit_silence(Some(SILENCE))?;
+        self.guest.hooks().prepare();
+        loop {
+            let Turn { consumed, action } = self.core.next(self.inlet.bytes())?;
+            match action {
+                Action::Difference { page, data } => {
+                    let applied = self.ram.apply_difference(&page, data);
+                    applied.map_err(|error| self.core.refuse(error))?;
+                    self.consume(consumed);
+                }
+                Action::LoadPiece { idstr, state } => {
+                    let loaded = self.load_piece(&idstr, state);
+                    loaded.map_err(|error| self.core.refuse(LoadError::Devices(error)))?;
+                    self.consume(consumed);
+                }
+                Action::Page { page, remaining } => {
+                    self.consume(consumed);
+                    self.page(&page, remaining)?;
+                }
+                Action::Continue => self.consume(consumed),
+                Action::Zero(page) => {
+                    self.consume(consumed);
+                    self.ram.clear_page(&page);
+                }
+                Action::ForgetBlocks => {
+                    self.consume(consumed);
+                    self.ram = RamReceiver::default();
+                }
+                Action::Send(message) => {
+                    self.consume(consumed);
+                    self.send(&message);
+                }
+                Action::Read { at_least, until } => self.read(at_least, until)?,
+                Action::Block(block) => {
+                    let added = self.ram.add_block(self.guest, &block);
+                    added.map_err(|error| self.core.refuse(error))?;
+                    self.core.block_fits();
+                }
+                Action::MappedBlock { block, gap } => self.load_block(&block, gap)?,
+                Action::Section { idstr, instance_id, usage } => {
+                    let known = match usage {
+                        Some(SectionUse::Device) => self.guest.devices().has(&idstr, instance_id),
+                        Some(SectionUse::Iterative) => self.iterative(&idstr).is_some(),
+                        None => false,
+                    };
+                    self.core.section(if known { Ok(()) } else { Err(self.guest.devices().advice(&idstr)) })?;
+                }
+                Action::Synchronise(mark) => {
+                    let result = match self.pages {
+                        Some(pages) => {
+                            // The first mark comes after the list of blocks.
+                            let _ = pages.listed.set(self.ram.listed());
+                            pages.gate.main(mark)
+                        }
+                        None => Ok(()),
+                    };
+                    self.core.synchronised(result)?;
+                }
+                Action::EndOfMemory => {
+                    self.core.synchronised(self.pages.map_or(Ok(()), |pages| pages.gate.main_end()))?;
+                }
+                Action::LoadDevices => {
+                    let loaded = self.guest.devices().load(self.core.devices());
+                    self.core.loaded(loaded)?;
+                }
+                // Before the verdict: if somebody else has a disk, the source can still go on.
+                Action::Activate => self.core.activated(self.guest.hooks().activate())?,
+                Action::Tell { message, patience } => {
+                    job.check()?;
+                    let told = match patience {
+                        Some(patience) => verdict::deliver(self.channel, &message, patience),
+                        None => verdict::send(self.channel, &message),
+                    };
+                    self.core.time(self.start.elapsed());
+                    self.core.told(told)?;
+                }
+                Action::Complete { running } => {
+                    job.handed_over()?;
+                    return Ok(Arrival { running, bytes: self.received() });
+                }
+                // These follow a failure, after which nobody is here.
+                Action::Linger { .. } | Action::Close => return Err(MigrationError::NoVerdict),
+            }
         }
-        if self.inlet.fill(4)? && is_page_channel(self.inlet.bytes()) == Some(true) {
-            return Err(self.place(LoadError::MultifdOff, 0).into());
-        }
-        self.read_stream()?;
-        if self.page_channels_called && !self.has_pages() {
-            // Not every release's stream tells that its pages went elsewhere.
-            return Err(self.place(LoadError::MultifdOff, self.decoder.offset()).into());
-        }
-        if let Some(pages) = self.pages {
-            pages.gate.main_end().map_err(|error| self.place(error.into(), self.decoder.offset()))?;
-        }
-        self.loader.check_complete().map_err(|error| self.place(error, self.decoder.offset()))?;
-        let running = self.loader.guest.devices().load(&self.loader.devices).map_err(|error| {
-            let error = Located::new(LoadError::Devices(error), self.decoder.offset());
-            MigrationError::from(error)
-        })?;
-        if !job.capabilities().late_block_activate {
-            // Before the verdict: if somebody else has a disk, the source can still go on.
-            let activated = self.loader.guest.hooks().activate();
-            activated.map_err(|error| Located::new(LoadError::Devices(error), self.decoder.offset()))?;
-        }
-        job.check()?;
-        let verdict = Message::Shut { status: SUCCESS };
-        if self.loader.confirmation {
-            verdict::send(self.channel, &verdict).map_err(MigrationError::from)?;
-            self.await_confirmation()?;
-        } else if self.loader.return_path {
-            verdict::deliver(self.channel, &verdict, verdict::PATIENCE).map_err(MigrationError::from)?;
-        }
-        job.handed_over()?;
-        Ok(Arrival { running, bytes: self.received() })
     }
 
-    /// Whether a page with content came on the main channel.
-    fn has_pages(&self) -> bool {
-        self.loader.ram.has_pages()
+    /// Tells the source of a failure, and gives it time to read that and to close: a socket that is closed while something unread
+    /// arrives takes back what it has said, and the source would know of a broken pipe only.
+    fn leave(&mut self, error: &MigrationError) {
+        self.core.time(self.start.elapsed());
+        self.core.fail(error);
+        while let Ok(Turn { action, .. }) = self.core.next(&[]) {
+            match action {
+                Action::Send(message) => self.send(&message),
+                Action::Linger { until } => {
+                    self.channel.finish_writing();
+                    let patience = until.saturating_sub(self.start.elapsed());
+                    within(patience, self.channel, || {
+                        let mut unread = vec![0; 64 << 10];
+                        while self.channel.read(&mut [Target::bytes(&mut unread)]).is_ok_and(|count| count > 0) {}
+                    });
+                    self.core.end_of_input();
+                }
+                _ => break,
+            }
+        }
+        if !matches!(error, MigrationError::Undecided(_)) {
+            self.channel.finish_writing();
+        }
     }
 
     /// Bytes that were read: of the stream, but for what it jumps over, and of pages.
     fn received(&self) -> u64 {
-        self.inlet.offset() - self.start - self.jumped + self.from_file
+        self.inlet.offset() - self.offset - self.jumped + self.from_file
     }
 
-    /// Reads the pages of the block that was listed last from their places, and goes on behind them.
-    fn load_block(&mut self, block: &RamBlock) -> Result<(), MigrationError> {
-        let (Some(layout), Some(file), Some(touched)) = (MappedBlock::of(block), &self.file, self.loader.ram.last())
-        else {
-            return Ok(());
+    /// Reads the pages of a block from their places, and goes on after them.
+    fn load_block(&mut self, block: &RamBlock, gap: u64) -> Result<(), MigrationError> {
+        let (Some(layout), Some(file), Some(touched)) = (MappedBlock::of(block), &self.file, self.ram.last()) else {
+            // The core drops what is there instead.
+            return self.core.placed(0);
         };
-        let loaded = page_file::load(file, &layout, self.loader.guest, &block.name, &touched, self.threads);
+        let loaded = page_file::load(file, &layout, self.guest, &block.name, &touched, self.threads);
         self.from_file += loaded.map_err(|error| error.within(format!("RAM block '{}'", block.name)))?;
-        let gap = self.decoder.payload_remaining();
         self.inlet.jump(layout.end(), file)?;
         self.jumped += gap;
-        self.decoder.skip_payload(gap).map_err(located)?;
+        self.core.placed(gap)
+    }
+
+    /// Reads on the main channel. A wait that is over is the core's to judge.
+    fn read(&mut self, at_least: usize, until: Option<Duration>) -> Result<(), MigrationError> {
+        let patience = until.map(|until| until.saturating_sub(self.start.elapsed()));
+        let filled = match patience {
+            Some(patience) if self.core.is_decided() => {
+                // The guest is here: whatever goes wrong now, there is no confirmation.
+                Ok(within(patience, self.channel, || self.inlet.fill(at_least)).unwrap_or(false))
+            }
+            patience => {
+                self.limit_silence(patience)?;
+                self.inlet.fill(at_least)
+            }
+        };
+        match filled? {
+            true => self.core.arrived(self.start.elapsed()),
+            false => self.core.end_of_input(),
+        }
         Ok(())
     }
 
-    /// Reads to the end of the stream, with the description if there is one.
-    fn read_stream(&mut self) -> Result<(), MigrationError> {
-        loop {
-            match self.decoder.next(self.inlet.bytes()).map_err(located)? {
-                Step::Event { consumed, event } => {
-                    let offset = self.inlet.offset();
-                    let took = self.loader.take(&event);
-                    let then = took.map_err(|error| self.place(error, offset))?;
-                    self.inlet.consume(consumed);
-                    match then {
-                        Then::GoOn => {}
-                        Then::Page(memory) => self.page(&memory)?,
-                        Then::Block(block) => self.load_block(&block)?,
-                        Then::Answer(message) => self.report(&message),
-                        Then::Synchronise(mark) => self.synchronise(mark, offset)?,
-                    }
-                }
-                Step::Payload { of, remaining } => {
-                    // The state of a device, taken over as it comes; otherwise the description, which is skipped. Pages are moved
-                    // as they are announced.
-                    if self.inlet.bytes().is_empty() && !self.inlet.fill(1)? {
-                        self.decoder.end_of_input();
-                        continue;
-                    }
-                    let count = self.inlet.bytes().len().min(usize::try_from(remaining).unwrap_or(usize::MAX));
-                    if let PayloadKind::DeviceData { section_id } = of
-                        && let Some(header) = self.decoder.sections().get(section_id)
-                    {
-                        let loaded = self.loader.load_iterative(&header.idstr, &self.inlet.bytes()[..count]);
-                        loaded.map_err(|error| self.place(LoadError::Devices(error), self.decoder.offset()))?;
-                    }
-                    self.inlet.consume(count);
-                    self.decoder.skip_payload(count as u64).map_err(located)?;
-                }
-                Step::NeedMore { at_least } => {
-                    if !self.inlet.fill(at_least)? {
-                        self.decoder.end_of_input();
-                    }
-                }
-                // A source that waits for the verdict sends nothing more, and the decoder asks for nothing more.
-                Step::End => return Ok(()),
-            }
+    fn limit_silence(&mut self, limit: Option<Duration>) -> Result<(), MigrationError> {
+        if limit.is_some() || self.limited {
+            self.limited = limit.is_some();
+            // No time at all would be no limit.
+            let limit = limit.map(|limit| limit.max(Duration::from_millis(1)));
+            let offset = self.core.offset();
+            self.channel.limit_silence(limit).map_err(|source| MigrationError::Receive { offset, source })?;
         }
+        Ok(())
     }
 
-    fn limit_silence(&self, limit: Option<Duration>) -> Result<(), MigrationError> {
-        let offset = self.decoder.offset();
-        self.channel.limit_silence(limit).map_err(|source| MigrationError::Receive { offset, source })
-    }
-
-    fn page(&mut self, memory: &VolatileSlice<'_>) -> Result<(), MigrationError> {
-        if std::mem::take(&mut self.hurried) {
-            self.limit_silence(None)?;
-        }
+    fn page(&mut self, page: &PageAt, remaining: u64) -> Result<(), MigrationError> {
+        self.limit_silence(None)?;
+        let memory = self.ram.page(page);
         // With page channels there may be others who write to pages that hold nothing yet.
-        let expect = || if self.pages.is_none() { self.loader.ram.expected() } else { Vec::new() };
-        if !self.inlet.read_into(memory, expect)? {
-            let (needed, available) = (memory.len() as u64, 0);
-            let kind = qevm_savevm::ErrorKind::from(WireError::Truncated { needed, available });
-            return Err(self.place(kind.into(), self.decoder.offset()).into());
-        }
-        self.decoder.skip_payload(memory.len() as u64).map_err(located)?;
-        Ok(())
-    }
-
-    /// Waits for the page channels, where they and the main channel synchronise.
-    fn synchronise(&self, mark: Mark, offset: u64) -> Result<(), MigrationError> {
-        match (self.pages, mark) {
-            (Some(pages), _) => {
-                // The first mark comes behind the list of blocks.
-                let _ = pages.listed.set(self.loader.ram.listed());
-                pages.gate.main(mark).map_err(|error| self.place(error.into(), offset).into())
+        let expect = || if self.pages.is_none() { self.ram.expected() } else { Vec::new() };
+        match self.inlet.read_into(&memory, expect)? {
+            true => self.core.placed(remaining),
+            false => {
+                self.core.end_of_input();
+                Ok(())
             }
-            (None, Mark::Eos) => Ok(()),
-            (None, Mark::Flush) => Err(self.place(LoadError::MultifdOff, offset).into()),
         }
     }
 
-    /// Waits for the source to say that it will not run the guest again.
-    fn await_confirmation(&mut self) -> Result<(), MigrationError> {
-        let expected = handover::confirmation()?;
-        let arrived = within(verdict::PATIENCE, self.channel, || self.inlet.fill(expected.len()));
-        if !matches!(arrived, Ok(true)) || !self.inlet.bytes().starts_with(&expected) {
-            return Err(Doubt::NotConfirmed.into());
-        }
-        self.inlet.consume(expected.len());
-        Ok(())
+    /// The device whose state comes in sections of this name, piece by piece.
+    fn iterative(&self, idstr: &CountedString) -> Option<&dyn IterativeDevice> {
+        self.guest.devices().iterative().into_iter().find(|device| *idstr == *device.idstr())
     }
 
-    /// Puts a message on the return path, if there is one.
-    fn report(&self, message: &Message) {
-        if !self.loader.return_path {
-            return;
+    fn load_piece(&self, idstr: &CountedString, state: &[u8]) -> Result<(), GuestError> {
+        self.iterative(idstr).ok_or_else(|| format!("there is no device '{idstr}'"))?.load(state)
+    }
+
+    fn consume(&mut self, count: usize) {
+        if count > 0 {
+            self.inlet.consume(count);
         }
+    }
+
+    /// Puts a message on the return path.
+    fn send(&self, message: &Message) {
         let mut writer = Writer::new();
         message.encode(&mut writer);
         // If the source is gone, reading will tell.
         if let Err(error) = write_all(self.channel, &mut [Source::bytes(writer.as_bytes())]) {
             tracing::debug!(%error, ?message, "the return path is broken");
-        }
-    }
-
-    fn place(&self, kind: LoadError, offset: u64) -> Located<LoadError> {
-        let error = Located::new(kind, offset);
-        match self.decoder.current_section() {
-            Some(header) => error.within(format!("section {} '{}'", header.section_id, header.idstr)),
-            None => error,
         }
     }
 }
@@ -425,8 +421,4 @@ fn is_cut(error: &MigrationError) -> bool {
         }
         _ => false,
     }
-}
-
-fn located(error: qevm_savevm::Error) -> Located<LoadError> {
-    error.map(LoadError::from)
 }

@@ -75,6 +75,7 @@
 //! |---|---|
 //! | `address`, `channel`, `socket`, `pipe`, `connections` | where a peer is, and the ways to it |
 //! | `strangers`, `arrivals` | connections until it is known what they are; those of one source |
+//! | `core` | what the engines decide, without I/O, threads and clocks |
 //! | `capabilities`, `parameters`, [`rate`] | QEMU's settings by their names; the rate limit |
 //! | `guest` | [`Guest`], [`Devices`], [`Hooks`]: what the engines need of a virtual machine |
 //! | `registry`, `description` | [`Registry`]: devices that are declared, and their description |
@@ -82,7 +83,6 @@
 //! | `multifd` | page channels: threads that send and receive pages beside the main channel |
 //! | `page_file` | files in which every page has its place |
 //! | `pending`, [`switchover`] | what remains of everything, and when to stop the guest |
-//! | `core` | what the engines decide, without I/O, threads and clocks |
 //! | `source`, `return_path` | [`migrate`]: the source engine: threads, sockets and the guest around the core |
 //! | `inlet`, `touched`, `ram_receiver`, `destination` | [`receive`]: the destination engine |
 //! | `handover`, `verdict` | who runs the guest when the connection breaks in the last moment |
@@ -102,7 +102,7 @@ mod capabilities;
 mod channel;
 mod connections;
 mod converge;
-mod core;
+pub mod core;
 mod description;
 mod descriptors;
 mod destination;

@@ -6,7 +6,7 @@ use super::{
     touched::Touched,
     zero::is_zero,
 };
-use qevm_savevm::ram::{BlockId, PageAt, RamBlock, RamRecord, flag};
+use qevm_savevm::ram::{BlockId, PageAt, RamBlock, flag};
 use qevm_wire::CountedString;
 use qevm_wire::{Located, PageGeometry};
 use std::sync::Arc;
@@ -40,24 +40,6 @@ pub(crate) struct Listed {
 }
 
 impl<'g> RamReceiver<'g> {
-    /// Takes in a record without payload. `at` is the offset of the record.
-    pub(crate) fn record(&mut self, guest: &'g dyn Guest, record: &RamRecord<'_>) -> Result<(), LoadError> {
-        match record {
-            RamRecord::MemSize { .. } => *self = RamReceiver::default(),
-            RamRecord::Block(block) => self.add_block(guest, block)?,
-            RamRecord::Zero(page) => self.clear_page(page),
-            RamRecord::Xbzrle { page, data } => self.apply_difference(page, data)?,
-            // What these synchronise is the caller's.
-            RamRecord::EndOfBlocks | RamRecord::EndOfSection | RamRecord::MultifdFlush => {}
-            RamRecord::Compressed { .. } => {
-                return Err(LoadError::Unsupported("capability 'compress' (turn it off at the source)".into()));
-            }
-            // A page is moved by the caller; what else there may be one day is not understood.
-            other => return Err(LoadError::Unsupported(format!("{other:?}"))),
-        }
-        Ok(())
-    }
-
     /// Where a page goes whose bytes are next in the stream.
     pub(crate) fn page(&mut self, page: &PageAt) -> VolatileSlice<'g> {
         let goes_on =
@@ -68,11 +50,6 @@ impl<'g> RamReceiver<'g> {
         let index = PageGeometry::X86.index(page.offset);
         block.written.mark(index..index + 1);
         block.memory(page)
-    }
-
-    /// Whether a page with content has come.
-    pub(crate) fn has_pages(&self) -> bool {
-        self.last.is_some()
     }
 
     /// The pages that come next if the source goes on as before. Only those that hold nothing yet: nothing is lost there if something
@@ -108,7 +85,8 @@ impl<'g> RamReceiver<'g> {
         self.blocks.iter().map(listed).collect()
     }
 
-    fn add_block(&mut self, guest: &'g dyn Guest, block: &RamBlock) -> Result<(), LoadError> {
+    /// A block was listed.
+    pub(crate) fn add_block(&mut self, guest: &'g dyn Guest, block: &RamBlock) -> Result<(), LoadError> {
         let find = || guest.ram().into_iter().enumerate().find(|(_, view)| block.name == *view.name);
         let Some((index, mut view)) = find() else {
             let names: Vec<_> = guest.ram().iter().map(|view| format!("\"{}\"", view.name)).collect();
@@ -132,7 +110,7 @@ impl<'g> RamReceiver<'g> {
     }
 
     /// Clears a page, without touching it if it is clear.
-    fn clear_page(&mut self, page: &PageAt) {
+    pub(crate) fn clear_page(&mut self, page: &PageAt) {
         let block = self.known(page.block);
         let index = PageGeometry::X86.index(page.offset);
         let memory = block.memory(page);
@@ -141,7 +119,8 @@ impl<'g> RamReceiver<'g> {
         }
     }
 
-    fn apply_difference(&mut self, page: &PageAt, data: &[u8]) -> Result<(), LoadError> {
+    /// Changes a page by an XBZRLE difference.
+    pub(crate) fn apply_difference(&mut self, page: &PageAt, data: &[u8]) -> Result<(), LoadError> {
         let memory = self.page(page);
         let mut content = vec![0; memory.len()];
         let outside = |error: vm_memory::VolatileMemoryError| LoadError::Unsupported(error.to_string());

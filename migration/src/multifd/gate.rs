@@ -1,73 +1,53 @@
-//! Who waits for whom at the destination: the barrier of `qevm-multifd` between threads.
+//! Who waits for whom at the destination: the synchronisation of the core between threads.
 
-use crate::LoadError;
-use qevm_multifd::{Progress, SyncBarrier, SyncError};
+use crate::{
+    LoadError,
+    core::{Mark, Synchronisation},
+};
+use qevm_multifd::SyncError;
 use std::{
     sync::{
         Condvar, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicU64, Ordering},
     },
-    time::Duration,
+    time::Instant,
 };
-
-/// What the main channel met.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Mark {
-    /// A flush record.
-    Flush,
-    /// An EOS of the `ram` section.
-    Eos,
-}
-
-/// Longest time in which nothing at all arrives while the main channel waits for SYNC packets. The mark on the main channel is
-/// sent behind them, so whatever is missing is on its way already.
-const SYNC_PATIENCE: Duration = Duration::from_secs(60);
 
 /// Lets the main channel and the page channels of a destination go on together.
 #[derive(Debug)]
 pub(crate) struct Gate {
-    barrier: Mutex<SyncBarrier>,
+    synchronisation: Mutex<Synchronisation>,
     changed: Condvar,
     received: AtomicU64,
+    start: Instant,
 }
 
 impl Gate {
-    /// For so many page channels. How the source flushes is told by the stream.
+    /// For so many page channels.
     pub(crate) fn new(channels: u8) -> Self {
-        let barrier = Mutex::new(SyncBarrier::new(channels, None));
-        Gate { barrier, changed: Condvar::new(), received: AtomicU64::new(0) }
+        Gate {
+            synchronisation: Mutex::new(Synchronisation::new(channels)),
+            changed: Condvar::new(),
+            received: AtomicU64::new(0),
+            start: Instant::now(),
+        }
     }
 
     /// The main channel met a mark, and waits if it has to.
     pub(crate) fn main(&self, mark: Mark) -> Result<(), SyncError> {
-        let mut barrier = self.lock();
-        let number = barrier.completed();
-        let progress = match mark {
-            Mark::Flush => barrier.main_flush(),
-            Mark::Eos => barrier.main_eos(),
-        };
+        let mut synchronisation = self.lock();
+        let met = synchronisation.main(mark, self.received(), self.start.elapsed());
         self.changed.notify_all();
-        if progress? != Progress::Wait {
-            return Ok(());
-        }
-        let mut received = self.received();
+        met?;
         loop {
-            let waiting = |barrier: &mut SyncBarrier| barrier.completed() == number && barrier.healthy().is_ok();
-            let (now, _) = self
-                .changed
-                .wait_timeout_while(barrier, SYNC_PATIENCE, waiting)
-                .unwrap_or_else(PoisonError::into_inner);
-            barrier = now;
-            barrier.healthy()?;
-            if barrier.completed() != number {
-                return Ok(());
-            }
-            let so_far = self.received();
-            if std::mem::replace(&mut received, so_far) == so_far {
-                let error = barrier.timed_out();
+            let now = self.start.elapsed();
+            let waits = synchronisation.main_waits(self.received(), now);
+            if waits.is_err() {
                 self.changed.notify_all();
-                return Err(error);
             }
+            let Some(until) = waits? else { return Ok(()) };
+            let woken = self.changed.wait_timeout(synchronisation, until.saturating_sub(now));
+            (synchronisation, _) = woken.unwrap_or_else(PoisonError::into_inner);
         }
     }
 
@@ -76,18 +56,15 @@ impl Gate {
         self.lock().main_end()
     }
 
-    /// A page channel met a SYNC packet and waits for the others. How long is up to the main channel, which may be waiting for
-    /// its source's rate limit.
+    /// A page channel met a SYNC packet and waits for the others.
     pub(super) fn channel_sync(&self, channel: u8) -> Result<(), SyncError> {
-        let mut barrier = self.lock();
-        let number = barrier.completed();
-        let progress = barrier.channel_sync(channel);
+        let mut synchronisation = self.lock();
+        let met = synchronisation.channel_sync(channel);
         self.changed.notify_all();
-        if progress? != Progress::Wait {
-            return Ok(());
-        }
-        let waiting = |barrier: &mut SyncBarrier| barrier.completed() == number && barrier.healthy().is_ok();
-        self.changed.wait_while(barrier, waiting).unwrap_or_else(PoisonError::into_inner).healthy()
+        met?;
+        let waiting = |synchronisation: &mut Synchronisation| synchronisation.channel_waits(channel) == Ok(true);
+        let woken = self.changed.wait_while(synchronisation, waiting);
+        woken.unwrap_or_else(PoisonError::into_inner).channel_waits(channel).map(|_| ())
     }
 
     /// A page channel was closed at the end of a packet.
@@ -99,7 +76,7 @@ impl Gate {
 
     /// Lets everybody who waits give up, for this reason.
     pub(crate) fn abandon(&self, reason: impl Into<String>) {
-        self.lock().abort(reason);
+        self.lock().abandon(reason);
         self.changed.notify_all();
     }
 
@@ -113,8 +90,8 @@ impl Gate {
         self.received.load(Ordering::Relaxed)
     }
 
-    fn lock(&self) -> MutexGuard<'_, SyncBarrier> {
-        self.barrier.lock().unwrap_or_else(PoisonError::into_inner)
+    fn lock(&self) -> MutexGuard<'_, Synchronisation> {
+        self.synchronisation.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 

@@ -8,7 +8,7 @@
 //! | `saver` | a thread that writes them to their places in a file instead (`mapped-ram`) |
 //! | `stream` | the reading end of one page channel |
 //! | `receiver` | a thread that reads pages straight into guest memory |
-//! | `gate` | [`Gate`]: who waits for whom at the destination |
+//! | `gate` | [`Gate`]: who waits for whom at the destination, between threads |
 
 mod gate;
 mod queue;
@@ -18,7 +18,7 @@ mod sender;
 mod settings;
 mod stream;
 
-pub(crate) use gate::{Gate, Mark};
+pub(crate) use gate::Gate;
 pub(crate) use queue::{Batch, Counts, Queue};
 pub(crate) use receiver::receive_pages;
 pub(crate) use saver::save_pages;

@@ -1,13 +1,11 @@
 //! A thread that reads the pages of one channel.
 
-use super::{
-    Gate, PageStream,
-    stream::{Item, Payload},
-};
+use super::{Gate, PageStream, stream::Payload};
 use crate::PAGE_SIZE;
 use crate::{
     Guest, LoadError, MigrationError, RamView,
     channel::Target,
+    core::PageAction,
     ram_receiver::{Listed, ZERO_PAGE},
     zero::is_zero,
 };
@@ -32,16 +30,20 @@ pub(crate) fn receive_pages(
     let number = stream.number();
     let synchronisation = |error| MigrationError::from(Located::new(LoadError::from(error), 0));
     loop {
-        let sync = match stream.next()? {
-            Item::End => return gate.channel_end(number).map_err(synchronisation),
-            Item::Packet(packet, payload) => {
-                receiver.packet(&packet, payload, gate)?;
-                packet.is_sync()
+        let PageStream { channel, core, header, filled, ahead } = &mut *stream;
+        let length_of = |name: &[u8]| receiver.block(name).map(|(listed, _)| listed.used_length);
+        match core.next(&header[..*filled], length_of)?.action {
+            PageAction::Read { at_least } => stream.fill(at_least)?,
+            PageAction::Packet(packet) => {
+                // All of the header is used.
+                *filled = 0;
+                receiver.packet(&packet, Payload { channel: &**channel, core, ahead, filled }, gate)?;
+                stream.advance();
             }
-        };
-        stream.advance();
-        if sync {
-            gate.channel_sync(number).map_err(synchronisation)?;
+            // A packet's payload is read with the packet, so that none is left.
+            PageAction::Payload { remaining } => return Err(core.cut(remaining, 0)),
+            PageAction::Synchronise => gate.channel_sync(number).map_err(synchronisation)?,
+            PageAction::End => return gate.channel_end(number).map_err(synchronisation),
         }
     }
 }
@@ -61,10 +63,8 @@ impl<'r> Receiver<'r> {
         if !packet.has_pages() {
             return Ok(());
         }
-        let block = self.block(packet.block_bytes());
-        payload.check(packet, block.map(|(listed, _)| listed.used_length))?;
-        // The check has refused a block that is unknown.
-        let Some((listed, view)) = block else { return Ok(()) };
+        // A block that is unknown was refused.
+        let Some((listed, view)) = self.block(packet.block_bytes()) else { return Ok(()) };
         for run in packet.zero_runs() {
             for offset in (run.offset..run.offset + run.len).step_by(PAGE) {
                 if listed.touched.contains(PageGeometry::X86.index(offset)) {

@@ -1,0 +1,494 @@
+//! The destination of a migration.
+
+mod action;
+mod loader;
+
+pub use action::{Action, SectionUse, Turn};
+
+use super::Mark;
+use crate::{DeviceSection, Doubt, GuestError, LoadError, MigrationError, handover};
+use loader::{Loader, RamSection, Then};
+use qevm_multifd::{SyncError, is_page_channel};
+use qevm_returnpath::{
+    Message,
+    switchover::{DestinationGate, SwitchoverAckFlow},
+};
+use qevm_savevm::{
+    Decoder, DecoderOptions, PayloadKind,
+    framing::SectionHeader,
+    ram::{PageAt, RamBlock},
+};
+use qevm_wire::{Decode, Limits, Located, Step};
+use std::{collections::HashSet, io, time::Duration};
+
+/// What a destination has to know of its machine and of the settings.
+#[derive(Debug, Clone, Default)]
+pub struct DestinationOptions {
+    /// The machine type, as the configuration section carries it.
+    pub machine_type: String,
+    /// The names of the machine's RAM blocks, all of which must come.
+    pub ram: Vec<String>,
+    /// Where the stream begins in its file.
+    pub offset: u64,
+    /// A description is expected after the end of the stream.
+    pub vmdesc: bool,
+    /// What is written to the main channel goes somewhere.
+    pub answers: bool,
+    /// Capability `mapped-ram` is on.
+    pub mapped_ram: bool,
+    /// How acks of the switchover are counted; `None` without capability `switchover-ack`.
+    pub switchover_ack: Option<SwitchoverAckFlow>,
+    /// There are page channels.
+    pub page_channels: bool,
+    /// There are none, but a source with page channels has called.
+    pub page_channels_called: bool,
+    /// There are none, and the source may be one whose page channels were dropped: it must send a page within three seconds or say
+    /// something else.
+    pub hurried: bool,
+    /// Capability `late-block-activate` is on.
+    pub late_block_activate: bool,
+    /// How long the main channel may be silent; `None` for as long as it takes, since only the operator knows the source's rate limit.
+    pub silence: Option<Duration>,
+}
+
+/// A destination: told what arrived on the main channel, what the guest reported and what time it is, it says what to do next.
+///
+/// [`next`](Self::next) is shown the bytes that have arrived and are not done with, and names one [`Action`]. The driver carries it out, drops
+/// what was consumed and asks again. Where the action is a question to the guest, it is asked again until it was answered. Page channels have
+/// readers of their own, [`PageChannel`](super::PageChannel).
+///
+/// After an error, of the destination's or of the driver's ([`fail`](Self::fail)), the actions are those that tell the source and let go of it.
+#[derive(Debug)]
+pub struct Destination {
+    options: DestinationOptions,
+    decoder: Decoder,
+    loader: Loader,
+    phase: Phase,
+    payload: Payload,
+    /// Where the item of the last turn begins.
+    at: u64,
+    /// Nothing more comes.
+    ended: bool,
+    now: Duration,
+    /// When something came last.
+    arrived: Duration,
+}
+
+/// Where a destination is.
+#[derive(Debug)]
+enum Phase {
+    /// Nothing is known of whoever has connected.
+    Opening,
+    /// The stream is read.
+    Stream,
+    /// The guest says whether it has a use for a section.
+    Section { header: SectionHeader, usage: Option<SectionUse> },
+    /// The guest says whether a RAM block fits.
+    Block(RamBlock),
+    /// The pages of a block are fetched from their places in the file.
+    MappedBlock(RamBlock),
+    /// The page channels are waited for.
+    Synchronising(Mark),
+    /// The page channels are told that memory is complete.
+    EndOfMemory,
+    /// The guest takes over the state of its devices.
+    LoadingDevices,
+    /// The guest takes over its disks.
+    Activating { running: bool },
+    /// The source is told that the guest has arrived.
+    Telling { running: bool },
+    /// The source has been told, and confirms until then that it will not run the guest again.
+    Confirming { running: bool, until: Duration },
+    /// The guest is here and nowhere else.
+    Arrived { running: bool },
+    /// The source is told of a failure.
+    Failing,
+    /// The source may read and close until then.
+    Lingering { until: Duration },
+    /// Everything is over, and the guest must not run.
+    Over,
+}
+
+/// Whose payload is next on the main channel.
+#[derive(Debug, Clone, Copy)]
+enum Payload {
+    Page(PageAt),
+    /// Of a device, or of nobody.
+    Other,
+}
+
+/// How long the source's host may take to acknowledge the last word, and the source to confirm it.
+const PATIENCE: Duration = crate::verdict::PATIENCE;
+/// How long the source may take to close after it was told of a failure.
+const LINGER: Duration = Duration::from_secs(1);
+/// How long a source may be silent that has sent no page, and whose page channels may have been dropped.
+const SILENCE: Duration = Duration::from_secs(3);
+/// Bytes that the state of all devices of a machine may have; with a full console it is some hundred kilobytes.
+const DEVICE_STATE: u64 = 64 << 20;
+/// Status of SHUT when the guest has arrived.
+const SUCCESS: u32 = 0;
+/// Status of SHUT when it has not.
+const FAILURE: u32 = 1;
+
+impl Destination {
+    /// A destination that nothing has reached, at time 0.
+    pub fn new(options: DestinationOptions) -> Self {
+        let limits = Limits { device_state: DEVICE_STATE, device_section: DEVICE_STATE, ..Limits::default() };
+        let (vmdesc, offset) = (options.vmdesc, options.offset);
+        Destination {
+            decoder: Decoder::new(DecoderOptions { vmdesc, live: true, offset, limits, ..DecoderOptions::default() }),
+            loader: Loader {
+                machine_type: options.machine_type.clone(),
+                mapped_ram: options.mapped_ram,
+                answers: options.answers,
+                page_channels: options.page_channels,
+                gate: DestinationGate::new(options.switchover_ack),
+                devices: Vec::new(),
+                listed: Vec::new(),
+                came: HashSet::new(),
+                ram: RamSection::Awaited,
+                has_pages: false,
+                section: None,
+                return_path: false,
+                confirmation: false,
+            },
+            phase: Phase::Opening,
+            payload: Payload::Other,
+            at: offset,
+            ended: false,
+            now: Duration::ZERO,
+            arrived: Duration::ZERO,
+            options,
+        }
+    }
+
+    /// What to do next, where `input` is what has arrived on the main channel and is not done with.
+    ///
+    /// # Errors
+    /// What arrived is wrong or ends too early, or a wait was too long. The guest must not run here; with
+    /// [`MigrationError::Undecided`] it is wholly here, and may run at the source.
+    pub fn next<'a>(&mut self, input: &'a [u8]) -> Result<Turn<'a>, MigrationError> {
+        let turn = self.turn(input);
+        if let Err(error) = &turn {
+            self.fail(error);
+        }
+        turn
+    }
+
+    /// It is `now`.
+    pub fn time(&mut self, now: Duration) {
+        self.now = now.max(self.now);
+    }
+
+    /// More has come on the main channel, and it is `now`.
+    pub fn arrived(&mut self, now: Duration) {
+        self.time(now);
+        self.arrived = self.now;
+    }
+
+    /// Nothing more comes on the main channel.
+    pub fn end_of_input(&mut self) {
+        self.ended = true;
+        self.decoder.end_of_input();
+    }
+
+    /// The next bytes of the main channel, so many, are in their place: of a page or of a [mapped block](Action::MappedBlock), or they
+    /// are of no use.
+    ///
+    /// # Errors
+    /// They are more than belong there.
+    pub fn placed(&mut self, count: u64) -> Result<(), MigrationError> {
+        if matches!(self.phase, Phase::MappedBlock(_)) {
+            self.phase = Phase::Stream;
+        }
+        self.decoder.skip_payload(count).map_err(located)?;
+        Ok(())
+    }
+
+    /// The guest has a use for the [section](Action::Section), or what the operator may do.
+    ///
+    /// # Errors
+    /// It has none, or the section has come before.
+    pub fn section(&mut self, known: Result<(), String>) -> Result<(), MigrationError> {
+        match std::mem::replace(&mut self.phase, Phase::Stream) {
+            Phase::Section { header, usage } => {
+                let taken = self.loader.section(header, usage, known);
+                taken.map_err(|error| self.refuse(error))
+            }
+            phase => self.out_of_turn(phase),
+        }
+    }
+
+    /// The guest has the [block](Action::Block) that was listed.
+    pub fn block_fits(&mut self) {
+        self.phase = match std::mem::replace(&mut self.phase, Phase::Stream) {
+            Phase::Block(block) if block.mapped_ram.is_some() => Phase::MappedBlock(block),
+            Phase::Block(_) => Phase::Stream,
+            phase => phase,
+        };
+    }
+
+    /// The main channel and the page channels have [synchronised](Action::Synchronise), or memory is [complete](Action::EndOfMemory)
+    /// on all of them.
+    ///
+    /// # Errors
+    /// They have not; or not all of guest memory has come.
+    pub fn synchronised(&mut self, result: Result<(), SyncError>) -> Result<(), MigrationError> {
+        result.map_err(|error| self.refuse(error.into()))?;
+        match std::mem::replace(&mut self.phase, Phase::Stream) {
+            Phase::Synchronising(_) => Ok(()),
+            Phase::EndOfMemory => self.memory_is_complete(),
+            phase => self.out_of_turn(phase),
+        }
+    }
+
+    /// The state of the devices.
+    pub fn devices(&self) -> &[DeviceSection] {
+        &self.loader.devices
+    }
+
+    /// The guest has taken over the state of the [devices](Action::LoadDevices), and ran at the source or not; or has
+    /// [its disks](Action::Activate).
+    ///
+    /// # Errors
+    /// It has not.
+    pub fn loaded(&mut self, result: Result<bool, GuestError>) -> Result<(), MigrationError> {
+        let running = result.map_err(|error| Located::new(LoadError::Devices(error), self.decoder.offset()))?;
+        self.loader.devices.clear();
+        self.phase =
+            if self.options.late_block_activate { self.verdict(running) } else { Phase::Activating { running } };
+        Ok(())
+    }
+
+    /// The guest has [its disks](Action::Activate).
+    ///
+    /// # Errors
+    /// It has not: somebody else uses one.
+    pub fn activated(&mut self, result: Result<(), GuestError>) -> Result<(), MigrationError> {
+        result.map_err(|error| Located::new(LoadError::Devices(error), self.decoder.offset()))?;
+        if let Phase::Activating { running } = self.phase {
+            self.phase = self.verdict(running);
+        }
+        Ok(())
+    }
+
+    /// The source has been [told](Action::Tell) that the guest has arrived.
+    ///
+    /// # Errors
+    /// It is not certain.
+    pub fn told(&mut self, result: Result<(), Doubt>) -> Result<(), MigrationError> {
+        result?;
+        if let Phase::Telling { running } = self.phase {
+            self.phase = match self.loader.confirmation {
+                true => Phase::Confirming { running, until: self.now + PATIENCE },
+                false => Phase::Arrived { running },
+            };
+        }
+        Ok(())
+    }
+
+    /// Something failed, here or at the driver's: from now on the source is told and let go of. Of a guest that may run there it is
+    /// told nothing.
+    pub fn fail(&mut self, error: &MigrationError) {
+        self.phase = match (&self.phase, error) {
+            (Phase::Failing | Phase::Lingering { .. } | Phase::Over, _) => return,
+            (_, MigrationError::Undecided(_)) => Phase::Over,
+            _ if self.loader.return_path => Phase::Failing,
+            _ => Phase::Over,
+        };
+    }
+
+    /// What the guest reported of the item of the last turn is an error of the stream's.
+    pub fn refuse(&self, kind: LoadError) -> MigrationError {
+        self.place(kind, self.at).into()
+    }
+
+    /// Whether a page with content has been met on the main channel.
+    pub fn has_pages(&self) -> bool {
+        self.loader.has_pages
+    }
+
+    /// Whether the source has been told that the guest has arrived: from then on it must not be told of a failure.
+    pub fn is_decided(&self) -> bool {
+        matches!(self.phase, Phase::Confirming { .. } | Phase::Arrived { .. })
+    }
+
+    /// Bytes of the stream, from the start of its file, that are done with.
+    pub fn offset(&self) -> u64 {
+        self.decoder.offset()
+    }
+
+    fn turn<'a>(&mut self, input: &'a [u8]) -> Result<Turn<'a>, MigrationError> {
+        let until = self.until();
+        if let Some(until) = until
+            && self.now >= until
+            && !self.ended
+        {
+            return self.too_long(until);
+        }
+        let action = match &self.phase {
+            Phase::Opening if input.len() < 4 && !self.ended => Action::Read { at_least: 4, until },
+            Phase::Opening => {
+                if is_page_channel(input) == Some(true) {
+                    return Err(self.place(LoadError::MultifdOff, 0).into());
+                }
+                self.phase = Phase::Stream;
+                Action::Continue
+            }
+            Phase::Stream => return self.stream(input),
+            Phase::Section { header, usage } => {
+                Action::Section { idstr: header.idstr.clone(), instance_id: header.instance_id, usage: *usage }
+            }
+            Phase::Block(block) => Action::Block(block.clone()),
+            Phase::MappedBlock(block) => {
+                Action::MappedBlock { block: block.clone(), gap: self.decoder.payload_remaining() }
+            }
+            Phase::Synchronising(mark) => Action::Synchronise(*mark),
+            Phase::EndOfMemory => Action::EndOfMemory,
+            Phase::LoadingDevices => Action::LoadDevices,
+            Phase::Activating { .. } => Action::Activate,
+            Phase::Telling { .. } => {
+                let patience = (!self.loader.confirmation).then_some(PATIENCE);
+                Action::Tell { message: Message::Shut { status: SUCCESS }, patience }
+            }
+            Phase::Confirming { running, until } => return self.confirm(input, *running, *until),
+            Phase::Arrived { running } => Action::Complete { running: *running },
+            Phase::Failing => {
+                self.phase = Phase::Lingering { until: self.now + LINGER };
+                Action::Send(Message::Shut { status: FAILURE })
+            }
+            Phase::Lingering { until } if self.ended || self.now >= *until => {
+                self.phase = Phase::Over;
+                Action::Close
+            }
+            Phase::Lingering { until } => Action::Linger { until: *until },
+            Phase::Over => Action::Close,
+        };
+        Ok(Turn { consumed: 0, action })
+    }
+
+    /// Until when something must have come, where a wait has a limit.
+    fn until(&self) -> Option<Duration> {
+        let limit = match self.phase {
+            Phase::Opening | Phase::Stream => {
+                let hurried = (self.options.hurried && !self.loader.has_pages).then_some(SILENCE);
+                hurried.into_iter().chain(self.options.silence).min()?
+            }
+            _ => return None,
+        };
+        Some(self.arrived + limit)
+    }
+
+    fn too_long(&self, until: Duration) -> Result<Turn<'static>, MigrationError> {
+        let silence = until - self.arrived;
+        let reason = format!("nothing has come for {} s", silence.as_secs());
+        let source = io::Error::new(io::ErrorKind::TimedOut, reason);
+        Err(MigrationError::Receive { offset: self.decoder.offset(), source })
+    }
+
+    fn stream<'a>(&mut self, input: &'a [u8]) -> Result<Turn<'a>, MigrationError> {
+        self.at = self.decoder.offset();
+        match self.decoder.next(input).map_err(located)? {
+            Step::Event { consumed, event } => {
+                let then = self.loader.take(event).map_err(|error| self.refuse(error))?;
+                self.payload = Payload::Other;
+                let action = match then {
+                    Then::Do(Action::Page { page, .. }) => {
+                        self.payload = Payload::Page(page);
+                        Action::Page { page, remaining: self.decoder.payload_remaining() }
+                    }
+                    Then::Do(action) => action,
+                    Then::Ask(phase) => {
+                        self.phase = phase;
+                        Action::Continue
+                    }
+                };
+                Ok(Turn { consumed, action })
+            }
+            Step::Payload { of, remaining } => self.pending(input, &of, remaining),
+            Step::NeedMore { at_least } => {
+                Ok(Turn { consumed: 0, action: Action::Read { at_least, until: self.until() } })
+            }
+            // A source that waits for the verdict sends nothing more, and the decoder asks for nothing more.
+            Step::End => self.stream_is_over(),
+        }
+    }
+
+    /// Of a payload so many bytes are not done with.
+    fn pending<'a>(&mut self, input: &'a [u8], of: &PayloadKind, remaining: u64) -> Result<Turn<'a>, MigrationError> {
+        if let Payload::Page(page) = self.payload {
+            return Ok(Turn { consumed: 0, action: Action::Page { page, remaining } });
+        }
+        if input.is_empty() {
+            return Ok(Turn { consumed: 0, action: Action::Read { at_least: 1, until: self.until() } });
+        }
+        // The state of a device, taken over as it comes; otherwise the description, which is skipped.
+        let consumed = input.len().min(usize::try_from(remaining).unwrap_or(usize::MAX));
+        let device = match of {
+            PayloadKind::DeviceData { section_id } => self.decoder.sections().get(*section_id),
+            _ => None,
+        };
+        let action = match device.map(|header| header.idstr.clone()) {
+            Some(idstr) => Action::LoadPiece { idstr, state: &input[..consumed] },
+            None => Action::Continue,
+        };
+        self.decoder.skip_payload(consumed as u64).map_err(located)?;
+        Ok(Turn { consumed, action })
+    }
+
+    fn stream_is_over(&mut self) -> Result<Turn<'static>, MigrationError> {
+        let offset = self.decoder.offset();
+        self.at = offset;
+        if self.options.page_channels_called && !self.loader.has_pages {
+            // Not every release's stream tells that its pages went elsewhere.
+            return Err(self.refuse(LoadError::MultifdOff));
+        }
+        match self.options.page_channels {
+            true => self.phase = Phase::EndOfMemory,
+            false => self.memory_is_complete()?,
+        }
+        Ok(Turn { consumed: 0, action: Action::Continue })
+    }
+
+    fn memory_is_complete(&mut self) -> Result<(), MigrationError> {
+        self.loader.check_complete(&self.options.ram).map_err(|error| self.refuse(error))?;
+        self.phase = Phase::LoadingDevices;
+        Ok(())
+    }
+
+    fn verdict(&self, running: bool) -> Phase {
+        if self.loader.return_path { Phase::Telling { running } } else { Phase::Arrived { running } }
+    }
+
+    /// Waits for the source to say that it will not run the guest again.
+    fn confirm(&mut self, input: &[u8], running: bool, until: Duration) -> Result<Turn<'static>, MigrationError> {
+        let expected = handover::confirmation()?;
+        if input.starts_with(&expected) {
+            self.phase = Phase::Arrived { running };
+            return Ok(Turn { consumed: expected.len(), action: Action::Continue });
+        }
+        if input.len() < expected.len() && !self.ended && self.now < until {
+            return Ok(Turn { consumed: 0, action: Action::Read { at_least: expected.len(), until: Some(until) } });
+        }
+        Err(Doubt::NotConfirmed.into())
+    }
+
+    fn place(&self, kind: LoadError, offset: u64) -> Located<LoadError> {
+        let error = Located::new(kind, offset);
+        match self.decoder.current_section() {
+            Some(header) => error.within(format!("section {} '{}'", header.section_id, header.idstr)),
+            None => error,
+        }
+    }
+
+    /// The driver has answered a question that was not asked.
+    fn out_of_turn(&mut self, phase: Phase) -> Result<(), MigrationError> {
+        self.phase = phase;
+        let source = "the destination was told the answer to a question that it had not asked".into();
+        Err(MigrationError::Guest { doing: "drive the destination", source })
+    }
+}
+
+fn located(error: qevm_savevm::Error) -> Located<LoadError> {
+    error.map(LoadError::from)
+}

@@ -1,0 +1,243 @@
+//! What the events of a stream mean for a destination.
+
+use super::{Action, Phase, SectionUse};
+use crate::{DeviceSection, LoadError, core::Mark, handover};
+use qevm_returnpath::{
+    Message,
+    switchover::{Ack, DestinationGate},
+};
+use qevm_savevm::{
+    Event,
+    command::Command,
+    configuration::{Configuration, ConfigurationSubsection},
+    framing::{Content, SectionHeader, SectionKind},
+    ram::RamRecord,
+    vfio::VfioRecord,
+};
+use qevm_wire::{CountedString, PageGeometry};
+use std::collections::HashSet;
+
+/// The capability that both sides must agree on and that is supported here.
+const MAPPED_RAM: &str = "mapped-ram";
+
+/// What has come so far.
+#[derive(Debug)]
+pub(super) struct Loader {
+    pub(super) machine_type: String,
+    pub(super) mapped_ram: bool,
+    /// What is written to the main channel goes somewhere.
+    pub(super) answers: bool,
+    /// There are page channels.
+    pub(super) page_channels: bool,
+    /// Says when to agree to the switchover. No device wants to be asked.
+    pub(super) gate: DestinationGate,
+    pub(super) devices: Vec<DeviceSection>,
+    /// The RAM blocks that were listed.
+    pub(super) listed: Vec<CountedString>,
+    /// The sections that were opened.
+    pub(super) came: HashSet<(CountedString, u32)>,
+    pub(super) ram: RamSection,
+    /// A page with content has come.
+    pub(super) has_pages: bool,
+    /// The device section that is open.
+    pub(super) section: Option<SectionHeader>,
+    /// The source listens.
+    pub(super) return_path: bool,
+    /// The source confirms the handover.
+    pub(super) confirmation: bool,
+}
+
+/// Where the section of guest memory is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum RamSection {
+    /// Before its START.
+    Awaited,
+    /// Of this id, before its END.
+    Open(u32),
+    /// After its END.
+    Ended,
+}
+
+/// What follows an event.
+pub(super) enum Then<'a> {
+    Do(Action<'a>),
+    /// The guest is asked; the phase says what.
+    Ask(Phase),
+}
+
+impl Loader {
+    /// Takes an event in, and says what follows.
+    pub(super) fn take<'a>(&mut self, event: Event<'a>) -> Result<Then<'a>, LoadError> {
+        match event {
+            Event::Ram(record) => return self.ram(record),
+            Event::Configuration(configuration) => self.compare(&configuration)?,
+            Event::Section { kind, header } => return self.open(kind, header),
+            Event::Body(body) => {
+                if let Some(SectionHeader { idstr, instance_id, version_id, .. }) = self.section.take() {
+                    self.devices.push(DeviceSection { idstr, instance_id, version_id, body: body.to_vec() });
+                }
+            }
+            Event::Vfio(VfioRecord::Setup | VfioRecord::Data { .. } | VfioRecord::EndOfState) => {}
+            Event::Command(command) => {
+                if let Some(message) = self.command(&command)?.filter(|_| self.return_path) {
+                    return Ok(Then::Do(Action::Send(message)));
+                }
+            }
+            Event::SectionPart { kind, section_id } => {
+                if kind == SectionKind::End && self.ram == RamSection::Open(section_id) {
+                    self.ram = RamSection::Ended;
+                }
+            }
+            Event::Header | Event::SectionFooter { .. } | Event::Eof | Event::VmDescription { .. } => {}
+            other => return Err(LoadError::Unsupported(format!("{other:?}"))),
+        }
+        Ok(Then::Do(Action::Continue))
+    }
+
+    fn ram<'a>(&mut self, record: RamRecord<'a>) -> Result<Then<'a>, LoadError> {
+        match record {
+            RamRecord::MemSize { .. } => {
+                self.listed.clear();
+                self.has_pages = false;
+                Ok(Then::Do(Action::ForgetBlocks))
+            }
+            RamRecord::Block(block) => {
+                self.listed.push(block.name.clone());
+                Ok(Then::Ask(Phase::Block(block)))
+            }
+            RamRecord::EndOfBlocks => Ok(Then::Do(Action::Continue)),
+            RamRecord::Zero(page) => Ok(Then::Do(Action::Zero(page))),
+            RamRecord::Xbzrle { page, data } => {
+                self.has_pages = true;
+                Ok(Then::Do(Action::Difference { page, data }))
+            }
+            RamRecord::MultifdFlush => match self.page_channels {
+                true => Ok(Then::Ask(Phase::Synchronising(Mark::Flush))),
+                false => Err(LoadError::MultifdOff),
+            },
+            RamRecord::EndOfSection => match self.page_channels {
+                true => Ok(Then::Ask(Phase::Synchronising(Mark::Eos))),
+                false => Ok(Then::Do(Action::Continue)),
+            },
+            RamRecord::Compressed { .. } => {
+                Err(LoadError::Unsupported("capability 'compress' (turn it off at the source)".into()))
+            }
+            RamRecord::Page(page) => {
+                self.has_pages = true;
+                Ok(Then::Do(Action::Page { page, remaining: 0 }))
+            }
+            // What else there may be one day is not understood.
+            other => Err(LoadError::Unsupported(format!("{other:?}"))),
+        }
+    }
+
+    /// The answer to a command.
+    fn command(&mut self, command: &Command) -> Result<Option<Message>, LoadError> {
+        match command {
+            Command::OpenReturnPath => {
+                self.return_path = self.answers;
+                let ack = self.gate.return_path_opened()?;
+                Ok((ack == Ack::Send).then_some(Message::SwitchoverAck))
+            }
+            Command::Ping(handover::ANNOUNCE) => {
+                self.confirmation = self.return_path;
+                Ok(Some(Message::Pong { value: handover::AGREED }))
+            }
+            Command::Ping(value) => Ok(Some(Message::Pong { value: *value })),
+            Command::SwitchoverStart => Ok(None),
+            command => {
+                let capability = match command {
+                    Command::EnableColo => "x-colo",
+                    _ => "postcopy-ram",
+                };
+                let name = command.name();
+                Err(LoadError::Unsupported(format!(
+                    "command {name} of capability '{capability}' (turn it off at the source)"
+                )))
+            }
+        }
+    }
+
+    fn open(&mut self, kind: SectionKind, header: SectionHeader) -> Result<Then<'static>, LoadError> {
+        let usage = match header.content() {
+            Content::Ram if header.instance_id == 0 => {
+                self.ram = RamSection::Open(header.section_id);
+                self.first(&header)?;
+                return Ok(Then::Do(Action::Continue));
+            }
+            // Their configuration, which is a FULL section, comes with devices on PCI, which are not supported.
+            Content::Vfio if kind == SectionKind::Start && header.instance_id == 0 => Some(SectionUse::Iterative),
+            Content::Opaque if kind == SectionKind::Full => Some(SectionUse::Device),
+            _ => None,
+        };
+        Ok(Then::Ask(Phase::Section { header, usage }))
+    }
+
+    /// The guest has said whether it has a use for a section; if not, with the advice for the operator.
+    pub(super) fn section(
+        &mut self,
+        header: SectionHeader,
+        usage: Option<SectionUse>,
+        known: Result<(), String>,
+    ) -> Result<(), LoadError> {
+        if let Err(advice) = known {
+            let SectionHeader { idstr, instance_id, .. } = header;
+            return Err(LoadError::UnknownSection { idstr, instance_id, advice });
+        }
+        self.first(&header)?;
+        if usage == Some(SectionUse::Device) {
+            self.section = Some(header);
+        }
+        Ok(())
+    }
+
+    fn first(&mut self, header: &SectionHeader) -> Result<(), LoadError> {
+        let SectionHeader { idstr, instance_id, .. } = header;
+        if self.came.insert((idstr.clone(), *instance_id)) {
+            return Ok(());
+        }
+        Err(LoadError::SectionAgain { idstr: idstr.clone(), instance_id: *instance_id })
+    }
+
+    /// Refuses a stream that has not brought all of guest memory, whose blocks are called `names`. Which devices are missing, the
+    /// guest says.
+    pub(super) fn check_complete(&self, names: &[String]) -> Result<(), LoadError> {
+        match self.ram {
+            RamSection::Awaited => return Err(LoadError::RamIncomplete { missing: "START" }),
+            RamSection::Open(_) => return Err(LoadError::RamIncomplete { missing: "END" }),
+            RamSection::Ended => {}
+        }
+        let missing = names.iter().find(|name| !self.listed.iter().any(|listed| *listed == ***name));
+        missing.map_or(Ok(()), |name| Err(LoadError::MissingRamBlock { name: name.clone() }))
+    }
+
+    fn compare(&self, configuration: &Configuration) -> Result<(), LoadError> {
+        // QEMU compares as many bytes as were sent.
+        if !self.machine_type.as_bytes().starts_with(&configuration.machine) {
+            let found = configuration.machine.escape_ascii().to_string();
+            return Err(LoadError::MachineType { found, expected: self.machine_type.clone() });
+        }
+        let (here, there) = (self.mapped_ram, configuration.has_capability(MAPPED_RAM));
+        if here != there {
+            return Err(LoadError::CapabilityDiffers { name: MAPPED_RAM, here });
+        }
+        for subsection in &configuration.subsections {
+            match subsection {
+                ConfigurationSubsection::TargetPageBits(_) => {
+                    let found = configuration.page_geometry().map_or(0, PageGeometry::size);
+                    if found != PageGeometry::X86.size() {
+                        return Err(LoadError::PageSize { found, expected: PageGeometry::X86.size() });
+                    }
+                }
+                ConfigurationSubsection::Capabilities(names) => {
+                    if let Some(found) = names.iter().find(|name| *name != MAPPED_RAM).cloned() {
+                        return Err(LoadError::Capability { found });
+                    }
+                }
+                // There is no UUID to compare with, and QEMU without one does not compare either.
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+}
