@@ -8,7 +8,7 @@ SHELL := bash
 export CARGO_TERM_COLOR ?= auto
 SKIPPED := $(CURDIR)/target/skipped-tests.txt
 
-.PHONY: demo test setup lint unit doc skipped conformance-full lab bench fuzz-smoke
+.PHONY: demo test setup lint unit doc skipped conformance-full lab bench fuzz-smoke simulate
 
 setup:
 	@scripts/setup
@@ -63,3 +63,7 @@ bench: setup
 # Every fuzz target for a minute each, from its committed seeds.
 fuzz-smoke:
 	scripts/fuzz-smoke 60
+
+# A million simulated migrations; `make test` has ten thousand.
+simulate: setup
+	QEVM_SIMULATED_MIGRATIONS=1000000 cargo test --release --package qevm-migration --lib testing::

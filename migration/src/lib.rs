@@ -85,6 +85,7 @@
 //! | `pending`, [`switchover`] | what remains of everything, and when to stop the guest |
 //! | `source`, `return_path` | [`migrate`]: the source engine: threads, sockets and the guest around the core |
 //! | `inlet`, `touched`, `ram_receiver`, `destination` | [`receive`]: the destination engine |
+//! | `testing` | simulated migrations (feature `testing`) |
 //! | `handover`, `verdict` | who runs the guest when the connection breaks in the last moment |
 //! | `job`, `statistics` | control and what `query-migrate` reports |
 //!
@@ -129,6 +130,8 @@ mod source;
 mod statistics;
 mod strangers;
 pub mod switchover;
+#[cfg(any(test, feature = "testing"))]
+pub mod testing;
 mod touched;
 mod verdict;
 mod zero;

@@ -1,0 +1,286 @@
+//! A driver of the destination's core, over simulated links.
+
+use super::{Link, Memory, Plan, Plant, Random, memory::PAGE, pages::Pages};
+use crate::{
+    Doubt, LoadError, MigrationError,
+    core::{Action, Destination, DestinationOptions, Synchronisation, Turn},
+};
+use qevm_returnpath::Message;
+use qevm_savevm::ram::PageAt;
+use qevm_wire::Writer;
+use std::{io, time::Duration};
+
+/// How long the main channel may be silent.
+const SILENCE: Duration = Duration::from_secs(20);
+
+/// The destination's end.
+pub(super) struct Receiver {
+    pub(super) memory: Memory,
+    /// The state of the device that arrived.
+    pub(super) work: Option<u64>,
+    /// The guest runs here.
+    pub(super) runs: bool,
+    /// Everything is over.
+    pub(super) over: bool,
+    /// SHUT 0 was sent.
+    pub(super) told: bool,
+    /// Why it failed.
+    pub(super) error: Option<String>,
+    /// Most bytes that lay in buffers.
+    pub(super) most: usize,
+    core: Destination,
+    sync: Synchronisation,
+    input: Vec<u8>,
+    pages: Vec<Pages>,
+    received: u64,
+    random: Random,
+    plant: Plant,
+    /// The main channel waits for the page channels.
+    waits: bool,
+    /// How often the main channel has met a mark, and something has failed.
+    marks: u64,
+    failures: u64,
+    /// Until when the last word must be acknowledged.
+    telling: Option<Duration>,
+    /// When something came last on the main channel.
+    arrived: Duration,
+    wake: Option<Duration>,
+}
+
+impl Receiver {
+    pub(super) fn new(plan: &Plan) -> Self {
+        let options = DestinationOptions {
+            machine_type: "microvm".into(),
+            ram: vec!["microvm.ram".into()],
+            answers: true,
+            page_channels: plan.channels > 0,
+            silence: Some(SILENCE),
+            ..DestinationOptions::default()
+        };
+        Receiver {
+            memory: Memory::new(plan.pages),
+            work: None,
+            runs: false,
+            over: false,
+            told: false,
+            error: None,
+            most: 0,
+            core: Destination::new(options),
+            sync: Synchronisation::new(plan.channels.max(1)),
+            input: Vec::new(),
+            pages: (0..plan.channels).map(|number| Pages::new(number, plan)).collect(),
+            received: 0,
+            random: Random::new(plan.seed ^ 0xd5),
+            plant: plan.plant,
+            waits: false,
+            marks: 0,
+            failures: 0,
+            telling: None,
+            arrived: Duration::ZERO,
+            wake: None,
+        }
+    }
+
+    /// When it must be woken if nothing comes.
+    pub(super) fn wake(&self) -> Option<Duration> {
+        self.wake
+    }
+
+    /// Goes on as far as it can at this time.
+    pub(super) fn step(&mut self, now: Duration, links: &mut [Link], back: &mut Link) {
+        self.wake = None;
+        self.core.time(now);
+        // Who is let go by another channel goes on at the same time.
+        loop {
+            let before = self.progress();
+            self.round(now, links, back);
+            if self.progress() == before {
+                break;
+            }
+        }
+        if self.over {
+            links.iter_mut().for_each(Link::refuse);
+            back.close(now);
+        }
+    }
+
+    /// Each channel goes on, any of them first.
+    fn round(&mut self, now: Duration, links: &mut [Link], back: &mut Link) {
+        let first = self.random.below(links.len() as u64) as usize;
+        for turn in 0..links.len() {
+            let channel = (first + turn) % links.len();
+            let stepped = match channel.checked_sub(1) {
+                None => self.main(now, &mut links[0], back),
+                Some(number) => self.page_channel(number, now, &mut links[channel]),
+            };
+            if let Err(error) = stepped {
+                self.error.get_or_insert_with(|| error.to_string());
+                self.sync.abandon(error.to_string());
+                self.waits = false;
+                self.core.fail(&error);
+                self.failures += 1;
+                if let Some(number) = channel.checked_sub(1) {
+                    self.pages[number].over = true;
+                }
+            }
+        }
+    }
+
+    /// How often somebody has synchronised or failed.
+    fn progress(&self) -> u64 {
+        self.marks + self.failures + self.pages.iter().map(|pages| pages.marks).sum::<u64>()
+    }
+
+    fn main(&mut self, now: Duration, link: &mut Link, back: &mut Link) -> Result<(), MigrationError> {
+        while !self.over {
+            if self.waits {
+                let waits = self.sync.main_waits(self.received, now);
+                if let Ok(Some(until)) = waits {
+                    self.wake = Some(until);
+                    return Ok(());
+                }
+                self.waits = false;
+                self.core.synchronised(waits.map(|_| ()))?;
+            }
+            let Turn { consumed, action } = self.core.next(&self.input)?;
+            let mut used = consumed;
+            match action {
+                Action::Continue => {}
+                Action::Read { at_least, until } => {
+                    if !self.fill(at_least, now, link) {
+                        self.wake = until;
+                        return Ok(());
+                    }
+                }
+                Action::Page { page, remaining } => {
+                    let there = (self.input.len() - consumed).min(remaining as usize);
+                    let at = PAGE - remaining as usize;
+                    let content = &self.input[consumed..consumed + there];
+                    self.memory.page_mut(index(&page))[at..at + there].copy_from_slice(content);
+                    used += there;
+                    self.core.placed(there as u64)?;
+                    if self.plant == Plant::EarlyShut && !self.told {
+                        self.send(now, back, &Message::Shut { status: 0 });
+                    }
+                    if there == 0 {
+                        self.input.drain(..used);
+                        if !self.fill(1, now, link) {
+                            self.wake = Some(self.arrived + SILENCE);
+                            return Ok(());
+                        }
+                        continue;
+                    }
+                }
+                Action::Zero(page) => self.memory.page_mut(index(&page)).fill(0),
+                Action::Block(block) if block.used_length == (self.memory.pages() * PAGE) as u64 => {
+                    self.core.block_fits();
+                }
+                Action::Block(block) => {
+                    let expected = (self.memory.pages() * PAGE) as u64;
+                    let kind = LoadError::RamBlockSize { name: block.name, found: block.used_length, expected };
+                    return Err(self.core.refuse(kind));
+                }
+                Action::ForgetBlocks => {}
+                Action::Section { idstr, .. } => {
+                    self.core.section(if idstr == *"counter" { Ok(()) } else { Err(String::new()) })?;
+                }
+                Action::Synchronise(_) if self.plant == Plant::NoBarrier => self.core.synchronised(Ok(()))?,
+                Action::Synchronise(mark) => {
+                    self.marks += 1;
+                    let met = self.sync.main(mark, self.received, now);
+                    self.waits = met.is_ok();
+                    if let Err(error) = met {
+                        self.core.synchronised(Err(error))?;
+                    }
+                }
+                Action::EndOfMemory => {
+                    let ended = if self.plant == Plant::NoBarrier { Ok(()) } else { self.sync.main_end() };
+                    self.core.synchronised(ended)?;
+                }
+                Action::LoadDevices => {
+                    let state = self.core.devices().first().and_then(|device| device.body.first_chunk());
+                    self.work = state.map(|state| u64::from_be_bytes(*state));
+                    self.core.loaded(Ok(true))?;
+                }
+                Action::Activate => self.core.activated(Ok(()))?,
+                Action::Send(message) => self.send(now, back, &message),
+                Action::Tell { message, patience } => {
+                    if self.telling.is_none() {
+                        if link.has_ended(now) {
+                            self.core.told(Err(Doubt::SourceLeft))?;
+                        }
+                        self.send(now, back, &message);
+                    }
+                    let until = *self.telling.get_or_insert(now + patience.unwrap_or_default());
+                    match back.is_acknowledged(now) {
+                        _ if patience.is_none() => self.core.told(Ok(()))?,
+                        Some(true) => self.core.told(Ok(()))?,
+                        None => self.core.told(Err(Doubt::NotTold(io::ErrorKind::BrokenPipe.into())))?,
+                        Some(false) if now >= until => {
+                            self.core.told(Err(Doubt::NotAcknowledged(patience.unwrap_or_default())))?;
+                        }
+                        Some(false) => {
+                            self.wake = Some(until);
+                            return Ok(());
+                        }
+                    }
+                }
+                Action::Complete { running } => (self.runs, self.over) = (running, true),
+                Action::Linger { until } => {
+                    back.close(now);
+                    link.receive(now, usize::MAX);
+                    match link.has_ended(now) {
+                        true => self.core.end_of_input(),
+                        false if now >= until => {}
+                        false => {
+                            self.wake = Some(until);
+                            return Ok(());
+                        }
+                    }
+                }
+                Action::Close => self.over = true,
+                other => return Err(self.core.refuse(LoadError::Unsupported(format!("{other:?}")))),
+            }
+            self.input.drain(..used);
+        }
+        Ok(())
+    }
+
+    fn page_channel(&mut self, number: usize, now: Duration, link: &mut Link) -> Result<(), MigrationError> {
+        let pages = &mut self.pages[number];
+        let before = pages.received;
+        let stepped = pages.step(now, link, &mut self.memory, &mut self.sync);
+        self.received += pages.received - before;
+        self.most = self.most.max(pages.buffered());
+        stepped
+    }
+
+    fn send(&mut self, now: Duration, back: &mut Link, message: &Message) {
+        self.told |= *message == Message::Shut { status: 0 };
+        let mut writer = Writer::new();
+        message.encode(&mut writer);
+        back.send(now, writer.as_bytes());
+    }
+
+    /// Takes what has come on the main channel. False if there is nothing to do but to wait.
+    fn fill(&mut self, at_least: usize, now: Duration, link: &mut Link) -> bool {
+        let wanted = at_least.saturating_sub(self.input.len()).max(1) + self.random.below(5000) as usize;
+        let arrived = link.receive(now, wanted);
+        if arrived.is_empty() {
+            if !link.has_ended(now) {
+                return false;
+            }
+            self.core.end_of_input();
+            return true;
+        }
+        self.core.arrived(now);
+        self.arrived = now;
+        self.input.extend(arrived);
+        self.most = self.most.max(self.input.len());
+        true
+    }
+}
+
+fn index(page: &PageAt) -> usize {
+    page.offset as usize / PAGE
+}
