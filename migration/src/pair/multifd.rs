@@ -9,7 +9,7 @@ use crate::{
     strangers::{Dropped, Reason},
 };
 use qevm_multifd::{Compression, ErrorKind, HandshakeError, Init, PacketError, Uuid};
-use qevm_wire::profile::ZeroPageDetection;
+use qevm_wire::{Blame, Fault, profile::ZeroPageDetection};
 use std::{
     io::Write,
     path::PathBuf,
@@ -217,15 +217,26 @@ fn channels_that_do_not_come_are_named_and_the_source_goes_on() {
 
 #[test]
 fn too_many_channels_are_refused() {
-    let pair = Pair::new(60).multifd(4, Compression::None).but(|parameters| parameters.multifd_channels = 2);
-    let (outcome, seen) = pair.watch(&Plan::default());
-    pair.assert_stayed(&outcome);
-    let Err(MigrationError::Load(error)) = &outcome.destination else { panic!("{outcome:?}") };
-    let number =
-        |kind: &ErrorKind| matches!(kind, ErrorKind::Handshake(HandshakeError::ChannelNumber { channels: 2, .. }));
-    assert!(matches!(&error.kind, LoadError::Multifd(kind) if number(kind)), "{error}");
-    let refused = |seen: &&Seen| matches!(seen, Seen::Dropped(Dropped { why: Reason::Page(_), .. }));
-    assert_eq!(seen.iter().filter(refused).count(), 2, "{seen:?}");
+    // Which channels call first is up to the scheduler. If it is the main channel and two that fit, nobody hears of the others, and the
+    // source ends when they are not taken.
+    for _ in 0..100 {
+        let pair = Pair::new(60).multifd(4, Compression::None).but(|parameters| parameters.multifd_channels = 2);
+        let (outcome, seen) = pair.watch(&Plan::default());
+        pair.assert_stayed(&outcome);
+        let Err(MigrationError::Load(error)) = &outcome.destination else { panic!("{outcome:?}") };
+        let refused = |seen: &&Seen| matches!(seen, Seen::Dropped(Dropped { why: Reason::Page(_), .. }));
+        let refused = seen.iter().filter(refused).count();
+        let number =
+            |kind: &ErrorKind| matches!(kind, ErrorKind::Handshake(HandshakeError::ChannelNumber { channels: 2, .. }));
+        match &error.kind {
+            LoadError::Multifd(kind) if number(kind) => assert!((1..=2).contains(&refused), "{seen:?}"),
+            kind => assert!(refused == 0 && kind.fault() == Fault::Truncated, "{error}; {seen:?}"),
+        }
+        if refused == 2 {
+            return;
+        }
+    }
+    panic!("no run in which two channels too many came in time");
 }
 
 #[test]
