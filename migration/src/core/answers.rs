@@ -10,8 +10,8 @@ use qevm_savevm::command::Command;
 use qevm_wire::Located;
 use std::io;
 
-/// The source's end of a return path. It is told of every PING that goes out, of every message that comes and of the end, and says
-/// what the source may do.
+/// The source's end of a return path. Its inputs are every PING that is sent, every message that arrives and the end of the
+/// channel; it decides what the source may do.
 #[derive(Debug)]
 pub(crate) struct Answers {
     /// What may come, and what is missing.

@@ -95,7 +95,7 @@ enum Phase {
     LoadingDevices,
     /// The guest takes over its disks.
     Activating { running: bool },
-    /// The source is told that the guest has arrived.
+    /// SHUT 0 is being sent to the source.
     Telling { running: bool },
     /// The source has been told, and confirms until then that it will not run the guest again.
     Confirming { running: bool, until: Duration },
