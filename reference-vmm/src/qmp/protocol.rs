@@ -250,6 +250,18 @@ mod tests {
         }
     }
 
+    /// Found by the fuzzer: without exact reading of numbers beyond 64 bits, the client does not find its request again.
+    #[test]
+    fn an_id_beyond_64_bits_comes_back_as_the_same_number() {
+        for id in ["1222222222222222222222222222278", "18446744073709551617", "0.1", "-1e300"] {
+            let mut requests = Requests::default();
+            requests.push(format!("{{\"execute\": \"stop\", \"id\": {id}}}").as_bytes());
+            let line = reply(Ok(json!({})), requests.next().unwrap().unwrap().id).to_string();
+            let read: Value = serde_json::from_str(&line).unwrap();
+            assert_eq!(read["id"].as_f64(), Some(id.parse().unwrap()), "{line}");
+        }
+    }
+
     /// An error is told as soon as it is there, and not when the brackets close.
     #[test]
     fn an_error_does_not_wait() {
