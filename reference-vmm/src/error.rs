@@ -4,6 +4,7 @@ use std::io;
 use std::path::PathBuf;
 
 use crate::boot::BootError;
+use crate::memory::BackendError;
 
 /// An error of the monitor.
 #[derive(Debug, thiserror::Error)]
@@ -45,6 +46,9 @@ pub enum Error {
     /// A machine was asked for that cannot be built.
     #[error("{0}")]
     Config(String),
+    /// The memory that the machine's RAM is to be made of.
+    #[error(transparent)]
+    MemoryBackend(#[from] BackendError),
     /// A kernel that cannot be booted.
     #[error(transparent)]
     Boot(#[from] BootError),

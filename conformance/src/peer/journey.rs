@@ -59,6 +59,8 @@ pub struct Load {
     pub memory: u32,
     /// Destinations have all their memory from the host before they start.
     pub mem_prealloc: bool,
+    /// The machines' RAM is a memory backend of this type, with these properties beside `id` and `size`.
+    pub memory_backend: Option<&'static str>,
     /// vCPUs.
     pub cpus: u32,
     /// All monitors leave only the local APICs to the kernel.
@@ -80,6 +82,7 @@ impl Default for Load {
         Load {
             memory: 64,
             mem_prealloc: false,
+            memory_backend: None,
             cpus: 1,
             split_irqchip: false,
             payload: "dirty=16M rate=48M hold=4M zero=2M verify=16384 report=20".into(),

@@ -92,6 +92,10 @@ impl Party {
         if load.split_irqchip {
             options.push_str(",kernel-irqchip=split");
         }
+        if let Some(backend) = load.memory_backend {
+            options.push_str(",memory-backend=mem");
+            more(&["--object", &format!("{backend},id=mem,size={}M", load.memory)]);
+        }
         let monitor = match (stop, root) {
             (Stop::Qemu(_, accel), Some(root)) => {
                 let firmware = scratch.join("payload.bin");

@@ -71,6 +71,7 @@ fn journeys() -> Vec<Journey> {
     journeys.push(Journey { name: "ring/tcg".into(), stops, load: two, ..plain() });
     journeys.extend(page_channels());
     journeys.extend(devices());
+    journeys.extend(memory_backends());
     journeys.extend(without_callers());
     let ring = |hops: usize| -> Vec<Stop> {
         let [old, middle, new] = [Suite::Bookworm, Suite::Sid, Suite::Trixie].map(|s| Stop::Qemu(s, Accel::Kvm));
@@ -119,6 +120,22 @@ fn devices() -> Vec<Journey> {
     let mut tap = journey(("tap", vec![new, reference, old, reference, middle], false));
     tap.load.gear = vec![Gear::Tap];
     journeys.push(tap);
+    journeys
+}
+
+/// Guests whose RAM is a memory backend, by whose id the block is called in the stream: out and back with each release.
+fn memory_backends() -> Vec<Journey> {
+    let kinds = [("ram", "memory-backend-ram,share=on"), ("memfd", "memory-backend-memfd,seal=off")];
+    let mut journeys = Vec::new();
+    for suite in PEERS {
+        let qemu = Stop::Qemu(suite, Accel::Kvm);
+        for (name, backend) in kinds {
+            let name = format!("{0}>ref>{0}/memory-backend-{name}", suite.series());
+            let load = Load { memory_backend: Some(backend), ..Load::default() };
+            let quick = suite == Suite::Sid && backend.contains("memfd");
+            journeys.push(Journey { name, stops: vec![qemu, Stop::Reference, qemu], load, quick, ..plain() });
+        }
+    }
     journeys
 }
 

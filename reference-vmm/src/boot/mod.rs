@@ -38,7 +38,7 @@ use vm_memory::{GuestAddress, GuestMemoryMmap, GuestRegionMmap, MmapRegion};
 
 use crate::devices::VirtioDevice;
 use crate::error::{Error, Result};
-use crate::memory::{GuestMemory, RAM, RamBlock};
+use crate::memory::{GuestMemory, RamBlock};
 pub(crate) use entry::Entry;
 pub use error::BootError;
 pub(crate) use firmware::add_items;
@@ -146,7 +146,7 @@ impl Ram {
         let host = |cause| Error::Host { what: "map guest RAM to load a kernel", cause };
         for mapping in memory.mappings() {
             let block = &memory.blocks()[mapping.block];
-            if block.name() != RAM {
+            if !Arc::ptr_eq(block, memory.ram()) {
                 continue;
             }
             let start = block.host_address().wrapping_add(mapping.offset as usize);

@@ -13,12 +13,13 @@ use reference_vmm::machine::MachineConfig;
 use reference_vmm::payload;
 
 use super::device::DeviceOptions;
+use super::object::{chosen, memory_backends};
 use super::options::split;
 
 /// The machine.
 #[derive(clap::Args)]
 pub(crate) struct MachineArguments {
-    /// Machine type, and whom it migrates to: microvm[,qemu=RELEASE][,peer-accel=tcg][,rtc=on][,kernel-irqchip=split]. microvm has no version, so the release of QEMU's binary
+    /// Machine type, and whom it migrates to: microvm[,qemu=RELEASE][,peer-accel=tcg][,rtc=on][,kernel-irqchip=split][,memory-backend=ID]. microvm has no version, so the release of QEMU's binary
     /// decides the bytes of a stream: name the oldest that is to load one (7.2, 10.0, 11.1, …). Streams of all releases are taken.
     /// peer-accel=tcg makes streams that a QEMU under TCG takes. rtc=on adds a real-time clock, which QEMU has by default under TCG and not under KVM. kernel-irqchip=split leaves only the local APICs to the kernel, as QEMU's
     #[arg(long = "machine", short = 'M', value_name = "TYPE", default_value = "microvm")]
@@ -27,9 +28,15 @@ pub(crate) struct MachineArguments {
     /// 0 is no ring: KVM's dirty log tells which pages were written
     #[arg(long, value_name = "ACCEL", default_value = "kvm")]
     accel: Accelerator,
-    /// RAM, with K, M or G; plain numbers are MiB as in QEMU
-    #[arg(long, short, value_name = "SIZE", default_value = "128M", value_parser = parse_memory)]
-    memory: u64,
+    /// RAM, with K, M or G; plain numbers are MiB as in QEMU [default: that of the memory backend, or else 128M]
+    #[arg(long, short, value_name = "SIZE", value_parser = parse_memory)]
+    memory: Option<u64>,
+    /// Memory for the machine's RAM, which -M memory-backend=ID takes: memory-backend-ram,id=ID,size=BYTES; -memfd with
+    /// [,hugetlb=on[,hugetlbsize=SIZE]][,seal=off]; -file with mem-path=PATH[,offset=BYTES]; all with [,share=on|off][,prealloc=on]
+    /// [,reserve=off][,merge=on]. The RAM block is then called ID in a stream, as by QEMU, and both sides of a migration have to say
+    /// the same; id=microvm.ram is the name of a machine without a backend
+    #[arg(long, value_name = "OPTIONS")]
+    object: Vec<String>,
     /// Let the host back all RAM at once, rather than page by page when the guest first writes to it. A destination that waits
     /// with --incoming then takes pages faster
     #[arg(long)]
@@ -114,8 +121,16 @@ impl MachineArguments {
             None => payload::IMAGE.to_vec(),
         };
         let fw_cfg = self.fw_cfg.iter().map(|item| parse_fw_cfg(item)).collect::<anyhow::Result<BTreeMap<_, _>>>()?;
+        let (memory_backend, memory) = match &self.machine.memory_backend {
+            Some(id) => chosen(&self.object, id, self.memory).map(|(backend, memory)| (Some(backend), memory))?,
+            None => {
+                memory_backends(&self.object)?;
+                (None, self.memory.unwrap_or(MEMORY))
+            }
+        };
         Ok(MachineConfig {
-            memory: self.memory,
+            memory,
+            memory_backend,
             mem_prealloc: self.mem_prealloc,
             cpus: self.smp,
             bios,
@@ -131,19 +146,24 @@ impl MachineArguments {
     }
 }
 
+/// Bytes of RAM where nobody says how many.
+const MEMORY: u64 = 128 << 20;
+
 /// Length of the firmware of a machine that has none: that of QEMU's qboot, so that such a guest can go to a QEMU.
 const NO_FIRMWARE: usize = 64 << 10;
 
 /// The only machine type there is.
 const MACHINE_TYPE: &str = "microvm";
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 struct MachineOptions {
     qemu: QemuVersion,
     rtc: bool,
     split_irqchip: bool,
     /// The peer runs under KVM.
     kvm: bool,
+    /// The id of what the RAM is made of.
+    memory_backend: Option<String>,
 }
 
 impl FromStr for MachineOptions {
@@ -155,7 +175,13 @@ impl FromStr for MachineOptions {
             Some(MACHINE_TYPE) => {}
             other => return Err(format!("machine type '{}': only {MACHINE_TYPE} is there", other.unwrap_or_default())),
         }
-        let mut options = MachineOptions { qemu: QemuVersion::NEWEST, rtc: false, split_irqchip: false, kvm: true };
+        let mut options = MachineOptions {
+            qemu: QemuVersion::NEWEST,
+            rtc: false,
+            split_irqchip: false,
+            kvm: true,
+            memory_backend: None,
+        };
         for part in parts {
             match part.split_once('=') {
                 Some(("qemu", release)) => {
@@ -166,11 +192,12 @@ impl FromStr for MachineOptions {
                 Some(("rtc", "on")) => options.rtc = true,
                 Some(("kernel-irqchip", "on")) => options.split_irqchip = false,
                 Some(("kernel-irqchip", "split")) => options.split_irqchip = true,
+                Some(("memory-backend", id)) => options.memory_backend = Some(id.to_owned()),
                 // As a QEMU under KVM has it.
                 Some(("rtc", "off" | "auto")) => options.rtc = false,
                 _ => {
                     return Err(format!(
-                        "'{part}' is not one of qemu=RELEASE, peer-accel=kvm|tcg, rtc=on|off|auto, kernel-irqchip=on|split"
+                        "'{part}' is not one of qemu=RELEASE, peer-accel=kvm|tcg, rtc=on|off|auto, kernel-irqchip=on|split, memory-backend=ID"
                     ));
                 }
             }
@@ -287,12 +314,20 @@ mod tests {
 
     #[test]
     fn machine_options() {
-        let newest = MachineOptions { qemu: QemuVersion::NEWEST, rtc: false, split_irqchip: false, kvm: true };
-        assert_eq!("microvm".parse(), Ok(newest));
-        assert_eq!("type=microvm,qemu=7.2.22".parse(), Ok(MachineOptions { qemu: QemuVersion::new(7, 2), ..newest }));
-        let split = MachineOptions { split_irqchip: true, ..newest };
+        let newest = || MachineOptions {
+            qemu: QemuVersion::NEWEST,
+            rtc: false,
+            split_irqchip: false,
+            kvm: true,
+            memory_backend: None,
+        };
+        assert_eq!("microvm".parse(), Ok(newest()));
+        assert_eq!("type=microvm,qemu=7.2.22".parse(), Ok(MachineOptions { qemu: QemuVersion::new(7, 2), ..newest() }));
+        let split = MachineOptions { split_irqchip: true, ..newest() };
         assert_eq!("microvm,kernel-irqchip=split".parse(), Ok(split));
-        assert_eq!("microvm,rtc=on".parse(), Ok(MachineOptions { rtc: true, ..newest }));
+        assert_eq!("microvm,rtc=on".parse(), Ok(MachineOptions { rtc: true, ..newest() }));
+        let backed = MachineOptions { memory_backend: Some("mem".into()), ..newest() };
+        assert_eq!("microvm,memory-backend=mem".parse(), Ok(backed));
         for bad in [
             "",
             "q35",

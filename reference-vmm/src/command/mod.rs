@@ -3,6 +3,7 @@
 mod demo;
 mod device;
 mod machine;
+mod object;
 mod options;
 mod payload;
 mod run;

@@ -43,6 +43,11 @@ impl Options {
         }
     }
 
+    /// The names of those that nobody used.
+    pub(crate) fn unused(&self) -> impl Iterator<Item = &str> {
+        self.0.iter().map(|(name, _)| name.as_str())
+    }
+
     /// Refuses options that nobody used.
     pub(crate) fn finish(self) -> anyhow::Result<()> {
         match self.0.first() {

@@ -5,12 +5,15 @@ use std::io::{self, Write};
 
 use crate::boot::Kernel;
 use crate::devices::VirtioSlot;
+use crate::memory::MemoryBackend;
 use crate::payload;
 
 /// What machine to build.
 pub struct MachineConfig {
     /// Bytes of RAM.
     pub memory: u64,
+    /// What the RAM is made of; private, anonymous memory without it.
+    pub memory_backend: Option<MemoryBackend>,
     /// Whether the host is to back all RAM before the machine is there.
     pub mem_prealloc: bool,
     /// Number of vCPUs, 1 to [`MAX_CPUS`](super::MAX_CPUS).
@@ -41,6 +44,7 @@ impl Default for MachineConfig {
     fn default() -> MachineConfig {
         MachineConfig {
             memory: 128 << 20,
+            memory_backend: None,
             mem_prealloc: false,
             cpus: 1,
             bios: payload::IMAGE.to_vec(),

@@ -3,7 +3,7 @@
 use super::{Machine, RunState};
 use crate::{
     dirty_log::{self, DirtyBitmap},
-    memory::{BIOS, PAGE_SIZE},
+    memory::{BIOS, PAGE_SIZE, RamBlock},
     sections::{self, has_device},
     state::MachineState,
 };
@@ -21,16 +21,16 @@ impl Guest for Machine {
     }
 
     fn ram(&self) -> Vec<RamView<'_>> {
-        let view = |block: &'_ crate::memory::RamBlock| -> VolatileSlice<'_> {
+        let view = |block: &'_ RamBlock| -> VolatileSlice<'_> {
             // SAFETY: a block stays mapped, `used_length` bytes at least, as long as it lives, and the view borrows the
             // machine, which holds it.
             unsafe { VolatileSlice::new(block.host_address(), block.used_length() as usize) }
         };
-        // The firmware is loaded before a migration arrives; all other blocks are empty until the guest runs.
+        // The firmware is loaded before a migration arrives; all other blocks are empty until the guest runs, but for a file that
+        // others have written.
+        let pristine = |b: &RamBlock| b.name() != BIOS && b.is_fresh() && !self.has_kernel();
         let blocks = self.memory().blocks().iter();
-        blocks
-            .map(|b| RamView { name: b.name(), memory: view(b), pristine: b.name() != BIOS && !self.has_kernel() })
-            .collect()
+        blocks.map(|b| RamView { name: b.name(), memory: view(b), pristine: pristine(b) }).collect()
     }
 
     fn start_dirty_log(&self) -> Result<Box<dyn DirtyLog + '_>, GuestError> {

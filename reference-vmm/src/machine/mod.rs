@@ -45,7 +45,7 @@ use crate::devices::{
 };
 use crate::dirty_log::{DirtyLog, Reaper};
 use crate::error::{Error, Result, kvm};
-use crate::memory::GuestMemory;
+use crate::memory::{BackendError, GuestMemory};
 use crate::state::{Carried, MachineState};
 use clock::VirtualClock;
 pub use config::MachineConfig;
@@ -108,7 +108,7 @@ impl Machine {
     ///
     /// # Errors
     /// [`Error::KvmUnavailable`] when there is no usable `/dev/kvm`, [`Error::KvmCapability`] when its KVM lacks something,
-    /// [`Error::Config`] for a machine that cannot be, [`Error::Kvm`] and [`Error::Host`] when the host refuses.
+    /// [`Error::Config`] and [`Error::MemoryBackend`] for a machine that cannot be, [`Error::Kvm`] and [`Error::Host`] when the host refuses.
     pub fn new(config: MachineConfig) -> Result<Machine> {
         if !(1..=MAX_CPUS).contains(&config.cpus) {
             return Err(Error::Config(format!(
@@ -120,7 +120,12 @@ impl Machine {
             let found = config.virtio.len();
             return Err(Error::Config(format!("the machine has {TRANSPORTS} virtio-mmio transports, not {found}")));
         }
-        let memory = Arc::new(GuestMemory::microvm(config.memory, &config.bios)?);
+        let memory = match &config.memory_backend {
+            Some(backend) if backend.len() != config.memory => return Err(BackendError::Size.into()),
+            Some(backend) => GuestMemory::of(backend, &config.bios)?,
+            None => GuestMemory::microvm(config.memory, &config.bios)?,
+        };
+        let memory = Arc::new(memory);
         if config.mem_prealloc {
             memory.blocks().iter().try_for_each(|block| block.populate())?;
         }

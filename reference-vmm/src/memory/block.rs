@@ -8,7 +8,8 @@ use vm_memory::bitmap::{AtomicBitmap, BS};
 use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{Bytes, MmapRegion, VolatileMemory, VolatileSlice};
 
-use super::host::HostMemory;
+use super::MemoryBackend;
+use super::host::{HostMemory, Wanted};
 use crate::error::{Error, Result};
 
 /// The target page of x86, the unit of the wire and of the dirty log.
@@ -35,6 +36,9 @@ pub struct RamBlock {
     /// The memory behind `host`.
     region: MmapRegion<AtomicBitmap>,
     host: HostMemory,
+    /// Nobody had written to the memory when the block was made of it.
+    fresh: bool,
+    host_page_size: u64,
 }
 
 impl RamBlock {
@@ -48,17 +52,32 @@ impl RamBlock {
         if !pages || used > max || max == 0 {
             return Err(Error::Config(format!("RAM block '{name}' cannot have a length of {used} of {max} bytes")));
         }
-        let map = |cause| Error::Host { what: "map guest RAM", cause };
         let len = usize::try_from(max).map_err(|_| Error::Config(format!("RAM block '{name}' is too large")))?;
-        let host = HostMemory::new(len).map_err(map)?;
+        let host =
+            HostMemory::new(len, Wanted::ANONYMOUS).map_err(|cause| Error::Host { what: "map guest RAM", cause })?;
+        RamBlock::at(name.to_owned(), host, used, len, true, PAGE_SIZE)
+    }
+
+    /// The block that a memory backend is.
+    ///
+    /// # Errors
+    /// [`Error::MemoryBackend`].
+    pub fn of(backend: &MemoryBackend) -> Result<RamBlock> {
+        let backing = backend.make()?;
+        let len = backend.len();
+        RamBlock::at(backend.block_name(), backing.memory, len, len as usize, backing.fresh, backing.page_size)
+    }
+
+    fn at(name: String, host: HostMemory, used: u64, len: usize, fresh: bool, host_page_size: u64) -> Result<RamBlock> {
+        let map = |cause| Error::Host { what: "map guest RAM", cause };
         let page = NonZeroUsize::new(PAGE_SIZE as usize).expect("a page has bytes");
         let region = MmapRegionBuilder::new_with_bitmap(len, AtomicBitmap::new(len, page))
             .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
             .with_mmap_flags(libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE);
-        // SAFETY: `host` is a mapping of that kind and length, which lives as long as the region beside it.
+        // SAFETY: `host` is a mapping of that length for reading and writing, which lives as long as the region beside it.
         let region = unsafe { region.with_raw_mmap_pointer(host.start()) };
         let region = region.build().map_err(|error| map(io::Error::other(error)))?;
-        Ok(RamBlock { name: name.to_owned(), used: AtomicU64::new(used), max, region, host })
+        Ok(RamBlock { name, used: AtomicU64::new(used), max: len as u64, region, host, fresh, host_page_size })
     }
 
     /// The name on the wire.
@@ -74,6 +93,16 @@ impl RamBlock {
     /// Bytes it may grow to: QEMU's `max_length`.
     pub fn max_length(&self) -> u64 {
         self.max
+    }
+
+    /// Whether the memory was all zero when the block was made, other than that of a file that others have written.
+    pub fn is_fresh(&self) -> bool {
+        self.fresh
+    }
+
+    /// Bytes of the pages in which the host backs it: more than [`PAGE_SIZE`] for huge pages that were asked for.
+    pub fn host_page_size(&self) -> u64 {
+        self.host_page_size
     }
 
     /// Pages in use.

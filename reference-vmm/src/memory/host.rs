@@ -1,13 +1,15 @@
 //! The host's memory behind a block.
 
+use std::fs::File;
 use std::io;
+use std::os::fd::AsRawFd;
 use std::ptr::NonNull;
 
 /// What a huge page of x86 covers. Memory that starts at a multiple of it can be mapped into the guest in huge pages.
 const HUGE_PAGE: usize = 2 << 20;
 
-/// Zeroed, private memory, in huge pages where the host has them (`madvise`), which spares most of the page faults of a
-/// migration that fills it. It goes back to the host when this is dropped.
+/// A mapping for the guest. Anonymous memory is in huge pages where the host has them (`madvise`), which spares most of the page
+/// faults of a migration that fills it. It goes back to the host when this is dropped.
 #[derive(Debug)]
 pub(super) struct HostMemory {
     start: NonNull<u8>,
@@ -19,37 +21,81 @@ unsafe impl Send for HostMemory {}
 // SAFETY: as above.
 unsafe impl Sync for HostMemory {}
 
+/// What is mapped.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Wanted<'f> {
+    /// A file, and where in it; otherwise it is anonymous, zeroed memory.
+    pub(super) file: Option<(&'f File, u64)>,
+    /// Other processes, or other mappings of the file, see what is written.
+    pub(super) share: bool,
+    /// The host sets the memory aside now, or refuses.
+    pub(super) reserve: bool,
+    /// Bytes of a page of the file, a power of two.
+    pub(super) page_size: usize,
+}
+
+impl Wanted<'_> {
+    /// Zeroed, private memory, which the host sets aside as it is written to.
+    pub(super) const ANONYMOUS: Wanted<'static> =
+        Wanted { file: None, share: false, reserve: false, page_size: super::PAGE_SIZE as usize };
+}
+
 impl HostMemory {
     /// Memory for `len` bytes, a number of whole pages. The host backs a page when it is first written to.
-    pub(super) fn new(len: usize) -> io::Result<HostMemory> {
+    pub(super) fn new(len: usize, wanted: Wanted<'_>) -> io::Result<HostMemory> {
         let too_large = || io::Error::from(io::ErrorKind::OutOfMemory);
-        let (protection, flags) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);
-        let room = len.checked_add(HUGE_PAGE).ok_or_else(too_large)?;
+        let align = wanted.page_size.max(HUGE_PAGE);
+        let room = len.checked_add(align).ok_or_else(too_large)?;
+        let nowhere = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
         // SAFETY: a new mapping at a place that the kernel chooses touches nothing that exists.
-        let start = unsafe { libc::mmap(std::ptr::null_mut(), room, protection, flags | libc::MAP_NORESERVE, -1, 0) };
+        let start = unsafe { libc::mmap(std::ptr::null_mut(), room, libc::PROT_NONE, nowhere, -1, 0) };
         if start == libc::MAP_FAILED {
             return Err(io::Error::last_os_error());
         }
-        let before = start.align_offset(HUGE_PAGE);
+        let before = start.align_offset(align);
         let aligned = start.wrapping_byte_add(before);
         // SAFETY: both ends are whole pages of the mapping made above, which nobody uses. The kernel refuses to give up
         // nothing at all, which is as well.
         unsafe {
             libc::munmap(start, before);
-            libc::munmap(aligned.wrapping_byte_add(len), HUGE_PAGE - before);
+            libc::munmap(aligned.wrapping_byte_add(len), align - before);
         }
-        // SAFETY: advice on memory of ours; a kernel without huge pages refuses it, and small ones do as well.
-        unsafe { libc::madvise(aligned, len, libc::MADV_HUGEPAGE) };
-        // SAFETY: advice on memory of ours, which has the guest's secrets. The whole process is kept out of dumps, too, but
-        // that can be undone from outside.
-        unsafe { libc::madvise(aligned, len, libc::MADV_DONTDUMP) };
-        let start = NonNull::new(aligned.cast()).ok_or_else(too_large)?;
-        Ok(HostMemory { start, len })
+        // From here on it is given back whatever happens.
+        let memory = HostMemory { start: NonNull::new(aligned.cast()).ok_or_else(too_large)?, len };
+        let (fd, offset) = match wanted.file {
+            Some((file, offset)) => (file.as_raw_fd(), offset.try_into().map_err(|_| too_large())?),
+            None => (-1, 0),
+        };
+        let flags = [
+            (true, libc::MAP_FIXED),
+            (wanted.file.is_none(), libc::MAP_ANONYMOUS),
+            (wanted.share, libc::MAP_SHARED),
+            (!wanted.share, libc::MAP_PRIVATE),
+            (!wanted.reserve, libc::MAP_NORESERVE),
+        ];
+        let flags = flags.into_iter().filter(|(on, _)| *on).fold(0, |flags, (_, flag)| flags | flag);
+        // SAFETY: it takes the place of what is left of the mapping made above, which nobody uses.
+        let mapped = unsafe { libc::mmap(aligned, len, libc::PROT_READ | libc::PROT_WRITE, flags, fd, offset) };
+        if mapped == libc::MAP_FAILED {
+            return Err(io::Error::last_os_error());
+        }
+        // Hosts seldom give huge pages to files, and a file's own are not asked for.
+        if wanted.file.is_none() {
+            memory.advise(libc::MADV_HUGEPAGE);
+        }
+        // It has the guest's secrets. The whole process is kept out of dumps, too, but that can be undone from outside.
+        memory.advise(libc::MADV_DONTDUMP);
+        Ok(memory)
     }
 
     /// Where it lies.
     pub(super) fn start(&self) -> *mut u8 {
         self.start.as_ptr()
+    }
+
+    /// Lets the host keep pages of the same content once.
+    pub(super) fn merge(&self) {
+        self.advise(libc::MADV_MERGEABLE);
     }
 
     /// Makes the host back all of it now.
@@ -59,6 +105,12 @@ impl HostMemory {
             0 => Ok(()),
             _ => Err(io::Error::last_os_error()),
         }
+    }
+
+    /// Advice that changes no content, and that a kernel which does not know it may refuse.
+    fn advise(&self, advice: libc::c_int) {
+        // SAFETY: the range is a mapping of ours, and the callers' advice leaves its content as it is.
+        unsafe { libc::madvise(self.start.as_ptr().cast(), self.len, advice) };
     }
 }
 
@@ -76,17 +128,17 @@ mod tests {
     #[test]
     fn memory_begins_at_a_huge_page() {
         for len in [4096, HUGE_PAGE - 4096, HUGE_PAGE, 3 * HUGE_PAGE + 8192] {
-            let memory = HostMemory::new(len).unwrap();
+            let memory = HostMemory::new(len, Wanted::ANONYMOUS).unwrap();
             assert_eq!(memory.start().align_offset(HUGE_PAGE), 0);
             // SAFETY: the last byte of the mapping.
             assert_eq!(unsafe { memory.start().add(len - 1).read() }, 0);
         }
-        assert!(HostMemory::new(usize::MAX - 4095).is_err());
+        assert!(HostMemory::new(usize::MAX - 4095, Wanted::ANONYMOUS).is_err());
     }
 
     #[test]
     fn populated_memory_is_there() {
-        let memory = HostMemory::new(8 << 20).unwrap();
+        let memory = HostMemory::new(8 << 20, Wanted::ANONYMOUS).unwrap();
         let resident = || {
             let mut pages = vec![0u8; memory.len / 4096];
             // SAFETY: one byte for each page of the mapping.

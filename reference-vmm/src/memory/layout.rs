@@ -2,10 +2,10 @@
 
 use std::sync::Arc;
 
-use super::{GuestMemory, Mapping, PAGE_SIZE, RamBlock};
+use super::{BackendError, GuestMemory, Mapping, PAGE_SIZE, RamBlock};
 use crate::error::{Error, Result};
 
-/// Name of the block with the machine's RAM.
+/// Name of the block with the machine's RAM, where no memory backend gives it another.
 pub const RAM: &str = "microvm.ram";
 /// Name of the block with the firmware.
 pub const BIOS: &str = "pc.bios";
@@ -29,7 +29,8 @@ const BIOS_ALIGN: usize = 64 << 10;
 /// More RAM than this cannot be addressed by the guests of today.
 const MAX_RAM: u64 = 1 << 40;
 
-pub(super) fn microvm(ram: u64, bios: &[u8]) -> Result<GuestMemory> {
+/// Whether a microvm can have so much RAM, and this firmware.
+pub(super) fn check(ram: u64, bios: &[u8]) -> Result<()> {
     if !(2 * ONE_MIB..=MAX_RAM).contains(&ram) || !ram.is_multiple_of(PAGE_SIZE) {
         return Err(Error::Config(format!(
             "the machine cannot have {ram} bytes of RAM: wanted whole pages of 4096 bytes, from 2 MiB to 1 TiB"
@@ -41,15 +42,25 @@ pub(super) fn microvm(ram: u64, bios: &[u8]) -> Result<GuestMemory> {
             bios.len()
         )));
     }
+    Ok(())
+}
+
+/// A microvm with this block as RAM.
+pub(super) fn microvm(block: RamBlock, bios: &[u8]) -> Result<GuestMemory> {
+    let ram = block.used_length();
     let bios_len = bios.len() as u64;
     let blocks = vec![
-        RamBlock::new(RAM, ram, ram)?,
+        block,
         // The tables are not mapped: the guest gets them through fw_cfg.
         RamBlock::new(ACPI_TABLES, PAGE_SIZE, 2 << 20)?,
         RamBlock::new(BIOS, bios_len, bios_len)?,
         RamBlock::new(TABLE_LOADER, PAGE_SIZE, 64 << 10)?,
         RamBlock::new(ACPI_RSDP, PAGE_SIZE, PAGE_SIZE)?,
     ];
+    let ram_name = blocks[0].name();
+    if blocks[1..].iter().any(|other| other.name() == ram_name) {
+        return Err(BackendError::Name(ram_name.to_owned()).into());
+    }
     let low_bios = bios_len.min(MAX_LOW_BIOS);
     let mut mappings = vec![
         Mapping { gpa: 0, block: 0, offset: 0, len: ONE_MIB - low_bios },

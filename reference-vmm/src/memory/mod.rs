@@ -4,12 +4,14 @@
 //! shown in several places: `microvm.ram` is split by the hole below 4 GiB, `pc.bios` appears below 4 GiB and below 1 MiB.
 //! Everything that crosses the wire is addressed by block and offset, everything the guest says by guest-physical address.
 
+mod backend;
 mod block;
 mod host;
 mod layout;
 
 use std::sync::Arc;
 
+pub use backend::{BackendError, BackendKind, MemoryBackend};
 pub use block::{PAGE_SIZE, RamBlock};
 pub use layout::{ACPI_RSDP, ACPI_TABLES, BIOS, LOW_RAM_MAX, MAX_BIOS, RAM, TABLE_LOADER};
 
@@ -46,7 +48,23 @@ impl GuestMemory {
     /// # Errors
     /// [`Error::Config`] for sizes that microvm cannot have, [`Error::Host`] when the host has no memory.
     pub fn microvm(ram: u64, bios: &[u8]) -> Result<GuestMemory> {
-        layout::microvm(ram, bios)
+        layout::check(ram, bios)?;
+        layout::microvm(RamBlock::new(RAM, ram, ram)?, bios)
+    }
+
+    /// The same, with RAM that this backend is, and of its name.
+    ///
+    /// # Errors
+    /// [`Error::Config`] for sizes that microvm cannot have, [`Error::MemoryBackend`] for what the backend cannot be,
+    /// [`Error::Host`] when the host has no memory.
+    pub fn of(backend: &MemoryBackend, bios: &[u8]) -> Result<GuestMemory> {
+        layout::check(backend.len(), bios)?;
+        layout::microvm(RamBlock::of(backend)?, bios)
+    }
+
+    /// The block with the machine's RAM.
+    pub fn ram(&self) -> &Arc<RamBlock> {
+        &self.blocks[0]
     }
 
     /// The blocks, in the order in which QEMU lists them in the stream.

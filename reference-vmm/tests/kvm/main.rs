@@ -3,6 +3,7 @@
 //! Where `/dev/kvm` cannot be opened they are reported as ignored, and their names are added to the file that
 //! `QEVM_SKIPPED_TESTS` names; with `QEVM_REQUIRE_KVM=1` they fail instead.
 
+mod backends;
 mod boot;
 mod dirty_log;
 mod dirty_ring;
@@ -48,6 +49,7 @@ fn main() -> ExitCode {
         drives::TESTS,
         migration::TESTS,
         incoming::TESTS,
+        backends::TESTS,
         qmp::TESTS,
         qmp_clients::TESTS,
         transports::TESTS,
@@ -69,6 +71,17 @@ fn main() -> ExitCode {
             Ok(())
         })
         .with_ignored_flag(!tsc_moves)
+    });
+    let no_huge_pages = backends::huge_pages_missing().filter(|_| missing.is_none());
+    if let Some(why) = no_huge_pages.filter(|_| !arguments.list) {
+        report_skipped(backends::HUGE_PAGE_TESTS, why);
+    }
+    let huge_pages = backends::HUGE_PAGE_TESTS.iter().map(|(name, test)| {
+        Trial::test(*name, move || {
+            test();
+            Ok(())
+        })
+        .with_ignored_flag(no_huge_pages.is_some() || missing.is_some())
     });
     let linux = [linux::TESTS, linux::QEMU_TESTS].into_iter().zip(linux::missing()).flat_map(|(tests, missing)| {
         if let Some(why) = missing.filter(|_| !arguments.list) {
@@ -94,7 +107,7 @@ fn main() -> ExitCode {
         }
         Some(_) => Trial::test(name, || Ok(())).with_ignored_flag(true),
     });
-    libtest_mimic::run(&arguments, trials.chain(tsc_tests).chain(linux).collect()).exit_code()
+    libtest_mimic::run(&arguments, trials.chain(tsc_tests).chain(huge_pages).chain(linux).collect()).exit_code()
 }
 
 fn report_skipped(tests: &[Test], why: &str) {
