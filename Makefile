@@ -23,6 +23,7 @@ test: setup lint unit doc
 lint: setup
 	cargo fmt --all --check
 	cargo clippy --workspace --all-targets -- -D warnings
+	cargo clippy -p qevm-wire --features tokio --all-targets -- -D warnings
 	cargo clippy --manifest-path fuzz/Cargo.toml --target-dir target --all-targets -- -D warnings
 	@scripts/engine-dependencies
 
@@ -34,6 +35,7 @@ unit: setup
 
 doc: setup
 	RUSTDOCFLAGS="-D warnings" cargo doc --workspace --no-deps --quiet
+	RUSTDOCFLAGS="-D warnings" cargo doc -p qevm-wire --features tokio --no-deps --quiet
 
 # Says by name and count which tests could not run on this machine.
 skipped:

@@ -154,30 +154,21 @@ impl Demo {
 
 #[derive(Args)]
 pub(crate) struct Peer {
-    /// Every journey, and not the representative subset alone
-    #[arg(long)]
-    full: bool,
-    /// Only journeys whose name contains this (may be given several times; of all, not of the subset alone)
-    #[arg(long)]
-    only: Vec<String>,
+    #[command(flatten)]
+    choice: Choice,
     /// Keep consoles and logs in this folder
     #[arg(long)]
     keep: Option<PathBuf>,
-    /// Print the journeys and stop
-    #[arg(long)]
-    list: bool,
     #[command(flatten)]
     reporting: Reporting,
 }
 
 impl Peer {
     fn run(self) -> Result<bool> {
-        let mut cases = if self.full || !self.only.is_empty() { peer::table::all() } else { peer::table::quick() };
-        cases.retain(|case| wanted(&case.journey().name, &self.only));
-        if self.list {
-            cases.iter().for_each(|case| println!("{}", case.journey().name));
+        let name = |case: &peer::Case| case.journey().name.clone();
+        let Some(cases) = self.choice.rows(peer::table::all, peer::table::quick, name, name) else {
             return Ok(true);
-        }
+        };
         let program = peer::Monitor::new(std::env::current_exe()?);
         let report = peer::run(&cases, &program, self.keep, |row| println!("{}", row.line()))?;
         self.reporting.tell("journeys", &report, peer::summary(&report))?;
@@ -245,6 +236,39 @@ impl Trial {
         let report = trial::run(&trials, &subject()?, |row| println!("{}", row.line()));
         self.reporting.tell("trials", &report, report.summary())?;
         Ok(report.holds())
+    }
+}
+
+/// Which of a table's rows run.
+#[derive(Args)]
+pub(crate) struct Choice {
+    /// Every row, and not the representative subset alone
+    #[arg(long)]
+    full: bool,
+    /// Only rows whose name contains this (may be given several times; of all, not of the subset alone)
+    #[arg(long)]
+    only: Vec<String>,
+    /// Print the rows and stop
+    #[arg(long)]
+    list: bool,
+}
+
+impl Choice {
+    /// The rows that are asked for. With `--list`, each is printed as `line` has it, and there are none.
+    fn rows<T>(
+        &self,
+        all: impl FnOnce() -> Vec<T>,
+        quick: impl FnOnce() -> Vec<T>,
+        name: impl Fn(&T) -> String,
+        line: impl Fn(&T) -> String,
+    ) -> Option<Vec<T>> {
+        let mut rows = if self.full || !self.only.is_empty() { all() } else { quick() };
+        rows.retain(|row| wanted(&name(row), &self.only));
+        if self.list {
+            rows.iter().for_each(|row| println!("{}", line(row)));
+            return None;
+        }
+        Some(rows)
     }
 }
 

@@ -1,11 +1,33 @@
 //! The JSON description that follows the end of a stream.
 
-use crate::{DeviceSection, SavedDevices};
+use crate::DeviceSection;
 use qevm_savevm::vmdesc::{Description, DeviceBody, DeviceDescription, FieldDescription, StructDescription, TextStyle};
 use qevm_wire::{PageGeometry, Profile, QemuVersion};
 
+/// The state of all devices, with the JSON description that follows the end of the stream. A destination waits without a
+/// limit for a description that its machine type promises; so there are no devices without one.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SavedDevices {
+    sections: Vec<DeviceSection>,
+    description: String,
+}
+
 impl SavedDevices {
-    /// Sections with the descriptions of their content, which `qevm_savevm::vmstate::encode_described` gives, put together
+    /// Sections of whose content nothing is known: they are described as buffers, as QEMU describes handlers without fields.
+    pub fn opaque(sections: Vec<DeviceSection>) -> Self {
+        let device = |section: &DeviceSection| DeviceDescription {
+            name: section.idstr.to_string(),
+            instance_id: section.instance_id,
+            body: DeviceBody::OldStyle { size: section.body.len() as u64 },
+        };
+        let mut description = Description::default();
+        description.page_size = Some(PageGeometry::X86.size());
+        description.devices = sections.iter().map(device).collect();
+        let description = description.to_json(TextStyle::Compact);
+        SavedDevices { sections, description }
+    }
+
+    /// Sections with the descriptions of their content, which `qevm_savevm::vmstate::save_described` gives, put together
     /// as the release of `profile` does for its machine type.
     pub fn described(machine_type: &str, profile: &Profile, devices: Vec<(DeviceSection, StructDescription)>) -> Self {
         let style = if profile.qemu < QemuVersion::new(6, 0) { TextStyle::Spaced } else { TextStyle::Compact };
@@ -19,7 +41,17 @@ impl SavedDevices {
         description.page_size = Some(PageGeometry::X86.size());
         description.devices = described;
         description.configuration = profile.vmdesc_configuration.then(|| configuration(machine_type));
-        SavedDevices { sections, vmdesc: Some(description.to_json(style)) }
+        SavedDevices { sections, description: description.to_json(style) }
+    }
+
+    /// The sections in the order of the stream.
+    pub fn sections(&self) -> &[DeviceSection] {
+        &self.sections
+    }
+
+    /// The JSON description.
+    pub fn description(&self) -> &str {
+        &self.description
     }
 }
 

@@ -1,6 +1,6 @@
 //! What the engines need of a virtual machine.
 
-use super::IterativeDevice;
+use super::{IterativeDevice, SavedDevices};
 use qevm_wire::{CountedString, Profile};
 use std::{error::Error, ops::Range, time::Duration};
 use vm_memory::VolatileSlice;
@@ -183,14 +183,4 @@ pub struct DeviceSection {
     pub version_id: u32,
     /// The content.
     pub body: Vec<u8>,
-}
-
-/// The state of all devices.
-#[derive(Debug, Clone, PartialEq, Eq, Default)]
-pub struct SavedDevices {
-    /// The sections in the order of the stream.
-    pub sections: Vec<DeviceSection>,
-    /// The JSON description behind the end of the stream. Without one, the engine describes each section as a buffer,
-    /// as QEMU does for handlers that describe nothing.
-    pub vmdesc: Option<String>,
 }

@@ -42,12 +42,12 @@ const PAUSED: &str = "paused";
 /// let mut source = Registry::new("microvm");
 /// source.share("button", 0, button.clone())?;
 /// let saved = source.save(&Profile::new(QemuVersion::NEWEST, "microvm"), true)?;
-/// assert!(saved.vmdesc.is_some_and(|description| description.contains("pressed")));
+/// assert!(saved.description().contains("pressed"));
 ///
 /// let mut arrived = Button::default();
 /// let mut destination = Registry::new("microvm");
 /// destination.add("button", 0, &mut arrived)?;
-/// let running = destination.load(&saved.sections)?;
+/// let running = destination.load(saved.sections())?;
 /// drop(destination);
 /// assert!(running);
 /// assert_eq!(arrived, Button { pressed: 3 });
@@ -319,11 +319,12 @@ fn save<T: VmState + Clone>(
     context: &Context,
 ) -> Result<Described, RegistryError> {
     let mut device = device.clone();
-    let saved = vmstate::save(&mut device, context).and_then(|(version, _)| {
-        let (body, description) = vmstate::encode_described(&device, version, context)?;
-        Ok((DeviceSection { idstr: idstr.clone(), instance_id, version_id: version, body }, description))
-    });
-    saved.map_err(|source| RegistryError::Unsavable { idstr: idstr.clone(), instance_id, source })
+    match vmstate::save_described(&mut device, context) {
+        Ok((version_id, body, description)) => {
+            Ok((DeviceSection { idstr: idstr.clone(), instance_id, version_id, body }, description))
+        }
+        Err(source) => Err(RegistryError::Unsavable { idstr: idstr.clone(), instance_id, source }),
+    }
 }
 
 fn load<T: VmState>(section: &DeviceSection, context: &Context) -> Result<T, RegistryError> {

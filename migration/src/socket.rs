@@ -3,14 +3,11 @@
 use super::{
     Address, Channel, MigrationError,
     channel::{MAX_PARTS, Source, Target},
+    private,
 };
 use rustix::{
     event::{PollFd, PollFlags, Timespec, poll},
-    fs::{Mode, fchmod},
-    net::{
-        AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, getpeername, getsockname, listen, socket_with,
-        sockopt,
-    },
+    net::{AddressFamily, getpeername, getsockname, listen, sockopt},
 };
 use std::{
     fmt, fs, io,
@@ -20,7 +17,6 @@ use std::{
         fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd},
         unix::net::{UnixListener, UnixStream},
     },
-    path::Path,
     sync::Arc,
     time::Duration,
 };
@@ -224,16 +220,6 @@ impl Channel for Socket {
 /// others as the system allows.
 const BACKLOG: i32 = 4096;
 
-/// A socket at `path` to which only its owner can connect, whatever the umask is.
-fn private(path: &Path) -> io::Result<UnixListener> {
-    let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None)?;
-    // The file takes over the mode that the socket has now: it never has another.
-    fchmod(&socket, Mode::RUSR | Mode::WUSR)?;
-    bind(&socket, &SocketAddrUnix::new(path)?)?;
-    listen(&socket, BACKLOG)?;
-    Ok(socket.into())
-}
-
 /// Who has connected.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Caller {
@@ -301,7 +287,7 @@ impl Listener {
                 if UnixStream::connect(path).is_err_and(|error| error.kind() == io::ErrorKind::ConnectionRefused) {
                     fs::remove_file(path)?;
                 }
-                let socket = private(path)?;
+                let socket = private::listener(path)?;
                 Ok(Listener { socket: Listening::Unix(socket), address: address.clone() })
             }
             _ => Err(io::ErrorKind::Unsupported.into()),

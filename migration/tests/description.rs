@@ -69,7 +69,7 @@ impl Devices for Silent {
     fn save(&self, _: &Profile, _: bool) -> Result<SavedDevices, GuestError> {
         let idstr = CountedString::new("silent").ok_or("no name")?;
         let section = DeviceSection { idstr, instance_id: 2, version_id: 1, body: vec![7; 5] };
-        Ok(SavedDevices { sections: vec![section], vmdesc: None })
+        Ok(SavedDevices::opaque(vec![section]))
     }
 
     fn load(&self, _: &[DeviceSection]) -> Result<bool, GuestError> {

@@ -165,7 +165,7 @@ impl Devices for FakeGuest {
         let mut body = self.work.load(Ordering::SeqCst).to_be_bytes().to_vec();
         body.push(running.into());
         let idstr = CountedString::new("counter").unwrap();
-        Ok(SavedDevices { sections: vec![DeviceSection { idstr, instance_id: 0, version_id: 1, body }], vmdesc: None })
+        Ok(SavedDevices::opaque(vec![DeviceSection { idstr, instance_id: 0, version_id: 1, body }]))
     }
 
     fn iterative(&self) -> Vec<&dyn IterativeDevice> {

@@ -42,7 +42,7 @@ fn saved(running: bool) -> Vec<DeviceSection> {
     let mut source = Registry::new("microvm");
     source.add("button", 0, &mut first).unwrap();
     source.share("button", 1, second).unwrap();
-    source.save(&profile(), running).unwrap().sections
+    source.save(&profile(), running).unwrap().sections().to_vec()
 }
 
 fn kind(error: &GuestError) -> &RegistryError {
@@ -74,7 +74,8 @@ fn the_description_names_every_field_of_every_section() {
     let mut first = button(7);
     let mut source = Registry::new("microvm");
     source.add("button", 0, &mut first).unwrap();
-    let description = source.save(&profile(), true).unwrap().vmdesc.unwrap();
+    let saved = source.save(&profile(), true).unwrap();
+    let description = saved.description();
     for part in [
         r#""name": "button", "instance_id": 0, "vmsd_name": "button", "version": 2"#,
         r#""name": "pressed", "type": "uint32", "size": 4"#,
@@ -83,7 +84,7 @@ fn the_description_names_every_field_of_every_section() {
         r#""configuration""#,
     ] {
         let text = |text: &str| text.replace([' ', '\n'], "");
-        assert!(text(&description).contains(&text(part)), "{part} in {description}");
+        assert!(text(description).contains(&text(part)), "{part} in {description}");
     }
 }
 

@@ -12,7 +12,7 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use crate::error::{Error, Result};
 use crate::non_blocking::NonBlockingWriter;
-use crate::private;
+use qevm_migration::private;
 
 /// What to open.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -9,7 +9,7 @@ use std::path::PathBuf;
 use rustix::fs::{OFlags, fcntl_setfl};
 
 use crate::error::{Error, Result};
-use crate::private;
+use qevm_migration::private;
 
 /// Largest frame, with what offloads make of it.
 pub(crate) const MAX_FRAME: usize = 65_550;

@@ -4,8 +4,8 @@ use super::{
     commands, descriptors,
     protocol::{Failure, Request, Requests, reply},
 };
-use crate::private;
 use crate::vmm::{Event, Exit, Vmm};
+use qevm_migration::private;
 use serde_json::{Value, json};
 use std::{
     fs, io,

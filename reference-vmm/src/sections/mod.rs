@@ -214,7 +214,7 @@ pub fn newest() -> Profile {
 /// As [`save`] and [`load`].
 pub fn rehearse(state: &MachineState) -> Result<(), SectionError> {
     let saved = save(state, &newest(), false)?;
-    load(&saved.sections, &newest(), &mut state.clone()).map(drop)
+    load(saved.sections(), &newest(), &mut state.clone()).map(drop)
 }
 
 /// Whether a machine of `cpus` vCPUs, with or without real-time clock, with these virtio devices, has the section.

@@ -180,6 +180,17 @@ pub fn save<T: VmState>(value: &mut T, ctx: &Context) -> Result<(u32, Vec<u8>), 
     Ok((version, encode_version(value, version, ctx)?))
 }
 
+/// Like [`save`], with the description QEMU would put into the stream's JSON.
+///
+/// # Errors
+/// As [`save`].
+pub fn save_described<T: VmState>(value: &mut T, ctx: &Context) -> Result<(u32, Vec<u8>, StructDescription), Error> {
+    value.prepare(ctx).map_err(|kind| Error::new(kind.into(), 0)).within(|| T::NAME)?;
+    let version = value.wire_version(ctx);
+    let (payload, described) = encode_described(value, version, ctx)?;
+    Ok((version, payload, described))
+}
+
 /// What a destination does: decodes as leniently as QEMU (subsections in any order, any non-zero byte is true) and runs
 /// the post-load hooks.
 ///

@@ -7,12 +7,7 @@ use super::{
 };
 use crate::{DeviceSection, MigrationError, SavedDevices, Status, handover};
 use qevm_multifd::SourceSync;
-use qevm_savevm::{
-    command::Command,
-    framing::SectionHeader,
-    vmdesc::{Description, DeviceBody, DeviceDescription, TextStyle},
-};
-use qevm_wire::PageGeometry;
+use qevm_savevm::{command::Command, framing::SectionHeader};
 use std::time::Duration;
 
 /// How often the return path is looked at while the guest waits for `migrate-continue`.
@@ -52,14 +47,13 @@ impl SourceCore {
         self.phase = match step {
             Stopped::Save => {
                 self.do_next(Action::Status(Status::Device));
-                // Saving first: whatever that changes in guest memory is then in the log.
-                let running = self.pause.is_some_and(|pause| pause.was_running);
-                self.do_next(Action::SaveDevices { running });
-                Phase::Stopped(Stopped::Saved(None))
+                self.save_devices()
             }
-            Stopped::Saved(devices) => {
+            // A guest without its devices does not leave.
+            Stopped::Saved(None) => self.save_devices(),
+            Stopped::Saved(Some(devices)) => {
                 self.do_next(Action::ReadLog);
-                Phase::Stopped(Stopped::ReadLast(devices.unwrap_or_default()))
+                Phase::Stopped(Stopped::ReadLast(devices))
             }
             Stopped::ReadLast(devices) => {
                 // It is no pass, as in QEMU 11.1.
@@ -71,6 +65,13 @@ impl SourceCore {
             }
         };
         Ok(())
+    }
+
+    /// Saving comes before the last read of the log: whatever it changes in guest memory is then in the log.
+    fn save_devices(&mut self) -> Phase {
+        let running = self.pause.is_some_and(|pause| pause.was_running);
+        self.do_next(Action::SaveDevices { running });
+        Phase::Stopped(Stopped::Saved(None))
     }
 
     pub(super) fn complete(
@@ -120,7 +121,7 @@ impl SourceCore {
                 Rest::Device(device + 1)
             }
             Rest::Device(_) => {
-                self.device_sections(&rest.devices.sections)?;
+                self.device_sections(rest.devices.sections())?;
                 if let Some(answers) = answers.filter(|answers| !answers.agreed()) {
                     self.stream.command(answers.ping(handover::LOADED)?)?;
                 }
@@ -146,25 +147,11 @@ impl SourceCore {
     }
 
     /// The end of the stream, which makes the destination complete.
-    pub(super) fn end_stream(&mut self, devices: SavedDevices) -> Result<(), MigrationError> {
+    pub(super) fn end_stream(&mut self, devices: &SavedDevices) -> Result<(), MigrationError> {
         self.stream.eof()?;
         if self.options.profile.vmdesc {
-            let description = devices.vmdesc.unwrap_or_else(|| describe(&devices.sections));
-            self.stream.vmdesc(&description)?;
+            self.stream.vmdesc(devices.description())?;
         }
         Ok(())
     }
-}
-
-/// A description of sections as buffers, which is how QEMU describes handlers without fields.
-fn describe(sections: &[DeviceSection]) -> String {
-    let device = |section: &DeviceSection| DeviceDescription {
-        name: section.idstr.to_string(),
-        instance_id: section.instance_id,
-        body: DeviceBody::OldStyle { size: section.body.len() as u64 },
-    };
-    let mut description = Description::default();
-    description.page_size = Some(PageGeometry::X86.size());
-    description.devices = sections.iter().map(device).collect();
-    description.to_json(TextStyle::Compact)
 }

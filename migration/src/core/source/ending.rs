@@ -36,7 +36,7 @@ impl SourceCore {
             answers.answered()?;
             answers.everything_is_sent()?;
         }
-        self.end_stream(devices)?;
+        self.end_stream(&devices)?;
         self.do_next(Action::SendEnd);
         self.phase = Phase::Ending;
         Ok(())

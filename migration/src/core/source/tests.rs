@@ -162,7 +162,7 @@ impl Simulation {
             Action::Status(status) => self.statuses.push(status),
             Action::SaveDevices { running } => {
                 assert!(running && !self.running);
-                self.core.devices_saved(SavedDevices::default());
+                self.core.devices_saved(SavedDevices::opaque(Vec::new()));
             }
             Action::SendEnd => {
                 self.end = (true, true);
