@@ -34,6 +34,7 @@ pub fn cli_walk(data: &[u8]) {
         keep,
         reencode: choice & 8 == 0,
         complete: choice & 16 != 0,
+        strict: choice & 32 != 0,
         live: false,
         layouts: Layouts::default(),
         spool: Spool::new(SPOOL),

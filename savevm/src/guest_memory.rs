@@ -24,6 +24,50 @@ const MIB: u64 = 1 << 20;
 /// CMOS registers, little-endian, in units of 64 KiB: memory between 16 MiB and 4 GiB.
 const CMOS_ABOVE_16M: core::ops::RangeInclusive<usize> = 0x34..=0x35;
 
+/// CMOS registers, little-endian, in units of 1 KiB: memory between 1 MiB and 64 MiB.
+const CMOS_ABOVE_1M: core::ops::RangeInclusive<usize> = 0x30..=0x31;
+/// CMOS registers, little-endian, in units of 64 KiB: memory above 4 GiB.
+const CMOS_ABOVE_4G: core::ops::RangeInclusive<usize> = 0x5b..=0x5d;
+
+/// Main memory that is one piece in the guest, by the name of its RAM block, and its guest-physical address. Measured (`info mtree -f`).
+const WHOLE: [(&str, u64); 7] = [
+    ("mach-virt.ram", 0x4000_0000),
+    ("riscv_virt_board.ram", 0x8000_0000),
+    ("s390.ram", 0),
+    ("ppc_spapr.ram", 0),
+    ("ppc_core99.ram", 0),
+    ("sun4m.ram", 0),
+    ("sun4u.ram", 0),
+];
+
+/// Where a main memory lies that is one piece in the guest, by the name of its RAM block: machine types of different targets
+/// have the same name (`virt`), these blocks have not. `None` for all other blocks.
+///
+/// ```
+/// use qevm_savevm::guest_memory::whole_block_address;
+///
+/// assert_eq!(whole_block_address("mach-virt.ram"), Some(0x4000_0000));
+/// assert_eq!(whole_block_address("pc.ram"), None);
+/// ```
+pub fn whole_block_address(block: &str) -> Option<u64> {
+    WHOLE.iter().find(|(name, _)| *name == block).map(|(_, address)| *address)
+}
+
+/// True for RAM blocks that are no main memory and no memory device, by the names that QEMU gives them: firmware, ROMs, flash,
+/// the memory of display devices and the files of `fw_cfg`.
+///
+/// ```
+/// use qevm_savevm::guest_memory::is_rom_or_device;
+///
+/// assert!(is_rom_or_device("/rom@etc/acpi/tables") && is_rom_or_device("0000:00:02.0/vga.vram"));
+/// assert!(!is_rom_or_device("ram-node0") && !is_rom_or_device("/objects/mem0"));
+/// ```
+pub fn is_rom_or_device(block: &str) -> bool {
+    let of_device = block.contains('/') && !block.starts_with("/objects/");
+    let endings = [".rom", ".mrom", ".bios", ".vram", ".flash0", ".flash1", ".flash"];
+    of_device || endings.iter().any(|ending| block.ends_with(ending)) || block == "vga.vram"
+}
+
 /// Name of the RAM block that is the main memory of `machine` by default; `None` for machine types this module has no rules for.
 ///
 /// ```
@@ -39,6 +83,8 @@ pub fn main_block(machine: &str) -> Option<&'static str> {
 
 /// Maps the main RAM block, `ram_len` bytes long, into the guest-physical memory of `machine` (the name the stream
 /// carries). `cmos` is the content of the RTC's CMOS where the stream has it (section `mc146818rtc`, 128 bytes).
+///
+/// A CMOS is the guest's word: one that contradicts `ram_len` is not followed ([`cmos_fits`]).
 ///
 /// `None` for machine types without rules here. Sources: QEMU's documentation of `max-ram-below-4g` and real `pc`, `q35`
 /// and `microvm` guests of 5.2 to 11.1. Not covered: memory devices (`pc-dimm`, `virtio-mem`), whose addresses are not
@@ -101,12 +147,41 @@ fn low_memory_limit(family: Family, machine: &str, ram_len: u64) -> u64 {
     if rounds && ram_len >= full { rounded } else { full }
 }
 
-/// The size of the low part as the firmware's CMOS tells it, if it makes sense for a block of `ram_len` bytes.
+/// How much memory the CMOS tells of, without memory devices; `None` if it tells nothing.
+pub fn memory_in_cmos(cmos: &[u8]) -> Option<u64> {
+    if let Some((low, high)) = memory_from_cmos(cmos) {
+        return Some(low + high);
+    }
+    let [low, high]: [u8; 2] = cmos.get(CMOS_ABOVE_1M)?.try_into().ok()?;
+    let above_1m = u64::from(u16::from_le_bytes([low, high])) << 10;
+    (above_1m > 0).then_some(MIB + above_1m)
+}
+
+/// False if the CMOS tells of other sizes than those of a main memory of `ram_len` bytes; true if it fits, or tells nothing.
+///
+/// ```
+/// let mut cmos = [0; 128];
+/// assert!(qevm_savevm::guest_memory::cmos_fits(&cmos, 1 << 30));
+/// cmos[0x34..0x36].copy_from_slice(&0x1000u16.to_le_bytes());
+/// assert!(!qevm_savevm::guest_memory::cmos_fits(&cmos, 1 << 30));
+/// ```
+pub fn cmos_fits(cmos: &[u8], ram_len: u64) -> bool {
+    memory_from_cmos(cmos).is_none_or(|(low, high)| low + high == ram_len)
+}
+
+/// The size of the low part as the firmware's CMOS tells it, if it makes sense for `ram_len` bytes of memory.
 fn low_memory_from_cmos(cmos: &[u8], ram_len: u64) -> Option<u64> {
+    memory_from_cmos(cmos).filter(|(low, high)| low + high == ram_len).map(|(low, _)| low)
+}
+
+/// The sizes of both parts as the CMOS tells them.
+fn memory_from_cmos(cmos: &[u8]) -> Option<(u64, u64)> {
     let [low, high]: [u8; 2] = cmos.get(CMOS_ABOVE_16M)?.try_into().ok()?;
     let above_16m = u64::from(u16::from_le_bytes([low, high])) << 16;
+    let [a, b, c]: [u8; 3] = cmos.get(CMOS_ABOVE_4G)?.try_into().ok()?;
+    let above_4g = u64::from(u32::from_le_bytes([a, b, c, 0])) << 16;
     // Zero means less than 16 MiB, or a machine that does not fill these registers.
-    (above_16m > 0).then_some(16 * MIB + above_16m).filter(|&len| len <= ram_len)
+    (above_16m > 0).then_some((16 * MIB + above_16m, above_4g))
 }
 
 #[cfg(test)]
@@ -139,10 +214,12 @@ mod tests {
     fn cmos_wins_where_it_makes_sense() {
         let mut cmos = [0; 128];
         cmos[0x34..=0x35].copy_from_slice(&(((GIB - 16 * MIB) >> 16) as u16).to_le_bytes());
+        cmos[0x5b..=0x5d].copy_from_slice(&(((3 * GIB) >> 16) as u32).to_le_bytes()[..3]);
         let moved = segments("pc-q35-10.0", 4 * GIB, Some(&cmos)).unwrap();
         assert_eq!(moved[0].len, GIB);
         assert_eq!(moved[1], Segment { address: 4 * GIB, block_offset: GIB, len: 3 * GIB });
-        // More low memory than there is memory: not a CMOS of this guest.
+        // The two parts are not what there is: not a CMOS of this guest.
+        assert_eq!(segments("pc-q35-10.0", 8 * GIB, Some(&cmos)).unwrap()[0].len, 2 * GIB);
         assert_eq!(segments("pc-q35-10.0", 64 * MIB, Some(&cmos)).unwrap()[0].len, 64 * MIB);
         assert_eq!(segments("pc-q35-10.0", 4 * GIB, Some(&[])).unwrap()[0].len, 2 * GIB);
     }

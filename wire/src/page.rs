@@ -23,8 +23,9 @@ impl PageGeometry {
     /// 4096-byte pages.
     pub const X86: PageGeometry = PageGeometry { bits: 12 };
 
-    /// Smallest page that leaves room for the flags of a RAM record (`0x200` is the highest).
-    pub const MIN_BITS: u8 = 10;
+    /// Smallest page of any QEMU target (AVR's 256 bytes up to QEMU 10.0). It leaves no room for the flags `0x100` and `0x200` of
+    /// a RAM record, which QEMU itself cannot tell from an address there; pages of 1 KiB leave room for all.
+    pub const MIN_BITS: u8 = 8;
     /// Largest page any QEMU target uses (64 KiB), with room to spare.
     pub const MAX_BITS: u8 = 20;
 

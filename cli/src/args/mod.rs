@@ -9,7 +9,9 @@ pub use self::receive::Receive;
 pub use self::send::Send;
 
 use crate::bounds::Bounds;
+use crate::failure::Stop;
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use qevm_wire::PageGeometry;
 use std::path::PathBuf;
 
 /// Read, check and move QEMU migration streams.
@@ -88,6 +90,10 @@ pub struct Input {
     /// MAIN is a qcow2 image: read the internal snapshot with this name or ID (`savevm`).
     #[arg(long, value_name = "NAME")]
     pub snapshot: Option<String>,
+    /// Size of a target page in bytes. Needed for targets whose pages have not 4096 bytes (most Arm boards, Alpha, SPARC64, AVR)
+    /// where neither the configuration nor a description at the end of MAIN tells it: pipes, and files that are cut or padded.
+    #[arg(long = "target-page-size", value_name = "BYTES", value_parser = parse_size)]
+    pub target_page_size: Option<u64>,
     /// A further channel of the same migration: multifd or postcopy-preempt, told apart by its first bytes. May be
     /// repeated, in any order.
     #[arg(long = "channel", value_name = "FILE")]
@@ -104,7 +110,27 @@ impl Input {
     /// A single file, with nothing said about it.
     pub fn plain(main: &std::path::Path) -> Self {
         let (channels, recovery, return_path) = (Vec::new(), Vec::new(), Vec::new());
-        Input { main: main.to_owned(), offset: 0, snapshot: None, channels, recovery, return_path }
+        Input {
+            main: main.to_owned(),
+            offset: 0,
+            snapshot: None,
+            target_page_size: None,
+            channels,
+            recovery,
+            return_path,
+        }
+    }
+}
+
+impl Input {
+    /// What `--target-page-size` says.
+    pub(crate) fn page_geometry(&self) -> Result<Option<PageGeometry>, Stop> {
+        let parsed = |size| {
+            PageGeometry::from_size(size).ok_or_else(|| {
+                Stop::Usage(format!("--target-page-size {size}: expected a power of two from 256 to 1048576"))
+            })
+        };
+        self.target_page_size.map(parsed).transpose()
     }
 }
 
@@ -213,6 +239,20 @@ pub struct Extract {
     /// Write guest-physical memory and CPU registers to an ELF core file.
     #[arg(long, value_name = "FILE")]
     pub elf: Option<PathBuf>,
+    /// Machine type of the guest, where the stream does not tell it (types before 2.4) or tells another than meant.
+    #[arg(long, value_name = "TYPE")]
+    pub machine: Option<String>,
+    /// A RAM block of guest-physical memory. Without ADDRESS it belongs to the main memory, which needs to be said if memory
+    /// backends have names that do not tell their order; with ADDRESS it lies there as a whole, as DIMMs do. May be repeated.
+    #[arg(long, value_name = "NAME[@ADDRESS]", value_parser = parse_memory_block)]
+    pub memory_block: Vec<MemoryBlock>,
+    /// Fail if a RAM block that could be guest memory has no known place in --memory or --elf.
+    #[arg(long)]
+    pub strict: bool,
+    /// Write what comes before the fault of a stream that is cut or damaged: memory that did not come is zero, and devices that
+    /// did not come are missing. The notes and `partial` in JSON say so.
+    #[arg(long)]
+    pub partial: bool,
     /// Write all device sections, down to each field, to a JSON file.
     #[arg(long, value_name = "FILE")]
     pub devices: Option<PathBuf>,
@@ -316,6 +356,24 @@ pub enum RamDigest {
     Crc32,
     /// SHA-256; needs a temporary file as large as the guest's non-zero memory.
     Sha256,
+}
+
+/// A RAM block of guest-physical memory.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct MemoryBlock {
+    /// Its name.
+    pub name: String,
+    /// Where it lies; otherwise it is a part of the main memory.
+    pub address: Option<u64>,
+}
+
+fn parse_memory_block(text: &str) -> Result<MemoryBlock, String> {
+    // Names such as `/rom@etc/acpi/tables` have an '@' of their own.
+    let placed = text.rsplit_once('@').and_then(|(name, address)| Some((name, parse_size(address).ok()?)));
+    Ok(match placed {
+        Some((name, address)) => MemoryBlock { name: name.to_owned(), address: Some(address) },
+        None => MemoryBlock { name: text.to_owned(), address: None },
+    })
 }
 
 /// Bytes, as QEMU's options take them: decimal or hexadecimal, with a binary suffix.

@@ -66,8 +66,16 @@ pub fn summarize(input: &args::Input, bounds: &Bounds) -> Result<Stream, Stop> {
     let mut gather = Gather { stream: Stream::default(), progress };
     let layouts = Layouts::default();
     let (spool, max_ram) = (bounds.spool(), u64::MAX);
-    let settings =
-        Settings { keep: Keep::Nothing, reencode: false, complete: false, live: false, layouts, spool, max_ram };
+    let settings = Settings {
+        keep: Keep::Nothing,
+        reencode: false,
+        complete: false,
+        strict: false,
+        live: false,
+        layouts,
+        spool,
+        max_ram,
+    };
     let mut analysis = analyze(&mut inputs, &settings, &mut gather);
     if let Some(failure) = analysis.failure.take() {
         return Err(failure.into());

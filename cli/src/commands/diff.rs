@@ -18,7 +18,8 @@ pub fn run(diff: &args::Diff) -> Result<(), Stop> {
     let keep = if diff.no_ram { Keep::Nothing } else { Keep::Digests };
     let layouts = Layouts::open(&diff.layouts)?;
     let (spool, max_ram) = (diff.bounds.spool(), u64::MAX);
-    let settings = Settings { keep, reencode: false, complete: false, live: false, layouts, spool, max_ram };
+    let settings =
+        Settings { keep, reencode: false, complete: false, strict: false, live: false, layouts, spool, max_ram };
     let mut first = read(&diff.first, &settings)?;
     let mut second = read(&diff.second, &settings)?;
     let wanted = Wanted { place: diff.section.clone(), pages: !diff.no_ram };

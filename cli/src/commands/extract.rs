@@ -9,6 +9,7 @@ use crate::progress::Progress;
 use crate::ram::{GuestRam, Keep};
 use crate::stream::{Inputs, Layouts, Settings, analyze};
 use crate::table::size;
+use qevm_wire::Fault;
 use serde_json::{Map, Value, json};
 use std::path::{Path, PathBuf};
 
@@ -33,6 +34,7 @@ pub fn run(extract: &args::Extract) -> Result<(), Stop> {
         reencode: false,
         // Device state is whole without the other channels' pages.
         complete: memory,
+        strict: false,
         live: false,
         layouts: Layouts::open(&extract.layouts)?,
         spool: extract.bounds.spool(),
@@ -41,14 +43,21 @@ pub fn run(extract: &args::Extract) -> Result<(), Stop> {
     let devices = extract.devices.as_ref().map(|_| Devices::new(settings.spool.clone()));
     let mut observer = GuestObserver::new(Progress::new("reading", inputs.main.source.total()), devices);
     let mut analysis = analyze(&mut inputs, &settings, &mut observer);
-    let mut guest = std::mem::take(&mut observer.guest);
-    drop(observer);
-    if let Some(failure) = analysis.failure.take() {
-        return Err(failure.into());
-    }
-    let machine = analysis.machine().unwrap_or_default();
-    let mut out = Output::new();
+    let mut guest = observer.finish();
     let mut written = Written::default();
+    let mut partial = false;
+    if let Some(failure) = analysis.failure.take() {
+        // A device section that is cut has no end that could be found, which is no different from a damaged one.
+        let of_stream =
+            [Fault::Truncated, Fault::Malformed, Fault::Mismatch].iter().any(|fault| fault.as_str() == failure.kind);
+        if !extract.partial || !of_stream {
+            return Err(failure.into());
+        }
+        partial = true;
+        written.notes.push(format!("partial: only what came before this fault: {failure}"));
+    }
+    let machine = extract.machine.clone().or_else(|| analysis.machine()).unwrap_or_default();
+    let mut out = Output::new();
     let complete = (|| {
         let (devices_file, memory_file, elf_file) = outputs;
         if let (Some(output), Some(devices)) = (devices_file, &mut guest.devices) {
@@ -65,7 +74,7 @@ pub fn run(extract: &args::Extract) -> Result<(), Stop> {
                 write_blocks(ram, folder, extract.force, &mut written)?;
             }
             if memory_file.is_some() || elf_file.is_some() {
-                write_physical(memory_file, elf_file, &machine, ram, &guest, &mut written)?;
+                write_physical(memory_file, elf_file, extract, &machine, ram, &guest, &mut written)?;
             }
         }
         Ok(())
@@ -79,6 +88,7 @@ pub fn run(extract: &args::Extract) -> Result<(), Stop> {
             let mut object = Map::new();
             object.insert("machine".into(), Value::String(machine));
             object.insert("files".into(), written.files.into());
+            object.insert("partial".into(), partial.into());
             object.insert("notes".into(), written.notes.into());
             out.json(&object)?;
         }
@@ -133,12 +143,21 @@ fn write_blocks(ram: &mut GuestRam, folder: &Path, replace: bool, written: &mut 
 fn write_physical(
     memory: Option<OutputFile>,
     elf: Option<OutputFile>,
+    extract: &args::Extract,
     machine: &str,
     ram: &mut GuestRam,
     guest: &Guest,
     written: &mut Written,
 ) -> Result<(), Stop> {
-    let physical = PhysicalMemory::find(machine, ram, guest)?;
+    let physical = PhysicalMemory::find(machine, ram, guest, &extract.memory_block)?;
+    if let Some(line) = physical.left_out.first().filter(|_| extract.strict) {
+        return Err(Stop::Usage(format!("--strict: {line}")));
+    }
+    if elf.is_some() && physical.is_other_target(ram) {
+        return Err(Stop::Usage(format!(
+            "no ELF core can be written for machine type '{machine}': use --memory or --ram"
+        )));
+    }
     if let Some(output) = memory {
         let path = output.path().to_owned();
         let len = physical.write_raw(ram, output)?;
@@ -152,11 +171,19 @@ fn write_physical(
             written.notes.push("no CPU registers: the stream has no readable 'cpu' section".into());
         }
     }
-    let source = if guest.cmos.is_some() { "the guest's CMOS" } else { "the rules of the machine type" };
+    let other_target = physical.is_other_target(ram);
+    let source = match guest.cmos {
+        _ if !extract.memory_block.is_empty() => "--memory-block",
+        Some(_) => "the guest's CMOS",
+        None => "the rules of the machine type",
+    };
     for segment in &physical.segments {
         let (start, end) = (segment.address, segment.address + segment.len);
         written.notes.push(format!("memory at {start:#x} to {end:#x} (according to {source})"));
     }
-    written.notes.extend(guest.unread.iter().map(|unread| format!("not read: {unread}")));
+    written.notes.extend(physical.notes);
+    written.notes.extend(physical.left_out);
+    // Registers are only taken out of sections of x86.
+    written.notes.extend(guest.unread.iter().filter(|_| !other_target).map(|unread| format!("not read: {unread}")));
     Ok(())
 }

@@ -34,6 +34,7 @@ pub fn run(inspect: &args::Inspect) -> Result<(), Stop> {
         keep,
         reencode: false,
         complete: false,
+        strict: false,
         live: false,
         layouts: Layouts::open(&inspect.layouts)?,
         spool: inspect.bounds.spool(),

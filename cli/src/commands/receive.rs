@@ -157,6 +157,7 @@ fn read(receive: &args::Receive, files: &Files, answered: bool) -> Analysis {
         keep: Keep::Digests,
         reencode: true,
         complete: true,
+        strict: true,
         live: false,
         layouts: Layouts::default(),
         spool: receive.bounds.spool(),

@@ -23,6 +23,7 @@ pub fn run(verify: &args::Verify) -> Result<(), Stop> {
         keep,
         reencode: true,
         complete: true,
+        strict: true,
         live: false,
         layouts: Layouts::open(&verify.layouts)?,
         spool: verify.bounds.spool(),

@@ -7,7 +7,7 @@ use crate::stream::Observer;
 use qevm_savevm::Reader;
 use qevm_savevm::devices::{cpu, mc146818rtc};
 use qevm_savevm::framing::SectionHeader;
-use qevm_savevm::vmdesc::Node;
+use qevm_savevm::vmdesc::{Node, ScalarKind, Value};
 use qevm_savevm::vmstate::{Context, VmState, load};
 use qevm_wire::QemuVersion;
 
@@ -27,8 +27,9 @@ pub struct Guest {
 /// Collects a [`Guest`] while a stream is read.
 #[derive(Debug)]
 pub struct GuestObserver {
-    /// What was found so far.
-    pub guest: Guest,
+    guest: Guest,
+    /// What each section `cpu` gave: its instance, and the registers or why they could not be read.
+    cpus: Vec<(u32, Result<Registers, String>)>,
     bar: Progress,
 }
 
@@ -36,7 +37,19 @@ impl GuestObserver {
     /// Nothing found yet; `bar` shows how far the stream was read. `devices`: where all device sections are to be kept.
     pub fn new(bar: Progress, devices: Option<Devices>) -> Self {
         let guest = Guest { devices, ..Guest::default() };
-        GuestObserver { guest, bar }
+        GuestObserver { guest, cpus: Vec::new(), bar }
+    }
+
+    /// What was found.
+    pub fn finish(self) -> Guest {
+        let mut guest = self.guest;
+        for (_, cpu) in self.cpus {
+            match cpu {
+                Ok(registers) => guest.cpus.push(registers),
+                Err(unread) => guest.unread.push(unread),
+            }
+        }
+        guest
     }
 }
 
@@ -49,9 +62,17 @@ impl Observer for GuestObserver {
         let mut devices = self.guest.devices.take();
         devices.iter_mut().for_each(Devices::restarted);
         self.guest = Guest { devices, ..Guest::default() };
+        self.cpus.clear();
     }
 
-    fn fields(&mut self, _header: &SectionHeader, fields: &Node) {
+    fn fields(&mut self, header: &SectionHeader, fields: &Node) {
+        // qemu-system-i386 writes registers of 32 bits, which only the description shows.
+        if header.idstr == cpu::Cpu::NAME
+            && let Some(registers) = narrow_registers(fields)
+            && let Some((_, cpu)) = self.cpus.iter_mut().find(|(instance, _)| *instance == header.instance_id)
+        {
+            *cpu = Ok(registers);
+        }
         if let Some(devices) = &mut self.guest.devices {
             devices.fields(fields);
         }
@@ -62,24 +83,56 @@ impl Observer for GuestObserver {
             devices.body(header, offset, body);
         }
         if header.idstr == cpu::Cpu::NAME {
-            self.read(header, offset, body, |guest, state: cpu::Cpu| guest.cpus.push(registers(&state)));
+            let state = read::<cpu::Cpu>(header, offset, body);
+            self.cpus.push((header.instance_id, state.map(|state| registers(&state))));
         } else if header.idstr == mc146818rtc::Mc146818Rtc::NAME {
-            self.read(header, offset, body, |guest, state: mc146818rtc::Mc146818Rtc| {
-                guest.cmos = Some(state.cmos_data.0.to_vec());
-            });
+            match read::<mc146818rtc::Mc146818Rtc>(header, offset, body) {
+                Ok(state) => self.guest.cmos = Some(state.cmos_data.0.to_vec()),
+                Err(unread) => self.guest.unread.push(unread),
+            }
         }
     }
 }
 
-impl GuestObserver {
-    fn read<T: VmState>(&mut self, header: &SectionHeader, offset: u64, body: &[u8], keep: impl FnOnce(&mut Guest, T)) {
-        // The registers are laid out alike in all releases; the context only matters to later subsections.
-        let context = Context::new(QemuVersion::NEWEST, "");
-        match load(&mut Reader::at(body, offset), header.version_id, &context) {
-            Ok(state) => keep(&mut self.guest, state),
-            Err(error) => self.guest.unread.push(format!("section '{}': {error}", header.idstr)),
-        }
+fn read<T: VmState>(header: &SectionHeader, offset: u64, body: &[u8]) -> Result<T, String> {
+    // The registers are laid out alike in all releases; the context only matters to later subsections.
+    let context = Context::new(QemuVersion::NEWEST, "");
+    load(&mut Reader::at(body, offset), header.version_id, &context)
+        .map_err(|error| format!("section '{}': {error}", header.idstr))
+}
+
+/// The registers of a section `cpu` whose registers have 32 bits; `None` for others.
+fn narrow_registers(cpu: &Node) -> Option<Registers> {
+    let Value::Scalars(general) = &cpu.child("env.regs")?.value else { return None };
+    if general.kind() != ScalarKind::U32 || general.len() != 8 {
+        return None;
     }
+    let word = |node: &Node, name: &str| Some(node.child(name)?.scalar()?.as_u64());
+    let segment = |name: &str| {
+        let node = cpu.child(name)?;
+        let half = |name| Some(word(node, name)? as u32);
+        Some(SegmentRegister {
+            selector: half("selector")?,
+            limit: half("limit")?,
+            flags: half("flags")?,
+            base: word(node, "base")?,
+        })
+    };
+    let mut registers =
+        Registers { rip: word(cpu, "env.eip")?, rflags: word(cpu, "env.eflags")?, ..Registers::default() };
+    for (register, value) in registers.general.iter_mut().zip(general.iter()) {
+        *register = value.as_u64();
+    }
+    for (index, register) in registers.segments.iter_mut().enumerate() {
+        *register = segment(&format!("env.segs[{index}]"))?;
+    }
+    for (name, register) in ["env.ldt", "env.tr", "env.gdt", "env.idt"].iter().zip(&mut registers.tables) {
+        *register = segment(name)?;
+    }
+    for index in [0, 2, 3, 4] {
+        registers.control[index] = word(cpu, &format!("env.cr[{index}]"))?;
+    }
+    Some(registers)
 }
 
 fn registers(cpu: &cpu::Cpu) -> Registers {

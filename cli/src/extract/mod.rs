@@ -6,52 +6,23 @@
 pub mod devices;
 pub mod elf_core;
 mod guest;
+mod physical;
 
 pub use devices::Devices;
 pub use guest::{Guest, GuestObserver};
+pub use physical::{PhysicalMemory, Piece};
 
 use crate::failure::{Failure, Stop};
 use crate::output_file::OutputFile;
 use crate::ram::{GuestRam, Stretch};
 use crate::stream::Analysis;
 use elf_core::{CoreHeader, Load, core_header};
-use qevm_savevm::guest_memory::{Segment, main_block, segments};
 use std::fs::File;
 use std::io::BufWriter;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
-/// Guest-physical memory: the RAM block it is in, and where its parts are.
-#[derive(Debug)]
-pub struct PhysicalMemory {
-    block: usize,
-    /// The stretches, in order of their addresses.
-    pub segments: Vec<Segment>,
-}
-
 impl PhysicalMemory {
-    /// Finds the main RAM block of `machine` and maps it.
-    ///
-    /// # Errors
-    /// [`Stop::Usage`] for machine types without known rules and for guests whose main memory has another name.
-    pub fn find(machine: &str, ram: &GuestRam, guest: &Guest) -> Result<Self, Stop> {
-        let name = main_block(machine).ok_or_else(|| {
-            Stop::Usage(format!("no rules for the memory map of machine type '{machine}': use --ram"))
-        })?;
-        let found = ram.blocks().iter().position(|block| block.name == name);
-        let block = found.ok_or_else(|| {
-            let names: Vec<&str> = ram.blocks().iter().map(|block| block.name.as_str()).collect();
-            Stop::Usage(format!(
-                "no RAM block '{name}', the main memory of '{machine}' (memory-backend guests name it otherwise): \
-                 use --ram; the blocks are {}",
-                names.join(", ")
-            ))
-        })?;
-        let len = ram.blocks()[block].used_length;
-        let segments = segments(machine, len, guest.cmos.as_deref()).unwrap_or_default();
-        Ok(PhysicalMemory { block, segments })
-    }
-
     /// Writes the memory as a sparse raw file in which the offset is the guest-physical address.
     ///
     /// # Errors
@@ -86,7 +57,7 @@ impl PhysicalMemory {
         places: impl Iterator<Item = u64>,
     ) -> Result<(), Stop> {
         for (segment, place) in self.segments.iter().zip(places) {
-            copy_pages(ram, self.block, segment.block_offset, segment.len, path, file, place)?;
+            copy_pages(ram, segment.block, segment.block_offset, segment.len, path, file, place)?;
         }
         Ok(())
     }

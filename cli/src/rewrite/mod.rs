@@ -60,6 +60,7 @@ impl SavedGuest {
             keep: Keep::Image,
             reencode: false,
             complete: true,
+            strict: false,
             live: false,
             layouts: Layouts::default(),
             spool: bounds.spool(),

@@ -22,6 +22,8 @@ pub struct Settings {
     pub reencode: bool,
     /// Everything that belongs to the migration must be there; otherwise what is missing is only a note.
     pub complete: bool,
+    /// The description of device sections must be whole and true; otherwise what is wrong with it is only a note.
+    pub strict: bool,
     /// The source is alive: it waits for answers, so nothing may be read ahead, and further channels come elsewhere.
     pub live: bool,
     /// How device sections are read that no description tells about.

@@ -11,10 +11,10 @@ use super::layouts::Layouts;
 use crate::bounds::Spool;
 use crate::failure::Failure;
 use crate::source::Source;
-use qevm_savevm::ErrorKind;
 use qevm_savevm::framing::{Content, SectionHeader};
 use qevm_savevm::vmdesc::{Description, Node, VmdescError};
-use qevm_wire::Limits;
+use qevm_savevm::{Decoder, ErrorKind, Event, Footers};
+use qevm_wire::{Decode, Limits, Step};
 use std::collections::{HashMap, VecDeque};
 use std::io;
 
@@ -32,6 +32,10 @@ pub(super) struct Bodies {
     /// For sections that no description tells about.
     layouts: Layouts,
     known: Option<Known>,
+    /// What is wrong with a description is an error, and not a remark.
+    strict: bool,
+    /// [`locate`] has looked for the description that belongs to the stream.
+    located: bool,
     /// The section being read, as index into the description's devices.
     current: Option<usize>,
     /// Sections whose content came before any description was known, or that none tells about.
@@ -80,11 +84,13 @@ impl Read {
 
 impl Bodies {
     /// Nothing is known so far. `may_read_ahead`: all input is there, so that reading ahead waits for nobody.
-    pub(super) fn new(may_read_ahead: bool, layouts: Layouts, spool: Spool) -> Self {
+    pub(super) fn new(may_read_ahead: bool, strict: bool, layouts: Layouts, spool: Spool) -> Self {
         Bodies {
             limits: Limits::default(),
             layouts,
             known: None,
+            strict,
+            located: false,
             current: None,
             pending: Vec::new(),
             pending_bytes: 0,
@@ -100,6 +106,46 @@ impl Bodies {
             self.known = find(source, &self.limits)?;
         }
         Ok(())
+    }
+
+    /// The first device section after the guest's memory is next in `source`, for `decoder` to read. What was found at the end of
+    /// the file need not belong to this stream, and what belongs to it need not be at the end of the file: volumes are longer
+    /// than the stream in them, and hold what was in them before. So the device sections are gone through once in advance. True
+    /// if that gave another description than the end of the file, or took it away.
+    pub(super) fn locate(&mut self, decoder: &mut Decoder, source: &mut Source) -> io::Result<bool> {
+        let wanted = self.iterated && self.may_read_ahead && !self.layouts.no_description && source.is_seekable();
+        if self.located || !wanted {
+            return Ok(false);
+        }
+        self.located = true;
+        let mut end = ahead(decoder.ahead(), source)?;
+        if end == Ahead::Lost && decoder.footers() != Footers::Absent {
+            // Perhaps bytes that belong to something else follow the end of the stream.
+            let mut tolerant = decoder.ahead();
+            tolerant.allow_trailing();
+            end = ahead(tolerant, source)?;
+            if end != Ahead::Lost {
+                decoder.allow_trailing();
+            }
+        }
+        match end {
+            Ahead::Description { offset, .. } if self.known.as_ref().is_some_and(|known| known.offset == offset) => {
+                return Ok(false);
+            }
+            Ahead::Description { offset, text } => {
+                // One that cannot be read is reported when the stream has come to it.
+                let description = Description::parse_at(&text, offset, &self.limits).ok();
+                self.known = description.map(|description| Known::new(offset, description));
+            }
+            Ahead::NoDescription => self.known = None,
+            Ahead::Lost => return Ok(false),
+        }
+        Ok(true)
+    }
+
+    /// Size of a target page, as a description tells it that was found.
+    pub(super) fn page_size(&self) -> Option<u64> {
+        self.known.as_ref()?.description.page_size
     }
 
     /// A description was found.
@@ -149,7 +195,9 @@ impl Bodies {
         analysis: &Analysis,
     ) -> Result<Read, Failure> {
         if let (Some(known), Some(index)) = (&self.known, self.current.take().filter(|_| !packaged)) {
-            return known.read(index, header, offset, body, file, &self.limits);
+            return known
+                .read(index, header, offset, body, file, &self.limits)
+                .or_else(|failure| self.doubt(failure, body));
         }
         // A description may still come, and even without one what follows can tell which release wrote the stream.
         if self.pending_bytes + body.len() <= MAX_PENDING {
@@ -184,10 +232,18 @@ impl Bodies {
             return Ok(());
         }
         if self.known.as_ref().is_none_or(|known| known.offset != offset) {
-            let description =
-                Description::parse_at(text, offset, &self.limits).map_err(|error| Failure::located(file, error))?;
-            self.known = Some(Known::new(offset, description));
+            self.known = None;
+            match Description::parse_at(text, offset, &self.limits) {
+                Ok(description) => self.known = Some(Known::new(offset, description)),
+                Err(error) => {
+                    let failure = Failure::located(file, error);
+                    let read = self.doubt(failure, &[])?;
+                    read.note.into_iter().for_each(|note| analysis.note(note));
+                    return Ok(());
+                }
+            }
         }
+        let strict = self.strict;
         let Some(known) = &mut self.known else { return Ok(()) };
         for pending in std::mem::take(&mut self.pending) {
             let index = if pending.packaged { None } else { known.take(&pending.header) };
@@ -196,17 +252,81 @@ impl Bodies {
                 continue;
             };
             let Pending { header, offset, body, .. } = pending;
-            let read = known.read(index, &header, offset, &body, file, &self.limits)?;
+            let read = known.read(index, &header, offset, &body, file, &self.limits);
+            let read = read.or_else(|failure| doubt(strict, failure, &body))?;
             replace_opaque(read, &header, body.len(), analysis, observer);
         }
         match known.first_waiting() {
             None => Ok(()),
             Some(device) => {
                 let message = format!("it lists '{}' instance {}, which no section holds", device.0, device.1);
-                Err(Failure::mismatch(file, offset, "description", message))
+                let failure = Failure::mismatch(file, offset, "description", message);
+                let read = self.doubt(failure, &[])?;
+                read.note.into_iter().for_each(|note| analysis.note(note));
+                Ok(())
             }
         }
     }
+
+    /// The description is bad, or does not fit to the section with this content.
+    fn doubt(&self, failure: Failure, body: &[u8]) -> Result<Read, Failure> {
+        doubt(self.strict, failure, body)
+    }
+}
+
+fn doubt(strict: bool, failure: Failure, body: &[u8]) -> Result<Read, Failure> {
+    match strict {
+        true => Err(failure),
+        false => Ok(Read { note: Some(failure.to_string()), ..Read::opaque(body) }),
+    }
+}
+
+/// What a look ahead came to.
+#[derive(Debug, PartialEq, Eq)]
+enum Ahead {
+    Description {
+        offset: u64,
+        text: Vec<u8>,
+    },
+    NoDescription,
+    /// It did not come to the end of the stream.
+    Lost,
+}
+
+/// Goes through `source` with `decoder` up to the description or the end of the stream, and back to where it was.
+fn ahead(mut decoder: Decoder, source: &mut Source) -> io::Result<Ahead> {
+    let here = source.offset();
+    let found = loop {
+        let step = match decoder.next(source.window()) {
+            Ok(Step::Event { consumed, event }) => Some((consumed, matches!(event, Event::VmDescription { .. }))),
+            Ok(Step::Payload { .. }) => None,
+            Ok(Step::NeedMore { at_least }) => {
+                source.fill(at_least)?;
+                if source.at_end() {
+                    decoder.end_of_input();
+                }
+                continue;
+            }
+            Ok(Step::End) => break Ahead::NoDescription,
+            Err(_) => break Ahead::Lost,
+        };
+        let (consumed, is_description) = step.unwrap_or_default();
+        source.consume(consumed);
+        let payload = decoder.payload_remaining();
+        if is_description {
+            let offset = source.offset();
+            source.fill(payload as usize)?;
+            break match source.window().get(..payload as usize) {
+                Some(text) => Ahead::Description { offset, text: text.to_vec() },
+                None => Ahead::NoDescription,
+            };
+        }
+        if source.skip(payload)? < payload || decoder.skip_payload(payload).is_err() {
+            break Ahead::Lost;
+        }
+    };
+    source.jump(here)?;
+    Ok(found)
 }
 
 impl Known {
@@ -260,6 +380,12 @@ impl Known {
                 }
                 Ok(Read { opaque: fields.opaque_bytes(), fields: Some(fields), note: None })
             }
+            // QEMU 7.2 leaves entries of arrays out of the description that it writes all the same.
+            Err(error) if matches!(error.kind, ErrorKind::Vmdesc(VmdescError::SectionSize { .. })) => {
+                let note =
+                    Some(format!("shown raw, as its description does not tell all of it: {}", error.within(path())));
+                Ok(Read { note, ..Read::opaque(body) })
+            }
             Err(error) if is_fault(&error.kind) => Err(Failure::located(file, error.within(path()))),
             Err(error) => {
                 let note = Some(format!("not understood: {}", error.within(path())));
@@ -287,16 +413,10 @@ fn replace_opaque(
 /// True if the section itself is wrong. Other errors can come from a description that does not tell the whole layout of a
 /// type, which its sizes nevertheless bound.
 fn is_fault(kind: &ErrorKind) -> bool {
-    use VmdescError::{List, SectionSize, SubsectionMarker, SubsectionName, SubsectionVersion};
+    use VmdescError::{List, SubsectionMarker, SubsectionName, SubsectionVersion};
     matches!(
         kind,
-        ErrorKind::Vmdesc(
-            SectionSize { .. }
-                | SubsectionMarker { .. }
-                | SubsectionName { .. }
-                | SubsectionVersion { .. }
-                | List { .. }
-        )
+        ErrorKind::Vmdesc(SubsectionMarker { .. } | SubsectionName { .. } | SubsectionVersion { .. } | List { .. })
     )
 }
 

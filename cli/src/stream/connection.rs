@@ -34,10 +34,22 @@ impl Connection<'_> {
                 return Ok(());
             };
             let at = decoder.offset();
-            let step = decoder.next(source.window()).map_err(|error| Failure::located(&self.file, error))?;
+            if outer.is_empty() && decoder.expects_page() {
+                let pages = walk.sniff_pages(source).map_err(|error| Failure::io(&self.file, at, &error))?;
+                if let Some(pages) = pages {
+                    decoder.set_page_geometry(pages);
+                    self.encoder.set_page_geometry(pages);
+                }
+            }
+            let step = match decoder.next(source.window()) {
+                Ok(step) => step,
+                Err(error) if outer.is_empty() && walk.after_end(&error, at, source.total()) => return Ok(()),
+                Err(error) => return Err(Failure::located(&self.file, error).into()),
+            };
             match step {
                 Step::Event { consumed, event } => {
-                    if let Event::Configuration(_) = event {
+                    if let Event::Configuration(configuration) = &event {
+                        walk.configured(configuration).into_iter().for_each(|pages| decoder.set_page_geometry(pages));
                         self.encoder = Encoder::new(decoder.page_geometry());
                     }
                     if walk.settings.reencode {
@@ -76,6 +88,9 @@ impl Connection<'_> {
         let at = decoder.offset();
         if !walk.bodies.is_known() {
             walk.bodies.spool_if_needed(self.source).map_err(|error| Failure::io(&self.file, at, &error))?;
+            walk.bodies.open(&header);
+        }
+        if walk.bodies.locate(decoder, self.source).map_err(|error| Failure::io(&self.file, at, &error))? {
             walk.bodies.open(&header);
         }
         let footers = decoder.footers() != Footers::Absent;

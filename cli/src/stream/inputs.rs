@@ -4,6 +4,7 @@ use crate::args;
 use crate::failure::{Failure, Stop};
 use crate::open::{Opened, open};
 use crate::source::Source;
+use qevm_wire::PageGeometry;
 use std::path::Path;
 
 /// A named input.
@@ -22,6 +23,8 @@ pub struct Inputs {
     pub main: Named,
     /// Where the stream starts in the main channel's file.
     pub offset: u64,
+    /// Target page size, if the command line says it.
+    pub pages: Option<PageGeometry>,
     /// multifd and preempt channels, in any order.
     pub channels: Vec<Named>,
     /// Main channels of resumed postcopy, in order.
@@ -49,6 +52,7 @@ impl Inputs {
         Ok(Inputs {
             main: Named { name, source },
             offset: offset.saturating_add(input.offset),
+            pages: input.page_geometry()?,
             channels: all(&input.channels)?,
             recovery: all(&input.recovery)?,
             return_path: all(&input.return_path)?,
@@ -58,7 +62,7 @@ impl Inputs {
     /// One main channel alone.
     pub fn single(name: &str, source: Source) -> Self {
         let main = Named { name: name.to_owned(), source };
-        Inputs { main, offset: 0, channels: Vec::new(), recovery: Vec::new(), return_path: Vec::new() }
+        Inputs { main, offset: 0, pages: None, channels: Vec::new(), recovery: Vec::new(), return_path: Vec::new() }
     }
 
     /// True if everything can be read a second time.

@@ -59,6 +59,16 @@ impl Memory {
         Ok(Memory { ram: GuestRam::new(page_size, keep, spool)?, page, inflate })
     }
 
+    /// Before the first page came, its size turns out to be another.
+    pub(super) fn set_page_size(&mut self, page_size: u64, keep: Keep, spool: Spool) -> io::Result<()> {
+        let blocks: Vec<(String, u64)> = self.ram.blocks().iter().map(|b| (b.name.clone(), b.used_length)).collect();
+        *self = Self::new(page_size, keep, spool)?;
+        for (name, used_length) in blocks {
+            self.ram.add_block(name, used_length);
+        }
+        Ok(())
+    }
+
     pub(super) fn into_ram(self) -> GuestRam {
         self.ram
     }

@@ -14,6 +14,7 @@
 //! | `bodies` | where device sections end and which fields they have |
 //! | [`layouts`] | fields of device sections that no description tells about |
 //! | `channels` | multifd and preempt channels, applied in step with the main channel |
+//! | `page_size` | the size of target pages, where nothing tells it |
 //! | `return_path` | the destination's answers |
 //! | [`writer`] | which QEMU wrote the stream |
 
@@ -26,6 +27,7 @@ mod bodies;
 mod channels;
 mod connection;
 mod memory;
+mod page_size;
 mod return_path;
 mod walk;
 

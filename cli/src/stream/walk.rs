@@ -6,16 +6,18 @@ use super::channels::Channels;
 use super::connection::Connection;
 use super::inputs::{Inputs, Named};
 use super::memory::Memory;
+use super::page_size;
 use super::return_path;
 use crate::bounds::Exceeded;
 use crate::failure::Failure;
 use crate::ram::Keep;
+use crate::source::Source;
 use qevm_savevm::command::Command;
+use qevm_savevm::configuration::Configuration;
 use qevm_savevm::framing::SectionKind;
 use qevm_savevm::ram::{MappedRamHeader, RamRecord};
-use qevm_savevm::{Decoder, DecoderOptions, Encoder, Event, Footers};
-use qevm_wire::Decode;
-use qevm_wire::Writer;
+use qevm_savevm::{Decoder, DecoderOptions, Encoder, Error, ErrorKind, Event, Footers, StreamError};
+use qevm_wire::{Decode, PageGeometry, Writer};
 use std::collections::HashMap;
 use std::io;
 
@@ -51,8 +53,10 @@ pub(super) fn run(inputs: &mut Inputs, settings: &Settings, observer: &mut dyn O
         observer,
         open: HashMap::new(),
         record: None,
-        bodies: Bodies::new(!settings.live, settings.layouts.clone(), settings.spool.clone()),
+        bodies: Bodies::new(!settings.live, settings.strict, settings.layouts.clone(), settings.spool.clone()),
         pings: HashMap::new(),
+        pages_untold: false,
+        ended: false,
         flush_seen: false,
         first_flush: None,
         bytes_before: 0,
@@ -88,6 +92,10 @@ pub(super) struct Walk<'s> {
     pub(super) bodies: Bodies,
     /// Values of the PINGs sent, and how often each.
     pings: HashMap<u32, u64>,
+    /// Nothing has told the size of target pages yet.
+    pages_untold: bool,
+    /// The end of the stream came: only a description may follow.
+    ended: bool,
     /// MULTIFD_FLUSH came: the channels are in step with it, and not with the ends of sections.
     flush_seen: bool,
     /// Where the first one came, if there are no multifd channels that it could wait for.
@@ -108,7 +116,7 @@ pub(super) enum Payload {
 
 impl Walk<'_> {
     fn all(&mut self, inputs: &mut Inputs) -> Result<(), Halt> {
-        let Inputs { main, offset, channels, recovery, return_path } = inputs;
+        let Inputs { main, offset, pages, channels, recovery, return_path } = inputs;
         self.channels = Channels::open(channels, self.settings.reencode)?;
         let can_break = !recovery.is_empty();
         let skipped = main.source.skip(*offset).map_err(|e| Failure::io(&main.name, 0, &e))?;
@@ -118,8 +126,14 @@ impl Walk<'_> {
             let file = main.name.clone();
             return Err(Failure { file, kind, offset: skipped, path: String::new(), message }.into());
         }
-        let options = DecoderOptions { offset: *offset, ..DecoderOptions::default() };
-        let (mut last, mut encoder) = self.connection(main, Decoder::new(options), Encoder::default(), can_break)?;
+        let looked = self.bodies.look_ahead(&mut main.source);
+        looked.map_err(|error| Failure::io(&main.name, *offset, &error))?;
+        let told = pages.or_else(|| self.bodies.page_size().and_then(PageGeometry::from_size));
+        let pages = told.unwrap_or(PageGeometry::X86);
+        self.pages_untold = told.is_none() && !self.settings.live;
+        self.analysis.page_size = pages.size();
+        let options = DecoderOptions { offset: *offset, pages, ..DecoderOptions::default() };
+        let (mut last, mut encoder) = self.connection(main, Decoder::new(options), Encoder::new(pages), can_break)?;
         self.analysis.main_bytes = self.analysis.bytes;
         let resumed = recovery.len();
         for (number, named) in recovery.iter_mut().enumerate() {
@@ -172,8 +186,6 @@ impl Walk<'_> {
             encoder,
             writer: Writer::new(),
         };
-        let looked = self.bodies.look_ahead(connection.source);
-        looked.map_err(|error| Failure::io(&named.name, start, &error))?;
         let result = connection.read(self);
         let Connection { mut decoders, encoder, .. } = connection;
         let end = decoders.last().map_or(start, Decoder::offset);
@@ -196,6 +208,48 @@ impl Walk<'_> {
             Ok(()) => {}
         }
         Ok((outermost, encoder))
+    }
+
+    /// The configuration section is over; what it tells of the size of target pages, and what the machine type does.
+    pub(super) fn configured(&mut self, configuration: &Configuration) -> Option<PageGeometry> {
+        self.pages_untold &= configuration.page_geometry().is_none();
+        let pages = page_size::of_machine(&configuration.machine).filter(|_| self.pages_untold)?;
+        self.pages_untold = false;
+        Some(pages)
+    }
+
+    /// If a record of a page is next in `source`, and nothing has told the size of pages, what it shows.
+    pub(super) fn sniff_pages(&mut self, source: &mut Source) -> io::Result<Option<PageGeometry>> {
+        if !self.pages_untold {
+            return Ok(None);
+        }
+        let pages = page_size::of_records(source)?;
+        let counts = &self.analysis.main_pages;
+        self.pages_untold = pages.is_none() && counts.zero + counts.page == 0;
+        let (Some(pages), Some(memory)) = (pages, &mut self.memory) else { return Ok(None) };
+        self.analysis.page_size = pages.size();
+        self.observer.configuration(pages.size());
+        memory.set_page_size(pages.size(), self.settings.keep, self.settings.spool.clone())?;
+        Ok(Some(pages))
+    }
+
+    /// True, with a note, if an error at `at` is none of the stream's, because that is over: something else follows it, or its
+    /// description is cut, which no QEMU reads.
+    pub(super) fn after_end(&mut self, error: &Error, at: u64, total: Option<u64>) -> bool {
+        if !self.ended || self.settings.live {
+            return false;
+        }
+        if let ErrorKind::Stream(StreamError::TrailingBytes { .. }) = error.kind {
+            let count = total.map_or("more".into(), |total| total.saturating_sub(at).to_string());
+            self.analysis
+                .note(format!("{count} bytes follow the end of the stream at byte {at}: they are not part of it"));
+            return true;
+        }
+        let cut = error.is_truncated() && !self.settings.strict;
+        if cut {
+            self.analysis.note(format!("the description of device sections is cut at the end of the file: {error}"));
+        }
+        cut
     }
 
     /// Notes what an event says and does what it asks for.
@@ -259,7 +313,10 @@ impl Walk<'_> {
             }
             Event::Command(command) => return self.command(command, at, decoder, file),
             Event::VmDescription { .. } => return Ok(Payload::Description),
-            Event::Eof => self.observer.end_of_stream(),
+            Event::Eof => {
+                self.ended |= !packaged;
+                self.observer.end_of_stream();
+            }
             _ => {}
         }
         Ok(if decoder.payload_remaining() > 0 { Payload::Other } else { Payload::None })

@@ -6,6 +6,7 @@ mod damage;
 mod layouts;
 mod outputs;
 mod receive;
+mod reported;
 mod sample;
 mod strangers;
 mod usage;

@@ -120,10 +120,10 @@ fn half_a_file_does_not_stay() {
 #[test]
 fn whole_files_do_not_stay_alone() {
     let input = tempfile::tempdir().unwrap();
-    // The recorded guest's memory has a name of its own, from which no guest-physical memory can be made.
     let guest = file(&input, "guest.qevm", &stream("7.2-return-path"));
     let dir = tempfile::tempdir().unwrap();
     let writer = ["extract", "--devices", "DIR/devices", "--ram", "DIR/ram", "--memory", "DIR/memory"];
+    let writer = [&writer[..], &["--memory-block", "no such block"]].concat();
     let ran = qevm(arguments(&writer, dir.path(), &[], &guest));
     assert_eq!(ran.code, Some(2), "{}", ran.stderr);
     assert!(ran.stderr.contains("no RAM block"), "{}", ran.stderr);

@@ -143,6 +143,7 @@ pub(crate) fn walk(files: &Files, keep: Keep) -> u64 {
         keep,
         reencode: true,
         complete: false,
+        strict: true,
         live: false,
         layouts: Layouts::default(),
         spool: Spool::new(1 << 30),

@@ -19,8 +19,12 @@ const VERSION_2: u32 = 2;
 const VERSION_3: u32 = 3;
 const MIN_CLUSTER_BITS: u32 = 9;
 const MAX_CLUSTER_BITS: u32 = 21;
-/// Incompatible feature bits that do not change how snapshots are read: dirty refcounts, compression type.
-const HARMLESS_FEATURES: u64 = 1 << 0 | 1 << 3;
+const MIN_EXTENDED_CLUSTER_BITS: u32 = 14;
+/// log2 of the parts of a cluster that an extended L2 entry tells of.
+const SUBCLUSTER_BITS: u32 = 5;
+/// Incompatible feature bits that are understood: dirty refcounts and compression type, which do not change how snapshots are
+/// read, and extended L2 entries.
+const KNOWN_FEATURES: u64 = 1 << 0 | 1 << 3 | FEATURE_EXTENDED_L2;
 const FEATURE_CORRUPT: u64 = 1 << 1;
 const FEATURE_EXTERNAL_DATA: u64 = 1 << 2;
 const FEATURE_EXTENDED_L2: u64 = 1 << 4;
@@ -40,6 +44,8 @@ pub const MAX_SNAPSHOTS: u32 = 65_536;
 pub struct Header {
     /// log2 of the cluster size in bytes.
     pub cluster_bits: u32,
+    /// L2 entries have 16 bytes and tell of each 32nd part of a cluster (`extended_l2=on`).
+    pub extended_l2: bool,
     /// Size of the virtual disk in bytes.
     pub disk_size: u64,
     /// How many snapshots the table has.
@@ -77,20 +83,25 @@ impl Header {
         reader.take(24)?; // active L1 table, refcount table
         let snapshots = reader.be32()?;
         let snapshots_offset = reader.be64()?;
+        let mut extended_l2 = false;
         if version >= VERSION_3 {
             let features = reader.be64()?;
+            extended_l2 = features & FEATURE_EXTENDED_L2 != 0;
             for (bit, what) in [
                 (FEATURE_CORRUPT, "a qcow2 image that is marked corrupt"),
                 (FEATURE_EXTERNAL_DATA, "a qcow2 image with an external data file"),
-                (FEATURE_EXTENDED_L2, "a qcow2 image with extended L2 entries"),
-                (!HARMLESS_FEATURES, "a qcow2 image with an unknown incompatible feature"),
+                (!KNOWN_FEATURES, "a qcow2 image with an unknown incompatible feature"),
             ] {
                 if features & bit != 0 {
                     return fail(72, ContainerError::Feature { what });
                 }
             }
+            if extended_l2 && cluster_bits < MIN_EXTENDED_CLUSTER_BITS {
+                let (what, expected) = ("cluster_bits", "14 to 21 with extended L2 entries");
+                return fail(20, ContainerError::Field { what, found: cluster_bits.into(), expected });
+            }
         }
-        Ok(Header { cluster_bits, disk_size, snapshots, snapshots_offset })
+        Ok(Header { cluster_bits, extended_l2, disk_size, snapshots, snapshots_offset })
     }
 
     /// Checks the number of snapshots against QEMU's own bound and `limits.elements`.
@@ -119,7 +130,7 @@ pub struct Snapshot {
     pub id: Vec<u8>,
     /// The name that `savevm` was given.
     pub name: Vec<u8>,
-    /// Seconds since 1970 when it was made.
+    /// Seconds since 1970, in UTC, when it was made.
     pub date_sec: u32,
     /// Guest clock in nanoseconds.
     pub vm_clock_nsec: u64,
@@ -134,12 +145,14 @@ pub struct Snapshot {
 }
 
 impl Snapshot {
-    /// Reads one entry; the reader is then at the next one. Entries are multiples of 8 bytes.
+    /// Reads one entry, and the padding before it: entries start at multiples of 8 bytes of the file, from which the reader's
+    /// offsets count. Nothing follows the last one.
     ///
     /// # Errors
     /// Truncated if the entry goes on behind the reader's end (read more of the file and try again), a limit error for
     /// tables larger than QEMU itself accepts.
     pub fn parse(reader: &mut Reader<'_>) -> Result<Snapshot, Error> {
+        reader.take(reader.offset().wrapping_neg() % 8)?;
         let start = reader.offset();
         let l1_offset = reader.be64()?;
         let l1_len = u64::from(reader.be32()?) * ENTRY_LEN;
@@ -163,8 +176,6 @@ impl Snapshot {
         let disk_size = extra.be64().ok();
         let id = reader.take(id_len.into())?.to_vec();
         let name = reader.take(name_len.into())?.to_vec();
-        let padding = (reader.offset() - start).next_multiple_of(8) - (reader.offset() - start);
-        reader.take(padding)?;
         let vm_state_size = vm_state_size_large.unwrap_or(vm_state_size.into());
         Ok(Snapshot { id, name, date_sec, vm_clock_nsec, vm_state_size, disk_size, l1_offset, l1_len })
     }
@@ -177,6 +188,7 @@ const MAX_EXTRA_LEN: u32 = 1024;
 #[derive(Debug, Clone)]
 pub struct VmState {
     cluster_bits: u32,
+    extended_l2: bool,
     /// Where the state starts in the snapshot's view of the disk.
     start: u64,
     len: u64,
@@ -206,15 +218,15 @@ impl VmState {
         }
         let (entries, _) = l1.as_chunks::<8>();
         let l1: Vec<u64> = entries.iter().map(|entry| u64::from_be_bytes(*entry)).collect();
-        let (cluster_bits, l1_offset) = (header.cluster_bits, snapshot.l1_offset);
-        // What one L2 table maps: a cluster of 8-byte entries, each for one cluster.
-        let per_l2 = 1u64 << (2 * cluster_bits - 3);
+        let (cluster_bits, extended_l2, l1_offset) = (header.cluster_bits, header.extended_l2, snapshot.l1_offset);
+        // What one L2 table maps: a cluster of entries, each for one cluster.
+        let per_l2 = 1u64 << (2 * cluster_bits - entry_bits(extended_l2));
         let disk_size = snapshot.disk_size.unwrap_or(header.disk_size);
         let start = disk_size.checked_next_multiple_of(per_l2);
         let end = start.and_then(|start| start.checked_add(snapshot.vm_state_size));
         match (start, end) {
             (Some(start), Some(end)) if end.div_ceil(per_l2) <= l1.len() as u64 => {
-                Ok(VmState { cluster_bits, start, len: snapshot.vm_state_size, l1_offset, l1 })
+                Ok(VmState { cluster_bits, extended_l2, start, len: snapshot.vm_state_size, l1_offset, l1 })
             }
             _ => fail(ContainerError::Field {
                 what: "entries of the snapshot's L1 table",
@@ -234,10 +246,11 @@ impl VmState {
         self.len == 0
     }
 
-    /// How many bytes from `position` on are in the same cluster, and inside the state.
+    /// How many bytes from `position` on are in the same cluster (the same part of it, with extended L2 entries), and inside
+    /// the state.
     pub fn contiguous(&self, position: u64) -> u64 {
-        let cluster = 1 << self.cluster_bits;
-        (cluster - self.address(position) % cluster).min(self.len.saturating_sub(position))
+        let unit = 1 << (self.cluster_bits - if self.extended_l2 { SUBCLUSTER_BITS } else { 0 });
+        (unit - self.address(position) % unit).min(self.len.saturating_sub(position))
     }
 
     /// File offset of the L2 table (one cluster long) that maps byte `position` of the state; `None` if that byte is
@@ -246,28 +259,35 @@ impl VmState {
     /// # Errors
     /// [`ContainerError::Field`] if the table is not at a cluster boundary.
     pub fn l2_table(&self, position: u64) -> Result<Option<u64>, Error> {
-        let index = self.address(position) >> (2 * self.cluster_bits - 3);
+        let index = self.address(position) >> (2 * self.cluster_bits - entry_bits(self.extended_l2));
         let entry = usize::try_from(index).ok().and_then(|i| self.l1.get(i)).copied().unwrap_or(0);
         let offset = self.aligned(entry, "offset of an L2 table", self.l1_offset.saturating_add(index * ENTRY_LEN))?;
         Ok((offset != 0).then_some(offset))
     }
 
-    /// Where the cluster with byte `position` of the state is, according to the L2 table `l2`, which is at file offset
+    /// Where the cluster with byte `position` of the state starts, according to the L2 table `l2`, which is at file offset
     /// `l2_offset`.
     ///
     /// # Errors
     /// [`ContainerError::Feature`] for a compressed cluster (QEMU never writes VM state so), [`ContainerError::Field`]
     /// for an offset that is not at a cluster boundary, truncated if `l2` is shorter than a cluster.
     pub fn cluster(&self, position: u64, l2: &[u8], l2_offset: u64) -> Result<Cluster, Error> {
-        let index = (self.address(position) >> self.cluster_bits) & ((1 << (self.cluster_bits - 3)) - 1);
-        let at = l2_offset.saturating_add(index * ENTRY_LEN);
+        let bits = entry_bits(self.extended_l2);
+        let index = (self.address(position) >> self.cluster_bits) & ((1 << (self.cluster_bits - bits)) - 1);
+        let at = l2_offset.saturating_add(index << bits);
         let mut reader = Reader::at(l2, l2_offset);
-        reader.take(index * ENTRY_LEN)?;
+        reader.take(index << bits)?;
         let entry = reader.be64()?;
         if entry & L2_COMPRESSED != 0 {
             return Err(Located::new(ContainerError::Feature { what: "compressed VM state in qcow2" }.into(), at));
         }
         let offset = self.aligned(entry, "offset of a cluster", at)?;
+        if self.extended_l2 {
+            // The low half of the second word tells which parts are in the cluster; the others are zero.
+            let part = (self.address(position) >> (self.cluster_bits - SUBCLUSTER_BITS)) & ((1 << SUBCLUSTER_BITS) - 1);
+            let is_there = offset != 0 && reader.be64()? & (1 << part) != 0;
+            return Ok(if is_there { Cluster::At(offset) } else { Cluster::Zero });
+        }
         Ok(if offset == 0 || entry & L2_ZERO != 0 { Cluster::Zero } else { Cluster::At(offset) })
     }
 
@@ -283,6 +303,11 @@ impl VmState {
         }
         Err(Located::new(ContainerError::Field { what, found, expected: "a multiple of the cluster size" }.into(), at))
     }
+}
+
+/// log2 of the bytes of an L2 entry.
+fn entry_bits(extended: bool) -> u32 {
+    if extended { 4 } else { 3 }
 }
 
 #[cfg(test)]

@@ -171,6 +171,18 @@ impl Decoder {
         }
     }
 
+    /// A decoder that goes on where this one is and leaves it as it is: what it reads is to be read again, and counts towards
+    /// the [`Limits`](qevm_wire::Limits) of neither.
+    #[must_use]
+    pub fn ahead(&self) -> Decoder {
+        Decoder { totals: self.totals.detached(), ..self.clone() }
+    }
+
+    /// From now on, as with [`DecoderOptions::allow_trailing`].
+    pub fn allow_trailing(&mut self) {
+        self.options.allow_trailing = true;
+    }
+
     /// A decoder for the package that is next in the stream, to be called after the event of its command.
     ///
     /// It ends where the package does, with [`Step::End`], and its offsets are those of the stream around it. The
@@ -303,6 +315,17 @@ impl Decoder {
     /// The size of target pages, from the configuration section or the options.
     pub fn page_geometry(&self) -> PageGeometry {
         self.pages
+    }
+
+    /// Sets the size of target pages, which only some configuration sections tell. To be called before the first page; see
+    /// [`expects_page`](Decoder::expects_page).
+    pub fn set_page_geometry(&mut self, pages: PageGeometry) {
+        self.pages = pages;
+    }
+
+    /// True if the record of a page may be next, or another record of the section `ram`.
+    pub fn expects_page(&self) -> bool {
+        self.state == State::Ram && self.cursor.payload() == 0
     }
 
     /// The RAM blocks listed so far.

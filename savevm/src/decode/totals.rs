@@ -18,6 +18,14 @@ struct Counts {
 }
 
 impl Totals {
+    /// The same counts, which from now on are others.
+    pub(super) fn detached(&self) -> Self {
+        let copy = |count: &AtomicU64| AtomicU64::new(count.load(Ordering::Relaxed));
+        let Counts { sections, device_state, packages } = &*self.counts;
+        let counts = Counts { sections: copy(sections), device_state: copy(device_state), packages: copy(packages) };
+        Totals { counts: Arc::new(counts) }
+    }
+
     /// A section opens.
     pub(super) fn section(&self, limits: &Limits) -> Result<(), WireError> {
         add(&self.counts.sections, 1, "section count", limits.sections)

@@ -37,6 +37,13 @@ pub struct Encoder {
     current: Option<BlockId>,
 }
 
+impl Encoder {
+    /// As [`Decoder::set_page_geometry`](crate::Decoder::set_page_geometry).
+    pub fn set_page_geometry(&mut self, pages: PageGeometry) {
+        self.pages = pages;
+    }
+}
+
 impl Default for Encoder {
     /// An encoder for pages of 4096 bytes.
     fn default() -> Self {

@@ -125,6 +125,7 @@ impl MainChannel {
             keep: Keep::Nothing,
             reencode: false,
             complete: false,
+            strict: false,
             live: true,
             layouts: Layouts::default(),
             spool,

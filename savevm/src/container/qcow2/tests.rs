@@ -18,7 +18,7 @@ fn snapshot(vm_state_size: u64, l1_entries: u32) -> Vec<u8> {
     let mut w = Writer::new();
     w.be64(0x8000).be32(l1_entries).be16(1).be16(5).be32(1_700_000_000).be32(7).be64(42).be32(0).be32(24);
     w.be64(vm_state_size).be64(PER_L2 + 1).be64(u64::MAX);
-    w.bytes(b"1hello").zeroes(2);
+    w.bytes(b"1hello");
     w.into_bytes()
 }
 
@@ -32,8 +32,12 @@ fn kind<T: std::fmt::Debug>(result: Result<T, Error>) -> (u64, ContainerError) {
 
 #[test]
 fn header_and_table_are_read() {
-    let parsed = Header::parse(&header(3, 9, HARMLESS_FEATURES)).unwrap();
-    assert_eq!(parsed, Header { cluster_bits: 9, disk_size: PER_L2 + 1, snapshots: 1, snapshots_offset: 0x4000 });
+    let parsed = Header::parse(&header(3, 9, KNOWN_FEATURES & !FEATURE_EXTENDED_L2)).unwrap();
+    let (cluster_bits, extended_l2) = (9, false);
+    assert_eq!(
+        parsed,
+        Header { cluster_bits, extended_l2, disk_size: PER_L2 + 1, snapshots: 1, snapshots_offset: 0x4000 }
+    );
     let bytes = snapshot(1000, 4);
     let mut reader = Reader::at(&bytes, 0x4000);
     let entry = Snapshot::parse(&mut reader).unwrap();
@@ -68,7 +72,7 @@ fn what_is_not_supported_is_named() {
     assert!(matches!(kind(Header::parse(b"QFI\0....")), (0, ContainerError::Magic { .. })));
     assert!(matches!(kind(Header::parse(&header(4, 16, 0))), (4, ContainerError::Version { found: 4, .. })));
     assert!(matches!(kind(Header::parse(&header(3, 22, 0))), (20, ContainerError::Field { found: 22, .. })));
-    for features in [FEATURE_CORRUPT, FEATURE_EXTERNAL_DATA, FEATURE_EXTENDED_L2, 1 << 40] {
+    for features in [FEATURE_CORRUPT, FEATURE_EXTERNAL_DATA, 1 << 40] {
         assert!(matches!(kind(Header::parse(&header(3, 16, features))), (72, ContainerError::Feature { .. })));
     }
     let mut encrypted = header(3, 16, 0);
@@ -82,6 +86,47 @@ fn what_is_not_supported_is_named() {
     assert!(matches!(kind(VmState::new(&image, &long, &[0; 24])), (0x8000, ContainerError::Field { found: 3, .. })));
     let many = Header { snapshots: MAX_SNAPSHOTS + 1, ..image };
     assert_eq!(many.check_snapshots(&Limits::default()).unwrap_err().fault(), Fault::Limit);
+}
+
+/// QEMU pads between the entries of the table and not after the last one: names of every length.
+#[test]
+fn a_table_ends_with_its_last_entry() {
+    for len in 0..40 {
+        let mut w = Writer::new();
+        for id in [b'1', b'2', b'3'] {
+            w.zeroes(w.as_bytes().len().next_multiple_of(8) - w.as_bytes().len());
+            w.be64(0x8000).be32(3).be16(1).be16(len).be32(0).be32(0).be64(0).be32(9).be32(0).bytes(&[id]);
+            w.bytes(&vec![b'n'; len.into()]);
+        }
+        let bytes = w.into_bytes();
+        let mut reader = Reader::at(&bytes, 0x1_0000);
+        for id in [b"1", b"2", b"3"] {
+            let entry = Snapshot::parse(&mut reader).unwrap();
+            assert_eq!((&entry.id[..], entry.name.len()), (&id[..], usize::from(len)), "{len}");
+        }
+        assert!(reader.is_empty(), "{len}");
+    }
+}
+
+/// The layout is that of the public format description: 16-byte entries, whose second word has a bit for each 32nd of a cluster.
+#[test]
+fn extended_entries_tell_of_parts_of_clusters() {
+    const CLUSTER: u64 = 1 << 14;
+    let per_l2 = CLUSTER * (CLUSTER / 16);
+    assert!(matches!(kind(Header::parse(&header(3, 13, FEATURE_EXTENDED_L2))), (20, ContainerError::Field { .. })));
+    let image = Header::parse(&header(3, 14, FEATURE_EXTENDED_L2)).unwrap();
+    assert!(image.extended_l2);
+    let mut entry = Snapshot::parse(&mut Reader::new(&snapshot(CLUSTER + 10, 2))).unwrap();
+    entry.disk_size = Some(per_l2);
+    let l1 = Writer::new().be64(0).be64(1 << 63 | 0x4000).as_bytes().to_vec();
+    let state = VmState::new(&image, &entry, &l1).unwrap();
+    assert_eq!(state.l2_table(0).unwrap(), Some(0x4000));
+    let part = CLUSTER / 32;
+    assert_eq!((state.contiguous(0), state.contiguous(part + 1), state.contiguous(CLUSTER)), (part, part - 1, 10));
+    let l2 = Writer::new().be64(1 << 63 | 0x8000).be64(1 << 33 | 0b101).be64(0).be64(1 << 32).as_bytes().to_vec();
+    let at = |position| state.cluster(position, &l2, 0x4000).unwrap();
+    assert_eq!((at(0), at(part), at(2 * part + 5)), (Cluster::At(0x8000), Cluster::Zero, Cluster::At(0x8000)));
+    assert_eq!(at(CLUSTER), Cluster::Zero);
 }
 
 #[test]

@@ -55,7 +55,7 @@ fn the_configuration() {
     let kind = ConfigurationError::SubsectionVersion { name, found: 2, expected: 1 };
     assert_eq!(refused_after(&start, b"\x05\x12configuration/uuid\0\0\0\x02"), (kind.into(), 20, path.clone()));
     let (kind, at, _) = refused_after(&start, b"\x05\x1econfiguration/target-page-bits\0\0\0\x01\0\0\0\x40");
-    assert_eq!((kind, at), (ConfigurationError::PageBits { found: 64, min: 10, max: 20 }.into(), 36));
+    assert_eq!((kind, at), (ConfigurationError::PageBits { found: 64, min: 8, max: 20 }.into(), 36));
     let (kind, at, _) = refused_after(&start, b"\x05\x1aconfiguration/capabilities\0\0\0\x01\xff\xff\xff\xff");
     let limit = WireError::LimitExceeded { what: "capability count", found: 0xffff_ffff, limit: 256 };
     assert_eq!((kind, at), (limit.into(), 32));

@@ -1,0 +1,195 @@
+//! What people report of real files: each is read as QEMU reads it. See `streams/reported/README.md` for where the values come from.
+
+use crate::sample::{Ran, file, path, qevm, qevm_reading};
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+use std::process::Command;
+use tempfile::TempDir;
+
+/// The content of a file of `tests/streams/reported`.
+fn reported(name: &str) -> Vec<u8> {
+    let packed = std::fs::File::open(path(&format!("reported/{name}.xz"))).unwrap();
+    let out = Command::new("xz").arg("-dc").stdin(packed).output().expect("xz is part of every Debian");
+    assert!(out.status.success(), "{name}");
+    out.stdout
+}
+
+fn base() -> Vec<u8> {
+    reported("base.q")
+}
+
+/// Runs `qevm` with these words; `FILE` is the file, and `DIR/…` is in `dir`.
+fn run(dir: &TempDir, words: &str, file: &Path) -> Ran {
+    let folder = dir.path().display().to_string();
+    let file = file.display().to_string();
+    qevm(words.split(' ').map(|word| word.replace("FILE", &file).replace("DIR", &folder)))
+}
+
+fn good(dir: &TempDir, words: &str, file: &Path) -> String {
+    let ran = run(dir, words, file);
+    assert_eq!(ran.code, Some(0), "{words}: {}{}", ran.stdout, ran.stderr);
+    ran.stdout
+}
+
+/// The eight bytes at `address` of `m.raw`.
+fn word(dir: &TempDir, address: u64) -> u64 {
+    let mut bytes = [0; 8];
+    std::fs::File::open(dir.path().join("m.raw")).unwrap().read_exact_at(&mut bytes, address).unwrap();
+    u64::from_le_bytes(bytes)
+}
+
+const MARK: u64 = 0x1122_3344_5566_7788;
+const OTHER_MARK: u64 = 0x8877_6655_4433_2211;
+
+#[test]
+fn a_volume_is_longer_than_the_stream_in_it() {
+    let dir = TempDir::new().unwrap();
+    let whole = base();
+    let plain = file(&dir, "base.q", &whole);
+    let fields = good(&dir, "inspect --fields FILE", &plain);
+    let other = reported("dimm.q");
+    let followed: [(&str, Vec<u8>); 5] = [
+        ("zeros", vec![0; 1 << 20]),
+        ("one byte", vec![6]),
+        ("what is no text", (0..1u32 << 16).map(|i| (i.wrapping_mul(2_654_435_761) >> 24) as u8).collect()),
+        ("the end of an older stream", whole[100_000..].to_vec()),
+        ("the end of another guest's stream", other[whole.len()..].to_vec()),
+    ];
+    for (what, after) in followed {
+        let volume = file(&dir, "volume", &[&whole[..], &after].concat());
+        let verified = good(&dir, "verify FILE", &volume);
+        let note = format!("{} bytes follow the end of the stream at byte {}", after.len(), whole.len());
+        assert!(
+            verified.contains(&note) && verified.contains("ok: ") && verified.contains("nothing opaque"),
+            "{what}: {verified}"
+        );
+        // Every field is as without it: an older description explains nothing.
+        let shown = good(&dir, "inspect --fields FILE", &volume);
+        assert!(fields.lines().filter(|line| line.contains(" = ")).all(|line| shown.contains(line)), "{what}");
+        assert_eq!(good(&dir, &format!("diff {} FILE", plain.display()), &volume), "no differences\n", "{what}");
+        good(&dir, "extract --force --memory DIR/m.raw --devices DIR/d.json FILE", &volume);
+        good(&dir, "check --machine pc-q35-11.1 FILE", &volume);
+        good(&dir, "convert --force --out DIR/c.q FILE", &volume);
+        let piped = qevm_reading(["verify", "-"], &std::fs::read(&volume).unwrap());
+        assert_eq!(piped.code, Some(0), "{what}: {}", piped.stderr);
+    }
+}
+
+#[test]
+fn a_stream_that_is_cut_in_its_description_is_whole() {
+    let dir = TempDir::new().unwrap();
+    let whole = base();
+    // The end of the stream, the description's type, its length, and its text of 44,414 bytes.
+    let end = whole.len() - 44_414 - 5;
+    for cut in [end, end + 1, end + 3, end + 5, end + 6, end + 1000, whole.len() - 9000, whole.len() - 1] {
+        let cut_file = file(&dir, "cut.q", &whole[..cut]);
+        assert_eq!(
+            good(&dir, "check --machine pc-q35-11.1 FILE", &cut_file).matches("nothing stops").count(),
+            1,
+            "{cut}"
+        );
+        good(&dir, "extract --force --memory DIR/m.raw --elf DIR/core.elf --ram DIR/rams FILE", &cut_file);
+        assert_eq!(std::fs::metadata(dir.path().join("m.raw")).unwrap().len(), 16 << 20);
+        let verified = run(&dir, "verify FILE", &cut_file);
+        assert_eq!(verified.code, Some(if cut == end { 0 } else { 1 }), "verify is strict: {cut} {}", verified.stderr);
+    }
+    let text = String::from_utf8_lossy(&whole[end + 5..]).replace("\"devices\"", "\"devises\"");
+    let damaged = file(&dir, "damaged.q", &[&whole[..end + 5], text.as_bytes()].concat());
+    good(&dir, "extract --force --memory DIR/m.raw --devices DIR/d.json FILE", &damaged);
+}
+
+#[test]
+fn a_stream_that_is_cut_gives_what_it_has() {
+    let dir = TempDir::new().unwrap();
+    let whole = base();
+    for cut in [60_000, 130_000, 159_000] {
+        let cut_file = file(&dir, "cut.q", &whole[..cut]);
+        let words = "extract --force --json --ram DIR/rams --devices DIR/d.json FILE";
+        assert_eq!(run(&dir, words, &cut_file).code, Some(1));
+        let ran = run(&dir, &format!("{words} --partial"), &cut_file);
+        assert_eq!((ran.code, &ran.json()["partial"]), (Some(0), &true.into()), "{cut}: {}", ran.stderr);
+        assert!(ran.json()["notes"].to_string().contains("partial: "), "{}", ran.stdout);
+        assert_eq!(std::fs::metadata(dir.path().join("rams/block-0.raw")).unwrap().len(), 16 << 20);
+    }
+    let ran = run(&dir, "extract --force --json --partial --ram DIR/rams FILE", &file(&dir, "whole.q", &whole));
+    assert_eq!(ran.json()["partial"], false);
+}
+
+#[test]
+fn snapshots_are_read_whatever_their_names_are_long() {
+    let dir = TempDir::new().unwrap();
+    let two = file(&dir, "two.qcow2", &reported("two.qcow2"));
+    for name in ["before-upgrade", "after-upgrade", "1", "2"] {
+        assert!(good(&dir, &format!("verify --snapshot {name} FILE"), &two).contains("nothing opaque"));
+    }
+    let ran = run(&dir, "inspect FILE", &two);
+    assert_eq!(ran.code, Some(2));
+    assert!(ran.stderr.contains("before-upgrade") && ran.stderr.contains("after-upgrade"), "{}", ran.stderr);
+    let extended = file(&dir, "extl2.qcow2", &reported("extl2.qcow2"));
+    assert!(good(&dir, "verify FILE", &extended).contains("nothing opaque"));
+}
+
+#[test]
+fn memory_is_where_the_guest_has_it() {
+    let dir = TempDir::new().unwrap();
+    for (name, address, mark) in [
+        ("membackend.q", 0x20_0000, MARK),
+        ("numa.q", 0x20_0000, MARK),
+        ("numa.q", 0x120_0000, OTHER_MARK),
+        ("noconf.q", 0x20_0000, MARK),
+        ("arm-virt.q", 0x4020_0000, MARK),
+        ("riscv-virt.q", 0x8020_0000, MARK),
+    ] {
+        let stream = file(&dir, name, &reported(name));
+        good(&dir, "extract --force --strict --memory DIR/m.raw FILE", &stream);
+        assert_eq!(word(&dir, address), mark, "{name}");
+    }
+}
+
+#[test]
+fn memory_that_is_left_out_is_named() {
+    let dir = TempDir::new().unwrap();
+    let stream = file(&dir, "dimm.q", &reported("dimm.q"));
+    for words in ["extract --force --memory DIR/m.raw FILE", "extract --force --json --elf DIR/core.elf FILE"] {
+        let said = good(&dir, words, &stream);
+        assert!(said.contains("left out: RAM block 'd0', 128 MiB"), "{said}");
+    }
+    let strict = run(&dir, "extract --force --strict --memory DIR/m.raw FILE", &stream);
+    assert!(strict.code == Some(2) && strict.stderr.contains("'d0'"), "{}", strict.stderr);
+    let placed = "--memory-block pc.ram --memory-block d0@0x100000000";
+    good(&dir, &format!("extract --force --strict {placed} --memory DIR/m.raw FILE"), &stream);
+    assert_eq!(word(&dir, 1 << 32), OTHER_MARK);
+}
+
+#[test]
+fn registers_of_32_bits_are_in_the_core() {
+    let dir = TempDir::new().unwrap();
+    let stream = file(&dir, "i386.q", &reported("i386.q"));
+    let said = good(&dir, "extract --elf DIR/core.elf FILE", &stream);
+    assert!(said.contains("ELF core with 1 CPUs") && !said.contains("not read"), "{said}");
+    let core = std::fs::read(dir.path().join("core.elf")).unwrap();
+    // RIP in the PRSTATUS note: behind two program headers, the note's header and name, 112 bytes and 16 registers.
+    let at = 64 + 2 * 56 + 12 + 8 + 112 + 16 * 8;
+    assert_eq!(core[at..at + 8], 0xfff0u64.to_le_bytes());
+}
+
+#[test]
+fn a_description_that_does_not_tell_all_of_a_section_stops_nobody() {
+    let dir = TempDir::new().unwrap();
+    let stream = file(&dir, "s390x.q", &reported("s390x.q"));
+    for words in ["inspect FILE", "verify FILE", "extract --ram DIR/rams FILE"] {
+        good(&dir, words, &stream);
+    }
+    let verified = good(&dir, "verify FILE", &stream);
+    assert!(verified.contains("'s390_css'") && verified.contains("ok: "), "{verified}");
+}
+
+#[test]
+fn target_pages_have_the_size_that_the_description_tells() {
+    let dir = TempDir::new().unwrap();
+    for name in ["netduino2.q", "microbit.q"] {
+        let stream = reported(name);
+        good(&dir, "extract --force --ram DIR/rams FILE", &file(&dir, name, &stream));
+        assert!(good(&dir, "verify FILE", &file(&dir, name, &stream)).contains("ok: "));
+    }
+}
