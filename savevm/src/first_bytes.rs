@@ -17,7 +17,7 @@ pub const FIRST_BYTES_LEN: usize = crate::container::RECOGNISE_LEN;
 /// assert_eq!(FirstBytes::of(b"GET / HTTP/1.1\r\n").to_string(), "an HTTP request");
 /// assert_eq!(FirstBytes::of(&[0x16, 3, 1, 2, 0, 1]).to_string(), "a TLS ClientHello");
 /// assert_eq!(FirstBytes::of(b"").to_string(), "nothing");
-/// assert_eq!(FirstBytes::of(b"\x7fELF").to_string(), "bytes of no kind known here (7f 45 4c 46)");
+/// assert_eq!(FirstBytes::of(b"GIF8").to_string(), "bytes of no kind known here (47 49 46 38)");
 /// ```
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
@@ -78,6 +78,7 @@ impl fmt::Display for FirstBytes {
             FirstBytes::File(FileKind::Libvirt) => f.write_str("a libvirt save image"),
             FirstBytes::File(FileKind::Qcow2) => f.write_str("a qcow2 image"),
             FirstBytes::File(FileKind::Compressed(method)) => write!(f, "a file compressed with {}", method.as_str()),
+            FirstBytes::File(FileKind::Foreign(_)) => f.write_str("the start of a file that is no migration stream"),
             FirstBytes::Tls => f.write_str("a TLS ClientHello"),
             FirstBytes::Http => f.write_str("an HTTP request"),
             FirstBytes::Ssh => f.write_str("an SSH greeting"),

@@ -84,7 +84,8 @@ pub struct Input {
     /// The main channel: a stream file, or `-` for standard input.
     #[arg(value_name = "MAIN")]
     pub main: PathBuf,
-    /// The stream starts at byte N of MAIN (`file:PATH,offset=N` in QEMU). Offsets are reported from the start of MAIN.
+    /// The stream starts at byte N of MAIN (`file:PATH,offset=N` in QEMU). Offsets are reported from the start of MAIN; both
+    /// count in what a compressed MAIN or a snapshot holds.
     #[arg(long, value_name = "N", default_value_t = 0)]
     pub offset: u64,
     /// MAIN is a qcow2 image: read the internal snapshot with this name or ID (`savevm`).

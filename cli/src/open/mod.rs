@@ -11,11 +11,14 @@ use self::decompressed::{Decompressed, XZ_MEMORY_KIB};
 use crate::failure::{Failure, Stop};
 use crate::source::Source;
 use qevm_savevm::container::libvirt::{self, SaveFormat, SaveImage};
-use qevm_savevm::container::{Compression, FileKind, RECOGNISE_LEN, recognise};
-use qevm_wire::Limits;
+use qevm_savevm::container::{Compression, FileKind, Foreign, RECOGNISE_LEN, recognise};
+use qevm_wire::{Fault, Limits};
 use std::fs::File;
 use std::io::{self, Cursor, Read, Seek, SeekFrom};
 use std::path::Path;
+
+/// More compressions around one another than anybody makes are an attempt to use up memory.
+const MAX_DEPTH: usize = 4;
 
 /// An opened input.
 #[derive(Debug)]
@@ -29,12 +32,12 @@ pub struct Opened {
 }
 
 /// Opens `path` (`-` is standard input), whatever container the stream is in. `snapshot` chooses one by name or ID where
-/// a qcow2 image has several.
+/// a qcow2 image has several. `offset_given`: the caller knows where the stream starts, whatever the file starts with.
 ///
 /// # Errors
 /// [`Stop::Usage`] if the file cannot be opened or holds no stream that could be meant, [`Stop::Bad`] if the container
 /// is damaged.
-pub fn open(path: &Path, snapshot: Option<&str>) -> Result<Opened, Stop> {
+pub fn open(path: &Path, snapshot: Option<&str>, offset_given: bool) -> Result<Opened, Stop> {
     if path.as_os_str() == "-" {
         return open_stdin();
     }
@@ -45,7 +48,7 @@ pub fn open(path: &Path, snapshot: Option<&str>) -> Result<Opened, Stop> {
         return Err(Stop::Usage(format!("{name}: is a directory, expected a stream file")));
     }
     if file.seek(SeekFrom::Start(0)).is_err() {
-        return from_pipe(name, file);
+        return from_pipe(name, file, 0);
     }
     let first = first_bytes(&mut file, RECOGNISE_LEN).map_err(cannot)?;
     file.rewind().map_err(cannot)?;
@@ -59,7 +62,8 @@ pub fn open(path: &Path, snapshot: Option<&str>) -> Result<Opened, Stop> {
             let source = snapshot::open(&name, file, snapshot)?;
             Ok(Opened { name, source, offset: 0 })
         }
-        Some(FileKind::Compressed(compression)) => decompressed(name, file, compression),
+        Some(FileKind::Compressed(compression)) => decompressed(name, file, compression, 0),
+        Some(FileKind::Foreign(foreign)) if !offset_given => Err(foreign_file(name, foreign)),
         // What is no stream at all is for the decoder to say, with the bytes it found.
         _ => {
             let source = Source::file(file).map_err(cannot)?;
@@ -69,16 +73,28 @@ pub fn open(path: &Path, snapshot: Option<&str>) -> Result<Opened, Stop> {
 }
 
 fn open_stdin() -> Result<Opened, Stop> {
-    from_pipe("standard input".to_owned(), io::stdin())
+    from_pipe("standard input".to_owned(), io::stdin(), 0)
 }
 
-fn from_pipe(name: String, mut pipe: impl Read + 'static) -> Result<Opened, Stop> {
+/// Opens what comes from a pipe, or out of `depth` decompressors.
+fn from_pipe(name: String, mut pipe: impl Read + 'static, depth: usize) -> Result<Opened, Stop> {
+    if depth > MAX_DEPTH {
+        return Err(Stop::Usage(format!("{name}: is compressed more than {MAX_DEPTH} times")));
+    }
     let cannot = |error: io::Error| Stop::Usage(format!("{name}: cannot be read: {error}"));
-    let first = first_bytes(&mut pipe, RECOGNISE_LEN).map_err(cannot)?;
+    let first = first_bytes(&mut pipe, RECOGNISE_LEN).map_err(|error| match depth {
+        0 => cannot(error),
+        // What a decompressor says is the fault of its input.
+        _ => Failure::io(&name, 0, &error).into(),
+    })?;
     let kind = recognise(&first);
     let mut input = Cursor::new(first).chain(pipe);
     match kind {
-        Some(FileKind::Compressed(compression)) => decompressed(name, input, compression),
+        Some(FileKind::Compressed(compression)) => decompressed(name, input, compression, depth),
+        Some(FileKind::Foreign(foreign)) => Err(foreign_file(name, foreign)),
+        Some(FileKind::Qcow2) if depth > 0 => Err(Stop::Usage(format!(
+            "{name}: a compressed qcow2 image cannot be read: decompress it into a file first"
+        ))),
         Some(FileKind::Qcow2) => {
             Err(Stop::Usage(format!("{name}: a qcow2 image cannot be read from a pipe; name the file")))
         }
@@ -87,7 +103,8 @@ fn from_pipe(name: String, mut pipe: impl Read + 'static) -> Result<Opened, Stop
             let behind_header = image.stream_offset - libvirt::HEADER_LEN as u64;
             io::copy(&mut input.by_ref().take(behind_header), &mut io::sink()).map_err(cannot)?;
             match image.format {
-                SaveFormat::Compressed(compression) => decompressed(name, input, compression),
+                SaveFormat::Compressed(Compression::Lzop) => Err(lzop_inside(&name, image.stream_offset, depth)),
+                SaveFormat::Compressed(compression) => decompressed(name, input, compression, depth),
                 SaveFormat::Raw => Ok(Opened { name, source: Source::stream(Box::new(input)), offset: 0 }),
                 _ => Err(Stop::Usage(format!("{name}: a sparse save image cannot be read from a pipe; name the file"))),
             }
@@ -100,9 +117,10 @@ fn open_save_image(name: String, mut file: File) -> Result<Opened, Stop> {
     let cannot = |error: io::Error| Stop::Usage(format!("{name}: cannot be read: {error}"));
     let image = save_image_header(&name, &mut file)?;
     match image.format {
+        SaveFormat::Compressed(Compression::Lzop) => Err(lzop_inside(&name, image.stream_offset, 0)),
         SaveFormat::Compressed(compression) => {
             file.seek(SeekFrom::Start(image.stream_offset)).map_err(cannot)?;
-            decompressed(name, file, compression)
+            decompressed(name, file, compression, 0)
         }
         _ => {
             let source = Source::file(file).map_err(cannot)?;
@@ -118,7 +136,28 @@ fn save_image_header(name: &str, input: &mut impl Read) -> Result<SaveImage, Sto
     SaveImage::parse(&header, &Limits::default()).map_err(|error| Failure::located(name, error).into())
 }
 
-fn decompressed(name: String, input: impl Read + 'static, compression: Compression) -> Result<Opened, Stop> {
+/// A save image whose payload only `lzop` can unpack: with the image's header before it, that takes it for nothing known.
+fn lzop_inside(name: &str, stream_offset: u64, depth: usize) -> Stop {
+    let unpacked = if depth > 0 { " after decompressing the file" } else { "" };
+    Stop::Usage(format!(
+        "{name}: is a libvirt save image compressed with lzop, which is not supported: use `tail -c +{} FILE | lzop -dc`{unpacked}",
+        stream_offset + 1
+    ))
+}
+
+/// A file of another kind, by its name and with what to do with it.
+fn foreign_file(name: String, foreign: Foreign) -> Stop {
+    let (kind, path) = (Fault::Unsupported.as_str(), String::new());
+    Failure { file: name, kind, offset: 0, path, message: foreign.to_string() }.into()
+}
+
+/// `depth`: how many decompressors are around this one.
+fn decompressed(
+    name: String,
+    input: impl Read + 'static,
+    compression: Compression,
+    depth: usize,
+) -> Result<Opened, Stop> {
     let reader: Box<dyn Read> = match compression {
         Compression::Gzip => Box::new(flate2::read::MultiGzDecoder::new(input)),
         Compression::Bzip2 => Box::new(bzip2::read::MultiBzDecoder::new(input)),
@@ -136,7 +175,7 @@ fn decompressed(name: String, input: impl Read + 'static, compression: Compressi
         }
     };
     let reader = Decompressed { reader, program: compression.as_str() };
-    Ok(Opened { name, source: Source::stream(Box::new(reader)), offset: 0 })
+    from_pipe(name, reader, depth + 1)
 }
 
 /// Up to `count` bytes from the start; fewer only at the end of the input.

@@ -63,12 +63,15 @@ fn every_wrapping_gives_the_same_stream() {
         ("libvirt raw", save_image(0, STREAM)),
         ("libvirt gzip", save_image(1, &gzip(STREAM))),
         ("libvirt zstd", save_image(5, &zstd)),
+        ("gzip in bzip2", bzip2(&gzip(STREAM))),
+        ("libvirt raw in gzip", gzip(&save_image(0, STREAM))),
+        ("libvirt zstd in bzip2 in gzip", gzip(&bzip2(&save_image(5, &zstd)))),
         ("libvirt sparse", save_image(6, STREAM)),
     ] {
         let file = file(&bytes);
-        assert_eq!(read_all(open(file.path(), None).unwrap()), STREAM, "{what}");
+        assert_eq!(read_all(open(file.path(), None, false).unwrap()), STREAM, "{what}");
         if what != "libvirt sparse" {
-            let opened = from_pipe(what.to_owned(), Cursor::new(bytes)).unwrap();
+            let opened = from_pipe(what.to_owned(), Cursor::new(bytes), 0).unwrap();
             assert_eq!(read_all(opened), STREAM, "{what} through a pipe");
         }
     }
@@ -76,21 +79,21 @@ fn every_wrapping_gives_the_same_stream() {
 
 #[test]
 fn what_cannot_be_opened_says_why() {
-    let usage = |bytes: &[u8], snapshot| match open(file(bytes).path(), snapshot) {
+    let usage = |bytes: &[u8], snapshot| match open(file(bytes).path(), snapshot, false) {
         Err(Stop::Usage(message)) => message,
         other => panic!("{other:?}"),
     };
     assert!(usage(b"\x89LZO\0\r\n\x1a\n...........", None).contains("lzop -dc"));
     assert!(usage(STREAM, Some("x")).contains("--snapshot"));
     let cut = file(&save_image(0, STREAM)[..50]);
-    assert!(matches!(open(cut.path(), None), Err(Stop::Bad(Failure { kind: "truncated", offset: 36, .. }))));
-    assert!(matches!(open(Path::new("/nonexistent"), None), Err(Stop::Usage(_))));
+    assert!(matches!(open(cut.path(), None, false), Err(Stop::Bad(Failure { kind: "truncated", offset: 36, .. }))));
+    assert!(matches!(open(Path::new("/nonexistent"), None, false), Err(Stop::Usage(_))));
 }
 
 /// Reads to the end, and says how that fails.
 fn failure(bytes: &[u8]) -> Failure {
     let file = file(bytes);
-    match open(file.path(), None) {
+    match open(file.path(), None, false) {
         Ok(mut opened) => {
             let error = opened.source.skip(u64::MAX).expect_err("a fault");
             Failure::io(&opened.name, 0, &error)
@@ -172,7 +175,7 @@ fn image(vm_state_size: u64) -> Vec<u8> {
 #[test]
 fn a_snapshot_has_no_more_state_than_its_file() {
     let file = file(&image(100_000));
-    assert_eq!(read_all(open(file.path(), None).unwrap()), [0; 100_000]);
+    assert_eq!(read_all(open(file.path(), None, false).unwrap()), [0; 100_000]);
     let failure = failure(&image(1 << 40));
     assert_eq!((failure.kind, failure.path.as_str()), ("malformed", "snapshot table"), "{failure}");
     assert!(failure.message.contains("1099511627776"), "{failure}");

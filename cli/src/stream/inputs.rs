@@ -48,10 +48,11 @@ impl Inputs {
             return Err(Stop::Usage("standard input (-) can only be one of the files".into()));
         }
         let all = |paths: &[std::path::PathBuf]| paths.iter().map(|path| named(path)).collect::<Result<Vec<_>, _>>();
-        let Opened { name, source, offset } = open(&input.main, input.snapshot.as_deref())?;
+        let Opened { name, source, offset } = open(&input.main, input.snapshot.as_deref(), input.offset > 0)?;
         Ok(Inputs {
             main: Named { name, source },
-            offset: offset.saturating_add(input.offset),
+            // Who says where it starts counts from the first byte, whatever lies before it.
+            offset: if input.offset > 0 { input.offset } else { offset },
             pages: input.page_geometry()?,
             channels: all(&input.channels)?,
             recovery: all(&input.recovery)?,
@@ -90,6 +91,6 @@ impl Inputs {
 }
 
 fn named(path: &Path) -> Result<Named, Stop> {
-    let Opened { name, source, .. } = open(path, None)?;
+    let Opened { name, source, .. } = open(path, None, false)?;
     Ok(Named { name, source })
 }

@@ -193,3 +193,43 @@ fn target_pages_have_the_size_that_the_description_tells() {
         assert!(good(&dir, "verify FILE", &file(&dir, name, &stream)).contains("ok: "));
     }
 }
+
+/// A libvirt save image of the stream: format, and what is behind its header of 137 bytes.
+fn save_image(format: u32, payload: &[u8]) -> Vec<u8> {
+    let mut image = b"LibvirtQemudSave".to_vec();
+    [2u32, 45, 1, format, 0].iter().for_each(|word| image.extend(word.to_le_bytes()));
+    image.resize(92, 0);
+    image.extend(b"<domain type=\"qemu\"><name>g</name></domain>\n");
+    image.resize(137, 0);
+    image.extend(payload);
+    image
+}
+
+#[test]
+fn offsets_count_from_the_first_byte_of_the_file() {
+    let dir = TempDir::new().unwrap();
+    let image = file(&dir, "img.save", &save_image(0, &base()));
+    for words in ["verify FILE", "verify --offset 137 FILE"] {
+        assert!(good(&dir, words, &image).contains("nothing opaque"), "{words}");
+    }
+    assert_eq!(run(&dir, "verify --offset 136 FILE", &image).code, Some(1));
+}
+
+#[test]
+fn what_is_no_stream_is_named_with_what_to_do() {
+    let dir = TempDir::new().unwrap();
+    for (first, words) in [
+        (&b"\x7fELF\x02\x01\x01"[..], "an ELF core"),
+        (b"KDUMP   ", "a kdump-compressed dump"),
+        (b"QCPR\0\0\0\x01", "the CPR channel"),
+        (&[0x04, 0x22, 0x4d, 0x18, 0x64], "`lz4 -dc`"),
+    ] {
+        let foreign = file(&dir, "foreign", &[first, &[0; 400]].concat());
+        let ran = run(&dir, "inspect FILE", &foreign);
+        assert_eq!(ran.code, Some(1));
+        assert!(ran.stderr.contains(words), "{}", ran.stderr);
+    }
+    let lzop = file(&dir, "lzop.save", &save_image(4, b"\x89LZO\0\r\n\x1a\n\0\0"));
+    let ran = run(&dir, "verify FILE", &lzop);
+    assert!(ran.code == Some(2) && ran.stderr.contains("`tail -c +138 FILE | lzop -dc`"), "{}", ran.stderr);
+}

@@ -28,6 +28,49 @@ pub enum FileKind {
     Qcow2,
     /// A compressed file.
     Compressed(Compression),
+    /// A file that has a guest in it and no stream.
+    Foreign(Foreign),
+}
+
+/// What else holds a guest. Its text says what the file is and what opens it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum Foreign {
+    /// An ELF file.
+    Elf,
+    /// A kdump-compressed dump.
+    Kdump,
+    /// A kdump-compressed dump in makedumpfile's flattened form.
+    FlattenedKdump,
+    /// The channel of `cpr-transfer`.
+    Cpr,
+    /// A saved Xen domain.
+    Xen,
+    /// A suspended guest of VMware.
+    VMware,
+    /// A saved state of VirtualBox.
+    VirtualBox,
+    /// lz4.
+    Lz4,
+}
+
+impl core::fmt::Display for Foreign {
+    fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
+        f.write_str(match self {
+            Foreign::Elf => {
+                "is an ELF core, as dump-guest-memory and virsh dump --memory-only write, and no migration stream: open it with gdb or crash"
+            }
+            Foreign::Kdump => "is a kdump-compressed dump and no migration stream: open it with crash",
+            Foreign::FlattenedKdump => {
+                "is a flattened kdump-compressed dump and no migration stream: `makedumpfile -R` makes a dump of it for crash"
+            }
+            Foreign::Cpr => "is the CPR channel of cpr-transfer, which passes descriptors: the stream is on the main channel",
+            Foreign::Xen => "is a saved Xen domain and no QEMU migration stream: xl restore reads it",
+            Foreign::VMware => "is a suspended VMware guest and no QEMU migration stream: vmss2core makes a core of it",
+            Foreign::VirtualBox => "is a saved state of VirtualBox and no QEMU migration stream",
+            Foreign::Lz4 => "is compressed with lz4, which is not supported: decompress it with `lz4 -dc` first",
+        })
+    }
 }
 
 /// A compression format around a stream.
@@ -66,11 +109,11 @@ impl Compression {
 ///
 /// assert_eq!(recognise(b"QEVM\0\0\0\x03"), Some(FileKind::Stream));
 /// assert_eq!(recognise(&[0x28, 0xb5, 0x2f, 0xfd, 0x04]), Some(FileKind::Compressed(Compression::Zstd)));
-/// assert_eq!(recognise(b"\x7fELF"), None);
+/// assert_eq!(recognise(b"GIF89a"), None);
 /// ```
 pub fn recognise(first: &[u8]) -> Option<FileKind> {
     use Compression::{Bzip2, Gzip, Lzop, Xz, Zstd};
-    let magics: [(&[u8], FileKind); 10] = [
+    let magics: [(&[u8], FileKind); 23] = [
         (b"QEVM", FileKind::Stream),
         (&[0x11, 0x22, 0x33, 0x44], FileKind::MultifdChannel),
         (libvirt::MAGIC_COMPLETE, FileKind::Libvirt),
@@ -81,6 +124,19 @@ pub fn recognise(first: &[u8]) -> Option<FileKind> {
         (b"\xfd7zXZ\0", FileKind::Compressed(Xz)),
         (b"\x89LZO\0\r\n\x1a\n", FileKind::Compressed(Lzop)),
         (&[0x28, 0xb5, 0x2f, 0xfd], FileKind::Compressed(Zstd)),
+        (b"\x7fELF", FileKind::Foreign(Foreign::Elf)),
+        (b"KDUMP   ", FileKind::Foreign(Foreign::Kdump)),
+        (b"makedumpfile", FileKind::Foreign(Foreign::FlattenedKdump)),
+        (b"QCPR", FileKind::Foreign(Foreign::Cpr)),
+        (b"Xen saved domain", FileKind::Foreign(Foreign::Xen)),
+        (b"LinuxGuestRecord", FileKind::Foreign(Foreign::Xen)),
+        (&[0xd0, 0xbe, 0xd2, 0xbe], FileKind::Foreign(Foreign::VMware)),
+        (&[0xd1, 0xba, 0xd1, 0xba], FileKind::Foreign(Foreign::VMware)),
+        (&[0xd2, 0xbe, 0xd2, 0xbe], FileKind::Foreign(Foreign::VMware)),
+        (&[0xd3, 0xbe, 0xd3, 0xbe], FileKind::Foreign(Foreign::VMware)),
+        (b"\x7fVirtualBox Saved", FileKind::Foreign(Foreign::VirtualBox)),
+        (&[0x04, 0x22, 0x4d, 0x18], FileKind::Foreign(Foreign::Lz4)),
+        (&[0x02, 0x21, 0x4c, 0x18], FileKind::Foreign(Foreign::Lz4)),
     ];
     magics.into_iter().find(|(magic, _)| first.starts_with(magic)).map(|(_, kind)| kind)
 }
