@@ -16,6 +16,9 @@
 //! | `kvmclock` | 0 | [`kvmclock::KvmClock`] | `accel=kvm` |
 //! | `ioapic` | 0, 1 | [`ioapic::IoApic`] | `ioapic2=off` and 5.2 have only one |
 //! | `acpi-ged` | 0 | [`acpi_ged::AcpiGed`] | `acpi=on` |
+//! | `0000:00:00.0/gpex_root` | 0 | [`gpex::GpexRoot`] | `pcie=on` |
+//! | `PCIHost` | 0 | [`gpex::PciHost`] | `pcie=on` |
+//! | `PCIBUS` | 0 | [`gpex::PciBus`] | `pcie=on` |
 //! | `i8259` | 0, 1 | [`i8259::I8259`] | `pic=on` |
 //! | `i8254` | 0 | [`i8254::I8254`] | `pit=on` |
 //! | `mc146818rtc` | 0 | [`mc146818rtc::Mc146818Rtc`] | `rtc=on`, by default not under KVM |
@@ -34,6 +37,7 @@ pub mod cpu;
 pub mod cpu_common;
 pub mod fw_cfg;
 pub mod globalstate;
+pub mod gpex;
 pub mod i8254;
 pub mod i8259;
 pub mod ioapic;

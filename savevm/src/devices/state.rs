@@ -1,8 +1,8 @@
 //! Any of the declared sections, chosen by its `idstr`.
 
 use super::{
-    acpi_ged, apic, cpu, cpu_common, fw_cfg, globalstate, i8254, i8259, ioapic, kvm_tpr_opt, kvmclock, mc146818rtc,
-    serial, timer, virtio,
+    acpi_ged, apic, cpu, cpu_common, fw_cfg, globalstate, gpex, i8254, i8259, ioapic, kvm_tpr_opt, kvmclock,
+    mc146818rtc, serial, timer, virtio,
 };
 use crate::Error;
 use crate::vmdesc::StructDescription;
@@ -127,6 +127,12 @@ sections! {
     IoApic(ioapic::IoApic),
     /// `acpi-ged`
     AcpiGed(acpi_ged::AcpiGed),
+    /// `0000:00:00.0/gpex_root`
+    GpexRoot(gpex::GpexRoot),
+    /// `PCIHost`
+    PciHost(gpex::PciHost),
+    /// `PCIBUS`
+    PciBus(gpex::PciBus),
     /// `i8259`
     I8259(i8259::I8259),
     /// `i8254`
@@ -147,12 +153,13 @@ sections! {
     GlobalState(globalstate::GlobalState),
 }
 
-/// The VMSD's name in an `idstr`: what follows the path of a device on virtio-mmio. Devices on other buses have other
-/// layouts under the same names, so that their `idstr` names nothing here.
+/// The VMSD's name in an `idstr`: what follows the path of a device on virtio-mmio, or that of the host bridge. Devices on other
+/// buses have other layouts under the same names, so that their `idstr` names nothing here.
 fn vmsd_name(idstr: &str) -> &str {
     match idstr.split_once('/') {
         Some((path, name)) if path.starts_with("virtio-mmio@") && name.starts_with("virtio-") => name,
-        None if !idstr.starts_with("virtio-") => idstr,
+        Some(("0000:00:00.0", name @ "gpex_root")) => name,
+        None if !idstr.starts_with("virtio-") && idstr != "gpex_root" => idstr,
         _ => "",
     }
 }
