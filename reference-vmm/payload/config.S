@@ -225,6 +225,7 @@ config_keys:
     .ascii "way\0\0\0\0\0"         # how: 1 ACPI reset register, 2 triple fault
     .ascii "button\0\0"            # power button: 1 report it, 2 report it and switch off
     .ascii "worst\0\0\0"           # not 0: do nothing but your worst
+    .ascii "pci\0\0\0\0\0"         # not 0: check the host bridge of the PCI bus in each pass
 config_name:
     .asciz "opt/qevm/payload"
 msg_no_fw_cfg:

@@ -29,6 +29,7 @@
     .set WORK_MIN,     0x400000    # first address that may be worked on: all of the above lies below
     .set LOW_RAM_MAX,  0xc0000000  # microvm puts RAM beyond 3 GiB at 4 GiB
     .set HIGH_RAM,     0x100000000
+    .set ECAM,         0xe0000000  # configuration space of the PCI bus
     .set LAPIC,        0xfee00000
     .set ACPI_EVENTS,  0xfea00000  # selector of the generic event device
     .set ACPI_SLEEP,   0xfea00200
@@ -92,7 +93,9 @@
     .set C_WAY,        C_CONFIG + 0x68
     .set C_BUTTON,     C_CONFIG + 0x70
     .set C_WORST,      C_CONFIG + 0x78
-    .set CONFIG_COUNT, 16
+    .set C_PCI,        C_CONFIG + 0x80
+    .set CONFIG_COUNT, 17
+    .set PCI_CHECKS,   CTRL + 0x218 # passes in which the PCI bus was checked
     # What a reset leaves alone, as it does all RAM.
     .set C_BOOTS,      CTRL + 0x208 # starts so far
     .set C_RESET_AT,   CTRL + 0x210 # TSC of the next reset, all ones = never

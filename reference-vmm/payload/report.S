@@ -69,6 +69,7 @@ progress:
     FIELD name_ms, rbx
     call newline
     call virtio_progress
+    call pci_progress
     call serial_unlock
     pop r13
     pop r12

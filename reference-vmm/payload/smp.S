@@ -34,6 +34,7 @@ main:
     call banner
     call fill_hold
     call virtio_start
+    call pci_start
     cmp qword ptr [C_WORST], 0
     je 1f
     call worst_set_up

@@ -114,7 +114,11 @@ page_done:
     mov rax, [r15 + P_ID]
     xor r8d, r8d
     call stale
-3:  mov [r15 + P_PASS], rbx
+3:  cmp qword ptr [r15 + P_ID], 0
+    jne 4f
+    call pci_check
+    LOAD_MIX_FACTOR
+4:  mov [r15 + P_PASS], rbx
     inc rbx
     jmp pass
 

@@ -4,6 +4,7 @@ use std::io;
 use std::path::PathBuf;
 
 use crate::boot::BootError;
+use crate::devices::pci::PciError;
 use crate::memory::BackendError;
 
 /// An error of the monitor.
@@ -49,6 +50,9 @@ pub enum Error {
     /// The memory that the machine's RAM is to be made of.
     #[error(transparent)]
     MemoryBackend(#[from] BackendError),
+    /// A PCI device, or its state.
+    #[error(transparent)]
+    Pci(#[from] PciError),
     /// A kernel that cannot be booted.
     #[error(transparent)]
     Boot(#[from] BootError),

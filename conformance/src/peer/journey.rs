@@ -65,6 +65,8 @@ pub struct Load {
     pub cpus: u32,
     /// All monitors leave only the local APICs to the kernel.
     pub split_irqchip: bool,
+    /// All machines have a PCI bus, whose host bridge the guest checks.
+    pub pcie: bool,
     /// Configuration of the payload, see [`reference_vmm::payload`].
     pub payload: String,
     /// Virtio devices that it keeps busy.
@@ -85,6 +87,7 @@ impl Default for Load {
             memory_backend: None,
             cpus: 1,
             split_irqchip: false,
+            pcie: false,
             payload: "dirty=16M rate=48M hold=4M zero=2M verify=16384 report=20".into(),
             gear: Vec::new(),
             max_bandwidth: 64 << 20,
@@ -344,8 +347,18 @@ impl Journey {
 
     /// Waits until every device has worked here.
     fn wait_for_gear(&self, party: &mut Party) -> Result<()> {
+        if self.load.pcie {
+            party.wait_text("check its PCI bus", PATIENCE, |text| bus_checks(text).then_some(()))?;
+        }
         party.wait_text("use all its devices", PATIENCE, |text| gear::works(&self.load.gear, text).then_some(()))
     }
+}
+
+/// Whether the guest has looked at the registers of its PCI bus in more than one pass here. What it did not find is a stale page.
+fn bus_checks(text: &str) -> bool {
+    let checks = |line: &str| line.strip_prefix("qevm-payload pci checks=")?.parse::<u64>().ok();
+    let mut numbers = text.lines().filter_map(checks);
+    numbers.next().zip(numbers.next_back()).is_some_and(|(first, last)| last > first)
 }
 
 /// What a transcript and the hops amount to.

@@ -80,7 +80,8 @@ impl Party {
         let mut arguments = vec!["-m".to_string(), format!("{}M", load.memory)];
         let mut more = |list: &[&str]| arguments.extend(list.iter().map(|a| a.to_string()));
         let (cpus, serial) = (load.cpus.to_string(), format!("file:{}", console.display()));
-        let item = format!("name={FW_CFG_NAME},string={}{}", load.payload, gear::configuration(&load.gear));
+        let pci = if load.pcie { " pci=1" } else { "" };
+        let item = format!("name={FW_CFG_NAME},string={}{}{pci}", load.payload, gear::configuration(&load.gear));
         let gear = gear::arguments(&load.gear, scratch, name)?;
         more(&gear.iter().map(String::as_str).collect::<Vec<_>>());
         if incoming {
@@ -91,6 +92,9 @@ impl Party {
         let mut options = String::from(if rtc { ",rtc=on" } else { "" });
         if load.split_irqchip {
             options.push_str(",kernel-irqchip=split");
+        }
+        if load.pcie {
+            options.push_str(",pcie=on");
         }
         if let Some(backend) = load.memory_backend {
             options.push_str(",memory-backend=mem");

@@ -71,6 +71,7 @@ fn journeys() -> Vec<Journey> {
     journeys.push(Journey { name: "ring/tcg".into(), stops, load: two, ..plain() });
     journeys.extend(page_channels());
     journeys.extend(devices());
+    journeys.extend(with_pci_bus());
     journeys.extend(memory_backends());
     journeys.extend(without_callers());
     let ring = |hops: usize| -> Vec<Stop> {
@@ -137,6 +138,28 @@ fn memory_backends() -> Vec<Journey> {
         }
     }
     journeys
+}
+
+/// Guests that program the host bridge of their PCI bus, and check what it says in each pass.
+fn with_pci_bus() -> Vec<Journey> {
+    let [old, new, middle] = [Suite::Bookworm, Suite::Sid, Suite::Trixie].map(|suite| Stop::Qemu(suite, Accel::Kvm));
+    let [middle_tcg, new_tcg] = [Suite::Trixie, Suite::Sid].map(|suite| Stop::Qemu(suite, Accel::Tcg));
+    let reference = Stop::Reference;
+    let load = Load { pcie: true, ..Load::default() };
+    let split = Load { cpus: 2, split_irqchip: true, ..load.clone() };
+    let ways = [
+        ("7.2", vec![old, reference, old], &load, false),
+        ("10.0", vec![middle, reference, middle], &load, false),
+        ("11.1", vec![new, reference, new], &load, true),
+        ("ref", vec![reference, reference, new, reference, middle], &load, false),
+        ("split", vec![new, reference, middle], &split, false),
+        ("tcg", vec![middle_tcg, reference, new_tcg], &load, false),
+    ];
+    let journey = |(name, stops, load, quick): (&str, Vec<Stop>, &Load, bool)| {
+        let capabilities = vec!["return-path"];
+        Journey { name: format!("pcie/{name}"), stops, capabilities, load: load.clone(), quick, ..plain() }
+    };
+    ways.map(journey).into()
 }
 
 /// Links on which nobody calls: commands, descriptors and files, and the files in which each page has its place.
@@ -313,6 +336,15 @@ fn echoes() -> Vec<Echo> {
         echo
     });
     echoes.extend(stocked);
+    // The host bridge, as the guest has programmed it.
+    let with_bus = PEERS.into_iter().map(|suite| {
+        let mut echo = echo((suite, 1));
+        echo.journey.name = format!("{}>ref/echo/pcie", suite.series());
+        echo.journey.load.pcie = true;
+        echo.journey.quick = suite == Suite::Trixie;
+        echo
+    });
+    echoes.extend(with_bus);
     // A request that a source has taken and not answered goes along in its section.
     let failing = PEERS.into_iter().map(|suite| {
         let mut echo = echo((suite, 1));
@@ -358,6 +390,11 @@ fn pairings() -> Vec<Pairing> {
                 source: vec!["-device", "virtio-rng-device"],
                 said: vec!["unknown section or instance 'virtio-mmio@", "/virtio-rng' 0", "-device"],
                 ..into("device")
+            },
+            Pairing {
+                source: vec!["-M", "pcie=on"],
+                said: vec!["unknown section or instance '0000:00:00.0/gpex_root' 0", "pcie=on", "pcie=off"],
+                ..into("pcie")
             },
             Pairing {
                 source: vec!["-M", "q35,accel=kvm"],

@@ -1,5 +1,10 @@
 //! ACPI tables for a kernel that is entered without firmware (ACPI specification 6.5): what a hardware-reduced machine has to
-//! say, which is where interrupts go, how to switch off and reset, and where the serial port and the virtio-mmio transports are.
+//! say, which is where interrupts go, how to switch off and reset, and where the serial port, the virtio-mmio transports and the
+//! PCI bus are.
+
+mod pci;
+
+use std::ops::Range;
 
 use acpi_tables::fadt::{FADTBuilder, Flags};
 use acpi_tables::gas::{AccessSize, AddressSpace, GAS};
@@ -23,8 +28,9 @@ const IOAPICS: [(u32, u32); 2] = [(0xfec0_0000, 0), (0xfec1_0000, 24)];
 const NO_VGA: u16 = 1 << 2;
 const ALIGN: usize = 64;
 
-/// The tables for address `at`, where the root pointer is, of a machine with so many vCPUs and virtio-mmio devices.
-pub(super) fn tables(at: u64, cpus: usize, virtio: usize) -> Vec<u8> {
+/// The tables for address `at`, where the root pointer is, of a machine with so many vCPUs and virtio-mmio devices. One with a PCI bus
+/// has its window above 4 GiB.
+pub(super) fn tables(at: u64, cpus: usize, virtio: usize, high_window: Option<Range<u64>>) -> Vec<u8> {
     let mut bytes = vec![0; size_of::<Rsdp>()];
     let mut add = |table: &dyn Aml| {
         bytes.resize(bytes.len().next_multiple_of(ALIGN), 0);
@@ -32,11 +38,12 @@ pub(super) fn tables(at: u64, cpus: usize, virtio: usize) -> Vec<u8> {
         table.to_aml_bytes(&mut bytes);
         address
     };
-    let dsdt = add(&dsdt(virtio));
+    let mcfg = high_window.as_ref().map(|_| add(&pci::mcfg()));
+    let dsdt = add(&dsdt(virtio, high_window));
     let fadt = add(&fadt(dsdt));
     let madt = add(&madt(cpus));
     let mut xsdt = XSDT::new(OEM, TABLE, REVISION);
-    [fadt, madt].into_iter().for_each(|table| xsdt.add_entry(table));
+    [fadt, madt].into_iter().chain(mcfg).for_each(|table| xsdt.add_entry(table));
     let xsdt = add(&xsdt);
     let mut root = Vec::new();
     Rsdp::new(OEM, xsdt).to_aml_bytes(&mut root);
@@ -72,7 +79,7 @@ fn madt(cpus: usize) -> MADT {
     madt
 }
 
-fn dsdt(virtio: usize) -> Sdt {
+fn dsdt(virtio: usize, high_window: Option<Range<u64>>) -> Sdt {
     let mut body = Vec::new();
     device(
         &mut body,
@@ -88,6 +95,7 @@ fn dsdt(virtio: usize) -> Sdt {
         device(&mut body, &format!("VR{position:02}"), &"LNRO0005", position as u8, vec![&memory, &interrupt(irq)]);
     }
     event_device(&mut body);
+    high_window.into_iter().for_each(|window| pci::host_bridge(&mut body, window));
     // Soft off is sleep type 5 of the sleep control register.
     let soft_off = aml::Package::new(vec![&Ged::SOFT_OFF, &aml::ZERO, &aml::ZERO, &aml::ZERO]);
     aml::Name::new("\\_S5_".into(), &soft_off).to_aml_bytes(&mut body);
@@ -146,7 +154,7 @@ mod tests {
     #[test]
     fn every_table_is_found_and_adds_up() {
         let at = 0x9_0000;
-        let bytes = tables(at, 4, 24);
+        let bytes = tables(at, 4, 24, None);
         assert!(bytes.len() < 0x8000, "{} bytes", bytes.len());
         let sum = |bytes: &[u8]| bytes.iter().fold(0u8, |sum, byte| sum.wrapping_add(*byte));
         let u64_at = |at: usize| u64::from_le_bytes(*bytes[at..].first_chunk().unwrap());

@@ -32,11 +32,13 @@ mod firmware;
 mod initrd;
 mod mp_table;
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use vm_memory::{GuestAddress, GuestMemoryMmap, GuestRegionMmap, MmapRegion};
 
 use crate::devices::VirtioDevice;
+use crate::devices::pci::ECAM;
 use crate::error::{Error, Result};
 use crate::memory::{GuestMemory, RamBlock};
 pub(crate) use entry::Entry;
@@ -68,12 +70,20 @@ const COMMAND_LINE_MAX: usize = 0x1_0000;
 ///
 /// # Errors
 /// [`Error::Boot`].
-pub(crate) fn load(memory: &GuestMemory, kernel: &Kernel, cpus: usize, virtio: &[VirtioDevice]) -> Result<Entry> {
-    let ram = Ram::of(memory)?;
+///
+/// A machine with a PCI bus tells the bus's window above 4 GiB.
+pub(crate) fn load(
+    memory: &GuestMemory,
+    kernel: &Kernel,
+    cpus: usize,
+    virtio: &[VirtioDevice],
+    high_window: Option<Range<u64>>,
+) -> Result<Entry> {
+    let ram = Ram::of(memory, high_window.is_some())?;
     let command_line = command_line(kernel, virtio)?;
     memory.write(COMMAND_LINE, &command_line)?;
     if with_acpi(kernel) {
-        memory.write(ACPI_TABLES, &acpi::tables(ACPI_TABLES, cpus, virtio.len()))?;
+        memory.write(ACPI_TABLES, &acpi::tables(ACPI_TABLES, cpus, virtio.len(), high_window))?;
     }
     memory.write(MP_TABLE, &mp_table::table(MP_TABLE as u32, cpus))?;
     match format(&kernel.image)? {
@@ -136,12 +146,16 @@ struct Ram {
 }
 
 impl Ram {
-    fn of(memory: &GuestMemory) -> Result<Ram> {
+    fn of(memory: &GuestMemory, pci: bool) -> Result<Ram> {
         let mut map = vec![
             (0, ACPI_TABLES, USABLE),
             (ACPI_TABLES, MP_TABLE - ACPI_TABLES, ACPI),
             (MP_TABLE, CAN_BE_HERE - MP_TABLE, RESERVED),
         ];
+        if pci {
+            // Linux uses what the MCFG tells from the beginning only where the memory map reserves it.
+            map.push((ECAM.start, ECAM.end - ECAM.start, RESERVED));
+        }
         let (mut low_end, mut regions, mut blocks) = (0, Vec::new(), Vec::new());
         let host = |cause| Error::Host { what: "map guest RAM to load a kernel", cause };
         for mapping in memory.mappings() {

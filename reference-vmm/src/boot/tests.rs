@@ -61,7 +61,7 @@ fn kernel(image: Vec<u8>) -> Kernel {
 }
 
 fn refused(kernel: &Kernel) -> BootError {
-    match load(&memory(), kernel, 1, &[]) {
+    match load(&memory(), kernel, 1, &[], None) {
         Err(Error::Boot(error)) => error,
         other => panic!("{other:?}"),
     }
@@ -75,7 +75,7 @@ fn pvh_start_info_names_what_was_loaded() {
         command_line: "acpi=off".into(),
         ..kernel(elf(2 * MIB, b"code", 4096, 0x20_0000))
     };
-    let entry = load(&memory, &given, 2, &[VirtioDevice::Rng]).unwrap();
+    let entry = load(&memory, &given, 2, &[VirtioDevice::Rng], None).unwrap();
     assert_eq!(entry, Entry::Pvh { entry: 0x20_0000, start_info: 0x6000 });
     assert_eq!(&read(&memory, 2 * MIB), b"code");
     // Magic, version 1, no flags, one module.
@@ -95,7 +95,7 @@ fn pvh_start_info_names_what_was_loaded() {
 fn the_zero_page_names_what_was_loaded() {
     let memory = memory();
     let given = Kernel { initrd: vec![7; 5000], command_line: "a=b".into(), ..kernel(bzimage(b"code", 2 << 20)) };
-    let entry = load(&memory, &given, 1, &[]).unwrap();
+    let entry = load(&memory, &given, 1, &[], None).unwrap();
     assert_eq!(entry, Entry::Linux64 { entry: 0x10_0200, zero_page: 0x7000 });
     assert_eq!(&read(&memory, 0x10_0200), b"code");
     let u32_at = |at: u64| u32::from_le_bytes(read(&memory, 0x7000 + at));
@@ -168,7 +168,7 @@ fn what_has_no_room_is_named() {
 fn an_initrd_never_lies_in_the_kernel() {
     for image in [elf(2 * MIB, b"code", 4 * MIB, 0x20_0000), bzimage(b"code", 5 << 20)] {
         let kernel = |size: u64| Kernel { initrd: vec![1; size as usize], ..kernel(image.clone()) };
-        load(&memory(), &kernel(2 * MIB), 1, &[]).unwrap();
+        load(&memory(), &kernel(2 * MIB), 1, &[], None).unwrap();
         let error = refused(&kernel(2 * MIB + 1));
         assert!(matches!(error, BootError::InitrdNoRoom { size, .. } if size == 2 * MIB + 1), "{error}");
     }
@@ -177,7 +177,7 @@ fn an_initrd_never_lies_in_the_kernel() {
 #[test]
 fn command_lines_are_bounded() {
     let with = |command_line: String| Kernel { command_line, ..kernel(bzimage(b"code", 1 << 20)) };
-    load(&memory(), &with("x".repeat(2047)), 1, &[]).unwrap();
+    load(&memory(), &with("x".repeat(2047)), 1, &[], None).unwrap();
     assert!(matches!(refused(&with("x".repeat(2048))), BootError::CommandLineLength { found: 2048, most: 2047 }));
     assert!(matches!(refused(&with("x".repeat(1 << 20))), BootError::CommandLineLength { .. }));
     assert!(matches!(refused(&with("a\0b".into())), BootError::CommandLineZero(1)));
@@ -233,7 +233,7 @@ proptest::proptest! {
             image.truncate(cut);
         }
         let given = Kernel { initrd: vec![1; 100], ..kernel(image) };
-        let loaded = load(&memory(), &given, 1, &[]);
+        let loaded = load(&memory(), &given, 1, &[], None);
         proptest::prop_assert!(matches!(loaded, Ok(_) | Err(Error::Boot(_))), "{loaded:?}");
         let by_firmware = Kernel { by_firmware: true, ..given };
         let found = add_items(&mut BTreeMap::new(), &mut BTreeMap::new(), 8 * MIB, Some(&by_firmware));
@@ -249,13 +249,13 @@ fn a_kernel_that_is_loaded_again_is_dirty_and_as_in_its_file() {
         (kernel(bzimage(&[7; 0x3000], 1 << 20)), 256..259),
     ] {
         let memory = memory();
-        load(&memory, &given, 1, &[]).unwrap();
+        load(&memory, &given, 1, &[], None).unwrap();
         let (start, end) = (pages.start * 4096, pages.end * 4096);
         let mut before = vec![0; (end - start) as usize];
         memory.read(start, &mut before).unwrap();
         memory.write(start, &vec![0xee; (20_000).min(end - start) as usize]).unwrap();
         memory.blocks()[0].take_vmm_writes();
-        load(&memory, &given, 1, &[]).unwrap();
+        load(&memory, &given, 1, &[], None).unwrap();
         let dirty = memory.blocks()[0].take_vmm_writes();
         for page in pages {
             assert!(dirty[page as usize / 64] & 1 << (page % 64) != 0, "page {page} is clean");

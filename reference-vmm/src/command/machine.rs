@@ -19,9 +19,9 @@ use super::options::split;
 /// The machine.
 #[derive(clap::Args)]
 pub(crate) struct MachineArguments {
-    /// Machine type, and whom it migrates to: microvm[,qemu=RELEASE][,peer-accel=tcg][,rtc=on][,kernel-irqchip=split][,memory-backend=ID]. microvm has no version, so the release of QEMU's binary
+    /// Machine type, and whom it migrates to: microvm[,qemu=RELEASE][,peer-accel=tcg][,rtc=on][,pcie=on][,kernel-irqchip=split][,memory-backend=ID]. microvm has no version, so the release of QEMU's binary
     /// decides the bytes of a stream: name the oldest that is to load one (7.2, 10.0, 11.1, …). Streams of all releases are taken.
-    /// peer-accel=tcg makes streams that a QEMU under TCG takes. rtc=on adds a real-time clock, which QEMU has by default under TCG and not under KVM. kernel-irqchip=split leaves only the local APICs to the kernel, as QEMU's
+    /// peer-accel=tcg makes streams that a QEMU under TCG takes. rtc=on adds a real-time clock, which QEMU has by default under TCG and not under KVM. pcie=on adds a PCI Express bus with its host bridge. kernel-irqchip=split leaves only the local APICs to the kernel, as QEMU's
     #[arg(long = "machine", short = 'M', value_name = "TYPE", default_value = "microvm")]
     machine: MachineOptions,
     /// Accelerator: kvm[,dirty-ring-size=N]. N is the number of entries of each vCPU's dirty ring, a power of two, 1024 or more;
@@ -139,6 +139,7 @@ impl MachineArguments {
             incoming,
             split_irqchip: self.machine.split_irqchip,
             rtc: self.machine.rtc,
+            pcie: self.machine.pcie,
             virtio: self.devices().slots()?,
             dirty_ring_size: self.accel.dirty_ring_size,
             serial: self.serial.open()?,
@@ -159,6 +160,8 @@ const MACHINE_TYPE: &str = "microvm";
 struct MachineOptions {
     qemu: QemuVersion,
     rtc: bool,
+    /// Whether there is a PCI Express bus.
+    pcie: bool,
     split_irqchip: bool,
     /// The peer runs under KVM.
     kvm: bool,
@@ -178,6 +181,7 @@ impl FromStr for MachineOptions {
         let mut options = MachineOptions {
             qemu: QemuVersion::NEWEST,
             rtc: false,
+            pcie: false,
             split_irqchip: false,
             kvm: true,
             memory_backend: None,
@@ -193,11 +197,14 @@ impl FromStr for MachineOptions {
                 Some(("kernel-irqchip", "on")) => options.split_irqchip = false,
                 Some(("kernel-irqchip", "split")) => options.split_irqchip = true,
                 Some(("memory-backend", id)) => options.memory_backend = Some(id.to_owned()),
+                Some(("pcie", "on")) => options.pcie = true,
+                // QEMU's auto is off.
+                Some(("pcie", "off" | "auto")) => options.pcie = false,
                 // As a QEMU under KVM has it.
                 Some(("rtc", "off" | "auto")) => options.rtc = false,
                 _ => {
                     return Err(format!(
-                        "'{part}' is not one of qemu=RELEASE, peer-accel=kvm|tcg, rtc=on|off|auto, kernel-irqchip=on|split, memory-backend=ID"
+                        "'{part}' is not one of qemu=RELEASE, peer-accel=kvm|tcg, rtc=on|off|auto, pcie=on|off|auto, kernel-irqchip=on|split, memory-backend=ID"
                     ));
                 }
             }
@@ -317,6 +324,7 @@ mod tests {
         let newest = || MachineOptions {
             qemu: QemuVersion::NEWEST,
             rtc: false,
+            pcie: false,
             split_irqchip: false,
             kvm: true,
             memory_backend: None,

@@ -6,6 +6,7 @@ mod fw_cfg;
 mod ged;
 mod ioapic;
 mod netdev;
+pub mod pci;
 mod rtc;
 mod serial;
 mod split;
@@ -30,6 +31,7 @@ pub(crate) use virtio::{
 };
 
 use crate::memory::GuestMemory;
+use pci::PciBus;
 
 /// First port of the serial port.
 pub const SERIAL_PORT: u16 = 0x3f8;
@@ -66,6 +68,8 @@ pub struct Devices {
     pub(crate) rtc: Option<Arc<Clock>>,
     /// The virtio-mmio transports.
     pub(crate) virtio: Transports,
+    /// The PCI bus, if there is one.
+    pub(crate) pci: Option<Mutex<PciBus>>,
     /// Interrupt controllers and PIT, where the kernel does not have them.
     pub(crate) split: Option<SplitChips>,
     memory: Arc<GuestMemory>,
@@ -82,7 +86,17 @@ impl Devices {
         virtio: Transports,
         rtc: Option<Arc<Clock>>,
     ) -> Devices {
-        Devices { rtc, split: None, ioapic2, virtio, serial, fw_cfg: Mutex::new(fw_cfg), ged: Mutex::new(ged), memory }
+        Devices {
+            rtc,
+            split: None,
+            pci: None,
+            ioapic2,
+            virtio,
+            serial,
+            fw_cfg: Mutex::new(fw_cfg),
+            ged: Mutex::new(ged),
+            memory,
+        }
     }
 
     /// One read of a port, of 1, 2 or 4 bytes. Ports without a device read as all ones.
@@ -134,6 +148,9 @@ impl Devices {
         if self.virtio.read(gpa, data) {
             return;
         }
+        if self.pci.as_ref().is_some_and(|bus| lock(bus).read(gpa, data)) {
+            return;
+        }
         if let Some(offset) = Ged::offset(gpa) {
             lock(&self.ged).read(offset, data);
         } else if let Some(offset) = Ioapic::offset(gpa) {
@@ -145,7 +162,7 @@ impl Devices {
 
     /// A write to an address that is not RAM. Addresses without a device ignore it.
     pub fn mmio_write(&self, gpa: u64, data: &[u8]) -> Request {
-        if self.virtio.write(gpa, data) {
+        if self.virtio.write(gpa, data) || self.pci.as_ref().is_some_and(|bus| lock(bus).write(gpa, data)) {
             return Request::None;
         }
         if let Some(offset) = Ioapic::offset(gpa) {

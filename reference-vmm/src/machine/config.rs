@@ -30,6 +30,8 @@ pub struct MachineConfig {
     pub split_irqchip: bool,
     /// Whether there is a real-time clock. QEMU's `rtc=auto` has one under TCG only.
     pub rtc: bool,
+    /// Whether there is a PCI Express bus: QEMU's `pcie=on`.
+    pub pcie: bool,
     /// Devices on virtio-mmio. A machine that has one without a model can take a guest and give it back, but not run it.
     pub virtio: Vec<VirtioSlot>,
     /// Entries of each vCPU's dirty ring, a power of two; 0 is none, and the dirty log is KVM's bitmap (QEMU's
@@ -53,6 +55,7 @@ impl Default for MachineConfig {
             incoming: false,
             split_irqchip: false,
             rtc: false,
+            pcie: false,
             virtio: Vec::new(),
             dirty_ring_size: 0,
             serial: Box::new(io::sink()),

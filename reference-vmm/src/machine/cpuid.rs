@@ -32,6 +32,14 @@ pub(crate) fn supported(kvm_fd: &Kvm) -> Result<CpuId> {
     Ok(cpuid)
 }
 
+/// Bits of a guest's physical addresses, as its processor tells them.
+pub(crate) fn physical_bits(cpuid: &CpuId) -> u8 {
+    // What a processor has that does not tell (Intel SDM volume 3, "MAXPHYADDR").
+    const UNTOLD: u8 = 36;
+    let sizes = cpuid.as_slice().iter().find(|entry| entry.function == LEAF_AMD_SIZES);
+    sizes.map_or(UNTOLD, |entry| entry.eax as u8)
+}
+
 /// The same for vCPU number `index` of `cpus`: each is a core of one package, and its number is its APIC id.
 pub(crate) fn for_vcpu(supported: &CpuId, index: usize, cpus: usize) -> Result<CpuId> {
     let (id, count) = (index as u32, cpus as u32);

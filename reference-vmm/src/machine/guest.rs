@@ -68,7 +68,7 @@ impl Devices for Machine {
     }
 
     fn has(&self, idstr: &CountedString, instance_id: u32) -> bool {
-        has_device(idstr, instance_id, self.cpus(), self.has_rtc(), self.virtio())
+        has_device(idstr, instance_id, self.cpus(), self.has_rtc(), self.has_pci(), self.virtio())
     }
 
     fn advice(&self, idstr: &CountedString) -> String {

@@ -39,6 +39,7 @@ use kvm_bindings::kvm_msi;
 use kvm_ioctls::VmFd;
 
 use crate::boot::{self, Kernel};
+use crate::devices::pci::{FIRST_GSI, PciBus};
 use crate::devices::{
     Clock, Devices, FwCfg, FwCfgItems, GED_IRQ, Ged, Ioapic, Message, RTC_IRQ, Rtc, SERIAL_IRQ, Serial, TRANSPORTS,
     Transport, Transports, VirtioDevice, lock, start_pump, transport_of, wall_clock,
@@ -184,13 +185,18 @@ impl Machine {
             threads.push(thread);
             rtc = Some(clock);
         }
+        let cpuid = cpuid::supported(&kvm_fd)?;
+        let pci = config.pcie.then(|| {
+            let line = |number: usize| interrupt(FIRST_GSI + number as u32, "PCI bus");
+            Mutex::new(PciBus::new(cpuid::physical_bits(&cpuid), std::array::from_fn(line)))
+        });
         let ged = Ged::new(interrupt(GED_IRQ, "generic event device"));
         let mut devices = Devices::new(Arc::clone(&memory), serial, fw_cfg, ged, ioapic2, transports, rtc);
         let to_vcpu = split.as_ref().map(|split| split.to_vcpu.clone());
+        devices.pci = pci;
         devices.split = split.map(Split::into_chips);
         let devices = Arc::new(devices);
 
-        let cpuid = cpuid::supported(&kvm_fd)?;
         let vcpus = (0..config.cpus)
             .map(|index| {
                 let fd = vm.create_vcpu(index as u64).map_err(kvm("create a vCPU"))?;
@@ -256,6 +262,11 @@ impl Machine {
     /// Whether there is a real-time clock.
     pub fn has_rtc(&self) -> bool {
         self.devices.rtc.is_some()
+    }
+
+    /// Whether there is a PCI bus.
+    pub fn has_pci(&self) -> bool {
+        self.devices.pci.is_some()
     }
 
     /// Devices on virtio-mmio, in the order of the command line.

@@ -56,7 +56,8 @@ impl Machine {
     /// Loads a kernel that is entered without firmware, if there is one, and puts the first vCPU at its entry.
     pub(super) fn load_kernel(&self) -> Result<()> {
         let Some(kernel) = self.kernel.as_ref().filter(|kernel| !kernel.by_firmware) else { return Ok(()) };
-        let entry = boot::load(&self.memory, kernel, self.cpus(), &self.virtio)?;
+        let high_window = self.devices.pci.as_ref().map(|bus| lock(bus).high_window());
+        let entry = boot::load(&self.memory, kernel, self.cpus(), &self.virtio, high_window)?;
         kvm_state::enter(&lock(&self.vcpus[0].fd), entry)?;
         self.devices.split.iter().for_each(SplitChips::set_up);
         Ok(())

@@ -42,6 +42,7 @@
 //! | `resets` | resets at most | no limit |
 //! | `way` | how: 1 ACPI reset register, 2 triple fault | 1 |
 //! | `button` | power button: 1 report it, 2 report it and switch off | 0 |
+//! | `pci` | not 0: program the host bridge of the PCI bus, and check its registers in each pass | 0 |
 //! | `worst` | not 0: do nothing of this, and to the monitor the worst that a guest can do, on every queue and port | 0 |
 //!
 //! Before a reset it prints `qevm-payload reset boots=N`, where `N` counts the starts so far in RAM, which a reset keeps; and
@@ -49,7 +50,8 @@
 //!
 //! With virtio devices each progress line is followed by `qevm-payload virtio disk=… rng=… console=… net=… interrupts=… errors=…`: the
 //! number of the next request of each device (0: it is not used), interrupts taken, and devices that gave back something else than
-//! was asked for.
+//! was asked for. With `pci` it is followed by `qevm-payload pci checks=N`, the number of passes that checked the bridge; a register with
+//! another value than it should have counts as stale, `kind=pci` with its offset as page.
 
 mod transcript;
 

@@ -101,6 +101,7 @@ fn whole_message(line: &str) -> bool {
         "qevm-payload start cpus=",
         "qevm-payload stale-page kind=",
         "qevm-payload virtio disk=",
+        "qevm-payload pci checks=",
         "qevm-payload reset boots=",
         "qevm-payload power button",
     ]

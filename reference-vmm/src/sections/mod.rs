@@ -8,6 +8,7 @@ mod chips;
 mod cpu;
 mod fpu;
 mod msr;
+mod pci;
 mod virtio;
 
 use crate::{
@@ -69,6 +70,9 @@ pub enum SectionError {
 fn usual_cause(idstr: &str) -> &'static str {
     match idstr {
         "cpu" | "cpu_common" | "apic" => "does the source have as many vCPUs as this machine?",
+        pci::GPEX_ROOT | pci::HOST | pci::BUS => {
+            "start the source with -M microvm,pcie=on, or this machine without a PCI bus (--machine microvm,pcie=off)"
+        }
         "i8254" | "i8259" | "acpi-ged" => "start the source without pit=off, pic=off and acpi=off",
         _ => "start the source with this machine's devices",
     }
@@ -78,6 +82,9 @@ fn usual_cause(idstr: &str) -> &'static str {
 pub(crate) fn advice(idstr: &CountedString) -> &'static str {
     let idstr = idstr.as_str().unwrap_or_default();
     let pci_address = |name: &str| name.len() == 12 && name.as_bytes()[4] == b':' && name.as_bytes()[7] == b':';
+    if [pci::GPEX_ROOT, pci::HOST, pci::BUS].contains(&idstr) {
+        return "the source has a PCI bus; start this machine with one (--machine microvm,pcie=on) or the source without (-M microvm,pcie=off)";
+    }
     match idstr.split_once('/').map_or(idstr, |(path, _)| path) {
         "apic" | "cpu" | "cpu_common" => "the source has more vCPUs; start this machine with as many (--smp)",
         "mc146818rtc" => {
@@ -90,9 +97,7 @@ pub(crate) fn advice(idstr: &CountedString) -> &'static str {
         path if path.starts_with("virtio-mmio@") => {
             "the source has a virtio device there; start this machine with the source's virtio devices, in the same order (-device)"
         }
-        path if pci_address(path) => {
-            "the source has a PCI device, and this machine no PCI bus; start it with -M microvm,pcie=off"
-        }
+        path if pci_address(path) => "the source has a PCI device that this machine does not have; start it without",
         _ => qevm_migration::ADVICE,
     }
 }
@@ -108,6 +113,9 @@ mod idstr {
     pub(super) const KvmTprOpt: &str = "kvm-tpr-opt";
     pub(super) const Timer: &str = "timer";
 }
+
+/// Why a section of a device that this machine does not have is refused.
+const NO_DEVICE: &str = "this machine has no such device";
 
 /// The run states of QEMU that a source in good health reports.
 const RUNNING: &str = "running";
@@ -144,6 +152,9 @@ pub fn save(state: &MachineState, profile: &Profile, running: bool) -> Result<Sa
         devices.push(("kvmclock", 0, chips::kvmclock(state)));
     }
     devices.push(("acpi-ged", 0, chips::ged(state)));
+    if let Some(bus) = &state.pci {
+        devices.extend(pci::save(bus).map(|(idstr, device)| (idstr, 0, device)));
+    }
     for i in 0..state.pics.len() as u32 {
         devices.push(("i8259", i, chips::pic(state, i)));
     }
@@ -217,13 +228,21 @@ pub fn rehearse(state: &MachineState) -> Result<(), SectionError> {
     load(saved.sections(), &newest(), &mut state.clone()).map(drop)
 }
 
-/// Whether a machine of `cpus` vCPUs, with or without real-time clock, with these virtio devices, has the section.
-pub fn has_device(idstr: &CountedString, instance_id: u32, cpus: usize, rtc: bool, virtio: &[VirtioDevice]) -> bool {
+/// Whether a machine of `cpus` vCPUs, with or without real-time clock and PCI bus, with these virtio devices, has the section.
+pub fn has_device(
+    idstr: &CountedString,
+    instance_id: u32,
+    cpus: usize,
+    rtc: bool,
+    pci: bool,
+    virtio: &[VirtioDevice],
+) -> bool {
     let instances = match idstr.as_str() {
         Some("apic" | "cpu" | "cpu_common") => cpus as u32,
         Some("ioapic" | "i8259") => 2,
         Some("timer" | "fw_cfg" | "kvm-tpr-opt" | "kvmclock" | "acpi-ged" | "i8254" | "serial" | "globalstate") => 1,
         Some("mc146818rtc") => u32::from(rtc),
+        Some(pci::GPEX_ROOT | pci::HOST | pci::BUS) => u32::from(pci),
         _ => u32::from(is_section_of(virtio, idstr)),
     };
     instance_id < instances
@@ -248,7 +267,7 @@ pub fn load(sections: &[DeviceSection], profile: &Profile, state: &mut MachineSt
             |reason: String| SectionError::Refused { idstr: idstr.clone(), instance_id: *instance_id, reason };
         let mut reader = Reader::new(body);
         let loaded = DeviceState::load(idstr.as_str().unwrap_or_default(), *version_id, &mut reader, &ctx)
-            .ok_or_else(|| refused("this machine has no such device".into()))?
+            .ok_or_else(|| refused(NO_DEVICE.into()))?
             .map_err(content)?;
         reader.expect_end("the section's content").map_err(content)?;
         let index = *instance_id as usize;
@@ -265,6 +284,15 @@ pub fn load(sections: &[DeviceSection], profile: &Profile, state: &mut MachineSt
             (DeviceState::FwCfg(from), _) => chips::load_fw_cfg(from, &mut state.fw_cfg),
             (DeviceState::KvmClock(from), _) => chips::load_kvmclock(from, &mut state.clock),
             (DeviceState::AcpiGed(from), _) => state.ged.sel = from.ged_state.sel,
+            (DeviceState::GpexRoot(from), _) => {
+                pci::load_bridge(from, state.pci.as_mut().ok_or_else(|| refused(NO_DEVICE.into()))?)
+            }
+            (DeviceState::PciHost(from), _) => {
+                state.pci.as_mut().ok_or_else(|| refused(NO_DEVICE.into()))?.config_reg = from.config_reg;
+            }
+            (DeviceState::PciBus(from), _) => {
+                state.pci.as_mut().ok_or_else(|| refused(NO_DEVICE.into()))?.counts = from.irq_count;
+            }
             (DeviceState::Serial(from), _) => chips::load_serial(&from.state, &mut state.serial),
             (DeviceState::Mc146818Rtc(from), _) => state.rtc = Some(chips::load_rtc(from)),
             (DeviceState::KvmTprOpt(from), _) => chips::expect_inactive(from).map_err(refused)?,
@@ -282,7 +310,7 @@ pub fn load(sections: &[DeviceSection], profile: &Profile, state: &mut MachineSt
                     *model = virtio::load(&loaded).map_err(refused)?;
                 }
             }
-            _ => return Err(refused("this machine has no such device".into())),
+            _ => return Err(refused(NO_DEVICE.into())),
         }
         state.carried.keep(idstr.as_str().unwrap_or_default(), *instance_id, loaded);
     }
@@ -307,6 +335,9 @@ fn missing(sections: &[DeviceSection], state: &MachineState) -> Option<(String, 
         ("fw_cfg", 1),
         ("ioapic", 1),
         ("acpi-ged", 1),
+        (pci::GPEX_ROOT, state.pci.is_some().into()),
+        (pci::HOST, state.pci.is_some().into()),
+        (pci::BUS, state.pci.is_some().into()),
         ("i8259", state.pics.len() as u32),
         ("i8254", 1),
         ("globalstate", 1),

@@ -4,6 +4,7 @@
 
 mod carried;
 mod devices;
+mod pci;
 mod vcpu;
 mod virtio;
 
@@ -12,6 +13,7 @@ pub use carried::Carried;
 pub use devices::{
     ClockState, FwCfgState, GedState, IoapicState, PicState, PitChannelState, PitState, RtcState, SerialState,
 };
+pub use pci::{PciFunctionState, PciState};
 pub use vcpu::{DebugRegisters, DescriptorTable, Events, Msr, Registers, Segment, SpecialRegisters, VcpuState};
 pub use virtio::{
     VirtioDeviceState, VirtioNetFilter, VirtioNetState, VirtioPortState, VirtioQueueState, VirtioRequest, VirtioState,
@@ -44,6 +46,8 @@ pub struct MachineState {
     pub fw_cfg: FwCfgState,
     /// The generic event device.
     pub ged: GedState,
+    /// The PCI bus, if the machine has one.
+    pub pci: Option<PciState>,
     /// The virtio devices, in the order of the command line.
     pub virtio: Vec<VirtioDevice>,
     /// Their states, in the same order; `None` where the device has no model and its state is carried.

@@ -120,6 +120,8 @@ proptest! {
         for schema in descriptions(&ctx) {
             let idstr = if schema.name.starts_with("virtio-") {
                 format!("virtio-mmio@00000000feb02e00/{}", schema.name)
+            } else if schema.name == "gpex_root" {
+                format!("0000:00:00.0/{}", schema.name)
             } else {
                 schema.name
             };

@@ -84,6 +84,7 @@ pub(super) fn save(machine: &Machine) -> Result<MachineState> {
         rtc: machine.devices.rtc.as_ref().map(|rtc| rtc.with(Rtc::save)),
         fw_cfg: lock(&machine.devices.fw_cfg).save(),
         ged: GedState { sel: lock(&machine.devices.ged).selector },
+        pci: machine.devices.pci.as_ref().map(|bus| lock(bus).save()),
         virtio: machine.virtio.clone(),
         virtio_states: machine.devices.virtio.0.iter().map(|d| d.as_ref().map(|d| lock(d).save())).collect(),
         carried: lock(&machine.carried).clone(),
@@ -120,6 +121,9 @@ pub(super) fn load(machine: &Machine, state: &MachineState) -> Result<()> {
     }
     lock(&machine.devices.serial).load(&state.serial);
     lock(&machine.devices.ioapic2).load(&state.ioapic2);
+    if let Some((bus, state)) = machine.devices.pci.as_ref().zip(state.pci.as_ref()) {
+        lock(bus).load(state)?;
+    }
     if let Some((rtc, state)) = machine.devices.rtc.as_ref().zip(state.rtc.as_ref()) {
         rtc.with(|rtc, now| rtc.load(state, now));
     }

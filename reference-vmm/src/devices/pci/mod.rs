@@ -1,0 +1,324 @@
+//! The PCI Express bus of QEMU's `-M microvm,pcie=on`: the generic host bridge, its memory-mapped configuration space, the two windows
+//! for memory BARs, and the four interrupt lines. Addresses are those of `info mtree -f` of QEMU 10.0 and 11.1, interrupts those
+//! of the tables that they give to their firmware.
+//!
+//! There is no I/O window and no port 0xcf8: a guest cannot reach I/O BARs. [`ConfigSpace`], [`Msi`] and [`MsixTable`] do no I/O.
+
+mod config;
+mod msi;
+mod msix;
+#[cfg(test)]
+mod tests;
+
+use std::ops::Range;
+
+pub use config::{BarKind, Changes, ConfigSpace, Identity, command, register};
+pub use msi::Msi;
+pub use msix::{Control as MsixControl, Layout as MsixLayout, Table as MsixTable};
+
+use crate::state::{PciFunctionState, PciState};
+
+/// Where the configuration space of every function is: 4 KiB each.
+pub const ECAM: Range<u64> = 0xe000_0000..0xf000_0000;
+/// The window for memory BARs below 4 GiB.
+pub const LOW_WINDOW: Range<u64> = 0xc000_0000..0xe000_0000;
+/// Interrupt lines: INTA to INTD.
+pub const LINES: usize = 4;
+/// The interrupt of the first line; the others follow.
+pub const FIRST_GSI: u32 = 16;
+/// Devices that a bus can have, each with one function here.
+pub const MOST_DEVICES: usize = 32;
+
+/// Red Hat's "PCIe Host bridge", with the subsystem of all of QEMU's devices. (spec: VFIO as measured)
+const HOST_BRIDGE: Identity = Identity {
+    vendor: 0x1b36,
+    device: 0x0008,
+    subsystem_vendor: 0x1af4,
+    subsystem: 0x1100,
+    class: 0x06_0000,
+    revision: 0,
+    interrupt_pin: 0,
+};
+
+/// Why a function cannot be made, or cannot take a state.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum PciError {
+    /// There is no such BAR, it is taken, or it cannot have this size or offset.
+    #[error("BAR {index} cannot be: it is taken, there is none, or {size:#x} is no size or offset that it can have")]
+    Bar {
+        /// The BAR.
+        index: usize,
+        /// Its size, or an offset in it.
+        size: u64,
+    },
+    /// There is no room for a capability.
+    #[error("capability {id:#x} cannot be at {at:#x} of the configuration space")]
+    Capability {
+        /// Its offset.
+        at: usize,
+        /// Its identifier.
+        id: u8,
+    },
+    /// No function has so many vectors.
+    #[error("{0} vectors: wanted 1, 2, 4, 8, 16 or 32 for MSI, 1 to 2048 for MSI-X")]
+    Vectors(u32),
+    /// All devices of the bus are there.
+    #[error("the bus has {MOST_DEVICES} devices")]
+    Full,
+    /// A state has another length.
+    #[error("the state has {found} bytes: expected {expected}")]
+    Size {
+        /// Its length.
+        found: usize,
+        /// The device's.
+        expected: usize,
+    },
+    /// A state is another device's: it differs where no guest can write.
+    #[error(
+        "the source has another device: byte {at:#x} of its configuration space is {found:#04x}, expected {expected:#04x} in the bits {mask:#04x}"
+    )]
+    ReadOnly {
+        /// Offset in the configuration space.
+        at: usize,
+        /// What was found there.
+        found: u8,
+        /// What the device has.
+        expected: u8,
+        /// The bits that must agree.
+        mask: u8,
+    },
+    /// The count of a line is not what the levels of the devices make.
+    #[error("line {line} of the PCI bus is held up by {found} devices: the levels of the devices say {expected}")]
+    Count {
+        /// 0 for INTA at device 0, and so on.
+        line: usize,
+        /// What was found.
+        found: i32,
+        /// What the levels say.
+        expected: i32,
+    },
+}
+
+/// A message that interrupts a vCPU.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct PciMessage {
+    /// Where it is written.
+    pub address: u64,
+    /// What is written.
+    pub data: u32,
+}
+
+/// A device of the bus, with one function.
+pub trait Function: Send {
+    /// Its configuration space.
+    fn config(&self) -> &ConfigSpace;
+
+    /// The same, to be changed.
+    fn config_mut(&mut self) -> &mut ConfigSpace;
+
+    /// The guest has written to the configuration space.
+    fn changed(&mut self, _changes: Changes) {}
+
+    /// The guest reads from a BAR. `data` is all ones.
+    fn bar_read(&mut self, _bar: usize, _offset: u64, _data: &mut [u8]) {}
+
+    /// The guest writes to a BAR.
+    fn bar_write(&mut self, _bar: usize, _offset: u64, _data: &[u8]) {}
+}
+
+/// The host bridge as a device on its own bus.
+struct HostBridge(ConfigSpace);
+
+impl Function for HostBridge {
+    fn config(&self) -> &ConfigSpace {
+        &self.0
+    }
+
+    fn config_mut(&mut self) -> &mut ConfigSpace {
+        &mut self.0
+    }
+}
+
+struct Device {
+    function: Box<dyn Function>,
+    /// Whether its INTx is up, by pin, whatever the command register says.
+    levels: [bool; LINES],
+}
+
+/// What an interrupt line of the bus drives.
+pub type Line = Box<dyn FnMut(bool) + Send>;
+
+/// The bus, with the host bridge at 00:00.0.
+pub struct PciBus {
+    /// By device number.
+    devices: Vec<Device>,
+    lines: [Line; LINES],
+    /// For each line, how many devices hold it up.
+    counts: [i32; LINES],
+    high_window: Range<u64>,
+    /// Of port 0xcf8, which microvm does not have: it is kept for the peer.
+    config_reg: u32,
+}
+
+impl PciBus {
+    /// A bus in a guest that has so many bits of physical address, with nothing on it but the host bridge.
+    pub fn new(physical_bits: u8, lines: [Line; LINES]) -> PciBus {
+        let bridge = HostBridge(ConfigSpace::new(&HOST_BRIDGE, false));
+        let devices = vec![Device { function: Box::new(bridge), levels: [false; LINES] }];
+        PciBus { devices, lines, counts: [0; LINES], high_window: high_window(physical_bits), config_reg: 0 }
+    }
+
+    /// Adds a device at the next number, which is given back: 1 for the first.
+    ///
+    /// # Errors
+    /// [`PciError::Full`].
+    pub fn add(&mut self, function: Box<dyn Function>) -> Result<usize, PciError> {
+        if self.devices.len() == MOST_DEVICES {
+            return Err(PciError::Full);
+        }
+        self.devices.push(Device { function, levels: [false; LINES] });
+        Ok(self.devices.len() - 1)
+    }
+
+    /// The window for memory BARs above 4 GiB.
+    pub fn high_window(&self) -> Range<u64> {
+        self.high_window.clone()
+    }
+
+    /// A read of an address; false if it is none of the bus's. What nothing answers is all ones.
+    pub fn read(&mut self, gpa: u64, data: &mut [u8]) -> bool {
+        if ECAM.contains(&gpa) {
+            data.fill(0xff);
+            let (device, offset) = function_at(gpa);
+            if let Some(device) = device.and_then(|device| self.devices.get(device)) {
+                device.function.config().read(offset, data);
+            }
+            return true;
+        }
+        if !self.in_window(gpa) {
+            return false;
+        }
+        data.fill(0xff);
+        if let Some((device, bar, offset)) = self.decode(gpa) {
+            device.function.bar_read(bar, offset, data);
+        }
+        true
+    }
+
+    /// A write to an address; false if it is none of the bus's.
+    pub fn write(&mut self, gpa: u64, data: &[u8]) -> bool {
+        if ECAM.contains(&gpa) {
+            let (device, offset) = function_at(gpa);
+            if let Some(device) = device.and_then(|device| self.devices.get_mut(device)) {
+                let changes = device.function.config_mut().write(offset, data);
+                if changes != Changes::default() {
+                    device.function.changed(changes);
+                }
+                if changes.command {
+                    self.drive();
+                }
+            }
+            return true;
+        }
+        if !self.in_window(gpa) {
+            return false;
+        }
+        if let Some((device, bar, offset)) = self.decode(gpa) {
+            device.function.bar_write(bar, offset, data);
+        }
+        true
+    }
+
+    /// A device raises or lowers its interrupt pin; one without a pin has none to raise.
+    pub fn set_intx(&mut self, number: usize, level: bool) {
+        let Some(device) = self.devices.get_mut(number) else { return };
+        let mut pin = [0];
+        device.function.config().read(register::INTERRUPT_PIN, &mut pin);
+        let Some(at) = usize::from(pin[0]).checked_sub(1).and_then(|pin| device.levels.get_mut(pin)) else { return };
+        *at = level;
+        device.function.config_mut().set_interrupt_status(level);
+        self.drive();
+    }
+
+    /// Counts who holds the lines up, and drives those that change.
+    fn drive(&mut self) {
+        let counts = self.count();
+        for (line, (now, before)) in self.lines.iter_mut().zip(counts.iter().zip(self.counts)) {
+            if (*now > 0) != (before > 0) {
+                line(*now > 0);
+            }
+        }
+        self.counts = counts;
+    }
+
+    fn count(&self) -> [i32; LINES] {
+        let mut counts = [0; LINES];
+        for (number, device) in self.devices.iter().enumerate() {
+            if device.function.config().command() & command::INTX_DISABLE != 0 {
+                continue;
+            }
+            let up = device.levels.iter().enumerate().filter(|(_, level)| **level);
+            up.for_each(|(pin, _)| counts[line_of(number, pin)] += 1);
+        }
+        counts
+    }
+
+    fn in_window(&self, gpa: u64) -> bool {
+        LOW_WINDOW.contains(&gpa) || self.high_window.contains(&gpa)
+    }
+
+    fn decode(&mut self, gpa: u64) -> Option<(&mut Device, usize, u64)> {
+        self.devices.iter_mut().find_map(|device| {
+            let (bar, offset) = device.function.config().decode(gpa)?;
+            Some((device, bar, offset))
+        })
+    }
+
+    /// The host bridge, and what the lines count.
+    pub fn save(&self) -> PciState {
+        let Device { function, levels } = &self.devices[0];
+        PciState {
+            bridge: PciFunctionState { config: function.config().bytes().to_vec(), levels: *levels },
+            config_reg: self.config_reg,
+            counts: self.counts,
+        }
+    }
+
+    /// Takes over the host bridge, after the interrupt controllers.
+    ///
+    /// # Errors
+    /// [`PciError`] when it is another bridge's state, or the counts do not agree with the levels.
+    pub fn load(&mut self, state: &PciState) -> Result<(), PciError> {
+        let bridge = &mut self.devices[0];
+        bridge.function.config_mut().load(&state.bridge.config)?;
+        bridge.levels = state.bridge.levels;
+        self.config_reg = state.config_reg;
+        self.counts = self.count();
+        let mut counts = self.counts.into_iter().zip(state.counts).enumerate();
+        if let Some((line, (expected, found))) = counts.find(|(_, (expected, found))| expected != found) {
+            return Err(PciError::Count { line, found, expected });
+        }
+        // The controllers know nothing of what their pins were before.
+        self.lines.iter_mut().zip(self.counts).for_each(|(line, count)| line(count > 0));
+        Ok(())
+    }
+}
+
+/// The topmost quarter of the physical addresses.
+fn high_window(physical_bits: u8) -> Range<u64> {
+    let end = 1 << physical_bits.clamp(34, 52);
+    end / 4 * 3..end
+}
+
+/// The device whose configuration space is at an address, if it can be one, and where in it that is.
+fn function_at(gpa: u64) -> (Option<usize>, usize) {
+    let offset = (gpa - ECAM.start) as usize;
+    let (bus, device, function) = (offset >> 20, offset >> 15 & 31, offset >> 12 & 7);
+    ((bus == 0 && function == 0).then_some(device), offset & 0xfff)
+}
+
+/// The line of a device's pin; 0 is INTA.
+pub(crate) fn line_of(device: usize, pin: usize) -> usize {
+    (device + pin) % LINES
+}
