@@ -65,6 +65,9 @@ pub struct Capabilities {
     pub late_block_activate: bool,
     /// `mapped-ram`: pages have fixed places in a file; needs `file:`.
     pub mapped_ram: bool,
+    /// `postcopy-ram`: with `mapped-ram`, a guest that comes from a file runs before its memory is loaded (11.2). Postcopy itself is not
+    /// supported.
+    pub postcopy_ram: bool,
 }
 
 /// A capability that cannot be set so.
@@ -115,8 +118,17 @@ impl Capabilities {
                 None => {}
             }
         }
-        // What QEMU refuses is refused in its words, whether it is supported here or not.
-        check(all, &Context { before, ..*context })?;
+        let lazy = changed.postcopy_ram && changed.mapped_ram;
+        if changed.postcopy_ram && !lazy {
+            unsupported = unsupported.or(Some("postcopy-ram"));
+        }
+        // What QEMU refuses is refused in its words, whether it is supported here or not. Both of these together are what its next
+        // release has, and each is checked with the others.
+        let checked = if lazy { all.with(Capability::PostcopyRam, false) } else { all };
+        check(checked, &Context { before, ..*context })?;
+        if lazy {
+            check(all.with(Capability::MappedRam, false), &Context { before, multi_channel: true, ..*context })?;
+        }
         match unsupported {
             Some(name) => Err(BadCapability::Unsupported(name)),
             None => Ok(changed),
@@ -143,6 +155,7 @@ impl Capabilities {
             "dirty-limit" => Some(&mut self.dirty_limit),
             "late-block-activate" => Some(&mut self.late_block_activate),
             "mapped-ram" => Some(&mut self.mapped_ram),
+            "postcopy-ram" => Some(&mut self.postcopy_ram),
             _ => None,
         }
     }
@@ -193,6 +206,25 @@ mod tests {
         assert!(matches!(both, BadCapability::Rejected(_)), "{both}");
         let on = off.with([("dirty-limit", true)]).unwrap();
         assert!(matches!(on.with([("auto-converge", true)]), Err(BadCapability::Rejected(_))));
+    }
+
+    #[test]
+    fn postcopy_ram_goes_with_mapped_ram_alone() {
+        let off = Capabilities::default();
+        assert_eq!(off.with([("postcopy-ram", true)]), Err(BadCapability::Unsupported("postcopy-ram")));
+        let mapped = off.with([("mapped-ram", true)]).unwrap();
+        let lazy = mapped.with([("postcopy-ram", true)]).unwrap();
+        assert!(lazy.mapped_ram && lazy.postcopy_ram);
+        assert_eq!(
+            off.with([("postcopy-ram", true), ("mapped-ram", true), ("multifd", true)]).map(|on| on.multifd),
+            Ok(true)
+        );
+        assert_eq!(lazy.with([("mapped-ram", false)]), Err(BadCapability::Unsupported("postcopy-ram")));
+        assert_eq!(lazy.with([("postcopy-ram", false)]), Ok(mapped));
+        // The rules of each hold for both.
+        let refused = |on: &str| lazy.with([(on, true)]).unwrap_err().to_string();
+        assert_eq!(refused("x-ignore-shared"), "Postcopy is not compatible with ignore-shared");
+        assert_eq!(refused("xbzrle"), "Mapped-ram migration is incompatible with xbzrle");
     }
 
     #[test]

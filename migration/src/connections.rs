@@ -8,7 +8,10 @@ use super::{
 };
 use crate::descriptors::Descriptors;
 use qevm_multifd::compression::Compression;
-use qevm_wire::{Profile, capability::Context};
+use qevm_wire::{
+    Capability, Profile,
+    capability::{Context, check},
+};
 use std::{
     fs::{File, OpenOptions},
     io,
@@ -81,6 +84,10 @@ impl Outgoing {
             Address::File { path, offset } => {
                 if job.capabilities().return_path {
                     return Err(BadCapability::OneWay.into());
+                }
+                if job.capabilities().postcopy_ram {
+                    let both = [Capability::MappedRam, Capability::PostcopyRam].into_iter().collect();
+                    check(both, &Context::new(RULES)).map_err(BadCapability::from)?;
                 }
                 let failed = |source| MigrationError::Create { path: path.clone(), source };
                 let open = |flags| match descriptors.of_set(path, true) {

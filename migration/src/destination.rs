@@ -5,6 +5,7 @@ use super::{
     channel::{Source, Target, write_all},
     core::{Action, Destination, DestinationOptions, SectionUse, Turn},
     inlet::Inlet,
+    lazy::{LazyRestore, Setup},
     multifd::{Gate, receive_pages},
     page_file,
     page_file::PageFile,
@@ -16,7 +17,7 @@ use qevm_savevm::{
     mapped_ram::MappedBlock,
     ram::{PageAt, RamBlock},
 };
-use qevm_wire::{CountedString, Profile, WireError, Writer};
+use qevm_wire::{CountedString, Located, Profile, WireError, Writer};
 use std::{
     sync::{
         Mutex, OnceLock, PoisonError,
@@ -28,18 +29,22 @@ use std::{
 };
 
 /// What arrived.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug)]
 pub struct Arrival {
     /// The guest ran at the source, and is to run here.
     pub running: bool,
     /// Bytes of the stream.
     pub bytes: u64,
+    /// Guest memory that is still in the file, under capabilities `mapped-ram` and `postcopy-ram`: it is to be taken care of when the
+    /// guest has been started.
+    pub rest: Option<LazyRestore>,
 }
 
 /// Reads a migration from `connections` into `guest`, which has not run yet, and does not start it.
 ///
 /// The caller has claimed `job` with [`Job::begin`], and ends it with [`Job::end`] when it has started the guest or the failure is
-/// dealt with. When this returns, the guest is wholly here and the source will not run it again; whether it is to run is in the result.
+/// dealt with. When this returns, the guest is wholly here, but for what is [left in the file](Arrival::rest), and the source will not
+/// run it again; whether it is to run is in the result.
 ///
 /// # Errors
 /// [`MigrationError`], naming byte offset and path for a bad stream. The source has been told, if it opened a return
@@ -88,6 +93,9 @@ pub fn receive(
         threads: if capabilities.multifd { job.parameters().multifd_channels } else { 1 },
         from_file: 0,
         jumped: 0,
+        lazy: capabilities.mapped_ram && capabilities.postcopy_ram,
+        left: None,
+        rest: None,
         offset,
         start,
     };
@@ -186,6 +194,10 @@ impl PageChannels {
     }
 }
 
+/// Blocks of so many bytes stay in the file, if any do: those with firmware and tables are there at once.
+const LEFT_IN_FILE: u64 = 2 << 20;
+const ON_DEMAND: &str = "load guest memory while the guest runs (capability 'postcopy-ram')";
+
 /// Carries out what the core says.
 struct Engine<'e> {
     guest: &'e dyn Guest,
@@ -204,6 +216,10 @@ struct Engine<'e> {
     from_file: u64,
     /// Bytes of the file that the stream jumps over.
     jumped: u64,
+    /// Large blocks stay in the file until somebody touches them.
+    lazy: bool,
+    left: Option<Setup>,
+    rest: Option<LazyRestore>,
     /// Where the stream begins in its file.
     offset: u64,
     /// Time 0 of the core.
@@ -274,7 +290,12 @@ impl Engine<'_> {
                     self.core.synchronised(self.pages.map_or(Ok(()), |pages| pages.gate.main_end()))?;
                 }
                 Action::LoadDevices => {
+                    // Devices look at memory.
+                    self.rest = self.left.take().map(Setup::start).transpose()?;
                     let loaded = self.guest.devices().load(self.core.devices());
+                    if let Some(error) = self.rest.as_ref().and_then(LazyRestore::failure) {
+                        return Err(error);
+                    }
                     self.core.loaded(loaded)?;
                 }
                 // Before the verdict: if somebody else has a disk, the source can still go on.
@@ -290,7 +311,11 @@ impl Engine<'_> {
                 }
                 Action::Complete { running } => {
                     job.handed_over()?;
-                    return Ok(Arrival { running, bytes: self.received() });
+                    if let Some(rest) = &self.rest {
+                        rest.start_guest()?;
+                        job.advance(Status::PostcopyActive)?;
+                    }
+                    return Ok(Arrival { running, bytes: self.received(), rest: self.rest.take() });
                 }
                 // These follow a failure, after which nobody is here.
                 Action::Linger { .. } | Action::Close => return Err(MigrationError::NoVerdict),
@@ -334,8 +359,23 @@ impl Engine<'_> {
             // The core drops what is there instead.
             return self.core.placed(0);
         };
+        let within = |error: Located<LoadError>| error.within(format!("RAM block '{}'", block.name));
+        if self.lazy && block.used_length >= LEFT_IN_FILE {
+            let present = page_file::present(file, &layout).map_err(within)?;
+            let number = self.guest.ram().iter().position(|view| block.name == *view.name);
+            let pages = || self.guest.hooks().missing_pages().map_err(MigrationError::guest(ON_DEMAND));
+            if self.left.is_none() {
+                self.left = Some(Setup::new(pages()?, file.clone()));
+            }
+            if let (Some(left), Some(number)) = (&mut self.left, number) {
+                left.leave(number, block.name.clone(), layout, present)?;
+            }
+            self.inlet.jump(layout.end(), file)?;
+            self.jumped += gap;
+            return self.core.placed(gap);
+        }
         let loaded = page_file::load(file, &layout, self.guest, &block.name, &touched, self.threads);
-        self.from_file += loaded.map_err(|error| error.within(format!("RAM block '{}'", block.name)))?;
+        self.from_file += loaded.map_err(within)?;
         self.inlet.jump(layout.end(), file)?;
         self.jumped += gap;
         self.core.placed(gap)

@@ -1,6 +1,6 @@
 //! What the engines need of a virtual machine.
 
-use super::{IterativeDevice, SavedDevices};
+use super::{IterativeDevice, MissingPages, SavedDevices};
 use qevm_wire::{CountedString, Profile};
 use std::{error::Error, ops::Range, time::Duration};
 use vm_memory::VolatileSlice;
@@ -129,6 +129,15 @@ pub trait Hooks: Send + Sync {
     fn limit_dirty_rate(&self, mib_per_second: Option<u64>, period: Duration) -> Result<(), GuestError> {
         let _ = period;
         if mib_per_second.is_none() { Ok(()) } else { Err("the dirty rate of this machine cannot be limited".into()) }
+    }
+
+    /// What makes pages of guest memory missing until they are filled in; for a destination that [leaves them in a
+    /// file](crate::LazyRestore).
+    ///
+    /// # Errors
+    /// The guest's own: the host cannot do that, or this process may not.
+    fn missing_pages(&self) -> Result<Box<dyn MissingPages>, GuestError> {
+        Err("this machine has all of its memory at once".into())
     }
 
     /// The guest has gone to the destination for good; told at the source.

@@ -81,7 +81,7 @@
 //! | `registry`, `description` | [`Registry`]: devices that are declared, and their description |
 //! | [`bitmap`], `zero`, `ram_sender` | dirty pages, and sending them straight from guest memory |
 //! | `multifd` | page channels: threads that send and receive pages beside the main channel |
-//! | `page_file` | files in which every page has its place |
+//! | `page_file`, `lazy` | files in which every page has its place; guests that run before their memory is loaded from one |
 //! | `pending`, [`switchover`] | what remains of everything, and when to stop the guest |
 //! | `source`, `return_path` | [`migrate`]: the source engine: threads, sockets and the guest around the core |
 //! | `inlet`, `touched`, `ram_receiver`, `destination` | [`receive`]: the destination engine |
@@ -113,6 +113,7 @@ mod guest;
 mod handover;
 mod inlet;
 mod job;
+mod lazy;
 mod multifd;
 mod page_file;
 #[cfg(test)]
@@ -147,6 +148,7 @@ pub use destination::{Arrival, receive};
 pub use error::{LoadError, MigrationError};
 pub use guest::{ADVICE, DeviceSection, Devices, DirtyLog, Guest, GuestError, Hooks, NoHooks, RamView};
 pub use job::{Job, Notice, Refused};
+pub use lazy::{LazyRestore, MissingPages, RestoreProgress};
 pub use parameters::{BadParameter, Mode, Parameters};
 pub use pending::{IterativeDevice, Pending};
 pub use pipe::Pipe;

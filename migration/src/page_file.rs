@@ -51,6 +51,11 @@ impl PageFile {
         Ok(metadata.is_file().then_some(metadata.len()))
     }
 
+    /// Fills `bytes` from the file, by way of the page cache.
+    pub(crate) fn read_bytes(&self, bytes: &mut [u8], at: u64) -> io::Result<()> {
+        self.file.read_exact_at(bytes, at)
+    }
+
     fn write_page_run(&self, memory: &VolatileSlice<'_>, mut at: u64) -> io::Result<()> {
         let mut part = Source::guest(memory);
         while !part.is_empty() {
@@ -168,6 +173,26 @@ impl Saving {
 /// Pages that one thread reads at least.
 const SHARE: u64 = 4 << 20;
 
+/// Which pages of a block are in the file, all of them within it.
+pub(crate) fn present(file: &PageFile, layout: &MappedBlock) -> Result<PageBitmap, Located<LoadError>> {
+    let header = layout.header;
+    let at = |offset| move |error: LoadError| Located::new(error, offset);
+    // The block's length is that of the guest's own, so this is an eighth of a byte for each page that there is.
+    let mut bitmap = vec![0; layout.bitmap_len() as usize];
+    file.read_bytes(&mut bitmap, header.bitmap_offset)
+        .map_err(failed("read the bitmap of a RAM block", header.bitmap_offset))?;
+    let present = PageBitmap::from_bytes(bitmap, layout.pages());
+    let present = present.map_err(LoadError::from).map_err(at(header.bitmap_offset))?;
+    if let Some(len) = file.len().map_err(failed("measure the file", header.pages_offset))? {
+        layout.check_file_len(&present, len).map_err(LoadError::from).map_err(at(len))?;
+    }
+    Ok(present)
+}
+
+fn failed(doing: &'static str, offset: u64) -> impl Fn(io::Error) -> Located<LoadError> {
+    move |source| Located::new(LoadError::File { doing, source }, offset)
+}
+
 /// Reads the pages of a block into guest memory with up to `threads` threads, and says how many bytes of pages that were. Pages that
 /// are not in the file are zero.
 pub(crate) fn load(
@@ -180,17 +205,7 @@ pub(crate) fn load(
 ) -> Result<u64, Located<LoadError>> {
     let header = layout.header;
     let at = |offset| move |error: LoadError| Located::new(error, offset);
-    let failed =
-        |doing: &'static str, offset| move |source: io::Error| Located::new(LoadError::File { doing, source }, offset);
-    // The block's length is that of the guest's own, so this is an eighth of a byte for each page that there is.
-    let mut bitmap = vec![0; layout.bitmap_len() as usize];
-    let read = file.file.read_exact_at(&mut bitmap, header.bitmap_offset);
-    read.map_err(failed("read the bitmap of a RAM block", header.bitmap_offset))?;
-    let present = PageBitmap::from_bytes(bitmap, layout.pages());
-    let present = present.map_err(LoadError::from).map_err(at(header.bitmap_offset))?;
-    if let Some(len) = file.len().map_err(failed("measure the file", header.pages_offset))? {
-        layout.check_file_len(&present, len).map_err(LoadError::from).map_err(at(len))?;
-    }
+    let present = present(file, layout)?;
     let unplaced = || at(header.pages_offset)(LoadError::Devices("the block does not fit".into()));
     let view = || guest.ram().into_iter().find(|view| *name == *view.name).ok_or_else(unplaced);
     clear_absent(layout, &present, &view()?, touched).map_err(LoadError::Devices).map_err(at(header.pages_offset))?;

@@ -17,6 +17,8 @@ pub enum Status {
     PreSwitchover,
     /// The guest has stopped; the rest is on its way.
     Device,
+    /// The guest runs here, and not all of its memory is here.
+    PostcopyActive,
     /// The peer has taken over.
     Completed,
     /// Something went wrong, and is being cleared up (11.0).
@@ -38,6 +40,7 @@ impl Status {
             Status::Active => "active",
             Status::PreSwitchover => "pre-switchover",
             Status::Device => "device",
+            Status::PostcopyActive => "postcopy-active",
             Status::Completed => "completed",
             Status::Failing => "failing",
             Status::Failed => "failed",
@@ -48,7 +51,15 @@ impl Status {
 
     /// Whether a migration is under way.
     pub fn is_running(self) -> bool {
-        matches!(self, Status::Setup | Status::Active | Status::PreSwitchover | Status::Device | Status::Cancelling)
+        matches!(
+            self,
+            Status::Setup
+                | Status::Active
+                | Status::PreSwitchover
+                | Status::Device
+                | Status::PostcopyActive
+                | Status::Cancelling
+        )
     }
 }
 

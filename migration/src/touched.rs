@@ -26,6 +26,12 @@ impl Touched {
         }
     }
 
+    /// Adds a page; false if it was there, or lies behind the end.
+    pub(crate) fn claim(&self, page: u64) -> bool {
+        let bit = 1 << (page % BITS);
+        self.0.get((page / BITS) as usize).is_some_and(|word| word.fetch_or(bit, Ordering::Relaxed) & bit == 0)
+    }
+
     /// Takes pages out; those behind the end are left out.
     pub(crate) fn clear(&self, pages: Range<u64>) {
         for (word, bits) in words(&pages).zip(self.0.iter().skip((pages.start / BITS) as usize)) {
@@ -75,6 +81,8 @@ mod tests {
         assert!((0..200).all(|page| touched.contains(page) != (63..130).contains(&page)));
         let bytes = touched.to_bytes();
         assert_eq!((bytes.len(), bytes[7], bytes[8], bytes[16]), (32, 0x7f, 0, 0xfc));
+        assert!(touched.claim(64) && !touched.claim(64) && !touched.claim(62) && !touched.claim(256));
+        assert!(touched.contains(64) && !touched.contains(65));
         assert!(Touched::new(3, true).contains(2));
         assert!(!Touched::new(3, true).contains(64));
     }

@@ -18,8 +18,8 @@ use crate::descriptors::Descriptors;
 use crate::machine::{Machine, Stop};
 use qevm_migration::dirty_rate::{self, Gauge};
 use qevm_migration::{
-    Address, Guest, GuestError, Job, MigrationError, Mode, NoDescriptors, Notice, Outgoing, RULES, Refused, Status,
-    check_transport, migrate,
+    Address, Guest, GuestError, Job, MigrationError, Mode, NoDescriptors, Notice, Outgoing, RULES, Refused,
+    RestoreProgress, Status, check_transport, migrate,
 };
 use qevm_multifd::compression::Compression;
 use qevm_wire::{Profile, QemuVersion, capability::Context};
@@ -58,6 +58,8 @@ pub struct Vmm {
     outgoing: Arc<Job>,
     /// The incoming migration.
     incoming: Arc<Job>,
+    /// Tells how far the loading of memory is of a guest that runs already.
+    rest: Mutex<Option<Watch>>,
     descriptors: Mutex<Descriptors>,
     state: Mutex<State>,
     /// Held while the vCPUs are started or stopped, the machine is reset, or its devices are saved or loaded.
@@ -67,6 +69,8 @@ pub struct Vmm {
     changed: Condvar,
     subscriber: Mutex<Option<mpsc::Sender<Event>>>,
 }
+
+type Watch = Box<dyn Fn() -> RestoreProgress + Send + Sync>;
 
 struct State {
     run_state: RunState,
@@ -87,6 +91,8 @@ struct State {
     loaded: bool,
     /// An incoming migration has failed and left something in the RAM.
     tried: bool,
+    /// Memory of a guest that runs already is loaded before it is touched, too.
+    load_ahead: bool,
 }
 
 /// Why the monitor ends.
@@ -142,6 +148,7 @@ impl Vmm {
             saved: false,
             loaded: false,
             tried: false,
+            load_ahead: true,
         };
         let (asks, asked) = mpsc::channel();
         let vmm = Arc::new(Vmm {
@@ -151,6 +158,7 @@ impl Vmm {
             blockers: Mutex::default(),
             outgoing: Arc::default(),
             incoming: Arc::default(),
+            rest: Mutex::default(),
             descriptors: Mutex::default(),
             state: Mutex::new(state),
             transition: Mutex::default(),

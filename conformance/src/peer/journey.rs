@@ -230,8 +230,10 @@ impl Journey {
     pub(crate) fn prepare(&self, here: &mut Party, there: &mut Party) -> Result<()> {
         here.meets(there.stop())?;
         there.meets(here.stop())?;
-        for party in [&mut *here, &mut *there] {
-            party.monitor().set_capabilities(&self.capabilities)?;
+        for (party, reads) in [(&mut *here, false), (&mut *there, true)] {
+            // Into a file nothing goes by postcopy: it is how a destination reads one.
+            let on = self.capabilities.iter().copied().filter(|name| reads || *name != "postcopy-ram");
+            party.monitor().set_capabilities(&on.collect::<Vec<_>>())?;
             party.monitor().set_parameters(&Value::Object(self.parameters.clone()))?;
         }
         let limits = json!({ "max-bandwidth": self.load.max_bandwidth, "downtime-limit": self.load.downtime_limit });

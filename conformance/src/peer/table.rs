@@ -204,6 +204,15 @@ fn without_callers() -> Vec<Journey> {
             }
         }
     }
+    // The guest runs before its memory is loaded.
+    for suite in [Suite::Trixie, Suite::Sid] {
+        let (name, stops) = (
+            format!("{}>ref/mapped-ram+postcopy-ram", suite.series()),
+            [Stop::Qemu(suite, Accel::Kvm), Stop::Reference],
+        );
+        let (stops, capabilities) = (stops.into(), vec!["mapped-ram", "postcopy-ram"]);
+        journeys.push(Journey { name, stops, link: Link::File, capabilities, quick: suite == Suite::Sid, ..plain() });
+    }
     // Threads that write, threads that read, and other numbers of both.
     let stops = [Suite::Trixie, Suite::Sid].map(|suite| Stop::Qemu(suite, Accel::Kvm));
     let stops = vec![stops[0], Stop::Reference, Stop::Reference, stops[1], Stop::Reference, stops[0]];

@@ -51,6 +51,9 @@ pub(crate) struct Run {
     /// migrate-incoming
     #[arg(long, value_name = "ADDRESS")]
     incoming: Option<Incoming>,
+    /// With capabilities mapped-ram and postcopy-ram, memory stays in the file until the guest touches it: nothing is loaded ahead
+    #[arg(long)]
+    no_load_ahead: bool,
     /// Serve QMP at unix:PATH
     #[arg(long, value_name = "unix:PATH", value_parser = parse_qmp)]
     qmp: Option<PathBuf>,
@@ -97,6 +100,7 @@ impl Run {
         let vmm = Vmm::new(machine, self.machine.profile(), self.incoming.is_some());
         signals::attend(signals, vmm.clone());
         vmm.set_actions(actions);
+        vmm.set_load_ahead(!self.no_load_ahead);
         *vmm.descriptors() = inherited;
         if self.paused {
             vmm.stop();

@@ -3,11 +3,11 @@
 use super::{Machine, RunState};
 use crate::{
     dirty_log::{self, DirtyBitmap},
-    memory::{BIOS, PAGE_SIZE, RamBlock},
+    memory::{BIOS, PAGE_SIZE, RamBlock, Userfault},
     sections::{self, has_device},
     state::MachineState,
 };
-use qevm_migration::{DeviceSection, Devices, DirtyLog, Guest, GuestError, Hooks, RamView, SavedDevices};
+use qevm_migration::{DeviceSection, Devices, DirtyLog, Guest, GuestError, Hooks, MissingPages, RamView, SavedDevices};
 use qevm_wire::{CountedString, Profile};
 use std::{ops::Range, time::Duration};
 use vm_memory::VolatileSlice;
@@ -94,6 +94,10 @@ impl Hooks for Machine {
         if let Err(error) = rehearsed {
             tracing::debug!(error, "the devices could not be rehearsed");
         }
+    }
+
+    fn missing_pages(&self) -> Result<Box<dyn MissingPages>, GuestError> {
+        Ok(Box::new(Userfault::new(self.memory().clone())?))
     }
 
     fn activate(&self) -> Result<(), GuestError> {

@@ -361,6 +361,13 @@ impl Machine {
         Serial::flush(&self.devices.serial);
     }
 
+    /// Stops the guest for good, because a part of its memory cannot be had. It does not wait for vCPUs: who waits for that memory does
+    /// so until the end.
+    pub fn lose_memory(&self, reason: String) {
+        self.control.stopped(Stop::MemoryLost(reason));
+        self.vcpus.iter().for_each(Vcpu::kick);
+    }
+
     /// Makes the vCPUs stand still for so many per cent of their time (at most [`MAX_THROTTLE`]); 0 lets them run.
     ///
     /// # Errors

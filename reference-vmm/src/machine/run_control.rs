@@ -39,6 +39,8 @@ pub enum Stop {
         /// Where the vCPU was.
         rip: u64,
     },
+    /// A part of guest memory cannot be had, for this reason. No reset brings it back.
+    MemoryLost(String),
 }
 
 impl fmt::Display for Stop {
@@ -46,6 +48,7 @@ impl fmt::Display for Stop {
         match self {
             Stop::Reset { vcpu, cause } => write!(f, "guest reset by vCPU {vcpu}: {cause}"),
             Stop::Shutdown => write!(f, "guest shutdown"),
+            Stop::MemoryLost(reason) => write!(f, "guest memory is lost: {reason}"),
             Stop::Failed { vcpu, reason, rip } => write!(f, "vCPU {vcpu} failed: {reason} at rip {rip:#x}"),
         }
     }
@@ -169,7 +172,7 @@ impl RunControl {
         self.changed.notify_all();
     }
 
-    /// Called by a vCPU thread: the guest has stopped. The first reason counts.
+    /// The guest has stopped, and no vCPU enters it any more when this returns. The first reason counts.
     pub(crate) fn stopped(&self, stop: Stop) {
         let mut inner = lock(&self.inner);
         inner.stop.get_or_insert(stop);
@@ -188,7 +191,7 @@ impl RunControl {
 
     /// Forgets why the guest stopped: it has been reset.
     pub(crate) fn forget_stop(&self) {
-        lock(&self.inner).stop = None;
+        lock(&self.inner).stop.take_if(|stop| !matches!(stop, Stop::MemoryLost(_)));
     }
 
     /// Called when a vCPU thread ends, so that nobody waits for it.

@@ -177,6 +177,21 @@ impl RamBlock {
         self.host.populate().map_err(|cause| Error::Host { what: "preallocate guest RAM", cause })
     }
 
+    /// Empties the block: the host gives it zeroed memory when somebody touches it.
+    ///
+    /// # Errors
+    /// [`Error::Host`], and [`Error::Config`] for a private copy of a file.
+    pub fn discard(&self) -> Result<()> {
+        if self.host.is_copy() {
+            let why = format!(
+                "RAM block '{}' is a private copy of a file, whose pages show through: use share=on",
+                self.name
+            );
+            return Err(Error::Config(why));
+        }
+        self.host.discard().map_err(|cause| Error::Host { what: "empty guest RAM", cause })
+    }
+
     /// Where the block lies in this process: `max_length` bytes that stay mapped as long as the block lives.
     pub fn host_address(&self) -> *mut u8 {
         self.region.as_ptr()

@@ -14,6 +14,9 @@ const HUGE_PAGE: usize = 2 << 20;
 pub(super) struct HostMemory {
     start: NonNull<u8>,
     len: usize,
+    share: bool,
+    /// It is a private copy of a file.
+    copy: bool,
 }
 
 // SAFETY: this owns the mapping, as a box does; nothing here reaches into it.
@@ -61,7 +64,8 @@ impl HostMemory {
             libc::munmap(aligned.wrapping_byte_add(len), align - before);
         }
         // From here on it is given back whatever happens.
-        let memory = HostMemory { start: NonNull::new(aligned.cast()).ok_or_else(too_large)?, len };
+        let start = NonNull::new(aligned.cast()).ok_or_else(too_large)?;
+        let memory = HostMemory { start, len, share: wanted.share, copy: wanted.file.is_some() && !wanted.share };
         let (fd, offset) = match wanted.file {
             Some((file, offset)) => (file.as_raw_fd(), offset.try_into().map_err(|_| too_large())?),
             None => (-1, 0),
@@ -88,9 +92,25 @@ impl HostMemory {
         Ok(memory)
     }
 
+    /// Whether it is a private copy of a file, which shows the file's pages when it is given back.
+    pub(super) fn is_copy(&self) -> bool {
+        self.copy
+    }
+
     /// Where it lies.
     pub(super) fn start(&self) -> *mut u8 {
         self.start.as_ptr()
+    }
+
+    /// Gives all of it back to the host: it is zero, and missing, until somebody touches it. Private memory of a file becomes what
+    /// the file holds.
+    pub(super) fn discard(&self) -> io::Result<()> {
+        let advice = if self.share { libc::MADV_REMOVE } else { libc::MADV_DONTNEED };
+        // SAFETY: the range is a mapping of ours; the content that goes is the caller's wish.
+        match unsafe { libc::madvise(self.start.as_ptr().cast(), self.len, advice) } {
+            0 => Ok(()),
+            _ => Err(io::Error::last_os_error()),
+        }
     }
 
     /// Lets the host keep pages of the same content once.

@@ -8,12 +8,14 @@ mod backend;
 mod block;
 mod host;
 mod layout;
+mod missing;
 
 use std::sync::Arc;
 
 pub use backend::{BackendError, BackendKind, MemoryBackend};
 pub use block::{PAGE_SIZE, RamBlock};
 pub use layout::{ACPI_RSDP, ACPI_TABLES, BIOS, LOW_RAM_MAX, MAX_BIOS, RAM, TABLE_LOADER};
+pub(crate) use missing::Userfault;
 
 use vm_memory::VolatileSlice;
 use vm_memory::bitmap::{AtomicBitmap, BS, Bitmap};

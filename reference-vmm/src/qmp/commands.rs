@@ -289,6 +289,11 @@ fn query_migrate(vmm: &Arc<Vmm>, arguments: &mut Arguments) -> Result<Value, Fai
     {
         object["socket-address"] = json!([address]);
     }
+    if outgoing.status == Status::None
+        && let Some(progress) = vmm.restore_progress()
+    {
+        object["ram"] = json!({ "remaining": progress.remaining, "postcopy-requests": progress.requests });
+    }
     dirty_rate::add_limit_times(vmm, &mut object);
     let blockers = vmm.blockers();
     if !blockers.is_empty() {

@@ -2,7 +2,7 @@
 
 use super::{RunState, Vmm};
 use qevm_migration::dirty_rate::LogClaim;
-use qevm_migration::{DeviceSection, Devices, DirtyLog, Guest, GuestError, Hooks, RamView, SavedDevices};
+use qevm_migration::{DeviceSection, Devices, DirtyLog, Guest, GuestError, Hooks, MissingPages, RamView, SavedDevices};
 use qevm_wire::{CountedString, Profile};
 use std::{ops::Range, time::Duration};
 
@@ -100,6 +100,10 @@ impl Hooks for Vmm {
             state.run_state = state.before_migration;
         }
         state.saved = false;
+    }
+
+    fn missing_pages(&self) -> Result<Box<dyn MissingPages>, GuestError> {
+        self.machine.hooks().missing_pages()
     }
 
     fn activate(&self) -> Result<(), GuestError> {

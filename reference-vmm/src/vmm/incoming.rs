@@ -1,8 +1,13 @@
 //! The guest that comes.
 
-use super::{Exit, RunState, Vmm};
-use qevm_migration::{Address, Arrival, Incoming, Listener, MigrationError, check_transport, receive};
-use std::{sync::Arc, thread};
+use super::{Event, Exit, RunState, Vmm};
+use qevm_migration::{
+    Address, Arrival, Incoming, LazyRestore, Listener, MigrationError, RestoreProgress, check_transport, receive,
+};
+use std::{
+    sync::{Arc, PoisonError},
+    thread,
+};
 
 /// Where a guest comes from.
 enum Entrance {
@@ -41,7 +46,7 @@ impl Vmm {
                 Entrance::Open(connections) => Ok(connections),
             };
             match connections.and_then(|connections| receive(&*vmm, connections, &vmm.incoming, &vmm.profile())) {
-                Ok(arrival) => vmm.arrived(arrival),
+                Ok(arrival) => vmm.arrived(arrival, exit_on_error),
                 Err(error) => vmm.did_not_arrive(&error, exit_on_error),
             }
         });
@@ -59,7 +64,12 @@ impl Vmm {
         state.incoming && state.listening.is_none()
     }
 
-    fn arrived(&self, arrival: Arrival) {
+    fn arrived(&self, arrival: Arrival, exit_on_error: bool) {
+        let reason = arrival.rest.is_some().then(|| {
+            let from = self.listening().map_or_else(String::new, |address| format!(" from {address}"));
+            format!("guest memory is still being loaded{from}")
+        });
+        reason.iter().for_each(|reason| self.block_migration(reason));
         let autostart = self.lock().autostart;
         let started = if arrival.running && autostart { self.start().map(|()| true) } else { Ok(false) };
         if let Err(error) = &started {
@@ -69,8 +79,40 @@ impl Vmm {
         if !started.unwrap_or(false) {
             self.lock().run_state = RunState::Paused;
         }
+        if let Err(error) = arrival.rest.map_or(Ok(()), |rest| self.load_rest(rest)) {
+            // Still blocked: what is here is not all of the guest.
+            return self.lost(&error, exit_on_error);
+        }
+        reason.iter().for_each(|reason| self.unblock_migration(reason));
         // As a QEMU: the guest runs when this is said.
         self.incoming.end(None);
+    }
+
+    /// Loads what the file still has, or waits until the guest has touched all of it.
+    fn load_rest(&self, rest: LazyRestore) -> Result<(), MigrationError> {
+        *self.rest.lock().unwrap_or_else(PoisonError::into_inner) = Some(Box::new(rest.watch()));
+        if self.lock().load_ahead { rest.load() } else { rest.serve() }
+    }
+
+    /// How far the loading of guest memory is, if it goes on while the guest runs.
+    pub fn restore_progress(&self) -> Option<RestoreProgress> {
+        self.rest.lock().unwrap_or_else(PoisonError::into_inner).as_ref().map(|progress| progress())
+    }
+
+    /// Whether memory of a guest that runs already is loaded before it is touched, too. It is, unless this says otherwise.
+    pub fn set_load_ahead(&self, ahead: bool) {
+        self.lock().load_ahead = ahead;
+    }
+
+    /// The guest runs, or was to run, and a part of its memory cannot be had.
+    fn lost(&self, error: &MigrationError, exit_on_error: bool) {
+        self.machine.lose_memory(error.to_string());
+        tracing::error!("the guest is stopped for good, because its memory cannot be loaded: {error}");
+        self.emit(Event::now("STOP", None));
+        self.incoming.end(Some(error));
+        if exit_on_error {
+            self.end(Exit::IncomingFailed(format!("load of migration failed: {error}")));
+        }
     }
 
     fn did_not_arrive(&self, error: &MigrationError, exit_on_error: bool) {

@@ -96,7 +96,8 @@ impl Vmm {
             Some(Stop::Reset { .. }) => self.reboot(Cause::GuestReset),
             Some(Stop::Shutdown) => self.shut_down(Cause::GuestShutdown),
             Some(stop @ Stop::Failed { .. }) => self.end(Exit::GuestStopped(stop)),
-            None => {}
+            // Whoever has loaded it decides whether the monitor ends.
+            Some(Stop::MemoryLost(_)) | None => {}
         }
         if std::mem::take(&mut self.lock().reset_wanted) {
             self.reboot(Cause::HostQmpSystemReset);

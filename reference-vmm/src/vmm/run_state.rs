@@ -48,7 +48,7 @@ impl Vmm {
     pub fn run_state(&self) -> RunState {
         let state = self.lock();
         match self.machine.wait_stop(Duration::ZERO) {
-            Some(Stop::Failed { .. }) => RunState::InternalError,
+            Some(Stop::Failed { .. } | Stop::MemoryLost(_)) => RunState::InternalError,
             Some(Stop::Shutdown) => RunState::Shutdown,
             Some(Stop::Reset { .. }) | None => state.run_state,
         }
@@ -76,6 +76,9 @@ impl Vmm {
         let _transition = self.transition();
         legality::check(legality::CONT, &self.situation())?;
         self.machine.can_run()?;
+        if let Some(stop @ Stop::MemoryLost(_)) = self.machine.wait_stop(Duration::ZERO) {
+            return Err(stop.to_string().into());
+        }
         if matches!(self.run_state(), RunState::Shutdown | RunState::InternalError) {
             return Err("Resetting the Virtual Machine is required".into());
         }

@@ -10,6 +10,7 @@ mod dirty_ring;
 mod drives;
 mod guest;
 mod incoming;
+mod lazy;
 mod lifecycle;
 mod linux;
 mod machine;
@@ -50,6 +51,7 @@ fn main() -> ExitCode {
         migration::TESTS,
         incoming::TESTS,
         backends::TESTS,
+        lazy::TESTS,
         qmp::TESTS,
         qmp_clients::TESTS,
         transports::TESTS,

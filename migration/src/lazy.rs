@@ -1,0 +1,374 @@
+//! Restoring from a file in which every page has its place while the guest runs already (capabilities `mapped-ram` and
+//! `postcopy-ram` together, QEMU 11.2).
+//!
+//! The pages of large RAM blocks are left where they are in the file. Who touches one waits until it has been read, and meanwhile
+//! all others can be loaded one after the other. One bit for each page decides who reads it: whoever sets it, and nobody else ever.
+//! So no page is filled in twice, and none that the guest has changed is filled in again.
+//!
+//! ```text
+//!  guest, devices ──touch──▶ MissingPages::wait ─▶ claim ─▶ read the page ─▶ MissingPages::fill ─▶ whoever waits goes on
+//!            LazyRestore::load ─▶ claim the next run ─▶ read the run ──────────────▲
+//! ```
+//!
+//! A page that cannot be read is never filled in: who waits for it waits on, and the guest is to be stopped for good.
+
+use super::{GuestError, LoadError, MigrationError, page_file::PageFile, touched::Touched};
+use qevm_multifd::mapped_ram::PageArea;
+use qevm_savevm::mapped_ram::{MappedBlock, PageBitmap};
+use qevm_wire::{CountedString, Located, PageGeometry};
+use std::{
+    collections::BTreeMap,
+    mem,
+    ops::Range,
+    sync::{
+        Arc, Condvar, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
+    thread,
+    thread::JoinHandle,
+};
+
+/// RAM whose pages are missing until they are filled in: who touches one waits for it (`userfaultfd`).
+///
+/// Blocks have their numbers in [`Guest::ram`](crate::Guest::ram); offsets and lengths are bytes.
+pub trait MissingPages: Send + Sync {
+    /// Empties a block and makes its pages missing. Gives the bytes that are filled in at once at least: 4096, or those of a huge
+    /// page. The block's length is a multiple of that.
+    ///
+    /// # Errors
+    /// The guest's own; above all when the host cannot do that with this memory.
+    fn add(&self, block: usize) -> Result<u64, GuestError>;
+
+    /// Waits until somebody touches a page that is missing, and says which: a block and any offset in the page. The same page may
+    /// be told of several times, and while it is being filled in. `None` after [`stop`](MissingPages::stop).
+    ///
+    /// # Errors
+    /// The guest's own.
+    fn wait(&self) -> Result<Option<(usize, u64)>, GuestError>;
+
+    /// Fills in pages that are missing, and lets those go on who wait for them.
+    ///
+    /// # Errors
+    /// The guest's own; among others when one of them is not missing.
+    fn fill(&self, block: usize, offset: u64, bytes: &[u8]) -> Result<(), GuestError>;
+
+    /// The same with zeros.
+    ///
+    /// # Errors
+    /// As [`fill`](MissingPages::fill).
+    fn fill_zeros(&self, block: usize, offset: u64, len: u64) -> Result<(), GuestError>;
+
+    /// Makes [`wait`](MissingPages::wait) end.
+    fn stop(&self);
+
+    /// What is missing now is zero from now on, and nobody waits any more.
+    ///
+    /// # Errors
+    /// The guest's own.
+    fn release(&self) -> Result<(), GuestError>;
+}
+
+/// Bytes that are read at once ahead of the guest: few enough that whoever touches one of these pages does not wait long.
+const AHEAD: u64 = 256 << 10;
+
+/// A guest's memory of which parts are still in the file. Whoever has it decides whether the rest is [loaded](LazyRestore::load)
+/// or [left](LazyRestore::serve) in the file until it is touched.
+///
+/// When it is dropped before, and the guest has been started, memory stays as it is, and whoever touches a missing page waits
+/// for ever.
+#[derive(Debug)]
+pub struct LazyRestore {
+    shared: Arc<Shared>,
+    server: Option<JoinHandle<()>>,
+}
+
+/// How far it is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct RestoreProgress {
+    /// Bytes of pages that are still in the file only.
+    pub remaining: u64,
+    /// Pages that were read because somebody waited for them.
+    pub requests: u64,
+}
+
+struct Shared {
+    pages: Box<dyn MissingPages>,
+    file: PageFile,
+    blocks: BTreeMap<usize, Block>,
+    remaining: AtomicU64,
+    requests: AtomicU64,
+    state: Mutex<State>,
+    /// There was a failure, or nothing remains.
+    changed: Condvar,
+}
+
+#[derive(Default)]
+struct State {
+    failure: Option<MigrationError>,
+    /// The guest may have been started: what it waits for must not turn to zeros any more.
+    started: bool,
+}
+
+struct Block {
+    name: CountedString,
+    layout: MappedBlock,
+    present: PageBitmap,
+    /// Bytes that are filled in at once.
+    unit: u64,
+    /// Units that somebody has read, or is reading.
+    claimed: Touched,
+}
+
+/// Blocks that are left in the file, before anybody may touch them.
+pub(crate) struct Setup {
+    pages: Box<dyn MissingPages>,
+    file: PageFile,
+    blocks: BTreeMap<usize, Block>,
+}
+
+impl Setup {
+    pub(crate) fn new(pages: Box<dyn MissingPages>, file: PageFile) -> Self {
+        Setup { pages, file, blocks: BTreeMap::new() }
+    }
+
+    /// Leaves a block in the file, whose number in the guest is `block`.
+    pub(crate) fn leave(
+        &mut self,
+        block: usize,
+        name: CountedString,
+        layout: MappedBlock,
+        present: PageBitmap,
+    ) -> Result<(), MigrationError> {
+        let doing = "leave guest memory in the file (capability 'postcopy-ram')";
+        let unit = self.pages.add(block).map_err(MigrationError::guest(doing))?;
+        let whole = unit.is_power_of_two() && unit >= PageGeometry::X86.size();
+        if !whole || !layout.used_length.is_multiple_of(unit) {
+            let why = format!("its {} bytes are no multiple of pages of {unit} bytes", layout.used_length);
+            return Err(MigrationError::Guest { doing, source: why.into() });
+        }
+        let claimed = Touched::new(layout.used_length / unit, false);
+        self.blocks.insert(block, Block { name, layout, present, unit, claimed });
+        Ok(())
+    }
+
+    /// Begins to serve those who touch pages.
+    pub(crate) fn start(self) -> Result<LazyRestore, MigrationError> {
+        let Setup { pages, file, blocks } = self;
+        let present: u64 = blocks.values().map(|block| block.present.count()).sum();
+        let shared = Arc::new(Shared {
+            pages,
+            file,
+            blocks,
+            remaining: AtomicU64::new(present * PageGeometry::X86.size()),
+            requests: AtomicU64::new(0),
+            state: Mutex::default(),
+            changed: Condvar::new(),
+        });
+        let serving = shared.clone();
+        let server = thread::Builder::new().name("page-requests".into()).spawn(move || serving.serve());
+        let server = server.map_err(|error| MigrationError::Guest {
+            doing: "start a thread for pages that are missing",
+            source: error.into(),
+        })?;
+        Ok(LazyRestore { shared, server: Some(server) })
+    }
+}
+
+impl LazyRestore {
+    /// How far it is.
+    pub fn progress(&self) -> RestoreProgress {
+        RestoreProgress {
+            remaining: self.shared.remaining.load(Ordering::Relaxed),
+            requests: self.shared.requests.load(Ordering::Relaxed),
+        }
+    }
+
+    /// Loads everything that is not there yet, while the guest runs, and returns when the file is needed no more.
+    ///
+    /// # Errors
+    /// [`MigrationError`] when a page cannot be had, for whatever reason. Guest memory is lost then: the guest must be stopped and
+    /// never run again. Who waits for a page waits on, so that nobody has seen wrong memory.
+    pub fn load(self) -> Result<(), MigrationError> {
+        if let Err(error) = self.shared.load_all() {
+            self.shared.fail(error);
+        }
+        self.finish()
+    }
+
+    /// Loads pages only when they are touched, and returns when all that the file has were touched.
+    ///
+    /// # Errors
+    /// As [`load`](LazyRestore::load).
+    pub fn serve(self) -> Result<(), MigrationError> {
+        let goes_on = |state: &mut State| state.failure.is_none() && self.shared.remaining.load(Ordering::Relaxed) > 0;
+        let ended = self.shared.changed.wait_while(self.shared.lock(), goes_on);
+        drop(ended.unwrap_or_else(PoisonError::into_inner));
+        self.finish()
+    }
+
+    /// Something that tells how far it is, while others load it.
+    pub fn watch(&self) -> impl Fn() -> RestoreProgress + Send + Sync + 'static {
+        let shared = self.shared.clone();
+        move || RestoreProgress {
+            remaining: shared.remaining.load(Ordering::Relaxed),
+            requests: shared.requests.load(Ordering::Relaxed),
+        }
+    }
+
+    /// The guest may be started from here on.
+    ///
+    /// # Errors
+    /// A page could not be had meanwhile; the guest must not be started.
+    pub(crate) fn start_guest(&self) -> Result<(), MigrationError> {
+        let mut state = self.shared.lock();
+        match state.failure.take() {
+            Some(error) => Err(error),
+            None => {
+                state.started = true;
+                Ok(())
+            }
+        }
+    }
+
+    /// Why what was read of guest memory so far may be wrong: a page could not be had.
+    pub(crate) fn failure(&self) -> Option<MigrationError> {
+        self.shared.lock().failure.take()
+    }
+
+    fn finish(mut self) -> Result<(), MigrationError> {
+        self.shared.pages.stop();
+        let died = || MigrationError::guest("serve pages that are missing")("its thread has died".into());
+        let served = self.server.take().map_or(Ok(()), |server| server.join().map_err(|_| died()));
+        let failure = self.shared.lock().failure.take();
+        failure.map_or(served, Err)?;
+        self.shared.pages.release().map_err(MigrationError::guest("end the loading of guest memory"))?;
+        self.shared.lock().started = false;
+        Ok(())
+    }
+}
+
+impl Drop for LazyRestore {
+    fn drop(&mut self) {
+        if self.shared.lock().started {
+            // Without whoever makes pages missing they would turn to zeros.
+            mem::forget(self.shared.clone());
+        } else if let Some(server) = self.server.take() {
+            self.shared.pages.stop();
+            // It has reported what went wrong.
+            let _ = server.join();
+        }
+    }
+}
+
+impl Shared {
+    /// Reads pages that somebody waits for.
+    fn serve(&self) {
+        loop {
+            let served = match self.pages.wait() {
+                Ok(None) => return,
+                Ok(Some((block, offset))) => self.serve_page(block, offset),
+                Err(source) => Err(MigrationError::Guest { doing: "wait for pages that are missing", source }),
+            };
+            if let Err(error) = served {
+                return self.fail(error);
+            }
+        }
+    }
+
+    fn serve_page(&self, number: usize, offset: u64) -> Result<(), MigrationError> {
+        let Some(block) = self.blocks.get(&number).filter(|block| offset < block.layout.used_length) else {
+            let why = format!("byte {offset:#x} of RAM block {number} was asked for, which is not in the file");
+            return Err(MigrationError::Guest { doing: "serve pages that are missing", source: why.into() });
+        };
+        let unit = offset / block.unit;
+        if !block.claimed.claim(unit) {
+            // Whoever has it lets all go on who wait for it.
+            return Ok(());
+        }
+        self.requests.fetch_add(1, Ordering::Relaxed);
+        self.fill(number, block, unit..unit + 1)
+    }
+
+    /// Reads everything that nobody has read.
+    fn load_all(&self) -> Result<(), MigrationError> {
+        for (number, block) in &self.blocks {
+            let mut next = 0;
+            while let Some(run) = block.claim_run(next) {
+                if self.lock().failure.is_some() {
+                    return Ok(());
+                }
+                next = run.end;
+                self.fill(*number, block, run)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Fills in units that the caller has claimed.
+    fn fill(&self, number: usize, block: &Block, units: Range<u64>) -> Result<(), MigrationError> {
+        let bytes = units.start * block.unit..units.end * block.unit;
+        let area = PageArea::new(block.layout.header.pages_offset, block.layout.used_length, PageGeometry::X86);
+        let mut runs = area.iter().flat_map(|area| area.reads(block.present.as_bytes(), bytes.clone())).peekable();
+        let doing = "fill in guest memory";
+        if runs.peek().is_none() {
+            let zeros = self.pages.fill_zeros(number, bytes.start, bytes.end - bytes.start);
+            return zeros.map_err(MigrationError::guest(doing));
+        }
+        let mut buffer = vec![0; (bytes.end - bytes.start) as usize];
+        let mut read = 0;
+        for run in runs {
+            let at = (run.block_offset - bytes.start) as usize;
+            self.file.read_bytes(&mut buffer[at..at + run.len as usize], run.file_offset).map_err(|source| {
+                let error = LoadError::File { doing: "read pages", source };
+                Located::new(error, run.file_offset).within(format!("RAM block '{}'", block.name))
+            })?;
+            read += run.len;
+        }
+        self.pages.fill(number, bytes.start, &buffer).map_err(MigrationError::guest(doing))?;
+        if self.remaining.fetch_sub(read, Ordering::Relaxed) == read {
+            drop(self.lock());
+            self.changed.notify_all();
+        }
+        Ok(())
+    }
+
+    fn fail(&self, error: MigrationError) {
+        let mut state = self.lock();
+        state.failure.get_or_insert(error);
+        if !state.started {
+            // The guest will not be started, so that whoever loads its devices may find zeros and need not wait for ever.
+            if let Err(error) = self.pages.release() {
+                tracing::error!(error, "who waits for guest memory waits for ever");
+            }
+        }
+        drop(state);
+        self.changed.notify_all();
+        self.pages.stop();
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Block {
+    /// Claims the first units from `next` on that the file has and nobody has claimed, so many as are read at once.
+    fn claim_run(&self, next: u64) -> Option<Range<u64>> {
+        let pages_of = |unit: u64| (unit * self.unit / 4096)..((unit + 1) * self.unit / 4096);
+        let is_there = |unit: u64| pages_of(unit).any(|page| self.present.contains(page));
+        let end = self.layout.used_length / self.unit;
+        let first = (next..end).find(|unit| is_there(*unit) && self.claimed.claim(*unit))?;
+        let longest = end.min(first + (AHEAD / self.unit).max(1));
+        let last = (first + 1..longest).find(|unit| !is_there(*unit) || !self.claimed.claim(*unit)).unwrap_or(longest);
+        Some(first..last)
+    }
+}
+
+impl std::fmt::Debug for Shared {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("LazyRestore").field("remaining", &self.remaining).finish_non_exhaustive()
+    }
+}
+
+#[cfg(test)]
+mod tests;

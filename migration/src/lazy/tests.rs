@@ -1,0 +1,162 @@
+use super::*;
+use std::{
+    collections::BTreeSet,
+    io::Write,
+    os::unix::fs::FileExt,
+    sync::mpsc::{Receiver, Sender, channel},
+};
+
+const PAGE: u64 = 4096;
+const PAGES: u64 = 300;
+
+/// Memory that is told what is touched, and remembers what was filled in.
+struct Scripted {
+    unit: u64,
+    touched: Mutex<Receiver<Option<u64>>>,
+    touch: Sender<Option<u64>>,
+    memory: Mutex<Vec<u8>>,
+    filled: Mutex<BTreeSet<u64>>,
+    released: Mutex<bool>,
+}
+
+/// What the engine has of it, and the test keeps.
+struct Handle(Arc<Scripted>);
+
+impl Scripted {
+    fn new(unit: u64) -> Arc<Self> {
+        let (touch, touched) = channel();
+        let memory = Mutex::new(vec![0xee; (PAGES * PAGE) as usize]);
+        let (touched, filled, released) = (Mutex::new(touched), Mutex::default(), Mutex::default());
+        Arc::new(Scripted { unit, touched, touch, memory, filled, released })
+    }
+}
+
+impl MissingPages for Handle {
+    fn add(&self, _: usize) -> Result<u64, GuestError> {
+        Ok(self.0.unit)
+    }
+
+    fn wait(&self) -> Result<Option<(usize, u64)>, GuestError> {
+        Ok(self.0.touched.lock().unwrap().recv()?.map(|offset| (3, offset)))
+    }
+
+    fn fill(&self, block: usize, offset: u64, bytes: &[u8]) -> Result<(), GuestError> {
+        assert!(block == 3 && offset.is_multiple_of(self.0.unit) && (bytes.len() as u64).is_multiple_of(self.0.unit));
+        self.0.memory.lock().unwrap()[offset as usize..][..bytes.len()].copy_from_slice(bytes);
+        let mut filled = self.0.filled.lock().unwrap();
+        (offset..offset + bytes.len() as u64)
+            .step_by(4096)
+            .for_each(|page| assert!(filled.insert(page), "{page:#x} twice"));
+        Ok(())
+    }
+
+    fn fill_zeros(&self, block: usize, offset: u64, len: u64) -> Result<(), GuestError> {
+        self.fill(block, offset, &vec![0; len as usize])
+    }
+
+    fn stop(&self) {
+        let _ = self.0.touch.send(None);
+    }
+
+    fn release(&self) -> Result<(), GuestError> {
+        *self.0.released.lock().unwrap() = true;
+        let filled = self.0.filled.lock().unwrap();
+        let mut memory = self.0.memory.lock().unwrap();
+        let missing = (0..PAGES * PAGE).step_by(4096).filter(|page| !filled.contains(page));
+        missing.for_each(|page| memory[page as usize..][..PAGE as usize].fill(0));
+        Ok(())
+    }
+}
+
+/// Two of three pages, each full of its number.
+fn is_there(page: u64) -> bool {
+    page % 3 != 1 && !(100..180).contains(&page)
+}
+
+fn expected() -> Vec<u8> {
+    (0..PAGES).flat_map(|page| vec![if is_there(page) { page as u8 | 1 } else { 0 }; PAGE as usize]).collect()
+}
+
+/// A restore from a file of `PAGES` pages; what is not in the bitmap is garbage there.
+fn restore(scripted: &Arc<Scripted>) -> (LazyRestore, std::fs::File) {
+    let layout = MappedBlock::place(0, PAGES * PAGE, PageGeometry::X86).unwrap();
+    let mut file = tempfile::tempfile().unwrap();
+    file.write_all(&vec![0xbb; layout.end() as usize]).unwrap();
+    let mut present = PageBitmap::new(PAGES);
+    for page in (0..PAGES).filter(|page| is_there(*page)) {
+        present.set(page);
+        file.write_all_at(&vec![page as u8 | 1; PAGE as usize], layout.page_offset(page).unwrap()).unwrap();
+    }
+    let mut setup = Setup::new(Box::new(Handle(scripted.clone())), PageFile::new(file.try_clone().unwrap(), None));
+    let name = CountedString::new("ram").unwrap();
+    setup.leave(3, name, layout, present).unwrap();
+    (setup.start().unwrap(), file)
+}
+
+#[test]
+fn every_page_is_filled_in_once_whoever_wants_it() {
+    for unit in [PAGE, 4 * PAGE] {
+        let scripted = Scripted::new(unit);
+        let (restore, _file) = restore(&scripted);
+        // Among them pages that are zero, and the same several times.
+        (0..400).for_each(|n| scripted.touch.send(Some(n * 7919 * 64 % (PAGES * PAGE))).unwrap());
+        restore.start_guest().unwrap();
+        let watch = restore.watch();
+        restore.load().unwrap();
+        assert_eq!(watch().remaining, 0);
+        assert!(*scripted.released.lock().unwrap());
+        assert!(*scripted.memory.lock().unwrap() == expected());
+    }
+}
+
+#[test]
+fn what_nobody_touches_stays_in_the_file() {
+    let scripted = Scripted::new(PAGE);
+    let (restore, _file) = restore(&scripted);
+    restore.start_guest().unwrap();
+    let watch = restore.watch();
+    let serving = std::thread::spawn(move || restore.serve());
+    let there = (0..PAGES).filter(|page| is_there(*page)).count() as u64;
+    for page in [1, 2, 2, 150] {
+        scripted.touch.send(Some(page * PAGE + 17)).unwrap();
+    }
+    while watch().requests < 3 {
+        std::thread::yield_now();
+    }
+    // The page that came last may be on its way; the one before is there, and those that are zero do not count.
+    assert_eq!(watch().remaining, (there - 1) * PAGE);
+    assert!(!serving.is_finished() && scripted.filled.lock().unwrap().len() <= 3);
+    (0..PAGES).for_each(|page| scripted.touch.send(Some(page * PAGE)).unwrap());
+    serving.join().unwrap().unwrap();
+    assert!(*scripted.memory.lock().unwrap() == expected());
+}
+
+#[test]
+fn a_page_that_cannot_be_read_is_never_filled_in() {
+    for ahead in [false, true] {
+        let scripted = Scripted::new(PAGE);
+        let (restore, file) = restore(&scripted);
+        restore.start_guest().unwrap();
+        // The last page is cut in half.
+        file.set_len(file.metadata().unwrap().len() - PAGE / 2).unwrap();
+        scripted.touch.send(Some((PAGES - 1) * PAGE)).unwrap();
+        let failed = if ahead { restore.load() } else { restore.serve() };
+        let Err(MigrationError::Load(error)) = failed else { panic!("{failed:?}") };
+        assert!(matches!(error.kind, LoadError::File { .. }), "{error}");
+        assert!(error.to_string().contains("RAM block 'ram'"), "{error}");
+        assert!(!scripted.filled.lock().unwrap().contains(&((PAGES - 1) * PAGE)));
+        assert!(!*scripted.released.lock().unwrap(), "who waits would find zeros");
+    }
+}
+
+#[test]
+fn before_the_guest_has_started_nobody_waits_for_ever() {
+    let scripted = Scripted::new(PAGE);
+    let (restore, file) = restore(&scripted);
+    file.set_len(0).unwrap();
+    scripted.touch.send(Some(0)).unwrap();
+    while !*scripted.released.lock().unwrap() {
+        std::thread::yield_now();
+    }
+    assert!(restore.start_guest().is_err(), "what was read may be wrong");
+}
