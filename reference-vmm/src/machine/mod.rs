@@ -24,6 +24,7 @@ mod dirty_limit;
 mod guest;
 mod kvm_state;
 mod reset;
+mod routes;
 mod run_control;
 mod split;
 mod throttle;
@@ -37,9 +38,10 @@ use std::time::{Duration, Instant};
 
 use kvm_bindings::kvm_msi;
 use kvm_ioctls::VmFd;
+use vmm_sys_util::eventfd::EventFd;
 
 use crate::boot::{self, Kernel};
-use crate::devices::pci::{FIRST_GSI, PciBus};
+use crate::devices::pci::{FIRST_GSI, PciBus, PciMessage};
 use crate::devices::{
     Clock, Devices, FwCfg, FwCfgItems, GED_IRQ, Ged, Ioapic, Message, RTC_IRQ, Rtc, SERIAL_IRQ, Serial, TRANSPORTS,
     Transport, Transports, VirtioDevice, lock, start_pump, transport_of, wall_clock,
@@ -54,6 +56,7 @@ use dirty_limit::DirtyLimit;
 pub use dirty_limit::VcpuDirtyLimit;
 pub(crate) use guest::MACHINE_TYPE;
 use kvm_state::Held;
+use routes::Routes;
 use run_control::RunControl;
 pub use run_control::{RunState, Stop};
 use split::Split;
@@ -101,6 +104,7 @@ pub struct Machine {
     /// The state in which the machine was made, before a kernel was loaded; `None` until it is.
     fresh: Option<MachineState>,
     memory: Arc<GuestMemory>,
+    routes: Arc<Routes>,
     vm: Arc<VmFd>,
 }
 
@@ -140,8 +144,9 @@ impl Machine {
         let fw_cfg = FwCfg::new(FwCfgItems { ram_size: config.memory, cpus: config.cpus as u16, files, by_key })?;
         let clock = Arc::new(Mutex::new(VirtualClock::default()));
         let mut threads = Vec::new();
+        let routes = Arc::new(Routes::new(&vm, config.split_irqchip));
         let split = match config.split_irqchip {
-            true => Some(Split::new(&vm, &clock, &mut threads)?),
+            true => Some(Split::new(&vm, &routes, &clock, &mut threads)?),
             false => None,
         };
         let interrupt = |irq: u32, of: &'static str| -> Box<dyn FnMut(bool) + Send> {
@@ -229,6 +234,7 @@ impl Machine {
             saved_msrs: kvm_state::saved_msrs(&kvm_fd)?,
             fresh: None,
             memory,
+            routes,
             vm,
         };
         let surroundings = Surroundings {
@@ -247,6 +253,16 @@ impl Machine {
             machine.load_kernel()?;
         }
         Ok(machine)
+    }
+
+    /// Adds an interrupt that sends a message, and lets whatever is written to `event` raise it: its number.
+    ///
+    /// # Errors
+    /// [`Error::Kvm`] when KVM refuses the route or the event.
+    pub fn add_message(&self, event: &EventFd, message: PciMessage) -> Result<u32> {
+        let gsi = self.routes.add(message)?;
+        self.vm.register_irqfd(event, gsi).map_err(kvm("raise an interrupt by an event"))?;
+        Ok(gsi)
     }
 
     /// The RAM.

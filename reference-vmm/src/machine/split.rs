@@ -4,13 +4,11 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, Weak};
 use std::thread::JoinHandle;
 
-use kvm_bindings::{
-    KVM_CAP_SPLIT_IRQCHIP, KVM_IRQ_ROUTING_MSI, KvmIrqRouting, kvm_enable_cap, kvm_irq_routing_entry,
-    kvm_irq_routing_entry__bindgen_ty_1, kvm_irq_routing_msi, kvm_msi,
-};
+use kvm_bindings::{KVM_CAP_SPLIT_IRQCHIP, kvm_enable_cap, kvm_msi};
 use kvm_ioctls::{Kvm, VmFd};
 
 use super::clock::VirtualClock;
+use super::routes::Routes;
 use super::vcpu::Vcpu;
 use crate::devices::{Ioapic, Lines, Message, Pics, Pit, SplitChips, Ticker, lock};
 use crate::error::{Error, Result, kvm};
@@ -37,13 +35,14 @@ impl Split {
     /// Makes the chips of a machine; adds their threads.
     pub(super) fn new(
         vm: &Arc<VmFd>,
+        routes: &Arc<Routes>,
         clock: &Arc<Mutex<VirtualClock>>,
         threads: &mut Vec<JoinHandle<()>>,
     ) -> Result<Split> {
         let to_vcpu = Arc::new(ToVcpu::default());
         let wire = to_vcpu.clone();
         let pics = Pics::new(Box::new(move |level| wire.set(level)));
-        let (sender, router) = (vm.clone(), vm.clone());
+        let (sender, routes) = (vm.clone(), routes.clone());
         let send = move |Message { address, data }| {
             let message = kvm_msi { address_lo: address, data, ..kvm_msi::default() };
             if let Err(error) = sender.signal_msi(message) {
@@ -51,7 +50,7 @@ impl Split {
             }
         };
         let route = move |messages: &[Option<Message>]| {
-            if let Err(error) = set_routes(&router, messages) {
+            if let Err(error) = routes.set_pins(messages) {
                 tracing::error!(%error, "ends of level-triggered interrupts are lost");
             }
         };
@@ -74,23 +73,6 @@ impl Split {
     pub(super) fn into_chips(self) -> SplitChips {
         self.chips
     }
-}
-
-fn set_routes(vm: &VmFd, messages: &[Option<Message>]) -> Result<()> {
-    let entry = |(pin, message): (u32, &Option<Message>)| {
-        message.map(|Message { address, data }| kvm_irq_routing_entry {
-            gsi: pin,
-            type_: KVM_IRQ_ROUTING_MSI,
-            u: kvm_irq_routing_entry__bindgen_ty_1 {
-                msi: kvm_irq_routing_msi { address_lo: address, data, ..kvm_irq_routing_msi::default() },
-            },
-            ..kvm_irq_routing_entry::default()
-        })
-    };
-    let entries: Vec<_> = (0..).zip(messages).filter_map(entry).collect();
-    let routing = KvmIrqRouting::from_entries(&entries)
-        .map_err(|_| Error::Config("the routes of an IOAPIC have no room".to_owned()))?;
-    vm.set_gsi_routing(&routing).map_err(kvm("route interrupts"))
 }
 
 /// The line from the 8259s to the first vCPU.

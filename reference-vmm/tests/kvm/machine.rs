@@ -3,13 +3,19 @@
 use std::time::{Duration, Instant};
 
 use reference_vmm::Error;
+use reference_vmm::devices::pci::PciMessage;
 use reference_vmm::machine::{Machine, MachineConfig, RunState, Stop};
 use reference_vmm::payload::Progress;
+use vmm_sys_util::eventfd::EventFd;
 
 use crate::Test;
 use crate::guest::{Guest, PATIENCE};
 
 pub(crate) const TESTS: &[Test] = &[
+    (
+        "machine_a_message_interrupts_and_leaves_the_other_interrupts_alone",
+        a_message_interrupts_and_leaves_the_other_interrupts_alone,
+    ),
     ("machine_runs_as_slowly_as_it_is_told", runs_as_slowly_as_told),
     ("machine_pauses_and_resumes", pauses_and_resumes),
     ("machine_state_needs_a_pause", state_needs_a_pause),
@@ -20,6 +26,25 @@ pub(crate) const TESTS: &[Test] = &[
 ];
 
 const MIB: u64 = 1 << 20;
+
+/// KVM's table of routes is replaced as a whole.
+fn a_message_interrupts_and_leaves_the_other_interrupts_alone() {
+    let guest = Guest::boot(32 * MIB, 1, "dirty=1M hold=1M zero=1M report=20 timer=1");
+    guest.wait_for_passes();
+    let event = EventFd::new(0).unwrap();
+    // To the vector of the guest's timer.
+    let gsi = guest.machine.add_message(&event, PciMessage { address: 0xfee0_0000, data: 0x40 }).unwrap();
+    assert_eq!(gsi, 24, "the first behind the pins of the IOAPIC");
+    // More than its timer makes in any time.
+    guest.wait_until(|now| {
+        event.write(1).unwrap();
+        now.ticks > 100 + 2 * now.ms / 1000
+    });
+    guest.machine.press_power_button();
+    guest.machine.pause();
+    let state = guest.machine.save_state().unwrap();
+    assert_eq!(state.pics[1].irr & 2, 2, "interrupt 9 has not reached the second 8259");
+}
 
 fn runs_as_slowly_as_told() {
     let boot = || Guest::boot(32 * MIB, 2, "dirty=1M hold=1M zero=1M report=20");
