@@ -109,6 +109,7 @@ impl Observer for Gather {
 
     fn fields(&mut self, header: &SectionHeader, fields: &Node) {
         pci::note(header, fields, &mut self.stream.spaces);
+        self.stream.summary.values.note(header, fields);
     }
 }
 
@@ -132,6 +133,9 @@ pub fn destination(check: &args::Check, stream: &Stream) -> Result<Destination, 
         known.sections = known.sections.or(file.sections);
         known.description = known.description.or(file.description);
         known.schema = known.schema.or(file.schema);
+        if known.values.is_empty() {
+            known.values = file.values;
+        }
         for (name, on) in file.capabilities {
             known.capabilities.entry(name).or_insert(on);
         }
@@ -197,7 +201,7 @@ fn schema(path: &Path) -> Result<Option<Schema>, Stop> {
 
 /// What of a destination is known, and therefore was compared.
 pub fn compared(Destination { known, .. }: &Destination) -> Vec<&'static str> {
-    let Expectations { qemu, machine, page_size, uuid, ram, sections, description, schema, capabilities } = known;
+    let Expectations { qemu, machine, page_size, uuid, ram, sections, description, schema, capabilities, .. } = known;
     let all = [
         (qemu.is_some(), "release"),
         (machine.is_some(), "machine type"),
@@ -235,6 +239,11 @@ fn qemu_says(finding: &Finding) -> Option<String> {
             format!("Size mismatch: {name}: {found} != {expected}: Invalid argument")
         }
         Subject::Uuid => format!("UUID received is {found} and local is {expected}"),
+        Subject::Fields { path, .. } if path.ends_with("].num") && path.contains("vq[") => {
+            let index = path.rsplit_once("vq[")?.1.strip_suffix("].num")?;
+            let len = found.strip_suffix(" entries")?;
+            format!("VQ {index} vring.num {len} exceeds allocated max {}", expected.strip_prefix("at most ")?)
+        }
         Subject::Command("SWITCHOVER_START") => "MIG_CMD 0xb unknown (len 0x0)".into(),
         _ => return None,
     })

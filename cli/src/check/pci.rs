@@ -2,7 +2,8 @@
 //!
 //! A destination compares the read-only bytes of the configuration space that comes with those of its own device, and
 //! refuses the stream where they differ. Compared here are those that the PCI specifications make read-only and that say
-//! what the device is: IDs, class, header type, the list of capabilities, and the size and place of its MSI-X tables.
+//! what the device is: IDs, class, header type, the list of capabilities, and of each capability the registers that tell
+//! what the device can do.
 
 use qevm_savevm::check::{Finding, Outcome, Subject};
 use qevm_savevm::framing::SectionHeader;
@@ -16,10 +17,58 @@ const IDS: std::ops::Range<usize> = 0..4;
 const REVISION_AND_CLASS: std::ops::Range<usize> = 8..12;
 const HEADER_TYPE: usize = 0x0e;
 const CAPABILITIES: usize = 0x34;
-/// Capability ID of MSI-X; behind ID and pointer are control, table and pending bit array (section 6.8.2).
-const MSIX: u8 = 0x11;
-/// Read-only bits of the bytes of an MSI-X capability from its control word on: 11 bits of size, two offsets.
-const MSIX_MASKS: [u8; 10] = [0xff, 0x07, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff];
+/// Where the extended capabilities of PCI Express begin.
+const EXTENDED: usize = 256;
+/// Capability ID of those of a vendor: the byte after the pointer is its length.
+const VENDOR: u8 = 0x09;
+/// Vendor of virtio's devices, and the type of its capability that a guest writes to (virtio 1.2, section 4.1.4.9).
+const VIRTIO: [u8; 2] = [0xf4, 0x1a];
+const VIRTIO_PCI_CFG: u8 = 5;
+
+/// The read-only bits of a capability: pairs of an offset from its start and a mask.
+type Masks = &'static [(usize, &'static [u8])];
+
+/// Of the capabilities in the first 256 bytes, by ID (PCI Local Bus Specification 3.0, sections 6.7, 6.8 and appendix H; PCI
+/// Express Base Specification 3.0, section 7.8; PCI-to-PCI Bridge and AF specifications).
+fn registers(id: u8) -> Masks {
+    match id {
+        // Power management: what it can do.
+        0x01 => &[(2, &[0xff; 2])],
+        // Slot numbering: the number of slots.
+        0x04 => &[(2, &[0xff])],
+        // MSI: how many messages, 64 bits, masks per vector.
+        0x05 => &[(2, &[0x8e, 0x01])],
+        // Subsystem of a bridge.
+        0x0d => &[(4, &[0xff; 4])],
+        // PCI Express: kind of port, and the capabilities of device, link, slot and root; then the second ones of device and
+        // link.
+        0x10 => &[
+            (2, &[0xff; 2]),
+            (4, &[0xff; 4]),
+            (0x0c, &[0xff; 4]),
+            (0x14, &[0xff; 4]),
+            (0x1e, &[0xff; 2]),
+            (0x24, &[0xff; 4]),
+        ],
+        // MSI-X: 11 bits of size, two offsets.
+        0x11 => &[(2, &[0xff, 0x07, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff])],
+        // Advanced features: function level reset.
+        0x13 => &[(2, &[0xff; 2])],
+        _ => &[],
+    }
+}
+
+/// Of the extended capabilities (PCI Express Base Specification 3.0, sections 7.10 to 7.30; ATS 1.1).
+fn extended_registers(id: u16) -> Masks {
+    match id {
+        // Serial number of the device.
+        0x0003 => &[(4, &[0xff; 8])],
+        // Access control, alternative routing IDs, address translation: what it can do.
+        0x000d..=0x000f => &[(4, &[0xff; 2])],
+        _ => &[],
+    }
+}
+
 /// The list has at most so many entries; a stream may hold a circle.
 const MAX_CAPABILITIES: usize = 48;
 
@@ -55,7 +104,9 @@ pub(super) fn compare(stream: &Spaces, destination: &Spaces) -> Vec<(Finding, St
         let subject =
             Subject::Fields { idstr: idstr.clone(), instance_id: *instance_id, path: "PCI configuration space".into() };
         let (found, expected) = (format!("{read:#x} at {at:#x}"), format!("{device:#x}"));
-        let cause = Some("give the device the same properties on both sides, e.g. vectors=");
+        let cause = Some(
+            "give the device the same properties on both sides (vectors=, slot=, chassis=, x-speed=, aer=, ats= …)",
+        );
         let says = format!("get_pci_config_device: Bad config data: i={at:#x} read: {read:x} device: {device:x}");
         Some((Finding { subject, found, expected, outcome: Outcome::Fails, cause }, says))
     })
@@ -70,15 +121,38 @@ fn read_only(space: &[u8]) -> Vec<u8> {
     }
     let mut at = usize::from(space[CAPABILITIES]);
     for _ in 0..MAX_CAPABILITIES {
-        // The list lies behind the header, in the first 256 bytes.
-        let Some(&[id, next]) = space.get(at..at + 2).filter(|_| at > CAPABILITIES) else { break };
+        // The list lies after the header, in the first 256 bytes.
+        let Some(&[id, next, len, kind]) = space.get(at..at + 4).filter(|_| at > CAPABILITIES && at < EXTENDED) else {
+            break;
+        };
         masks[at..at + 2].fill(0xff);
-        if id == MSIX && at + 2 + MSIX_MASKS.len() <= LENGTHS[0] {
-            masks[at + 2..][..MSIX_MASKS.len()].copy_from_slice(&MSIX_MASKS);
+        cover(&mut masks[..EXTENDED], at, registers(id));
+        if id == VENDOR {
+            let written = space[..2] == VIRTIO && kind == VIRTIO_PCI_CFG;
+            let len = if written { 4 } else { usize::from(len).max(3) };
+            let end = (at + len).min(EXTENDED);
+            masks[at..end].fill(0xff);
         }
         at = next.into();
     }
+    let mut at = EXTENDED;
+    for _ in 0..MAX_CAPABILITIES {
+        let Some(header) = space.get(at..at + 4).filter(|_| at >= EXTENDED) else { break };
+        let header = u32::from_le_bytes(header.try_into().expect("four bytes"));
+        masks[at..at + 4].fill(0xff);
+        cover(&mut masks, at, extended_registers(header as u16));
+        at = (header >> 20) as usize;
+    }
     masks
+}
+
+/// Puts the masks of a capability at `at`, as far as there is room.
+fn cover(masks: &mut [u8], at: usize, registers: Masks) {
+    for (offset, bits) in registers {
+        if let Some(place) = masks.get_mut(at + offset..at + offset + bits.len()) {
+            place.copy_from_slice(bits);
+        }
+    }
 }
 
 #[cfg(test)]
@@ -90,7 +164,7 @@ mod tests {
         let mut space = vec![0; 256];
         space[..4].copy_from_slice(&[0xf4, 0x1a, 0x00, 0x10]);
         space[CAPABILITIES] = 0x98;
-        space[0x98..0x9c].copy_from_slice(&[MSIX, 0, 2, 0]);
+        space[0x98..0x9c].copy_from_slice(&[0x11, 0, 2, 0]);
         change(&mut space);
         Spaces::from([(("0000:00:02.0/virtio-net".to_owned(), 0), space)])
     }
@@ -114,6 +188,52 @@ mod tests {
         for at in [0, 3, 9, 0x0e, 0x34, 0x98, 0x9b] {
             assert!(refused(|space| space[at] ^= 1).is_some(), "byte {at:#x}");
         }
+    }
+
+    /// A port of PCI Express, with capabilities in both lists.
+    fn port(change: impl FnOnce(&mut Vec<u8>)) -> Spaces {
+        let mut space = vec![0; 4096];
+        space[CAPABILITIES] = 0x54;
+        space[0x54..0x58].copy_from_slice(&[0x10, 0x80, 0x42, 0x01]);
+        space[0x80..0x88].copy_from_slice(&[VENDOR, 0x90, 8, 1, 2, 3, 4, 5]);
+        space[0x90..0x94].copy_from_slice(&[0x05, 0, 0x80, 0x01]);
+        space[0x100..0x104].copy_from_slice(&0x1502_0001u32.to_le_bytes());
+        space[0x150..0x154].copy_from_slice(&0x0001_0003u32.to_le_bytes());
+        change(&mut space);
+        Spaces::from([("0000:00:01.0/pcie-root-port".to_owned(), 0)].map(|key| (key, space.clone())))
+    }
+
+    fn port_refused(at: usize, bits: u8) -> bool {
+        !compare(&port(|space| space[at] ^= bits), &port(|_| ())).is_empty()
+    }
+
+    #[test]
+    fn registers_of_capabilities_are_compared() {
+        // Number of the slot, width of the link, FLR, a vendor's bytes, masks per vector, serial number, the end of a list.
+        for (at, bits) in
+            [(0x6a, 0x18), (0x60, 0x10), (0x5b, 0x10), (0x86, 1), (0x93, 1), (0x154, 1), (0x15b, 1), (0x153, 0x10)]
+        {
+            assert!(port_refused(at, bits), "byte {at:#x}");
+        }
+        // Control and status of device, link and slot; MSI enable, address; state of AER.
+        for (at, bits) in
+            [(0x5c, 0xff), (0x64, 3), (0x66, 0xff), (0x6c, 0xff), (0x6e, 1), (0x92, 1), (0x94, 0xff), (0x104, 1)]
+        {
+            assert!(!port_refused(at, bits), "byte {at:#x}");
+        }
+    }
+
+    /// A guest reaches a BAR of virtio through a capability that it writes to.
+    #[test]
+    fn a_window_into_a_virtio_device_is_not_compared() {
+        let window = |bytes: &[u8]| {
+            space(|space| {
+                space[0x99] = 0xa8;
+                space[0xa8..0xac].copy_from_slice(&[VENDOR, 0, 20, VIRTIO_PCI_CFG]);
+                space[0xac..0xac + bytes.len()].copy_from_slice(bytes);
+            })
+        };
+        assert_eq!(compare(&window(&[4, 0, 0, 0, 9]), &window(&[])), []);
     }
 
     #[test]

@@ -94,3 +94,45 @@ fn a_schema_tells_of_device_models() {
     assert_eq!((ran.code, finding["name"].as_str()), (Some(1), Some("mc146818rtc")));
     assert_eq!((finding["found"].as_str(), finding["expected"].as_str()), (Some("version 3"), Some("versions 1 to 2")));
 }
+
+/// Two streams of `streams/reported`, and what the QEMU that would load the first says.
+fn reported(stream: &str, destination: &str) -> crate::sample::Ran {
+    let [stream, destination] = [stream, destination].map(|name| path(&format!("reported/{name}.q.xz")));
+    qevm(["check".into(), stream, "--against".into(), destination])
+}
+
+#[test]
+fn what_qemu_refuses_is_refused() {
+    let refused = [
+        ("blkq-a", "blkq-b", "VQ 0 vring.num 256 exceeds allocated max 128"),
+        ("x-100-111-rng-a", "x-100-111-rng-b", "VQ 0 vring.num 1024 exceeds allocated max 8"),
+        ("rpslot-a", "rpslot-b", "get_pci_config_device: Bad config data: i=0x6a read: a device: 12"),
+        ("maxcpus4", "maxcpus8", "-smp maxcpus="),
+        ("maxcpus8", "maxcpus4", "-smp maxcpus="),
+        ("slots2", "slots4", "-m slots="),
+        ("slots4", "slots2", "-m slots="),
+    ];
+    for (stream, destination, words) in refused {
+        let ran = reported(stream, destination);
+        assert_eq!(ran.code, Some(1), "{stream} to {destination}: {}{}", ran.stdout, ran.stderr);
+        assert!(ran.stdout.contains(words), "{stream} to {destination}: {}", ran.stdout);
+    }
+}
+
+#[test]
+fn what_qemu_loads_is_not_suspected() {
+    for (stream, destination) in [("blkq-b", "blkq-a"), ("x-111-100-a", "x-111-100-b"), ("blkq-a", "blkq-a")] {
+        let ran = reported(stream, destination);
+        assert_eq!(ran.code, Some(0), "{stream} to {destination}: {}{}", ran.stdout, ran.stderr);
+        assert!(ran.stdout.contains("nothing stops the stream from loading"), "{stream}: {}", ran.stdout);
+    }
+}
+
+/// Without a stream of the destination nobody can tell how long its queues are.
+#[test]
+fn a_queue_that_no_driver_has_set_up_is_doubtful() {
+    let stream = path("reported/x-100-111-rng-a.q.xz");
+    let ran = qevm(["check".into(), stream, "--qemu".into(), "11.1".into(), "--machine".into(), "pc-q35-10.0".into()]);
+    assert_eq!(ran.code, Some(0), "{}{}", ran.stdout, ran.stderr);
+    assert!(ran.stdout.contains("the destination may refuse the stream"), "{}", ran.stdout);
+}

@@ -28,3 +28,16 @@ pub(super) fn of_block_size(name: &str) -> &'static str {
         _ => "the block's device is configured differently",
     }
 }
+
+/// Why an array has another number of elements.
+pub(super) fn of_array_length(idstr: &str, field: &str) -> &'static str {
+    let device = idstr.rsplit('/').next().unwrap_or(idstr);
+    match (device, field) {
+        ("ICH9LPC" | "piix4_pm" | "acpi-ged", "devs" | "cpuhp_state") => {
+            "-smp maxcpus= or -m slots= differs: give both sides the same"
+        }
+        ("xhci", _) => "give both sides the same p2=, p3= and intrs= of the xhci",
+        (_, "scanout" | "scanouts") => "max_outputs= differs: give both sides the same",
+        _ => "the configuration says how many there are: give the device the same properties on both sides",
+    }
+}

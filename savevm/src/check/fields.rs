@@ -3,13 +3,13 @@
 //! A description tells what was written under the conditions of its guest, so most differences need not be fatal: one
 //! side may just have had no reason to write a subsection.
 
-use super::{Expectations, Finding, Outcome, Subject, Summary};
-use crate::devices;
+use super::models::Models;
+use super::{Expectations, Finding, Outcome, Subject, Summary, cause};
 use crate::vmdesc::{DeviceBody, DeviceDescription, FieldDescription, StructDescription};
-use crate::vmstate::{self, Context, Layout};
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 
 pub(super) fn compare(stream: &Summary, destination: &Expectations, findings: &mut Vec<Finding>) {
+    let (sent, own) = (&stream.values, &destination.values);
     let (Some(stream), Some(local)) = (&stream.description, &destination.description) else { return };
     let models = Models::of(destination);
     // Of two devices of one name and instance the first counts.
@@ -17,7 +17,10 @@ pub(super) fn compare(stream: &Summary, destination: &Expectations, findings: &m
         local.devices.iter().rev().map(|device| ((device.name.as_str(), device.instance_id), device)).collect();
     for device in &stream.devices {
         let Some(local) = by_name.get(&(device.name.as_str(), device.instance_id)) else { continue };
-        let mut comparison = Comparison { device, models: &models, findings };
+        let (name, instance_id) = (&device.name, device.instance_id);
+        let numbers = sent.section(name, instance_id).zip(own.section(name, instance_id));
+        let pairs = numbers.map(|(sent, own)| sent.pairs(own));
+        let mut comparison = Comparison { device, models: &models, pairs, findings };
         match (&device.body, &local.body) {
             (DeviceBody::Struct(found), DeviceBody::Struct(expected)) => comparison.structs(found, expected, ""),
             (found, expected) if found != expected => {
@@ -32,48 +35,11 @@ pub(super) fn compare(stream: &Summary, destination: &Expectations, findings: &m
     }
 }
 
-/// What the destination's device models can read, whether they had a reason to write it or not.
-struct Models {
-    /// By its `-dump-vmstate`: all of them.
-    dumped: Option<Vec<vmstate::Description>>,
-    /// By its release: those that are declared here.
-    declared: Vec<vmstate::Description>,
-}
-
-impl Models {
-    fn of(destination: &Expectations) -> Self {
-        let machine = destination.machine.as_deref().map(String::from_utf8_lossy).unwrap_or_default();
-        let declared = |qemu| devices::descriptions(&Context::new(qemu, &machine));
-        Models {
-            dumped: destination.schema.as_ref().map(|schema| schema.descriptions()),
-            declared: destination.qemu.map(declared).unwrap_or_default(),
-        }
-    }
-
-    /// Whether a device with this VMSD reads this subsection, as far as that is known.
-    fn read(&self, vmsd_name: &str, subsection: &str) -> Option<bool> {
-        let mut dumped = self.dumped.iter().flatten().filter(|model| model.name == vmsd_name).peekable();
-        if dumped.peek().is_some() {
-            return Some(dumped.any(|model| has(model, subsection)));
-        }
-        let mut declared = self.declared.iter().filter(|model| model.name == vmsd_name);
-        declared.any(|model| has(model, subsection)).then_some(true)
-    }
-}
-
-/// True if the VMSD has the subsection, itself or in a structure inside.
-fn has(model: &vmstate::Description, subsection: &str) -> bool {
-    let nested = |layout: &Layout| match layout {
-        Layout::Struct(nested) | Layout::List(nested) => has(nested, subsection),
-        Layout::Bytes(_) | Layout::Variable => false,
-    };
-    model.subsections.iter().any(|own| own.name == subsection || has(own, subsection))
-        || model.fields.iter().any(|field| nested(&field.element.layout))
-}
-
 struct Comparison<'a, 'f> {
     device: &'a DeviceDescription,
     models: &'a Models,
+    /// Numbers of the section, in the stream and as the destination has them.
+    pairs: Option<HashSet<(i128, i128)>>,
     findings: &'f mut Vec<Finding>,
 }
 
@@ -90,10 +56,10 @@ impl Comparison<'_, '_> {
             // A destination reads bytes, and no names.
             let (outcome, cause) = match length(found) == length(expected) {
                 true => (Outcome::Loads, "all fields together have the same length: releases divide it differently"),
-                false => (
-                    Outcome::MayFail,
-                    "a field that only one side writes shifts all behind it, unless its array just has more elements",
-                ),
+                false => match (ours.get(same), theirs.get(same)) {
+                    (Some(ours), Some(theirs)) if ours.is_longer_or_shorter(theirs) => self.length(ours, theirs),
+                    _ => (Outcome::MayFail, "a field that only one side writes shifts all after it"),
+                },
             };
             self.report(path, text(&ours), text(&theirs), outcome, Some(cause));
         }
@@ -113,6 +79,18 @@ impl Comparison<'_, '_> {
                 Some(local) => self.structs(subsection, local, &path),
                 None => self.unwritten(subsection, &path),
             }
+        }
+    }
+
+    /// An array of which the two sides have different numbers of elements. Either a field of the section says how many
+    /// follow, or the configuration does, and then the destination reads as many as it has itself.
+    fn length(&self, found: &Entry<'_>, expected: &Entry<'_>) -> (Outcome, &'static str) {
+        let lengths = (found.length().into(), expected.length().into());
+        let counted = self.pairs.as_ref().map(|pairs| pairs.contains(&lengths));
+        match counted {
+            Some(true) => (Outcome::Loads, "the stream says how many elements follow"),
+            Some(false) => (Outcome::Fails, cause::of_array_length(&self.device.name, &found.field.name)),
+            None => (Outcome::MayFail, "loads only if the stream says how many elements follow"),
         }
     }
 
@@ -153,6 +131,18 @@ impl Entry<'_> {
         // Sizes of structures vary with what is inside, and so do those of types with a layout of their own.
         let same_size = a.size == b.size || !a.nested.is_empty() || a.type_name == "virtio";
         a.name == b.name && a.type_name == b.type_name && same_size && self.elements == other.elements
+    }
+
+    /// The same field, but for its number of elements or bytes.
+    fn is_longer_or_shorter(&self, other: &Self) -> bool {
+        let (a, b) = (self.field, other.field);
+        let buffer = a.type_name == "buffer" && self.elements == other.elements;
+        a.name == b.name && a.type_name == b.type_name && (self.elements != other.elements || buffer)
+    }
+
+    /// How long it is: bytes of a buffer, elements of an array.
+    fn length(&self) -> u64 {
+        if self.field.type_name == "buffer" { self.field.wire_size() } else { self.elements }
     }
 
     fn text(&self) -> String {

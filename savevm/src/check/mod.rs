@@ -20,11 +20,14 @@
 mod cause;
 mod configuration;
 mod fields;
+mod models;
 mod ram;
 mod sections;
 mod summary;
+mod values;
 
 pub use summary::{Expectations, Summary};
+pub use values::Values;
 
 use std::fmt;
 
@@ -136,6 +139,7 @@ pub fn check(stream: &Summary, destination: &Expectations) -> Vec<Finding> {
     ram::compare(stream, destination, &mut findings);
     sections::compare(stream, destination, &mut findings);
     fields::compare(stream, destination, &mut findings);
+    values::compare(stream, destination, &mut findings);
     findings
 }
 

@@ -1,5 +1,6 @@
 //! What is compared: the sides of a check.
 
+use super::Values;
 use crate::command::Command;
 use crate::configuration::{Configuration, ConfigurationSubsection};
 use crate::event::Event;
@@ -26,6 +27,8 @@ pub struct Summary {
     pub multifd: bool,
     /// The description. [`Summary::event`] does not set it: its text is payload.
     pub description: Option<Description>,
+    /// Numbers of the device sections. [`Summary::event`] does not note them: they are payload.
+    pub values: Values,
 }
 
 impl Summary {
@@ -65,6 +68,8 @@ pub struct Expectations {
     pub description: Option<Description>,
     /// Everything its device models could write.
     pub schema: Option<Schema>,
+    /// Numbers of the device sections that it would write. Empty if they are not known.
+    pub values: Values,
 }
 
 impl From<Summary> for Expectations {
@@ -93,6 +98,7 @@ impl From<Summary> for Expectations {
             ram: Some(stream.ram),
             sections: Some(stream.sections),
             description: stream.description,
+            values: stream.values,
             schema: None,
         }
     }
