@@ -26,6 +26,7 @@ lint: setup
 	cargo clippy -p qevm-wire --features tokio --all-targets -- -D warnings
 	cargo clippy --manifest-path fuzz/Cargo.toml --target-dir target --all-targets -- -D warnings
 	@scripts/engine-dependencies
+	@scripts/decode-loops
 
 unit: setup
 	@mkdir -p target && rm -f $(SKIPPED)

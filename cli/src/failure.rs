@@ -1,7 +1,7 @@
 //! Why a command did not succeed, and how that is said.
 
 use crate::bounds::Exceeded;
-use qevm_wire::{Blame, Fault, Located};
+use qevm_wire::{Blame, DriveError, Fault, Located};
 use std::fmt;
 use std::io;
 
@@ -30,6 +30,15 @@ impl Failure {
             offset: error.offset,
             path: error.path.to_string(),
             message: error.kind.to_string(),
+        }
+    }
+
+    /// Why `file` could not be read on at `offset`: its bytes, or the file itself.
+    pub fn driven<K: Blame + fmt::Display>(file: &str, offset: u64, error: DriveError<K>) -> Self {
+        match error {
+            DriveError::Stream(error) => Failure::located(file, error),
+            DriveError::Io(error) => Failure::io(file, offset, &error),
+            error => Failure::io(file, offset, &io::Error::other(error.to_string())),
         }
     }
 

@@ -1,6 +1,7 @@
 //! Where bytes come from: a file that can be skipped in, or a pipe that must be read.
 
 use crate::bounds::{Exceeded, Spool};
+use qevm_wire::Window;
 use std::fs::File;
 use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::os::unix::fs::FileExt;
@@ -43,6 +44,29 @@ enum Input {
 /// What a seekable input must do.
 pub trait SeekRead: Read + Seek {}
 impl<T: Read + Seek> SeekRead for T {}
+
+/// A driver reads from it, and jumps over what nobody reads.
+impl Window for Source {
+    fn bytes(&self) -> &[u8] {
+        self.window()
+    }
+
+    fn fill(&mut self, at_least: usize) -> io::Result<()> {
+        Source::fill(self, at_least)
+    }
+
+    fn has_ended(&self) -> bool {
+        self.at_end()
+    }
+
+    fn consume(&mut self, count: usize) {
+        Source::consume(self, count);
+    }
+
+    fn skip(&mut self, count: u64) -> io::Result<u64> {
+        Source::skip(self, count)
+    }
+}
 
 impl std::fmt::Debug for Source {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {

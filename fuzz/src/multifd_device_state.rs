@@ -1,9 +1,8 @@
 use crate::parts::parts;
 use qevm_multifd::{
-    ChannelDecoder, ChannelEncoder, ChannelOptions, DeviceState, EncoderOptions, Ending, Event, PacketLayout,
-    VfioDeviceState,
+    ChannelDecoder, ChannelEncoder, ChannelOptions, DeviceState, EncoderOptions, Event, PacketLayout, VfioDeviceState,
 };
-use qevm_wire::{Decode, Limits, Step, Writer};
+use qevm_wire::{Decode, DriveError, Fault, Limits, Window, Writer, next_event};
 use std::collections::BTreeMap;
 
 /// The parts are page channels of one migration over which the state of devices travels: each device's payloads are numbered, and
@@ -36,36 +35,33 @@ type Devices<'a> = BTreeMap<(Vec<u8>, u32), Vec<(Option<(u32, bool)>, &'a [u8])>
 fn read<'a>(channel: &'a [u8], devices: &mut Devices<'a>) {
     let mut decoder = ChannelDecoder::new(ChannelOptions::default());
     let options = EncoderOptions { layout: PacketLayout::ZeroPages, ..EncoderOptions::default() };
-    let (mut encoder, mut again, mut position) = (ChannelEncoder::new(options), Writer::new(), 0);
-    decoder.ended(Ending::Closed);
+    let (mut encoder, mut again, mut rest) = (ChannelEncoder::new(options), Writer::new(), channel);
     loop {
-        match decoder.next(&channel[position..]) {
-            Ok(Step::Event { consumed, event }) => {
-                let before = again.len();
-                encoder.event(&event, &mut again).expect("what was decoded can be encoded");
-                assert_eq!(&again.as_bytes()[before..], &channel[position..position + consumed]);
-                position += consumed;
-                let Event::DeviceState(packet) = event else { continue };
-                let Some(payload) = channel[position..].get(..packet.payload_len as usize) else { continue };
-                let place = VfioDeviceState::decode(payload).ok();
-                if let Some(place) = place {
-                    let mut header = Writer::new();
-                    place.encode(&mut header);
-                    assert_eq!(header.as_bytes(), &payload[..VfioDeviceState::LEN]);
-                }
-                let device = devices.entry((packet.idstr.as_bytes().to_vec(), packet.instance_id)).or_default();
-                device.push((place.map(|place| (place.index, place.config)), payload));
+        let (event, read) = match next_event(&mut rest, &mut decoder) {
+            Ok(Some(next)) => next,
+            Ok(None) => return,
+            Err(DriveError::Stream(error)) => {
+                return assert_ne!(error.fault(), Fault::Misuse, "a peer cannot misuse a decoder: {error}");
             }
-            Ok(Step::Payload { remaining, .. }) => {
-                let count = remaining.min((channel.len() - position) as u64);
-                if count == 0 {
-                    return;
-                }
-                again.bytes(&channel[position..position + count as usize]);
-                decoder.skip_payload(count).expect("no more than remains");
-                position += count as usize;
+            Err(error) => panic!("bytes in memory can be read: {error}"),
+        };
+        again.clear();
+        encoder.event(&event, &mut again).expect("what was decoded can be encoded");
+        assert_eq!(again.as_bytes(), read);
+        let behind = &channel[decoder.offset() as usize..];
+        if let Event::DeviceState(packet) = &event
+            && let Some(payload) = behind.get(..packet.payload_len as usize)
+        {
+            let place = VfioDeviceState::decode(payload).ok();
+            if let Some(place) = place {
+                let mut header = Writer::new();
+                place.encode(&mut header);
+                assert_eq!(header.as_bytes(), &payload[..VfioDeviceState::LEN]);
             }
-            Ok(Step::NeedMore { .. } | Step::End) | Err(_) => return,
+            let device = devices.entry((packet.idstr.as_bytes().to_vec(), packet.instance_id)).or_default();
+            device.push((place.map(|place| (place.index, place.config)), payload));
         }
+        let consumed = read.len();
+        rest.consume(consumed);
     }
 }

@@ -2,7 +2,7 @@
 
 use super::{Channel, MigrationError, channel::Target, core::Answers};
 use qevm_returnpath::{Decoder, Event, SessionError};
-use qevm_wire::{Blame, Decode, Fault, Step};
+use qevm_wire::{Blame, Decode, DriveError, Driver, Fault};
 use std::{
     io,
     sync::{Condvar, Mutex, MutexGuard, PoisonError},
@@ -76,42 +76,34 @@ impl ReturnPath {
 
     /// Reads up to the last message that matters.
     fn messages(&self, channel: &dyn Channel) -> Result<(), MigrationError> {
-        let mut decoder = Decoder::default();
-        let mut input = Vec::new();
+        let mut messages = Driver::new(Reading(channel), Decoder::default());
         loop {
-            let offset = decoder.offset();
-            match decoder.next(&input).map_err(|error| error.map(ReturnPathError::from))? {
-                Step::Event { consumed, event } => {
-                    input.drain(..consumed);
-                    if let Event::Message(message) = event {
-                        if self.answers().message(message, offset) {
-                            return Ok(());
-                        }
-                        self.changed.notify_all();
+            let offset = messages.decoder().offset();
+            match messages.next() {
+                Ok(Some(Event::Message(message))) => {
+                    if self.answers().message(message, offset) {
+                        return Ok(());
                     }
+                    self.changed.notify_all();
                 }
-                Step::NeedMore { at_least } => {
-                    let have = input.len();
-                    input.resize(at_least.max(have + 1), 0);
-                    match read(channel, &mut input[have..])? {
-                        0 => return Err(MigrationError::NoVerdict),
-                        count => input.truncate(have + count),
-                    }
-                }
-                // Neither can be: SHUT ends the loop, and bitmaps are refused.
-                Step::Payload { .. } | Step::End => return Err(MigrationError::NoVerdict),
+                Ok(Some(_)) => {}
+                // SHUT ends the loop. Whatever was cut off, the verdict was behind it.
+                Ok(None) => return Err(MigrationError::NoVerdict),
+                Err(DriveError::Stream(error)) if error.is_truncated() => return Err(MigrationError::NoVerdict),
+                Err(DriveError::Stream(error)) => return Err(error.map(ReturnPathError::from).into()),
+                Err(DriveError::Io(error)) => return Err(MigrationError::ReturnPath(error)),
+                Err(error) => return Err(MigrationError::ReturnPath(io::Error::other(error.to_string()))),
             }
         }
     }
 }
 
-fn read(channel: &dyn Channel, bytes: &mut [u8]) -> Result<usize, MigrationError> {
-    loop {
-        match channel.read(&mut [Target::bytes(bytes)]) {
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-            Err(error) => return Err(MigrationError::ReturnPath(error)),
-            Ok(count) => return Ok(count),
-        }
+/// A channel as anything else that can be read.
+struct Reading<'c>(&'c dyn Channel);
+
+impl io::Read for Reading<'_> {
+    fn read(&mut self, bytes: &mut [u8]) -> io::Result<usize> {
+        self.0.read(&mut [Target::bytes(bytes)])
     }
 }
 

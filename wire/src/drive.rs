@@ -1,10 +1,9 @@
 //! The loop around a decoder: reads from anything that can be read, and keeps the buffer.
 
-use crate::{Blame, Decode, Located, Step};
-use bytes::{Buf, BytesMut};
+use crate::{Blame, Decode, Located};
+use bytes::Buf;
 use core::fmt;
-use polonius_the_crab::{polonius, polonius_return};
-use std::io::{self, ErrorKind, Read};
+use std::io::{self, Read};
 
 /// How much is read at a time, in bytes, unless more is needed at once.
 const CHUNK: usize = 64 << 10;
@@ -99,24 +98,22 @@ impl<K> From<io::Error> for DriveError<K> {
 /// ```
 #[derive(Debug)]
 pub struct Driver<R, D> {
-    input: R,
+    window: Buffered<R>,
     decoder: D,
-    buffer: BytesMut,
-    ended: bool,
-    /// Bytes at the front of the buffer that belong to the event that was given last.
+    /// Bytes at the front of the window that belong to the event that was given last.
     taken: usize,
 }
 
 impl<R, D: Decode> Driver<R, D> {
     /// Drives `decoder` over `input`, from where both are.
     pub fn new(input: R, decoder: D) -> Self {
-        Driver { input, decoder, buffer: BytesMut::new(), ended: false, taken: 0 }
+        Driver { window: Buffered::new(input), decoder, taken: 0 }
     }
 
     /// What was read and not used yet: it starts where the last event and its payload ended.
     pub fn buffered(&mut self) -> &[u8] {
         self.drop_taken();
-        &self.buffer
+        &self.window.buffer
     }
 
     /// Takes `count` bytes off the front of [`buffered`](Self::buffered), which the decoder was told of by the caller:
@@ -126,7 +123,7 @@ impl<R, D: Decode> Driver<R, D> {
     /// Never: at most what is buffered is taken.
     pub fn consume(&mut self, count: usize) {
         self.drop_taken();
-        self.buffer.advance(count.min(self.buffer.len()));
+        self.window.buffer.advance(count.min(self.window.buffer.len()));
     }
 
     /// The decoder.
@@ -141,11 +138,11 @@ impl<R, D: Decode> Driver<R, D> {
 
     /// The input. Bytes of it may have been read ahead.
     pub fn input(&self) -> &R {
-        &self.input
+        &self.window.input
     }
 
     fn drop_taken(&mut self) {
-        self.buffer.advance(core::mem::take(&mut self.taken));
+        self.window.buffer.advance(core::mem::take(&mut self.taken));
     }
 }
 
@@ -157,28 +154,11 @@ impl<R: Read, D: Decode> Driver<R, D> {
     #[allow(clippy::should_implement_trait)] // an event borrows from the driver
     pub fn next(&mut self) -> Result<Option<D::Event<'_>>, DriveError<D::Kind>> {
         self.drop_taken();
-        io::copy(&mut self.payload(), &mut io::sink())?;
-        let mut this = self;
-        loop {
-            let at_least = polonius!(|this| -> Result<Option<D::Event<'polonius>>, DriveError<D::Kind>> {
-                match this.decoder.next(&this.buffer) {
-                    Ok(Step::Event { consumed, event }) => {
-                        this.taken = consumed;
-                        polonius_return!(Ok(Some(event)))
-                    }
-                    Ok(Step::End) => polonius_return!(Ok(None)),
-                    // No more is shown than was asked for, and payload was skipped above.
-                    Ok(Step::Payload { .. }) => this.buffer.len() + 1,
-                    Ok(Step::NeedMore { at_least }) => at_least,
-                    Err(error) => polonius_return!(Err(error.into())),
-                }
-            });
-            if this.ended {
-                // A decoder that was told so and asks for more all the same.
-                return Err(io::Error::from(ErrorKind::UnexpectedEof).into());
-            }
-            this.fill(at_least)?;
-        }
+        let Driver { window, decoder, taken } = self;
+        Ok(next_event(window, decoder)?.map(|(event, read)| {
+            *taken = read.len();
+            event
+        }))
     }
 
     /// The rest of the payload that follows the last event. It ends where the payload does; dropping it early is
@@ -194,21 +174,9 @@ impl<R: Read, D: Decode> Driver<R, D> {
     /// The input fails.
     pub fn fill(&mut self, at_least: usize) -> io::Result<()> {
         self.drop_taken();
-        while self.buffer.len() < at_least && !self.ended {
-            let old = self.buffer.len();
-            // The length comes from the peer: it is believed as far as bytes come.
-            self.buffer.resize(old + CHUNK, 0);
-            let read = self.input.read(&mut self.buffer[old..]);
-            self.buffer.truncate(old + read.as_ref().map_or(0, |count| *count));
-            match read {
-                Ok(0) => {
-                    self.ended = true;
-                    self.decoder.end_of_input();
-                }
-                Ok(_) => {}
-                Err(error) if error.kind() == ErrorKind::Interrupted => {}
-                Err(error) => return Err(error),
-            }
+        self.window.fill(at_least)?;
+        if self.window.ended {
+            self.decoder.end_of_input();
         }
         Ok(())
     }
@@ -238,20 +206,10 @@ impl<R: Read, D: Decode> Read for Payload<'_, R, D> {
     /// An input that ends before the payload does is no error here but the end: the next call to [`Driver::next`] says
     /// what is missing, and where.
     fn read(&mut self, into: &mut [u8]) -> io::Result<usize> {
-        let Driver { input, decoder, buffer, ended, .. } = &mut *self.driver;
+        let Driver { window, decoder, .. } = &mut *self.driver;
         let wanted = into.len().min(usize::try_from(decoder.payload_remaining()).unwrap_or(usize::MAX));
-        if wanted == 0 || (*ended && buffer.is_empty()) {
-            return Ok(0);
-        }
-        let count = if buffer.is_empty() {
-            input.read(&mut into[..wanted])?
-        } else {
-            let count = wanted.min(buffer.len());
-            buffer.copy_to_slice(&mut into[..count]);
-            count
-        };
-        if count == 0 {
-            *ended = true;
+        let count = window.read(&mut into[..wanted])?;
+        if window.ended {
             decoder.end_of_input();
         }
         // It was bounded by what remains.
@@ -259,6 +217,9 @@ impl<R: Read, D: Decode> Read for Payload<'_, R, D> {
         Ok(count)
     }
 }
+
+mod window;
+pub use window::{Buffered, Window, next_event, skip_payload};
 
 #[cfg(feature = "tokio")]
 mod tokio;

@@ -48,7 +48,7 @@ pub use decode::{Cursor, Decode, NextStep};
 #[cfg(feature = "tokio")]
 pub use drive::{AsyncDriver, AsyncPayload};
 #[cfg(feature = "std")]
-pub use drive::{DriveError, Driver, Payload};
+pub use drive::{Buffered, DriveError, Driver, Payload, Window, next_event, skip_payload};
 pub use error::{Blame, Fault, Located, Path, WireError, Within};
 pub use limits::Limits;
 pub use name::CountedString;

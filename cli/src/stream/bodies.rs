@@ -14,7 +14,7 @@ use crate::source::Source;
 use qevm_savevm::framing::{Content, SectionHeader};
 use qevm_savevm::vmdesc::{Description, Node, VmdescError};
 use qevm_savevm::{Decoder, ErrorKind, Event, Footers};
-use qevm_wire::{Decode, Limits, Step};
+use qevm_wire::{Decode, DriveError, Limits, next_event};
 use std::collections::{HashMap, VecDeque};
 use std::io;
 
@@ -297,32 +297,21 @@ enum Ahead {
 fn ahead(mut decoder: Decoder, source: &mut Source) -> io::Result<Ahead> {
     let here = source.offset();
     let found = loop {
-        let step = match decoder.next(source.window()) {
-            Ok(Step::Event { consumed, event }) => Some((consumed, matches!(event, Event::VmDescription { .. }))),
-            Ok(Step::Payload { .. }) => None,
-            Ok(Step::NeedMore { at_least }) => {
-                source.fill(at_least)?;
-                if source.at_end() {
-                    decoder.end_of_input();
-                }
-                continue;
-            }
-            Ok(Step::End) => break Ahead::NoDescription,
+        let (event, read) = match next_event(source, &mut decoder) {
+            Ok(Some(next)) => next,
+            Ok(None) => break Ahead::NoDescription,
+            Err(DriveError::Io(error)) => return Err(error),
             Err(_) => break Ahead::Lost,
         };
-        let (consumed, is_description) = step.unwrap_or_default();
+        let (is_description, consumed) = (matches!(event, Event::VmDescription { .. }), read.len());
         source.consume(consumed);
-        let payload = decoder.payload_remaining();
         if is_description {
-            let offset = source.offset();
+            let (offset, payload) = (source.offset(), decoder.payload_remaining());
             source.fill(payload as usize)?;
             break match source.window().get(..payload as usize) {
                 Some(text) => Ahead::Description { offset, text: text.to_vec() },
                 None => Ahead::NoDescription,
             };
-        }
-        if source.skip(payload)? < payload || decoder.skip_payload(payload).is_err() {
-            break Ahead::Lost;
         }
     };
     source.jump(here)?;

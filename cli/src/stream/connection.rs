@@ -1,4 +1,4 @@
-//! One main channel from its first byte to its last: the loop around [`Decoder`].
+//! One main channel from its first byte to its last: what [`Decoder`] reads, and what becomes of it.
 
 use super::walk::{Halt, Payload, Walk};
 use crate::failure::Failure;
@@ -6,7 +6,7 @@ use crate::ram::Keep;
 use crate::source::Source;
 use qevm_savevm::framing::{self, Content, SectionHeader};
 use qevm_savevm::{BodyEnd, Decoder, Encoder, Event, Footers};
-use qevm_wire::{Decode, Limits, Step, Writer};
+use qevm_wire::{Decode, DriveError, Limits, Writer, next_event};
 
 /// How many places in one section's content are tried that look like the start of the next item.
 const MAX_UNMARKED_ENDS: usize = 64;
@@ -30,6 +30,8 @@ impl Connection<'_> {
             {
                 self.known_body(walk)?;
             }
+            // The decoders around a package pass over what the one in it does, which a driver of that one cannot know.
+            self.payload(Payload::Other, walk)?;
             let (Some((decoder, outer)), source) = (self.decoders.split_last_mut(), &mut *self.source) else {
                 return Ok(());
             };
@@ -41,34 +43,36 @@ impl Connection<'_> {
                     self.encoder.set_page_geometry(pages);
                 }
             }
-            let step = match decoder.next(source.window()) {
-                Ok(step) => step,
-                Err(error) if outer.is_empty() && walk.after_end(&error, at, source.total()) => return Ok(()),
-                Err(error) => return Err(Failure::located(&self.file, error).into()),
-            };
-            match step {
-                Step::Event { consumed, event } => {
-                    if let Event::Configuration(configuration) = &event {
-                        walk.configured(configuration).into_iter().for_each(|pages| decoder.set_page_geometry(pages));
-                        self.encoder = Encoder::new(decoder.page_geometry());
-                    }
-                    if walk.settings.reencode {
-                        let read = source.window().get(..consumed).unwrap_or_default();
-                        compare(&mut self.encoder, &mut self.writer, &event, read, at, &self.file)?;
-                    }
-                    let payload = walk.event(&event, at, decoder, !outer.is_empty(), &self.file)?;
-                    source.consume(consumed);
-                    for decoder in outer {
-                        skip(decoder, consumed as u64, &self.file)?;
-                    }
-                    self.payload(payload, walk)?;
-                    walk.observer.position(self.source.offset());
+            let total = source.total();
+            let next = match next_event(source, decoder) {
+                Ok(next) => next,
+                Err(DriveError::Stream(error)) if outer.is_empty() && walk.after_end(&error, at, total) => {
+                    return Ok(());
                 }
-                Step::Payload { .. } => self.payload(Payload::Other, walk)?,
-                Step::NeedMore { at_least } => self.more(at_least)?,
-                Step::End if outer.is_empty() => return Ok(()),
-                Step::End => drop(self.decoders.pop()),
+                Err(error) => return Err(Failure::driven(&self.file, at, error).into()),
+            };
+            let Some((event, read)) = next else {
+                match outer.is_empty() {
+                    true => return Ok(()),
+                    false => drop(self.decoders.pop()),
+                }
+                continue;
+            };
+            if let Event::Configuration(configuration) = &event {
+                walk.configured(configuration).into_iter().for_each(|pages| decoder.set_page_geometry(pages));
+                self.encoder = Encoder::new(decoder.page_geometry());
             }
+            if walk.settings.reencode {
+                compare(&mut self.encoder, &mut self.writer, &event, read, at, &self.file)?;
+            }
+            let payload = walk.event(&event, at, decoder, !outer.is_empty(), &self.file)?;
+            let consumed = read.len();
+            source.consume(consumed);
+            for decoder in outer {
+                skip(decoder, consumed as u64, &self.file)?;
+            }
+            self.payload(payload, walk)?;
+            walk.observer.position(self.source.offset());
         }
     }
 
@@ -212,10 +216,9 @@ fn ends_elsewhere(decoder: &Decoder, source: &mut Source, file: &str) -> Result<
             search.end_of_input();
         }
         match search.next_body_end(source.window()) {
-            Ok(_) => return Ok(true),
-            Err(error) if error.is_truncated() && !source.at_end() => {
-                let held = source.window().len();
-                source.fill(held + 1).map_err(|error| Failure::io(file, decoder.offset(), &error))?;
+            Ok(BodyEnd::After(_)) => return Ok(true),
+            Ok(BodyEnd::NeedMore { at_least }) => {
+                source.fill(at_least).map_err(|error| Failure::io(file, decoder.offset(), &error))?;
             }
             Err(_) => return Ok(false),
         }

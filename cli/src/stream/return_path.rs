@@ -5,7 +5,7 @@ use super::walk::Halt;
 use crate::failure::Failure;
 use qevm_returnpath::{Decoder, Encoder, Event, Message};
 use qevm_savevm::ram::RamBlocks;
-use qevm_wire::{CountedString, Decode, PageGeometry, Step, Writer};
+use qevm_wire::{CountedString, Decode, DriveError, PageGeometry, Writer, next_event};
 use std::collections::HashMap;
 
 /// What the messages refer to.
@@ -35,53 +35,39 @@ pub(super) fn read(named: &mut Named, context: &mut Context<'_>) -> Result<Read,
     let mut status = None;
     loop {
         let at = decoder.offset();
-        let io = |error: std::io::Error| Failure::io(name, at, &error);
-        match decoder.next(source.window()) {
-            Ok(Step::Event { consumed, event }) => {
-                if context.reencode {
-                    writer.clear();
-                    encoder.event(&event, &mut writer).map_err(|error| Failure::located(name, error))?;
-                    let read = &source.window()[..consumed];
-                    if let Some((place, message)) = super::connection::first_difference(writer.as_bytes(), read) {
-                        let (file, path) = (name.clone(), "re-encoding".to_owned());
-                        return Err(Failure { file, kind: "reencode", offset: at + place, path, message }.into());
-                    }
-                }
-                if let Event::Message(message) = &event {
-                    let kind = message.message_type().name();
-                    *counts.entry(kind).or_default() += 1;
-                    if let Message::Shut { status: value } = message {
-                        status = Some(*value);
-                    }
-                    check(message, &mut current, context).map_err(|(offset, message)| {
-                        Failure::mismatch(name, at + offset, format!("return path › {kind}"), message)
-                    })?;
-                }
-                source.consume(consumed);
-            }
-            Ok(Step::Payload { remaining, .. }) => {
-                let skipped = source.skip(remaining).map_err(io)?;
-                decoder.skip_payload(skipped).map_err(|error| Failure::located(name, error))?;
-                if skipped < remaining {
-                    decoder.end_of_input();
-                }
-            }
-            Ok(Step::NeedMore { at_least }) => {
-                source.fill(at_least).map_err(io)?;
-                if source.at_end() {
-                    decoder.end_of_input();
-                }
-            }
-            Ok(Step::End) => {
+        let (event, read) = match next_event(source, &mut decoder) {
+            Ok(Some(next)) => next,
+            Ok(None) => {
                 // Bytes behind SHUT are for the decoder to refuse.
-                source.fill(1).map_err(io)?;
-                if source.window().is_empty() {
-                    break;
+                source.fill(1).map_err(|error| Failure::io(name, at, &error))?;
+                match source.window().is_empty() {
+                    true => break,
+                    false => continue,
                 }
             }
-            Err(error) if context.can_break && error.is_truncated() => break,
-            Err(error) => return Err(Failure::located(name, error).into()),
+            Err(DriveError::Stream(error)) if context.can_break && error.is_truncated() => break,
+            Err(error) => return Err(Failure::driven(name, at, error).into()),
+        };
+        if context.reencode {
+            writer.clear();
+            encoder.event(&event, &mut writer).map_err(|error| Failure::located(name, error))?;
+            if let Some((place, message)) = super::connection::first_difference(writer.as_bytes(), read) {
+                let (file, path) = (name.clone(), "re-encoding".to_owned());
+                return Err(Failure { file, kind: "reencode", offset: at + place, path, message }.into());
+            }
         }
+        if let Event::Message(message) = &event {
+            let kind = message.message_type().name();
+            *counts.entry(kind).or_default() += 1;
+            if let Message::Shut { status: value } = message {
+                status = Some(*value);
+            }
+            check(message, &mut current, context).map_err(|(offset, message)| {
+                Failure::mismatch(name, at + offset, format!("return path › {kind}"), message)
+            })?;
+        }
+        let consumed = read.len();
+        source.consume(consumed);
     }
     let mut kinds: Vec<String> = counts.iter().map(|(kind, count)| format!("{count} {kind}")).collect();
     kinds.sort();

@@ -2,8 +2,8 @@
 
 use std::io;
 
-use qevm_multifd::{ChannelDecoder, ChannelOptions, Ending, Event, is_page_channel};
-use qevm_wire::{Decode, Step};
+use qevm_multifd::{ChannelDecoder, ChannelOptions, Event, is_page_channel};
+use qevm_wire::{Decode, Driver};
 
 use crate::stream::contents;
 use crate::{Recording, Seeds, parts};
@@ -53,40 +53,32 @@ pub(crate) fn seeds(recordings: &[Recording]) -> io::Result<()> {
 /// The first packet of a page channel, those with pages up to the first one for which there is no room, and every SYNC; and
 /// whether there is any with pages.
 fn packets(channel: &[u8]) -> (Vec<u8>, bool) {
-    let mut decoder = ChannelDecoder::new(ChannelOptions::default());
-    decoder.ended(Ending::Closed);
-    let (mut kept, mut pages, mut room) = (Vec::new(), false, true);
-    let (mut position, mut start, mut payload) = (0, 0, 0);
-    loop {
-        match decoder.next(&channel[position..]) {
-            Ok(Step::Event { consumed, event }) => {
-                (start, payload) = (position, event.payload_len() as usize);
-                position += consumed;
-                let always = match &event {
-                    Event::Ram(packet) => packet.is_sync(),
-                    _ => true,
-                };
-                room &= payload > 0 || always || kept.len() + consumed <= KEPT;
-                if payload == 0 && (room || always) {
-                    kept.extend_from_slice(&channel[start..position]);
-                }
-            }
-            Ok(Step::Payload { remaining, .. }) => {
-                let count = (remaining as usize).min(channel.len() - position);
-                if count == 0 || decoder.skip_payload(count as u64).is_err() {
-                    return (kept, pages);
-                }
-                position += count;
-                payload -= count;
-                room &= kept.len() + position - start <= KEPT;
-                if payload == 0 && room {
-                    kept.extend_from_slice(&channel[start..position]);
-                    pages = true;
-                }
-            }
-            Ok(Step::NeedMore { .. } | Step::End) | Err(_) => return (kept, pages),
+    let mut driver = Driver::new(channel, ChannelDecoder::new(ChannelOptions::default()));
+    let (mut kept, mut pages, mut room, mut start) = (Vec::new(), false, true, 0);
+    while let Ok(Some(event)) = driver.next() {
+        let payload = event.payload_len() as usize;
+        let always = match &event {
+            Event::Ram(packet) => packet.is_sync(),
+            _ => true,
+        };
+        // Of an event the decoder is past it, and not past its payload.
+        let position = driver.decoder().offset() as usize;
+        room &= payload > 0 || always || kept.len() + position - start <= KEPT;
+        if payload == 0 && (room || always) {
+            kept.extend_from_slice(&channel[start..position]);
         }
+        let end = position + payload;
+        if payload > 0 {
+            let Some(packet) = channel.get(start..end) else { break };
+            room &= kept.len() + packet.len() <= KEPT;
+            if room {
+                kept.extend_from_slice(packet);
+                pages = true;
+            }
+        }
+        start = end;
     }
+    (kept, pages)
 }
 
 /// The records of a preempt channel: address and flags, the block's name unless it is that of the record before, and a page.

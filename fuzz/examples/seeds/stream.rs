@@ -7,8 +7,8 @@ use qevm_savevm::framing::SectionHeader;
 use qevm_savevm::mapped_ram::MappedBlock;
 use qevm_savevm::ram::RamRecord;
 use qevm_savevm::vmdesc::{Catalogue, Found};
-use qevm_savevm::{Decoder, DecoderOptions, Encoder, Event, Step};
-use qevm_wire::{Decode, QemuVersion, Writer};
+use qevm_savevm::{Decoder, DecoderOptions, Encoder, Event};
+use qevm_wire::{Decode, Driver, QemuVersion, Writer};
 
 use crate::{Recording, Seeds, parts};
 
@@ -25,72 +25,62 @@ pub(crate) struct Contents {
     text: Vec<u8>,
     sections: Vec<(SectionHeader, Vec<u8>)>,
     differences: Vec<Vec<u8>>,
-    mapped: Vec<(MappedBlock, usize)>,
+    mapped: Vec<MappedBlock>,
 }
 
 /// Takes a stream apart; of each section, at most so many records of pages are kept. Whole items are left out, nothing else
 /// changes.
 pub(crate) fn contents(stream: &[u8], mapped_ram: bool, most: usize) -> Contents {
-    let mut decoder = Decoder::new(DecoderOptions { mapped_ram, allow_trailing: true, ..DecoderOptions::default() });
+    let decoder = Decoder::new(DecoderOptions { mapped_ram, allow_trailing: true, ..DecoderOptions::default() });
     let (mut encoder, mut found) = (Encoder::default(), Contents::default());
-    let (mut position, mut records, mut keep) = (0, 0, true);
-    let (mut header, mut block) = (None, None);
-    decoder.end_of_input();
-    loop {
-        match decoder.next(&stream[position..]) {
-            Ok(Step::Event { consumed, event }) => {
-                position += consumed;
-                keep = true;
-                match &event {
-                    Event::Section { header: opened, .. } => (header, records) = (Some(opened.clone()), 0),
-                    Event::SectionPart { .. } => records = 0,
-                    Event::Body(body) => found.sections.extend(header.clone().map(|header| (header, body.to_vec()))),
-                    Event::Ram(RamRecord::Block(mapped)) if mapped.mapped_ram.is_some() => {
-                        let header = mapped.mapped_ram.expect("it is there");
-                        found.mapped.push((MappedBlock { header, used_length: mapped.used_length }, position));
-                    }
-                    Event::Ram(RamRecord::Page(page) | RamRecord::Zero(page)) => {
-                        // A record without a name is about the block of the one before, which must be kept for it.
-                        keep = records < most && (page.named || block == Some(page.block));
-                        if keep {
-                            (records, block) = (records + 1, Some(page.block));
-                        }
-                    }
-                    Event::Ram(RamRecord::Xbzrle { data, .. }) => {
-                        found.differences.push(data.to_vec());
-                        keep = false;
-                    }
-                    Event::Ram(RamRecord::Compressed { .. }) => keep = false,
-                    _ => {}
-                }
-                if matches!(event, Event::Ram(RamRecord::EndOfSection)) {
-                    block = None;
-                }
-                let mut item = Writer::new();
-                if keep && encoder.encode(&event, &mut item).is_err() {
-                    return found;
-                }
-                match &event {
-                    Event::VmDescription { .. } => found.description = item.as_bytes().to_vec(),
-                    _ => found.thin.extend_from_slice(item.as_bytes()),
+    let (mut records, mut header, mut block) = (0, None, None);
+    let mut driver = Driver::new(stream, decoder);
+    while let Ok(Some(event)) = driver.next() {
+        let mut keep = true;
+        match &event {
+            Event::Section { header: opened, .. } => (header, records) = (Some(opened.clone()), 0),
+            Event::SectionPart { .. } => records = 0,
+            Event::Body(body) => found.sections.extend(header.clone().map(|header| (header, body.to_vec()))),
+            Event::Ram(RamRecord::Block(mapped)) if mapped.mapped_ram.is_some() => {
+                let header = mapped.mapped_ram.expect("it is there");
+                found.mapped.push(MappedBlock { header, used_length: mapped.used_length });
+            }
+            Event::Ram(RamRecord::Page(page) | RamRecord::Zero(page)) => {
+                // A record without a name is about the block of the one before, which must be kept for it.
+                keep = records < most && (page.named || block == Some(page.block));
+                if keep {
+                    (records, block) = (records + 1, Some(page.block));
                 }
             }
-            Ok(Step::Payload { remaining, .. }) => {
-                let count = remaining.min((stream.len() - position) as u64) as usize;
-                if count == 0 || decoder.skip_payload(count as u64).is_err() {
-                    return found;
-                }
-                let bytes = &stream[position..position + count];
-                match found.description.is_empty() {
-                    false => found.text.extend_from_slice(bytes),
-                    true if keep && !mapped_ram => found.thin.extend_from_slice(bytes),
-                    true => {}
-                }
-                position += count;
+            Event::Ram(RamRecord::Xbzrle { data, .. }) => {
+                found.differences.push(data.to_vec());
+                keep = false;
             }
-            Ok(Step::NeedMore { .. } | Step::End) | Err(_) => return found,
+            Event::Ram(RamRecord::Compressed { .. }) => keep = false,
+            _ => {}
+        }
+        if matches!(event, Event::Ram(RamRecord::EndOfSection)) {
+            block = None;
+        }
+        let mut item = Writer::new();
+        if keep && encoder.encode(&event, &mut item).is_err() {
+            return found;
+        }
+        match &event {
+            Event::VmDescription { .. } => found.description = item.as_bytes().to_vec(),
+            _ => found.thin.extend_from_slice(item.as_bytes()),
+        }
+        // Of an event the decoder is past it, and not past its payload.
+        let position = driver.decoder().offset() as usize;
+        let payload = driver.decoder().payload_remaining().min((stream.len() - position) as u64) as usize;
+        let bytes = &stream[position..position + payload];
+        match found.description.is_empty() {
+            false => found.text.extend_from_slice(bytes),
+            true if keep && !mapped_ram => found.thin.extend_from_slice(bytes),
+            true => {}
         }
     }
+    found
 }
 
 impl Contents {
@@ -244,7 +234,7 @@ fn mapped(recordings: &[Recording]) -> io::Result<()> {
     let (mut blocks, mut areas) = (Seeds::of("savevm_mapped_ram")?, Seeds::of("multifd_page_area")?);
     for recording in recordings.iter().filter(|recording| recording.has_capability("mapped-ram")) {
         let file = recording.main()?;
-        for (i, (block, _)) in contents(&file, true, 0).mapped.iter().enumerate() {
+        for (i, block) in contents(&file, true, 0).mapped.iter().enumerate() {
             let header = block.header;
             let len = block.pages().div_ceil(64) as usize * 8;
             let start = header.bitmap_offset as usize;

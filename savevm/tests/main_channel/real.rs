@@ -6,7 +6,7 @@ use crate::{
     streams::name,
 };
 use qevm_savevm::{
-    Decoder, DecoderOptions, Encoder, Error, ErrorKind, Event, Footers, Step, StreamError,
+    Decoder, DecoderOptions, Encoder, Error, ErrorKind, Event, Footers, StreamError,
     block_migration::{BLOCK_LEN, BlockRecord},
     command::{Command, DiscardRange, PostcopyAdvise, RamDiscard},
     configuration::{Configuration, ConfigurationSubsection},
@@ -15,8 +15,7 @@ use qevm_savevm::{
     ram::{MappedRamHeader, RamBlock, RamRecord},
     xbzrle,
 };
-use qevm_wire::Decode;
-use qevm_wire::WireError;
+use qevm_wire::{Decode, Driver, Window, WireError, next_event};
 
 const MIB: u64 = 1 << 20;
 
@@ -55,22 +54,12 @@ fn position(pumped: &Pumped, event: &Event<'_>) -> usize {
 
 /// Shows the decoder the whole stream, and the caller every event with what follows it.
 fn each(bytes: &[u8], mut action: impl FnMut(&Event<'_>, &[u8], u64)) {
-    let mut decoder = Decoder::new(DecoderOptions::default());
-    decoder.end_of_input();
-    let mut position = 0;
-    loop {
-        match decoder.next(&bytes[position..]).unwrap() {
-            Step::Event { consumed, event } => {
-                position += consumed;
-                action(&event, &bytes[position..], position as u64);
-            }
-            Step::Payload { remaining, .. } => {
-                position += remaining as usize;
-                decoder.skip_payload(remaining).unwrap();
-            }
-            Step::NeedMore { .. } => panic!("all was shown"),
-            Step::End => return,
-        }
+    let (mut decoder, mut rest) = (Decoder::new(DecoderOptions::default()), bytes);
+    while let Some((event, read)) = next_event(&mut rest, &mut decoder).unwrap() {
+        let consumed = read.len();
+        let behind = &bytes[decoder.offset() as usize..];
+        action(&event, behind, decoder.offset());
+        rest.consume(consumed);
     }
 }
 
@@ -158,10 +147,9 @@ fn block_migration() {
 
     let mut blocks = Vec::new();
     let mut progress = Vec::new();
-    let mut decoder = Decoder::new(DecoderOptions::default());
-    let mut at = 0;
-    while let Step::Event { consumed, event } = decoder.next(&bytes[at..]).unwrap() {
-        at += consumed;
+    let decoder = Decoder::new(DecoderOptions::default());
+    let mut driver = Driver::new(&*bytes, decoder);
+    while let Ok(Some(event)) = driver.next() {
         match event {
             Event::BlockMigration(BlockRecord::DeviceBlock { sector, device, zero }) => {
                 assert_eq!(device, "d0");

@@ -1,7 +1,8 @@
 use super::*;
-use crate::{Cursor, Reader, WireError};
+use crate::{Cursor, Reader, Step, WireError};
 use alloc::{vec, vec::Vec};
 use proptest::prelude::*;
+use std::io::ErrorKind;
 
 /// Records of a be16 length of payload, an event that borrows one byte, and the payload.
 #[derive(Default)]
@@ -168,7 +169,7 @@ fn what_the_peer_announces_is_not_allocated_before_it_comes() {
     let mut driver = Driver::new(&[0; 100][..], Greedy);
     let Err(DriveError::Io(error)) = driver.next() else { panic!("it ends nowhere") };
     assert_eq!(error.kind(), ErrorKind::UnexpectedEof);
-    assert!(driver.buffer.capacity() < 4 * CHUNK);
+    assert!(driver.window.buffer.capacity() < 4 * CHUNK);
 }
 
 #[test]

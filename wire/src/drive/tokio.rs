@@ -1,6 +1,6 @@
 //! The loop around a decoder over what tokio reads.
 
-use super::{CHUNK, DriveError, Driver};
+use super::{Buffered, CHUNK, DriveError, Driver};
 use crate::{Decode, Step};
 use bytes::{Buf, BufMut};
 use core::{
@@ -79,18 +79,18 @@ impl<R: AsyncRead + Unpin, D: Decode> AsyncDriver<R, D> {
         let mut this = self;
         loop {
             let at_least = polonius!(|this| -> Result<Option<D::Event<'polonius>>, DriveError<D::Kind>> {
-                match this.driver.decoder.next(&this.driver.buffer) {
+                match this.driver.decoder.next(&this.driver.window.buffer) {
                     Ok(Step::Event { consumed, event }) => {
                         this.driver.taken = consumed;
                         polonius_return!(Ok(Some(event)))
                     }
                     Ok(Step::End) => polonius_return!(Ok(None)),
-                    Ok(Step::Payload { .. }) => this.driver.buffer.len() + 1,
+                    Ok(Step::Payload { .. }) => this.driver.window.buffer.len() + 1,
                     Ok(Step::NeedMore { at_least }) => at_least,
                     Err(error) => polonius_return!(Err(error.into())),
                 }
             });
-            if this.driver.ended {
+            if this.driver.window.ended {
                 // A decoder that was told so and asks for more all the same.
                 return Err(io::Error::from(ErrorKind::UnexpectedEof).into());
             }
@@ -115,7 +115,7 @@ impl<R: AsyncRead + Unpin, D: Decode> AsyncDriver<R, D> {
     /// The input fails.
     pub async fn fill(&mut self, at_least: usize) -> io::Result<()> {
         self.driver.drop_taken();
-        let Driver { input, decoder, buffer, ended, .. } = &mut self.driver;
+        let Driver { window: Buffered { input, buffer, ended }, decoder, .. } = &mut self.driver;
         while buffer.len() < at_least && !*ended {
             // The length comes from the peer: it is believed as far as bytes come.
             buffer.reserve(CHUNK);
@@ -173,7 +173,7 @@ impl<R: AsyncRead + Unpin, D: Decode> AsyncRead for AsyncPayload<'_, R, D> {
     /// Reads some of the payload; nothing at its end. An input that ends before the payload does is no error here but
     /// the end: the next call to [`AsyncDriver::next`] says what is missing, and where.
     fn poll_read(self: Pin<&mut Self>, context: &mut Context<'_>, into: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
-        let Driver { input, decoder, buffer, ended, .. } = &mut *self.get_mut().driver;
+        let Driver { window: Buffered { input, buffer, ended }, decoder, .. } = &mut *self.get_mut().driver;
         let wanted = into.remaining().min(usize::try_from(decoder.payload_remaining()).unwrap_or(usize::MAX));
         if wanted == 0 || (*ended && buffer.is_empty()) {
             return Poll::Ready(Ok(()));

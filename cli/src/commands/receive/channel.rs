@@ -6,21 +6,19 @@ use super::ledger::{Delivered, Ledger};
 use crate::failure::Failure;
 use crate::output_file::OutputFile;
 use crate::socket::Socket;
-use qevm_multifd::{ChannelDecoder, ChannelOptions, Compression, Ending, Event};
-use qevm_wire::{Decode, PageGeometry, Step};
+use qevm_multifd::{ChannelDecoder, ChannelOptions, Compression, Event};
+use qevm_wire::{Buffered, Decode, DriveError, PageGeometry, Window, next_event, skip_payload};
 use std::io::{self, Read, Write};
 use std::sync::Arc;
 
-/// Bytes that are read at a time.
-pub(super) const CHUNK: usize = 256 << 10;
+/// Bytes that are read of a channel before it is the next one's turn.
+const TURN: usize = 256 << 10;
 
 /// One connection and the file that it is saved to.
 #[derive(Debug)]
 pub(super) struct Channel {
-    pub(super) socket: Socket,
-    output: Arc<OutputFile>,
-    /// The file's name, by which errors call the channel.
-    name: String,
+    /// What was read and not yet followed, and the rest.
+    input: Buffered<Tee>,
     /// The number of a page channel; `None` for the second channel of postcopy.
     pub(super) number: Option<u8>,
     /// Once the page size is known.
@@ -28,11 +26,6 @@ pub(super) struct Channel {
     delivered: Delivered,
     /// The last packet is a SYNC, which counts when all of it has come.
     sync: bool,
-    /// What was read and not yet followed, from `start` on.
-    input: Vec<u8>,
-    start: usize,
-    /// Bytes read.
-    read: u64,
 }
 
 impl Channel {
@@ -49,24 +42,18 @@ impl Channel {
             Known::Main | Known::Preempt => None,
         };
         let read = first.len() as u64;
-        let delivered = Delivered::default();
-        Ok(Channel {
-            socket,
-            output,
-            name,
-            number,
-            decoder: None,
-            delivered,
-            sync: false,
-            input: first,
-            start: 0,
-            read,
-        })
+        let input = Buffered::new(Tee { socket, output, name, first, read, turn: 0, arrived: 0 });
+        Ok(Channel { input, number, decoder: None, delivered: Delivered::default(), sync: false })
+    }
+
+    /// The connection.
+    pub(super) fn socket(&self) -> &Socket {
+        &self.input.input().socket
     }
 
     /// The file that it is saved to.
     pub(super) fn output(&self) -> &Arc<OutputFile> {
-        &self.output
+        &self.input.input().output
     }
 
     /// True once what comes can be followed, for which the page size is needed. Until then it waits in the socket.
@@ -78,86 +65,94 @@ impl Channel {
     ///
     /// # Errors
     /// It breaks off, cannot be saved, or is not what `compression` and the main channel say.
-    pub(super) fn advance(
-        &mut self,
-        chunk: &mut [u8],
-        compression: Option<Compression>,
-        ledger: &Ledger,
-    ) -> Result<bool, Failure> {
-        let count = match (&self.socket).read(chunk) {
-            Ok(count) => count,
-            Err(error) if matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => {
-                return Ok(true);
-            }
-            Err(error) => return Err(Failure::io(&self.name, self.read, &error)),
+    pub(super) fn advance(&mut self, compression: Option<Compression>, ledger: &Ledger) -> Result<bool, Failure> {
+        self.input.input_mut().turn = TURN;
+        let goes_on = match self.number {
+            Some(number) => self.follow(number, compression, ledger),
+            None => self.input.skip(u64::MAX).map(|count| count > 0).map_err(DriveError::from),
         };
-        let fresh = &chunk[..count];
-        self.output.file().write_all(fresh).map_err(|error| Failure::io(&self.name, self.read, &error))?;
-        self.read += count as u64;
-        ledger.count(count);
-        let Some(number) = self.number else { return Ok(count > 0) };
-        self.input.extend_from_slice(fresh);
-        let mut decoder = match self.decoder.take() {
-            Some(decoder) => decoder,
-            None => {
-                let pages = ledger.page_geometry().unwrap_or(PageGeometry::X86);
-                ChannelDecoder::new(ChannelOptions { pages, compression, ..ChannelOptions::default() })
-            }
-        };
-        if count == 0 {
-            decoder.ended(Ending::Closed);
+        let tee = self.input.input_mut();
+        ledger.count(std::mem::take(&mut tee.arrived));
+        match goes_on {
+            Err(DriveError::Io(error)) if error.kind() == io::ErrorKind::WouldBlock => Ok(true),
+            Err(error) => Err(Failure::driven(&tee.name, tee.read, error)),
+            Ok(goes_on) => Ok(goes_on),
         }
-        let goes_on = self.follow(&mut decoder, number, count == 0, ledger);
-        self.decoder = Some(decoder);
-        self.input.drain(..self.start);
-        self.start = 0;
-        goes_on
     }
 
-    /// Follows the packets that are there.
+    /// Follows the packets until nothing is there, which is the error `WouldBlock`.
     fn follow(
         &mut self,
-        decoder: &mut ChannelDecoder,
         number: u8,
-        ended: bool,
+        compression: Option<Compression>,
         ledger: &Ledger,
-    ) -> Result<bool, Failure> {
+    ) -> Result<bool, DriveError<qevm_multifd::ErrorKind>> {
+        let pages = ledger.page_geometry().unwrap_or(PageGeometry::X86);
+        let decoder = self.decoder.get_or_insert_with(|| {
+            ChannelDecoder::new(ChannelOptions { pages, compression, ..ChannelOptions::default() })
+        });
         loop {
-            let located = |error| Failure::located(&self.name, error);
-            let there = (self.input.len() - self.start) as u64;
-            let skipped = decoder.payload_remaining().min(there);
-            decoder.skip_payload(skipped).map_err(located)?;
-            self.start += skipped as usize;
-            if decoder.payload_remaining() > 0 && !ended {
-                return Ok(true);
-            }
-            if std::mem::take(&mut self.sync) {
-                self.delivered.syncs += 1;
-                ledger.channel_sync(number, self.delivered);
-            }
-            match decoder.next(&self.input[self.start..]).map_err(located)? {
-                Step::Event { consumed, event } => {
-                    self.start += consumed;
-                    if let Event::Ram(packet) = &event {
-                        let num = packet.packet_num();
-                        let (first, last) = self.delivered.range.unwrap_or((num, num));
-                        self.delivered.range = Some((first.min(num), last.max(num)));
-                        // A SYNC that is put on a packet with pages gives it a further number, in place of its own.
-                        self.delivered.numbers += 1 + u64::from(packet.is_sync() && packet.has_pages());
-                        self.sync = packet.is_sync();
-                    }
-                }
-                Step::Payload { remaining, .. } => {
-                    let message = format!("the connection ends {remaining} bytes early");
-                    let failure = Failure::mismatch(&self.name, self.read, "multifd channel", message);
-                    return Err(Failure { kind: "truncated", ..failure });
-                }
-                Step::NeedMore { .. } => return Ok(true),
-                Step::End => {
-                    ledger.channel_ended(number);
-                    return Ok(false);
+            if self.sync {
+                // It is passed over before the next packet, but that one may be long in coming.
+                skip_payload(&mut self.input, decoder)?;
+                if decoder.payload_remaining() == 0 {
+                    self.sync = false;
+                    self.delivered.syncs += 1;
+                    ledger.channel_sync(number, self.delivered);
                 }
             }
+            let Some((event, read)) = next_event(&mut self.input, decoder)? else {
+                ledger.channel_ended(number);
+                return Ok(false);
+            };
+            if let Event::Ram(packet) = &event {
+                let num = packet.packet_num();
+                let (first, last) = self.delivered.range.unwrap_or((num, num));
+                self.delivered.range = Some((first.min(num), last.max(num)));
+                // A SYNC that is put on a packet with pages gives it a further number, in place of its own.
+                self.delivered.numbers += 1 + u64::from(packet.is_sync() && packet.has_pages());
+                self.sync = packet.is_sync();
+            }
+            let consumed = read.len();
+            self.input.consume(consumed);
         }
+    }
+}
+
+/// Gives what comes from the socket, and saves it. When it is the next channel's turn, it says that nothing is there.
+#[derive(Debug)]
+struct Tee {
+    socket: Socket,
+    output: Arc<OutputFile>,
+    /// The file's name, by which errors call the channel.
+    name: String,
+    /// What was read to recognise it, and is saved already.
+    first: Vec<u8>,
+    /// Bytes that were read in all.
+    read: u64,
+    /// Bytes that may still be read in this turn.
+    turn: usize,
+    /// Bytes that were read and not yet counted.
+    arrived: usize,
+}
+
+impl Read for Tee {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        if !self.first.is_empty() {
+            let count = self.first.len().min(buffer.len());
+            buffer[..count].copy_from_slice(&self.first[..count]);
+            self.first.drain(..count);
+            return Ok(count);
+        }
+        if self.turn == 0 {
+            return Err(io::ErrorKind::WouldBlock.into());
+        }
+        let room = buffer.len().min(self.turn);
+        let count = (&self.socket).read(&mut buffer[..room])?;
+        self.output.file().write_all(&buffer[..count])?;
+        self.read += count as u64;
+        self.arrived += count;
+        self.turn -= count;
+        Ok(count)
     }
 }

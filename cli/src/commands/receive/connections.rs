@@ -1,7 +1,7 @@
 //! The thread that takes connections, tells who they are, and reads all but the main channel. It is the only one beside
 //! the main channel's, and runs before the first connection is taken: from then on nothing needs a thread.
 
-use super::channel::{CHUNK, Channel};
+use super::channel::Channel;
 use super::files::Files;
 use super::gate::{Caller, Context, Gate, Known, REFUSAL_DELAY};
 use super::ledger::{Ledger, Phase};
@@ -56,7 +56,6 @@ pub(super) struct Connections {
 impl Connections {
     /// Runs until the main channel's reader is done, or there will be none.
     pub(super) fn run(mut self) {
-        let mut chunk = vec![0; CHUNK];
         let mut heard = (0, Instant::now());
         let mut over: Option<Instant> = None;
         let mut stopped = false;
@@ -70,7 +69,7 @@ impl Connections {
                 // Who comes now comes in vain, and should know.
                 self.listener = None;
             }
-            self.advance(&ready, &mut chunk);
+            self.advance(&ready);
             if phase == Phase::Over {
                 let over = *over.get_or_insert_with(Instant::now);
                 if self.channels.is_empty() || failure.is_some() || over.elapsed() > CLOSE_PATIENCE {
@@ -103,7 +102,7 @@ impl Connections {
     fn wait(&self) -> Vec<bool> {
         let taking = self.full_until.is_none_or(|until| until <= Instant::now());
         let mut sockets: Vec<PollFd<'_>> =
-            self.channels.iter().map(|channel| PollFd::new(&channel.socket, self.interest(channel))).collect();
+            self.channels.iter().map(|channel| PollFd::new(channel.socket(), self.interest(channel))).collect();
         sockets.extend(self.listener.iter().filter(|_| taking).map(|l| PollFd::new(l, PollFlags::IN)));
         sockets.extend(self.gate.sockets().map(|socket| PollFd::new(socket, PollFlags::IN)));
         let moment = Timespec { tv_sec: 0, tv_nsec: TICK.subsec_nanos().into() };
@@ -206,7 +205,7 @@ impl Connections {
     }
 
     /// Takes what has arrived on the channels that are `ready`.
-    fn advance(&mut self, ready: &[bool], chunk: &mut [u8]) {
+    fn advance(&mut self, ready: &[bool]) {
         let mut failed = None;
         let (ledger, main, failing) = (&self.ledger, &self.main, self.failing.is_some());
         let (files, compression) = (&self.files, self.compression);
@@ -228,7 +227,7 @@ impl Connections {
             if failing {
                 return true;
             }
-            channel.advance(chunk, compression, ledger).unwrap_or_else(|failure| {
+            channel.advance(compression, ledger).unwrap_or_else(|failure| {
                 failed.get_or_insert(failure);
                 ledger.phase() == Phase::Arriving
             })

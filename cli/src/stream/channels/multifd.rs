@@ -8,7 +8,7 @@ use crate::stream::walk::Halt;
 use qevm_multifd::compression::Decompressor;
 use qevm_multifd::{ChannelDecoder, ChannelEncoder, ChannelOptions, EncoderOptions, Ending, Event, Init};
 use qevm_savevm::Decoder;
-use qevm_wire::{Decode, PageGeometry, Step, Writer};
+use qevm_wire::{Decode, PageGeometry, Writer, next_event};
 
 /// One multifd channel.
 pub(super) struct MultifdChannel {
@@ -149,55 +149,47 @@ impl MultifdChannel {
         geometry: PageGeometry,
     ) -> Result<Stopped, Halt> {
         loop {
-            let located = |error| Failure::located(&self.name, error);
             let at = decoder.offset();
-            match decoder.next(self.source.window()).map_err(located)? {
-                Step::Event { consumed, event } => {
-                    if let Some(encoder) = &mut self.encoder {
-                        self.writer.clear();
-                        encoder.event(&event, &mut self.writer).map_err(|error| Failure::located(&self.name, error))?;
-                        compare(self.writer.as_bytes(), &self.source.window()[..consumed], at, &self.name)?;
-                    }
-                    let mut packet = None;
-                    match &event {
-                        Event::Init(init) => self.init = Some(init.clone()),
-                        Event::Ram(ram) => {
-                            // A SYNC that is put on a packet with pages gives it a further number, in place of its own.
-                            self.numbered += 1 + u64::from(ram.is_sync() && ram.has_pages());
-                            let num = ram.packet_num();
-                            let (first, last) = self.packet_nums.unwrap_or((num, num));
-                            self.packet_nums = Some((first.min(num), last.max(num)));
-                            let block = main.ram_blocks().find(ram.block_bytes());
-                            let length = block.and_then(|id| main.ram_blocks().get(id)).map(|b| b.used_length);
-                            decoder.check_block(ram, length).map_err(|error| Failure::located(&self.name, error))?;
-                            let index = block.map_or(0, |id| id.index());
-                            if ram.has_pages() {
-                                self.zero_pages += u64::from(ram.zero_count());
-                                for offset in ram.zero() {
-                                    memory
-                                        .ram
-                                        .put_zero(index, offset)
-                                        .map_err(|error| Failure::io(&self.name, at, &error))?;
-                                }
-                            }
-                            let offsets = if ram.has_pages() { ram.normal().collect() } else { Vec::new() };
-                            packet = Some(Packet { block: index, offsets, sync: ram.is_sync() });
-                        }
-                        Event::DeviceState(state) => self.device_bytes += u64::from(state.payload_len),
-                        _ => {}
-                    }
-                    self.source.consume(consumed);
-                    if let Some(packet) = packet {
-                        self.payload(decoder, &packet, memory, geometry)?;
-                        if packet.sync {
-                            self.syncs += 1;
-                            return Ok(Stopped::Sync);
+            let next = next_event(&mut self.source, decoder).map_err(|error| Failure::driven(&self.name, at, error))?;
+            let Some((event, read)) = next else { return Ok(Stopped::End) };
+            if let Some(encoder) = &mut self.encoder {
+                self.writer.clear();
+                encoder.event(&event, &mut self.writer).map_err(|error| Failure::located(&self.name, error))?;
+                compare(self.writer.as_bytes(), read, at, &self.name)?;
+            }
+            let mut packet = None;
+            match &event {
+                Event::Init(init) => self.init = Some(init.clone()),
+                Event::Ram(ram) => {
+                    // A SYNC that is put on a packet with pages gives it a further number, in place of its own.
+                    self.numbered += 1 + u64::from(ram.is_sync() && ram.has_pages());
+                    let num = ram.packet_num();
+                    let (first, last) = self.packet_nums.unwrap_or((num, num));
+                    self.packet_nums = Some((first.min(num), last.max(num)));
+                    let block = main.ram_blocks().find(ram.block_bytes());
+                    let length = block.and_then(|id| main.ram_blocks().get(id)).map(|b| b.used_length);
+                    decoder.check_block(ram, length).map_err(|error| Failure::located(&self.name, error))?;
+                    let index = block.map_or(0, |id| id.index());
+                    if ram.has_pages() {
+                        self.zero_pages += u64::from(ram.zero_count());
+                        for offset in ram.zero() {
+                            memory.ram.put_zero(index, offset).map_err(|error| Failure::io(&self.name, at, &error))?;
                         }
                     }
+                    let offsets = if ram.has_pages() { ram.normal().collect() } else { Vec::new() };
+                    packet = Some(Packet { block: index, offsets, sync: ram.is_sync() });
                 }
-                Step::Payload { remaining, .. } => self.skip(decoder, remaining)?,
-                Step::NeedMore { at_least } => self.more(decoder, at_least)?,
-                Step::End => return Ok(Stopped::End),
+                Event::DeviceState(state) => self.device_bytes += u64::from(state.payload_len),
+                _ => {}
+            }
+            let consumed = read.len();
+            self.source.consume(consumed);
+            if let Some(packet) = packet {
+                self.payload(decoder, &packet, memory, geometry)?;
+                if packet.sync {
+                    self.syncs += 1;
+                    return Ok(Stopped::Sync);
+                }
             }
         }
     }

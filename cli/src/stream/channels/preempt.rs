@@ -6,8 +6,7 @@ use crate::stream::memory::Memory;
 use crate::stream::walk::Halt;
 use qevm_savevm::Decoder;
 use qevm_savevm::ram::{PreemptDecoder, RamRecord};
-use qevm_wire::Decode;
-use qevm_wire::Step;
+use qevm_wire::{Decode, DriveError, next_event};
 
 /// The second channel of postcopy-preempt.
 pub(super) struct PreemptChannel {
@@ -24,44 +23,33 @@ impl PreemptChannel {
         let io = |offset: u64, error: std::io::Error| Failure::io(name, offset, &error);
         let (mut pages, mut zeroes) = (0u64, 0u64);
         let page_size = main.page_geometry().size();
-        let mut target = None;
         loop {
             let at = source.offset();
-            match decoder.next(source.window()) {
-                Ok(Step::Event { consumed, event }) => {
-                    match event {
-                        RamRecord::Zero(page) => {
-                            zeroes += 1;
-                            memory.ram.put_zero(page.block.index(), page.offset).map_err(|e| io(at, e))?;
-                        }
-                        RamRecord::Page(page) => {
-                            pages += 1;
-                            target = Some(page);
-                        }
-                        _ => {}
-                    }
-                    source.consume(consumed);
+            let (event, read) = match next_event(source, &mut decoder) {
+                Ok(Some(next)) => next,
+                Ok(None) => break,
+                Err(DriveError::Stream(error)) if can_break && error.is_truncated() => break,
+                Err(error) => return Err(Failure::driven(name, at, error).into()),
+            };
+            let mut target = None;
+            match event {
+                RamRecord::Zero(page) => {
+                    zeroes += 1;
+                    memory.ram.put_zero(page.block.index(), page.offset).map_err(|e| io(at, e))?;
                 }
-                Ok(Step::Payload { remaining, .. }) => {
-                    source.fill(remaining as usize).map_err(|e| io(at, e))?;
-                    match (source.window().get(..page_size as usize), target) {
-                        (Some(page), Some(place)) => {
-                            memory.ram.put(place.block.index(), place.offset, page).map_err(|e| io(at, e))?;
-                            source.consume(page_size as usize);
-                            decoder.skip_payload(page_size).map_err(|error| Failure::located(name, error))?;
-                        }
-                        _ => decoder.end_of_input(),
-                    }
-                }
-                Ok(Step::NeedMore { at_least }) => {
-                    source.fill(at_least).map_err(|e| io(at, e))?;
-                    if source.at_end() {
-                        decoder.end_of_input();
-                    }
-                }
-                Ok(Step::End) => break,
-                Err(error) if can_break && error.is_truncated() => break,
-                Err(error) => return Err(Failure::located(name, error).into()),
+                RamRecord::Page(page) => target = Some(page),
+                _ => {}
+            }
+            let consumed = read.len();
+            source.consume(consumed);
+            let Some(place) = target else { continue };
+            pages += 1;
+            source.fill(page_size as usize).map_err(|e| io(at, e))?;
+            // Of a page that is not whole the decoder says what is missing.
+            if let Some(page) = source.window().get(..page_size as usize) {
+                memory.ram.put(place.block.index(), place.offset, page).map_err(|e| io(at, e))?;
+                source.consume(page_size as usize);
+                decoder.skip_payload(page_size).map_err(|error| Failure::located(name, error))?;
             }
         }
         // Whatever follows an EOS is no record.
