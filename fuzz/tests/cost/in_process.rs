@@ -21,7 +21,7 @@ fn seeds() -> Vec<(&'static str, qevm_fuzz::Target, String, Vec<u8>)> {
 
 /// The bytes of a file, of which a compressed one has at most 16 MiB.
 fn plain(path: &Path) -> Vec<u8> {
-    let opened = qevm::open::open(path, None).unwrap_or_else(|_| panic!("{}", path.display()));
+    let opened = qevm::open::open(path, None, false).unwrap_or_else(|_| panic!("{}", path.display()));
     let mut source = opened.source;
     source.fill(16 << 20).expect("a file that can be read");
     source.window().to_vec()
