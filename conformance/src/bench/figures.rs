@@ -37,7 +37,7 @@ pub(super) const COLUMNS: [Column; 7] = [
     ("rounds", |f| f.rounds),
 ];
 
-/// Median and range of some values.
+/// Median, quartiles and range of some values.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
 pub struct Summary {
     /// The middle one, or the mean of the two in the middle.
@@ -46,6 +46,10 @@ pub struct Summary {
     pub min: f64,
     /// The greatest.
     pub max: f64,
+    /// A quarter of them is less.
+    pub lower_quartile: f64,
+    /// A quarter of them is greater.
+    pub upper_quartile: f64,
 }
 
 impl Summary {
@@ -54,9 +58,24 @@ impl Summary {
         let mut values: Vec<f64> = values.into_iter().collect();
         values.sort_by(f64::total_cmp);
         let (min, max) = (*values.first()?, *values.last()?);
-        let middle = values.len() / 2;
-        let median = if values.len() % 2 == 1 { values[middle] } else { (values[middle - 1] + values[middle]) / 2.0 };
-        Some(Summary { median, min, max })
+        // Between the two values next to that place, as far as it is between them.
+        let at = |part: f64| {
+            let place = part * (values.len() - 1) as f64;
+            let (below, above) = (values[place.floor() as usize], values[place.ceil() as usize]);
+            below + (above - below) * place.fract()
+        };
+        Some(Summary { median: at(0.5), min, max, lower_quartile: at(0.25), upper_quartile: at(0.75) })
+    }
+
+    /// Of a figure that was taken twice in each repetition: how many times as large `ours` is as `theirs`. What the machine did
+    /// meanwhile met both.
+    pub fn of_ratios(ours: impl IntoIterator<Item = f64>, theirs: impl IntoIterator<Item = f64>) -> Option<Summary> {
+        Summary::of(ours.into_iter().zip(theirs).map(|(ours, theirs)| ours / theirs))
+    }
+
+    /// The median and the quartiles of ratios, as text.
+    pub fn ratio(&self) -> String {
+        format!("{:.2} ({:.2} to {:.2})", self.median, self.lower_quartile, self.upper_quartile)
     }
 }
 
@@ -73,7 +92,15 @@ mod tests {
     #[test]
     fn the_median_is_in_the_middle() {
         assert_eq!(Summary::of([]), None);
-        assert_eq!(Summary::of([3.0, 1.0, 2.0]), Some(Summary { median: 2.0, min: 1.0, max: 3.0 }));
+        let whole = Summary { median: 2.0, min: 1.0, max: 3.0, lower_quartile: 1.5, upper_quartile: 2.5 };
+        assert_eq!(Summary::of([3.0, 1.0, 2.0]), Some(whole));
         assert_eq!(Summary::of([4.0, 1.0, 2.0, 3.0]).map(|s| s.median), Some(2.5));
+    }
+
+    #[test]
+    fn ratios_are_those_of_each_repetition() {
+        // The machine was ten times as slow in the second one.
+        let ratios = Summary::of_ratios([2.0, 30.0, 4.0], [1.0, 10.0, 1.0]).unwrap();
+        assert_eq!((ratios.median, ratios.ratio().as_str()), (3.0, "3.00 (2.50 to 3.50)"));
     }
 }

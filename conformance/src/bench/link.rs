@@ -20,7 +20,7 @@ use crate::scenario::Accel;
 const PATIENCE: Duration = Duration::from_secs(60);
 /// Milliseconds between the guest's progress lines: how finely the downtime is known.
 const REPORT: u32 = 5;
-/// No further repetition begins when it would end after this time.
+/// No further repetition begins when it would end after this time; with another build to compare with it is twice as long.
 const BUDGET: Duration = Duration::from_secs(270);
 /// What is asked of reference-vmm: at most this part of QEMU's figure.
 const GOALS: [(&str, f64); 3] = [("downtime ms", 0.1), ("total ms", 1.0), ("CPU ms", 0.6)];
@@ -48,19 +48,47 @@ pub struct Options {
     pub multifd: u8,
 }
 
+/// Who sends to whom.
+#[derive(Debug, Clone, Copy, PartialEq)]
+struct Route {
+    stops: [Stop; 2],
+    /// Which reference-vmm: 0 is the one under judgement.
+    program: usize,
+}
+
+impl Route {
+    /// The first is the measure of the others; `programs` builds of reference-vmm take turns.
+    fn all(qemu: Stop, pairs: bool, programs: usize) -> Vec<Route> {
+        let mut stops = vec![[Stop::Reference; 2]];
+        if pairs {
+            stops.extend([[qemu, Stop::Reference], [Stop::Reference, qemu]]);
+        }
+        let ours = stops.iter().flat_map(|&stops| (0..programs).map(move |program| Route { stops, program }));
+        std::iter::once(Route { stops: [qemu; 2], program: 0 }).chain(ours).collect()
+    }
+
+    /// Whether goals are set for it.
+    fn is_judged(self) -> bool {
+        self == Route { stops: [Stop::Reference; 2], program: 0 }
+    }
+
+    fn name(self) -> String {
+        format!("{} to {}{}", self.stops[0], self.stops[1], if self.program == 0 { "" } else { ", before" })
+    }
+}
+
 /// Measures, prints every migration and the comparison, and gives it as JSON. All of that was on the same guest, with the same
-/// limits, over the same link, by turns; a stale page is an error.
+/// limits, over the same link, by turns; a stale page is an error. `before` is another build of reference-vmm.
 ///
 /// # Errors
 /// A migration fails, or there is no link to measure on.
-pub fn run(options: &Options, program: &Monitor) -> Result<Value> {
+pub fn run(options: &Options, program: &Monitor, before: Option<&Monitor>) -> Result<Value> {
     let root = Root::install(options.suite)?;
     let link = Network::new(Some(options.megabits))?;
     let qemu = Stop::Qemu(options.suite, Accel::Kvm);
-    let mut routes = vec![[qemu; 2], [Stop::Reference; 2]];
-    if options.pairs {
-        routes.extend([[qemu, Stop::Reference], [Stop::Reference, qemu]]);
-    }
+    let programs: Vec<&Monitor> = std::iter::once(program).chain(before).collect();
+    let routes = Route::all(qemu, options.pairs, programs.len());
+    let budget = BUDGET * programs.len() as u32;
     println!(
         "QEMU {}, {} Mbit/s, downtime-limit {} ms, the guest dirties {} MiB/s; CPU of both ends without vCPUs",
         root.version(),
@@ -68,22 +96,24 @@ pub fn run(options: &Options, program: &Monitor) -> Result<Value> {
         options.downtime_limit,
         options.rate
     );
-    let bench = Bench { options, link: &link, root: &root, program };
+    let bench = Bench { options, link: &link, root: &root, programs: &programs };
     let mut measured: BTreeMap<(usize, usize), Vec<Figures>> = BTreeMap::new();
     let (begin, mut longest) = (Instant::now(), Duration::ZERO);
     for repetition in 0..options.repetitions {
-        if begin.elapsed() + longest > BUDGET {
-            println!("only {repetition} repetitions: this machine is slow, and {} s are up", BUDGET.as_secs());
+        if begin.elapsed() + longest > budget {
+            println!("only {repetition} repetitions: this machine is slow, and {} s are up", budget.as_secs());
             break;
         }
         let repetition_begin = Instant::now();
         for (set, megabytes) in options.sets.iter().enumerate() {
-            for (route, stops) in routes.iter().enumerate() {
-                let name = name(stops);
+            // A machine may be faster at the beginning, so no route always comes first.
+            for n in 0..routes.len() {
+                let route = (n + repetition as usize) % routes.len();
+                let name = routes[route].name();
                 let figures = bench
-                    .migrate(stops, *megabytes)
+                    .migrate(routes[route], *megabytes)
                     .with_context(|| format!("{name}, {megabytes} MiB, repetition {repetition}"))?;
-                println!("{name:<14} {megabytes:>3} MiB  {}", line(&figures));
+                println!("{name:<22} {megabytes:>3} MiB  {}", line(&figures));
                 measured.entry((set, route)).or_default().push(figures);
             }
         }
@@ -92,36 +122,38 @@ pub fn run(options: &Options, program: &Monitor) -> Result<Value> {
     Ok(compare(options, &routes, &measured))
 }
 
-fn name(stops: &[Stop; 2]) -> String {
-    format!("{} to {}", stops[0], stops[1])
-}
-
 fn line(figures: &Figures) -> String {
     COLUMNS.iter().map(|(name, of)| format!("{name} {:.1}", of(figures))).collect::<Vec<_>>().join(", ")
 }
 
-/// Prints medians and ratios; the first route is the measure of the others.
-fn compare(options: &Options, routes: &[[Stop; 2]], measured: &BTreeMap<(usize, usize), Vec<Figures>>) -> Value {
+/// Prints medians, and the ratios within each repetition.
+fn compare(options: &Options, routes: &[Route], measured: &BTreeMap<(usize, usize), Vec<Figures>>) -> Value {
     let (mut rows, mut goals) = (Vec::new(), true);
     for (set, megabytes) in options.sets.iter().enumerate() {
         let count = measured.get(&(set, 0)).map_or(0, Vec::len);
         println!("\nworking set {megabytes} MiB: median (least-greatest) of {count}");
-        for (route, stops) in routes.iter().enumerate() {
-            let mut row = json!({ "set_mib": megabytes, "route": name(stops) });
+        for (n, route) in routes.iter().enumerate() {
+            let mut row = json!({ "set_mib": megabytes, "route": route.name() });
+            let before = routes.iter().position(|other| *other == Route { program: 1, ..*route });
             for (column, of) in COLUMNS {
-                let summary = |route| Summary::of(measured.get(&(set, route)).into_iter().flatten().map(of));
-                let (Some(ours), Some(qemus)) = (summary(route), summary(0)) else {
+                let values = |route| measured.get(&(set, route)).into_iter().flatten().map(of);
+                let to = |other| Summary::of_ratios(values(n), values(other));
+                let (Some(ours), Some(ratio)) = (Summary::of(values(n)), to(0)) else {
                     goals = false;
                     continue;
                 };
-                let ratio = ours.median / qemus.median;
-                let goal = GOALS.iter().find(|(name, _)| *name == column && stops == &[Stop::Reference; 2]);
-                let verdict = goal.map_or(String::new(), |(_, most)| {
-                    goals &= ratio <= *most;
-                    format!("  goal {most}: {}", if ratio <= *most { "met" } else { "MISSED" })
-                });
-                println!("  {:<14} {column:<15} {ours:<28} ratio {ratio:.3}{verdict}", name(stops));
-                row[column] = json!({ "median": ours.median, "min": ours.min, "max": ours.max, "ratio": ratio });
+                row[column] = json!({ "summary": ours, "times_qemu": ratio });
+                let mut text = format!("  {:<22} {column:<15} {ours:<28} times QEMU {}", route.name(), ratio.ratio());
+                if let Some(ratio) = before.filter(|before| *before != n).and_then(to) {
+                    text += &format!("  times before {}", ratio.ratio());
+                    row[column]["times_before"] = json!(ratio);
+                }
+                if let Some((_, most)) = GOALS.iter().find(|(name, _)| *name == column && route.is_judged()) {
+                    let met = ratio.median <= *most;
+                    goals &= met;
+                    text += &format!("  goal {most}: {}", if met { "met" } else { "MISSED" });
+                }
+                println!("{text}");
             }
             rows.push(row);
         }
@@ -133,16 +165,16 @@ struct Bench<'b> {
     options: &'b Options,
     link: &'b Network,
     root: &'b Root,
-    program: &'b Monitor,
+    programs: &'b [&'b Monitor],
 }
 
 impl Bench<'_> {
-    fn migrate(&self, stops: &[Stop; 2], megabytes: u32) -> Result<Figures> {
+    fn migrate(&self, route: Route, megabytes: u32) -> Result<Figures> {
         let Options { suite, downtime_limit, rate, multifd, .. } = *self.options;
         let scratch = tempfile::Builder::new().prefix("qevm-bench-").tempdir()?;
         let journey = Journey {
-            name: name(stops),
-            stops: stops.to_vec(),
+            name: route.name(),
+            stops: route.stops.to_vec(),
             link: Link::Tcp,
             capabilities: if multifd == 0 { vec![] } else { vec!["multifd"] },
             parameters: (multifd > 0).then(|| ("multifd-channels".into(), multifd.into())).into_iter().collect(),
@@ -159,8 +191,9 @@ impl Bench<'_> {
         };
         let root = |namespace: &str| BTreeMap::from([(suite, self.root.inside(namespace))]);
         let (here_roots, there_roots) = (root(self.link.source()), root(self.link.destination()));
+        let program = self.programs[route.program];
         let (here_program, there_program) =
-            (self.program.inside(self.link.source()), self.program.inside(self.link.destination()));
+            (program.inside(self.link.source()), program.inside(self.link.destination()));
         let stage = Stage { roots: &here_roots, program: &here_program, scratch: scratch.path(), more: &[] };
         let mut here = journey.boot(&stage, &mut |_| ())?;
         let stage = Stage { roots: &there_roots, program: &there_program, ..stage };
@@ -205,4 +238,24 @@ impl Bench<'_> {
 fn times(pids: [u32; 2]) -> Result<[f64; 2]> {
     let time = |pid| processor_time::without_vcpus(pid).map(|time| time.as_secs_f64());
     Ok([time(pids[0])?, time(pids[1])?])
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn qemu_is_the_measure_and_one_build_is_judged() {
+        let qemu = Stop::Qemu(Suite::Sid, Accel::Kvm);
+        for (pairs, programs, count) in [(false, 1, 2), (false, 2, 3), (true, 1, 4), (true, 2, 7)] {
+            let routes = Route::all(qemu, pairs, programs);
+            assert_eq!((routes.len(), routes[0].stops), (count, [qemu; 2]));
+            let judged: Vec<_> = routes.iter().filter(|route| route.is_judged()).collect();
+            assert_eq!(judged, [&Route { stops: [Stop::Reference; 2], program: 0 }]);
+            assert_eq!(
+                routes.iter().filter(|route| route.name().ends_with(", before")).count(),
+                (programs - 1) * routes.len() / 2
+            );
+        }
+    }
 }

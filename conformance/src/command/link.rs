@@ -1,5 +1,7 @@
 //! `qevm-conformance bench link`.
 
+use std::path::PathBuf;
+
 use anyhow::Result;
 use clap::Args;
 use qevm_conformance::bench::link;
@@ -36,13 +38,18 @@ pub(crate) struct Link {
     /// which varies most
     #[arg(long)]
     fresh: bool,
+    /// Another build of reference-vmm, whose migrations take turns with those of this one
+    #[arg(long, value_name = "PROGRAM")]
+    before: Option<PathBuf>,
 }
 
 impl Link {
     pub(crate) fn run(self) -> Result<bool> {
-        let Link { suite, megabits, downtime_limit, sets, rate, repetitions, pairs, fresh, multifd } = self;
+        let Link { suite, megabits, downtime_limit, sets, rate, repetitions, pairs, fresh, multifd, before } = self;
         let options = link::Options { suite, megabits, downtime_limit, sets, rate, repetitions, pairs, fresh, multifd };
-        let object = link::run(&options, &Monitor::new(std::env::current_exe()?))?;
+        let program = Monitor::new(std::env::current_exe()?);
+        let before = before.map(|path| program.other(path));
+        let object = link::run(&options, &program, before.as_ref())?;
         println!("{object}");
         Ok(object["goals_met"] == true)
     }

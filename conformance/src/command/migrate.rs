@@ -1,5 +1,7 @@
 //! `qevm-conformance bench migrate`.
 
+use std::path::PathBuf;
+
 use anyhow::Result;
 use clap::Args;
 
@@ -27,6 +29,9 @@ pub(crate) struct Migrate {
     /// which takes longer than the migration and varies most
     #[arg(long)]
     fresh: bool,
+    /// Another build of reference-vmm, whose migrations take turns with those of this one. Given again, that is only measured
+    #[arg(long, value_name = "PROGRAM")]
+    before: Vec<PathBuf>,
     /// Print nothing but one JSON object
     #[arg(long)]
     json: bool,
@@ -34,11 +39,12 @@ pub(crate) struct Migrate {
 
 impl Migrate {
     pub(crate) fn run(self) -> Result<bool> {
-        let Migrate { mib, repetitions, channels, methods, page_channels_only, fresh, json } = self;
+        let Migrate { mib, repetitions, channels, methods, page_channels_only, fresh, before, json } = self;
         let main_channel = !page_channels_only;
         let suite = Suite::Sid;
         let options = peer::bench::Options { mib, repetitions, channels, methods, main_channel, fresh, suite };
         let program = peer::Monitor::new(std::env::current_exe()?);
+        let before: Vec<_> = before.into_iter().map(|path| program.other(path)).collect();
         let tell = |line: &str| {
             if !json {
                 println!("{line}");
@@ -47,7 +53,7 @@ impl Migrate {
         if cfg!(debug_assertions) {
             tell("this is a debug build: its figures mean nothing");
         }
-        println!("{}", peer::bench::migrate(&options, &program, tell)?);
+        println!("{}", peer::bench::migrate(&options, &program, &before, tell)?);
         Ok(true)
     }
 }

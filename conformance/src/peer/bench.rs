@@ -1,8 +1,10 @@
 //! How fast a guest moves, over the main channel alone and over page channels: real QEMU and reference-vmm in every pairing, in one run.
 //!
 //! A stopped guest whose memory is random numbers, or zeros, goes from QEMU to QEMU, on to reference-vmm, to another reference-vmm and back
-//! to QEMU; then the next repetition begins. So the pairings take turns, and a machine that becomes slower or faster meanwhile does
-//! so for all of them. Every destination has its memory from the host before it starts, unless that is to be measured as well. Numbers mean something only on a machine that does nothing else.
+//! to QEMU; from there it goes the same way with another reference-vmm, if there is one to compare with, and then the next repetition begins.
+//! So the pairings take turns, and a machine that becomes slower or faster meanwhile does so for all of them: ratios are those within a
+//! repetition. Every destination has its memory from the host before it starts, unless that is to be measured as well. Numbers mean
+//! something only on a machine that does nothing else.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -16,6 +18,7 @@ use serde_json::{Value, json};
 
 use super::party::{Monitor, Party};
 use super::{Load, Stage, Stop};
+use crate::bench::figures::Summary;
 use crate::processor_time;
 use crate::roots::{Root, Suite};
 use crate::scenario::Accel;
@@ -53,11 +56,19 @@ struct Sample {
     destination_cpu: f64,
 }
 
-/// Measures every number of channels with every method, tells each migration and each median, and gives all medians.
+impl Sample {
+    /// Of source and destination, seconds.
+    fn both(&self) -> f64 {
+        self.source_cpu + self.destination_cpu
+    }
+}
+
+/// Measures every number of channels with every method, tells each migration and each median, and gives all medians. `before` are
+/// other builds of reference-vmm, which take turns with `program`.
 ///
 /// # Errors
 /// A monitor does not start, or a migration fails.
-pub fn migrate(options: &Options, program: &Monitor, mut tell: impl FnMut(&str)) -> Result<Value> {
+pub fn migrate(options: &Options, program: &Monitor, before: &[Monitor], mut tell: impl FnMut(&str)) -> Result<Value> {
     ensure!(options.repetitions > 0, "nothing to measure");
     let scratch = tempfile::Builder::new().prefix("qevm-bench-").tempdir()?;
     // On tmpfs where there is one, so that no disk takes part.
@@ -70,13 +81,14 @@ pub fn migrate(options: &Options, program: &Monitor, mut tell: impl FnMut(&str))
     }
     let images = BTreeMap::from(images);
     let roots = BTreeMap::from([(options.suite, Root::install(options.suite)?)]);
+    let programs: Vec<&Monitor> = std::iter::once(program).chain(before).collect();
     let mut results = Vec::new();
     for way in Way::all(options) {
-        let mut samples: BTreeMap<String, Vec<Sample>> = BTreeMap::new();
-        for _ in 0..options.repetitions {
+        let mut samples: BTreeMap<Pairing, Vec<Sample>> = BTreeMap::new();
+        for repetition in 0..options.repetitions {
             let image = &images[&way.content];
-            let run = Run { options, program, roots: &roots, scratch: scratch.path(), image, way };
-            for (pairing, sample) in run.chain()? {
+            let run = Run { options, programs: &programs, roots: &roots, scratch: scratch.path(), image, way };
+            for (pairing, sample) in run.chain(repetition)? {
                 tell(&format!(
                     "{way} {pairing}: {:.2} s, CPU {:.2} s and {:.2} s",
                     sample.seconds, sample.source_cpu, sample.destination_cpu
@@ -84,11 +96,16 @@ pub fn migrate(options: &Options, program: &Monitor, mut tell: impl FnMut(&str))
                 samples.entry(pairing).or_default().push(sample);
             }
         }
-        let baseline = Medians::of(&samples[PAIRINGS[0]], options.mib);
-        for pairing in PAIRINGS {
-            let medians = Medians::of(&samples[pairing], options.mib);
-            tell(&medians.line(&format!("{:<24} {pairing:<9}", way.to_string()), &baseline));
-            results.push(medians.json(&way, pairing, &baseline));
+        for (pairing, ours) in &samples {
+            let medians = Medians::of(ours, options.mib).context("no samples")?;
+            tell(&format!("{:<24} {:<18} {}", way.to_string(), pairing.to_string(), medians.line()));
+            let mut result = way.json(&pairing.to_string(), &medians);
+            for (of, theirs) in pairing.measures().filter_map(|(of, other)| Some((of, samples.get(&other)?))) {
+                let ratios = Medians::ratios(ours, theirs).context("no samples")?;
+                tell(&format!("{:<24} {:<18} {}", "", "", ratios.ratio_line(of)));
+                result[format!("times_{of}")] = ratios.json();
+            }
+            results.push(result);
         }
     }
     Ok(
@@ -96,8 +113,66 @@ pub fn migrate(options: &Options, program: &Monitor, mut tell: impl FnMut(&str))
     )
 }
 
-/// The pairings in the order of the guest's way; the first is what the others are compared with.
-const PAIRINGS: [&str; 4] = ["qemu>qemu", "qemu>ref", "ref>ref", "ref>qemu"];
+/// Who sends to whom.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+struct Pairing {
+    route: Route,
+    /// Which reference-vmm: 0 is the one under judgement.
+    program: usize,
+}
+
+/// In the order of the guest's way.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum Route {
+    QemuToQemu,
+    QemuToReference,
+    ReferenceToReference,
+    ReferenceToQemu,
+}
+
+impl Pairing {
+    /// What the others are compared with.
+    const BASELINE: Pairing = Pairing { route: Route::QemuToQemu, program: 0 };
+
+    /// The way of the guest in one repetition: a machine may be faster at its beginning, so no program always comes first.
+    fn chain(programs: usize, repetition: u64) -> Vec<Pairing> {
+        let first = (repetition % programs as u64) as usize;
+        let routes = [Route::QemuToReference, Route::ReferenceToReference, Route::ReferenceToQemu];
+        let turns = (0..programs).map(|n| (first + n) % programs);
+        let turns = turns.flat_map(|program| routes.map(|route| Pairing { route, program }));
+        std::iter::once(Pairing::BASELINE).chain(turns).collect()
+    }
+
+    fn destination(self, qemu: Stop) -> Stop {
+        match self.route {
+            Route::QemuToQemu | Route::ReferenceToQemu => qemu,
+            Route::QemuToReference | Route::ReferenceToReference => Stop::Reference,
+        }
+    }
+
+    /// What it is a multiple of: QEMU's figures and those of the first reference-vmm to compare with.
+    fn measures(self) -> impl Iterator<Item = (&'static str, Pairing)> {
+        let qemu = (self != Pairing::BASELINE).then_some(("qemu", Pairing::BASELINE));
+        let before = (self.program == 0).then_some(("before", Pairing { program: 1, ..self }));
+        qemu.into_iter().chain(before)
+    }
+}
+
+impl fmt::Display for Pairing {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self.route {
+            Route::QemuToQemu => "qemu>qemu",
+            Route::QemuToReference => "qemu>ref",
+            Route::ReferenceToReference => "ref>ref",
+            Route::ReferenceToQemu => "ref>qemu",
+        })?;
+        match self.program {
+            0 => Ok(()),
+            1 => f.write_str(" before"),
+            n => write!(f, " before {n}"),
+        }
+    }
+}
 
 /// What guest memory is filled with.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -143,6 +218,16 @@ impl<'o> Way<'o> {
         });
         alone.into_iter().filter(|_| options.main_channel).chain(channels).collect()
     }
+
+    fn json(&self, pairing: &str, medians: &Medians) -> Value {
+        json!({
+            "transport": self.transport, "content": self.content.name(),
+            "method": self.multifd.map(|(_, method)| method), "channels": self.multifd.map_or(0, |(channels, _)| channels),
+            "pairing": pairing,
+            "gb_per_s": medians.throughput, "source_cpu_s_per_gib": medians.source,
+            "destination_cpu_s_per_gib": medians.destination, "both_cpu_s_per_gib": medians.both,
+        })
+    }
 }
 
 impl fmt::Display for Way<'_> {
@@ -158,7 +243,7 @@ impl fmt::Display for Way<'_> {
 
 struct Run<'r> {
     options: &'r Options,
-    program: &'r Monitor,
+    programs: &'r [&'r Monitor],
     roots: &'r BTreeMap<Suite, Root>,
     scratch: &'r Path,
     image: &'r Path,
@@ -166,7 +251,7 @@ struct Run<'r> {
 }
 
 impl Run<'_> {
-    fn chain(&self) -> Result<Vec<(String, Sample)>> {
+    fn chain(&self, repetition: u64) -> Result<Vec<(Pairing, Sample)>> {
         let qemu = Stop::Qemu(self.options.suite, Accel::Kvm);
         // The name that QEMU gives the RAM of a machine without a backend.
         let backend = format!(
@@ -175,22 +260,22 @@ impl Run<'_> {
             self.image.display()
         );
         let stopped = ["-S", "-machine", "memory-backend=microvm.ram", "-object", backend.leak()];
-        let mut here = self.start(qemu, 0, &stopped, false)?;
+        let mut here = self.start(qemu, self.programs[0], 0, &stopped, false)?;
         let mut samples = Vec::new();
-        for (n, (pairing, stop)) in (1..).zip(PAIRINGS.into_iter().zip([qemu, Stop::Reference, Stop::Reference, qemu]))
-        {
-            let mut there = self.start(stop, n, &[], true)?;
+        for (n, pairing) in (1..).zip(Pairing::chain(self.programs.len(), repetition)) {
+            let program = self.programs[pairing.program];
+            let mut there = self.start(pairing.destination(qemu), program, n, &[], true)?;
             let sample = self.hop(&mut here, &mut there).with_context(|| format!("{pairing}, {}", self.way))?;
-            samples.push((pairing.to_owned(), sample));
+            samples.push((pairing, sample));
             std::mem::replace(&mut here, there).end()?;
         }
         here.end()?;
         Ok(samples)
     }
 
-    fn start(&self, stop: Stop, n: usize, more: &[&'static str], incoming: bool) -> Result<Party> {
+    fn start(&self, stop: Stop, program: &Monitor, n: usize, more: &[&'static str], incoming: bool) -> Result<Party> {
         let load = Load { memory: self.options.mib, mem_prealloc: !self.options.fresh, ..Load::default() };
-        let stage = Stage { roots: self.roots, program: self.program, scratch: self.scratch, more };
+        let stage = Stage { roots: self.roots, program, scratch: self.scratch, more };
         let root = match stop {
             Stop::Qemu(suite, _) => self.roots.get(&suite),
             Stop::Reference => None,
@@ -234,87 +319,63 @@ impl Run<'_> {
     }
 }
 
-/// Median, lowest and highest of a figure.
-#[derive(Debug, Clone, Copy)]
-struct Spread {
-    median: f64,
-    low: f64,
-    high: f64,
-}
-
-impl Spread {
-    fn of(values: impl Iterator<Item = f64>) -> Spread {
-        let mut values: Vec<f64> = values.collect();
-        values.sort_by(f64::total_cmp);
-        let middle = values.len() / 2;
-        let median = match values.len() % 2 {
-            0 => (values[middle - 1] + values[middle]) / 2.0,
-            _ => values[middle],
-        };
-        Spread { median, low: values[0], high: values[values.len() - 1] }
-    }
-
-    fn json(self) -> Value {
-        json!({ "median": self.median, "low": self.low, "high": self.high })
-    }
-}
-
 /// Figures of a pairing: 10⁹ bytes per second, and CPU seconds per GiB of guest memory.
 struct Medians {
-    throughput: Spread,
-    source: Spread,
-    destination: Spread,
+    throughput: Summary,
+    source: Summary,
+    destination: Summary,
     /// Source and destination together.
-    both: Spread,
+    both: Summary,
 }
 
 impl Medians {
-    fn of(samples: &[Sample], mib: u32) -> Medians {
+    fn of(samples: &[Sample], mib: u32) -> Option<Medians> {
         let (bytes, gib) = (f64::from(mib) * 1_048_576.0, f64::from(mib) / 1024.0);
-        Medians {
-            throughput: Spread::of(samples.iter().map(|sample| bytes / 1e9 / sample.seconds)),
-            source: Spread::of(samples.iter().map(|sample| sample.source_cpu / gib)),
-            destination: Spread::of(samples.iter().map(|sample| sample.destination_cpu / gib)),
-            both: Spread::of(samples.iter().map(|sample| (sample.source_cpu + sample.destination_cpu) / gib)),
-        }
+        Some(Medians {
+            throughput: Summary::of(samples.iter().map(|sample| bytes / 1e9 / sample.seconds))?,
+            source: Summary::of(samples.iter().map(|sample| sample.source_cpu / gib))?,
+            destination: Summary::of(samples.iter().map(|sample| sample.destination_cpu / gib))?,
+            both: Summary::of(samples.iter().map(|sample| sample.both() / gib))?,
+        })
     }
 
-    /// Throughput, and CPU of the source, of the destination and of both, as multiples of those of QEMU to QEMU.
-    fn ratios(&self, baseline: &Medians) -> [f64; 4] {
-        [
-            self.throughput.median / baseline.throughput.median,
-            self.source.median / baseline.source.median,
-            self.destination.median / baseline.destination.median,
-            self.both.median / baseline.both.median,
-        ]
+    /// How many times as much as `others`, which were taken in the same repetitions.
+    fn ratios(samples: &[Sample], others: &[Sample]) -> Option<Medians> {
+        let of = |figure: fn(&Sample) -> f64| Summary::of_ratios(samples.iter().map(figure), others.iter().map(figure));
+        Some(Medians {
+            throughput: of(|sample| 1.0 / sample.seconds)?,
+            source: of(|sample| sample.source_cpu)?,
+            destination: of(|sample| sample.destination_cpu)?,
+            both: of(Sample::both)?,
+        })
     }
 
-    fn line(&self, name: &str, baseline: &Medians) -> String {
-        let [throughput, source, destination, both] = self.ratios(baseline);
+    fn line(&self) -> String {
         format!(
-            "{name} {:6.3} GB/s ({:.3} to {:.3}) {throughput:5.2}x, CPU-s/GiB source {:.2} {source:5.2}x destination {:.2} \
-             {destination:5.2}x both {:.2} ({:.2} to {:.2}) {both:5.2}x",
+            "{:6.3} GB/s ({:.3} to {:.3}), CPU-s/GiB source {:.2} destination {:.2} both {:.2} ({:.2} to {:.2})",
             self.throughput.median,
-            self.throughput.low,
-            self.throughput.high,
+            self.throughput.min,
+            self.throughput.max,
             self.source.median,
             self.destination.median,
             self.both.median,
-            self.both.low,
-            self.both.high,
+            self.both.min,
+            self.both.max,
         )
     }
 
-    fn json(&self, way: &Way<'_>, pairing: &str, baseline: &Medians) -> Value {
-        let [throughput, source, destination, both] = self.ratios(baseline);
-        json!({
-            "transport": way.transport, "content": way.content.name(),
-            "method": way.multifd.map(|(_, method)| method), "channels": way.multifd.map_or(0, |(channels, _)| channels),
-            "pairing": pairing,
-            "gb_per_s": self.throughput.json(), "source_cpu_s_per_gib": self.source.json(),
-            "destination_cpu_s_per_gib": self.destination.json(), "both_cpu_s_per_gib": self.both.json(),
-            "ratio": { "throughput": throughput, "source_cpu": source, "destination_cpu": destination, "both_cpu": both },
-        })
+    fn ratio_line(&self, of: &str) -> String {
+        format!(
+            "times {of}: throughput {}, CPU source {} destination {} both {}",
+            self.throughput.ratio(),
+            self.source.ratio(),
+            self.destination.ratio(),
+            self.both.ratio(),
+        )
+    }
+
+    fn json(&self) -> Value {
+        json!({ "throughput": self.throughput, "source_cpu": self.source, "destination_cpu": self.destination, "both_cpu": self.both })
     }
 }
 
@@ -342,11 +403,29 @@ mod tests {
     #[test]
     fn medians_and_ratios_are_those_of_the_samples() {
         let sample = |seconds: f64, cpu: f64| Sample { seconds, source_cpu: cpu, destination_cpu: 2.0 * cpu };
-        let slow = Medians::of(&[sample(4.0, 2.0), sample(2.0, 1.0), sample(8.0, 4.0)], 1024);
-        let fast = Medians::of(&[sample(1.0, 1.0), sample(3.0, 1.0)], 1024);
-        assert_eq!((slow.throughput.median, slow.source.low), (1.073_741_824 / 4.0, 1.0));
-        let ratios = fast.ratios(&slow);
-        let expected = [8.0 / 3.0, 0.5, 0.5, 0.5];
-        assert!(ratios.iter().zip(expected).all(|(ratio, expected)| (ratio - expected).abs() < 1e-9), "{ratios:?}");
+        let slow = [sample(4.0, 2.0), sample(2.0, 1.0), sample(8.0, 4.0)];
+        let fast = [sample(1.0, 1.0), sample(1.0, 1.0), sample(4.0, 1.0)];
+        let medians = Medians::of(&slow, 1024).unwrap();
+        assert_eq!((medians.throughput.median, medians.source.min), (1.073_741_824 / 4.0, 1.0));
+        let ratios = Medians::ratios(&fast, &slow).unwrap();
+        let both = Summary { median: 0.5, min: 0.25, max: 1.0, lower_quartile: 0.375, upper_quartile: 0.75 };
+        assert_eq!((ratios.throughput.median, ratios.both), (2.0, both));
+    }
+
+    #[test]
+    fn every_build_takes_its_turn_at_every_place() {
+        let line =
+            |repetition| Pairing::chain(2, repetition).iter().map(Pairing::to_string).collect::<Vec<_>>().join(", ");
+        let (after, before) = ("qemu>ref, ref>ref, ref>qemu", "qemu>ref before, ref>ref before, ref>qemu before");
+        assert_eq!(line(0), format!("qemu>qemu, {after}, {before}"));
+        assert_eq!(line(1), format!("qemu>qemu, {before}, {after}"));
+        assert_eq!(line(2), line(0));
+        // And each leg begins where the one before has ended.
+        let mut here = Stop::Qemu(Suite::Sid, Accel::Kvm);
+        for pairing in Pairing::chain(3, 1) {
+            let from_qemu = matches!(pairing.route, Route::QemuToQemu | Route::QemuToReference);
+            assert_eq!(here != Stop::Reference, from_qemu, "{pairing}");
+            here = pairing.destination(Stop::Qemu(Suite::Sid, Accel::Kvm));
+        }
     }
 }

@@ -41,6 +41,11 @@ impl Monitor {
         }
     }
 
+    /// The reference-vmm at `program`, which the one under judgement is compared with.
+    pub fn other(&self, program: PathBuf) -> Monitor {
+        Monitor { program, leading: Vec::new(), judge: self.judge.clone() }
+    }
+
     /// The same in a network namespace.
     pub(crate) fn inside(&self, namespace: &str) -> Monitor {
         let mut leading = ["netns", "exec", namespace].map(String::from).to_vec();
