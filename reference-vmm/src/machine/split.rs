@@ -81,8 +81,20 @@ pub(super) struct ToVcpu {
     asserted: AtomicBool,
     /// The vector of an interrupt that was taken from the 8259s and not yet by the kernel.
     taken: Mutex<Option<u8>>,
+    /// An interrupt that the kernel has taken, as long as the guest may not have.
+    handed: Mutex<Option<Handed>>,
     vcpus: OnceLock<Weak<[Vcpu]>>,
 }
+
+/// An interrupt that was handed to the kernel. Until the guest is entered it is in none of the states that KVM gives out.
+struct Handed {
+    vector: u8,
+    /// Where the guest was.
+    place: Place,
+}
+
+/// RIP and RSP of a vCPU.
+pub(super) type Place = (u64, u64);
 
 impl ToVcpu {
     pub(super) fn connect(self: &Arc<Self>, vcpus: &Arc<[Vcpu]>) {
@@ -93,6 +105,25 @@ impl ToVcpu {
     /// The machine is reset: an interrupt that was taken and not handed over is no more.
     pub(super) fn forget(&self) {
         *lock(&self.taken) = None;
+        self.delivered();
+    }
+
+    /// The guest was entered, and has got what was handed over.
+    pub(super) fn delivered(&self) {
+        *lock(&self.handed) = None;
+    }
+
+    /// The kernel may still have an interrupt for the guest, so that it would not take another.
+    pub(super) fn is_under_way(&self) -> bool {
+        lock(&self.handed).is_some()
+    }
+
+    /// The vector of an interrupt that a guest has not got that is at `place` now: the 8259s do not have it any more. Of a
+    /// KVM_RUN that was interrupted nobody says whether it entered the guest, but where an interrupt is taken, the guest moves
+    /// on.
+    pub(super) fn undelivered(&self, place: Place) -> Option<u8> {
+        let handed = lock(&self.handed).as_ref().filter(|handed| handed.place == place).map(|handed| handed.vector);
+        handed.or(*lock(&self.taken))
     }
 
     /// Whether there is an interrupt for the vCPU.
@@ -100,16 +131,19 @@ impl ToVcpu {
         self.asserted.load(Ordering::SeqCst) || lock(&self.taken).is_some()
     }
 
-    /// Hands an interrupt over by `inject`, which says whether it was taken; if not, the same one comes again.
+    /// Hands an interrupt over to a guest at `place` by `inject`, which says whether it was taken; if not, the same one comes
+    /// again.
     pub(super) fn hand_over<E>(
         &self,
+        place: Place,
         acknowledge: impl FnOnce() -> u8,
         inject: impl FnOnce(u8) -> std::result::Result<bool, E>,
     ) -> std::result::Result<(), E> {
         let waiting = lock(&self.taken).take();
         let vector = waiting.unwrap_or_else(acknowledge);
-        if !inject(vector)? {
-            *lock(&self.taken) = Some(vector);
+        match inject(vector)? {
+            true => *lock(&self.handed) = Some(Handed { vector, place }),
+            false => *lock(&self.taken) = Some(vector),
         }
         Ok(())
     }
@@ -119,5 +153,46 @@ impl ToVcpu {
         if level && let Some(vcpus) = self.vcpus.get().and_then(Weak::upgrade) {
             vcpus.iter().take(1).for_each(Vcpu::kick);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::convert::Infallible;
+
+    const HLT: Place = (0x1000, 0x8000);
+
+    fn hand_over(line: &ToVcpu, vector: u8, taken: bool) {
+        line.hand_over(HLT, || vector, |_| Ok::<_, Infallible>(taken)).unwrap();
+    }
+
+    #[test]
+    fn an_interrupt_is_undelivered_until_the_guest_was_entered() {
+        let line = ToVcpu::default();
+        hand_over(&line, 0x20, true);
+        // KVM_RUN was interrupted: before the guest was entered, or after.
+        assert_eq!((line.undelivered(HLT), line.undelivered((0x2000, 0x7ff4))), (Some(0x20), None));
+        assert!(line.is_under_way());
+        line.delivered();
+        assert!(!line.is_under_way());
+        assert_eq!(line.undelivered(HLT), None, "it was taken, and the guest is back at the same place");
+    }
+
+    #[test]
+    fn an_interrupt_that_the_kernel_refuses_comes_again() {
+        let line = ToVcpu::default();
+        hand_over(&line, 0x20, false);
+        assert_eq!((line.undelivered(HLT), line.is_asserted()), (Some(0x20), true));
+        hand_over(&line, 0x21, true);
+        assert_eq!(line.undelivered(HLT), Some(0x20), "and no other is taken from the 8259s");
+    }
+
+    #[test]
+    fn a_reset_forgets_them() {
+        let line = ToVcpu::default();
+        hand_over(&line, 0x20, true);
+        line.forget();
+        assert_eq!((line.undelivered(HLT), line.is_under_way()), (None, false));
     }
 }

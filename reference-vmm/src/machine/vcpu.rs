@@ -12,7 +12,7 @@ use vmm_sys_util::signal::{SIGRTMIN, register_signal_handler};
 
 use super::dirty_limit;
 use super::run_control::{RunControl, Stop};
-use super::split::ToVcpu;
+use super::split::{Place, ToVcpu};
 use super::throttle::Brake;
 use crate::devices::{Devices, Request, lock};
 use crate::dirty_log::DirtyLog;
@@ -100,10 +100,16 @@ impl Vcpu {
         self.external.get().into_iter().for_each(|line| line.forget());
     }
 
+    /// The vector of an interrupt that was taken from 8259s that are not in the kernel, and which the guest, which is at
+    /// `place`, has not got.
+    pub(super) fn undelivered(&self, place: Place) -> Option<u8> {
+        self.external.get()?.undelivered(place)
+    }
+
     /// Hands the guest the interrupt of 8259s that are not in the kernel, or asks to be told when it can take one.
     fn inject(&self, fd: &VcpuFd, devices: &Devices) -> Option<Stop> {
         let (line, chips) = self.external.get().zip(devices.split.as_ref())?;
-        if line.is_asserted() && self.run_page.is_ready_for_interrupt() {
+        if line.is_asserted() && self.run_page.is_ready_for_interrupt() && !line.is_under_way() {
             let inject = |vector: u8| {
                 let interrupt = kvm_interrupt { irq: vector.into() };
                 // SAFETY: the call reads one structure.
@@ -116,7 +122,9 @@ impl Vcpu {
                     },
                 }
             };
-            if let Err(error) = line.hand_over(|| chips.acknowledge(), inject) {
+            let handed =
+                fd.get_regs().and_then(|regs| line.hand_over((regs.rip, regs.rsp), || chips.acknowledge(), inject));
+            if let Err(error) = handed {
                 return Some(Stop::Failed { vcpu: self.index, reason: format!("KVM_INTERRUPT: {error}"), rip: 0 });
             }
         }
@@ -171,7 +179,13 @@ impl Vcpu {
     fn enter(&self, fd: &mut VcpuFd, around: &Surroundings) -> (bool, Option<Stop>) {
         let reset = |cause: &str| Some(Stop::Reset { vcpu: self.index, cause: cause.to_owned() });
         let devices = &around.devices;
-        let failure = match fd.run() {
+        let exit = fd.run();
+        if let Some(line) = self.external.get()
+            && !matches!(exit, Ok(VcpuExit::Intr) | Err(_))
+        {
+            line.delivered();
+        }
+        let failure = match exit {
             Ok(VcpuExit::IoIn(port, data)) => {
                 data.chunks_mut(self.run_page.io_size()).for_each(|access| devices.port_in(port, access));
                 return (false, None);

@@ -7,6 +7,8 @@ mod vcpu;
 pub(super) use mce::set_up as set_up_mce;
 pub(super) use vcpu::{enter, saved_msrs};
 
+use kvm_bindings::KVM_MP_STATE_RUNNABLE;
+
 use super::{Machine, vcpu::Vcpu};
 use crate::devices::{Rtc, lock};
 use crate::error::{Error, Result};
@@ -57,6 +59,9 @@ fn read_held(machine: &Machine) -> Result<Held> {
     Ok(Held { clock, pit, tscs, came: false })
 }
 
+/// RSP in the order of [`Registers`](crate::state::Registers).
+const RSP: usize = 4;
+
 /// The machine is paused.
 pub(super) fn save(machine: &Machine) -> Result<MachineState> {
     let held = lock(&machine.held).clone();
@@ -64,6 +69,13 @@ pub(super) fn save(machine: &Machine) -> Result<MachineState> {
     let save_vcpu = |(vcpu, tsc): (&Vcpu, Msr)| {
         let mut state = vcpu::save(&machine.vm, &lock(&vcpu.fd), &machine.saved_msrs)?;
         state.msrs.iter_mut().filter(|msr| msr.index == tsc.index).for_each(|msr| *msr = tsc);
+        if let Some(vector) = vcpu.undelivered((state.regs.rip, state.regs.gpr[RSP]))
+            && !state.events.interrupt_injected
+        {
+            // The 8259s count it as being served: without it the destination would wait for its end for ever.
+            (state.events.interrupt_injected, state.events.interrupt_nr) = (true, vector);
+            state.mp_state = KVM_MP_STATE_RUNNABLE;
+        }
         Ok(state)
     };
     let vcpus = machine.vcpus.iter().zip(tscs).map(save_vcpu).collect::<Result<_>>()?;
