@@ -18,11 +18,14 @@ use crate::descriptors::Descriptors;
 use crate::machine::{Machine, Stop};
 use qevm_migration::dirty_rate::{self, Gauge};
 use qevm_migration::{
-    Address, Guest, GuestError, Job, MigrationError, Mode, NoDescriptors, Notice, Outgoing, RULES, Refused,
-    RestoreProgress, Status, check_transport, migrate,
+    Address, BadCapability, Guest, GuestError, Job, MigrationError, Mode, NoDescriptors, Notice, Outgoing, RULES,
+    Refused, RestoreProgress, Status, check_transport, migrate,
 };
 use qevm_multifd::compression::Compression;
-use qevm_wire::{Profile, QemuVersion, capability::Context};
+use qevm_wire::{
+    Capability, Profile, QemuVersion,
+    capability::{Context, check},
+};
 use serde_json::{Value, json};
 use std::{
     sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, mpsc},
@@ -226,6 +229,11 @@ impl Vmm {
             ..Context::new(RULES)
         };
         let capabilities = self.outgoing.capabilities().with_in(changes, &context)?;
+        if capabilities.mapped_ram && capabilities.postcopy_ram && self.run_state() != RunState::Inmigrate {
+            // Together they say how a guest comes. For one that is to leave, QEMU refuses them.
+            let both = [Capability::MappedRam, Capability::PostcopyRam].into_iter().collect();
+            check(both, &context).map_err(BadCapability::from)?;
+        }
         Ok(self.outgoing.set_capabilities(capabilities)?)
     }
 
