@@ -46,10 +46,11 @@ impl Values {
     /// use qevm_savevm::check::Values;
     /// use qevm_savevm::framing::SectionHeader;
     /// use qevm_savevm::vmdesc::{Node, Scalar, ScalarKind, Value};
+    /// use qevm_wire::CountedString;
     ///
     /// let value = Value::Scalar(Scalar::new(ScalarKind::U32, 4));
     /// let node = Node { name: "ports".into(), type_name: "uint32 equal".into(), offset: 0, len: 4, value };
-    /// let header = SectionHeader { section_id: 1, idstr: "xhci".parse().unwrap(), instance_id: 0, version_id: 1 };
+    /// let header = SectionHeader { section_id: 1, idstr: CountedString::new("xhci").unwrap(), instance_id: 0, version_id: 1 };
     /// let mut values = Values::default();
     /// values.note(&header, &node);
     /// assert!(!values.is_empty());
