@@ -45,7 +45,7 @@ fn send(port: u16, bytes: &[u8]) -> TcpStream {
 }
 
 /// Waits until the migration to `monitor` has this status.
-fn wait_for_status(monitor: &mut Monitor, wanted: &str) -> Value {
+pub(crate) fn wait_for_status(monitor: &mut Monitor, wanted: &str) -> Value {
     let deadline = Instant::now() + PATIENCE;
     loop {
         let migration = monitor.execute("query-migrate", json!({}));

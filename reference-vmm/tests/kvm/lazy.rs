@@ -2,14 +2,14 @@
 
 use std::fs::{self, File};
 use std::path::Path;
-use std::time::Instant;
 
 use reference_vmm::payload::Progress;
 use serde_json::{Value, json};
 
 use crate::Test;
+use crate::incoming::wait_for_status;
 use crate::lifecycle::Monitor;
-use crate::qmp::{PATIENCE, finished, refused};
+use crate::qmp::{finished, refused};
 
 pub(crate) const TESTS: &[Test] = &[
     ("lazy_a_guest_runs_while_its_memory_is_loaded", loaded_ahead),
@@ -41,18 +41,6 @@ fn save(directory: &Path) -> Value {
     uri
 }
 
-fn wait_for(monitor: &mut Monitor, wanted: &str) -> Value {
-    let deadline = Instant::now() + PATIENCE;
-    loop {
-        let migration = monitor.execute("query-migrate", json!({}));
-        if migration["status"] == wanted {
-            return migration;
-        }
-        assert!(Instant::now() < deadline, "{migration}, wanted {wanted}: {}", monitor.said());
-        std::thread::sleep(std::time::Duration::from_millis(5));
-    }
-}
-
 fn loaded_ahead() {
     let directory = tempfile::tempdir().unwrap();
     let uri = save(directory.path());
@@ -66,7 +54,7 @@ fn loaded_ahead() {
         let mut there = Monitor::start(directory.path(), &format!("there{n}"), "", &options);
         capabilities(&mut there, &["mapped-ram", "postcopy-ram"]);
         there.execute("migrate-incoming", uri.clone());
-        let done = wait_for(&mut there, "completed");
+        let done = wait_for_status(&mut there, "completed");
         assert_eq!(done["ram"]["remaining"], 0, "{done}");
         assert_eq!(done["blocked-reasons"], Value::Null);
         assert_eq!(there.status(), "running");
@@ -84,7 +72,7 @@ fn left_in_the_file() {
     let mut there = Monitor::start(directory.path(), "there", "", &options);
     capabilities(&mut there, &["mapped-ram", "postcopy-ram"]);
     there.execute("migrate-incoming", uri);
-    let active = wait_for(&mut there, "postcopy-active");
+    let active = wait_for_status(&mut there, "postcopy-active");
     assert_eq!(there.status(), "running");
     let reason = format!("guest memory is still being loaded from file:{}", directory.path().join("guest").display());
     assert_eq!(active["blocked-reasons"], json!([reason]));
@@ -109,11 +97,11 @@ fn cut_file() {
         capabilities(&mut there, &["mapped-ram", "postcopy-ram"]);
         let uri = json!({ "uri": format!("file:{}", path.display()), "exit-on-error": !stays });
         there.execute("migrate-incoming", uri);
-        wait_for(&mut there, "postcopy-active");
+        wait_for_status(&mut there, "postcopy-active");
         File::options().write(true).open(&path).unwrap().set_len(0x10_0000).unwrap();
         there.execute("cont", json!({}));
         if stays {
-            let failed = wait_for(&mut there, "failed");
+            let failed = wait_for_status(&mut there, "failed");
             assert!(failed["error-desc"].as_str().unwrap().contains("RAM block 'microvm.ram'"), "{failed}");
             assert_eq!(there.status(), "internal-error");
             let why = refused(&mut there.qmp, "cont", json!({}));
