@@ -38,7 +38,7 @@ pub(super) fn read(named: &mut Named, context: &mut Context<'_>) -> Result<Read,
         let (event, read) = match next_event(source, &mut decoder) {
             Ok(Some(next)) => next,
             Ok(None) => {
-                // Bytes behind SHUT are for the decoder to refuse.
+                // Bytes after SHUT are for the decoder to refuse.
                 source.fill(1).map_err(|error| Failure::io(name, at, &error))?;
                 match source.window().is_empty() {
                     true => break,

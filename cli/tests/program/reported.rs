@@ -168,7 +168,7 @@ fn registers_of_32_bits_are_in_the_core() {
     let said = good(&dir, "extract --elf DIR/core.elf FILE", &stream);
     assert!(said.contains("ELF core with 1 CPUs") && !said.contains("not read"), "{said}");
     let core = std::fs::read(dir.path().join("core.elf")).unwrap();
-    // RIP in the PRSTATUS note: behind two program headers, the note's header and name, 112 bytes and 16 registers.
+    // RIP in the PRSTATUS note: after two program headers, the note's header and name, 112 bytes and 16 registers.
     let at = 64 + 2 * 56 + 12 + 8 + 112 + 16 * 8;
     assert_eq!(core[at..at + 8], 0xfff0u64.to_le_bytes());
 }
@@ -194,7 +194,7 @@ fn target_pages_have_the_size_that_the_description_tells() {
     }
 }
 
-/// A libvirt save image of the stream: format, and what is behind its header of 137 bytes.
+/// A libvirt save image of the stream: format, and what follows its header of 137 bytes.
 fn save_image(format: u32, payload: &[u8]) -> Vec<u8> {
     let mut image = b"LibvirtQemudSave".to_vec();
     [2u32, 45, 1, format, 0].iter().for_each(|word| image.extend(word.to_le_bytes()));

@@ -101,7 +101,7 @@ enum Phase {
     Confirming { running: bool, until: Duration },
     /// The guest is here and nowhere else.
     Arrived { running: bool },
-    /// The source is told of a failure.
+    /// The source learns that the migration has failed.
     Failing,
     /// The source may read and close until then.
     Lingering { until: Duration },
@@ -192,7 +192,7 @@ impl Destination {
         self.decoder.end_of_input();
     }
 
-    /// The next bytes of the main channel, so many, are in their place: of a page or of a [mapped block](Action::MappedBlock), or they
+    /// The next `count` bytes of the main channel are in their place: of a page or of a [mapped block](Action::MappedBlock), or they
     /// are of no use.
     ///
     /// # Errors
