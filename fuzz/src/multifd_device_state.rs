@@ -48,7 +48,7 @@ fn read<'a>(channel: &'a [u8], devices: &mut Devices<'a>) {
         again.clear();
         encoder.event(&event, &mut again).expect("what was decoded can be encoded");
         assert_eq!(again.as_bytes(), read);
-        let rest = &channel[decoder.offset() as usize..];
+        let mut rest = &channel[decoder.offset() as usize..];
         if let Event::DeviceState(packet) = &event
             && let Some(payload) = rest.get(..packet.payload_len as usize)
         {
