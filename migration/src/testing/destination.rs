@@ -1,17 +1,21 @@
 //! A driver of the destination's core, over simulated links.
 
-use super::{Link, Memory, Plan, Plant, Random, memory::PAGE, pages::Pages};
+use super::{
+    Link, Memory, Plan, Plant, Random,
+    memory::{BLOCKS, PAGE},
+    pages::Pages,
+};
 use crate::{
     Doubt, LoadError, MigrationError,
     core::{Action, Destination, DestinationOptions, Synchronisation, Turn},
 };
 use qevm_returnpath::Message;
 use qevm_savevm::ram::PageAt;
-use qevm_wire::Writer;
+use qevm_wire::{Profile, Writer};
 use std::{io, time::Duration};
 
 /// How long the main channel may be silent.
-const SILENCE: Duration = Duration::from_secs(20);
+pub(super) const SILENCE: Duration = Duration::from_secs(20);
 
 /// The destination's end.
 pub(super) struct Receiver {
@@ -24,6 +28,8 @@ pub(super) struct Receiver {
     pub(super) over: bool,
     /// SHUT 0 was sent.
     pub(super) told: bool,
+    /// The guest is wholly here, and may run at the source: it is paused, and the operator is told.
+    pub(super) undecided: bool,
     /// Why it failed.
     pub(super) error: Option<String>,
     /// Most bytes that lay in buffers.
@@ -32,6 +38,8 @@ pub(super) struct Receiver {
     sync: Synchronisation,
     input: Vec<u8>,
     pages: Vec<Pages>,
+    /// The blocks in the order in which they were listed.
+    listed: Vec<usize>,
     received: u64,
     random: Random,
     plant: Plant,
@@ -49,26 +57,31 @@ pub(super) struct Receiver {
 
 impl Receiver {
     pub(super) fn new(plan: &Plan) -> Self {
+        let profile = Profile::new(plan.qemu, "microvm");
         let options = DestinationOptions {
             machine_type: "microvm".into(),
-            ram: vec!["microvm.ram".into()],
-            answers: true,
+            ram: BLOCKS.map(String::from).to_vec(),
+            vmdesc: profile.vmdesc,
+            answers: plan.return_path,
+            switchover_ack: profile.switchover_ack.filter(|_| plan.switchover_ack),
             page_channels: plan.channels > 0,
             silence: Some(SILENCE),
             ..DestinationOptions::default()
         };
         Receiver {
-            memory: Memory::new(plan.pages),
+            memory: Memory::new(&plan.blocks),
             work: None,
             runs: false,
             over: false,
             told: false,
+            undecided: false,
             error: None,
             most: 0,
             core: Destination::new(options),
             sync: Synchronisation::new(plan.channels.max(1)),
             input: Vec::new(),
             pages: (0..plan.channels).map(|number| Pages::new(number, plan)).collect(),
+            listed: Vec::new(),
             received: 0,
             random: Random::new(plan.seed ^ 0xd5),
             plant: plan.plant,
@@ -114,6 +127,7 @@ impl Receiver {
                 Some(number) => self.page_channel(number, now, &mut links[channel]),
             };
             if let Err(error) = stepped {
+                self.undecided |= matches!(error, MigrationError::Undecided(_)) && self.plant != Plant::Silent;
                 self.error.get_or_insert_with(|| error.to_string());
                 self.sync.abandon(error.to_string());
                 self.waits = false;
@@ -156,7 +170,8 @@ impl Receiver {
                     let there = (self.input.len() - consumed).min(remaining as usize);
                     let at = PAGE - remaining as usize;
                     let content = &self.input[consumed..consumed + there];
-                    self.memory.page_mut(index(&page))[at..at + there].copy_from_slice(content);
+                    let index = self.index(&page);
+                    self.memory.page_mut(index)[at..at + there].copy_from_slice(content);
                     used += there;
                     self.core.placed(there as u64)?;
                     if self.plant == Plant::EarlyShut && !self.told {
@@ -171,16 +186,21 @@ impl Receiver {
                         continue;
                     }
                 }
-                Action::Zero(page) => self.memory.page_mut(index(&page)).fill(0),
-                Action::Block(block) if block.used_length == (self.memory.pages() * PAGE) as u64 => {
-                    self.core.block_fits();
+                Action::Zero(page) => {
+                    let index = self.index(&page);
+                    self.memory.page_mut(index).fill(0);
                 }
                 Action::Block(block) => {
-                    let expected = (self.memory.pages() * PAGE) as u64;
-                    let kind = LoadError::RamBlockSize { name: block.name, found: block.used_length, expected };
-                    return Err(self.core.refuse(kind));
+                    let number = BLOCKS.iter().position(|name| block.name == **name);
+                    let expected = number.and_then(|number| self.memory.block_len(number)).unwrap_or(0);
+                    let Some(number) = number.filter(|_| block.used_length == expected) else {
+                        let kind = LoadError::RamBlockSize { name: block.name, found: block.used_length, expected };
+                        return Err(self.core.refuse(kind));
+                    };
+                    self.listed.push(number);
+                    self.core.block_fits();
                 }
-                Action::ForgetBlocks => {}
+                Action::ForgetBlocks => self.listed.clear(),
                 Action::Section { idstr, .. } => {
                     self.core.section(if idstr == *"counter" { Ok(()) } else { Err(String::new()) })?;
                 }
@@ -279,8 +299,9 @@ impl Receiver {
         self.most = self.most.max(self.input.len());
         true
     }
-}
 
-fn index(page: &PageAt) -> usize {
-    page.offset as usize / PAGE
+    /// The number of a page, of a block that was listed.
+    fn index(&self, page: &PageAt) -> usize {
+        self.memory.index(self.listed[page.block.0 as usize], page.offset / PAGE as u64)
+    }
 }

@@ -27,8 +27,14 @@ pub struct Link {
     last: Duration,
     /// When the receiver is told of the end.
     end: Option<Duration>,
+    /// The connection broke: the sender learns of it, too.
+    cut: bool,
     /// The receiver has closed.
     refused: bool,
+    /// The receiver has closed before it had read everything, which resets the connection.
+    reset: bool,
+    /// What arrives is dropped unread: the receiver has shut its reading direction down.
+    deaf: bool,
 }
 
 /// Bytes that a link has room for.
@@ -46,7 +52,10 @@ impl Link {
             sent: 0,
             last: Duration::ZERO,
             end: None,
+            cut: false,
             refused: false,
+            reset: false,
+            deaf: false,
         }
     }
 
@@ -73,7 +82,7 @@ impl Link {
                 Some(Fault::Cut(at)) if at < upto => {
                     count = at.saturating_sub(from) as usize;
                     piece.truncate(count);
-                    self.end = Some(self.last);
+                    (self.end, self.cut) = (Some(self.last), true);
                 }
                 Some(Fault::Flip(at, mask)) if (from..upto).contains(&at) => piece[(at - from) as usize] ^= mask,
                 Some(Fault::Stall(at, time)) if at < upto => {
@@ -92,9 +101,15 @@ impl Link {
 
     /// The receiver closes: nothing that is sent arrives any more.
     pub fn refuse(&mut self) {
+        self.reset |= !self.under_way.is_empty();
         self.refused = true;
         self.under_way.clear();
         self.in_flight = 0;
+    }
+
+    /// The receiver reads no more, and does not close: its host takes what comes, and drops it.
+    pub fn deafen(&mut self) {
+        self.deaf = true;
     }
 
     /// The sender closes: what was sent arrives, and then the end.
@@ -117,7 +132,18 @@ impl Link {
             }
         }
         self.in_flight -= arrived.len();
-        arrived
+        if self.deaf { Vec::new() } else { arrived }
+    }
+
+    /// Bytes that the receiver's host does not have; `None` if it never will.
+    pub fn backlog(&self, now: Duration) -> Option<u64> {
+        let late = self.under_way.iter().filter(|(at, _)| *at > now);
+        (!self.cut && !self.reset).then(|| late.map(|(_, piece)| piece.len() as u64).sum())
+    }
+
+    /// Whether the receiver has closed.
+    pub fn is_refused(&self) -> bool {
+        self.refused
     }
 
     /// Whether nothing more comes, and all that came was received.

@@ -1,27 +1,48 @@
 //! A guest that is memory, and its dirty log.
 
 use super::Random;
+use std::ops::Range;
 
 /// Bytes of a page.
 pub(super) const PAGE: usize = 4096;
+/// Names of the RAM blocks, in the order of the stream.
+pub(super) const BLOCKS: [&str; 2] = ["microvm.ram", "pc.bios"];
 
-/// The memory of a guest, and a log of the pages that it has written to.
+/// The memory of a guest, and a log of the pages that it has written to. Pages are numbered through all blocks.
+///
+/// The log is that of KVM with `KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2`: reading it tells what was written to, and resetting takes out what was told.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Memory {
     pages: Vec<Vec<u8>>,
+    /// Pages of each block.
+    blocks: Vec<usize>,
     /// Written to since the bit was reset.
-    dirty: Vec<bool>,
+    written: Vec<bool>,
+    /// Told by the last reading of the log.
+    told: Vec<bool>,
 }
 
 impl Memory {
-    /// So many pages of zeroes, none of them in the log.
-    pub fn new(pages: usize) -> Self {
-        Memory { pages: vec![vec![0; PAGE]; pages], dirty: vec![false; pages] }
+    /// Blocks of so many pages of zeroes, all of which are in the log.
+    pub fn new(blocks: &[usize]) -> Self {
+        let pages = blocks.iter().sum();
+        let (written, told) = (vec![true; pages], vec![false; pages]);
+        Memory { pages: vec![vec![0; PAGE]; pages], blocks: blocks.to_vec(), written, told }
     }
 
     /// How many pages there are.
     pub fn pages(&self) -> usize {
         self.pages.len()
+    }
+
+    /// Bytes of a block; `None` if there is none of this number.
+    pub fn block_len(&self, block: usize) -> Option<u64> {
+        self.blocks.get(block).map(|pages| (pages * PAGE) as u64)
+    }
+
+    /// The number of a page of a block, which lies in it.
+    pub fn index(&self, block: usize, page: u64) -> usize {
+        self.blocks[..block].iter().sum::<usize>() + page as usize
     }
 
     /// The content of a page.
@@ -37,7 +58,7 @@ impl Memory {
     /// The guest writes to a page somewhere, and clears one of five.
     pub fn work(&mut self, random: &mut Random) {
         let page = random.below(self.pages.len() as u64) as usize;
-        self.dirty[page] = true;
+        self.written[page] = true;
         if random.once_in(5) {
             self.pages[page].fill(0);
         } else {
@@ -46,23 +67,51 @@ impl Memory {
         }
     }
 
-    /// All pages are in the log.
-    pub fn log_all(&mut self) {
-        self.dirty.fill(true);
+    /// Reads the log: block, number of the word and the word, as [`DirtyLog::read`](crate::DirtyLog::read).
+    pub fn read_log(&mut self, mut found: impl FnMut(usize, usize, u64)) {
+        self.told.clone_from(&self.written);
+        let mut first = 0;
+        for (block, pages) in self.blocks.iter().enumerate() {
+            for (number, word) in self.told[first..first + pages].chunks(64).enumerate() {
+                found(block, number, word.iter().rev().fold(0, |bits, bit| bits << 1 | u64::from(*bit)));
+            }
+            first += pages;
+        }
     }
 
-    /// The pages in the log.
-    pub fn dirty(&self) -> Vec<usize> {
-        (0..self.pages.len()).filter(|page| self.dirty[*page]).collect()
+    /// Takes what was told of these pages of a block out of the log.
+    pub fn reset(&mut self, block: usize, pages: Range<u64>) {
+        for page in self.index(block, pages.start)..self.index(block, pages.end) {
+            self.written[page] &= !self.told[page];
+        }
     }
 
-    /// Takes a page out of the log.
-    pub fn reset(&mut self, page: usize) {
-        self.dirty[page] = false;
+    /// The pages in which `other` differs.
+    pub fn differences(&self, other: &Memory) -> Vec<usize> {
+        (0..self.pages.len()).filter(|page| self.pages[*page] != other.pages[*page]).collect()
     }
+}
 
-    /// The first page in which `other` differs.
-    pub fn difference(&self, other: &Memory) -> Option<usize> {
-        (0..self.pages.len()).find(|page| self.pages[*page] != other.pages[*page])
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_written_after_a_reading_stays_in_the_log() {
+        let mut memory = Memory::new(&[70, 3]);
+        let words = |memory: &mut Memory| {
+            let mut words = Vec::new();
+            memory.read_log(|block, number, word| words.push((block, number, word)));
+            words
+        };
+        assert_eq!(words(&mut memory), [(0, 0, u64::MAX), (0, 1, 63), (1, 0, 7)]);
+        memory.reset(0, 0..70);
+        assert_eq!(words(&mut memory), [(0, 0, 0), (0, 1, 0), (1, 0, 7)]);
+        let at = memory.index(1, 2);
+        assert_eq!(at, 72);
+        memory.written[65] = true;
+        memory.reset(0, 0..70);
+        memory.reset(1, 2..3);
+        assert_eq!(words(&mut memory), [(0, 0, 0), (0, 1, 2), (1, 0, 3)]);
     }
 }

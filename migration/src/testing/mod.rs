@@ -1,8 +1,9 @@
 //! Migrations in a simulator: both ends in one thread under virtual time, over connections that cut, delay, flip and stall.
 //!
-//! [`migrate`] runs one migration that a seed decides in every detail, and says how it ended or which [`Violation`] it has found. The destination
-//! is the one of [`core`](crate::core); its driver and the source are models here, over a [`Memory`] whose dirty log is that of KVM. A
-//! [`Plant`] puts a known fault in, to show that the simulator finds it.
+//! [`migrate`] runs one migration that a [`Plan`] decides in every detail, and says how it ended or which [`Violation`] it has found. Source and
+//! destination are those of [`core`](crate::core), with drivers of their own over a [`Memory`] whose dirty log is that of KVM: pages on the
+//! main channel or on page channels, with a return path or without, between two of this crate's monitors or as between QEMUs, with an operator
+//! who cancels or lets the guest wait before the switchover. A [`Plant`] puts a known mistake in, to show that the simulator finds it.
 //!
 //! ```
 //! use qevm_migration::testing::{Plan, migrate};
@@ -16,7 +17,9 @@
 mod destination;
 mod link;
 mod memory;
+mod page_sender;
 mod pages;
+mod plan;
 mod random;
 mod simulation;
 mod source;
@@ -25,5 +28,6 @@ mod tests;
 
 pub use link::{Fault, Link};
 pub use memory::Memory;
+pub use plan::{Plan, Plant};
 pub use random::Random;
-pub use simulation::{Ending, Plan, Plant, Violation, migrate};
+pub use simulation::{Ending, Violation, migrate};

@@ -1,6 +1,9 @@
 //! A driver of a page channel's reader, over a simulated link.
 
-use super::{Link, Memory, Plan, Plant, Random, memory::PAGE};
+use super::{
+    Link, Memory, Plan, Plant, Random,
+    memory::{BLOCKS, PAGE},
+};
 use crate::{
     LoadError, MigrationError,
     core::{PageAction, PageChannel, PageTurn, Synchronisation},
@@ -85,7 +88,8 @@ impl Pages {
                 }
                 continue;
             };
-            let length_of = |name: &[u8]| (name == b"microvm.ram").then_some((memory.pages() * PAGE) as u64);
+            let block_of = |name: &[u8]| BLOCKS.iter().position(|block| name == block.as_bytes());
+            let length_of = |name: &[u8]| memory.block_len(block_of(name)?);
             let PageTurn { consumed, action } = core.next(&self.input, length_of)?;
             let mut used = consumed;
             match action {
@@ -95,8 +99,12 @@ impl Pages {
                     }
                 }
                 PageAction::Packet(packet) => {
-                    packet.zero().for_each(|offset| memory.page_mut(offset as usize / PAGE).fill(0));
-                    self.expected = packet.normal().map(|offset| offset as usize / PAGE).collect();
+                    let block = block_of(packet.block_bytes()).unwrap_or(0);
+                    self.expected = packet.normal().map(|offset| memory.index(block, offset / PAGE as u64)).collect();
+                    for offset in packet.zero() {
+                        let index = memory.index(block, offset / PAGE as u64);
+                        memory.page_mut(index).fill(0);
+                    }
                 }
                 PageAction::Payload { remaining } => {
                     if self.input.is_empty() {

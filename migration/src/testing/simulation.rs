@@ -1,44 +1,8 @@
 //! One migration, and what must hold in it.
 
-use super::{
-    Fault, Link, Random,
-    destination::Receiver,
-    source::{Source, State},
-};
+use super::{Link, Plan, destination::Receiver, source::Source};
+use crate::MigrationError;
 use std::time::Duration;
-
-/// A migration in every detail.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Plan {
-    /// Decides what the plan leaves open.
-    pub seed: u64,
-    /// Pages of the guest.
-    pub pages: usize,
-    /// Page channels; none without capability `multifd`.
-    pub channels: u8,
-    /// The source confirms the handover, as one of this crate; otherwise it is like a QEMU.
-    pub confirmed: bool,
-    /// Longest delay on a link.
-    pub delay: Duration,
-    /// What goes wrong on which link: 0 is the main channel, then come the page channels, and last the return path.
-    pub fault: Option<(usize, Fault)>,
-    /// A mistake that the simulator is to find.
-    pub plant: Plant,
-}
-
-/// A known mistake of an engine.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub enum Plant {
-    /// None.
-    #[default]
-    Nothing,
-    /// The channels of the destination do not wait for each other.
-    NoBarrier,
-    /// The destination says that the guest has arrived before the last page has.
-    EarlyShut,
-    /// The source reads a page before it resets its log.
-    ReadBeforeReset,
-}
 
 /// How a migration ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -47,7 +11,8 @@ pub enum Ending {
     Moved,
     /// The guest runs at the source.
     Stayed,
-    /// The guest is at the destination and runs nowhere: an operator decides.
+    /// The guest runs nowhere: one side holds it paused and knows that an operator has to decide (or would, if the connection had two
+    /// directions).
     Paused,
 }
 
@@ -58,17 +23,25 @@ pub enum Violation {
     /// The guest runs twice.
     #[error("the guest runs on both sides")]
     TwoGuests,
-    /// The source was told that the guest has arrived, and it has not.
-    #[error("SHUT 0 was sent while page {page:?} was missing or the source's guest was running")]
-    EarlyShut {
-        /// A page that is not the newest.
-        page: Option<usize>,
+    /// The guest runs nowhere, and nobody says so.
+    #[error("the guest is lost: the source says {source_says:?}, and the destination {destination_says:?}")]
+    Lost {
+        /// The source's error; `None` if it believes that the guest has gone.
+        source_says: Option<String>,
+        /// The destination's.
+        destination_says: Option<String>,
     },
-    /// A page is not the newest, or the device's state is not.
-    #[error("the guest arrived with page {page:?} as it was before")]
+    /// The source was told that the guest has arrived, and it has not.
+    #[error("SHUT 0 was sent while pages {pages:?} were missing or the end of the stream had not been sent")]
+    EarlyShut {
+        /// Pages that are not the newest.
+        pages: Vec<usize>,
+    },
+    /// Pages are not the newest, or the device's state is not.
+    #[error("the guest arrived with pages {pages:?} as they were before")]
     Stale {
-        /// The page; `None` for the device.
-        page: Option<usize>,
+        /// The pages; none of them if it is the device.
+        pages: Vec<usize>,
     },
     /// Too much lies in buffers.
     #[error("{bytes} bytes lie in a buffer")]
@@ -79,117 +52,163 @@ pub enum Violation {
     /// It does not end.
     #[error("the migration has not ended after {} s", .0.as_secs())]
     Endless(Duration),
-    /// Nothing went wrong, and the guest has not moved.
-    #[error("nothing went wrong, and the guest has not moved ({ending:?}): {reason:?}")]
+    /// Nothing went wrong that has to end a migration, and the guest has not moved.
+    #[error("nothing went wrong, and the guest has not moved ({ending:?}): {reasons:?}")]
     NotMoved {
         /// How it ended.
         ending: Ending,
-        /// What the destination says.
-        reason: Option<String>,
+        /// What the source and the destination say.
+        reasons: (Option<String>, Option<String>),
     },
     /// The simulator's own.
-    #[error("the model of the source has failed: {0}")]
-    Model(String),
+    #[error("the driver of the source has failed: {0}")]
+    Driver(String),
 }
 
 /// Longest that a migration may take.
 const LONGEST: Duration = Duration::from_secs(600);
-/// Most bytes that may lie in a buffer: a packet or record, a piece, and some.
+/// Most bytes that may lie in a buffer of the destination: a packet or record, a piece, and some.
 const MOST: usize = 32 << 10;
+/// Most bytes that the source's core may hold for the main channel: zero pages, and a part.
+const MOST_STREAM: usize = 96 << 10;
 /// How long a source takes to go on when it is busy.
 const STEP: Duration = Duration::from_micros(50);
-
-impl Plan {
-    /// The plan of a seed: one of four goes without any fault.
-    pub fn of(seed: u64) -> Self {
-        let mut random = Random::new(seed);
-        let channels = random.below(4) as u8;
-        let pages = 4 + random.below(24) as usize;
-        let confirmed = !random.once_in(3);
-        let delay = Duration::from_micros([50, 2000, 200_000][random.below(3) as usize]);
-        let fault = (!random.once_in(4)).then(|| {
-            let link = random.below(u64::from(channels) + 2) as usize;
-            let is_back = link == usize::from(channels) + 1;
-            let at = if is_back {
-                random.below(40)
-            } else {
-                random.below(pages as u64 * 12_000 / (1 + u64::from(channels)))
-            };
-            let time = Duration::from_millis([100, 5000, 15_000, 90_000][random.below(4) as usize]);
-            // What the destination says is trusted: nothing on the wire would show a flip there.
-            let fault = match random.below(if is_back { 2 } else { 3 }) {
-                0 => Fault::Cut(at),
-                1 => Fault::Stall(at, time),
-                _ => Fault::Flip(at, 1 << random.below(8)),
-            };
-            (link, fault)
-        });
-        Plan { seed, pages, channels, confirmed, delay, fault, plant: Plant::Nothing }
-    }
-}
 
 /// Runs one migration.
 ///
 /// # Errors
 /// What must never happen, and has.
 pub fn migrate(plan: &Plan) -> Result<Ending, Violation> {
-    let count = usize::from(plan.channels) + 2;
-    let link = |number: usize| {
-        let fault = plan.fault.filter(|(at, _)| *at == number).map(|(_, fault)| fault);
-        Link::new(plan.seed.wrapping_mul(31).wrapping_add(number as u64), plan.delay, fault)
-    };
-    let mut links: Vec<Link> = (0..count - 1).map(link).collect();
-    let mut back = link(count - 1);
-    let model = |error: Box<dyn std::error::Error>| Violation::Model(error.to_string());
-    let mut source = Source::new(plan).map_err(model)?;
-    let mut receiver = Receiver::new(plan);
-    let flipped = matches!(plan.fault, Some((_, Fault::Flip(..))));
-    let mut now = Duration::ZERO;
-    loop {
-        let (told, seen) = (receiver.told, source.state);
-        source.step(now, &mut links, &mut back).map_err(model)?;
-        receiver.step(now, &mut links, &mut back);
-        if source.runs() && receiver.runs {
-            return Err(Violation::TwoGuests);
-        }
-        if receiver.most > MOST {
-            return Err(Violation::Memory { bytes: receiver.most });
-        }
-        if receiver.told && !told {
-            let page = source.memory.difference(&receiver.memory);
-            let sent = source.state == State::Sent || seen == State::Sent;
-            if !sent || (page.is_some() && !flipped) {
-                return Err(Violation::EarlyShut { page });
+    let mut simulation = Simulation::new(plan).map_err(driver)?;
+    simulation.run()?;
+    simulation.ending()
+}
+
+fn driver(error: MigrationError) -> Violation {
+    Violation::Driver(error.to_string())
+}
+
+pub(super) struct Simulation<'p> {
+    plan: &'p Plan,
+    pub(super) links: Vec<Link>,
+    back: Link,
+    source: Source,
+    receiver: Receiver,
+    now: Duration,
+    /// The destination had said that the guest has arrived.
+    told: bool,
+}
+
+impl<'p> Simulation<'p> {
+    pub(super) fn new(plan: &'p Plan) -> Result<Self, MigrationError> {
+        let link = |number: usize| {
+            let seed = plan.seed.wrapping_mul(31).wrapping_add(number as u64);
+            Link::new(seed, plan.delay, plan.fault_of(number))
+        };
+        Ok(Simulation {
+            plan,
+            links: (0..plan.back()).map(link).collect(),
+            back: link(plan.back()),
+            source: Source::new(plan)?,
+            receiver: Receiver::new(plan),
+            now: Duration::ZERO,
+            told: false,
+        })
+    }
+
+    /// Goes on until both sides have ended.
+    pub(super) fn run(&mut self) -> Result<(), Violation> {
+        loop {
+            self.step().map_err(driver)?;
+            self.check()?;
+            if self.source.is_over() && self.receiver.over {
+                return Ok(());
+            }
+            self.sleep();
+            if self.now > LONGEST {
+                return Err(Violation::Endless(self.now));
             }
         }
-        if source.is_over() && receiver.over {
-            break;
+    }
+
+    fn step(&mut self) -> Result<(), MigrationError> {
+        self.told = self.receiver.told;
+        self.source.step(self.now, &mut self.links, &mut self.back)?;
+        self.receiver.step(self.now, &mut self.links, &mut self.back);
+        Ok(())
+    }
+
+    /// What holds at all times.
+    fn check(&self) -> Result<(), Violation> {
+        if self.source.runs && self.receiver.runs {
+            return Err(Violation::TwoGuests);
         }
-        let arrivals = links.iter().chain([&back]).filter_map(Link::next);
-        let busy = source.is_busy(&links).then_some(now + STEP);
-        let next = arrivals.chain(receiver.wake()).chain(busy).filter(|next| *next > now).min();
-        // What has arrived already waits for whoever waits for something else.
-        now = match next {
-            Some(next) => next,
-            None => now + Duration::from_millis(1),
+        for (bytes, most) in [(self.receiver.most, MOST), (self.source.most, MOST_STREAM)] {
+            if bytes > most {
+                return Err(Violation::Memory { bytes });
+            }
+        }
+        if self.receiver.told && !self.told {
+            let pages = self.stale();
+            if !self.source.ended || !pages.is_empty() {
+                return Err(Violation::EarlyShut { pages });
+            }
+        }
+        Ok(())
+    }
+
+    /// Until something happens. What has arrived already waits for whoever waits for something else.
+    fn sleep(&mut self) {
+        let arrivals = self.links.iter().chain([&self.back]).filter_map(Link::next);
+        let busy = self.source.is_busy(&self.links).then_some(self.now + STEP);
+        let next = arrivals.chain(self.receiver.wake()).chain(self.source.wake()).chain(busy);
+        let next = next.filter(|next| *next > self.now).min();
+        self.now = next.unwrap_or(self.now + Duration::from_millis(1));
+    }
+
+    /// Pages that are not at the destination as they are at the source, and should be.
+    fn stale(&self) -> Vec<usize> {
+        let mut stale = self.source.memory.differences(&self.receiver.memory);
+        for (link, fault) in &self.plan.faults {
+            let sent = self.links.get(*link).map_or(0, Link::sent);
+            match (fault.flips().filter(|at| *at < sent), self.source.struck(*link)) {
+                (None, _) => {}
+                (Some(_), Some(struck)) => stale.retain(|page| *page != struck),
+                // What is no page's content says where contents go: nobody can tell what has become of them.
+                (Some(_), None) => return Vec::new(),
+            }
+        }
+        stale
+    }
+
+    /// How it has ended.
+    fn ending(self) -> Result<Ending, Violation> {
+        let source_says = self.source.result.as_ref().and_then(|result| result.as_ref().err());
+        let flips = self.plan.faults.iter().any(|(_, fault)| fault.flips().is_some());
+        let ending = match (self.receiver.runs, self.source.runs) {
+            (true, _) => Ending::Moved,
+            (false, true) => Ending::Stayed,
+            (false, false) => Ending::Paused,
         };
-        if now > LONGEST {
-            return Err(Violation::Endless(now));
+        let reasons = || (source_says.map(ToString::to_string), self.receiver.error.clone());
+        let unsettled = matches!(source_says, Some(MigrationError::Unsettled { .. }));
+        // A pipe does not tell that what was read was wrong: the guest stays paused at the source, which believes that it has gone.
+        let untold = !self.plan.return_path && flips;
+        if ending == Ending::Paused && !unsettled && !self.receiver.undecided && !untold {
+            let (source_says, destination_says) = reasons();
+            return Err(Violation::Lost { source_says, destination_says });
         }
-    }
-    let ending = match (receiver.runs, source.runs()) {
-        (true, _) => Ending::Moved,
-        (false, true) => Ending::Stayed,
-        (false, false) => Ending::Paused,
-    };
-    if receiver.runs && !flipped {
-        let page = source.memory.difference(&receiver.memory);
-        if page.is_some() || receiver.work != Some(source.work) {
-            return Err(Violation::Stale { page });
+        // Whoever has the guest has all of it.
+        if self.receiver.runs || (ending == Ending::Paused && !unsettled && !untold) {
+            let pages = self.stale();
+            if !pages.is_empty() || (self.receiver.work != Some(self.source.work) && !flips) {
+                return Err(Violation::Stale { pages });
+            }
         }
+        let may_fail = self.plan.cancel.is_some() || self.plan.faults.iter().any(|(_, fault)| !fault.is_short());
+        if !may_fail && (ending != Ending::Moved || source_says.is_some()) {
+            return Err(Violation::NotMoved { ending, reasons: reasons() });
+        }
+        Ok(ending)
     }
-    if plan.fault.is_none() && ending != Ending::Moved {
-        return Err(Violation::NotMoved { ending, reason: receiver.error });
-    }
-    Ok(ending)
 }

@@ -1,324 +1,413 @@
-//! A source that is a model of precopy: passes over the dirty pages, a switchover, and the last word of the destination.
+//! A driver of the source's core, over simulated links.
 
-use super::{Link, Memory, Plan, Plant, Random, memory::PAGE};
-use crate::handover;
-use qevm_multifd::{ChannelEncoder, EncoderOptions, Init, Pages, Uuid};
-use qevm_returnpath::{Decoder, Event, Message};
-use qevm_savevm::{
-    StreamWriter,
-    command::Command,
-    configuration::Configuration,
-    framing::SectionHeader,
-    ram::{BlockId, RamBlock},
+mod send;
+
+use super::{
+    Link, Memory, Plan, Plant, Random,
+    memory::{BLOCKS, PAGE},
+    page_sender::{PageSender, Work},
 };
-use qevm_wire::{CountedString, Decode, Limits, Step, Writer};
-use std::{collections::VecDeque, error::Error, time::Duration};
+use crate::{
+    Capabilities, DeviceSection, MigrationError, Parameters, ReturnPathError, SavedDevices, Status,
+    connections::Reader,
+    core::{
+        Answers,
+        source::{Action, PageRoute, Sent, SourceCore, SourceOptions, Wake},
+    },
+    multifd::Settings,
+};
+use qevm_returnpath::{Decoder, Event};
+use qevm_wire::{CountedString, Decode, Profile, Step, Writer};
+use send::{Page, Then};
+use std::{collections::VecDeque, io, time::Duration};
 
-/// Id of the `ram` section.
-const RAM: u32 = 2;
-/// The guest is stopped when a pass has found no more pages than this, or after so many passes.
-const FEW: usize = 3;
-const PASSES: u32 = 6;
+/// How long the source waits for the destination's answers and its verdict.
+pub(super) const PATIENCE: Duration = Duration::from_secs(30);
+/// When the operator no longer minds how long the guest is paused.
+const HURRY: Duration = Duration::from_secs(60);
+/// Most that the guest writes to between two steps.
+const WRITES: u64 = 20;
 
 /// The source's end.
 pub(super) struct Source {
     pub(super) memory: Memory,
-    pub(super) state: State,
     /// How often the guest has worked: the state of its device.
     pub(super) work: u64,
-    random: Random,
-    plant: Plant,
-    stream: StreamWriter,
-    encoders: Vec<ChannelEncoder>,
-    /// What each channel has to send, the main channel first.
-    queues: Vec<Writer>,
-    /// Pages of this pass that are left.
-    pass: VecDeque<usize>,
-    passes: u32,
-    packets: u64,
-    answers: Decoder,
+    /// The guest runs here.
+    pub(super) runs: bool,
+    /// How the migration ended.
+    pub(super) result: Option<Result<(), MigrationError>>,
+    /// Some of the end of the stream was sent.
+    pub(super) ended: bool,
+    /// Most bytes that the core had for the main channel.
+    pub(super) most: usize,
+    /// The page whose content a flip on the main channel has struck.
+    struck: Option<usize>,
+    pages: PageSender,
+    core: SourceCore,
+    answers: Option<Answers>,
+    decoder: Decoder,
     heard: Vec<u8>,
-    /// PINGs that were not answered.
-    awaited: usize,
-    /// Nothing goes on before an answer.
-    waits: bool,
-    announce: bool,
-    agreed: bool,
+    /// Something came on the return path, or its end, since the core was asked last.
+    news: bool,
+    doing: Doing,
+    /// What is to be sent on the main channel: bytes, and then pages.
+    queue: Writer,
+    batch: VecDeque<Page>,
+    plan: Plan,
+    parameters: Parameters,
+    random: Random,
+    /// When the guest worked last.
+    worked: Duration,
+    /// The connections were shut down.
+    closed: bool,
+    cancelled: bool,
+    /// It is too late to cancel.
+    committed: bool,
+    /// When the operator lets the switchover happen.
+    go_on: Option<Duration>,
 }
 
-/// What has become of the guest here.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum State {
-    /// It runs, and is sent.
-    Running,
-    /// It is stopped, and the last pages are sent.
-    Stopped,
-    /// Everything was sent.
-    Sent,
-    /// It belongs to the destination.
-    HandedOver,
-    /// The migration has failed, and it runs on.
-    Resumed,
+/// What was begun and is not done.
+enum Doing {
+    /// Nothing.
+    Idle,
+    Waiting {
+        until: Option<Duration>,
+        wake: Wake,
+    },
+    Sending(Then),
+    /// Pages wait for room among those of the page channels.
+    Pushing(Work),
+    Synchronising,
+    Settling,
+    Over,
 }
-
-type Done = Result<(), Box<dyn Error>>;
 
 impl Source {
-    pub(super) fn new(plan: &Plan) -> Result<Self, Box<dyn Error>> {
+    pub(super) fn new(plan: &Plan) -> Result<Self, MigrationError> {
         let mut random = Random::new(plan.seed ^ 0x50);
-        let mut memory = Memory::new(plan.pages);
-        (0..2 * plan.pages).for_each(|_| memory.work(&mut random));
-        memory.log_all();
-        let channels = usize::from(plan.channels);
-        let mut source = Source {
-            memory,
-            state: State::Running,
-            work: 0,
-            random,
-            plant: plan.plant,
-            stream: StreamWriter::default(),
-            encoders: vec![ChannelEncoder::new(EncoderOptions::default()); channels],
-            queues: vec![Writer::new(); channels + 1],
-            pass: VecDeque::new(),
-            passes: 0,
-            packets: 0,
-            answers: Decoder::new(Limits::default()),
-            heard: Vec::new(),
-            awaited: 0,
-            waits: false,
-            announce: plan.confirmed,
-            agreed: false,
+        let mut memory = Memory::new(&plan.blocks);
+        (0..2 * memory.pages()).for_each(|_| memory.work(&mut random));
+        let profile = Profile::new(plan.qemu, "microvm");
+        let flow = profile.switchover_ack.filter(|_| plan.switchover_ack);
+        let capabilities = Capabilities {
+            return_path: plan.return_path,
+            multifd: plan.channels > 0,
+            switchover_ack: flow.is_some(),
+            pause_before_switchover: plan.pause.is_some(),
+            ..Capabilities::default()
         };
-        source.set_up()?;
-        Ok(source)
+        let parameters = Parameters {
+            max_bandwidth: plan.bandwidth,
+            downtime_limit_ms: plan.downtime.as_millis() as u64,
+            multifd_channels: plan.channels.max(1),
+            ..Parameters::default()
+        };
+        let settings = Settings::of(Capabilities { multifd: true, ..capabilities }, &parameters, &profile);
+        let settings = settings.ok_or(MigrationError::NoVerdict)?;
+        let options = SourceOptions {
+            profile,
+            capabilities,
+            machine_type: "microvm".into(),
+            blocks: BLOCKS
+                .iter()
+                .zip(&plan.blocks)
+                .map(|(name, pages)| (name.to_string(), (pages * PAGE) as u64))
+                .collect(),
+            devices: Vec::new(),
+            route: if plan.channels > 0 { PageRoute::Channels } else { PageRoute::Main },
+            reader: if plan.return_path { Reader::Answers } else { Reader::Silent },
+            patience: Some(PATIENCE),
+        };
+        let names = BLOCKS.iter().map(|block| name(block)).collect::<Result<_, _>>()?;
+        Ok(Source {
+            memory,
+            work: 0,
+            runs: true,
+            result: None,
+            ended: false,
+            most: 0,
+            struck: None,
+            pages: PageSender::new(plan, &settings, names)?,
+            core: SourceCore::new(options, parameters.clone()),
+            answers: plan.return_path.then(|| Answers::new(flow, true)),
+            decoder: Decoder::default(),
+            heard: Vec::new(),
+            news: false,
+            doing: Doing::Idle,
+            queue: Writer::new(),
+            batch: VecDeque::new(),
+            plan: plan.clone(),
+            parameters,
+            random,
+            worked: Duration::ZERO,
+            closed: false,
+            cancelled: false,
+            committed: false,
+            go_on: None,
+        })
     }
 
-    /// Goes on as far as it can at this time.
-    pub(super) fn step(&mut self, now: Duration, links: &mut [Link], back: &mut Link) -> Done {
-        if matches!(self.state, State::HandedOver | State::Resumed) {
-            self.flush(now, links);
-            return Ok(());
-        }
-        if !self.listen(now, links, back)? {
-            return Ok(());
-        }
-        self.waits = false;
-        for _ in 0..=self.random.below(8) {
-            if self.queues.iter().any(|queue| queue.len() > 2 * PAGE) || !self.flush(now, links) {
-                break;
-            }
-            self.produce()?;
-        }
-        if !self.flush(now, links) {
-            self.fail(now, links, back);
-        }
-        Ok(())
-    }
-
-    /// Whether the guest runs here.
-    pub(super) fn runs(&self) -> bool {
-        matches!(self.state, State::Running | State::Resumed)
+    /// The page whose content a flip on this link has struck.
+    pub(super) fn struck(&self, link: usize) -> Option<usize> {
+        link.checked_sub(1).map_or(self.struck, |channel| self.pages.struck(channel))
     }
 
     /// Whether there is nothing more to do.
     pub(super) fn is_over(&self) -> bool {
-        matches!(self.state, State::HandedOver | State::Resumed) && self.queues.iter().all(Writer::is_empty)
+        self.result.is_some()
     }
 
     /// Whether there is something to do before anything comes.
     pub(super) fn is_busy(&self, links: &[Link]) -> bool {
-        let mut queues = self.queues.iter().zip(links);
-        let full = self.queues.iter().any(|queue| queue.len() > 2 * PAGE);
-        let produces = matches!(self.state, State::Running | State::Stopped) && !self.waits && !full;
-        produces || queues.any(|(queue, link)| !queue.is_empty() && link.has_room())
+        match &self.doing {
+            Doing::Over => false,
+            Doing::Idle => true,
+            Doing::Sending(_) if links[0].has_room() => true,
+            Doing::Pushing(_) if self.pages.has_room() || self.pages.broken => true,
+            Doing::Synchronising if self.pages.is_synchronised() || self.pages.broken => true,
+            _ => self.pages.is_busy(&links[1..]),
+        }
     }
 
-    fn set_up(&mut self) -> Done {
-        for (number, (encoder, queue)) in (0..).zip(self.encoders.iter_mut().zip(&mut self.queues[1..])) {
-            encoder.init(&Init::new(Uuid::default(), number), queue)?;
-        }
-        self.stream.header(Some(&Configuration::new("microvm")))?;
-        self.stream.command(Command::OpenReturnPath)?;
-        self.ping(1)?;
-        if self.announce {
-            self.ping(handover::ANNOUNCE)?;
-        }
-        let ram = SectionHeader { section_id: RAM, idstr: name("ram")?, instance_id: 0, version_id: 4 };
-        self.stream.section_start(&ram)?;
-        self.stream.ram_setup([RamBlock::new(name("microvm.ram")?, (self.memory.pages() * PAGE) as u64)])?;
-        self.synchronise()?;
-        self.end_section()
-    }
-
-    fn ping(&mut self, value: u32) -> Done {
-        self.awaited += 1;
-        Ok(self.stream.command(Command::Ping(value))?)
-    }
-
-    /// Reads the return path. False if the migration is over.
-    fn listen(&mut self, now: Duration, links: &mut [Link], back: &mut Link) -> Result<bool, Box<dyn Error>> {
-        self.heard.extend(back.receive(now, usize::MAX));
-        while let Step::Event { consumed, event: Event::Message(message) } = self.answers.next(&self.heard)? {
-            self.heard.drain(..consumed);
-            match (message, self.state) {
-                (Message::Pong { value }, _) => {
-                    self.agreed |= value == handover::AGREED;
-                    self.awaited = self.awaited.saturating_sub(1);
-                }
-                (Message::Shut { status: 0 }, State::Sent) => {
-                    self.state = State::HandedOver;
-                    if self.agreed {
-                        self.queues[0].bytes(&handover::confirmation()?);
-                    }
-                    self.flush(now, links);
-                    return Ok(false);
-                }
-                _ => {
-                    self.fail(now, links, back);
-                    return Ok(false);
-                }
-            }
-        }
-        if back.has_ended(now) {
-            self.fail(now, links, back);
-            return Ok(false);
-        }
-        Ok(true)
-    }
-
-    /// The migration has failed.
-    fn fail(&mut self, now: Duration, links: &mut [Link], back: &mut Link) {
-        self.state = State::Resumed;
-        self.queues.iter_mut().for_each(Writer::clear);
-        links.iter_mut().for_each(|link| link.close(now));
-        back.refuse();
-    }
-
-    /// The next piece of work.
-    fn produce(&mut self) -> Done {
-        if self.state == State::Sent {
-            return Ok(());
-        }
-        if let Some(page) = self.pass.pop_front() {
-            self.page(page)?;
-            if self.pass.is_empty() {
-                self.end_pass()?;
-            }
-            return Ok(());
-        }
-        let dirty = self.memory.dirty();
-        let ready = self.awaited == 0;
-        if dirty.len() <= FEW || self.passes >= PASSES {
-            if !ready {
-                // The destination does not answer yet; the guest works on.
-                self.works();
-                self.waits = true;
-                return Ok(());
-            }
-            self.state = State::Stopped;
-            self.stream.section_end(RAM)?;
-        } else {
-            self.stream.section_part(RAM)?;
-        }
-        self.passes += 1;
-        self.pass = self.memory.dirty().into();
-        if self.pass.is_empty() { self.end_pass() } else { self.take_stream() }
-    }
-
-    fn page(&mut self, page: usize) -> Done {
-        let content = if self.plant == Plant::ReadBeforeReset {
-            let content = self.memory.page(page).to_vec();
-            (0..4).for_each(|_| self.works());
-            self.memory.reset(page);
-            content
-        } else {
-            self.works();
-            self.memory.reset(page);
-            self.works();
-            self.memory.page(page).to_vec()
+    /// When it must be woken if nothing comes.
+    pub(super) fn wake(&self) -> impl Iterator<Item = Duration> {
+        let until = match self.doing {
+            Doing::Waiting { until, .. } => until,
+            _ => None,
         };
-        self.works();
-        let (offset, zero) = ((page * PAGE) as u64, content.iter().all(|byte| *byte == 0));
-        if self.encoders.is_empty() || (zero && self.random.once_in(2)) {
-            match zero {
-                true => self.stream.zero_page(BlockId(0), offset)?,
-                false => {
-                    self.stream.page_header(BlockId(0), offset)?;
-                    self.stream.payload(&content)?;
-                }
+        let cancel = self.plan.cancel.filter(|_| !self.cancelled);
+        until.into_iter().chain(self.go_on).chain(cancel).filter(|_| !self.is_over())
+    }
+
+    /// Goes on as far as it can at this time.
+    pub(super) fn step(&mut self, now: Duration, links: &mut [Link], back: &mut Link) -> Result<(), MigrationError> {
+        self.works_until(now);
+        if self.is_over() {
+            return Ok(());
+        }
+        self.listen(now, links, back);
+        self.obey(now, links, back);
+        for _ in 0..=self.random.below(8) {
+            if self.plan.channels > 0 {
+                self.pages.step(now, &mut links[1..], &self.memory, &mut self.random)?;
             }
-            return self.take_stream();
+            self.go_on(now, links, back)?;
         }
-        let channel = self.random.below(self.encoders.len() as u64) as usize;
-        let (block, packet_num) = (name("microvm.ram")?, self.packets);
-        self.packets += 1;
-        let (normal, zeroes) = if zero { (vec![], vec![offset]) } else { (vec![offset], vec![]) };
-        let pages = Pages { block: &block, normal: &normal, zero: &zeroes, packet_num };
-        let queue = &mut self.queues[channel + 1];
-        self.encoders[channel].pages(&pages, (normal.len() * PAGE) as u64, queue)?;
-        if !zero {
-            queue.bytes(&content);
-        }
-        Ok(())
-    }
-
-    fn end_pass(&mut self) -> Done {
-        self.synchronise()?;
-        self.end_section()?;
-        if self.state == State::Stopped {
-            let device = SectionHeader { section_id: RAM + 1, idstr: name("counter")?, instance_id: 0, version_id: 1 };
-            self.stream.section_full(&device, &self.work.to_be_bytes())?;
-            self.stream.eof()?;
-            self.state = State::Sent;
-            self.take_stream()?;
-        }
-        Ok(())
-    }
-
-    /// All page channels and the main channel.
-    fn synchronise(&mut self) -> Done {
-        for (encoder, queue) in self.encoders.iter_mut().zip(&mut self.queues[1..]) {
-            encoder.sync(self.packets, queue)?;
-            self.packets += 1;
-        }
-        if !self.encoders.is_empty() {
-            self.stream.multifd_flush()?;
-        }
-        Ok(())
-    }
-
-    fn end_section(&mut self) -> Done {
-        self.stream.eos()?;
-        self.stream.footer()?;
-        self.take_stream()
-    }
-
-    fn take_stream(&mut self) -> Done {
-        self.queues[0].bytes(&self.stream.take());
         Ok(())
     }
 
     /// The guest works, if it runs.
+    fn works_until(&mut self, now: Duration) {
+        let writes = (now - self.worked).as_micros() / self.plan.work.as_micros().max(1);
+        if writes > 0 {
+            self.worked = now;
+            (0..WRITES.min(writes as u64)).for_each(|_| self.works());
+        }
+    }
+
     fn works(&mut self) {
-        if self.runs() && self.random.once_in(3) {
+        if self.runs {
             self.work += 1;
             self.memory.work(&mut self.random);
         }
     }
 
-    /// Sends what there is room for; false if a link is down.
-    fn flush(&mut self, now: Duration, links: &mut [Link]) -> bool {
-        let mut stand = true;
-        for (queue, link) in self.queues.iter_mut().zip(links) {
-            if !queue.is_empty() && link.has_room() {
-                stand &= link.send(now, queue.as_bytes());
-                queue.clear();
+    /// Reads the return path.
+    fn listen(&mut self, now: Duration, links: &mut [Link], back: &mut Link) {
+        let Some(answers) = &mut self.answers else { return };
+        let (arrived, had_ended) = (back.receive(now, usize::MAX), answers.has_ended());
+        self.news |= !arrived.is_empty();
+        self.heard.extend(arrived);
+        while !answers.has_verdict() {
+            let offset = self.decoder.offset();
+            match self.decoder.next(&self.heard) {
+                Ok(Step::Event { consumed, event: Event::Message(message) }) => {
+                    self.heard.drain(..consumed);
+                    answers.message(message, offset);
+                }
+                Err(error) => answers.fail(error.map(ReturnPathError::from).into()),
+                _ => break,
             }
         }
-        stand
+        if back.has_ended(now) {
+            match answers.has_verdict() {
+                true if answers.has_ended() => {}
+                true => answers.end(Ok(())),
+                false => answers.fail(MigrationError::NoVerdict),
+            }
+        }
+        self.news |= answers.has_ended() != had_ended;
+        if answers.has_failed() {
+            self.close(now, links, back);
+        }
+    }
+
+    /// The operator's word comes when it is time.
+    fn obey(&mut self, now: Duration, links: &mut [Link], back: &mut Link) {
+        if now > HURRY {
+            // The guest writes faster than the link carries, perhaps.
+            self.core.set_parameters(Parameters { downtime_limit_ms: 2_000_000, ..self.parameters.clone() });
+        }
+        if self.go_on.is_some_and(|go_on| now >= go_on) {
+            self.go_on = None;
+            self.core.let_switch_over();
+            if matches!(self.doing, Doing::Waiting { wake: Wake::Continue, .. }) {
+                self.doing = Doing::Idle;
+            }
+        }
+        if self.plan.cancel.is_some_and(|cancel| now >= cancel) && !self.cancelled && !self.committed {
+            self.cancelled = true;
+            self.core.cancel();
+            self.close(now, links, back);
+            if matches!(self.doing, Doing::Waiting { .. }) {
+                self.doing = Doing::Idle;
+            }
+        }
+    }
+
+    /// Shuts all connections down.
+    fn close(&mut self, now: Duration, links: &mut [Link], back: &mut Link) {
+        self.closed = true;
+        links.iter_mut().for_each(|link| link.close(now));
+        back.deafen();
+    }
+
+    /// Goes on with what was begun, or begins the next.
+    fn go_on(&mut self, now: Duration, links: &mut [Link], back: &mut Link) -> Result<(), MigrationError> {
+        match std::mem::replace(&mut self.doing, Doing::Idle) {
+            Doing::Over => self.doing = Doing::Over,
+            Doing::Idle => {
+                self.news = false;
+                let action = self.core.poll(now, self.answers.as_mut());
+                self.most = self.most.max(self.core.stream().bytes().len());
+                self.perform(action, now, links, back)?;
+            }
+            Doing::Waiting { until, wake } => {
+                let heard = wake == Wake::Answers && self.news;
+                if !heard && until.is_none_or(|until| now < until) {
+                    self.doing = Doing::Waiting { until, wake };
+                }
+            }
+            Doing::Sending(then) => self.send(then, now, links)?,
+            Doing::Pushing(_) | Doing::Synchronising if self.pages.broken || self.closed => {
+                self.fail("pages on a page channel", now);
+            }
+            Doing::Pushing(work) if self.pages.has_room() => self.pages.push(work),
+            Doing::Synchronising if self.pages.is_synchronised() => {}
+            Doing::Settling if self.closed => self.core.settled(Err(io::ErrorKind::ConnectionReset.into())),
+            Doing::Settling if back.has_ended(now) || links[0].is_refused() => {
+                let taken = links[0].backlog(now) == Some(0);
+                self.core.settled(if taken { Ok(()) } else { Err(io::ErrorKind::ConnectionReset.into()) });
+            }
+            doing => self.doing = doing,
+        }
+        if self.plan.channels > 0 {
+            self.core.sent(self.pages.take_sent());
+        }
+        Ok(())
+    }
+
+    fn perform(
+        &mut self,
+        action: Action,
+        now: Duration,
+        links: &mut [Link],
+        back: &mut Link,
+    ) -> Result<(), MigrationError> {
+        match action {
+            Action::ReadLog if self.plan.plant == Plant::NoLastReading && !self.runs => {}
+            Action::ReadLog => self.memory.read_log(|block, number, word| self.core.found(block, number, word)),
+            Action::Reset(ranges) => {
+                ranges.into_iter().for_each(|range| self.memory.reset(range.block, range.pages));
+            }
+            Action::Send { .. } => self.doing = Doing::Sending(Then::Sent(Sent::default())),
+            Action::Pages(batch) => {
+                let pages = batch.runs.iter().flat_map(|run| run.pages.clone().map(|page| (run.block, page)));
+                let pages: Vec<_> = pages.collect();
+                let mut contents = vec![None; pages.len()];
+                if self.plan.plant == Plant::ReadBeforeReset {
+                    let read =
+                        |(block, page): &(usize, u64)| self.memory.page(self.memory.index(*block, *page)).to_vec();
+                    contents = pages.iter().map(|page| Some(read(page))).collect();
+                    (0..4).for_each(|_| self.works());
+                }
+                for range in batch.resets {
+                    self.memory.reset(range.block, range.pages);
+                }
+                self.pages(pages, contents)?;
+            }
+            Action::SyncChannels => {
+                self.pages.synchronise();
+                self.doing = Doing::Synchronising;
+            }
+            Action::MeasureBacklog { all } => {
+                let links = links.iter().take(if all { usize::MAX } else { 1 });
+                match links.map(|link| link.backlog(now)).sum() {
+                    Some(bytes) if !self.closed => self.core.backlog(bytes),
+                    None if self.plan.plant == Plant::Silent => self.core.backlog(0),
+                    _ => self.fail("what is on the way already", now),
+                }
+            }
+            Action::Pause => {
+                self.core.paused(self.runs);
+                self.runs = false;
+            }
+            Action::Status(Status::PreSwitchover) => self.go_on = self.plan.pause.map(|pause| now + pause),
+            Action::SaveDevices { .. } => {
+                let (idstr, body) = (name("counter")?, self.work.to_be_bytes().to_vec());
+                let section = DeviceSection { idstr, instance_id: 0, version_id: 1, body };
+                self.core.devices_saved(SavedDevices::opaque(vec![section]));
+            }
+            Action::SendEnd => {
+                self.doing = Doing::Sending(Then::Ended { before: links[0].sent() });
+            }
+            Action::Settle => {
+                links.iter_mut().for_each(|link| link.close(now));
+                self.doing = Doing::Settling;
+            }
+            Action::Commit => {
+                self.committed = !self.cancelled;
+                self.core.committed(if self.cancelled { Err(MigrationError::Cancelled) } else { Ok(()) });
+            }
+            Action::Confirm(bytes) => {
+                self.queue.bytes(&bytes);
+                self.doing = Doing::Sending(Then::Confirmed);
+            }
+            Action::Wait { until, wake } => self.doing = Doing::Waiting { until, wake },
+            Action::Close => self.close(now, links, back),
+            Action::Resume => {
+                self.runs = true;
+                self.core.resumed(Ok(()));
+            }
+            Action::LeaveGuest => self.runs = self.plan.plant == Plant::GoesOn,
+            Action::Activate => self.core.resumed(Ok(())),
+            Action::End(result) => {
+                self.result = Some(result);
+                links.iter_mut().for_each(|link| link.close(now));
+                self.doing = Doing::Over;
+            }
+            // The rest concerns a log that is always kept, devices and files that are not here, and reports.
+            _ => {}
+        }
+        Ok(())
+    }
+
+    /// What was being done cannot be done.
+    fn fail(&mut self, doing: &'static str, now: Duration) {
+        self.queue.clear();
+        self.batch.clear();
+        self.doing = Doing::Idle;
+        self.core.failed(broken(doing), now, self.answers.is_some());
     }
 }
 
-fn name(name: &str) -> Result<CountedString, Box<dyn Error>> {
-    CountedString::new(name).ok_or_else(|| "a name is 1 to 255 bytes long".into())
+fn broken(doing: &'static str) -> MigrationError {
+    MigrationError::Send { doing, source: io::ErrorKind::BrokenPipe.into() }
+}
+
+fn name(name: &str) -> Result<CountedString, MigrationError> {
+    let long = || MigrationError::guest("name a section or RAM block")("the name is too long".into());
+    CountedString::new(name).ok_or_else(long)
 }

@@ -1,6 +1,6 @@
 //! What the simulator finds, and what it does not.
 
-use super::*;
+use super::{simulation::Simulation, *};
 use std::{collections::HashMap, time::Duration};
 
 /// Migrations of `make test`; the target `simulate` runs a million.
@@ -12,54 +12,104 @@ fn runs() -> u64 {
 
 #[test]
 fn simulated_migrations_keep_every_promise() {
-    let mut endings: HashMap<(Option<&str>, Ending), u64> = HashMap::new();
+    let mut endings: HashMap<(&str, Ending), u64> = HashMap::new();
     for seed in 0..runs() {
         let plan = Plan::of(seed);
         let ending = migrate(&plan).unwrap_or_else(|violation| panic!("{violation}: {plan:?}"));
-        let fault = plan.fault.map(|(_, fault)| match fault {
-            Fault::Cut(_) => "cut",
-            Fault::Flip(..) => "flip",
-            Fault::Stall(..) => "stall",
-        });
-        *endings.entry((fault, ending)).or_default() += 1;
+        let trouble = match (&plan.faults[..], plan.cancel) {
+            ([], None) => "none",
+            ([], Some(_)) => "cancelled",
+            ([(_, Fault::Cut(_))], None) => "cut",
+            ([(_, Fault::Flip(..))], None) => "flip",
+            ([(_, Fault::Stall(..))], None) => "stall",
+            _ => "several",
+        };
+        *endings.entry((trouble, ending)).or_default() += 1;
     }
-    // The faults hit: each of them ends migrations, and none ends all. Most flips hit the content of a page, which nothing protects.
-    let count = |fault, ending| endings.get(&(fault, ending)).copied().unwrap_or(0);
-    for (fault, least) in [("cut", runs() / 100), ("flip", runs() / 1000), ("stall", runs() / 100)] {
-        let (moved, stayed) = (count(Some(fault), Ending::Moved), count(Some(fault), Ending::Stayed));
-        assert!(moved > least && stayed > least, "{fault}: {endings:?}");
+    // The troubles matter: each of them ends migrations, and none ends all. Most flips hit the content of a page, which nothing protects.
+    let count = |trouble, ending| endings.get(&(trouble, ending)).copied().unwrap_or(0);
+    for (trouble, least) in [("cut", 200), ("flip", 2000), ("stall", 200), ("cancelled", 200), ("several", 100)] {
+        let (moved, stayed) = (count(trouble, Ending::Moved), count(trouble, Ending::Stayed));
+        assert!(moved > runs() / least && stayed > runs() / least, "{trouble}: {endings:?}");
     }
-    assert!(count(Some("cut"), Ending::Paused) + count(Some("stall"), Ending::Paused) > 0, "{endings:?}");
+    assert!(count("none", Ending::Moved) > runs() / 10, "{endings:?}");
+    assert!(count("cut", Ending::Paused) + count("stall", Ending::Paused) > 0, "{endings:?}");
 }
 
-/// How many of so many plans find a planted mistake, without any fault of the links.
-fn found(plant: Plant, channels: u8, violation: impl Fn(&Violation) -> bool) -> usize {
-    let plan = |seed| Plan { plant, channels, fault: None, ..Plan::of(seed) };
+/// How many of so many plans find a planted mistake.
+fn found(plan: impl Fn(u64) -> Plan, violation: impl Fn(&Violation) -> bool) -> usize {
     (0..200).filter(|seed| migrate(&plan(*seed)).is_err_and(|found| violation(&found))).count()
+}
+
+/// A migration in which nothing goes wrong but what is planted.
+fn quiet(plant: Plant, channels: u8) -> impl Fn(u64) -> Plan {
+    let (delay, work) = (Duration::from_micros(2000), Duration::from_micros(200));
+    move |seed| {
+        let plan = Plan::of(seed);
+        let return_path = channels > 0 || plan.return_path;
+        Plan { plant, channels, return_path, faults: Vec::new(), cancel: None, pause: None, delay, work, ..plan }
+    }
+}
+
+fn is_stale(violation: &Violation) -> bool {
+    matches!(violation, Violation::Stale { .. })
+        || matches!(violation, Violation::EarlyShut { pages } if !pages.is_empty())
 }
 
 #[test]
 fn a_destination_without_a_barrier_is_found() {
-    let stale =
-        |violation: &Violation| matches!(violation, Violation::EarlyShut { page: Some(_) } | Violation::Stale { .. });
-    let count = found(Plant::NoBarrier, 3, stale);
+    let count = found(quiet(Plant::NoBarrier, 3), is_stale);
     assert!(count > 20, "{count}");
 }
 
 #[test]
 fn a_last_word_before_the_last_page_is_found() {
-    let count = found(Plant::EarlyShut, 0, |violation| matches!(violation, Violation::EarlyShut { .. }));
+    let plan = |seed| Plan { return_path: true, ..quiet(Plant::EarlyShut, 0)(seed) };
+    let count = found(plan, |violation| matches!(violation, Violation::EarlyShut { .. }));
     assert!(count > 150, "{count}");
 }
 
 #[test]
 fn a_page_that_is_read_before_its_log_is_reset_is_found() {
-    let stale =
-        |violation: &Violation| matches!(violation, Violation::EarlyShut { page: Some(_) } | Violation::Stale { .. });
     for channels in [0, 2] {
-        let count = found(Plant::ReadBeforeReset, channels, stale);
+        let count = found(quiet(Plant::ReadBeforeReset, channels), is_stale);
         assert!(count > 20, "{channels} page channels: {count}");
     }
+}
+
+#[test]
+fn a_log_that_is_not_read_after_the_pause_is_found() {
+    for channels in [0, 2] {
+        let count = found(quiet(Plant::NoLastReading, channels), is_stale);
+        assert!(count > 20, "{channels} page channels: {count}");
+    }
+}
+
+/// A migration whose return path breaks somewhere.
+fn cut_off(plant: Plant, confirmed: bool) -> impl Fn(u64) -> Plan {
+    move |seed| {
+        let faults = vec![(1, Fault::Cut(20 + seed % 20))];
+        Plan { return_path: true, confirmed, faults, ..quiet(plant, 0)(seed) }
+    }
+}
+
+#[test]
+fn a_source_that_goes_on_though_the_guest_may_have_gone_is_found() {
+    let count = found(cut_off(Plant::GoesOn, false), |violation| *violation == Violation::TwoGuests);
+    assert!(count > 20, "{count}");
+}
+
+#[test]
+fn a_guest_that_nobody_has_is_found() {
+    // The confirmation is the last that is sent on the main channel, and gets lost.
+    let plan = |seed| {
+        let plan = Plan { return_path: true, confirmed: true, ..quiet(Plant::Silent, 0)(seed) };
+        let mut whole = Simulation::new(&plan).unwrap();
+        whole.run().unwrap();
+        Plan { faults: vec![(0, Fault::Cut(whole.links[0].sent() - 1 - seed % 9))], ..plan }
+    };
+    let count = found(plan, |violation| matches!(violation, Violation::Lost { .. }));
+    assert!(count > 20, "{count}");
 }
 
 #[test]
