@@ -95,7 +95,7 @@ fn a_device_that_never_shrinks_is_named_and_the_guest_goes_on() {
 fn a_migration_with_a_device_that_is_cut_leaves_the_guest_at_the_source() {
     let behaviour = Behaviour { precopy: 200_000, stopcopy: 50_000, ..Behaviour::default() };
     // Two pages of three are sent in full, and all of the device: no run is shorter.
-    for place in (0..700_000).step_by(30_011) {
+    for place in [0, 30_011, 350_003, 699_001] {
         let mut pair = pair(behaviour);
         let outcome = pair.run(Faults { cut_at: Some(place), ..Faults::default() });
         pair.assert_stayed(&outcome);

@@ -295,10 +295,10 @@ fn the_capability_on_one_side_only_is_named() {
 }
 
 #[test]
-fn a_page_channel_that_breaks_anywhere_leaves_the_guest_running_at_the_source() {
+fn a_page_channel_that_breaks_leaves_the_guest_running_at_the_source() {
     let mut cut = 0;
-    let early = (0..INIT).step_by(9);
-    let places = early.chain((64..4000).step_by(331)).chain((4000..400_000).step_by(17_011));
+    // A few places, with threads and sockets; `testing` has all of them.
+    let places = [0, 9, INIT, 3001, 100_003, 300_007].into_iter();
     // How much goes over one of three channels is up to the scheduler; all goes over the only one.
     let rows = places.map(|place| (3, 1, place)).chain([64, 30_011, 300_007].map(|place| (1, 0, place)));
     for (return_path, (channels, channel, place)) in
@@ -314,7 +314,7 @@ fn a_page_channel_that_breaks_anywhere_leaves_the_guest_running_at_the_source() 
         }
         pair.assert_stayed(&outcome);
         cut += 1;
-        if cut % 10 == 0 {
+        if cut % 4 == 0 {
             pair.renew_destination();
             let again = pair.go(&Plan::default());
             pair.assert_moved(&again);
@@ -324,7 +324,7 @@ fn a_page_channel_that_breaks_anywhere_leaves_the_guest_running_at_the_source() 
 
 #[test]
 fn cancelling_ends_all_channels() {
-    for (channels, place) in (0..300_000).step_by(9001).flat_map(|place| [(1, place), (2, place)]) {
+    for (channels, place) in [0, 9001, 150_003, 290_011].into_iter().flat_map(|place| [(1, place), (2, place)]) {
         let pair = Pair::new(200).multifd(channels, Compression::None);
         let (job, called) = (pair.job.clone(), Arc::new(AtomicBool::new(false)));
         let calling = called.clone();

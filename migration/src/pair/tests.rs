@@ -128,23 +128,12 @@ fn a_paused_guest_moves_and_stays_paused() {
     pair.source.assert_same_memory(&pair.destination);
 }
 
-/// The length of a stream of [`Pair::new`]`(60)`. How many rounds there are depends on the clock, but a guest that writes nothing needs
-/// one, so that no stream is shorter.
-fn shortest_stream(return_path: bool) -> u64 {
-    let pair = Pair::new(60).return_path(return_path);
-    pair.source.pause().unwrap();
-    pair.run(Faults::default()).written
-}
-
-/// The connection is cut at hundreds of places of the stream.
+/// A few places, with threads and sockets; [`testing`](crate::testing) has all of them.
 #[test]
 fn a_cut_connection_leaves_the_guest_running_at_the_source() {
-    let (shortest, total) = (shortest_stream(true), Pair::new(60).run(Faults::default()).written);
-    let places = (0..400).chain((400..total + 400).step_by(1009)).chain(total.saturating_sub(400)..total + 100);
-    // Places that every stream has.
-    let certain = 400 + (400..shortest).step_by(1009).count();
+    let total = Pair::new(60).run(Faults::default()).written;
     let mut cut = 0;
-    for place in places {
+    for place in [0, 3, 300, 100_000, total - CONFIRMATION - 400, total - 2, total - 1] {
         let mut pair = Pair::new(60);
         let outcome = pair.run(Faults { cut_at: Some(place), ..Faults::default() });
         // How long a stream is depends on how many rounds the clock makes of it.
@@ -162,21 +151,19 @@ fn a_cut_connection_leaves_the_guest_running_at_the_source() {
             (false, _) => {
                 pair.assert_stayed(&outcome);
                 cut += 1;
-                if place % 50 == 0 {
-                    pair.renew_destination();
-                    let again = pair.run(Faults::default());
-                    pair.assert_moved(&again);
-                }
+                pair.renew_destination();
+                let again = pair.run(Faults::default());
+                pair.assert_moved(&again);
             }
         }
     }
-    assert!(cut >= certain, "only {cut} places were before the end");
+    // A guest that writes nothing needs one round, which is longer than that.
+    assert!(cut >= 4, "only {cut} places were before the end");
 }
 
 #[test]
 fn without_a_return_path_a_destination_that_misses_something_never_runs() {
-    let total = shortest_stream(false);
-    for place in (0..200).chain((200..total - 300).step_by(2003)) {
+    for place in [0, 150, 100_000] {
         let pair = Pair::new(60).return_path(false);
         let outcome = pair.run(Faults { cut_at: Some(place), ..Faults::default() });
         pair.assert_stayed(&outcome);
@@ -186,7 +173,7 @@ fn without_a_return_path_a_destination_that_misses_something_never_runs() {
 #[test]
 fn a_lost_verdict_leaves_the_guest_at_the_source() {
     // PONG 1, PONG AGREED, SHUT: 8 bytes each.
-    for place in 0..24 {
+    for place in [0, 12, 16, 23] {
         let pair = Pair::new(60);
         let outcome = pair.run(Faults { cut_return_path_at: Some(place), ..Faults::default() });
         pair.assert_stayed(&outcome);
@@ -197,10 +184,10 @@ fn a_lost_verdict_leaves_the_guest_at_the_source() {
 }
 
 #[test]
-fn cancelling_anywhere_leaves_exactly_one_guest_running() {
-    let (shortest, total) = (shortest_stream(true), Pair::new(60).run(Faults::default()).written);
+fn cancelling_leaves_exactly_one_guest_running() {
+    let total = Pair::new(60).run(Faults::default()).written;
     let mut cancelled = 0;
-    for place in (0..total + 50).step_by(997).chain(total - 1500..total + 50) {
+    for place in [0, 300, 100_000, total - 600, total - CONFIRMATION - 1, total - 1, total + 50] {
         let pair = Pair::new(60);
         let job = pair.job.clone();
         let call: Arc<dyn Fn() + Send + Sync> = Arc::new(move || job.cancel());
@@ -214,8 +201,7 @@ fn cancelling_anywhere_leaves_exactly_one_guest_running() {
         }
     }
     // Places that every stream has.
-    let certain = (0..shortest - CONFIRMATION).step_by(997).count();
-    assert!(cancelled >= certain, "{cancelled}");
+    assert!(cancelled >= 3, "{cancelled}");
 }
 
 #[test]

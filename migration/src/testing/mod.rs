@@ -19,6 +19,8 @@ mod link;
 mod memory;
 mod page_sender;
 mod pages;
+#[cfg(test)]
+mod places;
 mod plan;
 mod random;
 mod simulation;

@@ -91,10 +91,10 @@ fn driver(error: MigrationError) -> Violation {
 pub(super) struct Simulation<'p> {
     plan: &'p Plan,
     pub(super) links: Vec<Link>,
-    back: Link,
-    source: Source,
-    receiver: Receiver,
-    now: Duration,
+    pub(super) back: Link,
+    pub(super) source: Source,
+    pub(super) receiver: Receiver,
+    pub(super) now: Duration,
     /// The destination had said that the guest has arrived.
     told: bool,
 }
@@ -182,7 +182,7 @@ impl<'p> Simulation<'p> {
     }
 
     /// How it has ended.
-    fn ending(self) -> Result<Ending, Violation> {
+    pub(super) fn ending(&self) -> Result<Ending, Violation> {
         let source_says = self.source.result.as_ref().and_then(|result| result.as_ref().err());
         let flips = self.plan.faults.iter().any(|(_, fault)| fault.flips().is_some());
         let ending = match (self.receiver.runs, self.source.runs) {

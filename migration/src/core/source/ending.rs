@@ -194,6 +194,9 @@ impl SourceCore {
 
     /// The migration fails. `return_path` is whether the destination may say why.
     pub(super) fn fail(&mut self, error: MigrationError, now: Duration, return_path: bool) {
+        // What breaks after the operator's word breaks because of it.
+        let settled = !matches!(error, MigrationError::Unsettled { .. });
+        let error = if self.cancelled && settled { MigrationError::Cancelled } else { error };
         self.actions.clear();
         self.do_next(Action::StopLog);
         self.phase = if return_path && matches!(error, MigrationError::Send { .. }) {
