@@ -9,11 +9,12 @@ mod faults;
 mod files;
 mod guest;
 mod multifd;
+mod sealed;
 mod tests;
 
 use super::{
-    Arrival, Capabilities, Channel, Guest, Incoming, Job, MigrationError, Outgoing, Parameters, Socket, Statistics,
-    Status, migrate, receive,
+    Arrival, Capabilities, Channel, Guest, Incoming, Job, MigrationError, Outgoing, Parameters, Socket, Source,
+    Statistics, Status, Target, migrate, receive,
 };
 pub(super) use faults::{Faults, Faulty};
 pub(super) use guest::FakeGuest;

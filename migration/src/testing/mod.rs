@@ -23,6 +23,7 @@ mod pages;
 mod places;
 mod plan;
 mod random;
+mod sealed;
 mod simulation;
 mod source;
 #[cfg(test)]
@@ -32,4 +33,5 @@ pub use link::{Fault, Link};
 pub use memory::Memory;
 pub use plan::{Plan, Plant};
 pub use random::Random;
+pub use sealed::Sealed;
 pub use simulation::{Ending, Violation, migrate};
