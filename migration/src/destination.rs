@@ -78,6 +78,8 @@ pub fn receive(
         page_channels_called,
         // A QEMU 7.2 that has failed and has a return path waits for us to close.
         hurried: settings.is_none() && misfit.is_some(),
+        // Only files are loaded so, whose pages the core knows nothing of.
+        postcopy: false,
         late_block_activate: capabilities.late_block_activate,
         silence: None,
     };
@@ -316,6 +318,9 @@ impl Engine<'_> {
                         job.advance(Status::PostcopyActive)?;
                     }
                     return Ok(Arrival { running, bytes: self.received(), rest: self.rest.take() });
+                }
+                other @ (Action::Discard { .. } | Action::Listen | Action::Run { .. } | Action::Place { .. }) => {
+                    return Err(self.core.refuse(LoadError::Unsupported(format!("{other:?}"))));
                 }
                 // These follow a failure, after which nobody is here.
                 Action::Linger { .. } | Action::Close => return Err(MigrationError::NoVerdict),

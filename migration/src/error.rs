@@ -101,6 +101,14 @@ pub enum MigrationError {
          there and never will, say 'cont' here"
     )]
     Undecided(#[from] Doubt),
+    /// The connection broke while the guest was at the destination and part of its memory at the source.
+    #[error(
+        "postcopy broke off ({reason}): the guest is at the destination, and some of its memory still at the source"
+    )]
+    PostcopyBroken {
+        /// What failed.
+        reason: GuestError,
+    },
     /// A part of the guest reported an error.
     #[error("cannot {doing}: {source}")]
     Guest {

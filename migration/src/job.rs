@@ -35,6 +35,7 @@ struct State {
     statistics: Statistics,
     cancel: bool,
     go_on: bool,
+    postcopy: bool,
     /// When the migration was begun.
     began: Option<Instant>,
     channels: Vec<Arc<dyn Channel>>,
@@ -73,6 +74,9 @@ pub enum Refused {
     /// `migrate-start-postcopy` without the capability.
     #[error("Enable postcopy with migrate_set_capability before the start of migration")]
     PostcopyOff,
+    /// `migrate-start-postcopy` without a migration.
+    #[error("Postcopy must be started after migration has been started")]
+    NotStarted,
     /// Something in the machine forbids it; its reason.
     #[error("{0}")]
     Blocked(String),
@@ -151,7 +155,7 @@ impl Job {
         }
         legal(state.statistics.status)?;
         state.statistics = Statistics { status: Status::Setup, ..Statistics::default() };
-        (state.cancel, state.go_on, state.channels) = (false, false, Vec::new());
+        (state.cancel, state.go_on, state.postcopy, state.channels) = (false, false, false, Vec::new());
         state.began = Some(Instant::now());
         state.notices.push_back(Notice::Status(Status::Setup));
         drop(state);
@@ -191,6 +195,29 @@ impl Job {
         drop(state);
         self.changed.notify_all();
         Ok(())
+    }
+
+    /// Lets the guest go before its memory does (`migrate-start-postcopy`), as soon as the destination listens.
+    ///
+    /// # Errors
+    /// [`Refused::PostcopyOff`] without capability `postcopy-ram`, [`Refused::NotStarted`] if no migration is under way.
+    pub fn start_postcopy(&self) -> Result<(), Refused> {
+        let mut state = self.lock();
+        if !state.capabilities.postcopy_ram {
+            return Err(Refused::PostcopyOff);
+        }
+        if !state.statistics.status.is_running() {
+            return Err(Refused::NotStarted);
+        }
+        state.postcopy = true;
+        drop(state);
+        self.changed.notify_all();
+        Ok(())
+    }
+
+    /// Whether the operator wants the guest to go before its memory.
+    pub(crate) fn wants_postcopy(&self) -> bool {
+        self.lock().postcopy
     }
 
     /// Waits until no migration is under way, and gives the statistics.

@@ -1,7 +1,7 @@
 //! The source's return-path thread: reads messages while another thread sends, and lets that one wait for them.
 
 use super::{Channel, MigrationError, channel::Target, core::Answers};
-use qevm_returnpath::{Decoder, Event, SessionError};
+use qevm_returnpath::{Decoder, Event, RequestError, SessionError};
 use qevm_wire::{Blame, Decode, DriveError, Driver, Fault};
 use std::{
     io,
@@ -19,6 +19,9 @@ pub enum ReturnPathError {
     /// A message that nobody asked for, or that has no place at this time.
     #[error(transparent)]
     Session(#[from] SessionError),
+    /// A request for pages that there are not.
+    #[error(transparent)]
+    Request(#[from] RequestError),
 }
 
 impl Blame for ReturnPathError {
@@ -26,6 +29,7 @@ impl Blame for ReturnPathError {
         match self {
             ReturnPathError::Message(kind) => kind.fault(),
             ReturnPathError::Session(kind) => kind.fault(),
+            ReturnPathError::Request(kind) => kind.fault(),
         }
     }
 }

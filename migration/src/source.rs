@@ -158,6 +158,9 @@ impl Engine<'_> {
             if self.job.check().is_err() {
                 self.core.cancel();
             }
+            if self.job.wants_postcopy() {
+                self.core.start_postcopy();
+            }
             self.core.set_parameters(self.job.parameters());
             let now = self.start.elapsed();
             let Some(return_path) = self.return_path else {

@@ -2,7 +2,8 @@
 
 use crate::{MigrationError, ReturnPathError, handover};
 use qevm_returnpath::{
-    Message, SessionError, SwitchoverError,
+    Message, RequestError, SessionError, SwitchoverError,
+    requests::{PageRequest, PageRequests, RequestBlocks},
     session::{Action, SourceSession},
     switchover::SwitchoverAckFlow,
 };
@@ -21,6 +22,8 @@ pub(crate) struct Answers {
     ended: Option<io::Result<()>>,
     /// The destination waits for a confirmation before it runs the guest.
     agreed: bool,
+    /// The pages that the guest waits for at the destination, once it runs there.
+    requests: Option<PageRequests>,
     /// An ack of the switchover may come though nobody waits for it: the capability may be on there.
     stray_ack: bool,
 }
@@ -45,6 +48,7 @@ impl Answers {
             verdict: Verdict::Missing,
             ended: None,
             agreed: false,
+            requests: None,
             stray_ack: !asked_for,
         }
     }
@@ -74,6 +78,11 @@ impl Answers {
         let agrees = message == Message::Pong { value: handover::AGREED };
         let message = if agrees { Message::Pong { value: handover::ANNOUNCE } } else { message };
         match self.session.message(&message) {
+            Ok(Action::Request) => {
+                if let Err(error) = self.request(&message) {
+                    self.fail(Located::new(ReturnPathError::from(error), offset).into());
+                }
+            }
             Ok(Action::Complete) => self.verdict = Verdict::Loaded,
             Ok(Action::Failed { status }) => self.fail(MigrationError::PeerFailed { status }),
             Err(SessionError::Switchover(SwitchoverError::Off)) if self.stray_ack => self.stray_ack = false,
@@ -81,6 +90,29 @@ impl Answers {
             Ok(_) => self.agreed |= agrees,
         }
         self.has_verdict()
+    }
+
+    fn request(&mut self, message: &Message) -> Result<(), RequestError> {
+        let (Some(requests), Message::ReqPages { block, start, len }) = (&mut self.requests, message) else {
+            return Ok(());
+        };
+        requests.request(block.as_ref(), *start, *len).map(drop)
+    }
+
+    /// The guest is about to go before its memory: from here on the destination may ask for pages.
+    ///
+    /// # Errors
+    /// It has gone before.
+    pub(crate) fn postcopy_starts(&mut self, blocks: RequestBlocks) -> Result<(), MigrationError> {
+        let started = self.session.postcopy_starts();
+        started.map_err(|error| Located::new(ReturnPathError::from(error), 0))?;
+        self.requests = Some(PageRequests::new(blocks, crate::PAGE_SIZE));
+        Ok(())
+    }
+
+    /// The page that the guest has waited for longest; given once.
+    pub(crate) fn next_request(&mut self) -> Option<PageRequest> {
+        self.requests.as_mut()?.next_page()
     }
 
     /// The return path cannot be read (further), or ended before the verdict.

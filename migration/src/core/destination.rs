@@ -2,22 +2,21 @@
 
 mod action;
 mod loader;
+mod phase;
+mod postcopy;
 
 pub use action::{Action, SectionUse, Turn};
 
-use super::Mark;
 use crate::{DeviceSection, Doubt, GuestError, LoadError, MigrationError, handover};
 use loader::{Loader, RamSection, Then};
+use phase::{Payload, Phase};
+use postcopy::Postcopy;
 use qevm_multifd::{SyncError, is_page_channel};
 use qevm_returnpath::{
     Message,
     switchover::{DestinationGate, SwitchoverAckFlow},
 };
-use qevm_savevm::{
-    Decoder, DecoderOptions, PayloadKind,
-    framing::SectionHeader,
-    ram::{PageAt, RamBlock},
-};
+use qevm_savevm::{Decoder, DecoderOptions, PayloadKind};
 use qevm_wire::{Decode, Limits, Located, Step};
 use std::{collections::HashSet, io, time::Duration};
 
@@ -45,6 +44,8 @@ pub struct DestinationOptions {
     /// There are none, and the source may be one whose page channels were dropped: it must send a page within three seconds or say
     /// something else.
     pub hurried: bool,
+    /// Capability `postcopy-ram` is on: the guest may run before its memory is here.
+    pub postcopy: bool,
     /// Capability `late-block-activate` is on.
     pub late_block_activate: bool,
     /// How long the main channel may be silent; `None` for as long as it takes, since only the operator knows the source's rate limit.
@@ -62,6 +63,8 @@ pub struct DestinationOptions {
 pub struct Destination {
     options: DestinationOptions,
     decoder: Decoder,
+    /// That of the package that is next in the stream.
+    nested: Option<Decoder>,
     loader: Loader,
     phase: Phase,
     payload: Payload,
@@ -72,49 +75,6 @@ pub struct Destination {
     now: Duration,
     /// When something came last.
     arrived: Duration,
-}
-
-/// Where a destination is.
-#[derive(Debug)]
-enum Phase {
-    /// Nothing is known of whoever has connected.
-    Opening,
-    /// The stream is read.
-    Stream,
-    /// The guest says whether it has a use for a section.
-    Section { header: SectionHeader, usage: Option<SectionUse> },
-    /// The guest says whether a RAM block fits.
-    Block(RamBlock),
-    /// The pages of a block are fetched from their places in the file.
-    MappedBlock(RamBlock),
-    /// The page channels are waited for.
-    Synchronising(Mark),
-    /// The page channels are told that memory is complete.
-    EndOfMemory,
-    /// The guest takes over the state of its devices.
-    LoadingDevices,
-    /// The guest takes over its disks.
-    Activating { running: bool },
-    /// SHUT 0 is being sent to the source.
-    Telling { running: bool },
-    /// The source has been told, and confirms until then that it will not run the guest again.
-    Confirming { running: bool, until: Duration },
-    /// The guest is here and nowhere else.
-    Arrived { running: bool },
-    /// The source learns that the migration has failed.
-    Failing,
-    /// The source may read and close until then.
-    Lingering { until: Duration },
-    /// Everything is over, and the guest must not run.
-    Over,
-}
-
-/// Whose payload is next on the main channel.
-#[derive(Debug, Clone, Copy)]
-enum Payload {
-    Page(PageAt),
-    /// Of a device, or of nobody.
-    Other,
 }
 
 /// How long the source's host may take to acknowledge the last word, and the source to confirm it.
@@ -133,11 +93,18 @@ const FAILURE: u32 = 1;
 impl Destination {
     /// A destination that nothing has reached, at time 0.
     pub fn new(options: DestinationOptions) -> Self {
-        let limits = Limits { device_state: DEVICE_STATE, device_section: DEVICE_STATE, ..Limits::default() };
+        let limits = Limits {
+            device_state: DEVICE_STATE,
+            device_section: DEVICE_STATE,
+            packages: DEVICE_STATE,
+            ..Limits::default()
+        };
         let (vmdesc, offset) = (options.vmdesc, options.offset);
         Destination {
             decoder: Decoder::new(DecoderOptions { vmdesc, live: true, offset, limits, ..DecoderOptions::default() }),
+            nested: None,
             loader: Loader {
+                postcopy: Postcopy::new(options.postcopy),
                 machine_type: options.machine_type.clone(),
                 mapped_ram: options.mapped_ram,
                 answers: options.answers,
@@ -168,7 +135,7 @@ impl Destination {
     /// What arrived is wrong or ends too early, or a wait was too long. The guest must not run here; with
     /// [`MigrationError::Undecided`] it is wholly here, and may run at the source.
     pub fn next<'a>(&mut self, input: &'a [u8]) -> Result<Turn<'a>, MigrationError> {
-        let turn = self.turn(input);
+        let turn = self.turn(input).map_err(|error| self.broken(error));
         if let Err(error) = &turn {
             self.fail(error);
         }
@@ -190,6 +157,9 @@ impl Destination {
     pub fn end_of_input(&mut self) {
         self.ended = true;
         self.decoder.end_of_input();
+        if let Some(nested) = &mut self.nested {
+            nested.end_of_input();
+        }
     }
 
     /// The next `count` bytes of the main channel are in their place: of a page or of a [mapped block](Action::MappedBlock), or they
@@ -201,8 +171,7 @@ impl Destination {
         if matches!(self.phase, Phase::MappedBlock(_)) {
             self.phase = Phase::Stream;
         }
-        self.decoder.skip_payload(count).map_err(located)?;
-        Ok(())
+        self.skip(count)
     }
 
     /// The guest has a use for the [section](Action::Section), or what the operator may do.
@@ -280,8 +249,8 @@ impl Destination {
         result?;
         if let Phase::Telling { running } = self.phase {
             self.phase = match self.loader.confirmation {
-                true => Phase::Confirming { running, until: self.now + PATIENCE },
-                false => Phase::Arrived { running },
+                true if !self.runs_early() => Phase::Confirming { running, until: self.now + PATIENCE },
+                _ => Phase::Arrived { running },
             };
         }
         Ok(())
@@ -293,6 +262,7 @@ impl Destination {
         self.phase = match (&self.phase, error) {
             (Phase::Failing | Phase::Lingering { .. } | Phase::Over, _) => return,
             (_, MigrationError::Undecided(_)) => Phase::Over,
+            _ if self.runs_early() => Phase::Over,
             _ if self.loader.return_path => Phase::Failing,
             _ => Phase::Over,
         };
@@ -343,12 +313,21 @@ impl Destination {
             Phase::MappedBlock(block) => {
                 Action::MappedBlock { block: block.clone(), gap: self.decoder.payload_remaining() }
             }
+            Phase::Package { len } => return self.package(input, *len),
+            Phase::Place { page, zero } => return self.place_page(input, *page, *zero),
+            Phase::Starting { running } => {
+                let running = *running;
+                self.loader.postcopy.runs = true;
+                self.phase = Phase::Stream;
+                Action::Run { running }
+            }
             Phase::Synchronising(mark) => Action::Synchronise(*mark),
             Phase::EndOfMemory => Action::EndOfMemory,
             Phase::LoadingDevices => Action::LoadDevices,
             Phase::Activating { .. } => Action::Activate,
             Phase::Telling { .. } => {
-                let patience = (!self.loader.confirmation).then_some(PATIENCE);
+                // Where the guest runs already, nothing depends on it.
+                let patience = (!self.loader.confirmation && !self.runs_early()).then_some(PATIENCE);
                 Action::Tell { message: Message::Shut { status: SUCCESS }, patience }
             }
             Phase::Confirming { running, until } => return self.confirm(input, *running, *until),
@@ -387,15 +366,20 @@ impl Destination {
     }
 
     fn stream<'a>(&mut self, input: &'a [u8]) -> Result<Turn<'a>, MigrationError> {
-        self.at = self.decoder.offset();
-        match self.decoder.next(input).map_err(located)? {
+        let decoder = self.nested.as_mut().unwrap_or(&mut self.decoder);
+        self.at = decoder.offset();
+        match decoder.next(input).map_err(located)? {
             Step::Event { consumed, event } => {
+                if self.nested.is_some() {
+                    self.decoder.skip_payload(consumed as u64).map_err(located)?;
+                }
                 let then = self.loader.take(event).map_err(|error| self.refuse(error))?;
                 self.payload = Payload::Other;
                 let action = match then {
                     Then::Do(Action::Page { page, .. }) => {
                         self.payload = Payload::Page(page);
-                        Action::Page { page, remaining: self.decoder.payload_remaining() }
+                        let decoder = self.nested.as_ref().unwrap_or(&self.decoder);
+                        Action::Page { page, remaining: decoder.payload_remaining() }
                     }
                     Then::Do(action) => action,
                     Then::Ask(phase) => {
@@ -410,6 +394,7 @@ impl Destination {
                 Ok(Turn { consumed: 0, action: Action::Read { at_least, until: self.until() } })
             }
             // A source that waits for the verdict sends nothing more, and the decoder asks for nothing more.
+            Step::End if self.nested.take().is_some() => Ok(Turn { consumed: 0, action: Action::Continue }),
             Step::End => self.stream_is_over(),
         }
     }
@@ -432,8 +417,17 @@ impl Destination {
             Some(idstr) => Action::LoadPiece { idstr, state: &input[..consumed] },
             None => Action::Continue,
         };
-        self.decoder.skip_payload(consumed as u64).map_err(located)?;
+        self.skip(consumed as u64)?;
         Ok(Turn { consumed, action })
+    }
+
+    /// So many bytes of payload are done with.
+    fn skip(&mut self, count: u64) -> Result<(), MigrationError> {
+        if let Some(nested) = &mut self.nested {
+            nested.skip_payload(count).map_err(located)?;
+        }
+        self.decoder.skip_payload(count).map_err(located)?;
+        Ok(())
     }
 
     fn stream_is_over(&mut self) -> Result<Turn<'static>, MigrationError> {
@@ -452,11 +446,18 @@ impl Destination {
 
     fn memory_is_complete(&mut self) -> Result<(), MigrationError> {
         self.loader.check_complete(&self.options.ram).map_err(|error| self.refuse(error))?;
+        if self.loader.postcopy.runs {
+            self.phase = self.verdict(true);
+            return Ok(());
+        }
         self.phase = Phase::LoadingDevices;
         Ok(())
     }
 
     fn verdict(&self, running: bool) -> Phase {
+        if self.loader.postcopy.listens && !self.loader.postcopy.runs {
+            return Phase::Starting { running };
+        }
         if self.loader.return_path { Phase::Telling { running } } else { Phase::Arrived { running } }
     }
 

@@ -8,6 +8,7 @@ mod completion;
 mod ending;
 mod opening;
 mod phase;
+mod postcopy;
 mod precopy;
 mod round;
 #[cfg(test)]
@@ -25,7 +26,7 @@ use crate::{
     statistics::RoundStatistics,
     switchover::Bandwidth,
 };
-use phase::{Phase, Setup, Stopped};
+use phase::{Phase, Postcopy, Setup, Stopped};
 use qevm_multifd::{SourceSync, SyncError, SyncStep};
 use qevm_savevm::{Encoder, StreamWriter};
 use qevm_wire::{CountedString, Located, PageGeometry, Profile};
@@ -130,6 +131,12 @@ pub(crate) struct SourceCore {
     /// The guest's disks were left to the destination.
     inactive: bool,
     may_switch_over: bool,
+    /// The operator wants the guest to go before its memory.
+    postcopy: bool,
+    /// It has gone so.
+    departed: bool,
+    /// The destination is one of this crate.
+    agreed: bool,
     cancelled: bool,
     statistics: Statistics,
     /// Rounds that were reported.
@@ -167,6 +174,9 @@ impl SourceCore {
             gone_at: None,
             inactive: false,
             may_switch_over: false,
+            postcopy: false,
+            departed: false,
+            agreed: false,
             cancelled: false,
             statistics: Statistics::default(),
             reported: 0,
@@ -204,6 +214,13 @@ impl SourceCore {
     /// The operator lets the switchover happen.
     pub(crate) fn let_switch_over(&mut self) {
         self.may_switch_over = true;
+    }
+
+    /// The operator lets the guest go before its memory does (`migrate-start-postcopy`): it runs at the destination as soon as its devices
+    /// are there. Needs capability `postcopy-ram` and a return path, and pages on the main channel.
+    pub(crate) fn start_postcopy(&mut self) {
+        let possible = self.options.capabilities.postcopy_ram && self.options.route == PageRoute::Main;
+        self.postcopy |= possible && self.options.devices.is_empty();
     }
 
     /// What is to be sent on the main channel, before the pages of a batch. Whoever sends it clears it.
@@ -263,8 +280,10 @@ impl SourceCore {
 
     /// The end of the stream was sent, or some of it and then no more. (If nothing got out, the action has [failed](Self::failed).)
     pub(crate) fn end_sent(&mut self, result: Result<(), MigrationError>, now: Duration) {
-        if matches!(self.phase, Phase::Ending) {
-            self.phase = Phase::AwaitVerdict { sent: result, since: now };
+        match &mut self.phase {
+            Phase::Ending => self.phase = Phase::AwaitVerdict { sent: result, since: now },
+            Phase::Postcopy(Postcopy::Ending(sent)) => *sent = Some(result),
+            _ => {}
         }
     }
 
@@ -327,6 +346,7 @@ impl SourceCore {
             Phase::PreSwitchover => self.pre_switchover(now),
             Phase::Stopped(step) => self.stopped(step),
             Phase::Completing(rest) => self.complete(rest, now, answers),
+            Phase::Postcopy(step) => self.go_on_after_departure(step, now, answers),
             Phase::AwaitAnswers { devices, since } => self.await_answers(devices, since, now, answers),
             // `end_sent` is what ends this.
             Phase::Ending => Err(self.unsettled("it is not known how much of the end of the stream was sent")),
@@ -361,7 +381,8 @@ impl SourceCore {
         self.do_next(Action::Wait { until, wake });
     }
 
-    fn check(&self, answers: Option<&mut Answers>) -> Result<(), MigrationError> {
+    fn check(&mut self, answers: Option<&mut Answers>) -> Result<(), MigrationError> {
+        self.agreed |= answers.as_ref().is_some_and(|answers| answers.agreed());
         if self.cancelled {
             return Err(MigrationError::Cancelled);
         }

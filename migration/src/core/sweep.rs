@@ -149,6 +149,27 @@ impl Sweep {
         Some(BlockRange { block: index, pages: run })
     }
 
+    /// Takes these pages of a block that are still to be sent, whose turn it is not: the first run of them.
+    pub(super) fn take_at(&mut self, block: usize, pages: Range<u64>) -> Option<BlockRange> {
+        let dirty = &mut self.blocks.get_mut(block)?.dirty;
+        let run = dirty.next_run(pages.start..pages.end.min(dirty.pages()), u64::MAX)?;
+        dirty.clear_range(run.clone());
+        self.taken += run.end - run.start;
+        Some(BlockRange { block, pages: run })
+    }
+
+    /// All runs of pages to send in this sweep, from the first page on.
+    pub(super) fn runs(&self) -> impl Iterator<Item = BlockRange> {
+        self.blocks.iter().enumerate().flat_map(|(index, block)| {
+            let mut from = 0;
+            std::iter::from_fn(move || {
+                let pages = block.dirty.next_run(from..block.dirty.pages(), u64::MAX)?;
+                from = pages.end;
+                Some(BlockRange { block: index, pages })
+            })
+        })
+    }
+
     /// The block of the next page to send.
     pub(super) fn next_block(&mut self) -> Option<usize> {
         self.next_run(1).map(|(index, _)| index)

@@ -2,6 +2,7 @@
 
 use super::{
     Link, Memory, Plan, Plant, Random,
+    early::Early,
     memory::{BLOCKS, PAGE},
     pages::Pages,
 };
@@ -9,7 +10,7 @@ use crate::{
     Doubt, LoadError, MigrationError,
     core::{Action, Destination, DestinationOptions, Synchronisation, Turn},
 };
-use qevm_returnpath::Message;
+use qevm_returnpath::{Message, requests::PageFaults};
 use qevm_savevm::ram::PageAt;
 use qevm_wire::{Profile, Writer};
 use std::{io, time::Duration};
@@ -30,6 +31,10 @@ pub(super) struct Receiver {
     pub(super) told: bool,
     /// The guest is wholly here, and may run at the source: it is paused, and the operator is told.
     pub(super) undecided: bool,
+    /// The guest runs here, and some of its memory is still at the source, which is gone.
+    pub(super) broken: bool,
+    /// What the guest does before its memory is here.
+    pub(super) early: Early,
     /// Why it failed.
     pub(super) error: Option<String>,
     /// Most bytes that lay in buffers.
@@ -38,11 +43,15 @@ pub(super) struct Receiver {
     sync: Synchronisation,
     input: Vec<u8>,
     pages: Vec<Pages>,
+    /// What the guest was found to wait for.
+    faults: Option<PageFaults>,
     /// The blocks in the order in which they were listed.
     listed: Vec<usize>,
     received: u64,
     random: Random,
     plant: Plant,
+    /// How often the guest writes to a page.
+    work_interval: Duration,
     /// The main channel waits for the page channels.
     waits: bool,
     /// How often the main channel has met a mark, and something has failed.
@@ -65,6 +74,7 @@ impl Receiver {
             answers: plan.return_path,
             switchover_ack: profile.switchover_ack.filter(|_| plan.switchover_ack),
             page_channels: plan.channels > 0,
+            postcopy: plan.postcopy.is_some(),
             silence: Some(SILENCE),
             ..DestinationOptions::default()
         };
@@ -75,16 +85,20 @@ impl Receiver {
             over: false,
             told: false,
             undecided: false,
+            broken: false,
+            early: Early::new(plan.blocks.iter().sum(), plan.seed),
             error: None,
             most: 0,
             core: Destination::new(options),
             sync: Synchronisation::new(plan.channels.max(1)),
             input: Vec::new(),
             pages: (0..plan.channels).map(|number| Pages::new(number, plan)).collect(),
+            faults: None,
             listed: Vec::new(),
             received: 0,
             random: Random::new(plan.seed ^ 0xd5),
             plant: plan.plant,
+            work_interval: plan.work,
             waits: false,
             marks: 0,
             failures: 0,
@@ -111,10 +125,29 @@ impl Receiver {
                 break;
             }
         }
+        self.guest(now, back);
         if self.over {
             links.iter_mut().for_each(Link::refuse);
             back.close(now);
         }
+    }
+
+    /// The guest works before its memory is here.
+    fn guest(&mut self, now: Duration, back: &mut Link) {
+        if !self.runs || !self.early.listens || self.over {
+            return;
+        }
+        if let Some(page) = self.early.works(now, self.work_interval, &mut self.memory) {
+            let (block, page) = self.memory.place(page);
+            if let Some(Ok(Some(message))) =
+                self.faults.as_mut().map(|faults| faults.fault(block, (page * PAGE) as u64))
+            {
+                // Under a paravirtual KVM the same is asked many times.
+                (0..=self.random.below(3)).for_each(|_| self.send(now, back, &message));
+            }
+        }
+        let next = self.early.wake(self.work_interval);
+        self.wake = self.wake.into_iter().chain(next).min();
     }
 
     /// Each channel goes on, any of them first.
@@ -128,6 +161,10 @@ impl Receiver {
             };
             if let Err(error) = stepped {
                 self.undecided |= matches!(error, MigrationError::Undecided(_)) && self.plant != Plant::Silent;
+                if matches!(error, MigrationError::PostcopyBroken { .. }) || (self.core.runs_early() && self.runs) {
+                    // It waits for the next page that is missing, for ever.
+                    (self.runs, self.broken) = (false, true);
+                }
                 self.error.get_or_insert_with(|| error.to_string());
                 self.sync.abandon(error.to_string());
                 self.waits = false;
@@ -171,6 +208,7 @@ impl Receiver {
                     let at = PAGE - remaining as usize;
                     let content = &self.input[consumed..consumed + there];
                     let index = self.index(&page);
+                    self.early.came(index);
                     self.memory.page_mut(index)[at..at + there].copy_from_slice(content);
                     used += there;
                     self.core.placed(there as u64)?;
@@ -186,8 +224,34 @@ impl Receiver {
                         continue;
                     }
                 }
+                Action::Discard { block, ranges } => {
+                    for page in ranges.into_iter().flat_map(|range| range.step_by(PAGE)) {
+                        let index = self.memory.index(self.listed[block.index()], page / PAGE as u64);
+                        if self.plant != Plant::NoDiscard {
+                            self.early.discard(index);
+                        }
+                    }
+                }
+                Action::Listen => {
+                    self.early.listens = true;
+                    self.faults = self.memory.faults();
+                }
+                Action::Run { running } => self.runs = running,
+                Action::Place { page, content } => {
+                    let block = self.listed[page.block.index()];
+                    let index = self.memory.index(block, page.offset / PAGE as u64);
+                    if let Some(faults) = &mut self.faults {
+                        faults.received(block, page.offset);
+                    }
+                    if self.early.place(index, now) {
+                        self.memory.page_mut(index).copy_from_slice(content.unwrap_or(&[0; PAGE]));
+                    } else if self.plant != Plant::NoDiscard {
+                        return Err(self.core.refuse(LoadError::Unsupported("a page that is there already".into())));
+                    }
+                }
                 Action::Zero(page) => {
                     let index = self.index(&page);
+                    self.early.came(index);
                     self.memory.page_mut(index).fill(0);
                 }
                 Action::Block(block) => {

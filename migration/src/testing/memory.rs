@@ -1,6 +1,8 @@
 //! A guest that is memory, and its dirty log.
 
 use super::Random;
+use qevm_returnpath::requests::{PageFaults, RequestBlock, RequestBlocks};
+use qevm_wire::CountedString;
 use std::ops::Range;
 
 /// Bytes of a page.
@@ -43,6 +45,27 @@ impl Memory {
     /// The number of a page of a block, which lies in it.
     pub fn index(&self, block: usize, page: u64) -> usize {
         self.blocks[..block].iter().sum::<usize>() + page as usize
+    }
+
+    /// The block of a page, and its number in it.
+    pub fn place(&self, mut page: usize) -> (usize, usize) {
+        for (block, pages) in self.blocks.iter().enumerate() {
+            if page < *pages {
+                return (block, page);
+            }
+            page -= pages;
+        }
+        (self.blocks.len(), page)
+    }
+
+    /// The book of the pages that somebody waits for, by the numbers of the blocks here.
+    pub(super) fn faults(&self) -> Option<PageFaults> {
+        let blocks = BLOCKS.iter().zip(&self.blocks);
+        let block = |(name, pages): (&&str, &usize)| {
+            let (used_length, page_size) = ((pages * PAGE) as u64, PAGE as u64);
+            CountedString::new(name).map(|name| RequestBlock { name, used_length, page_size })
+        };
+        RequestBlocks::new(blocks.filter_map(block).collect()).ok().map(PageFaults::new)
     }
 
     /// The content of a page.

@@ -15,6 +15,7 @@
 //! ```
 
 mod destination;
+mod early;
 mod link;
 mod memory;
 mod page_sender;

@@ -26,6 +26,7 @@ fn plan(channels: u8, return_path: bool) -> Plan {
         work: Duration::from_micros(200),
         pause: None,
         cancel: None,
+        postcopy: None,
         faults: Vec::new(),
         ..Plan::of(1)
     }
@@ -86,6 +87,7 @@ fn without_a_return_path_a_destination_that_misses_something_never_runs() {
             Ending::Moved => assert!(place == total || (ended && total - place < DESCRIPTION), "{place} of {total}"),
             Ending::Paused => assert!(ended, "{place} of {total}"),
             Ending::Stayed => assert!(!ended, "{place} of {total}"),
+            Ending::Split => panic!("{place} of {total}: there was no postcopy"),
         }
     });
 }
@@ -131,6 +133,47 @@ fn cancelling_at_any_moment_leaves_one_guest() {
         }
         assert!(cancelled > 50 && late > 2, "{cancelled} were cancelled, {late} were too late");
     }
+}
+
+/// A postcopy that starts when the first pages are under way.
+fn postcopy() -> Plan {
+    Plan { blocks: vec![100, 3], bandwidth: 1_000_000, postcopy: Some(Duration::from_micros(2500)), ..plan(0, true) }
+}
+
+#[test]
+fn a_cut_in_postcopy_leaves_the_guest_at_the_source_until_the_package_is_sent_and_then_both_sides_know() {
+    let (mut stayed, mut split) = (0, 0);
+    let plan = postcopy();
+    for link in [0, 1] {
+        let (whole, ending) = run(&plan);
+        assert!(ending == Ending::Moved && whole.receiver.early.listens);
+        let total = whole.links.get(link).unwrap_or(&whole.back).sent();
+        for place in (0..total + 1).step_by(if total > 5000 { 97 } else { 1 }) {
+            let plan = Plan { faults: vec![(link, Fault::Cut(place))], ..postcopy() };
+            let (simulation, ending) = run(&plan);
+            let broken = matches!(simulation.source.result, Some(Err(MigrationError::PostcopyBroken { .. })));
+            match ending {
+                Ending::Stayed => stayed += 1,
+                Ending::Split => split += 1,
+                // SHUT was lost, or came.
+                Ending::Moved => assert!(link == 1 || place >= total, "{place} of {total}"),
+                // The package was sent, and has not come.
+                Ending::Paused => assert!(broken, "{place} of {total}"),
+            }
+        }
+    }
+    assert!(stayed > 50 && split > 50, "{stayed} {split}");
+}
+
+#[test]
+fn a_page_that_the_guest_waits_for_goes_before_the_others_and_beyond_the_rate_limit() {
+    let slow = |plant| Plan { blocks: vec![400, 3], plant, ..postcopy() };
+    let waited = |plan: &Plan| run(plan).0.receiver.early.longest;
+    let longest = waited(&slow(Plant::Nothing));
+    // There and back, a piece of the rest, and a few steps.
+    assert!(longest > Duration::ZERO && longest < Duration::from_millis(20), "{longest:?}");
+    let unheard = waited(&slow(Plant::Deaf));
+    assert!(unheard > Duration::from_millis(100), "{unheard:?}");
 }
 
 #[test]

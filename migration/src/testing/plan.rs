@@ -23,7 +23,7 @@ pub struct Plan {
     pub switchover_ack: bool,
     /// Longest delay on a link.
     pub delay: Duration,
-    /// Parameter `max-bandwidth` in bytes per second; 0 for no limit.
+    /// Parameters `max-bandwidth` and `max-postcopy-bandwidth` in bytes per second; 0 for no limit.
     pub bandwidth: u64,
     /// Parameter `downtime-limit`.
     pub downtime: Duration,
@@ -33,6 +33,8 @@ pub struct Plan {
     pub pause: Option<Duration>,
     /// When the operator cancels.
     pub cancel: Option<Duration>,
+    /// Capability `postcopy-ram`: the operator says `migrate-start-postcopy` after this time. (Without page channels, with a return path.)
+    pub postcopy: Option<Duration>,
     /// What goes wrong on which link, at most one fault on each: 0 is the main channel, then come the page channels, and last the return
     /// path.
     pub faults: Vec<(usize, Fault)>,
@@ -56,6 +58,10 @@ pub enum Plant {
     NoLastReading,
     /// The source lets the guest go on when it may run at the destination.
     GoesOn,
+    /// The destination keeps old pages that it was told to drop.
+    NoDiscard,
+    /// The source does not hear which pages the guest waits for.
+    Deaf,
     /// Neither side says so when the confirmation of the handover is lost.
     Silent,
 }
@@ -83,6 +89,11 @@ impl Plan {
             let most = [5000, 100_000, 3_000_000][random.below(3) as usize];
             Duration::from_micros(random.below(most))
         });
+        let possible = channels == 0 && return_path && random.once_in(3);
+        let postcopy = possible.then(|| {
+            let most = [3000, 600_000][random.below(2) as usize];
+            Duration::from_micros(random.below(most))
+        });
         let mut faults: Vec<(usize, Fault)> = Vec::new();
         for _ in 0..[0, 0, 1, 1, 2][random.below(5) as usize] {
             let link = random.below(u64::from(channels) + 1 + u64::from(return_path)) as usize;
@@ -108,6 +119,7 @@ impl Plan {
             work,
             pause,
             cancel,
+            postcopy,
             faults,
             plant,
         }

@@ -11,6 +11,8 @@ pub enum Ending {
     Moved,
     /// The guest runs at the source.
     Stayed,
+    /// Postcopy broke off: the guest is at the destination, some of its memory at the source, and both know.
+    Split,
     /// The guest runs nowhere: one side holds it paused and knows that an operator has to decide (or would, if the connection had two
     /// directions).
     Paused,
@@ -168,7 +170,9 @@ impl<'p> Simulation<'p> {
 
     /// Pages that are not at the destination as they are at the source, and should be.
     fn stale(&self) -> Vec<usize> {
-        let mut stale = self.source.memory.differences(&self.receiver.memory);
+        let mut newest = self.source.memory.clone();
+        self.receiver.early.follow(&mut newest);
+        let mut stale = newest.differences(&self.receiver.memory);
         for (link, fault) in &self.plan.faults {
             let sent = self.links.get(*link).map_or(0, Link::sent);
             match (fault.flips().filter(|at| *at < sent), self.source.struck(*link)) {
@@ -185,13 +189,22 @@ impl<'p> Simulation<'p> {
     pub(super) fn ending(&self) -> Result<Ending, Violation> {
         let source_says = self.source.result.as_ref().and_then(|result| result.as_ref().err());
         let flips = self.plan.faults.iter().any(|(_, fault)| fault.flips().is_some());
+        let broken = matches!(source_says, Some(MigrationError::PostcopyBroken { .. }));
         let ending = match (self.receiver.runs, self.source.runs) {
             (true, _) => Ending::Moved,
             (false, true) => Ending::Stayed,
+            (false, false) if self.receiver.broken => Ending::Split,
             (false, false) => Ending::Paused,
         };
+        if ending == Ending::Split && !broken {
+            return Err(Violation::Lost {
+                source_says: source_says.map(ToString::to_string),
+                destination_says: self.receiver.error.clone(),
+            });
+        }
         let reasons = || (source_says.map(ToString::to_string), self.receiver.error.clone());
-        let unsettled = matches!(source_says, Some(MigrationError::Unsettled { .. }));
+        // With a postcopy that broke before the guest ran there, all of it is at the source, where it stays paused.
+        let unsettled = broken || matches!(source_says, Some(MigrationError::Unsettled { .. }));
         // A pipe does not tell that what was read was wrong: the guest stays paused at the source, which believes that it has gone.
         let untold = !self.plan.return_path && flips;
         if ending == Ending::Paused && !unsettled && !self.receiver.undecided && !untold {

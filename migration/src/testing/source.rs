@@ -16,7 +16,7 @@ use crate::{
     },
     multifd::Settings,
 };
-use qevm_returnpath::{Decoder, Event};
+use qevm_returnpath::{Decoder, Event, Message};
 use qevm_wire::{CountedString, Decode, Profile, Step, Writer};
 use send::{Page, Then};
 use std::{collections::VecDeque, io, time::Duration};
@@ -66,6 +66,8 @@ pub(super) struct Source {
     committed: bool,
     /// When the operator lets the switchover happen.
     go_on: Option<Duration>,
+    /// When the operator starts postcopy.
+    postcopy: Option<Duration>,
 }
 
 /// What was begun and is not done.
@@ -96,10 +98,12 @@ impl Source {
             multifd: plan.channels > 0,
             switchover_ack: flow.is_some(),
             pause_before_switchover: plan.pause.is_some(),
+            postcopy_ram: plan.postcopy.is_some(),
             ..Capabilities::default()
         };
         let parameters = Parameters {
             max_bandwidth: plan.bandwidth,
+            max_postcopy_bandwidth: plan.bandwidth,
             downtime_limit_ms: plan.downtime.as_millis() as u64,
             multifd_channels: plan.channels.max(1),
             ..Parameters::default()
@@ -146,6 +150,7 @@ impl Source {
             cancelled: false,
             committed: false,
             go_on: None,
+            postcopy: plan.postcopy,
         })
     }
 
@@ -178,7 +183,7 @@ impl Source {
             _ => None,
         };
         let cancel = self.plan.cancel.filter(|_| !self.cancelled);
-        until.into_iter().chain(self.go_on).chain(cancel).filter(|_| !self.is_over())
+        until.into_iter().chain(self.go_on).chain(self.postcopy).chain(cancel).filter(|_| !self.is_over())
     }
 
     /// Goes on as far as it can at this time.
@@ -225,6 +230,9 @@ impl Source {
             match self.decoder.next(&self.heard) {
                 Ok(Step::Event { consumed, event: Event::Message(message) }) => {
                     self.heard.drain(..consumed);
+                    if self.plan.plant == Plant::Deaf && matches!(message, Message::ReqPages { .. }) {
+                        continue;
+                    }
                     answers.message(message, offset);
                 }
                 Err(error) => answers.fail(error.map(ReturnPathError::from).into()),
@@ -246,6 +254,10 @@ impl Source {
 
     /// The operator's word comes when it is time.
     fn obey(&mut self, now: Duration, links: &mut [Link], back: &mut Link) {
+        if self.postcopy.is_some_and(|postcopy| now >= postcopy) {
+            self.postcopy = None;
+            self.core.start_postcopy();
+        }
         if now > HURRY {
             // The guest writes faster than the link carries, perhaps.
             self.core.set_parameters(Parameters { downtime_limit_ms: 2_000_000, ..self.parameters.clone() });

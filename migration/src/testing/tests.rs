@@ -17,6 +17,8 @@ fn simulated_migrations_keep_every_promise() {
         let plan = Plan::of(seed);
         let ending = migrate(&plan).unwrap_or_else(|violation| panic!("{violation}: {plan:?}"));
         let trouble = match (&plan.faults[..], plan.cancel) {
+            ([], None) if plan.postcopy.is_some() => "postcopy",
+            (_, None) if plan.postcopy.is_some() => "broken postcopy",
             ([], None) => "none",
             ([], Some(_)) => "cancelled",
             ([(_, Fault::Cut(_))], None) => "cut",
@@ -47,7 +49,18 @@ fn quiet(plant: Plant, channels: u8) -> impl Fn(u64) -> Plan {
     move |seed| {
         let plan = Plan::of(seed);
         let return_path = channels > 0 || plan.return_path;
-        Plan { plant, channels, return_path, faults: Vec::new(), cancel: None, pause: None, delay, work, ..plan }
+        Plan {
+            plant,
+            channels,
+            return_path,
+            postcopy: None,
+            faults: Vec::new(),
+            cancel: None,
+            pause: None,
+            delay,
+            work,
+            ..plan
+        }
     }
 }
 
@@ -83,6 +96,23 @@ fn a_log_that_is_not_read_after_the_pause_is_found() {
         let count = found(quiet(Plant::NoLastReading, channels), is_stale);
         assert!(count > 20, "{channels} page channels: {count}");
     }
+}
+
+/// A postcopy in which nothing goes wrong but what is planted.
+fn early(plant: Plant) -> impl Fn(u64) -> Plan {
+    move |seed| Plan {
+        return_path: true,
+        postcopy: Some(Duration::from_micros(seed * 37)),
+        bandwidth: 2_000_000,
+        ..quiet(plant, 0)(seed)
+    }
+}
+
+#[test]
+fn old_pages_that_are_kept_are_found() {
+    assert_eq!(found(early(Plant::Nothing), |_| true), 0);
+    let count = found(early(Plant::NoDiscard), is_stale);
+    assert!(count > 20, "{count}");
 }
 
 /// A migration whose return path breaks somewhere.

@@ -81,7 +81,11 @@ impl Decoder {
             found @ framing::EOF if self.package.is_some() => misplaced(found, "end of stream", "inside a package"),
             framing::EOF => {
                 self.section = None;
-                self.state = if self.options.vmdesc { State::AfterEof } else { State::End };
+                self.state = if self.options.vmdesc && !(self.options.live && self.postcopy) {
+                    State::AfterEof
+                } else {
+                    State::End
+                };
                 Ok(Some(Event::Eof))
             }
             found @ framing::SUBSECTION => misplaced(found, "subsection", "outside a device section"),

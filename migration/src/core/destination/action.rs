@@ -2,9 +2,9 @@
 
 use crate::core::Mark;
 use qevm_returnpath::Message;
-use qevm_savevm::ram::{PageAt, RamBlock};
+use qevm_savevm::ram::{BlockId, PageAt, RamBlock};
 use qevm_wire::CountedString;
-use std::time::Duration;
+use std::{ops::Range, time::Duration};
 
 /// What to do next.
 #[derive(Debug)]
@@ -56,6 +56,28 @@ pub enum Action<'a> {
         page: PageAt,
         /// The difference.
         data: &'a [u8],
+    },
+    /// These bytes of a block are old, and must not be there when the guest runs (postcopy).
+    Discard {
+        /// The block.
+        block: BlockId,
+        /// Ranges of bytes; whole pages that lie in the block.
+        ranges: Vec<Range<u64>>,
+    },
+    /// From here on whoever touches a page that has not come, or was discarded, has to wait for it, and the source is asked for it on the
+    /// return path (postcopy): [`PageFaults`](qevm_returnpath::requests::PageFaults) keeps the book of that.
+    Listen,
+    /// The guest runs here from now on, if it ran at the source; pages of it are still to come (postcopy). Do not wait for them.
+    Run {
+        /// It ran at the source.
+        running: bool,
+    },
+    /// Fill in a page that is missing, as a whole, and let those go on who wait for it (postcopy).
+    Place {
+        /// Which page. The block was listed and the page lies in it.
+        page: PageAt,
+        /// Its content; `None` for zeroes.
+        content: Option<&'a [u8]>,
     },
     /// Tell the [`Synchronisation`](crate::core::Synchronisation), wait as it says, and [report](super::Destination::synchronised).
     Synchronise(Mark),

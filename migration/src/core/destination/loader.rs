@@ -1,6 +1,6 @@
 //! What the events of a stream mean for a destination.
 
-use super::{Action, Phase, SectionUse};
+use super::{Action, Phase, SectionUse, postcopy::Postcopy};
 use crate::{DeviceSection, LoadError, core::Mark, handover};
 use qevm_returnpath::{
     Message,
@@ -34,6 +34,8 @@ pub(super) struct Loader {
     pub(super) devices: Vec<DeviceSection>,
     /// The RAM blocks that were listed.
     pub(super) listed: Vec<CountedString>,
+    /// The guest may run before its memory is here.
+    pub(super) postcopy: Postcopy,
     /// The sections that were opened.
     pub(super) came: HashSet<(CountedString, u32)>,
     pub(super) ram: RamSection,
@@ -78,6 +80,13 @@ impl Loader {
                 }
             }
             Event::Vfio(VfioRecord::Setup | VfioRecord::Data { .. } | VfioRecord::EndOfState) => {}
+            Event::Command(
+                command @ (Command::PostcopyAdvise(Some(_))
+                | Command::RamDiscard(_)
+                | Command::Packaged { .. }
+                | Command::PostcopyListen
+                | Command::PostcopyRun),
+            ) if self.postcopy.allowed => return self.postcopy.command(command, &self.listed),
             Event::Command(command) => {
                 if let Some(message) = self.command(&command)?.filter(|_| self.return_path) {
                     return Ok(Then::Do(Action::Send(message)));
@@ -98,14 +107,18 @@ impl Loader {
         match record {
             RamRecord::MemSize { .. } => {
                 self.listed.clear();
+                self.postcopy.lengths.clear();
                 self.has_pages = false;
                 Ok(Then::Do(Action::ForgetBlocks))
             }
             RamRecord::Block(block) => {
                 self.listed.push(block.name.clone());
+                self.postcopy.lengths.push(block.used_length);
                 Ok(Then::Ask(Phase::Block(block)))
             }
             RamRecord::EndOfBlocks => Ok(Then::Do(Action::Continue)),
+            RamRecord::Zero(page) if self.postcopy.listens => Ok(Then::Ask(Phase::Place { page, zero: true })),
+            RamRecord::Page(page) if self.postcopy.listens => Ok(Then::Ask(Phase::Place { page, zero: false })),
             RamRecord::Zero(page) => Ok(Then::Do(Action::Zero(page))),
             RamRecord::Xbzrle { page, data } => {
                 self.has_pages = true;

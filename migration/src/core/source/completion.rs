@@ -2,7 +2,7 @@
 
 use super::{
     Action, Answers, PageRoute, Pause, RAM_SECTION, SourceCore, Wake,
-    phase::{Completing, Phase, Rest, Stopped},
+    phase::{Completing, Phase, Postcopy, Rest, Stopped},
     precopy::RECORD,
 };
 use crate::{DeviceSection, MigrationError, SavedDevices, Status, handover};
@@ -46,7 +46,9 @@ impl SourceCore {
     pub(super) fn stopped(&mut self, step: Stopped) -> Result<(), MigrationError> {
         self.phase = match step {
             Stopped::Save => {
-                self.do_next(Action::Status(Status::Device));
+                if !self.postcopy {
+                    self.do_next(Action::Status(Status::Device));
+                }
                 self.save_devices()
             }
             // A guest without its devices does not leave.
@@ -61,6 +63,10 @@ impl SourceCore {
                 // The destination takes the disks as soon as it has everything.
                 self.do_next(Action::Inactivate);
                 self.inactive = true;
+                if self.postcopy {
+                    self.phase = Phase::Postcopy(Postcopy::Begin(devices));
+                    return Ok(());
+                }
                 Phase::Completing(Completing { devices, step: Rest::Begin })
             }
         };

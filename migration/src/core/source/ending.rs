@@ -5,7 +5,7 @@
 
 use super::{
     Action, Answers, SourceCore, Wake,
-    phase::{Back, Phase},
+    phase::{Back, Phase, Postcopy},
 };
 use crate::{GuestError, MigrationError, ReturnPathError, SavedDevices, connections::Reader, handover};
 use qevm_wire::Located;
@@ -72,7 +72,12 @@ impl SourceCore {
     }
 
     /// Waits on for the destination, as long as its patience allows.
-    fn keep_waiting(&mut self, since: Duration, now: Duration, answers: &Answers) -> Result<(), MigrationError> {
+    pub(super) fn keep_waiting(
+        &mut self,
+        since: Duration,
+        now: Duration,
+        answers: &Answers,
+    ) -> Result<(), MigrationError> {
         let deadline = self.options.patience.map(|patience| since + patience);
         if deadline.is_some_and(|deadline| now >= deadline) {
             let error = ReturnPathError::Session(answers.timed_out());
@@ -161,8 +166,8 @@ impl SourceCore {
     }
 
     /// The destination has the guest.
-    fn succeed(&mut self, now: Duration) {
-        self.gone_at = Some(now);
+    pub(super) fn succeed(&mut self, now: Duration) {
+        self.gone_at.get_or_insert(now);
         self.phase = Phase::HandedOver;
     }
 
@@ -194,9 +199,15 @@ impl SourceCore {
 
     /// The migration fails. `return_path` is whether the destination may say why.
     pub(super) fn fail(&mut self, error: MigrationError, now: Duration, return_path: bool) {
-        // What breaks after the operator's word breaks because of it.
-        let settled = !matches!(error, MigrationError::Unsettled { .. });
-        let error = if self.cancelled && settled { MigrationError::Cancelled } else { error };
+        let error = match error {
+            // One of this crate says so only before it runs the guest.
+            MigrationError::PeerFailed { .. } if self.departed && self.agreed => error,
+            _ if self.departed => MigrationError::PostcopyBroken { reason: error.into() },
+            MigrationError::Unsettled { .. } => error,
+            // What breaks after the operator's word breaks because of it.
+            _ if self.cancelled => MigrationError::Cancelled,
+            _ => error,
+        };
         self.actions.clear();
         self.do_next(Action::StopLog);
         self.phase = if return_path && matches!(error, MigrationError::Send { .. }) {
@@ -237,7 +248,7 @@ impl SourceCore {
         self.do_next(Action::Close);
         self.unthrottle();
         let was_running = self.pause.take().is_some_and(|pause| pause.was_running);
-        let back = if matches!(error, MigrationError::Unsettled { .. }) {
+        let back = if matches!(error, MigrationError::Unsettled { .. } | MigrationError::PostcopyBroken { .. }) {
             self.do_next(Action::LeaveGuest);
             Back::Done
         } else if was_running {
@@ -277,6 +288,7 @@ impl Phase {
                 | Phase::Stopped(_)
                 | Phase::Completing(_)
                 | Phase::AwaitAnswers { .. }
+                | Phase::Postcopy(Postcopy::Begin(_))
         )
     }
 }

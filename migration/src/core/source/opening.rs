@@ -7,7 +7,7 @@ use super::{
 use crate::{MigrationError, Mode, Status, handover};
 use qevm_multifd::SourceSync;
 use qevm_savevm::{
-    command::Command,
+    command::{Command, PostcopyAdvise},
     configuration::{Configuration, ConfigurationSubsection},
     event::Event,
     framing::SectionHeader,
@@ -72,6 +72,11 @@ impl SourceCore {
             self.stream.command(Command::OpenReturnPath)?;
             self.stream.command(answers.ping(FIRST_PING)?)?;
             self.stream.command(answers.ping(handover::ANNOUNCE)?)?;
+            if self.options.capabilities.postcopy_ram {
+                let size = PageGeometry::X86.size();
+                let advise = PostcopyAdvise { page_size_summary: size, target_page_size: size };
+                self.stream.command(Command::PostcopyAdvise(Some(advise)))?;
+            }
         }
         self.do_next(Action::Send { doing: "the header of the stream" });
         Ok(())

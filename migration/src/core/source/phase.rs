@@ -27,6 +27,8 @@ pub(crate) enum Phase {
     Stopped(Stopped),
     /// The rest is sent.
     Completing(Completing),
+    /// The guest goes before its memory does (capability `postcopy-ram`).
+    Postcopy(Postcopy),
     /// Everything but the end of the stream was sent. The destination has to answer before it gets that.
     AwaitAnswers { devices: SavedDevices, since: Duration },
     /// The end of the stream is being sent: from here on the destination may run the guest.
@@ -122,6 +124,23 @@ pub(crate) struct RoundEnd {
     pub(super) took: Duration,
     pub(super) overhead: Duration,
     pub(super) new: u64,
+}
+
+/// Steps of [`Phase::Postcopy`].
+#[derive(Debug)]
+pub(crate) enum Postcopy {
+    /// The guest is paused, its devices are saved and its dirty pages known.
+    Begin(SavedDevices),
+    /// The package of its devices was sent: it runs at the destination from here on.
+    Departed,
+    /// Pages are sent, those first that the guest waits for.
+    Serve,
+    /// A section was opened for pages, which were sent.
+    Sent,
+    /// The end of the stream is being sent.
+    Ending(Option<Result<(), MigrationError>>),
+    /// The destination has everything, as far as is known.
+    AwaitShut { since: Duration },
 }
 
 /// Steps of [`Phase::Stopped`].

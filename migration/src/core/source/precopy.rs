@@ -40,6 +40,11 @@ impl SourceCore {
                 precopy.look_at = Duration::ZERO;
                 Step::Sweep
             }
+            Step::Sweep if self.postcopy_may_start(answers.as_deref()) => {
+                self.pause(now);
+                self.phase = Phase::Stopping;
+                return Ok(());
+            }
             Step::Sweep if self.sweep.is_over() => self.ask_device(0),
             Step::Sweep => self.next_section(&precopy, now)?,
             Step::Looked { since } => {

@@ -6,7 +6,9 @@ use crate::{
     streams::{RAM, header, name, write},
 };
 use qevm_savevm::{
-    Decoder, DecoderOptions, Encoder, ErrorKind, Event, Footers, Step, StreamError, StreamWriter, ram::RamBlock,
+    Decoder, DecoderOptions, Encoder, ErrorKind, Event, Footers, Step, StreamError, StreamWriter,
+    command::{Command, PostcopyAdvise},
+    ram::RamBlock,
 };
 use qevm_wire::{Decode, Driver, Limits, WireError};
 use std::io::{self, Read};
@@ -199,6 +201,20 @@ fn a_live_source_is_not_asked_for_more_than_it_has_to_say() {
     let mut driver = Driver::new(&stream[..], Decoder::new(DecoderOptions { live: true, ..DecoderOptions::default() }));
     while driver.next().unwrap().is_some() {}
     assert!(driver.input().is_empty());
+    // After postcopy none comes, whatever the machine type sends otherwise.
+    let mut stream = StreamWriter::default();
+    stream.header(None).unwrap();
+    let advise = PostcopyAdvise { page_size_summary: 0x1000, target_page_size: 0x1000 };
+    stream.command(Command::PostcopyAdvise(Some(advise))).unwrap();
+    let mut package = stream.package_writer();
+    package.command(Command::PostcopyListen).unwrap();
+    package.command(Command::PostcopyRun).unwrap();
+    stream.package(package.bytes()).unwrap();
+    stream.eof().unwrap();
+    let options = DecoderOptions { live: true, ..DecoderOptions::default() };
+    let mut driver = Driver::new(Live(stream.bytes(), b""), Decoder::new(options));
+    while driver.next().unwrap().is_some() {}
+    assert_eq!(driver.decoder().offset(), stream.bytes().len() as u64);
 }
 
 /// A reader of a live connection must know when it need not wait.

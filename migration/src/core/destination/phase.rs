@@ -1,0 +1,58 @@
+//! How far a destination is.
+
+use super::SectionUse;
+use crate::core::Mark;
+use qevm_savevm::{
+    framing::SectionHeader,
+    ram::{PageAt, RamBlock},
+};
+use std::time::Duration;
+
+/// Where a destination is.
+#[derive(Debug)]
+pub(super) enum Phase {
+    /// Nothing is known of whoever has connected.
+    Opening,
+    /// The stream is read.
+    Stream,
+    /// The guest says whether it has a use for a section.
+    Section { header: SectionHeader, usage: Option<SectionUse> },
+    /// The guest says whether a RAM block fits.
+    Block(RamBlock),
+    /// The pages of a block are fetched from their places in the file.
+    MappedBlock(RamBlock),
+    /// A package of so many bytes is waited for.
+    Package { len: u64 },
+    /// A page that is missing is waited for, and placed.
+    Place { page: PageAt, zero: bool },
+    /// The guest starts, and some of its memory is missing.
+    Starting { running: bool },
+    /// The page channels are waited for.
+    Synchronising(Mark),
+    /// The page channels are told that memory is complete.
+    EndOfMemory,
+    /// The guest takes over the state of its devices.
+    LoadingDevices,
+    /// The guest takes over its disks.
+    Activating { running: bool },
+    /// SHUT 0 is being sent to the source.
+    Telling { running: bool },
+    /// The source has been told, and confirms until then that it will not run the guest again.
+    Confirming { running: bool, until: Duration },
+    /// The guest is here and nowhere else.
+    Arrived { running: bool },
+    /// The source learns that the migration has failed.
+    Failing,
+    /// The source may read and close until then.
+    Lingering { until: Duration },
+    /// Everything is over, and the guest must not run.
+    Over,
+}
+
+/// Whose payload is next on the main channel.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Payload {
+    Page(PageAt),
+    /// Of a device, or of nobody.
+    Other,
+}

@@ -1,0 +1,174 @@
+//! The guest runs here before its memory has come.
+
+use super::{Action, Destination, Phase, Then, Turn, located};
+use crate::{LoadError, MigrationError, PAGE_SIZE};
+use qevm_savevm::{
+    command::{Command, PostcopyAdvise},
+    ram::{BlockId, PageAt},
+};
+use qevm_wire::{CountedString, Decode};
+
+/// What the source has said about it.
+#[derive(Debug, Default)]
+pub(super) struct Postcopy {
+    /// Capability `postcopy-ram` is on.
+    pub(super) allowed: bool,
+    /// Lengths of the listed blocks in bytes.
+    pub(super) lengths: Vec<u64>,
+    advised: bool,
+    /// The guest runs here, or is about to.
+    pub(super) runs: bool,
+    /// Pages are missing until they are placed.
+    pub(super) listens: bool,
+}
+
+impl Postcopy {
+    pub(super) fn new(allowed: bool) -> Self {
+        Postcopy { allowed, ..Postcopy::default() }
+    }
+
+    /// Takes a command in, and says what follows.
+    pub(super) fn command(&mut self, command: Command, listed: &[CountedString]) -> Result<Then<'static>, LoadError> {
+        let misplaced = |name: &str, place: &str| Err(LoadError::Unsupported(format!("command {name} {place}")));
+        let name = command.name();
+        match command {
+            Command::PostcopyAdvise(Some(advise)) => {
+                let PostcopyAdvise { page_size_summary, target_page_size } = advise;
+                for found in [target_page_size, page_size_summary] {
+                    if found != PAGE_SIZE {
+                        return Err(LoadError::PageSize { found, expected: PAGE_SIZE });
+                    }
+                }
+                self.advised = true;
+            }
+            _ if self.runs => return misplaced(name, "after POSTCOPY_RUN"),
+            _ if !self.advised => return misplaced(name, "without POSTCOPY_ADVISE"),
+            Command::RamDiscard(_) | Command::Packaged { .. } | Command::PostcopyListen if self.listens => {
+                return misplaced(name, "after POSTCOPY_LISTEN");
+            }
+            Command::RamDiscard(discard) => {
+                let Some(index) = listed.iter().position(|name| *name == discard.block) else {
+                    let expected = listed.iter().map(|name| format!("\"{name}\"")).collect::<Vec<_>>().join(", ");
+                    return Err(LoadError::UnknownRamBlock { found: discard.block, expected });
+                };
+                let mut ranges = Vec::with_capacity(discard.ranges.len());
+                for range in &discard.ranges {
+                    let end = range.start.checked_add(range.len).filter(|end| *end <= self.lengths[index]);
+                    match end.filter(|_| (range.start | range.len).is_multiple_of(PAGE_SIZE)) {
+                        Some(end) => ranges.push(range.start..end),
+                        None => return misplaced(name, "of bytes that are no pages of the block"),
+                    }
+                }
+                return Ok(Then::Do(Action::Discard { block: BlockId(index as u32), ranges }));
+            }
+            Command::Packaged { len } => return Ok(Then::Ask(Phase::Package { len: len.into() })),
+            Command::PostcopyListen => {
+                self.listens = true;
+                return Ok(Then::Do(Action::Listen));
+            }
+            Command::PostcopyRun if !self.listens => return misplaced(name, "without POSTCOPY_LISTEN"),
+            Command::PostcopyRun => return Ok(Then::Ask(Phase::LoadingDevices)),
+            _ => {}
+        }
+        Ok(Then::Do(Action::Continue))
+    }
+}
+
+impl Destination {
+    /// Whether the guest runs here though the migration goes on (postcopy).
+    pub fn runs_early(&self) -> bool {
+        self.loader.postcopy.runs
+    }
+
+    /// The package is loaded when all of it is here.
+    pub(super) fn package(&mut self, input: &[u8], len: u64) -> Result<Turn<'static>, MigrationError> {
+        if (input.len() as u64) < len && !self.ended {
+            let at_least = usize::try_from(len).unwrap_or(usize::MAX);
+            return Ok(Turn { consumed: 0, action: Action::Read { at_least, until: None } });
+        }
+        self.nested = Some(self.decoder.nested().map_err(located)?);
+        if self.ended
+            && let Some(nested) = &mut self.nested
+        {
+            nested.end_of_input();
+        }
+        self.phase = Phase::Stream;
+        Ok(Turn { consumed: 0, action: Action::Continue })
+    }
+
+    /// A page is placed when all of it is here.
+    pub(super) fn place_page<'a>(
+        &mut self,
+        input: &'a [u8],
+        page: PageAt,
+        zero: bool,
+    ) -> Result<Turn<'a>, MigrationError> {
+        let len = if zero { 0 } else { PAGE_SIZE as usize };
+        let Some(content) = input.get(..len) else {
+            if self.ended {
+                let source = std::io::ErrorKind::UnexpectedEof.into();
+                return Err(MigrationError::Receive { offset: self.decoder.offset(), source });
+            }
+            return Ok(Turn { consumed: 0, action: Action::Read { at_least: len, until: None } });
+        };
+        self.skip(len as u64)?;
+        self.phase = Phase::Stream;
+        Ok(Turn { consumed: len, action: Action::Place { page, content: (!zero).then_some(content) } })
+    }
+
+    /// An error after which the guest is here and some of its memory is not.
+    pub(super) fn broken(&self, error: MigrationError) -> MigrationError {
+        match error {
+            MigrationError::PostcopyBroken { .. } => error,
+            error if self.runs_early() => MigrationError::PostcopyBroken { reason: error.into() },
+            error => error,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use qevm_savevm::command::{DiscardRange, RamDiscard};
+
+    #[test]
+    fn commands_have_their_order_and_discards_their_bounds() {
+        let size = PAGE_SIZE;
+        let advise = |target_page_size, page_size_summary| {
+            Command::PostcopyAdvise(Some(PostcopyAdvise { page_size_summary, target_page_size }))
+        };
+        let name = |name: &str| CountedString::new(name).unwrap();
+        let discard = |block, start, len| {
+            Command::RamDiscard(RamDiscard { block: name(block), ranges: vec![DiscardRange { start, len }] })
+        };
+        let (listen, run, package) = (Command::PostcopyListen, Command::PostcopyRun, Command::Packaged { len: 100 });
+        let good = || vec![advise(size, size), discard("pc.ram", 0, 3 * size), package.clone(), listen.clone()];
+        let with = |more: Command| good().into_iter().chain([more]).collect::<Vec<_>>();
+        let advised = |more: Command| vec![advise(size, size), more];
+        for (commands, expected) in [
+            (vec![listen.clone()], "POSTCOPY_LISTEN without POSTCOPY_ADVISE"),
+            (vec![package.clone()], "PACKAGED without POSTCOPY_ADVISE"),
+            (vec![run.clone()], "POSTCOPY_RUN without POSTCOPY_ADVISE"),
+            (vec![discard("pc.ram", 0, size)], "RAM_DISCARD without POSTCOPY_ADVISE"),
+            (vec![advise(2 * size, size)], "target pages of 8192 bytes, 4096 expected"),
+            (vec![advise(size, 0x20_1000)], "target pages of 2101248 bytes, 4096 expected"),
+            (advised(run.clone()), "POSTCOPY_RUN without POSTCOPY_LISTEN"),
+            (advised(discard("vga.vram", 0, size)), "unknown ramblock \"vga.vram\""),
+            (advised(discard("pc.ram", size, 3 * size)), "no pages of the block"),
+            (advised(discard("pc.ram", 1, size)), "no pages of the block"),
+            (advised(discard("pc.ram", 0, size - 1)), "no pages of the block"),
+            (advised(discard("pc.ram", u64::MAX - size + 1, size)), "no pages of the block"),
+            (with(listen.clone()), "POSTCOPY_LISTEN after POSTCOPY_LISTEN"),
+            (with(package.clone()), "PACKAGED after POSTCOPY_LISTEN"),
+            (with(discard("pc.ram", 0, size)), "RAM_DISCARD after POSTCOPY_LISTEN"),
+        ] {
+            let mut postcopy = Postcopy { lengths: vec![3 * size], ..Postcopy::new(true) };
+            let mut errors = Vec::new();
+            for command in &commands {
+                errors.push(postcopy.command(command.clone(), &[name("pc.ram")]).err().map(|error| error.to_string()));
+            }
+            let last = errors.pop().flatten().unwrap_or_else(|| panic!("{commands:?}"));
+            assert!(errors.iter().all(Option::is_none) && last.contains(expected), "{errors:?} {last}");
+        }
+    }
+}

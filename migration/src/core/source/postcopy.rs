@@ -1,0 +1,172 @@
+//! The guest goes before its memory: its devices in a package, and then the pages, those first that it waits for.
+//!
+//! A destination runs the guest when it has the whole package. As long as that was not sent to its last byte, the guest can go on here; after
+//! that, never again.
+
+use super::{
+    Action, Answers, Batch, PageRoute, RAM_SECTION, SourceCore, Wake, idstr,
+    phase::{Phase, Postcopy},
+};
+use crate::{MigrationError, PAGE_SIZE, ReturnPathError, SavedDevices, Status};
+use qevm_returnpath::requests::{RequestBlock, RequestBlocks};
+use qevm_savevm::{
+    command::{Command, DiscardRange, RamDiscard},
+    framing::SectionHeader,
+};
+use qevm_wire::Located;
+use std::time::Duration;
+
+/// Values of the PINGs before the package, in it, as the last in it before RUN (10.2), and after it.
+const BEFORE: u32 = 2;
+const INSIDE: u32 = 3;
+const BEFORE_RUN: u32 = 0x42;
+const AFTER: u32 = 4;
+/// Pages that nobody waits for go so many at a time: whoever waits for another page has to wait for them.
+const AT_A_TIME: u64 = 32;
+
+impl SourceCore {
+    /// Whether the guest may go now: the operator wants it, and the destination listens.
+    pub(super) fn postcopy_may_start(&self, answers: Option<&Answers>) -> bool {
+        self.postcopy && self.passes > 0 && answers.is_some_and(|answers| answers.unready().is_none())
+    }
+
+    pub(super) fn go_on_after_departure(
+        &mut self,
+        step: Postcopy,
+        now: Duration,
+        answers: Option<&mut Answers>,
+    ) -> Result<(), MigrationError> {
+        let Some(answers) = answers else { return Err(MigrationError::NoVerdict) };
+        if self.departed {
+            answers.failure()?;
+        }
+        let next = match step {
+            Postcopy::Begin(devices) => {
+                if self.options.profile.switchover_start {
+                    self.stream.command(Command::SwitchoverStart)?;
+                }
+                self.discard()?;
+                self.stream.command(answers.ping(BEFORE)?)?;
+                self.package(&devices, answers)?;
+                answers.postcopy_starts(self.request_blocks()?)?;
+                self.do_next(Action::Send { doing: "the package of the devices" });
+                Postcopy::Departed
+            }
+            Postcopy::Departed => {
+                self.departed = true;
+                self.gone_at = Some(now);
+                self.limiter.set_limit(self.parameters.max_postcopy_bandwidth);
+                self.do_next(Action::StopLog);
+                self.do_next(Action::Status(Status::PostcopyActive));
+                self.stream.command(answers.ping(AFTER)?)?;
+                Postcopy::Serve
+            }
+            Postcopy::Serve => self.serve(now, answers)?,
+            Postcopy::Sent => {
+                self.stream.eos()?;
+                self.stream.footer()?;
+                Postcopy::Serve
+            }
+            Postcopy::Ending(sent) => {
+                sent.unwrap_or(Ok(()))?;
+                Postcopy::AwaitShut { since: now }
+            }
+            Postcopy::AwaitShut { since } if !answers.has_verdict() => {
+                self.phase = Phase::Postcopy(Postcopy::AwaitShut { since });
+                return self.keep_waiting(since, now, answers);
+            }
+            Postcopy::AwaitShut { .. } => {
+                answers.verdict()?;
+                self.succeed(now);
+                return Ok(());
+            }
+        };
+        self.phase = Phase::Postcopy(next);
+        Ok(())
+    }
+
+    /// Sends pages: one that the guest waits for, or else the next few.
+    fn serve(&mut self, now: Duration, answers: &mut Answers) -> Result<Postcopy, MigrationError> {
+        let mut requested = None;
+        while let Some(request) = answers.next_request() {
+            // What was sent before is on its way, or there.
+            let pages = request.offset / PAGE_SIZE..(request.offset + request.len) / PAGE_SIZE;
+            requested = self.sweep.take_at(request.block, pages);
+            if requested.is_some() {
+                break;
+            }
+        }
+        let batch = match requested {
+            Some(run) => Batch { resets: Vec::new(), runs: vec![run] },
+            None if self.sweep.is_over() => {
+                self.stream.section_end(RAM_SECTION)?;
+                self.stream.eos()?;
+                self.stream.footer()?;
+                self.stream.eof()?;
+                answers.everything_is_sent()?;
+                self.do_next(Action::SendEnd);
+                return Ok(Postcopy::Ending(None));
+            }
+            None => {
+                self.limiter.set_limit(self.parameters.max_postcopy_bandwidth);
+                let pages = self.limiter.allowance(now) / PAGE_SIZE;
+                if pages == 0 {
+                    // What comes between a decision to wait and the wait would not be heard.
+                    if !self.stream.bytes().is_empty() {
+                        self.do_next(Action::Send { doing: "the end of a RAM section" });
+                        return Ok(Postcopy::Serve);
+                    }
+                    self.wait(Some(now + self.limiter.wait(now)), Wake::Answers);
+                    return Ok(Postcopy::Serve);
+                }
+                self.batch(pages.min(AT_A_TIME), false)?.unwrap_or_default()
+            }
+        };
+        self.stream.section_part(RAM_SECTION)?;
+        self.do_next(Action::Pages(batch));
+        Ok(Postcopy::Sent)
+    }
+
+    /// What the destination has of these pages is old, or nothing.
+    fn discard(&mut self) -> Result<(), MigrationError> {
+        debug_assert_eq!(self.options.route, PageRoute::Main);
+        let runs: Vec<_> = self.sweep.runs().collect();
+        for of_block in runs.chunk_by(|a, b| a.block == b.block) {
+            for some in of_block.chunks(RamDiscard::MAX_RANGES_WRITTEN) {
+                let range = |run: &super::BlockRange| DiscardRange {
+                    start: run.pages.start * PAGE_SIZE,
+                    len: (run.pages.end - run.pages.start) * PAGE_SIZE,
+                };
+                let block = idstr(&self.options.blocks[some[0].block].0)?;
+                let ranges = some.iter().map(range).collect();
+                self.stream.command(Command::RamDiscard(RamDiscard { block, ranges }))?;
+            }
+        }
+        Ok(())
+    }
+
+    /// The devices, after which the guest runs.
+    fn package(&mut self, devices: &SavedDevices, answers: &mut Answers) -> Result<(), MigrationError> {
+        let mut package = self.stream.package_writer();
+        package.command(Command::PostcopyListen)?;
+        for (section_id, device) in (RAM_SECTION + 1..).zip(devices.sections()) {
+            let (idstr, instance_id, version_id) = (device.idstr.clone(), device.instance_id, device.version_id);
+            package.section_full(&SectionHeader { section_id, idstr, instance_id, version_id }, &device.body)?;
+        }
+        package.command(answers.ping(INSIDE)?)?;
+        if self.options.profile.postcopy_package_ping {
+            package.command(answers.ping(BEFORE_RUN)?)?;
+        }
+        package.command(Command::PostcopyRun)?;
+        Ok(self.stream.package(package.bytes())?)
+    }
+
+    fn request_blocks(&self) -> Result<RequestBlocks, MigrationError> {
+        let block = |(name, used_length): &(String, u64)| {
+            Ok(RequestBlock { name: idstr(name)?, used_length: *used_length, page_size: PAGE_SIZE })
+        };
+        let blocks = self.options.blocks.iter().map(block).collect::<Result<_, MigrationError>>()?;
+        let blocks = RequestBlocks::new(blocks);
+        Ok(blocks.map_err(|error| Located::new(ReturnPathError::from(error), 0))?)
+    }
+}
