@@ -16,7 +16,7 @@ use qevm_returnpath::{
     Message,
     switchover::{DestinationGate, SwitchoverAckFlow},
 };
-use qevm_savevm::{Decoder, DecoderOptions, PayloadKind};
+use qevm_savevm::{Decoder, DecoderOptions, Event, PayloadKind, ram::RamRecord};
 use qevm_wire::{Decode, Limits, Located, Step};
 use std::{collections::HashSet, io, time::Duration};
 
@@ -135,11 +135,11 @@ impl Destination {
     /// What arrived is wrong or ends too early, or a wait was too long. The guest must not run here; with
     /// [`MigrationError::Undecided`] it is wholly here, and may run at the source.
     pub fn next<'a>(&mut self, input: &'a [u8]) -> Result<Turn<'a>, MigrationError> {
-        let turn = self.turn(input).map_err(|error| self.broken(error));
-        if let Err(error) = &turn {
-            self.fail(error);
-        }
-        turn
+        self.turn(input).map_err(|error| {
+            let error = self.broken(error);
+            self.fail(&error);
+            error
+        })
     }
 
     /// It is `now`.
@@ -369,6 +369,13 @@ impl Destination {
         let decoder = self.nested.as_mut().unwrap_or(&mut self.decoder);
         self.at = decoder.offset();
         match decoder.next(input).map_err(located)? {
+            // An idle guest is made of these.
+            Step::Event { consumed, event: Event::Ram(RamRecord::Zero(page)) }
+                if self.nested.is_none() && !self.loader.postcopy.listens =>
+            {
+                self.payload = Payload::Other;
+                Ok(Turn { consumed, action: Action::Zero(page) })
+            }
             Step::Event { consumed, event } => {
                 if self.nested.is_some() {
                     self.decoder.skip_payload(consumed as u64).map_err(located)?;

@@ -214,7 +214,7 @@ impl Decoder {
             RamRecord::Block(_) => self.expect_payload(payload, PayloadKind::MappedPages),
             _ => {}
         }
-        if record == RamRecord::EndOfSection {
+        if matches!(record, RamRecord::EndOfSection) {
             self.state = State::Footer;
         }
         Ok(Event::Ram(record))

@@ -96,8 +96,20 @@ impl RamReader {
             self.current = Some(page.block);
             return Ok((RamRecord::Page(page), context.pages.size()));
         }
+        if kind == flag::ZERO {
+            // An idle guest is made of these.
+            let page = self.page(reader, context, at, offset, flags)?;
+            let at = reader.offset();
+            let fill = reader.u8().map_err(|error| error.within(self.blocks.path(page.block)))?;
+            if fill != 0 {
+                let error = Located::new(RamError::Fill { found: fill }.into(), at);
+                return Err(error.within(self.blocks.path(page.block)));
+            }
+            self.current = Some(page.block);
+            return Ok((RamRecord::Zero(page), 0));
+        }
         let record = match kind {
-            flag::ZERO | flag::XBZRLE | flag::COMPRESS_PAGE => {
+            flag::XBZRLE | flag::COMPRESS_PAGE => {
                 let page = self.page(reader, context, at, offset, flags)?;
                 let record = small_page(reader, context, kind, page).within(|| self.blocks.path(page.block))?;
                 self.current = Some(page.block);
@@ -228,13 +240,6 @@ fn small_page<'a>(
     page: PageAt,
 ) -> Result<RamRecord<'a>, Error> {
     match kind {
-        flag::ZERO => {
-            let at = reader.offset();
-            match reader.u8()? {
-                0 => Ok(RamRecord::Zero(page)),
-                found => Err(Located::new(RamError::Fill { found }.into(), at)),
-            }
-        }
         flag::XBZRLE => {
             let at = reader.offset();
             let found = reader.u8()?;
