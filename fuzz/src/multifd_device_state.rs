@@ -48,9 +48,9 @@ fn read<'a>(channel: &'a [u8], devices: &mut Devices<'a>) {
         again.clear();
         encoder.event(&event, &mut again).expect("what was decoded can be encoded");
         assert_eq!(again.as_bytes(), read);
-        let mut rest = &channel[decoder.offset() as usize..];
+        let following = &channel[decoder.offset() as usize..];
         if let Event::DeviceState(packet) = &event
-            && let Some(payload) = rest.get(..packet.payload_len as usize)
+            && let Some(payload) = following.get(..packet.payload_len as usize)
         {
             let place = VfioDeviceState::decode(payload).ok();
             if let Some(place) = place {
