@@ -1,5 +1,8 @@
 //! `qevm-conformance`: drives real QEMUs against qevm.
 
+#[path = "../../migration/examples/async_vmm.rs"]
+#[allow(dead_code)] // Its `main`.
+mod async_vmm;
 mod command;
 #[path = "../../migration/examples/toy_vmm.rs"]
 #[allow(dead_code)] // Its `main`.
@@ -22,12 +25,13 @@ fn main() -> ExitCode {
     if arguments.peek().is_some_and(|a| a == peer::BUILT_IN) {
         return reference_vmm::command::main(arguments, Descriptors::default());
     }
-    if arguments.peek().is_some_and(|a| a == toy::BUILT_IN) {
+    let example = toy::BUILT_IN.iter().position(|name| arguments.peek().is_some_and(|a| a == name));
+    if let Some(example) = example {
         let arguments: Vec<String> = arguments.skip(1).map(|a| a.to_string_lossy().into_owned()).collect();
-        return match toy_vmm::run(&arguments) {
+        return match [toy_vmm::run, async_vmm::run][example](&arguments) {
             Ok(()) => ExitCode::SUCCESS,
             Err(error) => {
-                eprintln!("toy_vmm: {error}");
+                eprintln!("{}: {error}", toy::BUILT_IN[example]);
                 ExitCode::FAILURE
             }
         };

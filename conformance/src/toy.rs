@@ -1,4 +1,4 @@
-//! Guests that go from a QEMU to `toy_vmm`, the example of `qevm-migration`, and back while they run.
+//! Guests that go from a QEMU to an example of `qevm-migration`, `toy_vmm` or `async_vmm`, and back while they run.
 //!
 //! What QEMU says of its guest is the truth: RAM by `pmemsave`, the watchdog by the file that QEMU saves.
 
@@ -21,8 +21,8 @@ use crate::patience::PATIENCE;
 use crate::played::{Outcome, Report, Row};
 use crate::roots::{Root, Suite};
 
-/// The hidden subcommand of `qevm-conformance` that is `toy_vmm`.
-pub const BUILT_IN: &str = "toy-vmm";
+/// The hidden subcommands of `qevm-conformance` that are `toy_vmm` and `async_vmm`.
+pub const BUILT_IN: [&str; 2] = ["toy-vmm", "async-vmm"];
 
 const MIB: usize = 1 << 20;
 /// Guest RAM, and the part of it that is not zero when QEMU starts.
@@ -56,6 +56,15 @@ pub enum Way {
     Multifd,
 }
 
+/// An example of a monitor.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Example {
+    /// `toy_vmm`: the engine with its threads.
+    Toy,
+    /// `async_vmm`: the cores, driven by tokio. It has RAM and one connection with a return path.
+    Async,
+}
+
 /// A guest that goes from a QEMU to the toy and to another QEMU of the same release.
 #[derive(Debug, Clone)]
 pub struct Trip {
@@ -65,6 +74,8 @@ pub struct Trip {
     pub machine: Machine,
     /// How it is migrated, both times.
     pub way: Way,
+    /// Where it goes.
+    pub example: Example,
 }
 
 /// What was seen of one.
@@ -85,7 +96,8 @@ impl fmt::Display for Seen {
 impl Trip {
     /// For reports.
     pub fn name(&self) -> String {
-        format!("{} {:?} {:?}", self.suite.series(), self.machine, self.way).to_lowercase()
+        let example = if self.example == Example::Async { " async" } else { "" };
+        format!("{} {:?} {:?}{example}", self.suite.series(), self.machine, self.way).to_lowercase()
     }
 }
 
@@ -94,17 +106,22 @@ pub fn all() -> Vec<Trip> {
     let mut all = Vec::new();
     for suite in [Suite::Bookworm, Suite::Trixie, Suite::Sid] {
         for machine in [Machine::Microvm, Machine::None] {
-            all.extend([Way::Plain, Way::ReturnPath, Way::Multifd].map(|way| Trip { suite, machine, way }));
+            let example = Example::Toy;
+            all.extend([Way::Plain, Way::ReturnPath, Way::Multifd].map(|way| Trip { suite, machine, way, example }));
         }
+        all.push(Trip { suite, machine: Machine::None, way: Way::ReturnPath, example: Example::Async });
     }
     all
 }
 
-/// Every release in every way with a device, and each release in one way without.
+/// Every release in every way with a device, and each release in one way without; 11.1 with `async_vmm`, too.
 pub fn quick() -> Vec<Trip> {
     let alone = [(Suite::Bookworm, Way::Plain), (Suite::Trixie, Way::Multifd), (Suite::Sid, Way::ReturnPath)];
     let mut trips = all();
-    trips.retain(|trip| trip.machine == Machine::Microvm || alone.contains(&(trip.suite, trip.way)));
+    trips.retain(|trip| match trip.example {
+        Example::Toy => trip.machine == Machine::Microvm || alone.contains(&(trip.suite, trip.way)),
+        Example::Async => trip.suite == Suite::Sid,
+    });
     trips
 }
 
@@ -205,7 +222,7 @@ impl Trip {
     fn toy(&self, judge: &Path, folder: &Path, uri: impl Fn(&str) -> String) -> Result<Toy> {
         let machine = format!("{:?}", self.machine).to_lowercase();
         let mut command = Command::new(judge);
-        command.args([BUILT_IN, &machine, &(RAM / MIB).to_string(), self.suite.series()]);
+        command.args([BUILT_IN[self.example as usize], &machine, &(RAM / MIB).to_string(), self.suite.series()]);
         command.args([uri("from.sock"), uri("to.sock")]).args(self.capabilities()).current_dir(folder);
         let output = folder.join("toy.txt");
         let file = File::create(&output)?;

@@ -34,7 +34,7 @@ const FILE_MODE: u32 = 0o600;
 
 /// Who reads what a source sends.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Reader {
+pub enum Reader {
     /// A destination, over something with two directions: it is asked to answer.
     Answers,
     /// A destination perhaps, which is asked to answer only under capability `return-path`.

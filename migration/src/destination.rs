@@ -3,7 +3,7 @@
 use super::{
     Channel, Guest, GuestError, Incoming, IterativeDevice, Job, LoadError, MigrationError, Status,
     channel::{Source, Target, write_all},
-    core::{Action, Destination, DestinationOptions, SectionUse, Turn},
+    core::destination::{Action, Destination, DestinationOptions, SectionUse, Turn},
     inlet::Inlet,
     lazy::{LazyRestore, Setup},
     multifd::{Gate, receive_pages},

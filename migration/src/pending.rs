@@ -71,11 +71,11 @@ const ASKING_PART: u32 = 8;
 
 /// What a device said of its size.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub(crate) struct DeviceSize {
+pub struct DeviceSize {
     /// What remains, as far as it can be told at once.
-    pub(crate) estimate: Pending,
+    pub estimate: Pending,
     /// What remains, if the device was asked exactly; the estimate is of just after that.
-    pub(crate) exact: Option<Pending>,
+    pub exact: Option<Pending>,
 }
 
 /// What the devices said so far.

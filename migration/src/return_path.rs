@@ -1,6 +1,6 @@
 //! The source's return-path thread: reads messages while another thread sends, and lets that one wait for them.
 
-use super::{Channel, MigrationError, channel::Target, core::Answers};
+use super::{Channel, MigrationError, channel::Target, core::source::Answers};
 use qevm_returnpath::{Decoder, Event, RequestError, SessionError};
 use qevm_wire::{Blame, Decode, DriveError, Driver, Fault};
 use std::{

@@ -6,10 +6,7 @@ use super::{
     Channel, DirtyLog, Guest, IterativeDevice, Job, MigrationError, Notice, Outgoing,
     channel::{Source, write_all},
     connections::Reader,
-    core::{
-        Answers,
-        source::{Action, PageRoute, Sent, SourceCore, SourceOptions, Wake},
-    },
+    core::source::{Action, Answers, PageRoute, Sent, SourceCore, SourceOptions, Wake},
     multifd::{Counts, Queue, Settings, save_pages, send_pages},
     page_file::Saving,
     ram_sender::RamSender,

@@ -14,7 +14,7 @@ use std::io;
 /// The source's end of a return path. Its inputs are every PING that is sent, every message that arrives and the end of the
 /// channel; it decides what the source may do.
 #[derive(Debug)]
-pub(crate) struct Answers {
+pub struct Answers {
     /// What may come, and what is missing.
     session: SourceSession,
     verdict: Verdict,
@@ -42,7 +42,7 @@ enum Verdict {
 impl Answers {
     /// `flow` is how acks of the switchover are counted; `None` without `switchover-ack`. `asked_for` is false without
     /// `return-path`: a return path that is opened all the same must not fail a migration that would succeed without.
-    pub(crate) fn new(flow: Option<SwitchoverAckFlow>, asked_for: bool) -> Self {
+    pub fn new(flow: Option<SwitchoverAckFlow>, asked_for: bool) -> Self {
         Answers {
             session: SourceSession::new(flow),
             verdict: Verdict::Missing,
@@ -74,7 +74,7 @@ impl Answers {
     }
 
     /// A message came, which began at byte `offset` of the return path. Says whether it was the last that matters.
-    pub(crate) fn message(&mut self, message: Message, offset: u64) -> bool {
+    pub fn message(&mut self, message: Message, offset: u64) -> bool {
         let agrees = message == Message::Pong { value: handover::AGREED };
         let message = if agrees { Message::Pong { value: handover::ANNOUNCE } } else { message };
         match self.session.message(&message) {
@@ -116,18 +116,18 @@ impl Answers {
     }
 
     /// The return path cannot be read (further), or ended before the verdict.
-    pub(crate) fn fail(&mut self, error: MigrationError) {
+    pub fn fail(&mut self, error: MigrationError) {
         self.verdict = Verdict::Failed(Some(error));
         self.ended = Some(Ok(()));
     }
 
     /// The destination closed after its verdict, in order or not.
-    pub(crate) fn end(&mut self, how: io::Result<()>) {
+    pub fn end(&mut self, how: io::Result<()>) {
         self.ended = Some(how);
     }
 
     /// Whether nothing more comes.
-    pub(crate) fn has_ended(&self) -> bool {
+    pub fn has_ended(&self) -> bool {
         self.ended.is_some()
     }
 
@@ -137,7 +137,7 @@ impl Answers {
     }
 
     /// Whether the destination or the return path has failed.
-    pub(crate) fn has_failed(&self) -> bool {
+    pub fn has_failed(&self) -> bool {
         matches!(self.verdict, Verdict::Failed(_))
     }
 
@@ -147,7 +147,7 @@ impl Answers {
     }
 
     /// Whether the verdict has come.
-    pub(crate) fn has_verdict(&self) -> bool {
+    pub fn has_verdict(&self) -> bool {
         !matches!(self.verdict, Verdict::Missing)
     }
 

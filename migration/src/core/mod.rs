@@ -8,29 +8,27 @@
 //!
 //! | module | what |
 //! |---|---|
-//! | `source` | the source: what goes out, when the guest is paused, and who has it in the end |
+//! | [`source`] | the source: what goes out, when the guest is paused, and who has it in the end |
 //! | `answers` | what the destination has said to the source, and what follows from it |
 //! | `sweep` | which pages are sent in which order, and which wait |
-//! | `destination` | what is done with the main channel at the destination |
+//! | [`destination`] | what is done with the main channel at the destination |
 //! | `page_channel` | what is done with a page channel there |
 //! | `synchronisation` | which of those waits for which |
 //!
 //! # The destination
 //!
-//! [`Destination`] reads the main channel, [`PageChannel`] a page channel, and [`Synchronisation`] says which of them waits for which.
+//! [`Destination`](destination::Destination) reads the main channel, [`PageChannel`] a page channel, and [`Synchronisation`] says which of them waits for which.
 //! They hold no bytes of the stream and touch no memory: payload goes from the socket to where it belongs without them.
 
 mod answers;
-mod destination;
+pub mod destination;
 mod page_channel;
-pub(crate) mod source;
+pub mod source;
 mod sweep;
 mod synchronisation;
 
-pub(crate) use answers::Answers;
 use sweep::Sweep;
 
-pub use destination::{Action, Destination, DestinationOptions, SectionUse, Turn};
 pub use page_channel::{PageAction, PageChannel, PageTurn};
 pub use synchronisation::{Mark, Synchronisation};
 

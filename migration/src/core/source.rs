@@ -1,7 +1,25 @@
 //! The source: which bytes and pages go out, when the guest is paused, and who has it in the end.
 //!
-//! [`SourceCore`] is told what the return path said, what was sent, what was found in the dirty log and what the guest reported. It
-//! says what to do next, one [`Action`] at a time. [`Phase`] is how far it is.
+//! [`SourceCore`] is told what was sent, what was found in the dirty log and what the guest reported, and [`Answers`] what the return path said.
+//! It says what to do next, one [`Action`] at a time; each says what it is answered with. The example `async_vmm` drives it with tokio,
+//! [`migrate`](crate::migrate) with threads.
+//!
+//! ```
+//! use qevm_migration::{Parameters, core::source::{Action, Answers, Sent, SourceCore, SourceOptions}};
+//! use qevm_wire::{Profile, QemuVersion};
+//! use std::time::Duration;
+//!
+//! let profile = Profile::new(QemuVersion::NEWEST, "microvm");
+//! let options = SourceOptions::new(profile, "microvm", vec![("microvm.ram".into(), 64 << 20)]);
+//! let mut core = SourceCore::new(options, Parameters::default());
+//! let mut answers = Answers::new(None, true);
+//! // The driver sends this on the main channel, and says so.
+//! let Action::Send { .. } = core.poll(Duration::ZERO, Some(&mut answers)) else { panic!() };
+//! let header = core.stream().take();
+//! assert_eq!(&header[..8], b"QEVM\0\0\0\x03");
+//! core.sent(Sent { bytes: header.len() as u64, ..Sent::default() });
+//! assert!(matches!(core.poll(Duration::ZERO, Some(&mut answers)), Action::StartLog));
+//! ```
 
 mod action;
 mod completion;
@@ -14,14 +32,15 @@ mod round;
 #[cfg(test)]
 mod tests;
 
-pub(crate) use action::{Action, Batch, BlockRange, Wake};
+pub use super::answers::Answers;
+pub use crate::{connections::Reader, pending::DeviceSize};
+pub use action::{Action, Batch, BlockRange, Wake};
 
-use super::{Answers, Sweep};
+use super::Sweep;
 use crate::{
     Capabilities, MigrationError, Parameters, Pending, SavedDevices, Statistics,
-    connections::Reader,
     converge::{AutoConverge, Trigger},
-    pending::{Account, DeviceSize},
+    pending::Account,
     rate::RateLimiter,
     statistics::RoundStatistics,
     switchover::Bandwidth,
@@ -43,7 +62,7 @@ const FLUSH_AT: usize = 64 << 10;
 
 /// How pages travel.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum PageRoute {
+pub enum PageRoute {
     /// In the stream.
     Main,
     /// On page channels.
@@ -56,31 +75,52 @@ pub(crate) enum PageRoute {
 
 /// What does not change while the source runs.
 #[derive(Debug, Clone)]
-pub(crate) struct SourceOptions {
-    pub(crate) profile: Profile,
-    pub(crate) capabilities: Capabilities,
-    pub(crate) machine_type: String,
+pub struct SourceOptions {
+    /// What the destination's release reads.
+    pub profile: Profile,
+    /// The capabilities. Those that the caller carries out himself (`multifd`, `mapped-ram`) have to go with `route`.
+    pub capabilities: Capabilities,
+    /// The machine type, as the configuration section carries it.
+    pub machine_type: String,
     /// Names and lengths in bytes of the RAM blocks.
-    pub(crate) blocks: Vec<(String, u64)>,
+    pub blocks: Vec<(String, u64)>,
     /// Section names of the devices whose state is sent in parts.
-    pub(crate) devices: Vec<String>,
-    pub(crate) route: PageRoute,
+    pub devices: Vec<String>,
+    /// How pages travel.
+    pub route: PageRoute,
     /// Who takes the stream where there is no return path.
-    pub(crate) reader: Reader,
+    pub reader: Reader,
     /// How long a destination may take to answer and to give its verdict; `None` for as long as it takes. An operator may cancel
     /// before, and a connection that breaks ends the wait.
-    pub(crate) patience: Option<Duration>,
+    pub patience: Option<Duration>,
+}
+
+impl SourceOptions {
+    /// Those of a guest with these blocks (names, and lengths in bytes) and without iterative devices, that goes over one connection with two
+    /// directions. A destination has half a minute for each answer.
+    pub fn new(profile: Profile, machine_type: &str, blocks: Vec<(String, u64)>) -> Self {
+        SourceOptions {
+            profile,
+            capabilities: Capabilities { return_path: true, ..Capabilities::default() },
+            machine_type: machine_type.into(),
+            blocks,
+            devices: Vec::new(),
+            route: PageRoute::Main,
+            reader: Reader::Answers,
+            patience: Some(Duration::from_secs(30)),
+        }
+    }
 }
 
 /// Counts of what was sent.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub(crate) struct Sent {
+pub struct Sent {
     /// Bytes on all channels.
-    pub(crate) bytes: u64,
+    pub bytes: u64,
     /// Pages in full.
-    pub(crate) normal: u64,
+    pub normal: u64,
     /// Pages as a record of zeroes.
-    pub(crate) zero: u64,
+    pub zero: u64,
 }
 
 /// The guest is paused.
@@ -94,7 +134,7 @@ struct Pause {
 
 /// The state machine of a source. All times are counted from the start of the migration.
 #[derive(Debug)]
-pub(crate) struct SourceCore {
+pub struct SourceCore {
     options: SourceOptions,
     parameters: Parameters,
     phase: Phase,
@@ -144,7 +184,8 @@ pub(crate) struct SourceCore {
 }
 
 impl SourceCore {
-    pub(crate) fn new(options: SourceOptions, parameters: Parameters) -> Self {
+    /// A source that has sent nothing, at time 0.
+    pub fn new(options: SourceOptions, parameters: Parameters) -> Self {
         let profile = &options.profile;
         let pages = PageGeometry::X86;
         SourceCore {
@@ -183,8 +224,9 @@ impl SourceCore {
         }
     }
 
-    /// What to do next, `now`. What the one before is answered with has to be told before.
-    pub(crate) fn poll(&mut self, now: Duration, mut answers: Option<&mut Answers>) -> Action {
+    /// What to do next, `now`; what the action before is answered with has to be told before. `answers` is what the return path has said, if there
+    /// is one. Errors of the driver's go to [`failed`](Self::failed); how the migration ended comes with [`Action::End`].
+    pub fn poll(&mut self, now: Duration, mut answers: Option<&mut Answers>) -> Action {
         loop {
             if let Some(action) = self.actions.pop_front() {
                 return action;
@@ -202,34 +244,34 @@ impl SourceCore {
     }
 
     /// The parameters have changed.
-    pub(crate) fn set_parameters(&mut self, parameters: Parameters) {
+    pub fn set_parameters(&mut self, parameters: Parameters) {
         self.parameters = parameters;
     }
 
     /// The operator has cancelled.
-    pub(crate) fn cancel(&mut self) {
+    pub fn cancel(&mut self) {
         self.cancelled = true;
     }
 
     /// The operator lets the switchover happen.
-    pub(crate) fn let_switch_over(&mut self) {
+    pub fn let_switch_over(&mut self) {
         self.may_switch_over = true;
     }
 
     /// The operator lets the guest go before its memory does (`migrate-start-postcopy`): it runs at the destination as soon as its devices
     /// are there. Needs capability `postcopy-ram` and a return path, and pages on the main channel.
-    pub(crate) fn start_postcopy(&mut self) {
+    pub fn start_postcopy(&mut self) {
         let possible = self.options.capabilities.postcopy_ram && self.options.route == PageRoute::Main;
         self.postcopy |= possible && self.options.devices.is_empty();
     }
 
     /// What is to be sent on the main channel, before the pages of a batch. Whoever sends it clears it.
-    pub(crate) fn stream(&mut self) -> &mut StreamWriter {
+    pub fn stream(&mut self) -> &mut StreamWriter {
         &mut self.stream
     }
 
     /// This was sent.
-    pub(crate) fn sent(&mut self, sent: Sent) {
+    pub fn sent(&mut self, sent: Sent) {
         self.transferred += sent.bytes;
         self.limiter.sent(sent.bytes);
         let ram = &mut self.statistics.ram;
@@ -240,7 +282,7 @@ impl SourceCore {
     }
 
     /// The dirty log has this word: bit `i` of `word` is page `64 * word_number + i` of the block.
-    pub(crate) fn found(&mut self, block: usize, word_number: usize, word: u64) {
+    pub fn found(&mut self, block: usize, word_number: usize, word: u64) {
         if self.look_ahead {
             self.sweep.defer(block, word_number, word);
         } else {
@@ -249,37 +291,37 @@ impl SourceCore {
     }
 
     /// The guest is paused. `was_running` is whether it ran before.
-    pub(crate) fn paused(&mut self, was_running: bool) {
+    pub fn paused(&mut self, was_running: bool) {
         if let Some(pause) = &mut self.pause {
             pause.was_running = was_running;
         }
     }
 
     /// What remains of the iterative devices.
-    pub(crate) fn device_sizes(&mut self, sizes: Vec<DeviceSize>) {
+    pub fn device_sizes(&mut self, sizes: Vec<DeviceSize>) {
         self.sizes = sizes;
     }
 
     /// The next state of an iterative device; empty if there is none at the moment.
-    pub(crate) fn device_state(&mut self, state: &[u8]) -> Result<(), MigrationError> {
+    pub fn device_state(&mut self, state: &[u8]) -> Result<(), MigrationError> {
         self.record = state.len() as u64;
         self.device_record(state)
     }
 
-    /// So many sent bytes have not reached the peer's host.
-    pub(crate) fn backlog(&mut self, bytes: u64) {
+    /// This many sent bytes have not reached the peer's host.
+    pub fn backlog(&mut self, bytes: u64) {
         self.backlog = bytes;
     }
 
     /// The devices were saved.
-    pub(crate) fn devices_saved(&mut self, devices: SavedDevices) {
+    pub fn devices_saved(&mut self, devices: SavedDevices) {
         if let Phase::Stopped(Stopped::Saved(saved)) = &mut self.phase {
             *saved = Some(devices);
         }
     }
 
     /// The end of the stream was sent, or some of it and then no more. (If nothing got out, the action has [failed](Self::failed).)
-    pub(crate) fn end_sent(&mut self, result: Result<(), MigrationError>, now: Duration) {
+    pub fn end_sent(&mut self, result: Result<(), MigrationError>, now: Duration) {
         match &mut self.phase {
             Phase::Ending => self.phase = Phase::AwaitVerdict { sent: result, since: now },
             Phase::Postcopy(Postcopy::Ending(sent)) => *sent = Some(result),
@@ -288,42 +330,42 @@ impl SourceCore {
     }
 
     /// Everything was taken, or not.
-    pub(crate) fn settled(&mut self, result: io::Result<()>) {
+    pub fn settled(&mut self, result: io::Result<()>) {
         if let Phase::Settling(settled) = &mut self.phase {
             *settled = Some(result);
         }
     }
 
     /// It is too late to cancel, or the operator has cancelled before.
-    pub(crate) fn committed(&mut self, result: Result<(), MigrationError>) {
+    pub fn committed(&mut self, result: Result<(), MigrationError>) {
         if let Phase::Committing { committed, .. } = &mut self.phase {
             *committed = Some(result);
         }
     }
 
     /// The confirmation was sent, or not.
-    pub(crate) fn confirmed(&mut self, result: io::Result<()>) {
+    pub fn confirmed(&mut self, result: io::Result<()>) {
         if let Phase::Confirming { sent, .. } = &mut self.phase {
             *sent = Some(result);
         }
     }
 
     /// The guest goes on here, or cannot.
-    pub(crate) fn resumed(&mut self, result: Result<(), crate::GuestError>) {
+    pub fn resumed(&mut self, result: Result<(), crate::GuestError>) {
         self.came_back(result);
     }
 
     /// The last action has failed.
     ///
     /// `return_path` is whether the destination may say why.
-    pub(crate) fn failed(&mut self, error: MigrationError, now: Duration, return_path: bool) {
+    pub fn failed(&mut self, error: MigrationError, now: Duration, return_path: bool) {
         // The destination runs the guest, or does not yet.
         let error = if matches!(self.phase, Phase::Confirming { .. }) { self.unsettled(error) } else { error };
         self.fail(error, now, return_path);
     }
 
     /// Brings what is reported of the migration up to date.
-    pub(crate) fn report(&mut self, to: &mut Statistics) {
+    pub fn report(&mut self, to: &mut Statistics) {
         let Statistics { status, total_time, stopped_at, error, .. } = to;
         let (status, total_time, stopped_at, error) = (*status, *total_time, *stopped_at, error.take());
         let mut rounds = std::mem::take(&mut to.rounds);

@@ -8,7 +8,10 @@ use super::{
 };
 use crate::{
     Doubt, LoadError, MigrationError,
-    core::{Action, Destination, DestinationOptions, Synchronisation, Turn},
+    core::{
+        Synchronisation,
+        destination::{Action, Destination, DestinationOptions, Turn},
+    },
 };
 use qevm_returnpath::{Message, requests::PageFaults};
 use qevm_savevm::ram::PageAt;

@@ -9,11 +9,7 @@ use super::{
 };
 use crate::{
     Capabilities, DeviceSection, MigrationError, Parameters, ReturnPathError, SavedDevices, Status,
-    connections::Reader,
-    core::{
-        Answers,
-        source::{Action, PageRoute, Sent, SourceCore, SourceOptions, Wake},
-    },
+    core::source::{Action, Answers, PageRoute, Reader, Sent, SourceCore, SourceOptions, Wake},
     multifd::Settings,
 };
 use qevm_returnpath::{Decoder, Event, Message};

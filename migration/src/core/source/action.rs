@@ -6,25 +6,25 @@ use std::{ops::Range, time::Duration};
 
 /// Pages of one RAM block.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct BlockRange {
+pub struct BlockRange {
     /// Number of the block, in the order of the stream.
-    pub(crate) block: usize,
+    pub block: usize,
     /// Page numbers in the block.
-    pub(crate) pages: Range<u64>,
+    pub pages: Range<u64>,
 }
 
 /// Pages to send in one go.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub(crate) struct Batch {
+pub struct Batch {
     /// What is reset in the dirty log before any of the pages is read; nothing once the guest is paused.
-    pub(crate) resets: Vec<BlockRange>,
+    pub resets: Vec<BlockRange>,
     /// The pages, in the order in which they are sent.
-    pub(crate) runs: Vec<BlockRange>,
+    pub runs: Vec<BlockRange>,
 }
 
 /// What ends a wait early.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Wake {
+pub enum Wake {
     /// The operator cancels or changes a parameter.
     Operator,
     /// The operator lets the switchover happen (`migrate-continue`), or cancels.
@@ -35,7 +35,8 @@ pub(crate) enum Wake {
 
 /// One step. It is done before the machine is polled again; what it is answered with stands at each.
 #[derive(Debug)]
-pub(crate) enum Action {
+#[non_exhaustive]
+pub enum Action {
     /// Prepare the guest and start to log which pages change.
     StartLog,
     /// Read the dirty log: [`found`](super::SourceCore::found) for every word.
