@@ -118,11 +118,12 @@ impl Netdev {
     pub(crate) fn set_up(&self, header: usize, offloads: u32) {
         let End::Tap(file) = &self.0 else { return };
         let header = header as i32;
-        // SAFETY: the descriptor is a tap interface's; the kernel reads the integer.
-        let sized = unsafe { libc::ioctl(file.as_raw_fd(), ioctl::TUNSETVNETHDRSZ(), &raw const header) };
-        // SAFETY: as above; the argument is the value itself.
-        let offloaded = unsafe { libc::ioctl(file.as_raw_fd(), ioctl::TUNSETOFFLOAD(), libc::c_ulong::from(offloads)) };
-        if sized < 0 || offloaded < 0 {
+        // SAFETY: the descriptor is a tap interface's; the kernel reads an integer, and takes the second argument as it is.
+        let done = unsafe {
+            libc::ioctl(file.as_raw_fd(), ioctl::TUNSETVNETHDRSZ(), &raw const header) >= 0
+                && libc::ioctl(file.as_raw_fd(), ioctl::TUNSETOFFLOAD(), libc::c_ulong::from(offloads)) >= 0
+        };
+        if !done {
             tracing::warn!(error = %io::Error::last_os_error(), "the tap interface does not do what the guest asks for");
         }
     }
@@ -273,13 +274,13 @@ impl Stream {
 
 fn open_tap(ifname: &str) -> io::Result<File> {
     let file = OpenOptions::new().read(true).write(true).open(TUN_DEVICE)?;
-    // SAFETY: all bytes zero is a valid request.
-    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+    let ifru_flags = (libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR) as libc::c_short;
+    let ifr_ifru = libc::__c_anonymous_ifr_ifru { ifru_flags };
+    let mut request = libc::ifreq { ifr_name: [0; libc::IFNAMSIZ], ifr_ifru };
     if ifname.is_empty() || ifname.len() >= request.ifr_name.len() {
         return Err(io::Error::new(io::ErrorKind::InvalidInput, "no name of an interface"));
     }
     request.ifr_name.iter_mut().zip(ifname.bytes()).for_each(|(into, byte)| *into = byte as libc::c_char);
-    request.ifr_ifru.ifru_flags = (libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR) as libc::c_short;
     // SAFETY: the kernel reads and writes the request, which is as long as it has to be.
     if unsafe { libc::ioctl(file.as_raw_fd(), ioctl::TUNSETIFF(), &raw mut request) } < 0 {
         return Err(io::Error::last_os_error());

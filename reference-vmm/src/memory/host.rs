@@ -85,10 +85,10 @@ impl HostMemory {
         }
         // Hosts seldom give huge pages to files, and a file's own are not asked for.
         if wanted.file.is_none() {
-            memory.advise(libc::MADV_HUGEPAGE);
+            memory.hint(libc::MADV_HUGEPAGE);
         }
         // It has the guest's secrets. The whole process is kept out of dumps, too, but that can be undone from outside.
-        memory.advise(libc::MADV_DONTDUMP);
+        memory.hint(libc::MADV_DONTDUMP);
         Ok(memory)
     }
 
@@ -105,32 +105,32 @@ impl HostMemory {
     /// Gives all of it back to the host: it is zero, and missing, until somebody touches it. Private memory of a file becomes what
     /// the file holds.
     pub(super) fn discard(&self) -> io::Result<()> {
-        let advice = if self.share { libc::MADV_REMOVE } else { libc::MADV_DONTNEED };
-        // SAFETY: the range is a mapping of ours; the content that goes is the caller's wish.
-        match unsafe { libc::madvise(self.start.as_ptr().cast(), self.len, advice) } {
-            0 => Ok(()),
-            _ => Err(io::Error::last_os_error()),
-        }
+        self.advise(if self.share { libc::MADV_REMOVE } else { libc::MADV_DONTNEED })
     }
 
     /// Lets the host keep pages of the same content once.
     pub(super) fn merge(&self) {
-        self.advise(libc::MADV_MERGEABLE);
+        self.hint(libc::MADV_MERGEABLE);
     }
 
     /// Makes the host back all of it now.
     pub(super) fn populate(&self) -> io::Result<()> {
-        // SAFETY: the range is a mapping of ours; this writes nothing that can be seen.
-        match unsafe { libc::madvise(self.start.as_ptr().cast(), self.len, libc::MADV_POPULATE_WRITE) } {
+        self.advise(libc::MADV_POPULATE_WRITE)
+    }
+
+    /// Advice that a kernel which does not know it may refuse.
+    fn hint(&self, advice: libc::c_int) {
+        // Everything works without.
+        let _ = self.advise(advice);
+    }
+
+    fn advise(&self, advice: libc::c_int) -> io::Result<()> {
+        // SAFETY: the range is a mapping of ours. Where the advice changes its content, that is what the guest's owner wants; nobody
+        // holds a reference into it, as vCPUs change it, too.
+        match unsafe { libc::madvise(self.start.as_ptr().cast(), self.len, advice) } {
             0 => Ok(()),
             _ => Err(io::Error::last_os_error()),
         }
-    }
-
-    /// Advice that changes no content, and that a kernel which does not know it may refuse.
-    fn advise(&self, advice: libc::c_int) {
-        // SAFETY: the range is a mapping of ours, and the callers' advice leaves its content as it is.
-        unsafe { libc::madvise(self.start.as_ptr().cast(), self.len, advice) };
     }
 }
 
@@ -144,14 +144,16 @@ impl Drop for HostMemory {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::os::unix::fs::FileExt;
 
     #[test]
     fn memory_begins_at_a_huge_page() {
         for len in [4096, HUGE_PAGE - 4096, HUGE_PAGE, 3 * HUGE_PAGE + 8192] {
             let memory = HostMemory::new(len, Wanted::ANONYMOUS).unwrap();
             assert_eq!(memory.start().align_offset(HUGE_PAGE), 0);
-            // SAFETY: the last byte of the mapping.
-            assert_eq!(unsafe { memory.start().add(len - 1).read() }, 0);
+            // The host backs the mapping to its last page, and no further.
+            memory.populate().unwrap();
+            assert_eq!(resident(&memory), len / 4096);
         }
         assert!(HostMemory::new(usize::MAX - 4095, Wanted::ANONYMOUS).is_err());
     }
@@ -159,15 +161,16 @@ mod tests {
     #[test]
     fn populated_memory_is_there() {
         let memory = HostMemory::new(8 << 20, Wanted::ANONYMOUS).unwrap();
-        let resident = || {
-            let mut pages = vec![0u8; memory.len / 4096];
-            // SAFETY: one byte for each page of the mapping.
-            let told = unsafe { libc::mincore(memory.start().cast(), memory.len, pages.as_mut_ptr()) };
-            assert_eq!(told, 0, "{}", io::Error::last_os_error());
-            pages.iter().filter(|page| **page & 1 == 1).count()
-        };
-        assert_eq!(resident(), 0);
+        assert_eq!(resident(&memory), 0);
         memory.populate().unwrap();
-        assert_eq!(resident(), 2048);
+        assert_eq!(resident(&memory), 2048);
+    }
+
+    /// Pages that the host backs, by the bits of `/proc/self/pagemap`.
+    fn resident(memory: &HostMemory) -> usize {
+        let mut bits = vec![0; memory.len / 4096 * 8];
+        let pagemap = File::open("/proc/self/pagemap").unwrap();
+        pagemap.read_exact_at(&mut bits, memory.start() as u64 / 4096 * 8).unwrap();
+        bits.chunks(8).filter(|page| page[7] & 0x80 != 0).count()
     }
 }

@@ -49,8 +49,7 @@ impl Userfault {
             )
         })?;
         let mut api = uffdio_api { api: UFFD_API.into(), features: 0, ioctls: 0 };
-        // SAFETY: the call takes this structure and writes to nothing else.
-        unsafe { ioctl(&faults, Updater::<API, _>::new(&mut api)) }?;
+        call::<API, _>(&faults, &mut api)?;
         let stop = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
         Ok(Userfault { memory, faults, stop, blocks: Mutex::default() })
     }
@@ -85,8 +84,8 @@ impl MissingPages for Userfault {
         block.discard()?;
         let range = uffdio_range { start: block.host_address() as u64, len: block.max_length() };
         let mut register = uffdio_register { range, mode: UFFDIO_REGISTER_MODE_MISSING.into(), ioctls: 0 };
-        // SAFETY: the range is memory of a block that `memory` keeps; from here on, who touches it waits until it is filled in.
-        unsafe { ioctl(&self.faults, Updater::<REGISTER, _>::new(&mut register)) }.map_err(|error| {
+        // From here on, who touches it waits until it is filled in.
+        call::<REGISTER, _>(&self.faults, &mut register).map_err(|error| {
             let name = block.name();
             format!("userfaultfd cannot serve the memory of RAM block '{name}' ({error}): it must be anonymous, memfd, tmpfs or hugetlbfs")
         })?;
@@ -127,8 +126,7 @@ impl MissingPages for Userfault {
             let rest = &bytes[done..];
             let (dst, src, len) = (range.start + done as u64, rest.as_ptr() as u64, rest.len() as u64);
             let mut copy = uffdio_copy { dst, src, len, mode: 0, copy: 0 };
-            // SAFETY: the kernel reads `bytes` and writes to missing pages of a block alone, which nobody can have seen.
-            let copied = unsafe { ioctl(&self.faults, Updater::<COPY, _>::new(&mut copy)) };
+            let copied = call::<COPY, _>(&self.faults, &mut copy);
             done += progress(copied, copy.copy)?;
         }
         Ok(())
@@ -144,8 +142,7 @@ impl MissingPages for Userfault {
         while done < len {
             let range = uffdio_range { start: range.start + done, len: len - done };
             let mut zeros = uffdio_zeropage { range, mode: 0, zeropage: 0 };
-            // SAFETY: as above.
-            let zeroed = unsafe { ioctl(&self.faults, Updater::<ZEROPAGE, _>::new(&mut zeros)) };
+            let zeroed = call::<ZEROPAGE, _>(&self.faults, &mut zeros);
             done += progress(zeroed, zeros.zeropage)? as u64;
         }
         Ok(())
@@ -160,11 +157,18 @@ impl MissingPages for Userfault {
         for number in std::mem::take(&mut *lock(&self.blocks)) {
             let block = self.block(number)?;
             let mut range = uffdio_range { start: block.host_address() as u64, len: block.max_length() };
-            // SAFETY: the range was registered, and is ordinary memory again.
-            unsafe { ioctl(&self.faults, Updater::<UNREGISTER, _>::new(&mut range)) }?;
+            call::<UNREGISTER, _>(&self.faults, &mut range)?;
         }
         Ok(())
     }
+}
+
+/// One of the calls above, with its structure.
+fn call<const CALL: Opcode, T>(faults: &OwnedFd, argument: &mut T) -> rustix::io::Result<()> {
+    const { assert!(opcode::read_write::<T>(GROUP, CALL as u8) == CALL || opcode::read::<T>(GROUP, CALL as u8) == CALL) };
+    // SAFETY: the structure has the length that the number of the call says. The kernel reads and writes it, and bytes of ours that `fill` gives
+    // it to read; the only memory it changes are missing pages of a block that `memory` keeps, which nobody can have seen.
+    unsafe { ioctl(faults, Updater::<CALL, T>::new(argument)) }
 }
 
 /// Bytes that were filled in: all, or those before other changes of the process' memory came in between.
@@ -185,11 +189,12 @@ fn open() -> io::Result<OwnedFd> {
     }
     let device = OpenOptions::new().read(true).write(true).open("/dev/userfaultfd")?;
     const NEW: libc::c_ulong = opcode::none(GROUP, 0) as libc::c_ulong;
-    // SAFETY: the call takes flags and gives a new descriptor.
-    match unsafe { libc::ioctl(device.as_fd().as_raw_fd(), NEW, libc::O_CLOEXEC | libc::O_NONBLOCK) } {
-        -1 => Err(io::Error::last_os_error()),
-        // SAFETY: it was made just now, for nobody else.
-        descriptor => Ok(unsafe { OwnedFd::from_raw_fd(descriptor) }),
+    // SAFETY: the call takes flags and gives a new descriptor, which belongs to nobody else.
+    unsafe {
+        match libc::ioctl(device.as_fd().as_raw_fd(), NEW, libc::O_CLOEXEC | libc::O_NONBLOCK) {
+            -1 => Err(io::Error::last_os_error()),
+            descriptor => Ok(OwnedFd::from_raw_fd(descriptor)),
+        }
     }
 }
 
