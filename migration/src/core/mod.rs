@@ -31,23 +31,3 @@ use sweep::Sweep;
 
 pub use page_channel::{PageAction, PageChannel, PageTurn};
 pub use synchronisation::{Mark, Synchronisation};
-
-use std::fmt;
-
-/// One of the connections of a migration.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub enum ChannelId {
-    /// The main channel; the return path is its other direction.
-    Main,
-    /// The page channel of this number (capability `multifd`).
-    Page(u8),
-}
-
-impl fmt::Display for ChannelId {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            ChannelId::Main => f.write_str("the main channel"),
-            ChannelId::Page(number) => write!(f, "page channel {number}"),
-        }
-    }
-}
