@@ -23,7 +23,7 @@ pub fn bitmap_len(used_length: u64, pages: PageGeometry) -> u64 {
 }
 
 /// The pages that the destination lacks, of the `count` pages that a piece of a bitmap stands for from its first bit
-/// on. A piece that is too short has no bits behind its end.
+/// on. A piece that is too short has no bits after its end.
 ///
 /// ```
 /// use qevm_returnpath::bitmap::missing_pages;

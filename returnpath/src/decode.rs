@@ -8,7 +8,7 @@ use qevm_wire::{CountedString, Cursor, Decode, Limits, Located, Step, WireError}
 
 /// Reads a return path: [`next`](Decode::next) is shown bytes and gives the message at their front.
 ///
-/// The decoder holds no bytes. The bitmap behind [`Message::RecvBitmap`] is payload, which the caller moves itself and
+/// The decoder holds no bytes. The bitmap after [`Message::RecvBitmap`] is payload, which the caller moves itself and
 /// reports with [`skip_payload`](Decode::skip_payload); [`Event::BitmapEnd`] follows it. After an error the decoder
 /// stays where it was and gives the same error again. Behind SHUT the return path is over.
 ///
@@ -50,7 +50,7 @@ impl Decoder {
         Decoder { limits, ..Decoder::default() }
     }
 
-    /// True behind SHUT. A return path that ends without it ended because the destination or the connection broke.
+    /// True after SHUT. A return path that ends without it ended because the destination or the connection broke.
     pub fn is_shut(&self) -> bool {
         self.state == State::Shut
     }

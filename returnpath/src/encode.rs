@@ -29,11 +29,11 @@ impl Encoder {
     /// [`bitmap_end`](Self::bitmap_end).
     ///
     /// # Errors
-    /// [`MessageError::Order`] behind SHUT or inside a bitmap. Nothing is appended then.
+    /// [`MessageError::Order`] after SHUT or inside a bitmap. Nothing is appended then.
     pub fn message(&mut self, message: &Message, writer: &mut Writer) -> Result<(), Error> {
         let what = message.message_type().name();
         if self.shut {
-            return Err(misplaced(what, "comes behind SHUT, the last message", writer));
+            return Err(misplaced(what, "comes after SHUT, the last message", writer));
         }
         if self.in_bitmap {
             return Err(misplaced(what, "comes before the end of a bitmap", writer));

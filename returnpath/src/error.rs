@@ -78,8 +78,8 @@ pub enum MessageError {
         /// The highest possible.
         max: u16,
     },
-    /// Bytes behind SHUT, which is the last message.
-    #[error("{found:#04x} and more behind SHUT, which is the last message")]
+    /// Bytes after SHUT, which is the last message.
+    #[error("{found:#04x} and more after SHUT, which is the last message")]
     AfterShut {
         /// The first of them.
         found: u8,

@@ -8,7 +8,7 @@ use crate::message::Message;
 pub enum Event {
     /// A message. Behind [`Message::RecvBitmap`] the bitmap is the payload.
     Message(Message),
-    /// The end mark behind the bitmap of the last [`Message::RecvBitmap`].
+    /// The end mark after the bitmap of the last [`Message::RecvBitmap`].
     BitmapEnd,
 }
 

@@ -8,7 +8,7 @@ use qevm_wire::{CountedString, Limits, Located, WireError, Writer};
 pub const HEADER_LEN: usize = 4;
 /// The longest a message can say it is, in bytes, without its header.
 pub const MAX_LEN: u16 = 512;
-/// Ends the bitmap behind RECV_BITMAP (QEMU 3.0).
+/// Ends the bitmap after RECV_BITMAP (QEMU 3.0).
 pub const BITMAP_END: u64 = 0x0123_4567_89ab_cdef;
 /// The only value of RESUME_ACK (QEMU 3.0).
 pub const RESUME_ACK_VALUE: u32 = 1;
@@ -155,7 +155,7 @@ impl Message {
     fn body(
         message_type: MessageType,
         body: &mut Reader<'_>,
-        behind: &mut Reader<'_>,
+        after: &mut Reader<'_>,
         limits: &Limits,
     ) -> Result<Message, Error> {
         let message = match message_type {
@@ -169,8 +169,8 @@ impl Message {
             MessageType::RecvBitmap => {
                 let block = name(message_type, body)?;
                 // The message's own length ends here, but its bitmap follows.
-                let at = behind.clone();
-                let len = behind.be64()?;
+                let at = after.clone();
+                let len = after.be64()?;
                 at.within_limit("length of the received bitmap", len, limits.received_bitmap)?;
                 Message::RecvBitmap { block, len }
             }

@@ -16,10 +16,10 @@ fn messages(file: &str) -> Vec<Message> {
     decoder.end_of_input();
     while let Step::Event { consumed, event } = decoder.next(rest).unwrap() {
         encoder.event(&event, &mut again).unwrap();
-        let (payload, behind) = rest[consumed..].split_at(event.payload_len() as usize);
+        let (payload, after) = rest[consumed..].split_at(event.payload_len() as usize);
         again.bytes(payload);
         decoder.skip_payload(event.payload_len()).unwrap();
-        rest = behind;
+        rest = after;
         if let Event::Message(message) = event {
             messages.push(message);
         }

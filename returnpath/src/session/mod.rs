@@ -13,8 +13,8 @@ use qevm_wire::{Blame, CountedString, Fault};
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum SessionError {
-    /// A message behind SHUT, which is the last one.
-    #[error("{message} came behind SHUT, which is the last message")]
+    /// A message after SHUT, which is the last one.
+    #[error("{message} came after SHUT, which is the last message")]
     AfterShut {
         /// The message.
         message: &'static str,
