@@ -103,7 +103,7 @@ pub mod vmdesc;
 pub mod vmstate;
 pub mod xbzrle;
 
-pub use decode::{BodyEnd, Decoder, DecoderOptions, Footers, Sections, StreamError};
+pub use decode::{BodyEnds, Decoder, DecoderOptions, Footers, Sections, StreamError};
 pub use encode::{Encoder, StreamWriter, WriteError};
 pub use error::{Error, ErrorKind, Reader};
 pub use event::{Event, PayloadKind, Step};

@@ -5,7 +5,7 @@ use crate::failure::Failure;
 use crate::ram::Keep;
 use crate::source::Source;
 use qevm_savevm::framing::{self, Content, SectionHeader};
-use qevm_savevm::{BodyEnd, Decoder, Encoder, Event, Footers};
+use qevm_savevm::{BodyEnds, Decoder, Encoder, Event, Footers};
 use qevm_wire::{Decode, DriveError, Limits, Writer, next_event};
 
 /// How many places in one section's content are tried that look like the start of the next item.
@@ -210,18 +210,15 @@ impl Connection<'_> {
 /// True if the content of the section, which does not end where it is described to end, has an end elsewhere. If it has
 /// none, the footer at the described place is what is wrong.
 fn ends_elsewhere(decoder: &Decoder, source: &mut Source, file: &str) -> Result<bool, Failure> {
-    let mut search = decoder.clone();
-    loop {
-        if source.at_end() {
-            search.end_of_input();
-        }
-        match search.next_body_end(source.window()) {
-            Ok(BodyEnd::After(_)) => return Ok(true),
-            Ok(BodyEnd::NeedMore { at_least }) => {
-                source.fill(at_least).map_err(|error| Failure::io(file, decoder.offset(), &error))?;
-            }
-            Err(_) => return Ok(false),
-        }
+    next_end(&mut decoder.body_ends(), source, file).map(|found| found.is_some())
+}
+
+/// The length of the content up to the next place where it may end, if there is a further one.
+fn next_end(ends: &mut BodyEnds, source: &mut Source, file: &str) -> Result<Option<u64>, Failure> {
+    match next_event(source, ends) {
+        Ok(found) => Ok(found.map(|(length, _)| length)),
+        Err(DriveError::Stream(_)) => Ok(None),
+        Err(error) => Err(Failure::driven(file, ends.offset(), error)),
     }
 }
 
@@ -236,20 +233,9 @@ fn unmarked_end(
     if decoder.footers() != Footers::Absent {
         return Ok(None);
     }
-    let (mut search, mut first) = (decoder.clone(), None);
+    let (mut ends, mut first) = (decoder.body_ends(), None);
     for _ in 0..MAX_UNMARKED_ENDS {
-        let found = loop {
-            if source.at_end() {
-                search.end_of_input();
-            }
-            match search.next_body_end(source.window()) {
-                Ok(BodyEnd::NeedMore { at_least }) => {
-                    source.fill(at_least).map_err(|error| Failure::io(file, decoder.offset(), &error))?;
-                }
-                Ok(BodyEnd::After(len)) => break len,
-                Err(_) => return Ok(first),
-            }
-        };
+        let Some(found) = next_end(&mut ends, source, file)? else { break };
         if source.window().get(..found as usize).is_some_and(&mut explains) {
             return Ok(Some(found));
         }

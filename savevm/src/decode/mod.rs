@@ -1,5 +1,6 @@
 //! The decoder of the main channel: bytes in, events out.
 
+mod body_ends;
 mod error;
 mod item;
 mod options;
@@ -8,6 +9,7 @@ mod sections;
 mod totals;
 mod written;
 
+pub use body_ends::BodyEnds;
 pub use error::StreamError;
 pub use options::{DecoderOptions, Footers};
 pub use sections::Sections;
@@ -46,8 +48,8 @@ use totals::Totals;
 ///   [`body`](Decoder::body); the decoder then checks the footer;
 /// * it does not, and calls [`next`](Decode::next): the decoder looks for the footer, and gives the content as
 ///   [`Event::Body`], which needs all of it in the buffer (at most [`Limits::device_section`](qevm_wire::Limits));
-/// * it has a description to choose among the places where the content may end: [`next_body_end`](Decoder::next_body_end)
-///   reports them one after the other.
+/// * it has a description to choose among the places where the content may end: [`body_ends`](Decoder::body_ends) gives
+///   them one after the other.
 ///
 /// # Packages
 ///
@@ -116,18 +118,6 @@ struct Package {
     start: u64,
     end: u64,
     depth: u32,
-}
-
-/// Where the content of a device section may end; see [`Decoder::next_body_end`].
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum BodyEnd {
-    /// After so many bytes.
-    After(u64),
-    /// To know, so many bytes from the start of the content must be shown.
-    NeedMore {
-        /// How many.
-        at_least: usize,
-    },
 }
 
 impl Decoder {
@@ -277,28 +267,10 @@ impl Decoder {
         Ok(())
     }
 
-    /// Looks for the next place at which the content of the device section may end, and says how long the content
-    /// would be. `content` starts where the content does, and each call goes on behind the place reported before. The
-    /// choice is to be told with [`body`](Decoder::body).
-    ///
-    /// In a stream without footers (machine types of QEMU 2.3 and before) every place is reported that the header of
-    /// another section or the end of the stream follows, so the caller must know the device's layout to choose.
-    ///
-    /// # Errors
-    /// [`StreamError::EndNotFound`] if there is no further place; others as [`next`](Decode::next).
-    pub fn next_body_end(&mut self, content: &[u8]) -> Result<BodyEnd, Error> {
-        let (content, at_end) = self.bounded(content);
-        let found = match self.footers {
-            Footers::Absent => self.find_next_start(content, at_end),
-            _ => self.find_body_end(content, at_end),
-        };
-        match found {
-            Ok(length) => Ok(BodyEnd::After(length as u64)),
-            Err(error) => match self.cursor.need_more(&error, at_end) {
-                Some(at_least) => Ok(BodyEnd::NeedMore { at_least }),
-                None => Err(self.locate(error)),
-            },
-        }
+    /// The places at which the content of the device section that is next may end. `self` stays as it is: the choice is to be
+    /// told with [`body`](Decoder::body).
+    pub fn body_ends(&self) -> BodyEnds {
+        BodyEnds::new(self)
     }
 
     /// True if the stream may end here: behind its end, whether a description follows or not.
@@ -376,15 +348,6 @@ impl Decoder {
         let around =
             Around { sections: &self.sections, options: &self.options, at_end, in_package: self.package.is_some() };
         scan.next_end(content, self.cursor.offset(), &around)
-    }
-
-    fn find_next_start(&mut self, content: &[u8], at_end: bool) -> Result<usize, Error> {
-        let State::Body { scan, .. } = &mut self.state else {
-            return Err(Located::new(StreamError::NoBody.into(), self.cursor.offset()));
-        };
-        let around =
-            Around { sections: &self.sections, options: &self.options, at_end, in_package: self.package.is_some() };
-        scan.next_start(content, self.cursor.offset(), &around)
     }
 
     fn doubtful_body_end(&self) -> Option<usize> {

@@ -99,16 +99,19 @@ fn candidates_for_the_end_come_in_order() {
     }
     assert!(decoder.expects_body());
     let content = &bytes[start..];
-    assert_eq!(decoder.next_body_end(&content[..3]), Ok(qevm_savevm::BodyEnd::NeedMore { at_least: 7 }));
-    decoder.end_of_input();
-    assert_eq!(decoder.next_body_end(content), Ok(qevm_savevm::BodyEnd::After(2)));
-    assert_eq!(decoder.next_body_end(content), Ok(qevm_savevm::BodyEnd::After(inner.len() as u64)));
-    let error = decoder.next_body_end(content).unwrap_err();
+    let mut ends = decoder.body_ends();
+    assert_eq!(ends.next(&content[..3]), Ok(Step::NeedMore { at_least: 7 }));
+    ends.end_of_input();
+    assert_eq!(ends.next(content), Ok(Step::Event { consumed: 0, event: 2 }));
+    assert_eq!(ends.next(content), Ok(Step::Event { consumed: 0, event: inner.len() as u64 }));
+    let error = ends.next(content).unwrap_err();
     assert!(matches!(error.kind, ErrorKind::Stream(StreamError::EndNotFound { .. })));
     decoder.body(inner.len() as u64).unwrap();
     let step = decoder.next(&bytes[start + inner.len()..]).unwrap();
     assert_eq!(step, Step::Event { consumed: 5, event: Event::SectionFooter { section_id: 9, present: true } });
     assert!(matches!(decoder.body(0).unwrap_err().kind, ErrorKind::Stream(StreamError::NoBody)));
+    let error = decoder.body_ends().next(&[]).unwrap_err();
+    assert!(matches!(error.kind, ErrorKind::Stream(StreamError::NoBody)));
 }
 
 #[test]
@@ -135,11 +138,11 @@ fn streams_without_footers() {
     assert_eq!(decoder.footers(), Footers::Absent);
     // The candidates: the end of the stream follows, and nothing else here looks like an item.
     let content = &bytes[device + 19..];
-    assert_eq!(decoder.clone().next_body_end(&content[..24]), Ok(qevm_savevm::BodyEnd::NeedMore { at_least: 25 }));
-    let mut ended = decoder.clone();
-    ended.end_of_input();
-    assert_eq!(ended.next_body_end(content), Ok(qevm_savevm::BodyEnd::After(24)));
-    let error = ended.next_body_end(content).unwrap_err();
+    let mut ends = decoder.body_ends();
+    assert_eq!(ends.next(&content[..24]), Ok(Step::NeedMore { at_least: 25 }));
+    ends.end_of_input();
+    assert_eq!(ends.next(content), Ok(Step::Event { consumed: 0, event: 24 }));
+    let error = ends.next(content).unwrap_err();
     assert!(matches!(error.kind, ErrorKind::Stream(StreamError::EndNotFound { .. })));
     decoder.body(24).unwrap();
     let pumped = pump(&mut decoder, &bytes[device + 19 + 24..], || 1).unwrap();
