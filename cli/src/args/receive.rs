@@ -29,8 +29,9 @@ pub struct Receive {
     #[arg(long)]
     pub switchover_ack: bool,
     /// Give up when nothing of a migration comes for this many seconds: no main channel, no byte, or not all page
-    /// channels. Without it a silent source is waited for, and missing page channels for 30 seconds. Connections that
-    /// are no migration, or say nothing for 5 seconds, are dropped with a line that names what came, and do not count.
+    /// channels. Without it a silent source is waited for, and page channels, or what is missing on them, for 30 seconds.
+    /// Connections that are no migration, or say nothing for 5 seconds, are dropped with a line that names what came, and do
+    /// not count.
     #[arg(long, value_name = "SECONDS")]
     pub timeout: Option<u64>,
     /// Keep what came of a migration that did not arrive whole, in files whose names end in `.partial`.

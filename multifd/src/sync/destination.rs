@@ -41,6 +41,10 @@ pub struct SyncBarrier {
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Channel {
+    /// Has not come, and nobody counts on it.
+    Absent,
+    /// Came late: so many synchronisations were complete without it, whose SYNC packets are still to come on it.
+    Late(u64),
     Reading,
     /// Met its SYNC packet.
     Waiting,
@@ -58,7 +62,7 @@ enum Main {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[must_use]
 pub enum Progress {
-    /// Go on: this was no synchronisation.
+    /// Go on: this was no synchronisation, or one that is complete already.
     Continue,
     /// Wait for the others.
     Wait,
@@ -72,7 +76,8 @@ pub enum Progress {
 pub enum Waiting {
     /// Nobody waits.
     Nobody,
-    /// The main channel, and perhaps page channels, wait for SYNC packets on these.
+    /// The main channel, and perhaps page channels, wait for SYNC packets on these. At the end of memory: SYNC packets of
+    /// synchronisations that were complete when these channels [joined](SyncBarrier::join) have not come yet.
     Channels(Vec<u8>),
     /// These page channels wait for a synchronisation on the main channel.
     Main(Vec<u8>),
@@ -90,6 +95,43 @@ impl SyncBarrier {
             after_setup: false,
             failed: None,
         }
+    }
+
+    /// A page channel has come that [`new`](Self::new) did not count: for a destination that cannot know how many there are.
+    ///
+    /// From now on it is waited for. Synchronisations that were complete before were complete without it, so it passes over as
+    /// many SYNC packets; what it brings up to the last of them may be older than what others have brought since. A
+    /// destination that loads pages as they come must therefore count its channels from the start; one that keeps the
+    /// channels apart, and orders them later, need not.
+    ///
+    /// ```
+    /// use qevm_multifd::{Progress, SyncBarrier};
+    ///
+    /// let mut barrier = SyncBarrier::new(0, None);
+    /// assert_eq!(barrier.main_flush()?, Progress::Released); // nobody to wait for
+    /// barrier.join(1)?;
+    /// assert_eq!(barrier.channel_sync(1)?, Progress::Continue); // it is over
+    /// assert_eq!(barrier.main_flush()?, Progress::Wait); // the next one is with channel 1
+    /// assert_eq!(barrier.channel_sync(1)?, Progress::Released);
+    /// # Ok::<(), qevm_multifd::SyncError>(())
+    /// ```
+    ///
+    /// # Errors
+    /// [`SyncError::Order`] if the channel is counted already; [`SyncError::UnknownChannel`] for number 255, which no channel has.
+    pub fn join(&mut self, channel: u8) -> Result<(), SyncError> {
+        self.healthy()?;
+        let index = usize::from(channel);
+        if channel == u8::MAX {
+            return Err(SyncError::UnknownChannel { found: channel, channels: u8::MAX });
+        }
+        if self.channels.len() <= index {
+            self.channels.resize(index + 1, Channel::Absent);
+        }
+        if self.channels[index] != Channel::Absent {
+            return self.fail(SyncError::Order { what: "a page channel", place: "joins for the second time" });
+        }
+        self.channels[index] = if self.completed > 0 { Channel::Late(self.completed) } else { Channel::Reading };
+        Ok(())
     }
 
     /// The main channel met a flush record.
@@ -113,7 +155,7 @@ impl SyncBarrier {
     /// The main channel met an EOS of the `ram` section.
     ///
     /// # Errors
-    /// As [`main_flush`](Self::main_flush). Behind [`main_end`](Self::main_end), an EOS means nothing.
+    /// As [`main_flush`](Self::main_flush). After [`main_end`](Self::main_end), an EOS means nothing.
     pub fn main_eos(&mut self) -> Result<Progress, SyncError> {
         self.healthy()?;
         let setup = !core::mem::replace(&mut self.after_setup, true);
@@ -152,15 +194,20 @@ impl SyncBarrier {
     /// A page channel met a SYNC packet, and has loaded the pages in front of it and those of the packet itself.
     ///
     /// # Errors
-    /// [`SyncError::ExtraSync`] behind the end of the main channel; [`SyncError::UnknownChannel`];
+    /// [`SyncError::ExtraSync`] after the end of the main channel; [`SyncError::UnknownChannel`];
     /// [`SyncError::Order`] if the channel had to wait or has ended.
     pub fn channel_sync(&mut self, channel: u8) -> Result<Progress, SyncError> {
         self.healthy()?;
         let number = self.completed;
         let order = |place| SyncError::Order { what: "SYNC packet", place };
         match (*self.channel(channel)?, self.main) {
+            (Channel::Late(left), _) => {
+                *self.channel(channel)? = if left > 1 { Channel::Late(left - 1) } else { Channel::Reading };
+                return Ok(Progress::Continue);
+            }
+            (Channel::Absent, _) => return Err(self.unknown(channel)),
             (Channel::Waiting, _) => return self.fail(order("was read while its channel had to wait")),
-            (Channel::Ended, _) => return self.fail(order("was read behind the end of its channel")),
+            (Channel::Ended, _) => return self.fail(order("was read after the end of its channel")),
             (Channel::Reading, Main::Ended) => return self.fail(SyncError::ExtraSync { channel, number }),
             (Channel::Reading, _) => {}
         }
@@ -174,12 +221,15 @@ impl SyncBarrier {
     /// [`SyncError::MissingSync`] if the main channel waits for it; [`SyncError::UnknownChannel`].
     pub fn channel_end(&mut self, channel: u8) -> Result<(), SyncError> {
         self.healthy()?;
-        let waited = *self.channel(channel)? == Channel::Waiting;
+        let state = *self.channel(channel)?;
+        let number = match state {
+            Channel::Absent => return Err(self.unknown(channel)),
+            Channel::Late(left) => Some(self.completed - left),
+            Channel::Reading if self.main == Main::Waiting => Some(self.completed),
+            _ => None,
+        };
         *self.channel(channel)? = Channel::Ended;
-        if self.main == Main::Waiting && !waited {
-            return self.fail(SyncError::MissingSync { channel, number: self.completed });
-        }
-        Ok(())
+        number.map_or(Ok(()), |number| self.fail(SyncError::MissingSync { channel, number }))
     }
 
     /// The error of a caller that has waited long enough.
@@ -226,9 +276,13 @@ impl SyncBarrier {
 
     /// Who waits, and for what.
     pub fn waiting(&self) -> Waiting {
-        let waiting: Vec<u8> = self.numbers(Channel::Waiting).collect();
+        let waiting: Vec<u8> = self.numbers(|channel| channel == Channel::Waiting).collect();
+        let late = |channel| matches!(channel, Channel::Late(_));
         match self.main {
-            Main::Waiting => Waiting::Channels(self.numbers(Channel::Reading).collect()),
+            Main::Waiting => {
+                Waiting::Channels(self.numbers(|channel| channel == Channel::Reading || late(channel)).collect())
+            }
+            Main::Ended if self.numbers(late).next().is_some() => Waiting::Channels(self.numbers(late).collect()),
             _ if waiting.is_empty() => Waiting::Nobody,
             _ => Waiting::Main(waiting),
         }
@@ -258,27 +312,31 @@ impl SyncBarrier {
     }
 
     fn complete(&mut self) -> Result<Progress, SyncError> {
-        let all = self.channels.iter().all(|channel| *channel == Channel::Waiting);
+        let all = self.channels.iter().all(|channel| matches!(channel, Channel::Waiting | Channel::Absent));
         if self.main != Main::Waiting || !all {
             return Ok(Progress::Wait);
         }
         self.main = Main::Reading;
-        self.channels.fill(Channel::Reading);
+        self.channels.iter_mut().filter(|channel| **channel == Channel::Waiting).for_each(|c| *c = Channel::Reading);
         self.completed += 1;
         Ok(Progress::Released)
     }
 
     fn channel(&mut self, found: u8) -> Result<&mut Channel, SyncError> {
-        let channels = self.channels.len() as u8;
-        self.channels.get_mut(usize::from(found)).ok_or(SyncError::UnknownChannel { found, channels })
+        let error = self.unknown(found);
+        self.channels.get_mut(usize::from(found)).ok_or(error)
+    }
+
+    fn unknown(&self, found: u8) -> SyncError {
+        SyncError::UnknownChannel { found, channels: self.channels.len() as u8 }
     }
 
     fn first(&self, state: Channel) -> Option<u8> {
-        self.numbers(state).next()
+        self.numbers(move |channel| channel == state).next()
     }
 
-    fn numbers(&self, state: Channel) -> impl Iterator<Item = u8> + '_ {
-        (0..=u8::MAX).zip(&self.channels).filter(move |(_, channel)| **channel == state).map(|(number, _)| number)
+    fn numbers(&self, is: impl Fn(Channel) -> bool) -> impl Iterator<Item = u8> {
+        (0..=u8::MAX).zip(&self.channels).filter(move |(_, channel)| is(**channel)).map(|(number, _)| number)
     }
 
     fn fail<T>(&mut self, error: SyncError) -> Result<T, SyncError> {
@@ -378,6 +436,43 @@ mod tests {
         let mut barrier = per_round(2);
         barrier.main_end().unwrap();
         assert_eq!(barrier.channel_sync(0), Err(SyncError::ExtraSync { channel: 0, number: 0 }));
+    }
+
+    #[test]
+    fn a_channel_that_comes_late_catches_up() {
+        let mut barrier = SyncBarrier::new(0, None);
+        barrier.join(2).unwrap();
+        for _ in 0..2 {
+            assert_eq!(barrier.main_flush(), Ok(Progress::Wait));
+            assert_eq!(barrier.channel_sync(2), Ok(Progress::Released));
+        }
+        assert_eq!(barrier.channel_sync(1), Err(SyncError::UnknownChannel { found: 1, channels: 3 }));
+        assert_eq!(barrier.channel_end(0), Err(SyncError::UnknownChannel { found: 0, channels: 3 }));
+        // Two synchronisations were complete without it; the third waits for it.
+        barrier.join(0).unwrap();
+        assert_eq!(barrier.channel_sync(2), Ok(Progress::Wait));
+        assert_eq!(barrier.main_flush(), Ok(Progress::Wait));
+        assert_eq!(barrier.waiting(), Waiting::Channels(vec![0]));
+        for _ in 0..2 {
+            assert_eq!(barrier.channel_sync(0), Ok(Progress::Continue));
+        }
+        assert_eq!(barrier.channel_sync(0), Ok(Progress::Released));
+        assert_eq!(barrier.completed(), 3);
+        // One that comes at the end is asked for what it has to bring, and no more.
+        barrier.main_end().unwrap();
+        barrier.join(1).unwrap();
+        let mut cut = barrier.clone();
+        for _ in 0..3 {
+            assert_eq!(barrier.waiting(), Waiting::Channels(vec![1]));
+            assert_eq!(barrier.channel_sync(1), Ok(Progress::Continue));
+        }
+        assert_eq!(barrier.waiting(), Waiting::Nobody);
+        assert_eq!(barrier.channel_sync(1), Err(SyncError::ExtraSync { channel: 1, number: 3 }));
+        assert_eq!(cut.channel_sync(1), Ok(Progress::Continue));
+        assert_eq!(cut.channel_end(1), Err(SyncError::MissingSync { channel: 1, number: 1 }));
+        let mut counted = per_round(1);
+        assert!(matches!(counted.join(0), Err(SyncError::Order { .. })));
+        assert_eq!(per_round(1).join(255), Err(SyncError::UnknownChannel { found: 255, channels: 255 }));
     }
 
     #[test]

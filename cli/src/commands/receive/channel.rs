@@ -2,7 +2,7 @@
 //! what is wrong shows while the source can still go on by itself.
 
 use super::gate::{Caller, Known};
-use super::ledger::{Delivered, Ledger};
+use super::ledger::{Ledger, Numbers};
 use crate::failure::Failure;
 use crate::output_file::OutputFile;
 use crate::socket::Socket;
@@ -23,9 +23,11 @@ pub(super) struct Channel {
     pub(super) number: Option<u8>,
     /// Once the page size is known.
     decoder: Option<ChannelDecoder>,
-    delivered: Delivered,
+    numbers: Numbers,
     /// The last packet is a SYNC, which counts when all of it has come.
     sync: bool,
+    /// It was not read on at a SYNC, and what follows may have been read from the socket already.
+    waits: bool,
 }
 
 impl Channel {
@@ -43,7 +45,7 @@ impl Channel {
         };
         let read = first.len() as u64;
         let input = Buffered::new(Tee { socket, output, name, first, read, turn: 0, arrived: 0 });
-        Ok(Channel { input, number, decoder: None, delivered: Delivered::default(), sync: false })
+        Ok(Channel { input, number, decoder: None, numbers: Numbers::default(), sync: false, waits: false })
     }
 
     /// The connection.
@@ -56,9 +58,18 @@ impl Channel {
         &self.input.input().output
     }
 
-    /// True once what comes can be followed, for which the page size is needed. Until then it waits in the socket.
+    /// True if what comes can be followed: not before the page size is known, and not while others have to synchronise
+    /// with it. Until then it waits in the socket.
     pub(super) fn can_follow(&self, ledger: &Ledger) -> bool {
-        self.number.is_none() || self.decoder.is_some() || ledger.page_geometry().is_some()
+        self.number.is_none_or(|number| match &self.decoder {
+            Some(_) => !(self.waits && ledger.channel_waits(number)),
+            None => ledger.page_geometry().is_some(),
+        })
+    }
+
+    /// True if it stopped for a synchronisation: when that is complete, the socket need not have anything more.
+    pub(super) fn waits(&self) -> bool {
+        self.waits
     }
 
     /// Takes what has arrived; false once the channel is over.
@@ -67,6 +78,7 @@ impl Channel {
     /// It breaks off, cannot be saved, or is not what `compression` and the main channel say.
     pub(super) fn advance(&mut self, compression: Option<Compression>, ledger: &Ledger) -> Result<bool, Failure> {
         self.input.input_mut().turn = TURN;
+        self.waits = false;
         let goes_on = match self.number {
             Some(number) => self.follow(number, compression, ledger),
             None => self.input.skip(u64::MAX).map(|count| count > 0).map_err(DriveError::from),
@@ -80,7 +92,7 @@ impl Channel {
         }
     }
 
-    /// Follows the packets until nothing is there, which is the error `WouldBlock`.
+    /// Follows the packets until the next SYNC, or until nothing is there, which is the error `WouldBlock`.
     fn follow(
         &mut self,
         number: u8,
@@ -97,20 +109,23 @@ impl Channel {
                 skip_payload(&mut self.input, decoder)?;
                 if decoder.payload_remaining() == 0 {
                     self.sync = false;
-                    self.delivered.syncs += 1;
-                    ledger.channel_sync(number, self.delivered);
+                    ledger.channel_sync(number, self.numbers).map_err(|error| decoder.fail(error))?;
+                    if ledger.channel_waits(number) {
+                        self.waits = true;
+                        return Ok(true);
+                    }
                 }
             }
             let Some((event, read)) = next_event(&mut self.input, decoder)? else {
-                ledger.channel_ended(number);
+                ledger.channel_ended(number).map_err(|error| decoder.fail(error))?;
                 return Ok(false);
             };
             if let Event::Ram(packet) = &event {
                 let num = packet.packet_num();
-                let (first, last) = self.delivered.range.unwrap_or((num, num));
-                self.delivered.range = Some((first.min(num), last.max(num)));
+                let (first, last) = self.numbers.range.unwrap_or((num, num));
+                self.numbers.range = Some((first.min(num), last.max(num)));
                 // A SYNC that is put on a packet with pages gives it a further number, in place of its own.
-                self.delivered.numbers += 1 + u64::from(packet.is_sync() && packet.has_pages());
+                self.numbers.used += 1 + u64::from(packet.is_sync() && packet.has_pages());
                 self.sync = packet.is_sync();
             }
             let consumed = read.len();

@@ -17,6 +17,8 @@ use std::time::{Duration, Instant};
 
 /// How often it is looked what has changed elsewhere.
 const TICK: Duration = Duration::from_millis(20);
+/// The same while what it waits for may come at any moment.
+const MOMENT: Duration = Duration::from_millis(1);
 /// How long no connection is taken after the system had no room for one.
 const PAUSE: Duration = Duration::from_millis(100);
 /// Connections that are taken before others are looked at.
@@ -105,17 +107,19 @@ impl Connections {
             self.channels.iter().map(|channel| PollFd::new(channel.socket(), self.interest(channel))).collect();
         sockets.extend(self.listener.iter().filter(|_| taking).map(|l| PollFd::new(l, PollFlags::IN)));
         sockets.extend(self.gate.sockets().map(|socket| PollFd::new(socket, PollFlags::IN)));
-        let moment = Timespec { tv_sec: 0, tv_nsec: TICK.subsec_nanos().into() };
+        // What a channel waits for happens on the main channel.
+        let tick = if self.channels.iter().any(Channel::waits) { MOMENT } else { TICK };
+        let moment = Timespec { tv_sec: 0, tv_nsec: tick.subsec_nanos().into() };
         if poll(&mut sockets, Some(&moment)).is_err() {
             // Interrupted, or out of memory: it is tried again.
             thread::sleep(TICK);
             return vec![false; self.channels.len()];
         }
-        let ready = |channel: &PollFd<'_>| !(channel.revents() & !PollFlags::NVAL).is_empty();
-        let ready: Vec<bool> = sockets[..self.channels.len()].iter().map(ready).collect();
+        let reported = |socket: &PollFd<'_>| !(socket.revents() & !PollFlags::NVAL).is_empty();
+        let ready: Vec<bool> = self.channels.iter().zip(&sockets).map(|(c, s)| c.waits() || reported(s)).collect();
         // A channel that hangs up while it cannot be read yet would be reported for ever.
-        if self.channels.iter().any(|channel| !self.can_read(channel)) {
-            thread::sleep(Duration::from_millis(1));
+        if self.channels.iter().zip(&sockets).any(|(channel, socket)| reported(socket) && !self.can_read(channel)) {
+            thread::sleep(MOMENT);
         }
         ready
     }
@@ -247,14 +251,20 @@ impl Connections {
         if phase != Phase::Arriving {
             return;
         }
+        let awaited = self.ledger.awaited();
+        // Without a limit of the user's, there is one for what the main channel waits for: it was sent before.
+        let patience = self.patience.or(awaited.as_ref().map(|_| CHANNEL_PATIENCE));
+        let silent = patience.filter(|patience| heard.elapsed() > *patience && self.ledger.awaits_main());
         if self.main.is_some() {
-            self.ledger.check_missing(self.patience.unwrap_or(CHANNEL_PATIENCE));
+            self.ledger.check_missing(self.patience.unwrap_or(CHANNEL_PATIENCE), silent.is_some());
         }
-        let silent = self.patience.filter(|patience| heard.elapsed() > *patience && self.ledger.awaits_main());
         if let Some(patience) = silent {
             let what = if self.main.is_some() { "nothing came" } else { "no main channel came" };
-            let instead = self.gate.summary().map_or(String::new(), |came| format!("; what came instead: {came}"));
-            let message = format!("{what} within {} s (--timeout){instead}", patience.as_secs());
+            let option = if self.patience.is_some() { " (--timeout)" } else { "" };
+            let reason = awaited.map(|awaited| format!(": {awaited}"));
+            let instead = || self.gate.summary().map(|came| format!("; what came instead: {came}"));
+            let reason = reason.or_else(instead).unwrap_or_default();
+            let message = format!("{what} within {} s{option}{reason}", patience.as_secs());
             let failure = Failure::mismatch(self.ledger.address(), 0, "", message);
             self.ledger.fail(Failure { kind: "truncated", ..failure });
         }

@@ -1,14 +1,14 @@
 //! What all connections of one migration know together: whether everything that the source sent has arrived.
 //!
 //! The destination's last word, SHUT 0, makes the source give up its guest. It may only be said when every page channel
-//! has delivered as many SYNC packets as the main channel announced, and no packet number is missing, which would be on
-//! a channel that never came. Connections that have not shown to belong to the migration do not count. What goes wrong
-//! on one connection must end the others.
+//! has delivered the SYNC packets that the main channel announced, which a [`SyncBarrier`] knows, and no packet number is
+//! missing, which would be on a channel that never came. Connections that have not shown to belong to the migration do not
+//! count. What goes wrong on one connection must end the others.
 
 use crate::failure::Failure;
-use qevm_multifd::{ChannelSet, Init};
+use qevm_multifd::{ChannelSet, FlushMode, Init, Progress, SyncBarrier, SyncError, Waiting};
 use qevm_savevm::ram::{RamBlock, RamBlocks};
-use qevm_wire::PageGeometry;
+use qevm_wire::{Blame, PageGeometry};
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -42,8 +42,8 @@ struct State {
     postcopy: bool,
     /// The main channel has brought pages.
     main_pages: bool,
-    eos: u64,
-    flushes: u64,
+    /// Who has met which synchronisation.
+    barrier: SyncBarrier,
     /// When the main channel waited for the page channels for the first time.
     first_mark: Option<Instant>,
     /// The end of the stream has come on the main channel.
@@ -66,16 +66,15 @@ pub(super) enum Phase {
 #[derive(Debug)]
 struct Channel {
     init: Init,
-    delivered: Delivered,
+    numbers: Numbers,
     ended: bool,
 }
 
-/// What a page channel has brought up to its last SYNC packet.
+/// The packet numbers of a page channel up to its last SYNC packet.
 #[derive(Debug, Clone, Copy, Default)]
-pub(super) struct Delivered {
-    pub(super) syncs: u64,
-    /// How many packet numbers were used.
-    pub(super) numbers: u64,
+pub(super) struct Numbers {
+    /// How many were used.
+    pub(super) used: u64,
     /// The first and the last of them.
     pub(super) range: Option<(u64, u64)>,
 }
@@ -88,6 +87,11 @@ struct Missing {
 }
 
 impl State {
+    /// The source flushes page channels, and so has some.
+    fn flushes(&self) -> bool {
+        self.barrier.mode() == Some(FlushMode::PerRound)
+    }
+
     /// A channel was turned away, and the source has closed all others: it will not open the one that is missing.
     fn has_left(&self) -> bool {
         self.refused.is_some() && !self.channels.is_empty() && self.channels.values().all(|channel| channel.ended)
@@ -103,8 +107,7 @@ impl Ledger {
             blocks: Arc::default(),
             postcopy: false,
             main_pages: false,
-            eos: 0,
-            flushes: 0,
+            barrier: SyncBarrier::new(expected.unwrap_or(0), None),
             first_mark: None,
             main_ended: false,
             phase: Phase::Arriving,
@@ -164,7 +167,21 @@ impl Ledger {
 
     /// The main channel is past its configuration section, in which only large pages are announced.
     pub(super) fn configured(&self, pages: Option<PageGeometry>) {
-        self.locked().pages.get_or_insert(pages.unwrap_or(PageGeometry::X86));
+        let mut state = self.locked();
+        if state.pages.is_none() {
+            state.pages = Some(pages.unwrap_or(PageGeometry::X86));
+            // From now on they can be followed, and no longer leave unnoticed.
+            let channels: Vec<u8> = state.channels.keys().copied().collect();
+            channels.into_iter().for_each(|channel| self.join(&mut state, channel));
+        }
+    }
+
+    /// If it was not known how many page channels there are, this is one more.
+    fn join(&self, state: &mut State, channel: u8) {
+        if self.expected.is_none() {
+            // It came once; an error from before is reported where it was met.
+            let _ = state.barrier.join(channel);
+        }
     }
 
     /// The page size, which page channels need after their first packet, once it is known.
@@ -212,8 +229,11 @@ impl Ledger {
         };
         match &reason {
             Ok(()) => {
-                let channel = Channel { init: init.clone(), delivered: Delivered::default(), ended: false };
+                let channel = Channel { init: init.clone(), numbers: Numbers::default(), ended: false };
                 state.channels.insert(init.channel, channel);
+                if state.pages.is_some() {
+                    self.join(&mut state, init.channel);
+                }
             }
             Err(reason) => drop(state.refused.get_or_insert_with(|| reason.clone())),
         }
@@ -227,42 +247,89 @@ impl Ledger {
         self.locked().channels.remove(&channel);
     }
 
-    pub(super) fn channel_sync(&self, channel: u8, delivered: Delivered) {
-        if let Some(channel) = self.locked().channels.get_mut(&channel) {
-            channel.delivered = delivered;
+    /// A page channel has met a SYNC packet, up to which it has used these `numbers`. It must not be read while it
+    /// [waits](Self::channel_waits).
+    pub(super) fn channel_sync(&self, channel: u8, numbers: Numbers) -> Result<(), SyncError> {
+        let mut state = self.locked();
+        if let Some(channel) = state.channels.get_mut(&channel) {
+            channel.numbers = numbers;
         }
+        let met = state.barrier.channel_sync(channel).map(|_| ());
         self.changed.notify_all();
+        met
     }
 
-    pub(super) fn channel_ended(&self, channel: u8) {
-        if let Some(channel) = self.locked().channels.get_mut(&channel) {
+    /// Whether a page channel must not be read before others have synchronised with it.
+    pub(super) fn channel_waits(&self, channel: u8) -> bool {
+        self.locked().barrier.channel_waits(channel)
+    }
+
+    pub(super) fn channel_ended(&self, channel: u8) -> Result<(), SyncError> {
+        let mut state = self.locked();
+        if let Some(channel) = state.channels.get_mut(&channel) {
             channel.ended = true;
         }
+        let ended = state.barrier.channel_end(channel);
         self.changed.notify_all();
+        ended
     }
 
-    /// The main channel ends a RAM section.
+    /// The main channel ends a RAM section, and must not be read before [`wait`](Self::wait) returns.
     pub(super) fn eos(&self) {
-        let mut state = self.locked();
-        state.eos += 1;
-        state.first_mark.get_or_insert_with(Instant::now);
+        self.main_mark(SyncBarrier::main_eos);
     }
 
-    /// The main channel flushes the page channels.
+    /// The main channel flushes the page channels, and must not be read before [`wait`](Self::wait) returns.
     pub(super) fn flush(&self) {
-        let mut state = self.locked();
-        state.flushes += 1;
-        state.first_mark.get_or_insert_with(Instant::now);
+        self.main_mark(SyncBarrier::main_flush);
     }
 
-    /// Fails if page channels are missing although the main channel has waited for them longer than `patience`.
-    pub(super) fn check_missing(&self, patience: Duration) {
+    fn main_mark(&self, meet: impl FnOnce(&mut SyncBarrier) -> Result<Progress, SyncError>) {
+        let mut state = self.locked();
+        state.first_mark.get_or_insert_with(Instant::now);
+        if let Err(error) = meet(&mut state.barrier) {
+            drop(state);
+            self.fail(self.unsynchronised(&error));
+        }
+    }
+
+    /// Waits until every page channel that is known has met the main channel's last mark, or something has failed.
+    pub(super) fn wait(&self) {
+        let mut state = self.locked();
+        while state.barrier.main_waits() && state.failure.is_none() {
+            state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    /// What the main channel waits for, if it does.
+    pub(super) fn awaited(&self) -> Option<String> {
         let state = self.locked();
-        let late = state.first_mark.is_some_and(|since| since.elapsed() > patience);
-        let unexpected = self.expected == Some(0) && state.flushes > 0;
+        state.barrier.main_waits().then(|| state.barrier.waiting().to_string())
+    }
+
+    /// Fails if page channels are missing although the main channel has waited for them longer than `patience`, or
+    /// `longer` than anybody should.
+    pub(super) fn check_missing(&self, patience: Duration, longer: bool) {
+        let state = self.locked();
+        let late = state.first_mark.is_some_and(|since| longer || since.elapsed() > patience);
+        let unexpected = self.expected == Some(0) && state.flushes();
         let Some(message) = self.missing(&state).filter(|_| late || unexpected) else { return };
         drop(state);
         self.fail(Failure::mismatch(&self.address, 0, "multifd channels", message));
+    }
+
+    /// Memory is complete: the main channel announces no further synchronisation.
+    pub(super) fn end_of_memory(&self) {
+        let ended = self.locked().barrier.main_end();
+        if let Err(error) = ended {
+            self.fail(self.unsynchronised(&error));
+        }
+    }
+
+    /// The failure that the channels have not synchronised.
+    fn unsynchronised(&self, error: &SyncError) -> Failure {
+        let failure = Failure::mismatch(&self.address, 0, "multifd channels", error.to_string());
+        Failure { kind: error.fault().as_str(), ..failure }
     }
 
     /// The main channel's stream has ended. What is waited for from now on has a patience of its own.
@@ -283,6 +350,9 @@ impl Ledger {
         loop {
             if state.failure.is_some() {
                 return state.failure.clone();
+            }
+            if let Err(error) = state.barrier.healthy() {
+                return Some(self.unsynchronised(&error));
             }
             let waited = started.elapsed();
             let limit = match self.lacks(&state) {
@@ -315,21 +385,18 @@ impl Ledger {
         if let Some(refused) = state.refused.as_ref().filter(|_| state.channels.is_empty() && !state.main_pages) {
             return Some(Missing { message: refused.clone(), hopeless: true });
         }
-        // A source that flushes once a round says so; otherwise every RAM section ends in a SYNC.
-        let waits = if state.flushes > 0 { state.flushes } else { state.eos };
-        if let Some((number, channel)) = state.channels.iter().find(|(_, c)| c.delivered.syncs < waits) {
-            let found = channel.delivered.syncs;
-            let message = format!("channel {number} brought {found} SYNC packets, the main channel waits for {waits}");
-            return Some(Missing { message, hopeless: channel.ended });
+        // Of channels that came late, for which no synchronisation has waited.
+        match state.barrier.waiting() {
+            waiting @ Waiting::Channels(_) => Some(Missing { message: waiting.to_string(), hopeless: false }),
+            _ => self.missing_numbers(state),
         }
-        self.missing_numbers(state)
     }
 
     /// Packets are numbered over all channels. Up to QEMU 7.2 a race gives some numbers to two packets, so that fewer
     /// can be missing than there are packets; but not more.
     fn missing_numbers(&self, state: &State) -> Option<Missing> {
-        let used: u64 = state.channels.values().map(|channel| channel.delivered.numbers).sum();
-        let ranges = state.channels.values().filter_map(|channel| channel.delivered.range);
+        let used: u64 = state.channels.values().map(|channel| channel.numbers.used).sum();
+        let ranges = state.channels.values().filter_map(|channel| channel.numbers.range);
         let (first, last) = ranges.reduce(|a, b| (a.0.min(b.0), a.1.max(b.1)))?;
         (last - first >= used).then(|| {
             let reason = state.refused.as_ref().map_or(String::new(), |refused| format!(" ({refused})"));
@@ -344,13 +411,13 @@ impl Ledger {
         let came = state.channels.len();
         let hint = "multifd-channels must be equal on both sides";
         match self.expected {
-            Some(0) if state.flushes > 0 => {
+            Some(0) if state.flushes() => {
                 Some("the main channel waits for multifd channels, but none is expected here".into())
             }
             Some(expected) if came < usize::from(expected) => {
                 Some(format!("{came} of {expected} multifd channels came: {hint}"))
             }
-            None if came == 0 && state.flushes > 0 => {
+            None if came == 0 && state.flushes() => {
                 Some("the main channel waits for multifd channels, but none came".into())
             }
             // Numbers have no gaps.

@@ -203,6 +203,8 @@ impl Observer for Answering {
             }
             Command::Ping(value) => self.answer(&Message::Pong { value: *value }),
             Command::PostcopyAdvise(_) => self.ledger.postcopy_advised(),
+            // What follows goes over the main channel and the second one of postcopy.
+            Command::PostcopyListen => self.ledger.end_of_memory(),
             _ => {}
         }
     }
@@ -223,13 +225,20 @@ impl Observer for Answering {
             Event::Ram(RamRecord::Page(_) | RamRecord::Xbzrle { .. } | RamRecord::Compressed { .. }) => {
                 self.ledger.main_page();
             }
-            Event::Ram(RamRecord::MultifdFlush) => self.ledger.flush(),
-            Event::Ram(RamRecord::EndOfSection) => self.ledger.eos(),
+            Event::Ram(RamRecord::MultifdFlush) => {
+                self.ledger.flush();
+                self.ledger.wait();
+            }
+            Event::Ram(RamRecord::EndOfSection) => {
+                self.ledger.eos();
+                self.ledger.wait();
+            }
             _ => {}
         }
     }
 
     fn end_of_stream(&mut self) {
+        self.ledger.end_of_memory();
         self.at_end.set(true);
         self.ledger.main_ended();
     }

@@ -6,6 +6,7 @@ const SOON: Duration = Duration::from_millis(20);
 
 fn ledger(expected: Option<u8>) -> Ledger {
     let ledger = Ledger::new("tcp:here:1".into(), expected);
+    ledger.configured(None);
     ledger.block(RamBlock::new(CountedString::new(b"mem").unwrap(), 0x10000));
     ledger
 }
@@ -14,8 +15,13 @@ fn open(ledger: &Ledger, number: u8) {
     ledger.admit(&Init::new(Uuid::default(), number)).unwrap();
 }
 
-fn sync(ledger: &Ledger, number: u8, syncs: u64) {
-    ledger.channel_sync(number, Delivered { syncs, ..Delivered::default() });
+/// So many packets, with these numbers, and a SYNC.
+fn numbers(used: u64, range: (u64, u64)) -> Numbers {
+    Numbers { used, range: Some(range) }
+}
+
+fn sync(ledger: &Ledger, number: u8) {
+    ledger.channel_sync(number, Numbers::default()).unwrap();
 }
 
 #[test]
@@ -24,6 +30,8 @@ fn a_plain_migration_waits_for_nobody() {
         let ledger = ledger(expected);
         ledger.main_page();
         ledger.eos();
+        ledger.wait();
+        ledger.end_of_memory();
         let started = Instant::now();
         assert_eq!(ledger.settle(Duration::from_secs(1000)), None);
         assert!(started.elapsed() < DOUBT);
@@ -32,83 +40,110 @@ fn a_plain_migration_waits_for_nobody() {
     }
 }
 
+/// Whether the channels are counted before or come as they come.
 #[test]
-fn all_is_there_when_every_channel_has_brought_what_was_announced() {
-    for per_round in [false, true] {
-        let ledger = ledger(Some(2));
+fn the_main_channel_and_the_page_channels_wait_for_each_other() {
+    for (expected, per_round) in [(Some(2), false), (Some(2), true), (None, false), (None, true)] {
+        let ledger = ledger(expected);
         open(&ledger, 1);
         open(&ledger, 0);
-        ledger.eos();
+        sync(&ledger, 0);
+        assert!(ledger.channel_waits(0) && !ledger.channel_waits(1) && ledger.awaited().is_none());
         if per_round {
             ledger.flush();
-            ledger.eos(); // means nothing
+        } else {
+            ledger.eos();
         }
-        sync(&ledger, 0, 1);
-        assert!(ledger.settle(SOON).is_some_and(|f| f.message.contains("channel 1 brought 0")), "{per_round}");
-    }
-    let ledger = ledger(Some(1));
-    open(&ledger, 0);
-    ledger.flush();
-    std::thread::scope(|scope| {
-        scope.spawn(|| {
-            std::thread::sleep(SOON);
-            sync(&ledger, 0, 1);
+        assert_eq!(ledger.awaited().unwrap(), "the main channel waits for a SYNC packet on channel 1");
+        std::thread::scope(|scope| {
+            let main = scope.spawn(|| ledger.wait());
+            sync(&ledger, 1);
+            main.join().unwrap();
         });
-        assert_eq!(ledger.settle(Duration::from_secs(20)), None);
-    });
+        assert!(!ledger.channel_waits(0) && ledger.awaited().is_none());
+        if per_round {
+            ledger.eos(); // means nothing
+            ledger.wait();
+        }
+        ledger.end_of_memory();
+        assert_eq!(ledger.settle(SOON), None);
+    }
 }
 
 /// A source that is not asked for its number of channels can be done before its last channel was accepted: what
 /// tells of it are the packet numbers, and, if it is the only one, that no page has come.
 #[test]
 fn a_channel_that_nobody_announced_is_waited_for() {
-    let numbers = |range| Delivered { syncs: 1, numbers: 3, range: Some(range) };
     let second = ledger(None);
     open(&second, 0);
+    second.channel_sync(0, numbers(3, (0, 4))).unwrap();
     second.flush();
-    second.channel_sync(0, numbers((0, 4)));
     let only = ledger(None);
     only.eos();
     for (ledger, number) in [(&second, 1), (&only, 0)] {
+        ledger.wait();
+        ledger.end_of_memory();
         std::thread::scope(|scope| {
             let settled = scope.spawn(|| ledger.settle(Duration::from_secs(20)));
             std::thread::sleep(SOON);
             assert!(!settled.is_finished());
             open(ledger, number);
-            ledger.channel_sync(number, numbers((1, 3)));
+            std::thread::sleep(SOON);
+            assert!(!settled.is_finished(), "its SYNC packet has not come");
+            ledger.channel_sync(number, numbers(3, (1, 3))).unwrap();
             assert_eq!(settled.join().unwrap(), None);
         });
     }
     let never = ledger(None);
     open(&never, 0);
+    never.channel_sync(0, numbers(3, (0, 4))).unwrap();
     never.flush();
-    never.channel_sync(0, numbers((0, 4)));
+    never.end_of_memory();
     assert!(never.settle(SOON).is_some_and(|f| f.message.contains("a channel is missing")));
+    let cut = ledger(None);
+    cut.eos();
+    cut.end_of_memory();
+    open(&cut, 0);
+    assert!(cut.settle(SOON).is_some_and(|f| f.message.contains("a SYNC packet on channel 0")));
 }
 
 #[test]
 fn a_channel_that_ended_is_not_waited_for() {
     let ledger = ledger(None);
     open(&ledger, 0);
+    ledger.channel_ended(0).unwrap();
     ledger.flush();
-    ledger.channel_ended(0);
-    assert!(ledger.settle(Duration::from_secs(1000)).is_some());
+    ledger.wait();
+    let failure = ledger.settle(Duration::from_secs(1000)).unwrap();
+    assert_eq!(failure.kind, "truncated");
+    assert!(failure.message.contains("channel 0 ended before its SYNC packet"), "{failure}");
+}
+
+#[test]
+fn more_sync_packets_than_the_main_channel_announced_are_a_failure() {
+    let ledger = ledger(Some(1));
+    open(&ledger, 0);
+    sync(&ledger, 0);
+    ledger.end_of_memory();
+    assert!(ledger.failure().is_some_and(|f| f.kind == "malformed" && f.message.contains("SYNC packet 0")));
 }
 
 #[test]
 fn a_wrong_number_of_channels_is_a_failure() {
     let few = ledger(Some(2));
     open(&few, 0);
-    few.check_missing(Duration::ZERO);
+    few.check_missing(Duration::ZERO, true);
     assert_eq!(few.failure(), None, "the main channel does not wait yet");
     few.flush();
-    std::thread::sleep(SOON);
-    few.check_missing(SOON / 2);
+    few.check_missing(Duration::from_secs(1000), false);
+    assert_eq!(few.failure(), None, "it does not wait that long");
+    few.check_missing(Duration::from_secs(1000), true);
     assert!(few.failure().is_some_and(|f| f.message.starts_with("1 of 2")));
+    few.wait();
 
     let unexpected = ledger(Some(0));
     unexpected.flush();
-    unexpected.check_missing(Duration::from_secs(1000));
+    unexpected.check_missing(Duration::from_secs(1000), false);
     assert!(unexpected.failure().is_some_and(|f| f.message.contains("none is expected")));
     let gap = ledger(None);
     open(&gap, 1);
@@ -128,14 +163,16 @@ fn a_refused_channel_ends_only_a_migration_that_lacks_it() {
         assert!(refused.contains(reason), "{refused}");
         assert!(whole.admit(&Init::new(Uuid([1; 16]), 0)).is_err());
         whole.flush();
-        whole.channel_sync(0, Delivered { syncs: 1, numbers: 2, range: Some((0, 1)) });
+        whole.channel_sync(0, numbers(2, (0, 1))).unwrap();
+        whole.end_of_memory();
         assert_eq!(whole.settle(SOON), None);
 
         let lacking = ledger(expected);
         open(&lacking, 0);
         lacking.admit(&Init::new(Uuid::default(), number)).unwrap_err();
         lacking.flush();
-        lacking.channel_sync(0, Delivered { syncs: 1, numbers: 2, range: Some((0, 3)) });
+        lacking.channel_sync(0, numbers(2, (0, 3))).unwrap();
+        lacking.end_of_memory();
         assert!(lacking.settle(SOON).is_some_and(|f| f.message.contains(reason)));
     }
     for pages in [false, true] {
@@ -151,7 +188,7 @@ fn a_refused_channel_ends_only_a_migration_that_lacks_it() {
 
 #[test]
 fn a_channel_that_left_before_the_migration_leaves_its_number() {
-    let ledger = ledger(None);
+    let ledger = Ledger::new("tcp:here:1".into(), None);
     open(&ledger, 0);
     ledger.forget(0);
     open(&ledger, 0);
@@ -161,8 +198,11 @@ fn a_channel_that_left_before_the_migration_leaves_its_number() {
 fn a_failure_wakes_who_waits() {
     let ledger = ledger(Some(1));
     std::thread::scope(|scope| {
+        ledger.flush();
+        let main = scope.spawn(|| ledger.wait());
         let waiting = scope.spawn(|| ledger.settle(Duration::from_secs(1000)));
         ledger.fail(Failure::mismatch("main", 0, "", "broken"));
+        main.join().unwrap();
         assert!(waiting.join().unwrap().is_some());
     });
 }
