@@ -66,3 +66,46 @@ pub fn analyze(inputs: &mut Inputs, settings: &Settings, observer: &mut dyn Obse
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::bounds::Spool;
+    use crate::source::Source;
+    use std::io::{self, Read};
+
+    /// A source that waits for its answer when it has said everything: whoever reads on then waits for ever.
+    struct Waiting(io::Cursor<Vec<u8>>);
+
+    impl Read for Waiting {
+        fn read(&mut self, into: &mut [u8]) -> io::Result<usize> {
+            match self.0.read(into)? {
+                0 => panic!("a source that waits is read from"),
+                count => Ok(count),
+            }
+        }
+    }
+
+    #[test]
+    fn a_live_source_is_not_read_beyond_the_last_byte() {
+        // With a description, and of postcopy, which never has one.
+        for name in ["7.2-return-path", "7.2-postcopy"] {
+            let path = format!("{}/tests/streams/{name}.zst", env!("CARGO_MANIFEST_DIR"));
+            let stream = zstd::decode_all(std::fs::File::open(path).unwrap()).unwrap();
+            let len = stream.len() as u64;
+            let mut inputs = Inputs::single(name, Source::stream(Box::new(Waiting(io::Cursor::new(stream)))));
+            let settings = Settings {
+                keep: Keep::Nothing,
+                reencode: false,
+                complete: false,
+                strict: false,
+                live: true,
+                layouts: Layouts::default(),
+                spool: Spool::unlimited(),
+                max_ram: u64::MAX,
+            };
+            let analysis = analyze(&mut inputs, &settings, &mut analysis::Ignore);
+            assert_eq!((analysis.failure, analysis.main_bytes), (None, len), "{name}");
+        }
+    }
+}

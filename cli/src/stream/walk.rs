@@ -132,7 +132,7 @@ impl Walk<'_> {
         let pages = told.unwrap_or(PageGeometry::X86);
         self.pages_untold = told.is_none() && !self.settings.live;
         self.analysis.page_size = pages.size();
-        let options = DecoderOptions { offset: *offset, pages, ..DecoderOptions::default() };
+        let options = DecoderOptions { offset: *offset, pages, live: self.settings.live, ..DecoderOptions::default() };
         let (mut last, mut encoder) = self.connection(main, Decoder::new(options), Encoder::new(pages), can_break)?;
         self.analysis.main_bytes = self.analysis.bytes;
         let resumed = recovery.len();

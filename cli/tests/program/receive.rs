@@ -105,7 +105,6 @@ fn a_silent_source_is_given_up() {
     }
 }
 
-/// SHUT 0 makes a source give up its guest, so it must not be said while a page channel is behind.
 /// Nothing more has to come then, and how long a description is waited for is not the user's to say.
 #[test]
 fn a_source_that_has_said_everything_is_not_given_up() {
@@ -122,6 +121,26 @@ fn a_source_that_has_said_everything_is_not_given_up() {
     drop(socket);
 }
 
+/// A source waits for SHUT and does not close before: with a description after the end and, as in postcopy, without.
+#[test]
+fn a_source_hears_that_its_guest_has_arrived_before_it_closes() {
+    for name in ["7.2-return-path", "7.2-postcopy"] {
+        let dir = tempfile::tempdir().unwrap();
+        let receiver = receive(&dir, &[]);
+        let mut socket = say(&dir, &stream(name));
+        let mut answers = Vec::new();
+        while !answers.ends_with(&message(1, &[0; 4])) {
+            let mut byte = [0];
+            socket.read_exact(&mut byte).unwrap();
+            answers.push(byte[0]);
+        }
+        drop(socket);
+        let ran = receiver.end(LIMIT);
+        assert_eq!((ran.code, ran.json()["handover"].as_str()), (Some(0), Some("confirmed")), "{}", ran.stderr);
+    }
+}
+
+/// SHUT 0 makes a source give up its guest, so it must not be said while pages of a page channel are missing.
 #[test]
 fn the_source_is_told_that_a_channel_is_missing() {
     let dir = tempfile::tempdir().unwrap();

@@ -81,11 +81,8 @@ impl Decoder {
             found @ framing::EOF if self.package.is_some() => misplaced(found, "end of stream", "inside a package"),
             framing::EOF => {
                 self.section = None;
-                self.state = if self.options.vmdesc && !(self.options.live && self.postcopy) {
-                    State::AfterEof
-                } else {
-                    State::End
-                };
+                let last = !self.options.vmdesc || self.options.live && self.packaged;
+                self.state = if last { State::End } else { State::AfterEof };
                 Ok(Some(Event::Eof))
             }
             found @ framing::SUBSECTION => misplaced(found, "subsection", "outside a device section"),
@@ -166,6 +163,7 @@ impl Decoder {
                     .map_err(|kind| Located::new(kind.into(), at))?;
                 self.expect_payload((*len).into(), PayloadKind::Package);
                 self.postcopy |= self.advised_page_sizes != 0;
+                self.packaged = true;
             }
             _ => {}
         }

@@ -70,6 +70,8 @@ pub struct Decoder {
     advised_page_sizes: u64,
     /// `postcopy-ram` was advised and a package was sent: the guest runs at the destination.
     postcopy: bool,
+    /// A package was sent, whether for RAM or for bitmaps of disks: no description follows the end of postcopy.
+    packaged: bool,
     bitmap_names: dirty_bitmap::Names,
     package: Option<Package>,
     /// What the stream has cost so far.
@@ -137,6 +139,7 @@ impl Decoder {
             ram: RamReader::new(Arc::default()),
             advised_page_sizes: 0,
             postcopy: false,
+            packaged: false,
             bitmap_names: dirty_bitmap::Names::default(),
             package: None,
             totals: Totals::default(),
@@ -156,6 +159,7 @@ impl Decoder {
             ram: RamReader::new(self.ram.blocks.clone()),
             advised_page_sizes: self.advised_page_sizes,
             postcopy: true,
+            packaged: true,
             totals: self.totals.clone(),
             ..Self::with_state(options, State::Item)
         }

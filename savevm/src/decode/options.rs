@@ -49,7 +49,7 @@ pub struct DecoderOptions {
     /// The stream is read from its source while that is connected, and not from a recording: [`Step::End`](crate::Step)
     /// comes with the last byte that the source has to say, and bytes behind it belong to what the two say to each
     /// other afterwards. Whether a description is the last that comes is what [`vmdesc`](Self::vmdesc) says, which
-    /// then must be known ([`Profile::vmdesc`](qevm_wire::Profile)).
+    /// then must be known ([`Profile::vmdesc`](qevm_wire::Profile)); of postcopy it never is.
     pub live: bool,
 }
 

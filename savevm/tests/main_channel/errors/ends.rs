@@ -199,6 +199,17 @@ fn a_live_source_is_not_asked_for_more_than_it_has_to_say() {
         pump(&mut decoder, &[&stream[..], b"afterwards"].concat(), || 50).unwrap();
         assert_eq!(decoder.offset(), stream.len() as u64);
     }
+    // At the end of postcopy none follows, whatever the machine type.
+    let mut stream = write(None, &[], None);
+    stream.pop();
+    let mut rest = StreamWriter::unchecked(Encoder::default(), true);
+    rest.package(b"").unwrap();
+    rest.eof().unwrap();
+    stream.extend(rest.take());
+    let options = DecoderOptions { live: true, ..DecoderOptions::default() };
+    let mut driver = Driver::new(Live(&stream, b""), Decoder::new(options));
+    while driver.next().unwrap().is_some() {}
+    assert_eq!(driver.decoder().offset(), stream.len() as u64);
     // A description that was promised is waited for, and is missing only when the source closes.
     let stream = write(None, &[], None);
     let mut driver = Driver::new(&stream[..], Decoder::new(DecoderOptions { live: true, ..DecoderOptions::default() }));
