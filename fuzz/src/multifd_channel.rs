@@ -1,7 +1,7 @@
 use qevm_multifd::{
     ChannelDecoder, ChannelEncoder, ChannelOptions, Decompressor, EncoderOptions, Ending, Event, PacketLayout,
 };
-use qevm_wire::{Decode, Fault, Step, Writer};
+use qevm_wire::{Blame, Decode, Fault, Step, Writer};
 
 /// Reads the input as a recorded page channel, shown in pieces, and writes it again; payloads of up to 64 KiB of pages
 /// are decompressed, too.
@@ -31,7 +31,9 @@ pub fn multifd_channel(data: &[u8]) {
                     let result = decompressor
                         .packet(payload, packet.normal_count())
                         .and_then(|mut packet| packet.fill(&mut pages).and_then(|()| packet.finish()));
-                    drop(result);
+                    if let Err(error) = result {
+                        assert_ne!(error.fault(), Fault::Misuse, "a peer cannot misuse a decompressor: {error}");
+                    }
                 }
             }
             Ok(Step::Payload { remaining, .. }) => {

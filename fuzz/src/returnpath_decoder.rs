@@ -3,7 +3,7 @@ use qevm_returnpath::{
     requests::{PageRequests, RequestBlock, RequestBlocks},
     session::SourceSession,
 };
-use qevm_wire::{CountedString, Decode, Fault, Limits, Step, Writer};
+use qevm_wire::{Blame, CountedString, Decode, Fault, Limits, Step, Writer};
 
 /// Reads the input as a return path, shown in pieces, and writes it again; every message also goes through the source's
 /// session and page requests.
@@ -25,9 +25,13 @@ pub fn returnpath_decoder(data: &[u8]) {
                 encoder.event(&event, &mut again).expect("what was decoded can be encoded");
                 position += consumed;
                 let Event::Message(message) = event else { continue };
-                drop(session.message(&message));
+                if let Err(error) = session.message(&message) {
+                    assert_ne!(error.fault(), Fault::Misuse, "a peer cannot misuse a session: {error}");
+                }
                 if let Message::ReqPages { block, start, len } = message {
-                    drop(requests.request(block.as_ref(), start, len));
+                    if let Err(error) = requests.request(block.as_ref(), start, len) {
+                        assert_ne!(error.fault(), Fault::Misuse, "a peer cannot misuse the queue: {error}");
+                    }
                     assert!(requests.waiting() <= 8192);
                 }
             }

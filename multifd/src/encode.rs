@@ -42,7 +42,9 @@ pub struct Pages<'a> {
     pub packet_num: u64,
 }
 
-/// Writes the packets of one page channel. Payload is not the encoder's: the caller writes it behind the packet.
+/// Writes the packets of one page channel. Payload is not the encoder's: the caller writes it after the packet.
+///
+/// What no destination would take is refused, and all errors are of [`Fault::Misuse`](qevm_wire::Fault).
 ///
 /// ```
 /// use qevm_multifd::{ChannelEncoder, EncoderOptions, Init, Uuid};
@@ -81,12 +83,13 @@ impl ChannelEncoder {
         Ok(())
     }
 
-    /// Appends a packet with pages, behind which `payload_len` bytes of page data must follow: with method `none` as
+    /// Appends a packet with pages, after which `payload_len` bytes of page data must follow: with method `none` as
     /// many as the normal pages are long, otherwise as many as the compressor gave; none without normal pages.
     ///
     /// # Errors
-    /// More pages than a packet has room for, offsets that are no multiples of the page size, zero pages in the layout
-    /// without them, or a payload that does not fit the pages. Nothing is appended then.
+    /// [`PacketError::NoZeroPages`] for zero pages in the layout without them; [`ErrorKind::Refused`] for more pages than a packet
+    /// has room for, offsets that are no multiples of the page size, or a payload that does not fit the pages. Nothing is
+    /// appended then.
     pub fn pages(&mut self, pages: &Pages<'_>, payload_len: u64, writer: &mut Writer) -> Result<(), Error> {
         self.started("a packet", writer)?;
         self.check(pages, payload_len).map_err(|kind| self.fail(kind, writer))?;
@@ -117,10 +120,10 @@ impl ChannelEncoder {
         Ok(())
     }
 
-    /// Appends a device-state packet, behind which its payload must follow.
+    /// Appends a device-state packet, after which its payload must follow.
     ///
     /// # Errors
-    /// As [`DeviceState::encode`]; [`PacketError::DeviceStateOff`] with a compression method;
+    /// As [`DeviceState::encode`]; [`ErrorKind::Refused`] with a compression method or in the layout before 9.0;
     /// [`HandshakeError::Order`] before the first packet.
     pub fn device_state(&mut self, packet: &DeviceState, writer: &mut Writer) -> Result<(), Error> {
         self.started("device state", writer)?;
@@ -189,6 +192,6 @@ impl ChannelEncoder {
     }
 
     fn fail(&self, kind: impl Into<ErrorKind>, writer: &Writer) -> Error {
-        Located::new(kind.into(), writer.len() as u64).within(init::path(self.channel))
+        Located::new(kind.into().refused(), writer.len() as u64).within(init::path(self.channel))
     }
 }

@@ -33,6 +33,22 @@ pub enum ErrorKind {
     /// The synchronisation with the main channel.
     #[error(transparent)]
     Sync(#[from] SyncError),
+    /// What is written here, no destination takes. The caller's fault.
+    #[error("no destination takes this: {reason}")]
+    Refused {
+        /// What it would say.
+        reason: Box<ErrorKind>,
+    },
+}
+
+impl ErrorKind {
+    /// What cannot be written is never the peer's fault.
+    pub(crate) fn refused(self) -> Self {
+        match self.fault() {
+            Fault::Misuse => self,
+            _ => ErrorKind::Refused { reason: Box::new(self) },
+        }
+    }
 }
 
 impl Blame for ErrorKind {
@@ -43,6 +59,7 @@ impl Blame for ErrorKind {
             ErrorKind::Packet(kind) => kind.fault(),
             ErrorKind::Compression(kind) => kind.fault(),
             ErrorKind::Sync(kind) => kind.fault(),
+            ErrorKind::Refused { .. } => Fault::Misuse,
         }
     }
 

@@ -363,7 +363,7 @@ fn what_no_destination_would_read_is_not_written() {
     let many = [0; 129];
     let block = block();
     let pages = |normal, zero| Pages { block: &block, normal, zero, packet_num: 0 };
-    let mut refused = |pages: Pages<'_>, len| encoder.pages(&pages, len, &mut writer).unwrap_err().kind;
+    let mut refused = |pages: Pages<'_>, len| reason(encoder.pages(&pages, len, &mut writer).unwrap_err());
     assert!(matches!(
         refused(pages(&many, &[]), 129 * PAGE),
         ErrorKind::Packet(PacketError::PageCount { found: 129, max: 128, .. })
@@ -387,10 +387,21 @@ fn what_no_destination_would_read_is_not_written() {
     ] {
         channel(&options, |encoder, writer| {
             let error = encoder.pages(&pages(&[0], &[PAGE]), 0, writer).unwrap_err();
-            assert_eq!(error.kind, expected.into());
+            assert_eq!(reason(error), expected.into());
             let state = DeviceState::new(block.clone(), 0, 1);
-            assert_eq!(encoder.device_state(&state, writer).unwrap_err().kind, PacketError::DeviceStateOff.into());
+            assert_eq!(reason(encoder.device_state(&state, writer).unwrap_err()), PacketError::DeviceStateOff.into());
         });
+    }
+    let empty = DeviceState::new(block.clone(), 0, 0).encode(&mut Writer::new()).unwrap_err();
+    assert_eq!(reason(empty), PacketError::EmptyPayload.into());
+}
+
+/// What the destination would say of what the caller, and nobody else, has done.
+fn reason(error: Error) -> ErrorKind {
+    assert_eq!(error.fault(), Fault::Misuse, "{error}");
+    match error.kind {
+        ErrorKind::Refused { reason } => *reason,
+        kind => kind,
     }
 }
 

@@ -1,7 +1,6 @@
 //! The loop around a decoder: reads from anything that can be read, and keeps the buffer.
 
-use crate::{Blame, Decode, Located};
-use bytes::Buf;
+use crate::{Blame, Decode, Fault, Located};
 use core::fmt;
 use std::io::{self, Read};
 
@@ -16,6 +15,25 @@ pub enum DriveError<K> {
     Io(io::Error),
     /// What was read is wrong, and where.
     Stream(Located<K>),
+    /// What the caller has [consumed](Driver::consume) is not what it has told the decoder of. The caller's fault: whatever
+    /// the decoder would say of the bytes that are next is not the peer's.
+    OutOfStep {
+        /// Offset in the stream at which the decoder is.
+        decoder: u64,
+        /// Offset in the stream of the next byte.
+        input: u64,
+    },
+}
+
+impl<K: Blame> DriveError<K> {
+    /// Whose fault it is; `None` if the input failed, which is nobody's.
+    pub fn fault(&self) -> Option<Fault> {
+        match self {
+            DriveError::Io(_) => None,
+            DriveError::Stream(error) => Some(error.fault()),
+            DriveError::OutOfStep { .. } => Some(Fault::Misuse),
+        }
+    }
 }
 
 impl<K: Blame + fmt::Display> fmt::Display for DriveError<K> {
@@ -23,6 +41,11 @@ impl<K: Blame + fmt::Display> fmt::Display for DriveError<K> {
         match self {
             DriveError::Io(error) => write!(f, "the stream cannot be read: {error}"),
             DriveError::Stream(error) => error.fmt(f),
+            DriveError::OutOfStep { decoder, input } => write!(
+                f,
+                "{}: the decoder was told of all up to byte {decoder}, but the input was consumed up to byte {input}",
+                Fault::Misuse
+            ),
         }
     }
 }
@@ -31,7 +54,7 @@ impl<K: Blame + fmt::Debug + fmt::Display + 'static> std::error::Error for Drive
     fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
         match self {
             DriveError::Io(error) => Some(error),
-            DriveError::Stream(_) => None,
+            DriveError::Stream(_) | DriveError::OutOfStep { .. } => None,
         }
     }
 }
@@ -102,12 +125,14 @@ pub struct Driver<R, D> {
     decoder: D,
     /// Bytes at the front of the window that belong to the event that was given last.
     taken: usize,
+    /// Offset in the stream of the input's first byte.
+    start: u64,
 }
 
 impl<R, D: Decode> Driver<R, D> {
     /// Drives `decoder` over `input`, from where both are.
     pub fn new(input: R, decoder: D) -> Self {
-        Driver { window: Buffered::new(input), decoder, taken: 0 }
+        Driver { window: Buffered::new(input), start: decoder.offset(), decoder, taken: 0 }
     }
 
     /// What was read and not used yet: it starts where the last event and its payload ended.
@@ -117,13 +142,14 @@ impl<R, D: Decode> Driver<R, D> {
     }
 
     /// Takes `count` bytes off the front of [`buffered`](Self::buffered), which the decoder was told of by the caller:
-    /// the content of a device section that the caller has read.
+    /// the content of a device section that the caller has read. If they are not as many, the next event is
+    /// [`DriveError::OutOfStep`].
     ///
     /// # Panics
     /// Never: at most what is buffered is taken.
     pub fn consume(&mut self, count: usize) {
         self.drop_taken();
-        self.window.buffer.advance(count.min(self.window.buffer.len()));
+        self.window.take(count.min(self.window.buffer.len()));
     }
 
     /// The decoder.
@@ -142,7 +168,13 @@ impl<R, D: Decode> Driver<R, D> {
     }
 
     fn drop_taken(&mut self) {
-        self.window.buffer.advance(core::mem::take(&mut self.taken));
+        self.window.take(core::mem::take(&mut self.taken));
+    }
+
+    /// Checks that the caller has taken what it has told the decoder of.
+    fn in_step(&self) -> Result<(), DriveError<D::Kind>> {
+        let (decoder, input) = (self.decoder.offset(), self.start.saturating_add(self.window.taken));
+        if decoder == input { Ok(()) } else { Err(DriveError::OutOfStep { decoder, input }) }
     }
 }
 
@@ -150,11 +182,13 @@ impl<R: Read, D: Decode> Driver<R, D> {
     /// The next event; `None` at the end of the stream. What is left of the last event's payload is skipped.
     ///
     /// # Errors
-    /// [`DriveError::Io`] if the input fails, [`DriveError::Stream`] with what is wrong with the stream.
+    /// [`DriveError::Io`] if the input fails, [`DriveError::Stream`] with what is wrong with the stream,
+    /// [`DriveError::OutOfStep`] if the caller has taken other bytes than it has told the decoder of.
     #[allow(clippy::should_implement_trait)] // an event borrows from the driver
     pub fn next(&mut self) -> Result<Option<D::Event<'_>>, DriveError<D::Kind>> {
         self.drop_taken();
-        let Driver { window, decoder, taken } = self;
+        self.in_step()?;
+        let Driver { window, decoder, taken, .. } = self;
         Ok(next_event(window, decoder)?.map(|(event, read)| {
             *taken = read.len();
             event

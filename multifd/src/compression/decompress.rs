@@ -34,7 +34,10 @@ pub struct Decompressor {
     method: Compression,
     page_size: usize,
     state: State,
+    /// The error that is given for ever.
     failed: Option<CompressionError>,
+    /// A packet was begun and not finished.
+    begun: bool,
 }
 
 enum State {
@@ -66,7 +69,7 @@ impl Decompressor {
             Compression::Uadk => State::PageByPage(None),
             Compression::Qatzip => State::Gzip,
         };
-        Ok(Decompressor { method, page_size: pages.size() as usize, state, failed: None })
+        Ok(Decompressor { method, page_size: pages.size() as usize, state, failed: None, begun: false })
     }
 
     /// The method.
@@ -77,13 +80,21 @@ impl Decompressor {
     /// Starts with the payload of a packet with `pages` normal pages.
     ///
     /// # Errors
-    /// The error of an earlier packet; [`CompressionError::PageLength`], [`CompressionError::LeftOver`] and
+    /// The error of an earlier packet; [`CompressionError::Order`] if that was not [finished](PacketPages::finish);
+    /// [`CompressionError::PageLength`], [`CompressionError::LeftOver`] and
     /// [`CompressionError::Length`] for the lengths in front of `qpl` and `uadk` data; [`CompressionError::Hardware`]
     /// for `qatzip` payloads that are not gzip.
     pub fn packet<'a>(&'a mut self, payload: &'a [u8], pages: u32) -> Result<PacketPages<'a>, CompressionError> {
         if let Some(error) = &self.failed {
             return Err(error.clone());
         }
+        if self.begun {
+            let error =
+                CompressionError::Order { what: "a payload", place: "comes before the one before it was finished" };
+            return Err(self.failed.insert(error).clone());
+        }
+        // Without pages there is nothing to finish.
+        self.begun = pages > 0;
         let expected = u64::from(pages) * self.page_size as u64;
         let source = match &mut self.state {
             State::Stored => Ok(Source::Stored(payload)),
@@ -95,8 +106,8 @@ impl Decompressor {
         };
         match source {
             Ok(source) => {
-                let (failed, page_size) = (&mut self.failed, self.page_size);
-                Ok(PacketPages { source, failed, page_size, filled: 0, expected, len: payload.len() as u64 })
+                let (failed, begun, page_size) = (&mut self.failed, &mut self.begun, self.page_size);
+                Ok(PacketPages { source, failed, begun, page_size, filled: 0, expected, len: payload.len() as u64 })
             }
             Err(error) => Err(self.failed.insert(error).clone()),
         }
@@ -108,6 +119,7 @@ impl Decompressor {
 pub struct PacketPages<'a> {
     source: Source<'a>,
     failed: &'a mut Option<CompressionError>,
+    begun: &'a mut bool,
     page_size: usize,
     filled: u64,
     expected: u64,
@@ -133,23 +145,35 @@ impl PacketPages<'_> {
     ///
     /// # Errors
     /// [`CompressionError::Corrupt`] and [`CompressionError::Hardware`]; [`CompressionError::Length`] if the payload
-    /// has less, or if more is asked for than the packet has pages.
+    /// has less; [`CompressionError::Order`] if more is asked for than the packet has pages, or a part of one.
     pub fn fill(&mut self, pages: &mut [u8]) -> Result<(), CompressionError> {
+        self.healthy()?;
         self.try_fill(pages).map_err(|error| self.failed.insert(error).clone())
     }
 
     /// Checks that all pages were taken and that the payload has nothing more.
     ///
     /// # Errors
-    /// [`CompressionError::Length`] and [`CompressionError::LeftOver`].
+    /// That of [`fill`](Self::fill) if it failed; [`CompressionError::Length`] and [`CompressionError::LeftOver`] if there is more;
+    /// [`CompressionError::Order`] if not all pages were taken.
     pub fn finish(mut self) -> Result<(), CompressionError> {
-        self.try_finish().map_err(|error| self.failed.insert(error).clone())
+        self.healthy()?;
+        self.try_finish().map_err(|error| self.failed.insert(error).clone())?;
+        *self.begun = false;
+        Ok(())
+    }
+
+    fn healthy(&self) -> Result<(), CompressionError> {
+        self.failed.clone().map_or(Ok(()), Err)
     }
 
     fn try_fill(&mut self, pages: &mut [u8]) -> Result<(), CompressionError> {
         let wanted = self.filled + pages.len() as u64;
-        if wanted > self.expected || !pages.len().is_multiple_of(self.page_size) {
-            return Err(CompressionError::Length { found: wanted, expected: self.expected });
+        if wanted > self.expected {
+            return Err(CompressionError::Order { what: "more pages", place: "are asked for than the packet has" });
+        }
+        if !pages.len().is_multiple_of(self.page_size) {
+            return Err(CompressionError::Order { what: "a part of a page", place: "is asked for" });
         }
         let filled = match &mut self.source {
             Source::Stored(input) => match input.split_at_checked(pages.len()) {
@@ -179,7 +203,10 @@ impl PacketPages<'_> {
 
     fn try_finish(&mut self) -> Result<(), CompressionError> {
         if self.filled != self.expected {
-            return Err(CompressionError::Length { found: self.filled, expected: self.expected });
+            return Err(CompressionError::Order {
+                what: "the end of a packet",
+                place: "comes before all its pages were taken",
+            });
         }
         let mut probe = [0];
         let (more, left) = match &mut self.source {

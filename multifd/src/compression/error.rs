@@ -61,13 +61,21 @@ pub enum CompressionError {
         /// The highest level.
         max: i32,
     },
+    /// A payload was not taken as it is to be. The caller's fault.
+    #[error("{what} {place}")]
+    Order {
+        /// What was done.
+        what: &'static str,
+        /// Why it is wrong here.
+        place: &'static str,
+    },
 }
 
 impl Blame for CompressionError {
     fn fault(&self) -> Fault {
         match self {
             CompressionError::Hardware { .. } => Fault::Unsupported,
-            CompressionError::Level { .. } => Fault::Misuse,
+            CompressionError::Level { .. } | CompressionError::Order { .. } => Fault::Misuse,
             _ => Fault::Malformed,
         }
     }

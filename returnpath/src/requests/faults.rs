@@ -37,11 +37,13 @@ impl PageFaults {
     /// request to send, unless the page was asked for before.
     ///
     /// # Errors
-    /// [`RequestError::NoBlock`] if there is no such block, [`RequestError::Range`] if the offset is not in it.
+    /// [`RequestError::NoSuchBlock`], or [`RequestError::Outside`] if the offset is not in the block.
     pub fn fault(&mut self, block: usize, offset: u64) -> Result<Option<Message>, RequestError> {
-        let target = self.blocks.block(block).ok_or(RequestError::NoBlock)?;
+        let blocks = self.blocks.len();
+        let target = self.blocks.block(block).ok_or(RequestError::NoSuchBlock { found: block, blocks })?;
         if offset >= target.used_length {
-            return Err(target.fail_range(offset, 1));
+            let (used_length, name) = (target.used_length, target.name.clone());
+            return Err(RequestError::Outside { found: offset, used_length, name });
         }
         let page = target.page(offset);
         if self.waiting[block].insert(page, 1) == 0 {

@@ -61,13 +61,40 @@ pub enum RequestError {
         /// What is wrong with it.
         what: &'static str,
     },
+    /// A place in the list of blocks that it does not have. The caller's fault.
+    #[error("RAM block at place {found}, but the list has {blocks}")]
+    NoSuchBlock {
+        /// The place, from 0.
+        found: usize,
+        /// How many blocks there are.
+        blocks: usize,
+    },
+    /// A page fault outside of its block. The caller's fault.
+    #[error("page fault at {found:#x} in RAM block '{name}', whose used length is {used_length:#x}")]
+    Outside {
+        /// The offset in bytes.
+        found: u64,
+        /// Length of the block in bytes.
+        used_length: u64,
+        /// Name of the block.
+        name: CountedString,
+    },
+    /// A host page size that no host has. The caller's fault.
+    #[error("host page size {found:#x}, expected a power of two")]
+    HostPageSize {
+        /// The size given, in bytes.
+        found: u64,
+    },
 }
 
 impl Blame for RequestError {
     fn fault(&self) -> Fault {
         match self {
             RequestError::UnknownBlock { .. } => Fault::Mismatch,
-            RequestError::Blocks { .. } => Fault::Misuse,
+            RequestError::Blocks { .. }
+            | RequestError::NoSuchBlock { .. }
+            | RequestError::Outside { .. }
+            | RequestError::HostPageSize { .. } => Fault::Misuse,
             _ => Fault::Malformed,
         }
     }

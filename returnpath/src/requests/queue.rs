@@ -69,8 +69,11 @@ impl PageRequests {
     ///
     /// # Errors
     /// [`RequestError::NoBlock`], [`RequestError::UnknownBlock`], [`RequestError::Unaligned`] and
-    /// [`RequestError::Range`]; the queue is as before.
+    /// [`RequestError::Range`]; [`RequestError::HostPageSize`] if the queue's is none. The queue is as before.
     pub fn request(&mut self, block: Option<&CountedString>, start: u64, len: u32) -> Result<u64, RequestError> {
+        if !self.host_page_size.is_power_of_two() {
+            return Err(RequestError::HostPageSize { found: self.host_page_size });
+        }
         let index = match block {
             Some(name) => self.blocks.index(name).ok_or_else(|| RequestError::UnknownBlock { name: name.clone() })?,
             None => self.last.ok_or(RequestError::NoBlock)?,

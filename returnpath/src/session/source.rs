@@ -118,9 +118,9 @@ impl SourceSession {
     /// `MIG_CMD_PING` goes out.
     ///
     /// # Errors
-    /// [`SessionError::AfterShut`]; nobody will answer.
+    /// [`SessionError::Order`] after SHUT: nobody will answer.
     pub fn ping(&mut self, value: u32) -> Result<(), SessionError> {
-        self.open("PING")?;
+        self.running("PING")?;
         *self.pings.entry(value).or_default() += 1;
         Ok(())
     }
@@ -169,9 +169,9 @@ impl SourceSession {
     /// The last byte of the main channel is about to go out; from now on the destination may report success.
     ///
     /// # Errors
-    /// [`SessionError::AfterShut`].
+    /// [`SessionError::Order`] after SHUT.
     pub fn everything_sent(&mut self) -> Result<(), SessionError> {
-        self.open("the end of the main channel")?;
+        self.running("the end of the main channel")?;
         self.everything_sent = true;
         Ok(())
     }
@@ -181,7 +181,9 @@ impl SourceSession {
     /// # Errors
     /// Every kind that names a message which is wrong at this time; the migration fails then (or pauses, in postcopy).
     pub fn message(&mut self, message: &Message) -> Result<Action, SessionError> {
-        self.open(message.message_type().name())?;
+        if self.stage == Stage::Shut {
+            return Err(SessionError::AfterShut { message: message.message_type().name() });
+        }
         match message {
             Message::Pong { value } => self.pong(*value),
             Message::ReqPages { .. } if self.stage == Stage::Precopy => Err(SessionError::RequestInPrecopy),
@@ -262,9 +264,9 @@ impl SourceSession {
         }
     }
 
-    fn open(&self, message: &'static str) -> Result<(), SessionError> {
+    fn running(&self, what: &'static str) -> Result<(), SessionError> {
         match self.stage {
-            Stage::Shut => Err(SessionError::AfterShut { message }),
+            Stage::Shut => Err(SessionError::Order { what, place: "comes after the destination's last message" }),
             _ => Ok(()),
         }
     }

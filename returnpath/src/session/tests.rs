@@ -80,8 +80,8 @@ fn shut_is_the_last_message() {
     assert_eq!(session.message(&shut(0)), Ok(Action::Complete));
     assert_eq!((session.ended(), session.waiting().as_str()), (Ok(()), "nothing is missing"));
     assert_eq!(session.message(&shut(0)), Err(SessionError::AfterShut { message: "SHUT" }));
-    assert!(matches!(session.ping(1), Err(SessionError::AfterShut { .. })));
-    assert!(matches!(session.everything_sent(), Err(SessionError::AfterShut { .. })));
+    assert!(matches!(session.ping(1), Err(SessionError::Order { .. })));
+    assert!(matches!(session.everything_sent(), Err(SessionError::Order { .. })));
 }
 
 #[test]

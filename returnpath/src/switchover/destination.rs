@@ -73,11 +73,11 @@ impl DestinationGate {
     ///
     /// # Errors
     /// [`SwitchoverError::UnknownDevice`]; [`SwitchoverError::Repeated`] in the legacy flow, where each agrees once;
-    /// [`SwitchoverError::Order`] before the return path is open.
+    /// [`SwitchoverError::NoReturnPath`] before that is open. All of them are the peer's fault, whose stream tells a device to agree.
     pub fn agree(&mut self, device: &str) -> Result<Ack, SwitchoverError> {
         let Some(flow) = self.flow else { return Ok(Ack::Hold) };
         if !self.opened {
-            return Err(SwitchoverError::Order { what: "a device agrees", place: "before the return path is open" });
+            return Err(SwitchoverError::NoReturnPath { device: device.into() });
         }
         let Some(agreed) = self.devices.get_mut(device) else {
             return Err(SwitchoverError::UnknownDevice { device: device.into() });

@@ -50,7 +50,7 @@ pub enum SwitchoverError {
         /// What was missing.
         waiting: AckWait,
     },
-    /// A device asked for an ack when the guest was stopped already.
+    /// A device asked for an ack when the guest was stopped already. The caller's fault: the device is the source's own.
     #[error("device '{device}' asked for a switchover ack when the guest was stopped for the switchover already")]
     RequestAfterStop {
         /// The device.
@@ -71,6 +71,12 @@ pub enum SwitchoverError {
     /// The source opened the return path a second time.
     #[error("OPEN_RETURN_PATH came twice")]
     OpenedTwice,
+    /// A device agreed, but the source does not hear it: what it agreed to came without a return path.
+    #[error("device '{device}' agreed to the switchover, but the source has opened no return path")]
+    NoReturnPath {
+        /// The device.
+        device: String,
+    },
     /// A step was taken out of order. The caller's fault.
     #[error("{what} {place}")]
     Order {
@@ -84,9 +90,11 @@ pub enum SwitchoverError {
 impl Blame for SwitchoverError {
     fn fault(&self) -> Fault {
         match self {
-            SwitchoverError::Off | SwitchoverError::BeforeRequest => Fault::Mismatch,
+            SwitchoverError::Off | SwitchoverError::BeforeRequest | SwitchoverError::NoReturnPath { .. } => {
+                Fault::Mismatch
+            }
             SwitchoverError::Missing { .. } | SwitchoverError::TimedOut { .. } => Fault::Truncated,
-            SwitchoverError::Order { .. } => Fault::Misuse,
+            SwitchoverError::RequestAfterStop { .. } | SwitchoverError::Order { .. } => Fault::Misuse,
             _ => Fault::Malformed,
         }
     }

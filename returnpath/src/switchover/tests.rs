@@ -63,7 +63,7 @@ fn the_legacy_destination_acks_once() {
     let mut gate = DestinationGate::new(Some(Legacy));
     gate.announce("a").unwrap();
     gate.announce("b").unwrap();
-    assert!(matches!(gate.agree("a"), Err(SwitchoverError::Order { .. })));
+    assert_eq!(gate.agree("a"), Err(SwitchoverError::NoReturnPath { device: "a".into() }));
     assert_eq!(gate.return_path_opened(), Ok(Ack::Hold));
     assert_eq!(gate.return_path_opened(), Err(SwitchoverError::OpenedTwice));
     assert!(matches!(gate.announce("c"), Err(SwitchoverError::Order { .. })));

@@ -429,7 +429,8 @@ impl Decode for Decoder {
     /// As everywhere; [`StreamError::PackageTooShort`] if the payload goes on after the end of its package.
     fn skip_payload(&mut self, count: u64) -> Result<(), Error> {
         let left = self.package.map_or(u64::MAX, |package| package.end.saturating_sub(self.cursor.offset()));
-        if count > left {
+        // More than the payload has is no fault of the package.
+        if count > left && count <= self.cursor.payload() {
             let kind = StreamError::PackageTooShort { missing: count - left };
             return Err(self.locate(Located::new(kind.into(), self.cursor.offset())));
         }

@@ -1,6 +1,6 @@
 //! What a writer refuses.
 
-use crate::ErrorKind;
+use crate::{Error, ErrorKind};
 use qevm_wire::{Blame, Fault};
 
 /// Why a [`StreamWriter`](crate::StreamWriter) refuses to write something. Always the caller's fault; nothing was
@@ -39,5 +39,13 @@ pub enum WriteError {
 impl Blame for WriteError {
     fn fault(&self) -> Fault {
         Fault::Misuse
+    }
+}
+
+/// What cannot be written is never the peer's fault.
+pub(super) fn misuse(error: Error) -> Error {
+    match error.fault() {
+        Fault::Misuse => error,
+        _ => error.map(|kind| WriteError::Refused { reason: Box::new(kind) }.into()),
     }
 }

@@ -77,9 +77,14 @@ impl Encoder {
     /// Appends `event` to `writer`, without its payload.
     ///
     /// # Errors
-    /// A value that the wire has no room for, or a RAM record that no decoder would accept. Nothing is appended then.
-    /// Offsets in errors are those in `writer`.
+    /// A value that the wire has no room for, or a RAM record that no decoder would accept: always of
+    /// [`Fault::Misuse`](qevm_wire::Fault). Nothing is appended then. Offsets in errors are those in `writer`.
     pub fn encode(&mut self, event: &Event<'_>, writer: &mut Writer) -> Result<(), Error> {
+        self.append(event, writer).map_err(error::misuse)
+    }
+
+    #[inline]
+    fn append(&mut self, event: &Event<'_>, writer: &mut Writer) -> Result<(), Error> {
         match event {
             Event::Ram(record) => ram::encode(record, &mut self.blocks, &mut self.current, self.pages, writer)?,
             Event::Header => drop(writer.be32(framing::MAGIC).be32(framing::VERSION)),

@@ -9,7 +9,7 @@ use crate::{
     framing::{SectionHeader, SectionKind},
     ram::{BlockId, PageAt, RamBlock, RamBlocks, RamRecord},
 };
-use qevm_wire::{Fault, Located, WireError, Writer};
+use qevm_wire::{Located, WireError, Writer};
 
 /// Writes a main channel step by step into a buffer of its own: an [`Encoder`] that knows which section is open and
 /// which RAM block the last page was in.
@@ -145,7 +145,7 @@ impl StreamWriter {
             matches!(event, Event::Configuration(_) | Event::Ram(RamRecord::MemSize { .. } | RamRecord::Block(_)))
         };
         let (current, whole) = (self.encoder.current, changes(event).then(|| self.encoder.clone()));
-        let encoded = self.encoder.encode(event, &mut self.writer).map_err(misuse);
+        let encoded = self.encoder.encode(event, &mut self.writer);
         let written = &self.writer.as_bytes()[at.min(self.writer.len())..];
         let taken = encoded.and_then(|()| taken.event(event, written, at as u64));
         if let Err(error) = taken {
@@ -324,13 +324,5 @@ impl StreamWriter {
             let kind = WireError::TooLong { what, found: len as u64, max: u32::MAX.into() };
             Located::new(kind.into(), self.writer.len() as u64)
         })
-    }
-}
-
-/// What cannot be written is never the peer's fault.
-fn misuse(error: Error) -> Error {
-    match error.fault() {
-        Fault::Misuse => error,
-        _ => error.map(|kind| WriteError::Refused { reason: Box::new(kind) }.into()),
     }
 }

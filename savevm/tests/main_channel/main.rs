@@ -2,6 +2,7 @@
 //! QEMUs wrote.
 
 mod errors;
+mod misuse;
 mod optional_words;
 mod packages;
 mod pump;

@@ -1,6 +1,6 @@
 use super::*;
 use crate::{Cursor, Reader, Step, WireError};
-use alloc::{vec, vec::Vec};
+use alloc::{string::ToString, vec, vec::Vec};
 use proptest::prelude::*;
 use std::io::ErrorKind;
 
@@ -183,4 +183,46 @@ fn what_the_caller_reads_from_the_buffer_is_not_read_again() {
     driver.consume(3);
     assert!(driver.next().unwrap().is_none());
     assert_eq!(driver.decoder().offset(), 6);
+}
+
+/// What the decoder would say of the bytes that are next would blame the peer.
+#[test]
+fn bytes_that_are_taken_out_of_step_are_the_callers_fault() {
+    let bytes = stream(&[(7, vec![1; 10]), (8, vec![])]);
+    type Wrong = fn(&mut Driver<&[u8], Records>);
+    let wrongs: [Wrong; 4] = [
+        |driver| driver.consume(1),
+        |driver| driver.consume(usize::MAX),
+        |driver| driver.decoder_mut().skip_payload(10).unwrap(),
+        |driver| driver.decoder_mut().0.move_to(5),
+    ];
+    for (number, wrong) in wrongs.into_iter().enumerate() {
+        let mut driver = Driver::new(&bytes[..], Records::default());
+        assert!(driver.next().unwrap().is_some());
+        wrong(&mut driver);
+        for _ in 0..2 {
+            let error = driver.next().unwrap_err();
+            assert!(matches!(error, DriveError::OutOfStep { .. }), "{number}: {error}");
+            assert_eq!(error.fault(), Some(Fault::Misuse));
+        }
+    }
+    // Taken in step, or skipped too far, which does nothing, it goes on.
+    let mut driver = Driver::new(&bytes[..], Records::default());
+    assert!(driver.next().unwrap().is_some());
+    assert_eq!(driver.decoder_mut().skip_payload(11).unwrap_err().fault(), Fault::Misuse);
+    driver.decoder_mut().skip_payload(4).unwrap();
+    driver.consume(4);
+    assert_eq!(driver.next().unwrap(), Some((&[8][..], 0)));
+    assert!(driver.next().unwrap().is_none() && driver.next().unwrap().is_none());
+}
+
+#[test]
+fn after_an_error_the_same_error_comes_again() {
+    let bytes = stream(&[(7, vec![1; 10])]);
+    let mut driver = Driver::new(&bytes[..8], Records::default());
+    assert!(driver.next().unwrap().is_some());
+    let [first, second] = [(); 2].map(|()| driver.next().unwrap_err());
+    assert_eq!((first.fault(), first.to_string()), (Some(Fault::Truncated), second.to_string()));
+    let failed = DriveError::<WireError>::from(io::Error::from(ErrorKind::ConnectionReset));
+    assert_eq!(failed.fault(), None);
 }

@@ -72,10 +72,12 @@ impl<R: AsyncRead + Unpin, D: Decode> AsyncDriver<R, D> {
     /// The next event; `None` at the end of the stream. What is left of the last event's payload is skipped.
     ///
     /// # Errors
-    /// [`DriveError::Io`] if the input fails, [`DriveError::Stream`] with what is wrong with the stream.
+    /// [`DriveError::Io`] if the input fails, [`DriveError::Stream`] with what is wrong with the stream,
+    /// [`DriveError::OutOfStep`] if the caller has taken other bytes than it has told the decoder of.
     pub async fn next(&mut self) -> Result<Option<D::Event<'_>>, DriveError<D::Kind>> {
         let mut dropped = [0; SKIPPED];
         while self.payload().read(&mut dropped).await? > 0 {}
+        self.driver.in_step()?;
         let mut this = self;
         loop {
             let at_least = polonius!(|this| -> Result<Option<D::Event<'polonius>>, DriveError<D::Kind>> {
@@ -115,7 +117,7 @@ impl<R: AsyncRead + Unpin, D: Decode> AsyncDriver<R, D> {
     /// The input fails.
     pub async fn fill(&mut self, at_least: usize) -> io::Result<()> {
         self.driver.drop_taken();
-        let Driver { window: Buffered { input, buffer, ended }, decoder, .. } = &mut self.driver;
+        let Driver { window: Buffered { input, buffer, ended, .. }, decoder, .. } = &mut self.driver;
         while buffer.len() < at_least && !*ended {
             // The length comes from the peer: it is believed as far as bytes come.
             buffer.reserve(CHUNK);
@@ -173,7 +175,7 @@ impl<R: AsyncRead + Unpin, D: Decode> AsyncRead for AsyncPayload<'_, R, D> {
     /// Reads some of the payload; nothing at its end. An input that ends before the payload does is no error here but
     /// the end: the next call to [`AsyncDriver::next`] says what is missing, and where.
     fn poll_read(self: Pin<&mut Self>, context: &mut Context<'_>, into: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
-        let Driver { window: Buffered { input, buffer, ended }, decoder, .. } = &mut *self.get_mut().driver;
+        let Driver { window: Buffered { input, buffer, ended, taken }, decoder, .. } = &mut *self.get_mut().driver;
         let wanted = into.remaining().min(usize::try_from(decoder.payload_remaining()).unwrap_or(usize::MAX));
         if wanted == 0 || (*ended && buffer.is_empty()) {
             return Poll::Ready(Ok(()));
@@ -189,6 +191,7 @@ impl<R: AsyncRead + Unpin, D: Decode> AsyncRead for AsyncPayload<'_, R, D> {
             count
         };
         into.advance(count);
+        *taken += count as u64;
         if count == 0 {
             *ended = true;
             decoder.end_of_input();

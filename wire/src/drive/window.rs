@@ -65,12 +65,20 @@ pub struct Buffered<R> {
     pub(super) input: R,
     pub(super) buffer: BytesMut,
     pub(super) ended: bool,
+    /// How many bytes were taken off the front.
+    pub(super) taken: u64,
 }
 
 impl<R> Buffered<R> {
     /// A window at the place where `input` is.
     pub fn new(input: R) -> Self {
-        Buffered { input, buffer: BytesMut::new(), ended: false }
+        Buffered { input, buffer: BytesMut::new(), ended: false, taken: 0 }
+    }
+
+    /// Takes `count` of the bytes that are there off the front.
+    pub(super) fn take(&mut self, count: usize) {
+        self.buffer.advance(count);
+        self.taken += count as u64;
     }
 
     /// The input. Bytes of it may have been read ahead.
@@ -110,7 +118,7 @@ impl<R: Read> Window for Buffered<R> {
     }
 
     fn consume(&mut self, count: usize) {
-        self.buffer.advance(count.min(self.buffer.len()));
+        self.take(count.min(self.buffer.len()));
     }
 
     fn skip(&mut self, count: u64) -> io::Result<u64> {
@@ -118,7 +126,7 @@ impl<R: Read> Window for Buffered<R> {
             self.fill(1)?;
         }
         let skipped = self.buffer.len().min(usize::try_from(count).unwrap_or(usize::MAX));
-        self.buffer.advance(skipped);
+        self.take(skipped);
         Ok(skipped as u64)
     }
 }
@@ -138,6 +146,7 @@ impl<R: Read> Read for Buffered<R> {
                 count
             }
         };
+        self.taken += count as u64;
         Ok(count)
     }
 }

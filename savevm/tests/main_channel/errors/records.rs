@@ -6,7 +6,7 @@ use crate::{
     streams::{BITMAPS, DISKS, VFIO, name, write},
 };
 use qevm_savevm::{
-    Decoder, DecoderOptions, Encoder, ErrorKind, Event,
+    Decoder, DecoderOptions, Encoder, ErrorKind, Event, WriteError,
     block_migration::BlockMigrationError,
     dirty_bitmap::DirtyBitmapError,
     ram::{BlockId, PageAt, RamBlock, RamError, RamRecord},
@@ -138,8 +138,12 @@ fn an_encoder_refuses_what_no_decoder_reads() {
         encoder.encode(&Event::Ram(RamRecord::Zero(first)), &mut writer).unwrap();
         let before = writer.len();
         let error = encoder.encode(&event, &mut writer).unwrap_err();
-        assert_eq!(writer.len(), before);
-        match error.kind {
+        assert_eq!((writer.len(), error.fault()), (before, Fault::Misuse));
+        let kind = match error.kind {
+            ErrorKind::Write(WriteError::Refused { reason }) => *reason,
+            kind => kind,
+        };
+        match kind {
             ErrorKind::Ram(kind) => kind,
             other => panic!("{other:?}"),
         }

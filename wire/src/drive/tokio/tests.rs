@@ -123,3 +123,21 @@ fn payload_comes_from_the_buffer_and_then_from_the_input() {
         tokio::join!(write, read);
     });
 }
+
+#[test]
+fn bytes_that_are_taken_out_of_step_are_the_callers_fault() {
+    let bytes = stream(&[(7, vec![1; 10]), (8, vec![])]);
+    for told in [false, true] {
+        let mut driver = AsyncDriver::new(&bytes[..], Records::default());
+        assert!(matches!(once(driver.next()), Poll::Ready(Ok(Some(_)))));
+        match told {
+            true => driver.decoder_mut().skip_payload(10).unwrap(),
+            false => driver.consume(1),
+        }
+        for _ in 0..2 {
+            let Poll::Ready(Err(error)) = once(driver.next()) else { panic!("it goes on") };
+            assert!(matches!(error, DriveError::OutOfStep { .. }), "{error}");
+            assert_eq!(error.fault(), Some(crate::Fault::Misuse));
+        }
+    }
+}
