@@ -17,7 +17,7 @@ use qevm_savevm::{
     mapped_ram::MappedBlock,
     ram::{PageAt, RamBlock},
 };
-use qevm_wire::{CountedString, Located, Profile, WireError, Writer};
+use qevm_wire::{CountedString, Located, Profile, WireError};
 use std::{
     sync::{
         Mutex, OnceLock, PoisonError,
@@ -448,10 +448,8 @@ impl Engine<'_> {
 
     /// Puts a message on the return path.
     fn send(&self, message: &Message) {
-        let mut writer = Writer::new();
-        message.encode(&mut writer);
         // If the source is gone, reading will tell.
-        if let Err(error) = write_all(self.channel, &mut [Source::bytes(writer.as_bytes())]) {
+        if let Err(error) = write_all(self.channel, &mut [Source::bytes(&message.to_bytes())]) {
             tracing::debug!(%error, ?message, "the return path is broken");
         }
     }

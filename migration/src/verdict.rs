@@ -13,7 +13,6 @@ use super::{
     channel::{Source, write_all},
 };
 use qevm_returnpath::Message;
-use qevm_wire::Writer;
 use std::{
     io, thread,
     time::{Duration, Instant},
@@ -69,11 +68,10 @@ pub(crate) fn send(channel: &dyn Channel, message: &Message) -> Result<(), Doubt
     if !channel.is_open().map_err(Doubt::NotTold)? {
         return Err(Doubt::SourceLeft);
     }
-    let mut writer = Writer::new();
-    message.encode(&mut writer);
+    let bytes = message.to_bytes();
     // In two segments: a kernel acknowledges a second one as soon as it was read, but may keep the acknowledgement of a single small
     // one back for 40 ms in the hope of an answer to send along. The guest stands still for that time.
-    let (head, status) = writer.as_bytes().split_at(writer.len() / 2);
+    let (head, status) = bytes.split_at(bytes.len() / 2);
     [head, status]
         .into_iter()
         .try_for_each(|part| write_all(channel, &mut [Source::bytes(part)]))

@@ -91,11 +91,8 @@ impl fmt::Display for MessageType {
 ///
 /// ```
 /// use qevm_returnpath::Message;
-/// use qevm_wire::Writer;
 ///
-/// let mut writer = Writer::new();
-/// Message::Pong { value: 1 }.encode(&mut writer);
-/// assert_eq!(writer.as_bytes(), [0, 2, 0, 4, 0, 0, 0, 1]);
+/// assert_eq!(Message::Pong { value: 1 }.to_bytes(), [0, 2, 0, 4, 0, 0, 0, 1]);
 /// ```
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
@@ -183,7 +180,14 @@ impl Message {
         Ok(message)
     }
 
-    /// Appends the message; behind RECV_BITMAP the caller writes the bitmap and
+    /// The message by itself, to be sent at once.
+    pub fn to_bytes(&self) -> Vec<u8> {
+        let mut writer = Writer::new();
+        self.encode(&mut writer);
+        writer.into_bytes()
+    }
+
+    /// Appends the message; after RECV_BITMAP the caller writes the bitmap and
     /// [`Encoder::bitmap_end`](crate::Encoder::bitmap_end).
     pub fn encode(&self, writer: &mut Writer) {
         let message_type = self.message_type();

@@ -79,6 +79,17 @@ pub struct SectionHeader {
 }
 
 impl SectionHeader {
+    /// The header of the only handler of this name, whose instance is 0.
+    ///
+    /// ```
+    /// let ram = qevm_savevm::framing::SectionHeader::new(2, "ram".try_into()?, 4);
+    /// assert_eq!((ram.section_id, ram.instance_id, ram.version_id), (2, 0, 4));
+    /// # Ok::<(), qevm_wire::NameLength>(())
+    /// ```
+    pub fn new(section_id: u32, idstr: CountedString, version_id: u32) -> Self {
+        SectionHeader { section_id, idstr, instance_id: 0, version_id }
+    }
+
     /// True if both name the same handler: START and FULL of one handler differ in nothing else that tells it apart.
     pub(crate) fn is_same_handler(&self, other: &SectionHeader) -> bool {
         self.idstr == other.idstr && self.instance_id == other.instance_id

@@ -51,7 +51,7 @@ pub use drive::{AsyncDriver, AsyncPayload};
 pub use drive::{Buffered, DriveError, Driver, Payload, Window, next_event, skip_payload};
 pub use error::{Blame, Fault, Located, Path, WireError, Within};
 pub use limits::Limits;
-pub use name::CountedString;
+pub use name::{CountedString, NameLength};
 pub use page::PageGeometry;
 pub use profile::{Profile, QemuVersion};
 pub use read::Reader;

@@ -52,6 +52,23 @@ impl CountedString {
     }
 }
 
+/// A name whose length no counted string can have.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("a name of {found} bytes, expected 1 to {}", CountedString::MAX_LEN)]
+pub struct NameLength {
+    /// Its length in bytes.
+    pub found: usize,
+}
+
+impl TryFrom<&str> for CountedString {
+    type Error = NameLength;
+
+    /// As [`CountedString::new`].
+    fn try_from(name: &str) -> Result<Self, NameLength> {
+        CountedString::new(name).ok_or(NameLength { found: name.len() })
+    }
+}
+
 impl PartialEq<str> for CountedString {
     fn eq(&self, other: &str) -> bool {
         *self.0 == *other.as_bytes()
@@ -87,6 +104,7 @@ mod tests {
         assert!(CountedString::new(vec![b'x'; 256]).is_none());
         let longest = CountedString::new(vec![b'x'; 255]).unwrap();
         assert_eq!((longest.length_byte(), longest.wire_len()), (255, 256));
+        assert_eq!(CountedString::try_from(""), Err(NameLength { found: 0 }));
     }
 
     #[test]

@@ -1,6 +1,6 @@
 //! What a decoder has to be told because the stream does not say it.
 
-use qevm_wire::{Limits, PageGeometry};
+use qevm_wire::{Limits, PageGeometry, Profile};
 
 /// Whether sections end in a footer (`migration.send-section-footer`; off for machine types up to 2.3).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
@@ -51,6 +51,23 @@ pub struct DecoderOptions {
     /// other afterwards. Whether a description is the last that comes is what [`vmdesc`](Self::vmdesc) says, which
     /// then must be known ([`Profile::vmdesc`](qevm_wire::Profile)); of postcopy it never is.
     pub live: bool,
+}
+
+impl DecoderOptions {
+    /// For the connection to a source that is alive, where `profile` is that of this machine: what comes, up to where, is as the
+    /// machine type says. Everything else is as by default.
+    ///
+    /// ```
+    /// use qevm_savevm::{DecoderOptions, Footers};
+    /// use qevm_wire::{Profile, QemuVersion};
+    ///
+    /// let options = DecoderOptions::live(&Profile::new(QemuVersion::new(7, 2), "pc-i440fx-2.2"));
+    /// assert!(options.live && !options.vmdesc && options.footers == Footers::Absent);
+    /// ```
+    pub fn live(profile: &Profile) -> Self {
+        let footers = if profile.send_section_footer { Footers::Present } else { Footers::Absent };
+        DecoderOptions { live: true, vmdesc: profile.vmdesc, footers, ..DecoderOptions::default() }
+    }
 }
 
 impl Default for DecoderOptions {

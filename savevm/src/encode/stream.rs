@@ -240,7 +240,7 @@ impl StreamWriter {
     /// # Errors
     /// See [`event`](StreamWriter::event).
     pub fn page_header(&mut self, block: BlockId, offset: u64) -> Result<(), Error> {
-        let page = self.page(block, offset);
+        let page = self.place(block, offset);
         self.event(&Event::Ram(RamRecord::Page(page)))
     }
 
@@ -249,8 +249,44 @@ impl StreamWriter {
     /// # Errors
     /// See [`event`](StreamWriter::event).
     pub fn zero_page(&mut self, block: BlockId, offset: u64) -> Result<(), Error> {
-        let page = self.page(block, offset);
+        let page = self.place(block, offset);
         self.event(&Event::Ram(RamRecord::Zero(page)))
+    }
+
+    /// A page and its content, which is copied: as a page of zeroes if it is one. Content that is not to be copied is sent after
+    /// [`page_header`](StreamWriter::page_header).
+    ///
+    /// # Errors
+    /// [`WriteError::PayloadMissing`] and [`WriteError::PayloadInExcess`] if `content` is not one target page; see
+    /// [`event`](StreamWriter::event).
+    ///
+    /// ```
+    /// use qevm_savevm::{StreamWriter, framing::SectionHeader, ram::{BlockId, RamBlock}};
+    ///
+    /// let mut stream = StreamWriter::default();
+    /// stream.header(None)?;
+    /// stream.section_start(&SectionHeader::new(2, "ram".try_into()?, 4))?;
+    /// stream.ram_setup([RamBlock::new("pc.ram".try_into()?, 0x2000)])?;
+    /// let before = stream.bytes().len();
+    /// stream.page(BlockId(0), 0, &[0; 4096])?; // word, name and a zero
+    /// assert_eq!(stream.bytes().len() - before, 8 + 7 + 1);
+    /// stream.page(BlockId(0), 0x1000, &[1; 4096])?; // word and content
+    /// assert_eq!(stream.bytes().len() - before, 16 + 8 + 4096);
+    /// assert!(stream.page(BlockId(0), 0, &[1; 100]).is_err());
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    pub fn page(&mut self, block: BlockId, offset: u64, content: &[u8]) -> Result<(), Error> {
+        let (found, size) = (content.len() as u64, self.encoder.pages.size());
+        if found != size {
+            let missing = WriteError::PayloadMissing { remaining: size.saturating_sub(found) };
+            let kind = if found < size { missing } else { WriteError::PayloadInExcess { found, remaining: size } };
+            return Err(Located::new(kind.into(), self.writer.len() as u64));
+        }
+        if content.iter().all(|byte| *byte == 0) {
+            return self.zero_page(block, offset);
+        }
+        self.page_header(block, offset)?;
+        self.payload(content)
     }
 
     /// The record of a page as difference to what was sent of it before; see [`xbzrle`](crate::xbzrle).
@@ -258,7 +294,7 @@ impl StreamWriter {
     /// # Errors
     /// See [`event`](StreamWriter::event).
     pub fn xbzrle_page(&mut self, block: BlockId, offset: u64, data: &[u8]) -> Result<(), Error> {
-        let page = self.page(block, offset);
+        let page = self.place(block, offset);
         self.event(&Event::Ram(RamRecord::Xbzrle { page, data }))
     }
 
@@ -276,6 +312,15 @@ impl StreamWriter {
     /// See [`event`](StreamWriter::event).
     pub fn eos(&mut self) -> Result<(), Error> {
         self.event(&Event::Ram(RamRecord::EndOfSection))
+    }
+
+    /// Ends the open `ram` section: [`eos`](StreamWriter::eos) and [`footer`](StreamWriter::footer).
+    ///
+    /// # Errors
+    /// See [`event`](StreamWriter::event).
+    pub fn end_ram(&mut self) -> Result<(), Error> {
+        self.eos()?;
+        self.footer()
     }
 
     /// A command.
@@ -315,7 +360,7 @@ impl StreamWriter {
     }
 
     /// Names the block only where it is not that of the page before, as QEMU does.
-    fn page(&self, block: BlockId, offset: u64) -> PageAt {
+    fn place(&self, block: BlockId, offset: u64) -> PageAt {
         PageAt { block, offset, named: self.encoder.current_block() != Some(block) }
     }
 

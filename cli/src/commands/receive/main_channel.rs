@@ -15,7 +15,7 @@ use qevm_savevm::Event;
 use qevm_savevm::command::Command;
 use qevm_savevm::framing::{SectionHeader, SectionKind};
 use qevm_savevm::ram::RamRecord;
-use qevm_wire::{PageGeometry, Writer};
+use qevm_wire::PageGeometry;
 use std::cell::Cell;
 use std::fmt;
 use std::io::{self, Read, Write};
@@ -256,10 +256,8 @@ impl Answering {
         if !self.answered {
             return Ok(());
         }
-        let mut writer = Writer::new();
-        message.encode(&mut writer);
-        let bytes = writer.as_bytes();
-        let sent = self.files.return_path.file().write_all(bytes).and_then(|()| (&*self.socket).write_all(bytes));
+        let bytes = message.to_bytes();
+        let sent = self.files.return_path.file().write_all(&bytes).and_then(|()| (&*self.socket).write_all(&bytes));
         sent.map_err(|error| Failure::io(&self.files.return_path.path().display().to_string(), 0, &error))
     }
 
