@@ -287,7 +287,8 @@ impl Receiver {
                 Action::LoadDevices => {
                     let state = self.core.devices().first().and_then(|device| device.body.first_chunk());
                     self.work = state.map(|state| u64::from_be_bytes(*state));
-                    self.core.loaded(Ok(true))?;
+                    // As any machine: all of its devices have to come.
+                    self.core.loaded(self.work.map(|_| true).ok_or_else(|| "the device has not come".into()))?;
                 }
                 Action::Activate => self.core.activated(Ok(()))?,
                 Action::Send(message) => self.send(now, back, &message),
