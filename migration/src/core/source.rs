@@ -388,7 +388,7 @@ impl SourceCore {
             Phase::PreSwitchover => self.pre_switchover(now),
             Phase::Stopped(step) => self.stopped(step),
             Phase::Completing(rest) => self.complete(rest, now, answers),
-            Phase::Postcopy(step) => self.go_on_after_departure(step, now, answers),
+            Phase::Postcopy(step) => self.go_first(step, now, answers),
             Phase::AwaitAnswers { devices, since } => self.await_answers(devices, since, now, answers),
             // `end_sent` is what ends this.
             Phase::Ending => Err(self.unsettled("it is not known how much of the end of the stream was sent")),

@@ -30,7 +30,8 @@ impl SourceCore {
         self.postcopy && self.passes > 0 && answers.is_some_and(|answers| answers.unready().is_none())
     }
 
-    pub(super) fn go_on_after_departure(
+    /// The guest goes, and then its memory.
+    pub(super) fn go_first(
         &mut self,
         step: Postcopy,
         now: Duration,
