@@ -54,6 +54,8 @@ pub enum Way {
     ReturnPath,
     /// Capability `multifd`, with two page channels.
     Multifd,
+    /// Capabilities `return-path` and `postcopy-ram`: on the way back the guest goes before its memory.
+    Postcopy,
 }
 
 /// An example of a monitor.
@@ -109,7 +111,9 @@ pub fn all() -> Vec<Trip> {
             let example = Example::Toy;
             all.extend([Way::Plain, Way::ReturnPath, Way::Multifd].map(|way| Trip { suite, machine, way, example }));
         }
-        all.push(Trip { suite, machine: Machine::None, way: Way::ReturnPath, example: Example::Async });
+        let machine = Machine::None;
+        let example = Example::Async;
+        all.extend([Way::ReturnPath, Way::Postcopy].map(|way| Trip { suite, machine, way, example }));
     }
     all
 }
@@ -160,6 +164,7 @@ impl Trip {
 
         let mut target = self.start(root, folder, "target", &["-S", "-incoming", "defer"])?;
         self.set_up(&mut target)?;
+        target.set_capabilities(&["events"])?;
         target.execute("migrate-incoming", json!({ "uri": uri("to.sock") }))?;
         let toy = self.toy(judge, folder, uri)?;
         self.set_up(&mut source)?;
@@ -179,6 +184,16 @@ impl Trip {
         };
         let passes = u64::try_from(number("left: passes")?)?;
         ensure!(passes >= 3, "the guest came back after {passes} passes: {said}");
+        if self.way == Way::Postcopy {
+            let later = number(&format!("left: passes {passes},"))?;
+            ensure!(later > 0, "no page went after the guest: {said}");
+            let mut told = Vec::new();
+            while told.last().is_none_or(|last| last != "completed") {
+                let event = target.wait_event("MIGRATION", PATIENCE)?;
+                told.push(event.data["status"].as_str().unwrap_or_default().to_owned());
+            }
+            ensure!(told.iter().any(|status| status == "postcopy-active"), "QEMU's statuses were {told:?}");
+        }
         let mut watchdog = None;
         if let Some(before) = before {
             let here = number("watchdog")?;
@@ -215,6 +230,7 @@ impl Trip {
             Way::Plain => &[],
             Way::ReturnPath => &["return-path"],
             Way::Multifd => &["multifd"],
+            Way::Postcopy => &["return-path", "postcopy-ram"],
         }
     }
 
@@ -229,7 +245,7 @@ impl Trip {
         command.stdin(Stdio::null()).stdout(file.try_clone()?).stderr(file);
         let mut toy = Toy { child: command.spawn().context("starting toy_vmm")?, output };
         let deadline = Instant::now() + PATIENCE;
-        while !folder.join("from.sock").exists() {
+        while !listens(&folder.join("from.sock"))? {
             if let Some(status) = toy.child.try_wait()? {
                 bail!("toy_vmm has ended ({status}): {}", toy.said());
             }
@@ -282,6 +298,17 @@ impl Drop for Toy {
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
+}
+
+/// Whether somebody waits for connections at a UNIX socket. Its file is there before that.
+fn listens(path: &Path) -> Result<bool> {
+    /// `__SO_ACCEPTCON`.
+    const ACCEPTS: u32 = 1 << 16;
+    let sockets = fs::read_to_string("/proc/net/unix")?;
+    // Address, references, protocol, flags, type, state, inode, path.
+    let of_path = |line: &&str| line.split_whitespace().nth(7).is_some_and(|found| Path::new(found) == path);
+    let flags = sockets.lines().find(of_path).and_then(|line| line.split_whitespace().nth(3));
+    Ok(flags.and_then(|flags| u32::from_str_radix(flags, 16).ok()).is_some_and(|flags| flags & ACCEPTS != 0))
 }
 
 fn completed(state: &Value) -> bool {

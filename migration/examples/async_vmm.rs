@@ -2,14 +2,15 @@
 //! it takes a guest from a QEMU, runs it, and gives it back while it runs, over one connection with a return path each time:
 //!
 //!     async_vmm none 64 11.1 unix:from.sock unix:to.sock return-path
+//! With `postcopy-ram` as well, the guest goes back before its memory does, after three passes.
 
 use qevm_migration::core::destination::{self, Destination, DestinationOptions, SectionUse, Turn};
 use qevm_migration::core::source::{Action, Answers, Sent, SourceCore, SourceOptions, Wake};
-use qevm_migration::{Devices, Doubt, GuestError, LoadError, MigrationError, Parameters, Registry, Statistics};
+use qevm_migration::{Devices, Doubt, GuestError, LoadError, MigrationError, Parameters, Registry, Statistics, Status};
 use qevm_returnpath::{Decoder, Event, Message};
 use qevm_savevm::ram::{BlockId, PageAt};
 use qevm_wire::{AsyncDriver, Decode, Profile, Writer};
-use std::{cell::RefCell, env, fs, mem::MaybeUninit, process, time::Duration};
+use std::{cell::Cell, cell::RefCell, env, fs, mem::MaybeUninit, process, time::Duration};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{UnixListener, UnixStream, unix::OwnedReadHalf};
 use tokio::{sync::Notify, time};
@@ -47,6 +48,10 @@ struct Monitor {
     profile: Profile,
     vm: RefCell<Vm>,
     devices: Registry<'static>,
+    postcopy: bool,
+    /// The guest has gone before its memory, and so many pages after it.
+    gone: Cell<bool>,
+    later: Cell<u64>,
 }
 
 impl Monitor {
@@ -58,6 +63,7 @@ impl Monitor {
             ram: vec!["ram".into()],
             vmdesc: self.profile.vmdesc,
             answers: true,
+            postcopy: self.postcopy,
             ..DestinationOptions::default()
         });
         let mut input = Vec::new();
@@ -148,11 +154,16 @@ impl Monitor {
         let (reader, mut writer) = stream.into_split();
         let (answers, news) = (RefCell::new(Answers::new(None, true)), Notify::new());
         let blocks = vec![("ram".to_owned(), self.vm.borrow().ram.len() as u64)];
-        let mut core = SourceCore::new(SourceOptions::new(self.profile.clone(), &self.machine, blocks), parameters);
+        let mut options = SourceOptions::new(self.profile.clone(), &self.machine, blocks);
+        options.capabilities.postcopy_ram = self.postcopy;
+        let mut core = SourceCore::new(options, parameters);
         let (start, rounds) = (time::Instant::now(), RefCell::new(Statistics::default()));
         let driving = async {
             loop {
                 let now = start.elapsed();
+                if self.postcopy && rounds.borrow().rounds.len() >= 3 {
+                    core.start_postcopy();
+                }
                 let action = core.poll(now, Some(&mut answers.borrow_mut()));
                 core.report(&mut rounds.borrow_mut());
                 let done = match action {
@@ -228,6 +239,9 @@ impl Monitor {
                 }
                 let bytes = core.stream().take();
                 writer.write_all(&bytes).await.map_err(failed("pages"))?;
+                if self.gone.get() {
+                    self.later.set(self.later.get() + sent.normal + sent.zero);
+                }
                 core.sent(Sent { bytes: bytes.len() as u64, ..sent });
             }
             // A UNIX socket has no way that takes time.
@@ -245,6 +259,7 @@ impl Monitor {
                 let rest = writer.write_all(&bytes[first..]).await.map_err(failed("the end of the stream"));
                 core.end_sent(rest, start.elapsed());
             }
+            Action::Status(Status::PostcopyActive) => self.gone.set(true),
             Action::Commit => core.committed(Ok(())),
             Action::Confirm(bytes) => core.confirmed(writer.write_all(&bytes).await),
             Action::Resume => {
@@ -300,9 +315,10 @@ fn main() {
 }
 
 pub(crate) fn run(arguments: &[String]) -> Result<(), GuestError> {
-    let [machine, mib, qemu, from, to, ..] = arguments else {
-        return Err("usage: async_vmm none MIB QEMU unix:FROM unix:TO return-path".into());
+    let [machine, mib, qemu, from, to, capabilities @ ..] = arguments else {
+        return Err("usage: async_vmm none MIB QEMU unix:FROM unix:TO return-path [postcopy-ram]".into());
     };
+    let postcopy = capabilities.iter().any(|name| name == "postcopy-ram");
     let path = |uri: &str| uri.strip_prefix("unix:").map(str::to_owned).ok_or("only unix: is here");
     let size = mib.parse::<usize>()? << 20;
     let mut devices = Registry::new(machine);
@@ -310,7 +326,15 @@ pub(crate) fn run(arguments: &[String]) -> Result<(), GuestError> {
     let words = vec![u64::MAX; size / PAGE / 64];
     let vm = Vm { ram: vec![0; size], written: words.clone(), reported: words, running: false };
     let profile = Profile::new(qemu.parse()?, machine);
-    let monitor = Monitor { machine: machine.clone(), profile, vm: vm.into(), devices };
+    let monitor = Monitor {
+        machine: machine.clone(),
+        profile,
+        vm: vm.into(),
+        devices,
+        postcopy,
+        gone: false.into(),
+        later: 0.into(),
+    };
     tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(async {
         let (stream, _) = UnixListener::bind(path(from)?)?.accept().await?;
         let running = monitor.receive(stream).await?;
@@ -323,7 +347,7 @@ pub(crate) fn run(arguments: &[String]) -> Result<(), GuestError> {
         (limits.max_bandwidth, limits.avail_switchover_bandwidth, limits.downtime_limit_ms) = (64 << 20, 64 << 20, 100);
         let passes = monitor.send(stream, limits).await?;
         fs::write("left.ram", &monitor.vm.borrow().ram)?;
-        println!("left: passes {passes}");
+        println!("left: passes {passes}, {} pages after the guest", monitor.later.get());
         Ok::<(), GuestError>(())
     })
 }
