@@ -338,7 +338,9 @@ impl SourceCore {
 
     /// It is too late to cancel, or the operator has cancelled before.
     pub fn committed(&mut self, result: Result<(), MigrationError>) {
-        if let Phase::Committing { committed, .. } = &mut self.phase {
+        if let Phase::Committing { committed, .. } | Phase::Postcopy(Postcopy::Committing { committed, .. }) =
+            &mut self.phase
+        {
             *committed = Some(result);
         }
     }

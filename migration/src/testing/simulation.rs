@@ -219,7 +219,9 @@ impl<'p> Simulation<'p> {
             }
         }
         let may_fail = self.plan.cancel.is_some() || self.plan.faults.iter().any(|(_, fault)| !fault.is_short());
-        if !may_fail && (ending != Ending::Moved || source_says.is_some()) {
+        // An operator who cancels too late changes nothing.
+        let torn = ending == Ending::Split && self.plan.faults.is_empty();
+        if torn || !may_fail && (ending != Ending::Moved || source_says.is_some()) {
             return Err(Violation::NotMoved { ending, reasons: reasons() });
         }
         Ok(ending)

@@ -131,6 +131,8 @@ pub(crate) struct RoundEnd {
 pub(crate) enum Postcopy {
     /// The guest is paused, its devices are saved and its dirty pages known.
     Begin(SavedDevices),
+    /// It is asked whether the operator has cancelled before the guest goes.
+    Committing { devices: SavedDevices, committed: Option<Result<(), MigrationError>> },
     /// The package of its devices was sent: it runs at the destination from here on.
     Departed,
     /// Pages are sent, those first that the guest waits for.

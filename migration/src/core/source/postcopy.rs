@@ -43,6 +43,11 @@ impl SourceCore {
         }
         let next = match step {
             Postcopy::Begin(devices) => {
+                self.do_next(Action::Commit);
+                Postcopy::Committing { devices, committed: None }
+            }
+            Postcopy::Committing { devices, committed } => {
+                committed.unwrap_or(Ok(()))?;
                 if self.options.profile.switchover_start {
                     self.stream.command(Command::SwitchoverStart)?;
                 }
