@@ -162,7 +162,7 @@ impl Monitor {
             loop {
                 let now = start.elapsed();
                 if self.postcopy && rounds.borrow().rounds.len() >= 3 {
-                    core.start_postcopy();
+                    core.start_postcopy()?;
                 }
                 let action = core.poll(now, Some(&mut answers.borrow_mut()));
                 core.report(&mut rounds.borrow_mut());

@@ -155,8 +155,10 @@ impl Engine<'_> {
             if self.job.check().is_err() {
                 self.core.cancel();
             }
-            if self.job.wants_postcopy() {
-                self.core.start_postcopy();
+            if self.job.wants_postcopy()
+                && let Err(refused) = self.core.start_postcopy()
+            {
+                tracing::debug!("no postcopy: {refused}");
             }
             self.core.set_parameters(self.job.parameters());
             let now = self.start.elapsed();

@@ -25,6 +25,7 @@ mod action;
 mod completion;
 mod ending;
 mod opening;
+mod options;
 mod phase;
 mod postcopy;
 mod precopy;
@@ -35,10 +36,11 @@ mod tests;
 pub use super::answers::Answers;
 pub use crate::{connections::Reader, pending::DeviceSize};
 pub use action::{Action, Batch, BlockRange, Wake};
+pub use options::{PageRoute, SourceOptions};
 
 use super::Sweep;
 use crate::{
-    Capabilities, MigrationError, Parameters, Pending, SavedDevices, Statistics,
+    MigrationError, Parameters, Pending, SavedDevices, Statistics,
     converge::{AutoConverge, Trigger},
     pending::Account,
     rate::RateLimiter,
@@ -48,7 +50,7 @@ use crate::{
 use phase::{Phase, Postcopy, Setup, Stopped};
 use qevm_multifd::{SourceSync, SyncError, SyncStep};
 use qevm_savevm::{Encoder, StreamWriter};
-use qevm_wire::{CountedString, Located, PageGeometry, Profile};
+use qevm_wire::{CountedString, Located, PageGeometry};
 use std::{collections::VecDeque, io, time::Duration};
 
 /// The section id of `ram`; the devices' follow. QEMU's are registration numbers, and any will do.
@@ -59,58 +61,6 @@ pub(crate) const BATCH_PAGES: u64 = 256;
 const PACKET_PAGES: u64 = qevm_multifd::layout::PACKET_DATA / crate::PAGE_SIZE;
 /// Zero pages on the main channel are sent when there are so many bytes of them.
 const FLUSH_AT: usize = 64 << 10;
-
-/// How pages travel.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum PageRoute {
-    /// In the stream.
-    Main,
-    /// On page channels.
-    Channels,
-    /// To their places in a file, by the thread that drives this machine.
-    File,
-    /// To their places in a file, by threads that take them as page channels do.
-    FileByThreads,
-}
-
-/// What does not change while the source runs.
-#[derive(Debug, Clone)]
-pub struct SourceOptions {
-    /// What the destination's release reads.
-    pub profile: Profile,
-    /// The capabilities. Those that the caller carries out himself (`multifd`, `mapped-ram`) have to go with `route`.
-    pub capabilities: Capabilities,
-    /// The machine type, as the configuration section carries it.
-    pub machine_type: String,
-    /// Names and lengths in bytes of the RAM blocks.
-    pub blocks: Vec<(String, u64)>,
-    /// Section names of the devices whose state is sent in parts.
-    pub devices: Vec<String>,
-    /// How pages travel.
-    pub route: PageRoute,
-    /// Who takes the stream where there is no return path.
-    pub reader: Reader,
-    /// How long a destination may take to answer and to give its verdict; `None` for as long as it takes. An operator may cancel
-    /// before, and a connection that breaks ends the wait.
-    pub patience: Option<Duration>,
-}
-
-impl SourceOptions {
-    /// Those of a guest with these blocks (names, and lengths in bytes) and without iterative devices, that goes over one connection with two
-    /// directions. A destination has half a minute for each answer.
-    pub fn new(profile: Profile, machine_type: &str, blocks: Vec<(String, u64)>) -> Self {
-        SourceOptions {
-            profile,
-            capabilities: Capabilities { return_path: true, ..Capabilities::default() },
-            machine_type: machine_type.into(),
-            blocks,
-            devices: Vec::new(),
-            route: PageRoute::Main,
-            reader: Reader::Answers,
-            patience: Some(Duration::from_secs(30)),
-        }
-    }
-}
 
 /// Counts of what was sent.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -256,13 +206,6 @@ impl SourceCore {
     /// The operator lets the switchover happen.
     pub fn let_switch_over(&mut self) {
         self.may_switch_over = true;
-    }
-
-    /// The operator lets the guest go before its memory does (`migrate-start-postcopy`): it runs at the destination as soon as its devices
-    /// are there. Needs capability `postcopy-ram` and a return path, and pages on the main channel.
-    pub fn start_postcopy(&mut self) {
-        let possible = self.options.capabilities.postcopy_ram && self.options.route == PageRoute::Main;
-        self.postcopy |= possible && self.options.devices.is_empty();
     }
 
     /// What is to be sent on the main channel, before the pages of a batch. Whoever sends it clears it.

@@ -252,7 +252,9 @@ impl Source {
     fn obey(&mut self, now: Duration, links: &mut [Link], back: &mut Link) {
         if self.postcopy.is_some_and(|postcopy| now >= postcopy) {
             self.postcopy = None;
-            self.core.start_postcopy();
+            // Plans have it only where it is possible.
+            let started = self.core.start_postcopy();
+            debug_assert_eq!(started, Ok(()));
         }
         if now > HURRY {
             // The guest writes faster than the link carries, perhaps.

@@ -7,7 +7,7 @@ use super::{
     Action, Answers, Batch, PageRoute, RAM_SECTION, SourceCore, Wake, idstr,
     phase::{Phase, Postcopy},
 };
-use crate::{MigrationError, PAGE_SIZE, ReturnPathError, SavedDevices, Status};
+use crate::{MigrationError, PAGE_SIZE, Refused, ReturnPathError, SavedDevices, Status};
 use qevm_returnpath::requests::{RequestBlock, RequestBlocks};
 use qevm_savevm::{
     command::{Command, DiscardRange, RamDiscard},
@@ -25,6 +25,28 @@ const AFTER: u32 = 4;
 const AT_A_TIME: u64 = 32;
 
 impl SourceCore {
+    /// The operator lets the guest go before its memory does (`migrate-start-postcopy`): it runs at the destination as soon as its devices
+    /// are there.
+    ///
+    /// # Errors
+    /// [`Refused::PostcopyOff`] without capability `postcopy-ram`; [`Refused::Blocked`] if pages do not travel on the main channel, or a device
+    /// sends its state in parts.
+    pub fn start_postcopy(&mut self) -> Result<(), Refused> {
+        if !self.options.capabilities.postcopy_ram {
+            return Err(Refused::PostcopyOff);
+        }
+        if self.options.route != PageRoute::Main {
+            return Err(Refused::Blocked("Postcopy needs guest memory on the main channel".into()));
+        }
+        if let Some(device) = self.options.devices.first() {
+            return Err(Refused::Blocked(format!(
+                "Device '{device}' sends its state in parts, and cannot go with postcopy"
+            )));
+        }
+        self.postcopy = true;
+        Ok(())
+    }
+
     /// Whether the guest may go now: the operator wants it, and the destination listens.
     pub(super) fn postcopy_may_start(&self, answers: Option<&Answers>) -> bool {
         self.postcopy && self.passes > 0 && answers.is_some_and(|answers| answers.unready().is_none())

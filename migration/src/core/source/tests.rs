@@ -1,9 +1,9 @@
 //! Whole migrations in one thread under virtual time, with a failure or an operator's word at every step.
 
 use super::*;
-use crate::{Status, handover};
+use crate::{Capabilities, Refused, Status, handover};
 use qevm_returnpath::Message;
-use qevm_wire::QemuVersion;
+use qevm_wire::{Profile, QemuVersion};
 use std::collections::BTreeMap;
 
 const BLOCKS: [u64; 2] = [3000, 70];
@@ -357,4 +357,24 @@ fn the_rate_limit_holds_in_virtual_time() {
     simulation.core.report(&mut statistics);
     let least = Duration::from_secs_f64(statistics.ram.precopy_bytes as f64 / 8e6);
     assert!(simulation.now >= least.saturating_sub(Duration::from_millis(250)), "{:?} {least:?}", simulation.now);
+}
+
+#[test]
+fn postcopy_is_refused_where_it_cannot_be() {
+    let options = |change: fn(&mut SourceOptions)| {
+        let profile = Profile::new(QemuVersion::NEWEST, "microvm");
+        let mut options = SourceOptions::new(profile, "microvm", vec![("microvm.ram".into(), 4096)]);
+        options.capabilities.postcopy_ram = true;
+        change(&mut options);
+        SourceCore::new(options, Parameters::default()).start_postcopy()
+    };
+    assert_eq!(options(|_| ()), Ok(()));
+    assert_eq!(options(|options| options.capabilities.postcopy_ram = false), Err(Refused::PostcopyOff));
+    for change in [
+        (|options| options.route = PageRoute::Channels) as fn(&mut SourceOptions),
+        |options| options.route = PageRoute::File,
+        |options| options.devices = vec!["0000:00:01.0/vfio".into()],
+    ] {
+        assert!(matches!(options(change), Err(Refused::Blocked(_))));
+    }
 }

@@ -1,0 +1,57 @@
+//! What a source has to know of its machine and of the settings.
+
+use crate::{Capabilities, connections::Reader};
+use qevm_wire::Profile;
+use std::time::Duration;
+
+/// How pages travel.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum PageRoute {
+    /// In the stream.
+    Main,
+    /// On page channels.
+    Channels,
+    /// To their places in a file, by the thread that drives this machine.
+    File,
+    /// To their places in a file, by threads that take them as page channels do.
+    FileByThreads,
+}
+
+/// What does not change while the source runs.
+#[derive(Debug, Clone)]
+pub struct SourceOptions {
+    /// What the destination's release reads.
+    pub profile: Profile,
+    /// The capabilities. Those that the caller carries out himself (`multifd`, `mapped-ram`) have to go with `route`.
+    pub capabilities: Capabilities,
+    /// The machine type, as the configuration section carries it.
+    pub machine_type: String,
+    /// Names and lengths in bytes of the RAM blocks.
+    pub blocks: Vec<(String, u64)>,
+    /// Section names of the devices whose state is sent in parts.
+    pub devices: Vec<String>,
+    /// How pages travel.
+    pub route: PageRoute,
+    /// Who takes the stream where there is no return path.
+    pub reader: Reader,
+    /// How long a destination may take to answer and to give its verdict; `None` for as long as it takes. An operator may cancel
+    /// before, and a connection that breaks ends the wait.
+    pub patience: Option<Duration>,
+}
+
+impl SourceOptions {
+    /// Those of a guest with these blocks (names, and lengths in bytes) and without iterative devices, that goes over one connection with two
+    /// directions. A destination has half a minute for each answer.
+    pub fn new(profile: Profile, machine_type: &str, blocks: Vec<(String, u64)>) -> Self {
+        SourceOptions {
+            profile,
+            capabilities: Capabilities { return_path: true, ..Capabilities::default() },
+            machine_type: machine_type.into(),
+            blocks,
+            devices: Vec::new(),
+            route: PageRoute::Main,
+            reader: Reader::Answers,
+            patience: Some(Duration::from_secs(30)),
+        }
+    }
+}
