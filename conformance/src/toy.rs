@@ -54,7 +54,7 @@ pub enum Way {
     ReturnPath,
     /// Capability `multifd`, with two page channels.
     Multifd,
-    /// Capabilities `return-path` and `postcopy-ram`: on the way back the guest goes before its memory.
+    /// Capabilities `return-path` and `postcopy-ram`: the guest goes before its memory both times.
     Postcopy,
 }
 
@@ -168,7 +168,15 @@ impl Trip {
         target.execute("migrate-incoming", json!({ "uri": uri("to.sock") }))?;
         let toy = self.toy(judge, folder, uri)?;
         self.set_up(&mut source)?;
+        if self.way == Way::Postcopy {
+            // Slow enough for the guest to go before its memory.
+            source.set_parameters(&json!({ "max-bandwidth": 4 * MIB }))?;
+        }
         source.execute("migrate", json!({ "uri": uri("from.sock") }))?;
+        if self.way == Way::Postcopy {
+            source.wait_migration(PATIENCE, |state| state["status"] == "active").with_context(|| toy.said())?;
+            source.execute("migrate-start-postcopy", Value::Null)?;
+        }
         source.wait_migration(PATIENCE, completed).with_context(|| toy.said())?;
         let said = toy.finish()?;
         target.wait_migration(PATIENCE, completed).with_context(|| said.clone())?;
@@ -185,6 +193,10 @@ impl Trip {
         let passes = u64::try_from(number("left: passes")?)?;
         ensure!(passes >= 3, "the guest came back after {passes} passes: {said}");
         if self.way == Way::Postcopy {
+            let (came, first) = (number("after the guest came")?, number("touched with the first")?);
+            ensure!(came > 2000, "only {came} pages came after the guest: {said}");
+            // Some were on their way when they were asked for.
+            ensure!(first < came / 2, "who waited had to wait for {first} pages of {came}: {said}");
             let later = number(&format!("left: passes {passes},"))?;
             ensure!(later > 0, "no page went after the guest: {said}");
             let mut told = Vec::new();

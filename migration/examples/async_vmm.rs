@@ -2,14 +2,15 @@
 //! it takes a guest from a QEMU, runs it, and gives it back while it runs, over one connection with a return path each time:
 //!
 //!     async_vmm none 64 11.1 unix:from.sock unix:to.sock return-path
-//! With `postcopy-ram` as well, the guest goes back before its memory does, after three passes.
+//! With `postcopy-ram` as well, the guest may come before its memory, and goes back before it after three passes.
 
 use qevm_migration::core::destination::{self, Destination, DestinationOptions, SectionUse, Turn};
 use qevm_migration::core::source::{Action, Answers, Sent, SourceCore, SourceOptions, Wake};
 use qevm_migration::{Devices, Doubt, GuestError, LoadError, MigrationError, Parameters, Registry, Statistics, Status};
+use qevm_returnpath::requests::{PageFaults, RequestBlock, RequestBlocks};
 use qevm_returnpath::{Decoder, Event, Message};
 use qevm_savevm::ram::{BlockId, PageAt};
-use qevm_wire::{AsyncDriver, Decode, Profile, Writer};
+use qevm_wire::{AsyncDriver, CountedString, Decode, Profile, Writer};
 use std::{cell::Cell, cell::RefCell, env, fs, mem::MaybeUninit, process, time::Duration};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{UnixListener, UnixStream, unix::OwnedReadHalf};
@@ -25,6 +26,8 @@ struct Vm {
     written: Vec<u64>,
     reported: Vec<u64>,
     running: bool,
+    /// Pages that have come.
+    present: Vec<bool>,
 }
 
 impl Vm {
@@ -37,7 +40,9 @@ impl Vm {
         }
     }
 
+    /// A page that comes.
     fn page(&mut self, page: &PageAt) -> &mut [u8] {
+        self.present[page.offset as usize / PAGE] = true;
         &mut self.ram[page.offset as usize..][..PAGE]
     }
 }
@@ -52,7 +57,14 @@ struct Monitor {
     /// The guest has gone before its memory, and so many pages after it.
     gone: Cell<bool>,
     later: Cell<u64>,
+    /// What somebody waits for in a guest that came before its memory.
+    faults: RefCell<Option<PageFaults>>,
+    /// Pages that came then, and those of them that came while somebody waited.
+    came: Cell<(u64, u64)>,
 }
+
+/// Pages that somebody touches when the guest runs before they are there.
+const TOUCHED: usize = 64;
 
 impl Monitor {
     /// Takes a guest over. True if it ran.
@@ -141,6 +153,43 @@ impl Monitor {
                 let gone = socket2::SockRef::from(&*stream).peek(&mut [MaybeUninit::uninit()]).is_ok_and(|n| n == 0);
                 let written = stream.write_all(&encoded(&message)).await;
                 core.told(if gone { Err(Doubt::SourceLeft) } else { written.map_err(Doubt::NotTold) })?;
+            }
+            Action::Discard { ranges, .. } => {
+                let vm = &mut *self.vm.borrow_mut();
+                let pages = ranges.into_iter().flat_map(|range| range.step_by(PAGE));
+                pages.for_each(|at| vm.present[at as usize / PAGE] = false);
+            }
+            Action::Listen => {
+                let (name, used_length) = (CountedString::new("ram"), self.vm.borrow().ram.len() as u64);
+                let block = name.map(|name| RequestBlock { name, used_length, page_size: PAGE as u64 });
+                *self.faults.borrow_mut() = RequestBlocks::new(block.into_iter().collect()).ok().map(PageFaults::new);
+            }
+            Action::Run { running } => {
+                self.vm.borrow_mut().running = running;
+                // Others would learn from userfaultfd who touches what; here it is the last pages that are not there.
+                let missing: Vec<_> = {
+                    let vm = self.vm.borrow();
+                    (0..vm.present.len()).rev().filter(|page| !vm.present[*page]).take(TOUCHED).collect()
+                };
+                for page in missing {
+                    let fault = |faults: &mut PageFaults| faults.fault(0, (page * PAGE) as u64);
+                    let message = self.faults.borrow_mut().as_mut().map(fault);
+                    if let Some(Ok(Some(message))) = message {
+                        drop(stream.write_all(&encoded(&message)).await);
+                    }
+                }
+            }
+            Action::Place { page, content } => {
+                let vm = &mut *self.vm.borrow_mut();
+                if vm.present[page.offset as usize / PAGE] {
+                    return Err(core.refuse(LoadError::Unsupported("a page that is there already".into())));
+                }
+                vm.page(&page).copy_from_slice(content.unwrap_or(&[0; PAGE]));
+                if let Some(faults) = &mut *self.faults.borrow_mut() {
+                    let (all, waited) = self.came.get();
+                    self.came.set((all + 1, waited + u64::from(faults.waiting() > 0)));
+                    faults.received(0, page.offset);
+                }
             }
             Action::Complete { running } => return Ok(Some(running)),
             other => return Err(core.refuse(LoadError::Unsupported(format!("{other:?}")))),
@@ -324,7 +373,8 @@ pub(crate) fn run(arguments: &[String]) -> Result<(), GuestError> {
     let mut devices = Registry::new(machine);
     IGNORED.split(' ').try_for_each(|name| devices.ignore(name))?;
     let words = vec![u64::MAX; size / PAGE / 64];
-    let vm = Vm { ram: vec![0; size], written: words.clone(), reported: words, running: false };
+    let present = vec![false; size / PAGE];
+    let vm = Vm { ram: vec![0; size], written: words.clone(), reported: words, running: false, present };
     let profile = Profile::new(qemu.parse()?, machine);
     let monitor = Monitor {
         machine: machine.clone(),
@@ -334,12 +384,17 @@ pub(crate) fn run(arguments: &[String]) -> Result<(), GuestError> {
         postcopy,
         gone: false.into(),
         later: 0.into(),
+        faults: None.into(),
+        came: (0, 0).into(),
     };
     tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(async {
         let (stream, _) = UnixListener::bind(path(from)?)?.accept().await?;
         let running = monitor.receive(stream).await?;
         fs::write("arrived.ram", &monitor.vm.borrow().ram)?;
         println!("arrived: running {running}");
+        if let (all @ 1.., waited) = monitor.came.get() {
+            println!("after the guest came {all} pages, and {TOUCHED} that were touched with the first {waited}");
+        }
         // This monitor runs whatever has arrived, and has 64 MiB a second for the way back.
         monitor.vm.borrow_mut().running = true;
         let stream = UnixStream::connect(path(to)?).await?;
