@@ -47,7 +47,7 @@ use crate::{
     statistics::RoundStatistics,
     switchover::Bandwidth,
 };
-use phase::{Phase, Postcopy, Setup, Stopped};
+use phase::{Phase, Postcopy, Rest, Setup, Step, Stopped};
 use qevm_multifd::{SourceSync, SyncError, SyncStep};
 use qevm_savevm::{Encoder, StreamWriter};
 use qevm_wire::{CountedString, Located, PageGeometry};
@@ -215,13 +215,14 @@ impl SourceCore {
 
     /// This was sent.
     pub fn sent(&mut self, sent: Sent) {
-        self.transferred += sent.bytes;
+        self.transferred = self.transferred.saturating_add(sent.bytes);
         self.limiter.sent(sent.bytes);
         let ram = &mut self.statistics.ram;
         ram.transferred = self.transferred;
-        ram.normal += sent.normal;
-        ram.duplicate += sent.zero;
-        ram.remaining = ram.remaining.saturating_sub((sent.normal + sent.zero) * ram.page_size);
+        ram.normal = ram.normal.saturating_add(sent.normal);
+        ram.duplicate = ram.duplicate.saturating_add(sent.zero);
+        let gone = sent.normal.saturating_add(sent.zero).saturating_mul(ram.page_size);
+        ram.remaining = ram.remaining.saturating_sub(gone);
     }
 
     /// The dirty log has this word: bit `i` of `word` is page `64 * word_number + i` of the block.
@@ -241,12 +242,22 @@ impl SourceCore {
     }
 
     /// What remains of the iterative devices.
-    pub fn device_sizes(&mut self, sizes: Vec<DeviceSize>) {
+    pub fn device_sizes(&mut self, mut sizes: Vec<DeviceSize>) {
+        sizes.resize(self.options.devices.len(), DeviceSize::default());
         self.sizes = sizes;
     }
 
     /// The next state of an iterative device; empty if there is none at the moment.
     pub fn device_state(&mut self, state: &[u8]) -> Result<(), MigrationError> {
+        // What nobody has asked for has no section to go to.
+        let asked = match &self.phase {
+            Phase::Precopy(_, Step::DeviceRead { .. }) => true,
+            Phase::Completing(rest) => matches!(rest.step, Rest::DeviceRead(_)),
+            _ => false,
+        };
+        if !asked {
+            return Ok(());
+        }
         self.record = state.len() as u64;
         self.device_record(state)
     }

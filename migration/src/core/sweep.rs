@@ -83,7 +83,7 @@ impl Sweep {
 
     /// Adds a word of the dirty log to what is to be sent. Says how many pages of it were not to be sent already.
     pub(super) fn add(&mut self, block: usize, word_number: usize, word: u64) -> u64 {
-        let Some(block) = self.blocks.get_mut(block) else { return 0 };
+        let Some(block) = self.blocks.get_mut(block).filter(|block| block.has_word(word_number)) else { return 0 };
         if word != 0 {
             block.to_reset.set_range(chunks_of(word_number));
         }
@@ -99,7 +99,7 @@ impl Sweep {
 
     /// Leaves what the guest has written to since the beginning of the sweep, by this word of the dirty log, for the next one.
     pub(super) fn defer(&mut self, block: usize, word_number: usize, word: u64) {
-        let Some(block) = self.blocks.get_mut(block) else { return };
+        let Some(block) = self.blocks.get_mut(block).filter(|block| block.has_word(word_number)) else { return };
         // Where the log was not reset it has what was known, and perhaps more: there is time for that in this sweep.
         if block.to_reset.contains(chunks_of(word_number).start) {
             block.dirty.merge_word(word_number, word);
@@ -200,6 +200,11 @@ fn following(stretch: u64, pages: u64) -> Option<u64> {
 }
 
 impl Block {
+    /// Whether the log of this block has such a word.
+    fn has_word(&self, word_number: usize) -> bool {
+        (word_number as u64) < self.dirty.pages().div_ceil(u64::from(u64::BITS))
+    }
+
     /// What the log is to reset for these chunks.
     fn reset(&mut self, index: usize, chunks: Range<u64>) -> BlockRange {
         let pages = chunks.start * RESET_PAGES..(chunks.end * RESET_PAGES).min(self.dirty.pages());

@@ -378,3 +378,48 @@ fn postcopy_is_refused_where_it_cannot_be() {
         assert!(matches!(options(change), Err(Refused::Blocked(_))));
     }
 }
+
+/// What a driver tells without having been asked changes nothing, however absurd it is.
+#[test]
+fn answers_that_nobody_asked_for_are_harmless() {
+    for step in 0..steps(Peer::Agrees) {
+        let mut simulation = Simulation::new(Peer::Agrees, 1);
+        let mut result = None;
+        for number in 0.. {
+            assert!(simulation.now < BOUND, "{:?}", simulation.core.phase());
+            match simulation.core.poll(simulation.now, simulation.answers.as_mut()) {
+                Action::End(ended) => {
+                    result = Some(ended);
+                    break;
+                }
+                action => simulation.perform(action),
+            }
+            if number == step {
+                let (core, now) = (&mut simulation.core, simulation.now);
+                core.found(0, usize::MAX, u64::MAX);
+                core.found(7, 0, 1);
+                core.device_sizes(vec![DeviceSize::default(); 3]);
+                core.device_state(b"nobody's").unwrap();
+                core.backlog(0);
+                core.resumed(Ok(()));
+                if !matches!(core.phase(), Phase::Stopped(_)) {
+                    core.devices_saved(SavedDevices::opaque(Vec::new()));
+                }
+                if !matches!(core.phase(), Phase::Committing { .. }) {
+                    core.committed(Err(MigrationError::Cancelled));
+                }
+                if !matches!(core.phase(), Phase::Confirming { .. }) {
+                    core.confirmed(Err(io::ErrorKind::BrokenPipe.into()));
+                }
+                if !matches!(core.phase(), Phase::Ending) {
+                    core.end_sent(Err(MigrationError::NoVerdict), now);
+                }
+                core.settled(Err(io::ErrorKind::BrokenPipe.into()));
+            }
+        }
+        simulation.assert_consistent(&result.unwrap());
+    }
+    let mut simulation = Simulation::new(Peer::Agrees, 1);
+    simulation.core.sent(Sent { bytes: u64::MAX, normal: u64::MAX, zero: u64::MAX });
+    simulation.core.sent(Sent { bytes: u64::MAX, normal: u64::MAX, zero: u64::MAX });
+}
