@@ -2,7 +2,7 @@
 //! that deliver in any order, and a destination. It shows that the barrier keeps older copies from newer ones, and that
 //! nothing but the barrier does.
 
-use super::{FlushMode, Progress, SourceSync, SyncBarrier, SyncStep};
+use super::{FlushMode, Progress, SourceSync, SyncBarrier, SyncStep, Waiting};
 use proptest::{prelude::*, strategy::ValueTree};
 use qevm_wire::{Profile, QemuVersion};
 use std::collections::VecDeque;
@@ -207,6 +207,50 @@ proptest! {
         queue.push_back(Item::Death);
         let error = deliver(queues, &versions, None, &choices, true).unwrap_err();
         prop_assert_eq!(error, "a reader has given up: it died");
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(300))]
+
+    /// Channels come when they like, to a destination that has not counted them: every SYNC packet is taken for the
+    /// synchronisation that it belongs to, and nobody waits for ever.
+    #[test]
+    fn channels_that_come_late_leave_nobody_waiting(
+        plan in plan(),
+        choices in prop::collection::vec(any::<u8>(), 1..200),
+    ) {
+        let (mut queues, _) = plan.send();
+        let mut barrier = SyncBarrier::new(0, None);
+        let mut here = vec![false; queues.len()];
+        for choice in choices.iter().cycle() {
+            let waits = |queue: usize| match queue {
+                0 => barrier.main_waits(),
+                channel => barrier.channel_waits(channel as u8 - 1),
+            };
+            let ready: Vec<usize> = (0..queues.len()).filter(|q| !queues[*q].is_empty() && !waits(*q)).collect();
+            if ready.is_empty() {
+                break;
+            }
+            let queue = ready[usize::from(*choice) % ready.len()];
+            let channel = (queue as u8).wrapping_sub(1);
+            let result = match queues[queue].front().unwrap() {
+                _ if queue > 0 && !std::mem::replace(&mut here[queue], true) => {
+                    barrier.join(channel).unwrap();
+                    continue;
+                }
+                Item::Page { .. } | Item::Death => Ok(()),
+                Item::Sync => barrier.channel_sync(channel).map(drop),
+                Item::Flush => barrier.main_flush().map(drop),
+                Item::Eos => barrier.main_eos().map(drop),
+                Item::End if queue == 0 => barrier.main_end(),
+                Item::End => barrier.channel_end(channel),
+            };
+            prop_assert_eq!(result, Ok(()));
+            queues[queue].pop_front();
+        }
+        prop_assert!(queues.iter().all(VecDeque::is_empty), "nobody may go on: {}", barrier.waiting());
+        prop_assert_eq!(barrier.waiting(), Waiting::Nobody);
     }
 }
 
