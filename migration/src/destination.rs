@@ -1,17 +1,23 @@
 //! The destination engine: reads a stream into a guest that has not run yet.
 
+mod page_channels;
+
 use super::{
-    Channel, Guest, GuestError, Incoming, IterativeDevice, Job, LoadError, MigrationError, Status,
+    Channel, Guest, GuestError, Incoming, Job, LoadError, MigrationError, Status,
     channel::{Source, Target, write_all},
-    core::destination::{Action, Destination, DestinationOptions, SectionUse, Turn},
+    core::{
+        DeviceOptions,
+        destination::{Action, Destination, DestinationOptions, SectionUse, Turn},
+    },
     inlet::Inlet,
     lazy::{LazyRestore, Setup},
-    multifd::{Gate, receive_pages},
+    multifd::Settings,
     page_file,
     page_file::PageFile,
-    ram_receiver::{Listed, RamReceiver},
+    ram_receiver::RamReceiver,
     verdict,
 };
+use page_channels::{PageChannels, find};
 use qevm_returnpath::Message;
 use qevm_savevm::{
     mapped_ram::MappedBlock,
@@ -19,11 +25,7 @@ use qevm_savevm::{
 };
 use qevm_wire::{CountedString, Located, Profile, WireError};
 use std::{
-    sync::{
-        Mutex, OnceLock, PoisonError,
-        atomic::{AtomicBool, Ordering},
-        mpsc,
-    },
+    sync::mpsc,
     thread,
     time::{Duration, Instant},
 };
@@ -58,11 +60,10 @@ pub fn receive(
     let start = Instant::now();
     let attached = job.attach(connections.all());
     let Incoming { main, first, offset, pages, settings, page_channels_called, misfit, file } = connections;
-    let channels = settings.as_ref().map(|settings| PageChannels {
-        gate: Gate::new(settings.channels),
-        listed: OnceLock::new(),
-        failure: Mutex::default(),
-        ended: AtomicBool::new(false),
+    let devices = devices(guest, settings.as_ref())?;
+    let channels = settings.map(|settings| {
+        let transfers = devices.iter().filter(|device| device.transfer).map(|device| device.idstr.clone());
+        PageChannels::new(settings, transfers.collect())
     });
     let page_channels: Vec<_> = pages.iter().map(|stream| stream.channel().clone()).collect();
     let capabilities = job.capabilities();
@@ -73,11 +74,12 @@ pub fn receive(
         vmdesc: profile.vmdesc,
         answers: main.answers(),
         mapped_ram: capabilities.mapped_ram,
+        devices,
         switchover_ack: profile.switchover_ack.filter(|_| capabilities.switchover_ack),
-        page_channels: settings.is_some(),
+        page_channels: channels.is_some(),
         page_channels_called,
         // A QEMU 7.2 that has failed and has a return path waits for us to close.
-        hurried: settings.is_none() && misfit.is_some(),
+        hurried: channels.is_none() && misfit.is_some(),
         // Only files are loaded so, whose pages the core knows nothing of.
         postcopy: false,
         late_block_activate: capabilities.late_block_activate,
@@ -102,27 +104,8 @@ pub fn receive(
         start,
     };
     let result = thread::scope(|scope| {
-        if let Some((settings, channels)) = settings.as_ref().zip(channels.as_ref()) {
-            for mut stream in pages {
-                let main = &*main;
-                let spawned = thread::Builder::new().spawn_scoped(scope, move || {
-                    let compression = settings.compression;
-                    let done = receive_pages(guest, &mut stream, compression, &channels.listed, &channels.gate);
-                    if let Err(error) = done
-                        && !channels.ended.load(Ordering::SeqCst)
-                    {
-                        channels.fail(error);
-                        main.stop_reading();
-                    }
-                });
-                if let Err(error) = spawned {
-                    channels.fail(MigrationError::Guest {
-                        doing: "start a thread for a page channel",
-                        source: error.into(),
-                    });
-                    main.stop_reading();
-                }
-            }
+        if let Some(channels) = &channels {
+            channels.start(scope, guest, &*main, pages);
         }
         let result = attached.and_then(|()| engine.run(job));
         // What a page channel reported made the main channel fail.
@@ -138,8 +121,7 @@ pub fn receive(
             engine.leave(error);
         }
         if let Some(channels) = &channels {
-            channels.ended.store(true, Ordering::SeqCst);
-            channels.gate.abandon("the main channel is done");
+            channels.end();
         }
         page_channels.iter().for_each(|channel| channel.close());
         result
@@ -151,6 +133,12 @@ pub fn receive(
     });
     main.finish_writing();
     result
+}
+
+/// What the core has to know of the guest's iterative devices.
+fn devices(guest: &dyn Guest, settings: Option<&Settings>) -> Result<Vec<DeviceOptions>, MigrationError> {
+    let transfers = settings.is_some_and(|settings| settings.device_state);
+    guest.devices().iterative().into_iter().map(|device| DeviceOptions::of(device, transfers)).collect()
 }
 
 /// Does something that reads from `main`, which reads no more when `patience` is over.
@@ -170,30 +158,6 @@ fn within<T>(patience: Duration, main: &dyn Channel, read: impl FnOnce() -> T) -
         drop(done);
         result
     })
-}
-
-/// What the threads of the page channels share with that of the main channel.
-struct PageChannels {
-    gate: Gate,
-    /// The RAM blocks, as soon as the main channel has listed them.
-    listed: OnceLock<Vec<Listed>>,
-    /// The first failure on a page channel.
-    failure: Mutex<Option<MigrationError>>,
-    /// What happens on the page channels now is a consequence, and no failure.
-    ended: AtomicBool,
-}
-
-impl PageChannels {
-    /// A page channel failed: nobody waits for it any more.
-    fn fail(&self, error: MigrationError) {
-        let reason = error.to_string();
-        self.failure.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(error);
-        self.gate.abandon(reason);
-    }
-
-    fn failure(&self) -> Option<MigrationError> {
-        self.failure.lock().unwrap_or_else(PoisonError::into_inner).take()
-    }
 }
 
 /// Blocks of so many bytes stay in the file, if any do: those with firmware and tables are there at once.
@@ -272,7 +236,7 @@ impl Engine<'_> {
                 Action::Section { idstr, instance_id, usage } => {
                     let known = match usage {
                         Some(SectionUse::Device) => self.guest.devices().has(&idstr, instance_id),
-                        Some(SectionUse::Iterative) => self.iterative(&idstr).is_some(),
+                        Some(SectionUse::Iterative) => find(self.guest, &idstr).is_some(),
                         None => false,
                     };
                     self.core.section(if known { Ok(()) } else { Err(self.guest.devices().advice(&idstr)) })?;
@@ -290,6 +254,17 @@ impl Engine<'_> {
                 }
                 Action::EndOfMemory => {
                     self.core.synchronised(self.pages.map_or(Ok(()), |pages| pages.gate.main_end()))?;
+                }
+                Action::SwitchOver => {
+                    self.consume(consumed);
+                    if let Some(pages) = self.pages {
+                        pages.states.switchover();
+                    }
+                }
+                Action::DeviceStates => {
+                    let finished =
+                        self.pages.map_or(Ok(Vec::new()), |pages| pages.states.finish(|| pages.gate.received()));
+                    self.core.device_states(finished.map_err(LoadError::from))?;
                 }
                 Action::LoadDevices => {
                     // Devices look at memory.
@@ -431,13 +406,8 @@ impl Engine<'_> {
         }
     }
 
-    /// The device whose state comes in sections of this name, piece by piece.
-    fn iterative(&self, idstr: &CountedString) -> Option<&dyn IterativeDevice> {
-        self.guest.devices().iterative().into_iter().find(|device| *idstr == *device.idstr())
-    }
-
     fn load_piece(&self, idstr: &CountedString, state: &[u8]) -> Result<(), GuestError> {
-        self.iterative(idstr).ok_or_else(|| format!("there is no device '{idstr}'"))?.load(state)
+        find(self.guest, idstr).ok_or_else(|| format!("there is no device '{idstr}'"))?.load(state)
     }
 
     fn consume(&mut self, count: usize) {

@@ -249,6 +249,17 @@ pub enum LoadError {
         /// The block.
         name: String,
     },
+    /// An iterative device that has not come as a whole.
+    #[error("device '{idstr}' came without {missing}; start the source with this machine's devices")]
+    DeviceIncomplete {
+        /// Its section's name.
+        idstr: CountedString,
+        /// The section or record.
+        missing: &'static str,
+    },
+    /// The state of a device that comes over page channels.
+    #[error(transparent)]
+    DeviceState(#[from] crate::core::DeviceStateError),
     /// Target pages of another size.
     #[error("target pages of {found} bytes, {expected} expected")]
     PageSize {
@@ -265,7 +276,13 @@ pub enum LoadError {
         "the source uses more than one connection: capability 'multifd' or 'postcopy-preempt' is on there and off here"
     )]
     MultifdOff,
-    /// The return path was opened twice.
+    /// A device is to agree to the switchover, and the source does not listen.
+    #[error("device '{device}' is to agree to the switchover, but the source has opened no return path")]
+    AckUnheard {
+        /// Its section's name.
+        device: String,
+    },
+    /// The return path was opened twice, or a device agrees to the switchover that may not.
     #[error(transparent)]
     Switchover(#[from] qevm_returnpath::SwitchoverError),
     /// Something legal that this destination cannot handle.
@@ -305,8 +322,11 @@ impl Blame for LoadError {
             LoadError::Unsupported(_) => Fault::Unsupported,
             LoadError::Multifd(kind) => kind.fault(),
             LoadError::MappedRam(kind) => kind.fault(),
+            LoadError::DeviceState(kind) => kind.fault(),
             LoadError::File { .. } => Fault::Truncated,
-            LoadError::SectionAgain { .. } | LoadError::RamIncomplete { .. } => Fault::Malformed,
+            LoadError::SectionAgain { .. } | LoadError::AckUnheard { .. } | LoadError::RamIncomplete { .. } => {
+                Fault::Malformed
+            }
             LoadError::CapabilityDiffers { .. }
             | LoadError::MultifdOff
             | LoadError::MachineType { .. }
@@ -315,6 +335,7 @@ impl Blame for LoadError {
             | LoadError::RamBlockSize { .. }
             | LoadError::UnknownSection { .. }
             | LoadError::MissingRamBlock { .. }
+            | LoadError::DeviceIncomplete { .. }
             | LoadError::PageSize { .. }
             | LoadError::Devices(_) => Fault::Mismatch,
         }

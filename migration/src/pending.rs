@@ -26,9 +26,33 @@ impl Pending {
 }
 
 /// A device with more state than fits the downtime, sent in parts while the guest runs, in the sections of QEMU's VFIO devices.
+///
+/// Its configuration, which comes in a FULL section of the same name, is one of the sections that [`Devices::save`](crate::Devices::save)
+/// gives and [`Devices::load`](crate::Devices::load) gets, at its place among those of the other devices.
 pub trait IterativeDevice: Send + Sync {
     /// The section's name; it ends in `/vfio`.
     fn idstr(&self) -> &str;
+
+    /// It takes part in capability `switchover-ack`, as VFIO devices with PRE_COPY do: the source pauses the guest only when the
+    /// destination has loaded its [initial data](IterativeDevice::initial). The same on both sides.
+    fn switchover_ack(&self) -> bool {
+        false
+    }
+
+    /// Where there are page channels, what is left of its state when the guest is paused goes over them, and so does its configuration
+    /// (`x-migration-multifd-transfer` of QEMU's VFIO devices; 10.0). It must have a configuration then: [`Devices::save`] gives a section
+    /// of its name. The same on both sides.
+    ///
+    /// [`Devices::save`]: crate::Devices::save
+    fn multifd_transfer(&self) -> bool {
+        false
+    }
+
+    /// Of what can be sent while the guest runs, the bytes that the destination needs before it can agree to the switchover. They are
+    /// those that are sent first.
+    fn initial(&self) -> u64 {
+        0
+    }
 
     /// The migration begins.
     ///
@@ -52,7 +76,8 @@ pub trait IterativeDevice: Send + Sync {
     /// The device's own.
     fn read(&self, into: &mut Vec<u8>, limit: usize) -> Result<(), GuestError>;
 
-    /// Takes over a piece of the state, as [`read`](IterativeDevice::read) gave it at the source; called at the destination.
+    /// Takes over a piece of the state, as [`read`](IterativeDevice::read) gave it at the source, in that order; called at the destination,
+    /// for pieces that came over page channels from a thread of the device's own.
     ///
     /// # Errors
     /// The device's own; it does not like its state.
@@ -74,6 +99,8 @@ const ASKING_PART: u32 = 8;
 pub struct DeviceSize {
     /// What remains, as far as it can be told at once.
     pub estimate: Pending,
+    /// What is left of its initial data.
+    pub initial: u64,
     /// What remains, if the device was asked exactly; the estimate is of just after that.
     pub exact: Option<Pending>,
 }

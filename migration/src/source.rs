@@ -6,8 +6,11 @@ use super::{
     Channel, DirtyLog, Guest, IterativeDevice, Job, MigrationError, Notice, Outgoing,
     channel::{Source, write_all},
     connections::Reader,
-    core::source::{Action, Answers, PageRoute, Sent, SourceCore, SourceOptions, Wake},
-    multifd::{Counts, Queue, Settings, save_pages, send_pages},
+    core::{
+        DeviceOptions,
+        source::{Action, Answers, PageRoute, Sent, SourceCore, SourceOptions, Wake},
+    },
+    multifd::{Counts, Queue, Settings, Transfers, save_pages, send_pages},
     page_file::Saving,
     ram_sender::RamSender,
     return_path::ReturnPath,
@@ -38,22 +41,35 @@ pub fn migrate(guest: &dyn Guest, connections: &Outgoing, job: &Job, profile: &P
     });
     let settings =
         Settings::of(capabilities, &parameters, profile).filter(|_| !connections.pages.is_empty() || saving.is_some());
+    let iterative = guest.devices().iterative();
+    let transfers = saving.is_none() && settings.as_ref().is_some_and(|settings| settings.device_state);
+    let devices: Result<Vec<_>, _> = iterative.iter().map(|device| DeviceOptions::of(*device, transfers)).collect();
+    let devices = match devices {
+        Ok(devices) => devices,
+        Err(error) => {
+            job.end(Some(&error));
+            connections.all().for_each(|channel| channel.finish_writing());
+            return Err(error);
+        }
+    };
     let pages = settings.as_ref().map(|settings| PageChannels {
         queue: Queue::new(settings.channels),
         legacy: settings.zero_pages == ZeroPageDetection::Legacy && saving.is_none(),
         packets: AtomicU64::new(0),
+        transfers: Transfers::new(
+            devices.iter().zip(&iterative).map(|(options, device)| (options.idstr.clone(), *device)).collect(),
+        ),
     });
     let flow = profile.switchover_ack.filter(|_| capabilities.switchover_ack);
     // The destination answers who asks it to, whatever its own capability says.
     let answers = capabilities.return_path || connections.reader == Reader::Answers;
     let return_path = answers.then(|| ReturnPath::new(Answers::new(flow, capabilities.return_path)));
-    let devices = guest.devices().iterative();
     let options = SourceOptions {
         profile: profile.clone(),
         capabilities,
         machine_type: guest.machine_type().into(),
         blocks: guest.ram().iter().map(|view| (view.name.into(), view.memory.len() as u64)).collect(),
-        devices: devices.iter().map(|device| device.idstr().into()).collect(),
+        devices,
         route: match (&pages, &saving) {
             (None, None) => PageRoute::Main,
             (None, Some(_)) => PageRoute::File,
@@ -78,7 +94,10 @@ pub fn migrate(guest: &dyn Guest, connections: &Outgoing, job: &Job, profile: &P
                 (0..settings.channels).for_each(|_| drop(scope.spawn(|| save_pages(guest, saving, &pages.queue))));
             }
             for (number, channel) in (0..=u8::MAX).zip(&connections.pages) {
-                scope.spawn(move || send_pages(guest, &**channel, number, settings, &pages.queue, &pages.packets));
+                scope.spawn(move || {
+                    let PageChannels { queue, transfers, packets, .. } = pages;
+                    send_pages(guest, &**channel, number, settings, queue, transfers, packets);
+                });
             }
         }
         let mut engine = Engine {
@@ -90,7 +109,7 @@ pub fn migrate(guest: &dyn Guest, connections: &Outgoing, job: &Job, profile: &P
             return_path: return_path.as_ref(),
             pages: pages.as_ref(),
             saving: saving.as_ref(),
-            devices,
+            devices: iterative,
             ram: RamSender::new(guest.ram(), PageGeometry::X86),
             log: None,
             core: SourceCore::new(options, parameters),
@@ -108,8 +127,10 @@ pub fn migrate(guest: &dyn Guest, connections: &Outgoing, job: &Job, profile: &P
 }
 
 /// The page channels of a migration.
-struct PageChannels {
+struct PageChannels<'e> {
     queue: Queue,
+    /// The state of devices that goes beside the pages.
+    transfers: Transfers<'e>,
     /// Zero pages are looked for here, and travel on the main channel.
     legacy: bool,
     /// Packets sent on all channels.
@@ -124,7 +145,7 @@ struct Engine<'e> {
     job: &'e Job,
     profile: &'e Profile,
     return_path: Option<&'e ReturnPath>,
-    pages: Option<&'e PageChannels>,
+    pages: Option<&'e PageChannels<'e>>,
     /// The pages have places in a file.
     saving: Option<&'e Saving>,
     devices: Vec<&'e dyn IterativeDevice>,

@@ -73,6 +73,15 @@ impl Answers {
         noted.map_err(|_| self.early_verdict())
     }
 
+    /// A device wants the destination to agree to the switchover.
+    ///
+    /// # Errors
+    /// It wants that too late.
+    pub(crate) fn request_ack(&mut self, device: &str) -> Result<(), MigrationError> {
+        let requested = self.session.gate_mut().request(device);
+        Ok(requested.map_err(|error| Located::new(ReturnPathError::from(SessionError::from(error)), 0))?)
+    }
+
     /// A message came, which began at byte `offset` of the return path. Says whether it was the last that matters.
     pub fn message(&mut self, message: Message, offset: u64) -> bool {
         let agrees = message == Message::Pong { value: handover::AGREED };

@@ -1,56 +1,25 @@
 //! The destination of a migration.
 
 mod action;
+mod iterative;
 mod loader;
+mod options;
 mod phase;
 mod postcopy;
 
 pub use action::{Action, SectionUse, Turn};
+pub use options::DestinationOptions;
 
 use crate::{DeviceSection, Doubt, GuestError, LoadError, MigrationError, handover};
+use iterative::Iterative;
 use loader::{Loader, RamSection, Then};
 use phase::{Payload, Phase};
 use postcopy::Postcopy;
 use qevm_multifd::{SyncError, is_page_channel};
-use qevm_returnpath::{
-    Message,
-    switchover::{DestinationGate, SwitchoverAckFlow},
-};
+use qevm_returnpath::{Message, switchover::DestinationGate};
 use qevm_savevm::{Decoder, DecoderOptions, Event, PayloadKind, ram::RamRecord};
-use qevm_wire::{Decode, Limits, Located, Step};
+use qevm_wire::{CountedString, Decode, Limits, Located, Step};
 use std::{collections::HashSet, io, time::Duration};
-
-/// What a destination has to know of its machine and of the settings.
-#[derive(Debug, Clone, Default)]
-pub struct DestinationOptions {
-    /// The machine type, as the configuration section carries it.
-    pub machine_type: String,
-    /// The names of the machine's RAM blocks, all of which must come.
-    pub ram: Vec<String>,
-    /// Where the stream begins in its file.
-    pub offset: u64,
-    /// A description is expected after the end of the stream.
-    pub vmdesc: bool,
-    /// What is written to the main channel goes somewhere.
-    pub answers: bool,
-    /// Capability `mapped-ram` is on.
-    pub mapped_ram: bool,
-    /// How acks of the switchover are counted; `None` without capability `switchover-ack`.
-    pub switchover_ack: Option<SwitchoverAckFlow>,
-    /// There are page channels.
-    pub page_channels: bool,
-    /// There are none, but a source with page channels has called.
-    pub page_channels_called: bool,
-    /// There are none, and the source may be one whose page channels were dropped: it must send a page within three seconds or say
-    /// something else.
-    pub hurried: bool,
-    /// Capability `postcopy-ram` is on: the guest may run before its memory is here.
-    pub postcopy: bool,
-    /// Capability `late-block-activate` is on.
-    pub late_block_activate: bool,
-    /// How long the main channel may be silent; `None` for as long as it takes, since only the operator knows the source's rate limit.
-    pub silence: Option<Duration>,
-}
 
 /// A destination: told what arrived on the main channel, what the guest reported and what time it is, it says what to do next.
 ///
@@ -100,6 +69,11 @@ impl Destination {
             ..Limits::default()
         };
         let (vmdesc, offset) = (options.vmdesc, options.offset);
+        let mut gate = DestinationGate::new(options.switchover_ack);
+        for device in options.devices.iter().filter(|device| device.switchover_ack) {
+            // It is too late only when a return path is open.
+            gate.announce(&device.idstr.to_string()).ok();
+        }
         Destination {
             decoder: Decoder::new(DecoderOptions { vmdesc, live: true, offset, limits, ..DecoderOptions::default() }),
             nested: None,
@@ -109,13 +83,16 @@ impl Destination {
                 mapped_ram: options.mapped_ram,
                 answers: options.answers,
                 page_channels: options.page_channels,
-                gate: DestinationGate::new(options.switchover_ack),
+                gate,
+                switchover_ack: options.switchover_ack.is_some(),
+                iterative: Iterative::new(&options.devices),
                 devices: Vec::new(),
                 listed: Vec::new(),
                 came: HashSet::new(),
                 ram: RamSection::Awaited,
                 has_pages: false,
                 section: None,
+                opened: false,
                 return_path: false,
                 confirmation: false,
             },
@@ -207,6 +184,25 @@ impl Destination {
         match std::mem::replace(&mut self.phase, Phase::Stream) {
             Phase::Synchronising(_) => Ok(()),
             Phase::EndOfMemory => self.memory_is_complete(),
+            phase => self.out_of_turn(phase),
+        }
+    }
+
+    /// The state of devices that comes over page channels has been [loaded](Action::DeviceStates), and these are their configurations:
+    /// the section's name, and the last piece without its header.
+    ///
+    /// # Errors
+    /// It has not; or a configuration is not framed as one.
+    pub fn device_states(
+        &mut self,
+        result: Result<Vec<(CountedString, Vec<u8>)>, LoadError>,
+    ) -> Result<(), MigrationError> {
+        let configurations = result.map_err(|error| self.refuse(error))?;
+        match std::mem::replace(&mut self.phase, Phase::LoadingDevices) {
+            Phase::DeviceStates => {
+                let taken = self.loader.configurations(&configurations);
+                taken.map_err(|error| self.refuse(error))
+            }
             phase => self.out_of_turn(phase),
         }
     }
@@ -323,6 +319,7 @@ impl Destination {
             }
             Phase::Synchronising(mark) => Action::Synchronise(*mark),
             Phase::EndOfMemory => Action::EndOfMemory,
+            Phase::DeviceStates => Action::DeviceStates,
             Phase::LoadingDevices => Action::LoadDevices,
             Phase::Activating { .. } => Action::Activate,
             Phase::Telling { .. } => {
@@ -457,7 +454,7 @@ impl Destination {
             self.phase = self.verdict(true);
             return Ok(());
         }
-        self.phase = Phase::LoadingDevices;
+        self.phase = if self.loader.iterative.has_transfers() { Phase::DeviceStates } else { Phase::LoadingDevices };
         Ok(())
     }
 
@@ -500,3 +497,6 @@ impl Destination {
 fn located(error: qevm_savevm::Error) -> Located<LoadError> {
     error.map(LoadError::from)
 }
+
+#[cfg(test)]
+mod tests;

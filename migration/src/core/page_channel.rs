@@ -1,7 +1,7 @@
 //! What the destination does with a page channel.
 
 use crate::{LoadError, MigrationError};
-use qevm_multifd::{ChannelDecoder, ChannelOptions, Ending, Event, Init, RamPacket, layout::INIT_LEN};
+use qevm_multifd::{ChannelDecoder, ChannelOptions, DeviceState, Ending, Event, Init, RamPacket, layout::INIT_LEN};
 use qevm_wire::{Decode, Located, Step, WireError};
 
 /// The reader of one page channel: shown what has arrived, it says what to do with it.
@@ -33,6 +33,9 @@ pub enum PageAction<'a> {
     /// Clear the pages of [`zero_runs`](RamPacket::zero_runs), and make ready those of [`normal_runs`](RamPacket::normal_runs): the next
     /// [`payload_len`](RamPacket::payload_len) bytes of the channel are their content. The pages lie in their block.
     Packet(RamPacket<'a>),
+    /// The next [`payload_len`](DeviceState::payload_len) bytes of the channel are a piece of a device's state: give it to the
+    /// [`DeviceStates`](super::DeviceStates), or [refuse](PageChannel::refuse) it.
+    DeviceState(DeviceState),
     /// So many bytes of the last packet's content have not been [placed](PageChannel::placed).
     Payload {
         /// How many.
@@ -91,6 +94,7 @@ impl PageChannel {
                 self.sync = packet.is_sync();
                 (consumed, PageAction::Packet(packet))
             }
+            Step::Event { consumed, event: Event::DeviceState(packet) } => (consumed, PageAction::DeviceState(packet)),
             Step::Event { event, .. } => {
                 let unsupported = LoadError::Unsupported(format!("{event:?} on a page channel"));
                 return Err(Located::new(unsupported, self.decoder.offset()).into());
@@ -118,6 +122,12 @@ impl PageChannel {
     /// The error of a channel that ends when only so many of the last packet's bytes, of `len`, have arrived.
     pub fn cut(&self, len: u64, arrived: u64) -> MigrationError {
         self.fail(WireError::Truncated { needed: len, available: arrived })
+    }
+
+    /// The last packet is one that cannot be used.
+    pub fn refuse(&self, kind: impl Into<LoadError>) -> MigrationError {
+        let error = Located::new(kind.into(), self.decoder.offset());
+        error.within(format!("page channel {}", self.number)).into()
     }
 
     /// An error in the last packet's content.

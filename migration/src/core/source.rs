@@ -23,6 +23,7 @@
 
 mod action;
 mod completion;
+mod devices;
 mod ending;
 mod opening;
 mod options;
@@ -47,6 +48,7 @@ use crate::{
     statistics::RoundStatistics,
     switchover::Bandwidth,
 };
+use devices::InitialData;
 use phase::{Phase, Postcopy, Rest, Setup, Step, Stopped};
 use qevm_multifd::{SourceSync, SyncError, SyncStep};
 use qevm_savevm::{Encoder, StreamWriter};
@@ -112,6 +114,10 @@ pub struct SourceCore {
     limit: Option<u64>,
     account: Account,
     sizes: Vec<DeviceSize>,
+    /// The iterative devices' names, for messages.
+    names: Vec<String>,
+    /// What the destination knows of them.
+    initial: Vec<InitialData>,
     /// Bytes of the last record of a device's state.
     record: u64,
     backlog: u64,
@@ -145,6 +151,8 @@ impl SourceCore {
             limiter: RateLimiter::new(parameters.max_bandwidth, Duration::ZERO),
             account: Account::new(options.devices.len()),
             sizes: vec![DeviceSize::default(); options.devices.len()],
+            names: options.devices.iter().map(|device| device.idstr.to_string()).collect(),
+            initial: Vec::new(),
             options,
             parameters,
             phase: Phase::Setup(Setup::Begin),
@@ -260,6 +268,11 @@ impl SourceCore {
         }
         self.record = state.len() as u64;
         self.device_record(state)
+    }
+
+    /// This many bytes of the devices' state went over page channels.
+    pub fn devices_transferred(&mut self, bytes: u64) {
+        self.statistics.device_bytes += bytes;
     }
 
     /// This many sent bytes have not reached the peer's host.

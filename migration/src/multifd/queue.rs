@@ -22,6 +22,8 @@ pub(crate) enum Work {
     Pages(Batch),
     /// Send a SYNC packet.
     Sync,
+    /// Send the next piece of the state of a device: that of this transfer.
+    Transfer(usize),
     /// End: the migration is over or has failed.
     End,
 }
@@ -56,6 +58,10 @@ struct State {
     wanted: u64,
     /// SYNC packets sent for the last of them.
     synced: usize,
+    /// Transfers of devices' state that are not over; who takes one puts it back to the end.
+    transfers: VecDeque<usize>,
+    /// Pieces that are being sent.
+    in_hand: usize,
     ended: bool,
     failure: Option<MigrationError>,
     counts: Counts,
@@ -99,6 +105,21 @@ impl Queue {
         self.progress.wait_while(state, waiting).unwrap_or_else(PoisonError::into_inner).check()
     }
 
+    /// Lets the channels send the state of so many devices whenever they have nothing else to do.
+    pub(crate) fn begin_transfers(&self, count: usize) {
+        self.lock().transfers = (0..count).collect();
+        self.work.notify_all();
+    }
+
+    /// Returns when all of it was sent.
+    ///
+    /// # Errors
+    /// What ended a channel.
+    pub(crate) fn finish_transfers(&self) -> Result<(), MigrationError> {
+        let busy = |state: &mut State| !state.ended && (!state.transfers.is_empty() || state.in_hand > 0);
+        self.progress.wait_while(self.lock(), busy).unwrap_or_else(PoisonError::into_inner).check()
+    }
+
     /// Counts since the last call.
     pub(crate) fn take_counts(&self) -> Counts {
         std::mem::take(&mut self.lock().counts)
@@ -113,7 +134,9 @@ impl Queue {
 
     /// Waits for work for a channel that has sent `synced` SYNC packets so far.
     pub(super) fn next(&self, synced: u64) -> Work {
-        let idle = |state: &mut State| !state.ended && state.batches.is_empty() && state.wanted == synced;
+        let idle = |state: &mut State| {
+            !state.ended && state.batches.is_empty() && state.wanted == synced && state.transfers.is_empty()
+        };
         let mut state = self.work.wait_while(self.lock(), idle).unwrap_or_else(PoisonError::into_inner);
         if state.ended {
             return Work::End;
@@ -124,8 +147,28 @@ impl Queue {
                 self.progress.notify_one();
                 Work::Pages(batch)
             }
-            None => Work::Sync,
+            None if state.wanted != synced => Work::Sync,
+            // Only now: a channel that has sent its SYNC packet must not have something of before it in hand.
+            None => match state.transfers.pop_front() {
+                Some(transfer) => {
+                    state.transfers.push_back(transfer);
+                    state.in_hand += 1;
+                    Work::Transfer(transfer)
+                }
+                None => Work::End,
+            },
         }
+    }
+
+    /// A piece of a transfer was sent, the last one or not.
+    pub(super) fn transferred(&self, transfer: usize, over: bool) {
+        let mut state = self.lock();
+        state.in_hand -= 1;
+        if over {
+            state.transfers.retain(|other| *other != transfer);
+        }
+        drop(state);
+        self.progress.notify_one();
     }
 
     /// A channel has sent something.
@@ -191,7 +234,7 @@ mod tests {
                                 synced += 1;
                                 queue.synced();
                             }
-                            Work::End => break,
+                            Work::Transfer(_) | Work::End => break,
                         }
                     }
                 });

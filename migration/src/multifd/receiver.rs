@@ -1,11 +1,11 @@
 //! A thread that reads the pages of one channel.
 
-use super::{Gate, PageStream, stream::Payload};
+use super::{Gate, PageStream, States, stream::Payload};
 use crate::PAGE_SIZE;
 use crate::{
     Guest, LoadError, MigrationError, RamView,
     channel::Target,
-    core::PageAction,
+    core::{PageAction, PageTurn},
     ram_receiver::{Listed, ZERO_PAGE},
     zero::is_zero,
 };
@@ -14,13 +14,15 @@ use qevm_wire::{Located, PageGeometry};
 use std::sync::OnceLock;
 use vm_memory::{Bytes, VolatileSlice};
 
-/// Reads a channel to its end. `listed` are the RAM blocks that the main channel listed, as soon as it has.
+/// Reads a channel to its end. `listed` are the RAM blocks that the main channel listed, as soon as it has; `states` gets
+/// what devices send.
 pub(crate) fn receive_pages(
     guest: &dyn Guest,
     stream: &mut PageStream,
     compression: Compression,
     listed: &OnceLock<Vec<Listed>>,
     gate: &Gate,
+    states: &States,
 ) -> Result<(), MigrationError> {
     let decompressor = match compression {
         Compression::None => None,
@@ -32,7 +34,8 @@ pub(crate) fn receive_pages(
     loop {
         let PageStream { channel, core, header, filled, ahead } = &mut *stream;
         let length_of = |name: &[u8]| receiver.block(name).map(|(listed, _)| listed.used_length);
-        match core.next(&header[..*filled], length_of)?.action {
+        let PageTurn { consumed, action } = core.next(&header[..*filled], length_of)?;
+        match action {
             PageAction::Read { at_least } => stream.fill(at_least)?,
             PageAction::Packet(packet) => {
                 // All of the header is used.
@@ -40,10 +43,18 @@ pub(crate) fn receive_pages(
                 receiver.packet(&packet, Payload { channel: &**channel, core, ahead, filled }, gate)?;
                 stream.advance();
             }
+            PageAction::DeviceState(packet) => {
+                let content = stream.read_content(consumed, packet.payload_len as usize)?;
+                gate.count(content.len() as u64);
+                states.put(&packet, content).map_err(|error| stream.core.refuse(error))?;
+            }
             // A packet's payload is read with the packet, so that none is left.
             PageAction::Payload { remaining } => return Err(core.cut(remaining, 0)),
             PageAction::Synchronise => gate.channel_sync(number).map_err(synchronisation)?,
-            PageAction::End => return gate.channel_end(number).map_err(synchronisation),
+            PageAction::End => {
+                states.channel_end();
+                return gate.channel_end(number).map_err(synchronisation);
+            }
         }
     }
 }

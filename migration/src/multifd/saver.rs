@@ -25,6 +25,8 @@ fn run(guest: &dyn Guest, saving: &Saving, queue: &Queue) -> Result<(), Migratio
                 synced += 1;
                 queue.synced();
             }
+            // Files have no room for devices' state.
+            Work::Transfer(transfer) => queue.transferred(transfer, true),
             Work::End => return Ok(()),
         }
     }

@@ -1,7 +1,7 @@
 //! A thread that sends pages on one channel.
 
 use super::{
-    Queue, Settings,
+    Queue, Settings, Transfers,
     queue::{Batch, Counts, Work},
 };
 use crate::PAGE_SIZE;
@@ -22,10 +22,11 @@ pub(crate) fn send_pages(
     number: u8,
     settings: &Settings,
     queue: &Queue,
+    transfers: &Transfers<'_>,
     packets: &AtomicU64,
 ) {
     let sender = Sender::new(guest, channel, settings, packets);
-    if let Err(error) = sender.and_then(|mut sender| sender.run(number, queue)) {
+    if let Err(error) = sender.and_then(|mut sender| sender.run(number, queue, transfers)) {
         queue.fail(error);
     }
 }
@@ -74,7 +75,7 @@ impl<'s> Sender<'s> {
         })
     }
 
-    fn run(&mut self, number: u8, queue: &Queue) -> Result<(), MigrationError> {
+    fn run(&mut self, number: u8, queue: &Queue, transfers: &Transfers<'_>) -> Result<(), MigrationError> {
         self.encoder.init(&Init::new(Uuid::default(), number), &mut self.header)?;
         queue.sent(self.write(&[])?);
         let mut synced = 0;
@@ -86,6 +87,10 @@ impl<'s> Sender<'s> {
                     queue.sent(self.write(&[])?);
                     synced += 1;
                     queue.synced();
+                }
+                Work::Transfer(transfer) => {
+                    let last = self.piece(transfer, queue, transfers)?;
+                    queue.transferred(transfer, last);
                 }
                 Work::End => return Ok(()),
             }
@@ -112,6 +117,19 @@ impl<'s> Sender<'s> {
         self.encoder.pages(&pages, len, &mut self.header)?;
         let counts = self.write(&runs)?;
         Ok(Counts { normal: normal.len() as u64, zero: zero.len() as u64, ..counts })
+    }
+
+    /// Sends the next piece of a device's state, and says whether there is none after it.
+    fn piece(&mut self, transfer: usize, queue: &Queue, transfers: &Transfers<'_>) -> Result<bool, MigrationError> {
+        let Some(piece) = transfers.next(transfer)? else { return Ok(true) };
+        self.encoder.device_state(&piece.packet, &mut self.header)?;
+        let mut parts = [self.header.as_bytes(), &piece.header, &piece.content].map(Source::bytes);
+        let bytes = parts.iter().map(|part| part.len() as u64).sum();
+        write_all(self.channel, &mut parts)
+            .map_err(|source| MigrationError::Send { doing: "the state of a device on a page channel", source })?;
+        self.header.clear();
+        queue.sent(Counts { bytes, ..Counts::default() });
+        Ok(piece.last)
     }
 
     /// Compresses pages into `payload`, from a copy: the guest may be writing to them. `None` without a method.

@@ -69,6 +69,27 @@ impl PageStream {
         Ok(())
     }
 
+    /// Reads the content of a packet whose header took `consumed` bytes. It is short, so some of what follows may be here already.
+    pub(super) fn read_content(&mut self, consumed: usize, len: usize) -> Result<Vec<u8>, MigrationError> {
+        let here = self.header.get(consumed..self.filled).unwrap_or_default();
+        let front = here.len().min(len);
+        let mut content = here[..front].to_vec();
+        if front < len {
+            // The core has checked the length against its limit.
+            content.resize(len, 0);
+            self.filled = 0;
+            let PageStream { channel, core, ahead, filled, .. } = self;
+            let mut payload = Payload { channel: &**channel, core, ahead, filled };
+            payload.read_rest(vec![Target::bytes(&mut content[front..])], front, len)?;
+            self.advance();
+        } else {
+            self.header.copy_within(consumed + front..self.filled, 0);
+            self.filled -= consumed + front;
+            self.core.placed(len as u64)?;
+        }
+        Ok(content)
+    }
+
     /// The packet and its payload are done with: the header after it is the next.
     pub(super) fn advance(&mut self) {
         std::mem::swap(&mut self.header, &mut self.ahead);
@@ -78,17 +99,22 @@ impl PageStream {
 impl Payload<'_> {
     /// Reads the whole payload into `parts`, which are as long as it is, together with what is there of the next
     /// packet's header.
-    pub(super) fn read<'p>(&'p mut self, mut parts: Vec<Target<'p>>, len: usize) -> Result<(), MigrationError> {
-        let offset = self.core.offset();
+    pub(super) fn read<'p>(&'p mut self, parts: Vec<Target<'p>>, len: usize) -> Result<(), MigrationError> {
+        self.read_rest(parts, 0, len)
+    }
+
+    /// The same with a payload of which the first `here` bytes are not read any more.
+    fn read_rest<'p>(&'p mut self, mut parts: Vec<Target<'p>>, here: usize, len: usize) -> Result<(), MigrationError> {
+        let offset = self.core.offset() + here as u64;
         parts.push(Target::bytes(self.ahead));
-        let read = read_at_least(self.channel, &mut parts, len);
+        let read = read_at_least(self.channel, &mut parts, len - here);
         let read = read.map_err(|source| MigrationError::Receive { offset, source })?;
-        match read.checked_sub(len) {
+        match (here + read).checked_sub(len) {
             Some(ahead) => {
                 *self.filled = ahead;
                 self.core.placed(len as u64)
             }
-            None => Err(self.core.cut(len as u64, read as u64)),
+            None => Err(self.core.cut(len as u64, (here + read) as u64)),
         }
     }
 

@@ -25,7 +25,8 @@ impl<F: Fn(Duration) -> u64> Hiding<F> {
     }
 }
 
-const ESTIMATES: [DeviceSize; 1] = [DeviceSize { estimate: Pending { precopy: 0, stopcopy: 0 }, exact: None }];
+const ESTIMATES: [DeviceSize; 1] =
+    [DeviceSize { estimate: Pending { precopy: 0, stopcopy: 0 }, initial: 0, exact: None }];
 
 /// Runs rounds of 20 ms that leave 1 MB of RAM for up to `time`, and says when the guest could be stopped.
 fn play<F: Fn(Duration) -> u64>(device: &mut Hiding<F>, time: Duration) -> Option<Duration> {

@@ -46,6 +46,19 @@ impl Engine<'_> {
                 read.map_err(MigrationError::guest("read the state of a device"))?;
                 self.core.device_state(&state)?;
             }
+            Action::TransferDevices(configurations) => {
+                if let Some(pages) = self.pages {
+                    pages.transfers.begin(configurations);
+                    pages.queue.begin_transfers(pages.transfers.len());
+                }
+            }
+            Action::FinishTransfers => {
+                if let Some(pages) = self.pages {
+                    pages.queue.finish_transfers()?;
+                    self.core.devices_transferred(pages.transfers.sent());
+                    self.count_pages();
+                }
+            }
             Action::PlaceBlocks(blocks) => {
                 if let Some(saving) = self.saving {
                     self.place(saving, blocks)?;
@@ -129,7 +142,7 @@ impl Engine<'_> {
     fn device_sizes(&self, exact: bool) -> Result<Vec<DeviceSize>, GuestError> {
         let size = |device: &&dyn crate::IterativeDevice| {
             let exact = exact.then(|| device.exact()).transpose()?;
-            Ok(DeviceSize { estimate: device.estimate(), exact })
+            Ok(DeviceSize { estimate: device.estimate(), initial: device.initial(), exact })
         };
         self.devices.iter().map(size).collect()
     }

@@ -106,6 +106,10 @@ impl Pages {
                         memory.page_mut(index).fill(0);
                     }
                 }
+                // No device sends its state here.
+                PageAction::DeviceState(packet) => {
+                    return Err(core.refuse(LoadError::Unsupported(format!("{packet:?}"))));
+                }
                 PageAction::Payload { remaining } => {
                     if self.input.is_empty() {
                         if !self.fill(1, now, link) && !self.ends(now, link) {

@@ -100,6 +100,11 @@ pub enum Action<'a> {
         /// The piece.
         state: &'a [u8],
     },
+    /// The source switches over: tell [`DeviceStates`](crate::core::DeviceStates).
+    SwitchOver,
+    /// The stream is over: wait as [`DeviceStates`](crate::core::DeviceStates) says until the state of devices that comes over page
+    /// channels was loaded, and [report](super::Destination::device_states).
+    DeviceStates,
     /// Let the guest take over the [state of its devices](super::Destination::devices), and [report](super::Destination::loaded).
     LoadDevices,
     /// Let the guest have its disks, and [report](super::Destination::activated).
@@ -130,7 +135,7 @@ pub enum Action<'a> {
 /// What a section is good for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum SectionUse {
-    /// The whole state of a device.
+    /// The whole state of a device, or the configuration of an iterative one.
     Device,
     /// The state of an iterative device, piece by piece.
     Iterative,

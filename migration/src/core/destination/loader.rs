@@ -1,7 +1,11 @@
 //! What the events of a stream mean for a destination.
 
-use super::{Action, Phase, SectionUse, postcopy::Postcopy};
-use crate::{DeviceSection, LoadError, core::Mark, handover};
+use super::{Action, Iterative, Phase, SectionUse, postcopy::Postcopy};
+use crate::{
+    DeviceSection, LoadError,
+    core::{DeviceStateError, Mark, device_states},
+    handover,
+};
 use qevm_returnpath::{
     Message,
     switchover::{Ack, DestinationGate},
@@ -20,6 +24,9 @@ use std::collections::HashSet;
 /// The capability that both sides must agree on and that is supported here.
 const MAPPED_RAM: &str = "mapped-ram";
 
+/// The capability with which devices agree to the switchover.
+const SWITCHOVER_ACK: &str = "switchover-ack";
+
 /// What has come so far.
 #[derive(Debug)]
 pub(super) struct Loader {
@@ -29,21 +36,26 @@ pub(super) struct Loader {
     pub(super) answers: bool,
     /// There are page channels.
     pub(super) page_channels: bool,
-    /// Says when to agree to the switchover. No device wants to be asked.
+    /// Says when to agree to the switchover,
     pub(super) gate: DestinationGate,
+    /// where the capability is on.
+    pub(super) switchover_ack: bool,
+    pub(super) iterative: Iterative,
     pub(super) devices: Vec<DeviceSection>,
     /// The RAM blocks that were listed.
     pub(super) listed: Vec<CountedString>,
     /// The guest may run before its memory is here.
     pub(super) postcopy: Postcopy,
-    /// The sections that were opened.
-    pub(super) came: HashSet<(CountedString, u32)>,
+    /// The sections that were opened, with START or FULL.
+    pub(super) came: HashSet<(CountedString, u32, SectionKind)>,
     pub(super) ram: RamSection,
     /// A page with content has come.
     pub(super) has_pages: bool,
-    /// The device section that is open.
+    /// The FULL section that is open, before its content.
     pub(super) section: Option<SectionHeader>,
-    /// The source listens.
+    /// The source has opened a return path.
+    pub(super) opened: bool,
+    /// It has, and what is sent reaches it.
     pub(super) return_path: bool,
     /// The source confirms the handover.
     pub(super) confirmation: bool,
@@ -79,7 +91,16 @@ impl Loader {
                     self.devices.push(DeviceSection { idstr, instance_id, version_id, body: body.to_vec() });
                 }
             }
-            Event::Vfio(VfioRecord::Setup | VfioRecord::Data { .. } | VfioRecord::EndOfState) => {}
+            Event::Vfio(record) => {
+                if let Some(message) = self.device(record)?.filter(|_| self.return_path) {
+                    return Ok(Then::Do(Action::Send(message)));
+                }
+            }
+            Event::Command(Command::SwitchoverStart) => {
+                if self.iterative.has_transfers() {
+                    return Ok(Then::Do(Action::SwitchOver));
+                }
+            }
             Event::Command(
                 command @ (Command::PostcopyAdvise(Some(_))
                 | Command::RamDiscard(_)
@@ -96,8 +117,10 @@ impl Loader {
                 if kind == SectionKind::End && self.ram == RamSection::Open(section_id) {
                     self.ram = RamSection::Ended;
                 }
+                self.iterative.part(kind, section_id);
             }
-            Event::Header | Event::SectionFooter { .. } | Event::Eof | Event::VmDescription { .. } => {}
+            Event::SectionFooter { .. } => self.close_full()?,
+            Event::Header | Event::Eof | Event::VmDescription { .. } => {}
             other => return Err(LoadError::Unsupported(format!("{other:?}"))),
         }
         Ok(Then::Do(Action::Continue))
@@ -144,11 +167,60 @@ impl Loader {
         }
     }
 
+    /// What the record of an iterative device is answered with.
+    fn device(&mut self, record: VfioRecord) -> Result<Option<Message>, LoadError> {
+        match record {
+            VfioRecord::Setup | VfioRecord::Data { .. } | VfioRecord::EndOfState => Ok(None),
+            VfioRecord::InitDataSent if !self.switchover_ack => {
+                Err(LoadError::CapabilityDiffers { name: SWITCHOVER_ACK, here: false })
+            }
+            VfioRecord::InitDataSent => {
+                let device = self.iterative.current();
+                if !self.opened {
+                    return Err(LoadError::AckUnheard { device });
+                }
+                let ack = self.gate.agree(&device)?;
+                Ok((ack == Ack::Send).then_some(Message::SwitchoverAck))
+            }
+            VfioRecord::Config => match self.section.as_ref().filter(|header| self.iterative.transfers(header)) {
+                Some(header) => Err(DeviceStateError::OnMain { idstr: header.idstr.clone() }.into()),
+                None => Ok(None),
+            },
+            VfioRecord::ConfigLoadReady if self.section.as_ref().is_some_and(|it| self.iterative.transfers(it)) => {
+                Ok(None)
+            }
+            other => Err(LoadError::Unsupported(format!("{other:?} of a device"))),
+        }
+    }
+
+    /// A FULL section ends, whose content was taken unless it is on its way over a page channel.
+    fn close_full(&mut self) -> Result<(), LoadError> {
+        let Some(header) = self.section.take() else { return Ok(()) };
+        if !self.iterative.transfers(&header) {
+            return Err(DeviceStateError::NotOnMain { idstr: header.idstr }.into());
+        }
+        let SectionHeader { idstr, instance_id, version_id, .. } = header;
+        self.devices.push(DeviceSection { idstr, instance_id, version_id, body: Vec::new() });
+        Ok(())
+    }
+
+    /// These configurations came over page channels: their sections have only places in the stream.
+    pub(super) fn configurations(&mut self, configurations: &[(CountedString, Vec<u8>)]) -> Result<(), LoadError> {
+        for (idstr, piece) in configurations {
+            let vmstate = device_states::configuration(idstr, piece)?;
+            match self.devices.iter_mut().find(|section| section.idstr == *idstr && section.instance_id == 0) {
+                Some(section) => section.body = vmstate.to_vec(),
+                None => return Err(LoadError::DeviceIncomplete { idstr: idstr.clone(), missing: "FULL" }),
+            }
+        }
+        Ok(())
+    }
+
     /// The answer to a command.
     fn command(&mut self, command: &Command) -> Result<Option<Message>, LoadError> {
         match command {
             Command::OpenReturnPath => {
-                self.return_path = self.answers;
+                (self.opened, self.return_path) = (true, self.answers);
                 let ack = self.gate.return_path_opened()?;
                 Ok((ack == Ack::Send).then_some(Message::SwitchoverAck))
             }
@@ -157,7 +229,6 @@ impl Loader {
                 Ok(Some(Message::Pong { value: handover::AGREED }))
             }
             Command::Ping(value) => Ok(Some(Message::Pong { value: *value })),
-            Command::SwitchoverStart => Ok(None),
             command => {
                 let capability = match command {
                     Command::EnableColo => "x-colo",
@@ -175,11 +246,11 @@ impl Loader {
         let usage = match header.content() {
             Content::Ram if header.instance_id == 0 => {
                 self.ram = RamSection::Open(header.section_id);
-                self.first(&header)?;
+                self.first(SectionKind::Start, &header)?;
                 return Ok(Then::Do(Action::Continue));
             }
-            // Their configuration, which is a FULL section, comes with devices on PCI, which are not supported.
             Content::Vfio if kind == SectionKind::Start && header.instance_id == 0 => Some(SectionUse::Iterative),
+            Content::Vfio if kind == SectionKind::Full && header.instance_id == 0 => Some(SectionUse::Device),
             Content::Opaque if kind == SectionKind::Full => Some(SectionUse::Device),
             _ => None,
         };
@@ -197,16 +268,23 @@ impl Loader {
             let SectionHeader { idstr, instance_id, .. } = header;
             return Err(LoadError::UnknownSection { idstr, instance_id, advice });
         }
-        self.first(&header)?;
-        if usage == Some(SectionUse::Device) {
-            self.section = Some(header);
+        match usage {
+            Some(SectionUse::Device) => {
+                self.first(SectionKind::Full, &header)?;
+                self.iterative.leave();
+                self.section = Some(header);
+            }
+            _ => {
+                self.first(SectionKind::Start, &header)?;
+                self.iterative.start(header);
+            }
         }
         Ok(())
     }
 
-    fn first(&mut self, header: &SectionHeader) -> Result<(), LoadError> {
+    fn first(&mut self, kind: SectionKind, header: &SectionHeader) -> Result<(), LoadError> {
         let SectionHeader { idstr, instance_id, .. } = header;
-        if self.came.insert((idstr.clone(), *instance_id)) {
+        if self.came.insert((idstr.clone(), *instance_id, kind)) {
             return Ok(());
         }
         Err(LoadError::SectionAgain { idstr: idstr.clone(), instance_id: *instance_id })
@@ -221,7 +299,8 @@ impl Loader {
             RamSection::Ended => {}
         }
         let missing = names.iter().find(|name| !self.listed.iter().any(|listed| *listed == ***name));
-        missing.map_or(Ok(()), |name| Err(LoadError::MissingRamBlock { name: name.clone() }))
+        missing.map_or(Ok(()), |name| Err(LoadError::MissingRamBlock { name: name.clone() }))?;
+        self.iterative.check_complete()
     }
 
     fn compare(&self, configuration: &Configuration) -> Result<(), LoadError> {

@@ -31,6 +31,8 @@ pub(super) enum Phase {
     Synchronising(Mark),
     /// The page channels are told that memory is complete.
     EndOfMemory,
+    /// What is left of the state of devices that comes over page channels is loaded.
+    DeviceStates,
     /// The guest takes over the state of its devices.
     LoadingDevices,
     /// The guest takes over its disks.

@@ -59,6 +59,12 @@ pub enum Action {
         /// Most bytes.
         limit: usize,
     },
+    /// From now on send what is left of these iterative devices over page channels, beside whatever follows, and after it these
+    /// configurations, each as the last piece of its device.
+    TransferDevices(Vec<(usize, Vec<u8>)>),
+    /// Wait until all of that was sent: [`sent`](super::SourceCore::sent) and
+    /// [`devices_transferred`](super::SourceCore::devices_transferred).
+    FinishTransfers,
     /// List these RAM blocks in the stream with places for their pages in the file, which begins with the stream.
     PlaceBlocks(Vec<RamBlock>),
     /// Send what [`stream`](super::SourceCore::stream) holds, on the main channel: [`sent`](super::SourceCore::sent).

@@ -5,9 +5,9 @@ use super::{
     phase::{Completing, Phase, Postcopy, Rest, Stopped},
     precopy::RECORD,
 };
-use crate::{DeviceSection, MigrationError, SavedDevices, Status, handover};
+use crate::{MigrationError, SavedDevices, Status, handover};
 use qevm_multifd::SourceSync;
-use qevm_savevm::{command::Command, framing::SectionHeader};
+use qevm_savevm::{command::Command, vfio::VfioRecord};
 use std::time::Duration;
 
 /// How often the return path is looked at while the guest waits for `migrate-continue`.
@@ -91,6 +91,7 @@ impl SourceCore {
                 if self.options.profile.switchover_start {
                     self.stream.command(Command::SwitchoverStart)?;
                 }
+                self.begin_transfers(rest.devices.sections())?;
                 self.stream.section_end(RAM_SECTION)?;
                 Rest::Pages
             }
@@ -112,6 +113,11 @@ impl SourceCore {
                     }
                 }
             }
+            Rest::Device(device) if self.options.devices.get(device).is_some_and(|device| device.transfer) => {
+                self.stream.section_end(Self::device_section(device))?;
+                self.end_device_section(VfioRecord::EndOfState)?;
+                Rest::Device(device + 1)
+            }
             Rest::Device(device) if device < self.options.devices.len() => {
                 self.stream.section_end(Self::device_section(device))?;
                 self.do_next(Action::ReadDevice { device, limit: RECORD });
@@ -123,7 +129,7 @@ impl SourceCore {
                 Rest::DeviceRead(device)
             }
             Rest::DeviceRead(device) => {
-                self.end_device_section()?;
+                self.end_device_section(VfioRecord::EndOfState)?;
                 Rest::Device(device + 1)
             }
             Rest::Device(_) => {
@@ -132,6 +138,7 @@ impl SourceCore {
                     self.stream.command(answers.ping(handover::LOADED)?)?;
                 }
                 self.do_next(Action::Send { doing: "the state of the devices" });
+                self.finish_transfers();
                 Rest::Sent
             }
             Rest::Sent => {
@@ -140,15 +147,6 @@ impl SourceCore {
             }
         };
         self.phase = Phase::Completing(rest);
-        Ok(())
-    }
-
-    fn device_sections(&mut self, sections: &[DeviceSection]) -> Result<(), MigrationError> {
-        let first = Self::device_section(self.options.devices.len());
-        for (section_id, device) in (first..).zip(sections) {
-            let (idstr, instance_id, version_id) = (device.idstr.clone(), device.instance_id, device.version_id);
-            self.stream.section_full(&SectionHeader { section_id, idstr, instance_id, version_id }, &device.body)?;
-        }
         Ok(())
     }
 

@@ -1,4 +1,4 @@
-//! How a stream begins: the configuration, the list of RAM blocks, and the sections of iterative devices.
+//! How a stream begins: the configuration and the list of RAM blocks.
 
 use super::{
     Action, Answers, PageRoute, RAM_SECTION, SourceCore, idstr,
@@ -9,18 +9,14 @@ use qevm_multifd::SourceSync;
 use qevm_savevm::{
     command::{Command, PostcopyAdvise},
     configuration::{Configuration, ConfigurationSubsection},
-    event::Event,
     framing::SectionHeader,
     ram,
-    vfio::VfioRecord,
 };
 use qevm_wire::PageGeometry;
 use std::time::Duration;
 
 /// Value of the PING that QEMU sends when it has opened the return path.
 const FIRST_PING: u32 = 1;
-/// `version_id` of the sections of iterative devices.
-const DEVICE_VERSION: u32 = 1;
 
 impl SourceCore {
     pub(super) fn open(
@@ -45,7 +41,7 @@ impl SourceCore {
             Setup::CloseList => {
                 self.synchronise(SourceSync::setup)?;
                 self.stream.footer()?;
-                self.begin_devices()?;
+                self.begin_devices(answers)?;
                 self.do_next(Action::Send { doing: "the list of RAM blocks" });
                 Setup::Done
             }
@@ -105,42 +101,5 @@ impl SourceCore {
             configuration.subsections.push(ConfigurationSubsection::Capabilities(vec![idstr("mapped-ram")?]));
         }
         Ok(configuration)
-    }
-
-    /// Opens the sections of iterative devices.
-    fn begin_devices(&mut self) -> Result<(), MigrationError> {
-        for device in 0..self.options.devices.len() {
-            self.do_next(Action::BeginDevice(device));
-            self.stream.section_start(&SectionHeader {
-                section_id: Self::device_section(device),
-                idstr: idstr(&self.options.devices[device])?,
-                instance_id: 0,
-                version_id: DEVICE_VERSION,
-            })?;
-            self.stream.event(&Event::Vfio(VfioRecord::Setup))?;
-            self.end_device_section()?;
-        }
-        Ok(())
-    }
-
-    /// The id of the section of an iterative device.
-    pub(super) fn device_section(device: usize) -> u32 {
-        RAM_SECTION + 1 + device as u32
-    }
-
-    /// Appends the state of a device that was read.
-    pub(super) fn device_record(&mut self, state: &[u8]) -> Result<(), MigrationError> {
-        let len = state.len() as u64;
-        if len > 0 {
-            self.stream.event(&Event::Vfio(VfioRecord::Data { len }))?;
-            self.stream.payload(state)?;
-            self.statistics.device_bytes += len;
-        }
-        Ok(())
-    }
-
-    pub(super) fn end_device_section(&mut self) -> Result<(), MigrationError> {
-        self.stream.event(&Event::Vfio(VfioRecord::EndOfState))?;
-        Ok(self.stream.footer()?)
     }
 }

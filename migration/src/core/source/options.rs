@@ -1,6 +1,6 @@
 //! What a source has to know of its machine and of the settings.
 
-use crate::{Capabilities, connections::Reader};
+use crate::{Capabilities, connections::Reader, core::DeviceOptions};
 use qevm_wire::Profile;
 use std::time::Duration;
 
@@ -28,8 +28,8 @@ pub struct SourceOptions {
     pub machine_type: String,
     /// Names and lengths in bytes of the RAM blocks.
     pub blocks: Vec<(String, u64)>,
-    /// Section names of the devices whose state is sent in parts.
-    pub devices: Vec<String>,
+    /// The devices whose state is sent in parts.
+    pub devices: Vec<DeviceOptions>,
     /// How pages travel.
     pub route: PageRoute,
     /// Who takes the stream where there is no return path.

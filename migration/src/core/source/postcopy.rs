@@ -40,7 +40,8 @@ impl SourceCore {
         }
         if let Some(device) = self.options.devices.first() {
             return Err(Refused::Blocked(format!(
-                "Device '{device}' sends its state in parts, and cannot go with postcopy"
+                "Device '{}' sends its state in parts, and cannot go with postcopy",
+                device.idstr
             )));
         }
         self.postcopy = true;

@@ -80,10 +80,19 @@ impl SourceCore {
                 self.account_for(now);
                 Step::Sweep
             }
-            Step::Device { device } => match self.sizes.get(device) {
-                Some(size) => Step::DeviceLeft { device, left: size.estimate.precopy },
+            Step::Device { device } => match self.sizes.get(device).map(|size| size.estimate.precopy) {
+                Some(left) => {
+                    self.device_told(device, answers)?;
+                    Step::DeviceLeft { device, left }
+                }
                 None => self.drain(),
             },
+            Step::DeviceLeft { device, left: 0 } if self.initial_data_are_due(device) => {
+                self.stream.section_part(Self::device_section(device))?;
+                self.end_device_part(device, 0)?;
+                self.do_next(Action::Send { doing: "the state of a device" });
+                Step::DeviceLeft { device, left: 0 }
+            }
             Step::DeviceLeft { device, left: 0 } => self.ask_device(device + 1),
             Step::DeviceLeft { device, left } if self.within_rate(now) => {
                 self.stream.section_part(Self::device_section(device))?;
@@ -93,7 +102,7 @@ impl SourceCore {
             }
             step @ Step::DeviceLeft { .. } => step,
             Step::DeviceRead { device, left } => {
-                self.end_device_section()?;
+                self.end_device_part(device, self.record)?;
                 self.do_next(Action::Send { doing: "the state of a device" });
                 let left = if self.record == 0 { 0 } else { left.saturating_sub(self.record) };
                 Step::DeviceLeft { device, left }

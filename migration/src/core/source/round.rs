@@ -144,7 +144,7 @@ impl SourceCore {
 
     /// What was measured, with `pending` of the devices.
     fn with_round<T>(&self, end: &RoundEnd, pending: &[Pending], with: impl FnOnce(&Round<'_>) -> T) -> T {
-        let devices = self.options.devices.iter().zip(pending).map(|(name, pending)| Remaining {
+        let devices = self.names.iter().zip(pending).map(|(name, pending)| Remaining {
             name,
             bytes: pending.precopy,
             stopcopy: pending.stopcopy,

@@ -1,7 +1,7 @@
 //! Whole migrations in one thread under virtual time, with a failure or an operator's word at every step.
 
 use super::*;
-use crate::{Capabilities, Refused, Status, handover};
+use crate::{Capabilities, Refused, Status, core::DeviceOptions, handover};
 use qevm_returnpath::Message;
 use qevm_wire::{Profile, QemuVersion};
 use std::collections::BTreeMap;
@@ -373,7 +373,10 @@ fn postcopy_is_refused_where_it_cannot_be() {
     for change in [
         (|options| options.route = PageRoute::Channels) as fn(&mut SourceOptions),
         |options| options.route = PageRoute::File,
-        |options| options.devices = vec!["0000:00:01.0/vfio".into()],
+        |options| {
+            let idstr = idstr("0000:00:01.0/vfio").unwrap();
+            options.devices = vec![DeviceOptions { idstr, switchover_ack: false, transfer: false }];
+        },
     ] {
         assert!(matches!(options(change), Err(Refused::Blocked(_))));
     }

@@ -1,0 +1,162 @@
+//! The sections of iterative devices, and what of their state goes over page channels.
+
+use super::{Action, Answers, RAM_SECTION, SourceCore};
+use crate::{DeviceSection, MigrationError};
+use qevm_returnpath::switchover::SwitchoverAckFlow;
+use qevm_savevm::{
+    event::Event,
+    framing::{SectionHeader, SectionKind},
+    vfio::{VfioRecord, flag},
+};
+use qevm_wire::CountedString;
+
+/// `version_id` of the sections of iterative devices.
+const VERSION: u32 = 1;
+
+/// Whether the destination knows that a device's initial data are complete.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum InitialData {
+    /// It does not want to.
+    Unasked,
+    /// It has to be told.
+    Owed,
+    /// It was told.
+    Sent,
+}
+
+impl SourceCore {
+    /// How acks of the switchover are counted, where the capability is on.
+    fn ack_flow(&self) -> Option<SwitchoverAckFlow> {
+        self.options.profile.switchover_ack.filter(|_| self.options.capabilities.switchover_ack)
+    }
+
+    /// Opens the sections of iterative devices.
+    pub(super) fn begin_devices(&mut self, mut answers: Option<&mut Answers>) -> Result<(), MigrationError> {
+        let acks = self.ack_flow().is_some();
+        for device in 0..self.options.devices.len() {
+            self.do_next(Action::BeginDevice(device));
+            self.stream.section_start(&self.device_header(device))?;
+            self.stream.event(&Event::Vfio(VfioRecord::Setup))?;
+            self.end_device_section(VfioRecord::EndOfState)?;
+            let asks = acks && self.options.devices[device].switchover_ack;
+            if let Some(answers) = answers.as_deref_mut().filter(|_| asks) {
+                answers.request_ack(&self.names[device])?;
+            }
+            self.initial.push(if asks { InitialData::Owed } else { InitialData::Unasked });
+        }
+        Ok(())
+    }
+
+    /// The id of the section of an iterative device.
+    pub(super) fn device_section(device: usize) -> u32 {
+        RAM_SECTION + 1 + device as u32
+    }
+
+    fn device_header(&self, device: usize) -> SectionHeader {
+        let idstr = self.options.devices[device].idstr.clone();
+        SectionHeader { section_id: Self::device_section(device), idstr, instance_id: 0, version_id: VERSION }
+    }
+
+    /// Appends the state of a device that was read.
+    pub(super) fn device_record(&mut self, state: &[u8]) -> Result<(), MigrationError> {
+        let len = state.len() as u64;
+        if len > 0 {
+            self.stream.event(&Event::Vfio(VfioRecord::Data { len }))?;
+            self.stream.payload(state)?;
+            self.statistics.device_bytes += len;
+        }
+        Ok(())
+    }
+
+    pub(super) fn end_device_section(&mut self, last: VfioRecord) -> Result<(), MigrationError> {
+        self.stream.event(&Event::Vfio(last))?;
+        Ok(self.stream.footer()?)
+    }
+
+    /// A device has told its size. If its initial data begin anew, the destination has to agree anew (11.1).
+    pub(super) fn device_told(&mut self, device: usize, answers: Option<&mut Answers>) -> Result<(), MigrationError> {
+        let again = self.ack_flow() == Some(SwitchoverAckFlow::Counted) && self.initial[device] == InitialData::Sent;
+        if let Some(answers) = answers.filter(|_| again && self.sizes[device].initial > 0) {
+            answers.request_ack(&self.names[device])?;
+            self.initial[device] = InitialData::Owed;
+        }
+        Ok(())
+    }
+
+    /// Whether the destination has to be told now that a device's initial data are complete.
+    pub(super) fn initial_data_are_due(&self, device: usize) -> bool {
+        let left = self.sizes.get(device).map(|size| size.initial);
+        self.initial.get(device) == Some(&InitialData::Owed) && left == Some(0)
+    }
+
+    /// Ends a PART with which so many bytes of the device's state went.
+    pub(super) fn end_device_part(&mut self, device: usize, sent: u64) -> Result<(), MigrationError> {
+        if let Some(size) = self.sizes.get_mut(device) {
+            // They come first.
+            size.initial = size.initial.saturating_sub(sent);
+        }
+        if !self.initial_data_are_due(device) {
+            return self.end_device_section(VfioRecord::EndOfState);
+        }
+        self.initial[device] = InitialData::Sent;
+        self.end_device_section(VfioRecord::InitDataSent)
+    }
+
+    /// Lets the page channels send what is left of devices, each with its configuration.
+    pub(super) fn begin_transfers(&mut self, sections: &[DeviceSection]) -> Result<(), MigrationError> {
+        let mut configurations = Vec::new();
+        for (number, device) in self.options.devices.iter().enumerate().filter(|(_, device)| device.transfer) {
+            let section = sections.iter().find(|section| is_of(section, &device.idstr));
+            let section = section.ok_or_else(|| MigrationError::Guest {
+                doing: "send the configuration of a device",
+                source: format!("no section '{}' was saved", device.idstr).into(),
+            })?;
+            let (front, end) = (flag::DEV_CONFIG_STATE.to_be_bytes(), flag::END_OF_STATE.to_be_bytes());
+            configurations.push((number, [&front[..], &section.body, &end].concat()));
+        }
+        if !configurations.is_empty() {
+            self.do_next(Action::TransferDevices(configurations));
+        }
+        Ok(())
+    }
+
+    /// Waits until they have.
+    pub(super) fn finish_transfers(&mut self) {
+        if self.options.devices.iter().any(|device| device.transfer) {
+            self.do_next(Action::FinishTransfers);
+        }
+    }
+
+    /// The FULL sections. The configuration of an iterative device is under the id of its section.
+    pub(super) fn device_sections(&mut self, sections: &[DeviceSection]) -> Result<(), MigrationError> {
+        let first = Self::device_section(self.options.devices.len());
+        for (section_id, section) in (first..).zip(sections) {
+            match self.options.devices.iter().position(|device| is_of(section, &device.idstr)) {
+                Some(device) => self.configuration_section(device, section)?,
+                None => {
+                    let DeviceSection { idstr, instance_id, version_id, body } = section;
+                    let (instance_id, version_id) = (*instance_id, *version_id);
+                    let header = SectionHeader { section_id, idstr: idstr.clone(), instance_id, version_id };
+                    self.stream.section_full(&header, body)?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn configuration_section(&mut self, device: usize, section: &DeviceSection) -> Result<(), MigrationError> {
+        self.stream.event(&Event::Section { kind: SectionKind::Full, header: self.device_header(device) })?;
+        if !self.options.devices[device].transfer {
+            self.stream.event(&Event::Vfio(VfioRecord::Config))?;
+            self.stream.event(&Event::Body(&section.body))?;
+        }
+        self.end_device_section(VfioRecord::EndOfState)
+    }
+}
+
+fn is_of(section: &DeviceSection, idstr: &CountedString) -> bool {
+    section.idstr == *idstr && section.instance_id == 0
+}
+
+#[cfg(test)]
+mod tests;
