@@ -1,6 +1,7 @@
 //! A guest that is memory and a counter, and writes when it is told to.
 
 use super::device::FakeDevice;
+use crate::testing::VfioDevice;
 use crate::{DeviceSection, Devices, DirtyLog, Guest, GuestError, IterativeDevice, RamView, SavedDevices};
 use qevm_wire::{CountedString, Profile};
 use std::{
@@ -25,6 +26,10 @@ pub(crate) struct FakeGuest {
     pub(crate) refuses_devices: AtomicBool,
     /// A device whose state goes in parts.
     pub(crate) device: Option<FakeDevice>,
+    /// Devices with all that a VFIO device does.
+    pub(crate) vfio: Vec<VfioDevice>,
+    /// What happens when the guest stops.
+    pub(crate) on_pause: Option<Box<dyn Fn() + Send + Sync>>,
     log: Mutex<Option<Log>>,
     /// Held by a step of the guest, so that it is over when the guest has stopped.
     step: Mutex<()>,
@@ -47,6 +52,8 @@ impl FakeGuest {
             pages_per_step: AtomicU64::new(3),
             refuses_devices: AtomicBool::new(false),
             device: None,
+            vfio: Vec::new(),
+            on_pause: None,
             log: Mutex::new(None),
             step: Mutex::new(()),
         }
@@ -146,6 +153,8 @@ impl Guest for FakeGuest {
     fn pause(&self) -> Result<bool, GuestError> {
         let _step = self.step.lock().unwrap();
         self.device.iter().for_each(FakeDevice::stop);
+        self.vfio.iter().for_each(VfioDevice::stop);
+        self.on_pause.iter().for_each(|on_pause| on_pause());
         Ok(self.running.swap(false, Ordering::SeqCst))
     }
 
@@ -165,15 +174,18 @@ impl Devices for FakeGuest {
         let mut body = self.work.load(Ordering::SeqCst).to_be_bytes().to_vec();
         body.push(running.into());
         let idstr = CountedString::new("counter").unwrap();
-        Ok(SavedDevices::opaque(vec![DeviceSection { idstr, instance_id: 0, version_id: 1, body }]))
+        let mut sections = self.vfio.iter().map(VfioDevice::save).collect::<Result<Vec<_>, _>>()?;
+        sections.push(DeviceSection { idstr, instance_id: 0, version_id: 1, body });
+        Ok(SavedDevices::opaque(sections))
     }
 
     fn iterative(&self) -> Vec<&dyn IterativeDevice> {
-        self.device.iter().map(|device| device as &dyn IterativeDevice).collect()
+        let vfio = self.vfio.iter().map(|device| device as &dyn IterativeDevice);
+        self.device.iter().map(|device| device as &dyn IterativeDevice).chain(vfio).collect()
     }
 
     fn has(&self, idstr: &CountedString, instance_id: u32) -> bool {
-        *idstr == *"counter" && instance_id == 0
+        (*idstr == *"counter" || self.vfio.iter().any(|device| *idstr == *device.idstr())) && instance_id == 0
     }
 
     fn load(&self, devices: &[DeviceSection]) -> Result<bool, GuestError> {
@@ -181,7 +193,13 @@ impl Devices for FakeGuest {
         if self.refuses_devices.load(Ordering::Relaxed) {
             return Err("the counter does not like its state".into());
         }
-        let [DeviceSection { idstr, body, .. }] = devices else { return Err("one device expected".into()) };
+        let Some((DeviceSection { idstr, body, .. }, others)) = devices.split_last() else {
+            return Err("one device expected".into());
+        };
+        for section in others {
+            let device = self.vfio.iter().find(|device| section.idstr == *device.idstr());
+            device.ok_or("there is no such device")?.load_configuration(section)?;
+        }
         let (count, [running]) = body.split_first_chunk::<8>().ok_or("the counter is too short")? else {
             return Err("the counter is too long".into());
         };

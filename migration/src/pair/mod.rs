@@ -11,6 +11,7 @@ mod guest;
 mod multifd;
 mod sealed;
 mod tests;
+mod vfio;
 
 use super::{
     Arrival, Capabilities, Channel, Guest, Incoming, Job, MigrationError, Outgoing, Parameters, Socket, Source,

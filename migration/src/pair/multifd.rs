@@ -19,13 +19,13 @@ use std::{
 
 /// How a source connects, and what goes wrong on its channels.
 #[derive(Default)]
-struct Plan {
+pub(super) struct Plan {
     /// Page channels that are connected before the main channel; the others follow in falling order.
-    before_main: usize,
+    pub(super) before_main: usize,
     /// Faults of one page channel.
-    faults: Option<(usize, Faults)>,
+    pub(super) faults: Option<(usize, Faults)>,
     /// How long the destination waits for another channel; longer than any source takes if not given.
-    patience: Option<Duration>,
+    pub(super) patience: Option<Duration>,
 }
 
 /// Far more than a source takes on any machine.
@@ -37,7 +37,7 @@ const INIT: u64 = 64;
 
 impl Pair {
     /// Page channels between these machines, with one of QEMU's methods.
-    fn multifd(self, channels: u8, method: Compression) -> Self {
+    pub(super) fn multifd(self, channels: u8, method: Compression) -> Self {
         let capabilities = self.job.capabilities().with([("multifd", true)]).unwrap();
         self.job.set_capabilities(capabilities).unwrap();
         let mut parameters = self.job.parameters();
@@ -55,7 +55,7 @@ impl Pair {
         self
     }
 
-    fn go(&self, plan: &Plan) -> Outcome {
+    pub(super) fn go(&self, plan: &Plan) -> Outcome {
         self.watch(plan).0
     }
 

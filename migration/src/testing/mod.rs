@@ -15,6 +15,7 @@
 //! ```
 
 mod destination;
+mod device;
 mod early;
 mod link;
 mod memory;
@@ -30,6 +31,7 @@ mod source;
 #[cfg(test)]
 mod tests;
 
+pub use device::{VfioDevice, VfioShape};
 pub use link::{Fault, Link};
 pub use memory::Memory;
 pub use plan::{Plan, Plant};
