@@ -33,7 +33,9 @@ fn the_state_of_a_device_arrives_whole_and_in_order() {
         pair.assert_moved(&outcome);
         device(&pair.source).assert_arrived(device(&pair.destination));
         assert_eq!(outcome.statistics.device_bytes, behaviour.precopy + behaviour.stopcopy);
-        assert!((1..10).contains(&device(&pair.source).asked()), "asked {} times", device(&pair.source).asked());
+        // Once in each round at most, of which there may be many on a busy host.
+        let (asked, rounds) = (device(&pair.source).asked() as usize, outcome.statistics.rounds.len());
+        assert!((1..=rounds).contains(&asked), "asked {asked} times in {rounds} rounds");
         assert_eq!(device(&pair.source).ended(), 1);
     }
 }
