@@ -34,6 +34,8 @@ const FIRMWARE: std::ops::Range<usize> = 0xe_0000..0x10_0000;
 const FED: i64 = 1_000_000_000;
 /// The idstr of QEMU's device `ib700`; its state is the timer's eight bytes.
 const WATCHDOG: &str = "ib700_wdt";
+/// Trips that a guest without a processor may make.
+const ATTEMPTS: u32 = 5;
 const POLL: Duration = Duration::from_millis(5);
 
 /// QEMU's end of it.
@@ -147,7 +149,20 @@ pub fn run(trips: &[Trip], judge: &Path, mut each: impl FnMut(&Row<Seen>)) -> Re
 }
 
 impl Trip {
+    /// Plays the trip until the guest came back after three passes or more. One that got no processor to write with proves nothing.
     fn play(&self, root: &Root, judge: &Path) -> Result<Seen> {
+        let mut seen = self.go(root, judge)?;
+        for _ in 1..ATTEMPTS {
+            if seen.passes >= 3 {
+                break;
+            }
+            seen = self.go(root, judge)?;
+        }
+        ensure!(seen.passes >= 3, "the guest came back after {} passes, each of {ATTEMPTS} times", seen.passes);
+        Ok(seen)
+    }
+
+    fn go(&self, root: &Root, judge: &Path) -> Result<Seen> {
         let scratch = tempfile::Builder::new().prefix("qevm-toy-").tempdir()?;
         let folder = scratch.path();
         let uri = |name: &str| format!("unix:{}", folder.join(name).display());
@@ -191,7 +206,6 @@ impl Trip {
             digits.and_then(|digits| digits.parse().ok()).with_context(|| format!("no '{after}' in: {said}"))
         };
         let passes = u64::try_from(number("left: passes")?)?;
-        ensure!(passes >= 3, "the guest came back after {passes} passes: {said}");
         if self.way == Way::Postcopy {
             let (came, first) = (number("after the guest came")?, number("touched with the first")?);
             ensure!(came > 2000, "only {came} pages came after the guest: {said}");
