@@ -54,8 +54,9 @@ struct Monitor {
     vm: RefCell<Vm>,
     devices: Registry<'static>,
     postcopy: bool,
-    /// The guest has gone before its memory, and so many pages after it.
+    /// The guest runs at the destination, and not all of its memory is there.
     gone: Cell<bool>,
+    /// Pages sent since then.
     later: Cell<u64>,
     /// What somebody waits for in a guest that came before its memory.
     faults: RefCell<Option<PageFaults>>,
@@ -84,7 +85,7 @@ impl Monitor {
                 Ok(Some(running)) => return Ok(running),
                 Ok(None) => {}
                 Err(error) => {
-                    // The source is told, so that the guest goes on there.
+                    // The source hears of it, and its guest runs on.
                     core.fail(&error);
                     if let destination::Action::Send(message) = core.next(&[])?.action {
                         let _ = stream.write_all(&encoded(&message)).await;

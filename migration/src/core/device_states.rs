@@ -109,7 +109,7 @@ impl Blame for DeviceStateError {
     }
 }
 
-/// Puts the pieces of devices' state in order. Readers on several threads share it behind a lock, and wake each other after every call.
+/// Puts the pieces of devices' state in order. Readers on several threads share it under a lock, and wake each other after each call.
 ///
 /// `C` is what the driver keeps of a piece, for example its bytes. How many may wait is limited: a piece for which there is no room
 /// holds its channel up. Data are loaded after SWITCHOVER_START only, because the state that came on the main channel comes before them.

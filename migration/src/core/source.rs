@@ -1,7 +1,7 @@
 //! The source: which bytes and pages go out, when the guest is paused, and who has it in the end.
 //!
-//! [`SourceCore`] is told what was sent, what was found in the dirty log and what the guest reported, and [`Answers`] what the return path said.
-//! It says what to do next, one [`Action`] at a time; each says what it is answered with. The example `async_vmm` drives it with tokio,
+//! The inputs of [`SourceCore`] are what was sent, what the dirty log has and what the guest reported; those of [`Answers`] are the messages of the
+//! return path. The output is what to do next, one [`Action`] at a time, each with the call that reports its result. The example `async_vmm` drives it with tokio,
 //! [`migrate`](crate::migrate) with threads.
 //!
 //! ```

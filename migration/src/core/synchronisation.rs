@@ -16,7 +16,7 @@ pub enum Mark {
 /// sent after them, so whatever is missing is on its way already.
 const PATIENCE: Duration = Duration::from_secs(60);
 
-/// The synchronisation of the main channel with the page channels. Readers on several threads share it behind a lock, and wake each
+/// The synchronisation of the main channel with the page channels. Readers on several threads share it under a lock, and wake each
 /// other after every call.
 #[derive(Debug, Clone)]
 pub struct Synchronisation {

@@ -21,7 +21,7 @@ pub(super) enum Phase {
     Block(RamBlock),
     /// The pages of a block are fetched from their places in the file.
     MappedBlock(RamBlock),
-    /// A package of so many bytes is waited for.
+    /// A package of `len` bytes is being received.
     Package { len: u64 },
     /// A page that is missing is waited for, and placed.
     Place { page: PageAt, zero: bool },

@@ -89,7 +89,7 @@ impl SourceCore {
         self.initial.get(device) == Some(&InitialData::Owed) && left == Some(0)
     }
 
-    /// Ends a PART with which so many bytes of the device's state went.
+    /// Ends a PART that carried this many bytes of the device's state.
     pub(super) fn end_device_part(&mut self, device: usize, sent: u64) -> Result<(), MigrationError> {
         if let Some(size) = self.sizes.get_mut(device) {
             // They come first.

@@ -21,7 +21,7 @@ const BEFORE: u32 = 2;
 const INSIDE: u32 = 3;
 const BEFORE_RUN: u32 = 0x42;
 const AFTER: u32 = 4;
-/// Pages that nobody waits for go so many at a time: whoever waits for another page has to wait for them.
+/// Pages in a batch of the background push. A requested page waits for the batch before it.
 const AT_A_TIME: u64 = 32;
 
 impl SourceCore {
