@@ -51,8 +51,8 @@ impl DeviceState {
         let Some(idstr) = CountedString::new(name) else {
             return Err(Located::new(WireError::Empty { what: "idstr" }.into(), start + IDSTR_AT));
         };
-        let behind = &view.idstr[name.len() + 1..];
-        let residue = behind.iter().rposition(|byte| *byte != 0).map_or(0, |last| last + 1);
+        let after_name = &view.idstr[name.len() + 1..];
+        let residue = after_name.iter().rposition(|byte| *byte != 0).map_or(0, |last| last + 1);
         let payload_len = view.next_packet_size.get();
         let (found, limit) = (payload_len.into(), limits.device_state_packet);
         if payload_len == 0 {
@@ -72,7 +72,7 @@ impl DeviceState {
             idstr,
             instance_id: view.instance_id.get(),
             payload_len,
-            name_residue: behind[..residue].into(),
+            name_residue: after_name[..residue].into(),
         })
     }
 

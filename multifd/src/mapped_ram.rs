@@ -51,7 +51,7 @@ pub struct FileRun {
 
 impl PageArea {
     /// The pages of a block of `used_length` bytes, of which the first would lie at `file_offset`. `None` if the block
-    /// is not whole pages or reaches behind the end of what a file can be.
+    /// is not whole pages or reaches past the end of what a file can be.
     pub fn new(file_offset: u64, used_length: u64, pages: PageGeometry) -> Option<Self> {
         pages.count(used_length)?;
         file_offset.checked_add(used_length)?;
@@ -85,7 +85,7 @@ impl PageArea {
 
     /// What to read of the bytes `range` of the block: the runs of pages whose bit is set in the block's `bitmap`
     /// (bit `i % 8` of byte `i / 8` for page `i`), in pieces of at most 1 MiB. Pages without a bit are zero; a bitmap
-    /// that is too short has no bits behind its end.
+    /// that is too short has no bits after its end.
     pub fn reads<'a>(&self, bitmap: &'a [u8], range: Range<u64>) -> impl Iterator<Item = FileRun> + use<'a> {
         let (area, bits) = (*self, self.pages.bits());
         let last = self.used_length.min(range.end) >> bits;

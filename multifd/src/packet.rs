@@ -1,4 +1,4 @@
-//! RAM packets: which pages the payload behind them holds, and where the channels synchronise.
+//! RAM packets: which pages the payload after them holds, and where the channels synchronise.
 
 use crate::{
     Error, PacketError, Reader,
@@ -20,7 +20,7 @@ pub enum PacketLayout {
     /// QEMU up to 8.2: no zero pages; the SYNC flag may be on a packet with pages; a packet without pages keeps the
     /// fields of the packet before it.
     Pages,
-    /// QEMU 9.0 and later: zero pages are listed behind the normal ones; SYNC is a blank packet of its own.
+    /// QEMU 9.0 and later: zero pages are listed after the normal ones; SYNC is a blank packet of its own.
     ZeroPages,
 }
 
@@ -95,7 +95,7 @@ impl<'a> RamPacket<'a> {
         Ok(packet)
     }
 
-    /// True if the channels synchronise here, behind the pages of this packet.
+    /// True if the channels synchronise here, after the pages of this packet.
     pub fn is_sync(&self) -> bool {
         self.header.flags.get() & FLAG_SYNC != 0
     }
@@ -157,7 +157,7 @@ impl<'a> RamPacket<'a> {
         Runs::new(self.zero(), self.pages)
     }
 
-    /// Length in bytes of the payload behind the packet: 0 without normal pages, whatever `next_packet_size` says.
+    /// Length in bytes of the payload after the packet: 0 without normal pages, whatever `next_packet_size` says.
     pub fn payload_len(&self) -> u64 {
         if self.normal_count() > 0 { self.header.next_packet_size.get().into() } else { 0 }
     }

@@ -323,7 +323,7 @@ fn device_state_is_checked() {
     full[INIT + 12..INIT + 268].fill(b'x');
     assert!(matches!(error_of(&ChannelOptions::default(), &full).kind, ErrorKind::Wire(WireError::Unexpected { .. })));
     full[INIT + 267] = 0;
-    full[INIT + 20] = 0; // a short name, with something behind it
+    full[INIT + 20] = 0; // a short name, with something after it
     assert_eq!(again(&ChannelOptions::default(), &full, 13).unwrap(), full);
     assert!(matches!(
         RamPacket::decode(&[&bytes[INIT..], &[0; PACKET]].concat(), PageGeometry::X86, &Limits::default())

@@ -81,10 +81,10 @@ fn channels_of_four_releases_are_read_to_the_last_byte_and_written_again() {
         decoder.ended(Ending::Closed);
         while let Step::Event { consumed, event } = decoder.next(rest).unwrap() {
             encoder.event(&event, &mut again).unwrap();
-            let (payload, behind) = rest[consumed..].split_at(event.payload_len() as usize);
+            let (payload, next) = rest[consumed..].split_at(event.payload_len() as usize);
             again.bytes(payload);
             decoder.skip_payload(event.payload_len()).unwrap();
-            rest = behind;
+            rest = next;
             let Event::Ram(packet) = &event else { continue };
             packets += 1;
             syncs += usize::from(packet.is_sync());

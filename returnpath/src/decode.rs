@@ -10,7 +10,7 @@ use qevm_wire::{CountedString, Cursor, Decode, Limits, Located, Step, WireError}
 ///
 /// The decoder holds no bytes. The bitmap after [`Message::RecvBitmap`] is payload, which the caller moves itself and
 /// reports with [`skip_payload`](Decode::skip_payload); [`Event::BitmapEnd`] follows it. After an error the decoder
-/// stays where it was and gives the same error again. Behind SHUT the return path is over.
+/// stays where it was and gives the same error again. After SHUT the return path is over.
 ///
 /// ```
 /// use qevm_returnpath::{Decoder, Event, Message};

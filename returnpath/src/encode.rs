@@ -25,7 +25,7 @@ pub struct Encoder {
 }
 
 impl Encoder {
-    /// Appends a message. Behind [`Message::RecvBitmap`] the caller writes the bitmap, then calls
+    /// Appends a message. After [`Message::RecvBitmap`] the caller writes the bitmap, then calls
     /// [`bitmap_end`](Self::bitmap_end).
     ///
     /// # Errors

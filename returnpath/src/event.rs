@@ -6,7 +6,7 @@ use crate::message::Message;
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Event {
-    /// A message. Behind [`Message::RecvBitmap`] the bitmap is the payload.
+    /// A message. After [`Message::RecvBitmap`] the bitmap is the payload.
     Message(Message),
     /// The end mark after the bitmap of the last [`Message::RecvBitmap`].
     BitmapEnd,

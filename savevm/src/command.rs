@@ -55,8 +55,8 @@ pub enum CommandError {
         /// What is legal.
         expected: &'static str,
     },
-    /// The byte behind the block name of RAM_DISCARD is not NUL.
-    #[error("byte {found:#x} behind the RAM block name, expected 0")]
+    /// The byte after the block name of RAM_DISCARD is not NUL.
+    #[error("byte {found:#x} after the RAM block name, expected 0")]
     NoNul {
         /// The byte found.
         found: u8,
@@ -96,8 +96,8 @@ impl Blame for CommandError {
 pub enum Command {
     /// The destination is to use the return path.
     OpenReturnPath,
-    /// The destination is to answer PONG with the same value. QEMU sends 1 behind OPEN_RETURN_PATH, 2 before the
-    /// package, 3 inside it, 0x42 as last before RUN (10.2), and 4 behind it.
+    /// The destination is to answer PONG with the same value. QEMU sends 1 after OPEN_RETURN_PATH, 2 before the
+    /// package, 3 inside it, 0x42 as last before RUN (10.2), and 4 after it.
     Ping(u32),
     /// Postcopy may follow. `None` if only dirty bitmaps want it, without `postcopy-ram`.
     PostcopyAdvise(Option<PostcopyAdvise>),

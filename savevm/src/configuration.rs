@@ -103,8 +103,8 @@ impl Configuration {
         })
     }
 
-    /// Reads what follows the type byte. `at_end` says that no more input will come, so that a section that the input
-    /// ends behind is still complete.
+    /// Reads what follows the type byte. `at_end` says that no more input will come: a section is then
+    /// complete where the input ends.
     pub(crate) fn decode(reader: &mut Reader<'_>, limits: &Limits, at_end: bool) -> Result<Self, Error> {
         let length = reader.clone().be32()?;
         reader.within_limit("machine name length", length.into(), limits.machine_name)?;

@@ -57,7 +57,7 @@ pub enum Event<'a> {
         /// The footer is on the wire. Otherwise the stream has none, and this event takes no bytes.
         present: bool,
     },
-    /// A command. Behind [`Command::Packaged`] the package is the payload.
+    /// A command. After [`Command::Packaged`] the package is the payload.
     Command(Command),
     /// The end of the stream; only a description may follow.
     Eof,

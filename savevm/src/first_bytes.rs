@@ -68,7 +68,7 @@ impl FirstBytes {
     }
 }
 
-/// With its article, to go behind "it sent".
+/// With its article, to go after "it sent".
 impl fmt::Display for FirstBytes {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {

@@ -6,7 +6,7 @@ use qevm_wire::CountedString;
 
 /// The first four bytes of a stream, `QEVM`.
 pub const MAGIC: u32 = 0x5145_564d;
-/// The stream version behind the magic. Version 2 is older than any release here and refused by all of them.
+/// The stream version after the magic. Version 2 is older than any release here and refused by all of them.
 pub const VERSION: u32 = 3;
 
 /// Type byte: end of the stream.
@@ -21,7 +21,7 @@ pub const SECTION_END: u8 = 0x03;
 pub const SECTION_FULL: u8 = 0x04;
 /// Type byte inside vmstate: a subsection follows.
 pub const SUBSECTION: u8 = 0x05;
-/// Type byte: the JSON description behind the end of the stream (2.2).
+/// Type byte: the JSON description after the end of the stream (2.2).
 pub const VMDESCRIPTION: u8 = 0x06;
 /// Type byte: the configuration section (2.4).
 pub const CONFIGURATION: u8 = 0x07;

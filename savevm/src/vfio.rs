@@ -29,8 +29,8 @@ pub enum VfioError {
         /// The word found.
         found: u64,
     },
-    /// A record other than END_OF_STATE behind SETUP or CONFIG.
-    #[error("VFIO record {found:#x} behind SETUP or CONFIG, expected END_OF_STATE")]
+    /// A record other than END_OF_STATE after SETUP or CONFIG.
+    #[error("VFIO record {found:#x} after SETUP or CONFIG, expected END_OF_STATE")]
     NotEnded {
         /// The word found.
         found: u64,

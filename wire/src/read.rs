@@ -131,7 +131,7 @@ impl<'a, K: From<WireError>> Reader<'a, K> {
         }
     }
 
-    /// A reader over the next `count` bytes only; this one goes on behind them.
+    /// A reader over the next `count` bytes only; this one goes on after them.
     ///
     /// # Errors
     /// [`WireError::Truncated`] if fewer are left.

@@ -80,7 +80,7 @@ impl Writer {
         self.bytes
     }
 
-    /// Forgets what was written behind the first `len` bytes.
+    /// Forgets what was written after the first `len` bytes.
     pub fn truncate(&mut self, len: usize) {
         self.bytes.truncate(len);
     }

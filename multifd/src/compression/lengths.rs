@@ -1,4 +1,4 @@
-//! Pages one by one, behind a table of their lengths: `qpl` and `uadk`.
+//! Pages one by one, after a table of their lengths: `qpl` and `uadk`.
 
 use super::{Compression, CompressionError, zlib::Inflate};
 
@@ -42,10 +42,10 @@ impl<'a> PageLengths<'a> {
     ) -> Result<(), CompressionError> {
         let too_few = CompressionError::Length { found: 0, expected: page.len() as u64 };
         let Some((length, rest)) = self.lengths.split_first() else { return Err(too_few) };
-        let Some((mut data, behind)) = self.data.split_at_checked(u32::from_be_bytes(*length) as usize) else {
+        let Some((mut data, rest_of_data)) = self.data.split_at_checked(u32::from_be_bytes(*length) as usize) else {
             return Err(too_few);
         };
-        (self.lengths, self.data) = (rest, behind);
+        (self.lengths, self.data) = (rest, rest_of_data);
         if data.len() == page.len() {
             page.copy_from_slice(data);
             return Ok(());

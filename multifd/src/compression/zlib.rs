@@ -64,7 +64,7 @@ pub(super) struct Deflate {
     passed_by: bool,
 }
 
-/// What a sync flush leaves behind everything else: a stored block without bytes.
+/// What a sync flush appends: a stored block without bytes.
 const FLUSH: [u8; 5] = [0, 0, 0, 0xff, 0xff];
 /// The most bytes of a stored block (RFC 1951, 3.2.4).
 const STORED_MAX: usize = 0xffff;

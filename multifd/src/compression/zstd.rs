@@ -62,7 +62,7 @@ impl ZstdEncoder {
     }
 }
 
-/// Runs an operation with room behind the content of `output`.
+/// Runs an operation with room after the content of `output`.
 fn append<T>(
     output: &mut Vec<u8>,
     operation: impl FnOnce(&mut OutBuffer<'_, Vec<u8>>) -> std::io::Result<T>,

@@ -43,7 +43,7 @@ pub struct SyncBarrier {
 enum Channel {
     /// Has not come, and nobody counts on it.
     Absent,
-    /// Came late: so many synchronisations were complete without it, whose SYNC packets are still to come on it.
+    /// Came late: the number of synchronisations that were complete without it, whose SYNC packets are still to come on it.
     Late(u64),
     Reading,
     /// Met its SYNC packet.

@@ -142,7 +142,7 @@ impl SourceSync {
         })
     }
 
-    /// At the end of the END section, behind the last pages.
+    /// At the end of the END section, past the last pages.
     ///
     /// # Errors
     /// [`SyncError::Order`] before setup or after the end.

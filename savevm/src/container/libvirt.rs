@@ -11,7 +11,7 @@
 //! | 36 | 56 | unused |
 //!
 //! The integers are in the byte order of the host that wrote the file; the version tells which that is. The stream
-//! follows directly behind the data. In format `sparse` it is a mapped-ram stream, whose offsets count from the start
+//! follows directly after the data. In format `sparse` it is a mapped-ram stream, whose offsets count from the start
 //! of the file.
 
 use super::{Compression, ContainerError};
@@ -121,7 +121,7 @@ impl SaveImage {
         }
         let xml_and_nul = if cookie_offset == 0 { data_len } else { cookie_offset.into() };
         if xml_and_nul > data_len {
-            let (what, expected) = ("offset of the cookie", "an offset inside the data behind the header");
+            let (what, expected) = ("offset of the cookie", "an offset inside the data after the header");
             return fail(cookie_at, ContainerError::Field { what, found: xml_and_nul, expected });
         }
         Ok(SaveImage {

@@ -1,6 +1,6 @@
 //! The VM state of qcow2 internal snapshots: where `savevm` and `snapshot-save` put the stream.
 //!
-//! The state lies in the snapshot's own view of the virtual disk, behind the disk's end, rounded up to what one L2
+//! The state lies in the snapshot's own view of the virtual disk, past the disk's end, rounded up to what one L2
 //! table maps. To read it: [`Header::parse`], [`Snapshot::parse`] for each entry of the table, the snapshot's L1 table
 //! into [`VmState::new`], then for each position [`VmState::l2_table`] and [`VmState::cluster`].
 //!
@@ -149,7 +149,7 @@ impl Snapshot {
     /// offsets count. Nothing follows the last one.
     ///
     /// # Errors
-    /// Truncated if the entry goes on behind the reader's end (read more of the file and try again), a limit error for
+    /// Truncated if the entry goes on past the reader's end (read more of the file and try again), a limit error for
     /// tables larger than QEMU itself accepts.
     pub fn parse(reader: &mut Reader<'_>) -> Result<Snapshot, Error> {
         reader.take(reader.offset().wrapping_neg() % 8)?;

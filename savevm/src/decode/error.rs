@@ -54,7 +54,7 @@ pub enum StreamError {
         expected: u32,
     },
     /// What follows a section's content is no footer.
-    #[error("byte {found:#04x} behind the section's content, expected a footer ({:#04x})", framing::FOOTER)]
+    #[error("byte {found:#04x} after the section's content, expected a footer ({:#04x})", framing::FOOTER)]
     NoFooter {
         /// The byte found.
         found: u8,
@@ -76,7 +76,7 @@ pub enum StreamError {
     /// The stream has no footers, so the end of this content can only come from a description of the device.
     #[error("the stream has no section footers: the length of the content must come from a description or schema")]
     LengthUnknown,
-    /// The content of a package goes on behind its end.
+    /// The content of a package goes on past its end.
     #[error("the package ends {missing} bytes before its content does")]
     PackageTooShort {
         /// How many bytes the item at fault still needs.
@@ -112,9 +112,9 @@ pub enum StreamError {
         /// Length of the block in bytes.
         used_length: u64,
     },
-    /// Bytes behind the end of the stream.
+    /// Bytes after the end of the stream.
     #[error(
-        "{found:#04x} and more behind the end of the stream, expected a description ({:#04x}) or nothing",
+        "{found:#04x} and more after the end of the stream, expected a description ({:#04x}) or nothing",
         framing::VMDESCRIPTION
     )]
     TrailingBytes {

@@ -87,7 +87,7 @@ impl Decoder {
             }
             found @ framing::SUBSECTION => misplaced(found, "subsection", "outside a device section"),
             found @ framing::VMDESCRIPTION => misplaced(found, "description", "before the end of the stream"),
-            found @ framing::CONFIGURATION => misplaced(found, "configuration section", "not behind the header"),
+            found @ framing::CONFIGURATION => misplaced(found, "configuration section", "not after the header"),
             found => Err(Located::new(StreamError::SectionType { found }.into(), at)),
         }
     }

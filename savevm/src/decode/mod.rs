@@ -40,7 +40,7 @@ use totals::Totals;
 ///
 /// # The content of device sections
 ///
-/// The vmstate of a device has no length on the wire. After [`Event::Section`] with such content (and behind
+/// The vmstate of a device has no length on the wire. After [`Event::Section`] with such content (and after
 /// [`VfioRecord::Config`](crate::vfio::VfioRecord::Config)), [`expects_body`](Decoder::expects_body) is true and the
 /// caller has the choice:
 ///
@@ -225,7 +225,7 @@ impl Decoder {
     /// let mut found = Vec::new();
     /// while let Some(event) = driver.next()? {
     ///     match event {
-    ///         // A device of known layout: so many bytes are read, and the decoder is told.
+    ///         // A device of known layout: its bytes are read, and the decoder is told how many.
     ///         Event::Section { header, .. } if header.idstr == "timer" => {
     ///             assert!(driver.decoder().expects_body());
     ///             driver.fill(24)?;
@@ -248,7 +248,7 @@ impl Decoder {
     /// Says that the content of the device section was `len` bytes long and is done with.
     ///
     /// # Errors
-    /// [`StreamError::NoBody`] if none is expected, [`StreamError::PackageTooShort`] if it goes on behind its package,
+    /// [`StreamError::NoBody`] if none is expected, [`StreamError::PackageTooShort`] if it goes on past its package,
     /// [`WireError::LimitExceeded`] if all device sections together have more than
     /// [`Limits::device_state`](qevm_wire::Limits::device_state) bytes.
     pub fn body(&mut self, len: u64) -> Result<(), Error> {
@@ -277,7 +277,7 @@ impl Decoder {
         BodyEnds::new(self)
     }
 
-    /// True if the stream may end here: behind its end, whether a description follows or not.
+    /// True if the stream may end here: after its end, whether a description follows or not.
     pub fn is_complete(&self) -> bool {
         match self.state {
             State::AfterEof | State::End => self.cursor.payload() == 0,
@@ -324,7 +324,7 @@ impl Decoder {
         self.footers
     }
 
-    /// As much of `input` as belongs to this stream, and whether nothing can come behind it.
+    /// As much of `input` as belongs to this stream, and whether nothing can come after it.
     fn bounded<'a>(&self, input: &'a [u8]) -> (&'a [u8], bool) {
         match self.package {
             Some(package) => {

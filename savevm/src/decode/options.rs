@@ -43,11 +43,11 @@ pub struct DecoderOptions {
     /// A description may follow the end of the stream. Without it, the end is final: a reader that waits for bytes of
     /// a live source whose machine type has `suppress-vmdesc=on` would wait for ever.
     pub vmdesc: bool,
-    /// Bytes behind the end of the stream are no error, but left alone (containers pad). Otherwise they are one if
+    /// Bytes after the end of the stream are no error, but left alone (containers pad). Otherwise they are one if
     /// they are shown; a decoder does not ask for any, because a live source sends none and does not close either.
     pub allow_trailing: bool,
     /// The stream is read from its source while that is connected, and not from a recording: [`Step::End`](crate::Step)
-    /// comes with the last byte that the source has to say, and bytes behind it belong to what the two say to each
+    /// comes with the last byte that the source has to say, and bytes after it belong to what the two say to each
     /// other afterwards. Whether a description is the last that comes is what [`vmdesc`](Self::vmdesc) says, which
     /// then must be known ([`Profile::vmdesc`](qevm_wire::Profile)); of postcopy it never is.
     pub live: bool,

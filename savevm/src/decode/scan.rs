@@ -33,7 +33,7 @@ pub(crate) struct Around<'a> {
 enum Follows {
     Yes,
     No,
-    /// So many bytes must be there to know.
+    /// This number of bytes must be there to know.
     Needs(usize),
 }
 
@@ -95,14 +95,14 @@ impl Scan {
             let answer = match rest {
                 [] if around.in_package && around.at_end && self.position == content.len() => Follows::Yes,
                 [] => return Err(self.need(content, content.len() as u64 + 1, at, around)),
-                [framing::EOF, behind @ ..] => match end_follows(behind, around) {
+                [framing::EOF, next @ ..] => match end_follows(next, around) {
                     // Zeroes are all over: only the last byte of the input can be taken for the end by itself.
-                    Follows::Yes if behind.is_empty() && !around.at_end => Follows::Needs(2),
-                    Follows::Yes => yes_if(matches!(behind, [] | [framing::VMDESCRIPTION, ..])),
+                    Follows::Yes if next.is_empty() && !around.at_end => Follows::Needs(2),
+                    Follows::Yes => yes_if(matches!(next, [] | [framing::VMDESCRIPTION, ..])),
                     Follows::Needs(bytes) => Follows::Needs(bytes + 1),
                     Follows::No => Follows::No,
                 },
-                [framing::SECTION_START | framing::SECTION_FULL, behind @ ..] => match header_follows(behind, around) {
+                [framing::SECTION_START | framing::SECTION_FULL, next @ ..] => match header_follows(next, around) {
                     Follows::Needs(bytes) => Follows::Needs(bytes + 1),
                     answer => answer,
                 },
@@ -187,7 +187,7 @@ fn end_follows(rest: &[u8], around: &Around<'_>) -> Follows {
         return Follows::No;
     }
     if !around.options.vmdesc {
-        // Nobody waits for what may come behind this end, so it must not be asked for, nor count if it is there.
+        // Nobody waits for what may come after this end, so it must not be asked for, nor count if it is there.
         return Follows::Yes;
     }
     match rest.first() {

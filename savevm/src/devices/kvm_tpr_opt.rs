@@ -8,7 +8,7 @@ use crate::vmstate::{Unused, VmState};
 pub struct KvmTprOpt {
     /// A copy of the structure in the option ROM.
     pub rom_state: GuestRom,
-    /// 0 inactive, 1 active, 2 standby: the option ROM has run and nothing is patched (what firmware alone leaves behind).
+    /// 0 inactive, 1 active, 2 standby: the option ROM has run and nothing is patched (the state after firmware alone).
     pub state: u32,
     /// Guest-virtual address of the TPR.
     pub real_tpr_addr: u32,

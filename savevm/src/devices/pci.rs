@@ -103,7 +103,7 @@ fn msix_state_size(vectors: u16) -> usize {
     usize::from(vectors) * 16 + usize::from(vectors).div_ceil(8)
 }
 
-/// VMSD `VFIOPCIDevice` version 1: what a VFIO device's section has behind its CONFIG flag, without any header.
+/// VMSD `VFIOPCIDevice` version 1: what a VFIO device's section has after its CONFIG flag, without any header.
 ///
 /// Its subsection with the state of a boot display (`VFIODisplay`) is not declared. (spec: VFIO, 4)
 #[derive(VmState, Debug, Clone, Default, PartialEq, Eq)]

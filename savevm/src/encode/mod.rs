@@ -18,7 +18,7 @@ use qevm_wire::{PageGeometry, Writer};
 
 /// Writes the events of a main channel as bytes.
 ///
-/// Payload is not the encoder's: after an event with payload the caller writes it behind. What a
+/// Payload is not the encoder's: the caller writes it after its event. What a
 /// [`Decoder`](crate::Decoder) gave is written as it was read, byte for byte.
 ///
 /// ```

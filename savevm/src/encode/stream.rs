@@ -33,7 +33,7 @@ use qevm_wire::{Located, WireError, Writer};
 /// stream.footer()?;
 /// stream.section_end(2)?;
 /// stream.page_header(BlockId(0), 0)?;
-/// stream.payload(&[0xaa; 4096])?; // or sent from guest memory, behind bytes()
+/// stream.payload(&[0xaa; 4096])?; // or sent from guest memory, after bytes()
 /// stream.zero_page(BlockId(0), 0x1000)?; // the same block: its name is left out
 /// stream.eos()?;
 /// stream.footer()?;
@@ -349,7 +349,7 @@ impl StreamWriter {
         self.event(&Event::Eof)
     }
 
-    /// The JSON description behind the end.
+    /// The JSON description after the end.
     ///
     /// # Errors
     /// [`WireError::TooLong`] if it is 4 GiB or more.

@@ -52,19 +52,19 @@ impl PageBitmap {
         self.pages
     }
 
-    /// True if page `page` is present; false behind the last page.
+    /// True if page `page` is present; false past the last page.
     pub fn contains(&self, page: u64) -> bool {
         self.byte(page).is_some_and(|byte| byte & bit(page) != 0)
     }
 
-    /// Marks page `page` as present. A page behind the last one is ignored.
+    /// Marks page `page` as present. A page after the last one is ignored.
     pub fn set(&mut self, page: u64) {
         if page < self.pages {
             self.bytes[(page / 8) as usize] |= bit(page);
         }
     }
 
-    /// Marks page `page` as absent, which means zero. A page behind the last one is ignored.
+    /// Marks page `page` as absent, which means zero. A page after the last one is ignored.
     pub fn clear(&mut self, page: u64) {
         if page < self.pages {
             self.bytes[(page / 8) as usize] &= !bit(page);
@@ -81,12 +81,12 @@ impl PageBitmap {
         Runs { bitmap: self, next: 0, longest: longest.max(1) }
     }
 
-    /// The first bit that is set at or behind `page`.
+    /// The first bit that is set at or after `page`.
     pub(super) fn first_at_or_behind(&self, page: u64) -> Option<u64> {
         self.next_matching(page, false)
     }
 
-    /// The first page at or behind `page` whose bit, with all bits inverted if `inverted`, is set.
+    /// The first page at or after `page` whose bit, with all bits inverted if `inverted`, is set.
     fn next_matching(&self, page: u64, inverted: bool) -> Option<u64> {
         let flip = if inverted { u64::MAX } else { 0 };
         let (words, _) = self.bytes.as_chunks::<8>();

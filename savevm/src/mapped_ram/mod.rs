@@ -58,7 +58,7 @@ pub enum MappedRamError {
         /// Pages of the block.
         pages: u64,
     },
-    /// A bit behind the last page is set.
+    /// A bit past the last page is set.
     #[error("mapped-ram bitmap has page {found} set, but the block has {pages} pages")]
     BitBehindLastPage {
         /// Number of the page.
@@ -66,7 +66,7 @@ pub enum MappedRamError {
         /// Pages of the block.
         pages: u64,
     },
-    /// A page that the bitmap says is present lies behind the end of the file.
+    /// A page that the bitmap says is present lies past the end of the file.
     #[error("page {page} is at file offset {file_offset:#x}, but the file ends at {file_len:#x}")]
     PageBehindFile {
         /// Number of the page.
@@ -134,12 +134,12 @@ impl MappedBlock {
         bitmap_len(self.pages())
     }
 
-    /// File offset of page `page`; `None` behind the last page.
+    /// File offset of page `page`; `None` past the last page.
     pub fn page_offset(&self, page: u64) -> Option<u64> {
         (page < self.pages()).then(|| self.header.pages_offset + page * self.header.page_size)
     }
 
-    /// File offset of the first byte behind the pages, where the stream goes on.
+    /// File offset of the first byte after the pages, where the stream goes on.
     pub fn end(&self) -> u64 {
         self.header.pages_offset.saturating_add(self.used_length)
     }

@@ -86,12 +86,12 @@ impl MappedRamHeader {
         };
         let end = reader.offset();
         if header.bitmap_offset < end {
-            return offset_error(version_at + 12, "bitmap", header.bitmap_offset, "at or behind", end);
+            return offset_error(version_at + 12, "bitmap", header.bitmap_offset, "at or after", end);
         }
         let bitmap_end = header.bitmap_offset.checked_add(header.bitmap_len(used_length));
         if bitmap_end.is_none_or(|bitmap_end| header.pages_offset < bitmap_end) {
             let bound = bitmap_end.unwrap_or(u64::MAX);
-            return offset_error(version_at + 20, "pages", header.pages_offset, "behind the bitmap at", bound);
+            return offset_error(version_at + 20, "pages", header.pages_offset, "after the bitmap at", bound);
         }
         if !header.pages_offset.is_multiple_of(pages.size()) {
             return offset_error(version_at + 20, "pages", header.pages_offset, "a multiple of", pages.size());

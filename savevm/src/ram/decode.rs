@@ -35,7 +35,7 @@ pub(crate) struct RecordContext<'l> {
     pub(crate) start: bool,
     /// The guest runs at the destination.
     pub(crate) postcopy: bool,
-    /// No input comes behind that of the reader.
+    /// No input comes after that of the reader.
     pub(crate) at_end: bool,
 }
 
@@ -263,13 +263,13 @@ fn small_page<'a>(
 
 /// Reads the page size of a block, if it is there.
 ///
-/// With `postcopy-ram` the source puts this word behind the length of each block whose page size is not the default of
+/// With `postcopy-ram` the source puts this word after the length of each block whose page size is not the default of
 /// *its host*, which the stream does not tell. But what can be there instead starts with a byte that the word cannot
 /// start with, or has low bits set that the word cannot have:
 ///
 /// * the name of the next block starts with its length, which is not 0, and a page size starts with a 0 byte;
-/// * behind the last block a record follows, whose word has flags, and a page size has none;
-/// * an address (`x-ignore-shared`) looks like a page size only if it is one. Then the 8 bytes behind decide: an
+/// * after the last block a record follows, whose word has flags, and a page size has none;
+/// * an address (`x-ignore-shared`) looks like a page size only if it is one. Then the 8 bytes after decide: an
 ///   address follows a page size, and is aligned to pages; a name or a record follows an address, and is not.
 fn page_size_word(reader: &mut Reader<'_>, context: &RecordContext<'_>) -> Result<Option<u64>, Error> {
     let words = context.words;

@@ -4,7 +4,7 @@ use super::{BlockId, PageAt, RamBlocks, RamError, RamRecord, XBZRLE_ENCODING, fl
 use crate::Error;
 use qevm_wire::{Located, PageGeometry, WireError, Writer};
 
-/// Writes one record; its payload, if it has one, is the caller's to write behind it.
+/// Writes one record; its payload, if it has one, is the caller's to write after it.
 pub(crate) fn encode(
     record: &RamRecord<'_>,
     blocks: &mut RamBlocks,

@@ -53,7 +53,7 @@ pub(super) fn field(
     Ok(())
 }
 
-/// An MSI-X table of so many vectors takes 16 bytes for each, and its pending bits one byte for each eight.
+/// An MSI-X table of `vectors` entries takes 16 bytes for each, and its pending bits one byte for each eight.
 pub(super) const MSIX_ENTRY: u64 = 16;
 
 /// MSI-X table and pending bit array as the device has them in memory.
@@ -65,7 +65,7 @@ fn msix(fields: &mut Fields<'_, '_>, size: u64) -> Result<(), Error> {
     msix_tables(fields, vectors)
 }
 
-/// Bytes of an MSI-X table of so many vectors with its pending bits.
+/// Bytes of an MSI-X table with its pending bits, by the number of vectors.
 pub(super) fn msix_len(vectors: u64) -> usize {
     (vectors * MSIX_ENTRY + vectors.div_ceil(8)) as usize
 }

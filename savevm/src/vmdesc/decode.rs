@@ -212,7 +212,7 @@ fn tree(fields: &mut Fields<'_, '_>, nested: &[StructDescription], context: &Con
 fn end_of_list(fields: &mut Fields<'_, '_>, count: u64) -> Result<(), Error> {
     let offset = fields.offset();
     if fields.element_marker(count)? {
-        let kind = VmdescError::List { what: "marker behind the last element", found: 1, expected: 0 };
+        let kind = VmdescError::List { what: "marker after the last element", found: 1, expected: 0 };
         return Err(Located::new(kind.into(), offset));
     }
     Ok(())

@@ -184,7 +184,7 @@ impl<'i, 'a> Fields<'i, 'a> {
         self.node(name.into(), type_name.into(), 0, content, Value::List)
     }
 
-    /// Reads the marker before an element of a list (true) or behind its last (false).
+    /// Reads the marker before an element of a list (true) or after its last (false).
     pub(super) fn element_marker(&mut self, index: u64) -> Result<bool, Error> {
         let offset = self.offset();
         let found = self.scalar(format!("[{index}].present"), "element marker", ScalarKind::ElementMarker)?.as_u64();

@@ -53,7 +53,7 @@ pub struct DeviceDescription {
 pub enum DeviceBody {
     /// Fields and subsections.
     Struct(StructDescription),
-    /// An old-style handler (`slirp`, …): so many bytes, no fields.
+    /// An old-style handler (`slirp`, …): its length in bytes, no fields.
     OldStyle {
         /// Bytes of the section's body.
         size: u64,

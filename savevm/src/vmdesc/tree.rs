@@ -16,7 +16,7 @@ pub type Name = Cow<'static, str>;
 /// a section is outside a leaf or a subsection header, so a tree encodes to the bytes it was decoded from.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Node {
-    /// Name as the description has it. Elements of arrays have `[index]` behind it, whatever QEMU release wrote the
+    /// Name as the description has it. Elements of arrays have `[index]` after it, whatever QEMU release wrote the
     /// description. For unnamed parts of QEMU's composite types, the name that this crate's format reference gives.
     pub name: Name,
     /// QEMU's name of the type; `subsection` for subsections.

@@ -34,7 +34,7 @@ pub enum ScalarKind {
     Timer,
     /// One byte that tells whether an element of an array of pointers follows: `0x30` no, `0x31` yes (QEMU 11.x).
     PointerMarker,
-    /// One byte before each element of a list, 1, and behind the last, 0.
+    /// One byte before each element of a list, 1, and after the last, 0.
     ElementMarker,
 }
 

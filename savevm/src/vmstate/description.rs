@@ -57,7 +57,7 @@ pub struct ElementDescription {
 /// What an element holds on the wire.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Layout {
-    /// So many bytes.
+    /// This number of bytes.
     Bytes(u64),
     /// As many bytes as other fields or the content decide.
     Variable,

@@ -340,11 +340,11 @@ macro_rules! list {
 }
 
 list! {
-    /// A queue of any length (QEMU's `qtailq`): each element behind a byte 1, then a byte 0.
+    /// A queue of any length (QEMU's `qtailq`): each element after a byte 1, then a byte 0.
     QTailQ, "qtailq"
 }
 list! {
-    /// A list of any length (QEMU's `qlist`): each element behind a byte 1, then a byte 0.
+    /// A list of any length (QEMU's `qlist`): each element after a byte 1, then a byte 0.
     QList, "qlist"
 }
 

@@ -14,7 +14,7 @@ pub(super) const SUBSECTION: u8 = 0x05;
 enum Notation {
     /// Not at all: a single value, or an element that the release does not number.
     No,
-    /// `array_len`: the entry stands for so many elements.
+    /// `array_len`: the entry stands for this number of elements.
     Len(u64),
     /// `index`: the entry is the element of that number.
     Index(u64),

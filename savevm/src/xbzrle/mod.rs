@@ -39,7 +39,7 @@ pub enum XbzrleError {
         /// `unchanged` or `new`.
         what: &'static str,
     },
-    /// A run that goes on behind the end of the page.
+    /// A run that goes on past the end of the page.
     #[error("XBZRLE run of {found} bytes, expected at most {left} to the end of the page")]
     OutsidePage {
         /// Length of the run.
@@ -190,7 +190,7 @@ impl<'a> Runs<'a> {
         Ok(low & 0x7f | high << 7)
     }
 
-    /// The place in the page behind a run of `count` bytes that starts at `from`.
+    /// The place in the page after a run of `count` bytes that starts at `from`.
     fn advance(&self, start: usize, from: usize, count: usize, page: usize) -> Result<usize, Error> {
         match from + count {
             end if end <= page => Ok(end),

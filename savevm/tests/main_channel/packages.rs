@@ -50,7 +50,7 @@ fn a_package_has_neither_header_nor_end() {
 fn a_package_that_ends_inside_an_item_is_its_writers_fault() {
     let (kind, at, _) = refused(b"\x08\0\x02\0\x04\0\0");
     assert_eq!((kind, at), (StreamError::PackageTooShort { missing: 2 }.into(), 5));
-    // A page whose bytes go on behind the package.
+    // A page whose bytes go on after the package.
     let mut part = StreamWriter::unchecked(Encoder::default(), true);
     part.section_part(RAM).unwrap();
     let page = [part.bytes(), b"\0\0\0\0\0\0\0\x08\x06pc.ram", &[0; 100]].concat();
@@ -73,7 +73,7 @@ fn the_sections_of_a_package_stay_its_own() {
     device.section_full(&header(9, "timer", 2), &[0; 24]).unwrap();
     let (mut stream, _) = packaged(&device.take());
     stream.pop();
-    // The same id for another handler: in a package it would be refused, behind it the package is forgotten.
+    // The same id for another handler: in a package it would be refused, after it the package is forgotten.
     let mut tail = StreamWriter::unchecked(Encoder::default(), true);
     tail.section_full(&header(9, "cpu", 12), &[0; 24]).unwrap();
     tail.eof().unwrap();

@@ -57,8 +57,8 @@ fn each(bytes: &[u8], mut action: impl FnMut(&Event<'_>, &[u8], u64)) {
     let (mut decoder, mut rest) = (Decoder::new(DecoderOptions::default()), bytes);
     while let Some((event, read)) = next_event(&mut rest, &mut decoder).unwrap() {
         let consumed = read.len();
-        let behind = &bytes[decoder.offset() as usize..];
-        action(&event, behind, decoder.offset());
+        let rest = &bytes[decoder.offset() as usize..];
+        action(&event, rest, decoder.offset());
         rest.consume(consumed);
     }
 }
@@ -292,7 +292,7 @@ fn a_mapped_ram_file_jumps_to_the_end_of_the_pages() {
     let [block] = blocks.as_slice() else { panic!("{blocks:?}") };
     assert_eq!((block.name.to_string(), block.used_length), ("pc.ram".to_string(), 32 * MIB));
     let Some(MappedRamHeader { page_size: 4096, bitmap_offset, pages_offset }) = block.mapped_ram else { panic!() };
-    // The bitmap starts where the header ends, the pages at the next MiB, and the stream goes on behind them.
+    // The bitmap starts where the header ends, the pages at the next MiB, and the stream goes on after them.
     assert_eq!(pages_offset, MIB);
     assert_eq!(error.offset, bitmap_offset);
     let needed = pages_offset + 32 * MIB - bitmap_offset;

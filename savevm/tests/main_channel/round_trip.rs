@@ -38,7 +38,7 @@ proptest! {
     #[test]
     fn a_stream_that_ends_early_is_truncated(configuration in configuration(), items in items(), cut: prop::sample::Index) {
         let stream = write(configuration.as_ref(), &items, Some("{}"));
-        // Behind the end of the stream a missing description is no error.
+        // After the end of the stream a missing description is no error.
         let end = stream.len() - b"\x06\0\0\0\x02{}".len();
         let cut = cut.index(end);
         let error = pump(&mut decoder(), &stream[..cut], || 777).unwrap_err();

@@ -82,7 +82,7 @@ fn sections(bytes: &[u8]) -> Vec<Section> {
     sections
 }
 
-/// Where the sections end, and the description behind them.
+/// Where the sections end, and the description after them.
 fn description(bytes: &[u8]) -> (usize, serde_json::Value) {
     let end = (0..bytes.len() - DESCRIPTION_HEADER)
         .rev()

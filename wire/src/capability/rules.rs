@@ -191,8 +191,8 @@ const fn rule(capability: Capability, other: Capability, since: (u16, u16), reas
 const ZERO_COPY: &str = "Zero copy only available for non-compressed non-TLS multifd migration";
 const MULTI_CHANNEL: &str = "Migration requires multi-channel URIs (e.g. tcp)";
 
-/// The first needs the second. Where only the releases before and behind a change were examined, the rule counts from
-/// the first one behind the last that is known not to have it.
+/// The first needs the second. Where only the releases before and after a change were examined, the rule counts from
+/// the first one after the last that is known not to have it.
 const REQUIRED: &[Rule] = &[
     rule(PostcopyPreempt, PostcopyRam, (7, 1), "Postcopy preempt requires postcopy-ram"),
     rule(ZeroCopySend, Multifd, (7, 1), ZERO_COPY),

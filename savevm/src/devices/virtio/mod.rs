@@ -152,7 +152,7 @@ impl<D: DevicePart> Element for MmioVirtio<D> {
     }
 
     fn take(input: &mut Loader<'_, '_, '_>) -> Result<Self, Error> {
-        // Whether requests in flight are preceded by a descriptor count shows only behind them, in the presence of
+        // Whether requests in flight are preceded by a descriptor count shows only after them, in the presence of
         // `virtio/packed_virtqueues`. The assumption that this subsection proves is tried first.
         let assuming = |input: &mut Loader<'_, '_, '_>, packed_ring| {
             input.attempt(|input| {

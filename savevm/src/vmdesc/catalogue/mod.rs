@@ -67,7 +67,7 @@ pub enum Found {
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 struct Structure {
     layouts: Vec<Layout>,
-    /// Names of the subsections that can be behind its fields.
+    /// Names of the subsections that can be after its fields.
     subsections: BTreeSet<String>,
 }
 

@@ -307,7 +307,7 @@ impl<'c, 'b> Search<'c, 'b> {
         }
     }
 
-    /// Reads a list: a marker before each element, and one behind the last.
+    /// Reads a list: a marker before each element, and one after the last.
     fn list(&mut self, field: &FieldLayout, start: &Way, after: &mut Vec<Way>) {
         let mut ways: Vec<(Way, Option<Rc<Element>>)> = vec![(start.clone(), None)];
         while let Some((way, last)) = ways.pop() {
@@ -355,7 +355,7 @@ impl<'c, 'b> Search<'c, 'b> {
 }
 
 impl Way {
-    /// The way with a field behind it.
+    /// The way, continued by a field.
     fn step(&self, position: usize, field: FieldDescription) -> Way {
         Way { position, ..self.clone() }.with(self.last.clone(), Part::Field(field))
     }

@@ -3,7 +3,7 @@
 //! ```text
 //! releases  5.2  7.2          the releases, named a, b, … below
 //! pckbd                       a structure
-//! +pckbd_outport              a subsection that can be behind its fields
+//! +pckbd_outport              a subsection that can be after its fields
 //!   3  s  bc  identify_set=1  a form: version, roles (section, nested, subSection, Inferred), releases, guard
 //!     write_cmd  uint8  1     a field: name, type, bytes of one element or -, numbers of elements if not 1, structures
 //! ```

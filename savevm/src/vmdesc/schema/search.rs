@@ -95,7 +95,7 @@ impl<'s> Path<'s> {
         if self.position == body.len() { End::Fits(self.choices) } else { End::DoesNotFit }
     }
 
-    /// Goes on behind the fields of a structure: into a subsection, or out.
+    /// Goes on after the fields of a structure: into a subsection, or out.
     fn end_of_structure(&mut self, frame: &Rc<Frame<'s>>, body: &[u8]) {
         if let Some((subsection, version, header)) = subsection_at(frame.schema, &body[self.position..]) {
             self.position += header;
@@ -106,7 +106,7 @@ impl<'s> Path<'s> {
         }
     }
 
-    /// Goes on behind an element of a field, or into it.
+    /// Goes on after an element of a field, or into it.
     fn element(&mut self, frame: &Rc<Frame<'s>>, field: &'s FieldSchema, body: &[u8]) -> bool {
         let count = field.count.unwrap_or(1);
         let Some(nested) = &field.nested else {
@@ -156,7 +156,7 @@ pub(super) fn leaf_len(field: &FieldSchema, schema: &StructSchema, before: &[u8]
         // Where it is the only field, it is the whole section.
         "virtio" if schema.fields.len() == 1 && before.is_empty() => Some(total as u64),
         "msix" => {
-            // Behind a PCI device, of which configuration space and four interrupt pins are on the wire.
+            // After a PCI device, of which configuration space and four interrupt pins are on the wire.
             const IRQ_STATE: usize = 16;
             let config = before.get(..before.len().checked_sub(IRQ_STATE)?)?;
             let vectors = [256, 4096].into_iter().find_map(|len| {

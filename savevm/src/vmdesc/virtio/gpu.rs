@@ -12,7 +12,7 @@ const SCANOUT: u64 = 40;
 const FRAME_BUFFER: u64 = 24;
 /// Scanouts that a display can have (virtio 1.2, 5.7.4).
 const SCANOUTS_MAX: u32 = 16;
-/// Every pixel format of virtio-gpu takes so many bytes (virtio 1.2, 5.7.6.8).
+/// Every pixel format of virtio-gpu takes this number of bytes (virtio 1.2, 5.7.6.8).
 const BYTES_PER_PIXEL: u64 = 4;
 
 /// Reads the resources up to resource id 0, then the scanouts, which are all that is left.

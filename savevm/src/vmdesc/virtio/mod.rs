@@ -1,7 +1,7 @@
 //! The field of type `virtio`: transport, common part, queues, the device's own part, subsections.
 //!
 //! A description gives only its size. Its parts have no lengths either; where the device's own part ends is known from
-//! the subsections behind it, whose names and sizes are fixed. So the own part of a device that is not known here is
+//! the subsections after it, whose names and sizes are fixed. So the own part of a device that is not known here is
 //! one opaque leaf, and all the rest is still taken apart. Facts: streams of QEMU 5.2, 7.2, 10.0 and 11.1.
 
 mod device;

@@ -1,4 +1,4 @@
-//! The subsections behind a virtio device's own part.
+//! The subsections after a virtio device's own part.
 
 use super::super::ScalarKind;
 use super::super::fields::Input;

@@ -8,7 +8,7 @@ use crate::Error;
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Transport {
     Mmio,
-    /// With so many bytes of configuration space.
+    /// With this number of bytes of configuration space.
     Pci(u64),
 }
 
@@ -25,7 +25,7 @@ const PCI_CAPABILITY_LIST: usize = 0x34;
 const PCI_CAP_ID_EXPRESS: u8 = 0x10;
 const PCI_CAP_ID_MSIX: u8 = 0x11;
 const PCI_MSIX_TABLE_SIZE: u16 = 0x7ff;
-/// The list fits into the 192 bytes behind the header, at 4 bytes each.
+/// The list fits into the 192 bytes after the header, at 4 bytes each.
 const PCI_CAPABILITIES_MAX: usize = 48;
 
 /// The transports to try for content that starts with `start`, the likeliest first.
