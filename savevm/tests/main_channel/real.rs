@@ -57,8 +57,8 @@ fn each(bytes: &[u8], mut action: impl FnMut(&Event<'_>, &[u8], u64)) {
     let (mut decoder, mut rest) = (Decoder::new(DecoderOptions::default()), bytes);
     while let Some((event, read)) = next_event(&mut rest, &mut decoder).unwrap() {
         let consumed = read.len();
-        let rest = &bytes[decoder.offset() as usize..];
-        action(&event, rest, decoder.offset());
+        let following = &bytes[decoder.offset() as usize..];
+        action(&event, following, decoder.offset());
         rest.consume(consumed);
     }
 }
