@@ -22,7 +22,7 @@ pub const KNOWN: [(&str, bool); 21] = [
     ("late-block-activate", true),
     ("x-ignore-shared", false),
     ("validate-uuid", false),
-    ("background-snapshot", false),
+    ("background-snapshot", true),
     ("zero-copy-send", false),
     ("postcopy-preempt", false),
     ("switchover-ack", true),
@@ -65,6 +65,8 @@ pub struct Capabilities {
     pub late_block_activate: bool,
     /// `mapped-ram`: pages have fixed places in a file; needs `file:`.
     pub mapped_ram: bool,
+    /// `background-snapshot`: the guest runs on while its memory and devices as of one instant are sent (6.0).
+    pub background_snapshot: bool,
     /// `postcopy-ram`: with `mapped-ram`, a guest that comes from a file runs before its memory is loaded (11.2). Postcopy itself is not
     /// supported.
     pub postcopy_ram: bool,
@@ -155,6 +157,7 @@ impl Capabilities {
             "dirty-limit" => Some(&mut self.dirty_limit),
             "late-block-activate" => Some(&mut self.late_block_activate),
             "mapped-ram" => Some(&mut self.mapped_ram),
+            "background-snapshot" => Some(&mut self.background_snapshot),
             "postcopy-ram" => Some(&mut self.postcopy_ram),
             _ => None,
         }
@@ -177,7 +180,9 @@ mod tests {
     fn whatever_is_supported_can_be_turned_on_and_is_listed_so() {
         let return_path = Capabilities { return_path: true, ..Capabilities::default() };
         for (name, supported) in KNOWN {
-            let on = return_path.with([(name, true)]);
+            // A copy of the guest is waited for by nobody.
+            let before = if name == "background-snapshot" { Capabilities::default() } else { return_path };
+            let on = before.with([(name, true)]);
             assert_eq!(on.is_ok(), supported, "{name}");
             if let Ok(on) = on {
                 let others = on.list().into_iter().filter(|(other, _)| !["return-path", name].contains(other));

@@ -82,6 +82,7 @@ pub fn receive(
         hurried: channels.is_none() && misfit.is_some(),
         // Only files are loaded so, whose pages the core knows nothing of.
         postcopy: false,
+        background_snapshot: capabilities.background_snapshot,
         late_block_activate: capabilities.late_block_activate,
         silence: None,
     };

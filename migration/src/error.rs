@@ -238,7 +238,7 @@ pub enum LoadError {
         instance_id: u32,
     },
     /// The stream is over, and guest memory is not complete.
-    #[error("the stream ends without {missing} of section 'ram': guest memory is not complete")]
+    #[error("the stream ends without {missing} of section 'ram': guest memory is not complete{}", advice(missing))]
     RamIncomplete {
         /// START or END.
         missing: &'static str,
@@ -345,5 +345,13 @@ impl Blame for LoadError {
 impl From<qevm_savevm::ErrorKind> for LoadError {
     fn from(kind: qevm_savevm::ErrorKind) -> Self {
         LoadError::Stream(kind)
+    }
+}
+
+/// What may be so without a fault.
+fn advice(missing: &str) -> &'static str {
+    match missing {
+        "END" => " (if this is a background snapshot, turn capability 'background-snapshot' on here)",
+        _ => "",
     }
 }

@@ -1,6 +1,6 @@
 //! What the engines need of a virtual machine.
 
-use super::{IterativeDevice, MissingPages, SavedDevices};
+use super::{IterativeDevice, MissingPages, ProtectedPages, SavedDevices};
 use qevm_wire::{CountedString, Profile};
 use std::{error::Error, ops::Range, time::Duration};
 use vm_memory::VolatileSlice;
@@ -138,6 +138,14 @@ pub trait Hooks: Send + Sync {
     /// The guest's own: the host cannot do that, or this process may not.
     fn missing_pages(&self) -> Result<Box<dyn MissingPages>, GuestError> {
         Err("this machine has all of its memory at once".into())
+    }
+
+    /// What protects pages of guest memory against writes; for a [background snapshot](crate::ProtectedPages).
+    ///
+    /// # Errors
+    /// The guest's own: the host cannot do that, or this process may not.
+    fn protected_pages(&self) -> Result<Box<dyn ProtectedPages>, GuestError> {
+        Err("the memory of this machine cannot be protected".into())
     }
 
     /// The guest has gone to the destination for good; told at the source.

@@ -83,6 +83,7 @@
 //! | [`bitmap`], `zero`, `ram_sender` | dirty pages, and sending them straight from guest memory |
 //! | `multifd` | page channels: threads that send and receive pages beside the main channel |
 //! | `page_file`, `lazy` | files in which every page has its place; guests that run before their memory is loaded from one |
+//! | `snapshot` | memory as of one instant, of a guest that runs on |
 //! | `pending`, [`switchover`] | what remains of everything, and when to stop the guest |
 //! | `source`, `return_path` | [`migrate`]: the source engine: threads, sockets and the guest around the core |
 //! | `inlet`, `touched`, `ram_receiver`, `destination` | [`receive`]: the destination engine |
@@ -128,6 +129,7 @@ mod ram_sender;
 pub mod rate;
 mod registry;
 mod return_path;
+mod snapshot;
 mod socket;
 mod source;
 mod statistics;
@@ -155,6 +157,7 @@ pub use pending::{IterativeDevice, Pending};
 pub use pipe::Pipe;
 pub use registry::{Registry, RegistryError};
 pub use return_path::ReturnPathError;
+pub use snapshot::ProtectedPages;
 pub use socket::{Listener, Socket};
 pub use source::{migrate, monotonic_now};
 pub use statistics::{RamStatistics, RoundStatistics, Statistics, Status};

@@ -1,8 +1,9 @@
 //! Files in which every page has its place (capability `mapped-ram`, QEMU 9.0).
 
 use super::{
-    Guest, GuestError, LoadError, MigrationError, RamView,
+    Guest, GuestError, LoadError, MigrationError, PAGE_SIZE, RamView,
     channel::{Source, Target},
+    core::source::Sent,
     multifd::Counts,
     touched::Touched,
     zero::is_zero,
@@ -153,6 +154,26 @@ impl Saving {
         }
         let normal = normal.len() as u64;
         Ok(Counts { bytes: normal * pages.size(), normal, zero: offsets.len() as u64 - normal })
+    }
+
+    /// Writes copies of pages of a block, from `offset` on, to their places.
+    pub(crate) fn save_copy(&self, block: usize, offset: u64, copied: &[u8]) -> Result<Sent, MigrationError> {
+        let place = self.blocks.get().and_then(|blocks| blocks.get(block)).ok_or(MigrationError::ChannelsEnded)?;
+        let mut sent = Sent::default();
+        for (at, content) in (offset..).step_by(PAGE_SIZE as usize).zip(copied.chunks(PAGE_SIZE as usize)) {
+            if self.holes && content.iter().all(|byte| *byte == 0) {
+                sent.zero += 1;
+                continue;
+            }
+            self.file
+                .file
+                .write_all_at(content, place.layout.header.pages_offset + at)
+                .map_err(|source| MigrationError::Send { doing: "pages to their places in the file", source })?;
+            place.present.mark(at / PAGE_SIZE..at / PAGE_SIZE + 1);
+            sent.normal += 1;
+        }
+        sent.bytes = sent.normal * PAGE_SIZE;
+        Ok(sent)
     }
 
     /// Writes which pages are there, when all are, and says how many bytes that took.

@@ -1,12 +1,13 @@
 //! Sending pages straight from guest memory: the source's core says which.
 
 use super::{
-    Channel, MigrationError, RamView,
+    Channel, MigrationError, PAGE_SIZE, RamView,
     channel::{Source, write_all},
     core::source::{Batch, BlockRange, Sent},
     multifd,
     multifd::{Counts, Queue},
     page_file::Saving,
+    snapshot::Copied,
     zero::{is_zero, prefetch},
 };
 use qevm_savevm::{StreamWriter, ram::BlockId};
@@ -26,6 +27,10 @@ pub(crate) struct RamSender<'g> {
 impl<'g> RamSender<'g> {
     pub(crate) fn new(views: Vec<RamView<'g>>, pages: PageGeometry) -> Self {
         RamSender { views, pages }
+    }
+
+    pub(crate) fn views(&self) -> &[RamView<'g>] {
+        &self.views
     }
 
     /// Sends a batch after what `stream` holds already. Nothing is left in `stream`.
@@ -115,6 +120,31 @@ impl<'g> RamSender<'g> {
         let missing = || MigrationError::guest("reach a RAM block")(format!("there is no block {block}").into());
         self.views.get(block).ok_or_else(missing)
     }
+}
+
+/// Sends copies of pages after what `stream` holds already. Nothing is left in `stream`.
+pub(crate) fn send_copy(
+    channel: &dyn Channel,
+    stream: &mut StreamWriter,
+    copied: &Copied,
+) -> Result<Sent, MigrationError> {
+    let mut sent = Sent::default();
+    let (id, size) = (BlockId(copied.block as u32), PAGE_SIZE as usize);
+    for (offset, content) in (copied.offset..).step_by(size).zip(copied.bytes.chunks(size)) {
+        if content.iter().all(|byte| *byte == 0) {
+            stream.zero_page(id, offset)?;
+            sent.zero += 1;
+        } else {
+            stream.page_header(id, offset)?;
+            stream.payload(content)?;
+            sent.normal += 1;
+        }
+    }
+    sent.bytes = stream.bytes().len() as u64;
+    write_all(channel, &mut [Source::bytes(stream.bytes())])
+        .map_err(|source| MigrationError::Send { doing: "pages", source })?;
+    stream.clear();
+    Ok(sent)
 }
 
 fn page_of<'g>(view: &RamView<'g>, offset: u64, size: u64) -> Result<VolatileSlice<'g>, MigrationError> {

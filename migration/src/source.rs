@@ -3,7 +3,7 @@
 mod perform;
 
 use super::{
-    Channel, DirtyLog, Guest, IterativeDevice, Job, MigrationError, Notice, Outgoing,
+    Channel, DirtyLog, Guest, IterativeDevice, Job, MigrationError, Notice, Outgoing, Refused,
     channel::{Source, write_all},
     connections::Reader,
     core::{
@@ -14,6 +14,7 @@ use super::{
     page_file::Saving,
     ram_sender::RamSender,
     return_path::ReturnPath,
+    snapshot::Snapshot,
 };
 use qevm_wire::{PageGeometry, Profile, profile::ZeroPageDetection};
 use std::{
@@ -45,6 +46,13 @@ pub fn migrate(guest: &dyn Guest, connections: &Outgoing, job: &Job, profile: &P
     let transfers = saving.is_none() && settings.as_ref().is_some_and(|settings| settings.device_state);
     let devices: Result<Vec<_>, _> = iterative.iter().map(|device| DeviceOptions::of(*device, transfers)).collect();
     let devices = match devices {
+        Ok(devices) => match devices.first().filter(|_| capabilities.background_snapshot) {
+            Some(device) => Err(in_parts(device)),
+            None => Ok(devices),
+        },
+        failed => failed,
+    };
+    let devices = match devices {
         Ok(devices) => devices,
         Err(error) => {
             job.end(Some(&error));
@@ -61,8 +69,9 @@ pub fn migrate(guest: &dyn Guest, connections: &Outgoing, job: &Job, profile: &P
         ),
     });
     let flow = profile.switchover_ack.filter(|_| capabilities.switchover_ack);
-    // The destination answers who asks it to, whatever its own capability says.
-    let answers = capabilities.return_path || connections.reader == Reader::Answers;
+    let snapshot = capabilities.background_snapshot.then(Snapshot::default);
+    // The destination answers who asks it to, whatever its own capability says. A snapshot is a copy, of which nobody here has to know.
+    let answers = capabilities.return_path || (connections.reader == Reader::Answers && snapshot.is_none());
     let return_path = answers.then(|| ReturnPath::new(Answers::new(flow, capabilities.return_path)));
     let options = SourceOptions {
         profile: profile.clone(),
@@ -100,6 +109,9 @@ pub fn migrate(guest: &dyn Guest, connections: &Outgoing, job: &Job, profile: &P
                 });
             }
         }
+        if let Some(snapshot) = &snapshot {
+            scope.spawn(|| snapshot.serve(&guest.ram()));
+        }
         let mut engine = Engine {
             guest,
             connections,
@@ -109,6 +121,7 @@ pub fn migrate(guest: &dyn Guest, connections: &Outgoing, job: &Job, profile: &P
             return_path: return_path.as_ref(),
             pages: pages.as_ref(),
             saving: saving.as_ref(),
+            snapshot: snapshot.as_ref(),
             devices: iterative,
             ram: RamSender::new(guest.ram(), PageGeometry::X86),
             log: None,
@@ -122,8 +135,17 @@ pub fn migrate(guest: &dyn Guest, connections: &Outgoing, job: &Job, profile: &P
         if let Some(pages) = &pages {
             pages.queue.end();
         }
+        if let Some(snapshot) = &snapshot {
+            snapshot.end();
+        }
         engine.finish(result)
     })
+}
+
+/// Nobody can say what a device that runs on had at one instant.
+fn in_parts(device: &DeviceOptions) -> MigrationError {
+    let why = format!("Device '{}' sends its state in parts, and cannot be in a background snapshot", device.idstr);
+    MigrationError::Refused(Refused::Blocked(why))
 }
 
 /// The page channels of a migration.
@@ -148,6 +170,8 @@ struct Engine<'e> {
     pages: Option<&'e PageChannels<'e>>,
     /// The pages have places in a file.
     saving: Option<&'e Saving>,
+    /// Pages are sent as they were.
+    snapshot: Option<&'e Snapshot>,
     devices: Vec<&'e dyn IterativeDevice>,
     ram: RamSender<'e>,
     log: Option<Box<dyn DirtyLog + 'e>>,

@@ -91,6 +91,8 @@ impl Destination {
                 came: HashSet::new(),
                 ram: RamSection::Awaited,
                 has_pages: false,
+                records: 0,
+                snapshot: options.background_snapshot,
                 section: None,
                 opened: false,
                 return_path: false,
@@ -371,6 +373,7 @@ impl Destination {
                 if self.nested.is_none() && !self.loader.postcopy.listens =>
             {
                 self.payload = Payload::Other;
+                self.loader.records += 1;
                 Ok(Turn { consumed, action: Action::Zero(page) })
             }
             Step::Event { consumed, event } => {

@@ -31,6 +31,7 @@ mod phase;
 mod postcopy;
 mod precopy;
 mod round;
+mod snapshot;
 #[cfg(test)]
 mod tests;
 
@@ -49,7 +50,7 @@ use crate::{
     switchover::Bandwidth,
 };
 use devices::InitialData;
-use phase::{Phase, Postcopy, Rest, Setup, Step, Stopped};
+use phase::{Phase, Postcopy, Rest, Setup, Snapshot, Step, Stopped};
 use qevm_multifd::{SourceSync, SyncError, SyncStep};
 use qevm_savevm::{Encoder, StreamWriter};
 use qevm_wire::{CountedString, Located, PageGeometry};
@@ -282,8 +283,9 @@ impl SourceCore {
 
     /// The devices were saved.
     pub fn devices_saved(&mut self, devices: SavedDevices) {
-        if let Phase::Stopped(Stopped::Saved(saved)) = &mut self.phase {
-            *saved = Some(devices);
+        match &mut self.phase {
+            Phase::Stopped(Stopped::Saved(saved)) | Phase::Snapshot(Snapshot::Saved(saved)) => *saved = Some(devices),
+            _ => {}
         }
     }
 
@@ -298,8 +300,10 @@ impl SourceCore {
 
     /// Everything was taken, or not.
     pub fn settled(&mut self, result: io::Result<()>) {
-        if let Phase::Settling(settled) = &mut self.phase {
-            *settled = Some(result);
+        match &mut self.phase {
+            Phase::Settling(settled) => *settled = Some(result),
+            Phase::Snapshot(Snapshot::Settled(settled)) => *settled = result,
+            _ => {}
         }
     }
 
@@ -321,7 +325,10 @@ impl SourceCore {
 
     /// The guest goes on here, or cannot.
     pub fn resumed(&mut self, result: Result<(), crate::GuestError>) {
-        self.came_back(result);
+        match &mut self.phase {
+            Phase::Snapshot(Snapshot::GoesOn { result: went_on, .. }) => *went_on = result,
+            _ => self.came_back(result),
+        }
     }
 
     /// The last action has failed.
@@ -358,6 +365,7 @@ impl SourceCore {
             Phase::Stopped(step) => self.stopped(step),
             Phase::Completing(rest) => self.complete(rest, now, answers),
             Phase::Postcopy(step) => self.go_first(step, now, answers),
+            Phase::Snapshot(step) => self.snapshot(step, now),
             Phase::AwaitAnswers { devices, since } => self.await_answers(devices, since, now, answers),
             // `end_sent` is what ends this.
             Phase::Ending => Err(self.unsettled("it is not known how much of the end of the stream was sent")),

@@ -1,7 +1,7 @@
 //! What each action of the core means for threads, sockets, files and the guest.
 
 use super::{Action, Counts, Engine, Notice, Sent, Source, Wake, monotonic_now, write_all};
-use crate::{GuestError, MigrationError, core::source::BlockRange, page_file::Saving, pending::DeviceSize};
+use crate::{GuestError, MigrationError, core::source::BlockRange, page_file::Saving, pending::DeviceSize, ram_sender};
 use qevm_savevm::{
     event::Event,
     mapped_ram::MappedBlock,
@@ -30,7 +30,26 @@ impl Engine<'_> {
                 }
             }
             Action::Reset(ranges) => self.reset(ranges)?,
-            Action::StopLog => self.log = None,
+            Action::StopLog => {
+                self.log = None;
+                if let Some(snapshot) = self.snapshot {
+                    snapshot.end();
+                }
+            }
+            Action::PrepareSnapshot => {
+                self.guest.hooks().prepare();
+                if let Some(snapshot) = self.snapshot {
+                    snapshot.prepare(self.guest.hooks().protected_pages())?;
+                }
+            }
+            Action::Protect => self.snapshot.map_or(Ok(()), |snapshot| snapshot.protect(self.ram.views()))?,
+            Action::Unprotect => {
+                self.send_copies(&[])?;
+                if let Some(snapshot) = self.snapshot {
+                    snapshot.end();
+                }
+            }
+            Action::Pages(batch) if self.snapshot.is_some() => self.send_copies(&batch.runs)?,
             Action::BeginDevice(device) => {
                 let begun = self.devices.get(device).map_or(Ok(()), |device| device.begin());
                 begun.map_err(MigrationError::guest("prepare a device for migration"))?;
@@ -127,6 +146,22 @@ impl Engine<'_> {
             Action::LeaveGuest => self.guest.hooks().handed_over(),
             // Whoever runs the machine stops here.
             Action::End(result) => return result,
+        }
+        Ok(())
+    }
+
+    /// Sends pages as they were: these, and those that somebody has written to.
+    fn send_copies(&mut self, runs: &[BlockRange]) -> Result<(), MigrationError> {
+        let Some(snapshot) = self.snapshot else { return Ok(()) };
+        for BlockRange { block, pages } in runs {
+            snapshot.copy(self.ram.views(), *block, pages)?;
+        }
+        for copied in snapshot.take()? {
+            let sent = match self.saving {
+                Some(saving) => saving.save_copy(copied.block, copied.offset, &copied.bytes)?,
+                None => ram_sender::send_copy(self.channel, self.core.stream(), &copied)?,
+            };
+            self.core.sent(sent);
         }
         Ok(())
     }

@@ -3,11 +3,13 @@
 use super::{Machine, RunState};
 use crate::{
     dirty_log::{self, DirtyBitmap},
-    memory::{BIOS, PAGE_SIZE, RamBlock, Userfault},
+    memory::{BIOS, PAGE_SIZE, RamBlock, Userfault, WriteProtection},
     sections::{self, has_device},
     state::MachineState,
 };
-use qevm_migration::{DeviceSection, Devices, DirtyLog, Guest, GuestError, Hooks, MissingPages, RamView, SavedDevices};
+use qevm_migration::{
+    DeviceSection, Devices, DirtyLog, Guest, GuestError, Hooks, MissingPages, ProtectedPages, RamView, SavedDevices,
+};
 use qevm_wire::{CountedString, Profile};
 use std::{ops::Range, time::Duration};
 use vm_memory::VolatileSlice;
@@ -98,6 +100,10 @@ impl Hooks for Machine {
 
     fn missing_pages(&self) -> Result<Box<dyn MissingPages>, GuestError> {
         Ok(Box::new(Userfault::new(self.memory().clone())?))
+    }
+
+    fn protected_pages(&self) -> Result<Box<dyn ProtectedPages>, GuestError> {
+        Ok(Box::new(WriteProtection::new(self.memory().clone())?))
     }
 
     fn activate(&self) -> Result<(), GuestError> {

@@ -21,7 +21,7 @@ use super::{GuestMemory, RamBlock};
 use crate::devices::lock;
 
 /// The kernel's letter for these calls, and their numbers.
-const GROUP: u8 = 0xaa;
+pub(super) const GROUP: u8 = 0xaa;
 const API: Opcode = opcode::read_write::<uffdio_api>(GROUP, 0x3f);
 const REGISTER: Opcode = opcode::read_write::<uffdio_register>(GROUP, 0);
 const UNREGISTER: Opcode = opcode::read::<uffdio_range>(GROUP, 1);
@@ -33,7 +33,7 @@ const EVENT: usize = 32;
 /// Blocks whose pages are missing until they are filled in.
 pub(crate) struct Userfault {
     memory: Arc<GuestMemory>,
-    faults: OwnedFd,
+    pub(super) faults: OwnedFd,
     stop: OwnedFd,
     /// Numbers of the blocks.
     blocks: Mutex<Vec<usize>>,
@@ -42,24 +42,43 @@ pub(crate) struct Userfault {
 impl Userfault {
     /// Of no block at first.
     pub(crate) fn new(memory: Arc<GuestMemory>) -> Result<Userfault, GuestError> {
+        Userfault::with(memory, 0)
+    }
+
+    /// With these features of the kernel's.
+    pub(super) fn with(memory: Arc<GuestMemory>, features: u64) -> Result<Userfault, GuestError> {
         let faults = open().map_err(|error| {
             format!(
                 "userfaultfd is not available ({error}): it needs CAP_SYS_PTRACE, sysctl vm.unprivileged_userfaultfd=1, or \
                  access to /dev/userfaultfd"
             )
         })?;
-        let mut api = uffdio_api { api: UFFD_API.into(), features: 0, ioctls: 0 };
-        call::<API, _>(&faults, &mut api)?;
+        let mut api = uffdio_api { api: UFFD_API.into(), features, ioctls: 0 };
+        call::<API, _>(&faults, &mut api)
+            .map_err(|error| format!("userfaultfd of this kernel cannot do that ({error})"))?;
         let stop = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
         Ok(Userfault { memory, faults, stop, blocks: Mutex::default() })
     }
 
-    fn block(&self, number: usize) -> Result<&RamBlock, GuestError> {
+    pub(super) fn block(&self, number: usize) -> Result<&RamBlock, GuestError> {
         Ok(self.memory.blocks().get(number).ok_or("no such RAM block")?)
     }
 
+    /// Has the kernel tell of faults in a block, of this kind.
+    pub(super) fn register(&self, number: usize, mode: u32) -> Result<(), GuestError> {
+        let block = self.block(number)?;
+        let range = uffdio_range { start: block.host_address() as u64, len: block.max_length() };
+        let mut register = uffdio_register { range, mode: mode.into(), ioctls: 0 };
+        call::<REGISTER, _>(&self.faults, &mut register).map_err(|error| {
+            let name = block.name();
+            format!("userfaultfd cannot serve the memory of RAM block '{name}' ({error}): it must be anonymous, memfd, tmpfs or hugetlbfs")
+        })?;
+        lock(&self.blocks).push(number);
+        Ok(())
+    }
+
     /// Where `len` bytes at `offset` of a block are in this process.
-    fn place(&self, number: usize, offset: u64, len: u64) -> Result<uffdio_range, GuestError> {
+    pub(super) fn place(&self, number: usize, offset: u64, len: u64) -> Result<uffdio_range, GuestError> {
         let block = self.block(number)?;
         let within = offset.checked_add(len).is_some_and(|end| end <= block.max_length());
         match within && lock(&self.blocks).contains(&number) {
@@ -82,14 +101,8 @@ impl MissingPages for Userfault {
     fn add(&self, number: usize) -> Result<u64, GuestError> {
         let block = self.block(number)?;
         block.discard()?;
-        let range = uffdio_range { start: block.host_address() as u64, len: block.max_length() };
-        let mut register = uffdio_register { range, mode: UFFDIO_REGISTER_MODE_MISSING.into(), ioctls: 0 };
         // From here on, who touches it waits until it is filled in.
-        call::<REGISTER, _>(&self.faults, &mut register).map_err(|error| {
-            let name = block.name();
-            format!("userfaultfd cannot serve the memory of RAM block '{name}' ({error}): it must be anonymous, memfd, tmpfs or hugetlbfs")
-        })?;
-        lock(&self.blocks).push(number);
+        self.register(number, UFFDIO_REGISTER_MODE_MISSING)?;
         Ok(block.host_page_size())
     }
 
@@ -164,10 +177,11 @@ impl MissingPages for Userfault {
 }
 
 /// One of the calls above, with its structure.
-fn call<const CALL: Opcode, T>(faults: &OwnedFd, argument: &mut T) -> rustix::io::Result<()> {
+pub(super) fn call<const CALL: Opcode, T>(faults: &OwnedFd, argument: &mut T) -> rustix::io::Result<()> {
     const { assert!(opcode::read_write::<T>(GROUP, CALL as u8) == CALL || opcode::read::<T>(GROUP, CALL as u8) == CALL) };
     // SAFETY: the structure has the length that the number of the call says. The kernel reads and writes it, and bytes of ours that `fill` gives
-    // it to read; the only memory it changes are missing pages of a block that `memory` keeps, which nobody can have seen.
+    // it to read; the only memory it changes are missing pages of a block that `memory` keeps, which nobody can have seen. Protecting pages of it
+    // changes nothing but when others write.
     unsafe { ioctl(faults, Updater::<CALL, T>::new(argument)) }
 }
 

@@ -9,6 +9,7 @@ mod block;
 mod host;
 mod layout;
 mod missing;
+mod protected;
 
 use std::sync::Arc;
 
@@ -16,6 +17,7 @@ pub use backend::{BackendError, BackendKind, MemoryBackend};
 pub use block::{PAGE_SIZE, RamBlock};
 pub use layout::{ACPI_RSDP, ACPI_TABLES, BIOS, LOW_RAM_MAX, MAX_BIOS, RAM, TABLE_LOADER};
 pub(crate) use missing::Userfault;
+pub(crate) use protected::WriteProtection;
 
 use vm_memory::VolatileSlice;
 use vm_memory::bitmap::{AtomicBitmap, BS, Bitmap};

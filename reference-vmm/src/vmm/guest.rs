@@ -2,7 +2,9 @@
 
 use super::{RunState, Vmm};
 use qevm_migration::dirty_rate::LogClaim;
-use qevm_migration::{DeviceSection, Devices, DirtyLog, Guest, GuestError, Hooks, MissingPages, RamView, SavedDevices};
+use qevm_migration::{
+    DeviceSection, Devices, DirtyLog, Guest, GuestError, Hooks, MissingPages, ProtectedPages, RamView, SavedDevices,
+};
 use qevm_wire::{CountedString, Profile};
 use std::{ops::Range, time::Duration};
 
@@ -104,6 +106,10 @@ impl Hooks for Vmm {
 
     fn missing_pages(&self) -> Result<Box<dyn MissingPages>, GuestError> {
         self.machine.hooks().missing_pages()
+    }
+
+    fn protected_pages(&self) -> Result<Box<dyn ProtectedPages>, GuestError> {
+        self.machine.hooks().protected_pages()
     }
 
     fn activate(&self) -> Result<(), GuestError> {

@@ -17,15 +17,18 @@ pub(crate) const TESTS: &[Test] = &[
     ("lazy_a_file_that_is_cut_stops_the_guest_with_the_reason", cut_file),
 ];
 
-fn capabilities(monitor: &mut Monitor, on: &[&str]) {
+pub(crate) fn capabilities(monitor: &mut Monitor, on: &[&str]) {
     let list: Vec<Value> = on.iter().map(|name| json!({ "capability": name, "state": true })).collect();
     monitor.execute("migrate-set-capabilities", json!({ "capabilities": list }));
 }
 
-/// Waits until the guest has rewritten all of its memory twice here, and checked each page before; it has lost nothing.
-fn runs(monitor: &Monitor) {
-    let passes =
-        |text: &str| text.lines().filter_map(Progress::parse).map(|progress| progress.pass).collect::<Vec<_>>();
+/// Waits until the guest has rewritten all of its memory twice from now on, and checked each page before; it has lost nothing.
+pub(crate) fn runs(monitor: &Monitor) {
+    let seen = monitor.text().len();
+    let passes = |text: &str| {
+        let new = text.get(seen..).unwrap_or_default().lines();
+        new.filter_map(Progress::parse).map(|progress| progress.pass).collect::<Vec<_>>()
+    };
     monitor
         .wait_for("progress", |text| passes(text).first().zip(passes(text).last()).is_some_and(|(a, b)| *b >= a + 2));
     assert!(monitor.text().lines().filter_map(Progress::parse).all(|progress| progress.stale == 0));

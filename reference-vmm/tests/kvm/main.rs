@@ -19,6 +19,7 @@ mod payload;
 mod qmp;
 mod qmp_clients;
 mod reset;
+mod snapshot;
 mod state;
 mod strange_peers;
 mod transports;
@@ -52,6 +53,7 @@ fn main() -> ExitCode {
         incoming::TESTS,
         backends::TESTS,
         lazy::TESTS,
+        snapshot::TESTS,
         qmp::TESTS,
         qmp_clients::TESTS,
         transports::TESTS,

@@ -51,6 +51,10 @@ pub(super) struct Loader {
     pub(super) ram: RamSection,
     /// A page with content has come.
     pub(super) has_pages: bool,
+    /// Records of pages that came since the list of blocks.
+    pub(super) records: u64,
+    /// The stream may be a background snapshot, whose memory has no END.
+    pub(super) snapshot: bool,
     /// The FULL section that is open, before its content.
     pub(super) section: Option<SectionHeader>,
     /// The source has opened a return path.
@@ -132,6 +136,7 @@ impl Loader {
                 self.listed.clear();
                 self.postcopy.lengths.clear();
                 self.has_pages = false;
+                self.records = 0;
                 Ok(Then::Do(Action::ForgetBlocks))
             }
             RamRecord::Block(block) => {
@@ -160,6 +165,7 @@ impl Loader {
             }
             RamRecord::Page(page) => {
                 self.has_pages = true;
+                self.records += 1;
                 Ok(Then::Do(Action::Page { page, remaining: 0 }))
             }
             // What else there may be one day is not understood.
@@ -295,12 +301,18 @@ impl Loader {
     pub(super) fn check_complete(&self, names: &[String]) -> Result<(), LoadError> {
         match self.ram {
             RamSection::Awaited => return Err(LoadError::RamIncomplete { missing: "START" }),
+            RamSection::Open(_) if self.snapshot && self.each_page_came_once() => {}
             RamSection::Open(_) => return Err(LoadError::RamIncomplete { missing: "END" }),
             RamSection::Ended => {}
         }
         let missing = names.iter().find(|name| !self.listed.iter().any(|listed| *listed == ***name));
         missing.map_or(Ok(()), |name| Err(LoadError::MissingRamBlock { name: name.clone() }))?;
         self.iterative.check_complete()
+    }
+
+    /// As in a background snapshot of QEMU's. The bitmap of a file has every page at most once.
+    fn each_page_came_once(&self) -> bool {
+        self.mapped_ram || self.postcopy.lengths.iter().sum::<u64>() == self.records * PageGeometry::X86.size()
     }
 
     fn compare(&self, configuration: &Configuration) -> Result<(), LoadError> {

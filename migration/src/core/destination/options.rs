@@ -32,6 +32,8 @@ pub struct DestinationOptions {
     pub hurried: bool,
     /// Capability `postcopy-ram` is on: the guest may run before its memory is here.
     pub postcopy: bool,
+    /// Capability `background-snapshot` is on: memory that ends without END is complete if every page came once.
+    pub background_snapshot: bool,
     /// Capability `late-block-activate` is on.
     pub late_block_activate: bool,
     /// How long the main channel may be silent; `None` for as long as it takes, since only the operator knows the source's rate limit.

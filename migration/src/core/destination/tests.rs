@@ -7,7 +7,7 @@ use qevm_savevm::{
     Event, StreamWriter,
     command::Command,
     framing::{SectionHeader, SectionKind},
-    ram::RamBlock,
+    ram::{BlockId, RamBlock},
     vfio::VfioRecord,
 };
 use qevm_wire::{Blame, Fault};
@@ -281,4 +281,28 @@ fn a_device_that_has_not_come_as_a_whole_is_refused() {
     twice.full(4, &[VfioRecord::Config, VfioRecord::EndOfState]);
     let error = twice.refused(options(false));
     assert!(matches!(&error, LoadError::SectionAgain { idstr, .. } if *idstr == device(4)), "{error}");
+}
+
+/// QEMU's background snapshots have no END: their memory is whole if every page came once.
+#[test]
+fn memory_without_an_end_is_a_background_snapshot_of_which_every_page_came_once() {
+    for (told, pages, whole) in [(true, 2, true), (true, 1, false), (true, 3, false), (false, 2, false)] {
+        let mut stream = Stream(StreamWriter::default());
+        stream.0.header(None).unwrap();
+        let header = SectionHeader { section_id: RAM, idstr: name("ram"), instance_id: 0, version_id: 4 };
+        stream.0.section_start(&header).unwrap();
+        stream.0.ram_setup([RamBlock::new(name("ram"), 2 * 4096)]).unwrap();
+        stream.0.eos().unwrap();
+        stream.0.footer().unwrap();
+        stream.0.section_part(RAM).unwrap();
+        (0..pages).for_each(|page| stream.0.zero_page(BlockId(0), page % 2 * 4096).unwrap());
+        stream.0.eos().unwrap();
+        stream.0.footer().unwrap();
+        let ram = vec!["ram".into()];
+        let options = DestinationOptions { ram, background_snapshot: told, ..DestinationOptions::default() };
+        match stream.load(options) {
+            Ok(_) => assert!(whole, "{told} {pages}"),
+            Err(error) => assert!(!whole && error.to_string().contains("without END of section 'ram'"), "{error}"),
+        }
+    }
 }

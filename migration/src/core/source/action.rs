@@ -39,6 +39,13 @@ pub enum Wake {
 pub enum Action {
     /// Prepare the guest and start to log which pages change.
     StartLog,
+    /// Prepare the guest for a snapshot: find out whether its memory can be protected against writes.
+    PrepareSnapshot,
+    /// Protect all memory of the paused guest against writes. From here on whoever writes to a page waits until it was copied, and
+    /// [`Pages`](Action::Pages) has all that is in its batch copied before it is sent, and what was copied meanwhile with it.
+    Protect,
+    /// Send what was copied and not sent: [`sent`](super::SourceCore::sent). Every page was copied, and the protection ends.
+    Unprotect,
     /// Read the dirty log: [`found`](super::SourceCore::found) for every word.
     ReadLog,
     /// Reset these ranges of the dirty log.

@@ -289,6 +289,7 @@ impl Phase {
                 | Phase::Completing(_)
                 | Phase::AwaitAnswers { .. }
                 | Phase::Postcopy(Postcopy::Begin(_))
+                | Phase::Snapshot(_)
         )
     }
 }

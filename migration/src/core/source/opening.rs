@@ -31,7 +31,8 @@ impl SourceCore {
                     self.pause(now);
                 }
                 self.greet(answers)?;
-                self.do_next(Action::StartLog);
+                let snapshot = self.options.capabilities.background_snapshot;
+                self.do_next(if snapshot { Action::PrepareSnapshot } else { Action::StartLog });
                 Setup::List
             }
             Setup::List => {
@@ -49,6 +50,10 @@ impl SourceCore {
                 self.statistics.setup_time = now;
                 self.statistics.ram.total = self.remaining_bytes();
                 self.statistics.ram.page_size = PageGeometry::X86.size();
+                if self.options.capabilities.background_snapshot {
+                    self.begin_snapshot();
+                    return Ok(());
+                }
                 self.statistics.expected_downtime = self.parameters.downtime_limit();
                 self.do_next(Action::Status(Status::Active));
                 self.do_next(Action::ReadLog);

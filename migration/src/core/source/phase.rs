@@ -1,7 +1,7 @@
 //! How far a migration is at its source.
 
 use crate::{
-    MigrationError, SavedDevices,
+    GuestError, MigrationError, SavedDevices,
     switchover::{Reason, Switchover},
 };
 use std::{io, time::Duration};
@@ -29,6 +29,8 @@ pub(crate) enum Phase {
     Completing(Completing),
     /// The guest goes before its memory does (capability `postcopy-ram`).
     Postcopy(Postcopy),
+    /// The guest runs on, and its memory and devices are sent as of one instant (capability `background-snapshot`).
+    Snapshot(Snapshot),
     /// Everything but the end of the stream was sent. The destination has to answer before it gets that.
     AwaitAnswers { devices: SavedDevices, since: Duration },
     /// The end of the stream is being sent: from here on the destination may run the guest.
@@ -143,6 +145,27 @@ pub(crate) enum Postcopy {
     Ending(Option<Result<(), MigrationError>>),
     /// The destination has everything, as far as is known.
     AwaitShut { since: Duration },
+}
+
+/// Steps of [`Phase::Snapshot`].
+#[derive(Debug)]
+pub(crate) enum Snapshot {
+    /// The blocks are listed.
+    Begin,
+    /// The guest is paused.
+    Stopped,
+    /// Its devices are saved.
+    Saved(Option<SavedDevices>),
+    /// Its memory is protected, and it was let go on.
+    GoesOn { devices: SavedDevices, result: Result<(), GuestError> },
+    /// Pages are sent as they were.
+    Pages(SavedDevices),
+    /// All pages were sent.
+    AllCopied(SavedDevices),
+    /// Everything was sent.
+    Sent,
+    /// Everything was taken, or not.
+    Settled(io::Result<()>),
 }
 
 /// Steps of [`Phase::Stopped`].
