@@ -5,8 +5,8 @@
 //! way while the guest rewrites its memory, and at the end the guest itself says whether a page was stale, its clock ran
 //! backwards or a byte of its serial output got lost. An [`Outage`]
 //! breaks the connection again and again before it lets the guest go, a [`Pairing`] is of monitors that do not fit each other, and
-//! must be told why, a [`Doubt`] ends in a moment when the source cannot know what the destination does, and an [`Echo`]
-//! is a stopped guest that comes back as it was. A [`Lodger`] is one that never runs in reference-vmm: Linux under TCG. [`Gear`] is what a guest
+//! must be told why, a [`Doubt`] ends in a moment when the source cannot know what the destination does, an [`Echo`]
+//! is a stopped guest that comes back as it was, and a [`Snapshot`] is a copy of a guest that runs on. A [`Lodger`] is one that never runs in reference-vmm: Linux under TCG. [`Gear`] is what a guest
 //! uses besides its memory: virtio devices that it keeps busy. A [`Party`] is one of the monitors, controlled by QMP whoever wrote it.
 
 pub mod bench;
@@ -24,6 +24,7 @@ mod proxy;
 pub mod python;
 pub mod reboots;
 mod report;
+mod snapshot;
 pub mod table;
 mod tap;
 
@@ -37,3 +38,4 @@ pub use pairing::Pairing;
 pub use party::{BUILT_IN, Monitor, Party};
 pub use proxy::Cut;
 pub use report::{Case, run, summary};
+pub use snapshot::Snapshot;

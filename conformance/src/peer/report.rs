@@ -9,7 +9,7 @@ use std::time::Instant;
 use anyhow::Result;
 use serde_json::Value;
 
-use super::{Account, Doubt, Echo, Journey, Monitor, Outage, Pairing, Stage, Stop};
+use super::{Account, Doubt, Echo, Journey, Monitor, Outage, Pairing, Snapshot, Stage, Stop};
 use crate::bench::figures::Summary;
 use crate::matrix::{REQUIRE_KVM, REQUIRE_QEMU, kvm};
 use crate::played::{Outcome, Report, Row};
@@ -28,6 +28,8 @@ pub enum Case {
     Pairing(Pairing),
     /// It comes back as it was.
     Echo(Echo),
+    /// It runs on, and so does a copy of it.
+    Snapshot(Snapshot),
 }
 
 impl Case {
@@ -39,6 +41,7 @@ impl Case {
             Case::Doubt(doubt) => &doubt.journey,
             Case::Pairing(pairing) => &pairing.journey,
             Case::Echo(echo) => &echo.journey,
+            Case::Snapshot(snapshot) => &snapshot.journey,
         }
     }
 
@@ -49,6 +52,7 @@ impl Case {
             Case::Doubt(doubt) => doubt.play(stage),
             Case::Pairing(pairing) => pairing.play(stage),
             Case::Echo(echo) => echo.play(stage),
+            Case::Snapshot(snapshot) => snapshot.play(stage),
         }
     }
 }

@@ -2,7 +2,7 @@
 
 use serde_json::{Map, Value};
 
-use super::{Case, Cut, Doubt, Doubtful, Echo, Gear, Journey, Link, Load, Outage, Pairing, Stop};
+use super::{Case, Cut, Doubt, Doubtful, Echo, Gear, Journey, Link, Load, Outage, Pairing, Stop, snapshot};
 use crate::roots::Suite;
 use crate::scenario::Accel;
 
@@ -20,6 +20,7 @@ pub fn all() -> Vec<Case> {
     cases.extend(doubts().into_iter().map(Case::Doubt));
     cases.extend(pairings().into_iter().map(Case::Pairing));
     cases.extend(echoes().into_iter().map(Case::Echo));
+    cases.extend(snapshot::all().into_iter().map(Case::Snapshot));
     cases
 }
 
