@@ -1,0 +1,137 @@
+//! A running monitor.
+
+use std::fs::{self, File};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+use serde_json::{Value, json};
+
+use crate::patience::PATIENCE;
+use crate::plan::{Kind, Monitor, Side};
+use crate::qmp::Qmp;
+
+const POLL: Duration = Duration::from_millis(20);
+
+pub(crate) struct Running {
+    child: Child,
+    pub(crate) qmp: Qmp,
+    pub(crate) side: Side,
+    serial: PathBuf,
+    stderr: PathBuf,
+}
+
+impl Running {
+    pub(crate) fn start(monitor: &Monitor, side: Side, scratch: &Path) -> Result<Running> {
+        let name = if side == Side::Source { "source" } else { "destination" };
+        let file = |suffix: &str| scratch.join(format!("{name}.{suffix}"));
+        let (socket, serial, stderr) = (file("qmp"), file("serial"), file("stderr"));
+        for old in [&socket, &serial] {
+            let _ = fs::remove_file(old);
+        }
+        let mut command = Command::new(&monitor.program);
+        let mut listener = None;
+        match monitor.kind {
+            Kind::Qemu => {
+                listener = Some(UnixListener::bind(&socket).with_context(|| format!("binding {}", socket.display()))?);
+                command.args(&monitor.arguments);
+                command.args(["-chardev", &format!("socket,id=lab-qmp,path={}", socket.display())]);
+                command.args(["-mon", "chardev=lab-qmp,mode=control"]);
+                command.args(["-serial", &format!("file:{}", serial.display())]);
+                if side == Side::Destination {
+                    command.args(["-incoming", "defer"]);
+                }
+            }
+            Kind::Reference => {
+                command.arg("run").args(&monitor.arguments);
+                command.args(["--qmp", &format!("unix:{}", socket.display())]);
+                command.args(["--serial", &format!("file:{}", serial.display())]);
+                if side == Side::Destination {
+                    command.args(["--incoming", "defer"]);
+                }
+            }
+        }
+        let output = File::create(&stderr)?;
+        command.stdin(Stdio::null()).stdout(output.try_clone()?).stderr(output);
+        let mut child = command.spawn().with_context(|| format!("starting {}", monitor.program))?;
+        let connected = connect(&mut child, listener.as_ref(), &socket).and_then(|stream| Ok(Qmp::new(stream)?));
+        match connected {
+            Ok(qmp) => Ok(Running { child, qmp, side, serial, stderr }),
+            Err(error) => {
+                let _ = child.kill();
+                let _ = child.wait();
+                Err(error.context(format!("the {name} does not start: {}", text(&stderr).trim())))
+            }
+        }
+    }
+
+    pub(crate) fn configure(&mut self, monitor: &Monitor) -> Result<()> {
+        let list: Vec<_> =
+            monitor.capabilities.iter().map(|(name, on)| json!({ "capability": name, "state": on })).collect();
+        if !list.is_empty() {
+            self.qmp.execute("migrate-set-capabilities", json!({ "capabilities": list }))?;
+        }
+        if monitor.parameters.as_object().is_some_and(|parameters| !parameters.is_empty()) {
+            self.qmp.execute("migrate-set-parameters", monitor.parameters.clone())?;
+        }
+        Ok(())
+    }
+
+    /// The answer, or the error as text.
+    pub(crate) fn ask(&mut self, command: &str) -> Value {
+        self.qmp.execute(command, Value::Null).unwrap_or_else(|error| json!({ "error": error.to_string() }))
+    }
+
+    pub(crate) fn serial(&self) -> String {
+        text(&self.serial)
+    }
+
+    pub(crate) fn stderr(&self) -> String {
+        text(&self.stderr)
+    }
+
+    pub(crate) fn ended(&mut self) -> bool {
+        !matches!(self.child.try_wait(), Ok(None))
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        let _ = self.qmp.execute("quit", Value::Null);
+        let deadline = Instant::now() + Duration::from_secs(5);
+        while matches!(self.child.try_wait(), Ok(None)) && Instant::now() < deadline {
+            thread::sleep(POLL);
+        }
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+fn connect(child: &mut Child, listener: Option<&UnixListener>, socket: &Path) -> Result<UnixStream> {
+    if let Some(listener) = listener {
+        listener.set_nonblocking(true)?;
+    }
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        let stream = match listener {
+            Some(listener) => listener.accept().map(|(stream, _)| stream),
+            None => UnixStream::connect(socket),
+        };
+        match stream {
+            Ok(stream) => {
+                stream.set_nonblocking(false)?;
+                return Ok(stream);
+            }
+            Err(_) if child.try_wait()?.is_some() => bail!("it exited before its monitor was up"),
+            Err(error) if Instant::now() > deadline => return Err(error).context("its monitor does not come up"),
+            Err(_) => thread::sleep(POLL),
+        }
+    }
+}
+
+fn text(path: &Path) -> String {
+    String::from_utf8_lossy(&fs::read(path).unwrap_or_default()).into_owned()
+}

@@ -1,0 +1,161 @@
+//! What is to be done, and what was seen.
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+/// One of the two monitors.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Side {
+    /// Where the guest runs first.
+    Source,
+    /// Where it is to go.
+    Destination,
+}
+
+impl Side {
+    /// Both, the source first.
+    pub const BOTH: [Side; 2] = [Side::Source, Side::Destination];
+}
+
+/// How a monitor is told where its QMP is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Kind {
+    /// QEMU, which connects to a socket of ours.
+    Qemu,
+    /// reference-vmm, which listens.
+    Reference,
+}
+
+/// A program that runs the guest.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Monitor {
+    /// Its path in the machine.
+    pub program: String,
+    /// How it is spoken to.
+    pub kind: Kind,
+    /// Everything but QMP, the serial port and `incoming`.
+    pub arguments: Vec<String>,
+    /// Capabilities that are set, by name.
+    pub capabilities: BTreeMap<String, bool>,
+    /// Arguments of `migrate-set-parameters`.
+    pub parameters: Value,
+}
+
+/// A mediated device, made for the job and removed after it.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Device {
+    /// Whose it is.
+    pub side: Side,
+    /// Its name under `/sys/bus/mdev/devices`.
+    pub uuid: String,
+    /// Its driver: `testdev` or `mtty`.
+    pub driver: String,
+    /// Its type, such as `testdev-pci`.
+    pub kind: String,
+    /// Files in its folder `testdev`, and what is written to them, in order.
+    pub settings: Vec<(String, String)>,
+}
+
+/// A setting that changes on the way.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Change {
+    /// Milliseconds after `migrate`, by the machine's clock.
+    pub after_ms: u64,
+    /// The device.
+    pub uuid: String,
+    /// The file.
+    pub name: String,
+    /// What is written to it.
+    pub value: String,
+}
+
+/// What is run.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Plan {
+    /// The monitor at the source.
+    pub source: Monitor,
+    /// The monitor at the destination.
+    pub destination: Monitor,
+    /// The devices of both.
+    pub devices: Vec<Device>,
+    /// What the source's guest prints when it is ready to go.
+    pub ready: String,
+    /// What the guest prints again and again, so often that it must appear twice at the destination.
+    pub beat: String,
+    /// Milliseconds between the guest's readiness and `migrate`.
+    pub before_ms: u64,
+    /// Milliseconds that the guest is watched after it has arrived.
+    pub after_ms: u64,
+    /// Changes on the way, by time.
+    pub changes: Vec<Change>,
+    /// Seconds, by the machine's clock, after which the migration is cancelled.
+    pub limit_s: u64,
+    /// Keep every byte of the migration in this folder.
+    pub record: Option<String>,
+}
+
+/// An event, or a step of the driver's own.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Happened {
+    /// Where.
+    pub side: Side,
+    /// The event's name.
+    pub name: String,
+    /// The event's data.
+    pub data: Value,
+    /// Milliseconds since `migrate`, by the machine's clock.
+    pub ms: f64,
+}
+
+/// What was seen.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Report {
+    /// How the migration ended at the source: `completed`, `failed`, `cancelled`; `limit` when it had to be cancelled.
+    pub status: String,
+    /// The source's last `query-migrate`.
+    pub migration: Value,
+    /// The destination's last `query-status`, or why there is none.
+    pub arrived: Value,
+    /// The source's last `query-status`, or why there is none.
+    pub left: Value,
+    /// Events of both sides, by time.
+    pub events: Vec<Happened>,
+    /// The counters of each `testdev`, by its name, at the end.
+    pub counters: BTreeMap<String, BTreeMap<String, i64>>,
+    /// The state of migration in which each `testdev` is at the end.
+    pub states: BTreeMap<String, String>,
+    /// What the guest printed at the source.
+    pub source_serial: String,
+    /// What the guest printed at the destination.
+    pub destination_serial: String,
+    /// What the source's monitor printed.
+    pub source_stderr: String,
+    /// What the destination's monitor printed.
+    pub destination_stderr: String,
+}
+
+impl Report {
+    /// What stands in front of a report in the machine's output.
+    pub const MARK: &str = "lab-report: ";
+
+    /// The first event with this name at this side at or after `from` milliseconds.
+    pub fn event(&self, side: Side, name: &str, from: f64) -> Option<&Happened> {
+        self.events.iter().find(|event| event.side == side && event.name == name && event.ms >= from)
+    }
+
+    /// The states that a device told in events `VFIO_MIGRATION`, in order.
+    pub fn device_states(&self, side: Side, id: &str) -> Vec<(&str, f64)> {
+        let own = self.events.iter().filter(|event| event.side == side && event.name == "VFIO_MIGRATION");
+        let own = own.filter(|event| event.data["device-id"] == id);
+        own.filter_map(|event| Some((event.data["device-state"].as_str()?, event.ms))).collect()
+    }
+
+    /// A counter of a device, 0 if there is none.
+    pub fn counter(&self, uuid: &str, name: &str) -> i64 {
+        self.counters.get(uuid).and_then(|all| all.get(name)).copied().unwrap_or_default()
+    }
+}

@@ -1,0 +1,154 @@
+//! The migration itself.
+
+use std::path::Path;
+use std::thread;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use anyhow::{Context, Result, bail};
+use serde_json::{Value, json};
+
+use crate::device::{self, Made};
+use crate::monitor::Running;
+use crate::patience::PATIENCE;
+use crate::plan::{Happened, Plan, Report, Side};
+use crate::qmp::QmpError;
+use crate::record;
+
+const SCRATCH: &str = "/tmp";
+/// Between two looks at a migration under way. Each costs the monitors a command.
+const POLL: Duration = Duration::from_millis(100);
+const ENDS: [&str; 3] = ["completed", "failed", "cancelled"];
+
+/// Does what the plan says.
+///
+/// # Errors
+/// A device cannot be made, a monitor does not start, or the guest does not get ready: nothing that a migration could be blamed for.
+pub fn run(plan: &Plan) -> Result<Report> {
+    let made = plan.devices.iter().map(Made::new).collect::<Result<Vec<_>>>()?;
+    let scratch = Path::new(SCRATCH);
+    let mut source = Running::start(&plan.source, Side::Source, scratch)?;
+    let mut destination = Running::start(&plan.destination, Side::Destination, scratch)?;
+    source.configure(&plan.source)?;
+    destination.configure(&plan.destination)?;
+    wait(&mut source, "the source's guest does not get ready", |serial| serial.contains(&plan.ready))?;
+    thread::sleep(Duration::from_millis(plan.before_ms));
+
+    let (front, back) = (scratch.join("front"), scratch.join("incoming"));
+    let _ = std::fs::remove_file(&back);
+    let uri = |path: &Path| json!({ "uri": format!("unix:{}", path.display()) });
+    destination.qmp.execute("migrate-incoming", uri(&back)).context("migrate-incoming")?;
+    let to = match &plan.record {
+        Some(folder) => {
+            record::start(&front, &back, Path::new(folder))?;
+            &front
+        }
+        None => &back,
+    };
+    let began = Began { at: Instant::now(), since_epoch: SystemTime::now().duration_since(UNIX_EPOCH)? };
+    let mut events = Vec::new();
+    source.qmp.execute("migrate", uri(to)).context("migrate")?;
+    let (status, migration) = watch(plan, &began, &mut source, &mut destination, &mut events)?;
+    if status == "completed" {
+        let beats = |serial: &str| serial.matches(&plan.beat).count() >= 2;
+        // Whether the guest runs is for the judge to say.
+        let _ = wait(&mut destination, "", beats);
+    }
+    thread::sleep(Duration::from_millis(plan.after_ms));
+    let (left, arrived) = (source.ask("query-status"), destination.ask("query-status"));
+    for side in [&mut source, &mut destination] {
+        collect(side, &began, &mut events);
+    }
+    events.sort_by(|a, b| a.ms.total_cmp(&b.ms));
+    let counters = made.iter().filter_map(|d| Some((d.uuid().to_owned(), d.counters()?))).collect();
+    let states = made.iter().filter_map(|d| Some((d.uuid().to_owned(), d.state()?))).collect();
+    let report = Report {
+        status,
+        migration,
+        arrived,
+        left,
+        events,
+        counters,
+        states,
+        source_serial: source.serial(),
+        destination_serial: destination.serial(),
+        source_stderr: source.stderr(),
+        destination_stderr: destination.stderr(),
+    };
+    // The devices cannot go before their users have.
+    drop((source, destination));
+    Ok(report)
+}
+
+struct Began {
+    at: Instant,
+    since_epoch: Duration,
+}
+
+fn watch(
+    plan: &Plan,
+    began: &Began,
+    source: &mut Running,
+    destination: &mut Running,
+    events: &mut Vec<Happened>,
+) -> Result<(String, Value)> {
+    let mut changes = plan.changes.iter().peekable();
+    let mut over = false;
+    loop {
+        let passed = began.at.elapsed();
+        while let Some(change) = changes.next_if(|change| passed >= Duration::from_millis(change.after_ms)) {
+            device::write(&change.uuid, &change.name, &change.value)?;
+            let data = json!({ "device": change.uuid, "name": change.name, "value": change.value });
+            events.push(Happened {
+                side: Side::Source,
+                name: "CHANGE".into(),
+                data,
+                ms: began.at.elapsed().as_secs_f64() * 1e3,
+            });
+        }
+        let migration = source.ask("query-migrate");
+        let status = migration["status"].as_str().unwrap_or_default().to_owned();
+        if ENDS.contains(&status.as_str()) {
+            return Ok((if over { "limit".into() } else { status }, migration));
+        }
+        if source.ended() {
+            return Ok(("exited".into(), migration));
+        }
+        if passed > Duration::from_secs(plan.limit_s) + PATIENCE {
+            return Ok(("stuck".into(), migration));
+        }
+        if passed > Duration::from_secs(plan.limit_s) && !over {
+            over = true;
+            source.ask("migrate_cancel");
+        }
+        for side in [&mut *source, &mut *destination] {
+            collect(side, began, events);
+        }
+        thread::sleep(POLL);
+    }
+}
+
+/// The events that came.
+fn collect(monitor: &mut Running, began: &Began, events: &mut Vec<Happened>) {
+    loop {
+        match monitor.qmp.next_event(Duration::from_millis(1)) {
+            Ok(event) => {
+                let since = event.time.map_or(0.0, |t| t.as_secs_f64() - began.since_epoch.as_secs_f64());
+                events.push(Happened { side: monitor.side, name: event.name, data: event.data, ms: since * 1e3 });
+            }
+            Err(QmpError::Timeout { .. }) => return,
+            // A monitor that is gone says so in the report's other members.
+            Err(_) => return,
+        }
+    }
+}
+
+fn wait(monitor: &mut Running, what: &str, until: impl Fn(&str) -> bool) -> Result<()> {
+    let deadline = Instant::now() + PATIENCE;
+    while !until(&monitor.serial()) {
+        if Instant::now() > deadline || monitor.ended() {
+            bail!("{what}: it printed {:?}, and its monitor {:?}", monitor.serial(), monitor.stderr().trim());
+        }
+        thread::sleep(POLL);
+    }
+    Ok(())
+}
