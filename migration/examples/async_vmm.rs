@@ -309,7 +309,7 @@ impl Monitor {
                 let rest = writer.write_all(&bytes[first..]).await.map_err(failed("the end of the stream"));
                 core.end_sent(rest, start.elapsed());
             }
-            Action::Status(Status::PostcopyActive) => self.gone.set(true),
+            Action::Status(Status::PostcopyDevice) => self.gone.set(true),
             Action::Commit => core.committed(Ok(())),
             Action::Confirm(bytes) => core.confirmed(writer.write_all(&bytes).await),
             Action::Resume => {

@@ -11,7 +11,7 @@ pub const KNOWN: [(&str, bool); 21] = [
     ("rdma-pin-all", false),
     ("auto-converge", true),
     ("events", true),
-    ("postcopy-ram", false),
+    ("postcopy-ram", true),
     ("x-colo", false),
     ("release-ram", false),
     ("return-path", true),
@@ -67,8 +67,8 @@ pub struct Capabilities {
     pub mapped_ram: bool,
     /// `background-snapshot`: the guest runs on while its memory and devices as of one instant are sent (6.0).
     pub background_snapshot: bool,
-    /// `postcopy-ram`: with `mapped-ram`, a guest that comes from a file runs before its memory is loaded (11.2). Postcopy itself is not
-    /// supported.
+    /// `postcopy-ram`: the guest may go before its memory, when the operator says so (`migrate-start-postcopy`); with `mapped-ram`, a guest
+    /// that comes from a file runs before its memory is loaded (11.2).
     pub postcopy_ram: bool,
 }
 
@@ -82,9 +82,12 @@ pub enum BadCapability {
     /// One of QEMU's that this monitor does not have.
     #[error("capability '{0}' is not supported here")]
     Unsupported(&'static str),
-    /// `return-path` over something that has only one direction.
-    #[error("capability 'return-path' needs a transport with both directions; a file has one")]
-    OneWay,
+    /// One that needs answers, over something that has only one direction: a file or a pipe.
+    #[error("capability '{0}' needs a transport with both directions, and this one has one")]
+    OneWay(&'static str),
+    /// Two that QEMU has together and this monitor has not.
+    #[error("capabilities '{0}' and '{1}' are not supported together here")]
+    NotTogether(&'static str, &'static str),
     /// QEMU refuses it, too: it does not go with another one, with a parameter or with the state of the machine.
     #[error(transparent)]
     Rejected(#[from] Rejection),
@@ -121,9 +124,6 @@ impl Capabilities {
             }
         }
         let lazy = changed.postcopy_ram && changed.mapped_ram;
-        if changed.postcopy_ram && !lazy {
-            unsupported = unsupported.or(Some("postcopy-ram"));
-        }
         // What QEMU refuses is refused in its words, whether it is supported here or not. Both of these together are what its next
         // release has, and each is checked with the others.
         let checked = if lazy { all.with(Capability::PostcopyRam, false) } else { all };
@@ -133,6 +133,9 @@ impl Capabilities {
         }
         match unsupported {
             Some(name) => Err(BadCapability::Unsupported(name)),
+            None if changed.postcopy_ram && changed.multifd && !lazy => {
+                Err(BadCapability::NotTogether("postcopy-ram", "multifd"))
+            }
             None => Ok(changed),
         }
     }
@@ -214,9 +217,13 @@ mod tests {
     }
 
     #[test]
-    fn postcopy_ram_goes_with_mapped_ram_alone() {
+    fn postcopy_ram_goes_with_mapped_ram_and_not_with_multifd_alone() {
         let off = Capabilities::default();
-        assert_eq!(off.with([("postcopy-ram", true)]), Err(BadCapability::Unsupported("postcopy-ram")));
+        let postcopy = off.with([("postcopy-ram", true)]).unwrap();
+        let with_channels = postcopy.with([("multifd", true)]);
+        assert_eq!(with_channels, Err(BadCapability::NotTogether("postcopy-ram", "multifd")));
+        let refused = postcopy.with([("x-ignore-shared", true)]).unwrap_err();
+        assert_eq!(refused.to_string(), "Postcopy is not compatible with ignore-shared");
         let mapped = off.with([("mapped-ram", true)]).unwrap();
         let lazy = mapped.with([("postcopy-ram", true)]).unwrap();
         assert!(lazy.mapped_ram && lazy.postcopy_ram);
@@ -224,7 +231,10 @@ mod tests {
             off.with([("postcopy-ram", true), ("mapped-ram", true), ("multifd", true)]).map(|on| on.multifd),
             Ok(true)
         );
-        assert_eq!(lazy.with([("mapped-ram", false)]), Err(BadCapability::Unsupported("postcopy-ram")));
+        assert_eq!(lazy.with([("mapped-ram", false)]), Ok(postcopy));
+        let with_threads = lazy.with([("multifd", true)]).unwrap();
+        let with_channels = with_threads.with([("mapped-ram", false)]);
+        assert_eq!(with_channels, Err(BadCapability::NotTogether("postcopy-ram", "multifd")));
         assert_eq!(lazy.with([("postcopy-ram", false)]), Ok(mapped));
         // The rules of each hold for both.
         let refused = |on: &str| lazy.with([(on, true)]).unwrap_err().to_string();

@@ -75,20 +75,18 @@ impl Outgoing {
             Address::Fd(name) => {
                 let (main, two_way) =
                     channel(descriptors.take(name).map_err(MigrationError::Descriptor)?, true).map_err(failed)?;
-                if job.capabilities().return_path && !two_way {
-                    return Err(BadCapability::OneWay.into());
+                if !two_way {
+                    one_way(job)?;
                 }
                 let reader = if two_way { Reader::Answers } else { Reader::Silent };
                 Ok(Outgoing { reader, ..main.into() })
             }
             Address::File { path, offset } => {
-                if job.capabilities().return_path {
-                    return Err(BadCapability::OneWay.into());
-                }
-                if job.capabilities().postcopy_ram {
+                if job.capabilities().postcopy_ram && job.capabilities().mapped_ram {
                     let both = [Capability::MappedRam, Capability::PostcopyRam].into_iter().collect();
                     check(both, &Context::new(RULES)).map_err(BadCapability::from)?;
                 }
+                one_way(job)?;
                 let failed = |source| MigrationError::Create { path: path.clone(), source };
                 let open = |flags| match descriptors.of_set(path, true) {
                     None => create(path, flags).map_err(failed),
@@ -273,6 +271,16 @@ pub fn check_transport(address: &Address, job: &Job) -> Result<(), MigrationErro
     };
     job.capabilities().with_in([], &context)?;
     Ok(())
+}
+
+/// Nobody can answer here.
+fn one_way(job: &Job) -> Result<(), BadCapability> {
+    let capabilities = job.capabilities();
+    match (capabilities.return_path, capabilities.postcopy_ram) {
+        (true, _) => Err(BadCapability::OneWay("return-path")),
+        (_, true) => Err(BadCapability::OneWay("postcopy-ram")),
+        _ => Ok(()),
+    }
 }
 
 /// A FIFO without another end is no reason to wait: the monitor opens it while it serves QMP. To a file it makes no difference.

@@ -103,7 +103,8 @@ pub enum MigrationError {
     Undecided(#[from] Doubt),
     /// The connection broke while the guest was at the destination and part of its memory at the source.
     #[error(
-        "postcopy broke off ({reason}): the guest is at the destination, and some of its memory still at the source"
+        "postcopy broke off ({reason}): the guest is at the destination, or lost if that has ended, and some of its memory is still at the \
+         source"
     )]
     PostcopyBroken {
         /// What failed.

@@ -36,6 +36,8 @@ struct State {
     cancel: bool,
     go_on: bool,
     postcopy: bool,
+    /// The destination has the guest, or it is going there: nothing brings it back.
+    handed_over: bool,
     /// When the migration was begun.
     began: Option<Instant>,
     channels: Vec<Arc<dyn Channel>>,
@@ -74,6 +76,9 @@ pub enum Refused {
     /// `migrate-start-postcopy` without the capability.
     #[error("Enable postcopy with migrate_set_capability before the start of migration")]
     PostcopyOff,
+    /// `migrate_cancel` when the guest has gone before its memory.
+    #[error("Postcopy migration in progress, cannot cancel.")]
+    PostcopyInProgress,
     /// `migrate-start-postcopy` without a migration.
     #[error("Postcopy must be started after migration has been started")]
     NotStarted,
@@ -155,7 +160,8 @@ impl Job {
         }
         legal(state.statistics.status)?;
         state.statistics = Statistics { status: Status::Setup, ..Statistics::default() };
-        (state.cancel, state.go_on, state.postcopy, state.channels) = (false, false, false, Vec::new());
+        (state.cancel, state.go_on, state.postcopy, state.handed_over) = (false, false, false, false);
+        state.channels = Vec::new();
         state.began = Some(Instant::now());
         state.notices.push_back(Notice::Status(Status::Setup));
         drop(state);
@@ -165,12 +171,17 @@ impl Job {
 
     /// Cancels the migration, if one is under way. It takes effect at once, even if the channel is stuck; not any more
     /// when the destination has taken over.
-    pub fn cancel(&self) {
+    ///
+    /// # Errors
+    /// [`Refused::PostcopyInProgress`] when the guest goes before its memory.
+    pub fn cancel(&self) -> Result<(), Refused> {
         let mut state = self.lock();
         let status = state.statistics.status;
-        let handed_over = status == Status::Device && state.channels.is_empty();
-        if handed_over || status == Status::Cancelling || !status.is_running() {
-            return;
+        if status.is_postcopy() {
+            return Err(Refused::PostcopyInProgress);
+        }
+        if state.handed_over || status == Status::Cancelling || !status.is_running() {
+            return Ok(());
         }
         state.cancel = true;
         state.statistics.status = Status::Cancelling;
@@ -180,6 +191,7 @@ impl Job {
         self.changed.notify_all();
         self.tell();
         channels.iter().for_each(|channel| channel.close());
+        Ok(())
     }
 
     /// Lets a migration go on that waits before the switchover (capability `pause-before-switchover`).
@@ -197,16 +209,17 @@ impl Job {
         Ok(())
     }
 
-    /// Lets the guest go before its memory does (`migrate-start-postcopy`), as soon as the destination listens.
+    /// Lets the guest go before its memory does (`migrate-start-postcopy`), as soon as the destination listens. Where no migration is
+    /// under way any more, it has no effect, as in QEMU.
     ///
     /// # Errors
-    /// [`Refused::PostcopyOff`] without capability `postcopy-ram`, [`Refused::NotStarted`] if no migration is under way.
+    /// [`Refused::PostcopyOff`] without capability `postcopy-ram`, [`Refused::NotStarted`] if no migration was begun.
     pub fn start_postcopy(&self) -> Result<(), Refused> {
         let mut state = self.lock();
         if !state.capabilities.postcopy_ram {
             return Err(Refused::PostcopyOff);
         }
-        if !state.statistics.status.is_running() {
+        if state.statistics.status == Status::None {
             return Err(Refused::NotStarted);
         }
         state.postcopy = true;
@@ -243,7 +256,7 @@ impl Job {
     pub(crate) fn handed_over(&self) -> Result<(), MigrationError> {
         let mut state = self.lock();
         state.check()?;
-        state.channels = Vec::new();
+        (state.handed_over, state.channels) = (true, Vec::new());
         Ok(())
     }
 
@@ -287,7 +300,7 @@ impl Job {
         let status = match error {
             None => Status::Completed,
             // The guest does not go on here as after a migration that was cancelled in time.
-            Some(MigrationError::Unsettled { .. }) => Status::Failed,
+            Some(MigrationError::Unsettled { .. } | MigrationError::PostcopyBroken { .. }) => Status::Failed,
             Some(_) if state.cancel => Status::Cancelled,
             Some(_) => Status::Failed,
         };
@@ -373,7 +386,7 @@ mod tests {
                     while job.status() != Status::Cancelling {}
                     job.end(Some(&MigrationError::Cancelled));
                 });
-                job.cancel();
+                job.cancel().unwrap();
             });
             let expected = [Status::Setup, Status::Cancelling, Status::Cancelled].map(Notice::Status);
             assert_eq!(std::mem::take(&mut *told.lock().unwrap()), expected);

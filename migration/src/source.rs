@@ -30,7 +30,8 @@ use std::{
 ///
 /// # Errors
 /// [`MigrationError`]. The guest is as it was before: running if it ran, and no log of dirty pages is kept. Only with
-/// [`MigrationError::Unsettled`] it stays paused, because it may run at the destination.
+/// [`MigrationError::Unsettled`] it stays paused, because it may run at the destination, and with
+/// [`MigrationError::PostcopyBroken`], because it went there before its memory.
 pub fn migrate(guest: &dyn Guest, connections: &Outgoing, job: &Job, profile: &Profile) -> Result<(), MigrationError> {
     let start = Instant::now();
     let (capabilities, parameters) = (job.capabilities(), job.parameters());
@@ -70,8 +71,11 @@ pub fn migrate(guest: &dyn Guest, connections: &Outgoing, job: &Job, profile: &P
     });
     let flow = profile.switchover_ack.filter(|_| capabilities.switchover_ack);
     let snapshot = capabilities.background_snapshot.then(Snapshot::default);
-    // The destination answers who asks it to, whatever its own capability says. A snapshot is a copy, of which nobody here has to know.
-    let answers = capabilities.return_path || (connections.reader == Reader::Answers && snapshot.is_none());
+    // The destination answers who asks it to, whatever its own capability says, and in postcopy it requests pages. A snapshot is a copy, of
+    // which nobody here has to know.
+    let answers = capabilities.return_path
+        || (connections.reader == Reader::Answers && snapshot.is_none())
+        || (capabilities.postcopy_ram && connections.reader != Reader::Nobody);
     let return_path = answers.then(|| ReturnPath::new(Answers::new(flow, capabilities.return_path)));
     let options = SourceOptions {
         profile: profile.clone(),

@@ -17,7 +17,9 @@ pub enum Status {
     PreSwitchover,
     /// The guest has stopped; the rest is on its way.
     Device,
-    /// The guest runs here, and not all of its memory is here.
+    /// The guest goes before its memory: its devices are on their way, or are being loaded (10.2).
+    PostcopyDevice,
+    /// The guest runs at the destination, and not all of its memory is there.
     PostcopyActive,
     /// The peer has taken over.
     Completed,
@@ -40,6 +42,7 @@ impl Status {
             Status::Active => "active",
             Status::PreSwitchover => "pre-switchover",
             Status::Device => "device",
+            Status::PostcopyDevice => "postcopy-device",
             Status::PostcopyActive => "postcopy-active",
             Status::Completed => "completed",
             Status::Failing => "failing",
@@ -51,15 +54,13 @@ impl Status {
 
     /// Whether a migration is under way.
     pub fn is_running(self) -> bool {
-        matches!(
-            self,
-            Status::Setup
-                | Status::Active
-                | Status::PreSwitchover
-                | Status::Device
-                | Status::PostcopyActive
-                | Status::Cancelling
-        )
+        matches!(self, Status::Setup | Status::Active | Status::PreSwitchover | Status::Device | Status::Cancelling)
+            || self.is_postcopy()
+    }
+
+    /// Whether the guest has gone, or is going, before its memory: that cannot be taken back.
+    pub fn is_postcopy(self) -> bool {
+        matches!(self, Status::PostcopyDevice | Status::PostcopyActive)
     }
 }
 
@@ -90,6 +91,10 @@ pub struct RamStatistics {
     pub precopy_bytes: u64,
     /// Bytes sent while it stood still.
     pub downtime_bytes: u64,
+    /// Bytes sent while it ran at the destination.
+    pub postcopy_bytes: u64,
+    /// Requests for pages that the guest waited for there, with those that were repeated.
+    pub postcopy_requests: u64,
 }
 
 /// One round: what was sent between two readings of the dirty log.
@@ -118,7 +123,8 @@ pub struct Statistics {
     pub total_time: Duration,
     /// From the start to the first page.
     pub setup_time: Duration,
-    /// From stopping the guest to the destination's verdict, or to the end of the stream where there is none.
+    /// From stopping the guest to the destination's verdict, or to the end of the stream where there is none; in postcopy to the
+    /// moment when the destination had all that it needs to run it.
     pub downtime: Option<Duration>,
     /// How long the guest would have stood still if stopped at the last reading of the dirty log.
     pub expected_downtime: Duration,

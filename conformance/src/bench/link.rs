@@ -178,6 +178,7 @@ impl Bench<'_> {
             link: Link::Tcp,
             capabilities: if multifd == 0 { vec![] } else { vec!["multifd"] },
             parameters: (multifd > 0).then(|| ("multifd-channels".into(), multifd.into())).into_iter().collect(),
+            postcopy: None,
             load: Load {
                 memory: 256,
                 mem_prealloc: !self.options.fresh,

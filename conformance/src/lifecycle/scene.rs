@@ -63,6 +63,7 @@ impl<'g> Scene<'g> {
             link: Link::Tcp,
             capabilities: [row.moment.capabilities(), row.capabilities].concat(),
             parameters: Map::new(),
+            postcopy: None,
             load,
             quick: false,
         };

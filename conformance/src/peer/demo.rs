@@ -67,6 +67,7 @@ fn play(options: &Options, program: &Monitor, timeline: &mut Timeline) -> Result
         link: Link::Tcp,
         capabilities: options.capabilities.clone(),
         parameters: options.parameters.clone(),
+        postcopy: None,
         load: options.load.clone(),
         quick: false,
     };

@@ -13,6 +13,7 @@ use serde_json::{Map, Value, json};
 
 use super::gear::{self, Ear, Gear};
 use super::party::{Monitor, Party};
+use super::postcopy::Departure;
 use crate::exec;
 use crate::patience::PATIENCE;
 use crate::roots::{Root, Suite};
@@ -109,6 +110,8 @@ pub struct Journey {
     pub capabilities: Vec<&'static str>,
     /// Parameters at both ends of each hop, beside the limits of bandwidth and downtime.
     pub parameters: Map<String, Value>,
+    /// The guest goes before its memory, with capability `postcopy-ram`.
+    pub postcopy: Option<Departure>,
     /// What the guest does meanwhile.
     pub load: Load,
     /// In the representative subset.
@@ -232,7 +235,8 @@ impl Journey {
         there.meets(here.stop())?;
         for (party, reads) in [(&mut *here, false), (&mut *there, true)] {
             // Into a file nothing goes by postcopy: it is how a destination reads one.
-            let on = self.capabilities.iter().copied().filter(|name| reads || *name != "postcopy-ram");
+            let both = reads || self.link != Link::File;
+            let on = self.capabilities.iter().copied().filter(|name| both || *name != "postcopy-ram");
             party.monitor().set_capabilities(&on.collect::<Vec<_>>())?;
             party.monitor().set_parameters(&Value::Object(self.parameters.clone()))?;
         }
@@ -303,6 +307,9 @@ impl Journey {
         self.prepare(here, there)?;
         let uri = self.leave(here, there, scratch, n)?;
         tell(Moment::Leaving { from: here.stop(), to: there.stop(), uri });
+        if let Some(departure) = self.postcopy {
+            departure.start(here)?;
+        }
         let mut rounds = 0;
         let done = here.monitor().wait_migration(PATIENCE, |migration| {
             let count = migration["ram"]["dirty-sync-count"].as_u64().unwrap_or(0);
@@ -317,6 +324,7 @@ impl Journey {
             Err(error) => return Err(there.monitor().last_words().map_or(error, |said| anyhow::anyhow!(said))),
             Ok(done) => done,
         };
+        self.postcopy.map_or(Ok(()), |departure| departure.judge(&done))?;
         let stopped = here.monitor().wait_event("STOP", PATIENCE)?.time.context("STOP has no timestamp")?;
         let resumed = there.monitor().wait_event("RESUME", PATIENCE)?.time.context("RESUME has no timestamp")?;
         for (party, expected) in [(here, "postmigrate"), (there, "running")] {

@@ -74,8 +74,9 @@ pub(super) fn all() -> Vec<Snapshot> {
                 let quick = peer == peers[2] && stops[0] == Stop::Reference && capabilities.is_empty();
                 let (stops, load) = (stops.into(), Load { cpus: 2, ..Load::default() });
                 let (link, parameters) = (Link::File, Map::<String, Value>::new());
-                snapshots
-                    .push(Snapshot { journey: Journey { name, stops, link, capabilities, parameters, load, quick } });
+                snapshots.push(Snapshot {
+                    journey: Journey { name, stops, link, capabilities, parameters, postcopy: None, load, quick },
+                });
             }
         }
     }

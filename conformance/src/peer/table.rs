@@ -2,7 +2,7 @@
 
 use serde_json::{Map, Value};
 
-use super::{Case, Cut, Doubt, Doubtful, Echo, Gear, Journey, Link, Load, Outage, Pairing, Stop, snapshot};
+use super::{Case, Cut, Departure, Doubt, Doubtful, Echo, Gear, Journey, Link, Load, Outage, Pairing, Stop, snapshot};
 use crate::roots::Suite;
 use crate::scenario::Accel;
 
@@ -49,7 +49,7 @@ fn journeys() -> Vec<Journey> {
                 let parameters = channels_of(channels, compression);
                 let capabilities = vec!["multifd", "return-path"];
                 let (stops, load) = (stops.into(), load_of(compression));
-                journeys.push(Journey { name, stops, link, capabilities, parameters, load, quick });
+                journeys.push(Journey { name, stops, link, capabilities, parameters, load, quick, ..plain() });
             }
         }
         let two = Load { cpus: 2, ..Load::default() };
@@ -75,6 +75,7 @@ fn journeys() -> Vec<Journey> {
     journeys.extend(with_pci_bus());
     journeys.extend(memory_backends());
     journeys.extend(without_callers());
+    journeys.extend(postcopy());
     let ring = |hops: usize| -> Vec<Stop> {
         let [old, middle, new] = [Suite::Bookworm, Suite::Sid, Suite::Trixie].map(|s| Stop::Qemu(s, Accel::Kvm));
         [old, Stop::Reference, middle, Stop::Reference, new, Stop::Reference]
@@ -225,6 +226,35 @@ fn without_callers() -> Vec<Journey> {
     journeys
 }
 
+/// Guests that go before their memory. In the background it comes slowly enough that they have to wait for much of it.
+fn postcopy() -> Vec<Journey> {
+    let mut parameters = Map::new();
+    parameters.insert("max-postcopy-bandwidth".into(), (32 << 20).into());
+    let mut journeys = Vec::new();
+    for suite in PEERS {
+        let qemu = Stop::Qemu(suite, Accel::Kvm);
+        for (link, link_name) in [(Link::Tcp, "tcp"), (Link::Unix, "unix")] {
+            for (departure, when) in [(Departure::AtOnce, "at-once"), (Departure::AfterPass, "after-pass")] {
+                let stops = [Stop::Reference, qemu];
+                let name = format!("{}>{}/postcopy/{link_name}/{when}", stops[0], stops[1]);
+                let quick = [(Suite::Sid, Link::Tcp, "at-once"), (Suite::Bookworm, Link::Unix, "after-pass")]
+                    .contains(&(suite, link, when));
+                journeys.push(Journey {
+                    name,
+                    stops: stops.into(),
+                    link,
+                    capabilities: vec!["postcopy-ram"],
+                    parameters: parameters.clone(),
+                    postcopy: Some(departure),
+                    load: Load { downtime_limit: 1, ..Load::default() },
+                    quick,
+                });
+            }
+        }
+    }
+    journeys
+}
+
 /// More page channels: the other numbers and methods, each release in both directions, and the other ways of zero pages.
 fn page_channels() -> Vec<Journey> {
     let mut journeys = Vec::new();
@@ -262,6 +292,7 @@ fn page_channels() -> Vec<Journey> {
                     parameters,
                     load: load_of(method),
                     quick,
+                    ..plain()
                 });
             }
         }
@@ -467,6 +498,7 @@ fn plain() -> Journey {
         link: Link::Unix,
         capabilities: Vec::new(),
         parameters: Map::new(),
+        postcopy: None,
         load: Load::default(),
         quick: false,
     }

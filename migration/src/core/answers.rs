@@ -11,6 +11,9 @@ use qevm_savevm::command::Command;
 use qevm_wire::Located;
 use std::io;
 
+/// Value of the PING behind the devices in the package of postcopy, before RUN: its answer says that they are loaded (10.2).
+pub(crate) const PACKAGE_LOADED: u32 = 0x42;
+
 /// The source's end of a return path. Its inputs are every PING that is sent, every message that arrives and the end of the
 /// channel; it decides what the source may do.
 #[derive(Debug)]
@@ -24,6 +27,10 @@ pub struct Answers {
     agreed: bool,
     /// The pages that the guest waits for at the destination, once it runs there.
     requests: Option<PageRequests>,
+    /// How many requests have come.
+    requested: u64,
+    /// The destination has loaded the devices of a guest that goes before its memory.
+    package_loaded: bool,
     /// An ack of the switchover may come though nobody waits for it: the capability may be on there.
     stray_ack: bool,
 }
@@ -49,6 +56,8 @@ impl Answers {
             ended: None,
             agreed: false,
             requests: None,
+            requested: 0,
+            package_loaded: false,
             stray_ack: !asked_for,
         }
     }
@@ -96,7 +105,10 @@ impl Answers {
             Ok(Action::Failed { status }) => self.fail(MigrationError::PeerFailed { status }),
             Err(SessionError::Switchover(SwitchoverError::Off)) if self.stray_ack => self.stray_ack = false,
             Err(error) => self.fail(Located::new(ReturnPathError::from(error), offset).into()),
-            Ok(_) => self.agreed |= agrees,
+            Ok(action) => {
+                self.agreed |= agrees;
+                self.package_loaded |= action == Action::Pong { value: PACKAGE_LOADED };
+            }
         }
         self.has_verdict()
     }
@@ -105,7 +117,18 @@ impl Answers {
         let (Some(requests), Message::ReqPages { block, start, len }) = (&mut self.requests, message) else {
             return Ok(());
         };
+        self.requested += 1;
         requests.request(block.as_ref(), *start, *len).map(drop)
+    }
+
+    /// How many requests for pages have come, with those that were repeated.
+    pub(crate) fn requested(&self) -> u64 {
+        self.requested
+    }
+
+    /// Whether the destination has loaded the devices that went before the memory.
+    pub(crate) fn package_loaded(&self) -> bool {
+        self.package_loaded
     }
 
     /// The guest is about to go before its memory: from here on the destination may ask for pages.

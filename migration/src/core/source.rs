@@ -132,6 +132,8 @@ pub struct SourceCore {
     postcopy: bool,
     /// It has gone so.
     departed: bool,
+    /// The destination has loaded its devices.
+    package_loaded: bool,
     /// The destination is one of this crate.
     agreed: bool,
     cancelled: bool,
@@ -176,6 +178,7 @@ impl SourceCore {
             may_switch_over: false,
             postcopy: false,
             departed: false,
+            package_loaded: false,
             agreed: false,
             cancelled: false,
             statistics: Statistics::default(),
@@ -232,6 +235,9 @@ impl SourceCore {
         ram.duplicate = ram.duplicate.saturating_add(sent.zero);
         let gone = sent.normal.saturating_add(sent.zero).saturating_mul(ram.page_size);
         ram.remaining = ram.remaining.saturating_sub(gone);
+        if self.departed {
+            ram.postcopy_bytes += sent.bytes;
+        }
     }
 
     /// The dirty log has this word: bit `i` of `word` is page `64 * word_number + i` of the block.

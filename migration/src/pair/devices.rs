@@ -81,7 +81,7 @@ fn a_device_that_never_shrinks_is_named_and_the_guest_goes_on() {
             std::thread::sleep(Duration::from_millis(5));
         }
         let (statistics, told) = (job.statistics(), job.statistics().devices_remaining);
-        job.cancel();
+        job.cancel().unwrap();
         (statistics.stalled, told)
     });
     let outcome = pair.run(Faults::default());

@@ -213,7 +213,7 @@ fn capabilities_must_go_with_the_transport() {
         bad
     };
     let (a_file, command) = (file(directory.path(), 0), "exec:cat".parse().unwrap());
-    assert_eq!(refused("return-path", &a_file), BadCapability::OneWay);
+    assert_eq!(refused("return-path", &a_file), BadCapability::OneWay("return-path"));
     for (capability, address) in [
         ("multifd", &a_file),
         ("multifd", &command),

@@ -9,6 +9,7 @@ mod faults;
 mod files;
 mod guest;
 mod multifd;
+mod postcopy;
 mod sealed;
 mod tests;
 mod vfio;

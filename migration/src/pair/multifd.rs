@@ -330,7 +330,7 @@ fn cancelling_ends_all_channels() {
         let calling = called.clone();
         let call: Arc<dyn Fn() + Send + Sync> = Arc::new(move || {
             calling.store(true, Ordering::SeqCst);
-            job.cancel();
+            job.cancel().unwrap();
         });
         let faults = Faults { call_at: Some((place, call)), ..Faults::default() };
         let outcome = pair.go(&Plan { faults: Some((0, faults)), ..Plan::default() });

@@ -49,7 +49,7 @@ fn the_switchover_waits_for_the_acks_that_the_release_wants() {
                 std::thread::sleep(Duration::from_millis(1));
             }
             let stalled = job.statistics().stalled;
-            job.cancel();
+            job.cancel().unwrap();
             stalled
         });
         let outcome = pair.run(Faults::default());
@@ -87,7 +87,7 @@ fn the_guest_runs_while_what_was_sent_is_on_its_way() {
         while left.load(Ordering::Relaxed) > u64::MAX - 3 {
             std::thread::sleep(Duration::from_millis(1));
         }
-        job.cancel();
+        job.cancel().unwrap();
     });
     let outcome = pair.run(faults);
     operator.join().unwrap();
@@ -190,7 +190,7 @@ fn cancelling_leaves_exactly_one_guest_running() {
     for place in [0, 300, 100_000, total - 600, total - CONFIRMATION - 1, total - 1, total + 50] {
         let pair = Pair::new(60);
         let job = pair.job.clone();
-        let call: Arc<dyn Fn() + Send + Sync> = Arc::new(move || job.cancel());
+        let call: Arc<dyn Fn() + Send + Sync> = Arc::new(move || job.cancel().unwrap());
         let outcome = pair.run(Faults { call_at: Some((place, call)), ..Faults::default() });
         if outcome.source.is_ok() {
             pair.assert_moved(&outcome);
@@ -288,7 +288,7 @@ fn a_guest_that_is_faster_than_the_link_is_not_stopped_and_the_stall_is_named() 
             let statistics = job.statistics();
             if let Some(stalled) = statistics.stalled {
                 assert_eq!(statistics.status, Status::Active);
-                job.cancel();
+                job.cancel().unwrap();
                 return stalled;
             }
             assert!(start.elapsed() < Duration::from_secs(300), "no stall was reported: {statistics:?}");
@@ -329,7 +329,7 @@ fn pause_before_switchover_waits_and_can_be_cancelled() {
                 thread::sleep(Duration::from_millis(1));
             }
             assert!(!guest.is_running());
-            if cancel { job.cancel() } else { job.go_on().unwrap() }
+            if cancel { job.cancel().unwrap() } else { job.go_on().unwrap() }
         });
         let outcome = pair.run(Faults::default());
         operator.join().unwrap();

@@ -158,19 +158,27 @@ impl Run {
     }
 }
 
-/// How long the end waits for a guest that does not stop.
+/// How long the end waits for a guest that does not stop, or that has gone before its memory and gets none of it.
 const LEAVING: Duration = Duration::from_secs(2);
 
 /// Stops guest and migration for the end.
 fn leave(vmm: &Arc<Vmm>) {
     let (done, wait) = mpsc::channel();
-    let vmm = vmm.clone();
+    let leaving = vmm.clone();
     thread::spawn(move || {
-        vmm.leave();
+        leaving.leave();
         let _ = done.send(());
     });
-    if wait.recv_timeout(LEAVING).is_err() {
-        tracing::warn!("the guest does not stop; it ends with the monitor");
+    let mut before = None;
+    while wait.recv_timeout(LEAVING).is_err() {
+        let migration = vmm.outgoing().statistics();
+        if !migration.status.is_postcopy() {
+            return tracing::warn!("the guest does not stop; it ends with the monitor");
+        }
+        // A second signal ends the wait.
+        if before.replace(migration.ram.transferred) == Some(migration.ram.transferred) {
+            return tracing::error!("{} bytes of guest memory do not get to the destination", migration.ram.remaining);
+        }
     }
 }
 

@@ -36,7 +36,7 @@ const COMMANDS: [(&str, Command, &[Rule]); 35] = [
     ("migrate-recover", migrate_recover, legality::MIGRATE_RECOVER),
     ("migrate-set-capabilities", migrate_set_capabilities, legality::SET_CAPABILITIES),
     ("migrate-set-parameters", migrate_set_parameters, legality::ANYTIME),
-    ("migrate-start-postcopy", migrate_start_postcopy, legality::START_POSTCOPY),
+    ("migrate-start-postcopy", migrate_start_postcopy, legality::ANYTIME),
     ("migrate_cancel", migrate_cancel, legality::ANYTIME),
     ("query-commands", query_commands, legality::ANYTIME),
     ("query-dirty-rate", dirty_rate::query, legality::ANYTIME),
@@ -182,7 +182,7 @@ fn migrate_incoming(vmm: &Arc<Vmm>, arguments: &mut Arguments) -> Result<Value, 
 
 fn migrate_cancel(vmm: &Arc<Vmm>, arguments: &mut Arguments) -> Result<Value, Failure> {
     only(arguments)?;
-    vmm.outgoing().cancel();
+    vmm.outgoing().cancel()?;
     Ok(empty())
 }
 
@@ -220,7 +220,7 @@ fn migrate_continue(vmm: &Arc<Vmm>, arguments: &mut Arguments) -> Result<Value, 
     Ok(empty())
 }
 
-/// There is no postcopy here, so it is never in a state that could be paused.
+/// A postcopy that breaks cannot be resumed, so none is paused.
 fn migrate_pause(_: &Arc<Vmm>, arguments: &mut Arguments) -> Result<Value, Failure> {
     only(arguments)?;
     Err(Refused::NotInPostcopy.into())
@@ -232,9 +232,10 @@ fn migrate_recover(_: &Arc<Vmm>, arguments: &mut Arguments) -> Result<Value, Fai
     Err(Refused::PostcopyNotPaused.into())
 }
 
-fn migrate_start_postcopy(_: &Arc<Vmm>, arguments: &mut Arguments) -> Result<Value, Failure> {
+fn migrate_start_postcopy(vmm: &Arc<Vmm>, arguments: &mut Arguments) -> Result<Value, Failure> {
     only(arguments)?;
-    Err(Refused::PostcopyOff.into())
+    vmm.outgoing().start_postcopy()?;
+    Ok(empty())
 }
 
 fn migrate_set_capabilities(vmm: &Arc<Vmm>, arguments: &mut Arguments) -> Result<Value, Failure> {

@@ -13,8 +13,11 @@ pub(super) fn outgoing(statistics: &Statistics) -> Value {
     let mut put = |name: &str, value: Value| drop(object.insert(name.into(), value));
     put("status", statistics.status.as_str().into());
     let under_way = statistics.status.is_running() && statistics.status != Status::Setup;
-    if under_way {
+    let postcopy = statistics.status.is_postcopy();
+    if under_way && !postcopy {
         put("expected-downtime", millis(statistics.expected_downtime));
+    }
+    if under_way {
         // RAM, and devices whose state goes in parts; that of the others is a few kilobytes at the end.
         put("remaining", statistics.ram.remaining.saturating_add(statistics.devices_remaining).into());
         if let Some(per_cent) = statistics.throttled {
@@ -29,7 +32,7 @@ pub(super) fn outgoing(statistics: &Statistics) -> Value {
             put("vfio", json!({ "transferred": statistics.device_bytes }));
         }
     }
-    if let (Status::Completed, Some(downtime)) = (statistics.status, statistics.downtime) {
+    if let Some(downtime) = statistics.downtime.filter(|_| postcopy || statistics.status == Status::Completed) {
         put("downtime", millis(downtime));
     }
     if let Some(error) = &statistics.error {
@@ -50,14 +53,14 @@ pub(super) fn incoming(statistics: &Statistics) -> Value {
 fn ram(ram: &RamStatistics) -> Value {
     json!({
         "total": ram.total,
-        "postcopy-requests": 0,
+        "postcopy-requests": ram.postcopy_requests,
         "dirty-sync-count": ram.dirty_sync_count,
         "multifd-bytes": 0,
         "pages-per-second": ram.pages_per_second,
         "downtime-bytes": ram.downtime_bytes,
         "page-size": ram.page_size,
         "remaining": ram.remaining,
-        "postcopy-bytes": 0,
+        "postcopy-bytes": ram.postcopy_bytes,
         "mbps": ram.mbps,
         "transferred": ram.transferred,
         "dirty-sync-missed-zero-copy": 0,
@@ -91,6 +94,10 @@ mod tests {
         statistics.downtime = Some(Duration::from_micros(2900));
         assert_eq!(outgoing(&statistics)["downtime"], 2);
         assert_eq!(names(&statistics), ["status", "total-time", "setup-time", "ram", "downtime"]);
+        for postcopy in [Status::PostcopyDevice, Status::PostcopyActive] {
+            statistics.status = postcopy;
+            assert_eq!(names(&statistics), ["status", "remaining", "total-time", "setup-time", "ram", "downtime"]);
+        }
         statistics.status = Status::Failed;
         statistics.error = Some("connection lost".into());
         assert_eq!(outgoing(&statistics), json!({ "status": "failed", "error-desc": "connection lost" }));

@@ -180,7 +180,8 @@ impl Vmm {
     /// have the guest already is waited for, any other is cancelled.
     pub fn leave(&self) {
         if self.outgoing.status() != Status::Device {
-            self.outgoing.cancel();
+            // One that has gone before its memory cannot be brought back: it gets that first.
+            let _ = self.outgoing.cancel();
         }
         self.outgoing.wait();
         let _transition = self.transition();

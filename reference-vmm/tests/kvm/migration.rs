@@ -189,7 +189,7 @@ fn cancel_leaves_the_source_running() {
             thread::sleep(Duration::from_millis(1));
         }
         thread::sleep(Duration::from_millis(200));
-        canceller.cancel();
+        canceller.cancel().unwrap();
     });
     let (sent, arrived) = move_guest(&from, &to, &job, &tcp(), &profile());
     cancel.join().unwrap();

@@ -20,7 +20,8 @@ use crate::launch::Qemu;
 use crate::peer::party::start_reference;
 use crate::roots::Root;
 
-/// What is asked in every state. No command here changes it, where it is accepted.
+/// What is asked in every state. No command here changes it, where it is accepted, but that a guest may go before its memory under
+/// capability `postcopy-ram`.
 const EVERYWHERE: &[(&str, &str)] = &[
     ("query-status", ""),
     ("query-migrate", ""),
@@ -28,7 +29,6 @@ const EVERYWHERE: &[(&str, &str)] = &[
     ("query-migrate-parameters", ""),
     ("migrate-continue", r#"{"state":"completed"}"#),
     ("migrate-continue", r#"{"state":"setup"}"#),
-    ("migrate-pause", ""),
     ("migrate-recover", r#"{"uri":"tcp:127.0.0.1:0"}"#),
     ("migrate-start-postcopy", ""),
     ("migrate", r#"{"uri":"foo:bar"}"#),
@@ -49,6 +49,8 @@ const EVERYWHERE: &[(&str, &str)] = &[
     ("query-version", ""),
     ("nosuch", ""),
 ];
+/// What is asked beside that where no postcopy is under way, which it would break off.
+const NOT_PAUSED: &[(&str, &str)] = &[("migrate-pause", "")];
 /// What is asked beside that where a migration is refused.
 const REFUSED: &[(&str, &str)] = &[
     ("migrate", r#"{"uri":"unix:/nonexistent/nobody"}"#),
@@ -68,10 +70,12 @@ type Lead = fn(&mut Tour<'_>) -> Result<()>;
 /// Leads both through the states, and tells how many replies were compared. The differences are added to `differences`.
 pub(super) fn compare(root: &Root, program: &Monitor, scratch: &Path, differences: &mut Vec<String>) -> Result<usize> {
     let mut replies = 0;
-    let tours: [(&str, &[&str], Lead); 3] = [
+    let tours: [(&str, &[&str], Lead); 5] = [
         ("running", &[], running),
         ("prelaunch", &["-S"], prelaunch),
         ("incoming", &["--incoming", "defer"], incoming),
+        ("postcopy-device", &[], postcopy_device),
+        ("postcopy-active", &[], postcopy_active),
     ];
     for (name, more, lead) in tours {
         let start = |name: &str, more: &[&str]| start(root, program, scratch, name, more);
@@ -102,9 +106,8 @@ struct Tour<'t> {
 }
 
 impl Tour<'_> {
-    /// Waits until both are in this state, and asks them.
-    fn at(&mut self, run_state: &str, migration: Option<Status>, asked: &[&[(&str, &str)]]) -> Result<()> {
-        let migration = migration.map(Status::as_str);
+    /// Waits until both are in this state.
+    fn wait_for(&mut self, run_state: &str, migration: Option<&str>) -> Result<()> {
         for monitor in [&mut self.both.qemu, &mut self.both.ours] {
             let deadline = Instant::now() + PATIENCE;
             loop {
@@ -117,8 +120,21 @@ impl Tour<'_> {
                 thread::sleep(POLL);
             }
         }
+        Ok(())
+    }
+
+    /// Waits until both are in this state, and asks them.
+    fn at(&mut self, run_state: &str, migration: Option<Status>, asked: &[&[(&str, &str)]]) -> Result<()> {
+        let migration = migration.map(Status::as_str);
+        self.wait_for(run_state, migration)?;
+        let rows = [&[EVERYWHERE, NOT_PAUSED], asked].concat();
+        self.ask(run_state, migration, &rows)
+    }
+
+    /// Asks both, who are in this state.
+    fn ask(&mut self, run_state: &str, migration: Option<&str>, asked: &[&[(&str, &str)]]) -> Result<()> {
         let before = self.both.differences.len();
-        for rows in [EVERYWHERE].iter().chain(asked) {
+        for rows in asked {
             self.replies += self.both.ask_all(rows, self.scratch)?;
         }
         for difference in &mut self.both.differences[before..] {
@@ -150,7 +166,12 @@ impl Tour<'_> {
         let downtime_limit = if max_bandwidth == SLOW { 1 } else { 2000 };
         let limits = json!({ "max-bandwidth": max_bandwidth, "downtime-limit": downtime_limit });
         self.tell_both("migrate-set-parameters", limits)?;
-        let peers = [Peer::start()?, Peer::start()?].map(|Peer(uri)| json!({ "uri": uri }));
+        self.migrate_to(|| Peer::start(&FIRST_PINGS))
+    }
+
+    /// Both begin to migrate, each to a peer of its own.
+    fn migrate_to(&mut self, peer: impl Fn() -> Result<Peer>) -> Result<()> {
+        let peers = [peer()?, peer()?].map(|Peer(uri)| json!({ "uri": uri }));
         self.tell("migrate", peers)
     }
 }
@@ -252,32 +273,69 @@ fn incoming(tour: &mut Tour<'_>) -> Result<()> {
     Ok(())
 }
 
-/// Where a guest is sent that does not arrive: somebody who takes everything, says that it is there, and nothing else. Its address.
+/// A guest goes before its memory, to somebody who does not say that he has loaded its devices.
+fn postcopy_device(tour: &mut Tour<'_>) -> Result<()> {
+    tour.capabilities(&[("postcopy-ram", true)])?;
+    depart(tour, &FIRST_PINGS, Status::PostcopyDevice)
+}
+
+/// To somebody who says so.
+fn postcopy_active(tour: &mut Tour<'_>) -> Result<()> {
+    tour.capabilities(&[("postcopy-ram", true)])?;
+    depart(tour, &[&FIRST_PINGS[..], &[2, 3, 0x42, 4]].concat(), Status::PostcopyActive)
+}
+
+fn depart(tour: &mut Tour<'_>, answered: &[u32], status: Status) -> Result<()> {
+    let limits = json!({ "max-bandwidth": SLOW, "max-postcopy-bandwidth": FAST, "downtime-limit": 1 });
+    tour.tell_both("migrate-set-parameters", limits)?;
+    tour.migrate_to(|| Peer::start(answered))?;
+    tour.wait_for("running", Some(Status::Active.as_str()))?;
+    tour.tell_both("migrate-start-postcopy", Value::Null)?;
+    let here = [("migrate-continue", format!(r#"{{"state":"{}"}}"#, status.as_str()))];
+    let here = here.each_ref().map(|(command, arguments)| (*command, arguments.as_str()));
+    tour.wait_for("finish-migrate", Some(status.as_str()))?;
+    tour.ask("finish-migrate", Some(status.as_str()), &[EVERYWHERE, REFUSED, HANDED_OVER, CANCEL, &here, EVERYWHERE])
+}
+
+/// Where a guest is sent that does not arrive: somebody who takes everything, answers these PINGs, and says nothing else. Its address.
 struct Peer(String);
 
-/// PONGs to the two PINGs that a stream begins with. A QEMU does not look at their values.
-const PONGS: [u8; 16] = [0, 2, 0, 4, 0, 0, 0, 1, 0, 2, 0, 4, 0x51, 0x45, 0x48, 0x01];
-/// So many bytes of a stream hold both PINGs.
-const UP_TO_PINGS: usize = 100;
+/// The PINGs that a stream begins with. A QEMU does not look at their values, and sends the first alone.
+const FIRST_PINGS: [u32; 2] = [1, 0x5145_4801];
+/// A section of a PING up to its value, and the message that answers it.
+const PING: [u8; 5] = [8, 0, 2, 0, 4];
+const PONG: [u8; 4] = [0, 2, 0, 4];
 
 impl Peer {
-    fn start() -> Result<Peer> {
+    fn start(answered: &[u32]) -> Result<Peer> {
+        let answered = answered.to_vec();
         let listener = TcpListener::bind("127.0.0.1:0")?;
         let uri = format!("tcp:127.0.0.1:{}", listener.local_addr()?.port());
         thread::spawn(move || {
             // The source may go at any time.
-            let _ = listener.accept().and_then(|(stream, _)| take_in(stream));
+            let _ = listener.accept().and_then(|(stream, _)| take_in(stream, &answered));
         });
         Ok(Peer(uri))
     }
 }
 
-fn take_in(mut stream: TcpStream) -> std::io::Result<()> {
-    let mut chunk = vec![0; 1 << 16];
-    stream.read_exact(&mut chunk[..UP_TO_PINGS])?;
-    stream.write_all(&PONGS)?;
-    while stream.read(&mut chunk)? > 0 {}
-    Ok(())
+fn take_in(mut stream: TcpStream, answered: &[u32]) -> std::io::Result<()> {
+    let (mut chunk, mut seen) = (vec![0; 1 << 16], Vec::new());
+    loop {
+        let count = stream.read(&mut chunk)?;
+        if count == 0 {
+            return Ok(());
+        }
+        seen.extend_from_slice(&chunk[..count]);
+        for ping in seen.windows(PING.len() + 4).filter(|window| window.starts_with(&PING)) {
+            let value = &ping[PING.len()..];
+            if answered.iter().any(|known| known.to_be_bytes() == value) {
+                stream.write_all(&[&PONG, value].concat())?;
+            }
+        }
+        // One may lie on the border.
+        seen.drain(..seen.len().saturating_sub(PING.len() + 3));
+    }
 }
 
 /// Sockets at which others wait already.

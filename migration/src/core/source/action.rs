@@ -142,7 +142,8 @@ pub enum Action {
     StayStopped,
     /// Take the guest's disks back: [`resumed`](super::SourceCore::resumed).
     Activate,
-    /// The guest has gone, or may have: it stays paused here.
+    /// The guest has gone, or may have: it stays paused here. After a postcopy that broke it stays paused without this: who has it is known,
+    /// and it must never run here again.
     LeaveGuest,
     /// The migration is over. Last.
     End(Result<(), MigrationError>),

@@ -46,9 +46,7 @@ impl SourceCore {
     pub(super) fn stopped(&mut self, step: Stopped) -> Result<(), MigrationError> {
         self.phase = match step {
             Stopped::Save => {
-                if !self.postcopy {
-                    self.do_next(Action::Status(Status::Device));
-                }
+                self.do_next(Action::Status(Status::Device));
                 self.save_devices()
             }
             // A guest without its devices does not leave.

@@ -175,7 +175,7 @@ impl SourceCore {
         if let Some((pause, gone_at)) = self.pause.zip(self.gone_at) {
             self.statistics.downtime = Some(gone_at.saturating_sub(pause.since));
             let ram = &mut self.statistics.ram;
-            ram.downtime_bytes = self.transferred.saturating_sub(ram.precopy_bytes);
+            ram.downtime_bytes = self.transferred.saturating_sub(ram.precopy_bytes).saturating_sub(ram.postcopy_bytes);
         }
         self.do_next(Action::StopLog);
         self.unthrottle();
@@ -248,7 +248,10 @@ impl SourceCore {
         self.do_next(Action::Close);
         self.unthrottle();
         let was_running = self.pause.take().is_some_and(|pause| pause.was_running);
-        let back = if matches!(error, MigrationError::Unsettled { .. } | MigrationError::PostcopyBroken { .. }) {
+        let back = if matches!(error, MigrationError::PostcopyBroken { .. }) {
+            // It stays what it is, half handed over: without what is at the destination it is no guest any more.
+            Back::Done
+        } else if matches!(error, MigrationError::Unsettled { .. }) {
             self.do_next(Action::LeaveGuest);
             Back::Done
         } else if was_running {

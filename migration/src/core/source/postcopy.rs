@@ -4,9 +4,10 @@
 //! that, never again.
 
 use super::{
-    Action, Answers, Batch, PageRoute, RAM_SECTION, SourceCore, Wake, idstr,
+    Action, Answers, Batch, PageRoute, RAM_SECTION, Reader, SourceCore, Wake, idstr,
     phase::{Phase, Postcopy},
 };
+use crate::core::answers::PACKAGE_LOADED;
 use crate::{MigrationError, PAGE_SIZE, Refused, ReturnPathError, SavedDevices, Status};
 use qevm_returnpath::requests::{RequestBlock, RequestBlocks};
 use qevm_savevm::{
@@ -16,10 +17,9 @@ use qevm_savevm::{
 use qevm_wire::Located;
 use std::time::Duration;
 
-/// Values of the PINGs before the package, in it, as the last in it before RUN (10.2), and after it.
+/// Values of the PINGs before the package, in it, and after it.
 const BEFORE: u32 = 2;
 const INSIDE: u32 = 3;
-const BEFORE_RUN: u32 = 0x42;
 const AFTER: u32 = 4;
 /// Pages in a batch of the background push. A requested page waits for the batch before it.
 const AT_A_TIME: u64 = 32;
@@ -29,14 +29,17 @@ impl SourceCore {
     /// are there.
     ///
     /// # Errors
-    /// [`Refused::PostcopyOff`] without capability `postcopy-ram`; [`Refused::Blocked`] if pages do not travel on the main channel, or a device
-    /// sends its state in parts.
+    /// [`Refused::PostcopyOff`] without capability `postcopy-ram`; [`Refused::Blocked`] if pages do not travel on the main channel, nobody can ask
+    /// for them, or a device sends its state in parts.
     pub fn start_postcopy(&mut self) -> Result<(), Refused> {
         if !self.options.capabilities.postcopy_ram {
             return Err(Refused::PostcopyOff);
         }
         if self.options.route != PageRoute::Main {
             return Err(Refused::Blocked("Postcopy needs guest memory on the main channel".into()));
+        }
+        if self.options.reader == Reader::Nobody {
+            return Err(Refused::Blocked("Postcopy needs a destination that asks for pages".into()));
         }
         if let Some(device) = self.options.devices.first() {
             return Err(Refused::Blocked(format!(
@@ -63,9 +66,18 @@ impl SourceCore {
         let Some(answers) = answers else { return Err(MigrationError::NoVerdict) };
         if self.departed {
             answers.failure()?;
+            self.statistics.ram.postcopy_requests = answers.requested();
+            if !self.package_loaded && (answers.package_loaded() || !self.options.profile.postcopy_package_ping) {
+                self.package_loaded = true;
+                self.do_next(Action::Status(Status::PostcopyActive));
+                self.phase = Phase::Postcopy(step);
+                return Ok(());
+            }
         }
         let next = match step {
             Postcopy::Begin(devices) => {
+                // Whoever is told of it can no longer cancel.
+                self.do_next(Action::Status(Status::PostcopyDevice));
                 self.do_next(Action::Commit);
                 Postcopy::Committing { devices, committed: None }
             }
@@ -84,9 +96,10 @@ impl SourceCore {
             Postcopy::Departed => {
                 self.departed = true;
                 self.gone_at = Some(now);
+                self.statistics.downtime = self.pause.map(|pause| now.saturating_sub(pause.since));
+                self.statistics.ram.downtime_bytes = self.transferred.saturating_sub(self.statistics.ram.precopy_bytes);
                 self.limiter.set_limit(self.parameters.max_postcopy_bandwidth);
                 self.do_next(Action::StopLog);
-                self.do_next(Action::Status(Status::PostcopyActive));
                 self.stream.command(answers.ping(AFTER)?)?;
                 Postcopy::Serve
             }
@@ -184,7 +197,7 @@ impl SourceCore {
         }
         package.command(answers.ping(INSIDE)?)?;
         if self.options.profile.postcopy_package_ping {
-            package.command(answers.ping(BEFORE_RUN)?)?;
+            package.command(answers.ping(PACKAGE_LOADED)?)?;
         }
         package.command(Command::PostcopyRun)?;
         Ok(self.stream.package(package.bytes())?)
