@@ -5,6 +5,8 @@ mod lab;
 mod lifecycle;
 mod link;
 mod migrate;
+mod restore;
+mod snapshot;
 mod toy;
 
 use std::fs;
@@ -27,8 +29,10 @@ use qevm_conformance::roots::{Root, Suite};
 use qevm_conformance::scenario::Scenario;
 use qevm_conformance::subject::Subject;
 use qevm_conformance::{bench, catalogue, corpus, peer, played, table, trial};
+use restore::Restore;
 use serde::Serialize;
 use serde_json::Value;
+use snapshot::Snapshot;
 use toy::Toy;
 
 #[derive(Parser)]
@@ -189,6 +193,10 @@ pub(crate) enum Bench {
     Link(Link),
     /// Moving a stopped guest with random memory over page channels: QEMU and reference-vmm in every pairing
     Migrate(Migrate),
+    /// Guests that go on from a mapped-ram file: QEMU's full load, reference-vmm's, and memory that stays in the file until it is touched
+    Restore(Restore),
+    /// Background snapshots of a guest that rewrites its memory: how long it is paused, and how much slower it is meanwhile
+    Snapshot(Snapshot),
 }
 
 #[derive(Args)]
@@ -313,6 +321,8 @@ impl Command {
             Command::Bench { what: Bench::Decode(decode) } => decode.run(),
             Command::Bench { what: Bench::Link(link) } => link.run(),
             Command::Bench { what: Bench::Migrate(migrate) } => migrate.run(),
+            Command::Bench { what: Bench::Restore(restore) } => restore.run(),
+            Command::Bench { what: Bench::Snapshot(snapshot) } => snapshot.run(),
             Command::Record { out, only, again } => record_all(&out, &only, again),
             Command::Analyze { corpus, only } => analyze_all(&corpus, &only),
             Command::Catalogue { corpus, streams } => {

@@ -380,7 +380,7 @@ impl Medians {
 }
 
 /// Fills a file with numbers that no method can compress (xorshift64*).
-fn fill(path: &Path, len: u64) -> Result<()> {
+pub(super) fn fill(path: &Path, len: u64) -> Result<()> {
     let mut file = BufWriter::with_capacity(1 << 20, File::create(path)?);
     let mut state = 0x9e37_79b9_7f4a_7c15_u64;
     for _ in 0..len / 8 {

@@ -10,6 +10,8 @@
 //! uses besides its memory: virtio devices that it keeps busy. A [`Party`] is one of the monitors, controlled by QMP whoever wrote it.
 
 pub mod bench;
+pub mod bench_restore;
+pub mod bench_snapshot;
 pub mod demo;
 pub mod dialogue;
 mod doubt;
