@@ -56,6 +56,9 @@ const PLENTY: u64 = 64 << 20;
 /// …by this time for each page: a peer that takes nothing does not stop the guest, nor its monitor.
 const SLOWED: Duration = Duration::from_millis(100);
 
+/// Bytes that are copied for one who writes: it goes on to the next pages more often than not.
+const AROUND: u64 = 64 << 10;
+
 const PREPARE: &str = "protect guest memory against writes (capability 'background-snapshot')";
 const FOLLOW: &str = "follow who writes to guest memory";
 
@@ -144,7 +147,8 @@ impl Snapshot {
         let plenty = |state: &mut State| state.waiting > PLENTY && !state.ended;
         let (state, _) =
             self.changed.wait_timeout_while(self.lock(), SLOWED, plenty).unwrap_or_else(PoisonError::into_inner);
-        self.copy_from(ram, state, block, offset..offset + 1)
+        let end = ram.get(block).map_or(0, |view| view.memory.len() as u64).min(offset + AROUND);
+        self.copy_from(ram, state, block, offset..end.max(offset + 1))
     }
 
     /// Copies pages of a block, unless they were copied before.

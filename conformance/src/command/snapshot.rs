@@ -8,7 +8,7 @@ use qevm_conformance::roots::Suite;
 
 #[derive(Args)]
 pub(crate) struct Snapshot {
-    /// What the guest rewrites, and as much again that it only checks, MiB
+    /// What the guest rewrites, and a quarter of that which it only checks, MiB
     #[arg(long, default_value_t = 192, value_parser = clap::value_parser!(u32).range(1..))]
     mib: u32,
     /// What it rewrites in a second, MiB

@@ -1,6 +1,6 @@
 //! What a background snapshot costs the guest that runs on: reference-vmm and QEMU by turns, in one run.
 //!
-//! The guest rewrites a part of its memory at a steady rate and reports every two milliseconds, by its own clock. Of each snapshot it is
+//! The guest rewrites a part of its memory at a steady rate and reports every five milliseconds, by its own clock. Of each snapshot it is
 //! looked at how long it was paused, how long it said nothing, and how much of its rate it kept. Numbers mean something only on a
 //! machine that does nothing else.
 
@@ -12,6 +12,7 @@ use reference_vmm::payload::Progress;
 use serde_json::{Value, json};
 
 use super::party::{Monitor, Party};
+use super::snapshot::runs_on;
 use super::{Journey, Link, Load, Stage, Stop};
 use crate::bench::figures::Summary;
 use crate::patience::PATIENCE;
@@ -22,7 +23,7 @@ use crate::scenario::Accel;
 /// What is measured.
 #[derive(Debug, Clone)]
 pub struct Options {
-    /// MiB that the guest rewrites, and as many that it only checks.
+    /// MiB that the guest rewrites; a quarter of that it only checks.
     pub mib: u32,
     /// MiB that it rewrites in a second.
     pub rate: u32,
@@ -96,8 +97,8 @@ pub fn snapshot(options: &Options, program: &Monitor, mut tell: impl FnMut(&str)
 fn take(options: &Options, stop: Stop, stage: &Stage<'_>) -> Result<Sample> {
     let Options { mib, rate, .. } = options;
     let load = Load {
-        memory: 2 * mib + 64,
-        payload: format!("dirty={mib}M rate={rate}M hold={mib}M zero=2M verify=1024 report=2"),
+        memory: mib + mib.div_ceil(4) + 64,
+        payload: format!("dirty={mib}M rate={rate}M hold={}M zero=2M verify=65536 report=5", mib.div_ceil(4)),
         ..Load::default()
     };
     let journey = Journey {
@@ -130,7 +131,7 @@ fn take(options: &Options, stop: Stop, stage: &Stage<'_>) -> Result<Sample> {
     let after = lines(&here)?.len();
     let stopped = here.monitor().wait_event("STOP", PATIENCE)?.time.context("STOP has no timestamp")?;
     let resumed = here.monitor().wait_event("RESUME", PATIENCE)?.time.context("RESUME has no timestamp")?;
-    journey.settle(&mut here)?;
+    runs_on(&mut here, 1)?;
     let lines = lines(&here)?;
     ensure!(booted < before && before < after && after < lines.len(), "the guest says too little");
     let speed = |lines: &[Progress]| {

@@ -1,11 +1,11 @@
 //! A background snapshot: the guest runs on where it is, and as a copy of one instant elsewhere.
 
-use anyhow::Result;
+use anyhow::{Context, Result, ensure};
 use reference_vmm::payload::Transcript;
 use serde_json::{Map, Value, json};
 
 use super::journey::{Stage, account};
-use super::{Account, Journey, Link, Load, Stop};
+use super::{Account, Journey, Link, Load, Party, Stop};
 use crate::exec;
 use crate::patience::PATIENCE;
 use crate::roots::Suite;
@@ -41,7 +41,7 @@ impl Snapshot {
         here.monitor().wait_migration(PATIENCE, |migration| migration["status"] == "completed")?;
         exec::finish(&path)?;
         here.wait_status("running")?;
-        self.journey.settle(&mut here)?;
+        runs_on(&mut here, self.journey.load.cpus)?;
 
         // A QEMU's goes without the end of its memory.
         let told = (there.stop() == Stop::Reference).then_some(BACKGROUND);
@@ -56,6 +56,16 @@ impl Snapshot {
         let text = here.end()?;
         Ok(account(Vec::new(), &Transcript::read(&[text.as_slice()])?))
     }
+}
+
+/// Waits until a guest that has printed something before has rewritten all of its memory and checked the rest from now on.
+pub(super) fn runs_on(party: &mut Party, cpus: u32) -> Result<()> {
+    let now = party.progress()?.context("the guest has said nothing")?;
+    let (pass, rounds) = (now.pass + 2, now.rounds + u64::from(cpus) + 1);
+    let after = party.wait_progress("run on", PATIENCE, |p| p.pass >= pass && p.rounds >= rounds)?;
+    ensure!(after.stale == 0, "the guest found {} stale pages", after.stale);
+    ensure!(after.tsc_back == 0, "the guest's clock ran backwards {} times", after.tsc_back);
+    Ok(())
 }
 
 /// Who takes them and who loads them.
