@@ -75,7 +75,14 @@ impl Doubt {
         // It sees that the connection is closed, and may take what it has for a guest.
         let deadline = Instant::now() + PATIENCE;
         while there.monitor().last_words().is_none() {
-            let migration = there.monitor().migration()?;
+            let migration = match there.monitor().migration() {
+                Ok(migration) => migration,
+                // It may end while it is asked.
+                Err(error) => {
+                    ensure!(there.monitor().has_ended()?, "{error:#}");
+                    break;
+                }
+            };
             if migration["status"] == "failed" || migration["status"] == "completed" {
                 break;
             }
