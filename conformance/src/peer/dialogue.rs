@@ -6,9 +6,9 @@
 mod commands;
 mod legality;
 
-use std::io::Read;
-use std::net::TcpListener;
-use std::path::Path;
+use std::fs;
+use std::os::unix::net::UnixListener;
+use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -44,6 +44,9 @@ const WAITING: &[(&str, &str)] = &[
     ("query-status", ""),
 ];
 
+/// Of a guest whose pages, though they are zero, do not fit into the buffers of a socket.
+const MEMORY: &str = "256M";
+
 const POLL: Duration = Duration::from_millis(10);
 
 /// The two who are asked.
@@ -74,9 +77,7 @@ pub fn compare(root: &Root, program: &Monitor, scratch: &Path) -> Result<(Vec<St
         }),
     ];
     for (name, more, machine, play) in parts {
-        // So much that a slow migration is not over at once.
-        let memory = if more == RINGS { "1024M" } else { "64M" };
-        let mut arguments: Vec<String> = vec!["-m".into(), memory.into()];
+        let mut arguments = vec!["-m".to_owned(), MEMORY.to_owned()];
         arguments.extend(more.iter().map(|a| a.to_string()));
         if more == RINGS {
             arguments.push("kvm,dirty-ring-size=1024".into());
@@ -136,20 +137,30 @@ impl Both {
     }
 }
 
+/// A socket that takes connections and as much as fits into their buffers: a migration there is under way until it is cancelled. A rate limit is
+/// no such thing, for a QEMU that gets no processor sends more than that.
+struct NobodyReads {
+    socket: UnixListener,
+    uri: String,
+}
+
+impl NobodyReads {
+    /// At this path, where nobody else is.
+    fn at(path: PathBuf) -> Result<NobodyReads> {
+        if path.exists() {
+            fs::remove_file(&path)?;
+        }
+        Ok(NobodyReads { socket: UnixListener::bind(&path)?, uri: format!("unix:{}", path.display()) })
+    }
+}
+
 type Story = Vec<(&'static str, Value)>;
 
 fn story(monitor: &mut Qemu, scratch: &Path) -> Result<Story> {
     let mut told = Story::new();
-    let sink = TcpListener::bind("127.0.0.1:0")?;
-    let uri = json!({ "uri": format!("tcp:127.0.0.1:{}", sink.local_addr()?.port()) });
-    thread::spawn(move || {
-        for stream in sink.incoming().take(1).flatten() {
-            let (mut stream, mut buffer) = (stream, vec![0; 1 << 16]);
-            while matches!(stream.read(&mut buffer), Ok(count) if count > 0) {}
-        }
-    });
+    let nobody_reads = NobodyReads::at(scratch.join("story"))?;
+    let uri = json!({ "uri": nobody_reads.uri });
     monitor.set_capabilities(&["events"])?;
-    // A floor for the time that it takes: the records of zero pages alone are more than a minute's worth.
     monitor.set_parameters(&json!({ "max-bandwidth": 2_000, "downtime-limit": 1 }))?;
 
     monitor.execute("migrate", uri.clone())?;
@@ -181,20 +192,14 @@ fn story(monitor: &mut Qemu, scratch: &Path) -> Result<Story> {
 }
 
 /// What is told of dirty rates that were measured, and of limits during a migration under capability `dirty-limit`, which is on.
-fn limited(monitor: &mut Qemu, _: &Path) -> Result<Story> {
+fn limited(monitor: &mut Qemu, scratch: &Path) -> Result<Story> {
     let mut told = Story::new();
     let measure = |seconds: u64| json!({ "calc-time": seconds, "mode": "dirty-ring" });
     told.push(("calc-dirty-rate", reply(monitor, "calc-dirty-rate", measure(1))?));
     let measured = wait(monitor, "query-dirty-rate", "measured")?;
     told.push(("query-dirty-rate when it was measured", shape(&measured)));
-    let sink = TcpListener::bind("127.0.0.1:0")?;
-    let uri = json!({ "uri": format!("tcp:127.0.0.1:{}", sink.local_addr()?.port()) });
-    thread::spawn(move || {
-        for mut stream in sink.incoming().take(2).flatten() {
-            let mut buffer = vec![0; 1 << 16];
-            while matches!(stream.read(&mut buffer), Ok(count) if count > 0) {}
-        }
-    });
+    let nobody_reads = NobodyReads::at(scratch.join("limited"))?;
+    let uri = json!({ "uri": nobody_reads.uri });
     monitor.set_parameters(&json!({ "max-bandwidth": 1000, "downtime-limit": 1 }))?;
     for (set_first, name) in [(true, "a limit set before"), (false, "no limit set before")] {
         if set_first {

@@ -3,8 +3,8 @@
 //! Both are led through the same states, and asked the same in each. What changes the state is asked last.
 
 use std::io::{Read, Write};
-use std::net::{TcpListener, TcpStream};
 use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::thread;
 use std::time::Instant;
@@ -15,7 +15,7 @@ use nix::sys::socket::{AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bin
 use qevm_migration::Status;
 use serde_json::{Value, json};
 
-use super::{Both, Monitor, PATIENCE, POLL, reply};
+use super::{Both, MEMORY, Monitor, NobodyReads, PATIENCE, POLL, reply};
 use crate::launch::Qemu;
 use crate::peer::party::start_reference;
 use crate::roots::Root;
@@ -90,7 +90,7 @@ pub(super) fn compare(root: &Root, program: &Monitor, scratch: &Path, difference
 }
 
 fn start(root: &Root, program: &Monitor, scratch: &Path, name: &str, more: &[&str]) -> Result<Both> {
-    let mut arguments = ["-m", "64M"].iter().chain(more).map(|a| a.to_string()).collect::<Vec<_>>();
+    let mut arguments = ["-m", MEMORY].iter().chain(more).map(|a| a.to_string()).collect::<Vec<_>>();
     let ours = start_reference(program, &format!("{name}-ours"), &arguments, scratch)?;
     arguments.extend(["-M", "microvm,accel=tcg"].map(String::from));
     let qemu = Qemu::start(root, &format!("{name}-qemu"), &arguments, scratch)?;
@@ -161,25 +161,23 @@ impl Tour<'_> {
         self.tell_both("migrate-set-capabilities", json!({ "capabilities": list.collect::<Value>() }))
     }
 
-    /// Both begin to migrate to a peer of their own, at this speed.
-    fn migrate(&mut self, max_bandwidth: u64) -> Result<()> {
-        let downtime_limit = if max_bandwidth == SLOW { 1 } else { 2000 };
-        let limits = json!({ "max-bandwidth": max_bandwidth, "downtime-limit": downtime_limit });
-        self.tell_both("migrate-set-parameters", limits)?;
-        self.migrate_to(|| Peer::start(&FIRST_PINGS))
+    /// Both migrate to a peer of their own, who answers at first, and get as far as it goes without its word.
+    fn migrate(&mut self) -> Result<()> {
+        let peers = self.migrate_to_nobody()?;
+        peers.into_iter().for_each(|peer| answer(peer, &FIRST_PINGS));
+        Ok(())
     }
 
-    /// Both begin to migrate, each to a peer of its own.
-    fn migrate_to(&mut self, peer: impl Fn() -> Result<Peer>) -> Result<()> {
-        let peers = [peer()?, peer()?].map(|Peer(uri)| json!({ "uri": uri }));
-        self.tell("migrate", peers)
+    /// Both begin to migrate, each to a socket of its own from which nobody reads so far.
+    fn migrate_to_nobody(&mut self) -> Result<[NobodyReads; 2]> {
+        let limits = json!({ "max-bandwidth": 0, "downtime-limit": 2000 });
+        self.tell_both("migrate-set-parameters", limits)?;
+        let peer = |who: &str| NobodyReads::at(self.scratch.join(format!("{who}.peer")));
+        let peers = [peer("qemu")?, peer("ours")?];
+        self.tell("migrate", peers.each_ref().map(|peer| json!({ "uri": peer.uri })))?;
+        Ok(peers)
     }
 }
-
-/// So slow that a migration does not come to its end.
-const SLOW: u64 = 20_000;
-/// No limit.
-const FAST: u64 = 0;
 
 fn running(tour: &mut Tour<'_>) -> Result<()> {
     tour.at("running", None, &[CANCEL, STOP_AND_GO])?;
@@ -198,20 +196,21 @@ fn running(tour: &mut Tour<'_>) -> Result<()> {
     tour.tell_both("migrate_cancel", Value::Null)?;
     drop(crowd);
     tour.at("running", Some(Status::Cancelled), &[])?;
-    tour.migrate(SLOW)?;
+    let nobody_reads = tour.migrate_to_nobody()?;
     tour.at("running", Some(Status::Active), &[REFUSED, STOP_AND_GO])?;
     tour.tell_both("stop", Value::Null)?;
     tour.at("paused", Some(Status::Active), &[REFUSED])?;
     tour.tell_both("migrate_cancel", Value::Null)?;
+    drop(nobody_reads);
     tour.at("paused", Some(Status::Cancelled), &[CANCEL])?;
 
     // A guest that is stopped when it is handed over stays so when that fails.
     tour.capabilities(&[("pause-before-switchover", true), ("return-path", true)])?;
-    tour.migrate(FAST)?;
+    tour.migrate()?;
     tour.at("finish-migrate", Some(Status::PreSwitchover), &[REFUSED, HANDED_OVER])?;
     tour.tell_both("migrate_cancel", Value::Null)?;
     tour.at("paused", Some(Status::Cancelled), &[STOP_AND_GO])?;
-    tour.migrate(FAST)?;
+    tour.migrate()?;
     tour.at("finish-migrate", Some(Status::PreSwitchover), &[REFUSED, HANDED_OVER])?;
     tour.tell_both("migrate-continue", json!({ "state": "pre-switchover" }))?;
     // The peers do not say that they have the guest.
@@ -233,12 +232,13 @@ fn running(tour: &mut Tour<'_>) -> Result<()> {
 
 fn prelaunch(tour: &mut Tour<'_>) -> Result<()> {
     tour.at("prelaunch", None, &[CANCEL, &[("stop", ""), ("query-status", "")]])?;
-    tour.migrate(SLOW)?;
+    let nobody_reads = tour.migrate_to_nobody()?;
     tour.at("prelaunch", Some(Status::Active), &[REFUSED, &[("stop", ""), ("query-status", "")]])?;
     tour.tell_both("migrate_cancel", Value::Null)?;
+    drop(nobody_reads);
     tour.at("prelaunch", Some(Status::Cancelled), &[])?;
     tour.capabilities(&[("pause-before-switchover", true)])?;
-    tour.migrate(FAST)?;
+    tour.migrate()?;
     tour.at("finish-migrate", Some(Status::PreSwitchover), &[REFUSED, HANDED_OVER])?;
     tour.tell_both("migrate_cancel", Value::Null)?;
     tour.at("prelaunch", Some(Status::Cancelled), &[STOP_AND_GO])
@@ -252,21 +252,24 @@ fn incoming(tour: &mut Tour<'_>) -> Result<()> {
     let again = &[("migrate-incoming", r#"{"uri":"tcp:127.0.0.1:0"}"#)];
     tour.at("inmigrate", Some(Status::Setup), &[REFUSED, again, CANCEL, STOP_AND_GO])?;
 
-    // Each has a guest of its own kind sent, slowly at first.
+    // Each has a guest of its own kind sent, who is held before the end.
     let mut sources = (tour.start)("sources", &[])?;
     for (monitor, place) in [&mut sources.qemu, &mut sources.ours].into_iter().zip(places) {
-        monitor.set_parameters(&json!({ "max-bandwidth": SLOW, "downtime-limit": 1 }))?;
+        monitor.set_capabilities(&["pause-before-switchover"])?;
+        monitor.set_parameters(&json!({ "max-bandwidth": 0, "downtime-limit": 2000 }))?;
         monitor.execute("migrate", place)?;
     }
     tour.at("inmigrate", Some(Status::Active), &[REFUSED, again, CANCEL, STOP_AND_GO])?;
     for monitor in [&mut sources.qemu, &mut sources.ours] {
-        monitor.set_parameters(&json!({ "max-bandwidth": FAST, "downtime-limit": 2000 }))?;
+        monitor.wait_migration(PATIENCE, |migration| migration["status"] == "pre-switchover")?;
+        monitor.execute("migrate-continue", json!({ "state": "pre-switchover" }))?;
     }
     tour.at("running", Some(Status::Completed), &[again, CANCEL, STOP_AND_GO])?;
     // It may leave again.
-    tour.migrate(SLOW)?;
+    let nobody_reads = tour.migrate_to_nobody()?;
     tour.at("running", Some(Status::Active), &[REFUSED, again, STOP_AND_GO])?;
     tour.tell_both("migrate_cancel", Value::Null)?;
+    drop(nobody_reads);
     tour.at("running", Some(Status::Cancelled), &[again])?;
     sources.qemu.quit();
     sources.ours.quit();
@@ -286,19 +289,15 @@ fn postcopy_active(tour: &mut Tour<'_>) -> Result<()> {
 }
 
 fn depart(tour: &mut Tour<'_>, answered: &[u32], status: Status) -> Result<()> {
-    let limits = json!({ "max-bandwidth": SLOW, "max-postcopy-bandwidth": FAST, "downtime-limit": 1 });
-    tour.tell_both("migrate-set-parameters", limits)?;
-    tour.migrate_to(|| Peer::start(answered))?;
+    let peers = tour.migrate_to_nobody()?;
     tour.wait_for("running", Some(Status::Active.as_str()))?;
     tour.tell_both("migrate-start-postcopy", Value::Null)?;
+    peers.into_iter().for_each(|peer| answer(peer, answered));
     let here = [("migrate-continue", format!(r#"{{"state":"{}"}}"#, status.as_str()))];
     let here = here.each_ref().map(|(command, arguments)| (*command, arguments.as_str()));
     tour.wait_for("finish-migrate", Some(status.as_str()))?;
     tour.ask("finish-migrate", Some(status.as_str()), &[EVERYWHERE, REFUSED, HANDED_OVER, CANCEL, &here, EVERYWHERE])
 }
-
-/// Where a guest is sent that does not arrive: somebody who takes everything, answers these PINGs, and says nothing else. Its address.
-struct Peer(String);
 
 /// The PINGs that a stream begins with. A QEMU does not look at their values, and sends the first alone.
 const FIRST_PINGS: [u32; 2] = [1, 0x5145_4801];
@@ -306,20 +305,16 @@ const FIRST_PINGS: [u32; 2] = [1, 0x5145_4801];
 const PING: [u8; 5] = [8, 0, 2, 0, 4];
 const PONG: [u8; 4] = [0, 2, 0, 4];
 
-impl Peer {
-    fn start(answered: &[u32]) -> Result<Peer> {
-        let answered = answered.to_vec();
-        let listener = TcpListener::bind("127.0.0.1:0")?;
-        let uri = format!("tcp:127.0.0.1:{}", listener.local_addr()?.port());
-        thread::spawn(move || {
-            // The source may go at any time.
-            let _ = listener.accept().and_then(|(stream, _)| take_in(stream, &answered));
-        });
-        Ok(Peer(uri))
-    }
+/// From here on somebody is there who takes everything, answers these PINGs, and says nothing else: no guest arrives there.
+fn answer(peer: NobodyReads, answered: &[u32]) {
+    let answered = answered.to_vec();
+    thread::spawn(move || {
+        // The source may go at any time.
+        let _ = peer.socket.accept().and_then(|(stream, _)| take_in(stream, &answered));
+    });
 }
 
-fn take_in(mut stream: TcpStream, answered: &[u32]) -> std::io::Result<()> {
+fn take_in(mut stream: UnixStream, answered: &[u32]) -> std::io::Result<()> {
     let (mut chunk, mut seen) = (vec![0; 1 << 16], Vec::new());
     loop {
         let count = stream.read(&mut chunk)?;
