@@ -25,6 +25,10 @@ pub struct Check {
     /// of its `-dump-vmstate`. May be repeated: the files tell of one destination.
     #[arg(long, value_name = "FILE")]
     pub against: Vec<PathBuf>,
+    /// Which internal snapshot of a qcow2 image that --against names is read, by name or ID. Without it, the one that --snapshot
+    /// names.
+    #[arg(long, value_name = "NAME", requires = "against")]
+    pub against_snapshot: Option<String>,
     /// Release of the destination's QEMU.
     #[arg(long, value_name = "RELEASE")]
     pub qemu: Option<QemuVersion>,

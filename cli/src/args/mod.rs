@@ -124,6 +124,11 @@ impl Input {
 }
 
 impl Input {
+    /// As [`plain`](Input::plain), of the `snapshot` if the file is a qcow2 image.
+    pub fn snapshot_of(main: &std::path::Path, snapshot: Option<&str>) -> Self {
+        Input { snapshot: snapshot.map(str::to_owned), ..Input::plain(main) }
+    }
+
     /// What `--target-page-size` says.
     pub(crate) fn page_geometry(&self) -> Result<Option<PageGeometry>, Stop> {
         let parsed = |size| {
@@ -216,7 +221,7 @@ pub struct Verify {
 /// `qevm extract`.
 #[derive(Debug, Args)]
 #[command(after_help = EXIT_CODES)]
-#[group(id = "what", required = true, multiple = true, args = ["ram", "memory", "elf", "devices"])]
+#[group(id = "what", required = true, multiple = true, args = ["ram", "memory", "elf", "devices", "xml"])]
 pub struct Extract {
     #[command(flatten)]
     #[allow(missing_docs)]
@@ -257,6 +262,9 @@ pub struct Extract {
     /// Write all device sections, down to each field, to a JSON file.
     #[arg(long, value_name = "FILE")]
     pub devices: Option<PathBuf>,
+    /// Write the domain XML of a libvirt save image to a file.
+    #[arg(long, value_name = "FILE")]
+    pub xml: Option<PathBuf>,
     /// Replace files that exist. A symbolic link is replaced itself, and not what it points to.
     #[arg(long)]
     pub force: bool,
@@ -296,6 +304,10 @@ pub struct Diff {
     /// Another one.
     #[arg(value_name = "SECOND")]
     pub second: PathBuf,
+    /// Which internal snapshot of a qcow2 image is read, by name or ID. Given once it holds for every image; given twice, for
+    /// FIRST and then for SECOND, so that two snapshots of one image can be compared.
+    #[arg(long, value_name = "NAME")]
+    pub snapshot: Vec<String>,
     /// Do not compare the contents of memory.
     #[arg(long)]
     pub no_ram: bool,

@@ -5,6 +5,7 @@ mod pci;
 use crate::args;
 use crate::bounds::Bounds;
 use crate::failure::{Failure, Stop};
+use crate::open::is_disk_image;
 use crate::progress::Progress;
 use crate::ram::Keep;
 use crate::stream::layouts::Layouts;
@@ -119,8 +120,9 @@ impl Observer for Gather {
 /// [`Stop::Usage`] if a file cannot be read, or is neither a whole stream nor a schema.
 pub fn destination(check: &args::Check, stream: &Stream) -> Result<Destination, Stop> {
     let Destination { mut known, mut spaces } = Destination::default();
+    let snapshot = check.against_snapshot.as_deref().or(check.input.snapshot.as_deref());
     for path in &check.against {
-        let Destination { known: file, spaces: more } = against(path, &check.bounds)?;
+        let Destination { known: file, spaces: more } = against(path, snapshot, &check.bounds)?;
         more.into_iter().for_each(|(key, space)| {
             spaces.entry(key).or_insert(space);
         });
@@ -160,14 +162,17 @@ pub fn destination(check: &args::Check, stream: &Stream) -> Result<Destination, 
 }
 
 /// What one file tells of the destination.
-fn against(path: &Path, bounds: &Bounds) -> Result<Destination, Stop> {
+fn against(path: &Path, snapshot: Option<&str>, bounds: &Bounds) -> Result<Destination, Stop> {
     if let Some(schema) = schema(path)? {
         let machine = schema.machine.as_ref().map(|name| name.clone().into_bytes());
         let known = Expectations { machine, schema: Some(schema), ..Expectations::default() };
         return Ok(Destination { known, ..Destination::default() });
     }
-    let Stream { summary, spaces, qemu } = summarize(&args::Input::plain(path), bounds).map_err(|stop| match stop {
+    let snapshot = snapshot.filter(|_| is_disk_image(path));
+    let input = args::Input::snapshot_of(path, snapshot);
+    let Stream { summary, spaces, qemu } = summarize(&input, bounds).map_err(|stop| match stop {
         Stop::Bad(failure) => Stop::Usage(format!("--against {failure}")),
+        Stop::Usage(message) => Stop::Usage(message.replace("--snapshot:", "--against-snapshot:")),
         other => other,
     })?;
     Ok(Destination { known: Expectations { qemu, ..summary.into() }, spaces })

@@ -4,6 +4,7 @@ use super::Output;
 use crate::args;
 use crate::diff::{Devices, Difference, Differences, Guest, Wanted, differences};
 use crate::failure::Stop;
+use crate::open::is_disk_image;
 use crate::ram::Keep;
 use crate::stream::{Inputs, Layouts, Settings, analyze};
 use crate::table::Table;
@@ -20,8 +21,9 @@ pub fn run(diff: &args::Diff) -> Result<(), Stop> {
     let (spool, max_ram) = (diff.bounds.spool(), u64::MAX);
     let settings =
         Settings { keep, reencode: false, complete: false, strict: false, live: false, layouts, spool, max_ram };
-    let mut first = read(&diff.first, &settings)?;
-    let mut second = read(&diff.second, &settings)?;
+    let [of_first, of_second] = snapshots(diff)?;
+    let mut first = read(&diff.first, of_first, &settings)?;
+    let mut second = read(&diff.second, of_second, &settings)?;
     let wanted = Wanted { place: diff.section.clone(), pages: !diff.no_ram };
     let Differences { list: found, omitted, .. } = differences(&mut first, &mut second, wanted)?;
     let mut out = Output::new();
@@ -58,8 +60,20 @@ fn is_zero(omitted: &u64) -> bool {
     *omitted == 0
 }
 
-fn read(path: &Path, settings: &Settings) -> Result<Guest, Stop> {
-    let mut inputs = Inputs::open(&args::Input::plain(path))?;
+/// Which snapshots are read, if any.
+fn snapshots(diff: &args::Diff) -> Result<[Option<&str>; 2], Stop> {
+    let images = [is_disk_image(&diff.first), is_disk_image(&diff.second)];
+    match &diff.snapshot[..] {
+        [] => Ok([None; 2]),
+        // A mistake if neither is an image, which opening the first one says.
+        [one] => Ok([images[0] || !images[1], images[1]].map(|image| image.then_some(one.as_str()))),
+        [first, second] => Ok([Some(first), Some(second)]),
+        more => Err(Stop::Usage(format!("--snapshot is given {} times, expected once for each side", more.len()))),
+    }
+}
+
+fn read(path: &Path, snapshot: Option<&str>, settings: &Settings) -> Result<Guest, Stop> {
+    let mut inputs = Inputs::open(&args::Input::snapshot_of(path, snapshot))?;
     let mut devices = Devices::default();
     let mut analysis = analyze(&mut inputs, settings, &mut devices);
     match analysis.failure.take() {

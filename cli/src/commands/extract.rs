@@ -3,14 +3,16 @@
 use super::Output;
 use crate::args;
 use crate::extract::{Devices, Guest, GuestObserver, PhysicalMemory, write_block, write_devices};
-use crate::failure::Stop;
+use crate::failure::{Failure, Stop};
+use crate::open::Container;
 use crate::output_file::OutputFile;
 use crate::progress::Progress;
 use crate::ram::{GuestRam, Keep};
-use crate::stream::{Inputs, Layouts, Settings, analyze};
+use crate::stream::{Analysis, Inputs, Layouts, Settings, analyze};
 use crate::table::size;
 use qevm_wire::Fault;
 use serde_json::{Map, Value, json};
+use std::io::Write;
 use std::path::{Path, PathBuf};
 
 /// Runs the command.
@@ -22,12 +24,13 @@ pub fn run(extract: &args::Extract) -> Result<(), Stop> {
     let mut inputs = Inputs::open(&extract.input)?;
     let output =
         |path: &Option<PathBuf>| path.as_deref().map(|path| OutputFile::create(path, extract.force)).transpose();
-    let named = [&extract.devices, &extract.memory, &extract.elf].map(|path| path.as_deref());
+    let named = [&extract.devices, &extract.memory, &extract.elf, &extract.xml].map(|path| path.as_deref());
     if let Some(twice) = (1..named.len()).find_map(|at| named[at].filter(|_| named[..at].contains(&named[at]))) {
         return Err(Stop::Usage(format!("{}: cannot be two of the files at once", twice.display())));
     }
     // That a file cannot be written must show before hours of reading.
     let outputs = (output(&extract.devices)?, output(&extract.memory)?, output(&extract.elf)?);
+    let xml = output(&extract.xml)?.map(|output| domain_xml(&mut inputs).map(|xml| (output, xml))).transpose()?;
     let memory = extract.ram.is_some() || extract.memory.is_some() || extract.elf.is_some();
     let settings = Settings {
         keep: if memory { Keep::Image } else { Keep::Nothing },
@@ -42,7 +45,11 @@ pub fn run(extract: &args::Extract) -> Result<(), Stop> {
     };
     let devices = extract.devices.as_ref().map(|_| Devices::new(settings.spool.clone()));
     let mut observer = GuestObserver::new(Progress::new("reading", inputs.main.source.total()), devices);
-    let mut analysis = analyze(&mut inputs, &settings, &mut observer);
+    // The domain XML is before the stream, which may be cut or damaged.
+    let mut analysis = match memory || extract.devices.is_some() {
+        true => analyze(&mut inputs, &settings, &mut observer),
+        false => Analysis::default(),
+    };
     let mut guest = observer.finish();
     let mut written = Written::default();
     let mut partial = false;
@@ -60,6 +67,14 @@ pub fn run(extract: &args::Extract) -> Result<(), Stop> {
     let mut out = Output::new();
     let complete = (|| {
         let (devices_file, memory_file, elf_file) = outputs;
+        if let Some((output, xml)) = xml {
+            let path = output.path().to_owned();
+            let failed = |error: std::io::Error| Failure::io(&path.display().to_string(), 0, &error);
+            let mut file = output.file();
+            file.write_all(&xml).map_err(failed)?;
+            output.publish().map_err(failed)?;
+            written.file(&path, xml.len() as u64, "domain XML");
+        }
         if let (Some(output), Some(devices)) = (devices_file, &mut guest.devices) {
             let path = output.path().to_owned();
             let len = write_devices(devices, &analysis, output)?;
@@ -99,6 +114,17 @@ pub fn run(extract: &args::Extract) -> Result<(), Stop> {
         }
     }
     out.finish()
+}
+
+/// The domain XML of the save image that the stream is in.
+fn domain_xml(inputs: &mut Inputs) -> Result<Vec<u8>, Stop> {
+    let xml = inputs.containers.iter_mut().find_map(|container| match container {
+        Container::SaveImage { xml, .. } => Some(std::mem::take(xml)),
+        _ => None,
+    });
+    xml.ok_or_else(|| {
+        Stop::Usage(format!("{}: is no libvirt save image, which alone has a domain XML (--xml)", inputs.main.name))
+    })
 }
 
 #[derive(Default)]

@@ -6,6 +6,7 @@ use super::Output;
 use crate::args;
 use crate::aside::Aside;
 use crate::failure::{Failure, Stop};
+use crate::open::Container;
 use crate::progress::Progress;
 use crate::ram::Keep;
 use crate::report::{Members, Report};
@@ -14,6 +15,7 @@ use crate::table::{Table, count, size};
 use fields::{Choice, Gather};
 use qevm_savevm::configuration::ConfigurationSubsection;
 use serde::{Serialize, Serializer};
+use serde_json::Value;
 
 /// Runs the command.
 ///
@@ -21,7 +23,7 @@ use serde::{Serialize, Serializer};
 /// [`Stop::Bad`] if the stream is bad, [`Stop::Usage`] if a file cannot be opened.
 pub fn run(inspect: &args::Inspect) -> Result<(), Stop> {
     let mut inputs = super::open(&inspect.input, inspect.output, |report, out| {
-        out.json(&Inspected::new(&Analysis::default(), report))
+        out.json(&Inspected::new(&Analysis::default(), &[], report))
     })?;
     // Who asks for certain fields wants to see these alone.
     let only_fields = !inspect.output.json && (!inspect.section.is_empty() || inspect.field.is_some());
@@ -56,14 +58,19 @@ pub fn run(inspect: &args::Inspect) -> Result<(), Stop> {
     let mut out = Output::new();
     match inspect.output.json {
         true if matches!(gather.choice, Choice::Named(_)) => {
-            out.json_with_list(&Inspected::new(&analysis, &report), "fields", |out| gather.copy(out))?;
+            out.json_with_list(&Inspected::new(&analysis, &inputs.containers, &report), "fields", |out| {
+                gather.copy(out)
+            })?;
         }
-        true => out.json(&Inspected::new(&analysis, &report))?,
+        true => out.json(&Inspected::new(&analysis, &inputs.containers, &report))?,
         false if only_fields && gather.aside.is_empty() => {
             out.line("no such field in the sections that the stream describes")?;
         }
         false => {
             if !only_fields {
+                for container in &inputs.containers {
+                    out.line(format!("{:<14}{}", "container", container.describe()))?;
+                }
                 print(&mut out, &analysis, &report, inspect.records)?;
             }
             out.copy(|out| gather.copy(out))?;
@@ -78,6 +85,7 @@ pub fn run(inspect: &args::Inspect) -> Result<(), Stop> {
 struct Inspected<'a> {
     #[serde(flatten)]
     report: Members<'a>,
+    containers: Vec<Value>,
     machine: Option<String>,
     capabilities: Vec<String>,
     page_size: u64,
@@ -95,9 +103,10 @@ struct Description {
 }
 
 impl<'a> Inspected<'a> {
-    fn new(analysis: &'a Analysis, report: &'a Report) -> Self {
+    fn new(analysis: &'a Analysis, containers: &[Container], report: &'a Report) -> Self {
         Inspected {
             report: report.members(false),
+            containers: containers.iter().map(Container::json).collect(),
             machine: analysis.machine(),
             capabilities: capabilities(analysis),
             page_size: analysis.page_size,

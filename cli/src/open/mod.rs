@@ -4,10 +4,13 @@
 //! the file where the stream lies in it as it is, and from the start of the stream where it had to be decompressed or
 //! gathered from a disk image.
 
+mod container;
 mod decompressed;
 mod snapshot;
 
-use self::decompressed::{Decompressed, XZ_MEMORY_KIB};
+pub use self::container::Container;
+
+use self::decompressed::{Decompressed, Trailing};
 use crate::failure::{Failure, Stop};
 use crate::source::Source;
 use qevm_savevm::container::libvirt::{self, SaveFormat, SaveImage};
@@ -29,6 +32,8 @@ pub struct Opened {
     pub source: Source,
     /// Where in them the stream starts.
     pub offset: u64,
+    /// What the stream is wrapped in, outermost first.
+    pub containers: Vec<Container>,
 }
 
 /// Opens `path` (`-` is standard input), whatever container the stream is in. `snapshot` chooses one by name or ID where
@@ -48,7 +53,7 @@ pub fn open(path: &Path, snapshot: Option<&str>, offset_given: bool) -> Result<O
         return Err(Stop::Usage(format!("{name}: is a directory, expected a stream file")));
     }
     if file.seek(SeekFrom::Start(0)).is_err() {
-        return from_pipe(name, file, 0);
+        return from_pipe(name, file, Vec::new());
     }
     let first = first_bytes(&mut file, RECOGNISE_LEN).map_err(cannot)?;
     file.rewind().map_err(cannot)?;
@@ -59,25 +64,34 @@ pub fn open(path: &Path, snapshot: Option<&str>, offset_given: bool) -> Result<O
     match kind {
         Some(FileKind::Libvirt) => open_save_image(name, file),
         Some(FileKind::Qcow2) => {
-            let source = snapshot::open(&name, file, snapshot)?;
-            Ok(Opened { name, source, offset: 0 })
+            let (source, container) = snapshot::open(&name, file, snapshot)?;
+            Ok(Opened { name, source, offset: 0, containers: vec![container] })
         }
-        Some(FileKind::Compressed(compression)) => decompressed(name, file, compression, 0),
+        Some(FileKind::Compressed(compression)) => decompressed(name, file, compression, Vec::new()),
         Some(FileKind::Foreign(foreign)) if !offset_given => Err(foreign_file(name, foreign)),
         // What is no stream at all is for the decoder to say, with the bytes it found.
         _ => {
             let source = Source::file(file).map_err(cannot)?;
-            Ok(Opened { name, source, offset: 0 })
+            Ok(Opened { name, source, offset: 0, containers: Vec::new() })
         }
     }
 }
 
-fn open_stdin() -> Result<Opened, Stop> {
-    from_pipe("standard input".to_owned(), io::stdin(), 0)
+/// True if the file is one that snapshots are chosen in. One that cannot be read is for [`open`] to refuse.
+pub fn is_disk_image(path: &Path) -> bool {
+    let first = |mut file: File| first_bytes(&mut file, RECOGNISE_LEN);
+    // A pipe must keep its bytes.
+    let regular = path.metadata().is_ok_and(|file| file.is_file());
+    regular && File::open(path).and_then(first).is_ok_and(|first| recognise(&first) == Some(FileKind::Qcow2))
 }
 
-/// Opens what comes from a pipe, or out of `depth` decompressors.
-fn from_pipe(name: String, mut pipe: impl Read + 'static, depth: usize) -> Result<Opened, Stop> {
+fn open_stdin() -> Result<Opened, Stop> {
+    from_pipe("standard input".to_owned(), io::stdin(), Vec::new())
+}
+
+/// Opens what comes from a pipe, or out of the `containers` around it.
+fn from_pipe(name: String, mut pipe: impl Read + 'static, mut containers: Vec<Container>) -> Result<Opened, Stop> {
+    let depth = containers.iter().filter(|container| matches!(container, Container::Compressed { .. })).count();
     if depth > MAX_DEPTH {
         return Err(Stop::Usage(format!("{name}: is compressed more than {MAX_DEPTH} times")));
     }
@@ -90,7 +104,7 @@ fn from_pipe(name: String, mut pipe: impl Read + 'static, depth: usize) -> Resul
     let kind = recognise(&first);
     let mut input = Cursor::new(first).chain(pipe);
     match kind {
-        Some(FileKind::Compressed(compression)) => decompressed(name, input, compression, depth),
+        Some(FileKind::Compressed(compression)) => decompressed(name, input, compression, containers),
         Some(FileKind::Foreign(foreign)) => Err(foreign_file(name, foreign)),
         Some(FileKind::Qcow2) if depth > 0 => Err(Stop::Usage(format!(
             "{name}: a compressed qcow2 image cannot be read: decompress it into a file first"
@@ -99,41 +113,47 @@ fn from_pipe(name: String, mut pipe: impl Read + 'static, depth: usize) -> Resul
             Err(Stop::Usage(format!("{name}: a qcow2 image cannot be read from a pipe; name the file")))
         }
         Some(FileKind::Libvirt) => {
-            let image = save_image_header(&name, &mut input)?;
-            let behind_header = image.stream_offset - libvirt::HEADER_LEN as u64;
-            io::copy(&mut input.by_ref().take(behind_header), &mut io::sink()).map_err(cannot)?;
+            let (image, container) = save_image_header(&name, &mut input)?;
+            containers.push(container);
             match image.format {
                 SaveFormat::Compressed(Compression::Lzop) => Err(lzop_inside(&name, image.stream_offset, depth)),
-                SaveFormat::Compressed(compression) => decompressed(name, input, compression, depth),
-                SaveFormat::Raw => Ok(Opened { name, source: Source::stream(Box::new(input)), offset: 0 }),
+                SaveFormat::Compressed(compression) => decompressed(name, input, compression, containers),
+                SaveFormat::Raw => Ok(Opened { name, source: Source::stream(Box::new(input)), offset: 0, containers }),
                 _ => Err(Stop::Usage(format!("{name}: a sparse save image cannot be read from a pipe; name the file"))),
             }
         }
-        _ => Ok(Opened { name, source: Source::stream(Box::new(input)), offset: 0 }),
+        _ => Ok(Opened { name, source: Source::stream(Box::new(input)), offset: 0, containers }),
     }
 }
 
 fn open_save_image(name: String, mut file: File) -> Result<Opened, Stop> {
     let cannot = |error: io::Error| Stop::Usage(format!("{name}: cannot be read: {error}"));
-    let image = save_image_header(&name, &mut file)?;
+    let (image, container) = save_image_header(&name, &mut file)?;
+    let containers = vec![container];
     match image.format {
         SaveFormat::Compressed(Compression::Lzop) => Err(lzop_inside(&name, image.stream_offset, 0)),
         SaveFormat::Compressed(compression) => {
             file.seek(SeekFrom::Start(image.stream_offset)).map_err(cannot)?;
-            decompressed(name, file, compression, 0)
+            decompressed(name, file, compression, containers)
         }
         _ => {
             let source = Source::file(file).map_err(cannot)?;
-            Ok(Opened { name, source, offset: image.stream_offset })
+            Ok(Opened { name, source, offset: image.stream_offset, containers })
         }
     }
 }
 
-/// Reads the header of a save image. An incomplete one is read all the same: how far it goes is what its owner wants
-/// to know, and the decoder will say where it ends.
-fn save_image_header(name: &str, input: &mut impl Read) -> Result<SaveImage, Stop> {
-    let header = first_bytes(input, libvirt::HEADER_LEN).map_err(|error| Failure::io(name, 0, &error))?;
-    SaveImage::parse(&header, &Limits::default()).map_err(|error| Failure::located(name, error).into())
+/// Reads what a save image has before the stream. An incomplete one is read all the same: how far it goes is what its owner
+/// wants to know, and the decoder will say where it ends.
+fn save_image_header(name: &str, input: &mut impl Read) -> Result<(SaveImage, Container), Stop> {
+    let io = |error: io::Error| Failure::io(name, 0, &error);
+    let header = first_bytes(input, libvirt::HEADER_LEN).map_err(io)?;
+    let header = SaveImage::parse(&header, &Limits::default()).map_err(|error| Failure::located(name, error))?;
+    let mut data = Vec::new();
+    let behind_header = header.stream_offset - libvirt::HEADER_LEN as u64;
+    input.by_ref().take(behind_header).read_to_end(&mut data).map_err(io)?;
+    data.truncate(header.xml_len as usize);
+    Ok((header.clone(), Container::SaveImage { header, xml: data }))
 }
 
 /// A save image whose payload only `lzop` can unpack: with the image's header before it, that takes it for nothing known.
@@ -151,31 +171,23 @@ fn foreign_file(name: String, foreign: Foreign) -> Stop {
     Failure { file: name, kind, offset: 0, path, message: foreign.to_string() }.into()
 }
 
-/// `depth`: how many decompressors are around this one.
+/// `containers`: what is around the compressed data.
 fn decompressed(
     name: String,
     input: impl Read + 'static,
     compression: Compression,
-    depth: usize,
+    mut containers: Vec<Container>,
 ) -> Result<Opened, Stop> {
-    let reader: Box<dyn Read> = match compression {
-        Compression::Gzip => Box::new(flate2::read::MultiGzDecoder::new(input)),
-        Compression::Bzip2 => Box::new(bzip2::read::MultiBzDecoder::new(input)),
-        Compression::Xz => Box::new(lzma_rust2::XzReader::new_mem_limit(input, true, XZ_MEMORY_KIB)),
-        Compression::Zstd => {
-            let decoder = zstd::Decoder::new(input).map_err(|error| Failure::io(&name, 0, &error))?;
-            Box::new(decoder)
-        }
-        other => {
-            let program = other.as_str();
-            let message = format!(
-                "{name}: is compressed with {program}, which is not supported: decompress it with `{program} -dc` first"
-            );
-            return Err(Stop::Usage(message));
-        }
-    };
-    let reader = Decompressed { reader, program: compression.as_str() };
-    from_pipe(name, reader, depth + 1)
+    let trailing = Trailing::default();
+    let opened = Decompressed::new(Box::new(input), compression, trailing.clone());
+    let program = compression.as_str();
+    let reader = opened.map_err(|error| Failure::io(&name, 0, &error))?.ok_or_else(|| {
+        Stop::Usage(format!(
+            "{name}: is compressed with {program}, which is not supported: decompress it with `{program} -dc` first"
+        ))
+    })?;
+    containers.push(Container::Compressed { program, trailing });
+    from_pipe(name, reader, containers)
 }
 
 /// Up to `count` bytes from the start; fewer only at the end of the input.

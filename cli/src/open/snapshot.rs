@@ -1,6 +1,7 @@
 //! The VM state of a qcow2 internal snapshot as something to read and seek in.
 
-use crate::failure::{Failure, Stop, printable};
+use super::container::{Container, describe};
+use crate::failure::{Failure, Stop};
 use crate::source::Source;
 use qevm_savevm::container::qcow2::{self, Cluster, Header, Snapshot, VmState};
 use qevm_savevm::{Error, Reader};
@@ -15,7 +16,7 @@ const TABLE_PIECE: usize = 64 << 10;
 const TABLE_LIMIT: usize = 16 << 20;
 
 /// Opens the VM state of the snapshot that `chosen` names, or of the only one that has any.
-pub(super) fn open(name: &str, file: File, chosen: Option<&str>) -> Result<Source, Stop> {
+pub(super) fn open(name: &str, file: File, chosen: Option<&str>) -> Result<(Source, Container), Stop> {
     let bad = |error: Error| Stop::from(Failure::located(name, error));
     let io = |error: io::Error| Stop::from(Failure::io(name, 0, &error));
     let mut first = vec![0; qcow2::HEADER_LEN];
@@ -24,7 +25,8 @@ pub(super) fn open(name: &str, file: File, chosen: Option<&str>) -> Result<Sourc
     header.check_snapshots(&Limits::default()).map_err(bad)?;
 
     let snapshots = table(name, &file, &header)?;
-    let snapshot = choose(name, &snapshots, chosen)?;
+    let chosen = choose(name, &snapshots, chosen)?;
+    let snapshot = &snapshots[chosen];
     let held = (&file).seek(SeekFrom::End(0)).map_err(io)?;
     if snapshot.vm_state_size > held {
         return Err(more_than_held(name, &header, snapshot, held).into());
@@ -34,7 +36,7 @@ pub(super) fn open(name: &str, file: File, chosen: Option<&str>) -> Result<Sourc
     let state = VmState::new(&header, snapshot, &l1).map_err(bad)?;
     let len = state.len();
     let reader = StateReader { file, l2: vec![0; header.cluster_size() as usize], l2_offset: None, state, position: 0 };
-    Ok(Source::seekable(Box::new(reader), len))
+    Ok((Source::seekable(Box::new(reader), len), Container::Snapshot { chosen, all: snapshots }))
 }
 
 /// `savevm` writes every byte of the state. What claims more than the file holds would be made of clusters that are not there,
@@ -76,24 +78,44 @@ fn table(name: &str, file: &File, header: &Header) -> Result<Vec<Snapshot>, Stop
     Ok(snapshots)
 }
 
-fn choose<'a>(name: &str, snapshots: &'a [Snapshot], chosen: Option<&str>) -> Result<&'a Snapshot, Stop> {
-    let with_state: Vec<&Snapshot> = snapshots.iter().filter(|snapshot| snapshot.vm_state_size > 0).collect();
+/// Index of the snapshot that is meant: by name or ID, or the only one with VM state. A name comes before an ID.
+fn choose(name: &str, snapshots: &[Snapshot], chosen: Option<&str>) -> Result<usize, Stop> {
+    let with_state = || snapshots.iter().enumerate().filter(|(_, snapshot)| snapshot.vm_state_size > 0);
+    // As much as helps, and a line all the same.
+    const LISTED: usize = 50;
     let list = || {
-        let names = with_state.iter().map(|s| printable(&String::from_utf8_lossy(&s.name)));
-        names.collect::<Vec<_>>().join(", ")
+        let mut list: Vec<String> = snapshots.iter().take(LISTED).map(describe).collect();
+        list.extend(snapshots.len().checked_sub(LISTED + 1).map(|more| format!("and {} more", more + 1)));
+        list.join(", ")
     };
-    match chosen {
-        Some(wanted) => {
-            let found = with_state.iter().find(|s| s.name == wanted.as_bytes() || s.id == wanted.as_bytes());
-            found.copied().ok_or_else(|| {
-                Stop::Usage(format!("{name}: no snapshot '{wanted}' with VM state; there are: {}", list()))
-            })
-        }
-        None => match with_state[..] {
+    let Some(wanted) = chosen else {
+        return match with_state().map(|(index, _)| index).collect::<Vec<_>>()[..] {
             [only] => Ok(only),
-            [] => Err(Stop::Usage(format!("{name}: a qcow2 image without a snapshot that has VM state (savevm)"))),
+            [] if snapshots.is_empty() => Err(Stop::Usage(format!(
+                "{name}: a qcow2 image without snapshots, so that no stream is in it (savevm)"
+            ))),
+            [] => Err(Stop::Usage(format!(
+                "{name}: a qcow2 image without a snapshot that has VM state (savevm); there are: {}",
+                list()
+            ))),
             _ => Err(Stop::Usage(format!("{name}: several snapshots; choose one with --snapshot: {}", list()))),
-        },
+        };
+    };
+    let wanted = wanted.as_bytes();
+    let found = with_state().find(|(_, s)| s.name == wanted).or_else(|| with_state().find(|(_, s)| s.id == wanted));
+    let without = || snapshots.iter().find(|s| s.name == wanted || s.id == wanted);
+    match (found, without()) {
+        (Some((index, _)), _) => Ok(index),
+        (None, Some(snapshot)) => Err(Stop::Usage(format!(
+            "{name}: snapshot {} has no VM state, so that no stream is in it; there are: {}",
+            describe(snapshot),
+            list()
+        ))),
+        (None, None) => Err(Stop::Usage(format!(
+            "{name}: no snapshot '{}'; there are: {}",
+            String::from_utf8_lossy(wanted),
+            list()
+        ))),
     }
 }
 

@@ -71,10 +71,38 @@ fn every_wrapping_gives_the_same_stream() {
         let file = file(&bytes);
         assert_eq!(read_all(open(file.path(), None, false).unwrap()), STREAM, "{what}");
         if what != "libvirt sparse" {
-            let opened = from_pipe(what.to_owned(), Cursor::new(bytes), 0).unwrap();
+            let opened = from_pipe(what.to_owned(), Cursor::new(bytes), Vec::new()).unwrap();
             assert_eq!(read_all(opened), STREAM, "{what} through a pipe");
         }
     }
+}
+
+/// Compressed by the programs that people use, and followed by what a volume has after it.
+#[test]
+fn what_follows_compressed_data_is_no_part_of_it() {
+    let zstd = zstd::encode_all(STREAM, 1).unwrap();
+    let skipped = [&[0x50, 0x2a, 0x4d, 0x18, 4, 0, 0, 0, 1, 2, 3, 4][..], &zstd].concat();
+    for (what, member) in [("gzip", gzip(STREAM)), ("bzip2", bzip2(STREAM)), ("xz", xz()), ("zstd", zstd)] {
+        let twice = [STREAM, STREAM].concat();
+        for (after, expected, trailing) in [
+            (vec![], STREAM.to_vec(), false),
+            (vec![0; 70_000], STREAM.to_vec(), true),
+            (b"\xff".to_vec(), STREAM.to_vec(), true),
+            (member[..2].to_vec(), STREAM.to_vec(), true),
+            (member.clone(), twice.clone(), false),
+            ([&member[..], &[0; 512]].concat(), twice.clone(), true),
+        ] {
+            let file = file(&[&member[..], &after].concat());
+            let mut opened = open(file.path(), None, false).unwrap();
+            opened.source.fill(1 << 20).unwrap();
+            assert_eq!(opened.source.window(), expected, "{what} and {} bytes", after.len());
+            let remarked = opened.containers.iter().any(|container| container.remark().is_some());
+            assert_eq!(remarked, trailing, "{what} and {} bytes", after.len());
+        }
+    }
+    assert_eq!(read_all(open(file(&skipped).path(), None, false).unwrap()), STREAM, "pzstd");
+    let padded = [&xz()[..], &[0; 8], &xz()].concat();
+    assert_eq!(read_all(open(file(&padded).path(), None, false).unwrap()), [STREAM, STREAM].concat(), "padded xz");
 }
 
 #[test]

@@ -2,7 +2,7 @@
 
 use crate::args;
 use crate::failure::{Failure, Stop};
-use crate::open::{Opened, open};
+use crate::open::{Container, Opened, open};
 use crate::source::Source;
 use qevm_wire::PageGeometry;
 use std::path::Path;
@@ -23,6 +23,8 @@ pub struct Inputs {
     pub main: Named,
     /// Where the stream starts in the main channel's file.
     pub offset: u64,
+    /// What the main channel is wrapped in, outermost first.
+    pub containers: Vec<Container>,
     /// Target page size, if the command line says it.
     pub pages: Option<PageGeometry>,
     /// multifd and preempt channels, in any order.
@@ -48,8 +50,10 @@ impl Inputs {
             return Err(Stop::Usage("standard input (-) can only be one of the files".into()));
         }
         let all = |paths: &[std::path::PathBuf]| paths.iter().map(|path| named(path)).collect::<Result<Vec<_>, _>>();
-        let Opened { name, source, offset } = open(&input.main, input.snapshot.as_deref(), input.offset > 0)?;
+        let opened = open(&input.main, input.snapshot.as_deref(), input.offset > 0)?;
+        let Opened { name, source, offset, containers } = opened;
         Ok(Inputs {
+            containers,
             main: Named { name, source },
             // Who says where it starts counts from the first byte, whatever lies before it.
             offset: if input.offset > 0 { input.offset } else { offset },
@@ -62,8 +66,15 @@ impl Inputs {
 
     /// One main channel alone.
     pub fn single(name: &str, source: Source) -> Self {
-        let main = Named { name: name.to_owned(), source };
-        Inputs { main, offset: 0, pages: None, channels: Vec::new(), recovery: Vec::new(), return_path: Vec::new() }
+        Inputs {
+            main: Named { name: name.to_owned(), source },
+            offset: 0,
+            containers: Vec::new(),
+            pages: None,
+            channels: Vec::new(),
+            recovery: Vec::new(),
+            return_path: Vec::new(),
+        }
     }
 
     /// True if everything can be read a second time.

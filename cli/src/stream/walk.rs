@@ -10,6 +10,7 @@ use super::page_size;
 use super::return_path;
 use crate::bounds::Exceeded;
 use crate::failure::Failure;
+use crate::open::Container;
 use crate::ram::Keep;
 use crate::source::Source;
 use qevm_savevm::command::Command;
@@ -116,7 +117,7 @@ pub(super) enum Payload {
 
 impl Walk<'_> {
     fn all(&mut self, inputs: &mut Inputs) -> Result<(), Halt> {
-        let Inputs { main, offset, pages, channels, recovery, return_path } = inputs;
+        let Inputs { main, offset, containers, pages, channels, recovery, return_path } = inputs;
         self.channels = Channels::open(channels, self.settings.reencode)?;
         let can_break = !recovery.is_empty();
         let skipped = main.source.skip(*offset).map_err(|e| Failure::io(&main.name, 0, &e))?;
@@ -135,6 +136,7 @@ impl Walk<'_> {
         let options = DecoderOptions { offset: *offset, pages, live: self.settings.live, ..DecoderOptions::default() };
         let (mut last, mut encoder) = self.connection(main, Decoder::new(options), Encoder::new(pages), can_break)?;
         self.analysis.main_bytes = self.analysis.bytes;
+        containers.iter().filter_map(Container::remark).for_each(|remark| self.analysis.note(remark));
         let resumed = recovery.len();
         for (number, named) in recovery.iter_mut().enumerate() {
             let (decoder, resumed_encoder) = (last.recovery(), encoder.recovery());

@@ -113,7 +113,7 @@ impl Compression {
 /// ```
 pub fn recognise(first: &[u8]) -> Option<FileKind> {
     use Compression::{Bzip2, Gzip, Lzop, Xz, Zstd};
-    let magics: [(&[u8], FileKind); 23] = [
+    let magics: [(&[u8], FileKind); 24] = [
         (b"QEVM", FileKind::Stream),
         (&[0x11, 0x22, 0x33, 0x44], FileKind::MultifdChannel),
         (libvirt::MAGIC_COMPLETE, FileKind::Libvirt),
@@ -124,6 +124,8 @@ pub fn recognise(first: &[u8]) -> Option<FileKind> {
         (b"\xfd7zXZ\0", FileKind::Compressed(Xz)),
         (b"\x89LZO\0\r\n\x1a\n", FileKind::Compressed(Lzop)),
         (&[0x28, 0xb5, 0x2f, 0xfd], FileKind::Compressed(Zstd)),
+        // A frame to be skipped, with which pzstd begins.
+        (&[0x50, 0x2a, 0x4d, 0x18], FileKind::Compressed(Zstd)),
         (b"\x7fELF", FileKind::Foreign(Foreign::Elf)),
         (b"KDUMP   ", FileKind::Foreign(Foreign::Kdump)),
         (b"makedumpfile", FileKind::Foreign(Foreign::FlattenedKdump)),

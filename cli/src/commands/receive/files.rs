@@ -106,7 +106,8 @@ impl Files {
         let main = named.next().ok_or_else(|| Failure::mismatch("", 0, "", "there is no main channel"))??;
         let mut channels = named.collect::<Result<Vec<_>, _>>()?;
         let return_path = if answered { channels.pop().into_iter().collect() } else { Vec::new() };
-        Ok(Inputs { main, offset: 0, pages: None, channels, recovery: Vec::new(), return_path })
+        let containers = Vec::new();
+        Ok(Inputs { main, offset: 0, containers, pages: None, channels, recovery: Vec::new(), return_path })
     }
 
     /// Gives everything a name that shows that it is not whole, and says which.
