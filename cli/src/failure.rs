@@ -92,6 +92,8 @@ pub enum Stop {
     Usage(String),
     /// The command found what it looks for, e.g. differences, and has said so: exit code 1.
     Found,
+    /// What is known does not tell: exit code 3.
+    Undecided,
     /// The reader of our output went away: nothing to say to anybody.
     OutputClosed,
 }

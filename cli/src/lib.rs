@@ -33,6 +33,8 @@ use std::process::ExitCode;
 const EXIT_BAD: u8 = 1;
 /// Exit code: wrong usage.
 const EXIT_USAGE: u8 = 2;
+/// Exit code: what is known does not decide (`qevm check`).
+const EXIT_UNDECIDED: u8 = 3;
 
 /// Runs the program with these arguments (the first is its name).
 pub fn run(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
@@ -69,6 +71,7 @@ pub fn run(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
             ExitCode::from(EXIT_USAGE)
         }
         Err(Stop::Found) => ExitCode::from(EXIT_BAD),
+        Err(Stop::Undecided) => ExitCode::from(EXIT_UNDECIDED),
         Err(Stop::OutputClosed) => ExitCode::SUCCESS,
     }
 }

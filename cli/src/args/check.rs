@@ -50,8 +50,7 @@ pub struct Check {
     pub capability: Vec<(Capability, bool)>,
 }
 
-const CHECK_EXIT_CODES: &str =
-    "Exit codes: 0 nothing is known that stops it from loading; 1 it will not load, or it is bad; 2 wrong usage.";
+const CHECK_EXIT_CODES: &str = "Exit codes: 0 it loads, as far as what was compared goes; 1 it is refused, or bad; 2 wrong usage; 3 not decidable.";
 
 const CHECK_EXAMPLES: &str = "\
 Examples:
@@ -69,7 +68,8 @@ Examples:
 Outcomes: `fails`: QEMU refuses the stream; `may fail`: what is known does not tell, e.g. because a description lists
 only what its guest had a reason to write; `loads`: QEMU accepts the difference in silence.
 
-Exit codes: 0 nothing is known that stops it from loading; 1 it will not load, or it is bad; 2 wrong usage.";
+Exit codes: 0 it loads, as far as what was compared goes; 1 it is refused, or bad; 2 wrong usage; 3 not decidable: at
+least one `may fail` and nothing that `fails`.";
 
 /// A guest's UUID, in the order of its text.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

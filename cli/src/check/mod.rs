@@ -133,6 +133,7 @@ pub fn destination(check: &args::Check, stream: &Stream) -> Result<Destination, 
         known.uuid = known.uuid.or(file.uuid);
         known.ram = known.ram.or(file.ram);
         known.sections = known.sections.or(file.sections);
+        known.footers = known.footers.or(file.footers);
         known.description = known.description.or(file.description);
         known.schema = known.schema.or(file.schema);
         if known.values.is_empty() {
@@ -244,12 +245,42 @@ fn qemu_says(finding: &Finding) -> Option<String> {
             format!("Size mismatch: {name}: {found} != {expected}: Invalid argument")
         }
         Subject::Uuid => format!("UUID received is {found} and local is {expected}"),
-        Subject::Fields { path, .. } if path.ends_with("].num") && path.contains("vq[") => {
-            let index = path.rsplit_once("vq[")?.1.strip_suffix("].num")?;
-            let len = found.strip_suffix(" entries")?;
-            format!("VQ {index} vring.num {len} exceeds allocated max {}", expected.strip_prefix("at most ")?)
-        }
+        Subject::Fields { idstr, path, .. } => fields_say(idstr, path, found, expected)?,
+        Subject::Footers if found == "none" => "Missing section footer for ram".into(),
+        Subject::Footers => "Unknown section type 126".into(),
         Subject::Command("SWITCHOVER_START") => "MIG_CMD 0xb unknown (len 0x0)".into(),
         _ => return None,
+    })
+}
+
+/// Of the fields of a section; where QEMU gives no reason of its own, what it says of the section.
+fn fields_say(idstr: &str, path: &str, found: &str, expected: &str) -> Option<String> {
+    let device = idstr.rsplit('/').next().unwrap_or(idstr);
+    let hex = |text: &str| text.trim_start_matches("exactly ").parse::<u64>().ok().map(|number| format!("{number:#x}"));
+    if let Some(index) = path.strip_suffix("].num").and_then(|path| Some(path.rsplit_once("vq[")?.1)) {
+        let (len, most) = (found.strip_suffix(" entries")?, expected.strip_prefix("at most ")?);
+        return Some(format!("VQ {index} vring.num {len} exceeds allocated max {most}"));
+    }
+    let name = path.rsplit('.').next().unwrap_or(path);
+    Some(match (device, name) {
+        ("hpet", "num_timers_save") => "hpet/num_timers must match".into(),
+        ("e1000e", "subsys" | "subsys_ven") => {
+            "Cannot migrate while device properties (subsys/subsys_ven) differ".into()
+        }
+        ("virtio-gpu", "max_outputs") => format!("{} != {found}", expected.strip_prefix("exactly ")?),
+        ("virtio-mem" | "virtio-mem-device-early", name) => {
+            let property = match name {
+                "addr" => "memaddr",
+                "block_size" => "block-size",
+                "region_size" => "memdev",
+                other => other,
+            };
+            format!("Property '{property}' changed from {} to {}", hex(found)?, hex(expected)?)
+        }
+        ("virtio-console", _) => "Failed to load element of type virtio for virtio".into(),
+        (_, "ich9_pm/tco") => "Assertion `first_elem || !n_elems || !size' failed".into(),
+        // Numbers that must be equal are refused where they are; other fields shift all that comes after them.
+        _ if expected.starts_with("exactly ") || expected.starts_with("0 to ") => return None,
+        _ => format!("Missing section footer for {idstr}"),
     })
 }

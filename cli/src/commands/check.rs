@@ -13,7 +13,7 @@ use serde_json::{Value, json};
 /// Runs the command.
 ///
 /// # Errors
-/// [`Stop::Found`] if the stream will not load, [`Stop::Bad`] if it is bad, [`Stop::Usage`] if a file cannot be opened or
+/// [`Stop::Found`] if the stream will not load, [`Stop::Undecided`] if that cannot be told, [`Stop::Bad`] if it is bad, [`Stop::Usage`] if a file cannot be opened or
 /// what is said to tell of the destination does not.
 pub fn run(check: &args::Check) -> Result<(), Stop> {
     let compared = summarize(&check.input, &check.bounds).and_then(|stream| {
@@ -35,11 +35,30 @@ pub fn run(check: &args::Check) -> Result<(), Stop> {
         false => print(&mut out, &findings, &destination)?,
     }
     out.finish()?;
-    if worst(&findings) == Outcome::Fails { Err(Stop::Found) } else { Ok(()) }
+    match worst(&findings) {
+        Outcome::Loads => Ok(()),
+        Outcome::MayFail => Err(Stop::Undecided),
+        Outcome::Fails => Err(Stop::Found),
+    }
 }
 
 fn worst(findings: &[Judged]) -> Outcome {
     findings.iter().map(|judged| judged.finding.outcome).max().unwrap_or(Outcome::Loads)
+}
+
+/// What would tell.
+fn settles(destination: &Destination) -> &'static str {
+    let known = compared(destination);
+    let (stream, models) = (known.contains(&"fields"), known.contains(&"device models"));
+    match (stream, models) {
+        (false, _) => {
+            "a stream that the destination writes itself tells: `migrate exec:cat>FILE` there, with the same options and -S, and --against FILE"
+        }
+        (true, false) => {
+            "its device models may tell: `qemu-system-… -M TYPE -dump-vmstate SCHEMA` there, and a second --against SCHEMA"
+        }
+        (true, true) => "what tells is to load the stream there: `-incoming`, with -S",
+    }
 }
 
 /// What is printed for machines.
@@ -70,6 +89,7 @@ fn finding_json(Judged { finding, qemu_says }: &Judged) -> Value {
         Subject::Uuid => ("uuid", None, None, None),
         Subject::Capability(name) => ("capability", Some((*name).to_owned()), None, None),
         Subject::Command(name) => ("command", Some((*name).to_owned()), None, None),
+        Subject::Footers => ("footers", None, None, None),
         Subject::RamBlock(name) => ("ram_block", Some(name.clone()), None, None),
         Subject::Section { idstr, instance_id } => ("section", Some(idstr.clone()), Some(*instance_id), None),
         Subject::Fields { idstr, instance_id, path } => {
@@ -126,5 +146,9 @@ fn print(out: &mut Output, findings: &[Judged], destination: &Destination) -> Re
             count(Outcome::Loads)
         ),
     };
-    out.line(format!("{verdict}: {counts} (compared: {})", compared(destination).join(", ")))
+    out.line(format!("{verdict}: {counts} (compared: {})", compared(destination).join(", ")))?;
+    if worst(findings) == Outcome::MayFail {
+        out.line(format!("not decidable from what was compared; {}", settles(destination)))?;
+    }
+    Ok(())
 }

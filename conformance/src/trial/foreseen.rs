@@ -93,7 +93,30 @@ const PAIRS: &[(&str, Side, Side, Fate)] = &[
     ("TCG to KVM with an RTC", side(Trixie, "microvm"), side(Trixie, "microvm,accel=kvm,rtc=on"), Loads),
     ("MSI-X vectors", side(Bookworm, "q35 -device virtio-net-pci,vectors=3"), side(Bookworm, "q35 -device virtio-net-pci,vectors=10"), Fails),
     ("MSI-X vectors", side(Sid, "q35 -device virtio-net-pci,vectors=3"), side(Sid, "q35 -device virtio-net-pci,vectors=10"), Fails),
+    ("timers of the HPET", side(Sid, "q35"), side(Sid, "q35 -global hpet.timers=4"), Fails),
+    ("footers at the source", side(Sid, "q35"), side(Sid, "q35 -global migration.send-section-footer=off"), Fails),
+    ("footers at the destination", side(Bookworm, "q35 -global migration.send-section-footer=off"), side(Bookworm, "q35"), Fails),
+    ("globalstate at the source", side(Sid, "q35"), side(Sid, "q35 -global migration.store-global-state=off"), Loads),
+    ("TCO at the source", side(Sid, "q35"), side(Sid, "q35 -global ICH9-LPC.enable_tco=off"), Fails),
+    ("TCO at the source", side(Bookworm, "q35"), side(Bookworm, "q35 -global ICH9-LPC.enable_tco=off"), Loads),
+    ("memory slots at the source", side(Sid, "q35 -m 16,slots=2,maxmem=1G"), side(Sid, "q35 -m 16"), Fails),
+    ("memory slots at the destination", side(Trixie, "pc -m 16"), side(Trixie, "pc -m 16,slots=2,maxmem=1G"), Fails),
+    ("hotplug of bridges", side(Sid, "pc"), side(Sid, "pc -global PIIX4_PM.acpi-pci-hotplug-with-bridge-support=off"), Fails),
+    ("outputs of a display", side(Sid, "q35 -device virtio-gpu-pci,max_outputs=2"), side(Sid, "q35 -device virtio-gpu-pci"), Fails),
+    ("outputs of a display", side(Bookworm, "q35 -device virtio-gpu-pci"), side(Bookworm, "q35 -device virtio-gpu-pci,max_outputs=4"), Fails),
+    ("ports of a console", side(Sid, "q35 -device virtio-serial-pci"), side(Sid, "q35 -chardev null,id=c -device virtio-serial-pci -device virtserialport,chardev=c"), Fails),
+    ("another port of a console", side(Bookworm, "q35 -chardev null,id=c -device virtio-serial-pci -device virtserialport,chardev=c,nr=2"), side(Bookworm, "q35 -chardev null,id=c -device virtio-serial-pci -device virtserialport,chardev=c,nr=3"), Fails),
+    ("console at the source", side(Sid, "q35 -chardev null,id=c -device virtio-serial-pci -device virtconsole,chardev=c"), side(Sid, "q35 -device virtio-serial-pci"), Fails),
+    ("blocks of virtio-mem", side(Sid, MEMORY_DEVICE), side(Sid, "q35 -m 16,slots=1,maxmem=1G -object memory-backend-ram,id=m,size=64M -device virtio-mem-pci,memdev=m,block-size=4M"), Fails),
+    ("place of virtio-mem", side(Sid, MEMORY_DEVICE), side(Sid, "q35 -m 16,slots=1,maxmem=1G -object memory-backend-ram,id=m,size=64M -device virtio-mem-pci,memdev=m,memaddr=0x120000000"), Fails),
+    ("subsystem of e1000e", side(Sid, "q35 -device e1000e"), side(Sid, "q35 -device e1000e,subsys=5"), Fails),
+    ("timers of e1000e", side(Sid, "q35 -device e1000e"), side(Sid, "q35 -device e1000e,migrate-timadj=off"), Fails),
+    ("xhci without MSI-X", side(Sid, "q35 -device nec-usb-xhci,msix=off"), side(Sid, "q35 -device nec-usb-xhci,msix=off"), Fails),
+    ("older BMC", side(Trixie, "pc-q35-10.0 -device ipmi-bmc-sim,id=b -device isa-ipmi-kcs,bmc=b"), side(Sid, "pc-q35-10.0 -device ipmi-bmc-sim,id=b -device isa-ipmi-kcs,bmc=b"), Loads),
 ];
+
+const MEMORY_DEVICE: &str =
+    "q35 -m 16,slots=1,maxmem=1G -object memory-backend-ram,id=m,size=64M -device virtio-mem-pci,memdev=m";
 
 fn pair(bench: &Bench<'_>, source: &Side, destination: &Side, fate: Fate) -> Result<String> {
     let (stream, local) = (bench.scratch.join("source.qevm"), bench.scratch.join("destination.qevm"));

@@ -4,12 +4,13 @@
 //! side may just have had no reason to write a subsection.
 
 use super::models::Models;
-use super::{Expectations, Finding, Outcome, Subject, Summary, cause};
+use super::{Expectations, Finding, Outcome, Subject, Summary, cause, versions};
+use crate::framing::SectionHeader;
 use crate::vmdesc::{DeviceBody, DeviceDescription, FieldDescription, StructDescription};
 use std::collections::{HashMap, HashSet};
 
 pub(super) fn compare(stream: &Summary, destination: &Expectations, findings: &mut Vec<Finding>) {
-    let (sent, own) = (&stream.values, &destination.values);
+    let (sent, own, sections) = (&stream.values, &destination.values, &stream.sections);
     let (Some(stream), Some(local)) = (&stream.description, &destination.description) else { return };
     let models = Models::of(destination);
     // Of two devices of one name and instance the first counts.
@@ -20,7 +21,8 @@ pub(super) fn compare(stream: &Summary, destination: &Expectations, findings: &m
         let (name, instance_id) = (&device.name, device.instance_id);
         let numbers = sent.section(name, instance_id).zip(own.section(name, instance_id));
         let pairs = numbers.map(|(sent, own)| sent.pairs(own));
-        let mut comparison = Comparison { device, models: &models, pairs, findings };
+        let older = older_and_read(device, destination, sections);
+        let mut comparison = Comparison { device, models: &models, pairs, older, findings };
         match (&device.body, &local.body) {
             (DeviceBody::Struct(found), DeviceBody::Struct(expected)) => comparison.structs(found, expected, ""),
             (found, expected) if found != expected => {
@@ -35,11 +37,25 @@ pub(super) fn compare(stream: &Summary, destination: &Expectations, findings: &m
     }
 }
 
+/// The section has an older version than the destination's, which that loads: then it has the fields of that version.
+fn older_and_read(device: &DeviceDescription, destination: &Expectations, sections: &[SectionHeader]) -> bool {
+    let is = |section: &&SectionHeader| {
+        section.instance_id == device.instance_id && section.idstr.to_string() == device.name
+    };
+    let found = sections.iter().find(is);
+    let local = destination.sections.iter().flatten().find(is);
+    found.zip(local).is_some_and(|(found, local)| {
+        found.version_id < local.version_id && versions::older(found, local.version_id, destination) == Outcome::Loads
+    })
+}
+
 struct Comparison<'a, 'f> {
     device: &'a DeviceDescription,
     models: &'a Models,
     /// Numbers of the section, in the stream and as the destination has them.
     pairs: Option<HashSet<(i128, i128)>>,
+    /// See [`older_and_read`].
+    older: bool,
     findings: &'f mut Vec<Finding>,
 }
 
@@ -56,10 +72,8 @@ impl Comparison<'_, '_> {
             // A destination reads bytes, and no names.
             let (outcome, cause) = match length(found) == length(expected) {
                 true => (Outcome::Loads, "all fields together have the same length: releases divide it differently"),
-                false => match (ours.get(same), theirs.get(same)) {
-                    (Some(ours), Some(theirs)) if ours.is_longer_or_shorter(theirs) => self.length(ours, theirs),
-                    _ => (Outcome::MayFail, "a field that only one side writes shifts all after it"),
-                },
+                false if self.older => (Outcome::Loads, "the destination reads the fields of the older version"),
+                false => self.shifted(&ours, &theirs, same),
             };
             self.report(path, text(&ours), text(&theirs), outcome, Some(cause));
         }
@@ -82,14 +96,56 @@ impl Comparison<'_, '_> {
         }
     }
 
+    /// The fields of the two sides take different numbers of bytes, and are no longer alike from number `same` on.
+    fn shifted(&self, ours: &[Entry<'_>], theirs: &[Entry<'_>], same: usize) -> (Outcome, &'static str) {
+        let (our, their) = (ours.get(same), theirs.get(same));
+        // An array without elements is not in a description.
+        let missing = |entry: &Entry<'_>, others: &[Entry<'_>]| {
+            entry.is_array() && others.iter().skip(same).all(|other| other.field.name != entry.field.name)
+        };
+        match (our, their) {
+            (Some(our), Some(their))
+                if our.field.type_name == "virtio-gpu" && their.field.type_name == "virtio-gpu" =>
+            {
+                match self.pairs {
+                    Some(_) => {
+                        (Outcome::Loads, "resources of the guest are of any length; what must be equal is compared")
+                    }
+                    None => (Outcome::MayFail, "loads only with the same max_outputs="),
+                }
+            }
+            (Some(our), Some(their)) if our.is_longer_or_shorter(their) => {
+                self.length(our, our.length(), their.length())
+            }
+            (Some(our), Some(their)) if our.is_wider_or_narrower(their) => (
+                Outcome::Fails,
+                "the field has another width in the destination's release, and the section's version does not tell",
+            ),
+            (Some(our), _) if missing(our, theirs) => self.length(our, our.length(), 0),
+            (_, Some(their)) if missing(their, ours) => self.length(their, 0, their.length()),
+            (our, their) => [our, their]
+                .into_iter()
+                .flatten()
+                .find_map(|entry| cause::of_optional_field(&self.device.name, &entry.field.name))
+                .map_or((Outcome::MayFail, "a field that only one side writes shifts all after it"), |cause| {
+                    (Outcome::Fails, cause)
+                }),
+        }
+    }
+
     /// An array of which the two sides have different numbers of elements. Either a field of the section says how many
     /// follow, or the configuration does, and then the destination reads as many as it has itself.
-    fn length(&self, found: &Entry<'_>, expected: &Entry<'_>) -> (Outcome, &'static str) {
-        let lengths = (found.length().into(), expected.length().into());
-        let counted = self.pairs.as_ref().map(|pairs| pairs.contains(&lengths));
+    fn length(&self, array: &Entry<'_>, found: u64, expected: u64) -> (Outcome, &'static str) {
+        if let Some(cause) = cause::of_configured_length(&self.device.name, &array.field.name) {
+            return (Outcome::Fails, cause);
+        }
+        let counted = self.pairs.as_ref().map(|pairs| pairs.contains(&(found.into(), expected.into())));
         match counted {
             Some(true) => (Outcome::Loads, "the stream says how many elements follow"),
-            Some(false) => (Outcome::Fails, cause::of_array_length(&self.device.name, &found.field.name)),
+            Some(false) => (
+                Outcome::Fails,
+                "the configuration says how many there are: give the device the same properties on both sides",
+            ),
             None => (Outcome::MayFail, "loads only if the stream says how many elements follow"),
         }
     }
@@ -97,6 +153,7 @@ impl Comparison<'_, '_> {
     /// A subsection that the destination did not write itself.
     fn unwritten(&mut self, subsection: &StructDescription, path: &str) {
         let known = match &self.device.body {
+            DeviceBody::Struct(_) if self.models.must_write(&subsection.vmsd_name) => Some(false),
             DeviceBody::Struct(body) => self.models.read(&body.vmsd_name, &subsection.vmsd_name),
             DeviceBody::OldStyle { .. } => None,
         };
@@ -138,6 +195,20 @@ impl Entry<'_> {
         let (a, b) = (self.field, other.field);
         let buffer = a.type_name == "buffer" && self.elements == other.elements;
         a.name == b.name && a.type_name == b.type_name && (self.elements != other.elements || buffer)
+    }
+
+    /// The same number, but for its width.
+    fn is_wider_or_narrower(&self, other: &Self) -> bool {
+        let (a, b) = (self.field, other.field);
+        let number = |field: &FieldDescription| {
+            ["uint", "int"].iter().any(|kind| field.type_name.starts_with(kind)) && field.nested.is_empty()
+        };
+        a.name == b.name && number(a) && number(b) && self.elements == other.elements && a.size != b.size
+    }
+
+    /// It has elements that are counted.
+    fn is_array(&self) -> bool {
+        self.elements > 1 || self.field.array_len.is_some() || self.field.name.ends_with(']')
     }
 
     /// How long it is: bytes of a buffer, elements of an array.

@@ -19,13 +19,17 @@
 
 mod cause;
 mod configuration;
+mod features;
 mod fields;
 mod models;
 mod ram;
+mod rules;
 mod sections;
 mod summary;
 mod values;
+mod versions;
 
+pub use features::virtio_features;
 pub use summary::{Expectations, Summary};
 pub use values::Values;
 
@@ -80,6 +84,8 @@ pub enum Subject {
     },
     /// A command, by its name.
     Command(&'static str),
+    /// The footers of sections.
+    Footers,
 }
 
 impl fmt::Display for Subject {
@@ -97,6 +103,7 @@ impl fmt::Display for Subject {
             }
             Subject::Fields { idstr, instance_id, path } => write!(f, "'{path}' of section '{idstr}' {instance_id}"),
             Subject::Command(name) => write!(f, "command {name}"),
+            Subject::Footers => f.write_str("footers of sections"),
         }
     }
 }

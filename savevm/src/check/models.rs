@@ -39,6 +39,18 @@ impl Models {
     }
 }
 
+/// Releases that write this subsection whenever they can read it: 10.0 and 11.1 abort where a TCO watchdog comes that the
+/// destination has not (`ICH9-LPC.enable_tco=off`), and 7.2 reads it.
+const ALWAYS_WRITTEN: &[(&str, QemuVersion)] = &[("ich9_pm/tco", QemuVersion::new(10, 0))];
+
+impl Models {
+    /// The destination would have written the subsection if it could read it.
+    pub(super) fn must_write(&self, subsection: &str) -> bool {
+        let since = |(name, since): &(&str, QemuVersion)| *name == subsection && self.qemu >= Some(*since);
+        ALWAYS_WRITTEN.iter().any(since)
+    }
+}
+
 /// True if the VMSD has the subsection, itself or in a structure inside.
 fn has(model: &vmstate::Description, subsection: &str) -> bool {
     let nested = |layout: &Layout| match layout {

@@ -25,6 +25,8 @@ pub struct Summary {
     pub postcopy_ram: bool,
     /// A RAM record of the main channel waited for multifd channels.
     pub multifd: bool,
+    /// Sections have footers; `None` if no section is over.
+    pub footers: Option<bool>,
     /// The description. [`Summary::event`] does not set it: its text is payload.
     pub description: Option<Description>,
     /// Numbers of the device sections. [`Summary::event`] does not note them: they are payload.
@@ -39,6 +41,7 @@ impl Summary {
             Event::Section { header, .. } => self.sections.push(header.clone()),
             Event::Ram(RamRecord::Block(block)) => self.ram.push(block.clone()),
             Event::Ram(RamRecord::MultifdFlush) => self.multifd = true,
+            Event::SectionFooter { present, .. } => self.footers = Some(*present),
             Event::Command(Command::SwitchoverStart) => self.switchover_start = true,
             Event::Command(Command::PostcopyAdvise(advise)) => self.postcopy_ram = advise.is_some(),
             _ => {}
@@ -64,6 +67,8 @@ pub struct Expectations {
     pub ram: Option<Vec<RamBlock>>,
     /// The sections it would write, and so can load.
     pub sections: Option<Vec<SectionHeader>>,
+    /// It writes footers after sections, and expects them.
+    pub footers: Option<bool>,
     /// The description of what it would write.
     pub description: Option<Description>,
     /// Everything its device models could write.
@@ -97,6 +102,7 @@ impl From<Summary> for Expectations {
             machine: stream.configuration.map(|c| c.machine),
             ram: Some(stream.ram),
             sections: Some(stream.sections),
+            footers: stream.footers,
             description: stream.description,
             values: stream.values,
             schema: None,

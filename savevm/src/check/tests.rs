@@ -6,7 +6,7 @@ use crate::configuration::{Configuration, ConfigurationSubsection};
 use crate::event::Event;
 use crate::framing::{SectionHeader, SectionKind};
 use crate::ram::{RamBlock, RamRecord};
-use crate::vmdesc::{Description, Schema};
+use crate::vmdesc::{Description, Node, Scalar, ScalarKind, Schema, Struct, Value};
 use qevm_wire::{CountedString, Limits, QemuVersion};
 use std::collections::BTreeMap;
 
@@ -238,4 +238,64 @@ fn a_schema_tells_device_models_and_their_versions() {
     let subjects: Vec<_> = findings.iter().map(|f| (f.subject.to_string(), f.expected.as_str())).collect();
     let rtc = ("section 'mc146818rtc' 1".to_owned(), "versions 1 to 3");
     assert_eq!(subjects, [rtc, ("section '0000:00:01.0/nvme' 0".into(), "no device of this name")]);
+}
+
+/// A stream with these numbers in the section of one device.
+fn numbers(idstr: &str, numbers: &[(&str, u64)]) -> Summary {
+    let member = |&(path, number): &(&'static str, u64)| Node {
+        name: path.into(),
+        type_name: "uint64".into(),
+        offset: 0,
+        len: 8,
+        value: Value::Scalar(Scalar::new(ScalarKind::U64, number)),
+    };
+    let members =
+        numbers.iter().map(|(path, number)| member(&(Box::leak((*path).to_owned().into_boxed_str()), *number)));
+    let value = Value::Struct(Struct { vmsd_name: "device".into(), version: 1, members: members.collect() });
+    let fields = Node { name: "device".into(), type_name: "struct".into(), offset: 0, len: 8, value };
+    let mut stream = stream(&[section(idstr, 0, 1)]);
+    stream.values.note(&section(idstr, 0, 1), &fields);
+    stream
+}
+
+#[test]
+fn features_that_a_guest_has_accepted_decide_nothing_where_the_destination_was_never_driven() {
+    let driven = numbers("0000:00:02.0/virtio-blk", &[("virtio.guest_features", 1 << 13 | 1 << 28)]);
+    let fresh = numbers("0000:00:02.0/virtio-blk", &[("virtio.guest_features", 1 << 28)]);
+    let finding = one(&driven, fresh.clone());
+    assert_eq!(finding.outcome, Outcome::MayFail);
+    assert_eq!(finding.found, "accepted by the guest: discard");
+    assert_eq!(check(&fresh, &driven.clone().into()), []);
+    assert_eq!(check(&driven, &driven.clone().into()), []);
+}
+
+/// What hooks compare after loading, one number more and one less.
+#[test]
+fn numbers_that_a_hook_compares_must_be_equal() {
+    for (idstr, path) in [
+        ("hpet", "num_timers_save"),
+        ("0000:00:02.0/e1000e", "subsys"),
+        ("0000:00:02.0/virtio-mem-device-early", "tmp.block_size"),
+        ("0000:00:02.0/virtio-mem", "virtio.device.addr"),
+        ("0000:00:02.0/virtio-gpu", "virtio-gpu.max_outputs"),
+    ] {
+        for (found, local) in [(4, 3), (3, 4)] {
+            let finding = one(&numbers(idstr, &[(path, found)]), numbers(idstr, &[(path, local)]));
+            assert_eq!((finding.outcome, finding.expected), (Outcome::Fails, format!("exactly {local}")), "{path}");
+        }
+        assert_eq!(check(&numbers(idstr, &[(path, 4)]), &numbers(idstr, &[(path, 4)]).into()), [], "{path}");
+    }
+    let ports = |ports| numbers("0000:00:03.0/virtio-console", &[("virtio.device.nr_active_ports", ports)]);
+    assert_eq!(one(&ports(1), ports(0)).outcome, Outcome::Fails);
+    assert_eq!(check(&ports(0), &ports(1).into()), []);
+}
+
+#[test]
+fn both_sides_have_footers_or_none() {
+    let with = |footers| Summary { footers, ..stream(&[]) };
+    assert_eq!(one(&with(Some(true)), with(Some(false))).subject, Subject::Footers);
+    assert_eq!(one(&with(Some(false)), with(Some(true))).outcome, Outcome::Fails);
+    for (a, b) in [(Some(true), Some(true)), (None, Some(true)), (Some(false), None)] {
+        assert_eq!(check(&with(a), &with(b).into()), []);
+    }
 }

@@ -1,6 +1,7 @@
 //! Numbers of device sections that decide whether they load.
 
-use super::{Expectations, Finding, Outcome, Subject, Summary};
+use super::rules::{self, Rule, SCANOUTS};
+use super::{Expectations, Finding, Outcome, Subject, Summary, virtio_features};
 use crate::framing::SectionHeader;
 use crate::vmdesc::{Node, Value};
 use qevm_wire::QemuVersion;
@@ -29,16 +30,6 @@ struct Number {
     rule: Rule,
 }
 
-/// What a destination does with a number.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Rule {
-    Takes,
-    /// QEMU's types `uint32 equal` and the like: it must be the destination's own.
-    Equal,
-    /// `int32 le`: it must be from 0 up to the destination's own.
-    AtMost,
-}
-
 impl Values {
     /// Takes note of the fields of a section.
     ///
@@ -57,23 +48,35 @@ impl Values {
     /// ```
     pub fn note(&mut self, header: &SectionHeader, fields: &Node) {
         let Values { sections, kept, text } = self;
-        let section = sections.entry((header.idstr.to_string(), header.instance_id)).or_default();
-        fields.leaves(&mut |path, leaf| {
-            let Value::Scalar(number) = &leaf.value else { return };
-            // The section's own name comes first.
-            let path = path.get(fields.name.len() + 1..).unwrap_or(path);
-            let rule = match &*leaf.type_name {
-                name if name.ends_with(" equal") => Rule::Equal,
-                name if name.ends_with(" le") => Rule::AtMost,
-                _ => Rule::Takes,
-            };
+        let idstr = header.idstr.to_string();
+        let section = sections.entry((idstr.clone(), header.instance_id)).or_default();
+        let mut keep = |path: &str, type_name: &str, value: i128| {
+            let rule = Rule::of(&idstr, path, type_name);
             let wanted = rule != Rule::Takes || !path.contains('[') || Queue::parse(path).is_some();
             if wanted && *kept < MOST && *text + path.len() <= MOST_TEXT {
                 *kept += 1;
                 *text += path.len();
-                section.0.insert(path.to_owned(), Number { value: number.as_i128(), rule });
+                section.0.insert(path.to_owned(), Number { value, rule });
+            }
+        };
+        let mut scanouts = None;
+        fields.leaves(&mut |path, leaf| {
+            // The section's own name comes first.
+            let path = path.get(fields.name.len() + 1..).unwrap_or(path);
+            match &leaf.value {
+                Value::Scalar(number) => keep(path, &leaf.type_name, number.as_i128()),
+                Value::Scalars(words) if path.ends_with(".ports_map") => {
+                    for (index, word) in words.iter().enumerate() {
+                        keep(&format!("{path}[{index}]"), &leaf.type_name, word.as_i128());
+                    }
+                }
+                _ => {}
+            }
+            if path.starts_with("virtio-gpu.scanout[") {
+                *scanouts.get_or_insert(0) += i128::from(leaf.len);
             }
         });
+        scanouts.into_iter().for_each(|bytes| keep(SCANOUTS, "", bytes));
     }
 
     /// Nothing was noted: the stream has no fields, or was not read.
@@ -124,6 +127,9 @@ impl<'p> Queue<'p> {
     }
 }
 
+const FEATURES: &str = "a stream shows what its guest has accepted and not what the device offers: give the device the same \
+                        properties on both sides; `x-query-virtio-status` of the destination (QMP) tells what it offers";
+
 /// From this release on a queue must not be longer than the destination's own; up to the one before, any length loads.
 const QUEUES_ARE_BOUNDED: QemuVersion = QemuVersion::new(11, 1);
 /// The newest release that was seen to take queues of any length.
@@ -147,14 +153,22 @@ pub(super) fn compare(stream: &Summary, destination: &Expectations, findings: &m
                     number.value.to_string(),
                     format!("exactly {local}"),
                     Outcome::Fails,
-                    "the device is configured differently: give it the same properties on both sides",
+                    rules::cause(&idstr, path),
+                ),
+                // Those that its own guest has accepted it offers; of the others its stream tells nothing.
+                (Rule::Features, Some(local)) if number.value & !local != 0 => report(
+                    path,
+                    format!("accepted by the guest: {}", virtio_features(&idstr, (number.value & !local) as u64)),
+                    "not known to be offered".into(),
+                    Outcome::MayFail,
+                    FEATURES,
                 ),
                 (Rule::AtMost, Some(local)) if !(0..=local).contains(&number.value) => report(
                     path,
                     number.value.to_string(),
                     format!("0 to {local}"),
                     Outcome::Fails,
-                    "the destination's device is older, or is configured with less",
+                    rules::cause_of_more(path),
                 ),
                 _ => {}
             }
