@@ -87,8 +87,8 @@ pub fn main_block(machine: &str) -> Option<&'static str> {
 /// A CMOS is the guest's word: one that contradicts `ram_len` is not followed ([`cmos_fits`]).
 ///
 /// `None` for machine types without rules here. Sources: QEMU's documentation of `max-ram-below-4g` and real `pc`, `q35`
-/// and `microvm` guests of 5.2 to 11.1. Not covered: memory devices (`pc-dimm`, `virtio-mem`), whose addresses are not
-/// in a stream, and `pc` guests of about 1 TiB on AMD hosts, whose high part starts at 1 TiB since 7.1.
+/// and `microvm` guests of 5.2 to 11.1. Not covered: memory devices (`pc-dimm`, `virtio-mem`), and
+/// `pc` guests of about 1 TiB on AMD hosts, whose high part starts at 1 TiB since 7.1.
 ///
 /// ```
 /// use qevm_savevm::guest_memory::{Segment, segments};

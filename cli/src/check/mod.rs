@@ -277,7 +277,7 @@ fn fields_say(idstr: &str, path: &str, found: &str, expected: &str) -> Option<St
             };
             format!("Property '{property}' changed from {} to {}", hex(found)?, hex(expected)?)
         }
-        ("virtio-console", _) => "Failed to load element of type virtio for virtio".into(),
+        ("virtio-console", _) => format!("error while loading state for instance 0x0 of device '{idstr}'"),
         (_, "ich9_pm/tco") => "Assertion `first_elem || !n_elems || !size' failed".into(),
         // Numbers that must be equal are refused where they are; other fields shift all that comes after them.
         _ if expected.starts_with("exactly ") || expected.starts_with("0 to ") => return None,

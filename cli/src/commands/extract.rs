@@ -2,8 +2,8 @@
 
 use super::Output;
 use crate::args;
-use crate::extract::{Devices, Guest, GuestObserver, PhysicalMemory, write_block, write_devices};
-use crate::failure::{Failure, Stop};
+use crate::extract::{Devices, Guest, GuestObserver, PhysicalMemory, Tables, write_block, write_devices};
+use crate::failure::{Failure, Stop, printable};
 use crate::open::Container;
 use crate::output_file::OutputFile;
 use crate::progress::Progress;
@@ -175,7 +175,8 @@ fn write_physical(
     guest: &Guest,
     written: &mut Written,
 ) -> Result<(), Stop> {
-    let physical = PhysicalMemory::find(machine, ram, guest, &extract.memory_block)?;
+    let tables = Tables::read(ram)?;
+    let physical = PhysicalMemory::find(machine, ram, guest, &tables, &extract.memory_block)?;
     if let Some(line) = physical.left_out.first().filter(|_| extract.strict) {
         return Err(Stop::Usage(format!("--strict: {line}")));
     }
@@ -205,7 +206,11 @@ fn write_physical(
     };
     for segment in &physical.segments {
         let (start, end) = (segment.address, segment.address + segment.len);
-        written.notes.push(format!("memory at {start:#x} to {end:#x} (according to {source})"));
+        let by = match physical.devices.contains(&segment.block) {
+            true => format!("memory device '{}'", printable(&ram.blocks()[segment.block].name)),
+            false => format!("according to {source}"),
+        };
+        written.notes.push(format!("memory at {start:#x} to {end:#x} ({by})"));
     }
     written.notes.extend(physical.notes);
     written.notes.extend(physical.left_out);

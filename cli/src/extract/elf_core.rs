@@ -3,6 +3,9 @@
 //! The shape is that of QMP `dump-guest-memory` without paging (checked against QEMU 10.0): one `PT_NOTE` with a
 //! `CORE`/`NT_PRSTATUS` and a `QEMU` note for each CPU, then one `PT_LOAD` for each stretch of memory, its virtual
 //! address equal to its physical one. `crash` takes control registers and the kernel's relocation from the `QEMU` notes.
+//!
+//! A guest whose first CPU is not in long mode is an i386 one: the machine of the file and the `NT_PRSTATUS` notes are i386's, in a
+//! 64-bit ELF file all the same, as its memory reaches up to 4 GiB (checked against QEMU 7.2 and 11.1, of both programs).
 
 /// One stretch of memory in the core file. Guest-physical address and length in bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -43,6 +46,8 @@ pub struct Registers {
     pub control: [u64; 5],
     /// MSR_KERNEL_GS_BASE.
     pub kernel_gs_base: u64,
+    /// IA-32e mode is active (EFER.LMA).
+    pub long_mode: bool,
 }
 
 /// The bytes in front of the memory, and where in the file each stretch goes.
@@ -57,6 +62,7 @@ pub struct CoreHeader {
 const EHDR_LEN: usize = 64;
 const PHDR_LEN: usize = 56;
 const ET_CORE: u16 = 4;
+const EM_386: u16 = 3;
 const EM_X86_64: u16 = 62;
 const PT_LOAD: u32 = 1;
 const PT_NOTE: u32 = 4;
@@ -64,6 +70,10 @@ const NT_PRSTATUS: u32 = 1;
 const PRSTATUS_LEN: usize = 336;
 const PRSTATUS_PID: usize = 32;
 const PRSTATUS_REGISTERS: usize = 112;
+/// The same of i386.
+const NARROW_PRSTATUS_LEN: usize = 144;
+const NARROW_PRSTATUS_PID: usize = 24;
+const NARROW_PRSTATUS_REGISTERS: usize = 72;
 const QEMU_NOTE_VERSION: u32 = 1;
 const QEMU_NOTE_LEN: u32 = 440;
 const PAGE: u64 = 4096;
@@ -79,8 +89,10 @@ const PAGE: u64 = 4096;
 /// ```
 pub fn core_header(cpus: &[Registers], loads: &[Load]) -> CoreHeader {
     let mut notes = Vec::new();
+    let long = cpus.first().is_none_or(|cpu| cpu.long_mode);
     for (number, cpu) in (1..).zip(cpus) {
-        note(&mut notes, b"CORE", NT_PRSTATUS, &prstatus(number, cpu));
+        let status = if long { prstatus(number, cpu) } else { narrow_prstatus(number, cpu) };
+        note(&mut notes, b"CORE", NT_PRSTATUS, &status);
     }
     for cpu in cpus {
         note(&mut notes, b"QEMU", 0, &qemu_state(cpu));
@@ -88,7 +100,7 @@ pub fn core_header(cpus: &[Registers], loads: &[Load]) -> CoreHeader {
 
     let program_headers = 1 + loads.len();
     let notes_offset = (EHDR_LEN + PHDR_LEN * program_headers) as u64;
-    let mut bytes = elf_header(program_headers);
+    let mut bytes = elf_header(if long { EM_X86_64 } else { EM_386 }, program_headers);
     program_header(&mut bytes, PT_NOTE, notes_offset, 0, notes.len() as u64);
     let mut offset = (notes_offset + notes.len() as u64).next_multiple_of(PAGE);
     let mut offsets = Vec::with_capacity(loads.len());
@@ -101,10 +113,10 @@ pub fn core_header(cpus: &[Registers], loads: &[Load]) -> CoreHeader {
     CoreHeader { bytes, offsets }
 }
 
-fn elf_header(program_headers: usize) -> Vec<u8> {
+fn elf_header(machine: u16, program_headers: usize) -> Vec<u8> {
     let mut bytes = Vec::from(*b"\x7fELF\x02\x01\x01\0\0\0\0\0\0\0\0\0");
     bytes.extend(ET_CORE.to_le_bytes());
-    bytes.extend(EM_X86_64.to_le_bytes());
+    bytes.extend(machine.to_le_bytes());
     bytes.extend(1u32.to_le_bytes());
     bytes.extend(0u64.to_le_bytes()); // entry
     bytes.extend((EHDR_LEN as u64).to_le_bytes());
@@ -148,6 +160,23 @@ fn prstatus(pid: u32, cpu: &Registers) -> Vec<u8> {
     let mut status = vec![0; PRSTATUS_LEN];
     status[PRSTATUS_PID..PRSTATUS_PID + 4].copy_from_slice(&pid.to_le_bytes());
     for (word, place) in words.iter().zip(status[PRSTATUS_REGISTERS..].chunks_exact_mut(8)) {
+        place.copy_from_slice(&word.to_le_bytes());
+    }
+    status
+}
+
+/// Registers of 32 bits in the order of i386's `user_regs_struct`.
+fn narrow_prstatus(pid: u32, cpu: &Registers) -> Vec<u8> {
+    let [es, cs, ss, ds, fs, gs] = cpu.segments;
+    let general = |index: usize| cpu.general[index] as u32;
+    // EBX ECX EDX ESI EDI EBP EAX
+    let mut words: Vec<u32> = [3, 1, 2, 6, 7, 5, 0].map(general).to_vec();
+    words.extend([ds, es, fs, gs].map(|segment| segment.selector));
+    words.push(0); // orig_eax
+    words.extend([cpu.rip as u32, cs.selector, cpu.rflags as u32, general(4), ss.selector]);
+    let mut status = vec![0; NARROW_PRSTATUS_LEN];
+    status[NARROW_PRSTATUS_PID..NARROW_PRSTATUS_PID + 4].copy_from_slice(&pid.to_le_bytes());
+    for (word, place) in words.iter().zip(status[NARROW_PRSTATUS_REGISTERS..].chunks_exact_mut(4)) {
         place.copy_from_slice(&word.to_le_bytes());
     }
     status
@@ -204,9 +233,32 @@ mod tests {
         assert_eq!(note[segments + 24 * 10..][..8], 0x11u64.to_le_bytes());
     }
 
+    /// What is not zero in the `NT_PRSTATUS` notes that `dump-guest-memory` of QEMU 7.2 and 11.1 writes of a guest at its reset vector,
+    /// `qemu-system-i386` and `qemu-system-x86_64` alike.
+    #[test]
+    fn a_guest_that_is_not_in_long_mode_is_an_i386_one() {
+        let mut cpu = Registers { rip: 0xfff0, rflags: 2, ..Registers::default() };
+        cpu.general[2] = 0x663;
+        cpu.segments[1].selector = 0xf000;
+        let core = core_header(&[cpu], &[]).bytes;
+        assert_eq!(core[4], 2, "a 64-bit file");
+        assert_eq!(core[18..20], EM_386.to_le_bytes());
+        let status = narrow_prstatus(1, &cpu);
+        assert_eq!(status.len(), 144);
+        let words: Vec<(usize, u32)> = (0..144)
+            .step_by(4)
+            .map(|at| (at, u32::from_le_bytes(status[at..at + 4].try_into().unwrap())))
+            .filter(|(_, word)| *word != 0)
+            .collect();
+        assert_eq!(words, [(24, 1), (80, 0x663), (120, 0xfff0), (124, 0xf000), (128, 2)]);
+        cpu.long_mode = true;
+        assert_eq!(core_header(&[cpu], &[]).bytes[18..20], EM_X86_64.to_le_bytes());
+    }
+
     #[test]
     fn every_part_is_where_its_header_says() {
-        let cpus = [Registers { rip: 0x1111, ..Default::default() }, Registers { rip: 0x2222, ..Default::default() }];
+        let cpu = |rip| Registers { rip, long_mode: true, ..Default::default() };
+        let cpus = [cpu(0x1111), cpu(0x2222)];
         let loads = [Load { address: 0, len: 0xa0000 }, Load { address: 1 << 32, len: 4096 }];
         let CoreHeader { bytes, offsets } = core_header(&cpus, &loads);
         let word = |at: usize| u64::from_le_bytes(bytes[at..at + 8].try_into().unwrap());

@@ -2,6 +2,7 @@
 
 use super::devices::Devices;
 use super::elf_core::{Registers, SegmentRegister};
+use super::memory_devices::MemoryDevices;
 use crate::progress::Progress;
 use crate::stream::Observer;
 use qevm_savevm::Reader;
@@ -11,6 +12,9 @@ use qevm_savevm::vmdesc::{Node, ScalarKind, Value};
 use qevm_savevm::vmstate::{Context, VmState, load};
 use qevm_wire::QemuVersion;
 
+/// EFER.LMA: IA-32e mode is active.
+const EFER_LMA: u64 = 1 << 10;
+
 /// What the device sections told.
 #[derive(Debug, Default)]
 pub struct Guest {
@@ -18,6 +22,8 @@ pub struct Guest {
     pub cpus: Vec<Registers>,
     /// The RTC's CMOS, which has the memory size as the firmware sees it.
     pub cmos: Option<Vec<u8>>,
+    /// Where memory devices are.
+    pub memory_devices: MemoryDevices,
     /// All device sections, if they are asked for.
     pub devices: Option<Devices>,
     /// Sections that were there but could not be read, with the reason.
@@ -73,6 +79,7 @@ impl Observer for GuestObserver {
         {
             *cpu = Ok(registers);
         }
+        self.guest.memory_devices.note(header, fields);
         if let Some(devices) = &mut self.guest.devices {
             devices.fields(fields);
         }
@@ -150,5 +157,6 @@ fn registers(cpu: &cpu::Cpu) -> Registers {
         tables: [segment(&cpu.ldt), segment(&cpu.tr), segment(&cpu.gdt), segment(&cpu.idt)],
         control: [cpu.cr0, 0, cpu.cr2, cpu.cr3, cpu.cr4],
         kernel_gs_base: cpu.kernelgsbase,
+        long_mode: cpu.efer & EFER_LMA != 0,
     }
 }

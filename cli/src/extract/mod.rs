@@ -6,10 +6,12 @@
 pub mod devices;
 pub mod elf_core;
 mod guest;
+mod memory_devices;
 mod physical;
 
 pub use devices::Devices;
 pub use guest::{Guest, GuestObserver};
+pub use memory_devices::{MemoryDevices, Tables};
 pub use physical::{PhysicalMemory, Piece};
 
 use crate::failure::{Failure, Stop};

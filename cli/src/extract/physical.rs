@@ -1,6 +1,6 @@
 //! Which RAM blocks are guest-physical memory, and where.
 
-use super::Guest;
+use super::{Guest, Tables};
 use crate::args::MemoryBlock;
 use crate::failure::{Stop, printable};
 use crate::ram::GuestRam;
@@ -35,6 +35,8 @@ pub struct Piece {
 pub struct PhysicalMemory {
     /// The pieces, in order of their addresses.
     pub segments: Vec<Piece>,
+    /// The RAM blocks that are memory devices.
+    pub devices: Vec<usize>,
     /// Remarks on how the blocks were found.
     pub notes: Vec<String>,
     /// One line for each block of memory that is not in any piece.
@@ -43,12 +45,18 @@ pub struct PhysicalMemory {
 
 impl PhysicalMemory {
     /// Places the RAM blocks of a `machine` in guest-physical memory. `wanted`, unless it is empty, says which blocks are the main
-    /// memory, in order, and where others lie.
+    /// memory, in order, and where others lie. `tables`: what the guest's ACPI tables tell of memory devices.
     ///
     /// # Errors
     /// [`Stop::Usage`] for machine types without known rules, blocks that are not there, and guests of which it is not known
     /// which blocks are their main memory.
-    pub fn find(machine: &str, ram: &GuestRam, guest: &Guest, wanted: &[MemoryBlock]) -> Result<Self, Stop> {
+    pub fn find(
+        machine: &str,
+        ram: &GuestRam,
+        guest: &Guest,
+        tables: &Tables,
+        wanted: &[MemoryBlock],
+    ) -> Result<Self, Stop> {
         let mut notes = Vec::new();
         let mut pieces = Vec::new();
         let mut main = Vec::new();
@@ -72,6 +80,14 @@ impl PhysicalMemory {
             let machine = known_machine(machine, ram, &main, guest, &mut notes)?;
             pieces.extend(mapped(machine, ram, &main, guest, &mut notes)?);
         }
+        // The main memory is none, even if it was not asked for.
+        let device = |block: &usize| main_block(machine) != Some(ram.blocks()[*block].name.as_str());
+        let left: Vec<usize> = without_place(ram, &pieces).filter(device).collect();
+        let above_4g = pieces.iter().map(|piece| piece.address + piece.len).max().unwrap_or(0);
+        let (devices, remarks) = guest.memory_devices.place(ram, &left, tables, above_4g);
+        notes.extend(remarks);
+        let device_blocks = devices.iter().map(|piece| piece.block).collect();
+        pieces.extend(devices);
         pieces.sort_by_key(|piece| piece.address);
         let mut pairs = pieces.iter().zip(pieces.iter().skip(1));
         if let Some((a, b)) = pairs.find(|(a, b)| a.address.saturating_add(a.len) > b.address) {
@@ -79,7 +95,7 @@ impl PhysicalMemory {
             return Err(Stop::Usage(format!("RAM blocks '{}' and '{}' overlap at {:#x}", name(a), name(b), b.address)));
         }
         let left_out = left_out(ram, &pieces);
-        Ok(PhysicalMemory { segments: pieces, notes, left_out })
+        Ok(PhysicalMemory { segments: pieces, devices: device_blocks, notes, left_out })
     }
 
     /// True if the memory is that of a target other than x86.
@@ -97,13 +113,20 @@ fn names(ram: &GuestRam) -> String {
     names.join(", ")
 }
 
-fn left_out(ram: &GuestRam, pieces: &[Piece]) -> Vec<String> {
+/// The RAM blocks of memory of which no piece is.
+fn without_place<'r>(ram: &'r GuestRam, pieces: &'r [Piece]) -> impl Iterator<Item = usize> + 'r {
     let blocks = ram.blocks().iter().enumerate();
+    let without = blocks
+        .filter(|(index, block)| !is_rom_or_device(&block.name) && pieces.iter().all(|piece| piece.block != *index));
+    without.map(|(index, _)| index)
+}
+
+fn left_out(ram: &GuestRam, pieces: &[Piece]) -> Vec<String> {
+    let blocks = without_place(ram, pieces).map(|index| &ram.blocks()[index]);
     blocks
-        .filter(|(index, block)| !is_rom_or_device(&block.name) && pieces.iter().all(|piece| piece.block != *index))
-        .map(|(_, block)| {
+        .map(|block| {
             format!(
-                "left out: RAM block '{}', {}: where it lies (a DIMM, NVDIMM or virtio-mem?) is not known; \
+                "left out: RAM block '{}', {}: where it lies (a DIMM or NVDIMM?) is not known; \
                  --memory-block '{}@ADDRESS' tells, as `info memory-devices` has it",
                 printable(&block.name),
                 size(block.used_length),
@@ -280,7 +303,8 @@ mod tests {
         let mut blocks: Vec<(&str, u64)> = names.iter().map(|name| (name.as_str(), 512)).collect();
         // QEMU lists blocks by length, whatever node they are of.
         blocks.reverse();
-        let map = PhysicalMemory::find("pc-q35-10.0", &ram(&blocks), &guest(2048, 4096), &[]).unwrap();
+        let map =
+            PhysicalMemory::find("pc-q35-10.0", &ram(&blocks), &guest(2048, 4096), &Tables::default(), &[]).unwrap();
         let places: Vec<(usize, u64)> = map.segments.iter().map(|p| (11 - p.block, p.address / MIB)).collect();
         let expected = (0..4).map(|node| (node, node as u64 * 512));
         assert_eq!(
@@ -290,36 +314,43 @@ mod tests {
         assert!(map.left_out.is_empty());
         // A node that the hole goes through.
         let odd = ram(&[("a1", 3000), ("a0", 1000), ("pc.bios", 1)]);
-        let map = PhysicalMemory::find("pc-q35-10.0", &odd, &guest(2048, 1952), &[]).unwrap();
+        let map = PhysicalMemory::find("pc-q35-10.0", &odd, &guest(2048, 1952), &Tables::default(), &[]).unwrap();
         assert_eq!(at(&map), [(1, 0, 0, 1000), (0, 1000, 0, 1048), (0, 4096, 1048, 1952)]);
     }
 
     #[test]
     fn memory_devices_are_named_unless_they_are_placed() {
         let ram = ram(&[("d0", 128), ("mem0", 64), ("/rom@etc/acpi/tables", 1), ("0000:00:02.0/vga.vram", 16)]);
-        let map = PhysicalMemory::find("pc-q35-11.1", &ram, &guest(64, 0), &[]).unwrap();
+        let map = PhysicalMemory::find("pc-q35-11.1", &ram, &guest(64, 0), &Tables::default(), &[]).unwrap();
         assert_eq!(at(&map), [(1, 0, 0, 64)]);
         assert!(matches!(&map.left_out[..], [line] if line.contains("'d0', 128 MiB")), "{:?}", map.left_out);
         let named = |name: &str, address| MemoryBlock { name: name.into(), address };
         let wanted = [named("mem0", None), named("d0", Some(4096 * MIB))];
-        let map = PhysicalMemory::find("pc-q35-11.1", &ram, &guest(64, 0), &wanted).unwrap();
+        let map = PhysicalMemory::find("pc-q35-11.1", &ram, &guest(64, 0), &Tables::default(), &wanted).unwrap();
         assert_eq!((at(&map), map.left_out.len()), (vec![(1, 0, 0, 64), (0, 4096, 0, 128)], 0));
         let wanted = [named("mem0", None), named("d0", Some(MIB))];
-        assert!(PhysicalMemory::find("pc-q35-11.1", &ram, &guest(64, 0), &wanted).is_err(), "overlap");
+        assert!(
+            PhysicalMemory::find("pc-q35-11.1", &ram, &guest(64, 0), &Tables::default(), &wanted).is_err(),
+            "overlap"
+        );
     }
 
     #[test]
     fn what_is_doubtful_is_asked_for() {
         // Two blocks of the same length: either could be the main memory.
         let twice = ram(&[("a", 64), ("b", 64)]);
-        assert!(PhysicalMemory::find("pc-q35-11.1", &twice, &guest(64, 0), &[]).is_err());
-        assert!(PhysicalMemory::find("strange", &twice, &Guest::default(), &[]).is_err());
+        assert!(PhysicalMemory::find("pc-q35-11.1", &twice, &guest(64, 0), &Tables::default(), &[]).is_err());
+        assert!(PhysicalMemory::find("strange", &twice, &Guest::default(), &Tables::default(), &[]).is_err());
         let large = ram(&[("pc.ram", 3000)]);
-        assert!(PhysicalMemory::find("", &large, &Guest::default(), &[]).is_err(), "the hole depends on the type");
-        let map = PhysicalMemory::find("", &large, &guest(2048, 952), &[]).unwrap();
+        assert!(
+            PhysicalMemory::find("", &large, &Guest::default(), &Tables::default(), &[]).is_err(),
+            "the hole depends on the type"
+        );
+        let map = PhysicalMemory::find("", &large, &guest(2048, 952), &Tables::default(), &[]).unwrap();
         assert_eq!(at(&map), [(0, 0, 0, 2048), (0, 4096, 2048, 952)]);
         // A CMOS that the guest has changed is not followed, and that is said.
-        let map = PhysicalMemory::find("pc-q35-11.1", &ram(&[("pc.ram", 64)]), &guest(32, 0), &[]).unwrap();
+        let map = PhysicalMemory::find("pc-q35-11.1", &ram(&[("pc.ram", 64)]), &guest(32, 0), &Tables::default(), &[])
+            .unwrap();
         assert_eq!((at(&map), map.notes.len()), (vec![(0, 0, 0, 64)], 1));
     }
 }

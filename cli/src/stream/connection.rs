@@ -49,6 +49,14 @@ impl Connection<'_> {
                 Err(DriveError::Stream(error)) if outer.is_empty() && walk.after_end(&error, at, total) => {
                     return Ok(());
                 }
+                Err(DriveError::Stream(error)) => {
+                    let pages = walk.pages_by(&error).map_err(|error| Failure::io(&self.file, at, &error))?;
+                    let Some(pages) = pages else { return Err(Failure::located(&self.file, error).into()) };
+                    // It stays where it was, and reads again.
+                    decoder.set_page_geometry(pages);
+                    self.encoder.set_page_geometry(pages);
+                    continue;
+                }
                 Err(error) => return Err(Failure::driven(&self.file, at, error).into()),
             };
             let Some((event, read)) = next else {

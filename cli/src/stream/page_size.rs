@@ -1,6 +1,8 @@
 //! The size of target pages, where neither the configuration nor a description tells it.
 
 use crate::source::Source;
+use qevm_savevm::ram::RamError;
+use qevm_savevm::{Error, ErrorKind, StreamError};
 use qevm_wire::PageGeometry;
 use std::io;
 
@@ -27,6 +29,20 @@ const PAGE: u64 = 0x08;
 pub(super) fn of_machine(machine: &[u8]) -> Option<PageGeometry> {
     let (_, size) = LARGE.iter().find(|(name, _)| *name == machine)?;
     PageGeometry::from_size(*size)
+}
+
+/// What an error shows that pages of the wrong size give: the advice of postcopy and the header of a mapped-ram block tell the size,
+/// and a block that is not whole pages has smaller ones.
+pub(super) fn of_error(error: &Error) -> Option<PageGeometry> {
+    let size = match error.kind {
+        ErrorKind::Stream(StreamError::AdvisedPageSize { found, .. })
+        | ErrorKind::Ram(RamError::MappedRamPageSize { found, .. }) => found,
+        ErrorKind::Ram(RamError::PartialPage { found, .. }) => {
+            SMALL.into_iter().filter(|size| found.is_multiple_of(*size)).max()?
+        }
+        _ => return None,
+    };
+    PageGeometry::from_size(size)
 }
 
 /// Whether the record of a page that is next in `source` and the one after it show that pages are smaller than 4096 bytes: then
@@ -83,6 +99,21 @@ mod tests {
         }
         let mut source = Source::stream(Box::new(io::Cursor::new(bytes)));
         of_records(&mut source).unwrap().map(PageGeometry::size)
+    }
+
+    #[test]
+    fn an_error_shows_the_size_that_would_be_right() {
+        let error = |kind: ErrorKind| of_error(&Error::new(kind, 0)).map(PageGeometry::size);
+        for size in [256, 1024, 8192, 16384, 65536] {
+            let advised = StreamError::AdvisedPageSize { found: size, expected: 4096 };
+            assert_eq!(error(advised.into()), Some(size));
+            let mapped = RamError::MappedRamPageSize { found: size, expected: 4096 };
+            assert_eq!(error(mapped.into()), Some(size));
+        }
+        for (found, size) in [(0x400, Some(1024)), (0x1800, Some(2048)), (0x20500, Some(256)), (0x1080, None)] {
+            assert_eq!(error(RamError::PartialPage { found, page_size: 4096 }.into()), size);
+        }
+        assert_eq!(error(StreamError::AdvisedPageSize { found: 3, expected: 4096 }.into()), None);
     }
 
     #[test]

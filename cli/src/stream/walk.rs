@@ -228,11 +228,26 @@ impl Walk<'_> {
         let pages = page_size::of_records(source)?;
         let counts = &self.analysis.main_pages;
         self.pages_untold = pages.is_none() && counts.zero + counts.page == 0;
-        let (Some(pages), Some(memory)) = (pages, &mut self.memory) else { return Ok(None) };
+        let (Some(pages), Some(_)) = (pages, &self.memory) else { return Ok(None) };
+        self.set_pages(pages)?;
+        Ok(Some(pages))
+    }
+
+    /// If an error comes of pages that have another size than was assumed, which nothing has told before: that size.
+    pub(super) fn pages_by(&mut self, error: &Error) -> io::Result<Option<PageGeometry>> {
+        let Some(pages) = page_size::of_error(error).filter(|_| self.pages_untold) else { return Ok(None) };
+        self.pages_untold = false;
+        self.set_pages(pages)?;
+        Ok(Some(pages))
+    }
+
+    fn set_pages(&mut self, pages: PageGeometry) -> io::Result<()> {
         self.analysis.page_size = pages.size();
         self.observer.configuration(pages.size());
-        memory.set_page_size(pages.size(), self.settings.keep, self.settings.spool.clone())?;
-        Ok(Some(pages))
+        match &mut self.memory {
+            Some(memory) => memory.set_page_size(pages.size(), self.settings.keep, self.settings.spool.clone()),
+            None => Ok(()),
+        }
     }
 
     /// True, with a note, if an error at `at` is none of the stream's, because that is over: something else follows it, or its

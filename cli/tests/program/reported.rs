@@ -147,18 +147,50 @@ fn memory_is_where_the_guest_has_it() {
 }
 
 #[test]
+fn a_dimm_lies_where_qemu_puts_it() {
+    let dir = TempDir::new().unwrap();
+    let stream = file(&dir, "dimm.q", &reported("dimm.q"));
+    let said = good(&dir, "extract --force --strict --memory DIR/m.raw FILE", &stream);
+    assert!(
+        said.contains("DIMM 'd0' at 0x100000000: ") && said.contains("memory at 0x100000000 to 0x108000000"),
+        "{said}"
+    );
+    assert_eq!(word(&dir, 1 << 32), OTHER_MARK);
+    assert_eq!(std::fs::metadata(dir.path().join("m.raw")).unwrap().len(), 0x1_0800_0000);
+    let core = good(&dir, "extract --force --json --elf DIR/core.elf FILE", &stream);
+    assert!(core.contains("memory at 0x100000000 to 0x108000000"), "{core}");
+}
+
+#[test]
 fn memory_that_is_left_out_is_named() {
     let dir = TempDir::new().unwrap();
     let stream = file(&dir, "dimm.q", &reported("dimm.q"));
-    for words in ["extract --force --memory DIR/m.raw FILE", "extract --force --json --elf DIR/core.elf FILE"] {
-        let said = good(&dir, words, &stream);
-        assert!(said.contains("left out: RAM block 'd0', 128 MiB"), "{said}");
-    }
-    let strict = run(&dir, "extract --force --strict --memory DIR/m.raw FILE", &stream);
-    assert!(strict.code == Some(2) && strict.stderr.contains("'d0'"), "{}", strict.stderr);
-    let placed = "--memory-block pc.ram --memory-block d0@0x100000000";
+    // Whoever says what the main memory is may forget some.
+    let words = "--memory-block d0 --machine pc-q35-11.1";
+    let said = good(&dir, &format!("extract --json {words} --memory DIR/m.raw FILE"), &stream);
+    assert!(said.contains("left out: RAM block 'pc.ram', 16 MiB"), "{said}");
+    let strict = run(&dir, &format!("extract --force --strict {words} --memory DIR/m.raw FILE"), &stream);
+    assert!(strict.code == Some(2) && strict.stderr.contains("'pc.ram'"), "{}", strict.stderr);
+    let placed = "--memory-block pc.ram --memory-block d0@0x140000000";
     good(&dir, &format!("extract --force --strict {placed} --memory DIR/m.raw FILE"), &stream);
-    assert_eq!(word(&dir, 1 << 32), OTHER_MARK);
+    assert_eq!(word(&dir, 0x1_4000_0000), OTHER_MARK);
+}
+
+#[test]
+fn the_advice_of_postcopy_tells_the_size_of_target_pages() {
+    let dir = TempDir::new().unwrap();
+    let stream = reported("microbit.q");
+    // Header, configuration with the machine type alone; then the command, whose second word is the size.
+    let configured = 8 + 1 + 4 + u32::from_be_bytes(stream[9..13].try_into().unwrap()) as usize;
+    assert_eq!(stream[configured], 1, "section 'ram' starts");
+    let text = stream.windows(12).position(|bytes| bytes == b"{\"page_size\"").expect("a description");
+    let end = text - 5;
+    for size in [0x400u64, 0x2000] {
+        let advice = [&[8, 0, 3, 0, 16][..], &0x1000u64.to_be_bytes(), &size.to_be_bytes()].concat();
+        let advised = [&stream[..configured], &advice, &stream[configured..end]].concat();
+        let ran = run(&dir, "verify FILE", &file(&dir, "advised.q", &advised));
+        assert_eq!(ran.code, Some(if size == 0x400 { 0 } else { 1 }), "{size:#x}: {}{}", ran.stdout, ran.stderr);
+    }
 }
 
 #[test]
@@ -168,9 +200,10 @@ fn registers_of_32_bits_are_in_the_core() {
     let said = good(&dir, "extract --elf DIR/core.elf FILE", &stream);
     assert!(said.contains("ELF core with 1 CPUs") && !said.contains("not read"), "{said}");
     let core = std::fs::read(dir.path().join("core.elf")).unwrap();
-    // RIP in the PRSTATUS note: after two program headers, the note's header and name, 112 bytes and 16 registers.
-    let at = 64 + 2 * 56 + 12 + 8 + 112 + 16 * 8;
-    assert_eq!(core[at..at + 8], 0xfff0u64.to_le_bytes());
+    assert_eq!(core[18..20], 3u16.to_le_bytes(), "the machine is i386");
+    // EIP in the PRSTATUS note of i386: after two program headers, the note's header and name, 120 bytes.
+    let at = 64 + 2 * 56 + 12 + 8 + 120;
+    assert_eq!(core[at..at + 4], 0xfff0u32.to_le_bytes());
 }
 
 #[test]
