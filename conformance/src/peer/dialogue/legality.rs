@@ -296,6 +296,10 @@ fn depart(tour: &mut Tour<'_>, answered: &[u32], status: Status) -> Result<()> {
     let here = [("migrate-continue", format!(r#"{{"state":"{}"}}"#, status.as_str()))];
     let here = here.each_ref().map(|(command, arguments)| (*command, arguments.as_str()));
     tour.wait_for("finish-migrate", Some(status.as_str()))?;
+    // The status comes before the guest has gone.
+    for monitor in [&mut tour.both.qemu, &mut tour.both.ours] {
+        monitor.wait_migration(PATIENCE, |migration| migration["downtime"].is_number())?;
+    }
     tour.ask("finish-migrate", Some(status.as_str()), &[EVERYWHERE, REFUSED, HANDED_OVER, CANCEL, &here, EVERYWHERE])
 }
 
