@@ -9,8 +9,9 @@
 //! 5. [`state`]: what is saved and restored, as plain values.
 //! 6. [`dirty_log`]: which pages changed.
 //! 7. [`sections`]: the same as the device sections of QEMU's stream, which [`qevm_migration`] moves.
-//! 8. [`vmm`]: the machine with its run state and migrations; [`qmp`]: its control socket.
-//! 9. [`command`]: the program.
+//! 8. [`vfio`]: the states of VFIO devices in a migration.
+//! 9. [`vmm`]: the machine with its run state and migrations; [`qmp`]: its control socket.
+//! 10. [`command`]: the program.
 //!
 //! Every error is an [`Error`]; nothing here panics on what a guest or a saved state says.
 
@@ -32,6 +33,7 @@ mod private;
 pub mod qmp;
 pub mod sections;
 pub mod state;
+pub mod vfio;
 pub mod vmm;
 
 pub use error::{Error, Result};

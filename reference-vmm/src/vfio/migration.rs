@@ -1,0 +1,478 @@
+//! A device on its way through a migration, at the source or at the destination.
+
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use qevm_migration::Pending;
+use rustix::io::Errno;
+
+use super::{DataFile, DeviceState, Driver, Failure, PrecopyInfo, Support, VfioError};
+
+/// What a device that does not tell how much state it has is taken to have. (spec: VFIO, 3)
+const UNTOLD: u64 = 100 << 30;
+/// More than any device has: 64 PiB.
+const IMPLAUSIBLE: u64 = 1 << 56;
+const DATA_SIZE: &str = "VFIO_DEVICE_FEATURE_MIG_DATA_SIZE";
+const PRECOPY_INFO: &str = "VFIO_MIG_GET_PRECOPY_INFO";
+
+/// Told of each state that the device comes to.
+pub type Watcher = Box<dyn Fn(DeviceState) + Send + Sync>;
+
+/// A device and its state.
+pub struct Migration {
+    name: String,
+    driver: Box<dyn Driver>,
+    support: Support,
+    inner: Mutex<Inner>,
+    watcher: Mutex<Option<Watcher>>,
+}
+
+struct Inner {
+    state: DeviceState,
+    data: Option<Box<dyn DataFile>>,
+    /// A migration from here is under way.
+    saving: bool,
+    /// What PRE_COPY said last, less what was read since.
+    precopy: PrecopyInfo,
+    /// A question failed where nobody could be told.
+    failed: Option<Failure>,
+    /// Bytes read or written.
+    done: u64,
+    /// What it said last that it has to send when it has stopped.
+    told: u64,
+    /// It was said that it sends more.
+    excess_told: bool,
+    /// It holds a state that came from elsewhere: to be reset would be to lose that.
+    arrived: bool,
+}
+
+impl Migration {
+    /// A device that runs, or does nothing yet, under the name that messages give it.
+    ///
+    /// # Errors
+    /// [`Failure::Unsupported`] when it cannot migrate; [`Failure::Query`] and [`Failure::Implausible`] when it does not tell its state.
+    pub fn new(name: impl Into<String>, driver: Box<dyn Driver>) -> Result<Migration, VfioError> {
+        let name = name.into();
+        let fails = |failure| VfioError { device: name.clone(), failure };
+        let flags = driver.migration_flags().map_err(|errno| fails(Failure::Unsupported(errno)))?;
+        let support = Support::from_flags(flags).ok_or_else(|| {
+            fails(Failure::Implausible {
+                query: "VFIO_DEVICE_FEATURE_MIGRATION",
+                found: flags,
+                expected: "STOP_COPY (1) among the flags",
+            })
+        })?;
+        let state = read_state(&*driver).map_err(fails)?;
+        if support.precopy {
+            // Where it is not known, initial data never begin anew.
+            let _ = driver.tell_reinit();
+        }
+        let inner = Inner {
+            state,
+            data: None,
+            saving: false,
+            precopy: PrecopyInfo::default(),
+            failed: None,
+            done: 0,
+            told: 0,
+            excess_told: false,
+            arrived: false,
+        };
+        Ok(Migration { name, driver, support, inner: Mutex::new(inner), watcher: Mutex::default() })
+    }
+
+    /// The name in messages.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// What the device offers.
+    pub fn support(&self) -> Support {
+        self.support
+    }
+
+    /// The state.
+    pub fn state(&self) -> DeviceState {
+        self.lock().state
+    }
+
+    /// From now on `watcher` is told of each state that the device comes to. It must not call back.
+    pub fn watch(&self, watcher: Watcher) {
+        *self.watcher.lock().unwrap_or_else(PoisonError::into_inner) = Some(watcher);
+    }
+
+    /// A migration from here begins. A device that works goes to PRE_COPY, if it has that.
+    ///
+    /// # Errors
+    /// [`Failure::Arc`], [`Failure::NoData`]: the device works on as before.
+    pub fn begin(&self) -> Result<(), VfioError> {
+        let mut inner = self.lock();
+        (inner.precopy, inner.failed) = (PrecopyInfo::default(), None);
+        (inner.done, inner.told, inner.excess_told) = (0, 0, false);
+        if inner.state.is_running() && self.support.precopy {
+            self.step(&mut inner, DeviceState::PreCopy).or_else(|error| self.back_to_work(&mut inner, error))?;
+        }
+        inner.saving = true;
+        self.look(&mut inner);
+        inner.failed.take().map_or(Ok(()), |failure| Err(self.fails(failure)))
+    }
+
+    /// The vCPUs are about to stop: the device begins nothing more with other devices, where it can be told so.
+    ///
+    /// # Errors
+    /// [`Failure::Arc`]: the device works on as before.
+    pub fn quiesce(&self) -> Result<(), VfioError> {
+        let mut inner = self.lock();
+        let to = match inner.state {
+            DeviceState::PreCopy => DeviceState::PreCopyP2p,
+            DeviceState::Running => DeviceState::RunningP2p,
+            _ => return Ok(()),
+        };
+        if !self.support.p2p {
+            return Ok(());
+        }
+        self.step(&mut inner, to).or_else(|error| self.back_to_work(&mut inner, error))
+    }
+
+    /// The vCPUs have stopped, and the device stops. In a migration one that was in PRE_COPY goes on to STOP_COPY at once.
+    ///
+    /// # Errors
+    /// [`Failure::Arc`]: [`resume`](Migration::resume) makes it work again.
+    pub fn stop(&self) -> Result<(), VfioError> {
+        let mut inner = self.lock();
+        let to = match inner.state {
+            state if inner.saving && state.is_precopy() => DeviceState::StopCopy,
+            state if state.is_running() => DeviceState::Stop,
+            _ => return Ok(()),
+        };
+        self.step(&mut inner, to)
+    }
+
+    /// The guest has stopped for a migration: all that is left of the state can be read from here on.
+    ///
+    /// # Errors
+    /// [`Failure::Arc`], [`Failure::NoData`].
+    pub fn save(&self) -> Result<(), VfioError> {
+        self.step(&mut self.lock(), DeviceState::StopCopy)
+    }
+
+    /// The guest is about to go on, here or at the destination. A source's device that cannot is reset: its guest runs on, and its driver in the guest has
+    /// to deal with that. A destination's is not, for its state would be lost.
+    ///
+    /// # Errors
+    /// [`Failure::Arc`]; [`Failure::Lost`] when it is in ERROR and stays there. Its guest must not run then.
+    pub fn resume(&self) -> Result<(), VfioError> {
+        let mut inner = self.lock();
+        if self.support.p2p && !inner.state.is_running() {
+            // So that devices that begin something with each other are all there.
+            self.step(&mut inner, DeviceState::RunningP2p).or_else(|error| self.recover(&mut inner, error))?;
+        }
+        Ok(())
+    }
+
+    /// The vCPUs go on, and so does the device, entirely.
+    ///
+    /// # Errors
+    /// As [`resume`](Migration::resume).
+    pub fn run(&self) -> Result<(), VfioError> {
+        let mut inner = self.lock();
+        let to = match inner.state {
+            DeviceState::PreCopyP2p | DeviceState::PreCopy if inner.saving => DeviceState::PreCopy,
+            _ => DeviceState::Running,
+        };
+        self.step(&mut inner, to).or_else(|error| self.recover(&mut inner, error))?;
+        inner.arrived = false;
+        Ok(())
+    }
+
+    /// What is left to read in PRE_COPY; nothing elsewhere.
+    pub fn estimate(&self) -> Pending {
+        let mut inner = self.lock();
+        self.look(&mut inner);
+        Pending { precopy: inner.precopy.initial.saturating_add(inner.precopy.dirty), stopcopy: 0 }
+    }
+
+    /// What is left to read, at whatever cost.
+    ///
+    /// # Errors
+    /// [`Failure::Query`], [`Failure::Implausible`].
+    pub fn exact(&self) -> Result<Pending, VfioError> {
+        let mut inner = self.lock();
+        self.look(&mut inner);
+        if let Some(failure) = inner.failed.take() {
+            return Err(self.fails(failure));
+        }
+        let size = match self.driver.data_size() {
+            Ok(size) if size >= IMPLAUSIBLE => {
+                let expected = "fewer than 64 PiB";
+                return Err(self.fails(Failure::Implausible { query: DATA_SIZE, found: size, expected }));
+            }
+            Ok(size) => size,
+            Err(Errno::NOTTY) => UNTOLD,
+            Err(errno) => return Err(self.fails(Failure::Query { query: DATA_SIZE, state: inner.state, errno })),
+        };
+        inner.told = size;
+        let precopy = inner.precopy.initial.saturating_add(inner.precopy.dirty);
+        Ok(Pending { precopy, stopcopy: size.saturating_sub(precopy) })
+    }
+
+    /// Of what can be read in PRE_COPY, what comes first.
+    pub fn initial(&self) -> u64 {
+        self.lock().precopy.initial
+    }
+
+    /// Appends up to `limit` bytes of the state; none if there are none at the moment.
+    ///
+    /// # Errors
+    /// [`Failure::Read`]; what a [question](Migration::exact) before could not say.
+    pub fn read(&self, into: &mut Vec<u8>, limit: usize) -> Result<(), VfioError> {
+        let mut inner = self.lock();
+        if let Some(failure) = inner.failed.take() {
+            return Err(self.fails(failure));
+        }
+        let Inner { state, done, .. } = *inner;
+        let Some(data) = inner.data.as_mut().filter(|_| state != DeviceState::Resuming) else { return Ok(()) };
+        let before = into.len();
+        into.resize(before + limit, 0);
+        let read = loop {
+            match data.read(&mut into[before..]) {
+                Err(Errno::INTR) => {}
+                Err(Errno::NOMSG) if state.is_precopy() => break Ok(0),
+                read => break read,
+            }
+        };
+        let count = match read {
+            Ok(count) if count <= limit => count,
+            Ok(count) => {
+                into.truncate(before);
+                let expected = "no more bytes than there is room for";
+                return Err(self.fails(Failure::Implausible { query: "read", found: count as u64, expected }));
+            }
+            Err(errno) => {
+                into.truncate(before);
+                return Err(self.fails(Failure::Read { state, done, errno }));
+            }
+        };
+        into.truncate(before + count);
+        let count = count as u64;
+        inner.done = done.saturating_add(count);
+        // What comes first is initial.
+        let initial = inner.precopy.initial.min(count);
+        inner.precopy.initial -= initial;
+        inner.precopy.dirty = inner.precopy.dirty.saturating_sub(count - initial);
+        if state == DeviceState::StopCopy && !inner.excess_told && inner.done / 2 > inner.told.max(MUCH) {
+            inner.excess_told = true;
+            let (sent, said) = (inner.done, inner.told);
+            tracing::warn!(device = self.name, sent, said, "the device sends far more state than it said it had");
+        }
+        Ok(())
+    }
+
+    /// A guest is about to arrive here: the device takes its state from now on.
+    ///
+    /// # Errors
+    /// [`Failure::Arc`], [`Failure::NoData`].
+    pub fn receive(&self) -> Result<(), VfioError> {
+        let mut inner = self.lock();
+        if inner.state == DeviceState::Resuming && inner.done == 0 {
+            return Ok(());
+        }
+        if inner.state == DeviceState::Resuming || inner.state == DeviceState::Error || inner.arrived {
+            // Something is left of a guest that did not arrive. One that cannot be reset begins anew by way of STOP.
+            if let Err(errno) = self.reset(&mut inner) {
+                tracing::debug!(device = self.name, %errno, "the device cannot be reset");
+                self.step(&mut inner, DeviceState::Stop)?;
+            }
+        }
+        (inner.done, inner.arrived) = (0, false);
+        self.step(&mut inner, DeviceState::Resuming)
+    }
+
+    /// Takes a piece of the state.
+    ///
+    /// # Errors
+    /// [`Failure::Write`]; [`Failure::Misplaced`] when the device cannot take it.
+    pub fn load(&self, mut piece: &[u8]) -> Result<(), VfioError> {
+        let mut inner = self.lock();
+        if inner.state != DeviceState::Resuming {
+            return Err(self.fails(Failure::Misplaced { state: inner.state, what: "write its state" }));
+        }
+        inner.arrived = true;
+        while !piece.is_empty() {
+            let done = inner.done;
+            let Some(data) = inner.data.as_mut() else {
+                return Err(self.fails(Failure::Misplaced { state: inner.state, what: "write its state" }));
+            };
+            match data.write(piece) {
+                Ok(count) if (1..=piece.len()).contains(&count) => {
+                    piece = &piece[count..];
+                    inner.done = done.saturating_add(count as u64);
+                }
+                Ok(found) => {
+                    let expected = "1 byte to all that were given";
+                    return Err(self.fails(Failure::Implausible { query: "write", found: found as u64, expected }));
+                }
+                Err(Errno::INTR) => {}
+                Err(errno) => return Err(self.fails(Failure::Write { done, errno })),
+            }
+        }
+        Ok(())
+    }
+
+    /// All of the state has come, and the device takes it over.
+    ///
+    /// # Errors
+    /// [`Failure::Arc`]: it does not like the state.
+    pub fn loaded(&self) -> Result<(), VfioError> {
+        let mut inner = self.lock();
+        self.step(&mut inner, DeviceState::Stop)?;
+        inner.arrived = true;
+        Ok(())
+    }
+
+    /// The guest did not arrive: the device forgets what did.
+    pub fn forget(&self) {
+        let mut inner = self.lock();
+        inner.arrived = false;
+        if inner.state == DeviceState::Running || inner.state == DeviceState::Stop && inner.done == 0 {
+            return;
+        }
+        if let Err(errno) = self.reset(&mut inner) {
+            tracing::warn!(device = self.name, %errno, "the device cannot be reset, and can take no other guest");
+        }
+    }
+
+    /// The migration from here is over. The device stays with the guest: it works if that runs.
+    pub fn end(&self) {
+        let mut inner = self.lock();
+        inner.saving = false;
+        (inner.precopy, inner.failed) = (PrecopyInfo::default(), None);
+        let to = match inner.state {
+            DeviceState::PreCopy | DeviceState::PreCopyP2p => DeviceState::Running,
+            DeviceState::StopCopy => DeviceState::Stop,
+            _ => return,
+        };
+        if let Err(error) = self.step(&mut inner, to).or_else(|error| self.recover(&mut inner, error)) {
+            tracing::error!("{error}");
+        }
+    }
+
+    /// Asks what is left in PRE_COPY. A failure is kept for who can be told.
+    fn look(&self, inner: &mut Inner) {
+        if !inner.state.is_precopy() {
+            inner.precopy = PrecopyInfo::default();
+            return;
+        }
+        let Some(data) = &inner.data else { return };
+        let failure = match data.precopy_info() {
+            Ok(info) => match info.initial.checked_add(info.dirty).filter(|total| *total < IMPLAUSIBLE) {
+                Some(_) => {
+                    inner.precopy = info;
+                    return;
+                }
+                None => Failure::Implausible {
+                    query: PRECOPY_INFO,
+                    found: info.initial.max(info.dirty),
+                    expected: "fewer than 64 PiB",
+                },
+            },
+            Err(errno) => Failure::Query { query: PRECOPY_INFO, state: inner.state, errno },
+        };
+        // What is left stays what it was, so that the next read or question reports it.
+        inner.precopy.dirty = inner.precopy.dirty.max(1);
+        inner.failed = Some(failure);
+    }
+
+    /// Goes to a state. When that fails the device is where the kernel says it is.
+    fn step(&self, inner: &mut Inner, to: DeviceState) -> Result<(), VfioError> {
+        let from = inner.state;
+        if from == to {
+            return Ok(());
+        }
+        let (file, refused) = match self.driver.set_state(to.raw()) {
+            Ok(file) => (file, None),
+            Err(errno) => (None, Some(errno)),
+        };
+        let now = match refused {
+            None => to,
+            Some(_) => read_state(&*self.driver).unwrap_or(DeviceState::Error),
+        };
+        if file.is_some() {
+            inner.data = file;
+        } else if !now.has_data() || !from.has_data() {
+            inner.data = None;
+        }
+        self.now(inner, now);
+        if inner.saving && from == DeviceState::StopCopy && now.is_running() && inner.done > 0 {
+            // What the destination has is the beginning of a state that there is no more.
+            inner.failed = Some(Failure::BrokenOff { done: inner.done });
+        }
+        match refused {
+            Some(errno) => Err(self.fails(Failure::Arc { from, to, left: now, errno })),
+            None if to.has_data() && inner.data.is_none() => Err(self.fails(Failure::NoData { from, to })),
+            None => Ok(()),
+        }
+    }
+
+    fn now(&self, inner: &mut Inner, state: DeviceState) {
+        if inner.state == state {
+            return;
+        }
+        inner.state = state;
+        if let Some(watcher) = &*self.watcher.lock().unwrap_or_else(PoisonError::into_inner) {
+            watcher(state);
+        }
+    }
+
+    /// Something failed while the guest runs, which goes on: so does the device, from where the kernel left it or after a reset.
+    fn back_to_work(&self, inner: &mut Inner, error: VfioError) -> Result<(), VfioError> {
+        if inner.state == DeviceState::Running || inner.state == DeviceState::PreCopy && inner.data.is_some() {
+            return Err(error);
+        }
+        self.recover(inner, error.clone())?;
+        Err(error)
+    }
+
+    /// Makes a device work that did not go where it was to go. One that was told a guest's state elsewhere is left alone.
+    fn recover(&self, inner: &mut Inner, error: VfioError) -> Result<(), VfioError> {
+        if inner.arrived {
+            return Err(error);
+        }
+        if inner.state != DeviceState::Error && self.step(inner, DeviceState::Running).is_ok() {
+            tracing::warn!("{error}: it works again");
+            return Ok(());
+        }
+        self.reset(inner).map_err(|errno| {
+            self.now(inner, DeviceState::Error);
+            self.fails(Failure::Lost { cause: Box::new(error.failure.clone()), errno })
+        })?;
+        tracing::error!("{error}: it was reset, and has forgotten what its driver in the guest had told it");
+        Ok(())
+    }
+
+    /// Resets the device, after which it is in RUNNING.
+    fn reset(&self, inner: &mut Inner) -> Result<(), Errno> {
+        inner.data = None;
+        let reset = self.driver.reset();
+        let state = read_state(&*self.driver).unwrap_or(DeviceState::Error);
+        self.now(inner, state);
+        (inner.done, inner.arrived) = (0, false);
+        reset
+    }
+
+    fn fails(&self, failure: Failure) -> VfioError {
+        VfioError { device: self.name.clone(), failure }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Inner> {
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Bytes beyond which it is worth a word that a device sends more than it said.
+const MUCH: u64 = 64 << 20;
+
+fn read_state(driver: &dyn Driver) -> Result<DeviceState, Failure> {
+    let query = "VFIO_DEVICE_FEATURE_MIG_DEVICE_STATE";
+    let raw = driver.state().map_err(|errno| Failure::Query { query, state: DeviceState::Error, errno })?;
+    DeviceState::from_raw(raw).ok_or(Failure::Implausible { query, found: raw.into(), expected: "a state from 0 to 7" })
+}

@@ -1,0 +1,19 @@
+//! The migration of VFIO devices.
+//!
+//! [`Migration`] takes a device through the states of the kernel's protocol ([`DeviceState`]): it knows which follow each other, counts what is
+//! left to send, and deals with what fails. It does no I/O of its own. What the kernel does is behind the trait [`Driver`]; a [`Double`]
+//! does the same within the process, and fails where it is told to.
+
+mod double;
+mod driver;
+mod error;
+mod migration;
+mod state;
+#[cfg(test)]
+mod tests;
+
+pub use double::{Double, Fault, Garbage, Shape};
+pub use driver::{DataFile, Driver, PrecopyInfo};
+pub use error::{Failure, VfioError};
+pub use migration::{Migration, Watcher};
+pub use state::{DeviceState, Support};
