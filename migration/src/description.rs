@@ -4,6 +4,9 @@ use crate::DeviceSection;
 use qevm_savevm::vmdesc::{Description, DeviceBody, DeviceDescription, FieldDescription, StructDescription, TextStyle};
 use qevm_wire::{PageGeometry, Profile, QemuVersion};
 
+/// CONFIG before the configuration of an iterative device, and END_OF_STATE after it.
+const CONFIGURATION_RECORDS: u64 = 16;
+
 /// The state of all devices, with the JSON description that follows the end of the stream. A destination waits without a
 /// limit for a description that its machine type promises; so there are no devices without one.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -29,12 +32,22 @@ impl SavedDevices {
 
     /// Sections with the descriptions of their content, which `qevm_savevm::vmstate::save_described` gives, put together
     /// as the release of `profile` does for its machine type.
-    pub fn described(machine_type: &str, profile: &Profile, devices: Vec<(DeviceSection, StructDescription)>) -> Self {
+    ///
+    /// The configuration of an [iterative device](crate::IterativeDevice) has no description of its own: QEMU describes it as a buffer, with the records around it.
+    pub fn described(
+        machine_type: &str,
+        profile: &Profile,
+        devices: Vec<(DeviceSection, Option<StructDescription>)>,
+    ) -> Self {
         let style = if profile.qemu < QemuVersion::new(6, 0) { TextStyle::Spaced } else { TextStyle::Compact };
         let (mut sections, mut described) = (Vec::new(), Vec::new());
         for (section, object) in devices {
             let (name, instance_id) = (section.idstr.to_string(), section.instance_id);
-            described.push(DeviceDescription { name, instance_id, body: DeviceBody::Struct(object) });
+            let body = match object {
+                Some(object) => DeviceBody::Struct(object),
+                None => DeviceBody::OldStyle { size: section.body.len() as u64 + CONFIGURATION_RECORDS },
+            };
+            described.push(DeviceDescription { name, instance_id, body });
             sections.push(section);
         }
         let mut description = Description::default();

@@ -269,7 +269,7 @@ impl fmt::Debug for Registry<'_> {
     }
 }
 
-type Described = (DeviceSection, StructDescription);
+type Described = (DeviceSection, Option<StructDescription>);
 /// Brings a device to the state that was decoded for it.
 type Taken<'a> = Box<dyn FnOnce() + 'a>;
 
@@ -321,7 +321,7 @@ fn save<T: VmState + Clone>(
     let mut device = device.clone();
     match vmstate::save_described(&mut device, context) {
         Ok((version_id, body, description)) => {
-            Ok((DeviceSection { idstr: idstr.clone(), instance_id, version_id, body }, description))
+            Ok((DeviceSection { idstr: idstr.clone(), instance_id, version_id, body }, Some(description)))
         }
         Err(source) => Err(RegistryError::Unsavable { idstr: idstr.clone(), instance_id, source }),
     }

@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use crate::boot::BootError;
 use crate::devices::pci::PciError;
 use crate::memory::BackendError;
+use crate::vfio::VfioError;
 
 /// An error of the monitor.
 #[derive(Debug, thiserror::Error)]
@@ -53,6 +54,9 @@ pub enum Error {
     /// A PCI device, or its state.
     #[error(transparent)]
     Pci(#[from] PciError),
+    /// A VFIO device that cannot go on.
+    #[error(transparent)]
+    Vfio(#[from] VfioError),
     /// A kernel that cannot be booted.
     #[error(transparent)]
     Boot(#[from] BootError),

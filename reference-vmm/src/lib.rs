@@ -9,7 +9,7 @@
 //! 5. [`state`]: what is saved and restored, as plain values.
 //! 6. [`dirty_log`]: which pages changed.
 //! 7. [`sections`]: the same as the device sections of QEMU's stream, which [`qevm_migration`] moves.
-//! 8. [`vfio`]: the states of VFIO devices in a migration.
+//! 8. [`vfio`]: VFIO devices and their migration.
 //! 9. [`vmm`]: the machine with its run state and migrations; [`qmp`]: its control socket.
 //! 10. [`command`]: the program.
 //!

@@ -7,6 +7,7 @@ mod incoming;
 pub mod legality;
 mod lifecycle;
 mod run_state;
+mod vfio;
 
 pub use actions::{ACTIONS, Actions, Reboot, Shutdown, UnknownAction};
 pub use dirty_limit::LimitRefused;
@@ -154,11 +155,12 @@ impl Vmm {
             load_ahead: true,
         };
         let (asks, asked) = mpsc::channel();
+        let blockers = Mutex::new(machine.vfio().blockers());
         let vmm = Arc::new(Vmm {
             machine,
             profile: Mutex::new(profile),
             dirty_rate: Gauge::default(),
-            blockers: Mutex::default(),
+            blockers,
             outgoing: Arc::default(),
             incoming: Arc::default(),
             rest: Mutex::default(),
@@ -184,6 +186,7 @@ impl Vmm {
                 }
             });
         }
+        vfio::tell_of_states(&vmm);
         lifecycle::attend(&vmm, asked);
         vmm
     }

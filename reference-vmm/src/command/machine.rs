@@ -140,6 +140,7 @@ impl MachineArguments {
             split_irqchip: self.machine.split_irqchip,
             rtc: self.machine.rtc,
             pcie: self.machine.pcie,
+            vfio: Vec::new(),
             virtio: self.devices().slots()?,
             dirty_ring_size: self.accel.dirty_ring_size,
             serial: self.serial.open()?,

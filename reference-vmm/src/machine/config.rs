@@ -7,6 +7,7 @@ use crate::boot::Kernel;
 use crate::devices::VirtioSlot;
 use crate::memory::MemoryBackend;
 use crate::payload;
+use crate::vfio::VfioSlot;
 
 /// What machine to build.
 pub struct MachineConfig {
@@ -32,6 +33,8 @@ pub struct MachineConfig {
     pub rtc: bool,
     /// Whether there is a PCI Express bus: QEMU's `pcie=on`.
     pub pcie: bool,
+    /// Devices on the PCI bus, from 00:01.0 on.
+    pub vfio: Vec<VfioSlot>,
     /// Devices on virtio-mmio. A machine that has one without a model can take a guest and give it back, but not run it.
     pub virtio: Vec<VirtioSlot>,
     /// Entries of each vCPU's dirty ring, a power of two; 0 is none, and the dirty log is KVM's bitmap (QEMU's
@@ -56,6 +59,7 @@ impl Default for MachineConfig {
             split_irqchip: false,
             rtc: false,
             pcie: false,
+            vfio: Vec::new(),
             virtio: Vec::new(),
             dirty_ring_size: 0,
             serial: Box::new(io::sink()),

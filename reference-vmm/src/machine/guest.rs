@@ -8,7 +8,8 @@ use crate::{
     state::MachineState,
 };
 use qevm_migration::{
-    DeviceSection, Devices, DirtyLog, Guest, GuestError, Hooks, MissingPages, ProtectedPages, RamView, SavedDevices,
+    DeviceSection, Devices, DirtyLog, Guest, GuestError, Hooks, IterativeDevice, MissingPages, ProtectedPages, RamView,
+    SavedDevices,
 };
 use qevm_wire::{CountedString, Profile};
 use std::{ops::Range, time::Duration};
@@ -43,6 +44,12 @@ impl Guest for Machine {
     fn pause(&self) -> Result<bool, GuestError> {
         let was_running = self.run_state() == RunState::Running;
         Machine::pause(self);
+        if let Err(error) = self.vfio().save() {
+            if was_running {
+                Machine::resume(self)?;
+            }
+            return Err(error.into());
+        }
         Ok(was_running)
     }
 
@@ -70,11 +77,15 @@ impl Devices for Machine {
     }
 
     fn has(&self, idstr: &CountedString, instance_id: u32) -> bool {
-        has_device(idstr, instance_id, self.cpus(), self.has_rtc(), self.has_pci(), self.virtio())
+        has_device(idstr, instance_id, self.cpus(), self.has_rtc(), self.pci_devices(), self.virtio())
     }
 
     fn advice(&self, idstr: &CountedString) -> String {
         sections::advice(idstr).into()
+    }
+
+    fn iterative(&self) -> Vec<&dyn IterativeDevice> {
+        self.vfio().iterative()
     }
 
     fn load(&self, devices: &[DeviceSection]) -> Result<bool, GuestError> {
@@ -84,6 +95,7 @@ impl Devices for Machine {
         self.load_state(&state)?;
         // The RAM has come before the devices.
         self.check_virtio()?;
+        self.vfio().loaded()?;
         Ok(running)
     }
 }

@@ -26,9 +26,11 @@ mod kvm_state;
 mod reset;
 mod routes;
 mod run_control;
+mod save;
 mod split;
 mod throttle;
 mod vcpu;
+mod vfio;
 mod vm;
 
 use std::collections::BTreeMap;
@@ -50,6 +52,7 @@ use crate::dirty_log::{DirtyLog, Reaper};
 use crate::error::{Error, Result, kvm};
 use crate::memory::{BackendError, GuestMemory};
 use crate::state::{Carried, MachineState};
+use crate::vfio::VfioDevices;
 use clock::VirtualClock;
 pub use config::MachineConfig;
 use dirty_limit::DirtyLimit;
@@ -85,6 +88,7 @@ pub struct Machine {
     control: Arc<RunControl>,
     throttle: Throttle,
     dirty_limit: DirtyLimit,
+    vfio: VfioDevices,
     threads: Vec<std::thread::JoinHandle<()>>,
     /// Those of the virtio devices.
     pumps: Vec<std::thread::JoinHandle<()>>,
@@ -191,14 +195,15 @@ impl Machine {
             rtc = Some(clock);
         }
         let cpuid = cpuid::supported(&kvm_fd)?;
-        let pci = config.pcie.then(|| {
+        let mut pci = config.pcie.then(|| {
             let line = |number: usize| interrupt(FIRST_GSI + number as u32, "PCI bus");
-            Mutex::new(PciBus::new(cpuid::physical_bits(&cpuid), std::array::from_fn(line)))
+            PciBus::new(cpuid::physical_bits(&cpuid), std::array::from_fn(line))
         });
+        let vfio = vfio::plug(config.vfio, pci.as_mut())?;
         let ged = Ged::new(interrupt(GED_IRQ, "generic event device"));
         let mut devices = Devices::new(Arc::clone(&memory), serial, fw_cfg, ged, ioapic2, transports, rtc);
         let to_vcpu = split.as_ref().map(|split| split.to_vcpu.clone());
-        devices.pci = pci;
+        devices.pci = pci.map(Mutex::new);
         devices.split = split.map(Split::into_chips);
         let devices = Arc::new(devices);
 
@@ -217,6 +222,7 @@ impl Machine {
         let mut machine = Machine {
             vcpus,
             control,
+            vfio,
             throttle: Throttle::default(),
             dirty_limit: DirtyLimit::new(config.cpus, dirty_log.clone()),
             threads,
@@ -316,6 +322,7 @@ impl Machine {
             self.devices.virtio.each(Transport::resume)?;
         }
         lock(&self.carried).outdate();
+        self.vfio.resume()?;
         if self.control.all_parked() {
             kvm_state::release(self)?;
         }
@@ -367,12 +374,14 @@ impl Machine {
     /// second whatever the guest and its disks do: requests that a disk has not answered by then are begun anew when the guest goes on.
     pub fn pause(&self) {
         let was_running = self.control.state() == RunState::Running;
+        self.vfio.quiesce();
         self.control.pause(|| self.vcpus.iter().for_each(Vcpu::kick));
         lock(&self.clock).stop();
         self.tick(false);
         if was_running && let Err(error) = kvm_state::hold(self) {
             tracing::warn!(%error, "clock and PIT go on while the machine is paused");
         }
+        self.vfio.stop();
         self.devices.virtio.drain(Instant::now() + DRAIN);
         Serial::flush(&self.devices.serial);
     }
@@ -429,40 +438,6 @@ impl Machine {
     /// Bytes arrive on the serial line; returns how many the port took.
     pub fn serial_input(&self, bytes: &[u8]) -> usize {
         lock(&self.devices.serial).input(bytes)
-    }
-
-    /// Everything but the RAM.
-    ///
-    /// # Errors
-    /// [`Error::NotPaused`]; [`Error::Kvm`] when KVM does not tell; [`Error::DiskHangs`] when a disk does not finish what is under way.
-    pub fn save_state(&self) -> Result<MachineState> {
-        self.must_be_paused("save its state")?;
-        let settled = self.devices.virtio.settle(Instant::now() + SETTLE);
-        settled.map_err(|device| Error::DiskHangs { device, seconds: SETTLE.as_secs() })?;
-        kvm_state::save(self)
-    }
-
-    /// The state in which the machine was made, without a kernel.
-    pub(crate) fn fresh_state(&self) -> Result<MachineState> {
-        self.fresh.clone().map_or_else(|| self.save_state(), Ok)
-    }
-
-    /// Makes this machine continue where the saved one stopped. The RAM must be, or become, that of the saved one before
-    /// [`Machine::resume`]. When it fails the machine is of no more use.
-    ///
-    /// # Errors
-    /// [`Error::NotPaused`]; [`Error::State`] when the state is of another machine; [`Error::Kvm`] when KVM refuses it.
-    pub fn load_state(&self, state: &MachineState) -> Result<()> {
-        self.must_be_paused("load a state")?;
-        kvm_state::load(self, state)
-    }
-
-    /// Whether the queues of virtio devices fit what the RAM says about them; to be asked when both have been loaded.
-    ///
-    /// # Errors
-    /// [`Error::State`] naming a queue that does not.
-    pub fn check_virtio(&self) -> Result<()> {
-        self.devices.virtio.each(Transport::check)
     }
 
     /// Lets timers of devices run out, or holds them back.

@@ -19,6 +19,7 @@ impl Machine {
     pub fn reset(&self, load: bool) -> Result<()> {
         self.must_be_paused("reset it")?;
         let fresh = self.fresh.as_ref().ok_or_else(|| Error::Config("the machine is not complete".to_owned()))?;
+        self.vfio.reset();
         kvm_state::reset(self, fresh)?;
         if load {
             self.load_firmware()?;

@@ -9,12 +9,15 @@ mod cpu;
 mod fpu;
 mod msr;
 mod pci;
+mod vfio;
 mod virtio;
+
+pub(crate) use vfio::idstr as vfio_idstr;
 
 use crate::{
     devices::is_section_of,
     machine::MACHINE_TYPE,
-    state::{MachineState, VirtioDevice},
+    state::{MachineState, PciFunctionState, VirtioDevice},
 };
 use qevm_migration::{DeviceSection, SavedDevices};
 use qevm_savevm::{
@@ -186,7 +189,14 @@ pub fn save(state: &MachineState, profile: &Profile, running: bool) -> Result<Sa
     if accel == Accel::Tcg && state.carried.is_current() && state.carried.find("kvmclock", 0).is_none() {
         as_they_came(&mut devices, state);
     }
-    write(devices, &ctx)
+    let mut configurations = Vec::new();
+    for (number, function) in (1..).zip(state.pci.iter().flat_map(|bus| &bus.functions)) {
+        let idstr = vfio::idstr(number);
+        let body =
+            vfio::save(function, &ctx).map_err(|reason| SectionError::Unsendable { idstr: idstr.clone(), reason })?;
+        configurations.push((idstr, body));
+    }
+    write(devices, configurations, &ctx)
 }
 
 /// A guest of TCG's that has not run here goes back to TCG with what KVM cannot hold: requests that only TCG has, a TSC that KVM
@@ -199,16 +209,27 @@ fn as_they_came(devices: &mut [(&str, u32, DeviceState)], state: &MachineState) 
     }
 }
 
-/// Encodes the devices and describes them.
-fn write(devices: Vec<(&str, u32, DeviceState)>, ctx: &Context) -> Result<SavedDevices, SectionError> {
+/// Encodes the devices and describes them. Configurations of VFIO devices come after all others but the run state.
+fn write(
+    devices: Vec<(&str, u32, DeviceState)>,
+    configurations: Vec<(String, Vec<u8>)>,
+    ctx: &Context,
+) -> Result<SavedDevices, SectionError> {
     let mut described = Vec::new();
+    let mut configurations = configurations.into_iter();
     for (idstr, instance_id, mut device) in devices {
+        for (idstr, body) in configurations.by_ref().take(if idstr == "globalstate" { usize::MAX } else { 0 }) {
+            let named = CountedString::new(idstr.as_str())
+                .ok_or_else(|| SectionError::Unsendable { idstr, reason: "its name".into() })?;
+            let section = DeviceSection { idstr: named, instance_id: 0, version_id: vfio::VERSION, body };
+            described.push((section, None));
+        }
         let unsendable = |reason: String| SectionError::Unsendable { idstr: idstr.into(), reason };
         device.prepare(ctx).map_err(|error| unsendable(error.to_string()))?;
         let version_id = device.version(ctx);
         let (body, object) = device.encode_described(version_id, ctx).map_err(|error| unsendable(error.to_string()))?;
         let idstr = CountedString::new(idstr).ok_or_else(|| unsendable("its name".into()))?;
-        described.push((DeviceSection { idstr, instance_id, version_id, body }, object));
+        described.push((DeviceSection { idstr, instance_id, version_id, body }, Some(object)));
     }
     Ok(SavedDevices::described(MACHINE_TYPE, &ctx.profile, described))
 }
@@ -228,13 +249,13 @@ pub fn rehearse(state: &MachineState) -> Result<(), SectionError> {
     load(saved.sections(), &newest(), &mut state.clone()).map(drop)
 }
 
-/// Whether a machine of `cpus` vCPUs, with or without real-time clock and PCI bus, with these virtio devices, has the section.
+/// Whether a machine of `cpus` vCPUs, with or without real-time clock, with a PCI bus with so many devices, with these virtio devices, has the section.
 pub fn has_device(
     idstr: &CountedString,
     instance_id: u32,
     cpus: usize,
     rtc: bool,
-    pci: bool,
+    pci: Option<usize>,
     virtio: &[VirtioDevice],
 ) -> bool {
     let instances = match idstr.as_str() {
@@ -242,7 +263,8 @@ pub fn has_device(
         Some("ioapic" | "i8259") => 2,
         Some("timer" | "fw_cfg" | "kvm-tpr-opt" | "kvmclock" | "acpi-ged" | "i8254" | "serial" | "globalstate") => 1,
         Some("mc146818rtc") => u32::from(rtc),
-        Some(pci::GPEX_ROOT | pci::HOST | pci::BUS) => u32::from(pci),
+        Some(pci::GPEX_ROOT | pci::HOST | pci::BUS) => u32::from(pci.is_some()),
+        Some(name) if (1..=pci.unwrap_or(0)).any(|number| vfio::idstr(number) == name) => 1,
         _ => u32::from(is_section_of(virtio, idstr)),
     };
     instance_id < instances
@@ -265,6 +287,10 @@ pub fn load(sections: &[DeviceSection], profile: &Profile, state: &mut MachineSt
         let content = |source| SectionError::Content { idstr: idstr.clone(), instance_id: *instance_id, source };
         let refused =
             |reason: String| SectionError::Refused { idstr: idstr.clone(), instance_id: *instance_id, reason };
+        if let Some(function) = function_of(idstr, state) {
+            *function = vfio::load(body, *version_id, function, &ctx).map_err(content)?;
+            continue;
+        }
         let mut reader = Reader::new(body);
         let loaded = DeviceState::load(idstr.as_str().unwrap_or_default(), *version_id, &mut reader, &ctx)
             .ok_or_else(|| refused(NO_DEVICE.into()))?
@@ -323,6 +349,12 @@ pub fn load(sections: &[DeviceSection], profile: &Profile, state: &mut MachineSt
     }
 }
 
+/// What the machine has of the function that a section configures.
+fn function_of<'s>(idstr: &CountedString, state: &'s mut MachineState) -> Option<&'s mut PciFunctionState> {
+    let number = vfio::device_of(idstr.as_str()?).filter(|number| *idstr == *vfio::idstr(*number).as_str())?;
+    state.pci.as_mut()?.functions.get_mut(number.checked_sub(1)?)
+}
+
 /// The first device of this machine without a section, of those that every source has: not the serial port, which a QEMU may lack, the
 /// second IOAPIC (since 7.2), the paravirtual clock and the TPR optimisation, which are KVM's, and the real-time clock.
 fn missing(sections: &[DeviceSection], state: &MachineState) -> Option<(String, u32)> {
@@ -344,7 +376,9 @@ fn missing(sections: &[DeviceSection], state: &MachineState) -> Option<(String, 
     ];
     let chips = counts.into_iter().flat_map(|(idstr, count)| (0..count).map(move |i| (idstr.to_owned(), i)));
     let virtio = state.virtio.iter().enumerate().map(|(i, device)| (device.idstr(i), 0));
-    chips.chain(virtio).find(|(idstr, instance_id)| {
+    let functions = state.pci.as_ref().map_or(0, |bus| bus.functions.len());
+    let vfio = (1..=functions).map(|number| (vfio::idstr(number), 0));
+    chips.chain(virtio).chain(vfio).find(|(idstr, instance_id)| {
         !sections.iter().any(|section| section.idstr == *idstr.as_str() && section.instance_id == *instance_id)
     })
 }

@@ -19,7 +19,7 @@ pub(super) const BUS: &str = "PCIBUS";
 
 /// In QEMU's order.
 pub(super) fn save(state: &PciState) -> [(&'static str, DeviceState); 3] {
-    let PciFunctionState { config, levels } = &state.bridge;
+    let PciFunctionState { config, levels, .. } = &state.bridge;
     let config = config.first_chunk().map(|config| Buffer(*config));
     let pci = PciDevice { config, irq_state: PciIrqState(levels.map(u32::from)), ..PciDevice::default() };
     [
@@ -31,5 +31,5 @@ pub(super) fn save(state: &PciState) -> [(&'static str, DeviceState); 3] {
 
 pub(super) fn load_bridge(from: &GpexRoot, into: &mut PciState) {
     let levels = from.pci.irq_state.0.map(|level| level != 0);
-    into.bridge = PciFunctionState { config: from.pci.config_space().to_vec(), levels };
+    into.bridge = PciFunctionState { config: from.pci.config_space().to_vec(), levels, msix: Vec::new() };
 }

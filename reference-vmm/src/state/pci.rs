@@ -1,12 +1,14 @@
 //! The state of the PCI bus.
 
-/// A function of the bus, with the fields of QEMU's structure `PCIDevice`.
+/// A function of the bus, with the fields of QEMU's structures `PCIDevice` and `msix`.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct PciFunctionState {
     /// Its configuration space: 256 or 4096 bytes.
     pub config: Vec<u8>,
     /// Whether its INTA to INTD are up, whatever its command register says.
     pub levels: [bool; 4],
+    /// MSI-X table and pending bits; empty without MSI-X.
+    pub msix: Vec<u8>,
 }
 
 /// The bus and its host bridge, with the fields of QEMU's sections `gpex_root`, `PCIHost` and `PCIBUS`.
@@ -14,6 +16,8 @@ pub struct PciFunctionState {
 pub struct PciState {
     /// The host bridge.
     pub bridge: PciFunctionState,
+    /// The other functions, by device number from 1 on.
+    pub functions: Vec<PciFunctionState>,
     /// The register at port 0xcf8, which microvm does not have.
     pub config_reg: u32,
     /// For each interrupt line, how many devices hold it up.

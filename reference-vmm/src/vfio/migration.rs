@@ -41,6 +41,8 @@ struct Inner {
     told: u64,
     /// It was said that it sends more.
     excess_told: bool,
+    /// What it was told in RESUMING is of a guest that did not arrive.
+    stale: bool,
     /// It holds a state that came from elsewhere: to be reset would be to lose that.
     arrived: bool,
 }
@@ -75,6 +77,7 @@ impl Migration {
             done: 0,
             told: 0,
             excess_told: false,
+            stale: false,
             arrived: false,
         };
         Ok(Migration { name, driver, support, inner: Mutex::new(inner), watcher: Mutex::default() })
@@ -273,7 +276,7 @@ impl Migration {
     /// [`Failure::Arc`], [`Failure::NoData`].
     pub fn receive(&self) -> Result<(), VfioError> {
         let mut inner = self.lock();
-        if inner.state == DeviceState::Resuming && inner.done == 0 {
+        if inner.state == DeviceState::Resuming && inner.data.is_some() && !inner.stale {
             return Ok(());
         }
         if inner.state == DeviceState::Resuming || inner.state == DeviceState::Error || inner.arrived {
@@ -283,7 +286,7 @@ impl Migration {
                 self.step(&mut inner, DeviceState::Stop)?;
             }
         }
-        (inner.done, inner.arrived) = (0, false);
+        (inner.done, inner.arrived, inner.stale) = (0, false, false);
         self.step(&mut inner, DeviceState::Resuming)
     }
 
@@ -291,8 +294,14 @@ impl Migration {
     ///
     /// # Errors
     /// [`Failure::Write`]; [`Failure::Misplaced`] when the device cannot take it.
-    pub fn load(&self, mut piece: &[u8]) -> Result<(), VfioError> {
+    pub fn load(&self, piece: &[u8]) -> Result<(), VfioError> {
         let mut inner = self.lock();
+        let written = self.write(&mut inner, piece);
+        inner.stale |= written.is_err();
+        written
+    }
+
+    fn write(&self, inner: &mut Inner, mut piece: &[u8]) -> Result<(), VfioError> {
         if inner.state != DeviceState::Resuming {
             return Err(self.fails(Failure::Misplaced { state: inner.state, what: "write its state" }));
         }
@@ -324,9 +333,9 @@ impl Migration {
     /// [`Failure::Arc`]: it does not like the state.
     pub fn loaded(&self) -> Result<(), VfioError> {
         let mut inner = self.lock();
-        self.step(&mut inner, DeviceState::Stop)?;
-        inner.arrived = true;
-        Ok(())
+        let taken = self.step(&mut inner, DeviceState::Stop);
+        (inner.stale, inner.arrived) = (taken.is_err(), true);
+        taken
     }
 
     /// The guest did not arrive: the device forgets what did.
@@ -337,7 +346,27 @@ impl Migration {
             return;
         }
         if let Err(errno) = self.reset(&mut inner) {
-            tracing::warn!(device = self.name, %errno, "the device cannot be reset, and can take no other guest");
+            tracing::debug!(device = self.name, %errno, "the device cannot be reset");
+            inner.stale = true;
+        }
+    }
+
+    /// The machine is reset while its guest is paused: the device is reset, if it can be, and does nothing.
+    pub fn power_cycle(&self) {
+        let mut inner = self.lock();
+        if inner.state == DeviceState::Resuming {
+            return;
+        }
+        if inner.saving && inner.done > 0 {
+            inner.failed = Some(Failure::BrokenOff { done: inner.done });
+        }
+        if let Err(errno) = self.reset(&mut inner) {
+            tracing::debug!(device = self.name, %errno, "the device cannot be reset");
+        }
+        if inner.state.is_running()
+            && let Err(error) = self.step(&mut inner, DeviceState::Stop)
+        {
+            tracing::error!("{error}");
         }
     }
 

@@ -1,9 +1,11 @@
-//! The migration of VFIO devices.
+//! VFIO devices and their migration.
 //!
+//! A machine has [`VfioDevices`] on its PCI bus; each is an [`IterativeDevice`](qevm_migration::IterativeDevice).
 //! [`Migration`] takes a device through the states of the kernel's protocol ([`DeviceState`]): it knows which follow each other, counts what is
 //! left to send, and deals with what fails. It does no I/O of its own. What the kernel does is behind the trait [`Driver`]; a [`Double`]
 //! does the same within the process, and fails where it is told to.
 
+mod device;
 mod double;
 mod driver;
 mod error;
@@ -12,6 +14,7 @@ mod state;
 #[cfg(test)]
 mod tests;
 
+pub use device::{VfioDevice, VfioDevices, VfioSlot};
 pub use double::{Double, Fault, Garbage, Shape};
 pub use driver::{DataFile, Driver, PrecopyInfo};
 pub use error::{Failure, VfioError};

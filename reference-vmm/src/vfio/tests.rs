@@ -5,8 +5,16 @@ use std::sync::{Arc, Mutex};
 use DeviceState::{Error, PreCopy, PreCopyP2p, Resuming, Running, RunningP2p, Stop, StopCopy};
 
 const ALL: Support = Support { p2p: true, precopy: true };
-const SHAPE: Shape =
-    Shape { support: ALL, initial: 3000, dirty: 5000, rest: 7000, silent_drain: false, most: 0, garbage: None };
+const SHAPE: Shape = Shape {
+    support: ALL,
+    initial: 3000,
+    dirty: 5000,
+    rest: 7000,
+    silent_drain: false,
+    most: 0,
+    takes_all: false,
+    garbage: None,
+};
 const CHUNK: usize = 1 << 10;
 
 fn device(shape: Shape) -> (Double, Migration) {

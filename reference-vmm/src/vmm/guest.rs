@@ -3,7 +3,8 @@
 use super::{RunState, Vmm};
 use qevm_migration::dirty_rate::LogClaim;
 use qevm_migration::{
-    DeviceSection, Devices, DirtyLog, Guest, GuestError, Hooks, MissingPages, ProtectedPages, RamView, SavedDevices,
+    DeviceSection, Devices, DirtyLog, Guest, GuestError, Hooks, IterativeDevice, MissingPages, ProtectedPages, RamView,
+    SavedDevices,
 };
 use qevm_wire::{CountedString, Profile};
 use std::{ops::Range, time::Duration};
@@ -21,6 +22,19 @@ impl DirtyLog for ClaimedLog<'_> {
 
     fn reset(&mut self, block: usize, pages: Range<u64>) -> Result<(), GuestError> {
         self.log.reset(block, pages)
+    }
+}
+
+impl Vmm {
+    /// A device refused to leave when the guest had been paused for that: it goes on, or stays paused as it was.
+    fn take_back(&self, was_running: bool) {
+        if !was_running {
+            return self.stay_stopped();
+        }
+        if let Err(error) = self.start() {
+            tracing::error!("the guest cannot go on ({error}): say 'cont' when that is mended");
+            self.lock().run_state = RunState::Paused;
+        }
     }
 }
 
@@ -43,7 +57,13 @@ impl Guest for Vmm {
 
     fn pause(&self) -> Result<bool, GuestError> {
         match self.pause_for_migration() {
-            (was_running, None) => Ok(was_running),
+            (was_running, None) => match self.machine.vfio().save() {
+                Ok(()) => Ok(was_running),
+                Err(error) => {
+                    self.take_back(was_running);
+                    Err(error.into())
+                }
+            },
             // The monitor ends, or waits to be told what to do: the destination must not run it on.
             (_, Some(stop)) => Err(stop.to_string().into()),
         }
@@ -82,6 +102,10 @@ impl Devices for Vmm {
         self.machine.devices().advice(idstr)
     }
 
+    fn iterative(&self) -> Vec<&dyn IterativeDevice> {
+        self.machine.devices().iterative()
+    }
+
     fn load(&self, devices: &[DeviceSection]) -> Result<bool, GuestError> {
         let _transition = self.transition();
         let running = self.machine.devices().load(devices)?;
@@ -93,6 +117,9 @@ impl Devices for Vmm {
 impl Hooks for Vmm {
     fn prepare(&self) {
         self.machine.hooks().prepare();
+        if self.run_state() == RunState::Inmigrate {
+            self.machine.vfio().receive();
+        }
     }
 
     fn stay_stopped(&self) {

@@ -127,6 +127,7 @@ impl Vmm {
             return self.end(Exit::IncomingFailed(format!("load of migration failed: {error}")));
         }
         tracing::warn!("load of migration failed: {error}");
+        self.machine.vfio().forget();
         let mut state = self.lock();
         (state.listening, state.loaded, state.tried) = (None, false, true);
         drop(state);

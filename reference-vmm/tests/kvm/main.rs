@@ -23,6 +23,7 @@ mod snapshot;
 mod state;
 mod strange_peers;
 mod transports;
+mod vfio;
 mod worst;
 
 use std::fs::OpenOptions;
@@ -57,6 +58,7 @@ fn main() -> ExitCode {
         qmp::TESTS,
         qmp_clients::TESTS,
         transports::TESTS,
+        vfio::TESTS,
         strange_peers::TESTS,
         worst::TESTS,
     ]

@@ -125,12 +125,26 @@ pub trait Function: Send {
 
     /// The guest writes to a BAR.
     fn bar_write(&mut self, _bar: usize, _offset: u64, _data: &[u8]) {}
+
+    /// MSI-X table and pending bits, as they go on the wire; empty without MSI-X.
+    fn msix_state(&self) -> Vec<u8> {
+        Vec::new()
+    }
+
+    /// Takes over configuration space and MSI-X state of a guest that has come, or has been reset. The machine is paused.
+    ///
+    /// # Errors
+    /// [`PciError`] when they are another device's.
+    fn restore(&mut self, state: &PciFunctionState) -> Result<(), PciError> {
+        self.config_mut().load(&state.config)
+    }
 }
 
-/// The host bridge as a device on its own bus.
-struct HostBridge(ConfigSpace);
+/// A function that has a configuration space and nothing else, as the host bridge has.
+#[derive(Debug)]
+pub struct ConfigOnly(pub ConfigSpace);
 
-impl Function for HostBridge {
+impl Function for ConfigOnly {
     fn config(&self) -> &ConfigSpace {
         &self.0
     }
@@ -164,7 +178,7 @@ pub struct PciBus {
 impl PciBus {
     /// A bus in a guest that has so many bits of physical address, with nothing on it but the host bridge.
     pub fn new(physical_bits: u8, lines: [Line; LINES]) -> PciBus {
-        let bridge = HostBridge(ConfigSpace::new(&HOST_BRIDGE, false));
+        let bridge = ConfigOnly(ConfigSpace::new(&HOST_BRIDGE, false));
         let devices = vec![Device { function: Box::new(bridge), levels: [false; LINES] }];
         PciBus { devices, lines, counts: [0; LINES], high_window: high_window(physical_bits), config_reg: 0 }
     }
@@ -179,6 +193,11 @@ impl PciBus {
         }
         self.devices.push(Device { function, levels: [false; LINES] });
         Ok(self.devices.len() - 1)
+    }
+
+    /// How many devices there are, with the host bridge.
+    pub fn device_count(&self) -> usize {
+        self.devices.len()
     }
 
     /// The window for memory BARs above 4 GiB.
@@ -275,24 +294,31 @@ impl PciBus {
         })
     }
 
-    /// The host bridge, and what the lines count.
+    /// The functions, and what the lines count.
     pub fn save(&self) -> PciState {
-        let Device { function, levels } = &self.devices[0];
+        let save = |Device { function, levels }: &Device| PciFunctionState {
+            config: function.config().bytes().to_vec(),
+            levels: *levels,
+            msix: function.msix_state(),
+        };
         PciState {
-            bridge: PciFunctionState { config: function.config().bytes().to_vec(), levels: *levels },
+            bridge: save(&self.devices[0]),
+            functions: self.devices[1..].iter().map(save).collect(),
             config_reg: self.config_reg,
             counts: self.counts,
         }
     }
 
-    /// Takes over the host bridge, after the interrupt controllers.
+    /// Takes over the functions, after the interrupt controllers.
     ///
     /// # Errors
-    /// [`PciError`] when it is another bridge's state, or the counts do not agree with the levels.
+    /// [`PciError`] when it is another device's state, or the counts do not agree with the levels.
     pub fn load(&mut self, state: &PciState) -> Result<(), PciError> {
-        let bridge = &mut self.devices[0];
-        bridge.function.config_mut().load(&state.bridge.config)?;
-        bridge.levels = state.bridge.levels;
+        let states = std::iter::once(&state.bridge).chain(&state.functions);
+        for (device, state) in self.devices.iter_mut().zip(states) {
+            device.function.restore(state)?;
+            device.levels = state.levels;
+        }
         self.config_reg = state.config_reg;
         self.counts = self.count();
         let mut counts = self.counts.into_iter().zip(state.counts).enumerate();
