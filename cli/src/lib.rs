@@ -27,6 +27,7 @@ use args::{Cli, Command};
 use clap::Parser;
 use failure::Stop;
 use std::ffi::OsString;
+use std::io::Write;
 use std::process::ExitCode;
 
 /// Exit code: the stream is bad.
@@ -35,6 +36,19 @@ const EXIT_BAD: u8 = 1;
 const EXIT_USAGE: u8 = 2;
 /// Exit code: what is known does not decide (`qevm check`).
 const EXIT_UNDECIDED: u8 = 3;
+
+/// What scripts get that asked for an object, where a command came to none: `ok` and `error`, as `qevm verify` has them.
+fn failed_json(result: &Result<(), Stop>) {
+    let error = match result {
+        Err(Stop::Bad(failure)) => report::error_json(failure),
+        Err(Stop::Usage(message)) => {
+            serde_json::json!({"kind": "usage", "offset": null, "path": "", "message": message})
+        }
+        _ => return,
+    };
+    // Nothing can be said if the place to say it is gone.
+    let _ = writeln!(std::io::stdout(), "{}", serde_json::json!({"ok": false, "error": error}));
+}
 
 /// Runs the program with these arguments (the first is its name).
 pub fn run(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
@@ -59,7 +73,11 @@ pub fn run(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
         Command::Receive(receive) => commands::receive::run(receive),
         Command::Completions(completions) => commands::docs::completions(completions),
         Command::Man(man) => commands::docs::man(man),
+        Command::InstallDocs(install) => commands::docs::install(install),
     };
+    if cli.command.json() && !commands::printed_json() {
+        failed_json(&result);
+    }
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(Stop::Bad(failure)) => {

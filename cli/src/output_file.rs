@@ -11,6 +11,7 @@ use std::ffi::OsStr;
 use std::fs::{self, File};
 use std::io;
 use std::os::fd::AsRawFd;
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 use tempfile::TempPath;
@@ -98,6 +99,47 @@ impl OutputFile {
     /// What the operating system says.
     pub fn sync(&self) -> io::Result<()> {
         self.file.sync_all()
+    }
+}
+
+/// Writes what follows one another in one go.
+#[derive(Debug)]
+pub struct Runs<'f> {
+    file: &'f File,
+    start: u64,
+    held: Vec<u8>,
+}
+
+impl<'f> Runs<'f> {
+    /// Bytes that are gathered.
+    const MOST: usize = 1 << 20;
+
+    /// Nothing is held so far.
+    pub fn new(file: &'f File) -> Self {
+        Runs { file, start: 0, held: Vec::new() }
+    }
+
+    /// Puts `bytes` at `offset` of the file, which they may not have reached yet when this returns.
+    ///
+    /// # Errors
+    /// What the operating system says, with where in the file.
+    pub fn put(&mut self, offset: u64, bytes: &[u8]) -> Result<(), (u64, io::Error)> {
+        if self.start + self.held.len() as u64 != offset || self.held.len() + bytes.len() > Self::MOST {
+            self.flush()?;
+            self.start = offset;
+        }
+        self.held.extend_from_slice(bytes);
+        Ok(())
+    }
+
+    /// Writes what is held.
+    ///
+    /// # Errors
+    /// As [`put`](Self::put).
+    pub fn flush(&mut self) -> Result<(), (u64, io::Error)> {
+        let written = self.file.write_all_at(&self.held, self.start);
+        self.held.clear();
+        written.map_err(|error| (self.start, error))
     }
 }
 

@@ -51,7 +51,8 @@ Examples:
     qevm receive tcp:0.0.0.0:4444 --out guest.qevm
 
 Exit codes: 0 all holds; 1 the stream is bad (truncated included); 2 wrong usage.
-Errors are one line on standard error: `qevm: FILE: FAULT at byte N, in PATH: message`.";
+Errors are one line on standard error: `qevm: FILE: FAULT at byte N, in PATH: message`. With --json the last line of
+standard output is an object all the same, in which `ok` is false and `error` says why.";
 
 /// The commands.
 #[derive(Debug, Subcommand)]
@@ -76,6 +77,25 @@ pub enum Command {
     Completions(Completions),
     /// Write the manual pages to a directory.
     Man(Man),
+    /// Install the manual pages and the completion scripts of bash, zsh and fish where programs look for them.
+    InstallDocs(InstallDocs),
+}
+
+impl Command {
+    /// `--json` was given.
+    pub(crate) fn json(&self) -> bool {
+        match self {
+            Command::Inspect(inspect) => inspect.output.json,
+            Command::Verify(verify) => verify.output.json,
+            Command::Diff(diff) => diff.output.json,
+            Command::Check(check) => check.output.json,
+            Command::Send(send) => send.output.json,
+            Command::Convert(convert) => convert.output.json,
+            Command::Extract(extract) => extract.output.json,
+            Command::Receive(receive) => receive.output.json,
+            Command::Completions(_) | Command::Man(_) | Command::InstallDocs(_) => false,
+        }
+    }
 }
 
 /// Where the stream is, and what belongs to it.
@@ -346,7 +366,7 @@ impl StreamForm {
 
 /// `qevm completions`.
 #[derive(Debug, Args)]
-#[command(after_help = "Example: qevm completions bash > ~/.local/share/bash-completion/completions/qevm")]
+#[command(after_help = "Example: qevm completions bash > qevm.bash; `qevm install-docs` installs those of all shells.")]
 pub struct Completions {
     /// The shell.
     #[arg(value_enum)]
@@ -357,9 +377,19 @@ pub struct Completions {
 #[derive(Debug, Args)]
 #[command(after_help = "Example: qevm man ~/.local/share/man/man1")]
 pub struct Man {
-    /// An existing directory for qevm.1 and one page for each command.
+    /// A directory for qevm.1 and one page for each command; it is made if it is not there.
     #[arg(value_name = "DIR")]
     pub dir: PathBuf,
+}
+
+/// `qevm install-docs`.
+#[derive(Debug, Args)]
+#[command(after_help = "Example: sudo qevm install-docs --prefix /usr/local")]
+pub struct InstallDocs {
+    /// Where to: `share/man/man1`, `share/bash-completion/completions`, `share/zsh/site-functions` and
+    /// `share/fish/vendor_completions.d` in DIR, which are made if they are not there. Without it, ~/.local.
+    #[arg(long, value_name = "DIR")]
+    pub prefix: Option<PathBuf>,
 }
 
 /// Which digest is computed of each RAM block.

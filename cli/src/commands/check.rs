@@ -119,7 +119,7 @@ fn print(out: &mut Output, findings: &[Judged], destination: &Destination) -> Re
             let cells = cells.iter().map(|cell| printable(cell));
             table.row(std::iter::once(finding.outcome.as_str().to_owned()).chain(cells));
         }
-        let text = table.to_string();
+        let text = table.within(super::line_width()).to_string();
         let mut lines = text.lines();
         lines.next().map_or(Ok(()), |header| out.line(header))?;
         for (line, Judged { finding, qemu_says }) in lines.zip(findings) {

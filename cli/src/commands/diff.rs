@@ -38,7 +38,7 @@ pub fn run(diff: &args::Diff) -> Result<(), Stop> {
             let (first, second) = (side(&difference.first), side(&difference.second));
             table.row([difference.kind.to_owned(), difference.place.clone(), first, second]);
         }
-        out.print(table)?;
+        out.print(table.within(super::line_width()))?;
         let omitted = if omitted > 0 { format!(" and {omitted} more") } else { String::new() };
         out.line(format!("{} differences{omitted}", found.len()))?;
     }

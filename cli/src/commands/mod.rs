@@ -17,6 +17,15 @@ use crate::report::Report;
 use crate::stream::{Inputs, Observer};
 use serde::Serialize;
 use std::io::{self, Write};
+use std::sync::atomic::{AtomicBool, Ordering};
+
+/// An object was printed.
+static PRINTED_JSON: AtomicBool = AtomicBool::new(false);
+
+/// True if an object was printed, in part at least.
+pub(crate) fn printed_json() -> bool {
+    PRINTED_JSON.load(Ordering::Relaxed)
+}
 
 /// Standard output that ends the command quietly when its reader has gone (`qevm inspect … | head`).
 pub(crate) struct Output {
@@ -38,6 +47,7 @@ impl Output {
 
     /// Writes an object on a line of its own, without building it first.
     pub(crate) fn json(&mut self, object: &impl Serialize) -> Result<(), Stop> {
+        PRINTED_JSON.store(true, Ordering::Relaxed);
         serde_json::to_writer(&mut self.out, object).map_err(|error| closed(error.into()))?;
         self.line("")
     }
@@ -49,6 +59,7 @@ impl Output {
         member: &str,
         elements: impl FnOnce(&mut dyn Write) -> io::Result<()>,
     ) -> Result<(), Stop> {
+        PRINTED_JSON.store(true, Ordering::Relaxed);
         let mut text = serde_json::to_vec(object).map_err(|error| closed(error.into()))?;
         text.pop();
         self.out.write_all(&text).map_err(closed)?;
@@ -65,6 +76,12 @@ impl Output {
     pub(crate) fn finish(mut self) -> Result<(), Stop> {
         self.out.flush().map_err(closed)
     }
+}
+
+/// Characters in a line of the terminal that standard output is; no bound where it is none.
+pub(crate) fn line_width() -> usize {
+    let size = rustix::termios::tcgetwinsize(io::stdout());
+    size.ok().map(|size| usize::from(size.ws_col)).filter(|columns| *columns > 0).unwrap_or(usize::MAX)
 }
 
 fn closed(error: io::Error) -> Stop {

@@ -15,7 +15,7 @@ pub use memory_devices::{MemoryDevices, Tables};
 pub use physical::{PhysicalMemory, Piece};
 
 use crate::failure::{Failure, Stop};
-use crate::output_file::OutputFile;
+use crate::output_file::{OutputFile, Runs};
 use crate::ram::{GuestRam, Stretch};
 use crate::stream::Analysis;
 use elf_core::{CoreHeader, Load, core_header};
@@ -95,12 +95,14 @@ fn copy_pages(
     to: u64,
 ) -> Result<(), Stop> {
     let page_size = ram.page_size();
+    let failed = |(place, error): (u64, std::io::Error)| write_error(path, place, &error);
+    let mut runs = Runs::new(file);
     ram.stretches(block, from, len, |offset, stretch| {
         let Stretch::Data(page) = stretch else { return Ok(()) };
         let rest = (from + len - offset).min(page_size) as usize;
-        let place = to + (offset - from);
-        file.write_all_at(&page[..rest], place).map_err(|error| write_error(path, place, &error))
-    })
+        runs.put(to + (offset - from), &page[..rest]).map_err(failed)
+    })?;
+    runs.flush().map_err(failed)
 }
 
 /// The output is whole: from now on it is called by its name.

@@ -51,7 +51,13 @@ impl Image {
         Ok(())
     }
 
-    /// Reads the content of page number `page`, which was written.
+    /// Up to this page, those from `page` on lie one after the other.
+    pub(super) fn run_end(page: u64) -> u64 {
+        (page / UNIT_PAGES + 1).saturating_mul(UNIT_PAGES)
+    }
+
+    /// Reads the contents of the pages from number `page` on, which were written and end at [`run_end`](Self::run_end) at the
+    /// latest.
     pub(super) fn read(&mut self, page: u64, bytes: &mut [u8]) -> io::Result<()> {
         self.flush()?;
         let place = self.units.get(&(page / UNIT_PAGES)).ok_or(io::ErrorKind::NotFound)?;

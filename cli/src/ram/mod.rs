@@ -175,15 +175,26 @@ impl GuestRam {
         };
         let first = found.first_page;
         let (mut page, end) = (first + offset / self.page_size, first + (offset + len).div_ceil(self.page_size));
-        let mut content = vec![0; self.page_size as usize];
+        let mut contents = Vec::new();
         while page < end {
             let run = self.table.run_at(page, end)?;
             let stretch = match run.state {
                 PageState::Absent => Stretch::Absent(run.pages),
                 PageState::Zero => Stretch::Zero(run.pages),
                 PageState::Data => {
-                    image.read(page, &mut content)?;
-                    Stretch::Data(&content)
+                    // One read for as many pages as lie one after the other.
+                    let most = end.min(Image::run_end(page));
+                    let mut pages = 1;
+                    while page + pages < most && self.table.state(page + pages)? == PageState::Data {
+                        pages += 1;
+                    }
+                    contents.resize((pages * self.page_size) as usize, 0);
+                    image.read(page, &mut contents)?;
+                    for content in contents.chunks_exact(self.page_size as usize) {
+                        visit((page - first) * self.page_size, Stretch::Data(content))?;
+                        page += 1;
+                    }
+                    continue;
                 }
             };
             visit((page - first) * self.page_size, stretch)?;

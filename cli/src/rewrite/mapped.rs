@@ -2,6 +2,7 @@
 
 use super::{MAPPED_RAM, SavedGuest, cannot_write, with_capability};
 use crate::failure::{Failure, Stop};
+use crate::output_file::Runs;
 use crate::progress::Progress;
 use qevm_savevm::StreamWriter;
 use qevm_savevm::event::Event;
@@ -102,15 +103,18 @@ impl SavedGuest {
         for (block, layout) in mapped.iter().enumerate() {
             let mut present = Present::new(layout.header.bitmap_offset);
             let pages = self.pages;
+            let failed = |(at, error): (u64, std::io::Error)| Stop::from(Failure::io(name, at, &error));
+            let mut runs = Runs::new(file);
             self.each_page(block, |offset, content| {
                 if let Some(content) = content {
                     present.set(pages.index(offset), &place)?;
-                    place.write_at(content, layout.header.pages_offset + offset)?;
+                    runs.put(layout.header.pages_offset + offset, content).map_err(failed)?;
                     done += content.len() as u64;
                     bar.at(done);
                 }
                 Ok(())
             })?;
+            runs.flush().map_err(failed)?;
             present.write(&place)?;
         }
         stream.section_end(self.ram_section.section_id).map_err(cannot_write)?;

@@ -217,6 +217,31 @@ fn a_description_that_does_not_tell_all_of_a_section_stops_nobody() {
     assert!(verified.contains("'s390_css'") && verified.contains("ok: "), "{verified}");
 }
 
+/// Where the devices are is in the names of their sections; the rest are QEMU's defaults, and what the command line says.
+#[test]
+fn virtio_devices_of_s390x_are_not_taken_for_pci_devices() {
+    let dir = TempDir::new().unwrap();
+    let stream = file(&dir, "ccw.q", &reported("ccw.q"));
+    let shown = good(&dir, "inspect --section virtio FILE", &stream);
+    assert!(!shown.contains("virtio-pci"), "{shown}");
+    let devices: Vec<&str> = shown.split("\n/fe.0.").skip(1).collect();
+    assert_eq!(devices.len(), 8, "{shown}");
+    for (number, device) in devices.iter().enumerate() {
+        assert!(device.starts_with(&format!("{number:04x}/virtio-")), "{device}");
+        // Control unit type 0x3832 is virtio (virtio 1.2, 4.3.1).
+        for words in [&format!("devno = {number:#x} "), "cssid = 0xfe ", "cu_type = 0x3832 ", "revision = 0xffffffff "]
+        {
+            assert!(device.contains(words), "{words}: {device}");
+        }
+    }
+    for words in
+        ["transport  (virtio-ccw, 495 bytes", "mac = 525400123456", "queues = 0x3 ", "num = 0x100 ", "vector = 0xffff "]
+    {
+        assert!(devices[0].contains(words), "{words}: {}", devices[0]);
+    }
+    assert!(good(&dir, "verify FILE", &stream).contains("ok: "));
+}
+
 #[test]
 fn target_pages_have_the_size_that_the_description_tells() {
     let dir = TempDir::new().unwrap();

@@ -71,9 +71,56 @@ fn manual_pages_and_completions_are_made() {
     for page in ["qevm.1", "qevm-verify.1", "qevm-receive.1"] {
         assert!(dir.path().join(page).metadata().unwrap().len() > 300, "{page}");
     }
-    assert_eq!(qevm(["man", "/nonexistent"]).code, Some(2));
+    // Directories are made, but not in a file.
+    let inside = dir.path().join("a/b/man1");
+    assert_eq!(qevm(["man", inside.to_str().unwrap()]).code, Some(0));
+    assert!(inside.join("qevm-check.1").is_file());
+    assert_eq!(qevm(["man", "/dev/null/man1"]).code, Some(2));
     for shell in ["bash", "zsh", "fish"] {
         let ran = qevm(["completions", shell]);
         assert!(ran.code == Some(0) && ran.stdout.contains("verify"), "{shell}");
+    }
+}
+
+#[test]
+fn one_command_installs_manual_pages_and_completions() {
+    let dir = tempfile::tempdir().unwrap();
+    let ran = qevm(["install-docs", "--prefix", dir.path().to_str().unwrap()]);
+    assert_eq!((ran.code, ran.stderr.as_str(), ran.stdout.lines().count()), (Some(0), "", 4));
+    for (file, words) in [
+        ("man/man1/qevm-extract.1", ".TH"),
+        ("bash-completion/completions/qevm", "complete -F _qevm"),
+        ("zsh/site-functions/_qevm", "#compdef qevm"),
+        ("fish/vendor_completions.d/qevm.fish", "complete -c qevm"),
+    ] {
+        let text = std::fs::read_to_string(dir.path().join("share").join(file)).unwrap();
+        assert!(text.contains(words), "{file}");
+    }
+    // A second time replaces them.
+    assert_eq!(qevm(["install-docs", "--prefix", dir.path().to_str().unwrap()]).code, Some(0));
+    assert_eq!(qevm(["install-docs", "--prefix", "/dev/null"]).code, Some(2));
+}
+
+#[test]
+fn scripts_get_an_object_from_every_command_that_fails() {
+    let dir = tempfile::tempdir().unwrap();
+    let stream = crate::sample::stream("5.2-plain");
+    let cut = crate::sample::file(&dir, "cut", &stream[..stream.len() / 2]).display().to_string();
+    let [none, out] = ["none", "out"].map(|name| dir.path().join(name).display().to_string());
+    for (what, (code, kind)) in [(&cut, (1, "truncated")), (&none, (2, "usage"))] {
+        for arguments in [
+            &["inspect", what][..],
+            &["verify", what],
+            &["diff", what, what],
+            &["check", what, "--machine", "microvm"],
+            &["convert", what, "--out", &out],
+            &["extract", what, "--ram", &out],
+            &["send", what, "tcp:127.0.0.1:1"],
+        ] {
+            let ran = qevm(arguments.iter().copied().chain(["--json"]));
+            let json = ran.json();
+            assert_eq!((ran.code, json["error"]["kind"].as_str()), (Some(code), Some(kind)), "{arguments:?}: {json}");
+            assert_eq!((ran.stdout.lines().count(), ran.stderr.lines().count()), (1, 1), "{arguments:?}");
+        }
     }
 }

@@ -39,7 +39,7 @@ struct Common<'a> {
 pub(super) fn device(fields: &mut Fields<'_, '_>, context: &Context<'_>) -> Result<(), Error> {
     let candidates = transport::candidates(context.idstr, fields.input.reader.rest());
     for opaque_part in [false, true] {
-        for transport in candidates {
+        for &transport in &candidates {
             if fields.attempt(|fields| with_transport(fields, transport, context, opaque_part)) {
                 return Ok(());
             }
