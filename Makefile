@@ -54,7 +54,7 @@ conformance-full: setup
 	cargo run --release --package qevm-conformance -- toy --full
 	cargo run --release --package qevm-conformance -- lab
 
-# Dirty log and dirty rings in an emulated machine whose KVM works as on hardware.
+# Dirty log, dirty rings and VFIO devices in an emulated machine whose KVM works as on hardware.
 lab: setup
 	cargo run --release --package qevm-conformance -- lab
 

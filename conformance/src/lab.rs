@@ -1,9 +1,13 @@
 //! A machine with a KVM as on hardware, where the host's own is paravirtual: QEMU's TCG emulates AMD's SVM with nested paging, and
 //! Linux in it loads `kvm_amd` (`conformance/lab/README.md`).
 //!
-//! reference-vmm runs in there, with its dirty log and with dirty rings, and every stale page that a guest finds counts.
+//! reference-vmm runs in there, with its dirty log and with dirty rings, and every stale page that a guest finds counts. With a kernel of
+//! its own it has VFIO devices too, and guests that have one go from one monitor to another.
 
 mod guest;
+mod kernel;
+mod machine;
+mod vfio;
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -13,29 +17,14 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
 
-use crate::apt::{Apt, Kind};
-use crate::cpio::Archive;
-use crate::linux::{Modules, unpack_packages};
+use self::machine::Boot;
+pub use self::vfio::RECORDING;
 use crate::process::run_any;
-use crate::roots::{Root, Suite, cache_dir, lock};
 
-/// Raised whenever the initial RAM disk changes.
-const REVISION: u32 = 1;
-const SUITE: Suite = Suite::Trixie;
-const INIT: &str = include_str!("../lab/init");
-/// `ccp` and `irqbypass` come along.
-const MODULES: &[&str] = &["kvm_amd"];
-const APPLETS: [&str; 9] = ["sh", "mount", "insmod", "ip", "mkdir", "poweroff", "echo", "cat", "true"];
-/// Ends a hang. All jobs take about ten minutes on two processors that do nothing else.
+/// Ends a hang. A build without dynamic libraries takes some minutes.
 const TIMEOUT: Duration = Duration::from_secs(7200);
 /// The file in the scratch folder with what the machine prints.
 pub const SERIAL: &str = "serial.txt";
-/// What `init` prints last.
-const DONE: &str = "\nlab: done\n";
-const MEMORY_MIB: u32 = 2560;
-/// `no_timer_check`: on a busy host the emulated timer may be late, which the kernel would take for a broken machine.
-const COMMAND_LINE: &str =
-    "console=ttyS0 quiet panic=-1 mitigations=off no_timer_check tsc=reliable random.trust_cpu=on";
 
 /// What is run in the lab.
 #[derive(Debug, Clone)]
@@ -43,7 +32,18 @@ pub struct Job {
     /// Its name.
     pub name: String,
     command: String,
-    judge: fn(&str) -> Result<Value>,
+    /// What the driver is told, for a job with VFIO devices.
+    plan: Option<String>,
+    boot: Boot,
+    judge: Judge,
+}
+
+#[derive(Debug, Clone)]
+enum Judge {
+    /// By what it prints.
+    Printed(fn(&str) -> Result<Value>),
+    /// By what the driver saw.
+    Case(Box<vfio::Case>),
 }
 
 /// What became of a job.
@@ -57,39 +57,47 @@ pub struct Outcome {
     pub said: String,
 }
 
-/// The jobs with these accelerators: the demo with each, and the tests with the smallest ring.
+/// The jobs for right and wrong: with these accelerators the demo with each and the tests with the smallest ring, Linux as a guest, and
+/// migrations with VFIO devices.
 pub fn jobs() -> Vec<Job> {
     let demo = |name: &str, accel: &str, more: &str| Job {
         name: format!("demo-{name}"),
         command: format!(
             "/reference-vmm demo --json --unix --memory 64M --dirty 8M --rate 8M --max-bandwidth 24M --timeout 1200 --accel {accel} {more}"
         ),
-        judge: judge_demo,
+        plan: None,
+        boot: Boot::Debian,
+        judge: Judge::Printed(judge_demo),
     };
-    let linux = |name: &str, tests: &str, judge: fn(&str) -> Result<Value>| Job {
+    let tests = |name: &str, environment: &str, tests: &str, judge: fn(&str) -> Result<Value>| Job {
         name: name.into(),
-        command: format!("{} QEVM_REQUIRE_KVM=1 /kvm-tests --color never --test-threads 1 {tests}", guest::ENVIRONMENT),
-        judge,
+        command: format!("{environment} QEVM_REQUIRE_KVM=1 /kvm-tests --color never --test-threads 1 {tests}"),
+        plan: None,
+        boot: Boot::Debian,
+        judge: Judge::Printed(judge),
     };
-    vec![
+    let mut jobs = vec![
         demo("log", "kvm", ""),
         demo("ring-4096", "kvm,dirty-ring-size=4096", ""),
         demo("ring-1024", "kvm,dirty-ring-size=1024", ""),
         demo("ring-1024-two-vcpus", "kvm,dirty-ring-size=1024", "--smp 2"),
-        Job {
-            name: "tests-ring-1024".into(),
-            command: "QEVM_REQUIRE_KVM=1 QEVM_DIRTY_RING_SIZE=1024 /kvm-tests --color never --test-threads 1 dirty_"
-                .into(),
-            judge: judge_tests::<6>,
-        },
-        Job {
-            name: "tests-tsc".into(),
-            command: "QEVM_REQUIRE_KVM=1 /kvm-tests --color never --exact state_sets_the_tsc_exactly".into(),
-            judge: judge_tests::<1>,
-        },
-        linux("linux", "--skip virtio_devices linux_", judge_tests::<6>),
-        linux("linux-virtio", "virtio_devices", judge_tests::<2>),
-    ]
+        tests("tests-ring-1024", "QEVM_DIRTY_RING_SIZE=1024", "dirty_", judge_tests::<6>),
+        tests("tests-tsc", "", "--exact state_sets_the_tsc_exactly", judge_tests::<1>),
+        tests("linux", guest::ENVIRONMENT, "--skip virtio_devices linux_", judge_tests::<6>),
+        tests("linux-virtio", guest::ENVIRONMENT, "virtio_devices", judge_tests::<2>),
+    ];
+    jobs.extend(vfio::cases().into_iter().map(Job::from));
+    jobs
+}
+
+/// The jobs whose numbers count, by a clock that follows the machine's instructions and not the host.
+pub fn figures() -> Vec<Job> {
+    vfio::figures().into_iter().map(Job::from).collect()
+}
+
+/// The jobs that leave a migration in the folder `share` of the scratch folder, byte by byte.
+pub fn recordings() -> Vec<Job> {
+    vfio::recordings().into_iter().map(Job::from).collect()
 }
 
 fn judge_demo(said: &str) -> Result<Value> {
@@ -111,36 +119,44 @@ fn judge_tests<const LEAST: u64>(said: &str) -> Result<Value> {
     Ok(json!({ "passed": passed }))
 }
 
-/// Builds reference-vmm and its tests without dynamic libraries, with the cargo that is on the path.
+/// Builds what the jobs run, without dynamic libraries, with the cargo that is on the path.
 ///
 /// # Errors
 /// Cargo's, or a static C library is missing.
-pub fn build(workspace: &Path) -> Result<Programs> {
+pub fn build(workspace: &Path, jobs: &[Job]) -> Result<Programs> {
+    let uses = |program: &str| {
+        let program = format!("/{program}");
+        jobs.iter().any(|job| job.command.contains(&program) || job.plan.iter().any(|plan| plan.contains(&program)))
+    };
+    let build = |package: &str, how: &[&str], name: &str, program: &str| {
+        // The tests start the monitor as well.
+        let wanted = uses(program) || program == "reference-vmm" && uses("kvm-tests");
+        wanted.then(|| artifact(workspace, package, how, name)).transpose()
+    };
     Ok(Programs {
-        monitor: artifact(workspace, &["build", "--bin"], "reference-vmm")?,
-        tests: artifact(workspace, &["test", "--no-run", "--test"], "kvm")?,
+        workspace: workspace.to_path_buf(),
+        monitor: build("reference-vmm", &["build", "--bin"], "reference-vmm", "reference-vmm")?,
+        tests: build("reference-vmm", &["test", "--no-run", "--test"], "kvm", "kvm-tests")?,
+        driver: build("qevm-lab", &["build", "--bin"], "qevm-lab", "driver")?,
     })
 }
 
-/// The programs that go into the lab.
+/// The programs that go into the lab, as far as a job runs them.
 #[derive(Debug)]
 pub struct Programs {
+    /// The workspace that they were built in.
+    pub workspace: PathBuf,
     /// `reference-vmm`.
-    pub monitor: PathBuf,
+    pub monitor: Option<PathBuf>,
     /// Its tests on KVM.
-    pub tests: PathBuf,
+    pub tests: Option<PathBuf>,
+    /// The program that takes guests with VFIO devices from one monitor to another.
+    pub driver: Option<PathBuf>,
 }
 
-fn artifact(workspace: &Path, how: &[&str], name: &str) -> Result<PathBuf> {
+fn artifact(workspace: &Path, package: &str, how: &[&str], name: &str) -> Result<PathBuf> {
     let mut cargo = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
-    cargo.current_dir(workspace).args(how).args([
-        name,
-        "--package",
-        "reference-vmm",
-        "--release",
-        "--message-format",
-        "json",
-    ]);
+    cargo.current_dir(workspace).args(how).args([name, "--package", package, "--release", "--message-format", "json"]);
     // A target of its own keeps the flag away from build scripts and procedural macros.
     cargo.args(["--target", "x86_64-unknown-linux-gnu", "--target-dir", "target/lab"]);
     cargo.env("RUSTFLAGS", "-C target-feature=+crt-static -C strip=symbols");
@@ -152,32 +168,30 @@ fn artifact(workspace: &Path, how: &[&str], name: &str) -> Result<PathBuf> {
     executables.next_back().with_context(|| format!("cargo built no program {name}"))
 }
 
-/// Runs jobs in the lab, one after the other, and tells what became of each.
+/// Runs jobs in the lab, those with the same kernel and clock in one boot, and tells what became of each.
 ///
 /// # Errors
 /// The packages cannot be fetched, or the machine does not start or does not come to its end.
 pub fn run(programs: &Programs, jobs: &[Job], scratch: &Path) -> Result<Vec<Outcome>> {
-    let machine = Machine::install()?;
-    let initramfs = scratch.join("initramfs.cpio");
-    let root = Root::install(Suite::Sid)?;
-    fs::write(&initramfs, machine.initramfs(programs, jobs, &root)?)?;
-    let serial = scratch.join(SERIAL);
-    let mut qemu = root.qemu();
-    qemu.args(["-nodefaults", "-no-user-config", "-no-reboot", "-display", "none", "-M", "q35", "-smp", "2"]);
-    qemu.args(["-accel", "tcg,thread=multi", "-cpu", "max,la57=off", "-m", &MEMORY_MIB.to_string()]);
-    qemu.arg("-kernel").arg(&machine.kernel).arg("-initrd").arg(&initramfs);
-    qemu.args(["-append", COMMAND_LINE]);
-    qemu.arg("-serial").arg(format!("file:{}", serial.display()));
-    let ended = run_any(&mut qemu, TIMEOUT);
-    let said = String::from_utf8_lossy(&fs::read(&serial).unwrap_or_default()).replace('\r', "");
-    let ended = ended.with_context(|| format!("the lab's machine printed: {}", tail(&said)))?;
-    ensure!(
-        ended.success && said.contains(DONE),
-        "the lab's machine ended early: {} {}",
-        ended.stderr.trim(),
-        tail(&said)
-    );
-    Ok(jobs.iter().map(|job| outcome(job, &said)).collect())
+    let mut outcomes = Vec::new();
+    for boot in Boot::ALL {
+        let jobs: Vec<_> = jobs.iter().filter(|job| job.boot == boot).collect();
+        if jobs.is_empty() {
+            continue;
+        }
+        let said = machine::boot(boot, programs, &jobs, scratch);
+        keep(scratch)?;
+        let said = said?;
+        outcomes.extend(jobs.iter().map(|job| outcome(job, &said)));
+    }
+    Ok(outcomes)
+}
+
+/// Appends what the machine printed to what it printed in earlier boots.
+fn keep(scratch: &Path) -> Result<()> {
+    let mut all = fs::OpenOptions::new().create(true).append(true).open(scratch.join(SERIAL))?;
+    std::io::Write::write_all(&mut all, &fs::read(scratch.join(machine::CONSOLE)).unwrap_or_default())?;
+    Ok(())
 }
 
 fn outcome(job: &Job, said: &str) -> Outcome {
@@ -185,7 +199,11 @@ fn outcome(job: &Job, said: &str) -> Outcome {
     let part = said.split_once(&begin).map_or("", |(_, rest)| rest);
     let (part, status) = part.split_once(&end).unwrap_or((part, "none"));
     let status = status.lines().next().unwrap_or_default();
-    let judged = (job.judge)(part).and_then(|numbers| {
+    let judged = match &job.judge {
+        Judge::Printed(judge) => judge(part),
+        Judge::Case(case) => vfio::judge(case, part),
+    };
+    let judged = judged.and_then(|numbers| {
         ensure!(status == "0", "it ended with status {status}");
         Ok(numbers)
     });
@@ -195,76 +213,6 @@ fn outcome(job: &Job, said: &str) -> Outcome {
 fn tail(text: &str) -> String {
     let lines: Vec<_> = text.lines().filter(|line| !line.trim().is_empty()).collect();
     lines[lines.len().saturating_sub(12)..].join("\n")
-}
-
-/// What is the same for all runs, in the cache.
-struct Machine {
-    kernel: PathBuf,
-    modules: Vec<(String, Vec<u8>)>,
-    busybox: Vec<u8>,
-}
-
-impl Machine {
-    fn install() -> Result<Machine> {
-        let dir = cache_dir()?.join("lab").join(format!("revision-{REVISION}"));
-        let lock = lock(&dir.with_extension("lock"))?;
-        if !dir.exists() {
-            let fresh = dir.with_extension("new");
-            if fresh.exists() {
-                fs::remove_dir_all(&fresh)?;
-            }
-            fs::create_dir_all(fresh.join("modules"))?;
-            make(&fresh).context("fetching the lab's kernel")?;
-            fs::rename(&fresh, &dir)?;
-        }
-        drop(lock);
-        let order = fs::read_to_string(dir.join("order"))?;
-        let module = |name: &str| Ok((name.to_owned(), fs::read(dir.join("modules").join(name))?));
-        let modules = order.lines().map(module).collect::<Result<_>>()?;
-        Ok(Machine { kernel: dir.join("vmlinuz"), modules, busybox: fs::read(dir.join("busybox"))? })
-    }
-
-    fn initramfs(&self, programs: &Programs, jobs: &[Job], qemu: &Root) -> Result<Vec<u8>> {
-        let mut archive = Archive::new();
-        for folder in ["bin", "dev", "proc", "sys", "tmp", "modules"] {
-            archive.folder(folder);
-        }
-        archive.program("bin/busybox", &self.busybox);
-        for applet in APPLETS {
-            archive.link(&format!("bin/{applet}"), "busybox");
-        }
-        archive.program("init", INIT.as_bytes());
-        let mut order = String::new();
-        for (name, bytes) in &self.modules {
-            archive.file(&format!("modules/{name}.ko"), bytes);
-            order.push_str(&format!("{name}\n"));
-        }
-        archive.file("modules/order", order.as_bytes());
-        let commands: String = jobs.iter().map(|job| format!("{} {}\n", job.name, job.command)).collect();
-        archive.file("jobs", commands.as_bytes());
-        for (name, program) in [("reference-vmm", &programs.monitor), ("kvm-tests", &programs.tests)] {
-            archive.program(name, &fs::read(program).with_context(|| format!("reading {}", program.display()))?);
-        }
-        guest::add(&mut archive, &self.kernel, &self.busybox, qemu)?;
-        Ok(archive.finish())
-    }
-}
-
-fn make(dir: &Path) -> Result<()> {
-    let scratch = tempfile::Builder::new().prefix("lab-").tempdir_in(dir)?;
-    let apt = Apt::new(&scratch.path().join("apt"), SUITE, Kind::Binary)?;
-    let packages = unpack_packages(&apt, &scratch.path().join("root"))?;
-    let modules = Modules::unpack(packages.root(), MODULES)?;
-    let mut order = String::new();
-    for (name, bytes) in modules.ordered() {
-        fs::write(dir.join("modules").join(name), bytes)?;
-        order.push_str(&format!("{name}\n"));
-    }
-    ensure!(order.contains("kvm_amd"), "the kernel's package has no kvm_amd");
-    fs::write(dir.join("order"), order)?;
-    fs::write(dir.join("busybox"), packages.busybox()?)?;
-    fs::rename(packages.kernel()?, dir.join("vmlinuz"))?;
-    Ok(())
 }
 
 #[cfg(test)]

@@ -40,11 +40,16 @@ pub(super) fn add(archive: &mut Archive, bzimage: &Path, busybox: &[u8], qemu: &
     archive.file("guest/vmlinuz", &bzimage);
     archive.file("guest/initrd", &initrd(busybox));
     archive.file("guest/virtio-initrd", &virtio_initrd()?);
-    archive.folder("qemu");
+    add_qemu(archive, "qemu", qemu)
+}
+
+/// Adds a QEMU as a folder, with a program `run` in it.
+pub(super) fn add_qemu(archive: &mut Archive, folder: &str, qemu: &Root) -> Result<()> {
+    archive.folder(folder);
     let root = qemu.dir();
     let mut add = |name: &str, path: &Path| -> Result<()> {
-        archive
-            .program(&format!("qemu/{name}"), &fs::read(path).with_context(|| format!("reading {}", path.display()))?);
+        let bytes = fs::read(path).with_context(|| format!("reading {}", path.display()))?;
+        archive.program(&format!("{folder}/{name}"), &bytes);
         Ok(())
     };
     add("qemu", &root.join(QEMU))?;
@@ -61,8 +66,9 @@ pub(super) fn add(archive: &mut Archive, bzimage: &Path, busybox: &[u8], qemu: &
         let path = rest.rsplit_once(" (").map_or(rest, |(path, _)| path);
         add(name, Path::new(path))?;
     }
-    let start = format!("#!/bin/sh\nexec /qemu/{LOADER} --library-path /qemu /qemu/qemu -L /qemu \"$@\"\n");
-    archive.program("qemu/run", start.as_bytes());
+    let start =
+        format!("#!/bin/sh\nexec /{folder}/{LOADER} --library-path /{folder} /{folder}/qemu -L /{folder} \"$@\"\n");
+    archive.program(&format!("{folder}/run"), start.as_bytes());
     Ok(())
 }
 

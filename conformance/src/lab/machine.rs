@@ -1,0 +1,179 @@
+//! The emulated machine: its kernels, its initial RAM disk, and one boot of it.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+
+use super::kernel::Kernel;
+use super::{Job, Programs, guest, tail};
+use crate::apt::{Apt, Kind};
+use crate::cpio::Archive;
+use crate::linux::{Modules, unpack_packages};
+use crate::process::run_any;
+use crate::roots::{Root, Suite, cache_dir, lock};
+
+/// Raised whenever what is taken from Debian's packages changes.
+const REVISION: u32 = 1;
+const SUITE: Suite = Suite::Trixie;
+const INIT: &str = include_str!("../../lab/init");
+/// `ccp` and `irqbypass` come along.
+const MODULES: &[&str] = &["kvm_amd"];
+const APPLETS: [&str; 9] = ["sh", "mount", "insmod", "ip", "mkdir", "poweroff", "echo", "cat", "true"];
+/// Ends a hang. All jobs take about ten minutes on two processors that do nothing else.
+const TIMEOUT: Duration = Duration::from_secs(7200);
+/// What `init` prints last.
+const DONE: &str = "\nlab: done\n";
+/// The file in the scratch folder with what one boot prints.
+pub(super) const CONSOLE: &str = "console.txt";
+const MEMORY_MIB: u32 = 2560;
+/// `no_timer_check`: on a busy host the emulated timer may be late, which the kernel would take for a broken machine.
+/// `oops=panic`: a fault in the kernel, or in the module `testdev`, ends the run.
+const COMMAND_LINE: &str =
+    "console=ttyS0 quiet oops=panic panic=-1 mitigations=off no_timer_check tsc=reliable random.trust_cpu=on";
+
+/// Which kernel boots, and whose clock it follows.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Boot {
+    /// Debian's kernel, by the host's clock.
+    Debian,
+    /// The lab's own kernel with its VFIO devices, by the host's clock: for right and wrong.
+    Vfio,
+    /// The same with one processor, by the number of instructions: waiting costs nothing, and figures repeat on any host.
+    Counted,
+}
+
+impl Boot {
+    pub(super) const ALL: [Boot; 3] = [Boot::Debian, Boot::Vfio, Boot::Counted];
+
+    fn processor(self) -> [&'static str; 6] {
+        match self {
+            Boot::Debian | Boot::Vfio => ["-smp", "2", "-accel", "tcg,thread=multi", "-cpu", "max,la57=off"],
+            // Without fast string instructions a copy is counted by words, and not by bytes.
+            Boot::Counted => ["-smp", "1", "-accel", "tcg,thread=single", "-cpu", "max,la57=off,-erms,-fsrm"],
+        }
+    }
+}
+
+/// A kernel with the modules that it is given, and busybox.
+struct Machine {
+    kernel: PathBuf,
+    modules: Vec<(String, Vec<u8>)>,
+    busybox: Vec<u8>,
+}
+
+/// Boots the machine with these jobs, and gives what it printed. What jobs leave in its folder `/share` is in the folder `share`.
+///
+/// # Errors
+/// The packages cannot be fetched, or the machine does not start or does not come to its end.
+pub(super) fn boot(boot: Boot, programs: &Programs, jobs: &[&Job], scratch: &Path) -> Result<String> {
+    let mut machine = Machine::debian()?;
+    if boot != Boot::Debian {
+        let kernel = Kernel::install(&programs.workspace)?;
+        let module = fs::read(&kernel.module).with_context(|| format!("reading {}", kernel.module.display()))?;
+        machine = Machine { kernel: kernel.image, modules: vec![("testdev".into(), module)], busybox: machine.busybox };
+    }
+    let (initramfs, share) = (scratch.join("initramfs.cpio"), scratch.join("share"));
+    fs::create_dir_all(&share)?;
+    let root = Root::install(Suite::Sid)?;
+    fs::write(&initramfs, machine.initramfs(boot, programs, jobs)?)?;
+    let serial = scratch.join(CONSOLE);
+    let mut qemu = root.qemu();
+    qemu.args(["-nodefaults", "-no-user-config", "-no-reboot", "-display", "none", "-M", "q35"]);
+    qemu.args(boot.processor()).args(["-m", &MEMORY_MIB.to_string()]);
+    if boot == Boot::Counted {
+        qemu.args(["-icount", "shift=1,sleep=off"]);
+    }
+    qemu.arg("-kernel").arg(&machine.kernel).arg("-initrd").arg(&initramfs);
+    qemu.args(["-append", COMMAND_LINE]);
+    qemu.arg("-serial").arg(format!("file:{}", serial.display()));
+    qemu.arg("-fsdev").arg(format!("local,id=share,path={},security_model=none", share.display()));
+    qemu.args(["-device", "virtio-9p-pci,fsdev=share,mount_tag=share"]);
+    let ended = run_any(&mut qemu, TIMEOUT);
+    let said = String::from_utf8_lossy(&fs::read(&serial).unwrap_or_default()).replace('\r', "");
+    let ended = ended.with_context(|| format!("the lab's machine printed: {}", tail(&said)))?;
+    ensure!(
+        ended.success && said.contains(DONE),
+        "the lab's machine ended early: {} {}",
+        ended.stderr.trim(),
+        tail(&said)
+    );
+    Ok(said)
+}
+
+impl Machine {
+    fn debian() -> Result<Machine> {
+        let dir = cache_dir()?.join("lab").join(format!("revision-{REVISION}"));
+        let lock = lock(&dir.with_extension("lock"))?;
+        if !dir.exists() {
+            let fresh = dir.with_extension("new");
+            if fresh.exists() {
+                fs::remove_dir_all(&fresh)?;
+            }
+            fs::create_dir_all(fresh.join("modules"))?;
+            make(&fresh).context("fetching the lab's kernel")?;
+            fs::rename(&fresh, &dir)?;
+        }
+        drop(lock);
+        let order = fs::read_to_string(dir.join("order"))?;
+        let module = |name: &str| Ok((name.to_owned(), fs::read(dir.join("modules").join(name))?));
+        let modules = order.lines().map(module).collect::<Result<_>>()?;
+        Ok(Machine { kernel: dir.join("vmlinuz"), modules, busybox: fs::read(dir.join("busybox"))? })
+    }
+
+    fn initramfs(&self, boot: Boot, programs: &Programs, jobs: &[&Job]) -> Result<Vec<u8>> {
+        let mut archive = Archive::new();
+        for folder in ["bin", "dev", "proc", "sys", "tmp", "modules", "plans", "share"] {
+            archive.folder(folder);
+        }
+        archive.program("bin/busybox", &self.busybox);
+        for applet in APPLETS {
+            archive.link(&format!("bin/{applet}"), "busybox");
+        }
+        archive.program("init", INIT.as_bytes());
+        let mut order = String::new();
+        for (name, bytes) in &self.modules {
+            archive.file(&format!("modules/{name}.ko"), bytes);
+            order.push_str(&format!("{name}\n"));
+        }
+        archive.file("modules/order", order.as_bytes());
+        let commands: String = jobs.iter().map(|job| format!("{} {}\n", job.name, job.command)).collect();
+        archive.file("jobs", commands.as_bytes());
+        let all = [("reference-vmm", &programs.monitor), ("kvm-tests", &programs.tests), ("driver", &programs.driver)];
+        for (name, program) in all {
+            if let Some(path) = program {
+                archive.program(name, &fs::read(path).with_context(|| format!("reading {}", path.display()))?);
+            }
+        }
+        if boot == Boot::Debian {
+            guest::add(&mut archive, &self.kernel, &self.busybox, &Root::install(Suite::Sid)?)?;
+        } else {
+            archive.file("payload.bin", reference_vmm::payload::IMAGE);
+            for suite in [Suite::Trixie, Suite::Sid] {
+                guest::add_qemu(&mut archive, &format!("qemu-{}", suite.series()), &Root::install(suite)?)?;
+            }
+            for job in jobs {
+                archive.file(&format!("plans/{}", job.name), job.plan.as_deref().unwrap_or_default().as_bytes());
+            }
+        }
+        Ok(archive.finish())
+    }
+}
+
+fn make(dir: &Path) -> Result<()> {
+    let scratch = tempfile::Builder::new().prefix("lab-").tempdir_in(dir)?;
+    let apt = Apt::new(&scratch.path().join("apt"), SUITE, Kind::Binary)?;
+    let packages = unpack_packages(&apt, &scratch.path().join("root"))?;
+    let modules = Modules::unpack(packages.root(), MODULES)?;
+    let mut order = String::new();
+    for (name, bytes) in modules.ordered() {
+        fs::write(dir.join("modules").join(name), bytes)?;
+        order.push_str(&format!("{name}\n"));
+    }
+    ensure!(order.contains("kvm_amd"), "the kernel's package has no kvm_amd");
+    fs::write(dir.join("order"), order)?;
+    fs::write(dir.join("busybox"), packages.busybox()?)?;
+    fs::rename(packages.kernel()?, dir.join("vmlinuz"))?;
+    Ok(())
+}
