@@ -101,11 +101,10 @@ static void set_masked(struct testdev *td, bool masked)
 	spin_unlock_irqrestore(&td->irq_lock, flags);
 }
 
-/* An eventfd unmasks INTx. Called with interrupts off. */
-static int unmask_handler(void *opaque, void *unused)
+/* An eventfd unmasks INTx. In a thread, because an eventfd is not signalled from within another. */
+static void unmask_thread(void *opaque, void *unused)
 {
 	set_masked(opaque, false);
-	return 0;
 }
 
 static void replace(struct testdev *td, struct eventfd_ctx **where, struct eventfd_ctx *what)
@@ -183,7 +182,7 @@ static long set_intx(struct testdev *td, const struct vfio_irq_set *set, const v
 			vfio_virqfd_disable(&td->unmask);
 			return 0;
 		}
-		return vfio_virqfd_enable(td, unmask_handler, NULL, NULL, &td->unmask, *(const s32 *)data);
+		return vfio_virqfd_enable(td, NULL, unmask_thread, NULL, &td->unmask, *(const s32 *)data);
 	case VFIO_IRQ_SET_ACTION_TRIGGER:
 		if (!eventfd && !set->count) {
 			disable_intx(td);
