@@ -179,7 +179,8 @@ impl Case {
     /// What is wrong with a migration, or numbers.
     fn judge(&self, report: &Report) -> Result<Value> {
         self.judge_ends(report)?;
-        let passes = judge_guest(report)?;
+        // By the number of instructions the TSC is not the one that Linux has calibrated, and the guest's own clock says nothing.
+        let passes = judge_guest(report, self.boot != Boot::Counted)?;
         let mut devices = Vec::new();
         for number in 0..self.devices {
             self.judge_states(report, number).with_context(|| format!("device {}", Case::id(number)))?;
@@ -279,19 +280,17 @@ impl Case {
     }
 }
 
-/// The guest ran at the source and runs at the destination, goes on where it was, and has found all its memory as it should be.
-fn judge_guest(report: &Report) -> Result<Value> {
+/// The guest ran at the source and runs at the destination, goes on where it was (with `clock`, by its clock too), and has found all its
+/// memory as it should be.
+fn judge_guest(report: &Report, clock: bool) -> Result<Value> {
     let progress = |serial: &str| serial.lines().filter_map(Progress::parse).collect::<Vec<_>>();
     let (before, after) = (progress(&report.source_serial), progress(&report.destination_serial));
     let last = before.last().context("the guest said nothing at the source")?;
     let arrived = after.last().context("the guest says nothing at the destination")?;
     ensure!(after.len() >= 2, "the guest said one line at the destination");
     ensure!(!report.destination_serial.contains("qevm-payload start"), "the guest started anew");
-    ensure!(
-        after[0].pass >= last.pass && after[0].ms >= last.ms,
-        "the guest went back from {last:?} to {:?}",
-        after[0]
-    );
+    let on = after[0].pass >= last.pass && (!clock || after[0].ms >= last.ms);
+    ensure!(on, "the guest went back from {last:?} to {:?}", after[0]);
     ensure!(arrived.pass > after[0].pass || arrived.ticks > after[0].ticks, "the guest stands at {arrived:?}");
     ensure!(arrived.stale == 0, "{} stale pages: {}", arrived.stale, report.destination_serial);
     ensure!(!report.destination_serial.contains("stale-page"), "{}", report.destination_serial);
