@@ -24,7 +24,7 @@ pub const KNOWN: [(&str, bool); 21] = [
     ("validate-uuid", false),
     ("background-snapshot", true),
     ("zero-copy-send", false),
-    ("postcopy-preempt", false),
+    ("postcopy-preempt", true),
     ("switchover-ack", true),
     ("dirty-limit", true),
     ("mapped-ram", true),
@@ -70,6 +70,9 @@ pub struct Capabilities {
     /// `postcopy-ram`: the guest may go before its memory, when the operator says so (`migrate-start-postcopy`); with `mapped-ram`, a guest
     /// that comes from a file runs before its memory is loaded (11.2).
     pub postcopy_ram: bool,
+    /// `postcopy-preempt`: pages that the guest waits for travel on a connection of their own, past what is on its way on the main channel
+    /// (7.1); needs `postcopy-ram`.
+    pub postcopy_preempt: bool,
 }
 
 /// A capability that cannot be set so.
@@ -162,6 +165,7 @@ impl Capabilities {
             "mapped-ram" => Some(&mut self.mapped_ram),
             "background-snapshot" => Some(&mut self.background_snapshot),
             "postcopy-ram" => Some(&mut self.postcopy_ram),
+            "postcopy-preempt" => Some(&mut self.postcopy_preempt),
             _ => None,
         }
     }
@@ -181,14 +185,17 @@ mod tests {
 
     #[test]
     fn whatever_is_supported_can_be_turned_on_and_is_listed_so() {
-        let return_path = Capabilities { return_path: true, ..Capabilities::default() };
+        let off = Capabilities::default();
         for (name, supported) in KNOWN {
-            // A copy of the guest is waited for by nobody.
-            let before = if name == "background-snapshot" { Capabilities::default() } else { return_path };
-            let on = before.with([(name, true)]);
+            let needed = match name {
+                "switchover-ack" => "return-path",
+                "postcopy-preempt" => "postcopy-ram",
+                _ => name,
+            };
+            let on = off.with([(needed, true), (name, true)]);
             assert_eq!(on.is_ok(), supported, "{name}");
             if let Ok(on) = on {
-                let others = on.list().into_iter().filter(|(other, _)| !["return-path", name].contains(other));
+                let others = on.list().into_iter().filter(|(other, _)| ![needed, name].contains(other));
                 assert!(others.into_iter().all(|(_, state)| !state), "{name}");
                 assert!(on.list().contains(&(name, true)), "{name}");
             }

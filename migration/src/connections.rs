@@ -22,7 +22,7 @@ use std::{
     },
     path::Path,
     sync::{
-        Arc,
+        Arc, OnceLock,
         mpsc::{self, RecvTimeoutError},
     },
     thread,
@@ -51,6 +51,10 @@ pub struct Outgoing {
     pub(crate) pages: Vec<Arc<dyn Channel>>,
     /// Pages have their places in this file, in which the main channel writes, too.
     pub(crate) file: Option<PageFile>,
+    /// Where further connections go, if there can be any.
+    pub(crate) address: Option<Address>,
+    /// The connection of its own for pages that the guest waits for (capability `postcopy-preempt`).
+    pub(crate) preempt: OnceLock<Arc<dyn Channel>>,
 }
 
 impl Outgoing {
@@ -102,20 +106,41 @@ impl Outgoing {
         }
     }
 
+    /// Connects the preempt channel, as [`open`](Self::open) does the others.
+    ///
+    /// # Errors
+    /// [`MigrationError::Connect`]; [`MigrationError::Capability`] if the transport has one connection.
+    pub(crate) fn open_preempt(&self, job: &Job) -> Result<(), MigrationError> {
+        let Some(address) = &self.address else {
+            let context = Context { multi_channel: false, ..Context::new(RULES) };
+            let both = [Capability::PostcopyRam, Capability::PostcopyPreempt].into_iter().collect();
+            return Ok(check(both, &context).map_err(BadCapability::from)?);
+        };
+        let channel = connect(address, job, 0)?.main;
+        self.preempt.get_or_init(|| channel);
+        Ok(())
+    }
+
+    /// The preempt channel, when it was opened.
+    pub(crate) fn preempt(&self) -> Option<&Arc<dyn Channel>> {
+        self.preempt.get()
+    }
+
     /// Ends all connections at once.
     pub(crate) fn close(&self) {
         self.all().for_each(|channel| channel.close());
     }
 
     pub(crate) fn all(&self) -> impl Iterator<Item = &Arc<dyn Channel>> {
-        std::iter::once(&self.main).chain(&self.pages)
+        std::iter::once(&self.main).chain(&self.pages).chain(self.preempt())
     }
 }
 
 impl From<Arc<dyn Channel>> for Outgoing {
     /// A main channel alone. The destination is asked to answer if capability `return-path` is on.
     fn from(main: Arc<dyn Channel>) -> Self {
-        Outgoing { main, reader: Reader::Silent, pages: Vec::new(), file: None }
+        let (pages, preempt) = (Vec::new(), OnceLock::new());
+        Outgoing { main, reader: Reader::Silent, pages, file: None, address: None, preempt }
     }
 }
 
@@ -222,7 +247,7 @@ fn connect(address: &Address, job: &Job, channels: usize) -> Result<Outgoing, Mi
     };
     let main = next()?;
     let pages = (0..channels).map(|_| next()).collect::<Result<_, _>>()?;
-    Ok(Outgoing { pages, reader: Reader::Answers, ..main.into() })
+    Ok(Outgoing { pages, reader: Reader::Answers, address: Some(address.clone()), ..main.into() })
 }
 
 /// Where pages have their places in `file`, which `open` opens again with other flags (`direct-io`); without `mapped-ram` nowhere.

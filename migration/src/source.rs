@@ -16,6 +16,7 @@ use super::{
     return_path::ReturnPath,
     snapshot::Snapshot,
 };
+use qevm_savevm::StreamWriter;
 use qevm_wire::{PageGeometry, Profile, profile::ZeroPageDetection};
 use std::{
     sync::atomic::AtomicU64,
@@ -130,6 +131,7 @@ pub fn migrate(guest: &dyn Guest, connections: &Outgoing, job: &Job, profile: &P
             ram: RamSender::new(guest.ram(), PageGeometry::X86),
             log: None,
             core: SourceCore::new(options, parameters),
+            preempt: None,
             start,
         };
         if let Err(error) = job.attach(connections.all()) {
@@ -180,6 +182,8 @@ struct Engine<'e> {
     ram: RamSender<'e>,
     log: Option<Box<dyn DirtyLog + 'e>>,
     core: SourceCore,
+    /// Writes the records of the preempt channel.
+    preempt: Option<StreamWriter>,
     start: Instant,
 }
 

@@ -234,16 +234,28 @@ fn postcopy() -> Vec<Journey> {
     for suite in PEERS {
         let qemu = Stop::Qemu(suite, Accel::Kvm);
         for (link, link_name) in [(Link::Tcp, "tcp"), (Link::Unix, "unix")] {
-            for (departure, when) in [(Departure::AtOnce, "at-once"), (Departure::AfterPass, "after-pass")] {
+            for (departure, when, preempt) in [
+                (Departure::AtOnce, "at-once", false),
+                (Departure::AfterPass, "after-pass", false),
+                (Departure::AtOnce, "preempt", true),
+            ] {
                 let stops = [Stop::Reference, qemu];
                 let name = format!("{}>{}/postcopy/{link_name}/{when}", stops[0], stops[1]);
-                let quick = [(Suite::Sid, Link::Tcp, "at-once"), (Suite::Bookworm, Link::Unix, "after-pass")]
-                    .contains(&(suite, link, when));
+                let quick = [
+                    (Suite::Sid, Link::Tcp, "at-once"),
+                    (Suite::Bookworm, Link::Unix, "after-pass"),
+                    // The connections come in another order to 7.2 than to those after it.
+                    (Suite::Bookworm, Link::Tcp, "preempt"),
+                    (Suite::Trixie, Link::Tcp, "preempt"),
+                ]
+                .contains(&(suite, link, when));
+                let capabilities =
+                    if preempt { vec!["postcopy-ram", "postcopy-preempt"] } else { vec!["postcopy-ram"] };
                 journeys.push(Journey {
                     name,
                     stops: stops.into(),
                     link,
-                    capabilities: vec!["postcopy-ram"],
+                    capabilities,
                     parameters: parameters.clone(),
                     postcopy: Some(departure),
                     load: Load { downtime_limit: 1, ..Load::default() },

@@ -134,6 +134,8 @@ pub struct SourceCore {
     departed: bool,
     /// The destination has loaded its devices.
     package_loaded: bool,
+    /// The preempt channel was opened, and has come to its end.
+    preempt: (bool, bool),
     /// The destination is one of this crate.
     agreed: bool,
     cancelled: bool,
@@ -179,6 +181,7 @@ impl SourceCore {
             postcopy: false,
             departed: false,
             package_loaded: false,
+            preempt: (false, false),
             agreed: false,
             cancelled: false,
             statistics: Statistics::default(),

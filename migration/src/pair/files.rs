@@ -163,12 +163,9 @@ fn a_disk_that_fills_up_anywhere_leaves_the_guest_running_and_free_to_go() {
         for len in [PAGE, 1 << 20, (1 << 20) + 40 * PAGE, 2 << 20, (2 << 20) + 4 * PAGE, (2 << 20) + 4 * PAGE + 30] {
             let pair = Pair::new(256).with(&[("mapped-ram", mapped), ("multifd", multifd)]);
             let image = bounded(len);
-            let connections = Outgoing {
-                main: Arc::new(Pipe::new(image.try_clone().unwrap().into()).unwrap()),
-                reader: Reader::Nobody,
-                pages: Vec::new(),
-                file: mapped.then(|| PageFile::new(image, None)),
-            };
+            let main: Arc<dyn Channel> = Arc::new(Pipe::new(image.try_clone().unwrap().into()).unwrap());
+            let place = mapped.then(|| PageFile::new(image, None));
+            let connections = Outgoing { reader: Reader::Nobody, file: place, ..main.into() };
             pair.job.begin().unwrap();
             let result = migrate(&*pair.source, &connections, &pair.job, &pair.profile);
             if !mapped && len >= 1 << 20 {

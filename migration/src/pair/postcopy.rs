@@ -6,9 +6,9 @@ use qevm_returnpath::Message;
 use qevm_savevm::{
     Decoder, DecoderOptions, Event,
     command::Command,
-    ram::{BlockId, PageAt, RamRecord},
+    ram::{BlockId, PageAt, PreemptDecoder, RamBlocks, RamRecord},
 };
-use qevm_wire::{CountedString, Driver};
+use qevm_wire::{CountedString, Driver, PageGeometry};
 use std::{
     collections::HashMap,
     io::{Read, Write},
@@ -105,6 +105,88 @@ fn a_flood_of_repeated_requests_costs_no_page() {
     assert!(ram.postcopy_requests > 1000, "{ram:?}");
     // A record and a section around each page, and nothing for a request that is repeated.
     assert!(ram.postcopy_bytes <= came * (PAGE as u64 + 64) + 64, "{came} pages came later: {ram:?}");
+}
+
+/// Where connections come in another order they cannot be told apart: a 7.2 gets both at the start, and what is newer the second when the
+/// guest goes.
+#[test]
+fn pages_that_are_waited_for_go_over_the_preempt_channel_which_comes_when_the_release_expects_it() {
+    for (release, at_the_start) in [(QemuVersion::new(7, 2), true), (QemuVersion::NEWEST, false)] {
+        let mut pair = Pair::new(PAGES as usize);
+        pair.profile = Profile::new(release, "microvm");
+        let slow = Parameters { max_bandwidth: 1 << 20, max_postcopy_bandwidth: 4096, ..Parameters::default() };
+        pair.job.set_parameters(slow);
+        let on = Capabilities::default().with([("postcopy-ram", true), ("postcopy-preempt", true)]).unwrap();
+        pair.job.set_capabilities(on).unwrap();
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("socket");
+        let listener = std::os::unix::net::UnixListener::bind(&path).unwrap();
+        pair.job.begin().unwrap();
+        let (urgent, ended) = thread::scope(|scope| {
+            let (profile, job) = (pair.profile.clone(), pair.job.clone());
+            let destination = scope.spawn(move || {
+                let (main, _) = listener.accept().unwrap();
+                let early = at_the_start.then(|| listener.accept().unwrap().0);
+                let mut preempt = None;
+                let pong = |value| drop((&main).write_all(&Message::Pong { value }.to_bytes()));
+                let mut stream = Driver::new(&main, Decoder::new(DecoderOptions::live(&profile)));
+                while let Some(event) = stream.next().unwrap() {
+                    match event {
+                        Event::Command(Command::Ping(value)) => {
+                            pong(value);
+                            let _ = job.start_postcopy();
+                        }
+                        Event::Command(Command::Packaged { len }) => {
+                            stream.payload().read_exact(&mut vec![0; len as usize]).unwrap();
+                            let blocks = stream.decoder().ram_blocks().clone();
+                            let channel =
+                                early.as_ref().map_or_else(|| listener.accept().unwrap().0, |c| c.try_clone().unwrap());
+                            preempt = Some(thread::spawn(move || read_urgent(channel, blocks)));
+                            [3, 0x42]
+                                .into_iter()
+                                .filter(|value| *value == 3 || profile.postcopy_package_ping)
+                                .for_each(pong);
+                            let name = |name| CountedString::new(name);
+                            for (block, pages) in [(name("pc.bios"), 4), (name("microvm.ram"), PAGES)] {
+                                for page in (0..pages).rev() {
+                                    let (block, start) = (block.clone(), page * PAGE as u64);
+                                    let request = Message::ReqPages { block, start, len: PAGE as u32 };
+                                    (&main).write_all(&request.to_bytes()).unwrap();
+                                }
+                            }
+                        }
+                        _ => {}
+                    }
+                }
+                (&main).write_all(&Message::Shut { status: 0 }.to_bytes()).unwrap();
+                preempt.unwrap()
+            });
+            let to = crate::Address::Unix(path);
+            let connections = Outgoing::open(&to, &pair.job, &mut crate::NoDescriptors).unwrap();
+            migrate(&*pair.source, &connections, &pair.job, &pair.profile).unwrap();
+            drop(connections);
+            destination.join().unwrap().join().unwrap()
+        });
+        assert!(urgent > 100, "{urgent} pages came on the preempt channel of {release}");
+        assert_eq!(ended, at_the_start, "{release}: a 7.2 is told that nothing more comes");
+    }
+}
+
+/// Pages that come on a preempt channel, and whether EOS ends them.
+fn read_urgent(channel: UnixStream, blocks: Arc<RamBlocks>) -> (u64, bool) {
+    let mut stream = Driver::new(&channel, PreemptDecoder::new(blocks, PageGeometry::X86));
+    let (mut pages, mut ended) = (0, false);
+    while let Some(record) = stream.next().unwrap() {
+        match record {
+            RamRecord::Page(_) => {
+                stream.payload().read_exact(&mut [0; PAGE]).unwrap();
+                pages += 1;
+            }
+            RamRecord::Zero(_) => pages += 1,
+            _ => ended = true,
+        }
+    }
+    (pages, ended)
 }
 
 #[test]

@@ -1,7 +1,13 @@
 //! What each action of the core means for threads, sockets, files and the guest.
 
 use super::{Action, Counts, Engine, Notice, Sent, Source, Wake, monotonic_now, write_all};
-use crate::{GuestError, MigrationError, core::source::BlockRange, page_file::Saving, pending::DeviceSize, ram_sender};
+use crate::{
+    GuestError, MigrationError,
+    core::source::{Batch, BlockRange},
+    page_file::Saving,
+    pending::DeviceSize,
+    ram_sender,
+};
 use qevm_savevm::{
     event::Event,
     mapped_ram::MappedBlock,
@@ -95,6 +101,12 @@ impl Engine<'_> {
                 self.core.sent(sent);
                 self.count_pages();
             }
+            Action::OpenPreempt => {
+                self.connections.open_preempt(self.job)?;
+                self.job.attach(self.connections.all())?;
+            }
+            Action::UrgentPages(batch) => self.send_urgent(&batch, false)?,
+            Action::EndPreempt => self.send_urgent(&Batch::default(), true)?,
             Action::SyncChannels => {
                 if let Some(pages) = self.pages {
                     pages.queue.synchronise()?;
@@ -163,6 +175,20 @@ impl Engine<'_> {
             };
             self.core.sent(sent);
         }
+        Ok(())
+    }
+
+    /// Sends pages on the preempt channel, and its end where they are the last.
+    fn send_urgent(&mut self, batch: &Batch, last: bool) -> Result<(), MigrationError> {
+        let connections = self.connections;
+        let missing = || MigrationError::guest("send a page that is waited for")("there is no preempt channel".into());
+        let channel = connections.preempt().ok_or_else(missing)?;
+        let stream = self.preempt.get_or_insert_with(|| self.core.stream().preempt_writer());
+        if last {
+            stream.eos()?;
+        }
+        let sent = self.ram.send(&**channel, stream, batch)?;
+        self.core.sent(sent);
         Ok(())
     }
 

@@ -106,6 +106,13 @@ impl StreamWriter {
         StreamWriter { taken, ..StreamWriter::unchecked(self.encoder.recovery(), self.footers) }
     }
 
+    /// A writer for the preempt channel of postcopy (7.1): records of pages alone, of the RAM blocks of `self`. The first carries its block's
+    /// name.
+    #[must_use]
+    pub fn preempt_writer(&self) -> StreamWriter {
+        StreamWriter::unchecked(self.encoder.recovery(), false)
+    }
+
     /// A writer for the connection on which a broken postcopy goes on: it has no header, and sections and RAM blocks are
     /// those of `self`.
     #[must_use]

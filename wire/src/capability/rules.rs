@@ -153,6 +153,7 @@ pub fn check(on: Capabilities, context: &Context) -> Result<(), Rejection> {
         (MappedRam, context.tls, "Cannot use TLS with mapped-ram"),
         (MappedRam, !context.seekable, "Migration requires seekable transport (e.g. file)"),
         (Multifd, !context.multi_channel && !on.contains(MappedRam), single),
+        (PostcopyPreempt, !context.multi_channel && !old, MULTI_CHANNEL),
         (DirtyLimit, !context.dirty_ring, "dirty-limit requires KVM with accelerator property 'dirty-ring-size' set"),
         (PostcopyRam, context.cpr, "Cannot use CPR mode with postcopy-ram"),
         (BackgroundSnapshot, context.cpr, "Cannot use CPR mode with background-snapshot"),

@@ -81,6 +81,13 @@ pub enum Action {
     },
     /// Send these pages, each in full or as a record of zeroes: [`sent`](super::SourceCore::sent).
     Pages(Batch),
+    /// Open the preempt channel.
+    OpenPreempt,
+    /// Send these pages, which the guest waits for, on the preempt channel ([`preempt_writer`](qevm_savevm::StreamWriter::preempt_writer) has the
+    /// records): [`sent`](super::SourceCore::sent).
+    UrgentPages(Batch),
+    /// Send EOS on the preempt channel: nothing more comes there.
+    EndPreempt,
     /// Send all pages that are queued for page channels and a SYNC packet on each: [`sent`](super::SourceCore::sent).
     SyncChannels,
     /// Write to the file which pages are there: [`sent`](super::SourceCore::sent).

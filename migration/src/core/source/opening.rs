@@ -31,6 +31,10 @@ impl SourceCore {
                     self.pause(now);
                 }
                 self.greet(answers)?;
+                if self.options.profile.preempt_pre_7_2 {
+                    // The destination tells connections apart by their order.
+                    self.open_preempt();
+                }
                 let snapshot = self.options.capabilities.background_snapshot;
                 self.do_next(if snapshot { Action::PrepareSnapshot } else { Action::StartLog });
                 Setup::List

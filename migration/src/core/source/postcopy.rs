@@ -56,6 +56,16 @@ impl SourceCore {
         self.postcopy && self.passes > 0 && answers.is_some_and(|answers| answers.unready().is_none())
     }
 
+    /// Opens the preempt channel if there is to be one. False if there is nothing to do.
+    pub(super) fn open_preempt(&mut self) -> bool {
+        let open = self.options.capabilities.postcopy_preempt && !self.preempt.0;
+        if open {
+            self.preempt.0 = true;
+            self.do_next(Action::OpenPreempt);
+        }
+        open
+    }
+
     /// The guest goes, and then its memory.
     pub(super) fn go_first(
         &mut self,
@@ -139,7 +149,16 @@ impl SourceCore {
             }
         }
         let batch = match requested {
+            Some(run) if self.preempt.0 => {
+                self.do_next(Action::UrgentPages(Batch { resets: Vec::new(), runs: vec![run] }));
+                return Ok(Postcopy::Serve);
+            }
             Some(run) => Batch { resets: Vec::new(), runs: vec![run] },
+            None if self.sweep.is_over() && self.preempt == (true, false) && self.options.profile.preempt_pre_7_2 => {
+                self.preempt.1 = true;
+                self.do_next(Action::EndPreempt);
+                return Ok(Postcopy::Serve);
+            }
             None if self.sweep.is_over() => {
                 self.stream.section_end(RAM_SECTION)?;
                 self.stream.eos()?;

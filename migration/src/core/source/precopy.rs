@@ -41,6 +41,11 @@ impl SourceCore {
                 Step::Sweep
             }
             Step::Sweep if self.postcopy_may_start(answers.as_deref()) => {
+                if self.open_preempt() {
+                    // It may take long, or fail, and the guest runs on.
+                    self.phase = Phase::Precopy(precopy, Step::Sweep);
+                    return Ok(());
+                }
                 self.pause(now);
                 self.phase = Phase::Stopping;
                 return Ok(());

@@ -230,6 +230,10 @@ impl SourceCore {
         answers: Option<&mut Answers>,
     ) -> Result<(), MigrationError> {
         let Some((waiting, ended)) = answers.and_then(|answers| Some((answers.unready()?, answers.has_ended()))) else {
+            if self.postcopy && self.open_preempt() {
+                self.phase = Phase::AwaitAck { until, precopy };
+                return Ok(());
+            }
             self.pause(now);
             self.phase = Phase::Stopping;
             return Ok(());
