@@ -32,12 +32,23 @@ use std::{
 ///
 /// Blocks have their numbers in [`Guest::ram`](crate::Guest::ram); offsets and lengths are bytes.
 pub trait MissingPages: Send + Sync {
-    /// Empties a block and makes its pages missing. Gives the bytes that are filled in at once at least: 4096, or those of a huge
-    /// page. The block's length is a multiple of that.
+    /// Bytes of a block that are filled in at once at least: 4096, or those of a huge page. The block's length is a multiple of that.
+    ///
+    /// # Errors
+    /// The guest's own.
+    fn unit(&self, block: usize) -> Result<u64, GuestError>;
+
+    /// Empties bytes of a block, whole units: nothing is in them afterwards, as in memory that nobody has touched.
     ///
     /// # Errors
     /// The guest's own; above all when the host cannot do that with this memory.
-    fn add(&self, block: usize) -> Result<u64, GuestError>;
+    fn discard(&self, block: usize, bytes: Range<u64>) -> Result<(), GuestError>;
+
+    /// Makes the pages of a block missing that have nothing in them; those that have keep it.
+    ///
+    /// # Errors
+    /// The guest's own; above all when the host cannot do that with this memory.
+    fn add(&self, block: usize) -> Result<(), GuestError>;
 
     /// Waits until somebody touches a page that is missing, and says which: a block and any offset in the page. The same page may
     /// be told of several times, and while it is being filled in. `None` after [`stop`](MissingPages::stop).
@@ -49,7 +60,7 @@ pub trait MissingPages: Send + Sync {
     /// Fills in pages that are missing, and lets those go on who wait for them.
     ///
     /// # Errors
-    /// The guest's own; among others when one of them is not missing.
+    /// The guest's own; [`std::io::Error`] of the kind [`AlreadyExists`](std::io::ErrorKind::AlreadyExists) when one of them is not missing.
     fn fill(&self, block: usize, offset: u64, bytes: &[u8]) -> Result<(), GuestError>;
 
     /// The same with zeros.
@@ -140,12 +151,14 @@ impl Setup {
         present: PageBitmap,
     ) -> Result<(), MigrationError> {
         let doing = "leave guest memory in the file (capability 'postcopy-ram')";
-        let unit = self.pages.add(block).map_err(MigrationError::guest(doing))?;
+        let unit = self.pages.unit(block).map_err(MigrationError::guest(doing))?;
         let whole = unit.is_power_of_two() && unit >= PageGeometry::X86.size();
         if !whole || !layout.used_length.is_multiple_of(unit) {
             let why = format!("its {} bytes are no multiple of pages of {unit} bytes", layout.used_length);
             return Err(MigrationError::Guest { doing, source: why.into() });
         }
+        let emptied = self.pages.discard(block, 0..layout.used_length);
+        emptied.and_then(|()| self.pages.add(block)).map_err(MigrationError::guest(doing))?;
         let claimed = Touched::new(layout.used_length / unit, false);
         self.blocks.insert(block, Block { name, layout, present, unit, claimed });
         Ok(())

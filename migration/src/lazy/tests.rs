@@ -32,8 +32,17 @@ impl Scripted {
 }
 
 impl MissingPages for Handle {
-    fn add(&self, _: usize) -> Result<u64, GuestError> {
+    fn unit(&self, _: usize) -> Result<u64, GuestError> {
         Ok(self.0.unit)
+    }
+
+    fn discard(&self, block: usize, bytes: Range<u64>) -> Result<(), GuestError> {
+        assert_eq!((block, bytes), (3, 0..PAGES * PAGE));
+        Ok(())
+    }
+
+    fn add(&self, _: usize) -> Result<(), GuestError> {
+        Ok(())
     }
 
     fn wait(&self) -> Result<Option<(usize, u64)>, GuestError> {

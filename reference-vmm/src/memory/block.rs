@@ -2,6 +2,7 @@
 
 use std::io;
 use std::num::NonZeroUsize;
+use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use vm_memory::bitmap::{AtomicBitmap, BS};
@@ -177,11 +178,14 @@ impl RamBlock {
         self.host.populate().map_err(|cause| Error::Host { what: "preallocate guest RAM", cause })
     }
 
-    /// Empties the block: the host gives it zeroed memory when somebody touches it.
+    /// Empties these bytes of the block, whole pages of the host's: it gives zeroed memory when somebody touches them.
     ///
     /// # Errors
-    /// [`Error::Host`], and [`Error::Config`] for a private copy of a file.
-    pub fn discard(&self) -> Result<()> {
+    /// [`Error::OutOfRange`], [`Error::Host`], and [`Error::Config`] for a private copy of a file.
+    pub fn discard(&self, bytes: Range<u64>) -> Result<()> {
+        if bytes.start > bytes.end || bytes.end > self.max {
+            return Err(self.outside(bytes.start, bytes.end.saturating_sub(bytes.start)));
+        }
         if self.host.is_copy() {
             let why = format!(
                 "RAM block '{}' is a private copy of a file, whose pages show through: use share=on",
@@ -189,7 +193,7 @@ impl RamBlock {
             );
             return Err(Error::Config(why));
         }
-        self.host.discard().map_err(|cause| Error::Host { what: "empty guest RAM", cause })
+        self.host.discard(bytes.start as usize..bytes.end as usize).map_err(|cause| Error::Host { what: "empty guest RAM", cause })
     }
 
     /// Where the block lies in this process: `max_length` bytes that stay mapped as long as the block lives.

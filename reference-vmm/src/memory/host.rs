@@ -2,6 +2,7 @@
 
 use std::fs::File;
 use std::io;
+use std::ops::Range;
 use std::os::fd::AsRawFd;
 use std::ptr::NonNull;
 
@@ -102,10 +103,10 @@ impl HostMemory {
         self.start.as_ptr()
     }
 
-    /// Gives all of it back to the host: it is zero, and missing, until somebody touches it. Private memory of a file becomes what
+    /// Gives bytes of it back to the host: they are zero, and missing, until somebody touches them. Private memory of a file becomes what
     /// the file holds.
-    pub(super) fn discard(&self) -> io::Result<()> {
-        self.advise(if self.share { libc::MADV_REMOVE } else { libc::MADV_DONTNEED })
+    pub(super) fn discard(&self, bytes: Range<usize>) -> io::Result<()> {
+        self.advise_part(bytes, if self.share { libc::MADV_REMOVE } else { libc::MADV_DONTNEED })
     }
 
     /// Lets the host keep pages of the same content once.
@@ -125,9 +126,18 @@ impl HostMemory {
     }
 
     fn advise(&self, advice: libc::c_int) -> io::Result<()> {
-        // SAFETY: the range is a mapping of ours. Where the advice changes its content, that is what the guest's owner wants; nobody
+        self.advise_part(0..self.len, advice)
+    }
+
+    fn advise_part(&self, bytes: Range<usize>, advice: libc::c_int) -> io::Result<()> {
+        let len = bytes.len();
+        if bytes.end > self.len {
+            return Err(io::ErrorKind::InvalidInput.into());
+        }
+        let start = self.start().wrapping_add(bytes.start);
+        // SAFETY: the range lies in a mapping of ours, as was checked. Where the advice changes its content, that is what the guest's owner wants; nobody
         // holds a reference into it, as vCPUs change it, too.
-        match unsafe { libc::madvise(self.start.as_ptr().cast(), self.len, advice) } {
+        match unsafe { libc::madvise(start.cast(), len, advice) } {
             0 => Ok(()),
             _ => Err(io::Error::last_os_error()),
         }

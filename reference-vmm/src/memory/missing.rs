@@ -4,6 +4,7 @@
 
 use std::fs::OpenOptions;
 use std::io;
+use std::ops::Range;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
 use std::sync::{Arc, Mutex};
 
@@ -98,12 +99,17 @@ impl Userfault {
 }
 
 impl MissingPages for Userfault {
-    fn add(&self, number: usize) -> Result<u64, GuestError> {
-        let block = self.block(number)?;
-        block.discard()?;
+    fn unit(&self, number: usize) -> Result<u64, GuestError> {
+        Ok(self.block(number)?.host_page_size())
+    }
+
+    fn discard(&self, number: usize, bytes: Range<u64>) -> Result<(), GuestError> {
+        Ok(self.block(number)?.discard(bytes)?)
+    }
+
+    fn add(&self, number: usize) -> Result<(), GuestError> {
         // From here on, who touches it waits until it is filled in.
-        self.register(number, UFFDIO_REGISTER_MODE_MISSING)?;
-        Ok(block.host_page_size())
+        self.register(number, UFFDIO_REGISTER_MODE_MISSING)
     }
 
     fn wait(&self) -> Result<Option<(usize, u64)>, GuestError> {
@@ -244,7 +250,9 @@ mod tests {
         for memory in memories() {
             memory.ram().write(8192, b"old").unwrap();
             let missing = Userfault::new(memory.clone()).unwrap();
-            assert_eq!(missing.add(0).unwrap(), 4096);
+            assert_eq!(missing.unit(0).unwrap(), 4096);
+            missing.discard(0, 0..SIZE).unwrap();
+            missing.add(0).unwrap();
             let toucher = thread::spawn({
                 let memory = memory.clone();
                 move || {
@@ -290,7 +298,7 @@ mod tests {
             canonical_path: false,
         };
         let memory = Arc::new(GuestMemory::of(&backend, &[0; 64 << 10]).unwrap());
-        let error = Userfault::new(memory).unwrap().add(0).unwrap_err();
+        let error = Userfault::new(memory).unwrap().discard(0, 0..SIZE).unwrap_err();
         assert!(error.to_string().contains("private copy of a file"), "{error}");
     }
 }
