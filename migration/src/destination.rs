@@ -1,10 +1,11 @@
 //! The destination engine: reads a stream into a guest that has not run yet.
 
+mod leave;
 mod page_channels;
 
 use super::{
     Channel, Guest, GuestError, Incoming, Job, LoadError, MigrationError, Status,
-    channel::{Source, Target, write_all},
+    channel::{Source, write_all},
     core::{
         DeviceOptions,
         destination::{Action, Destination, DestinationOptions, SectionUse, Turn},
@@ -14,9 +15,11 @@ use super::{
     multifd::Settings,
     page_file,
     page_file::PageFile,
+    postcopy::{self, Listening, Postcopy},
     ram_receiver::RamReceiver,
     verdict,
 };
+pub(crate) use leave::{leave, within};
 use page_channels::{PageChannels, find};
 use qevm_returnpath::Message;
 use qevm_savevm::{
@@ -25,7 +28,7 @@ use qevm_savevm::{
 };
 use qevm_wire::{CountedString, Located, Profile, WireError};
 use std::{
-    sync::mpsc,
+    sync::Arc,
     thread,
     time::{Duration, Instant},
 };
@@ -37,15 +40,23 @@ pub struct Arrival {
     pub running: bool,
     /// Bytes of the stream.
     pub bytes: u64,
-    /// Guest memory that is still in the file, under capabilities `mapped-ram` and `postcopy-ram`: it is to be taken care of when the
-    /// guest has been started.
-    pub rest: Option<LazyRestore>,
+    /// Guest memory that has not come, under capability `postcopy-ram`: it is to be taken care of when the guest has been started.
+    pub rest: Option<Rest>,
+}
+
+/// The part of a guest's memory that has not come when the guest starts.
+#[derive(Debug)]
+pub enum Rest {
+    /// It is in the file that the guest comes from, with `mapped-ram` on.
+    InFile(LazyRestore),
+    /// It is on its way from the source (postcopy).
+    AtSource(Postcopy),
 }
 
 /// Reads a migration from `connections` into `guest`, which has not run yet, and does not start it.
 ///
 /// The caller has claimed `job` with [`Job::begin`], and ends it with [`Job::end`] when it has started the guest or the failure is
-/// dealt with. When this returns, the guest is wholly here, but for what is [left in the file](Arrival::rest), and the source will not
+/// dealt with. When this returns, the guest is wholly here, but for [memory that has not come](Arrival::rest), and the source will not
 /// run it again; whether it is to run is in the result.
 ///
 /// # Errors
@@ -67,6 +78,7 @@ pub fn receive(
     });
     let page_channels: Vec<_> = pages.iter().map(|stream| stream.channel().clone()).collect();
     let capabilities = job.capabilities();
+    let postcopy = capabilities.postcopy_ram && !capabilities.mapped_ram;
     let options = DestinationOptions {
         machine_type: guest.machine_type().into(),
         ram: guest.ram().iter().map(|view| view.name.into()).collect(),
@@ -80,18 +92,19 @@ pub fn receive(
         page_channels_called,
         // A QEMU 7.2 that has failed and has a return path waits for us to close.
         hurried: channels.is_none() && misfit.is_some(),
-        // Only files are loaded so, whose pages the core knows nothing of.
-        postcopy: false,
+        // Of files that are loaded so the core knows nothing.
+        postcopy,
         background_snapshot: capabilities.background_snapshot,
         late_block_activate: capabilities.late_block_activate,
         silence: None,
     };
     let mut engine = Engine {
         guest,
-        channel: &*main,
+        channel: &main,
         inlet: Inlet::new(&*main, &first, offset),
         core: Destination::new(options),
-        ram: RamReceiver::default(),
+        ram: RamReceiver::new(postcopy),
+        listening: None,
         pages: channels.as_ref(),
         limited: false,
         file,
@@ -119,20 +132,32 @@ pub fn receive(
         if let Err(error) = &result {
             // Whoever runs it has the disks.
             guest.hooks().inactivate();
-            engine.leave(error);
+            let Engine { core, channel, start, .. } = &mut engine;
+            leave(core, &***channel, *start, error, |message| send(&***channel, message));
         }
         if let Some(channels) = &channels {
             channels.end();
         }
-        page_channels.iter().for_each(|channel| channel.close());
+        match result {
+            // A source of postcopy uses them no more, and does not expect them to be closed.
+            Ok(None) => page_channels.iter().for_each(|channel| channel.stop_reading()),
+            _ => page_channels.iter().for_each(|channel| channel.close()),
+        }
         result
     });
+    let bytes = engine.received() + channels.as_ref().map_or(0, |channels| channels.gate.received());
+    let result = match result {
+        Ok(Some(arrival)) => Ok(arrival),
+        Ok(None) => engine.postcopy(job),
+        Err(error) => Err(error),
+    };
     job.update(|statistics| {
         statistics.total_time = start.elapsed();
-        statistics.ram.transferred =
-            engine.received() + channels.as_ref().map_or(0, |channels| channels.gate.received());
+        statistics.ram.transferred = bytes;
     });
-    main.finish_writing();
+    if !result.as_ref().is_ok_and(|arrival| matches!(arrival.rest, Some(Rest::AtSource(_)))) {
+        main.finish_writing();
+    }
     result
 }
 
@@ -142,25 +167,6 @@ fn devices(guest: &dyn Guest, settings: Option<&Settings>) -> Result<Vec<DeviceO
     guest.devices().iterative().into_iter().map(|device| DeviceOptions::of(device, transfers)).collect()
 }
 
-/// Does something that reads from `main`, which reads no more when `patience` is over.
-fn within<T>(patience: Duration, main: &dyn Channel, read: impl FnOnce() -> T) -> T {
-    let (done, wait) = mpsc::channel::<()>();
-    thread::scope(|scope| {
-        let watch = thread::Builder::new().spawn_scoped(scope, move || {
-            if wait.recv_timeout(patience) == Err(mpsc::RecvTimeoutError::Timeout) {
-                main.stop_reading();
-            }
-        });
-        if watch.is_err() {
-            // Without a thread that watches, nobody may wait.
-            main.stop_reading();
-        }
-        let result = read();
-        drop(done);
-        result
-    })
-}
-
 /// Blocks of so many bytes stay in the file, if any do: those with firmware and tables are there at once.
 const LEFT_IN_FILE: u64 = 2 << 20;
 const ON_DEMAND: &str = "load guest memory while the guest runs (capability 'postcopy-ram')";
@@ -168,10 +174,12 @@ const ON_DEMAND: &str = "load guest memory while the guest runs (capability 'pos
 /// Carries out what the core says.
 struct Engine<'e> {
     guest: &'e dyn Guest,
-    channel: &'e dyn Channel,
+    channel: &'e Arc<dyn Channel>,
     inlet: Inlet<'e>,
     core: Destination,
     ram: RamReceiver<'e>,
+    /// Memory that is missing until it comes (postcopy).
+    listening: Option<Listening>,
     pages: Option<&'e PageChannels>,
     /// Reads of the main channel fail when nothing comes for some time.
     limited: bool,
@@ -194,7 +202,8 @@ struct Engine<'e> {
 }
 
 impl Engine<'_> {
-    fn run(&mut self, job: &Job) -> Result<Arrival, MigrationError> {
+    /// Reads until the guest is here. `None` if its devices are, and are to be loaded before its memory has come.
+    fn run(&mut self, job: &Job) -> Result<Option<Arrival>, MigrationError> {
         job.advance(Status::Active)?;
         self.guest.hooks().prepare();
         loop {
@@ -221,11 +230,11 @@ impl Engine<'_> {
                 }
                 Action::ForgetBlocks => {
                     self.consume(consumed);
-                    self.ram = RamReceiver::default();
+                    self.ram.clear();
                 }
                 Action::Send(message) => {
                     self.consume(consumed);
-                    self.send(&message);
+                    send(&**self.channel, &message);
                 }
                 Action::Read { at_least, until } => self.read(at_least, until)?,
                 Action::Block(block) => {
@@ -267,6 +276,19 @@ impl Engine<'_> {
                         self.pages.map_or(Ok(Vec::new()), |pages| pages.states.finish(|| pages.gate.received()));
                     self.core.device_states(finished.map_err(LoadError::from))?;
                 }
+                Action::Discard { block, ranges } => {
+                    self.consume(consumed);
+                    self.ram.discard(block, &ranges);
+                }
+                Action::Listen => {
+                    self.consume(consumed);
+                    self.listening = Some(Listening::start(self.guest, &self.ram.listed(), self.channel.clone())?);
+                    job.advance(Status::PostcopyDevice)?;
+                }
+                Action::LoadDevices if self.listening.is_some() => {
+                    self.consume(consumed);
+                    return Ok(None);
+                }
                 Action::LoadDevices => {
                     // Devices look at memory.
                     self.rest = self.left.take().map(Setup::start).transpose()?;
@@ -281,8 +303,8 @@ impl Engine<'_> {
                 Action::Tell { message, patience } => {
                     job.check()?;
                     let told = match patience {
-                        Some(patience) => verdict::deliver(self.channel, &message, patience),
-                        None => verdict::send(self.channel, &message),
+                        Some(patience) => verdict::deliver(&**self.channel, &message, patience),
+                        None => verdict::send(&**self.channel, &message),
                     };
                     self.core.time(self.start.elapsed());
                     self.core.told(told)?;
@@ -293,9 +315,11 @@ impl Engine<'_> {
                         rest.start_guest()?;
                         job.advance(Status::PostcopyActive)?;
                     }
-                    return Ok(Arrival { running, bytes: self.received(), rest: self.rest.take() });
+                    let rest = self.rest.take().map(Rest::InFile);
+                    return Ok(Some(Arrival { running, bytes: self.received(), rest }));
                 }
-                other @ (Action::Discard { .. } | Action::Listen | Action::Run { .. } | Action::Place { .. }) => {
+                // These follow the devices of a postcopy, after which somebody else goes on.
+                other @ (Action::AwaitStart | Action::Run { .. } | Action::Place { .. }) => {
                     return Err(self.core.refuse(LoadError::Unsupported(format!("{other:?}"))));
                 }
                 // These follow a failure, after which nobody is here.
@@ -304,29 +328,22 @@ impl Engine<'_> {
         }
     }
 
-    /// Tells the source of a failure, and gives it time to read that and to close: a socket that is closed while something unread
-    /// arrives takes back what it has said, and the source would know of a broken pipe only.
-    fn leave(&mut self, error: &MigrationError) {
-        self.core.time(self.start.elapsed());
-        self.core.fail(error);
-        while let Ok(Turn { action, .. }) = self.core.next(&[]) {
-            match action {
-                Action::Send(message) => self.send(&message),
-                Action::Linger { until } => {
-                    self.channel.finish_writing();
-                    let patience = until.saturating_sub(self.start.elapsed());
-                    within(patience, self.channel, || {
-                        let mut unread = vec![0; 64 << 10];
-                        while self.channel.read(&mut [Target::bytes(&mut unread)]).is_ok_and(|count| count > 0) {}
-                    });
-                    self.core.end_of_input();
-                }
-                _ => break,
-            }
+    /// Loads the devices while the rest of memory is still to come.
+    fn postcopy(self, job: &Job) -> Result<Arrival, MigrationError> {
+        let bytes = self.received();
+        let Engine { guest, channel, inlet, core, listening, start, .. } = self;
+        let Some(listening) = listening else { return Err(MigrationError::NoVerdict) };
+        let first = inlet.bytes().to_vec();
+        let arrived = postcopy::start(
+            guest,
+            job,
+            postcopy::Parts { core, listening, channel: channel.clone(), first, start, bytes },
+        );
+        if arrived.is_err() {
+            // Whoever runs it has the disks.
+            guest.hooks().inactivate();
         }
-        if !matches!(error, MigrationError::Undecided(_)) {
-            self.channel.finish_writing();
-        }
+        arrived
     }
 
     /// Bytes that were read: of the stream, but for what it jumps over, and of pages.
@@ -368,7 +385,7 @@ impl Engine<'_> {
         let filled = match patience {
             Some(patience) if self.core.is_decided() => {
                 // The guest is here: whatever goes wrong now, there is no confirmation.
-                Ok(within(patience, self.channel, || self.inlet.fill(at_least)).unwrap_or(false))
+                Ok(within(patience, &**self.channel, || self.inlet.fill(at_least)).unwrap_or(false))
             }
             patience => {
                 self.limit_silence(patience)?;
@@ -416,13 +433,13 @@ impl Engine<'_> {
             self.inlet.consume(count);
         }
     }
+}
 
-    /// Puts a message on the return path.
-    fn send(&self, message: &Message) {
-        // If the source is gone, reading will tell.
-        if let Err(error) = write_all(self.channel, &mut [Source::bytes(&message.to_bytes())]) {
-            tracing::debug!(%error, ?message, "the return path is broken");
-        }
+/// Puts a message on the return path.
+fn send(channel: &dyn Channel, message: &Message) {
+    // If the source is gone, reading will tell.
+    if let Err(error) = write_all(channel, &mut [Source::bytes(&message.to_bytes())]) {
+        tracing::debug!(%error, ?message, "the return path is broken");
     }
 }
 

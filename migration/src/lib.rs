@@ -86,6 +86,7 @@
 //! | `snapshot` | memory as of one instant, of a guest that runs on |
 //! | `pending`, [`switchover`] | what remains of everything, and when to stop the guest |
 //! | `source`, `return_path` | [`migrate`]: the source engine: threads, sockets and the guest around the core |
+//! | `postcopy` | [`Postcopy`]: guests that run before their memory has come from the source |
 //! | `inlet`, `touched`, `ram_receiver`, `destination` | [`receive`]: the destination engine |
 //! | `testing` | simulated migrations (feature `testing`) |
 //! | `handover`, `verdict` | who runs the guest when the connection breaks in the last moment |
@@ -123,6 +124,7 @@ mod pair;
 mod parameters;
 mod pending;
 mod pipe;
+mod postcopy;
 pub mod private;
 mod ram_receiver;
 mod ram_sender;
@@ -147,7 +149,7 @@ pub use channel::{Channel, Source, Target};
 pub use connections::{Incoming, Outgoing, check_transport};
 pub use description::SavedDevices;
 pub use descriptors::{Descriptors, NoDescriptors};
-pub use destination::{Arrival, receive};
+pub use destination::{Arrival, Rest, receive};
 pub use error::{LoadError, MigrationError};
 pub use guest::{ADVICE, DeviceSection, Devices, DirtyLog, Guest, GuestError, Hooks, NoHooks, RamView};
 pub use job::{Job, Notice, Refused};
@@ -155,6 +157,7 @@ pub use lazy::{LazyRestore, MissingPages, RestoreProgress};
 pub use parameters::{BadParameter, Mode, Parameters};
 pub use pending::{IterativeDevice, Pending};
 pub use pipe::Pipe;
+pub use postcopy::Postcopy;
 pub use registry::{Registry, RegistryError};
 pub use return_path::ReturnPathError;
 pub use snapshot::ProtectedPages;

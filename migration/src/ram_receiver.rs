@@ -9,13 +9,15 @@ use super::{
 use qevm_savevm::ram::{BlockId, PageAt, RamBlock, flag};
 use qevm_wire::CountedString;
 use qevm_wire::{Located, PageGeometry};
-use std::sync::Arc;
+use std::{ops::Range, sync::Arc};
 use vm_memory::{Bytes, VolatileSlice};
 
 /// The blocks of the stream, matched to those of the guest.
 #[derive(Default)]
 pub(crate) struct RamReceiver<'g> {
     blocks: Vec<Block<'g>>,
+    /// The guest may run before its memory is here, so that it counts which pages have come.
+    counts: bool,
     /// The page that came last, and how many came one behind the other before it.
     last: Option<(BlockId, u64)>,
     run: u64,
@@ -26,6 +28,8 @@ struct Block<'g> {
     name: CountedString,
     /// Pages that hold something, or may do so.
     written: Arc<Touched>,
+    /// Pages that have come, where it counts.
+    received: Option<Arc<Touched>>,
 }
 
 /// A RAM block as the threads of the page channels know it.
@@ -37,9 +41,21 @@ pub(crate) struct Listed {
     pub(crate) used_length: u64,
     /// Pages that hold something, or may do so.
     pub(crate) touched: Arc<Touched>,
+    /// Pages that have come, where the guest may run before its memory is here.
+    pub(crate) received: Option<Arc<Touched>>,
 }
 
 impl<'g> RamReceiver<'g> {
+    /// Of no block. `postcopy` says that the guest may run before its memory is here.
+    pub(crate) fn new(postcopy: bool) -> Self {
+        RamReceiver { counts: postcopy, ..RamReceiver::default() }
+    }
+
+    /// Forgets the blocks.
+    pub(crate) fn clear(&mut self) {
+        *self = RamReceiver::new(self.counts);
+    }
+
     /// Where a page goes whose bytes are next in the stream.
     pub(crate) fn page(&mut self, page: &PageAt) -> VolatileSlice<'g> {
         let goes_on =
@@ -49,6 +65,7 @@ impl<'g> RamReceiver<'g> {
         let block = self.known(page.block);
         let index = PageGeometry::X86.index(page.offset);
         block.written.mark(index..index + 1);
+        block.received.iter().for_each(|received| received.mark(index..index + 1));
         block.memory(page)
     }
 
@@ -81,6 +98,7 @@ impl<'g> RamReceiver<'g> {
             name: block.name.clone(),
             used_length: block.view.memory.len() as u64,
             touched: block.written.clone(),
+            received: block.received.clone(),
         };
         self.blocks.iter().map(listed).collect()
     }
@@ -105,7 +123,8 @@ impl<'g> RamReceiver<'g> {
         }
         let pages = PageGeometry::X86.index(block.used_length);
         let written = Arc::new(Touched::new(pages, !view.pristine));
-        self.blocks.push(Block { view, name: block.name.clone(), written });
+        let received = self.counts.then(|| Arc::new(Touched::new(pages, false)));
+        self.blocks.push(Block { view, name: block.name.clone(), written, received });
         Ok(())
     }
 
@@ -113,9 +132,18 @@ impl<'g> RamReceiver<'g> {
     pub(crate) fn clear_page(&mut self, page: &PageAt) {
         let block = self.known(page.block);
         let index = PageGeometry::X86.index(page.offset);
+        block.received.iter().for_each(|received| received.mark(index..index + 1));
         let memory = block.memory(page);
         if block.written.contains(index) && !is_zero(&memory) {
             memory.copy_from(&ZERO_PAGE[..memory.len()]);
+        }
+    }
+
+    /// What has come of these bytes is old (postcopy).
+    pub(crate) fn discard(&mut self, block: BlockId, ranges: &[Range<u64>]) {
+        if let Some(received) = &self.known(block).received {
+            let pages = |bytes: &Range<u64>| PageGeometry::X86.index(bytes.start)..PageGeometry::X86.index(bytes.end);
+            ranges.iter().for_each(|range| received.clear(pages(range)));
         }
     }
 

@@ -44,6 +44,29 @@ impl Touched {
         self.0.iter().flat_map(|word| word.load(Ordering::Relaxed).to_le_bytes()).collect()
     }
 
+    /// The runs of pages that are not there, of the first `pages`.
+    pub(crate) fn gaps(&self, pages: u64) -> impl Iterator<Item = Range<u64>> + '_ {
+        // From a page on, the first that is there or is not.
+        let next = move |from: u64, there: bool| {
+            let flip = if there { 0 } else { u64::MAX };
+            let mut mask = u64::MAX << (from % BITS);
+            for (number, word) in self.0.iter().enumerate().skip((from / BITS) as usize) {
+                let found = (word.load(Ordering::Relaxed) ^ flip) & mask;
+                if found != 0 {
+                    return pages.min(number as u64 * BITS + u64::from(found.trailing_zeros()));
+                }
+                mask = u64::MAX;
+            }
+            pages
+        };
+        let mut from = 0;
+        std::iter::from_fn(move || {
+            let start = next(from, false);
+            from = next(start, true);
+            (start < pages).then_some(start..from)
+        })
+    }
+
     /// Whether a page was written to.
     pub(crate) fn contains(&self, page: u64) -> bool {
         self.0.get((page / BITS) as usize).is_some_and(|word| word.load(Ordering::Relaxed) >> (page % BITS) & 1 != 0)
@@ -66,6 +89,7 @@ fn mask(word: u64, pages: &Range<u64>) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::iter;
 
     #[test]
     fn exactly_what_was_marked_is_there() {
@@ -81,6 +105,10 @@ mod tests {
         assert!((0..200).all(|page| touched.contains(page) != (63..130).contains(&page)));
         let bytes = touched.to_bytes();
         assert_eq!((bytes.len(), bytes[7], bytes[8], bytes[16]), (32, 0x7f, 0, 0xfc));
+        assert!(touched.gaps(200).eq(iter::once(63..130)) && Touched::new(200, false).gaps(190).eq(iter::once(0..190)));
+        touched.mark(70..80);
+        assert!(touched.gaps(100).eq([63..70, 80..100]) && Touched::new(200, true).gaps(200).eq([]));
+        touched.clear(70..80);
         assert!(touched.claim(64) && !touched.claim(64) && !touched.claim(62) && !touched.claim(256));
         assert!(touched.contains(64) && !touched.contains(65));
         assert!(Touched::new(3, true).contains(2));

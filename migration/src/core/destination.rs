@@ -6,19 +6,20 @@ mod loader;
 mod options;
 mod phase;
 mod postcopy;
+mod reports;
 
 pub use action::{Action, SectionUse, Turn};
 pub use options::DestinationOptions;
 
-use crate::{DeviceSection, Doubt, GuestError, LoadError, MigrationError, handover};
+use crate::{Doubt, LoadError, MigrationError, handover};
 use iterative::Iterative;
 use loader::{Loader, RamSection, Then};
 use phase::{Payload, Phase};
-use postcopy::Postcopy;
-use qevm_multifd::{SyncError, is_page_channel};
+use postcopy::{Postcopy, Start};
+use qevm_multifd::is_page_channel;
 use qevm_returnpath::{Message, switchover::DestinationGate};
 use qevm_savevm::{Decoder, DecoderOptions, Event, PayloadKind, ram::RamRecord};
-use qevm_wire::{CountedString, Decode, Limits, Located, Step};
+use qevm_wire::{Decode, Limits, Located, Step};
 use std::{collections::HashSet, io, time::Duration};
 
 /// A destination: told what arrived on the main channel, what the guest reported and what time it is, it says what to do next.
@@ -36,6 +37,8 @@ pub struct Destination {
     nested: Option<Decoder>,
     loader: Loader,
     phase: Phase,
+    /// The start of a guest that comes before its memory.
+    start: Option<Start>,
     payload: Payload,
     /// Where the item of the last turn begins.
     at: u64,
@@ -99,6 +102,7 @@ impl Destination {
                 confirmation: false,
             },
             phase: Phase::Opening,
+            start: None,
             payload: Payload::Other,
             at: offset,
             ended: false,
@@ -141,119 +145,6 @@ impl Destination {
         }
     }
 
-    /// The next `count` bytes of the main channel are in their place: of a page or of a [mapped block](Action::MappedBlock), or they
-    /// are of no use.
-    ///
-    /// # Errors
-    /// They are more than belong there.
-    pub fn placed(&mut self, count: u64) -> Result<(), MigrationError> {
-        if matches!(self.phase, Phase::MappedBlock(_)) {
-            self.phase = Phase::Stream;
-        }
-        self.skip(count)
-    }
-
-    /// The guest has a use for the [section](Action::Section), or what the operator may do.
-    ///
-    /// # Errors
-    /// It has none, or the section has come before.
-    pub fn section(&mut self, known: Result<(), String>) -> Result<(), MigrationError> {
-        match std::mem::replace(&mut self.phase, Phase::Stream) {
-            Phase::Section { header, usage } => {
-                let taken = self.loader.section(header, usage, known);
-                taken.map_err(|error| self.refuse(error))
-            }
-            phase => self.out_of_turn(phase),
-        }
-    }
-
-    /// The guest has the [block](Action::Block) that was listed.
-    pub fn block_fits(&mut self) {
-        self.phase = match std::mem::replace(&mut self.phase, Phase::Stream) {
-            Phase::Block(block) if block.mapped_ram.is_some() => Phase::MappedBlock(block),
-            Phase::Block(_) => Phase::Stream,
-            phase => phase,
-        };
-    }
-
-    /// The main channel and the page channels have [synchronised](Action::Synchronise), or memory is [complete](Action::EndOfMemory)
-    /// on all of them.
-    ///
-    /// # Errors
-    /// They have not; or not all of guest memory has come.
-    pub fn synchronised(&mut self, result: Result<(), SyncError>) -> Result<(), MigrationError> {
-        result.map_err(|error| self.refuse(error.into()))?;
-        match std::mem::replace(&mut self.phase, Phase::Stream) {
-            Phase::Synchronising(_) => Ok(()),
-            Phase::EndOfMemory => self.memory_is_complete(),
-            phase => self.out_of_turn(phase),
-        }
-    }
-
-    /// The state of devices that comes over page channels has been [loaded](Action::DeviceStates), and these are their configurations:
-    /// the section's name, and the last piece without its header.
-    ///
-    /// # Errors
-    /// It has not; or a configuration is not framed as one.
-    pub fn device_states(
-        &mut self,
-        result: Result<Vec<(CountedString, Vec<u8>)>, LoadError>,
-    ) -> Result<(), MigrationError> {
-        let configurations = result.map_err(|error| self.refuse(error))?;
-        match std::mem::replace(&mut self.phase, Phase::LoadingDevices) {
-            Phase::DeviceStates => {
-                let taken = self.loader.configurations(&configurations);
-                taken.map_err(|error| self.refuse(error))
-            }
-            phase => self.out_of_turn(phase),
-        }
-    }
-
-    /// The state of the devices.
-    pub fn devices(&self) -> &[DeviceSection] {
-        &self.loader.devices
-    }
-
-    /// The guest has taken over the state of the [devices](Action::LoadDevices), and ran at the source or not; or has
-    /// [its disks](Action::Activate).
-    ///
-    /// # Errors
-    /// It has not.
-    pub fn loaded(&mut self, result: Result<bool, GuestError>) -> Result<(), MigrationError> {
-        let running = result.map_err(|error| Located::new(LoadError::Devices(error), self.decoder.offset()))?;
-        self.loader.devices.clear();
-        self.phase =
-            if self.options.late_block_activate { self.verdict(running) } else { Phase::Activating { running } };
-        Ok(())
-    }
-
-    /// The guest has [its disks](Action::Activate).
-    ///
-    /// # Errors
-    /// It has not: somebody else uses one.
-    pub fn activated(&mut self, result: Result<(), GuestError>) -> Result<(), MigrationError> {
-        result.map_err(|error| Located::new(LoadError::Devices(error), self.decoder.offset()))?;
-        if let Phase::Activating { running } = self.phase {
-            self.phase = self.verdict(running);
-        }
-        Ok(())
-    }
-
-    /// The source has been [told](Action::Tell) that the guest has arrived.
-    ///
-    /// # Errors
-    /// It is not certain.
-    pub fn told(&mut self, result: Result<(), Doubt>) -> Result<(), MigrationError> {
-        result?;
-        if let Phase::Telling { running } = self.phase {
-            self.phase = match self.loader.confirmation {
-                true if !self.runs_early() => Phase::Confirming { running, until: self.now + PATIENCE },
-                _ => Phase::Arrived { running },
-            };
-        }
-        Ok(())
-    }
-
     /// Something failed, here or at the driver's: from now on the source is told and let go of. Of a guest that may run there it is
     /// told nothing.
     pub fn fail(&mut self, error: &MigrationError) {
@@ -264,6 +155,7 @@ impl Destination {
             _ if self.loader.return_path => Phase::Failing,
             _ => Phase::Over,
         };
+        self.start = None;
     }
 
     /// What the guest reported of the item of the last turn is an error of the stream's.
@@ -287,6 +179,9 @@ impl Destination {
     }
 
     fn turn<'a>(&mut self, input: &'a [u8]) -> Result<Turn<'a>, MigrationError> {
+        if let Some(action) = self.starting() {
+            return Ok(Turn { consumed: 0, action });
+        }
         let until = self.until();
         if let Some(until) = until
             && self.now >= until
@@ -313,12 +208,7 @@ impl Destination {
             }
             Phase::Package { len } => return self.package(input, *len),
             Phase::Place { page, zero } => return self.place_page(input, *page, *zero),
-            Phase::Starting { running } => {
-                let running = *running;
-                self.loader.postcopy.runs = true;
-                self.phase = Phase::Stream;
-                Action::Run { running }
-            }
+            Phase::AwaitingStart => Action::AwaitStart,
             Phase::Synchronising(mark) => Action::Synchronise(*mark),
             Phase::EndOfMemory => Action::EndOfMemory,
             Phase::DeviceStates => Action::DeviceStates,
@@ -393,6 +283,10 @@ impl Destination {
                         self.phase = phase;
                         Action::Continue
                     }
+                    Then::Start => {
+                        self.start = Some(Start::Loading);
+                        Action::LoadDevices
+                    }
                 };
                 Ok(Turn { consumed, action })
             }
@@ -453,8 +347,12 @@ impl Destination {
 
     fn memory_is_complete(&mut self) -> Result<(), MigrationError> {
         self.loader.check_complete(&self.options.ram).map_err(|error| self.refuse(error))?;
-        if self.loader.postcopy.runs {
-            self.phase = self.verdict(true);
+        if self.loader.postcopy.listens {
+            self.phase = match self.start {
+                Some(_) => Phase::AwaitingStart,
+                None if self.loader.postcopy.runs => self.verdict(true),
+                None => return Err(self.refuse(LoadError::Unsupported("postcopy without command POSTCOPY_RUN".into()))),
+            };
             return Ok(());
         }
         self.phase = if self.loader.iterative.has_transfers() { Phase::DeviceStates } else { Phase::LoadingDevices };
@@ -462,9 +360,6 @@ impl Destination {
     }
 
     fn verdict(&self, running: bool) -> Phase {
-        if self.loader.postcopy.listens && !self.loader.postcopy.runs {
-            return Phase::Starting { running };
-        }
         if self.loader.return_path { Phase::Telling { running } } else { Phase::Arrived { running } }
     }
 
@@ -487,13 +382,6 @@ impl Destination {
             Some(header) => error.within(format!("section {} '{}'", header.section_id, header.idstr)),
             None => error,
         }
-    }
-
-    /// The driver has answered a question that was not asked.
-    fn out_of_turn(&mut self, phase: Phase) -> Result<(), MigrationError> {
-        self.phase = phase;
-        let source = "the destination was told the answer to a question that it had not asked".into();
-        Err(MigrationError::Guest { doing: "drive the destination", source })
     }
 }
 

@@ -76,7 +76,10 @@ impl<'r> Receiver<'r> {
         }
         // A block that is unknown was refused.
         let Some((listed, view)) = self.block(packet.block_bytes()) else { return Ok(()) };
+        let pages = |run: &Run| PageGeometry::X86.index(run.offset)..PageGeometry::X86.index(run.offset + run.len);
+        let received = |run: &Run| listed.received.iter().for_each(|received| received.mark(pages(run)));
         for run in packet.zero_runs() {
+            received(&run);
             for offset in (run.offset..run.offset + run.len).step_by(PAGE) {
                 if listed.touched.contains(PageGeometry::X86.index(offset)) {
                     let page = part(&view, Run { offset, len: PAGE as u64 })?;
@@ -92,7 +95,8 @@ impl<'r> Receiver<'r> {
         }
         let mut runs = Vec::new();
         for run in packet.normal_runs() {
-            listed.touched.mark(PageGeometry::X86.index(run.offset)..PageGeometry::X86.index(run.offset + run.len));
+            listed.touched.mark(pages(&run));
+            received(&run);
             runs.push(part(&view, run)?);
         }
         match &mut self.decompressor {

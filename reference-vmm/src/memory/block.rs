@@ -193,7 +193,9 @@ impl RamBlock {
             );
             return Err(Error::Config(why));
         }
-        self.host.discard(bytes.start as usize..bytes.end as usize).map_err(|cause| Error::Host { what: "empty guest RAM", cause })
+        self.host
+            .discard(bytes.start as usize..bytes.end as usize)
+            .map_err(|cause| Error::Host { what: "empty guest RAM", cause })
     }
 
     /// Where the block lies in this process: `max_length` bytes that stay mapped as long as the block lives.

@@ -1,8 +1,8 @@
 //! The guest that comes.
 
-use super::{Event, Exit, RunState, Vmm};
+use super::{Event, Exit, RunState, Vmm, Watch};
 use qevm_migration::{
-    Address, Arrival, Incoming, LazyRestore, Listener, MigrationError, RestoreProgress, check_transport, receive,
+    Address, Arrival, Incoming, Listener, MigrationError, Rest, RestoreProgress, check_transport, receive,
 };
 use std::{
     sync::{Arc, PoisonError},
@@ -88,10 +88,20 @@ impl Vmm {
         self.incoming.end(None);
     }
 
-    /// Loads what the file still has, or waits until the guest has touched all of it.
-    fn load_rest(&self, rest: LazyRestore) -> Result<(), MigrationError> {
-        *self.rest.lock().unwrap_or_else(PoisonError::into_inner) = Some(Box::new(rest.watch()));
-        if self.lock().load_ahead { rest.load() } else { rest.serve() }
+    /// Loads what the file still has, or waits until the guest has touched all of it, or until the source has sent all.
+    fn load_rest(&self, rest: Rest) -> Result<(), MigrationError> {
+        let watch = |watch: Watch| *self.rest.lock().unwrap_or_else(PoisonError::into_inner) = Some(watch);
+        match rest {
+            Rest::InFile(rest) => {
+                watch(Box::new(rest.watch()));
+                let ahead = self.lock().load_ahead;
+                if ahead { rest.load() } else { rest.serve() }
+            }
+            Rest::AtSource(rest) => {
+                watch(Box::new(rest.watch()));
+                rest.load()
+            }
+        }
     }
 
     /// How far the loading of guest memory is, if it goes on while the guest runs.

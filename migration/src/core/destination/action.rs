@@ -67,7 +67,8 @@ pub enum Action<'a> {
     /// From here on whoever touches a page that has not come, or was discarded, has to wait for it, and the source is asked for it on the
     /// return path (postcopy): [`PageFaults`](qevm_returnpath::requests::PageFaults) keeps the book of that.
     Listen,
-    /// The guest runs here from now on, if it ran at the source; pages of it are still to come (postcopy). Do not wait for them.
+    /// The guest runs here from now on, if it ran at the source, and never again there; pages of it are still to come (postcopy). Do not
+    /// wait for them.
     Run {
         /// It ran at the source.
         running: bool,
@@ -105,8 +106,11 @@ pub enum Action<'a> {
     /// The stream is over: wait as [`DeviceStates`](crate::core::DeviceStates) says until the state of devices that comes over page
     /// channels was loaded, and [report](super::Destination::device_states).
     DeviceStates,
-    /// Let the guest take over the [state of its devices](super::Destination::devices), and [report](super::Destination::loaded).
+    /// Let the guest take over the [state of its devices](super::Destination::devices), and [report](super::Destination::loaded). In
+    /// postcopy this is said once: go on with the stream meanwhile, for devices may touch pages that have not come.
     LoadDevices,
+    /// The stream is over, and it has not been reported that the devices are loaded: wait for that (postcopy).
+    AwaitStart,
     /// Let the guest have its disks, and [report](super::Destination::activated).
     Activate,
     /// Send a message on the return path. If it cannot be sent, reading will tell.

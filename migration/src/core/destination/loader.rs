@@ -81,6 +81,8 @@ pub(super) enum Then<'a> {
     Do(Action<'a>),
     /// The guest is asked; the phase says what.
     Ask(Phase),
+    /// The guest is to be started, and the stream goes on.
+    Start,
 }
 
 impl Loader {
@@ -112,6 +114,7 @@ impl Loader {
                 | Command::PostcopyListen
                 | Command::PostcopyRun),
             ) if self.postcopy.allowed => return self.postcopy.command(command, &self.listed),
+            Event::Command(Command::Ping(value)) if self.return_path && self.postcopy.holds(value) => {}
             Event::Command(command) => {
                 if let Some(message) = self.command(&command)?.filter(|_| self.return_path) {
                     return Ok(Then::Do(Action::Send(message)));

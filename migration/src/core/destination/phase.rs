@@ -25,8 +25,8 @@ pub(super) enum Phase {
     Package { len: u64 },
     /// A page that is missing is waited for, and placed.
     Place { page: PageAt, zero: bool },
-    /// The guest starts, and some of its memory is missing.
-    Starting { running: bool },
+    /// The stream is over, and the guest has not been started.
+    AwaitingStart,
     /// The page channels are waited for.
     Synchronising(Mark),
     /// The page channels are told that memory is complete.

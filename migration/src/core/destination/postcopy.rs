@@ -2,11 +2,13 @@
 
 use super::{Action, Destination, Phase, Then, Turn, located};
 use crate::{LoadError, MigrationError, PAGE_SIZE};
+use qevm_returnpath::Message;
 use qevm_savevm::{
     command::{Command, PostcopyAdvise},
     ram::{BlockId, PageAt},
 };
 use qevm_wire::{CountedString, Decode};
+use std::collections::VecDeque;
 
 /// What the source has said about it.
 #[derive(Debug, Default)]
@@ -20,11 +22,35 @@ pub(super) struct Postcopy {
     pub(super) runs: bool,
     /// Pages are missing until they are placed.
     pub(super) listens: bool,
+    /// All of the package is here.
+    packaged: bool,
+    /// PINGs of the package: the answers say that the devices are loaded (10.2).
+    held: VecDeque<u32>,
+}
+
+/// How far the start of the guest is, which goes on beside the stream: pages that its devices need are there.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Start {
+    /// The guest takes over the state of its devices.
+    Loading,
+    /// The guest takes over its disks.
+    Activating { running: bool },
+    /// The source is told that it may not run the guest any more.
+    Answering { running: bool },
 }
 
 impl Postcopy {
     pub(super) fn new(allowed: bool) -> Self {
         Postcopy { allowed, ..Postcopy::default() }
+    }
+
+    /// Whether a PING is one that is answered when the devices are loaded.
+    pub(super) fn holds(&mut self, ping: u32) -> bool {
+        let inside = self.listens && !self.packaged;
+        if inside {
+            self.held.push_back(ping);
+        }
+        inside
     }
 
     /// Takes a command in, and says what follows.
@@ -41,7 +67,7 @@ impl Postcopy {
                 }
                 self.advised = true;
             }
-            _ if self.runs => return misplaced(name, "after POSTCOPY_RUN"),
+            _ if self.packaged => return misplaced(name, "after POSTCOPY_RUN"),
             _ if !self.advised => return misplaced(name, "without POSTCOPY_ADVISE"),
             Command::RamDiscard(_) | Command::Packaged { .. } | Command::PostcopyListen if self.listens => {
                 return misplaced(name, "after POSTCOPY_LISTEN");
@@ -67,7 +93,10 @@ impl Postcopy {
                 return Ok(Then::Do(Action::Listen));
             }
             Command::PostcopyRun if !self.listens => return misplaced(name, "without POSTCOPY_LISTEN"),
-            Command::PostcopyRun => return Ok(Then::Ask(Phase::LoadingDevices)),
+            Command::PostcopyRun => {
+                self.packaged = true;
+                return Ok(Then::Start);
+            }
             _ => {}
         }
         Ok(Then::Do(Action::Continue))
@@ -78,6 +107,30 @@ impl Destination {
     /// Whether the guest runs here though the migration goes on (postcopy).
     pub fn runs_early(&self) -> bool {
         self.loader.postcopy.runs
+    }
+
+    /// What is to be done to start the guest. It does not depend on what arrives.
+    pub(super) fn starting(&mut self) -> Option<Action<'static>> {
+        match self.start? {
+            Start::Loading => None,
+            Start::Activating { .. } => Some(Action::Activate),
+            Start::Answering { running } => match self.loader.postcopy.held.pop_front() {
+                Some(value) => Some(Action::Send(Message::Pong { value })),
+                None => {
+                    self.start = None;
+                    self.loader.postcopy.runs = true;
+                    if let Phase::AwaitingStart = self.phase {
+                        self.phase = self.verdict(running);
+                    }
+                    Some(Action::Run { running })
+                }
+            },
+        }
+    }
+
+    /// Whether [`next`](Self::next) says how to start the guest, whatever arrives.
+    pub fn starts(&self) -> bool {
+        matches!(self.start, Some(Start::Activating { .. } | Start::Answering { .. }))
     }
 
     /// The package is loaded when all of it is here.
@@ -117,7 +170,7 @@ impl Destination {
     }
 
     /// An error after which the guest is here and some of its memory is not.
-    pub(super) fn broken(&self, error: MigrationError) -> MigrationError {
+    pub(crate) fn broken(&self, error: MigrationError) -> MigrationError {
         match error {
             MigrationError::PostcopyBroken { .. } => error,
             error if self.runs_early() => MigrationError::PostcopyBroken { reason: error.into() },

@@ -1,7 +1,10 @@
 //! Iterative devices at the destination: what their sections mean, and in which order they may come.
 
 use super::*;
-use crate::core::{DeviceOptions, DeviceStateError};
+use crate::{
+    DeviceSection,
+    core::{DeviceOptions, DeviceStateError},
+};
 use qevm_returnpath::{SwitchoverError, switchover::SwitchoverAckFlow};
 use qevm_savevm::{
     Event, StreamWriter,
@@ -10,7 +13,7 @@ use qevm_savevm::{
     ram::{BlockId, RamBlock},
     vfio::VfioRecord,
 };
-use qevm_wire::{Blame, Fault};
+use qevm_wire::{Blame, CountedString, Fault};
 
 const CONFIG: &[u8] = b"the configuration";
 const RAM: u32 = 1;

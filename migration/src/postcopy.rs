@@ -1,0 +1,83 @@
+//! The destination of a postcopy: the guest runs here, and the rest of its memory comes after it.
+//!
+//! Whoever touches a page that has not come waits until it is there. The source is asked for it, once, and sends it before all others.
+//!
+//! ```text
+//!  guest, devices ──touch──▶ MissingPages::wait ─▶ PageFaults ─▶ REQ_PAGES ──▶ source
+//!                    whoever waits goes on ◀─ MissingPages::fill ◀─ page ◀── source
+//! ```
+//!
+//! Two threads do that from the moment on at which memory is missing: the devices, which are loaded meanwhile, may touch it, too. A page that was
+//! filled in is never filled in again, and one that does not come is not filled in at all: who waits for it waits on, so that nobody sees
+//! wrong memory.
+
+mod missing;
+mod start;
+mod stream;
+
+use super::{MigrationError, RestoreProgress};
+pub(crate) use missing::Listening;
+use missing::Shared;
+pub(crate) use start::{Parts, start};
+use std::{mem, sync::Arc, thread::JoinHandle};
+
+/// The part of a guest's memory that is still at the source, from where it comes while the guest runs. Whoever has it
+/// [waits](Postcopy::load) until all is here.
+///
+/// When it is dropped before, memory goes on coming, and nobody learns of the end.
+#[derive(Debug)]
+pub struct Postcopy {
+    shared: Arc<Shared>,
+    /// Reads the stream…
+    reader: Option<JoinHandle<()>>,
+    /// …and asks for pages.
+    asker: Option<JoinHandle<()>>,
+}
+
+impl Postcopy {
+    /// Waits until all of guest memory is here and the source knows it.
+    ///
+    /// # Errors
+    /// [`MigrationError::PostcopyBroken`]. Guest memory is lost then: the guest must be stopped and never run again. Who waits for a
+    /// page waits on, so that nobody has seen wrong memory.
+    pub fn load(mut self) -> Result<(), MigrationError> {
+        let died = || broken(MigrationError::guest("receive guest memory")("its thread has died".into()));
+        let read = self.reader.take().map_or(Ok(()), |reader| reader.join().map_err(|_| died()));
+        self.shared.failure().map_or(read, Err)?;
+        self.shared.stop_asking();
+        let asked = self.asker.take().map_or(Ok(()), |asker| asker.join().map_err(|_| died()));
+        self.shared.failure().map_or(asked, Err)?;
+        self.shared.complete().map_err(broken)
+    }
+
+    /// How far it is.
+    pub fn progress(&self) -> RestoreProgress {
+        self.shared.progress()
+    }
+
+    /// Something that tells how far it is, while others wait.
+    pub fn watch(&self) -> impl Fn() -> RestoreProgress + Send + Sync + 'static {
+        let shared = self.shared.clone();
+        move || shared.progress()
+    }
+}
+
+impl Drop for Postcopy {
+    fn drop(&mut self) {
+        if self.shared.is_started() {
+            // Without whoever makes pages missing they would turn to zeros.
+            mem::forget(self.shared.clone());
+        }
+    }
+}
+
+/// What failed when the guest ran here already.
+fn broken(error: MigrationError) -> MigrationError {
+    match error {
+        MigrationError::PostcopyBroken { .. } => error,
+        error => MigrationError::PostcopyBroken { reason: error.into() },
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,381 @@
+//! Memory that is missing until it comes from the source.
+
+use crate::{
+    Channel, Guest, MigrationError, MissingPages, PAGE_SIZE, RestoreProgress,
+    channel::{Source, write_all},
+    ram_receiver::Listed,
+    touched::Touched,
+};
+use qevm_returnpath::{
+    Message,
+    requests::{PageFaults, RequestBlock, RequestBlocks},
+};
+use qevm_savevm::ram::PageAt;
+use std::{
+    fmt, io,
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
+    thread,
+    thread::JoinHandle,
+};
+
+const LISTEN: &str = "receive guest memory while the guest runs (capability 'postcopy-ram')";
+const ASK: &str = "ask the source for pages that are missing";
+
+/// Guest memory of which parts are missing, and what is known of them.
+pub(super) struct Shared {
+    pages: Box<dyn MissingPages>,
+    /// In the order of the stream.
+    blocks: Vec<Block>,
+    /// What was asked for.
+    book: Mutex<PageFaults>,
+    /// Where the stream comes from, and what is asked goes to.
+    channel: Arc<dyn Channel>,
+    /// Held while a message is written.
+    writing: Mutex<()>,
+    /// Bytes that have not come.
+    remaining: AtomicU64,
+    /// Pages that the source was asked for.
+    requests: AtomicU64,
+    state: Mutex<State>,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    failure: Option<MigrationError>,
+    /// The guest may have been started: what it waits for must not turn to zeros any more.
+    started: bool,
+}
+
+/// A RAM block.
+struct Block {
+    /// Its number in the guest.
+    number: usize,
+    /// Bytes that are filled in at once.
+    unit: u64,
+    units: u64,
+    /// Units that had come before anything was missing. Those of them that nobody has touched are zero.
+    kept: Arc<Touched>,
+    /// Units that were filled in since then, or are about to be.
+    placed: Touched,
+}
+
+/// The pieces of a unit that have come on one channel.
+#[derive(Default)]
+pub(super) struct Assembly {
+    unit: Option<(usize, u64)>,
+    bytes: Vec<u8>,
+    pieces: u64,
+}
+
+/// Memory that is missing, and a thread that asks for what is touched.
+pub(crate) struct Listening {
+    pub(super) shared: Arc<Shared>,
+    pub(super) asker: Option<JoinHandle<()>>,
+}
+
+impl Listening {
+    /// Empties what has not come of `blocks`, or is old, and makes it missing.
+    pub(crate) fn start(
+        guest: &dyn Guest,
+        blocks: &[Listed],
+        channel: Arc<dyn Channel>,
+    ) -> Result<Self, MigrationError> {
+        let pages = guest.hooks().missing_pages().map_err(MigrationError::guest(LISTEN))?;
+        let views = guest.ram();
+        let (mut missing, mut requested) = (Vec::with_capacity(blocks.len()), Vec::with_capacity(blocks.len()));
+        for listed in blocks {
+            let number = views.iter().position(|view| listed.name == *view.name);
+            let (Some(number), Some(received)) = (number, &listed.received) else {
+                let why = format!("nobody knows which pages of RAM block '{}' have come", listed.name);
+                return Err(MigrationError::Guest { doing: LISTEN, source: why.into() });
+            };
+            let block = Block::empty(&*pages, number, listed, received)?;
+            let (name, used_length) = (listed.name.clone(), listed.used_length);
+            requested.push(RequestBlock { name, used_length, page_size: block.unit });
+            missing.push(block);
+        }
+        let requested = RequestBlocks::new(requested).map_err(|error| MigrationError::guest(LISTEN)(error.into()))?;
+        let remaining: u64 = missing.iter().map(Block::remaining).sum();
+        let shared = Arc::new(Shared {
+            pages,
+            blocks: missing,
+            book: Mutex::new(PageFaults::new(requested)),
+            channel,
+            writing: Mutex::default(),
+            remaining: remaining.into(),
+            requests: AtomicU64::default(),
+            state: Mutex::default(),
+        });
+        let asking = shared.clone();
+        let asker = thread::Builder::new().name("page-requests".into()).spawn(move || asking.ask());
+        let asker = asker.map_err(|error| MigrationError::guest("start a thread for missing pages")(error.into()))?;
+        Ok(Listening { shared, asker: Some(asker) })
+    }
+}
+
+impl Drop for Listening {
+    fn drop(&mut self) {
+        // Otherwise it goes on elsewhere.
+        if let Some(asker) = self.asker.take() {
+            self.shared.stop_asking();
+            // It has reported what went wrong.
+            let _ = asker.join();
+        }
+    }
+}
+
+impl Block {
+    /// Makes what has not come of a block missing.
+    fn empty(
+        pages: &dyn MissingPages,
+        number: usize,
+        listed: &Listed,
+        received: &Arc<Touched>,
+    ) -> Result<Block, MigrationError> {
+        let doing = MigrationError::guest;
+        let unit = pages.unit(number).map_err(doing(LISTEN))?;
+        if !unit.is_power_of_two() || unit < PAGE_SIZE || !listed.used_length.is_multiple_of(unit) {
+            let (name, length) = (&listed.name, listed.used_length);
+            let why = format!("the {length} bytes of RAM block '{name}' are no multiple of pages of {unit} bytes");
+            return Err(MigrationError::Guest { doing: LISTEN, source: why.into() });
+        }
+        let units = listed.used_length / unit;
+        let kept = match unit {
+            PAGE_SIZE => received.clone(),
+            _ => {
+                // Of a huge page of which a part is old everything comes again.
+                let kept = Touched::new(units, false);
+                let pages = unit / PAGE_SIZE;
+                let mut next = 0;
+                for gap in received.gaps(listed.used_length / PAGE_SIZE) {
+                    kept.mark(next..gap.start / pages);
+                    next = gap.end.div_ceil(pages);
+                }
+                kept.mark(next..units);
+                Arc::new(kept)
+            }
+        };
+        for gap in kept.gaps(units) {
+            pages.discard(number, gap.start * unit..gap.end * unit).map_err(doing(LISTEN))?;
+        }
+        pages.add(number).map_err(doing(LISTEN))?;
+        Ok(Block { number, unit, units, kept, placed: Touched::new(units, false) })
+    }
+
+    /// Bytes that are to come.
+    fn remaining(&self) -> u64 {
+        self.kept.gaps(self.units).map(|gap| (gap.end - gap.start) * self.unit).sum()
+    }
+}
+
+impl Shared {
+    pub(super) fn progress(&self) -> RestoreProgress {
+        RestoreProgress {
+            remaining: self.remaining.load(Ordering::Relaxed),
+            requests: self.requests.load(Ordering::Relaxed),
+        }
+    }
+
+    pub(super) fn channel(&self) -> Arc<dyn Channel> {
+        self.channel.clone()
+    }
+
+    /// Puts a message on the return path.
+    pub(super) fn send(&self, message: &Message) {
+        let writing = self.writing.lock().unwrap_or_else(PoisonError::into_inner);
+        // If the source is gone, reading will tell.
+        if let Err(error) = write_all(&*self.channel, &mut [Source::bytes(&message.to_bytes())]) {
+            tracing::debug!(%error, ?message, "the return path is broken");
+        }
+        drop(writing);
+    }
+
+    /// Asks for what is touched.
+    fn ask(&self) {
+        loop {
+            let asked = match self.pages.wait() {
+                Ok(None) => return,
+                Ok(Some((block, offset))) => self.touched(block, offset),
+                Err(source) => Err(MigrationError::Guest { doing: ASK, source }),
+            };
+            if let Err(error) = asked {
+                return self.fail(error);
+            }
+        }
+    }
+
+    /// Somebody waits for a page.
+    fn touched(&self, number: usize, offset: u64) -> Result<(), MigrationError> {
+        let found = self.blocks.iter().enumerate().find(|(_, block)| block.number == number);
+        let Some((index, block)) = found.filter(|(_, block)| offset / block.unit < block.units) else {
+            let why = format!("byte {offset:#x} of RAM block {number} was touched, which the source does not have");
+            return Err(MigrationError::Guest { doing: ASK, source: why.into() });
+        };
+        let unit = offset / block.unit;
+        if block.kept.contains(unit) {
+            // It came as zeros, or was never anything else.
+            return self.fill(block, unit, None);
+        }
+        if block.placed.contains(unit) {
+            // Whoever fills it in lets all go on who wait for it.
+            return Ok(());
+        }
+        let message = self.book().fault(index, offset);
+        let message = message.map_err(|error| MigrationError::Guest { doing: ASK, source: error.into() })?;
+        if let Some(message) = message {
+            self.requests.fetch_add(1, Ordering::Relaxed);
+            self.send(&message);
+        }
+        Ok(())
+    }
+
+    /// A page has come, or zeros for it.
+    pub(super) fn place(
+        &self,
+        page: &PageAt,
+        content: Option<&[u8]>,
+        assembly: &mut Assembly,
+    ) -> Result<(), MigrationError> {
+        let index = page.block.index();
+        let Some(block) = self.blocks.get(index) else {
+            let why = format!("RAM block {index} was not listed");
+            return Err(MigrationError::Guest { doing: "fill in guest memory", source: why.into() });
+        };
+        let unit = page.offset / block.unit;
+        let whole = match block.unit {
+            PAGE_SIZE => content,
+            _ => match assembly.add((index, unit), page.offset % block.unit, content, block.unit)? {
+                Some(whole) => Some(whole),
+                None => return Ok(()),
+            },
+        };
+        // What has come before is here, and may be newer.
+        if block.kept.contains(unit) || !block.placed.claim(unit) {
+            return Ok(());
+        }
+        self.fill(block, unit, whole)?;
+        self.remaining.fetch_sub(block.unit, Ordering::Relaxed);
+        self.book().received(index, page.offset);
+        Ok(())
+    }
+
+    fn fill(&self, block: &Block, unit: u64, content: Option<&[u8]>) -> Result<(), MigrationError> {
+        let offset = unit * block.unit;
+        let filled = match content {
+            Some(content) => self.pages.fill(block.number, offset, content),
+            None => self.pages.fill_zeros(block.number, offset, block.unit),
+        };
+        match filled {
+            Err(source) if !(block.kept.contains(unit) && exists(&*source)) => {
+                Err(MigrationError::Guest { doing: "fill in guest memory", source })
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Something failed, after which no page is asked for.
+    pub(super) fn fail(&self, error: MigrationError) {
+        let mut state = self.lock();
+        state.failure.get_or_insert(error);
+        if !state.started {
+            // The guest will not be started, so that whoever loads its devices may find zeros and need not wait for ever.
+            if let Err(error) = self.pages.release() {
+                tracing::error!(error, "who waits for guest memory waits for ever");
+            }
+        }
+        drop(state);
+        self.stop_asking();
+    }
+
+    /// What has failed first.
+    pub(super) fn failure(&self) -> Option<MigrationError> {
+        self.lock().failure.take()
+    }
+
+    /// The guest may be started from here on.
+    pub(super) fn start_guest(&self) -> Result<(), MigrationError> {
+        let mut state = self.lock();
+        match state.failure.take() {
+            Some(error) => Err(error),
+            None => {
+                state.started = true;
+                Ok(())
+            }
+        }
+    }
+
+    pub(super) fn is_started(&self) -> bool {
+        self.lock().started
+    }
+
+    pub(super) fn stop_asking(&self) {
+        self.pages.stop();
+    }
+
+    /// Nothing more comes: nothing may be missing.
+    pub(super) fn complete(&self) -> Result<(), MigrationError> {
+        match self.remaining.load(Ordering::Relaxed) {
+            0 => self.pages.release().map_err(MigrationError::guest("end the loading of guest memory"))?,
+            left => {
+                let why = format!("the source has ended, and {left} bytes of guest memory have not come");
+                return Err(MigrationError::Guest { doing: "receive guest memory", source: why.into() });
+            }
+        }
+        self.lock().started = false;
+        Ok(())
+    }
+
+    fn book(&self) -> MutexGuard<'_, PageFaults> {
+        self.book.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Assembly {
+    /// Takes a piece in. Gives the unit when it is whole.
+    fn add(
+        &mut self,
+        unit: (usize, u64),
+        at: u64,
+        content: Option<&[u8]>,
+        len: u64,
+    ) -> Result<Option<&[u8]>, MigrationError> {
+        if self.unit.is_some_and(|begun| begun != unit) {
+            let why = "a huge page was begun, and pages of another came before it was whole";
+            return Err(MigrationError::Guest { doing: "fill in guest memory", source: why.into() });
+        }
+        if self.unit.replace(unit).is_none() {
+            self.bytes.clear();
+            self.bytes.resize(len as usize, 0);
+            self.pieces = 0;
+        }
+        let bytes = &mut self.bytes[at as usize..][..PAGE_SIZE as usize];
+        match content {
+            Some(content) => bytes.copy_from_slice(content),
+            None => bytes.fill(0),
+        }
+        self.pieces += 1;
+        if self.pieces * PAGE_SIZE < len {
+            return Ok(None);
+        }
+        self.unit = None;
+        Ok(Some(&self.bytes))
+    }
+}
+
+/// Whether a page was there already.
+fn exists(error: &(dyn std::error::Error + Send + Sync + 'static)) -> bool {
+    error.downcast_ref::<io::Error>().is_some_and(|error| error.kind() == io::ErrorKind::AlreadyExists)
+}
+
+impl fmt::Debug for Shared {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Postcopy").field("remaining", &self.remaining).finish_non_exhaustive()
+    }
+}

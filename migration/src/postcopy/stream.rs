@@ -1,0 +1,111 @@
+//! The thread that reads the stream when the guest runs before its memory has come.
+
+use super::missing::{Assembly, Shared};
+use crate::{
+    MigrationError,
+    core::destination::{Action, Destination, Turn},
+    destination::leave,
+    inlet::Inlet,
+    verdict,
+};
+use std::{
+    sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError},
+    time::Instant,
+};
+
+/// The stream, and what it says.
+pub(super) struct Stream {
+    pub(super) shared: Arc<Shared>,
+    core: Mutex<Destination>,
+    /// The guest has been started, or will not be.
+    started: Condvar,
+    /// Time 0 of the core.
+    pub(super) start: Instant,
+}
+
+impl Stream {
+    pub(super) fn new(shared: Arc<Shared>, core: Destination, start: Instant) -> Self {
+        Stream { shared, core: Mutex::new(core), started: Condvar::new(), start }
+    }
+
+    pub(super) fn core(&self) -> MutexGuard<'_, Destination> {
+        self.core.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Who waits for the start of the guest looks again.
+    pub(super) fn wake(&self) {
+        self.started.notify_all();
+    }
+
+    /// Reads to the end, or until something fails. `first` has been read already; the core knows where that is.
+    pub(super) fn read(&self, first: &[u8]) {
+        let channel = self.shared.channel();
+        let mut inlet = Inlet::new(&*channel, first, self.core().offset());
+        if let Err(error) = self.follow(&mut inlet) {
+            leave(&mut self.core(), &*channel, self.start, &error, |message| self.shared.send(message));
+            self.shared.fail(error);
+        }
+        channel.finish_writing();
+    }
+
+    /// Does what the core says.
+    fn follow(&self, inlet: &mut Inlet<'_>) -> Result<(), MigrationError> {
+        let channel = self.shared.channel();
+        let mut assembly = Assembly::default();
+        loop {
+            let mut core = self.core();
+            let Turn { consumed, action } = core.next(inlet.bytes())?;
+            match action {
+                Action::Place { page, content } => {
+                    drop(core);
+                    self.shared.place(&page, content, &mut assembly)?;
+                }
+                Action::Continue => {}
+                Action::Read { at_least, .. } => {
+                    drop(core);
+                    let filled = inlet.fill(at_least)?;
+                    let mut core = self.core();
+                    match filled {
+                        true => core.arrived(self.start.elapsed()),
+                        false => core.end_of_input(),
+                    }
+                }
+                Action::Send(message) => {
+                    drop(core);
+                    self.shared.send(&message);
+                }
+                // The page channels have had nothing to carry since the guest stopped.
+                Action::Synchronise(_) | Action::EndOfMemory => core.synchronised(Ok(()))?,
+                Action::AwaitStart => {
+                    let waited = self.started.wait(core);
+                    drop(waited.unwrap_or_else(PoisonError::into_inner));
+                }
+                Action::Tell { message, .. } => {
+                    if let Err(doubt) = verdict::send(&*channel, &message) {
+                        // The guest is here with all that it has, and the source knows that it left.
+                        tracing::debug!(%doubt, "the source may not know that all of the guest is here");
+                    }
+                    core.told(Ok(()))?;
+                }
+                Action::Complete { .. } => return Ok(()),
+                // The devices could not be loaded; the source has been told.
+                Action::Linger { .. } => {
+                    drop(core);
+                    match inlet.fill(1) {
+                        Ok(true) => inlet.consume(inlet.bytes().len()),
+                        _ => self.core().end_of_input(),
+                    }
+                    continue;
+                }
+                Action::Close => return Ok(()),
+                other => {
+                    let error = core.refuse(crate::LoadError::Unsupported(format!("{other:?} in postcopy")));
+                    return Err(core.broken(error));
+                }
+            }
+            if consumed > 0 {
+                inlet.consume(consumed);
+            }
+        }
+    }
+}

@@ -1,0 +1,469 @@
+use crate::{
+    Arrival, Capabilities, Channel, DeviceSection, Devices, DirtyLog, Guest, GuestError, Hooks, Job, LoadError,
+    MigrationError, MissingPages, RamView, Rest, SavedDevices, Socket, Status, ram_receiver::Listed, receive,
+    touched::Touched,
+};
+use qevm_returnpath::{Decoder, Event, Message};
+use qevm_savevm::{
+    StreamWriter,
+    command::{Command, DiscardRange, PostcopyAdvise, RamDiscard},
+    framing::SectionHeader,
+    ram::{BlockId, PageAt, RamBlock},
+};
+use qevm_wire::{CountedString, Driver, Profile, QemuVersion};
+use std::{
+    collections::BTreeMap,
+    io::{self, Write},
+    net::Shutdown,
+    ops::Range,
+    os::unix::net::UnixStream,
+    sync::{
+        Arc, Condvar, Mutex,
+        mpsc::{Receiver, Sender, channel},
+    },
+    thread,
+    time::Duration,
+};
+use vm_memory::{MmapRegion, VolatileMemory};
+
+const PAGE: u64 = 4096;
+const PAGES: u64 = 64;
+const RAM: u32 = 1;
+/// Far more than anything here takes.
+const LONG: Duration = Duration::from_secs(60);
+
+/// Memory that is told what is touched.
+struct Memory {
+    unit: u64,
+    touched: Mutex<Receiver<Option<u64>>>,
+    touch: Sender<Option<u64>>,
+    state: Mutex<State>,
+    changed: Condvar,
+}
+
+#[derive(Default)]
+struct State {
+    /// Pages that have something in them, and the first byte of it.
+    present: BTreeMap<u64, u8>,
+    discarded: Vec<Range<u64>>,
+    missing: bool,
+    released: bool,
+}
+
+/// What the engine has of it, and the test keeps.
+struct Handle(Arc<Memory>);
+
+impl Memory {
+    fn new(unit: u64) -> Arc<Self> {
+        let (touch, touched) = channel();
+        let (state, changed) = (Mutex::default(), Condvar::new());
+        Arc::new(Memory { unit, touched: Mutex::new(touched), touch, state, changed })
+    }
+
+    fn touch(&self, page: u64) {
+        self.touch.send(Some(page * PAGE + 17)).unwrap();
+    }
+
+    /// Waits until a page is there, and gives its first byte; `None` if it is zero because nobody waits any more.
+    fn wait_for(&self, page: u64) -> Option<u8> {
+        let waiting = |state: &mut State| !state.present.contains_key(&page) && !state.released;
+        let state = self.changed.wait_timeout_while(self.state.lock().unwrap(), LONG, waiting).unwrap();
+        assert!(!state.1.timed_out(), "page {page} has not come");
+        state.0.present.get(&page).copied()
+    }
+
+    fn has(&self, page: u64) -> bool {
+        self.state.lock().unwrap().present.contains_key(&page)
+    }
+}
+
+impl MissingPages for Handle {
+    fn unit(&self, block: usize) -> Result<u64, GuestError> {
+        assert_eq!(block, 0);
+        Ok(self.0.unit)
+    }
+
+    fn discard(&self, block: usize, bytes: Range<u64>) -> Result<(), GuestError> {
+        let mut state = self.0.state.lock().unwrap();
+        assert!(block == 0 && !state.missing && (bytes.start | bytes.end).is_multiple_of(self.0.unit));
+        let pages = bytes.start / PAGE..bytes.end / PAGE;
+        state.present.retain(|page, _| !pages.contains(page));
+        state.discarded.push(pages);
+        Ok(())
+    }
+
+    fn add(&self, _: usize) -> Result<(), GuestError> {
+        self.0.state.lock().unwrap().missing = true;
+        Ok(())
+    }
+
+    fn wait(&self) -> Result<Option<(usize, u64)>, GuestError> {
+        Ok(self.0.touched.lock().unwrap().recv()?.map(|offset| (0, offset)))
+    }
+
+    fn fill(&self, _: usize, offset: u64, bytes: &[u8]) -> Result<(), GuestError> {
+        let mut state = self.0.state.lock().unwrap();
+        assert!(state.missing && (offset | bytes.len() as u64).is_multiple_of(self.0.unit));
+        for (page, content) in (offset / PAGE..).zip(bytes.chunks(PAGE as usize)) {
+            if state.present.contains_key(&page) {
+                return Err(io::Error::from(io::ErrorKind::AlreadyExists).into());
+            }
+            assert!(content.iter().all(|byte| *byte == content[0]));
+            state.present.insert(page, content[0]);
+        }
+        self.0.changed.notify_all();
+        Ok(())
+    }
+
+    fn fill_zeros(&self, block: usize, offset: u64, len: u64) -> Result<(), GuestError> {
+        self.fill(block, offset, &vec![0; len as usize])
+    }
+
+    fn stop(&self) {
+        let _ = self.0.touch.send(None);
+    }
+
+    fn release(&self) -> Result<(), GuestError> {
+        self.0.state.lock().unwrap().released = true;
+        self.0.changed.notify_all();
+        Ok(())
+    }
+}
+
+/// A guest whose only device, when it is loaded, looks at pages of memory.
+struct Late {
+    memory: Arc<Memory>,
+    ram: MmapRegion,
+    looks_at: Vec<u64>,
+    refuses: bool,
+    /// What the device has found.
+    found: Mutex<Vec<Option<u8>>>,
+}
+
+impl Late {
+    fn new(unit: u64) -> Self {
+        let ram = MmapRegion::new((PAGES * PAGE) as usize).unwrap();
+        Late { memory: Memory::new(unit), ram, looks_at: Vec::new(), refuses: false, found: Mutex::default() }
+    }
+}
+
+impl Guest for Late {
+    fn machine_type(&self) -> &str {
+        "microvm"
+    }
+
+    fn ram(&self) -> Vec<RamView<'_>> {
+        vec![RamView { name: "ram", memory: self.ram.as_volatile_slice(), pristine: true }]
+    }
+
+    fn start_dirty_log(&self) -> Result<Box<dyn DirtyLog + '_>, GuestError> {
+        Err("it stays here".into())
+    }
+
+    fn pause(&self) -> Result<bool, GuestError> {
+        Ok(false)
+    }
+
+    fn resume(&self) -> Result<(), GuestError> {
+        Ok(())
+    }
+
+    fn devices(&self) -> &dyn Devices {
+        self
+    }
+
+    fn hooks(&self) -> &dyn Hooks {
+        self
+    }
+}
+
+impl Hooks for Late {
+    fn missing_pages(&self) -> Result<Box<dyn MissingPages>, GuestError> {
+        Ok(Box::new(Handle(self.memory.clone())))
+    }
+}
+
+impl Devices for Late {
+    fn save(&self, _: &Profile, _: bool) -> Result<SavedDevices, GuestError> {
+        Err("it stays here".into())
+    }
+
+    fn has(&self, idstr: &CountedString, _: u32) -> bool {
+        *idstr == *"device"
+    }
+
+    fn load(&self, devices: &[DeviceSection]) -> Result<bool, GuestError> {
+        assert_eq!(devices.len(), 1);
+        for page in &self.looks_at {
+            self.memory.touch(*page);
+            let found = self.memory.wait_for(*page);
+            self.found.lock().unwrap().push(found);
+        }
+        if self.refuses { Err("the device does not like its state".into()) } else { Ok(true) }
+    }
+}
+
+/// The source's end.
+struct Peer {
+    stream: StreamWriter,
+    socket: UnixStream,
+    answers: Driver<UnixStream, Decoder>,
+}
+
+fn name(text: &str) -> CountedString {
+    CountedString::new(text).unwrap()
+}
+
+impl Peer {
+    fn new() -> (Peer, Arc<dyn Channel>) {
+        let (here, there) = UnixStream::pair().unwrap();
+        let answers = Driver::new(here.try_clone().unwrap(), Decoder::default());
+        let there = Arc::new(Socket::adopt(there.into()).unwrap());
+        (Peer { stream: StreamWriter::default(), socket: here, answers }, there)
+    }
+
+    fn flush(&mut self) {
+        // What a destination that has failed does not read is lost.
+        let _ = self.socket.write_all(&self.stream.take());
+    }
+
+    /// The beginning, with these pages, of which some are old.
+    fn begin(&mut self, pages: &[(u64, u8)], old: &[u64]) {
+        let stream = &mut self.stream;
+        stream.header(None).unwrap();
+        stream.command(Command::OpenReturnPath).unwrap();
+        let advise = PostcopyAdvise { page_size_summary: PAGE, target_page_size: PAGE };
+        stream.command(Command::PostcopyAdvise(Some(advise))).unwrap();
+        let header = SectionHeader { section_id: RAM, idstr: name("ram"), instance_id: 0, version_id: 4 };
+        stream.section_start(&header).unwrap();
+        stream.ram_setup([RamBlock::new(name("ram"), PAGES * PAGE)]).unwrap();
+        stream.eos().unwrap();
+        stream.footer().unwrap();
+        self.pages(pages);
+        let ranges = old.iter().map(|page| DiscardRange { start: page * PAGE, len: PAGE }).collect();
+        self.stream.command(Command::RamDiscard(RamDiscard { block: name("ram"), ranges })).unwrap();
+    }
+
+    fn pages(&mut self, pages: &[(u64, u8)]) {
+        self.stream.section_part(RAM).unwrap();
+        for (page, content) in pages {
+            match content {
+                0 => self.stream.zero_page(BlockId(0), page * PAGE).unwrap(),
+                content => self.stream.page(BlockId(0), page * PAGE, &[*content; PAGE as usize]).unwrap(),
+            }
+        }
+        self.stream.eos().unwrap();
+        self.stream.footer().unwrap();
+        self.flush();
+    }
+
+    fn package(&mut self) {
+        let mut package = self.stream.package_writer();
+        package.command(Command::PostcopyListen).unwrap();
+        let header = SectionHeader { section_id: 2, idstr: name("device"), instance_id: 0, version_id: 1 };
+        package.section_full(&header, b"state").unwrap();
+        package.command(Command::Ping(3)).unwrap();
+        package.command(Command::Ping(0x42)).unwrap();
+        package.command(Command::PostcopyRun).unwrap();
+        self.stream.package(package.bytes()).unwrap();
+        self.stream.command(Command::Ping(4)).unwrap();
+        self.flush();
+    }
+
+    fn end(&mut self) {
+        self.stream.section_end(RAM).unwrap();
+        self.stream.eos().unwrap();
+        self.stream.footer().unwrap();
+        self.stream.eof().unwrap();
+        self.flush();
+    }
+
+    /// The destination's next message; `None` at its end.
+    fn hear(&mut self) -> Option<Message> {
+        loop {
+            match self.answers.next().unwrap()? {
+                Event::Message(message) => return Some(message),
+                _ => continue,
+            }
+        }
+    }
+
+    /// The answer to a PING and the request for a page, which two threads send.
+    fn hear_both(&mut self, ping: u32, page: u64) {
+        let (mut pong, mut request) = (None, None);
+        for _ in 0..2 {
+            match self.hear() {
+                Some(Message::Pong { value }) => pong = Some(value),
+                Some(Message::ReqPages { start, .. }) => request = Some(start / PAGE),
+                other => panic!("{other:?}"),
+            }
+        }
+        assert_eq!((pong, request), (Some(ping), Some(page)));
+    }
+
+    fn hear_request(&mut self) -> u64 {
+        match self.hear() {
+            Some(Message::ReqPages { start, len: 4096, .. }) => start / PAGE,
+            other => panic!("{other:?}"),
+        }
+    }
+}
+
+fn arrive(guest: &Late, there: Arc<dyn Channel>, job: &Job) -> Result<Arrival, MigrationError> {
+    job.set_capabilities(Capabilities { postcopy_ram: true, return_path: true, ..Capabilities::default() }).unwrap();
+    job.begin().unwrap();
+    receive(guest, there.into(), job, &Profile::new(QemuVersion::NEWEST, "microvm"))
+}
+
+fn at_source(arrival: Arrival) -> super::Postcopy {
+    match arrival.rest {
+        Some(Rest::AtSource(rest)) => rest,
+        other => panic!("{other:?}"),
+    }
+}
+
+#[test]
+fn devices_get_the_pages_that_they_look_at_and_the_source_learns_that_they_are_loaded() {
+    let guest = Late { looks_at: vec![7, 5, 40, 6], ..Late::new(PAGE) };
+    let (mut peer, there) = Peer::new();
+    let job = Job::default();
+    thread::scope(|scope| {
+        let arriving = scope.spawn(|| at_source(arrive(&guest, there, &job).unwrap()));
+        // Page 5 came as zeros, and page 7 is old.
+        peer.begin(&[(5, 0), (6, 6), (7, 7)], &[7]);
+        peer.package();
+        // That the devices are loaded is said when they are.
+        peer.hear_both(4, 7);
+        peer.pages(&[(7, 70)]);
+        assert_eq!(peer.hear_request(), 40);
+        assert_eq!(job.status(), Status::PostcopyDevice);
+        // Page 6 was read into the guest's memory, which the double does not see.
+        guest.memory.state.lock().unwrap().present.insert(6, 6);
+        peer.pages(&[(40, 0)]);
+        assert_eq!(peer.hear(), Some(Message::Pong { value: 3 }));
+        assert_eq!(peer.hear(), Some(Message::Pong { value: 0x42 }));
+        let rest = arriving.join().unwrap();
+        assert_eq!(*guest.found.lock().unwrap(), [Some(70), Some(0), Some(0), Some(6)]);
+        assert_eq!(job.status(), Status::PostcopyActive);
+
+        // Now the guest: each page is asked for once, and filled in once.
+        (0..100).for_each(|_| guest.memory.touch(9));
+        guest.memory.touch(11);
+        assert_eq!((peer.hear_request(), peer.hear_request()), (9, 11));
+        peer.pages(&[(9, 9), (9, 99), (7, 99)]);
+        assert_eq!(guest.memory.wait_for(9), Some(9));
+        guest.memory.touch(9);
+        let others: Vec<_> = (0..PAGES).filter(|page| ![5, 6, 7, 9, 40].contains(page)).map(|page| (page, 1)).collect();
+        peer.pages(&others);
+        let watch = rest.watch();
+        peer.end();
+        rest.load().unwrap();
+        assert_eq!(peer.hear(), Some(Message::Shut { status: 0 }));
+        assert_eq!((watch().remaining, watch().requests), (0, 4));
+        assert_eq!((guest.memory.wait_for(9), guest.memory.wait_for(7)), (Some(9), Some(70)));
+        assert!(guest.memory.state.lock().unwrap().released);
+    });
+}
+
+#[test]
+fn a_guest_whose_devices_cannot_be_loaded_stays_at_the_source() {
+    let guest = Late { looks_at: vec![3], refuses: true, ..Late::new(PAGE) };
+    let (mut peer, there) = Peer::new();
+    let job = Job::default();
+    thread::scope(|scope| {
+        let arriving = scope.spawn(|| arrive(&guest, there, &job));
+        peer.begin(&[], &[3]);
+        peer.package();
+        peer.hear_both(4, 3);
+        peer.pages(&[(3, 3)]);
+        assert_eq!(peer.hear(), Some(Message::Shut { status: 1 }));
+        assert_eq!(peer.hear(), None);
+        drop(peer);
+        let failed = arriving.join().unwrap();
+        let Err(MigrationError::Load(error)) = &failed else { panic!("{failed:?}") };
+        assert!(matches!(error.kind, LoadError::Devices(_)), "{error}");
+        assert_eq!(*guest.found.lock().unwrap(), [Some(3)]);
+    });
+}
+
+#[test]
+fn a_source_that_is_lost_before_the_devices_are_loaded_has_the_guest() {
+    for cut in [false, true] {
+        let guest = Late { looks_at: vec![3], ..Late::new(PAGE) };
+        let (mut peer, there) = Peer::new();
+        let job = Job::default();
+        thread::scope(|scope| {
+            let arriving = scope.spawn(|| arrive(&guest, there, &job));
+            peer.begin(&[], &[3]);
+            peer.package();
+            peer.hear_both(4, 3);
+            match cut {
+                true => peer.socket.shutdown(Shutdown::Both).unwrap(),
+                // Nonsense.
+                false => peer.stream.command(Command::PostcopyListen).unwrap(),
+            }
+            peer.flush();
+            let failed = arriving.join().unwrap();
+            // Nobody waits for ever, and nobody has the zeros: the guest is not started.
+            assert!(matches!(failed, Err(MigrationError::Load(_) | MigrationError::Receive { .. })), "{failed:?}");
+            assert_eq!(*guest.found.lock().unwrap(), [None]);
+        });
+    }
+}
+
+#[test]
+fn memory_that_does_not_come_is_never_filled_in() {
+    for all_said in [false, true] {
+        let guest = Late::new(PAGE);
+        let (mut peer, there) = Peer::new();
+        let job = Job::default();
+        thread::scope(|scope| {
+            let arriving = scope.spawn(|| at_source(arrive(&guest, there, &job).unwrap()));
+            peer.begin(&[(1, 1)], &[2]);
+            peer.package();
+            let rest = arriving.join().unwrap();
+            guest.memory.touch(30);
+            while !matches!(peer.hear(), Some(Message::ReqPages { start: 0x1e000, .. })) {}
+            match all_said {
+                true => peer.end(),
+                false => peer.socket.shutdown(Shutdown::Both).unwrap(),
+            }
+            let failed = rest.load().unwrap_err();
+            assert!(matches!(failed, MigrationError::PostcopyBroken { .. }), "{failed}");
+            assert!(!guest.memory.has(30));
+            assert!(!guest.memory.state.lock().unwrap().released, "who waits would find zeros");
+        });
+    }
+}
+
+#[test]
+fn a_huge_page_is_filled_in_when_all_of_it_is_here() {
+    let memory = Memory::new(4 * PAGE);
+    let guest = Late { memory: memory.clone(), ..Late::new(PAGE) };
+    let received = Touched::new(PAGES, false);
+    // The second page of four is whole, the third is not.
+    received.mark(4..11);
+    let touched = Arc::new(Touched::new(PAGES, false));
+    let listed = Listed { name: name("ram"), used_length: PAGES * PAGE, touched, received: Some(Arc::new(received)) };
+    let (mut peer, there) = Peer::new();
+    let listening = super::Listening::start(&guest, &[listed], there).unwrap();
+    assert_eq!(memory.state.lock().unwrap().discarded, [0..4, 8..PAGES]);
+    memory.touch(9);
+    let request = Message::ReqPages { block: Some(name("ram")), start: 8 * PAGE, len: 4 * PAGE as u32 };
+    assert_eq!(peer.hear(), Some(request));
+    let mut assembly = super::missing::Assembly::default();
+    let mut place = |page: u64, content: Option<&[u8]>| {
+        let page = PageAt { block: BlockId(0), offset: page * PAGE, named: false };
+        listening.shared.place(&page, content, &mut assembly)
+    };
+    for page in 8..11 {
+        place(page, Some(&[1; PAGE as usize])).unwrap();
+        assert!(!memory.has(page));
+    }
+    place(11, Some(&[1; PAGE as usize])).unwrap();
+    assert!((8..12).all(|page| memory.has(page)));
+    assert_eq!(listening.shared.progress().remaining, (PAGES - 8) * PAGE);
+    place(12, None).unwrap();
+    let mixed = place(16, None).unwrap_err();
+    assert!(mixed.to_string().contains("another came before it was whole"), "{mixed}");
+}
