@@ -319,7 +319,11 @@ impl Engine<'_> {
                     return Ok(Some(Arrival { running, bytes: self.received(), rest }));
                 }
                 // These follow the devices of a postcopy, after which somebody else goes on.
-                other @ (Action::AwaitStart | Action::Run { .. } | Action::Place { .. }) => {
+                other @ (Action::AwaitStart
+                | Action::Run { .. }
+                | Action::Place { .. }
+                | Action::SendBitmap(_)
+                | Action::Resume) => {
                     return Err(self.core.refuse(LoadError::Unsupported(format!("{other:?}"))));
                 }
                 // These follow a failure, after which nobody is here.

@@ -157,7 +157,7 @@ pub use lazy::{LazyRestore, MissingPages, RestoreProgress};
 pub use parameters::{BadParameter, Mode, Parameters};
 pub use pending::{IterativeDevice, Pending};
 pub use pipe::Pipe;
-pub use postcopy::Postcopy;
+pub use postcopy::{Postcopy, Recovery};
 pub use registry::{Registry, RegistryError};
 pub use return_path::ReturnPathError;
 pub use snapshot::ProtectedPages;

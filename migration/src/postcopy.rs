@@ -12,12 +12,14 @@
 //! wrong memory.
 
 mod missing;
+mod recovery;
 mod start;
 mod stream;
 
-use super::{MigrationError, RestoreProgress};
+use super::{Job, MigrationError, RestoreProgress};
 pub(crate) use missing::Listening;
 use missing::Shared;
+pub use recovery::Recovery;
 pub(crate) use start::{Parts, start};
 use std::{mem, sync::Arc, thread::JoinHandle};
 
@@ -35,12 +37,17 @@ pub struct Postcopy {
 }
 
 impl Postcopy {
-    /// Waits until all of guest memory is here and the source knows it.
+    /// Waits until all of guest memory is here and the source knows it. `job` has the status: a connection that is lost pauses the
+    /// postcopy until another [is there](Recovery).
     ///
     /// # Errors
     /// [`MigrationError::PostcopyBroken`]. Guest memory is lost then: the guest must be stopped and never run again. Who waits for a
     /// page waits on, so that nobody has seen wrong memory.
-    pub fn load(mut self) -> Result<(), MigrationError> {
+    pub fn load(mut self, job: &Job) -> Result<(), MigrationError> {
+        while let Some(status) = self.shared.wait_for_news() {
+            // Too late to be cancelled.
+            let _ = job.advance(status);
+        }
         let died = || broken(MigrationError::guest("receive guest memory")("its thread has died".into()));
         let read = self.reader.take().map_or(Ok(()), |reader| reader.join().map_err(|_| died()));
         self.shared.failure().map_or(read, Err)?;
@@ -48,6 +55,11 @@ impl Postcopy {
         let asked = self.asker.take().map_or(Ok(()), |asker| asker.join().map_err(|_| died()));
         self.shared.failure().map_or(asked, Err)?;
         self.shared.complete().map_err(broken)
+    }
+
+    /// What pauses it and lets it go on.
+    pub fn recovery(&self) -> Recovery {
+        Recovery { shared: self.shared.clone() }
     }
 
     /// How far it is.

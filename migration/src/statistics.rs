@@ -21,6 +21,10 @@ pub enum Status {
     PostcopyDevice,
     /// The guest runs at the destination, and not all of its memory is there.
     PostcopyActive,
+    /// The connection was lost meanwhile, and another is waited for.
+    PostcopyPaused,
+    /// Another connection is there, and both sides find out what is missing.
+    PostcopyRecover,
     /// The peer has taken over.
     Completed,
     /// Something went wrong, and is being cleared up (11.0).
@@ -44,6 +48,8 @@ impl Status {
             Status::Device => "device",
             Status::PostcopyDevice => "postcopy-device",
             Status::PostcopyActive => "postcopy-active",
+            Status::PostcopyPaused => "postcopy-paused",
+            Status::PostcopyRecover => "postcopy-recover",
             Status::Completed => "completed",
             Status::Failing => "failing",
             Status::Failed => "failed",
@@ -60,7 +66,10 @@ impl Status {
 
     /// Whether the guest has gone, or is going, before its memory: that cannot be taken back.
     pub fn is_postcopy(self) -> bool {
-        matches!(self, Status::PostcopyDevice | Status::PostcopyActive)
+        matches!(
+            self,
+            Status::PostcopyDevice | Status::PostcopyActive | Status::PostcopyPaused | Status::PostcopyRecover
+        )
     }
 }
 

@@ -20,7 +20,7 @@ use crate::machine::{Machine, Stop};
 use qevm_migration::dirty_rate::{self, Gauge};
 use qevm_migration::{
     Address, BadCapability, Guest, GuestError, Job, MigrationError, Mode, NoDescriptors, Notice, Outgoing, RULES,
-    Refused, RestoreProgress, Status, check_transport, migrate,
+    Recovery, Refused, RestoreProgress, Status, check_transport, migrate,
 };
 use qevm_multifd::compression::Compression;
 use qevm_wire::{
@@ -64,6 +64,8 @@ pub struct Vmm {
     incoming: Arc<Job>,
     /// Tells how far the loading of memory is of a guest that runs already.
     rest: Mutex<Option<Watch>>,
+    /// Pauses and recovers a postcopy to here.
+    recovery: Mutex<Option<Recovery>>,
     descriptors: Mutex<Descriptors>,
     state: Mutex<State>,
     /// Held while the vCPUs are started or stopped, the machine is reset, or its devices are saved or loaded.
@@ -164,6 +166,7 @@ impl Vmm {
             outgoing: Arc::default(),
             incoming: Arc::default(),
             rest: Mutex::default(),
+            recovery: Mutex::default(),
             descriptors: Mutex::default(),
             state: Mutex::new(state),
             transition: Mutex::default(),

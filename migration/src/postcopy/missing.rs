@@ -1,7 +1,7 @@
 //! Memory that is missing until it comes from the source.
 
 use crate::{
-    Channel, Guest, MigrationError, MissingPages, PAGE_SIZE, RestoreProgress,
+    Channel, Guest, MigrationError, MissingPages, PAGE_SIZE, RestoreProgress, Status,
     channel::{Source, write_all},
     ram_receiver::Listed,
     touched::Touched,
@@ -11,10 +11,12 @@ use qevm_returnpath::{
     requests::{PageFaults, RequestBlock, RequestBlocks},
 };
 use qevm_savevm::ram::PageAt;
+use qevm_wire::CountedString;
 use std::{
+    collections::VecDeque,
     fmt, io,
     sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
+        Arc, Condvar, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicU64, Ordering},
     },
     thread,
@@ -31,26 +33,71 @@ pub(super) struct Shared {
     blocks: Vec<Block>,
     /// What was asked for.
     book: Mutex<PageFaults>,
-    /// Where the stream comes from, and what is asked goes to.
-    channel: Arc<dyn Channel>,
-    /// Held while a message is written.
-    writing: Mutex<()>,
+    /// Where messages are written to, one at a time.
+    outlet: Mutex<Outlet>,
     /// Bytes that have not come.
     remaining: AtomicU64,
     /// Pages that the source was asked for.
     requests: AtomicU64,
     state: Mutex<State>,
+    /// The connection, or what is known of the end.
+    pub(super) changed: Condvar,
 }
 
-#[derive(Debug, Default)]
-struct State {
+#[derive(Debug)]
+pub(super) struct State {
     failure: Option<MigrationError>,
     /// The guest may have been started: what it waits for must not turn to zeros any more.
     started: bool,
+    /// The connection.
+    pub(super) line: Line,
+    /// The next connection, and what was read from it.
+    pub(super) next: Option<(Arc<dyn Channel>, Vec<u8>)>,
+    /// How often a source was waited for.
+    pub(super) turn: u64,
+    /// What the operator has not been told.
+    pub(super) news: VecDeque<Status>,
+}
+
+impl Outlet {
+    /// Writes bytes, if there is a connection.
+    pub(super) fn put(&self, bytes: &[u8]) {
+        // If the source is gone, reading will tell.
+        let written = self.channel.as_deref().map(|channel| write_all(channel, &mut [Source::bytes(bytes)]));
+        if let Some(Err(error)) = written {
+            tracing::debug!(%error, "the return path is broken");
+        }
+    }
+}
+
+impl State {
+    pub(super) fn has_failed(&self) -> bool {
+        self.failure.is_some()
+    }
+}
+
+/// The way back to the source.
+#[derive(Debug)]
+pub(super) struct Outlet {
+    /// The connection, if there is one.
+    pub(super) channel: Option<Arc<dyn Channel>>,
+    /// The source takes requests. One that has come back does not before it goes on, and is asked for everything then.
+    pub(super) asks: bool,
+}
+
+/// The connection to the source.
+#[derive(Debug)]
+pub(super) enum Line {
+    Up(Arc<dyn Channel>),
+    /// Another is waited for.
+    Lost,
+    /// None is needed any more.
+    Over,
 }
 
 /// A RAM block.
 struct Block {
+    name: CountedString,
     /// Its number in the guest.
     number: usize,
     /// Bytes that are filled in at once.
@@ -103,11 +150,18 @@ impl Listening {
             pages,
             blocks: missing,
             book: Mutex::new(PageFaults::new(requested)),
-            channel,
-            writing: Mutex::default(),
+            outlet: Mutex::new(Outlet { channel: Some(channel.clone()), asks: true }),
             remaining: remaining.into(),
             requests: AtomicU64::default(),
-            state: Mutex::default(),
+            state: Mutex::new(State {
+                failure: None,
+                started: false,
+                line: Line::Up(channel),
+                next: None,
+                turn: 0,
+                news: VecDeque::new(),
+            }),
+            changed: Condvar::new(),
         });
         let asking = shared.clone();
         let asker = thread::Builder::new().name("page-requests".into()).spawn(move || asking.ask());
@@ -162,7 +216,7 @@ impl Block {
             pages.discard(number, gap.start * unit..gap.end * unit).map_err(doing(LISTEN))?;
         }
         pages.add(number).map_err(doing(LISTEN))?;
-        Ok(Block { number, unit, units, kept, placed: Touched::new(units, false) })
+        Ok(Block { name: listed.name.clone(), number, unit, units, kept, placed: Touched::new(units, false) })
     }
 
     /// Bytes that are to come.
@@ -179,18 +233,21 @@ impl Shared {
         }
     }
 
-    pub(super) fn channel(&self) -> Arc<dyn Channel> {
-        self.channel.clone()
-    }
-
     /// Puts a message on the return path.
     pub(super) fn send(&self, message: &Message) {
-        let writing = self.writing.lock().unwrap_or_else(PoisonError::into_inner);
-        // If the source is gone, reading will tell.
-        if let Err(error) = write_all(&*self.channel, &mut [Source::bytes(&message.to_bytes())]) {
-            tracing::debug!(%error, ?message, "the return path is broken");
-        }
-        drop(writing);
+        self.outlet().put(&message.to_bytes());
+    }
+
+    /// Which pages of a block are here, 64 to a word, and its name.
+    pub(super) fn bitmap(&self, index: usize) -> Option<(CountedString, Vec<u8>)> {
+        let block = self.blocks.get(index)?;
+        let pages = block.unit / PAGE_SIZE;
+        let here = Touched::new(block.units * pages, true);
+        let missing = block.kept.gaps(block.units).flatten().filter(|unit| !block.placed.contains(*unit));
+        missing.for_each(|unit| here.clear(unit * pages..(unit + 1) * pages));
+        // There are no pages behind the end.
+        here.clear(block.units * pages..(block.units * pages).next_multiple_of(64));
+        Some((block.name.clone(), here.to_bytes()))
     }
 
     /// Asks for what is touched.
@@ -223,11 +280,15 @@ impl Shared {
             // Whoever fills it in lets all go on who wait for it.
             return Ok(());
         }
+        // Which block a message is about may depend on the one before.
+        let outlet = self.outlet();
         let message = self.book().fault(index, offset);
         let message = message.map_err(|error| MigrationError::Guest { doing: ASK, source: error.into() })?;
         if let Some(message) = message {
             self.requests.fetch_add(1, Ordering::Relaxed);
-            self.send(&message);
+            if outlet.asks {
+                outlet.put(&message.to_bytes());
+            }
         }
         Ok(())
     }
@@ -286,8 +347,26 @@ impl Shared {
                 tracing::error!(error, "who waits for guest memory waits for ever");
             }
         }
+        if let (true, Line::Up(channel)) = (state.started, &state.line) {
+            // Nothing that still comes is of use.
+            channel.close();
+        }
         drop(state);
+        self.changed.notify_all();
         self.stop_asking();
+    }
+
+    /// The stream is over, for good or bad.
+    pub(super) fn end(&self) {
+        self.lock().line = Line::Over;
+        self.changed.notify_all();
+    }
+
+    /// Waits for what the operator is to be told; `None` when the stream is over.
+    pub(super) fn wait_for_news(&self) -> Option<Status> {
+        let quiet = |state: &mut State| state.news.is_empty() && !matches!(state.line, Line::Over);
+        let state = self.changed.wait_while(self.lock(), quiet);
+        state.unwrap_or_else(PoisonError::into_inner).news.pop_front()
     }
 
     /// What has failed first.
@@ -328,11 +407,15 @@ impl Shared {
         Ok(())
     }
 
-    fn book(&self) -> MutexGuard<'_, PageFaults> {
+    pub(super) fn outlet(&self) -> MutexGuard<'_, Outlet> {
+        self.outlet.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(super) fn book(&self) -> MutexGuard<'_, PageFaults> {
         self.book.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn lock(&self) -> MutexGuard<'_, State> {
+    pub(super) fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

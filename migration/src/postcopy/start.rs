@@ -40,7 +40,8 @@ pub(crate) fn start(guest: &dyn Guest, job: &Job, parts: Parts) -> Result<Arriva
     let devices = core.devices().to_vec();
     let stream = Arc::new(Stream::new(listening.shared.clone(), core, start));
     let reading = stream.clone();
-    let reader = thread::Builder::new().name("postcopy".into()).spawn(move || reading.read(&first));
+    let from = channel.clone();
+    let reader = thread::Builder::new().name("postcopy".into()).spawn(move || reading.read(from, first));
     let reader = reader.map_err(|error| MigrationError::guest(START)(error.into()))?;
     let loaded = guest.devices().load(&devices);
     match run(guest, job, &stream, loaded) {

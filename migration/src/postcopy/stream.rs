@@ -2,7 +2,7 @@
 
 use super::missing::{Assembly, Shared};
 use crate::{
-    MigrationError,
+    Channel, MigrationError,
     core::destination::{Action, Destination, Turn},
     destination::leave,
     inlet::Inlet,
@@ -38,19 +38,32 @@ impl Stream {
     }
 
     /// Reads to the end, or until something fails. `first` has been read already; the core knows where that is.
-    pub(super) fn read(&self, first: &[u8]) {
-        let channel = self.shared.channel();
-        let mut inlet = Inlet::new(&*channel, first, self.core().offset());
-        if let Err(error) = self.follow(&mut inlet) {
-            leave(&mut self.core(), &*channel, self.start, &error, |message| self.shared.send(message));
-            self.shared.fail(error);
+    pub(super) fn read(&self, mut channel: Arc<dyn Channel>, mut first: Vec<u8>) {
+        loop {
+            let mut inlet = Inlet::new(&*channel, &first, self.core().offset());
+            match self.follow(&*channel, &mut inlet) {
+                Ok(()) => break,
+                // What a source has said or not said is no reason to lose the guest.
+                Err(error) if self.core().runs_early() && !is_local(&error) => {
+                    match self.shared.next_line(&error) {
+                        Some(next) => (channel, first) = next,
+                        None => break,
+                    }
+                    self.core().reconnected();
+                }
+                Err(error) => {
+                    leave(&mut self.core(), &*channel, self.start, &error, |message| self.shared.send(message));
+                    self.shared.fail(error);
+                    break;
+                }
+            }
         }
         channel.finish_writing();
+        self.shared.end();
     }
 
     /// Does what the core says.
-    fn follow(&self, inlet: &mut Inlet<'_>) -> Result<(), MigrationError> {
-        let channel = self.shared.channel();
+    fn follow(&self, channel: &dyn Channel, inlet: &mut Inlet<'_>) -> Result<(), MigrationError> {
         let mut assembly = Assembly::default();
         loop {
             let mut core = self.core();
@@ -74,6 +87,14 @@ impl Stream {
                     drop(core);
                     self.shared.send(&message);
                 }
+                Action::SendBitmap(block) => {
+                    drop(core);
+                    self.shared.send_bitmap(block.index())?;
+                }
+                Action::Resume => {
+                    drop(core);
+                    self.shared.resumed();
+                }
                 // The page channels have had nothing to carry since the guest stopped.
                 Action::Synchronise(_) | Action::EndOfMemory => core.synchronised(Ok(()))?,
                 Action::AwaitStart => {
@@ -81,7 +102,8 @@ impl Stream {
                     drop(waited.unwrap_or_else(PoisonError::into_inner));
                 }
                 Action::Tell { message, .. } => {
-                    if let Err(doubt) = verdict::send(&*channel, &message) {
+                    let _writing = self.shared.outlet();
+                    if let Err(doubt) = verdict::send(channel, &message) {
                         // The guest is here with all that it has, and the source knows that it left.
                         tracing::debug!(%doubt, "the source may not know that all of the guest is here");
                     }
@@ -108,4 +130,9 @@ impl Stream {
             }
         }
     }
+}
+
+/// Whether something failed here, and not on the way or at the source.
+fn is_local(error: &MigrationError) -> bool {
+    matches!(error, MigrationError::Guest { .. })
 }

@@ -1,7 +1,7 @@
 use crate::{
-    Arrival, Capabilities, Channel, DeviceSection, Devices, DirtyLog, Guest, GuestError, Hooks, Job, LoadError,
-    MigrationError, MissingPages, RamView, Rest, SavedDevices, Socket, Status, ram_receiver::Listed, receive,
-    touched::Touched,
+    Address, Arrival, Capabilities, Channel, DeviceSection, Devices, DirtyLog, Guest, GuestError, Hooks, Job, Listener,
+    LoadError, MigrationError, MissingPages, RamView, Rest, SavedDevices, Socket, Status, ram_receiver::Listed,
+    receive, touched::Touched,
 };
 use qevm_returnpath::{Decoder, Event, Message};
 use qevm_savevm::{
@@ -13,10 +13,11 @@ use qevm_savevm::{
 use qevm_wire::{CountedString, Driver, Profile, QemuVersion};
 use std::{
     collections::BTreeMap,
-    io::{self, Write},
+    io::{self, Read, Write},
     net::Shutdown,
     ops::Range,
     os::unix::net::UnixStream,
+    path::Path,
     sync::{
         Arc, Condvar, Mutex,
         mpsc::{Receiver, Sender, channel},
@@ -357,7 +358,7 @@ fn devices_get_the_pages_that_they_look_at_and_the_source_learns_that_they_are_l
         peer.pages(&others);
         let watch = rest.watch();
         peer.end();
-        rest.load().unwrap();
+        rest.load(&job).unwrap();
         assert_eq!(peer.hear(), Some(Message::Shut { status: 0 }));
         assert_eq!((watch().remaining, watch().requests), (0, 4));
         assert_eq!((guest.memory.wait_for(9), guest.memory.wait_for(7)), (Some(9), Some(70)));
@@ -413,27 +414,97 @@ fn a_source_that_is_lost_before_the_devices_are_loaded_has_the_guest() {
 
 #[test]
 fn memory_that_does_not_come_is_never_filled_in() {
-    for all_said in [false, true] {
-        let guest = Late::new(PAGE);
-        let (mut peer, there) = Peer::new();
-        let job = Job::default();
-        thread::scope(|scope| {
-            let arriving = scope.spawn(|| at_source(arrive(&guest, there, &job).unwrap()));
-            peer.begin(&[(1, 1)], &[2]);
-            peer.package();
-            let rest = arriving.join().unwrap();
-            guest.memory.touch(30);
-            while !matches!(peer.hear(), Some(Message::ReqPages { start: 0x1e000, .. })) {}
-            match all_said {
-                true => peer.end(),
-                false => peer.socket.shutdown(Shutdown::Both).unwrap(),
-            }
-            let failed = rest.load().unwrap_err();
-            assert!(matches!(failed, MigrationError::PostcopyBroken { .. }), "{failed}");
-            assert!(!guest.memory.has(30));
-            assert!(!guest.memory.state.lock().unwrap().released, "who waits would find zeros");
-        });
+    let guest = Late::new(PAGE);
+    let (mut peer, there) = Peer::new();
+    let job = Job::default();
+    thread::scope(|scope| {
+        let arriving = scope.spawn(|| at_source(arrive(&guest, there, &job).unwrap()));
+        peer.begin(&[(1, 1)], &[2]);
+        peer.package();
+        let rest = arriving.join().unwrap();
+        guest.memory.touch(30);
+        while !matches!(peer.hear(), Some(Message::ReqPages { start: 0x1e000, .. })) {}
+        peer.end();
+        let failed = rest.load(&job).unwrap_err();
+        assert!(matches!(failed, MigrationError::PostcopyBroken { .. }), "{failed}");
+        assert!(!guest.memory.has(30));
+        assert!(!guest.memory.state.lock().unwrap().released, "who waits would find zeros");
+    });
+}
+
+impl Peer {
+    /// The source on its next connection, which asks what has come. Gives that, too.
+    fn come_back(&self, socket: UnixStream) -> (Peer, Vec<u8>) {
+        let answers = Driver::new(socket.try_clone().unwrap(), Decoder::default());
+        let mut peer = Peer { stream: self.stream.recovery(), socket, answers };
+        peer.stream.command(Command::RecvBitmap(name("ram"))).unwrap();
+        peer.flush();
+        assert_eq!(peer.hear(), Some(Message::RecvBitmap { block: name("ram"), len: 8 }));
+        let mut bitmap = Vec::new();
+        peer.answers.payload().read_to_end(&mut bitmap).unwrap();
+        assert_eq!(peer.answers.next().unwrap(), Some(Event::BitmapEnd));
+        (peer, bitmap)
     }
+}
+
+#[test]
+fn a_connection_that_is_lost_is_replaced_as_often_as_it_takes() {
+    let guest = Late::new(PAGE);
+    let (mut peer, there) = Peer::new();
+    let job = Job::default();
+    let folder = tempfile::tempdir().unwrap();
+    thread::scope(|scope| {
+        let arriving = scope.spawn(|| at_source(arrive(&guest, there, &job).unwrap()));
+        peer.begin(&[(1, 1)], &[2]);
+        peer.package();
+        let rest = arriving.join().unwrap();
+        let recovery = rest.recovery();
+        assert!(matches!(recovery.accept(listener(&folder.path().join("early"))), Err(MigrationError::Refused(_))));
+        let loading = scope.spawn(|| rest.load(&job));
+        guest.memory.touch(50);
+        while !matches!(peer.hear(), Some(Message::ReqPages { start: 0x32000, .. })) {}
+        let mut here = 1_u64 << 1;
+        for cut in 0..3 {
+            let next = 10 + 2 * cut;
+            peer.pages(&[(next, 3), (next + 1, 0)]);
+            here |= 3 << next;
+            guest.memory.wait_for(next + 1);
+            match cut {
+                0 => peer.socket.shutdown(Shutdown::Both).unwrap(),
+                1 => recovery.pause().unwrap(),
+                // Nonsense.
+                _ => peer.socket.write_all(&[0x77; 99]).unwrap(),
+            }
+            while !recovery.is_paused() || job.status() != Status::PostcopyPaused {
+                thread::yield_now();
+            }
+            recovery.pause().unwrap_err();
+            guest.memory.touch(51);
+            // The last that is said counts.
+            let path = |name: &str| folder.path().join(format!("{name}{cut}"));
+            for name in ["first", "second"] {
+                recovery.accept(listener(&path(name))).unwrap();
+            }
+            UnixStream::connect(path("second")).unwrap().write_all(b"GET /").unwrap();
+            let (back, bitmap) = peer.come_back(UnixStream::connect(path("second")).unwrap());
+            assert_eq!(bitmap, here.to_le_bytes());
+            peer = back;
+            peer.stream.command(Command::PostcopyResume).unwrap();
+            peer.flush();
+            assert_eq!(peer.hear(), Some(Message::ResumeAck));
+            assert_eq!((peer.hear_request(), peer.hear_request()), (50, 51));
+        }
+        let rest: Vec<_> = (0..PAGES).filter(|page| here >> page & 1 == 0).map(|page| (page, 5)).collect();
+        peer.pages(&rest);
+        peer.end();
+        loading.join().unwrap().unwrap();
+        assert_eq!(peer.hear(), Some(Message::Shut { status: 0 }));
+        assert_eq!((guest.memory.wait_for(10), guest.memory.wait_for(11)), (Some(3), Some(0)));
+    });
+}
+
+fn listener(path: &Path) -> Listener {
+    Listener::bind(&Address::Unix(path.to_owned())).unwrap()
 }
 
 #[test]

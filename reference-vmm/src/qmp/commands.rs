@@ -32,8 +32,8 @@ const COMMANDS: [(&str, Command, &[Rule]); 35] = [
     ("migrate", migrate, legality::MIGRATE),
     ("migrate-continue", migrate_continue, legality::ANYTIME),
     ("migrate-incoming", migrate_incoming, legality::MIGRATE_INCOMING),
-    ("migrate-pause", migrate_pause, legality::MIGRATE_PAUSE),
-    ("migrate-recover", migrate_recover, legality::MIGRATE_RECOVER),
+    ("migrate-pause", migrate_pause, legality::ANYTIME),
+    ("migrate-recover", migrate_recover, legality::ANYTIME),
     ("migrate-set-capabilities", migrate_set_capabilities, legality::SET_CAPABILITIES),
     ("migrate-set-parameters", migrate_set_parameters, legality::ANYTIME),
     ("migrate-start-postcopy", migrate_start_postcopy, legality::ANYTIME),
@@ -220,16 +220,19 @@ fn migrate_continue(vmm: &Arc<Vmm>, arguments: &mut Arguments) -> Result<Value, 
     Ok(empty())
 }
 
-/// A postcopy that breaks cannot be resumed, so none is paused.
-fn migrate_pause(_: &Arc<Vmm>, arguments: &mut Arguments) -> Result<Value, Failure> {
+/// Only a postcopy to here can be paused.
+fn migrate_pause(vmm: &Arc<Vmm>, arguments: &mut Arguments) -> Result<Value, Failure> {
     only(arguments)?;
-    Err(Refused::NotInPostcopy.into())
+    vmm.pause_postcopy()?;
+    Ok(empty())
 }
 
-fn migrate_recover(_: &Arc<Vmm>, arguments: &mut Arguments) -> Result<Value, Failure> {
-    arguments.text("uri")?;
+fn migrate_recover(vmm: &Arc<Vmm>, arguments: &mut Arguments) -> Result<Value, Failure> {
+    let uri = arguments.text("uri")?;
     only(arguments)?;
-    Err(Refused::PostcopyNotPaused.into())
+    let address = uri.parse().map_err(|error: qevm_migration::BadAddress| Failure::generic(error.to_string()))?;
+    vmm.recover_postcopy(&address).map_err(|error| Failure::generic(error.to_string()))?;
+    Ok(empty())
 }
 
 fn migrate_start_postcopy(vmm: &Arc<Vmm>, arguments: &mut Arguments) -> Result<Value, Failure> {

@@ -2,10 +2,11 @@
 
 use super::{Event, Exit, RunState, Vmm, Watch};
 use qevm_migration::{
-    Address, Arrival, Incoming, Listener, MigrationError, Rest, RestoreProgress, check_transport, receive,
+    Address, Arrival, Incoming, Listener, MigrationError, Recovery, Refused, Rest, RestoreProgress, check_transport,
+    receive,
 };
 use std::{
-    sync::{Arc, PoisonError},
+    sync::{Arc, MutexGuard, PoisonError},
     thread,
 };
 
@@ -99,9 +100,36 @@ impl Vmm {
             }
             Rest::AtSource(rest) => {
                 watch(Box::new(rest.watch()));
-                rest.load()
+                *self.lock_recovery() = Some(rest.recovery());
+                rest.load(&self.incoming)
             }
         }
+    }
+
+    /// Gives up the connection over which guest memory comes (`migrate-pause`).
+    ///
+    /// # Errors
+    /// [`Refused::NotInPostcopy`].
+    pub fn pause_postcopy(&self) -> Result<(), Refused> {
+        self.lock_recovery().as_ref().ok_or(Refused::NotInPostcopy)?.pause()
+    }
+
+    /// Takes the rest of guest memory from the next source that connects to `address`, a socket (`migrate-recover`).
+    ///
+    /// # Errors
+    /// [`MigrationError::Refused`] unless a postcopy is paused; [`MigrationError::Listen`].
+    pub fn recover_postcopy(&self, address: &Address) -> Result<(), MigrationError> {
+        let recovery = self.lock_recovery().clone().filter(Recovery::is_paused);
+        let recovery = recovery.ok_or(Refused::PostcopyNotPaused)?;
+        let listener = Listener::bind(address)?;
+        let listening = listener.address().clone();
+        recovery.accept(listener)?;
+        self.lock().listening = Some(listening);
+        Ok(())
+    }
+
+    fn lock_recovery(&self) -> MutexGuard<'_, Option<Recovery>> {
+        self.recovery.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// How far the loading of guest memory is, if it goes on while the guest runs.

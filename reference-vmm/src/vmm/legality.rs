@@ -71,10 +71,6 @@ pub const MIGRATE_INCOMING: &[Rule] = &[
 ];
 /// `migrate-set-capabilities`: what a migration was begun with stays.
 pub const SET_CAPABILITIES: &[Rule] = &[rule(When::Migrating, Refused::InProgress)];
-/// `migrate-pause`: a postcopy that breaks cannot be resumed.
-pub const MIGRATE_PAUSE: &[Rule] = &[rule(When::Always, Refused::NotInPostcopy)];
-/// `migrate-recover`: a postcopy that breaks cannot be resumed.
-pub const MIGRATE_RECOVER: &[Rule] = &[rule(When::Always, Refused::PostcopyNotPaused)];
 
 /// Whether a command with these rules is legal in a situation.
 ///

@@ -80,6 +80,10 @@ pub enum Action<'a> {
         /// Its content; `None` for zeroes.
         content: Option<&'a [u8]>,
     },
+    /// Tell the source which pages of a block are here, with [`Message::RecvBitmap`] (recovery of postcopy).
+    SendBitmap(BlockId),
+    /// The source goes on with a postcopy: send [`Message::ResumeAck`], and ask again for what somebody waits for.
+    Resume,
     /// Tell the [`Synchronisation`](crate::core::Synchronisation), wait as it says, and [report](super::Destination::synchronised).
     Synchronise(Mark),
     /// Tell the [`Synchronisation`](crate::core::Synchronisation) that memory is complete, and

@@ -112,7 +112,9 @@ impl Loader {
                 | Command::RamDiscard(_)
                 | Command::Packaged { .. }
                 | Command::PostcopyListen
-                | Command::PostcopyRun),
+                | Command::PostcopyRun
+                | Command::RecvBitmap(_)
+                | Command::PostcopyResume),
             ) if self.postcopy.allowed => return self.postcopy.command(command, &self.listed),
             Event::Command(Command::Ping(value)) if self.return_path && self.postcopy.holds(value) => {}
             Event::Command(command) => {

@@ -1,6 +1,6 @@
 //! The guest runs here before its memory has come.
 
-use super::{Action, Destination, Phase, Then, Turn, located};
+use super::{Action, Destination, Payload, Phase, Then, Turn, located};
 use crate::{LoadError, MigrationError, PAGE_SIZE};
 use qevm_returnpath::Message;
 use qevm_savevm::{
@@ -26,6 +26,8 @@ pub(super) struct Postcopy {
     packaged: bool,
     /// PINGs of the package: the answers say that the devices are loaded (10.2).
     held: VecDeque<u32>,
+    /// The connection was replaced, and the source has not gone on.
+    recovers: bool,
 }
 
 /// How far the start of the guest is, which goes on beside the stream: pages that its devices need are there.
@@ -67,6 +69,17 @@ impl Postcopy {
                 }
                 self.advised = true;
             }
+            Command::RecvBitmap(_) | Command::PostcopyResume if !self.recovers => {
+                return misplaced(name, "without a postcopy that was interrupted");
+            }
+            Command::RecvBitmap(block) => match listed.iter().position(|name| *name == block) {
+                Some(index) => return Ok(Then::Do(Action::SendBitmap(BlockId(index as u32)))),
+                None => return Err(unknown(block, listed)),
+            },
+            Command::PostcopyResume => {
+                self.recovers = false;
+                return Ok(Then::Do(Action::Resume));
+            }
             _ if self.packaged => return misplaced(name, "after POSTCOPY_RUN"),
             _ if !self.advised => return misplaced(name, "without POSTCOPY_ADVISE"),
             Command::RamDiscard(_) | Command::Packaged { .. } | Command::PostcopyListen if self.listens => {
@@ -74,8 +87,7 @@ impl Postcopy {
             }
             Command::RamDiscard(discard) => {
                 let Some(index) = listed.iter().position(|name| *name == discard.block) else {
-                    let expected = listed.iter().map(|name| format!("\"{name}\"")).collect::<Vec<_>>().join(", ");
-                    return Err(LoadError::UnknownRamBlock { found: discard.block, expected });
+                    return Err(unknown(discard.block, listed));
                 };
                 let mut ranges = Vec::with_capacity(discard.ranges.len());
                 for range in &discard.ranges {
@@ -103,7 +115,22 @@ impl Postcopy {
     }
 }
 
+fn unknown(found: CountedString, listed: &[CountedString]) -> LoadError {
+    let expected = listed.iter().map(|name| format!("\"{name}\"")).collect::<Vec<_>>().join(", ");
+    LoadError::UnknownRamBlock { found, expected }
+}
+
 impl Destination {
+    /// The connection was lost, whatever the error, and another has taken its place: what arrives from here on comes over that one. Only
+    /// when the guest [runs](Self::runs_early) before its memory has come.
+    pub fn reconnected(&mut self) {
+        if self.runs_early() {
+            self.decoder = self.decoder.recovery();
+            (self.nested, self.phase, self.payload) = (None, Phase::Stream, Payload::Other);
+            (self.ended, self.at, self.loader.postcopy.recovers) = (false, 0, true);
+        }
+    }
+
     /// Whether the guest runs here though the migration goes on (postcopy).
     pub fn runs_early(&self) -> bool {
         self.loader.postcopy.runs

@@ -1,0 +1,171 @@
+//! A postcopy whose connection is lost and replaced by another: nothing that has come is lost, and nothing comes twice.
+
+use super::missing::{Line, Outlet, Shared};
+use crate::{
+    Channel, Listener, MigrationError, Refused, Socket, Status,
+    channel::{Target, read_at_least},
+};
+use qevm_returnpath::{Encoder, Message};
+use qevm_wire::Writer;
+use std::{
+    io,
+    sync::{Arc, PoisonError},
+    thread,
+    time::Duration,
+};
+
+/// How often who waits for a source looks whether it is still to wait.
+const POLL: Duration = Duration::from_millis(20);
+/// For a connection to say what it is.
+const SILENCE: Duration = Duration::from_secs(5);
+/// Type of a section that is a command: that is what a source begins with that goes on.
+const COMMAND: u8 = 8;
+
+/// Pauses a postcopy that is under way, and lets it go on over another connection (`migrate-pause`, `migrate-recover`).
+#[derive(Debug, Clone)]
+pub struct Recovery {
+    pub(super) shared: Arc<Shared>,
+}
+
+impl Recovery {
+    /// Whether the connection is lost, and another is waited for.
+    pub fn is_paused(&self) -> bool {
+        matches!(self.shared.lock().line, Line::Lost)
+    }
+
+    /// Gives the connection up: the guest runs on, and who touches a page that has not come waits for the recovery.
+    ///
+    /// # Errors
+    /// [`Refused::NotInPostcopy`] if there is none, or not any more.
+    pub fn pause(&self) -> Result<(), Refused> {
+        let state = self.shared.lock();
+        match &state.line {
+            Line::Up(channel) => channel.close(),
+            Line::Lost | Line::Over => return Err(Refused::NotInPostcopy),
+        }
+        Ok(())
+    }
+
+    /// Goes on over the connection of the next source that comes, in a thread of its own. Who was waited for before is not any more.
+    ///
+    /// # Errors
+    /// [`MigrationError::Refused`] unless it is [paused](Recovery::is_paused); [`MigrationError::Guest`] if no thread can be started.
+    pub fn accept(&self, listener: Listener) -> Result<(), MigrationError> {
+        let turn = {
+            let mut state = self.shared.lock();
+            if !matches!(state.line, Line::Lost) {
+                return Err(Refused::PostcopyNotPaused.into());
+            }
+            state.turn += 1;
+            state.turn
+        };
+        listener.set_nonblocking().map_err(|error| listener.failed(error))?;
+        let shared = self.shared.clone();
+        let accepting = move || {
+            while shared.waits(turn) {
+                match listener.try_accept() {
+                    Ok(Some((socket, caller))) => match known(socket) {
+                        Ok((channel, first)) => return shared.reconnect(turn, channel, first),
+                        Err(why) => tracing::warn!("dropped a connection from {caller}: {why}"),
+                    },
+                    Ok(None) => thread::sleep(POLL),
+                    Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                    Err(error) => return tracing::error!("{}", listener.failed(error)),
+                }
+            }
+        };
+        let accepting = thread::Builder::new().name("recovery".into()).spawn(accepting);
+        accepting.map(drop).map_err(|error| MigrationError::guest("start a thread for the recovery")(error.into()))
+    }
+}
+
+/// A connection of a source that goes on, and what it has said.
+fn known(socket: Socket) -> io::Result<(Arc<dyn Channel>, Vec<u8>)> {
+    socket.set_nonblocking(false)?;
+    socket.prepare()?;
+    let mut first = vec![0; 1];
+    socket.limit_silence(Some(SILENCE))?;
+    let count = read_at_least(&socket, &mut [Target::bytes(&mut first)], 1)?;
+    socket.limit_silence(None)?;
+    match first[..count] {
+        [COMMAND] => Ok((Arc::new(socket), first)),
+        [] => Err(io::Error::other("it was closed at once")),
+        [other, ..] => Err(io::Error::other(format!("it began with byte {other:#04x}, not with a command (0x08)"))),
+    }
+}
+
+impl Shared {
+    /// Whether this turn of waiting for a source is still the last.
+    fn waits(&self, turn: u64) -> bool {
+        let state = self.lock();
+        state.turn == turn && matches!(state.line, Line::Lost)
+    }
+
+    fn reconnect(&self, turn: u64, channel: Arc<dyn Channel>, first: Vec<u8>) {
+        let mut state = self.lock();
+        if state.turn == turn && matches!(state.line, Line::Lost) {
+            state.line = Line::Up(channel.clone());
+            state.next = Some((channel, first));
+            drop(state);
+            self.changed.notify_all();
+        } else {
+            channel.close();
+        }
+    }
+
+    /// The connection is lost: waits for the next. `None` if something has failed here, after which none is of use.
+    pub(super) fn next_line(&self, error: &MigrationError) -> Option<(Arc<dyn Channel>, Vec<u8>)> {
+        *self.outlet() = Outlet { channel: None, asks: false };
+        let mut state = self.lock();
+        if state.has_failed() {
+            return None;
+        }
+        tracing::warn!("postcopy is paused until 'migrate-recover': {error}");
+        if let Line::Up(channel) = std::mem::replace(&mut state.line, Line::Lost) {
+            channel.close();
+        }
+        state.news.push_back(Status::PostcopyPaused);
+        self.changed.notify_all();
+        loop {
+            if state.has_failed() {
+                return None;
+            }
+            if let Some(next) = state.next.take() {
+                state.news.push_back(Status::PostcopyRecover);
+                self.changed.notify_all();
+                drop(state);
+                self.outlet().channel = Some(next.0.clone());
+                return Some(next);
+            }
+            state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    /// The source goes on.
+    pub(super) fn resumed(&self) {
+        let mut outlet = self.outlet();
+        let asked_again = self.book().reconnected();
+        for message in [Message::ResumeAck].iter().chain(&asked_again) {
+            outlet.put(&message.to_bytes());
+        }
+        outlet.asks = true;
+        drop(outlet);
+        self.lock().news.push_back(Status::PostcopyActive);
+        self.changed.notify_all();
+    }
+
+    /// Tells the source which pages of a block are here.
+    pub(super) fn send_bitmap(&self, index: usize) -> Result<(), MigrationError> {
+        let doing = "tell the source which pages have come";
+        let Some((name, bitmap)) = self.bitmap(index) else {
+            return Err(MigrationError::guest(doing)(format!("RAM block {index} was not listed").into()));
+        };
+        let (mut encoder, mut writer) = (Encoder::default(), Writer::new());
+        let announced = encoder.message(&Message::RecvBitmap { block: name, len: bitmap.len() as u64 }, &mut writer);
+        writer.bytes(&bitmap);
+        let ended = announced.and_then(|()| encoder.bitmap_end(&mut writer));
+        ended.map_err(|error| MigrationError::guest(doing)(error.into()))?;
+        self.outlet().put(writer.as_bytes());
+        Ok(())
+    }
+}
