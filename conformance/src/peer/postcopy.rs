@@ -1,10 +1,13 @@
 //! Guests that go before their memory.
 
 use anyhow::{Result, ensure};
-use serde_json::Value;
+use serde_json::{Map, Value};
 
 use super::party::Party;
+use super::table::PEERS;
+use super::{Journey, Link, Load, Stop};
 use crate::patience::PATIENCE;
+use crate::scenario::Accel;
 
 /// When the operator lets a guest go before its memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -36,4 +39,54 @@ impl Departure {
         ensure!(self != Departure::AfterPass || later < total, "all memory came after the guest: {done}");
         Ok(())
     }
+}
+
+/// Guests that go before their memory. In the background it comes slowly enough that they have to wait for much of it.
+pub(super) fn all() -> Vec<Journey> {
+    let mut parameters = Map::new();
+    parameters.insert("max-postcopy-bandwidth".into(), (32 << 20).into());
+    let mut journeys = Vec::new();
+    let peers = PEERS.map(|suite| Stop::Qemu(suite, Accel::Kvm));
+    let [old, middle, new] = peers;
+    let reference = Stop::Reference;
+    let ways = peers.into_iter().flat_map(|qemu| [[reference, qemu], [qemu, reference]]).chain([[reference; 2]]);
+    for stops in ways {
+        for (link, link_name) in [(Link::Tcp, "tcp"), (Link::Unix, "unix")] {
+            for (departure, when, preempt) in [
+                (Departure::AtOnce, "at-once", false),
+                (Departure::AfterPass, "after-pass", false),
+                (Departure::AtOnce, "preempt", true),
+            ] {
+                // A guest comes here over one channel.
+                if preempt && stops[1] == reference {
+                    continue;
+                }
+                let name = format!("{}>{}/postcopy/{link_name}/{when}", stops[0], stops[1]);
+                let quick = [
+                    ([reference, new], Link::Tcp, "at-once"),
+                    ([reference, old], Link::Unix, "after-pass"),
+                    ([new, reference], Link::Unix, "at-once"),
+                    ([old, reference], Link::Tcp, "at-once"),
+                    ([reference; 2], Link::Tcp, "after-pass"),
+                    // The connections come in another order to 7.2 than to those after it.
+                    ([reference, old], Link::Tcp, "preempt"),
+                    ([reference, middle], Link::Tcp, "preempt"),
+                ]
+                .contains(&(stops, link, when));
+                let capabilities =
+                    if preempt { vec!["postcopy-ram", "postcopy-preempt"] } else { vec!["postcopy-ram"] };
+                journeys.push(Journey {
+                    name,
+                    stops: stops.into(),
+                    link,
+                    capabilities,
+                    parameters: parameters.clone(),
+                    postcopy: Some(departure),
+                    load: Load { downtime_limit: 1, ..Load::default() },
+                    quick,
+                });
+            }
+        }
+    }
+    journeys
 }

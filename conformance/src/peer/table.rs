@@ -2,12 +2,12 @@
 
 use serde_json::{Map, Value};
 
-use super::{Case, Cut, Departure, Doubt, Doubtful, Echo, Gear, Journey, Link, Load, Outage, Pairing, Stop, snapshot};
+use super::{Case, Cut, Doubt, Doubtful, Echo, Gear, Journey, Link, Load, Outage, Pairing, Stop, postcopy, snapshot};
 use crate::roots::Suite;
 use crate::scenario::Accel;
 
 /// The releases whose microvm can trade guests with reference-vmm.
-const PEERS: [Suite; 3] = [Suite::Bookworm, Suite::Trixie, Suite::Sid];
+pub(super) const PEERS: [Suite; 3] = [Suite::Bookworm, Suite::Trixie, Suite::Sid];
 /// What a guest with virtio devices has.
 const GEAR: [Gear; 4] = [Gear::Disk, Gear::Net, Gear::Rng, Gear::Console];
 /// Hops of the long ring.
@@ -75,7 +75,7 @@ fn journeys() -> Vec<Journey> {
     journeys.extend(with_pci_bus());
     journeys.extend(memory_backends());
     journeys.extend(without_callers());
-    journeys.extend(postcopy());
+    journeys.extend(postcopy::all());
     let ring = |hops: usize| -> Vec<Stop> {
         let [old, middle, new] = [Suite::Bookworm, Suite::Sid, Suite::Trixie].map(|s| Stop::Qemu(s, Accel::Kvm));
         [old, Stop::Reference, middle, Stop::Reference, new, Stop::Reference]
@@ -223,47 +223,6 @@ fn without_callers() -> Vec<Journey> {
     parameters.insert("direct-io".into(), true.into());
     let (name, two) = ("ring/mapped-ram".into(), Load { cpus: 2, ..Load::default() });
     journeys.push(Journey { name, stops, link: Link::File, capabilities, parameters, load: two, ..plain() });
-    journeys
-}
-
-/// Guests that go before their memory. In the background it comes slowly enough that they have to wait for much of it.
-fn postcopy() -> Vec<Journey> {
-    let mut parameters = Map::new();
-    parameters.insert("max-postcopy-bandwidth".into(), (32 << 20).into());
-    let mut journeys = Vec::new();
-    for suite in PEERS {
-        let qemu = Stop::Qemu(suite, Accel::Kvm);
-        for (link, link_name) in [(Link::Tcp, "tcp"), (Link::Unix, "unix")] {
-            for (departure, when, preempt) in [
-                (Departure::AtOnce, "at-once", false),
-                (Departure::AfterPass, "after-pass", false),
-                (Departure::AtOnce, "preempt", true),
-            ] {
-                let stops = [Stop::Reference, qemu];
-                let name = format!("{}>{}/postcopy/{link_name}/{when}", stops[0], stops[1]);
-                let quick = [
-                    (Suite::Sid, Link::Tcp, "at-once"),
-                    (Suite::Bookworm, Link::Unix, "after-pass"),
-                    // The connections come in another order to 7.2 than to those after it.
-                    (Suite::Bookworm, Link::Tcp, "preempt"),
-                    (Suite::Trixie, Link::Tcp, "preempt"),
-                ]
-                .contains(&(suite, link, when));
-                let capabilities =
-                    if preempt { vec!["postcopy-ram", "postcopy-preempt"] } else { vec!["postcopy-ram"] };
-                journeys.push(Journey {
-                    name,
-                    stops: stops.into(),
-                    link,
-                    capabilities,
-                    parameters: parameters.clone(),
-                    postcopy: Some(departure),
-                    load: Load { downtime_limit: 1, ..Load::default() },
-                    quick,
-                });
-            }
-        }
-    }
     journeys
 }
 
