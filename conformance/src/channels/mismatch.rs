@@ -110,7 +110,8 @@ pub fn at_target(
     let finished = subject.run(&arguments)?;
     let seconds = started.elapsed().as_secs_f64();
     let said = finished.stderr.trim();
-    if finished.code != Some(1) || said.lines().count() != 1 || !finished.stdout.trim().is_empty() {
+    let told: Value = serde_json::from_str(finished.stdout.trim()).unwrap_or_default();
+    if finished.code != Some(1) || said.lines().count() != 1 || told["ok"] != false {
         bail!("qevm send ends with {}: {said:?} {:?}", finished.status, finished.stdout);
     }
     std::fs::remove_dir_all(&folder)?;
