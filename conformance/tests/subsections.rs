@@ -73,7 +73,9 @@ fn subsections_are_read_as_each_release_dumps_them() {
             let qemu = Some(suite.series().parse().unwrap());
             let destination = Expectations { qemu, description: description(pair, false), ..Expectations::default() };
             let found: Vec<_> = check(&stream, &destination).iter().map(|finding| finding.outcome).collect();
-            let wanted = if pairs.contains(*pair) { Outcome::Loads } else { Outcome::Fails };
+            // The dump does not say that it is read only where it is written, too: trial "foreseen" asks QEMU.
+            let both = pair.1 == "ich9_pm/tco" && *suite >= Suite::Trixie;
+            let wanted = if pairs.contains(*pair) && !both { Outcome::Loads } else { Outcome::Fails };
             if found != [wanted] {
                 wrong.push(format!("{} {pair:?}: {found:?}, expected {wanted:?}", suite.series()));
             }
