@@ -76,6 +76,8 @@ fn left_in_the_file() {
     capabilities(&mut there, &["mapped-ram", "postcopy-ram"]);
     there.execute("migrate-incoming", uri);
     let active = wait_for_status(&mut there, "postcopy-active");
+    // The guest is started after that.
+    there.wait_for_events(&["RESUME"]);
     assert_eq!(there.status(), "running");
     let reason = format!("guest memory is still being loaded from file:{}", directory.path().join("guest").display());
     assert_eq!(active["blocked-reasons"], json!([reason]));
