@@ -168,7 +168,7 @@ impl Case {
                 .collect(),
             ready: "qevm-payload pass=".into(),
             beat: "qevm-payload pass=".into(),
-            before_ms: 300,
+            before_ms: 0,
             after_ms: 500,
             changes: Vec::<Change>::new(),
             limit_s: 120,
@@ -179,8 +179,7 @@ impl Case {
     /// What is wrong with a migration, or numbers.
     fn judge(&self, report: &Report) -> Result<Value> {
         self.judge_ends(report)?;
-        // By the number of instructions the TSC is not the one that Linux has calibrated, and the guest's own clock says nothing.
-        let passes = judge_guest(report, self.boot != Boot::Counted)?;
+        let passes = judge_guest(report)?;
         let mut devices = Vec::new();
         for number in 0..self.devices {
             self.judge_states(report, number).with_context(|| format!("device {}", Case::id(number)))?;
@@ -280,18 +279,19 @@ impl Case {
     }
 }
 
-/// The guest ran at the source and runs at the destination, goes on where it was (with `clock`, by its clock too), and has found all its
-/// memory as it should be.
-fn judge_guest(report: &Report, clock: bool) -> Result<Value> {
+/// The guest ran at the source and runs at the destination, goes on where it was, by its clock too, and has found all its memory as it
+/// should be.
+fn judge_guest(report: &Report) -> Result<Value> {
     let progress = |serial: &str| serial.lines().filter_map(Progress::parse).collect::<Vec<_>>();
     let (before, after) = (progress(&report.source_serial), progress(&report.destination_serial));
     let last = before.last().context("the guest said nothing at the source")?;
     let arrived = after.last().context("the guest says nothing at the destination")?;
     ensure!(after.len() >= 2, "the guest said one line at the destination");
     ensure!(!report.destination_serial.contains("qevm-payload start"), "the guest started anew");
-    let on = after[0].pass >= last.pass && (!clock || after[0].ms >= last.ms);
+    let on = after[0].pass >= last.pass && after[0].ms >= last.ms;
     ensure!(on, "the guest went back from {last:?} to {:?}", after[0]);
     ensure!(arrived.pass > after[0].pass || arrived.ticks > after[0].ticks, "the guest stands at {arrived:?}");
+    ensure!(arrived.tsc_back == 0, "the guest's TSC went back: {arrived:?}");
     ensure!(arrived.stale == 0, "{} stale pages: {}", arrived.stale, report.destination_serial);
     ensure!(!report.destination_serial.contains("stale-page"), "{}", report.destination_serial);
     Ok(json!({ "before": last.pass, "after": arrived.pass }))
@@ -335,6 +335,8 @@ pub(super) fn cases() -> Vec<Case> {
         ),
         Case { earliest_stop_ms: 2000, ..Case::new("vfio-reinit", NEW, NEW).ack() }
             .set(Destination, "load_initial_ms", 1000)
+            // At once after the first ones: QEMU fails a migration whose device asks anew when it has decided to switch over.
+            .set(Source, "dirty_rounds", 0)
             .set(Source, "reinits", 1),
         Case { on_channels: LARGE, ..Case::new("vfio-multifd", NEW, NEW).multifd() }.set(Source, "final_size", LARGE),
         Case {

@@ -86,7 +86,7 @@ pub struct Plan {
     pub ready: String,
     /// What the guest prints again and again, so often that it must appear twice at the destination.
     pub beat: String,
-    /// Milliseconds between the guest's readiness and `migrate`.
+    /// Milliseconds that the guest runs, after it is ready, before the destination is started; at least 4,000.
     pub before_ms: u64,
     /// Milliseconds that the guest is watched after it has arrived.
     pub after_ms: u64,
