@@ -1,19 +1,20 @@
+mod peer;
+
 use crate::{
     Address, Arrival, Capabilities, Channel, DeviceSection, Devices, DirtyLog, Guest, GuestError, Hooks, Job, Listener,
-    LoadError, MigrationError, MissingPages, RamView, Rest, SavedDevices, Socket, Status, ram_receiver::Listed,
-    receive, touched::Touched,
+    LoadError, MigrationError, MissingPages, RamView, Rest, SavedDevices, Status, ram_receiver::Listed, receive,
+    touched::Touched,
 };
-use qevm_returnpath::{Decoder, Event, Message};
+use peer::{Peer, name};
+use qevm_returnpath::Message;
 use qevm_savevm::{
-    StreamWriter,
-    command::{Command, DiscardRange, PostcopyAdvise, RamDiscard},
-    framing::SectionHeader,
-    ram::{BlockId, PageAt, RamBlock},
+    command::Command,
+    ram::{BlockId, PageAt},
 };
-use qevm_wire::{CountedString, Driver, Profile, QemuVersion};
+use qevm_wire::{CountedString, Profile, QemuVersion};
 use std::{
     collections::BTreeMap,
-    io::{self, Read, Write},
+    io::{self, Write},
     net::Shutdown,
     ops::Range,
     os::unix::net::UnixStream,
@@ -204,112 +205,6 @@ impl Devices for Late {
     }
 }
 
-/// The source's end.
-struct Peer {
-    stream: StreamWriter,
-    socket: UnixStream,
-    answers: Driver<UnixStream, Decoder>,
-}
-
-fn name(text: &str) -> CountedString {
-    CountedString::new(text).unwrap()
-}
-
-impl Peer {
-    fn new() -> (Peer, Arc<dyn Channel>) {
-        let (here, there) = UnixStream::pair().unwrap();
-        let answers = Driver::new(here.try_clone().unwrap(), Decoder::default());
-        let there = Arc::new(Socket::adopt(there.into()).unwrap());
-        (Peer { stream: StreamWriter::default(), socket: here, answers }, there)
-    }
-
-    fn flush(&mut self) {
-        // What a destination that has failed does not read is lost.
-        let _ = self.socket.write_all(&self.stream.take());
-    }
-
-    /// The beginning, with these pages, of which some are old.
-    fn begin(&mut self, pages: &[(u64, u8)], old: &[u64]) {
-        let stream = &mut self.stream;
-        stream.header(None).unwrap();
-        stream.command(Command::OpenReturnPath).unwrap();
-        let advise = PostcopyAdvise { page_size_summary: PAGE, target_page_size: PAGE };
-        stream.command(Command::PostcopyAdvise(Some(advise))).unwrap();
-        let header = SectionHeader { section_id: RAM, idstr: name("ram"), instance_id: 0, version_id: 4 };
-        stream.section_start(&header).unwrap();
-        stream.ram_setup([RamBlock::new(name("ram"), PAGES * PAGE)]).unwrap();
-        stream.eos().unwrap();
-        stream.footer().unwrap();
-        self.pages(pages);
-        let ranges = old.iter().map(|page| DiscardRange { start: page * PAGE, len: PAGE }).collect();
-        self.stream.command(Command::RamDiscard(RamDiscard { block: name("ram"), ranges })).unwrap();
-    }
-
-    fn pages(&mut self, pages: &[(u64, u8)]) {
-        self.stream.section_part(RAM).unwrap();
-        for (page, content) in pages {
-            match content {
-                0 => self.stream.zero_page(BlockId(0), page * PAGE).unwrap(),
-                content => self.stream.page(BlockId(0), page * PAGE, &[*content; PAGE as usize]).unwrap(),
-            }
-        }
-        self.stream.eos().unwrap();
-        self.stream.footer().unwrap();
-        self.flush();
-    }
-
-    fn package(&mut self) {
-        let mut package = self.stream.package_writer();
-        package.command(Command::PostcopyListen).unwrap();
-        let header = SectionHeader { section_id: 2, idstr: name("device"), instance_id: 0, version_id: 1 };
-        package.section_full(&header, b"state").unwrap();
-        package.command(Command::Ping(3)).unwrap();
-        package.command(Command::Ping(0x42)).unwrap();
-        package.command(Command::PostcopyRun).unwrap();
-        self.stream.package(package.bytes()).unwrap();
-        self.stream.command(Command::Ping(4)).unwrap();
-        self.flush();
-    }
-
-    fn end(&mut self) {
-        self.stream.section_end(RAM).unwrap();
-        self.stream.eos().unwrap();
-        self.stream.footer().unwrap();
-        self.stream.eof().unwrap();
-        self.flush();
-    }
-
-    /// The destination's next message; `None` at its end.
-    fn hear(&mut self) -> Option<Message> {
-        loop {
-            match self.answers.next().unwrap()? {
-                Event::Message(message) => return Some(message),
-                _ => continue,
-            }
-        }
-    }
-
-    /// The answer to a PING and the request for a page, which two threads send.
-    fn hear_both(&mut self, ping: u32, page: u64) {
-        let (mut pong, mut request) = (None, None);
-        for _ in 0..2 {
-            match self.hear() {
-                Some(Message::Pong { value }) => pong = Some(value),
-                Some(Message::ReqPages { start, .. }) => request = Some(start / PAGE),
-                other => panic!("{other:?}"),
-            }
-        }
-        assert_eq!((pong, request), (Some(ping), Some(page)));
-    }
-
-    fn hear_request(&mut self) -> u64 {
-        match self.hear() {
-            Some(Message::ReqPages { start, len: 4096, .. }) => start / PAGE,
-            other => panic!("{other:?}"),
-        }
-    }
-}
-
 fn arrive(guest: &Late, there: Arc<dyn Channel>, job: &Job) -> Result<Arrival, MigrationError> {
     job.set_capabilities(Capabilities { postcopy_ram: true, return_path: true, ..Capabilities::default() }).unwrap();
     job.begin().unwrap();
@@ -430,21 +325,6 @@ fn memory_that_does_not_come_is_never_filled_in() {
         assert!(!guest.memory.has(30));
         assert!(!guest.memory.state.lock().unwrap().released, "who waits would find zeros");
     });
-}
-
-impl Peer {
-    /// The source on its next connection, which asks what has come. Gives that, too.
-    fn come_back(&self, socket: UnixStream) -> (Peer, Vec<u8>) {
-        let answers = Driver::new(socket.try_clone().unwrap(), Decoder::default());
-        let mut peer = Peer { stream: self.stream.recovery(), socket, answers };
-        peer.stream.command(Command::RecvBitmap(name("ram"))).unwrap();
-        peer.flush();
-        assert_eq!(peer.hear(), Some(Message::RecvBitmap { block: name("ram"), len: 8 }));
-        let mut bitmap = Vec::new();
-        peer.answers.payload().read_to_end(&mut bitmap).unwrap();
-        assert_eq!(peer.answers.next().unwrap(), Some(Event::BitmapEnd));
-        (peer, bitmap)
-    }
 }
 
 #[test]
