@@ -199,6 +199,19 @@ pub(crate) enum Bench {
     Snapshot(Snapshot),
 }
 
+/// Prints the lines of a benchmark, unless JSON is all that is wanted.
+fn progress(json: bool) -> impl Fn(&str) {
+    let tell = move |line: &str| {
+        if !json {
+            println!("{line}");
+        }
+    };
+    if cfg!(debug_assertions) {
+        tell("this is a debug build: its figures mean nothing");
+    }
+    tell
+}
+
 #[derive(Args)]
 pub(crate) struct Decode {
     /// Guest RAM, every page of it different and none zero, MiB

@@ -45,14 +45,7 @@ impl Migrate {
         let options = peer::bench::Options { mib, repetitions, channels, methods, main_channel, fresh, suite };
         let program = peer::Monitor::new(std::env::current_exe()?);
         let before: Vec<_> = before.into_iter().map(|path| program.other(path)).collect();
-        let tell = |line: &str| {
-            if !json {
-                println!("{line}");
-            }
-        };
-        if cfg!(debug_assertions) {
-            tell("this is a debug build: its figures mean nothing");
-        }
+        let tell = super::progress(json);
         println!("{}", peer::bench::migrate(&options, &program, &before, tell)?);
         Ok(true)
     }

@@ -14,7 +14,7 @@ pub(crate) struct Restore {
     /// How often each way is measured
     #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u64).range(1..))]
     repetitions: u64,
-    /// Guests from one file at once, whose share of memory is told; 0 for none
+    /// Guests that run from one file at once, to measure the memory of each (PSS); 0 for none
     #[arg(long, default_value_t = 10)]
     guests: usize,
     /// Print nothing but one JSON object
@@ -27,14 +27,7 @@ impl Restore {
         let Restore { mib, repetitions, guests, json } = self;
         let options = peer::bench_restore::Options { mib, repetitions, guests, suite: Suite::Sid };
         let program = peer::Monitor::new(std::env::current_exe()?);
-        let tell = |line: &str| {
-            if !json {
-                println!("{line}");
-            }
-        };
-        if cfg!(debug_assertions) {
-            tell("this is a debug build: its figures mean nothing");
-        }
+        let tell = super::progress(json);
         println!("{}", peer::bench_restore::restore(&options, &program, tell)?);
         Ok(true)
     }

@@ -30,14 +30,7 @@ impl Snapshot {
         let Snapshot { mib, rate, bandwidth, repetitions, json } = self;
         let options = peer::bench_snapshot::Options { mib, rate, bandwidth, repetitions, suite: Suite::Sid };
         let program = peer::Monitor::new(std::env::current_exe()?);
-        let tell = |line: &str| {
-            if !json {
-                println!("{line}");
-            }
-        };
-        if cfg!(debug_assertions) {
-            tell("this is a debug build: its figures mean nothing");
-        }
+        let tell = super::progress(json);
         println!("{}", peer::bench_snapshot::snapshot(&options, &program, tell)?);
         Ok(true)
     }
