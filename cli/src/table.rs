@@ -43,7 +43,7 @@ impl Table {
         }
     }
 
-    /// Lines of at most so many characters: what is longest in columns of text is cut in its middle, as far as that helps.
+    /// Limits lines to `most` characters: the longest cells of text columns are cut in the middle, as far as that helps.
     #[must_use]
     pub fn within(self, most: usize) -> Self {
         Table { most, ..self }

@@ -32,7 +32,7 @@ pub struct Job {
     /// Its name.
     pub name: String,
     command: String,
-    /// What the driver is told, for a job with VFIO devices.
+    /// The driver's plan, for a job with VFIO devices.
     plan: Option<String>,
     boot: Boot,
     judge: Judge,

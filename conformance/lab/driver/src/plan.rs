@@ -20,7 +20,7 @@ impl Side {
     pub const BOTH: [Side; 2] = [Side::Source, Side::Destination];
 }
 
-/// How a monitor is told where its QMP is.
+/// Which monitor it is, and how its QMP socket is set up.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Kind {
