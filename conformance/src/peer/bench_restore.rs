@@ -7,6 +7,7 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::io;
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::time::{Instant, SystemTime};
 
@@ -127,12 +128,14 @@ impl Run<'_> {
         let folder = if shm.is_dir() { shm } else { self.stage.scratch };
         let memory = tempfile::Builder::new().prefix("qevm-bench-").tempfile_in(folder)?;
         bench::fill(memory.path(), u64::from(self.mib) << 20)?;
+        // Where the guest keeps its own data, it finds zeros, as in any machine.
+        memory.as_file().write_all_at(&vec![0; 4 << 20], 0)?;
         let backend = format!(
             "memory-backend-file,id=microvm.ram,size={}M,share=on,mem-path={}",
             self.mib,
             memory.path().display()
         );
-        let more = ["--machine", "memory-backend=microvm.ram", "--object", backend.leak()];
+        let more = ["--machine", "microvm,memory-backend=microvm.ram", "--object", backend.leak()];
         let mut here = self.start(Stop::Reference, "here", &more, false)?;
         here.wait_progress("complete its passes", PATIENCE, |progress| progress.pass >= 2)?;
         here.monitor().set_capabilities(&["mapped-ram"])?;
