@@ -71,6 +71,8 @@ impl Vmm {
             format!("guest memory is still being loaded{from}")
         });
         reason.iter().for_each(|reason| self.block_migration(reason));
+        // Whoever sees the guest run sees how much of it is still to come.
+        arrival.rest.iter().for_each(|rest| self.watch_rest(rest));
         let autostart = self.lock().autostart;
         let started = if arrival.running && autostart { self.start().map(|()| true) } else { Ok(false) };
         if let Err(error) = &started {
@@ -91,19 +93,24 @@ impl Vmm {
 
     /// Loads what the file still has, or waits until the guest has touched all of it, or until the source has sent all.
     fn load_rest(&self, rest: Rest) -> Result<(), MigrationError> {
-        let watch = |watch: Watch| *self.rest.lock().unwrap_or_else(PoisonError::into_inner) = Some(watch);
         match rest {
             Rest::InFile(rest) => {
-                watch(Box::new(rest.watch()));
                 let ahead = self.lock().load_ahead;
                 if ahead { rest.load() } else { rest.serve() }
             }
-            Rest::AtSource(rest) => {
-                watch(Box::new(rest.watch()));
-                *self.lock_recovery() = Some(rest.recovery());
-                rest.load(&self.incoming)
-            }
+            Rest::AtSource(rest) => rest.load(&self.incoming),
         }
+    }
+
+    fn watch_rest(&self, rest: &Rest) {
+        let watch: Watch = match rest {
+            Rest::InFile(rest) => Box::new(rest.watch()),
+            Rest::AtSource(rest) => {
+                *self.lock_recovery() = Some(rest.recovery());
+                Box::new(rest.watch())
+            }
+        };
+        *self.rest.lock().unwrap_or_else(PoisonError::into_inner) = Some(watch);
     }
 
     /// Gives up the connection over which guest memory comes (`migrate-pause`).

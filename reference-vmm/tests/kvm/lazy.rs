@@ -75,10 +75,11 @@ fn left_in_the_file() {
     let mut there = Monitor::start(directory.path(), "there", "", &options);
     capabilities(&mut there, &["mapped-ram", "postcopy-ram"]);
     there.execute("migrate-incoming", uri);
-    let active = wait_for_status(&mut there, "postcopy-active");
+    wait_for_status(&mut there, "postcopy-active");
     // The guest is started after that.
     there.wait_for_events(&["RESUME"]);
     assert_eq!(there.status(), "running");
+    let active = there.execute("query-migrate", json!({}));
     let reason = format!("guest memory is still being loaded from file:{}", directory.path().join("guest").display());
     assert_eq!(active["blocked-reasons"], json!([reason]));
     assert_eq!(refused(&mut there.qmp, "migrate", json!({ "uri": "unix:/nonexistent" })), reason);
@@ -87,7 +88,8 @@ fn left_in_the_file() {
     let later = there.execute("query-migrate", json!({}));
     let (requests, remaining) = (&later["ram"]["postcopy-requests"], &later["ram"]["remaining"]);
     assert!(requests.as_u64().is_some_and(|requests| requests >= 200), "{later}");
-    assert!(remaining.as_u64() < active["ram"]["remaining"].as_u64(), "{later} after {active}");
+    let before = &active["ram"]["remaining"];
+    assert!(before.as_u64().is_some_and(|before| remaining.as_u64() <= Some(before)), "{later} after {active}");
 }
 
 /// The file is cut after the guest has started: pages that it has not touched are gone.
