@@ -206,7 +206,7 @@ impl Source {
             len += bytes.len() as u64;
             if len > most {
                 let message = format!(
-                    "more than {most} bytes behind the first device section, which no device sections and description take"
+                    "more than {most} bytes after the first device section, which no device sections and description take"
                 );
                 return Err(io::Error::other(Exceeded::new(message)));
             }

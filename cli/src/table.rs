@@ -12,7 +12,7 @@ pub enum Align {
     Right,
 }
 
-/// A table with a header line, printed with two spaces between its columns and none behind the last.
+/// A table with a header line, printed with two spaces between its columns and none after the last.
 #[derive(Debug)]
 pub struct Table {
     columns: Vec<(String, Align)>,

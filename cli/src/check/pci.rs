@@ -69,7 +69,7 @@ fn extended_registers(id: u16) -> Masks {
     }
 }
 
-/// The list has at most so many entries; a stream may hold a circle.
+/// The list has at most this many entries; a stream may hold a circle.
 const MAX_CAPABILITIES: usize = 48;
 
 /// The configuration spaces of a stream, by section name and instance.
@@ -186,7 +186,7 @@ fn cover(masks: &mut [u8], at: usize, registers: Masks) {
 mod tests {
     use super::*;
 
-    /// A device with an MSI-X capability at 0x98 and nothing behind it.
+    /// A device with an MSI-X capability at 0x98 and nothing after it.
     fn space(change: impl FnOnce(&mut Vec<u8>)) -> Spaces {
         let mut space = vec![0; 256];
         space[..4].copy_from_slice(&[0xf4, 0x1a, 0x00, 0x10]);

@@ -31,7 +31,7 @@ struct Section {
 enum Content {
     /// Nothing is known of it, so far.
     Bytes(Vec<u8>),
-    /// The fields of so many bytes lie here in what was put aside.
+    /// The fields of this many bytes lie here in what was put aside.
     Fields { size: u64, start: u64, len: u64 },
 }
 

@@ -6,7 +6,7 @@ use super::page_table::{PageState, Run};
 pub(super) const PAGES: u64 = 16 * 1024;
 const STATE_BYTES: usize = PAGES as usize / 4;
 const CRC_BYTES: usize = PAGES as usize * 4;
-/// From so many pages on a list of them is no smaller than the full form by much, and slower.
+/// From this many pages on a list of them is no smaller than the full form by much, and slower.
 const MOST_LISTED: usize = 2048;
 
 /// What is known of the pages of a chunk.
@@ -248,7 +248,7 @@ fn state_of(bytes: &[u8], slot: usize) -> PageState {
     }
 }
 
-/// The first slot behind `slot` whose page is in another state than `state`, absent or zero.
+/// The first slot after `slot` whose page is in another state than `state`, absent or zero.
 fn end_of_run(bytes: &[u8], slot: u16, state: PageState) -> u16 {
     let same = if state == PageState::Zero { ALL_ZERO } else { 0 };
     let mut slot = usize::from(slot);

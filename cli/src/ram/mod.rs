@@ -61,9 +61,9 @@ pub struct GuestRam {
 /// A stretch of pages of a block, as [`GuestRam::stretches`] tells it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Stretch<'a> {
-    /// So many pages that never came.
+    /// This many pages that never came.
     Absent(u64),
-    /// So many pages of zeroes.
+    /// This many pages of zeroes.
     Zero(u64),
     /// One page with this content.
     Data(&'a [u8]),

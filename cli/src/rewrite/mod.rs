@@ -213,7 +213,7 @@ fn with_capability(mut configuration: Configuration, name: &str) -> Configuratio
             return configuration;
         }
     }
-    // QEMU writes the page size before and the UUID behind the capabilities.
+    // QEMU writes the page size before and the UUID after the capabilities.
     let before = |s: &ConfigurationSubsection| matches!(s, ConfigurationSubsection::TargetPageBits(_));
     let place = configuration.subsections.iter().take_while(|s| before(s)).count();
     configuration.subsections.insert(place, ConfigurationSubsection::Capabilities(vec![name]));

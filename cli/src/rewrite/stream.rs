@@ -154,7 +154,7 @@ impl<M: Write, C: Write> Sink<'_, M, C> {
                 (SyncStep::Eos, _) => self.stream.eos().map_err(cannot_write)?,
             }
         }
-        // The page channels of the destination stand still until the main channel has told it to go on.
+        // The page channels of the destination wait until the main channel has told it to go on.
         let waiting = self.multifd.is_some();
         self.flush(waiting)
     }

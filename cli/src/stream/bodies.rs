@@ -22,7 +22,7 @@ use std::io;
 const TAIL_STEPS: [u64; 3] = [64 << 10, 2 << 20, u64::MAX];
 /// Bytes before the description's text: end of stream, type, length.
 const DESCRIPTION_HEADER: u64 = 6;
-/// Contents that are held until a description comes behind them.
+/// Contents that are held until a description comes after them.
 const MAX_PENDING: usize = 16 << 20;
 
 /// What is known about device sections.

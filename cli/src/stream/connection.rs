@@ -142,7 +142,7 @@ impl Connection<'_> {
         Ok(())
     }
 
-    /// Moves the payload behind an event.
+    /// Moves the payload after an event.
     fn payload(&mut self, payload: Payload, walk: &mut Walk<'_>) -> Result<(), Halt> {
         let Some(decoder) = self.decoders.last() else { return Ok(()) };
         let remaining = decoder.payload_remaining();

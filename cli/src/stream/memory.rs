@@ -26,7 +26,7 @@ pub(super) enum Fault {
     Malformed(String),
     /// The page's data is bad at a known place.
     Located(qevm_savevm::Error),
-    /// The input ended; so many bytes were missing.
+    /// The input ended; this many bytes were missing.
     Truncated(u64),
     /// A file could not be read or written.
     Io(io::Error),
@@ -111,7 +111,7 @@ impl Memory {
         }
     }
 
-    /// Reads bitmap and pages of a block of a mapped-ram file, from behind its header to the end of its pages, and
+    /// Reads bitmap and pages of a block of a mapped-ram file, from the end of its header to the end of its pages, and
     /// returns how many pages the bitmap says are in the file. The others are zero: old data may lie in their places.
     pub(super) fn mapped_ram(
         &mut self,
@@ -148,7 +148,7 @@ impl Memory {
             self.ram.put_zeroes(block, (first + next) * header.page_size, zeroes * header.page_size)?;
         }
         if source.is_seekable() {
-            // Where the stream goes on is behind all of it, wherever the last page was.
+            // Where the stream goes on is after all of it, wherever the last page was.
             let read_to = source.offset().max(header.bitmap_offset + bitmap_len);
             source.jump(read_to)?;
         }
@@ -198,7 +198,7 @@ impl Memory {
     }
 }
 
-/// The bitmap of `pages` pages. What is set behind the last page means nothing.
+/// The bitmap of `pages` pages. What is set after the last page means nothing.
 fn present_pages(mut bits: Vec<u8>, pages: u64) -> PageBitmap {
     bits.resize(pages.div_ceil(64) as usize * 8, 0);
     for page in pages..pages.next_multiple_of(64) {

@@ -105,7 +105,7 @@ pub(super) struct Walk<'s> {
     bytes_before: u64,
 }
 
-/// What the payload behind an event is.
+/// What the payload after an event is.
 pub(super) enum Payload {
     None,
     Page { block: usize, offset: u64 },

@@ -10,12 +10,12 @@
 //! | JSON description written as `{"page_size": …`, or `{"configuration": …` | 6.0 or newer |
 //! | JSON description with `configuration` | 10.0 or newer; without it older |
 //! | struct arrays in the description without any `index` | 11.0 or newer |
-//! | `apic` sections before `timer` | 11.0 or newer; behind it older |
+//! | `apic` sections before `timer` | 11.0 or newer; after it older |
 //! | command SWITCHOVER_START | 10.0 or newer; without it older, unless the machine type is 9.2 or older |
 //! | command PING 0x42 | 10.2 or newer |
 //! | MULTIFD_FLUSH on the main channel | 8.1 or newer |
 //! | mapped-ram | 9.0 or newer |
-//! | `globalstate` has a 1 behind 32 bytes of run state | newer than 7.2 |
+//! | `globalstate` has a 1 after 32 bytes of run state | newer than 7.2 |
 //! | zlib pages on the main channel, `block` section | 9.0 or older |
 //! | second `ioapic` | 6.0 or newer |
 
@@ -125,7 +125,7 @@ pub fn guess(analysis: &Analysis) -> Option<QemuVersion> {
     bounds.version.filter(fits).or_else(|| EXAMINED.into_iter().rev().find(fits)).or(bounds.oldest)
 }
 
-/// The [`guess`] as text: `RELEASE MACHINE`, and behind it the range of releases that fit, if it is not one alone.
+/// The [`guess`] as text: `RELEASE MACHINE`, and after it the range of releases that fit, if it is not one alone.
 pub fn describe(analysis: &Analysis) -> String {
     if !analysis.header {
         return "unknown".into();

@@ -83,8 +83,8 @@ fn temporary_files_are_bounded_by_max_spool() {
     // Reading from a file in order needs none; from a pipe, the rest of the stream is put aside.
     assert_eq!(qevm(&["verify", "--max-spool=0"], &guest).code, Some(0));
     assert_limit(&qevm_reading(["verify", "--max-spool=1K", "-"], &bytes), "--max-spool");
-    // What can be there behind the memory is bounded anyway.
-    assert_limit(&qevm(&["verify"], &hostile("bomb-spool.zst")), "bytes behind the first device section");
+    // What can be there after the memory is bounded anyway.
+    assert_limit(&qevm(&["verify"], &hostile("bomb-spool.zst")), "bytes after the first device section");
     assert_limit(&qevm(&["verify", "--max-spool=1M"], &hostile("bomb-spool.zst")), "--max-spool");
 }
 

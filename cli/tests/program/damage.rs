@@ -18,7 +18,7 @@ fn assert_bad(ran: &Ran, what: &str) -> u64 {
 fn a_stream_cut_off_anywhere_is_truncated_there() {
     let dir = tempfile::tempdir().unwrap();
     let whole = stream("7.2-return-path");
-    // Behind the end of the stream comes 6, the length of the description, and the description.
+    // After the end of the stream comes 6, the length of the description, and the description.
     let rest = |at: usize| (whole.len() - at - 6) as u32;
     let end =
         (0..whole.len() - 6).find(|&at| whole[at..at + 2] == [0, 6] && whole[at + 2..at + 6] == rest(at).to_be_bytes());

@@ -51,7 +51,7 @@ const EXPECTED: [Expected; 6] = [
     },
 ];
 
-/// The arguments behind `verify` for a stream that lies in `dir`, and the sum of its files' bytes.
+/// The arguments after `verify` for a stream that lies in `dir`, and the sum of its files' bytes.
 fn arguments(dir: &tempfile::TempDir, name: &str) -> (Vec<String>, u64) {
     let main = stream(name);
     let mut bytes = main.len() as u64;

@@ -26,7 +26,7 @@ pub(super) struct Sent {
 /// The destination's last word.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Answer {
-    /// SHUT with this status, when so many bytes of the main channel had been sent.
+    /// SHUT with this status, when this many bytes of the main channel had been sent.
     Shut {
         /// 0 if the guest was loaded.
         status: u32,

@@ -110,7 +110,7 @@ impl MultifdChannel {
             return Err(Failure::mismatch(&self.name, self.offset(), path, message).into());
         }
         if self.pages + self.zero_pages > pages {
-            let message = "pages behind the last SYNC, for which the main channel does not wait";
+            let message = "pages after the last SYNC, for which the main channel does not wait";
             return Err(Failure::mismatch(&self.name, self.offset(), path, message).into());
         }
         Ok(())

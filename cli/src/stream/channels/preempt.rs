@@ -55,7 +55,7 @@ impl PreemptChannel {
         // Whatever follows an EOS is no record.
         source.fill(1).map_err(|e| Failure::io(name, source.offset(), &e))?;
         if !source.window().is_empty() && !can_break {
-            let message = "bytes behind the end of the preempt channel";
+            let message = "bytes after the end of the preempt channel";
             return Err(Failure::mismatch(name, source.offset(), "preempt channel", message).into());
         }
         *description = format!("postcopy-preempt, {pages} pages, {zeroes} zero pages");

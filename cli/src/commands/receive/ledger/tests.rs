@@ -15,7 +15,7 @@ fn open(ledger: &Ledger, number: u8) {
     ledger.admit(&Init::new(Uuid::default(), number)).unwrap();
 }
 
-/// So many packets, with these numbers, and a SYNC.
+/// This many packets, with these numbers, and a SYNC.
 fn numbers(used: u64, range: (u64, u64)) -> Numbers {
     Numbers { used, range: Some(range) }
 }
