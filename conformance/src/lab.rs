@@ -110,7 +110,7 @@ fn judge_demo(said: &str) -> Result<Value> {
     Ok(json!({ "stale_pages": 0, "rounds": result["rounds"], "bytes": result["bytes"] }))
 }
 
-/// So many tests, at least, have passed, and none has failed.
+/// This many tests, at least, have passed, and none has failed.
 fn judge_tests<const LEAST: u64>(said: &str) -> Result<Value> {
     let summary = said.lines().find_map(|line| line.trim().strip_prefix("test result: ok. "));
     let passed = summary.context("the tests did not pass")?.split_once(" passed").context("no number of tests")?.0;

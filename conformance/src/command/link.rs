@@ -28,7 +28,7 @@ pub(crate) struct Link {
     /// Migrations of each kind
     #[arg(long, default_value_t = 5)]
     repetitions: u32,
-    /// Let the pages go over so many page channels, with both monitors
+    /// Let the pages go over this many page channels, with both monitors
     #[arg(long, default_value_t = 0, value_name = "CHANNELS")]
     multifd: u8,
     /// From QEMU to reference-vmm and from reference-vmm to QEMU as well

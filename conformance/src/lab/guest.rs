@@ -107,7 +107,7 @@ fn unpack(bzimage: &[u8]) -> Result<Vec<u8>> {
     let (offset, length) =
         number(PAYLOAD_OFFSET).zip(number(PAYLOAD_LENGTH)).context("the kernel has no setup header")?;
     let start = (sectors + 1) * 512 + offset as usize;
-    // Behind the compressed kernel there is its length.
+    // After the compressed kernel there is its length.
     let payload = bzimage.get(start..).and_then(|rest| rest.get(..(length as usize).saturating_sub(4)));
     let kernel = zstd::decode_all(payload.context("the kernel's payload is not in the file")?)
         .context("the kernel is not compressed with zstd")?;

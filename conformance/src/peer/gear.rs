@@ -200,7 +200,7 @@ impl Drop for Ear {
     }
 }
 
-/// What arrived on the consoles of all stops, one behind the other.
+/// What arrived on the consoles of all stops, one after the other.
 fn consoles(scratch: &Path) -> Result<Vec<u8>> {
     let files = (0..).map(|stop| console(scratch, &format!("stop{stop}"))).take_while(|file| file.exists());
     let texts: Vec<Vec<u8>> = files.map(fs::read).collect::<std::io::Result<_>>()?;
@@ -248,7 +248,7 @@ pub(super) fn judge(gear: &[Gear], texts: &[Vec<u8>], scratch: &Path, ear: &Ear)
         let stuck = |before: &Vec<u64>| before.iter().zip(&counters).any(|(before, now)| *now <= before + 2 * BATCH);
         if before.as_ref().is_some_and(stuck) || counters.contains(&0) {
             bail!(
-                "a device or its interrupts stand still at stop {stop}: {before:?}, then {counters:?} of {gear:?} and interrupts"
+                "a device or its interrupts make no progress at stop {stop}: {before:?}, then {counters:?} of {gear:?} and interrupts"
             );
         }
         before = Some(counters);

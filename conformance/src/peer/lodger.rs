@@ -208,7 +208,7 @@ impl Stage<'_> {
         Ok(())
     }
 
-    /// What the guest has said on these QEMUs' serial ports, one behind the other.
+    /// What the guest has said on these QEMUs' serial ports, one after the other.
     fn ticks(&self, names: &[&str]) -> Result<Vec<Tick>> {
         let mut text = String::new();
         for name in names {

@@ -20,7 +20,7 @@ const POLL: Duration = Duration::from_millis(5);
 pub struct Outage {
     /// Of two stops, with a return path.
     pub journey: Journey,
-    /// Where the connection breaks, try by try. Before the end of the stream: behind it a destination may run the guest.
+    /// Where the connection breaks, try by try. Before the end of the stream: after it a destination may run the guest.
     pub cuts: Vec<Cut>,
 }
 

@@ -9,11 +9,11 @@ use std::thread::{self, JoinHandle};
 /// Where the connection breaks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Cut {
-    /// So many bytes went from source to destination.
+    /// This many bytes went from source to destination.
     After(u64),
-    /// So many bytes went past the first occurrence of a text, e.g. a section's name, on the way to the destination.
+    /// This many bytes went past the first occurrence of a text, e.g. a section's name, on the way to the destination.
     Behind(&'static str, u64),
-    /// So many bytes of the return path came back.
+    /// This many bytes of the return path came back.
     Back(u64),
 }
 

@@ -100,7 +100,7 @@ impl Way {
 /// Loads the stream made of declarations. The destination's own firmware is zeroes, so that what runs came with it.
 ///
 /// TCG alone: under KVM every release loads the stream, too, but on the paravirtual KVM where this was tried the guest got
-/// lost in real mode, right behind the reset vector, in about a third of the runs. The cause is not known.
+/// lost in real mode, right after the reset vector, in about a third of the runs. The cause is not known.
 fn declared(bench: &Bench<'_>, suite: Suite) -> Result<String> {
     let release = suite.series().parse().context("the release of a suite")?;
     let stream = bench.scratch.join("declared.qevm");
@@ -233,7 +233,7 @@ impl Guest {
         Ok(whole.lines().rev().find_map(Progress::parse))
     }
 
-    /// Waits until the guest has made so many passes, and asks for its verdict.
+    /// Waits until the guest has made this many passes, and asks for its verdict.
     fn passes(&mut self, wanted: u64) -> Result<Progress> {
         let deadline = Instant::now() + PATIENCE;
         loop {
