@@ -262,7 +262,7 @@ mod tests {
         writer.as_bytes().to_vec()
     }
 
-    /// Somebody waits for a source, with so many page channels, while `callers` call, and has to get one: these connections stay open.
+    /// Somebody waits for a source, with this many page channels, while `callers` call, and has to get one: these connections stay open.
     /// Gives what was seen and not looked at.
     fn wait_for(
         channels: Option<u8>,

@@ -51,7 +51,7 @@ impl PageBitmap {
         self.words.get((page / BITS) as usize).is_some_and(|word| word >> (page % BITS) & 1 != 0)
     }
 
-    /// Adds the pages of `word`, bit 0 of which is page `64 * index`, and says how many were new. Bits behind the end
+    /// Adds the pages of `word`, bit 0 of which is page `64 * index`, and says how many were new. Bits after the end
     /// of the block are ignored.
     pub fn merge_word(&mut self, index: usize, word: u64) -> u64 {
         let Some(slot) = self.words.get_mut(index) else { return 0 };

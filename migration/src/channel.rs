@@ -195,7 +195,7 @@ pub(crate) fn write_all(channel: &dyn Channel, mut parts: &mut [Source<'_>]) -> 
     Ok(())
 }
 
-/// Reads until the first `at_least` bytes of `parts` are there, and as much behind them as has come by then. Says how many bytes
+/// Reads until the first `at_least` bytes of `parts` are there, and as much after them as has come by then. Says how many bytes
 /// that were: fewer than `at_least` if the peer has closed.
 pub(crate) fn read_at_least(channel: &dyn Channel, mut parts: &mut [Target<'_>], at_least: usize) -> io::Result<usize> {
     let mut total = 0;

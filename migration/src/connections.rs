@@ -220,7 +220,7 @@ impl Incoming {
 /// How often a migration that is being connected looks whether it was cancelled.
 const CANCEL_POLL: Duration = Duration::from_millis(20);
 
-/// Connects the main channel and so many page channels, until `job` is cancelled. To look a name up and to connect may take minutes
+/// Connects the main channel and this many page channels, until `job` is cancelled. To look a name up and to connect may take minutes
 /// and cannot be interrupted: a thread of its own does it, which nobody waits for then.
 fn connect(address: &Address, job: &Job, channels: usize) -> Result<Outgoing, MigrationError> {
     let failed = |source| MigrationError::Connect { address: address.clone(), source };

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 /// The dirty log is judged over at least this time.
 const PERIOD: Duration = Duration::from_secs(1);
-/// In so many periods the guest must have dirtied too much before it is slowed down (further).
+/// In this many periods the guest must have dirtied too much before it is slowed down (further).
 const PERIODS: u32 = 2;
 
 /// Says when a guest dirties too much, for `auto-converge` and `dirty-limit`.
@@ -67,7 +67,7 @@ pub(super) struct AutoConverge {
 
 impl AutoConverge {
     /// To be told of every reading of the dirty log: when (from the start of the migration), how many bytes were newly
-    /// dirty, and how many have been sent in all. Says how many per cent of their time vCPUs are to stand still from now
+    /// dirty, and how many have been sent in all. Says how many per cent of their time vCPUs are to be paused from now
     /// on, when that changes.
     pub(super) fn dirty_log_read(
         &mut self,
@@ -104,7 +104,7 @@ mod tests {
 
     const MB: u64 = 1 << 20;
 
-    /// Plays periods of just over a second in which so many MB were dirtied and sent.
+    /// Plays periods of just over a second in which this many MB were dirtied and sent.
     fn play(parameters: &Parameters, periods: &[(u64, u64)]) -> Vec<Option<u8>> {
         let (mut converge, mut sent) = (AutoConverge::default(), 0);
         let mut read = |(i, (dirtied, more)): (usize, &(u64, u64))| {

@@ -167,7 +167,7 @@ fn devices(guest: &dyn Guest, settings: Option<&Settings>) -> Result<Vec<DeviceO
     guest.devices().iterative().into_iter().map(|device| DeviceOptions::of(device, transfers)).collect()
 }
 
-/// Blocks of so many bytes stay in the file, if any do: those with firmware and tables are there at once.
+/// Blocks of this many bytes stay in the file, if any do: those with firmware and tables are there at once.
 const LEFT_IN_FILE: u64 = 2 << 20;
 const ON_DEMAND: &str = "load guest memory while the guest runs (capability 'postcopy-ram')";
 
@@ -185,7 +185,7 @@ struct Engine<'e> {
     limited: bool,
     /// Pages may have their places in this file…
     file: Option<PageFile>,
-    /// …and are read by so many threads.
+    /// …and are read by this many threads.
     threads: u8,
     /// Bytes of pages that were read from their places.
     from_file: u64,

@@ -4,10 +4,10 @@
 //! path. If that message is lost, the source cannot know. Between two monitors of this kind there is therefore one more
 //! step, made of messages that QEMU's destination takes for ordinary pings:
 //!
-//! 1. The source announces the step: PING with [`ANNOUNCE`], behind the PING 1 that opens the return path.
+//! 1. The source announces the step: PING with [`ANNOUNCE`], after the PING 1 that opens the return path.
 //!    The destination answers with PONG [`AGREED`] instead of the value, which a QEMU would send back.
 //! 2. The destination loads everything, reports SHUT 0, and waits.
-//! 3. The source has its verdict, will never run the guest again, and sends PING with [`CONFIRM`] behind the end of the
+//! 3. The source has its verdict, will never run the guest again, and sends PING with [`CONFIRM`] after the end of the
 //!    stream. Only then does the destination run the guest.
 //!
 //! So the guest never runs on both sides, wherever the connection breaks: as long as SHUT has not arrived, the source
@@ -17,8 +17,8 @@
 //! A source of QEMU's announces nothing, and the destination then runs the guest as QEMU's would.
 //!
 //! A destination of QEMU's agrees to nothing. It gets the end of the stream only when it has answered one more PING, [`LOADED`], which
-//! stands behind the last device: until then it does not run the guest for certain, whether it is slow, stopped, dead or cut off, and
-//! the source may resume. Behind the end only the destination's word counts: SHUT 0 completes the migration, another SHUT makes the
+//! stands after the last device: until then it does not run the guest for certain, whether it is slow, stopped, dead or cut off, and
+//! the source may resume. After the end only the destination's word counts: SHUT 0 completes the migration, another SHUT makes the
 //! source resume, and if none arrives (the link is dead, the connection was reset, or the migration cancelled) nobody can tell at the
 //! source. The guest then stays paused there, and the operator decides.
 
@@ -29,7 +29,7 @@ use qevm_wire::Writer;
 pub(crate) const ANNOUNCE: u32 = 0x5145_4801;
 /// Value of the PONG that answers the announcement.
 pub(crate) const AGREED: u32 = 0x5145_4803;
-/// Value of the PING behind the last device, for a destination that has not agreed.
+/// Value of the PING after the last device, for a destination that has not agreed.
 pub(crate) const LOADED: u32 = 0x5145_4804;
 /// Value of the PING that confirms the handover.
 pub(crate) const CONFIRM: u32 = 0x5145_4802;

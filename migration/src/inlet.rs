@@ -9,7 +9,7 @@ pub(crate) struct Inlet<'c> {
     channel: &'c dyn Channel,
     /// Pages that lie in their places already, with the records before them, which are used first.
     placed: VecDeque<Placed<'c>>,
-    /// The record of a placed page was used, and so many bytes of the page are there.
+    /// The record of a placed page was used, and this many bytes of the page are there.
     begun: Option<usize>,
     buffer: Vec<u8>,
     start: usize,
@@ -66,12 +66,12 @@ impl<'c> Inlet<'c> {
         self.placed.front().map_or(&self.buffer[self.start..self.end], |page| &page.record)
     }
 
-    /// Where the next byte to use is: so many bytes were used so far, and lie in front of the stream in its file.
+    /// Where the next byte to use is: this many bytes were used so far, and lie in front of the stream in its file.
     pub(crate) fn offset(&self) -> u64 {
         self.offset
     }
 
-    /// Leaves everything out up to byte `offset`, which is not behind what is here or what the file has.
+    /// Leaves everything out up to byte `offset`, which is not beyond what is here or what the file has.
     pub(crate) fn jump(&mut self, offset: u64, file: &PageFile) -> Result<(), MigrationError> {
         let distance = offset.saturating_sub(self.offset());
         match usize::try_from(distance).ok().filter(|distance| *distance <= self.bytes().len()) {
@@ -124,7 +124,7 @@ impl<'c> Inlet<'c> {
     }
 
     /// Moves the next bytes into all of `memory`: those that are in the buffer from there, the others straight from the
-    /// channel, together with as much as comes behind them. Pages that `expect` names and that do come next lie in their places
+    /// channel, together with as much as comes after them. Pages that `expect` names and that do come next lie in their places
     /// then. False if the peer closed before.
     pub(crate) fn read_into(
         &mut self,
@@ -165,8 +165,8 @@ impl<'c> Inlet<'c> {
         Ok(true)
     }
 
-    /// So many bytes have come into the places of `expected` and, behind them, the buffer. Pages that came as expected stay; all that
-    /// is behind the first that did not goes to the buffer, and its places are cleared.
+    /// This many bytes have come into the places of `expected` and, after them, the buffer. Pages that came as expected stay; all that
+    /// is after the first that did not goes to the buffer, and its places are cleared.
     fn sort_out(
         &mut self,
         expected: Vec<Expected<'c>>,

@@ -14,7 +14,7 @@ use std::{
 pub enum Notice {
     /// The status changed; QMP's `MIGRATION`.
     Status(Status),
-    /// The dirty log was read for the so many'th time; QMP's `MIGRATION_PASS`.
+    /// The dirty log was read, this many times by now; QMP's `MIGRATION_PASS`.
     Pass(u64),
 }
 

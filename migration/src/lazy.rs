@@ -365,7 +365,7 @@ impl Shared {
 }
 
 impl Block {
-    /// Claims the first units from `next` on that the file has and nobody has claimed, so many as are read at once.
+    /// Claims the first units from `next` on that the file has and nobody has claimed, this many as are read at once.
     fn claim_run(&self, next: u64) -> Option<Range<u64>> {
         let pages_of = |unit: u64| (unit * self.unit / 4096)..((unit + 1) * self.unit / 4096);
         let is_there = |unit: u64| pages_of(unit).any(|page| self.present.contains(page));

@@ -33,7 +33,7 @@ pub struct Parameters {
     pub announce_step_ms: u64,
     /// `throttle-trigger-threshold`: dirtied in per cent of sent, above which `auto-converge` slows vCPUs down (5.0).
     pub throttle_trigger_threshold: u8,
-    /// `cpu-throttle-initial`: per cent of their time that vCPUs first stand still under `auto-converge`.
+    /// `cpu-throttle-initial`: per cent of their time for which vCPUs are paused first under `auto-converge`.
     pub cpu_throttle_initial: u8,
     /// `cpu-throttle-increment`: by how many per cent more each time.
     pub cpu_throttle_increment: u8,
@@ -45,7 +45,7 @@ pub struct Parameters {
     pub max_bandwidth: u64,
     /// `avail-switchover-bandwidth`: bytes per second to reckon with for the switchover; 0 takes what is measured (8.2).
     pub avail_switchover_bandwidth: u64,
-    /// `downtime-limit`: the longest the guest may stand still, in milliseconds.
+    /// `downtime-limit`: the longest the guest may be paused, in milliseconds.
     pub downtime_limit_ms: u64,
     /// `x-checkpoint-delay`: milliseconds between the checkpoints of COLO, which is not built in.
     pub checkpoint_delay_ms: u64,

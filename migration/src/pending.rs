@@ -117,7 +117,7 @@ pub(crate) struct Account {
 }
 
 impl Account {
-    /// Of so many devices.
+    /// Of this many devices.
     pub(crate) fn new(devices: usize) -> Self {
         Account { hidden: vec![0; devices], last: None, wait: FIRST_WAIT, ask_at: Duration::ZERO }
     }

@@ -18,7 +18,7 @@ pub(crate) struct RamReceiver<'g> {
     blocks: Vec<Block<'g>>,
     /// The guest may run before its memory is here, so that it counts which pages have come.
     counts: bool,
-    /// The page that came last, and how many came one behind the other before it.
+    /// The page that came last, and how many came one after the other before it.
     last: Option<(BlockId, u64)>,
     run: u64,
 }

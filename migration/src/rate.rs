@@ -1,4 +1,4 @@
-//! The rate limit of a migration: so many bytes per window of 100 ms, as QEMU counts them.
+//! The rate limit of a migration: this many bytes per window of 100 ms, as QEMU counts them.
 
 use std::time::Duration;
 

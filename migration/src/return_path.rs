@@ -34,7 +34,7 @@ impl Blame for ReturnPathError {
     }
 }
 
-/// Bytes that a destination may send behind its verdict, which are not looked at.
+/// Bytes that a destination may send after its verdict, which are not looked at.
 const MOST_BEHIND_VERDICT: usize = 64 << 10;
 
 /// Reads the return path in a thread of its own, and lets the sending thread wait for what comes.
@@ -91,7 +91,7 @@ impl ReturnPath {
                     self.changed.notify_all();
                 }
                 Ok(Some(_)) => {}
-                // SHUT ends the loop. Whatever was cut off, the verdict was behind it.
+                // SHUT ends the loop. Whatever was cut off, the verdict was after it.
                 Ok(None) => return Err(MigrationError::NoVerdict),
                 Err(DriveError::Stream(error)) if error.is_truncated() => return Err(MigrationError::NoVerdict),
                 Err(DriveError::Stream(error)) => return Err(error.map(ReturnPathError::from).into()),

@@ -227,7 +227,7 @@ impl Channel for Socket {
     }
 }
 
-/// Connections that may wait to be accepted: the main channel and 255 page channels, which a source opens at once, behind as many
+/// Connections that may wait to be accepted: the main channel and 255 page channels, which a source opens at once, after as many
 /// others as the system allows.
 const BACKLOG: i32 = 4096;
 

@@ -139,7 +139,7 @@ pub struct Statistics {
     pub expected_downtime: Duration,
     /// `CLOCK_MONOTONIC` when the last vCPU had stopped.
     pub stopped_at: Option<Duration>,
-    /// For how many per cent of their time the vCPUs stand still, once `auto-converge` has slowed them down.
+    /// For how many per cent of their time the vCPUs are paused, once `auto-converge` has slowed them down.
     pub throttled: Option<u8>,
     /// Bytes that remained of devices whose state goes in parts, when that was last reckoned.
     pub devices_remaining: u64,

@@ -77,7 +77,7 @@ pub(crate) struct Dropped {
 /// Why a connection was dropped.
 #[derive(Debug)]
 pub(crate) enum Reason {
-    /// It said nothing that tells what it is within so many seconds.
+    /// It said nothing that tells what it is within this many seconds.
     Silent(FirstBytes, Duration),
     /// It was closed before it had said what it is.
     Closed(FirstBytes),

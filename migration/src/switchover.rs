@@ -35,7 +35,7 @@ pub struct Remaining<'a> {
 }
 
 impl<'a> Remaining<'a> {
-    /// So many bytes of RAM.
+    /// This many bytes of RAM.
     pub fn ram(name: &'a str, bytes: u64) -> Self {
         Remaining { name, bytes, stopcopy: 0 }
     }
@@ -244,7 +244,7 @@ fn total(remaining: &[Remaining<'_>]) -> u64 {
     remaining.iter().fold(0, |sum, part| sum.saturating_add(part.total()))
 }
 
-/// How long the guest would stand still if it were stopped now; `None` if the bandwidth is not known.
+/// How long the guest would be paused if it were stopped now; `None` if the bandwidth is not known.
 pub fn expected_downtime(remaining: u64, round: &Round<'_>) -> Option<Duration> {
     if remaining == 0 {
         return Some(Duration::ZERO);

@@ -19,20 +19,20 @@ impl Touched {
         Touched((0..pages.div_ceil(BITS)).map(|_| AtomicU64::new(word)).collect())
     }
 
-    /// Adds pages; those behind the end are left out.
+    /// Adds pages; those after the end are left out.
     pub(crate) fn mark(&self, pages: Range<u64>) {
         for (word, bits) in words(&pages).zip(self.0.iter().skip((pages.start / BITS) as usize)) {
             bits.fetch_or(mask(word, &pages), Ordering::Relaxed);
         }
     }
 
-    /// Adds a page; false if it was there, or lies behind the end.
+    /// Adds a page; false if it was there, or lies after the end.
     pub(crate) fn claim(&self, page: u64) -> bool {
         let bit = 1 << (page % BITS);
         self.0.get((page / BITS) as usize).is_some_and(|word| word.fetch_or(bit, Ordering::Relaxed) & bit == 0)
     }
 
-    /// Takes pages out; those behind the end are left out.
+    /// Takes pages out; those after the end are left out.
     pub(crate) fn clear(&self, pages: Range<u64>) {
         for (word, bits) in words(&pages).zip(self.0.iter().skip((pages.start / BITS) as usize)) {
             bits.fetch_and(!mask(word, &pages), Ordering::Relaxed);

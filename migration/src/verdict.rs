@@ -50,7 +50,7 @@ pub(crate) fn deliver(channel: &dyn Channel, message: &Message, patience: Durati
     let mut poll = FIRST_POLL;
     loop {
         let on_its_way = channel.backlog().map_err(Doubt::NotTold)?;
-        // Behind the backlog: a reset may have emptied it. An end of the connection in order is the source's answer.
+        // After the backlog: a reset may have emptied it. An end of the connection in order is the source's answer.
         channel.is_open().map_err(Doubt::NotTold)?;
         if on_its_way == 0 {
             return Ok(());
@@ -70,7 +70,7 @@ pub(crate) fn send(channel: &dyn Channel, message: &Message) -> Result<(), Doubt
     }
     let bytes = message.to_bytes();
     // In two segments: a kernel acknowledges a second one as soon as it was read, but may keep the acknowledgement of a single small
-    // one back for 40 ms in the hope of an answer to send along. The guest stands still for that time.
+    // one back for 40 ms in the hope of an answer to send along. The guest is paused for that time.
     let (head, status) = bytes.split_at(bytes.len() / 2);
     [head, status]
         .into_iter()

@@ -11,7 +11,7 @@ use qevm_savevm::command::Command;
 use qevm_wire::Located;
 use std::io;
 
-/// Value of the PING behind the devices in the package of postcopy, before RUN: its answer says that they are loaded (10.2).
+/// Value of the PING after the devices in the package of postcopy, before RUN: its answer says that they are loaded (10.2).
 pub(crate) const PACKAGE_LOADED: u32 = 0x42;
 
 /// The source's end of a return path. Its inputs are every PING that is sent, every message that arrives and the end of the

@@ -300,7 +300,7 @@ impl Destination {
         }
     }
 
-    /// Of a payload so many bytes are not done with.
+    /// Of a payload this many bytes are not done with.
     fn pending<'a>(&mut self, input: &'a [u8], of: &PayloadKind, remaining: u64) -> Result<Turn<'a>, MigrationError> {
         if let Payload::Page(page) = self.payload {
             return Ok(Turn { consumed: 0, action: Action::Page { page, remaining } });
@@ -322,7 +322,7 @@ impl Destination {
         Ok(Turn { consumed, action })
     }
 
-    /// So many bytes of payload are done with.
+    /// This many bytes of payload are done with.
     fn skip(&mut self, count: u64) -> Result<(), MigrationError> {
         if let Some(nested) = &mut self.nested {
             nested.skip_payload(count).map_err(located)?;

@@ -25,7 +25,7 @@ pub struct PageTurn<'a> {
 /// What to do next on a page channel. An action that was not carried out is given again.
 #[derive(Debug)]
 pub enum PageAction<'a> {
-    /// Show more of the channel: at least so many bytes, counted from the front of this input.
+    /// Show more of the channel: at least this many bytes, counted from the front of this input.
     Read {
         /// How many.
         at_least: usize,
@@ -36,7 +36,7 @@ pub enum PageAction<'a> {
     /// The next [`payload_len`](DeviceState::payload_len) bytes of the channel are a piece of a device's state: give it to the
     /// [`DeviceStates`](super::DeviceStates), or [refuse](PageChannel::refuse) it.
     DeviceState(DeviceState),
-    /// So many bytes of the last packet's content have not been [placed](PageChannel::placed).
+    /// This many bytes of the last packet's content have not been [placed](PageChannel::placed).
     Payload {
         /// How many.
         remaining: u64,
@@ -106,7 +106,7 @@ impl PageChannel {
         Ok(PageTurn { consumed, action })
     }
 
-    /// So many bytes of the last packet's content are in their places.
+    /// This many bytes of the last packet's content are in their places.
     ///
     /// # Errors
     /// They are more than there are.
@@ -119,7 +119,7 @@ impl PageChannel {
         self.decoder.ended(Ending::Closed);
     }
 
-    /// The error of a channel that ends when only so many of the last packet's bytes, of `len`, have arrived.
+    /// The error of a channel that ends when only this many of the last packet's bytes, of `len`, have arrived.
     pub fn cut(&self, len: u64, arrived: u64) -> MigrationError {
         self.fail(WireError::Truncated { needed: len, available: arrived })
     }

@@ -62,7 +62,7 @@ const RAM_SECTION: u32 = 1;
 pub(crate) const BATCH_PAGES: u64 = 256;
 /// Pages in one packet of a page channel (524288 bytes; QEMU 5.2 to 11.1).
 const PACKET_PAGES: u64 = qevm_multifd::layout::PACKET_DATA / crate::PAGE_SIZE;
-/// Zero pages on the main channel are sent when there are so many bytes of them.
+/// Zero pages on the main channel are sent when there are this many bytes of them.
 const FLUSH_AT: usize = 64 << 10;
 
 /// Counts of what was sent.

@@ -17,13 +17,13 @@ const MAX_RESET: u64 = 16;
 /// How long a page may wait for its turn after its log was reset. What the guest writes meanwhile is sent and then sent again,
 /// so little is reset at a time when the link is slow; when it is fast, calls would cost more than that.
 const RESET_AHEAD: Duration = Duration::from_millis(5);
-/// In the first sweep the log is reset so many times as fast as pages are sent…
+/// In the first sweep the log is reset this many times as fast as pages are sent…
 const LEAD: u64 = 8;
-/// …from so many pages on.
+/// …from this many pages on.
 const FIRST_LEAD: u64 = 16 << 10;
 /// Pages that the first sweep sends one after another: a huge page.
 const STRETCH: u64 = 512;
-/// In how many turns the first sweep goes through a block: one stretch of so many is sent in each.
+/// In how many turns the first sweep goes through a block: in each, one stretch of this many is sent.
 const TURNS: u64 = 16;
 
 /// The pages to send, by block, and where the sweep over them is.
@@ -59,7 +59,7 @@ struct Block {
 }
 
 impl Sweep {
-    /// Over blocks of so many pages, all of which are to be sent.
+    /// Over blocks of this many pages, all of which are to be sent.
     pub(super) fn new(pages: impl Iterator<Item = u64>) -> Self {
         let block = |pages: u64| Block {
             dirty: PageBitmap::full(pages),
@@ -175,7 +175,7 @@ impl Sweep {
         self.next_run(1).map(|(index, _)| index)
     }
 
-    /// The next pages to send at or behind the place of the sweep, in its order.
+    /// The next pages to send at or after the place of the sweep, in its order.
     fn next_run(&mut self, limit: u64) -> Option<(usize, Range<u64>)> {
         loop {
             let Place { block, stretch, page } = self.place;
@@ -192,7 +192,7 @@ impl Sweep {
     }
 }
 
-/// The stretch behind `stretch` in the order of the first sweep over a block.
+/// The stretch after `stretch` in the order of the first sweep over a block.
 fn following(stretch: u64, pages: u64) -> Option<u64> {
     let turn = stretch % TURNS + 1;
     let is_there = |stretch: &u64| *stretch * STRETCH < pages;
@@ -388,7 +388,7 @@ mod tests {
                     }
                 }
             }
-            // The guest stands still.
+            // The guest is paused.
             begin(&mut sweep, &mut log);
             while let Some(run) = sweep.take(u64::MAX, None) {
                 send(run.pages, &here);

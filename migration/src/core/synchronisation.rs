@@ -31,17 +31,17 @@ struct Wait {
     completed: u64,
     /// as long as, by this time,
     until: Duration,
-    /// the page channels have received more than so many bytes.
+    /// the page channels have received more than this many bytes.
     received: u64,
 }
 
 impl Synchronisation {
-    /// For so many page channels, 1 to 255. How the source flushes is told by the stream.
+    /// For this many page channels, 1 to 255. How the source flushes is told by the stream.
     pub fn new(channels: u8) -> Self {
         Synchronisation { barrier: SyncBarrier::new(channels, None), main: None }
     }
 
-    /// The main channel met a mark at time `now`, when the page channels had received so many bytes. It must not be read further
+    /// The main channel met a mark at time `now`, when the page channels had received this many bytes. It must not be read further
     /// until [`main_waits`](Self::main_waits) says so.
     ///
     /// # Errors

@@ -23,7 +23,7 @@ pub(crate) struct Gate {
 }
 
 impl Gate {
-    /// For so many page channels.
+    /// For this many page channels.
     pub(crate) fn new(channels: u8) -> Self {
         Gate {
             synchronisation: Mutex::new(Synchronisation::new(channels)),
@@ -80,7 +80,7 @@ impl Gate {
         self.changed.notify_all();
     }
 
-    /// A page channel received so many bytes.
+    /// A page channel received this many bytes.
     pub(super) fn count(&self, bytes: u64) {
         self.received.fetch_add(bytes, Ordering::Relaxed);
     }

@@ -91,7 +91,7 @@ impl Queue {
         Ok(())
     }
 
-    /// Synchronises the channels: returns when all have sent what was queued, and a SYNC packet behind it.
+    /// Synchronises the channels: returns when all have sent what was queued, and a SYNC packet after it.
     ///
     /// # Errors
     /// What ended a channel.
@@ -105,7 +105,7 @@ impl Queue {
         self.progress.wait_while(state, waiting).unwrap_or_else(PoisonError::into_inner).check()
     }
 
-    /// Lets the channels send the state of so many devices whenever they have nothing else to do.
+    /// Lets the channels send the state of this many devices whenever they have nothing else to do.
     pub(crate) fn begin_transfers(&self, count: usize) {
         self.lock().transfers = (0..count).collect();
         self.work.notify_all();

@@ -20,7 +20,7 @@ fn run(guest: &dyn Guest, saving: &Saving, queue: &Queue) -> Result<(), Migratio
                     queue.sent(saving.save(batch.block, view, &batch.pages)?);
                 }
             }
-            // All that was queued before is written by now, or by the thread that has taken it, which synchronises behind it.
+            // All that was queued before is written by now, or by the thread that has taken it, which synchronises after it.
             Work::Sync => {
                 synced += 1;
                 queue.synced();

@@ -149,7 +149,7 @@ impl<'s> Sender<'s> {
         Ok(Some(self.payload.len() as u64))
     }
 
-    /// Writes the header and what belongs behind it.
+    /// Writes the header and what belongs after it.
     fn write(&mut self, runs: &[VolatileSlice<'_>]) -> Result<Counts, MigrationError> {
         let mut parts = vec![Source::bytes(self.header.as_bytes())];
         match &self.compressor {

@@ -20,7 +20,7 @@ pub(crate) struct States {
 }
 
 impl States {
-    /// For devices whose state comes over so many page channels.
+    /// For devices whose state comes over this many page channels.
     pub(crate) fn new(devices: impl IntoIterator<Item = CountedString>, channels: u8) -> Self {
         let order = Mutex::new(DeviceStates::new(devices, channels));
         States { order, changed: Condvar::new(), start: Instant::now() }

@@ -55,7 +55,7 @@ impl PageStream {
         &self.channel
     }
 
-    /// Reads until so many bytes of the header are here, or the channel ends.
+    /// Reads until this many bytes of the header are here, or the channel ends.
     pub(super) fn fill(&mut self, at_least: usize) -> Result<(), MigrationError> {
         // A packet is as long as the room for it.
         let wanted = at_least.min(self.header.len()).saturating_sub(self.filled);

@@ -31,7 +31,7 @@ struct State {
     begun: Option<Instant>,
     stopped: bool,
     sent: u64,
-    /// Still to be sent: while the guest runs, and behind that.
+    /// Still to be sent: while the guest runs, and after that.
     precopy: u64,
     stopcopy: u64,
     asked: u32,

@@ -21,9 +21,9 @@ pub(crate) struct Faults {
     pub(crate) flip: Option<(u64, u8)>,
     /// Called when the source has written so much.
     pub(crate) call_at: Option<(u64, Arc<dyn Fn() + Send + Sync>)>,
-    /// The source cannot write faster than so many bytes per millisecond.
+    /// The source cannot write faster than this many bytes per millisecond.
     pub(crate) bytes_per_ms: Option<u64>,
-    /// So many times the source is told that a megabyte is still on its way.
+    /// This many times the source is told that a megabyte is still on its way.
     pub(crate) backlog: Arc<AtomicU64>,
 }
 

@@ -57,7 +57,7 @@ fn a_working_guest_goes_on_from_a_file() {
         for (multifd, direct) in [(false, false), (mapped, false), (mapped, mapped)] {
             for offset in [0, 0x1234] {
                 let path = directory.path().join("guest");
-                // What lies in front of the stream stays, and what a longer file had behind it goes.
+                // What lies in front of the stream stays, and what a longer file had after it goes.
                 std::fs::write(&path, [7; 40_000]).unwrap();
                 let pair = Pair::new(3000).with(&[("mapped-ram", mapped), ("multifd", multifd)]);
                 let mut parameters = pair.job.parameters();
@@ -124,7 +124,7 @@ fn a_bitmap_of_pages_that_do_not_exist_is_refused() {
     let pair = Pair::new(60).with(&[("mapped-ram", true)]);
     pair.leave(&address).unwrap();
     let path = directory.path().join("guest");
-    // The header has the place of the bitmap, which is one word, behind the page size.
+    // The header has the place of the bitmap, which is one word, after the page size.
     let image = std::fs::read(&path).unwrap();
     let page_size = image.windows(8).position(|word| word == PAGE.to_be_bytes()).unwrap();
     let bitmap = u64::from_be_bytes(image[page_size + 8..page_size + 16].try_into().unwrap());

@@ -224,7 +224,7 @@ impl DirtyLog for FakeLog<'_> {
 
     fn reset(&mut self, block: usize, pages: Range<u64>) -> Result<(), GuestError> {
         assert!(pages.start.is_multiple_of(64));
-        // The guest may write between the reading and the resetting, and right behind it.
+        // The guest may write between the reading and the resetting, and right after it.
         self.0.work();
         {
             let mut log = self.0.log.lock().unwrap();

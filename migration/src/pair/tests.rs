@@ -11,7 +11,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-/// Bytes of the confirmation behind the end of the stream: a command with a 32-bit value.
+/// Bytes of the confirmation after the end of the stream: a command with a 32-bit value.
 const CONFIRMATION: u64 = 9;
 
 #[test]
@@ -94,7 +94,7 @@ fn the_guest_runs_while_what_was_sent_is_on_its_way() {
     pair.assert_stayed(&outcome);
 }
 
-/// Nothing is dirtied while the guest stands still, so every page goes once; a working guest's go more often.
+/// Nothing is dirtied while the guest is paused, so every page goes once; a working guest's go more often.
 #[test]
 fn mode_cpr_reboot_stops_the_guest_before_the_first_page() {
     let pair = Pair::new(500);

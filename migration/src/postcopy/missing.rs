@@ -245,7 +245,7 @@ impl Shared {
         let here = Touched::new(block.units * pages, true);
         let missing = block.kept.gaps(block.units).flatten().filter(|unit| !block.placed.contains(*unit));
         missing.for_each(|unit| here.clear(unit * pages..(unit + 1) * pages));
-        // There are no pages behind the end.
+        // There are no pages after the end.
         here.clear(block.units * pages..(block.units * pages).next_multiple_of(64));
         Some((block.name.clone(), here.to_bytes()))
     }

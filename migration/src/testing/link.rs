@@ -118,7 +118,7 @@ impl Link {
         self.end.get_or_insert(self.last);
     }
 
-    /// What has arrived by `now`, up to so many bytes.
+    /// What has arrived by `now`, up to this many bytes.
     pub fn receive(&mut self, now: Duration, most: usize) -> Vec<u8> {
         let mut arrived = Vec::new();
         while let Some((at, piece)) = self.under_way.front_mut() {

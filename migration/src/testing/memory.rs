@@ -25,7 +25,7 @@ pub struct Memory {
 }
 
 impl Memory {
-    /// Blocks of so many pages of zeroes, all of which are in the log.
+    /// Blocks of this many pages of zeroes, all of which are in the log.
     pub fn new(blocks: &[usize]) -> Self {
         let pages = blocks.iter().sum();
         let (written, told) = (vec![true; pages], vec![false; pages]);

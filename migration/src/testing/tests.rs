@@ -38,7 +38,7 @@ fn simulated_migrations_keep_every_promise() {
     assert!(count("cut", Ending::Paused) + count("stall", Ending::Paused) > 0, "{endings:?}");
 }
 
-/// How many of so many plans find a planted mistake.
+/// How many of this many plans find a planted mistake.
 fn found(plan: impl Fn(u64) -> Plan, violation: impl Fn(&Violation) -> bool) -> usize {
     (0..200).filter(|seed| migrate(&plan(*seed)).is_err_and(|found| violation(&found))).count()
 }

@@ -21,7 +21,7 @@ pub struct Turn<'a> {
 pub enum Action<'a> {
     /// Nothing but to ask again.
     Continue,
-    /// Show more of the main channel: at least so many bytes, counted from the front of this input; or say that there are none or
+    /// Show more of the main channel: at least this many bytes, counted from the front of this input; or say that there are none or
     /// what time it is.
     Read {
         /// How many.
@@ -33,7 +33,7 @@ pub enum Action<'a> {
     ForgetBlocks,
     /// Say whether the guest has such a [block](super::Destination::block_fits), or [what is wrong](super::Destination::refuse).
     Block(RamBlock),
-    /// The pages of a block have their places in the file, and the next bytes of the main channel are of no use: say when so many are
+    /// The pages of a block have their places in the file, and the next bytes of the main channel are of no use: say when this many are
     /// [done with](super::Destination::placed).
     MappedBlock {
         /// The block.

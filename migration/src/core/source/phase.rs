@@ -97,7 +97,7 @@ pub(crate) enum Step {
     SectionSent,
     /// The turn of a device, whose size was asked for.
     Device { device: usize },
-    /// So many bytes of a device's state are left in this pass.
+    /// This many bytes of a device's state are left in this pass.
     DeviceLeft { device: usize, left: u64 },
     /// A record was read.
     DeviceRead { device: usize, left: u64 },

@@ -18,7 +18,7 @@ const PIECE: usize = 2 * PAGE;
 /// What follows when everything on the main channel was sent.
 pub(super) enum Then {
     Sent(Sent),
-    /// That was the end of the stream, before which so many bytes had been sent.
+    /// That was the end of the stream, before which this many bytes had been sent.
     Ended {
         before: u64,
     },
