@@ -28,7 +28,7 @@ const IOAPICS: [(u32, u32); 2] = [(0xfec0_0000, 0), (0xfec1_0000, 24)];
 const NO_VGA: u16 = 1 << 2;
 const ALIGN: usize = 64;
 
-/// The tables for address `at`, where the root pointer is, of a machine with so many vCPUs and virtio-mmio devices. One with a PCI bus
+/// The tables for address `at`, where the root pointer is, of a machine with this many vCPUs and virtio-mmio devices. One with a PCI bus
 /// has its window above 4 GiB.
 pub(super) fn tables(at: u64, cpus: usize, virtio: usize, high_window: Option<Range<u64>>) -> Vec<u8> {
     let mut bytes = vec![0; size_of::<Rsdp>()];

@@ -76,7 +76,7 @@ const PHNUM: usize = 56;
 const PROGRAM_HEADER: usize = 56;
 const PT_LOAD: u32 = 1;
 
-/// A piece of the loaded kernel: addresses of its first byte and of those behind the last from the file and the last of all.
+/// A piece of the loaded kernel: addresses of its first byte and of those after the last from the file and the last of all.
 struct Segment {
     start: u64,
     file_end: u64,

@@ -48,11 +48,11 @@ pub enum BootError {
         what: &'static str,
         /// Its first byte.
         start: u64,
-        /// The byte behind it.
+        /// The byte after it.
         end: u64,
         /// The first byte it may have.
         ram_start: u64,
-        /// The byte behind the last it may have.
+        /// The byte after the last it may have.
         ram_end: u64,
     },
     /// The initial RAM disk and the kernel do not fit beside each other.
@@ -63,9 +63,9 @@ pub enum BootError {
     InitrdNoRoom {
         /// Bytes.
         size: u64,
-        /// The first byte behind the kernel as it runs.
+        /// The first byte after the kernel as it runs.
         kernel_end: u64,
-        /// The byte behind the last that the RAM disk may have.
+        /// The byte after the last that the RAM disk may have.
         limit: u64,
     },
     /// The command line is longer than the kernel takes.

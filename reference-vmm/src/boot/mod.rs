@@ -135,7 +135,7 @@ const ACPI: u32 = 3;
 
 /// The machine's RAM as a kernel sees it.
 struct Ram {
-    /// Address behind the RAM below 4 GiB.
+    /// Address after the RAM below 4 GiB.
     low_end: u64,
     /// The memory map: address, bytes, kind.
     map: Vec<(u64, u64, u32)>,

@@ -26,7 +26,7 @@ const EXT_INT: u8 = 3;
 const ALL_APICS: u8 = 0xff;
 const ISA: u8 = 0;
 
-/// The floating pointer for address `at` and the table behind it.
+/// The floating pointer for address `at` and the table after it.
 pub(super) fn table(at: u32, cpus: usize) -> Vec<u8> {
     let (mut entries, mut count) = (Vec::new(), 0u16);
     let mut add = |entry: &[u8]| {

@@ -54,7 +54,7 @@ pub(crate) struct Demo {
     /// Migrate over a UNIX socket instead of TCP
     #[arg(long)]
     unix: bool,
-    /// Give up if the migration takes longer than so many seconds
+    /// Give up if the migration takes longer than this many seconds
     #[arg(long, value_name = "SECONDS", default_value_t = 120)]
     timeout: u64,
 }
@@ -167,7 +167,7 @@ impl Demo {
         }
     }
 
-    /// The source stands still and prints nothing more.
+    /// The source is paused and prints nothing more.
     fn check_one_side(&self, source: &mut Guest, destination: &mut Guest) -> anyhow::Result<()> {
         let printed = source.text()?.len();
         let status = |guest: &mut Guest| guest.qmp("query-status", json!({}));

@@ -72,7 +72,7 @@ pub(crate) struct MachineArguments {
     netdev: Vec<String>,
     /// Device on virtio-mmio, in the order of QEMU's command line: virtio-blk-device,drive=ID[,serial=TEXT], virtio-rng-device,
     /// virtio-net-device,netdev=ID[,mac=ADDRESS],
-    /// virtio-serial-device with virtconsole,chardev=ID[,name=TEXT] and virtserialport,chardev=ID[,name=TEXT] behind it. Without what it
+    /// virtio-serial-device with virtconsole,chardev=ID[,name=TEXT] and virtserialport,chardev=ID[,name=TEXT] on it. Without what it
     /// needs a device has no model: a guest is kept as it came and goes back, but does not run (use -S)
     #[arg(long, value_name = "OPTIONS")]
     device: Vec<String>,

@@ -200,7 +200,7 @@ fn survive_full_files() {
     unsafe { libc::signal(libc::SIGXFSZ, libc::SIG_IGN) };
 }
 
-/// `unix:PATH`, with the options that QEMU wants behind it.
+/// `unix:PATH`, with the options that QEMU wants after it.
 fn parse_qmp(text: &str) -> Result<PathBuf, String> {
     let path = text.strip_prefix("unix:").ok_or("expected unix:PATH")?;
     let mut options = path.split(',');

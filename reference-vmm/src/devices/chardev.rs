@@ -26,7 +26,7 @@ pub enum ChardevOptions {
     File {
         /// Its path.
         path: PathBuf,
-        /// Write behind what it holds, and do not empty it.
+        /// Write after what it holds, and do not empty it.
         append: bool,
     },
     /// A UNIX socket.

@@ -237,7 +237,7 @@ impl Deref for Mapped {
     type Target = [Entry];
 
     fn deref(&self) -> &[Entry] {
-        // SAFETY: so many entries are mapped, page-aligned, as long as the value lives; KVM changes them, and they are atomics.
+        // SAFETY: this many entries are mapped, page-aligned, as long as the value lives; KVM changes them, and they are atomics.
         unsafe { std::slice::from_raw_parts(self.entries, self.len) }
     }
 }

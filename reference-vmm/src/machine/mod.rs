@@ -94,7 +94,7 @@ pub struct Machine {
     pumps: Vec<std::thread::JoinHandle<()>>,
     devices: Arc<Devices>,
     clock: Arc<Mutex<VirtualClock>>,
-    /// What KVM lets run on while the vCPUs stand still, as it was when they stopped.
+    /// What KVM lets run on while the vCPUs are paused, as it was when they stopped.
     held: Mutex<Option<Held>>,
     virtio: Vec<VirtioDevice>,
     bios: Vec<u8>,
@@ -393,7 +393,7 @@ impl Machine {
         self.vcpus.iter().for_each(Vcpu::kick);
     }
 
-    /// Makes the vCPUs stand still for so many per cent of their time (at most [`MAX_THROTTLE`]); 0 lets them run.
+    /// Pauses the vCPUs for this many per cent of their time (at most [`MAX_THROTTLE`]); 0 lets them run.
     ///
     /// # Errors
     /// [`Error::Host`] when the host has no thread for it.
@@ -403,12 +403,12 @@ impl Machine {
         Ok(())
     }
 
-    /// For how many per cent of their time the vCPUs stand still.
+    /// For how many per cent of their time the vCPUs are paused.
     pub fn throttled(&self) -> u8 {
         self.throttle.per_cent()
     }
 
-    /// Keeps a vCPU, or all of them, from writing to more than so many MiB in a second, or ends that with `None`. A vCPU that keeps
+    /// Keeps a vCPU, or all of them, from writing to more than this many MiB in a second, or ends that with `None`. A vCPU that keeps
     /// to the limit in every [period](Machine::set_dirty_limit_period) is not slowed down; another one pauses for as long as it
     /// takes, and over any longer time writes at most what the limit allows in that time and one period.
     ///

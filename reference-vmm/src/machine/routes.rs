@@ -27,7 +27,7 @@ struct Table {
     chips: bool,
     /// Messages of the IOAPIC's pins, where the monitor has it: by them the kernel knows whose ends of interrupts to tell.
     pins: Vec<Option<Message>>,
-    /// Messages of interrupts behind the pins.
+    /// Messages of interrupts after the pins.
     messages: Vec<PciMessage>,
 }
 

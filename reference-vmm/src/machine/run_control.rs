@@ -11,7 +11,7 @@ use crate::devices::lock;
 pub enum RunState {
     /// They run.
     Running,
-    /// They stand still, or are about to.
+    /// They are paused, or are about to be.
     Paused,
     /// The guest has stopped by itself: see [`Stop`]. A reset lets it start anew.
     Stopped,

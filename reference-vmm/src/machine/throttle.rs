@@ -1,4 +1,4 @@
-//! Slowing vCPUs down: each in turn runs for a while and then stands still for a while.
+//! Slowing vCPUs down: each in turn runs for a while and is then paused for a while.
 
 use std::fmt;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -12,7 +12,7 @@ use crate::error::{Error, Result};
 
 /// How long a vCPU runs between two pauses (QEMU 11.1).
 const TIMESLICE: Duration = Duration::from_millis(10);
-/// The most, in per cent, that a vCPU stands still (QEMU 11.1).
+/// The most, in per cent, that a vCPU is paused (QEMU 11.1).
 pub const MAX_THROTTLE: u8 = 99;
 
 /// What the vCPU threads look at.
@@ -73,7 +73,7 @@ impl Throttle {
         &self.brake
     }
 
-    /// Makes the vCPUs stand still for so many per cent of their time; 0 lets them run, and more than
+    /// Pauses the vCPUs for this many per cent of their time; 0 lets them run, and more than
     /// [`MAX_THROTTLE`] is as much as that.
     pub(crate) fn set(&self, per_cent: u8, vcpus: &Arc<[Vcpu]>) -> Result<()> {
         let mut thread = lock(&self.thread);

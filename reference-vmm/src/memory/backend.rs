@@ -38,7 +38,7 @@ pub enum BackendKind {
     Ram,
     /// A file without a name: `memory-backend-memfd`.
     Memfd {
-        /// In huge pages of so many bytes, or of the host's usual size if that is 0.
+        /// In huge pages of this many bytes, or of the host's usual size if that is 0.
         hugetlb: Option<u64>,
         /// Nobody can change the file's length.
         seal: bool,

@@ -29,8 +29,8 @@
 //! |---|---|---|
 //! | `base` | first address of the hot range | 4M |
 //! | `dirty` | bytes in the hot range, shared out to the vCPUs | at most 64M and half of the RAM beyond 8M |
-//! | `hold` | bytes of pseudo-random pages behind it | at most 16M and an eighth |
-//! | `zero` | bytes of untouched pages behind that | at most 8M and an eighth |
+//! | `hold` | bytes of pseudo-random pages after it | at most 16M and an eighth |
+//! | `zero` | bytes of untouched pages after that | at most 8M and an eighth |
 //! | `rate` | bytes per second all vCPUs together dirty, 0 = as fast as possible | 0 |
 //! | `verify` | background pages each vCPU checks per second | 4096 |
 //! | `report` | milliseconds between progress lines | 250 |

@@ -45,7 +45,7 @@ struct Area<'a>(&'a [u8]);
 struct AreaMut<'a>(&'a mut [u8]);
 
 /// Where each component is in the standard format on this processor. It is asked once: inside a virtual machine every CPUID is
-/// an exit, and the guest stands still meanwhile.
+/// an exit, and the guest is paused meanwhile.
 static OFFSETS: LazyLock<[Option<usize>; component::COUNT]> = LazyLock::new(|| {
     const LEAF: u32 = 0xd;
     std::array::from_fn(|component| {

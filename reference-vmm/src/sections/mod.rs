@@ -239,7 +239,7 @@ pub fn newest() -> Profile {
     Profile::new(QemuVersion::NEWEST, MACHINE_TYPE)
 }
 
-/// Saves and loads `state` without effect, so that the next time, when a guest stands still, is not the first: then the processor
+/// Saves and loads `state` without effect, so that the next time, when a guest is paused, is not the first: then the processor
 /// has been asked what it has, and code and heap are in memory.
 ///
 /// # Errors
@@ -249,7 +249,7 @@ pub fn rehearse(state: &MachineState) -> Result<(), SectionError> {
     load(saved.sections(), &newest(), &mut state.clone()).map(drop)
 }
 
-/// Whether a machine of `cpus` vCPUs, with or without real-time clock, with a PCI bus with so many devices, with these virtio devices, has the section.
+/// Whether a machine of `cpus` vCPUs, with or without real-time clock, with a PCI bus with this many devices, with these virtio devices, has the section.
 pub fn has_device(
     idstr: &CountedString,
     instance_id: u32,

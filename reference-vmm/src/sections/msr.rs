@@ -103,7 +103,7 @@ fn counters(pmu: &mut msr::ArchitecturalPmu) -> Vec<(u32, &mut u64)> {
         (0x38e, &mut pmu.global_status),
         (0x390, &mut pmu.global_ovf_ctrl),
     ];
-    // The subsection has room for more than the architecture numbers; behind these there are MSRs of other kinds.
+    // The subsection has room for more than the architecture numbers; after these there are MSRs of other kinds.
     const COUNTERS: usize = 8;
     fields.extend((0x309..).zip(&mut pmu.fixed_counters));
     fields.extend((0xc1..).zip(pmu.gp_counters.iter_mut().take(COUNTERS)));

@@ -36,7 +36,7 @@ pub struct MachineState {
     pub pit: PitState,
     /// The paravirtual clock.
     pub clock: ClockState,
-    /// The virtual clock, which stands still while the machine is paused, in ns. Times of the PIT refer to it.
+    /// The virtual clock, which is stopped while the machine is paused, in ns. Times of the PIT refer to it.
     pub virtual_clock: i64,
     /// The serial port.
     pub serial: SerialState,

@@ -19,7 +19,7 @@ pub struct Shape {
     pub rest: u64,
     /// A read in PRE_COPY where there is nothing gives 0, and not ENOMSG.
     pub silent_drain: bool,
-    /// A read or write moves at most so many bytes; 0 is no limit.
+    /// A read or write moves at most this many bytes; 0 is no limit.
     pub most: usize,
     /// It takes any state, for tests with the states of real devices, and tells what came ([`Double::taken`]).
     pub takes_all: bool,

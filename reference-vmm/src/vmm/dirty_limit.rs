@@ -22,7 +22,7 @@ pub enum LimitRefused {
 }
 
 impl Vmm {
-    /// Limits what a vCPU, or every vCPU, may dirty to so many MiB per second; 0 takes the limit back.
+    /// Limits what a vCPU, or every vCPU, may dirty to this many MiB per second; 0 takes the limit back.
     ///
     /// # Errors
     /// [`LimitRefused`].

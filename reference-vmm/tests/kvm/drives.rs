@@ -122,7 +122,7 @@ fn go_with_a_guest_that_stands_still() {
     here.wait("completed");
     there.wait("completed");
     assert!(!there.is_running());
-    assert!(is_used(&image), "the destination has locked the disk though the guest stands still");
+    assert!(is_used(&image), "the destination has locked the disk though the guest is paused");
     assert!(here.refused("cont").contains("Failed to get \"write\" lock"));
     there.execute("cont", json!({}));
     assert!(there.is_running() && is_used(&image));

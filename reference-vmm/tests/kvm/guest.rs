@@ -27,7 +27,7 @@ impl Guest {
         Guest::configured(memory, cpus, payload, |config| config.split_irqchip = split_irqchip)
     }
 
-    /// The same with dirty rings of so many entries.
+    /// The same with dirty rings of this many entries.
     pub(crate) fn with_rings(memory: u64, cpus: usize, payload: &str, dirty_ring_size: u32) -> Guest {
         Guest::configured(memory, cpus, payload, |config| config.dirty_ring_size = dirty_ring_size)
     }

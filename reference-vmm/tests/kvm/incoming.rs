@@ -71,7 +71,7 @@ fn waits(monitor: &mut Monitor) {
     assert_eq!(monitor.status(), "inmigrate");
 }
 
-/// Waits for so many lines of progress from the guest, which has lost nothing.
+/// Waits for this many lines of progress from the guest, which has lost nothing.
 fn runs(monitor: &Monitor) {
     monitor.wait_for("progress", |text| text.lines().filter_map(Progress::parse).count() >= 3);
     assert!(monitor.text().lines().filter_map(Progress::parse).all(|progress| progress.stale == 0));
@@ -211,7 +211,7 @@ fn exit_on_error() {
     assert!(ends.said().contains("load of migration failed: "), "{}", ends.said());
 }
 
-/// Where the sections of a stream are: kind, name, instance, bytes from the type to behind the footer.
+/// Where the sections of a stream are: kind, name, instance, bytes from the type to after the footer.
 fn sections(stream: &[u8]) -> Vec<(SectionKind, String, u32, Range<usize>)> {
     let mut driver = Driver::new(stream, Decoder::new(DecoderOptions::default()));
     let (mut found, mut start) = (Vec::new(), (SectionKind::Full, 0));

@@ -47,7 +47,7 @@ impl Monitor {
         Monitor::run(Command::new(env!("CARGO_BIN_EXE_reference-vmm")), directory, name, payload, options)
     }
 
-    /// A monitor that may have so many descriptors.
+    /// A monitor that may have this many descriptors.
     pub(crate) fn with_descriptors(limit: u32, directory: &Path, name: &str, options: &[&str]) -> Monitor {
         let mut shell = Command::new("sh");
         let program = env!("CARGO_BIN_EXE_reference-vmm");
@@ -136,7 +136,7 @@ impl Monitor {
         }
     }
 
-    /// Waits for so many starts, and for progress and no fault after the last of them.
+    /// Waits for this many starts, and for progress and no fault after the last of them.
     fn wait_for_start(&self, number: usize) {
         const START: &str = "qevm-payload start cpus=";
         self.wait_for(&format!("start {number}"), |text| {

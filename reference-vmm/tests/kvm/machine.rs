@@ -34,7 +34,7 @@ fn a_message_interrupts_and_leaves_the_other_interrupts_alone() {
     let event = EventFd::new(0).unwrap();
     // To the vector of the guest's timer.
     let gsi = guest.machine.add_message(&event, PciMessage { address: 0xfee0_0000, data: 0x40 }).unwrap();
-    assert_eq!(gsi, 24, "the first behind the pins of the IOAPIC");
+    assert_eq!(gsi, 24, "the first after the pins of the IOAPIC");
     // More than its timer makes in any time.
     guest.wait_until(|now| {
         event.write(1).unwrap();

@@ -98,7 +98,7 @@ fn starts_a_guest_anew() {
     }
 }
 
-/// A kernel that changes its own data, prints them and resets the machine. There is a byte behind those in its file, too.
+/// A kernel that changes its own data, prints them and resets the machine. There is a byte after those in its file, too.
 fn kernel() -> Kernel {
     const DATA: u32 = 0x20_0040;
     let data = DATA.to_le_bytes();

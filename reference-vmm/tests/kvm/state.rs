@@ -131,7 +131,7 @@ fn sets_the_tsc_exactly() {
         }
         let start = Instant::now();
         guest.machine.load_state(&state).unwrap();
-        // They stand still until the machine runs.
+        // They are stopped until the machine runs.
         guest.machine.resume().unwrap();
         guest.machine.pause();
         let loaded = guest.machine.save_state().unwrap();

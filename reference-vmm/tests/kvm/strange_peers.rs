@@ -115,7 +115,7 @@ impl Peer {
         }
     }
 
-    /// Whether the last byte of the stream proper came, behind the last device and the last PING.
+    /// Whether the last byte of the stream proper came, after the last device and the last PING.
     fn has_the_end(&self) -> bool {
         let seen = self.seen.lock().unwrap();
         let last = command(PINGS[2]);

@@ -149,7 +149,7 @@ pub struct ConfigSpace {
 
 impl ConfigSpace {
     /// That of a function with one header of type 0 and no capabilities: 4096 bytes if it is PCI Express, 256 if not. As in QEMU, what
-    /// is behind the header and in no capability of the first 256 bytes keeps what the guest writes there.
+    /// is after the header and in no capability of the first 256 bytes keeps what the guest writes there.
     pub fn new(identity: &Identity, express: bool) -> ConfigSpace {
         use register::{CACHE_LINE, CLASS, COMMAND, DEVICE_ID, INTERRUPT_LINE, INTERRUPT_PIN};
         use register::{REVISION, SUBSYSTEM_ID, SUBSYSTEM_VENDOR_ID, VENDOR_ID};

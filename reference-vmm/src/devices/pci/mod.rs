@@ -60,7 +60,7 @@ pub enum PciError {
         /// Its identifier.
         id: u8,
     },
-    /// No function has so many vectors.
+    /// No function has this many vectors.
     #[error("{0} vectors: wanted 1, 2, 4, 8, 16 or 32 for MSI, 1 to 2048 for MSI-X")]
     Vectors(u32),
     /// All devices of the bus are there.
@@ -176,7 +176,7 @@ pub struct PciBus {
 }
 
 impl PciBus {
-    /// A bus in a guest that has so many bits of physical address, with nothing on it but the host bridge.
+    /// A bus in a guest that has this many bits of physical address, with nothing on it but the host bridge.
     pub fn new(physical_bits: u8, lines: [Line; LINES]) -> PciBus {
         let bridge = ConfigOnly(ConfigSpace::new(&HOST_BRIDGE, false));
         let devices = vec![Device { function: Box::new(bridge), levels: [false; LINES] }];

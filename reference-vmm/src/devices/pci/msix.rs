@@ -24,7 +24,7 @@ pub struct Layout {
 }
 
 impl Layout {
-    /// So many vectors; table and pending bits each in a BAR, at an offset that is a multiple of 8.
+    /// This many vectors; table and pending bits each in a BAR, at an offset that is a multiple of 8.
     ///
     /// # Errors
     /// [`PciError::Vectors`] unless there are 1 to 2048; [`PciError::Bar`] for a BAR that there is not, or an offset that is no

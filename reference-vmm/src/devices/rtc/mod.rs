@@ -113,7 +113,7 @@ impl Rtc {
             B => {
                 self.show(now);
                 let was_set = self.state.cmos[B] & B_SET != 0;
-                // While it is set the time stands still and no update ends.
+                // While it is set the time is stopped and no update ends.
                 self.state.cmos[B] = if value & B_SET != 0 { value & !FLAG_UPDATE } else { value };
                 if was_set && value & B_SET == 0 {
                     self.set_time(now);
@@ -225,7 +225,7 @@ impl Rtc {
         i128::from(base_rtc) * NANOSECONDS + now - i128::from(last_update) + i128::from(offset)
     }
 
-    /// Brings the registers of the time to what it is, unless it stands still.
+    /// Brings the registers of the time to what it is, unless it is stopped.
     fn show(&mut self, now: i128) {
         if self.ticks() {
             let seconds = self.guest_time(now).div_euclid(NANOSECONDS);

@@ -47,7 +47,7 @@ fn the_guest_sets_the_time() {
     for (register, value) in [(0, 0x30), (2, 0x15), (4, 0x03), (7, 0x01), (8, 0x02), (9, 0x99), (0x32, 0x19)] {
         write(&mut rtc, register, value, NOW);
     }
-    assert_eq!(read(&mut rtc, 0, NOW + 10 * S), 0x30, "it stands still");
+    assert_eq!(read(&mut rtc, 0, NOW + 10 * S), 0x30, "it is stopped");
     write(&mut rtc, 0x0b, 0x02, NOW + 10 * S);
     assert_eq!([4, 2, 0, 9].map(|register| read(&mut rtc, register, NOW + 41 * S)), [0x03, 0x16, 0x01, 0x99]);
 }

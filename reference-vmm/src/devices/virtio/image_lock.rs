@@ -9,7 +9,7 @@ use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
 
-/// The byte of a right that is used, and that of one which nobody else may use, are so many bytes behind these.
+/// The byte of a right that is used, and that of one which nobody else may use, are this many bytes after these.
 const USED: i64 = 100;
 const REFUSED: i64 = 200;
 const READ: i64 = 0;

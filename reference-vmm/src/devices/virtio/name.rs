@@ -65,7 +65,7 @@ impl VirtioDevice {
             VirtioDevice::Block => "no drive (drive=ID)",
             VirtioDevice::Net => "no netdev (netdev=ID)",
             VirtioDevice::Rng => "no source of random numbers",
-            VirtioDevice::Serial => "no port (virtconsole or virtserialport behind it)",
+            VirtioDevice::Serial => "no port (virtconsole or virtserialport on it)",
         }
     }
 

@@ -47,7 +47,7 @@ pub(crate) enum RingError {
     Chain,
     #[error("a buffer of 0 bytes")]
     Empty,
-    #[error("a buffer that the device reads behind one that it writes")]
+    #[error("a buffer that the device reads after one that it writes")]
     Order,
     #[error("{what}")]
     Request { what: &'static str },
@@ -176,7 +176,7 @@ impl Queue {
         }
     }
 
-    /// The first descriptor of the chain that is `ahead` behind the next, if the budget of this turn reaches so far.
+    /// The first descriptor of the chain that is `ahead` after the next, if the budget of this turn reaches that far.
     fn head(&self, memory: &GuestMemory, ahead: u16) -> Result<Option<u16>, RingError> {
         if !self.is_ready() || self.waiting(memory)? <= ahead {
             return Ok(None);
@@ -195,7 +195,7 @@ impl Queue {
         }
     }
 
-    /// The chain that is `ahead` behind the next; it stays where it is.
+    /// The chain that is `ahead` after the next; it stays where it is.
     pub(super) fn peek(&self, memory: &GuestMemory, ahead: u16) -> Result<Option<Chain>, RingError> {
         self.head(memory, ahead)?.map(|head| self.walk(memory, head)).transpose()
     }

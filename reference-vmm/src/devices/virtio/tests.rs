@@ -12,7 +12,7 @@ use crate::state::{VirtioDeviceState, VirtioRequest};
 mod net;
 mod serial;
 
-/// Where the tests' driver has its queue: the descriptors, the rings behind them as `align` says, and buffers.
+/// Where the tests' driver has its queue: the descriptors, the rings after them as `align` says, and buffers.
 const DESC: u64 = 0x1_0000;
 const NUM: u16 = 16;
 const AVAIL: u64 = DESC + 16 * NUM as u64;

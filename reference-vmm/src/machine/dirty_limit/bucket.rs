@@ -21,7 +21,7 @@ const LATEST: Duration = Duration::from_millis(10);
 const FAST: f64 = 2048.0 * MIB;
 /// A debt that is paid sooner is not worth leaving the guest.
 pub(super) const SHORTEST_PAUSE: Duration = Duration::from_millis(10);
-/// A rate is measured over at least so many pauses.
+/// A rate is measured over at least this many pauses.
 const PAUSES: u32 = 3;
 
 /// Keeps the account of a vCPU that has a limit. Times are from any fixed moment on.
@@ -72,7 +72,7 @@ pub(super) struct Measured {
 }
 
 impl Bucket {
-    /// A limit in MiB per second, kept in every `period`, of a vCPU that has written to so many pages by `now`.
+    /// A limit in MiB per second, kept in every `period`, of a vCPU that has written to this many pages by `now`.
     pub(super) fn new(limit: u64, period: Duration, now: Duration, written: u64) -> Bucket {
         let mut bucket = Bucket {
             limit,

@@ -14,8 +14,8 @@ use crate::devices::{Rtc, lock};
 use crate::error::{Error, Result};
 use crate::state::{Carried, ClockState, GedState, MachineState, Msr, PitState};
 
-/// The paravirtual clock, the PIT and the TSCs, which KVM lets run on while the vCPUs stand still. As with a QEMU clock and PIT
-/// stand still for the guest: they are read when it stops, and set when it goes on. The TSCs of a guest that migrates do as well,
+/// The paravirtual clock, the PIT and the TSCs, which KVM lets run on while the vCPUs are paused. As with a QEMU clock and PIT
+/// stop for the guest: they are read when it stops, and set when it goes on. The TSCs of a guest that migrates do as well,
 /// so that it does not see TSC and clock part by the time that it stood still.
 #[derive(Clone, Debug)]
 pub(super) struct Held {
@@ -37,7 +37,7 @@ pub(super) fn hold(machine: &Machine) -> Result<()> {
 /// Lets what was held go on from where it was. The machine is about to run.
 pub(super) fn release(machine: &Machine) -> Result<()> {
     let Some(held) = lock(&machine.held).take() else { return Ok(()) };
-    // One in the monitor counts in virtual time, which stands still by itself.
+    // One in the monitor counts in virtual time, which stops by itself.
     if machine.devices.split.is_none() {
         chips::load_pit(&machine.vm, &held.pit, lock(&machine.clock).now())?;
     }
@@ -120,7 +120,7 @@ pub(super) fn load(machine: &Machine, state: &MachineState) -> Result<()> {
     for (index, (vcpu, state)) in machine.vcpus.iter().zip(&state.vcpus).enumerate() {
         vcpu::load(&lock(&vcpu.fd), index == 0, state)?;
     }
-    // Now, so that KVM's refusal is the load's failure; and once more when the machine goes on, so that they stand still
+    // Now, so that KVM's refusal is the load's failure; and once more when the machine goes on, so that they are stopped
     // until then. After the TSCs, for KVM derives the guest's clock from both.
     let tscs = state.vcpus.iter().map(vcpu::tsc_of).collect();
     let held = Held { clock: state.clock.clone(), pit: state.pit.clone(), tscs, came: true };
@@ -159,7 +159,7 @@ pub(super) fn reset(machine: &Machine, fresh: &MachineState) -> Result<()> {
     let passed = virtual_clock - fresh.virtual_clock;
     pit.channels.iter_mut().for_each(|channel| channel.count_load_time += passed);
     if machine.devices.split.is_none() {
-        // KVM's goes on while the vCPUs stand still, and would interrupt by controllers that have been reset already.
+        // KVM's goes on while the vCPUs are paused, and would interrupt by controllers that have been reset already.
         chips::load_pit(&machine.vm, &pit, virtual_clock)?;
     }
     let virtio_states = vec![None; fresh.virtio_states.len()];

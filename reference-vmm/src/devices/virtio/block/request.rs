@@ -63,7 +63,7 @@ pub(super) struct Progress {
 /// What a task does.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Step {
-    /// The next piece of so many bytes.
+    /// The next piece of this many bytes.
     Move(u64),
     Flush,
 }

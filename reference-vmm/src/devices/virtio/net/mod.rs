@@ -1,6 +1,6 @@
 //! `virtio-net-device` with one pair of queues (virtio 1.2, 5.1).
 //!
-//! A frame is taken from its queue when it has been sent, so that none is under way while the machine stands still.
+//! A frame is taken from its queue when it has been sent, so that none is under way while the machine is paused.
 
 mod filter;
 
