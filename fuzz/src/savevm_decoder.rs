@@ -32,7 +32,7 @@ fn run(choice: u8, stream: &[u8], piece: usize) -> (Vec<(u64, String)>, bool) {
     }
     let mut pump = Pump { stream, position: 0, shown: piece.min(stream.len()), piece, events: Vec::new() };
     let ended = pump.run(&mut decoder, &mut encoder);
-    // Bytes behind the end are only reported if they were shown.
+    // Bytes after the end are only reported if they were shown.
     let legal = ended && (choice & 0x80 != 0 || pump.position == stream.len());
     (pump.events, legal)
 }

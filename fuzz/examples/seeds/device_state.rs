@@ -8,7 +8,7 @@ use qevm_wire::{CountedString, Decode, Step, Writer};
 
 use crate::{Recording, Seeds, parts};
 
-/// Bytes of a payload behind its header; QEMU's have 1 MiB.
+/// Bytes of a payload after its header; QEMU's have 1 MiB.
 const DATA: usize = 300;
 
 pub(crate) fn seeds(recordings: &[Recording]) -> io::Result<()> {

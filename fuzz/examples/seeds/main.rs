@@ -11,7 +11,7 @@ use std::{env, fs, io};
 
 use serde_json::Value;
 
-/// So many of the recordings that fit are used for a target.
+/// This many of the recordings that fit are used for a target.
 const ENOUGH: usize = 32;
 
 /// A recording: its name and its files.

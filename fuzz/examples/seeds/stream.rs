@@ -28,7 +28,7 @@ pub(crate) struct Contents {
     mapped: Vec<MappedBlock>,
 }
 
-/// Takes a stream apart; of each section, at most so many records of pages are kept. Whole items are left out, nothing else
+/// Takes a stream apart; of each section, at most this many records of pages are kept. Whole items are left out, nothing else
 /// changes.
 pub(crate) fn contents(stream: &[u8], mapped_ram: bool, most: usize) -> Contents {
     let decoder = Decoder::new(DecoderOptions { mapped_ram, allow_trailing: true, ..DecoderOptions::default() });

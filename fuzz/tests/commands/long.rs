@@ -7,7 +7,7 @@ use qevm_savevm::command::Command as StreamCommand;
 use qevm_savevm::ram::BlockId;
 use std::process::Command;
 
-/// Makes an input of so many things.
+/// Makes an input of this many things.
 type Make = fn(u64) -> Vec<u8>;
 
 /// What is read, and of how many things it is made first.
