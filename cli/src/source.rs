@@ -1,10 +1,12 @@
 //! Where bytes come from: a file that can be skipped in, or a pipe that must be read.
 
 use crate::bounds::{Exceeded, Spool};
+use crate::read_at::{ReadAt, read_exact_at};
 use qevm_wire::Window;
 use std::fs::File;
 use std::io::{self, Read, Seek, SeekFrom, Write};
-use std::os::unix::fs::FileExt;
+use std::sync::Arc;
+use tempfile::SpooledData;
 
 /// First read after a jump: enough for a few record headers.
 const SMALL_READ: usize = 256;
@@ -35,15 +37,10 @@ pub struct Source {
 }
 
 enum Input {
-    /// A file, read by position: a jump costs nothing.
-    File(File),
-    Seekable(Box<dyn SeekRead>),
+    /// Read by position: a jump costs nothing.
+    Placed(Arc<dyn ReadAt>),
     Stream(Box<dyn Read>),
 }
-
-/// What a seekable input must do.
-pub trait SeekRead: Read + Seek {}
-impl<T: Read + Seek> SeekRead for T {}
 
 /// A driver reads from it, and jumps over what nobody reads.
 impl Window for Source {
@@ -79,7 +76,7 @@ impl Source {
     pub fn file(mut file: File) -> io::Result<Self> {
         // A pipe or a terminal refuses to seek; an empty regular file does not.
         match file.seek(SeekFrom::End(0)) {
-            Ok(len) if file.metadata()?.is_file() || len > 0 => Ok(Self::with(Input::File(file), Some(len))),
+            Ok(len) if file.metadata()?.is_file() || len > 0 => Ok(Self::seekable(Arc::new(file), len)),
             _ => Ok(Self::stream(Box::new(file))),
         }
     }
@@ -89,9 +86,9 @@ impl Source {
         Self::with(Input::Stream(input), None)
     }
 
-    /// Something of `len` bytes that can be skipped in, positioned at its start.
-    pub fn seekable(input: Box<dyn SeekRead>, len: u64) -> Self {
-        Self::with(Input::Seekable(input), Some(len))
+    /// Something of `len` bytes that can be read in any order.
+    pub fn seekable(input: Arc<dyn ReadAt>, len: u64) -> Self {
+        Self::with(Input::Placed(input), Some(len))
     }
 
     fn with(input: Input, total: Option<u64>) -> Self {
@@ -151,9 +148,6 @@ impl Source {
         if let Some(total) = self.total {
             let jump = wanted.min(total.saturating_sub(self.offset));
             self.offset += jump;
-            if let Input::Seekable(input) = &mut self.input {
-                input.seek(SeekFrom::Start(self.offset - self.base))?;
-            }
             self.read_size = SMALL_READ;
             self.ended = false;
             return Ok(held + jump);
@@ -176,11 +170,8 @@ impl Source {
     /// # Errors
     /// `Unsupported` if the input is not seekable.
     pub fn jump(&mut self, offset: u64) -> io::Result<()> {
-        let place = offset.checked_sub(self.base).ok_or(io::ErrorKind::Unsupported)?;
-        match &mut self.input {
-            Input::File(_) => {}
-            Input::Seekable(input) => drop(input.seek(SeekFrom::Start(place))?),
-            Input::Stream(_) => return Err(io::ErrorKind::Unsupported.into()),
+        if offset < self.base || !self.is_seekable() {
+            return Err(io::ErrorKind::Unsupported.into());
         }
         (self.start, self.end, self.offset, self.ended) = (0, 0, offset, false);
         self.read_size = LARGE_READ;
@@ -225,55 +216,51 @@ impl Source {
         }
         self.base = self.offset;
         self.total = Some(self.base + len);
-        spool.rewind()?;
-        self.input = Input::Seekable(Box::new(spool));
+        self.input = Input::Placed(match spool.into_inner() {
+            SpooledData::InMemory(bytes) => Arc::new(bytes.into_inner()),
+            SpooledData::OnDisk(file) => Arc::new(file),
+        });
         self.ended = false;
         Ok(())
     }
 
     /// How many bytes from `offset` on are a hole of the file, which reads as zeroes. 0 if it is not known.
-    pub fn hole_at(&self, offset: u64) -> io::Result<u64> {
-        let (Input::File(file), Some(total)) = (&self.input, self.total) else { return Ok(0) };
-        if offset >= total {
-            return Ok(0);
-        }
-        match rustix::fs::seek(file, rustix::fs::SeekFrom::Data(offset)) {
-            Ok(data) => Ok(data.saturating_sub(offset)),
-            // No data up to the end.
-            Err(rustix::io::Errno::NXIO) => Ok(total - offset),
-            // A file system that does not tell.
-            Err(_) => Ok(0),
+    pub fn hole_at(&self, offset: u64) -> u64 {
+        match (&self.input, self.total) {
+            (Input::Placed(input), Some(total)) if (self.base..total).contains(&offset) => {
+                input.hole_at(offset - self.base).min(total - offset)
+            }
+            _ => 0,
         }
     }
 
     /// How many bytes from `offset` on are no hole. `u64::MAX` if it is not known.
-    pub fn data_at(&self, offset: u64) -> io::Result<u64> {
-        let Input::File(file) = &self.input else { return Ok(u64::MAX) };
-        let hole = rustix::fs::seek(file, rustix::fs::SeekFrom::Hole(offset));
-        Ok(hole.map_or(u64::MAX, |hole| hole.saturating_sub(offset)))
+    pub fn data_at(&self, offset: u64) -> u64 {
+        match &self.input {
+            Input::Placed(input) if offset >= self.base => input.data_at(offset - self.base),
+            _ => u64::MAX,
+        }
+    }
+
+    /// What is read, for others to read in any order, and the offset of its first byte. `None` if it can be read only once.
+    pub fn shared(&self) -> Option<(&Arc<dyn ReadAt>, u64)> {
+        match &self.input {
+            Input::Placed(input) => Some((input, self.base)),
+            Input::Stream(_) => None,
+        }
     }
 
     /// The last bytes of the input, at most `bytes` of them, without moving.
     ///
     /// # Errors
     /// `Unsupported` if the input is not seekable.
-    pub fn tail(&mut self, bytes: u64) -> io::Result<Vec<u8>> {
-        let here = self.offset + (self.end - self.start) as u64;
-        let total = self.total.ok_or(io::ErrorKind::Unsupported)?;
+    pub fn tail(&self, bytes: u64) -> io::Result<Vec<u8>> {
+        let (Input::Placed(input), Some(total)) = (&self.input, self.total) else {
+            return Err(io::ErrorKind::Unsupported.into());
+        };
         let start = total.saturating_sub(bytes).max(self.base);
-        let mut tail = Vec::new();
-        match &mut self.input {
-            Input::File(file) => {
-                tail.resize((total - start) as usize, 0);
-                file.read_exact_at(&mut tail, start)?;
-            }
-            Input::Seekable(input) => {
-                input.seek(SeekFrom::Start(start - self.base))?;
-                input.take(total - start).read_to_end(&mut tail)?;
-                input.seek(SeekFrom::Start(here - self.base))?;
-            }
-            Input::Stream(_) => return Err(io::ErrorKind::Unsupported.into()),
-        }
+        let mut tail = vec![0; (total - start) as usize];
+        read_exact_at(&**input, &mut tail, start - self.base)?;
         Ok(tail)
     }
 
@@ -298,8 +285,7 @@ impl Source {
         let room = &mut self.buffer[self.end..self.end + size];
         let read = loop {
             let read = match &mut self.input {
-                Input::File(file) => file.read_at(room, position),
-                Input::Seekable(input) => input.read(room),
+                Input::Placed(input) => input.read_at(room, position - self.base),
                 Input::Stream(input) => input.read(room),
             };
             match read {
@@ -341,7 +327,7 @@ mod tests {
 
     #[test]
     fn files_and_pipes_read_alike() {
-        walk(Source::seekable(Box::new(Cursor::new(bytes())), bytes().len() as u64));
+        walk(Source::seekable(Arc::new(bytes()), bytes().len() as u64));
         walk(Source::stream(Box::new(Cursor::new(bytes()))));
     }
 
@@ -390,7 +376,7 @@ mod tests {
 
     #[test]
     fn only_a_seekable_input_goes_back() {
-        let mut source = Source::seekable(Box::new(Cursor::new(bytes())), 1_000_000);
+        let mut source = Source::seekable(Arc::new(bytes()), 1_000_000);
         source.skip(500).unwrap();
         source.jump(3).unwrap();
         source.fill(2).unwrap();

@@ -6,6 +6,7 @@ use qevm::source::Source;
 use qevm::stream::inputs::Named;
 use qevm::stream::{Inputs, Layouts, Settings, analysis::Ignore, analyze};
 use std::io::Cursor;
+use std::sync::Arc;
 
 /// Room for temporary files.
 const SPOOL: u64 = 64 << 20;
@@ -29,7 +30,7 @@ pub fn cli_walk(data: &[u8]) {
             _ => inputs.return_path.push(file),
         }
     }
-    let keep = [Keep::Nothing, Keep::Digests, Keep::Image][usize::from(choice >> 1 & 3) % 3];
+    let keep = [Keep::Nothing, Keep::Digests, Keep::Image, Keep::Places][usize::from(choice >> 1 & 3)];
     let settings = Settings {
         keep,
         reencode: choice & 8 == 0,
@@ -48,6 +49,6 @@ pub fn cli_walk(data: &[u8]) {
 }
 
 fn source(bytes: &[u8], seekable: bool) -> Source {
-    let file = Cursor::new(bytes.to_vec());
-    if seekable { Source::seekable(Box::new(file), bytes.len() as u64) } else { Source::stream(Box::new(file)) }
+    let (len, bytes) = (bytes.len() as u64, bytes.to_vec());
+    if seekable { Source::seekable(Arc::new(bytes), len) } else { Source::stream(Box::new(Cursor::new(bytes))) }
 }

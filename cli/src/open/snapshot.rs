@@ -2,13 +2,14 @@
 
 use super::container::{Container, describe};
 use crate::failure::{Failure, Stop};
+use crate::read_at::{ReadAt, Stamp};
 use crate::source::Source;
 use qevm_savevm::container::qcow2::{self, Cluster, Header, Snapshot, VmState};
 use qevm_savevm::{Error, Reader};
 use qevm_wire::{Fault, Limits};
 use std::fs::File;
-use std::io::{self, Read, Seek, SeekFrom};
-use std::os::unix::fs::FileExt;
+use std::io::{self, Seek, SeekFrom};
+use std::sync::{Arc, Mutex, PoisonError};
 
 /// The table is read in pieces of this size until an entry is whole.
 const TABLE_PIECE: usize = 64 << 10;
@@ -35,8 +36,9 @@ pub(super) fn open(name: &str, file: File, chosen: Option<&str>) -> Result<(Sour
     read_exact(&file, &mut l1, snapshot.l1_offset).map_err(|error| Failure::io(name, snapshot.l1_offset, &error))?;
     let state = VmState::new(&header, snapshot, &l1).map_err(bad)?;
     let len = state.len();
-    let reader = StateReader { file, l2: vec![0; header.cluster_size() as usize], l2_offset: None, state, position: 0 };
-    Ok((Source::seekable(Box::new(reader), len), Container::Snapshot { chosen, all: snapshots }))
+    let table = Table { offset: None, bytes: vec![0; header.cluster_size() as usize] };
+    let reader = StateReader { file, cluster_size: header.cluster_size(), table: Mutex::new(table), state };
+    Ok((Source::seekable(Arc::new(reader), len), Container::Snapshot { chosen, all: snapshots }))
 }
 
 /// `savevm` writes every byte of the state. What claims more than the file holds would be made of clusters that are not there,
@@ -124,10 +126,6 @@ fn read_up_to(file: &File, buffer: &mut [u8], offset: u64) -> io::Result<usize> 
     let mut filled = 0;
     while filled < buffer.len() {
         let at = offset.saturating_add(filled as u64);
-        // The operating system has another error for places that no file can have.
-        if i64::try_from(at).is_err() {
-            break;
-        }
         match file.read_at(&mut buffer[filled..], at) {
             Ok(0) => break,
             Ok(read) => filled += read,
@@ -151,60 +149,52 @@ fn read_exact(file: &File, buffer: &mut [u8], offset: u64) -> io::Result<()> {
 
 struct StateReader {
     file: File,
+    cluster_size: u64,
     state: VmState,
-    position: u64,
-    /// The L2 table read last, and where it is.
-    l2: Vec<u8>,
-    l2_offset: Option<u64>,
+    /// The L2 table read last.
+    table: Mutex<Table>,
 }
 
-impl Read for StateReader {
-    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        let len = self.state.contiguous(self.position).min(buffer.len() as u64) as usize;
+/// An L2 table, and where it is.
+struct Table {
+    offset: Option<u64>,
+    bytes: Vec<u8>,
+}
+
+impl ReadAt for StateReader {
+    fn read_at(&self, buffer: &mut [u8], position: u64) -> io::Result<usize> {
+        let len = self.state.contiguous(position).min(buffer.len() as u64) as usize;
         if len == 0 {
             return Ok(0);
         }
         let buffer = &mut buffer[..len];
-        match self.cluster()? {
+        match self.cluster(position)? {
+            // The state starts at a cluster boundary, so its clusters are those of the file.
             Cluster::At(offset) => {
-                let in_cluster = self.position_in_cluster();
-                read_exact(&self.file, buffer, offset.saturating_add(in_cluster))?;
+                read_exact(&self.file, buffer, offset.saturating_add(position % self.cluster_size))?;
             }
             Cluster::Zero => buffer.fill(0),
         }
-        self.position += len as u64;
         Ok(len)
+    }
+
+    fn stamp(&self) -> io::Result<Option<Stamp>> {
+        self.file.stamp()
     }
 }
 
 impl StateReader {
-    fn cluster(&mut self) -> io::Result<Cluster> {
+    fn cluster(&self, position: u64) -> io::Result<Cluster> {
         let damaged = |error: Error| io::Error::new(io::ErrorKind::InvalidData, error);
-        let Some(offset) = self.state.l2_table(self.position).map_err(damaged)? else {
+        let Some(offset) = self.state.l2_table(position).map_err(damaged)? else {
             return Ok(Cluster::Zero);
         };
-        if self.l2_offset != Some(offset) {
-            self.l2_offset = None;
-            read_exact(&self.file, &mut self.l2, offset)?;
-            self.l2_offset = Some(offset);
+        let mut table = self.table.lock().unwrap_or_else(PoisonError::into_inner);
+        if table.offset != Some(offset) {
+            table.offset = None;
+            read_exact(&self.file, &mut table.bytes, offset)?;
+            table.offset = Some(offset);
         }
-        self.state.cluster(self.position, &self.l2, offset).map_err(damaged)
-    }
-
-    /// The state starts at a cluster boundary, so its clusters are those of the file.
-    fn position_in_cluster(&self) -> u64 {
-        self.position % self.l2.len() as u64
-    }
-}
-
-impl Seek for StateReader {
-    fn seek(&mut self, to: SeekFrom) -> io::Result<u64> {
-        let position = match to {
-            SeekFrom::Start(position) => Some(position),
-            SeekFrom::End(offset) => self.state.len().checked_add_signed(offset),
-            SeekFrom::Current(offset) => self.position.checked_add_signed(offset),
-        };
-        self.position = position.ok_or(io::ErrorKind::InvalidInput)?;
-        Ok(self.position)
+        self.state.cluster(position, &table.bytes, offset).map_err(damaged)
     }
 }

@@ -1,5 +1,6 @@
 //! The contents of guest memory, in an unlinked temporary file.
 
+use crate::bounds::Spool;
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io;
@@ -16,39 +17,45 @@ const UNIT_PAGES: u64 = 256;
 pub(super) struct Image {
     file: File,
     page_size: u64,
-    /// Number of a unit to its place in the file.
-    units: BTreeMap<u64, u64>,
-    /// The unit used last, and its place.
-    current: Option<(u64, u64)>,
+    /// By the number of the unit.
+    units: BTreeMap<u64, Unit>,
     run_start: u64,
     run: Vec<u8>,
+}
+
+/// Consecutive pages, each of which has a place in the file once one of them has.
+#[derive(Debug, Clone, Copy)]
+struct Unit {
+    /// Which of the file's units.
+    place: u64,
+    /// Pages that were written.
+    written: [u64; UNIT_PAGES as usize / 64],
 }
 
 impl Image {
     /// An empty image in the directory for temporary files (`TMPDIR`), for pages of `page_size` bytes.
     pub(super) fn new(page_size: u64) -> io::Result<Self> {
         let (file, run) = (tempfile::tempfile()?, Vec::new());
-        Ok(Image { file, page_size, units: BTreeMap::new(), current: None, run_start: 0, run })
+        Ok(Image { file, page_size, units: BTreeMap::new(), run_start: 0, run })
     }
 
-    /// The content of page number `page` is `bytes`.
-    pub(super) fn write(&mut self, page: u64, bytes: &[u8]) -> io::Result<()> {
-        let unit = page / UNIT_PAGES;
-        let place = match self.current.filter(|current| current.0 == unit) {
-            Some((_, place)) => place,
-            None => {
-                let next = self.units.len() as u64;
-                *self.units.entry(unit).or_insert(next)
-            }
-        };
-        self.current = Some((unit, place));
+    /// The content of page number `page` is `bytes`; says where in the file that is. A page takes `room` once.
+    pub(super) fn write(&mut self, page: u64, bytes: &[u8], room: &Spool) -> io::Result<u64> {
+        let next = Unit { place: self.units.len() as u64, written: Default::default() };
+        let unit = self.units.entry(page / UNIT_PAGES).or_insert(next);
+        let (word, bit) = ((page % UNIT_PAGES / 64) as usize, 1 << (page % 64));
+        if unit.written[word] & bit == 0 {
+            room.take(self.page_size)?;
+            unit.written[word] |= bit;
+        }
+        let place = unit.place;
         let offset = self.offset(place, page)?;
         if self.run_start + self.run.len() as u64 != offset || self.run.len() + bytes.len() > RUN_BYTES {
             self.flush()?;
             self.run_start = offset;
         }
         self.run.extend_from_slice(bytes);
-        Ok(())
+        Ok(offset)
     }
 
     /// Up to this page, those from `page` on lie one after the other.
@@ -60,8 +67,14 @@ impl Image {
     /// latest.
     pub(super) fn read(&mut self, page: u64, bytes: &mut [u8]) -> io::Result<()> {
         self.flush()?;
-        let place = self.units.get(&(page / UNIT_PAGES)).ok_or(io::ErrorKind::NotFound)?;
-        self.file.read_exact_at(bytes, self.offset(*place, page)?)
+        let unit = self.units.get(&(page / UNIT_PAGES)).ok_or(io::ErrorKind::NotFound)?;
+        self.file.read_exact_at(bytes, self.offset(unit.place, page)?)
+    }
+
+    /// The file, with all pages in it.
+    pub(super) fn finish(mut self) -> io::Result<File> {
+        self.flush()?;
+        Ok(self.file)
     }
 
     fn offset(&self, place: u64, page: u64) -> io::Result<u64> {

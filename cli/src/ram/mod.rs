@@ -9,16 +9,21 @@ mod chunk;
 mod crc;
 mod image;
 mod page_table;
+mod places;
+mod stored;
 
 pub use page_table::PageState;
+pub(crate) use stored::{Lost, StoredPages};
 
 use crate::args::RamDigest;
 use crate::bounds::Spool;
+use crate::source::Source;
 use crc::PageCrc;
 use image::Image;
 use page_table::{PageTable, Run};
 use sha2::{Digest, Sha256};
 use std::io;
+use stored::Stored;
 
 /// What is kept of the pages.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -29,6 +34,9 @@ pub enum Keep {
     Digests,
     /// The contents, too.
     Image,
+    /// Where in the files the content of each page is, and the contents of those that are not in them as they are. Nothing else is
+    /// known of the pages.
+    Places,
 }
 
 /// One RAM block and the pages it got.
@@ -54,6 +62,7 @@ pub struct GuestRam {
     table: PageTable,
     crc: PageCrc,
     image: Option<Image>,
+    stored: Option<Stored>,
     keep: Keep,
     spool: Spool,
 }
@@ -79,6 +88,7 @@ impl GuestRam {
             table: PageTable::new(spool.clone()),
             crc: PageCrc::new(page_size),
             image: if keep == Keep::Image { Some(Image::new(page_size)?) } else { None },
+            stored: (keep == Keep::Places).then(|| Stored::new(page_size)),
             keep,
             spool,
         })
@@ -109,6 +119,11 @@ impl GuestRam {
 
     /// The page at byte `offset` of `block` now holds `bytes`.
     pub fn put(&mut self, block: usize, offset: u64, bytes: &[u8]) -> io::Result<()> {
+        if self.stored.is_some() {
+            let room = self.spool.clone();
+            let (stored, page) = self.stored(block, offset)?.ok_or_else(no_block)?;
+            return stored.write(page, bytes, &room);
+        }
         let crc = crc32fast::hash(bytes);
         // Only a page with the CRC of a zero page can be one.
         let zero = crc == self.crc.zero_page() && bytes.iter().all(|byte| *byte == 0);
@@ -136,6 +151,35 @@ impl GuestRam {
         self.set(block, offset, PageState::Data, 0, &[])
     }
 
+    /// The pages in `len` bytes from `offset` of `block` on now hold what lies at `at` of `source`, which is called `name` and can be
+    /// read in any order. For [`Keep::Places`].
+    pub fn put_place(
+        &mut self,
+        block: usize,
+        offset: u64,
+        len: u64,
+        (name, source, at): (&str, &Source, u64),
+    ) -> io::Result<()> {
+        let pages = len / self.page_size;
+        match self.stored(block, offset)? {
+            Some((stored, page)) => stored.keep(page, pages, name, source, at),
+            None => Err(io::Error::other("places of pages are not kept")),
+        }
+    }
+
+    /// The pages where they lie, for [`Keep::Places`].
+    pub(crate) fn into_stored(self) -> io::Result<StoredPages> {
+        let stored = self.stored.ok_or_else(|| io::Error::other("places of pages were not kept"))?;
+        stored.finish(&self.blocks)
+    }
+
+    /// Where pages stay in the files, and the number of the page at `offset` of `block`.
+    fn stored(&mut self, block: usize, offset: u64) -> io::Result<Option<(&mut Stored, u64)>> {
+        let found = self.blocks.get(block).ok_or_else(no_block)?;
+        let page = found.first_page + offset / self.page_size;
+        Ok(self.stored.as_mut().map(|stored| (stored, page)))
+    }
+
     /// What is known of the page at byte `offset` of `block`.
     pub fn state(&mut self, block: usize, offset: u64) -> io::Result<PageState> {
         match self.blocks.get(block) {
@@ -144,8 +188,11 @@ impl GuestRam {
         }
     }
 
-    /// Reads the page at byte `offset` of `block`; needs [`Keep::Image`]. Pages that never came are zeroes.
+    /// Reads the page at byte `offset` of `block`; needs [`Keep::Image`] or [`Keep::Places`]. Pages that never came are zeroes.
     pub fn read(&mut self, block: usize, offset: u64, bytes: &mut [u8]) -> io::Result<()> {
+        if let Some((stored, page)) = self.stored(block, offset)? {
+            return stored.read(page, bytes);
+        }
         let found = self.blocks.get(block).ok_or_else(no_block)?;
         let page = found.first_page + offset / self.page_size;
         let Some(image) = &mut self.image else {
@@ -275,8 +322,13 @@ impl GuestRam {
     }
 
     fn fill(&mut self, block: usize, offset: u64, len: u64, state: PageState) -> io::Result<()> {
+        let pages = len / self.page_size;
+        if let Some((stored, page)) = self.stored(block, offset)? {
+            stored.clear(page, pages);
+            return Ok(());
+        }
         let found = self.blocks.get_mut(block).ok_or_else(no_block)?;
-        let (first, pages) = (found.first_page + offset / self.page_size, len / self.page_size);
+        let first = found.first_page + offset / self.page_size;
         let before = self.table.fill(first, pages, state)?;
         found.pages -= before.zero + before.data;
         found.zero_pages -= before.zero;
@@ -288,6 +340,11 @@ impl GuestRam {
     }
 
     fn set(&mut self, block: usize, offset: u64, state: PageState, crc: u32, bytes: &[u8]) -> io::Result<()> {
+        if let Some((stored, page)) = self.stored(block, offset)? {
+            // Pages with content come by [`put`](Self::put) and [`put_place`](Self::put_place).
+            stored.clear(page, 1);
+            return Ok(());
+        }
         let found = self.blocks.get_mut(block).ok_or_else(no_block)?;
         let page = found.first_page + offset / self.page_size;
         let before = self.table.set(page, state, crc)?;
@@ -300,10 +357,7 @@ impl GuestRam {
             if bytes.is_empty() {
                 return Err(io::Error::other("page without content"));
             }
-            if before != PageState::Data {
-                self.spool.take(self.page_size)?;
-            }
-            image.write(page, bytes)?;
+            image.write(page, bytes, &self.spool)?;
         }
         Ok(())
     }

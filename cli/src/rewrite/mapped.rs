@@ -4,28 +4,30 @@ use super::{MAPPED_RAM, SavedGuest, cannot_write, with_capability};
 use crate::failure::{Failure, Stop};
 use crate::output_file::Runs;
 use crate::progress::Progress;
-use qevm_savevm::StreamWriter;
 use qevm_savevm::event::Event;
 use qevm_savevm::mapped_ram::MappedBlock;
 use qevm_savevm::ram::{RamBlock, RamRecord};
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 
+/// A mapped-ram file without its pages and their bitmaps.
+#[derive(Debug)]
+pub(super) struct Layout {
+    /// Parts of the stream, each with its offset in the file.
+    pub(super) parts: Vec<(u64, Vec<u8>)>,
+    /// Where bitmap and pages of each block are.
+    pub(super) blocks: Vec<MappedBlock>,
+    /// Length of the file in bytes.
+    pub(super) len: u64,
+}
+
 /// A file that is written piece by piece, with holes.
 struct Place<'a> {
     file: &'a File,
     name: &'a str,
-    offset: u64,
 }
 
 impl Place<'_> {
-    fn write(&mut self, stream: &mut StreamWriter) -> Result<(), Stop> {
-        let bytes = stream.take();
-        self.write_at(&bytes, self.offset)?;
-        self.offset += bytes.len() as u64;
-        Ok(())
-    }
-
     fn write_at(&self, bytes: &[u8], offset: u64) -> Result<(), Stop> {
         self.file.write_all_at(bytes, offset).map_err(|error| Failure::io(self.name, offset, &error).into())
     }
@@ -74,33 +76,11 @@ impl SavedGuest {
     /// # Errors
     /// [`Stop::Bad`] with kind `io` if the file cannot be written.
     pub fn write_mapped(&mut self, file: &File, name: &str, bar: &mut Progress) -> Result<u64, Stop> {
-        let mut place = Place { file, name, offset: 0 };
-        let mut stream = self.stream();
-        let configuration = self.configuration.clone().map(|c| with_capability(c, MAPPED_RAM));
-        stream.header(configuration.as_ref()).map_err(cannot_write)?;
-        stream.section_start(&self.ram_section).map_err(cannot_write)?;
-        let total = self.blocks.iter().map(|block| block.used_length).sum();
-        stream.event(&Event::Ram(RamRecord::MemSize { total })).map_err(cannot_write)?;
-        let mut mapped = Vec::with_capacity(self.blocks.len());
-        for block in &self.blocks {
-            // The header follows the name, the length and, with x-ignore-shared, the address.
-            let words = if block.address.is_some() { 16 } else { 8 };
-            let header_offset = place.offset + (stream.bytes().len() + block.name.wire_len()) as u64 + words;
-            let layout = MappedBlock::place(header_offset, block.used_length, self.pages)
-                .ok_or_else(|| Stop::Usage(format!("{name}: RAM block '{}' does not fit a file", block.name)))?;
-            let listed = RamBlock { mapped_ram: Some(layout.header), ..block.clone() };
-            stream.event(&Event::Ram(RamRecord::Block(listed))).map_err(cannot_write)?;
-            place.write(&mut stream)?;
-            place.offset = layout.end();
-            mapped.push(layout);
-        }
-        stream.eos().map_err(cannot_write)?;
-        stream.footer().map_err(cannot_write)?;
-        for device in self.devices(true) {
-            stream.section_full(&device.header, &device.body).map_err(cannot_write)?;
-        }
+        let place = Place { file, name };
+        let layout = self.layout(name)?;
+        layout.parts.iter().try_for_each(|(offset, bytes)| place.write_at(bytes, *offset))?;
         let mut done = 0;
-        for (block, layout) in mapped.iter().enumerate() {
+        for (block, layout) in layout.blocks.iter().enumerate() {
             let mut present = Present::new(layout.header.bitmap_offset);
             let pages = self.pages;
             let failed = |(at, error): (u64, std::io::Error)| Stop::from(Failure::io(name, at, &error));
@@ -117,11 +97,43 @@ impl SavedGuest {
             runs.flush().map_err(failed)?;
             present.write(&place)?;
         }
+        Ok(layout.len)
+    }
+
+    /// What such a file, which is called `name` in errors, has beside pages and bitmaps, and where those are.
+    pub(super) fn layout(&self, name: &str) -> Result<Layout, Stop> {
+        let mut stream = self.stream();
+        let configuration = self.configuration.clone().map(|c| with_capability(c, MAPPED_RAM));
+        stream.header(configuration.as_ref()).map_err(cannot_write)?;
+        stream.section_start(&self.ram_section).map_err(cannot_write)?;
+        let total = self.blocks.iter().map(|block| block.used_length).sum();
+        stream.event(&Event::Ram(RamRecord::MemSize { total })).map_err(cannot_write)?;
+        let (mut parts, mut offset) = (Vec::new(), 0);
+        let mut blocks = Vec::with_capacity(self.blocks.len());
+        for block in &self.blocks {
+            // The header follows the name, the length and, with x-ignore-shared, the address.
+            let words = if block.address.is_some() { 16 } else { 8 };
+            let header_offset = offset + (stream.bytes().len() + block.name.wire_len()) as u64 + words;
+            let layout = MappedBlock::place(header_offset, block.used_length, self.pages)
+                .ok_or_else(|| Stop::Usage(format!("{name}: RAM block '{}' does not fit a file", block.name)))?;
+            let listed = RamBlock { mapped_ram: Some(layout.header), ..block.clone() };
+            stream.event(&Event::Ram(RamRecord::Block(listed))).map_err(cannot_write)?;
+            parts.push((offset, stream.take()));
+            offset = layout.end();
+            blocks.push(layout);
+        }
+        stream.eos().map_err(cannot_write)?;
+        stream.footer().map_err(cannot_write)?;
+        for device in self.devices(true) {
+            stream.section_full(&device.header, &device.body).map_err(cannot_write)?;
+        }
         stream.section_end(self.ram_section.section_id).map_err(cannot_write)?;
         stream.eos().map_err(cannot_write)?;
         stream.footer().map_err(cannot_write)?;
         self.write_end(&mut stream)?;
-        place.write(&mut stream)?;
-        Ok(place.offset)
+        let end = stream.take();
+        let len = offset + end.len() as u64;
+        parts.push((offset, end));
+        Ok(Layout { parts, blocks, len })
     }
 }

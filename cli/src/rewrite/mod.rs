@@ -2,13 +2,14 @@
 //!
 //! Whatever form a migration came in (plain, multifd, mapped-ram, XBZRLE, postcopy), reading it gives a [`SavedGuest`]:
 //! memory, device sections and description as a destination would have them. [`stream`] and [`mapped`] write that guest
-//! as a new stream. Device sections keep their bytes; memory is written once, each page in its last content.
+//! as a new stream; [`mapped_file`] gives parts of the latter without writing it. Device sections keep their bytes; memory is written once, each page in its last content.
 
 pub mod channels;
 pub mod mapped;
+pub mod mapped_file;
 pub mod stream;
 
-use crate::bounds::Bounds;
+use crate::bounds::{Bounds, Spool};
 use crate::failure::{Failure, Stop};
 use crate::progress::Progress;
 use crate::ram::{GuestRam, Keep, Stretch};
@@ -55,16 +56,28 @@ impl SavedGuest {
     /// [`Stop::Bad`] if the migration is bad, or has sections whose content depends on the form: state of devices that
     /// was still being read (VFIO), disks (`block`) and their bitmaps (`dirty-bitmap`).
     pub fn read(inputs: &mut Inputs, bounds: &Bounds) -> Result<SavedGuest, Stop> {
-        let mut capture = Capture { bar: Progress::new("reading", inputs.main.source.total()), ..Capture::default() };
+        let mut bar = Progress::new("reading", inputs.main.source.total());
+        Self::read_with(inputs, Keep::Image, bounds.spool(), bounds.max_ram, &mut |offset| bar.at(offset))
+    }
+
+    /// As [`read`](Self::read), with what `keep` says of memory; tells `position` how far the main channel was read.
+    fn read_with(
+        inputs: &mut Inputs,
+        keep: Keep,
+        spool: Spool,
+        max_ram: u64,
+        position: &mut dyn FnMut(u64),
+    ) -> Result<SavedGuest, Stop> {
+        let mut capture = Capture::new(position);
         let settings = Settings {
-            keep: Keep::Image,
+            keep,
             reencode: false,
             complete: true,
             strict: false,
             live: false,
             layouts: Layouts::default(),
-            spool: bounds.spool(),
-            max_ram: bounds.max_ram,
+            spool,
+            max_ram,
         };
         let mut analysis = analyze(inputs, &settings, &mut capture);
         if let Some(failure) = analysis.failure.take() {
@@ -144,9 +157,8 @@ impl SavedGuest {
     }
 }
 
-#[derive(Default)]
-struct Capture {
-    bar: Progress,
+struct Capture<'p> {
+    position: &'p mut dyn FnMut(u64),
     ram_section: Option<SectionHeader>,
     blocks: Vec<RamBlock>,
     devices: Vec<Device>,
@@ -155,13 +167,22 @@ struct Capture {
     memory_came: bool,
 }
 
-impl Observer for Capture {
+impl<'p> Capture<'p> {
+    fn new(position: &'p mut dyn FnMut(u64)) -> Self {
+        let (blocks, devices) = (Vec::new(), Vec::new());
+        Capture { position, ram_section: None, blocks, devices, iterable: None, memory_came: false }
+    }
+}
+
+impl Observer for Capture<'_> {
     fn position(&mut self, offset: u64) {
-        self.bar.at(offset);
+        (self.position)(offset);
     }
 
     fn restarted(&mut self) {
-        *self = Capture { bar: std::mem::take(&mut self.bar), ..Capture::default() };
+        (self.ram_section, self.iterable, self.memory_came) = (None, None, false);
+        self.blocks.clear();
+        self.devices.clear();
     }
 
     fn section(&mut self, kind: SectionKind, header: &SectionHeader, offset: u64) {

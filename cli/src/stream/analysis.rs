@@ -189,7 +189,7 @@ impl Analysis {
             for index in 0..guest.blocks().len() {
                 let value = match guest.keep() {
                     _ if self.incomplete_ram => None,
-                    Keep::Nothing => None,
+                    Keep::Nothing | Keep::Places => None,
                     _ => match guest.digest(index, digest) {
                         Ok(value) => Some((digest.key(), value)),
                         Err(error) => {

@@ -155,6 +155,12 @@ impl Connection<'_> {
                     memory.ram.put_unread(block, offset).map_err(|error| Failure::io(&self.file, at, &error))?;
                     return self.jump(remaining);
                 }
+                if memory.ram.keep() == Keep::Places && self.source.is_seekable() {
+                    let place = (self.file.as_str(), &*self.source, self.source.offset());
+                    let kept = memory.ram.put_place(block, offset, remaining, place);
+                    kept.map_err(|error| Failure::io(&self.file, at, &error))?;
+                    return self.jump(remaining);
+                }
                 self.more(remaining as usize)?;
                 if let Some(page) = self.source.window().get(..remaining as usize) {
                     memory.ram.put(block, offset, page).map_err(|error| Failure::io(&self.file, at, &error))?;
@@ -164,7 +170,7 @@ impl Connection<'_> {
             }
             Payload::MappedRam { block, header, used_length } => {
                 let Some(memory) = &mut walk.memory else { return Ok(()) };
-                let pages = memory.mapped_ram(self.source, block, &header, used_length, walk.observer);
+                let pages = memory.mapped_ram(&self.file, self.source, block, &header, used_length, walk.observer);
                 let pages = pages.map_err(|fault| fault.failure(&self.file, self.source.offset(), "mapped-ram"))?;
                 walk.analysis.main_pages.mapped += pages;
                 walk.analysis.signs.mapped_ram();

@@ -64,6 +64,15 @@ impl Inputs {
         })
     }
 
+    /// One file alone, whatever container its stream is in.
+    ///
+    /// # Errors
+    /// As [`open`].
+    pub fn of_file(path: &Path) -> Result<Self, Stop> {
+        let Opened { name, source, offset, containers } = open(path, None, false)?;
+        Ok(Inputs { offset, containers, ..Inputs::single(&name, source) })
+    }
+
     /// One main channel alone.
     pub fn single(name: &str, source: Source) -> Self {
         Inputs {

@@ -115,6 +115,7 @@ impl Memory {
     /// returns how many pages the bitmap says are in the file. The others are zero: old data may lie in their places.
     pub(super) fn mapped_ram(
         &mut self,
+        file: &str,
         source: &mut Source,
         block: usize,
         header: &MappedRamHeader,
@@ -139,7 +140,7 @@ impl Memory {
             for (run, length) in present.runs(u64::MAX) {
                 let zeroes = run - next;
                 self.ram.put_zeroes(block, (first + next) * header.page_size, zeroes * header.page_size)?;
-                self.mapped_run(source, block, header, first + run, length)?;
+                self.mapped_run(file, source, block, header, first + run, length)?;
                 pages += length;
                 next = run + length;
                 observer.position(source.offset());
@@ -159,6 +160,7 @@ impl Memory {
     /// read.
     fn mapped_run(
         &mut self,
+        file: &str,
         source: &mut Source,
         block: usize,
         header: &MappedRamHeader,
@@ -167,19 +169,34 @@ impl Memory {
     ) -> Result<(), Fault> {
         let page_size = header.page_size;
         let (mut offset, end) = (first * page_size, (first + count) * page_size);
+        if self.ram.keep() == Keep::Places
+            && let (true, Some(total)) = (source.is_seekable(), source.total())
+        {
+            let missing = header.pages_offset.saturating_add(end).saturating_sub(total);
+            if missing > 0 {
+                source.jump(total)?;
+                return Err(Fault::Truncated(missing.min(end - offset)));
+            }
+            return Ok(self.ram.put_place(
+                block,
+                offset,
+                end - offset,
+                (file, source, header.pages_offset + offset),
+            )?);
+        }
         // Up to here in the block, the file holds data.
         let mut data_end = offset;
         while offset < end {
             if offset >= data_end {
                 let place = header.pages_offset + offset;
-                let hole = source.hole_at(place)?.min(end - offset);
+                let hole = source.hole_at(place).min(end - offset);
                 let skipped = hole / page_size * page_size;
                 if skipped > 0 {
                     self.ram.put_zeroes(block, offset, skipped)?;
                     offset += skipped;
                     continue;
                 }
-                data_end = offset + source.data_at(place)?.clamp(page_size, end - offset);
+                data_end = offset + source.data_at(place).clamp(page_size, end - offset);
             }
             if self.ram.keep() == Keep::Nothing {
                 self.ram.put_unread(block, offset)?;

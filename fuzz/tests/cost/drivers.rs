@@ -10,7 +10,7 @@ use qevm::stream::{Inputs, Layouts, Observer, Settings, analyze};
 use qevm_multifd::{ChannelDecoder, ChannelOptions};
 use qevm_savevm::{Decoder, DecoderOptions, Event, Step, command::Command};
 use qevm_wire::{Decode, Limits};
-use std::io::Cursor;
+use std::sync::Arc;
 
 /// The files of one migration.
 #[derive(Debug, Clone, Default)]
@@ -134,7 +134,7 @@ pub(crate) fn return_path(files: &Files) -> u64 {
 
 /// All files, as the commands of `qevm` walk over them.
 pub(crate) fn walk(files: &Files, keep: Keep) -> u64 {
-    let source = |bytes: &Vec<u8>| Source::seekable(Box::new(Cursor::new(bytes.clone())), bytes.len() as u64);
+    let source = |bytes: &Vec<u8>| Source::seekable(Arc::new(bytes.clone()), bytes.len() as u64);
     let named = |(number, bytes): (usize, &Vec<u8>)| Named { name: format!("file {number}"), source: source(bytes) };
     let mut inputs = Inputs::single("main", source(&files.main));
     inputs.channels = files.channel.iter().enumerate().map(named).collect();

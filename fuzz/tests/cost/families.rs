@@ -244,12 +244,13 @@ pub(crate) fn judge(
 fn an_input_twice_as_long_makes_twice_the_work() {
     let mut beyond = Vec::new();
     for (what, count, make) in FAMILIES {
-        let readers: [(&str, Read); 5] = [
+        let readers: [(&str, Read); 6] = [
             ("decoder", drivers::main_channel),
             ("page channel", drivers::page_channel),
             ("return path", drivers::return_path),
             ("walk", |files| drivers::walk(files, Keep::Digests)),
             ("walk with contents", |files| drivers::walk(files, Keep::Image)),
+            ("index of pages", |files| drivers::walk(files, Keep::Places)),
         ];
         for (reader, read) in readers {
             beyond.extend(judge(&format!("{what}, {reader}"), count, make, read));

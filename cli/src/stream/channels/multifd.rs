@@ -215,6 +215,15 @@ impl MultifdChannel {
         if packet.offsets.is_empty() {
             return self.skip(decoder, len);
         }
+        let as_they_are = decoder.compression().is_none_or(|method| method == qevm_multifd::Compression::None);
+        if memory.ram.keep() == Keep::Places && self.source.is_seekable() && as_they_are {
+            let size = geometry.size();
+            for (offset, place) in packet.offsets.iter().zip((self.source.offset()..).step_by(size as usize)) {
+                let kept = memory.ram.put_place(packet.block, *offset, size, (&self.name, &self.source, place));
+                kept.map_err(|error| io(&self.name, error))?;
+            }
+            return self.skip(decoder, len);
+        }
         self.more(decoder, len as usize)?;
         let Some(payload) = self.source.window().get(..len as usize) else {
             return self.skip(decoder, len);
