@@ -41,6 +41,11 @@ enum Route {
 }
 
 impl Table {
+    /// What an interrupt behind the pins sends, if there is such.
+    fn message(&mut self, gsi: u32) -> Option<&mut PciMessage> {
+        self.messages.get_mut(gsi.checked_sub(PINS)? as usize)
+    }
+
     /// Numbers of interrupts, and where they go; some go to two places.
     fn routes(&self) -> Vec<(u32, Route)> {
         let mut routes = Vec::new();
@@ -78,7 +83,7 @@ fn entry((gsi, route): (u32, Route)) -> kvm_irq_routing_entry {
 }
 
 /// The owner of the table of a virtual machine.
-pub(super) struct Routes {
+pub(crate) struct Routes {
     vm: Arc<VmFd>,
     table: Mutex<Table>,
 }
@@ -95,13 +100,21 @@ impl Routes {
     }
 
     /// Adds an interrupt that sends a message: its number.
-    pub(super) fn add(&self, message: PciMessage) -> Result<u32> {
+    pub(crate) fn add(&self, message: PciMessage) -> Result<u32> {
         let mut gsi = 0;
         self.change(|table| {
             gsi = PINS + table.messages.len() as u32;
             table.messages.push(message);
         })?;
         Ok(gsi)
+    }
+
+    /// An interrupt that was [added](Routes::add) sends another message from now on.
+    pub(crate) fn update(&self, gsi: u32, message: PciMessage) -> Result<()> {
+        if lock(&self.table).message(gsi).is_none_or(|now| *now == message) {
+            return Ok(());
+        }
+        self.change(|table| table.message(gsi).into_iter().for_each(|now| *now = message))
     }
 
     fn change(&self, change: impl FnOnce(&mut Table)) -> Result<()> {

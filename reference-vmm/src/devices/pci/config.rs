@@ -22,12 +22,16 @@ pub mod register {
     pub const CLASS: usize = 0x09;
     /// Cache line size, 1 byte.
     pub const CACHE_LINE: usize = 0x0c;
+    /// Kind of header, 1 byte: bit 7 says that there are more functions.
+    pub const HEADER_TYPE: usize = 0x0e;
     /// First of six BARs of 4 bytes.
     pub const BARS: usize = 0x10;
     /// Vendor of the subsystem, 2 bytes.
     pub const SUBSYSTEM_VENDOR_ID: usize = 0x2c;
     /// Subsystem, 2 bytes.
     pub const SUBSYSTEM_ID: usize = 0x2e;
+    /// Address of the option ROM, 4 bytes.
+    pub const ROM: usize = 0x30;
     /// Offset of the first capability, 1 byte.
     pub const CAPABILITIES: usize = 0x34;
     /// Where the interrupt goes, for the guest to remember: 1 byte.
@@ -53,14 +57,14 @@ pub mod command {
 }
 
 /// Status: the function's INTx line is up.
-const STATUS_INTERRUPT: u16 = 1 << 3;
+pub(super) const STATUS_INTERRUPT: u16 = 1 << 3;
 const STATUS_CAPABILITIES: u8 = 1 << 4;
 
 /// Bytes of the header; what follows is the function's own.
-const HEADER: usize = 0x40;
-const CONVENTIONAL: usize = 256;
-const EXPRESS: usize = 4096;
-const BARS: usize = 6;
+pub(super) const HEADER: usize = 0x40;
+pub(super) const CONVENTIONAL: usize = 256;
+pub(super) const EXPRESS: usize = 4096;
+pub(super) const BARS: usize = 6;
 /// Smallest memory BAR and I/O BAR.
 const SMALLEST_MEMORY: u64 = 16;
 const SMALLEST_IO: u64 = 4;
@@ -136,15 +140,15 @@ pub struct Changes {
 /// ```
 #[derive(Clone, Debug)]
 pub struct ConfigSpace {
-    bytes: Vec<u8>,
+    pub(super) bytes: Vec<u8>,
     /// Bits that the guest can write.
-    writable: Vec<u8>,
+    pub(super) writable: Vec<u8>,
     bars: [Option<Bar>; BARS],
     /// Where the capabilities are.
-    capabilities: Vec<Range<usize>>,
-    msi: Option<Msi>,
+    pub(super) capabilities: Vec<Range<usize>>,
+    pub(super) msi: Option<Msi>,
     /// Where the MSI-X capability is.
-    msix: Option<usize>,
+    pub(super) msix: Option<usize>,
 }
 
 impl ConfigSpace {

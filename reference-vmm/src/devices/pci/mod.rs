@@ -5,6 +5,7 @@
 //! There is no I/O window and no port 0xcf8: a guest cannot reach I/O BARs. [`ConfigSpace`], [`Msi`] and [`MsixTable`] do no I/O.
 
 mod config;
+mod host;
 mod msi;
 mod msix;
 #[cfg(test)]
@@ -117,7 +118,13 @@ pub trait Function: Send {
     /// The same, to be changed.
     fn config_mut(&mut self) -> &mut ConfigSpace;
 
-    /// The guest has written to the configuration space.
+    /// The guest is about to read so many bytes of the configuration space from `offset` on.
+    fn refresh(&mut self, _offset: usize, _len: usize) {}
+
+    /// The guest writes this to the configuration space, whether the bits can be written or not.
+    fn written(&mut self, _offset: usize, _data: &[u8]) {}
+
+    /// The guest has written to the configuration space, and this is other than it was.
     fn changed(&mut self, _changes: Changes) {}
 
     /// The guest reads from a BAR. `data` is all ones.
@@ -126,9 +133,19 @@ pub trait Function: Send {
     /// The guest writes to a BAR.
     fn bar_write(&mut self, _bar: usize, _offset: u64, _data: &[u8]) {}
 
+    /// The configuration space as it goes on the wire.
+    fn config_state(&self) -> Vec<u8> {
+        self.config().bytes().to_vec()
+    }
+
     /// MSI-X table and pending bits, as they go on the wire; empty without MSI-X.
     fn msix_state(&self) -> Vec<u8> {
         Vec::new()
+    }
+
+    /// Its interrupt pin gets to the guest without the bus, which does not hold a line up for it.
+    fn has_own_line(&self) -> bool {
+        false
     }
 
     /// Takes over configuration space and MSI-X state of a guest that has come, or has been reset. The machine is paused.
@@ -210,7 +227,8 @@ impl PciBus {
         if ECAM.contains(&gpa) {
             data.fill(0xff);
             let (device, offset) = function_at(gpa);
-            if let Some(device) = device.and_then(|device| self.devices.get(device)) {
+            if let Some(device) = device.and_then(|device| self.devices.get_mut(device)) {
+                device.function.refresh(offset, data.len());
                 device.function.config().read(offset, data);
             }
             return true;
@@ -230,6 +248,7 @@ impl PciBus {
         if ECAM.contains(&gpa) {
             let (device, offset) = function_at(gpa);
             if let Some(device) = device.and_then(|device| self.devices.get_mut(device)) {
+                device.function.written(offset, data);
                 let changes = device.function.config_mut().write(offset, data);
                 if changes != Changes::default() {
                     device.function.changed(changes);
@@ -297,7 +316,7 @@ impl PciBus {
     /// The functions, and what the lines count.
     pub fn save(&self) -> PciState {
         let save = |Device { function, levels }: &Device| PciFunctionState {
-            config: function.config().bytes().to_vec(),
+            config: function.config_state(),
             levels: *levels,
             msix: function.msix_state(),
         };
@@ -325,6 +344,10 @@ impl PciBus {
         if let Some((line, (expected, found))) = counts.find(|(_, (expected, found))| expected != found) {
             return Err(PciError::Count { line, found, expected });
         }
+        // Such a device raises its interrupt by itself, if it still has one.
+        let own = self.devices.iter_mut().filter(|device| device.function.has_own_line());
+        own.for_each(|device| device.levels = [false; LINES]);
+        self.counts = self.count();
         // The controllers know nothing of what their pins were before.
         self.lines.iter_mut().zip(self.counts).for_each(|(line, count)| line(count > 0));
         Ok(())

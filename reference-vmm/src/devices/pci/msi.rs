@@ -34,6 +34,14 @@ impl Msi {
         Ok(Msi { at, vectors, wide, masks })
     }
 
+    /// As a capability at `at` says in its control.
+    ///
+    /// # Errors
+    /// As [`new`](Msi::new).
+    pub(super) fn of(at: usize, control: u16) -> Result<Msi, PciError> {
+        Msi::new(at, 1 << (control >> 1 & 7), control & WIDE != 0, control & MASKS != 0)
+    }
+
     pub(super) fn at(&self) -> usize {
         self.at
     }

@@ -41,6 +41,34 @@ impl Layout {
         Ok(Layout { vectors, table, pending })
     }
 
+    /// As a capability says, from its identifier on.
+    ///
+    /// # Errors
+    /// As [`new`](Layout::new).
+    pub(super) fn of(capability: &[u8; CAPABILITY]) -> Result<Layout, PciError> {
+        let place = |at: usize| {
+            let word = capability[at..].first_chunk().map_or(0, |bytes| u32::from_le_bytes(*bytes));
+            ((word & 7) as u8, word & !7)
+        };
+        let control = u16::from_le_bytes([capability[2], capability[3]]);
+        Layout::new((control & 0x7ff) + 1, place(4), place(8))
+    }
+
+    /// Number of vectors.
+    pub fn vectors(&self) -> u16 {
+        self.vectors
+    }
+
+    /// BAR and offset of the table.
+    pub fn table(&self) -> (u8, u32) {
+        self.table
+    }
+
+    /// BAR and offset of the pending bits.
+    pub fn pending(&self) -> (u8, u32) {
+        self.pending
+    }
+
     /// After identifier and link.
     pub(super) fn body(&self) -> [u8; CAPABILITY - 2] {
         let mut body = [0; CAPABILITY - 2];
@@ -164,6 +192,20 @@ impl Table {
         self.read((vector * ENTRY) as u64, &mut entry);
         let half = |at: usize| entry[at..].first_chunk().map_or(0, |bytes| u32::from_le_bytes(*bytes));
         PciMessage { address: u64::from(half(0)) | u64::from(half(4)) << 32, data: half(DATA) }
+    }
+
+    /// A vector waits for a mask to go.
+    pub fn set_pending(&mut self, vector: usize) {
+        if let Some(byte) = self.pending.get_mut(vector / 8).filter(|_| vector < self.entries.len() / ENTRY) {
+            *byte |= 1 << (vector % 8);
+        }
+    }
+
+    /// The vectors that wait for a mask to go, which do so no more.
+    pub fn take_pending(&mut self) -> Vec<usize> {
+        let none = vec![0; self.pending.len()];
+        let pending = std::mem::replace(&mut self.pending, none);
+        (0..self.vectors()).filter(|vector| pending[vector / 8] & 1 << (vector % 8) != 0).collect()
     }
 
     fn release(&mut self, vector: usize, control: Control) -> Option<PciMessage> {
