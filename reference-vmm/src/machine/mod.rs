@@ -316,12 +316,19 @@ impl Machine {
     /// # Errors
     /// [`Error::Config`] when the guest has stopped for good, or has devices without a model; [`Error::Kvm`] when KVM does not let the clocks go on.
     pub fn resume(&self) -> Result<()> {
+        self.resume_and_tell(|| ())
+    }
+
+    /// The same. `tell` is called when all is ready but the VFIO devices, which begin to work after it and before the vCPUs, as a QEMU's do
+    /// after its event RESUME.
+    pub(crate) fn resume_and_tell(&self, tell: impl FnOnce()) -> Result<()> {
         self.can_run()?;
         if self.control.all_parked() {
             self.activate()?;
             self.devices.virtio.each(Transport::resume)?;
         }
         lock(&self.carried).outdate();
+        tell();
         self.vfio.resume()?;
         if self.control.all_parked() {
             kvm_state::release(self)?;

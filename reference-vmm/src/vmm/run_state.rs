@@ -101,15 +101,23 @@ impl Vmm {
         if state.run_state == RunState::Running || state.exit.is_some() {
             return Ok(());
         }
+        let before = state.run_state;
         drop(state);
-        self.machine.resume()?;
-        let mut state = self.lock();
-        state.started_at = Some(monotonic_now());
-        state.run_state = RunState::Running;
-        state.saved = false;
-        drop(state);
-        self.emit(Event::now("RESUME", None));
-        Ok(())
+        let mut told = false;
+        let resumed = self.machine.resume_and_tell(|| {
+            let mut state = self.lock();
+            state.started_at = Some(monotonic_now());
+            state.run_state = RunState::Running;
+            state.saved = false;
+            drop(state);
+            self.emit(Event::now("RESUME", None));
+            told = true;
+        });
+        if resumed.is_err() && told {
+            self.lock().run_state = before;
+            self.emit(Event::now("STOP", None));
+        }
+        Ok(resumed?)
     }
 
     /// Stops the vCPUs. Says whether they ran, and why the guest cannot go on if it has stopped by itself.
