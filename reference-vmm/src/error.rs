@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use crate::boot::BootError;
 use crate::devices::pci::PciError;
 use crate::memory::BackendError;
-use crate::vfio::VfioError;
+use crate::vfio::{HostDeviceError, VfioError};
 
 /// An error of the monitor.
 #[derive(Debug, thiserror::Error)]
@@ -57,6 +57,14 @@ pub enum Error {
     /// A VFIO device that cannot go on.
     #[error(transparent)]
     Vfio(#[from] VfioError),
+    /// A device of the host that cannot be used. The beginning is QEMU's.
+    #[error("vfio {}: {cause}", path.display())]
+    HostDevice {
+        /// Its folder in sysfs.
+        path: PathBuf,
+        /// Why.
+        cause: Box<HostDeviceError>,
+    },
     /// A kernel that cannot be booted.
     #[error(transparent)]
     Boot(#[from] BootError),

@@ -12,12 +12,12 @@ use reference_vmm::devices::{
 use super::options::Options;
 
 /// What devices are made of: the text of the options, in the order of the command line.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub(crate) struct DeviceOptions<'a> {
     pub(crate) drives: &'a [String],
     pub(crate) chardevs: &'a [String],
     pub(crate) netdevs: &'a [String],
-    pub(crate) devices: &'a [String],
+    pub(crate) devices: Vec<&'a String>,
 }
 
 /// What the host has for devices and no device has taken yet, by its id.
@@ -61,7 +61,7 @@ impl DeviceOptions<'_> {
             cards: 0,
         };
         let mut devices = Vec::new();
-        for text in self.devices {
+        for text in &self.devices {
             add(text, &mut backends, &mut devices).with_context(|| format!("--device {text}"))?;
         }
         let Backends { drives, chardevs, netdevs, .. } = backends;
@@ -216,7 +216,8 @@ mod tests {
             } else {
                 &[]
             };
-        let slots = DeviceOptions { drives: &drives, chardevs, netdevs: &[], devices: &devices }.slots()?;
+        let slots =
+            DeviceOptions { drives: &drives, chardevs, netdevs: &[], devices: devices.iter().collect() }.slots()?;
         Ok(slots.iter().map(VirtioSlot::device).collect())
     }
 

@@ -1,6 +1,6 @@
 //! The options that describe a machine.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::io::{self, Write};
 use std::path::PathBuf;
@@ -9,12 +9,14 @@ use std::str::FromStr;
 use anyhow::{Context, bail};
 use qevm_wire::{Profile, QemuVersion};
 use reference_vmm::boot::Kernel;
+use reference_vmm::descriptors::Descriptors;
 use reference_vmm::machine::MachineConfig;
 use reference_vmm::payload;
 
 use super::device::DeviceOptions;
-use super::object::{chosen, memory_backends};
+use super::object::{chosen, iommufds, memory_backends};
 use super::options::split;
+use super::vfio;
 
 /// The machine.
 #[derive(clap::Args)]
@@ -34,7 +36,8 @@ pub(crate) struct MachineArguments {
     /// Memory for the machine's RAM, which -M memory-backend=ID takes: memory-backend-ram,id=ID,size=BYTES; -memfd with
     /// [,hugetlb=on[,hugetlbsize=SIZE]][,seal=off]; -file with mem-path=PATH[,offset=BYTES]; all with [,share=on|off][,prealloc=on]
     /// [,reserve=off][,merge=on]. The RAM block is then called ID in a stream, as by QEMU, and both sides of a migration have to say
-    /// the same; id=microvm.ram is the name of a machine without a backend
+    /// the same; id=microvm.ram is the name of a machine without a backend. And iommufd,id=ID[,fd=NUMBER], for --device vfio-pci: fd is
+    /// an open /dev/iommu that this program inherits
     #[arg(long, value_name = "OPTIONS")]
     object: Vec<String>,
     /// Let the host back all RAM at once, rather than page by page when the guest first writes to it. A destination that waits
@@ -73,7 +76,9 @@ pub(crate) struct MachineArguments {
     /// Device on virtio-mmio, in the order of QEMU's command line: virtio-blk-device,drive=ID[,serial=TEXT], virtio-rng-device,
     /// virtio-net-device,netdev=ID[,mac=ADDRESS],
     /// virtio-serial-device with virtconsole,chardev=ID[,name=TEXT] and virtserialport,chardev=ID[,name=TEXT] on it. Without what it
-    /// needs a device has no model: a guest is kept as it came and goes back, but does not run (use -S)
+    /// needs a device has no model: a guest is kept as it came and goes back, but does not run (use -S). On the PCI bus of -M
+    /// microvm,pcie=on: vfio-pci,sysfsdev=PATH[,id=ID][,iommufd=ID][,addr=NUMBER][,enable-migration=on|off|auto][,migration-events=on]
+    /// [,x-migration-multifd-transfer=on|off|auto], a device of the host that is bound to a VFIO driver
     #[arg(long, value_name = "OPTIONS")]
     device: Vec<String>,
     /// Item of the firmware configuration device: name=NAME,string=TEXT or name=NAME,file=PATH; commas in TEXT are doubled
@@ -90,7 +95,8 @@ impl MachineArguments {
 
     fn devices(&self) -> DeviceOptions<'_> {
         let (drives, chardevs, netdevs) = (&self.drive, &self.chardev, &self.netdev);
-        DeviceOptions { drives, chardevs, netdevs, devices: &self.device }
+        let devices = self.device.iter().filter(|text| !vfio::is_vfio(text)).collect();
+        DeviceOptions { drives, chardevs, netdevs, devices }
     }
 
     /// The sockets that its devices listen at.
@@ -98,8 +104,8 @@ impl MachineArguments {
         self.devices().sockets()
     }
 
-    /// The machine they describe. `incoming` says that it waits for a guest.
-    pub(crate) fn config(&self, incoming: bool) -> anyhow::Result<MachineConfig> {
+    /// The machine they describe. `incoming` says that it waits for a guest. The descriptors that they name are taken.
+    pub(crate) fn config(&self, incoming: bool, descriptors: &mut Descriptors) -> anyhow::Result<MachineConfig> {
         let read = |path: &Option<PathBuf>, what| match path {
             Some(path) => std::fs::read(path).with_context(|| format!("cannot read the {what} {}", path.display())),
             None => Ok(Vec::new()),
@@ -128,6 +134,10 @@ impl MachineArguments {
                 (None, self.memory.unwrap_or(MEMORY))
             }
         };
+        let iommufds = iommufds(&self.object, descriptors)?;
+        let names: BTreeSet<&str> = iommufds.iter().map(|iommufd| iommufd.id.as_str()).collect();
+        let vfio = self.device.iter().filter(|text| vfio::is_vfio(text)).collect::<Vec<_>>();
+        let vfio = vfio::slots(&vfio, &names)?;
         Ok(MachineConfig {
             memory,
             memory_backend,
@@ -140,7 +150,8 @@ impl MachineArguments {
             split_irqchip: self.machine.split_irqchip,
             rtc: self.machine.rtc,
             pcie: self.machine.pcie,
-            vfio: Vec::new(),
+            vfio,
+            iommufds,
             virtio: self.devices().slots()?,
             dirty_ring_size: self.accel.dirty_ring_size,
             serial: self.serial.open()?,

@@ -8,6 +8,7 @@ mod options;
 mod payload;
 mod run;
 mod signals;
+mod vfio;
 
 use std::ffi::OsString;
 use std::process::ExitCode;

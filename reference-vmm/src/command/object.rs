@@ -1,24 +1,72 @@
-//! `--object`: memory backends in QEMU's words.
+//! `--object`: memory backends and iommufds in QEMU's words.
 
 use anyhow::{Context, bail, ensure};
+use reference_vmm::descriptors::Descriptors;
 use reference_vmm::memory::{BackendError, BackendKind, MemoryBackend};
+use reference_vmm::vfio::Iommufd;
 
 use super::options::Options;
 
-/// What `-M memory-backend=` finds: none of two has the same id.
+/// An object of the command line.
+enum Object {
+    Memory(MemoryBackend),
+    /// With the descriptor that it names.
+    Iommufd {
+        id: String,
+        fd: Option<String>,
+    },
+}
+
+impl Object {
+    fn id(&self) -> &str {
+        match self {
+            Object::Memory(backend) => &backend.id,
+            Object::Iommufd { id, .. } => id,
+        }
+    }
+}
+
+/// All of them; none of two has the same id.
+///
+/// # Errors
+/// The texts are those of QEMU 11.1, with the argument before them.
+fn objects(texts: &[String]) -> anyhow::Result<Vec<Object>> {
+    let mut objects: Vec<Object> = Vec::new();
+    for text in texts {
+        let object = object(text).with_context(|| format!("--object {text}"))?;
+        let duplicate = objects.iter().any(|other| other.id() == object.id());
+        ensure!(!duplicate, "--object {text}: Duplicate ID '{}' for object", object.id());
+        objects.push(object);
+    }
+    Ok(objects)
+}
+
+/// What `-M memory-backend=` finds.
 ///
 /// # Errors
 /// The texts are those of QEMU 11.1, with the argument before them.
 pub(crate) fn memory_backends(texts: &[String]) -> anyhow::Result<Vec<MemoryBackend>> {
-    let mut backends: Vec<MemoryBackend> = Vec::new();
-    for text in texts {
-        let context = || format!("--object {text}");
-        let backend = memory_backend(text).with_context(context)?;
-        let duplicate = backends.iter().any(|other| other.id == backend.id);
-        ensure!(!duplicate, "--object {text}: Duplicate ID '{}' for object", backend.id);
-        backends.push(backend);
+    let memory = |object| match object {
+        Object::Memory(backend) => Some(backend),
+        Object::Iommufd { .. } => None,
+    };
+    Ok(objects(texts)?.into_iter().filter_map(memory).collect())
+}
+
+/// What `-device vfio-pci,iommufd=` finds. Their descriptors are taken.
+///
+/// # Errors
+/// As above; a descriptor that there is not.
+pub(crate) fn iommufds(texts: &[String], descriptors: &mut Descriptors) -> anyhow::Result<Vec<Iommufd>> {
+    let mut iommufds = Vec::new();
+    for object in objects(texts)? {
+        if let Object::Iommufd { id, fd } = object {
+            let taken = fd.map(|fd| descriptors.take(&fd)).transpose();
+            let fd = taken.with_context(|| format!("--object iommufd,id={id}: Could not parse remote object fd"))?;
+            iommufds.push(Iommufd { id, fd });
+        }
     }
-    Ok(backends)
+    Ok(iommufds)
 }
 
 /// The backend of this id among them, and the bytes of RAM of its machine: what `memory` says, or as many as it has.
@@ -35,18 +83,31 @@ pub(crate) fn chosen(texts: &[String], id: &str, memory: Option<u64>) -> anyhow:
     }
 }
 
-fn memory_backend(text: &str) -> anyhow::Result<MemoryBackend> {
+const IOMMUFD: &str = "iommufd";
+
+fn object(text: &str) -> anyhow::Result<Object> {
     let mut options = Options::parse(text, "qom-type")?;
     let qom_type = options.take("qom-type").context("Parameter 'qom-type' is missing")?;
-    let kinds = ["memory-backend-ram", "memory-backend-memfd", "memory-backend-file"];
+    let kinds = ["memory-backend-ram", "memory-backend-memfd", "memory-backend-file", IOMMUFD];
     ensure!(kinds.contains(&qom_type.as_str()), "Parameter 'qom-type' does not accept value '{qom_type}'");
     let id = options.take("id").context("Parameter 'id' is missing")?;
     let well_formed = id.starts_with(|first: char| first.is_ascii_alphabetic())
         && id.chars().all(|char| char.is_ascii_alphanumeric() || "-._".contains(char));
     ensure!(well_formed, "Parameter 'id' expects an identifier");
+    if qom_type == IOMMUFD {
+        let fd = options.take("fd");
+        return match options.unused().next() {
+            Some(name) => bail!("Invalid parameter '{name}'"),
+            None => Ok(Object::Iommufd { id, fd }),
+        };
+    }
+    Ok(Object::Memory(memory_backend(&qom_type, id, options)?))
+}
+
+fn memory_backend(qom_type: &str, id: String, mut options: Options) -> anyhow::Result<MemoryBackend> {
     let size = size(&mut options, "size")?.context("Parameter 'size' is missing")?;
     ensure!(size > 0, "property 'size' of {qom_type} doesn't take value '0'");
-    let kind = match qom_type.as_str() {
+    let kind = match qom_type {
         "memory-backend-ram" => BackendKind::Ram,
         "memory-backend-memfd" => {
             let page_size = self::size(&mut options, "hugetlbsize")?;
@@ -123,6 +184,10 @@ fn bytes(text: &str) -> Option<u64> {
 mod tests {
     use super::*;
 
+    fn only(text: &str) -> MemoryBackend {
+        memory_backends(&[text.to_owned()]).unwrap().pop().unwrap()
+    }
+
     fn refused(texts: &[&str]) -> String {
         let texts: Vec<_> = texts.iter().map(|text| text.to_string()).collect();
         format!("{:#}", memory_backends(&texts).unwrap_err())
@@ -130,7 +195,7 @@ mod tests {
 
     #[test]
     fn backends_are_written_as_for_qemu() {
-        let ram = memory_backend("memory-backend-ram,id=mem,size=64M,share=on,prealloc=on,reserve=off").unwrap();
+        let ram = only("memory-backend-ram,id=mem,size=64M,share=on,prealloc=on,reserve=off");
         let expected = MemoryBackend {
             id: "mem".into(),
             size: 64 << 20,
@@ -143,7 +208,7 @@ mod tests {
         };
         assert_eq!(ram, expected);
         // `info memdev` of QEMU 10.0 and 11.1: memfd alone is shared by default.
-        let default = |text: &str| memory_backend(text).unwrap();
+        let default = |text: &str| only(text);
         assert!(!default("memory-backend-ram,id=m,size=1G").share);
         let memfd = default("qom-type=memory-backend-memfd,id=m,size=67108864");
         assert_eq!((memfd.share, memfd.kind), (true, BackendKind::Memfd { hugetlb: None, seal: true }));
@@ -180,6 +245,24 @@ mod tests {
         assert_eq!(refused(&[one, one]), format!("--object {one}: Duplicate ID 'mem' for object"));
         let ours = "memory-backend-ram,id=mem,size=64M,policy=bind";
         assert_eq!(refused(&[ours]), format!("--object {ours}: property 'policy' is not supported here"));
+    }
+
+    #[test]
+    fn an_iommufd_is_opened_here_or_given() {
+        let texts = |texts: &[&str]| texts.iter().map(|text| text.to_string()).collect::<Vec<_>>();
+        let all = texts(&["memory-backend-ram,id=mem,size=64M", "iommufd,id=fd0", "qom-type=iommufd,id=fd1,fd=2"]);
+        let found = iommufds(&all, &mut Descriptors::default()).unwrap();
+        let ids: Vec<_> = found.iter().map(|iommufd| (iommufd.id.as_str(), iommufd.fd.is_some())).collect();
+        assert_eq!(ids, [("fd0", false), ("fd1", true)]);
+        assert_eq!(memory_backends(&all).unwrap().len(), 1);
+        let missing = texts(&["iommufd,id=fd0,fd=77"]);
+        let error = format!("{:#}", iommufds(&missing, &mut Descriptors::default()).unwrap_err());
+        assert!(error.contains("'77' has not been found"), "{error}");
+        assert!(refused(&["iommufd"]).ends_with("Parameter 'id' is missing"));
+        assert!(refused(&["iommufd,id=fd0,size=1"]).ends_with("Invalid parameter 'size'"));
+        assert!(
+            refused(&["iommufd,id=a", "memory-backend-ram,id=a,size=64M"]).ends_with("Duplicate ID 'a' for object")
+        );
     }
 
     #[test]

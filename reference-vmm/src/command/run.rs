@@ -90,12 +90,12 @@ impl FromStr for Incoming {
 }
 
 impl Run {
-    pub(crate) fn execute(self, inherited: Descriptors) -> anyhow::Result<ExitCode> {
+    pub(crate) fn execute(self, mut inherited: Descriptors) -> anyhow::Result<ExitCode> {
         private::keep_out_of_dumps().context("cannot keep the guest's memory out of core dumps")?;
         survive_full_files();
         let signals = signals::take()?;
         let actions = self.actions()?;
-        let machine = Machine::new(self.machine.config(self.incoming.is_some())?)?;
+        let machine = Machine::new(self.machine.config(self.incoming.is_some(), &mut inherited)?)?;
         let sockets = self.machine.sockets()?;
         let vmm = Vmm::new(machine, self.machine.profile(), self.incoming.is_some());
         signals::attend(signals, vmm.clone());

@@ -7,7 +7,7 @@ use crate::boot::Kernel;
 use crate::devices::VirtioSlot;
 use crate::memory::MemoryBackend;
 use crate::payload;
-use crate::vfio::VfioSlot;
+use crate::vfio::{Iommufd, VfioSlot};
 
 /// What machine to build.
 pub struct MachineConfig {
@@ -35,6 +35,8 @@ pub struct MachineConfig {
     pub pcie: bool,
     /// Devices on the PCI bus, from 00:01.0 on.
     pub vfio: Vec<VfioSlot>,
+    /// What devices of the host's may be attached to by name.
+    pub iommufds: Vec<Iommufd>,
     /// Devices on virtio-mmio. A machine that has one without a model can take a guest and give it back, but not run it.
     pub virtio: Vec<VirtioSlot>,
     /// Entries of each vCPU's dirty ring, a power of two; 0 is none, and the dirty log is KVM's bitmap (QEMU's
@@ -60,6 +62,7 @@ impl Default for MachineConfig {
             rtc: false,
             pcie: false,
             vfio: Vec::new(),
+            iommufds: Vec::new(),
             virtio: Vec::new(),
             dirty_ring_size: 0,
             serial: Box::new(io::sink()),

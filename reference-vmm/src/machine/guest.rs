@@ -1,8 +1,7 @@
 //! The machine as the engines see it.
 
-use super::{Machine, RunState};
+use super::{Machine, RunState, running_log::RunningLog};
 use crate::{
-    dirty_log::{self, DirtyBitmap},
     memory::{BIOS, PAGE_SIZE, RamBlock, Userfault, WriteProtection},
     sections::{self, has_device},
     state::MachineState,
@@ -12,7 +11,7 @@ use qevm_migration::{
     SavedDevices,
 };
 use qevm_wire::{CountedString, Profile};
-use std::{ops::Range, time::Duration};
+use std::time::Duration;
 use vm_memory::VolatileSlice;
 
 /// The machine type this machine is laid out as.
@@ -37,8 +36,7 @@ impl Guest for Machine {
     }
 
     fn start_dirty_log(&self) -> Result<Box<dyn DirtyLog + '_>, GuestError> {
-        self.dirty_log().enable()?;
-        Ok(Box::new(RunningLog { machine: self, reported: Vec::new() }))
+        Ok(Box::new(RunningLog::start(self)?))
     }
 
     fn pause(&self) -> Result<bool, GuestError> {
@@ -133,44 +131,6 @@ impl Hooks for Machine {
     fn limit_dirty_rate(&self, mib_per_second: Option<u64>, period: Duration) -> Result<(), GuestError> {
         self.set_dirty_limit_period(period);
         Ok(Machine::limit_dirty_rate(self, None, mib_per_second)?)
-    }
-}
-
-/// KVM's log and the monitor's own writes.
-struct RunningLog<'m> {
-    machine: &'m Machine,
-    /// What the last reading reported and was not reset since, by block, 64 pages to a word.
-    reported: Vec<Vec<u64>>,
-}
-
-impl DirtyLog for RunningLog<'_> {
-    fn read(&mut self, found: &mut dyn FnMut(usize, usize, u64)) -> Result<(), GuestError> {
-        let memory = self.machine.memory();
-        let mut dirty = DirtyBitmap::none(memory);
-        self.machine.dirty_log().sync(&mut dirty)?;
-        self.reported = (0..memory.blocks().len()).map(|block| dirty.take(block, 0, usize::MAX >> 1)).collect();
-        for (block, words) in self.reported.iter().enumerate() {
-            words.iter().enumerate().for_each(|(i, word)| found(block, i, *word));
-        }
-        Ok(())
-    }
-
-    fn reset(&mut self, block: usize, pages: Range<u64>) -> Result<(), GuestError> {
-        let words = self.reported.get_mut(block).ok_or("no such RAM block")?;
-        let first = (pages.start / dirty_log::PAGES_PER_WORD) as usize;
-        let last = (pages.end.div_ceil(dirty_log::PAGES_PER_WORD) as usize).min(words.len());
-        let words = words.get_mut(first..last).ok_or("no such pages")?;
-        self.machine.dirty_log().clear(block, pages.start, words)?;
-        words.fill(0);
-        Ok(())
-    }
-}
-
-impl Drop for RunningLog<'_> {
-    fn drop(&mut self) {
-        if let Err(error) = self.machine.dirty_log().disable() {
-            tracing::error!(%error, "the dirty log cannot be stopped: the guest runs slower than it could");
-        }
     }
 }
 

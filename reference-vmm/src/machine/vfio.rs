@@ -4,12 +4,12 @@ use super::Machine;
 use crate::devices::lock;
 use crate::devices::pci::PciBus;
 use crate::error::{Error, Result};
-use crate::vfio::{VfioDevices, VfioSlot};
+use crate::vfio::{Host, VfioDevices, VfioSlot};
 
 /// Puts devices on the bus.
-pub(super) fn plug(slots: Vec<VfioSlot>, bus: Option<&mut PciBus>) -> Result<VfioDevices> {
+pub(super) fn plug(slots: Vec<VfioSlot>, bus: Option<&mut PciBus>, host: Host) -> Result<VfioDevices> {
     match bus {
-        Some(bus) => Ok(VfioDevices::plug(slots, bus)?),
+        Some(bus) => VfioDevices::plug(slots, bus, host),
         None if slots.is_empty() => Ok(VfioDevices::default()),
         // The beginning is QEMU's.
         None => Err(Error::Config(

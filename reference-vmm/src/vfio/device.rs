@@ -1,25 +1,40 @@
 //! The devices of a machine: what they are to its migration, and what they do when its guest stops and goes on.
 
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 
 use qevm_migration::{GuestError, IterativeDevice, Pending};
 
-use super::{DeviceState, Driver, Migration, VfioError};
-use crate::devices::pci::{Function, PciBus, PciError};
+use super::{DeviceState, DmaLog, Driver, Host, HostDevice, Migration, Opened, VfioError};
+use crate::devices::pci::{Function, PciBus};
+use crate::error::Result;
 use crate::sections::vfio_idstr;
 
 /// A device for the PCI bus.
 pub struct VfioSlot {
     /// The id that the command line gives it; messages and events have it.
     pub id: Option<String>,
-    /// What a guest sees of it.
-    pub function: Box<dyn Function>,
-    /// What migrates it, or why nothing does.
-    pub driver: Result<Box<dyn Driver>, String>,
+    /// What it is.
+    pub backing: VfioBacking,
     /// What is left of its state at the switchover goes over page channels, where there are such (`x-migration-multifd-transfer`).
     pub multifd_transfer: bool,
     /// Its states are told as events VFIO_MIGRATION (`migration-events`).
     pub events: bool,
+}
+
+/// What a device of the machine is made of.
+pub enum VfioBacking {
+    /// A device of the host's kernel.
+    Host(HostDevice),
+    /// A model within the process.
+    Model {
+        /// What a guest sees of it.
+        function: Box<dyn Function>,
+        /// What migrates it, or why nothing does.
+        driver: Result<Box<dyn Driver>, String>,
+        /// Which pages of RAM it writes to, if it writes to any.
+        log: Option<Box<dyn DmaLog>>,
+    },
 }
 
 /// A device of the machine.
@@ -69,25 +84,36 @@ impl VfioDevice {
 #[derive(Default)]
 pub struct VfioDevices {
     devices: Vec<VfioDevice>,
+    logs: Vec<Box<dyn DmaLog>>,
+    /// How often they began to work.
+    starts: AtomicU64,
     /// What failed when the guest stopped, for who can do something about it.
     failure: Mutex<Option<VfioError>>,
 }
 
 impl VfioDevices {
-    /// Puts devices on a bus.
+    /// Puts devices on a bus. Those of the host's are opened.
     ///
     /// # Errors
-    /// [`PciError::Full`].
-    pub fn plug(slots: Vec<VfioSlot>, bus: &mut PciBus) -> Result<VfioDevices, PciError> {
-        let mut devices = Vec::new();
+    /// [`Error::Pci`](crate::Error::Pci) when the bus is full, [`Error::HostDevice`](crate::Error::HostDevice), and what KVM refuses.
+    pub(crate) fn plug(slots: Vec<VfioSlot>, bus: &mut PciBus, mut host: Host) -> Result<VfioDevices> {
+        let (mut devices, mut logs) = (Vec::new(), Vec::new());
         for (place, slot) in slots.into_iter().enumerate() {
-            let VfioSlot { id, function, driver, multifd_transfer, events } = slot;
+            let VfioSlot { id, backing, multifd_transfer, events } = slot;
+            let Opened { function, driver } = match backing {
+                VfioBacking::Host(device) => host.open(&device, bus.device_count())?,
+                VfioBacking::Model { function, driver, log } => {
+                    logs.extend(log);
+                    Opened { function, driver }
+                }
+            };
             let idstr = vfio_idstr(bus.add(function)?);
             let name = id.clone().unwrap_or_else(|| idstr.clone());
             let migration = driver.and_then(|driver| Migration::new(name, driver).map_err(|error| error.to_string()));
             devices.push(VfioDevice { id, idstr, anonymous: place, migration, multifd_transfer, events });
         }
-        let devices = VfioDevices { devices, failure: Mutex::default() };
+        logs.extend(host.logs());
+        let devices = VfioDevices { devices, logs, ..VfioDevices::default() };
         for reason in devices.blockers() {
             tracing::warn!("this machine cannot migrate: {reason}");
         }
@@ -97,6 +123,16 @@ impl VfioDevices {
     /// The devices.
     pub fn all(&self) -> &[VfioDevice] {
         &self.devices
+    }
+
+    /// The logs of what they write to.
+    pub(crate) fn logs(&self) -> &[Box<dyn DmaLog>] {
+        &self.logs
+    }
+
+    /// How often they began to work.
+    pub(crate) fn starts(&self) -> u64 {
+        self.starts.load(Ordering::SeqCst)
     }
 
     /// Why the machine cannot migrate with them.
@@ -145,6 +181,7 @@ impl VfioDevices {
     /// What a device has refused.
     pub(crate) fn resume(&self) -> Result<(), VfioError> {
         self.failed();
+        self.starts.fetch_add(1, Ordering::SeqCst);
         let resumed = self.migrations().try_for_each(Migration::resume);
         let running = resumed.and_then(|()| self.migrations().try_for_each(Migration::run));
         if running.is_err() {

@@ -24,6 +24,7 @@ mod state;
 mod strange_peers;
 mod transports;
 mod vfio;
+mod vfio_host;
 mod worst;
 
 use std::fs::OpenOptions;
@@ -59,6 +60,7 @@ fn main() -> ExitCode {
         qmp_clients::TESTS,
         transports::TESTS,
         vfio::TESTS,
+        vfio_host::TESTS,
         strange_peers::TESTS,
         worst::TESTS,
     ]

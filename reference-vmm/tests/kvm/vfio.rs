@@ -16,7 +16,7 @@ use reference_vmm::devices::pci::{BarKind, ConfigOnly, ConfigSpace, Function, Id
 use reference_vmm::machine::Machine;
 use reference_vmm::sections;
 use reference_vmm::state::MachineState;
-use reference_vmm::vfio::{DeviceState, Double, Fault, Garbage, Shape, Support, VfioSlot};
+use reference_vmm::vfio::{DeviceState, Double, Fault, Garbage, Shape, Support, VfioBacking, VfioSlot};
 use reference_vmm::vmm::{Event, RunState, Vmm};
 use rustix::io::Errno;
 
@@ -70,8 +70,7 @@ fn mtty() -> Box<dyn Function> {
 fn slot(id: Option<&str>, double: &Double) -> VfioSlot {
     VfioSlot {
         id: id.map(str::to_owned),
-        function: mtty(),
-        driver: Ok(Box::new(double.clone())),
+        backing: VfioBacking::Model { function: mtty(), driver: Ok(Box::new(double.clone())), log: None },
         multifd_transfer: true,
         events: true,
     }
@@ -151,7 +150,7 @@ fn migrate(from: &Side, to: &Side, more: Switches<'_>) -> (Option<String>, Optio
     (from.vmm.outgoing().statistics().error, to.vmm.incoming().statistics().error)
 }
 
-fn wait(what: &str, done: impl Fn() -> bool) {
+pub(crate) fn wait(what: &str, done: impl Fn() -> bool) {
     let deadline = Instant::now() + PATIENCE;
     while !done() {
         assert!(Instant::now() < deadline, "{what}");
@@ -197,7 +196,12 @@ fn move_with_their_guest() {
                 |event: &str| events.iter().rposition(|told| told == event).unwrap_or_else(|| panic!("{events:?}"));
             // (spec: VFIO as measured, 2: STOP_COPY before the event STOP)
             assert!(place("vf0:pre-copy-p2p") < place("vf0:stop-copy") && place("vf0:stop-copy") < place("STOP"));
-            assert!(to.events().iter().any(|event| event == "vf0:resuming"));
+            let events = to.events();
+            let place =
+                |event: &str| events.iter().position(|told| told == event).unwrap_or_else(|| panic!("{events:?}"));
+            // The same: RUNNING_P2P and RUNNING after the event RESUME.
+            let order = ["vf0:resuming", "RESUME", "vf0:running-p2p", "vf0:running"];
+            assert!(order.windows(2).all(|pair| place(pair[0]) < place(pair[1])), "{events:?}");
         }
     }
 }
@@ -303,8 +307,8 @@ fn answers_garbage() {
 }
 
 fn block_migration() {
-    let unable =
-        VfioSlot { driver: Err("enable-migration=off".into()), ..slot(Some("vf0"), &Double::new("one", SHAPE)) };
+    let backing = VfioBacking::Model { function: mtty(), driver: Err("enable-migration=off".into()), log: None };
+    let unable = VfioSlot { backing, ..slot(Some("vf0"), &Double::new("one", SHAPE)) };
     let lone = Double::new("two", Shape { support: Support { p2p: false, ..ALL }, ..SHAPE });
     let Guest { machine, .. } = Guest::configured(MEMORY, 1, PAYLOAD, |config| {
         (config.pcie, config.vfio) = (true, vec![unable, slot(None, &lone)]);

@@ -1,0 +1,150 @@
+//! The calls of `linux/vfio.h` that crate `vfio-ioctls` does not have, or whose answers it does not give.
+
+use std::mem;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+
+use rustix::io::Errno;
+use vfio_bindings::bindings::vfio::{
+    VFIO_BASE, VFIO_DEVICE_FEATURE_GET, VFIO_DEVICE_FEATURE_SET, VFIO_TYPE, vfio_precopy_info, vfio_region_info,
+};
+use vmm_sys_util::ioctl::{ioctl, ioctl_with_mut_ref, ioctl_with_ptr, ioctl_with_ref};
+
+vmm_sys_util::ioctl_io_nr!(VFIO_DEVICE_GET_REGION_INFO, VFIO_TYPE.into(), VFIO_BASE + 8);
+vmm_sys_util::ioctl_io_nr!(VFIO_DEVICE_SET_IRQS, VFIO_TYPE.into(), VFIO_BASE + 10);
+vmm_sys_util::ioctl_io_nr!(VFIO_DEVICE_RESET, VFIO_TYPE.into(), VFIO_BASE + 11);
+vmm_sys_util::ioctl_io_nr!(VFIO_DEVICE_FEATURE, VFIO_TYPE.into(), VFIO_BASE + 17);
+vmm_sys_util::ioctl_io_nr!(VFIO_IOMMU_DIRTY_PAGES, VFIO_TYPE.into(), VFIO_BASE + 17);
+vmm_sys_util::ioctl_io_nr!(VFIO_MIG_GET_PRECOPY_INFO, VFIO_TYPE.into(), VFIO_BASE + 21);
+
+/// A feature's data, as the kernel lays it out: words of 64 bits, of which the first may be two of 32.
+#[repr(C)]
+struct Feature<const WORDS: usize> {
+    argsz: u32,
+    flags: u32,
+    data: [u64; WORDS],
+}
+
+fn checked(result: i32) -> Result<(), Errno> {
+    if result < 0 { Err(last()) } else { Ok(()) }
+}
+
+fn last() -> Errno {
+    Errno::from_io_error(&std::io::Error::last_os_error()).unwrap_or(Errno::IO)
+}
+
+fn feature<const WORDS: usize>(device: &impl AsRawFd, flags: u32, data: [u64; WORDS]) -> Result<[u64; WORDS], Errno> {
+    let argsz = mem::size_of::<Feature<WORDS>>() as u32;
+    let mut feature = Feature { argsz, flags, data };
+    // SAFETY: the kernel reads and writes `argsz` bytes there; where the data have an address, who gave it says what is there.
+    checked(unsafe { ioctl_with_mut_ref(device, VFIO_DEVICE_FEATURE(), &mut feature) })?;
+    Ok(feature.data)
+}
+
+/// Asks a feature.
+pub(super) fn get<const WORDS: usize>(device: &impl AsRawFd, id: u32) -> Result<[u64; WORDS], Errno> {
+    feature(device, VFIO_DEVICE_FEATURE_GET | id, [0; WORDS])
+}
+
+/// Sets a feature whose data have no address in them.
+pub(super) fn set<const WORDS: usize>(
+    device: &impl AsRawFd,
+    id: u32,
+    data: [u64; WORDS],
+) -> Result<[u64; WORDS], Errno> {
+    feature(device, VFIO_DEVICE_FEATURE_SET | id, data)
+}
+
+/// The descriptor that a call gave; -1 is none.
+pub(super) fn owned(fd: RawFd) -> Option<OwnedFd> {
+    // SAFETY: the kernel has just opened it for the caller, and nobody else knows of it.
+    (fd >= 0).then(|| unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// DMA_LOGGING_START for these ranges of addresses, `(start, length)`.
+pub(super) fn start_log(device: &impl AsRawFd, id: u32, page: u64, ranges: &[(u64, u64)]) -> Result<(), Errno> {
+    let ranges: Vec<[u64; 2]> = ranges.iter().map(|(start, length)| [*start, *length]).collect();
+    // The kernel reads as many ranges as the vector has.
+    let data = [page, ranges.len() as u64, ranges.as_ptr() as u64];
+    feature(device, VFIO_DEVICE_FEATURE_SET | id, data).map(drop)
+}
+
+/// DMA_LOGGING_REPORT of a range: a bit for each page, from the first on.
+pub(super) fn report(
+    device: &impl AsRawFd,
+    id: u32,
+    page: u64,
+    (start, length): (u64, u64),
+) -> Result<Vec<u64>, Errno> {
+    let mut bitmap = vec![0_u64; words(page, length)];
+    // The kernel sets bits of the vector, which has one for each page.
+    feature(device, VFIO_DEVICE_FEATURE_GET | id, [start, length, page, bitmap.as_mut_ptr() as u64])?;
+    Ok(bitmap)
+}
+
+fn words(page: u64, length: u64) -> usize {
+    (length / page).div_ceil(64) as usize
+}
+
+/// VFIO_MIG_GET_PRECOPY_INFO: flags, initial bytes, dirty bytes.
+pub(super) fn precopy_info(data: &impl AsRawFd) -> Result<(u32, u64, u64), Errno> {
+    let mut info = vfio_precopy_info { argsz: mem::size_of::<vfio_precopy_info>() as u32, ..Default::default() };
+    // SAFETY: the kernel writes one structure.
+    checked(unsafe { ioctl_with_mut_ref(data, VFIO_MIG_GET_PRECOPY_INFO(), &mut info) })?;
+    Ok((info.flags, info.initial_bytes, info.dirty_bytes))
+}
+
+/// VFIO_DEVICE_GET_REGION_INFO: how long a region is, and where in the device's file.
+pub(super) fn region(device: &impl AsRawFd, index: u32) -> Result<(u64, u64), Errno> {
+    let argsz = mem::size_of::<vfio_region_info>() as u32;
+    let mut info = vfio_region_info { argsz, index, ..Default::default() };
+    // SAFETY: the kernel reads and writes one structure, whose length it is told.
+    checked(unsafe { ioctl_with_mut_ref(device, VFIO_DEVICE_GET_REGION_INFO(), &mut info) })?;
+    Ok((info.size, info.offset))
+}
+
+/// VFIO_DEVICE_RESET.
+pub(super) fn reset(device: &impl AsRawFd) -> Result<(), Errno> {
+    // SAFETY: the call has no argument.
+    checked(unsafe { ioctl(device, VFIO_DEVICE_RESET()) })
+}
+
+/// VFIO_DEVICE_SET_IRQS of vectors from 0 on: without descriptors `flags` say all, and `count` 0 disables.
+pub(super) fn set_irqs(
+    device: &impl AsRawFd,
+    flags: u32,
+    index: u32,
+    count: u32,
+    events: &[RawFd],
+) -> Result<(), Errno> {
+    // struct vfio_irq_set, whose data are descriptors.
+    let mut words = vec![0, flags, index, 0, count];
+    words.extend(events.iter().map(|event| *event as u32));
+    words[0] = (words.len() * mem::size_of::<u32>()) as u32;
+    // SAFETY: the kernel reads as many bytes as the first word says, which are the vector's.
+    checked(unsafe { ioctl_with_ptr(device, VFIO_DEVICE_SET_IRQS(), words.as_ptr()) })
+}
+
+/// VFIO_IOMMU_DIRTY_PAGES without a bitmap: the container begins or ends to track.
+pub(super) fn track(container: &impl AsRawFd, flags: u32) -> Result<(), Errno> {
+    // struct vfio_iommu_type1_dirty_bitmap without data: its length, flags.
+    let request = [mem::size_of::<[u32; 2]>() as u32, flags];
+    // SAFETY: the kernel reads as many bytes as the first word says.
+    checked(unsafe { ioctl_with_ref(container, VFIO_IOMMU_DIRTY_PAGES(), &request) })
+}
+
+/// VFIO_IOMMU_DIRTY_PAGES: a bit for each page of a range that was mapped as one.
+pub(super) fn dirty_pages(
+    container: &impl AsRawFd,
+    flags: u32,
+    page: u64,
+    (start, length): (u64, u64),
+) -> Result<Vec<u64>, Errno> {
+    let mut bitmap = vec![0_u64; words(page, length)];
+    // struct vfio_iommu_type1_dirty_bitmap (length and flags in one word), and after it vfio_iommu_type1_dirty_bitmap_get.
+    let argsz = mem::size_of::<[u64; 6]>() as u64;
+    let bytes = mem::size_of_val(&bitmap[..]) as u64;
+    let mut request = [argsz | u64::from(flags) << 32, start, length, page, bytes, bitmap.as_mut_ptr() as u64];
+    // SAFETY: the kernel reads as many bytes as the first word says, and sets bits of the vector, whose length it is told.
+    checked(unsafe { ioctl_with_mut_ref(container, VFIO_IOMMU_DIRTY_PAGES(), &mut request) })?;
+    Ok(bitmap)
+}

@@ -1,0 +1,247 @@
+//! Devices of the host's kernel, by group and container or by device file and iommufd.
+
+mod dma;
+mod driver;
+mod function;
+mod ioctl;
+mod irq;
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use iommufd_ioctls::{IommuFd, IommufdError};
+use kvm_bindings::{kvm_create_device, kvm_device_type_KVM_DEV_TYPE_VFIO};
+use kvm_ioctls::VmFd;
+use rustix::io::Errno;
+use vfio_ioctls::{VfioContainer, VfioDevice, VfioDeviceFd, VfioError, VfioIommufd, VfioOps};
+
+use self::dma::KernelLog;
+use self::driver::KernelDriver;
+use self::function::KernelFunction;
+use self::irq::Interrupts;
+use super::{DmaLog, Driver, Tracking};
+use crate::devices::pci::{FIRST_GSI, Function, PciError, line_of};
+use crate::error::{Error, Result, kvm};
+use crate::machine::Routes;
+use crate::memory::GuestMemory;
+
+/// A device of the host's kernel (QEMU's `-device vfio-pci`).
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct HostDevice {
+    /// Its folder in sysfs (`sysfsdev`).
+    pub sysfsdev: PathBuf,
+    /// The [`Iommufd`] that it is attached to; without one it is reached by its group (`iommufd`).
+    pub iommufd: Option<String>,
+    /// Whether it has to be able to migrate, or must not; `None` takes what there is (`enable-migration`).
+    pub migration: Option<bool>,
+}
+
+/// What devices are attached to, other than a container (QEMU's `-object iommufd`).
+#[derive(Debug)]
+pub struct Iommufd {
+    /// Its name.
+    pub id: String,
+    /// `/dev/iommu` as somebody has opened it; opened here without one.
+    pub fd: Option<OwnedFd>,
+}
+
+/// Why a device of the host cannot be used.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum HostDeviceError {
+    /// There is no such folder.
+    #[error("no such host device: {0}")]
+    Missing(io::Error),
+    /// It has no group, so that it is no device that VFIO knows.
+    #[error("no iommu_group found: {0}: is it bound to a VFIO driver?")]
+    NoGroup(io::Error),
+    /// Its iommufd cannot be used.
+    #[error("{0}")]
+    Iommufd(IommufdError),
+    /// VFIO does not give it.
+    #[error("{}", with_sources(.0))]
+    Vfio(VfioError),
+    /// Its RAM cannot be mapped for it.
+    #[error("the guest's RAM cannot be mapped for it: {}", with_sources(.0))]
+    Map(VfioError),
+    /// It does not answer.
+    #[error("it does not {what}: {errno}")]
+    Refused {
+        /// What it was asked.
+        what: &'static str,
+        /// The driver's answer.
+        errno: Errno,
+    },
+    /// Its interrupts cannot be used.
+    #[error("its interrupts cannot be used: {0}")]
+    Interrupts(Box<Error>),
+    /// It cannot migrate, and has to.
+    #[error("its driver offers no migration ({0}), which enable-migration=on asks for")]
+    NoMigration(Errno),
+    /// It is no PCI device that can be on the bus.
+    #[error(transparent)]
+    Pci(#[from] PciError),
+}
+
+/// An error of the crate, which leaves out what its cause says.
+fn with_sources(error: &VfioError) -> String {
+    let mut text = error.to_string();
+    let mut source = std::error::Error::source(error);
+    while let Some(cause) = source {
+        let cause_text = cause.to_string();
+        if !text.contains(&cause_text) {
+            text = format!("{text}: {cause_text}");
+        }
+        source = cause.source();
+    }
+    text
+}
+
+/// A device that is ready for the bus.
+pub(crate) struct Opened {
+    /// What the guest sees of it.
+    pub(crate) function: Box<dyn Function>,
+    /// What migrates it, or why nothing does.
+    pub(crate) driver: Result<Box<dyn Driver>, String>,
+}
+
+/// Devices that share a container or an IOAS.
+struct Attachment {
+    devices: Vec<Arc<VfioDevice>>,
+    ops: Arc<dyn VfioOps>,
+    container: Option<Arc<VfioContainer>>,
+}
+
+/// Opens the devices of a machine that is being made.
+pub(crate) struct Host {
+    attachments: BTreeMap<Option<String>, Attachment>,
+    /// Of the command line, and not opened yet.
+    iommufds: BTreeMap<String, Option<OwnedFd>>,
+    /// KVM's knowledge of devices.
+    kvm_device: Option<Arc<VfioDeviceFd>>,
+    /// KVM tells when the guest has dealt with an interrupt of a line.
+    resamples: bool,
+    memory: Arc<GuestMemory>,
+    routes: Arc<Routes>,
+    vm: Arc<VmFd>,
+}
+
+impl Host {
+    pub(crate) fn new(
+        vm: &Arc<VmFd>,
+        routes: &Arc<Routes>,
+        memory: &Arc<GuestMemory>,
+        split_irqchip: bool,
+        iommufds: Vec<Iommufd>,
+    ) -> Host {
+        Host {
+            attachments: BTreeMap::new(),
+            iommufds: iommufds.into_iter().map(|Iommufd { id, fd }| (id, fd)).collect(),
+            kvm_device: None,
+            resamples: !split_irqchip,
+            memory: memory.clone(),
+            routes: routes.clone(),
+            vm: vm.clone(),
+        }
+    }
+
+    /// Opens a device that is to have this number on the bus.
+    pub(crate) fn open(&mut self, device: &HostDevice, number: usize) -> Result<Opened> {
+        let fails = |cause| Error::HostDevice { path: device.sysfsdev.clone(), cause: Box::new(cause) };
+        std::fs::metadata(&device.sysfsdev).map_err(HostDeviceError::Missing).map_err(fails)?;
+        if device.iommufd.is_none() {
+            let group = std::fs::metadata(device.sysfsdev.join("iommu_group"));
+            group.map_err(HostDeviceError::NoGroup).map_err(fails)?;
+        }
+        self.know()?;
+        self.try_open(device, number).map_err(fails)
+    }
+
+    /// Makes KVM ready to be told of devices.
+    fn know(&mut self) -> Result<()> {
+        if self.kvm_device.is_none() {
+            let mut create = kvm_create_device { type_: kvm_device_type_KVM_DEV_TYPE_VFIO, ..Default::default() };
+            let device = self.vm.create_device(&mut create).map_err(kvm("learn of VFIO devices"))?;
+            self.kvm_device = Some(Arc::new(VfioDeviceFd::new_from_kvm(device)));
+        }
+        Ok(())
+    }
+
+    fn try_open(&mut self, device: &HostDevice, number: usize) -> Result<Opened, HostDeviceError> {
+        let HostDevice { sysfsdev, iommufd, migration } = device;
+        let ops = self.attachment(iommufd.as_ref())?.ops.clone();
+        let opened = VfioDevice::new(sysfsdev, ops.clone(), iommufd.is_some()).map_err(HostDeviceError::Vfio)?;
+        let (opened, memory) = (Arc::new(opened), self.memory.clone());
+        let attachment = self.attachment(iommufd.as_ref())?;
+        let is_first = attachment.devices.is_empty();
+        attachment.devices.push(opened.clone());
+        if is_first {
+            // A container can map when it has its first device.
+            dma::map(&*ops, &memory).map_err(HostDeviceError::Map)?;
+        }
+        let driver = KernelDriver(opened.clone());
+        let driver: Result<Box<dyn Driver>, String> = match (migration, driver.migration_flags()) {
+            (Some(false), _) => Err("enable-migration=off".to_owned()),
+            (Some(true), Err(errno)) => return Err(HostDeviceError::NoMigration(errno)),
+            _ => Ok(Box::new(driver)),
+        };
+        let name = sysfsdev.display().to_string();
+        let interrupts = |pin: Option<usize>| {
+            let line = pin.map(|pin| FIRST_GSI + line_of(number, pin) as u32).filter(|_| self.resamples);
+            if pin.is_some() && line.is_none() {
+                tracing::warn!(
+                    device = name,
+                    "the device's interrupt pin is not connected: KVM has no lines with kernel-irqchip=split, and the guest has to use MSI or MSI-X"
+                );
+            }
+            Interrupts::new(opened.clone(), self.vm.clone(), self.routes.clone(), line)
+        };
+        let function = KernelFunction::new(name.clone(), opened.clone(), memory, interrupts)?;
+        Ok(Opened { function: Box::new(function), driver })
+    }
+
+    fn attachment(&mut self, iommufd: Option<&String>) -> Result<&mut Attachment, HostDeviceError> {
+        let handle = self.kvm_device.clone();
+        match self.attachments.entry(iommufd.cloned()) {
+            std::collections::btree_map::Entry::Occupied(entry) => Ok(entry.into_mut()),
+            std::collections::btree_map::Entry::Vacant(entry) => {
+                let (ops, container): (Arc<dyn VfioOps>, _) = match iommufd {
+                    None => {
+                        let container = Arc::new(VfioContainer::new(handle).map_err(HostDeviceError::Vfio)?);
+                        (container.clone(), Some(container))
+                    }
+                    Some(id) => {
+                        let iommufd = match self.iommufds.remove(id).flatten() {
+                            Some(fd) => IommuFd::new_from_fd(File::from(fd)),
+                            None => IommuFd::new().map_err(HostDeviceError::Iommufd)?,
+                        };
+                        let ioas = VfioIommufd::new(Arc::new(iommufd), None, handle).map_err(HostDeviceError::Vfio)?;
+                        (Arc::new(ioas), None)
+                    }
+                };
+                Ok(entry.insert(Attachment { devices: Vec::new(), ops, container }))
+            }
+        }
+    }
+
+    /// The logs of what the devices write to. What has none is said.
+    pub(crate) fn logs(self) -> Vec<Box<dyn DmaLog>> {
+        let log = |attachment: Attachment| {
+            let log = KernelLog::new(attachment.devices, attachment.container, self.memory.clone());
+            let tracking = log.start();
+            log.stop();
+            if tracking == Tracking::Nobody {
+                tracing::warn!(
+                    "neither the VFIO devices nor their container tell which pages the devices write to: in a migration all of RAM is sent \
+                     once more when the guest has stopped"
+                );
+            }
+            Box::new(log) as Box<dyn DmaLog>
+        };
+        self.attachments.into_values().map(log).collect()
+    }
+}

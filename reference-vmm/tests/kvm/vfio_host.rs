@@ -1,0 +1,201 @@
+//! Devices of the host's kernel, as far as there need be none, and what devices write to RAM by themselves.
+
+use std::os::unix::fs::symlink;
+use std::path::Path;
+use std::sync::{Arc, Mutex, OnceLock, Weak};
+
+use qevm_migration::{Address, Guest as _};
+use qevm_wire::{Profile, QemuVersion};
+use reference_vmm::Error;
+use reference_vmm::devices::pci::{ConfigOnly, ConfigSpace, Identity};
+use reference_vmm::machine::{Machine, MachineConfig};
+use reference_vmm::vfio::{
+    DeviceState, DmaLog, Double, HostDevice, HostDeviceError, Shape, Support, Tracking, VfioBacking, VfioSlot,
+};
+use reference_vmm::vmm::{RunState, Vmm};
+use rustix::io::Errno;
+use vm_memory::Bytes as _;
+
+use crate::Test;
+use crate::guest::Guest;
+
+pub(crate) const TESTS: &[Test] = &[
+    ("vfio_device_of_the_host_that_is_none_is_refused", that_is_none),
+    ("vfio_devices_writes_arrive", writes_arrive),
+    ("vfio_devices_log_that_fails_leaves_the_guest_at_the_source", log_fails),
+];
+
+fn refusal(device: HostDevice, pcie: bool) -> Error {
+    let slot = VfioSlot { id: None, backing: VfioBacking::Host(device), multifd_transfer: true, events: false };
+    let config = MachineConfig { memory: 32 << 20, pcie, vfio: vec![slot], ..MachineConfig::default() };
+    Machine::new(config).err().expect("a machine without its device")
+}
+
+fn that_is_none() {
+    let at = |path: &Path| HostDevice { sysfsdev: path.to_owned(), ..HostDevice::default() };
+    let cause = |error: Error| match error {
+        Error::HostDevice { cause, .. } => *cause,
+        other => panic!("{other}"),
+    };
+    let error = refusal(at(Path::new("/nonexistent")), true);
+    // As QEMU 11.1 says it.
+    assert_eq!(error.to_string(), "vfio /nonexistent: no such host device: No such file or directory (os error 2)");
+    let folder = tempfile::tempdir().unwrap();
+    let error = refusal(at(folder.path()), true);
+    assert!(error.to_string().contains("no iommu_group found: No such file or directory"), "{error}");
+    assert!(matches!(cause(error), HostDeviceError::NoGroup(_)));
+    let error = refusal(at(folder.path()), false).to_string();
+    assert!(error.starts_with("No 'PCI' bus found for device 'vfio-pci'"), "{error}");
+    if !Path::new("/dev/vfio/vfio").exists() {
+        // A group without VFIO: either KVM or VFIO says so.
+        symlink(folder.path(), folder.path().join("iommu_group")).unwrap();
+        let error = refusal(at(folder.path()), true);
+        let container = error.to_string().contains("/dev/vfio/vfio container: No such file");
+        assert!(container || matches!(error, Error::Kvm { .. }), "{error}");
+    }
+}
+
+const SHAPE: Shape = Shape {
+    support: Support { p2p: true, precopy: true },
+    initial: 70_000,
+    dirty: 150_000,
+    rest: 300_000,
+    silent_drain: false,
+    most: 0,
+    takes_all: false,
+    garbage: None,
+};
+const MEMORY: u64 = 32 << 20;
+/// Pages that the payload does not use.
+const FIRST: usize = 20 << 20;
+const PAGE: usize = 4096;
+const PAGES: usize = 300;
+
+/// A log of a device that writes a page, and some that it has written before, just before it is asked.
+struct Log {
+    tracking: Tracking,
+    /// It tells what it has written to.
+    honest: bool,
+    fails: Mutex<Option<Errno>>,
+    vmm: OnceLock<Weak<Vmm>>,
+    device: Double,
+    reports: Mutex<Vec<DeviceState>>,
+}
+
+impl Log {
+    fn write(&self, vmm: &Vmm, page: usize, number: u8) {
+        let ram = vmm.ram();
+        // Past the monitor's own log, as the kernel does.
+        ram[0].memory.subslice(FIRST + page * PAGE, 1).unwrap().write_obj(number, 0).unwrap();
+    }
+}
+
+struct Shared(Arc<Log>);
+
+impl DmaLog for Shared {
+    fn start(&self) -> Tracking {
+        self.0.tracking
+    }
+
+    fn report(&self, found: &mut dyn FnMut(u64, &[u64])) -> Result<(), Errno> {
+        let log = &*self.0;
+        if let Some(errno) = log.fails.lock().unwrap().take() {
+            return Err(errno);
+        }
+        let vmm = log.vmm.get().and_then(Weak::upgrade).ok_or(Errno::NODEV)?;
+        let number = {
+            let mut reports = log.reports.lock().unwrap();
+            reports.push(*log.device.way().last().unwrap());
+            reports.len()
+        };
+        // The first page each time, and another one each time.
+        log.write(&vmm, 0, number as u8);
+        log.write(&vmm, number % PAGES, number as u8);
+        if log.honest {
+            let mut words = vec![0_u64; PAGES.div_ceil(64)];
+            words[0] |= 1;
+            words[number % PAGES / 64] |= 1 << (number % PAGES % 64);
+            found((FIRST / PAGE) as u64, &words);
+        }
+        Ok(())
+    }
+
+    fn stop(&self) {}
+}
+
+fn machine(device: &Double, log: Option<Arc<Log>>, incoming: bool) -> Arc<Vmm> {
+    let function = Box::new(ConfigOnly(ConfigSpace::new(&Identity::default(), true)));
+    let driver = Ok(Box::new(device.clone()) as Box<_>);
+    let log = log.map(|log| Box::new(Shared(log)) as Box<dyn DmaLog>);
+    let backing = VfioBacking::Model { function, driver, log };
+    let slot = VfioSlot { id: Some("vf0".into()), backing, multifd_transfer: true, events: false };
+    let Guest { machine, .. } = Guest::configured(MEMORY, 1, "dirty=2M rate=8M pci=1", |config| {
+        (config.pcie, config.vfio) = (true, vec![slot]);
+    });
+    Vmm::new(machine, Profile::new(QemuVersion::NEWEST, "microvm"), incoming)
+}
+
+/// A source whose device writes, and a destination.
+fn pair(tracking: Tracking, honest: bool) -> (Arc<Vmm>, Arc<Vmm>, Arc<Log>) {
+    let (source, destination) = (Double::new("one", SHAPE), Double::new("one", SHAPE));
+    let log = Arc::new(Log {
+        tracking,
+        honest,
+        fails: Mutex::default(),
+        vmm: OnceLock::new(),
+        device: source.clone(),
+        reports: Mutex::default(),
+    });
+    let from = machine(&source, Some(log.clone()), false);
+    log.vmm.get_or_init(|| Arc::downgrade(&from));
+    let to = machine(&destination, None, true);
+    from.cont().unwrap();
+    (from, to, log)
+}
+
+fn migrate(from: &Arc<Vmm>, to: &Arc<Vmm>) -> Option<String> {
+    let directory = tempfile::tempdir().unwrap();
+    let address = Address::Unix(directory.path().join("migration"));
+    to.listen(&address, false).unwrap();
+    from.migrate(address).unwrap();
+    from.outgoing().wait();
+    from.outgoing().statistics().error
+}
+
+/// How many of the pages that the device has written differ.
+fn stale(from: &Vmm, to: &Vmm) -> usize {
+    let byte = |vmm: &Vmm, page: usize| {
+        let ram = vmm.ram();
+        ram[0].memory.subslice(FIRST + page * PAGE, 1).unwrap().read_obj::<u8>(0).unwrap()
+    };
+    (0..PAGES).filter(|page| byte(from, *page) != byte(to, *page)).count()
+}
+
+fn writes_arrive() {
+    for (tracking, honest) in [(Tracking::Devices, true), (Tracking::Container, true), (Tracking::Nobody, false)] {
+        let (from, to, log) = pair(tracking, honest);
+        assert_eq!(migrate(&from, &to), None);
+        crate::vfio::wait("the guest is not started", || to.run_state() == RunState::Running);
+        let reports = log.reports.lock().unwrap().clone();
+        assert!(reports.len() > 1 && reports[0].is_running(), "{reports:?}");
+        // The last one when the device has stopped for good, not when the vCPUs have.
+        assert_eq!(reports.last(), Some(&DeviceState::StopCopy), "{reports:?}");
+        assert_eq!(stale(&from, &to), 0, "{tracking:?}");
+    }
+    // What nobody tells of does not arrive: that is noticed above.
+    let (from, to, _) = pair(Tracking::Devices, false);
+    assert_eq!(migrate(&from, &to), None);
+    assert!(stale(&from, &to) > 0);
+}
+
+fn log_fails() {
+    let (from, to, log) = pair(Tracking::Devices, true);
+    *log.fails.lock().unwrap() = Some(Errno::IO);
+    let error = migrate(&from, &to).expect("it has not failed");
+    assert!(
+        error.contains("the log of the pages that VFIO devices write to") && error.contains("os error 5"),
+        "{error}"
+    );
+    assert_eq!(from.run_state(), RunState::Running);
+    assert_eq!(migrate(&from, &to), None);
+}
