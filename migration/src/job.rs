@@ -1,6 +1,8 @@
 //! The control side of a migration: what QMP reads and sets while an engine runs.
 
-use super::{Capabilities, Channel, MigrationError, Parameters, Statistics, Status};
+mod recovery;
+
+use super::{Capabilities, Channel, MigrationError, Outgoing, Parameters, Statistics, Status};
 use std::{
     collections::VecDeque,
     fmt,
@@ -41,6 +43,12 @@ struct State {
     /// When the migration was begun.
     began: Option<Instant>,
     channels: Vec<Arc<dyn Channel>>,
+    /// The operator has given the connections of a postcopy up.
+    paused: bool,
+    /// The connections over which a postcopy goes on that was interrupted.
+    next: Option<Outgoing>,
+    /// Nobody waits for such any more.
+    given_up: bool,
     /// What the watcher has not been told yet.
     notices: VecDeque<Notice>,
 }
@@ -70,6 +78,9 @@ pub enum Refused {
     /// `migrate-pause`, outside of postcopy.
     #[error("migrate-pause is currently only supported during postcopy-active or postcopy-recover state")]
     NotInPostcopy,
+    /// `migrate` with `resume` without a postcopy that waits for it.
+    #[error("Cannot resume if there is no paused migration")]
+    NoPausedMigration,
     /// `migrate-recover` without a postcopy that waits for it.
     #[error("Migrate recover can only be run when postcopy is paused.")]
     PostcopyNotPaused,
@@ -161,6 +172,7 @@ impl Job {
         legal(state.statistics.status)?;
         state.statistics = Statistics { status: Status::Setup, ..Statistics::default() };
         (state.cancel, state.go_on, state.postcopy, state.handed_over) = (false, false, false, false);
+        (state.paused, state.given_up, state.next) = (false, false, None);
         state.channels = Vec::new();
         state.began = Some(Instant::now());
         state.notices.push_back(Notice::Status(Status::Setup));
@@ -184,8 +196,7 @@ impl Job {
             return Ok(());
         }
         state.cancel = true;
-        state.statistics.status = Status::Cancelling;
-        state.notices.push_back(Notice::Status(Status::Cancelling));
+        state.enter(Status::Cancelling);
         let channels = state.channels.clone();
         drop(state);
         self.changed.notify_all();
@@ -256,7 +267,7 @@ impl Job {
     pub(crate) fn handed_over(&self) -> Result<(), MigrationError> {
         let mut state = self.lock();
         state.check()?;
-        (state.handed_over, state.channels) = (true, Vec::new());
+        state.handed_over = true;
         Ok(())
     }
 
@@ -286,8 +297,7 @@ impl Job {
     pub(crate) fn advance(&self, status: Status) -> Result<(), MigrationError> {
         let mut state = self.lock();
         state.check()?;
-        state.statistics.status = status;
-        state.notices.push_back(Notice::Status(status));
+        state.enter(status);
         drop(state);
         self.changed.notify_all();
         self.tell();
@@ -353,6 +363,11 @@ impl Job {
 }
 
 impl State {
+    fn enter(&mut self, status: Status) {
+        self.statistics.status = status;
+        self.notices.push_back(Notice::Status(status));
+    }
+
     fn elapsed(&self) -> Duration {
         self.began.map_or(Duration::ZERO, |began| began.elapsed())
     }

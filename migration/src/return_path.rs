@@ -1,10 +1,11 @@
 //! The source's return-path thread: reads messages while another thread sends, and lets that one wait for them.
 
 use super::{Channel, MigrationError, channel::Target, core::source::Answers};
-use qevm_returnpath::{Decoder, Event, RequestError, SessionError};
+use qevm_returnpath::{Decoder, Event, Message, RequestError, SessionError};
 use qevm_wire::{Blame, Decode, DriveError, Driver, Fault};
 use std::{
     io,
+    io::Read,
     sync::{Condvar, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
@@ -81,16 +82,33 @@ impl ReturnPath {
     /// Reads up to the last message that matters.
     fn messages(&self, channel: &dyn Channel) -> Result<(), MigrationError> {
         let mut messages = Driver::new(Reading(channel), Decoder::default());
+        // The block whose bitmap comes, and its bytes.
+        let mut bitmap = None;
         loop {
             let offset = messages.decoder().offset();
             match messages.next() {
                 Ok(Some(Event::Message(message))) => {
+                    let block = match &message {
+                        Message::RecvBitmap { block, .. } => Some(block.clone()),
+                        _ => None,
+                    };
                     if self.answers().message(message, offset) {
                         return Ok(());
                     }
                     self.changed.notify_all();
+                    if let Some(block) = block {
+                        // It is as long as was asked for.
+                        let mut bytes = Vec::new();
+                        messages.payload().read_to_end(&mut bytes).map_err(MigrationError::ReturnPath)?;
+                        bitmap = Some((block, bytes));
+                    }
                 }
-                Ok(Some(_)) => {}
+                Ok(Some(_)) => {
+                    if let Some((block, bytes)) = bitmap.take() {
+                        self.answers().bitmap(block, bytes);
+                        self.changed.notify_all();
+                    }
+                }
                 // SHUT ends the loop. Whatever was cut off, the verdict was after it.
                 Ok(None) => return Err(MigrationError::NoVerdict),
                 Err(DriveError::Stream(error)) if error.is_truncated() => return Err(MigrationError::NoVerdict),

@@ -1,9 +1,10 @@
 //! The source engine: threads, sockets and the guest around [`SourceCore`], which decides.
 
 mod perform;
+mod recovery;
 
 use super::{
-    Channel, DirtyLog, Guest, IterativeDevice, Job, MigrationError, Notice, Outgoing, Refused,
+    DirtyLog, Guest, IterativeDevice, Job, MigrationError, Notice, Outgoing, Refused,
     channel::{Source, write_all},
     connections::Reader,
     core::{
@@ -19,12 +20,16 @@ use super::{
 use qevm_savevm::StreamWriter;
 use qevm_wire::{PageGeometry, Profile, profile::ZeroPageDetection};
 use std::{
-    sync::atomic::AtomicU64,
+    sync::{Arc, atomic::AtomicU64},
     thread,
+    thread::JoinHandle,
     time::{Duration, Instant},
 };
 
-/// Migrates `guest` over `connections`, and returns when it runs at the destination, or goes on here.
+/// Migrates `guest` over `connections`, and returns when it runs at the destination with all of its memory, or goes on here.
+///
+/// A guest that went before its memory is there whatever becomes of the connections. When they are lost, this waits for other ones
+/// ([`Job::recover`]), or for the word that none will come ([`Job::give_up_recovery`]).
 ///
 /// The caller has claimed `job` with [`Job::begin`]; its capabilities and parameters apply. `profile` decides the bytes
 /// of the stream and must suit the destination's release.
@@ -36,7 +41,6 @@ use std::{
 pub fn migrate(guest: &dyn Guest, connections: &Outgoing, job: &Job, profile: &Profile) -> Result<(), MigrationError> {
     let start = Instant::now();
     let (capabilities, parameters) = (job.capabilities(), job.parameters());
-    let channel = &*connections.main;
     let saving = connections.file.clone().map(|file| {
         // Without page channels of its own nobody else looks for zero pages, as on a connection.
         let holes = !capabilities.multifd || parameters.zero_page_detection != ZeroPageDetection::None;
@@ -77,7 +81,7 @@ pub fn migrate(guest: &dyn Guest, connections: &Outgoing, job: &Job, profile: &P
     let answers = capabilities.return_path
         || (connections.reader == Reader::Answers && snapshot.is_none())
         || (capabilities.postcopy_ram && connections.reader != Reader::Nobody);
-    let return_path = answers.then(|| ReturnPath::new(Answers::new(flow, capabilities.return_path)));
+    let return_path = answers.then(|| Arc::new(ReturnPath::new(Answers::new(flow, capabilities.return_path))));
     let options = SourceOptions {
         profile: profile.clone(),
         capabilities,
@@ -95,14 +99,6 @@ pub fn migrate(guest: &dyn Guest, connections: &Outgoing, job: &Job, profile: &P
         patience: None,
     };
     thread::scope(|scope| {
-        if let Some(return_path) = &return_path {
-            scope.spawn(|| {
-                return_path.listen(channel);
-                if return_path.answers().has_failed() {
-                    connections.close();
-                }
-            });
-        }
         if let Some((settings, pages)) = settings.as_ref().zip(pages.as_ref()) {
             if let Some(saving) = &saving {
                 (0..settings.channels).for_each(|_| drop(scope.spawn(|| save_pages(guest, saving, &pages.queue))));
@@ -119,11 +115,11 @@ pub fn migrate(guest: &dyn Guest, connections: &Outgoing, job: &Job, profile: &P
         }
         let mut engine = Engine {
             guest,
-            connections,
-            channel,
+            connections: Arc::new(connections.clone()),
             job,
             profile,
-            return_path: return_path.as_ref(),
+            return_path,
+            listener: None,
             pages: pages.as_ref(),
             saving: saving.as_ref(),
             snapshot: snapshot.as_ref(),
@@ -134,7 +130,7 @@ pub fn migrate(guest: &dyn Guest, connections: &Outgoing, job: &Job, profile: &P
             preempt: None,
             start,
         };
-        if let Err(error) = job.attach(connections.all()) {
+        if let Err(error) = engine.listen().and_then(|()| job.attach(connections.all())) {
             engine.fail(error);
         }
         let result = engine.run();
@@ -168,11 +164,12 @@ struct PageChannels<'e> {
 /// What the core's actions are done with.
 struct Engine<'e> {
     guest: &'e dyn Guest,
-    connections: &'e Outgoing,
-    channel: &'e dyn Channel,
+    connections: Arc<Outgoing>,
     job: &'e Job,
     profile: &'e Profile,
-    return_path: Option<&'e ReturnPath>,
+    return_path: Option<Arc<ReturnPath>>,
+    /// Reads the return path.
+    listener: Option<JoinHandle<()>>,
     pages: Option<&'e PageChannels<'e>>,
     /// The pages have places in a file.
     saving: Option<&'e Saving>,
@@ -215,7 +212,7 @@ impl Engine<'_> {
             }
             self.core.set_parameters(self.job.parameters());
             let now = self.start.elapsed();
-            let Some(return_path) = self.return_path else {
+            let Some(return_path) = &self.return_path else {
                 let action = self.core.poll(now, None);
                 self.report();
                 return action;
@@ -223,7 +220,7 @@ impl Engine<'_> {
             // Nothing can come between the decision to wait and the wait: the lock is held.
             let mut answers = return_path.answers();
             let action = self.core.poll(now, Some(&mut answers));
-            self.report();
+            self.job.update(|statistics| self.core.report(statistics));
             let Action::Wait { until, wake: Wake::Answers } = action else { return action };
             return_path.wait(answers, until.map(|until| until.saturating_sub(now)));
         }
@@ -241,7 +238,7 @@ impl Engine<'_> {
     fn flush(&mut self, doing: &'static str) -> Result<(), MigrationError> {
         let stream = self.core.stream();
         let bytes = stream.bytes().len() as u64;
-        write_all(self.channel, &mut [Source::bytes(stream.bytes())])
+        write_all(&*self.connections.main, &mut [Source::bytes(stream.bytes())])
             .map_err(|source| MigrationError::Send { doing, source })?;
         stream.clear();
         self.core.sent(Sent { bytes, ..Sent::default() });
@@ -253,6 +250,7 @@ impl Engine<'_> {
         self.job.end(result.as_ref().err());
         // The return path is read to its end: the destination closes when it has taken over.
         self.connections.all().for_each(|channel| channel.finish_writing());
+        self.stop_listening();
         result
     }
 }

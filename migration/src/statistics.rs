@@ -23,6 +23,8 @@ pub enum Status {
     PostcopyActive,
     /// The connection was lost meanwhile, and another is waited for.
     PostcopyPaused,
+    /// The operator has said where it goes on, and that is being connected to (9.1).
+    PostcopyRecoverSetup,
     /// Another connection is there, and both sides find out what is missing.
     PostcopyRecover,
     /// The peer has taken over.
@@ -49,6 +51,7 @@ impl Status {
             Status::PostcopyDevice => "postcopy-device",
             Status::PostcopyActive => "postcopy-active",
             Status::PostcopyPaused => "postcopy-paused",
+            Status::PostcopyRecoverSetup => "postcopy-recover-setup",
             Status::PostcopyRecover => "postcopy-recover",
             Status::Completed => "completed",
             Status::Failing => "failing",
@@ -68,7 +71,11 @@ impl Status {
     pub fn is_postcopy(self) -> bool {
         matches!(
             self,
-            Status::PostcopyDevice | Status::PostcopyActive | Status::PostcopyPaused | Status::PostcopyRecover
+            Status::PostcopyDevice
+                | Status::PostcopyActive
+                | Status::PostcopyPaused
+                | Status::PostcopyRecoverSetup
+                | Status::PostcopyRecover
         )
     }
 }
@@ -145,7 +152,7 @@ pub struct Statistics {
     pub devices_remaining: u64,
     /// Bytes of such devices' state that were sent.
     pub device_bytes: u64,
-    /// Why the migration failed.
+    /// Why the migration failed, or is paused.
     pub error: Option<String>,
     /// What does not shrink, when the guest dirties faster than the link carries.
     pub stalled: Option<String>,

@@ -6,6 +6,7 @@ mod guest;
 mod incoming;
 pub mod legality;
 mod lifecycle;
+mod outgoing;
 mod run_state;
 mod vfio;
 
@@ -19,8 +20,7 @@ use crate::descriptors::Descriptors;
 use crate::machine::{Machine, Stop};
 use qevm_migration::dirty_rate::{self, Gauge};
 use qevm_migration::{
-    Address, BadCapability, Guest, GuestError, Job, MigrationError, Mode, NoDescriptors, Notice, Outgoing, RULES,
-    Recovery, Refused, RestoreProgress, Status, check_transport, migrate,
+    Address, BadCapability, Guest, GuestError, Job, Mode, Notice, RULES, Recovery, Refused, RestoreProgress, Status,
 };
 use qevm_multifd::compression::Compression;
 use qevm_wire::{
@@ -318,44 +318,6 @@ impl Vmm {
     /// The descriptors that others have opened for this monitor.
     pub fn descriptors(&self) -> MutexGuard<'_, Descriptors> {
         self.descriptors.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Begins a migration to `address`, which goes on in a thread of its own.
-    ///
-    /// # Errors
-    /// [`MigrationError::Refused`] for [`Refused::Blocked`] and as [`legality::MIGRATE`] says;
-    /// [`MigrationError::Capability`] for capabilities that do not go with the transport; and for what is no socket, what
-    /// [`Outgoing::open`] says.
-    pub fn migrate(self: &Arc<Self>, address: Address) -> Result<(), MigrationError> {
-        legality::check(legality::MIGRATE, &self.situation())?;
-        if let Some(reason) = self.blockers().into_iter().next() {
-            return Err(Refused::Blocked(reason).into());
-        }
-        check_transport(&address, &self.outgoing)?;
-        // Once more, for the migration before may have ended meanwhile, with the guest gone.
-        self.outgoing.begin_if(|status| legality::check(legality::MIGRATE, &self.situation_with(status)))?;
-        // A socket may take long to connect; everything else is there or not.
-        let mut opened = None;
-        if !matches!(address, Address::Tcp { .. } | Address::Unix(_)) {
-            let connections = Outgoing::open(&address, &self.outgoing, &mut *self.descriptors());
-            opened = Some(connections.inspect_err(|error| self.outgoing.end(Some(error)))?);
-        }
-        let vmm = self.clone();
-        thread::spawn(move || {
-            let job = &vmm.outgoing;
-            let connections = opened.map_or_else(|| Outgoing::open(&address, job, &mut NoDescriptors), Ok);
-            let result = match connections {
-                Ok(connections) => migrate(&*vmm, &connections, job, &vmm.profile()),
-                Err(error) => {
-                    job.end(Some(&error));
-                    Err(error)
-                }
-            };
-            if let Err(error) = result {
-                tracing::warn!("migration to {address} failed: {error}");
-            }
-        });
-        Ok(())
     }
 
     /// Makes [`wait`](Vmm::wait) return.

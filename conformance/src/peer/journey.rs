@@ -324,7 +324,12 @@ impl Journey {
             Err(error) => return Err(there.monitor().last_words().map_or(error, |said| anyhow::anyhow!(said))),
             Ok(done) => done,
         };
-        self.postcopy.map_or(Ok(()), |departure| departure.judge(&done))?;
+        self.arrived(here, there, n, &done)
+    }
+
+    /// What a hop took, whose source says that it has completed.
+    pub(super) fn arrived(&self, here: &mut Party, there: &mut Party, n: usize, done: &Value) -> Result<Hop> {
+        self.postcopy.map_or(Ok(()), |departure| departure.judge(done))?;
         let stopped = here.monitor().wait_event("STOP", PATIENCE)?.time.context("STOP has no timestamp")?;
         let resumed = there.monitor().wait_event("RESUME", PATIENCE)?.time.context("RESUME has no timestamp")?;
         for (party, expected) in [(here, "postmigrate"), (there, "running")] {

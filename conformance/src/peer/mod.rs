@@ -4,10 +4,11 @@
 //! each to the next. [`travel`](Journey::travel) plays it: the first monitor boots the guest, every hop is a live migration under
 //! way while the guest rewrites its memory, and at the end the guest itself says whether a page was stale, its clock ran
 //! backwards or a byte of its serial output got lost. An [`Outage`]
-//! breaks the connection again and again before it lets the guest go, a [`Pairing`] is of monitors that do not fit each other, and
-//! must be told why, a [`Doubt`] ends in a moment when the source cannot know what the destination does, an [`Echo`]
-//! is a stopped guest that comes back as it was, and a [`Snapshot`] is a copy of a guest that runs on. A [`Lodger`] is one that never runs in reference-vmm: Linux under TCG. [`Gear`] is what a guest
-//! uses besides its memory: virtio devices that it keeps busy. A [`Party`] is one of the monitors, controlled by QMP whoever wrote it.
+//! breaks the connection again and again before it lets the guest go, a [`Recovery`] has it break when the guest has gone before its memory, a
+//! [`Pairing`] is of monitors that do not fit each other, and must be told why, a [`Doubt`] ends in a moment when the source cannot know what the
+//! destination does, an [`Echo`] is a stopped guest that comes back as it was, and a [`Snapshot`] is a copy of a guest that runs on. A [`Lodger`] is
+//! one that never runs in reference-vmm: Linux under TCG. [`Gear`] is what a guest uses besides its memory: virtio devices that it keeps busy. A
+//! [`Party`] is one of the monitors, controlled by QMP whoever wrote it.
 
 pub mod bench;
 pub mod bench_restore;
@@ -26,6 +27,8 @@ mod postcopy;
 mod proxy;
 pub mod python;
 pub mod reboots;
+mod recovery;
+mod relay;
 mod report;
 mod snapshot;
 pub mod table;
@@ -41,5 +44,7 @@ pub use pairing::Pairing;
 pub use party::{BUILT_IN, Monitor, Party};
 pub use postcopy::Departure;
 pub use proxy::Cut;
+pub use recovery::Recovery;
+pub use relay::Break;
 pub use report::{Case, run, summary};
 pub use snapshot::Snapshot;

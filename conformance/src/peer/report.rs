@@ -9,7 +9,7 @@ use std::time::Instant;
 use anyhow::Result;
 use serde_json::Value;
 
-use super::{Account, Doubt, Echo, Journey, Monitor, Outage, Pairing, Snapshot, Stage, Stop};
+use super::{Account, Doubt, Echo, Journey, Monitor, Outage, Pairing, Recovery, Snapshot, Stage, Stop};
 use crate::bench::figures::Summary;
 use crate::matrix::{REQUIRE_KVM, REQUIRE_QEMU, kvm};
 use crate::played::{Outcome, Report, Row};
@@ -30,6 +30,8 @@ pub enum Case {
     Echo(Echo),
     /// It runs on, and so does a copy of it.
     Snapshot(Snapshot),
+    /// It arrives before its memory, which comes over many connections.
+    Recovery(Recovery),
 }
 
 impl Case {
@@ -42,6 +44,7 @@ impl Case {
             Case::Pairing(pairing) => &pairing.journey,
             Case::Echo(echo) => &echo.journey,
             Case::Snapshot(snapshot) => &snapshot.journey,
+            Case::Recovery(recovery) => &recovery.journey,
         }
     }
 
@@ -53,6 +56,7 @@ impl Case {
             Case::Pairing(pairing) => pairing.play(stage),
             Case::Echo(echo) => echo.play(stage),
             Case::Snapshot(snapshot) => snapshot.play(stage),
+            Case::Recovery(recovery) => recovery.play(stage),
         }
     }
 }

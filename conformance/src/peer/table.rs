@@ -2,7 +2,9 @@
 
 use serde_json::{Map, Value};
 
-use super::{Case, Cut, Doubt, Doubtful, Echo, Gear, Journey, Link, Load, Outage, Pairing, Stop, postcopy, snapshot};
+use super::{
+    Case, Cut, Doubt, Doubtful, Echo, Gear, Journey, Link, Load, Outage, Pairing, Stop, postcopy, recovery, snapshot,
+};
 use crate::roots::Suite;
 use crate::scenario::Accel;
 
@@ -21,6 +23,7 @@ pub fn all() -> Vec<Case> {
     cases.extend(pairings().into_iter().map(Case::Pairing));
     cases.extend(echoes().into_iter().map(Case::Echo));
     cases.extend(snapshot::all().into_iter().map(Case::Snapshot));
+    cases.extend(recovery::all().into_iter().map(Case::Recovery));
     cases
 }
 
@@ -462,7 +465,7 @@ fn capability_sets(suite: Suite) -> Vec<Vec<&'static str>> {
     sets
 }
 
-fn plain() -> Journey {
+pub(super) fn plain() -> Journey {
     Journey {
         name: String::new(),
         stops: Vec::new(),

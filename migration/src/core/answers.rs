@@ -8,8 +8,8 @@ use qevm_returnpath::{
     switchover::SwitchoverAckFlow,
 };
 use qevm_savevm::command::Command;
-use qevm_wire::Located;
-use std::io;
+use qevm_wire::{CountedString, Located, PageGeometry};
+use std::{collections::VecDeque, io};
 
 /// Value of the PING after the devices in the package of postcopy, before RUN: its answer says that they are loaded (10.2).
 pub(crate) const PACKAGE_LOADED: u32 = 0x42;
@@ -31,6 +31,10 @@ pub struct Answers {
     requested: u64,
     /// The destination has loaded the devices of a guest that goes before its memory.
     package_loaded: bool,
+    /// Which pages of a block are at the destination, block by block.
+    bitmaps: VecDeque<(CountedString, Vec<u8>)>,
+    /// The destination goes on with a postcopy that was interrupted.
+    resumed: bool,
     /// An ack of the switchover may come though nobody waits for it: the capability may be on there.
     stray_ack: bool,
 }
@@ -58,8 +62,22 @@ impl Answers {
             requests: None,
             requested: 0,
             package_loaded: false,
+            bitmaps: VecDeque::new(),
+            resumed: false,
             stray_ack: !asked_for,
         }
+    }
+
+    /// The guest runs at the destination, the connection was lost, and another is there: what comes from here on comes over that.
+    pub(super) fn reconnected(&mut self, blocks: RequestBlocks) {
+        let requests = Some(PageRequests::new(blocks, crate::PAGE_SIZE));
+        *self = Answers {
+            session: SourceSession::recovery(),
+            requests,
+            requested: self.requested,
+            package_loaded: true,
+            ..Answers::new(None, true)
+        };
     }
 
     /// This PING goes out.
@@ -108,6 +126,7 @@ impl Answers {
             Ok(action) => {
                 self.agreed |= agrees;
                 self.package_loaded |= action == Action::Pong { value: PACKAGE_LOADED };
+                self.resumed |= action == Action::Resume;
             }
         }
         self.has_verdict()
@@ -119,6 +138,37 @@ impl Answers {
         };
         self.requested += 1;
         requests.request(block.as_ref(), *start, *len).map(drop)
+    }
+
+    /// The bitmap that [`Message::RecvBitmap`] has announced has come, with its end.
+    pub fn bitmap(&mut self, block: CountedString, bitmap: Vec<u8>) {
+        self.bitmaps.push_back((block, bitmap));
+    }
+
+    /// The next bitmap that has come; given once.
+    pub(super) fn take_bitmap(&mut self) -> Option<(CountedString, Vec<u8>)> {
+        self.bitmaps.pop_front()
+    }
+
+    /// The destination is about to be asked which pages of a block it has.
+    ///
+    /// # Errors
+    /// No postcopy is recovered, or it was asked before.
+    pub(super) fn ask_bitmap(&mut self, block: CountedString, used_length: u64) -> Result<(), MigrationError> {
+        Ok(self.session.ask_bitmap(block, used_length, PageGeometry::X86).map_err(misplaced)?)
+    }
+
+    /// The destination is about to be told that postcopy goes on.
+    ///
+    /// # Errors
+    /// No postcopy is recovered, or not all is known of what the destination has.
+    pub(super) fn ask_resume(&mut self) -> Result<(), MigrationError> {
+        Ok(self.session.ask_resume().map_err(misplaced)?)
+    }
+
+    /// Whether the destination goes on.
+    pub(super) fn has_resumed(&self) -> bool {
+        self.resumed
     }
 
     /// How many requests for pages have come, with those that were repeated.
@@ -239,6 +289,10 @@ impl Answers {
     fn early_verdict(&mut self) -> MigrationError {
         self.verdict().err().unwrap_or(MigrationError::NoVerdict)
     }
+}
+
+fn misplaced(error: SessionError) -> Located<ReturnPathError> {
+    Located::new(error.into(), 0)
 }
 
 #[cfg(test)]

@@ -30,6 +30,7 @@ mod options;
 mod phase;
 mod postcopy;
 mod precopy;
+mod recovery;
 mod round;
 mod snapshot;
 #[cfg(test)]

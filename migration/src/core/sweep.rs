@@ -158,6 +158,21 @@ impl Sweep {
         Some(BlockRange { block, pages: run })
     }
 
+    /// Of this block everything is to be sent but what the bitmap has: bit `i` of byte `n` is page `8 * n + i`. The sweep begins anew.
+    pub(super) fn received(&mut self, block: usize, bitmap: &[u8]) {
+        let Some(block) = self.blocks.get_mut(block) else { return };
+        let pages = block.dirty.pages();
+        (block.dirty, block.later) = (PageBitmap::new(pages), PageBitmap::new(pages));
+        let mut words = bitmap.chunks(8);
+        for index in 0..pages.div_ceil(u64::from(u64::BITS)) as usize {
+            let mut word = [0; 8];
+            let some = words.next().unwrap_or_default();
+            word[..some.len()].copy_from_slice(some);
+            block.dirty.merge_word(index, !u64::from_le_bytes(word));
+        }
+        self.place = Place::default();
+    }
+
     /// All runs of pages to send in this sweep, from the first page on.
     pub(super) fn runs(&self) -> impl Iterator<Item = BlockRange> {
         self.blocks.iter().enumerate().flat_map(|(index, block)| {
@@ -337,6 +352,24 @@ mod tests {
             assert_eq!(begin(&mut sweep, &mut log), 2);
             assert_eq!(take_all(&mut sweep, &mut log), [3..4, 5000..5001]);
         }
+    }
+
+    #[test]
+    fn what_was_not_received_is_sent_whatever_was_sent() {
+        let mut sweep = Sweep::new([PAGES, 70].into_iter());
+        while sweep.take(u64::MAX, None).is_some() {}
+        // 70 pages take two words. Behind the end there is nothing, whatever the bitmap says of it.
+        let mut bitmap = [0xff; 16];
+        (bitmap[0], bitmap[8]) = (0b1111_1010, 0b1110_1111);
+        bitmap[9..].fill(0);
+        sweep.received(1, &bitmap);
+        sweep.received(2, &bitmap);
+        let missing = [0..1, 2..3, 68..69].map(|pages| BlockRange { block: 1, pages });
+        assert_eq!(std::iter::from_fn(|| sweep.take(u64::MAX, None)).collect::<Vec<_>>(), missing);
+        // What a bitmap is too short for is not there.
+        sweep.received(1, &[0xff; 8]);
+        assert_eq!(sweep.take(u64::MAX, None), Some(BlockRange { block: 1, pages: 64..70 }));
+        assert!(sweep.is_over());
     }
 
     #[derive(Debug, Clone)]

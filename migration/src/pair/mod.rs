@@ -10,6 +10,7 @@ mod files;
 mod guest;
 mod multifd;
 mod postcopy;
+mod recovery;
 mod sealed;
 mod tests;
 mod vfio;

@@ -1,7 +1,6 @@
 //! Guests that go before their memory, to a destination that is only its end of the protocol.
 
 use super::*;
-use crate::Refused;
 use qevm_returnpath::Message;
 use qevm_savevm::{
     Decoder, DecoderOptions, Event,
@@ -12,7 +11,6 @@ use qevm_wire::{CountedString, Driver, PageGeometry};
 use std::{
     collections::HashMap,
     io::{Read, Write},
-    time::Duration,
 };
 
 const PAGES: u64 = 2000;
@@ -187,32 +185,6 @@ fn read_urgent(channel: UnixStream, blocks: Arc<RamBlocks>) -> (u64, bool) {
         }
     }
     (pages, ended)
-}
-
-#[test]
-fn a_link_that_breaks_after_the_package_leaves_the_guest_stopped_for_good() {
-    let pair = Pair::new(PAGES as usize);
-    pair.job.set_parameters(Parameters {
-        max_bandwidth: 1 << 20,
-        max_postcopy_bandwidth: 4096,
-        ..Parameters::default()
-    });
-    let job = pair.job.clone();
-    let (result, _) = depart(&pair, &|socket| {
-        while job.status() != Status::PostcopyActive {
-            thread::sleep(Duration::from_millis(1));
-        }
-        // Too late, and it is said.
-        assert_eq!(job.cancel(), Err(Refused::PostcopyInProgress));
-        assert_eq!(job.status(), Status::PostcopyActive);
-        assert!(job.statistics().downtime.is_some());
-        socket.shutdown(std::net::Shutdown::Both).unwrap();
-    });
-    assert!(matches!(result, Err(MigrationError::PostcopyBroken { .. })), "{result:?}");
-    let statistics = pair.job.statistics();
-    assert_eq!((statistics.status, pair.source.is_running()), (Status::Failed, false));
-    assert!(statistics.error.unwrap().contains("the guest is at the destination, or lost if that has ended"));
-    assert!(!pair.source.is_logging());
 }
 
 #[test]

@@ -95,7 +95,7 @@ impl Engine<'_> {
                 let stream = self.core.stream();
                 let sent = match (self.pages, self.saving) {
                     (None, Some(saving)) => self.ram.save(saving, &batch)?,
-                    (None, None) => self.ram.send(self.channel, stream, &batch)?,
+                    (None, None) => self.ram.send(&*self.connections.main, stream, &batch)?,
                     (Some(pages), _) => self.ram.hand_over(&pages.queue, stream, &batch, pages.legacy)?,
                 };
                 self.core.sent(sent);
@@ -145,13 +145,14 @@ impl Engine<'_> {
             }
             Action::Inactivate => self.guest.hooks().inactivate(),
             Action::SendEnd => self.send_end()?,
-            Action::Settle => self.core.settled(self.channel.settle()),
+            Action::Settle => self.core.settled(self.connections.main.settle()),
             Action::Commit => self.core.committed(self.job.handed_over()),
             Action::Confirm(bytes) => {
-                self.core.confirmed(write_all(self.channel, &mut [Source::bytes(&bytes)]));
+                self.core.confirmed(write_all(&*self.connections.main, &mut [Source::bytes(&bytes)]));
             }
             Action::Wait { until, wake } => self.wait(until, wake),
             Action::Close => self.connections.close(),
+            Action::AwaitConnection { why } => self.await_connection(why)?,
             Action::Resume => self.core.resumed(self.guest.resume()),
             Action::StayStopped => self.guest.hooks().stay_stopped(),
             Action::Activate => self.core.resumed(self.guest.hooks().activate()),
@@ -171,7 +172,7 @@ impl Engine<'_> {
         for copied in snapshot.take()? {
             let sent = match self.saving {
                 Some(saving) => saving.save_copy(copied.block, copied.offset, &copied.bytes)?,
-                None => ram_sender::send_copy(self.channel, self.core.stream(), &copied)?,
+                None => ram_sender::send_copy(&*self.connections.main, self.core.stream(), &copied)?,
             };
             self.core.sent(sent);
         }
@@ -180,14 +181,13 @@ impl Engine<'_> {
 
     /// Sends pages on the preempt channel, and its end where they are the last.
     fn send_urgent(&mut self, batch: &Batch, last: bool) -> Result<(), MigrationError> {
-        let connections = self.connections;
         let missing = || MigrationError::guest("send a page that is waited for")("there is no preempt channel".into());
-        let channel = connections.preempt().ok_or_else(missing)?;
+        let channel = self.connections.preempt().ok_or_else(missing)?.clone();
         let stream = self.preempt.get_or_insert_with(|| self.core.stream().preempt_writer());
         if last {
             stream.eos()?;
         }
-        let sent = self.ram.send(&**channel, stream, batch)?;
+        let sent = self.ram.send(&*channel, stream, batch)?;
         self.core.sent(sent);
         Ok(())
     }
@@ -243,13 +243,14 @@ impl Engine<'_> {
     fn send_end(&mut self) -> Result<(), MigrationError> {
         let failed = |source| MigrationError::Send { doing: "the end of the stream", source };
         let stream = self.core.stream();
+        let channel = &*self.connections.main;
         let first = loop {
-            match self.channel.write(&[Source::bytes(stream.bytes())]) {
+            match channel.write(&[Source::bytes(stream.bytes())]) {
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 written => break written.map_err(failed)?,
             }
         };
-        let rest = write_all(self.channel, &mut [Source::bytes(&stream.bytes()[first..])]);
+        let rest = write_all(channel, &mut [Source::bytes(&stream.bytes()[first..])]);
         let bytes = stream.bytes().len() as u64;
         stream.clear();
         self.core.sent(Sent { bytes, ..Sent::default() });

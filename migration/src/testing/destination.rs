@@ -13,9 +13,9 @@ use crate::{
         destination::{Action, Destination, DestinationOptions, Turn},
     },
 };
-use qevm_returnpath::{Message, requests::PageFaults};
+use qevm_returnpath::{Encoder, Message, requests::PageFaults};
 use qevm_savevm::ram::PageAt;
-use qevm_wire::{Profile, Writer};
+use qevm_wire::{CountedString, Profile, Writer};
 use std::{io, time::Duration};
 
 /// How long the main channel may be silent.
@@ -36,6 +36,10 @@ pub(super) struct Receiver {
     pub(super) undecided: bool,
     /// The guest runs here, and some of its memory is still at the source, which is gone.
     pub(super) broken: bool,
+    /// The guest runs here, and the connection over which its memory came is lost.
+    pub(super) interrupted: bool,
+    /// The source may be asked for pages.
+    asks: bool,
     /// What the guest does before its memory is here.
     pub(super) early: Early,
     /// Why it failed.
@@ -89,6 +93,8 @@ impl Receiver {
             told: false,
             undecided: false,
             broken: false,
+            interrupted: false,
+            asks: true,
             early: Early::new(plan.blocks.iter().sum(), plan.seed),
             error: None,
             most: 0,
@@ -121,7 +127,7 @@ impl Receiver {
         self.wake = None;
         self.core.time(now);
         // Who is let go by another channel goes on at the same time.
-        loop {
+        while !self.interrupted {
             let before = self.progress();
             self.round(now, links, back);
             if self.progress() == before {
@@ -129,7 +135,7 @@ impl Receiver {
             }
         }
         self.guest(now, back);
-        if self.over {
+        if self.over || self.interrupted {
             links.iter_mut().for_each(Link::refuse);
             back.close(now);
         }
@@ -146,7 +152,8 @@ impl Receiver {
                 self.faults.as_mut().map(|faults| faults.fault(block, (page * PAGE) as u64))
             {
                 // Under a paravirtual KVM the same is asked many times.
-                (0..=self.random.below(3)).for_each(|_| self.send(now, back, &message));
+                let times = if self.asks { 1 + self.random.below(3) } else { 0 };
+                (0..times).for_each(|_| self.send(now, back, &message));
             }
         }
         let next = self.early.wake(self.work_interval);
@@ -163,11 +170,13 @@ impl Receiver {
                 Some(number) => self.page_channel(number, now, &mut links[channel]),
             };
             if let Err(error) = stepped {
-                self.undecided |= matches!(error, MigrationError::Undecided(_)) && self.plant != Plant::Silent;
-                if matches!(error, MigrationError::PostcopyBroken { .. }) || (self.core.runs_early() && self.runs) {
-                    // It waits for the next page that is missing, for ever.
-                    (self.runs, self.broken) = (false, true);
+                if self.core.runs_early() && self.runs {
+                    // Whatever it is, it is no reason to lose the guest, which goes on until it needs what is missing.
+                    self.error = Some(error.to_string());
+                    (self.interrupted, self.asks) = (true, false);
+                    return;
                 }
+                self.undecided |= matches!(error, MigrationError::Undecided(_)) && self.plant != Plant::Silent;
                 self.error.get_or_insert_with(|| error.to_string());
                 self.sync.abandon(error.to_string());
                 self.waits = false;
@@ -313,6 +322,17 @@ impl Receiver {
                         }
                     }
                 }
+                Action::SendBitmap(block) => {
+                    let bitmap = self.bitmap(self.listed[block.index()])?;
+                    back.send(now, &bitmap);
+                }
+                Action::Resume => {
+                    self.asks = true;
+                    let again = self.faults.as_mut().map(PageFaults::reconnected).unwrap_or_default();
+                    for message in [Message::ResumeAck].iter().chain(&again) {
+                        self.send(now, back, message);
+                    }
+                }
                 Action::Complete { running } => (self.runs, self.over) = (running, true),
                 Action::Linger { until } => {
                     back.close(now);
@@ -341,6 +361,36 @@ impl Receiver {
         self.received += pages.received - before;
         self.most = self.most.max(pages.buffered());
         stepped
+    }
+
+    /// Another connection is there.
+    pub(super) fn reconnect(&mut self, now: Duration) {
+        self.input.clear();
+        (self.interrupted, self.waits, self.arrived) = (false, false, now);
+        self.core.reconnected();
+    }
+
+    /// There will be none: the guest waits for the next page that is missing, for ever.
+    pub(super) fn give_up(&mut self) {
+        if self.interrupted {
+            (self.runs, self.broken, self.over) = (false, true, true);
+        }
+    }
+
+    /// What says which pages of a block are here.
+    fn bitmap(&self, block: usize) -> Result<Vec<u8>, MigrationError> {
+        let pages = self.memory.block_len(block).unwrap_or(0) / PAGE as u64;
+        let mut bitmap = vec![0; pages.div_ceil(64) as usize * 8];
+        for page in (0..pages).filter(|page| self.early.is_present(self.memory.index(block, *page))) {
+            bitmap[page as usize / 8] |= 1 << (page % 8);
+        }
+        let doing = MigrationError::guest("say which pages are here");
+        let (mut encoder, mut writer) = (Encoder::default(), Writer::new());
+        let Some(name) = CountedString::new(BLOCKS[block]) else { return Ok(Vec::new()) };
+        let written = encoder.message(&Message::RecvBitmap { block: name, len: bitmap.len() as u64 }, &mut writer);
+        writer.bytes(&bitmap);
+        written.and_then(|()| encoder.bitmap_end(&mut writer)).map_err(|error| doing(error.into()))?;
+        Ok(writer.into_bytes())
     }
 
     fn send(&mut self, now: Duration, back: &mut Link, message: &Message) {

@@ -45,6 +45,11 @@ impl Early {
         self.present[page] = false;
     }
 
+    /// Whether a page is here.
+    pub(super) fn is_present(&self, page: usize) -> bool {
+        self.present[page]
+    }
+
     /// A page is filled in. False if it was there: `userfaultfd` refuses that.
     pub(super) fn place(&mut self, page: usize, now: Duration) -> bool {
         if let Some((_, since)) = self.waiting.take_if(|(waiting, _)| *waiting == page) {

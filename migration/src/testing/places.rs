@@ -166,6 +166,55 @@ fn a_cut_in_postcopy_leaves_the_guest_at_the_source_until_the_package_is_sent_an
 }
 
 #[test]
+fn a_postcopy_that_is_cut_anywhere_goes_on_over_the_next_connection() {
+    let plan = postcopy();
+    let (whole, _) = run(&plan);
+    let mut again = 0;
+    for link in [0, 1] {
+        let total = whole.links.get(link).unwrap_or(&whole.back).sent();
+        for place in (0..total).step_by(if total > 5000 { 1009 } else { 7 }) {
+            let cut = Plan { faults: vec![(link, Fault::Cut(place))], ..postcopy() };
+            let split = run(&cut).1 == Ending::Split;
+            let cut = Plan { recoveries: vec![Vec::new()], ..cut };
+            let (simulation, ending) = run(&cut);
+            // The guest had gone.
+            if split {
+                assert_eq!(ending, Ending::Moved, "byte {place} of link {link}");
+                assert!(matches!(simulation.source.result, Some(Ok(()))), "{:?}", simulation.source.result);
+                again += 1;
+            }
+        }
+    }
+    assert!(again > 50, "{again}");
+}
+
+#[test]
+fn a_recovery_that_is_cut_anywhere_goes_on_over_the_next_connection() {
+    // In the middle of what comes after the guest.
+    let plan = postcopy();
+    let (whole, _) = run(&plan);
+    let cut = Plan { faults: vec![(0, Fault::Cut(whole.links[0].sent() / 2))], ..postcopy() };
+    assert_eq!(run(&cut).1, Ending::Split);
+    let recovered = Plan { recoveries: vec![Vec::new()], ..cut.clone() };
+    let (once, _) = run(&recovered);
+    for (link, total) in [(0, once.links[0].sent()), (1, once.back.sent())] {
+        for place in (0..total).filter(|place| *place < 60 || place % 1009 == 0) {
+            let recoveries = vec![vec![(link, Fault::Cut(place))], vec![(1, Fault::Cut(place % 50))], Vec::new()];
+            let plan = Plan { recoveries, ..cut.clone() };
+            let (simulation, ending) = run(&plan);
+            assert_eq!(ending, Ending::Moved, "byte {place} of link {link}");
+            // What was lost last may be the word that all has come.
+            let over = place + 8 >= total;
+            assert!(
+                over || matches!(simulation.source.result, Some(Ok(()))),
+                "{place}: {:?}",
+                simulation.source.result
+            );
+        }
+    }
+}
+
+#[test]
 fn a_page_that_the_guest_waits_for_goes_before_the_others_and_beyond_the_rate_limit() {
     let slow = |plant| Plan { blocks: vec![400, 3], plant, ..postcopy() };
     let waited = |plan: &Plan| run(plan).0.receiver.early.longest;

@@ -38,6 +38,9 @@ pub struct Plan {
     /// What goes wrong on which link, at most one fault on each: 0 is the main channel, then come the page channels, and last the return
     /// path.
     pub faults: Vec<(usize, Fault)>,
+    /// What goes wrong on the connections over which a postcopy goes on that was interrupted, one after the other: 0 is the main channel,
+    /// 1 the return path. When they are used up, the operator gives up.
+    pub recoveries: Vec<Vec<(usize, Fault)>>,
     /// A mistake that the simulator is to find.
     pub plant: Plant,
 }
@@ -64,6 +67,8 @@ pub enum Plant {
     Deaf,
     /// Neither side says so when the confirmation of the handover is lost.
     Silent,
+    /// The source takes what it has sent for received when it goes on with a postcopy.
+    Assumes,
 }
 
 impl Plan {
@@ -104,6 +109,8 @@ impl Plan {
         }
         let qemu = QemuVersion::new(major, minor);
         let switchover_ack = random.once_in(4);
+        let recoveries =
+            (0..postcopy.map_or(0, |_| random.below(4))).map(|_| Fault::of_recovery(&mut random, pages)).collect();
         let plant = Plant::Nothing;
         Plan {
             seed,
@@ -121,6 +128,7 @@ impl Plan {
             cancel,
             postcopy,
             faults,
+            recoveries,
             plant,
         }
     }
@@ -147,6 +155,19 @@ impl Fault {
             // Most of what is sent is pages: half of the flips are for what comes before them.
             _ if random.once_in(2) => Fault::Flip(random.below(bytes.min(600)), 1 << random.below(8)),
             _ => Fault::Flip(at, 1 << random.below(8)),
+        }
+    }
+
+    /// What goes wrong on a connection over which a postcopy goes on.
+    fn of_recovery(random: &mut Random, pages: u64) -> Vec<(usize, Fault)> {
+        let link = random.below(2) as usize;
+        // Half of it goes wrong while both sides find out what is missing.
+        let most = if random.once_in(2) { 60 } else { pages * 4000 };
+        let at = random.below(if link == 1 { 120 } else { most });
+        match random.below(4) {
+            0 => Vec::new(),
+            1 => vec![(link, Fault::Stall(at, Duration::from_secs(5)))],
+            _ => vec![(link, Fault::Cut(at))],
         }
     }
 

@@ -1,6 +1,6 @@
 //! One migration, and what must hold in it.
 
-use super::{Link, Plan, destination::Receiver, source::Source};
+use super::{Fault, Link, Plan, destination::Receiver, source::Source};
 use crate::MigrationError;
 use std::time::Duration;
 
@@ -99,14 +99,15 @@ pub(super) struct Simulation<'p> {
     pub(super) now: Duration,
     /// The destination had said that the guest has arrived.
     told: bool,
+    /// Connections that were replaced.
+    replaced: usize,
+    /// Bytes that the first connections have carried, if they were.
+    carried: Vec<u64>,
 }
 
 impl<'p> Simulation<'p> {
     pub(super) fn new(plan: &'p Plan) -> Result<Self, MigrationError> {
-        let link = |number: usize| {
-            let seed = plan.seed.wrapping_mul(31).wrapping_add(number as u64);
-            Link::new(seed, plan.delay, plan.fault_of(number))
-        };
+        let link = |number: usize| Self::link(plan, 0, number, plan.fault_of(number));
         Ok(Simulation {
             plan,
             links: (0..plan.back()).map(link).collect(),
@@ -115,7 +116,14 @@ impl<'p> Simulation<'p> {
             receiver: Receiver::new(plan),
             now: Duration::ZERO,
             told: false,
+            replaced: 0,
+            carried: Vec::new(),
         })
+    }
+
+    fn link(plan: &Plan, connection: usize, number: usize, fault: Option<Fault>) -> Link {
+        let seed = plan.seed.wrapping_mul(31).wrapping_add((1000 * connection + number) as u64);
+        Link::new(seed, plan.delay, fault)
     }
 
     /// Goes on until both sides have ended.
@@ -137,7 +145,33 @@ impl<'p> Simulation<'p> {
         self.told = self.receiver.told;
         self.source.step(self.now, &mut self.links, &mut self.back)?;
         self.receiver.step(self.now, &mut self.links, &mut self.back);
-        Ok(())
+        self.recover()
+    }
+
+    /// When both sides have noticed that the connection of a postcopy is lost, the operator has another for them, or gives up.
+    fn recover(&mut self) -> Result<(), MigrationError> {
+        if self.source.is_over() {
+            self.receiver.give_up();
+        }
+        if !self.source.is_interrupted() || !(self.receiver.interrupted || self.receiver.over) {
+            return Ok(());
+        }
+        let faults = self.plan.recoveries.get(self.replaced).filter(|_| self.receiver.interrupted);
+        let Some(faults) = faults else {
+            // Or the guest has all of its memory, and the operator sees that there.
+            self.source.give_up();
+            self.receiver.give_up();
+            return Ok(());
+        };
+        if self.replaced == 0 {
+            self.carried = self.links.iter().chain([&self.back]).map(Link::sent).collect();
+        }
+        self.replaced += 1;
+        let fault = |number| faults.iter().find(|(link, _)| *link == number).map(|(_, fault)| *fault);
+        let link = |number| Self::link(self.plan, self.replaced, number, fault(number));
+        (self.links, self.back) = (vec![link(0)], link(1));
+        self.receiver.reconnect(self.now);
+        self.source.reconnect()
     }
 
     /// What holds at all times.
@@ -174,7 +208,8 @@ impl<'p> Simulation<'p> {
         self.receiver.early.follow(&mut newest);
         let mut stale = newest.differences(&self.receiver.memory);
         for (link, fault) in &self.plan.faults {
-            let sent = self.links.get(*link).map_or(0, Link::sent);
+            let now = || self.links.get(*link).map_or(0, Link::sent);
+            let sent = self.carried.get(*link).copied().unwrap_or_else(now);
             match (fault.flips().filter(|at| *at < sent), self.source.struck(*link)) {
                 (None, _) => {}
                 (Some(_), Some(struck)) => stale.retain(|page| *page != struck),

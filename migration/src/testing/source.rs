@@ -1,5 +1,6 @@
 //! A driver of the source's core, over simulated links.
 
+mod recovery;
 mod send;
 
 use super::{
@@ -64,6 +65,8 @@ pub(super) struct Source {
     go_on: Option<Duration>,
     /// When the operator starts postcopy.
     postcopy: Option<Duration>,
+    /// The block whose bitmap comes next.
+    bitmap: Option<CountedString>,
 }
 
 /// What was begun and is not done.
@@ -79,6 +82,8 @@ enum Doing {
     Pushing(Work),
     Synchronising,
     Settling,
+    /// Another connection is waited for.
+    Interrupted,
     Over,
 }
 
@@ -147,6 +152,7 @@ impl Source {
             committed: false,
             go_on: None,
             postcopy: plan.postcopy,
+            bitmap: None,
         })
     }
 
@@ -163,7 +169,7 @@ impl Source {
     /// Whether there is something to do before anything comes.
     pub(super) fn is_busy(&self, links: &[Link]) -> bool {
         match &self.doing {
-            Doing::Over => false,
+            Doing::Over | Doing::Interrupted => false,
             Doing::Idle => true,
             Doing::Sending(_) if links[0].has_room() => true,
             Doing::Pushing(_) if self.pages.has_room() || self.pages.broken => true,
@@ -222,6 +228,16 @@ impl Source {
         self.news |= !arrived.is_empty();
         self.heard.extend(arrived);
         while !answers.has_verdict() {
+            let due = self.decoder.payload_remaining() as usize;
+            if let Some(bitmap) = self.heard.get(..due).filter(|_| due > 0) {
+                let bitmap = if self.plan.plant == Plant::Assumes { vec![u8::MAX; due] } else { bitmap.to_vec() };
+                let skipped = self.decoder.skip_payload(due as u64);
+                debug_assert!(skipped.is_ok());
+                self.heard.drain(..due);
+                if let Some(block) = self.bitmap.take() {
+                    answers.bitmap(block, bitmap);
+                }
+            }
             let offset = self.decoder.offset();
             match self.decoder.next(&self.heard) {
                 Ok(Step::Event { consumed, event: Event::Message(message) }) => {
@@ -229,8 +245,12 @@ impl Source {
                     if self.plan.plant == Plant::Deaf && matches!(message, Message::ReqPages { .. }) {
                         continue;
                     }
+                    if let Message::RecvBitmap { block, .. } = &message {
+                        self.bitmap = Some(block.clone());
+                    }
                     answers.message(message, offset);
                 }
+                Ok(Step::Event { consumed, event: Event::BitmapEnd }) => drop(self.heard.drain(..consumed)),
                 Err(error) => answers.fail(error.map(ReturnPathError::from).into()),
                 _ => break,
             }
@@ -288,6 +308,7 @@ impl Source {
     fn go_on(&mut self, now: Duration, links: &mut [Link], back: &mut Link) -> Result<(), MigrationError> {
         match std::mem::replace(&mut self.doing, Doing::Idle) {
             Doing::Over => self.doing = Doing::Over,
+            Doing::Interrupted => self.doing = Doing::Interrupted,
             Doing::Idle => {
                 self.news = false;
                 let action = self.core.poll(now, self.answers.as_mut());
@@ -387,6 +408,7 @@ impl Source {
             }
             Action::Wait { until, wake } => self.doing = Doing::Waiting { until, wake },
             Action::Close => self.close(now, links, back),
+            Action::AwaitConnection { .. } => self.doing = Doing::Interrupted,
             Action::Resume => {
                 self.runs = true;
                 self.core.resumed(Ok(()));

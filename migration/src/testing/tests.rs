@@ -115,6 +115,25 @@ fn old_pages_that_are_kept_are_found() {
     assert!(count > 20, "{count}");
 }
 
+/// A postcopy whose connections break, and that goes on each time.
+fn interrupted(plant: Plant) -> impl Fn(u64) -> Plan {
+    move |seed| Plan {
+        blocks: vec![60, 3],
+        bandwidth: 1_000_000,
+        postcopy: Some(Duration::from_micros(2500)),
+        faults: vec![(0, Fault::Cut(50_000 + seed * 900))],
+        recoveries: vec![vec![(0, Fault::Cut(seed * 37))], vec![(1, Fault::Cut(seed))], Vec::new(), Vec::new()],
+        ..early(plant)(seed)
+    }
+}
+
+#[test]
+fn pages_that_were_sent_and_have_not_come_are_found() {
+    assert_eq!(found(interrupted(Plant::Nothing), |_| true), 0);
+    let count = found(interrupted(Plant::Assumes), is_stale);
+    assert!(count > 20, "{count}");
+}
+
 /// A migration whose return path breaks somewhere.
 fn cut_off(plant: Plant, confirmed: bool) -> impl Fn(u64) -> Plan {
     move |seed| {

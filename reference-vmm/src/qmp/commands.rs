@@ -164,11 +164,13 @@ fn migrate(vmm: &Arc<Vmm>, arguments: &mut Arguments) -> Result<Value, Failure> 
     let resume = arguments.flag("resume")?;
     arguments.complete()?;
     let address = address.look_at()?;
-    if resume {
-        return Err(Failure::generic("Cannot resume if there is no paused migration"));
-    }
-    arguments.legal()?;
-    vmm.migrate(address).map_err(|error| Failure::generic(error.to_string()))?;
+    let begun = if resume {
+        vmm.resume_migration(&address)
+    } else {
+        arguments.legal()?;
+        vmm.migrate(address)
+    };
+    begun.map_err(|error| Failure::generic(error.to_string()))?;
     Ok(empty())
 }
 
@@ -220,10 +222,14 @@ fn migrate_continue(vmm: &Arc<Vmm>, arguments: &mut Arguments) -> Result<Value, 
     Ok(empty())
 }
 
-/// Only a postcopy to here can be paused.
+/// A postcopy from here, or one to here.
 fn migrate_pause(vmm: &Arc<Vmm>, arguments: &mut Arguments) -> Result<Value, Failure> {
     only(arguments)?;
-    vmm.pause_postcopy()?;
+    if vmm.outgoing().status().is_postcopy() {
+        vmm.outgoing().pause()?;
+    } else {
+        vmm.pause_postcopy()?;
+    }
     Ok(empty())
 }
 

@@ -143,14 +143,21 @@ pub enum Action {
     },
     /// Close all channels, in both directions.
     Close,
+    /// The connection was lost when the guest had gone before its memory, and nothing else is lost. Report [`Status::PostcopyPaused`] with
+    /// the reason, and wait as long as it takes for another connection: [`reconnected`](super::SourceCore::reconnected). Whoever polls
+    /// without one has given up: the migration has failed then.
+    AwaitConnection {
+        /// Why, and where the guest is.
+        why: String,
+    },
     /// Let the guest run on: [`resumed`](super::SourceCore::resumed).
     Resume,
     /// The guest, which did not run before, stays as it was.
     StayStopped,
     /// Take the guest's disks back: [`resumed`](super::SourceCore::resumed).
     Activate,
-    /// The guest has gone, or may have: it stays paused here. After a postcopy that broke it stays paused without this: who has it is known,
-    /// and it must never run here again.
+    /// The guest has gone, or may have: it stays paused here. After a postcopy that was given up it stays paused without this: who has it is
+    /// known, and it must never run here again.
     LeaveGuest,
     /// The migration is over. Last.
     End(Result<(), MigrationError>),

@@ -200,12 +200,9 @@ impl SourceCore {
     /// The migration fails. `return_path` is whether the destination may say why.
     pub(super) fn fail(&mut self, error: MigrationError, now: Duration, return_path: bool) {
         let error = match error {
-            // One of this crate says so only before it runs the guest.
-            MigrationError::PeerFailed { .. } if self.departed && self.agreed => error,
-            _ if self.departed => MigrationError::PostcopyBroken { reason: error.into() },
             MigrationError::Unsettled { .. } => error,
             // What breaks after the operator's word breaks because of it.
-            _ if self.cancelled => MigrationError::Cancelled,
+            _ if self.cancelled && !self.departed => MigrationError::Cancelled,
             _ => error,
         };
         self.actions.clear();
@@ -213,8 +210,21 @@ impl SourceCore {
         self.phase = if return_path && matches!(error, MigrationError::Send { .. }) {
             Phase::AwaitExplanation { error, until: now + EXPLANATION_PATIENCE }
         } else {
-            Phase::BackOut { error, back: None }
+            self.after(error)
         };
+    }
+
+    /// What follows a failure that nobody explains any further.
+    fn after(&self, error: MigrationError) -> Phase {
+        match error {
+            // One of this crate says so only before it runs the guest.
+            MigrationError::PeerFailed { .. } if self.agreed => Phase::BackOut { error, back: None },
+            MigrationError::PostcopyBroken { .. } => Phase::Postcopy(Postcopy::Lost(error)),
+            _ if self.departed => {
+                Phase::Postcopy(Postcopy::Lost(MigrationError::PostcopyBroken { reason: error.into() }))
+            }
+            _ => Phase::BackOut { error, back: None },
+        }
     }
 
     /// Replaces a broken channel by what the destination said about it.
@@ -234,7 +244,7 @@ impl SourceCore {
             Some(answers) => answers.explanation().unwrap_or(error),
             None => error,
         };
-        self.phase = Phase::BackOut { error, back: None };
+        self.phase = self.after(error);
     }
 
     /// Lets the guest go on after a failure.

@@ -145,6 +145,25 @@ pub(crate) enum Postcopy {
     Ending(Option<Result<(), MigrationError>>),
     /// The destination has everything, as far as is known.
     AwaitShut { since: Duration },
+    /// The connection was lost, for this reason.
+    Lost(MigrationError),
+    /// Another is waited for.
+    Paused(MigrationError),
+    /// Another is there.
+    Recover(Recovery),
+}
+
+/// Steps of [`Postcopy::Recover`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Recovery {
+    /// Nothing was sent on it.
+    Begin,
+    /// The destination was asked what it has; of so many blocks it has not said so.
+    AwaitBitmaps { since: Duration, left: usize },
+    /// It is known what is missing.
+    Resume,
+    /// The destination was told that all goes on.
+    AwaitAck { since: Duration },
 }
 
 /// Steps of [`Phase::Snapshot`].

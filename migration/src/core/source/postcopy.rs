@@ -1,7 +1,7 @@
 //! The guest goes before its memory: its devices in a package, and then the pages, those first that it waits for.
 //!
 //! A destination runs the guest when it has the whole package. As long as that was not sent to its last byte, the guest can go on here; after
-//! that, never again.
+//! that, never again. A connection that is lost then is replaced by another (`recovery`).
 
 use super::{
     Action, Answers, Batch, PageRoute, RAM_SECTION, Reader, SourceCore, Wake, idstr,
@@ -73,6 +73,19 @@ impl SourceCore {
         now: Duration,
         answers: Option<&mut Answers>,
     ) -> Result<(), MigrationError> {
+        let step = match step {
+            Postcopy::Lost(error) => {
+                self.do_next(Action::Close);
+                self.do_next(Action::AwaitConnection { why: error.to_string() });
+                self.phase = Phase::Postcopy(Postcopy::Paused(error));
+                return Ok(());
+            }
+            Postcopy::Paused(error) => {
+                self.phase = Phase::BackOut { error, back: None };
+                return Ok(());
+            }
+            step => step,
+        };
         let Some(answers) = answers else { return Err(MigrationError::NoVerdict) };
         if self.departed {
             answers.failure()?;
@@ -132,6 +145,9 @@ impl SourceCore {
                 self.succeed(now);
                 return Ok(());
             }
+            Postcopy::Recover(step) => self.recover(step, now, answers)?,
+            // They were above.
+            Postcopy::Lost(error) | Postcopy::Paused(error) => return Err(error),
         };
         self.phase = Phase::Postcopy(next);
         Ok(())
@@ -222,7 +238,7 @@ impl SourceCore {
         Ok(self.stream.package(package.bytes())?)
     }
 
-    fn request_blocks(&self) -> Result<RequestBlocks, MigrationError> {
+    pub(super) fn request_blocks(&self) -> Result<RequestBlocks, MigrationError> {
         let block = |(name, used_length): &(String, u64)| {
             Ok(RequestBlock { name: idstr(name)?, used_length: *used_length, page_size: PAGE_SIZE })
         };

@@ -1,0 +1,162 @@
+//! Guests that go before their memory, over connections that are lost meanwhile.
+
+use std::path::PathBuf;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+use reference_vmm::payload::Transcript;
+use serde_json::{Map, Value, json};
+
+use super::journey::{Stage, account};
+use super::party::Party;
+use super::relay::{Break, Relay};
+use super::table::PEERS;
+use super::{Account, Departure, Journey, Load, Stop};
+use crate::patience::PATIENCE;
+use crate::scenario::Accel;
+
+const POLL: Duration = Duration::from_millis(5);
+/// How often the connection is lost where that is looked for at many places.
+const MANY: usize = 200;
+
+/// A journey of one hop with postcopy, whose connection is lost again and again, and recovered each time.
+#[derive(Debug, Clone)]
+pub struct Recovery {
+    /// Of two stops.
+    pub journey: Journey,
+    /// Where: the first place is counted from when the guest has gone, the others from the beginning of the connection before.
+    pub breaks: Vec<Break>,
+}
+
+impl Recovery {
+    /// Plays it.
+    ///
+    /// # Errors
+    /// One end does not wait for a recovery, or it fails, or the guest does not arrive whole.
+    pub(super) fn play(&self, stage: &Stage<'_>) -> Result<Account> {
+        let journey = &self.journey;
+        let departure = journey.postcopy.context("a recovery is of a postcopy")?;
+        let mut here = journey.boot(stage, &mut |_| ())?;
+        let mut there = journey.start(stage, 1, true)?;
+        journey.prepare(&mut here, &mut there)?;
+        let exit = |n: usize| stage.scratch.join(format!("exit{n}"));
+        let relay = Relay::listen(stage.scratch.join("entry"), exit(0))?;
+        there.monitor().execute("migrate-incoming", json!({ "uri": uri(exit(0)) }))?;
+        here.monitor().execute("migrate", json!({ "uri": uri(relay.entry().into()) }))?;
+        departure.start(&mut here)?;
+        here.monitor().wait_migration(PATIENCE, |migration| migration["status"] == "postcopy-active")?;
+        there.wait_status("running")?;
+        for (n, when) in self.breaks.iter().enumerate() {
+            if n == 0 {
+                relay.break_at(*when);
+            }
+            let context = || format!("connection {n}, broken at {when:?}");
+            self.lose(&relay, n, &mut here, &mut there).with_context(context)?;
+            relay.lead_to(exit(n + 1));
+            wait_again(&mut there, exit(n + 1)).with_context(context)?;
+            if let Some(next) = self.breaks.get(n + 1) {
+                relay.break_at(*next);
+            }
+            let resume = json!({ "uri": uri(relay.entry().into()), "resume": true });
+            here.monitor().execute("migrate", resume).with_context(context)?;
+        }
+        let done = here.monitor().wait_migration(PATIENCE, |migration| migration["status"] == "completed")?;
+        there.monitor().wait_migration(PATIENCE, |migration| migration["status"] == "completed")?;
+        let hop = journey.arrived(&mut here, &mut there, 1, &done)?;
+        journey.settle(&mut there)?;
+        let texts = [here.end()?, there.end()?];
+        let transcript = Transcript::read(&texts.each_ref().map(Vec::as_slice))?;
+        Ok(Account { cuts: self.breaks.len(), ..account(vec![hop], &transcript) })
+    }
+
+    /// Waits until the connection is lost and both ends wait for another.
+    fn lose(&self, relay: &Relay, n: usize, here: &mut Party, there: &mut Party) -> Result<()> {
+        let deadline = Instant::now() + PATIENCE;
+        while relay.broken() <= n {
+            let migration = here.monitor().migration()?;
+            ensure!(migration["status"] != "completed", "all has come before the connection was lost: {migration}");
+            ensure!(Instant::now() < deadline, "the connection has nothing to carry: {migration}");
+            thread::sleep(POLL);
+        }
+        for party in [&mut *here, there] {
+            let paused = |migration: &Value| migration["status"] == "postcopy-paused";
+            party.monitor().wait_migration(PATIENCE, paused)?;
+        }
+        let why = here.monitor().migration()?["error-desc"].as_str().unwrap_or_default().to_string();
+        ensure!(here.stop() != Stop::Reference || why.contains("the guest is at the destination"), "it says '{why}'");
+        let status = here.monitor().execute("query-status", Value::Null)?;
+        ensure!(status["running"] == false, "the guest runs at both ends: {status}");
+        Ok(())
+    }
+}
+
+/// Lets the destination wait for the source there. It may not have noticed that the connection before is lost.
+fn wait_again(there: &mut Party, path: PathBuf) -> Result<()> {
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        match there.monitor().execute("migrate-recover", json!({ "uri": uri(path.clone()) })) {
+            Ok(_) => return Ok(()),
+            Err(error) if Instant::now() > deadline => bail!(error),
+            Err(_) => thread::sleep(POLL),
+        }
+    }
+}
+
+fn uri(path: PathBuf) -> String {
+    format!("unix:{}", path.display())
+}
+
+/// So many places in the pages, and `within` what both ends say to each other about those that have come before.
+fn places(count: usize, within: bool) -> Vec<Break> {
+    let place = |n: usize| {
+        let n = n as u64;
+        match n % 4 {
+            1 if within => Break::Forth(4 + n * 7),
+            2 if within => Break::Back(1 + n * 11),
+            3 => Break::Forth(4100 + n * 331),
+            _ => Break::Forth(40_000 + n * 977),
+        }
+    };
+    (0..count).map(place).collect()
+}
+
+/// Each release in both directions, and reference-vmm with itself.
+pub(super) fn all() -> Vec<Recovery> {
+    let mut parameters = Map::new();
+    parameters.insert("max-postcopy-bandwidth".into(), (32 << 20).into());
+    let reference = Stop::Reference;
+    let peers = PEERS.map(|suite| Stop::Qemu(suite, Accel::Kvm));
+    let new = peers[2];
+    let ways = peers.into_iter().flat_map(|qemu| [[reference, qemu], [qemu, reference]]).chain([[reference; 2]]);
+    let mut all = Vec::new();
+    for stops in ways {
+        // A guest comes here over one channel.
+        let channels = if stops[1] == reference { &["recovery"][..] } else { &["recovery", "recovery+preempt"] };
+        for (with, count) in channels.iter().flat_map(|with| [1, 5, MANY].map(|count| (*with, count))) {
+            let preempt = with.ends_with("preempt");
+            // A QEMU to which the preempt channel is lost a second time dies (10.0 and 11.1, with a QEMU at the other end, too).
+            if preempt && count > 1 {
+                continue;
+            }
+            if count == MANY && !stops.iter().all(|stop| [reference, new].contains(stop)) {
+                continue;
+            }
+            let quick = count == 5 && [[reference, new], [reference; 2]].contains(&stops) && !preempt;
+            let journey = Journey {
+                name: format!("{}>{}/{with}/{count}", stops[0], stops[1]),
+                stops: stops.into(),
+                capabilities: if preempt { vec!["postcopy-ram", "postcopy-preempt"] } else { vec!["postcopy-ram"] },
+                parameters: parameters.clone(),
+                postcopy: Some(Departure::AtOnce),
+                load: Load { downtime_limit: 1, ..Load::default() },
+                quick,
+                ..super::table::plain()
+            };
+            // A 7.2 that loses the connection again before it has heard what has come stays in `postcopy-recover` for good.
+            let within = !stops.contains(&peers[0]);
+            all.push(Recovery { journey, breaks: places(count, within) });
+        }
+    }
+    all
+}

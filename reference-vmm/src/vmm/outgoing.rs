@@ -1,0 +1,79 @@
+//! The guest that leaves.
+
+use super::{Vmm, legality};
+use qevm_migration::{
+    Address, Job, MigrationError, NoDescriptors, Outgoing, Refused, Status, check_transport, migrate,
+};
+use std::{sync::Arc, thread};
+
+/// Connections that are there already, or are to be opened.
+struct WayOut {
+    address: Address,
+    opened: Option<Outgoing>,
+}
+
+impl WayOut {
+    fn open(self, job: &Job) -> Result<Outgoing, MigrationError> {
+        self.opened.map_or_else(|| Outgoing::open(&self.address, job, &mut NoDescriptors), Ok)
+    }
+}
+
+impl Vmm {
+    /// Begins a migration to `address`, which goes on in a thread of its own.
+    ///
+    /// # Errors
+    /// [`MigrationError::Refused`] for [`Refused::Blocked`] and as [`legality::MIGRATE`] says;
+    /// [`MigrationError::Capability`] for capabilities that do not go with the transport; and for what is no socket, what
+    /// [`Outgoing::open`] says.
+    pub fn migrate(self: &Arc<Self>, address: Address) -> Result<(), MigrationError> {
+        legality::check(legality::MIGRATE, &self.situation())?;
+        if let Some(reason) = self.blockers().into_iter().next() {
+            return Err(Refused::Blocked(reason).into());
+        }
+        check_transport(&address, &self.outgoing)?;
+        // Once more, for the migration before may have ended meanwhile, with the guest gone.
+        self.outgoing.begin_if(|status| legality::check(legality::MIGRATE, &self.situation_with(status)))?;
+        let connections = self.way_out(&address).inspect_err(|error| self.outgoing.end(Some(error)))?;
+        let vmm = self.clone();
+        thread::spawn(move || {
+            let job = &vmm.outgoing;
+            let result = match connections.open(job) {
+                Ok(connections) => migrate(&*vmm, &connections, job, &vmm.profile()),
+                Err(error) => {
+                    job.end(Some(&error));
+                    Err(error)
+                }
+            };
+            if let Err(error) = result {
+                tracing::warn!("migration to {address} failed: {error}");
+            }
+        });
+        Ok(())
+    }
+
+    /// Lets a postcopy that is paused go on to `address`, where the same destination waits for that (`migrate` with `resume`).
+    ///
+    /// # Errors
+    /// [`Refused::NoPausedMigration`]; and as [`migrate`](Self::migrate) for the address.
+    pub fn resume_migration(self: &Arc<Self>, address: &Address) -> Result<(), MigrationError> {
+        if self.outgoing.status() != Status::PostcopyPaused {
+            return Err(Refused::NoPausedMigration.into());
+        }
+        check_transport(address, &self.outgoing)?;
+        let connections = self.way_out(address)?;
+        self.outgoing.begin_recovery()?;
+        let vmm = self.clone();
+        // The thread of the migration goes on with them.
+        thread::spawn(move || vmm.outgoing.recover(connections.open(&vmm.outgoing)));
+        Ok(())
+    }
+
+    /// A socket may take long to connect; everything else is there or not.
+    fn way_out(&self, address: &Address) -> Result<WayOut, MigrationError> {
+        let opened = match address {
+            Address::Tcp { .. } | Address::Unix(_) => None,
+            _ => Some(Outgoing::open(address, &self.outgoing, &mut *self.descriptors())?),
+        };
+        Ok(WayOut { address: address.clone(), opened })
+    }
+}
