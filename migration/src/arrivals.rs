@@ -6,6 +6,7 @@
 use super::{
     Channel, Incoming, Listener, LoadError, MigrationError, Socket,
     multifd::{PageStream, Settings},
+    postcopy::Entrance,
     socket::Caller,
     strangers::{Dropped, Known, Reason, Role, Strangers},
 };
@@ -50,13 +51,15 @@ pub(crate) enum Seen {
 }
 
 /// Waits for the main channel, and for all page channels if there are `settings` for them, as long as it takes. What is dropped
-/// meanwhile is told to `seen`: strangers, and sources that are not complete.
+/// meanwhile is told to `seen`: strangers, and sources that are not complete. A `preempt` channel is not waited for: one that is here may
+/// say nothing for a long time, and others come late.
 ///
 /// # Errors
 /// [`MigrationError::Listen`] when the listener is of no more use.
 pub(crate) fn gather(
     listener: &Listener,
     settings: Option<&Settings>,
+    preempt: bool,
     patience: Patience,
     seen: &mut dyn FnMut(Seen),
 ) -> Result<Incoming, MigrationError> {
@@ -83,11 +86,12 @@ pub(crate) fn gather(
             strangers.accept(listener, dropped)?;
             strangers.hear(&strangers.unheard(), dropped).into_iter().for_each(|known| source.take(known, seen));
         }
-        if let Some(incoming) = source.take_complete() {
+        if let Some((incoming, caller)) = source.take_complete() {
             let page_channels_called = strangers.unwanted() > 0;
-            let crowd = settings.is_none() && strangers.len() > 0;
+            let crowd = settings.is_none() && !preempt && strangers.len() > 0;
             let misfit = incoming.misfit.or_else(|| crowd.then(|| Located::new(LoadError::MultifdOff, 0).into()));
-            return Ok(Incoming { page_channels_called, misfit, ..incoming });
+            let preempt = preempt.then(|| Entrance::new(listener.clone(), caller, strangers.into_silent()));
+            return Ok(Incoming { page_channels_called, misfit, preempt, ..incoming });
         }
         source.expire(patience.channels, seen);
     }
@@ -172,18 +176,18 @@ impl<'s> Source<'s> {
         self.main.is_some() && self.missing().next().is_none()
     }
 
-    /// The connections of the source, if all have come.
-    fn take_complete(&mut self) -> Option<Incoming> {
+    /// The connections of the source, if all have come, and where the main channel comes from.
+    fn take_complete(&mut self) -> Option<(Incoming, Caller)> {
         if !self.is_complete() {
             return None;
         }
-        let (main, _, first) = self.main.take()?;
+        let (main, caller, first) = self.main.take()?;
         // By their numbers, as the map has them.
         let pages = std::mem::take(&mut self.pages).into_values().map(|(_, _, stream)| stream).collect();
         let main: Arc<dyn Channel> = main;
         // One that came long before was another's.
         let misfit = self.misfit.take().filter(|(_, at)| at.elapsed() < MISFIT_AGE).map(|(error, _)| error);
-        Some(Incoming { first, pages, settings: self.settings.cloned(), misfit, ..main.into() })
+        Some((Incoming { first, pages, settings: self.settings.cloned(), misfit, ..main.into() }, caller))
     }
 }
 
@@ -280,7 +284,7 @@ mod tests {
         // Not scoped: a caller that fails must not wait for it.
         let waiting = thread::spawn(move || {
             let settings = channels.map(settings);
-            gather(&listener, settings.as_ref(), patience, &mut |seen| drop(sender.send(seen))).unwrap()
+            gather(&listener, settings.as_ref(), false, patience, &mut |seen| drop(sender.send(seen))).unwrap()
         });
         let _open = callers(&call, &seen);
         (waiting.join().unwrap(), seen.iter().collect())

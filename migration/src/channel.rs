@@ -165,6 +165,15 @@ pub trait Channel: Send + Sync + fmt::Debug {
     fn close(&self);
 }
 
+/// A channel as anything else that can be read.
+pub(crate) struct Reading<'c>(pub(crate) &'c dyn Channel);
+
+impl io::Read for Reading<'_> {
+    fn read(&mut self, bytes: &mut [u8]) -> io::Result<usize> {
+        self.0.read(&mut [Target::bytes(bytes)])
+    }
+}
+
 /// Most parts that one vectored call takes (`IOV_MAX` of Linux).
 pub(crate) const MAX_PARTS: usize = 1024;
 

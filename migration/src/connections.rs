@@ -5,6 +5,7 @@ use super::{
     arrivals::{Patience, Seen, gather},
     multifd::{PageStream, Settings},
     page_file::PageFile,
+    postcopy::Entrance,
 };
 use crate::descriptors::Descriptors;
 use qevm_multifd::compression::Compression;
@@ -158,22 +159,32 @@ pub struct Incoming {
     pub(crate) page_channels_called: bool,
     /// What may explain a source that gives up at once: one of its channels did not fit.
     pub(crate) misfit: Option<MigrationError>,
+    /// Where the preempt channel comes in (capability `postcopy-preempt`).
+    pub(crate) preempt: Option<Entrance>,
     /// Pages may have their places in this file, in which the main channel reads, too.
     pub(crate) file: Option<PageFile>,
 }
 
 impl Incoming {
     /// Waits for a source, and for all of its page channels if `job` has capability `multifd`, as long as it takes. Whoever else
-    /// calls is dropped, with a line in the log; so is a source whose channels do not all come within ten seconds.
+    /// calls is dropped, with a line in the log; so is a source whose channels do not all come within ten seconds. With capability
+    /// `postcopy-preempt` the listener stays open until the source has opened that channel, too, or the migration is over.
     ///
     /// # Errors
     /// [`MigrationError::Listen`] with the system's reason, when the listener is of no more use.
     pub fn accept(listener: &Listener, job: &Job, profile: &Profile) -> Result<Self, MigrationError> {
-        let settings = Settings::of(job.capabilities(), &job.parameters(), profile);
-        gather(listener, settings.as_ref(), Patience::default(), &mut |seen| match seen {
-            Seen::Dropped(dropped) => tracing::warn!("{dropped}"),
-            Seen::Incomplete(error) => tracing::warn!("a source has come without all of its channels: {error}"),
-        })
+        let capabilities = job.capabilities();
+        let settings = Settings::of(capabilities, &job.parameters(), profile);
+        gather(
+            listener,
+            settings.as_ref(),
+            capabilities.postcopy_preempt,
+            Patience::default(),
+            &mut |seen| match seen {
+                Seen::Dropped(dropped) => tracing::warn!("{dropped}"),
+                Seen::Incomplete(error) => tracing::warn!("a source has come without all of its channels: {error}"),
+            },
+        )
     }
 
     /// Opens what a guest comes from without a caller: a command, a descriptor or a file.
@@ -276,6 +287,7 @@ impl From<Arc<dyn Channel>> for Incoming {
             settings: None,
             page_channels_called: false,
             misfit: None,
+            preempt: None,
             file: None,
         }
     }

@@ -15,7 +15,7 @@ use super::{
     multifd::Settings,
     page_file,
     page_file::PageFile,
-    postcopy::{self, Listening, Postcopy},
+    postcopy::{self, Listening, Postcopy, Preempt},
     ram_receiver::RamReceiver,
     verdict,
 };
@@ -70,7 +70,7 @@ pub fn receive(
 ) -> Result<Arrival, MigrationError> {
     let start = Instant::now();
     let attached = job.attach(connections.all());
-    let Incoming { main, first, offset, pages, settings, page_channels_called, misfit, file } = connections;
+    let Incoming { main, first, offset, pages, settings, page_channels_called, misfit, preempt, file } = connections;
     let devices = devices(guest, settings.as_ref())?;
     let channels = settings.map(|settings| {
         let transfers = devices.iter().filter(|device| device.transfer).map(|device| device.idstr.clone());
@@ -79,6 +79,7 @@ pub fn receive(
     let page_channels: Vec<_> = pages.iter().map(|stream| stream.channel().clone()).collect();
     let capabilities = job.capabilities();
     let postcopy = capabilities.postcopy_ram && !capabilities.mapped_ram;
+    let preempt = preempt.filter(|_| postcopy).map(Preempt::start).transpose()?;
     let options = DestinationOptions {
         machine_type: guest.machine_type().into(),
         ram: guest.ram().iter().map(|view| view.name.into()).collect(),
@@ -105,6 +106,7 @@ pub fn receive(
         core: Destination::new(options),
         ram: RamReceiver::new(postcopy),
         listening: None,
+        preempt,
         pages: channels.as_ref(),
         limited: false,
         file,
@@ -180,6 +182,8 @@ struct Engine<'e> {
     ram: RamReceiver<'e>,
     /// Memory that is missing until it comes (postcopy).
     listening: Option<Listening>,
+    /// Takes the connection in over which pages come that somebody waits for.
+    preempt: Option<Preempt>,
     pages: Option<&'e PageChannels>,
     /// Reads of the main channel fail when nothing comes for some time.
     limited: bool,
@@ -282,7 +286,9 @@ impl Engine<'_> {
                 }
                 Action::Listen => {
                     self.consume(consumed);
-                    self.listening = Some(Listening::start(self.guest, &self.ram.listed(), self.channel.clone())?);
+                    let (listed, blocks) = (self.ram.listed(), self.core.ram_blocks().clone());
+                    let listening = Listening::start(self.guest, &listed, self.channel.clone())?;
+                    self.listening = Some(listening.with_preempt(self.preempt.take(), blocks));
                     job.advance(Status::PostcopyDevice)?;
                 }
                 Action::LoadDevices if self.listening.is_some() => {

@@ -7,11 +7,13 @@
 //!                    whoever waits goes on ◀─ MissingPages::fill ◀─ page ◀── source
 //! ```
 //!
-//! Two threads do that from the moment on at which memory is missing: the devices, which are loaded meanwhile, may touch it, too. A page that was
+//! Two threads do that from the moment on at which memory is missing: the devices, which are loaded meanwhile, may touch it, too. With capability
+//! `postcopy-preempt` a third reads the connection on which the source sends what it is asked for ([`preempt`]). A page that was
 //! filled in is never filled in again, and one that does not come is not filled in at all: who waits for it waits on, so that nobody sees
 //! wrong memory.
 
 mod missing;
+mod preempt;
 mod recovery;
 mod start;
 mod stream;
@@ -19,6 +21,7 @@ mod stream;
 use super::{Job, MigrationError, RestoreProgress};
 pub(crate) use missing::Listening;
 use missing::Shared;
+pub(crate) use preempt::{Entrance, Preempt};
 pub use recovery::Recovery;
 pub(crate) use start::{Parts, start};
 use std::{mem, sync::Arc, thread::JoinHandle};

@@ -1,6 +1,10 @@
 //! The source's return-path thread: reads messages while another thread sends, and lets that one wait for them.
 
-use super::{Channel, MigrationError, channel::Target, core::source::Answers};
+use super::{
+    Channel, MigrationError,
+    channel::{Reading, Target},
+    core::source::Answers,
+};
 use qevm_returnpath::{Decoder, Event, Message, RequestError, SessionError};
 use qevm_wire::{Blame, Decode, DriveError, Driver, Fault};
 use std::{
@@ -117,15 +121,6 @@ impl ReturnPath {
                 Err(error) => return Err(MigrationError::ReturnPath(io::Error::other(error.to_string()))),
             }
         }
-    }
-}
-
-/// A channel as anything else that can be read.
-struct Reading<'c>(&'c dyn Channel);
-
-impl io::Read for Reading<'_> {
-    fn read(&mut self, bytes: &mut [u8]) -> io::Result<usize> {
-        self.0.read(&mut [Target::bytes(bytes)])
     }
 }
 

@@ -240,6 +240,16 @@ pub(crate) enum Caller {
     Unix,
 }
 
+impl Caller {
+    /// Whether both are of the same host, as far as their addresses tell.
+    pub(crate) fn is_of_host(&self, other: &Caller) -> bool {
+        match (self, other) {
+            (Caller::Tcp(one), Caller::Tcp(other)) => one.ip() == other.ip(),
+            (one, other) => one == other,
+        }
+    }
+}
+
 impl fmt::Display for Caller {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
@@ -249,9 +259,14 @@ impl fmt::Display for Caller {
     }
 }
 
-/// A socket that waits for a source.
-#[derive(Debug)]
+/// A socket that waits for a source. Clones are the same socket, which is closed with the last of them.
+#[derive(Debug, Clone)]
 pub struct Listener {
+    bound: Arc<Bound>,
+}
+
+#[derive(Debug)]
+struct Bound {
     socket: Listening,
     address: Address,
 }
@@ -276,14 +291,14 @@ impl Listener {
     }
 
     pub(crate) fn as_fd(&self) -> BorrowedFd<'_> {
-        match &self.socket {
+        match &self.bound.socket {
             Listening::Tcp(socket) => socket.as_fd(),
             Listening::Unix(socket) => socket.as_fd(),
         }
     }
 
     fn open(address: &Address) -> io::Result<Self> {
-        match address {
+        let (socket, address) = match address {
             Address::Tcp { host, port } => {
                 let any = if host.is_empty() { "::" } else { host };
                 let socket = match TcpListener::bind((any, *port)) {
@@ -292,22 +307,23 @@ impl Listener {
                     socket => socket?,
                 };
                 let port = socket.local_addr()?.port();
-                Ok(Listener { socket: Listening::Tcp(socket), address: Address::Tcp { host: host.clone(), port } })
+                (Listening::Tcp(socket), Address::Tcp { host: host.clone(), port })
             }
             Address::Unix(path) => {
                 if UnixStream::connect(path).is_err_and(|error| error.kind() == io::ErrorKind::ConnectionRefused) {
                     fs::remove_file(path)?;
                 }
                 let socket = private::listener(path)?;
-                Ok(Listener { socket: Listening::Unix(socket), address: address.clone() })
+                (Listening::Unix(socket), address.clone())
             }
-            _ => Err(io::ErrorKind::Unsupported.into()),
-        }
+            _ => return Err(io::ErrorKind::Unsupported.into()),
+        };
+        Ok(Listener { bound: Arc::new(Bound { socket, address }) })
     }
 
     /// Where this listens, with the port that was chosen if none was given.
     pub fn address(&self) -> &Address {
-        &self.address
+        &self.bound.address
     }
 
     /// Waits for a source.
@@ -330,7 +346,7 @@ impl Listener {
 
     /// Makes it give nothing at once when nobody waits to be accepted.
     pub(crate) fn set_nonblocking(&self) -> io::Result<()> {
-        match &self.socket {
+        match &self.bound.socket {
             Listening::Tcp(socket) => socket.set_nonblocking(true),
             Listening::Unix(socket) => socket.set_nonblocking(true),
         }
@@ -341,7 +357,7 @@ impl Listener {
     /// # Errors
     /// As `accept(2)`.
     pub(crate) fn try_accept(&self) -> io::Result<Option<(Socket, Caller)>> {
-        let accepted = match &self.socket {
+        let accepted = match &self.bound.socket {
             Listening::Tcp(socket) => {
                 socket.accept().map(|(stream, caller)| (Socket::Tcp(stream), Caller::Tcp(caller)))
             }
@@ -354,11 +370,11 @@ impl Listener {
     }
 
     pub(crate) fn failed(&self, source: io::Error) -> MigrationError {
-        MigrationError::Listen { address: self.address.clone(), source }
+        MigrationError::Listen { address: self.address().clone(), source }
     }
 }
 
-impl Drop for Listener {
+impl Drop for Bound {
     fn drop(&mut self) {
         if let Address::Unix(path) = &self.address {
             // Somebody may have removed it already.

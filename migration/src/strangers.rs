@@ -188,6 +188,12 @@ impl Strangers {
         self.waiting.iter().filter(|stranger| stranger.unwanted).count()
     }
 
+    /// Those that have said nothing at all.
+    pub(crate) fn into_silent(self) -> impl Iterator<Item = (Socket, Caller)> {
+        let silent = |stranger: &Stranger| stranger.said.is_empty();
+        self.waiting.into_iter().filter(silent).map(|stranger| (stranger.socket, stranger.caller))
+    }
+
     /// For each connection, whether it may have more to say.
     pub(crate) fn unheard(&self) -> Vec<bool> {
         self.waiting.iter().map(|stranger| !stranger.unwanted).collect()

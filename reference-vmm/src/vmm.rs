@@ -235,10 +235,6 @@ impl Vmm {
             ..Context::new(RULES)
         };
         let capabilities = self.outgoing.capabilities().with_in(changes, &context)?;
-        if capabilities.postcopy_preempt && self.run_state() == RunState::Inmigrate {
-            // A guest that comes has all of its pages on the main channel.
-            return Err(BadCapability::Unsupported("postcopy-preempt").into());
-        }
         if capabilities.mapped_ram && capabilities.postcopy_ram && self.run_state() != RunState::Inmigrate {
             // Together they say how a guest comes. For one that is to leave, QEMU refuses them.
             let both = [Capability::MappedRam, Capability::PostcopyRam].into_iter().collect();

@@ -57,10 +57,6 @@ pub(super) fn all() -> Vec<Journey> {
                 (Departure::AfterPass, "after-pass", false),
                 (Departure::AtOnce, "preempt", true),
             ] {
-                // A guest comes here over one channel.
-                if preempt && stops[1] == reference {
-                    continue;
-                }
                 let name = format!("{}>{}/postcopy/{link_name}/{when}", stops[0], stops[1]);
                 let quick = [
                     ([reference, new], Link::Tcp, "at-once"),
@@ -68,9 +64,11 @@ pub(super) fn all() -> Vec<Journey> {
                     ([new, reference], Link::Unix, "at-once"),
                     ([old, reference], Link::Tcp, "at-once"),
                     ([reference; 2], Link::Tcp, "after-pass"),
-                    // The connections come in another order to 7.2 than to those after it.
+                    // The connections come in another order to and from 7.2 than to and from those after it.
                     ([reference, old], Link::Tcp, "preempt"),
                     ([reference, middle], Link::Tcp, "preempt"),
+                    ([old, reference], Link::Tcp, "preempt"),
+                    ([new, reference], Link::Unix, "preempt"),
                 ]
                 .contains(&(stops, link, when));
                 let capabilities =

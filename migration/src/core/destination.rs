@@ -18,9 +18,12 @@ use phase::{Payload, Phase};
 use postcopy::{Postcopy, Start};
 use qevm_multifd::is_page_channel;
 use qevm_returnpath::{Message, switchover::DestinationGate};
-use qevm_savevm::{Decoder, DecoderOptions, Event, PayloadKind, ram::RamRecord};
+use qevm_savevm::{
+    Decoder, DecoderOptions, Event, PayloadKind,
+    ram::{RamBlocks, RamRecord},
+};
 use qevm_wire::{Decode, Limits, Located, Step};
-use std::{collections::HashSet, io, time::Duration};
+use std::{collections::HashSet, io, sync::Arc, time::Duration};
 
 /// A destination: told what arrived on the main channel, what the guest reported and what time it is, it says what to do next.
 ///
@@ -171,6 +174,13 @@ impl Destination {
     /// Whether the source has been told that the guest has arrived: from then on it must not be told of a failure.
     pub fn is_decided(&self) -> bool {
         matches!(self.phase, Phase::Confirming { .. } | Phase::Arrived { .. })
+    }
+
+    /// The RAM blocks that the source has listed, for whoever reads the preempt channel ([`PreemptDecoder`]).
+    ///
+    /// [`PreemptDecoder`]: qevm_savevm::ram::PreemptDecoder
+    pub fn ram_blocks(&self) -> &Arc<RamBlocks> {
+        self.decoder.ram_blocks()
     }
 
     /// Bytes of the stream, from the start of its file, that are done with.

@@ -1,5 +1,6 @@
 //! Memory that is missing until it comes from the source.
 
+use super::preempt::Preempt;
 use crate::{
     Channel, Guest, MigrationError, MissingPages, PAGE_SIZE, RestoreProgress, Status,
     channel::{Source, write_all},
@@ -10,13 +11,13 @@ use qevm_returnpath::{
     Message,
     requests::{PageFaults, RequestBlock, RequestBlocks},
 };
-use qevm_savevm::ram::PageAt;
+use qevm_savevm::ram::{PageAt, RamBlocks};
 use qevm_wire::CountedString;
 use std::{
     collections::VecDeque,
     fmt, io,
     sync::{
-        Arc, Condvar, Mutex, MutexGuard, PoisonError,
+        Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError,
         atomic::{AtomicU64, Ordering},
     },
     thread,
@@ -36,9 +37,13 @@ pub(super) struct Shared {
     /// Where messages are written to, one at a time.
     outlet: Mutex<Outlet>,
     /// Bytes that have not come.
-    remaining: AtomicU64,
+    pub(super) remaining: AtomicU64,
     /// Pages that the source was asked for.
     requests: AtomicU64,
+    /// What reads the preempt channel of the connection, with capability `postcopy-preempt`.
+    pub(super) preempt: Mutex<Option<Preempt>>,
+    /// The list of the source, for the preempt channel.
+    pub(super) urgent_blocks: OnceLock<Arc<RamBlocks>>,
     state: Mutex<State>,
     /// The connection, or what is known of the end.
     pub(super) changed: Condvar,
@@ -51,8 +56,10 @@ pub(super) struct State {
     started: bool,
     /// The connection.
     pub(super) line: Line,
-    /// The next connection, and what was read from it.
-    pub(super) next: Option<(Arc<dyn Channel>, Vec<u8>)>,
+    /// Pages may still come on its preempt channel.
+    pub(super) urgent: bool,
+    /// The next connection.
+    pub(super) next: Option<NextLine>,
     /// How often a source was waited for.
     pub(super) turn: u64,
     /// What the operator has not been told.
@@ -93,6 +100,16 @@ pub(super) enum Line {
     Lost,
     /// None is needed any more.
     Over,
+}
+
+/// The connection of a source that goes on.
+#[derive(Debug)]
+pub(super) struct NextLine {
+    pub(super) channel: Arc<dyn Channel>,
+    /// What was read from it.
+    pub(super) first: Vec<u8>,
+    /// What takes its preempt channel in.
+    pub(super) preempt: Option<Preempt>,
 }
 
 /// A RAM block.
@@ -153,10 +170,13 @@ impl Listening {
             outlet: Mutex::new(Outlet { channel: Some(channel.clone()), asks: true }),
             remaining: remaining.into(),
             requests: AtomicU64::default(),
+            preempt: Mutex::default(),
+            urgent_blocks: OnceLock::new(),
             state: Mutex::new(State {
                 failure: None,
                 started: false,
                 line: Line::Up(channel),
+                urgent: false,
                 next: None,
                 turn: 0,
                 news: VecDeque::new(),
@@ -175,6 +195,7 @@ impl Drop for Listening {
         // Otherwise it goes on elsewhere.
         if let Some(asker) = self.asker.take() {
             self.shared.stop_asking();
+            self.shared.end_urgent();
             // It has reported what went wrong.
             let _ = asker.join();
         }
@@ -318,8 +339,12 @@ impl Shared {
             return Ok(());
         }
         self.fill(block, unit, whole)?;
-        self.remaining.fetch_sub(block.unit, Ordering::Relaxed);
         self.book().received(index, page.offset);
+        if self.remaining.fetch_sub(block.unit, Ordering::Relaxed) == block.unit {
+            // Who waits for the last of them has looked before this lock was free, or sees it.
+            drop(self.lock());
+            self.changed.notify_all();
+        }
         Ok(())
     }
 
@@ -358,6 +383,7 @@ impl Shared {
 
     /// The stream is over, for good or bad.
     pub(super) fn end(&self) {
+        self.end_urgent();
         self.lock().line = Line::Over;
         self.changed.notify_all();
     }

@@ -1,6 +1,9 @@
 //! A postcopy whose connection is lost and replaced by another: nothing that has come is lost, and nothing comes twice.
 
-use super::missing::{Line, Outlet, Shared};
+use super::{
+    missing::{Line, NextLine, Outlet, Shared},
+    preempt::{Entrance, Preempt},
+};
 use crate::{
     Channel, Listener, MigrationError, Refused, Socket, Status,
     channel::{Target, read_at_least},
@@ -43,6 +46,8 @@ impl Recovery {
             Line::Up(channel) => channel.close(),
             Line::Lost | Line::Over => return Err(Refused::NotInPostcopy),
         }
+        drop(state);
+        self.shared.stop_urgent();
         Ok(())
     }
 
@@ -65,7 +70,10 @@ impl Recovery {
             while shared.waits(turn) {
                 match listener.try_accept() {
                     Ok(Some((socket, caller))) => match known(socket) {
-                        Ok((channel, first)) => return shared.reconnect(turn, channel, first),
+                        Ok((channel, first)) => {
+                            let entrance = Entrance::new(listener, caller, []);
+                            return shared.reconnect(turn, channel, first, entrance);
+                        }
                         Err(why) => tracing::warn!("dropped a connection from {caller}: {why}"),
                     },
                     Ok(None) => thread::sleep(POLL),
@@ -101,11 +109,18 @@ impl Shared {
         state.turn == turn && matches!(state.line, Line::Lost)
     }
 
-    fn reconnect(&self, turn: u64, channel: Arc<dyn Channel>, first: Vec<u8>) {
+    fn reconnect(&self, turn: u64, channel: Arc<dyn Channel>, first: Vec<u8>, entrance: Entrance) {
+        let preempt = match self.urgent_blocks.get().map(|_| Preempt::start(entrance)).transpose() {
+            Ok(preempt) => preempt,
+            Err(error) => {
+                tracing::error!("cannot go on with the source that has come: {error}");
+                return channel.close();
+            }
+        };
         let mut state = self.lock();
         if state.turn == turn && matches!(state.line, Line::Lost) {
             state.line = Line::Up(channel.clone());
-            state.next = Some((channel, first));
+            state.next = Some(NextLine { channel, first, preempt });
             drop(state);
             self.changed.notify_all();
         } else {
@@ -114,8 +129,10 @@ impl Shared {
     }
 
     /// The connection is lost: waits for the next. `None` if something has failed here, after which none is of use.
-    pub(super) fn next_line(&self, error: &MigrationError) -> Option<(Arc<dyn Channel>, Vec<u8>)> {
+    pub(super) fn next_line(self: &Arc<Self>, error: &MigrationError) -> Option<(Arc<dyn Channel>, Vec<u8>)> {
         *self.outlet() = Outlet { channel: None, asks: false };
+        // The source asks what has come, and that changes no more then.
+        self.end_urgent();
         let mut state = self.lock();
         if state.has_failed() {
             return None;
@@ -130,12 +147,15 @@ impl Shared {
             if state.has_failed() {
                 return None;
             }
-            if let Some(next) = state.next.take() {
+            if let Some(NextLine { channel, first, preempt }) = state.next.take() {
                 state.news.push_back(Status::PostcopyRecover);
                 self.changed.notify_all();
                 drop(state);
-                self.outlet().channel = Some(next.0.clone());
-                return Some(next);
+                if let Some((preempt, blocks)) = preempt.zip(self.urgent_blocks.get()) {
+                    self.read_urgent(preempt, blocks.clone());
+                }
+                self.outlet().channel = Some(channel.clone());
+                return Some((channel, first));
             }
             state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
         }

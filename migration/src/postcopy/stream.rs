@@ -102,6 +102,10 @@ impl Stream {
                     drop(waited.unwrap_or_else(PoisonError::into_inner));
                 }
                 Action::Tell { message, .. } => {
+                    let offset = core.offset();
+                    drop(core);
+                    self.shared.wait_for_urgent(offset)?;
+                    let mut core = self.core();
                     let _writing = self.shared.outlet();
                     if let Err(doubt) = verdict::send(channel, &message) {
                         // The guest is here with all that it has, and the source knows that it left.

@@ -1,4 +1,5 @@
 mod peer;
+mod preempt;
 
 use crate::{
     Address, Arrival, Capabilities, Channel, DeviceSection, Devices, DirtyLog, Guest, GuestError, Hooks, Job, Listener,

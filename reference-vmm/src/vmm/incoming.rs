@@ -13,7 +13,7 @@ use std::{
 /// Where a guest comes from.
 enum Entrance {
     Socket(Listener),
-    Open(Incoming),
+    Open(Box<Incoming>),
 }
 
 impl Vmm {
@@ -29,7 +29,7 @@ impl Vmm {
         check_transport(address, self.outgoing())?;
         let entrance = match address {
             Address::Tcp { .. } | Address::Unix(_) => Entrance::Socket(Listener::bind(address)?),
-            _ => Entrance::Open(Incoming::open(address, self.outgoing(), &mut *self.descriptors())?),
+            _ => Entrance::Open(Box::new(Incoming::open(address, self.outgoing(), &mut *self.descriptors())?)),
         };
         // Refused only while one is under way, which then has its own.
         let _ = self.incoming.set_capabilities(self.outgoing.capabilities());
@@ -44,7 +44,7 @@ impl Vmm {
         thread::spawn(move || {
             let connections = match entrance {
                 Entrance::Socket(listener) => Incoming::accept(&listener, &vmm.incoming, &vmm.profile()),
-                Entrance::Open(connections) => Ok(connections),
+                Entrance::Open(connections) => Ok(*connections),
             };
             match connections.and_then(|connections| receive(&*vmm, connections, &vmm.incoming, &vmm.profile())) {
                 Ok(arrival) => vmm.arrived(arrival, exit_on_error),

@@ -1,0 +1,391 @@
+//! The preempt channel: the connection over which pages come that somebody waits for, past what is on its way on the main channel.
+//!
+//! A source opens it with the main channel (7.1, 7.2) or when the guest goes (8.0), and says nothing on it before the first page that is
+//! waited for. So whoever calls after the main channel may be it, and is nobody until it has sent the record of a page of a block that the
+//! source has listed.
+
+use super::missing::{Assembly, Line, Listening, Shared, State};
+use crate::{Channel, Listener, LoadError, MigrationError, PAGE_SIZE, Socket, channel::Reading, socket::Caller};
+use qevm_savevm::{
+    first_bytes::FirstBytes,
+    ram::{PreemptDecoder, RamBlocks, RamRecord},
+};
+use qevm_wire::{Decode, DriveError, Driver, Fault, PageGeometry};
+use rustix::{
+    event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll},
+    io::Errno,
+};
+use std::{
+    fmt, io,
+    io::Read,
+    os::fd::OwnedFd,
+    sync::{Arc, Mutex, MutexGuard, PoisonError, atomic::Ordering},
+    thread,
+    thread::JoinHandle,
+    time::Duration,
+};
+
+/// Connections that may be the preempt channel at a time.
+const ROOM: usize = 64;
+/// Bytes of the longest record, without its page: its word, and a name with its length.
+const RECORD: usize = 8 + 1 + 255;
+/// How long nothing may come when the main channel has ended and pages are missing.
+const PATIENCE: Duration = Duration::from_secs(10);
+/// How long not to accept when the system could not.
+const PAUSE: Timespec = Timespec { tv_sec: 0, tv_nsec: 100_000_000 };
+
+/// Where the preempt channel comes in.
+#[derive(Debug)]
+pub(crate) struct Entrance {
+    listener: Listener,
+    /// Where the main channel comes from.
+    main: Caller,
+    /// In the order in which they came.
+    waiting: Vec<Candidate>,
+}
+
+/// A connection that may be it.
+#[derive(Debug)]
+struct Candidate {
+    socket: Socket,
+    caller: Caller,
+    said: Vec<u8>,
+}
+
+/// What came of listening to a candidate.
+enum Heard {
+    More,
+    /// It is the preempt channel.
+    Page,
+    Drop(String),
+}
+
+impl Entrance {
+    /// Whoever calls at `listener`, or is `waiting` and has said nothing, may be it.
+    pub(crate) fn new(listener: Listener, main: Caller, waiting: impl IntoIterator<Item = (Socket, Caller)>) -> Self {
+        let mut entrance = Entrance { listener, main, waiting: Vec::new() };
+        waiting.into_iter().for_each(|(socket, caller)| entrance.add(socket, caller));
+        entrance
+    }
+
+    fn add(&mut self, socket: Socket, caller: Caller) {
+        if self.waiting.len() >= ROOM {
+            // A 7.2's is the first after its main channel, and that of a newer source among the last. Both come from the source's host.
+            let strange = |candidate: &Candidate| !candidate.caller.is_of_host(&self.main);
+            let index = self.waiting.iter().position(strange).unwrap_or(1);
+            self.drop_one(index, "too many others came that did not say what they are");
+        }
+        // One that cannot be set up is gone already, and says so when it is listened to.
+        let _ = socket.set_nonblocking(true);
+        self.waiting.push(Candidate { socket, caller, said: Vec::new() });
+    }
+
+    fn drop_one(&mut self, index: usize, why: impl fmt::Display) {
+        let Candidate { caller, .. } = self.waiting.remove(index);
+        tracing::warn!("dropped a connection from {caller}, which is no preempt channel: {why}");
+    }
+
+    /// Accepts whoever calls; false if the system could not.
+    fn accept(&mut self) -> bool {
+        for _ in 0..ROOM {
+            match self.listener.try_accept() {
+                Ok(Some((socket, caller))) => self.add(socket, caller),
+                Ok(None) => break,
+                Err(error) if matches!(error.raw_os_error(), Some(libc::EINTR | libc::ECONNABORTED)) => {}
+                Err(error) => {
+                    tracing::warn!("cannot accept a connection at {}, and try again: {error}", self.listener.address());
+                    return false;
+                }
+            }
+        }
+        true
+    }
+}
+
+impl Candidate {
+    /// Takes in what has come, without waiting for more.
+    fn hear(&mut self, blocks: &Arc<RamBlocks>) -> Heard {
+        let mut bytes = [0; RECORD];
+        loop {
+            match self.socket.receive(&mut bytes[self.said.len()..]) {
+                Ok(0) => return Heard::Drop(format!("it sent {} and was closed", FirstBytes::of(&self.said))),
+                Ok(count) => self.said.extend_from_slice(&bytes[self.said.len()..][..count]),
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Heard::More,
+                Err(error) => return Heard::Drop(error.to_string()),
+            }
+            let decoder = PreemptDecoder::new(blocks.clone(), PageGeometry::X86);
+            match Driver::new(self.said.as_slice(), decoder).next() {
+                Ok(Some(RamRecord::Page(_) | RamRecord::Zero(_))) => return Heard::Page,
+                // Of a 7.2 that was not asked for anything.
+                Ok(_) => return Heard::Drop("it ended before the first page".into()),
+                // So far.
+                Err(error) if error.fault() == Some(Fault::Truncated) => {}
+                Err(_) => return Heard::Drop(format!("it sent {}", FirstBytes::of(&self.said))),
+            }
+        }
+    }
+}
+
+/// A thread that finds the preempt channel and reads it.
+pub(crate) struct Preempt {
+    desk: Arc<Desk>,
+    thread: Option<JoinHandle<()>>,
+}
+
+/// What the thread is told.
+struct Desk {
+    /// Wakes it.
+    news: OwnedFd,
+    orders: Mutex<Orders>,
+}
+
+#[derive(Default)]
+struct Orders {
+    over: bool,
+    /// Where pages go, once some are missing.
+    memory: Option<(Arc<Shared>, Arc<RamBlocks>)>,
+    /// The preempt channel, once it is known.
+    channel: Option<Arc<Socket>>,
+}
+
+impl Preempt {
+    /// Takes connections in. Nobody listens to them before memory is [missing](Preempt::listen).
+    pub(crate) fn start(entrance: Entrance) -> Result<Self, MigrationError> {
+        let failed = |error: io::Error| MigrationError::guest("start a thread for the preempt channel")(error.into());
+        let news = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).map_err(|error| failed(error.into()))?;
+        let desk = Arc::new(Desk { news, orders: Mutex::default() });
+        let at = desk.clone();
+        let thread = thread::Builder::new().name("preempt".into()).spawn(move || at.run(entrance)).map_err(failed)?;
+        Ok(Preempt { desk, thread: Some(thread) })
+    }
+
+    /// Pages of `blocks` are missing in `memory`, and whoever sends the first is the preempt channel.
+    pub(super) fn listen(&self, memory: Arc<Shared>, blocks: Arc<RamBlocks>) {
+        self.desk.orders().memory = Some((memory, blocks));
+        self.desk.wake();
+    }
+
+    /// Ends the channel, or the wait for it. Nobody waits for the thread.
+    pub(super) fn stop(&self) {
+        let mut orders = self.desk.orders();
+        orders.over = true;
+        orders.channel.iter().for_each(|channel| channel.close());
+        drop(orders);
+        self.desk.wake();
+    }
+}
+
+impl Drop for Preempt {
+    /// When this returns, no page of it is placed any more, and nobody listens.
+    fn drop(&mut self) {
+        self.stop();
+        // It has reported what went wrong.
+        let _ = self.thread.take().map(JoinHandle::join);
+    }
+}
+
+impl fmt::Debug for Preempt {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Preempt").finish_non_exhaustive()
+    }
+}
+
+impl Desk {
+    fn orders(&self) -> MutexGuard<'_, Orders> {
+        self.orders.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn wake(&self) {
+        // One that is full already says the same.
+        let _ = rustix::io::write(&self.news, &1_u64.to_ne_bytes());
+    }
+
+    fn run(&self, entrance: Entrance) {
+        let found = self.find(entrance);
+        let memory = self.orders().memory.take();
+        let Some((shared, blocks)) = memory else { return };
+        let read = match found {
+            Ok(Some(Found { channel, first })) => read(&*channel, &first, &shared, blocks),
+            Ok(None) => Ok(()),
+            Err(error) => Err(MigrationError::guest("wait for the preempt channel")(error.into())),
+        };
+        match read {
+            Err(error @ MigrationError::Guest { .. }) => shared.fail(error),
+            // The source learns of it by the main channel.
+            Err(error) if !self.orders().over => shared.give_up_line(&error),
+            _ => {}
+        }
+        shared.no_more_urgent();
+    }
+
+    /// Waits for the preempt channel. `None` when it is not waited for any more.
+    fn find(&self, mut entrance: Entrance) -> Result<Option<Found>, Errno> {
+        let mut accepting = true;
+        loop {
+            let blocks = match &*self.orders() {
+                Orders { over: true, .. } => return Ok(None),
+                Orders { memory, .. } => memory.as_ref().map(|(_, blocks)| blocks.clone()),
+            };
+            let Ready { calling, speaking } = self.wait(&entrance, accepting, blocks.is_some())?;
+            // From the back, so that the numbers stay true.
+            for index in (0..speaking.len()).rev().filter(|index| speaking[*index]) {
+                let heard = match &blocks {
+                    Some(blocks) => entrance.waiting[index].hear(blocks),
+                    None => Heard::Drop("it was closed before the guest came".into()),
+                };
+                match heard {
+                    Heard::More => {}
+                    Heard::Drop(why) => entrance.drop_one(index, why),
+                    Heard::Page => {
+                        let Candidate { socket, said, caller } = entrance.waiting.swap_remove(index);
+                        if let Err(why) = socket.set_nonblocking(false) {
+                            tracing::warn!("dropped a connection from {caller}: {why}");
+                            break;
+                        }
+                        let channel = Arc::new(socket);
+                        let mut orders = self.orders();
+                        orders.channel = Some(channel.clone());
+                        return Ok((!orders.over).then_some(Found { channel, first: said }));
+                    }
+                }
+            }
+            accepting = !calling || entrance.accept();
+        }
+    }
+
+    /// Waits until somebody does something. Candidates are heard when it is known what they may say, and before that they can only leave.
+    fn wait(&self, entrance: &Entrance, accepting: bool, hear: bool) -> Result<Ready, Errno> {
+        let events = if hear { PollFlags::IN } else { PollFlags::RDHUP };
+        let mut entries = vec![PollFd::new(&self.news, PollFlags::IN)];
+        entries.extend(entrance.waiting.iter().map(|who| PollFd::from_borrowed_fd(who.socket.as_fd(), events)));
+        entries.extend(accepting.then(|| PollFd::from_borrowed_fd(entrance.listener.as_fd(), PollFlags::IN)));
+        match poll(&mut entries, (!accepting).then_some(&PAUSE)) {
+            // A signal: nobody has done anything.
+            Err(Errno::INTR) => entries.iter_mut().for_each(PollFd::clear_revents),
+            polled => drop(polled?),
+        }
+        let mut ready = entries.iter().map(|entry| !entry.revents().is_empty());
+        if ready.next() == Some(true) {
+            // Whoever woke this thread wakes it again for the next order.
+            let _ = rustix::io::read(&self.news, &mut [0; 8]);
+        }
+        let speaking = ready.by_ref().take(entrance.waiting.len()).collect();
+        Ok(Ready { speaking, calling: !accepting || ready.next() == Some(true) })
+    }
+}
+
+/// The preempt channel.
+struct Found {
+    channel: Arc<Socket>,
+    /// What was read from it.
+    first: Vec<u8>,
+}
+
+/// Who has done something.
+struct Ready {
+    /// Somebody is in the listener's queue, or may be.
+    calling: bool,
+    /// For each candidate, whether it has.
+    speaking: Vec<bool>,
+}
+
+impl Listening {
+    /// The same with a preempt channel, over which pages of `blocks` come.
+    pub(crate) fn with_preempt(self, preempt: Option<Preempt>, blocks: Arc<RamBlocks>) -> Self {
+        if let Some(preempt) = preempt {
+            // Nobody has set it before.
+            let blocks = self.shared.urgent_blocks.get_or_init(|| blocks).clone();
+            self.shared.read_urgent(preempt, blocks);
+        }
+        self
+    }
+}
+
+impl Shared {
+    /// Reads the preempt channel of the connection.
+    pub(super) fn read_urgent(self: &Arc<Self>, preempt: Preempt, blocks: Arc<RamBlocks>) {
+        self.lock().urgent = true;
+        preempt.listen(self.clone(), blocks);
+        *self.preempt() = Some(preempt);
+    }
+
+    /// Nothing more comes on the preempt channel.
+    pub(super) fn no_more_urgent(&self) {
+        self.lock().urgent = false;
+        self.changed.notify_all();
+    }
+
+    /// Lets go of the preempt channel: when this returns, no page of it is placed any more.
+    pub(super) fn end_urgent(&self) {
+        // Nobody may hold the lock who waits for the thread.
+        let preempt = self.preempt().take();
+        drop(preempt);
+    }
+
+    /// The same, but it is not waited for.
+    pub(super) fn stop_urgent(&self) {
+        self.preempt().iter().for_each(Preempt::stop);
+    }
+
+    /// The main channel has ended: pages may still be on their way on the preempt channel.
+    ///
+    /// # Errors
+    /// [`MigrationError::Receive`] if some do not come.
+    pub(super) fn wait_for_urgent(&self, offset: u64) -> Result<(), MigrationError> {
+        let left = || self.remaining.load(Ordering::Relaxed);
+        let mut state = self.lock();
+        while self.urgent_blocks.get().is_some() && left() > 0 {
+            let before = left();
+            let waits = |state: &mut State| left() > 0 && state.urgent && !state.has_failed();
+            let waited = self.changed.wait_timeout_while(state, PATIENCE, waits);
+            let (now, timeout) = waited.unwrap_or_else(PoisonError::into_inner);
+            state = now;
+            let given_up = !state.urgent || state.has_failed() || timeout.timed_out() && left() == before;
+            if left() > 0 && given_up {
+                let why = format!("the source has ended, and {} bytes of guest memory have not come", left());
+                return Err(MigrationError::Receive { offset, source: io::Error::other(why) });
+            }
+        }
+        Ok(())
+    }
+
+    /// The preempt channel has failed: pages that were on it are lost, and the source learns by the main channel what to send again.
+    pub(super) fn give_up_line(&self, error: &MigrationError) {
+        let state = self.lock();
+        if let Line::Up(channel) = &state.line {
+            tracing::warn!("the preempt channel is lost: {error}");
+            channel.close();
+        }
+    }
+
+    fn preempt(&self) -> MutexGuard<'_, Option<Preempt>> {
+        self.preempt.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Reads the channel to its end. `first` was read from it already.
+fn read(channel: &dyn Channel, first: &[u8], shared: &Shared, blocks: Arc<RamBlocks>) -> Result<(), MigrationError> {
+    let decoder = PreemptDecoder::new(blocks, PageGeometry::X86);
+    let mut records = Driver::new(first.chain(Reading(channel)), decoder);
+    let (mut assembly, mut content) = (Assembly::default(), [0; PAGE_SIZE as usize]);
+    loop {
+        let offset = records.decoder().offset();
+        let failed = |source| MigrationError::Receive { offset, source };
+        let record = records.next().map_err(|error| match error {
+            DriveError::Io(source) => failed(source),
+            DriveError::Stream(error) => error.map(LoadError::from).into(),
+            other => failed(io::Error::other(other.to_string())),
+        })?;
+        match record {
+            Some(RamRecord::Page(page)) => {
+                records.payload().read_exact(&mut content).map_err(failed)?;
+                shared.place(&page, Some(&content), &mut assembly)?;
+            }
+            Some(RamRecord::Zero(page)) => shared.place(&page, None, &mut assembly)?,
+            // Its end in a word.
+            Some(_) => {}
+            None => return Ok(()),
+        }
+    }
+}
