@@ -12,7 +12,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 /// Default of both bounds, as it is written on the command line.
-const DEFAULT: &str = "128G";
+pub(crate) const DEFAULT: &str = "128G";
 
 /// The bounds that the command line sets.
 #[derive(Debug, Clone, Args)]

@@ -20,6 +20,7 @@ pub mod ram;
 pub mod read_at;
 pub mod report;
 pub mod rewrite;
+pub mod serve;
 pub mod socket;
 pub mod source;
 pub mod stream;
@@ -71,6 +72,7 @@ pub fn run(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
         Command::Extract(extract) => commands::extract::run(extract),
         Command::Inspect(inspect) => commands::inspect::run(inspect),
         Command::Send(send) => commands::send::run(send),
+        Command::Serve(serve) => commands::serve::run(serve),
         Command::Verify(verify) => commands::verify::run(verify),
         Command::Receive(receive) => commands::receive::run(receive),
         Command::Completions(completions) => commands::docs::completions(completions),

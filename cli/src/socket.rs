@@ -1,6 +1,7 @@
 //! Addresses and sockets of live migrations.
 
 use crate::failure::Stop;
+use percent_encoding::{AsciiSet, NON_ALPHANUMERIC};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{Mode, fchmod};
 use rustix::io::Errno;
@@ -9,6 +10,7 @@ use std::fmt;
 use std::io::{self, Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::mpsc;
@@ -51,6 +53,9 @@ impl Address {
     }
 }
 
+/// What stands in a URI as it is.
+const URI: &AsciiSet = &NON_ALPHANUMERIC.remove(b'/').remove(b'-').remove(b'_').remove(b'.').remove(b'~');
+
 /// A listening socket. A UNIX socket's file is removed when it is dropped.
 #[derive(Debug)]
 pub enum Listener {
@@ -82,6 +87,17 @@ impl Listener {
         match self {
             Listener::Tcp(listener) => listener.local_addr().map_or("tcp:?".into(), |a| format!("tcp:{a}")),
             Listener::Unix(_, path) => format!("unix:{}", path.display()),
+        }
+    }
+
+    /// The address as clients of the network block device protocol take it, for the export with the empty name.
+    pub fn nbd_uri(&self) -> String {
+        match self {
+            Listener::Tcp(listener) => listener.local_addr().map_or("nbd:?".into(), |a| format!("nbd://{a}")),
+            Listener::Unix(_, path) => {
+                let path = percent_encoding::percent_encode(path.as_os_str().as_bytes(), URI);
+                format!("nbd+unix:///?socket={path}")
+            }
         }
     }
 
@@ -246,6 +262,17 @@ impl Socket {
         match self {
             Socket::Tcp(socket) => socket.set_read_timeout(timeout),
             Socket::Unix(socket) => socket.set_read_timeout(timeout),
+        }
+    }
+
+    /// Makes the system find out that the other end's host is gone. A UNIX socket's is this one.
+    ///
+    /// # Errors
+    /// What the operating system says.
+    pub fn keep_alive(&self) -> io::Result<()> {
+        match self {
+            Socket::Tcp(socket) => Ok(rustix::net::sockopt::set_socket_keepalive(socket, true)?),
+            Socket::Unix(_) => Ok(()),
         }
     }
 

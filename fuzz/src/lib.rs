@@ -8,6 +8,8 @@ mod cli_walk;
 mod multifd_channel;
 mod multifd_device_state;
 mod multifd_page_area;
+mod nbd_client;
+mod nbd_server;
 mod qmp_input;
 mod returnpath_decoder;
 mod savevm_catalogue;
@@ -26,6 +28,8 @@ pub use cli_walk::cli_walk;
 pub use multifd_channel::multifd_channel;
 pub use multifd_device_state::multifd_device_state;
 pub use multifd_page_area::multifd_page_area;
+pub use nbd_client::nbd_client;
+pub use nbd_server::nbd_server;
 pub use qmp_input::qmp_input;
 pub use returnpath_decoder::returnpath_decoder;
 pub use savevm_catalogue::savevm_catalogue;
@@ -49,6 +53,8 @@ pub const TARGETS: &[(&str, Target)] = &[
     ("multifd_channel", multifd_channel),
     ("multifd_device_state", multifd_device_state),
     ("multifd_page_area", multifd_page_area),
+    ("nbd_client", nbd_client),
+    ("nbd_server", nbd_server),
     ("qmp_input", qmp_input),
     ("returnpath_decoder", returnpath_decoder),
     ("savevm_catalogue", savevm_catalogue),

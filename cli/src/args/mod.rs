@@ -3,10 +3,12 @@
 mod check;
 mod receive;
 mod send;
+mod serve;
 
 pub use self::check::{Check, Uuid};
 pub use self::receive::Receive;
 pub use self::send::Send;
+pub use self::serve::Serve;
 
 use crate::bounds::Bounds;
 use crate::failure::Stop;
@@ -47,6 +49,9 @@ Examples:
   A migration that used multifd: the order of the channels does not matter:
     qevm verify --channel ch0 --channel ch1 main.qevm
 
+  Start ten guests from one image, each of which loads only the pages that it touches:
+    qevm serve guest.qevm --listen unix:/run/guest.pages
+
   Be the destination of a real QEMU's `migrate tcp:localhost:4444`:
     qevm receive tcp:0.0.0.0:4444 --out guest.qevm
 
@@ -67,6 +72,8 @@ pub enum Command {
     Check(Check),
     /// Be the source of a migration: play a saved guest into a QEMU that runs with `-incoming`.
     Send(Send),
+    /// Be a page server: give a saved guest, page by page, to monitors that start it before its memory is loaded.
+    Serve(Serve),
     /// Write a migration again as a plain stream or a mapped-ram file.
     Convert(Convert),
     /// Write a guest to files: RAM blocks, guest-physical memory, an ELF core for gdb and crash, device state as JSON.
@@ -90,6 +97,7 @@ impl Command {
             Command::Diff(diff) => diff.output.json,
             Command::Check(check) => check.output.json,
             Command::Send(send) => send.output.json,
+            Command::Serve(serve) => serve.output.json,
             Command::Convert(convert) => convert.output.json,
             Command::Extract(extract) => extract.output.json,
             Command::Receive(receive) => receive.output.json,

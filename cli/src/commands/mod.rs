@@ -8,6 +8,7 @@ pub mod extract;
 pub mod inspect;
 pub mod receive;
 pub mod send;
+pub mod serve;
 pub mod verify;
 
 use crate::args;

@@ -8,6 +8,7 @@ mod outputs;
 mod receive;
 mod reported;
 mod sample;
+mod serve;
 mod strangers;
 mod usage;
 mod verify;
