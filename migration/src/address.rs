@@ -1,6 +1,13 @@
 //! Where a migration goes to or comes from: QEMU's URIs.
 
-use std::{fmt, path::PathBuf, str::FromStr};
+use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, percent_decode_str, percent_encode, utf8_percent_encode};
+use std::{
+    ffi::OsString,
+    fmt,
+    os::unix::ffi::{OsStrExt, OsStringExt},
+    path::PathBuf,
+    str::FromStr,
+};
 
 /// The address of a migration peer, in the notation of QEMU's `-incoming` and `migrate`.
 ///
@@ -38,6 +45,14 @@ pub enum Address {
         /// Where the stream begins in it, in bytes.
         offset: u64,
     },
+    /// `nbd://HOST[:PORT]/[EXPORT]` or `nbd+unix:///[EXPORT]?socket=PATH`: a file that a page server gives, such as `qevm serve` or
+    /// `qemu-nbd`. Guests only come from there. No transport of QEMU's.
+    Nbd {
+        /// Where it listens: [`Tcp`](Address::Tcp) or [`Unix`](Address::Unix).
+        server: Box<Address>,
+        /// Which of its files; the empty name is its default.
+        export: String,
+    },
 }
 
 /// A text that is no address of a migration peer.
@@ -48,7 +63,7 @@ pub enum BadAddress {
     #[error("unknown migration protocol: {0}")]
     Unknown(String),
     /// A transport of QEMU's that this monitor does not have.
-    #[error("migration protocol '{transport}' is not supported here; use tcp:, unix:, exec:, fd: or file:")]
+    #[error("migration protocol '{transport}' is not supported here; use tcp:, unix:, exec:, fd:, file: or nbd:")]
     Unsupported {
         /// The word before the first colon.
         transport: &'static str,
@@ -68,6 +83,9 @@ pub enum BadAddress {
     /// `file:` without a path.
     #[error("'file:' needs the path of a file")]
     EmptyFile,
+    /// `nbd:` or `nbd+unix:` without what belongs there.
+    #[error("'{0}' is not nbd://HOST[:PORT]/[EXPORT] or nbd+unix:///[EXPORT]?socket=PATH")]
+    Nbd(String),
     /// `,offset=` of `file:` is no size.
     #[error("file URI has bad offset {0}: Invalid argument")]
     Offset(String),
@@ -113,6 +131,7 @@ impl FromStr for Address {
                 }
                 Ok(Address::File { path: path.into(), offset })
             }
+            "nbd" | "nbd+unix" => nbd(transport, rest).ok_or_else(|| BadAddress::Nbd(text.into())),
             other => match OTHER_TRANSPORTS.into_iter().find(|known| *known == other) {
                 Some(transport) => Err(BadAddress::Unsupported { transport }),
                 None => Err(BadAddress::Unknown(text.into())),
@@ -134,8 +153,43 @@ impl fmt::Display for Address {
             Address::Fd(name) => write!(f, "fd:{name}"),
             Address::File { path, offset: 0 } => write!(f, "file:{}", path.display()),
             Address::File { path, offset } => write!(f, "file:{}{OFFSET}{offset:#x}", path.display()),
+            Address::Nbd { server, export } => {
+                let export = utf8_percent_encode(export, URI);
+                match &**server {
+                    Address::Unix(path) => {
+                        let path = percent_encode(path.as_os_str().as_bytes(), URI);
+                        write!(f, "nbd+unix:///{export}?socket={path}")
+                    }
+                    Address::Tcp { host, port } if host.contains(':') => write!(f, "nbd://[{host}]:{port}/{export}"),
+                    Address::Tcp { host, port } => write!(f, "nbd://{host}:{port}/{export}"),
+                    other => other.fmt(f),
+                }
+            }
         }
     }
+}
+
+/// What stands in a URI as it is.
+const URI: &AsciiSet = &NON_ALPHANUMERIC.remove(b'/').remove(b'-').remove(b'_').remove(b'.').remove(b'~');
+
+/// What follows `nbd:` or `nbd+unix:` in a URI.
+fn nbd(transport: &str, rest: &str) -> Option<Address> {
+    let (authority, place) = rest.strip_prefix("//").map(|rest| rest.split_once('/').unwrap_or((rest, "")))?;
+    let (export, query) = place.split_once('?').unwrap_or((place, ""));
+    let export = percent_decode_str(export).decode_utf8().ok()?.into_owned();
+    if transport == "nbd+unix" {
+        let path: Vec<u8> = percent_decode_str(query.strip_prefix("socket=")?).collect();
+        let server = Box::new(Address::Unix(OsString::from_vec(path).into()));
+        return (authority.is_empty() && query.len() > "socket=".len()).then_some(Address::Nbd { server, export });
+    }
+    let (host, port) = match authority.rsplit_once(':') {
+        // The colons of an address in brackets are not those before a port.
+        Some((host, port)) if !port.ends_with(']') => (host, port.parse().ok()?),
+        _ => (authority, qevm_nbd::number::PORT),
+    };
+    let host = host.strip_prefix('[').and_then(|host| host.strip_suffix(']')).unwrap_or(host);
+    let server = Box::new(Address::Tcp { host: host.into(), port });
+    (!host.is_empty() && query.is_empty()).then_some(Address::Nbd { server, export })
 }
 
 /// A size as QEMU reads one: decimal or, with `0x`, hexadecimal bytes, or a decimal number with a suffix from `B` and `K` to `E`.
@@ -194,5 +248,39 @@ mod tests {
     #[test]
     fn an_empty_host_means_every_interface() {
         assert_eq!("tcp::0".parse(), Ok(Address::Tcp { host: String::new(), port: 0 }));
+    }
+
+    #[test]
+    fn page_servers_are_named_by_their_uri() {
+        let unix = |path: &str| Box::new(Address::Unix(path.into()));
+        let tcp = |host: &str, port| Box::new(Address::Tcp { host: host.into(), port });
+        for (text, server, export, shown) in [
+            ("nbd+unix:///?socket=/run/a.sock", unix("/run/a.sock"), "", "nbd+unix:///?socket=/run/a.sock"),
+            ("nbd+unix:///x%20y?socket=/run/a%26b", unix("/run/a&b"), "x y", "nbd+unix:///x%20y?socket=/run/a%26b"),
+            ("nbd+unix:///?socket=rel", unix("rel"), "", "nbd+unix:///?socket=rel"),
+            ("nbd://host", tcp("host", 10809), "", "nbd://host:10809/"),
+            ("nbd://host:7/name", tcp("host", 7), "name", "nbd://host:7/name"),
+            ("nbd://[::1]", tcp("::1", 10809), "", "nbd://[::1]:10809/"),
+            ("nbd://[::1]:80/", tcp("::1", 80), "", "nbd://[::1]:80/"),
+        ] {
+            let address: Address = text.parse().unwrap();
+            assert_eq!(address, Address::Nbd { server, export: export.into() }, "{text}");
+            assert_eq!(address.to_string(), shown);
+            assert_eq!(shown.parse(), Ok(address));
+        }
+        for bad in [
+            "nbd:host:10809",
+            "nbd://",
+            "nbd:///x",
+            "nbd://host:x/",
+            "nbd://host/?socket=/x",
+            "nbd+unix:///",
+            "nbd+unix:///?socket=",
+            "nbd+unix://host/?socket=/x",
+            "nbd+unix:/run/x",
+            "nbd+unix:///%ff?socket=/x",
+        ] {
+            assert_eq!(bad.parse::<Address>(), Err(BadAddress::Nbd(bad.into())));
+        }
     }
 }

@@ -5,6 +5,7 @@ use super::{
     arrivals::{Patience, Seen, gather},
     multifd::{PageStream, Settings},
     page_file::PageFile,
+    page_server::{PageServer, ServedStream},
     postcopy::Entrance,
 };
 use crate::descriptors::Descriptors;
@@ -72,6 +73,10 @@ impl Outgoing {
             Address::Tcp { .. } | Address::Unix(_) => {
                 let channels = if job.capabilities().multifd { job.parameters().multifd_channels } else { 0 };
                 connect(address, job, channels.into())
+            }
+            Address::Nbd { .. } => {
+                let why = "guests come from a page server, and none goes to one";
+                Err(failed(io::Error::new(io::ErrorKind::Unsupported, why)))
             }
             Address::Exec(words) => {
                 let main: Arc<dyn Channel> = Arc::new(Pipe::command(words).map_err(failed)?);
@@ -200,6 +205,12 @@ impl Incoming {
                 let main: Arc<dyn Channel> = Arc::new(Pipe::command(words).map_err(failed)?);
                 Ok(main.into())
             }
+            Address::Nbd { server, export } => {
+                let server = Arc::new(PageServer::new((**server).clone(), export.clone()));
+                let main: Arc<dyn Channel> = Arc::new(ServedStream(server.clone()));
+                let file = job.capabilities().mapped_ram.then_some(PageFile::Served(server));
+                Ok(Incoming { file, ..main.into() })
+            }
             Address::Fd(name) => Ok(channel(descriptors.take(name).map_err(MigrationError::Descriptor)?, false)
                 .map_err(failed)?
                 .0
@@ -300,7 +311,7 @@ impl From<Arc<dyn Channel>> for Incoming {
 pub fn check_transport(address: &Address, job: &Job) -> Result<(), MigrationError> {
     let parameters = job.parameters();
     let context = Context {
-        seekable: matches!(address, Address::File { .. }),
+        seekable: matches!(address, Address::File { .. } | Address::Nbd { .. }),
         multi_channel: matches!(address, Address::Tcp { .. } | Address::Unix(_)),
         compressed: parameters.multifd_compression != Compression::None,
         cpr: parameters.mode != Mode::Normal,

@@ -83,6 +83,7 @@
 //! | [`bitmap`], `zero`, `ram_sender` | dirty pages, and sending them straight from guest memory |
 //! | `multifd` | page channels: threads that send and receive pages beside the main channel |
 //! | `page_file`, `lazy` | files in which every page has its place; guests that run before their memory is loaded from one |
+//! | `page_server` | such files at a page server |
 //! | `snapshot` | memory as of one instant, of a guest that runs on |
 //! | `pending`, [`switchover`] | what remains of everything, and when to stop the guest |
 //! | `source`, `return_path` | [`migrate`]: the source engine: threads, sockets and the guest around the core |
@@ -119,6 +120,7 @@ mod job;
 mod lazy;
 mod multifd;
 mod page_file;
+mod page_server;
 #[cfg(test)]
 mod pair;
 mod parameters;

@@ -1,10 +1,11 @@
-//! Files in which every page has its place (capability `mapped-ram`, QEMU 9.0).
+//! Files in which every page has its place (capability `mapped-ram`, QEMU 9.0), here or at a page server.
 
 use super::{
     Guest, GuestError, LoadError, MigrationError, PAGE_SIZE, RamView,
     channel::{Source, Target},
     core::source::Sent,
     multifd::Counts,
+    page_server::PageServer,
     touched::Touched,
     zero::is_zero,
 };
@@ -24,45 +25,76 @@ use vm_memory::VolatileSlice;
 /// A file whose pages are read and written where they belong, straight from and into guest memory, by any thread. The stream
 /// goes over a channel that shares the file's position.
 #[derive(Debug, Clone)]
-pub(crate) struct PageFile {
-    file: Arc<File>,
-    /// For pages, where that is another: past the page cache (parameter `direct-io`).
-    pages: Arc<File>,
+pub(crate) enum PageFile {
+    /// A file of this host.
+    Local {
+        /// The file.
+        file: Arc<File>,
+        /// The same for pages, where that is another: past the page cache (parameter `direct-io`).
+        pages: Arc<File>,
+    },
+    /// One at a page server, which is read and not written.
+    Served(Arc<PageServer>),
 }
 
 impl PageFile {
     pub(crate) fn new(file: File, direct: Option<File>) -> Self {
         let file = Arc::new(file);
-        PageFile { pages: direct.map_or_else(|| file.clone(), Arc::new), file }
+        PageFile::Local { pages: direct.map_or_else(|| file.clone(), Arc::new), file }
     }
 
     /// Where the stream is in the file.
     pub(crate) fn position(&self) -> io::Result<u64> {
-        (&*self.file).stream_position()
+        match self {
+            PageFile::Local { file, .. } => (&**file).stream_position(),
+            PageFile::Served(server) => Ok(server.position()),
+        }
     }
 
     /// Lets the stream go on there.
     pub(crate) fn seek(&self, position: u64) -> io::Result<()> {
-        (&*self.file).seek(SeekFrom::Start(position)).map(drop)
+        match self {
+            PageFile::Local { file, .. } => (&**file).seek(SeekFrom::Start(position)).map(drop),
+            PageFile::Served(server) => {
+                server.seek(position);
+                Ok(())
+            }
+        }
     }
 
     /// Length in bytes, where that can be known: not of a device.
     fn len(&self) -> io::Result<Option<u64>> {
-        let metadata = self.file.metadata()?;
-        Ok(metadata.is_file().then_some(metadata.len()))
+        match self {
+            PageFile::Local { file, .. } => {
+                let metadata = file.metadata()?;
+                Ok(metadata.is_file().then_some(metadata.len()))
+            }
+            PageFile::Served(server) => server.len().map(Some),
+        }
     }
 
     /// Fills `bytes` from the file, by way of the page cache.
     pub(crate) fn read_bytes(&self, bytes: &mut [u8], at: u64) -> io::Result<()> {
-        self.file.read_exact_at(bytes, at)
+        match self {
+            PageFile::Local { file, .. } => file.read_exact_at(bytes, at),
+            PageFile::Served(server) => server.read_at(bytes, at),
+        }
+    }
+
+    fn write_bytes(&self, bytes: &[u8], at: u64) -> io::Result<()> {
+        match self {
+            PageFile::Local { file, .. } => file.write_all_at(bytes, at),
+            PageFile::Served(_) => Err(io::ErrorKind::Unsupported.into()),
+        }
     }
 
     fn write_page_run(&self, memory: &VolatileSlice<'_>, mut at: u64) -> io::Result<()> {
+        let PageFile::Local { pages, .. } = self else { return Err(io::ErrorKind::Unsupported.into()) };
         let mut part = Source::guest(memory);
         while !part.is_empty() {
             let offset = file_offset(at)?;
             // SAFETY: `Source` is a transparent iovec whose memory lives as long as its lifetime says; the kernel only reads it.
-            let written = unsafe { libc::pwritev(self.pages.as_raw_fd(), (&raw const part).cast(), 1, offset) };
+            let written = unsafe { libc::pwritev(pages.as_raw_fd(), (&raw const part).cast(), 1, offset) };
             match usize::try_from(written) {
                 Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
                 Ok(written) => {
@@ -76,11 +108,15 @@ impl PageFile {
     }
 
     fn read_page_run(&self, memory: &VolatileSlice<'_>, mut at: u64) -> io::Result<()> {
+        let pages = match self {
+            PageFile::Local { pages, .. } => pages,
+            PageFile::Served(server) => return read_served(server, memory, at),
+        };
         let mut part = Target::guest(memory);
         while !part.is_empty() {
             let offset = file_offset(at)?;
             // SAFETY: `Target` is a transparent iovec over guest memory, which is open to changes at any time.
-            let read = unsafe { libc::preadv(self.pages.as_raw_fd(), (&raw mut part).cast(), 1, offset) };
+            let read = unsafe { libc::preadv(pages.as_raw_fd(), (&raw mut part).cast(), 1, offset) };
             match usize::try_from(read) {
                 Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
                 Ok(read) => {
@@ -92,6 +128,22 @@ impl PageFile {
         }
         Ok(())
     }
+}
+
+/// Bytes that are read from a page server at a time on their way into guest memory.
+const SERVED_READ: usize = 1 << 20;
+
+fn read_served(server: &PageServer, memory: &VolatileSlice<'_>, mut at: u64) -> io::Result<()> {
+    let mut bytes = vec![0; memory.len().min(SERVED_READ)];
+    let mut part = Target::guest(memory);
+    while !part.is_empty() {
+        let count = part.len().min(bytes.len());
+        server.read_at(&mut bytes[..count], at)?;
+        part.fill(&bytes[..count]);
+        part.advance(count);
+        at += count as u64;
+    }
+    Ok(())
 }
 
 fn file_offset(at: u64) -> io::Result<libc::off_t> {
@@ -166,8 +218,7 @@ impl Saving {
                 continue;
             }
             self.file
-                .file
-                .write_all_at(content, place.layout.header.pages_offset + at)
+                .write_bytes(content, place.layout.header.pages_offset + at)
                 .map_err(|source| MigrationError::Send { doing: "pages to their places in the file", source })?;
             place.present.mark(at / PAGE_SIZE..at / PAGE_SIZE + 1);
             sent.normal += 1;
@@ -182,8 +233,7 @@ impl Saving {
         for place in self.blocks.get().into_iter().flatten() {
             let bitmap = place.present.to_bytes();
             self.file
-                .file
-                .write_all_at(&bitmap, place.layout.header.bitmap_offset)
+                .write_bytes(&bitmap, place.layout.header.bitmap_offset)
                 .map_err(|source| MigrationError::Send { doing: "the bitmap of a RAM block", source })?;
             bytes += bitmap.len() as u64;
         }

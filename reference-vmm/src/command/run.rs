@@ -34,6 +34,8 @@ Examples:
       wait for a guest from another reference-vmm or a QEMU of the same memory size and firmware
   reference-vmm run --incoming file:guest.img
       go on where a guest was saved by migrate file:guest.img; with capability mapped-ram use --incoming defer and QMP
+  reference-vmm run --incoming nbd+unix:///?socket=/run/guest.pages --no-load-ahead
+      start a guest at once from what qevm serve gives, and load only the pages that it touches
   reference-vmm run --qmp unix:/tmp/qmp.sock
       control the guest by QMP; {\"execute\": \"migrate\", \"arguments\": {\"uri\": \"tcp:127.0.0.1:4444\"}} sends it there
 
@@ -47,11 +49,12 @@ pub(crate) struct Run {
     /// Stop after that many seconds
     #[arg(long, value_name = "SECONDS")]
     seconds: Option<u64>,
-    /// Wait for a guest from there: tcp:HOST:PORT, unix:PATH, exec:COMMAND, fd:NUMBER, file:PATH[,offset=N], or defer until QMP's
-    /// migrate-incoming
+    /// Wait for a guest from there: tcp:HOST:PORT, unix:PATH, exec:COMMAND, fd:NUMBER, file:PATH[,offset=N], a page server
+    /// (nbd+unix:///[EXPORT]?socket=PATH or nbd://HOST[:PORT]/[EXPORT], which turns capabilities mapped-ram and postcopy-ram on), or defer
+    /// until QMP's migrate-incoming
     #[arg(long, value_name = "ADDRESS")]
     incoming: Option<Incoming>,
-    /// With capabilities mapped-ram and postcopy-ram, memory stays in the file until the guest touches it: nothing is loaded ahead
+    /// With capabilities mapped-ram and postcopy-ram, memory stays in the file, or at the page server, until the guest touches it: nothing is loaded ahead
     #[arg(long)]
     no_load_ahead: bool,
     /// Serve QMP at unix:PATH
@@ -108,7 +111,14 @@ impl Run {
             vmm.machine().can_run()?;
         }
         match &self.incoming {
-            Some(Incoming::From(address)) => vmm.listen(address, true)?,
+            Some(Incoming::From(address)) => {
+                if matches!(address, Address::Nbd { .. }) {
+                    // Nothing else is expected of a page server: every page at its place, and loaded when it is needed.
+                    let on = [("mapped-ram", true), ("postcopy-ram", true)];
+                    vmm.set_capabilities(on).map_err(anyhow::Error::from_boxed)?;
+                }
+                vmm.listen(address, true)?;
+            }
             Some(Incoming::Defer) => {}
             None if self.paused => vmm.machine().activate()?,
             None => vmm.cont().map_err(anyhow::Error::from_boxed)?,

@@ -15,6 +15,7 @@ mod lifecycle;
 mod linux;
 mod machine;
 mod migration;
+mod page_server;
 mod payload;
 mod qmp;
 mod qmp_clients;
@@ -55,6 +56,7 @@ fn main() -> ExitCode {
         incoming::TESTS,
         backends::TESTS,
         lazy::TESTS,
+        page_server::TESTS,
         snapshot::TESTS,
         qmp::TESTS,
         qmp_clients::TESTS,
