@@ -168,6 +168,11 @@ impl Root {
         host_cpu::of(self).with_context(|| format!("QEMU of Debian {}", self.suite))
     }
 
+    /// `qemu-nbd` of this root.
+    pub fn qemu_nbd(&self) -> Command {
+        self.command("usr/bin/qemu-nbd")
+    }
+
     /// `qemu-img` of this root.
     pub fn qemu_img(&self) -> Command {
         self.command("usr/bin/qemu-img")

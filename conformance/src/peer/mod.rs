@@ -6,7 +6,8 @@
 //! backwards or a byte of its serial output got lost. An [`Outage`]
 //! breaks the connection again and again before it lets the guest go, a [`Recovery`] has it break when the guest has gone before its memory, a
 //! [`Pairing`] is of monitors that do not fit each other, and must be told why, a [`Doubt`] ends in a moment when the source cannot know what the
-//! destination does, an [`Echo`] is a stopped guest that comes back as it was, and a [`Snapshot`] is a copy of a guest that runs on. A [`Lodger`] is
+//! destination does, an [`Echo`] is a stopped guest that comes back as it was, a [`Snapshot`] is a copy of a guest that runs on, and one that is [`Served`] starts from
+//! what a page server gives of its image. A [`Lodger`] is
 //! one that never runs in reference-vmm: Linux under TCG. [`Gear`] is what a guest uses besides its memory: virtio devices that it keeps busy. A
 //! [`Party`] is one of the monitors, controlled by QMP whoever wrote it.
 
@@ -30,6 +31,7 @@ pub mod reboots;
 mod recovery;
 mod relay;
 mod report;
+mod served;
 mod snapshot;
 pub mod table;
 mod tap;
@@ -47,4 +49,5 @@ pub use proxy::Cut;
 pub use recovery::Recovery;
 pub use relay::Break;
 pub use report::{Case, run, summary};
+pub use served::Served;
 pub use snapshot::Snapshot;

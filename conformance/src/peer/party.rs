@@ -260,6 +260,12 @@ impl Party {
 #[derive(Debug)]
 pub(super) struct Running(Child);
 
+impl Running {
+    pub(super) fn new(child: Child) -> Running {
+        Running(child)
+    }
+}
+
 impl Drop for Running {
     fn drop(&mut self) {
         // It may have ended by itself.

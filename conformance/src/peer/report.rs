@@ -9,7 +9,7 @@ use std::time::Instant;
 use anyhow::Result;
 use serde_json::Value;
 
-use super::{Account, Doubt, Echo, Journey, Monitor, Outage, Pairing, Recovery, Snapshot, Stage, Stop};
+use super::{Account, Doubt, Echo, Journey, Monitor, Outage, Pairing, Recovery, Served, Snapshot, Stage, Stop};
 use crate::bench::figures::Summary;
 use crate::matrix::{REQUIRE_KVM, REQUIRE_QEMU, kvm};
 use crate::played::{Outcome, Report, Row};
@@ -32,6 +32,8 @@ pub enum Case {
     Snapshot(Snapshot),
     /// It arrives before its memory, which comes over many connections.
     Recovery(Recovery),
+    /// It starts from what a page server gives.
+    Served(Served),
 }
 
 impl Case {
@@ -45,6 +47,7 @@ impl Case {
             Case::Echo(echo) => &echo.journey,
             Case::Snapshot(snapshot) => &snapshot.journey,
             Case::Recovery(recovery) => &recovery.journey,
+            Case::Served(served) => &served.journey,
         }
     }
 
@@ -57,6 +60,7 @@ impl Case {
             Case::Echo(echo) => echo.play(stage),
             Case::Snapshot(snapshot) => snapshot.play(stage),
             Case::Recovery(recovery) => recovery.play(stage),
+            Case::Served(served) => served.play(stage),
         }
     }
 }

@@ -3,7 +3,8 @@
 use serde_json::{Map, Value};
 
 use super::{
-    Case, Cut, Doubt, Doubtful, Echo, Gear, Journey, Link, Load, Outage, Pairing, Stop, postcopy, recovery, snapshot,
+    Case, Cut, Doubt, Doubtful, Echo, Gear, Journey, Link, Load, Outage, Pairing, Stop, postcopy, recovery, served,
+    snapshot,
 };
 use crate::roots::Suite;
 use crate::scenario::Accel;
@@ -24,6 +25,7 @@ pub fn all() -> Vec<Case> {
     cases.extend(echoes().into_iter().map(Case::Echo));
     cases.extend(snapshot::all().into_iter().map(Case::Snapshot));
     cases.extend(recovery::all().into_iter().map(Case::Recovery));
+    cases.extend(served::all().into_iter().map(Case::Served));
     cases
 }
 
