@@ -43,6 +43,10 @@ impl SourceCore {
         let next = match step {
             Recovery::Begin => {
                 self.do_next(Action::Status(Status::PostcopyRecover));
+                if self.options.profile.preempt_pre_7_2 {
+                    // The destination says nothing before it has both.
+                    self.open_preempt();
+                }
                 for (name, used_length) in &self.options.blocks {
                     let name = idstr(name)?;
                     answers.ask_bitmap(name.clone(), *used_length)?;
