@@ -32,7 +32,6 @@ const EVERYWHERE: &[(&str, &str)] = &[
     ("migrate-recover", r#"{"uri":"tcp:127.0.0.1:0"}"#),
     ("migrate-start-postcopy", ""),
     ("migrate", r#"{"uri":"foo:bar"}"#),
-    ("migrate", r#"{"uri":"tcp:127.0.0.1:1","resume":true}"#),
     ("migrate-incoming", r#"{"uri":"foo:bar"}"#),
     ("migrate-set-capabilities", r#"{"capabilities":[{"capability":"events","state":false}]}"#),
     ("migrate-set-capabilities", r#"{"capabilities":[{"capability":"multifd","state":true}]}"#),
@@ -51,6 +50,8 @@ const EVERYWHERE: &[(&str, &str)] = &[
 ];
 /// What is asked beside that where no postcopy is under way, which it would break off.
 const NOT_PAUSED: &[(&str, &str)] = &[("migrate-pause", "")];
+/// What is asked beside that where no postcopy is paused, which it would let go on.
+const RESUME: &[(&str, &str)] = &[("migrate", r#"{"uri":"tcp:127.0.0.1:1","resume":true}"#)];
 /// What is asked beside that where a migration is refused.
 const REFUSED: &[(&str, &str)] = &[
     ("migrate", r#"{"uri":"unix:/nonexistent/nobody"}"#),
@@ -70,12 +71,13 @@ type Lead = fn(&mut Tour<'_>) -> Result<()>;
 /// Leads both through the states, and tells how many replies were compared. The differences are added to `differences`.
 pub(super) fn compare(root: &Root, program: &Monitor, scratch: &Path, differences: &mut Vec<String>) -> Result<usize> {
     let mut replies = 0;
-    let tours: [(&str, &[&str], Lead); 5] = [
+    let tours: [(&str, &[&str], Lead); 6] = [
         ("running", &[], running),
         ("prelaunch", &["-S"], prelaunch),
         ("incoming", &["--incoming", "defer"], incoming),
         ("postcopy-device", &[], postcopy_device),
         ("postcopy-active", &[], postcopy_active),
+        ("postcopy-paused", &[], postcopy_paused),
     ];
     for (name, more, lead) in tours {
         let start = |name: &str, more: &[&str]| start(root, program, scratch, name, more);
@@ -127,7 +129,7 @@ impl Tour<'_> {
     fn at(&mut self, run_state: &str, migration: Option<Status>, asked: &[&[(&str, &str)]]) -> Result<()> {
         let migration = migration.map(Status::as_str);
         self.wait_for(run_state, migration)?;
-        let rows = [&[EVERYWHERE, NOT_PAUSED], asked].concat();
+        let rows = [&[EVERYWHERE, NOT_PAUSED, RESUME], asked].concat();
         self.ask(run_state, migration, &rows)
     }
 
@@ -288,19 +290,70 @@ fn postcopy_active(tour: &mut Tour<'_>) -> Result<()> {
     depart(tour, &[&FIRST_PINGS[..], &[2, 3, 0x42, 4]].concat(), Status::PostcopyActive)
 }
 
+/// The connection is given up, and the next ones do not get far.
+fn postcopy_paused(tour: &mut Tour<'_>) -> Result<()> {
+    tour.capabilities(&[("postcopy-ram", true)])?;
+    // A QEMU that has sent everything and is paused then fails, and starts the guest again.
+    tour.tell_both("migrate-set-parameters", json!({ "max-postcopy-bandwidth": 2000 }))?;
+    leave(tour, &[&FIRST_PINGS[..], &[2, 3, 0x42, 4]].concat(), Status::PostcopyActive)?;
+    tour.tell_both("migrate-pause", Value::Null)?;
+    let paused = |tour: &mut Tour<'_>| {
+        let here: &[_] = &[("migrate-continue", r#"{"state":"postcopy-paused"}"#)];
+        tour.wait_for("finish-migrate", Some("postcopy-paused"))?;
+        tour.ask(
+            "finish-migrate",
+            Some("postcopy-paused"),
+            &[EVERYWHERE, NOT_PAUSED, REFUSED, HANDED_OVER, CANCEL, here, EVERYWHERE],
+        )
+    };
+    paused(tour)?;
+    tour.tell_both("migrate", json!({ "uri": "foo:bar", "resume": true }))?;
+    tour.tell_both("migrate", json!({ "uri": "unix:/nonexistent/nobody", "resume": true }))?;
+    paused(tour)?;
+
+    let resume = |addresses: [Value; 2]| {
+        addresses.map(|mut address| {
+            address["resume"] = true.into();
+            address
+        })
+    };
+    let crowd = Crowd::gather(tour.scratch)?;
+    tour.tell("migrate", resume(crowd.addresses()))?;
+    tour.at("finish-migrate", Some(Status::PostcopyRecoverSetup), &[REFUSED, HANDED_OVER, CANCEL])?;
+    drop(crowd);
+    paused(tour)?;
+
+    // Nobody says which pages have come.
+    let peer = |who: &str| NobodyReads::at(tour.scratch.join(format!("{who}.recovery")));
+    let peers = [peer("qemu")?, peer("ours")?];
+    tour.tell("migrate", resume(peers.each_ref().map(|peer| json!({ "uri": peer.uri }))))?;
+    let recovers = Status::PostcopyRecover.as_str();
+    tour.wait_for("finish-migrate", Some(recovers))?;
+    tour.ask("finish-migrate", Some(recovers), &[EVERYWHERE, RESUME, REFUSED, HANDED_OVER, CANCEL])?;
+    tour.tell_both("migrate-pause", Value::Null)?;
+    paused(tour)
+}
+
 fn depart(tour: &mut Tour<'_>, answered: &[u32], status: Status) -> Result<()> {
+    leave(tour, answered, status)?;
+    let here = [("migrate-continue", format!(r#"{{"state":"{}"}}"#, status.as_str()))];
+    let here = here.each_ref().map(|(command, arguments)| (*command, arguments.as_str()));
+    let asked = [EVERYWHERE, RESUME, REFUSED, HANDED_OVER, CANCEL, &here, EVERYWHERE];
+    tour.ask("finish-migrate", Some(status.as_str()), &asked)
+}
+
+/// A guest goes before its memory, and gets so far.
+fn leave(tour: &mut Tour<'_>, answered: &[u32], status: Status) -> Result<()> {
     let peers = tour.migrate_to_nobody()?;
     tour.wait_for("running", Some(Status::Active.as_str()))?;
     tour.tell_both("migrate-start-postcopy", Value::Null)?;
     peers.into_iter().for_each(|peer| answer(peer, answered));
-    let here = [("migrate-continue", format!(r#"{{"state":"{}"}}"#, status.as_str()))];
-    let here = here.each_ref().map(|(command, arguments)| (*command, arguments.as_str()));
     tour.wait_for("finish-migrate", Some(status.as_str()))?;
     // The status comes before the guest has gone.
     for monitor in [&mut tour.both.qemu, &mut tour.both.ours] {
         monitor.wait_migration(PATIENCE, |migration| migration["downtime"].is_number())?;
     }
-    tour.ask("finish-migrate", Some(status.as_str()), &[EVERYWHERE, REFUSED, HANDED_OVER, CANCEL, &here, EVERYWHERE])
+    Ok(())
 }
 
 /// The PINGs that a stream begins with. A QEMU does not look at their values, and sends the first alone.
@@ -349,6 +402,8 @@ impl Crowd {
         let mut addresses = [Value::Null, Value::Null];
         for (who, address) in ["qemu", "ours"].into_iter().zip(&mut addresses) {
             let path = scratch.join(format!("{who}.crowd"));
+            // Another crowd's.
+            let _ = std::fs::remove_file(&path);
             let place = UnixAddr::new(&path)?;
             let stream = |flags| socket(AddressFamily::Unix, SockType::Stream, flags, None);
             let listener = stream(SockFlag::SOCK_CLOEXEC)?;
