@@ -296,6 +296,11 @@ impl Journey {
         Ok(to)
     }
 
+    /// How the guest goes before its memory on a hop, if it does.
+    fn departure(&self, n: usize) -> Option<Departure> {
+        self.postcopy.filter(|departure| departure.is_of(n))
+    }
+
     pub(super) fn hop(
         &self,
         here: &mut Party,
@@ -307,7 +312,7 @@ impl Journey {
         self.prepare(here, there)?;
         let uri = self.leave(here, there, scratch, n)?;
         tell(Moment::Leaving { from: here.stop(), to: there.stop(), uri });
-        if let Some(departure) = self.postcopy {
+        if let Some(departure) = self.departure(n) {
             departure.start(here)?;
         }
         let mut rounds = 0;
@@ -329,7 +334,7 @@ impl Journey {
 
     /// What a hop took, whose source says that it has completed.
     pub(super) fn arrived(&self, here: &mut Party, there: &mut Party, n: usize, done: &Value) -> Result<Hop> {
-        self.postcopy.map_or(Ok(()), |departure| departure.judge(done))?;
+        self.departure(n).map_or(Ok(()), |departure| departure.judge(done))?;
         let stopped = here.monitor().wait_event("STOP", PATIENCE)?.time.context("STOP has no timestamp")?;
         let resumed = there.monitor().wait_event("RESUME", PATIENCE)?.time.context("RESUME has no timestamp")?;
         for (party, expected) in [(here, "postmigrate"), (there, "running")] {

@@ -9,6 +9,9 @@ use super::{Journey, Link, Load, Stop};
 use crate::patience::PATIENCE;
 use crate::scenario::Accel;
 
+/// Hops of the ring.
+const RING_HOPS: usize = 20;
+
 /// When the operator lets a guest go before its memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Departure {
@@ -16,9 +19,16 @@ pub enum Departure {
     AtOnce,
     /// When all of its memory was sent once: what it has written to since comes later.
     AfterPass,
+    /// As soon as the migration has begun, on every second hop from the first on. On the others it goes with its memory.
+    InTurn,
 }
 
 impl Departure {
+    /// Whether the guest goes before its memory on this hop, of which 1 is the first.
+    pub(super) fn is_of(self, hop: usize) -> bool {
+        self != Departure::InTurn || hop % 2 == 1
+    }
+
     /// Lets the guest go, whose migration was begun.
     pub(super) fn start(self, here: &mut Party) -> Result<()> {
         if self == Departure::AfterPass {
@@ -86,5 +96,15 @@ pub(super) fn all() -> Vec<Journey> {
             }
         }
     }
+    // Each way is taken before the memory and with it: there are seven.
+    let stops = [old, reference, reference, new, reference, middle, reference].into_iter().cycle().take(RING_HOPS + 1);
+    journeys.push(Journey {
+        name: format!("ring/postcopy/{RING_HOPS}"),
+        stops: stops.collect(),
+        capabilities: vec!["postcopy-ram"],
+        parameters,
+        postcopy: Some(Departure::InTurn),
+        ..super::table::plain()
+    });
     journeys
 }

@@ -27,6 +27,8 @@ pub struct Recovery {
     pub journey: Journey,
     /// Where: the first place is counted from when the guest has gone, the others from the beginning of the connection before.
     pub breaks: Vec<Break>,
+    /// The destination dies after that, and takes the guest along.
+    pub dies: bool,
 }
 
 impl Recovery {
@@ -61,6 +63,13 @@ impl Recovery {
             let resume = json!({ "uri": uri(relay.entry().into()), "resume": true });
             here.monitor().execute("migrate", resume).with_context(context)?;
         }
+        if self.dies {
+            here.monitor().wait_migration(PATIENCE, |migration| migration["status"] == "postcopy-active")?;
+            drop(there);
+            mourn(&mut here, &relay)?;
+            let text = here.end()?;
+            return Ok(account(Vec::new(), &Transcript::read(&[text.as_slice()])?));
+        }
         let done = here.monitor().wait_migration(PATIENCE, |migration| migration["status"] == "completed")?;
         there.monitor().wait_migration(PATIENCE, |migration| migration["status"] == "completed")?;
         let hop = journey.arrived(&mut here, &mut there, 1, &done)?;
@@ -83,12 +92,31 @@ impl Recovery {
             let paused = |migration: &Value| migration["status"] == "postcopy-paused";
             party.monitor().wait_migration(PATIENCE, paused)?;
         }
-        let why = here.monitor().migration()?["error-desc"].as_str().unwrap_or_default().to_string();
-        ensure!(here.stop() != Stop::Reference || why.contains("the guest is at the destination"), "it says '{why}'");
-        let status = here.monitor().execute("query-status", Value::Null)?;
-        ensure!(status["running"] == false, "the guest runs at both ends: {status}");
-        Ok(())
+        is_away(here)
     }
+}
+
+/// Asserts that the source says where the guest is, and does not run it.
+fn is_away(here: &mut Party) -> Result<()> {
+    let why = here.monitor().migration()?["error-desc"].as_str().unwrap_or_default().to_string();
+    let told = why.contains("the guest is at the destination, or lost if that has ended");
+    ensure!(here.stop() != Stop::Reference || told, "it says '{why}'");
+    let status = here.monitor().execute("query-status", Value::Null)?;
+    ensure!(status["running"] == false, "the guest runs at both ends: {status}");
+    Ok(())
+}
+
+/// The destination is dead: what is here of the guest is none, and stays so.
+fn mourn(here: &mut Party, relay: &Relay) -> Result<()> {
+    let paused = |migration: &Value| migration["status"] == "postcopy-paused";
+    here.monitor().wait_migration(PATIENCE, paused)?;
+    is_away(here)?;
+    ensure!(here.monitor().execute("cont", Value::Null).is_err(), "it runs what is left of a guest");
+    // Nobody is there, whom the relay hands nothing on to.
+    here.monitor().execute("migrate", json!({ "uri": uri(relay.entry().into()), "resume": true }))?;
+    here.monitor().wait_migration(PATIENCE, paused)?;
+    ensure!(here.monitor().execute("cont", Value::Null).is_err(), "it runs what is left of a guest");
+    Ok(())
 }
 
 /// Lets the destination wait for the source there. It may not have noticed that the connection before is lost.
@@ -129,6 +157,7 @@ pub(super) fn all() -> Vec<Recovery> {
     let peers = PEERS.map(|suite| Stop::Qemu(suite, Accel::Kvm));
     let new = peers[2];
     let ways = peers.into_iter().flat_map(|qemu| [[reference, qemu], [qemu, reference]]).chain([[reference; 2]]);
+    let quick_ways = [[reference, new], [reference; 2]];
     let mut all = Vec::new();
     for stops in ways {
         // A guest comes here over one channel.
@@ -142,7 +171,7 @@ pub(super) fn all() -> Vec<Recovery> {
             if count == MANY && !stops.iter().all(|stop| [reference, new].contains(stop)) {
                 continue;
             }
-            let quick = count == 5 && [[reference, new], [reference; 2]].contains(&stops) && !preempt;
+            let quick = count == 5 && quick_ways.contains(&stops) && !preempt;
             let journey = Journey {
                 name: format!("{}>{}/{with}/{count}", stops[0], stops[1]),
                 stops: stops.into(),
@@ -155,7 +184,12 @@ pub(super) fn all() -> Vec<Recovery> {
             };
             // A 7.2 that loses the connection again before it has heard what has come stays in `postcopy-recover` for good.
             let within = !stops.contains(&peers[0]);
-            all.push(Recovery { journey, breaks: places(count, within) });
+            let dies = count == 1 && !preempt && quick_ways.contains(&stops);
+            if dies {
+                let journey = Journey { name: format!("{}>{}/{with}/death", stops[0], stops[1]), ..journey.clone() };
+                all.push(Recovery { journey, breaks: places(count, within), dies });
+            }
+            all.push(Recovery { journey, breaks: places(count, within), dies: false });
         }
     }
     all
