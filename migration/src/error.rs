@@ -25,6 +25,16 @@ pub enum MigrationError {
         /// The system's reason.
         source: io::Error,
     },
+    /// The destination has loaded the initial data of all devices, and has not agreed to the switchover as often as it should have.
+    #[error(
+        "the destination has loaded the initial data of all devices, and only {waiting}, {flow}: tell the destination's release (qemu=)"
+    )]
+    SwitchoverAcks {
+        /// What came.
+        waiting: String,
+        /// How they are counted here.
+        flow: &'static str,
+    },
     /// The migration cannot begin now.
     #[error(transparent)]
     Refused(#[from] super::Refused),

@@ -31,6 +31,8 @@ pub(crate) const ANNOUNCE: u32 = 0x5145_4801;
 pub(crate) const AGREED: u32 = 0x5145_4803;
 /// Value of the PING after the last device, for a destination that has not agreed.
 pub(crate) const LOADED: u32 = 0x5145_4804;
+/// Value of the PING after the devices' initial data.
+pub(crate) const INITIAL_DATA: u32 = 0x5145_4805;
 /// Value of the PING that confirms the handover.
 pub(crate) const CONFIRM: u32 = 0x5145_4802;
 

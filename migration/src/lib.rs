@@ -165,7 +165,7 @@ pub use return_path::ReturnPathError;
 pub use snapshot::ProtectedPages;
 pub use socket::{Listener, Socket};
 pub use source::{migrate, monotonic_now};
-pub use statistics::{RamStatistics, RoundStatistics, Statistics, Status};
+pub use statistics::{PartStatistics, RamStatistics, RoundStatistics, Statistics, Status};
 pub use verdict::Doubt;
 
 /// Bytes of a page of guest memory: that of x86, `PageGeometry::X86`.

@@ -111,6 +111,21 @@ pub struct RamStatistics {
     pub postcopy_bytes: u64,
     /// Requests for pages that the guest waited for there, with those that were repeated.
     pub postcopy_requests: u64,
+    /// Bytes sent on page channels.
+    pub multifd_bytes: u64,
+}
+
+/// A part of what is migrated: a RAM block, or a device whose state goes in parts.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct PartStatistics {
+    /// The name of the block, or of the device's section.
+    pub name: String,
+    /// Bytes that remained when that was last reckoned.
+    pub remaining: u64,
+    /// By how many bytes a second that had shrunk since the time before; negative if it had grown.
+    pub rate: i64,
+    /// It is what does not shrink.
+    pub stalled: bool,
 }
 
 /// One round: what was sent between two readings of the dirty log.
@@ -150,6 +165,8 @@ pub struct Statistics {
     pub throttled: Option<u8>,
     /// Bytes that remained of devices whose state goes in parts, when that was last reckoned.
     pub devices_remaining: u64,
+    /// All parts, RAM blocks first, as of that time.
+    pub parts: Vec<PartStatistics>,
     /// Bytes of such devices' state that were sent.
     pub device_bytes: u64,
     /// Why the migration failed, or is paused.

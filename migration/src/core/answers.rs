@@ -254,6 +254,11 @@ impl Answers {
         }
     }
 
+    /// The acks of the switchover that are missing although every PING was answered.
+    pub(crate) fn disagreement(&self) -> Option<qevm_returnpath::switchover::AckWait> {
+        self.session.gate().waiting().filter(|_| self.session.is_answered())
+    }
+
     /// Whether every PING was answered.
     pub(crate) fn is_answered(&self) -> bool {
         self.session.is_answered()

@@ -119,7 +119,7 @@ pub struct SourceCore {
     /// The iterative devices' names, for messages.
     names: Vec<String>,
     /// What the destination knows of them.
-    initial: Vec<InitialData>,
+    initial: InitialData,
     /// Bytes of the last record of a device's state.
     record: u64,
     backlog: u64,
@@ -158,7 +158,7 @@ impl SourceCore {
             account: Account::new(options.devices.len()),
             sizes: vec![DeviceSize::default(); options.devices.len()],
             names: options.devices.iter().map(|device| device.idstr.to_string()).collect(),
-            initial: Vec::new(),
+            initial: InitialData::default(),
             options,
             parameters,
             phase: Phase::Setup(Setup::Begin),
@@ -263,6 +263,7 @@ impl SourceCore {
     /// What remains of the iterative devices.
     pub fn device_sizes(&mut self, mut sizes: Vec<DeviceSize>) {
         sizes.resize(self.options.devices.len(), DeviceSize::default());
+        self.initial.told |= sizes.iter().any(|size| size.initial > 0);
         self.sizes = sizes;
     }
 
@@ -279,6 +280,11 @@ impl SourceCore {
         }
         self.record = state.len() as u64;
         self.device_record(state)
+    }
+
+    /// This many of the bytes that were sent went over page channels.
+    pub fn sent_by_channels(&mut self, bytes: u64) {
+        self.statistics.ram.multifd_bytes += bytes;
     }
 
     /// This many bytes of the devices' state went over page channels.

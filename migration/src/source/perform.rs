@@ -212,6 +212,7 @@ impl Engine<'_> {
     fn count_pages(&mut self) {
         if let Some(pages) = self.pages {
             let Counts { bytes, normal, zero } = pages.queue.take_counts();
+            self.core.sent_by_channels(bytes);
             self.core.sent(Sent { bytes, normal, zero });
         }
     }

@@ -1,7 +1,7 @@
 //! The sections of iterative devices, and what of their state goes over page channels.
 
 use super::{Action, Answers, RAM_SECTION, SourceCore};
-use crate::{DeviceSection, MigrationError};
+use crate::{DeviceSection, MigrationError, handover};
 use qevm_returnpath::switchover::SwitchoverAckFlow;
 use qevm_savevm::{
     event::Event,
@@ -9,13 +9,28 @@ use qevm_savevm::{
     vfio::{VfioRecord, flag},
 };
 use qevm_wire::CountedString;
+use std::time::Duration;
 
 /// `version_id` of the sections of iterative devices.
 const VERSION: u32 = 1;
 
+/// How long after its answer a destination may take for what it should have said before.
+const GRACE: Duration = Duration::from_millis(500);
+
+/// What the destination knows of the devices' initial data.
+#[derive(Debug, Default)]
+pub(super) struct InitialData {
+    /// Of each device.
+    devices: Vec<Completion>,
+    /// There were some, and the destination was not asked whether it has loaded all of them.
+    pub(super) told: bool,
+    /// Since when it has answered everything, and has not agreed to the switchover.
+    disagrees: Option<Duration>,
+}
+
 /// Whether the destination knows that a device's initial data are complete.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum InitialData {
+enum Completion {
     /// It does not want to.
     Unasked,
     /// It has to be told.
@@ -42,7 +57,8 @@ impl SourceCore {
             if let Some(answers) = answers.as_deref_mut().filter(|_| asks) {
                 answers.request_ack(&self.names[device])?;
             }
-            self.initial.push(if asks { InitialData::Owed } else { InitialData::Unasked });
+            self.initial.devices.push(if asks { Completion::Owed } else { Completion::Unasked });
+            self.initial.told |= asks;
         }
         Ok(())
     }
@@ -75,10 +91,11 @@ impl SourceCore {
 
     /// A device has told its size. If its initial data begin anew, the destination has to agree anew (11.1).
     pub(super) fn device_told(&mut self, device: usize, answers: Option<&mut Answers>) -> Result<(), MigrationError> {
-        let again = self.ack_flow() == Some(SwitchoverAckFlow::Counted) && self.initial[device] == InitialData::Sent;
+        let again =
+            self.ack_flow() == Some(SwitchoverAckFlow::Counted) && self.initial.devices[device] == Completion::Sent;
         if let Some(answers) = answers.filter(|_| again && self.sizes[device].initial > 0) {
             answers.request_ack(&self.names[device])?;
-            self.initial[device] = InitialData::Owed;
+            self.initial.devices[device] = Completion::Owed;
         }
         Ok(())
     }
@@ -86,20 +103,55 @@ impl SourceCore {
     /// Whether the destination has to be told now that a device's initial data are complete.
     pub(super) fn initial_data_are_due(&self, device: usize) -> bool {
         let left = self.sizes.get(device).map(|size| size.initial);
-        self.initial.get(device) == Some(&InitialData::Owed) && left == Some(0)
+        self.initial.devices.get(device) == Some(&Completion::Owed) && left == Some(0)
     }
 
     /// Ends a PART that carried this many bytes of the device's state.
-    pub(super) fn end_device_part(&mut self, device: usize, sent: u64) -> Result<(), MigrationError> {
+    pub(super) fn end_device_part(
+        &mut self,
+        device: usize,
+        sent: u64,
+        answers: Option<&mut Answers>,
+    ) -> Result<(), MigrationError> {
         if let Some(size) = self.sizes.get_mut(device) {
             // They come first.
             size.initial = size.initial.saturating_sub(sent);
         }
-        if !self.initial_data_are_due(device) {
-            return self.end_device_section(VfioRecord::EndOfState);
+        if self.initial_data_are_due(device) {
+            self.initial.devices[device] = Completion::Sent;
+            self.end_device_section(VfioRecord::InitDataSent)?;
+        } else {
+            self.end_device_section(VfioRecord::EndOfState)?;
         }
-        self.initial[device] = InitialData::Sent;
-        self.end_device_section(VfioRecord::InitDataSent)
+        let complete = self.initial_data_are_complete();
+        if let Some(answers) = answers.filter(|_| complete && self.initial.told) {
+            // Answered when it has loaded them, which tells the same as an ack, and to a source without that capability, too.
+            self.stream.command(answers.ping(handover::INITIAL_DATA)?)?;
+            self.initial.told = false;
+        }
+        Ok(())
+    }
+
+    fn initial_data_are_complete(&self) -> bool {
+        !self.initial.devices.contains(&Completion::Owed) && self.sizes.iter().all(|size| size.initial == 0)
+    }
+
+    /// Fails for a destination that has loaded all initial data and does not agree to the switchover, as it counts otherwise.
+    pub(super) fn agrees(&mut self, now: Duration, answers: Option<&Answers>) -> Result<(), MigrationError> {
+        let answered = self.initial_data_are_complete() && !self.initial.told;
+        let Some(waiting) = answers.filter(|_| answered).and_then(Answers::disagreement) else {
+            self.initial.disagrees = None;
+            return Ok(());
+        };
+        let since = *self.initial.disagrees.get_or_insert(now);
+        if now.saturating_sub(since) < GRACE {
+            return Ok(());
+        }
+        let flow = match self.ack_flow() {
+            Some(SwitchoverAckFlow::Legacy) => "counted as QEMU 10.0 does, one for all devices",
+            _ => "counted as QEMU 11.1 does, one for each device",
+        };
+        Err(MigrationError::SwitchoverAcks { waiting: waiting.to_string(), flow })
     }
 
     /// Lets the page channels send what is left of devices, each with its configuration.

@@ -94,7 +94,7 @@ impl SourceCore {
             },
             Step::DeviceLeft { device, left: 0 } if self.initial_data_are_due(device) => {
                 self.stream.section_part(Self::device_section(device))?;
-                self.end_device_part(device, 0)?;
+                self.end_device_part(device, 0, answers)?;
                 self.do_next(Action::Send { doing: "the state of a device" });
                 Step::DeviceLeft { device, left: 0 }
             }
@@ -107,7 +107,7 @@ impl SourceCore {
             }
             step @ Step::DeviceLeft { .. } => step,
             Step::DeviceRead { device, left } => {
-                self.end_device_part(device, self.record)?;
+                self.end_device_part(device, self.record, answers)?;
                 self.do_next(Action::Send { doing: "the state of a device" });
                 let left = if self.record == 0 { 0 } else { left.saturating_sub(self.record) };
                 Step::DeviceLeft { device, left }

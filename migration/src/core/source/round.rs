@@ -6,6 +6,7 @@ use super::{
 };
 use crate::{
     MigrationError,
+    statistics::PartStatistics,
     switchover::{Decision, Remaining, Round, expected_downtime, per_second},
 };
 use qevm_wire::PageGeometry;
@@ -176,8 +177,14 @@ impl SourceCore {
         tracing::trace!(?decision, ?pending, total, "round");
         let rate = per_second(end.new, end.took);
         let expected = self.with_round(&end, &[], |round| expected_downtime(total, round));
+        let stall = match &decision {
+            Decision::Iterate { stalled } => stalled.as_ref().map(|stall| stall.name.as_str()),
+            Decision::SwitchOver(_) => None,
+        };
+        let parts = self.parts(pending, stall, end.took);
         let statistics = &mut self.statistics;
         statistics.devices_remaining = devices;
+        statistics.parts = parts;
         statistics.ram.dirty_pages_rate = rate;
         statistics.expected_downtime = expected.unwrap_or(self.parameters.downtime_limit());
         statistics.rounds.push(RoundStatistics {
@@ -214,6 +221,19 @@ impl SourceCore {
         }
     }
 
+    /// What remains of each part, and how that has changed in this time.
+    fn parts(&self, pending: &[Pending], stall: Option<&str>, time: Duration) -> Vec<PartStatistics> {
+        let devices = self.names.iter().map(String::as_str).zip(pending.iter().map(|pending| pending.total()));
+        let mut before = self.statistics.parts.iter().map(|part| part.remaining);
+        let part = |(name, remaining): (&str, u64)| {
+            let before = before.next().unwrap_or(remaining);
+            let shrunk = per_second(before.abs_diff(remaining), time).min(i64::MAX as u64) as i64;
+            let rate = if remaining > before { -shrunk } else { shrunk };
+            PartStatistics { name: name.to_owned(), remaining, rate, stalled: stall == Some(name) }
+        };
+        self.remaining().chain(devices).map(part).collect()
+    }
+
     /// Whether there is hardly anything to send before the dirty log is read again, though the guest cannot be paused.
     fn is_worth_a_pause(&self, pending: &[Pending]) -> bool {
         let sendable = pending.iter().map(|pending| pending.precopy).fold(self.remaining_bytes(), u64::saturating_add);
@@ -229,6 +249,7 @@ impl SourceCore {
         now: Duration,
         answers: Option<&mut Answers>,
     ) -> Result<(), MigrationError> {
+        self.agrees(now, answers.as_deref())?;
         let Some((waiting, ended)) = answers.and_then(|answers| Some((answers.unready()?, answers.has_ended()))) else {
             if self.postcopy && self.open_preempt() {
                 self.phase = Phase::AwaitAck { until, precopy };

@@ -2,7 +2,7 @@
 
 use super::{
     super::{phase::Phase, *},
-    InitialData,
+    Completion,
 };
 use crate::{Capabilities, DeviceSection, SavedDevices, core::DeviceOptions, pending::DeviceSize};
 use qevm_returnpath::Message;
@@ -20,7 +20,24 @@ struct Device {
 }
 
 /// Runs a migration of a page of RAM and a device, which is transferred or not, with this flow of acks.
-fn run(release: QemuVersion, mut device: Device, transfer: bool) -> (Vec<u8>, Vec<Vec<u8>>, SourceCore) {
+fn run(release: QemuVersion, device: Device, transfer: bool) -> (Vec<u8>, Vec<Vec<u8>>, SourceCore) {
+    let Outcome { stream, transfers, core, result, .. } = drive(release, device, transfer, true);
+    result.unwrap();
+    (stream, transfers, core)
+}
+
+/// What became of a migration.
+struct Outcome {
+    stream: Vec<u8>,
+    transfers: Vec<Vec<u8>>,
+    core: SourceCore,
+    result: Result<(), MigrationError>,
+    /// From the destination's answer that it has all initial data to the end.
+    since_answer: Duration,
+}
+
+/// The same with a destination that agrees to the switchover or, though it has loaded the initial data, does not.
+fn drive(release: QemuVersion, mut device: Device, transfer: bool, agrees: bool) -> Outcome {
     let idstr = CountedString::new("0000:00:04.0/vfio").unwrap();
     let capabilities = Capabilities::default().with([("return-path", true), ("switchover-ack", true)]).unwrap();
     let profile = Profile::new(release, "microvm");
@@ -38,13 +55,15 @@ fn run(release: QemuVersion, mut device: Device, transfer: bool) -> (Vec<u8>, Ve
     let mut core = SourceCore::new(options, Parameters { max_bandwidth: 0, ..Parameters::default() });
     let mut answers = Answers::new(flow, true);
     let (mut stream, mut transfers, mut now, mut stopped) = (Vec::new(), Vec::new(), Duration::ZERO, false);
+    let mut answered = Duration::ZERO;
     for _ in 0..10_000 {
         now += Duration::from_millis(1);
         match core.poll(now, Some(&mut answers)) {
             Action::End(result) => {
-                result.unwrap();
-                return (stream, transfers, core);
+                let since_answer = now - answered;
+                return Outcome { stream, transfers, core, result, since_answer };
             }
+            Action::Resume => core.resumed(Ok(())),
             Action::ReadLog => core.found(0, 0, 0),
             Action::Send { .. } | Action::SendEnd => {
                 let bytes = core.stream().take();
@@ -56,9 +75,13 @@ fn run(release: QemuVersion, mut device: Device, transfer: bool) -> (Vec<u8>, Ve
                         answers.message(Message::Pong { value: agreed }, 0);
                     }
                 }
-                // What answers INIT_DATA_SENT.
+                // What answers INIT_DATA_SENT, and the PING after it.
                 if bytes.windows(8).any(|window| window == 0xffff_ffff_ef10_0005_u64.to_be_bytes()) {
-                    answers.message(Message::SwitchoverAck, 0);
+                    if agrees {
+                        answers.message(Message::SwitchoverAck, 0);
+                    }
+                    answers.message(Message::Pong { value: crate::handover::INITIAL_DATA }, 0);
+                    answered = now;
                 }
                 let is_end = matches!(core.phase(), Phase::Ending);
                 stream.extend(bytes);
@@ -175,7 +198,21 @@ fn a_device_without_initial_data_says_so_at_its_first_turn() {
     let (stream, _, core) = run(QemuVersion::NEWEST, Device { initial: 0, dirty: 0, stopcopy: 0 }, false);
     let told = device(&stream);
     assert_eq!(told[3..6], ["Part", "InitDataSent", "switchover"]);
-    assert_eq!(core.initial, [InitialData::Sent]);
+    assert_eq!(core.initial.devices, [Completion::Sent]);
+}
+
+/// As a source towards a QEMU 10.0, which acks once for two devices, where it takes it for an 11.1.
+#[test]
+fn a_destination_that_has_everything_and_does_not_agree_is_an_error_within_a_second() {
+    for (release, flow) in [(QemuVersion::new(10, 0), "as QEMU 10.0 does"), (QemuVersion::NEWEST, "as QEMU 11.1 does")] {
+        let Outcome { result, since_answer, .. } =
+            drive(release, Device { initial: 9, dirty: 0, stopcopy: 3 }, false, false);
+        let error = result.unwrap_err();
+        assert!(matches!(error, MigrationError::SwitchoverAcks { .. }), "{error}");
+        let text = error.to_string();
+        assert!(text.contains("0 of 1 switchover acks came") && text.contains(flow), "{text}");
+        assert!(since_answer <= Duration::from_secs(1), "{since_answer:?}");
+    }
 }
 
 #[test]
