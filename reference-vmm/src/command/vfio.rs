@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use anyhow::{Context, bail, ensure};
 use reference_vmm::devices::pci::MOST_DEVICES;
-use reference_vmm::vfio::{HostDevice, VfioBacking, VfioSlot};
+use reference_vmm::vfio::{HostDevice, MultifdTransfer, VfioBacking, VfioSlot};
 
 use super::options::Options;
 
@@ -56,14 +56,17 @@ fn slot(text: &str, number: usize, iommufds: &BTreeSet<&str>) -> anyhow::Result<
         );
     }
     let migration = on_off_auto(&mut options, "enable-migration")?;
-    let multifd_transfer = on_off_auto(&mut options, "x-migration-multifd-transfer")?;
+    let multifd_transfer = match on_off_auto(&mut options, "x-migration-multifd-transfer")? {
+        None => MultifdTransfer::Auto,
+        Some(true) => MultifdTransfer::On,
+        Some(false) => MultifdTransfer::Off,
+    };
     let events = on_off(&mut options, "migration-events")?.unwrap_or(false);
     if let Some(name) = options.unused().next() {
         bail!("Property '{DRIVER}.{name}' not found");
     }
     let backing = VfioBacking::Host(HostDevice { sysfsdev, iommufd, migration });
-    // QEMU's auto is on wherever there are page channels.
-    Ok(VfioSlot { id, backing, multifd_transfer: multifd_transfer.unwrap_or(true), events })
+    Ok(VfioSlot { id, backing, multifd_transfer, events })
 }
 
 /// `DEVICE[.FUNCTION]`, in hexadecimal.
@@ -118,11 +121,11 @@ mod tests {
             VfioBacking::Model { .. } => panic!("a model"),
         };
         assert_eq!(host(&slots[0]), HostDevice { sysfsdev: "/sys/x".into(), iommufd: None, migration: None });
-        assert_eq!((&slots[0].id, slots[0].multifd_transfer, slots[0].events), (&None, true, false));
+        assert_eq!((&slots[0].id, slots[0].multifd_transfer, slots[0].events), (&None, MultifdTransfer::Auto, false));
         let iommufd = Some("fd0".to_owned());
         assert_eq!(host(&slots[1]), HostDevice { sysfsdev: "/sys/y".into(), iommufd, migration: Some(true) });
         let second = (slots[1].id.as_deref(), slots[1].multifd_transfer, slots[1].events);
-        assert_eq!(second, (Some("vf0"), false, true));
+        assert_eq!(second, (Some("vf0"), MultifdTransfer::Off, true));
         assert!(is_vfio("vfio-pci,sysfsdev=/x") && is_vfio("sysfsdev=/x,driver=vfio-pci"));
         assert!(!is_vfio("virtio-rng-device") && !is_vfio("vfio-pci-nohotplug,sysfsdev=/x"));
     }

@@ -29,8 +29,9 @@ impl Guest for Machine {
             unsafe { VolatileSlice::new(block.host_address(), block.used_length() as usize) }
         };
         // The firmware is loaded before a migration arrives; all other blocks are empty until the guest runs, but for a file that
-        // others have written.
-        let pristine = |b: &RamBlock| b.name() != BIOS && b.is_fresh() && !self.has_kernel();
+        // others have written, and for what devices of the host write.
+        let alone = !self.has_kernel() && self.vfio().logs().is_empty();
+        let pristine = |b: &RamBlock| b.name() != BIOS && b.is_fresh() && alone;
         let blocks = self.memory().blocks().iter();
         blocks.map(|b| RamView { name: b.name(), memory: view(b), pristine: pristine(b) }).collect()
     }

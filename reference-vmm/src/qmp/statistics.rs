@@ -1,6 +1,6 @@
 //! What `query-migrate` returns, with QEMU's names (QMP reference of QEMU 11.1).
 
-use qevm_migration::{RamStatistics, Statistics, Status};
+use qevm_migration::{PartStatistics, RamStatistics, Statistics, Status};
 use serde_json::{Map, Value, json};
 use std::time::Duration;
 
@@ -20,6 +20,9 @@ pub(super) fn outgoing(statistics: &Statistics) -> Value {
     if under_way {
         // RAM, and devices whose state goes in parts; that of the others is a few kilobytes at the end.
         put("remaining", statistics.ram.remaining.saturating_add(statistics.devices_remaining).into());
+        if !statistics.parts.is_empty() {
+            put("x-parts", statistics.parts.iter().map(part).collect());
+        }
         if let Some(per_cent) = statistics.throttled {
             put("cpu-throttle-percentage", per_cent.into());
         }
@@ -50,12 +53,17 @@ pub(super) fn incoming(statistics: &Statistics) -> Value {
     }
 }
 
+/// An extension: what QEMU's `remaining` consists of.
+fn part(part: &PartStatistics) -> Value {
+    json!({ "name": part.name, "remaining": part.remaining, "rate": part.rate, "stalled": part.stalled })
+}
+
 fn ram(ram: &RamStatistics) -> Value {
     json!({
         "total": ram.total,
         "postcopy-requests": ram.postcopy_requests,
         "dirty-sync-count": ram.dirty_sync_count,
-        "multifd-bytes": 0,
+        "multifd-bytes": ram.multifd_bytes,
         "pages-per-second": ram.pages_per_second,
         "downtime-bytes": ram.downtime_bytes,
         "page-size": ram.page_size,

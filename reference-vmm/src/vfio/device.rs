@@ -16,10 +16,22 @@ pub struct VfioSlot {
     pub id: Option<String>,
     /// What it is.
     pub backing: VfioBacking,
-    /// What is left of its state at the switchover goes over page channels, where there are such (`x-migration-multifd-transfer`).
-    pub multifd_transfer: bool,
+    /// Whether what is left of its state at the switchover goes over page channels (`x-migration-multifd-transfer`).
+    pub multifd_transfer: MultifdTransfer,
     /// Its states are told as events VFIO_MIGRATION (`migration-events`).
     pub events: bool,
+}
+
+/// When a device's state goes over page channels.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum MultifdTransfer {
+    /// Never.
+    Off,
+    /// Where there are such.
+    #[default]
+    Auto,
+    /// Always: without capability `multifd` there is no migration.
+    On,
 }
 
 /// What a device of the machine is made of.
@@ -44,11 +56,16 @@ pub struct VfioDevice {
     /// Its place among those without an id, which is its name in QEMU's object tree.
     anonymous: usize,
     migration: Result<Migration, String>,
-    multifd_transfer: bool,
+    multifd_transfer: MultifdTransfer,
     events: bool,
 }
 
 impl VfioDevice {
+    /// When its state goes over page channels.
+    pub fn multifd_transfer(&self) -> MultifdTransfer {
+        self.multifd_transfer
+    }
+
     /// Its name in messages.
     pub fn name(&self) -> &str {
         self.id.as_deref().unwrap_or(&self.idstr)
@@ -254,7 +271,7 @@ impl IterativeDevice for VfioDevice {
     }
 
     fn multifd_transfer(&self) -> bool {
-        self.multifd_transfer
+        self.multifd_transfer != MultifdTransfer::Off
     }
 
     fn initial(&self) -> u64 {

@@ -16,7 +16,7 @@ mod state;
 #[cfg(test)]
 mod tests;
 
-pub use device::{VfioBacking, VfioDevice, VfioDevices, VfioSlot};
+pub use device::{MultifdTransfer, VfioBacking, VfioDevice, VfioDevices, VfioSlot};
 pub use dma::{DmaLog, Tracking};
 pub use double::{Double, Fault, Garbage, Shape};
 pub use driver::{DataFile, Driver, PrecopyInfo};

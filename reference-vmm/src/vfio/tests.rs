@@ -337,4 +337,14 @@ fn whoever_watches_is_told_of_each_state() {
     send(&device).unwrap_err();
     go_on(&device).unwrap();
     assert_eq!(*seen.lock().unwrap(), ["pre-copy", "pre-copy-p2p", "error", "running"]);
+    // At a destination, as seen of QEMU 11.1.
+    let (_, from) = self::device(SHAPE);
+    let state = send(&from).unwrap();
+    seen.lock().unwrap().clear();
+    device.receive().unwrap();
+    state.chunks(CHUNK).for_each(|piece| device.load(piece).unwrap());
+    device.loaded().unwrap();
+    device.resume().unwrap();
+    device.run().unwrap();
+    assert_eq!(*seen.lock().unwrap(), ["resuming", "running-p2p", "running"]);
 }

@@ -27,6 +27,7 @@ impl Vmm {
     /// [`Incoming::open`] says. Another address may be tried then.
     pub fn listen(self: &Arc<Self>, address: &Address, exit_on_error: bool) -> Result<(), MigrationError> {
         check_transport(address, self.outgoing())?;
+        self.check_devices()?;
         let entrance = match address {
             Address::Tcp { .. } | Address::Unix(_) => Entrance::Socket(Listener::bind(address)?),
             _ => Entrance::Open(Box::new(Incoming::open(address, self.outgoing(), &mut *self.descriptors())?)),

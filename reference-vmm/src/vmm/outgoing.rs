@@ -30,6 +30,7 @@ impl Vmm {
         if let Some(reason) = self.blockers().into_iter().next() {
             return Err(Refused::Blocked(reason).into());
         }
+        self.check_devices()?;
         check_transport(&address, &self.outgoing)?;
         // Once more, for the migration before may have ended meanwhile, with the guest gone.
         self.outgoing.begin_if(|status| legality::check(legality::MIGRATE, &self.situation_with(status)))?;

@@ -1,7 +1,8 @@
-//! QEMU's event VFIO_MIGRATION.
+//! VFIO devices of a machine that migrates: what they do not go with, and QEMU's event VFIO_MIGRATION.
 
 use super::{Event, Vmm};
-use crate::vfio::DeviceState;
+use crate::vfio::{DeviceState, MultifdTransfer, VfioDevice};
+use qevm_migration::Refused;
 use serde_json::json;
 use std::sync::Arc;
 
@@ -17,5 +18,28 @@ pub(super) fn tell_of_states(vmm: &Arc<Vmm>) {
                 vmm.emit(Event::now("VFIO_MIGRATION", Some(data)));
             }
         }));
+    }
+}
+
+impl Vmm {
+    /// Refuses a migration that a VFIO device cannot be part of with these capabilities.
+    ///
+    /// # Errors
+    /// [`Refused::Blocked`], with QEMU's words where it has any (11.1).
+    pub(super) fn check_devices(&self) -> Result<(), Refused> {
+        let capabilities = self.outgoing.capabilities();
+        let blocked = |device: &VfioDevice, why: &str| Err(Refused::Blocked(format!("{}: {why}", device.name())));
+        for device in self.machine.vfio().all() {
+            if capabilities.postcopy_ram {
+                return blocked(device, "VFIO migration is not supported with postcopy migration");
+            }
+            if capabilities.background_snapshot {
+                return blocked(device, "VFIO migration is not supported with background snapshot");
+            }
+            if device.multifd_transfer() == MultifdTransfer::On && !capabilities.multifd {
+                return blocked(device, "x-migration-multifd-transfer=on needs capability multifd, which is off");
+            }
+        }
+        Ok(())
     }
 }

@@ -16,7 +16,9 @@ use reference_vmm::devices::pci::{BarKind, ConfigOnly, ConfigSpace, Function, Id
 use reference_vmm::machine::Machine;
 use reference_vmm::sections;
 use reference_vmm::state::MachineState;
-use reference_vmm::vfio::{DeviceState, Double, Fault, Garbage, Shape, Support, VfioBacking, VfioSlot};
+use reference_vmm::vfio::{
+    DeviceState, Double, Fault, Garbage, MultifdTransfer, Shape, Support, VfioBacking, VfioSlot,
+};
 use reference_vmm::vmm::{Event, RunState, Vmm};
 use rustix::io::Errno;
 
@@ -71,7 +73,7 @@ fn slot(id: Option<&str>, double: &Double) -> VfioSlot {
     VfioSlot {
         id: id.map(str::to_owned),
         backing: VfioBacking::Model { function: mtty(), driver: Ok(Box::new(double.clone())), log: None },
-        multifd_transfer: true,
+        multifd_transfer: MultifdTransfer::Auto,
         events: true,
     }
 }
@@ -320,6 +322,24 @@ fn block_migration() {
     assert!(blockers[1].contains("0000:00:02.0/vfio") && blockers[1].contains("P2P"), "{blockers:?}");
     let error = vmm.migrate("unix:/nowhere".parse().unwrap()).unwrap_err().to_string();
     assert!(error.contains("'vf0'"), "{error}");
+    let double = Double::new("one", SHAPE);
+    let Guest { machine, .. } = Guest::configured(MEMORY, 1, PAYLOAD, |config| {
+        let slot = VfioSlot { multifd_transfer: MultifdTransfer::On, ..slot(Some("vf0"), &double) };
+        (config.pcie, config.vfio) = (true, vec![slot]);
+    });
+    let vmm = Vmm::new(machine, Profile::new(QemuVersion::NEWEST, "microvm"), false);
+    let error = vmm.migrate("unix:/nowhere".parse().unwrap()).unwrap_err().to_string();
+    assert!(error.contains("vf0: x-migration") && error.contains("needs capability multifd"), "{error}");
+    for (capability, what) in [("postcopy-ram", "postcopy migration"), ("background-snapshot", "background snapshot")] {
+        vmm.set_capabilities([(capability, true)]).unwrap();
+        for error in [
+            vmm.migrate("unix:/nowhere".parse().unwrap()).unwrap_err().to_string(),
+            vmm.listen(&"unix:/nowhere".parse().unwrap(), false).unwrap_err().to_string(),
+        ] {
+            assert!(error.contains(&format!("vf0: VFIO migration is not supported with {what}")), "{error}");
+        }
+        vmm.set_capabilities([(capability, false)]).unwrap();
+    }
     // One without P2P moves alone.
     let (from, to) = Side::pair(&[Shape { support: Support { p2p: false, ..ALL }, ..SHAPE }]);
     assert!(from.vmm.blockers().is_empty());

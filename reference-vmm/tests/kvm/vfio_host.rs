@@ -10,7 +10,8 @@ use reference_vmm::Error;
 use reference_vmm::devices::pci::{ConfigOnly, ConfigSpace, Identity};
 use reference_vmm::machine::{Machine, MachineConfig};
 use reference_vmm::vfio::{
-    DeviceState, DmaLog, Double, HostDevice, HostDeviceError, Shape, Support, Tracking, VfioBacking, VfioSlot,
+    DeviceState, DmaLog, Double, HostDevice, HostDeviceError, MultifdTransfer, Shape, Support, Tracking, VfioBacking,
+    VfioSlot,
 };
 use reference_vmm::vmm::{RunState, Vmm};
 use rustix::io::Errno;
@@ -26,7 +27,12 @@ pub(crate) const TESTS: &[Test] = &[
 ];
 
 fn refusal(device: HostDevice, pcie: bool) -> Error {
-    let slot = VfioSlot { id: None, backing: VfioBacking::Host(device), multifd_transfer: true, events: false };
+    let slot = VfioSlot {
+        id: None,
+        backing: VfioBacking::Host(device),
+        multifd_transfer: MultifdTransfer::Auto,
+        events: false,
+    };
     let config = MachineConfig { memory: 32 << 20, pcie, vfio: vec![slot], ..MachineConfig::default() };
     Machine::new(config).err().expect("a machine without its device")
 }
@@ -128,7 +134,7 @@ fn machine(device: &Double, log: Option<Arc<Log>>, incoming: bool) -> Arc<Vmm> {
     let driver = Ok(Box::new(device.clone()) as Box<_>);
     let log = log.map(|log| Box::new(Shared(log)) as Box<dyn DmaLog>);
     let backing = VfioBacking::Model { function, driver, log };
-    let slot = VfioSlot { id: Some("vf0".into()), backing, multifd_transfer: true, events: false };
+    let slot = VfioSlot { id: Some("vf0".into()), backing, multifd_transfer: MultifdTransfer::Auto, events: false };
     let Guest { machine, .. } = Guest::configured(MEMORY, 1, "dirty=2M rate=8M pci=1", |config| {
         (config.pcie, config.vfio) = (true, vec![slot]);
     });

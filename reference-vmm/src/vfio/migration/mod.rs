@@ -251,7 +251,11 @@ impl Migration {
         if inner.state == state {
             return;
         }
-        inner.state = state;
+        let before = std::mem::replace(&mut inner.state, state);
+        if (before, state) == (DeviceState::Resuming, DeviceState::Stop) {
+            // A QEMU's device goes on from RESUMING when its guest does, and STOP is not told of.
+            return;
+        }
         if let Some(watcher) = &*self.watcher.lock().unwrap_or_else(PoisonError::into_inner) {
             watcher(state);
         }
