@@ -1,4 +1,4 @@
-//! `driver PLAN`: runs the plan in the file, and prints the report as one line.
+//! `driver PLAN`: runs the plan in the file, and prints a report of each migration as one line.
 
 use std::process::ExitCode;
 
@@ -6,10 +6,7 @@ use anyhow::{Context, Result};
 
 fn main() -> ExitCode {
     match report() {
-        Ok(line) => {
-            println!("{}{line}", qevm_lab::Report::MARK);
-            ExitCode::SUCCESS
-        }
+        Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             println!("driver: {error:#}");
             ExitCode::FAILURE
@@ -17,9 +14,12 @@ fn main() -> ExitCode {
     }
 }
 
-fn report() -> Result<String> {
+fn report() -> Result<()> {
     let path = std::env::args_os().nth(1).context("usage: driver PLAN")?;
     let text = std::fs::read(&path).with_context(|| format!("reading {}", path.display()))?;
     let plan = serde_json::from_slice(&text).with_context(|| format!("the plan {}", path.display()))?;
-    Ok(serde_json::to_string(&qevm_lab::run(&plan)?)?)
+    for report in qevm_lab::run(&plan)? {
+        println!("{}{}", qevm_lab::Report::MARK, serde_json::to_string(&report)?);
+    }
+    Ok(())
 }

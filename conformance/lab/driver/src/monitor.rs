@@ -25,9 +25,10 @@ pub(crate) struct Running {
 }
 
 impl Running {
-    pub(crate) fn start(monitor: &Monitor, side: Side, scratch: &Path) -> Result<Running> {
-        let name = if side == Side::Source { "source" } else { "destination" };
-        let file = |suffix: &str| scratch.join(format!("{name}.{suffix}"));
+    /// Starts the monitor at this place of the trip; all but the first wait for the guest.
+    pub(crate) fn start(monitor: &Monitor, stop: usize, scratch: &Path) -> Result<Running> {
+        let side = if stop == 0 { Side::Source } else { Side::Destination };
+        let file = |suffix: &str| scratch.join(format!("stop-{stop}.{suffix}"));
         let (socket, serial, stderr) = (file("qmp"), file("serial"), file("stderr"));
         for old in [&socket, &serial] {
             let _ = fs::remove_file(old);
@@ -63,7 +64,7 @@ impl Running {
             Err(error) => {
                 let _ = child.kill();
                 let _ = child.wait();
-                Err(error.context(format!("the {name} does not start: {}", text(&stderr).trim())))
+                Err(error.context(format!("stop {stop} does not start: {}", text(&stderr).trim())))
             }
         }
     }

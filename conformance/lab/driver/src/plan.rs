@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-/// One of the two monitors.
+/// One of the two monitors of a migration.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Side {
@@ -48,8 +48,8 @@ pub struct Monitor {
 /// A mediated device, made for the job and removed after it.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Device {
-    /// Whose it is.
-    pub side: Side,
+    /// Whose it is, by its place on the trip.
+    pub stop: usize,
     /// Its name under `/sys/bus/mdev/devices`.
     pub uuid: String,
     /// Its driver: `testdev` or `mtty`.
@@ -76,25 +76,23 @@ pub struct Change {
 /// What is run.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Plan {
-    /// The monitor at the source.
-    pub source: Monitor,
-    /// The monitor at the destination.
-    pub destination: Monitor,
-    /// The devices of both.
+    /// The monitors that the guest runs on, one after the other: two at least.
+    pub stops: Vec<Monitor>,
+    /// The devices of all.
     pub devices: Vec<Device>,
-    /// What the source's guest prints when it is ready to go.
+    /// What the guest prints where it starts when it is ready to go.
     pub ready: String,
     /// What the guest prints again and again, so often that it must appear twice at the destination.
     pub beat: String,
-    /// Milliseconds that the guest runs, after it is ready, before the destination is started; at least 4,000.
+    /// Milliseconds that the guest runs at each stop, after it is ready, before the next is started; at least 4,000.
     pub before_ms: u64,
     /// Milliseconds that the guest is watched after it has arrived.
     pub after_ms: u64,
-    /// Changes on the way, by time.
+    /// Changes on the way to the last stop, by time.
     pub changes: Vec<Change>,
     /// Seconds, by the machine's clock, after which the migration is cancelled.
     pub limit_s: u64,
-    /// Keep every byte of the migration in this folder.
+    /// Keep every byte of the migration to the last stop in this folder.
     pub record: Option<String>,
 }
 
@@ -111,7 +109,7 @@ pub struct Happened {
     pub ms: f64,
 }
 
-/// What was seen.
+/// What was seen of one migration.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Report {
     /// How the migration ended at the source: `completed`, `failed`, `cancelled`; `limit` when it had to be cancelled.

@@ -1,4 +1,4 @@
-//! The migration itself.
+//! The migrations themselves.
 
 use std::path::Path;
 use std::thread;
@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 use crate::device::{self, Made};
 use crate::monitor::Running;
 use crate::patience::PATIENCE;
-use crate::plan::{Happened, Plan, Report, Side};
+use crate::plan::{Change, Happened, Plan, Report, Side};
 use crate::qmp::QmpError;
 use crate::record;
 
@@ -23,25 +23,42 @@ const POLL: Duration = Duration::from_millis(100);
 const OLDER: Duration = Duration::from_secs(4);
 const ENDS: [&str; 3] = ["completed", "failed", "cancelled"];
 
-/// Does what the plan says.
+/// Does what the plan says. A trip ends with the first migration that is not completed.
 ///
 /// # Errors
 /// A device cannot be made, a monitor does not start, or the guest does not get ready: nothing that a migration could be blamed for.
-pub fn run(plan: &Plan) -> Result<Report> {
+pub fn run(plan: &Plan) -> Result<Vec<Report>> {
     let made = plan.devices.iter().map(Made::new).collect::<Result<Vec<_>>>()?;
     let scratch = Path::new(SCRATCH);
-    let mut source = Running::start(&plan.source, Side::Source, scratch)?;
-    source.configure(&plan.source)?;
-    wait(&mut source, "the source's guest does not get ready", |serial| serial.contains(&plan.ready))?;
-    thread::sleep(Duration::from_millis(plan.before_ms).max(OLDER));
-    let mut destination = Running::start(&plan.destination, Side::Destination, scratch)?;
-    destination.configure(&plan.destination)?;
+    let mut source = Running::start(plan.stops.first().context("a trip to nowhere")?, 0, scratch)?;
+    source.configure(&plan.stops[0])?;
+    wait(&mut source, "the guest does not get ready", |serial| serial.contains(&plan.ready))?;
+    let mut reports = Vec::new();
+    for stop in 1..plan.stops.len() {
+        thread::sleep(Duration::from_millis(plan.before_ms).max(OLDER));
+        let mut destination = Running::start(&plan.stops[stop], stop, scratch)?;
+        destination.configure(&plan.stops[stop])?;
+        let report = migrate(plan, &made, &mut source, &mut destination, stop + 1 == plan.stops.len())?;
+        let arrived = report.status == "completed";
+        reports.push(report);
+        if !arrived {
+            break;
+        }
+        // The devices cannot go before their users have; the source's goes with the monitor.
+        source = destination;
+        source.side = Side::Source;
+    }
+    drop(source);
+    Ok(reports)
+}
 
-    let (front, back) = (scratch.join("front"), scratch.join("incoming"));
+/// One migration. What changes on the way, and what is recorded, is of the `last` one.
+fn migrate(plan: &Plan, made: &[Made], source: &mut Running, destination: &mut Running, last: bool) -> Result<Report> {
+    let (front, back) = (Path::new(SCRATCH).join("front"), Path::new(SCRATCH).join("incoming"));
     let _ = std::fs::remove_file(&back);
     let uri = |path: &Path| json!({ "uri": format!("unix:{}", path.display()) });
     destination.qmp.execute("migrate-incoming", uri(&back)).context("migrate-incoming")?;
-    let to = match &plan.record {
+    let to = match plan.record.as_ref().filter(|_| last) {
         Some(folder) => {
             record::start(&front, &back, Path::new(folder))?;
             &front
@@ -49,38 +66,36 @@ pub fn run(plan: &Plan) -> Result<Report> {
         None => &back,
     };
     let began = Began { at: Instant::now(), since_epoch: SystemTime::now().duration_since(UNIX_EPOCH)? };
+    // What has happened before is not this migration's.
+    collect(source, &began, &mut Vec::new());
     let mut events = Vec::new();
     source.qmp.execute("migrate", uri(to)).context("migrate")?;
-    let (status, migration) = watch(plan, &began, &mut source, &mut destination, &mut events)?;
+    let changes = if last { &plan.changes[..] } else { &[] };
+    let (status, migration) = watch(plan, changes, &began, source, destination, &mut events)?;
     if status == "completed" {
         let beats = |serial: &str| serial.matches(&plan.beat).count() >= 2;
         // Whether the guest runs is for the judge to say.
-        let _ = wait(&mut destination, "", beats);
+        let _ = wait(destination, "", beats);
     }
     thread::sleep(Duration::from_millis(plan.after_ms));
     let (left, arrived) = (source.ask("query-status"), destination.ask("query-status"));
-    for side in [&mut source, &mut destination] {
+    for side in [&mut *source, &mut *destination] {
         collect(side, &began, &mut events);
     }
     events.sort_by(|a, b| a.ms.total_cmp(&b.ms));
-    let counters = made.iter().filter_map(|d| Some((d.uuid().to_owned(), d.counters()?))).collect();
-    let states = made.iter().filter_map(|d| Some((d.uuid().to_owned(), d.state()?))).collect();
-    let report = Report {
+    Ok(Report {
         status,
         migration,
         arrived,
         left,
         events,
-        counters,
-        states,
+        counters: made.iter().filter_map(|d| Some((d.uuid().to_owned(), d.counters()?))).collect(),
+        states: made.iter().filter_map(|d| Some((d.uuid().to_owned(), d.state()?))).collect(),
         source_serial: source.serial(),
         destination_serial: destination.serial(),
         source_stderr: source.stderr(),
         destination_stderr: destination.stderr(),
-    };
-    // The devices cannot go before their users have.
-    drop((source, destination));
-    Ok(report)
+    })
 }
 
 struct Began {
@@ -90,12 +105,13 @@ struct Began {
 
 fn watch(
     plan: &Plan,
+    changes: &[Change],
     began: &Began,
     source: &mut Running,
     destination: &mut Running,
     events: &mut Vec<Happened>,
 ) -> Result<(String, Value)> {
-    let mut changes = plan.changes.iter().peekable();
+    let mut changes = changes.iter().peekable();
     let mut over = false;
     loop {
         let passed = began.at.elapsed();

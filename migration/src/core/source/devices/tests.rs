@@ -204,7 +204,8 @@ fn a_device_without_initial_data_says_so_at_its_first_turn() {
 /// As a source towards a QEMU 10.0, which acks once for two devices, where it takes it for an 11.1.
 #[test]
 fn a_destination_that_has_everything_and_does_not_agree_is_an_error_within_a_second() {
-    for (release, flow) in [(QemuVersion::new(10, 0), "as QEMU 10.0 does"), (QemuVersion::NEWEST, "as QEMU 11.1 does")] {
+    for (release, flow) in [(QemuVersion::new(10, 0), "as QEMU 10.0 does"), (QemuVersion::NEWEST, "as QEMU 11.1 does")]
+    {
         let Outcome { result, since_answer, .. } =
             drive(release, Device { initial: 9, dirty: 0, stopcopy: 3 }, false, false);
         let error = result.unwrap_err();

@@ -1,0 +1,142 @@
+//! The trips.
+
+use qevm_lab::Side;
+use serde_json::json;
+
+use super::{Case, Memory};
+use crate::lab::machine::Boot;
+
+pub(super) const NEW: &str = "11.1";
+pub(super) const OLD: &str = "10.0";
+
+/// Right and wrong.
+pub(in crate::lab) fn cases() -> Vec<Case> {
+    use Side::{Destination, Source};
+    const LARGE: u64 = 4 << 20;
+    vec![
+        Case::new("vfio-mtty", NEW, NEW).mtty(),
+        Case::new("vfio-mtty-ack", NEW, NEW).mtty().ack(),
+        Case::new("vfio-plain", NEW, NEW),
+        // The source has to wait until the destination has loaded the initial data.
+        Case { earliest_stop_ms: 1000, ..Case::new("vfio-ack", NEW, NEW).ack() }.set(
+            Destination,
+            "load_initial_ms",
+            1000,
+        ),
+        Case { earliest_stop_ms: 2000, ..Case::new("vfio-reinit", NEW, NEW).ack() }
+            .set(Destination, "load_initial_ms", 1000)
+            // At once after the first ones: QEMU fails a migration whose device asks anew when it has decided to switch over.
+            .set(Source, "dirty_rounds", 0)
+            .set(Source, "reinits", 1),
+        Case { on_channels: LARGE, ..Case::new("vfio-multifd", NEW, NEW).multifd() }.set(Source, "final_size", LARGE),
+        Case {
+            options: ",x-migration-multifd-transfer=off",
+            at_most_on_channels: LARGE - 1,
+            ..Case::new("vfio-multifd-off", NEW, NEW).multifd()
+        }
+        .set(Source, "final_size", LARGE),
+        Case { flags: 1, ..Case::new("vfio-stop-copy", NEW, NEW) },
+        Case { flags: 3, ..Case::new("vfio-p2p", NEW, NEW) },
+        Case { devices: 2, ..Case::new("vfio-two-devices", NEW, NEW).ack() },
+        Case::new("vfio-10.0-to-11.1", OLD, NEW).ack(),
+        Case::new("vfio-11.1-to-10.0", NEW, OLD).ack(),
+        // By way of reference-vmm. Linux's sample device first: nothing but its state.
+        Case::visit("vfio-visit-mtty", NEW).mtty(),
+        Case::visit("vfio-visit-plain", NEW),
+        Case { earliest_stop_ms: 1000, ..Case::visit("vfio-visit-ack", NEW).ack() }.set(
+            Destination,
+            "load_initial_ms",
+            1000,
+        ),
+        Case { legacy_acks: true, earliest_stop_ms: 1000, ..Case::visit("vfio-visit-ack-legacy", NEW).ack() }.set(
+            Destination,
+            "load_initial_ms",
+            1000,
+        ),
+        Case { on_channels: LARGE, ..Case::visit("vfio-visit-multifd", NEW).multifd().ack() }.set(
+            Source,
+            "final_size",
+            LARGE,
+        ),
+        Case {
+            options: ",x-migration-multifd-transfer=on",
+            on_channels: LARGE,
+            ..Case::visit("vfio-visit-multifd-on", NEW).multifd()
+        }
+        .set(Source, "final_size", LARGE),
+        Case {
+            options: ",x-migration-multifd-transfer=off",
+            at_most_on_channels: LARGE - 1,
+            ..Case::visit("vfio-visit-multifd-off", NEW).multifd()
+        }
+        .set(Source, "final_size", LARGE),
+        Case { flags: 1, ..Case::visit("vfio-visit-stop-copy", NEW) },
+        Case { flags: 3, ..Case::visit("vfio-visit-p2p", NEW) },
+        Case { devices: 2, ..Case::visit("vfio-visit-two-devices", NEW).ack() },
+        Case { iommufd: true, ..Case::visit("vfio-visit-iommufd", NEW).ack() },
+        Case { accel: "kvm,dirty-ring-size=4096", ..Case::visit("vfio-visit-ring", NEW) },
+        Case::visit("vfio-visit-10.0", OLD),
+        Case::visit("vfio-visit-10.0-ack", OLD).ack(),
+        Case { on_channels: LARGE, ..Case::visit("vfio-visit-10.0-multifd", OLD).multifd() }.set(
+            Source,
+            "final_size",
+            LARGE,
+        ),
+        // The container's log, and none at all.
+        Case { devices: 2, ..Case::visit("vfio-visit-10.0-two-devices", OLD).ack() },
+        Case::visit("vfio-visit-container-log", NEW).set(Source, "log_offered", 0),
+        // The check of the guest's memory must fail. While the source waits for the ack, every page is written again.
+        Case { memory: Memory::Stale, ..Case::new("vfio-log-off", NEW, NEW).ack() }.set(
+            Destination,
+            "load_initial_ms",
+            1000,
+        ),
+    ]
+}
+
+/// What is kept for tests that have no such machine.
+pub(in crate::lab) fn recordings() -> Vec<Case> {
+    let record = |case: Case| Case { record: true, ..case.mtty() };
+    vec![
+        record(Case::new("record-11.1-plain", NEW, NEW)),
+        record(Case::new("record-11.1-ack", NEW, NEW).ack()),
+        record(Case { devices: 2, ..Case::new("record-11.1-two-devices", NEW, NEW).ack() }),
+        record(Case::new("record-11.1-multifd", NEW, NEW).ack().multifd()),
+        record(Case::new("record-10.0-ack", OLD, OLD).ack()),
+        record(Case::new("record-10.0-multifd", OLD, OLD).multifd()),
+    ]
+}
+
+/// Figures, by the number of instructions: a device whose initial data take 1,480 ms to load, with and without switchover-ack.
+pub(in crate::lab) fn figures() -> Vec<Case> {
+    use Side::{Destination, Source};
+    let slow = |case: Case| {
+        Case { boot: Boot::Counted, parameters: json!({ "downtime-limit": 1000, "max-bandwidth": 0 }), ..case }
+            .set(Source, "initial_size", 15 << 20)
+            .set(Source, "final_size", 1 << 20)
+            .set(Source, "dirty_rounds", 0)
+            .set(Destination, "load_initial_ms", 1480)
+    };
+    vec![
+        slow(Case::new("figures-16M-no-ack", NEW, NEW)),
+        slow(Case::new("figures-16M-ack", NEW, NEW).ack()),
+        slow(Case::new("figures-16M-no-ack-10.0", OLD, OLD)),
+        slow(Case::new("figures-16M-ack-10.0", OLD, OLD).ack()),
+    ]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::RECORDING;
+    use super::*;
+
+    #[test]
+    fn jobs_have_names_of_their_own_and_recordings_are_told_by_them() {
+        let mut names: Vec<_> = cases().iter().chain(&recordings()).chain(&figures()).map(|case| case.name).collect();
+        names.sort_unstable();
+        let count = names.len();
+        names.dedup();
+        assert_eq!(names.len(), count);
+        assert!(recordings().iter().all(|case| case.name.starts_with(RECORDING) && case.record));
+    }
+}

@@ -1,0 +1,232 @@
+//! The judge of trips with VFIO devices.
+
+use anyhow::{Context, Result, ensure};
+use qevm_lab::{Report, Side};
+use reference_vmm::payload::Progress;
+use serde_json::{Value, json};
+
+use super::{Case, Memory, PRECOPY, Stop};
+
+impl Case {
+    /// What is wrong with the migration from this stop to the next, or numbers.
+    fn judge(&self, report: &Report, stop: usize) -> Result<Value> {
+        self.judge_ends(report)?;
+        let passes = judge_guest(report)?;
+        let mut devices = Vec::new();
+        for number in 0..self.devices {
+            self.judge_states(report, number).with_context(|| format!("device {}", Case::id(number)))?;
+            if self.driver == "testdev" {
+                let judged = self.judge_device(report, stop, number);
+                devices.push(judged.with_context(|| format!("device {}", Case::id(number)))?);
+            }
+        }
+        if matches!(self.path[stop], Stop::Reference(_)) {
+            // Of all devices, in sections and on channels.
+            let told = report.migration["vfio"]["transferred"].as_u64().unwrap_or_default();
+            let read = (0..self.devices).map(|number| report.counter(&Case::uuid(stop, number), "read_bytes"));
+            let read = read.sum::<i64>() as u64;
+            let most = read + 5000 * self.devices as u64;
+            ensure!(self.driver != "testdev" || (read..most).contains(&told), "{told} bytes of {read} are told");
+        }
+        let channels = report.migration["ram"]["multifd-bytes"].as_u64().unwrap_or_default();
+        ensure!(channels >= self.on_channels, "{channels} bytes on page channels, and not {}", self.on_channels);
+        ensure!(channels <= self.at_most_on_channels, "{channels} bytes on page channels");
+        let ms = |event: &str, side| report.event(side, event, 0.0).map(|event| event.ms);
+        let (stop, resume) =
+            ms("STOP", Side::Source).zip(ms("RESUME", Side::Destination)).context("no STOP or RESUME")?;
+        ensure!(stop >= self.earliest_stop_ms as f64, "the guest was stopped {stop:.0} ms after the start");
+        let running = (0..self.devices).filter_map(|number| {
+            let states = report.device_states(Side::Destination, &Case::id(number));
+            states.iter().rev().find(|(state, _)| *state == "running").map(|(_, ms)| *ms)
+        });
+        let running = running.fold(resume, f64::max);
+        Ok(json!({
+            "stop_to_resume_ms": (resume - stop).round(),
+            "stop_to_running_ms": (running - stop).round(),
+            "reported_downtime_ms": report.migration["downtime"],
+            "total_ms": report.migration["total-time"],
+            "syncs": report.migration["ram"]["dirty-sync-count"],
+            "passes": passes,
+            "devices": devices,
+        }))
+    }
+
+    fn judge_ends(&self, report: &Report) -> Result<()> {
+        let said = || {
+            let (source, destination) = (report.source_stderr.trim(), report.destination_stderr.trim());
+            format!("{}; source: {source}; destination: {destination}", report.migration)
+        };
+        ensure!(report.status == "completed", "{}: {}", report.status, said());
+        ensure!(report.left["status"] == "postmigrate", "the source is left {}: {}", report.left, said());
+        ensure!(report.arrived["status"] == "running", "the destination is {}: {}", report.arrived, said());
+        Ok(())
+    }
+
+    /// The states of migration, in the order of VFIO's documentation.
+    fn judge_states(&self, report: &Report, number: usize) -> Result<()> {
+        let flags = if self.driver == "mtty" { PRECOPY } else { self.flags };
+        let (there, back): (&[&str], &[&str]) = match flags {
+            7 => (&["pre-copy", "pre-copy-p2p", "stop-copy", "stop"], &["resuming", "running-p2p", "running"]),
+            3 => (&["running-p2p", "stop", "stop-copy", "stop"], &["resuming", "running-p2p", "running"]),
+            _ => (&["stop", "stop-copy", "stop"], &["resuming", "running"]),
+        };
+        for (side, wanted) in [(Side::Source, there), (Side::Destination, back)] {
+            let told = report.device_states(side, &Case::id(number));
+            // QEMU 11 also tells before it sets one.
+            let told: Vec<_> = told.iter().map(|(state, _)| *state).filter(|s| !s.ends_with("-prepare")).collect();
+            ensure!(told == wanted, "its states at the {side:?} were {told:?}, and not {wanted:?}");
+        }
+        Ok(())
+    }
+
+    fn judge_device(&self, report: &Report, stop: usize, number: usize) -> Result<Value> {
+        let [source, destination] = [stop, stop + 1].map(|stop| Case::uuid(stop, number));
+        let count = |uuid: &String, name: &str| report.counter(uuid, name);
+        let exactly = |uuid: &String, name: &str, wanted: i64| -> Result<()> {
+            let found = count(uuid, name);
+            ensure!(found == wanted, "{name} is {found}, and not {wanted}: {:?}", report.counters);
+            Ok(())
+        };
+        exactly(&source, "saves", 1)?;
+        exactly(&destination, "loads", 1)?;
+        exactly(&destination, "load_errors", 0)?;
+        exactly(&destination, "state_bad", 0)?;
+        exactly(&destination, "written_bytes", count(&source, "read_bytes"))?;
+        exactly(&source, "dma_errors", 0)?;
+        exactly(&destination, "dma_errors", 0)?;
+        ensure!(count(&destination, "state_good") > 0, "no state was checked");
+        let state = |uuid: &String| report.states.get(uuid).map(String::as_str);
+        ensure!(state(&destination) == Some("RUNNING"), "it is {:?} at the destination", state(&destination));
+        let written = count(&source, "dma_writes");
+        match self.memory {
+            Memory::Unwatched => {}
+            Memory::Right => {
+                ensure!(written > 0, "it wrote no page");
+                exactly(&destination, "checks_bad", 0)?;
+                exactly(&destination, "checks_good", 1)?;
+                let offered = !self.settings.iter().any(|(_, name, value)| *name == "log_offered" && *value == 0);
+                let told = count(&source, "log_pages") > 0;
+                ensure!(told == offered, "its log told of {} pages", count(&source, "log_pages"));
+            }
+            Memory::Stale => {
+                exactly(&destination, "checks_bad", 1)?;
+                exactly(&source, "log_pages", 0)?;
+            }
+        }
+        if self.settings.iter().any(|(_, name, value)| *name == "reinits" && *value > 0) {
+            ensure!(count(&source, "reinits") > 0, "there were no initial data a second time");
+        }
+        let names = ["data_size", "precopy_info", "log_reports", "log_pages", "dma_writes", "read_bytes"];
+        Ok(names.iter().map(|name| ((*name).to_owned(), json!(count(&source, name)))).collect())
+    }
+}
+
+/// The guest ran at the source and runs at the destination, goes on where it was, by its clock too, and has found all its memory as it
+/// should be.
+fn judge_guest(report: &Report) -> Result<Value> {
+    let progress = |serial: &str| serial.lines().filter_map(Progress::parse).collect::<Vec<_>>();
+    let (before, after) = (progress(&report.source_serial), progress(&report.destination_serial));
+    let last = before.last().context("the guest said nothing at the source")?;
+    let arrived = after.last().context("the guest says nothing at the destination")?;
+    ensure!(after.len() >= 2, "the guest said one line at the destination");
+    ensure!(!report.destination_serial.contains("qevm-payload start"), "the guest started anew");
+    let on = after[0].pass >= last.pass && after[0].ms >= last.ms;
+    ensure!(on, "the guest went back from {last:?} to {:?}", after[0]);
+    ensure!(arrived.pass > after[0].pass || arrived.ticks > after[0].ticks, "the guest stands at {arrived:?}");
+    ensure!(arrived.tsc_back == 0, "the guest's TSC went back: {arrived:?}");
+    ensure!(arrived.stale == 0, "{} stale pages: {}", arrived.stale, report.destination_serial);
+    ensure!(!report.destination_serial.contains("stale-page"), "{}", report.destination_serial);
+    Ok(json!({ "before": last.pass, "after": arrived.pass }))
+}
+
+/// Judges what the driver printed: a report of each migration of the trip.
+pub(in crate::lab) fn judge(case: &Case, said: &str) -> Result<Value> {
+    let lines: Vec<_> = said.lines().filter_map(|line| line.strip_prefix(Report::MARK)).collect();
+    ensure!(!lines.is_empty(), "the driver gave no report");
+    ensure!(lines.len() < case.path.len(), "the driver gave {} reports", lines.len());
+    let mut judged = Vec::new();
+    for (stop, line) in lines.iter().enumerate() {
+        let report = serde_json::from_str(line).context("the driver's report")?;
+        let way = || format!("from {:?} to {:?}", case.path[stop], case.path[stop + 1]);
+        judged.push(case.judge(&report, stop).with_context(way)?);
+    }
+    ensure!(judged.len() + 1 == case.path.len(), "the trip ended after {} migrations", judged.len());
+    Ok(if judged.len() == 1 { judged.remove(0) } else { judged.into() })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What the driver saw of two QEMUs 11.1 in the lab: everything in order, and a device whose log told nothing.
+    const GOOD: &str = include_str!("../../../tests/data/lab/11.1-ack.json");
+    const LOG_OFF: &str = include_str!("../../../tests/data/lab/11.1-log-off.json");
+
+    fn report(text: &str) -> Report {
+        serde_json::from_str(text).unwrap()
+    }
+
+    fn plain() -> Case {
+        Case::new("x", "11.1", "11.1")
+    }
+
+    #[test]
+    fn a_migration_holds_if_device_guest_and_memory_do() {
+        let good = || report(GOOD);
+        assert!(plain().judge(&good(), 0).is_ok(), "{:?}", plain().judge(&good(), 0));
+        let refused = |what: &str, change: &dyn Fn(&mut Report)| {
+            let mut report = good();
+            change(&mut report);
+            let error = plain().judge(&report, 0).expect_err(what);
+            assert!(format!("{error:#}").contains(what), "{what}: {error:#}");
+        };
+        refused("failed", &|r| r.status = "failed".into());
+        refused("the source is left", &|r| r.left = json!({ "status": "running" }));
+        refused("the destination is", &|r| r.arrived = json!({ "status": "paused" }));
+        refused("says nothing", &|r| r.destination_serial.clear());
+        refused("went back", &|r| r.destination_serial = r.source_serial.replace("qevm-payload start", ""));
+        refused("stale", &|r| r.destination_serial = r.destination_serial.replace("stale=0", "stale=1"));
+        refused("its states at the Destination", &|r| r.events.retain(|e| e.data["device-state"] != "running-p2p"));
+        for (name, value) in [
+            ("loads", 0),
+            ("load_errors", 1),
+            ("state_bad", 1),
+            ("written_bytes", 1),
+            ("checks_bad", 1),
+            ("checks_good", 0),
+        ] {
+            let uuid = Case::uuid(1, 0);
+            refused(name, &|r| *r.counters.get_mut(&uuid).unwrap().get_mut(name).unwrap() = value);
+        }
+        let early = Case { earliest_stop_ms: 60_000, ..plain() };
+        assert!(early.judge(&good(), 0).is_err());
+        assert!(Case { on_channels: 1, ..plain() }.judge(&good(), 0).is_err());
+        assert!(Case { devices: 2, ..plain() }.judge(&good(), 0).is_err());
+        assert!(Case { flags: 1, ..plain() }.judge(&good(), 0).is_err());
+    }
+
+    #[test]
+    fn a_device_that_does_not_log_must_be_found_out() {
+        let stale = Case { memory: Memory::Stale, ..plain() };
+        assert!(stale.judge(&report(LOG_OFF), 0).is_ok(), "{:?}", stale.judge(&report(LOG_OFF), 0));
+        assert!(plain().judge(&report(LOG_OFF), 0).is_err());
+        assert!(stale.judge(&report(GOOD), 0).is_err());
+    }
+
+    #[test]
+    fn no_report_is_no_success() {
+        assert!(judge(&plain(), "driver: the source does not start").is_err());
+        assert!(judge(&plain(), &format!("noise\n{}{GOOD}\n", Report::MARK)).is_ok());
+    }
+
+    #[test]
+    fn every_migration_of_a_trip_counts() {
+        let visit = Case::visit("x", "11.1");
+        let one = format!("{}{GOOD}\n", Report::MARK);
+        let error = judge(&visit, &one).unwrap_err().to_string();
+        assert!(error.contains("after 1 migrations"), "{error}");
+        // The second begins where the first ended.
+        let error = format!("{:#}", judge(&visit, &format!("{one}{one}")).unwrap_err());
+        assert!(error.contains("from Reference(\"11.1\") to Qemu"), "{error}");
+    }
+}
