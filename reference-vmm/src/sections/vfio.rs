@@ -12,6 +12,8 @@ pub(super) const VERSION: u32 = 1;
 /// Bytes of a vector in the MSI-X table, and vectors to a byte of the pending bits.
 const VECTOR: usize = 16;
 const PENDING: usize = 8;
+/// Bytes of a configuration space without the extended one.
+const CONVENTIONAL: usize = 256;
 
 /// The section of the device of this number on the bus, which is its place on the command line from 1 on.
 pub(crate) fn idstr(device: usize) -> String {
@@ -24,24 +26,25 @@ pub(super) fn device_of(idstr: &str) -> Option<usize> {
     usize::from_str_radix(number, 16).ok()
 }
 
-/// What the wire does not tell of a function: every device of this bus is PCI Express.
+/// What the wire does not tell of a function: whether it is PCI Express, and how many vectors it has.
 fn facts(state: &PciFunctionState, ctx: &Context) -> Context {
     // 16 bytes and a bit for each.
     let vectors = state.msix.len() * PENDING / (VECTOR * PENDING + 1);
     let mut ctx = ctx.clone();
-    ctx.pci = PciFacts { express: true, msix_vectors: vectors as u16 };
+    ctx.pci = PciFacts { express: state.config.len() > CONVENTIONAL, msix_vectors: vectors as u16 };
     ctx
 }
 
 /// The bytes of a function's state.
 pub(super) fn save(state: &PciFunctionState, ctx: &Context) -> Result<Vec<u8>, String> {
-    let config = state.config.first_chunk().ok_or("its configuration space is too short")?;
-    let pci = PciDevice {
-        config: None,
-        express_config: Some(Box::new(Buffer(*config))),
-        irq_state: PciIrqState(state.levels.map(u32::from)),
-        ..PciDevice::default()
-    };
+    let irq_state = PciIrqState(state.levels.map(u32::from));
+    let mut pci = PciDevice { config: None, express_config: None, irq_state, ..PciDevice::default() };
+    let too_short = "its configuration space is too short";
+    if state.config.len() > CONVENTIONAL {
+        pci.express_config = Some(Box::new(Buffer(*state.config.first_chunk().ok_or(too_short)?)));
+    } else {
+        pci.config = Some(Buffer(*state.config.first_chunk().ok_or(too_short)?));
+    }
     let msix = (!state.msix.is_empty()).then(|| Msix { msix: VarBuffer(state.msix.clone()) });
     vmstate::encode(&VfioPciDevice { pci, msix }, &facts(state, ctx)).map_err(|error| error.to_string())
 }
@@ -95,6 +98,17 @@ mod tests {
             assert_eq!(body.len(), 4116 + vectors * 16 + vectors.div_ceil(8));
             assert_eq!(load(&body, 1, &state, &context()).unwrap(), state, "{vectors}");
         }
+    }
+
+    /// As QEMU 11.1 sends `testdev` of the lab, which has 256 bytes and four vectors: 341 bytes.
+    #[test]
+    fn a_conventional_device_has_a_short_configuration_space() {
+        let state = PciFunctionState { config: vec![0x5a; 256], levels: [false; 4], msix: vec![0xc3; 4 * 16 + 1] };
+        let body = save(&state, &context()).unwrap();
+        assert_eq!(body.len(), 341);
+        assert_eq!(load(&body, 1, &state, &context()).unwrap(), state);
+        let express = PciFunctionState { config: vec![0x5a; 4096], ..state };
+        assert!(load(&body, 1, &express, &context()).is_err());
     }
 
     #[test]
