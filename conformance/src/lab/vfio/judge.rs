@@ -92,8 +92,12 @@ impl Case {
         exactly(&destination, "load_errors", 0)?;
         exactly(&destination, "state_bad", 0)?;
         exactly(&destination, "written_bytes", count(&source, "read_bytes"))?;
-        exactly(&source, "dma_errors", 0)?;
-        exactly(&destination, "dma_errors", 0)?;
+        for (uuid, stop) in [(&source, stop), (&destination, stop + 1)] {
+            // Elsewhere it is opened before RAM is mapped for it, and writes at once where it does not wait to be bus master.
+            if matches!(self.path[stop], Stop::Qemu(_)) && !self.iommufd {
+                exactly(uuid, "dma_errors", 0)?;
+            }
+        }
         ensure!(count(&destination, "state_good") > 0, "no state was checked");
         let state = |uuid: &String| report.states.get(uuid).map(String::as_str);
         ensure!(state(&destination) == Some("RUNNING"), "it is {:?} at the destination", state(&destination));
