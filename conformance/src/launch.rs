@@ -103,6 +103,11 @@ impl Qemu {
         Some(format!("{}: {}", self.name, said(&self.stderr)))
     }
 
+    /// What it has said on standard error.
+    pub(crate) fn said(&self) -> String {
+        said(&self.stderr)
+    }
+
     /// Whether the process, which has closed its monitor, comes to its end.
     pub(crate) fn has_ended(&mut self) -> Result<bool> {
         let deadline = Instant::now() + PATIENCE;

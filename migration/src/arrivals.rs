@@ -4,7 +4,7 @@
 //! first says something. Each connection is known by its first bytes; until then it is one of the [`Strangers`].
 
 use super::{
-    Channel, Incoming, Listener, LoadError, MigrationError, Socket,
+    Channel, Incoming, Listener, LoadError, MigrationError, Socket, Tls,
     multifd::{PageStream, Settings},
     postcopy::Entrance,
     socket::Caller,
@@ -60,11 +60,12 @@ pub(crate) fn gather(
     listener: &Listener,
     settings: Option<&Settings>,
     preempt: bool,
+    tls: Option<Tls>,
     patience: Patience,
     seen: &mut dyn FnMut(Seen),
 ) -> Result<Incoming, MigrationError> {
     listener.set_nonblocking().map_err(|error| listener.failed(error))?;
-    let mut strangers = Strangers::new(settings.map(|settings| settings.channels), patience.silence);
+    let mut strangers = Strangers::new(settings.map(|settings| settings.channels), tls, patience.silence);
     let mut source = Source { settings, main: None, pages: BTreeMap::new(), last: None, misfit: None };
     loop {
         let accepting = strangers.accepts(Instant::now());
@@ -100,7 +101,7 @@ pub(crate) fn gather(
 /// The channels of a source that have come.
 struct Source<'s> {
     settings: Option<&'s Settings>,
-    main: Option<(Arc<Socket>, Caller, Vec<u8>)>,
+    main: Option<Main>,
     pages: BTreeMap<u8, (Arc<Socket>, Caller, PageStream)>,
     /// When the last of them came.
     last: Option<Instant>,
@@ -108,18 +109,26 @@ struct Source<'s> {
     misfit: Option<(MigrationError, Instant)>,
 }
 
+/// The main channel of a source.
+struct Main {
+    socket: Arc<Socket>,
+    channel: Arc<dyn Channel>,
+    caller: Caller,
+    /// What was read from it.
+    said: Vec<u8>,
+}
+
 impl<'s> Source<'s> {
     /// Takes in a channel, unless it is too many or does not fit.
-    fn take(&mut self, Known { socket, caller, role }: Known, seen: &mut dyn FnMut(Seen)) {
-        let socket = Arc::new(socket);
+    fn take(&mut self, Known { socket, channel, caller, role }: Known, seen: &mut dyn FnMut(Seen)) {
         let refused = match (role, self.settings) {
             (Role::Main(_), _) if self.main.is_some() => Some(Reason::Second("the main channel of a source")),
             (Role::Main(said), _) => {
-                self.main = Some((socket, caller, said));
+                self.main = Some(Main { socket, channel, caller, said });
                 None
             }
             (Role::Page(_), None) => Some(Reason::MultifdOff),
-            (Role::Page(first), Some(settings)) => match PageStream::new(socket.clone(), &first, settings.decoder()) {
+            (Role::Page(first), Some(settings)) => match PageStream::new(channel, &first, settings.decoder()) {
                 Err(error) => {
                     let why = Reason::Page(error.to_string());
                     self.misfit = Some((error, Instant::now()));
@@ -142,7 +151,7 @@ impl<'s> Source<'s> {
 
     /// Drops channels that were closed before the source was complete, so that they are not in the way of another source's.
     fn drop_left(&mut self, main: bool, pages: &[u8], seen: &mut dyn FnMut(Seen)) {
-        let main = main.then(|| self.main.take()).flatten().map(|(_, caller, _)| caller);
+        let main = main.then(|| self.main.take()).flatten().map(|main| main.caller);
         let pages = pages.iter().filter_map(|number| self.pages.remove(number)).map(|(_, caller, _)| caller);
         for caller in main.into_iter().chain(pages) {
             seen(Seen::Dropped(Dropped { caller, why: Reason::Left }));
@@ -160,7 +169,7 @@ impl<'s> Source<'s> {
         let (main, missing) = (self.main.is_none(), self.missing().collect());
         seen(Seen::Incomplete(MigrationError::MissingChannels { main, missing, patience }));
         self.last = None;
-        let main = self.main.take().map(|(_, caller, _)| caller);
+        let main = self.main.take().map(|main| main.caller);
         let pages = std::mem::take(&mut self.pages).into_values().map(|(_, caller, _)| caller);
         for caller in main.into_iter().chain(pages) {
             seen(Seen::Dropped(Dropped { caller, why: Reason::Incomplete }));
@@ -181,10 +190,9 @@ impl<'s> Source<'s> {
         if !self.is_complete() {
             return None;
         }
-        let (main, caller, first) = self.main.take()?;
+        let Main { channel: main, caller, said: first, .. } = self.main.take()?;
         // By their numbers, as the map has them.
         let pages = std::mem::take(&mut self.pages).into_values().map(|(_, _, stream)| stream).collect();
-        let main: Arc<dyn Channel> = main;
         // One that came long before was another's.
         let misfit = self.misfit.take().filter(|(_, at)| at.elapsed() < MISFIT_AGE).map(|(error, _)| error);
         Some((Incoming { first, pages, settings: self.settings.cloned(), misfit, ..main.into() }, caller))
@@ -211,7 +219,7 @@ fn wait(
 ) -> Result<Ready, Errno> {
     let mut entries: Vec<_> = strangers.polled().collect();
     let count = entries.len();
-    let sockets = source.main.iter().map(|(socket, ..)| socket).chain(source.pages.values().map(|(socket, ..)| socket));
+    let sockets = source.main.iter().map(|main| &main.socket).chain(source.pages.values().map(|(socket, ..)| socket));
     entries.extend(sockets.map(|socket| PollFd::from_borrowed_fd(socket.as_fd(), PollFlags::RDHUP)));
     entries.extend(listener.map(|listener| PollFd::from_borrowed_fd(listener.as_fd(), PollFlags::IN)));
     // A millisecond more, so that the deadline is over then.
@@ -284,7 +292,7 @@ mod tests {
         // Not scoped: a caller that fails must not wait for it.
         let waiting = thread::spawn(move || {
             let settings = channels.map(settings);
-            gather(&listener, settings.as_ref(), false, patience, &mut |seen| drop(sender.send(seen))).unwrap()
+            gather(&listener, settings.as_ref(), false, None, patience, &mut |seen| drop(sender.send(seen))).unwrap()
         });
         let _open = callers(&call, &seen);
         (waiting.join().unwrap(), seen.iter().collect())

@@ -84,6 +84,11 @@ impl<'a> Target<'a> {
         unsafe { std::ptr::copy(bytes.as_ptr(), self.0.iov_base.cast::<u8>(), count) };
     }
 
+    /// The same room, which may be used up while this stays as it is.
+    pub(crate) fn part(&mut self) -> Target<'_> {
+        Target(self.0, PhantomData)
+    }
+
     /// Takes the first `count` bytes (at most all of them) away.
     pub(crate) fn advance(&mut self, count: usize) {
         let count = count.min(self.len());
@@ -154,6 +159,9 @@ pub trait Channel: Send + Sync + fmt::Debug {
     fn settle(&self) -> io::Result<()> {
         Ok(())
     }
+
+    /// Tells the peer that nothing more comes, where there are words for that (TLS's `close_notify`). The connection stays as it is.
+    fn say_end(&self) {}
 
     /// Ends the writing direction: the peer reads to the end of what was written.
     fn finish_writing(&self);

@@ -1,9 +1,10 @@
 //! The connections of one migration: the main channel, and the page channels if capability `multifd` is on; or a file.
 
 use super::{
-    Address, BadCapability, Channel, Job, Listener, MigrationError, Mode, Pipe, RULES, Socket,
+    Address, BadCapability, Channel, Job, Listener, MigrationError, Mode, Pipe, RULES, Socket, Source, Tls, TlsChannel,
     arrivals::{Patience, Seen, gather},
-    multifd::{PageStream, Settings},
+    channel::write_all,
+    multifd::{PageStream, Settings, first_packet},
     page_file::PageFile,
     page_server::{PageServer, ServedStream},
     postcopy::Entrance,
@@ -11,7 +12,7 @@ use super::{
 use crate::descriptors::Descriptors;
 use qevm_multifd::compression::Compression;
 use qevm_wire::{
-    Capability, Profile,
+    Capability, Profile, Writer,
     capability::{Context, check},
 };
 use std::{
@@ -51,6 +52,8 @@ pub struct Outgoing {
     pub(crate) main: Arc<dyn Channel>,
     pub(crate) reader: Reader,
     pub(crate) pages: Vec<Arc<dyn Channel>>,
+    /// The page channels have sent their first packets.
+    pub(crate) greeted: bool,
     /// Pages have their places in this file, in which the main channel writes, too.
     pub(crate) file: Option<PageFile>,
     /// Where further connections go, if there can be any.
@@ -146,7 +149,7 @@ impl From<Arc<dyn Channel>> for Outgoing {
     /// A main channel alone. The destination is asked to answer if capability `return-path` is on.
     fn from(main: Arc<dyn Channel>) -> Self {
         let (pages, preempt) = (Vec::new(), OnceLock::new());
-        Outgoing { main, reader: Reader::Silent, pages, file: None, address: None, preempt }
+        Outgoing { main, reader: Reader::Silent, pages, greeted: false, file: None, address: None, preempt }
     }
 }
 
@@ -184,6 +187,7 @@ impl Incoming {
             listener,
             settings.as_ref(),
             capabilities.postcopy_preempt,
+            job.tls(),
             Patience::default(),
             &mut |seen| match seen {
                 Seen::Dropped(dropped) => tracing::warn!("{dropped}"),
@@ -247,10 +251,14 @@ const CANCEL_POLL: Duration = Duration::from_millis(20);
 fn connect(address: &Address, job: &Job, channels: usize) -> Result<Outgoing, MigrationError> {
     let failed = |source| MigrationError::Connect { address: address.clone(), source };
     let (sender, connected) = mpsc::channel();
-    let to = address.clone();
+    let (to, tls) = (address.clone(), job.tls());
+    let greeted = tls.is_some();
     let connecting = move || {
-        for _ in 0..=channels {
-            let channel = Socket::connect(&to);
+        for number in 0..=channels {
+            let mut channel = secured(&to, tls.as_ref());
+            if greeted && let Some(number) = number.checked_sub(1) {
+                channel = channel.and_then(|channel| greet(channel, number as u8));
+            }
             let failed = channel.is_err();
             if sender.send(channel).is_err() || failed {
                 return;
@@ -269,7 +277,28 @@ fn connect(address: &Address, job: &Job, channels: usize) -> Result<Outgoing, Mi
     };
     let main = next()?;
     let pages = (0..channels).map(|_| next()).collect::<Result<_, _>>()?;
-    Ok(Outgoing { pages, reader: Reader::Answers, address: Some(address.clone()), ..main.into() })
+    Ok(Outgoing { pages, greeted, reader: Reader::Answers, address: Some(address.clone()), ..main.into() })
+}
+
+/// Sends the first packet of page channel `number`. A QEMU reads it from each session before it goes on with the handshake of the next.
+fn greet(channel: Arc<dyn Channel>, number: u8) -> Result<Arc<dyn Channel>, MigrationError> {
+    let mut packet = Writer::new();
+    first_packet(number).encode(&mut packet);
+    let failed = |source| MigrationError::Send { doing: "the first packet of a page channel", source };
+    write_all(&*channel, &mut [Source::bytes(packet.as_bytes())]).map_err(failed)?;
+    Ok(channel)
+}
+
+/// Connects to `address`; with `tls`, as its client.
+fn secured(address: &Address, tls: Option<&Tls>) -> Result<Arc<dyn Channel>, MigrationError> {
+    let socket = Socket::connect(address)?;
+    let Some(tls) = tls else { return Ok(socket) };
+    let host = match address {
+        Address::Tcp { host, .. } => Some(if host.is_empty() { "localhost" } else { host }),
+        _ => None,
+    };
+    let session = TlsChannel::connect(socket, tls, host);
+    Ok(Arc::new(session.map_err(|source| MigrationError::Connect { address: address.clone(), source })?))
 }
 
 /// Where pages have their places in `file`, which `open` opens again with other flags (`direct-io`); without `mapped-ram` nowhere.
@@ -304,10 +333,10 @@ impl From<Arc<dyn Channel>> for Incoming {
     }
 }
 
-/// Refuses capabilities that do not go with the transport, as QEMU does before it opens anything.
+/// Refuses capabilities and credentials that do not go with the transport, as QEMU does before it opens anything.
 ///
 /// # Errors
-/// [`MigrationError::Capability`].
+/// [`MigrationError::Capability`], [`MigrationError::Tls`].
 pub fn check_transport(address: &Address, job: &Job) -> Result<(), MigrationError> {
     let parameters = job.parameters();
     let context = Context {
@@ -318,6 +347,13 @@ pub fn check_transport(address: &Address, job: &Job) -> Result<(), MigrationErro
         ..Context::new(RULES)
     };
     job.capabilities().with_in([], &context)?;
+    if job.tls().is_some() && !context.multi_channel {
+        let why = match job.capabilities().mapped_ram {
+            true => "Cannot use TLS with mapped-ram".to_owned(),
+            false => format!("TLS is for tcp: and unix:, and {address} is neither: unset 'tls-creds'"),
+        };
+        return Err(MigrationError::Tls(why.into()));
+    }
     Ok(())
 }
 

@@ -38,6 +38,9 @@ pub enum MigrationError {
     /// The migration cannot begin now.
     #[error(transparent)]
     Refused(#[from] super::Refused),
+    /// The connections cannot be secured as the operator wants: the monitor's or the credentials' reason.
+    #[error("{0}")]
+    Tls(GuestError),
     /// The capabilities do not go with the transport.
     #[error(transparent)]
     Capability(#[from] BadCapability),
@@ -313,7 +316,7 @@ fn opened(address: &Address) -> String {
 }
 
 /// The system's words without their number, as QEMU gives them.
-fn reason(source: &io::Error) -> String {
+pub(crate) fn reason(source: &io::Error) -> String {
     let text = source.to_string();
     text.split_once(" (os error").map_or(text.as_str(), |(words, _)| words).into()
 }

@@ -2,7 +2,7 @@
 
 mod recovery;
 
-use super::{Capabilities, Channel, MigrationError, Outgoing, Parameters, Statistics, Status};
+use super::{Capabilities, Channel, MigrationError, Outgoing, Parameters, Statistics, Status, Tls};
 use std::{
     collections::VecDeque,
     fmt,
@@ -34,6 +34,7 @@ type Watcher = Box<dyn Fn(Notice) + Send>;
 struct State {
     parameters: Parameters,
     capabilities: Capabilities,
+    tls: Option<Tls>,
     statistics: Statistics,
     cancel: bool,
     go_on: bool,
@@ -149,6 +150,17 @@ impl Job {
         }
         state.capabilities = capabilities;
         Ok(())
+    }
+
+    /// Secures the connections that are opened from now on, or no longer does so. It is for sockets; a source needs the credentials of a
+    /// client, a destination those of a server.
+    pub fn set_tls(&self, tls: Option<Tls>) {
+        self.lock().tls = tls;
+    }
+
+    /// How connections are secured.
+    pub fn tls(&self) -> Option<Tls> {
+        self.lock().tls.clone()
     }
 
     /// Begins a migration: forgets the one before, and claims the job.

@@ -91,6 +91,7 @@
 //! | `inlet`, `touched`, `ram_receiver`, `destination` | [`receive`]: the destination engine |
 //! | `testing` | simulated migrations (feature `testing`) |
 //! | `handover`, `verdict` | who runs the guest when the connection breaks in the last moment |
+//! | `tls` | sessions around the connections |
 //! | `job`, `statistics` | control and what `query-migrate` reports |
 //!
 //! # Promises
@@ -141,6 +142,7 @@ mod strangers;
 pub mod switchover;
 #[cfg(any(test, feature = "testing"))]
 pub mod testing;
+mod tls;
 mod touched;
 mod verdict;
 mod zero;
@@ -166,6 +168,7 @@ pub use snapshot::ProtectedPages;
 pub use socket::{Listener, Socket};
 pub use source::{migrate, monotonic_now};
 pub use statistics::{PartStatistics, RamStatistics, RoundStatistics, Statistics, Status};
+pub use tls::{Credentials, CredentialsError, Endpoint, Tls, TlsChannel, TlsError, Versions};
 pub use verdict::Doubt;
 
 /// Bytes of a page of guest memory: that of x86, `PageGeometry::X86`.

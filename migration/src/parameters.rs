@@ -1,7 +1,7 @@
 //! Migration parameters, with QEMU's names, defaults and ranges (QMP reference and answers of QEMU 11.1).
 //!
 //! A parameter whose feature is not built in can be set and read back, as in a QEMU that does not use it. Where doing nothing
-//! would mislead (`tls-creds`, other modes), there is none.
+//! would mislead (other modes), there is none.
 
 mod range;
 
@@ -41,6 +41,13 @@ pub struct Parameters {
     pub cpu_throttle_tailslow: bool,
     /// `max-cpu-throttle`: the most, in per cent.
     pub max_cpu_throttle: u8,
+    /// `tls-creds`: the name of the credentials that secure the connections; empty is none. What it names is the monitor's
+    /// ([`Job::set_tls`](crate::Job::set_tls)).
+    pub tls_creds: String,
+    /// `tls-hostname`: what the destination's certificate has to name; empty is the host of its address.
+    pub tls_hostname: String,
+    /// `tls-authz`: the name of what decides whose guests are taken; empty is everybody with a certificate.
+    pub tls_authz: String,
     /// `max-bandwidth`: bytes per second while the guest runs; 0 is unlimited.
     pub max_bandwidth: u64,
     /// `avail-switchover-bandwidth`: bytes per second to reckon with for the switchover; 0 takes what is measured (8.2).
@@ -129,6 +136,9 @@ impl Default for Parameters {
             cpu_throttle_increment: 10,
             cpu_throttle_tailslow: false,
             max_cpu_throttle: 99,
+            tls_creds: String::new(),
+            tls_hostname: String::new(),
+            tls_authz: String::new(),
             max_bandwidth: 128 << 20,
             avail_switchover_bandwidth: 0,
             downtime_limit_ms: 300,

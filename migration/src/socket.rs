@@ -100,6 +100,11 @@ impl Socket {
         }
     }
 
+    /// Writes bytes of ours; as [`Channel::write`].
+    pub(crate) fn send(&self, bytes: &[u8]) -> io::Result<usize> {
+        Channel::write(self, &[Source::bytes(bytes)])
+    }
+
     pub(crate) fn as_fd(&self) -> BorrowedFd<'_> {
         match self {
             Socket::Tcp(stream) => stream.as_fd(),

@@ -46,8 +46,9 @@ pub fn migrate(guest: &dyn Guest, connections: &Outgoing, job: &Job, profile: &P
         let holes = !capabilities.multifd || parameters.zero_page_detection != ZeroPageDetection::None;
         Saving::new(file, holes)
     });
-    let settings =
-        Settings::of(capabilities, &parameters, profile).filter(|_| !connections.pages.is_empty() || saving.is_some());
+    let settings = Settings::of(capabilities, &parameters, profile)
+        .filter(|_| !connections.pages.is_empty() || saving.is_some())
+        .map(|settings| Settings { greeted: connections.greeted, ..settings });
     let iterative = guest.devices().iterative();
     let transfers = saving.is_none() && settings.as_ref().is_some_and(|settings| settings.device_state);
     let devices: Result<Vec<_>, _> = iterative.iter().map(|device| DeviceOptions::of(*device, transfers)).collect();

@@ -4,7 +4,11 @@
 //! wants to be in the way. A connection is nobody until its first bytes are those of a source. Until then it costs one
 //! descriptor and a few bytes, of which there are only so many; it has a few seconds; and nobody waits for it.
 
-use super::{Listener, MigrationError, Socket, socket::Caller};
+use super::{
+    Channel, Listener, MigrationError, Socket, Tls, TlsError,
+    socket::Caller,
+    tls::{self, Accepting},
+};
 use qevm_multifd::{Init, layout::INIT_LEN};
 use qevm_savevm::{
     container::FileKind,
@@ -18,6 +22,7 @@ use rustix::{
 use std::{
     collections::VecDeque,
     fmt, io,
+    sync::Arc,
     time::{Duration, Instant},
 };
 
@@ -39,12 +44,15 @@ pub(crate) struct Strangers {
     patience: Duration,
     /// The system has no descriptor or no memory for another connection; it is asked again then.
     paused_until: Option<Instant>,
+    /// Whoever calls has to begin a TLS session.
+    tls: Option<Tls>,
     /// Page channels may be kept waiting for the main channel that tells what they are about, but are none of this migration's.
     page_channels: bool,
 }
 
 struct Stranger {
     socket: Socket,
+    session: Option<Accepting>,
     caller: Caller,
     since: Instant,
     said: Vec<u8>,
@@ -54,7 +62,9 @@ struct Stranger {
 
 /// A connection whose first bytes are right.
 pub(crate) struct Known {
-    pub(crate) socket: Socket,
+    pub(crate) socket: Arc<Socket>,
+    /// What it says and hears: the socket, or a session over it.
+    pub(crate) channel: Arc<dyn Channel>,
     pub(crate) caller: Caller,
     pub(crate) role: Role,
 }
@@ -83,6 +93,8 @@ pub(crate) enum Reason {
     Closed(FirstBytes),
     /// It is none of a source's.
     Wrong(FirstBytes),
+    /// It has no TLS session, and needs one: what it began with, and why.
+    Tls(FirstBytes, TlsError),
     /// It was the oldest of too many that had not said what they are.
     Crowded(FirstBytes),
     /// A stream of another version.
@@ -115,11 +127,15 @@ impl fmt::Display for Dropped {
             Reason::Wrong(FirstBytes::Tls) => {
                 write!(
                     f,
-                    "it sent {}, {EXPECTED}; there is no TLS here (unset 'tls-creds' at the source)",
+                    "it sent {}, {EXPECTED}; TLS is off here (set 'tls-creds' at both sides, or at neither)",
                     FirstBytes::Tls
                 )
             }
             Reason::Wrong(said) => write!(f, "it sent {said}, {EXPECTED}"),
+            Reason::Tls(FirstBytes::Tls, error) => error.fmt(f),
+            Reason::Tls(said, _) => {
+                write!(f, "it sent {said}, expected TLS (set 'tls-creds' at both sides, or at neither)")
+            }
             Reason::Crowded(said) => {
                 write!(f, "it had sent {said} when too many others came that did not say what they are")
             }
@@ -145,7 +161,8 @@ enum Heard {
 
 impl Strangers {
     /// For a migration in which a source opens `page_channels` beside the main channel, or none. Each has `patience` to say what it is.
-    pub(crate) fn new(page_channels: Option<u8>, patience: Duration) -> Self {
+    /// With `tls` it has to do so in a TLS session.
+    pub(crate) fn new(page_channels: Option<u8>, tls: Option<Tls>, patience: Duration) -> Self {
         let descriptors = getrlimit(Resource::Nofile).current.and_then(|limit| usize::try_from(limit).ok());
         let room = descriptors.map_or(ROOM, |limit| ROOM.min(limit / 4)) + 1 + usize::from(page_channels.unwrap_or(0));
         Strangers {
@@ -153,6 +170,7 @@ impl Strangers {
             room,
             patience,
             paused_until: None,
+            tls,
             page_channels: page_channels.is_some(),
         }
     }
@@ -173,7 +191,11 @@ impl Strangers {
     pub(crate) fn polled(&self) -> impl Iterator<Item = PollFd<'_>> {
         self.waiting.iter().map(|stranger| {
             // An unwanted one has said what it is, and would be readable all the time.
-            let events = if stranger.unwanted { PollFlags::RDHUP } else { PollFlags::IN };
+            let events = match &stranger.session {
+                _ if stranger.unwanted => PollFlags::RDHUP,
+                Some(session) if session.wants_write() => PollFlags::IN | PollFlags::OUT,
+                _ => PollFlags::IN,
+            };
             PollFd::from_borrowed_fd(stranger.socket.as_fd(), events)
         })
     }
@@ -219,8 +241,15 @@ impl Strangers {
                     }
                     // One that cannot be set up is gone already, and says so when it is listened to.
                     let _ = socket.set_nonblocking(true);
+                    let session = match self.tls.as_ref().map(Accepting::new).transpose() {
+                        Ok(session) => session,
+                        Err(error) => {
+                            dropped(Dropped { caller, why: Reason::Tls(FirstBytes::Nothing, error) });
+                            continue;
+                        }
+                    };
                     let (since, said) = (Instant::now(), Vec::new());
-                    self.waiting.push_back(Stranger { socket, caller, since, said, unwanted: false });
+                    self.waiting.push_back(Stranger { socket, session, caller, since, said, unwanted: false });
                 }
                 Err(error) => match error.raw_os_error() {
                     Some(libc::EINTR | libc::ECONNABORTED) => {}
@@ -259,10 +288,15 @@ impl Strangers {
                 }
                 Heard::Main | Heard::Page => match stranger.known() {
                     Some(role) => {
-                        known.push(Known { socket: stranger.socket, caller, role });
+                        let socket = Arc::new(stranger.socket);
+                        let channel: Arc<dyn Channel> = match stranger.session {
+                            Some(session) => Arc::new(session.into_channel(socket.clone())),
+                            None => socket.clone(),
+                        };
+                        known.push(Known { socket, channel, caller, role });
                         continue;
                     }
-                    None => Reason::Closed(FirstBytes::of(&stranger.said)),
+                    None => Reason::Closed(stranger.first()),
                 },
                 Heard::Drop(why) => why,
                 Heard::More if now.saturating_duration_since(stranger.since) < self.patience => {
@@ -270,7 +304,7 @@ impl Strangers {
                     continue;
                 }
                 Heard::More if stranger.unwanted => Reason::MultifdOff,
-                Heard::More => Reason::Silent(FirstBytes::of(&stranger.said), self.patience),
+                Heard::More => Reason::Silent(stranger.first(), self.patience),
             };
             dropped(Dropped { caller, why });
         }
@@ -278,8 +312,8 @@ impl Strangers {
     }
 
     fn drop_oldest(&mut self, dropped: &mut dyn FnMut(Dropped)) {
-        if let Some(Stranger { caller, said, .. }) = self.waiting.pop_front() {
-            dropped(Dropped { caller, why: Reason::Crowded(FirstBytes::of(&said)) });
+        if let Some(stranger) = self.waiting.pop_front() {
+            dropped(Dropped { caller: stranger.caller, why: Reason::Crowded(stranger.first()) });
         }
     }
 }
@@ -290,18 +324,31 @@ impl Stranger {
         let mut bytes = [0; INIT_LEN];
         loop {
             let room = &mut bytes[..INIT_LEN - self.said.len()];
-            match self.socket.receive(room) {
-                Ok(0) => return Heard::Drop(Reason::Closed(FirstBytes::of(&self.said))),
-                Ok(count) => self.said.extend_from_slice(&bytes[..count]),
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Heard::More,
-                Err(_) => return Heard::Drop(Reason::Closed(FirstBytes::of(&self.said))),
+            let heard = match &mut self.session {
+                None => plain(&self.socket, room),
+                Some(session) => match session.hear(&self.socket, room) {
+                    Ok(heard) => heard,
+                    Err(error) => return Heard::Drop(Reason::Tls(self.first(), error)),
+                },
+            };
+            match heard {
+                tls::Heard::Nothing => return Heard::More,
+                tls::Heard::Closed => return Heard::Drop(Reason::Closed(self.first())),
+                tls::Heard::Bytes(count) => self.said.extend_from_slice(&bytes[..count]),
             }
             match self.what() {
                 Heard::More => {}
                 heard => return heard,
             }
         }
+    }
+
+    /// What the connection began with.
+    fn first(&self) -> FirstBytes {
+        FirstBytes::of(match &self.session {
+            Some(session) if self.said.is_empty() => session.first(),
+            _ => &self.said,
+        })
     }
 
     fn what(&self) -> Heard {
@@ -337,5 +384,18 @@ impl Stranger {
             Ok(first) if !said.starts_with(&MAGIC.to_be_bytes()) => Some(Role::Page(Box::new(first))),
             _ => Some(Role::Main(said)),
         }
+    }
+}
+
+/// Reads what has come on a socket that does not block.
+fn plain(socket: &Socket, room: &mut [u8]) -> tls::Heard {
+    loop {
+        return match socket.receive(room) {
+            Ok(0) => tls::Heard::Closed,
+            Ok(count) => tls::Heard::Bytes(count),
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => tls::Heard::Nothing,
+            Err(_) => tls::Heard::Closed,
+        };
     }
 }

@@ -28,6 +28,7 @@ mod log;
 pub mod machine;
 pub mod memory;
 mod non_blocking;
+pub mod objects;
 pub mod payload;
 mod private;
 pub mod qmp;

@@ -18,9 +18,11 @@ pub use run_state::RunState;
 use self::legality::{ArrivalState, Situation};
 use crate::descriptors::Descriptors;
 use crate::machine::{Machine, Stop};
+use crate::objects::Objects;
 use qevm_migration::dirty_rate::{self, Gauge};
 use qevm_migration::{
-    Address, BadCapability, Guest, GuestError, Job, Mode, Notice, RULES, Recovery, Refused, RestoreProgress, Status,
+    Address, BadCapability, Endpoint, Guest, GuestError, Job, MigrationError, Mode, Notice, RULES, Recovery, Refused,
+    RestoreProgress, Status,
 };
 use qevm_multifd::compression::Compression;
 use qevm_wire::{
@@ -67,6 +69,7 @@ pub struct Vmm {
     /// Pauses and recovers a postcopy to here.
     recovery: Mutex<Option<Recovery>>,
     descriptors: Mutex<Descriptors>,
+    objects: Objects,
     state: Mutex<State>,
     /// Held while the vCPUs are started or stopped, the machine is reset, or its devices are saved or loaded.
     transition: Mutex<()>,
@@ -168,6 +171,7 @@ impl Vmm {
             rest: Mutex::default(),
             recovery: Mutex::default(),
             descriptors: Mutex::default(),
+            objects: Objects::default(),
             state: Mutex::new(state),
             transition: Mutex::default(),
             asks,
@@ -314,6 +318,18 @@ impl Vmm {
     /// The descriptors that others have opened for this monitor.
     pub fn descriptors(&self) -> MutexGuard<'_, Descriptors> {
         self.descriptors.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// What `object-add` and `--object` have made.
+    pub fn objects(&self) -> &Objects {
+        &self.objects
+    }
+
+    /// Has the connections of `job` secured as the parameters say.
+    fn secure(&self, job: &Job, side: Endpoint) -> Result<(), MigrationError> {
+        let tls = self.objects.tls(&self.outgoing.parameters(), side);
+        job.set_tls(tls.map_err(|error| MigrationError::Tls(error.into()))?);
+        Ok(())
     }
 
     /// Makes [`wait`](Vmm::wait) return.

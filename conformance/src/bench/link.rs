@@ -179,6 +179,7 @@ impl Bench<'_> {
             capabilities: if multifd == 0 { vec![] } else { vec!["multifd"] },
             parameters: (multifd > 0).then(|| ("multifd-channels".into(), multifd.into())).into_iter().collect(),
             postcopy: None,
+            tls: None,
             load: Load {
                 memory: 256,
                 mem_prealloc: !self.options.fresh,

@@ -64,6 +64,7 @@ impl<'g> Scene<'g> {
             capabilities: [row.moment.capabilities(), row.capabilities].concat(),
             parameters: Map::new(),
             postcopy: None,
+            tls: None,
             load,
             quick: false,
         };

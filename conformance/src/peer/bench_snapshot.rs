@@ -108,6 +108,7 @@ fn take(options: &Options, stop: Stop, stage: &Stage<'_>) -> Result<Sample> {
         capabilities: Vec::new(),
         parameters: Default::default(),
         postcopy: None,
+        tls: None,
         load,
         quick: false,
     };

@@ -68,6 +68,7 @@ fn play(options: &Options, program: &Monitor, timeline: &mut Timeline) -> Result
         capabilities: options.capabilities.clone(),
         parameters: options.parameters.clone(),
         postcopy: None,
+        tls: None,
         load: options.load.clone(),
         quick: false,
     };

@@ -14,6 +14,7 @@ use serde_json::{Map, Value, json};
 use super::gear::{self, Ear, Gear};
 use super::party::{Monitor, Party};
 use super::postcopy::Departure;
+use super::tls::Secured;
 use crate::exec;
 use crate::patience::PATIENCE;
 use crate::roots::{Root, Suite};
@@ -112,6 +113,8 @@ pub struct Journey {
     pub parameters: Map<String, Value>,
     /// The guest goes before its memory, with capability `postcopy-ram`.
     pub postcopy: Option<Departure>,
+    /// The connections are secured.
+    pub tls: Option<Secured>,
     /// What the guest does meanwhile.
     pub load: Load,
     /// In the representative subset.
@@ -309,6 +312,7 @@ impl Journey {
         n: usize,
         tell: &mut dyn FnMut(Moment),
     ) -> Result<Hop> {
+        self.tls.map_or(Ok(()), |tls| tls.arm(here, there, scratch))?;
         self.prepare(here, there)?;
         let uri = self.leave(here, there, scratch, n)?;
         tell(Moment::Leaving { from: here.stop(), to: there.stop(), uri });

@@ -5,7 +5,8 @@
 //! way while the guest rewrites its memory, and at the end the guest itself says whether a page was stale, its clock ran
 //! backwards or a byte of its serial output got lost. An [`Outage`]
 //! breaks the connection again and again before it lets the guest go, a [`Recovery`] has it break when the guest has gone before its memory, a
-//! [`Pairing`] is of monitors that do not fit each other, and must be told why, a [`Doubt`] ends in a moment when the source cannot know what the
+//! [`Pairing`] is of monitors that do not fit each other, and must be told why, a [`Distrust`] of those that must not trust
+//! each other, a [`Doubt`] ends in a moment when the source cannot know what the
 //! destination does, an [`Echo`] is a stopped guest that comes back as it was, a [`Snapshot`] is a copy of a guest that runs on, and one that is [`Served`] starts from
 //! what a page server gives of its image. A [`Lodger`] is
 //! one that never runs in reference-vmm: Linux under TCG. [`Gear`] is what a guest uses besides its memory: virtio devices that it keeps busy. A
@@ -35,6 +36,7 @@ mod served;
 mod snapshot;
 pub mod table;
 mod tap;
+mod tls;
 
 pub use doubt::{Doubt, Doubtful};
 pub use echo::Echo;
@@ -51,3 +53,4 @@ pub use relay::Break;
 pub use report::{Case, run, summary};
 pub use served::Served;
 pub use snapshot::Snapshot;
+pub use tls::{Distrust, Flaw, Secured, Version};

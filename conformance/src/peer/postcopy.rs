@@ -90,6 +90,7 @@ pub(super) fn all() -> Vec<Journey> {
                     capabilities,
                     parameters: parameters.clone(),
                     postcopy: Some(departure),
+                    tls: None,
                     load: Load { downtime_limit: 1, ..Load::default() },
                     quick,
                 });

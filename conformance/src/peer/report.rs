@@ -9,7 +9,9 @@ use std::time::Instant;
 use anyhow::Result;
 use serde_json::Value;
 
-use super::{Account, Doubt, Echo, Journey, Monitor, Outage, Pairing, Recovery, Served, Snapshot, Stage, Stop};
+use super::{
+    Account, Distrust, Doubt, Echo, Journey, Monitor, Outage, Pairing, Recovery, Served, Snapshot, Stage, Stop,
+};
 use crate::bench::figures::Summary;
 use crate::matrix::{REQUIRE_KVM, REQUIRE_QEMU, kvm};
 use crate::played::{Outcome, Report, Row};
@@ -26,6 +28,8 @@ pub enum Case {
     Doubt(Doubt),
     /// It stays, and why is said.
     Pairing(Pairing),
+    /// It stays, because one end must not trust the other.
+    Distrust(Distrust),
     /// It comes back as it was.
     Echo(Echo),
     /// It runs on, and so does a copy of it.
@@ -44,6 +48,7 @@ impl Case {
             Case::Outage(outage) => &outage.journey,
             Case::Doubt(doubt) => &doubt.journey,
             Case::Pairing(pairing) => &pairing.journey,
+            Case::Distrust(distrust) => &distrust.journey,
             Case::Echo(echo) => &echo.journey,
             Case::Snapshot(snapshot) => &snapshot.journey,
             Case::Recovery(recovery) => &recovery.journey,
@@ -57,6 +62,7 @@ impl Case {
             Case::Outage(outage) => outage.play(stage),
             Case::Doubt(doubt) => doubt.play(stage),
             Case::Pairing(pairing) => pairing.play(stage),
+            Case::Distrust(distrust) => distrust.play(stage),
             Case::Echo(echo) => echo.play(stage),
             Case::Snapshot(snapshot) => snapshot.play(stage),
             Case::Recovery(recovery) => recovery.play(stage),

@@ -173,6 +173,7 @@ pub(super) fn all() -> Vec<Served> {
                 capabilities: capabilities.to_vec(),
                 parameters: Map::new(),
                 postcopy: None,
+                tls: None,
                 load: Load::default(),
                 quick,
             },

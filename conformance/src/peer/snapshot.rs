@@ -85,7 +85,17 @@ pub(super) fn all() -> Vec<Snapshot> {
                 let (stops, load) = (stops.into(), Load { cpus: 2, ..Load::default() });
                 let (link, parameters) = (Link::File, Map::<String, Value>::new());
                 snapshots.push(Snapshot {
-                    journey: Journey { name, stops, link, capabilities, parameters, postcopy: None, load, quick },
+                    journey: Journey {
+                        name,
+                        stops,
+                        link,
+                        capabilities,
+                        parameters,
+                        postcopy: None,
+                        tls: None,
+                        load,
+                        quick,
+                    },
                 });
             }
         }

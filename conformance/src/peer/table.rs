@@ -4,7 +4,7 @@ use serde_json::{Map, Value};
 
 use super::{
     Case, Cut, Doubt, Doubtful, Echo, Gear, Journey, Link, Load, Outage, Pairing, Stop, postcopy, recovery, served,
-    snapshot,
+    snapshot, tls,
 };
 use crate::roots::Suite;
 use crate::scenario::Accel;
@@ -23,6 +23,7 @@ pub fn all() -> Vec<Case> {
     cases.extend(doubts().into_iter().map(Case::Doubt));
     cases.extend(pairings().into_iter().map(Case::Pairing));
     cases.extend(echoes().into_iter().map(Case::Echo));
+    cases.extend(tls::distrust().into_iter().map(Case::Distrust));
     cases.extend(snapshot::all().into_iter().map(Case::Snapshot));
     cases.extend(recovery::all().into_iter().map(Case::Recovery));
     cases.extend(served::all().into_iter().map(Case::Served));
@@ -81,6 +82,7 @@ fn journeys() -> Vec<Journey> {
     journeys.extend(memory_backends());
     journeys.extend(without_callers());
     journeys.extend(postcopy::all());
+    journeys.extend(tls::journeys());
     let ring = |hops: usize| -> Vec<Stop> {
         let [old, middle, new] = [Suite::Bookworm, Suite::Sid, Suite::Trixie].map(|s| Stop::Qemu(s, Accel::Kvm));
         [old, Stop::Reference, middle, Stop::Reference, new, Stop::Reference]
@@ -475,6 +477,7 @@ pub(super) fn plain() -> Journey {
         capabilities: Vec::new(),
         parameters: Map::new(),
         postcopy: None,
+        tls: None,
         load: Load::default(),
         quick: false,
     }

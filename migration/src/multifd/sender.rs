@@ -31,12 +31,18 @@ pub(crate) fn send_pages(
     }
 }
 
+/// What page channel `number` begins with.
+pub(crate) fn first_packet(number: u8) -> Init {
+    Init::new(Uuid::default(), number)
+}
+
 struct Sender<'s> {
     blocks: Vec<(CountedString, RamView<'s>)>,
     channel: &'s dyn Channel,
     encoder: ChannelEncoder,
     compressor: Option<Compressor>,
     zero_pages: ZeroPageDetection,
+    greeted: bool,
     /// Numbers the packets of all channels.
     packets: &'s AtomicU64,
     header: Writer,
@@ -69,6 +75,7 @@ impl<'s> Sender<'s> {
             encoder: ChannelEncoder::new(settings.encoder()),
             compressor,
             zero_pages: settings.zero_pages,
+            greeted: settings.greeted,
             packets,
             header: Writer::new(),
             payload: Vec::new(),
@@ -76,8 +83,13 @@ impl<'s> Sender<'s> {
     }
 
     fn run(&mut self, number: u8, queue: &Queue, transfers: &Transfers<'_>) -> Result<(), MigrationError> {
-        self.encoder.init(&Init::new(Uuid::default(), number), &mut self.header)?;
-        queue.sent(self.write(&[])?);
+        self.encoder.init(&first_packet(number), &mut self.header)?;
+        if self.greeted {
+            queue.sent(Counts { bytes: self.header.as_bytes().len() as u64, ..Counts::default() });
+            self.header.clear();
+        } else {
+            queue.sent(self.write(&[])?);
+        }
         let mut synced = 0;
         loop {
             match queue.next(synced) {

@@ -19,6 +19,8 @@ pub(crate) struct Settings {
     pub(crate) layout: PacketLayout,
     /// Devices may send their state beside the pages.
     pub(crate) device_state: bool,
+    /// Channels have sent their first packet when they are connected.
+    pub(crate) greeted: bool,
 }
 
 /// Bytes of a piece of a device's state that are taken: four times those of QEMU 10.0 to 11.1.
@@ -49,6 +51,7 @@ impl Settings {
                 && profile.switchover_start
                 && parameters.multifd_compression == Compression::None
                 && !capabilities.mapped_ram,
+            greeted: false,
         })
     }
 

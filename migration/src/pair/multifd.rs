@@ -93,7 +93,7 @@ impl Pair {
             let channels = settings.as_ref().map_or(0, |settings| settings.channels);
             another_source_later(path, channels, self.job.clone(), gathered.clone());
             let incoming =
-                gather(&listener, settings.as_ref(), false, patience, &mut |seen| log.lock().unwrap().push(seen));
+                gather(&listener, settings.as_ref(), false, None, patience, &mut |seen| log.lock().unwrap().push(seen));
             gathered.store(true, Ordering::SeqCst);
             incoming
         });
@@ -283,7 +283,7 @@ fn the_capability_on_one_side_only_is_named() {
         let patience = Patience { channels: SHORT, silence: LONG };
         let gathered = Arc::new(AtomicBool::new(false));
         another_source_later(path, settings.channels, pair.job.clone(), gathered.clone());
-        let incoming = gather(&listener, Some(&settings), false, patience, &mut |seen| {
+        let incoming = gather(&listener, Some(&settings), false, None, patience, &mut |seen| {
             if let Seen::Incomplete(MigrationError::MissingChannels { missing, main: false, .. }) = seen {
                 named.lock().unwrap().extend(missing);
             }

@@ -5,8 +5,9 @@ use super::{
     preempt::{Entrance, Preempt},
 };
 use crate::{
-    Channel, Listener, MigrationError, Refused, Socket, Status,
+    Channel, Listener, MigrationError, Refused, Socket, Status, Tls,
     channel::{Target, read_at_least},
+    tls::Accepting,
 };
 use qevm_returnpath::{Encoder, Message};
 use qevm_wire::Writer;
@@ -51,11 +52,11 @@ impl Recovery {
         Ok(())
     }
 
-    /// Goes on over the connection of the next source that comes, in a thread of its own. Who was waited for before is not any more.
+    /// Goes on over the connection of the next source that comes, secured as `tls` says, in a thread of its own. Who was waited for before is not any more.
     ///
     /// # Errors
     /// [`MigrationError::Refused`] unless it is [paused](Recovery::is_paused); [`MigrationError::Guest`] if no thread can be started.
-    pub fn accept(&self, listener: Listener) -> Result<(), MigrationError> {
+    pub fn accept(&self, listener: Listener, tls: Option<Tls>) -> Result<(), MigrationError> {
         let turn = {
             let mut state = self.shared.lock();
             if !matches!(state.line, Line::Lost) {
@@ -69,7 +70,7 @@ impl Recovery {
         let accepting = move || {
             while shared.waits(turn) {
                 match listener.try_accept() {
-                    Ok(Some((socket, caller))) => match known(socket) {
+                    Ok(Some((socket, caller))) => match known(socket, tls.as_ref()) {
                         Ok((channel, first)) => {
                             let entrance = Entrance::new(listener, caller, []);
                             return shared.reconnect(turn, channel, first, entrance);
@@ -88,15 +89,26 @@ impl Recovery {
 }
 
 /// A connection of a source that goes on, and what it has said.
-fn known(socket: Socket) -> io::Result<(Arc<dyn Channel>, Vec<u8>)> {
+fn known(socket: Socket, tls: Option<&Tls>) -> io::Result<(Arc<dyn Channel>, Vec<u8>)> {
     socket.set_nonblocking(false)?;
     socket.prepare()?;
-    let mut first = vec![0; 1];
-    socket.limit_silence(Some(SILENCE))?;
-    let count = read_at_least(&socket, &mut [Target::bytes(&mut first)], 1)?;
-    socket.limit_silence(None)?;
-    match first[..count] {
-        [COMMAND] => Ok((Arc::new(socket), first)),
+    let socket = Arc::new(socket);
+    let (first, channel): (Vec<u8>, Arc<dyn Channel>) = match tls {
+        Some(tls) => {
+            let (first, channel) = Accepting::new(tls).map_err(io::Error::other)?.first_byte(socket, SILENCE)?;
+            (vec![first], Arc::new(channel))
+        }
+        None => {
+            let mut first = vec![0; 1];
+            socket.limit_silence(Some(SILENCE))?;
+            let count = read_at_least(&*socket, &mut [Target::bytes(&mut first)], 1)?;
+            socket.limit_silence(None)?;
+            first.truncate(count);
+            (first, socket)
+        }
+    };
+    match first[..] {
+        [COMMAND] => Ok((channel, first)),
         [] => Err(io::Error::other("it was closed at once")),
         [other, ..] => Err(io::Error::other(format!("it began with byte {other:#04x}, not with a command (0x08)"))),
     }

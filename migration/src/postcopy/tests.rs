@@ -340,7 +340,10 @@ fn a_connection_that_is_lost_is_replaced_as_often_as_it_takes() {
         peer.package();
         let rest = arriving.join().unwrap();
         let recovery = rest.recovery();
-        assert!(matches!(recovery.accept(listener(&folder.path().join("early"))), Err(MigrationError::Refused(_))));
+        assert!(matches!(
+            recovery.accept(listener(&folder.path().join("early")), None),
+            Err(MigrationError::Refused(_))
+        ));
         let loading = scope.spawn(|| rest.load(&job));
         guest.memory.touch(50);
         while !matches!(peer.hear(), Some(Message::ReqPages { start: 0x32000, .. })) {}
@@ -364,7 +367,7 @@ fn a_connection_that_is_lost_is_replaced_as_often_as_it_takes() {
             // The last that is said counts.
             let path = |name: &str| folder.path().join(format!("{name}{cut}"));
             for name in ["first", "second"] {
-                recovery.accept(listener(&path(name))).unwrap();
+                recovery.accept(listener(&path(name)), None).unwrap();
             }
             UnixStream::connect(path("second")).unwrap().write_all(b"GET /").unwrap();
             let (back, bitmap) = peer.come_back(UnixStream::connect(path("second")).unwrap());

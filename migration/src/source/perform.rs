@@ -256,6 +256,8 @@ impl Engine<'_> {
         stream.clear();
         self.core.sent(Sent { bytes, ..Sent::default() });
         self.core.end_sent(rest.map_err(failed), self.start.elapsed());
+        // A QEMU gives its verdict when the sessions of page channels have ended.
+        self.connections.pages.iter().for_each(|channel| channel.say_end());
         Ok(())
     }
 

@@ -16,7 +16,7 @@ use reference_vmm::payload;
 use super::device::DeviceOptions;
 use super::object::{chosen, iommufds, memory_backends};
 use super::options::split;
-use super::vfio;
+use super::{qmp_object, vfio};
 
 /// The machine.
 #[derive(clap::Args)]
@@ -37,7 +37,10 @@ pub(crate) struct MachineArguments {
     /// [,hugetlb=on[,hugetlbsize=SIZE]][,seal=off]; -file with mem-path=PATH[,offset=BYTES]; all with [,share=on|off][,prealloc=on]
     /// [,reserve=off][,merge=on]. The RAM block is then called ID in a stream, as by QEMU, and both sides of a migration have to say
     /// the same; id=microvm.ram is the name of a machine without a backend. And iommufd,id=ID[,fd=NUMBER], for --device vfio-pci: fd is
-    /// an open /dev/iommu that this program inherits
+    /// an open /dev/iommu that this program inherits. Also TLS credentials, which migration parameter tls-creds
+    /// names: tls-creds-x509,id=ID,dir=PATH,endpoint=client|server[,verify-peer=off][,priority=NORMAL:-VERS-TLS1.2]; and who may send a
+    /// guest, which tls-authz names: authz-simple,id=ID,identity=NAME or authz-list,id=ID,policy=deny,rules.0.match=NAME,
+    /// rules.0.policy=allow[,rules.0.format=glob]; or one of these as a JSON object
     #[arg(long, value_name = "OPTIONS")]
     object: Vec<String>,
     /// Let the host back all RAM at once, rather than page by page when the guest first writes to it. A destination that waits
@@ -102,6 +105,11 @@ impl MachineArguments {
     /// The sockets that its devices listen at.
     pub(crate) fn sockets(&self) -> anyhow::Result<Vec<PathBuf>> {
         self.devices().sockets()
+    }
+
+    /// The properties of the objects that are no memory, each with its argument.
+    pub(crate) fn objects(&self) -> anyhow::Result<Vec<(&String, serde_json::Map<String, serde_json::Value>)>> {
+        qmp_object::listed(&self.object)
     }
 
     /// The machine they describe. `incoming` says that it waits for a guest. The descriptors that they name are taken.

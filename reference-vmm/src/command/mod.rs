@@ -6,6 +6,7 @@ mod machine;
 mod object;
 mod options;
 mod payload;
+mod qmp_object;
 mod run;
 mod signals;
 mod vfio;

@@ -6,6 +6,7 @@ use reference_vmm::memory::{BackendError, BackendKind, MemoryBackend};
 use reference_vmm::vfio::Iommufd;
 
 use super::options::Options;
+use super::qmp_object;
 
 /// An object of the command line.
 enum Object {
@@ -32,7 +33,7 @@ impl Object {
 /// The texts are those of QEMU 11.1, with the argument before them.
 fn objects(texts: &[String]) -> anyhow::Result<Vec<Object>> {
     let mut objects: Vec<Object> = Vec::new();
-    for text in texts {
+    for text in texts.iter().filter(|text| !qmp_object::is_one(text)) {
         let object = object(text).with_context(|| format!("--object {text}"))?;
         let duplicate = objects.iter().any(|other| other.id() == object.id());
         ensure!(!duplicate, "--object {text}: Duplicate ID '{}' for object", object.id());

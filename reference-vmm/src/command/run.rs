@@ -105,6 +105,9 @@ impl Run {
         vmm.set_actions(actions);
         vmm.set_load_ahead(!self.no_load_ahead);
         *vmm.descriptors() = inherited;
+        for (text, properties) in self.machine.objects()? {
+            vmm.objects().add(properties).with_context(|| format!("--object {text}"))?;
+        }
         if self.paused {
             vmm.stop();
         } else {

@@ -2,7 +2,7 @@
 
 use super::{
     arguments::Arguments,
-    descriptors, dirty_rate, parameters,
+    descriptors, dirty_rate, objects, parameters,
     place::place,
     power,
     protocol::{Failure, Request},
@@ -22,7 +22,7 @@ type Command = fn(&Arc<Vmm>, &mut Arguments) -> Result<Value, Failure>;
 pub(super) const QUIT: &str = "quit";
 
 /// Every command but `qmp_capabilities`, and when it is refused whatever its arguments.
-const COMMANDS: [(&str, Command, &[Rule]); 35] = [
+const COMMANDS: [(&str, Command, &[Rule]); 37] = [
     ("add-fd", descriptors::add_fd, legality::ANYTIME),
     ("calc-dirty-rate", dirty_rate::calc, legality::ANYTIME),
     ("cancel-vcpu-dirty-limit", dirty_rate::cancel_limit, legality::ANYTIME),
@@ -38,6 +38,8 @@ const COMMANDS: [(&str, Command, &[Rule]); 35] = [
     ("migrate-set-parameters", migrate_set_parameters, legality::ANYTIME),
     ("migrate-start-postcopy", migrate_start_postcopy, legality::ANYTIME),
     ("migrate_cancel", migrate_cancel, legality::ANYTIME),
+    ("object-add", objects::add, legality::ANYTIME),
+    ("object-del", objects::delete, legality::ANYTIME),
     ("query-commands", query_commands, legality::ANYTIME),
     ("query-dirty-rate", dirty_rate::query, legality::ANYTIME),
     ("query-fdsets", descriptors::query_fdsets, legality::ANYTIME),

@@ -9,6 +9,7 @@ mod client;
 mod commands;
 mod descriptors;
 mod dirty_rate;
+mod objects;
 mod parameters;
 mod place;
 mod power;

@@ -1,8 +1,8 @@
 //! Migration parameters by QEMU's names (QMP reference and answers of QEMU 11.1).
 //!
 //! [`ROWS`] has a row for each parameter: its name, its type and the value's place in [`Parameters`]. A parameter whose feature is
-//! not built in can be set and read back, as in a QEMU that does not use it; where doing nothing would mislead (`tls-creds`, other
-//! modes), it is refused.
+//! not built in can be set and read back, as in a QEMU that does not use it; where doing nothing would mislead (other modes), it is
+//! refused.
 
 #[cfg(test)]
 mod tests;
@@ -94,8 +94,8 @@ enum Slot<'p> {
     Compression(&'p mut Compression),
     ZeroPages(&'p mut ZeroPageDetection),
     Mode(&'p mut Mode),
-    /// A text that is empty by default, which is its only value here.
-    Empty,
+    /// A text, or null, which is the empty one.
+    Text(&'p mut String),
     /// Not listed while it is not set, and it cannot be set here.
     Unset,
 }
@@ -114,9 +114,9 @@ const ROWS: [Row; 31] = [
     row("cpu-throttle-initial", |p| Slot::U8(&mut p.cpu_throttle_initial)),
     row("cpu-throttle-increment", |p| Slot::U8(&mut p.cpu_throttle_increment)),
     row("cpu-throttle-tailslow", |p| Slot::Flag(&mut p.cpu_throttle_tailslow)),
-    row("tls-creds", |_| Slot::Empty),
-    row("tls-hostname", |_| Slot::Empty),
-    row("tls-authz", |_| Slot::Empty),
+    row("tls-creds", |p| Slot::Text(&mut p.tls_creds)),
+    row("tls-hostname", |p| Slot::Text(&mut p.tls_hostname)),
+    row("tls-authz", |p| Slot::Text(&mut p.tls_authz)),
     row("max-bandwidth", |p| Slot::U64(&mut p.max_bandwidth)),
     row("avail-switchover-bandwidth", |p| Slot::U64(&mut p.avail_switchover_bandwidth)),
     row("downtime-limit", |p| Slot::U64(&mut p.downtime_limit_ms)),
@@ -158,7 +158,7 @@ impl Row {
             Slot::Compression(value) => name_of(*value, &COMPRESSIONS).into(),
             Slot::ZeroPages(value) => name_of(*value, &ZERO_PAGES).into(),
             Slot::Mode(value) => value.as_str().into(),
-            Slot::Empty => "".into(),
+            Slot::Text(value) => value.clone().into(),
             Slot::Unset => Value::Null,
         }
     }
@@ -186,10 +186,9 @@ impl Row {
             Slot::Compression(slot) => *slot = choose(name, value, &COMPRESSIONS, &[])?,
             Slot::ZeroPages(slot) => *slot = choose(name, value, &ZERO_PAGES, &[])?,
             Slot::Mode(slot) => *slot = choose(name, value, &MODES, &OTHER_MODES)?,
-            Slot::Empty => match value {
-                Value::Null => {}
-                Value::String(text) if text.is_empty() => {}
-                Value::String(text) => return Err(Refusal::Unsupported { name, value: text.clone() }),
+            Slot::Text(slot) => match value {
+                Value::Null => slot.clear(),
+                Value::String(text) => slot.clone_from(text),
                 _ => return Err(wrong_type("StrOrNull")),
             },
             Slot::Unset => match value {

@@ -2,8 +2,8 @@
 
 use super::{Event, Exit, RunState, Vmm, Watch};
 use qevm_migration::{
-    Address, Arrival, Incoming, Listener, MigrationError, Recovery, Refused, Rest, RestoreProgress, check_transport,
-    receive,
+    Address, Arrival, Endpoint, Incoming, Listener, MigrationError, Recovery, Refused, Rest, RestoreProgress,
+    check_transport, receive,
 };
 use std::{
     sync::{Arc, MutexGuard, PoisonError},
@@ -23,11 +23,18 @@ impl Vmm {
     /// where a guest comes from. In either case it stays, with the guest paused, if the guest has arrived and may run at the source.
     ///
     /// # Errors
-    /// [`MigrationError::Listen`]; [`MigrationError::Capability`] for capabilities that do not go with the transport; and what
-    /// [`Incoming::open`] says. Another address may be tried then.
+    /// [`MigrationError::Listen`]; [`MigrationError::Tls`] for credentials that are not there; [`MigrationError::Capability`] for
+    /// capabilities that do not go with the transport; and what [`Incoming::open`] says. Another address may be tried then.
     pub fn listen(self: &Arc<Self>, address: &Address, exit_on_error: bool) -> Result<(), MigrationError> {
-        check_transport(address, self.outgoing())?;
+        self.secure(&self.outgoing, Endpoint::Server)?;
+        check_transport(address, &self.outgoing)?;
         self.check_devices()?;
+        if self.outgoing.tls().is_some() && self.outgoing.capabilities().postcopy_preempt {
+            // Its session would have to begin before anybody knows whether it is the preempt channel.
+            return Err(MigrationError::Tls(
+                "'postcopy-preempt' does not go with TLS here: turn it off at both sides".into(),
+            ));
+        }
         let entrance = match address {
             Address::Tcp { .. } | Address::Unix(_) => Entrance::Socket(Listener::bind(address)?),
             _ => Entrance::Open(Box::new(Incoming::open(address, self.outgoing(), &mut *self.descriptors())?)),
@@ -35,6 +42,7 @@ impl Vmm {
         // Refused only while one is under way, which then has its own.
         let _ = self.incoming.set_capabilities(self.outgoing.capabilities());
         self.incoming.set_parameters(self.outgoing.parameters());
+        self.incoming.set_tls(self.outgoing.tls());
         // Whoever looks for an incoming migration finds it from now on.
         let _ = self.incoming.begin();
         self.lock().listening = Some(match &entrance {
@@ -131,7 +139,7 @@ impl Vmm {
         let recovery = recovery.ok_or(Refused::PostcopyNotPaused)?;
         let listener = Listener::bind(address)?;
         let listening = listener.address().clone();
-        recovery.accept(listener)?;
+        recovery.accept(listener, self.incoming.tls())?;
         self.lock().listening = Some(listening);
         Ok(())
     }

@@ -2,7 +2,7 @@
 
 use super::{Vmm, legality};
 use qevm_migration::{
-    Address, Job, MigrationError, NoDescriptors, Outgoing, Refused, Status, check_transport, migrate,
+    Address, Endpoint, Job, MigrationError, NoDescriptors, Outgoing, Refused, Status, check_transport, migrate,
 };
 use std::{sync::Arc, thread};
 
@@ -23,14 +23,15 @@ impl Vmm {
     ///
     /// # Errors
     /// [`MigrationError::Refused`] for [`Refused::Blocked`] and as [`legality::MIGRATE`] says;
-    /// [`MigrationError::Capability`] for capabilities that do not go with the transport; and for what is no socket, what
-    /// [`Outgoing::open`] says.
+    /// [`MigrationError::Tls`] for credentials that are not there; [`MigrationError::Capability`] for capabilities that do not go with the
+    /// transport; and for what is no socket, what [`Outgoing::open`] says.
     pub fn migrate(self: &Arc<Self>, address: Address) -> Result<(), MigrationError> {
         legality::check(legality::MIGRATE, &self.situation())?;
         if let Some(reason) = self.blockers().into_iter().next() {
             return Err(Refused::Blocked(reason).into());
         }
         self.check_devices()?;
+        self.secure(&self.outgoing, Endpoint::Client)?;
         check_transport(&address, &self.outgoing)?;
         // Once more, for the migration before may have ended meanwhile, with the guest gone.
         self.outgoing.begin_if(|status| legality::check(legality::MIGRATE, &self.situation_with(status)))?;
@@ -60,6 +61,7 @@ impl Vmm {
         if self.outgoing.status() != Status::PostcopyPaused {
             return Err(Refused::NoPausedMigration.into());
         }
+        self.secure(&self.outgoing, Endpoint::Client)?;
         check_transport(address, &self.outgoing)?;
         let connections = self.way_out(address)?;
         self.outgoing.begin_recovery()?;

@@ -167,7 +167,7 @@ fn a_preempt_channel_that_fails_pauses_the_postcopy_and_the_next_source_has_anot
                 thread::yield_now();
             }
             let path = folder.path().join(format!("again{cut}"));
-            recovery.accept(super::listener(&path)).unwrap();
+            recovery.accept(super::listener(&path), None).unwrap();
             let (back, bitmap) = peer.come_back(UnixStream::connect(&path).unwrap());
             let expected = here.iter().fold(0_u64, |bits, page| bits | 1 << page);
             assert_eq!(bitmap, expected.to_le_bytes(), "cut {cut}");

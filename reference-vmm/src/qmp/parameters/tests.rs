@@ -84,7 +84,6 @@ fn a_bad_value_changes_nothing() {
     assert!(matches!(set(&mut parameters, "cpu-throttle-tailslow", 1), Err(Refusal::Type { .. })));
     assert!(matches!(set(&mut parameters, "multifd-compression", "qpl"), Err(Refusal::Choice { .. })));
     assert!(matches!(set(&mut parameters, "mode", "cpr-exec"), Err(Refusal::Unsupported { .. })));
-    assert!(matches!(set(&mut parameters, "tls-creds", "tls0"), Err(Refusal::Unsupported { .. })));
     assert!(matches!(set(&mut parameters, "tls-creds", 5), Err(Refusal::Type { .. })));
     assert!(matches!(set(&mut parameters, "block-bitmap-mapping", json!([])), Err(Refusal::Unsupported { .. })));
     assert_eq!(set(&mut parameters, "max-bandwith", 1), Err(Refusal::Unknown("max-bandwith".into())));
@@ -101,6 +100,8 @@ fn a_bad_value_changes_nothing() {
 fn negative_sizes_are_large_ones_and_null_is_no_text() {
     let mut parameters = Parameters::default();
     set(&mut parameters, "max-bandwidth", -1).unwrap();
+    set(&mut parameters, "tls-creds", "tls0").unwrap();
+    assert_eq!(parameters.tls_creds, "tls0");
     set(&mut parameters, "tls-creds", Value::Null).unwrap();
     let mut expected = Parameters::default();
     expected.max_bandwidth = u64::MAX;

@@ -1,0 +1,30 @@
+//! The commands for objects.
+
+use super::{
+    arguments::Arguments,
+    commands::{empty, only},
+    protocol::Failure,
+};
+use crate::{objects::ObjectError, vmm::Vmm};
+use serde_json::Value;
+use std::sync::Arc;
+
+impl From<ObjectError> for Failure {
+    fn from(error: ObjectError) -> Failure {
+        Failure::generic(error.to_string())
+    }
+}
+
+pub(super) fn add(vmm: &Arc<Vmm>, arguments: &mut Arguments) -> Result<Value, Failure> {
+    let properties = arguments.drain();
+    only(arguments)?;
+    vmm.objects().add(properties)?;
+    Ok(empty())
+}
+
+pub(super) fn delete(vmm: &Arc<Vmm>, arguments: &mut Arguments) -> Result<Value, Failure> {
+    let id = arguments.text("id")?;
+    only(arguments)?;
+    vmm.objects().delete(&id)?;
+    Ok(empty())
+}
