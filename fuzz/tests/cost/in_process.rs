@@ -30,7 +30,9 @@ fn plain(path: &Path) -> Vec<u8> {
 fn judge_stream(verdicts: &mut Verdicts, what: impl Fn() -> String, main: Vec<u8>) {
     let files = Files::main(main);
     let n = files.len();
-    for (reader, keep) in [("walk", Keep::Digests), ("walk with contents", Keep::Image), ("index of pages", Keep::Places)] {
+    for (reader, keep) in
+        [("walk", Keep::Digests), ("walk with contents", Keep::Image), ("index of pages", Keep::Places)]
+    {
         let cost = measure(|| drivers::walk(&files, keep));
         verdicts.add(|| format!("{}, {reader}", what()), n, cost);
     }
