@@ -18,7 +18,7 @@ pub const KNOWN: [(&str, bool); 21] = [
     ("pause-before-switchover", true),
     ("multifd", true),
     ("dirty-bitmaps", false),
-    ("postcopy-blocktime", false),
+    ("postcopy-blocktime", true),
     ("late-block-activate", true),
     ("x-ignore-shared", false),
     ("validate-uuid", false),
@@ -73,6 +73,8 @@ pub struct Capabilities {
     /// `postcopy-preempt`: pages that the guest waits for travel on a connection of their own, past what is on its way on the main channel
     /// (7.1); needs `postcopy-ram`.
     pub postcopy_preempt: bool,
+    /// `postcopy-blocktime`: a destination counts how long the guest waits for its memory (3.0).
+    pub postcopy_blocktime: bool,
 }
 
 /// A capability that cannot be set so.
@@ -166,6 +168,7 @@ impl Capabilities {
             "background-snapshot" => Some(&mut self.background_snapshot),
             "postcopy-ram" => Some(&mut self.postcopy_ram),
             "postcopy-preempt" => Some(&mut self.postcopy_preempt),
+            "postcopy-blocktime" => Some(&mut self.postcopy_blocktime),
             _ => None,
         }
     }

@@ -109,6 +109,7 @@ pub fn receive(
         preempt,
         pages: channels.as_ref(),
         limited: false,
+        block_times: capabilities.postcopy_blocktime,
         file,
         threads: if capabilities.multifd { job.parameters().multifd_channels } else { 1 },
         from_file: 0,
@@ -187,6 +188,8 @@ struct Engine<'e> {
     pages: Option<&'e PageChannels>,
     /// Reads of the main channel fail when nothing comes for some time.
     limited: bool,
+    /// It is counted how long the guest waits for its memory.
+    block_times: bool,
     /// Pages may have their places in this file…
     file: Option<PageFile>,
     /// …and are read by this many threads.
@@ -287,7 +290,7 @@ impl Engine<'_> {
                 Action::Listen => {
                     self.consume(consumed);
                     let (listed, blocks) = (self.ram.listed(), self.core.ram_blocks().clone());
-                    let listening = Listening::start(self.guest, &listed, self.channel.clone())?;
+                    let listening = Listening::start(self.guest, &listed, self.channel.clone(), self.block_times)?;
                     self.listening = Some(listening.with_preempt(self.preempt.take(), blocks));
                     job.advance(Status::PostcopyDevice)?;
                 }

@@ -50,12 +50,17 @@ pub trait MissingPages: Send + Sync {
     /// The guest's own; above all when the host cannot do that with this memory.
     fn add(&self, block: usize) -> Result<(), GuestError>;
 
-    /// Waits until somebody touches a page that is missing, and says which: a block and any offset in the page. The same page may
-    /// be told of several times, and while it is being filled in. `None` after [`stop`](MissingPages::stop).
+    /// Waits until somebody touches a page that is missing, and says which. The same page may be told of several times, and while it is being
+    /// filled in. `None` after [`stop`](MissingPages::stop).
     ///
     /// # Errors
     /// The guest's own.
-    fn wait(&self) -> Result<Option<(usize, u64)>, GuestError>;
+    fn wait(&self) -> Result<Option<Touch>, GuestError>;
+
+    /// How many vCPUs [`wait`](MissingPages::wait) can tell apart, for capability `postcopy-blocktime`. By default none.
+    fn vcpus(&self) -> usize {
+        0
+    }
 
     /// Fills in pages that are missing, and lets those go on who wait for them.
     ///
@@ -91,6 +96,17 @@ const AHEAD: u64 = 256 << 10;
 pub struct LazyRestore {
     shared: Arc<Shared>,
     server: Option<JoinHandle<()>>,
+}
+
+/// A page that is missing, and somebody waits for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Touch {
+    /// The block.
+    pub block: usize,
+    /// Any offset in the page.
+    pub offset: u64,
+    /// The vCPU that waits, if one does and it is known which.
+    pub vcpu: Option<usize>,
 }
 
 /// How far it is.
@@ -279,7 +295,7 @@ impl Shared {
         loop {
             let served = match self.pages.wait() {
                 Ok(None) => return,
-                Ok(Some((block, offset))) => self.serve_page(block, offset),
+                Ok(Some(Touch { block, offset, .. })) => self.serve_page(block, offset),
                 Err(source) => Err(MigrationError::Guest { doing: "wait for pages that are missing", source }),
             };
             if let Err(error) = served {

@@ -10,8 +10,9 @@
 //! Two threads do that from the moment on at which memory is missing: the devices, which are loaded meanwhile, may touch it, too. With capability
 //! `postcopy-preempt` a third reads the connection on which the source sends what it is asked for ([`preempt`]). A page that was
 //! filled in is never filled in again, and one that does not come is not filled in at all: who waits for it waits on, so that nobody sees
-//! wrong memory.
+//! wrong memory. How long everybody waits is [counted](BlockTimes) with capability `postcopy-blocktime`.
 
+mod block_times;
 mod missing;
 mod preempt;
 mod recovery;
@@ -19,6 +20,7 @@ mod start;
 mod stream;
 
 use super::{Job, MigrationError, RestoreProgress};
+pub use block_times::BlockTimes;
 pub(crate) use missing::Listening;
 use missing::Shared;
 pub(crate) use preempt::{Entrance, Preempt};
@@ -68,6 +70,12 @@ impl Postcopy {
     /// How far it is.
     pub fn progress(&self) -> RestoreProgress {
         self.shared.progress()
+    }
+
+    /// Something that tells how long the guest has waited, with capability `postcopy-blocktime`.
+    pub fn watch_block_times(&self) -> impl Fn() -> Option<BlockTimes> + Send + Sync + 'static {
+        let shared = self.shared.clone();
+        move || shared.block_times()
     }
 
     /// Something that tells how far it is, while others wait.

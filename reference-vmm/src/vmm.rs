@@ -21,8 +21,8 @@ use crate::machine::{Machine, Stop};
 use crate::objects::Objects;
 use qevm_migration::dirty_rate::{self, Gauge};
 use qevm_migration::{
-    Address, BadCapability, Endpoint, Guest, GuestError, Job, MigrationError, Mode, Notice, RULES, Recovery, Refused,
-    RestoreProgress, Status,
+    Address, BadCapability, BlockTimes, Endpoint, Guest, GuestError, Job, MigrationError, Mode, Notice, RULES,
+    Recovery, Refused, RestoreProgress, Status,
 };
 use qevm_multifd::compression::Compression;
 use qevm_wire::{
@@ -66,6 +66,8 @@ pub struct Vmm {
     incoming: Arc<Job>,
     /// Tells how far the loading of memory is of a guest that runs already.
     rest: Mutex<Option<Watch>>,
+    /// Tells how long a guest has waited for its memory that runs already.
+    block_times: Mutex<Option<BlockTimesWatch>>,
     /// Pauses and recovers a postcopy to here.
     recovery: Mutex<Option<Recovery>>,
     descriptors: Mutex<Descriptors>,
@@ -80,6 +82,7 @@ pub struct Vmm {
 }
 
 type Watch = Box<dyn Fn() -> RestoreProgress + Send + Sync>;
+type BlockTimesWatch = Box<dyn Fn() -> Option<BlockTimes> + Send + Sync>;
 
 struct State {
     run_state: RunState,
@@ -169,6 +172,7 @@ impl Vmm {
             outgoing: Arc::default(),
             incoming: Arc::default(),
             rest: Mutex::default(),
+            block_times: Mutex::default(),
             recovery: Mutex::default(),
             descriptors: Mutex::default(),
             objects: Objects::default(),

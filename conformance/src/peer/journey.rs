@@ -13,7 +13,7 @@ use serde_json::{Map, Value, json};
 
 use super::gear::{self, Ear, Gear};
 use super::party::{Monitor, Party};
-use super::postcopy::Departure;
+use super::postcopy::{self, Departure};
 use super::tls::Secured;
 use crate::exec;
 use crate::patience::PATIENCE;
@@ -339,6 +339,10 @@ impl Journey {
     /// What a hop took, whose source says that it has completed.
     pub(super) fn arrived(&self, here: &mut Party, there: &mut Party, n: usize, done: &Value) -> Result<Hop> {
         self.departure(n).map_or(Ok(()), |departure| departure.judge(done))?;
+        if self.capabilities.contains(&"postcopy-blocktime") {
+            let told = there.monitor().wait_migration(PATIENCE, |migration| migration["status"] == "completed")?;
+            postcopy::judge_block_times(&told, self.load.cpus)?;
+        }
         let stopped = here.monitor().wait_event("STOP", PATIENCE)?.time.context("STOP has no timestamp")?;
         let resumed = there.monitor().wait_event("RESUME", PATIENCE)?.time.context("RESUME has no timestamp")?;
         for (party, expected) in [(here, "postmigrate"), (there, "running")] {

@@ -51,6 +51,21 @@ impl Departure {
     }
 }
 
+/// That a destination with `postcopy-blocktime` tells of `cpus` vCPUs and others how long they waited, as QEMU 11.1 does.
+pub(super) fn judge_block_times(there: &Value, cpus: u32) -> Result<()> {
+    // Of a vCPU for which a thread of the kernel waits nobody knows that it is one.
+    let per_vcpu = |name: &str| there[name].as_array().is_some_and(|list| list.len() == cpus as usize);
+    let sum = |list: &Vec<Value>| list.iter().filter_map(Value::as_u64).sum::<u64>();
+    let figures = ["postcopy-blocktime", "postcopy-latency", "postcopy-non-vcpu-latency"];
+    let distribution = there["postcopy-latency-dist"].as_array().filter(|buckets| buckets.len() == 24);
+    let whole = figures.iter().all(|name| there[name].is_u64())
+        && there["postcopy-latency"].as_u64() > Some(0)
+        && distribution.map(sum) > Some(0)
+        && ["postcopy-vcpu-blocktime", "postcopy-vcpu-latency"].into_iter().all(per_vcpu);
+    ensure!(whole, "the destination does not tell how long the guest has waited: {there}");
+    Ok(())
+}
+
 /// Guests that go before their memory. In the background it comes slowly enough that they have to wait for much of it.
 pub(super) fn all() -> Vec<Journey> {
     let mut parameters = Map::new();
@@ -96,6 +111,19 @@ pub(super) fn all() -> Vec<Journey> {
                 });
             }
         }
+    }
+    for stops in [[reference, new], [new, reference], [reference; 2]] {
+        journeys.push(Journey {
+            name: format!("{}>{}/postcopy/blocktime", stops[0], stops[1]),
+            stops: stops.into(),
+            link: Link::Unix,
+            capabilities: vec!["postcopy-ram", "postcopy-blocktime"],
+            parameters: parameters.clone(),
+            postcopy: Some(Departure::AtOnce),
+            load: Load { downtime_limit: 1, cpus: 2, ..Load::default() },
+            quick: stops[1] == reference && stops[0] == new,
+            ..super::table::plain()
+        });
     }
     // Each way is taken before the memory and with it: there are seven.
     let stops = [old, reference, reference, new, reference, middle, reference].into_iter().cycle().take(RING_HOPS + 1);

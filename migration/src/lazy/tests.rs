@@ -45,8 +45,9 @@ impl MissingPages for Handle {
         Ok(())
     }
 
-    fn wait(&self) -> Result<Option<(usize, u64)>, GuestError> {
-        Ok(self.0.touched.lock().unwrap().recv()?.map(|offset| (3, offset)))
+    fn wait(&self) -> Result<Option<Touch>, GuestError> {
+        let touch = |offset| Touch { block: 3, offset, vcpu: None };
+        Ok(self.0.touched.lock().unwrap().recv()?.map(touch))
     }
 
     fn fill(&self, block: usize, offset: u64, bytes: &[u8]) -> Result<(), GuestError> {

@@ -1,8 +1,11 @@
 //! Memory that is missing until it comes from the source.
 
-use super::preempt::Preempt;
+use super::{
+    block_times::{Account, BlockTimes},
+    preempt::Preempt,
+};
 use crate::{
-    Channel, Guest, MigrationError, MissingPages, PAGE_SIZE, RestoreProgress, Status,
+    Channel, Guest, MigrationError, MissingPages, PAGE_SIZE, RestoreProgress, Status, Touch,
     channel::{Source, write_all},
     ram_receiver::Listed,
     touched::Touched,
@@ -22,6 +25,7 @@ use std::{
     },
     thread,
     thread::JoinHandle,
+    time::Instant,
 };
 
 const LISTEN: &str = "receive guest memory while the guest runs (capability 'postcopy-ram')";
@@ -34,6 +38,9 @@ pub(super) struct Shared {
     blocks: Vec<Block>,
     /// What was asked for.
     book: Mutex<PageFaults>,
+    /// How long the guest waits, with capability `postcopy-blocktime`, and when that began.
+    account: Option<Mutex<Account>>,
+    start: Instant,
     /// Where messages are written to, one at a time.
     outlet: Mutex<Outlet>,
     /// Bytes that have not come.
@@ -141,11 +148,12 @@ pub(crate) struct Listening {
 }
 
 impl Listening {
-    /// Empties what has not come of `blocks`, or is old, and makes it missing.
+    /// Empties what has not come of `blocks`, or is old, and makes it missing. `block_times` says that it is counted how long the guest waits.
     pub(crate) fn start(
         guest: &dyn Guest,
         blocks: &[Listed],
         channel: Arc<dyn Channel>,
+        block_times: bool,
     ) -> Result<Self, MigrationError> {
         let pages = guest.hooks().missing_pages().map_err(MigrationError::guest(LISTEN))?;
         let views = guest.ram();
@@ -163,7 +171,10 @@ impl Listening {
         }
         let requested = RequestBlocks::new(requested).map_err(|error| MigrationError::guest(LISTEN)(error.into()))?;
         let remaining: u64 = missing.iter().map(Block::remaining).sum();
+        let account = block_times.then(|| Account::new(pages.vcpus(), missing.iter().map(|block| block.units)));
         let shared = Arc::new(Shared {
+            account: account.map(Mutex::new),
+            start: Instant::now(),
             pages,
             blocks: missing,
             book: Mutex::new(PageFaults::new(requested)),
@@ -254,6 +265,15 @@ impl Shared {
         }
     }
 
+    /// How long the guest has waited, with capability `postcopy-blocktime`.
+    pub(super) fn block_times(&self) -> Option<BlockTimes> {
+        Some(self.account()?.report())
+    }
+
+    fn account(&self) -> Option<MutexGuard<'_, Account>> {
+        self.account.as_ref().map(|account| account.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
     /// Puts a message on the return path.
     pub(super) fn send(&self, message: &Message) {
         self.outlet().put(&message.to_bytes());
@@ -276,7 +296,7 @@ impl Shared {
         loop {
             let asked = match self.pages.wait() {
                 Ok(None) => return,
-                Ok(Some((block, offset))) => self.touched(block, offset),
+                Ok(Some(touch)) => self.touched(&touch),
                 Err(source) => Err(MigrationError::Guest { doing: ASK, source }),
             };
             if let Err(error) = asked {
@@ -286,7 +306,8 @@ impl Shared {
     }
 
     /// Somebody waits for a page.
-    fn touched(&self, number: usize, offset: u64) -> Result<(), MigrationError> {
+    fn touched(&self, touch: &Touch) -> Result<(), MigrationError> {
+        let (number, offset) = (touch.block, touch.offset);
         let found = self.blocks.iter().enumerate().find(|(_, block)| block.number == number);
         let Some((index, block)) = found.filter(|(_, block)| offset / block.unit < block.units) else {
             let why = format!("byte {offset:#x} of RAM block {number} was touched, which the source does not have");
@@ -296,6 +317,9 @@ impl Shared {
         if block.kept.contains(unit) {
             // It came as zeros, or was never anything else.
             return self.fill(block, unit, None);
+        }
+        if let Some(mut account) = self.account() {
+            account.touched(touch.vcpu, index, unit, self.start.elapsed());
         }
         if block.placed.contains(unit) {
             // Whoever fills it in lets all go on who wait for it.
@@ -339,6 +363,9 @@ impl Shared {
             return Ok(());
         }
         self.fill(block, unit, whole)?;
+        if let Some(mut account) = self.account() {
+            account.placed(index, unit, self.start.elapsed());
+        }
         self.book().received(index, page.offset);
         if self.remaining.fetch_sub(block.unit, Ordering::Relaxed) == block.unit {
             // Who waits for the last of them has looked before this lock was free, or sees it.

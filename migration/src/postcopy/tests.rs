@@ -3,7 +3,7 @@ mod preempt;
 
 use crate::{
     Address, Arrival, Capabilities, Channel, DeviceSection, Devices, DirtyLog, Guest, GuestError, Hooks, Job, Listener,
-    LoadError, MigrationError, MissingPages, RamView, Rest, SavedDevices, Status, ram_receiver::Listed, receive,
+    LoadError, MigrationError, MissingPages, RamView, Rest, SavedDevices, Status, Touch, ram_receiver::Listed, receive,
     touched::Touched,
 };
 use peer::{Peer, name};
@@ -100,8 +100,14 @@ impl MissingPages for Handle {
         Ok(())
     }
 
-    fn wait(&self) -> Result<Option<(usize, u64)>, GuestError> {
-        Ok(self.0.touched.lock().unwrap().recv()?.map(|offset| (0, offset)))
+    fn wait(&self) -> Result<Option<Touch>, GuestError> {
+        // The first half is touched by a vCPU.
+        let touch = |offset| Touch { block: 0, offset, vcpu: (offset < PAGES / 2 * PAGE).then_some(0) };
+        Ok(self.0.touched.lock().unwrap().recv()?.map(touch))
+    }
+
+    fn vcpus(&self) -> usize {
+        1
     }
 
     fn fill(&self, _: usize, offset: u64, bytes: &[u8]) -> Result<(), GuestError> {
@@ -207,7 +213,13 @@ impl Devices for Late {
 }
 
 fn arrive(guest: &Late, there: Arc<dyn Channel>, job: &Job) -> Result<Arrival, MigrationError> {
-    job.set_capabilities(Capabilities { postcopy_ram: true, return_path: true, ..Capabilities::default() }).unwrap();
+    job.set_capabilities(Capabilities {
+        postcopy_ram: true,
+        postcopy_blocktime: true,
+        return_path: true,
+        ..Capabilities::default()
+    })
+    .unwrap();
     job.begin().unwrap();
     receive(guest, there.into(), job, &Profile::new(QemuVersion::NEWEST, "microvm"))
 }
@@ -252,11 +264,16 @@ fn devices_get_the_pages_that_they_look_at_and_the_source_learns_that_they_are_l
         guest.memory.touch(9);
         let others: Vec<_> = (0..PAGES).filter(|page| ![5, 6, 7, 9, 40].contains(page)).map(|page| (page, 1)).collect();
         peer.pages(&others);
-        let watch = rest.watch();
+        let (watch, block_times) = (rest.watch(), rest.watch_block_times());
         peer.end();
         rest.load(&job).unwrap();
         assert_eq!(peer.hear(), Some(Message::Shut { status: 0 }));
         assert_eq!((watch().remaining, watch().requests), (0, 4));
+        // A wait for each request, one of them of somebody who is no vCPU.
+        let times = block_times().unwrap();
+        assert_eq!(times.distribution.iter().sum::<u64>(), 4);
+        assert!(times.other_latency > Duration::ZERO && times.vcpu_latency[0] > Duration::ZERO, "{times:?}");
+        assert!(times.vcpus == [times.all_vcpus] && times.all_vcpus > times.vcpu_latency[0], "{times:?}");
         assert_eq!((guest.memory.wait_for(9), guest.memory.wait_for(7)), (Some(9), Some(70)));
         assert!(guest.memory.state.lock().unwrap().released);
     });
@@ -401,7 +418,7 @@ fn a_huge_page_is_filled_in_when_all_of_it_is_here() {
     let touched = Arc::new(Touched::new(PAGES, false));
     let listed = Listed { name: name("ram"), used_length: PAGES * PAGE, touched, received: Some(Arc::new(received)) };
     let (mut peer, there) = Peer::new();
-    let listening = super::Listening::start(&guest, &[listed], there).unwrap();
+    let listening = super::Listening::start(&guest, &[listed], there, false).unwrap();
     assert_eq!(memory.state.lock().unwrap().discarded, [0..4, 8..PAGES]);
     memory.touch(9);
     let request = Message::ReqPages { block: Some(name("ram")), start: 8 * PAGE, len: 4 * PAGE as u32 };

@@ -110,7 +110,9 @@ impl Hooks for Machine {
     }
 
     fn missing_pages(&self) -> Result<Box<dyn MissingPages>, GuestError> {
-        Ok(Box::new(Userfault::new(self.memory().clone())?))
+        let vcpus = self.vcpus.clone();
+        let vcpu_of = move |tid| vcpus.iter().position(|vcpu| vcpu.has_thread(tid));
+        Ok(Box::new(Userfault::new(self.memory().clone())?.with_vcpus(self.cpus(), vcpu_of)))
     }
 
     fn protected_pages(&self) -> Result<Box<dyn ProtectedPages>, GuestError> {

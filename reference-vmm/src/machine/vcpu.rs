@@ -26,6 +26,8 @@ pub(crate) struct Vcpu {
     pub(crate) fd: Mutex<VcpuFd>,
     run_page: RunPage,
     thread: OnceLock<libc::pthread_t>,
+    /// The number of the thread, as the kernel has it.
+    tid: OnceLock<u32>,
     /// The line from 8259s that are not in the kernel.
     external: OnceLock<Arc<ToVcpu>>,
 }
@@ -78,7 +80,14 @@ impl RunPage {
 impl Vcpu {
     pub(crate) fn new(index: usize, mut fd: VcpuFd) -> Vcpu {
         let run_page = RunPage(fd.get_kvm_run());
-        Vcpu { index, fd: Mutex::new(fd), run_page, thread: OnceLock::new(), external: OnceLock::new() }
+        Vcpu {
+            index,
+            fd: Mutex::new(fd),
+            run_page,
+            thread: OnceLock::new(),
+            tid: OnceLock::new(),
+            external: OnceLock::new(),
+        }
     }
 
     /// Makes the vCPU leave the guest, or not enter it, so that its thread looks at the run control again.
@@ -88,6 +97,11 @@ impl Vcpu {
             // SAFETY: the machine joins the thread only after the last kick, so the id is valid.
             unsafe { libc::pthread_kill(*thread, kick_signal()) };
         }
+    }
+
+    /// Whether its thread has this number, as the kernel has it.
+    pub(super) fn has_thread(&self, tid: u32) -> bool {
+        self.tid.get() == Some(&tid)
     }
 
     /// Connects the 8259s.
@@ -236,6 +250,8 @@ pub(crate) fn spawn(vcpus: &Arc<[Vcpu]>, index: usize, around: Surroundings) -> 
     });
     let vcpus_ = Arc::clone(vcpus);
     let body = move || {
+        let tid = nix::unistd::gettid().as_raw();
+        vcpus_[index].tid.get_or_init(|| tid.cast_unsigned());
         let control = &around.control;
         let _gone = Gone(control);
         while control.park() {

@@ -9,10 +9,10 @@ use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
 use std::sync::{Arc, Mutex};
 
 use linux_raw_sys::general::{
-    UFFD_API, UFFD_EVENT_PAGEFAULT, UFFDIO_REGISTER_MODE_MISSING, uffdio_api, uffdio_copy, uffdio_range,
-    uffdio_register, uffdio_zeropage,
+    UFFD_API, UFFD_EVENT_PAGEFAULT, UFFD_FEATURE_THREAD_ID, UFFDIO_REGISTER_MODE_MISSING, uffdio_api, uffdio_copy,
+    uffdio_range, uffdio_register, uffdio_zeropage,
 };
-use qevm_migration::{GuestError, MissingPages};
+use qevm_migration::{GuestError, MissingPages, Touch};
 use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
 use rustix::io::Errno;
 use rustix::ioctl::{Opcode, Updater, ioctl, opcode};
@@ -38,12 +38,24 @@ pub(crate) struct Userfault {
     stop: OwnedFd,
     /// Numbers of the blocks.
     blocks: Mutex<Vec<usize>>,
+    /// How many vCPUs there are, and which of them has a thread of this number.
+    vcpus: usize,
+    vcpu_of: Box<dyn Fn(u32) -> Option<usize> + Send + Sync>,
 }
 
 impl Userfault {
     /// Of no block at first.
     pub(crate) fn new(memory: Arc<GuestMemory>) -> Result<Userfault, GuestError> {
-        Userfault::with(memory, 0)
+        Userfault::with(memory, UFFD_FEATURE_THREAD_ID.into())
+    }
+
+    /// The same, where `vcpu_of` tells for a thread of the process which of so many vCPUs it is.
+    pub(crate) fn with_vcpus(
+        self,
+        vcpus: usize,
+        vcpu_of: impl Fn(u32) -> Option<usize> + Send + Sync + 'static,
+    ) -> Userfault {
+        Userfault { vcpus, vcpu_of: Box::new(vcpu_of), ..self }
     }
 
     /// With these features of the kernel's.
@@ -58,7 +70,7 @@ impl Userfault {
         call::<API, _>(&faults, &mut api)
             .map_err(|error| format!("userfaultfd of this kernel cannot do that ({error})"))?;
         let stop = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
-        Ok(Userfault { memory, faults, stop, blocks: Mutex::default() })
+        Ok(Userfault { memory, faults, stop, blocks: Mutex::default(), vcpus: 0, vcpu_of: Box::new(|_| None) })
     }
 
     pub(super) fn block(&self, number: usize) -> Result<&RamBlock, GuestError> {
@@ -112,7 +124,7 @@ impl MissingPages for Userfault {
         self.register(number, UFFDIO_REGISTER_MODE_MISSING)
     }
 
-    fn wait(&self) -> Result<Option<(usize, u64)>, GuestError> {
+    fn wait(&self) -> Result<Option<Touch>, GuestError> {
         loop {
             let mut ready = [PollFd::new(&self.stop, PollFlags::IN), PollFd::new(&self.faults, PollFlags::IN)];
             match poll(&mut ready, None) {
@@ -130,12 +142,19 @@ impl MissingPages for Userfault {
             };
             let [kind, ..] = event;
             let address = event[16..24].try_into().map(u64::from_ne_bytes)?;
+            let thread = event[24..28].try_into().map(u32::from_ne_bytes)?;
             if u32::from(kind) != UFFD_EVENT_PAGEFAULT {
                 return Err(format!("userfaultfd tells of event {kind:#x}, which was not asked for").into());
             }
             let found = self.find(address);
-            return Ok(Some(found.ok_or_else(|| format!("address {address:#x} is in no RAM block that is missing"))?));
+            let (block, offset) =
+                found.ok_or_else(|| format!("address {address:#x} is in no RAM block that is missing"))?;
+            return Ok(Some(Touch { block, offset, vcpu: (self.vcpu_of)(thread) }));
         }
+    }
+
+    fn vcpus(&self) -> usize {
+        self.vcpus
     }
 
     fn fill(&self, number: usize, offset: u64, bytes: &[u8]) -> Result<(), GuestError> {
@@ -253,22 +272,26 @@ mod tests {
             assert_eq!(missing.unit(0).unwrap(), 4096);
             missing.discard(0, 0..SIZE).unwrap();
             missing.add(0).unwrap();
+            let (tell, number) = std::sync::mpsc::channel();
             let toucher = thread::spawn({
                 let memory = memory.clone();
                 move || {
+                    tell.send(nix::unistd::gettid().as_raw()).unwrap();
                     let mut found = [[0; 4]; 2];
                     memory.ram().read(8192 + 100, &mut found[0]).unwrap();
                     memory.ram().read(SIZE - 4, &mut found[1]).unwrap();
                     found
                 }
             });
-            let (block, offset) = missing.wait().unwrap().unwrap();
-            assert_eq!((block, offset / 4096), (0, 2));
+            let number = number.recv().unwrap().cast_unsigned();
+            let missing = missing.with_vcpus(3, move |tid| (tid == number).then_some(2));
+            let Touch { block, offset, vcpu } = missing.wait().unwrap().unwrap();
+            assert_eq!((block, offset / 4096, vcpu, missing.vcpus()), (0, 2, Some(2), 3));
             missing.fill(0, 4096, &[[1; 4096], [2; 4096], [3; 4096]].concat()).unwrap();
             // The same page may be told of again.
             let last = SIZE / 4096 - 1;
-            let next = std::iter::from_fn(|| missing.wait().unwrap()).find(|(_, offset)| offset / 4096 != 2);
-            assert_eq!(next.map(|(block, offset)| (block, offset / 4096)), Some((0, last)));
+            let next = std::iter::from_fn(|| missing.wait().unwrap()).find(|touch| touch.offset / 4096 != 2);
+            assert_eq!(next.map(|touch| (touch.block, touch.offset / 4096)), Some((0, last)));
             missing.fill_zeros(0, SIZE - 4096, 4096).unwrap();
             assert_eq!(toucher.join().unwrap(), [[2; 4], [0; 4]]);
             // What is there is not filled in again.

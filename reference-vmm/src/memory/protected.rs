@@ -51,7 +51,7 @@ impl ProtectedPages for WriteProtection {
     }
 
     fn wait(&self) -> Result<Option<(usize, u64)>, GuestError> {
-        self.0.wait()
+        Ok(self.0.wait()?.map(|touch| (touch.block, touch.offset)))
     }
 
     fn unprotect(&self, block: usize, offset: u64, len: u64) -> Result<(), GuestError> {

@@ -306,6 +306,11 @@ fn query_migrate(vmm: &Arc<Vmm>, arguments: &mut Arguments) -> Result<Value, Fai
     {
         object["ram"] = json!({ "remaining": progress.remaining, "postcopy-requests": progress.requests });
     }
+    if outgoing.status == Status::None
+        && let Some(times) = vmm.block_times()
+    {
+        statistics::add_block_times(&mut object, &times);
+    }
     dirty_rate::add_limit_times(vmm, &mut object);
     let blockers = vmm.blockers();
     if !blockers.is_empty() {

@@ -1,6 +1,6 @@
 //! What `query-migrate` returns, with QEMU's names (QMP reference of QEMU 11.1).
 
-use qevm_migration::{PartStatistics, RamStatistics, Statistics, Status};
+use qevm_migration::{BlockTimes, PartStatistics, RamStatistics, Statistics, Status};
 use serde_json::{Map, Value, json};
 use std::time::Duration;
 
@@ -58,6 +58,17 @@ fn part(part: &PartStatistics) -> Value {
     json!({ "name": part.name, "remaining": part.remaining, "rate": part.rate, "stalled": part.stalled })
 }
 
+/// Adds how long the guest has waited for its memory.
+pub(super) fn add_block_times(object: &mut Value, times: &BlockTimes) {
+    let nanos = |duration: &Duration| Value::from(u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX));
+    object["postcopy-blocktime"] = millis(times.all_vcpus);
+    object["postcopy-vcpu-blocktime"] = times.vcpus.iter().copied().map(millis).collect();
+    object["postcopy-latency"] = nanos(&times.latency);
+    object["postcopy-latency-dist"] = times.distribution.to_vec().into();
+    object["postcopy-vcpu-latency"] = times.vcpu_latency.iter().map(nanos).collect();
+    object["postcopy-non-vcpu-latency"] = nanos(&times.other_latency);
+}
+
 fn ram(ram: &RamStatistics) -> Value {
     json!({
         "total": ram.total,
@@ -87,6 +98,31 @@ fn millis(duration: Duration) -> Value {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// As QEMU 11.1.3 gives them for a guest of two vCPUs: milliseconds of blocked vCPUs, nanoseconds of latencies, 24 buckets.
+    #[test]
+    fn block_times_have_qemus_names_and_units() {
+        let mut times = BlockTimes::default();
+        times.all_vcpus = Duration::from_micros(2900);
+        times.vcpus = vec![Duration::from_millis(11), Duration::ZERO];
+        times.latency = Duration::from_nanos(2_868_660);
+        times.vcpu_latency = vec![Duration::from_nanos(2_868_660), Duration::ZERO];
+        times.distribution[9] = 1;
+        let mut object = json!({ "status": "completed" });
+        add_block_times(&mut object, &times);
+        let mut distribution = [0; 24];
+        distribution[9] = 1;
+        let expected = json!({
+            "status": "completed",
+            "postcopy-blocktime": 2,
+            "postcopy-vcpu-blocktime": [11, 0],
+            "postcopy-latency": 2_868_660,
+            "postcopy-latency-dist": distribution,
+            "postcopy-vcpu-latency": [2_868_660, 0],
+            "postcopy-non-vcpu-latency": 0,
+        });
+        assert_eq!(object, expected);
+    }
 
     #[test]
     fn the_object_has_what_qemu_gives_in_each_state() {

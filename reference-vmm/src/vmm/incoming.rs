@@ -2,8 +2,8 @@
 
 use super::{Event, Exit, RunState, Vmm, Watch};
 use qevm_migration::{
-    Address, Arrival, Endpoint, Incoming, Listener, MigrationError, Recovery, Refused, Rest, RestoreProgress,
-    check_transport, receive,
+    Address, Arrival, BlockTimes, Endpoint, Incoming, Listener, MigrationError, Recovery, Refused, Rest,
+    RestoreProgress, check_transport, receive,
 };
 use std::{
     sync::{Arc, MutexGuard, PoisonError},
@@ -116,6 +116,8 @@ impl Vmm {
             Rest::InFile(rest) => Box::new(rest.watch()),
             Rest::AtSource(rest) => {
                 *self.lock_recovery() = Some(rest.recovery());
+                let block_times = Box::new(rest.watch_block_times());
+                *self.block_times.lock().unwrap_or_else(PoisonError::into_inner) = Some(block_times);
                 Box::new(rest.watch())
             }
         };
@@ -151,6 +153,11 @@ impl Vmm {
     /// How far the loading of guest memory is, if it goes on while the guest runs.
     pub fn restore_progress(&self) -> Option<RestoreProgress> {
         self.rest.lock().unwrap_or_else(PoisonError::into_inner).as_ref().map(|progress| progress())
+    }
+
+    /// How long the guest has waited for its memory, with capability `postcopy-blocktime`, if it came before it.
+    pub fn block_times(&self) -> Option<BlockTimes> {
+        self.block_times.lock().unwrap_or_else(PoisonError::into_inner).as_ref()?()
     }
 
     /// Whether memory of a guest that runs already is loaded before it is touched, too. It is, unless this says otherwise.
