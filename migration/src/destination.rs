@@ -4,7 +4,7 @@ mod leave;
 mod page_channels;
 
 use super::{
-    Channel, Guest, GuestError, Incoming, Job, LoadError, MigrationError, Status,
+    Channel, Guest, GuestError, Incoming, Job, LoadError, MigrationError, MissingPages, Status,
     channel::{Source, write_all},
     core::{
         DeviceOptions,
@@ -95,6 +95,7 @@ pub fn receive(
         hurried: channels.is_none() && misfit.is_some(),
         // Of files that are loaded so the core knows nothing.
         postcopy,
+        page_sizes: if postcopy { page_sizes(guest) } else { 0 },
         background_snapshot: capabilities.background_snapshot,
         late_block_activate: capabilities.late_block_activate,
         silence: None,
@@ -168,6 +169,14 @@ pub fn receive(
 fn devices(guest: &dyn Guest, settings: Option<&Settings>) -> Result<Vec<DeviceOptions>, MigrationError> {
     let transfers = settings.is_some_and(|settings| settings.device_state);
     guest.devices().iterative().into_iter().map(|device| DeviceOptions::of(device, transfers)).collect()
+}
+
+/// The page sizes of the host under the RAM of a guest, one bit each; 0 if nobody knows, for then it does not come to postcopy.
+fn page_sizes(guest: &dyn Guest) -> u64 {
+    let of_all = |pages: Box<dyn MissingPages>| {
+        (0..guest.ram().len()).try_fold(0, |sizes, block| Ok(sizes | pages.unit(block)?))
+    };
+    guest.hooks().missing_pages().and_then(of_all).unwrap_or(0)
 }
 
 /// Blocks of this many bytes stay in the file, if any do: those with firmware and tables are there at once.

@@ -282,6 +282,41 @@ pub enum LoadError {
         /// Bytes per page here.
         expected: u64,
     },
+    /// The RAM of the source has other pages on its host, which postcopy moves as a whole.
+    #[error(
+        "postcopy needs matching RAM page sizes ({found:#x} at the source, {expected:#x} here, one bit for each): back the RAM of both by \
+         huge pages, or of none"
+    )]
+    HostPageSizes {
+        /// Those of the source, one bit each.
+        found: u64,
+        /// Those here.
+        expected: u64,
+    },
+    /// A block has pages of one size at the source's host and of another here.
+    #[error("RAM block '{block}' has pages of {found} bytes at the source, {expected} expected")]
+    HostPageSize {
+        /// The block.
+        block: CountedString,
+        /// Bytes per page there.
+        found: u64,
+        /// Bytes per page here.
+        expected: u64,
+    },
+    /// A huge page was begun in postcopy, and pages of another came before it was whole.
+    #[error(
+        "page {found:#x} of RAM block {block} came before the huge page at {begun:#x} of block {begun_block} was whole"
+    )]
+    HugePageInPieces {
+        /// Number of the block that was begun, in the order of the stream.
+        begun_block: usize,
+        /// Where its huge page begins in it.
+        begun: u64,
+        /// Number of the block of the page that came.
+        block: usize,
+        /// Its offset.
+        found: u64,
+    },
     /// A page channel, or the synchronisation of page channels with the main channel.
     #[error(transparent)]
     Multifd(qevm_multifd::ErrorKind),
@@ -338,9 +373,10 @@ impl Blame for LoadError {
             LoadError::MappedRam(kind) => kind.fault(),
             LoadError::DeviceState(kind) => kind.fault(),
             LoadError::File { .. } => Fault::Truncated,
-            LoadError::SectionAgain { .. } | LoadError::AckUnheard { .. } | LoadError::RamIncomplete { .. } => {
-                Fault::Malformed
-            }
+            LoadError::SectionAgain { .. }
+            | LoadError::AckUnheard { .. }
+            | LoadError::HugePageInPieces { .. }
+            | LoadError::RamIncomplete { .. } => Fault::Malformed,
             LoadError::CapabilityDiffers { .. }
             | LoadError::MultifdOff
             | LoadError::MachineType { .. }
@@ -351,6 +387,8 @@ impl Blame for LoadError {
             | LoadError::MissingRamBlock { .. }
             | LoadError::DeviceIncomplete { .. }
             | LoadError::PageSize { .. }
+            | LoadError::HostPageSizes { .. }
+            | LoadError::HostPageSize { .. }
             | LoadError::Devices(_) => Fault::Mismatch,
         }
     }

@@ -1,7 +1,7 @@
 //! The destination's RAM: the check of the block list, and where pages go.
 
 use super::{
-    Guest, LoadError, RamView,
+    Guest, LoadError, PAGE_SIZE, RamView,
     inlet::{Expected, MOST_EXPECTED},
     touched::Touched,
     zero::is_zero,
@@ -26,6 +26,8 @@ pub(crate) struct RamReceiver<'g> {
 struct Block<'g> {
     view: RamView<'g>,
     name: CountedString,
+    /// Bytes of a page of the source's host.
+    page_size: u64,
     /// Pages that hold something, or may do so.
     written: Arc<Touched>,
     /// Pages that have come, where it counts.
@@ -39,6 +41,8 @@ pub(crate) struct Listed {
     pub(crate) name: CountedString,
     /// Its length in bytes.
     pub(crate) used_length: u64,
+    /// Bytes of a page of the source's host.
+    pub(crate) page_size: u64,
     /// Pages that hold something, or may do so.
     pub(crate) touched: Arc<Touched>,
     /// Pages that have come, where the guest may run before its memory is here.
@@ -97,6 +101,7 @@ impl<'g> RamReceiver<'g> {
         let listed = |block: &Block<'_>| Listed {
             name: block.name.clone(),
             used_length: block.view.memory.len() as u64,
+            page_size: block.page_size,
             touched: block.written.clone(),
             received: block.received.clone(),
         };
@@ -124,7 +129,8 @@ impl<'g> RamReceiver<'g> {
         let pages = PageGeometry::X86.index(block.used_length);
         let written = Arc::new(Touched::new(pages, !view.pristine));
         let received = self.counts.then(|| Arc::new(Touched::new(pages, false)));
-        self.blocks.push(Block { view, name: block.name.clone(), written, received });
+        let page_size = block.page_size.unwrap_or(PAGE_SIZE);
+        self.blocks.push(Block { view, name: block.name.clone(), page_size, written, received });
         Ok(())
     }
 

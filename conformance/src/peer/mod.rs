@@ -20,6 +20,7 @@ pub mod dialogue;
 mod doubt;
 mod echo;
 mod gear;
+mod huge_pages;
 mod journey;
 mod lodger;
 mod outage;

@@ -125,6 +125,24 @@ pub(super) fn all() -> Vec<Journey> {
             ..super::table::plain()
         });
     }
+    // A huge page comes as a whole, over either channel.
+    for (qemu, quick) in peers.into_iter().zip([false, false, true]) {
+        for preempt in [false, true] {
+            let with = if preempt { "huge-pages+preempt" } else { "huge-pages" };
+            let backend = "memory-backend-memfd,hugetlb=on,hugetlbsize=2M,seal=off";
+            journeys.push(Journey {
+                name: format!("{qemu}>ref/postcopy/{with}"),
+                stops: vec![qemu, reference],
+                link: Link::Unix,
+                capabilities: if preempt { vec!["postcopy-ram", "postcopy-preempt"] } else { vec!["postcopy-ram"] },
+                parameters: parameters.clone(),
+                postcopy: Some(Departure::AtOnce),
+                load: Load { downtime_limit: 1, memory_backend: Some(backend), ..Load::default() },
+                quick: quick && preempt,
+                ..super::table::plain()
+            });
+        }
+    }
     // Each way is taken before the memory and with it: there are seven.
     let stops = [old, reference, reference, new, reference, middle, reference].into_iter().cycle().take(RING_HOPS + 1);
     journeys.push(Journey {

@@ -9,6 +9,7 @@ use std::time::Instant;
 use anyhow::Result;
 use serde_json::Value;
 
+use super::huge_pages::Reserved;
 use super::{
     Account, Distrust, Doubt, Echo, Journey, Monitor, Outage, Pairing, Recovery, Served, Snapshot, Stage, Stop,
 };
@@ -103,10 +104,15 @@ pub fn run(
         if let Err(why) = &kvm {
             missing = Some((REQUIRE_KVM, why.clone()));
         }
+        let reserved = match missing {
+            None => Reserved::of(journey),
+            Some(_) => Ok(None),
+        };
         let folder = folder.join(journey.name.replace(['/', '>', ' '], "_"));
-        let outcome = match missing {
-            Some((variable, why)) => Outcome::unavailable(variable, &why),
-            None => {
+        let outcome = match (missing, reserved) {
+            (Some((variable, why)), _) => Outcome::unavailable(variable, &why),
+            (None, Err(why)) => Outcome::Skipped(why),
+            (None, Ok(_reserved)) => {
                 fs::create_dir_all(&folder)?;
                 case.play(&Stage { roots: &here, program, scratch: &folder, more: &[] }).into()
             }

@@ -84,7 +84,7 @@ impl Destination {
             decoder: Decoder::new(DecoderOptions { vmdesc, live: true, offset, limits, ..DecoderOptions::default() }),
             nested: None,
             loader: Loader {
-                postcopy: Postcopy::new(options.postcopy),
+                postcopy: Postcopy::new(options.postcopy, options.page_sizes),
                 machine_type: options.machine_type.clone(),
                 mapped_ram: options.mapped_ram,
                 answers: options.answers,

@@ -5,7 +5,7 @@ use super::{
     preempt::Preempt,
 };
 use crate::{
-    Channel, Guest, MigrationError, MissingPages, PAGE_SIZE, RestoreProgress, Status, Touch,
+    Channel, Guest, LoadError, MigrationError, MissingPages, PAGE_SIZE, RestoreProgress, Status, Touch,
     channel::{Source, write_all},
     ram_receiver::Listed,
     touched::Touched,
@@ -15,7 +15,7 @@ use qevm_returnpath::{
     requests::{PageFaults, RequestBlock, RequestBlocks},
 };
 use qevm_savevm::ram::{PageAt, RamBlocks};
-use qevm_wire::CountedString;
+use qevm_wire::{CountedString, Located};
 use std::{
     collections::VecDeque,
     fmt, io,
@@ -228,6 +228,10 @@ impl Block {
             let why = format!("the {length} bytes of RAM block '{name}' are no multiple of pages of {unit} bytes");
             return Err(MigrationError::Guest { doing: LISTEN, source: why.into() });
         }
+        if unit != listed.page_size {
+            let (block, found, expected) = (listed.name.clone(), listed.page_size, unit);
+            return Err(Located::new(LoadError::HostPageSize { block, found, expected }, 0).into());
+        }
         let units = listed.used_length / unit;
         let kept = match unit {
             PAGE_SIZE => received.clone(),
@@ -338,12 +342,13 @@ impl Shared {
         Ok(())
     }
 
-    /// A page has come, or zeros for it.
+    /// A page has come at about byte `at` of its channel, or zeros for it.
     pub(super) fn place(
         &self,
         page: &PageAt,
         content: Option<&[u8]>,
         assembly: &mut Assembly,
+        at: u64,
     ) -> Result<(), MigrationError> {
         let index = page.block.index();
         let Some(block) = self.blocks.get(index) else {
@@ -353,9 +358,14 @@ impl Shared {
         let unit = page.offset / block.unit;
         let whole = match block.unit {
             PAGE_SIZE => content,
-            _ => match assembly.add((index, unit), page.offset % block.unit, content, block.unit)? {
-                Some(whole) => Some(whole),
-                None => return Ok(()),
+            _ => match assembly.add((index, unit), page.offset % block.unit, content, block.unit) {
+                Ok(Some(whole)) => Some(whole),
+                Ok(None) => return Ok(()),
+                Err((begun_block, begun)) => {
+                    let (block, found) = (index, page.offset);
+                    let error = LoadError::HugePageInPieces { begun_block, begun, block, found };
+                    return Err(Located::new(error, at).into());
+                }
             },
         };
         // What has come before is here, and may be newer.
@@ -474,17 +484,16 @@ impl Shared {
 }
 
 impl Assembly {
-    /// Takes a piece in. Gives the unit when it is whole.
+    /// Takes a piece in. Gives the unit when it is whole; the error is where another was begun.
     fn add(
         &mut self,
         unit: (usize, u64),
         at: u64,
         content: Option<&[u8]>,
         len: u64,
-    ) -> Result<Option<&[u8]>, MigrationError> {
-        if self.unit.is_some_and(|begun| begun != unit) {
-            let why = "a huge page was begun, and pages of another came before it was whole";
-            return Err(MigrationError::Guest { doing: "fill in guest memory", source: why.into() });
+    ) -> Result<Option<&[u8]>, (usize, u64)> {
+        if let Some((block, begun)) = self.unit.filter(|begun| *begun != unit) {
+            return Err((block, begun * len));
         }
         if self.unit.replace(unit).is_none() {
             self.bytes.clear();

@@ -380,9 +380,9 @@ fn read(channel: &dyn Channel, first: &[u8], shared: &Shared, blocks: Arc<RamBlo
         match record {
             Some(RamRecord::Page(page)) => {
                 records.payload().read_exact(&mut content).map_err(failed)?;
-                shared.place(&page, Some(&content), &mut assembly)?;
+                shared.place(&page, Some(&content), &mut assembly, offset)?;
             }
-            Some(RamRecord::Zero(page)) => shared.place(&page, None, &mut assembly)?,
+            Some(RamRecord::Zero(page)) => shared.place(&page, None, &mut assembly, offset)?,
             // Its end in a word.
             Some(_) => {}
             None => return Ok(()),

@@ -70,8 +70,9 @@ impl Stream {
             let Turn { consumed, action } = core.next(inlet.bytes())?;
             match action {
                 Action::Place { page, content } => {
+                    let at = core.offset();
                     drop(core);
-                    self.shared.place(&page, content, &mut assembly)?;
+                    self.shared.place(&page, content, &mut assembly, at)?;
                 }
                 Action::Continue => {}
                 Action::Read { at_least, .. } => {

@@ -416,9 +416,19 @@ fn a_huge_page_is_filled_in_when_all_of_it_is_here() {
     // The second page of four is whole, the third is not.
     received.mark(4..11);
     let touched = Arc::new(Touched::new(PAGES, false));
-    let listed = Listed { name: name("ram"), used_length: PAGES * PAGE, touched, received: Some(Arc::new(received)) };
+    let received = Some(Arc::new(received));
+    let listed = |page_size| Listed {
+        name: name("ram"),
+        used_length: PAGES * PAGE,
+        page_size,
+        touched: touched.clone(),
+        received: received.clone(),
+    };
     let (mut peer, there) = Peer::new();
-    let listening = super::Listening::start(&guest, &[listed], there, false).unwrap();
+    let start = |page_size| super::Listening::start(&guest, &[listed(page_size)], there.clone(), false);
+    let other = start(PAGE).map(drop).unwrap_err();
+    assert!(other.to_string().contains("'ram' has pages of 4096 bytes at the source, 16384 expected"), "{other}");
+    let listening = start(4 * PAGE).unwrap();
     assert_eq!(memory.state.lock().unwrap().discarded, [0..4, 8..PAGES]);
     memory.touch(9);
     let request = Message::ReqPages { block: Some(name("ram")), start: 8 * PAGE, len: 4 * PAGE as u32 };
@@ -426,7 +436,7 @@ fn a_huge_page_is_filled_in_when_all_of_it_is_here() {
     let mut assembly = super::missing::Assembly::default();
     let mut place = |page: u64, content: Option<&[u8]>| {
         let page = PageAt { block: BlockId(0), offset: page * PAGE, named: false };
-        listening.shared.place(&page, content, &mut assembly)
+        listening.shared.place(&page, content, &mut assembly, 99)
     };
     for page in 8..11 {
         place(page, Some(&[1; PAGE as usize])).unwrap();
@@ -437,5 +447,5 @@ fn a_huge_page_is_filled_in_when_all_of_it_is_here() {
     assert_eq!(listening.shared.progress().remaining, (PAGES - 8) * PAGE);
     place(12, None).unwrap();
     let mixed = place(16, None).unwrap_err();
-    assert!(mixed.to_string().contains("another came before it was whole"), "{mixed}");
+    assert!(mixed.to_string().contains("page 0x10000 of RAM block 0 came before the huge page at 0xc000"), "{mixed}");
 }

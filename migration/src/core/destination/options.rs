@@ -32,6 +32,8 @@ pub struct DestinationOptions {
     pub hurried: bool,
     /// Capability `postcopy-ram` is on: the guest may run before its memory is here.
     pub postcopy: bool,
+    /// The page sizes of the host's memory under the RAM blocks, one bit each: the source's have to be the same. 0 counts as 4096.
+    pub page_sizes: u64,
     /// Capability `background-snapshot` is on: memory that ends without END is complete if every page came once.
     pub background_snapshot: bool,
     /// Capability `late-block-activate` is on.

@@ -15,6 +15,8 @@ use std::collections::VecDeque;
 pub(super) struct Postcopy {
     /// Capability `postcopy-ram` is on.
     pub(super) allowed: bool,
+    /// The page sizes of the host's memory, one bit each.
+    page_sizes: u64,
     /// Lengths of the listed blocks in bytes.
     pub(super) lengths: Vec<u64>,
     advised: bool,
@@ -42,8 +44,9 @@ pub(super) enum Start {
 }
 
 impl Postcopy {
-    pub(super) fn new(allowed: bool) -> Self {
-        Postcopy { allowed, ..Postcopy::default() }
+    pub(super) fn new(allowed: bool, page_sizes: u64) -> Self {
+        let page_sizes = if page_sizes == 0 { PAGE_SIZE } else { page_sizes };
+        Postcopy { allowed, page_sizes, ..Postcopy::default() }
     }
 
     /// Whether a PING is one that is answered when the devices are loaded.
@@ -62,10 +65,12 @@ impl Postcopy {
         match command {
             Command::PostcopyAdvise(Some(advise)) => {
                 let PostcopyAdvise { page_size_summary, target_page_size } = advise;
-                for found in [target_page_size, page_size_summary] {
-                    if found != PAGE_SIZE {
-                        return Err(LoadError::PageSize { found, expected: PAGE_SIZE });
-                    }
+                if target_page_size != PAGE_SIZE {
+                    return Err(LoadError::PageSize { found: target_page_size, expected: PAGE_SIZE });
+                }
+                if page_size_summary != self.page_sizes {
+                    let (found, expected) = (page_size_summary, self.page_sizes);
+                    return Err(LoadError::HostPageSizes { found, expected });
                 }
                 self.advised = true;
             }
@@ -231,7 +236,7 @@ mod tests {
             (vec![run.clone()], "POSTCOPY_RUN without POSTCOPY_ADVISE"),
             (vec![discard("pc.ram", 0, size)], "RAM_DISCARD without POSTCOPY_ADVISE"),
             (vec![advise(2 * size, size)], "target pages of 8192 bytes, 4096 expected"),
-            (vec![advise(size, 0x20_1000)], "target pages of 2101248 bytes, 4096 expected"),
+            (vec![advise(size, 0x20_1000)], "matching RAM page sizes (0x201000 at the source, 0x1000 here"),
             (advised(run.clone()), "POSTCOPY_RUN without POSTCOPY_LISTEN"),
             (advised(discard("vga.vram", 0, size)), "unknown ramblock \"vga.vram\""),
             (advised(discard("pc.ram", size, 3 * size)), "no pages of the block"),
@@ -242,13 +247,26 @@ mod tests {
             (with(package.clone()), "PACKAGED after POSTCOPY_LISTEN"),
             (with(discard("pc.ram", 0, size)), "RAM_DISCARD after POSTCOPY_LISTEN"),
         ] {
-            let mut postcopy = Postcopy { lengths: vec![3 * size], ..Postcopy::new(true) };
+            let mut postcopy = Postcopy { lengths: vec![3 * size], ..Postcopy::new(true, 0) };
             let mut errors = Vec::new();
             for command in &commands {
                 errors.push(postcopy.command(command.clone(), &[name("pc.ram")]).err().map(|error| error.to_string()));
             }
             let last = errors.pop().flatten().unwrap_or_else(|| panic!("{commands:?}"));
             assert!(errors.iter().all(Option::is_none) && last.contains(expected), "{errors:?} {last}");
+        }
+    }
+
+    #[test]
+    fn a_source_has_huge_pages_where_the_destination_has_them() {
+        let advise = |sizes| {
+            Command::PostcopyAdvise(Some(PostcopyAdvise { page_size_summary: sizes, target_page_size: PAGE_SIZE }))
+        };
+        let huge = PAGE_SIZE | 2 << 20;
+        let advised = |here, there| Postcopy::new(true, here).command(advise(there), &[]).map(drop);
+        assert!(advised(huge, huge).is_ok() && advised(0, PAGE_SIZE).is_ok());
+        for (here, there) in [(huge, PAGE_SIZE), (0, huge), (huge, 2 << 20)] {
+            assert!(matches!(advised(here, there), Err(LoadError::HostPageSizes { found, .. }) if found == there));
         }
     }
 }
