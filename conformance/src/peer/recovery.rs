@@ -160,9 +160,8 @@ pub(super) fn all() -> Vec<Recovery> {
     let quick_ways = [[reference, new], [reference; 2]];
     let mut all = Vec::new();
     for stops in ways {
-        // A guest comes here over one channel.
-        let channels = if stops[1] == reference { &["recovery"][..] } else { &["recovery", "recovery+preempt"] };
-        for (with, count) in channels.iter().flat_map(|with| [1, 5, MANY].map(|count| (*with, count))) {
+        let channels = ["recovery", "recovery+preempt"];
+        for (with, count) in channels.into_iter().flat_map(|with| [1, 5, MANY].map(|count| (with, count))) {
             let preempt = with.ends_with("preempt");
             // A QEMU to which the preempt channel is lost a second time dies (10.0 and 11.1, with a QEMU at the other end, too).
             if preempt && count > if stops[1] == reference { 5 } else { 1 } {
