@@ -45,16 +45,20 @@ fn the_switchover_waits_for_the_acks_that_the_release_wants() {
         pair.incoming = Some(Capabilities { switchover_ack: false, ..with_ack });
         let job = pair.job.clone();
         let operator = std::thread::spawn(move || {
-            while job.statistics().stalled.is_none() && job.status() != Status::Completed {
+            loop {
+                let statistics = job.statistics();
+                // It is named while the source waits, and when that has waited long enough.
+                let named = statistics.stalled.or(statistics.error);
+                if named.is_some() || statistics.status == Status::Completed {
+                    job.cancel().unwrap();
+                    return named;
+                }
                 std::thread::sleep(Duration::from_millis(1));
             }
-            let stalled = job.statistics().stalled;
-            job.cancel().unwrap();
-            stalled
         });
         let outcome = pair.run(Faults::default());
-        let stalled = operator.join().unwrap();
-        assert_eq!(stalled.is_some_and(|why| why.contains("0 of 1 switchover acks came")), wanted);
+        let named = operator.join().unwrap();
+        assert_eq!(named.is_some_and(|why| why.contains("0 of 1 switchover acks came")), wanted);
         if wanted { pair.assert_stayed(&outcome) } else { pair.assert_moved(&outcome) }
     }
 }
