@@ -2,6 +2,8 @@
 
 use std::fs;
 use std::path::Path;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, DistinguishedName, DnType, DnValue, IsCa, KeyPair};
@@ -13,9 +15,11 @@ use super::outage::{goes_on, stays_out};
 use super::party::Party;
 use super::table::PEERS;
 use super::{Account, Departure, Journey, Link, Load, Stop};
+use crate::patience::PATIENCE;
 use crate::roots::Suite;
 use crate::scenario::Accel;
 
+const POLL: Duration = Duration::from_millis(10);
 /// The distinguished name in a source's certificate, as both monitors write it.
 const SOURCE: &str = "C=DE,O=qevm,CN=source";
 
@@ -187,7 +191,16 @@ impl Distrust {
         let why = goes_on(&mut here)?;
         let moved = here.monitor().migration()?["ram"]["transferred"].as_u64().unwrap_or(0);
         ensure!(moved == 0, "{moved} bytes of guest memory had been sent when the source said '{why}'");
-        let (said, ours) = (there.monitor().said(), [here.stop(), there.stop()].map(|stop| stop == Stop::Reference));
+        let ours = [here.stop(), there.stop()].map(|stop| stop == Stop::Reference);
+        // The source may know before the destination has written it down.
+        let deadline = Instant::now() + PATIENCE;
+        let said = loop {
+            let said = there.monitor().said();
+            if !ours[1] || said.contains("TLS") || Instant::now() > deadline {
+                break said;
+            }
+            thread::sleep(POLL);
+        };
         // A source whose certificate is not wanted may hear no more than that the connection has ended.
         let certificate = [Flaw::Host, Flaw::Expired, Flaw::Authority].map(Some).contains(&secured.flaw);
         let named = if ours[0] && certificate { why.contains("invalid peer certificate") } else { !why.is_empty() };
