@@ -13,6 +13,8 @@ use std::{
 
 /// Bytes that are taken from the socket at once: until it is known who calls there is no more to read than a handshake.
 const READ: usize = 16 << 10;
+/// Most reads in one turn: a peer that sends without pause does not keep the others waiting. What it has sent is still there then.
+const READS: usize = 8;
 /// First bytes that are kept, to name what is no TLS.
 const FIRST: usize = 16;
 
@@ -67,6 +69,7 @@ impl Accepting {
     /// # Errors
     /// [`TlsError`], of which the peer was told.
     pub(crate) fn hear(&mut self, socket: &Socket, bytes: &mut [u8]) -> Result<Heard, TlsError> {
+        let mut reads = 0;
         loop {
             self.answer(socket);
             if !self.session.is_handshaking() {
@@ -83,6 +86,10 @@ impl Accepting {
                 }
             }
             if self.left.is_empty() {
+                reads += 1;
+                if reads > READS {
+                    return Ok(Heard::Nothing);
+                }
                 let mut read = [0; READ];
                 match socket.receive(&mut read) {
                     Ok(0) => return Ok(Heard::Closed),
