@@ -23,7 +23,7 @@ use std::time::Duration;
 /// Pause before connections are taken again when the system has no room for more.
 const FULL: Duration = Duration::from_millis(200);
 
-/// Runs the command, until it is told to end.
+/// Runs the command until a signal ends it.
 ///
 /// # Errors
 /// [`Stop::Usage`] if an address cannot be used, [`Stop::Bad`] if the image is bad.
@@ -49,7 +49,7 @@ pub fn run(serve: &args::Serve) -> Result<(), Stop> {
     Ok(())
 }
 
-/// Something that can be read from when the program is told to end.
+/// Becomes readable when a signal asks the program to end.
 fn signals() -> io::Result<UnixStream> {
     let (ended, tell) = UnixStream::pair()?;
     for signal in [SIGINT, SIGTERM] {
@@ -58,7 +58,7 @@ fn signals() -> io::Result<UnixStream> {
     Ok(ended)
 }
 
-/// Takes connections until it is told to end.
+/// Accepts connections until a signal ends it.
 fn take(server: &Arc<Server>, listeners: &[Listener], ended: &UnixStream) -> Result<(), Stop> {
     loop {
         let mut ready: Vec<PollFd<'_>> = listeners.iter().map(|l| PollFd::new(l, PollFlags::IN)).collect();

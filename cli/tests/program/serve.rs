@@ -59,7 +59,7 @@ struct Client {
 /// What came of a request.
 #[derive(Debug, PartialEq, Eq)]
 enum Reply {
-    /// These bytes, of which so many were told to be zero.
+    /// These bytes, and how many of them came as zeroes.
     Bytes(Vec<u8>, u64),
     Error(u32, String),
 }
