@@ -1,29 +1,15 @@
 //! The library behind `qevm`, the operator's tool for QEMU migration streams.
 //!
-//! [`run`] is the whole program. [`stream::analyze`] reads the files of one migration in constant memory and is what
-//! the commands are made of; [`report::Report`] is what `--json` prints.
+//! [`run`] is the whole program: arguments, tables and progress around [`qevm_inspect`], which does the work, and the two ends
+//! of a live migration (`send`, `receive`).
 #![forbid(unsafe_code)]
 
 pub mod args;
-pub mod aside;
-pub mod bounds;
-pub mod check;
 pub mod commands;
-pub mod diff;
-pub mod extract;
 pub mod failure;
-pub mod open;
-pub mod output_file;
-pub mod pages;
 pub mod progress;
-pub mod ram;
-pub mod read_at;
-pub mod report;
-pub mod rewrite;
 pub mod serve;
 pub mod socket;
-pub mod source;
-pub mod stream;
 pub mod table;
 
 use args::{Cli, Command};
@@ -43,7 +29,7 @@ const EXIT_UNDECIDED: u8 = 3;
 /// What scripts get that asked for an object, where a command came to none: `ok` and `error`, as `qevm verify` has them.
 fn failed_json(result: &Result<(), Stop>) {
     let error = match result {
-        Err(Stop::Bad(failure)) => report::error_json(failure),
+        Err(Stop::Bad(failure)) => qevm_inspect::report::error_json(failure),
         Err(Stop::Usage(message)) => {
             serde_json::json!({"kind": "usage", "offset": null, "path": "", "message": message})
         }
@@ -89,7 +75,7 @@ pub fn run(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
             ExitCode::from(EXIT_BAD)
         }
         Err(Stop::Usage(message)) => {
-            eprintln!("qevm: {}", failure::printable(&message));
+            eprintln!("qevm: {}", qevm_inspect::failure::printable(&message));
             ExitCode::from(EXIT_USAGE)
         }
         Err(Stop::Found) => ExitCode::from(EXIT_BAD),

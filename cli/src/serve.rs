@@ -4,9 +4,9 @@
 //! client has more work under way than that, and who does not take an answer is dropped after some time. Clients share nothing but the
 //! file, which the operating system keeps in its page cache once for all of them.
 
-use crate::failure::{Failure, printable};
-use crate::rewrite::mapped_file::MappedFile;
 use crate::socket::{Listener, Peer, Socket};
+use qevm_inspect::failure::{Failure, printable};
+use qevm_inspect::rewrite::mapped_file::MappedFile;
 use qevm_nbd::number::{MAX_READ, command, errno, handshake};
 use qevm_nbd::{Chunk, ClientDecoder, ClientEvent, Content, Export, Negotiation, Outcome, Request, ServerEvent};
 use qevm_wire::{Driver, Writer};

@@ -1,10 +1,10 @@
 use crate::parts::parts;
-use qevm::args::RamDigest;
-use qevm::bounds::Spool;
-use qevm::ram::Keep;
-use qevm::source::Source;
-use qevm::stream::inputs::Named;
-use qevm::stream::{Inputs, Layouts, Settings, analysis::Ignore, analyze};
+use qevm_inspect::bounds::Spool;
+use qevm_inspect::ram::Keep;
+use qevm_inspect::ram::RamDigest;
+use qevm_inspect::source::Source;
+use qevm_inspect::stream::Named;
+use qevm_inspect::stream::{Ignore, Inputs, Layouts, Settings, analyze};
 use std::io::Cursor;
 use std::sync::Arc;
 

@@ -1,18 +1,21 @@
 //! The command line: what can be asked, and the help that teaches it.
 
+mod bounds;
 mod check;
 mod receive;
 mod send;
 mod serve;
 
+pub use self::bounds::Bounds;
 pub use self::check::{Check, Uuid};
 pub use self::receive::Receive;
 pub use self::send::Send;
 pub use self::serve::Serve;
 
-use crate::bounds::Bounds;
 use crate::failure::Stop;
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use qevm_inspect::extract::MemoryBlock;
+use qevm_inspect::stream::Inputs;
 use qevm_wire::PageGeometry;
 use std::path::PathBuf;
 
@@ -136,35 +139,23 @@ pub struct Input {
 }
 
 impl Input {
-    /// A single file, with nothing said about it.
-    pub fn plain(main: &std::path::Path) -> Self {
-        let (channels, recovery, return_path) = (Vec::new(), Vec::new(), Vec::new());
-        Input {
-            main: main.to_owned(),
-            offset: 0,
-            snapshot: None,
-            target_page_size: None,
-            channels,
-            recovery,
-            return_path,
-        }
-    }
-}
-
-impl Input {
-    /// As [`plain`](Input::plain), of the `snapshot` if the file is a qcow2 image.
-    pub fn snapshot_of(main: &std::path::Path, snapshot: Option<&str>) -> Self {
-        Input { snapshot: snapshot.map(str::to_owned), ..Input::plain(main) }
-    }
-
-    /// What `--target-page-size` says.
-    pub(crate) fn page_geometry(&self) -> Result<Option<PageGeometry>, Stop> {
-        let parsed = |size| {
+    /// Opens all files.
+    pub(crate) fn open(&self) -> Result<Inputs, Stop> {
+        let page_geometry = |size| {
             PageGeometry::from_size(size).ok_or_else(|| {
                 Stop::Usage(format!("--target-page-size {size}: expected a power of two from 256 to 1048576"))
             })
         };
-        self.target_page_size.map(parsed).transpose()
+        let input = qevm_inspect::stream::Input {
+            main: self.main.clone(),
+            offset: self.offset,
+            snapshot: self.snapshot.clone(),
+            pages: self.target_page_size.map(page_geometry).transpose()?,
+            channels: self.channels.clone(),
+            recovery: self.recovery.clone(),
+            return_path: self.return_path.clone(),
+        };
+        Ok(Inputs::open(&input)?)
     }
 }
 
@@ -179,6 +170,13 @@ pub struct Layouts {
     /// Read device sections as if the stream did not describe them.
     #[arg(long)]
     pub no_description: bool,
+}
+
+impl Layouts {
+    /// Reads the schema, if there is one.
+    pub(crate) fn open(&self) -> Result<qevm_inspect::stream::Layouts, Stop> {
+        Ok(qevm_inspect::stream::Layouts::open(self.schema.as_deref(), self.no_description)?)
+    }
 }
 
 /// How output is written.
@@ -409,13 +407,13 @@ pub enum RamDigest {
     Sha256,
 }
 
-/// A RAM block of guest-physical memory.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct MemoryBlock {
-    /// Its name.
-    pub name: String,
-    /// Where it lies; otherwise it is a part of the main memory.
-    pub address: Option<u64>,
+impl From<RamDigest> for qevm_inspect::ram::RamDigest {
+    fn from(digest: RamDigest) -> Self {
+        match digest {
+            RamDigest::Crc32 => Self::Crc32,
+            RamDigest::Sha256 => Self::Sha256,
+        }
+    }
 }
 
 fn parse_memory_block(text: &str) -> Result<MemoryBlock, String> {

@@ -1,7 +1,7 @@
 //! `qevm receive`: what can be said of a source.
 
+use super::Bounds;
 use super::Output;
-use crate::bounds::Bounds;
 use clap::Args;
 use qevm_multifd::Compression;
 use std::path::PathBuf;

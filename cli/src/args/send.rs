@@ -1,7 +1,7 @@
 //! `qevm send`: where a guest goes, and how.
 
+use super::Bounds;
 use super::{EXIT_CODES, Input, Output};
-use crate::bounds::Bounds;
 use clap::Args;
 use qevm_multifd::Compression;
 use qevm_wire::QemuVersion;

@@ -1,7 +1,7 @@
 //! `qevm serve`: what is served, and to whom.
 
+use super::bounds::DEFAULT;
 use super::{Input, Output, parse_size};
-use crate::bounds::DEFAULT;
 use clap::Args;
 
 /// `qevm serve`.

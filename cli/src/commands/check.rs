@@ -2,10 +2,12 @@
 
 use super::Output;
 use crate::args;
-use crate::check::{Destination, Judged, compared, destination, judge, summarize};
-use crate::failure::{Failure, Stop, printable};
-use crate::report::error_json;
+use crate::failure::Stop;
+use crate::progress::Progress;
 use crate::table::Table;
+use qevm_inspect::check::{Against, Destination, Judged, Stated, Stream, compared, judge, summarize};
+use qevm_inspect::failure::{Failure, printable};
+use qevm_inspect::report::error_json;
 use qevm_savevm::check::{Outcome, Subject};
 use serde::{Serialize, Serializer};
 use serde_json::{Value, json};
@@ -16,7 +18,7 @@ use serde_json::{Value, json};
 /// [`Stop::Found`] if the stream will not load, [`Stop::Undecided`] if that cannot be told, [`Stop::Bad`] if it is bad, [`Stop::Usage`] if a file cannot be opened or
 /// what is said to tell of the destination does not.
 pub fn run(check: &args::Check) -> Result<(), Stop> {
-    let compared = summarize(&check.input, &check.bounds).and_then(|stream| {
+    let compared = stream(check).and_then(|stream| {
         let destination = destination(check, &stream)?;
         Ok((judge(&stream, &destination), destination))
     });
@@ -40,6 +42,33 @@ pub fn run(check: &args::Check) -> Result<(), Stop> {
         Outcome::MayFail => Err(Stop::Undecided),
         Outcome::Fails => Err(Stop::Found),
     }
+}
+
+fn stream(check: &args::Check) -> Result<Stream, Stop> {
+    let mut inputs = check.input.open()?;
+    let mut bar = Progress::new("reading", inputs.main.source.total());
+    Ok(summarize(&mut inputs, &check.bounds.of_command(), &mut |at| bar.at(at))?)
+}
+
+/// What the command line tells of the destination of `stream`.
+fn destination(check: &args::Check, stream: &Stream) -> Result<Destination, Stop> {
+    let snapshot = check.against_snapshot.as_deref().or(check.input.snapshot.as_deref());
+    let mut destination = Destination::default();
+    for path in &check.against {
+        let against = Against::open(path, snapshot)?;
+        let mut bar = Progress::new("reading", against.total());
+        destination.add(against.read(&check.bounds.of_command(), &mut |at| bar.at(at))?);
+    }
+    let stated = Stated {
+        qemu: check.qemu,
+        machine: check.machine.clone(),
+        page_size: check.page_size,
+        uuid: check.uuid.map(|uuid| uuid.0),
+        capabilities: check.capability.clone(),
+        ram_blocks: check.ram_block.clone(),
+    };
+    destination.state(&stated, stream);
+    Ok(destination)
 }
 
 fn worst(findings: &[Judged]) -> Outcome {

@@ -2,13 +2,12 @@
 
 use super::Output;
 use crate::args::{self, StreamForm};
-use crate::failure::{Failure, Stop};
-use crate::output_file::OutputFile;
+use crate::failure::Stop;
 use crate::progress::Progress;
-use crate::rewrite::SavedGuest;
-use crate::rewrite::stream::{Multifd, Target};
-use crate::stream::Inputs;
-use crate::table::size;
+use qevm_inspect::failure::Failure;
+use qevm_inspect::output_file::OutputFile;
+use qevm_inspect::rewrite::stream::{Multifd, Target};
+use qevm_inspect::size::size;
 use serde_json::{Map, json};
 use std::fs::File;
 
@@ -17,18 +16,18 @@ use std::fs::File;
 /// # Errors
 /// [`Stop::Bad`] if the migration is bad or cannot be rewritten, [`Stop::Usage`] if the output file exists.
 pub fn run(convert: &args::Convert) -> Result<(), Stop> {
-    let mut inputs = Inputs::open(&convert.input)?;
+    let mut inputs = convert.input.open()?;
     let name = convert.out.display().to_string();
     let output = OutputFile::create(&convert.out, convert.force)?;
-    let mut guest = SavedGuest::read(&mut inputs, &convert.bounds)?;
+    let mut guest = super::read_saved(&mut inputs, &convert.bounds)?;
     let mut file = output.file();
     let mut bar = Progress::new("writing", Some(guest.data_len()));
     let written = match convert.format {
         StreamForm::Plain => {
             let target = Target { out: &mut file, name: &name, return_path: false, zero_pages: true };
-            guest.write_stream(target, None::<Multifd<File>>, &mut bar)
+            guest.write_stream(target, None::<Multifd<File>>, &mut |at| bar.at(at))
         }
-        StreamForm::MappedRam => guest.write_mapped(file, &name, &mut bar),
+        StreamForm::MappedRam => guest.write_mapped(file, &name, &mut |at| bar.at(at)),
     };
     drop(bar);
     let bytes = written?;

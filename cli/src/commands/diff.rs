@@ -2,12 +2,12 @@
 
 use super::Output;
 use crate::args;
-use crate::diff::{Devices, Difference, Differences, Guest, Wanted, differences};
 use crate::failure::Stop;
-use crate::open::is_disk_image;
-use crate::ram::Keep;
-use crate::stream::{Inputs, Layouts, Settings, analyze};
 use crate::table::Table;
+use qevm_inspect::diff::{Devices, Difference, Differences, Guest, Wanted, differences};
+use qevm_inspect::open::is_disk_image;
+use qevm_inspect::ram::Keep;
+use qevm_inspect::stream::{Input, Inputs, Settings, analyze};
 use serde::Serialize;
 use std::path::Path;
 
@@ -17,7 +17,7 @@ use std::path::Path;
 /// [`Stop::Found`] if there are differences, [`Stop::Bad`] if one of the streams is bad, [`Stop::Usage`] if a file cannot be opened.
 pub fn run(diff: &args::Diff) -> Result<(), Stop> {
     let keep = if diff.no_ram { Keep::Nothing } else { Keep::Digests };
-    let layouts = Layouts::open(&diff.layouts)?;
+    let layouts = diff.layouts.open()?;
     let (spool, max_ram) = (diff.bounds.spool(), u64::MAX);
     let settings =
         Settings { keep, reencode: false, complete: false, strict: false, live: false, layouts, spool, max_ram };
@@ -73,7 +73,7 @@ fn snapshots(diff: &args::Diff) -> Result<[Option<&str>; 2], Stop> {
 }
 
 fn read(path: &Path, snapshot: Option<&str>, settings: &Settings) -> Result<Guest, Stop> {
-    let mut inputs = Inputs::open(&args::Input::snapshot_of(path, snapshot))?;
+    let mut inputs = Inputs::open(&Input::snapshot_of(path, snapshot))?;
     let mut devices = Devices::default();
     let mut analysis = analyze(&mut inputs, settings, &mut devices);
     match analysis.failure.take() {

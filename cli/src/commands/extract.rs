@@ -2,14 +2,15 @@
 
 use super::Output;
 use crate::args;
-use crate::extract::{Devices, Guest, GuestObserver, PhysicalMemory, Tables, write_block, write_devices};
-use crate::failure::{Failure, Stop, printable};
-use crate::open::Container;
-use crate::output_file::OutputFile;
+use crate::failure::Stop;
 use crate::progress::Progress;
-use crate::ram::{GuestRam, Keep};
-use crate::stream::{Analysis, Inputs, Layouts, Settings, analyze};
-use crate::table::size;
+use qevm_inspect::extract::{Devices, Guest, GuestObserver, PhysicalMemory, Tables, write_block, write_devices};
+use qevm_inspect::failure::{Failure, printable};
+use qevm_inspect::open::Container;
+use qevm_inspect::output_file::OutputFile;
+use qevm_inspect::ram::{GuestRam, Keep};
+use qevm_inspect::size::size;
+use qevm_inspect::stream::{Analysis, Inputs, Settings, analyze};
 use qevm_wire::Fault;
 use serde_json::{Map, Value, json};
 use std::io::Write;
@@ -21,7 +22,7 @@ use std::path::{Path, PathBuf};
 /// [`Stop::Bad`] if the stream is bad or a file cannot be written, [`Stop::Usage`] if a file exists that `--force` does
 /// not replace, or the guest's memory map is not known.
 pub fn run(extract: &args::Extract) -> Result<(), Stop> {
-    let mut inputs = Inputs::open(&extract.input)?;
+    let mut inputs = extract.input.open()?;
     let output =
         |path: &Option<PathBuf>| path.as_deref().map(|path| OutputFile::create(path, extract.force)).transpose();
     let named = [&extract.devices, &extract.memory, &extract.elf, &extract.xml].map(|path| path.as_deref());
@@ -39,18 +40,21 @@ pub fn run(extract: &args::Extract) -> Result<(), Stop> {
         complete: memory,
         strict: false,
         live: false,
-        layouts: Layouts::open(&extract.layouts)?,
+        layouts: extract.layouts.open()?,
         spool: extract.bounds.spool(),
         max_ram: if memory { extract.bounds.max_ram } else { u64::MAX },
     };
     let devices = extract.devices.as_ref().map(|_| Devices::new(settings.spool.clone()));
-    let mut observer = GuestObserver::new(Progress::new("reading", inputs.main.source.total()), devices);
+    let mut bar = Progress::new("reading", inputs.main.source.total());
+    let mut position = |at| bar.at(at);
+    let mut observer = GuestObserver::new(&mut position, devices);
     // The domain XML is before the stream, which may be cut or damaged.
     let mut analysis = match memory || extract.devices.is_some() {
         true => analyze(&mut inputs, &settings, &mut observer),
         false => Analysis::default(),
     };
     let mut guest = observer.finish();
+    drop(bar);
     let mut written = Written::default();
     let mut partial = false;
     if let Some(failure) = analysis.failure.take() {

@@ -4,15 +4,17 @@ mod fields;
 
 use super::Output;
 use crate::args;
-use crate::aside::Aside;
-use crate::failure::{Failure, Stop};
-use crate::open::Container;
+use crate::failure::Stop;
 use crate::progress::Progress;
-use crate::ram::Keep;
-use crate::report::{Members, Report};
-use crate::stream::{Analysis, Layouts, Settings, analyze};
-use crate::table::{Table, count, size};
+use crate::table::{Table, count};
 use fields::{Choice, Gather};
+use qevm_inspect::aside::Aside;
+use qevm_inspect::failure::Failure;
+use qevm_inspect::open::Container;
+use qevm_inspect::ram::Keep;
+use qevm_inspect::report::{Members, Report};
+use qevm_inspect::size::size;
+use qevm_inspect::stream::{Analysis, Settings, analyze};
 use qevm_savevm::configuration::ConfigurationSubsection;
 use serde::{Serialize, Serializer};
 use serde_json::Value;
@@ -38,7 +40,7 @@ pub fn run(inspect: &args::Inspect) -> Result<(), Stop> {
         complete: false,
         strict: false,
         live: false,
-        layouts: Layouts::open(&inspect.layouts)?,
+        layouts: inspect.layouts.open()?,
         spool: inspect.bounds.spool(),
         max_ram: if keep == Keep::Image { inspect.bounds.max_ram } else { u64::MAX },
     };
@@ -50,7 +52,7 @@ pub fn run(inspect: &args::Inspect) -> Result<(), Stop> {
     let (filter, aside) = (inspect.field.clone(), Aside::new(settings.spool.clone()));
     let mut gather = Gather { choice, filter, json: inspect.output.json, aside, failed: None, progress };
     let mut analysis = analyze(&mut inputs, &settings, &mut gather);
-    let mut report = analysis.report(inspect.ram_digest);
+    let mut report = analysis.report(inspect.ram_digest.into());
     gather.progress = Progress::hidden();
     if let Some(error) = gather.failed.take() {
         report.error.get_or_insert_with(|| Failure::io("temporary file", 0, &error));

@@ -14,8 +14,9 @@ pub mod verify;
 use crate::args;
 use crate::failure::Stop;
 use crate::progress::Progress;
-use crate::report::Report;
-use crate::stream::{Inputs, Observer};
+use qevm_inspect::report::Report;
+use qevm_inspect::rewrite::SavedGuest;
+use qevm_inspect::stream::{Inputs, Observer};
 use serde::Serialize;
 use std::io::{self, Write};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -98,7 +99,7 @@ pub(crate) fn open(
     output: args::Output,
     print: impl FnOnce(&Report, &mut Output) -> Result<(), Stop>,
 ) -> Result<Inputs, Stop> {
-    let opened = Inputs::open(input);
+    let opened = input.open();
     if let (Err(Stop::Bad(failure)), true) = (&opened, output.json) {
         let mut out = Output::new();
         let report = Report { error: Some(failure.clone()), qemu_profile: "unknown".into(), ..Report::default() };
@@ -106,6 +107,12 @@ pub(crate) fn open(
         out.finish()?;
     }
     opened
+}
+
+/// Reads a guest that is to be written again.
+pub(crate) fn read_saved(inputs: &mut Inputs, bounds: &args::Bounds) -> Result<SavedGuest, Stop> {
+    let mut bar = Progress::new("reading", inputs.main.source.total());
+    Ok(SavedGuest::read(inputs, &bounds.of_command(), &mut |at| bar.at(at))?)
 }
 
 /// Shows how far the main channel was read.

@@ -2,14 +2,14 @@
 
 use super::Output;
 use crate::args;
-use crate::bounds::Spool;
 use crate::failure::Stop;
 use crate::progress::Progress;
-use crate::rewrite::mapped_file::MappedFile;
 use crate::serve::{Limits, Server};
 use crate::socket::{Address, Listener};
-use crate::stream::Inputs;
-use crate::table::{count, size};
+use crate::table::count;
+use qevm_inspect::bounds::Spool;
+use qevm_inspect::rewrite::mapped_file::MappedFile;
+use qevm_inspect::size::size;
 use rustix::event::{PollFd, PollFlags, poll};
 use serde_json::{Map, json};
 use signal_hook::consts::{SIGINT, SIGTERM};
@@ -29,7 +29,7 @@ const FULL: Duration = Duration::from_millis(200);
 /// [`Stop::Usage`] if an address cannot be used, [`Stop::Bad`] if the image is bad.
 pub fn run(serve: &args::Serve) -> Result<(), Stop> {
     let addresses = serve.listen.iter().map(|text| Address::parse(text)).collect::<Result<Vec<_>, _>>()?;
-    let mut inputs = Inputs::open(&serve.input)?;
+    let mut inputs = serve.input.open()?;
     let mut bar = Progress::new("finding pages", inputs.main.source.total());
     let file = MappedFile::index(&mut inputs, Spool::new(serve.max_spool), &mut |offset| bar.at(offset))?;
     drop(bar);
@@ -85,7 +85,7 @@ fn print(serve: &args::Serve, server: &Server, uris: &[String]) -> Result<(), St
     let (file, mut out) = (server.file(), Output::new());
     let blocks = file.pages().blocks();
     if serve.output.json {
-        let block = |block: &crate::pages::PageBlock| json!({"name": block.name, "len": block.len});
+        let block = |block: &qevm_inspect::pages::PageBlock| json!({"name": block.name, "len": block.len});
         let mut object = Map::new();
         object.insert("listening".into(), json!(uris));
         object.insert("len".into(), json!(file.len()));

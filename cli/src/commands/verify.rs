@@ -4,10 +4,11 @@ use super::{Bar, Output};
 use crate::args::{self, RamDigest};
 use crate::failure::Stop;
 use crate::progress::Progress;
-use crate::ram::Keep;
-use crate::report::Report;
-use crate::stream::{Analysis, Layouts, Settings, analyze};
-use crate::table::{count, size};
+use crate::table::count;
+use qevm_inspect::ram::Keep;
+use qevm_inspect::report::Report;
+use qevm_inspect::size::size;
+use qevm_inspect::stream::{Analysis, Settings, analyze};
 
 /// Runs the command.
 ///
@@ -25,13 +26,13 @@ pub fn run(verify: &args::Verify) -> Result<(), Stop> {
         complete: true,
         strict: true,
         live: false,
-        layouts: Layouts::open(&verify.layouts)?,
+        layouts: verify.layouts.open()?,
         spool: verify.bounds.spool(),
         max_ram: if keep == Keep::Image { verify.bounds.max_ram } else { u64::MAX },
     };
     let mut bar = Bar(Progress::new("verifying", inputs.main.source.total()));
     let mut analysis = analyze(&mut inputs, &settings, &mut bar);
-    let report = analysis.report(verify.ram_digest);
+    let report = analysis.report(verify.ram_digest.into());
     drop(bar);
     let mut out = Output::new();
     match verify.output.json {

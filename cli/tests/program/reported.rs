@@ -6,7 +6,7 @@ use std::path::Path;
 use std::process::Command;
 use tempfile::TempDir;
 
-/// The content of a file of `tests/streams/reported`.
+/// The content of a file of `inspect/tests/streams/reported`.
 fn reported(name: &str) -> Vec<u8> {
     let packed = std::fs::File::open(path(&format!("reported/{name}.xz"))).unwrap();
     let out = Command::new("xz").arg("-dc").stdin(packed).output().expect("xz is part of every Debian");

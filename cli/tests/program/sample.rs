@@ -6,16 +6,16 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
-/// The bytes of a recorded stream of `tests/streams`.
+/// The bytes of a recorded stream of `inspect/tests/streams`.
 pub(crate) fn stream(name: &str) -> Vec<u8> {
     let path = path(&format!("{name}.zst"));
     let file = std::fs::File::open(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
     zstd::decode_all(file).expect("a whole zstd file")
 }
 
-/// The path of a file in `tests/streams`.
+/// The path of a file in `inspect/tests/streams`.
 pub(crate) fn path(name: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/streams").join(name)
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../inspect/tests/streams").join(name)
 }
 
 /// `bytes` as a file in `dir`.

@@ -47,10 +47,13 @@ fn is_closed(socket: &mut UnixStream) -> bool {
 fn wait_closed(socket: &mut UnixStream) {
     socket.set_nonblocking(false).unwrap();
     socket.set_read_timeout(Some(LIMIT)).unwrap();
-    match socket.read(&mut [0]) {
-        Ok(0) => {}
-        Err(error) if error.kind() == std::io::ErrorKind::ConnectionReset => {}
-        other => panic!("it is not dropped: {other:?}"),
+    loop {
+        match socket.read(&mut [0]) {
+            Ok(0) => return,
+            Err(error) if error.kind() == std::io::ErrorKind::ConnectionReset => return,
+            Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
+            other => panic!("it is not dropped: {other:?}"),
+        }
     }
 }
 

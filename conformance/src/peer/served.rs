@@ -9,11 +9,11 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use qevm::bounds::Spool;
-use qevm::rewrite::mapped_file::MappedFile;
 use qevm::serve::{Limits, Server};
 use qevm::socket::{Address, Listener};
-use qevm::stream::Inputs;
+use qevm_inspect::bounds::Spool;
+use qevm_inspect::rewrite::mapped_file::MappedFile;
+use qevm_inspect::stream::Inputs;
 use reference_vmm::payload::Transcript;
 use serde_json::{Map, json};
 
@@ -87,7 +87,7 @@ struct PageServer {
 
 impl PageServer {
     fn start(image: &Path, socket: &Path) -> Result<PageServer> {
-        let stopped = |stop: qevm::failure::Stop| anyhow::anyhow!("{stop:?}");
+        let stopped = |stop: qevm_inspect::failure::Error| anyhow::anyhow!("{stop:?}");
         let mut inputs = Inputs::of_file(image).map_err(stopped)?;
         let file = MappedFile::index(&mut inputs, Spool::unlimited(), &mut |_| ()).map_err(stopped)?;
         let limits = Limits { clients: 16, patience: PATIENCE };

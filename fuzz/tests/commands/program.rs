@@ -174,7 +174,7 @@ fn received(mut command: Command, socket: &Path, input: &Path) -> Run {
 
 /// A file and its length after decompression.
 fn length(path: &Path) -> u64 {
-    let opened = qevm::open::open(path, None, false).unwrap_or_else(|_| panic!("{}", path.display()));
+    let opened = qevm_inspect::open::open(path, None, false).unwrap_or_else(|_| panic!("{}", path.display()));
     let mut source = opened.source;
     source.skip(u64::MAX).expect("a file that can be read")
 }

@@ -1,12 +1,12 @@
 //! Reading inputs in this process, with every call counted.
 
 use crate::cost::Cost;
-use qevm::args::RamDigest;
-use qevm::bounds::Spool;
-use qevm::ram::Keep;
-use qevm::source::Source;
-use qevm::stream::inputs::Named;
-use qevm::stream::{Inputs, Layouts, Observer, Settings, analyze};
+use qevm_inspect::bounds::Spool;
+use qevm_inspect::ram::Keep;
+use qevm_inspect::ram::RamDigest;
+use qevm_inspect::source::Source;
+use qevm_inspect::stream::Named;
+use qevm_inspect::stream::{Inputs, Layouts, Observer, Settings, analyze};
 use qevm_multifd::{ChannelDecoder, ChannelOptions};
 use qevm_savevm::{Decoder, DecoderOptions, Event, Step, command::Command};
 use qevm_wire::{Decode, Limits};

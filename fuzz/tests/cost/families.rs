@@ -3,7 +3,7 @@
 use crate::cost::Cost;
 use crate::drivers::{self, Files, measure};
 use crate::generate::{Random, end_of_ram, files, header, name, repository, start};
-use qevm::ram::Keep;
+use qevm_inspect::ram::Keep;
 use qevm_multifd::{ChannelEncoder, EncoderOptions, Init, PacketLayout, Pages, Uuid};
 use qevm_returnpath::{Encoder, Message};
 use qevm_savevm::StreamWriter;

@@ -3,7 +3,7 @@
 use crate::cost::Verdicts;
 use crate::drivers::{self, Files, measure};
 use crate::generate::{Random, files, hostile, mutate, repository, stream};
-use qevm::ram::Keep;
+use qevm_inspect::ram::Keep;
 use std::path::Path;
 
 const GENERATED: u64 = 10_000;
@@ -21,7 +21,7 @@ fn seeds() -> Vec<(&'static str, qevm_fuzz::Target, String, Vec<u8>)> {
 
 /// The bytes of a file, of which a compressed one has at most 16 MiB.
 fn plain(path: &Path) -> Vec<u8> {
-    let opened = qevm::open::open(path, None, false).unwrap_or_else(|_| panic!("{}", path.display()));
+    let opened = qevm_inspect::open::open(path, None, false).unwrap_or_else(|_| panic!("{}", path.display()));
     let mut source = opened.source;
     source.fill(16 << 20).expect("a file that can be read");
     source.window().to_vec()

@@ -10,11 +10,11 @@ use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::Duration;
 
-use qevm::bounds::Spool;
-use qevm::rewrite::mapped_file::MappedFile;
 use qevm::serve::{Limits, Server};
 use qevm::socket::{Address, Listener};
-use qevm::stream::Inputs;
+use qevm_inspect::bounds::Spool;
+use qevm_inspect::rewrite::mapped_file::MappedFile;
+use qevm_inspect::stream::Inputs;
 use reference_vmm::payload::Progress;
 use serde_json::{Value, json};
 

@@ -1,10 +1,10 @@
 //! The fields of device sections: as an indented tree for people, as a flat list for machines.
 
-use crate::aside::Aside;
-use crate::extract::devices::{write_hex, write_value};
-use crate::failure::printable;
 use crate::progress::Progress;
-use crate::stream::Observer;
+use qevm_inspect::aside::Aside;
+use qevm_inspect::extract::devices::{write_hex, write_value};
+use qevm_inspect::failure::printable;
+use qevm_inspect::stream::Observer;
 use qevm_savevm::framing::SectionHeader;
 use qevm_savevm::vmdesc::{Node, Value};
 use serde_json::json;

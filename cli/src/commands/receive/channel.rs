@@ -3,9 +3,9 @@
 
 use super::gate::{Caller, Known};
 use super::ledger::{Ledger, Numbers};
-use crate::failure::Failure;
-use crate::output_file::OutputFile;
 use crate::socket::Socket;
+use qevm_inspect::failure::Failure;
+use qevm_inspect::output_file::OutputFile;
 use qevm_multifd::{ChannelDecoder, ChannelOptions, Compression, Event};
 use qevm_wire::{Buffered, Decode, DriveError, PageGeometry, Window, next_event, skip_payload};
 use std::io::{self, Read, Write};

@@ -1,8 +1,8 @@
 //! What is said of connections that were dropped: a line for each, but not more than somebody can read.
 
 use super::caller::What;
-use crate::failure::printable;
 use crate::socket::Peer;
+use qevm_inspect::failure::printable;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use std::borrow::Cow;
 use std::collections::BTreeMap;

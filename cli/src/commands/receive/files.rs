@@ -1,11 +1,12 @@
 //! Where a migration is saved. Its files get their names when all of it has arrived, before SHUT 0 is sent.
 
 use crate::args;
-use crate::failure::{Failure, Stop};
-use crate::output_file::{OutputFile, check_free, sync_names};
-use crate::source::Source;
-use crate::stream::Inputs;
-use crate::stream::inputs::Named;
+use crate::failure::Stop;
+use qevm_inspect::failure::Failure;
+use qevm_inspect::output_file::{OutputFile, check_free, sync_names};
+use qevm_inspect::source::Source;
+use qevm_inspect::stream::Inputs;
+use qevm_inspect::stream::Named;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};

@@ -5,7 +5,7 @@
 //! missing, which would be on a channel that never came. Connections that have not shown to belong to the migration do not
 //! count. What goes wrong on one connection must end the others.
 
-use crate::failure::Failure;
+use qevm_inspect::failure::Failure;
 use qevm_multifd::{ChannelSet, FlushMode, Init, Progress, SyncBarrier, SyncError, Waiting};
 use qevm_savevm::ram::{RamBlock, RamBlocks};
 use qevm_wire::{Blame, PageGeometry};

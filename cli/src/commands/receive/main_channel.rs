@@ -3,13 +3,13 @@
 use super::connections::CHANNEL_PATIENCE;
 use super::files::Files;
 use super::ledger::Ledger;
-use crate::bounds::Spool;
-use crate::failure::Failure;
 use crate::progress::Progress;
-use crate::ram::Keep;
 use crate::socket::Socket;
-use crate::source::Source;
-use crate::stream::{Inputs, Layouts, Observer, Settings, analyze};
+use qevm_inspect::bounds::Spool;
+use qevm_inspect::failure::Failure;
+use qevm_inspect::ram::Keep;
+use qevm_inspect::source::Source;
+use qevm_inspect::stream::{Inputs, Layouts, Observer, Settings, analyze};
 use qevm_returnpath::Message;
 use qevm_savevm::Event;
 use qevm_savevm::command::Command;

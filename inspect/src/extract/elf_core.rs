@@ -1,0 +1,289 @@
+//! The header of an ELF core file of guest-physical memory, as `gdb`, `crash` and `readelf` open it.
+//!
+//! The shape is that of QMP `dump-guest-memory` without paging (checked against QEMU 10.0): one `PT_NOTE` with a
+//! `CORE`/`NT_PRSTATUS` and a `QEMU` note for each CPU, then one `PT_LOAD` for each stretch of memory, its virtual
+//! address equal to its physical one. `crash` takes control registers and the kernel's relocation from the `QEMU` notes.
+//!
+//! A guest whose first CPU is not in long mode is an i386 one: the machine of the file and the `NT_PRSTATUS` notes are i386's, in a
+//! 64-bit ELF file all the same, as its memory reaches up to 4 GiB (checked against QEMU 7.2 and 11.1, of both programs).
+
+/// One stretch of memory in the core file. Guest-physical address and length in bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Load {
+    /// Guest-physical address of the first byte.
+    pub address: u64,
+    /// Length of the stretch.
+    pub len: u64,
+}
+
+/// A segment register or descriptor table register, as section `cpu` carries it.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct SegmentRegister {
+    /// Selector (0 for GDT and IDT).
+    pub selector: u32,
+    /// Limit in bytes.
+    pub limit: u32,
+    /// Descriptor bits 8 to 23, in QEMU's layout.
+    pub flags: u32,
+    /// Linear base address.
+    pub base: u64,
+}
+
+/// The registers of one CPU.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Registers {
+    /// RAX RCX RDX RBX RSP RBP RSI RDI R8 to R15: the order of the instruction set, and of section `cpu`.
+    pub general: [u64; 16],
+    /// RIP.
+    pub rip: u64,
+    /// RFLAGS.
+    pub rflags: u64,
+    /// ES CS SS DS FS GS: the order of the instruction set, and of section `cpu`.
+    pub segments: [SegmentRegister; 6],
+    /// LDTR, TR, GDTR, IDTR.
+    pub tables: [SegmentRegister; 4],
+    /// CR0 to CR4; CR1 does not exist and is 0.
+    pub control: [u64; 5],
+    /// MSR_KERNEL_GS_BASE.
+    pub kernel_gs_base: u64,
+    /// IA-32e mode is active (EFER.LMA).
+    pub long_mode: bool,
+}
+
+/// The bytes in front of the memory, and where in the file each stretch goes.
+#[derive(Debug, PartialEq, Eq)]
+pub struct CoreHeader {
+    /// ELF header, program headers and notes.
+    pub bytes: Vec<u8>,
+    /// File offset of each `Load`, in the order given; multiples of 4096, so that zero pages can stay holes.
+    pub offsets: Vec<u64>,
+}
+
+const EHDR_LEN: usize = 64;
+const PHDR_LEN: usize = 56;
+const ET_CORE: u16 = 4;
+const EM_386: u16 = 3;
+const EM_X86_64: u16 = 62;
+const PT_LOAD: u32 = 1;
+const PT_NOTE: u32 = 4;
+const NT_PRSTATUS: u32 = 1;
+const PRSTATUS_LEN: usize = 336;
+const PRSTATUS_PID: usize = 32;
+const PRSTATUS_REGISTERS: usize = 112;
+/// The same of i386.
+const NARROW_PRSTATUS_LEN: usize = 144;
+const NARROW_PRSTATUS_PID: usize = 24;
+const NARROW_PRSTATUS_REGISTERS: usize = 72;
+const QEMU_NOTE_VERSION: u32 = 1;
+const QEMU_NOTE_LEN: u32 = 440;
+const PAGE: u64 = 4096;
+
+/// Lays out a core file with these CPUs and these stretches of memory.
+///
+/// ```
+/// use qevm_inspect::extract::elf_core::{core_header, Load, Registers};
+///
+/// let core = core_header(&[Registers::default()], &[Load { address: 0, len: 8192 }]);
+/// assert_eq!(&core.bytes[..4], b"\x7fELF");
+/// assert_eq!(core.offsets[0] % 4096, 0);
+/// ```
+pub fn core_header(cpus: &[Registers], loads: &[Load]) -> CoreHeader {
+    let mut notes = Vec::new();
+    let long = cpus.first().is_none_or(|cpu| cpu.long_mode);
+    for (number, cpu) in (1..).zip(cpus) {
+        let status = if long { prstatus(number, cpu) } else { narrow_prstatus(number, cpu) };
+        note(&mut notes, b"CORE", NT_PRSTATUS, &status);
+    }
+    for cpu in cpus {
+        note(&mut notes, b"QEMU", 0, &qemu_state(cpu));
+    }
+
+    let program_headers = 1 + loads.len();
+    let notes_offset = (EHDR_LEN + PHDR_LEN * program_headers) as u64;
+    let mut bytes = elf_header(if long { EM_X86_64 } else { EM_386 }, program_headers);
+    program_header(&mut bytes, PT_NOTE, notes_offset, 0, notes.len() as u64);
+    let mut offset = (notes_offset + notes.len() as u64).next_multiple_of(PAGE);
+    let mut offsets = Vec::with_capacity(loads.len());
+    for load in loads {
+        program_header(&mut bytes, PT_LOAD, offset, load.address, load.len);
+        offsets.push(offset);
+        offset = (offset + load.len).next_multiple_of(PAGE);
+    }
+    bytes.extend_from_slice(&notes);
+    CoreHeader { bytes, offsets }
+}
+
+fn elf_header(machine: u16, program_headers: usize) -> Vec<u8> {
+    let mut bytes = Vec::from(*b"\x7fELF\x02\x01\x01\0\0\0\0\0\0\0\0\0");
+    bytes.extend(ET_CORE.to_le_bytes());
+    bytes.extend(machine.to_le_bytes());
+    bytes.extend(1u32.to_le_bytes());
+    bytes.extend(0u64.to_le_bytes()); // entry
+    bytes.extend((EHDR_LEN as u64).to_le_bytes());
+    bytes.extend(0u64.to_le_bytes()); // no section headers
+    bytes.extend(0u32.to_le_bytes());
+    // Guest memory has at most a few stretches, far from the 65,535 this field can count.
+    for half in [EHDR_LEN, PHDR_LEN, program_headers, 0, 0, 0] {
+        bytes.extend((half as u16).to_le_bytes());
+    }
+    bytes
+}
+
+fn program_header(bytes: &mut Vec<u8>, kind: u32, offset: u64, address: u64, len: u64) {
+    bytes.extend(kind.to_le_bytes());
+    bytes.extend(0u32.to_le_bytes()); // flags
+    for word in [offset, address, address, len, len, 0] {
+        bytes.extend(word.to_le_bytes());
+    }
+}
+
+fn note(notes: &mut Vec<u8>, name: &[u8], kind: u32, content: &[u8]) {
+    notes.extend((name.len() as u32 + 1).to_le_bytes());
+    notes.extend((content.len() as u32).to_le_bytes());
+    notes.extend(kind.to_le_bytes());
+    for part in [&[name, b"\0"].concat(), content] {
+        notes.extend_from_slice(part);
+        notes.resize(notes.len().next_multiple_of(4), 0);
+    }
+}
+
+/// Indices into [`Registers::general`] in the order of Linux's `user_regs_struct`, up to RDI.
+const USER_REGS: [usize; 14] = [15, 14, 13, 12, 5, 3, 11, 10, 9, 8, 0, 1, 2, 6];
+
+fn prstatus(pid: u32, cpu: &Registers) -> Vec<u8> {
+    let [es, cs, ss, ds, fs, gs] = cpu.segments;
+    let mut words: Vec<u64> = USER_REGS.iter().map(|&i| cpu.general[i]).collect();
+    words.push(cpu.general[7]); // RDI
+    words.push(u64::MAX); // orig_rax: not in a system call
+    words.extend([cpu.rip, cs.selector.into(), cpu.rflags, cpu.general[4], ss.selector.into()]);
+    words.extend([fs.base, gs.base, ds.selector.into(), es.selector.into(), fs.selector.into(), gs.selector.into()]);
+    let mut status = vec![0; PRSTATUS_LEN];
+    status[PRSTATUS_PID..PRSTATUS_PID + 4].copy_from_slice(&pid.to_le_bytes());
+    for (word, place) in words.iter().zip(status[PRSTATUS_REGISTERS..].chunks_exact_mut(8)) {
+        place.copy_from_slice(&word.to_le_bytes());
+    }
+    status
+}
+
+/// Registers of 32 bits in the order of i386's `user_regs_struct`.
+fn narrow_prstatus(pid: u32, cpu: &Registers) -> Vec<u8> {
+    let [es, cs, ss, ds, fs, gs] = cpu.segments;
+    let general = |index: usize| cpu.general[index] as u32;
+    // EBX ECX EDX ESI EDI EBP EAX
+    let mut words: Vec<u32> = [3, 1, 2, 6, 7, 5, 0].map(general).to_vec();
+    words.extend([ds, es, fs, gs].map(|segment| segment.selector));
+    words.push(0); // orig_eax
+    words.extend([cpu.rip as u32, cs.selector, cpu.rflags as u32, general(4), ss.selector]);
+    let mut status = vec![0; NARROW_PRSTATUS_LEN];
+    status[NARROW_PRSTATUS_PID..NARROW_PRSTATUS_PID + 4].copy_from_slice(&pid.to_le_bytes());
+    for (word, place) in words.iter().zip(status[NARROW_PRSTATUS_REGISTERS..].chunks_exact_mut(4)) {
+        place.copy_from_slice(&word.to_le_bytes());
+    }
+    status
+}
+
+fn qemu_state(cpu: &Registers) -> Vec<u8> {
+    let [es, cs, ss, ds, fs, gs] = cpu.segments;
+    let mut state = Vec::with_capacity(QEMU_NOTE_LEN as usize);
+    state.extend(QEMU_NOTE_VERSION.to_le_bytes());
+    state.extend(QEMU_NOTE_LEN.to_le_bytes());
+    // RAX RBX RCX RDX RSI RDI RSP RBP, then R8 to R15.
+    for i in [0, 3, 1, 2, 6, 7, 4, 5, 8, 9, 10, 11, 12, 13, 14, 15] {
+        state.extend(cpu.general[i].to_le_bytes());
+    }
+    state.extend(cpu.rip.to_le_bytes());
+    state.extend(cpu.rflags.to_le_bytes());
+    for segment in [cs, ds, es, fs, gs, ss].iter().chain(&cpu.tables) {
+        for half in [segment.selector, segment.limit, segment.flags, 0] {
+            state.extend(half.to_le_bytes());
+        }
+        state.extend(segment.base.to_le_bytes());
+    }
+    for word in cpu.control.iter().chain([&cpu.kernel_gs_base]) {
+        state.extend(word.to_le_bytes());
+    }
+    state
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The two notes' sizes and owners, and the layout of the `QEMU` note, as QEMU 10.0's `dump-guest-memory` writes
+    /// them for a guest whose CPU 0 was at 0x81af in flat protected mode (`crash` reads the same layout).
+    #[test]
+    fn the_qemu_note_is_laid_out_as_qemu_does() {
+        let flat = |selector, flags| SegmentRegister { selector, limit: 0xffff_ffff, flags, base: 0 };
+        let mut cpu = Registers { rip: 0x81af, rflags: 0x246, ..Registers::default() };
+        cpu.general[0] = 0xc00;
+        cpu.general[3] = 0xfe1d43;
+        cpu.segments = [flat(0x10, 1), flat(0x8, 2), flat(0x10, 3), flat(0x10, 4), flat(0x10, 5), flat(0x10, 6)];
+        cpu.tables[2] = SegmentRegister { limit: 0x47, base: 0x9cc30, ..Default::default() };
+        cpu.control[0] = 0x11;
+        let note = qemu_state(&cpu);
+        assert_eq!(note.len(), 0x1b8);
+        assert_eq!(note[..8], [1, 0, 0, 0, 0xb8, 1, 0, 0]);
+        assert_eq!(note[8..16], 0xc00u64.to_le_bytes());
+        assert_eq!(note[16..24], 0xfe1d43u64.to_le_bytes());
+        assert_eq!(note[8 + 16 * 8..8 + 17 * 8], 0x81afu64.to_le_bytes());
+        let segments = 8 + 18 * 8;
+        let flags: Vec<u8> = (0..6).map(|i| note[segments + 24 * i + 8]).collect();
+        assert_eq!(flags, [2, 4, 1, 5, 6, 3], "CS DS ES FS GS SS");
+        assert_eq!(note[segments + 24 * 8 + 16..segments + 24 * 9], 0x9cc30u64.to_le_bytes());
+        assert_eq!(note[segments + 24 * 10..][..8], 0x11u64.to_le_bytes());
+    }
+
+    /// What is not zero in the `NT_PRSTATUS` notes that `dump-guest-memory` of QEMU 7.2 and 11.1 writes of a guest at its reset vector,
+    /// `qemu-system-i386` and `qemu-system-x86_64` alike.
+    #[test]
+    fn a_guest_that_is_not_in_long_mode_is_an_i386_one() {
+        let mut cpu = Registers { rip: 0xfff0, rflags: 2, ..Registers::default() };
+        cpu.general[2] = 0x663;
+        cpu.segments[1].selector = 0xf000;
+        let core = core_header(&[cpu], &[]).bytes;
+        assert_eq!(core[4], 2, "a 64-bit file");
+        assert_eq!(core[18..20], EM_386.to_le_bytes());
+        let status = narrow_prstatus(1, &cpu);
+        assert_eq!(status.len(), 144);
+        let words: Vec<(usize, u32)> = (0..144)
+            .step_by(4)
+            .map(|at| (at, u32::from_le_bytes(status[at..at + 4].try_into().unwrap())))
+            .filter(|(_, word)| *word != 0)
+            .collect();
+        assert_eq!(words, [(24, 1), (80, 0x663), (120, 0xfff0), (124, 0xf000), (128, 2)]);
+        cpu.long_mode = true;
+        assert_eq!(core_header(&[cpu], &[]).bytes[18..20], EM_X86_64.to_le_bytes());
+    }
+
+    #[test]
+    fn every_part_is_where_its_header_says() {
+        let cpu = |rip| Registers { rip, long_mode: true, ..Default::default() };
+        let cpus = [cpu(0x1111), cpu(0x2222)];
+        let loads = [Load { address: 0, len: 0xa0000 }, Load { address: 1 << 32, len: 4096 }];
+        let CoreHeader { bytes, offsets } = core_header(&cpus, &loads);
+        let word = |at: usize| u64::from_le_bytes(bytes[at..at + 8].try_into().unwrap());
+        let half = |at: usize| u32::from_le_bytes(bytes[at..at + 4].try_into().unwrap());
+        let header = |i: usize| EHDR_LEN + i * PHDR_LEN;
+        assert_eq!((half(header(0)), half(header(1)), half(header(2))), (PT_NOTE, PT_LOAD, PT_LOAD));
+        assert_eq!((word(header(1) + 8), word(header(1) + 24), word(header(1) + 32)), (offsets[0], 0, 0xa0000));
+        assert_eq!((word(header(2) + 8), word(header(2) + 24)), (offsets[1], 1 << 32));
+        assert_eq!(offsets[1], offsets[0] + 0xa0000);
+
+        let mut at = word(header(0) + 8) as usize;
+        let end = at + word(header(0) + 32) as usize;
+        assert_eq!(end, bytes.len());
+        let mut owners = Vec::new();
+        while at < end {
+            let (name, len) = (half(at) as usize, half(at + 4) as usize);
+            owners.push(bytes[at + 12..at + 12 + name - 1].to_vec());
+            let content = at + 12 + name.next_multiple_of(4);
+            if half(at + 8) == NT_PRSTATUS {
+                assert_eq!(len, PRSTATUS_LEN);
+                let rip = word(content + PRSTATUS_REGISTERS + 16 * 8);
+                assert_eq!(rip, [0x1111, 0x2222][half(content + PRSTATUS_PID) as usize - 1]);
+            }
+            at = content + len.next_multiple_of(4);
+        }
+        assert_eq!(owners, [b"CORE", b"CORE", b"QEMU", b"QEMU"]);
+    }
+}

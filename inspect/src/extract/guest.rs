@@ -1,0 +1,167 @@
+//! What extraction needs of the device sections: the CPUs' registers, the CMOS, or all of them.
+
+use super::devices::Devices;
+use super::elf_core::{Registers, SegmentRegister};
+use super::memory_devices::MemoryDevices;
+use crate::stream::Observer;
+use qevm_savevm::Reader;
+use qevm_savevm::devices::{cpu, mc146818rtc};
+use qevm_savevm::framing::SectionHeader;
+use qevm_savevm::vmdesc::{Node, ScalarKind, Value};
+use qevm_savevm::vmstate::{Context, VmState, load};
+use qevm_wire::QemuVersion;
+use std::fmt;
+
+/// EFER.LMA: IA-32e mode is active.
+const EFER_LMA: u64 = 1 << 10;
+
+/// What the device sections told.
+#[derive(Debug, Default)]
+pub struct Guest {
+    /// The registers of each CPU, in the order of their sections.
+    pub cpus: Vec<Registers>,
+    /// The RTC's CMOS, which has the memory size as the firmware sees it.
+    pub cmos: Option<Vec<u8>>,
+    /// Where memory devices are.
+    pub memory_devices: MemoryDevices,
+    /// All device sections, if they are asked for.
+    pub devices: Option<Devices>,
+    /// Sections that were there but could not be read, with the reason.
+    pub unread: Vec<String>,
+}
+
+/// Collects a [`Guest`] while a stream is read.
+pub struct GuestObserver<'p> {
+    guest: Guest,
+    /// What each section `cpu` gave: its instance, and the registers or why they could not be read.
+    cpus: Vec<(u32, Result<Registers, String>)>,
+    position: &'p mut dyn FnMut(u64),
+}
+
+impl fmt::Debug for GuestObserver<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("GuestObserver").field("guest", &self.guest).field("cpus", &self.cpus).finish_non_exhaustive()
+    }
+}
+
+impl<'p> GuestObserver<'p> {
+    /// Nothing found yet; tells `position` how far the main channel was read. `devices`: where all device sections are to be kept.
+    pub fn new(position: &'p mut dyn FnMut(u64), devices: Option<Devices>) -> Self {
+        let guest = Guest { devices, ..Guest::default() };
+        GuestObserver { guest, cpus: Vec::new(), position }
+    }
+
+    /// What was found.
+    pub fn finish(self) -> Guest {
+        let mut guest = self.guest;
+        for (_, cpu) in self.cpus {
+            match cpu {
+                Ok(registers) => guest.cpus.push(registers),
+                Err(unread) => guest.unread.push(unread),
+            }
+        }
+        guest
+    }
+}
+
+impl Observer for GuestObserver<'_> {
+    fn position(&mut self, offset: u64) {
+        (self.position)(offset);
+    }
+
+    fn restarted(&mut self) {
+        let mut devices = self.guest.devices.take();
+        devices.iter_mut().for_each(Devices::restarted);
+        self.guest = Guest { devices, ..Guest::default() };
+        self.cpus.clear();
+    }
+
+    fn fields(&mut self, header: &SectionHeader, fields: &Node) {
+        // qemu-system-i386 writes registers of 32 bits, which only the description shows.
+        if header.idstr == cpu::Cpu::NAME
+            && let Some(registers) = narrow_registers(fields)
+            && let Some((_, cpu)) = self.cpus.iter_mut().find(|(instance, _)| *instance == header.instance_id)
+        {
+            *cpu = Ok(registers);
+        }
+        self.guest.memory_devices.note(header, fields);
+        if let Some(devices) = &mut self.guest.devices {
+            devices.fields(fields);
+        }
+    }
+
+    fn body(&mut self, header: &SectionHeader, offset: u64, body: &[u8]) {
+        if let Some(devices) = &mut self.guest.devices {
+            devices.body(header, offset, body);
+        }
+        if header.idstr == cpu::Cpu::NAME {
+            let state = read::<cpu::Cpu>(header, offset, body);
+            self.cpus.push((header.instance_id, state.map(|state| registers(&state))));
+        } else if header.idstr == mc146818rtc::Mc146818Rtc::NAME {
+            match read::<mc146818rtc::Mc146818Rtc>(header, offset, body) {
+                Ok(state) => self.guest.cmos = Some(state.cmos_data.0.to_vec()),
+                Err(unread) => self.guest.unread.push(unread),
+            }
+        }
+    }
+}
+
+fn read<T: VmState>(header: &SectionHeader, offset: u64, body: &[u8]) -> Result<T, String> {
+    // The registers are laid out alike in all releases; the context only matters to later subsections.
+    let context = Context::new(QemuVersion::NEWEST, "");
+    load(&mut Reader::at(body, offset), header.version_id, &context)
+        .map_err(|error| format!("section '{}': {error}", header.idstr))
+}
+
+/// The registers of a section `cpu` whose registers have 32 bits; `None` for others.
+fn narrow_registers(cpu: &Node) -> Option<Registers> {
+    let Value::Scalars(general) = &cpu.child("env.regs")?.value else { return None };
+    if general.kind() != ScalarKind::U32 || general.len() != 8 {
+        return None;
+    }
+    let word = |node: &Node, name: &str| Some(node.child(name)?.scalar()?.as_u64());
+    let segment = |name: &str| {
+        let node = cpu.child(name)?;
+        let half = |name| Some(word(node, name)? as u32);
+        Some(SegmentRegister {
+            selector: half("selector")?,
+            limit: half("limit")?,
+            flags: half("flags")?,
+            base: word(node, "base")?,
+        })
+    };
+    let mut registers =
+        Registers { rip: word(cpu, "env.eip")?, rflags: word(cpu, "env.eflags")?, ..Registers::default() };
+    for (register, value) in registers.general.iter_mut().zip(general.iter()) {
+        *register = value.as_u64();
+    }
+    for (index, register) in registers.segments.iter_mut().enumerate() {
+        *register = segment(&format!("env.segs[{index}]"))?;
+    }
+    for (name, register) in ["env.ldt", "env.tr", "env.gdt", "env.idt"].iter().zip(&mut registers.tables) {
+        *register = segment(name)?;
+    }
+    for index in [0, 2, 3, 4] {
+        registers.control[index] = word(cpu, &format!("env.cr[{index}]"))?;
+    }
+    Some(registers)
+}
+
+fn registers(cpu: &cpu::Cpu) -> Registers {
+    let segment = |s: &cpu::registers::Segment| SegmentRegister {
+        selector: s.selector,
+        limit: s.limit,
+        flags: s.flags,
+        base: s.base,
+    };
+    Registers {
+        general: cpu.regs,
+        rip: cpu.eip,
+        rflags: cpu.eflags,
+        segments: std::array::from_fn(|i| segment(&cpu.segs[i])),
+        tables: [segment(&cpu.ldt), segment(&cpu.tr), segment(&cpu.gdt), segment(&cpu.idt)],
+        control: [cpu.cr0, 0, cpu.cr2, cpu.cr3, cpu.cr4],
+        kernel_gs_base: cpu.kernelgsbase,
+        long_mode: cpu.efer & EFER_LMA != 0,
+    }
+}

@@ -1,0 +1,369 @@
+//! Which RAM blocks are guest-physical memory, and where.
+
+use super::{Guest, Tables};
+use crate::failure::{Error, printable};
+use crate::ram::GuestRam;
+use crate::size::size;
+use qevm_savevm::guest_memory::{
+    Segment, cmos_fits, is_rom_or_device, main_block, memory_in_cmos, segments, whole_block_address,
+};
+
+/// The machine type of streams without configuration section, which those of types up to 2.3 have not: `pc` places memory as all
+/// of them do, up to the size at which their holes differ.
+const WITHOUT_CONFIGURATION: &str = "pc-i440fx-2.3";
+/// Up to here all machine types of x86 place all memory at 0.
+const BELOW_ALL_HOLES: u64 = 2 << 30;
+/// More blocks are not tried in all combinations.
+const MAX_TRIED: usize = 12;
+
+/// A stretch of guest-physical memory. Addresses and lengths in bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Piece {
+    /// Index of the RAM block.
+    pub block: usize,
+    /// Guest-physical address of the first byte.
+    pub address: u64,
+    /// Offset of that byte in the block.
+    pub block_offset: u64,
+    /// Length of the stretch.
+    pub len: u64,
+}
+
+/// A RAM block of guest-physical memory.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct MemoryBlock {
+    /// Its name.
+    pub name: String,
+    /// Where it lies; otherwise it is a part of the main memory.
+    pub address: Option<u64>,
+}
+
+/// Guest-physical memory: its pieces, and what is in none of them.
+#[derive(Debug)]
+pub struct PhysicalMemory {
+    /// The pieces, in order of their addresses.
+    pub segments: Vec<Piece>,
+    /// The RAM blocks that are memory devices.
+    pub devices: Vec<usize>,
+    /// Remarks on how the blocks were found.
+    pub notes: Vec<String>,
+    /// One line for each block of memory that is not in any piece.
+    pub left_out: Vec<String>,
+}
+
+impl PhysicalMemory {
+    /// Places the RAM blocks of a `machine` in guest-physical memory. `wanted`, unless it is empty, says which blocks are the main
+    /// memory, in order, and where others lie. `tables`: what the guest's ACPI tables tell of memory devices.
+    ///
+    /// # Errors
+    /// [`Error::Usage`] for machine types without known rules, blocks that are not there, and guests of which it is not known
+    /// which blocks are their main memory.
+    pub fn find(
+        machine: &str,
+        ram: &GuestRam,
+        guest: &Guest,
+        tables: &Tables,
+        wanted: &[MemoryBlock],
+    ) -> Result<Self, Error> {
+        let mut notes = Vec::new();
+        let mut pieces = Vec::new();
+        let mut main = Vec::new();
+        for MemoryBlock { name, address } in wanted {
+            let found = ram.blocks().iter().position(|block| block.name == *name);
+            let block =
+                found.ok_or_else(|| Error::Usage(format!("no RAM block '{name}': the blocks are {}", names(ram))))?;
+            match address {
+                Some(address) => pieces.push(whole(ram, block, *address)),
+                None => main.push(block),
+            }
+        }
+        if main.is_empty() && pieces.is_empty() {
+            main = main_memory(machine, ram, guest, &mut notes)?;
+        }
+        if let [block] = main[..]
+            && let Some(address) = whole_block_address(&ram.blocks()[block].name)
+        {
+            pieces.push(whole(ram, block, address));
+        } else if !main.is_empty() {
+            let machine = known_machine(machine, ram, &main, guest, &mut notes)?;
+            pieces.extend(mapped(machine, ram, &main, guest, &mut notes)?);
+        }
+        // The main memory is none, even if it was not asked for.
+        let device = |block: &usize| main_block(machine) != Some(ram.blocks()[*block].name.as_str());
+        let left: Vec<usize> = without_place(ram, &pieces).filter(device).collect();
+        let above_4g = pieces.iter().map(|piece| piece.address + piece.len).max().unwrap_or(0);
+        let (devices, remarks) = guest.memory_devices.place(ram, &left, tables, above_4g);
+        notes.extend(remarks);
+        let device_blocks = devices.iter().map(|piece| piece.block).collect();
+        pieces.extend(devices);
+        pieces.sort_by_key(|piece| piece.address);
+        let mut pairs = pieces.iter().zip(pieces.iter().skip(1));
+        if let Some((a, b)) = pairs.find(|(a, b)| a.address.saturating_add(a.len) > b.address) {
+            let name = |piece: &Piece| ram.blocks()[piece.block].name.clone();
+            return Err(Error::Usage(format!(
+                "RAM blocks '{}' and '{}' overlap at {:#x}",
+                name(a),
+                name(b),
+                b.address
+            )));
+        }
+        let left_out = left_out(ram, &pieces);
+        Ok(PhysicalMemory { segments: pieces, devices: device_blocks, notes, left_out })
+    }
+
+    /// True if the memory is that of a target other than x86.
+    pub fn is_other_target(&self, ram: &GuestRam) -> bool {
+        self.segments.iter().any(|piece| whole_block_address(&ram.blocks()[piece.block].name).is_some())
+    }
+}
+
+fn whole(ram: &GuestRam, block: usize, address: u64) -> Piece {
+    Piece { block, address, block_offset: 0, len: ram.blocks()[block].used_length }
+}
+
+fn names(ram: &GuestRam) -> String {
+    let names: Vec<String> = ram.blocks().iter().map(|block| printable(&block.name)).collect();
+    names.join(", ")
+}
+
+/// The RAM blocks of memory of which no piece is.
+fn without_place<'r>(ram: &'r GuestRam, pieces: &'r [Piece]) -> impl Iterator<Item = usize> + 'r {
+    let blocks = ram.blocks().iter().enumerate();
+    let without = blocks
+        .filter(|(index, block)| !is_rom_or_device(&block.name) && pieces.iter().all(|piece| piece.block != *index));
+    without.map(|(index, _)| index)
+}
+
+fn left_out(ram: &GuestRam, pieces: &[Piece]) -> Vec<String> {
+    let blocks = without_place(ram, pieces).map(|index| &ram.blocks()[index]);
+    blocks
+        .map(|block| {
+            format!(
+                "left out: RAM block '{}', {}: where it lies (a DIMM or NVDIMM?) is not known; \
+                 --memory-block '{}@ADDRESS' tells, as `info memory-devices` has it",
+                printable(&block.name),
+                size(block.used_length),
+                printable(&block.name)
+            )
+        })
+        .collect()
+}
+
+/// The blocks that are the main memory, in the order of their addresses.
+fn main_memory(machine: &str, ram: &GuestRam, guest: &Guest, notes: &mut Vec<String>) -> Result<Vec<usize>, Error> {
+    let blocks = ram.blocks();
+    let by_default = |name: &str| main_block(machine) == Some(name) || machine.is_empty() && name == "pc.ram";
+    let known = |name: &str| by_default(name) || whole_block_address(name).is_some();
+    if let Some(block) = blocks.iter().position(|block| known(&block.name)) {
+        return Ok(vec![block]);
+    }
+    if main_block(machine).is_none() {
+        let message = "no rules for the memory map of machine type";
+        return Err(Error::Usage(format!(
+            "{message} '{machine}': use --ram, or place the blocks with --memory-block NAME@ADDRESS; they are {}",
+            names(ram)
+        )));
+    }
+    // A memory backend for all, or one for each NUMA node, with names that the operator chose.
+    let mut candidates: Vec<usize> =
+        (0..blocks.len()).filter(|&block| !is_rom_or_device(&blocks[block].name)).collect();
+    candidates.sort_by_cached_key(|&block| natural(&blocks[block].name));
+    let in_cmos = guest.cmos.as_deref().and_then(memory_in_cmos);
+    let chosen = match in_cmos {
+        _ if candidates.len() == 1 => Some(candidates.clone()),
+        Some(total) => only_sum(ram, &candidates, total),
+        None => None,
+    };
+    let chosen = chosen.filter(|chosen| !chosen.is_empty()).ok_or_else(|| {
+        Error::Usage(format!(
+            "which RAM blocks are the main memory of '{machine}' is not known: name them with --memory-block, in the order of \
+             the NUMA nodes; the blocks are {}",
+            names(ram)
+        ))
+    })?;
+    let listed: Vec<String> = chosen.iter().map(|&block| printable(&blocks[block].name)).collect();
+    let order = if chosen.len() > 1 { ", in the order of their names (--memory-block tells another)" } else { "" };
+    notes.push(format!("main memory: {}{order}", listed.join(", ")));
+    Ok(chosen)
+}
+
+/// `ram-node2` before `ram-node10`: digits as numbers.
+fn natural(name: &str) -> Vec<(String, u64)> {
+    let mut parts = vec![(String::new(), 0u64)];
+    let mut in_number = false;
+    for c in name.chars() {
+        match c.to_digit(10) {
+            Some(digit) => {
+                if let Some((_, number)) = parts.last_mut() {
+                    *number = number.saturating_mul(10).saturating_add(digit.into());
+                }
+            }
+            None if in_number => parts.push((c.into(), 0)),
+            None => parts.last_mut().into_iter().for_each(|(text, _)| text.push(c)),
+        }
+        in_number = c.is_ascii_digit();
+    }
+    parts
+}
+
+/// The only choice of `candidates` that has `total` bytes.
+fn only_sum(ram: &GuestRam, candidates: &[usize], total: u64) -> Option<Vec<usize>> {
+    let len = |block: usize| ram.blocks()[block].used_length;
+    if candidates.iter().fold(0u64, |sum, &block| sum.saturating_add(len(block))) == total {
+        return Some(candidates.to_vec());
+    }
+    if candidates.len() > MAX_TRIED {
+        return None;
+    }
+    let choice = |bits: u32| (0..candidates.len()).filter(move |at| bits >> at & 1 != 0).map(|at| candidates[at]);
+    let mut fitting = (1u32..1 << candidates.len())
+        .filter(|&bits| choice(bits).fold(0u64, |sum, block| sum.saturating_add(len(block))) == total);
+    let only = fitting.next()?;
+    fitting.next().is_none().then(|| choice(only).collect())
+}
+
+/// The machine type whose rules hold.
+fn known_machine<'a>(
+    machine: &'a str,
+    ram: &GuestRam,
+    main: &[usize],
+    guest: &Guest,
+    notes: &mut Vec<String>,
+) -> Result<&'a str, Error> {
+    if !machine.is_empty() {
+        return Ok(machine);
+    }
+    let total = total(ram, main);
+    let cmos_tells = guest.cmos.as_deref().is_some_and(|cmos| memory_in_cmos(cmos) == Some(total));
+    if total > BELOW_ALL_HOLES && !cmos_tells {
+        let message = "the stream does not tell the machine type, and where the hole below 4 GiB starts depends on it";
+        return Err(Error::Usage(format!("{message}: name it with --machine")));
+    }
+    notes.push("the stream does not tell the machine type: taken for a PC (--machine tells another)".into());
+    Ok(WITHOUT_CONFIGURATION)
+}
+
+fn total(ram: &GuestRam, main: &[usize]) -> u64 {
+    main.iter().fold(0, |sum, &block| sum.saturating_add(ram.blocks()[block].used_length))
+}
+
+/// The blocks one after the other, with the hole of the machine type where it is.
+fn mapped(
+    machine: &str,
+    ram: &GuestRam,
+    main: &[usize],
+    guest: &Guest,
+    notes: &mut Vec<String>,
+) -> Result<Vec<Piece>, Error> {
+    let total = total(ram, main);
+    let stretches = segments(machine, total, guest.cmos.as_deref()).ok_or_else(|| {
+        let message = "no rules for the memory map of machine type";
+        Error::Usage(format!("{message} '{machine}': use --ram, or place the blocks with --memory-block NAME@ADDRESS"))
+    })?;
+    if let Some(cmos) = guest.cmos.as_deref().filter(|cmos| !cmos_fits(cmos, total)) {
+        let told = memory_in_cmos(cmos).map_or("nothing".into(), size);
+        notes.push(format!(
+            "the guest's CMOS tells of {told} of memory and the RAM blocks of {}: it is not followed",
+            size(total)
+        ));
+    }
+    let mut pieces = Vec::new();
+    let mut start = 0;
+    for &block in main {
+        let end = start + ram.blocks()[block].used_length;
+        for Segment { address, block_offset, len } in &stretches {
+            let (from, to) = (start.max(*block_offset), end.min(block_offset + len));
+            if from < to {
+                let (address, block_offset, len) = (address + (from - block_offset), from - start, to - from);
+                pieces.push(Piece { block, address, block_offset, len });
+            }
+        }
+        start = end;
+    }
+    Ok(pieces)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::bounds::Spool;
+    use crate::ram::Keep;
+
+    const MIB: u64 = 1 << 20;
+
+    fn ram(blocks: &[(&str, u64)]) -> GuestRam {
+        let mut ram = GuestRam::new(4096, Keep::Digests, Spool::unlimited()).unwrap();
+        for (name, mib) in blocks {
+            ram.add_block((*name).into(), mib * MIB);
+        }
+        ram
+    }
+
+    fn guest(low: u64, high: u64) -> Guest {
+        let mut cmos = vec![0; 128];
+        cmos[0x34..0x36].copy_from_slice(&((((low - 16) * MIB) >> 16) as u16).to_le_bytes());
+        cmos[0x5b..0x5e].copy_from_slice(&(((high * MIB) >> 16) as u32).to_le_bytes()[..3]);
+        Guest { cmos: Some(cmos), ..Guest::default() }
+    }
+
+    fn at(map: &PhysicalMemory) -> Vec<(usize, u64, u64, u64)> {
+        map.segments.iter().map(|p| (p.block, p.address / MIB, p.block_offset / MIB, p.len / MIB)).collect()
+    }
+
+    #[test]
+    fn nodes_go_over_the_hole_in_the_order_of_their_numbers() {
+        let names: Vec<String> = (0..12).map(|node| format!("ram-node{node}")).collect();
+        let mut blocks: Vec<(&str, u64)> = names.iter().map(|name| (name.as_str(), 512)).collect();
+        // QEMU lists blocks by length, whatever node they are of.
+        blocks.reverse();
+        let map =
+            PhysicalMemory::find("pc-q35-10.0", &ram(&blocks), &guest(2048, 4096), &Tables::default(), &[]).unwrap();
+        let places: Vec<(usize, u64)> = map.segments.iter().map(|p| (11 - p.block, p.address / MIB)).collect();
+        let expected = (0..4).map(|node| (node, node as u64 * 512));
+        assert_eq!(
+            places,
+            expected.chain((4..12).map(|node| (node, 4096 + (node as u64 - 4) * 512))).collect::<Vec<_>>()
+        );
+        assert!(map.left_out.is_empty());
+        // A node that the hole goes through.
+        let odd = ram(&[("a1", 3000), ("a0", 1000), ("pc.bios", 1)]);
+        let map = PhysicalMemory::find("pc-q35-10.0", &odd, &guest(2048, 1952), &Tables::default(), &[]).unwrap();
+        assert_eq!(at(&map), [(1, 0, 0, 1000), (0, 1000, 0, 1048), (0, 4096, 1048, 1952)]);
+    }
+
+    #[test]
+    fn memory_devices_are_named_unless_they_are_placed() {
+        let ram = ram(&[("d0", 128), ("mem0", 64), ("/rom@etc/acpi/tables", 1), ("0000:00:02.0/vga.vram", 16)]);
+        let map = PhysicalMemory::find("pc-q35-11.1", &ram, &guest(64, 0), &Tables::default(), &[]).unwrap();
+        assert_eq!(at(&map), [(1, 0, 0, 64)]);
+        assert!(matches!(&map.left_out[..], [line] if line.contains("'d0', 128 MiB")), "{:?}", map.left_out);
+        let named = |name: &str, address| MemoryBlock { name: name.into(), address };
+        let wanted = [named("mem0", None), named("d0", Some(4096 * MIB))];
+        let map = PhysicalMemory::find("pc-q35-11.1", &ram, &guest(64, 0), &Tables::default(), &wanted).unwrap();
+        assert_eq!((at(&map), map.left_out.len()), (vec![(1, 0, 0, 64), (0, 4096, 0, 128)], 0));
+        let wanted = [named("mem0", None), named("d0", Some(MIB))];
+        assert!(
+            PhysicalMemory::find("pc-q35-11.1", &ram, &guest(64, 0), &Tables::default(), &wanted).is_err(),
+            "overlap"
+        );
+    }
+
+    #[test]
+    fn what_is_doubtful_is_asked_for() {
+        // Two blocks of the same length: either could be the main memory.
+        let twice = ram(&[("a", 64), ("b", 64)]);
+        assert!(PhysicalMemory::find("pc-q35-11.1", &twice, &guest(64, 0), &Tables::default(), &[]).is_err());
+        assert!(PhysicalMemory::find("strange", &twice, &Guest::default(), &Tables::default(), &[]).is_err());
+        let large = ram(&[("pc.ram", 3000)]);
+        assert!(
+            PhysicalMemory::find("", &large, &Guest::default(), &Tables::default(), &[]).is_err(),
+            "the hole depends on the type"
+        );
+        let map = PhysicalMemory::find("", &large, &guest(2048, 952), &Tables::default(), &[]).unwrap();
+        assert_eq!(at(&map), [(0, 0, 0, 2048), (0, 4096, 2048, 952)]);
+        // A CMOS that the guest has changed is not followed, and that is said.
+        let map = PhysicalMemory::find("pc-q35-11.1", &ram(&[("pc.ram", 64)]), &guest(32, 0), &Tables::default(), &[])
+            .unwrap();
+        assert_eq!((at(&map), map.notes.len()), (vec![(0, 0, 0, 64)], 1));
+    }
+}

@@ -1,0 +1,426 @@
+//! Guest memory as a destination would have it: which pages came, their digests, and, where asked, their contents.
+//!
+//! [`GuestRam`] takes pages in the order in which they are applied; the last content of a page wins. It always knows
+//! state and CRC-32 of every page that came (4¼ bytes each, beyond 15 GiB of guest in a temporary file). The contents are
+//! kept only with [`Keep::Image`]: SHA-256, XBZRLE and extraction need them. Pages that never came cost nothing, however
+//! long a block says it is.
+
+mod chunk;
+mod crc;
+mod image;
+mod page_table;
+mod places;
+mod stored;
+
+pub use page_table::PageState;
+pub(crate) use stored::{Lost, StoredPages};
+
+use crate::bounds::Spool;
+use crate::source::Source;
+use crc::PageCrc;
+use image::Image;
+use page_table::{PageTable, Run};
+use sha2::{Digest, Sha256};
+use std::io;
+use stored::Stored;
+
+/// What is kept of the pages.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Keep {
+    /// Nothing: pages are not even read.
+    Nothing,
+    /// State and CRC-32 of each page.
+    Digests,
+    /// The contents, too.
+    Image,
+    /// Where in the files the content of each page is, and the contents of those that are not in them as they are. Nothing else is
+    /// known of the pages.
+    Places,
+}
+
+/// Which digest is computed of each RAM block.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum RamDigest {
+    /// CRC-32 as in zlib and Ethernet; needs 4 bytes of memory for each page.
+    Crc32,
+    /// SHA-256; needs a temporary file as large as the guest's non-zero memory.
+    Sha256,
+}
+
+impl RamDigest {
+    /// Its name, which is also its key in JSON.
+    pub fn key(self) -> &'static str {
+        match self {
+            RamDigest::Crc32 => "crc32",
+            RamDigest::Sha256 => "sha256",
+        }
+    }
+}
+
+/// One RAM block and the pages it got.
+#[derive(Debug, Clone)]
+pub struct Block {
+    /// Its name; bytes that are not ASCII are escaped.
+    pub name: String,
+    /// Its length in bytes.
+    pub used_length: u64,
+    /// Pages that the stream gave a content.
+    pub pages: u64,
+    /// Those of [`Block::pages`] that are all zeroes in the end.
+    pub zero_pages: u64,
+    first_page: u64,
+}
+
+/// The guest's memory.
+#[derive(Debug)]
+pub struct GuestRam {
+    blocks: Vec<Block>,
+    page_size: u64,
+    next_page: u64,
+    table: PageTable,
+    crc: PageCrc,
+    image: Option<Image>,
+    stored: Option<Stored>,
+    keep: Keep,
+    spool: Spool,
+}
+
+/// A stretch of pages of a block, as [`GuestRam::stretches`] tells it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Stretch<'a> {
+    /// This many pages that never came.
+    Absent(u64),
+    /// This many pages of zeroes.
+    Zero(u64),
+    /// One page with this content.
+    Data(&'a [u8]),
+}
+
+impl GuestRam {
+    /// Memory without blocks, of pages of `page_size` bytes. What goes to temporary files comes out of `spool`.
+    pub fn new(page_size: u64, keep: Keep, spool: Spool) -> io::Result<Self> {
+        Ok(GuestRam {
+            blocks: Vec::new(),
+            page_size,
+            next_page: 0,
+            table: PageTable::new(spool.clone()),
+            crc: PageCrc::new(page_size),
+            image: if keep == Keep::Image { Some(Image::new(page_size)?) } else { None },
+            stored: (keep == Keep::Places).then(|| Stored::new(page_size)),
+            keep,
+            spool,
+        })
+    }
+
+    /// What is kept of the pages.
+    pub fn keep(&self) -> Keep {
+        self.keep
+    }
+
+    /// Bytes in a page.
+    pub fn page_size(&self) -> u64 {
+        self.page_size
+    }
+
+    /// Adds a block of `used_length` bytes, whole pages, and returns its number.
+    pub fn add_block(&mut self, name: String, used_length: u64) -> usize {
+        let first_page = self.next_page;
+        self.next_page = PageTable::align(first_page.saturating_add(used_length / self.page_size));
+        self.blocks.push(Block { name, used_length, pages: 0, zero_pages: 0, first_page });
+        self.blocks.len() - 1
+    }
+
+    /// All blocks, in the order in which they were added.
+    pub fn blocks(&self) -> &[Block] {
+        &self.blocks
+    }
+
+    /// The page at byte `offset` of `block` now holds `bytes`.
+    pub fn put(&mut self, block: usize, offset: u64, bytes: &[u8]) -> io::Result<()> {
+        if self.stored.is_some() {
+            let room = self.spool.clone();
+            let (stored, page) = self.stored(block, offset)?.ok_or_else(no_block)?;
+            return stored.write(page, bytes, &room);
+        }
+        let crc = crc32fast::hash(bytes);
+        // Only a page with the CRC of a zero page can be one.
+        let zero = crc == self.crc.zero_page() && bytes.iter().all(|byte| *byte == 0);
+        let state = if zero { PageState::Zero } else { PageState::Data };
+        self.set(block, offset, state, crc, bytes)
+    }
+
+    /// The page at byte `offset` of `block` now holds zeroes.
+    pub fn put_zero(&mut self, block: usize, offset: u64) -> io::Result<()> {
+        self.set(block, offset, PageState::Zero, self.crc.zero_page(), &[])
+    }
+
+    /// The pages in `len` bytes from `offset` of `block` now hold zeroes.
+    pub fn put_zeroes(&mut self, block: usize, offset: u64, len: u64) -> io::Result<()> {
+        self.fill(block, offset, len, PageState::Zero)
+    }
+
+    /// The pages in `len` bytes from `offset` of `block` have no content any more.
+    pub fn discard(&mut self, block: usize, offset: u64, len: u64) -> io::Result<()> {
+        self.fill(block, offset, len, PageState::Absent)
+    }
+
+    /// The page at byte `offset` of `block` came, but its content was jumped over ([`Keep::Nothing`]).
+    pub fn put_unread(&mut self, block: usize, offset: u64) -> io::Result<()> {
+        self.set(block, offset, PageState::Data, 0, &[])
+    }
+
+    /// The pages in `len` bytes from `offset` of `block` on now hold what lies at `at` of `source`, which is called `name` and can be
+    /// read in any order. For [`Keep::Places`].
+    pub fn put_place(
+        &mut self,
+        block: usize,
+        offset: u64,
+        len: u64,
+        (name, source, at): (&str, &Source, u64),
+    ) -> io::Result<()> {
+        let pages = len / self.page_size;
+        match self.stored(block, offset)? {
+            Some((stored, page)) => stored.keep(page, pages, name, source, at),
+            None => Err(io::Error::other("places of pages are not kept")),
+        }
+    }
+
+    /// The pages where they lie, for [`Keep::Places`].
+    pub(crate) fn into_stored(self) -> io::Result<StoredPages> {
+        let stored = self.stored.ok_or_else(|| io::Error::other("places of pages were not kept"))?;
+        stored.finish(&self.blocks)
+    }
+
+    /// Where pages stay in the files, and the number of the page at `offset` of `block`.
+    fn stored(&mut self, block: usize, offset: u64) -> io::Result<Option<(&mut Stored, u64)>> {
+        let found = self.blocks.get(block).ok_or_else(no_block)?;
+        let page = found.first_page + offset / self.page_size;
+        Ok(self.stored.as_mut().map(|stored| (stored, page)))
+    }
+
+    /// What is known of the page at byte `offset` of `block`.
+    pub fn state(&mut self, block: usize, offset: u64) -> io::Result<PageState> {
+        match self.blocks.get(block) {
+            Some(found) => self.table.state(found.first_page + offset / self.page_size),
+            None => Ok(PageState::Absent),
+        }
+    }
+
+    /// Reads the page at byte `offset` of `block`; needs [`Keep::Image`] or [`Keep::Places`]. Pages that never came are zeroes.
+    pub fn read(&mut self, block: usize, offset: u64, bytes: &mut [u8]) -> io::Result<()> {
+        if let Some((stored, page)) = self.stored(block, offset)? {
+            return stored.read(page, bytes);
+        }
+        let found = self.blocks.get(block).ok_or_else(no_block)?;
+        let page = found.first_page + offset / self.page_size;
+        let Some(image) = &mut self.image else {
+            return Err(io::Error::other("page contents were not kept"));
+        };
+        match self.table.state(page)? {
+            PageState::Data => image.read(page, bytes),
+            PageState::Zero | PageState::Absent => {
+                bytes.fill(0);
+                Ok(())
+            }
+        }
+    }
+
+    /// Calls `visit` for the pages in `len` bytes from `offset` of `block`, in order, with the offset of each stretch of
+    /// them; needs [`Keep::Image`].
+    pub fn stretches<E: From<io::Error>>(
+        &mut self,
+        block: usize,
+        offset: u64,
+        len: u64,
+        mut visit: impl FnMut(u64, Stretch<'_>) -> Result<(), E>,
+    ) -> Result<(), E> {
+        let found = self.blocks.get(block).ok_or_else(no_block)?;
+        let Some(image) = &mut self.image else {
+            return Err(io::Error::other("page contents were not kept").into());
+        };
+        let first = found.first_page;
+        let (mut page, end) = (first + offset / self.page_size, first + (offset + len).div_ceil(self.page_size));
+        let mut contents = Vec::new();
+        while page < end {
+            let run = self.table.run_at(page, end)?;
+            let stretch = match run.state {
+                PageState::Absent => Stretch::Absent(run.pages),
+                PageState::Zero => Stretch::Zero(run.pages),
+                PageState::Data => {
+                    // One read for as many pages as lie one after the other.
+                    let most = end.min(Image::run_end(page));
+                    let mut pages = 1;
+                    while page + pages < most && self.table.state(page + pages)? == PageState::Data {
+                        pages += 1;
+                    }
+                    contents.resize((pages * self.page_size) as usize, 0);
+                    image.read(page, &mut contents)?;
+                    for content in contents.chunks_exact(self.page_size as usize) {
+                        visit((page - first) * self.page_size, Stretch::Data(content))?;
+                        page += 1;
+                    }
+                    continue;
+                }
+            };
+            visit((page - first) * self.page_size, stretch)?;
+            page += run.pages;
+        }
+        Ok(())
+    }
+
+    /// Calls `visit` with the offset of each page of `block` whose content differs from that of the page at the same
+    /// offset of block `other_block` of `other`, up to the shorter one's end. Pages are compared by CRC-32; those that
+    /// never came count as zeroes.
+    pub fn differences(
+        &mut self,
+        block: usize,
+        other: &mut GuestRam,
+        other_block: usize,
+        mut visit: impl FnMut(u64),
+    ) -> io::Result<()> {
+        let (Some(ours), Some(theirs)) = (self.blocks.get(block), other.blocks.get(other_block)) else {
+            return Err(no_block());
+        };
+        let (first, other_first) = (ours.first_page, theirs.first_page);
+        let pages = ours.used_length.min(theirs.used_length) / self.page_size;
+        let zero = self.crc.zero_page();
+        let crc = |run: &Run| if run.state == PageState::Data { run.crc } else { zero };
+        let none = Run { state: PageState::Absent, pages: 0, crc: 0 };
+        let (mut page, mut ours, mut theirs) = (0, none, none);
+        while page < pages {
+            if ours.pages == 0 {
+                ours = self.table.run_at(first + page, first + pages)?;
+            }
+            if theirs.pages == 0 {
+                theirs = other.table.run_at(other_first + page, other_first + pages)?;
+            }
+            // Where the contents differ, one of the runs is a single page.
+            let both = ours.pages.min(theirs.pages);
+            if crc(&ours) != crc(&theirs) {
+                visit(page * self.page_size);
+            }
+            page += both;
+            ours.pages -= both;
+            theirs.pages -= both;
+        }
+        Ok(())
+    }
+
+    /// The digest of `block` over its whole used length, in lower-case hexadecimal.
+    pub fn digest(&mut self, block: usize, kind: RamDigest) -> io::Result<String> {
+        let Some(Block { used_length, first_page, .. }) = self.blocks.get(block).cloned() else {
+            return Err(no_block());
+        };
+        let pages = used_length / self.page_size;
+        match kind {
+            RamDigest::Crc32 => {
+                let mut crc = 0;
+                let combine = &self.crc;
+                self.table.walk(first_page, pages, |run| {
+                    crc = match run.state {
+                        PageState::Absent | PageState::Zero => combine.append_zero_pages(crc, run.pages),
+                        PageState::Data => combine.append(crc, run.crc),
+                    };
+                    Ok(())
+                })?;
+                Ok(format!("{crc:08x}"))
+            }
+            RamDigest::Sha256 => {
+                let (mut sha, blank) = (Sha256::new(), vec![0; self.page_size as usize]);
+                self.stretches(block, 0, used_length, |_, stretch| {
+                    match stretch {
+                        Stretch::Data(page) => sha.update(page),
+                        Stretch::Absent(pages) | Stretch::Zero(pages) => (0..pages).for_each(|_| sha.update(&blank)),
+                    }
+                    Ok::<(), io::Error>(())
+                })?;
+                Ok(sha.finalize().iter().map(|byte| format!("{byte:02x}")).collect())
+            }
+        }
+    }
+
+    fn fill(&mut self, block: usize, offset: u64, len: u64, state: PageState) -> io::Result<()> {
+        let pages = len / self.page_size;
+        if let Some((stored, page)) = self.stored(block, offset)? {
+            stored.clear(page, pages);
+            return Ok(());
+        }
+        let found = self.blocks.get_mut(block).ok_or_else(no_block)?;
+        let first = found.first_page + offset / self.page_size;
+        let before = self.table.fill(first, pages, state)?;
+        found.pages -= before.zero + before.data;
+        found.zero_pages -= before.zero;
+        if state == PageState::Zero {
+            found.pages += pages;
+            found.zero_pages += pages;
+        }
+        Ok(())
+    }
+
+    fn set(&mut self, block: usize, offset: u64, state: PageState, crc: u32, bytes: &[u8]) -> io::Result<()> {
+        if let Some((stored, page)) = self.stored(block, offset)? {
+            // Pages with content come by [`put`](Self::put) and [`put_place`](Self::put_place).
+            stored.clear(page, 1);
+            return Ok(());
+        }
+        let found = self.blocks.get_mut(block).ok_or_else(no_block)?;
+        let page = found.first_page + offset / self.page_size;
+        let before = self.table.set(page, state, crc)?;
+        found.pages = found.pages + u64::from(state != PageState::Absent) - u64::from(before != PageState::Absent);
+        found.zero_pages =
+            found.zero_pages + u64::from(state == PageState::Zero) - u64::from(before == PageState::Zero);
+        if let Some(image) = &mut self.image
+            && state == PageState::Data
+        {
+            if bytes.is_empty() {
+                return Err(io::Error::other("page without content"));
+            }
+            image.write(page, bytes, &self.spool)?;
+        }
+        Ok(())
+    }
+}
+
+fn no_block() -> io::Error {
+    io::Error::other("no such RAM block")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn digests_are_those_of_the_whole_block_with_absent_pages_as_zeroes() {
+        let mut ram = GuestRam::new(4096, Keep::Image, Spool::unlimited()).unwrap();
+        ram.add_block("first".into(), 4096);
+        let block = ram.add_block("second".into(), 5 * 4096);
+        let page: Vec<u8> = (0..4096).map(|i| (i * 7) as u8).collect();
+        ram.put(block, 4096, &page).unwrap();
+        ram.put(block, 3 * 4096, &page).unwrap();
+        ram.put(block, 3 * 4096, &[0; 4096]).unwrap(); // the last content wins
+        ram.put_zero(block, 0).unwrap();
+        ram.put(block, 2 * 4096, &page).unwrap();
+        ram.discard(block, 2 * 4096, 4096).unwrap();
+
+        let mut bytes = vec![0; 5 * 4096];
+        bytes[4096..8192].copy_from_slice(&page);
+        let sha: String = Sha256::digest(&bytes).iter().map(|byte| format!("{byte:02x}")).collect();
+        assert_eq!(ram.digest(block, RamDigest::Crc32).unwrap(), format!("{:08x}", crc32fast::hash(&bytes)));
+        assert_eq!(ram.digest(block, RamDigest::Sha256).unwrap(), sha);
+        assert_eq!((ram.blocks()[block].pages, ram.blocks()[block].zero_pages), (3, 2));
+        let mut read = vec![1; 4096];
+        ram.read(block, 3 * 4096, &mut read).unwrap();
+        assert!(read.iter().all(|byte| *byte == 0));
+        ram.read(block, 4096, &mut read).unwrap();
+        assert_eq!(read, page);
+    }
+
+    #[test]
+    fn a_block_of_a_pebibyte_costs_nothing_until_pages_come() {
+        let mut ram = GuestRam::new(4096, Keep::Digests, Spool::unlimited()).unwrap();
+        let block = ram.add_block("huge".into(), 1 << 50);
+        ram.put(block, (1 << 50) - 4096, &[7; 4096]).unwrap();
+        assert_eq!(ram.blocks()[block].pages, 1);
+        assert_eq!(ram.digest(block, RamDigest::Crc32).unwrap().len(), 8);
+    }
+}

@@ -1,0 +1,240 @@
+//! Writing a migration again in another form: what `qevm convert` and `qevm send` do.
+//!
+//! Whatever form a migration came in (plain, multifd, mapped-ram, XBZRLE, postcopy), reading it gives a [`SavedGuest`]:
+//! memory, device sections and description as a destination would have them. [`stream`] and [`mapped`] write that guest
+//! as a new stream; [`mapped_file`] gives parts of the latter without writing it. Device sections keep their bytes; memory is written once, each page in its last content.
+
+pub mod channels;
+pub mod mapped;
+pub mod mapped_file;
+pub mod stream;
+
+use crate::bounds::{Bounds, Spool};
+use crate::failure::{Error, Failure};
+use crate::ram::{GuestRam, Keep, Stretch};
+use crate::stream::{Inputs, Layouts, Observer, Settings, analyze};
+use qevm_multifd::Uuid;
+use qevm_savevm::configuration::{Configuration, ConfigurationSubsection};
+use qevm_savevm::framing::{SectionHeader, SectionKind};
+use qevm_savevm::ram::RamBlock;
+use qevm_savevm::{Encoder, StreamWriter};
+use qevm_wire::{CountedString, PageGeometry};
+
+/// A guest as a migration left it.
+#[derive(Debug)]
+pub struct SavedGuest {
+    /// The configuration section, without the capabilities that only concern the form.
+    configuration: Option<Configuration>,
+    /// Sections end in footers.
+    footers: bool,
+    pages: PageGeometry,
+    ram_section: SectionHeader,
+    /// The RAM blocks, without the words that only concern the form.
+    blocks: Vec<RamBlock>,
+    ram: GuestRam,
+    devices: Vec<Device>,
+    description: Option<Vec<u8>>,
+}
+
+/// A device section.
+#[derive(Debug)]
+struct Device {
+    header: SectionHeader,
+    body: Vec<u8>,
+    /// It came before the guest's memory and has to go there again.
+    early: bool,
+}
+
+const RAM: &str = "ram";
+const MAPPED_RAM: &str = "mapped-ram";
+
+impl SavedGuest {
+    /// Reads a migration to its end, and tells `position` how far the main channel was read.
+    ///
+    /// # Errors
+    /// [`Error::Bad`] if the migration is bad, or has sections whose content depends on the form: state of devices that
+    /// was still being read (VFIO), disks (`block`) and their bitmaps (`dirty-bitmap`).
+    pub fn read(inputs: &mut Inputs, bounds: &Bounds, position: &mut dyn FnMut(u64)) -> Result<SavedGuest, Error> {
+        Self::read_with(inputs, Keep::Image, bounds.spool(), bounds.max_ram, position)
+    }
+
+    /// As [`read`](Self::read), with what `keep` says of memory.
+    fn read_with(
+        inputs: &mut Inputs,
+        keep: Keep,
+        spool: Spool,
+        max_ram: u64,
+        position: &mut dyn FnMut(u64),
+    ) -> Result<SavedGuest, Error> {
+        let mut capture = Capture::new(position);
+        let settings = Settings {
+            keep,
+            reencode: false,
+            complete: true,
+            strict: false,
+            live: false,
+            layouts: Layouts::default(),
+            spool,
+            max_ram,
+        };
+        let mut analysis = analyze(inputs, &settings, &mut capture);
+        if let Some(failure) = analysis.failure.take() {
+            return Err(failure.into());
+        }
+        let file = &inputs.main.name;
+        if let Some((header, offset)) = capture.iterable {
+            let message =
+                "the content of this iterable section depends on how the migration went: it cannot be rewritten";
+            return Err(unsupported(file, offset, &header.idstr.to_string(), message));
+        }
+        let (Some(ram), Some(ram_section)) = (analysis.ram.take(), capture.ram_section) else {
+            return Err(unsupported(file, 0, "", "the stream has no 'ram' section: nothing to rewrite"));
+        };
+        Ok(SavedGuest {
+            configuration: analysis.configuration.take().map(|c| without_capability(c, MAPPED_RAM)),
+            footers: analysis.footers.unwrap_or(true),
+            pages: PageGeometry::from_size(analysis.page_size).unwrap_or(PageGeometry::X86),
+            ram_section,
+            blocks: capture.blocks,
+            ram,
+            devices: capture.devices,
+            description: analysis.description.take().map(|(_, text)| text),
+        })
+    }
+
+    /// The machine type, as the stream carries it; empty if it does not.
+    pub fn machine(&self) -> String {
+        self.configuration.as_ref().map_or(String::new(), |c| String::from_utf8_lossy(&c.machine).into_owned())
+    }
+
+    /// The guest's UUID (capability `validate-uuid`), all zero if the stream does not tell it.
+    pub fn uuid(&self) -> Uuid {
+        let subsections = self.configuration.iter().flat_map(|c| &c.subsections);
+        let mut uuids = subsections.filter_map(|s| match s {
+            ConfigurationSubsection::Uuid(uuid) => Some(Uuid(*uuid)),
+            _ => None,
+        });
+        uuids.next_back().unwrap_or_default()
+    }
+
+    /// Size of a target page.
+    pub fn page_geometry(&self) -> PageGeometry {
+        self.pages
+    }
+
+    /// Bytes of memory that are not zero, to within the last pages: what a progress bar counts to.
+    pub fn data_len(&self) -> u64 {
+        self.ram.blocks().iter().map(|b| (b.pages - b.zero_pages) * self.pages.size()).sum()
+    }
+
+    /// Bytes of the stream after its end mark: the description, with its own mark and length.
+    pub fn description_len(&self) -> u64 {
+        self.description.as_ref().map_or(0, |text| text.len() as u64 + 5)
+    }
+
+    fn stream(&self) -> StreamWriter {
+        StreamWriter::new(Encoder::new(self.pages), self.footers)
+    }
+
+    /// Calls `page` for each page that came, in order: block, offset in it, and content (`None` for zeroes).
+    fn each_page(
+        &mut self,
+        block: usize,
+        mut page: impl FnMut(u64, Option<&[u8]>) -> Result<(), Error>,
+    ) -> Result<(), Error> {
+        let (size, len) = (self.pages.size(), self.blocks[block].used_length);
+        self.ram.stretches(block, 0, len, |offset, stretch| match stretch {
+            Stretch::Absent(_) => Ok(()),
+            Stretch::Zero(pages) => (0..pages).try_for_each(|number| page(offset + number * size, None)),
+            Stretch::Data(content) => page(offset, Some(content)),
+        })
+    }
+
+    fn devices(&self, early: bool) -> impl Iterator<Item = &Device> {
+        self.devices.iter().filter(move |device| device.early == early)
+    }
+}
+
+struct Capture<'p> {
+    position: &'p mut dyn FnMut(u64),
+    ram_section: Option<SectionHeader>,
+    blocks: Vec<RamBlock>,
+    devices: Vec<Device>,
+    /// An iterable section that is not memory.
+    iterable: Option<(SectionHeader, u64)>,
+    memory_came: bool,
+}
+
+impl<'p> Capture<'p> {
+    fn new(position: &'p mut dyn FnMut(u64)) -> Self {
+        let (blocks, devices) = (Vec::new(), Vec::new());
+        Capture { position, ram_section: None, blocks, devices, iterable: None, memory_came: false }
+    }
+}
+
+impl Observer for Capture<'_> {
+    fn position(&mut self, offset: u64) {
+        (self.position)(offset);
+    }
+
+    fn restarted(&mut self) {
+        (self.ram_section, self.iterable, self.memory_came) = (None, None, false);
+        self.blocks.clear();
+        self.devices.clear();
+    }
+
+    fn section(&mut self, kind: SectionKind, header: &SectionHeader, offset: u64) {
+        match kind {
+            SectionKind::Start if header.idstr == RAM => self.ram_section = Some(header.clone()),
+            SectionKind::Start => self.iterable = Some((header.clone(), offset)),
+            SectionKind::Full => {}
+            SectionKind::Part | SectionKind::End => self.memory_came = true,
+        }
+    }
+
+    fn ram_block(&mut self, block: &RamBlock) {
+        self.blocks.push(RamBlock { page_size: None, mapped_ram: None, ..block.clone() });
+    }
+
+    fn body(&mut self, header: &SectionHeader, _offset: u64, body: &[u8]) {
+        self.devices.push(Device { header: header.clone(), body: body.to_vec(), early: !self.memory_came });
+    }
+}
+
+fn unsupported(file: &str, offset: u64, path: &str, message: &str) -> Error {
+    let path = if path.is_empty() { String::new() } else { format!("section '{path}'") };
+    let (file, message) = (file.to_owned(), message.to_owned());
+    Failure { file, kind: "unsupported", offset, path, message }.into()
+}
+
+/// Mistakes of this module, not of a peer: what it writes does not fit the format.
+fn cannot_write(error: qevm_savevm::Error) -> Error {
+    Failure::located("output", error).into()
+}
+
+fn without_capability(mut configuration: Configuration, name: &str) -> Configuration {
+    for subsection in &mut configuration.subsections {
+        if let ConfigurationSubsection::Capabilities(capabilities) = subsection {
+            capabilities.retain(|capability| capability != name);
+        }
+    }
+    configuration
+        .subsections
+        .retain(|subsection| !matches!(subsection, ConfigurationSubsection::Capabilities(c) if c.is_empty()));
+    configuration
+}
+
+fn with_capability(mut configuration: Configuration, name: &str) -> Configuration {
+    let Some(name) = CountedString::new(name) else { return configuration };
+    for subsection in &mut configuration.subsections {
+        if let ConfigurationSubsection::Capabilities(capabilities) = subsection {
+            capabilities.push(name);
+            return configuration;
+        }
+    }
+    // QEMU writes the page size before and the UUID after the capabilities.
+    let before = |s: &ConfigurationSubsection| matches!(s, ConfigurationSubsection::TargetPageBits(_));
+    let place = configuration.subsections.iter().take_while(|s| before(s)).count();
+    configuration.subsections.insert(place, ConfigurationSubsection::Capabilities(vec![name]));
+    configuration
+}

@@ -1,0 +1,111 @@
+//! Reading all files of one migration: the driver around the sans-IO decoders.
+//!
+//! [`analyze`] pulls bytes from the files, feeds the decoders, applies every page in the order in which a destination
+//! would, and calls an [`Observer`]. It works in constant memory: what grows with the guest (page digests, and page
+//! contents where they are asked for) goes to unlinked temporary files.
+//!
+//! | module | what |
+//! |---|---|
+//! | `inputs` | the files, opened |
+//! | `analysis` | what is found |
+//! | `walk` | all files in their order, and what each event means |
+//! | `connection` | one main channel: the original one or one that resumes postcopy |
+//! | `memory` | RAM records and mapped-ram areas applied to [`GuestRam`](crate::ram::GuestRam) |
+//! | `bodies` | where device sections end and which fields they have |
+//! | `layouts` | fields of device sections that no description tells about |
+//! | `channels` | multifd and preempt channels, applied in step with the main channel |
+//! | `page_size` | the size of target pages, where nothing tells it |
+//! | `return_path` | the destination's answers |
+//! | [`writer`] | which QEMU wrote the stream |
+
+pub mod writer;
+
+mod analysis;
+mod bodies;
+mod channels;
+mod connection;
+mod inputs;
+mod layouts;
+mod memory;
+mod page_size;
+mod return_path;
+mod walk;
+
+pub use analysis::{Analysis, Ignore, Observer, PageCounts, Record, Section, Settings};
+pub use inputs::{Input, Inputs, Named};
+pub use layouts::Layouts;
+
+use crate::failure::Failure;
+use crate::ram::Keep;
+
+/// Reads everything and says what was found. A bad stream is not an error of this function: it is the
+/// [`failure`](Analysis::failure) of the analysis, which then tells of everything before it.
+pub fn analyze(inputs: &mut Inputs, settings: &Settings, observer: &mut dyn Observer) -> Analysis {
+    let mut settings = settings.clone();
+    // XBZRLE needs the contents of pages. Whether there is any is seen only when it comes: files are then read again.
+    if settings.keep == Keep::Digests && !settings.live && !inputs.is_seekable() {
+        settings.keep = Keep::Image;
+    }
+    match walk::run(inputs, &settings, observer) {
+        walk::Outcome::Done(analysis) => *analysis,
+        walk::Outcome::NeedsImage => {
+            settings.keep = Keep::Image;
+            if let Err(failure) = inputs.rewind() {
+                return Analysis::failed(failure);
+            }
+            observer.restarted();
+            match walk::run(inputs, &settings, observer) {
+                walk::Outcome::Done(analysis) => *analysis,
+                walk::Outcome::NeedsImage => Analysis::failed(Failure::mismatch(
+                    &inputs.main.name,
+                    0,
+                    "",
+                    "XBZRLE pages came although page contents are kept",
+                )),
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::bounds::Spool;
+    use crate::source::Source;
+    use std::io::{self, Read};
+
+    /// A source that waits for its answer when it has said everything: whoever reads on then waits for ever.
+    struct Waiting(io::Cursor<Vec<u8>>);
+
+    impl Read for Waiting {
+        fn read(&mut self, into: &mut [u8]) -> io::Result<usize> {
+            match self.0.read(into)? {
+                0 => panic!("a source that waits is read from"),
+                count => Ok(count),
+            }
+        }
+    }
+
+    #[test]
+    fn a_live_source_is_not_read_beyond_the_last_byte() {
+        // With a description, and of postcopy, which never has one.
+        for name in ["7.2-return-path", "7.2-postcopy"] {
+            let path = format!("{}/tests/streams/{name}.zst", env!("CARGO_MANIFEST_DIR"));
+            let stream = zstd::decode_all(std::fs::File::open(path).unwrap()).unwrap();
+            let len = stream.len() as u64;
+            let mut inputs = Inputs::single(name, Source::stream(Box::new(Waiting(io::Cursor::new(stream)))));
+            let settings = Settings {
+                keep: Keep::Nothing,
+                reencode: false,
+                complete: false,
+                strict: false,
+                live: true,
+                layouts: Layouts::default(),
+                spool: Spool::unlimited(),
+                max_ram: u64::MAX,
+            };
+            let analysis = analyze(&mut inputs, &settings, &mut Ignore);
+            assert_eq!((analysis.failure, analysis.main_bytes), (None, len), "{name}");
+        }
+    }
+}
