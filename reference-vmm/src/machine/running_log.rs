@@ -55,7 +55,7 @@ impl<'m> RunningLog<'m> {
                 let first = (first / PAGES_PER_WORD) as usize;
                 by_devices.iter_mut().skip(first).zip(words).for_each(|(into, word)| *into |= word);
             })
-            .map_err(|errno| format!("the log of the pages that VFIO devices write to cannot be read: {errno}"))?;
+            .map_err(|error| format!("the log of the pages that devices write to cannot be read: {error}"))?;
         }
         let starts = vfio.starts();
         if self.untold && self.counted != Some(starts) && self.machine.control.all_parked() {

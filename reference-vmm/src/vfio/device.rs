@@ -118,7 +118,7 @@ impl VfioDevices {
         for (place, slot) in slots.into_iter().enumerate() {
             let VfioSlot { id, backing, multifd_transfer, events } = slot;
             let Opened { function, driver } = match backing {
-                VfioBacking::Host(device) => host.open(&device, bus.device_count())?,
+                VfioBacking::Host(device) => host.open(&device, bus.device_count(), id.as_deref())?,
                 VfioBacking::Model { function, driver, log } => {
                     logs.extend(log);
                     Opened { function, driver }

@@ -1,6 +1,6 @@
 //! Which pages of the guest's RAM devices have written to.
 
-use rustix::io::Errno;
+use super::VfioError;
 
 /// Who tells which pages devices have written to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -22,8 +22,8 @@ pub trait DmaLog: Send + Sync {
     /// that page, a multiple of 64. Nothing of a log that nobody keeps.
     ///
     /// # Errors
-    /// The driver's own.
-    fn report(&self, found: &mut dyn FnMut(u64, &[u64])) -> Result<(), Errno>;
+    /// [`Failure::Log`](super::Failure::Log).
+    fn report(&self, found: &mut dyn FnMut(u64, &[u64])) -> Result<(), VfioError>;
 
     /// Ends the log.
     fn stop(&self);

@@ -72,6 +72,14 @@ pub enum Failure {
         /// The kernel's answer.
         errno: Errno,
     },
+    /// The log of the pages that it writes to.
+    #[error("{call} failed ({errno})")]
+    Log {
+        /// The kernel's name of the call.
+        call: &'static str,
+        /// The kernel's answer.
+        errno: Errno,
+    },
     /// An answer that cannot be true.
     #[error("its driver is wrong: {query} says {found}, expected {expected}")]
     Implausible {

@@ -168,6 +168,18 @@ fn a_source_whose_device_does_not_go_on_resets_it_and_at_last_gives_up() {
 }
 
 #[test]
+fn a_device_whose_guest_has_gone_does_not_work_on() {
+    for (fault, resets) in [(Fault::Arc(StopCopy, Stop), 0), (Fault::ArcIntoError(StopCopy, Stop), 1)] {
+        let (double, device) = device(SHAPE);
+        double.fail(fault, Errno::IO, 1);
+        send(&device).unwrap();
+        device.end();
+        assert_eq!((device.state(), double.resets()), (Stop, resets));
+        assert_eq!(DeviceState::from_raw(double.state().unwrap()), Some(Stop));
+    }
+}
+
+#[test]
 fn a_failed_read_or_question_is_told_and_leaves_the_device_at_work() {
     let faults = [
         (Fault::Read(PreCopy), "read in PRE_COPY after 0 bytes"),

@@ -10,8 +10,8 @@ use reference_vmm::Error;
 use reference_vmm::devices::pci::{ConfigOnly, ConfigSpace, Identity};
 use reference_vmm::machine::{Machine, MachineConfig};
 use reference_vmm::vfio::{
-    DeviceState, DmaLog, Double, HostDevice, HostDeviceError, MultifdTransfer, Shape, Support, Tracking, VfioBacking,
-    VfioSlot,
+    DeviceState, DmaLog, Double, Failure, HostDevice, HostDeviceError, MultifdTransfer, Shape, Support, Tracking,
+    VfioBacking, VfioError, VfioSlot,
 };
 use reference_vmm::vmm::{RunState, Vmm};
 use rustix::io::Errno;
@@ -103,12 +103,13 @@ impl DmaLog for Shared {
         self.0.tracking
     }
 
-    fn report(&self, found: &mut dyn FnMut(u64, &[u64])) -> Result<(), Errno> {
+    fn report(&self, found: &mut dyn FnMut(u64, &[u64])) -> Result<(), VfioError> {
         let log = &*self.0;
         if let Some(errno) = log.fails.lock().unwrap().take() {
-            return Err(errno);
+            let failure = Failure::Log { call: "VFIO_DEVICE_FEATURE_DMA_LOGGING_REPORT", errno };
+            return Err(VfioError { device: "vf0".into(), failure });
         }
-        let vmm = log.vmm.get().and_then(Weak::upgrade).ok_or(Errno::NODEV)?;
+        let vmm = log.vmm.get().and_then(Weak::upgrade).expect("the machine is gone");
         let number = {
             let mut reports = log.reports.lock().unwrap();
             reports.push(*log.device.way().last().unwrap());

@@ -8,18 +8,22 @@ use vfio_bindings::bindings::vfio::{
     VFIO_DEVICE_FEATURE_DMA_LOGGING_STOP, VFIO_IOMMU_DIRTY_PAGES_FLAG_GET_BITMAP, VFIO_IOMMU_DIRTY_PAGES_FLAG_START,
     VFIO_IOMMU_DIRTY_PAGES_FLAG_STOP,
 };
-use vfio_ioctls::{VfioContainer, VfioDevice, VfioError, VfioOps};
+use vfio_ioctls::{VfioContainer, VfioDevice, VfioOps};
 
 use super::ioctl;
 use crate::devices::lock;
 use crate::memory::{GuestMemory, Mapping, PAGE_SIZE};
-use crate::vfio::{DmaLog, Tracking};
+use crate::vfio::{DmaLog, Failure, Tracking, VfioError};
 
 /// The block with the machine's RAM. Firmware and tables are not for devices.
 const RAM: usize = 0;
+const START: &str = "VFIO_DEVICE_FEATURE_DMA_LOGGING_START";
+const REPORT: &str = "VFIO_DEVICE_FEATURE_DMA_LOGGING_REPORT";
+const STOP: &str = "VFIO_DEVICE_FEATURE_DMA_LOGGING_STOP";
+const DIRTY_PAGES: &str = "VFIO_IOMMU_DIRTY_PAGES of its container";
 
 /// Lets devices reach the RAM through a container or an IOAS.
-pub(super) fn map(ops: &dyn VfioOps, memory: &GuestMemory) -> Result<(), VfioError> {
+pub(super) fn map(ops: &dyn VfioOps, memory: &GuestMemory) -> Result<(), vfio_ioctls::VfioError> {
     for Mapping { gpa, offset, len, .. } in ranges(memory) {
         let host = memory.ram().host_address().wrapping_add(offset as usize);
         // SAFETY: whoever holds a device of this container or IOAS holds the memory as well, so that it stays mapped, and nobody has a
@@ -33,18 +37,25 @@ fn ranges(memory: &GuestMemory) -> impl Iterator<Item = Mapping> {
     memory.mappings().iter().filter(|mapping| mapping.block == RAM).copied()
 }
 
+/// A device, and its name in messages.
+pub(super) type Named = (String, Arc<VfioDevice>);
+
 /// What devices of one container or IOAS write to.
 pub(super) struct KernelLog {
-    devices: Vec<Arc<VfioDevice>>,
+    devices: Vec<Named>,
     container: Option<Arc<VfioContainer>>,
     /// Goes after the devices, which reach it.
     memory: Arc<GuestMemory>,
     running: Mutex<Tracking>,
 }
 
+fn fails(name: &str, call: &'static str, errno: Errno) -> VfioError {
+    VfioError { device: name.to_owned(), failure: Failure::Log { call, errno } }
+}
+
 impl KernelLog {
     pub(super) fn new(
-        devices: Vec<Arc<VfioDevice>>,
+        devices: Vec<Named>,
         container: Option<Arc<VfioContainer>>,
         memory: Arc<GuestMemory>,
     ) -> KernelLog {
@@ -52,27 +63,26 @@ impl KernelLog {
     }
 
     /// Some kernels have the beginning of a log and not its report, so both are tried.
-    fn start_devices(&self) -> Result<(), Errno> {
+    fn start_devices(&self) -> Result<(), VfioError> {
         let ranges: Vec<_> = ranges(&self.memory).map(|range| (range.gpa, range.len)).collect();
-        let started = self.devices.iter().try_for_each(|device| {
-            ioctl::start_log(&**device, VFIO_DEVICE_FEATURE_DMA_LOGGING_START, PAGE_SIZE, &ranges)?;
-            ranges.iter().try_for_each(|range| self.report_device(device, *range).map(drop))
+        let started = self.devices.iter().try_for_each(|(name, device)| {
+            ioctl::start_log(&**device, VFIO_DEVICE_FEATURE_DMA_LOGGING_START, PAGE_SIZE, &ranges)
+                .map_err(|errno| fails(name, START, errno))?;
+            ranges.iter().try_for_each(|range| report_device(name, device, *range).map(drop))
         });
         if started.is_err() {
-            self.stop_devices();
+            // One that did not begin has nothing to end.
+            self.stop_devices().for_each(drop);
         }
         started
     }
 
-    fn report_device(&self, device: &VfioDevice, range: (u64, u64)) -> Result<Vec<u64>, Errno> {
-        ioctl::report(device, VFIO_DEVICE_FEATURE_DMA_LOGGING_REPORT, PAGE_SIZE, range)
-    }
-
-    fn stop_devices(&self) {
-        for device in &self.devices {
-            // One that did not begin has nothing to end.
-            let _ = ioctl::set(&**device, VFIO_DEVICE_FEATURE_DMA_LOGGING_STOP, []);
-        }
+    /// Gives what failed.
+    fn stop_devices(&self) -> impl Iterator<Item = VfioError> {
+        self.devices.iter().filter_map(|(name, device)| {
+            let stopped = ioctl::set(&**device, VFIO_DEVICE_FEATURE_DMA_LOGGING_STOP, []);
+            stopped.err().map(|errno| fails(name, STOP, errno))
+        })
     }
 
     fn track(&self, flags: u32) -> Result<(), Errno> {
@@ -80,13 +90,22 @@ impl KernelLog {
     }
 }
 
+fn report_device(name: &str, device: &VfioDevice, range: (u64, u64)) -> Result<Vec<u64>, VfioError> {
+    let report = ioctl::report(device, VFIO_DEVICE_FEATURE_DMA_LOGGING_REPORT, PAGE_SIZE, range);
+    report.map_err(|errno| fails(name, REPORT, errno))
+}
+
 impl DmaLog for KernelLog {
     fn start(&self) -> Tracking {
         let mut running = lock(&self.running);
         *running = match self.start_devices() {
             Ok(()) => Tracking::Devices,
-            Err(errno) => {
-                tracing::debug!(%errno, "the devices do not log what they write to");
+            Err(error) => {
+                match error.failure {
+                    // What it does not have is no failure.
+                    Failure::Log { errno: Errno::NOTTY | Errno::OPNOTSUPP, .. } => tracing::debug!("{error}"),
+                    _ => tracing::warn!("{error}: what the device writes to has to be learnt otherwise"),
+                }
                 match self.track(VFIO_IOMMU_DIRTY_PAGES_FLAG_START) {
                     Ok(()) => Tracking::Container,
                     Err(errno) => {
@@ -99,19 +118,21 @@ impl DmaLog for KernelLog {
         *running
     }
 
-    fn report(&self, found: &mut dyn FnMut(u64, &[u64])) -> Result<(), Errno> {
+    fn report(&self, found: &mut dyn FnMut(u64, &[u64])) -> Result<(), VfioError> {
         let running = *lock(&self.running);
         for Mapping { gpa, offset, len, .. } in ranges(&self.memory) {
             let (first, range) = (offset / PAGE_SIZE, (gpa, len));
             match (running, &self.container) {
                 (Tracking::Devices, _) => {
-                    for device in &self.devices {
-                        found(first, &self.report_device(device, range)?);
+                    for (name, device) in &self.devices {
+                        found(first, &report_device(name, device, range)?);
                     }
                 }
                 (Tracking::Container, Some(container)) => {
                     let get = VFIO_IOMMU_DIRTY_PAGES_FLAG_GET_BITMAP;
-                    found(first, &ioctl::dirty_pages(&**container, get, PAGE_SIZE, range)?);
+                    let name = self.devices.first().map_or("", |(name, _)| name);
+                    let pages = ioctl::dirty_pages(&**container, get, PAGE_SIZE, range);
+                    found(first, &pages.map_err(|errno| fails(name, DIRTY_PAGES, errno))?);
                 }
                 _ => {}
             }
@@ -121,7 +142,7 @@ impl DmaLog for KernelLog {
 
     fn stop(&self) {
         match std::mem::replace(&mut *lock(&self.running), Tracking::Nobody) {
-            Tracking::Devices => self.stop_devices(),
+            Tracking::Devices => self.stop_devices().for_each(|error| tracing::warn!("{error}")),
             Tracking::Container => drop(self.track(VFIO_IOMMU_DIRTY_PAGES_FLAG_STOP)),
             Tracking::Nobody => {}
         }

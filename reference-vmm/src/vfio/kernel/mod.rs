@@ -111,7 +111,7 @@ pub(crate) struct Opened {
 
 /// Devices that share a container or an IOAS.
 struct Attachment {
-    devices: Vec<Arc<VfioDevice>>,
+    devices: Vec<dma::Named>,
     ops: Arc<dyn VfioOps>,
     container: Option<Arc<VfioContainer>>,
 }
@@ -149,8 +149,8 @@ impl Host {
         }
     }
 
-    /// Opens a device that is to have this number on the bus.
-    pub(crate) fn open(&mut self, device: &HostDevice, number: usize) -> Result<Opened> {
+    /// Opens a device that is to have this number on the bus, and this name in messages, or that of its folder.
+    pub(crate) fn open(&mut self, device: &HostDevice, number: usize, id: Option<&str>) -> Result<Opened> {
         let fails = |cause| Error::HostDevice { path: device.sysfsdev.clone(), cause: Box::new(cause) };
         std::fs::metadata(&device.sysfsdev).map_err(HostDeviceError::Missing).map_err(fails)?;
         if device.iommufd.is_none() {
@@ -158,7 +158,7 @@ impl Host {
             group.map_err(HostDeviceError::NoGroup).map_err(fails)?;
         }
         self.know()?;
-        self.try_open(device, number).map_err(fails)
+        self.try_open(device, number, id).map_err(fails)
     }
 
     /// Makes KVM ready to be told of devices.
@@ -171,14 +171,15 @@ impl Host {
         Ok(())
     }
 
-    fn try_open(&mut self, device: &HostDevice, number: usize) -> Result<Opened, HostDeviceError> {
+    fn try_open(&mut self, device: &HostDevice, number: usize, id: Option<&str>) -> Result<Opened, HostDeviceError> {
         let HostDevice { sysfsdev, iommufd, migration } = device;
         let ops = self.attachment(iommufd.as_ref())?.ops.clone();
         let opened = VfioDevice::new(sysfsdev, ops.clone(), iommufd.is_some()).map_err(HostDeviceError::Vfio)?;
         let (opened, memory) = (Arc::new(opened), self.memory.clone());
         let attachment = self.attachment(iommufd.as_ref())?;
         let is_first = attachment.devices.is_empty();
-        attachment.devices.push(opened.clone());
+        let name = sysfsdev.display().to_string();
+        attachment.devices.push((id.unwrap_or(&name).to_owned(), opened.clone()));
         if is_first {
             // A container can map when it has its first device.
             dma::map(&*ops, &memory).map_err(HostDeviceError::Map)?;
@@ -189,7 +190,6 @@ impl Host {
             (Some(true), Err(errno)) => return Err(HostDeviceError::NoMigration(errno)),
             _ => Ok(Box::new(driver)),
         };
-        let name = sysfsdev.display().to_string();
         let interrupts = |pin: Option<usize>| {
             let line = pin.map(|pin| FIRST_GSI + line_of(number, pin) as u32).filter(|_| self.resamples);
             if pin.is_some() && line.is_none() {

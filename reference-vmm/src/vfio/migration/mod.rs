@@ -206,12 +206,16 @@ impl Migration {
         let mut inner = self.lock();
         inner.saving = false;
         (inner.precopy, inner.failed) = (PrecopyInfo::default(), None);
-        let to = match inner.state {
-            DeviceState::PreCopy | DeviceState::PreCopyP2p => DeviceState::Running,
-            DeviceState::StopCopy => DeviceState::Stop,
+        let ended = match inner.state {
+            DeviceState::PreCopy | DeviceState::PreCopyP2p => {
+                self.step(&mut inner, DeviceState::Running).or_else(|error| self.recover(&mut inner, error))
+            }
+            DeviceState::StopCopy => {
+                self.step(&mut inner, DeviceState::Stop).or_else(|error| self.halt(&mut inner, error))
+            }
             _ => return,
         };
-        if let Err(error) = self.step(&mut inner, to).or_else(|error| self.recover(&mut inner, error)) {
+        if let Err(error) = ended {
             tracing::error!("{error}");
         }
     }
@@ -284,6 +288,21 @@ impl Migration {
             self.fails(Failure::Lost { cause: Box::new(error.failure.clone()), errno })
         })?;
         tracing::error!("{error}: it was reset, and has forgotten what its driver in the guest had told it");
+        Ok(())
+    }
+
+    /// Makes a device stop whose guest has gone, or is paused: one that works on would write to memory that is nobody's.
+    fn halt(&self, inner: &mut Inner, error: VfioError) -> Result<(), VfioError> {
+        if inner.state != DeviceState::Error && self.step(inner, DeviceState::Stop).is_ok() {
+            tracing::warn!("{error}: it has stopped now");
+            return Ok(());
+        }
+        let reset = self.reset(inner);
+        self.step(inner, DeviceState::Stop).map_err(|_| match reset {
+            Ok(()) => error.clone(),
+            Err(errno) => self.fails(Failure::Lost { cause: Box::new(error.failure.clone()), errno }),
+        })?;
+        tracing::warn!("{error}: it was reset and has stopped now");
         Ok(())
     }
 
