@@ -100,6 +100,11 @@ pub fn recordings() -> Vec<Job> {
     vfio::recordings().into_iter().map(Job::from).collect()
 }
 
+/// The tables of what was measured, and which goals it misses.
+pub fn tables(outcomes: &[Outcome]) -> (String, Vec<String>) {
+    vfio::tables(outcomes)
+}
+
 fn judge_demo(said: &str) -> Result<Value> {
     let line =
         said.lines().rev().find(|line| line.trim_start().starts_with('{')).context("the demo printed no result")?;

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
 use clap::Args;
-use qevm_conformance::lab::{self, Job};
+use qevm_conformance::lab::{self, Job, Outcome};
 use serde_json::json;
 
 /// How well a recording is packed. It is done once and read often.
@@ -47,7 +47,13 @@ impl Lab {
         if let Some(path) = &self.keep {
             keep(&scratch.path().join(lab::SERIAL), path);
         }
-        let failures = run?;
+        let (failures, outcomes) = run?;
+        let (tables, missed) = lab::tables(&outcomes);
+        if !tables.is_empty() {
+            println!("\n{tables}");
+        }
+        missed.iter().for_each(|missed| println!("MISSED {missed}"));
+        let failures = failures + missed.len();
         println!("{}", json!({ "jobs": jobs.len(), "failures": failures }));
         if let Some(folder) = self.record.filter(|_| failures == 0) {
             pack(&scratch.path().join("share"), &folder)?;
@@ -55,14 +61,18 @@ impl Lab {
         Ok(failures == 0)
     }
 
-    /// Runs the jobs, and those that fail once more; gives the number of those that failed both times.
-    fn twice(&self, programs: &lab::Programs, jobs: &[Job], scratch: &Path) -> Result<usize> {
+    /// Runs the jobs, and those that fail once more; gives the number of those that failed both times, and what became of the others.
+    fn twice(&self, programs: &lab::Programs, jobs: &[Job], scratch: &Path) -> Result<(usize, Vec<Outcome>)> {
         let mut jobs = jobs.to_vec();
+        let mut good = Vec::new();
         for last in [false, true] {
             let mut failed = Vec::new();
             for outcome in lab::run(programs, &jobs, scratch)? {
-                match outcome.result {
-                    Ok(numbers) => println!("ok    {} {numbers}", outcome.name),
+                match &outcome.result {
+                    Ok(numbers) => {
+                        println!("ok    {} {numbers}", outcome.name);
+                        good.push(outcome);
+                    }
                     Err(error) => {
                         let what = if last { "FAILS" } else { "again" };
                         println!("{what} {}: {error:#}\n{}", outcome.name, outcome.said.trim_end());
@@ -75,7 +85,7 @@ impl Lab {
                 break;
             }
         }
-        Ok(jobs.len())
+        Ok((jobs.len(), good))
     }
 }
 

@@ -16,5 +16,5 @@ mod qmp;
 mod record;
 mod trip;
 
-pub use plan::{Change, Device, Happened, Kind, Monitor, Plan, Report, Side};
+pub use plan::{Change, Device, Happened, Kind, Monitor, Plan, Report, Sample, Side};
 pub use trip::run;

@@ -15,6 +15,8 @@ use crate::plan::{Kind, Monitor, Side};
 use crate::qmp::Qmp;
 
 const POLL: Duration = Duration::from_millis(20);
+/// The unit of processor times in `/proc`.
+const TICK_MS: u64 = 10;
 
 pub(crate) struct Running {
     child: Child,
@@ -94,6 +96,23 @@ impl Running {
         text(&self.stderr)
     }
 
+    /// Processor time in milliseconds, without that of vCPUs.
+    pub(crate) fn cpu_ms(&self) -> Option<u64> {
+        let process = format!("/proc/{}", self.child.id());
+        let all = ticks(&fs::read_to_string(format!("{process}/stat")).ok()?)?;
+        let threads = fs::read_dir(format!("{process}/task")).ok()?;
+        let stats = threads.filter_map(|thread| fs::read_to_string(thread.ok()?.path().join("stat")).ok());
+        let vcpus =
+            stats.filter(|stat| stat.contains("(CPU ") || stat.contains("(vcpu")).filter_map(|stat| ticks(&stat));
+        Some(all.saturating_sub(vcpus.sum()) * TICK_MS)
+    }
+
+    /// KiB of memory that it holds.
+    pub(crate) fn resident_kib(&self) -> Option<u64> {
+        let status = fs::read_to_string(format!("/proc/{}/status", self.child.id())).ok()?;
+        status.lines().find_map(|line| line.strip_prefix("VmRSS:"))?.split_whitespace().next()?.parse().ok()
+    }
+
     pub(crate) fn ended(&mut self) -> bool {
         !matches!(self.child.try_wait(), Ok(None))
     }
@@ -131,6 +150,13 @@ fn connect(child: &mut Child, listener: Option<&UnixListener>, socket: &Path) ->
             Err(_) => thread::sleep(POLL),
         }
     }
+}
+
+/// User and system time from a `stat` of `/proc`: fields 14 and 15, of which the second is a name in parentheses that may hold anything.
+fn ticks(stat: &str) -> Option<u64> {
+    let mut fields = stat.rsplit_once(')')?.1.split_whitespace().skip(11);
+    let user: u64 = fields.next()?.parse().ok()?;
+    Some(user + fields.next()?.parse::<u64>().ok()?)
 }
 
 fn text(path: &Path) -> String {

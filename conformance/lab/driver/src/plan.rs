@@ -94,6 +94,25 @@ pub struct Plan {
     pub limit_s: u64,
     /// Keep every byte of the migration to the last stop in this folder.
     pub record: Option<String>,
+    /// Milliseconds after `migrate` to the last stop at which it is cancelled.
+    pub cancel_after_ms: Option<u64>,
+    /// Take a [`Sample`] of the last migration at each look at it.
+    pub samples: bool,
+}
+
+/// How far a migration under way is.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Sample {
+    /// Milliseconds since `migrate`, by the machine's clock.
+    pub ms: f64,
+    /// Readings of the dirty log (`dirty-sync-count`).
+    pub syncs: u64,
+    /// Processor time of the source's monitor in milliseconds, without that of its vCPUs; `None` when it has ended.
+    pub cpu_ms: Option<u64>,
+    /// What the source's monitor holds in memory, in KiB.
+    pub resident_kib: Option<u64>,
+    /// Some counters of each `testdev`, by its name.
+    pub counters: BTreeMap<String, BTreeMap<String, i64>>,
 }
 
 /// An event, or a step of the driver's own.
@@ -134,6 +153,18 @@ pub struct Report {
     pub source_stderr: String,
     /// What the destination's monitor printed.
     pub destination_stderr: String,
+    /// The destination's last `query-migrate`, or why there is none.
+    #[serde(default)]
+    pub incoming: Value,
+    /// Milliseconds after `migrate` at which it was seen to have ended.
+    #[serde(default)]
+    pub ended_ms: f64,
+    /// After a migration that was not completed: whether the guest printed more at the source.
+    #[serde(default)]
+    pub goes_on: bool,
+    /// Samples, by time, if they were asked for.
+    #[serde(default)]
+    pub samples: Vec<Sample>,
 }
 
 impl Report {

@@ -1,5 +1,6 @@
 //! The migrations themselves.
 
+use std::collections::BTreeMap;
 use std::path::Path;
 use std::thread;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
@@ -10,7 +11,7 @@ use serde_json::{Value, json};
 use crate::device::{self, Made};
 use crate::monitor::Running;
 use crate::patience::PATIENCE;
-use crate::plan::{Change, Happened, Plan, Report, Side};
+use crate::plan::{Change, Happened, Plan, Report, Sample, Side};
 use crate::qmp::QmpError;
 use crate::record;
 
@@ -21,6 +22,10 @@ const POLL: Duration = Duration::from_millis(100);
 /// attempt to synchronise processors, and leaves it as it is: the clock of a guest as young as its destination would go back. The guest's
 /// TSC stands while it is not running anywhere, and the destination's does not: this is more than a second beyond the longest load.
 const OLDER: Duration = Duration::from_secs(4);
+/// A guest that runs prints a line within this time.
+const BEATS: Duration = Duration::from_secs(30);
+/// The counters in a sample.
+const SAMPLED: [&str; 5] = ["data_size", "precopy_info", "log_reports", "read_bytes", "written_bytes"];
 const ENDS: [&str; 3] = ["completed", "failed", "cancelled"];
 
 /// Does what the plan says. A trip ends with the first migration that is not completed.
@@ -70,15 +75,23 @@ fn migrate(plan: &Plan, made: &[Made], source: &mut Running, destination: &mut R
     collect(source, &began, &mut Vec::new());
     let mut events = Vec::new();
     source.qmp.execute("migrate", uri(to)).context("migrate")?;
-    let changes = if last { &plan.changes[..] } else { &[] };
-    let (status, migration) = watch(plan, changes, &began, source, destination, &mut events)?;
+    let mut samples = Vec::new();
+    let watched = if last { Some(&mut samples) } else { None };
+    let (status, migration) = watch(plan, made, &began, source, destination, &mut events, watched)?;
+    let ended_ms = began.at.elapsed().as_secs_f64() * 1e3;
+    // Whether the guest runs is for the judge to say.
+    let mut goes_on = false;
     if status == "completed" {
         let beats = |serial: &str| serial.matches(&plan.beat).count() >= 2;
-        // Whether the guest runs is for the judge to say.
-        let _ = wait(destination, "", beats);
+        let _ = await_beats(destination, &beats);
+    } else {
+        // One line may be on its way.
+        let more = source.serial().matches(&plan.beat).count() + 2;
+        goes_on = await_beats(source, &|serial: &str| serial.matches(&plan.beat).count() >= more);
     }
     thread::sleep(Duration::from_millis(plan.after_ms));
     let (left, arrived) = (source.ask("query-status"), destination.ask("query-status"));
+    let incoming = destination.ask("query-migrate");
     for side in [&mut *source, &mut *destination] {
         collect(side, &began, &mut events);
     }
@@ -89,12 +102,16 @@ fn migrate(plan: &Plan, made: &[Made], source: &mut Running, destination: &mut R
         arrived,
         left,
         events,
-        counters: made.iter().filter_map(|d| Some((d.uuid().to_owned(), d.counters()?))).collect(),
+        counters: counters(made, |_| true),
         states: made.iter().filter_map(|d| Some((d.uuid().to_owned(), d.state()?))).collect(),
         source_serial: source.serial(),
         destination_serial: destination.serial(),
         source_stderr: source.stderr(),
         destination_stderr: destination.stderr(),
+        incoming,
+        ended_ms,
+        goes_on,
+        samples,
     })
 }
 
@@ -103,30 +120,39 @@ struct Began {
     since_epoch: Duration,
 }
 
+/// Watches a migration to its end. `last` is for the last one of the trip, whose samples go there.
 fn watch(
     plan: &Plan,
-    changes: &[Change],
+    made: &[Made],
     began: &Began,
     source: &mut Running,
     destination: &mut Running,
     events: &mut Vec<Happened>,
+    mut last: Option<&mut Vec<Sample>>,
 ) -> Result<(String, Value)> {
+    let changes: &[Change] = if last.is_some() { &plan.changes } else { &[] };
     let mut changes = changes.iter().peekable();
+    let mut cancel_at = plan.cancel_after_ms.filter(|_| last.is_some()).map(Duration::from_millis);
     let mut over = false;
+    let own = |name: &str, data: Value| {
+        let ms = began.at.elapsed().as_secs_f64() * 1e3;
+        Happened { side: Side::Source, name: name.into(), data, ms }
+    };
     loop {
         let passed = began.at.elapsed();
         while let Some(change) = changes.next_if(|change| passed >= Duration::from_millis(change.after_ms)) {
             device::write(&change.uuid, &change.name, &change.value)?;
-            let data = json!({ "device": change.uuid, "name": change.name, "value": change.value });
-            events.push(Happened {
-                side: Side::Source,
-                name: "CHANGE".into(),
-                data,
-                ms: began.at.elapsed().as_secs_f64() * 1e3,
-            });
+            events.push(own("CHANGE", json!({ "device": change.uuid, "name": change.name, "value": change.value })));
+        }
+        if cancel_at.take_if(|at| passed >= *at).is_some() {
+            events.push(own("CANCEL", Value::Null));
+            source.ask("migrate_cancel");
         }
         let migration = source.ask("query-migrate");
         let status = migration["status"].as_str().unwrap_or_default().to_owned();
+        if let Some(samples) = last.as_mut().filter(|_| plan.samples) {
+            samples.push(sample(made, began, source, &migration));
+        }
         if ENDS.contains(&status.as_str()) {
             return Ok((if over { "limit".into() } else { status }, migration));
         }
@@ -147,6 +173,25 @@ fn watch(
     }
 }
 
+fn sample(made: &[Made], began: &Began, source: &Running, migration: &Value) -> Sample {
+    Sample {
+        ms: began.at.elapsed().as_secs_f64() * 1e3,
+        syncs: migration["ram"]["dirty-sync-count"].as_u64().unwrap_or_default(),
+        cpu_ms: source.cpu_ms(),
+        resident_kib: source.resident_kib(),
+        counters: counters(made, |name| SAMPLED.contains(&name)),
+    }
+}
+
+fn counters(made: &[Made], wanted: impl Fn(&str) -> bool) -> BTreeMap<String, BTreeMap<String, i64>> {
+    let of = |device: &Made| {
+        let mut counters = device.counters()?;
+        counters.retain(|name, _| wanted(name));
+        Some((device.uuid().to_owned(), counters))
+    };
+    made.iter().filter_map(of).collect()
+}
+
 /// The events that came.
 fn collect(monitor: &mut Running, began: &Began, events: &mut Vec<Happened>) {
     loop {
@@ -160,6 +205,18 @@ fn collect(monitor: &mut Running, began: &Began, events: &mut Vec<Happened>) {
             Err(_) => return,
         }
     }
+}
+
+/// Whether the guest prints what is wanted, so soon that it can be said to run.
+fn await_beats(monitor: &mut Running, until: &dyn Fn(&str) -> bool) -> bool {
+    let deadline = Instant::now() + BEATS;
+    while !until(&monitor.serial()) {
+        if Instant::now() > deadline || monitor.ended() {
+            return false;
+        }
+        thread::sleep(POLL);
+    }
+    true
 }
 
 fn wait(monitor: &mut Running, what: &str, until: impl Fn(&str) -> bool) -> Result<()> {

@@ -1,10 +1,7 @@
 //! The trips.
 
-use qevm_lab::Side;
-use serde_json::json;
-
 use super::{Case, Memory};
-use crate::lab::machine::Boot;
+use qevm_lab::Side;
 
 pub(super) const NEW: &str = "11.1";
 pub(super) const OLD: &str = "10.0";
@@ -107,32 +104,15 @@ pub(in crate::lab) fn recordings() -> Vec<Case> {
     ]
 }
 
-/// Figures, by the number of instructions: a device whose initial data take 1,480 ms to load, with and without switchover-ack.
-pub(in crate::lab) fn figures() -> Vec<Case> {
-    use Side::{Destination, Source};
-    let slow = |case: Case| {
-        Case { boot: Boot::Counted, parameters: json!({ "downtime-limit": 1000, "max-bandwidth": 0 }), ..case }
-            .set(Source, "initial_size", 15 << 20)
-            .set(Source, "final_size", 1 << 20)
-            .set(Source, "dirty_rounds", 0)
-            .set(Destination, "load_initial_ms", 1480)
-    };
-    vec![
-        slow(Case::new("figures-16M-no-ack", NEW, NEW)),
-        slow(Case::new("figures-16M-ack", NEW, NEW).ack()),
-        slow(Case::new("figures-16M-no-ack-10.0", OLD, OLD)),
-        slow(Case::new("figures-16M-ack-10.0", OLD, OLD).ack()),
-    ]
-}
-
 #[cfg(test)]
 mod tests {
-    use super::super::RECORDING;
+    use super::super::{RECORDING, figures};
     use super::*;
 
     #[test]
     fn jobs_have_names_of_their_own_and_recordings_are_told_by_them() {
-        let mut names: Vec<_> = cases().iter().chain(&recordings()).chain(&figures()).map(|case| case.name).collect();
+        let all = [cases(), recordings(), figures()].concat();
+        let mut names: Vec<_> = all.iter().map(|case| case.name.clone()).collect();
         names.sort_unstable();
         let count = names.len();
         names.dedup();

@@ -5,11 +5,31 @@ use qevm_lab::{Report, Side};
 use reference_vmm::payload::Progress;
 use serde_json::{Value, json};
 
-use super::{Case, Memory, PRECOPY, Stop};
+use super::{Case, Ending, Memory, PRECOPY, Stop};
+
+/// Milliseconds that a cancellation may take.
+const CANCEL_MS: f64 = 1000.0;
+/// KiB by which a source may grow for a device that goes on sending.
+const GROWTH_KIB: u64 = 256 << 10;
 
 impl Case {
     /// What is wrong with the migration from this stop to the next, or numbers.
     fn judge(&self, report: &Report, stop: usize) -> Result<Value> {
+        let measured = match &self.ending {
+            // What fails or is measured is the last migration.
+            _ if stop + 2 < self.path.len() => Value::Null,
+            Ending::Arrives => Value::Null,
+            Ending::Fault { runs, says } => return self.judge_fault(report, *runs, says.as_ref()),
+            Ending::Ends if report.status != "completed" => return self.judge_failure(report),
+            Ending::Ends => return judge_guest(report),
+            Ending::Measured => {
+                let measured = json!({ "waits": self.waits(report), "after_shrink_ms": Case::after_shrink(report) });
+                if report.status == "limit" {
+                    return Ok(measured);
+                }
+                measured
+            }
+        };
         self.judge_ends(report)?;
         let passes = judge_guest(report)?;
         let mut devices = Vec::new();
@@ -40,7 +60,7 @@ impl Case {
             states.iter().rev().find(|(state, _)| *state == "running").map(|(_, ms)| *ms)
         });
         let running = running.fold(resume, f64::max);
-        Ok(json!({
+        let mut numbers = json!({
             "stop_to_resume_ms": (resume - stop).round(),
             "stop_to_running_ms": (running - stop).round(),
             "reported_downtime_ms": report.migration["downtime"],
@@ -48,7 +68,84 @@ impl Case {
             "syncs": report.migration["ram"]["dirty-sync-count"],
             "passes": passes,
             "devices": devices,
-        }))
+        });
+        if let (Some(numbers), Value::Object(measured)) = (numbers.as_object_mut(), measured) {
+            numbers.extend(measured);
+        }
+        Ok(numbers)
+    }
+
+    /// The guest runs where it has to, and nowhere else; a monitor says why.
+    fn judge_fault(&self, report: &Report, runs: Option<Side>, says: Option<&(Side, Vec<String>)>) -> Result<Value> {
+        let said = |side: Side| {
+            let (monitor, migration) = match side {
+                Side::Source => (&report.source_stderr, &report.migration),
+                Side::Destination => (&report.destination_stderr, &report.incoming),
+            };
+            format!("{monitor}\n{}", migration["error-desc"].as_str().unwrap_or_default())
+        };
+        let all = || format!("source: {}; destination: {}", said(Side::Source), said(Side::Destination));
+        let status = report.status.as_str();
+        ensure!(["completed", "failed", "cancelled"].contains(&status), "it ended as {status}: {}", all());
+        let running = |status: &Value| status["status"] == "running";
+        let found: Vec<_> = [(Side::Source, &report.left), (Side::Destination, &report.arrived)]
+            .into_iter()
+            .filter_map(|(side, status)| running(status).then_some(side))
+            .collect();
+        ensure!(found == Vec::from_iter(runs), "the guest runs at {found:?}, and not at {runs:?}: {}", all());
+        match runs {
+            Some(Side::Source) => {
+                ensure!(status != "completed", "it is told to be completed: {}", all());
+                ensure!(report.goes_on, "the guest at the source does nothing more: {}", all());
+            }
+            Some(Side::Destination) => drop(judge_guest(report)?),
+            None => {}
+        }
+        if self.driver == "testdev" {
+            self.judge_devices_at(report, runs)?;
+        }
+        if let Some((side, words)) = says {
+            let said = said(*side);
+            let line = said.lines().find(|line| words.iter().all(|word| line.contains(word.as_str())));
+            let line = line.with_context(|| format!("nobody at the {side:?} says {words:?}: {}", all()))?;
+            let what = json!({ "runs": format!("{runs:?}"), "says": line.trim() });
+            return Ok(what);
+        }
+        let Some(cancelled) = report.events.iter().find(|event| event.name == "CANCEL") else {
+            return Ok(json!({ "runs": format!("{runs:?}") }));
+        };
+        let took = report.ended_ms - cancelled.ms;
+        ensure!(status == "cancelled", "it ended as {status}, and not cancelled: {}", all());
+        ensure!(took <= CANCEL_MS, "it ended {took:.0} ms after it was cancelled");
+        let held: Vec<_> = report.samples.iter().filter_map(|sample| sample.resident_kib).collect();
+        let (first, most) = held.first().zip(held.iter().max()).context("there is no sample of the memory")?;
+        ensure!(most - first <= GROWTH_KIB, "the source held {first} KiB at first, and then {most} KiB");
+        Ok(json!({ "runs": format!("{runs:?}"), "cancelled_ms": took.round(), "grew_kib": most - first }))
+    }
+
+    /// Devices work where the guest runs, and nowhere else.
+    fn judge_devices_at(&self, report: &Report, runs: Option<Side>) -> Result<()> {
+        let last = self.path.len() - 1;
+        for (side, stop) in [(Side::Source, last - 1), (Side::Destination, last)] {
+            for number in 0..self.devices {
+                let state = report.states.get(&Case::uuid(stop, number)).map_or("closed", String::as_str);
+                // Where no guest has come yet, QEMU's device has left RUNNING at the latest when its state comes.
+                if runs == Some(side) || side == Side::Source {
+                    let works = state == "RUNNING";
+                    ensure!(works == (runs == Some(side)), "device {number} at the {side:?} is in {state}");
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// A failure with a name, after which the guest runs on at the source.
+    fn judge_failure(&self, report: &Report) -> Result<Value> {
+        let error = report.migration["error-desc"].as_str().unwrap_or_default();
+        ensure!(report.status == "failed" && !error.is_empty(), "{}: {}", report.status, report.migration);
+        ensure!(report.left["status"] == "running" && report.goes_on, "the source is left {}", report.left);
+        ensure!(report.arrived["status"] != "running", "the destination is {}", report.arrived);
+        Ok(json!({ "fails": error, "destination": report.destination_stderr.trim() }))
     }
 
     fn judge_ends(&self, report: &Report) -> Result<()> {
@@ -108,7 +205,7 @@ impl Case {
                 ensure!(written > 0, "it wrote no page");
                 exactly(&destination, "checks_bad", 0)?;
                 exactly(&destination, "checks_good", 1)?;
-                let offered = !self.settings.iter().any(|(_, name, value)| *name == "log_offered" && *value == 0);
+                let offered = !self.settings.iter().any(|(_, name, value)| *name == "log_offered" && value == "0");
                 let told = count(&source, "log_pages") > 0;
                 ensure!(told == offered, "its log told of {} pages", count(&source, "log_pages"));
             }
@@ -117,7 +214,7 @@ impl Case {
                 exactly(&source, "log_pages", 0)?;
             }
         }
-        if self.settings.iter().any(|(_, name, value)| *name == "reinits" && *value > 0) {
+        if self.settings.iter().any(|(_, name, value)| *name == "reinits" && value != "0") {
             ensure!(count(&source, "reinits") > 0, "there were no initial data a second time");
         }
         let names = ["data_size", "precopy_info", "log_reports", "log_pages", "dma_writes", "read_bytes"];
@@ -207,6 +304,41 @@ mod tests {
         assert!(Case { on_channels: 1, ..plain() }.judge(&good(), 0).is_err());
         assert!(Case { devices: 2, ..plain() }.judge(&good(), 0).is_err());
         assert!(Case { flags: 1, ..plain() }.judge(&good(), 0).is_err());
+    }
+
+    #[test]
+    fn a_fault_leaves_the_guest_where_it_has_to_be_with_the_reason() {
+        let failed = || {
+            let mut report = report(GOOD);
+            report.status = "failed".into();
+            report.migration = json!({ "status": "failed", "error-desc": "device 'vfio0': no (os error 5)" });
+            report.left = json!({ "status": "running" });
+            report.arrived = json!({ "status": "inmigrate" });
+            report.goes_on = true;
+            report.states.insert(Case::uuid(0, 0), "RUNNING".into());
+            report
+        };
+        let case = |runs| {
+            let says = Some((Side::Source, vec!["'vfio0'".to_owned(), "(os error 5)".to_owned()]));
+            Case { ending: Ending::Fault { runs, says }, ..plain() }
+        };
+        let source = case(Some(Side::Source));
+        assert!(source.judge(&failed(), 0).is_ok(), "{:?}", source.judge(&failed(), 0));
+        let refused = |change: &dyn Fn(&mut Report)| {
+            let mut report = failed();
+            change(&mut report);
+            assert!(source.judge(&report, 0).is_err());
+        };
+        refused(&|r| r.status = "limit".into());
+        refused(&|r| r.status = "completed".into());
+        refused(&|r| r.migration = json!({ "error-desc": "device 'vfio0': no" }));
+        refused(&|r| r.left = json!({ "status": "paused" }));
+        refused(&|r| r.arrived = json!({ "status": "running" }));
+        refused(&|r| r.goes_on = false);
+        refused(&|r| drop(r.states.insert(Case::uuid(0, 0), "STOP_COPY".into())));
+        assert!(case(None).judge(&failed(), 0).is_err());
+        assert!(case(Some(Side::Destination)).judge(&failed(), 0).is_err());
+        assert!(case(Some(Side::Source)).judge(&report(GOOD), 0).is_err());
     }
 
     #[test]

@@ -1,6 +1,8 @@
 //! Jobs in which a guest with VFIO devices goes from one monitor to another, and further on.
 
 mod cases;
+mod faults;
+mod figures;
 mod judge;
 
 use std::collections::BTreeMap;
@@ -12,7 +14,8 @@ use serde_json::{Value, json};
 use super::machine::Boot;
 use super::{Job, Judge};
 
-pub(super) use cases::{cases, figures, recordings};
+pub(super) use cases::{cases, recordings};
+pub(super) use figures::{figures, tables};
 pub(super) use judge::judge;
 
 /// The address and number of the pages that a device writes, beyond what the payload uses, for each device its own.
@@ -47,13 +50,16 @@ enum Memory {
 /// How a guest with devices travels, and what must be seen.
 #[derive(Debug, Clone)]
 pub(super) struct Case {
-    name: &'static str,
+    name: String,
     path: Vec<Stop>,
     devices: usize,
     driver: &'static str,
     flags: u64,
-    settings: Vec<(Side, &'static str, u64)>,
-    capabilities: Vec<&'static str>,
+    settings: Vec<(Side, &'static str, String)>,
+    /// What is written to the first device of the source on the way to the last stop: after so many milliseconds, to this file.
+    changes: Vec<(u64, &'static str, String)>,
+    /// Of both sides, or of one.
+    capabilities: Vec<(Option<Side>, &'static str)>,
     /// Acks of the switchover are counted as by QEMU 10.0.
     legacy_acks: bool,
     /// Devices are attached to an iommufd by their device files, and not by their groups.
@@ -73,20 +79,44 @@ pub(super) struct Case {
     at_most_on_channels: u64,
     record: bool,
     boot: Boot,
+    ending: Ending,
+    /// Milliseconds after `migrate` at which it is cancelled.
+    cancel_after_ms: Option<u64>,
+    /// Seconds after which it has to have ended.
+    limit_s: u64,
+}
+
+/// How the last migration of a trip has to end.
+#[derive(Debug, Clone)]
+enum Ending {
+    /// The guest arrives, and everything is as it should be.
+    Arrives,
+    /// Something fails: the guest runs at this side alone, or is paused at both, and a monitor says why.
+    Fault {
+        /// Where the guest runs.
+        runs: Option<Side>,
+        /// Whose monitor says it, and words that are all in one line of what it says.
+        says: Option<(Side, Vec<String>)>,
+    },
+    /// It ends, in whichever way, with a named failure or with a guest that has arrived.
+    Ends,
+    /// It is measured, and may not end within its time.
+    Measured,
 }
 
 const PRECOPY: u64 = 7;
 
 impl Case {
-    fn new(name: &'static str, source: &'static str, destination: &'static str) -> Case {
+    fn new(name: impl Into<String>, source: &'static str, destination: &'static str) -> Case {
         Case {
-            name,
+            name: name.into(),
             path: vec![Stop::Qemu(source), Stop::Qemu(destination)],
             devices: 1,
             driver: "testdev",
             flags: PRECOPY,
             settings: Vec::new(),
-            capabilities: vec!["return-path"],
+            changes: Vec::new(),
+            capabilities: vec![(None, "return-path")],
             legacy_acks: false,
             iommufd: false,
             accel: "kvm",
@@ -98,11 +128,14 @@ impl Case {
             at_most_on_channels: u64::MAX,
             record: false,
             boot: Boot::Vfio,
+            ending: Ending::Arrives,
+            cancel_after_ms: None,
+            limit_s: 120,
         }
     }
 
     /// From a QEMU of this release to reference-vmm, and from there to such a QEMU.
-    fn visit(name: &'static str, release: &'static str) -> Case {
+    fn visit(name: impl Into<String>, release: &'static str) -> Case {
         let path = vec![Stop::Qemu(release), Stop::Reference(release), Stop::Qemu(release)];
         Case { path, ..Case::new(name, release, release) }
     }
@@ -112,19 +145,29 @@ impl Case {
     }
 
     fn ack(mut self) -> Case {
-        self.capabilities.push("switchover-ack");
+        self.capabilities.push((None, "switchover-ack"));
         self
     }
 
     fn multifd(mut self) -> Case {
-        self.capabilities.push("multifd");
+        self.capabilities.push((None, "multifd"));
         self.parameters["multifd-channels"] = json!(2);
         self
     }
 
-    fn set(mut self, side: Side, name: &'static str, value: u64) -> Case {
-        self.settings.push((side, name, value));
+    fn set(mut self, side: Side, name: &'static str, value: impl ToString) -> Case {
+        self.settings.push((side, name, value.to_string()));
         self
+    }
+
+    fn change(mut self, after_ms: u64, name: &'static str, value: impl ToString) -> Case {
+        self.changes.push((after_ms, name, value.to_string()));
+        self
+    }
+
+    /// Whether the figures count, and the migration is looked at while it is under way.
+    fn is_measured(&self) -> bool {
+        self.boot == Boot::Counted
     }
 
     fn uuid(stop: usize, number: usize) -> String {
@@ -162,7 +205,7 @@ impl Case {
             settings.push(("log".to_owned(), "0".to_owned()));
         }
         let more = self.settings.iter().filter(|(at, ..)| is(*at));
-        settings.extend(more.map(|(_, name, value)| ((*name).to_owned(), value.to_string())));
+        settings.extend(more.map(|(_, name, value)| ((*name).to_owned(), value.clone())));
         Device { stop, uuid: Case::uuid(stop, number), driver: self.driver.into(), kind: kind.into(), settings }
     }
 
@@ -173,8 +216,11 @@ impl Case {
         let item = format!("name={FW_CFG_NAME},string={dirty};pci=1;report=100");
         let (program, kind, mut words) = match self.path[stop] {
             Stop::Qemu(release) => {
+                // The names of threads tell vCPUs from the others.
                 let mut words =
-                    "-M microvm,pcie=on,accel=kvm -nodefaults -no-user-config -display none -cpu host,-svm".to_owned();
+                    "-M microvm,pcie=on,accel=kvm -nodefaults -no-user-config -display none -cpu host,-svm \
+                                 -name lab,debug-threads=on"
+                        .to_owned();
                 if self.legacy_acks {
                     words.push_str(" -global migration.switchover-ack-legacy=on");
                 }
@@ -207,12 +253,24 @@ impl Case {
             program,
             kind,
             arguments: words.split(' ').map(String::from).collect(),
-            capabilities: self.capabilities.iter().map(|name| ((*name).to_owned(), true)).collect::<BTreeMap<_, _>>(),
+            capabilities: self.capabilities(stop),
             parameters: self.parameters.clone(),
         }
     }
 
+    fn capabilities(&self, stop: usize) -> BTreeMap<String, bool> {
+        let own = |side: &Option<Side>| side.is_none_or(|side| self.sides(stop).any(|own| own == side));
+        self.capabilities.iter().filter(|(side, _)| own(side)).map(|(_, name)| ((*name).to_owned(), true)).collect()
+    }
+
     fn plan(&self) -> Plan {
+        let source = Case::uuid(self.path.len() - 2, 0);
+        let change = |(after_ms, name, value): &(u64, &str, String)| Change {
+            after_ms: *after_ms,
+            uuid: source.clone(),
+            name: (*name).to_owned(),
+            value: value.clone(),
+        };
         let stops = 0..self.path.len();
         Plan {
             stops: stops.clone().map(|stop| self.monitor(stop)).collect(),
@@ -224,9 +282,11 @@ impl Case {
             beat: "qevm-payload pass=".into(),
             before_ms: 0,
             after_ms: 500,
-            changes: Vec::<Change>::new(),
-            limit_s: 120,
+            changes: self.changes.iter().map(change).collect(),
+            limit_s: self.limit_s,
             record: self.record.then(|| format!("{SHARE}/{}", self.name)),
+            cancel_after_ms: self.cancel_after_ms,
+            samples: self.is_measured(),
         }
     }
 }
@@ -235,7 +295,7 @@ impl From<Case> for Job {
     fn from(case: Case) -> Job {
         let plan = serde_json::to_string(&case.plan()).unwrap_or_default();
         Job {
-            name: case.name.into(),
+            name: case.name.clone(),
             command: format!("/driver /plans/{}", case.name),
             plan: Some(plan),
             boot: case.boot,
