@@ -168,6 +168,21 @@ fn a_source_whose_device_does_not_go_on_resets_it_and_at_last_gives_up() {
 }
 
 #[test]
+fn a_device_that_is_lost_tells_what_broke_it() {
+    let (double, device) = device(SHAPE);
+    double.fail(Fault::ArcIntoError(PreCopyP2p, StopCopy), Errno::IO, 1);
+    double.fail(Fault::Reset, Errno::NOTTY, 9);
+    send(&device).unwrap_err();
+    // Another try is no better, and no other reason.
+    for _ in 0..2 {
+        let error = go_on(&device).unwrap_err();
+        let Failure::Lost { cause, errno: Errno::NOTTY } = error.failure else { panic!("{error}") };
+        let expected = Failure::Arc { from: PreCopyP2p, to: StopCopy, left: Error, errno: Errno::IO };
+        assert_eq!(*cause, expected);
+    }
+}
+
+#[test]
 fn a_device_whose_guest_has_gone_does_not_work_on() {
     for (fault, resets) in [(Fault::Arc(StopCopy, Stop), 0), (Fault::ArcIntoError(StopCopy, Stop), 1)] {
         let (double, device) = device(SHAPE);

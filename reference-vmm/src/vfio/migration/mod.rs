@@ -28,6 +28,8 @@ struct Inner {
     saving: bool,
     /// What PRE_COPY said last, less what was read since.
     precopy: PrecopyInfo,
+    /// What has left it in ERROR.
+    broken: Option<Failure>,
     /// A question failed where nobody could be told.
     failed: Option<Failure>,
     /// Bytes read or written.
@@ -68,6 +70,7 @@ impl Migration {
             data: None,
             saving: false,
             precopy: PrecopyInfo::default(),
+            broken: None,
             failed: None,
             done: 0,
             told: 0,
@@ -245,7 +248,13 @@ impl Migration {
             inner.failed = Some(Failure::BrokenOff { done: inner.done });
         }
         match refused {
-            Some(errno) => Err(self.fails(Failure::Arc { from, to, left: now, errno })),
+            Some(errno) => {
+                let failure = Failure::Arc { from, to, left: now, errno };
+                if now == DeviceState::Error && from != DeviceState::Error {
+                    inner.broken = Some(failure.clone());
+                }
+                Err(self.fails(failure))
+            }
             None if to.has_data() && inner.data.is_none() => Err(self.fails(Failure::NoData { from, to })),
             None => Ok(()),
         }
@@ -283,9 +292,11 @@ impl Migration {
             tracing::warn!("{error}: it works again");
             return Ok(());
         }
+        let cause = inner.broken.take().unwrap_or_else(|| error.failure.clone());
         self.reset(inner).map_err(|errno| {
             self.now(inner, DeviceState::Error);
-            self.fails(Failure::Lost { cause: Box::new(error.failure.clone()), errno })
+            inner.broken = Some(cause.clone());
+            self.fails(Failure::Lost { cause: Box::new(cause), errno })
         })?;
         tracing::error!("{error}: it was reset, and has forgotten what its driver in the guest had told it");
         Ok(())
