@@ -57,7 +57,10 @@ pub enum SwitchoverError {
         device: String,
     },
     /// A device agreed that never said it would.
-    #[error("device '{device}' agreed to the switchover, but had not announced that it wants to be asked")]
+    #[error(
+        "device '{device}' is said to have loaded its initial data, and takes no part in switchover acks here (a VFIO device without PRE_COPY \
+         does not): both sides need the same device"
+    )]
     UnknownDevice {
         /// The device.
         device: String,
@@ -90,9 +93,10 @@ pub enum SwitchoverError {
 impl Blame for SwitchoverError {
     fn fault(&self) -> Fault {
         match self {
-            SwitchoverError::Off | SwitchoverError::BeforeRequest | SwitchoverError::NoReturnPath { .. } => {
-                Fault::Mismatch
-            }
+            SwitchoverError::Off
+            | SwitchoverError::BeforeRequest
+            | SwitchoverError::NoReturnPath { .. }
+            | SwitchoverError::UnknownDevice { .. } => Fault::Mismatch,
             SwitchoverError::Missing { .. } | SwitchoverError::TimedOut { .. } => Fault::Truncated,
             SwitchoverError::RequestAfterStop { .. } | SwitchoverError::Order { .. } => Fault::Misuse,
             _ => Fault::Malformed,
