@@ -85,21 +85,21 @@ fn source_arcs(left_in_error: bool) -> Vec<Case> {
     all
 }
 
-/// The destination's device does not like its state, and the source's refuses to go back to work at first.
+/// The destination's device does not take its state, and the source's refuses to go back to work at first.
 fn ways_back(left_in_error: bool) -> Vec<Case> {
-    let case = |(at, from, to): (&str, &str, &str)| {
+    let case = |(flags, from, to): (u64, &str, &str)| {
         let words = [DEVICE, to, SAYS_ERRNO];
         let ending = Ending::Fault { runs: Some(Side::Source), says: says(Side::Source, &words) };
         let name = name("source-back", from, to, left_in_error);
-        let case = Case { ending, ..leaving(name) }.set(Side::Destination, "fail", at);
+        let case = Case { flags, ending, ..leaving(name) }.set(Side::Destination, "fail", "write 22");
         refuse(case, Side::Source, from, to, left_in_error)
     };
-    let loading = "RESUMING STOP 22";
+    // Without PRE_COPY the first that it is to take comes when the source's has stopped.
     [
-        (loading, "STOP_COPY", "STOP"),
-        (loading, "STOP", "RUNNING_P2P"),
-        (loading, "RUNNING_P2P", "RUNNING"),
-        ("write 22", "PRE_COPY", "RUNNING"),
+        (P2P, "STOP_COPY", "STOP"),
+        (P2P, "STOP", "RUNNING_P2P"),
+        (P2P, "RUNNING_P2P", "RUNNING"),
+        (PRECOPY, "PRE_COPY", "RUNNING"),
     ]
     .into_iter()
     .map(case)
@@ -144,7 +144,8 @@ fn calls() -> Vec<Case> {
         Case { ending, ..arriving(format!("fault-destination-{name}")) }.set(Side::Destination, "fail", fault)
     };
     let source = Side::Source;
-    // The log is tried when the device is opened: a start, a report and a stop.
+    // The log is tried when the device is opened, and again when the migration begins: a start, a report of each of two ranges of RAM
+    // and a stop.
     vec![
         at_source("read-pre-copy", PRECOPY, "read 5", source, &[DEVICE, "cannot be read in PRE_COPY", SAYS_ERRNO]),
         at_source("read-stop-copy", P2P, "read 5", source, &[DEVICE, "cannot be read in STOP_COPY", SAYS_ERRNO]),
@@ -158,7 +159,7 @@ fn calls() -> Vec<Case> {
             Side::Destination,
             &["DMA_LOGGING_START", "vfio0", SAYS_ERRNO],
         ),
-        at_source("log-report", PRECOPY, "log_report 5 1 2", source, &["DMA_LOGGING_REPORT", "vfio0", SAYS_ERRNO]),
+        at_source("log-report", PRECOPY, "log_report 5 1 4", source, &["DMA_LOGGING_REPORT", "vfio0", SAYS_ERRNO]),
         at_source("log-stop", PRECOPY, "log_stop 5 1 1", Side::Destination, &["DMA_LOGGING_STOP", "vfio0", SAYS_ERRNO]),
         writing("write", "write 5"),
         writing("write-last", "write 5 1 2"),
