@@ -5,14 +5,15 @@
 //! been put into an unlinked temporary file as soon as the first device section comes. Without a description the
 //! decoder looks for footers, and [`Layouts`] for the fields.
 
-use super::analysis::{Analysis, Observer};
-use super::connection::first_difference;
-use super::layouts::Layouts;
+use super::analysis::Analysis;
+use super::layouts::{Layouts, Read};
+use super::observer::Observer;
+use super::reencode::first_difference;
 use crate::bounds::Spool;
 use crate::failure::Failure;
 use crate::source::Source;
 use qevm_savevm::framing::{Content, SectionHeader};
-use qevm_savevm::vmdesc::{Description, Node, VmdescError};
+use qevm_savevm::vmdesc::{Description, VmdescError};
 use qevm_savevm::{Decoder, ErrorKind, Event, Footers};
 use qevm_wire::{Decode, DriveError, Limits, next_event};
 use std::collections::{HashMap, VecDeque};
@@ -63,23 +64,6 @@ struct Pending {
     body: Vec<u8>,
     /// It is in a package, which no description tells about.
     packaged: bool,
-}
-
-/// What was found in the content of a section.
-#[derive(Debug, Clone, Default)]
-pub(super) struct Read {
-    /// Bytes that belong to no named field.
-    pub(super) opaque: u64,
-    /// The fields, if the section is described.
-    pub(super) fields: Option<Node>,
-    /// What could not be understood, without being a fault of the stream.
-    pub(super) note: Option<String>,
-}
-
-impl Read {
-    pub(super) fn opaque(body: &[u8]) -> Self {
-        Read { opaque: body.len() as u64, ..Read::default() }
-    }
 }
 
 impl Bodies {

@@ -1,6 +1,8 @@
 //! One main channel from its first byte to its last: what [`Decoder`] reads, and what becomes of it.
 
-use super::walk::{Halt, Payload, Walk};
+use super::halt::Halt;
+use super::reencode;
+use super::walk::{Payload, Walk};
 use crate::failure::Failure;
 use crate::ram::Keep;
 use crate::source::Source;
@@ -272,25 +274,9 @@ fn compare(
     file: &str,
 ) -> Result<(), Failure> {
     writer.clear();
-    let fault = |offset, message| {
-        let (file, path) = (file.to_owned(), "re-encoding".to_owned());
-        Failure { file, kind: "reencode", offset, path, message }
-    };
-    if let Err(error) = encoder.encode(event, writer) {
-        return Err(fault(at, format!("what was read cannot be written again: {}", error.kind)));
-    }
-    match first_difference(writer.as_bytes(), read) {
-        None => Ok(()),
-        Some((place, message)) => Err(fault(at + place, message)),
-    }
-}
-
-/// Where what was written again differs from what was read, and how.
-pub(super) fn first_difference(written: &[u8], read: &[u8]) -> Option<(u64, String)> {
-    if written == read {
-        return None;
-    }
-    let same = written.iter().zip(read).take_while(|(a, b)| a == b).count();
-    let byte = |bytes: &[u8]| bytes.get(same).map_or("nothing".into(), |byte| format!("{byte:#04x}"));
-    Some((same as u64, format!("written again as {}, expected {}", byte(written), byte(read))))
+    encoder.encode(event, writer).map_err(|error| {
+        let message = format!("what was read cannot be written again: {}", error.kind);
+        reencode::failure(file, at, message)
+    })?;
+    reencode::compare(writer.as_bytes(), read, at, file)
 }

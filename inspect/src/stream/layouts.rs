@@ -1,7 +1,6 @@
 //! How device sections are read that no description tells about.
 
 use super::analysis::Analysis;
-use super::bodies::Read;
 use super::writer;
 use crate::failure::{Error, Failure};
 use qevm_savevm::devices::DeviceState;
@@ -24,6 +23,23 @@ pub struct Layouts {
     pub schema: Option<Arc<Schema>>,
     /// The stream's own description is not to be used.
     pub no_description: bool,
+}
+
+/// What was found in the content of a section.
+#[derive(Debug, Clone, Default)]
+pub(super) struct Read {
+    /// Bytes that belong to no named field.
+    pub(super) opaque: u64,
+    /// The fields, if the section is described.
+    pub(super) fields: Option<Node>,
+    /// What could not be understood, without being a fault of the stream.
+    pub(super) note: Option<String>,
+}
+
+impl Read {
+    pub(super) fn opaque(body: &[u8]) -> Self {
+        Read { opaque: body.len() as u64, ..Read::default() }
+    }
 }
 
 impl Layouts {

@@ -1,6 +1,6 @@
 //! RAM records applied to the guest's memory.
 
-use super::analysis::Observer;
+use super::observer::Observer;
 use crate::bounds::Spool;
 use crate::failure::Failure;
 use crate::ram::{GuestRam, Keep};

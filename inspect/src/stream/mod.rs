@@ -7,16 +7,22 @@
 //! | module | what |
 //! |---|---|
 //! | `inputs` | the files, opened |
-//! | `analysis` | what is found |
-//! | `walk` | all files in their order, and what each event means |
+//! | `settings`, `observer` | what is to be done, and who is told of what is read |
+//! | `analysis`, `summary` | what is found, and the report about it |
+//! | `files` | all files in their order |
 //! | `connection` | one main channel: the original one or one that resumes postcopy |
+//! | `walk` | what each event of it means |
 //! | `memory` | RAM records and mapped-ram areas applied to [`GuestRam`](crate::ram::GuestRam) |
 //! | `bodies` | where device sections end and which fields they have |
 //! | `layouts` | fields of device sections that no description tells about |
 //! | `channels` | multifd and preempt channels, applied in step with the main channel |
 //! | `page_size` | the size of target pages, where nothing tells it |
 //! | `return_path` | the destination's answers |
-//! | [`writer`] | which QEMU wrote the stream |
+//! | `reencode` | whether what was read encodes to the same bytes |
+//! | `signs`, [`writer`] | which QEMU wrote the stream |
+//! | `halt` | how reading ends |
+//!
+//! There is no circle among them.
 
 pub mod writer;
 
@@ -24,19 +30,30 @@ mod analysis;
 mod bodies;
 mod channels;
 mod connection;
+mod files;
+mod halt;
 mod inputs;
 mod layouts;
 mod memory;
+mod observer;
 mod page_size;
+mod reencode;
 mod return_path;
+mod settings;
+mod signs;
+mod summary;
 mod walk;
 
-pub use analysis::{Analysis, Ignore, Observer, PageCounts, Record, Section, Settings};
+pub use analysis::{Analysis, PageCounts, Record, Section};
 pub use inputs::{Input, Inputs, Named};
 pub use layouts::Layouts;
+pub use observer::{Ignore, Observer};
+pub use settings::Settings;
+pub use signs::Signs;
 
 use crate::failure::Failure;
 use crate::ram::Keep;
+use halt::Outcome;
 
 /// Reads everything and says what was found. A bad stream is not an error of this function: it is the
 /// [`failure`](Analysis::failure) of the analysis, which then tells of everything before it.
@@ -46,17 +63,17 @@ pub fn analyze(inputs: &mut Inputs, settings: &Settings, observer: &mut dyn Obse
     if settings.keep == Keep::Digests && !settings.live && !inputs.is_seekable() {
         settings.keep = Keep::Image;
     }
-    match walk::run(inputs, &settings, observer) {
-        walk::Outcome::Done(analysis) => *analysis,
-        walk::Outcome::NeedsImage => {
+    match files::run(inputs, &settings, observer) {
+        Outcome::Done(analysis) => *analysis,
+        Outcome::NeedsImage => {
             settings.keep = Keep::Image;
             if let Err(failure) = inputs.rewind() {
                 return Analysis::failed(failure);
             }
             observer.restarted();
-            match walk::run(inputs, &settings, observer) {
-                walk::Outcome::Done(analysis) => *analysis,
-                walk::Outcome::NeedsImage => Analysis::failed(Failure::mismatch(
+            match files::run(inputs, &settings, observer) {
+                Outcome::Done(analysis) => *analysis,
+                Outcome::NeedsImage => Analysis::failed(Failure::mismatch(
                     &inputs.main.name,
                     0,
                     "",

@@ -1,7 +1,8 @@
 //! What the destination sent back.
 
+use super::halt::Halt;
 use super::inputs::Named;
-use super::walk::Halt;
+use super::reencode;
 use crate::failure::Failure;
 use qevm_returnpath::{Decoder, Encoder, Event, Message};
 use qevm_savevm::ram::RamBlocks;
@@ -51,10 +52,7 @@ pub(super) fn read(named: &mut Named, context: &mut Context<'_>) -> Result<Read,
         if context.reencode {
             writer.clear();
             encoder.event(&event, &mut writer).map_err(|error| Failure::located(name, error))?;
-            if let Some((place, message)) = super::connection::first_difference(writer.as_bytes(), read) {
-                let (file, path) = (name.clone(), "re-encoding".to_owned());
-                return Err(Failure { file, kind: "reencode", offset: at + place, path, message }.into());
-            }
+            reencode::compare(writer.as_bytes(), read, at, name)?;
         }
         if let Event::Message(message) = &event {
             let kind = message.message_type().name();

@@ -1,108 +1,50 @@
-//! All files of a migration in their order, and what each event of a main channel means.
+//! What each event of a main channel means.
 
-use super::analysis::{Analysis, Observer, Record, Section, Settings};
+use super::analysis::{Analysis, Record, Section};
 use super::bodies::Bodies;
 use super::channels::Channels;
-use super::connection::Connection;
-use super::inputs::{Inputs, Named};
+use super::halt::Halt;
 use super::memory::Memory;
+use super::observer::Observer;
 use super::page_size;
-use super::return_path;
+use super::settings::Settings;
 use crate::bounds::Exceeded;
 use crate::failure::Failure;
-use crate::open::Container;
 use crate::ram::Keep;
 use crate::source::Source;
 use qevm_savevm::command::Command;
 use qevm_savevm::configuration::Configuration;
 use qevm_savevm::framing::SectionKind;
 use qevm_savevm::ram::{MappedRamHeader, RamRecord};
-use qevm_savevm::{Decoder, DecoderOptions, Encoder, Error, ErrorKind, Event, Footers, StreamError};
-use qevm_wire::{Decode, PageGeometry, Writer};
+use qevm_savevm::{Decoder, Error, ErrorKind, Event, Footers, StreamError};
+use qevm_wire::{Decode, PageGeometry};
 use std::collections::HashMap;
 use std::io;
-
-/// How reading ended.
-pub(super) enum Outcome {
-    /// At the end, or at a fault.
-    Done(Box<Analysis>),
-    /// At an XBZRLE page, which needs the contents of pages, and they were not kept.
-    NeedsImage,
-}
-
-/// Why reading stops before the end.
-pub(super) enum Halt {
-    /// The stream is bad.
-    Failure(Failure),
-    /// See [`Outcome::NeedsImage`].
-    NeedsImage,
-}
-
-impl From<Failure> for Halt {
-    fn from(failure: Failure) -> Self {
-        Halt::Failure(failure)
-    }
-}
-
-/// Reads all files of a migration.
-pub(super) fn run(inputs: &mut Inputs, settings: &Settings, observer: &mut dyn Observer) -> Outcome {
-    let mut walk = Walk {
-        analysis: Analysis { reencoded_identical: settings.reencode, page_size: 4096, ..Analysis::default() },
-        memory: None,
-        channels: Channels::default(),
-        settings,
-        observer,
-        open: HashMap::new(),
-        record: None,
-        bodies: Bodies::new(!settings.live, settings.strict, settings.layouts.clone(), settings.spool.clone()),
-        pings: HashMap::new(),
-        pages_untold: false,
-        ended: false,
-        flush_seen: false,
-        first_flush: None,
-        bytes_before: 0,
-    };
-    let result = walk.all(inputs);
-    let Walk { mut analysis, memory, channels, .. } = walk;
-    analysis.ram = memory.map(Memory::into_ram);
-    analysis.channels = channels.describe();
-    analysis.reencoded_identical &= settings.reencode;
-    match result {
-        Ok(()) => {}
-        Err(Halt::NeedsImage) => return Outcome::NeedsImage,
-        Err(Halt::Failure(failure)) => {
-            // What was not read to its end is not known to be identical.
-            analysis.reencoded_identical = false;
-            analysis.failure = Some(failure);
-        }
-    }
-    Outcome::Done(Box::new(analysis))
-}
 
 /// The state of reading a migration, over all its files.
 pub(super) struct Walk<'s> {
     pub(super) analysis: Analysis,
     pub(super) memory: Option<Memory>,
-    channels: Channels,
+    pub(super) channels: Channels,
     pub(super) settings: &'s Settings,
     pub(super) observer: &'s mut dyn Observer,
     /// Section id to index into the analysis' sections.
-    open: HashMap<u32, usize>,
+    pub(super) open: HashMap<u32, usize>,
     /// The section record being read.
-    record: Option<Record>,
+    pub(super) record: Option<Record>,
     pub(super) bodies: Bodies,
     /// Values of the PINGs sent, and how often each.
-    pings: HashMap<u32, u64>,
+    pub(super) pings: HashMap<u32, u64>,
     /// Nothing has told the size of target pages yet.
-    pages_untold: bool,
+    pub(super) pages_untold: bool,
     /// The end of the stream came: only a description may follow.
-    ended: bool,
+    pub(super) ended: bool,
     /// MULTIFD_FLUSH came: the channels are in step with it, and not with the ends of sections.
-    flush_seen: bool,
+    pub(super) flush_seen: bool,
     /// Where the first one came, if there are no multifd channels that it could wait for.
-    first_flush: Option<u64>,
+    pub(super) first_flush: Option<u64>,
     /// Bytes of the files that are done with.
-    bytes_before: u64,
+    pub(super) bytes_before: u64,
 }
 
 /// What the payload after an event is.
@@ -116,102 +58,6 @@ pub(super) enum Payload {
 }
 
 impl Walk<'_> {
-    fn all(&mut self, inputs: &mut Inputs) -> Result<(), Halt> {
-        let Inputs { main, offset, containers, pages, channels, recovery, return_path } = inputs;
-        self.channels = Channels::open(channels, self.settings.reencode)?;
-        let can_break = !recovery.is_empty();
-        let skipped = main.source.skip(*offset).map_err(|e| Failure::io(&main.name, 0, &e))?;
-        if skipped < *offset {
-            let kind = "truncated";
-            let message = format!("the file ends here, before the stream's start at --offset {offset}");
-            let file = main.name.clone();
-            return Err(Failure { file, kind, offset: skipped, path: String::new(), message }.into());
-        }
-        let looked = self.bodies.look_ahead(&mut main.source);
-        looked.map_err(|error| Failure::io(&main.name, *offset, &error))?;
-        let told = pages.or_else(|| self.bodies.page_size().and_then(PageGeometry::from_size));
-        let pages = told.unwrap_or(PageGeometry::X86);
-        self.pages_untold = told.is_none() && !self.settings.live;
-        self.analysis.page_size = pages.size();
-        let options = DecoderOptions { offset: *offset, pages, live: self.settings.live, ..DecoderOptions::default() };
-        let (mut last, mut encoder) = self.connection(main, Decoder::new(options), Encoder::new(pages), can_break)?;
-        self.analysis.main_bytes = self.analysis.bytes;
-        containers.iter().filter_map(Container::remark).for_each(|remark| self.analysis.note(remark));
-        let resumed = recovery.len();
-        for (number, named) in recovery.iter_mut().enumerate() {
-            let (decoder, resumed_encoder) = (last.recovery(), encoder.recovery());
-            (last, encoder) = self.connection(named, decoder, resumed_encoder, number + 1 < resumed)?;
-        }
-        if let Some(at) = self.first_flush.filter(|_| !self.settings.live) {
-            self.analysis.incomplete_ram = true;
-            let missing = "the main channel waits for multifd channels, but none was given (--channel)";
-            match self.settings.complete {
-                true => return Err(Failure::mismatch(&main.name, at, "section 'ram'", missing).into()),
-                false => self.analysis.note(format!("{missing}: pages that came on them are missing here")),
-            }
-        }
-        if let Some(memory) = &mut self.memory {
-            self.channels.finish(memory, &last, self.analysis.postcopy, can_break)?;
-        }
-        self.analysis.opaque_bytes += self.channels.device_bytes();
-        self.bytes_before += self.channels.bytes();
-        self.analysis.bytes = self.bytes_before;
-        for (number, named) in return_path.iter_mut().enumerate() {
-            let mut context = return_path::Context {
-                pings: &mut self.pings,
-                blocks: last.ram_blocks(),
-                pages: last.page_geometry(),
-                can_break: number < resumed,
-                reencode: self.settings.reencode,
-            };
-            let read = return_path::read(named, &mut context)?;
-            self.analysis.return_path.push(read.description);
-            self.bytes_before += read.bytes;
-            self.analysis.bytes = self.bytes_before;
-        }
-        Ok(())
-    }
-
-    /// Reads one connection to its end and returns its decoder.
-    fn connection(
-        &mut self,
-        named: &mut Named,
-        decoder: Decoder,
-        encoder: Encoder,
-        can_break: bool,
-    ) -> Result<(Decoder, Encoder), Halt> {
-        let start = decoder.offset();
-        let mut connection = Connection {
-            file: named.name.clone(),
-            source: &mut named.source,
-            decoders: vec![decoder],
-            encoder,
-            writer: Writer::new(),
-        };
-        let result = connection.read(self);
-        let Connection { mut decoders, encoder, .. } = connection;
-        let end = decoders.last().map_or(start, Decoder::offset);
-        let outermost = decoders.swap_remove(0);
-        self.bytes_before += end - start;
-        self.analysis.bytes = self.bytes_before;
-        self.bodies.finish(&mut self.analysis, self.observer);
-        match result {
-            Err(Halt::Failure(failure)) if can_break && failure.kind == "truncated" && failure.file == named.name => {
-                let note = format!("{}: the connection broke at byte {end}, as a resumed postcopy's does", named.name);
-                self.analysis.note(note);
-                self.record = None;
-            }
-            Err(Halt::Failure(mut failure)) => {
-                self.close_record(end);
-                failure.offset = failure.offset.max(start);
-                return Err(failure.into());
-            }
-            Err(halt) => return Err(halt),
-            Ok(()) => {}
-        }
-        Ok((outermost, encoder))
-    }
-
     /// The configuration section is over; what it tells of the size of target pages, and what the machine type does.
     pub(super) fn configured(&mut self, configuration: &Configuration) -> Option<PageGeometry> {
         self.pages_untold &= configuration.page_geometry().is_none();
@@ -458,7 +304,7 @@ impl Walk<'_> {
         Ok(Payload::None)
     }
 
-    fn close_record(&mut self, end: u64) {
+    pub(super) fn close_record(&mut self, end: u64) {
         if let Some(mut record) = self.record.take() {
             record.size = end.saturating_sub(record.offset);
             let section = &mut self.analysis.sections[record.section];

@@ -8,9 +8,9 @@
 mod multifd;
 mod preempt;
 
+use super::halt::Halt;
 use super::inputs::Named;
 use super::memory::Memory;
-use super::walk::Halt;
 use crate::failure::Failure;
 use multifd::MultifdChannel;
 use preempt::PreemptChannel;

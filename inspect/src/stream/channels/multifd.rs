@@ -3,8 +3,9 @@
 use crate::failure::Failure;
 use crate::ram::Keep;
 use crate::source::Source;
+use crate::stream::halt::Halt;
 use crate::stream::memory::Memory;
-use crate::stream::walk::Halt;
+use crate::stream::reencode::compare;
 use qevm_multifd::compression::Decompressor;
 use qevm_multifd::{ChannelDecoder, ChannelEncoder, ChannelOptions, EncoderOptions, Ending, Event, Init};
 use qevm_savevm::Decoder;
@@ -263,15 +264,5 @@ impl MultifdChannel {
             decoder.ended(Ending::Closed);
         }
         Ok(())
-    }
-}
-
-fn compare(written: &[u8], read: &[u8], at: u64, name: &str) -> Result<(), Failure> {
-    match crate::stream::connection::first_difference(written, read) {
-        None => Ok(()),
-        Some((place, message)) => {
-            let (file, path) = (name.to_owned(), "re-encoding".to_owned());
-            Err(Failure { file, kind: "reencode", offset: at + place, path, message })
-        }
     }
 }

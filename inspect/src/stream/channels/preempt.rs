@@ -2,8 +2,8 @@
 
 use crate::failure::Failure;
 use crate::source::Source;
+use crate::stream::halt::Halt;
 use crate::stream::memory::Memory;
-use crate::stream::walk::Halt;
 use qevm_savevm::Decoder;
 use qevm_savevm::ram::{PreemptDecoder, RamRecord};
 use qevm_wire::{Decode, DriveError, next_event};
