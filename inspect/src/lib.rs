@@ -5,6 +5,21 @@
 //! The codecs of [`qevm_savevm`], [`qevm_multifd`] and [`qevm_returnpath`] do no I/O; this crate reads files for them. What grows with the
 //! guest goes to unlinked temporary files, so that a guest of any size is read in little memory.
 //!
+//! Most tools need [`Migration`] alone:
+//!
+//! ```no_run
+//! use qevm_inspect::Migration;
+//!
+//! let mut guest = Migration::open("guest.qevm".as_ref())?;
+//! for block in guest.blocks() {
+//!     println!("{}: {} bytes", block.name, block.used_length);
+//! }
+//! guest.write_elf("core".as_ref())?;
+//! # Ok::<(), qevm_inspect::failure::Error>(())
+//! ```
+//!
+//! The example `forensic` is such a tool in 20 lines.
+//!
 //! | module | what |
 //! |---|---|
 //! | [`open`] | a file, whatever it is: a plain or compressed stream, a libvirt save image, a snapshot in a qcow2 image, mapped-ram |
@@ -45,3 +60,7 @@ pub mod rewrite;
 pub mod size;
 pub mod source;
 pub mod stream;
+
+mod migration;
+
+pub use migration::Migration;

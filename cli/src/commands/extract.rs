@@ -184,10 +184,8 @@ fn write_physical(
     if let Some(line) = physical.left_out.first().filter(|_| extract.strict) {
         return Err(Stop::Usage(format!("--strict: {line}")));
     }
-    if elf.is_some() && physical.is_other_target(ram) {
-        return Err(Stop::Usage(format!(
-            "no ELF core can be written for machine type '{machine}': use --memory or --ram"
-        )));
+    if elf.is_some() {
+        physical.require_x86(machine, ram)?;
     }
     if let Some(output) = memory {
         let path = output.path().to_owned();

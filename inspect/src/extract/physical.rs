@@ -111,6 +111,19 @@ impl PhysicalMemory {
         Ok(PhysicalMemory { segments: pieces, devices: device_blocks, notes, left_out })
     }
 
+    /// ELF cores are written of guests of x86 alone.
+    ///
+    /// # Errors
+    /// [`Error::Usage`], which names the `machine`, if the memory is that of another target.
+    pub fn require_x86(&self, machine: &str, ram: &GuestRam) -> Result<(), Error> {
+        match self.is_other_target(ram) {
+            true => Err(Error::Usage(format!(
+                "no ELF core can be written for machine type '{machine}': use --memory or --ram"
+            ))),
+            false => Ok(()),
+        }
+    }
+
     /// True if the memory is that of a target other than x86.
     pub fn is_other_target(&self, ram: &GuestRam) -> bool {
         self.segments.iter().any(|piece| whole_block_address(&ram.blocks()[piece.block].name).is_some())
