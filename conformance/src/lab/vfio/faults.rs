@@ -183,8 +183,14 @@ fn acks() -> Vec<Case> {
         runs: Some(Side::Source),
         says: says(Side::Source, &["counted as QEMU 11.1 does, one for each device"]),
     };
-    let unset =
-        Case { devices: 2, path: path(ours, Stop::Qemu(OLD)), ending, ..Case::new("acks-two-to-10.0-unset", NEW, OLD) };
+    // Its devices' initial data are 64 KiB each.
+    let unset = Case {
+        devices: 2,
+        path: path(ours, Stop::Qemu(OLD)),
+        ending,
+        fails_within: Some((2 * (64 << 10), 1000.0)),
+        ..Case::new("acks-two-to-10.0-unset", NEW, OLD)
+    };
     let set = Case {
         devices: 2,
         path: path(Stop::Reference(OLD), Stop::Qemu(OLD)),

@@ -108,7 +108,12 @@ impl Case {
             let said = said(*side);
             let line = said.lines().find(|line| words.iter().all(|word| line.contains(word.as_str())));
             let line = line.with_context(|| format!("nobody at the {side:?} says {words:?}: {}", all()))?;
-            let what = json!({ "runs": format!("{runs:?}"), "says": line.trim() });
+            let mut what = json!({ "runs": format!("{runs:?}"), "says": line.trim() });
+            if let Some((bytes, within)) = self.fails_within {
+                let took = self.fails_after(report, bytes).context("the destination has not loaded that much")?;
+                ensure!(took <= within, "it failed {took:.0} ms after the initial data were loaded");
+                what["after_ms"] = json!(took.round());
+            }
             return Ok(what);
         }
         let Some(cancelled) = report.events.iter().find(|event| event.name == "CANCEL") else {
@@ -121,6 +126,16 @@ impl Case {
         let (first, most) = held.first().zip(held.iter().max()).context("there is no sample of the memory")?;
         ensure!(most - first <= GROWTH_KIB, "the source held {first} KiB at first, and then {most} KiB");
         Ok(json!({ "runs": format!("{runs:?}"), "cancelled_ms": took.round(), "grew_kib": most - first }))
+    }
+
+    /// Milliseconds from when the destination's devices had loaded this many bytes to the end of the migration.
+    fn fails_after(&self, report: &Report, bytes: i64) -> Option<f64> {
+        let loaded = |sample: &&qevm_lab::Sample| {
+            let devices = (0..self.devices).map(|number| Case::uuid(self.path.len() - 1, number));
+            let written = devices.filter_map(|uuid| sample.counters.get(&uuid)?.get("written_bytes").copied());
+            written.sum::<i64>() >= bytes
+        };
+        Some(report.ended_ms - report.samples.iter().find(loaded)?.ms)
     }
 
     /// Devices work where the guest runs, and nowhere else.

@@ -80,6 +80,8 @@ pub(super) struct Case {
     record: bool,
     boot: Boot,
     ending: Ending,
+    /// Milliseconds in which it fails when the destination has loaded this many bytes.
+    fails_within: Option<(i64, f64)>,
     /// Milliseconds after `migrate` at which it is cancelled.
     cancel_after_ms: Option<u64>,
     /// Seconds after which it has to have ended.
@@ -129,6 +131,7 @@ impl Case {
             record: false,
             boot: Boot::Vfio,
             ending: Ending::Arrives,
+            fails_within: None,
             cancel_after_ms: None,
             limit_s: 120,
         }

@@ -13,8 +13,8 @@ use qevm_wire::PageGeometry;
 use std::time::Duration;
 
 /// With less than this much to do until the dirty log is read again, the source waits: where only a device is in the way of the
-/// switchover, it would else do nothing but read the log.
-const PACE: Duration = Duration::from_millis(20);
+/// switchover, it would else do nothing but read the log. It reads it less than twenty times a second then.
+const PACE: Duration = Duration::from_millis(60);
 /// How long to wait for the destination to answer and to agree to the switchover before what was dirtied meanwhile is sent.
 const ACK_POLL: Duration = Duration::from_millis(100);
 
