@@ -8,7 +8,7 @@ SHELL := bash
 export CARGO_TERM_COLOR ?= auto
 SKIPPED := $(CURDIR)/target/skipped-tests.txt
 
-.PHONY: demo test setup lint unit doc skipped conformance-full lab bench fuzz-smoke simulate
+.PHONY: demo test setup lint unit doc package skipped conformance-full lab bench fuzz-smoke simulate
 
 setup:
 	@scripts/setup
@@ -17,7 +17,7 @@ demo: setup
 	@cargo build --quiet --release --package qevm-conformance
 	@target/release/qevm-conformance demo
 
-test: setup lint unit doc
+test: setup lint unit doc package
 	@$(MAKE) --no-print-directory skipped
 
 lint: setup
@@ -27,6 +27,7 @@ lint: setup
 	cargo clippy --manifest-path fuzz/Cargo.toml --target-dir target --all-targets -- -D warnings
 	@scripts/engine-dependencies
 	@scripts/decode-loops
+	@scripts/no-std
 
 unit: setup
 	@mkdir -p target && rm -f $(SKIPPED)
@@ -38,6 +39,11 @@ doc: setup
 	RUSTDOCFLAGS="-D warnings" cargo doc --workspace --no-deps --quiet
 	RUSTDOCFLAGS="-D warnings" cargo doc -p qevm-wire --features tokio --no-deps --quiet
 
+# What is published: licences, and packages that hold all that they need.
+package: setup
+	QEVM_SKIPPED_TESTS=$(SKIPPED) scripts/deny
+	cargo package --quiet --workspace --exclude qevm-conformance --exclude qevm-lab --no-verify --allow-dirty
+
 # Says by name and count which tests could not run on this machine.
 skipped:
 	@if [ -s $(SKIPPED) ]; then \
@@ -45,6 +51,7 @@ skipped:
 	else echo "0 tests were skipped."; fi
 
 conformance-full: setup
+	cargo package --workspace --exclude qevm-conformance --exclude qevm-lab
 	QEVM_WORST=full cargo test --release --package reference-vmm --test kvm -- worst
 	cargo run --release --package qevm-conformance -- matrix --full
 	cargo run --release --package qevm-conformance -- channels --full

@@ -4,6 +4,7 @@ use crate::{
     Error, ErrorKind, Event, MessageError, Reader,
     message::{BITMAP_END, Message},
 };
+use alloc::format;
 use qevm_wire::{CountedString, Cursor, Decode, Limits, Located, Step, WireError};
 
 /// Reads a return path: [`next`](Decode::next) is shown bytes and gives the message at their front.

@@ -1,6 +1,7 @@
 //! The messages of the return path.
 
 use crate::{Error, ErrorKind, MessageError, Reader};
+use alloc::vec::Vec;
 use core::fmt;
 use qevm_wire::{CountedString, Limits, Located, WireError, Writer};
 

@@ -1,8 +1,9 @@
 //! The RAM blocks that requests refer to.
 
 use super::RequestError;
+use alloc::collections::BTreeMap;
+use alloc::vec::Vec;
 use qevm_wire::CountedString;
-use std::collections::HashMap;
 
 /// A RAM block whose pages can be requested.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -30,7 +31,7 @@ impl RequestBlock {
 #[derive(Debug, Clone)]
 pub struct RequestBlocks {
     blocks: Vec<RequestBlock>,
-    by_name: HashMap<CountedString, usize>,
+    by_name: BTreeMap<CountedString, usize>,
 }
 
 impl RequestBlocks {
@@ -40,7 +41,7 @@ impl RequestBlocks {
     /// [`RequestError::Blocks`] for a name that comes twice or a page size that is no power of two between 1 KiB and
     /// 2 GiB.
     pub fn new(blocks: Vec<RequestBlock>) -> Result<Self, RequestError> {
-        let mut by_name = HashMap::new();
+        let mut by_name = BTreeMap::new();
         for (index, block) in blocks.iter().enumerate() {
             let fail = |what| Err(RequestError::Blocks { name: block.name.clone(), what });
             // The length of a request is 32 bits wide.

@@ -2,6 +2,8 @@
 
 use super::{RequestBlocks, RequestError, page_set::PageSet};
 use crate::Message;
+use alloc::vec;
+use alloc::vec::Vec;
 
 /// What the destination has asked for and not received, so that it asks for each host page once, and names the RAM
 /// block only where it has to.

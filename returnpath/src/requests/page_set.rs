@@ -1,6 +1,7 @@
 //! A set of page numbers that costs memory only around its members.
 
-use std::collections::BTreeMap;
+use alloc::collections::BTreeMap;
+use alloc::vec::Vec;
 
 /// Words of one chunk of the set: 4096 pages.
 const WORDS: usize = 64;

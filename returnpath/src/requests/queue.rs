@@ -1,8 +1,10 @@
 //! The queue of the source.
 
 use super::{RequestBlocks, RequestError, page_set::PageSet};
+use alloc::collections::VecDeque;
+use alloc::vec;
+use alloc::vec::Vec;
 use qevm_wire::CountedString;
-use std::collections::VecDeque;
 
 /// The pages that the destination's guest waits for, in the order of its requests. What is in here goes out before any
 /// page that nobody waits for.

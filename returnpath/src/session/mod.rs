@@ -7,6 +7,7 @@ mod tests;
 pub use source::{Action, SourceSession, Stage};
 
 use crate::switchover::SwitchoverError;
+use alloc::string::String;
 use qevm_wire::{Blame, CountedString, Fault};
 
 /// A message that came at the wrong time, or did not come.

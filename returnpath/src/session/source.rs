@@ -6,8 +6,12 @@ use crate::{
     bitmap::BitmapExchange,
     switchover::{SourceGate, SwitchoverAckFlow},
 };
+use alloc::collections::BTreeMap;
+use alloc::format;
+use alloc::string::String;
+use alloc::string::ToString;
+use alloc::vec::Vec;
 use qevm_wire::{CountedString, PageGeometry};
-use std::collections::BTreeMap;
 
 /// Watches the messages of one return path. The source tells it what it sends on the main channel, and gives it every
 /// message that comes; the answer says what to do. A message that is wrong at its time is an error that names it, and

@@ -1,7 +1,8 @@
 //! The gate at the destination.
 
 use super::{SwitchoverAckFlow, SwitchoverError};
-use std::collections::BTreeMap;
+use alloc::collections::BTreeMap;
+use alloc::string::String;
 
 /// Says when the destination sends [`Message::SwitchoverAck`](crate::Message::SwitchoverAck).
 ///

@@ -11,6 +11,7 @@
 mod destination;
 mod source;
 
+use alloc::string::String;
 pub use destination::{Ack, DestinationGate};
 pub use qevm_wire::profile::SwitchoverAckFlow;
 pub use source::{AckWait, SourceGate};

@@ -1,8 +1,10 @@
 //! The gate at the source.
 
 use super::{SwitchoverAckFlow, SwitchoverError};
+use alloc::collections::BTreeMap;
+use alloc::string::String;
+use alloc::vec::Vec;
 use core::fmt;
-use std::collections::BTreeMap;
 
 /// Holds the switchover back at the source until the acks are there.
 ///
