@@ -22,6 +22,38 @@
 //! * Nothing here does I/O, and nothing panics or loops without consuming input, on any input.
 //! * A decoder holds no bytes of the channel and allocates nothing per page; page data never passes through it.
 //! * Whatever is decoded is encoded to the same bytes.
+//!
+//! # Example
+//!
+//! ```
+//! use qevm_multifd::{ChannelDecoder, ChannelEncoder, ChannelOptions, EncoderOptions, Event, Init, Pages, Uuid};
+//! use qevm_wire::{CountedString, Driver, Writer};
+//! use std::io::Read;
+//!
+//! // A channel with one page at 0x5000 and a page of zeroes at 0x8000.
+//! let mut encoder = ChannelEncoder::new(EncoderOptions::default());
+//! let mut sent = Writer::new();
+//! encoder.init(&Init::new(Uuid::default(), 0), &mut sent)?;
+//! let block = CountedString::new("pc.ram").unwrap();
+//! encoder.pages(&Pages { block: &block, normal: &[0x5000], zero: &[0x8000], packet_num: 1 }, 4096, &mut sent)?;
+//! sent.bytes(&[0xaa; 4096]);
+//!
+//! let mut driver = Driver::new(sent.as_bytes(), ChannelDecoder::new(ChannelOptions::default()));
+//! let mut memory = vec![0x55; 0x10000];
+//! while let Some(event) = driver.next()? {
+//!     let Event::Ram(packet) = &event else { continue };
+//!     let (normal, zero): (Vec<_>, Vec<_>) = (packet.normal_runs().collect(), packet.zero_runs().collect());
+//!     for run in zero {
+//!         memory[run.offset as usize..][..run.len as usize].fill(0);
+//!     }
+//!     // Page data goes from the connection to its place.
+//!     for run in normal {
+//!         driver.payload().read_exact(&mut memory[run.offset as usize..][..run.len as usize])?;
+//!     }
+//! }
+//! assert_eq!((memory[0x5000], memory[0x8000], memory[0x9000]), (0xaa, 0, 0x55));
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
 #![forbid(unsafe_code)]
 
 pub mod compression;

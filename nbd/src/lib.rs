@@ -19,6 +19,24 @@
 //! * Nothing here does I/O, and nothing panics or loops without consuming input, on any input.
 //! * A decoder holds no bytes and allocates nothing; no peer makes it ask for more than 64 KiB at a time.
 //! * Whatever is decoded is encoded to the same bytes.
+//!
+//! # Example
+//!
+//! ```
+//! use qevm_nbd::{ClientDecoder, ClientEvent, Export, Negotiation, Outcome};
+//! use qevm_wire::{Decode, Step, Writer};
+//!
+//! // A client that asks for the export at once: its flags, then option GO with an empty name.
+//! let received = [&[0, 0, 0, 1][..], b"IHAVEOPT\0\0\0\x07\0\0\0\x06\0\0\0\0\0\0"].concat();
+//! let mut decoder = ClientDecoder::default();
+//! let (export, mut answer) = (Export { description: "guest.qevm".into(), len: 1 << 20 }, Writer::new());
+//! assert_eq!(decoder.next(&received)?, Step::Event { consumed: 4, event: ClientEvent::Flags(1) });
+//! if let Step::Event { event: ClientEvent::Option { option, data }, .. } = decoder.next(&received[4..])? {
+//!     assert_eq!(Negotiation::default().option(&export, option, data, &mut answer), Outcome::Begin);
+//! }
+//! assert!(!answer.as_bytes().is_empty());
+//! # Ok::<(), qevm_nbd::Error>(())
+//! ```
 #![no_std]
 #![forbid(unsafe_code)]
 
