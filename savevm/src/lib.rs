@@ -76,7 +76,7 @@
 
 // The page on embedding is compiled and run as a test of this crate, which needs all that the page does.
 #[cfg(doctest)]
-#[doc = include_str!("../../docs/embedding.md")]
+#[doc = include_str!("../docs/embedding.md")]
 struct Embedding;
 
 // The code that the derive macro writes names this crate from the outside.

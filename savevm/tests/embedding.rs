@@ -3,7 +3,7 @@
 
 #[test]
 fn a_whole_destination_and_a_whole_source_take_30_lines() {
-    let page = include_str!("../../docs/embedding.md");
+    let page = include_str!("../docs/embedding.md");
     for function in ["fn receive(", "fn send("] {
         let start = page.find(function).unwrap_or_else(|| panic!("no {function}"));
         let lines = 1 + page[start..].lines().position(|line| line == "}").expect("its end");

@@ -207,5 +207,5 @@ pub fn load<T: VmState>(reader: &mut Reader<'_>, version: u32, ctx: &Context) ->
 
 /// The example of the manual is run with the tests.
 #[cfg(doctest)]
-#[doc = include_str!("../../../docs/vmstate.md")]
+#[doc = include_str!("../../docs/vmstate.md")]
 struct Manual;
