@@ -5,7 +5,7 @@ use qevm_lab::Side;
 use serde_json::json;
 
 use super::cases::{NEW, OLD};
-use super::{Case, Ending, PRECOPY, Stop};
+use super::{Case, Ending, PRECOPY, Says, Stop};
 use crate::lab::machine::Boot;
 
 /// EIO, and how a message has it.
@@ -47,8 +47,8 @@ fn name(side: &str, from: &str, to: &str, left_in_error: bool) -> String {
     format!("fault-{side}-{from}-{to}{suffix}").replace('_', "-").to_lowercase()
 }
 
-fn says(side: Side, words: &[&str]) -> Option<(Side, Vec<String>)> {
-    Some((side, words.iter().map(|word| (*word).to_owned()).collect()))
+fn says(at: Says, words: &[&str]) -> Option<(Says, Vec<String>)> {
+    Some((at, words.iter().map(|word| (*word).to_owned()).collect()))
 }
 
 /// The device refuses an arc, once.
@@ -72,14 +72,14 @@ fn source_arcs(left_in_error: bool) -> Vec<Case> {
     let case = |(flags, from, to): (u64, &str, &str)| {
         let states = format!("from {from} to {to} ");
         let words = [DEVICE, &states, SAYS_ERRNO];
-        let ending = Ending::Fault { runs: Some(Side::Source), says: says(Side::Source, &words) };
+        let ending = Ending::Fault { runs: Some(Side::Source), says: says(Says::Error, &words) };
         let name = name(&format!("source-{flags}"), from, to, left_in_error);
         refuse(Case { flags, ending, ..leaving(name) }, Side::Source, from, to, left_in_error)
     };
     let mut all: Vec<_> = arcs.into_iter().map(case).collect();
     // The guest has gone, and the device must do nothing more.
     let words = [DEVICE, "from STOP_COPY to STOP ", SAYS_ERRNO];
-    let ending = Ending::Fault { runs: Some(Side::Destination), says: says(Side::Source, &words) };
+    let ending = Ending::Fault { runs: Some(Side::Destination), says: says(Says::Log(Side::Source), &words) };
     let name = name("source-after", "STOP_COPY", "STOP", left_in_error);
     all.push(refuse(Case { ending, ..leaving(name) }, Side::Source, "STOP_COPY", "STOP", left_in_error));
     all
@@ -89,7 +89,7 @@ fn source_arcs(left_in_error: bool) -> Vec<Case> {
 fn ways_back(left_in_error: bool) -> Vec<Case> {
     let case = |(flags, from, to): (u64, &str, &str)| {
         let words = [DEVICE, to, SAYS_ERRNO];
-        let ending = Ending::Fault { runs: Some(Side::Source), says: says(Side::Source, &words) };
+        let ending = Ending::Fault { runs: Some(Side::Source), says: says(Says::Log(Side::Source), &words) };
         let name = name("source-back", from, to, left_in_error);
         let case = Case { flags, ending, ..leaving(name) }.set(Side::Destination, "fail", "write 22");
         refuse(case, Side::Source, from, to, left_in_error)
@@ -116,7 +116,7 @@ fn destination_arcs(left_in_error: bool) -> Vec<Case> {
             Case { ending: Ending::Fault { runs, says }, ..arriving(name("destination", from, to, left_in_error)) };
         refuse(case, Side::Destination, from, to, left_in_error)
     };
-    let at_destination = |words: &[&str]| says(Side::Destination, words);
+    let at_destination = |words: &[&str]| says(Says::Log(Side::Destination), words);
     let mut all = Vec::new();
     for (from, to) in before {
         all.push(case(from, to, Some(Side::Destination), at_destination(&[DEVICE, "to RESUMING ", SAYS_ERRNO])));
@@ -133,13 +133,15 @@ fn destination_arcs(left_in_error: bool) -> Vec<Case> {
 /// Reads, writes and questions.
 fn calls() -> Vec<Case> {
     let at_source = |name: &str, flags: u64, fault: &str, runs: Side, words: &[&str]| {
-        let ending = Ending::Fault { runs: Some(runs), says: says(Side::Source, words) };
+        // What does not keep the guest here is a warning.
+        let at = if runs == Side::Source { Says::Error } else { Says::Log(Side::Source) };
+        let ending = Ending::Fault { runs: Some(runs), says: says(at, words) };
         Case { flags, ending, ..leaving(format!("fault-source-{name}")) }.set(Side::Source, "fail", fault)
     };
     let writing = |name: &str, fault: &str| {
         let ending = Ending::Fault {
             runs: Some(Side::Source),
-            says: says(Side::Destination, &[DEVICE, "refused its state after", SAYS_ERRNO]),
+            says: says(Says::Log(Side::Destination), &[DEVICE, "refused its state after", SAYS_ERRNO]),
         };
         Case { ending, ..arriving(format!("fault-destination-{name}")) }.set(Side::Destination, "fail", fault)
     };
@@ -169,7 +171,7 @@ fn calls() -> Vec<Case> {
 /// A device that cannot be reset: its guest is paused, with the reason.
 fn lost() -> Vec<Case> {
     let words = [DEVICE, "from PRE_COPY_P2P to STOP_COPY ", SAYS_ERRNO, "guest stays paused"];
-    let ending = Ending::Fault { runs: None, says: says(Side::Source, &words) };
+    let ending = Ending::Fault { runs: None, says: says(Says::Log(Side::Source), &words) };
     let case = Case { ending, ..leaving("fault-source-lost".to_owned()) }.set(Side::Source, "reset_offered", 0);
     vec![refuse(case, Side::Source, "PRE_COPY_P2P", "STOP_COPY", true)]
 }
@@ -181,7 +183,7 @@ fn acks() -> Vec<Case> {
     // reference-vmm takes its destination for a QEMU 11.1, and it is a 10.0.
     let ending = Ending::Fault {
         runs: Some(Side::Source),
-        says: says(Side::Source, &["counted as QEMU 11.1 does, one for each device"]),
+        says: says(Says::Error, &["counted as QEMU 11.1 does, one for each device"]),
     };
     // Its devices' initial data are 64 KiB each.
     let unset = Case {
@@ -220,7 +222,7 @@ fn garbage() -> Vec<Case> {
         let parameters = json!({ "downtime-limit": 300 });
         Case { boot: Boot::Counted, ending, parameters, ..leaving(format!("garbage-{name}")) }
     };
-    let refused = |words: &[&str]| Ending::Fault { runs: Some(source), says: says(source, words) };
+    let refused = |words: &[&str]| Ending::Fault { runs: Some(source), says: says(Says::Error, words) };
     let cancelled = || Ending::Fault { runs: Some(source), says: None };
     let endless = u64::MAX - 1;
     let mut growing = case("initial-grows", cancelled());

@@ -5,7 +5,7 @@ use qevm_lab::{Report, Side};
 use reference_vmm::payload::Progress;
 use serde_json::{Value, json};
 
-use super::{Case, Ending, Memory, PRECOPY, Stop};
+use super::{Case, Ending, Memory, PRECOPY, Says, Stop};
 
 /// Milliseconds that a cancellation may take.
 const CANCEL_MS: f64 = 1000.0;
@@ -76,7 +76,7 @@ impl Case {
     }
 
     /// The guest runs where it has to, and nowhere else; a monitor says why.
-    fn judge_fault(&self, report: &Report, runs: Option<Side>, says: Option<&(Side, Vec<String>)>) -> Result<Value> {
+    fn judge_fault(&self, report: &Report, runs: Option<Side>, says: Option<&(Says, Vec<String>)>) -> Result<Value> {
         let said = |side: Side| {
             let (monitor, migration) = match side {
                 Side::Source => (&report.source_stderr, &report.migration),
@@ -104,10 +104,13 @@ impl Case {
         if self.driver == "testdev" {
             self.judge_devices_at(report, runs)?;
         }
-        if let Some((side, words)) = says {
-            let said = said(*side);
+        if let Some((at, words)) = says {
+            let said = match at {
+                Says::Error => report.migration["error-desc"].as_str().unwrap_or_default().to_owned(),
+                Says::Log(side) => said(*side),
+            };
             let line = said.lines().find(|line| words.iter().all(|word| line.contains(word.as_str())));
-            let line = line.with_context(|| format!("nobody at the {side:?} says {words:?}: {}", all()))?;
+            let line = line.with_context(|| format!("{at:?} does not say {words:?}: {}", all()))?;
             let mut what = json!({ "runs": format!("{runs:?}"), "says": line.trim() });
             if let Some((bytes, within)) = self.fails_within {
                 let took = self.fails_after(report, bytes).context("the destination has not loaded that much")?;
@@ -334,7 +337,7 @@ mod tests {
             report
         };
         let case = |runs| {
-            let says = Some((Side::Source, vec!["'vfio0'".to_owned(), "(os error 5)".to_owned()]));
+            let says = Some((Says::Error, vec!["'vfio0'".to_owned(), "(os error 5)".to_owned()]));
             Case { ending: Ending::Fault { runs, says }, ..plain() }
         };
         let source = case(Some(Side::Source));
@@ -346,7 +349,10 @@ mod tests {
         };
         refused(&|r| r.status = "limit".into());
         refused(&|r| r.status = "completed".into());
-        refused(&|r| r.migration = json!({ "error-desc": "device 'vfio0': no" }));
+        refused(&|r| {
+            r.source_stderr = "device 'vfio0': no (os error 5)".into();
+            r.migration = json!({ "error-desc": "device 'vfio0': no" });
+        });
         refused(&|r| r.left = json!({ "status": "paused" }));
         refused(&|r| r.arrived = json!({ "status": "running" }));
         refused(&|r| r.goes_on = false);

@@ -88,6 +88,15 @@ pub(super) struct Case {
     limit_s: u64,
 }
 
+/// Where a failure is told.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Says {
+    /// In the source's `query-migrate`.
+    Error,
+    /// In what the monitor of this side prints, or its `query-migrate`.
+    Log(Side),
+}
+
 /// How the last migration of a trip has to end.
 #[derive(Debug, Clone)]
 enum Ending {
@@ -97,8 +106,8 @@ enum Ending {
     Fault {
         /// Where the guest runs.
         runs: Option<Side>,
-        /// Whose monitor says it, and words that are all in one line of what it says.
-        says: Option<(Side, Vec<String>)>,
+        /// Where it is said, and words that are all in one line there.
+        says: Option<(Says, Vec<String>)>,
     },
     /// It ends, in whichever way, with a named failure or with a guest that has arrived.
     Ends,
