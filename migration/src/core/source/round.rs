@@ -205,7 +205,9 @@ impl SourceCore {
                     tracing::warn!("{stall}");
                     precopy.warned_of = Some(stall.name);
                 }
-                let step = if self.is_worth_a_pause(pending) {
+                // What fits is waited for no longer: another pass at once is to leave less.
+                let fits = expected.is_some_and(|time| time <= self.parameters.downtime_limit());
+                let step = if !fits && self.is_worth_a_pause(pending) {
                     self.wait(Some(now + PACE), Wake::Operator);
                     Step::Paced
                 } else {
@@ -271,3 +273,6 @@ impl SourceCore {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests;
