@@ -44,7 +44,8 @@ pub(crate) fn receive_pages(
                 stream.advance();
             }
             PageAction::DeviceState(packet) => {
-                let content = stream.read_content(consumed, packet.payload_len as usize)?;
+                let mut content = states.spare();
+                stream.read_content(consumed, packet.payload_len as usize, &mut content)?;
                 gate.count(content.len() as u64);
                 states.put(&packet, content).map_err(|error| stream.core.refuse(error))?;
             }

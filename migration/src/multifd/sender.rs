@@ -133,7 +133,7 @@ impl<'s> Sender<'s> {
 
     /// Sends the next piece of a device's state, and says whether there is none after it.
     fn piece(&mut self, transfer: usize, queue: &Queue, transfers: &Transfers<'_>) -> Result<bool, MigrationError> {
-        let Some(piece) = transfers.next(transfer)? else { return Ok(true) };
+        let Some(piece) = transfers.next(transfer, std::mem::take(&mut self.payload))? else { return Ok(true) };
         self.encoder.device_state(&piece.packet, &mut self.header)?;
         let mut parts = [self.header.as_bytes(), &piece.header, &piece.content].map(Source::bytes);
         let bytes = parts.iter().map(|part| part.len() as u64).sum();
@@ -141,6 +141,7 @@ impl<'s> Sender<'s> {
             .map_err(|source| MigrationError::Send { doing: "the state of a device on a page channel", source })?;
         self.header.clear();
         queue.sent(Counts { bytes, ..Counts::default() });
+        self.payload = piece.content;
         Ok(piece.last)
     }
 

@@ -11,10 +11,16 @@ use std::{
     time::Instant,
 };
 
+/// Buffers that are kept.
+const SPARE: usize = 8;
+
 /// Takes pieces of devices' state from the threads of the page channels, and gives them in order to a thread for each device.
 #[derive(Debug)]
 pub(crate) struct States {
+    /// Pieces with the headers that are in front of them.
     order: Mutex<DeviceStates<Vec<u8>>>,
+    /// Buffers of pieces that were loaded, for others: fresh memory costs more than what is copied into it.
+    spare: Mutex<Vec<Vec<u8>>>,
     changed: Condvar,
     start: Instant,
 }
@@ -23,13 +29,17 @@ impl States {
     /// For devices whose state comes over this many page channels.
     pub(crate) fn new(devices: impl IntoIterator<Item = CountedString>, channels: u8) -> Self {
         let order = Mutex::new(DeviceStates::new(devices, channels));
-        States { order, changed: Condvar::new(), start: Instant::now() }
+        States { order, spare: Mutex::default(), changed: Condvar::new(), start: Instant::now() }
+    }
+
+    /// A buffer for the content of a packet, which holds anything.
+    pub(super) fn spare(&self) -> Vec<u8> {
+        self.buffers().pop().unwrap_or_default()
     }
 
     /// Takes the content of a packet, when there is room for it.
     pub(super) fn put(&self, packet: &DeviceState, mut content: Vec<u8>) -> Result<(), LoadError> {
         let header = VfioDeviceState::decode(&content).map_err(|error| LoadError::Multifd(error.kind))?;
-        content.drain(..VfioDeviceState::LEN);
         let mut order = self.lock();
         let device = order.device(&packet.idstr, packet.instance_id)?;
         while let Some(back) = order.put(device, header, content, packet.payload_len.into())? {
@@ -66,7 +76,13 @@ impl States {
             drop(order);
             // There is room for another.
             self.changed.notify_all();
-            device.load(&piece).map_err(|error| Located::new(LoadError::Devices(error), 0))?;
+            let state = piece.get(VfioDeviceState::LEN..).unwrap_or_default();
+            device.load(state).map_err(|error| Located::new(LoadError::Devices(error), 0))?;
+            let mut spare = self.buffers();
+            if spare.len() < SPARE {
+                spare.push(piece);
+            }
+            drop(spare);
             self.lock().loaded(number);
             self.changed.notify_all();
         }
@@ -77,7 +93,11 @@ impl States {
         let mut order = self.lock();
         loop {
             let now = self.start.elapsed();
-            let Some(until) = order.main_waits(received(), now)? else { return Ok(order.configurations()) };
+            let Some(until) = order.main_waits(received(), now)? else {
+                let mut configurations = order.configurations();
+                configurations.iter_mut().for_each(|(_, content)| drop(content.drain(..VfioDeviceState::LEN)));
+                return Ok(configurations);
+            };
             let woken = self.changed.wait_timeout(order, until.saturating_sub(now));
             (order, _) = woken.unwrap_or_else(PoisonError::into_inner);
         }
@@ -93,6 +113,10 @@ impl States {
     pub(crate) fn abandon(&self, reason: impl Into<String>) {
         self.lock().abandon(reason);
         self.changed.notify_all();
+    }
+
+    fn buffers(&self) -> MutexGuard<'_, Vec<Vec<u8>>> {
+        self.spare.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn lock(&self) -> MutexGuard<'_, DeviceStates<Vec<u8>>> {

@@ -69,14 +69,20 @@ impl PageStream {
         Ok(())
     }
 
-    /// Reads the content of a packet whose header took `consumed` bytes. It is short, so some of what follows may be here already.
-    pub(super) fn read_content(&mut self, consumed: usize, len: usize) -> Result<Vec<u8>, MigrationError> {
+    /// Reads the content of a packet whose header took `consumed` bytes into `content`, whatever that holds. It is short, so some of what
+    /// follows may be here already.
+    pub(super) fn read_content(
+        &mut self,
+        consumed: usize,
+        len: usize,
+        content: &mut Vec<u8>,
+    ) -> Result<(), MigrationError> {
         let here = self.header.get(consumed..self.filled).unwrap_or_default();
         let front = here.len().min(len);
-        let mut content = here[..front].to_vec();
+        // The core has checked the length against its limit.
+        content.resize(len, 0);
+        content[..front].copy_from_slice(&here[..front]);
         if front < len {
-            // The core has checked the length against its limit.
-            content.resize(len, 0);
             self.filled = 0;
             let PageStream { channel, core, ahead, filled, .. } = self;
             let mut payload = Payload { channel: &**channel, core, ahead, filled };
@@ -87,7 +93,7 @@ impl PageStream {
             self.filled -= consumed + front;
             self.core.placed(len as u64)?;
         }
-        Ok(content)
+        Ok(())
     }
 
     /// The packet and its payload are done with: the header after it is the next.

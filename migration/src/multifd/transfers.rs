@@ -66,8 +66,8 @@ impl<'g> Transfers<'g> {
         self.sent.load(Ordering::Relaxed)
     }
 
-    /// The next piece of a transfer; `None` after the last.
-    pub(super) fn next(&self, transfer: usize) -> Result<Option<Piece>, MigrationError> {
+    /// The next piece of a transfer, in this buffer; `None` after the last.
+    pub(super) fn next(&self, transfer: usize, mut content: Vec<u8>) -> Result<Option<Piece>, MigrationError> {
         let Some(transfer) = self.begun.get().and_then(|begun| begun.get(transfer)) else { return Ok(None) };
         let Some((idstr, device)) = self.devices.get(transfer.device) else { return Ok(None) };
         // Who reads a piece also numbers it: the numbers are in the order of reading.
@@ -75,7 +75,7 @@ impl<'g> Transfers<'g> {
         if progress.configuration.is_none() {
             return Ok(None);
         }
-        let mut content = Vec::new();
+        content.clear();
         device.read(&mut content, PIECE).map_err(MigrationError::guest("read the state of a device"))?;
         self.sent.fetch_add(content.len() as u64, Ordering::Relaxed);
         let last = content.is_empty();
