@@ -225,7 +225,9 @@ config_keys:
     .ascii "way\0\0\0\0\0"         # how: 1 ACPI reset register, 2 triple fault
     .ascii "button\0\0"            # power button: 1 report it, 2 report it and switch off
     .ascii "worst\0\0\0"           # not 0: do nothing but your worst
-    .ascii "pci\0\0\0\0\0"         # not 0: check the host bridge of the PCI bus in each pass
+    .ascii "pci\0\0\0\0\0"         # PCI bus: 1 its host bridge, 2 and its test devices, with interrupts by 3 INTx, 4 MSI, 5 MSI-X
+    .ascii "dma\0\0\0\0\0"         # address of the first page that those write to, 0 = none
+    .ascii "dmapages"              # pages for each of them
 config_name:
     .asciz "opt/qevm/payload"
 msg_no_fw_cfg:

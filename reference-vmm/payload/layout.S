@@ -21,6 +21,13 @@
     .set V_INTERRUPTS, 0x50200     # interrupts of virtio devices
     .set V_ERRORS,     0x50208
     .set V_NEXT,       0x50210     # TSC before which the devices are left alone
+    .set PCI_DEVICES,  0x51000     # MAX_PCI blocks of PCI_SIZE bytes, fields X_*
+    .set PCI_SIZE,     0x100
+    .set MAX_PCI,      4
+    .set PCI_COUNT,    PCI_DEVICES + MAX_PCI * PCI_SIZE
+    .set PCI_ROOM,     PCI_COUNT + 8   # address for the next BAR
+    .set PCI_NEXT,     PCI_COUNT + 16  # TSC before which the devices are left alone
+    .set PCI_STATE,    MAX_PCI * PCI_SIZE + 24
     .set VIRTIO_MEMORY, 0x60000    # 64 KiB of queues and buffers for each kind of device
     .set PML4,         0x100000
     .set PDPT,         0x101000
@@ -50,6 +57,7 @@
 
     .set VEC_TIMER,    0x40
     .set VEC_VIRTIO,   0x41
+    .set VEC_PCI,      0x60        # four vectors for each device
 
     .set COM1,         0x3f8
     .set FW_CFG_SEL,   0x510
@@ -94,7 +102,14 @@
     .set C_BUTTON,     C_CONFIG + 0x70
     .set C_WORST,      C_CONFIG + 0x78
     .set C_PCI,        C_CONFIG + 0x80
-    .set CONFIG_COUNT, 17
+    .set C_DMA,        C_CONFIG + 0x88
+    .set C_DMA_PAGES,  C_CONFIG + 0x90
+    .set CONFIG_COUNT, 19
+    # Values of C_PCI, each with what those below it do but for another's interrupts.
+    .set PCI_REGISTERS, 2
+    .set PCI_INTX,     3
+    .set PCI_MSI,      4
+    .set PCI_MSIX,     5
     .set PCI_CHECKS,   CTRL + 0x218 # passes in which the PCI bus was checked
     # What a reset leaves alone, as it does all RAM.
     .set C_BOOTS,      CTRL + 0x208 # starts so far

@@ -21,7 +21,7 @@ pci_start:
     mov word ptr [rax + PCI_COMMAND], MEMORY_AND_MASTER
     mov byte ptr [rax + PCI_LINE], 0
     mov dword ptr [rax + PCI_OWN], 0
-1:  ret
+1:  jmp pci_devices_start
 
     .macro PCI_EXPECT at, expected
     mov ecx, \expected
@@ -31,7 +31,7 @@ pci_start:
     call pci_expect
     .endm
 
-# Called by the first vCPU at the end of each pass; changes rax, rcx, rdx, rsi, rdi, r8
+# Called by the first vCPU at the end of each pass; changes rax, rcx, rdx, rsi, rdi, r8-r11
 pci_check:
     cmp qword ptr [C_PCI], 0
     je 1f
@@ -46,6 +46,7 @@ pci_check:
     mov eax, ECAM
     mov [rax + PCI_LINE], cl
     mov [rax + PCI_OWN], ecx
+    jmp pci_devices_check
 1:  ret
 
 # eax = register, ecx = expected, edx = found
@@ -64,7 +65,8 @@ pci_progress:
     call puts
     mov rax, [PCI_CHECKS]
     call putdec
-    jmp newline
+    call newline
+    jmp pci_devices_progress
 1:  ret
 
 kind_pci:

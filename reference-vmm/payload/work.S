@@ -282,6 +282,7 @@ tick:
     mov [r15 + P_PRINT_NEXT], rax
     mov [r15 + P_PACE], rax
     mov [V_NEXT], rax
+    mov [PCI_NEXT], rax
 2:  cmp rax, [r15 + P_BG_NEXT]
     jb 3f
     mov rcx, [C_BG_STEP]
@@ -305,7 +306,16 @@ tick:
     call virtio_poll
     LOAD_MIX_FACTOR
     mov rax, [r15 + P_TSC]
-7:  cmp rax, [r15 + P_PRINT_NEXT]
+7:  cmp qword ptr [C_PCI], PCI_INTX
+    jb 8f
+    cmp rax, [PCI_NEXT]
+    jb 8f
+    add rax, [C_TSC_KHZ]
+    mov [PCI_NEXT], rax
+    call pci_devices_poll
+    LOAD_MIX_FACTOR
+    mov rax, [r15 + P_TSC]
+8:  cmp rax, [r15 + P_PRINT_NEXT]
     jb 4f
     call progress
     call look_at_button

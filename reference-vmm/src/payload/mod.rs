@@ -42,7 +42,9 @@
 //! | `resets` | resets at most | no limit |
 //! | `way` | how: 1 ACPI reset register, 2 triple fault | 1 |
 //! | `button` | power button: 1 report it, 2 report it and switch off | 0 |
-//! | `pci` | not 0: program the host bridge of the PCI bus, and check its registers in each pass | 0 |
+//! | `pci` | PCI bus: 1 program its host bridge, and check its registers in each pass; 2 use test devices as well, 3 with INTx, 4 with MSI, 5 with MSI-X | 0 |
+//! | `dma` | first of the pages that test devices write to, which must not be in use, 0 = none | 0 |
+//! | `dmapages` | such pages for each of them | 64 |
 //! | `worst` | not 0: do nothing of this, and to the monitor the worst that a guest can do, on every queue and port | 0 |
 //!
 //! Before a reset it prints `qevm-payload reset boots=N`, where `N` counts the starts so far in RAM, which a reset keeps; and
@@ -52,6 +54,19 @@
 //! number of the next request of each device (0: it is not used), interrupts taken, and devices that gave back something else than
 //! was asked for. With `pci` it is followed by `qevm-payload pci checks=N`, the number of passes that checked the bridge; a register with
 //! another value than it should have counts as stale, `kind=pci` with its offset as page.
+//!
+//! Test devices are those that `conformance/lab/testdev` documents, up to four. The guest places their BARs, turns memory and bus mastering on,
+//! and tells each its pages of RAM. The first vCPU counts a register and a word of the device's memory up in each pass and checks both, the
+//! configuration space, and some of the pages; it raises interrupts one at a time by the next of four vectors, and the next one when the last has come.
+//! Each has a line after that of the bus:
+//!
+//! ```text
+//! qevm-payload pci-device slot=1 counter=12 raised=345 taken=345 spurious=0 dma=384
+//! ```
+//!
+//! What is wrong counts as stale, with the slot as word: `kind=pci` for the configuration space, `pci-register` and `pci-memory` for BARs,
+//! `pci-dma` for a page that lacks the number it was given last, and `pci-interrupt` for one that has not come within five seconds, came twice (page 0), or
+//! by another vector (page 1).
 
 mod transcript;
 
@@ -94,11 +109,66 @@ pub struct Progress {
     pub ms: u64,
 }
 
+/// One `qevm-payload pci-device slot=…` line.
+///
+/// ```
+/// use reference_vmm::payload::PciDevice;
+/// let line = "qevm-payload pci-device slot=1 counter=12 raised=345 taken=344 spurious=0 dma=384";
+/// let device = PciDevice::parse(line).unwrap();
+/// assert_eq!((device.slot, device.counter, device.raised - device.taken), (1, 12, 1));
+/// ```
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct PciDevice {
+    /// Its device number on the bus.
+    pub slot: u64,
+    /// Passes in which its registers and its memory were as they had been left.
+    pub counter: u64,
+    /// Interrupts raised; before this start of the guest as well, if the device has not been reset.
+    pub raised: u64,
+    /// Those of them that have come: at most one fewer.
+    pub taken: u64,
+    /// Times that its pin interrupted without a cause.
+    pub spurious: u64,
+    /// Pages looked at that the device writes to.
+    pub dma: u64,
+}
+
+impl PciDevice {
+    /// Reads such a line; `None` for any other line and for one that was cut off.
+    pub fn parse(line: &str) -> Option<PciDevice> {
+        let mut field = fields(line, "qevm-payload pci-device ")?;
+        Some(PciDevice {
+            slot: field("slot")?,
+            counter: field("counter")?,
+            raised: field("raised")?,
+            taken: field("taken")?,
+            spurious: field("spurious")?,
+            dma: field("dma")?,
+        })
+    }
+}
+
+impl PciDevice {
+    /// Whether a guest that said `before` can say this later, unless it was reset.
+    pub fn follows(&self, before: &PciDevice) -> bool {
+        self.counter >= before.counter
+            && self.raised >= before.raised
+            && self.taken >= before.taken
+            && self.spurious >= before.spurious
+            && self.dma >= before.dma
+    }
+}
+
+/// Gives the numbers of a line that begins so, one after the other, by their names.
+fn fields<'l>(line: &'l str, begin: &str) -> Option<impl FnMut(&str) -> Option<u64> + use<'l>> {
+    let mut words = line.trim_end().strip_prefix(begin)?.split(' ');
+    Some(move |name: &str| words.next()?.strip_prefix(name)?.strip_prefix('=')?.parse().ok())
+}
+
 impl Progress {
     /// Reads a progress line; `None` for any other line and for one that was cut off.
     pub fn parse(line: &str) -> Option<Progress> {
-        let mut words = line.trim_end().strip_prefix("qevm-payload ")?.split(' ');
-        let mut field = |name: &str| words.next()?.strip_prefix(name)?.strip_prefix('=')?.parse().ok();
+        let mut field = fields(line, "qevm-payload ")?;
         Some(Progress {
             pass: field("pass")?,
             pages: field("pages")?,

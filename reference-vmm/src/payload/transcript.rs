@@ -1,6 +1,8 @@
 //! What the guest has printed on its way, put together.
 
-use super::Progress;
+use std::collections::BTreeMap;
+
+use super::{PciDevice, Progress};
 
 /// Everything a guest printed, on one monitor after the other.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -70,6 +72,7 @@ impl Transcript {
         let text = String::from_utf8_lossy(&bytes);
         let whole = text.rsplit_once('\n').map_or("", |(whole, _)| whole);
         let (mut last, mut lines): (Option<Progress>, _) = (None, 0);
+        let mut devices = BTreeMap::new();
         for (number, line) in (1..).zip(whole.lines()) {
             match (Progress::parse(line), &last) {
                 (Some(progress), Some(before)) if !in_order(before, &progress) => {
@@ -79,8 +82,16 @@ impl Transcript {
                     last = Some(progress);
                     lines += 1;
                 }
-                (None, _) if whole_message(line) => {}
-                (None, _) => return Err(BadTranscript::Damaged { number, line: line.into() }),
+                (None, _) => match PciDevice::parse(line) {
+                    Some(device) => {
+                        let before = devices.insert(device.slot, device);
+                        if before.is_some_and(|before| !device.follows(&before)) {
+                            return Err(BadTranscript::Backwards { number, line: line.into() });
+                        }
+                    }
+                    None if whole_message(line) => {}
+                    None => return Err(BadTranscript::Damaged { number, line: line.into() }),
+                },
             }
         }
         let last = last.ok_or(BadTranscript::Silent)?;
@@ -137,6 +148,22 @@ mod tests {
             let transcript = Transcript::read(&[a, b, b""]).unwrap();
             assert_eq!((transcript.last.pass, transcript.lines), (3, 3));
             assert_eq!(transcript.cut, usize::from(!a.ends_with(b"\n")));
+        }
+    }
+
+    #[test]
+    fn a_device_does_not_go_back() {
+        let device = |slot: u64, counter: u64, taken: u64| {
+            format!("qevm-payload pci-device slot={slot} counter={counter} raised=9 taken={taken} spurious=0 dma=64\n")
+        };
+        let read = |devices: &[String]| {
+            let text = [START.to_owned(), line(1, 0, 10), devices.concat()].concat();
+            Transcript::read(&[text.as_bytes()]).map(|transcript| transcript.lines)
+        };
+        assert_eq!(read(&[device(1, 5, 8), device(2, 4, 8), device(1, 5, 9)]), Ok(1));
+        for back in [device(1, 4, 9), device(1, 5, 7)] {
+            let error = read(&[device(1, 5, 8), back]).unwrap_err();
+            assert!(matches!(error, BadTranscript::Backwards { number: 4, .. }), "{error}");
         }
     }
 

@@ -23,9 +23,11 @@ mod reset;
 mod snapshot;
 mod state;
 mod strange_peers;
+mod testdev;
 mod transports;
 mod vfio;
 mod vfio_host;
+mod vfio_used;
 mod worst;
 
 use std::fs::OpenOptions;
@@ -63,6 +65,7 @@ fn main() -> ExitCode {
         transports::TESTS,
         vfio::TESTS,
         vfio_host::TESTS,
+        vfio_used::TESTS,
         strange_peers::TESTS,
         worst::TESTS,
     ]

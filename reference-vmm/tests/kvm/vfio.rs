@@ -131,7 +131,7 @@ impl Side {
 }
 
 /// Capabilities that are switched on or off.
-type Switches<'a> = &'a [(&'a str, bool)];
+pub(crate) type Switches<'a> = &'a [(&'a str, bool)];
 
 fn capabilities(more: Switches<'_>) -> Capabilities {
     let all = [("return-path", true)].into_iter().chain(more.iter().copied());
@@ -140,16 +140,20 @@ fn capabilities(more: Switches<'_>) -> Capabilities {
 
 /// Migrates, and gives the source's error and the destination's.
 fn migrate(from: &Side, to: &Side, more: Switches<'_>) -> (Option<String>, Option<String>) {
+    migrate_between(&from.vmm, &to.vmm, more)
+}
+
+pub(crate) fn migrate_between(from: &Arc<Vmm>, to: &Arc<Vmm>, more: Switches<'_>) -> (Option<String>, Option<String>) {
     let directory = tempfile::tempdir().unwrap();
     let address = Address::Unix(directory.path().join("migration"));
-    for side in [from, to] {
-        side.vmm.outgoing().set_capabilities(capabilities(more)).unwrap();
+    for vmm in [from, to] {
+        vmm.outgoing().set_capabilities(capabilities(more)).unwrap();
     }
-    to.vmm.listen(&address, false).unwrap();
-    from.vmm.migrate(address).unwrap();
-    from.vmm.outgoing().wait();
-    wait("the destination does not end", || !to.vmm.incoming().status().is_running());
-    (from.vmm.outgoing().statistics().error, to.vmm.incoming().statistics().error)
+    to.listen(&address, false).unwrap();
+    from.migrate(address).unwrap();
+    from.outgoing().wait();
+    wait("the destination does not end", || !to.incoming().status().is_running());
+    (from.outgoing().statistics().error, to.incoming().statistics().error)
 }
 
 pub(crate) fn wait(what: &str, done: impl Fn() -> bool) {

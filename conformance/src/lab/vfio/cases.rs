@@ -1,6 +1,6 @@
 //! The trips.
 
-use super::{Case, Memory};
+use super::{Case, Memory, Use};
 use qevm_lab::Side;
 
 pub(super) const NEW: &str = "11.1";
@@ -82,6 +82,29 @@ pub(in crate::lab) fn cases() -> Vec<Case> {
         // The container's log, and none at all.
         Case { devices: 2, ..Case::visit("vfio-visit-10.0-two-devices", OLD).ack() },
         Case::visit("vfio-visit-container-log", NEW).set(Source, "log_offered", 0),
+        // The guest uses its devices. As between two QEMUs, so by way of reference-vmm.
+        Case::new("vfio-intx", NEW, NEW).used(Use::Intx),
+        Case::new("vfio-msi", NEW, NEW).used(Use::Msi),
+        Case::new("vfio-msix", NEW, NEW).used(Use::MsiX),
+        Case::visit("vfio-visit-intx", NEW).used(Use::Intx),
+        Case::visit("vfio-visit-msi", NEW).used(Use::Msi),
+        Case::visit("vfio-visit-msix", NEW).used(Use::MsiX),
+        Case { devices: 2, ..Case::visit("vfio-visit-intx-two-devices", NEW).ack().used(Use::Intx) },
+        Case { iommufd: true, ..Case::visit("vfio-visit-msi-iommufd", NEW).used(Use::Msi) },
+        Case {
+            devices: 2,
+            on_channels: LARGE,
+            ..Case::visit("vfio-visit-msix-multifd", NEW).multifd().used(Use::MsiX)
+        }
+        .set(Source, "final_size", LARGE),
+        Case::visit("vfio-visit-10.0-intx", OLD).used(Use::Intx),
+        Case::visit("vfio-visit-10.0-msi", OLD).used(Use::Msi),
+        Case::visit("vfio-visit-10.0-msix", OLD).used(Use::MsiX),
+        Case { memory: Memory::Stale, ..Case::visit("vfio-visit-log-off", NEW).ack().used(Use::MsiX) }.set(
+            Destination,
+            "load_initial_ms",
+            1000,
+        ),
         // The check of the guest's memory must fail. While the source waits for the ack, every page is written again.
         Case { memory: Memory::Stale, ..Case::new("vfio-log-off", NEW, NEW).ack() }.set(
             Destination,

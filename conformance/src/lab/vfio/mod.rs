@@ -4,6 +4,7 @@ mod cases;
 mod faults;
 mod figures;
 mod judge;
+mod used;
 
 use std::collections::BTreeMap;
 
@@ -47,6 +48,19 @@ enum Memory {
     Unwatched,
 }
 
+/// What the guest does with its devices: the payload's key `pci`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum Use {
+    /// Nothing: it does not touch them.
+    None = 1,
+    /// It programs them, and uses registers, memory, DMA and the interrupt pin.
+    Intx = 3,
+    /// The same with MSI.
+    Msi = 4,
+    /// The same with MSI-X.
+    MsiX = 5,
+}
+
 /// How a guest with devices travels, and what must be seen.
 #[derive(Debug, Clone)]
 pub(super) struct Case {
@@ -71,6 +85,7 @@ pub(super) struct Case {
     /// Further properties of the devices.
     options: &'static str,
     memory: Memory,
+    used: Use,
     /// Milliseconds after `migrate` before which the source must not stop its guest.
     earliest_stop_ms: u64,
     /// Least bytes on page channels.
@@ -134,6 +149,7 @@ impl Case {
             parameters: json!({ "downtime-limit": 2000 }),
             options: "",
             memory: Memory::Right,
+            used: Use::None,
             earliest_stop_ms: 0,
             on_channels: 0,
             at_most_on_channels: u64::MAX,
@@ -154,6 +170,15 @@ impl Case {
 
     fn mtty(self) -> Case {
         Case { driver: "mtty", memory: Memory::Unwatched, ..self }
+    }
+
+    /// The guest uses its devices.
+    fn used(self, used: Use) -> Case {
+        Case { used, ..self }
+    }
+
+    fn is_used(&self) -> bool {
+        self.used > Use::None
     }
 
     fn ack(mut self) -> Case {
@@ -205,9 +230,9 @@ impl Case {
             "mtty" => ("mtty-2", Vec::new()),
             _ => ("testdev-pci", vec![("migration_flags".to_owned(), self.flags.to_string())]),
         };
-        if self.memory != Memory::Unwatched {
+        if self.memory != Memory::Unwatched && !self.is_used() {
             let base = DMA_BASE + number as u64 * DMA_PAGES * 4096;
-            // The payload does not program the device.
+            // Nobody else says where.
             for (name, value) in [("dma_needs_bus_master", 0), ("dma_iova", base), ("dma_pages", DMA_PAGES)] {
                 settings.push((name.to_owned(), value.to_string()));
             }
@@ -225,7 +250,11 @@ impl Case {
         let dirty =
             if self.record { "dirty=8K;hold=4K;zero=4K;rate=32K" } else { "dirty=64K;hold=16K;zero=64K;rate=256K" };
         let memory = if self.record { "16" } else { MEMORY };
-        let item = format!("name={FW_CFG_NAME},string={dirty};pci=1;report=100");
+        let used = match self.is_used() {
+            true => format!("rate=1M;dma={DMA_BASE};dmapages={DMA_PAGES};pci={}", self.used as u8),
+            false => "pci=1".to_owned(),
+        };
+        let item = format!("name={FW_CFG_NAME},string={dirty};{used};report=100");
         let (program, kind, mut words) = match self.path[stop] {
             Stop::Qemu(release) => {
                 // The names of threads tell vCPUs from the others.
@@ -293,7 +322,7 @@ impl Case {
             ready: "qevm-payload pass=".into(),
             beat: "qevm-payload pass=".into(),
             before_ms: 0,
-            after_ms: 500,
+            after_ms: if self.is_used() { 1500 } else { 500 },
             changes: self.changes.iter().map(change).collect(),
             limit_s: self.limit_s,
             record: self.record.then(|| format!("{SHARE}/{}", self.name)),

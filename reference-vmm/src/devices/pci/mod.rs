@@ -143,6 +143,11 @@ pub trait Function: Send {
         Vec::new()
     }
 
+    /// The level of its interrupt pin, which an access to a BAR may have changed; `None` if accesses do not.
+    fn pin(&self) -> Option<bool> {
+        None
+    }
+
     /// Its interrupt pin gets to the guest without the bus, which does not hold a line up for it.
     fn has_own_line(&self) -> bool {
         false
@@ -237,8 +242,9 @@ impl PciBus {
             return false;
         }
         data.fill(0xff);
-        if let Some((device, bar, offset)) = self.decode(gpa) {
-            device.function.bar_read(bar, offset, data);
+        if let Some((number, bar, offset)) = self.decode(gpa) {
+            self.devices[number].function.bar_read(bar, offset, data);
+            self.follow_pin(number);
         }
         true
     }
@@ -262,10 +268,17 @@ impl PciBus {
         if !self.in_window(gpa) {
             return false;
         }
-        if let Some((device, bar, offset)) = self.decode(gpa) {
-            device.function.bar_write(bar, offset, data);
+        if let Some((number, bar, offset)) = self.decode(gpa) {
+            self.devices[number].function.bar_write(bar, offset, data);
+            self.follow_pin(number);
         }
         true
+    }
+
+    fn follow_pin(&mut self, number: usize) {
+        if let Some(level) = self.devices[number].function.pin() {
+            self.set_intx(number, level);
+        }
     }
 
     /// A device raises or lowers its interrupt pin; one without a pin has none to raise.
@@ -306,10 +319,11 @@ impl PciBus {
         LOW_WINDOW.contains(&gpa) || self.high_window.contains(&gpa)
     }
 
-    fn decode(&mut self, gpa: u64) -> Option<(&mut Device, usize, u64)> {
-        self.devices.iter_mut().find_map(|device| {
+    /// The device, its BAR and the offset in it that an address is.
+    fn decode(&self, gpa: u64) -> Option<(usize, usize, u64)> {
+        self.devices.iter().enumerate().find_map(|(number, device)| {
             let (bar, offset) = device.function.config().decode(gpa)?;
-            Some((device, bar, offset))
+            Some((number, bar, offset))
         })
     }
 
