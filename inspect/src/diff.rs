@@ -98,6 +98,14 @@ impl Observer for Devices {
         self.sections.insert(key(header), device);
     }
 
+    fn configuration_of(&mut self, header: &SectionHeader, fields: &Node) {
+        let mut body = Vec::new();
+        // What has names that are too long for the wire did not come from there.
+        let _ = fields.encode(&mut body);
+        self.body(header, fields.offset, &body);
+        self.fields(header, fields);
+    }
+
     fn fields(&mut self, header: &SectionHeader, fields: &Node) {
         let memory = fields.memory();
         if self.held + memory > Self::ROOM + 2 * self.position {

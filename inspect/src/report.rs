@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 /// let keys: Vec<&String> = value.as_object().unwrap().keys().collect();
 /// assert_eq!(
 ///     keys,
-///     ["ok", "bytes", "opaque_bytes", "reencoded_identical", "qemu_profile", "sections", "ram", "error"]
+///     ["ok", "bytes", "opaque_bytes", "device_bytes", "reencoded_identical", "qemu_profile", "sections", "ram", "error"]
 /// );
 /// ```
 #[derive(Debug, Clone, Default)]
@@ -20,6 +20,8 @@ pub struct Report {
     pub bytes: u64,
     /// Bytes of device sections that belong to no named field.
     pub opaque_bytes: u64,
+    /// Bytes of VFIO devices' own data, on the main channel and on page channels: no fields, and not counted as opaque.
+    pub device_bytes: u64,
     /// Everything that was decoded gave the same bytes when it was encoded again.
     pub reencoded_identical: bool,
     /// Best guess of the writer: see [`crate::stream::writer`].
@@ -69,6 +71,7 @@ impl Report {
             ok: self.error.is_none(),
             bytes: self.bytes,
             opaque_bytes: self.opaque_bytes,
+            device_bytes: self.device_bytes,
             reencoded_identical: reencoded.then_some(self.reencoded_identical),
             qemu_profile: &self.qemu_profile,
             sections: &self.sections,
@@ -90,6 +93,7 @@ pub struct Members<'a> {
     ok: bool,
     bytes: u64,
     opaque_bytes: u64,
+    device_bytes: u64,
     #[serde(skip_serializing_if = "Option::is_none")]
     reencoded_identical: Option<bool>,
     qemu_profile: &'a str,

@@ -12,3 +12,4 @@ mod serve;
 mod strangers;
 mod usage;
 mod verify;
+mod vfio;

@@ -114,7 +114,10 @@ fn the_json_object_has_exactly_the_promised_keys() {
         let ran = qevm(["verify".as_ref(), "--json".as_ref(), path.as_os_str()]);
         assert_eq!(ran.code, Some(code));
         let report = ran.json();
-        assert_eq!(keys(&report), "ok bytes opaque_bytes reencoded_identical qemu_profile sections ram error");
+        assert_eq!(
+            keys(&report),
+            "ok bytes opaque_bytes device_bytes reencoded_identical qemu_profile sections ram error"
+        );
         if code == 0 {
             assert_eq!(keys(&report["sections"][0]), "idstr instance_id version_id offset size");
             assert_eq!(keys(&report["ram"][0]), "name used_length pages zero_pages crc32");

@@ -45,6 +45,8 @@ pub struct Analysis {
     pub main_bytes: u64,
     /// Bytes of device sections that belong to no named field.
     pub opaque_bytes: u64,
+    /// Bytes of VFIO devices' own data, whose layout the devices alone know, on the main channel and on page channels.
+    pub device_bytes: u64,
     /// What was re-encoded was identical.
     pub reencoded_identical: bool,
     /// The header was read.

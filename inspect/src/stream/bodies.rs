@@ -339,6 +339,9 @@ impl Known {
             let message = format!("version {}, expected {expected} as described", header.version_id);
             return Err(Failure::mismatch(file, offset - 4, path(), message));
         }
+        if header.content() == Content::Vfio {
+            return Ok(Read::vfio(header, offset, body));
+        }
         if header.content() != Content::Opaque && device.wire_size() != body.len() as u64 {
             // The description counts the records around a VFIO device's state as well.
             return Ok(Read::opaque(body));

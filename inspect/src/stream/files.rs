@@ -89,7 +89,11 @@ fn all(walk: &mut Walk<'_>, inputs: &mut Inputs) -> Result<(), Halt> {
     if let Some(memory) = &mut walk.memory {
         walk.channels.finish(memory, &last, walk.analysis.postcopy, can_break)?;
     }
-    walk.analysis.opaque_bytes += walk.channels.device_bytes();
+    walk.analysis.device_bytes += walk.channels.device_bytes();
+    for (configurations, notes) in walk.channels.configurations() {
+        configurations.iter().for_each(|(header, fields)| walk.observer.configuration_of(header, fields));
+        notes.into_iter().for_each(|note| walk.analysis.note(note));
+    }
     walk.bytes_before += walk.channels.bytes();
     walk.analysis.bytes = walk.bytes_before;
     for (number, named) in return_path.iter_mut().enumerate() {

@@ -5,7 +5,7 @@ use super::writer;
 use crate::failure::{Error, Failure};
 use qevm_savevm::devices::DeviceState;
 use qevm_savevm::framing::{Content, SectionHeader};
-use qevm_savevm::vmdesc::{Catalogue, DeviceBody, DeviceDescription, Found, Node, Schema, Verdict};
+use qevm_savevm::vmdesc::{Catalogue, DeviceBody, DeviceDescription, Found, Node, Schema, Verdict, vfio_configuration};
 use qevm_savevm::vmstate::Context;
 use qevm_wire::{Limits, QemuVersion};
 use std::fs::File;
@@ -40,6 +40,17 @@ impl Read {
     pub(super) fn opaque(body: &[u8]) -> Self {
         Read { opaque: body.len() as u64, ..Read::default() }
     }
+
+    /// The configuration of a VFIO device, which no description tells about: it counts the records around it as well.
+    pub(super) fn vfio(header: &SectionHeader, offset: u64, body: &[u8]) -> Self {
+        match vfio_configuration(body, offset, &Limits::default()) {
+            Ok(fields) => Read { fields: Some(fields), ..Read::default() },
+            Err(error) => {
+                let path = format!("section {} '{}'", header.section_id, header.idstr);
+                Read { note: Some(format!("shown raw: {}", error.within(path))), ..Read::opaque(body) }
+            }
+        }
+    }
 }
 
 impl Layouts {
@@ -65,6 +76,9 @@ impl Layouts {
     /// that explains the content to its last byte.
     pub(super) fn read(&self, header: &SectionHeader, offset: u64, body: &[u8], analysis: &Analysis) -> Read {
         let limits = &Limits::default();
+        if header.content() == Content::Vfio {
+            return Read::vfio(header, offset, body);
+        }
         if header.content() != Content::Opaque {
             return Read::opaque(body);
         }

@@ -28,6 +28,8 @@ pub trait Observer {
     fn body(&mut self, _header: &SectionHeader, _offset: u64, _body: &[u8]) {}
     /// The fields of a device section, once they are known: at the latest when the description comes.
     fn fields(&mut self, _header: &SectionHeader, _fields: &Node) {}
+    /// The configuration of a VFIO device, which came on a page channel and not in its section.
+    fn configuration_of(&mut self, _header: &SectionHeader, _fields: &Node) {}
 }
 
 /// An observer that is not interested.

@@ -37,6 +37,7 @@ impl Analysis {
         Report {
             bytes: self.bytes,
             opaque_bytes: self.opaque_bytes,
+            device_bytes: self.device_bytes,
             reencoded_identical: self.reencoded_identical,
             qemu_profile: writer::describe(self),
             sections: self.sections.iter().map(Section::report).collect(),

@@ -16,6 +16,7 @@ use qevm_savevm::command::Command;
 use qevm_savevm::configuration::Configuration;
 use qevm_savevm::framing::SectionKind;
 use qevm_savevm::ram::{MappedRamHeader, RamRecord};
+use qevm_savevm::vfio::VfioRecord;
 use qevm_savevm::{Decoder, Error, ErrorKind, Event, Footers, StreamError};
 use qevm_wire::{Decode, PageGeometry};
 use std::collections::HashMap;
@@ -170,6 +171,7 @@ impl Walk<'_> {
                     self.body(&header.clone(), at, body, packaged, file)?;
                 }
             }
+            Event::Vfio(VfioRecord::Data { len }) => self.analysis.device_bytes += len,
             Event::SectionFooter { .. } => {
                 self.analysis.footers = Some(decoder.footers() != Footers::Absent);
                 self.close_record(decoder.offset());

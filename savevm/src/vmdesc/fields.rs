@@ -59,6 +59,11 @@ impl<'a> Input<'a> {
         &self.body[..(self.reader.offset() - self.base) as usize]
     }
 
+    /// The bytes of the section that are next.
+    pub(super) fn ahead(&self) -> &'a [u8] {
+        &self.body[(self.reader.offset() - self.base) as usize..]
+    }
+
     /// A node is about to be made, with these names and a value of `len` bytes.
     fn count_node(&mut self, names: [&Name; 2], len: u64) -> Result<(), Error> {
         /// What an allocation takes besides its bytes.

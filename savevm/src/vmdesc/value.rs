@@ -24,6 +24,8 @@ pub enum ScalarKind {
     I32,
     /// Signed big-endian, eight bytes.
     I64,
+    /// Unsigned **little-endian**, two bytes: registers of PCI configuration space.
+    U16Le,
     /// Unsigned **little-endian**, four bytes: structures that QEMU dumps as the x86 host has them.
     U32Le,
     /// Unsigned **little-endian**, eight bytes.
@@ -43,7 +45,7 @@ impl ScalarKind {
     pub const fn width(self) -> usize {
         match self {
             Self::Bool | Self::U8 | Self::I8 | Self::PointerMarker | Self::ElementMarker => 1,
-            Self::U16 | Self::I16 => 2,
+            Self::U16 | Self::I16 | Self::U16Le => 2,
             Self::U32 | Self::I32 | Self::U32Le => 4,
             Self::U64 | Self::I64 | Self::U64Le | Self::Double | Self::Timer => 8,
         }
@@ -54,7 +56,7 @@ impl ScalarKind {
     }
 
     const fn is_little_endian(self) -> bool {
-        matches!(self, Self::U32Le | Self::U64Le)
+        matches!(self, Self::U16Le | Self::U32Le | Self::U64Le)
     }
 
     /// What QEMU's type names mean. The `equal` types are read like their base; `int64 equal` is what QEMU calls its

@@ -55,6 +55,10 @@ impl Observer for Gather {
             self.failed = Some(error);
         }
     }
+
+    fn configuration_of(&mut self, header: &SectionHeader, fields: &Node) {
+        self.fields(header, fields);
+    }
 }
 
 impl Gather {

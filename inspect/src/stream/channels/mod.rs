@@ -15,6 +15,8 @@ use crate::failure::Failure;
 use multifd::MultifdChannel;
 use preempt::PreemptChannel;
 use qevm_savevm::Decoder;
+use qevm_savevm::framing::SectionHeader;
+use qevm_savevm::vmdesc::Node;
 use std::collections::HashMap;
 
 /// The channels beside the main one.
@@ -55,7 +57,12 @@ impl Channels {
         multifd.chain(self.preempt.iter().map(|channel| channel.source.offset())).sum()
     }
 
-    /// Bytes of devices' state that came on multifd channels.
+    /// The configurations of VFIO devices that came on multifd channels, and remarks on those that could not be read.
+    pub(super) fn configurations(&mut self) -> impl Iterator<Item = (Vec<(SectionHeader, Node)>, Vec<String>)> {
+        self.multifd.iter_mut().map(MultifdChannel::take_configurations)
+    }
+
+    /// Bytes of devices' own data that came on multifd channels.
     pub(super) fn device_bytes(&self) -> u64 {
         self.multifd.iter().map(MultifdChannel::device_bytes).sum()
     }

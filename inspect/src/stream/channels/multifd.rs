@@ -7,9 +7,12 @@ use crate::stream::halt::Halt;
 use crate::stream::memory::Memory;
 use crate::stream::reencode::compare;
 use qevm_multifd::compression::Decompressor;
+use qevm_multifd::device_state::DeviceState;
 use qevm_multifd::{ChannelDecoder, ChannelEncoder, ChannelOptions, EncoderOptions, Ending, Event, Init};
-use qevm_savevm::Decoder;
-use qevm_wire::{Decode, PageGeometry, Writer, next_event};
+use qevm_savevm::framing::{Content, SectionHeader};
+use qevm_savevm::vmdesc::{Node, vfio_configuration};
+use qevm_savevm::{Decoder, vfio};
+use qevm_wire::{Decode, Limits, PageGeometry, Writer, next_event};
 
 /// One multifd channel.
 pub(super) struct MultifdChannel {
@@ -28,6 +31,8 @@ pub(super) struct MultifdChannel {
     /// Smallest and largest packet number.
     packet_nums: Option<(u64, u64)>,
     device_bytes: u64,
+    configurations: Vec<(SectionHeader, Node)>,
+    notes: Vec<String>,
     page: Vec<u8>,
 }
 
@@ -61,6 +66,8 @@ impl MultifdChannel {
             numbered: 0,
             packet_nums: None,
             device_bytes: 0,
+            configurations: Vec::new(),
+            notes: Vec::new(),
             page: Vec::new(),
         }
     }
@@ -71,6 +78,11 @@ impl MultifdChannel {
 
     pub(super) fn device_bytes(&self) -> u64 {
         self.device_bytes
+    }
+
+    /// The configurations of VFIO devices that came, and remarks on those that could not be read.
+    pub(super) fn take_configurations(&mut self) -> (Vec<(SectionHeader, Node)>, Vec<String>) {
+        (std::mem::take(&mut self.configurations), std::mem::take(&mut self.notes))
     }
 
     pub(super) fn init(&self) -> Option<&Init> {
@@ -88,7 +100,7 @@ impl MultifdChannel {
         let method = method.map_or(String::new(), |method| format!(", compression {method}"));
         let device = match self.device_bytes {
             0 => String::new(),
-            bytes => format!(", {bytes} bytes of device state"),
+            bytes => format!(", {bytes} bytes of devices' own data"),
         };
         format!(
             "{}: multifd channel {number}{method}, {} pages, {} zero pages, {} syncs{device}",
@@ -158,7 +170,7 @@ impl MultifdChannel {
                 encoder.event(&event, &mut self.writer).map_err(|error| Failure::located(&self.name, error))?;
                 compare(self.writer.as_bytes(), read, at, &self.name)?;
             }
-            let mut packet = None;
+            let (mut packet, mut device) = (None, None);
             match &event {
                 Event::Init(init) => self.init = Some(init.clone()),
                 Event::Ram(ram) => {
@@ -180,11 +192,14 @@ impl MultifdChannel {
                     let offsets = if ram.has_pages() { ram.normal().collect() } else { Vec::new() };
                     packet = Some(Packet { block: index, offsets, sync: ram.is_sync() });
                 }
-                Event::DeviceState(state) => self.device_bytes += u64::from(state.payload_len),
+                Event::DeviceState(state) => device = Some(state.clone()),
                 _ => {}
             }
             let consumed = read.len();
             self.source.consume(consumed);
+            if let Some(device) = device {
+                self.device_state(decoder, device)?;
+            }
             if let Some(packet) = packet {
                 self.payload(decoder, &packet, memory, geometry)?;
                 if packet.sync {
@@ -245,6 +260,28 @@ impl MultifdChannel {
         self.skip(decoder, len)
     }
 
+    /// Takes a VFIO device's configuration apart, and counts everything else as the device's own.
+    fn device_state(&mut self, decoder: &mut ChannelDecoder, state: DeviceState) -> Result<(), Halt> {
+        let (at, len) = (decoder.offset(), u64::from(state.payload_len));
+        let header = SectionHeader { section_id: 0, idstr: state.idstr, instance_id: state.instance_id, version_id: 1 };
+        if header.content() == Content::Vfio && len <= MOST_CONFIGURATION {
+            self.more(decoder, len as usize)?;
+            if let Some(body) = self.source.window().get(..len as usize).and_then(configuration) {
+                match vfio_configuration(body, at + CONFIGURATION_AT as u64, &Limits::default()) {
+                    Ok(fields) => {
+                        self.configurations.push((header, fields));
+                        return self.skip(decoder, len);
+                    }
+                    Err(error) => self.notes.push(format!("{}: '{}' is not read: {error}", self.name, header.idstr)),
+                }
+            }
+        }
+        // The number of the packet is the protocol's.
+        self.device_bytes +=
+            len.saturating_sub(if header.content() == Content::Vfio { PACKET_HEADER } else { 0 } as u64);
+        self.skip(decoder, len)
+    }
+
     fn skip(&mut self, decoder: &mut ChannelDecoder, bytes: u64) -> Result<(), Halt> {
         let at = self.source.offset();
         let skipped = self.source.skip(bytes).map_err(|error| Failure::io(&self.name, at, &error))?;
@@ -265,4 +302,20 @@ impl MultifdChannel {
         }
         Ok(())
     }
+}
+
+/// What a VFIO device's packet begins with: version, number, flags, of four bytes each. (spec: VFIO, 5)
+const PACKET_HEADER: usize = 12;
+/// The record CONFIG comes first.
+const CONFIGURATION_AT: usize = PACKET_HEADER + 8;
+/// The flag of a packet with the configuration.
+const CONFIGURATION: [u8; 4] = 1_u32.to_be_bytes();
+/// With 2,048 vectors: what is longer is no configuration.
+const MOST_CONFIGURATION: u64 = 64 << 10;
+
+/// The configuration in a packet of a VFIO device, if that has it.
+fn configuration(payload: &[u8]) -> Option<&[u8]> {
+    let records = payload.get(PACKET_HEADER..).filter(|_| payload[8..PACKET_HEADER] == CONFIGURATION)?;
+    let body = records.strip_prefix(&vfio::flag::DEV_CONFIG_STATE.to_be_bytes())?;
+    body.strip_suffix(&vfio::flag::END_OF_STATE.to_be_bytes())
 }
