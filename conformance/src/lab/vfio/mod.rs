@@ -322,7 +322,7 @@ impl Case {
             ready: "qevm-payload pass=".into(),
             beat: "qevm-payload pass=".into(),
             before_ms: 0,
-            after_ms: if self.is_used() { 1500 } else { 500 },
+            after_ms: if self.is_used() { 3000 } else { 500 },
             changes: self.changes.iter().map(change).collect(),
             limit_s: self.limit_s,
             record: self.record.then(|| format!("{SHARE}/{}", self.name)),
