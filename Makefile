@@ -28,6 +28,7 @@ lint: setup
 	@scripts/engine-dependencies
 	@scripts/decode-loops
 	@scripts/no-std
+	@scripts/rooms
 
 unit: setup
 	@mkdir -p target && rm -f $(SKIPPED)

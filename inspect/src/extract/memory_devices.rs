@@ -4,7 +4,7 @@
 //! where memory devices may lie and where NVDIMMs do. The places of DIMMs are in no stream: QEMU puts each, in the order in which
 //! they were made, at the first place that is free and large enough, unless `addr=` says another.
 
-use super::physical::Piece;
+use super::piece::Piece;
 use crate::failure::printable;
 use crate::ram::GuestRam;
 use qevm_savevm::framing::SectionHeader;

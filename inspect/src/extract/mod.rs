@@ -8,11 +8,13 @@ pub mod elf_core;
 mod guest;
 mod memory_devices;
 mod physical;
+mod piece;
 
 pub use devices::Devices;
 pub use guest::{Guest, GuestObserver};
 pub use memory_devices::{MemoryDevices, Tables};
-pub use physical::{MemoryBlock, PhysicalMemory, Piece};
+pub use physical::{MemoryBlock, PhysicalMemory};
+pub use piece::Piece;
 
 use crate::failure::{Error, Failure};
 use crate::output_file::{OutputFile, Runs};

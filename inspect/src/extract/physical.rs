@@ -1,5 +1,6 @@
 //! Which RAM blocks are guest-physical memory, and where.
 
+use super::piece::Piece;
 use super::{Guest, Tables};
 use crate::failure::{Error, printable};
 use crate::ram::GuestRam;
@@ -15,19 +16,6 @@ const WITHOUT_CONFIGURATION: &str = "pc-i440fx-2.3";
 const BELOW_ALL_HOLES: u64 = 2 << 30;
 /// More blocks are not tried in all combinations.
 const MAX_TRIED: usize = 12;
-
-/// A stretch of guest-physical memory. Addresses and lengths in bytes.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Piece {
-    /// Index of the RAM block.
-    pub block: usize,
-    /// Guest-physical address of the first byte.
-    pub address: u64,
-    /// Offset of that byte in the block.
-    pub block_offset: u64,
-    /// Length of the stretch.
-    pub len: u64,
-}
 
 /// A RAM block of guest-physical memory.
 #[derive(Debug, Clone, PartialEq, Eq)]
