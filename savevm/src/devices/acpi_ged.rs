@@ -2,7 +2,7 @@
 
 use crate::vmstate::VmState;
 
-/// The device, section `acpi-ged` version 1. (spec: microvm devices, 6i)
+/// The device, section `acpi-ged` version 1. (`docs/format/microvm-devices.md`, acpi-ged)
 #[derive(VmState, Debug, Clone, Default, PartialEq, Eq)]
 #[vmstate(name = "acpi-ged", version = 1)]
 pub struct AcpiGed {

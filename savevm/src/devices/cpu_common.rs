@@ -2,7 +2,7 @@
 
 use crate::vmstate::VmState;
 
-/// One vCPU, section `cpu_common` version 1; the instance is the cpu_index. (spec: microvm devices, 4)
+/// One vCPU, section `cpu_common` version 1; the instance is the cpu_index. (`docs/format/microvm-devices.md`, cpu_common)
 #[derive(VmState, Debug, Clone, Default, PartialEq, Eq)]
 #[vmstate(name = "cpu_common", version = 1)]
 pub struct CpuCommon {

@@ -2,7 +2,7 @@
 
 use crate::vmstate::VmState;
 
-/// The device's selector, section `fw_cfg` version 2. (spec: microvm devices, 3)
+/// The device's selector, section `fw_cfg` version 2. (`docs/format/microvm-devices.md`, fw_cfg)
 #[derive(VmState, Debug, Clone, Default, PartialEq, Eq)]
 #[vmstate(name = "fw_cfg", version = 2, minimum_version = 1)]
 pub struct FwCfg {

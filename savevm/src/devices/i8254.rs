@@ -2,7 +2,7 @@
 
 use crate::vmstate::VmState;
 
-/// The PIT, section `i8254` version 3; emulated or in the kernel. (spec: microvm devices, 6f)
+/// The PIT, section `i8254` version 3; emulated or in the kernel. (`docs/format/microvm-devices.md`, i8254)
 #[derive(VmState, Debug, Clone, Default, PartialEq, Eq)]
 #[vmstate(name = "i8254", version = 3, minimum_version = 2)]
 pub struct I8254 {

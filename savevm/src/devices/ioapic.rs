@@ -4,7 +4,7 @@ use crate::vmstate::{Unused, VmState};
 
 /// An I/O APIC, section `ioapic` version 3. microvm has a second one (instance 1) in 7.2 and later, not in 5.2.
 ///
-/// (spec: microvm devices, 6d)
+/// (`docs/format/microvm-devices.md`, ioapic)
 #[derive(VmState, Debug, Clone, Default, PartialEq, Eq)]
 #[vmstate(name = "ioapic", version = 3, minimum_version = 1)]
 pub struct IoApic {

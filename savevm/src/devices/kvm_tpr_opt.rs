@@ -2,7 +2,7 @@
 
 use crate::vmstate::{Unused, VmState};
 
-/// The optimisation's state, section `kvm-tpr-opt` version 1. (spec: microvm devices, 6b)
+/// The optimisation's state, section `kvm-tpr-opt` version 1. (`docs/format/microvm-devices.md`, kvm-tpr-opt)
 #[derive(VmState, Debug, Clone, Default, PartialEq, Eq)]
 #[vmstate(name = "kvm-tpr-opt", version = 1)]
 pub struct KvmTprOpt {

@@ -2,7 +2,7 @@
 
 use crate::vmstate::VmState;
 
-/// KVM's clock, section `kvmclock` version 1. (spec: microvm devices, 6c)
+/// KVM's clock, section `kvmclock` version 1. (`docs/format/microvm-devices.md`, kvmclock)
 #[derive(VmState, Debug, Clone, Default, PartialEq, Eq)]
 #[vmstate(name = "kvmclock", version = 1)]
 pub struct KvmClock {

@@ -5,7 +5,7 @@ use qevm_wire::QemuVersion;
 
 /// The RTC, section `mc146818rtc` version 3. 11.1 loads nothing older, releases up to 10.0 load versions 1 and 2 too.
 ///
-/// (spec: microvm devices, 6g)
+/// (`docs/format/microvm-devices.md`, mc146818rtc)
 #[derive(VmState, Debug, Clone, Default, PartialEq, Eq)]
 #[vmstate(
     name = "mc146818rtc",

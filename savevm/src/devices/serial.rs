@@ -2,7 +2,7 @@
 
 use crate::vmstate::{Buffer, Timer, VmState};
 
-/// An ISA serial port, section `serial` version 3: a frame around the UART. (spec: microvm devices, 6h)
+/// An ISA serial port, section `serial` version 3: a frame around the UART. (`docs/format/microvm-devices.md`, serial)
 #[derive(VmState, Debug, Clone, Default, PartialEq, Eq)]
 #[vmstate(name = "serial", version = 3, minimum_version = 2)]
 pub struct IsaSerial {

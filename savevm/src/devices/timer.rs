@@ -3,7 +3,7 @@
 use crate::vmstate::{Timer, Unused, VmState};
 use qevm_wire::QemuVersion;
 
-/// The clocks, section `timer` version 2. (spec: microvm devices, 2)
+/// The clocks, section `timer` version 2. (`docs/format/microvm-devices.md`, timer)
 #[derive(VmState, Debug, Clone, Default, PartialEq, Eq)]
 #[vmstate(name = "timer", version = 2, minimum_version = 1)]
 pub struct CpuTimers {

@@ -1,4 +1,4 @@
-//! Static comparison, judged by what real QEMUs accept and refuse (spec: interoperability facts).
+//! Static comparison, judged by what real QEMUs accept and refuse.
 
 use crate::tail::{Tail, tails};
 use qevm_savevm::devices::descriptions;

@@ -1,4 +1,4 @@
-//! What QEMU does to a vCPU's state before it is sent and after it was loaded (spec: microvm devices, 5).
+//! What QEMU does to a vCPU's state before it is sent and after it was loaded (`docs/format/microvm-devices.md`, cpu).
 
 use super::Cpu;
 use crate::vmstate::{Accel, Context, VmStateError};

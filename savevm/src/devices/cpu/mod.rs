@@ -16,7 +16,7 @@ use registers::{FpReg, MtrrVar, Segment, XmmReg, YmmhReg};
 
 /// A vCPU, section `cpu` version 12; the instance is the cpu_index. Version 11 ends after `wall_clock_msr`.
 ///
-/// 1817 bytes and subsections, the same fields from 5.2 to 11.1. (spec: microvm devices, 5)
+/// 1817 bytes and subsections, the same fields from 5.2 to 11.1. (`docs/format/microvm-devices.md`, cpu)
 ///
 /// ```
 /// use qevm_savevm::devices::cpu::{Cpu, extended::Pkru};

@@ -3,7 +3,7 @@
 //! To QEMU's descriptions such a section is one opaque field `virtio`. Inside it are, in this order: the transport's and
 //! the device's common registers and the queues ([`Virtio`]), the device's own part ([`block`], [`net`], [`console`];
 //! rng has none), and the subsections of the VMSD `virtio` ([`subsections`]). Requests in flight are [`element`]s.
-//! (spec: microvm devices, 8 and 9)
+//! (`docs/format/device-state.md`, virtio)
 
 pub mod block;
 pub mod console;
