@@ -12,7 +12,9 @@
 //! filled in is never filled in again, and one that does not come is not filled in at all: who waits for it waits on, so that nobody sees
 //! wrong memory. How long everybody waits is [counted](BlockTimes) with capability `postcopy-blocktime`.
 
+mod assembly;
 mod block_times;
+mod listening;
 mod missing;
 mod preempt;
 mod recovery;
@@ -21,7 +23,7 @@ mod stream;
 
 use super::{Job, MigrationError, RestoreProgress};
 pub use block_times::BlockTimes;
-pub(crate) use missing::Listening;
+pub(crate) use listening::Listening;
 use missing::Shared;
 pub(crate) use preempt::{Entrance, Preempt};
 pub use recovery::Recovery;

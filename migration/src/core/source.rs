@@ -38,7 +38,7 @@ mod tests;
 
 pub use super::answers::Answers;
 pub use crate::{connections::Reader, pending::DeviceSize};
-pub use action::{Action, Batch, BlockRange, Wake};
+pub use action::{Action, Batch, BlockRange, Sent, Wake};
 pub use options::{PageRoute, SourceOptions};
 
 use super::Sweep;
@@ -65,17 +65,6 @@ pub(crate) const BATCH_PAGES: u64 = 256;
 const PACKET_PAGES: u64 = qevm_multifd::layout::PACKET_DATA / crate::PAGE_SIZE;
 /// Zero pages on the main channel are sent when there are this many bytes of them.
 const FLUSH_AT: usize = 64 << 10;
-
-/// Counts of what was sent.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct Sent {
-    /// Bytes on all channels.
-    pub bytes: u64,
-    /// Pages in full.
-    pub normal: u64,
-    /// Pages as a record of zeroes.
-    pub zero: u64,
-}
 
 /// The guest is paused.
 #[derive(Debug, Clone, Copy)]

@@ -1,18 +1,19 @@
 //! Memory that is missing until it comes from the source.
 
 use super::{
+    assembly::Assembly,
     block_times::{Account, BlockTimes},
     preempt::Preempt,
 };
 use crate::{
-    Channel, Guest, LoadError, MigrationError, MissingPages, PAGE_SIZE, RestoreProgress, Status, Touch,
+    Channel, LoadError, MigrationError, MissingPages, PAGE_SIZE, RestoreProgress, Status, Touch,
     channel::{Source, write_all},
     ram_receiver::Listed,
     touched::Touched,
 };
 use qevm_returnpath::{
     Message,
-    requests::{PageFaults, RequestBlock, RequestBlocks},
+    requests::{PageFaults, RequestBlocks},
 };
 use qevm_savevm::ram::{PageAt, RamBlocks};
 use qevm_wire::{CountedString, Located};
@@ -23,12 +24,10 @@ use std::{
         Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError,
         atomic::{AtomicU64, Ordering},
     },
-    thread,
-    thread::JoinHandle,
     time::Instant,
 };
 
-const LISTEN: &str = "receive guest memory while the guest runs (capability 'postcopy-ram')";
+pub(super) const LISTEN: &str = "receive guest memory while the guest runs (capability 'postcopy-ram')";
 const ASK: &str = "ask the source for pages that are missing";
 
 /// Guest memory of which parts are missing, and what is known of them.
@@ -120,12 +119,12 @@ pub(super) struct NextLine {
 }
 
 /// A RAM block.
-struct Block {
+pub(super) struct Block {
     name: CountedString,
     /// Its number in the guest.
     number: usize,
     /// Bytes that are filled in at once.
-    unit: u64,
+    pub(super) unit: u64,
     units: u64,
     /// Units that had come before anything was missing. Those of them that nobody has touched are zero.
     kept: Arc<Touched>,
@@ -133,89 +132,9 @@ struct Block {
     placed: Touched,
 }
 
-/// The pieces of a unit that have come on one channel.
-#[derive(Default)]
-pub(super) struct Assembly {
-    unit: Option<(usize, u64)>,
-    bytes: Vec<u8>,
-    pieces: u64,
-}
-
-/// Memory that is missing, and a thread that asks for what is touched.
-pub(crate) struct Listening {
-    pub(super) shared: Arc<Shared>,
-    pub(super) asker: Option<JoinHandle<()>>,
-}
-
-impl Listening {
-    /// Empties what has not come of `blocks`, or is old, and makes it missing. `block_times` says that it is counted how long the guest waits.
-    pub(crate) fn start(
-        guest: &dyn Guest,
-        blocks: &[Listed],
-        channel: Arc<dyn Channel>,
-        block_times: bool,
-    ) -> Result<Self, MigrationError> {
-        let pages = guest.hooks().missing_pages().map_err(MigrationError::guest(LISTEN))?;
-        let views = guest.ram();
-        let (mut missing, mut requested) = (Vec::with_capacity(blocks.len()), Vec::with_capacity(blocks.len()));
-        for listed in blocks {
-            let number = views.iter().position(|view| listed.name == *view.name);
-            let (Some(number), Some(received)) = (number, &listed.received) else {
-                let why = format!("nobody knows which pages of RAM block '{}' have come", listed.name);
-                return Err(MigrationError::Guest { doing: LISTEN, source: why.into() });
-            };
-            let block = Block::empty(&*pages, number, listed, received)?;
-            let (name, used_length) = (listed.name.clone(), listed.used_length);
-            requested.push(RequestBlock { name, used_length, page_size: block.unit });
-            missing.push(block);
-        }
-        let requested = RequestBlocks::new(requested).map_err(|error| MigrationError::guest(LISTEN)(error.into()))?;
-        let remaining: u64 = missing.iter().map(Block::remaining).sum();
-        let account = block_times.then(|| Account::new(pages.vcpus(), missing.iter().map(|block| block.units)));
-        let shared = Arc::new(Shared {
-            account: account.map(Mutex::new),
-            start: Instant::now(),
-            pages,
-            blocks: missing,
-            book: Mutex::new(PageFaults::new(requested)),
-            outlet: Mutex::new(Outlet { channel: Some(channel.clone()), asks: true }),
-            remaining: remaining.into(),
-            requests: AtomicU64::default(),
-            preempt: Mutex::default(),
-            urgent_blocks: OnceLock::new(),
-            state: Mutex::new(State {
-                failure: None,
-                started: false,
-                line: Line::Up(channel),
-                urgent: false,
-                next: None,
-                turn: 0,
-                news: VecDeque::new(),
-            }),
-            changed: Condvar::new(),
-        });
-        let asking = shared.clone();
-        let asker = thread::Builder::new().name("page-requests".into()).spawn(move || asking.ask());
-        let asker = asker.map_err(|error| MigrationError::guest("start a thread for missing pages")(error.into()))?;
-        Ok(Listening { shared, asker: Some(asker) })
-    }
-}
-
-impl Drop for Listening {
-    fn drop(&mut self) {
-        // Otherwise it goes on elsewhere.
-        if let Some(asker) = self.asker.take() {
-            self.shared.stop_asking();
-            self.shared.end_urgent();
-            // It has reported what went wrong.
-            let _ = asker.join();
-        }
-    }
-}
-
 impl Block {
     /// Makes what has not come of a block missing.
-    fn empty(
+    pub(super) fn empty(
         pages: &dyn MissingPages,
         number: usize,
         listed: &Listed,
@@ -262,6 +181,41 @@ impl Block {
 }
 
 impl Shared {
+    /// Guest memory of which these blocks are missing, in part, and come over `channel`. `block_times` says that it is counted how long the
+    /// guest waits.
+    pub(super) fn new(
+        pages: Box<dyn MissingPages>,
+        blocks: Vec<Block>,
+        requested: RequestBlocks,
+        channel: Arc<dyn Channel>,
+        block_times: bool,
+    ) -> Self {
+        let remaining: u64 = blocks.iter().map(Block::remaining).sum();
+        let account = block_times.then(|| Account::new(pages.vcpus(), blocks.iter().map(|block| block.units)));
+        Shared {
+            account: account.map(Mutex::new),
+            start: Instant::now(),
+            pages,
+            blocks,
+            book: Mutex::new(PageFaults::new(requested)),
+            outlet: Mutex::new(Outlet { channel: Some(channel.clone()), asks: true }),
+            remaining: remaining.into(),
+            requests: AtomicU64::default(),
+            preempt: Mutex::default(),
+            urgent_blocks: OnceLock::new(),
+            state: Mutex::new(State {
+                failure: None,
+                started: false,
+                line: Line::Up(channel),
+                urgent: false,
+                next: None,
+                turn: 0,
+                news: VecDeque::new(),
+            }),
+            changed: Condvar::new(),
+        }
+    }
+
     pub(super) fn progress(&self) -> RestoreProgress {
         RestoreProgress {
             remaining: self.remaining.load(Ordering::Relaxed),
@@ -296,7 +250,7 @@ impl Shared {
     }
 
     /// Asks for what is touched.
-    fn ask(&self) {
+    pub(super) fn ask(&self) {
         loop {
             let asked = match self.pages.wait() {
                 Ok(None) => return,
@@ -480,37 +434,6 @@ impl Shared {
 
     pub(super) fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-impl Assembly {
-    /// Takes a piece in. Gives the unit when it is whole; the error is where another was begun.
-    fn add(
-        &mut self,
-        unit: (usize, u64),
-        at: u64,
-        content: Option<&[u8]>,
-        len: u64,
-    ) -> Result<Option<&[u8]>, (usize, u64)> {
-        if let Some((block, begun)) = self.unit.filter(|begun| *begun != unit) {
-            return Err((block, begun * len));
-        }
-        if self.unit.replace(unit).is_none() {
-            self.bytes.clear();
-            self.bytes.resize(len as usize, 0);
-            self.pieces = 0;
-        }
-        let bytes = &mut self.bytes[at as usize..][..PAGE_SIZE as usize];
-        match content {
-            Some(content) => bytes.copy_from_slice(content),
-            None => bytes.fill(0),
-        }
-        self.pieces += 1;
-        if self.pieces * PAGE_SIZE < len {
-            return Ok(None);
-        }
-        self.unit = None;
-        Ok(Some(&self.bytes))
     }
 }
 

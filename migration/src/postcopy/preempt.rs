@@ -4,7 +4,11 @@
 //! waited for. So whoever calls after the main channel may be it, and is nobody until it has sent the record of a page of a block that the
 //! source has listed.
 
-use super::missing::{Assembly, Line, Listening, Shared, State};
+use super::{
+    Listening,
+    assembly::Assembly,
+    missing::{Line, Shared, State},
+};
 use crate::{Channel, Listener, LoadError, MigrationError, PAGE_SIZE, Socket, channel::Reading, socket::Caller};
 use qevm_savevm::{
     first_bytes::FirstBytes,

@@ -1,6 +1,6 @@
 //! The thread that reads the stream when the guest runs before its memory has come.
 
-use super::missing::{Assembly, Shared};
+use super::{assembly::Assembly, missing::Shared};
 use crate::{
     Channel, MigrationError,
     core::destination::{Action, Destination, Turn},

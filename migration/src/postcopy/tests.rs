@@ -433,7 +433,7 @@ fn a_huge_page_is_filled_in_when_all_of_it_is_here() {
     memory.touch(9);
     let request = Message::ReqPages { block: Some(name("ram")), start: 8 * PAGE, len: 4 * PAGE as u32 };
     assert_eq!(peer.hear(), Some(request));
-    let mut assembly = super::missing::Assembly::default();
+    let mut assembly = super::assembly::Assembly::default();
     let mut place = |page: u64, content: Option<&[u8]>| {
         let page = PageAt { block: BlockId(0), offset: page * PAGE, named: false };
         listening.shared.place(&page, content, &mut assembly, 99)

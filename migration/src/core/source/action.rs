@@ -162,3 +162,14 @@ pub enum Action {
     /// The migration is over. Last.
     End(Result<(), MigrationError>),
 }
+
+/// Counts of what was sent.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Sent {
+    /// Bytes on all channels.
+    pub bytes: u64,
+    /// Pages in full.
+    pub normal: u64,
+    /// Pages as a record of zeroes.
+    pub zero: u64,
+}
