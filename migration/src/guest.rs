@@ -1,6 +1,6 @@
 //! What the engines need of a virtual machine.
 
-use super::{IterativeDevice, MissingPages, ProtectedPages, SavedDevices};
+use super::{IterativeDevice, MissingPages, PAGE_SIZE, ProtectedPages, SavedDevices};
 use qevm_wire::{CountedString, Profile};
 use std::{error::Error, ops::Range, time::Duration};
 use vm_memory::VolatileSlice;
@@ -129,6 +129,13 @@ pub trait Hooks: Send + Sync {
     fn limit_dirty_rate(&self, mib_per_second: Option<u64>, period: Duration) -> Result<(), GuestError> {
         let _ = period;
         if mib_per_second.is_none() { Ok(()) } else { Err("the dirty rate of this machine cannot be limited".into()) }
+    }
+
+    /// Bytes of a page of the host in a RAM block (numbered in the order of [`Guest::ram`]): more than [`PAGE_SIZE`] where its memory is in
+    /// huge pages. A guest that goes before its memory gets such a page as a whole.
+    fn host_page_size(&self, block: usize) -> u64 {
+        let _ = block;
+        PAGE_SIZE
     }
 
     /// What makes pages of guest memory missing until they are filled in; for a destination that [leaves them in a

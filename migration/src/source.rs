@@ -88,6 +88,7 @@ pub fn migrate(guest: &dyn Guest, connections: &Outgoing, job: &Job, profile: &P
         capabilities,
         machine_type: guest.machine_type().into(),
         blocks: guest.ram().iter().map(|view| (view.name.into(), view.memory.len() as u64)).collect(),
+        host_page_sizes: (0..guest.ram().len()).map(|block| guest.hooks().host_page_size(block)).collect(),
         devices,
         route: match (&pages, &saving) {
             (None, None) => PageRoute::Main,

@@ -126,19 +126,20 @@ pub(super) fn all() -> Vec<Journey> {
         });
     }
     // A huge page comes as a whole, over either channel.
-    for (qemu, quick) in peers.into_iter().zip([false, false, true]) {
+    let ways = peers.into_iter().flat_map(|qemu| [[qemu, reference], [reference, qemu]]).chain([[reference; 2]]);
+    for stops in ways {
         for preempt in [false, true] {
             let with = if preempt { "huge-pages+preempt" } else { "huge-pages" };
             let backend = "memory-backend-memfd,hugetlb=on,hugetlbsize=2M,seal=off";
             journeys.push(Journey {
-                name: format!("{qemu}>ref/postcopy/{with}"),
-                stops: vec![qemu, reference],
+                name: format!("{}>{}/postcopy/{with}", stops[0], stops[1]),
+                stops: stops.into(),
                 link: Link::Unix,
                 capabilities: if preempt { vec!["postcopy-ram", "postcopy-preempt"] } else { vec!["postcopy-ram"] },
                 parameters: parameters.clone(),
                 postcopy: Some(Departure::AtOnce),
                 load: Load { downtime_limit: 1, memory_backend: Some(backend), ..Load::default() },
-                quick: quick && preempt,
+                quick: preempt && [[new, reference], [reference, new]].contains(&stops),
                 ..super::table::plain()
             });
         }

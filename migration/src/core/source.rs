@@ -423,6 +423,8 @@ impl SourceCore {
             if let Some(first) = batch.runs.first() {
                 let same_block = self.sweep.next_block() == Some(first.block);
                 match route {
+                    // The next block may be in huge pages.
+                    PageRoute::Main if self.departed && !same_block => break,
                     PageRoute::Main => {}
                     PageRoute::File => break,
                     // A packet holds pages of one block.

@@ -187,7 +187,23 @@ impl Sweep {
 
     /// The block of the next page to send.
     pub(super) fn next_block(&mut self) -> Option<usize> {
-        self.next_run(1).map(|(index, _)| index)
+        self.next_page().map(|(index, _)| index)
+    }
+
+    /// The next page to send, and its block.
+    pub(super) fn next_page(&mut self) -> Option<(usize, u64)> {
+        self.next_run(1).map(|(index, run)| (index, run.start))
+    }
+
+    /// Sends this many pages, from a multiple of that on, where one of them is to be sent in this sweep.
+    pub(super) fn widen(&mut self, block: usize, unit: u64) {
+        let Some(dirty) = self.blocks.get_mut(block).map(|block| &mut block.dirty).filter(|_| unit > 1) else { return };
+        let mut from = 0;
+        while let Some(run) = dirty.next_run(from..dirty.pages(), u64::MAX) {
+            let whole = run.start / unit * unit..run.end.next_multiple_of(unit).min(dirty.pages());
+            from = whole.end;
+            dirty.set_range(whole);
+        }
     }
 
     /// The next pages to send at or after the place of the sweep, in its order.
@@ -316,6 +332,24 @@ mod tests {
         (600..1800).for_each(|page| log.write(page));
         assert_eq!(begin(&mut sweep, &mut log), 1200);
         assert_eq!(take_all(&mut sweep, &mut log), vec![600..1800; 1]);
+    }
+
+    #[test]
+    fn a_huge_page_is_sent_as_a_whole() {
+        let mut sweep = Sweep::new([2048, 100].into_iter());
+        sweep.received(0, &[0xff; 256]);
+        sweep.received(1, &[0xff; 13]);
+        // Pages 513, 1030 and 1031 of the first block, and the last of the second.
+        for (block, page) in [(0, 513), (0, 1030), (0, 1031), (1, 99)] {
+            sweep.add(block, page / 64, 1 << (page % 64));
+        }
+        sweep.widen(0, 512);
+        sweep.widen(1, 512);
+        let whole = |block, pages| BlockRange { block, pages };
+        assert_eq!(sweep.runs().collect::<Vec<_>>(), [whole(0, 512..1536), whole(1, 0..100)]);
+        sweep.widen(1, 1);
+        assert_eq!(sweep.take_at(0, 512..1024), Some(whole(0, 512..1024)));
+        assert_eq!(sweep.next_page(), Some((0, 1024)));
     }
 
     #[test]

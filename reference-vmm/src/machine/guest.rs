@@ -109,6 +109,10 @@ impl Hooks for Machine {
         }
     }
 
+    fn host_page_size(&self, block: usize) -> u64 {
+        self.memory().blocks().get(block).map_or(PAGE_SIZE, |block| block.host_page_size())
+    }
+
     fn missing_pages(&self) -> Result<Box<dyn MissingPages>, GuestError> {
         let vcpus = self.vcpus.clone();
         let vcpu_of = move |tid| vcpus.iter().position(|vcpu| vcpu.has_thread(tid));

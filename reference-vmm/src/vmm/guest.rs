@@ -131,6 +131,10 @@ impl Hooks for Vmm {
         state.saved = false;
     }
 
+    fn host_page_size(&self, block: usize) -> u64 {
+        self.machine.hooks().host_page_size(block)
+    }
+
     fn missing_pages(&self) -> Result<Box<dyn MissingPages>, GuestError> {
         self.machine.hooks().missing_pages()
     }

@@ -40,7 +40,7 @@ impl SourceCore {
                 Setup::List
             }
             Setup::List => {
-                self.list_blocks()?;
+                self.list_blocks(answers.is_some())?;
                 Setup::CloseList
             }
             Setup::CloseList => {
@@ -78,8 +78,9 @@ impl SourceCore {
             self.stream.command(answers.ping(FIRST_PING)?)?;
             self.stream.command(answers.ping(handover::ANNOUNCE)?)?;
             if self.options.capabilities.postcopy_ram {
-                let size = PageGeometry::X86.size();
-                let advise = PostcopyAdvise { page_size_summary: size, target_page_size: size };
+                let sizes = (0..self.options.blocks.len()).map(|block| self.options.host_page_size(block));
+                let page_size_summary = sizes.fold(0, |summary, size| summary | size);
+                let advise = PostcopyAdvise { page_size_summary, target_page_size: PageGeometry::X86.size() };
                 self.stream.command(Command::PostcopyAdvise(Some(advise)))?;
             }
         }
@@ -88,14 +89,20 @@ impl SourceCore {
     }
 
     /// Everything up to the list of RAM blocks.
-    fn list_blocks(&mut self) -> Result<(), MigrationError> {
+    fn list_blocks(&mut self, answers: bool) -> Result<(), MigrationError> {
         self.stream.section_start(&SectionHeader {
             section_id: RAM_SECTION,
             idstr: idstr("ram")?,
             instance_id: 0,
             version_id: ram::SECTION_VERSION,
         })?;
-        let blocks = self.options.blocks.iter().map(|(name, len)| Ok(ram::RamBlock::new(idstr(name)?, *len)));
+        let advised = self.options.capabilities.postcopy_ram && answers;
+        let block = |(index, (name, len)): (usize, &(String, u64))| {
+            let size = self.options.host_page_size(index);
+            let page_size = Some(size).filter(|size| advised && *size != PageGeometry::X86.size());
+            Ok(ram::RamBlock { page_size, ..ram::RamBlock::new(idstr(name)?, *len) })
+        };
+        let blocks = self.options.blocks.iter().enumerate().map(block);
         let blocks = blocks.collect::<Result<Vec<_>, MigrationError>>()?;
         match self.options.route {
             PageRoute::Main | PageRoute::Channels => self.stream.ram_setup(blocks)?,

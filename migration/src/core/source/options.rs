@@ -1,6 +1,6 @@
 //! What a source has to know of its machine and of the settings.
 
-use crate::{Capabilities, connections::Reader, core::DeviceOptions};
+use crate::{Capabilities, PAGE_SIZE, connections::Reader, core::DeviceOptions};
 use qevm_wire::Profile;
 use std::time::Duration;
 
@@ -28,6 +28,8 @@ pub struct SourceOptions {
     pub machine_type: String,
     /// Names and lengths in bytes of the RAM blocks.
     pub blocks: Vec<(String, u64)>,
+    /// Bytes of a page of the host in each of them; ordinary pages where it says nothing. In postcopy a huge page is sent as a whole.
+    pub host_page_sizes: Vec<u64>,
     /// The devices whose state is sent in parts.
     pub devices: Vec<DeviceOptions>,
     /// How pages travel.
@@ -40,6 +42,11 @@ pub struct SourceOptions {
 }
 
 impl SourceOptions {
+    /// Bytes of a page of the host in a RAM block.
+    pub(super) fn host_page_size(&self, block: usize) -> u64 {
+        self.host_page_sizes.get(block).map_or(PAGE_SIZE, |size| (*size).max(PAGE_SIZE))
+    }
+
     /// Those of a guest with these blocks (names, and lengths in bytes) and without iterative devices, that goes over one connection with two
     /// directions. A destination has half a minute for each answer.
     pub fn new(profile: Profile, machine_type: &str, blocks: Vec<(String, u64)>) -> Self {
@@ -48,6 +55,7 @@ impl SourceOptions {
             capabilities: Capabilities { return_path: true, ..Capabilities::default() },
             machine_type: machine_type.into(),
             blocks,
+            host_page_sizes: Vec::new(),
             devices: Vec::new(),
             route: PageRoute::Main,
             reader: Reader::Answers,

@@ -196,7 +196,7 @@ impl SourceCore {
                     self.wait(Some(now + self.limiter.wait(now)), Wake::Answers);
                     return Ok(Postcopy::Serve);
                 }
-                self.batch(pages.min(AT_A_TIME), false)?.unwrap_or_default()
+                self.push(pages.min(AT_A_TIME))?
             }
         };
         self.stream.section_part(RAM_SECTION)?;
@@ -204,9 +204,30 @@ impl SourceCore {
         Ok(Postcopy::Sent)
     }
 
+    /// The next few pages, or one that is huge: the destination has it when all of it has come, one part after the other.
+    fn push(&mut self, limit: u64) -> Result<Batch, MigrationError> {
+        let huge = |(block, page)| {
+            Some((block, page, self.options.host_page_size(block) / PAGE_SIZE)).filter(|huge| huge.2 > 1)
+        };
+        let Some((block, page, pages)) = self.sweep.next_page().and_then(huge) else {
+            return Ok(self.batch(limit, false)?.unwrap_or_default());
+        };
+        let first = page / pages * pages;
+        Ok(Batch { resets: Vec::new(), runs: self.sweep.take_at(block, first..first + pages).into_iter().collect() })
+    }
+
+    /// A page of the host of which a part is to be sent is sent as a whole.
+    pub(super) fn widen(&mut self) {
+        for block in 0..self.options.blocks.len() {
+            self.sweep.widen(block, self.options.host_page_size(block) / PAGE_SIZE);
+        }
+        self.statistics.ram.remaining = self.remaining_bytes();
+    }
+
     /// What the destination has of these pages is old, or nothing.
     fn discard(&mut self) -> Result<(), MigrationError> {
         debug_assert_eq!(self.options.route, PageRoute::Main);
+        self.widen();
         let runs: Vec<_> = self.sweep.runs().collect();
         for of_block in runs.chunk_by(|a, b| a.block == b.block) {
             for some in of_block.chunks(RamDiscard::MAX_RANGES_WRITTEN) {
@@ -239,10 +260,11 @@ impl SourceCore {
     }
 
     pub(super) fn request_blocks(&self) -> Result<RequestBlocks, MigrationError> {
-        let block = |(name, used_length): &(String, u64)| {
-            Ok(RequestBlock { name: idstr(name)?, used_length: *used_length, page_size: PAGE_SIZE })
+        let block = |(index, (name, used_length)): (usize, &(String, u64))| {
+            let page_size = self.options.host_page_size(index);
+            Ok(RequestBlock { name: idstr(name)?, used_length: *used_length, page_size })
         };
-        let blocks = self.options.blocks.iter().map(block).collect::<Result<_, MigrationError>>()?;
+        let blocks = self.options.blocks.iter().enumerate().map(block).collect::<Result<_, MigrationError>>()?;
         let blocks = RequestBlocks::new(blocks);
         Ok(blocks.map_err(|error| Located::new(ReturnPathError::from(error), 0))?)
     }

@@ -66,7 +66,7 @@ impl SourceCore {
                     self.keep_waiting(since, now, answers)?;
                     Recovery::AwaitBitmaps { since, left }
                 } else {
-                    self.statistics.ram.remaining = self.remaining_bytes();
+                    self.widen();
                     self.open_preempt();
                     Recovery::Resume
                 }

@@ -64,6 +64,7 @@ impl Simulation {
             capabilities: Capabilities::default(),
             machine_type: "microvm".into(),
             blocks: BLOCKS.iter().zip(["microvm.ram", "pc.bios"]).map(|(n, name)| (name.into(), n * 4096)).collect(),
+            host_page_sizes: Vec::new(),
             devices: Vec::new(),
             route: PageRoute::Main,
             reader: Reader::Silent,
