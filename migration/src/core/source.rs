@@ -122,8 +122,10 @@ pub struct SourceCore {
     postcopy: bool,
     /// It has gone so.
     departed: bool,
-    /// The destination has loaded its devices.
+    /// The destination has loaded its devices: it may run from here on.
     package_loaded: bool,
+    /// …and its status says so.
+    is_active: bool,
     /// The preempt channel was opened, and has come to its end.
     preempt: (bool, bool),
     /// The destination is one of this crate.
@@ -171,6 +173,7 @@ impl SourceCore {
             postcopy: false,
             departed: false,
             package_loaded: false,
+            is_active: false,
             preempt: (false, false),
             agreed: false,
             cancelled: false,

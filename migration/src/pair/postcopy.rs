@@ -218,3 +218,51 @@ fn a_guest_whose_package_does_not_get_out_goes_on() {
     assert!(result.is_err() && !matches!(result, Err(MigrationError::PostcopyBroken { .. })), "{result:?}");
     assert_eq!((pair.job.status(), pair.source.is_running()), (Status::Failed, true));
 }
+
+/// From 10.2 on a destination says when it has loaded the devices. One that fails before has never run the guest.
+#[test]
+fn a_guest_whose_devices_are_refused_goes_on() {
+    let refuses = |release, loads| {
+        let mut pair = Pair::new(PAGES as usize);
+        pair.profile = Profile::new(release, "microvm");
+        let (a, b) = UnixStream::pair().unwrap();
+        pair.job.set_capabilities(Capabilities::default().with([("postcopy-ram", true)]).unwrap()).unwrap();
+        pair.job.begin().unwrap();
+        pair.job.start_postcopy().unwrap();
+        let result = thread::scope(|scope| {
+            let (profile, job) = (pair.profile.clone(), pair.job.clone());
+            scope.spawn(move || {
+                let mut stream = Driver::new(&b, Decoder::new(DecoderOptions::live(&profile)));
+                let send = |message: Message| (&b).write_all(&message.to_bytes()).unwrap();
+                while let Ok(Some(event)) = stream.next() {
+                    match event {
+                        Event::Command(Command::Ping(value)) => send(Message::Pong { value }),
+                        Event::Command(Command::Packaged { len }) => {
+                            stream.payload().read_exact(&mut vec![0; len as usize]).unwrap();
+                            if loads {
+                                send(Message::Pong { value: 3 });
+                                send(Message::Pong { value: 0x42 });
+                            }
+                            send(Message::Shut { status: 1 });
+                            // What is paused is not to wait for another connection.
+                            job.give_up_recovery();
+                            return;
+                        }
+                        _ => {}
+                    }
+                }
+            });
+            let main: Arc<dyn Channel> = Arc::new(Socket::Unix(a));
+            migrate(&*pair.source, &main.into(), &pair.job, &pair.profile)
+        });
+        (result, pair.source.is_running())
+    };
+    let (result, runs) = refuses(QemuVersion::NEWEST, false);
+    assert!(matches!(result, Err(MigrationError::PeerFailed { status: 1 })), "{result:?}");
+    assert!(runs, "the guest runs nowhere");
+    for (release, loads) in [(QemuVersion::NEWEST, true), (QemuVersion::new(10, 0), false)] {
+        let (result, runs) = refuses(release, loads);
+        assert!(matches!(result, Err(MigrationError::PostcopyBroken { .. })), "{release}: {result:?}");
+        assert!(!runs, "the guest may run at the destination of {release}");
+    }
+}

@@ -219,6 +219,11 @@ impl SourceCore {
         match error {
             // One of this crate says so only before it runs the guest.
             MigrationError::PeerFailed { .. } if self.agreed => Phase::BackOut { error, back: None },
+            // A QEMU that has not said that it has loaded the devices does not run the guest after it has failed. A connection that is lost
+            // says nothing of the kind.
+            MigrationError::PeerFailed { .. } if self.departed && !self.package_loaded => {
+                Phase::BackOut { error, back: None }
+            }
             MigrationError::PostcopyBroken { .. } => Phase::Postcopy(Postcopy::Lost(error)),
             _ if self.departed => {
                 Phase::Postcopy(Postcopy::Lost(MigrationError::PostcopyBroken { reason: error.into() }))
@@ -241,7 +246,10 @@ impl SourceCore {
                 self.phase = Phase::AwaitExplanation { error, until };
                 return;
             }
-            Some(answers) => answers.explanation().unwrap_or(error),
+            Some(answers) => {
+                self.note_package(answers);
+                answers.explanation().unwrap_or(error)
+            }
             None => error,
         };
         self.phase = self.after(error);

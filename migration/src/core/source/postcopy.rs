@@ -88,10 +88,11 @@ impl SourceCore {
         };
         let Some(answers) = answers else { return Err(MigrationError::NoVerdict) };
         if self.departed {
+            self.note_package(answers);
             answers.failure()?;
             self.statistics.ram.postcopy_requests = answers.requested();
-            if !self.package_loaded && (answers.package_loaded() || !self.options.profile.postcopy_package_ping) {
-                self.package_loaded = true;
+            if self.package_loaded && !self.is_active {
+                self.is_active = true;
                 self.do_next(Action::Status(Status::PostcopyActive));
                 self.phase = Phase::Postcopy(step);
                 return Ok(());
@@ -151,6 +152,12 @@ impl SourceCore {
         };
         self.phase = Phase::Postcopy(next);
         Ok(())
+    }
+
+    /// Sees whether the destination has loaded the devices. One that does not say so runs the guest from the start, as far as is known.
+    pub(super) fn note_package(&mut self, answers: &Answers) {
+        self.package_loaded |=
+            self.departed && (answers.package_loaded() || !self.options.profile.postcopy_package_ping);
     }
 
     /// Sends pages: one that the guest waits for, or else the next few.

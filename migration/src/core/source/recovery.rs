@@ -29,7 +29,8 @@ impl SourceCore {
         answers.reconnected(self.request_blocks()?);
         self.stream = self.stream.recovery();
         // Who knows how to ask for a recovery has the guest, and no failure there brings it back.
-        (self.agreed, self.package_loaded, self.preempt) = (false, true, (false, false));
+        (self.agreed, self.package_loaded, self.is_active) = (false, true, true);
+        self.preempt = (false, false);
         self.phase = Phase::Postcopy(Postcopy::Recover(Recovery::Begin));
         Ok(())
     }
