@@ -248,6 +248,15 @@ impl Vmm {
             let both = [Capability::MappedRam, Capability::PostcopyRam].into_iter().collect();
             check(both, &context).map_err(BadCapability::from)?;
         }
+        let postcopy = capabilities.postcopy_ram && !self.outgoing.capabilities().postcopy_ram;
+        if postcopy
+            && self.run_state() == RunState::Inmigrate
+            && self.machine.memory().blocks().iter().any(|block| block.is_on_disk())
+        {
+            // The words of QEMU 11.1. At a source it does not look.
+            let why = "Postcopy is not supported: Host backend files need to be TMPFS or HUGETLBFS only";
+            return Err(Refused::Blocked(why.into()).into());
+        }
         Ok(self.outgoing.set_capabilities(capabilities)?)
     }
 

@@ -44,6 +44,14 @@ const WAITING: &[(&str, &str)] = &[
     ("query-status", ""),
 ];
 
+/// What a machine is asked that waits for a guest, and whose RAM is in a file on a disk.
+const ON_A_DISK: &[(&str, &str)] = &[
+    ("migrate-set-capabilities", r#"{"capabilities":[{"capability":"postcopy-ram","state":true}]}"#),
+    ("query-migrate-capabilities", ""),
+    ("migrate-set-capabilities", r#"{"capabilities":[{"capability":"events","state":true}]}"#),
+    ("migrate-incoming", r#"{"uri":"unix:SOCKET"}"#),
+];
+
 /// Of a guest whose pages, though they are zero, do not fit into the buffers of a socket.
 const MEMORY: &str = "256M";
 
@@ -67,7 +75,16 @@ pub fn compare(root: &Root, program: &Monitor, scratch: &Path) -> Result<(Vec<St
     let (mut differences, mut replies) = (Vec::new(), 0);
     const RINGS: [&str; 4] = ["-S", "-smp", "2", "--accel"];
     let tcg = ["-M", "microvm,accel=tcg"];
-    let parts: [(&str, &[&str], [&str; 2], Part); 4] = [
+    const DISK: [&str; 6] = [
+        "--incoming",
+        "defer",
+        "-M",
+        "microvm,memory-backend=mem",
+        "--object",
+        "memory-backend-file,id=mem,size=256M,share=on,mem-path=SCRATCH",
+    ];
+    let parts: [(&str, &[&str], [&str; 2], Part); 5] = [
+        ("disk", &DISK, tcg, |both, scratch| both.ask_all(ON_A_DISK, scratch)),
         ("start", &["-S"], tcg, |both, scratch| both.ask_all(BEFORE_THE_START, scratch)),
         ("waiting", &["--incoming", "defer"], tcg, |both, scratch| both.ask_all(WAITING, scratch)),
         ("migrating", &[], tcg, |both, scratch| both.migrate(scratch)),
@@ -78,7 +95,8 @@ pub fn compare(root: &Root, program: &Monitor, scratch: &Path) -> Result<(Vec<St
     ];
     for (name, more, machine, play) in parts {
         let mut arguments = vec!["-m".to_owned(), MEMORY.to_owned()];
-        arguments.extend(more.iter().map(|a| a.to_string()));
+        // What is made there has no name.
+        arguments.extend(more.iter().map(|a| a.replace("SCRATCH", &scratch.display().to_string())));
         if more == RINGS {
             arguments.push("kvm,dirty-ring-size=1024".into());
         }

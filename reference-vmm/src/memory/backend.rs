@@ -120,6 +120,8 @@ pub(super) struct Backing {
     pub(super) page_size: u64,
     /// Nobody has written to it.
     pub(super) fresh: bool,
+    /// It is a file of a file system that is not in memory.
+    pub(super) on_disk: bool,
 }
 
 impl MemoryBackend {
@@ -162,7 +164,7 @@ impl MemoryBackend {
         if self.prealloc {
             memory.populate().map_err(BackendError::Preallocate)?;
         }
-        Ok(Backing { memory, page_size, fresh })
+        Ok(Backing { memory, page_size, fresh, on_disk: file.as_ref().is_some_and(is_on_disk) })
     }
 
     fn memfd(&self, hugetlb: Option<u64>, seal: bool) -> Result<File, BackendError> {
@@ -225,9 +227,16 @@ impl MemoryBackend {
     }
 }
 
+const HUGETLBFS_MAGIC: i64 = 0x958458f6;
+const TMPFS_MAGIC: i64 = 0x01021994;
+
+/// Whether a file is in a file system that is not in memory. What cannot be told is not.
+fn is_on_disk(file: &File) -> bool {
+    fstatfs(file).is_ok_and(|system| ![HUGETLBFS_MAGIC, TMPFS_MAGIC].contains(&system.f_type))
+}
+
 /// Bytes of the pages in which a file is mapped: more than usual for `hugetlbfs`.
 fn page_size(file: &File) -> u64 {
-    const HUGETLBFS_MAGIC: i64 = 0x958458f6;
     match fstatfs(file) {
         Ok(system) if system.f_type == HUGETLBFS_MAGIC => system.f_bsize as u64,
         _ => PAGE_SIZE,

@@ -39,6 +39,7 @@ pub struct RamBlock {
     host: HostMemory,
     /// Nobody had written to the memory when the block was made of it.
     fresh: bool,
+    on_disk: bool,
     host_page_size: u64,
 }
 
@@ -66,7 +67,9 @@ impl RamBlock {
     pub fn of(backend: &MemoryBackend) -> Result<RamBlock> {
         let backing = backend.make()?;
         let len = backend.len();
-        RamBlock::at(backend.block_name(), backing.memory, len, len as usize, backing.fresh, backing.page_size)
+        let block =
+            RamBlock::at(backend.block_name(), backing.memory, len, len as usize, backing.fresh, backing.page_size)?;
+        Ok(RamBlock { on_disk: backing.on_disk, ..block })
     }
 
     fn at(name: String, host: HostMemory, used: u64, len: usize, fresh: bool, host_page_size: u64) -> Result<RamBlock> {
@@ -78,7 +81,16 @@ impl RamBlock {
         // SAFETY: `host` is a mapping of that length for reading and writing, which lives as long as the region beside it.
         let region = unsafe { region.with_raw_mmap_pointer(host.start()) };
         let region = region.build().map_err(|error| map(io::Error::other(error)))?;
-        Ok(RamBlock { name, used: AtomicU64::new(used), max: len as u64, region, host, fresh, host_page_size })
+        Ok(RamBlock {
+            name,
+            used: AtomicU64::new(used),
+            max: len as u64,
+            region,
+            host,
+            fresh,
+            on_disk: false,
+            host_page_size,
+        })
     }
 
     /// The name on the wire.
@@ -99,6 +111,11 @@ impl RamBlock {
     /// Whether the memory was all zero when the block was made, other than that of a file that others have written.
     pub fn is_fresh(&self) -> bool {
         self.fresh
+    }
+
+    /// Whether it is a file of a file system that is not in memory: userfaultfd serves none of its pages.
+    pub fn is_on_disk(&self) -> bool {
+        self.on_disk
     }
 
     /// Bytes of the pages in which the host backs it: more than [`PAGE_SIZE`] for huge pages that were asked for.
