@@ -5,6 +5,7 @@ mod lab;
 mod lifecycle;
 mod link;
 mod migrate;
+mod postcopy;
 mod restore;
 mod snapshot;
 mod toy;
@@ -20,6 +21,7 @@ use lab::Lab;
 use lifecycle::Lifecycle;
 use link::Link;
 use migrate::Migrate;
+use postcopy::Postcopy;
 use qevm_conformance::analyze::Script;
 use qevm_conformance::judge;
 use qevm_conformance::matrix::{self, Options};
@@ -193,6 +195,9 @@ pub(crate) enum Bench {
     Link(Link),
     /// Moving a stopped guest with random memory over page channels: QEMU and reference-vmm in every pairing
     Migrate(Migrate),
+    /// Guests that go before their memory and read it at random: how long they wait for a page, between two QEMUs and between two
+    /// reference-vmm by turns. The status is 1 when reference-vmm misses a goal
+    Postcopy(Postcopy),
     /// Guests that go on from a mapped-ram file: QEMU's full load, reference-vmm's, and memory that stays in the file until it is touched
     Restore(Restore),
     /// Background snapshots of a guest that rewrites its memory: how long it is paused, and how much slower it is meanwhile
@@ -334,6 +339,7 @@ impl Command {
             Command::Bench { what: Bench::Decode(decode) } => decode.run(),
             Command::Bench { what: Bench::Link(link) } => link.run(),
             Command::Bench { what: Bench::Migrate(migrate) } => migrate.run(),
+            Command::Bench { what: Bench::Postcopy(postcopy) } => postcopy.run(),
             Command::Bench { what: Bench::Restore(restore) } => restore.run(),
             Command::Bench { what: Bench::Snapshot(snapshot) } => snapshot.run(),
             Command::Record { out, only, again } => record_all(&out, &only, again),

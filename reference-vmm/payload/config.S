@@ -228,6 +228,7 @@ config_keys:
     .ascii "pci\0\0\0\0\0"         # PCI bus: 1 its host bridge, 2 and its test devices, with interrupts by 3 INTx, 4 MSI, 5 MSI-X
     .ascii "dma\0\0\0\0\0"         # address of the first page that those write to, 0 = none
     .ascii "dmapages"              # pages for each of them
+    .ascii "reader\0\0"           # not 0: read the hold range at random, and measure each read
 config_name:
     .asciz "opt/qevm/payload"
 msg_no_fw_cfg:

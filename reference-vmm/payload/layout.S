@@ -16,6 +16,7 @@
     .set STACK3_SIZE,  0x2000
     .set CONFIG_TEXT,  0x30000     # fw_cfg item opt/qevm/payload, at most CONFIG_MAX bytes
     .set CONFIG_MAX,   0x1000
+    .set READ_TIMES,   0x32000     # READ_SLOTS counters of reads, by their time
     .set CODE,         0x40000     # copy of the image: ring 3 runs from RAM, see boot.S
     .set VIRTIO_DEVICES, 0x50000   # KINDS blocks of DEVICE_SIZE bytes, fields D_*
     .set V_INTERRUPTS, 0x50200     # interrupts of virtio devices
@@ -104,13 +105,17 @@
     .set C_PCI,        C_CONFIG + 0x80
     .set C_DMA,        C_CONFIG + 0x88
     .set C_DMA_PAGES,  C_CONFIG + 0x90
-    .set CONFIG_COUNT, 19
+    .set C_READER,     C_CONFIG + 0x98
+    .set CONFIG_COUNT, 20
     # Values of C_PCI, each with what those below it do but for another's interrupts.
     .set PCI_REGISTERS, 2
     .set PCI_INTX,     3
     .set PCI_MSI,      4
     .set PCI_MSIX,     5
     .set PCI_CHECKS,   CTRL + 0x218 # passes in which the PCI bus was checked
+    .set READ_AT,      CTRL + 0x220 # page that was read last
+    .set READ_MASK,    CTRL + 0x228
+    .set READS,        CTRL + 0x230 # pages read
     # What a reset leaves alone, as it does all RAM.
     .set C_BOOTS,      CTRL + 0x208 # starts so far
     .set C_RESET_AT,   CTRL + 0x210 # TSC of the next reset, all ones = never

@@ -9,14 +9,14 @@
 #    never written at all ("zero"),
 #  * watches that the TSC never runs backwards and that its timer interrupt keeps coming,
 #  * if asked to, keeps virtio devices busy with numbered requests (virtio.S), checks the PCI bus's host bridge
-#    (pci.S) and keeps the lab's test devices busy (pci_device.S),
+#    (pci.S), keeps the lab's test devices busy (pci_device.S), and measures how long reads of pages at random take (reader.S),
 #  * reports on COM1.
 # Everything that takes time happens in ring 3: a paravirtual KVM runs that natively and emulates the rest.
 #
 # With key worst it does nothing of this, and its worst to the monitor instead (worst.S).
 #
 # Read: layout.S (memory map), boot.S (reset vector to ring 3), config.S (fw_cfg), smp.S (start), work.S, report.S,
-# reset.S, virtio.S, pci.S, pci_device.S.
+# reset.S, virtio.S, pci.S, pci_device.S, reader.S.
 
     .intel_syntax noprefix
     .text
@@ -35,6 +35,7 @@ image:
     .include "virtio.S"
     .include "pci.S"
     .include "pci_device.S"
+    .include "reader.S"
     .include "worst.S"
     .include "serial.S"
 image_used_end:

@@ -70,6 +70,7 @@ progress:
     call newline
     call virtio_progress
     call pci_progress
+    call reader_progress
     call serial_unlock
     pop r13
     pop r12

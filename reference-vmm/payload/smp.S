@@ -35,6 +35,7 @@ main:
     call fill_hold
     call virtio_start
     call pci_start
+    call reader_start
     cmp qword ptr [C_WORST], 0
     je 1f
     call worst_set_up

@@ -323,7 +323,11 @@ tick:
     call tsc
     add rax, [C_PRINT_STEP]
     mov [r15 + P_PRINT_NEXT], rax
-4:  cmp qword ptr [C_STEP], 0
+4:  cmp qword ptr [r15 + P_ID], 0
+    jne 8f
+    call random_read
+    LOAD_MIX_FACTOR
+8:  cmp qword ptr [C_STEP], 0
     je 5f
     mov rax, [r15 + P_TSC]
     cmp rax, [r15 + P_PACE]

@@ -13,6 +13,7 @@
 //! [`Party`] is one of the monitors, controlled by QMP whoever wrote it.
 
 pub mod bench;
+pub mod bench_postcopy;
 pub mod bench_restore;
 pub mod bench_snapshot;
 pub mod demo;

@@ -32,6 +32,7 @@ Keys of opt/qevm/payload (sizes take K, M or G):
   way      how: 1 ACPI reset register, 2 triple fault [1]
   button   power button: 1 report it, 2 report it and switch off [0]
   pci      not 0: program the PCI bus's host bridge, and check its registers in each pass [0]
+  reader   not 0: read the pseudo-random pages at random, and measure how long each read takes [0]
   worst    not 0: do nothing of this, and to the monitor the worst that a guest can do [0]")]
 pub(crate) struct Payload {
     /// File to write; - is standard output

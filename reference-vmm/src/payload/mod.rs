@@ -45,6 +45,7 @@
 //! | `pci` | PCI bus: 1 program its host bridge, and check its registers in each pass; 2 use test devices as well, 3 with INTx, 4 with MSI, 5 with MSI-X | 0 |
 //! | `dma` | first of the pages that test devices write to, which must not be in use, 0 = none | 0 |
 //! | `dmapages` | such pages for each of them | 64 |
+//! | `reader` | not 0: the first vCPU reads the `hold` pages in a random order whenever it has nothing to rewrite, and measures each read | 0 |
 //! | `worst` | not 0: do nothing of this, and to the monitor the worst that a guest can do, on every queue and port | 0 |
 //!
 //! Before a reset it prints `qevm-payload reset boots=N`, where `N` counts the starts so far in RAM, which a reset keeps; and
@@ -67,9 +68,13 @@
 //! What is wrong counts as stale, with the slot as word: `kind=pci` for the configuration space, `pci-register` and `pci-memory` for BARs,
 //! `pci-dma` for a page that lacks the number it was given last, and `pci-interrupt` for one that has not come within five seconds, came twice (page 0), or
 //! by another vector (page 1).
+//!
+//! With `reader` a line that [`Reads`] reads follows: how long reads of pages took.
 
+mod reads;
 mod transcript;
 
+pub use reads::Reads;
 pub use transcript::{BadTranscript, Transcript};
 
 /// The firmware image: 64 KiB, to be mapped so that it ends at 4 GiB and once more so that it ends at 1 MiB.

@@ -113,6 +113,7 @@ fn whole_message(line: &str) -> bool {
         "qevm-payload stale-page kind=",
         "qevm-payload virtio disk=",
         "qevm-payload pci checks=",
+        "qevm-payload reads total=",
         "qevm-payload reset boots=",
         "qevm-payload power button",
     ]

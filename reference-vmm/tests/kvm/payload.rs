@@ -1,6 +1,7 @@
 //! The payload guest notices what it must notice.
 
 use reference_vmm::memory::PAGE_SIZE;
+use reference_vmm::payload::Reads;
 
 use crate::Test;
 use crate::guest::Guest;
@@ -14,6 +15,7 @@ pub(crate) const TESTS: &[Test] = &[
     ("payload_sees_a_changed_background_page", sees_a_changed_background_page),
     ("payload_sees_stale_control_data", sees_stale_control_data),
     ("payload_sees_the_tsc_go_back", sees_the_tsc_go_back),
+    ("payload_reads_at_random", reads_at_random),
     ("payload_refuses_a_bad_configuration", refuses_a_bad_configuration),
 ];
 
@@ -141,6 +143,28 @@ fn sees_the_tsc_go_back() {
     let spoil = || guest.machine.memory().write(0x5028 + 7, &[0x7f]).unwrap();
     let progress = spoiled(&guest, spoil, || Some(guest.wait_until(|_| true)).filter(|progress| progress.tsc_back > 0));
     assert_eq!((progress.tsc_back, progress.stale), (1, 0));
+}
+
+fn reads_at_random() {
+    // Nobody but the reader looks at these pages.
+    let guest = Guest::boot(32 * MIB, 1, "dirty=1M rate=1M hold=1M zero=0 verify=0 reader=1 report=20");
+    let line = guest.console.wait_for_line("qevm-payload reads");
+    let reads = Reads::parse(&line).unwrap_or_else(|| panic!("{line}"));
+    assert!(reads.count() <= reads.total, "{line}");
+    let block = &guest.machine.memory().blocks()[0];
+    // It meets each page.
+    for page in [0, 77, 255] {
+        guest.machine.pause();
+        let offset = 5 * MIB + page * PAGE_SIZE;
+        let mut bytes = [0; 8];
+        block.read(offset, &mut bytes).unwrap();
+        bytes[0] ^= 1;
+        block.write(offset, &bytes).unwrap();
+        guest.machine.resume().unwrap();
+        guest.console.wait_for_line(&format!("qevm-payload stale-page kind=hold cpu=0 page={page} word=0 expected="));
+        bytes[0] ^= 1;
+        block.write(offset, &bytes).unwrap();
+    }
 }
 
 fn refuses_a_bad_configuration() {
