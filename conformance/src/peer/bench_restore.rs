@@ -1,7 +1,8 @@
 //! How soon a guest runs that is restored from a file in which every page has its place: QEMU's full load, reference-vmm's, and lazily
-//! (capabilities `mapped-ram` and `postcopy-ram`), by turns, in one run and from one file.
+//! (capabilities `mapped-ram` and `postcopy-ram`) from the file and from a page server, by turns, in one run and from one file.
 //!
-//! Every page of the guest's memory holds random numbers, and it touches a twentieth of it. The file is in the page cache. Numbers mean
+//! Every page of the guest's memory holds random numbers, and it touches a twentieth of it: most by rewriting it, and the rest by reads at random, each of
+//! which it measures. The file is in the page cache. Numbers mean
 //! something only on a machine that does nothing else.
 
 use std::collections::BTreeMap;
@@ -9,12 +10,14 @@ use std::fs;
 use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
-use std::time::{Instant, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 use anyhow::{Context, Result, ensure};
+use reference_vmm::payload::Reads;
 use serde_json::{Value, json};
 
 use super::party::{Monitor, Party};
+use super::served::PageServer;
 use super::{Load, Stage, Stop, bench};
 use crate::bench::figures::Summary;
 use crate::patience::PATIENCE;
@@ -39,11 +42,16 @@ enum Way {
     Qemu,
     Full,
     Lazy,
+    Served,
 }
 
 impl Way {
-    const ALL: [(Way, &'static str); 3] =
-        [(Way::Qemu, "QEMU"), (Way::Full, "reference-vmm"), (Way::Lazy, "reference-vmm lazy")];
+    const ALL: [(Way, &'static str); 4] = [
+        (Way::Qemu, "QEMU"),
+        (Way::Full, "reference-vmm"),
+        (Way::Lazy, "reference-vmm lazy"),
+        (Way::Served, "reference-vmm served"),
+    ];
 }
 
 /// One restore, from the start of the process, ms.
@@ -53,7 +61,13 @@ struct Sample {
     runs: f64,
     /// To the end of the first pass over what it touches.
     pass: f64,
+    /// What 99 of 100 reads did not exceed that took longer than any page that is in memory takes, by the guest's clock, µs. None did where
+    /// all memory is loaded.
+    p99: Option<f64>,
 }
+
+/// What a read of a page that is in memory seldom takes.
+const FAULT: Duration = Duration::from_micros(8);
 
 /// Restores guests of each size by turns, tells each and each median, and gives all medians.
 ///
@@ -67,13 +81,17 @@ pub fn restore(options: &Options, program: &Monitor, mut tell: impl FnMut(&str))
         let stage = Stage { roots: &roots, program, scratch: scratch.path(), more: &[] };
         let run = Run { options, mib, stage, image: scratch.path().join("guest") };
         let saved = run.save()?;
-        let mut samples: [Vec<Sample>; 3] = Default::default();
+        let mut samples: [Vec<Sample>; Way::ALL.len()] = Default::default();
         for repetition in 0..options.repetitions as usize {
-            for turn in (0..3).map(|turn| (turn + repetition) % 3) {
+            for turn in (0..Way::ALL.len()).map(|turn| (turn + repetition) % Way::ALL.len()) {
                 let (way, name) = Way::ALL[turn];
-                let (sample, there) = run.load(way, saved, "there").with_context(|| name.to_owned())?;
+                let (sample, there) = run.load(way, &saved, "there").with_context(|| name.to_owned())?;
                 there.end()?;
-                tell(&format!("{mib} MiB {name}: runs after {:.1} ms, first pass {:.1} ms", sample.runs, sample.pass));
+                let p99 = sample.p99.map_or(String::new(), |p99| format!(", p99 of faults {p99:.1} us"));
+                tell(&format!(
+                    "{mib} MiB {name}: runs after {:.1} ms, first pass {:.1} ms{p99}",
+                    sample.runs, sample.pass
+                ));
                 samples[turn].push(sample);
             }
         }
@@ -84,12 +102,16 @@ pub fn restore(options: &Options, program: &Monitor, mut tell: impl FnMut(&str))
                 let times = Summary::of_ratios(samples[n].iter().map(of), samples[0].iter().map(of));
                 let times = times.context("no samples")?;
                 let ratio = times.ratio();
-                tell(&format!("{mib} MiB {name:<18} {what:<14} {:9.1}, times QEMU {ratio}", figures.median));
+                tell(&format!("{mib} MiB {name:<20} {what:<14} {:9.1}, times QEMU {ratio}", figures.median));
                 result[name][what] = json!({ "ms": figures, "times_qemu": times });
+            }
+            if let Some(p99) = Summary::of(samples[n].iter().filter_map(|sample| sample.p99)) {
+                tell(&format!("{mib} MiB {name:<20} p99 of faults, us {p99}"));
+                result[name]["fault_p99_us"] = json!(p99);
             }
         }
         if options.guests > 0 {
-            let each = run.side_by_side(saved)?;
+            let each = run.side_by_side(&saved)?;
             tell(&format!("{mib} MiB, {} guests from one file: {each:.1} MiB of memory each", options.guests));
             result["guests"] =
                 json!({ "number": options.guests, "proportional_set_mib_each": each, "touched_mib_each": mib / 20 });
@@ -106,9 +128,28 @@ struct Run<'r> {
     image: PathBuf,
 }
 
+/// A guest in a file.
+struct Saved {
+    /// The pass that it was in.
+    pass: u64,
+    /// What it had read.
+    reads: Reads,
+    server: PageServer,
+}
+
+/// What a guest has read here, as it said last.
+fn last_reads(party: &Party) -> Result<Reads> {
+    let text = party.text()?;
+    let text = String::from_utf8_lossy(&text);
+    let whole = text.rsplit_once('\n').map_or("", |(whole, _)| whole);
+    whole.lines().filter_map(Reads::parse).next_back().context("the guest has read nothing at random")
+}
+
 impl Run<'_> {
     fn load_of(&self) -> Load {
-        let payload = format!("dirty={}M rate=0 hold=1M zero=0 verify=16 report=2", self.mib / 20);
+        let read = (self.mib / 100).max(1);
+        let rewritten = (self.mib / 20).saturating_sub(read).max(1);
+        let payload = format!("dirty={rewritten}M rate=0 hold={read}M zero=0 verify=0 timer=0 reader=1 report=20");
         Load { memory: self.mib, payload, ..Load::default() }
     }
 
@@ -121,8 +162,8 @@ impl Run<'_> {
         Party::start(stop, root, &stage, &self.load_of(), name, incoming, false)
     }
 
-    /// Saves a guest whose memory is full of random numbers, and says in which pass it was.
-    fn save(&self) -> Result<u64> {
+    /// Saves a guest whose memory is full of random numbers, and serves it.
+    fn save(&self) -> Result<Saved> {
         // On tmpfs where there is one; it is gone before anything is measured.
         let shm = Path::new("/dev/shm");
         let folder = if shm.is_dir() { shm } else { self.stage.scratch };
@@ -144,33 +185,42 @@ impl Run<'_> {
         here.monitor().execute("migrate", json!({ "uri": format!("file:{}", self.image.display()) }))?;
         here.monitor().wait_migration(PATIENCE, |migration| migration["status"] == "completed")?;
         let pass = here.progress()?.context("the guest says nothing")?.pass;
+        let reads = last_reads(&here)?;
         here.end()?;
         // Into the page cache, once for all.
         io::copy(&mut fs::File::open(&self.image)?, &mut io::sink())?;
-        Ok(pass)
+        let server = PageServer::start(&self.image, &self.stage.scratch.join("pages"))?;
+        Ok(Saved { pass, reads, server })
     }
 
-    fn load(&self, way: Way, saved: u64, name: &str) -> Result<(Sample, Party)> {
+    fn load(&self, way: Way, saved: &Saved, name: &str) -> Result<(Sample, Party)> {
         let (begun, at) = (Instant::now(), SystemTime::now().duration_since(SystemTime::UNIX_EPOCH)?);
         let stop = if way == Way::Qemu { Stop::Qemu(self.options.suite, Accel::Kvm) } else { Stop::Reference };
-        let more: &[_] = if way == Way::Lazy { &["--no-load-ahead"] } else { &[] };
+        let lazy = matches!(way, Way::Lazy | Way::Served);
+        let more: &[_] = if lazy { &["--no-load-ahead"] } else { &[] };
         let mut there = self.start(stop, name, more, true)?;
         there.meets(Stop::Qemu(self.options.suite, Accel::Kvm))?;
-        let lazily = (way == Way::Lazy).then_some("postcopy-ram");
+        let lazily = lazy.then_some("postcopy-ram");
         let on: Vec<_> = std::iter::once("mapped-ram").chain(lazily).collect();
         there.monitor().set_capabilities(&on)?;
-        there.monitor().execute("migrate-incoming", json!({ "uri": format!("file:{}", self.image.display()) }))?;
+        let uri = match way {
+            Way::Served => saved.server.uri.clone(),
+            _ => format!("file:{}", self.image.display()),
+        };
+        there.monitor().execute("migrate-incoming", json!({ "uri": uri }))?;
         let resumed = there.monitor().wait_event("RESUME", PATIENCE)?.time.context("RESUME has no timestamp")?;
         // The pass that it was in is over, and one more.
-        let progress = there.wait_progress("complete a pass", PATIENCE, |progress| progress.pass >= saved + 2)?;
+        let progress = there.wait_progress("complete a pass", PATIENCE, |progress| progress.pass >= saved.pass + 2)?;
         let pass = begun.elapsed().as_secs_f64() * 1e3;
         ensure!(progress.stale == 0, "the guest found {} stale pages", progress.stale);
         let runs = resumed.checked_sub(at).context("the guest ran before its monitor")?;
-        Ok((Sample { runs: runs.as_secs_f64() * 1e3, pass }, there))
+        let reads = last_reads(&there)?.since(&saved.reads).slower(FAULT);
+        let p99 = reads.quantile(0.99).filter(|_| lazy).map(|p99| p99.as_secs_f64() * 1e6);
+        Ok((Sample { runs: runs.as_secs_f64() * 1e3, pass, p99 }, there))
     }
 
     /// What guests from one file take of the host's memory, each, MiB.
-    fn side_by_side(&self, saved: u64) -> Result<f64> {
+    fn side_by_side(&self, saved: &Saved) -> Result<f64> {
         let names: Vec<String> = (0..self.options.guests).map(|n| format!("guest{n}")).collect();
         let mut guests = Vec::new();
         for name in &names {

@@ -79,14 +79,15 @@ impl Served {
 }
 
 /// The page server of `qevm`, until it is dropped.
-struct PageServer {
+pub(super) struct PageServer {
     server: Arc<Server>,
-    uri: String,
+    pub(super) uri: String,
     over: Arc<AtomicBool>,
 }
 
 impl PageServer {
-    fn start(image: &Path, socket: &Path) -> Result<PageServer> {
+    /// Serves an image at a socket.
+    pub(super) fn start(image: &Path, socket: &Path) -> Result<PageServer> {
         let stopped = |stop: qevm_inspect::failure::Error| anyhow::anyhow!("{stop:?}");
         let mut inputs = Inputs::of_file(image).map_err(stopped)?;
         let file = MappedFile::index(&mut inputs, Spool::unlimited(), &mut |_| ()).map_err(stopped)?;
