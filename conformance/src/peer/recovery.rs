@@ -1,6 +1,5 @@
 //! Guests that go before their memory, over connections that are lost meanwhile.
 
-use std::path::PathBuf;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -10,9 +9,9 @@ use serde_json::{Map, Value, json};
 
 use super::journey::{Stage, account};
 use super::party::Party;
-use super::relay::{Break, Relay};
+use super::relay::{Break, Place, Relay};
 use super::table::PEERS;
-use super::{Account, Departure, Journey, Load, Stop};
+use super::{Account, Departure, Journey, Link, Load, Stop};
 use crate::patience::PATIENCE;
 use crate::scenario::Accel;
 
@@ -42,10 +41,14 @@ impl Recovery {
         let mut here = journey.boot(stage, &mut |_| ())?;
         let mut there = journey.start(stage, 1, true)?;
         journey.prepare(&mut here, &mut there)?;
-        let exit = |n: usize| stage.scratch.join(format!("exit{n}"));
-        let relay = Relay::listen(stage.scratch.join("entry"), exit(0))?;
-        there.monitor().execute("migrate-incoming", json!({ "uri": uri(exit(0)) }))?;
-        here.monitor().execute("migrate", json!({ "uri": uri(relay.entry().into()) }))?;
+        let place = |name: String| match journey.link {
+            Link::Tcp => Place::free_port(),
+            _ => Ok(Place::Path(stage.scratch.join(name))),
+        };
+        let exit = place("exit".into())?;
+        let relay = Relay::listen(place("entry".into())?, exit.clone())?;
+        there.monitor().execute("migrate-incoming", json!({ "uri": exit.uri() }))?;
+        here.monitor().execute("migrate", json!({ "uri": relay.entry().uri() }))?;
         departure.start(&mut here)?;
         here.monitor().wait_migration(PATIENCE, |migration| migration["status"] == "postcopy-active")?;
         there.wait_status("running")?;
@@ -55,12 +58,13 @@ impl Recovery {
             }
             let context = || format!("connection {n}, broken at {when:?}");
             self.lose(&relay, n, &mut here, &mut there).with_context(context)?;
-            relay.lead_to(exit(n + 1));
-            wait_again(&mut there, exit(n + 1)).with_context(context)?;
+            let exit = place(format!("exit{n}"))?;
+            relay.lead_to(exit.clone());
+            wait_again(&mut there, &exit).with_context(context)?;
             if let Some(next) = self.breaks.get(n + 1) {
                 relay.break_at(*next);
             }
-            let resume = json!({ "uri": uri(relay.entry().into()), "resume": true });
+            let resume = json!({ "uri": relay.entry().uri(), "resume": true });
             here.monitor().execute("migrate", resume).with_context(context)?;
         }
         if self.dies {
@@ -113,26 +117,22 @@ fn mourn(here: &mut Party, relay: &Relay) -> Result<()> {
     is_away(here)?;
     ensure!(here.monitor().execute("cont", Value::Null).is_err(), "it runs what is left of a guest");
     // Nobody is there, whom the relay hands nothing on to.
-    here.monitor().execute("migrate", json!({ "uri": uri(relay.entry().into()), "resume": true }))?;
+    here.monitor().execute("migrate", json!({ "uri": relay.entry().uri(), "resume": true }))?;
     here.monitor().wait_migration(PATIENCE, paused)?;
     ensure!(here.monitor().execute("cont", Value::Null).is_err(), "it runs what is left of a guest");
     Ok(())
 }
 
 /// Lets the destination wait for the source there. It may not have noticed that the connection before is lost.
-fn wait_again(there: &mut Party, path: PathBuf) -> Result<()> {
+fn wait_again(there: &mut Party, place: &Place) -> Result<()> {
     let deadline = Instant::now() + PATIENCE;
     loop {
-        match there.monitor().execute("migrate-recover", json!({ "uri": uri(path.clone()) })) {
+        match there.monitor().execute("migrate-recover", json!({ "uri": place.uri() })) {
             Ok(_) => return Ok(()),
             Err(error) if Instant::now() > deadline => bail!(error),
             Err(_) => thread::sleep(POLL),
         }
     }
-}
-
-fn uri(path: PathBuf) -> String {
-    format!("unix:{}", path.display())
 }
 
 /// So many places in the pages, and `within` what both ends say to each other about those that have come before.
@@ -187,6 +187,11 @@ pub(super) fn all() -> Vec<Recovery> {
             if dies {
                 let journey = Journey { name: format!("{}>{}/{with}/death", stops[0], stops[1]), ..journey.clone() };
                 all.push(Recovery { journey, breaks: places(count, within), dies });
+            }
+            if count == 5 && !preempt {
+                let name = format!("{}>{}/{with}/tcp/{count}", stops[0], stops[1]);
+                let journey = Journey { name, link: Link::Tcp, quick: false, ..journey.clone() };
+                all.push(Recovery { journey, breaks: places(count, within), dies: false });
             }
             all.push(Recovery { journey, breaks: places(count, within), dies: false });
         }

@@ -1,9 +1,10 @@
 //! A way between two monitors that breaks when the judge says so, and can be used again.
 
-use std::io::{ErrorKind, Read, Write};
-use std::net::Shutdown;
+use std::io::{self, ErrorKind, Read, Write};
+use std::net::{Ipv4Addr, Shutdown, TcpListener, TcpStream};
+use std::os::fd::OwnedFd;
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::Duration;
@@ -21,10 +22,46 @@ pub enum Break {
     Back(u64),
 }
 
+/// Where somebody listens on this host.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum Place {
+    Path(PathBuf),
+    Port(u16),
+}
+
+impl Place {
+    /// A port at which nobody listens.
+    pub(super) fn free_port() -> Result<Place> {
+        Ok(Place::Port(TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?.local_addr()?.port()))
+    }
+
+    /// As QEMU names it.
+    pub(super) fn uri(&self) -> String {
+        match self {
+            Place::Path(path) => format!("unix:{}", path.display()),
+            Place::Port(port) => format!("tcp:127.0.0.1:{port}"),
+        }
+    }
+
+    fn connect(&self) -> io::Result<UnixStream> {
+        match self {
+            Place::Path(path) => UnixStream::connect(path),
+            Place::Port(port) => Ok(plain(TcpStream::connect((Ipv4Addr::LOCALHOST, *port))?)),
+        }
+    }
+}
+
+/// A connection of which only bytes matter.
+fn plain(stream: TcpStream) -> UnixStream {
+    // Without, small messages are late, and arrive all the same.
+    let _ = stream.set_nodelay(true);
+    UnixStream::from(OwnedFd::from(stream))
+}
+
 /// Hands every connection on to a destination. Ends with this.
 #[derive(Debug)]
 pub(super) struct Relay {
-    entry: PathBuf,
+    entry: Place,
     shared: Arc<Shared>,
 }
 
@@ -33,7 +70,7 @@ struct Shared(Mutex<State>);
 
 #[derive(Debug)]
 struct State {
-    destination: PathBuf,
+    destination: Place,
     next: Option<Break>,
     /// Both ends of every connection.
     ends: Vec<UnixStream>,
@@ -44,17 +81,28 @@ struct State {
 
 impl Relay {
     /// Listens at `entry`.
-    pub(super) fn listen(entry: PathBuf, destination: PathBuf) -> Result<Relay> {
-        let _ = std::fs::remove_file(&entry);
-        let listener = UnixListener::bind(&entry).with_context(|| format!("binding {}", entry.display()))?;
-        listener.set_nonblocking(true)?;
+    pub(super) fn listen(entry: Place, destination: Place) -> Result<Relay> {
+        let context = || format!("listening at {}", entry.uri());
+        let accept: Box<dyn Fn() -> io::Result<UnixStream> + Send> = match &entry {
+            Place::Path(path) => {
+                let _ = std::fs::remove_file(path);
+                let listener = UnixListener::bind(path).with_context(context)?;
+                listener.set_nonblocking(true)?;
+                Box::new(move || Ok(listener.accept()?.0))
+            }
+            Place::Port(port) => {
+                let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, *port)).with_context(context)?;
+                listener.set_nonblocking(true)?;
+                Box::new(move || Ok(plain(listener.accept()?.0)))
+            }
+        };
         let state = State { destination, next: None, ends: Vec::new(), broken: 0, over: false };
         let shared = Arc::new(Shared(Mutex::new(state)));
         let accepting = shared.clone();
         thread::spawn(move || {
             while !accepting.lock().over {
-                match listener.accept() {
-                    Ok((source, _)) => accepting.hand_on(source),
+                match accept() {
+                    Ok(source) => accepting.hand_on(source),
                     Err(error) if error.kind() == ErrorKind::WouldBlock => thread::sleep(POLL),
                     Err(_) => break,
                 }
@@ -64,12 +112,12 @@ impl Relay {
     }
 
     /// Where it listens.
-    pub(super) fn entry(&self) -> &Path {
+    pub(super) fn entry(&self) -> &Place {
         &self.entry
     }
 
     /// Connections that come from here on go there.
-    pub(super) fn lead_to(&self, destination: PathBuf) {
+    pub(super) fn lead_to(&self, destination: Place) {
         self.shared.lock().destination = destination;
     }
 
@@ -98,7 +146,7 @@ impl Shared {
     fn hand_on(self: &Arc<Self>, source: UnixStream) {
         let mut state = self.lock();
         // Where nobody listens the source is closed, as where nobody is.
-        let Ok(destination) = UnixStream::connect(&state.destination) else { return };
+        let Ok(destination) = state.destination.connect() else { return };
         for (from, to, forth) in [(&source, &destination, true), (&destination, &source, false)] {
             let (Ok(from), Ok(to), Ok(end)) = (from.try_clone(), to.try_clone(), from.try_clone()) else { return };
             state.ends.push(end);
@@ -158,7 +206,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let [entry, exit] = ["entry", "exit"].map(|name| folder.path().join(name));
         let listener = UnixListener::bind(&exit).unwrap();
-        let relay = Relay::listen(entry.clone(), exit).unwrap();
+        let relay = Relay::listen(Place::Path(entry.clone()), Place::Path(exit)).unwrap();
         for (n, when) in [Break::Forth(5), Break::Back(3), Break::Forth(0)].into_iter().enumerate() {
             relay.break_at(when);
             let mut source = UnixStream::connect(&entry).unwrap();
