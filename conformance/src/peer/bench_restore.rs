@@ -224,7 +224,10 @@ impl Run<'_> {
         let names: Vec<String> = (0..self.options.guests).map(|n| format!("guest{n}")).collect();
         let mut guests = Vec::new();
         for name in &names {
-            guests.push(self.load(Way::Lazy, saved, name)?.1);
+            let mut guest = self.load(Way::Lazy, saved, name)?.1;
+            // It would go round for ever, and leave the others no processor.
+            guest.monitor().execute("stop", Value::Null)?;
+            guests.push(guest);
         }
         let mut kib = 0;
         for guest in &mut guests {
