@@ -138,11 +138,8 @@ struct Saved {
 }
 
 /// What a guest has read here, as it said last.
-fn last_reads(party: &Party) -> Result<Reads> {
-    let text = party.text()?;
-    let text = String::from_utf8_lossy(&text);
-    let whole = text.rsplit_once('\n').map_or("", |(whole, _)| whole);
-    whole.lines().filter_map(Reads::parse).next_back().context("the guest has read nothing at random")
+fn last_reads(party: &mut Party) -> Result<Reads> {
+    party.wait_text("read at random", PATIENCE, |text| text.lines().filter_map(Reads::parse).next_back())
 }
 
 impl Run<'_> {
@@ -185,7 +182,7 @@ impl Run<'_> {
         here.monitor().execute("migrate", json!({ "uri": format!("file:{}", self.image.display()) }))?;
         here.monitor().wait_migration(PATIENCE, |migration| migration["status"] == "completed")?;
         let pass = here.progress()?.context("the guest says nothing")?.pass;
-        let reads = last_reads(&here)?;
+        let reads = last_reads(&mut here)?;
         here.end()?;
         // Into the page cache, once for all.
         io::copy(&mut fs::File::open(&self.image)?, &mut io::sink())?;
@@ -214,7 +211,7 @@ impl Run<'_> {
         let pass = begun.elapsed().as_secs_f64() * 1e3;
         ensure!(progress.stale == 0, "the guest found {} stale pages", progress.stale);
         let runs = resumed.checked_sub(at).context("the guest ran before its monitor")?;
-        let reads = last_reads(&there)?.since(&saved.reads).slower(FAULT);
+        let reads = last_reads(&mut there)?.since(&saved.reads).slower(FAULT);
         let p99 = reads.quantile(0.99).filter(|_| lazy).map(|p99| p99.as_secs_f64() * 1e6);
         Ok((Sample { runs: runs.as_secs_f64() * 1e3, pass, p99 }, there))
     }
