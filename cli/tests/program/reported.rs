@@ -42,6 +42,20 @@ const MARK: u64 = 0x1122_3344_5566_7788;
 const OTHER_MARK: u64 = 0x8877_6655_4433_2211;
 
 #[test]
+fn lz4_files_are_read_like_the_plain_stream() {
+    let dir = TempDir::new().unwrap();
+    let plain = file(&dir, "base.q", &base());
+    let compressed = reported("base.lz4");
+    let whole = file(&dir, "base.q.lz4", &compressed);
+    assert!(good(&dir, "verify FILE", &whole).contains("ok: "));
+    assert!(good(&dir, &format!("diff {} FILE", plain.display()), &whole).contains("no differences"));
+    // Cut where a block ends, which its decoder takes for the end.
+    let cut = file(&dir, "cut.lz4", &compressed[..compressed.len() - 8]);
+    let ran = run(&dir, "verify FILE", &cut);
+    assert!(ran.code == Some(1) && ran.stderr.contains("the compressed data (lz4) ends early"), "{}", ran.stderr);
+}
+
+#[test]
 fn a_volume_is_longer_than_the_stream_in_it() {
     let dir = TempDir::new().unwrap();
     let whole = base();
@@ -280,7 +294,7 @@ fn what_is_no_stream_is_named_with_what_to_do() {
         (&b"\x7fELF\x02\x01\x01"[..], "an ELF core"),
         (b"KDUMP   ", "a kdump-compressed dump"),
         (b"QCPR\0\0\0\x01", "the CPR channel"),
-        (&[0x04, 0x22, 0x4d, 0x18, 0x64], "`lz4 -dc`"),
+        (&[0x02, 0x21, 0x4c, 0x18, 0x64], "`lz4 -dc`"),
     ] {
         let foreign = file(&dir, "foreign", &[first, &[0; 400]].concat());
         let ran = run(&dir, "inspect FILE", &foreign);

@@ -35,8 +35,24 @@ enum Member {
     Bzip2(Box<bzip2::bufread::BzDecoder<Input>>),
     Xz(Box<lzma_rust2::XzReader<Input>>),
     Zstd(Box<zstd::Decoder<'static, Input>>),
+    Lz4(Box<lz4_flex::frame::FrameDecoder<Watched>>),
     /// All was read, or the next member could not be begun.
     Ended,
+}
+
+/// An input that knows whether its end was met. The decoder of lz4 takes an input that ends before the mark at the end of the
+/// frame for a whole one; but whoever has seen that mark does not read on.
+struct Watched {
+    input: Input,
+    ended: bool,
+}
+
+impl Read for Watched {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let read = self.input.read(buffer)?;
+        self.ended |= read == 0 && !buffer.is_empty();
+        Ok(read)
+    }
 }
 
 impl fmt::Debug for Decompressed {
@@ -107,6 +123,10 @@ impl Read for Decompressed {
                 Member::Bzip2(reader) => reader.read(buffer),
                 Member::Xz(reader) => reader.read(buffer),
                 Member::Zstd(reader) => reader.read(buffer),
+                Member::Lz4(reader) => match reader.read(buffer) {
+                    Ok(0) if reader.get_ref().ended => Err(ErrorKind::UnexpectedEof.into()),
+                    read => read,
+                },
                 Member::Ended => return Ok(0),
             };
             match read {
@@ -124,6 +144,9 @@ impl Member {
             Compression::Bzip2 => Member::Bzip2(Box::new(bzip2::bufread::BzDecoder::new(input))),
             Compression::Xz => Member::Xz(Box::new(lzma_rust2::XzReader::new_mem_limit(input, false, XZ_MEMORY_KIB))),
             Compression::Zstd => Member::Zstd(Box::new(zstd::Decoder::with_buffer(input)?.single_frame())),
+            Compression::Lz4 => {
+                Member::Lz4(Box::new(lz4_flex::frame::FrameDecoder::new(Watched { input, ended: false })))
+            }
             _ => return Ok(None),
         }))
     }
@@ -135,6 +158,7 @@ impl Member {
             Member::Bzip2(reader) => reader.into_inner(),
             Member::Xz(reader) => reader.into_inner(),
             Member::Zstd(reader) => reader.finish(),
+            Member::Lz4(reader) => reader.into_inner().input,
             Member::Ended => return None,
         })
     }
@@ -146,7 +170,7 @@ fn leading_zeroes(bytes: &[u8]) -> Option<usize> {
     (zeroes > 0).then_some(zeroes)
 }
 
-/// The bytes after a member start another one: RFC 1952, RFC 8878 (a frame, or one to be skipped), and the magics of bzip2 and xz.
+/// The bytes after a member start another one: RFC 1952, RFC 8878 (a frame, or one to be skipped), and the magics of bzip2, xz and lz4.
 fn starts_member(first: &[u8], compression: Compression) -> bool {
     match compression {
         Compression::Gzip => first.starts_with(&[0x1f, 0x8b, 8]),
@@ -155,6 +179,7 @@ fn starts_member(first: &[u8], compression: Compression) -> bool {
         Compression::Zstd => {
             first.starts_with(&[0x28, 0xb5, 0x2f, 0xfd]) || matches!(first, [0x50..=0x5f, 0x2a, 0x4d, 0x18, ..])
         }
+        Compression::Lz4 => first.starts_with(&[0x04, 0x22, 0x4d, 0x18]),
         _ => false,
     }
 }

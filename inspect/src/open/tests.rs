@@ -1,6 +1,8 @@
 use super::*;
 use std::io::Write;
 
+/// Where an lz4 frame is cut, the reader has seen that it is one.
+const MAGIC_AND_FLAGS: usize = 5;
 const STREAM: &[u8] = b"QEVM\0\0\0\x03 and so on";
 
 fn file(bytes: &[u8]) -> tempfile::NamedTempFile {
@@ -51,6 +53,13 @@ fn xz() -> Vec<u8> {
     child.wait_with_output().unwrap().stdout
 }
 
+/// What the program `lz4` 1.9.4 makes of [`STREAM`]: as it does by default, and with checksums of the blocks and the size of the
+/// content (`-BX --content-size`).
+const LZ4: [&[u8]; 2] = [
+    b"\x04\x22M\x18d@\xa7\x12\0\0\x80QEVM\0\0\0\x03 and so on\0\0\0\0\xc9\x93\xd6\xa2",
+    b"\x04\x22M\x18|@\x12\0\0\0\0\0\0\0\xce\x12\0\0\x80QEVM\0\0\0\x03 and so on\xc9\x93\xd6\xa2\0\0\0\0\xc9\x93\xd6\xa2",
+];
+
 #[test]
 fn every_wrapping_gives_the_same_stream() {
     let zstd = zstd::encode_all(STREAM, 1).unwrap();
@@ -60,6 +69,9 @@ fn every_wrapping_gives_the_same_stream() {
         ("bzip2", bzip2(STREAM)),
         ("xz", xz()),
         ("zstd", zstd.clone()),
+        ("lz4", LZ4[0].to_vec()),
+        ("lz4 with checksums and size", LZ4[1].to_vec()),
+        ("lz4 in gzip", gzip(LZ4[0])),
         ("libvirt raw", save_image(0, STREAM)),
         ("libvirt gzip", save_image(1, &gzip(STREAM))),
         ("libvirt zstd", save_image(5, &zstd)),
@@ -82,7 +94,7 @@ fn every_wrapping_gives_the_same_stream() {
 fn what_follows_compressed_data_is_no_part_of_it() {
     let zstd = zstd::encode_all(STREAM, 1).unwrap();
     let skipped = [&[0x50, 0x2a, 0x4d, 0x18, 4, 0, 0, 0, 1, 2, 3, 4][..], &zstd].concat();
-    for (what, member) in [("gzip", gzip(STREAM)), ("bzip2", bzip2(STREAM)), ("xz", xz()), ("zstd", zstd)] {
+    for (what, member) in [("gzip", gzip(STREAM)), ("bzip2", bzip2(STREAM)), ("xz", xz()), ("zstd", zstd), ("lz4", LZ4[0].to_vec())] {
         let twice = [STREAM, STREAM].concat();
         for (after, expected, trailing) in [
             (vec![], STREAM.to_vec(), false),
@@ -143,11 +155,16 @@ fn damaged_compressed_data_is_the_inputs_fault() {
     let (gzip, zstd_len) = (gzip(STREAM), zstd.len());
     let gzip_len = gzip.len();
     for (program, whole, checksum) in
-        [("gzip", gzip, gzip_len - 7), ("bzip2", bzip2(STREAM), 10), ("xz", xz(), 10), ("zstd", zstd, zstd_len - 1)]
+        [("gzip", gzip, gzip_len - 7), ("bzip2", bzip2(STREAM), 10), ("xz", xz(), 10), ("zstd", zstd, zstd_len - 1), ("lz4", LZ4[0].to_vec(), LZ4[0].len() - 1)]
     {
         let cut = failure(&whole[..whole.len() - 3]);
         assert_eq!(cut.kind, "truncated", "{program}: {cut}");
         assert!(cut.message.contains(program), "{cut}");
+        if program == "lz4" {
+            for len in MAGIC_AND_FLAGS..whole.len() {
+                assert_eq!(failure(&whole[..len]).kind, "truncated", "lz4, {len} bytes");
+            }
+        }
         let mut changed = whole;
         changed[checksum] ^= 0x55;
         let changed = failure(&changed);

@@ -50,8 +50,8 @@ pub enum Foreign {
     VMware,
     /// A saved state of VirtualBox.
     VirtualBox,
-    /// lz4.
-    Lz4,
+    /// The legacy format of lz4 (`lz4 -l`), which has no mark at its end.
+    LegacyLz4,
 }
 
 impl core::fmt::Display for Foreign {
@@ -68,7 +68,9 @@ impl core::fmt::Display for Foreign {
             Foreign::Xen => "is a saved Xen domain and no QEMU migration stream: xl restore reads it",
             Foreign::VMware => "is a suspended VMware guest and no QEMU migration stream: vmss2core makes a core of it",
             Foreign::VirtualBox => "is a saved state of VirtualBox and no QEMU migration stream",
-            Foreign::Lz4 => "is compressed with lz4, which is not supported: decompress it with `lz4 -dc` first",
+            Foreign::LegacyLz4 => {
+                "is compressed in the legacy format of lz4, which is not supported: decompress it with `lz4 -dc` first"
+            }
         })
     }
 }
@@ -87,6 +89,8 @@ pub enum Compression {
     Lzop,
     /// RFC 8878.
     Zstd,
+    /// lz4, in its frame format.
+    Lz4,
 }
 
 impl Compression {
@@ -98,6 +102,7 @@ impl Compression {
             Compression::Xz => "xz",
             Compression::Lzop => "lzop",
             Compression::Zstd => "zstd",
+            Compression::Lz4 => "lz4",
         }
     }
 }
@@ -112,7 +117,7 @@ impl Compression {
 /// assert_eq!(recognise(b"GIF89a"), None);
 /// ```
 pub fn recognise(first: &[u8]) -> Option<FileKind> {
-    use Compression::{Bzip2, Gzip, Lzop, Xz, Zstd};
+    use Compression::{Bzip2, Gzip, Lz4, Lzop, Xz, Zstd};
     let magics: [(&[u8], FileKind); 24] = [
         (b"QEVM", FileKind::Stream),
         (&[0x11, 0x22, 0x33, 0x44], FileKind::MultifdChannel),
@@ -137,8 +142,8 @@ pub fn recognise(first: &[u8]) -> Option<FileKind> {
         (&[0xd2, 0xbe, 0xd2, 0xbe], FileKind::Foreign(Foreign::VMware)),
         (&[0xd3, 0xbe, 0xd3, 0xbe], FileKind::Foreign(Foreign::VMware)),
         (b"\x7fVirtualBox Saved", FileKind::Foreign(Foreign::VirtualBox)),
-        (&[0x04, 0x22, 0x4d, 0x18], FileKind::Foreign(Foreign::Lz4)),
-        (&[0x02, 0x21, 0x4c, 0x18], FileKind::Foreign(Foreign::Lz4)),
+        (&[0x04, 0x22, 0x4d, 0x18], FileKind::Compressed(Lz4)),
+        (&[0x02, 0x21, 0x4c, 0x18], FileKind::Foreign(Foreign::LegacyLz4)),
     ];
     magics.into_iter().find(|(magic, _)| first.starts_with(magic)).map(|(_, kind)| kind)
 }
