@@ -8,8 +8,10 @@ use crate::container::ContainerError;
 use crate::decode::StreamError;
 use crate::dirty_bitmap::DirtyBitmapError;
 use crate::encode::WriteError;
+use crate::hash_table::HashTableError;
 use crate::mapped_ram::MappedRamError;
 use crate::ram::RamError;
+use crate::storage_attributes::StorageAttributesError;
 use crate::vfio::VfioError;
 use crate::vmdesc::VmdescError;
 use crate::vmstate::VmStateError;
@@ -50,6 +52,12 @@ pub enum ErrorKind {
     /// The `dirty-bitmap` section.
     #[error(transparent)]
     DirtyBitmap(#[from] DirtyBitmapError),
+    /// The `spapr/htab` section.
+    #[error(transparent)]
+    HashTable(#[from] HashTableError),
+    /// The `s390-storage_attributes` section.
+    #[error(transparent)]
+    StorageAttributes(#[from] StorageAttributesError),
     /// A file with a stream inside.
     #[error(transparent)]
     Container(#[from] ContainerError),
@@ -81,6 +89,8 @@ impl Blame for ErrorKind {
             ErrorKind::Xbzrle(kind) => kind.fault(),
             ErrorKind::Vfio(kind) => kind.fault(),
             ErrorKind::DirtyBitmap(kind) => kind.fault(),
+            ErrorKind::HashTable(kind) => kind.fault(),
+            ErrorKind::StorageAttributes(kind) => kind.fault(),
             ErrorKind::Container(kind) => kind.fault(),
             ErrorKind::MappedRam(kind) => kind.fault(),
             ErrorKind::BlockMigration(kind) => kind.fault(),

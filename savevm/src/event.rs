@@ -7,7 +7,9 @@ use crate::{
     configuration::Configuration,
     dirty_bitmap::Chunk,
     framing::{SectionHeader, SectionKind},
+    hash_table::HashTableRecord,
     ram::{BlockId, RamRecord},
+    storage_attributes::StorageAttributesRecord,
     vfio::VfioRecord,
 };
 
@@ -47,6 +49,10 @@ pub enum Event<'a> {
     DirtyBitmap(Chunk),
     /// A record of the `block` section.
     BlockMigration(BlockRecord),
+    /// A record of the `spapr/htab` section.
+    HashTable(HashTableRecord),
+    /// A record of the `s390-storage_attributes` section.
+    StorageAttributes(StorageAttributesRecord),
     /// Content whose layout the wire does not tell: the vmstate of a device, or the section of a handler that is
     /// unknown here.
     Body(&'a [u8]),
@@ -90,6 +96,10 @@ pub enum PayloadKind {
     DirtyBitmap,
     /// Sectors of a disk.
     DiskSectors,
+    /// Entries of a hash page table.
+    HashTableEntries,
+    /// Attributes of pages.
+    StorageAttributes,
     /// A package: sections that a decoder of their own reads, from [`Decoder::nested`](crate::Decoder::nested).
     Package,
     /// The JSON description.
@@ -106,6 +116,8 @@ impl Event<'_> {
             Event::Vfio(VfioRecord::Data { len }) => Some(*len),
             Event::DirtyBitmap(chunk) => Some(chunk.payload()),
             Event::BlockMigration(record) => Some(record.payload()),
+            Event::HashTable(record) => Some(record.payload()),
+            Event::StorageAttributes(record) => Some(record.payload()),
             Event::Command(Command::Packaged { len }) | Event::VmDescription { len } => Some((*len).into()),
             _ => Some(0),
         }

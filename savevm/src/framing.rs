@@ -101,6 +101,8 @@ impl SectionHeader {
             b"ram" => Content::Ram,
             b"dirty-bitmap" => Content::DirtyBitmap,
             b"block" => Content::BlockMigration,
+            b"spapr/htab" => Content::HashTable,
+            b"s390-storage_attributes" => Content::StorageAttributes,
             b"vfio" => Content::Vfio,
             name if name.ends_with(b"/vfio") => Content::Vfio,
             _ => Content::Opaque,
@@ -120,6 +122,10 @@ pub enum Content {
     DirtyBitmap,
     /// [`BlockRecord`](crate::block_migration::BlockRecord)s.
     BlockMigration,
+    /// [`HashTableRecord`](crate::hash_table::HashTableRecord)s.
+    HashTable,
+    /// [`StorageAttributesRecord`](crate::storage_attributes::StorageAttributesRecord)s.
+    StorageAttributes,
     /// Bytes whose length the wire does not tell: a device's vmstate, or a handler unknown here.
     Opaque,
 }
@@ -130,7 +136,7 @@ impl Content {
         match self {
             Content::Ram => Some(4),
             Content::Vfio | Content::DirtyBitmap | Content::BlockMigration => Some(1),
-            Content::Opaque => None,
+            Content::HashTable | Content::StorageAttributes | Content::Opaque => None,
         }
     }
 }

@@ -12,7 +12,7 @@
 //! | [`command`] | commands between sections |
 //! | [`ram`] | RAM blocks and page records; the preempt channel |
 //! | [`xbzrle`] | pages as differences: decoder, encoder, and the source's cache |
-//! | [`vfio`], [`dirty_bitmap`], [`block_migration`] | the records of the other iterable handlers |
+//! | [`vfio`], [`dirty_bitmap`], [`block_migration`], [`hash_table`], [`storage_attributes`] | the records of the other iterable handlers |
 //! | [`mapped_ram`] | files in which every page has its place |
 //! | [`first_bytes`] | what a connection is that may be no source |
 //! | [`container`] | files with a stream inside: libvirt save images, qcow2 snapshots |
@@ -96,8 +96,10 @@ pub mod event;
 pub mod first_bytes;
 pub mod framing;
 pub mod guest_memory;
+pub mod hash_table;
 pub mod mapped_ram;
 pub mod ram;
+pub mod storage_attributes;
 pub mod vfio;
 pub mod vmdesc;
 pub mod vmstate;

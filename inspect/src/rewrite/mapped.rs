@@ -123,9 +123,7 @@ impl SavedGuest {
         }
         stream.eos().map_err(cannot_write)?;
         stream.footer().map_err(cannot_write)?;
-        for device in self.devices(true) {
-            stream.section_full(&device.header, &device.body).map_err(cannot_write)?;
-        }
+        self.write_setup(&mut stream)?;
         stream.section_end(self.ram_section.section_id).map_err(cannot_write)?;
         stream.eos().map_err(cannot_write)?;
         stream.footer().map_err(cannot_write)?;

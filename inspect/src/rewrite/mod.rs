@@ -5,10 +5,12 @@
 //! as a new stream; [`mapped_file`] gives parts of the latter without writing it. Device sections keep their bytes; memory is written once, each page in its last content.
 
 pub mod channels;
+mod iterables;
 pub mod mapped;
 pub mod mapped_file;
 pub mod stream;
 
+use self::iterables::Iterable;
 use crate::bounds::{Bounds, Spool};
 use crate::failure::{Error, Failure};
 use crate::ram::{GuestRam, Keep, Stretch};
@@ -17,7 +19,7 @@ use qevm_multifd::Uuid;
 use qevm_savevm::configuration::{Configuration, ConfigurationSubsection};
 use qevm_savevm::framing::{SectionHeader, SectionKind};
 use qevm_savevm::ram::RamBlock;
-use qevm_savevm::{Encoder, StreamWriter};
+use qevm_savevm::{Encoder, Event, StreamWriter};
 use qevm_wire::{CountedString, PageGeometry};
 
 /// A guest as a migration left it.
@@ -32,6 +34,8 @@ pub struct SavedGuest {
     /// The RAM blocks, without the words that only concern the form.
     blocks: Vec<RamBlock>,
     ram: GuestRam,
+    /// Iterable sections beside `ram`.
+    iterables: Vec<Iterable>,
     devices: Vec<Device>,
     description: Option<Vec<u8>>,
 }
@@ -82,7 +86,7 @@ impl SavedGuest {
             return Err(failure.into());
         }
         let file = &inputs.main.name;
-        if let Some((header, offset)) = capture.iterable {
+        if let Some((header, offset)) = capture.unwritable {
             let message =
                 "the content of this iterable section depends on how the migration went: it cannot be rewritten";
             return Err(unsupported(file, offset, &header.idstr.to_string(), message));
@@ -97,6 +101,7 @@ impl SavedGuest {
             ram_section,
             blocks: capture.blocks,
             ram,
+            iterables: capture.iterables,
             devices: capture.devices,
             description: analysis.description.take().map(|(_, text)| text),
         })
@@ -160,15 +165,26 @@ struct Capture<'p> {
     ram_section: Option<SectionHeader>,
     blocks: Vec<RamBlock>,
     devices: Vec<Device>,
-    /// An iterable section that is not memory.
-    iterable: Option<(SectionHeader, u64)>,
+    iterables: Vec<Iterable>,
+    /// An iterable section that cannot be rewritten.
+    unwritable: Option<(SectionHeader, u64)>,
+    /// Number of the iterable section that is being read.
+    current: Option<usize>,
     memory_came: bool,
 }
 
 impl<'p> Capture<'p> {
     fn new(position: &'p mut dyn FnMut(u64)) -> Self {
-        let (blocks, devices) = (Vec::new(), Vec::new());
-        Capture { position, ram_section: None, blocks, devices, iterable: None, memory_came: false }
+        Capture {
+            position,
+            ram_section: None,
+            blocks: Vec::new(),
+            devices: Vec::new(),
+            iterables: Vec::new(),
+            unwritable: None,
+            current: None,
+            memory_came: false,
+        }
     }
 }
 
@@ -178,15 +194,36 @@ impl Observer for Capture<'_> {
     }
 
     fn restarted(&mut self) {
-        (self.ram_section, self.iterable, self.memory_came) = (None, None, false);
+        (self.ram_section, self.unwritable, self.memory_came) = (None, None, false);
+        self.iterables.clear();
         self.blocks.clear();
         self.devices.clear();
     }
 
+    fn event(&mut self, event: &Event<'_>) {
+        if let Some(iterable) = self.current.and_then(|current| self.iterables.get_mut(current)) {
+            iterable.event(event);
+        }
+    }
+
+    fn payload(&mut self, bytes: &[u8]) {
+        if let Some(iterable) = self.current.and_then(|current| self.iterables.get_mut(current)) {
+            iterable.payload(bytes);
+        }
+    }
+
     fn section(&mut self, kind: SectionKind, header: &SectionHeader, offset: u64) {
+        self.current = self.iterables.iter().position(|known| known.header.section_id == header.section_id);
         match kind {
             SectionKind::Start if header.idstr == RAM => self.ram_section = Some(header.clone()),
-            SectionKind::Start => self.iterable = Some((header.clone(), offset)),
+            SectionKind::Start if self.current.is_some() => {}
+            SectionKind::Start => match Iterable::new(header) {
+                Some(iterable) => {
+                    self.current = Some(self.iterables.len());
+                    self.iterables.push(iterable);
+                }
+                None => self.unwritable = Some((header.clone(), offset)),
+            },
             SectionKind::Full => {}
             SectionKind::Part | SectionKind::End => self.memory_came = true,
         }

@@ -68,9 +68,7 @@ impl SavedGuest {
         sink.stream.ram_setup(self.blocks.iter().cloned()).map_err(cannot_write)?;
         sink.steps(SourceSync::setup)?;
         sink.stream.footer().map_err(cannot_write)?;
-        for device in self.devices(true) {
-            sink.stream.section_full(&device.header, &device.body).map_err(cannot_write)?;
-        }
+        self.write_setup(&mut sink.stream)?;
         sink.stream.section_end(self.ram_section.section_id).map_err(cannot_write)?;
         for block in 0..self.blocks.len() {
             let name = self.blocks[block].name.clone();
@@ -86,8 +84,19 @@ impl SavedGuest {
         Ok(sink.total())
     }
 
-    /// Device sections, end and description: what follows the guest's memory in every form.
+    /// What comes between the list of RAM blocks and the end of `ram` in every form: the other iterable sections begin, and
+    /// devices that precede memory.
+    pub(super) fn write_setup(&self, stream: &mut StreamWriter) -> Result<(), Error> {
+        self.iterables.iter().try_for_each(|iterable| iterable.write_start(stream))?;
+        for device in self.devices(true) {
+            stream.section_full(&device.header, &device.body).map_err(cannot_write)?;
+        }
+        Ok(())
+    }
+
+    /// Ends of iterable sections, device sections, end and description: what follows the guest's memory in every form.
     pub(super) fn write_end(&self, stream: &mut StreamWriter) -> Result<(), Error> {
+        self.iterables.iter().try_for_each(|iterable| iterable.write_end(stream))?;
         for device in self.devices(false) {
             stream.section_full(&device.header, &device.body).map_err(cannot_write)?;
         }

@@ -13,6 +13,9 @@ use qevm_wire::{Decode, DriveError, Limits, Writer, next_event};
 /// How many places in one section's content are tried that look like the start of the next item.
 const MAX_UNMARKED_ENDS: usize = 64;
 
+/// Bytes of payload that are held at a time.
+const PIECE: u64 = 64 << 10;
+
 /// One connection that carries a main channel.
 pub(super) struct Connection<'c> {
     pub(super) file: String,
@@ -190,6 +193,21 @@ impl Connection<'_> {
                     walk.bodies.description(text, at, &self.file, &mut walk.analysis, walk.observer)?;
                     self.source.consume(remaining as usize);
                     self.skipped(remaining)?;
+                }
+            }
+            Payload::Iterable => {
+                let mut left = remaining;
+                while left > 0 {
+                    self.more(left.min(PIECE) as usize)?;
+                    let piece = self.source.window();
+                    let len = left.min(PIECE).min(piece.len() as u64);
+                    if len == 0 {
+                        break;
+                    }
+                    walk.observer.payload(&piece[..len as usize]);
+                    self.source.consume(len as usize);
+                    self.skipped(len)?;
+                    left -= len;
                 }
             }
             Payload::Other => self.jump(remaining)?,

@@ -14,6 +14,8 @@ pub trait Observer {
     fn restarted(&mut self) {}
     /// Anything comes on the main channel.
     fn event(&mut self, _event: &Event<'_>) {}
+    /// A piece of the payload of the last event came, if that is a record of an iterable section beside `ram`.
+    fn payload(&mut self, _bytes: &[u8]) {}
     /// The configuration section is over; target pages have `page_size` bytes.
     fn configuration(&mut self, _page_size: u64) {}
     /// A section record starts.

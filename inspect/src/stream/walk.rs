@@ -51,10 +51,19 @@ pub(super) struct Walk<'s> {
 /// What the payload after an event is.
 pub(super) enum Payload {
     None,
-    Page { block: usize, offset: u64 },
-    MappedRam { block: usize, header: MappedRamHeader, used_length: u64 },
+    Page {
+        block: usize,
+        offset: u64,
+    },
+    MappedRam {
+        block: usize,
+        header: MappedRamHeader,
+        used_length: u64,
+    },
     Package,
     Description,
+    /// Of an iterable section beside `ram`.
+    Iterable,
     Other,
 }
 
@@ -177,6 +186,7 @@ impl Walk<'_> {
                 self.close_record(decoder.offset());
             }
             Event::Command(command) => return self.command(command, at, decoder, file),
+            Event::HashTable(_) | Event::StorageAttributes(_) => return Ok(Payload::Iterable),
             Event::VmDescription { .. } => return Ok(Payload::Description),
             Event::Eof => {
                 self.ended |= !packaged;

@@ -9,7 +9,9 @@ use crate::{
     dirty_bitmap::Chunk,
     event::{Event, PayloadKind},
     framing::{self, Content, SectionHeader, SectionKind},
+    hash_table::{self, HashTableRecord},
     ram::{ListWords, RamError, RamRecord, RecordContext},
+    storage_attributes::StorageAttributesRecord,
     vfio::{self, VfioRecord},
 };
 use qevm_wire::Located;
@@ -26,6 +28,8 @@ impl Decoder {
             State::Vfio(place) => self.vfio_record(reader, place, at_end).map(Some),
             State::DirtyBitmap => self.dirty_bitmap_chunk(reader).map(Some),
             State::BlockMigration => self.block_record(reader).map(Some),
+            State::HashTable(place) => self.hash_table_record(reader, place).map(Some),
+            State::StorageAttributes => self.storage_attributes_record(reader).map(Some),
             State::Header => self.header(reader).map(Some),
             State::AfterHeader => self.configuration(reader, at_end),
             State::AfterEof => self.description(reader, at_end),
@@ -138,6 +142,8 @@ impl Decoder {
             Content::Vfio => State::Vfio(vfio::Place::default()),
             Content::DirtyBitmap => State::DirtyBitmap,
             Content::BlockMigration => State::BlockMigration,
+            Content::HashTable => State::HashTable(hash_table::Place::Start),
+            Content::StorageAttributes => State::StorageAttributes,
             Content::Opaque => State::Body { scan: Scan::new(&[], id), then: AfterBody::Footer },
         };
     }
@@ -265,6 +271,29 @@ impl Decoder {
             self.state = State::Footer;
         }
         Ok(Event::BlockMigration(record))
+    }
+
+    fn hash_table_record<'a>(&mut self, reader: &mut Reader<'a>, place: hash_table::Place) -> Result<Event<'a>, Error> {
+        let record = HashTableRecord::decode(reader, place, self.hash_table_entries)?;
+        self.expect_payload(record.payload(), PayloadKind::HashTableEntries);
+        self.state = match record {
+            HashTableRecord::Size(_) => {
+                self.hash_table_entries = record.entries();
+                State::Footer
+            }
+            HashTableRecord::EndOfChunks => State::Footer,
+            HashTableRecord::Chunks | HashTableRecord::Chunk { .. } => State::HashTable(hash_table::Place::Chunks),
+        };
+        Ok(Event::HashTable(record))
+    }
+
+    fn storage_attributes_record<'a>(&mut self, reader: &mut Reader<'a>) -> Result<Event<'a>, Error> {
+        let record = StorageAttributesRecord::decode(reader)?;
+        self.expect_payload(record.payload(), PayloadKind::StorageAttributes);
+        if record == StorageAttributesRecord::EndOfSection {
+            self.state = State::Footer;
+        }
+        Ok(Event::StorageAttributes(record))
     }
 
     /// Content of unknown length, up to the first place at which it may end.

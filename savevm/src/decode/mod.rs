@@ -18,6 +18,7 @@ use crate::{
     Error, ErrorKind, Reader, dirty_bitmap,
     event::{Event, PayloadKind, Step},
     framing::SectionHeader,
+    hash_table,
     ram::{RamBlocks, RamReader},
     vfio,
 };
@@ -73,6 +74,8 @@ pub struct Decoder {
     /// A package was sent, whether for RAM or for bitmaps of disks: no description follows the end of postcopy.
     packaged: bool,
     bitmap_names: dirty_bitmap::Names,
+    /// Entries of the guest's hash page table, where the stream has told how many there are.
+    hash_table_entries: Option<u64>,
     package: Option<Package>,
     /// What the stream has cost so far.
     totals: Totals,
@@ -90,6 +93,8 @@ enum State {
     Vfio(vfio::Place),
     DirtyBitmap,
     BlockMigration,
+    HashTable(hash_table::Place),
+    StorageAttributes,
     /// Content of unknown length is next; what follows it is given.
     Body {
         scan: Scan,
@@ -141,6 +146,7 @@ impl Decoder {
             postcopy: false,
             packaged: false,
             bitmap_names: dirty_bitmap::Names::default(),
+            hash_table_entries: None,
             package: None,
             totals: Totals::default(),
             options,
@@ -158,6 +164,7 @@ impl Decoder {
             sections: self.sections.clone(),
             ram: RamReader::new(self.ram.blocks.clone()),
             advised_page_sizes: self.advised_page_sizes,
+            hash_table_entries: self.hash_table_entries,
             postcopy: true,
             packaged: true,
             totals: self.totals.clone(),
@@ -200,6 +207,7 @@ impl Decoder {
             sections: self.sections.nested(),
             ram: RamReader::new(self.ram.blocks.clone()),
             advised_page_sizes: self.advised_page_sizes,
+            hash_table_entries: self.hash_table_entries,
             package: Some(Package { start: self.cursor.offset(), end, depth }),
             totals: self.totals.clone(),
             ..Self::with_state(self.options.clone(), State::Item)

@@ -99,6 +99,8 @@ impl Encoder {
             Event::Vfio(record) => record.encode(writer),
             Event::DirtyBitmap(chunk) => chunk.encode(writer),
             Event::BlockMigration(record) => record.encode(writer)?,
+            Event::HashTable(record) => record.encode(writer),
+            Event::StorageAttributes(record) => record.encode(writer),
             Event::Body(bytes) => drop(writer.bytes(bytes)),
             Event::Command(command) => command.encode(writer)?,
             Event::Eof => drop(writer.u8(framing::EOF)),

@@ -3,7 +3,7 @@
 use super::decode::Context;
 use super::fields::Fields;
 use super::tree::Value;
-use super::{ScalarKind, scsi, virtio};
+use super::{ScalarKind, registers, scsi, virtio};
 use crate::Error;
 
 /// Reads a field of `size` bytes whose type is no number.
@@ -31,6 +31,9 @@ pub(super) fn field(
         }
         _ => {}
     }
+    if registers::number(fields, name, type_name, size)? {
+        return Ok(());
+    }
     let known = fields.attempt(|fields| {
         fields.bounded(size, "field", |fields| {
             fields.structure(owned_name(), owned_type(), "", 0, |fields| match type_name {
@@ -42,6 +45,10 @@ pub(super) fn field(
                 "usb-redir-bufpq" => usb_redir_packets(fields),
                 "usb-redir-packet-id-q" => usb_redir_packet_ids(fields),
                 "virtio-gpu" => virtio::gpu::resources_and_scanouts(fields),
+                "avr" => registers::altivec(fields),
+                "slbe" => registers::segment(fields),
+                "fpr" => registers::mips_float(fields),
+                "tlb_entry" => registers::mips_tlb(fields, size),
                 "virtio" => virtio::device(fields, context),
                 _ => Err(fields.unexpected("size of an unknown type", size, 0)),
             })

@@ -17,6 +17,8 @@ mod fields;
 mod json;
 mod model;
 mod pci;
+mod registers;
+mod s390x;
 mod schema;
 mod scsi;
 mod slirp;

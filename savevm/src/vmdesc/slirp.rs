@@ -1,6 +1,7 @@
 //! Old-style sections: handlers that write bytes without a description.
 
 use super::fields::Fields;
+use super::s390x;
 use crate::Error;
 
 /// Addresses that slirp's DHCP server hands out.
@@ -8,7 +9,15 @@ const BOOTP_CLIENTS: u64 = 16;
 
 /// Reads an old-style section of `size` bytes.
 pub(super) fn section(fields: &mut Fields<'_, '_>, idstr: &str, size: u64) -> Result<(), Error> {
-    if idstr != "slirp" || !fields.attempt(|fields| fields.bounded(size, "section", state)) {
+    let known = fields.attempt(|fields| {
+        fields.bounded(size, "section", |fields| match idstr {
+            "slirp" => state(fields),
+            "s390-skeys" => s390x::storage_keys(fields),
+            "todclock" => s390x::clock(fields),
+            _ => Err(fields.unexpected("size of an unknown section", size, 0)),
+        })
+    });
+    if !known {
         fields.opaque("data", "buffer", size)?;
     }
     Ok(())

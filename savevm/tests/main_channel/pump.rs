@@ -99,6 +99,8 @@ fn payload_of(event: &Event<'_>, section_id: u32) -> PayloadKind {
         Event::Vfio(VfioRecord::Data { .. }) => PayloadKind::DeviceData { section_id },
         Event::DirtyBitmap(_) => PayloadKind::DirtyBitmap,
         Event::BlockMigration(_) => PayloadKind::DiskSectors,
+        Event::HashTable(_) => PayloadKind::HashTableEntries,
+        Event::StorageAttributes(_) => PayloadKind::StorageAttributes,
         Event::Command(Command::Packaged { .. }) => PayloadKind::Package,
         Event::VmDescription { .. } => PayloadKind::Description,
         event => panic!("{event:?} has no payload"),

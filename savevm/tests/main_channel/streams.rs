@@ -9,7 +9,9 @@ use qevm_savevm::{
     dirty_bitmap::{Chunk, ChunkContent},
     event::Event,
     framing::{SectionHeader, SectionKind},
+    hash_table::HashTableRecord,
     ram::{BlockId, PageAt, RamBlock, RamRecord},
+    storage_attributes::StorageAttributesRecord,
     vfio::VfioRecord,
 };
 use qevm_wire::CountedString;
@@ -23,6 +25,11 @@ pub(crate) const VFIO: u32 = 5;
 pub(crate) const BITMAPS: u32 = 3;
 pub(crate) const DISKS: u32 = 1;
 pub(crate) const OTHER: u32 = 4;
+pub(crate) const HASH_TABLE: u32 = 6;
+pub(crate) const ATTRIBUTES: u32 = 7;
+/// Log2 of the bytes of the hash page table: 2 MiB.
+const HASH_TABLE_SHIFT: u32 = 21;
+const HASH_TABLE_ENTRIES: u32 = 1 << (HASH_TABLE_SHIFT - 4);
 
 pub(crate) fn name(text: &str) -> CountedString {
     CountedString::new(text).unwrap()
@@ -40,6 +47,8 @@ pub(crate) enum Item {
     VfioFull { config: Option<Vec<u8>>, ready: bool, end_of_state: bool },
     Bitmaps { chunks: Vec<Chunk>, bits: Vec<u8> },
     Disks(Vec<BlockRecord>),
+    HashTable { end: bool, gone: bool, chunks: Vec<(u32, u16, u16)> },
+    Attributes { end: bool, done: bool, pages: Vec<(u64, Vec<u8>)> },
     Other { end: bool, body: Vec<u8> },
     Device { header: SectionHeader, body: Vec<u8> },
     Command(Command),
@@ -153,6 +162,10 @@ fn flat_item() -> impl Strategy<Value = Item> {
             .prop_map(|(config, ready, end_of_state)| Item::VfioFull { config, ready, end_of_state }),
         1 => (vec(chunk(), 0..4), bytes(100)).prop_map(|(chunks, bits)| Item::Bitmaps { chunks, bits }),
         1 => vec(disk(), 0..3).prop_map(Item::Disks),
+        1 => (any::<bool>(), prop::bool::weighted(0.1), vec((0..HASH_TABLE_ENTRIES - 100, 0u16..20, 1u16..80), 0..5))
+            .prop_map(|(end, gone, chunks)| Item::HashTable { end, gone, chunks }),
+        1 => (any::<bool>(), any::<bool>(), vec((any::<u64>(), bytes(200)), 0..4))
+            .prop_map(|(end, done, pages)| Item::Attributes { end, done, pages }),
         1 => (any::<bool>(), bytes(100)).prop_map(|(end, body)| Item::Other { end, body }),
         3 => device(),
         3 => command().prop_map(Item::Command),
@@ -195,6 +208,12 @@ pub(crate) fn write(configuration: Option<&Configuration>, items: &[Item], descr
         }
         stream.footer().unwrap();
     }
+    stream.section_start(&header(HASH_TABLE, "spapr/htab", 1)).unwrap();
+    stream.event(&Event::HashTable(HashTableRecord::Size(HASH_TABLE_SHIFT))).unwrap();
+    stream.footer().unwrap();
+    stream.section_start(&header(ATTRIBUTES, "s390-storage_attributes", 0)).unwrap();
+    stream.event(&Event::StorageAttributes(StorageAttributesRecord::EndOfSection)).unwrap();
+    stream.footer().unwrap();
     stream.section_start(&header(VFIO, "0000:00:04.0/vfio", 1)).unwrap();
     stream.event(&Event::Vfio(VfioRecord::Setup)).unwrap();
     stream.event(&Event::Vfio(VfioRecord::EndOfState)).unwrap();
@@ -281,6 +300,31 @@ fn write_item(stream: &mut StreamWriter, item: &Item, names: &mut Names) {
                 }
             }
             event(stream, Event::BlockMigration(BlockRecord::EndOfSection));
+        }
+        Item::HashTable { end, gone: true, .. } => {
+            part(stream, *end, HASH_TABLE);
+            event(stream, Event::HashTable(HashTableRecord::Size(u32::MAX)));
+        }
+        Item::HashTable { end, gone: false, chunks } => {
+            part(stream, *end, HASH_TABLE);
+            event(stream, Event::HashTable(HashTableRecord::Chunks));
+            for &(index, valid, invalid) in chunks {
+                event(stream, Event::HashTable(HashTableRecord::Chunk { index, valid, invalid }));
+                stream.payload(&vec![0xa5; usize::from(valid) * 16]).unwrap();
+            }
+            event(stream, Event::HashTable(HashTableRecord::EndOfChunks));
+        }
+        Item::Attributes { end, done, pages } => {
+            part(stream, *end, ATTRIBUTES);
+            for (address, attributes) in pages {
+                let (address, len) = (address & !0xfff, attributes.len() as u64);
+                event(stream, Event::StorageAttributes(StorageAttributesRecord::Attributes { address, len }));
+                stream.payload(attributes).unwrap();
+            }
+            if *done {
+                event(stream, Event::StorageAttributes(StorageAttributesRecord::Done));
+            }
+            event(stream, Event::StorageAttributes(StorageAttributesRecord::EndOfSection));
         }
         Item::Other { end, body } => {
             part(stream, *end, OTHER);

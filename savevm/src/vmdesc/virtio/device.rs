@@ -64,8 +64,13 @@ fn requests(fields: &mut Fields<'_, '_>, common: &Common<'_>, packed: bool) -> R
 fn serial(fields: &mut Fields<'_, '_>, packed: bool) -> Result<(), Error> {
     fields.u16("cols")?;
     fields.u16("rows")?;
-    let ports_max = fields.u32("max_nr_ports")?;
-    fields.scalars("ports_map", "uint32", ScalarKind::U32, u64::from(ports_max).div_ceil(32))?;
+    // In the byte order of the guest, as its driver reads it: no device has 65536 ports.
+    let plain = matches!(fields.input.reader.rest(), [0, 0, ..]);
+    let ports_max = match plain {
+        true => fields.u32("max_nr_ports")?.into(),
+        false => fields.scalar("max_nr_ports", "uint32", ScalarKind::U32Le)?.as_u64(),
+    };
+    fields.scalars("ports_map", "uint32", ScalarKind::U32, ports_max.div_ceil(32))?;
     let ports = fields.u32("nr_active_ports")?;
     for port in 0..ports {
         fields.structure(format!("ports[{port}]"), "struct", "virtio-serial-port", 0, |fields| {

@@ -3,13 +3,15 @@
 use super::{HEADER, read, refused, refused_after};
 use crate::{
     pump::pump,
-    streams::{BITMAPS, DISKS, VFIO, name, write},
+    streams::{ATTRIBUTES, BITMAPS, DISKS, HASH_TABLE, VFIO, name, write},
 };
 use qevm_savevm::{
-    Decoder, DecoderOptions, Encoder, ErrorKind, Event, WriteError,
+    Decoder, DecoderOptions, Encoder, ErrorKind, Event, StreamError, WriteError,
     block_migration::BlockMigrationError,
     dirty_bitmap::DirtyBitmapError,
+    hash_table::HashTableError,
     ram::{BlockId, PageAt, RamBlock, RamError, RamRecord},
+    storage_attributes::StorageAttributesError,
     vfio::VfioError,
 };
 use qevm_wire::{Fault, Limits, WireError, Writer};
@@ -114,6 +116,28 @@ fn dirty_bitmap_chunks() {
     assert_eq!(kind, DirtyBitmapError::NoName { what: "bitmap" }.into());
     let (kind, at, _) = chunk(b"\x1c\x01n\x01b\0\x01\0\0\x08");
     assert_eq!((kind, at), (DirtyBitmapError::StartFlags { found: 8 }.into(), 14));
+}
+
+#[test]
+fn hash_table_records() {
+    let part = [&b"\x02"[..], &HASH_TABLE.to_be_bytes(), &[0; 4]].concat();
+    let chunk = |bytes: &[u8]| refused(&[&part[..], bytes].concat());
+    let beyond = HashTableError::Beyond { index: 0x1_fffe, end: 0x2_0001, entries: 0x2_0000 };
+    let path = "section 6 'spapr/htab'".to_owned();
+    assert_eq!(chunk(b"\0\x01\xff\xfe\0\x01\0\x02"), (beyond.into(), 9, path));
+    // The last entries of the table are in it.
+    let (kind, at, _) = chunk(b"\0\x01\xff\xfe\0\0\0\x02\0\0\0\0\0\0\0\0\x7f");
+    assert_eq!((kind, at), (StreamError::NoFooter { found: 0x7f }.into(), 25));
+}
+
+#[test]
+fn storage_attributes_records() {
+    let part = [&b"\x02"[..], &ATTRIBUTES.to_be_bytes()].concat();
+    let path = "section 7 's390-storage_attributes'";
+    for found in [0u64, 3, 4, 9, 0x10, 0x1001, 0x1008, 0x1006, 0x1003] {
+        let (kind, at, found_path) = refused(&[&part[..], &found.to_be_bytes()].concat());
+        assert_eq!((kind, at, found_path.as_str()), (StorageAttributesError::Word { found }.into(), 5, path));
+    }
 }
 
 #[test]
