@@ -12,6 +12,8 @@ use tempfile::SpooledData;
 const SMALL_READ: usize = 256;
 /// Largest read: large enough to be cheap, small enough to stay in a processor's cache.
 const LARGE_READ: usize = 256 << 10;
+/// Jumps up to this far are read through: many small reads cost more than one that is not needed.
+const NEAR: u64 = 64 << 10;
 /// A spool larger than this goes to a file.
 const SPOOL_IN_MEMORY: usize = 16 << 20;
 
@@ -145,7 +147,7 @@ impl Source {
         }
         self.consume(held as usize);
         let wanted = bytes - held;
-        if let Some(total) = self.total {
+        if let Some(total) = self.total.filter(|_| wanted > NEAR) {
             let jump = wanted.min(total.saturating_sub(self.offset));
             self.offset += jump;
             self.read_size = SMALL_READ;

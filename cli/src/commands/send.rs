@@ -15,6 +15,7 @@ use qevm_inspect::rewrite::stream::{Multifd, Target};
 use qevm_inspect::size::size;
 use qevm_multifd::rules::Parameters;
 use qevm_multifd::{Compression, Compressor};
+use qevm_savevm::framing;
 use qevm_wire::capability::{self, Context};
 use qevm_wire::profile::ZeroPageDetection;
 use qevm_wire::{Capabilities, Capability, Profile, QemuVersion};
@@ -34,8 +35,6 @@ pub fn run(send: &args::Send) -> Result<(), Stop> {
     let address = Address::parse(&send.address)?;
     check(send)?;
     let mut inputs = send.input.open()?;
-    let mut guest = super::read_saved(&mut inputs, &send.bounds)?;
-    let profile = profile(send, &guest);
     let patience = Duration::from_secs(send.timeout);
     let cannot = |error: io::Error| Stop::from(Failure::io(&send.address, 0, &error));
     let connect = || -> Result<Patient, Stop> {
@@ -43,11 +42,15 @@ pub fn run(send: &args::Send) -> Result<(), Stop> {
             .map_err(|error| Stop::Usage(format!("{}: cannot connect: {error}", send.address)))?;
         // A destination with another number of channels, or without multifd, stops reading without a word.
         socket.set_write_timeout(Some(patience)).map_err(cannot)?;
-        Ok(Patient { socket: Arc::new(socket), patience, sent: Arc::default() })
+        Ok(Patient { socket: Arc::new(socket), patience, sent: Arc::default(), ahead: 0 })
     };
 
-    // Older destinations tell channels apart by their order only: the main channel is the first.
+    // Whether there is a destination is known before a large file is read, and the destination knows that no stranger has come.
+    // Older ones tell channels apart by their order only: the main channel is the first.
     let mut main = connect()?;
+    main.start().map_err(cannot)?;
+    let mut guest = super::read_saved(&mut inputs, &send.bounds)?;
+    let profile = profile(send, &guest);
     let multifd = match send.multifd_channels {
         None => None,
         Some(count) => {
@@ -138,10 +141,27 @@ struct Patient {
     socket: Arc<Socket>,
     patience: Duration,
     sent: Arc<Sent>,
+    /// Bytes at the start of the stream that are sent already.
+    ahead: usize,
+}
+
+impl Patient {
+    /// Sends what every stream starts with.
+    fn start(&mut self) -> io::Result<()> {
+        let header = [framing::MAGIC.to_be_bytes(), framing::VERSION.to_be_bytes()].concat();
+        self.write_all(&header)?;
+        self.ahead = header.len();
+        Ok(())
+    }
 }
 
 impl Write for Patient {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        if self.ahead > 0 {
+            let count = self.ahead.min(bytes.len());
+            self.ahead -= count;
+            return Ok(count);
+        }
         // Before, for the destination may be faster than this thread.
         self.sent.bytes.fetch_add(bytes.len() as u64, Ordering::SeqCst);
         let written = (&*self.socket).write(bytes);

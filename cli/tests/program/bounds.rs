@@ -60,8 +60,9 @@ fn memory_that_has_to_be_produced_is_bounded_by_max_ram() {
     for arguments in commands {
         assert_limit(&qevm(arguments, &hostile("block-43.qevm")), "--max-ram");
     }
-    let ran =
-        Background::start(["send".as_ref(), hostile("block-43.qevm").as_os_str(), "unix:/nowhere".as_ref()]).end(HANGS);
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = format!("tcp:{}", listener.local_addr().unwrap());
+    let ran = Background::start(["send".as_ref(), hostile("block-43.qevm").as_os_str(), address.as_ref()]).end(HANGS);
     assert_limit(&ran, "--max-ram");
     let left: Vec<_> = std::fs::read_dir(dir.path()).unwrap().collect();
     assert!(left.is_empty(), "{left:?}");

@@ -5,6 +5,7 @@ mod check;
 mod damage;
 mod layouts;
 mod outputs;
+mod readme;
 mod receive;
 mod reported;
 mod sample;

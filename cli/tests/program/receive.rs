@@ -1,6 +1,6 @@
 //! `qevm receive` and `qevm send` with peers that do not keep to the rules: a named error in time, never a hang.
 
-use crate::sample::{Background, path, qevm, stream};
+use crate::sample::{Background, file, path, qevm, stream};
 use std::io::{Read, Write};
 use std::net::Shutdown;
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -202,11 +202,13 @@ fn what_nobody_asked_for_is_refused_by_name() {
     }
 }
 
-/// A destination that says `word` before it reads anything.
+/// A destination that says `word` when it has read hardly anything.
 fn destination_in_a_hurry(dir: &Path, word: Vec<u8>) -> Box<dyn FnOnce()> {
     let listener = UnixListener::bind(dir.join("t")).unwrap();
     let saying = std::thread::spawn(move || {
         let (mut socket, _) = listener.accept().unwrap();
+        // What comes after the header is sent when the source has read its file.
+        socket.read_exact(&mut [0; 9]).unwrap();
         socket.write_all(&word).unwrap();
         // The answer is read while the source waits for room. It would be as wrong if it had sent all by now, but then
         // nobody could tell.
@@ -252,6 +254,34 @@ fn a_destination_that_stands_still_is_given_up() {
         assert!(ran.stderr.contains("multifd-channels"), "{options:?}: {}", ran.stderr);
         assert_eq!(ran.stdout, "", "{options:?}");
     }
+}
+
+/// A destination that is not there is known before a large file is read, and one that is does not take a source that reads for
+/// a stranger.
+#[test]
+fn a_source_connects_and_says_what_it_is_before_it_reads() {
+    let dir = tempfile::tempdir().unwrap();
+    let listener = UnixListener::bind(dir.path().join("t")).unwrap();
+    let bytes = stream("7.2-return-path");
+    let address = format!("unix:{}", dir.path().join("t").display());
+    let mut sending = Background::start_with_input(["send", "--to", "7.2", "--no-return-path", "-", &address]);
+    let mut input = sending.input();
+    input.write_all(&bytes[..64]).unwrap();
+    let (mut socket, _) = listener.accept().unwrap();
+    let mut start = [0; 8];
+    socket.read_exact(&mut start).unwrap();
+    assert_eq!(&start, b"QEVM\0\0\0\x03");
+    input.write_all(&bytes[64..]).unwrap();
+    drop(input);
+    let mut rest = Vec::new();
+    socket.read_to_end(&mut rest).unwrap();
+    assert_eq!(sending.end(LIMIT).code, Some(0));
+    // It comes once.
+    let sent = file(&dir, "sent", &[&start[..], &rest].concat()).display().to_string();
+    assert_eq!(qevm(["verify", &sent]).code, Some(0));
+
+    let nobody = Background::start(["send", "/dev/zero", "unix:/nonexistent/socket"]).end(LIMIT);
+    assert!(nobody.code == Some(2) && nobody.stderr.contains("connect"), "{}", nobody.stderr);
 }
 
 #[test]

@@ -81,6 +81,18 @@ impl Background {
         Background(command.spawn().expect("the program runs"))
     }
 
+    /// Starts it with an [`input`](Self::input) that is still to be written.
+    pub(crate) fn start_with_input<A: AsRef<std::ffi::OsStr>>(arguments: impl IntoIterator<Item = A>) -> Self {
+        let mut command = command(arguments);
+        command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        Background(command.spawn().expect("the program runs"))
+    }
+
+    /// Its standard input, once.
+    pub(crate) fn input(&mut self) -> std::process::ChildStdin {
+        self.0.stdin.take().expect("it is a pipe")
+    }
+
     /// Starts it in a shell that has done `first`.
     pub(crate) fn start_after<A: AsRef<std::ffi::OsStr>>(first: &str, arguments: impl IntoIterator<Item = A>) -> Self {
         let mut command = command_after(first, arguments);

@@ -106,6 +106,8 @@ fn scripts_get_an_object_from_every_command_that_fails() {
     let dir = tempfile::tempdir().unwrap();
     let stream = crate::sample::stream("5.2-plain");
     let cut = crate::sample::file(&dir, "cut", &stream[..stream.len() / 2]).display().to_string();
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = format!("tcp:{}", listener.local_addr().unwrap());
     let [none, out] = ["none", "out"].map(|name| dir.path().join(name).display().to_string());
     for (what, (code, kind)) in [(&cut, (1, "truncated")), (&none, (2, "usage"))] {
         for arguments in [
@@ -115,7 +117,7 @@ fn scripts_get_an_object_from_every_command_that_fails() {
             &["check", what, "--machine", "microvm"],
             &["convert", what, "--out", &out],
             &["extract", what, "--ram", &out],
-            &["send", what, "tcp:127.0.0.1:1"],
+            &["send", what, &address],
         ] {
             let ran = qevm(arguments.iter().copied().chain(["--json"]));
             let json = ran.json();

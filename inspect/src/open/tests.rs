@@ -94,7 +94,9 @@ fn every_wrapping_gives_the_same_stream() {
 fn what_follows_compressed_data_is_no_part_of_it() {
     let zstd = zstd::encode_all(STREAM, 1).unwrap();
     let skipped = [&[0x50, 0x2a, 0x4d, 0x18, 4, 0, 0, 0, 1, 2, 3, 4][..], &zstd].concat();
-    for (what, member) in [("gzip", gzip(STREAM)), ("bzip2", bzip2(STREAM)), ("xz", xz()), ("zstd", zstd), ("lz4", LZ4[0].to_vec())] {
+    for (what, member) in
+        [("gzip", gzip(STREAM)), ("bzip2", bzip2(STREAM)), ("xz", xz()), ("zstd", zstd), ("lz4", LZ4[0].to_vec())]
+    {
         let twice = [STREAM, STREAM].concat();
         for (after, expected, trailing) in [
             (vec![], STREAM.to_vec(), false),
@@ -154,9 +156,13 @@ fn damaged_compressed_data_is_the_inputs_fault() {
     // What is changed is a byte of a checksum, for which each has a place of its own.
     let (gzip, zstd_len) = (gzip(STREAM), zstd.len());
     let gzip_len = gzip.len();
-    for (program, whole, checksum) in
-        [("gzip", gzip, gzip_len - 7), ("bzip2", bzip2(STREAM), 10), ("xz", xz(), 10), ("zstd", zstd, zstd_len - 1), ("lz4", LZ4[0].to_vec(), LZ4[0].len() - 1)]
-    {
+    for (program, whole, checksum) in [
+        ("gzip", gzip, gzip_len - 7),
+        ("bzip2", bzip2(STREAM), 10),
+        ("xz", xz(), 10),
+        ("zstd", zstd, zstd_len - 1),
+        ("lz4", LZ4[0].to_vec(), LZ4[0].len() - 1),
+    ] {
         let cut = failure(&whole[..whole.len() - 3]);
         assert_eq!(cut.kind, "truncated", "{program}: {cut}");
         assert!(cut.message.contains(program), "{cut}");
