@@ -1,5 +1,9 @@
 //! Where a migration goes to or comes from: QEMU's URIs.
 
+mod tcp;
+
+pub use tcp::{KeepAlive, TcpOptions};
+
 use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, percent_decode_str, percent_encode, utf8_percent_encode};
 use std::{
     ffi::OsString,
@@ -15,7 +19,7 @@ use std::{
 /// use qevm_migration::Address;
 ///
 /// let address: Address = "tcp:127.0.0.1:4444".parse()?;
-/// assert_eq!(address, Address::Tcp { host: "127.0.0.1".into(), port: 4444 });
+/// assert_eq!(address, Address::tcp("127.0.0.1", 4444));
 /// assert_eq!("unix:/run/vm.sock".parse::<Address>()?.to_string(), "unix:/run/vm.sock");
 /// assert_eq!("tcp:[::1]:4444".parse::<Address>()?.to_string(), "tcp:[::1]:4444");
 /// # Ok::<(), qevm_migration::BadAddress>(())
@@ -23,12 +27,14 @@ use std::{
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Address {
-    /// `tcp:HOST:PORT`. An empty host listens on every interface; an IPv6 address stands in brackets.
+    /// `tcp:HOST:PORT[,OPTION…]`. An empty host listens on every interface; an IPv6 address stands in brackets.
     Tcp {
         /// Name or address, without brackets.
         host: String,
         /// Port; 0 listens on a free one.
         port: u16,
+        /// What follows them.
+        options: TcpOptions,
     },
     /// `unix:PATH`.
     Unix(PathBuf),
@@ -71,6 +77,17 @@ pub enum BadAddress {
     /// `tcp:` without a usable host and port.
     #[error("'{0}' is not tcp:HOST:PORT")]
     HostPort(String),
+    /// An option of `tcp:` has no such value. QEMU's words.
+    #[error("Parameter '{name}' expects {expected}")]
+    Option {
+        /// The option.
+        name: &'static str,
+        /// What it takes.
+        expected: &'static str,
+    },
+    /// `tcp:` has no such option. QEMU's words.
+    #[error("Invalid parameter '{0}'")]
+    UnknownOption(String),
     /// `unix:` without a path.
     #[error("'unix:' needs the path of a socket")]
     EmptyPath,
@@ -99,6 +116,13 @@ const SHELL: [&str; 2] = ["/bin/sh", "-c"];
 /// What separates path and offset in a `file:` URI (QEMU 8.2).
 const OFFSET: &str = ",offset=";
 
+impl Address {
+    /// `tcp:` without options.
+    pub fn tcp(host: &str, port: u16) -> Self {
+        Address::Tcp { host: host.into(), port, options: TcpOptions::default() }
+    }
+}
+
 impl FromStr for Address {
     type Err = BadAddress;
 
@@ -107,13 +131,18 @@ impl FromStr for Address {
         match transport {
             "tcp" => {
                 let bad = || BadAddress::HostPort(text.into());
-                let (host, port) = rest.rsplit_once(':').ok_or_else(bad)?;
+                // As in a QEMU, a comma may follow the last option.
+                let mut words = rest.strip_suffix(',').unwrap_or(rest).split(',');
+                let (host, port) = words.next().and_then(|place| place.rsplit_once(':')).ok_or_else(bad)?;
                 let host = match host.strip_prefix('[') {
                     Some(inner) => inner.strip_suffix(']').ok_or_else(bad)?,
                     None if host.contains(':') => return Err(bad()),
                     None => host,
                 };
-                Ok(Address::Tcp { host: host.into(), port: port.parse().map_err(|_| bad())? })
+                let port = port.parse().map_err(|_| bad())?;
+                let mut options = TcpOptions::default();
+                words.try_for_each(|option| options.set(option))?;
+                Ok(Address::Tcp { host: host.into(), port, options })
             }
             "unix" if rest.is_empty() => Err(BadAddress::EmptyPath),
             "unix" => Ok(Address::Unix(rest.into())),
@@ -143,8 +172,8 @@ impl FromStr for Address {
 impl fmt::Display for Address {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Address::Tcp { host, port } if host.contains(':') => write!(f, "tcp:[{host}]:{port}"),
-            Address::Tcp { host, port } => write!(f, "tcp:{host}:{port}"),
+            Address::Tcp { host, port, options } if host.contains(':') => write!(f, "tcp:[{host}]:{port}{options}"),
+            Address::Tcp { host, port, options } => write!(f, "tcp:{host}:{port}{options}"),
             Address::Unix(path) => write!(f, "unix:{}", path.display()),
             Address::Exec(words) => match words.as_slice() {
                 [shell, option, command] if [shell, option] == SHELL => write!(f, "exec:{command}"),
@@ -160,8 +189,10 @@ impl fmt::Display for Address {
                         let path = percent_encode(path.as_os_str().as_bytes(), URI);
                         write!(f, "nbd+unix:///{export}?socket={path}")
                     }
-                    Address::Tcp { host, port } if host.contains(':') => write!(f, "nbd://[{host}]:{port}/{export}"),
-                    Address::Tcp { host, port } => write!(f, "nbd://{host}:{port}/{export}"),
+                    Address::Tcp { host, port, .. } if host.contains(':') => {
+                        write!(f, "nbd://[{host}]:{port}/{export}")
+                    }
+                    Address::Tcp { host, port, .. } => write!(f, "nbd://{host}:{port}/{export}"),
                     other => other.fmt(f),
                 }
             }
@@ -188,7 +219,7 @@ fn nbd(transport: &str, rest: &str) -> Option<Address> {
         _ => (authority, qevm_nbd::number::PORT),
     };
     let host = host.strip_prefix('[').and_then(|host| host.strip_suffix(']')).unwrap_or(host);
-    let server = Box::new(Address::Tcp { host: host.into(), port });
+    let server = Box::new(Address::tcp(host, port));
     (!host.is_empty() && query.is_empty()).then_some(Address::Nbd { server, export })
 }
 
@@ -247,13 +278,13 @@ mod tests {
 
     #[test]
     fn an_empty_host_means_every_interface() {
-        assert_eq!("tcp::0".parse(), Ok(Address::Tcp { host: String::new(), port: 0 }));
+        assert_eq!("tcp::0".parse(), Ok(Address::tcp("", 0)));
     }
 
     #[test]
     fn page_servers_are_named_by_their_uri() {
         let unix = |path: &str| Box::new(Address::Unix(path.into()));
-        let tcp = |host: &str, port| Box::new(Address::Tcp { host: host.into(), port });
+        let tcp = |host: &str, port| Box::new(Address::tcp(host, port));
         for (text, server, export, shown) in [
             ("nbd+unix:///?socket=/run/a.sock", unix("/run/a.sock"), "", "nbd+unix:///?socket=/run/a.sock"),
             ("nbd+unix:///x%20y?socket=/run/a%26b", unix("/run/a&b"), "x y", "nbd+unix:///x%20y?socket=/run/a%26b"),

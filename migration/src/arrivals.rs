@@ -4,11 +4,12 @@
 //! first says something. Each connection is known by its first bytes; until then it is one of the [`Strangers`].
 
 use super::{
-    Channel, Incoming, Listener, LoadError, MigrationError, Socket, Tls,
+    Channel, Incoming, Job, Listener, LoadError, MigrationError, Socket, Tls,
     multifd::{PageStream, Settings},
     postcopy::Entrance,
     socket::Caller,
     strangers::{Dropped, Known, Reason, Role, Strangers},
+    watch::Watch,
 };
 use qevm_wire::Located;
 use rustix::{
@@ -22,21 +23,28 @@ use std::{
 };
 
 /// How long is waited for what.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone)]
 pub(crate) struct Patience {
     /// For a connection to say what it is.
     pub(crate) silence: Duration,
     /// For another channel of a source, when some have arrived.
     pub(crate) channels: Duration,
+    /// Who watches over the channels of a source.
+    pub(crate) watch: Arc<Watch>,
 }
 
-impl Default for Patience {
+impl Patience {
     /// A source says what a connection is as soon as it is connected, and its main channel as soon as its page channels are. It opens
-    /// all of its channels at once; ten seconds without a new one mean that it has no more.
-    fn default() -> Self {
-        Patience { silence: Duration::from_secs(5), channels: Duration::from_secs(10) }
+    /// all of its channels at once; so long without a new one means that it has no more.
+    pub(crate) fn of(job: &Job) -> Self {
+        let watch = job.waits();
+        let each = watch.timeouts().handshake().unwrap_or(NO_END);
+        Patience { silence: each, channels: each, watch }
     }
 }
+
+/// A time that nobody lives to see the end of.
+pub(crate) const NO_END: Duration = Duration::from_secs(100 * 365 * 86_400);
 
 /// How old a page channel that did not fit may be to belong to the source that is here now.
 const MISFIT_AGE: Duration = Duration::from_secs(10);
@@ -65,12 +73,13 @@ pub(crate) fn gather(
     seen: &mut dyn FnMut(Seen),
 ) -> Result<Incoming, MigrationError> {
     listener.set_nonblocking().map_err(|error| listener.failed(error))?;
-    let mut strangers = Strangers::new(settings.map(|settings| settings.channels), tls, patience.silence);
+    let Patience { silence, channels: for_channels, watch } = patience;
+    let page_channels = settings.map(|settings| settings.channels);
+    let mut strangers = Strangers::new(page_channels, tls, silence, watch.clone(), listener.address().clone());
     let mut source = Source { settings, main: None, pages: BTreeMap::new(), last: None, misfit: None };
     loop {
         let accepting = strangers.accepts(Instant::now());
-        let deadline =
-            [strangers.deadline(), source.last.map(|last| last + patience.channels)].into_iter().flatten().min();
+        let deadline = [strangers.deadline(), source.last.map(|last| last + for_channels)].into_iter().flatten().min();
         let ready = wait(accepting.then_some(listener), &strangers, &source, deadline);
         let Ready { calling, strangers: speaking, main_left, pages_left } =
             ready.map_err(|error| listener.failed(error.into()))?;
@@ -91,10 +100,10 @@ pub(crate) fn gather(
             let page_channels_called = strangers.unwanted() > 0;
             let crowd = settings.is_none() && !preempt && strangers.len() > 0;
             let misfit = incoming.misfit.or_else(|| crowd.then(|| Located::new(LoadError::MultifdOff, 0).into()));
-            let preempt = preempt.then(|| Entrance::new(listener.clone(), caller, strangers.into_silent()));
+            let preempt = preempt.then(|| Entrance::new(listener.clone(), caller, strangers.into_silent(), watch));
             return Ok(Incoming { page_channels_called, misfit, preempt, ..incoming });
         }
-        source.expire(patience.channels, seen);
+        source.expire(for_channels, seen);
     }
 }
 
@@ -195,7 +204,10 @@ impl<'s> Source<'s> {
         let pages = std::mem::take(&mut self.pages).into_values().map(|(_, _, stream)| stream).collect();
         // One that came long before was another's.
         let misfit = self.misfit.take().filter(|(_, at)| at.elapsed() < MISFIT_AGE).map(|(error, _)| error);
-        Some((Incoming { first, pages, settings: self.settings.cloned(), misfit, ..main.into() }, caller))
+        Some((
+            Incoming { first, pages, settings: self.settings.cloned(), misfit, watched: true, ..main.into() },
+            caller,
+        ))
     }
 }
 
@@ -306,7 +318,7 @@ mod tests {
     }
 
     fn patience(silence: Duration, channels: Duration) -> Patience {
-        Patience { silence, channels }
+        Patience { silence, channels, watch: Arc::default() }
     }
 
     #[test]

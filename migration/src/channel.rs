@@ -145,6 +145,17 @@ pub trait Channel: Send + Sync + fmt::Debug {
         Ok(())
     }
 
+    /// Makes a read, a write or [`settle`](Self::settle) fail with [`io::ErrorKind::WouldBlock`] when it has waited for `each`, and the
+    /// connection break when the peer's host has not acknowledged anything for `unacknowledged` (or as long as the system likes), where that
+    /// can be done.
+    ///
+    /// # Errors
+    /// The system's.
+    fn limit_waits(&self, each: Duration, unacknowledged: Option<Duration>) -> io::Result<()> {
+        let _ = (each, unacknowledged);
+        Ok(())
+    }
+
     /// Whether anything can be written to the peer at all.
     fn answers(&self) -> bool {
         true

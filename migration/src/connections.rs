@@ -1,13 +1,15 @@
 //! The connections of one migration: the main channel, and the page channels if capability `multifd` is on; or a file.
 
 use super::{
-    Address, BadCapability, Channel, Job, Listener, MigrationError, Mode, Pipe, RULES, Socket, Source, Tls, TlsChannel,
+    Address, BadCapability, Channel, ChannelName, Job, Listener, MigrationError, Mode, Pipe, RULES, Socket, Source,
+    Timeouts, Tls, TlsChannel,
     arrivals::{Patience, Seen, gather},
     channel::write_all,
     multifd::{PageStream, Settings, first_packet},
     page_file::PageFile,
     page_server::{PageServer, ServedStream},
     postcopy::Entrance,
+    watch::{Brings, Watch, Watched},
 };
 use crate::descriptors::Descriptors;
 use qevm_multifd::compression::Compression;
@@ -29,7 +31,7 @@ use std::{
         mpsc::{self, RecvTimeoutError},
     },
     thread,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 /// Permissions of a file that a guest goes to (QEMU 8.2): it holds all of the guest's secrets.
@@ -60,6 +62,8 @@ pub struct Outgoing {
     pub(crate) address: Option<Address>,
     /// The connection of its own for pages that the guest waits for (capability `postcopy-preempt`).
     pub(crate) preempt: OnceLock<Arc<dyn Channel>>,
+    /// The waits on them have deadlines.
+    pub(crate) watched: bool,
 }
 
 impl Outgoing {
@@ -75,7 +79,7 @@ impl Outgoing {
         match address {
             Address::Tcp { .. } | Address::Unix(_) => {
                 let channels = if job.capabilities().multifd { job.parameters().multifd_channels } else { 0 };
-                connect(address, job, channels.into())
+                connect(address, job, Names::Pages(channels))
             }
             Address::Nbd { .. } => {
                 let why = "guests come from a page server, and none goes to one";
@@ -83,7 +87,7 @@ impl Outgoing {
             }
             Address::Exec(words) => {
                 let main: Arc<dyn Channel> = Arc::new(Pipe::command(words).map_err(failed)?);
-                Ok(main.into())
+                Outgoing::from(main).watched(job)
             }
             Address::Fd(name) => {
                 let (main, two_way) =
@@ -92,7 +96,7 @@ impl Outgoing {
                     one_way(job)?;
                 }
                 let reader = if two_way { Reader::Answers } else { Reader::Silent };
-                Ok(Outgoing { reader, ..main.into() })
+                Outgoing { reader, ..main.into() }.watched(job)
             }
             Address::File { path, offset } => {
                 if job.capabilities().postcopy_ram && job.capabilities().mapped_ram {
@@ -110,7 +114,7 @@ impl Outgoing {
                 place(&mut file, *offset).map_err(failed)?;
                 let pages = page_file(&file, job, open, failed)?;
                 let main: Arc<dyn Channel> = Arc::new(Pipe::new(file.into()).map_err(failed)?);
-                Ok(Outgoing { reader: Reader::Nobody, file: pages, ..main.into() })
+                Ok(Outgoing { reader: Reader::Nobody, file: pages, watched: true, ..main.into() })
             }
         }
     }
@@ -125,9 +129,19 @@ impl Outgoing {
             let both = [Capability::PostcopyRam, Capability::PostcopyPreempt].into_iter().collect();
             return Ok(check(both, &context).map_err(BadCapability::from)?);
         };
-        let channel = connect(address, job, 0)?.main;
+        let channel = connect(address, job, Names::Preempt)?.main;
         self.preempt.get_or_init(|| channel);
         Ok(())
+    }
+
+    /// The same with deadlines for the waits on the main channel, if it has none: that of somebody else, who has no page channels.
+    pub(crate) fn watched(self, job: &Job) -> Result<Self, MigrationError> {
+        if self.watched {
+            return Ok(self);
+        }
+        let failed = |source| MigrationError::Send { doing: "anything", source };
+        let main = Watched::new(self.main, ChannelName::Main, &job.waits(), Brings::Answers, None).map_err(failed)?;
+        Ok(Outgoing { main: Arc::new(main), watched: true, ..self })
     }
 
     /// The preempt channel, when it was opened.
@@ -149,7 +163,16 @@ impl From<Arc<dyn Channel>> for Outgoing {
     /// A main channel alone. The destination is asked to answer if capability `return-path` is on.
     fn from(main: Arc<dyn Channel>) -> Self {
         let (pages, preempt) = (Vec::new(), OnceLock::new());
-        Outgoing { main, reader: Reader::Silent, pages, greeted: false, file: None, address: None, preempt }
+        Outgoing {
+            main,
+            reader: Reader::Silent,
+            pages,
+            greeted: false,
+            file: None,
+            address: None,
+            preempt,
+            watched: false,
+        }
     }
 }
 
@@ -171,11 +194,13 @@ pub struct Incoming {
     pub(crate) preempt: Option<Entrance>,
     /// Pages may have their places in this file, in which the main channel reads, too.
     pub(crate) file: Option<PageFile>,
+    /// The waits on them have deadlines.
+    pub(crate) watched: bool,
 }
 
 impl Incoming {
     /// Waits for a source, and for all of its page channels if `job` has capability `multifd`, as long as it takes. Whoever else
-    /// calls is dropped, with a line in the log; so is a source whose channels do not all come within ten seconds. With capability
+    /// calls is dropped, with a line in the log; so is a source whose channels do not all come in time (`x-handshake-timeout`). With capability
     /// `postcopy-preempt` the listener stays open until the source has opened that channel, too, or the migration is over.
     ///
     /// # Errors
@@ -183,17 +208,12 @@ impl Incoming {
     pub fn accept(listener: &Listener, job: &Job, profile: &Profile) -> Result<Self, MigrationError> {
         let capabilities = job.capabilities();
         let settings = Settings::of(capabilities, &job.parameters(), profile);
-        gather(
-            listener,
-            settings.as_ref(),
-            capabilities.postcopy_preempt,
-            job.tls(),
-            Patience::default(),
-            &mut |seen| match seen {
+        gather(listener, settings.as_ref(), capabilities.postcopy_preempt, job.tls(), Patience::of(job), &mut |seen| {
+            match seen {
                 Seen::Dropped(dropped) => tracing::warn!("{dropped}"),
                 Seen::Incomplete(error) => tracing::warn!("a source has come without all of its channels: {error}"),
-            },
-        )
+            }
+        })
     }
 
     /// Opens what a guest comes from without a caller: a command, a descriptor or a file.
@@ -207,18 +227,18 @@ impl Incoming {
             Address::Tcp { .. } | Address::Unix(_) => Err(failed(io::ErrorKind::InvalidInput.into())),
             Address::Exec(words) => {
                 let main: Arc<dyn Channel> = Arc::new(Pipe::command(words).map_err(failed)?);
-                Ok(main.into())
+                Incoming::from(main).watched(job)
             }
             Address::Nbd { server, export } => {
                 let server = Arc::new(PageServer::new((**server).clone(), export.clone()));
                 let main: Arc<dyn Channel> = Arc::new(ServedStream(server.clone()));
                 let file = job.capabilities().mapped_ram.then_some(PageFile::Served(server));
-                Ok(Incoming { file, ..main.into() })
+                Ok(Incoming { file, watched: true, ..main.into() })
             }
-            Address::Fd(name) => Ok(channel(descriptors.take(name).map_err(MigrationError::Descriptor)?, false)
-                .map_err(failed)?
-                .0
-                .into()),
+            Address::Fd(name) => {
+                let fd = descriptors.take(name).map_err(MigrationError::Descriptor)?;
+                Incoming::from(channel(fd, false).map_err(failed)?.0).watched(job)
+            }
             Address::File { path, offset } => {
                 let open = |flags| match descriptors.of_set(path, false) {
                     None => OpenOptions::new().read(true).custom_flags(flags | AT_ONCE).open(path).map_err(failed),
@@ -233,9 +253,19 @@ impl Incoming {
                 }
                 let pages = page_file(&file, job, open, failed)?;
                 let main: Arc<dyn Channel> = Arc::new(Pipe::new(file.into()).map_err(failed)?);
-                Ok(Incoming { offset: *offset, file: pages, ..main.into() })
+                Ok(Incoming { offset: *offset, file: pages, watched: true, ..main.into() })
             }
         }
+    }
+
+    /// The same with deadlines for the waits on the main channel, if it has none: that of somebody else, who has no page channels.
+    pub(crate) fn watched(self, job: &Job) -> Result<Self, MigrationError> {
+        if self.watched {
+            return Ok(self);
+        }
+        let failed = |source| MigrationError::Receive { offset: 0, source };
+        let main = Watched::new(self.main, ChannelName::Main, &job.waits(), Brings::Guest, None).map_err(failed)?;
+        Ok(Incoming { main: Arc::new(main), watched: true, ..self })
     }
 
     pub(crate) fn all(&self) -> impl Iterator<Item = &Arc<dyn Channel>> {
@@ -246,38 +276,102 @@ impl Incoming {
 /// How often a migration that is being connected looks whether it was cancelled.
 const CANCEL_POLL: Duration = Duration::from_millis(20);
 
-/// Connects the main channel and this many page channels, until `job` is cancelled. To look a name up and to connect may take minutes
-/// and cannot be interrupted: a thread of its own does it, which nobody waits for then.
-fn connect(address: &Address, job: &Job, channels: usize) -> Result<Outgoing, MigrationError> {
+/// What is connected.
+#[derive(Debug, Clone, Copy)]
+enum Names {
+    /// The main channel, and this many page channels.
+    Pages(u8),
+    /// The preempt channel.
+    Preempt,
+}
+
+impl Names {
+    fn list(self) -> Vec<ChannelName> {
+        match self {
+            Names::Pages(channels) => {
+                [ChannelName::Main].into_iter().chain((0..channels).map(ChannelName::Page)).collect()
+            }
+            Names::Preempt => vec![ChannelName::Preempt],
+        }
+    }
+}
+
+/// What a thread that connects is at.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Step {
+    LookUp,
+    Connect,
+    Handshake,
+}
+
+impl Step {
+    fn text(self) -> &'static str {
+        match self {
+            Step::LookUp => "the look-up of its name",
+            Step::Connect => "a connection to it",
+            Step::Handshake => "the TLS handshake",
+        }
+    }
+
+    fn limit(self, timeouts: &Timeouts) -> (Option<Duration>, &'static str) {
+        match self {
+            Step::LookUp | Step::Connect => (timeouts.connect(), "x-connect-timeout"),
+            Step::Handshake => (timeouts.handshake(), "x-handshake-timeout"),
+        }
+    }
+}
+
+/// What a thread that connects tells.
+enum News {
+    At(Step),
+    Connected(Result<Arc<dyn Channel>, MigrationError>),
+}
+
+/// Connects these, until `job` is cancelled or one takes too long. To look a name up and to connect may take minutes and cannot be
+/// interrupted: a thread of its own does it, which nobody waits for then.
+fn connect(address: &Address, job: &Job, names: Names) -> Result<Outgoing, MigrationError> {
     let failed = |source| MigrationError::Connect { address: address.clone(), source };
-    let (sender, connected) = mpsc::channel();
-    let (to, tls) = (address.clone(), job.tls());
+    let (sender, news) = mpsc::channel();
+    let (to, tls, waits, list) = (address.clone(), job.tls(), job.waits(), names.list());
     let greeted = tls.is_some();
     let connecting = move || {
-        for number in 0..=channels {
-            let mut channel = secured(&to, tls.as_ref());
-            if greeted && let Some(number) = number.checked_sub(1) {
-                channel = channel.and_then(|channel| greet(channel, number as u8));
+        for name in list {
+            let mut channel = secured(&to, tls.as_ref(), name, &waits, &mut |step| drop(sender.send(News::At(step))));
+            if greeted && let ChannelName::Page(number) = name {
+                channel = channel.and_then(|channel| greet(channel, number));
             }
             let failed = channel.is_err();
-            if sender.send(channel).is_err() || failed {
+            if sender.send(News::Connected(channel)).is_err() || failed {
                 return;
             }
         }
     };
     thread::Builder::new().name("connect".into()).spawn(connecting).map_err(failed)?;
-    let next = || loop {
-        // As with a QEMU, `query-migrate` then says what was cancelled.
-        job.check().map_err(|cancelled| failed(io::Error::new(io::ErrorKind::Interrupted, cancelled)))?;
-        match connected.recv_timeout(CANCEL_POLL) {
-            Ok(channel) => return channel,
-            Err(RecvTimeoutError::Timeout) => {}
-            Err(RecvTimeoutError::Disconnected) => return Err(failed(io::Error::other("its thread has ended"))),
+    let next = |name: ChannelName| {
+        let (mut step, mut since) = (Step::LookUp, Instant::now());
+        loop {
+            // As with a QEMU, `query-migrate` then says what was cancelled.
+            job.check().map_err(|cancelled| failed(io::Error::new(io::ErrorKind::Interrupted, cancelled)))?;
+            match news.recv_timeout(CANCEL_POLL) {
+                Ok(News::At(next)) => (step, since) = (next, Instant::now()),
+                Ok(News::Connected(channel)) => return channel,
+                Err(RecvTimeoutError::Timeout) => {}
+                Err(RecvTimeoutError::Disconnected) => return Err(failed(io::Error::other("its thread has ended"))),
+            }
+            let (limit, parameter) = step.limit(&job.waits().timeouts());
+            if let Some(limit) = limit
+                && since.elapsed() >= limit
+            {
+                let (seconds, step) = (limit.as_secs_f64(), step.text());
+                let why = format!("{step} for {name} has taken more than {seconds} s ({parameter})");
+                return Err(failed(io::Error::new(io::ErrorKind::TimedOut, why)));
+            }
         }
     };
-    let main = next()?;
-    let pages = (0..channels).map(|_| next()).collect::<Result<_, _>>()?;
-    Ok(Outgoing { pages, greeted, reader: Reader::Answers, address: Some(address.clone()), ..main.into() })
+    let mut channels = names.list().into_iter().map(next).collect::<Result<Vec<_>, _>>()?.into_iter();
+    let Some(main) = channels.next() else { return Err(failed(io::ErrorKind::NotConnected.into())) };
+    let (pages, address) = (channels.collect(), Some(address.clone()));
+    Ok(Outgoing { pages, greeted, reader: Reader::Answers, address, watched: true, ..main.into() })
 }
 
 /// Sends the first packet of page channel `number`. A QEMU reads it from each session before it goes on with the handshake of the next.
@@ -290,15 +384,28 @@ fn greet(channel: Arc<dyn Channel>, number: u8) -> Result<Arc<dyn Channel>, Migr
 }
 
 /// Connects to `address`; with `tls`, as its client.
-fn secured(address: &Address, tls: Option<&Tls>) -> Result<Arc<dyn Channel>, MigrationError> {
-    let socket = Socket::connect(address)?;
+fn secured(
+    address: &Address,
+    tls: Option<&Tls>,
+    name: ChannelName,
+    waits: &Arc<Watch>,
+    at: &mut dyn FnMut(Step),
+) -> Result<Arc<dyn Channel>, MigrationError> {
+    let failed = |source| MigrationError::Connect { address: address.clone(), source };
+    at(Step::LookUp);
+    let found = Socket::look_up(address).map_err(failed)?;
+    at(Step::Connect);
+    let socket = Arc::new(Socket::connect_to(address, &found).map_err(failed)?);
+    let socket: Arc<dyn Channel> =
+        Arc::new(Watched::new(socket, name, waits, Brings::Answers, Some(address)).map_err(failed)?);
     let Some(tls) = tls else { return Ok(socket) };
+    at(Step::Handshake);
     let host = match address {
         Address::Tcp { host, .. } => Some(if host.is_empty() { "localhost" } else { host }),
         _ => None,
     };
-    let session = TlsChannel::connect(socket, tls, host);
-    Ok(Arc::new(session.map_err(|source| MigrationError::Connect { address: address.clone(), source })?))
+    let session = TlsChannel::connect_within(socket, tls, host, waits.timeouts().handshake());
+    Ok(Arc::new(session.map_err(failed)?))
 }
 
 /// Where pages have their places in `file`, which `open` opens again with other flags (`direct-io`); without `mapped-ram` nowhere.
@@ -329,6 +436,7 @@ impl From<Arc<dyn Channel>> for Incoming {
             misfit: None,
             preempt: None,
             file: None,
+            watched: false,
         }
     }
 }

@@ -5,6 +5,7 @@ mod page_channels;
 
 use super::{
     Channel, Guest, GuestError, Incoming, Job, LoadError, MigrationError, MissingPages, Status,
+    arrivals::NO_END,
     channel::{Source, write_all},
     core::{
         DeviceOptions,
@@ -69,8 +70,10 @@ pub fn receive(
     profile: &Profile,
 ) -> Result<Arrival, MigrationError> {
     let start = Instant::now();
+    let connections = connections.watched(job)?;
     let attached = job.attach(connections.all());
-    let Incoming { main, first, offset, pages, settings, page_channels_called, misfit, preempt, file } = connections;
+    let Incoming { main, first, offset, pages, settings, page_channels_called, misfit, preempt, file, .. } =
+        connections;
     let devices = devices(guest, settings.as_ref())?;
     let channels = settings.map(|settings| {
         let transfers = devices.iter().filter(|device| device.transfer).map(|device| device.idstr.clone());
@@ -99,6 +102,7 @@ pub fn receive(
         background_snapshot: capabilities.background_snapshot,
         late_block_activate: capabilities.late_block_activate,
         silence: None,
+        handover: Some(job.waits().timeouts().handover().unwrap_or(NO_END)),
     };
     let mut engine = Engine {
         guest,
@@ -299,7 +303,8 @@ impl Engine<'_> {
                 Action::Listen => {
                     self.consume(consumed);
                     let (listed, blocks) = (self.ram.listed(), self.core.ram_blocks().clone());
-                    let listening = Listening::start(self.guest, &listed, self.channel.clone(), self.block_times)?;
+                    let listening =
+                        Listening::start(self.guest, &listed, self.channel.clone(), self.block_times, job.waits())?;
                     self.listening = Some(listening.with_preempt(self.preempt.take(), blocks));
                     job.advance(Status::PostcopyDevice)?;
                 }

@@ -1,6 +1,6 @@
 //! Why a migration failed.
 
-use super::{Address, BadCapability, Doubt, GuestError, ReturnPathError};
+use super::{Address, BadCapability, Doubt, GuestError, ReturnPathError, Status};
 use qevm_savevm::mapped_ram::MappedRamError;
 use qevm_wire::{Blame, CountedString, Fault, Located};
 use std::{io, path::PathBuf, time::Duration};
@@ -98,6 +98,21 @@ pub enum MigrationError {
     /// The return path ended before the destination gave its verdict.
     #[error("the destination closed the return path without a verdict")]
     NoVerdict,
+    /// The destination owes an answer for too long.
+    #[error(
+        "the destination has not answered for {} s on the return path of the main channel in status '{}' ({parameter}): {missing}",
+        waited.as_secs_f64(), status.as_str()
+    )]
+    Unanswered {
+        /// What has not come.
+        missing: String,
+        /// How long it was waited for.
+        waited: Duration,
+        /// What the migration is at.
+        status: Status,
+        /// The parameter that has the limit.
+        parameter: &'static str,
+    },
     /// The return path broke.
     #[error("cannot read the return path: {0}")]
     ReturnPath(io::Error),

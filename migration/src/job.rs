@@ -2,7 +2,9 @@
 
 mod recovery;
 
-use super::{Capabilities, Channel, MigrationError, Outgoing, Parameters, Statistics, Status, Tls};
+use super::{
+    Capabilities, Channel, MigrationError, Outgoing, Parameters, Statistics, Status, Timeouts, Tls, watch::Watch,
+};
 use std::{
     collections::VecDeque,
     fmt,
@@ -32,6 +34,8 @@ type Watcher = Box<dyn Fn(Notice) + Send>;
 
 #[derive(Default)]
 struct State {
+    /// What those know who wait on its connections.
+    watch: Arc<Watch>,
     parameters: Parameters,
     capabilities: Capabilities,
     tls: Option<Tls>,
@@ -130,8 +134,25 @@ impl Job {
 
     /// Sets the parameters; a migration under way follows them.
     pub fn set_parameters(&self, parameters: Parameters) {
-        self.lock().parameters = parameters;
+        let mut state = self.lock();
+        state.watch.set_timeouts(parameters.timeouts);
+        state.parameters = parameters;
+        drop(state);
         self.changed.notify_all();
+    }
+
+    /// Sets how long who waits for what, of all parameters; a migration under way follows.
+    pub fn set_timeouts(&self, timeouts: Timeouts) {
+        let mut state = self.lock();
+        state.watch.set_timeouts(timeouts);
+        state.parameters.timeouts = timeouts;
+        drop(state);
+        self.changed.notify_all();
+    }
+
+    /// What those have to know who wait on its connections.
+    pub(crate) fn waits(&self) -> Arc<Watch> {
+        self.lock().watch.clone()
     }
 
     /// The capabilities.
@@ -187,7 +208,7 @@ impl Job {
         (state.paused, state.given_up, state.next) = (false, false, None);
         state.channels = Vec::new();
         state.began = Some(Instant::now());
-        state.notices.push_back(Notice::Status(Status::Setup));
+        state.enter(Status::Setup);
         drop(state);
         self.tell();
         Ok(())
@@ -377,6 +398,7 @@ impl Job {
 impl State {
     fn enter(&mut self, status: Status) {
         self.statistics.status = status;
+        self.watch.set_status(status);
         self.notices.push_back(Notice::Status(status));
     }
 

@@ -75,6 +75,7 @@
 //! | module | what |
 //! |---|---|
 //! | `address`, `channel`, `socket`, `pipe`, `connections` | where a peer is, and the ways to it |
+//! | `watch` | deadlines of what is waited for there |
 //! | `strangers`, `arrivals` | connections until it is known what they are; those of one source |
 //! | `core` | what the engines decide, without I/O, threads and clocks |
 //! | `capabilities`, `parameters`, [`rate`] | QEMU's settings by their names; the rate limit |
@@ -145,9 +146,10 @@ pub mod testing;
 mod tls;
 mod touched;
 mod verdict;
+mod watch;
 mod zero;
 
-pub use address::{Address, BadAddress};
+pub use address::{Address, BadAddress, KeepAlive, TcpOptions};
 pub use capabilities::{BadCapability, Capabilities, KNOWN as KNOWN_CAPABILITIES, RULES};
 pub use channel::{Channel, Source, Target};
 pub use connections::{Incoming, Outgoing, check_transport};
@@ -158,7 +160,7 @@ pub use error::{LoadError, MigrationError};
 pub use guest::{ADVICE, DeviceSection, Devices, DirtyLog, Guest, GuestError, Hooks, NoHooks, RamView};
 pub use job::{Job, Notice, Refused};
 pub use lazy::{LazyRestore, MissingPages, RestoreProgress, Touch};
-pub use parameters::{BadParameter, Mode, Parameters};
+pub use parameters::{BadParameter, Mode, Parameters, Timeouts};
 pub use pending::{IterativeDevice, Pending};
 pub use pipe::Pipe;
 pub use postcopy::{BlockTimes, Postcopy, Recovery};
@@ -170,6 +172,7 @@ pub use source::{migrate, monotonic_now};
 pub use statistics::{PartStatistics, RamStatistics, RoundStatistics, Statistics, Status};
 pub use tls::{Credentials, CredentialsError, Endpoint, Tls, TlsChannel, TlsError, Versions};
 pub use verdict::Doubt;
+pub use watch::{Awaited, ChannelName, Silence};
 
 /// Bytes of a page of guest memory: that of x86, `PageGeometry::X86`.
 const PAGE_SIZE: u64 = 4096;

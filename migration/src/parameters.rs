@@ -4,6 +4,9 @@
 //! would mislead (other modes), there is none.
 
 mod range;
+mod timeouts;
+
+pub use timeouts::Timeouts;
 
 use qevm_multifd::{compression::Compression, zero_page::ZeroPageDetection};
 use std::time::Duration;
@@ -84,6 +87,8 @@ pub struct Parameters {
     pub cpr_exec_command: Vec<String>,
     /// `x-rdma-chunk-size` in bytes, for a transport that is not built in (11.1).
     pub rdma_chunk_size: u64,
+    /// `x-…-timeout`: how long who waits for what. No parameters of QEMU's.
+    pub timeouts: Timeouts,
 }
 
 /// Parameter `mode`.
@@ -157,6 +162,7 @@ impl Default for Parameters {
             direct_io: false,
             cpr_exec_command: Vec::new(),
             rdma_chunk_size: 1 << 20,
+            timeouts: Timeouts::default(),
         }
     }
 }

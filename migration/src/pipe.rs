@@ -18,7 +18,7 @@ use std::{
         unix::fs::FileTypeExt,
     },
     process::{Child, Command, ExitStatus, Stdio},
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError},
     thread,
     time::{Duration, Instant},
 };
@@ -44,6 +44,8 @@ pub struct Pipe {
     command: Mutex<Option<Child>>,
     /// What was written can be told from what was read.
     fifo: bool,
+    /// How long a read or a write waits before it is told so.
+    patience: OnceLock<Duration>,
 }
 
 impl Pipe {
@@ -93,6 +95,7 @@ impl Pipe {
             writing_ends: eventfd(0, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC)?,
             command: Mutex::new(command),
             fifo,
+            patience: OnceLock::new(),
         })
     }
 
@@ -104,7 +107,11 @@ impl Pipe {
     /// Waits until the pipe is empty.
     fn wait_until_read(&self) -> io::Result<()> {
         let Some(fd) = lock(&self.writer).clone() else { return Err(io::ErrorKind::BrokenPipe.into()) };
+        let deadline = self.patience.get().map(|patience| Instant::now() + *patience);
         while self.backlog()? > 0 {
+            if deadline.is_some_and(|deadline| Instant::now() > deadline) {
+                return Err(io::ErrorKind::WouldBlock.into());
+            }
             // That nobody reads any more is told unasked.
             let mut entries = [PollFd::new(&self.writing_ends, PollFlags::IN), PollFd::new(&*fd, PollFlags::empty())];
             match poll(&mut entries, Some(&READ_POLL)) {
@@ -146,7 +153,7 @@ impl Channel for Pipe {
     fn write(&self, parts: &[Source<'_>]) -> io::Result<usize> {
         let Some(fd) = lock(&self.writer).clone() else { return Err(io::ErrorKind::BrokenPipe.into()) };
         loop {
-            if wait(fd.as_fd(), PollFlags::OUT, &self.writing_ends)? {
+            if wait(fd.as_fd(), PollFlags::OUT, &self.writing_ends, self.patience.get())? {
                 return Err(io::ErrorKind::BrokenPipe.into());
             }
             let count = parts.len().min(MAX_PARTS) as libc::c_int;
@@ -168,7 +175,7 @@ impl Channel for Pipe {
     fn read(&self, parts: &mut [Target<'_>]) -> io::Result<usize> {
         let Some(fd) = lock(&self.reader).clone() else { return Err(io::Error::from_raw_os_error(libc::EBADF)) };
         loop {
-            if wait(fd.as_fd(), PollFlags::IN, &self.reading_ends)? {
+            if wait(fd.as_fd(), PollFlags::IN, &self.reading_ends, self.patience.get())? {
                 return Ok(0);
             }
             let count = parts.len().min(MAX_PARTS) as libc::c_int;
@@ -189,6 +196,12 @@ impl Channel for Pipe {
     fn backlog(&self) -> io::Result<u64> {
         let Some(fd) = lock(&self.writer).clone().filter(|_| self.fifo) else { return Ok(0) };
         Ok(ioctl_fionread(&fd)?)
+    }
+
+    fn limit_waits(&self, each: Duration, _: Option<Duration>) -> io::Result<()> {
+        // The first one counts.
+        self.patience.get_or_init(|| each);
+        Ok(())
     }
 
     fn settle(&self) -> io::Result<()> {
@@ -257,10 +270,13 @@ fn signal(event: &OwnedFd) {
 }
 
 /// Waits until `fd` is ready, or says that `end` was signalled.
-fn wait(fd: BorrowedFd<'_>, events: PollFlags, end: &OwnedFd) -> io::Result<bool> {
+fn wait(fd: BorrowedFd<'_>, events: PollFlags, end: &OwnedFd, patience: Option<&Duration>) -> io::Result<bool> {
     let mut entries = [PollFd::new(end, PollFlags::IN), PollFd::from_borrowed_fd(fd, events)];
-    poll(&mut entries, None)?;
-    Ok(!entries[0].revents().is_empty())
+    let time = patience.map(|time| Timespec { tv_sec: time.as_secs() as i64, tv_nsec: time.subsec_nanos().into() });
+    match poll(&mut entries, time.as_ref())? {
+        0 => Err(io::ErrorKind::WouldBlock.into()),
+        _ => Ok(!entries[0].revents().is_empty()),
+    }
 }
 
 fn do_not_block(fd: &OwnedFd) -> io::Result<()> {

@@ -7,13 +7,13 @@ use super::{
 };
 use rustix::{
     event::{PollFd, PollFlags, Timespec, poll},
-    net::{AddressFamily, getpeername, getsockname, listen},
+    net::{AddressFamily, getpeername, getsockname, listen, sockopt::set_tcp_user_timeout},
 };
 use socket2::SockRef;
 use std::{
     fmt, fs, io,
     io::Read,
-    net::{Shutdown, SocketAddr, TcpListener, TcpStream},
+    net::{Shutdown, SocketAddr, TcpListener, TcpStream, ToSocketAddrs},
     os::{
         fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd},
         unix::net::{UnixListener, UnixStream},
@@ -37,17 +37,34 @@ impl Socket {
     /// # Errors
     /// [`MigrationError::Connect`] with the system's reason.
     pub fn connect(address: &Address) -> Result<Arc<dyn Channel>, MigrationError> {
-        let connected = match address {
-            Address::Tcp { host, port } => {
-                let host = if host.is_empty() { "localhost" } else { host };
-                TcpStream::connect((host, *port)).and_then(Socket::tcp)
-            }
-            Address::Unix(path) => UnixStream::connect(path).map(Socket::Unix),
-            _ => Err(io::ErrorKind::Unsupported.into()),
-        };
+        let connected = Socket::look_up(address).and_then(|found| Socket::connect_to(address, &found));
         match connected {
             Ok(socket) => Ok(Arc::new(socket)),
             Err(source) => Err(MigrationError::Connect { address: address.clone(), source }),
+        }
+    }
+
+    /// Where the host of a TCP address is; of others nothing has to be looked up.
+    pub(crate) fn look_up(address: &Address) -> io::Result<Vec<SocketAddr>> {
+        match address {
+            Address::Tcp { host, port, .. } => {
+                let host = if host.is_empty() { "localhost" } else { host };
+                Ok((host, *port).to_socket_addrs()?.collect())
+            }
+            _ => Ok(Vec::new()),
+        }
+    }
+
+    /// Connects to `address`, which was [found](Self::look_up) there.
+    pub(crate) fn connect_to(address: &Address, found: &[SocketAddr]) -> io::Result<Socket> {
+        match address {
+            Address::Tcp { options, .. } => {
+                let stream = TcpStream::connect(found)?;
+                options.keep_alive.apply(&stream)?;
+                Socket::tcp(stream)
+            }
+            Address::Unix(path) => UnixStream::connect(path).map(Socket::Unix),
+            _ => Err(io::ErrorKind::Unsupported.into()),
         }
     }
 
@@ -198,6 +215,21 @@ impl Channel for Socket {
         }
     }
 
+    fn limit_waits(&self, each: Duration, unacknowledged: Option<Duration>) -> io::Result<()> {
+        match self {
+            Socket::Tcp(stream) => {
+                stream.set_read_timeout(Some(each))?;
+                stream.set_write_timeout(Some(each))?;
+                let milliseconds = unacknowledged.map_or(0, |time| u32::try_from(time.as_millis()).unwrap_or(u32::MAX));
+                Ok(set_tcp_user_timeout(stream, milliseconds)?)
+            }
+            Socket::Unix(stream) => {
+                stream.set_read_timeout(Some(each))?;
+                stream.set_write_timeout(Some(each))
+            }
+        }
+    }
+
     fn settle(&self) -> io::Result<()> {
         self.finish_writing();
         let mut answer = [0; 512];
@@ -304,15 +336,16 @@ impl Listener {
 
     fn open(address: &Address) -> io::Result<Self> {
         let (socket, address) = match address {
-            Address::Tcp { host, port } => {
+            Address::Tcp { host, port, options } => {
                 let any = if host.is_empty() { "::" } else { host };
                 let socket = match TcpListener::bind((any, *port)) {
                     // A host without IPv6.
                     Err(_) if host.is_empty() => TcpListener::bind(("0.0.0.0", *port))?,
                     socket => socket?,
                 };
+                options.keep_alive.apply(&socket)?;
                 let port = socket.local_addr()?.port();
-                (Listening::Tcp(socket), Address::Tcp { host: host.clone(), port })
+                (Listening::Tcp(socket), Address::Tcp { host: host.clone(), port, options: *options })
             }
             Address::Unix(path) => {
                 if UnixStream::connect(path).is_err_and(|error| error.kind() == io::ErrorKind::ConnectionRefused) {

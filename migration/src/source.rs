@@ -40,6 +40,7 @@ use std::{
 /// [`MigrationError::PostcopyBroken`], because it went there before its memory.
 pub fn migrate(guest: &dyn Guest, connections: &Outgoing, job: &Job, profile: &Profile) -> Result<(), MigrationError> {
     let start = Instant::now();
+    let connections = &connections.clone().watched(job).inspect_err(|error| job.end(Some(error)))?;
     let (capabilities, parameters) = (job.capabilities(), job.parameters());
     let saving = connections.file.clone().map(|file| {
         // Without page channels of its own nobody else looks for zero pages, as on a connection.
@@ -97,8 +98,7 @@ pub fn migrate(guest: &dyn Guest, connections: &Outgoing, job: &Job, profile: &P
             (Some(_), Some(_)) => PageRoute::FileByThreads,
         },
         reader: connections.reader,
-        // As in QEMU: a destination that is stopped or whose devices take long is waited for until the operator cancels.
-        patience: None,
+        patience: parameters.timeouts.switchover(),
     };
     thread::scope(|scope| {
         if let Some((settings, pages)) = settings.as_ref().zip(pages.as_ref()) {
@@ -145,6 +145,9 @@ pub fn migrate(guest: &dyn Guest, connections: &Outgoing, job: &Job, profile: &P
         engine.finish(result)
     })
 }
+
+/// How often it is looked whether a deadline has changed.
+const PARAMETERS_POLL: Duration = Duration::from_millis(500);
 
 /// Nobody can say what a device that runs on had at one instant.
 fn in_parts(device: &DeviceOptions) -> MigrationError {
@@ -212,7 +215,9 @@ impl Engine<'_> {
             {
                 tracing::debug!("no postcopy: {refused}");
             }
-            self.core.set_parameters(self.job.parameters());
+            let parameters = self.job.parameters();
+            self.core.set_patience(parameters.timeouts.switchover());
+            self.core.set_parameters(parameters);
             let now = self.start.elapsed();
             let Some(return_path) = &self.return_path else {
                 let action = self.core.poll(now, None);
@@ -224,7 +229,9 @@ impl Engine<'_> {
             let action = self.core.poll(now, Some(&mut answers));
             self.job.update(|statistics| self.core.report(statistics));
             let Action::Wait { until, wake: Wake::Answers } = action else { return action };
-            return_path.wait(answers, until.map(|until| until.saturating_sub(now)));
+            // What the operator sets meanwhile counts, too.
+            let time = until.map_or(PARAMETERS_POLL, |until| until.saturating_sub(now).min(PARAMETERS_POLL));
+            return_path.wait(answers, Some(time));
         }
     }
 
@@ -250,7 +257,9 @@ impl Engine<'_> {
     fn finish(&mut self, result: Result<(), MigrationError>) -> Result<(), MigrationError> {
         self.devices.iter().for_each(|device| device.end());
         self.job.end(result.as_ref().err());
-        // The return path is read to its end: the destination closes when it has taken over.
+        // The return path is read to its end: the destination closes when it has taken over, or is not waited for any longer.
+        let patience = self.job.parameters().timeouts.switchover();
+        self.connections.all().for_each(|channel| drop(channel.limit_silence(patience)));
         self.connections.all().for_each(|channel| channel.finish_writing());
         self.stop_listening();
         result

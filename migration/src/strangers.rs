@@ -5,9 +5,10 @@
 //! descriptor and a few bytes, of which there are only so many; it has a few seconds; and nobody waits for it.
 
 use super::{
-    Channel, Listener, MigrationError, Socket, Tls, TlsError,
+    Address, Channel, ChannelName, Listener, MigrationError, Socket, Tls, TlsError,
     socket::Caller,
     tls::{self, Accepting},
+    watch::{Brings, Watch, Watched},
 };
 use qevm_multifd::{Init, layout::INIT_LEN};
 use qevm_savevm::{
@@ -46,6 +47,10 @@ pub(crate) struct Strangers {
     paused_until: Option<Instant>,
     /// Whoever calls has to begin a TLS session.
     tls: Option<Tls>,
+    /// Who watches over connections that are known.
+    watch: Arc<Watch>,
+    /// Where they come to.
+    address: Address,
     /// Page channels may be kept waiting for the main channel that tells what they are about, but are none of this migration's.
     page_channels: bool,
 }
@@ -162,7 +167,14 @@ enum Heard {
 impl Strangers {
     /// For a migration in which a source opens `page_channels` beside the main channel, or none. Each has `patience` to say what it is.
     /// With `tls` it has to do so in a TLS session.
-    pub(crate) fn new(page_channels: Option<u8>, tls: Option<Tls>, patience: Duration) -> Self {
+    /// Those that are known come to `address` and are watched over by `watch`.
+    pub(crate) fn new(
+        page_channels: Option<u8>,
+        tls: Option<Tls>,
+        patience: Duration,
+        watch: Arc<Watch>,
+        address: Address,
+    ) -> Self {
         let descriptors = getrlimit(Resource::Nofile).current.and_then(|limit| usize::try_from(limit).ok());
         let room = descriptors.map_or(ROOM, |limit| ROOM.min(limit / 4)) + 1 + usize::from(page_channels.unwrap_or(0));
         Strangers {
@@ -171,6 +183,8 @@ impl Strangers {
             patience,
             paused_until: None,
             tls,
+            watch,
+            address,
             page_channels: page_channels.is_some(),
         }
     }
@@ -287,15 +301,13 @@ impl Strangers {
                     continue;
                 }
                 Heard::Main | Heard::Page => match stranger.known() {
-                    Some(role) => {
-                        let socket = Arc::new(stranger.socket);
-                        let channel: Arc<dyn Channel> = match stranger.session {
-                            Some(session) => Arc::new(session.into_channel(socket.clone())),
-                            None => socket.clone(),
-                        };
-                        known.push(Known { socket, channel, caller, role });
-                        continue;
-                    }
+                    Some(role) => match self.watched(stranger, role) {
+                        Some(new) => {
+                            known.push(new);
+                            continue;
+                        }
+                        None => Reason::Closed(FirstBytes::Nothing),
+                    },
                     None => Reason::Closed(stranger.first()),
                 },
                 Heard::Drop(why) => why,
@@ -309,6 +321,23 @@ impl Strangers {
             dropped(Dropped { caller, why });
         }
         known
+    }
+
+    /// Somebody whose role is known, as a channel; `None` if it has gone.
+    fn watched(&self, stranger: Stranger, role: Role) -> Option<Known> {
+        let Stranger { socket, session, caller, .. } = stranger;
+        let name = match &role {
+            Role::Main(_) => ChannelName::Main,
+            // It was decoded before.
+            Role::Page(first) => ChannelName::Page(Init::decode(&**first).map_or(0, |init| init.channel)),
+        };
+        let socket = Arc::new(socket);
+        let channel = Watched::new(socket.clone(), name, &self.watch, Brings::Guest, Some(&self.address)).ok()?;
+        let channel: Arc<dyn Channel> = match session {
+            Some(session) => Arc::new(session.into_channel(Arc::new(channel))),
+            None => Arc::new(channel),
+        };
+        Some(Known { socket, channel, caller, role })
     }
 
     fn drop_oldest(&mut self, dropped: &mut dyn FnMut(Dropped)) {

@@ -293,7 +293,15 @@ fn reply(monitor: &mut Qemu, command: &str, arguments: Value) -> Result<Value> {
 }
 
 /// Members that reference-vmm has besides QEMU's; docs/peer.md tells of them.
-const EXTENSIONS: [&str; 1] = ["x-parts"];
+const EXTENSIONS: [&str; 7] = [
+    "x-parts",
+    "x-connect-timeout",
+    "x-handshake-timeout",
+    "x-idle-timeout",
+    "x-switchover-timeout",
+    "x-handover-timeout",
+    "x-tcp-user-timeout",
+];
 
 /// Members and types, but for those that QEMU does not have. Texts that are names from a list count as they are.
 fn shape(value: &Value) -> Value {

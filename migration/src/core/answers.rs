@@ -1,6 +1,6 @@
 //! What a destination has said on the return path, and what follows from it for the source.
 
-use crate::{MigrationError, ReturnPathError, handover};
+use crate::{MigrationError, ReturnPathError, Status, handover};
 use qevm_returnpath::{
     Message, RequestError, SessionError, SwitchoverError,
     requests::{PageRequest, PageRequests, RequestBlocks},
@@ -9,7 +9,7 @@ use qevm_returnpath::{
 };
 use qevm_savevm::command::Command;
 use qevm_wire::{CountedString, Located, PageGeometry};
-use std::{collections::VecDeque, io};
+use std::{collections::VecDeque, io, time::Duration};
 
 /// Value of the PING after the devices in the package of postcopy, before RUN: its answer says that they are loaded (10.2).
 pub(crate) const PACKAGE_LOADED: u32 = 0x42;
@@ -278,8 +278,8 @@ impl Answers {
     }
 
     /// The error of a source that has waited long enough, with what is missing.
-    pub(crate) fn timed_out(&self) -> SessionError {
-        self.session.timed_out()
+    pub(crate) fn overdue(&self, waited: Duration, status: Status, parameter: &'static str) -> MigrationError {
+        MigrationError::Unanswered { missing: self.session.waiting(), waited, status, parameter }
     }
 
     /// What explains why the main channel broke: what the destination reported, or how it broke the rules.

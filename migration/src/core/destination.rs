@@ -52,7 +52,7 @@ pub struct Destination {
     arrived: Duration,
 }
 
-/// How long the source's host may take to acknowledge the last word, and the source to confirm it.
+/// How long the source's host may take to acknowledge the last word, and the source to confirm it, where nobody says otherwise.
 const PATIENCE: Duration = crate::verdict::PATIENCE;
 /// How long the source may take to close after it was told of a failure.
 const LINGER: Duration = Duration::from_secs(1);
@@ -226,7 +226,7 @@ impl Destination {
             Phase::Activating { .. } => Action::Activate,
             Phase::Telling { .. } => {
                 // Where the guest runs already, nothing depends on it.
-                let patience = (!self.loader.confirmation && !self.runs_early()).then_some(PATIENCE);
+                let patience = (!self.loader.confirmation && !self.runs_early()).then_some(self.handover_time());
                 Action::Tell { message: Message::Shut { status: SUCCESS }, patience }
             }
             Phase::Confirming { running, until } => return self.confirm(input, *running, *until),
@@ -243,6 +243,10 @@ impl Destination {
             Phase::Over => Action::Close,
         };
         Ok(Turn { consumed: 0, action })
+    }
+
+    fn handover_time(&self) -> Duration {
+        self.options.handover.unwrap_or(PATIENCE)
     }
 
     /// Until when something must have come, where a wait has a limit.

@@ -112,6 +112,8 @@ pub struct SourceCore {
     /// Bytes of the last record of a device's state.
     record: u64,
     backlog: u64,
+    /// Since when the destination of a guest that runs owes an answer.
+    unanswered: Option<Duration>,
     pause: Option<Pause>,
     /// When the destination had the guest.
     gone_at: Option<Duration>,
@@ -166,6 +168,7 @@ impl SourceCore {
             limit: None,
             record: 0,
             backlog: 0,
+            unanswered: None,
             pause: None,
             gone_at: None,
             inactive: false,

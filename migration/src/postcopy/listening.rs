@@ -1,7 +1,7 @@
 //! From when on memory is missing.
 
 use super::missing::{Block, LISTEN, Shared};
-use crate::{Channel, Guest, MigrationError, ram_receiver::Listed};
+use crate::{Channel, Guest, MigrationError, ram_receiver::Listed, watch::Watch};
 use qevm_returnpath::requests::{RequestBlock, RequestBlocks};
 use std::{sync::Arc, thread, thread::JoinHandle};
 
@@ -18,6 +18,7 @@ impl Listening {
         blocks: &[Listed],
         channel: Arc<dyn Channel>,
         block_times: bool,
+        waits: Arc<Watch>,
     ) -> Result<Self, MigrationError> {
         let pages = guest.hooks().missing_pages().map_err(MigrationError::guest(LISTEN))?;
         let views = guest.ram();
@@ -34,7 +35,7 @@ impl Listening {
             missing.push(block);
         }
         let requested = RequestBlocks::new(requested).map_err(|error| MigrationError::guest(LISTEN)(error.into()))?;
-        let shared = Arc::new(Shared::new(pages, missing, requested, channel, block_times));
+        let shared = Arc::new(Shared::new(pages, missing, requested, channel, block_times, waits));
         let asking = shared.clone();
         let asker = thread::Builder::new().name("page-requests".into()).spawn(move || asking.ask());
         let asker = asker.map_err(|error| MigrationError::guest("start a thread for missing pages")(error.into()))?;

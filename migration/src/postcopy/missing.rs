@@ -10,6 +10,7 @@ use crate::{
     channel::{Source, write_all},
     ram_receiver::Listed,
     touched::Touched,
+    watch::Watch,
 };
 use qevm_returnpath::{
     Message,
@@ -51,6 +52,8 @@ pub(super) struct Shared {
     /// The list of the source, for the preempt channel.
     pub(super) urgent_blocks: OnceLock<Arc<RamBlocks>>,
     state: Mutex<State>,
+    /// The deadlines.
+    pub(super) waits: Arc<Watch>,
     /// The connection, or what is known of the end.
     pub(super) changed: Condvar,
 }
@@ -189,6 +192,7 @@ impl Shared {
         requested: RequestBlocks,
         channel: Arc<dyn Channel>,
         block_times: bool,
+        waits: Arc<Watch>,
     ) -> Self {
         let remaining: u64 = blocks.iter().map(Block::remaining).sum();
         let account = block_times.then(|| Account::new(pages.vcpus(), blocks.iter().map(|block| block.units)));
@@ -203,6 +207,7 @@ impl Shared {
             requests: AtomicU64::default(),
             preempt: Mutex::default(),
             urgent_blocks: OnceLock::new(),
+            waits,
             state: Mutex::new(State {
                 failure: None,
                 started: false,

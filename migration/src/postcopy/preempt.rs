@@ -9,7 +9,13 @@ use super::{
     assembly::Assembly,
     missing::{Line, Shared, State},
 };
-use crate::{Channel, Listener, LoadError, MigrationError, PAGE_SIZE, Socket, channel::Reading, socket::Caller};
+use crate::{
+    Channel, ChannelName, Listener, LoadError, MigrationError, PAGE_SIZE, Socket,
+    arrivals::NO_END,
+    channel::Reading,
+    socket::Caller,
+    watch::{Brings, Watch, Watched},
+};
 use qevm_savevm::{
     first_bytes::FirstBytes,
     ram::{PreemptDecoder, RamBlocks, RamRecord},
@@ -26,15 +32,12 @@ use std::{
     sync::{Arc, Mutex, MutexGuard, PoisonError, atomic::Ordering},
     thread,
     thread::JoinHandle,
-    time::Duration,
 };
 
 /// Connections that may be the preempt channel at a time.
 const ROOM: usize = 64;
 /// Bytes of the longest record, without its page: its word, and a name with its length.
 const RECORD: usize = 8 + 1 + 255;
-/// How long nothing may come when the main channel has ended and pages are missing.
-const PATIENCE: Duration = Duration::from_secs(10);
 /// How long not to accept when the system could not.
 const PAUSE: Timespec = Timespec { tv_sec: 0, tv_nsec: 100_000_000 };
 
@@ -44,6 +47,8 @@ pub(crate) struct Entrance {
     listener: Listener,
     /// Where the main channel comes from.
     main: Caller,
+    /// Who watches over it.
+    watch: Arc<Watch>,
     /// In the order in which they came.
     waiting: Vec<Candidate>,
 }
@@ -66,8 +71,13 @@ enum Heard {
 
 impl Entrance {
     /// Whoever calls at `listener`, or is `waiting` and has said nothing, may be it.
-    pub(crate) fn new(listener: Listener, main: Caller, waiting: impl IntoIterator<Item = (Socket, Caller)>) -> Self {
-        let mut entrance = Entrance { listener, main, waiting: Vec::new() };
+    pub(crate) fn new(
+        listener: Listener,
+        main: Caller,
+        waiting: impl IntoIterator<Item = (Socket, Caller)>,
+        watch: Arc<Watch>,
+    ) -> Self {
+        let mut entrance = Entrance { listener, main, watch, waiting: Vec::new() };
         waiting.into_iter().for_each(|(socket, caller)| entrance.add(socket, caller));
         entrance
     }
@@ -82,6 +92,13 @@ impl Entrance {
         // One that cannot be set up is gone already, and says so when it is listened to.
         let _ = socket.set_nonblocking(true);
         self.waiting.push(Candidate { socket, caller, said: Vec::new() });
+    }
+
+    /// The preempt channel, which has been known by what it said.
+    fn watched(&self, socket: Socket) -> io::Result<Watched> {
+        socket.set_nonblocking(false)?;
+        let address = Some(self.listener.address());
+        Watched::new(Arc::new(socket), ChannelName::Preempt, &self.watch, Brings::Guest, address)
     }
 
     fn drop_one(&mut self, index: usize, why: impl fmt::Display) {
@@ -150,7 +167,7 @@ struct Orders {
     /// Where pages go, once some are missing.
     memory: Option<(Arc<Shared>, Arc<RamBlocks>)>,
     /// The preempt channel, once it is known.
-    channel: Option<Arc<Socket>>,
+    channel: Option<Arc<dyn Channel>>,
 }
 
 impl Preempt {
@@ -243,11 +260,13 @@ impl Desk {
                     Heard::Drop(why) => entrance.drop_one(index, why),
                     Heard::Page => {
                         let Candidate { socket, said, caller } = entrance.waiting.swap_remove(index);
-                        if let Err(why) = socket.set_nonblocking(false) {
-                            tracing::warn!("dropped a connection from {caller}: {why}");
-                            break;
-                        }
-                        let channel = Arc::new(socket);
+                        let channel: Arc<dyn Channel> = match entrance.watched(socket) {
+                            Ok(channel) => Arc::new(channel),
+                            Err(why) => {
+                                tracing::warn!("dropped a connection from {caller}: {why}");
+                                break;
+                            }
+                        };
                         let mut orders = self.orders();
                         orders.channel = Some(channel.clone());
                         return Ok((!orders.over).then_some(Found { channel, first: said }));
@@ -281,7 +300,7 @@ impl Desk {
 
 /// The preempt channel.
 struct Found {
-    channel: Arc<Socket>,
+    channel: Arc<dyn Channel>,
     /// What was read from it.
     first: Vec<u8>,
 }
@@ -342,7 +361,8 @@ impl Shared {
         while self.urgent_blocks.get().is_some() && left() > 0 {
             let before = left();
             let waits = |state: &mut State| left() > 0 && state.urgent && !state.has_failed();
-            let waited = self.changed.wait_timeout_while(state, PATIENCE, waits);
+            let patience = self.waits.timeouts().handshake().unwrap_or(NO_END);
+            let waited = self.changed.wait_timeout_while(state, patience, waits);
             let (now, timeout) = waited.unwrap_or_else(PoisonError::into_inner);
             state = now;
             let given_up = !state.urgent || state.has_failed() || timeout.timed_out() && left() == before;

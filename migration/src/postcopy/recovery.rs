@@ -5,9 +5,11 @@ use super::{
     preempt::{Entrance, Preempt},
 };
 use crate::{
-    Channel, Listener, MigrationError, Refused, Socket, Status, Tls,
+    Address, Channel, ChannelName, Listener, MigrationError, Refused, Socket, Status, Tls,
+    arrivals::NO_END,
     channel::{Target, read_at_least},
     tls::Accepting,
+    watch::{Brings, Watch, Watched},
 };
 use qevm_returnpath::{Encoder, Message};
 use qevm_wire::Writer;
@@ -20,8 +22,6 @@ use std::{
 
 /// How often who waits for a source looks whether it is still to wait.
 const POLL: Duration = Duration::from_millis(20);
-/// For a connection to say what it is.
-const SILENCE: Duration = Duration::from_secs(5);
 /// Type of a section that is a command: that is what a source begins with that goes on.
 const COMMAND: u8 = 8;
 
@@ -70,13 +70,15 @@ impl Recovery {
         let accepting = move || {
             while shared.waits(turn) {
                 match listener.try_accept() {
-                    Ok(Some((socket, caller))) => match known(socket, tls.as_ref()) {
-                        Ok((channel, first)) => {
-                            let entrance = Entrance::new(listener, caller, []);
-                            return shared.reconnect(turn, channel, first, entrance);
+                    Ok(Some((socket, caller))) => {
+                        match known(socket, &shared.waits, listener.address(), tls.as_ref()) {
+                            Ok((channel, first)) => {
+                                let entrance = Entrance::new(listener, caller, [], shared.waits.clone());
+                                return shared.reconnect(turn, channel, first, entrance);
+                            }
+                            Err(why) => tracing::warn!("dropped a connection from {caller}: {why}"),
                         }
-                        Err(why) => tracing::warn!("dropped a connection from {caller}: {why}"),
-                    },
+                    }
                     Ok(None) => thread::sleep(POLL),
                     Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                     Err(error) => return tracing::error!("{}", listener.failed(error)),
@@ -89,22 +91,33 @@ impl Recovery {
 }
 
 /// A connection of a source that goes on, and what it has said.
-fn known(socket: Socket, tls: Option<&Tls>) -> io::Result<(Arc<dyn Channel>, Vec<u8>)> {
+fn known(
+    socket: Socket,
+    waits: &Arc<Watch>,
+    address: &Address,
+    tls: Option<&Tls>,
+) -> io::Result<(Arc<dyn Channel>, Vec<u8>)> {
     socket.set_nonblocking(false)?;
     socket.prepare()?;
     let socket = Arc::new(socket);
+    let channel = Arc::new(Watched::new(socket.clone(), ChannelName::Main, waits, Brings::Guest, Some(address))?);
+    let patience = waits.timeouts().handshake();
     let (first, channel): (Vec<u8>, Arc<dyn Channel>) = match tls {
         Some(tls) => {
-            let (first, channel) = Accepting::new(tls).map_err(io::Error::other)?.first_byte(socket, SILENCE)?;
+            let (first, channel) = Accepting::new(tls).map_err(io::Error::other)?.first_byte(
+                &socket,
+                channel,
+                patience.unwrap_or(NO_END),
+            )?;
             (vec![first], Arc::new(channel))
         }
         None => {
             let mut first = vec![0; 1];
-            socket.limit_silence(Some(SILENCE))?;
-            let count = read_at_least(&*socket, &mut [Target::bytes(&mut first)], 1)?;
-            socket.limit_silence(None)?;
+            channel.limit_silence(patience)?;
+            let count = read_at_least(&*channel, &mut [Target::bytes(&mut first)], 1)?;
+            channel.limit_silence(None)?;
             first.truncate(count);
-            (first, socket)
+            (first, channel)
         }
     };
     match first[..] {

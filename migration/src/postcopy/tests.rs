@@ -425,7 +425,7 @@ fn a_huge_page_is_filled_in_when_all_of_it_is_here() {
         received: received.clone(),
     };
     let (mut peer, there) = Peer::new();
-    let start = |page_size| super::Listening::start(&guest, &[listed(page_size)], there.clone(), false);
+    let start = |page_size| super::Listening::start(&guest, &[listed(page_size)], there.clone(), false, Arc::default());
     let other = start(PAGE).map(drop).unwrap_err();
     assert!(other.to_string().contains("'ram' has pages of 4096 bytes at the source, 16384 expected"), "{other}");
     let listening = start(4 * PAGE).unwrap();

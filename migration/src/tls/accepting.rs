@@ -1,7 +1,7 @@
 //! A TLS session that a caller begins, without waiting for it.
 
 use super::{Endpoint, Tls, TlsChannel, TlsError, credentials::Side};
-use crate::Socket;
+use crate::{Channel, Socket};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustls::ServerConnection;
 use std::{
@@ -112,13 +112,18 @@ impl Accepting {
         }
     }
 
-    /// Waits for the first byte that a peer says in its session, up to `patience`.
-    pub(crate) fn first_byte(mut self, socket: Arc<Socket>, patience: Duration) -> io::Result<(u8, TlsChannel)> {
+    /// Waits for the first byte that a peer says in its session, up to `patience`. The rest comes on `inner`, which is this socket.
+    pub(crate) fn first_byte(
+        mut self,
+        socket: &Socket,
+        inner: Arc<dyn Channel>,
+        patience: Duration,
+    ) -> io::Result<(u8, TlsChannel)> {
         let deadline = Instant::now() + patience;
         socket.set_nonblocking(true)?;
         let mut byte = [0];
         loop {
-            match self.hear(&socket, &mut byte).map_err(io::Error::other)? {
+            match self.hear(socket, &mut byte).map_err(io::Error::other)? {
                 Heard::Bytes(_) => break,
                 Heard::Closed => return Err(io::Error::other("it was closed at once")),
                 Heard::Nothing if Instant::now() > deadline => return Err(io::ErrorKind::TimedOut.into()),
@@ -130,7 +135,7 @@ impl Accepting {
             let _ = poll(&mut [PollFd::from_borrowed_fd(socket.as_fd(), events)], Some(&left));
         }
         socket.set_nonblocking(false)?;
-        Ok((byte[0], self.into_channel(socket)))
+        Ok((byte[0], self.into_channel(inner)))
     }
 
     /// Sends what the session has for the peer, as far as the socket takes it.
@@ -151,8 +156,8 @@ impl Accepting {
     }
 
     /// The channel, when the peer has said what it is.
-    pub(crate) fn into_channel(self, socket: Arc<Socket>) -> TlsChannel {
-        TlsChannel::new(socket, self.session.into(), self.left)
+    pub(crate) fn into_channel(self, inner: Arc<dyn Channel>) -> TlsChannel {
+        TlsChannel::new(inner, self.session.into(), self.left)
     }
 }
 

@@ -14,7 +14,7 @@ use std::{
 const WRITE: usize = 256 << 10;
 /// Bytes that are taken from the connection at once.
 const READ: usize = 128 << 10;
-/// How long a handshake may take.
+/// How long a handshake may take where nobody says otherwise.
 const HANDSHAKE: Duration = Duration::from_secs(10);
 
 /// A [`Channel`] that carries its bytes in a TLS session over another.
@@ -51,10 +51,20 @@ impl TlsChannel {
     /// # Errors
     /// The system's; [`TlsError`] as its source where the handshake fails.
     pub fn connect(inner: Arc<dyn Channel>, tls: &Tls, host: Option<&str>) -> io::Result<Self> {
+        Self::connect_within(inner, tls, host, Some(HANDSHAKE))
+    }
+
+    /// The same, with a handshake that may take as long as `patience`.
+    pub(crate) fn connect_within(
+        inner: Arc<dyn Channel>,
+        tls: &Tls,
+        host: Option<&str>,
+        patience: Option<Duration>,
+    ) -> io::Result<Self> {
         let session = client(&tls.credentials, tls, host).map_err(io::Error::other)?;
         let channel = Self::new(inner, session.into(), Vec::new());
-        channel.inner.limit_silence(Some(HANDSHAKE))?;
-        let done = channel.shake_hands();
+        channel.inner.limit_silence(patience)?;
+        let done = channel.shake_hands(patience);
         channel.inner.limit_silence(None)?;
         done?;
         Ok(channel)
@@ -67,10 +77,10 @@ impl TlsChannel {
         TlsChannel { inner, session: Mutex::new(session), writing, reading }
     }
 
-    fn shake_hands(&self) -> io::Result<()> {
-        let deadline = Instant::now() + HANDSHAKE;
+    fn shake_hands(&self, patience: Option<Duration>) -> io::Result<()> {
+        let deadline = patience.map(|patience| Instant::now() + patience);
         while lock(&self.session).is_handshaking() {
-            if Instant::now() > deadline {
+            if deadline.is_some_and(|deadline| Instant::now() > deadline) {
                 return Err(io::ErrorKind::TimedOut.into());
             }
             let mut writing = lock(&self.writing);

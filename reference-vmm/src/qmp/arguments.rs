@@ -109,9 +109,14 @@ impl Arguments {
 
     /// A number of 64 bits without a sign; a negative one wraps, as QEMU takes it.
     pub(super) fn unsigned(&mut self, name: &str) -> Result<u64, Failure> {
-        let value = self.take(name).ok_or_else(|| self.missing(name))?;
+        self.optional_unsigned(name)?.ok_or_else(|| self.missing(name))
+    }
+
+    pub(super) fn optional_unsigned(&mut self, name: &str) -> Result<Option<u64>, Failure> {
+        let Some(value) = self.take(name) else { return Ok(None) };
         let number = value.as_u64().or(value.as_i64().map(i64::cast_unsigned));
-        number.ok_or_else(|| Failure::generic(format!("Parameter '{}{name}' expects uint64", self.path)))
+        let wrong = || Failure::generic(format!("Parameter '{}{name}' expects uint64", self.path));
+        number.map(Some).ok_or_else(wrong)
     }
 
     pub(super) fn list(&mut self, name: &str) -> Result<Vec<Value>, Failure> {

@@ -279,7 +279,10 @@ fn query_migrate_capabilities(vmm: &Arc<Vmm>, arguments: &mut Arguments) -> Resu
 
 fn migrate_set_parameters(vmm: &Arc<Vmm>, arguments: &mut Arguments) -> Result<Value, Failure> {
     let changed = parameters::with(&vmm.outgoing().parameters(), &arguments.drain());
-    vmm.outgoing().set_parameters(changed.map_err(|error| Failure::generic(error.to_string()))?);
+    let changed = changed.map_err(|error| Failure::generic(error.to_string()))?;
+    // A guest that is on its way here has its settings, but for these.
+    vmm.incoming().set_timeouts(changed.timeouts);
+    vmm.outgoing().set_parameters(changed);
     Ok(empty())
 }
 
@@ -322,7 +325,7 @@ fn query_migrate(vmm: &Arc<Vmm>, arguments: &mut Arguments) -> Result<Value, Fai
 /// Where others find a socket; nothing else has an address.
 fn socket_address(address: &Address) -> Option<Value> {
     Some(match address {
-        Address::Tcp { host, port } => json!({ "port": port.to_string(), "type": "inet", "host": host }),
+        Address::Tcp { host, port, .. } => json!({ "port": port.to_string(), "type": "inet", "host": host }),
         Address::Unix(path) => json!({ "path": path.display().to_string(), "type": "unix" }),
         _ => return None,
     })

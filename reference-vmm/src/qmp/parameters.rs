@@ -104,8 +104,8 @@ const fn row(name: &'static str, slot: fn(&mut Parameters) -> Slot<'_>) -> Row {
     Row { name, slot }
 }
 
-/// Every parameter of QEMU 11.1, in the order of its QMP reference.
-const ROWS: [Row; 31] = [
+/// Every parameter of QEMU 11.1, in the order of its QMP reference, and the deadlines, which a QEMU does not have.
+const ROWS: [Row; 37] = [
     row("announce-initial", |p| Slot::U64(&mut p.announce_initial_ms)),
     row("announce-max", |p| Slot::U64(&mut p.announce_max_ms)),
     row("announce-rounds", |p| Slot::U64(&mut p.announce_rounds)),
@@ -137,6 +137,13 @@ const ROWS: [Row; 31] = [
     row("direct-io", |p| Slot::Flag(&mut p.direct_io)),
     row("cpr-exec-command", |p| Slot::Texts(&mut p.cpr_exec_command)),
     row("x-rdma-chunk-size", |p| Slot::U64(&mut p.rdma_chunk_size)),
+    // These are not QEMU's.
+    row("x-connect-timeout", |p| Slot::U64(&mut p.timeouts.connect_ms)),
+    row("x-handshake-timeout", |p| Slot::U64(&mut p.timeouts.handshake_ms)),
+    row("x-idle-timeout", |p| Slot::U64(&mut p.timeouts.idle_ms)),
+    row("x-switchover-timeout", |p| Slot::U64(&mut p.timeouts.switchover_ms)),
+    row("x-handover-timeout", |p| Slot::U64(&mut p.timeouts.handover_ms)),
+    row("x-tcp-user-timeout", |p| Slot::U64(&mut p.timeouts.tcp_user_ms)),
 ];
 
 const COMPRESSIONS: [(&str, Compression); 3] =

@@ -54,7 +54,8 @@ fn transport(mut addr: Arguments) -> Result<Place, Failure> {
             "inet" => {
                 let host = addr.text("host")?;
                 let host = if host.contains(':') { format!("[{host}]") } else { host };
-                Place::Uri(format!("tcp:{host}:{}", addr.text("port")?))
+                let port = addr.text("port")?;
+                Place::Uri(format!("tcp:{host}:{port}{}", keep_alive(&mut addr)?))
             }
             "unix" => Place::Uri(format!("unix:{}", addr.text("path")?)),
             "vsock" => Place::Uri(format!("vsock:{}:{}", addr.text("cid")?, addr.text("port")?)),
@@ -73,6 +74,23 @@ fn transport(mut addr: Arguments) -> Result<Place, Failure> {
     };
     addr.complete()?;
     Ok(place)
+}
+
+/// The members `keep-alive*` of an `InetSocketAddress` as options of a URI.
+fn keep_alive(addr: &mut Arguments) -> Result<String, Failure> {
+    let mut options = match addr.optional_flag("keep-alive")? {
+        Some(on) => format!(",keep-alive={}", if on { "on" } else { "off" }),
+        None => String::new(),
+    };
+    for name in ["keep-alive-count", "keep-alive-idle", "keep-alive-interval"] {
+        if let Some(number) = addr.optional_unsigned(name)? {
+            // QEMU does not say where the member is here.
+            let number = u32::try_from(number);
+            let number = number.map_err(|_| Failure::generic(format!("Parameter '{name}' expects uint32_t")))?;
+            options += &format!(",{name}={number}");
+        }
+    }
+    Ok(options)
 }
 
 /// Program and arguments of `exec`.

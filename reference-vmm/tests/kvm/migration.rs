@@ -33,7 +33,7 @@ const MEMORY: u64 = 64 * MIB;
 const PAYLOAD: &str = "dirty=16M rate=20M hold=8M zero=4M verify=16384 report=50";
 
 fn tcp() -> Address {
-    Address::Tcp { host: "127.0.0.1".into(), port: 0 }
+    Address::tcp("127.0.0.1", 0)
 }
 
 fn profile() -> Profile {

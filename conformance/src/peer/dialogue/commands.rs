@@ -20,6 +20,25 @@ pub(super) const BEFORE_THE_START: &[(&str, &str)] = &[
     ("migrate", r#"{"channels":[{"channel-type":"main"}]}"#),
     ("migrate", r#"{"channels":[{"channel-type":"main","addr":{"transport":"foo"}}]}"#),
     ("migrate", r#"{"channels":[{"channel-type":"main","addr":{"transport":"socket","type":"inet"}}]}"#),
+    (
+        "migrate",
+        r#"{"channels":[{"channel-type":"main","addr":{"transport":"socket","type":"inet","host":"a","port":"1","keep-alive":1}}]}"#,
+    ),
+    (
+        "migrate",
+        r#"{"channels":[{"channel-type":"main","addr":{"transport":"socket","type":"inet","host":"a","port":"1","keep-alive-count":"x"}}]}"#,
+    ),
+    (
+        "migrate",
+        r#"{"channels":[{"channel-type":"main","addr":{"transport":"socket","type":"inet","host":"a","port":"1","keep-alive-idle":-1}}]}"#,
+    ),
+    (
+        "migrate",
+        r#"{"channels":[{"channel-type":"main","addr":{"transport":"socket","type":"inet","host":"a","port":"1","keep-alive-interval":8589934592}}]}"#,
+    ),
+    ("migrate", r#"{"uri":"tcp:127.0.0.1:1,keep-alive=maybe"}"#),
+    ("migrate", r#"{"uri":"tcp:127.0.0.1:1,keep-alive=on,keep-alive-idle=x"}"#),
+    ("migrate", r#"{"uri":"tcp:127.0.0.1:1,bogus=1"}"#),
     ("migrate", r#"{"resume":1,"uri":"tcp:127.0.0.1:1"}"#),
     ("migrate-incoming", r#"{"uri":"tcp:127.0.0.1:0"}"#),
     ("migrate-continue", r#"{"state":"pre-switchover"}"#),

@@ -40,4 +40,6 @@ pub struct DestinationOptions {
     pub late_block_activate: bool,
     /// How long the main channel may be silent; `None` for as long as it takes, since only the operator knows the source's rate limit.
     pub silence: Option<Duration>,
+    /// How long the source's host may take to acknowledge the last word, and the source to confirm it; `None` for ten seconds.
+    pub handover: Option<Duration>,
 }

@@ -1,6 +1,6 @@
 //! What a driver reports of the actions that it has carried out.
 
-use super::{Destination, PATIENCE, Phase, Start};
+use super::{Destination, Phase, Start};
 use crate::{DeviceSection, Doubt, GuestError, LoadError, MigrationError};
 use qevm_multifd::SyncError;
 use qevm_wire::{CountedString, Decode, Located};
@@ -121,7 +121,7 @@ impl Destination {
         result?;
         if let Phase::Telling { running } = self.phase {
             self.phase = match self.loader.confirmation {
-                true if !self.runs_early() => Phase::Confirming { running, until: self.now + PATIENCE },
+                true if !self.runs_early() => Phase::Confirming { running, until: self.now + self.handover_time() },
                 _ => Phase::Arrived { running },
             };
         }

@@ -7,8 +7,7 @@ use super::{
     Action, Answers, SourceCore, Wake,
     phase::{Back, Phase, Postcopy},
 };
-use crate::{GuestError, MigrationError, ReturnPathError, SavedDevices, connections::Reader, handover};
-use qevm_wire::Located;
+use crate::{GuestError, MigrationError, SavedDevices, Status, connections::Reader, handover};
 use std::{io, time::Duration};
 
 /// How long to wait for the destination's word on why the channel broke.
@@ -29,7 +28,7 @@ impl SourceCore {
     ) -> Result<(), MigrationError> {
         if let Some(answers) = answers {
             if !answers.is_answered() && !answers.has_ended() {
-                self.keep_waiting(since, now, answers)?;
+                self.keep_waiting(since, now, answers, Status::Device)?;
                 self.phase = Phase::AwaitAnswers { devices, since };
                 return Ok(());
             }
@@ -52,7 +51,7 @@ impl SourceCore {
         let Some(answers) = answers else { return self.settle(sent) };
         let agreed = answers.agreed();
         if !answers.has_verdict() {
-            let patience = self.keep_waiting(since, now, answers);
+            let patience = self.keep_waiting(since, now, answers, Status::Device);
             self.phase = Phase::AwaitVerdict { sent, since };
             return patience.map_err(|error| if agreed { error } else { self.unsettled(error) });
         }
@@ -77,14 +76,32 @@ impl SourceCore {
         since: Duration,
         now: Duration,
         answers: &Answers,
+        status: Status,
     ) -> Result<(), MigrationError> {
         let deadline = self.options.patience.map(|patience| since + patience);
         if deadline.is_some_and(|deadline| now >= deadline) {
-            let error = ReturnPathError::Session(answers.timed_out());
-            return Err(MigrationError::ReturnPathMessage(Located::new(error, 0)));
+            return Err(answers.overdue(now - since, status, "x-switchover-timeout"));
         }
         self.wait(deadline, Wake::Answers);
         Ok(())
+    }
+
+    /// How long a destination may take to answer when the guest is paused has changed ([`SourceOptions::patience`](super::SourceOptions)).
+    pub fn set_patience(&mut self, patience: Option<Duration>) {
+        self.options.patience = patience;
+    }
+
+    /// Fails if the destination of a guest that runs has not answered for as long as it may be silent.
+    pub(super) fn is_answered_in_time(&mut self, now: Duration, answers: &Answers) -> Result<(), MigrationError> {
+        if answers.is_answered() {
+            self.unanswered = None;
+            return Ok(());
+        }
+        let waited = now.saturating_sub(*self.unanswered.get_or_insert(now));
+        match self.parameters.timeouts.idle() {
+            Some(limit) if waited >= limit => Err(answers.overdue(waited, Status::Active, "x-idle-timeout")),
+            _ => Ok(()),
+        }
     }
 
     /// Without a return path, waits until everything has been taken.

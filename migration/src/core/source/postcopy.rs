@@ -139,7 +139,7 @@ impl SourceCore {
             }
             Postcopy::AwaitShut { since } if !answers.has_verdict() => {
                 self.phase = Phase::Postcopy(Postcopy::AwaitShut { since });
-                return self.keep_waiting(since, now, answers);
+                return self.keep_waiting(since, now, answers, Status::PostcopyActive);
             }
             Postcopy::AwaitShut { .. } => {
                 answers.verdict()?;

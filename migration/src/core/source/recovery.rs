@@ -64,7 +64,7 @@ impl SourceCore {
                     }
                 }
                 if left > 0 {
-                    self.keep_waiting(since, now, answers)?;
+                    self.keep_waiting(since, now, answers, Status::PostcopyRecover)?;
                     Recovery::AwaitBitmaps { since, left }
                 } else {
                     self.widen();
@@ -79,7 +79,7 @@ impl SourceCore {
                 Recovery::AwaitAck { since: now }
             }
             Recovery::AwaitAck { since } if !answers.has_resumed() => {
-                self.keep_waiting(since, now, answers)?;
+                self.keep_waiting(since, now, answers, Status::PostcopyRecover)?;
                 Recovery::AwaitAck { since }
             }
             Recovery::AwaitAck { .. } => {

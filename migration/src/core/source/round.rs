@@ -252,6 +252,7 @@ impl SourceCore {
         answers: Option<&mut Answers>,
     ) -> Result<(), MigrationError> {
         self.agrees(now, answers.as_deref())?;
+        answers.as_deref().map_or(Ok(()), |answers| self.is_answered_in_time(now, answers))?;
         let Some((waiting, ended)) = answers.and_then(|answers| Some((answers.unready()?, answers.has_ended()))) else {
             if self.postcopy && self.open_preempt() {
                 self.phase = Phase::AwaitAck { until, precopy };

@@ -40,7 +40,7 @@ fn arrive_with(
     job.begin().unwrap();
     let waiting = waiting.into_iter().map(|socket| (Socket::Unix(socket), Caller::Unix));
     listener.set_nonblocking().unwrap();
-    let preempt = Some(Entrance::new(listener, Caller::Unix, waiting));
+    let preempt = Some(Entrance::new(listener, Caller::Unix, waiting, Arc::default()));
     let profile = Profile::new(QemuVersion::NEWEST, "microvm");
     receive(guest, Incoming { preempt, ..there.into() }, job, &profile)
 }

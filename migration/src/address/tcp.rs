@@ -1,0 +1,189 @@
+//! Options of `tcp:` addresses, by the names of QEMU's `InetSocketAddress` (QEMU 11.1).
+
+use super::BadAddress;
+use rustix::net::sockopt;
+use std::{fmt, io, os::fd::AsFd, time::Duration};
+
+/// What follows host and port of a `tcp:` address.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[non_exhaustive]
+pub struct TcpOptions {
+    /// `keep-alive*`.
+    pub keep_alive: KeepAlive,
+}
+
+/// How the system finds out that the peer's host, or the way to it, is gone while nothing is sent: `keep-alive`, `keep-alive-count`,
+/// `keep-alive-idle` and `keep-alive-interval`. At a destination it is for the connections that come in.
+///
+/// ```
+/// use qevm_migration::Address;
+///
+/// let address: Address = "tcp:there:4444,keep-alive=on,keep-alive-idle=20,keep-alive-interval=5,keep-alive-count=4".parse()?;
+/// let Address::Tcp { options, .. } = address else { panic!("{address}") };
+/// assert_eq!((options.keep_alive.on, options.keep_alive.idle), (Some(true), 20));
+/// # Ok::<(), qevm_migration::BadAddress>(())
+/// ```
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct KeepAlive {
+    /// Whether the system probes at all. If that was not said it does, by values that suit a WAN: after [60 s](Self::IDLE), every
+    /// [15 s](Self::INTERVAL), [8 times](Self::COUNT). (A QEMU does not then.)
+    pub on: Option<bool>,
+    /// Probes without an answer after which the connection is broken; 0 is the system's default. The system takes 1 to 127.
+    pub count: u32,
+    /// Seconds of silence before the first probe; 0 is the system's default. The system takes 1 to 32767.
+    pub idle: u32,
+    /// Seconds between two probes; 0 is the system's default. The system takes 1 to 32767.
+    pub interval: u32,
+}
+
+/// An option's name, and its place.
+type Row = (&'static str, fn(&mut KeepAlive) -> &mut u32);
+
+const NUMBERS: [Row; 3] = [
+    ("keep-alive-count", |keep_alive| &mut keep_alive.count),
+    ("keep-alive-idle", |keep_alive| &mut keep_alive.idle),
+    ("keep-alive-interval", |keep_alive| &mut keep_alive.interval),
+];
+const SWITCH: &str = "keep-alive";
+
+impl KeepAlive {
+    /// `idle` where nothing was said.
+    pub const IDLE: u32 = 60;
+    /// `interval` where nothing was said.
+    pub const INTERVAL: u32 = 15;
+    /// `count` where nothing was said.
+    pub const COUNT: u32 = 8;
+
+    /// Sets a socket up. Those that a listener accepts inherit it.
+    ///
+    /// # Errors
+    /// The system's, in QEMU's words.
+    pub(crate) fn apply(&self, socket: impl AsFd) -> io::Result<()> {
+        let KeepAlive { count, idle, interval, .. } = match self.on {
+            Some(false) => return Ok(()),
+            Some(true) => *self,
+            None => KeepAlive { on: None, count: Self::COUNT, idle: Self::IDLE, interval: Self::INTERVAL },
+        };
+        let failed = |what: &str, error: rustix::io::Errno| {
+            let reason = crate::error::reason(&error.into());
+            io::Error::new(error.kind(), format!("Unable to set TCP keep-alive{what} option on socket: {reason}"))
+        };
+        let socket = socket.as_fd();
+        let seconds = |count: u32| Duration::from_secs(count.into());
+        sockopt::set_socket_keepalive(socket, true).map_err(|error| failed("", error))?;
+        if count > 0 {
+            sockopt::set_tcp_keepcnt(socket, count).map_err(|error| failed(" count", error))?;
+        }
+        if idle > 0 {
+            sockopt::set_tcp_keepidle(socket, seconds(idle)).map_err(|error| failed(" idle", error))?;
+        }
+        if interval > 0 {
+            sockopt::set_tcp_keepintvl(socket, seconds(interval)).map_err(|error| failed(" interval", error))?;
+        }
+        Ok(())
+    }
+}
+
+impl TcpOptions {
+    /// Takes in one option of a URI: `NAME=VALUE`, or the name alone for one that is on.
+    pub(super) fn set(&mut self, option: &str) -> Result<(), BadAddress> {
+        let (name, value) = option.split_once('=').map_or((option, None), |(name, value)| (name, Some(value)));
+        if name == SWITCH {
+            self.keep_alive.on = match value {
+                None | Some("on") => Some(true),
+                Some("off") => Some(false),
+                Some(_) => return Err(BadAddress::Option { name: SWITCH, expected: "'on' or 'off'" }),
+            };
+            return Ok(());
+        }
+        let row = NUMBERS.iter().find(|(known, _)| *known == name);
+        let (name, slot) = row.ok_or_else(|| BadAddress::UnknownOption(name.into()))?;
+        let number = value.and_then(|value| value.parse().ok());
+        *slot(&mut self.keep_alive) = number.ok_or(BadAddress::Option { name, expected: "a number" })?;
+        Ok(())
+    }
+}
+
+impl fmt::Display for TcpOptions {
+    /// As in a URI, each with its comma.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut keep_alive = self.keep_alive;
+        if let Some(on) = keep_alive.on {
+            write!(f, ",{SWITCH}={}", if on { "on" } else { "off" })?;
+        }
+        for (name, slot) in NUMBERS {
+            let value = *slot(&mut keep_alive);
+            if value > 0 {
+                write!(f, ",{name}={value}")?;
+            }
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use crate::{Address, BadAddress, Listener, Socket, Source, channel::write_all};
+    use rustix::net::sockopt;
+    use std::{net::TcpListener, time::Duration};
+
+    /// What a QEMU 11.1 says to the same URIs.
+    #[test]
+    fn options_are_those_of_a_qemu() {
+        let parse = |options: &str| format!("tcp:127.0.0.1:0,{options}").parse::<Address>();
+        for (options, shown) in [
+            ("keep-alive", ",keep-alive=on"),
+            ("keep-alive=off,keep-alive-idle=5", ",keep-alive=off,keep-alive-idle=5"),
+            ("keep-alive-idle=5", ",keep-alive-idle=5"),
+            ("keep-alive=on,keep-alive=off", ",keep-alive=off"),
+            ("keep-alive=on,", ",keep-alive=on"),
+            ("keep-alive=on,keep-alive-idle=0", ",keep-alive=on"),
+        ] {
+            assert_eq!(parse(options).unwrap().to_string(), format!("tcp:127.0.0.1:0{shown}"), "{options}");
+        }
+        for (options, text) in [
+            ("keep-alive=maybe", "Parameter 'keep-alive' expects 'on' or 'off'"),
+            ("keep-alive=on,keep-alive-idle=x", "Parameter 'keep-alive-idle' expects a number"),
+            ("keep-alive-idle", "Parameter 'keep-alive-idle' expects a number"),
+            ("bogus=1", "Invalid parameter 'bogus'"),
+            ("bogus", "Invalid parameter 'bogus'"),
+        ] {
+            assert_eq!(parse(options).map_err(|error| error.to_string()), Err(text.into()));
+        }
+        assert!(matches!(parse(",keep-alive"), Err(BadAddress::UnknownOption(_))));
+    }
+
+    #[test]
+    fn what_the_system_does_not_take_is_refused_in_the_words_of_a_qemu() {
+        for (option, what) in [("idle=40000", "idle"), ("count=200", "count"), ("interval=40000", "interval")] {
+            let address: Address = format!("tcp:127.0.0.1:0,keep-alive=on,keep-alive-{option}").parse().unwrap();
+            let error = Listener::bind(&address).unwrap_err().to_string();
+            let expected = format!("Unable to set TCP keep-alive {what} option on socket: Invalid argument");
+            assert!(error.ends_with(&expected), "{error}");
+        }
+    }
+
+    #[test]
+    fn connections_of_both_sides_have_them() {
+        let seconds = Duration::from_secs;
+        let set = |options: &str| {
+            let listener = Listener::bind(&format!("tcp:127.0.0.1:0{options}").parse().unwrap()).unwrap();
+            let Address::Tcp { port, .. } = *listener.address() else { panic!() };
+            let to = format!("tcp:127.0.0.1:{port}{options}");
+            let _connected = Socket::connect(&to.parse().unwrap()).unwrap();
+            let (Socket::Tcp(accepted), _) = listener.try_accept().unwrap().unwrap() else { panic!() };
+            let on = sockopt::socket_keepalive(&accepted).unwrap();
+            (on, sockopt::tcp_keepidle(&accepted).unwrap(), sockopt::tcp_keepcnt(&accepted).unwrap())
+        };
+        assert_eq!(set(""), (true, seconds(60), 8));
+        assert_eq!(set(",keep-alive=on,keep-alive-idle=7,keep-alive-count=3"), (true, seconds(7), 3));
+        assert!(!set(",keep-alive=off,keep-alive-idle=7").0);
+
+        let taken = TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = format!("tcp:{},keep-alive=on,keep-alive-count=200", taken.local_addr().unwrap());
+        let error = Socket::connect(&address.parse().unwrap()).unwrap_err().to_string();
+        assert!(error.ends_with("Unable to set TCP keep-alive count option on socket: Invalid argument"), "{error}");
+        let working = Socket::connect(&format!("tcp:{}", taken.local_addr().unwrap()).parse().unwrap()).unwrap();
+        write_all(&*working, &mut [Source::bytes(b"x")]).unwrap();
+    }
+}
