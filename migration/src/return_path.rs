@@ -5,8 +5,8 @@ use super::{
     channel::{Reading, Target},
     core::source::Answers,
 };
-use qevm_returnpath::{Decoder, Event, Message, RequestError, SessionError};
-use qevm_wire::{Blame, Decode, DriveError, Driver, Fault};
+use qevm_returnpath::{Decoder, Event, Message, MessageError, RequestError, SessionError};
+use qevm_wire::{Blame, Decode, DriveError, Driver, Fault, Located};
 use std::{
     io,
     io::Read,
@@ -24,6 +24,11 @@ pub enum ReturnPathError {
     /// A message that nobody asked for, or that has no place at this time.
     #[error(transparent)]
     Session(#[from] SessionError),
+    /// The destination speaks TLS, and what it says is an alert: it has taken the stream for a bad handshake.
+    #[error(
+        "the destination answers with an alert of TLS, which is off here (set 'tls-creds' at both sides, or at neither)"
+    )]
+    TlsAlert,
     /// A request for pages that there are not.
     #[error(transparent)]
     Request(#[from] RequestError),
@@ -34,6 +39,7 @@ impl Blame for ReturnPathError {
         match self {
             ReturnPathError::Message(kind) => kind.fault(),
             ReturnPathError::Session(kind) => kind.fault(),
+            ReturnPathError::TlsAlert => Fault::Mismatch,
             ReturnPathError::Request(kind) => kind.fault(),
         }
     }
@@ -116,11 +122,22 @@ impl ReturnPath {
                 // SHUT ends the loop. Whatever was cut off, the verdict was after it.
                 Ok(None) => return Err(MigrationError::NoVerdict),
                 Err(DriveError::Stream(error)) if error.is_truncated() => return Err(MigrationError::NoVerdict),
-                Err(DriveError::Stream(error)) => return Err(error.map(ReturnPathError::from).into()),
+                Err(DriveError::Stream(error)) => return Err(named(error).into()),
                 Err(DriveError::Io(error)) => return Err(MigrationError::ReturnPath(error)),
                 Err(error) => return Err(MigrationError::ReturnPath(io::Error::other(error.to_string()))),
             }
         }
+    }
+}
+
+/// An alert of TLS (content type 21, version 3.x) begins as a message of a type that there is not.
+fn named(error: qevm_returnpath::Error) -> Located<ReturnPathError> {
+    const ALERT: u16 = 0x1503;
+    match error.kind {
+        qevm_returnpath::ErrorKind::Message(MessageError::Type { found: ALERT }) if error.offset < 2 => {
+            Located::new(ReturnPathError::TlsAlert, 0)
+        }
+        _ => error.map(ReturnPathError::from),
     }
 }
 
@@ -138,4 +155,29 @@ fn drain(channel: &dyn Channel) -> io::Result<()> {
     // It would go on for ever.
     channel.close();
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::Socket;
+    use std::{io::Write, os::unix::net::UnixStream};
+
+    /// What a QEMU 11.1 whose `tls-creds` are set answers to a stream (GnuTLS), and what a rustls does.
+    #[test]
+    fn an_alert_of_tls_is_called_so() {
+        for alert in [[0x15, 3, 3, 0, 2, 2, 10], [0x15, 3, 3, 0, 2, 2, 50]] {
+            let (here, mut there) = UnixStream::pair().unwrap();
+            there.write_all(&alert).unwrap();
+            drop(there);
+            let path = ReturnPath::new(Answers::new(None, true));
+            path.listen(&Socket::Unix(here));
+            let error = path.answers().explanation();
+            match &error {
+                Some(MigrationError::ReturnPathMessage(located)) => assert_eq!(located.kind, ReturnPathError::TlsAlert),
+                other => panic!("{other:?}"),
+            }
+            assert!(error.unwrap().to_string().contains("set 'tls-creds' at both sides, or at neither"));
+        }
+    }
 }

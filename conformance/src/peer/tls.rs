@@ -205,6 +205,8 @@ impl Distrust {
         let certificate = [Flaw::Host, Flaw::Expired, Flaw::Authority].map(Some).contains(&secured.flaw);
         let named = if ours[0] && certificate { why.contains("invalid peer certificate") } else { !why.is_empty() };
         ensure!(named, "the source does not say why: '{why}'");
+        let plain = ours[0] && secured.flaw == Some(Flaw::DestinationOnly);
+        ensure!(!plain || why.contains("'tls-creds'"), "the source does not name what it lacks: '{why}'");
         ensure!(!ours[1] || said.contains("TLS"), "the destination does not say what TLS has to do with it: '{said}'");
         stays_out(&mut there)?;
         let text = here.end()?;
