@@ -193,6 +193,10 @@ impl SourceCore {
                 return action;
             }
             if let Err(error) = self.advance(now, answers.as_deref_mut()) {
+                // Whatever fails: the destination may have said before that it can run the guest.
+                if let Some(answers) = answers.as_deref() {
+                    self.note_package(answers);
+                }
                 self.fail(error, now, answers.is_some());
             }
         }

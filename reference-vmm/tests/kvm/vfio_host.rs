@@ -199,10 +199,10 @@ fn log_fails() {
     let (from, to, log) = pair(Tracking::Devices, true);
     *log.fails.lock().unwrap() = Some(Errno::IO);
     let error = migrate(&from, &to).expect("it has not failed");
-    assert!(
-        error.contains("the log of the pages that VFIO devices write to") && error.contains("os error 5"),
-        "{error}"
-    );
+    for part in ["the log of the pages that devices write to", "VFIO device 'vf0'", "DMA_LOGGING_REPORT", "os error 5"]
+    {
+        assert!(error.contains(part), "{part}: {error}");
+    }
     assert_eq!(from.run_state(), RunState::Running);
     assert_eq!(migrate(&from, &to), None);
 }

@@ -14,6 +14,16 @@ fn object(value: Value) -> Map<String, Value> {
     }
 }
 
+/// Parameters that QEMU has not, with their defaults in milliseconds.
+const OURS: [(&str, u64); 6] = [
+    ("x-connect-timeout", 30_000),
+    ("x-handshake-timeout", 10_000),
+    ("x-idle-timeout", 300_000),
+    ("x-switchover-timeout", 120_000),
+    ("x-handover-timeout", 10_000),
+    ("x-tcp-user-timeout", 0),
+];
+
 /// What QEMU 11.1.3 answered to `query-migrate-parameters` just after its start.
 #[test]
 fn the_defaults_are_those_of_qemu() {
@@ -27,7 +37,11 @@ fn the_defaults_are_those_of_qemu() {
         "tls-hostname": "", "throttle-trigger-threshold": 50, "max-bandwidth": 134217728, "x-checkpoint-delay": 20000,
         "cpu-throttle-increment": 10,
     });
-    assert_eq!(Value::Object(list(&Parameters::default())), qemu);
+    let mut listed = list(&Parameters::default());
+    for (name, default) in OURS {
+        assert_eq!(listed.remove(name), Some(json!(default)), "{name}");
+    }
+    assert_eq!(Value::Object(listed), qemu);
 }
 
 #[test]
@@ -40,7 +54,8 @@ fn names_set_what_they_list() {
         "xbzrle-cache-size": 8192, "max-postcopy-bandwidth": 13, "max-cpu-throttle": 14, "multifd-compression": "zstd",
         "multifd-zlib-level": 0, "multifd-qatzip-level": 9, "multifd-zstd-level": 15, "x-vcpu-dirty-limit-period": 16,
         "vcpu-dirty-limit": 17, "mode": "cpr-reboot", "zero-page-detection": "legacy", "direct-io": true,
-        "cpr-exec-command": ["a", "b"], "x-rdma-chunk-size": 2097152,
+        "cpr-exec-command": ["a", "b"], "x-rdma-chunk-size": 2097152, "x-connect-timeout": 18, "x-handshake-timeout": 19,
+        "x-idle-timeout": 20, "x-switchover-timeout": 21, "x-handover-timeout": 22, "x-tcp-user-timeout": 23,
     }));
     let set = with(&Parameters::default(), &changes).unwrap();
     assert_eq!(Value::Object(list(&set)), Value::Object(changes));
