@@ -131,7 +131,7 @@ pub trait Hooks: Send + Sync {
         if mib_per_second.is_none() { Ok(()) } else { Err("the dirty rate of this machine cannot be limited".into()) }
     }
 
-    /// Bytes of a page of the host in a RAM block (numbered in the order of [`Guest::ram`]): more than [`PAGE_SIZE`] where its memory is in
+    /// Bytes of a page of the host in a RAM block (numbered in the order of [`Guest::ram`]): more than 4096 bytes where its memory is in
     /// huge pages. A guest that goes before its memory gets such a page as a whole.
     fn host_page_size(&self, block: usize) -> u64 {
         let _ = block;
