@@ -30,27 +30,59 @@ const CMOS_ABOVE_1M: core::ops::RangeInclusive<usize> = 0x30..=0x31;
 const CMOS_ABOVE_4G: core::ops::RangeInclusive<usize> = 0x5b..=0x5d;
 
 /// Main memory that is one piece in the guest, by the name of its RAM block, and its guest-physical address. Measured (`info mtree -f`).
-const WHOLE: [(&str, u64); 7] = [
+const WHOLE: [(&str, u64); 15] = [
     ("mach-virt.ram", 0x4000_0000),
+    ("sbsa-ref.ram", 0x100_0000_0000),
     ("riscv_virt_board.ram", 0x8000_0000),
+    ("riscv.spike.ram", 0x8000_0000),
+    ("riscv.sifive.u.ram", 0x8000_0000),
     ("s390.ram", 0),
     ("ppc_spapr.ram", 0),
     ("ppc_core99.ram", 0),
+    ("ppc_heathrow.ram", 0),
+    ("mpc8544ds.ram", 0),
     ("sun4m.ram", 0),
     ("sun4u.ram", 0),
+    ("m68k_virt.ram", 0),
+    ("openrisc.ram", 0),
+    ("petalogix_s3adsp1800.ram", 0x9000_0000),
 ];
 
-/// Where a main memory lies that is one piece in the guest, by the name of its RAM block: machine types of different targets
-/// have the same name (`virt`), these blocks have not. `None` for all other blocks.
+/// Machine types whose main memory is at 0 in a RAM block that is only called `ram`: Alpha, HPPA.
+const NAMELESS: [&str; 5] = ["clipper", "715", "A400", "B160L", "C3700"];
+
+/// Where the main memory of machines that are no PCs lies, `len` bytes long, by the name of its RAM block: machine types of
+/// different targets have the same name (`virt`), these blocks have not. `None` for all other blocks.
+///
+/// A part of the block can lie at two addresses: Malta boards have the whole at 2 GiB once more.
 ///
 /// ```
-/// use qevm_savevm::guest_memory::whole_block_address;
+/// use qevm_savevm::guest_memory::fixed_segments;
 ///
-/// assert_eq!(whole_block_address("mach-virt.ram"), Some(0x4000_0000));
-/// assert_eq!(whole_block_address("pc.ram"), None);
+/// let memory = fixed_segments("virt", "loongarch.ram", 1 << 30).unwrap();
+/// assert_eq!((memory[1].address, memory[1].block_offset), (0x8000_0000, 0x1000_0000));
+/// assert_eq!(fixed_segments("pc-q35-10.0", "pc.ram", 1 << 30), None);
 /// ```
-pub fn whole_block_address(block: &str) -> Option<u64> {
-    WHOLE.iter().find(|(name, _)| *name == block).map(|(_, address)| *address)
+pub fn fixed_segments(machine: &str, block: &str, len: u64) -> Option<Vec<Segment>> {
+    /// Address, offset in the block, and how much is there at most.
+    type Place = (u64, u64, u64);
+    let address = WHOLE.iter().find(|(name, _)| *name == block).map(|(_, address)| *address);
+    let address = address.or((block == "ram" && NAMELESS.contains(&machine)).then_some(0));
+    let whole;
+    let places: &[Place] = match (address, block) {
+        (Some(address), _) => {
+            whole = [(address, 0, u64::MAX)];
+            &whole
+        }
+        (None, "loongarch.ram") => &[(0, 0, 256 * MIB), (0x8000_0000, 256 * MIB, u64::MAX)],
+        (None, "mips_malta.ram") => &[(0, 0, 256 * MIB), (512 * MIB, 512 * MIB, 1536 * MIB), (0x8000_0000, 0, 2 * GIB)],
+        (None, _) => return None,
+    };
+    let segment = |&(address, block_offset, most): &Place| {
+        let len = len.checked_sub(block_offset).filter(|len| *len > 0)?.min(most);
+        Some(Segment { address, block_offset, len })
+    };
+    Some(places.iter().filter_map(segment).collect())
 }
 
 /// True for RAM blocks that are no main memory and no memory device, by the names that QEMU gives them: firmware, ROMs, flash,
@@ -65,7 +97,10 @@ pub fn whole_block_address(block: &str) -> Option<u64> {
 pub fn is_rom_or_device(block: &str) -> bool {
     let of_device = block.contains('/') && !block.starts_with("/objects/");
     let endings = [".rom", ".mrom", ".bios", ".vram", ".flash0", ".flash1", ".flash"];
-    of_device || endings.iter().any(|ending| block.ends_with(ending)) || block == "vga.vram"
+    of_device
+        || endings.iter().any(|ending| block.ends_with(ending))
+        || block == "vga.vram"
+        || block.starts_with("bios.")
 }
 
 /// Name of the RAM block that is the main memory of `machine` by default; `None` for machine types this module has no rules for.
@@ -222,6 +257,25 @@ mod tests {
         assert_eq!(segments("pc-q35-10.0", 8 * GIB, Some(&cmos)).unwrap()[0].len, 2 * GIB);
         assert_eq!(segments("pc-q35-10.0", 64 * MIB, Some(&cmos)).unwrap()[0].len, 64 * MIB);
         assert_eq!(segments("pc-q35-10.0", 4 * GIB, Some(&[])).unwrap()[0].len, 2 * GIB);
+    }
+
+    /// `info mtree -f` of QEMU 11.1.3 with 128 MiB, 512 MiB, 1 GiB and 2 GiB.
+    #[test]
+    fn other_targets_have_their_memory_where_qemu_says() {
+        let map = |machine, block, len| -> Vec<(u64, u64, u64)> {
+            let segments = fixed_segments(machine, block, len).unwrap().into_iter();
+            segments.map(|segment| (segment.address, segment.block_offset, segment.len)).collect()
+        };
+        assert_eq!(map("virt", "loongarch.ram", 128 * MIB), [(0, 0, 128 * MIB)]);
+        let low = (0, 0, 256 * MIB);
+        assert_eq!(map("virt", "loongarch.ram", 512 * MIB), [low, (0x8000_0000, 256 * MIB, 256 * MIB)]);
+        assert_eq!(map("virt", "loongarch.ram", 2 * GIB), [low, (0x8000_0000, 256 * MIB, 1792 * MIB)]);
+        let small = [(0, 0, 128 * MIB), (0x8000_0000, 0, 128 * MIB)];
+        assert_eq!(map("malta", "mips_malta.ram", 128 * MIB), small);
+        let large = [low, (0x2000_0000, 512 * MIB, 512 * MIB), (0x8000_0000, 0, GIB)];
+        assert_eq!(map("malta", "mips_malta.ram", GIB), large);
+        assert_eq!(map("clipper", "ram", GIB), [(0, 0, GIB)]);
+        assert_eq!(fixed_segments("raspi3b", "ram", GIB), None);
     }
 
     #[test]

@@ -200,7 +200,7 @@ fn write_physical(
             written.notes.push("no CPU registers: the stream has no readable 'cpu' section".into());
         }
     }
-    let other_target = physical.is_other_target(ram);
+    let other_target = physical.is_other_target(machine, ram);
     let source = match guest.cmos {
         _ if !extract.memory_block.is_empty() => "--memory-block",
         Some(_) => "the guest's CMOS",

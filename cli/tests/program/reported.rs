@@ -153,6 +153,14 @@ fn memory_is_where_the_guest_has_it() {
         ("noconf.q", 0x20_0000, MARK),
         ("arm-virt.q", 0x4020_0000, MARK),
         ("riscv-virt.q", 0x8020_0000, MARK),
+        ("loongarch.q", 0x20_0000, MARK),
+        ("loongarch.q", 0x8020_0000, OTHER_MARK),
+        ("malta.q", 0x20_0000, MARK),
+        ("malta.q", 0x2020_0000, OTHER_MARK),
+        ("malta.q", 0x8020_0000, MARK),
+        ("malta.q", 0xa020_0000, OTHER_MARK),
+        ("m68k.q", 0x20_0000, MARK),
+        ("alpha.q", 0x200_0000, MARK),
     ] {
         let stream = file(&dir, name, &reported(name));
         good(&dir, "extract --force --strict --memory DIR/m.raw FILE", &stream);
@@ -305,6 +313,29 @@ fn iterable_sections_of_other_targets_are_read_and_rewritten() {
     assert!(good(&dir, "verify FILE", &console).contains("nothing opaque"));
     let said = good(&dir, "inspect --section virtio-console --fields FILE", &console);
     assert!(said.contains(" max_nr_ports = 0x1f "), "{said}");
+}
+
+#[test]
+fn what_x_ignore_shared_leaves_out_has_no_digest() {
+    let dir = TempDir::new().unwrap();
+    for name in ["ignored.q", "ignored.mapped"] {
+        let stream = file(&dir, name, &reported(name));
+        let said = good(&dir, "verify FILE", &stream);
+        assert!(said.contains("RAM block 'm' is not in the stream") && said.contains("ok: "), "{name}: {said}");
+        let ran = run(&dir, "verify --json FILE", &stream);
+        let blocks = ran.json()["ram"].as_array().unwrap().clone();
+        assert!(
+            blocks.len() == 6 && blocks[0]["name"] == "m" && blocks[0].get("crc32").is_none(),
+            "{name}: {}",
+            ran.stdout
+        );
+        assert!(blocks[1..].iter().all(|block| block["crc32"].is_string()), "{name}: {}", ran.stdout);
+        for form in ["mapped-ram", "plain"] {
+            good(&dir, &format!("convert --force --format {form} --out DIR/out FILE"), &stream);
+            let out = dir.path().join("out");
+            assert!(good(&dir, "verify FILE", &out).contains("RAM block 'm' is not in the stream"), "{name} as {form}");
+        }
+    }
 }
 
 /// A libvirt save image of the stream: format, and what follows its header of 137 bytes.

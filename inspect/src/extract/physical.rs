@@ -6,7 +6,7 @@ use crate::failure::{Error, printable};
 use crate::ram::GuestRam;
 use crate::size::size;
 use qevm_savevm::guest_memory::{
-    Segment, cmos_fits, is_rom_or_device, main_block, memory_in_cmos, segments, whole_block_address,
+    Segment, cmos_fits, fixed_segments, is_rom_or_device, main_block, memory_in_cmos, segments,
 };
 
 /// The machine type of streams without configuration section, which those of types up to 2.3 have not: `pc` places memory as all
@@ -69,9 +69,10 @@ impl PhysicalMemory {
             main = main_memory(machine, ram, guest, &mut notes)?;
         }
         if let [block] = main[..]
-            && let Some(address) = whole_block_address(&ram.blocks()[block].name)
+            && let Some(segments) = fixed(machine, ram, block)
         {
-            pieces.push(whole(ram, block, address));
+            let piece = |Segment { address, block_offset, len }| Piece { block, address, block_offset, len };
+            pieces.extend(segments.into_iter().map(piece));
         } else if !main.is_empty() {
             let machine = known_machine(machine, ram, &main, guest, &mut notes)?;
             pieces.extend(mapped(machine, ram, &main, guest, &mut notes)?);
@@ -104,7 +105,7 @@ impl PhysicalMemory {
     /// # Errors
     /// [`Error::Usage`], which names the `machine`, if the memory is that of another target.
     pub fn require_x86(&self, machine: &str, ram: &GuestRam) -> Result<(), Error> {
-        match self.is_other_target(ram) {
+        match self.is_other_target(machine, ram) {
             true => Err(Error::Usage(format!(
                 "no ELF core can be written for machine type '{machine}': use --memory or --ram"
             ))),
@@ -113,13 +114,19 @@ impl PhysicalMemory {
     }
 
     /// True if the memory is that of a target other than x86.
-    pub fn is_other_target(&self, ram: &GuestRam) -> bool {
-        self.segments.iter().any(|piece| whole_block_address(&ram.blocks()[piece.block].name).is_some())
+    pub fn is_other_target(&self, machine: &str, ram: &GuestRam) -> bool {
+        self.segments.iter().any(|piece| fixed(machine, ram, piece.block).is_some())
     }
 }
 
 fn whole(ram: &GuestRam, block: usize, address: u64) -> Piece {
     Piece { block, address, block_offset: 0, len: ram.blocks()[block].used_length }
+}
+
+/// Where a block lies that is the main memory of a machine that is no PC.
+fn fixed(machine: &str, ram: &GuestRam, block: usize) -> Option<Vec<Segment>> {
+    let block = &ram.blocks()[block];
+    fixed_segments(machine, &block.name, block.used_length)
 }
 
 fn names(ram: &GuestRam) -> String {
@@ -154,7 +161,7 @@ fn left_out(ram: &GuestRam, pieces: &[Piece]) -> Vec<String> {
 fn main_memory(machine: &str, ram: &GuestRam, guest: &Guest, notes: &mut Vec<String>) -> Result<Vec<usize>, Error> {
     let blocks = ram.blocks();
     let by_default = |name: &str| main_block(machine) == Some(name) || machine.is_empty() && name == "pc.ram";
-    let known = |name: &str| by_default(name) || whole_block_address(name).is_some();
+    let known = |name: &str| by_default(name) || fixed_segments(machine, name, 0).is_some();
     if let Some(block) = blocks.iter().position(|block| known(&block.name)) {
         return Ok(vec![block]);
     }

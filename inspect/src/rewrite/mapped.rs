@@ -5,7 +5,7 @@ use crate::failure::{Error, Failure};
 use crate::output_file::Runs;
 use qevm_savevm::event::Event;
 use qevm_savevm::mapped_ram::MappedBlock;
-use qevm_savevm::ram::{RamBlock, RamRecord};
+use qevm_savevm::ram::{MappedRamHeader, RamBlock, RamRecord};
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 
@@ -109,7 +109,15 @@ impl SavedGuest {
         stream.event(&Event::Ram(RamRecord::MemSize { total })).map_err(cannot_write)?;
         let (mut parts, mut offset) = (Vec::new(), 0);
         let mut blocks = Vec::with_capacity(self.blocks.len());
-        for block in &self.blocks {
+        for (index, block) in self.blocks.iter().enumerate() {
+            // What x-ignore-shared has left out stays out.
+            if block.address.is_some() && self.ram.blocks().get(index).is_some_and(|block| block.pages == 0) {
+                let header = MappedRamHeader::absent(self.pages.size());
+                let listed = RamBlock { mapped_ram: Some(header), ..block.clone() };
+                stream.event(&Event::Ram(RamRecord::Block(listed))).map_err(cannot_write)?;
+                blocks.push(MappedBlock { header, used_length: block.used_length });
+                continue;
+            }
             // The header follows the name, the length and, with x-ignore-shared, the address.
             let words = if block.address.is_some() { 16 } else { 8 };
             let header_offset = offset + (stream.bytes().len() + block.name.wire_len()) as u64 + words;

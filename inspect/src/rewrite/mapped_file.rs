@@ -64,7 +64,8 @@ impl MappedFile {
             len: bytes.len() as u64,
             content: Content::Stream(bytes),
         });
-        let areas = blocks.iter().enumerate().flat_map(|(block, layout)| {
+        let areas = blocks.iter().enumerate().filter(|(_, layout)| !layout.header.is_absent());
+        let areas = areas.flat_map(|(block, layout)| {
             let header = layout.header;
             let bitmap =
                 Part { offset: header.bitmap_offset, len: layout.bitmap_len(), content: Content::Bitmap(block) };

@@ -11,7 +11,7 @@ use super::observer::Observer;
 use super::return_path;
 use super::settings::Settings;
 use super::walk::Walk;
-use crate::failure::Failure;
+use crate::failure::{Failure, printable};
 use crate::open::Container;
 use qevm_savevm::{Decoder, DecoderOptions, Encoder};
 use qevm_wire::{Decode, PageGeometry, Writer};
@@ -93,6 +93,13 @@ fn all(walk: &mut Walk<'_>, inputs: &mut Inputs) -> Result<(), Halt> {
     for (configurations, notes) in walk.channels.configurations() {
         configurations.iter().for_each(|(header, fields)| walk.observer.configuration_of(header, fields));
         notes.into_iter().for_each(|note| walk.analysis.note(note));
+    }
+    let absent: Vec<String> = walk.memory.iter().flat_map(|memory| walk.analysis.ignored(&memory.ram)).collect();
+    for name in absent {
+        let name = printable(&name);
+        walk.analysis.note(format!(
+            "RAM block '{name}' is not in the stream (capability x-ignore-shared): the file behind its backend has its pages"
+        ));
     }
     walk.bytes_before += walk.channels.bytes();
     walk.analysis.bytes = walk.bytes_before;

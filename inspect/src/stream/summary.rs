@@ -3,18 +3,26 @@
 use super::analysis::{Analysis, Section};
 use super::writer;
 use crate::failure::Failure;
-use crate::ram::{Keep, RamDigest};
+use crate::ram::{GuestRam, Keep, RamDigest};
 use crate::report::{RamReport, Report, SectionReport};
 
 impl Analysis {
+    /// Names of the RAM blocks that capability `x-ignore-shared` has left out of the stream: no page of them came.
+    pub(super) fn ignored<'r>(&self, ram: &'r GuestRam) -> impl Iterator<Item = String> + use<'r> {
+        let ignores = self.configuration.as_ref().is_some_and(|told| told.has_capability("x-ignore-shared"));
+        let empty = ram.blocks().iter().filter(move |block| ignores && block.pages == 0 && block.used_length > 0);
+        empty.map(|block| block.name.clone())
+    }
+
     /// The report, with the given digest of each RAM block; none if page contents were jumped over or are missing.
     pub fn report(&mut self, digest: RamDigest) -> Report {
         let mut failure = self.failure.clone();
         let mut ram = Vec::new();
+        let absent: Vec<String> = self.ram.iter().flat_map(|guest| self.ignored(guest)).collect();
         if let Some(guest) = &mut self.ram {
             for index in 0..guest.blocks().len() {
                 let value = match guest.keep() {
-                    _ if self.incomplete_ram => None,
+                    _ if self.incomplete_ram || absent.contains(&guest.blocks()[index].name) => None,
                     Keep::Nothing | Keep::Places => None,
                     _ => match guest.digest(index, digest) {
                         Ok(value) => Some((digest.key(), value)),

@@ -273,7 +273,7 @@ impl Walk<'_> {
             RamRecord::Block(block) => {
                 self.observer.ram_block(block);
                 let index = memory.ram.add_block(block.name.to_string(), block.used_length);
-                if let Some(header) = block.mapped_ram {
+                if let Some(header) = block.mapped_ram.filter(|header| !header.is_absent()) {
                     return Ok(Payload::MappedRam { block: index, header, used_length: block.used_length });
                 }
             }

@@ -63,12 +63,31 @@ impl MappedRamHeader {
         used_length.checked_div(self.page_size).unwrap_or(0).div_ceil(64) * 8
     }
 
+    /// The header of a block whose pages are not in the file, as capability `x-ignore-shared` leaves out what a backend shares.
+    pub fn absent(page_size: u64) -> Self {
+        MappedRamHeader { page_size, bitmap_offset: 0, pages_offset: 0 }
+    }
+
+    /// True if neither bitmap nor pages of the block are in the file: see [`absent`](Self::absent).
+    pub fn is_absent(&self) -> bool {
+        self.bitmap_offset == 0 && self.pages_offset == 0
+    }
+
     /// How many bytes lie between this header, which ends at file offset `end`, and the next byte of the stream.
     pub fn gap(&self, end: u64, used_length: u64) -> Option<u64> {
+        if self.is_absent() {
+            return Some(0);
+        }
         self.pages_offset.checked_add(used_length)?.checked_sub(end)
     }
 
-    pub(super) fn decode(reader: &mut Reader<'_>, used_length: u64, pages: PageGeometry) -> Result<Self, Error> {
+    /// `ignores`: the stream may leave out blocks.
+    pub(super) fn decode(
+        reader: &mut Reader<'_>,
+        used_length: u64,
+        pages: PageGeometry,
+        ignores: bool,
+    ) -> Result<Self, Error> {
         let version_at = reader.offset();
         let found = reader.be32()?;
         if found != MAPPED_RAM_VERSION {
@@ -80,6 +99,9 @@ impl MappedRamHeader {
         if header.page_size != pages.size() {
             let (found, expected) = (header.page_size, pages.size());
             return Err(Located::new(RamError::MappedRamPageSize { found, expected }.into(), version_at + 4));
+        }
+        if ignores && header.is_absent() {
+            return Ok(header);
         }
         let offset_error = |at, what, found, expected, bound| {
             Err(Located::new(RamError::MappedRamOffset { what, found, expected, bound }.into(), at))

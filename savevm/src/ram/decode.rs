@@ -220,7 +220,7 @@ impl RamReader {
         let page_size = page_size_word(reader, context)?;
         let address = if context.words.address { Some(reader.be64()?) } else { None };
         let mapped_ram = if context.words.mapped_ram {
-            Some(MappedRamHeader::decode(reader, used_length, context.pages).within(path)?)
+            Some(MappedRamHeader::decode(reader, used_length, context.pages, address.is_some()).within(path)?)
         } else {
             None
         };
