@@ -238,6 +238,13 @@ impl Job {
         Ok(())
     }
 
+    /// Breaks the connections of a migration off, as if the network had done it (QMP's `yank`): it fails or, in postcopy, is paused.
+    /// Without connections it does nothing.
+    pub fn disconnect(&self) {
+        let channels = self.lock().channels.clone();
+        channels.iter().for_each(|channel| channel.close());
+    }
+
     /// Lets a migration go on that waits before the switchover (capability `pause-before-switchover`).
     ///
     /// # Errors

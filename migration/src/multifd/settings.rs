@@ -73,3 +73,25 @@ impl Settings {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use qevm_wire::QemuVersion;
+
+    #[test]
+    fn methods_have_their_levels() {
+        let capabilities = Capabilities { multifd: true, ..Capabilities::default() };
+        let level = |compression| {
+            let parameters = Parameters {
+                multifd_compression: compression,
+                multifd_zlib_level: 7,
+                multifd_zstd_level: 15,
+                ..Parameters::default()
+            };
+            Settings::of(capabilities, &parameters, &Profile::new(QemuVersion::NEWEST, "microvm")).unwrap().level
+        };
+        let levels = [Compression::None, Compression::Zlib, Compression::Zstd].map(level);
+        assert_eq!(levels, [None, Some(7), Some(15)]);
+    }
+}

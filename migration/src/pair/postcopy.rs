@@ -11,6 +11,8 @@ use qevm_wire::{CountedString, Driver, PageGeometry};
 use std::{
     collections::HashMap,
     io::{Read, Write},
+    sync::Mutex,
+    time::{Duration, Instant},
 };
 
 const PAGES: u64 = 2000;
@@ -67,6 +69,26 @@ fn depart(pair: &Pair, arrived: Arrived<'_>) -> (Result<(), MigrationError>, Has
         let result = migrate(&*pair.source, &main.into(), &pair.job, &pair.profile);
         (result, destination.join().unwrap())
     })
+}
+
+#[test]
+fn the_rate_limit_of_postcopy_holds_for_what_nobody_waits_for() {
+    const LIMIT: u64 = 8_000_000;
+    let pair = Pair::new(PAGES as usize);
+    pair.job.set_parameters(Parameters {
+        max_bandwidth: 1 << 20,
+        max_postcopy_bandwidth: LIMIT,
+        ..Parameters::default()
+    });
+    let gone = Mutex::new(None);
+    let (result, later) = depart(&pair, &|_| *gone.lock().unwrap() = Some(Instant::now()));
+    let took = gone.into_inner().unwrap().unwrap().elapsed();
+    result.unwrap();
+    assert!(later.len() > 1000, "{} pages came later", later.len());
+    let bytes = pair.job.statistics().ram.postcopy_bytes;
+    // A window's worth may go at once.
+    let least = Duration::from_secs_f64(bytes as f64 / LIMIT as f64).saturating_sub(Duration::from_millis(150));
+    assert!(took > least, "{bytes} bytes in {took:?}");
 }
 
 #[test]

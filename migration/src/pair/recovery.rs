@@ -309,23 +309,30 @@ fn a_guest_that_is_interrupted_is_not_started_here_and_says_why() {
 
 #[test]
 fn an_operator_interrupts_and_goes_on() {
-    let pair = pair();
-    let job = &pair.job;
-    job.set_parameters(Parameters { max_postcopy_bandwidth: 4096, ..job.parameters() });
-    thread::scope(|scope| {
-        let operator = scope.spawn(|| {
-            assert!(wait_for(job, Status::PostcopyActive));
-            assert!(job.statistics().downtime.is_some());
-            // Too late, and it is said.
-            assert_eq!(job.cancel(), Err(Refused::PostcopyInProgress));
-            job.pause().unwrap();
-            job.set_parameters(Parameters { max_postcopy_bandwidth: 0, ..job.parameters() });
+    // By `migrate-pause`, or by breaking the connection off.
+    for yank in [false, true] {
+        let pair = pair();
+        let job = &pair.job;
+        job.set_parameters(Parameters { max_postcopy_bandwidth: 4096, ..job.parameters() });
+        thread::scope(|scope| {
+            let operator = scope.spawn(|| {
+                assert!(wait_for(job, Status::PostcopyActive));
+                assert!(job.statistics().downtime.is_some());
+                // Too late, and it is said.
+                assert_eq!(job.cancel(), Err(Refused::PostcopyInProgress));
+                if yank {
+                    job.disconnect()
+                } else {
+                    job.pause().unwrap()
+                }
+                job.set_parameters(Parameters { max_postcopy_bandwidth: 0, ..job.parameters() });
+            });
+            let (result, destination) = depart(&pair, &[u64::MAX], |_| ());
+            result.unwrap();
+            destination.assert_whole(&pair);
+            operator.join().unwrap();
         });
-        let (result, destination) = depart(&pair, &[u64::MAX], |_| ());
-        result.unwrap();
-        destination.assert_whole(&pair);
-        operator.join().unwrap();
-    });
+    }
 }
 
 #[test]

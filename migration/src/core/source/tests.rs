@@ -363,6 +363,32 @@ fn the_rate_limit_holds_in_virtual_time() {
 }
 
 #[test]
+fn the_dirty_limit_is_that_of_the_parameters_and_so_is_its_period() {
+    let mut simulation = Simulation::new(Peer::Answers, 5);
+    simulation.core.options.capabilities.dirty_limit = true;
+    // The guest never comes to an end over such a link.
+    simulation.core.set_parameters(Parameters {
+        max_bandwidth: 400_000,
+        downtime_limit_ms: 1,
+        throttle_trigger_threshold: 1,
+        vcpu_dirty_limit: 7,
+        vcpu_dirty_limit_period_ms: 345,
+        ..Parameters::default()
+    });
+    loop {
+        assert!(simulation.now < BOUND, "the guest is not slowed down");
+        match simulation.core.poll(simulation.now, simulation.answers.as_mut()) {
+            Action::LimitDirtyRate { mib_per_second, period } => {
+                assert_eq!((mib_per_second, period), (7, Duration::from_millis(345)));
+                return;
+            }
+            Action::End(result) => panic!("{result:?}"),
+            action => simulation.perform(action),
+        }
+    }
+}
+
+#[test]
 fn postcopy_is_refused_where_it_cannot_be() {
     let options = |change: fn(&mut SourceOptions)| {
         let profile = Profile::new(QemuVersion::NEWEST, "microvm");
