@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use serde_json::{Map, Value, json};
 
-use self::commands::{BEFORE_THE_START, WITH_RINGS};
+use self::commands::{BEFORE_THE_START, HUMAN, WITH_RINGS};
 use super::party::{Monitor, start_reference};
 use crate::launch::Qemu;
 use crate::patience::PATIENCE;
@@ -85,7 +85,10 @@ pub fn compare(root: &Root, program: &Monitor, scratch: &Path) -> Result<(Vec<St
     ];
     let parts: [(&str, &[&str], [&str; 2], Part); 5] = [
         ("disk", &DISK, tcg, |both, scratch| both.ask_all(ON_A_DISK, scratch)),
-        ("start", &["-S"], tcg, |both, scratch| both.ask_all(BEFORE_THE_START, scratch)),
+        ("start", &["-S"], tcg, |both, scratch| {
+            let human = both.ask_all_by_line(HUMAN)?;
+            Ok(human + both.ask_all(BEFORE_THE_START, scratch)?)
+        }),
         ("waiting", &["--incoming", "defer"], tcg, |both, scratch| both.ask_all(WAITING, scratch)),
         ("migrating", &[], tcg, |both, scratch| both.migrate(scratch)),
         ("rings", &RINGS, ["-M", "microvm"], |both, scratch| {
@@ -130,6 +133,16 @@ impl Both {
             self.compare(&format!("{command} {arguments}"), &replies[0], &replies[1]);
         }
         Ok(rows.len())
+    }
+
+    /// Asks the human monitor.
+    fn ask_all_by_line(&mut self, lines: &[&str]) -> Result<usize> {
+        for line in lines {
+            let ask = |monitor: &mut Qemu| reply(monitor, "human-monitor-command", json!({ "command-line": line }));
+            let (qemu, ours) = (ask(&mut self.qemu)?, ask(&mut self.ours)?);
+            self.compare(line, &qemu, &ours);
+        }
+        Ok(lines.len())
     }
 
     fn compare(&mut self, what: &str, qemu: &Value, ours: &Value) {
@@ -284,6 +297,8 @@ fn events(monitor: &mut Qemu, last: &str) -> Result<Value> {
 /// An error with its class and text, or the shape of what is returned.
 fn reply(monitor: &mut Qemu, command: &str, arguments: Value) -> Result<Value> {
     match monitor.execute(command, arguments) {
+        // What is printed is compared as it is.
+        Ok(text @ Value::String(_)) => Ok(json!({ "return": text })),
         Ok(value) => Ok(json!({ "return": shape(&value) })),
         Err(error) => match error.downcast_ref::<QmpError>() {
             Some(QmpError::Refused { class, description, .. }) => Ok(json!({ "class": class, "desc": description })),

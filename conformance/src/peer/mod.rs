@@ -47,7 +47,7 @@ pub use journey::{Account, Hop, Journey, Link, Load, Moment, Stage, Stop};
 pub use lodger::Lodger;
 pub use outage::Outage;
 pub use pairing::Pairing;
-pub use party::{BUILT_IN, Monitor, Party};
+pub use party::{BUILT_IN, Monitor, Party, reference};
 pub use postcopy::Departure;
 pub use proxy::Cut;
 pub use recovery::Recovery;

@@ -301,6 +301,15 @@ fn spawn_reference(
     Ok((child, socket, stderr))
 }
 
+/// Starts reference-vmm and connects to its QMP socket. `name` is that of its files in `scratch`.
+///
+/// # Errors
+/// It does not start, or does not answer.
+pub fn reference(program: &Monitor, name: &str, arguments: &[&str], scratch: &Path) -> Result<Qemu> {
+    let arguments: Vec<String> = arguments.iter().map(|argument| (*argument).to_owned()).collect();
+    start_reference(program, name, &arguments, scratch)
+}
+
 pub(super) fn start_reference(program: &Monitor, name: &str, arguments: &[String], scratch: &Path) -> Result<Qemu> {
     let (child, socket, stderr) = spawn_reference(program, name, arguments, scratch)?;
     let connect = |child: &mut Child| {

@@ -308,6 +308,11 @@ impl Machine {
         self.vcpus.len()
     }
 
+    /// The numbers that the kernel has for the threads of the vCPUs; 0 for one that has not begun.
+    pub fn vcpu_threads(&self) -> Vec<u32> {
+        self.vcpus.iter().map(Vcpu::thread).collect()
+    }
+
     /// Whether the vCPUs run.
     pub fn run_state(&self) -> RunState {
         self.control.state()

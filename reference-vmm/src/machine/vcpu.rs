@@ -104,6 +104,11 @@ impl Vcpu {
         self.tid.get() == Some(&tid)
     }
 
+    /// The number that the kernel has for its thread; 0 before it has begun.
+    pub(super) fn thread(&self) -> u32 {
+        self.tid.get().copied().unwrap_or_default()
+    }
+
     /// Connects the 8259s.
     pub(super) fn attach(&self, line: Arc<ToVcpu>) {
         self.external.get_or_init(|| line);

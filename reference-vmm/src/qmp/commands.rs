@@ -2,11 +2,11 @@
 
 use super::{
     arguments::Arguments,
-    descriptors, dirty_rate, objects, parameters,
+    descriptors, dirty_rate, human, objects, parameters,
     place::place,
     power,
     protocol::{Failure, Request},
-    statistics,
+    queries, statistics,
 };
 use crate::vmm::{
     RunState, Vmm,
@@ -22,13 +22,14 @@ type Command = fn(&Arc<Vmm>, &mut Arguments) -> Result<Value, Failure>;
 pub(super) const QUIT: &str = "quit";
 
 /// Every command but `qmp_capabilities`, and when it is refused whatever its arguments.
-const COMMANDS: [(&str, Command, &[Rule]); 37] = [
+const COMMANDS: [(&str, Command, &[Rule]); 46] = [
     ("add-fd", descriptors::add_fd, legality::ANYTIME),
     ("calc-dirty-rate", dirty_rate::calc, legality::ANYTIME),
     ("cancel-vcpu-dirty-limit", dirty_rate::cancel_limit, legality::ANYTIME),
     ("closefd", descriptors::closefd, legality::ANYTIME),
     ("cont", cont, legality::CONT),
     ("getfd", descriptors::getfd, legality::ANYTIME),
+    ("human-monitor-command", human::command, legality::ANYTIME),
     ("migrate", migrate, legality::MIGRATE),
     ("migrate-continue", migrate_continue, legality::ANYTIME),
     ("migrate-incoming", migrate_incoming, legality::MIGRATE_INCOMING),
@@ -41,15 +42,22 @@ const COMMANDS: [(&str, Command, &[Rule]); 37] = [
     ("object-add", objects::add, legality::ANYTIME),
     ("object-del", objects::delete, legality::ANYTIME),
     ("query-commands", query_commands, legality::ANYTIME),
+    ("query-cpus-fast", queries::cpus, legality::ANYTIME),
     ("query-dirty-rate", dirty_rate::query, legality::ANYTIME),
     ("query-fdsets", descriptors::query_fdsets, legality::ANYTIME),
+    ("query-kvm", queries::kvm, legality::ANYTIME),
+    ("query-memory-size-summary", queries::memory_size, legality::ANYTIME),
     ("query-migrate", query_migrate, legality::ANYTIME),
     ("query-migrate-capabilities", query_migrate_capabilities, legality::ANYTIME),
     ("query-migrate-parameters", query_migrate_parameters, legality::ANYTIME),
     ("query-name", query_nothing, legality::ANYTIME),
+    ("query-qmp-schema", queries::schema, legality::ANYTIME),
     ("query-status", query_status, legality::ANYTIME),
+    ("query-target", queries::target, legality::ANYTIME),
+    ("query-uuid", queries::uuid, legality::ANYTIME),
     ("query-vcpu-dirty-limit", dirty_rate::query_limit, legality::ANYTIME),
     ("query-version", query_version, legality::ANYTIME),
+    ("query-yank", queries::yankable, legality::ANYTIME),
     (QUIT, quit, legality::ANYTIME),
     ("remove-fd", descriptors::remove_fd, legality::ANYTIME),
     ("set-action", power::set_action, legality::ANYTIME),
@@ -60,6 +68,7 @@ const COMMANDS: [(&str, Command, &[Rule]); 37] = [
     ("x-query-handover", query_handover, legality::ANYTIME),
     ("x-query-rounds", query_rounds, legality::ANYTIME),
     ("x-set-peer", set_peer, legality::ANYTIME),
+    ("yank", queries::yank, legality::ANYTIME),
 ];
 
 /// Runs a command.
@@ -191,7 +200,7 @@ fn migrate_cancel(vmm: &Arc<Vmm>, arguments: &mut Arguments) -> Result<Value, Fa
 }
 
 /// Every status that QEMU 11.1 has a name for.
-const STATUSES: [&str; 17] = [
+pub(super) const STATUSES: [&str; 17] = [
     "none",
     "setup",
     "cancelling",

@@ -9,11 +9,13 @@ mod client;
 mod commands;
 mod descriptors;
 mod dirty_rate;
+mod human;
 mod objects;
 mod parameters;
 mod place;
 mod power;
 mod protocol;
+mod queries;
 mod server;
 mod statistics;
 

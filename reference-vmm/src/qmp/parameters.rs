@@ -79,6 +79,32 @@ pub(super) fn with(parameters: &Parameters, changes: &Map<String, Value>) -> Res
     Ok(changed)
 }
 
+/// Of what type a parameter is, as far as that is told by a text.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Kind {
+    U8,
+    U64,
+    Flag,
+    Texts,
+    /// A text or one of a few names.
+    Text,
+    /// It cannot be set by a text.
+    Unset,
+}
+
+/// The type of a parameter, `None` if there is no such.
+pub(super) fn kind(parameters: &Parameters, name: &str) -> Option<Kind> {
+    let row = ROWS.iter().find(|row| row.name == name)?;
+    Some(match (row.slot)(&mut parameters.clone()) {
+        Slot::U8(_) => Kind::U8,
+        Slot::U64(_) => Kind::U64,
+        Slot::Flag(_) => Kind::Flag,
+        Slot::Texts(_) => Kind::Texts,
+        Slot::Compression(_) | Slot::ZeroPages(_) | Slot::Mode(_) | Slot::Text(_) => Kind::Text,
+        Slot::Unset => Kind::Unset,
+    })
+}
+
 /// A parameter.
 struct Row {
     name: &'static str,

@@ -22,6 +22,10 @@ impl Failure {
     pub(super) fn not_found(desc: impl Into<String>) -> Self {
         Failure { class: "CommandNotFound", desc: desc.into() }
     }
+
+    pub(super) fn no_device(desc: impl Into<String>) -> Self {
+        Failure { class: "DeviceNotFound", desc: desc.into() }
+    }
 }
 
 impl From<Refused> for Failure {
