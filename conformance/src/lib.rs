@@ -22,6 +22,7 @@ pub mod description;
 mod exec;
 pub mod fields;
 pub mod host_cpu;
+pub mod interface;
 pub mod judge;
 pub mod lab;
 pub mod launch;
