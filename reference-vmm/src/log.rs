@@ -1,10 +1,12 @@
-//! The log on standard error. It never holds up whoever logs, and nobody can flood it.
+//! The log, on standard error or in a file. It never holds up whoever logs, and nobody can flood it.
 //!
-//! Lines go through a bounded buffer; a standard error that is not read costs lines, which are counted. Of the lines of one place in
+//! Lines go through a bounded buffer; an output that is not read costs lines, which are counted. Of the lines of one place in
 //! the code [`LINES`] are shown in a second, and the rest are counted: a guest or a peer can cause most of them as often as it likes.
 
 use std::collections::HashMap;
+use std::fs::OpenOptions;
 use std::io::{self, IsTerminal, Write};
+use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::thread;
@@ -21,56 +23,94 @@ use crate::non_blocking::NonBlockingWriter;
 
 /// Lines of one place in the code that are shown in a second.
 const LINES: u32 = 10;
-/// What is shown.
-const LEVEL: LevelFilter = LevelFilter::INFO;
 const SECOND: Duration = Duration::from_secs(1);
 /// Bytes that wait for a slow reader.
 const BUFFER: usize = 256 << 10;
 /// How long the end of the program waits for one.
 const PATIENCE: Duration = Duration::from_millis(500);
 
-static STDERR: OnceLock<Stderr> = OnceLock::new();
+static OUTPUT: OnceLock<Output> = OnceLock::new();
+
+/// What is logged.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub(crate) enum Level {
+    /// Nothing; what ends the program is told on standard error all the same
+    Off,
+    /// A guest that is lost or needs the operator
+    Error,
+    /// What went wrong and is not lost
+    Warn,
+    /// Guests that are waited for, arrive and leave, too
+    Info,
+    /// What helps to find a mistake in the program, too
+    Debug,
+}
+
+impl Level {
+    fn filter(self) -> LevelFilter {
+        match self {
+            Level::Off => LevelFilter::OFF,
+            Level::Error => LevelFilter::ERROR,
+            Level::Warn => LevelFilter::WARN,
+            Level::Info => LevelFilter::INFO,
+            Level::Debug => LevelFilter::DEBUG,
+        }
+    }
+}
 
 /// Writes out what still waits when the program ends.
 pub(crate) struct Log;
 
 impl Drop for Log {
     fn drop(&mut self) {
-        if let Some(stderr) = STDERR.get() {
-            stderr.writer.flush(PATIENCE);
+        if let Some(output) = OUTPUT.get() {
+            output.writer.flush(PATIENCE);
         }
     }
 }
 
-/// Starts to log.
+/// Starts to log, at the end of `file` or on standard error.
 ///
 /// # Errors
-/// The host has no thread for it.
-pub(crate) fn init() -> io::Result<Log> {
-    let writer = NonBlockingWriter::start(BUFFER, Box::new(io::stderr()), |_| (), || ())?;
-    let stderr = STDERR.get_or_init(|| Stderr { writer, lost: Arc::default() });
-    let lines = tracing_subscriber::fmt::layer().with_writer(stderr.clone()).with_ansi(io::stderr().is_terminal());
-    tracing_subscriber::registry().with(lines.with_filter(RateLimit::default())).init();
+/// The file cannot be written; the host has no thread for it.
+pub(crate) fn init(level: Level, file: Option<&Path>) -> io::Result<Log> {
+    let (sink, terminal): (Box<dyn Write + Send>, bool) = match file {
+        None => (Box::new(io::stderr()), io::stderr().is_terminal()),
+        Some(path) => {
+            let file = OpenOptions::new().create(true).append(true).open(path);
+            let named = |error: io::Error| io::Error::new(error.kind(), format!("{}: {error}", path.display()));
+            (Box::new(file.map_err(named)?), false)
+        }
+    };
+    let writer = NonBlockingWriter::start(BUFFER, sink, |_| (), || ())?;
+    let output = OUTPUT.get_or_init(|| Output { writer, lost: Arc::default(), file: file.is_some() });
+    let lines = tracing_subscriber::fmt::layer().with_writer(output.clone()).with_ansi(terminal);
+    tracing_subscriber::registry().with(lines.with_filter(RateLimit::new(level.filter()))).init();
     Ok(Log)
 }
 
-/// Says something in the program's own name, in its place among the lines of the log.
+/// Says something in the program's own name on standard error, in its place among the lines of the log; a file of the log has it, too.
 pub(crate) fn say(text: &str) {
     let line = format!("reference-vmm: {text}\n");
-    match STDERR.get() {
-        Some(stderr) => stderr.line(line.as_bytes()),
-        None => eprint!("{line}"),
+    let output = OUTPUT.get();
+    if let Some(output) = output {
+        output.line(line.as_bytes());
+    }
+    if output.is_none_or(|output| output.file) {
+        eprint!("{line}");
     }
 }
 
-/// Standard error, which may lose lines.
+/// Where the log goes, which may lose lines.
 #[derive(Clone)]
-struct Stderr {
+struct Output {
     writer: NonBlockingWriter,
     lost: Arc<AtomicU64>,
+    /// It is not standard error.
+    file: bool,
 }
 
-impl Stderr {
+impl Output {
     fn line(&self, line: &[u8]) {
         let lost = self.lost.swap(0, Ordering::Relaxed);
         if lost > 0
@@ -83,16 +123,16 @@ impl Stderr {
     }
 }
 
-impl<'a> MakeWriter<'a> for Stderr {
-    type Writer = &'a Stderr;
+impl<'a> MakeWriter<'a> for Output {
+    type Writer = &'a Output;
 
-    fn make_writer(&'a self) -> &'a Stderr {
+    fn make_writer(&'a self) -> &'a Output {
         self
     }
 }
 
 /// Each call has a whole line.
-impl Write for &Stderr {
+impl Write for &Output {
     fn write(&mut self, line: &[u8]) -> io::Result<usize> {
         self.line(line);
         Ok(line.len())
@@ -104,8 +144,12 @@ impl Write for &Stderr {
 }
 
 /// Lets [`LINES`] events of a place pass in a second, and tells how many more there were.
-#[derive(Clone, Default)]
-struct RateLimit(Arc<Mutex<Windows>>);
+#[derive(Clone)]
+struct RateLimit {
+    windows: Arc<Mutex<Windows>>,
+    /// What is shown at all.
+    level: LevelFilter,
+}
 
 #[derive(Default)]
 struct Windows {
@@ -122,9 +166,13 @@ struct Window {
 }
 
 impl RateLimit {
+    fn new(level: LevelFilter) -> RateLimit {
+        RateLimit { windows: Arc::default(), level }
+    }
+
     /// Whether an event of this place may pass.
     fn passes(&self, metadata: &'static Metadata<'static>, now: Instant) -> bool {
-        let mut windows = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut windows = self.windows.lock().unwrap_or_else(PoisonError::into_inner);
         let fresh = || Window { metadata, since: now, events: 0, suppressed: 0 };
         let window = windows.places.entry(metadata.callsite()).or_insert_with(fresh);
         if now.saturating_duration_since(window.since) >= SECOND {
@@ -145,7 +193,7 @@ impl RateLimit {
 
     /// Takes what was suppressed, by place.
     fn take_suppressed(&self) -> Vec<(&'static Metadata<'static>, u64)> {
-        let mut windows = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut windows = self.windows.lock().unwrap_or_else(PoisonError::into_inner);
         let suppressed = windows.places.values_mut().filter(|window| window.suppressed > 0);
         let suppressed: Vec<_> = suppressed.map(|w| (w.metadata, std::mem::take(&mut w.suppressed))).collect();
         windows.telling = !suppressed.is_empty();
@@ -170,11 +218,11 @@ impl RateLimit {
 
 impl<S: Subscriber> Filter<S> for RateLimit {
     fn enabled(&self, metadata: &Metadata<'_>, _: &Context<'_, S>) -> bool {
-        *metadata.level() <= LEVEL
+        *metadata.level() <= self.level
     }
 
     fn max_level_hint(&self) -> Option<LevelFilter> {
-        Some(LEVEL)
+        Some(self.level)
     }
 
     fn event_enabled(&self, event: &Event<'_>, _: &Context<'_, S>) -> bool {
@@ -202,7 +250,7 @@ mod tests {
 
     #[test]
     fn a_place_has_ten_lines_a_second_and_the_rest_is_counted() {
-        let (lines, limit) = (Lines::default(), RateLimit::default());
+        let (lines, limit) = (Lines::default(), RateLimit::new(LevelFilter::INFO));
         let writer = lines.clone();
         let layer = tracing_subscriber::fmt::layer().with_writer(move || writer.clone()).with_ansi(false);
         let subscriber = tracing_subscriber::registry().with(layer.with_filter(limit.clone()));
@@ -224,15 +272,15 @@ mod tests {
     fn lines_that_nobody_reads_are_counted() {
         let (reader, pipe) = io::pipe().unwrap();
         let writer = NonBlockingWriter::start(1000, Box::new(pipe), |_| (), || ()).unwrap();
-        let stderr = Stderr { writer, lost: Arc::default() };
+        let output = Output { writer, lost: Arc::default(), file: false };
         let line = [&[b'x'; 99][..], b"\n"].concat();
-        while stderr.lost.load(Ordering::Relaxed) < 5 {
-            stderr.line(&line);
+        while output.lost.load(Ordering::Relaxed) < 5 {
+            output.line(&line);
         }
         let reading = thread::spawn(move || io::read_to_string(reader).unwrap());
-        assert!(stderr.writer.flush(Duration::from_secs(60)));
-        stderr.line(b"end\n");
-        drop(stderr);
+        assert!(output.writer.flush(Duration::from_secs(60)));
+        output.line(b"end\n");
+        drop(output);
         let text = reading.join().unwrap();
         assert!(text.contains(" lines of the log are lost") && text.ends_with("end\n"), "{text}");
     }

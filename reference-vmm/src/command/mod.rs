@@ -10,8 +10,10 @@ mod qmp_object;
 mod run;
 mod signals;
 mod vfio;
+mod watch;
 
 use std::ffi::OsString;
+use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::Parser;
@@ -23,6 +25,12 @@ use crate::log;
 #[derive(Parser)]
 #[command(name = "reference-vmm", version, about, max_term_width = 120)]
 struct Arguments {
+    /// What is logged: what is of this level, and what is worse
+    #[arg(long, global = true, value_name = "LEVEL", default_value = "info", value_enum)]
+    log_level: log::Level,
+    /// Append the log to a file, instead of writing it on standard error
+    #[arg(long, global = true, value_name = "FILE")]
+    log_file: Option<PathBuf>,
     #[command(subcommand)]
     command: Command,
 }
@@ -32,13 +40,14 @@ enum Command {
     Run(Box<run::Run>),
     Demo(demo::Demo),
     Payload(payload::Payload),
+    Watch(watch::Watch),
 }
 
 /// Runs the program with these arguments, the first of which is its name, and gives its exit status. `inherited`: what it
 /// may use by number (`fd:NUMBER`).
 pub fn main(arguments: impl Iterator<Item = OsString>, inherited: Descriptors) -> ExitCode {
-    let command = Arguments::parse_from(arguments.map(two_dashes)).command;
-    let _log = match log::init() {
+    let Arguments { log_level, log_file, command } = Arguments::parse_from(arguments.map(two_dashes));
+    let _log = match log::init(log_level, log_file.as_deref()) {
         Ok(log) => log,
         Err(error) => {
             eprintln!("reference-vmm: cannot start the log: {error}");
@@ -49,6 +58,7 @@ pub fn main(arguments: impl Iterator<Item = OsString>, inherited: Descriptors) -
         Command::Run(run) => run.execute(inherited),
         Command::Demo(demo) => demo.execute(),
         Command::Payload(payload) => payload.execute(),
+        Command::Watch(watch) => watch.execute(),
     };
     match result {
         Ok(code) => code,

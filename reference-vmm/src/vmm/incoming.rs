@@ -49,6 +49,9 @@ impl Vmm {
             Entrance::Socket(listener) => listener.address().clone(),
             Entrance::Open(_) => address.clone(),
         });
+        if let (Entrance::Socket(_), Some(address)) = (&entrance, self.listening()) {
+            tracing::info!("waiting for a guest at {address}");
+        }
         let vmm = self.clone();
         thread::spawn(move || {
             let connections = match entrance {
@@ -91,6 +94,8 @@ impl Vmm {
         if !started.unwrap_or(false) {
             self.lock().run_state = RunState::Paused;
         }
+        let rest = if arrival.rest.is_some() { "; its memory is still being loaded" } else { "" };
+        tracing::info!("the guest has arrived, and is {}{rest}", self.run_state().as_str());
         if let Err(error) = arrival.rest.map_or(Ok(()), |rest| self.load_rest(rest)) {
             // Still blocked: what is here is not all of the guest.
             return self.lost(&error, exit_on_error);

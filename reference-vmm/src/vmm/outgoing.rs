@@ -2,7 +2,8 @@
 
 use super::{Vmm, legality};
 use qevm_migration::{
-    Address, Endpoint, Job, MigrationError, NoDescriptors, Outgoing, Refused, Status, check_transport, migrate,
+    Address, Endpoint, Job, MigrationError, NoDescriptors, Outgoing, Refused, Statistics, Status, check_transport,
+    migrate,
 };
 use std::{sync::Arc, thread};
 
@@ -46,8 +47,16 @@ impl Vmm {
                     Err(error)
                 }
             };
-            if let Err(error) = result {
-                tracing::warn!("migration to {address} failed: {error}");
+            let Statistics { ram, rounds, downtime, total_time, .. } = job.statistics();
+            let (rounds, bytes) = (rounds.len(), ram.transferred);
+            match result {
+                Ok(_) => tracing::info!(
+                    "the guest has left to {address}: {rounds} rounds, {bytes} bytes, downtime {:?}, {total_time:?} in all",
+                    downtime.unwrap_or_default()
+                ),
+                Err(error) => {
+                    tracing::warn!("migration to {address} failed after {rounds} rounds and {bytes} bytes: {error}");
+                }
             }
         });
         Ok(())
