@@ -412,6 +412,40 @@ fn postcopy_is_refused_where_it_cannot_be() {
 }
 
 /// What a driver tells without having been asked changes nothing, however absurd it is.
+/// The destination fails between the package and the PING after it: a source that has not looked in between hears all of it at once.
+#[test]
+fn a_destination_that_may_run_the_guest_keeps_it_whenever_it_fails() {
+    for (release, loaded, goes_on) in [
+        (QemuVersion::NEWEST, false, true),
+        (QemuVersion::NEWEST, true, false),
+        (QemuVersion::new(10, 0), false, false),
+    ] {
+        let mut simulation = Simulation::new(Peer::Answers, 11);
+        simulation.core.options.capabilities.postcopy_ram = true;
+        simulation.core.options.profile = Profile::new(release, "microvm");
+        simulation.core.start_postcopy().unwrap();
+        let mut result = None;
+        while result.is_none() {
+            let action = simulation.core.poll(simulation.now, simulation.answers.as_mut());
+            let package = matches!(action, Action::Send { doing: "the package of the devices" });
+            match action {
+                Action::End(end) => result = Some(end),
+                // It is not given up, and nobody brings another connection.
+                Action::AwaitConnection { .. } => break,
+                action => simulation.perform(action),
+            }
+            if package {
+                for value in if loaded { &[2, 3, 0x42][..] } else { &[2] } {
+                    simulation.hear(Message::Pong { value: *value });
+                }
+                simulation.hear(Message::Shut { status: 1 });
+            }
+        }
+        let failed = matches!(result, Some(Err(MigrationError::PeerFailed { status: 1 })));
+        assert_eq!((failed, simulation.running), (goes_on, goes_on), "{release}, loaded {loaded}: {result:?}");
+    }
+}
+
 #[test]
 fn answers_that_nobody_asked_for_are_harmless() {
     for step in 0..steps(Peer::Agrees) {
