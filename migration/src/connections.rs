@@ -1,20 +1,22 @@
 //! The connections of one migration: the main channel, and the page channels if capability `multifd` is on; or a file.
 
+mod connecting;
+
+use connecting::{Names, connect};
+
 use super::{
-    Address, BadCapability, Channel, ChannelName, Job, Listener, MigrationError, Mode, Pipe, RULES, Socket, Source,
-    Timeouts, Tls, TlsChannel,
+    Address, BadCapability, Channel, ChannelName, Job, Listener, MigrationError, Mode, Pipe, RULES, Socket,
     arrivals::{Patience, Seen, gather},
-    channel::write_all,
-    multifd::{PageStream, Settings, first_packet},
+    multifd::{PageStream, Settings},
     page_file::PageFile,
     page_server::{PageServer, ServedStream},
     postcopy::Entrance,
-    watch::{Brings, Watch, Watched},
+    watch::{Brings, Watched},
 };
 use crate::descriptors::Descriptors;
 use qevm_multifd::compression::Compression;
 use qevm_wire::{
-    Capability, Profile, Writer,
+    Capability, Profile,
     capability::{Context, check},
 };
 use std::{
@@ -26,12 +28,7 @@ use std::{
         unix::fs::{FileTypeExt, OpenOptionsExt},
     },
     path::Path,
-    sync::{
-        Arc, OnceLock,
-        mpsc::{self, RecvTimeoutError},
-    },
-    thread,
-    time::{Duration, Instant},
+    sync::{Arc, OnceLock},
 };
 
 /// Permissions of a file that a guest goes to (QEMU 8.2): it holds all of the guest's secrets.
@@ -271,141 +268,6 @@ impl Incoming {
     pub(crate) fn all(&self) -> impl Iterator<Item = &Arc<dyn Channel>> {
         std::iter::once(&self.main).chain(self.pages.iter().map(PageStream::channel))
     }
-}
-
-/// How often a migration that is being connected looks whether it was cancelled.
-const CANCEL_POLL: Duration = Duration::from_millis(20);
-
-/// What is connected.
-#[derive(Debug, Clone, Copy)]
-enum Names {
-    /// The main channel, and this many page channels.
-    Pages(u8),
-    /// The preempt channel.
-    Preempt,
-}
-
-impl Names {
-    fn list(self) -> Vec<ChannelName> {
-        match self {
-            Names::Pages(channels) => {
-                [ChannelName::Main].into_iter().chain((0..channels).map(ChannelName::Page)).collect()
-            }
-            Names::Preempt => vec![ChannelName::Preempt],
-        }
-    }
-}
-
-/// What a thread that connects is at.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Step {
-    LookUp,
-    Connect,
-    Handshake,
-}
-
-impl Step {
-    fn text(self) -> &'static str {
-        match self {
-            Step::LookUp => "the look-up of its name",
-            Step::Connect => "a connection to it",
-            Step::Handshake => "the TLS handshake",
-        }
-    }
-
-    fn limit(self, timeouts: &Timeouts) -> (Option<Duration>, &'static str) {
-        match self {
-            Step::LookUp | Step::Connect => (timeouts.connect(), "x-connect-timeout"),
-            Step::Handshake => (timeouts.handshake(), "x-handshake-timeout"),
-        }
-    }
-}
-
-/// What a thread that connects tells.
-enum News {
-    At(Step),
-    Connected(Result<Arc<dyn Channel>, MigrationError>),
-}
-
-/// Connects these, until `job` is cancelled or one takes too long. To look a name up and to connect may take minutes and cannot be
-/// interrupted: a thread of its own does it, which nobody waits for then.
-fn connect(address: &Address, job: &Job, names: Names) -> Result<Outgoing, MigrationError> {
-    let failed = |source| MigrationError::Connect { address: address.clone(), source };
-    let (sender, news) = mpsc::channel();
-    let (to, tls, waits, list) = (address.clone(), job.tls(), job.waits(), names.list());
-    let greeted = tls.is_some();
-    let connecting = move || {
-        for name in list {
-            let mut channel = secured(&to, tls.as_ref(), name, &waits, &mut |step| drop(sender.send(News::At(step))));
-            if greeted && let ChannelName::Page(number) = name {
-                channel = channel.and_then(|channel| greet(channel, number));
-            }
-            let failed = channel.is_err();
-            if sender.send(News::Connected(channel)).is_err() || failed {
-                return;
-            }
-        }
-    };
-    thread::Builder::new().name("connect".into()).spawn(connecting).map_err(failed)?;
-    let next = |name: ChannelName| {
-        let (mut step, mut since) = (Step::LookUp, Instant::now());
-        loop {
-            // As with a QEMU, `query-migrate` then says what was cancelled.
-            job.check().map_err(|cancelled| failed(io::Error::new(io::ErrorKind::Interrupted, cancelled)))?;
-            match news.recv_timeout(CANCEL_POLL) {
-                Ok(News::At(next)) => (step, since) = (next, Instant::now()),
-                Ok(News::Connected(channel)) => return channel,
-                Err(RecvTimeoutError::Timeout) => {}
-                Err(RecvTimeoutError::Disconnected) => return Err(failed(io::Error::other("its thread has ended"))),
-            }
-            let (limit, parameter) = step.limit(&job.waits().timeouts());
-            if let Some(limit) = limit
-                && since.elapsed() >= limit
-            {
-                let (seconds, step) = (limit.as_secs_f64(), step.text());
-                let why = format!("{step} for {name} has taken more than {seconds} s ({parameter})");
-                return Err(failed(io::Error::new(io::ErrorKind::TimedOut, why)));
-            }
-        }
-    };
-    let mut channels = names.list().into_iter().map(next).collect::<Result<Vec<_>, _>>()?.into_iter();
-    let Some(main) = channels.next() else { return Err(failed(io::ErrorKind::NotConnected.into())) };
-    let (pages, address) = (channels.collect(), Some(address.clone()));
-    Ok(Outgoing { pages, greeted, reader: Reader::Answers, address, watched: true, ..main.into() })
-}
-
-/// Sends the first packet of page channel `number`. A QEMU reads it from each session before it goes on with the handshake of the next.
-fn greet(channel: Arc<dyn Channel>, number: u8) -> Result<Arc<dyn Channel>, MigrationError> {
-    let mut packet = Writer::new();
-    first_packet(number).encode(&mut packet);
-    let failed = |source| MigrationError::Send { doing: "the first packet of a page channel", source };
-    write_all(&*channel, &mut [Source::bytes(packet.as_bytes())]).map_err(failed)?;
-    Ok(channel)
-}
-
-/// Connects to `address`; with `tls`, as its client.
-fn secured(
-    address: &Address,
-    tls: Option<&Tls>,
-    name: ChannelName,
-    waits: &Arc<Watch>,
-    at: &mut dyn FnMut(Step),
-) -> Result<Arc<dyn Channel>, MigrationError> {
-    let failed = |source| MigrationError::Connect { address: address.clone(), source };
-    at(Step::LookUp);
-    let found = Socket::look_up(address).map_err(failed)?;
-    at(Step::Connect);
-    let socket = Arc::new(Socket::connect_to(address, &found).map_err(failed)?);
-    let socket: Arc<dyn Channel> =
-        Arc::new(Watched::new(socket, name, waits, Brings::Answers, Some(address)).map_err(failed)?);
-    let Some(tls) = tls else { return Ok(socket) };
-    at(Step::Handshake);
-    let host = match address {
-        Address::Tcp { host, .. } => Some(if host.is_empty() { "localhost" } else { host }),
-        _ => None,
-    };
-    let session = TlsChannel::connect_within(socket, tls, host, waits.timeouts().handshake());
-    Ok(Arc::new(session.map_err(failed)?))
 }
 
 /// Where pages have their places in `file`, which `open` opens again with other flags (`direct-io`); without `mapped-ram` nowhere.

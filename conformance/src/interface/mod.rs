@@ -25,7 +25,7 @@ pub enum Verdict {
     Refused {
         /// Why reference-vmm does not have it.
         why: &'static str,
-        /// What the client is told.
+        /// The error that the client gets.
         text: &'static str,
     },
     /// There is nothing it could do here.

@@ -25,7 +25,7 @@ const PAGE: usize = PAGE_SIZE as usize;
 /// In the order of the stream.
 const BLOCKS: [(&str, u64); 2] = [("microvm.ram", PAGES), ("pc.bios", 4)];
 
-/// A connection that breaks when so many bytes more have come.
+/// A connection that breaks after a number of bytes.
 struct Fragile {
     socket: UnixStream,
     left: Rc<Cell<Option<u64>>>,
@@ -61,7 +61,7 @@ struct Destination {
 }
 
 impl Destination {
-    /// Takes what comes on a connection until that breaks, so many bytes after the guest was here. Gives the decoder of what comes on the
+    /// Takes what comes on a connection until that breaks, `cut` bytes after the guest was here. Gives the decoder of what comes on the
     /// next, or nothing when all has come.
     fn take(&mut self, socket: UnixStream, decoder: Decoder, cut: Option<u64>) -> Option<Decoder> {
         let back = socket.try_clone().unwrap();
@@ -180,7 +180,7 @@ fn wait_for(job: &Job, wanted: Status) -> bool {
     }
 }
 
-/// Migrates over connections that break after so many bytes each, of which an operator opens the next each time. The last does not break
+/// Migrates over connections that break after a number of bytes each, of which an operator opens the next each time. The last does not break
 /// by itself; if it is lost, the operator gives up. `after` is what happens to the destination when one is lost.
 fn depart(
     pair: &Pair,

@@ -76,7 +76,7 @@ pub(super) struct Account {
 }
 
 impl Account {
-    /// For so many vCPUs, and blocks of so many pages.
+    /// For a guest with `vcpus` vCPUs and, for each RAM block, its number of pages.
     pub(super) fn new(vcpus: usize, blocks: impl IntoIterator<Item = u64>) -> Self {
         Account {
             vcpus: vec![Waiter::default(); vcpus],

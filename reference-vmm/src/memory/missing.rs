@@ -49,7 +49,7 @@ impl Userfault {
         Userfault::with(memory, UFFD_FEATURE_THREAD_ID.into())
     }
 
-    /// The same, where `vcpu_of` tells for a thread of the process which of so many vCPUs it is.
+    /// The same, where `vcpu_of` tells for a thread of the process which of the vCPUs it is.
     pub(crate) fn with_vcpus(
         self,
         vcpus: usize,

@@ -47,7 +47,7 @@ impl Side {
         side
     }
 
-    /// What the guest said last of each of so many devices.
+    /// What the guest said last of each of its `count` devices.
     fn devices(&self, count: usize) -> Vec<PciDevice> {
         self.console.wait_for("devices", |lines| {
             let said: Vec<_> = lines.iter().rev().filter_map(|line| PciDevice::parse(line)).take(count).collect();

@@ -97,7 +97,7 @@ impl Case {
         ensure!(found == Vec::from_iter(runs), "the guest runs at {found:?}, and not at {runs:?}: {}", all());
         match runs {
             Some(Side::Source) => {
-                ensure!(status != "completed", "it is told to be completed: {}", all());
+                ensure!(status != "completed", "the source reports 'completed': {}", all());
                 ensure!(report.goes_on, "the guest at the source does nothing more: {}", all());
             }
             Some(Side::Destination) => drop(judge_guest(report, false)?),

@@ -70,7 +70,7 @@ pub(super) struct Case {
     driver: &'static str,
     flags: u64,
     settings: Vec<(Side, &'static str, String)>,
-    /// What is written to the first device of the source on the way to the last stop: after so many milliseconds, to this file.
+    /// What is written to the first device of the source on the way to the last stop: milliseconds after the start, file, text.
     changes: Vec<(u64, &'static str, String)>,
     /// Of both sides, or of one.
     capabilities: Vec<(Option<Side>, &'static str)>,
@@ -103,7 +103,7 @@ pub(super) struct Case {
     limit_s: u64,
 }
 
-/// Where a failure is told.
+/// Who reports a failure.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Says {
     /// In the source's `query-migrate`.

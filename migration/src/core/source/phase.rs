@@ -158,7 +158,7 @@ pub(crate) enum Postcopy {
 pub(crate) enum Recovery {
     /// Nothing was sent on it.
     Begin,
-    /// The destination was asked what it has; of so many blocks it has not said so.
+    /// The destination was asked what it has, and has not answered for `left` blocks.
     AwaitBitmaps { since: Duration, left: usize },
     /// It is known what is missing.
     Resume,

@@ -118,7 +118,7 @@ pub trait Function: Send {
     /// The same, to be changed.
     fn config_mut(&mut self) -> &mut ConfigSpace;
 
-    /// The guest is about to read so many bytes of the configuration space from `offset` on.
+    /// The guest is about to read `len` bytes of the configuration space at `offset`.
     fn refresh(&mut self, _offset: usize, _len: usize) {}
 
     /// The guest writes this to the configuration space, whether the bits can be written or not.

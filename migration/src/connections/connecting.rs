@@ -1,0 +1,154 @@
+//! A source's connections to a destination, which may take long and can be cancelled meanwhile.
+
+use super::{Outgoing, Reader};
+use crate::{
+    Address, Channel, ChannelName, Job, MigrationError, Socket, Source, Timeouts, Tls, TlsChannel,
+    channel::write_all,
+    multifd::first_packet,
+    watch::{Brings, Watch, Watched},
+};
+use qevm_wire::Writer;
+use std::{
+    io,
+    sync::{
+        Arc,
+        mpsc::{self, RecvTimeoutError},
+    },
+    thread,
+    time::{Duration, Instant},
+};
+
+/// How often a migration that is being connected looks whether it was cancelled.
+const CANCEL_POLL: Duration = Duration::from_millis(20);
+
+/// What is connected.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Names {
+    /// The main channel, and this many page channels.
+    Pages(u8),
+    /// The preempt channel.
+    Preempt,
+}
+
+impl Names {
+    fn list(self) -> Vec<ChannelName> {
+        match self {
+            Names::Pages(channels) => {
+                [ChannelName::Main].into_iter().chain((0..channels).map(ChannelName::Page)).collect()
+            }
+            Names::Preempt => vec![ChannelName::Preempt],
+        }
+    }
+}
+
+/// What a thread that connects is at.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Step {
+    LookUp,
+    Connect,
+    Handshake,
+}
+
+impl Step {
+    fn text(self) -> &'static str {
+        match self {
+            Step::LookUp => "the look-up of its name",
+            Step::Connect => "a connection to it",
+            Step::Handshake => "the TLS handshake",
+        }
+    }
+
+    fn limit(self, timeouts: &Timeouts) -> (Option<Duration>, &'static str) {
+        match self {
+            Step::LookUp | Step::Connect => (timeouts.connect(), "x-connect-timeout"),
+            Step::Handshake => (timeouts.handshake(), "x-handshake-timeout"),
+        }
+    }
+}
+
+/// What a thread that connects tells.
+enum News {
+    At(Step),
+    Connected(Result<Arc<dyn Channel>, MigrationError>),
+}
+
+/// Connects these, until `job` is cancelled or one takes too long. To look a name up and to connect may take minutes and cannot be
+/// interrupted: a thread of its own does it, which nobody waits for then.
+pub(super) fn connect(address: &Address, job: &Job, names: Names) -> Result<Outgoing, MigrationError> {
+    let failed = |source| MigrationError::Connect { address: address.clone(), source };
+    let (sender, news) = mpsc::channel();
+    let (to, tls, waits, list) = (address.clone(), job.tls(), job.waits(), names.list());
+    let greeted = tls.is_some();
+    let connecting = move || {
+        for name in list {
+            let mut channel = secured(&to, tls.as_ref(), name, &waits, &mut |step| drop(sender.send(News::At(step))));
+            if greeted && let ChannelName::Page(number) = name {
+                channel = channel.and_then(|channel| greet(channel, number));
+            }
+            let failed = channel.is_err();
+            if sender.send(News::Connected(channel)).is_err() || failed {
+                return;
+            }
+        }
+    };
+    thread::Builder::new().name("connect".into()).spawn(connecting).map_err(failed)?;
+    let next = |name: ChannelName| {
+        let (mut step, mut since) = (Step::LookUp, Instant::now());
+        loop {
+            // As with a QEMU, `query-migrate` then says what was cancelled.
+            job.check().map_err(|cancelled| failed(io::Error::new(io::ErrorKind::Interrupted, cancelled)))?;
+            match news.recv_timeout(CANCEL_POLL) {
+                Ok(News::At(next)) => (step, since) = (next, Instant::now()),
+                Ok(News::Connected(channel)) => return channel,
+                Err(RecvTimeoutError::Timeout) => {}
+                Err(RecvTimeoutError::Disconnected) => return Err(failed(io::Error::other("its thread has ended"))),
+            }
+            let (limit, parameter) = step.limit(&job.waits().timeouts());
+            if let Some(limit) = limit
+                && since.elapsed() >= limit
+            {
+                let (seconds, step) = (limit.as_secs_f64(), step.text());
+                let why = format!("{step} for {name} has taken more than {seconds} s ({parameter})");
+                return Err(failed(io::Error::new(io::ErrorKind::TimedOut, why)));
+            }
+        }
+    };
+    let mut channels = names.list().into_iter().map(next).collect::<Result<Vec<_>, _>>()?.into_iter();
+    let Some(main) = channels.next() else { return Err(failed(io::ErrorKind::NotConnected.into())) };
+    let (pages, address) = (channels.collect(), Some(address.clone()));
+    Ok(Outgoing { pages, greeted, reader: Reader::Answers, address, watched: true, ..main.into() })
+}
+
+/// Sends the first packet of page channel `number`. A QEMU reads it from each session before it goes on with the handshake of the next.
+fn greet(channel: Arc<dyn Channel>, number: u8) -> Result<Arc<dyn Channel>, MigrationError> {
+    let mut packet = Writer::new();
+    first_packet(number).encode(&mut packet);
+    let failed = |source| MigrationError::Send { doing: "the first packet of a page channel", source };
+    write_all(&*channel, &mut [Source::bytes(packet.as_bytes())]).map_err(failed)?;
+    Ok(channel)
+}
+
+/// Connects to `address`; with `tls`, as its client.
+fn secured(
+    address: &Address,
+    tls: Option<&Tls>,
+    name: ChannelName,
+    waits: &Arc<Watch>,
+    at: &mut dyn FnMut(Step),
+) -> Result<Arc<dyn Channel>, MigrationError> {
+    let failed = |source| MigrationError::Connect { address: address.clone(), source };
+    at(Step::LookUp);
+    let found = Socket::look_up(address).map_err(failed)?;
+    at(Step::Connect);
+    let socket = Arc::new(Socket::connect_to(address, &found).map_err(failed)?);
+    let socket: Arc<dyn Channel> =
+        Arc::new(Watched::new(socket, name, waits, Brings::Answers, Some(address)).map_err(failed)?);
+    let Some(tls) = tls else { return Ok(socket) };
+    at(Step::Handshake);
+    let host = match address {
+        Address::Tcp { host, .. } => Some(if host.is_empty() { "localhost" } else { host }),
+        _ => None,
+    };
+    let session = TlsChannel::connect_within(socket, tls, host, waits.timeouts().handshake());
+    Ok(Arc::new(session.map_err(failed)?))
+}
