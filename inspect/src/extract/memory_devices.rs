@@ -221,18 +221,9 @@ fn affinities(table: &[u8]) -> Option<Tables> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::bounds::Spool;
-    use crate::ram::Keep;
+    use crate::ram::tests::of_mib as ram;
 
     const MIB: u64 = 1 << 20;
-
-    fn ram(blocks: &[(&str, u64)]) -> GuestRam {
-        let mut ram = GuestRam::new(4096, Keep::Digests, Spool::unlimited()).unwrap();
-        for (name, mib) in blocks {
-            ram.add_block((*name).into(), mib * MIB);
-        }
-        ram
-    }
 
     fn places(devices: &MemoryDevices, tables: &Tables, blocks: &[(&str, u64)]) -> Vec<(String, u64)> {
         let ram = ram(blocks);

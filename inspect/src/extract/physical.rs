@@ -294,18 +294,9 @@ fn mapped(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::bounds::Spool;
-    use crate::ram::Keep;
+    use crate::ram::tests::of_mib as ram;
 
     const MIB: u64 = 1 << 20;
-
-    fn ram(blocks: &[(&str, u64)]) -> GuestRam {
-        let mut ram = GuestRam::new(4096, Keep::Digests, Spool::unlimited()).unwrap();
-        for (name, mib) in blocks {
-            ram.add_block((*name).into(), mib * MIB);
-        }
-        ram
-    }
 
     fn guest(low: u64, high: u64) -> Guest {
         let mut cmos = vec![0; 128];

@@ -386,8 +386,17 @@ fn no_block() -> io::Error {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
+
+    /// Memory without pages, with blocks of these names and lengths in MiB.
+    pub(crate) fn of_mib(blocks: &[(&str, u64)]) -> GuestRam {
+        let mut ram = GuestRam::new(4096, Keep::Digests, Spool::unlimited()).unwrap();
+        for (name, mib) in blocks {
+            ram.add_block((*name).into(), mib << 20);
+        }
+        ram
+    }
 
     #[test]
     fn digests_are_those_of_the_whole_block_with_absent_pages_as_zeroes() {
