@@ -70,8 +70,13 @@ fn subsections_are_read_as_each_release_dumps_them() {
     for (suite, devices, pairs) in &releases {
         for pair in all.iter().filter(|(device, _)| devices.contains(device)) {
             let stream = Summary { description: description(pair, true), ..Summary::default() };
-            let qemu = Some(suite.series().parse().unwrap());
-            let destination = Expectations { qemu, description: description(pair, false), ..Expectations::default() };
+            let qemu = suite.series().parse().unwrap();
+            let destination = Expectations {
+                qemu: Some(qemu),
+                models: qevm_devices::descriptions(&vmstate::Context::new(qemu, "microvm")),
+                description: description(pair, false),
+                ..Expectations::default()
+            };
             let found: Vec<_> = check(&stream, &destination).iter().map(|finding| finding.outcome).collect();
             // The dump does not say that it is read only where it is written, too: trial "foreseen" asks QEMU.
             let both = pair.1 == "ich9_pm/tco" && *suite >= Suite::Trixie;

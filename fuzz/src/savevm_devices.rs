@@ -1,5 +1,5 @@
+use qevm_devices::{DeviceState, descriptions};
 use qevm_savevm::Reader;
-use qevm_savevm::devices::{DeviceState, descriptions};
 use qevm_savevm::vmstate::Context;
 
 const RELEASES: [&str; 4] = ["5.2", "7.2", "10.0", "11.1"];

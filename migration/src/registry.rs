@@ -1,9 +1,9 @@
 //! Devices that are declared, by the names of their sections.
 
 use crate::{DeviceSection, Devices, GuestError, SavedDevices};
+use qevm_devices::globalstate::GlobalState;
 use qevm_savevm::{
     Reader,
-    devices::globalstate::GlobalState,
     vmdesc::StructDescription,
     vmstate::{self, Context, VmState},
 };

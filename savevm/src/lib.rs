@@ -19,8 +19,7 @@
 //! | [`vmdesc`] | the JSON description, and device sections decoded to their last field with it or without |
 //! | [`mod@check`] | whether a destination will load a stream, and if not, why |
 //! | [`guest_memory`] | where guest memory lies in RAM blocks, for each machine type |
-//! | [`vmstate`] | device state, declared: one declaration gives codec, description and schema |
-//! | [`devices`] | the device sections of `-M microvm` |
+//! | [`vmstate`] | device state, declared once for codec, description and schema; `qevm-devices` has declarations |
 //! | [`error`] | [`Error`]: kind, offset, path |
 //!
 //! # Promises
@@ -80,6 +79,7 @@
 struct Embedding;
 
 // The code that the derive macro writes names this crate from the outside.
+#[cfg(test)]
 extern crate self as qevm_savevm;
 
 pub mod block_migration;
@@ -88,7 +88,6 @@ pub mod command;
 pub mod configuration;
 pub mod container;
 pub mod decode;
-pub mod devices;
 pub mod dirty_bitmap;
 pub mod encode;
 pub mod error;

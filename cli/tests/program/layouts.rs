@@ -21,7 +21,7 @@ fn fields(report: &Value) -> &Vec<Value> {
 /// `-dump-vmstate` of the release that wrote `stream`.
 fn schema(dir: &tempfile::TempDir, stream: &str) -> PathBuf {
     let release = stream.split('-').next().unwrap();
-    let dumps = concat!(env!("CARGO_MANIFEST_DIR"), "/../savevm/tests/data/dump-vmstate");
+    let dumps = concat!(env!("CARGO_MANIFEST_DIR"), "/../devices/tests/data/dump-vmstate");
     let packed = std::fs::File::open(format!("{dumps}/{release}.json.gz")).expect("a recorded dump");
     let mut text = Vec::new();
     flate2::read::GzDecoder::new(packed).read_to_end(&mut text).expect("a whole gzip file");

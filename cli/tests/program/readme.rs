@@ -55,7 +55,7 @@ fn the_lines_of_the_readme_work() {
     {
         std::fs::write(dir.path().join(format!("{name}.qevm")), stream(of)).unwrap();
     }
-    let packed = Path::new(env!("CARGO_MANIFEST_DIR")).join("../savevm/tests/data/dump-vmstate/7.2.json.gz");
+    let packed = Path::new(env!("CARGO_MANIFEST_DIR")).join("../devices/tests/data/dump-vmstate/7.2.json.gz");
     let schema = Command::new("gzip").arg("-dc").arg(packed).output().expect("gzip is part of every Debian");
     std::fs::write(dir.path().join("q35.json"), schema.stdout).unwrap();
 

@@ -1,4 +1,4 @@
-//! A `microvm` that no QEMU ever ran: its stream written field by field from the declarations of `qevm-savevm`.
+//! A `microvm` that no QEMU ever ran: its stream written field by field from the declarations of `qevm-devices`.
 //!
 //! The machine is as it leaves reset (Intel SDM volume 3, table "IA-32 and Intel 64 Processor States Following Power-up,
 //! Reset, or INIT", and the data sheets of the chips), with firmware in the block `pc.bios` and all other memory zero.
@@ -6,14 +6,14 @@
 use std::io::Write;
 
 use anyhow::{Context as _, Result, ensure};
-use qevm_savevm::StreamWriter;
-use qevm_savevm::configuration::Configuration;
-use qevm_savevm::devices::cpu::{Cpu, registers::Segment};
-use qevm_savevm::devices::{
+use qevm_devices::cpu::{Cpu, registers::Segment};
+use qevm_devices::{
     DeviceState, acpi_ged::AcpiGed, apic::Apic, cpu_common::CpuCommon, fw_cfg::FwCfg, fw_cfg::FwCfgDma,
     globalstate::GlobalState, i8254::I8254, i8254::PitChannel, i8259::I8259, ioapic::IoApic, kvm_tpr_opt::KvmTprOpt,
     mc146818rtc::Mc146818Rtc, serial::IsaSerial, serial::Uart, timer::CpuTimers,
 };
+use qevm_savevm::StreamWriter;
+use qevm_savevm::configuration::Configuration;
 use qevm_savevm::framing::SectionHeader;
 use qevm_savevm::ram::{BlockId, RamBlock};
 use qevm_savevm::vmdesc::{Description, DeviceBody, DeviceDescription, TextStyle};

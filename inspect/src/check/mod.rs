@@ -12,6 +12,7 @@ use qevm_savevm::check::{Expectations, Finding, Outcome, Subject, Summary};
 use qevm_savevm::framing::SectionHeader;
 use qevm_savevm::ram::RamBlock;
 use qevm_savevm::vmdesc::{Description, Node, Schema};
+use qevm_savevm::vmstate::{self, Context};
 use qevm_wire::{Capability, CountedString, Limits, QemuVersion};
 use std::fs::File;
 use std::io::{self, Read};
@@ -155,7 +156,9 @@ impl Against {
             }
             Kind::Stream(mut inputs) => {
                 let Stream { summary, spaces, qemu } = summarize(&mut inputs, bounds, position).map_err(of_against)?;
-                Ok(Destination { known: Expectations { qemu, ..summary.into() }, spaces })
+                let mut known = Expectations { qemu, ..summary.into() };
+                known.models = models(&known);
+                Ok(Destination { known, spaces })
             }
         }
     }
@@ -208,6 +211,7 @@ impl Destination {
         for (name, on) in file.capabilities {
             known.capabilities.entry(name).or_insert(on);
         }
+        known.models = models(known);
     }
 
     /// Sets what the caller knows of the destination of `stream`.
@@ -231,7 +235,14 @@ impl Destination {
             }
             known.ram = Some(ram);
         }
+        known.models = models(known);
     }
+}
+
+/// What is declared of the device models of its release.
+fn models(known: &Expectations) -> Vec<vmstate::Description> {
+    let machine = known.machine.as_deref().map(String::from_utf8_lossy).unwrap_or_default();
+    known.qemu.map(|qemu| qevm_devices::descriptions(&Context::new(qemu, &machine))).unwrap_or_default()
 }
 
 /// The schema, if the file starts like the output of `-dump-vmstate`; pipes are streams.

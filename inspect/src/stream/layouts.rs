@@ -3,7 +3,7 @@
 use super::analysis::Analysis;
 use super::writer;
 use crate::failure::{Error, Failure};
-use qevm_savevm::devices::DeviceState;
+use qevm_devices::DeviceState;
 use qevm_savevm::framing::{Content, SectionHeader};
 use qevm_savevm::vmdesc::{Catalogue, DeviceBody, DeviceDescription, Found, Node, Schema, Verdict, vfio_configuration};
 use qevm_savevm::vmstate::Context;

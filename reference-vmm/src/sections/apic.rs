@@ -1,13 +1,11 @@
 //! Section `apic`: the page of registers of an in-kernel local APIC.
 
 use crate::state::VcpuState;
-use qevm_savevm::{
-    devices::{
-        DeviceState,
-        apic::{Apic, ApicSipi},
-    },
-    vmstate::Accel,
+use qevm_devices::{
+    DeviceState,
+    apic::{Apic, ApicSipi},
 };
+use qevm_savevm::vmstate::Accel;
 
 /// Register numbers: offset in the page divided by 16 (Intel SDM, "Local APIC Register Address Map").
 mod register {

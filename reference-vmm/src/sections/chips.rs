@@ -4,7 +4,7 @@ use super::msr;
 use crate::state::{
     ClockState, FwCfgState, IoapicState, MachineState, PicState, PitChannelState, PitState, RtcState, SerialState,
 };
-use qevm_savevm::devices::{
+use qevm_devices::{
     DeviceState,
     acpi_ged::{AcpiGed, GedState, Memhp},
     fw_cfg::{FwCfg, FwCfgDma},

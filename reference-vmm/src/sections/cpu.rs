@@ -2,18 +2,16 @@
 
 use super::{fpu, msr};
 use crate::state::{self, DescriptorTable, Events, MachineState, VcpuState};
-use qevm_savevm::{
-    devices::{
-        DeviceState,
-        cpu::{
-            Cpu, msr as sub,
-            nested::{ExceptionInfo, NestedState},
-            registers::Segment,
-        },
-        cpu_common::CpuCommon,
+use qevm_devices::{
+    DeviceState,
+    cpu::{
+        Cpu, msr as sub,
+        nested::{ExceptionInfo, NestedState},
+        registers::Segment,
     },
-    vmstate::Accel,
+    cpu_common::CpuCommon,
 };
+use qevm_savevm::vmstate::Accel;
 
 /// Bits of a segment's flags: those of the second word of its descriptor.
 mod segment {

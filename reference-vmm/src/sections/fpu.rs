@@ -1,6 +1,6 @@
 //! The register files in an XSAVE area, which KVM hands out in the standard format.
 
-use qevm_savevm::devices::cpu::{
+use qevm_devices::cpu::{
     Cpu,
     extended::{AmxXtile, Avx512, BndReg, FpopIpDp, Hi16ZmmReg, Mpx, Pkru, ZmmhReg},
     registers::{FpReg, XmmReg, YmmhReg},

@@ -19,10 +19,10 @@ use crate::{
     machine::MACHINE_TYPE,
     state::{MachineState, PciFunctionState, VirtioDevice},
 };
+use qevm_devices::{DeviceState, globalstate::GlobalState};
 use qevm_migration::{DeviceSection, SavedDevices};
 use qevm_savevm::{
     Reader,
-    devices::{DeviceState, globalstate::GlobalState},
     vmstate::{Accel, Context},
 };
 use qevm_wire::{CountedString, Profile, QemuVersion};

@@ -1,7 +1,7 @@
 //! Which MSR is which field of the `cpu` section.
 
 use crate::state::Msr;
-use qevm_savevm::devices::cpu::{Cpu, extended, msr, paravirt};
+use qevm_devices::cpu::{Cpu, extended, msr, paravirt};
 use std::{collections::HashMap, sync::LazyLock};
 
 /// The MSRs with fields of their own (Intel SDM volume 4; KVM's are in the kernel's `kvm/x86/msr` document).

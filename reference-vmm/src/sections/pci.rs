@@ -1,14 +1,12 @@
 //! The sections of the PCI bus.
 
 use crate::state::{PciFunctionState, PciState};
-use qevm_savevm::{
-    devices::{
-        DeviceState,
-        gpex::{GpexRoot, PciBus, PciHost},
-        pci::{PciDevice, PciIrqState},
-    },
-    vmstate::Buffer,
+use qevm_devices::{
+    DeviceState,
+    gpex::{GpexRoot, PciBus, PciHost},
+    pci::{PciDevice, PciIrqState},
 };
+use qevm_savevm::vmstate::Buffer;
 
 /// The host bridge.
 pub(super) const GPEX_ROOT: &str = "0000:00:00.0/gpex_root";

@@ -1,9 +1,9 @@
 //! The configuration of VFIO devices: what their FULL section has between CONFIG and END_OF_STATE.
 
 use crate::state::PciFunctionState;
+use qevm_devices::pci::{Msix, PciDevice, PciIrqState, VfioPciDevice};
 use qevm_savevm::{
     Reader,
-    devices::pci::{Msix, PciDevice, PciIrqState, VfioPciDevice},
     vmstate::{self, Buffer, Context, PciFacts, VarBuffer},
 };
 

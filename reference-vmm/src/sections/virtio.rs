@@ -5,7 +5,7 @@ use crate::state::{
     VirtioDevice, VirtioDeviceState, VirtioNetFilter, VirtioNetState, VirtioPortState, VirtioQueueState, VirtioRequest,
     VirtioState,
 };
-use qevm_savevm::devices::{
+use qevm_devices::{
     DeviceState,
     virtio::{
         DevicePart, MmioVirtio, NoDevicePart, VirtQueue, Virtio, VirtioBlk, VirtioConsole, VirtioNet, VirtioRng,
@@ -138,8 +138,8 @@ fn common<D: DevicePart + Default>(
         isr: state.isr,
         queue_sel: state.queue_sel,
         guest_features: state.guest_features as u32,
-        config: qevm_savevm::devices::virtio::Counted(state.config.clone()),
-        queues: qevm_savevm::devices::virtio::Counted(state.queues.iter().map(queue).collect()),
+        config: qevm_devices::virtio::Counted(state.config.clone()),
+        queues: qevm_devices::virtio::Counted(state.queues.iter().map(queue).collect()),
         device,
         features_64bit: Some(Features64Bit { guest_features: state.guest_features }),
         // A QEMU sends them if its device has any; no model has, and older releases do not know the subsection.
@@ -311,7 +311,7 @@ fn request(element: &VirtQueueElement) -> Result<VirtioRequest, String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use qevm_savevm::devices::virtio::subsections::Features128Bit;
+    use qevm_devices::virtio::subsections::Features128Bit;
 
     /// What QEMU 11.1 sends of a network device on a tap interface, whose host side has features beyond 64.
     fn on_tap(guest_features: u64) -> DeviceState {

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use qevm_savevm::devices::DeviceState;
+use qevm_devices::DeviceState;
 
 /// The device sections that a machine was loaded from, by name and instance.
 ///

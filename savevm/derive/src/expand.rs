@@ -78,7 +78,7 @@ pub(crate) fn implementation(declaration: &Declaration) -> TokenStream {
                 <Self as ::qevm_savevm::vmstate::VmState>::accept(self, #version, ctx)
             }
         }
-        ::qevm_savevm::__vmstate_element_is_field!([#generic_parameters] #ident #type_generics);
+        ::qevm_savevm::element_is_field!([#generic_parameters] #ident #type_generics);
     }
 }
 

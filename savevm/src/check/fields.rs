@@ -51,7 +51,7 @@ fn older_and_read(device: &DeviceDescription, destination: &Expectations, sectio
 
 struct Comparison<'a, 'f> {
     device: &'a DeviceDescription,
-    models: &'a Models,
+    models: &'a Models<'a>,
     /// Numbers of the section, in the stream and as the destination has them.
     pairs: Option<HashSet<(i128, i128)>>,
     /// See [`older_and_read`].

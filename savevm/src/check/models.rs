@@ -1,26 +1,23 @@
 //! Which subsections a destination's device models can read, whether they had a reason to write them or not.
 
 use super::Expectations;
-use crate::devices;
-use crate::vmstate::{self, Context, Layout};
+use crate::vmstate::{self, Layout};
 use qevm_wire::QemuVersion;
 
 /// What is known of a destination's device models.
-pub(super) struct Models {
+pub(super) struct Models<'a> {
     /// By its `-dump-vmstate`: all of them.
     dumped: Option<Vec<vmstate::Description>>,
-    /// By its release: those that are declared in this crate.
-    declared: Vec<vmstate::Description>,
+    /// As they were handed in.
+    declared: &'a [vmstate::Description],
     qemu: Option<QemuVersion>,
 }
 
-impl Models {
-    pub(super) fn of(destination: &Expectations) -> Self {
-        let machine = destination.machine.as_deref().map(String::from_utf8_lossy).unwrap_or_default();
-        let declared = |qemu| devices::descriptions(&Context::new(qemu, &machine));
+impl<'a> Models<'a> {
+    pub(super) fn of(destination: &'a Expectations) -> Self {
         Models {
             dumped: destination.schema.as_ref().map(|schema| schema.descriptions()),
-            declared: destination.qemu.map(declared).unwrap_or_default(),
+            declared: &destination.models,
             qemu: destination.qemu,
         }
     }
@@ -43,7 +40,7 @@ impl Models {
 /// destination has not (`ICH9-LPC.enable_tco=off`), and 7.2 reads it.
 const ALWAYS_WRITTEN: &[(&str, QemuVersion)] = &[("ich9_pm/tco", QemuVersion::new(10, 0))];
 
-impl Models {
+impl Models<'_> {
     /// The destination would have written the subsection if it could read it.
     pub(super) fn must_write(&self, subsection: &str) -> bool {
         let since = |(name, since): &(&str, QemuVersion)| *name == subsection && self.qemu >= Some(*since);

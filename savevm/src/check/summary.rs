@@ -7,6 +7,7 @@ use crate::event::Event;
 use crate::framing::SectionHeader;
 use crate::ram::{RamBlock, RamRecord};
 use crate::vmdesc::{Description, Schema};
+use crate::vmstate;
 use qevm_wire::QemuVersion;
 use std::collections::BTreeMap;
 
@@ -73,6 +74,9 @@ pub struct Expectations {
     pub description: Option<Description>,
     /// Everything its device models could write.
     pub schema: Option<Schema>,
+    /// The device models of its release as far as they are declared, for what no schema tells of; crate `qevm-devices` has those
+    /// of `microvm` (`qevm_devices::descriptions`).
+    pub models: Vec<vmstate::Description>,
     /// Numbers of the device sections that it would write. Empty if they are not known.
     pub values: Values,
 }
@@ -106,6 +110,7 @@ impl From<Summary> for Expectations {
             description: stream.description,
             values: stream.values,
             schema: None,
+            models: Vec::new(),
         }
     }
 }

@@ -7,6 +7,7 @@ use crate::event::Event;
 use crate::framing::{SectionHeader, SectionKind};
 use crate::ram::{RamBlock, RamRecord};
 use crate::vmdesc::{Description, Node, Scalar, ScalarKind, Schema, Struct, Value};
+use crate::vmstate;
 use qevm_wire::{CountedString, Limits, QemuVersion};
 use std::collections::BTreeMap;
 
@@ -206,7 +207,7 @@ fn descriptions_tell_which_fields_and_subsections_differ() {
 }
 
 #[test]
-fn a_subsection_loads_where_the_destinations_release_has_it() {
+fn a_subsection_loads_where_the_destinations_models_have_it() {
     let cpu = |subsections: &str| {
         let json = format!(
             r#"{{"devices": [{{"name": "cpu", "instance_id": 0, "vmsd_name": "cpu", "version": 12, "fields": [],
@@ -216,7 +217,15 @@ fn a_subsection_loads_where_the_destinations_release_has_it() {
         Summary { description, ..Summary::default() }
     };
     let sub = |name: &str| cpu(&format!(r#"{{"vmsd_name": "{name}", "version": 1, "fields": []}}"#));
-    let of_7_2 = Expectations { qemu: Some(QemuVersion::new(7, 2)), ..cpu("").into() };
+    let model = |subsections| vmstate::Description {
+        name: "cpu".into(),
+        version: 12,
+        minimum_version: 12,
+        fields: Vec::new(),
+        subsections,
+    };
+    let models = vec![model(vec![vmstate::Description { name: "cpu/tsc_khz".into(), ..model(Vec::new()) }])];
+    let of_7_2 = Expectations { qemu: Some(QemuVersion::new(7, 2)), models, ..cpu("").into() };
     assert_eq!(one(&sub("cpu/tsc_khz"), of_7_2.clone()).outcome, Outcome::Loads);
     assert_eq!(one(&sub("cpu/of_another_release"), of_7_2).outcome, Outcome::MayFail);
     assert_eq!(one(&sub("cpu/tsc_khz"), cpu("")).outcome, Outcome::MayFail);

@@ -1,8 +1,8 @@
 //! What of a source's device state a destination would refuse, without running either.
 //!
 //! Sources are a stream's description ([`Description::from_stream`]) or the schema of a release; destinations are the
-//! schema of a release: our declarations ([`devices::descriptions`](crate::devices::descriptions)) or QEMU's
-//! `-dump-vmstate` ([`Schema::descriptions`](crate::vmdesc::Schema::descriptions)).
+//! schema of a release: declarations ([`VmState::description`](super::VmState::description), `qevm_devices::descriptions`)
+//! or QEMU's `-dump-vmstate` ([`Schema::descriptions`](crate::vmdesc::Schema::descriptions)).
 
 use super::{Count, Description, FieldDescription, Layout};
 use crate::vmdesc::StructDescription;
@@ -179,17 +179,30 @@ pub enum Source {
 /// Several VMSDs of a destination may share a name; the one with the least severe findings counts.
 ///
 /// ```
-/// use qevm_savevm::devices::{self, cpu::Cpu};
 /// use qevm_savevm::vmstate::{Context, VmState, compare::{Severity, Source, compare}};
+/// use qevm_wire::QemuVersion;
 ///
-/// let old = Context::new("10.0".parse()?, "microvm");
-/// let new = Context::new("11.1".parse()?, "microvm");
-/// let findings = compare(&Cpu::description(&new), Source::Schema, &devices::descriptions(&old));
-/// // 11.1 may send four subsections that 10.0 does not know.
-/// assert_eq!(findings.len(), 4);
-/// assert!(findings.iter().all(|finding| finding.severity == Severity::Suspicious));
-/// assert!(compare(&Cpu::description(&old), Source::Schema, &devices::descriptions(&new)).is_empty());
-/// # Ok::<(), qevm_wire::profile::BadVersion>(())
+/// /// What release 11.0 added.
+/// #[derive(VmState, Debug, Clone, Default)]
+/// #[vmstate(name = "toy/mask", version = 1)]
+/// struct Mask {
+///     mask: u32,
+/// }
+///
+/// #[derive(VmState, Debug, Clone, Default)]
+/// #[vmstate(name = "toy", version = 1)]
+/// struct Toy {
+///     control: u32,
+///     #[vmstate(subsection, since_release = "11.0")]
+///     mask: Option<Mask>,
+/// }
+///
+/// let of = |release| Toy::description(&Context::new(release, "microvm"));
+/// let (old, new) = (of(QemuVersion::new(10, 0)), of(QemuVersion::new(11, 1)));
+/// // The newer one may send the subsection, which the older one does not know.
+/// let findings = compare(&new, Source::Schema, &[old.clone()]);
+/// assert_eq!((findings.len(), findings[0].severity), (1, Severity::Suspicious));
+/// assert!(compare(&old, Source::Schema, &[new]).is_empty());
 /// ```
 pub fn compare(source: &Description, kind: Source, destination: &[Description]) -> Vec<Finding> {
     let candidates = destination.iter().filter(|description| description.name == source.name);
@@ -393,3 +406,6 @@ impl FieldDescription {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -1,5 +1,6 @@
 //! The facts outside a device that decide how its state is laid out.
 
+use super::PciFacts;
 use qevm_wire::{Limits, Profile, QemuVersion};
 
 /// What runs the guest's instructions.
@@ -62,15 +63,6 @@ pub struct VirtioFacts {
     pub queues: u16,
     /// The device offers `VIRTIO_F_RING_PACKED`, so that requests in flight are preceded by a descriptor count.
     pub packed_ring: bool,
-}
-
-/// See [`Context::pci`].
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct PciFacts {
-    /// It is a PCI Express device: 4096 bytes of configuration space instead of 256.
-    pub express: bool,
-    /// MSI-X vectors; 0 without MSI-X.
-    pub msix_vectors: u16,
 }
 
 impl Context {

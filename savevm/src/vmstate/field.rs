@@ -163,10 +163,45 @@ pub trait VarField: Sized {
     fn accept(&mut self, ctx: &Context) -> Result<(), VmStateError>;
 }
 
-/// Implements [`Field`] for an [`Element`].
-#[doc(hidden)]
+/// Implements [`Field`](crate::vmstate::Field) for an [`Element`](crate::vmstate::Element): a type of one's own that a
+/// declaration can have as a field, as an array's element and in a list.
+///
+/// In brackets stand the parameters of the type, where it has some.
+///
+/// ```
+/// use qevm_savevm::vmstate::{self, Context, Element, ElementDescription, Layout, Loader, Saver, VmState};
+///
+/// /// A number in the guest's byte order.
+/// #[derive(Debug, Clone, Copy, Default, PartialEq)]
+/// struct LittleEndian(u16);
+///
+/// impl Element for LittleEndian {
+///     const TYPE: &'static str = "uint16";
+///     fn put(&self, out: &mut Saver<'_>) -> Result<(), qevm_savevm::Error> {
+///         out.writer().bytes(&self.0.to_le_bytes());
+///         Ok(())
+///     }
+///     fn take(input: &mut Loader<'_, '_, '_>) -> Result<Self, qevm_savevm::Error> {
+///         Ok(LittleEndian(u16::from_le_bytes(input.reader().array()?)))
+///     }
+///     fn describe(_: &Context) -> ElementDescription {
+///         ElementDescription { type_name: Some(Self::TYPE.into()), layout: Layout::Bytes(2) }
+///     }
+/// }
+/// qevm_savevm::element_is_field!([] LittleEndian);
+///
+/// #[derive(VmState, Debug, Clone, Default, PartialEq)]
+/// #[vmstate(name = "ring", version = 1)]
+/// struct Ring {
+///     used: LittleEndian,
+/// }
+///
+/// let ctx = Context::new("11.1".parse()?, "microvm");
+/// assert_eq!(vmstate::encode(&Ring { used: LittleEndian(0x102) }, &ctx)?, [2, 1]);
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 #[macro_export]
-macro_rules! __vmstate_element_is_field {
+macro_rules! element_is_field {
     ([$($generics:tt)*] $type:ty) => {
         impl<$($generics)*> $crate::vmstate::Field for $type {
             const COMPRESSIBLE: bool = <Self as $crate::vmstate::Element>::COMPRESSIBLE;
@@ -227,7 +262,7 @@ macro_rules! numbers {
                 fixed($name, size_of::<$type>() as u64)
             }
         }
-        __vmstate_element_is_field!([] $type);
+        element_is_field!([] $type);
     )*};
 }
 
@@ -260,7 +295,7 @@ impl Element for bool {
         fixed("bool", 1)
     }
 }
-__vmstate_element_is_field!([] bool);
+element_is_field!([] bool);
 
 impl<T: Element, const N: usize> Field for [T; N] {
     const COMPRESSIBLE: bool = T::COMPRESSIBLE;

@@ -7,7 +7,7 @@ use super::{
     Context, Count, Description, Element, ElementDescription, Field, FieldDescription, FieldInfo, Layout, Loader,
     Saver, VarField, VmState, VmStateError,
 };
-use crate::{__vmstate_element_is_field, Error};
+use crate::{Error, element_is_field};
 use qevm_wire::Within;
 use std::fmt;
 use std::ops::{Deref, DerefMut};
@@ -59,7 +59,7 @@ macro_rules! bytes {
             }
         }
         wrapper!([const N: usize] $type<N> => [u8; N]);
-        __vmstate_element_is_field!([const N: usize] $type<N>);
+        element_is_field!([const N: usize] $type<N>);
     };
 }
 
@@ -168,7 +168,7 @@ impl Element for Timer {
         fixed(Self::TYPE, 8)
     }
 }
-__vmstate_element_is_field!([] Timer);
+element_is_field!([] Timer);
 
 /// Raw bytes (QEMU's `buffer`) as many as another field says.
 #[derive(Clone, Default, PartialEq, Eq)]
@@ -289,7 +289,7 @@ macro_rules! nested {
                 self.0.accept($version, ctx)
             }
         }
-        __vmstate_element_is_field!([$($generics)*] $type);
+        element_is_field!([$($generics)*] $type);
     };
 }
 
@@ -335,8 +335,28 @@ macro_rules! list {
                 self.0.iter_mut().try_for_each(|element| element.accept(T::VERSION, ctx))
             }
         }
-        __vmstate_element_is_field!([T: VmState] $type<T>);
+        element_is_field!([T: VmState] $type<T>);
     };
+}
+
+// A boxed buffer is the buffer: only its place in memory differs.
+impl<const N: usize> Field for Box<Buffer<N>> {
+    const COMPRESSIBLE: bool = true;
+    fn save(&self, out: &mut Saver<'_>, info: &FieldInfo) -> Result<(), Error> {
+        Field::save(&**self, out, info)
+    }
+    fn load(input: &mut Loader<'_, '_, '_>) -> Result<Self, Error> {
+        <Buffer<N> as Field>::load(input).map(Box::new)
+    }
+    fn describe(info: &FieldInfo, ctx: &Context) -> FieldDescription {
+        <Buffer<N> as Field>::describe(info, ctx)
+    }
+    fn prepare(&mut self, _: &Context) -> Result<(), VmStateError> {
+        Ok(())
+    }
+    fn accept(&mut self, _: &Context) -> Result<(), VmStateError> {
+        Ok(())
+    }
 }
 
 list! {

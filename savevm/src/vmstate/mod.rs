@@ -49,17 +49,19 @@ mod error;
 mod field;
 pub mod kinds;
 mod load;
+mod pci_facts;
 pub mod pointers;
 mod save;
 #[cfg(test)]
 mod tests;
 
-pub use context::{Accel, Context, IndexNotation, PciFacts, VirtioFacts};
+pub use context::{Accel, Context, IndexNotation, VirtioFacts};
 pub use description::{Count, Description, ElementDescription, FieldDescription, Layout};
 pub use error::VmStateError;
 pub use field::{Bytes, Element, Field, FieldInfo, VarField, describe_single};
 pub use kinds::{Bitmap, Buffer, QList, QTailQ, Table, Timer, Tmp, Unused, VStruct, VarBuffer};
 pub use load::{Loader, SubsectionHeader};
+pub use pci_facts::PciFacts;
 pub use qevm_savevm_derive::VmState;
 pub use save::Saver;
 

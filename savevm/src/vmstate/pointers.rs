@@ -5,7 +5,7 @@ use super::{
     Context, Count, Element, ElementDescription, Field, FieldDescription, FieldInfo, IndexNotation, Layout, Loader,
     Saver, VmState, VmStateError,
 };
-use crate::{__vmstate_element_is_field, Error};
+use crate::{Error, element_is_field};
 use qevm_wire::Within;
 
 /// The byte that stands for a NULL pointer ('0').
@@ -57,7 +57,7 @@ impl<T: VmState> Element for Pointer<T> {
         self.0.as_deref_mut().map_or(Ok(()), |value| value.accept(T::VERSION, ctx))
     }
 }
-__vmstate_element_is_field!([T: VmState] Pointer<T>);
+element_is_field!([T: VmState] Pointer<T>);
 
 /// A field of pointers that may be NULL: attribute `null`.
 pub trait PointerField: Sized {
