@@ -6,12 +6,12 @@
 //! 2. [`memory`]: RAM blocks and where the guest sees them.
 //! 3. [`devices`]: what the guest finds behind ports and addresses.
 //! 4. [`machine`]: the machine as a whole, with its vCPU threads; [`boot`]: Linux without firmware.
-//! 5. [`state`]: what is saved and restored, as plain values.
+//! 5. [`qevm_microvm`]: what is saved and restored, as plain values and as the device sections of QEMU's stream, which
+//!    [`qevm_migration`] moves.
 //! 6. [`dirty_log`]: which pages changed.
-//! 7. [`sections`]: the same as the device sections of QEMU's stream, which [`qevm_migration`] moves.
-//! 8. [`vfio`]: VFIO devices and their migration.
-//! 9. [`vmm`]: the machine with its run state and migrations; [`qmp`]: its control socket.
-//! 10. [`command`]: the program.
+//! 7. [`vfio`]: VFIO devices and their migration.
+//! 8. [`vmm`]: the machine with its run state and migrations; [`qmp`]: its control socket.
+//! 9. [`command`]: the program.
 //!
 //! Every error is an [`Error`]; nothing here panics on what a guest or a saved state says.
 
@@ -32,8 +32,6 @@ pub mod objects;
 pub mod payload;
 mod private;
 pub mod qmp;
-pub mod sections;
-pub mod state;
 pub mod vfio;
 pub mod vmm;
 

@@ -14,7 +14,8 @@ use acpi_tables::sdt::Sdt;
 use acpi_tables::xsdt::XSDT;
 use acpi_tables::{Aml, aml};
 
-use crate::devices::{GED_IRQ, Ged, SERIAL_IRQ, SERIAL_PORT, VirtioDevice};
+use crate::devices::{GED_IRQ, Ged, SERIAL_IRQ, SERIAL_PORT};
+use qevm_microvm::virtio::VirtioDevice;
 
 const OEM: [u8; 6] = *b"QEVM  ";
 const TABLE: [u8; 8] = *b"MICROVM ";

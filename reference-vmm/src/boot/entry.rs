@@ -2,7 +2,7 @@
 
 use crate::error::Result;
 use crate::memory::GuestMemory;
-use crate::state::{DescriptorTable, Registers, Segment, SpecialRegisters};
+use qevm_microvm::state::{DescriptorTable, Registers, Segment, SpecialRegisters};
 
 /// How a kernel is entered.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -37,13 +37,13 @@ use std::sync::Arc;
 
 use vm_memory::{GuestAddress, GuestMemoryMmap, GuestRegionMmap, MmapRegion};
 
-use crate::devices::VirtioDevice;
 use crate::devices::pci::ECAM;
 use crate::error::{Error, Result};
 use crate::memory::{GuestMemory, RamBlock};
 pub(crate) use entry::Entry;
 pub use error::BootError;
 pub(crate) use firmware::add_items;
+use qevm_microvm::virtio::VirtioDevice;
 
 /// A kernel and what it is given.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]

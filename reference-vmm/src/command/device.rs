@@ -4,9 +4,9 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use anyhow::{Context, bail, ensure};
+use qevm_microvm::virtio::VirtioDevice;
 use reference_vmm::devices::{
-    Block, BlockOptions, Chardev, ChardevOptions, Net, Netdev, NetdevOptions, Rng, VirtioDevice, VirtioSerial,
-    VirtioSlot,
+    Block, BlockOptions, Chardev, ChardevOptions, Net, Netdev, NetdevOptions, Rng, VirtioSerial, VirtioSlot,
 };
 
 use super::options::Options;
@@ -120,6 +120,7 @@ fn add(text: &str, backends: &mut Backends, devices: &mut Vec<Device>) -> anyhow
             }
             None => Device::Whole(VirtioSlot::kept(device)),
         },
+        without_model => Device::Whole(VirtioSlot::kept(without_model)),
     });
     options.finish()
 }

@@ -7,6 +7,7 @@ use std::path::PathBuf;
 use std::str::FromStr;
 
 use anyhow::{Context, bail};
+use qevm_microvm::MACHINE_TYPE;
 use qevm_wire::{Profile, QemuVersion};
 use reference_vmm::boot::Kernel;
 use reference_vmm::descriptors::Descriptors;
@@ -172,9 +173,6 @@ const MEMORY: u64 = 128 << 20;
 
 /// Length of the firmware of a machine that has none: that of QEMU's qboot, so that such a guest can go to a QEMU.
 const NO_FIRMWARE: usize = 64 << 10;
-
-/// The only machine type there is.
-const MACHINE_TYPE: &str = "microvm";
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct MachineOptions {

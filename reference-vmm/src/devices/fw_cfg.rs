@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use crate::error::{Error, Result};
 use crate::memory::GuestMemory;
-use crate::state::FwCfgState;
+use qevm_microvm::state::FwCfgState;
 
 const PORT_SELECTOR: u16 = 0x510;
 const PORT_DATA: u16 = 0x511;

@@ -7,7 +7,7 @@
 //! The first one is here with `kernel-irqchip=split`. The kernel is told of the pins' messages, and tells when a local APIC ends a
 //! level-triggered one.
 
-use crate::state::IoapicState;
+use qevm_microvm::state::IoapicState;
 
 /// Where the guest sees the first and the second one (`info mtree` of QEMU 7.2 to 11.1).
 const FIRST_BASE: u64 = 0xfec0_0000;

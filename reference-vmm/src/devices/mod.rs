@@ -25,10 +25,8 @@ pub(crate) use rtc::ticker::{Clock, wall_clock};
 pub use serial::Serial;
 pub(crate) use split::{Lines, SplitChips, pic::Pics, pit::Pit};
 pub(crate) use ticker::Ticker;
-pub use virtio::{Block, BlockOptions, Net, Rng, TRANSPORTS, VirtioDevice, VirtioSerial, VirtioSlot};
-pub(crate) use virtio::{
-    CTRL_GUEST_OFFLOADS, MAX_PORTS, MRG_RXBUF, Transport, Transports, is_section_of, start_pump, transport_of,
-};
+pub use virtio::{Block, BlockOptions, Net, Rng, VirtioSerial, VirtioSlot};
+pub(crate) use virtio::{Transport, Transports, missing, start_pump};
 
 use crate::memory::GuestMemory;
 use pci::PciBus;

@@ -12,7 +12,7 @@ use std::time::Duration;
 use super::lock;
 use crate::error::{Error, Result};
 use crate::non_blocking::NonBlockingWriter;
-use crate::state::SerialState;
+use qevm_microvm::state::SerialState;
 
 const DATA: u8 = 0;
 const IER: u8 = 1;

@@ -1,8 +1,9 @@
 //! The machine as the engines see it.
 
 use super::{Machine, RunState, running_log::RunningLog};
-use crate::{
-    memory::{BIOS, PAGE_SIZE, RamBlock, Userfault, WriteProtection},
+use crate::memory::{BIOS, PAGE_SIZE, RamBlock, Userfault, WriteProtection};
+use qevm_microvm::{
+    MACHINE_TYPE,
     sections::{self, has_device},
     state::MachineState,
 };
@@ -13,9 +14,6 @@ use qevm_migration::{
 use qevm_wire::{CountedString, Profile};
 use std::time::Duration;
 use vm_memory::VolatileSlice;
-
-/// The machine type this machine is laid out as.
-pub(crate) const MACHINE_TYPE: &str = "microvm";
 
 impl Guest for Machine {
     fn machine_type(&self) -> &str {

@@ -46,20 +46,20 @@ use vmm_sys_util::eventfd::EventFd;
 use crate::boot::{self, Kernel};
 use crate::devices::pci::{FIRST_GSI, PciBus, PciMessage};
 use crate::devices::{
-    Clock, Devices, FwCfg, FwCfgItems, GED_IRQ, Ged, Ioapic, Message, RTC_IRQ, Rtc, SERIAL_IRQ, Serial, TRANSPORTS,
-    Transport, Transports, VirtioDevice, lock, start_pump, transport_of, wall_clock,
+    Clock, Devices, FwCfg, FwCfgItems, GED_IRQ, Ged, Ioapic, Message, RTC_IRQ, Rtc, SERIAL_IRQ, Serial, Transport,
+    Transports, lock, missing, start_pump, wall_clock,
 };
 use crate::dirty_log::{DirtyLog, Reaper};
 use crate::error::{Error, Result, kvm};
 use crate::memory::{BackendError, GuestMemory};
-use crate::state::{Carried, MachineState};
 use crate::vfio::{Host, VfioDevices};
 use clock::VirtualClock;
 pub use config::MachineConfig;
 use dirty_limit::DirtyLimit;
 pub use dirty_limit::VcpuDirtyLimit;
-pub(crate) use guest::MACHINE_TYPE;
 use kvm_state::Held;
+use qevm_microvm::state::{Carried, MachineState};
+use qevm_microvm::virtio::{TRANSPORTS, VirtioDevice, transport_of};
 pub(crate) use routes::Routes;
 use run_control::RunControl;
 pub use run_control::{RunState, Stop};
@@ -378,7 +378,7 @@ impl Machine {
         match kept {
             Some((device, _)) => Err(Error::Config(format!(
                 "a guest with this {device} can be kept here (-S) but not run: it was given {}",
-                device.missing()
+                missing(*device)
             ))),
             None => Ok(()),
         }

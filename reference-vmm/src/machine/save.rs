@@ -5,7 +5,7 @@ use std::time::Instant;
 use super::{Machine, SETTLE, kvm_state};
 use crate::devices::Transport;
 use crate::error::{Error, Result};
-use crate::state::MachineState;
+use qevm_microvm::state::MachineState;
 
 impl Machine {
     /// Everything but the RAM.

@@ -8,7 +8,7 @@ use qevm_migration::{GuestError, IterativeDevice, Pending};
 use super::{DeviceState, DmaLog, Driver, Host, HostDevice, Migration, Opened, VfioError};
 use crate::devices::pci::{Function, PciBus};
 use crate::error::Result;
-use crate::sections::vfio_idstr;
+use qevm_microvm::sections::vfio_idstr;
 
 /// A device for the PCI bus.
 pub struct VfioSlot {

@@ -2,12 +2,12 @@
 
 use std::time::Duration;
 
+use qevm_microvm::state::MachineState;
 use reference_vmm::Error;
 use reference_vmm::boot::Kernel;
 use reference_vmm::devices::{Rng, VirtioSlot};
 use reference_vmm::machine::{Machine, MachineConfig, RunState, Stop};
 use reference_vmm::memory::BIOS;
-use reference_vmm::state::MachineState;
 
 use crate::Test;
 use crate::boot::elf;

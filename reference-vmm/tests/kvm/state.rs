@@ -2,9 +2,9 @@
 
 use std::time::Instant;
 
+use qevm_microvm::state::MachineState;
 use reference_vmm::Error;
 use reference_vmm::memory::GuestMemory;
-use reference_vmm::state::MachineState;
 
 use crate::Test;
 use crate::guest::Guest;

@@ -3,10 +3,10 @@
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, Weak};
 
+use qevm_microvm::state::PciFunctionState;
 use reference_vmm::devices::pci::{
     BarKind, Changes, ConfigSpace, Function, Identity, Msi, MsixLayout, MsixTable, PciError, PciMessage, command,
 };
-use reference_vmm::state::PciFunctionState;
 use reference_vmm::vfio::{DataFile, DeviceState, Driver, MultifdTransfer, PrecopyInfo, VfioBacking, VfioSlot};
 use reference_vmm::vmm::Vmm;
 use rustix::io::Errno;

@@ -7,6 +7,8 @@ use std::sync::{Arc, mpsc};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use qevm_microvm::sections;
+use qevm_microvm::state::MachineState;
 use qevm_migration::{
     Address, Capabilities, DeviceSection, Devices, DirtyLog, GuestError, IterativeDevice, Job, RamView, SavedDevices,
     Socket, Status, receive,
@@ -14,8 +16,6 @@ use qevm_migration::{
 use qevm_wire::{CountedString, Profile, QemuVersion};
 use reference_vmm::devices::pci::{BarKind, ConfigOnly, ConfigSpace, Function, Identity};
 use reference_vmm::machine::Machine;
-use reference_vmm::sections;
-use reference_vmm::state::MachineState;
 use reference_vmm::vfio::{
     DeviceState, Double, Fault, Garbage, MultifdTransfer, Shape, Support, VfioBacking, VfioSlot,
 };

@@ -17,7 +17,7 @@ pub use config::{BarKind, Changes, ConfigSpace, Identity, command, register};
 pub use msi::Msi;
 pub use msix::{Control as MsixControl, Layout as MsixLayout, Table as MsixTable};
 
-use crate::state::{PciFunctionState, PciState};
+use qevm_microvm::state::{PciFunctionState, PciState};
 
 /// Where the configuration space of every function is: 4 KiB each.
 pub const ECAM: Range<u64> = 0xe000_0000..0xf000_0000;

@@ -7,8 +7,8 @@
 mod calendar;
 pub(crate) mod ticker;
 
-use crate::state::RtcState;
 use calendar::{Registers, registers_of, seconds_from};
+use qevm_microvm::state::RtcState;
 
 const SECONDS: u8 = 0;
 const SECONDS_ALARM: usize = 1;

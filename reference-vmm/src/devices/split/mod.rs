@@ -8,9 +8,9 @@ use std::sync::{Arc, Mutex};
 use super::ioapic::Ioapic;
 use super::lock;
 use super::ticker::Ticker;
-use crate::state::{IoapicState, PicState, PitState};
 use pic::Pics;
 use pit::Pit;
+use qevm_microvm::state::{IoapicState, PicState, PitState};
 
 /// Interrupt of the PIT.
 const PIT_IRQ: u32 = 0;

@@ -1,6 +1,7 @@
 //! The two 8259A interrupt controllers (Intel 8259A data sheet) with the edge/level registers of the EISA specification.
 
-use crate::state::PicState;
+use qevm_microvm::state::PicState;
+use std::ops::{Deref, DerefMut};
 
 /// Port of the command register and, one above, of the data register, for each chip.
 const PORTS: [u16; 2] = [0x20, 0xa0];
@@ -33,7 +34,7 @@ const ICW4: u8 = 3;
 
 /// Both chips.
 pub(crate) struct Pics {
-    chips: [PicState; 2],
+    chips: [Pic; 2],
     output: Box<dyn FnMut(bool) + Send>,
     asserted: bool,
 }
@@ -41,7 +42,7 @@ pub(crate) struct Pics {
 impl Pics {
     /// After reset. `output` is told each change of the line to the processor.
     pub(crate) fn new(output: Box<dyn FnMut(bool) + Send>) -> Pics {
-        let chip = |elcr_mask| PicState { elcr_mask, ..PicState::default() };
+        let chip = |elcr_mask| Pic(PicState { elcr_mask, ..PicState::default() });
         Pics { chips: MAY_BE_LEVEL.map(chip), output, asserted: false }
     }
 
@@ -118,11 +119,11 @@ impl Pics {
     }
 
     pub(crate) fn save(&self) -> [PicState; 2] {
-        self.chips.clone()
+        self.chips.each_ref().map(|chip| chip.0.clone())
     }
 
     pub(crate) fn load(&mut self, state: &[PicState; 2]) {
-        self.chips = state.clone();
+        self.chips = state.clone().map(Pic);
         for (chip, elcr_mask) in self.chips.iter_mut().zip(MAY_BE_LEVEL) {
             chip.elcr_mask = elcr_mask;
         }
@@ -155,7 +156,23 @@ fn place(port: u16) -> Option<Place> {
     })
 }
 
-impl PicState {
+/// One chip.
+struct Pic(PicState);
+
+impl Deref for Pic {
+    type Target = PicState;
+    fn deref(&self) -> &PicState {
+        &self.0
+    }
+}
+
+impl DerefMut for Pic {
+    fn deref_mut(&mut self) -> &mut PicState {
+        &mut self.0
+    }
+}
+
+impl Pic {
     fn set_line(&mut self, line: u8, level: bool) {
         let bit = 1 << line;
         let level_triggered = self.elcr & bit != 0;
@@ -206,7 +223,7 @@ impl PicState {
     fn command(&mut self, value: u8) {
         if value & ICW1 != 0 {
             let (elcr, elcr_mask, irq_base) = (self.elcr, self.elcr_mask, self.irq_base);
-            *self = PicState {
+            self.0 = PicState {
                 elcr,
                 elcr_mask,
                 irq_base,

@@ -1,7 +1,8 @@
 //! The 8254 timer (Intel 82C54 data sheet) on the machine's virtual clock.
 
 use crate::devices::ticker::Timed;
-use crate::state::{PitChannelState, PitState};
+use qevm_microvm::state::{PitChannelState, PitState};
+use std::ops::{Deref, DerefMut};
 
 /// Hz.
 const FREQUENCY: i128 = 1_193_182;
@@ -29,7 +30,8 @@ const OUTPUT_BIT: u8 = 1 << 7;
 
 /// The device.
 pub(crate) struct Pit {
-    state: PitState,
+    channels: [Channel; 3],
+    flags: u32,
     interrupt: Box<dyn FnMut(bool) + Send>,
     /// Output of channel 0 as the interrupt controllers know it.
     level: bool,
@@ -40,25 +42,25 @@ pub(crate) struct Pit {
 impl Pit {
     /// After reset. `interrupt` is told what channel 0 puts out.
     pub(crate) fn new(interrupt: Box<dyn FnMut(bool) + Send>) -> Pit {
-        let channel =
-            |gate| PitChannelState { mode: SQUARE_WAVE, gate, count: FULL_COUNT, ..PitChannelState::default() };
-        let state = PitState { channels: [channel(1), channel(1), channel(0)], flags: 0 };
-        Pit { state, interrupt, level: true, told: 0 }
+        let channel = |gate| {
+            Channel(PitChannelState { mode: SQUARE_WAVE, gate, count: FULL_COUNT, ..PitChannelState::default() })
+        };
+        Pit { channels: [channel(1), channel(1), channel(0)], flags: 0, interrupt, level: true, told: 0 }
     }
 
     /// A read of port 0x40 to 0x43. `None`: the port is not the device's.
     pub(crate) fn read(&mut self, port: u16, now: i64) -> Option<u8> {
         let channel = usize::from(port.checked_sub(PORT).filter(|register| *register <= u16::from(CONTROL))?);
-        Some(self.state.channels.get_mut(channel).map_or(0, |channel| channel.read(now)))
+        Some(self.channels.get_mut(channel).map_or(0, |channel| channel.read(now)))
     }
 
     /// A write to port 0x40 to 0x43. False: the port is not the device's.
     pub(crate) fn write(&mut self, port: u16, value: u8, now: i64) -> bool {
         match port.checked_sub(PORT) {
             Some(register) if register < u16::from(CONTROL) => {
-                if self.state.channels[usize::from(register)].write(value, now) && register == 0 {
+                if self.channels[usize::from(register)].write(value, now) && register == 0 {
                     self.told = now;
-                    self.set(self.state.channels[0].output(now));
+                    self.set(self.channels[0].output(now));
                 }
             }
             Some(register) if register == u16::from(CONTROL) => self.control(value, now),
@@ -68,21 +70,22 @@ impl Pit {
     }
 
     pub(crate) fn save(&self) -> PitState {
-        self.state.clone()
+        PitState { channels: self.channels.each_ref().map(|channel| channel.0.clone()), flags: self.flags }
     }
 
     pub(crate) fn load(&mut self, state: &PitState, now: i64) {
-        self.state = state.clone();
+        self.channels = state.channels.clone().map(Channel);
+        self.flags = state.flags;
         self.told = now;
         self.level = false;
-        self.set(self.state.channels[0].output(now));
+        self.set(self.channels[0].output(now));
     }
 
     fn control(&mut self, value: u8, now: i64) {
         let selected = usize::from(value >> 6);
-        let Some(channel) = self.state.channels.get_mut(selected) else {
+        let Some(channel) = self.channels.get_mut(selected) else {
             // Read back: bit 5 clear latches counts, bit 4 clear the status, of the channels in bits 1 to 3.
-            for (i, channel) in self.state.channels.iter_mut().enumerate().filter(|(i, _)| value >> 1 & 1 << i != 0) {
+            for (i, channel) in self.channels.iter_mut().enumerate().filter(|(i, _)| value >> 1 & 1 << i != 0) {
                 if value & 1 << 5 == 0 {
                     channel.latch_count(now);
                 }
@@ -109,12 +112,12 @@ impl Pit {
         channel.bcd = value & 1;
         if selected == 0 {
             // No count yet: modes 0 starts low, all others high.
-            self.set(self.state.channels[0].mode != 0);
+            self.set(self.channels[0].mode != 0);
         }
     }
 
     fn set(&mut self, level: bool) {
-        if level != self.level && self.state.flags & IRQ_DISABLED == 0 {
+        if level != self.level && self.flags & IRQ_DISABLED == 0 {
             (self.interrupt)(level);
         }
         self.level = level;
@@ -123,7 +126,7 @@ impl Pit {
 
 impl Timed for Pit {
     fn next_event(&self) -> Option<i128> {
-        self.state.channels[0].next_rise(self.told).map(i128::from)
+        self.channels[0].next_rise(self.told).map(i128::from)
     }
 
     fn catch_up(&mut self, now: i128) {
@@ -134,7 +137,23 @@ impl Timed for Pit {
     }
 }
 
-impl PitChannelState {
+/// One of its three channels.
+struct Channel(PitChannelState);
+
+impl Deref for Channel {
+    type Target = PitChannelState;
+    fn deref(&self) -> &PitChannelState {
+        &self.0
+    }
+}
+
+impl DerefMut for Channel {
+    fn deref_mut(&mut self) -> &mut PitChannelState {
+        &mut self.0
+    }
+}
+
+impl Channel {
     /// Ticks since the count was loaded.
     fn ticks(&self, now: i64) -> i128 {
         i128::from(now.saturating_sub(self.count_load_time)).max(0) * FREQUENCY / NANOSECONDS

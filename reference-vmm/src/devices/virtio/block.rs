@@ -18,7 +18,7 @@ use super::image_lock;
 use super::queue::RingError;
 use super::transport::{Access, Model, Task};
 use crate::error::{Error, Result};
-use crate::state::{VirtioDeviceState, VirtioRequest};
+use qevm_microvm::state::{VirtioDeviceState, VirtioRequest};
 use request::{Progress, Step};
 
 /// Device number.

@@ -3,7 +3,7 @@
 use super::queue::{Descriptor, RingError};
 use crate::error::Result;
 use crate::memory::GuestMemory;
-use crate::state::VirtioRequest;
+use qevm_microvm::state::VirtioRequest;
 
 /// A piece of guest memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -5,14 +5,13 @@
 //! microvm's default): register interface version 1 and guest-endian rings at a page frame number (virtio 1.2, 4.2.4 and
 //! 2.7.2). Addresses, order and pins were read from `info qtree`, the registers and migrated guests of 7.2, 10.0 and 11.1.
 //!
-//! Read: [`name`](VirtioDevice) (what sits where), `transport` (registers), `queue` and `chain` (rings in guest memory), then the
+//! Read: [`qevm_microvm::virtio`] (what sits where), `transport` (registers), `queue` and `chain` (rings in guest memory), then the
 //! models: `block`, `rng`, `serial`, `net`; `pump` is the thread of those that hear from the host. A device without a model is kept with everything that a guest's source said about it, and
 //! goes back to a QEMU, but its guest cannot run.
 
 mod block;
 mod chain;
 mod image_lock;
-mod name;
 mod net;
 mod pump;
 mod queue;
@@ -24,23 +23,15 @@ use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
 pub use block::{Block, BlockOptions};
-pub(crate) use name::is_section_of;
-pub use name::{TRANSPORTS, VirtioDevice};
 pub use net::Net;
-pub(crate) use net::{CTRL_GUEST_OFFLOADS, MRG_RXBUF};
 pub(crate) use pump::start as start_pump;
 pub use rng::Rng;
-pub(crate) use serial::MAX_PORTS;
 pub use serial::Serial as VirtioSerial;
 pub(crate) use transport::{Model, Transport, drain, settle};
 
 use super::lock;
 use crate::error::Result;
-
-/// Address of the first transport.
-const BASE: u64 = 0xfeb0_0000;
-/// Bytes from one transport to the next.
-const STRIDE: u64 = 0x200;
+use qevm_microvm::virtio::{BASE, STRIDE, TRANSPORTS, VirtioDevice};
 
 /// A device on a transport.
 pub struct VirtioSlot {
@@ -84,9 +75,15 @@ impl VirtioSlot {
     }
 }
 
-/// The transport of device number `position` (from 0) of the command line.
-pub(crate) fn transport_of(position: usize) -> usize {
-    (TRANSPORTS - 1).saturating_sub(position)
+/// What a device that has no model was not given.
+pub(crate) fn missing(device: VirtioDevice) -> &'static str {
+    match device {
+        VirtioDevice::Block => "no drive (drive=ID)",
+        VirtioDevice::Net => "no netdev (netdev=ID)",
+        VirtioDevice::Rng => "no source of random numbers",
+        VirtioDevice::Serial => "no port (virtconsole or virtserialport on it)",
+        _ => "no model",
+    }
 }
 
 /// All transports, by the position of their devices; `None` where the device has no model.

@@ -9,7 +9,7 @@ use std::sync::atomic::{Ordering, fence};
 use super::chain::{Buffer, Chain};
 use crate::error::Error;
 use crate::memory::GuestMemory;
-use crate::state::VirtioQueueState;
+use qevm_microvm::state::VirtioQueueState;
 
 /// Largest queue, and most descriptors of a chain (QEMU's `VIRTQUEUE_MAX_SIZE`, seen as QueueNumMax of 7.2 and 10.0).
 pub(crate) const MAX_QUEUE: u32 = 1024;

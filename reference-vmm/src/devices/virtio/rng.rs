@@ -6,7 +6,7 @@ use std::io::{self, Read};
 use super::queue::RingError;
 use super::transport::{Access, Model};
 use crate::error::{Error, Result};
-use crate::state::VirtioDeviceState;
+use qevm_microvm::state::VirtioDeviceState;
 
 /// Device number.
 const ID: u32 = 4;

@@ -8,7 +8,8 @@ use super::chain::Chain;
 use super::queue::RingError;
 use super::transport::{Access, Model};
 use crate::devices::chardev::Chardev;
-use crate::state::{VirtioDeviceState, VirtioPortState};
+use qevm_microvm::state::{VirtioDeviceState, VirtioPortState};
+use qevm_microvm::virtio::MAX_PORTS;
 
 /// Device number.
 const ID: u32 = 3;
@@ -19,8 +20,6 @@ const MULTIPORT: u64 = 1 << 1;
 /// QueueNumMax of 11.1.3, and `virtio/ringsize` of 7.2.22: a port's queues, and the two of the control port.
 const QUEUE: u32 = 128;
 const CONTROL_QUEUE: u32 = 32;
-/// `max_ports`, QEMU's default.
-pub(crate) const MAX_PORTS: u32 = 31;
 
 const CONTROL_RECEIVE: usize = 2;
 const CONTROL_TRANSMIT: usize = 3;

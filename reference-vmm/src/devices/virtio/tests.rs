@@ -7,7 +7,7 @@ use tempfile::NamedTempFile;
 
 use super::*;
 use crate::memory::GuestMemory;
-use crate::state::{VirtioDeviceState, VirtioRequest};
+use qevm_microvm::state::{VirtioDeviceState, VirtioRequest};
 
 mod net;
 mod serial;

@@ -14,7 +14,7 @@ use super::pump::Wake;
 use super::queue::{MAX_QUEUE, Queue, RingError};
 use crate::error::{Error, Result};
 use crate::memory::GuestMemory;
-use crate::state::VirtioDeviceState;
+use qevm_microvm::state::VirtioDeviceState;
 
 /// Registers, by offset.
 mod register {

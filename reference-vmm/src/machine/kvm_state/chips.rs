@@ -8,7 +8,7 @@ use kvm_ioctls::VmFd;
 
 use crate::error::{Result, kvm};
 use crate::machine::clock::monotonic;
-use crate::state::{ClockState, IoapicState, PicState, PitChannelState, PitState};
+use qevm_microvm::state::{ClockState, IoapicState, PicState, PitChannelState, PitState};
 
 pub(super) fn save_irqchip(vm: &VmFd) -> Result<([PicState; 2], IoapicState)> {
     let chip = |chip_id| -> Result<kvm_irqchip> {

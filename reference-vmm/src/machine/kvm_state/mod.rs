@@ -1,4 +1,4 @@
-//! Between KVM and the plain values of [`state`](crate::state). Nothing else reads or sets KVM's state.
+//! Between KVM and the plain values of [`state`](qevm_microvm::state). Nothing else reads or sets KVM's state.
 
 mod chips;
 mod mce;
@@ -12,7 +12,7 @@ use kvm_bindings::KVM_MP_STATE_RUNNABLE;
 use super::{Machine, vcpu::Vcpu};
 use crate::devices::{Rtc, lock};
 use crate::error::{Error, Result};
-use crate::state::{Carried, ClockState, GedState, MachineState, Msr, PitState};
+use qevm_microvm::state::{Carried, ClockState, GedState, MachineState, Msr, PitState};
 
 /// The paravirtual clock, the PIT and the TSCs, which KVM lets run on while the vCPUs are paused. As with a QEMU clock and PIT
 /// stop for the guest: they are read when it stops, and set when it goes on. The TSCs of a guest that migrates do as well,
@@ -59,7 +59,7 @@ fn read_held(machine: &Machine) -> Result<Held> {
     Ok(Held { clock, pit, tscs, came: false })
 }
 
-/// RSP in the order of [`Registers`](crate::state::Registers).
+/// RSP in the order of [`Registers`](qevm_microvm::state::Registers).
 const RSP: usize = 4;
 
 /// The machine is paused.

@@ -13,7 +13,9 @@ use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
 use super::mce;
 use crate::boot::Entry;
 use crate::error::{Error, Result, kvm};
-use crate::state::{DebugRegisters, DescriptorTable, Events, Msr, Registers, Segment, SpecialRegisters, VcpuState};
+use qevm_microvm::state::{
+    DebugRegisters, DescriptorTable, Events, Msr, Registers, Segment, SpecialRegisters, VcpuState,
+};
 
 const MSR_TSC: u32 = 0x10;
 const MSR_TSC_ADJUST: u32 = 0x3b;

@@ -15,7 +15,7 @@ use crate::devices::pci::{
 };
 use crate::error::{Error, Result};
 use crate::memory::GuestMemory;
-use crate::state::PciFunctionState;
+use qevm_microvm::state::PciFunctionState;
 
 /// Bytes of a function's configuration space.
 const EXPRESS: u64 = 4096;

@@ -1,6 +1,6 @@
 //! Which frames a network card receives (virtio 1.2, 5.1.6.5.1 and 5.1.6.5.3).
 
-use crate::state::VirtioNetFilter;
+use qevm_microvm::state::VirtioNetFilter;
 
 /// Addresses that the filter holds (QEMU's `MAC_TABLE_ENTRIES`, from the sections of 7.2 to 11.1: more overflow).
 const ENTRIES: usize = 64;

@@ -12,7 +12,8 @@ use super::chain::Chain;
 use super::queue::RingError;
 use super::transport::{Access, Model};
 use crate::devices::netdev::{MAX_FRAME, MAX_HEADER, Netdev};
-use crate::state::{VirtioDeviceState, VirtioNetState};
+use qevm_microvm::state::{VirtioDeviceState, VirtioNetState};
+use qevm_microvm::virtio::{CTRL_GUEST_OFFLOADS, MRG_RXBUF};
 
 /// Device number.
 const ID: u32 = 1;
@@ -21,10 +22,6 @@ const ID: u32 = 1;
 const FEATURES: u64 = 0x39bf_8064;
 /// CSUM, GUEST_CSUM, and GUEST_ and HOST_ TSO4, TSO6, ECN, UFO: on a backend with headers (the same on `-netdev tap`).
 const OFFLOADS: u64 = 0x7f83;
-/// `VIRTIO_NET_F_CTRL_GUEST_OFFLOADS`
-pub(crate) const CTRL_GUEST_OFFLOADS: u64 = 1 << 2;
-/// `VIRTIO_NET_F_MRG_RXBUF`
-pub(crate) const MRG_RXBUF: u64 = 1 << 15;
 /// `VIRTIO_NET_F_GUEST_ANNOUNCE`
 const GUEST_ANNOUNCE: u64 = 1 << 21;
 /// Bits of the features that say what the guest takes, and what the host calls them (`TUN_F_CSUM`, `_TSO4`, `_TSO6`,

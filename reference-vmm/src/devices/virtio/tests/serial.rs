@@ -9,7 +9,7 @@ use rustix::fs::{CWD, FileType, Mode, mknodat};
 use super::*;
 use crate::devices::Rng;
 use crate::devices::{Chardev, ChardevOptions};
-use crate::state::VirtioPortState;
+use qevm_microvm::state::VirtioPortState;
 
 const PATIENCE: Duration = Duration::from_secs(300);
 const MULTIPORT: u32 = 1 << 1;
@@ -224,10 +224,11 @@ fn other_ports_are_refused() {
     assert!(bench.transport.load(&state).is_ok());
     for ids in [vec![], vec![0], vec![0, 2], vec![0, 1, 1]] {
         let ports = ids.into_iter().map(|id| VirtioPortState { id, ..VirtioPortState::default() });
-        let other = crate::state::VirtioState { device: VirtioDeviceState::Serial(ports.collect()), ..state.clone() };
+        let other =
+            qevm_microvm::state::VirtioState { device: VirtioDeviceState::Serial(ports.collect()), ..state.clone() };
         assert!(bench.transport.load(&other).is_err(), "{other:?}");
     }
-    let other = crate::state::VirtioState { device: VirtioDeviceState::Rng, ..state };
+    let other = qevm_microvm::state::VirtioState { device: VirtioDeviceState::Rng, ..state };
     assert!(bench.transport.load(&other).is_err());
 }
 

@@ -3,7 +3,7 @@
 use super::Transport;
 use crate::devices::virtio::queue::{MAX_QUEUE, Queue};
 use crate::error::{Error, Result};
-use crate::state::VirtioState;
+use qevm_microvm::state::VirtioState;
 
 impl Transport {
     /// Registers, queues and device.

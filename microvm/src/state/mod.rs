@@ -1,6 +1,6 @@
 //! The saved state of a machine, as plain values apart from everything that runs.
 //!
-//! The machine converts it from and to what KVM hands out in one place; what goes on the wire is made from these values. RAM is not part of it.
+//! A monitor converts it from and to what its accelerator hands out; what goes on the wire is made from these values. RAM is not part of it.
 
 mod carried;
 mod devices;
@@ -8,7 +8,8 @@ mod pci;
 mod vcpu;
 mod virtio;
 
-pub use crate::devices::VirtioDevice;
+use crate::virtio::VirtioDevice;
+
 pub use carried::Carried;
 pub use devices::{
     ClockState, FwCfgState, GedState, IoapicState, PicState, PitChannelState, PitState, RtcState, SerialState,

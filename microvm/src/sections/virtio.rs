@@ -1,10 +1,9 @@
 //! The sections of virtio devices that have a model.
 
-use crate::devices::{CTRL_GUEST_OFFLOADS, MAX_PORTS, MRG_RXBUF};
 use crate::state::{
-    VirtioDevice, VirtioDeviceState, VirtioNetFilter, VirtioNetState, VirtioPortState, VirtioQueueState, VirtioRequest,
-    VirtioState,
+    VirtioDeviceState, VirtioNetFilter, VirtioNetState, VirtioPortState, VirtioQueueState, VirtioRequest, VirtioState,
 };
+use crate::virtio::{CTRL_GUEST_OFFLOADS, MAX_PORTS, MRG_RXBUF, VirtioDevice};
 use qevm_devices::{
     DeviceState,
     virtio::{

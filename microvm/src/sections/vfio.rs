@@ -16,7 +16,7 @@ const PENDING: usize = 8;
 const CONVENTIONAL: usize = 256;
 
 /// The section of the device of this number on the bus, which is its place on the command line from 1 on.
-pub(crate) fn idstr(device: usize) -> String {
+pub fn idstr(device: usize) -> String {
     format!("0000:00:{device:02x}.0/vfio")
 }
 

@@ -1,16 +1,30 @@
-//! Which virtio devices sit on which transport.
+//! Which virtio devices sit on which of microvm's transports, and what they have.
 
 use std::fmt;
 use std::str::FromStr;
 
 use qevm_wire::CountedString;
 
-use super::{BASE, STRIDE, transport_of};
+/// Address of the first transport.
+pub const BASE: u64 = 0xfeb0_0000;
+/// Bytes from one transport to the next.
+pub const STRIDE: u64 = 0x200;
+/// `VIRTIO_NET_F_CTRL_GUEST_OFFLOADS`
+pub const CTRL_GUEST_OFFLOADS: u64 = 1 << 2;
+/// `VIRTIO_NET_F_MRG_RXBUF`
+pub const MRG_RXBUF: u64 = 1 << 15;
+/// `max_ports` of a serial bus, QEMU's default.
+pub const MAX_PORTS: u32 = 31;
 
 /// Interrupt of the first transport: the first pin of the second IOAPIC.
 const FIRST_INTERRUPT: u64 = 24;
 /// Transports of a microvm with two IOAPICs, and so the number of devices it can have.
 pub const TRANSPORTS: usize = 24;
+
+/// The transport of device number `position` (from 0) of the command line.
+pub fn transport_of(position: usize) -> usize {
+    (TRANSPORTS - 1).saturating_sub(position)
+}
 
 /// A virtio device, by the name that QEMU's `-device` has for it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -43,7 +57,7 @@ impl VirtioDevice {
     /// address and interrupt, which is one of the second IOAPIC's.
     ///
     /// ```
-    /// use reference_vmm::devices::VirtioDevice;
+    /// use qevm_microvm::virtio::VirtioDevice;
     ///
     /// assert_eq!(VirtioDevice::kernel_parameter(0), "virtio_mmio.device=512@0xfeb02e00:47");
     /// ```
@@ -53,26 +67,16 @@ impl VirtioDevice {
     }
 
     /// Address, length and interrupt of the transport of device number `position` of the command line.
-    pub(crate) fn resources(position: usize) -> (u32, u32, u32) {
+    pub fn resources(position: usize) -> (u32, u32, u32) {
         let transport = transport_of(position) as u64;
         // All transports are below 4 GiB.
         ((BASE + transport * STRIDE) as u32, STRIDE as u32, (FIRST_INTERRUPT + transport) as u32)
     }
 
-    /// What it needs to have a model.
-    pub(crate) fn missing(self) -> &'static str {
-        match self {
-            VirtioDevice::Block => "no drive (drive=ID)",
-            VirtioDevice::Net => "no netdev (netdev=ID)",
-            VirtioDevice::Rng => "no source of random numbers",
-            VirtioDevice::Serial => "no port (virtconsole or virtserialport on it)",
-        }
-    }
-
     /// The `idstr` of its section when it is device number `position` (from 0) of the command line, below [`TRANSPORTS`].
     ///
     /// ```
-    /// use reference_vmm::devices::VirtioDevice;
+    /// use qevm_microvm::virtio::VirtioDevice;
     ///
     /// assert_eq!(VirtioDevice::Block.idstr(0), "virtio-mmio@00000000feb02e00/virtio-blk");
     /// assert_eq!(VirtioDevice::Rng.idstr(2), "virtio-mmio@00000000feb02a00/virtio-rng");
@@ -102,7 +106,7 @@ impl FromStr for VirtioDevice {
 }
 
 /// Whether `idstr` names the section of one of `devices`, in the order of the command line.
-pub(crate) fn is_section_of(devices: &[VirtioDevice], idstr: &CountedString) -> bool {
+pub fn is_section_of(devices: &[VirtioDevice], idstr: &CountedString) -> bool {
     devices.iter().enumerate().any(|(position, device)| *idstr == *device.idstr(position).as_str())
 }
 

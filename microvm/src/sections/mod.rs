@@ -12,12 +12,12 @@ mod pci;
 mod vfio;
 mod virtio;
 
-pub(crate) use vfio::idstr as vfio_idstr;
+pub use vfio::idstr as vfio_idstr;
 
 use crate::{
-    devices::is_section_of,
-    machine::MACHINE_TYPE,
-    state::{MachineState, PciFunctionState, VirtioDevice},
+    MACHINE_TYPE,
+    state::{MachineState, PciFunctionState},
+    virtio::{VirtioDevice, is_section_of},
 };
 use qevm_devices::{DeviceState, globalstate::GlobalState};
 use qevm_migration::{DeviceSection, SavedDevices};
@@ -82,7 +82,7 @@ fn usual_cause(idstr: &str) -> &'static str {
 }
 
 /// Why a section may have come that this machine has no device for, and what to do.
-pub(crate) fn advice(idstr: &CountedString) -> &'static str {
+pub fn advice(idstr: &CountedString) -> &'static str {
     let idstr = idstr.as_str().unwrap_or_default();
     let pci_address = |name: &str| name.len() == 12 && name.as_bytes()[4] == b':' && name.as_bytes()[7] == b':';
     if [pci::GPEX_ROOT, pci::HOST, pci::BUS].contains(&idstr) {
