@@ -11,6 +11,8 @@ use syn::{
 pub(crate) struct Declaration {
     pub(crate) ident: Ident,
     pub(crate) generics: Generics,
+    /// Where the code finds `qevm-savevm`, if not in the crate root.
+    pub(crate) krate: Option<Path>,
     pub(crate) name: LitStr,
     pub(crate) version: u32,
     pub(crate) minimum_version: u32,
@@ -73,12 +75,13 @@ impl Declaration {
         let Fields::Named(named) = &data.fields else {
             return Err(Error::new(input.ident.span(), "VmState needs named fields, they are QEMU's field names"));
         };
-        let mut name = None;
+        let (mut name, mut krate) = (None, None);
         let (mut version, mut minimum_version) = (None, None);
         let (mut needed, mut wire_version, mut release_versions) = (None, None, None);
         let (mut pre_save, mut post_load) = (None, None);
         each_attribute(&input.attrs, |meta| match key(meta)?.as_str() {
             "name" => set(&mut name, meta, |m| m.value()?.parse()),
+            "crate" => set(&mut krate, meta, |m| m.value()?.parse()),
             "version" => set(&mut version, meta, integer),
             "minimum_version" => set(&mut minimum_version, meta, integer),
             "needed" => set(&mut needed, meta, |m| m.value()?.parse()),
@@ -88,7 +91,7 @@ impl Declaration {
             "post_load" => set(&mut post_load, meta, |m| m.value()?.parse()),
             other => Err(meta.error(format!(
                 "unknown attribute `{other}` of a VMSD: expected name, version, minimum_version, needed, wire_version, \
-                 release_versions, pre_save or post_load"
+                 release_versions, pre_save, post_load or crate"
             ))),
         })?;
         let missing = |what| Error::new(input.ident.span(), format!("missing #[vmstate({what})]"));
@@ -115,6 +118,7 @@ impl Declaration {
         Ok(Declaration {
             ident: input.ident.clone(),
             generics: input.generics.clone(),
+            krate,
             name,
             version,
             minimum_version,
@@ -199,6 +203,18 @@ fn parse_field(field: &syn::Field, version: u32) -> Result<Member> {
             "`released` is for fields that exist in some releases only; with a further condition use `exists`",
         );
     }
+    if len.is_none() && is_a(&field.ty, &["Vec", "VarBuffer", "Bitmap"]) {
+        return error(
+            "its length is not on the wire: say which field or constant gives it with #[vmstate(len = …)]; an array `[T; N]` \
+             has its own",
+        );
+    }
+    if exists.is_none() && released.is_none() && is_a(&field.ty, &["Option"]) {
+        return error(
+            "nothing on the wire tells whether it is there: say when it is with #[vmstate(exists = …)] or `released`, or make it \
+             a `subsection`",
+        );
+    }
     let ty = match (&exists, &released) {
         (None, None) => field.ty.clone(),
         _ => option_inner(&field.ty, "a field that may not exist is an Option")?,
@@ -241,6 +257,11 @@ fn option_inner(ty: &Type, why: &str) -> Result<Type> {
         return Ok(inner.clone());
     }
     Err(Error::new(ty.span(), why))
+}
+
+/// The type is called one of these.
+fn is_a(ty: &Type, names: &[&str]) -> bool {
+    matches!(ty, Type::Path(path) if path.path.segments.last().is_some_and(|last| names.iter().any(|name| last.ident == name)))
 }
 
 fn each_attribute(attrs: &[Attribute], mut visit: impl FnMut(&ParseNestedMeta<'_>) -> Result<()>) -> Result<()> {

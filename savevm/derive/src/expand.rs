@@ -2,8 +2,9 @@
 
 use crate::attributes::{Declaration, Field, Release, Subsection};
 use crate::walk;
-use proc_macro2::TokenStream;
-use quote::{ToTokens, quote};
+use proc_macro2::{Ident, TokenStream, TokenTree};
+use quote::{ToTokens, quote, quote_spanned};
+use syn::{GenericParam, spanned::Spanned};
 
 pub(crate) fn implementation(declaration: &Declaration) -> TokenStream {
     let ident = &declaration.ident;
@@ -19,18 +20,19 @@ pub(crate) fn implementation(declaration: &Declaration) -> TokenStream {
     let prepare = prepare(declaration);
     let accept = accept(declaration);
     let description = description(declaration);
-    quote! {
+    let names = subsection_names(declaration);
+    let code = quote! {
         #[automatically_derived]
         #[allow(unused_variables, clippy::all)]
-        impl #impl_generics ::qevm_savevm::vmstate::VmState for #ident #type_generics #where_clause {
+        impl #impl_generics __qevm::vmstate::VmState for #ident #type_generics #where_clause {
             const NAME: &'static str = #name;
             const VERSION: u32 = #version;
             const MINIMUM_VERSION: u32 = #minimum_version;
             const COMPRESSIBLE: bool = #compressible;
-            fn wire_version(&self, ctx: &::qevm_savevm::vmstate::Context) -> u32 {
+            fn wire_version(&self, ctx: &__qevm::vmstate::Context) -> u32 {
                 #wire_version
             }
-            fn needed(&self, ctx: &::qevm_savevm::vmstate::Context) -> bool {
+            fn needed(&self, ctx: &__qevm::vmstate::Context) -> bool {
                 #needed
             }
             #save_fields
@@ -41,52 +43,105 @@ pub(crate) fn implementation(declaration: &Declaration) -> TokenStream {
         }
 
         #[automatically_derived]
-        impl #impl_generics ::qevm_savevm::vmstate::Element for #ident #type_generics #where_clause {
+        impl #impl_generics __qevm::vmstate::Element for #ident #type_generics #where_clause {
             const TYPE: &'static str = "struct";
-            const COMPRESSIBLE: bool = <Self as ::qevm_savevm::vmstate::VmState>::COMPRESSIBLE;
+            const COMPRESSIBLE: bool = <Self as __qevm::vmstate::VmState>::COMPRESSIBLE;
             fn put(
                 &self,
-                out: &mut ::qevm_savevm::vmstate::Saver<'_>,
-            ) -> ::core::result::Result<(), ::qevm_savevm::Error> {
+                out: &mut __qevm::vmstate::Saver<'_>,
+            ) -> ::core::result::Result<(), __qevm::Error> {
                 out.object(self, #version)
             }
             fn take(
-                input: &mut ::qevm_savevm::vmstate::Loader<'_, '_, '_>,
-            ) -> ::core::result::Result<Self, ::qevm_savevm::Error> {
+                input: &mut __qevm::vmstate::Loader<'_, '_, '_>,
+            ) -> ::core::result::Result<Self, __qevm::Error> {
                 input.object(#version)
             }
             fn describe(
-                ctx: &::qevm_savevm::vmstate::Context,
-            ) -> ::qevm_savevm::vmstate::ElementDescription {
-                ::qevm_savevm::vmstate::ElementDescription {
+                ctx: &__qevm::vmstate::Context,
+            ) -> __qevm::vmstate::ElementDescription {
+                __qevm::vmstate::ElementDescription {
                     type_name: ::core::option::Option::Some("struct".into()),
-                    layout: ::qevm_savevm::vmstate::Layout::Struct(
-                        <Self as ::qevm_savevm::vmstate::VmState>::description(ctx),
+                    layout: __qevm::vmstate::Layout::Struct(
+                        <Self as __qevm::vmstate::VmState>::description(ctx),
                     ),
                 }
             }
             fn prepare(
                 &mut self,
-                ctx: &::qevm_savevm::vmstate::Context,
-            ) -> ::core::result::Result<(), ::qevm_savevm::vmstate::VmStateError> {
-                <Self as ::qevm_savevm::vmstate::VmState>::prepare(self, ctx)
+                ctx: &__qevm::vmstate::Context,
+            ) -> ::core::result::Result<(), __qevm::vmstate::VmStateError> {
+                <Self as __qevm::vmstate::VmState>::prepare(self, ctx)
             }
             fn accept(
                 &mut self,
-                ctx: &::qevm_savevm::vmstate::Context,
-            ) -> ::core::result::Result<(), ::qevm_savevm::vmstate::VmStateError> {
-                <Self as ::qevm_savevm::vmstate::VmState>::accept(self, #version, ctx)
+                ctx: &__qevm::vmstate::Context,
+            ) -> ::core::result::Result<(), __qevm::vmstate::VmStateError> {
+                <Self as __qevm::vmstate::VmState>::accept(self, #version, ctx)
             }
         }
-        ::qevm_savevm::element_is_field!([#generic_parameters] #ident #type_generics);
+        __qevm::element_is_field!([#generic_parameters] #ident #type_generics);
+        #names
+    };
+    let krate = declaration.krate.as_ref().map_or_else(|| quote!(::qevm_savevm), ToTokens::to_token_stream);
+    // A scope of its own for the name by which the code calls the crate.
+    quote! {
+        const _: () = {
+            use #krate as __qevm;
+            #code
+        };
     }
+}
+
+/// Refuses, when the crate is compiled, subsections that no loader would find: a name that does not start with the VMSD's, and one
+/// name twice.
+fn subsection_names(declaration: &Declaration) -> TokenStream {
+    let name = &declaration.name;
+    // What depends on a parameter has no name yet.
+    let known: Vec<_> = declaration.subsections.iter().map(|subsection| &subsection.ty).collect();
+    let known: Vec<_> = known.into_iter().filter(|ty| !names_a_parameter(ty.to_token_stream(), declaration)).collect();
+    let checks = known.iter().enumerate().map(|(place, ty)| {
+        let own = quote!(<#ty as __qevm::vmstate::VmState>::NAME);
+        let twice = known[..place].iter().map(|earlier| {
+            quote_spanned! {ty.span()=>
+                assert!(
+                    !__qevm::vmstate::__same_name(<#earlier as __qevm::vmstate::VmState>::NAME, #own),
+                    "two subsections have the same name",
+                );
+            }
+        });
+        quote_spanned! {ty.span()=>
+            assert!(
+                __qevm::vmstate::__names_subsection(#name, #own),
+                "the name of a subsection starts with that of its VMSD, and is longer: QEMU takes others for the next section",
+            );
+            #(#twice)*
+        }
+    });
+    quote!(#(const _: () = { #checks };)*)
+}
+
+/// A type is, or contains, one of the declaration's parameters.
+fn names_a_parameter(ty: TokenStream, declaration: &Declaration) -> bool {
+    let is_parameter = |ident: &Ident| {
+        declaration.generics.params.iter().any(|parameter| match parameter {
+            GenericParam::Type(parameter) => parameter.ident == *ident,
+            GenericParam::Const(parameter) => parameter.ident == *ident,
+            GenericParam::Lifetime(_) => false,
+        })
+    };
+    ty.into_iter().any(|token| match token {
+        TokenTree::Group(group) => names_a_parameter(group.stream(), declaration),
+        TokenTree::Ident(ident) => is_parameter(&ident),
+        _ => false,
+    })
 }
 
 /// The trait through which a field is saved and loaded.
 pub(crate) fn field_trait(field: &Field) -> TokenStream {
     match field.len {
-        Some(_) => quote!(::qevm_savevm::vmstate::VarField),
-        None => quote!(::qevm_savevm::vmstate::Field),
+        Some(_) => quote!(__qevm::vmstate::VarField),
+        None => quote!(__qevm::vmstate::Field),
     }
 }
 
@@ -97,8 +152,8 @@ pub(crate) fn field_info(field: &Field) -> TokenStream {
     let since = field.since.iter().map(|s| quote!(.since(#s)));
     let conditional = field.exists.iter().map(|_| quote!(.conditional()));
     quote! {
-        const __INFO: ::qevm_savevm::vmstate::FieldInfo =
-            ::qevm_savevm::vmstate::FieldInfo::new(#name, #json_name) #(#type_name)* #(#since)* #(#conditional)*;
+        const __INFO: __qevm::vmstate::FieldInfo =
+            __qevm::vmstate::FieldInfo::new(#name, #json_name) #(#type_name)* #(#since)* #(#conditional)*;
     }
 }
 
@@ -117,7 +172,7 @@ fn compressible(declaration: &Declaration) -> TokenStream {
 fn predicate(expression: &Option<impl ToTokens>, result: TokenStream, default: TokenStream) -> TokenStream {
     let Some(expression) = expression else { return default };
     quote! {
-        let __predicate: fn(&Self, &::qevm_savevm::vmstate::Context) -> #result = #expression;
+        let __predicate: fn(&Self, &__qevm::vmstate::Context) -> #result = #expression;
         __predicate(self, ctx)
     }
 }
@@ -135,8 +190,8 @@ fn prepare(declaration: &Declaration) -> TokenStream {
     quote! {
         fn prepare(
             &mut self,
-            ctx: &::qevm_savevm::vmstate::Context,
-        ) -> ::core::result::Result<(), ::qevm_savevm::vmstate::VmStateError> {
+            ctx: &__qevm::vmstate::Context,
+        ) -> ::core::result::Result<(), __qevm::vmstate::VmStateError> {
             #(#hook)*
             #(#fields)*
             #(#subsections)*
@@ -158,9 +213,9 @@ fn prepare_subsection(subsection: &Subsection) -> TokenStream {
         bound.map(|(major, minor)| {
             let exists = format!("{exists} {major}.{minor}");
             quote! {
-                if ctx.profile.qemu #operator ::qevm_savevm::vmstate::QemuVersion::new(#major, #minor) {
-                    return Err(::qevm_savevm::vmstate::VmStateError::NotInRelease {
-                        name: <#ty as ::qevm_savevm::vmstate::VmState>::NAME,
+                if ctx.profile.qemu #operator __qevm::vmstate::QemuVersion::new(#major, #minor) {
+                    return Err(__qevm::vmstate::VmStateError::NotInRelease {
+                        name: <#ty as __qevm::vmstate::VmState>::NAME,
                         release: ctx.profile.qemu,
                         exists: #exists,
                     });
@@ -174,13 +229,13 @@ fn prepare_subsection(subsection: &Subsection) -> TokenStream {
         let __needed = self
             .#ident
             .as_ref()
-            .is_some_and(|content| <#ty as ::qevm_savevm::vmstate::VmState>::needed(content, ctx))
+            .is_some_and(|content| <#ty as __qevm::vmstate::VmState>::needed(content, ctx))
             #needed_by_parent;
         match &mut self.#ident {
             Some(content) if __needed => {
                 #too_old
                 #too_new
-                <#ty as ::qevm_savevm::vmstate::VmState>::prepare(content, ctx)?;
+                <#ty as __qevm::vmstate::VmState>::prepare(content, ctx)?;
             }
             absent => *absent = None,
         }
@@ -199,8 +254,8 @@ fn accept(declaration: &Declaration) -> TokenStream {
         let (ident, ty) = (&subsection.ident, &subsection.ty);
         quote! {
             if let Some(content) = &mut self.#ident {
-                let version = <#ty as ::qevm_savevm::vmstate::VmState>::wire_version(content, ctx);
-                <#ty as ::qevm_savevm::vmstate::VmState>::accept(content, version, ctx)?;
+                let version = <#ty as __qevm::vmstate::VmState>::wire_version(content, ctx);
+                <#ty as __qevm::vmstate::VmState>::accept(content, version, ctx)?;
             }
         }
     });
@@ -209,8 +264,8 @@ fn accept(declaration: &Declaration) -> TokenStream {
         fn accept(
             &mut self,
             version: u32,
-            ctx: &::qevm_savevm::vmstate::Context,
-        ) -> ::core::result::Result<(), ::qevm_savevm::vmstate::VmStateError> {
+            ctx: &__qevm::vmstate::Context,
+        ) -> ::core::result::Result<(), __qevm::vmstate::VmStateError> {
             #(#fields)*
             #(#subsections)*
             #(#hook)*
@@ -233,7 +288,7 @@ fn description(declaration: &Declaration) -> TokenStream {
     });
     let versions = match &declaration.release_versions {
         Some(versions) => quote! {
-            let __versions: fn(&::qevm_savevm::vmstate::Context) -> (u32, u32) = #versions;
+            let __versions: fn(&__qevm::vmstate::Context) -> (u32, u32) = #versions;
             let (version, minimum_version) = __versions(ctx);
         },
         None => quote!(let (version, minimum_version) = (Self::VERSION, Self::MINIMUM_VERSION);),
@@ -242,19 +297,19 @@ fn description(declaration: &Declaration) -> TokenStream {
         let ty = &subsection.ty;
         let release = |bound: &Option<Release>, operator| {
             bound.map(|(major, minor)| {
-                quote!(&& ctx.profile.qemu #operator ::qevm_savevm::vmstate::QemuVersion::new(#major, #minor))
+                quote!(&& ctx.profile.qemu #operator __qevm::vmstate::QemuVersion::new(#major, #minor))
             })
         };
         let since = release(&subsection.since_release, quote!(>=));
         let until = release(&subsection.until_release, quote!(<=));
         quote! {
             if true #since #until {
-                __subsections.push(<#ty as ::qevm_savevm::vmstate::VmState>::description(ctx));
+                __subsections.push(<#ty as __qevm::vmstate::VmState>::description(ctx));
             }
         }
     });
     quote! {
-        fn description(ctx: &::qevm_savevm::vmstate::Context) -> ::qevm_savevm::vmstate::Description {
+        fn description(ctx: &__qevm::vmstate::Context) -> __qevm::vmstate::Description {
             #versions
             #[allow(unused_mut)]
             let mut __fields = ::std::vec::Vec::new();
@@ -262,7 +317,7 @@ fn description(declaration: &Declaration) -> TokenStream {
             #[allow(unused_mut)]
             let mut __subsections = ::std::vec::Vec::new();
             #(#subsections)*
-            ::qevm_savevm::vmstate::Description {
+            __qevm::vmstate::Description {
                 name: Self::NAME.into(),
                 version,
                 minimum_version,

@@ -27,6 +27,7 @@ use syn::{DeriveInput, parse_macro_input};
 /// | `wire_version = \|state, ctx\| …` | the version this value is written with, where it is not always `version` |
 /// | `release_versions = \|ctx\| …` | version and minimum version of the context's release, for the schema |
 /// | `pre_save = path` | `fn(&mut Self, &Context) -> Result<(), VmStateError>` |
+/// | `crate = path` | where `qevm-savevm` is, if a façade hands it on: `crate = vmm::savevm` |
 /// | `post_load = path` | `fn(&mut Self, version: u32, &Context) -> Result<(), VmStateError>` |
 ///
 /// and on a field

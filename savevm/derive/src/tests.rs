@@ -90,6 +90,10 @@ fn fields_take_field_attributes() {
     refuses(with(quote!(#[vmstate(exists = true, released = true)] a: Option<u8>)), "`released` is for fields");
     refuses(with(quote!(#[vmstate(needed = |_, _| true)] a: u8)), "belong to a subsection");
     refuses(with(quote!(ctx: u8)), "name the field differently");
+    refuses(with(quote!(a: Vec<u8>)), "#[vmstate(len = …)]");
+    refuses(with(quote!(a: std::vec::Vec<u8>)), "its length is not on the wire");
+    refuses(with(quote!(a: VarBuffer)), "its length is not on the wire");
+    refuses(with(quote!(a: Option<u8>)), "#[vmstate(exists = …)]");
 }
 
 #[test]
@@ -110,4 +114,37 @@ fn repeated_names_are_numbered_and_raw_names_are_plain() {
     let declaration = Declaration::parse(&input.unwrap()).unwrap_or_else(|error| panic!("{error}"));
     let names: Vec<_> = declaration.fields.iter().map(|field| field.json_name.as_str()).collect();
     assert_eq!(names, ["a[0]", "a[1]", "type"]);
+}
+
+#[test]
+fn the_crate_is_where_the_declaration_says() {
+    let input = syn::parse2(quote! {
+        #[vmstate(name = "x", version = 1, crate = vmm::savevm)]
+        struct S { a: u8, #[vmstate(subsection)] b: Option<Sub> }
+    });
+    let declaration = Declaration::parse(&input.unwrap()).unwrap_or_else(|error| panic!("{error}"));
+    let code = crate::expand::implementation(&declaration).to_string();
+    assert!(code.contains("use vmm :: savevm as __qevm ;"), "{code}");
+    assert!(!code.contains("qevm_savevm"), "{code}");
+}
+
+#[test]
+fn names_of_subsections_are_checked_where_they_are_known() {
+    let input = syn::parse2(quote! {
+        #[vmstate(name = "x", version = 1)]
+        struct S<T, const N: usize> {
+            #[vmstate(subsection)] a: Option<Known>,
+            #[vmstate(subsection)] b: Option<Of<T>>,
+            #[vmstate(subsection)] c: Option<[u8; N]>,
+            #[vmstate(subsection)] d: Option<Other>,
+        }
+    });
+    let declaration = Declaration::parse(&input.unwrap()).unwrap_or_else(|error| panic!("{error}"));
+    let code = crate::expand::implementation(&declaration).to_string();
+    let checked = |ty: &str| {
+        code.contains(&format!("__names_subsection (\"x\" , < {ty} as __qevm :: vmstate :: VmState > :: NAME)"))
+    };
+    assert!(checked("Known") && checked("Other"), "{code}");
+    assert!(!checked("Of < T >") && !checked("[u8 ; N]"), "{code}");
+    assert_eq!(code.matches("__same_name").count(), 1, "{code}");
 }

@@ -15,9 +15,9 @@ pub(crate) fn save_fields(declaration: &Declaration) -> TokenStream {
     quote! {
         fn save_fields(
             &self,
-            __out: &mut ::qevm_savevm::vmstate::Saver<'_>,
+            __out: &mut __qevm::vmstate::Saver<'_>,
             version: u32,
-        ) -> ::core::result::Result<(), ::qevm_savevm::Error> {
+        ) -> ::core::result::Result<(), __qevm::Error> {
             let ctx = __out.context();
             let Self { #(#idents,)* .. } = self;
             #(#fields)*
@@ -33,15 +33,15 @@ fn save_field(field: &Field) -> TokenStream {
     let len = field.len.iter().map(|len| quote!(, (#len) as u64));
     let save = quote!(#field_trait::save(__value, __out, &__INFO #(#len)*));
     let save = in_context(field, quote!(__out), save);
-    let save = quote!(::qevm_savevm::vmstate::Within::within(#save, || #path)?;);
+    let save = quote!(__qevm::vmstate::Within::within(#save, || #path)?;);
     let conditional = match (field.condition(), field.since) {
         (Some(exists), _) => quote! {
             match (#exists, #ident) {
                 (true, ::core::option::Option::Some(__value)) => { #save }
                 (false, ::core::option::Option::None) => {}
-                (true, _) => return Err(__out.fail(::qevm_savevm::vmstate::VmStateError::FieldMissing { field: #name })),
+                (true, _) => return Err(__out.fail(__qevm::vmstate::VmStateError::FieldMissing { field: #name })),
                 (false, _) => {
-                    return Err(__out.fail(::qevm_savevm::vmstate::VmStateError::FieldInExcess { field: #name }));
+                    return Err(__out.fail(__qevm::vmstate::VmStateError::FieldInExcess { field: #name }));
                 }
             }
         },
@@ -63,7 +63,7 @@ pub(crate) fn load_fields(declaration: &Declaration) -> TokenStream {
     let known = declaration.subsections.iter().enumerate().map(|(order, subsection)| {
         let (slot, ty) = (value(&subsection.ident), &subsection.ty);
         quote! {
-            if __header.name == *<#ty as ::qevm_savevm::vmstate::VmState>::NAME {
+            if __header.name == *<#ty as __qevm::vmstate::VmState>::NAME {
                 __input.subsection(&mut #slot, &__header, #order, &mut __last)?;
                 continue;
             }
@@ -76,9 +76,9 @@ pub(crate) fn load_fields(declaration: &Declaration) -> TokenStream {
     });
     quote! {
         fn load_fields(
-            __input: &mut ::qevm_savevm::vmstate::Loader<'_, '_, '_>,
+            __input: &mut __qevm::vmstate::Loader<'_, '_, '_>,
             version: u32,
-        ) -> ::core::result::Result<Self, ::qevm_savevm::Error> {
+        ) -> ::core::result::Result<Self, __qevm::Error> {
             let ctx = __input.context();
             #(#fields)*
             #(#slots)*
@@ -100,12 +100,12 @@ fn load_field(field: &Field) -> TokenStream {
     let read = match &field.null {
         Some(null) => {
             let len = field.len.as_ref().map_or(quote!(0), |len| quote!((#len) as u64));
-            quote!(<#ty as ::qevm_savevm::vmstate::PointerField>::load(__input, #len, &|index: usize| #null))
+            quote!(<#ty as __qevm::vmstate::PointerField>::load(__input, #len, &|index: usize| #null))
         }
         None => quote!(<#ty as #field_trait>::load(__input #(#len)*)),
     };
     let read = in_context(field, quote!(__input), read);
-    let read = quote!(::qevm_savevm::vmstate::Within::within(#read, || #path)?);
+    let read = quote!(__qevm::vmstate::Within::within(#read, || #path)?);
     let (ty, read) = match (field.condition(), field.since) {
         (Some(exists), _) => (
             quote!(::core::option::Option<#ty>),
@@ -126,7 +126,7 @@ fn load_field(field: &Field) -> TokenStream {
 fn in_context(field: &Field, walker: TokenStream, walk: TokenStream) -> TokenStream {
     match &field.context {
         Some(context) => quote! {{
-            let __context: ::qevm_savevm::vmstate::Context = #context;
+            let __context: __qevm::vmstate::Context = #context;
             #walker.with_context(&__context, |#walker| #walk)
         }},
         None => walk,

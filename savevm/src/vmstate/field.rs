@@ -106,6 +106,12 @@ pub trait Element: Sized {
 }
 
 /// A field whose Rust type alone says how long it is: an [`Element`], or an array `[T; N]` of them.
+#[diagnostic::on_unimplemented(
+    message = "`{Self}` is nothing that a field of a VMSD can be",
+    label = "QEMU has no such field",
+    note = "integers of 8 to 64 bits, `bool`, arrays `[T; N]`, and structs with `#[derive(VmState)]` can be fields, and what `vmstate::kinds` has",
+    note = "a `Vec`, `VarBuffer` or `Bitmap` needs `len = …`, an `Option` `exists = …`, `released` or `subsection`"
+)]
 pub trait Field: Sized {
     /// See [`Element::COMPRESSIBLE`].
     const COMPRESSIBLE: bool;
@@ -135,6 +141,10 @@ pub trait Field: Sized {
 }
 
 /// A field whose length another field gives: attribute `len`.
+#[diagnostic::on_unimplemented(
+    message = "`{Self}` has no length that another field could give",
+    label = "`len` is for `Vec`, `VarBuffer` and `Bitmap`"
+)]
 pub trait VarField: Sized {
     /// See [`Element::COMPRESSIBLE`].
     const COMPRESSIBLE: bool;

@@ -71,6 +71,106 @@ pub use pointers::{MarkedPointers, Pointer, PointerField};
 #[doc(hidden)]
 pub use qevm_wire::{QemuVersion, Within};
 
+/// True if the name of a subsection starts with its VMSD's and goes on, as loaders ask.
+///
+/// ```
+/// use qevm_savevm::vmstate::VmState;
+///
+/// #[derive(VmState)]
+/// #[vmstate(name = "toy/sub", version = 1)]
+/// struct Sub {}
+///
+/// #[derive(VmState)]
+/// #[vmstate(name = "toy", version = 1)]
+/// struct Toy {
+///     #[vmstate(subsection)]
+///     sub: Option<Sub>,
+/// }
+/// ```
+///
+/// Under another name the same does not compile.
+///
+/// ```compile_fail,E0080
+/// use qevm_savevm::vmstate::VmState;
+///
+/// #[derive(VmState)]
+/// #[vmstate(name = "other/sub", version = 1)]
+/// struct Sub {}
+///
+/// #[derive(VmState)]
+/// #[vmstate(name = "toy", version = 1)]
+/// struct Toy {
+///     #[vmstate(subsection)]
+///     sub: Option<Sub>,
+/// }
+/// ```
+#[doc(hidden)]
+pub const fn __names_subsection(vmsd: &str, subsection: &str) -> bool {
+    let (vmsd, subsection) = (vmsd.as_bytes(), subsection.as_bytes());
+    subsection.len() > vmsd.len() && starts_with(subsection, vmsd)
+}
+
+/// True if two subsections have one name.
+///
+/// ```
+/// use qevm_savevm::vmstate::VmState;
+///
+/// #[derive(VmState)]
+/// #[vmstate(name = "toy/first", version = 1)]
+/// struct First {}
+///
+/// #[derive(VmState)]
+/// #[vmstate(name = "toy/second", version = 1)]
+/// struct Second {}
+///
+/// #[derive(VmState)]
+/// #[vmstate(name = "toy", version = 1)]
+/// struct Toy {
+///     #[vmstate(subsection)]
+///     first: Option<First>,
+///     #[vmstate(subsection)]
+///     second: Option<Second>,
+/// }
+/// ```
+///
+/// Under one name the same does not compile.
+///
+/// ```compile_fail,E0080
+/// use qevm_savevm::vmstate::VmState;
+///
+/// #[derive(VmState)]
+/// #[vmstate(name = "toy/sub", version = 1)]
+/// struct First {}
+///
+/// #[derive(VmState)]
+/// #[vmstate(name = "toy/sub", version = 1)]
+/// struct Second {}
+///
+/// #[derive(VmState)]
+/// #[vmstate(name = "toy", version = 1)]
+/// struct Toy {
+///     #[vmstate(subsection)]
+///     first: Option<First>,
+///     #[vmstate(subsection)]
+///     second: Option<Second>,
+/// }
+/// ```
+#[doc(hidden)]
+pub const fn __same_name(one: &str, other: &str) -> bool {
+    one.len() == other.len() && starts_with(one.as_bytes(), other.as_bytes())
+}
+
+const fn starts_with(text: &[u8], start: &[u8]) -> bool {
+    let mut at = 0;
+    while at < start.len() {
+        if text[at] != start[at] {
+            return false;
+        }
+        at += 1;
+    }
+    true
+}
+
 /// The state of one device (or of a structure or subsection in it) as QEMU's VMSD of that name lays it out.
 ///
 /// Implemented by `#[derive(VmState)]`. Use the functions of this module rather than the methods.

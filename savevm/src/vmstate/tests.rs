@@ -435,3 +435,44 @@ fn marked_pointers_are_described_with_their_markers() {
     let error = decode::<MarkedArray>(b"\x32", 1, &ctx).unwrap_err();
     assert!(matches!(kind(error), VmStateError::BadMarker { found: 0x32, .. }));
 }
+
+#[test]
+fn loaders_find_subsections_by_the_vmsds_name_and_more() {
+    let found = |subsection| __names_subsection("toy", subsection);
+    assert!(found("toy/sub") && found("toys"));
+    assert!(!found("toy") && !found("to") && !found("") && !found("other/toy"));
+    assert!(__same_name("toy/sub", "toy/sub"));
+    assert!(!__same_name("toy/sub", "toy/suc") && !__same_name("toy/sub", "toy/su"));
+}
+
+/// Declarations of a crate that has `qevm-savevm` through another.
+mod of_a_crate_elsewhere {
+    /// As a façade hands it on.
+    mod facade {
+        pub(super) use qevm_savevm as savevm;
+    }
+    use facade::savevm::vmstate::{self, Context, VmState};
+
+    #[derive(VmState, Debug, Clone, Default, PartialEq)]
+    #[vmstate(name = "elsewhere/sub", version = 1, crate = facade::savevm)]
+    struct Sub {
+        c: u8,
+    }
+
+    #[derive(VmState, Debug, Clone, Default, PartialEq)]
+    #[vmstate(name = "elsewhere", version = 1, crate = facade::savevm)]
+    struct Elsewhere<T: vmstate::Field> {
+        a: T,
+        #[vmstate(len = 2)]
+        b: Vec<u8>,
+        #[vmstate(subsection)]
+        sub: Option<Sub>,
+    }
+
+    #[test]
+    fn the_derive_finds_the_crate_where_it_is_told() {
+        let ctx = Context::new("11.1".parse().unwrap(), "microvm");
+        let state = Elsewhere { a: 7u16, b: vec![1, 2], sub: None };
+        assert_eq!(vmstate::encode(&state, &ctx).unwrap(), [0, 7, 1, 2]);
+    }
+}
