@@ -1,11 +1,11 @@
 //! The decoder of one page channel: bytes in, events out.
 
 use crate::{
-    Error, ErrorKind, PacketError, Reader,
+    Error, ErrorKind, PacketError, Reader, Uuid,
     compression::Compression,
     device_state::DeviceState,
     event::{Event, PayloadKind},
-    init::{self, Init, Uuid},
+    init::{self, Init},
     layout::{self, FLAG_DEVICE_STATE, PREFIX_LEN},
     packet::{self, RamPacket},
 };

@@ -2,6 +2,7 @@
 
 use crate::{
     Error, PacketError, Reader,
+    chunk::chunk,
     layout::{self, DEVICE_STATE_LEN, DeviceStateView, FLAG_DEVICE_STATE, NAME_LEN},
     packet,
 };
@@ -40,7 +41,7 @@ impl DeviceState {
 
     pub(crate) fn read(reader: &mut Reader<'_>, limits: &Limits) -> Result<Self, Error> {
         let start = reader.offset();
-        let view: &DeviceStateView = transmute_ref!(layout::chunk::<DEVICE_STATE_LEN>(reader)?);
+        let view: &DeviceStateView = transmute_ref!(chunk::<DEVICE_STATE_LEN>(reader)?);
         let flags = view.flags.get();
         packet::prefix(view.magic.get(), view.version.get(), flags, start)?;
         if flags != FLAG_DEVICE_STATE {

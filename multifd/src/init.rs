@@ -1,37 +1,12 @@
 //! The first packet of a channel, and the set of channels of one migration.
 
 use crate::{
-    Error, HandshakeError, Reader,
+    Error, HandshakeError, Reader, Uuid,
+    chunk::chunk,
     layout::{self, INIT_LEN, InitView},
 };
-use core::fmt;
 use qevm_wire::{Located, Within, Writer};
 use zerocopy::transmute_ref;
-
-/// The UUID of a virtual machine as page channels carry it: 16 bytes, all zero where the machine has none.
-///
-/// ```
-/// let uuid = qevm_multifd::Uuid(*b"0123456789abcdef");
-/// assert_eq!(uuid.to_string(), "30313233-3435-3637-3839-616263646566");
-/// ```
-#[derive(Clone, Copy, PartialEq, Eq, Hash, Default)]
-pub struct Uuid(pub [u8; 16]);
-
-impl fmt::Display for Uuid {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        for (i, byte) in self.0.iter().enumerate() {
-            let dash = if matches!(i, 4 | 6 | 8 | 10) { "-" } else { "" };
-            write!(f, "{dash}{byte:02x}")?;
-        }
-        Ok(())
-    }
-}
-
-impl fmt::Debug for Uuid {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        fmt::Display::fmt(self, f)
-    }
-}
 
 /// The first packet of a channel: which channel of which virtual machine this connection is (64 bytes; QEMU 4.0).
 ///
@@ -76,7 +51,7 @@ impl Init {
         if let Ok(magic) = reader.clone().be32() {
             check(magic == layout::MAGIC, HandshakeError::Magic { found: magic }, offset)?;
         }
-        let view: &InitView = transmute_ref!(layout::chunk::<INIT_LEN>(reader)?);
+        let view: &InitView = transmute_ref!(chunk::<INIT_LEN>(reader)?);
         let version = view.version.get();
         check(version == layout::VERSION, HandshakeError::Version { found: version }, offset + 4)?;
         Ok(Init { uuid: Uuid(view.uuid), channel: view.channel, unused: view.unused })

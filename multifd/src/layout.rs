@@ -6,8 +6,6 @@
 //!
 //! Source: streams of QEMU 5.2, 7.2, 10.0 and 11.1; `docs/format/multifd.md`.
 
-use crate::{Error, Reader};
-use qevm_wire::WireError;
 use zerocopy::{
     FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned,
     byteorder::big_endian::{U32, U64},
@@ -96,17 +94,6 @@ pub struct DeviceStateView {
     pub instance_id: U32,
     /// Length in bytes of the payload.
     pub next_packet_size: U32,
-}
-
-/// The next `N` bytes of the input, without copying them.
-pub(crate) fn chunk<'a, const N: usize>(reader: &mut Reader<'a>) -> Result<&'a [u8; N], Error> {
-    match reader.rest().first_chunk() {
-        Some(chunk) => {
-            reader.take(N as u64)?;
-            Ok(chunk)
-        }
-        None => Err(reader.fail(WireError::Truncated { needed: N as u64, available: reader.remaining() as u64 })),
-    }
 }
 
 /// The bytes of a name field before its first NUL. Its last byte counts as NUL, whatever it is.

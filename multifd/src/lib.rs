@@ -56,6 +56,7 @@
 //! ```
 #![forbid(unsafe_code)]
 
+mod chunk;
 pub mod compression;
 pub mod decode;
 pub mod device_state;
@@ -71,6 +72,7 @@ pub mod runs;
 pub mod sync;
 #[cfg(test)]
 mod tests;
+mod uuid;
 pub mod zero_page;
 
 pub use compression::{Compression, CompressionError, Compressor, Decompressor};
@@ -79,7 +81,8 @@ pub use device_state::{DeviceState, VfioDeviceState};
 pub use encode::{ChannelEncoder, EncoderOptions, Pages};
 pub use error::{Error, ErrorKind, HandshakeError, PacketError, Reader};
 pub use event::{Event, PayloadKind};
-pub use init::{ChannelSet, Init, Uuid};
+pub use init::{ChannelSet, Init};
 pub use packet::{PacketLayout, RamPacket};
 pub use runs::{Run, Runs};
 pub use sync::{FlushMode, Progress, SourceSync, SyncBarrier, SyncError, SyncStep, Waiting};
+pub use uuid::Uuid;

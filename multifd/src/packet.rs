@@ -2,6 +2,7 @@
 
 use crate::{
     Error, PacketError, Reader,
+    chunk::chunk,
     compression::Compression,
     layout::{self, FLAG_DEVICE_STATE, FLAG_SYNC, RAM_HEADER_LEN, RamHeader},
     runs::{Run, Runs},
@@ -81,7 +82,7 @@ impl<'a> RamPacket<'a> {
     pub(crate) fn read(reader: &mut Reader<'a>, pages: PageGeometry, limits: &Limits) -> Result<Self, Error> {
         let start = reader.offset();
         let mut packet = reader.sub(packet_len(pages) as u64)?;
-        let header: &RamHeader = transmute_ref!(layout::chunk::<RAM_HEADER_LEN>(&mut packet)?);
+        let header: &RamHeader = transmute_ref!(chunk::<RAM_HEADER_LEN>(&mut packet)?);
         let (slots, _) = packet.rest().as_chunks();
         let compression = prefix(header.magic.get(), header.version.get(), header.flags.get(), start)?;
         if header.flags.get() & FLAG_DEVICE_STATE != 0 {
