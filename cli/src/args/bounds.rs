@@ -1,6 +1,6 @@
 //! `--max-spool` and `--max-ram`.
 
-use super::parse_size;
+use super::size::parse_size;
 use clap::Args;
 use qevm_inspect::bounds::Spool;
 

@@ -1,7 +1,7 @@
 //! `qevm check`: what can be said of a destination.
 
-use super::Bounds;
-use super::{Input, Output, parse_size};
+use super::size::parse_size;
+use super::{Bounds, Input, Output};
 use clap::Args;
 use qevm_wire::{Capability, CountedString, QemuVersion};
 use std::path::PathBuf;

@@ -1,7 +1,6 @@
 //! `qevm receive`: what can be said of a source.
 
-use super::Bounds;
-use super::Output;
+use super::{Bounds, Output};
 use clap::Args;
 use qevm_multifd::Compression;
 use std::path::PathBuf;

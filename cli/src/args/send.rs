@@ -1,7 +1,7 @@
 //! `qevm send`: where a guest goes, and how.
 
-use super::Bounds;
-use super::{EXIT_CODES, Input, Output};
+use super::output::EXIT_CODES;
+use super::{Bounds, Input, Output};
 use clap::Args;
 use qevm_multifd::Compression;
 use qevm_wire::QemuVersion;

@@ -1,7 +1,8 @@
 //! `qevm serve`: what is served, and to whom.
 
 use super::bounds::DEFAULT;
-use super::{Input, Output, parse_size};
+use super::size::parse_size;
+use super::{Input, Output};
 use clap::Args;
 
 /// `qevm serve`.
