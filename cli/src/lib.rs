@@ -7,6 +7,7 @@
 pub mod args;
 pub mod commands;
 pub mod failure;
+pub mod live;
 pub mod progress;
 pub mod serve;
 pub mod socket;

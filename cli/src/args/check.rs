@@ -22,7 +22,8 @@ pub struct Check {
     #[allow(missing_docs)]
     pub output: Output,
     /// What tells of the destination: a stream, save image or snapshot that a QEMU set up like it wrote, or the output
-    /// of its `-dump-vmstate`. May be repeated: the files tell of one destination.
+    /// of its `-dump-vmstate`. May be repeated: the files tell of one destination. Where MAIN is qmp:SOCKET, a QEMU that runs:
+    /// qmp:SOCKET, the output of `-dump-vmstate`, or a domain XML of libvirt; once.
     #[arg(long, value_name = "FILE")]
     pub against: Vec<PathBuf>,
     /// Which internal snapshot of a qcow2 image that --against names is read, by name or ID. Without it, the one that --snapshot
@@ -64,6 +65,10 @@ Examples:
 
   By what is known of the destination:
     qevm check guest.qevm --machine pc-q35-10.0 --ram-block pc.ram=4G --capability postcopy-ram=off --qemu 7.2
+
+  Before anybody migrates: two QEMUs that run, by their QMP sockets, or one and the definition of the other:
+    qevm check qmp:/run/source.qmp --against qmp:/run/destination.qmp
+    qevm check qmp:/run/source.qmp --against domain.xml
 
 Outcomes: `fails`: QEMU refuses the stream; `may fail`: what is known does not tell, e.g. because a description lists
 only what its guest had a reason to write; `loads`: QEMU accepts the difference in silence.

@@ -3,6 +3,7 @@
 use super::Output;
 use crate::args;
 use crate::failure::Stop;
+use crate::live;
 use crate::progress::Progress;
 use crate::table::Table;
 use qevm_inspect::check::{Against, Destination, Judged, Stated, Stream, compared, judge, summarize};
@@ -18,6 +19,16 @@ use serde_json::{Value, json};
 /// [`Stop::Found`] if the stream will not load, [`Stop::Undecided`] if that cannot be told, [`Stop::Bad`] if it is bad, [`Stop::Usage`] if a file cannot be opened or
 /// what is said to tell of the destination does not.
 pub fn run(check: &args::Check) -> Result<(), Stop> {
+    if let Some(socket) = live::socket(&check.input.main) {
+        return live::run(check, socket);
+    }
+    if let Some(running) = check.against.iter().find(|path| live::socket(path).is_some()) {
+        let running = running.display();
+        return Err(Stop::Usage(format!(
+            "--against {running}: a running QEMU is compared with a running one (qmp:SOCKET); what a stream is compared with is a stream \
+             that the destination writes: `migrate exec:cat>FILE` there"
+        )));
+    }
     let compared = stream(check).and_then(|stream| {
         let destination = destination(check, &stream)?;
         Ok((judge(&stream, &destination), destination))

@@ -4,6 +4,7 @@ mod bounds;
 mod check;
 mod damage;
 mod layouts;
+mod live;
 mod outputs;
 mod readme;
 mod receive;
