@@ -10,6 +10,8 @@
 //!            LazyRestore::load ─▶ claim the next run ─▶ read the run ──────────────▲
 //! ```
 //!
+//! What is loaded next is what comes after the page that was touched last.
+//!
 //! A page that cannot be read is never filled in: who waits for it waits on, and the guest is to be stopped for good.
 
 use super::{GuestError, LoadError, MigrationError, page_file::PageFile, touched::Touched};
@@ -124,6 +126,8 @@ struct Shared {
     blocks: BTreeMap<usize, Block>,
     remaining: AtomicU64,
     requests: AtomicU64,
+    /// Who loads the rest goes on there: after the page that was touched last, by block and unit. The guest may well touch the next.
+    touched: Mutex<Option<(usize, u64)>>,
     state: Mutex<State>,
     /// There was a failure, or nothing remains.
     changed: Condvar,
@@ -190,6 +194,7 @@ impl Setup {
             blocks,
             remaining: AtomicU64::new(present * PageGeometry::X86.size()),
             requests: AtomicU64::new(0),
+            touched: Mutex::default(),
             state: Mutex::default(),
             changed: Condvar::new(),
         });
@@ -315,22 +320,40 @@ impl Shared {
             return Ok(());
         }
         self.requests.fetch_add(1, Ordering::Relaxed);
+        *self.touched.lock().unwrap_or_else(PoisonError::into_inner) = Some((number, unit + 1));
         self.fill(number, block, unit..unit + 1)
     }
 
-    /// Reads everything that nobody has read.
+    /// Reads everything that nobody has read, what comes after touched pages first.
     fn load_all(&self) -> Result<(), MigrationError> {
-        for (number, block) in &self.blocks {
-            let mut next = 0;
-            while let Some(run) = block.claim_run(next) {
-                if self.lock().failure.is_some() {
-                    return Ok(());
-                }
-                next = run.end;
-                self.fill(*number, block, run)?;
+        let mut place = (0, 0);
+        while let Some((number, block, run)) = self.claim_next(place) {
+            if self.lock().failure.is_some() {
+                return Ok(());
             }
+            place = (number, run.end);
+            self.fill(number, block, run)?;
         }
         Ok(())
+    }
+
+    /// Claims the next units to load, from `place` on unless the guest is elsewhere.
+    fn claim_next(&self, place: (usize, u64)) -> Option<(usize, &Block, Range<u64>)> {
+        let touched = self.touched.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let ahead = touched.and_then(|(number, unit)| {
+            let block = self.blocks.get(&number)?;
+            Some((number, block, block.claim_run(unit..unit + block.at_once())?))
+        });
+        let rest = || {
+            let from = self.blocks.range(place.0..).map(|(number, block)| {
+                let unit = if *number == place.0 { place.1 } else { 0 };
+                (*number, block, unit)
+            });
+            let passed = self.blocks.range(..=place.0).map(|(number, block)| (*number, block, 0));
+            let mut all = from.chain(passed);
+            all.find_map(|(number, block, unit)| Some((number, block, block.claim_run(unit..u64::MAX)?)))
+        };
+        ahead.or_else(rest)
     }
 
     /// Fills in units that the caller has claimed.
@@ -381,13 +404,18 @@ impl Shared {
 }
 
 impl Block {
-    /// Claims the first units from `next` on that the file has and nobody has claimed, this many as are read at once.
-    fn claim_run(&self, next: u64) -> Option<Range<u64>> {
+    /// How many units are read at once.
+    fn at_once(&self) -> u64 {
+        (AHEAD / self.unit).max(1)
+    }
+
+    /// Claims the first units within these that the file has and nobody has claimed, as many as are read at once.
+    fn claim_run(&self, units: Range<u64>) -> Option<Range<u64>> {
         let pages_of = |unit: u64| (unit * self.unit / 4096)..((unit + 1) * self.unit / 4096);
         let is_there = |unit: u64| pages_of(unit).any(|page| self.present.contains(page));
-        let end = self.layout.used_length / self.unit;
-        let first = (next..end).find(|unit| is_there(*unit) && self.claimed.claim(*unit))?;
-        let longest = end.min(first + (AHEAD / self.unit).max(1));
+        let end = units.end.min(self.layout.used_length / self.unit);
+        let first = (units.start..end).find(|unit| is_there(*unit) && self.claimed.claim(*unit))?;
+        let longest = end.min(first + self.at_once());
         let last = (first + 1..longest).find(|unit| !is_there(*unit) || !self.claimed.claim(*unit)).unwrap_or(longest);
         Some(first..last)
     }

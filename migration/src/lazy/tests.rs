@@ -120,6 +120,36 @@ fn every_page_is_filled_in_once_whoever_wants_it() {
 }
 
 #[test]
+fn what_comes_after_touched_pages_is_loaded_first() {
+    let scripted = Scripted::new(PAGE);
+    let (restore, _file) = restore(&scripted);
+    restore.start_guest().unwrap();
+    let shared = restore.shared.clone();
+    let next = |place| shared.claim_next(place).map(|(block, _, run)| (block, run));
+    let touch = |page| {
+        let before = shared.requests.load(Ordering::Relaxed);
+        scripted.touch.send(Some(page * PAGE)).unwrap();
+        while shared.requests.load(Ordering::Relaxed) == before || shared.touched.lock().unwrap().is_none() {
+            std::thread::yield_now();
+        }
+    };
+    // Every third page is zero, and not in the file.
+    assert_eq!(next((0, 0)), Some((3, 0..1)));
+    touch(200);
+    assert_eq!(next((3, 1)), Some((3, 201..202)));
+    // It goes on from there, and begins again at the end.
+    assert_eq!(next((3, 202)), Some((3, 203..205)));
+    touch(299);
+    assert_eq!(next((3, 205)), Some((3, 206..208)));
+    assert_eq!(next((3, 300)), Some((3, 2..4)));
+    // Where all that comes after it is there already it stays where it is.
+    touch(95);
+    (96..160).filter(|page| is_there(*page)).for_each(|page| assert!(shared.blocks[&3].claimed.claim(page)));
+    assert_eq!(next((3, 4)), Some((3, 5..7)));
+    drop(restore);
+}
+
+#[test]
 fn what_nobody_touches_stays_in_the_file() {
     let scripted = Scripted::new(PAGE);
     let (restore, _file) = restore(&scripted);
