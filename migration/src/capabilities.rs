@@ -21,7 +21,7 @@ pub const KNOWN: [(&str, bool); 21] = [
     ("postcopy-blocktime", true),
     ("late-block-activate", true),
     ("x-ignore-shared", false),
-    ("validate-uuid", false),
+    ("validate-uuid", true),
     ("background-snapshot", true),
     ("zero-copy-send", false),
     ("postcopy-preempt", true),
@@ -75,6 +75,8 @@ pub struct Capabilities {
     pub postcopy_preempt: bool,
     /// `postcopy-blocktime`: a destination counts how long the guest waits for its memory (3.0).
     pub postcopy_blocktime: bool,
+    /// `validate-uuid`: the source says the guest's UUID, and a destination that has another refuses the guest (4.2).
+    pub validate_uuid: bool,
 }
 
 /// A capability that cannot be set so.
@@ -169,6 +171,7 @@ impl Capabilities {
             "postcopy-ram" => Some(&mut self.postcopy_ram),
             "postcopy-preempt" => Some(&mut self.postcopy_preempt),
             "postcopy-blocktime" => Some(&mut self.postcopy_blocktime),
+            "validate-uuid" => Some(&mut self.validate_uuid),
             _ => None,
         }
     }

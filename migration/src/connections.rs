@@ -204,7 +204,8 @@ impl Incoming {
     /// [`MigrationError::Listen`] with the system's reason, when the listener is of no more use.
     pub fn accept(listener: &Listener, job: &Job, profile: &Profile) -> Result<Self, MigrationError> {
         let capabilities = job.capabilities();
-        let settings = Settings::of(capabilities, &job.parameters(), profile);
+        let settings = Settings::of(capabilities, &job.parameters(), profile)
+            .map(|settings| Settings { uuid: job.uuid().unwrap_or_default(), ..settings });
         gather(listener, settings.as_ref(), capabilities.postcopy_preempt, job.tls(), Patience::of(job), &mut |seen| {
             match seen {
                 Seen::Dropped(dropped) => tracing::warn!("{dropped}"),

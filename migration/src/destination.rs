@@ -85,6 +85,7 @@ pub fn receive(
     let preempt = preempt.filter(|_| postcopy).map(Preempt::start).transpose()?;
     let options = DestinationOptions {
         machine_type: guest.machine_type().into(),
+        uuid: job.uuid().map(|uuid| uuid.0),
         ram: guest.ram().iter().map(|view| view.name.into()).collect(),
         offset,
         vmdesc: profile.vmdesc,

@@ -224,6 +224,14 @@ pub enum LoadError {
         /// What was being done.
         doing: &'static str,
         /// The system's reason.
+    /// The source's machine has another UUID, and capability `validate-uuid` on. QEMU's words.
+    #[error("UUID received is {} and local is {}", qevm_multifd::Uuid(*found), qevm_multifd::Uuid(*here))]
+    Uuid {
+        /// As received.
+        found: [u8; 16],
+        /// This machine's.
+        here: [u8; 16],
+    },
         source: io::Error,
     },
     /// A RAM block that this machine does not have.
@@ -421,4 +429,5 @@ fn advice(missing: &str) -> &'static str {
         "END" => " (if this is a background snapshot, turn capability 'background-snapshot' on here)",
         _ => "",
     }
+            | LoadError::Uuid { .. }
 }

@@ -5,6 +5,7 @@ mod recovery;
 use super::{
     Capabilities, Channel, MigrationError, Outgoing, Parameters, Statistics, Status, Timeouts, Tls, watch::Watch,
 };
+use qevm_multifd::Uuid;
 use std::{
     collections::VecDeque,
     fmt,
@@ -39,6 +40,7 @@ struct State {
     parameters: Parameters,
     capabilities: Capabilities,
     tls: Option<Tls>,
+    uuid: Option<Uuid>,
     statistics: Statistics,
     cancel: bool,
     go_on: bool,
@@ -182,6 +184,17 @@ impl Job {
     /// How connections are secured.
     pub fn tls(&self) -> Option<Tls> {
         self.lock().tls.clone()
+    }
+
+    /// The machine's UUID, if it was given one: page channels begin with it, and so does a stream with capability `validate-uuid`. A
+    /// destination with another does not take the guest.
+    pub fn set_uuid(&self, uuid: Option<Uuid>) {
+        self.lock().uuid = uuid;
+    }
+
+    /// The UUID.
+    pub fn uuid(&self) -> Option<Uuid> {
+        self.lock().uuid
     }
 
     /// Begins a migration: forgets the one before, and claims the job.

@@ -49,7 +49,7 @@ pub fn migrate(guest: &dyn Guest, connections: &Outgoing, job: &Job, profile: &P
     });
     let settings = Settings::of(capabilities, &parameters, profile)
         .filter(|_| !connections.pages.is_empty() || saving.is_some())
-        .map(|settings| Settings { greeted: connections.greeted, ..settings });
+        .map(|settings| Settings { greeted: connections.greeted, uuid: job.uuid().unwrap_or_default(), ..settings });
     let iterative = guest.devices().iterative();
     let transfers = saving.is_none() && settings.as_ref().is_some_and(|settings| settings.device_state);
     let devices: Result<Vec<_>, _> = iterative.iter().map(|device| DeviceOptions::of(*device, transfers)).collect();
@@ -91,6 +91,7 @@ pub fn migrate(guest: &dyn Guest, connections: &Outgoing, job: &Job, profile: &P
         blocks: guest.ram().iter().map(|view| (view.name.into(), view.memory.len() as u64)).collect(),
         host_page_sizes: (0..guest.ram().len()).map(|block| guest.hooks().host_page_size(block)).collect(),
         devices,
+        uuid: job.uuid().map(|uuid| uuid.0),
         route: match (&pages, &saving) {
             (None, None) => PageRoute::Main,
             (None, Some(_)) => PageRoute::File,

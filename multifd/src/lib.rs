@@ -85,4 +85,4 @@ pub use init::{ChannelSet, Init};
 pub use packet::{PacketLayout, RamPacket};
 pub use runs::{Run, Runs};
 pub use sync::{FlushMode, Progress, SourceSync, SyncBarrier, SyncError, SyncStep, Waiting};
-pub use uuid::Uuid;
+pub use uuid::{BadUuid, Uuid};

@@ -187,6 +187,7 @@ impl Vmm {
             job.watch(move |notice| {
                 let events = capabilities.upgrade().is_some_and(|job| job.capabilities().events);
                 if let Some(vmm) = weak.upgrade().filter(|_| events) {
+            job.set_uuid(vmm.machine.uuid());
                     let (name, data) = match notice {
                         Notice::Status(status) => ("MIGRATION", json!({ "status": status.as_str() })),
                         Notice::Pass(pass) => ("MIGRATION_PASS", json!({ "pass": pass })),

@@ -31,7 +31,7 @@ pub const CAPABILITIES: &[Row] = &[
     unsupported!("release-ram", "the source keeps its memory"),
     ("return-path", Works("peer 11.1>ref/tcp/return-path")),
     ("switchover-ack", Works("peer 11.1>ref/tcp/return-path+switchover-ack")),
-    unsupported!("validate-uuid", "the machine has no UUID"),
+    ("validate-uuid", Works("conformance/tests/operations.rs::guests_go_to_machines_of_the_same_uuid")),
     unsupported!("x-colo", "there are no checkpoints"),
     unsupported!("x-ignore-shared", "RAM always travels"),
     unsupported!("xbzrle", "the source does not send deltas; a destination takes them"),

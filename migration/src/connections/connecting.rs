@@ -6,6 +6,7 @@ use crate::{
     channel::write_all,
     multifd::first_packet,
     watch::{Brings, Watch, Watched},
+use qevm_multifd::{Init, Uuid};
 };
 use qevm_wire::Writer;
 use std::{
@@ -78,12 +79,14 @@ pub(super) fn connect(address: &Address, job: &Job, names: Names) -> Result<Outg
     let failed = |source| MigrationError::Connect { address: address.clone(), source };
     let (sender, news) = mpsc::channel();
     let (to, tls, waits, list) = (address.clone(), job.tls(), job.waits(), names.list());
-    let greeted = tls.is_some();
+    let (greeted, uuid) = (tls.is_some(), job.uuid().unwrap_or_default());
+    let wanted = Arc::new(());
+    let still = Arc::downgrade(&wanted);
     let connecting = move || {
         for name in list {
             let mut channel = secured(&to, tls.as_ref(), name, &waits, &mut |step| drop(sender.send(News::At(step))));
             if greeted && let ChannelName::Page(number) = name {
-                channel = channel.and_then(|channel| greet(channel, number));
+                channel = channel.and_then(|channel| greet(channel, number, uuid));
             }
             let failed = channel.is_err();
             if sender.send(News::Connected(channel)).is_err() || failed {
@@ -120,9 +123,9 @@ pub(super) fn connect(address: &Address, job: &Job, names: Names) -> Result<Outg
 }
 
 /// Sends the first packet of page channel `number`. A QEMU reads it from each session before it goes on with the handshake of the next.
-fn greet(channel: Arc<dyn Channel>, number: u8) -> Result<Arc<dyn Channel>, MigrationError> {
+fn greet(channel: Arc<dyn Channel>, number: u8, uuid: Uuid) -> Result<Arc<dyn Channel>, MigrationError> {
     let mut packet = Writer::new();
-    first_packet(number).encode(&mut packet);
+    Init::new(uuid, number).encode(&mut packet);
     let failed = |source| MigrationError::Send { doing: "the first packet of a page channel", source };
     write_all(&*channel, &mut [Source::bytes(packet.as_bytes())]).map_err(failed)?;
     Ok(channel)

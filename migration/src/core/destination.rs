@@ -86,6 +86,7 @@ impl Destination {
             loader: Loader {
                 postcopy: Postcopy::new(options.postcopy, options.page_sizes),
                 machine_type: options.machine_type.clone(),
+                uuid: options.uuid,
                 mapped_ram: options.mapped_ram,
                 answers: options.answers,
                 page_channels: options.page_channels,

@@ -31,11 +31,6 @@ pub(crate) fn send_pages(
     }
 }
 
-/// What page channel `number` begins with.
-pub(crate) fn first_packet(number: u8) -> Init {
-    Init::new(Uuid::default(), number)
-}
-
 struct Sender<'s> {
     blocks: Vec<(CountedString, RamView<'s>)>,
     channel: &'s dyn Channel,
@@ -43,6 +38,7 @@ struct Sender<'s> {
     compressor: Option<Compressor>,
     zero_pages: ZeroPageDetection,
     greeted: bool,
+    uuid: Uuid,
     /// Numbers the packets of all channels.
     packets: &'s AtomicU64,
     header: Writer,
@@ -76,6 +72,7 @@ impl<'s> Sender<'s> {
             compressor,
             zero_pages: settings.zero_pages,
             greeted: settings.greeted,
+            uuid: settings.uuid,
             packets,
             header: Writer::new(),
             payload: Vec::new(),
@@ -83,7 +80,7 @@ impl<'s> Sender<'s> {
     }
 
     fn run(&mut self, number: u8, queue: &Queue, transfers: &Transfers<'_>) -> Result<(), MigrationError> {
-        self.encoder.init(&first_packet(number), &mut self.header)?;
+        self.encoder.init(&Init::new(self.uuid, number), &mut self.header)?;
         if self.greeted {
             queue.sent(Counts { bytes: self.header.as_bytes().len() as u64, ..Counts::default() });
             self.header.clear();

@@ -21,6 +21,8 @@ pub(crate) struct Settings {
     pub(crate) device_state: bool,
     /// Channels have sent their first packet when they are connected.
     pub(crate) greeted: bool,
+    /// The machine's UUID, as the first packet of each channel says it whether `validate-uuid` is on or not; zero without `--uuid`.
+    pub(crate) uuid: Uuid,
 }
 
 /// Bytes of a piece of a device's state that are taken: four times those of QEMU 10.0 to 11.1.
@@ -52,6 +54,7 @@ impl Settings {
                 && parameters.multifd_compression == Compression::None
                 && !capabilities.mapped_ram,
             greeted: false,
+            uuid: Uuid::default(),
         })
     }
 
@@ -64,8 +67,7 @@ impl Settings {
     pub(crate) fn decoder(&self) -> ChannelOptions {
         ChannelOptions {
             channels: Some(self.channels),
-            // This machine has none, as a QEMU without `-uuid`.
-            uuid: Some(Uuid::default()),
+            uuid: Some(self.uuid),
             compression: Some(self.compression),
             device_state: self.device_state,
             limits: Limits { device_state_packet: DEVICE_STATE, ..Limits::default() },

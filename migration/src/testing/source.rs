@@ -115,6 +115,7 @@ impl Source {
             profile,
             capabilities,
             machine_type: "microvm".into(),
+            uuid: None,
             blocks: BLOCKS
                 .iter()
                 .zip(&plan.blocks)

@@ -8,6 +8,7 @@ use std::str::FromStr;
 
 use anyhow::{Context, bail};
 use qevm_microvm::MACHINE_TYPE;
+use qevm_multifd::Uuid;
 use qevm_wire::{Profile, QemuVersion};
 use reference_vmm::boot::Kernel;
 use reference_vmm::descriptors::Descriptors;
@@ -51,6 +52,9 @@ pub(crate) struct MachineArguments {
     /// Number of vCPUs, 1 to 4
     #[arg(long, value_name = "N", default_value_t = 1)]
     smp: usize,
+    /// UUID of the machine, as migrations with capability validate-uuid compare it: 12345678-1234-1234-1234-123456789abc
+    #[arg(long, value_name = "UUID")]
+    uuid: Option<Uuid>,
     /// Firmware image, a multiple of 64 KiB [default: the built-in payload guest; with --kernel none]
     #[arg(long, value_name = "FILE")]
     bios: Option<PathBuf>,
@@ -152,6 +156,7 @@ impl MachineArguments {
             memory_backend,
             mem_prealloc: self.mem_prealloc,
             cpus: self.smp,
+            uuid: self.uuid,
             bios,
             fw_cfg,
             kernel,

@@ -13,7 +13,8 @@ const PORT_DMA_LOW: u16 = 0x518;
 
 const KEY_SIGNATURE: u16 = 0x00;
 const KEY_ID: u16 = 0x01;
-const KEY_UUID: u16 = 0x02;
+/// The machine's UUID.
+pub(crate) const KEY_UUID: u16 = 0x02;
 const KEY_RAM_SIZE: u16 = 0x03;
 const KEY_NOGRAPHIC: u16 = 0x04;
 const KEY_NB_CPUS: u16 = 0x05;
@@ -87,7 +88,7 @@ impl FwCfg {
         }
         by_key.insert(KEY_SIGNATURE, b"QEMU".to_vec());
         by_key.insert(KEY_ID, ID_FEATURES.to_le_bytes().to_vec());
-        by_key.insert(KEY_UUID, vec![0; 16]);
+        by_key.entry(KEY_UUID).or_insert_with(|| vec![0; 16]);
         by_key.insert(KEY_RAM_SIZE, items.ram_size.to_le_bytes().to_vec());
         by_key.insert(KEY_NOGRAPHIC, 1u16.to_le_bytes().to_vec());
         by_key.insert(KEY_NB_CPUS, items.cpus.to_le_bytes().to_vec());

@@ -16,6 +16,7 @@ mod virtio;
 use std::sync::{Arc, Mutex, PoisonError};
 
 pub use chardev::{Chardev, ChardevOptions};
+pub(crate) use fw_cfg::KEY_UUID;
 pub use fw_cfg::{FwCfg, FwCfgItems};
 pub use ged::Ged;
 pub use ioapic::{Ioapic, Message};

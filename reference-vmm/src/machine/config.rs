@@ -3,6 +3,8 @@
 use std::collections::BTreeMap;
 use std::io::{self, Write};
 
+use qevm_multifd::Uuid;
+
 use crate::boot::Kernel;
 use crate::devices::VirtioSlot;
 use crate::memory::MemoryBackend;
@@ -21,6 +23,8 @@ pub struct MachineConfig {
     pub cpus: usize,
     /// Firmware: a multiple of 64 KiB.
     pub bios: Vec<u8>,
+    /// The machine's UUID, which the firmware configuration device tells.
+    pub uuid: Option<Uuid>,
     /// Files of the firmware configuration device by name.
     pub fw_cfg: BTreeMap<String, Vec<u8>>,
     /// A kernel to boot.
@@ -55,6 +59,7 @@ impl Default for MachineConfig {
             mem_prealloc: false,
             cpus: 1,
             bios: payload::IMAGE.to_vec(),
+            uuid: None,
             fw_cfg: BTreeMap::new(),
             kernel: None,
             incoming: false,

@@ -41,12 +41,13 @@ use std::time::{Duration, Instant};
 
 use kvm_bindings::kvm_msi;
 use kvm_ioctls::VmFd;
+use qevm_multifd::Uuid;
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::boot::{self, Kernel};
 use crate::devices::pci::{FIRST_GSI, PciBus, PciMessage};
 use crate::devices::{
-    Clock, Devices, FwCfg, FwCfgItems, GED_IRQ, Ged, Ioapic, Message, RTC_IRQ, Rtc, SERIAL_IRQ, Serial, Transport,
+    Clock, Devices, FwCfg, FwCfgItems, GED_IRQ, Ged, Ioapic, KEY_UUID, Message, RTC_IRQ, Rtc, SERIAL_IRQ, Serial, Transport,
     Transports, lock, missing, start_pump, wall_clock,
 };
 use crate::dirty_log::{DirtyLog, Reaper};
@@ -108,6 +109,7 @@ pub struct Machine {
     saved_msrs: Vec<u32>,
     /// The state in which the machine was made, before a kernel was loaded; `None` until it is.
     fresh: Option<MachineState>,
+    uuid: Option<Uuid>,
     memory: Arc<GuestMemory>,
     routes: Arc<Routes>,
     vm: Arc<VmFd>,
@@ -146,6 +148,7 @@ impl Machine {
 
         let (mut by_key, mut files) = (BTreeMap::new(), config.fw_cfg);
         boot::add_items(&mut by_key, &mut files, config.memory, config.kernel.as_ref())?;
+        by_key.extend(config.uuid.map(|uuid| (KEY_UUID, uuid.0.to_vec())));
         let fw_cfg = FwCfg::new(FwCfgItems { ram_size: config.memory, cpus: config.cpus as u16, files, by_key })?;
         let clock = Arc::new(Mutex::new(VirtualClock::default()));
         let mut threads = Vec::new();
@@ -241,6 +244,7 @@ impl Machine {
             dirty_log,
             saved_msrs: kvm_state::saved_msrs(&kvm_fd)?,
             fresh: None,
+            uuid: config.uuid,
             memory,
             routes,
             vm,
@@ -316,6 +320,11 @@ impl Machine {
     /// Whether the vCPUs run.
     pub fn run_state(&self) -> RunState {
         self.control.state()
+    }
+
+    /// Its UUID, if it was given one.
+    pub fn uuid(&self) -> Option<Uuid> {
+        self.uuid
     }
 
     /// Lets the vCPUs run.

@@ -42,13 +42,10 @@ pub(super) fn kvm(_: &Arc<Vmm>, arguments: &mut Arguments) -> Result<Value, Fail
     Ok(json!({ "enabled": true, "present": true }))
 }
 
-pub(super) fn uuid(_: &Arc<Vmm>, arguments: &mut Arguments) -> Result<Value, Failure> {
+pub(super) fn uuid(vmm: &Arc<Vmm>, arguments: &mut Arguments) -> Result<Value, Failure> {
     only(arguments)?;
-    Ok(json!({ "UUID": NO_UUID }))
+    Ok(json!({ "UUID": vmm.machine().uuid().unwrap_or_default().to_string() }))
 }
-
-/// That of a machine that was given none.
-pub(super) const NO_UUID: &str = "00000000-0000-0000-0000-000000000000";
 
 pub(super) fn target(_: &Arc<Vmm>, arguments: &mut Arguments) -> Result<Value, Failure> {
     only(arguments)?;

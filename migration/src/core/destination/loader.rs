@@ -6,6 +6,7 @@ use crate::{
     core::{DeviceStateError, Mark, device_states},
     handover,
 };
+use qevm_multifd::Uuid;
 use qevm_returnpath::{
     Message,
     switchover::{Ack, DestinationGate},
@@ -31,6 +32,7 @@ const SWITCHOVER_ACK: &str = "switchover-ack";
 #[derive(Debug)]
 pub(super) struct Loader {
     pub(super) machine_type: String,
+    pub(super) uuid: Option<[u8; 16]>,
     pub(super) mapped_ram: bool,
     /// What is written to the main channel goes somewhere.
     pub(super) answers: bool,
@@ -343,7 +345,12 @@ impl Loader {
                         return Err(LoadError::Capability { found });
                     }
                 }
-                // There is no UUID to compare with, and QEMU without one does not compare either.
+                // Whether the capability is on here does not matter, as with a QEMU.
+                ConfigurationSubsection::Uuid(found) => match self.uuid {
+                    Some(here) if here != *found => return Err(LoadError::Uuid { found: *found, here }),
+                    Some(_) => {}
+                    None => tracing::warn!("UUID is received {}, but local uuid isn't set", Uuid(*found)),
+                },
                 _ => {}
             }
         }

@@ -9,6 +9,8 @@ use std::time::Duration;
 pub struct DestinationOptions {
     /// The machine type, as the configuration section carries it.
     pub machine_type: String,
+    /// The guest's UUID, if the machine was given one: a source that says another is refused.
+    pub uuid: Option<[u8; 16]>,
     /// The names of the machine's RAM blocks, all of which must come.
     pub ram: Vec<String>,
     /// Where the stream begins in its file.

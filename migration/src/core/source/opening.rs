@@ -116,6 +116,9 @@ impl SourceCore {
         if matches!(self.options.route, PageRoute::File | PageRoute::FileByThreads) {
             configuration.subsections.push(ConfigurationSubsection::Capabilities(vec![idstr("mapped-ram")?]));
         }
+        if let Some(uuid) = self.options.uuid.filter(|_| self.options.capabilities.validate_uuid) {
+            configuration.subsections.push(ConfigurationSubsection::Uuid(uuid));
+        }
         Ok(configuration)
     }
 }

@@ -26,6 +26,8 @@ pub struct SourceOptions {
     pub capabilities: Capabilities,
     /// The machine type, as the configuration section carries it.
     pub machine_type: String,
+    /// The guest's UUID, which the stream says with capability `validate-uuid`.
+    pub uuid: Option<[u8; 16]>,
     /// Names and lengths in bytes of the RAM blocks.
     pub blocks: Vec<(String, u64)>,
     /// Bytes of a page of the host in each of them; ordinary pages where it says nothing. In postcopy a huge page is sent as a whole.
@@ -54,6 +56,7 @@ impl SourceOptions {
             profile,
             capabilities: Capabilities { return_path: true, ..Capabilities::default() },
             machine_type: machine_type.into(),
+            uuid: None,
             blocks,
             host_page_sizes: Vec::new(),
             devices: Vec::new(),

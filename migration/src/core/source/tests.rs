@@ -63,6 +63,7 @@ impl Simulation {
             profile: Profile::new(QemuVersion::NEWEST, "microvm"),
             capabilities: Capabilities::default(),
             machine_type: "microvm".into(),
+            uuid: None,
             blocks: BLOCKS.iter().zip(["microvm.ram", "pc.bios"]).map(|(n, name)| (name.into(), n * 4096)).collect(),
             host_page_sizes: Vec::new(),
             devices: Vec::new(),

@@ -22,7 +22,7 @@ pub(super) fn print(vmm: &Arc<Vmm>, mut words: Words) -> Said {
         "migrate_capabilities" => Box::new(|| Ok(capabilities(vmm))),
         "migrate_parameters" => Box::new(|| Ok(settings(vmm))),
         "status" => Box::new(|| Ok(status(vmm))),
-        "uuid" => Box::new(|| Ok(format!("{}\n", queries::NO_UUID))),
+        "uuid" => Box::new(|| Ok(format!("{}\n", vmm.machine().uuid().unwrap_or_default()))),
         "name" => Box::new(|| Ok(String::new())),
         "kvm" => Box::new(|| Ok("kvm support: enabled\n".into())),
         "version" => Box::new(|| Ok(version(&commands::version(vmm)))),
