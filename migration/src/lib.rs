@@ -93,6 +93,7 @@
 //! | `testing` | simulated migrations (feature `testing`) |
 //! | `handover`, `verdict` | who runs the guest when the connection breaks in the last moment |
 //! | `tls` | sessions around the connections |
+//! | `announcement` | [`Announcement`]: how the network hears where the guest is now |
 //! | `job`, `statistics` | control and what `query-migrate` reports |
 //!
 //! # Promises
@@ -103,6 +104,7 @@
 //! * The guest never runs on both sides; see `handover` and `verdict` for what the network can still spoil.
 
 mod address;
+mod announcement;
 mod arrivals;
 pub mod bitmap;
 mod capabilities;
@@ -150,6 +152,7 @@ mod watch;
 mod zero;
 
 pub use address::{Address, BadAddress, KeepAlive, TcpOptions};
+pub use announcement::Announcement;
 pub use capabilities::{BadCapability, Capabilities, KNOWN as KNOWN_CAPABILITIES, RULES};
 pub use channel::{Channel, Source, Target};
 pub use connections::{Incoming, Outgoing, check_transport};

@@ -1,6 +1,7 @@
 //! A machine with its run state and its migrations: what QMP controls.
 
 mod actions;
+mod announcing;
 mod dirty_limit;
 mod guest;
 mod incoming;
@@ -15,6 +16,7 @@ pub use dirty_limit::LimitRefused;
 pub use lifecycle::Cause;
 pub use run_state::RunState;
 
+use self::announcing::Announcers;
 use self::legality::{ArrivalState, Situation};
 use crate::descriptors::Descriptors;
 use crate::machine::{Machine, Stop};
@@ -78,6 +80,7 @@ pub struct Vmm {
     /// Wakes the thread that attends to the guest's stops and to resets.
     asks: mpsc::Sender<()>,
     changed: Condvar,
+    announcers: Announcers,
     subscriber: Mutex<Option<mpsc::Sender<Event>>>,
 }
 
@@ -180,6 +183,7 @@ impl Vmm {
             transition: Mutex::default(),
             asks,
             changed: Condvar::new(),
+            announcers: Announcers::default(),
             subscriber: Mutex::new(None),
         });
         for job in [&vmm.outgoing, &vmm.incoming] {

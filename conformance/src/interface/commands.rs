@@ -7,7 +7,7 @@ use super::Verdict::{NotApplicable, Works};
 pub const COMMANDS: &[Row] = &[
     ("add-fd", Works("reference-vmm/tests/kvm/qmp_clients.rs::keeps_what_a_client_has_handed_over")),
     ("add_client", NotApplicable("there are no displays or character devices to hand a client to")),
-    ("announce-self", NotApplicable("cards do not announce themselves")),
+    ("announce-self", Works("conformance/tests/operations.rs::the_network_hears_of_a_guest_as_from_a_qemu")),
     ("balloon", NotApplicable("there is no balloon")),
     (
         "block*",

@@ -40,10 +40,10 @@ pub const CAPABILITIES: &[Row] = &[
 
 /// Members of what `migrate-set-parameters` takes.
 pub const PARAMETERS: &[Row] = &[
-    ("announce-initial", Stored("the parameters of the machine that announces itself are those of its devices")),
-    ("announce-max", Stored("the parameters of the machine that announces itself are those of its devices")),
-    ("announce-rounds", Stored("the parameters of the machine that announces itself are those of its devices")),
-    ("announce-step", Stored("the parameters of the machine that announces itself are those of its devices")),
+    ("announce-initial", Works("conformance/tests/operations.rs::the_network_hears_of_a_guest_as_from_a_qemu")),
+    ("announce-max", Works("conformance/tests/operations.rs::the_network_hears_of_a_guest_as_from_a_qemu")),
+    ("announce-rounds", Works("conformance/tests/operations.rs::the_network_hears_of_a_guest_as_from_a_qemu")),
+    ("announce-step", Works("conformance/tests/operations.rs::the_network_hears_of_a_guest_as_from_a_qemu")),
     (
         "avail-switchover-bandwidth",
         Works("migration/src/switchover.rs::the_switchover_bandwidth_replaces_the_measured_one_for_the_limit"),

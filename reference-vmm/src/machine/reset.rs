@@ -29,6 +29,12 @@ impl Machine {
         Ok(())
     }
 
+    /// Tells the network where the guest is now, over each of its cards: by a RARP frame, and by the guest if it can. A guest that is paused
+    /// is not announced.
+    pub fn announce(&self) {
+        self.devices.virtio.0.iter().flatten().for_each(|device| lock(device).announce());
+    }
+
     /// Presses the ACPI power button: the guest gets an interrupt, and does what it likes.
     pub fn press_power_button(&self) {
         lock(&self.devices.ged).press_power_button();

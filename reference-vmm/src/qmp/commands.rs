@@ -25,6 +25,7 @@ pub(super) const QUIT: &str = "quit";
 const COMMANDS: [(&str, Command, &[Rule]); 46] = [
     ("add-fd", descriptors::add_fd, legality::ANYTIME),
     ("calc-dirty-rate", dirty_rate::calc, legality::ANYTIME),
+    ("announce-self", power::announce_self, legality::ANYTIME),
     ("cancel-vcpu-dirty-limit", dirty_rate::cancel_limit, legality::ANYTIME),
     ("closefd", descriptors::closefd, legality::ANYTIME),
     ("cont", cont, legality::CONT),

@@ -2,7 +2,7 @@
 
 use super::{Event, Exit, RunState, Vmm, Watch};
 use qevm_migration::{
-    Address, Arrival, BlockTimes, Endpoint, Incoming, Listener, MigrationError, Recovery, Refused, Rest,
+    Address, Announcement, Arrival, BlockTimes, Endpoint, Incoming, Listener, MigrationError, Recovery, Refused, Rest,
     RestoreProgress, check_transport, receive,
 };
 use std::{
@@ -89,6 +89,7 @@ impl Vmm {
         let started = if arrival.running && autostart { self.start().map(|()| true) } else { Ok(false) };
         if let Err(error) = &started {
             // It has left the source, so that it must not be lost here.
+        self.announce(Announcement::of(&self.incoming.parameters()), "");
             tracing::error!("the guest has arrived and cannot be started ({error}): say 'cont' when that is mended");
         }
         if !started.unwrap_or(false) {

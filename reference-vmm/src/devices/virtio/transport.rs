@@ -69,6 +69,8 @@ pub(crate) trait Model: Send {
     fn resume(&mut self, _access: &mut Access<'_>) -> Result<(), RingError> {
         Ok(())
     }
+    /// The network is to hear where the guest is now.
+    fn announce(&mut self, _access: &mut Access<'_>) {}
     /// The machine has stopped, and the device is to finish what it has begun.
     fn drain(&mut self) {}
     /// The machine has stopped, and the device does no more.
@@ -385,6 +387,16 @@ impl Transport {
     pub(super) fn pump(&mut self, ready: &[(RawFd, i16)]) {
         if self.runs() {
             self.work(|model, access| model.pump(ready, access));
+        }
+    }
+
+    /// See [`Model::announce`]. A guest that is paused is nowhere.
+    pub(crate) fn announce(&mut self) {
+        if self.runs() {
+            self.work(|model, access| {
+                model.announce(access);
+                Ok(())
+            });
         }
     }
 

@@ -5,6 +5,7 @@ mod setting;
 
 use super::{arguments::Arguments, commands, protocol::Failure};
 use crate::vmm::Vmm;
+use qevm_migration::Announcement;
 use serde_json::{Map, Value, json};
 use std::sync::Arc;
 
@@ -48,6 +49,15 @@ fn execute(vmm: &Arc<Vmm>, mut words: Words) -> Said {
         "stop" | "s" => plain(words.named("stop|s"), "stop"),
         "system_reset" => plain(words, "system_reset"),
         "system_powerdown" => plain(words, "system_powerdown"),
+        "announce_self" => {
+            let named = words.next().is_some_and(|interfaces| !interfaces.is_empty());
+            let id = words.next().unwrap_or_default();
+            words.end()?;
+            if !named {
+                vmm.announce(Announcement::of(&vmm.outgoing().parameters()), &id);
+            }
+            Ok(String::new())
+        }
         "migrate_cancel" => plain(words, "migrate_cancel"),
         "migrate_pause" => plain(words, "migrate-pause"),
         "migrate_start_postcopy" => plain(words, "migrate-start-postcopy"),

@@ -226,12 +226,16 @@ impl Net {
         Ok(())
     }
 
-    /// Tells the network where the guest is now: by the guest itself, or by a RARP frame in its name.
-    fn announce(&mut self, access: &mut Access<'_>) {
+    /// Asks a guest that knows how to tell the network where it is now.
+    fn ask_to_announce(&mut self, access: &mut Access<'_>) {
         if access.features & GUEST_ANNOUNCE != 0 {
             self.status |= ANNOUNCE;
             access.config_changed();
             return;
+    }
+
+    /// The same by a RARP frame in its name.
+    fn send_rarp(&mut self, access: &Access<'_>) {
         }
         let mut frame = vec![0; if self.netdev.has_header() { Net::header(access.features) } else { 0 }];
         frame.extend([0xff; 6]);
@@ -289,10 +293,15 @@ impl Model for Net {
     fn resume(&mut self, access: &mut Access<'_>) -> Result<(), RingError> {
         self.adopt(access.features);
         if std::mem::take(&mut self.arrived) {
-            self.announce(access);
+            self.ask_to_announce(access);
         }
         Ok(())
     }
+    fn announce(&mut self, access: &mut Access<'_>) {
+        self.send_rarp(access);
+        self.ask_to_announce(access);
+    }
+
 
     fn interest(&mut self, access: &mut Access<'_>) -> Result<Vec<(RawFd, i16)>, RingError> {
         let wanted = self.inbox.is_empty() && access.peek(RECEIVE)?.is_some();

@@ -1,0 +1,32 @@
+//! The network hears where the guest is now.
+
+use super::Vmm;
+use qevm_migration::Announcement;
+use std::{
+    collections::BTreeMap,
+    sync::{Arc, Mutex, PoisonError},
+    thread,
+};
+
+/// Who is at it, by the name that the operator has given; a new one of the same name takes the place of the old one.
+pub(super) type Announcers = Mutex<BTreeMap<String, Arc<()>>>;
+
+impl Vmm {
+    /// Announces the guest, over and over, in a thread of its own (`announce-self`).
+    pub fn announce(self: &Arc<Self>, announcement: Announcement, name: &str) {
+        let token = Arc::new(());
+        let (wanted, weak) = (Arc::downgrade(&token), Arc::downgrade(self));
+        self.announcers.lock().unwrap_or_else(PoisonError::into_inner).insert(name.into(), token);
+        let announcing = move || {
+            for delay in announcement.delays() {
+                thread::sleep(delay);
+                let Some(vmm) = weak.upgrade().filter(|_| wanted.strong_count() > 0) else { return };
+                vmm.machine.announce();
+            }
+        };
+        // Without, the guest's next frames say the same.
+        if let Err(error) = thread::Builder::new().name("announce".into()).spawn(announcing) {
+            tracing::warn!("the network is not told where the guest is: {error}");
+        }
+    }
+}
