@@ -38,6 +38,14 @@ pub enum Address {
     },
     /// `unix:PATH`.
     Unix(PathBuf),
+    /// A UNIX socket without a file, which every process of the network namespace can connect to: `abstract` and `tight` of QEMU's
+    /// `UnixSocketAddress`. No URI has it; it is shown as `unix:@NAME`.
+    Abstract {
+        /// Its name.
+        name: String,
+        /// It is as long as its name, and not as long as a name can be.
+        tight: bool,
+    },
     /// `exec:COMMAND`: the stream goes to the standard input of a command, or comes from its standard output.
     ///
     /// Program and arguments; a `COMMAND` of a URI is for `/bin/sh -c`.
@@ -117,6 +125,11 @@ const SHELL: [&str; 2] = ["/bin/sh", "-c"];
 const OFFSET: &str = ",offset=";
 
 impl Address {
+    /// Whether it is a socket, which one side connects to.
+    pub fn is_socket(&self) -> bool {
+        matches!(self, Address::Tcp { .. } | Address::Unix(_) | Address::Abstract { .. })
+    }
+
     /// `tcp:` without options.
     pub fn tcp(host: &str, port: u16) -> Self {
         Address::Tcp { host: host.into(), port, options: TcpOptions::default() }
@@ -175,6 +188,7 @@ impl fmt::Display for Address {
             Address::Tcp { host, port, options } if host.contains(':') => write!(f, "tcp:[{host}]:{port}{options}"),
             Address::Tcp { host, port, options } => write!(f, "tcp:{host}:{port}{options}"),
             Address::Unix(path) => write!(f, "unix:{}", path.display()),
+            Address::Abstract { name, .. } => write!(f, "unix:@{name}"),
             Address::Exec(words) => match words.as_slice() {
                 [shell, option, command] if [shell, option] == SHELL => write!(f, "exec:{command}"),
                 words => write!(f, "exec:{}", words.join(" ")),

@@ -74,7 +74,7 @@ impl Outgoing {
         check_transport(address, job)?;
         let failed = |source| MigrationError::Open { address: address.clone(), source };
         match address {
-            Address::Tcp { .. } | Address::Unix(_) => {
+            Address::Tcp { .. } | Address::Unix(_) | Address::Abstract { .. } => {
                 let channels = if job.capabilities().multifd { job.parameters().multifd_channels } else { 0 };
                 connect(address, job, Names::Pages(channels))
             }
@@ -222,7 +222,9 @@ impl Incoming {
         check_transport(address, job)?;
         let failed = |source| MigrationError::Open { address: address.clone(), source };
         match address {
-            Address::Tcp { .. } | Address::Unix(_) => Err(failed(io::ErrorKind::InvalidInput.into())),
+            Address::Tcp { .. } | Address::Unix(_) | Address::Abstract { .. } => {
+                Err(failed(io::ErrorKind::InvalidInput.into()))
+            }
             Address::Exec(words) => {
                 let main: Arc<dyn Channel> = Arc::new(Pipe::command(words).map_err(failed)?);
                 Incoming::from(main).watched(job)
@@ -312,7 +314,7 @@ pub fn check_transport(address: &Address, job: &Job) -> Result<(), MigrationErro
     let parameters = job.parameters();
     let context = Context {
         seekable: matches!(address, Address::File { .. } | Address::Nbd { .. }),
-        multi_channel: matches!(address, Address::Tcp { .. } | Address::Unix(_)),
+        multi_channel: address.is_socket(),
         compressed: parameters.multifd_compression != Compression::None,
         cpr: parameters.mode != Mode::Normal,
         ..Context::new(RULES)

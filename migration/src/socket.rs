@@ -1,7 +1,7 @@
 //! Channels that are sockets: TCP and AF_UNIX.
 
 use super::{
-    Address, Channel, MigrationError,
+    Address, Channel, MigrationError, TcpOptions,
     channel::{MAX_PARTS, Source, Target},
     private,
 };
@@ -13,7 +13,7 @@ use socket2::SockRef;
 use std::{
     fmt, fs, io,
     io::Read,
-    net::{Shutdown, SocketAddr, TcpListener, TcpStream, ToSocketAddrs},
+    net::{Ipv4Addr, Ipv6Addr, Shutdown, SocketAddr, TcpListener, TcpStream, ToSocketAddrs},
     os::{
         fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd},
         unix::net::{UnixListener, UnixStream},
@@ -63,7 +63,8 @@ impl Socket {
                 options.keep_alive.apply(&stream)?;
                 Socket::tcp(stream)
             }
-            Address::Unix(path) => UnixStream::connect(path).map(Socket::Unix),
+            Address::Unix(path) => unix(&SockAddr::unix(path)?, wanted),
+            Address::Abstract { name, tight } => unix(&SockAddr::unix(abstract_path(name, *tight)?)?, wanted),
             _ => Err(io::ErrorKind::Unsupported.into()),
         }
     }
@@ -158,6 +159,72 @@ fn stay_within_host(stream: &TcpStream) {
     // Without them it is slower, and works as well.
     if let Err(error) = unpaced.and(unqueued) {
         tracing::debug!(%error, "a connection within this host keeps the system's settings");
+    }
+}
+
+fn unix(place: &SockAddr, wanted: &dyn Fn() -> bool) -> io::Result<Socket> {
+    Ok(Socket::Unix(UnixStream::from(OwnedFd::from(connect(place, Domain::UNIX, wanted)?))))
+}
+
+/// Bytes of the longest path of a UNIX socket.
+const MAX_PATH: usize = 108;
+
+/// What the system calls an abstract UNIX socket: a zero byte and its name; if it is not `tight`, as many zero bytes as there is room for.
+fn abstract_path(name: &str, tight: bool) -> io::Result<PathBuf> {
+    let mut path = [b"\0", name.as_bytes()].concat();
+    if path.len() > MAX_PATH {
+        return Err(io::Error::new(io::ErrorKind::InvalidInput, format!("UNIX socket path '{name}' is too long")));
+    }
+    if !tight {
+        path.resize(MAX_PATH, 0);
+    }
+    Ok(OsString::from_vec(path).into())
+}
+
+/// How often who connects looks whether that is still wanted.
+const CONNECT_POLL: Duration = Duration::from_millis(20);
+
+/// Connects a socket, and closes it as soon as it is not wanted any more.
+fn connect(place: &SockAddr, domain: Domain, wanted: &dyn Fn() -> bool) -> io::Result<socket2::Socket> {
+    let socket = socket2::Socket::new(domain, Type::STREAM, None)?;
+    socket.set_nonblocking(true)?;
+    loop {
+        match socket.connect(place) {
+            Ok(()) => break,
+            Err(error) if error.raw_os_error() == Some(libc::EINPROGRESS) => {
+                while !is_connected(&socket)? {
+                    still(wanted)?;
+                }
+                break;
+            }
+            // A UNIX socket whose queue is full.
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => thread::sleep(CONNECT_POLL),
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+        still(wanted)?;
+    }
+    socket.set_nonblocking(false)?;
+    Ok(socket)
+}
+
+fn still(wanted: &dyn Fn() -> bool) -> io::Result<()> {
+    if wanted() { Ok(()) } else { Err(io::ErrorKind::Interrupted.into()) }
+}
+
+/// Waits a moment for a connection that is being made.
+fn is_connected(socket: &socket2::Socket) -> io::Result<bool> {
+    let mut entries = [PollFd::new(socket, PollFlags::OUT)];
+    let moment = Timespec { tv_sec: 0, tv_nsec: CONNECT_POLL.subsec_nanos().into() };
+    match poll(&mut entries, Some(&moment)) {
+        Err(Errno::INTR) => Ok(false),
+        polled => {
+            polled?;
+            match socket.take_error()? {
+                Some(error) => Err(error),
+                None => Ok(!entries[0].revents().is_empty()),
+            }
+        }
     }
 }
 
@@ -337,12 +404,7 @@ impl Listener {
     fn open(address: &Address) -> io::Result<Self> {
         let (socket, address) = match address {
             Address::Tcp { host, port, options } => {
-                let any = if host.is_empty() { "::" } else { host };
-                let socket = match TcpListener::bind((any, *port)) {
-                    // A host without IPv6.
-                    Err(_) if host.is_empty() => TcpListener::bind(("0.0.0.0", *port))?,
-                    socket => socket?,
-                };
+                let socket = bind(host, *port, options)?;
                 options.keep_alive.apply(&socket)?;
                 let port = socket.local_addr()?.port();
                 (Listening::Tcp(socket), Address::Tcp { host: host.clone(), port, options: *options })
@@ -367,6 +429,11 @@ impl Listener {
     /// Waits for a source.
     ///
     /// # Errors
+            Address::Abstract { name, tight } => {
+                let socket = socket2::Socket::new(Domain::UNIX, Type::STREAM, None)?;
+                socket.bind(&SockAddr::unix(abstract_path(name, *tight)?)?)?;
+                (Listening::Unix(OwnedFd::from(socket).into()), address.clone())
+            }
     /// [`MigrationError::Listen`] with the system's reason.
     pub fn accept(&self) -> Result<Arc<dyn Channel>, MigrationError> {
         loop {
@@ -432,6 +499,49 @@ mod tests {
         drop(b);
         let error = write_all(&Socket::Unix(a), &mut [Source::bytes(b"x")]).unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::BrokenPipe);
+/// A socket at the first address and port that can be had.
+fn bind(host: &str, port: u16, options: &TcpOptions) -> io::Result<TcpListener> {
+    let places: Vec<SocketAddr> = match host {
+        // Every interface; without IPv6, those that a host has then.
+        "" => vec![(Ipv6Addr::UNSPECIFIED, port).into(), (Ipv4Addr::UNSPECIFIED, port).into()],
+        host => (host, port).to_socket_addrs()?.collect(),
+    };
+    let host = if host.is_empty() { "::" } else { host };
+    let places = options.choose(host, places)?;
+    let mut last = io::Error::new(io::ErrorKind::InvalidInput, "Failed to create a socket");
+    for port in port..=options.to.unwrap_or(port) {
+        for mut place in places.iter().copied() {
+            place.set_port(port);
+            match listener(place, options) {
+                Ok(socket) => return Ok(socket),
+                Err(error) => last = error,
+            }
+        }
+        if last.kind() != io::ErrorKind::AddrInUse {
+            return Err(last);
+        }
+    }
+    match options.to {
+        Some(_) if last.kind() == io::ErrorKind::AddrInUse => {
+            let why = format!("Failed to find an available port: {}", crate::error::reason(&last));
+            Err(io::Error::new(last.kind(), why))
+        }
+        _ => Err(last),
+    }
+}
+
+fn listener(place: SocketAddr, options: &TcpOptions) -> io::Result<TcpListener> {
+    let socket = socket2::Socket::new(Domain::for_address(place), Type::STREAM, None)?;
+    socket.set_reuse_address(true)?;
+    if place.is_ipv6() {
+        socket.set_only_v6(!options.takes_both())?;
+    }
+    socket.bind(&place.into())?;
+    // `listen` tells of a port that somebody else has as `bind` does.
+    socket.listen(BACKLOG)?;
+    Ok(OwnedFd::from(socket).into())
+}
+
     }
 
     #[test]
@@ -475,3 +585,50 @@ mod tests {
         assert!(matches!(Socket::connect(&address), Err(MigrationError::Connect { .. })));
     }
 }
+    /// A connection that comes when nobody wants it any more would be taken for a source that has left.
+    #[test]
+    fn a_connection_that_is_not_wanted_any_more_does_not_come() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("in.sock");
+        let listener = UnixListener::bind(&path).unwrap();
+        listen(&listener, 0).unwrap();
+        let address = Address::Unix(path);
+        let _first = Socket::connect_to(&address, &[], &|| true).unwrap();
+        // The queue has no more room.
+        let asked = std::cell::Cell::new(0);
+        let wanted = || asked.replace(asked.get() + 1) < 3;
+        let error = Socket::connect_to(&address, &[], &wanted).unwrap_err();
+        assert_eq!((error.kind(), asked.get()), (io::ErrorKind::Interrupted, 4));
+        listener.accept().unwrap();
+        listener.set_nonblocking(true).unwrap();
+        assert_eq!(listener.accept().map(drop).unwrap_err().kind(), io::ErrorKind::WouldBlock);
+    }
+
+    #[test]
+    fn a_limit_beyond_what_the_system_takes_is_the_longest() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let stream = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let socket = Socket::Tcp(stream);
+        socket.limit_waits(Duration::from_secs(1), Some(Duration::from_millis(u64::MAX))).unwrap();
+        let Socket::Tcp(stream) = &socket else { panic!("{socket:?}") };
+        assert_eq!(rustix::net::sockopt::tcp_user_timeout(stream).unwrap(), i32::MAX as u32);
+    }
+
+    #[test]
+    fn abstract_sockets_have_no_file() {
+        let name = format!("qevm-test-{}", std::process::id());
+        let at = |tight| Address::Abstract { name: name.clone(), tight };
+        let (tight, loose) = (Listener::bind(&at(true)).unwrap(), Listener::bind(&at(false)).unwrap());
+        assert!(matches!(Listener::bind(&at(true)), Err(MigrationError::Listen { .. })), "in use");
+        for (listener, tight) in [(tight, true), (loose, false)] {
+            let here = Socket::connect(&at(tight)).unwrap();
+            write_all(&*here, &mut [Source::bytes(b"x")]).unwrap();
+            let (there, _) = listener.try_accept().unwrap().unwrap();
+            assert_eq!(there.receive(&mut [0]).unwrap(), 1);
+        }
+        let long = Address::Abstract { name: "a".repeat(108), tight: true };
+        let error = Listener::bind(&long).unwrap_err().to_string();
+        assert!(error.ends_with("is too long"), "{error}");
+        Listener::bind(&Address::Abstract { name: "a".repeat(107), tight: true }).unwrap();
+    }
+

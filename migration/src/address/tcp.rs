@@ -2,7 +2,12 @@
 
 use super::BadAddress;
 use rustix::net::sockopt;
-use std::{fmt, io, os::fd::AsFd, time::Duration};
+use std::{
+    fmt, io,
+    net::{IpAddr, SocketAddr},
+    os::fd::AsFd,
+    time::Duration,
+};
 
 /// What follows host and port of a `tcp:` address.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -10,6 +15,14 @@ use std::{fmt, io, os::fd::AsFd, time::Duration};
 pub struct TcpOptions {
     /// `keep-alive*`.
     pub keep_alive: KeepAlive,
+    /// `to`: the last port that a destination tries if the others, from that of the address on, are taken.
+    pub to: Option<u16>,
+    /// `ipv4`: whether addresses of IPv4 are used. If it is on and `ipv6` is not, no others are.
+    pub ipv4: Option<bool>,
+    /// `ipv6`, likewise.
+    pub ipv6: Option<bool>,
+    /// `numeric`: the host is an address, and no name is looked up.
+    pub numeric: Option<bool>,
 }
 
 /// How the system finds out that the peer's host, or the way to it, is gone while nothing is sent: `keep-alive`, `keep-alive-count`,
@@ -84,35 +97,91 @@ impl KeepAlive {
     }
 }
 
+/// A switch's name, and its place.
+type Switch = (&'static str, fn(&mut TcpOptions) -> &mut Option<bool>);
+
+const SWITCHES: [Switch; 4] = [
+    (SWITCH, |options| &mut options.keep_alive.on),
+    ("ipv4", |options| &mut options.ipv4),
+    ("ipv6", |options| &mut options.ipv6),
+    ("numeric", |options| &mut options.numeric),
+];
+const TO: &str = "to";
+
 impl TcpOptions {
     /// Takes in one option of a URI: `NAME=VALUE`, or the name alone for one that is on.
     pub(super) fn set(&mut self, option: &str) -> Result<(), BadAddress> {
         let (name, value) = option.split_once('=').map_or((option, None), |(name, value)| (name, Some(value)));
-        if name == SWITCH {
-            self.keep_alive.on = match value {
+        if let Some((name, slot)) = SWITCHES.iter().find(|(known, _)| *known == name) {
+            *slot(self) = match value {
                 None | Some("on") => Some(true),
                 Some("off") => Some(false),
-                Some(_) => return Err(BadAddress::Option { name: SWITCH, expected: "'on' or 'off'" }),
+                Some(_) => return Err(BadAddress::Option { name, expected: "'on' or 'off'" }),
             };
+            return Ok(());
+        }
+        let number = |name, value: Option<&str>| {
+            let number = value.and_then(|value| value.parse::<u32>().ok());
+            number.ok_or(BadAddress::Option { name, expected: "a number" })
+        };
+        if name == TO {
+            // A QEMU takes what is left of a larger one.
+            let port = u16::try_from(number(TO, value)?);
+            self.to = Some(port.map_err(|_| BadAddress::Option { name: TO, expected: "uint16_t" })?);
             return Ok(());
         }
         let row = NUMBERS.iter().find(|(known, _)| *known == name);
         let (name, slot) = row.ok_or_else(|| BadAddress::UnknownOption(name.into()))?;
-        let number = value.and_then(|value| value.parse().ok());
-        *slot(&mut self.keep_alive) = number.ok_or(BadAddress::Option { name, expected: "a number" })?;
+        *slot(&mut self.keep_alive) = number(name, value)?;
         Ok(())
+    }
+
+    /// Those of the addresses of `host` that may be used.
+    ///
+    /// # Errors
+    /// There is none, in QEMU's words.
+    pub(crate) fn choose(&self, host: &str, found: Vec<SocketAddr>) -> io::Result<Vec<SocketAddr>> {
+        let failed = |why: &str| io::Error::new(io::ErrorKind::InvalidInput, why.to_owned());
+        if self.numeric == Some(true) && host.parse::<IpAddr>().is_err() {
+            return Err(failed("Name or service not known"));
+        }
+        let families = self.families()?;
+        let chosen: Vec<_> = found.into_iter().filter(|place| families[usize::from(place.is_ipv6())]).collect();
+        if chosen.is_empty() { Err(failed("Address family for hostname not supported")) } else { Ok(chosen) }
+    }
+
+    /// Whether IPv4 and IPv6 may be used.
+    fn families(&self) -> io::Result<[bool; 2]> {
+        match (self.ipv4, self.ipv6) {
+            (Some(false), Some(false)) => {
+                Err(io::Error::new(io::ErrorKind::InvalidInput, "Cannot disable IPv4 and IPv6 at same time"))
+            }
+            (Some(false), _) | (None, Some(true)) => Ok([false, true]),
+            (_, Some(false)) | (Some(true), None) => Ok([true, false]),
+            (None, None) | (Some(true), Some(true)) => Ok([true, true]),
+        }
+    }
+
+    /// Whether a destination that listens at an IPv6 address takes IPv4 there, too.
+    pub(crate) fn takes_both(&self) -> bool {
+        matches!(self.families(), Ok([true, _]))
     }
 }
 
 impl fmt::Display for TcpOptions {
     /// As in a URI, each with its comma.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let mut keep_alive = self.keep_alive;
-        if let Some(on) = keep_alive.on {
-            write!(f, ",{SWITCH}={}", if on { "on" } else { "off" })?;
+        let mut options = *self;
+        if let Some(to) = self.to {
+            write!(f, ",{TO}={to}")?;
+        }
+        for (name, slot) in SWITCHES {
+            if let Some(on) = *slot(&mut options) {
+                write!(f, ",{name}={}", if on { "on" } else { "off" })?;
+            }
         }
         for (name, slot) in NUMBERS {
-            let value = *slot(&mut keep_alive);
+            let value = *slot(&mut options.keep_alive);
             if value > 0 {
                 write!(f, ",{name}={value}")?;
             }
@@ -138,6 +207,7 @@ mod tests {
             ("keep-alive=on,keep-alive=off", ",keep-alive=off"),
             ("keep-alive=on,", ",keep-alive=on"),
             ("keep-alive=on,keep-alive-idle=0", ",keep-alive=on"),
+            ("to=7,ipv4,numeric=off", ",to=7,ipv4=on,numeric=off"),
         ] {
             assert_eq!(parse(options).unwrap().to_string(), format!("tcp:127.0.0.1:0{shown}"), "{options}");
         }
@@ -145,12 +215,61 @@ mod tests {
             ("keep-alive=maybe", "Parameter 'keep-alive' expects 'on' or 'off'"),
             ("keep-alive=on,keep-alive-idle=x", "Parameter 'keep-alive-idle' expects a number"),
             ("keep-alive-idle", "Parameter 'keep-alive-idle' expects a number"),
+            ("to=x", "Parameter 'to' expects a number"),
+            ("to", "Parameter 'to' expects a number"),
+            // A QEMU says so in `channels` alone.
+            ("to=70000", "Parameter 'to' expects uint16_t"),
+            ("ipv4=maybe", "Parameter 'ipv4' expects 'on' or 'off'"),
+            ("numeric=maybe", "Parameter 'numeric' expects 'on' or 'off'"),
             ("bogus=1", "Invalid parameter 'bogus'"),
             ("bogus", "Invalid parameter 'bogus'"),
         ] {
             assert_eq!(parse(options).map_err(|error| error.to_string()), Err(text.into()));
         }
         assert!(matches!(parse(",keep-alive"), Err(BadAddress::UnknownOption(_))));
+    }
+
+    /// Where a QEMU 11.1 listens for the same URIs, and what it says.
+    #[test]
+    fn families_are_chosen_as_by_a_qemu() {
+        let bind =
+            |uri: &str| Listener::bind(&uri.parse().unwrap()).map(|listener| listener.as_fd().try_clone_to_owned());
+        let family = |uri: &str| {
+            let socket = bind(uri).unwrap().unwrap();
+            TcpListener::from(socket).local_addr().unwrap()
+        };
+        for uri in ["tcp:127.0.0.1:0,ipv4=on", "tcp::0,ipv4=on", "tcp:localhost:0,ipv4=on,ipv6=off"] {
+            assert!(family(uri).is_ipv4(), "{uri}");
+        }
+        for uri in ["tcp:[::1]:0,ipv6=on", "tcp::0,ipv6=on", "tcp::0,ipv4=off", "tcp::0"] {
+            assert!(family(uri).is_ipv6(), "{uri}");
+        }
+        let unsupported = "Address family for hostname not supported";
+        for (uri, why) in [
+            ("tcp:127.0.0.1:0,ipv4=off", unsupported),
+            ("tcp:127.0.0.1:0,ipv6=on", unsupported),
+            ("tcp:[::1]:0,ipv6=off", unsupported),
+            ("tcp:localhost:0,ipv4=off,ipv6=off", "Cannot disable IPv4 and IPv6 at same time"),
+            ("tcp:localhost:0,numeric=on", "Name or service not known"),
+        ] {
+            let error = bind(uri).unwrap_err().to_string();
+            assert!(error.ends_with(why), "{uri}: {error}");
+            let error = Socket::connect(&uri.parse().unwrap()).unwrap_err().to_string();
+            assert!(error.ends_with(why), "{uri}: {error}");
+        }
+    }
+
+    #[test]
+    fn a_port_that_is_taken_is_followed_by_the_next() {
+        let taken = TcpListener::bind("127.0.0.1:0").unwrap();
+        let port = taken.local_addr().unwrap().port();
+        let bind = |to| Listener::bind(&format!("tcp:127.0.0.1:{port}{to}").parse().unwrap());
+        let error = bind(format!(",to={port}")).unwrap_err().to_string();
+        assert!(error.ends_with("Failed to find an available port: Address already in use"), "{error}");
+        let listener = bind(format!(",to={}", port.saturating_add(50))).unwrap();
+        let Address::Tcp { port: next, .. } = *listener.address() else { panic!() };
+        assert!(next > port && next <= port.saturating_add(50), "{port}, {next}");
+        assert!(bind(format!(",to={}", port - 1)).is_err());
     }
 
     #[test]

@@ -49,7 +49,7 @@ pub(crate) struct Run {
     /// Stop after that many seconds
     #[arg(long, value_name = "SECONDS")]
     seconds: Option<u64>,
-    /// Wait for a guest from there: tcp:HOST:PORT, unix:PATH, exec:COMMAND, fd:NUMBER, file:PATH[,offset=N], a page server
+    /// Wait for a guest from there: tcp:HOST:PORT[,to=PORT][,ipv4=on|off][,ipv6=on|off], unix:PATH, a channel as a JSON object as QMP has it, exec:COMMAND, fd:NUMBER, file:PATH[,offset=N], a page server
     /// (nbd+unix:///[EXPORT]?socket=PATH or nbd://HOST[:PORT]/[EXPORT], which turns capabilities mapped-ram and postcopy-ram on), or defer
     /// until QMP's migrate-incoming
     #[arg(long, value_name = "ADDRESS")]
@@ -87,6 +87,9 @@ impl FromStr for Incoming {
     fn from_str(text: &str) -> Result<Incoming, String> {
         match text {
             "defer" => Ok(Incoming::Defer),
+            json if json.starts_with('{') => {
+                reference_vmm::qmp::channel(json).map(Incoming::From).map_err(|failure| failure.to_string())
+            }
             _ => text.parse().map(Incoming::From).map_err(|error: qevm_migration::BadAddress| error.to_string()),
         }
     }

@@ -14,6 +14,7 @@ use crate::vmm::{
 };
 use qevm_migration::{Address, Capabilities, KNOWN_CAPABILITIES, Parameters, Refused, Status};
 use serde_json::{Map, Value, json};
+use std::net::IpAddr;
 use std::sync::Arc;
 
 type Command = fn(&Arc<Vmm>, &mut Arguments) -> Result<Value, Failure>;
@@ -22,10 +23,10 @@ type Command = fn(&Arc<Vmm>, &mut Arguments) -> Result<Value, Failure>;
 pub(super) const QUIT: &str = "quit";
 
 /// Every command but `qmp_capabilities`, and when it is refused whatever its arguments.
-const COMMANDS: [(&str, Command, &[Rule]); 46] = [
+const COMMANDS: [(&str, Command, &[Rule]); 47] = [
     ("add-fd", descriptors::add_fd, legality::ANYTIME),
-    ("calc-dirty-rate", dirty_rate::calc, legality::ANYTIME),
     ("announce-self", power::announce_self, legality::ANYTIME),
+    ("calc-dirty-rate", dirty_rate::calc, legality::ANYTIME),
     ("cancel-vcpu-dirty-limit", dirty_rate::cancel_limit, legality::ANYTIME),
     ("closefd", descriptors::closefd, legality::ANYTIME),
     ("cont", cont, legality::CONT),
@@ -335,7 +336,16 @@ fn query_migrate(vmm: &Arc<Vmm>, arguments: &mut Arguments) -> Result<Value, Fai
 /// Where others find a socket; nothing else has an address.
 fn socket_address(address: &Address) -> Option<Value> {
     Some(match address {
-        Address::Tcp { host, port, .. } => json!({ "port": port.to_string(), "type": "inet", "host": host }),
+        Address::Tcp { host, port, .. } => {
+            let mut address = json!({ "port": port.to_string(), "type": "inet", "host": host });
+            match host.parse() {
+                Ok(IpAddr::V4(_)) => address["ipv4"] = true.into(),
+                Ok(IpAddr::V6(_)) => address["ipv6"] = true.into(),
+                Err(_) => {}
+            }
+            address
+        }
+        Address::Abstract { name, tight } => json!({ "path": name, "type": "unix", "abstract": true, "tight": tight }),
         Address::Unix(path) => json!({ "path": path.display().to_string(), "type": "unix" }),
         _ => return None,
     })

@@ -21,5 +21,6 @@ mod statistics;
 
 pub use client::{Client, ClientError};
 pub use commands::check_arguments;
+pub use place::channel;
 pub use protocol::{Failure, Request, Requests, reply};
 pub use server::Server;

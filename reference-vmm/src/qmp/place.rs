@@ -30,14 +30,7 @@ pub(super) fn place(arguments: &mut Arguments) -> Result<Place, Failure> {
         (None, _) => {
             let mut places = Vec::new();
             for (i, channel) in channels.into_iter().enumerate() {
-                let mut channel = arguments.inner(channel, &format!("channels[{i}]"))?;
-                let kind = channel.choice("channel-type", &["main", "cpr"])?;
-                let place = transport(channel.object("addr")?)?;
-                channel.complete()?;
-                if kind != "main" {
-                    return Err(Failure::generic("channel type 'cpr' is not supported here"));
-                }
-                places.push(place);
+                places.push(main_channel(arguments.inner(channel, &format!("channels[{i}]"))?)?);
             }
             match <[Place; 1]>::try_from(places) {
                 Ok([place]) => Ok(place),
@@ -45,6 +38,36 @@ pub(super) fn place(arguments: &mut Arguments) -> Result<Place, Failure> {
             }
         }
     }
+}
+
+/// A `MigrationChannel`, which has to be the main one.
+fn main_channel(mut channel: Arguments) -> Result<Place, Failure> {
+    let kind = channel.choice("channel-type", &["main", "cpr"])?;
+    let place = transport(channel.object("addr")?)?;
+    channel.complete()?;
+    match kind.as_str() {
+        "main" => Ok(place),
+        _ => Err(Failure::generic("channel type 'cpr' is not supported here")),
+    }
+}
+
+/// The address in a main channel as a JSON object, as `-incoming` takes it (QEMU 11.1).
+///
+/// ```
+/// use qevm_migration::Address;
+/// use reference_vmm::qmp::channel;
+///
+/// let text = r#"{"channel-type":"main","addr":{"transport":"socket","type":"unix","path":"/run/vm"}}"#;
+/// assert_eq!(channel(text).unwrap(), Address::Unix("/run/vm".into()));
+/// assert_eq!(channel(r#"{"channel-type":"main"}"#).unwrap_err().to_string(), "Parameter 'addr' is missing");
+/// ```
+///
+/// # Errors
+/// In QEMU's words, but for what is wrong with the JSON.
+pub fn channel(text: &str) -> Result<Address, Failure> {
+    let members = serde_json::from_str(text);
+    let members = members.map_err(|error| Failure::generic(format!("JSON parse error, {error}")))?;
+    main_channel(Arguments::new(members))?.look_at()
 }
 
 /// A `MigrationAddress`.
@@ -55,9 +78,16 @@ fn transport(mut addr: Arguments) -> Result<Place, Failure> {
                 let host = addr.text("host")?;
                 let host = if host.contains(':') { format!("[{host}]") } else { host };
                 let port = addr.text("port")?;
-                Place::Uri(format!("tcp:{host}:{port}{}", keep_alive(&mut addr)?))
+                Place::Uri(format!("tcp:{host}:{port}{}", options(&mut addr)?))
             }
-            "unix" => Place::Uri(format!("unix:{}", addr.text("path")?)),
+            "unix" => {
+                let (path, in_file) = (addr.text("path")?, !addr.flag("abstract")?);
+                // Of an abstract one, it is on unless it was said to be off; of others it means nothing.
+                match addr.optional_flag("tight")?.unwrap_or(true) {
+                    _ if in_file => Place::Uri(format!("unix:{path}")),
+                    tight => Place::Address(Address::Abstract { name: path, tight }),
+                }
+            }
             "vsock" => Place::Uri(format!("vsock:{}:{}", addr.text("cid")?, addr.text("port")?)),
             _ => Place::Uri(format!("fd:{}", addr.text("str")?)),
         },
@@ -76,12 +106,18 @@ fn transport(mut addr: Arguments) -> Result<Place, Failure> {
     Ok(place)
 }
 
-/// The members `keep-alive*` of an `InetSocketAddress` as options of a URI.
-fn keep_alive(addr: &mut Arguments) -> Result<String, Failure> {
-    let mut options = match addr.optional_flag("keep-alive")? {
-        Some(on) => format!(",keep-alive={}", if on { "on" } else { "off" }),
-        None => String::new(),
-    };
+/// The other members of an `InetSocketAddress` as options of a URI.
+fn options(addr: &mut Arguments) -> Result<String, Failure> {
+    let mut options = String::new();
+    if let Some(port) = addr.optional_unsigned("to")? {
+        let port = u16::try_from(port).map_err(|_| Failure::generic("Parameter 'to' expects uint16_t"))?;
+        options += &format!(",to={port}");
+    }
+    for name in ["numeric", "ipv4", "ipv6", "keep-alive"] {
+        if let Some(on) = addr.optional_flag(name)? {
+            options += &format!(",{name}={}", if on { "on" } else { "off" });
+        }
+    }
     for name in ["keep-alive-count", "keep-alive-idle", "keep-alive-interval"] {
         if let Some(number) = addr.optional_unsigned(name)? {
             // QEMU does not say where the member is here.

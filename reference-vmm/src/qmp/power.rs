@@ -1,4 +1,4 @@
-//! Reset and power button.
+//! Reset, power button, and what the network hears of the guest.
 
 use super::{
     arguments::Arguments,
@@ -8,7 +8,7 @@ use super::{
 use crate::vmm::{ACTIONS, Vmm};
 use qevm_migration::Announcement;
 use serde_json::Value;
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
 pub(super) fn system_reset(vmm: &Arc<Vmm>, arguments: &mut Arguments) -> Result<Value, Failure> {
     only(arguments)?;

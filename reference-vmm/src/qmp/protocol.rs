@@ -7,7 +7,8 @@ use serde_json::{Map, Value, json};
 const MAX_REQUEST: usize = 1 << 20;
 
 /// A request that cannot be fulfilled.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{desc}")]
 pub struct Failure {
     pub(super) class: &'static str,
     pub(super) desc: String,

@@ -29,15 +29,10 @@ impl Vmm {
         self.secure(&self.outgoing, Endpoint::Server)?;
         check_transport(address, &self.outgoing)?;
         self.check_devices()?;
-        if self.outgoing.tls().is_some() && self.outgoing.capabilities().postcopy_preempt {
-            // Its session would have to begin before anybody knows whether it is the preempt channel.
-            return Err(MigrationError::Tls(
-                "'postcopy-preempt' does not go with TLS here: turn it off at both sides".into(),
-            ));
-        }
-        let entrance = match address {
-            Address::Tcp { .. } | Address::Unix(_) => Entrance::Socket(Listener::bind(address)?),
-            _ => Entrance::Open(Box::new(Incoming::open(address, self.outgoing(), &mut *self.descriptors())?)),
+        let entrance = if address.is_socket() {
+            Entrance::Socket(Listener::bind(address)?)
+        } else {
+            Entrance::Open(Box::new(Incoming::open(address, self.outgoing(), &mut *self.descriptors())?))
         };
         // Refused only while one is under way, which then has its own.
         let _ = self.incoming.set_capabilities(self.outgoing.capabilities());
@@ -77,7 +72,7 @@ impl Vmm {
         state.incoming && state.listening.is_none()
     }
 
-    fn arrived(&self, arrival: Arrival, exit_on_error: bool) {
+    fn arrived(self: &Arc<Self>, arrival: Arrival, exit_on_error: bool) {
         let reason = arrival.rest.is_some().then(|| {
             let from = self.listening().map_or_else(String::new, |address| format!(" from {address}"));
             format!("guest memory is still being loaded{from}")
@@ -89,12 +84,12 @@ impl Vmm {
         let started = if arrival.running && autostart { self.start().map(|()| true) } else { Ok(false) };
         if let Err(error) = &started {
             // It has left the source, so that it must not be lost here.
-        self.announce(Announcement::of(&self.incoming.parameters()), "");
             tracing::error!("the guest has arrived and cannot be started ({error}): say 'cont' when that is mended");
         }
         if !started.unwrap_or(false) {
             self.lock().run_state = RunState::Paused;
         }
+        self.announce(Announcement::of(&self.incoming.parameters()), "");
         let rest = if arrival.rest.is_some() { "; its memory is still being loaded" } else { "" };
         tracing::info!("the guest has arrived, and is {}{rest}", self.run_state().as_str());
         if let Err(error) = arrival.rest.map_or(Ok(()), |rest| self.load_rest(rest)) {

@@ -82,9 +82,10 @@ impl Vmm {
 
     /// A socket may take long to connect; everything else is there or not.
     fn way_out(&self, address: &Address) -> Result<WayOut, MigrationError> {
-        let opened = match address {
-            Address::Tcp { .. } | Address::Unix(_) => None,
-            _ => Some(Outgoing::open(address, &self.outgoing, &mut *self.descriptors())?),
+        let opened = if address.is_socket() {
+            None
+        } else {
+            Some(Outgoing::open(address, &self.outgoing, &mut *self.descriptors())?)
         };
         Ok(WayOut { address: address.clone(), opened })
     }

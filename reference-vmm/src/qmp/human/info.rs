@@ -1,6 +1,6 @@
 //! `info`.
 
-use super::super::{commands, parameters, queries};
+use super::super::{commands, parameters};
 use super::{Said, Words};
 use crate::vmm::{RunState, Vmm};
 use serde_json::{Map, Value};
