@@ -1,7 +1,10 @@
 //! The source engine: threads, sockets and the guest around [`SourceCore`], which decides.
 
+mod backlogs;
 mod perform;
 mod recovery;
+
+use backlogs::Backlogs;
 
 use super::{
     DirtyLog, Guest, IterativeDevice, Job, MigrationError, Notice, Outgoing, Refused,
@@ -88,10 +91,10 @@ pub fn migrate(guest: &dyn Guest, connections: &Outgoing, job: &Job, profile: &P
         profile: profile.clone(),
         capabilities,
         machine_type: guest.machine_type().into(),
+        uuid: job.uuid().map(|uuid| uuid.0),
         blocks: guest.ram().iter().map(|view| (view.name.into(), view.memory.len() as u64)).collect(),
         host_page_sizes: (0..guest.ram().len()).map(|block| guest.hooks().host_page_size(block)).collect(),
         devices,
-        uuid: job.uuid().map(|uuid| uuid.0),
         route: match (&pages, &saving) {
             (None, None) => PageRoute::Main,
             (None, Some(_)) => PageRoute::File,
@@ -131,6 +134,7 @@ pub fn migrate(guest: &dyn Guest, connections: &Outgoing, job: &Job, profile: &P
             log: None,
             core: SourceCore::new(options, parameters),
             preempt: None,
+            backlogs: Backlogs::default(),
             start,
         };
         if let Err(error) = engine.listen().and_then(|()| job.attach(connections.all())) {
@@ -187,6 +191,8 @@ struct Engine<'e> {
     core: SourceCore,
     /// Writes the records of the preempt channel.
     preempt: Option<StreamWriter>,
+    /// What is on its way, as it was last looked at.
+    backlogs: Backlogs,
     start: Instant,
 }
 
@@ -257,6 +263,9 @@ impl Engine<'_> {
 
     fn finish(&mut self, result: Result<(), MigrationError>) -> Result<(), MigrationError> {
         self.devices.iter().for_each(|device| device.end());
+        let unheard = self.return_path.as_ref().is_some_and(|path| !path.answers().heard());
+        let refused = self.job.tls().is_some() && unheard;
+        let result = result.map_err(|error| if refused { error.unheard() } else { error });
         self.job.end(result.as_ref().err());
         // The return path is read to its end: the destination closes when it has taken over, or is not waited for any longer.
         let patience = self.job.parameters().timeouts.switchover();

@@ -83,6 +83,12 @@ impl Silence {
         error.get_ref().and_then(|inner| inner.downcast_ref())
     }
 
+    /// What is on its way there has not moved for as long as `x-idle-timeout` says.
+    pub(crate) fn on_the_way(channel: ChannelName, waited: Option<Duration>, status: Status) -> io::Error {
+        let (awaited, parameter) = (Awaited::Acknowledgement, Some("x-idle-timeout"));
+        io::Error::new(io::ErrorKind::TimedOut, Silence { channel, awaited, waited, status, parameter })
+    }
+
     fn text(&self) -> String {
         let Silence { channel, awaited, waited, status, parameter } = self;
         let time = waited.map_or_else(String::new, |waited| format!(" for {} s", waited.as_secs_f64()));

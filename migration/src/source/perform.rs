@@ -2,7 +2,7 @@
 
 use super::{Action, Counts, Engine, Notice, Sent, Source, Wake, monotonic_now, write_all};
 use crate::{
-    GuestError, MigrationError,
+    ChannelName, GuestError, MigrationError, Silence,
     core::source::{Batch, BlockRange},
     page_file::Saving,
     pending::DeviceSize,
@@ -20,6 +20,23 @@ use std::{io, time::Duration};
 const LENGTH_WORD: u64 = 8;
 
 impl Engine<'_> {
+    /// Fails if what is on its way on a connection has not moved for as long as a connection may be silent.
+    fn moves(&mut self, backlogs: &[u64]) -> io::Result<()> {
+        let limit = self.job.parameters().timeouts.idle();
+        match self.backlogs.look(self.start.elapsed(), backlogs) {
+            Some((number, waited)) if limit.is_some_and(|limit| waited >= limit) => {
+                let channel = match number.checked_sub(1).map(u8::try_from) {
+                    None => ChannelName::Main,
+                    Some(Ok(page)) if usize::from(page) < self.connections.pages.len() => ChannelName::Page(page),
+                    Some(_) => ChannelName::Preempt,
+                };
+                let status = self.job.status();
+                Err(Silence::on_the_way(channel, limit, status))
+            }
+            _ => Ok(()),
+        }
+    }
+
     /// Does one thing, and tells the core what came of it.
     pub(super) fn perform(&mut self, action: Action) -> Result<(), MigrationError> {
         match action {
@@ -119,9 +136,13 @@ impl Engine<'_> {
             }
             Action::MeasureBacklog { all } => {
                 let channels = self.connections.all().take(if all { usize::MAX } else { 1 });
-                let backlog = channels.map(|channel| channel.backlog()).sum::<io::Result<u64>>();
+                let backlogs = channels.map(|channel| channel.backlog()).collect::<io::Result<Vec<_>>>();
                 let failed = |source| MigrationError::Send { doing: "what is on the way already", source };
-                self.core.backlog(backlog.map_err(failed)?);
+                let backlogs = backlogs.map_err(failed)?;
+                if all {
+                    self.moves(&backlogs).map_err(failed)?;
+                }
+                self.core.backlog(backlogs.iter().sum());
             }
             Action::Pause => {
                 let stopped_at = monotonic_now();
