@@ -22,13 +22,13 @@ use std::{
     time::{Duration, Instant},
 };
 
-/// How long is waited for what.
-#[derive(Debug, Clone)]
+/// How long is waited for what. `None` is as long as `x-handshake-timeout` says at the time: it may change while somebody waits.
+#[derive(Debug, Clone, Default)]
 pub(crate) struct Patience {
     /// For a connection to say what it is.
-    pub(crate) silence: Duration,
+    pub(crate) silence: Option<Duration>,
     /// For another channel of a source, when some have arrived.
-    pub(crate) channels: Duration,
+    pub(crate) channels: Option<Duration>,
     /// Who watches over the channels of a source.
     pub(crate) watch: Arc<Watch>,
 }
@@ -37,11 +37,24 @@ impl Patience {
     /// A source says what a connection is as soon as it is connected, and its main channel as soon as its page channels are. It opens
     /// all of its channels at once; so long without a new one means that it has no more.
     pub(crate) fn of(job: &Job) -> Self {
-        let watch = job.waits();
-        let each = watch.timeouts().handshake().unwrap_or(NO_END);
-        Patience { silence: each, channels: each, watch }
+        Patience { watch: job.waits(), ..Patience::default() }
+    }
+
+    pub(crate) fn silence(&self) -> Duration {
+        self.silence.unwrap_or_else(|| self.handshake())
+    }
+
+    fn channels(&self) -> Duration {
+        self.channels.unwrap_or_else(|| self.handshake())
+    }
+
+    fn handshake(&self) -> Duration {
+        self.watch.timeouts().handshake().unwrap_or(NO_END)
     }
 }
+
+/// How often whoever waits for a connection that is here looks how long it may.
+const LOOK: Duration = Duration::from_millis(250);
 
 /// A time that nobody lives to see the end of.
 pub(crate) const NO_END: Duration = Duration::from_secs(100 * 365 * 86_400);
@@ -73,13 +86,14 @@ pub(crate) fn gather(
     seen: &mut dyn FnMut(Seen),
 ) -> Result<Incoming, MigrationError> {
     listener.set_nonblocking().map_err(|error| listener.failed(error))?;
-    let Patience { silence, channels: for_channels, watch } = patience;
     let page_channels = settings.map(|settings| settings.channels);
-    let mut strangers = Strangers::new(page_channels, tls, silence, watch.clone(), listener.address().clone());
+    let mut strangers = Strangers::new(page_channels, tls.clone(), patience.clone(), listener.address().clone());
     let mut source = Source { settings, main: None, pages: BTreeMap::new(), last: None, misfit: None };
     loop {
         let accepting = strangers.accepts(Instant::now());
-        let deadline = [strangers.deadline(), source.last.map(|last| last + for_channels)].into_iter().flatten().min();
+        let complete = source.last.map(|last| last + patience.channels());
+        let deadline = [strangers.deadline(), complete].into_iter().flatten().min();
+        let deadline = deadline.map(|deadline| deadline.min(Instant::now() + LOOK));
         let ready = wait(accepting.then_some(listener), &strangers, &source, deadline);
         let Ready { calling, strangers: speaking, main_left, pages_left } =
             ready.map_err(|error| listener.failed(error.into()))?;
@@ -100,10 +114,11 @@ pub(crate) fn gather(
             let page_channels_called = strangers.unwanted() > 0;
             let crowd = settings.is_none() && !preempt && strangers.len() > 0;
             let misfit = incoming.misfit.or_else(|| crowd.then(|| Located::new(LoadError::MultifdOff, 0).into()));
-            let preempt = preempt.then(|| Entrance::new(listener.clone(), caller, strangers.into_silent(), watch));
+            let waiting = strangers.into_silent();
+            let preempt = preempt.then(|| Entrance::new(listener.clone(), caller, waiting, tls, patience.watch));
             return Ok(Incoming { page_channels_called, misfit, preempt, ..incoming });
         }
-        source.expire(for_channels, seen);
+        source.expire(patience.channels(), seen);
     }
 }
 
@@ -253,7 +268,7 @@ fn wait(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{Address, Capabilities, Parameters};
+    use crate::{Address, Capabilities, Parameters, Timeouts};
     use qevm_multifd::{Init, Uuid};
     use qevm_savevm::{
         container::{Compression, FileKind},
@@ -318,7 +333,7 @@ mod tests {
     }
 
     fn patience(silence: Duration, channels: Duration) -> Patience {
-        Patience { silence, channels, watch: Arc::default() }
+        Patience { silence: Some(silence), channels: Some(channels), watch: Arc::default() }
     }
 
     #[test]
@@ -372,6 +387,32 @@ mod tests {
             assert!(matches!(slowly, Reason::Silent(..) | Reason::Wrong(_)), "{slowly:?}");
             vec![call(MAIN)]
         });
+        assert!(rest.is_empty(), "{rest:?}");
+    }
+
+    /// What an operator sets counts for who is here already.
+    #[test]
+    fn a_change_of_the_handshake_timeout_reaches_a_wait_under_way() {
+        let watch = Arc::<Watch>::default();
+        let set = |handshake_ms| watch.set_timeouts(Timeouts { handshake_ms, ..Timeouts::default() });
+        set(0);
+        let patience = Patience { watch: watch.clone(), ..Patience::default() };
+        let (incoming, rest) = wait_for(Some(1), patience, |call, seen| {
+            let _silent = call(b"");
+            let _alone = call(MAIN);
+            assert!(seen.recv_timeout(SHORT).is_err(), "nobody was to be dropped");
+            set(1);
+            let mut dropped = Vec::new();
+            while dropped.len() < 3 {
+                dropped.push(seen.recv_timeout(LONG).unwrap());
+            }
+            let silent = |seen: &Seen| matches!(seen, Seen::Dropped(Dropped { why: Reason::Silent(..), .. }));
+            assert!(dropped.iter().any(silent), "{dropped:?}");
+            assert!(dropped.iter().any(|seen| matches!(seen, Seen::Incomplete(_))), "{dropped:?}");
+            set(0);
+            vec![call(&init(0)), call(MAIN)]
+        });
+        assert_eq!(incoming.pages.len(), 1);
         assert!(rest.is_empty(), "{rest:?}");
     }
 

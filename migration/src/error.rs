@@ -41,6 +41,16 @@ pub enum MigrationError {
     /// The connections cannot be secured as the operator wants: the monitor's or the credentials' reason.
     #[error("{0}")]
     Tls(GuestError),
+    /// The destination has ended the TLS session before it answered anything, as one does that does not want this side. TLS has no way to
+    /// say why then.
+    #[error(
+        "{reason}: the destination has ended the TLS session before it answered anything; it may not allow this side's certificate, or want \
+         one (its 'tls-authz' and 'verify-peer'): its own log says why"
+    )]
+    SessionEnded {
+        /// What failed.
+        reason: GuestError,
+    },
     /// The capabilities do not go with the transport.
     #[error(transparent)]
     Capability(#[from] BadCapability),
@@ -181,6 +191,22 @@ impl MigrationError {
     pub(crate) fn guest(doing: &'static str) -> impl FnOnce(GuestError) -> Self {
         move |source| MigrationError::Guest { doing, source }
     }
+
+    /// Whether the channel broke because of its TLS session.
+    pub(crate) fn is_of_tls(&self) -> bool {
+        let (MigrationError::Send { source, .. } | MigrationError::ReturnPath(source)) = self else { return false };
+        source.get_ref().is_some_and(|inner| inner.is::<crate::TlsError>())
+    }
+
+    /// This error of a source in a TLS session, in which the destination has said nothing.
+    pub(crate) fn unheard(self) -> Self {
+        match self {
+            MigrationError::Send { .. } | MigrationError::NoVerdict | MigrationError::ReturnPath(_) => {
+                MigrationError::SessionEnded { reason: self.into() }
+            }
+            other => other,
+        }
+    }
 }
 
 /// Why an incoming stream cannot be loaded, beside what its decoder reports.
@@ -197,6 +223,14 @@ pub enum LoadError {
         found: String,
         /// This machine's.
         expected: String,
+    },
+    /// The source's machine has another UUID, and capability `validate-uuid` on. QEMU's words.
+    #[error("UUID received is {} and local is {}", qevm_multifd::Uuid(*found), qevm_multifd::Uuid(*here))]
+    Uuid {
+        /// As received.
+        found: [u8; 16],
+        /// This machine's.
+        here: [u8; 16],
     },
     /// The source has a capability on that changes what the stream holds.
     #[error("capability '{found}' is on at the source and not supported here")]
@@ -224,14 +258,6 @@ pub enum LoadError {
         /// What was being done.
         doing: &'static str,
         /// The system's reason.
-    /// The source's machine has another UUID, and capability `validate-uuid` on. QEMU's words.
-    #[error("UUID received is {} and local is {}", qevm_multifd::Uuid(*found), qevm_multifd::Uuid(*here))]
-    Uuid {
-        /// As received.
-        found: [u8; 16],
-        /// This machine's.
-        here: [u8; 16],
-    },
         source: io::Error,
     },
     /// A RAM block that this machine does not have.
@@ -403,6 +429,7 @@ impl Blame for LoadError {
             LoadError::CapabilityDiffers { .. }
             | LoadError::MultifdOff
             | LoadError::MachineType { .. }
+            | LoadError::Uuid { .. }
             | LoadError::Capability { .. }
             | LoadError::UnknownRamBlock { .. }
             | LoadError::RamBlockSize { .. }
@@ -429,5 +456,4 @@ fn advice(missing: &str) -> &'static str {
         "END" => " (if this is a background snapshot, turn capability 'background-snapshot' on here)",
         _ => "",
     }
-            | LoadError::Uuid { .. }
 }

@@ -25,7 +25,7 @@ use super::{Job, MigrationError, RestoreProgress};
 pub use block_times::BlockTimes;
 pub(crate) use listening::Listening;
 use missing::Shared;
-pub(crate) use preempt::{Entrance, Preempt};
+pub(crate) use preempt::{Entrance, Preempt, Silent};
 pub use recovery::Recovery;
 pub(crate) use start::{Parts, start};
 use std::{mem, sync::Arc, thread::JoinHandle};

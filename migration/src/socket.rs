@@ -7,20 +7,30 @@ use super::{
 };
 use rustix::{
     event::{PollFd, PollFlags, Timespec, poll},
+    io::Errno,
     net::{AddressFamily, getpeername, getsockname, listen, sockopt::set_tcp_user_timeout},
 };
-use socket2::SockRef;
+use socket2::{Domain, SockAddr, SockRef, Type};
 use std::{
+    ffi::OsString,
     fmt, fs, io,
     io::Read,
     net::{Ipv4Addr, Ipv6Addr, Shutdown, SocketAddr, TcpListener, TcpStream, ToSocketAddrs},
     os::{
         fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd},
-        unix::net::{UnixListener, UnixStream},
+        unix::{
+            ffi::OsStringExt,
+            net::{UnixListener, UnixStream},
+        },
     },
+    path::PathBuf,
     sync::Arc,
+    thread,
     time::Duration,
 };
+
+/// The longest TCP_USER_TIMEOUT that the system takes, ms.
+const MAX_USER_TIMEOUT: u128 = i32::MAX as u128;
 
 /// A connected socket.
 #[derive(Debug)]
@@ -37,7 +47,7 @@ impl Socket {
     /// # Errors
     /// [`MigrationError::Connect`] with the system's reason.
     pub fn connect(address: &Address) -> Result<Arc<dyn Channel>, MigrationError> {
-        let connected = Socket::look_up(address).and_then(|found| Socket::connect_to(address, &found));
+        let connected = Socket::look_up(address).and_then(|found| Socket::connect_to(address, &found, &|| true));
         match connected {
             Ok(socket) => Ok(Arc::new(socket)),
             Err(source) => Err(MigrationError::Connect { address: address.clone(), source }),
@@ -47,21 +57,30 @@ impl Socket {
     /// Where the host of a TCP address is; of others nothing has to be looked up.
     pub(crate) fn look_up(address: &Address) -> io::Result<Vec<SocketAddr>> {
         match address {
-            Address::Tcp { host, port, .. } => {
+            Address::Tcp { host, port, options } => {
                 let host = if host.is_empty() { "localhost" } else { host };
-                Ok((host, *port).to_socket_addrs()?.collect())
+                options.choose(host, (host, *port).to_socket_addrs()?.collect())
             }
             _ => Ok(Vec::new()),
         }
     }
 
-    /// Connects to `address`, which was [found](Self::look_up) there.
-    pub(crate) fn connect_to(address: &Address, found: &[SocketAddr]) -> io::Result<Socket> {
+    /// Connects to `address`, which was [found](Self::look_up) there, for as long as `wanted` says so: a connection that comes too late
+    /// would be taken for a source that has left.
+    pub(crate) fn connect_to(address: &Address, found: &[SocketAddr], wanted: &dyn Fn() -> bool) -> io::Result<Socket> {
         match address {
             Address::Tcp { options, .. } => {
-                let stream = TcpStream::connect(found)?;
-                options.keep_alive.apply(&stream)?;
-                Socket::tcp(stream)
+                let mut last = io::Error::new(io::ErrorKind::NotFound, "its name has no address");
+                for place in found {
+                    match connect(&(*place).into(), Domain::for_address(*place), wanted) {
+                        Ok(socket) => {
+                            options.keep_alive.apply(&socket)?;
+                            return Socket::tcp(TcpStream::from(socket));
+                        }
+                        Err(error) => last = error,
+                    }
+                }
+                Err(last)
             }
             Address::Unix(path) => unix(&SockAddr::unix(path)?, wanted),
             Address::Abstract { name, tight } => unix(&SockAddr::unix(abstract_path(name, *tight)?)?, wanted),
@@ -143,25 +162,6 @@ impl Socket {
     }
 }
 
-/// The congestion control that every Linux has and lets anybody choose.
-const NO_PACING: &[u8] = b"reno";
-/// The kernel takes more bytes only after it has sent all that it has.
-const NOTHING_UNSENT: u32 = 1;
-
-/// Sets up a connection to a peer on the same host, which no network limits: the receiver alone says how much is on the way (ADR 6).
-/// Between hosts the kernel knows the link.
-fn stay_within_host(stream: &TcpStream) {
-    let socket = SockRef::from(stream);
-    // BBR, the default of many hosts, paces segments by timers and by estimates of a link that is not there.
-    let unpaced = socket.set_tcp_congestion(NO_PACING);
-    // What waits in the send buffer has left the processor's cache when the receiver copies it.
-    let unqueued = socket.set_tcp_notsent_lowat(NOTHING_UNSENT);
-    // Without them it is slower, and works as well.
-    if let Err(error) = unpaced.and(unqueued) {
-        tracing::debug!(%error, "a connection within this host keeps the system's settings");
-    }
-}
-
 fn unix(place: &SockAddr, wanted: &dyn Fn() -> bool) -> io::Result<Socket> {
     Ok(Socket::Unix(UnixStream::from(OwnedFd::from(connect(place, Domain::UNIX, wanted)?))))
 }
@@ -228,6 +228,25 @@ fn is_connected(socket: &socket2::Socket) -> io::Result<bool> {
     }
 }
 
+/// The congestion control that every Linux has and lets anybody choose.
+const NO_PACING: &[u8] = b"reno";
+/// The kernel takes more bytes only after it has sent all that it has.
+const NOTHING_UNSENT: u32 = 1;
+
+/// Sets up a connection to a peer on the same host, which no network limits: the receiver alone says how much is on the way (ADR 6).
+/// Between hosts the kernel knows the link.
+fn stay_within_host(stream: &TcpStream) {
+    let socket = SockRef::from(stream);
+    // BBR, the default of many hosts, paces segments by timers and by estimates of a link that is not there.
+    let unpaced = socket.set_tcp_congestion(NO_PACING);
+    // What waits in the send buffer has left the processor's cache when the receiver copies it.
+    let unqueued = socket.set_tcp_notsent_lowat(NOTHING_UNSENT);
+    // Without them it is slower, and works as well.
+    if let Err(error) = unpaced.and(unqueued) {
+        tracing::debug!(%error, "a connection within this host keeps the system's settings");
+    }
+}
+
 impl Channel for Socket {
     fn write(&self, parts: &[Source<'_>]) -> io::Result<usize> {
         let message = libc::msghdr {
@@ -287,7 +306,8 @@ impl Channel for Socket {
             Socket::Tcp(stream) => {
                 stream.set_read_timeout(Some(each))?;
                 stream.set_write_timeout(Some(each))?;
-                let milliseconds = unacknowledged.map_or(0, |time| u32::try_from(time.as_millis()).unwrap_or(u32::MAX));
+                let milliseconds = unacknowledged.map_or(0, |time| time.as_millis().min(MAX_USER_TIMEOUT));
+                let milliseconds = u32::try_from(milliseconds).unwrap_or(0);
                 Ok(set_tcp_user_timeout(stream, milliseconds)?)
             }
             Socket::Unix(stream) => {
@@ -409,6 +429,11 @@ impl Listener {
                 let port = socket.local_addr()?.port();
                 (Listening::Tcp(socket), Address::Tcp { host: host.clone(), port, options: *options })
             }
+            Address::Abstract { name, tight } => {
+                let socket = socket2::Socket::new(Domain::UNIX, Type::STREAM, None)?;
+                socket.bind(&SockAddr::unix(abstract_path(name, *tight)?)?)?;
+                (Listening::Unix(OwnedFd::from(socket).into()), address.clone())
+            }
             Address::Unix(path) => {
                 if UnixStream::connect(path).is_err_and(|error| error.kind() == io::ErrorKind::ConnectionRefused) {
                     fs::remove_file(path)?;
@@ -429,11 +454,6 @@ impl Listener {
     /// Waits for a source.
     ///
     /// # Errors
-            Address::Abstract { name, tight } => {
-                let socket = socket2::Socket::new(Domain::UNIX, Type::STREAM, None)?;
-                socket.bind(&SockAddr::unix(abstract_path(name, *tight)?)?)?;
-                (Listening::Unix(OwnedFd::from(socket).into()), address.clone())
-            }
     /// [`MigrationError::Listen`] with the system's reason.
     pub fn accept(&self) -> Result<Arc<dyn Channel>, MigrationError> {
         loop {
@@ -479,26 +499,6 @@ impl Listener {
     }
 }
 
-impl Drop for Bound {
-    fn drop(&mut self) {
-        if let Address::Unix(path) = &self.address {
-            // Somebody may have removed it already.
-            let _ = fs::remove_file(path);
-        }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::channel::write_all;
-
-    #[test]
-    fn a_peer_that_is_gone_is_an_error_and_no_signal() {
-        let (a, b) = UnixStream::pair().unwrap();
-        drop(b);
-        let error = write_all(&Socket::Unix(a), &mut [Source::bytes(b"x")]).unwrap_err();
-        assert_eq!(error.kind(), io::ErrorKind::BrokenPipe);
 /// A socket at the first address and port that can be had.
 fn bind(host: &str, port: u16, options: &TcpOptions) -> io::Result<TcpListener> {
     let places: Vec<SocketAddr> = match host {
@@ -542,6 +542,26 @@ fn listener(place: SocketAddr, options: &TcpOptions) -> io::Result<TcpListener> 
     Ok(OwnedFd::from(socket).into())
 }
 
+impl Drop for Bound {
+    fn drop(&mut self) {
+        if let Address::Unix(path) = &self.address {
+            // Somebody may have removed it already.
+            let _ = fs::remove_file(path);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::channel::write_all;
+
+    #[test]
+    fn a_peer_that_is_gone_is_an_error_and_no_signal() {
+        let (a, b) = UnixStream::pair().unwrap();
+        drop(b);
+        let error = write_all(&Socket::Unix(a), &mut [Source::bytes(b"x")]).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::BrokenPipe);
     }
 
     #[test]
@@ -568,23 +588,6 @@ fn listener(place: SocketAddr, options: &TcpOptions) -> io::Result<TcpListener> 
         assert!(options.tcp_nodelay().unwrap());
     }
 
-    #[test]
-    fn a_listener_tells_its_port_and_replaces_a_dead_unix_socket() {
-        let tcp = Listener::bind(&"tcp:127.0.0.1:0".parse().unwrap()).unwrap();
-        assert!(matches!(tcp.address(), Address::Tcp { port, .. } if *port != 0));
-        let directory = tempfile::tempdir().unwrap();
-        let address = Address::Unix(directory.path().join("in.sock"));
-        // Dropped without removing its file, as by a process that was killed.
-        drop(UnixListener::bind(directory.path().join("in.sock")).unwrap());
-        let listener = Listener::bind(&address).unwrap();
-        assert!(matches!(Listener::bind(&address), Err(MigrationError::Listen { .. })), "in use");
-        let channel = Socket::connect(&address).unwrap();
-        listener.accept().unwrap();
-        drop(channel);
-        drop(listener);
-        assert!(matches!(Socket::connect(&address), Err(MigrationError::Connect { .. })));
-    }
-}
     /// A connection that comes when nobody wants it any more would be taken for a source that has left.
     #[test]
     fn a_connection_that_is_not_wanted_any_more_does_not_come() {
@@ -632,3 +635,20 @@ fn listener(place: SocketAddr, options: &TcpOptions) -> io::Result<TcpListener> 
         Listener::bind(&Address::Abstract { name: "a".repeat(107), tight: true }).unwrap();
     }
 
+    #[test]
+    fn a_listener_tells_its_port_and_replaces_a_dead_unix_socket() {
+        let tcp = Listener::bind(&"tcp:127.0.0.1:0".parse().unwrap()).unwrap();
+        assert!(matches!(tcp.address(), Address::Tcp { port, .. } if *port != 0));
+        let directory = tempfile::tempdir().unwrap();
+        let address = Address::Unix(directory.path().join("in.sock"));
+        // Dropped without removing its file, as by a process that was killed.
+        drop(UnixListener::bind(directory.path().join("in.sock")).unwrap());
+        let listener = Listener::bind(&address).unwrap();
+        assert!(matches!(Listener::bind(&address), Err(MigrationError::Listen { .. })), "in use");
+        let channel = Socket::connect(&address).unwrap();
+        listener.accept().unwrap();
+        drop(channel);
+        drop(listener);
+        assert!(matches!(Socket::connect(&address), Err(MigrationError::Connect { .. })));
+    }
+}

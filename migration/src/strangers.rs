@@ -6,9 +6,11 @@
 
 use super::{
     Address, Channel, ChannelName, Listener, MigrationError, Socket, Tls, TlsError,
+    arrivals::Patience,
+    postcopy::Silent,
     socket::Caller,
     tls::{self, Accepting},
-    watch::{Brings, Watch, Watched},
+    watch::{Brings, Watched},
 };
 use qevm_multifd::{Init, layout::INIT_LEN};
 use qevm_savevm::{
@@ -42,13 +44,12 @@ const MAGIC_LEN: usize = 4;
 pub(crate) struct Strangers {
     waiting: VecDeque<Stranger>,
     room: usize,
-    patience: Duration,
+    /// How long they have, and who watches over those that are known.
+    patience: Patience,
     /// The system has no descriptor or no memory for another connection; it is asked again then.
     paused_until: Option<Instant>,
     /// Whoever calls has to begin a TLS session.
     tls: Option<Tls>,
-    /// Who watches over connections that are known.
-    watch: Arc<Watch>,
     /// Where they come to.
     address: Address,
     /// Page channels may be kept waiting for the main channel that tells what they are about, but are none of this migration's.
@@ -96,6 +97,8 @@ pub(crate) enum Reason {
     Silent(FirstBytes, Duration),
     /// It was closed before it had said what it is.
     Closed(FirstBytes),
+    /// It is none of the peer's faults: this host did not set it up.
+    SetUp(io::Error),
     /// It is none of a source's.
     Wrong(FirstBytes),
     /// It has no TLS session, and needs one: what it began with, and why.
@@ -127,6 +130,9 @@ impl fmt::Display for Dropped {
             Reason::Closed(FirstBytes::File(FileKind::Stream)) => {
                 f.write_str("it sent the start of a migration stream and was closed")
             }
+            Reason::SetUp(error) => {
+                write!(f, "it could not be set up here, which is not its fault: {}", crate::error::reason(error))
+            }
             Reason::Silent(said, after) => write!(f, "it sent {said} in {} s, {EXPECTED}", after.as_secs()),
             Reason::Closed(said) => write!(f, "it sent {said} and was closed, {EXPECTED}"),
             Reason::Wrong(FirstBytes::Tls) => {
@@ -156,6 +162,18 @@ impl fmt::Display for Dropped {
     }
 }
 
+impl Reason {
+    /// Why a connection that began so could not be made ready for use.
+    fn of(error: io::Error, first: FirstBytes) -> Reason {
+        match error.kind() {
+            io::ErrorKind::NotConnected | io::ErrorKind::ConnectionReset | io::ErrorKind::BrokenPipe => {
+                Reason::Closed(first)
+            }
+            _ => Reason::SetUp(error),
+        }
+    }
+}
+
 /// What came of listening to a connection.
 enum Heard {
     More,
@@ -165,16 +183,9 @@ enum Heard {
 }
 
 impl Strangers {
-    /// For a migration in which a source opens `page_channels` beside the main channel, or none. Each has `patience` to say what it is.
-    /// With `tls` it has to do so in a TLS session.
-    /// Those that are known come to `address` and are watched over by `watch`.
-    pub(crate) fn new(
-        page_channels: Option<u8>,
-        tls: Option<Tls>,
-        patience: Duration,
-        watch: Arc<Watch>,
-        address: Address,
-    ) -> Self {
+    /// For a migration in which a source opens `page_channels` beside the main channel, or none. `patience` says how long each has to say
+    /// what it is; with `tls` it has to do so in a TLS session. Those that are known come to `address`.
+    pub(crate) fn new(page_channels: Option<u8>, tls: Option<Tls>, patience: Patience, address: Address) -> Self {
         let descriptors = getrlimit(Resource::Nofile).current.and_then(|limit| usize::try_from(limit).ok());
         let room = descriptors.map_or(ROOM, |limit| ROOM.min(limit / 4)) + 1 + usize::from(page_channels.unwrap_or(0));
         Strangers {
@@ -183,7 +194,6 @@ impl Strangers {
             patience,
             paused_until: None,
             tls,
-            watch,
             address,
             page_channels: page_channels.is_some(),
         }
@@ -197,7 +207,7 @@ impl Strangers {
 
     /// When somebody has had time enough, or the queue is to be looked at again.
     pub(crate) fn deadline(&self) -> Option<Instant> {
-        let oldest = self.waiting.front().map(|stranger| stranger.since + self.patience);
+        let oldest = self.waiting.front().map(|stranger| stranger.since + self.patience.silence());
         [oldest, self.paused_until].into_iter().flatten().min()
     }
 
@@ -225,9 +235,9 @@ impl Strangers {
     }
 
     /// Those that have said nothing at all.
-    pub(crate) fn into_silent(self) -> impl Iterator<Item = (Socket, Caller)> {
+    pub(crate) fn into_silent(self) -> impl Iterator<Item = Silent> {
         let silent = |stranger: &Stranger| stranger.said.is_empty();
-        self.waiting.into_iter().filter(silent).map(|stranger| (stranger.socket, stranger.caller))
+        self.waiting.into_iter().filter(silent).map(|stranger| (stranger.socket, stranger.session, stranger.caller))
     }
 
     /// For each connection, whether it may have more to say.
@@ -286,7 +296,7 @@ impl Strangers {
     /// Listens to those connections that are `ready`, in the order of [`polled`](Strangers::polled), and drops those that have had their
     /// time.
     pub(crate) fn hear(&mut self, ready: &[bool], dropped: &mut dyn FnMut(Dropped)) -> Vec<Known> {
-        let (mut known, now) = (Vec::new(), Instant::now());
+        let (mut known, now, silence) = (Vec::new(), Instant::now(), self.patience.silence());
         for (index, mut stranger) in std::mem::take(&mut self.waiting).into_iter().enumerate() {
             let heard = match ready.get(index) {
                 Some(true) if stranger.unwanted => Heard::Drop(Reason::MultifdOff),
@@ -300,31 +310,31 @@ impl Strangers {
                     self.waiting.push_back(stranger);
                     continue;
                 }
-                Heard::Main | Heard::Page => match stranger.known() {
-                    Some(role) => match self.watched(stranger, role) {
-                        Some(new) => {
+                Heard::Main | Heard::Page => {
+                    let first = stranger.first();
+                    match stranger.known().and_then(|role| self.watched(stranger, role)) {
+                        Ok(new) => {
                             known.push(new);
                             continue;
                         }
-                        None => Reason::Closed(FirstBytes::Nothing),
-                    },
-                    None => Reason::Closed(stranger.first()),
-                },
+                        Err(error) => Reason::of(error, first),
+                    }
+                }
                 Heard::Drop(why) => why,
-                Heard::More if now.saturating_duration_since(stranger.since) < self.patience => {
+                Heard::More if now.saturating_duration_since(stranger.since) < silence => {
                     self.waiting.push_back(stranger);
                     continue;
                 }
                 Heard::More if stranger.unwanted => Reason::MultifdOff,
-                Heard::More => Reason::Silent(stranger.first(), self.patience),
+                Heard::More => Reason::Silent(stranger.first(), silence),
             };
             dropped(Dropped { caller, why });
         }
         known
     }
 
-    /// Somebody whose role is known, as a channel; `None` if it has gone.
-    fn watched(&self, stranger: Stranger, role: Role) -> Option<Known> {
+    /// Somebody whose role is known, as a channel.
+    fn watched(&self, stranger: Stranger, role: Role) -> io::Result<Known> {
         let Stranger { socket, session, caller, .. } = stranger;
         let name = match &role {
             Role::Main(_) => ChannelName::Main,
@@ -332,12 +342,12 @@ impl Strangers {
             Role::Page(first) => ChannelName::Page(Init::decode(&**first).map_or(0, |init| init.channel)),
         };
         let socket = Arc::new(socket);
-        let channel = Watched::new(socket.clone(), name, &self.watch, Brings::Guest, Some(&self.address)).ok()?;
+        let channel = Watched::new(socket.clone(), name, &self.patience.watch, Brings::Guest, Some(&self.address))?;
         let channel: Arc<dyn Channel> = match session {
             Some(session) => Arc::new(session.into_channel(Arc::new(channel))),
             None => Arc::new(channel),
         };
-        Some(Known { socket, channel, caller, role })
+        Ok(Known { socket, channel, caller, role })
     }
 
     fn drop_oldest(&mut self, dropped: &mut dyn FnMut(Dropped)) {
@@ -405,13 +415,14 @@ impl Stranger {
         }
     }
 
-    /// What the connection is, made ready for use; `None` if it has gone.
-    fn known(&mut self) -> Option<Role> {
-        self.socket.set_nonblocking(false).and_then(|()| self.socket.prepare()).ok()?;
+    /// What the connection is, made ready for use.
+    fn known(&mut self) -> io::Result<Role> {
+        self.socket.set_nonblocking(false)?;
+        self.socket.prepare()?;
         let said = std::mem::take(&mut self.said);
         match said.as_slice().try_into() {
-            Ok(first) if !said.starts_with(&MAGIC.to_be_bytes()) => Some(Role::Page(Box::new(first))),
-            _ => Some(Role::Main(said)),
+            Ok(first) if !said.starts_with(&MAGIC.to_be_bytes()) => Ok(Role::Page(Box::new(first))),
+            _ => Ok(Role::Main(said)),
         }
     }
 }
@@ -426,5 +437,41 @@ fn plain(socket: &Socket, room: &mut [u8]) -> tls::Heard {
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => tls::Heard::Nothing,
             Err(_) => tls::Heard::Closed,
         };
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::{fd::OwnedFd, unix::net::UnixStream};
+
+    /// What the system refuses to set up is not a peer that has closed.
+    #[test]
+    fn a_connection_that_cannot_be_set_up_here_is_no_fault_of_its_peer() {
+        let strangers = Strangers::new(None, None, Patience::default(), Address::tcp("", 0));
+        let stranger = |fd: OwnedFd| Stranger {
+            socket: Socket::Unix(UnixStream::from(fd)),
+            session: None,
+            caller: Caller::Unix,
+            since: Instant::now(),
+            said: Vec::new(),
+            unwanted: false,
+        };
+        let (reader, _writer) = std::io::pipe().unwrap();
+        let Err(error) = strangers.watched(stranger(reader.into()), Role::Main(Vec::new())) else {
+            panic!("options of a socket were set on a pipe")
+        };
+        let why = Reason::of(error, FirstBytes::Nothing);
+        assert!(matches!(&why, Reason::SetUp(error) if error.raw_os_error() == Some(libc::ENOTSOCK)), "{why:?}");
+        let said = Dropped { caller: Caller::Unix, why }.to_string();
+        assert!(
+            said.ends_with("it could not be set up here, which is not its fault: Socket operation on non-socket"),
+            "{said}"
+        );
+
+        let gone = Reason::of(io::ErrorKind::NotConnected.into(), FirstBytes::Nothing);
+        assert!(matches!(gone, Reason::Closed(FirstBytes::Nothing)));
+        let (here, _there) = UnixStream::pair().unwrap();
+        assert!(strangers.watched(stranger(here.into()), Role::Main(Vec::new())).is_ok());
     }
 }

@@ -23,7 +23,10 @@ pub use channel::TlsChannel;
 pub use credentials::{Credentials, CredentialsError, Endpoint, Versions};
 
 use rustls::pki_types::ServerName;
-use std::{fmt, sync::Arc};
+use std::{fmt, sync::Arc, time::Duration};
+
+/// How often who waits for a peer in its handshake looks how long that may take.
+pub(crate) const LOOK: Duration = Duration::from_millis(250);
 
 type Authorization = dyn Fn(&str) -> bool + Send + Sync;
 

@@ -187,11 +187,11 @@ impl Vmm {
             subscriber: Mutex::new(None),
         });
         for job in [&vmm.outgoing, &vmm.incoming] {
+            job.set_uuid(vmm.machine.uuid());
             let (weak, capabilities) = (Arc::downgrade(&vmm), Arc::downgrade(&vmm.outgoing));
             job.watch(move |notice| {
                 let events = capabilities.upgrade().is_some_and(|job| job.capabilities().events);
                 if let Some(vmm) = weak.upgrade().filter(|_| events) {
-            job.set_uuid(vmm.machine.uuid());
                     let (name, data) = match notice {
                         Notice::Status(status) => ("MIGRATION", json!({ "status": status.as_str() })),
                         Notice::Pass(pass) => ("MIGRATION_PASS", json!({ "pass": pass })),

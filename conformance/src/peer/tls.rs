@@ -201,9 +201,14 @@ impl Distrust {
             }
             thread::sleep(POLL);
         };
-        // A source whose certificate is not wanted may hear no more than that the connection has ended.
+        // TLS tells a source whose certificate is not wanted no more than that the session has ended.
         let certificate = [Flaw::Host, Flaw::Expired, Flaw::Authority].map(Some).contains(&secured.flaw);
-        let named = if ours[0] && certificate { why.contains("invalid peer certificate") } else { !why.is_empty() };
+        let unwanted = [Flaw::NoCertificate, Flaw::SourceAuthority, Flaw::Denied].map(Some).contains(&secured.flaw);
+        let named = match ours[0] {
+            true if certificate => why.contains("invalid peer certificate"),
+            true if unwanted => why.contains("'tls-authz'") || why.to_lowercase().contains("alert"),
+            _ => !why.is_empty(),
+        };
         ensure!(named, "the source does not say why: '{why}'");
         let plain = ours[0] && secured.flaw == Some(Flaw::DestinationOnly);
         ensure!(!plain || why.contains("'tls-creds'"), "the source does not name what it lacks: '{why}'");
@@ -246,14 +251,11 @@ fn ways(stops: [Stop; 2], version: Version) -> Vec<Journey> {
         if old && (postcopy || kind == "zstd") {
             continue;
         }
-        // A guest comes here over one session.
-        if kind == "preempt" && stops[1] == Stop::Reference {
-            continue;
-        }
         let quick = match (kind, version) {
             ("plain", Version::Tls12) => stops == [middle, Stop::Reference],
             ("multifd/4", Version::Tls13) => stops == [Stop::Reference, new] || stops == [new, Stop::Reference],
             ("postcopy", Version::Tls13) => stops == [Stop::Reference; 2],
+            ("preempt", Version::Tls13) => stops == [new, Stop::Reference],
             _ => false,
         };
         let load = match postcopy {

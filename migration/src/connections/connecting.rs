@@ -4,10 +4,9 @@ use super::{Outgoing, Reader};
 use crate::{
     Address, Channel, ChannelName, Job, MigrationError, Socket, Source, Timeouts, Tls, TlsChannel,
     channel::write_all,
-    multifd::first_packet,
     watch::{Brings, Watch, Watched},
-use qevm_multifd::{Init, Uuid};
 };
+use qevm_multifd::{Init, Uuid};
 use qevm_wire::Writer;
 use std::{
     io,
@@ -74,7 +73,7 @@ enum News {
 }
 
 /// Connects these, until `job` is cancelled or one takes too long. To look a name up and to connect may take minutes and cannot be
-/// interrupted: a thread of its own does it, which nobody waits for then.
+/// interrupted everywhere: a thread of its own does it, which nobody waits for then, and which connects no more.
 pub(super) fn connect(address: &Address, job: &Job, names: Names) -> Result<Outgoing, MigrationError> {
     let failed = |source| MigrationError::Connect { address: address.clone(), source };
     let (sender, news) = mpsc::channel();
@@ -84,7 +83,8 @@ pub(super) fn connect(address: &Address, job: &Job, names: Names) -> Result<Outg
     let still = Arc::downgrade(&wanted);
     let connecting = move || {
         for name in list {
-            let mut channel = secured(&to, tls.as_ref(), name, &waits, &mut |step| drop(sender.send(News::At(step))));
+            let at = &mut |step| drop(sender.send(News::At(step)));
+            let mut channel = secured(&to, tls.as_ref(), name, &waits, &|| still.strong_count() > 0, at);
             if greeted && let ChannelName::Page(number) = name {
                 channel = channel.and_then(|channel| greet(channel, number, uuid));
             }
@@ -117,6 +117,7 @@ pub(super) fn connect(address: &Address, job: &Job, names: Names) -> Result<Outg
         }
     };
     let mut channels = names.list().into_iter().map(next).collect::<Result<Vec<_>, _>>()?.into_iter();
+    drop(wanted);
     let Some(main) = channels.next() else { return Err(failed(io::ErrorKind::NotConnected.into())) };
     let (pages, address) = (channels.collect(), Some(address.clone()));
     Ok(Outgoing { pages, greeted, reader: Reader::Answers, address, watched: true, ..main.into() })
@@ -137,13 +138,14 @@ fn secured(
     tls: Option<&Tls>,
     name: ChannelName,
     waits: &Arc<Watch>,
+    wanted: &dyn Fn() -> bool,
     at: &mut dyn FnMut(Step),
 ) -> Result<Arc<dyn Channel>, MigrationError> {
     let failed = |source| MigrationError::Connect { address: address.clone(), source };
     at(Step::LookUp);
     let found = Socket::look_up(address).map_err(failed)?;
     at(Step::Connect);
-    let socket = Arc::new(Socket::connect_to(address, &found).map_err(failed)?);
+    let socket = Arc::new(Socket::connect_to(address, &found, wanted).map_err(failed)?);
     let socket: Arc<dyn Channel> =
         Arc::new(Watched::new(socket, name, waits, Brings::Answers, Some(address)).map_err(failed)?);
     let Some(tls) = tls else { return Ok(socket) };
@@ -152,6 +154,8 @@ fn secured(
         Address::Tcp { host, .. } => Some(if host.is_empty() { "localhost" } else { host }),
         _ => None,
     };
-    let session = TlsChannel::connect_within(socket, tls, host, waits.timeouts().handshake());
+    // Whoever waits for this thread gives up first, and says what for.
+    let patience = || waits.timeouts().handshake().map(|limit| limit + 10 * CANCEL_POLL);
+    let session = TlsChannel::connect_within(socket, tls, host, &patience);
     Ok(Arc::new(session.map_err(failed)?))
 }

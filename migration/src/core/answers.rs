@@ -37,6 +37,8 @@ pub struct Answers {
     resumed: bool,
     /// An ack of the switchover may come though nobody waits for it: the capability may be on there.
     stray_ack: bool,
+    /// The destination has said something.
+    heard: bool,
 }
 
 /// How the migration ended at the destination, as far as it is known.
@@ -65,6 +67,7 @@ impl Answers {
             bitmaps: VecDeque::new(),
             resumed: false,
             stray_ack: !asked_for,
+            heard: false,
         }
     }
 
@@ -111,6 +114,7 @@ impl Answers {
 
     /// A message came, which began at byte `offset` of the return path. Says whether it was the last that matters.
     pub fn message(&mut self, message: Message, offset: u64) -> bool {
+        self.heard = true;
         let agrees = message == Message::Pong { value: handover::AGREED };
         let message = if agrees { Message::Pong { value: handover::ANNOUNCE } } else { message };
         match self.session.message(&message) {
@@ -282,10 +286,16 @@ impl Answers {
         MigrationError::Unanswered { missing: self.session.waiting(), waited, status, parameter }
     }
 
-    /// What explains why the main channel broke: what the destination reported, or how it broke the rules.
+    /// Whether the destination has said anything at all.
+    pub(crate) fn heard(&self) -> bool {
+        self.heard
+    }
+
+    /// What explains why the main channel broke: what the destination reported, or how it broke the rules, or the TLS session.
     pub(crate) fn explanation(&mut self) -> Option<MigrationError> {
         match self.verdict() {
             Err(error @ (MigrationError::PeerFailed { .. } | MigrationError::ReturnPathMessage(_))) => Some(error),
+            Err(error @ MigrationError::ReturnPath(_)) if error.is_of_tls() => Some(error),
             _ => None,
         }
     }

@@ -26,7 +26,7 @@ pub(crate) use gate::Gate;
 pub(crate) use queue::{Batch, Counts, Queue};
 pub(crate) use receiver::receive_pages;
 pub(crate) use saver::save_pages;
-pub(crate) use sender::{first_packet, send_pages};
+pub(crate) use sender::send_pages;
 pub(crate) use settings::Settings;
 pub(crate) use states::States;
 pub(crate) use stream::PageStream;

@@ -88,7 +88,8 @@ impl Pair {
         let log = Mutex::new(Vec::new());
         let (source, destination) = self.play(sending, |job| {
             let settings = Settings::of(job.capabilities(), &job.parameters(), &profile);
-            let patience = Patience { silence: LONG, channels: plan.patience.unwrap_or(LONG), watch: Arc::default() };
+            let patience =
+                Patience { silence: Some(LONG), channels: Some(plan.patience.unwrap_or(LONG)), watch: Arc::default() };
             let gathered = Arc::new(AtomicBool::new(false));
             let channels = settings.as_ref().map_or(0, |settings| settings.channels);
             another_source_later(path, channels, self.job.clone(), gathered.clone());
@@ -280,7 +281,7 @@ fn the_capability_on_one_side_only_is_named() {
     let named = Mutex::new(Vec::new());
     let (source, destination) = pair.play(sending, |job| {
         let settings = Settings::of(job.capabilities(), &job.parameters(), &profile).unwrap();
-        let patience = Patience { channels: SHORT, silence: LONG, watch: Arc::default() };
+        let patience = Patience { channels: Some(SHORT), silence: Some(LONG), watch: Arc::default() };
         let gathered = Arc::new(AtomicBool::new(false));
         another_source_later(path, settings.channels, pair.job.clone(), gathered.clone());
         let incoming = gather(&listener, Some(&settings), false, None, patience, &mut |seen| {

@@ -2,7 +2,7 @@
 //!
 //! A source opens it with the main channel (7.1, 7.2) or when the guest goes (8.0), and says nothing on it before the first page that is
 //! waited for. So whoever calls after the main channel may be it, and is nobody until it has sent the record of a page of a block that the
-//! source has listed.
+//! source has listed. With TLS its session begins when it calls: a source waits for that.
 
 use super::{
     Listening,
@@ -10,10 +10,11 @@ use super::{
     missing::{Line, Shared, State},
 };
 use crate::{
-    Channel, ChannelName, Listener, LoadError, MigrationError, PAGE_SIZE, Socket,
+    Channel, ChannelName, Listener, LoadError, MigrationError, PAGE_SIZE, Socket, Tls,
     arrivals::NO_END,
     channel::Reading,
     socket::Caller,
+    tls::{self, Accepting},
     watch::{Brings, Watch, Watched},
 };
 use qevm_savevm::{
@@ -47,6 +48,8 @@ pub(crate) struct Entrance {
     listener: Listener,
     /// Where the main channel comes from.
     main: Caller,
+    /// Whoever calls has to begin a TLS session.
+    tls: Option<Tls>,
     /// Who watches over it.
     watch: Arc<Watch>,
     /// In the order in which they came.
@@ -57,9 +60,13 @@ pub(crate) struct Entrance {
 #[derive(Debug)]
 struct Candidate {
     socket: Socket,
+    session: Option<Accepting>,
     caller: Caller,
     said: Vec<u8>,
 }
+
+/// A connection that has said nothing yet, with its TLS session if it is to have one.
+pub(crate) type Silent = (Socket, Option<Accepting>, Caller);
 
 /// What came of listening to a candidate.
 enum Heard {
@@ -74,15 +81,16 @@ impl Entrance {
     pub(crate) fn new(
         listener: Listener,
         main: Caller,
-        waiting: impl IntoIterator<Item = (Socket, Caller)>,
+        waiting: impl IntoIterator<Item = Silent>,
+        tls: Option<Tls>,
         watch: Arc<Watch>,
     ) -> Self {
-        let mut entrance = Entrance { listener, main, watch, waiting: Vec::new() };
-        waiting.into_iter().for_each(|(socket, caller)| entrance.add(socket, caller));
+        let mut entrance = Entrance { listener, main, tls, watch, waiting: Vec::new() };
+        waiting.into_iter().for_each(|silent| entrance.add(silent));
         entrance
     }
 
-    fn add(&mut self, socket: Socket, caller: Caller) {
+    fn add(&mut self, (socket, session, caller): Silent) {
         if self.waiting.len() >= ROOM {
             // A 7.2's is the first after its main channel, and that of a newer source among the last. Both come from the source's host.
             let strange = |candidate: &Candidate| !candidate.caller.is_of_host(&self.main);
@@ -91,14 +99,26 @@ impl Entrance {
         }
         // One that cannot be set up is gone already, and says so when it is listened to.
         let _ = socket.set_nonblocking(true);
-        self.waiting.push(Candidate { socket, caller, said: Vec::new() });
+        self.waiting.push(Candidate { socket, session, caller, said: Vec::new() });
+    }
+
+    /// Somebody calls.
+    fn greet(&mut self, socket: Socket, caller: Caller) {
+        match self.tls.as_ref().map(Accepting::new).transpose() {
+            Ok(session) => self.add((socket, session, caller)),
+            Err(why) => tracing::warn!("dropped a connection from {caller}: {why}"),
+        }
     }
 
     /// The preempt channel, which has been known by what it said.
-    fn watched(&self, socket: Socket) -> io::Result<Watched> {
+    fn watched(&self, socket: Socket, session: Option<Accepting>) -> io::Result<Arc<dyn Channel>> {
         socket.set_nonblocking(false)?;
         let address = Some(self.listener.address());
-        Watched::new(Arc::new(socket), ChannelName::Preempt, &self.watch, Brings::Guest, address)
+        let channel = Watched::new(Arc::new(socket), ChannelName::Preempt, &self.watch, Brings::Guest, address)?;
+        Ok(match session {
+            Some(session) => Arc::new(session.into_channel(Arc::new(channel))),
+            None => Arc::new(channel),
+        })
     }
 
     fn drop_one(&mut self, index: usize, why: impl fmt::Display) {
@@ -110,7 +130,7 @@ impl Entrance {
     fn accept(&mut self) -> bool {
         for _ in 0..ROOM {
             match self.listener.try_accept() {
-                Ok(Some((socket, caller))) => self.add(socket, caller),
+                Ok(Some((socket, caller))) => self.greet(socket, caller),
                 Ok(None) => break,
                 Err(error) if matches!(error.raw_os_error(), Some(libc::EINTR | libc::ECONNABORTED)) => {}
                 Err(error) => {
@@ -124,27 +144,77 @@ impl Entrance {
 }
 
 impl Candidate {
-    /// Takes in what has come, without waiting for more.
-    fn hear(&mut self, blocks: &Arc<RamBlocks>) -> Heard {
+    /// Takes in what has come, without waiting for more. What it says counts as soon as the `blocks` are known.
+    fn hear(&mut self, blocks: Option<&Arc<RamBlocks>>) -> Heard {
         let mut bytes = [0; RECORD];
         loop {
-            match self.socket.receive(&mut bytes[self.said.len()..]) {
-                Ok(0) => return Heard::Drop(format!("it sent {} and was closed", FirstBytes::of(&self.said))),
-                Ok(count) => self.said.extend_from_slice(&bytes[self.said.len()..][..count]),
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Heard::More,
-                Err(error) => return Heard::Drop(error.to_string()),
+            if let Some(blocks) = blocks
+                && let Some(heard) = self.what(blocks)
+            {
+                return heard;
             }
-            let decoder = PreemptDecoder::new(blocks.clone(), PageGeometry::X86);
-            match Driver::new(self.said.as_slice(), decoder).next() {
-                Ok(Some(RamRecord::Page(_) | RamRecord::Zero(_))) => return Heard::Page,
-                // Of a 7.2 that was not asked for anything.
-                Ok(_) => return Heard::Drop("it ended before the first page".into()),
-                // So far.
-                Err(error) if error.fault() == Some(Fault::Truncated) => {}
-                Err(_) => return Heard::Drop(format!("it sent {}", FirstBytes::of(&self.said))),
+            if self.said.len() == RECORD {
+                return Heard::More;
+            }
+            let room = &mut bytes[self.said.len()..];
+            let heard = match &mut self.session {
+                None => plain(&self.socket, room),
+                Some(session) => session.hear(&self.socket, room).map_err(|error| error.to_string()),
+            };
+            match heard {
+                Ok(tls::Heard::Nothing) => return Heard::More,
+                Ok(tls::Heard::Closed) => return Heard::Drop(format!("it sent {} and was closed", self.first())),
+                Ok(tls::Heard::Bytes(count)) => self.said.extend_from_slice(&bytes[self.said.len()..][..count]),
+                Err(why) => return Heard::Drop(why),
             }
         }
+    }
+
+    /// What it is by what it has said; nothing so far.
+    fn what(&self, blocks: &Arc<RamBlocks>) -> Option<Heard> {
+        if self.said.is_empty() {
+            return None;
+        }
+        let decoder = PreemptDecoder::new(blocks.clone(), PageGeometry::X86);
+        match Driver::new(self.said.as_slice(), decoder).next() {
+            Ok(Some(RamRecord::Page(_) | RamRecord::Zero(_))) => Some(Heard::Page),
+            // Of a 7.2 that was not asked for anything.
+            Ok(_) => Some(Heard::Drop("it ended before the first page".into())),
+            // So far.
+            Err(error) if error.fault() == Some(Fault::Truncated) => None,
+            Err(_) => Some(Heard::Drop(format!("it sent {}", self.first()))),
+        }
+    }
+
+    /// What it began with.
+    fn first(&self) -> FirstBytes {
+        FirstBytes::of(match &self.session {
+            Some(session) if self.said.is_empty() => session.first(),
+            _ => &self.said,
+        })
+    }
+
+    /// What to wait for. Without a session nobody listens before the blocks are known (`hear`), and then it can only leave.
+    fn events(&self, hear: bool) -> PollFlags {
+        match &self.session {
+            Some(session) if session.wants_write() => PollFlags::IN | PollFlags::OUT,
+            Some(_) if self.said.is_empty() => PollFlags::IN,
+            _ if hear => PollFlags::IN,
+            _ => PollFlags::RDHUP,
+        }
+    }
+}
+
+/// Reads what has come on a socket that does not block.
+fn plain(socket: &Socket, room: &mut [u8]) -> Result<tls::Heard, String> {
+    loop {
+        return match socket.receive(room) {
+            Ok(0) => Ok(tls::Heard::Closed),
+            Ok(count) => Ok(tls::Heard::Bytes(count)),
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(tls::Heard::Nothing),
+            Err(error) => Err(error.to_string()),
+        };
     }
 }
 
@@ -242,26 +312,31 @@ impl Desk {
 
     /// Waits for the preempt channel. `None` when it is not waited for any more.
     fn find(&self, mut entrance: Entrance) -> Result<Option<Found>, Errno> {
-        let mut accepting = true;
+        let (mut accepting, mut known) = (true, false);
         loop {
             let blocks = match &*self.orders() {
                 Orders { over: true, .. } => return Ok(None),
                 Orders { memory, .. } => memory.as_ref().map(|(_, blocks)| blocks.clone()),
             };
-            let Ready { calling, speaking } = self.wait(&entrance, accepting, blocks.is_some())?;
+            let Ready { calling, mut speaking } = self.wait(&entrance, accepting, blocks.is_some())?;
+            if blocks.is_some() && !std::mem::replace(&mut known, true) {
+                // What was said before counts from now on.
+                speaking.fill(true);
+            }
             // From the back, so that the numbers stay true.
             for index in (0..speaking.len()).rev().filter(|index| speaking[*index]) {
+                let candidate = &mut entrance.waiting[index];
                 let heard = match &blocks {
-                    Some(blocks) => entrance.waiting[index].hear(blocks),
-                    None => Heard::Drop("it was closed before the guest came".into()),
+                    None if candidate.session.is_none() => Heard::Drop("it was closed before the guest came".into()),
+                    blocks => candidate.hear(blocks.as_ref()),
                 };
                 match heard {
                     Heard::More => {}
                     Heard::Drop(why) => entrance.drop_one(index, why),
                     Heard::Page => {
-                        let Candidate { socket, said, caller } = entrance.waiting.swap_remove(index);
-                        let channel: Arc<dyn Channel> = match entrance.watched(socket) {
-                            Ok(channel) => Arc::new(channel),
+                        let Candidate { socket, session, said, caller } = entrance.waiting.swap_remove(index);
+                        let channel = match entrance.watched(socket, session) {
+                            Ok(channel) => channel,
                             Err(why) => {
                                 tracing::warn!("dropped a connection from {caller}: {why}");
                                 break;
@@ -279,9 +354,9 @@ impl Desk {
 
     /// Waits until somebody does something. Candidates are heard when it is known what they may say, and before that they can only leave.
     fn wait(&self, entrance: &Entrance, accepting: bool, hear: bool) -> Result<Ready, Errno> {
-        let events = if hear { PollFlags::IN } else { PollFlags::RDHUP };
         let mut entries = vec![PollFd::new(&self.news, PollFlags::IN)];
-        entries.extend(entrance.waiting.iter().map(|who| PollFd::from_borrowed_fd(who.socket.as_fd(), events)));
+        let waiting = entrance.waiting.iter();
+        entries.extend(waiting.map(|who| PollFd::from_borrowed_fd(who.socket.as_fd(), who.events(hear))));
         entries.extend(accepting.then(|| PollFd::from_borrowed_fd(entrance.listener.as_fd(), PollFlags::IN)));
         match poll(&mut entries, (!accepting).then_some(&PAUSE)) {
             // A signal: nobody has done anything.

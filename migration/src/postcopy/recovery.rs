@@ -8,7 +8,7 @@ use crate::{
     Address, Channel, ChannelName, Listener, MigrationError, Refused, Socket, Status, Tls,
     arrivals::NO_END,
     channel::{Target, read_at_least},
-    tls::Accepting,
+    tls::{Accepting, LOOK},
     watch::{Brings, Watch, Watched},
 };
 use qevm_returnpath::{Encoder, Message};
@@ -17,7 +17,7 @@ use std::{
     io,
     sync::{Arc, PoisonError},
     thread,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 /// How often who waits for a source looks whether it is still to wait.
@@ -73,7 +73,7 @@ impl Recovery {
                     Ok(Some((socket, caller))) => {
                         match known(socket, &shared.waits, listener.address(), tls.as_ref()) {
                             Ok((channel, first)) => {
-                                let entrance = Entrance::new(listener, caller, [], shared.waits.clone());
+                                let entrance = Entrance::new(listener, caller, [], tls, shared.waits.clone());
                                 return shared.reconnect(turn, channel, first, entrance);
                             }
                             Err(why) => tracing::warn!("dropped a connection from {caller}: {why}"),
@@ -101,20 +101,24 @@ fn known(
     socket.prepare()?;
     let socket = Arc::new(socket);
     let channel = Arc::new(Watched::new(socket.clone(), ChannelName::Main, waits, Brings::Guest, Some(address))?);
-    let patience = waits.timeouts().handshake();
+    // It may change meanwhile.
+    let patience = || waits.timeouts().handshake().unwrap_or(NO_END);
     let (first, channel): (Vec<u8>, Arc<dyn Channel>) = match tls {
         Some(tls) => {
-            let (first, channel) = Accepting::new(tls).map_err(io::Error::other)?.first_byte(
-                &socket,
-                channel,
-                patience.unwrap_or(NO_END),
-            )?;
+            let session = Accepting::new(tls).map_err(io::Error::other)?;
+            let (first, channel) = session.first_byte(&socket, channel, &patience)?;
             (vec![first], Arc::new(channel))
         }
         None => {
             let mut first = vec![0; 1];
-            channel.limit_silence(patience)?;
-            let count = read_at_least(&*channel, &mut [Target::bytes(&mut first)], 1)?;
+            channel.limit_silence(Some(LOOK))?;
+            let since = Instant::now();
+            let count = loop {
+                match read_at_least(&*channel, &mut [Target::bytes(&mut first)], 1) {
+                    Err(error) if error.kind() == io::ErrorKind::TimedOut && since.elapsed() < patience() => {}
+                    read => break read?,
+                }
+            };
             channel.limit_silence(None)?;
             first.truncate(count);
             (first, channel)

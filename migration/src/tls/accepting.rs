@@ -1,6 +1,6 @@
 //! A TLS session that a caller begins, without waiting for it.
 
-use super::{Endpoint, Tls, TlsChannel, TlsError, credentials::Side};
+use super::{Endpoint, LOOK, Tls, TlsChannel, TlsError, credentials::Side};
 use crate::{Channel, Socket};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustls::ServerConnection;
@@ -112,25 +112,25 @@ impl Accepting {
         }
     }
 
-    /// Waits for the first byte that a peer says in its session, up to `patience`. The rest comes on `inner`, which is this socket.
+    /// Waits for the first byte that a peer says in its session, for as long as `patience` says then. The rest comes on `inner`, which is this socket.
     pub(crate) fn first_byte(
         mut self,
         socket: &Socket,
         inner: Arc<dyn Channel>,
-        patience: Duration,
+        patience: &dyn Fn() -> Duration,
     ) -> io::Result<(u8, TlsChannel)> {
-        let deadline = Instant::now() + patience;
+        let since = Instant::now();
         socket.set_nonblocking(true)?;
         let mut byte = [0];
         loop {
             match self.hear(socket, &mut byte).map_err(io::Error::other)? {
                 Heard::Bytes(_) => break,
                 Heard::Closed => return Err(io::Error::other("it was closed at once")),
-                Heard::Nothing if Instant::now() > deadline => return Err(io::ErrorKind::TimedOut.into()),
+                Heard::Nothing if since.elapsed() >= patience() => return Err(io::ErrorKind::TimedOut.into()),
                 Heard::Nothing => {}
             }
             let events = if self.wants_write() { PollFlags::IN | PollFlags::OUT } else { PollFlags::IN };
-            let left = deadline.saturating_duration_since(Instant::now());
+            let left = patience().saturating_sub(since.elapsed()).min(LOOK);
             let left = Timespec { tv_sec: left.as_secs() as i64, tv_nsec: left.subsec_nanos().into() };
             let _ = poll(&mut [PollFd::from_borrowed_fd(socket.as_fd(), events)], Some(&left));
         }

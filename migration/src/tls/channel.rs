@@ -1,6 +1,6 @@
 //! A channel in a TLS session.
 
-use super::{Credentials, Endpoint, Tls, TlsError, credentials::Side, server_name};
+use super::{Credentials, Endpoint, LOOK, Tls, TlsError, credentials::Side, server_name};
 use crate::{Channel, Source, Target, channel::write_all};
 use rustls::{ClientConnection, Connection};
 use std::{
@@ -51,19 +51,19 @@ impl TlsChannel {
     /// # Errors
     /// The system's; [`TlsError`] as its source where the handshake fails.
     pub fn connect(inner: Arc<dyn Channel>, tls: &Tls, host: Option<&str>) -> io::Result<Self> {
-        Self::connect_within(inner, tls, host, Some(HANDSHAKE))
+        Self::connect_within(inner, tls, host, &|| Some(HANDSHAKE))
     }
 
-    /// The same, with a handshake that may take as long as `patience`.
+    /// The same, with a handshake that may take as long as `patience` says then.
     pub(crate) fn connect_within(
         inner: Arc<dyn Channel>,
         tls: &Tls,
         host: Option<&str>,
-        patience: Option<Duration>,
+        patience: &dyn Fn() -> Option<Duration>,
     ) -> io::Result<Self> {
         let session = client(&tls.credentials, tls, host).map_err(io::Error::other)?;
         let channel = Self::new(inner, session.into(), Vec::new());
-        channel.inner.limit_silence(patience)?;
+        channel.inner.limit_silence(Some(LOOK))?;
         let done = channel.shake_hands(patience);
         channel.inner.limit_silence(None)?;
         done?;
@@ -77,10 +77,10 @@ impl TlsChannel {
         TlsChannel { inner, session: Mutex::new(session), writing, reading }
     }
 
-    fn shake_hands(&self, patience: Option<Duration>) -> io::Result<()> {
-        let deadline = patience.map(|patience| Instant::now() + patience);
+    fn shake_hands(&self, patience: &dyn Fn() -> Option<Duration>) -> io::Result<()> {
+        let since = Instant::now();
         while lock(&self.session).is_handshaking() {
-            if deadline.is_some_and(|deadline| Instant::now() > deadline) {
+            if patience().is_some_and(|patience| since.elapsed() > patience) {
                 return Err(io::ErrorKind::TimedOut.into());
             }
             let mut writing = lock(&self.writing);
@@ -89,7 +89,13 @@ impl TlsChannel {
             drop(writing);
             if lock(&self.session).is_handshaking() {
                 let mut reading = lock(&self.reading);
-                self.receive(&mut reading)?;
+                match self.receive(&mut reading) {
+                    // Of a socket, and of one that is watched over.
+                    Err(error) if matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut) => {
+                        continue;
+                    }
+                    received => received?,
+                }
                 if reading.closed {
                     return Err(io::Error::new(
                         io::ErrorKind::UnexpectedEof,

@@ -72,7 +72,7 @@ fn wait<T>(
             let profile = qevm_wire::Profile::new(qevm_wire::QemuVersion { major: 11, minor: 1 }, "microvm");
             Settings::of(multifd, &parameters, &profile).unwrap()
         });
-        let patience = Patience { silence: LONG, channels: LONG, watch: Arc::default() };
+        let patience = Patience { silence: Some(LONG), channels: Some(LONG), watch: Arc::default() };
         gather(&listener, settings.as_ref(), false, Some(server), patience, &mut |seen| drop(sender.send(seen)))
             .unwrap()
     });
@@ -286,7 +286,7 @@ fn the_operator_says_who_may_send_a_guest() {
     let (sender, seen) = mpsc::channel();
     let others = server("CN=another");
     thread::spawn(move || {
-        let patience = Patience { silence: LONG, channels: LONG, watch: Arc::default() };
+        let patience = Patience { silence: Some(LONG), channels: Some(LONG), watch: Arc::default() };
         gather(&listener, None, false, Some(others), patience, &mut |seen| drop(sender.send(seen)))
     });
     let refused = connect(port, client());

@@ -165,7 +165,7 @@ fn the_system_is_told_of_acknowledgements_unless_the_address_says_how_it_probes(
         let address = listener.address();
         let watch = Arc::new(Watch::default());
         watch.set_timeouts(Timeouts { tcp_user_ms: set, ..Timeouts::default() });
-        let socket = Arc::new(Socket::connect_to(address, &Socket::look_up(address).unwrap()).unwrap());
+        let socket = Arc::new(Socket::connect_to(address, &Socket::look_up(address).unwrap(), &|| true).unwrap());
         let _watched = Watched::new(socket.clone(), ChannelName::Main, &watch, Brings::Answers, Some(address)).unwrap();
         assert_eq!(tcp_user_timeout(socket.as_fd()).unwrap(), expected, "{options} {set}");
     }

@@ -38,9 +38,9 @@ fn arrive_with(
     let both = [("postcopy-ram", true), ("postcopy-preempt", true), ("return-path", true)];
     job.set_capabilities(Capabilities::default().with(both).unwrap()).unwrap();
     job.begin().unwrap();
-    let waiting = waiting.into_iter().map(|socket| (Socket::Unix(socket), Caller::Unix));
+    let waiting = waiting.into_iter().map(|socket| (Socket::Unix(socket), None, Caller::Unix));
     listener.set_nonblocking().unwrap();
-    let preempt = Some(Entrance::new(listener, Caller::Unix, waiting, Arc::default()));
+    let preempt = Some(Entrance::new(listener, Caller::Unix, waiting, None, Arc::default()));
     let profile = Profile::new(QemuVersion::NEWEST, "microvm");
     receive(guest, Incoming { preempt, ..there.into() }, job, &profile)
 }

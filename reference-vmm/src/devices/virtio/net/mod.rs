@@ -231,12 +231,11 @@ impl Net {
         if access.features & GUEST_ANNOUNCE != 0 {
             self.status |= ANNOUNCE;
             access.config_changed();
-            return;
+        }
     }
 
     /// The same by a RARP frame in its name.
     fn send_rarp(&mut self, access: &Access<'_>) {
-        }
         let mut frame = vec![0; if self.netdev.has_header() { Net::header(access.features) } else { 0 }];
         frame.extend([0xff; 6]);
         frame.extend(self.mac);
@@ -297,11 +296,11 @@ impl Model for Net {
         }
         Ok(())
     }
+
     fn announce(&mut self, access: &mut Access<'_>) {
         self.send_rarp(access);
         self.ask_to_announce(access);
     }
-
 
     fn interest(&mut self, access: &mut Access<'_>) -> Result<Vec<(RawFd, i16)>, RingError> {
         let wanted = self.inbox.is_empty() && access.peek(RECEIVE)?.is_some();
