@@ -125,6 +125,20 @@ impl Qemu {
         self.qmp.forget_events();
     }
 
+    /// Goes on as another client of the monitor, which gets its turn when this one has gone.
+    ///
+    /// # Errors
+    /// It is heard before that, or not at all.
+    pub(crate) fn change_client(&mut self, waiting: std::os::unix::net::UnixStream) -> Result<()> {
+        waiting.set_read_timeout(Some(Duration::from_millis(500)))?;
+        let mut byte = [0];
+        let early = nix::sys::socket::recv(waiting.as_raw_fd(), &mut byte, nix::sys::socket::MsgFlags::MSG_PEEK);
+        anyhow::ensure!(early == Err(nix::errno::Errno::EAGAIN), "two clients at once: {early:?}");
+        self.qmp.hang_up()?;
+        self.qmp = Qmp::new(waiting)?;
+        Ok(())
+    }
+
     /// Waits for an event, dropping others.
     ///
     /// # Errors
@@ -210,6 +224,22 @@ impl Qemu {
     /// See [`QmpError`].
     pub fn migration(&mut self) -> Result<Value> {
         self.execute("query-migrate", Value::Null)
+    }
+
+    /// Waits until a migration from or to here has failed, or the monitor has ended for that.
+    ///
+    /// # Errors
+    /// `limit` passes.
+    pub(crate) fn wait_migration_end(&mut self, limit: Duration) -> Result<()> {
+        let deadline = Instant::now() + limit;
+        loop {
+            match self.migration() {
+                Ok(migration) if migration["status"] == "failed" => return Ok(()),
+                Err(_) if self.last_words().is_some() => return Ok(()),
+                state if Instant::now() > deadline => bail!("{}: not ended: {state:?}", self.name),
+                _ => thread::sleep(POLL),
+            }
+        }
     }
 
     /// Waits until `reached` holds for `query-migrate`'s answer and gives that answer.

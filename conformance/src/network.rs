@@ -27,8 +27,31 @@ pub(crate) enum Cut {
     Now,
     /// It drops the packet that SHUT begins in, and all that come after it in either direction.
     AtShut,
+    /// It drops one of fifty, in either direction.
+    Some,
+    /// It drops all of the connection that comes from this port of the source.
+    Connection(u16),
     /// SHUT goes through; what the source sends after it, its acknowledgement first, is dropped.
     AfterShut,
+}
+
+/// A connection of the source.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Connection {
+    /// Its port at the source.
+    pub(crate) port: u16,
+    /// Bytes that the source has sent on it.
+    pub(crate) sent: u64,
+}
+
+impl Connection {
+    /// Reads a line of `ss`.
+    fn read(line: &str) -> Option<Connection> {
+        let local = line.split_whitespace().nth(2)?;
+        let port = local.rsplit_once(':')?.1.parse().ok()?;
+        let sent = line.split_whitespace().find_map(|word| word.strip_prefix("bytes_sent:"));
+        Some(Connection { port, sent: sent.map_or(Some(0), |sent| sent.parse().ok())? })
+    }
 }
 
 impl Network {
@@ -91,6 +114,31 @@ impl Network {
         text.trim().parse().with_context(|| format!("tx_bytes is {text:?}"))
     }
 
+    /// The connections of the source to the destination.
+    ///
+    /// # Errors
+    /// `ss` (iproute2) is missing.
+    pub(crate) fn connections(&self) -> Result<Vec<Connection>> {
+        let mut ss = Command::new("ip");
+        ss.args(["netns", "exec", self.source(), "ss", "-tinHO", "state", "established"]);
+        ss.args(["dport", "=", &format!(":{PORT}")]);
+        let text = run(&mut ss, PATIENCE)?;
+        Ok(text.lines().filter_map(Connection::read).collect())
+    }
+
+    /// Lets 1 KiB a second through to the destination, or as much as before.
+    ///
+    /// # Errors
+    /// `tc` (iproute2) or the kernel's tbf are missing.
+    pub(crate) fn slow(&self, on: bool) -> Result<()> {
+        let mut tc = Command::new("tc");
+        tc.args(["-n", self.source(), "qdisc", if on { "replace" } else { "delete" }, "dev", "link0", "root"]);
+        if on {
+            tc.args(["tbf", "rate", "8kbit", "burst", "2kb", "limit", "64kb"]);
+        }
+        run(&mut tc, PATIENCE).map(drop)
+    }
+
     /// Cuts the link for migrations, now or as soon as it comes to that.
     ///
     /// # Errors
@@ -131,6 +179,13 @@ fn rules(cut: Cut) -> String {
     let shut = format!("tcp sport {PORT} @ih,0,32 0x00010004 add @dead {{ tcp sport . tcp dport }}");
     let (out, back) = match cut {
         Cut::Now => (format!("tcp sport {PORT} drop"), format!("tcp dport {PORT} drop")),
+        Cut::Some => {
+            let lost = "numgen random mod 50 0 drop";
+            (format!("tcp sport {PORT} {lost}"), format!("tcp dport {PORT} {lost}"))
+        }
+        Cut::Connection(port) => {
+            (format!("tcp sport {PORT} tcp dport {port} drop"), format!("tcp dport {PORT} tcp sport {port} drop"))
+        }
         Cut::AtShut => {
             (format!("{shut}\n tcp sport . tcp dport @dead drop"), "tcp dport . tcp sport @dead drop".into())
         }

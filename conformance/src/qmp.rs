@@ -175,6 +175,11 @@ impl Qmp {
         }
     }
 
+    /// Ends the connection.
+    pub(crate) fn hang_up(&self) -> std::io::Result<()> {
+        self.stream.shutdown(std::net::Shutdown::Both)
+    }
+
     /// Drops the events that came and were not asked for.
     pub(crate) fn forget_events(&mut self) {
         self.events.clear();

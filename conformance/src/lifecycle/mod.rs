@@ -6,6 +6,10 @@
 //! `sides` looks at what came of it. The guest must never run at both ends; where it runs at neither, one end must hold it
 //! paused and say who decides.
 
+mod delay;
+mod frozen;
+mod hosts;
+mod mishaps;
 mod moments;
 mod scene;
 mod sides;
@@ -20,6 +24,8 @@ use std::time::Instant;
 use anyhow::{Context, Result};
 use serde::Serialize;
 
+pub use frozen::{Phase, Victim};
+pub use mishaps::At;
 pub use moments::Moment;
 pub use sides::{Expected, Runs, Side};
 
@@ -52,6 +58,8 @@ pub struct Row {
 pub struct Seen {
     /// The outcome, in the words of the table.
     pub outcome: String,
+    /// How long both ends took to decide, where something was frozen.
+    pub decided: Option<String>,
     /// Both ends.
     pub sides: [Side; 2],
 }
@@ -59,7 +67,8 @@ pub struct Seen {
 impl fmt::Display for Seen {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let [source, destination] = &self.sides;
-        write!(f, "{}; source: {source}; destination: {destination}", self.outcome)
+        let decided = self.decided.as_ref().map_or_else(String::new, |decided| format!("; decided: {decided}"));
+        write!(f, "{}{decided}; source: {source}; destination: {destination}", self.outcome)
     }
 }
 
@@ -68,7 +77,7 @@ impl Row {
         let mut scene = Scene::set(ground, self, scratch)?;
         self.moment.happen(&mut scene).with_context(|| scene.describe())?;
         let sides = scene.settle(&self.expected).with_context(|| format!("expected: {}", self.expected))?;
-        Ok(Seen { outcome: self.expected.to_string(), sides })
+        Ok(Seen { outcome: self.expected.to_string(), decided: scene.decided.take(), sides })
     }
 }
 

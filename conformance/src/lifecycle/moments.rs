@@ -6,10 +6,13 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
 
-use super::scene::{PATIENCE, Scene, signal};
+use super::frozen::{self, Phase, Victim};
+use super::mishaps::{self, At};
+use super::scene::{PATIENCE, Scene, kill, signal};
 use super::strangers;
+use super::{delay, hosts};
 use crate::network::Cut;
-use crate::peer::Party;
+use crate::peer::{Gear, Party};
 use crate::qmp::QmpError;
 
 /// Idle callers of the largest crowd.
@@ -62,6 +65,48 @@ pub enum Moment {
     PeerResets,
     /// The link is silent for a while.
     Silence,
+    /// The operator cancels, and the guest goes to the same destination again.
+    CancelAndGoAgain(At),
+    /// The destination is killed, and the guest goes to another.
+    KilledAndGoElsewhere(At),
+    /// The destination is killed when the guest runs there.
+    KilledInPostcopy,
+    /// The operator cancels when the guest runs at the destination.
+    CancelInPostcopy,
+    /// The source is killed.
+    SourceKilled(At),
+    /// The guest resets itself again and again.
+    GuestReboots,
+    /// The guest switches itself off.
+    GuestShutsDown,
+    /// The guest has no interrupts and nothing that leaves it for long.
+    GuestSpins,
+    /// The guest leaves while its firmware runs.
+    Boots,
+    /// A device is plugged in.
+    HotPlug,
+    /// The QMP client goes, and another takes its place.
+    AnotherClient,
+    /// One packet of fifty is lost.
+    LossyLink,
+    /// Every byte takes 300 ms.
+    Delay,
+    /// The destination gets no more memory.
+    NoMemory,
+    /// The guest goes to a file for which there is no room, and then to the destination.
+    TargetFull,
+    /// The guest goes to a file that cannot be made, and then to the destination.
+    TargetReadOnly,
+    /// Somebody uses the disk at the destination.
+    DiskInUse,
+    /// The guest is paused before it goes.
+    PausedGuest,
+    /// Both monitors are stopped for a minute.
+    BothStopped,
+    /// The link takes a KiB a second.
+    SlowLink,
+    /// Something is frozen, in this phase.
+    Frozen(Phase, Victim),
     /// All goes well; the order of events is looked at.
     Events,
 }
@@ -73,13 +118,44 @@ impl Moment {
             Moment::LinkDiesAtShut | Moment::LinkDiesAtShutThenCancel | Moment::LinkDiesAfterShut => &["return-path"],
             Moment::SourceKilledInDevice | Moment::CancelInDevice => &["return-path", "pause-before-switchover"],
             Moment::Events => &["events", "return-path"],
+            Moment::Frozen(phase, victim) => frozen::capabilities(phase, victim),
+            Moment::CancelAndGoAgain(at) | Moment::KilledAndGoElsewhere(at) | Moment::SourceKilled(at) => {
+                mishaps::capabilities(at)
+            }
+            Moment::KilledInPostcopy | Moment::CancelInPostcopy => mishaps::capabilities(At::Postcopy),
+            Moment::NoMemory => &["return-path", "multifd"],
+            Moment::Delay | Moment::DiskInUse => &["return-path"],
             _ => &[],
         }
     }
 
+    /// What the guest does.
+    pub(super) fn payload(self) -> String {
+        let working_set = if self.fits_in_buffers() { "64K" } else { "4M" };
+        let usual = format!("dirty={working_set} rate=48M hold=4M zero=2M verify=16384 report=20");
+        match self {
+            Moment::GuestReboots => format!("{usual} reset=700"),
+            Moment::GuestShutsDown => format!("{usual} button=2"),
+            // It prints more often than it is listened to.
+            Moment::GuestSpins => "dirty=4M rate=0 timer=0 hold=4M zero=2M report=200".into(),
+            _ => usual,
+        }
+    }
+
+    /// Its devices.
+    pub(super) fn gear(self) -> Vec<Gear> {
+        if self == Moment::DiskInUse { vec![Gear::Disk] } else { Vec::new() }
+    }
+
     /// The last round has to fit into the socket buffers of a destination that does not read.
-    pub(super) fn fits_in_buffers(self) -> bool {
-        matches!(self, Moment::SourceKilledInDevice | Moment::CancelInDevice)
+    fn fits_in_buffers(self) -> bool {
+        match self {
+            Moment::SourceKilledInDevice | Moment::CancelInDevice | Moment::Frozen(Phase::Device, _) => true,
+            Moment::CancelAndGoAgain(at) | Moment::KilledAndGoElsewhere(at) | Moment::SourceKilled(at) => {
+                at == At::Device
+            }
+            _ => false,
+        }
     }
 
     /// Makes it happen.
@@ -104,7 +180,7 @@ impl Moment {
             }
             Moment::SourceKilledInDevice => {
                 scene.all_is_sent_to_a_stopped_destination()?;
-                signal(scene.here.monitor().pid(), "KILL")?;
+                kill(&mut scene.here)?;
                 signal(scene.there.monitor().pid(), "CONT")
             }
             Moment::CancelInDevice => {
@@ -136,6 +212,32 @@ impl Moment {
             Moment::ExitOnErrorOff => exit_on_error_off(scene),
             Moment::PeerResets => peer_resets(scene),
             Moment::Silence => silence(scene),
+            Moment::CancelAndGoAgain(at) => mishaps::cancel_and_go_again(at, scene),
+            Moment::KilledAndGoElsewhere(at) => mishaps::killed_and_go_elsewhere(at, scene),
+            Moment::SourceKilled(at) => mishaps::source_killed(at, scene),
+            Moment::KilledInPostcopy => mishaps::killed_in_postcopy(scene),
+            Moment::CancelInPostcopy => mishaps::cancelled_in_postcopy(scene),
+            Moment::GuestReboots => mishaps::guest_reboots(scene),
+            Moment::GuestShutsDown => {
+                mishaps::guest_does(scene, |here| here.monitor().execute("system_powerdown", Value::Null).map(drop))
+            }
+            Moment::GuestSpins => {
+                scene.begin()?;
+                scene.complete()
+            }
+            Moment::Boots => mishaps::leaves_while_it_boots(scene),
+            Moment::HotPlug => mishaps::hot_plug(scene),
+            Moment::AnotherClient => mishaps::another_client(scene),
+            Moment::LossyLink => mishaps::lossy_link(scene),
+            Moment::Delay => delay::happen(scene),
+            Moment::NoMemory => hosts::no_memory(scene),
+            Moment::TargetFull => hosts::file_that_cannot_be_written(scene, "size=1m"),
+            Moment::TargetReadOnly => hosts::file_that_cannot_be_written(scene, "ro"),
+            Moment::DiskInUse => hosts::disk_in_use(scene),
+            Moment::PausedGuest => mishaps::paused_guest(scene),
+            Moment::BothStopped => mishaps::both_stopped(scene),
+            Moment::SlowLink => mishaps::slow_link(scene),
+            Moment::Frozen(phase, victim) => frozen::happen(phase, victim, scene),
             Moment::Events => events(scene),
         }
     }

@@ -1,6 +1,7 @@
 //! A running guest, a destination that waits for it, and a link between two network namespaces.
 
 use std::collections::BTreeMap;
+use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process::Command;
 use std::thread;
@@ -45,14 +46,16 @@ pub(super) struct Scene<'g> {
     pub(super) there: Party,
     /// What the guest had printed here when it was last listened to.
     moments: Vec<String>,
+    /// How long both ends took to decide, where that is what the row is about.
+    pub(super) decided: Option<String>,
 }
 
 impl<'g> Scene<'g> {
     /// Boots the guest in a monitor of the first kind, and lets one of the second kind wait for it.
     pub(super) fn set(ground: &'g Ground, row: &Row, scratch: &'g Path) -> Result<Scene<'g>> {
-        let working_set = if row.moment.fits_in_buffers() { "64K" } else { "4M" };
         let load = Load {
-            payload: format!("dirty={working_set} rate=48M hold=4M zero=2M verify=16384 report=20"),
+            payload: row.moment.payload(),
+            gear: row.moment.gear(),
             max_bandwidth: SLOW,
             downtime_limit: 1,
             ..Load::default()
@@ -70,7 +73,7 @@ impl<'g> Scene<'g> {
         };
         let here = journey.boot(&stage(ground, scratch, 0), &mut |_| ())?;
         let there = journey.start(&stage(ground, scratch, 1), 1, true)?;
-        let mut scene = Scene { ground, journey, scratch, here, there, moments: Vec::new() };
+        let mut scene = Scene { ground, journey, scratch, here, there, moments: Vec::new(), decided: None };
         scene.journey.prepare(&mut scene.here, &mut scene.there)?;
         Ok(scene)
     }
@@ -80,6 +83,28 @@ impl<'g> Scene<'g> {
         let scratch = self.scratch.join(format!("source{n}"));
         std::fs::create_dir_all(&scratch)?;
         self.here = self.journey.boot(&stage(self.ground, &scratch, 0), &mut |_| ())?;
+        self.journey.prepare(&mut self.here, &mut self.there)
+    }
+
+    /// A further source, whose guest has only just been started.
+    pub(super) fn source_that_boots(&mut self) -> Result<()> {
+        let scratch = self.scratch.join("source1");
+        std::fs::create_dir_all(&scratch)?;
+        self.here = self.journey.start(&stage(self.ground, &scratch, 0), 0, false)?;
+        self.journey.prepare(&mut self.here, &mut self.there)
+    }
+
+    /// A second client of the source's QMP, if the source is one of ours.
+    pub(super) fn call_qmp(&self) -> Result<UnixStream> {
+        let socket = self.scratch.join("stop0.qmp");
+        UnixStream::connect(&socket).with_context(|| socket.display().to_string())
+    }
+
+    /// A further destination.
+    pub(super) fn another_destination(&mut self, n: usize) -> Result<()> {
+        let scratch = self.scratch.join(format!("destination{n}"));
+        std::fs::create_dir_all(&scratch)?;
+        self.there = self.journey.start(&stage(self.ground, &scratch, 1), 1, true)?;
         self.journey.prepare(&mut self.here, &mut self.there)
     }
 
@@ -114,6 +139,20 @@ impl<'g> Scene<'g> {
     pub(super) fn until(&mut self, status: &str) -> Result<()> {
         self.note(format!("until {status}"));
         self.here.monitor().wait_migration(PATIENCE, |migration| migration["status"] == status).map(drop)
+    }
+
+    /// Waits for a status with which the source's migration has ended.
+    pub(super) fn until_ended(&mut self, status: &str) -> Result<()> {
+        self.note(format!("until {status}"));
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            let migration = self.here.monitor().migration()?;
+            if migration["status"] == status {
+                return Ok(());
+            }
+            ensure!(Instant::now() < deadline, "not {status}: {migration}");
+            thread::sleep(POLL);
+        }
     }
 
     /// Lets the migration come to its end.
@@ -224,4 +263,11 @@ fn side(party: &mut Party, runs: bool) -> Result<Side> {
 /// Sends a signal to a monitor.
 pub(super) fn signal(pid: u32, name: &str) -> Result<()> {
     run(Command::new("kill").args(["-s", name, &pid.to_string()]), PATIENCE).map(drop)
+}
+
+/// Kills a monitor, which is gone when this returns.
+pub(super) fn kill(party: &mut Party) -> Result<()> {
+    signal(party.monitor().pid(), "KILL")?;
+    ensure!(party.monitor().has_ended()?, "it survives SIGKILL");
+    Ok(())
 }

@@ -42,6 +42,8 @@ pub enum Runs {
     Destination,
     /// Nowhere: this end holds it, paused: 0 the source, 1 the destination.
     Paused(usize),
+    /// At the destination, as far as it gets without the memory that is missing there, which a recovery has to bring.
+    Starved,
     /// Nowhere: its own end, or the operator's signal, took it.
     Gone,
 }
@@ -51,7 +53,7 @@ pub enum Runs {
 pub struct Expected {
     /// Where the guest runs.
     pub runs: Runs,
-    /// A part of what one end says: 0 the source, 1 the destination.
+    /// A part of what one end says: 0 the source, 1 the destination, 2 whichever decides first.
     pub says: Option<(usize, &'static str)>,
     /// `status` of `query-migrate` at the source, where it is a matter of the outcome.
     pub source: Option<&'static str>,
@@ -64,13 +66,14 @@ impl fmt::Display for Expected {
             Runs::Destination => write!(f, "runs at the destination")?,
             Runs::Paused(0) => write!(f, "runs nowhere, the source holds it paused")?,
             Runs::Paused(_) => write!(f, "runs nowhere, the destination holds it paused")?,
+            Runs::Starved => write!(f, "runs at the destination, which waits for a recovery")?,
             Runs::Gone => write!(f, "has ended")?,
         }
         if let Some(status) = self.source {
             write!(f, ", the source reports '{status}'")?;
         }
         if let Some((end, text)) = self.says {
-            write!(f, ", the {} says '{text}'", ["source", "destination"][end])?;
+            write!(f, ", {} says '{text}'", ["the source", "the destination", "one end"][end])?;
         }
         Ok(())
     }
@@ -87,6 +90,7 @@ impl Expected {
             Runs::Source => runs != [true, false] || !sides[0].runs,
             Runs::Destination => runs != [false, true] || !sides[1].runs,
             Runs::Paused(end) => runs != [false, false] || sides[end].ended.is_some(),
+            Runs::Starved => runs != [false, true] || sides[1].migration != "postcopy-paused",
             Runs::Gone => runs != [false, false],
         };
         if wrong {
@@ -95,9 +99,14 @@ impl Expected {
         if self.source.is_some_and(|status| sides[0].migration != status) {
             return Some("the source reports something else".into());
         }
-        let said = |end: usize| format!("{}{}", sides[end].says, sides[end].ended.as_deref().unwrap_or_default());
+        let said = |end: usize| match sides.get(end) {
+            Some(side) => format!("{}{}", side.says, side.ended.as_deref().unwrap_or_default()),
+            None => sides.iter().map(|side| format!("{side}")).collect(),
+        };
         let unsaid = self.says.filter(|(end, text)| !said(*end).contains(text));
-        unsaid.map(|(end, text)| format!("the {} does not say '{text}'", ["source", "destination"][end]))
+        unsaid.map(|(end, text)| {
+            format!("{} does not say '{text}'", ["the source", "the destination", "either end"][end])
+        })
     }
 }
 
@@ -112,7 +121,7 @@ mod tests {
 
     #[test]
     fn two_running_guests_are_never_what_was_expected() {
-        for runs in [Runs::Source, Runs::Destination, Runs::Paused(0), Runs::Paused(1), Runs::Gone] {
+        for runs in [Runs::Source, Runs::Destination, Runs::Paused(0), Runs::Paused(1), Runs::Starved, Runs::Gone] {
             let expected = Expected { runs, says: None, source: None };
             assert!(expected.differs(&[side("running", true), side("running", true)]).is_some(), "{expected}");
             // Whatever QMP says, a guest that prints runs.

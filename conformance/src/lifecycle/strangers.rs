@@ -25,7 +25,7 @@ const GARBAGE: [&[u8]; 6] = [
 ];
 
 /// Runs `body` with the network of the source.
-fn at_source<T: Send>(network: &Network, body: impl FnOnce() -> Result<T> + Send) -> Result<T> {
+pub(super) fn at_source<T: Send>(network: &Network, body: impl FnOnce() -> Result<T> + Send) -> Result<T> {
     let namespace = format!("/run/netns/{}", network.source());
     // A thread of its own, as a thread cannot be trusted to come back.
     thread::scope(|scope| {
@@ -123,5 +123,13 @@ pub(super) fn reads_and_resets(network: &Network, port: u16) -> Result<thread::J
 pub(super) fn limit_descriptors(pid: u32, spare: usize) -> Result<()> {
     let open = std::fs::read_dir(format!("/proc/{pid}/fd"))?.count();
     let limit = format!("--nofile={0}:{0}", open + spare);
+    run(Command::new("prlimit").args(["--pid", &pid.to_string(), &limit]), PATIENCE).map(drop)
+}
+
+/// Leaves a process no more memory than it has.
+pub(super) fn limit_memory(pid: u32) -> Result<()> {
+    let statm = std::fs::read_to_string(format!("/proc/{pid}/statm"))?;
+    let pages: u64 = statm.split(' ').next().and_then(|pages| pages.parse().ok()).context("no size in statm")?;
+    let limit = format!("--as={0}:{0}", pages * 4096);
     run(Command::new("prlimit").args(["--pid", &pid.to_string(), &limit]), PATIENCE).map(drop)
 }
