@@ -81,6 +81,9 @@ fn migrate(here: &mut Qemu, there: &mut Qemu, socket: &Path) -> (bool, String) {
     }
 }
 
+/// UUIDs and capabilities of the source and of the destination, whether the guest arrives, and what the destination says.
+type Case<'c> = ([Option<&'c str>; 2], [&'c [&'c str]; 2], bool, &'c str);
+
 /// As between two QEMUs of 11.1: whether the capability is on at the destination does not matter, nor does a UUID at one side alone; page channels
 /// say the UUID whether it is on or not.
 #[test]
@@ -91,8 +94,7 @@ fn guests_go_to_machines_of_the_same_uuid() {
         format!("UUID received is {ONE} and local is {OTHER}"),
         format!("UUID is received {ONE}, but local uuid isn't set"),
     );
-    // UUIDs and capabilities of the source and of the destination, and what comes of it.
-    let cases: [([Option<&str>; 2], [&[&str]; 2], bool, &str); 7] = [
+    let cases: [Case<'_>; 7] = [
         ([Some(ONE), Some(ONE)], [validate; 2], true, ""),
         ([Some(ONE), Some(OTHER)], [validate; 2], false, &differs),
         ([Some(ONE), Some(OTHER)], [validate, &[]], false, &differs),

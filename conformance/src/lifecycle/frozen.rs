@@ -200,7 +200,9 @@ fn wait(phase: Phase, victim: Victim, scene: &mut Scene<'_>, start: Instant) -> 
 /// Whether a monitor waits no more for the other.
 fn has_decided(party: &mut Party) -> Result<bool> {
     match party.monitor().migration() {
-        Ok(migration) => Ok(["failed", "postcopy-paused"].iter().any(|status| migration["status"] == *status)),
+        Ok(migration) => {
+            Ok(["failed", "postcopy-paused", "completed"].iter().any(|status| migration["status"] == *status))
+        }
         Err(error) => match party.monitor().last_words() {
             Some(_) => Ok(true),
             None => bail!(error),
