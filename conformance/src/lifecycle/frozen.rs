@@ -16,6 +16,8 @@ use crate::peer::{Party, Stop};
 
 /// What the deadlines are set to, ms.
 const DEADLINE_MS: u64 = 2000;
+/// Bytes per second in postcopy: what is left does not fit in the buffers of the link before everybody has decided.
+const SLOWLY: u64 = 128 << 10;
 /// How long a QEMU is looked at, which does not decide.
 const LOOK: Duration = Duration::from_secs(4);
 const POLL: Duration = Duration::from_millis(20);
@@ -117,7 +119,7 @@ fn reach(phase: Phase, victim: Victim, scene: &mut Scene<'_>) -> Result<()> {
             Ok(())
         }
         Phase::Postcopy => {
-            scene.here.monitor().set_parameters(&json!({ "max-postcopy-bandwidth": 1 << 20 }))?;
+            scene.here.monitor().set_parameters(&json!({ "max-postcopy-bandwidth": SLOWLY }))?;
             scene.begin()?;
             scene.here.monitor().execute("migrate-start-postcopy", Value::Null)?;
             scene.until("postcopy-active")

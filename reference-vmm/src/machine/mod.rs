@@ -47,8 +47,8 @@ use vmm_sys_util::eventfd::EventFd;
 use crate::boot::{self, Kernel};
 use crate::devices::pci::{FIRST_GSI, PciBus, PciMessage};
 use crate::devices::{
-    Clock, Devices, FwCfg, FwCfgItems, GED_IRQ, Ged, Ioapic, KEY_UUID, Message, RTC_IRQ, Rtc, SERIAL_IRQ, Serial, Transport,
-    Transports, lock, missing, start_pump, wall_clock,
+    Clock, Devices, FwCfg, FwCfgItems, GED_IRQ, Ged, Ioapic, KEY_UUID, Message, RTC_IRQ, Rtc, SERIAL_IRQ, Serial,
+    Transport, Transports, lock, missing, start_pump, wall_clock,
 };
 use crate::dirty_log::{DirtyLog, Reaper};
 use crate::error::{Error, Result, kvm};
