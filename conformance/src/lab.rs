@@ -143,6 +143,7 @@ pub fn build(workspace: &Path, jobs: &[Job]) -> Result<Programs> {
         monitor: build("reference-vmm", &["build", "--bin"], "reference-vmm", "reference-vmm")?,
         tests: build("reference-vmm", &["test", "--no-run", "--test"], "kvm", "kvm-tests")?,
         driver: build("qevm-lab", &["build", "--bin"], "qevm-lab", "driver")?,
+        linux_guest: build("qevm-lab", &["build", "--bin"], guest::USER, guest::USER)?,
     })
 }
 
@@ -157,6 +158,8 @@ pub struct Programs {
     pub tests: Option<PathBuf>,
     /// The program that takes guests with VFIO devices from one monitor to another.
     pub driver: Option<PathBuf>,
+    /// What Linux guests use their VFIO devices with.
+    pub linux_guest: Option<PathBuf>,
 }
 
 fn artifact(workspace: &Path, package: &str, how: &[&str], name: &str) -> Result<PathBuf> {

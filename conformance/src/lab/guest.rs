@@ -19,12 +19,16 @@ pub(super) const ENVIRONMENT: &str = "QEVM_MONITOR=/reference-vmm QEVM_LINUX_ELF
 
 const INIT: &str = include_str!("../../lab/guest-init");
 const INIT_VIRTIO: &str = include_str!("../../lab/guest-init-virtio");
+const INIT_VFIO: &str = include_str!("../../lab/guest-init-vfio");
+/// The program in a guest that uses its VFIO device, and the folder of what such a guest is started with.
+pub(super) const USER: &str = "linux-guest";
 const APPLETS: [&str; 9] = ["sh", "mount", "dd", "md5sum", "cp", "mv", "date", "usleep", "echo"];
 const LIBRARIES: &str = "usr/lib/x86_64-linux-gnu";
 const LOADER: &str = "ld-linux-x86-64.so.2";
 const QEMU: &str = "usr/bin/qemu-system-x86_64";
-/// Firmware of microvm without ACPI, what it boots kernels with, and the page of the local APIC's registers.
-const FIRMWARE: [&str; 4] = ["qboot.rom", "pvh.bin", "linuxboot_dma.bin", "kvmvapic.bin"];
+const FOLDERS: [&str; 2] = ["usr/share/qemu", "usr/share/seabios"];
+/// Firmware of microvm without ACPI and with it, what it boots kernels with, and the page of the local APIC's registers.
+const FIRMWARE: [&str; 5] = ["qboot.rom", "bios-microvm.bin", "pvh.bin", "linuxboot_dma.bin", "kvmvapic.bin"];
 
 /// Where the setup header of a bzImage says that the compressed kernel is, counted from the protected-mode code, and how long
 /// ("The Linux/x86 Boot Protocol").
@@ -43,6 +47,29 @@ pub(super) fn add(archive: &mut Archive, bzimage: &Path, busybox: &[u8], qemu: &
     add_qemu(archive, "qemu", qemu)
 }
 
+/// Adds what a Linux guest with a VFIO device is started with: the lab's own kernel, and an initial RAM disk with this program.
+pub(super) fn add_user(archive: &mut Archive, bzimage: &Path, busybox: &[u8], program: &Path) -> Result<()> {
+    let read = |path: &Path| fs::read(path).with_context(|| format!("reading {}", path.display()));
+    archive.folder(USER);
+    archive.file(&format!("{USER}/vmlinuz"), &read(bzimage)?);
+    archive.file(&format!("{USER}/initrd"), &user_initrd(busybox, &read(program)?));
+    Ok(())
+}
+
+fn user_initrd(busybox: &[u8], program: &[u8]) -> Vec<u8> {
+    let mut archive = Archive::new();
+    for folder in ["bin", "dev", "sys"] {
+        archive.folder(folder);
+    }
+    archive.program("bin/busybox", busybox);
+    for applet in ["sh", "mount"] {
+        archive.link(&format!("bin/{applet}"), "busybox");
+    }
+    archive.program(USER, program);
+    archive.program("init", INIT_VFIO.as_bytes());
+    archive.finish()
+}
+
 /// Adds a QEMU as a folder, with a program `run` in it.
 pub(super) fn add_qemu(archive: &mut Archive, folder: &str, qemu: &Root) -> Result<()> {
     archive.folder(folder);
@@ -55,7 +82,8 @@ pub(super) fn add_qemu(archive: &mut Archive, folder: &str, qemu: &Root) -> Resu
     add("qemu", &root.join(QEMU))?;
     add(LOADER, &root.join(LIBRARIES).join(LOADER))?;
     for name in FIRMWARE {
-        add(name, &root.join("usr/share/qemu").join(name))?;
+        let path = FOLDERS.map(|folder| root.join(folder).join(name)).into_iter().find(|path| path.exists());
+        add(name, &path.with_context(|| format!("there is no {name} in {}", root.display()))?)?;
     }
     let folders = format!("{0}:{0}/pulseaudio", root.join(LIBRARIES).display());
     let mut list = Command::new(root.join(LIBRARIES).join(LOADER));

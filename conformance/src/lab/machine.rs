@@ -153,6 +153,9 @@ impl Machine {
             for suite in [Suite::Trixie, Suite::Sid] {
                 guest::add_qemu(&mut archive, &format!("qemu-{}", suite.series()), &Root::install(suite)?)?;
             }
+            if let Some(program) = &programs.linux_guest {
+                guest::add_user(&mut archive, &self.kernel, &self.busybox, program)?;
+            }
             for job in jobs {
                 archive.file(&format!("plans/{}", job.name), job.plan.as_deref().unwrap_or_default().as_bytes());
             }

@@ -82,6 +82,8 @@ pub struct Plan {
     pub devices: Vec<Device>,
     /// What the guest prints where it starts when it is ready to go.
     pub ready: String,
+    /// Seconds, by the machine's clock, that it may take to get there.
+    pub ready_s: u64,
     /// What the guest prints again and again, so often that it must appear twice at the destination.
     pub beat: String,
     /// Milliseconds that the guest runs at each stop, after it is ready, before the next is started; at least 4,000.

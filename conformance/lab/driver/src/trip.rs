@@ -37,7 +37,7 @@ pub fn run(plan: &Plan) -> Result<Vec<Report>> {
     let scratch = Path::new(SCRATCH);
     let mut source = Running::start(plan.stops.first().context("a trip to nowhere")?, 0, scratch)?;
     source.configure(&plan.stops[0])?;
-    wait(&mut source, "the guest does not get ready", |serial| serial.contains(&plan.ready))?;
+    wait_until_ready(&mut source, plan)?;
     let mut reports = Vec::new();
     for stop in 1..plan.stops.len() {
         thread::sleep(Duration::from_millis(plan.before_ms).max(OLDER));
@@ -219,11 +219,12 @@ fn await_beats(monitor: &mut Running, until: &dyn Fn(&str) -> bool) -> bool {
     true
 }
 
-fn wait(monitor: &mut Running, what: &str, until: impl Fn(&str) -> bool) -> Result<()> {
-    let deadline = Instant::now() + PATIENCE;
-    while !until(&monitor.serial()) {
+fn wait_until_ready(monitor: &mut Running, plan: &Plan) -> Result<()> {
+    let deadline = Instant::now() + Duration::from_secs(plan.ready_s);
+    while !monitor.serial().contains(&plan.ready) {
         if Instant::now() > deadline || monitor.ended() {
-            bail!("{what}: it printed {:?}, and its monitor {:?}", monitor.serial(), monitor.stderr().trim());
+            let (guest, monitor) = (monitor.serial(), monitor.stderr());
+            bail!("the guest does not get ready: it printed {guest:?}, and its monitor {:?}", monitor.trim());
         }
         thread::sleep(POLL);
     }

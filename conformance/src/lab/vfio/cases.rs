@@ -100,6 +100,9 @@ pub(in crate::lab) fn cases() -> Vec<Case> {
         Case::visit("vfio-visit-10.0-intx", OLD).used(Use::Intx),
         Case::visit("vfio-visit-10.0-msi", OLD).used(Use::Msi),
         Case::visit("vfio-visit-10.0-msix", OLD).used(Use::MsiX),
+        // Linux does the same: it has placed the BARs, and its driver is one of user space.
+        Case::visit("vfio-visit-linux", NEW).linux(),
+        Case::visit("vfio-visit-10.0-linux", OLD).linux(),
         Case { memory: Memory::Stale, ..Case::visit("vfio-visit-log-off", NEW).ack().used(Use::MsiX) }.set(
             Destination,
             "load_initial_ms",

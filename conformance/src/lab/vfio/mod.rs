@@ -13,7 +13,7 @@ use reference_vmm::payload::FW_CFG_NAME;
 use serde_json::{Value, json};
 
 use super::machine::Boot;
-use super::{Job, Judge};
+use super::{Job, Judge, guest};
 
 pub(super) use cases::{cases, recordings};
 pub(super) use figures::{figures, tables};
@@ -27,6 +27,10 @@ const MEMORY: &str = "32";
 pub(super) const SHARE: &str = "/share";
 /// A job with this at the beginning of its name is a recording.
 pub const RECORDING: &str = "record-";
+
+/// The same for Linux, which keeps out of there (`memmap=`).
+const LINUX_DMA_BASE: u64 = 48 << 20;
+const LINUX_MEMORY: &str = "96";
 
 /// A monitor on the way.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -61,6 +65,15 @@ enum Use {
     MsiX = 5,
 }
 
+/// Who uses the devices.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Guest {
+    /// The payload of reference-vmm.
+    Payload,
+    /// Linux, which has found the device by ACPI, and a program in it (`conformance/lab/driver/src/bin/linux-guest.rs`) by UIO.
+    Linux,
+}
+
 /// How a guest with devices travels, and what must be seen.
 #[derive(Debug, Clone)]
 pub(super) struct Case {
@@ -86,6 +99,7 @@ pub(super) struct Case {
     options: &'static str,
     memory: Memory,
     used: Use,
+    guest: Guest,
     /// Milliseconds after `migrate` before which the source must not stop its guest.
     earliest_stop_ms: u64,
     /// Least bytes on page channels.
@@ -150,6 +164,7 @@ impl Case {
             options: "",
             memory: Memory::Right,
             used: Use::None,
+            guest: Guest::Payload,
             earliest_stop_ms: 0,
             on_channels: 0,
             at_most_on_channels: u64::MAX,
@@ -175,6 +190,11 @@ impl Case {
     /// The guest uses its devices.
     fn used(self, used: Use) -> Case {
         Case { used, ..self }
+    }
+
+    /// The guest is Linux, and uses its device, by its interrupt pin.
+    fn linux(self) -> Case {
+        Case { guest: Guest::Linux, used: Use::Intx, limit_s: 300, ..self }
     }
 
     fn is_used(&self) -> bool {
@@ -246,15 +266,41 @@ impl Case {
         Device { stop, uuid: Case::uuid(stop, number), driver: self.driver.into(), kind: kind.into(), settings }
     }
 
-    fn monitor(&self, stop: usize) -> Monitor {
+    /// What a monitor is told of its guest: QEMU with one dash, reference-vmm with two. A guest that comes brings its own kernel.
+    fn guest_arguments(&self, stop: usize) -> Vec<String> {
+        let (dash, memory) = match self.path[stop] {
+            Stop::Qemu(_) => ("-", "-m"),
+            Stop::Reference(_) => ("--", "--memory"),
+        };
+        if self.guest == Guest::Linux {
+            let bios = format!("/qemu-{}/bios-microvm.bin", cases::NEW);
+            let mut all = vec![memory.into(), LINUX_MEMORY.into(), format!("{dash}bios"), bios];
+            if stop == 0 {
+                let (megabytes, end) = ((DMA_PAGES * 4096) >> 20, LINUX_DMA_BASE >> 20);
+                let append = format!(
+                    "console=ttyS0 quiet loglevel=0 reboot=t panic=-1 no_timer_check tsc=reliable mitigations=off \
+                     random.trust_cpu=on memmap={megabytes}M${end}M -- {LINUX_DMA_BASE} {DMA_PAGES}"
+                );
+                let file = |name: &str| format!("/{}/{name}", guest::USER);
+                for (option, value) in [("kernel", file("vmlinuz")), ("initrd", file("initrd")), ("append", append)] {
+                    all.extend([format!("{dash}{option}"), value]);
+                }
+            }
+            return all;
+        }
         let dirty =
             if self.record { "dirty=8K;hold=4K;zero=4K;rate=32K" } else { "dirty=64K;hold=16K;zero=64K;rate=256K" };
-        let memory = if self.record { "16" } else { MEMORY };
         let used = match self.is_used() {
             true => format!("rate=1M;dma={DMA_BASE};dmapages={DMA_PAGES};pci={}", self.used as u8),
             false => "pci=1".to_owned(),
         };
         let item = format!("name={FW_CFG_NAME},string={dirty};{used};report=100");
+        let item_option = if dash == "-" { "-fw_cfg" } else { "--fw-cfg" };
+        let megabytes = if self.record { "16" } else { MEMORY };
+        [memory, megabytes, &format!("{dash}bios"), "/payload.bin", item_option, &item].map(String::from).to_vec()
+    }
+
+    fn monitor(&self, stop: usize) -> Monitor {
         let (program, kind, mut words) = match self.path[stop] {
             Stop::Qemu(release) => {
                 // The names of threads tell vCPUs from the others.
@@ -265,16 +311,11 @@ impl Case {
                 if self.legacy_acks {
                     words.push_str(" -global migration.switchover-ack-legacy=on");
                 }
-                (
-                    format!("/qemu-{release}/run"),
-                    Kind::Qemu,
-                    format!("{words} -m {memory} -bios /payload.bin -fw_cfg {item}"),
-                )
+                (format!("/qemu-{release}/run"), Kind::Qemu, words)
             }
             Stop::Reference(release) => {
                 let release = if self.legacy_acks { cases::OLD } else { release };
                 let words = format!("--machine microvm,pcie=on,qemu={release} --accel {}", self.accel);
-                let words = format!("{words} --memory {memory} --bios /payload.bin --fw-cfg {item}");
                 ("/reference-vmm".to_owned(), Kind::Reference, words)
             }
         };
@@ -293,7 +334,7 @@ impl Case {
         Monitor {
             program,
             kind,
-            arguments: words.split(' ').map(String::from).collect(),
+            arguments: words.split(' ').map(String::from).chain(self.guest_arguments(stop)).collect(),
             capabilities: self.capabilities(stop),
             parameters: self.parameters.clone(),
         }
@@ -320,6 +361,7 @@ impl Case {
                 .map(|(stop, number)| self.device(stop, number))
                 .collect(),
             ready: "qevm-payload pass=".into(),
+            ready_s: if self.guest == Guest::Linux { 900 } else { 120 },
             beat: "qevm-payload pass=".into(),
             before_ms: 0,
             after_ms: if self.is_used() { 3000 } else { 500 },
