@@ -33,6 +33,11 @@ pub trait IterativeDevice: Send + Sync {
     /// The section's name; it ends in `/vfio`.
     fn idstr(&self) -> &str;
 
+    /// Its name in messages and statistics.
+    fn name(&self) -> &str {
+        self.idstr()
+    }
+
     /// It takes part in capability `switchover-ack`, as VFIO devices with PRE_COPY do: the source pauses the guest only when the
     /// destination has loaded its [initial data](IterativeDevice::initial). The same on both sides.
     fn switchover_ack(&self) -> bool {

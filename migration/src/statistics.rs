@@ -118,7 +118,7 @@ pub struct RamStatistics {
 /// A part of what is migrated: a RAM block, or a device whose state goes in parts.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct PartStatistics {
-    /// The name of the block, or of the device's section.
+    /// The name of the block, or of the device.
     pub name: String,
     /// Bytes that remained when that was last reckoned.
     pub remaining: u64,
@@ -171,7 +171,8 @@ pub struct Statistics {
     pub device_bytes: u64,
     /// Why the migration failed, or is paused.
     pub error: Option<String>,
-    /// What does not shrink, when the guest dirties faster than the link carries.
+    /// What holds the migration up, with the name of the part: one that does not shrink, or a device whose initial data the destination has not
+    /// loaded yet.
     pub stalled: Option<String>,
     /// Every round so far.
     pub rounds: Vec<RoundStatistics>,

@@ -75,6 +75,8 @@ pub struct Stall {
     pub name: String,
     /// What remains of it in bytes.
     pub remaining: u64,
+    /// By how many bytes a second that has shrunk since the round before; negative if it has grown.
+    pub rate: i64,
     /// How much of that can be sent only when the guest has stopped.
     pub stopcopy: u64,
     /// Bytes per second at which the guest dirties memory.
@@ -85,8 +87,14 @@ pub struct Stall {
 
 impl fmt::Display for Stall {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Stall { name, remaining, stopcopy, dirty_rate, bandwidth } = self;
+        let Stall { name, remaining, rate, stopcopy, dirty_rate, bandwidth } = self;
+        let by = Bytes(rate.unsigned_abs());
         write!(f, "'{name}' no longer shrinks: {} of it remain, ", Bytes(*remaining))?;
+        match rate {
+            0 => write!(f, "as many as before, ")?,
+            1.. => write!(f, "{by}/s fewer than before, ")?,
+            _ => write!(f, "{by}/s more than before, ")?,
+        }
         match stopcopy {
             0 => write!(f, "the guest dirties {}/s", Bytes(*dirty_rate))?,
             stopcopy => write!(f, "{} of them to be sent when the guest has stopped,", Bytes(*stopcopy))?,
@@ -160,13 +168,18 @@ struct Shrinking {
     from: Option<u64>,
     rounds: u32,
     time: Duration,
+    /// What there was last, and by how many bytes a second that was less than before.
+    last: Option<u64>,
+    rate: i64,
 }
 
 impl Shrinking {
     /// By less than a tenth is not at all.
     fn note(&mut self, now: u64, took: Duration) {
+        self.rate = shrink_rate(self.last.unwrap_or(now), now, took);
+        self.last = Some(now);
         if self.from.is_none_or(|from| u128::from(now) * 10 < u128::from(from) * 9) {
-            *self = Shrinking { from: Some(now), ..Shrinking::default() };
+            (self.from, self.rounds, self.time) = (Some(now), 0, Duration::ZERO);
         } else {
             (self.rounds, self.time) = (self.rounds + 1, self.time + took);
             // What has grown shrinks when it is less than that.
@@ -229,10 +242,11 @@ impl Switchover {
             return None;
         }
         let parts = self.parts.iter().zip(round.remaining);
-        let (_, part) = parts.max_by_key(|(shrinking, part)| (shrinking.has_stalled(), part.total()))?;
+        let (shrinking, part) = parts.max_by_key(|(shrinking, part)| (shrinking.has_stalled(), part.total()))?;
         Some(Stall {
             name: part.name.into(),
             remaining: part.total(),
+            rate: shrinking.rate,
             stopcopy: part.stopcopy,
             dirty_rate: per_second(total(round.remaining), round.took),
             bandwidth: round.bandwidth.unwrap_or(0),
@@ -256,6 +270,12 @@ pub fn expected_downtime(remaining: u64, round: &Round<'_>) -> Option<Duration> 
 pub(crate) fn per_second(bytes: u64, time: Duration) -> u64 {
     let nanos = time.as_nanos().max(1);
     u64::try_from(u128::from(bytes) * 1_000_000_000 / nanos).unwrap_or(u64::MAX)
+}
+
+/// By how many bytes a second what remains has become less in this time; negative if it has become more.
+pub(crate) fn shrink_rate(before: u64, now: u64, time: Duration) -> i64 {
+    let rate = per_second(before.abs_diff(now), time).min(i64::MAX as u64) as i64;
+    if now > before { -rate } else { rate }
 }
 
 /// What would remain after another round: as much as the guest dirties meanwhile, at the rate of the round before, and
@@ -363,6 +383,37 @@ mod tests {
         }
         let Decision::Iterate { stalled: Some(stall) } = last else { panic!("{last:?}") };
         assert_eq!((&*stall.name, stall.bandwidth, stall.dirty_rate), ("microvm.ram", 50_000_000, 100_002_048));
+        assert_eq!(stall.rate, 0);
+    }
+
+    #[test]
+    fn a_device_that_stalls_is_told_with_what_it_has_and_how_that_changes() {
+        let mut switchover = Switchover::default();
+        let mut round = |bytes, stopcopy| {
+            let remaining = [Remaining::ram("ram", 4096), Remaining { name: "vf0", bytes, stopcopy }];
+            let decision = switchover.decide(&Round {
+                remaining: &remaining,
+                took: 500 * MS,
+                overhead: MS,
+                bandwidth: Some(50_000_000),
+                switchover_bandwidth: None,
+                downtime_limit: 300 * MS,
+            });
+            match decision {
+                Decision::Iterate { stalled } => stalled.map(|stall| stall.to_string()),
+                decision => panic!("{decision:?}"),
+            }
+        };
+        for _ in 0..3 {
+            assert_eq!(round(2_000_000, 1 << 30), None);
+        }
+        let begin = "'vf0' no longer shrinks: 1075.7 MB of it remain, ";
+        let end = "1073.7 MB of them to be sent when the guest has stopped, and the link carries 50.0 MB/s";
+        assert_eq!(round(2_000_000, 1 << 30).unwrap(), format!("{begin}as many as before, {end}"));
+        round(1_000_000, 1 << 30);
+        assert_eq!(round(2_000_000, 1 << 30).unwrap(), format!("{begin}2.0 MB/s more than before, {end}"));
+        round(3_000_000, 1 << 30);
+        assert_eq!(round(2_000_000, 1 << 30).unwrap(), format!("{begin}2.0 MB/s fewer than before, {end}"));
     }
 
     #[test]

@@ -308,8 +308,9 @@ fn reply(monitor: &mut Qemu, command: &str, arguments: Value) -> Result<Value> {
 }
 
 /// Members that reference-vmm has besides QEMU's; docs/peer.md tells of them.
-const EXTENSIONS: [&str; 7] = [
+const EXTENSIONS: [&str; 8] = [
     "x-parts",
+    "x-stalled",
     "x-connect-timeout",
     "x-handshake-timeout",
     "x-idle-timeout",

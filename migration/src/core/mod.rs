@@ -44,6 +44,8 @@ use qevm_wire::CountedString;
 pub struct DeviceOptions {
     /// The name of its section. The instance is 0.
     pub idstr: CountedString,
+    /// Its name in messages and statistics.
+    pub name: String,
     /// It takes part in capability `switchover-ack`: the destination acks when its initial data are loaded.
     pub switchover_ack: bool,
     /// What it sends when the guest is paused goes over page channels, where there are such.
@@ -51,6 +53,11 @@ pub struct DeviceOptions {
 }
 
 impl DeviceOptions {
+    /// Those of a device with a section of this name, which is its name in messages as well, and nothing special about it.
+    pub fn new(idstr: CountedString) -> Self {
+        DeviceOptions { name: idstr.to_string(), idstr, switchover_ack: false, transfer: false }
+    }
+
     /// Those of a device. `transfers` is whether devices may send their state over page channels in this migration.
     ///
     /// # Errors
@@ -62,6 +69,6 @@ impl DeviceOptions {
             source: format!("'{name}' is not 1 to 255 bytes long").into(),
         })?;
         let (switchover_ack, transfer) = (device.switchover_ack(), transfers && device.multifd_transfer());
-        Ok(DeviceOptions { idstr, switchover_ack, transfer })
+        Ok(DeviceOptions { name: device.name().to_owned(), idstr, switchover_ack, transfer })
     }
 }

@@ -150,7 +150,7 @@ impl SourceCore {
             limiter: RateLimiter::new(parameters.max_bandwidth, Duration::ZERO),
             account: Account::new(options.devices.len()),
             sizes: vec![DeviceSize::default(); options.devices.len()],
-            names: options.devices.iter().map(|device| device.idstr.to_string()).collect(),
+            names: options.devices.iter().map(|device| device.name.clone()).collect(),
             initial: InitialData::default(),
             options,
             parameters,

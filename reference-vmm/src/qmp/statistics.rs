@@ -23,6 +23,9 @@ pub(super) fn outgoing(statistics: &Statistics) -> Value {
         if !statistics.parts.is_empty() {
             put("x-parts", statistics.parts.iter().map(part).collect());
         }
+        if let Some(stalled) = statistics.stalled.as_ref().filter(|_| statistics.status == Status::Active) {
+            put("x-stalled", stalled.as_str().into());
+        }
         if let Some(per_cent) = statistics.throttled {
             put("cpu-throttle-percentage", per_cent.into());
         }
@@ -134,6 +137,13 @@ mod tests {
         assert_eq!(names(&statistics), active);
         // The counters of the QMP reference of 11.1, in any order.
         assert_eq!(outgoing(&statistics)["ram"].as_object().unwrap().len(), 17);
+        statistics.stalled = Some("'vf0' no longer shrinks".into());
+        let part = PartStatistics { name: "vf0".into(), remaining: 4096, rate: -512, stalled: true };
+        statistics.parts.push(part);
+        let told = outgoing(&statistics);
+        assert_eq!(told["x-stalled"], "'vf0' no longer shrinks");
+        assert_eq!(told["x-parts"], json!([{ "name": "vf0", "remaining": 4096, "rate": -512, "stalled": true }]));
+        statistics.parts.clear();
         statistics.status = Status::Completed;
         statistics.downtime = Some(Duration::from_micros(2900));
         assert_eq!(outgoing(&statistics)["downtime"], 2);

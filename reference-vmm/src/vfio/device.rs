@@ -266,6 +266,10 @@ impl IterativeDevice for VfioDevice {
         &self.idstr
     }
 
+    fn name(&self) -> &str {
+        VfioDevice::name(self)
+    }
+
     fn switchover_ack(&self) -> bool {
         self.migration.as_ref().is_ok_and(|migration| migration.support().precopy)
     }

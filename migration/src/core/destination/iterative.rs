@@ -31,8 +31,7 @@ impl Iterative {
         let SectionHeader { idstr, section_id, .. } = header;
         let known = self.devices.iter().position(|device| device.options.idstr == idstr);
         let place = known.unwrap_or_else(|| {
-            let options = DeviceOptions { switchover_ack: false, transfer: false, idstr };
-            self.devices.push(Device { options, section_id: None, ended: false });
+            self.devices.push(Device { options: DeviceOptions::new(idstr), section_id: None, ended: false });
             self.devices.len() - 1
         });
         self.devices[place].section_id = Some(section_id);

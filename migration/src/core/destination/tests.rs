@@ -28,7 +28,7 @@ fn device(number: u32) -> CountedString {
 }
 
 fn options(transfer: bool) -> DestinationOptions {
-    let device = |number| DeviceOptions { idstr: device(number), switchover_ack: true, transfer };
+    let device = |number| DeviceOptions { switchover_ack: true, transfer, ..DeviceOptions::new(device(number)) };
     DestinationOptions {
         machine_type: "microvm".into(),
         ram: vec!["ram".into()],
@@ -264,7 +264,7 @@ fn a_device_that_has_not_come_as_a_whole_is_refused() {
     absent.stop();
     absent.end();
     let mut three = options(false);
-    three.devices.push(DeviceOptions { idstr: device(6), switchover_ack: false, transfer: false });
+    three.devices.push(DeviceOptions::new(device(6)));
     let error = absent.refused(three);
     assert!(
         matches!(&error, LoadError::DeviceIncomplete { idstr, missing: "START" } if *idstr == device(6)),

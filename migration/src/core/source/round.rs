@@ -7,7 +7,7 @@ use super::{
 use crate::{
     MigrationError,
     statistics::PartStatistics,
-    switchover::{Decision, Remaining, Round, expected_downtime, per_second},
+    switchover::{Decision, Remaining, Round, expected_downtime, per_second, shrink_rate},
 };
 use qevm_wire::PageGeometry;
 use std::time::Duration;
@@ -229,8 +229,7 @@ impl SourceCore {
         let mut before = self.statistics.parts.iter().map(|part| part.remaining);
         let part = |(name, remaining): (&str, u64)| {
             let before = before.next().unwrap_or(remaining);
-            let shrunk = per_second(before.abs_diff(remaining), time).min(i64::MAX as u64) as i64;
-            let rate = if remaining > before { -shrunk } else { shrunk };
+            let rate = shrink_rate(before, remaining, time);
             PartStatistics { name: name.to_owned(), remaining, rate, stalled: stall == Some(name) }
         };
         self.remaining().chain(devices).map(part).collect()

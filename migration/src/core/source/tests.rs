@@ -405,7 +405,7 @@ fn postcopy_is_refused_where_it_cannot_be() {
         |options| options.route = PageRoute::File,
         |options| {
             let idstr = idstr("0000:00:01.0/vfio").unwrap();
-            options.devices = vec![DeviceOptions { idstr, switchover_ack: false, transfer: false }];
+            options.devices = vec![DeviceOptions::new(idstr)];
         },
     ] {
         assert!(matches!(options(change), Err(Refused::Blocked(_))));

@@ -152,8 +152,8 @@ impl Watched {
             };
             return Some(waits.into());
         }
-        if let Some(part) = migration_part_that_stalls(&now.migration) {
-            return Some(format!("'{part}' does not shrink"));
+        if let Some(why) = said_by_the_monitor(&now.migration) {
+            return Some(why);
         }
         if now.status() != "active" || watched * 2 < WINDOW || dirtied < sent || dirtied == 0 {
             return None;
@@ -167,12 +167,12 @@ impl Watched {
     }
 }
 
-/// The name of what the monitor itself says does not shrink.
-fn migration_part_that_stalls(migration: &Value) -> Option<&str> {
-    let parts = migration["x-parts"].as_array()?;
-    // Where it is memory, the rates say why.
-    let stalled = parts.iter().find(|part| part["stalled"] == true)?["name"].as_str()?;
-    (!stalled.ends_with("ram")).then_some(stalled)
+/// What the monitor itself says holds it up, unless that is memory, where the rates say why.
+fn said_by_the_monitor(migration: &Value) -> Option<String> {
+    let mut parts = migration["x-parts"].as_array().into_iter().flatten();
+    let stalled = parts.find(|part| part["stalled"] == true).and_then(|part| part["name"].as_str());
+    let why = migration["x-stalled"].as_str()?;
+    (!stalled.is_some_and(|name| name.ends_with("ram"))).then(|| why.to_owned())
 }
 
 fn size(bytes: u64) -> String {
@@ -264,8 +264,16 @@ mod tests {
             { "name": "pc.bios", "remaining": 0, "rate": 0, "stalled": false },
             { "name": "vfio0", "remaining": 4096, "rate": -1024, "stalled": true },
         ]);
+        last.migration["x-stalled"] = json!("'vfio0' no longer shrinks: 4.0 KB of it remain");
+        watched.add(last.clone());
+        assert_eq!(watched.stall().as_deref(), Some("'vfio0' no longer shrinks: 4.0 KB of it remain"));
+        last.migration["x-parts"][1]["name"] = json!("microvm.ram");
+        watched.add(last.clone());
+        assert_eq!(watched.stall(), None);
+        last.migration["x-parts"] = json!([{ "name": "vfio0", "remaining": 4096, "rate": -1024, "stalled": false }]);
+        last.migration["x-stalled"] = json!("the destination has not agreed to the switchover: vfio0");
         watched.add(last);
-        assert_eq!(watched.stall().as_deref(), Some("'vfio0' does not shrink"));
+        assert_eq!(watched.stall().as_deref(), Some("the destination has not agreed to the switchover: vfio0"));
         let parts: Vec<_> = watched.picture().into_iter().filter(|line| line.starts_with("  ")).collect();
         assert_eq!(parts, ["  vfio0: 4.0 KiB, grows by 1.0 KiB/s"]);
     }

@@ -21,11 +21,7 @@ struct Seen {
 /// The device has 1 GiB to send when the guest has stopped, and 1 MiB from the shrink on; each question takes `asking`.
 fn wait_for_shrink(shrink: Duration, asking: Duration) -> Seen {
     let options = SourceOptions {
-        devices: vec![DeviceOptions {
-            idstr: CountedString::new("0000:00:04.0/vfio").unwrap(),
-            switchover_ack: false,
-            transfer: false,
-        }],
+        devices: vec![DeviceOptions::new(CountedString::new("0000:00:04.0/vfio").unwrap())],
         ..SourceOptions::new(
             Profile::new(QemuVersion::NEWEST, "microvm"),
             "microvm",
