@@ -190,8 +190,8 @@ pub fn save(state: &MachineState, profile: &Profile, running: bool) -> Result<Sa
         as_they_came(&mut devices, state);
     }
     let mut configurations = Vec::new();
-    for (number, function) in (1..).zip(state.pci.iter().flat_map(|bus| &bus.functions)) {
-        let idstr = vfio::idstr(number);
+    for function in state.pci.iter().flat_map(|bus| &bus.functions) {
+        let idstr = vfio::idstr(function.slot);
         let body =
             vfio::save(function, &ctx).map_err(|reason| SectionError::Unsendable { idstr: idstr.clone(), reason })?;
         configurations.push((idstr, body));
@@ -249,13 +249,13 @@ pub fn rehearse(state: &MachineState) -> Result<(), SectionError> {
     load(saved.sections(), &newest(), &mut state.clone()).map(drop)
 }
 
-/// Whether a machine of `cpus` vCPUs, with or without real-time clock, with a PCI bus with this many devices, with these virtio devices, has the section.
+/// Whether a machine of `cpus` vCPUs, with or without real-time clock, with a PCI bus with devices of these numbers, with these virtio devices, has the section.
 pub fn has_device(
     idstr: &CountedString,
     instance_id: u32,
     cpus: usize,
     rtc: bool,
-    pci: Option<usize>,
+    pci: Option<&[usize]>,
     virtio: &[VirtioDevice],
 ) -> bool {
     let instances = match idstr.as_str() {
@@ -264,7 +264,7 @@ pub fn has_device(
         Some("timer" | "fw_cfg" | "kvm-tpr-opt" | "kvmclock" | "acpi-ged" | "i8254" | "serial" | "globalstate") => 1,
         Some("mc146818rtc") => u32::from(rtc),
         Some(pci::GPEX_ROOT | pci::HOST | pci::BUS) => u32::from(pci.is_some()),
-        Some(name) if (1..=pci.unwrap_or(0)).any(|number| vfio::idstr(number) == name) => 1,
+        Some(name) if pci.into_iter().flatten().any(|number| vfio::idstr(*number) == name) => 1,
         _ => u32::from(is_section_of(virtio, idstr)),
     };
     instance_id < instances
@@ -352,7 +352,7 @@ pub fn load(sections: &[DeviceSection], profile: &Profile, state: &mut MachineSt
 /// What the machine has of the function that a section configures.
 fn function_of<'s>(idstr: &CountedString, state: &'s mut MachineState) -> Option<&'s mut PciFunctionState> {
     let number = vfio::device_of(idstr.as_str()?).filter(|number| *idstr == *vfio::idstr(*number).as_str())?;
-    state.pci.as_mut()?.functions.get_mut(number.checked_sub(1)?)
+    state.pci.as_mut()?.functions.iter_mut().find(|function| function.slot == number)
 }
 
 /// The first device of this machine without a section, of those that every source has: not the serial port, which a QEMU may lack, the
@@ -376,8 +376,8 @@ fn missing(sections: &[DeviceSection], state: &MachineState) -> Option<(String, 
     ];
     let chips = counts.into_iter().flat_map(|(idstr, count)| (0..count).map(move |i| (idstr.to_owned(), i)));
     let virtio = state.virtio.iter().enumerate().map(|(i, device)| (device.idstr(i), 0));
-    let functions = state.pci.as_ref().map_or(0, |bus| bus.functions.len());
-    let vfio = (1..=functions).map(|number| (vfio::idstr(number), 0));
+    let functions = state.pci.iter().flat_map(|bus| &bus.functions);
+    let vfio = functions.map(|function| (vfio::idstr(function.slot), 0));
     chips.chain(virtio).chain(vfio).find(|(idstr, instance_id)| {
         !sections.iter().any(|section| section.idstr == *idstr.as_str() && section.instance_id == *instance_id)
     })

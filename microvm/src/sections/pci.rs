@@ -29,5 +29,5 @@ pub(super) fn save(state: &PciState) -> [(&'static str, DeviceState); 3] {
 
 pub(super) fn load_bridge(from: &GpexRoot, into: &mut PciState) {
     let levels = from.pci.irq_state.0.map(|level| level != 0);
-    into.bridge = PciFunctionState { config: from.pci.config_space().to_vec(), levels, msix: Vec::new() };
+    into.bridge = PciFunctionState { config: from.pci.config_space().to_vec(), levels, ..PciFunctionState::default() };
 }

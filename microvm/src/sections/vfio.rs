@@ -15,7 +15,7 @@ const PENDING: usize = 8;
 /// Bytes of a configuration space without the extended one.
 const CONVENTIONAL: usize = 256;
 
-/// The section of the device of this number on the bus, which is its place on the command line from 1 on.
+/// The section of the device of this number on the bus.
 pub fn idstr(device: usize) -> String {
     format!("0000:00:{device:02x}.0/vfio")
 }
@@ -60,6 +60,7 @@ pub(super) fn load(
     let loaded: VfioPciDevice = vmstate::load(&mut reader, version, &facts(here, ctx))?;
     reader.expect_end("the section's content")?;
     Ok(PciFunctionState {
+        slot: here.slot,
         config: loaded.pci.config_space().to_vec(),
         levels: loaded.pci.irq_state.0.map(|level| level != 0),
         msix: loaded.msix.map(|msix| msix.msix.0).unwrap_or_default(),
@@ -78,7 +79,8 @@ mod tests {
     /// (spec: VFIO as measured, 2: FULL of 4,132 bytes with CONFIG and END_OF_STATE, 8 bytes each)
     #[test]
     fn the_configuration_is_as_long_as_qemus() {
-        let state = PciFunctionState { config: vec![0x5a; 4096], levels: [true, false, false, false], msix: vec![] };
+        let levels = [true, false, false, false];
+        let state = PciFunctionState { slot: 5, config: vec![0x5a; 4096], levels, msix: vec![] };
         let body = save(&state, &context()).unwrap();
         assert_eq!(body.len() + 16, 4132);
         assert_eq!(body[..4], [0, 0, 0, 2]);
@@ -93,7 +95,7 @@ mod tests {
     fn a_table_of_vectors_is_behind_it() {
         for vectors in [1, 7, 8, 9, 65, 2048_usize] {
             let msix = vec![0xc3; vectors * 16 + vectors.div_ceil(8)];
-            let state = PciFunctionState { config: vec![0x5a; 4096], levels: [false; 4], msix };
+            let state = PciFunctionState { config: vec![0x5a; 4096], msix, ..PciFunctionState::default() };
             let body = save(&state, &context()).unwrap();
             assert_eq!(body.len(), 4116 + vectors * 16 + vectors.div_ceil(8));
             assert_eq!(load(&body, 1, &state, &context()).unwrap(), state, "{vectors}");
@@ -103,7 +105,8 @@ mod tests {
     /// As QEMU 11.1 sends `testdev` of the lab, which has 256 bytes and four vectors: 341 bytes.
     #[test]
     fn a_conventional_device_has_a_short_configuration_space() {
-        let state = PciFunctionState { config: vec![0x5a; 256], levels: [false; 4], msix: vec![0xc3; 4 * 16 + 1] };
+        let msix = vec![0xc3; 4 * 16 + 1];
+        let state = PciFunctionState { config: vec![0x5a; 256], msix, ..PciFunctionState::default() };
         let body = save(&state, &context()).unwrap();
         assert_eq!(body.len(), 341);
         assert_eq!(load(&body, 1, &state, &context()).unwrap(), state);

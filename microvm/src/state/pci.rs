@@ -3,6 +3,8 @@
 /// A function of the bus, with the fields of QEMU's structures `PCIDevice` and `msix`.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct PciFunctionState {
+    /// Its device number on the bus; 0 for the host bridge.
+    pub slot: usize,
     /// Its configuration space: 256 or 4096 bytes.
     pub config: Vec<u8>,
     /// Whether its INTA to INTD are up, whatever its command register says.
@@ -16,7 +18,7 @@ pub struct PciFunctionState {
 pub struct PciState {
     /// The host bridge.
     pub bridge: PciFunctionState,
-    /// The other functions, by device number from 1 on.
+    /// The other functions, in the order in which they were added.
     pub functions: Vec<PciFunctionState>,
     /// The register at port 0xcf8, which microvm does not have.
     pub config_reg: u32,

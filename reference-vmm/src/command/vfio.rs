@@ -10,6 +10,8 @@ use reference_vmm::vfio::{HostDevice, MultifdTransfer, VfioBacking, VfioSlot};
 use super::options::Options;
 
 const DRIVER: &str = "vfio-pci";
+/// Functions of a device, of which only the first is supported.
+const FUNCTIONS: usize = 8;
 
 /// Whether a `--device` is one of these.
 pub(crate) fn is_vfio(text: &str) -> bool {
@@ -24,7 +26,7 @@ pub(crate) fn slots(texts: &[&String], iommufds: &BTreeSet<&str>) -> anyhow::Res
     let mut slots: Vec<VfioSlot> = Vec::new();
     for text in texts {
         let context = || format!("--device {text}");
-        let slot = slot(text, slots.len() + 1, iommufds).with_context(context)?;
+        let slot = slot(text, iommufds).with_context(context)?;
         let taken = slot.id.is_some() && slots.iter().any(|other| other.id == slot.id);
         ensure!(!taken, "--device {text}: Duplicate ID '{}' for device", slot.id.unwrap_or_default());
         slots.push(slot);
@@ -32,8 +34,7 @@ pub(crate) fn slots(texts: &[&String], iommufds: &BTreeSet<&str>) -> anyhow::Res
     Ok(slots)
 }
 
-/// A device that gets this number on the bus.
-fn slot(text: &str, number: usize, iommufds: &BTreeSet<&str>) -> anyhow::Result<VfioSlot> {
+fn slot(text: &str, iommufds: &BTreeSet<&str>) -> anyhow::Result<VfioSlot> {
     let mut options = Options::parse(text, "driver")?;
     options.take("driver");
     let id = options.take("id");
@@ -48,13 +49,7 @@ fn slot(text: &str, number: usize, iommufds: &BTreeSet<&str>) -> anyhow::Result<
     if let Some(id) = iommufd.as_deref().filter(|id| !iommufds.contains(id)) {
         bail!("Device '{id}' not found: there is no --object iommufd,id={id}");
     }
-    if let Some(addr) = options.take("addr") {
-        let wanted = address(&addr)?;
-        ensure!(
-            wanted == number,
-            "addr={addr}: devices of this bus are numbered in the order of the command line, and this one has addr={number:#x}"
-        );
-    }
+    let addr = options.take("addr").map(|addr| address(&addr)).transpose()?;
     let migration = on_off_auto(&mut options, "enable-migration")?;
     let multifd_transfer = match on_off_auto(&mut options, "x-migration-multifd-transfer")? {
         None => MultifdTransfer::Auto,
@@ -66,18 +61,24 @@ fn slot(text: &str, number: usize, iommufds: &BTreeSet<&str>) -> anyhow::Result<
         bail!("Property '{DRIVER}.{name}' not found");
     }
     let backing = VfioBacking::Host(HostDevice { sysfsdev, iommufd, migration });
-    Ok(VfioSlot { id, backing, multifd_transfer, events })
+    Ok(VfioSlot { id, addr, backing, multifd_transfer, events })
 }
 
 /// `DEVICE[.FUNCTION]`, in hexadecimal.
 fn address(text: &str) -> anyhow::Result<usize> {
     let (device, function) = text.split_once('.').unwrap_or((text, "0"));
-    let digits = device.strip_prefix("0x").unwrap_or(device);
-    let device = usize::from_str_radix(digits, 16).ok().filter(|device| (1..MOST_DEVICES).contains(device));
-    device.filter(|_| function == "0").with_context(|| {
+    let number = |text: &str, most: usize| {
+        let digits = text.strip_prefix("0x").unwrap_or(text);
+        let is_number = digits.starts_with(|first: char| first.is_ascii_hexdigit());
+        usize::from_str_radix(digits, 16).ok().filter(|number| is_number && *number < most)
+    };
+    let place = number(device, MOST_DEVICES).zip(number(function, FUNCTIONS));
+    let (device, function) = place.with_context(|| {
         let most = MOST_DEVICES - 1;
         format!("Property '{DRIVER}.addr' doesn't take value '{text}': wanted 1 to {most:x} in hexadecimal, or with .0")
-    })
+    })?;
+    ensure!(function == 0, "addr={text}: only function 0 is supported");
+    Ok(device)
 }
 
 fn on_off(options: &mut Options, name: &str) -> anyhow::Result<Option<bool>> {
@@ -112,7 +113,7 @@ mod tests {
     fn devices_are_written_as_for_qemu() {
         let slots = parsed(&[
             "vfio-pci,sysfsdev=/sys/x",
-            "driver=vfio-pci,sysfsdev=/sys/y,id=vf0,iommufd=fd0,addr=02.0,x-migration-multifd-transfer=off,\
+            "driver=vfio-pci,sysfsdev=/sys/y,id=vf0,iommufd=fd0,addr=0x1f.0,x-migration-multifd-transfer=off,\
              enable-migration=on,migration-events=on",
         ])
         .unwrap();
@@ -122,6 +123,7 @@ mod tests {
         };
         assert_eq!(host(&slots[0]), HostDevice { sysfsdev: "/sys/x".into(), iommufd: None, migration: None });
         assert_eq!((&slots[0].id, slots[0].multifd_transfer, slots[0].events), (&None, MultifdTransfer::Auto, false));
+        assert_eq!(slots.iter().map(|slot| slot.addr).collect::<Vec<_>>(), [None, Some(31)]);
         let iommufd = Some("fd0".to_owned());
         assert_eq!(host(&slots[1]), HostDevice { sysfsdev: "/sys/y".into(), iommufd, migration: Some(true) });
         let second = (slots[1].id.as_deref(), slots[1].multifd_transfer, slots[1].events);
@@ -139,9 +141,12 @@ mod tests {
             ("vfio-pci,sysfsdev=/x,iommufd=fd1", "Device 'fd1' not found"),
             ("vfio-pci,sysfsdev=/x,enable-migration=maybe", "'enable-migration' does not accept value 'maybe'"),
             ("vfio-pci,sysfsdev=/x,migration-events=maybe", "Parameter 'migration-events' expects 'on' or 'off'"),
-            ("vfio-pci,sysfsdev=/x,addr=5", "this one has addr=0x1"),
             ("vfio-pci,sysfsdev=/x,addr=20", "Property 'vfio-pci.addr' doesn't take value '20'"),
-            ("vfio-pci,sysfsdev=/x,addr=1.1", "doesn't take value '1.1': wanted 1 to 1f"),
+            ("vfio-pci,sysfsdev=/x,addr=", "Property 'vfio-pci.addr' doesn't take value ''"),
+            ("vfio-pci,sysfsdev=/x,addr=+1", "Property 'vfio-pci.addr' doesn't take value '+1'"),
+            ("vfio-pci,sysfsdev=/x,addr=1.8", "doesn't take value '1.8': wanted 1 to 1f"),
+            ("vfio-pci,sysfsdev=/x,addr=2.0.0", "doesn't take value '2.0.0'"),
+            ("vfio-pci,sysfsdev=/x,addr=1.1", "addr=1.1: only function 0 is supported"),
         ] {
             let error = format!("{:#}", parsed(&[text]).err().unwrap());
             assert!(error.starts_with(&format!("--device {text}: ")) && error.contains(why), "{error}");

@@ -74,7 +74,7 @@ impl Devices for Machine {
     }
 
     fn has(&self, idstr: &CountedString, instance_id: u32) -> bool {
-        has_device(idstr, instance_id, self.cpus(), self.has_rtc(), self.pci_devices(), self.virtio())
+        has_device(idstr, instance_id, self.cpus(), self.has_rtc(), self.pci_slots().as_deref(), self.virtio())
     }
 
     fn advice(&self, idstr: &CountedString) -> String {

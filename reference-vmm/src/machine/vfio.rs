@@ -24,8 +24,8 @@ impl Machine {
         &self.vfio
     }
 
-    /// How many devices there are on the PCI bus beside the host bridge; `None` without a bus.
-    pub fn pci_devices(&self) -> Option<usize> {
-        self.devices.pci.as_ref().map(|bus| lock(bus).device_count() - 1)
+    /// The numbers of the devices on the PCI bus beside the host bridge; `None` without a bus.
+    pub fn pci_slots(&self) -> Option<Vec<usize>> {
+        self.devices.pci.as_ref().map(|bus| lock(bus).slots())
     }
 }

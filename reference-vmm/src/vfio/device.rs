@@ -14,6 +14,8 @@ use qevm_microvm::sections::vfio_idstr;
 pub struct VfioSlot {
     /// The id that the command line gives it; messages and events have it.
     pub id: Option<String>,
+    /// Its number on the bus; the lowest that is free when its turn comes without one (`addr`).
+    pub addr: Option<usize>,
     /// What it is.
     pub backing: VfioBacking,
     /// Whether what is left of its state at the switchover goes over page channels (`x-migration-multifd-transfer`).
@@ -112,19 +114,19 @@ impl VfioDevices {
     /// Puts devices on a bus. Those of the host's are opened.
     ///
     /// # Errors
-    /// [`Error::Pci`](crate::Error::Pci) when the bus is full, [`Error::HostDevice`](crate::Error::HostDevice), and what KVM refuses.
+    /// [`Error::Pci`](crate::Error::Pci) when the bus is full or a number is taken, [`Error::HostDevice`](crate::Error::HostDevice), and what KVM refuses.
     pub(crate) fn plug(slots: Vec<VfioSlot>, bus: &mut PciBus, mut host: Host) -> Result<VfioDevices> {
         let (mut devices, mut logs) = (Vec::new(), Vec::new());
         for (place, slot) in slots.into_iter().enumerate() {
-            let VfioSlot { id, backing, multifd_transfer, events } = slot;
+            let VfioSlot { id, addr, backing, multifd_transfer, events } = slot;
             let Opened { function, driver } = match backing {
-                VfioBacking::Host(device) => host.open(&device, bus.device_count(), id.as_deref())?,
+                VfioBacking::Host(device) => host.open(&device, bus.free(addr), id.as_deref())?,
                 VfioBacking::Model { function, driver, log } => {
                     logs.extend(log);
                     Opened { function, driver }
                 }
             };
-            let idstr = vfio_idstr(bus.add(function)?);
+            let idstr = vfio_idstr(bus.add(addr, id.as_deref(), function)?);
             let name = id.clone().unwrap_or_else(|| idstr.clone());
             let migration = driver.and_then(|driver| Migration::new(name, driver).map_err(|error| error.to_string()));
             devices.push(VfioDevice { id, idstr, anonymous: place, migration, multifd_transfer, events });

@@ -103,7 +103,7 @@ impl Testdev {
         let function = TestdevFunction::new(self.clone());
         let backing =
             VfioBacking::Model { function: Box::new(function), driver: Ok(Box::new(self.clone())), log: None };
-        VfioSlot { id: None, backing, multifd_transfer: MultifdTransfer::Auto, events: false }
+        VfioSlot { id: None, addr: None, backing, multifd_transfer: MultifdTransfer::Auto, events: false }
     }
 
     /// The machine that it is in.

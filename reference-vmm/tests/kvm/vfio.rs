@@ -72,6 +72,7 @@ fn mtty() -> Box<dyn Function> {
 fn slot(id: Option<&str>, double: &Double) -> VfioSlot {
     VfioSlot {
         id: id.map(str::to_owned),
+        addr: None,
         backing: VfioBacking::Model { function: mtty(), driver: Ok(Box::new(double.clone())), log: None },
         multifd_transfer: MultifdTransfer::Auto,
         events: true,

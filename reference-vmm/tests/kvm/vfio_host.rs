@@ -29,6 +29,7 @@ pub(crate) const TESTS: &[Test] = &[
 fn refusal(device: HostDevice, pcie: bool) -> Error {
     let slot = VfioSlot {
         id: None,
+        addr: None,
         backing: VfioBacking::Host(device),
         multifd_transfer: MultifdTransfer::Auto,
         events: false,
@@ -135,7 +136,13 @@ fn machine(device: &Double, log: Option<Arc<Log>>, incoming: bool) -> Arc<Vmm> {
     let driver = Ok(Box::new(device.clone()) as Box<_>);
     let log = log.map(|log| Box::new(Shared(log)) as Box<dyn DmaLog>);
     let backing = VfioBacking::Model { function, driver, log };
-    let slot = VfioSlot { id: Some("vf0".into()), backing, multifd_transfer: MultifdTransfer::Auto, events: false };
+    let slot = VfioSlot {
+        id: Some("vf0".into()),
+        addr: None,
+        backing,
+        multifd_transfer: MultifdTransfer::Auto,
+        events: false,
+    };
     let Guest { machine, .. } = Guest::configured(MEMORY, 1, "dirty=2M rate=8M pci=1", |config| {
         (config.pcie, config.vfio) = (true, vec![slot]);
     });

@@ -64,9 +64,17 @@ pub enum PciError {
     /// No function has this many vectors.
     #[error("{0} vectors: wanted 1, 2, 4, 8, 16 or 32 for MSI, 1 to 2048 for MSI-X")]
     Vectors(u32),
-    /// All devices of the bus are there.
-    #[error("the bus has {MOST_DEVICES} devices")]
+    /// All devices of the bus are there. The text is QEMU's.
+    #[error("PCI: no slot/function available for vfio-pci, all in use or reserved")]
     Full,
+    /// There is another device at this number. The text is QEMU's.
+    #[error("PCI: slot {number} function 0 not available for vfio-pci, in use by {by}")]
+    Taken {
+        /// The number.
+        number: usize,
+        /// What is there.
+        by: String,
+    },
     /// A state has another length.
     #[error("the state has {found} bytes: expected {expected}")]
     Size {
@@ -177,6 +185,10 @@ impl Function for ConfigOnly {
 }
 
 struct Device {
+    /// Its device number.
+    number: usize,
+    /// What it is on the command line.
+    name: String,
     function: Box<dyn Function>,
     /// Whether its INTx is up, by pin, whatever the command register says.
     levels: [bool; LINES],
@@ -187,7 +199,7 @@ pub type Line = Box<dyn FnMut(bool) + Send>;
 
 /// The bus, with the host bridge at 00:00.0.
 pub struct PciBus {
-    /// By device number.
+    /// The host bridge, and the others in the order in which they were added.
     devices: Vec<Device>,
     lines: [Line; LINES],
     /// For each line, how many devices hold it up.
@@ -201,25 +213,46 @@ impl PciBus {
     /// A bus in a guest that has this many bits of physical address, with nothing on it but the host bridge.
     pub fn new(physical_bits: u8, lines: [Line; LINES]) -> PciBus {
         let bridge = ConfigOnly(ConfigSpace::new(&HOST_BRIDGE, false));
-        let devices = vec![Device { function: Box::new(bridge), levels: [false; LINES] }];
+        let name = "gpex-root,id=(null)".to_owned();
+        let devices = vec![Device { number: 0, name, function: Box::new(bridge), levels: [false; LINES] }];
         PciBus { devices, lines, counts: [0; LINES], high_window: high_window(physical_bits), config_reg: 0 }
     }
 
-    /// Adds a device at the next number, which is given back: 1 for the first.
+    /// The number of a device that is to have this one, or the lowest that is free.
     ///
     /// # Errors
-    /// [`PciError::Full`].
-    pub fn add(&mut self, function: Box<dyn Function>) -> Result<usize, PciError> {
-        if self.devices.len() == MOST_DEVICES {
-            return Err(PciError::Full);
+    /// [`PciError::Taken`] or [`PciError::Full`].
+    pub fn free(&self, wanted: Option<usize>) -> Result<usize, PciError> {
+        let at = |number: usize| self.devices.iter().find(|device| device.number == number);
+        match wanted {
+            None => (0..MOST_DEVICES).find(|number| at(*number).is_none()).ok_or(PciError::Full),
+            Some(number) if number >= MOST_DEVICES => Err(PciError::Full),
+            Some(number) => match at(number) {
+                None => Ok(number),
+                Some(other) => Err(PciError::Taken { number, by: other.name.clone() }),
+            },
         }
-        self.devices.push(Device { function, levels: [false; LINES] });
-        Ok(self.devices.len() - 1)
     }
 
-    /// How many devices there are, with the host bridge.
-    pub fn device_count(&self) -> usize {
-        self.devices.len()
+    /// Adds a device at this number, or at the lowest that is free; the number is given back. `id` is its name on the command line.
+    ///
+    /// # Errors
+    /// As [`free`](PciBus::free).
+    pub fn add(
+        &mut self,
+        wanted: Option<usize>,
+        id: Option<&str>,
+        function: Box<dyn Function>,
+    ) -> Result<usize, PciError> {
+        let number = self.free(wanted)?;
+        let name = format!("vfio-pci,id={}", id.unwrap_or("(null)"));
+        self.devices.push(Device { number, name, function, levels: [false; LINES] });
+        Ok(number)
+    }
+
+    /// The numbers of the devices beside the host bridge, in the order in which they were added.
+    pub fn slots(&self) -> Vec<usize> {
+        self.devices[1..].iter().map(|device| device.number).collect()
     }
 
     /// The window for memory BARs above 4 GiB.
@@ -231,10 +264,9 @@ impl PciBus {
     pub fn read(&mut self, gpa: u64, data: &mut [u8]) -> bool {
         if ECAM.contains(&gpa) {
             data.fill(0xff);
-            let (device, offset) = function_at(gpa);
-            if let Some(device) = device.and_then(|device| self.devices.get_mut(device)) {
-                device.function.refresh(offset, data.len());
-                device.function.config().read(offset, data);
+            if let Some((function, offset)) = self.function_at(gpa) {
+                function.refresh(offset, data.len());
+                function.config().read(offset, data);
             }
             return true;
         }
@@ -242,9 +274,9 @@ impl PciBus {
             return false;
         }
         data.fill(0xff);
-        if let Some((number, bar, offset)) = self.decode(gpa) {
-            self.devices[number].function.bar_read(bar, offset, data);
-            self.follow_pin(number);
+        if let Some((place, bar, offset)) = self.decode(gpa) {
+            self.devices[place].function.bar_read(bar, offset, data);
+            self.follow_pin(place);
         }
         true
     }
@@ -252,12 +284,11 @@ impl PciBus {
     /// A write to an address; false if it is none of the bus's.
     pub fn write(&mut self, gpa: u64, data: &[u8]) -> bool {
         if ECAM.contains(&gpa) {
-            let (device, offset) = function_at(gpa);
-            if let Some(device) = device.and_then(|device| self.devices.get_mut(device)) {
-                device.function.written(offset, data);
-                let changes = device.function.config_mut().write(offset, data);
+            if let Some((function, offset)) = self.function_at(gpa) {
+                function.written(offset, data);
+                let changes = function.config_mut().write(offset, data);
                 if changes != Changes::default() {
-                    device.function.changed(changes);
+                    function.changed(changes);
                 }
                 if changes.command {
                     self.drive();
@@ -268,22 +299,22 @@ impl PciBus {
         if !self.in_window(gpa) {
             return false;
         }
-        if let Some((number, bar, offset)) = self.decode(gpa) {
-            self.devices[number].function.bar_write(bar, offset, data);
-            self.follow_pin(number);
+        if let Some((place, bar, offset)) = self.decode(gpa) {
+            self.devices[place].function.bar_write(bar, offset, data);
+            self.follow_pin(place);
         }
         true
     }
 
-    fn follow_pin(&mut self, number: usize) {
-        if let Some(level) = self.devices[number].function.pin() {
-            self.set_intx(number, level);
+    fn follow_pin(&mut self, place: usize) {
+        if let Some(level) = self.devices[place].function.pin() {
+            self.set_intx(self.devices[place].number, level);
         }
     }
 
     /// A device raises or lowers its interrupt pin; one without a pin has none to raise.
     pub fn set_intx(&mut self, number: usize, level: bool) {
-        let Some(device) = self.devices.get_mut(number) else { return };
+        let Some(device) = self.devices.iter_mut().find(|device| device.number == number) else { return };
         let mut pin = [0];
         device.function.config().read(register::INTERRUPT_PIN, &mut pin);
         let Some(at) = usize::from(pin[0]).checked_sub(1).and_then(|pin| device.levels.get_mut(pin)) else { return };
@@ -305,12 +336,12 @@ impl PciBus {
 
     fn count(&self) -> [i32; LINES] {
         let mut counts = [0; LINES];
-        for (number, device) in self.devices.iter().enumerate() {
+        for device in &self.devices {
             if device.function.config().command() & command::INTX_DISABLE != 0 {
                 continue;
             }
             let up = device.levels.iter().enumerate().filter(|(_, level)| **level);
-            up.for_each(|(pin, _)| counts[line_of(number, pin)] += 1);
+            up.for_each(|(pin, _)| counts[line_of(device.number, pin)] += 1);
         }
         counts
     }
@@ -319,17 +350,27 @@ impl PciBus {
         LOW_WINDOW.contains(&gpa) || self.high_window.contains(&gpa)
     }
 
-    /// The device, its BAR and the offset in it that an address is.
+    /// The place of the device, its BAR and the offset in it that an address is.
     fn decode(&self, gpa: u64) -> Option<(usize, usize, u64)> {
-        self.devices.iter().enumerate().find_map(|(number, device)| {
+        self.devices.iter().enumerate().find_map(|(place, device)| {
             let (bar, offset) = device.function.config().decode(gpa)?;
-            Some((number, bar, offset))
+            Some((place, bar, offset))
         })
+    }
+
+    /// The function whose configuration space is at an address, if there is one, and where in it that is.
+    fn function_at(&mut self, gpa: u64) -> Option<(&mut dyn Function, usize)> {
+        let offset = (gpa - ECAM.start) as usize;
+        let (bus, number, function) = (offset >> 20, offset >> 15 & 31, offset >> 12 & 7);
+        let here = |device: &&mut Device| bus == 0 && function == 0 && device.number == number;
+        let device = self.devices.iter_mut().find(here)?;
+        Some((&mut *device.function, offset & 0xfff))
     }
 
     /// The functions, and what the lines count.
     pub fn save(&self) -> PciState {
-        let save = |Device { function, levels }: &Device| PciFunctionState {
+        let save = |Device { number, function, levels, .. }: &Device| PciFunctionState {
+            slot: *number,
             config: function.config_state(),
             levels: *levels,
             msix: function.msix_state(),
@@ -372,13 +413,6 @@ impl PciBus {
 fn high_window(physical_bits: u8) -> Range<u64> {
     let end = 1 << physical_bits.clamp(34, 52);
     end / 4 * 3..end
-}
-
-/// The device whose configuration space is at an address, if it can be one, and where in it that is.
-fn function_at(gpa: u64) -> (Option<usize>, usize) {
-    let offset = (gpa - ECAM.start) as usize;
-    let (bus, device, function) = (offset >> 20, offset >> 15 & 31, offset >> 12 & 7);
-    ((bus == 0 && function == 0).then_some(device), offset & 0xfff)
 }
 
 /// The line of a device's pin; 0 is INTA.

@@ -52,6 +52,16 @@ fn bus() -> (PciBus, Levels) {
     (PciBus::new(40, lines), levels)
 }
 
+fn add(
+    bus: &mut PciBus,
+    wanted: Option<usize>,
+    id: Option<&str>,
+    config: ConfigSpace,
+    log: &Arc<Mutex<Vec<String>>>,
+) -> Result<usize, PciError> {
+    bus.add(wanted, id, Box::new(Registers { config, log: log.clone() }))
+}
+
 fn read(bus: &mut PciBus, gpa: u64) -> u32 {
     let mut data = [0; 4];
     assert!(bus.read(gpa, &mut data), "{gpa:#x} is not the bus's");
@@ -117,7 +127,7 @@ fn the_bridges_registers_behave_as_qemus() {
 fn bars_move_and_are_reached_where_the_guest_has_put_them() {
     let (mut bus, _) = bus();
     let log = Arc::new(Mutex::new(Vec::new()));
-    assert_eq!(bus.add(Box::new(Registers { config: space(1), log: log.clone() })), Ok(1));
+    assert_eq!(add(&mut bus, None, None, space(1), &log), Ok(1));
     let base = config_of(1);
     let set = |bus: &mut PciBus, at: u64, value: u32| bus.write(base + at, &value.to_le_bytes());
     assert_eq!((read(&mut bus, base + 0x10), read(&mut bus, base + 0x18)), (0, 0xc));
@@ -147,7 +157,7 @@ fn bars_move_and_are_reached_where_the_guest_has_put_them() {
 fn levels_reach_the_lines_that_slot_and_pin_make() {
     let (mut bus, levels) = bus();
     for pin in [1, 4, 1, 0] {
-        bus.add(Box::new(Registers { config: space(pin), log: Arc::default() })).unwrap();
+        add(&mut bus, None, None, space(pin), &Arc::default()).unwrap();
     }
     let now = || *levels.lock().unwrap();
     bus.set_intx(1, true); // INTA of device 1: (1 + 0) mod 4
@@ -166,6 +176,35 @@ fn levels_reach_the_lines_that_slot_and_pin_make() {
     assert_eq!((now(), bus.save().counts), ([false, false, false, true], [0, 0, 0, 1]));
     bus.write(config_of(2) + 4, &[0; 2]);
     assert_eq!(now(), [false, true, false, true]);
+}
+
+/// As `info pci` of QEMU 10.0.13 and 11.1.3 shows such devices, and as both refuse them (`edu` in the place of `vfio-pci`).
+#[test]
+fn a_device_is_at_its_address_or_at_the_lowest_that_is_free() {
+    let (mut bus, levels) = bus();
+    let log = Arc::default();
+    let mut add = |wanted, id| self::add(&mut bus, wanted, id, space(1), &log);
+    assert_eq!([add(Some(5), Some("x")), add(None, None), add(Some(2), None), add(None, None)], [5, 1, 2, 3].map(Ok));
+    let refused = |result: Result<usize, PciError>| result.unwrap_err().to_string();
+    let taken = "not available for vfio-pci, in use by";
+    assert_eq!(refused(add(Some(5), None)), format!("PCI: slot 5 function 0 {taken} vfio-pci,id=x"));
+    assert_eq!(refused(add(Some(1), None)), format!("PCI: slot 1 function 0 {taken} vfio-pci,id=(null)"));
+    assert_eq!(refused(add(Some(0), None)), format!("PCI: slot 0 function 0 {taken} gpex-root,id=(null)"));
+    assert_eq!(add(Some(32), None), Err(PciError::Full));
+    // Sections follow the command line, not the addresses.
+    assert_eq!(bus.slots(), [5, 1, 2, 3]);
+    let state = bus.save();
+    assert_eq!(state.functions.iter().map(|function| function.slot).collect::<Vec<_>>(), [5, 1, 2, 3]);
+    assert_eq!((read(&mut bus, config_of(5)), read(&mut bus, config_of(4))), (0x11e8_1234, u32::MAX));
+    bus.set_intx(5, true); // INTA of device 5: (5 + 0) mod 4
+    assert_eq!(*levels.lock().unwrap(), [false, true, false, false]);
+    for _ in 5..MOST_DEVICES {
+        self::add(&mut bus, None, None, space(1), &log).unwrap();
+    }
+    assert_eq!(
+        refused(self::add(&mut bus, None, None, space(1), &log)),
+        "PCI: no slot/function available for vfio-pci, all in use or reserved"
+    );
 }
 
 #[test]

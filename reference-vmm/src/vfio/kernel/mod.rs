@@ -150,8 +150,14 @@ impl Host {
     }
 
     /// Opens a device that is to have this number on the bus, and this name in messages, or that of its folder.
-    pub(crate) fn open(&mut self, device: &HostDevice, number: usize, id: Option<&str>) -> Result<Opened> {
+    pub(crate) fn open(
+        &mut self,
+        device: &HostDevice,
+        number: Result<usize, PciError>,
+        id: Option<&str>,
+    ) -> Result<Opened> {
         let fails = |cause| Error::HostDevice { path: device.sysfsdev.clone(), cause: Box::new(cause) };
+        let number = number.map_err(HostDeviceError::Pci).map_err(fails)?;
         std::fs::metadata(&device.sysfsdev).map_err(HostDeviceError::Missing).map_err(fails)?;
         if device.iommufd.is_none() {
             let group = std::fs::metadata(device.sysfsdev.join("iommu_group"));
