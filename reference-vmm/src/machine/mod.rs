@@ -68,9 +68,9 @@ use split::Split;
 pub use throttle::MAX_THROTTLE;
 use throttle::Throttle;
 use vcpu::{Surroundings, Vcpu};
-use vm::create_vm;
 pub use vm::open_kvm;
 pub(crate) use vm::set_memory_slot;
+use vm::{DeviceSlots, create_vm};
 
 /// Most vCPUs a machine can have.
 pub const MAX_CPUS: usize = 4;
@@ -201,7 +201,9 @@ impl Machine {
         let cpuid = cpuid::supported(&kvm_fd)?;
         let mut pci = config.pcie.then(|| {
             let line = |number: usize| interrupt(FIRST_GSI + number as u32, "PCI bus");
-            PciBus::new(cpuid::physical_bits(&cpuid), std::array::from_fn(line))
+            let mut bus = PciBus::new(cpuid::physical_bits(&cpuid), std::array::from_fn(line));
+            bus.show_by(Box::new(DeviceSlots::new(&vm, &memory)));
+            bus
         });
         let host = Host::new(&vm, &routes, &memory, config.split_irqchip, config.iommufds);
         let vfio = vfio::plug(config.vfio, pci.as_mut(), host)?;

@@ -1,14 +1,17 @@
 //! KVM's virtual machine before it has vCPUs.
 
+use std::collections::BTreeMap;
 use std::io;
 use std::path::Path;
+use std::sync::Arc;
 
 use kvm_bindings::{KVM_PIT_SPEAKER_DUMMY, kvm_enable_cap, kvm_pit_config, kvm_userspace_memory_region};
 use kvm_ioctls::{Cap, Kvm, VmFd};
 
 use super::split;
+use crate::devices::pci::Window;
 use crate::error::{Error, Result, kvm};
-use crate::memory::GuestMemory;
+use crate::memory::{GuestMemory, SharedPages};
 
 /// Where KVM keeps three pages of its own, and one before them: in the hole, as QEMU does it.
 const IDENTITY_MAP: u64 = 0xfeff_c000;
@@ -80,4 +83,55 @@ pub(crate) fn set_memory_slot(vm: &VmFd, memory: &GuestMemory, slot: usize, flag
     // SAFETY: the range lies within the block, which stays mapped until the last owner of `memory` is gone; the machine holds
     // `memory` together with the VM and the vCPUs, and ends the vCPU threads before it goes.
     unsafe { vm.set_user_memory_region(region) }.map_err(kvm("map guest RAM"))
+}
+
+/// The memory slots after those of the RAM, for pages of devices. They have no dirty log: what is in them is the device's state.
+pub(super) struct DeviceSlots {
+    vm: Arc<VmFd>,
+    first: u32,
+    /// What each shows, and where.
+    used: BTreeMap<u32, (u64, Arc<SharedPages>)>,
+}
+
+impl DeviceSlots {
+    pub(super) fn new(vm: &Arc<VmFd>, memory: &GuestMemory) -> DeviceSlots {
+        DeviceSlots { vm: vm.clone(), first: memory.mappings().len() as u32, used: BTreeMap::new() }
+    }
+
+    /// Shows pages, or with `len` 0 nothing.
+    fn set(&self, slot: u32, gpa: u64, pages: &SharedPages, len: u64) -> Result<()> {
+        let userspace_addr = pages.host_address() as u64;
+        let region =
+            kvm_userspace_memory_region { slot, flags: 0, guest_phys_addr: gpa, memory_size: len, userspace_addr };
+        // SAFETY: the pages are mapped as long as `used` has them, which is until the slot is empty; nobody has a reference into them.
+        unsafe { self.vm.set_user_memory_region(region) }.map_err(kvm("map pages of a device"))
+    }
+}
+
+impl Window for DeviceSlots {
+    fn show(&mut self, gpa: u64, pages: &Arc<SharedPages>) -> Result<u32> {
+        let slot = (self.first..).find(|slot| !self.used.contains_key(slot)).unwrap_or(u32::MAX);
+        self.set(slot, gpa, pages, pages.len())?;
+        self.used.insert(slot, (gpa, pages.clone()));
+        Ok(slot)
+    }
+
+    fn hide(&mut self, slot: u32) {
+        let Some((gpa, pages)) = self.used.remove(&slot) else { return };
+        if let Err(error) = self.set(slot, gpa, &pages, 0) {
+            // The guest may reach them still: they stay mapped.
+            tracing::error!(%error, slot, "pages of a device cannot be hidden");
+            self.used.insert(slot, (gpa, pages));
+        }
+    }
+}
+
+impl Drop for DeviceSlots {
+    fn drop(&mut self) {
+        for slot in self.used.keys().copied().collect::<Vec<_>>() {
+            self.hide(slot);
+        }
+        // What could not be hidden stays for good.
+        std::mem::take(&mut self.used).into_values().for_each(std::mem::forget);
+    }
 }

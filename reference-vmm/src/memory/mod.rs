@@ -10,6 +10,7 @@ mod host;
 mod layout;
 mod missing;
 mod protected;
+mod shared;
 
 use std::sync::Arc;
 
@@ -18,6 +19,7 @@ pub use block::{PAGE_SIZE, RamBlock};
 pub use layout::{ACPI_RSDP, ACPI_TABLES, BIOS, LOW_RAM_MAX, MAX_BIOS, RAM, TABLE_LOADER};
 pub(crate) use missing::Userfault;
 pub(crate) use protected::WriteProtection;
+pub use shared::SharedPages;
 
 use vm_memory::VolatileSlice;
 use vm_memory::bitmap::{AtomicBitmap, BS, Bitmap};

@@ -1,12 +1,16 @@
 //! The test device of the lab (conformance/lab/testdev) within the process: what a guest sees of it, and a driver that migrates it.
 
 use std::collections::BTreeMap;
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, Weak};
 
 use qevm_microvm::state::PciFunctionState;
 use reference_vmm::devices::pci::{
-    BarKind, Changes, ConfigSpace, Function, Identity, Msi, MsixLayout, MsixTable, PciError, PciMessage, command,
+    BarKind, BarPages, Changes, ConfigSpace, Function, MsixTable, PciError, PciMessage, command,
 };
+use reference_vmm::memory::SharedPages;
 use reference_vmm::vfio::{DataFile, DeviceState, Driver, MultifdTransfer, PrecopyInfo, VfioBacking, VfioSlot};
 use reference_vmm::vmm::Vmm;
 use rustix::io::Errno;
@@ -48,7 +52,6 @@ struct Registers {
     dma_base: u64,
     dma_pages: u32,
     dma_done: u32,
-    memory: Vec<u8>,
     loss: Option<Loss>,
     /// The state came from elsewhere, and what is to get lost after that has not yet.
     arrived: bool,
@@ -61,6 +64,10 @@ pub(crate) struct Testdev {
     wires: Arc<Wires>,
     state: Arc<Mutex<DeviceState>>,
     inbox: Arc<Mutex<Vec<u8>>>,
+    /// BAR 1: a page of memory.
+    memory: Arc<File>,
+    /// How often the monitor was asked for it.
+    trapped: Arc<AtomicU64>,
 }
 
 /// How it reaches the machine that it is in.
@@ -90,19 +97,31 @@ impl Wires {
 
 impl Testdev {
     pub(crate) fn new(loss: Option<Loss>) -> Testdev {
-        let registers = Registers { memory: vec![0; BAR as usize], loss, ..Registers::default() };
+        let registers = Registers { loss, ..Registers::default() };
+        let memory = File::from(rustix::fs::memfd_create("testdev", rustix::fs::MemfdFlags::CLOEXEC).unwrap());
+        memory.set_len(BAR).unwrap();
         Testdev {
             registers: Arc::new(Mutex::new(registers)),
             wires: Arc::default(),
             state: Arc::new(Mutex::new(DeviceState::Running)),
             inbox: Arc::default(),
+            memory: Arc::new(memory),
+            trapped: Arc::default(),
         }
     }
 
+    /// How often an access of the guest's to its memory came by way of the monitor.
+    pub(crate) fn trapped(&self) -> u64 {
+        self.trapped.load(Ordering::Relaxed)
+    }
+
+    /// What a guest sees of it.
+    pub(crate) fn function(&self) -> Box<dyn Function> {
+        Box::new(TestdevFunction::new(self.clone()))
+    }
+
     pub(crate) fn slot(&self) -> VfioSlot {
-        let function = TestdevFunction::new(self.clone());
-        let backing =
-            VfioBacking::Model { function: Box::new(function), driver: Ok(Box::new(self.clone())), log: None };
+        let backing = VfioBacking::Model { function: self.function(), driver: Ok(Box::new(self.clone())), log: None };
         VfioSlot { id: None, addr: None, backing, multifd_transfer: MultifdTransfer::Auto, events: false }
     }
 
@@ -120,7 +139,9 @@ impl Testdev {
         let words = [now.counter, now.scratch, now.pending, now.raised, now.dma_pages, now.dma_done, 0, 0];
         let mut bytes: Vec<u8> = words.iter().flat_map(|word| word.to_le_bytes()).collect();
         bytes.extend(now.dma_base.to_le_bytes());
-        bytes.extend(&now.memory);
+        let mut memory = vec![0; BAR as usize];
+        self.memory.read_exact_at(&mut memory, 0).unwrap();
+        bytes.extend(memory);
         bytes
     }
 
@@ -134,19 +155,37 @@ impl Testdev {
         (now.counter, now.scratch, now.pending, now.raised) = (word(0), word(1), word(2), word(3));
         (now.dma_pages, now.dma_done) = (word(4), word(5));
         now.dma_base = u64::from_le_bytes(*bytes[32..].first_chunk().unwrap());
-        now.memory.copy_from_slice(&bytes[REGISTERS..]);
+        self.memory.write_all_at(&bytes[REGISTERS..], 0).unwrap();
         now.arrived = true;
         match now.loss {
             Some(Loss::Registers) => now.counter = 0,
-            Some(Loss::Memory) => now.memory.fill(0),
+            Some(Loss::Memory) => self.memory.write_all_at(&[0; BAR as usize], 0).unwrap(),
             _ => {}
         }
         Ok(())
     }
 }
 
+/// The configuration space that the lab's device shows.
+fn shown() -> [u8; 256] {
+    let mut bytes = [0; 256];
+    let parts: [(usize, &[u8]); 6] = [
+        (0x00, &[0x57, 0x7e, 0x01, 0x00, 0, 0, 0x10, 0]),
+        (0x0b, &[0xff]),
+        (0x2c, &[0x57, 0x7e, 0x01, 0x00]),
+        (0x34, &[0x40, 0, 0, 0, 0, 0, 0, 0, 0, 1]),
+        // MSI with four vectors and addresses of 64 bits.
+        (0x40, &[0x05, 0x60, 0x84, 0]),
+        // MSI-X with four vectors, whose table and pending bits are in BAR 2.
+        (0x60, &[0x11, 0, VECTORS as u8 - 1, 0, 2, 0, 0, 0, 2, (PENDING_AT >> 8) as u8, 0, 0]),
+    ];
+    parts.iter().for_each(|(at, part)| bytes[*at..at + part.len()].copy_from_slice(part));
+    bytes
+}
+
 /// What the guest sees of it.
 struct TestdevFunction {
+    pages: Vec<BarPages>,
     device: Testdev,
     config: ConfigSpace,
     table: MsixTable,
@@ -154,22 +193,17 @@ struct TestdevFunction {
 
 impl TestdevFunction {
     fn new(device: Testdev) -> TestdevFunction {
-        let identity = Identity {
-            vendor: 0x7e57,
-            device: 0x0001,
-            subsystem_vendor: 0x7e57,
-            subsystem: 0x0001,
-            class: 0xff_0000,
-            revision: 0,
-            interrupt_pin: 1,
-        };
-        let mut config = ConfigSpace::new(&identity, true);
+        let mut config = ConfigSpace::of_device(&shown()).unwrap();
         for bar in 0..3 {
             config.add_bar(bar, BarKind::Memory32 { prefetchable: false }, BAR).unwrap();
         }
-        config.add_msi(Msi::new(0x40, VECTORS.into(), true, false).unwrap()).unwrap();
-        config.add_msix(0x60, &MsixLayout::new(VECTORS, (2, 0), (2, PENDING_AT)).unwrap()).unwrap();
-        TestdevFunction { device, config, table: MsixTable::new(VECTORS).unwrap() }
+        // One that is to lose something has its memory trapped, so that a guest meets both on its way.
+        let mut pages = Vec::new();
+        if device.registers().loss.is_none() {
+            let shared = SharedPages::map(&device.memory, 0, BAR).unwrap();
+            pages.push(BarPages { bar: 1, offset: 0, pages: Arc::new(shared) });
+        }
+        TestdevFunction { pages, device, config, table: MsixTable::new(VECTORS).unwrap() }
     }
 
     fn uses_messages(&self) -> bool {
@@ -250,6 +284,10 @@ impl Function for TestdevFunction {
         }
     }
 
+    fn pages(&self) -> &[BarPages] {
+        &self.pages
+    }
+
     fn bar_read(&mut self, bar: usize, offset: u64, data: &mut [u8]) {
         let registers = self.device.registers();
         match bar {
@@ -269,7 +307,10 @@ impl Function for TestdevFunction {
                 assert_eq!(data.len(), 4, "the registers have 32 bits");
                 data.copy_from_slice(&value.to_le_bytes());
             }
-            1 => data.copy_from_slice(&registers.memory[offset as usize..][..data.len()]),
+            1 => {
+                self.device.trapped.fetch_add(1, Ordering::Relaxed);
+                self.device.memory.read_exact_at(data, offset).unwrap();
+            }
             _ if offset < PENDING_AT.into() => self.table.read(offset, data),
             _ => self.table.read_pending(offset - u64::from(PENDING_AT), data),
         }
@@ -294,7 +335,10 @@ impl Function for TestdevFunction {
                     _ => {}
                 }
             }
-            1 => self.device.registers().memory[offset as usize..][..data.len()].copy_from_slice(data),
+            1 => {
+                self.device.trapped.fetch_add(1, Ordering::Relaxed);
+                self.device.memory.write_all_at(data, offset).unwrap();
+            }
             _ if offset < PENDING_AT.into() => {
                 let control = self.config.msix_control().unwrap_or_default();
                 let messages = self.table.write(offset, data, control);
@@ -352,7 +396,8 @@ impl Driver for Testdev {
 
     fn reset(&self) -> Result<(), Errno> {
         let mut registers = self.registers();
-        *registers = Registers { memory: vec![0; BAR as usize], loss: registers.loss, ..Registers::default() };
+        *registers = Registers { loss: registers.loss, ..Registers::default() };
+        self.memory.write_all_at(&[0; BAR as usize], 0).map_err(|_| Errno::IO)?;
         *self.state.lock().unwrap() = DeviceState::Running;
         Ok(())
     }

@@ -26,6 +26,7 @@ const MSIX: u32 = 5;
 struct Side {
     vmm: Arc<Vmm>,
     console: Console,
+    devices: Vec<Testdev>,
 }
 
 impl Side {
@@ -38,7 +39,7 @@ impl Side {
         });
         let vmm = Vmm::new(machine, Profile::new(QemuVersion::NEWEST, "microvm"), incoming);
         devices.iter().for_each(|device| device.connect(&vmm));
-        Side { vmm, console }
+        Side { vmm, console, devices }
     }
 
     fn start(interrupts: u32, devices: usize, split_irqchip: bool) -> Side {
@@ -74,7 +75,13 @@ impl Side {
         for device in &now {
             assert!(device.raised - device.taken <= 1, "{device:?}");
         }
+        // The guest counts a word of their memory up, without the monitor.
+        assert!(self.devices.iter().all(|device| device.trapped() == 0), "{:?}", self.trapped());
         now
+    }
+
+    fn trapped(&self) -> Vec<u64> {
+        self.devices.iter().map(Testdev::trapped).collect()
     }
 }
 
@@ -133,5 +140,7 @@ fn found_out() {
             lines.iter().filter_map(|line| Progress::parse(line)).find(|progress| progress.stale > 0)
         });
         assert!(counted.stale > 0);
+        // Its memory is not mapped here.
+        wait("the device's memory is not used", || to.trapped()[0] > 0);
     }
 }

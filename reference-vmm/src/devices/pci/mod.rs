@@ -8,6 +8,7 @@ mod config;
 mod host;
 mod msi;
 mod msix;
+mod pages;
 #[cfg(test)]
 mod tests;
 
@@ -16,7 +17,9 @@ use std::ops::Range;
 pub use config::{BarKind, Changes, ConfigSpace, Identity, command, register};
 pub use msi::Msi;
 pub use msix::{Control as MsixControl, Layout as MsixLayout, Table as MsixTable};
+pub use pages::{BarPages, Window};
 
+use self::pages::Shown;
 use qevm_microvm::state::{PciFunctionState, PciState};
 
 /// Where the configuration space of every function is: 4 KiB each.
@@ -135,10 +138,15 @@ pub trait Function: Send {
     /// The guest has written to the configuration space, and this is other than it was.
     fn changed(&mut self, _changes: Changes) {}
 
-    /// The guest reads from a BAR. `data` is all ones.
+    /// Pages of its BARs that the guest reaches without the monitor.
+    fn pages(&self) -> &[BarPages] {
+        &[]
+    }
+
+    /// The guest reads from a BAR, other than from its [pages](Function::pages) while they are shown. `data` is all ones.
     fn bar_read(&mut self, _bar: usize, _offset: u64, _data: &mut [u8]) {}
 
-    /// The guest writes to a BAR.
+    /// The guest writes to a BAR, likewise.
     fn bar_write(&mut self, _bar: usize, _offset: u64, _data: &[u8]) {}
 
     /// The configuration space as it goes on the wire.
@@ -199,6 +207,8 @@ pub type Line = Box<dyn FnMut(bool) + Send>;
 
 /// The bus, with the host bridge at 00:00.0.
 pub struct PciBus {
+    /// Goes before the devices whose pages they are.
+    shown: Shown,
     /// The host bridge, and the others in the order in which they were added.
     devices: Vec<Device>,
     lines: [Line; LINES],
@@ -215,7 +225,14 @@ impl PciBus {
         let bridge = ConfigOnly(ConfigSpace::new(&HOST_BRIDGE, false));
         let name = "gpex-root,id=(null)".to_owned();
         let devices = vec![Device { number: 0, name, function: Box::new(bridge), levels: [false; LINES] }];
-        PciBus { devices, lines, counts: [0; LINES], high_window: high_window(physical_bits), config_reg: 0 }
+        let (counts, high_window) = ([0; LINES], high_window(physical_bits));
+        PciBus { shown: Shown::default(), devices, lines, counts, high_window, config_reg: 0 }
+    }
+
+    /// Lets the guest see the pages of its devices' BARs through this, from now on.
+    pub fn show_by(&mut self, window: Box<dyn Window>) {
+        self.shown = Shown::by(window);
+        self.show();
     }
 
     /// The number of a device that is to have this one, or the lowest that is free.
@@ -284,9 +301,13 @@ impl PciBus {
     /// A write to an address; false if it is none of the bus's.
     pub fn write(&mut self, gpa: u64, data: &[u8]) -> bool {
         if ECAM.contains(&gpa) {
-            if let Some((function, offset)) = self.function_at(gpa) {
+            let changes = self.function_at(gpa).map(|(function, offset)| function.config_mut().write(offset, data));
+            if changes.is_some_and(|changes| changes.command || changes.bars) {
+                // Before the device knows: what it does not decode any more must not be reached.
+                self.show();
+            }
+            if let Some(((function, offset), changes)) = self.function_at(gpa).zip(changes) {
                 function.written(offset, data);
-                let changes = function.config_mut().write(offset, data);
                 if changes != Changes::default() {
                     function.changed(changes);
                 }
@@ -310,6 +331,28 @@ impl PciBus {
         if let Some(level) = self.devices[place].function.pin() {
             self.set_intx(self.devices[place].number, level);
         }
+    }
+
+    /// Shows the guest the pages of BARs where it has put them.
+    fn show(&mut self) {
+        let mut wanted = Vec::new();
+        for (place, device) in self.devices.iter().enumerate() {
+            for BarPages { bar, offset, pages } in device.function.pages() {
+                let at = device.function.config().bar(*bar).and_then(|range| range.start.checked_add(*offset));
+                // Where two BARs are at one address, the first one answers.
+                let at = at.filter(|gpa| self.decode(*gpa) == Some((place, *bar, *offset)));
+                let last = |gpa: u64| gpa.checked_add(pages.len() - 1);
+                if let Some(gpa) = at.filter(|gpa| last(*gpa).is_some_and(|last| self.windows(*gpa, last))) {
+                    wanted.push((gpa, pages.clone()));
+                }
+            }
+        }
+        self.shown.set(wanted);
+    }
+
+    /// Whether all of this lies in one window.
+    fn windows(&self, first: u64, last: u64) -> bool {
+        [&LOW_WINDOW, &self.high_window].iter().any(|window| window.contains(&first) && window.contains(&last))
     }
 
     /// A device raises or lowers its interrupt pin; one without a pin has none to raise.
@@ -347,7 +390,7 @@ impl PciBus {
     }
 
     fn in_window(&self, gpa: u64) -> bool {
-        LOW_WINDOW.contains(&gpa) || self.high_window.contains(&gpa)
+        self.windows(gpa, gpa)
     }
 
     /// The place of the device, its BAR and the offset in it that an address is.
@@ -405,6 +448,7 @@ impl PciBus {
         self.counts = self.count();
         // The controllers know nothing of what their pins were before.
         self.lines.iter_mut().zip(self.counts).for_each(|(line, count)| line(count > 0));
+        self.show();
         Ok(())
     }
 }

@@ -3,6 +3,7 @@ use std::sync::{Arc, Mutex};
 use proptest::prelude::*;
 
 use super::*;
+use crate::memory::SharedPages;
 
 /// The section `gpex_root` of QEMU 10.0.13 and 11.1.3 for `-M microvm,pcie=on`, as far as it is not zero.
 const QEMU_BRIDGE: [(usize, &[u8]); 2] =
@@ -11,6 +12,7 @@ const QEMU_BRIDGE: [(usize, &[u8]); 2] =
 /// A device with memory BARs of both sizes, whose registers are what was written last.
 struct Registers {
     config: ConfigSpace,
+    pages: Vec<BarPages>,
     log: Arc<Mutex<Vec<String>>>,
 }
 
@@ -20,6 +22,9 @@ impl Function for Registers {
     }
     fn config_mut(&mut self) -> &mut ConfigSpace {
         &mut self.config
+    }
+    fn pages(&self) -> &[BarPages] {
+        &self.pages
     }
     fn changed(&mut self, changes: Changes) {
         self.log.lock().unwrap().push(format!("{changes:?}"));
@@ -59,7 +64,7 @@ fn add(
     config: ConfigSpace,
     log: &Arc<Mutex<Vec<String>>>,
 ) -> Result<usize, PciError> {
-    bus.add(wanted, id, Box::new(Registers { config, log: log.clone() }))
+    bus.add(wanted, id, Box::new(Registers { config, pages: Vec::new(), log: log.clone() }))
 }
 
 fn read(bus: &mut PciBus, gpa: u64) -> u32 {
@@ -205,6 +210,73 @@ fn a_device_is_at_its_address_or_at_the_lowest_that_is_free() {
         refused(self::add(&mut bus, None, None, space(1), &log)),
         "PCI: no slot/function available for vfio-pci, all in use or reserved"
     );
+}
+
+/// Where pages are shown, by their first address; some addresses are refused.
+struct Slots {
+    shown: Arc<Mutex<Vec<Option<u64>>>>,
+    refused: u64,
+}
+
+impl Window for Slots {
+    fn show(&mut self, gpa: u64, _pages: &Arc<SharedPages>) -> crate::error::Result<u32> {
+        if gpa == self.refused {
+            return Err(crate::Error::Config("another slot is there".to_owned()));
+        }
+        let mut shown = self.shown.lock().unwrap();
+        assert!(!shown.contains(&Some(gpa)), "{gpa:#x} is shown twice");
+        shown.push(Some(gpa));
+        Ok(shown.len() as u32 - 1)
+    }
+    fn hide(&mut self, number: u32) {
+        assert!(self.shown.lock().unwrap()[number as usize].take().is_some(), "{number} is not shown");
+    }
+}
+
+#[test]
+fn pages_of_bars_are_shown_where_the_guest_has_put_them() {
+    let file = tempfile::tempfile().unwrap();
+    file.set_len(0x2000).unwrap();
+    let (mut bus, _) = bus();
+    let shown = Arc::new(Mutex::new(Vec::new()));
+    bus.show_by(Box::new(Slots { shown: shown.clone(), refused: 0xc700_1000 }));
+    let pages = |bar: usize, offset: u64| {
+        let pages = Arc::new(SharedPages::map(&file, 0, 0x1000).unwrap());
+        BarPages { bar, offset, pages }
+    };
+    let device = |pages: Vec<BarPages>| {
+        let mut config = ConfigSpace::new(&Identity { vendor: 0x1234, ..Identity::default() }, true);
+        config.add_bar(0, BarKind::Memory32 { prefetchable: false }, 0x4000).unwrap();
+        config.add_bar(2, BarKind::Memory64 { prefetchable: true }, 0x1000).unwrap();
+        Box::new(Registers { config, pages, log: Arc::default() })
+    };
+    bus.add(None, None, device(vec![pages(0, 0x1000), pages(0, 0x3000), pages(2, 0)])).unwrap();
+    bus.add(None, None, device(vec![pages(0, 0x1000)])).unwrap();
+    let set = |bus: &mut PciBus, number: u64, at: u64, value: u32| {
+        bus.write(config_of(number) + at, &value.to_le_bytes());
+        let mut now: Vec<u64> = shown.lock().unwrap().iter().flatten().copied().collect();
+        now.sort_unstable();
+        now
+    };
+    assert!(set(&mut bus, 1, 0x10, 0xc100_0000).is_empty(), "memory is not decoded");
+    assert_eq!(set(&mut bus, 1, 0x04, command::MEMORY.into()), [0xc100_1000, 0xc100_3000], "BAR 2 has no address");
+    assert_eq!(set(&mut bus, 1, 0x1c, 0xc0), [0xc100_1000, 0xc100_3000, 0xc0_0000_0000]);
+    assert_eq!(set(&mut bus, 1, 0x10, 0xc200_0000), [0xc200_1000, 0xc200_3000, 0xc0_0000_0000], "they move");
+    // A state that comes has them where it says.
+    let state = bus.save();
+    assert!(set(&mut bus, 1, 0x04, 0).is_empty(), "switched off");
+    bus.load(&state).unwrap();
+    assert_eq!(set(&mut bus, 1, 0x0c, 0), [0xc200_1000, 0xc200_3000, 0xc0_0000_0000]);
+    // One that is not in a window is not seen, nor one over another device's.
+    assert_eq!(set(&mut bus, 1, 0x10, 0xf000_0000), [0xc0_0000_0000]);
+    set(&mut bus, 1, 0x10, 0xc200_0000);
+    set(&mut bus, 2, 0x10, 0xc200_0000);
+    let both = [0xc200_1000, 0xc200_3000, 0xc0_0000_0000];
+    assert_eq!(set(&mut bus, 2, 0x04, command::MEMORY.into()), both, "the first one answers");
+    assert_eq!(set(&mut bus, 1, 0x10, 0xc300_0000), [0xc200_1000, 0xc300_1000, 0xc300_3000, 0xc0_0000_0000]);
+    // What cannot be shown is trapped, and the others are seen.
+    assert_eq!(set(&mut bus, 1, 0x10, 0xc700_0000), [0xc200_1000, 0xc700_3000, 0xc0_0000_0000]);
+    assert_eq!(read(&mut bus, 0xc700_1004), 0x0404_0404);
 }
 
 #[test]

@@ -1,5 +1,7 @@
 //! What the guest sees of a device: its configuration space with BARs and interrupts of its own, and all else as the device has it.
 
+use std::fs::File;
+use std::ops::Range;
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::sync::Arc;
 
@@ -8,13 +10,13 @@ use vfio_bindings::bindings::vfio::VFIO_PCI_CONFIG_REGION_INDEX;
 use vfio_ioctls::VfioDevice;
 
 use super::HostDeviceError;
-use super::ioctl;
+use super::ioctl::{self, Region};
 use super::irq::{Interrupts, Kind};
 use crate::devices::pci::{
-    BarKind, Changes, ConfigSpace, Function, MsixLayout, MsixTable, PciError, PciMessage, register,
+    BarKind, BarPages, Changes, ConfigSpace, Function, MsixLayout, MsixTable, PciError, PciMessage, register,
 };
 use crate::error::{Error, Result};
-use crate::memory::GuestMemory;
+use crate::memory::{GuestMemory, PAGE_SIZE, SharedPages};
 use qevm_microvm::state::PciFunctionState;
 
 /// Bytes of a function's configuration space.
@@ -34,6 +36,8 @@ pub(super) struct KernelFunction {
     on: Option<(Kind, usize)>,
     /// A failed access was told of.
     told: bool,
+    /// Goes before the device, whose file it keeps open.
+    pages: Vec<BarPages>,
     interrupts: Interrupts,
     regions: Regions,
     /// Goes after the device, which reaches it.
@@ -54,6 +58,7 @@ impl KernelFunction {
         regions.read(CONFIG, 0, &mut bytes).map_err(refused)?;
         let mut config = ConfigSpace::of_device(&bytes)?;
         bytes.resize(bytes.len().max(register::BARS + 4 * BARS), 0);
+        let mut memory_bars = Vec::new();
         for bar in 0..BARS {
             let size = regions.of(bar).size;
             if size == 0 {
@@ -68,6 +73,9 @@ impl KernelFunction {
                 _ => BarKind::Memory32 { prefetchable },
             };
             config.add_bar(bar, kind, size)?;
+            if kind != BarKind::Io {
+                memory_bars.push(bar);
+            }
         }
         let msix = match config.msix_layout() {
             Some(layout) => Some((layout, MsixTable::new(layout.vectors())?)),
@@ -76,7 +84,9 @@ impl KernelFunction {
         let pin = usize::from(config.bytes()[register::INTERRUPT_PIN]).checked_sub(1);
         let mut interrupts = interrupts(pin);
         interrupts.begin_intx().map_err(|error| HostDeviceError::Interrupts(Box::new(error)))?;
-        Ok(KernelFunction { name, config, msix, on: None, told: false, interrupts, regions, _memory: memory })
+        let layout = msix.as_ref().map(|(layout, _)| *layout);
+        let pages = memory_bars.into_iter().flat_map(|bar| regions.pages(bar, &name, layout)).collect();
+        Ok(KernelFunction { name, config, msix, on: None, told: false, pages, interrupts, regions, _memory: memory })
     }
 
     fn tell(&mut self, what: &str, errno: Errno) {
@@ -131,16 +141,22 @@ impl KernelFunction {
 
     /// Which part of the table of vectors or of their pending bits an access to a BAR is for.
     fn table_at(&self, bar: usize, offset: u64, len: usize) -> Option<(Part, u64)> {
-        let (layout, table) = self.msix.as_ref()?;
+        let (layout, _) = self.msix.as_ref()?;
         let end = offset.checked_add(len as u64)?;
-        let within = |(of, start): (u8, u32), size: u64| {
-            let start = u64::from(start);
-            (usize::from(of) == bar && offset >= start && end <= start + size).then(|| offset - start)
+        let within = |(of, range): (usize, Range<u64>)| {
+            (of == bar && offset >= range.start && end <= range.end).then(|| offset - range.start)
         };
-        let vectors = table.vectors() as u64;
-        let entries = within(layout.table(), vectors * 16).map(|at| (Part::Entries, at));
-        entries.or_else(|| within(layout.pending(), vectors.div_ceil(64) * 8).map(|at| (Part::Pending, at)))
+        let [entries, pending] = tables(*layout);
+        let entries = within(entries).map(|at| (Part::Entries, at));
+        entries.or_else(|| within(pending).map(|at| (Part::Pending, at)))
     }
+}
+
+/// The table of vectors and their pending bits: the BAR, and where in it.
+fn tables(layout: MsixLayout) -> [(usize, Range<u64>); 2] {
+    let vectors = u64::from(layout.vectors());
+    let range = |(bar, start): (u8, u32), len: u64| (usize::from(bar), u64::from(start)..u64::from(start) + len);
+    [range(layout.table(), vectors * 16), range(layout.pending(), vectors.div_ceil(64) * 8)]
 }
 
 /// Parts of what MSI-X has in BARs.
@@ -185,6 +201,10 @@ impl Function for KernelFunction {
         if changes.msi || changes.msix {
             self.interrupt_by();
         }
+    }
+
+    fn pages(&self) -> &[BarPages] {
+        &self.pages
     }
 
     fn bar_read(&mut self, bar: usize, offset: u64, data: &mut [u8]) {
@@ -256,13 +276,6 @@ impl Function for KernelFunction {
     }
 }
 
-/// A region of a device's file.
-#[derive(Clone, Copy, Debug, Default)]
-struct Region {
-    size: u64,
-    offset: u64,
-}
-
 /// The regions of a device, by number.
 struct Regions {
     regions: [Region; CONFIG + 1],
@@ -271,17 +284,34 @@ struct Regions {
 
 impl Regions {
     fn new(device: Arc<VfioDevice>) -> Result<Regions, HostDeviceError> {
-        let mut regions = [Region::default(); CONFIG + 1];
+        let mut regions = std::array::from_fn(|_| Region::default());
         for (index, region) in (0..).zip(&mut regions) {
             let refused = |errno| HostDeviceError::Refused { what: "describe a region of its", errno };
-            let (size, offset) = ioctl::region(&*device, index).map_err(refused)?;
-            *region = Region { size, offset };
+            *region = ioctl::region(&*device, index).map_err(refused)?;
         }
         Ok(Regions { regions, device })
     }
 
-    fn of(&self, index: usize) -> Region {
-        self.regions.get(index).copied().unwrap_or_default()
+    fn of(&self, index: usize) -> &Region {
+        &self.regions[index]
+    }
+
+    /// The pages of a BAR that the guest may reach by itself.
+    fn pages(&self, bar: usize, name: &str, msix: Option<MsixLayout>) -> Vec<BarPages> {
+        let region = self.of(bar);
+        let tables = msix.into_iter().flat_map(tables).filter(|(of, _)| *of == bar).map(|(_, range)| range);
+        let mut mapped = Vec::new();
+        for area in whole_pages(region, &tables.collect::<Vec<_>>()) {
+            let Range { start: offset, end } = area;
+            let file = self.fd().try_clone_to_owned().map(File::from);
+            match file.and_then(|file| SharedPages::map(&file, region.offset.saturating_add(offset), end - offset)) {
+                Ok(pages) => mapped.push(BarPages { bar, offset, pages: Arc::new(pages) }),
+                Err(error) => {
+                    tracing::warn!(device = name, bar, %error, "a BAR cannot be mapped, accesses are trapped")
+                }
+            }
+        }
+        mapped
     }
 
     fn read(&self, index: usize, offset: u64, data: &mut [u8]) -> Result<(), Errno> {
@@ -304,24 +334,62 @@ fn whole(done: usize, wanted: usize) -> Result<(), Errno> {
     if done == wanted { Ok(()) } else { Err(Errno::IO) }
 }
 
+/// The whole pages of what can be mapped of a region, without those that have tables of MSI-X in them.
+fn whole_pages(region: &Region, tables: &[Range<u64>]) -> Vec<Range<u64>> {
+    let mut pieces = Vec::new();
+    let mut tables: Vec<_> = tables.iter().collect();
+    tables.sort_by_key(|table| table.start);
+    for area in &region.mappable {
+        let Some(mut start) = area.start.checked_next_multiple_of(PAGE_SIZE) else { continue };
+        let end = area.end.min(region.size) / PAGE_SIZE * PAGE_SIZE;
+        for table in &tables {
+            let (first, after) = (table.start / PAGE_SIZE * PAGE_SIZE, table.end.next_multiple_of(PAGE_SIZE));
+            pieces.push(start..first.min(end));
+            start = start.max(after);
+        }
+        pieces.push(start..end);
+    }
+    pieces.retain(|piece| piece.start < piece.end);
+    pieces
+}
+
 /// Where in the device's file a piece of a region is.
-fn place(region: Region, offset: u64, len: usize) -> Result<u64, Errno> {
+fn place(region: &Region, offset: u64, len: usize) -> Result<u64, Errno> {
     let end = offset.checked_add(len as u64).filter(|end| *end <= region.size);
     end.and_then(|_| region.offset.checked_add(offset)).ok_or(Errno::RANGE)
 }
 
 #[cfg(test)]
+#[allow(clippy::single_range_in_vec_init)] // pieces of a region, of which there may be one
 mod tests {
     use super::*;
 
     #[test]
     fn an_access_stays_within_its_region() {
-        let region = Region { size: 0x1000, offset: 3 << 40 };
-        assert_eq!(place(region, 0xffc, 4), Ok((3 << 40) + 0xffc));
+        let region = |size: u64, offset: u64| Region { size, offset, mappable: Vec::new() };
+        let (page, all) = (region(0x1000, 3 << 40), region(u64::MAX, 16));
+        assert_eq!(place(&page, 0xffc, 4), Ok((3 << 40) + 0xffc));
         for (offset, len) in [(0xffd, 4), (0x1000, 1), (u64::MAX, 1), (u64::MAX - 1, 4)] {
-            assert_eq!(place(region, offset, len), Err(Errno::RANGE), "{offset:#x}");
+            assert_eq!(place(&page, offset, len), Err(Errno::RANGE), "{offset:#x}");
         }
-        assert_eq!(place(Region { size: u64::MAX, offset: 16 }, u64::MAX - 8, 4), Err(Errno::RANGE));
+        assert_eq!(place(&all, u64::MAX - 8, 4), Err(Errno::RANGE));
         assert_eq!((whole(4, 4), whole(3, 4)), (Ok(()), Err(Errno::IO)));
+    }
+
+    #[test]
+    fn pages_with_tables_of_msix_are_left_out() {
+        let pages = |mappable: &[Range<u64>], tables: &[Range<u64>]| {
+            whole_pages(&Region { size: 0x8000, offset: 0, mappable: mappable.to_vec() }, tables)
+        };
+        assert_eq!(pages(&[0..0x8000], &[]), [0..0x8000]);
+        assert_eq!(pages(&[0..0x8000], &[0x5800..0x5808, 0x2000..0x2040]), [0..0x2000, 0x3000..0x5000, 0x6000..0x8000]);
+        assert_eq!(pages(&[0..0x8000], &[0..0x10, 0x7ff0..0x8010]), [0x1000..0x7000]);
+        assert_eq!(pages(&[0..0x1000], &[0..0x40, 0x800..0x808]), []);
+        // Beyond its end, and no whole pages.
+        assert_eq!(
+            pages(&[0..0x1000, 0x2100..0x4fff, 0x7000..0x9000], &[]),
+            [0..0x1000, 0x3000..0x4000, 0x7000..0x8000]
+        );
+        assert_eq!(pages(&[0x2100..0x2f00, u64::MAX - 1..u64::MAX], &[]), []);
     }
 }
