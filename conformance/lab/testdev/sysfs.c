@@ -43,6 +43,7 @@ static const char *const counter_names[TD_C_COUNT] = {
 	[TD_C_RAISED] = "raised",
 	[TD_C_SIGNALLED] = "signalled",
 	[TD_C_RESETS] = "resets",
+	[TD_C_MEMORY_ACCESSES] = "memory_accesses",
 };
 
 static const char *const call_names[TD_CALL_COUNT] = {

@@ -63,6 +63,7 @@ enum td_counter {
 	TD_C_RAISED,
 	TD_C_SIGNALLED,
 	TD_C_RESETS,
+	TD_C_MEMORY_ACCESSES,
 	TD_C_COUNT,
 };
 

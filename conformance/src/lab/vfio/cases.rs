@@ -91,6 +91,12 @@ pub(in crate::lab) fn cases() -> Vec<Case> {
         Case::visit("vfio-visit-msix", NEW).used(Use::MsiX),
         Case { devices: 2, ..Case::visit("vfio-visit-intx-two-devices", NEW).ack().used(Use::Intx) },
         Case { iommufd: true, ..Case::visit("vfio-visit-msi-iommufd", NEW).used(Use::Msi) },
+        // One at an address of its own, one at the lowest that is free.
+        Case {
+            devices: 2,
+            addresses: &[(Some(5), 5), (None, 1)],
+            ..Case::visit("vfio-visit-addresses", NEW).used(Use::Intx)
+        },
         Case {
             devices: 2,
             on_channels: LARGE,
@@ -120,7 +126,15 @@ pub(in crate::lab) fn cases() -> Vec<Case> {
 /// What is kept for tests that have no such machine.
 pub(in crate::lab) fn recordings() -> Vec<Case> {
     let record = |case: Case| Case { record: true, ..case.mtty() };
+    // A few KB of state, and a guest that uses the device.
+    let used = |name: &str, release, used| {
+        let case = Case { record: true, ..Case::new(name, release, release).ack().used(used) };
+        let sizes = [("initial_size", 8192), ("dirty_size", 4096), ("final_size", 8192), ("dirty_rounds", 1)];
+        sizes.into_iter().fold(case, |case, (size, bytes)| case.set(Side::Source, size, bytes))
+    };
     vec![
+        used("record-11.1-testdev", NEW, Use::MsiX),
+        used("record-10.0-testdev", OLD, Use::Intx),
         record(Case::new("record-11.1-plain", NEW, NEW)),
         record(Case::new("record-11.1-ack", NEW, NEW).ack()),
         record(Case { devices: 2, ..Case::new("record-11.1-two-devices", NEW, NEW).ack() }),

@@ -214,6 +214,11 @@ impl Case {
             if self.is_used() || matches!(self.path[stop], Stop::Qemu(_)) && !self.iommufd {
                 exactly(uuid, "dma_errors", 0)?;
             }
+            if self.is_used() && matches!(self.path[stop], Stop::Reference(_)) {
+                // The guest reaches the device's memory by itself.
+                let asked = report.counters.get(uuid).and_then(|all| all.get("memory_accesses"));
+                ensure!(asked == Some(&0), "its memory was not mapped: {asked:?} accesses");
+            }
         }
         ensure!(count(&destination, "state_good") > 0, "no state was checked");
         let state = |uuid: &String| report.states.get(uuid).map(String::as_str);

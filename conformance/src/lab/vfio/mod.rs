@@ -28,6 +28,8 @@ pub(super) const SHARE: &str = "/share";
 /// A job with this at the beginning of its name is a recording.
 pub const RECORDING: &str = "record-";
 
+/// In a recording, whose guest has less.
+const RECORDED_DMA: (u64, u64) = (12 << 20, 16);
 /// The same for Linux, which keeps out of there (`memmap=`).
 const LINUX_DMA_BASE: u64 = 48 << 20;
 const LINUX_MEMORY: &str = "96";
@@ -80,6 +82,8 @@ pub(super) struct Case {
     name: String,
     path: Vec<Stop>,
     devices: usize,
+    /// What `addr=` is told of each device, and where it then is on the bus; without it they are in order.
+    addresses: &'static [(Option<u64>, u64)],
     driver: &'static str,
     flags: u64,
     settings: Vec<(Side, &'static str, String)>,
@@ -152,6 +156,7 @@ impl Case {
             name: name.into(),
             path: vec![Stop::Qemu(source), Stop::Qemu(destination)],
             devices: 1,
+            addresses: &[],
             driver: "testdev",
             flags: PRECOPY,
             settings: Vec::new(),
@@ -245,6 +250,11 @@ impl Case {
         format!("vfio{number}")
     }
 
+    /// Its number on the bus.
+    fn slot(&self, number: usize) -> u64 {
+        self.addresses.get(number).map_or(1 + number as u64, |(_, slot)| *slot)
+    }
+
     fn device(&self, stop: usize, number: usize) -> Device {
         let (kind, mut settings) = match self.driver {
             "mtty" => ("mtty-2", Vec::new()),
@@ -290,8 +300,9 @@ impl Case {
         }
         let dirty =
             if self.record { "dirty=8K;hold=4K;zero=4K;rate=32K" } else { "dirty=64K;hold=16K;zero=64K;rate=256K" };
+        let (base, pages) = if self.record { RECORDED_DMA } else { (DMA_BASE, DMA_PAGES) };
         let used = match self.is_used() {
-            true => format!("rate=1M;dma={DMA_BASE};dmapages={DMA_PAGES};pci={}", self.used as u8),
+            true => format!("rate=1M;dma={base};dmapages={pages};pci={}", self.used as u8),
             false => "pci=1".to_owned(),
         };
         let item = format!("name={FW_CFG_NAME},string={dirty};{used};report=100");
@@ -327,8 +338,10 @@ impl Case {
         }
         for number in 0..self.devices {
             let path = format!("/sys/bus/mdev/devices/{}", Case::uuid(stop, number));
+            let address = self.addresses.get(number).and_then(|(address, _)| *address);
+            let address = address.map(|address| format!(",addr={address:x}")).unwrap_or_default();
             let properties =
-                format!("sysfsdev={path},enable-migration=on,migration-events=on{attached}{}", self.options);
+                format!("sysfsdev={path},enable-migration=on,migration-events=on{attached}{address}{}", self.options);
             words.push_str(&format!(" --device vfio-pci,id={},{properties}", Case::id(number)));
         }
         Monitor {
