@@ -10,7 +10,7 @@
 //!            LazyRestore::load ─▶ claim the next run ─▶ read the run ──────────────▲
 //! ```
 //!
-//! What is loaded next is what comes after the page that was touched last.
+//! A page that is touched comes with those around it, and what is loaded next is what comes after them.
 //!
 //! A page that cannot be read is never filled in: who waits for it waits on, and the guest is to be stopped for good.
 
@@ -88,6 +88,8 @@ pub trait MissingPages: Send + Sync {
 
 /// Bytes that are read at once ahead of the guest: few enough that whoever touches one of these pages does not wait long.
 const AHEAD: u64 = 256 << 10;
+/// A page that is touched comes with what the file has around it, within this many bytes, aligned: as the kernel does for a file that is mapped.
+const AROUND: u64 = 64 << 10;
 
 /// A guest's memory of which parts are still in the file. Whoever has it decides whether the rest is [loaded](LazyRestore::load)
 /// or [left](LazyRestore::serve) in the file until it is touched.
@@ -320,8 +322,9 @@ impl Shared {
             return Ok(());
         }
         self.requests.fetch_add(1, Ordering::Relaxed);
-        *self.touched.lock().unwrap_or_else(PoisonError::into_inner) = Some((number, unit + 1));
-        self.fill(number, block, unit..unit + 1)
+        let run = block.claim_around(unit);
+        *self.touched.lock().unwrap_or_else(PoisonError::into_inner) = Some((number, run.end));
+        self.fill(number, block, run)
     }
 
     /// Reads everything that nobody has read, what comes after touched pages first.
@@ -411,13 +414,39 @@ impl Block {
 
     /// Claims the first units within these that the file has and nobody has claimed, as many as are read at once.
     fn claim_run(&self, units: Range<u64>) -> Option<Range<u64>> {
-        let pages_of = |unit: u64| (unit * self.unit / 4096)..((unit + 1) * self.unit / 4096);
-        let is_there = |unit: u64| pages_of(unit).any(|page| self.present.contains(page));
-        let end = units.end.min(self.layout.used_length / self.unit);
-        let first = (units.start..end).find(|unit| is_there(*unit) && self.claimed.claim(*unit))?;
+        let end = units.end.min(self.units());
+        let first = (units.start..end).find(|unit| self.claim_held(*unit))?;
         let longest = end.min(first + self.at_once());
-        let last = (first + 1..longest).find(|unit| !is_there(*unit) || !self.claimed.claim(*unit)).unwrap_or(longest);
+        let last = (first + 1..longest).find(|unit| !self.claim_held(*unit)).unwrap_or(longest);
         Some(first..last)
+    }
+
+    /// Claims what is next to a unit that the caller has claimed, as far as the file has it and nobody has claimed it.
+    fn claim_around(&self, unit: u64) -> Range<u64> {
+        if !self.has(unit) {
+            return unit..unit + 1;
+        }
+        let window = (AROUND / self.unit).max(1);
+        let start = unit / window * window;
+        let end = (start + window).min(self.units());
+        let first = (start..unit).rev().take_while(|unit| self.claim_held(*unit)).last().unwrap_or(unit);
+        let last = (unit + 1..end).take_while(|unit| self.claim_held(*unit)).last().unwrap_or(unit);
+        first..last + 1
+    }
+
+    fn units(&self) -> u64 {
+        self.layout.used_length / self.unit
+    }
+
+    /// Whether the file has anything of a unit.
+    fn has(&self, unit: u64) -> bool {
+        let mut pages = (unit * self.unit / 4096)..((unit + 1) * self.unit / 4096);
+        pages.any(|page| self.present.contains(page))
+    }
+
+    /// Claims a unit that the file has.
+    fn claim_held(&self, unit: u64) -> bool {
+        self.has(unit) && self.claimed.claim(unit)
     }
 }
 

@@ -120,6 +120,23 @@ fn every_page_is_filled_in_once_whoever_wants_it() {
 }
 
 #[test]
+fn a_touched_page_comes_with_those_around_it_within_64_kib() {
+    let scripted = Scripted::new(PAGE);
+    let (restore, _file) = restore(&scripted);
+    let block = &restore.shared.blocks[&3];
+    let touch = |page| {
+        assert!(block.claimed.claim(page));
+        block.claim_around(page)
+    };
+    // Pages 13, 16, 46 and 49 are zero, and 48 begins another 64 KiB.
+    assert_eq!([touch(15), touch(47), touch(48)], [14..16, 47..48, 48..49]);
+    assert_eq!(touch(13), 13..14);
+    // What somebody else has claimed is his.
+    assert!(block.claimed.claim(20));
+    assert_eq!(touch(21), 21..22);
+}
+
+#[test]
 fn what_comes_after_touched_pages_is_loaded_first() {
     let scripted = Scripted::new(PAGE);
     let (restore, _file) = restore(&scripted);
@@ -136,11 +153,12 @@ fn what_comes_after_touched_pages_is_loaded_first() {
     // Every third page is zero, and not in the file.
     assert_eq!(next((0, 0)), Some((3, 0..1)));
     touch(200);
-    assert_eq!(next((3, 1)), Some((3, 201..202)));
+    // It has come with the one after it.
+    assert_eq!(next((3, 1)), Some((3, 203..205)));
     // It goes on from there, and begins again at the end.
-    assert_eq!(next((3, 202)), Some((3, 203..205)));
-    touch(299);
     assert_eq!(next((3, 205)), Some((3, 206..208)));
+    touch(299);
+    assert_eq!(next((3, 208)), Some((3, 209..211)));
     assert_eq!(next((3, 300)), Some((3, 2..4)));
     // Where all that comes after it is there already it stays where it is.
     touch(95);
@@ -163,9 +181,9 @@ fn what_nobody_touches_stays_in_the_file() {
     while watch().requests < 3 {
         std::thread::yield_now();
     }
-    // The page that came last may be on its way; the one before is there, and those that are zero do not count.
-    assert_eq!(watch().remaining, (there - 1) * PAGE);
-    assert!(!serving.is_finished() && scripted.filled.lock().unwrap().len() <= 3);
+    // The page that came last may be on its way; the one before is there with the one after it, and those that are zero do not count.
+    assert_eq!(watch().remaining, (there - 2) * PAGE);
+    assert!(!serving.is_finished() && scripted.filled.lock().unwrap().len() <= 4);
     (0..PAGES).for_each(|page| scripted.touch.send(Some(page * PAGE)).unwrap());
     serving.join().unwrap().unwrap();
     assert!(*scripted.memory.lock().unwrap() == expected());
