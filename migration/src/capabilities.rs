@@ -13,7 +13,7 @@ pub const KNOWN: [(&str, bool); 21] = [
     ("events", true),
     ("postcopy-ram", true),
     ("x-colo", false),
-    ("release-ram", false),
+    ("release-ram", true),
     ("return-path", true),
     ("pause-before-switchover", true),
     ("multifd", true),
@@ -77,6 +77,9 @@ pub struct Capabilities {
     pub postcopy_blocktime: bool,
     /// `validate-uuid`: the source says the guest's UUID, and a destination that has another refuses the guest (4.2).
     pub validate_uuid: bool,
+    /// `release-ram`: the source of a guest that runs at the destination gives the host back what it has sent (2.9). A postcopy that breaks
+    /// cannot be recovered then.
+    pub release_ram: bool,
 }
 
 /// A capability that cannot be set so.
@@ -172,6 +175,7 @@ impl Capabilities {
             "postcopy-preempt" => Some(&mut self.postcopy_preempt),
             "postcopy-blocktime" => Some(&mut self.postcopy_blocktime),
             "validate-uuid" => Some(&mut self.validate_uuid),
+            "release-ram" => Some(&mut self.release_ram),
             _ => None,
         }
     }

@@ -155,6 +155,16 @@ pub trait Hooks: Send + Sync {
         Err("the memory of this machine cannot be protected".into())
     }
 
+    /// Gives bytes of a RAM block back to the host, whole pages of the host's: the destination has them and runs the guest, which never runs
+    /// here again. For capability `release-ram`.
+    ///
+    /// # Errors
+    /// The guest's own; the memory stays then.
+    fn release(&self, block: usize, bytes: Range<u64>) -> Result<(), GuestError> {
+        let _ = (block, bytes);
+        Err("this machine keeps its memory".into())
+    }
+
     /// The guest has gone to the destination for good; told at the source.
     fn handed_over(&self) {}
 }

@@ -88,6 +88,9 @@ pub enum Refused {
     /// `migrate` with `resume` without a postcopy that waits for it.
     #[error("Cannot resume if there is no paused migration")]
     NoPausedMigration,
+    /// `migrate` with `resume`, where memory that may have been lost on its way is no longer here.
+    #[error("Postcopy recovery cannot work when release-ram capability is set")]
+    MemoryReleased,
     /// `migrate-recover` without a postcopy that waits for it.
     #[error("Migrate recover can only be run when postcopy is paused.")]
     PostcopyNotPaused,

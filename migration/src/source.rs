@@ -135,6 +135,7 @@ pub fn migrate(guest: &dyn Guest, connections: &Outgoing, job: &Job, profile: &P
             core: SourceCore::new(options, parameters),
             preempt: None,
             backlogs: Backlogs::default(),
+            releases: true,
             start,
         };
         if let Err(error) = engine.listen().and_then(|()| job.attach(connections.all())) {
@@ -193,6 +194,8 @@ struct Engine<'e> {
     preempt: Option<StreamWriter>,
     /// What is on its way, as it was last looked at.
     backlogs: Backlogs,
+    /// Memory can be given back to the host.
+    releases: bool,
     start: Instant,
 }
 

@@ -28,7 +28,7 @@ pub const CAPABILITIES: &[Row] = &[
     ("postcopy-preempt", Works("peer 11.1>ref/postcopy/unix/preempt")),
     ("postcopy-ram", Works("peer ref>11.1/postcopy/tcp/at-once")),
     unsupported!("rdma-pin-all", "there is no RDMA"),
-    unsupported!("release-ram", "the source keeps its memory"),
+    ("release-ram", Works("peer ref>11.1/postcopy/release-ram")),
     ("return-path", Works("peer 11.1>ref/tcp/return-path")),
     ("switchover-ack", Works("peer 11.1>ref/tcp/return-path+switchover-ack")),
     ("validate-uuid", Works("conformance/tests/operations.rs::guests_go_to_machines_of_the_same_uuid")),

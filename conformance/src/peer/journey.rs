@@ -14,6 +14,7 @@ use serde_json::{Map, Value, json};
 use super::gear::{self, Ear, Gear};
 use super::party::{Monitor, Party};
 use super::postcopy::{self, Departure};
+use super::release;
 use super::tls::Secured;
 use crate::exec;
 use crate::patience::PATIENCE;
@@ -314,6 +315,7 @@ impl Journey {
     ) -> Result<Hop> {
         self.tls.map_or(Ok(()), |tls| tls.arm(here, there, scratch))?;
         self.prepare(here, there)?;
+        let held = release::resident(here)?;
         let uri = self.leave(here, there, scratch, n)?;
         tell(Moment::Leaving { from: here.stop(), to: there.stop(), uri });
         if let Some(departure) = self.departure(n) {
@@ -333,7 +335,9 @@ impl Journey {
             Err(error) => return Err(there.monitor().last_words().map_or(error, |said| anyhow::anyhow!(said))),
             Ok(done) => done,
         };
-        self.arrived(here, there, n, &done)
+        let hop = self.arrived(here, there, n, &done)?;
+        self.departure(n).map_or(Ok(()), |_| release::judge(&self.capabilities, held, here))?;
+        Ok(hop)
     }
 
     /// What a hop took, whose source says that it has completed.

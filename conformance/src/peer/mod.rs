@@ -33,6 +33,7 @@ pub mod python;
 pub mod reboots;
 mod recovery;
 mod relay;
+mod release;
 mod report;
 mod served;
 mod snapshot;

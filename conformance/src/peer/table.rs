@@ -3,8 +3,8 @@
 use serde_json::{Map, Value};
 
 use super::{
-    Case, Cut, Doubt, Doubtful, Echo, Gear, Journey, Link, Load, Outage, Pairing, Stop, postcopy, recovery, served,
-    snapshot, tls,
+    Case, Cut, Doubt, Doubtful, Echo, Gear, Journey, Link, Load, Outage, Pairing, Stop, postcopy, recovery, release,
+    served, snapshot, tls,
 };
 use crate::roots::Suite;
 use crate::scenario::Accel;
@@ -19,7 +19,7 @@ const RING_HOPS: usize = 50;
 /// Every case.
 pub fn all() -> Vec<Case> {
     let mut cases: Vec<Case> = journeys().into_iter().map(Case::Journey).collect();
-    cases.extend(outages().into_iter().map(Case::Outage));
+    cases.extend(outages().into_iter().chain(release::outages()).map(Case::Outage));
     cases.extend(doubts().into_iter().map(Case::Doubt));
     cases.extend(pairings().into_iter().map(Case::Pairing));
     cases.extend(echoes().into_iter().map(Case::Echo));
@@ -82,6 +82,7 @@ fn journeys() -> Vec<Journey> {
     journeys.extend(memory_backends());
     journeys.extend(without_callers());
     journeys.extend(postcopy::all());
+    journeys.extend(release::journeys());
     journeys.extend(tls::journeys());
     let ring = |hops: usize| -> Vec<Stop> {
         let [old, middle, new] = [Suite::Bookworm, Suite::Sid, Suite::Trixie].map(|s| Stop::Qemu(s, Accel::Kvm));

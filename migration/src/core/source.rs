@@ -128,6 +128,8 @@ pub struct SourceCore {
     package_loaded: bool,
     /// …and its status says so.
     is_active: bool,
+    /// What was sent is given back to the host.
+    releases: bool,
     /// The preempt channel was opened, and has come to its end.
     preempt: (bool, bool),
     /// The destination is one of this crate.
@@ -177,6 +179,7 @@ impl SourceCore {
             departed: false,
             package_loaded: false,
             is_active: false,
+            releases: false,
             preempt: (false, false),
             agreed: false,
             cancelled: false,

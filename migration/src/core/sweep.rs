@@ -185,6 +185,24 @@ impl Sweep {
         })
     }
 
+    /// All runs of pages that are not to be sent, from the first page on; nothing waits for the next sweep.
+    pub(super) fn gone(&self) -> impl Iterator<Item = BlockRange> {
+        self.blocks.iter().enumerate().flat_map(|(index, block)| {
+            let (mut from, end) = (0, block.dirty.pages());
+            std::iter::from_fn(move || {
+                while from < end {
+                    let next = block.dirty.next_run(from..end, u64::MAX).unwrap_or(end..end);
+                    let pages = from..next.start;
+                    from = next.end;
+                    if !pages.is_empty() {
+                        return Some(BlockRange { block: index, pages });
+                    }
+                }
+                None
+            })
+        })
+    }
+
     /// The block of the next page to send.
     pub(super) fn next_block(&mut self) -> Option<usize> {
         self.next_page().map(|(index, _)| index)

@@ -22,16 +22,23 @@ impl Job {
         Ok(())
     }
 
+    /// Whether [`begin_recovery`](Self::begin_recovery) would succeed now.
+    ///
+    /// # Errors
+    /// [`Refused::NoPausedMigration`] unless a postcopy is in [`Status::PostcopyPaused`], [`Refused::MemoryReleased`] with capability
+    /// `release-ram`.
+    pub fn may_recover(&self) -> Result<(), Refused> {
+        self.lock().may_recover()
+    }
+
     /// Claims a postcopy that is interrupted, for connections that the caller opens now and gives to [`recover`](Self::recover)
     /// (`migrate` with `resume`).
     ///
     /// # Errors
-    /// [`Refused::NoPausedMigration`] unless one is in [`Status::PostcopyPaused`].
+    /// As [`may_recover`](Self::may_recover).
     pub fn begin_recovery(&self) -> Result<(), Refused> {
         let mut state = self.lock();
-        if state.statistics.status != Status::PostcopyPaused {
-            return Err(Refused::NoPausedMigration);
-        }
+        state.may_recover()?;
         // As in QEMU.
         state.statistics.error = None;
         state.enter(Status::PostcopyRecoverSetup);
@@ -79,5 +86,15 @@ impl Job {
         let waiting = |state: &mut State| state.next.is_none() && !state.given_up;
         let state = self.changed.wait_while(self.lock(), waiting);
         state.unwrap_or_else(PoisonError::into_inner).next.take()
+    }
+}
+
+impl State {
+    fn may_recover(&self) -> Result<(), Refused> {
+        if self.statistics.status != Status::PostcopyPaused {
+            return Err(Refused::NoPausedMigration);
+        }
+        // In QEMU's order and words.
+        if self.capabilities.release_ram { Err(Refused::MemoryReleased) } else { Ok(()) }
     }
 }

@@ -2,7 +2,7 @@
 
 use super::device::FakeDevice;
 use crate::testing::VfioDevice;
-use crate::{DeviceSection, Devices, DirtyLog, Guest, GuestError, IterativeDevice, RamView, SavedDevices};
+use crate::{DeviceSection, Devices, DirtyLog, Guest, GuestError, Hooks, IterativeDevice, RamView, SavedDevices};
 use qevm_wire::{CountedString, Profile};
 use std::{
     ops::Range,
@@ -28,6 +28,8 @@ pub(crate) struct FakeGuest {
     pub(crate) device: Option<FakeDevice>,
     /// Devices with all that a VFIO device does.
     pub(crate) vfio: Vec<VfioDevice>,
+    /// Blocks and bytes that were given back to the host.
+    pub(crate) released: Mutex<Vec<(usize, Range<u64>)>>,
     /// What happens when the guest stops.
     pub(crate) on_pause: Option<Box<dyn Fn() + Send + Sync>>,
     log: Mutex<Option<Log>>,
@@ -53,6 +55,7 @@ impl FakeGuest {
             refuses_devices: AtomicBool::new(false),
             device: None,
             vfio: Vec::new(),
+            released: Mutex::default(),
             on_pause: None,
             log: Mutex::new(None),
             step: Mutex::new(()),
@@ -165,6 +168,19 @@ impl Guest for FakeGuest {
 
     fn devices(&self) -> &dyn Devices {
         self
+    }
+
+    fn hooks(&self) -> &dyn Hooks {
+        self
+    }
+}
+
+impl Hooks for FakeGuest {
+    fn release(&self, block: usize, bytes: Range<u64>) -> Result<(), GuestError> {
+        let memory = self.blocks[block].1.get_slice(bytes.start as usize, (bytes.end - bytes.start) as usize)?;
+        memory.copy_from(&vec![0_u8; memory.len()]);
+        self.released.lock().unwrap().push((block, bytes));
+        Ok(())
     }
 }
 

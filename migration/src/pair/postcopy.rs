@@ -24,8 +24,16 @@ type Arrived<'a> = &'a (dyn Fn(&UnixStream) + Sync);
 /// Runs a guest of [`PAGES`] away, and gives how that ended and how often each page came after the package. `arrived` is told when the
 /// destination has the package; it goes on with the stream then, unless it has closed.
 fn depart(pair: &Pair, arrived: Arrived<'_>) -> (Result<(), MigrationError>, HashMap<(BlockId, u64), u64>) {
+    depart_with(pair, [("postcopy-ram", true), ("release-ram", false)], arrived)
+}
+
+fn depart_with(
+    pair: &Pair,
+    capabilities: [(&str, bool); 2],
+    arrived: Arrived<'_>,
+) -> (Result<(), MigrationError>, HashMap<(BlockId, u64), u64>) {
     let (a, b) = UnixStream::pair().unwrap();
-    let capabilities = Capabilities::default().with([("postcopy-ram", true)]).unwrap();
+    let capabilities = Capabilities::default().with(capabilities).unwrap();
     pair.job.set_capabilities(capabilities).unwrap();
     pair.job.begin().unwrap();
     pair.job.start_postcopy().unwrap();
@@ -89,6 +97,29 @@ fn the_rate_limit_of_postcopy_holds_for_what_nobody_waits_for() {
     // A window's worth may go at once.
     let least = Duration::from_secs_f64(bytes as f64 / LIMIT as f64).saturating_sub(Duration::from_millis(150));
     assert!(took > least, "{bytes} bytes in {took:?}");
+}
+
+#[test]
+fn a_source_gives_back_all_that_the_destination_has_and_each_page_once() {
+    for releases in [true, false] {
+        let pair = Pair::new(PAGES as usize);
+        // Some of it goes before the guest does.
+        pair.job.set_parameters(Parameters { max_bandwidth: 20 << 20, ..Parameters::default() });
+        let (result, later) = depart_with(&pair, [("postcopy-ram", true), ("release-ram", releases)], &|_| ());
+        result.unwrap();
+        assert!(later.len() > 100 && later.values().all(|times| *times == 1), "{} pages came later", later.len());
+        let mut released = std::mem::take(&mut *pair.source.released.lock().unwrap());
+        released.sort_by_key(|(block, bytes)| (*block, bytes.start));
+        let mut joined: Vec<(usize, std::ops::Range<u64>)> = Vec::new();
+        for (block, bytes) in released {
+            match joined.last_mut() {
+                Some((last, whole)) if *last == block && whole.end == bytes.start => whole.end = bytes.end,
+                _ => joined.push((block, bytes)),
+            }
+        }
+        let all = pair.source.ram().iter().map(|view| 0..view.memory.len() as u64).enumerate().collect();
+        assert_eq!(joined, if releases { all } else { Vec::new() });
+    }
 }
 
 #[test]
@@ -241,14 +272,16 @@ fn a_guest_whose_package_does_not_get_out_goes_on() {
     assert_eq!((pair.job.status(), pair.source.is_running()), (Status::Failed, true));
 }
 
-/// From 10.2 on a destination says when it has loaded the devices. One that fails before has never run the guest.
+/// From 10.2 on a destination says when it has loaded the devices. One that fails before has never run the guest, all of whose memory is
+/// still here, though some of it was sent and `release-ram` is on.
 #[test]
 fn a_guest_whose_devices_are_refused_goes_on() {
     let refuses = |release, loads| {
         let mut pair = Pair::new(PAGES as usize);
         pair.profile = Profile::new(release, "microvm");
         let (a, b) = UnixStream::pair().unwrap();
-        pair.job.set_capabilities(Capabilities::default().with([("postcopy-ram", true)]).unwrap()).unwrap();
+        let on = Capabilities::default().with([("postcopy-ram", true), ("release-ram", true)]).unwrap();
+        pair.job.set_capabilities(on).unwrap();
         pair.job.begin().unwrap();
         pair.job.start_postcopy().unwrap();
         let result = thread::scope(|scope| {
@@ -265,6 +298,17 @@ fn a_guest_whose_devices_are_refused_goes_on() {
                                 send(Message::Pong { value: 3 });
                                 send(Message::Pong { value: 0x42 });
                             }
+                            let mut pages = 0;
+                            while pages < 100 {
+                                match stream.next().unwrap().unwrap() {
+                                    Event::Ram(RamRecord::Page(_)) => {
+                                        stream.payload().read_exact(&mut [0; PAGE]).unwrap();
+                                        pages += 1;
+                                    }
+                                    Event::Ram(RamRecord::Zero(_)) => pages += 1,
+                                    _ => {}
+                                }
+                            }
                             send(Message::Shut { status: 1 });
                             // What is paused is not to wait for another connection.
                             job.give_up_recovery();
@@ -277,14 +321,17 @@ fn a_guest_whose_devices_are_refused_goes_on() {
             let main: Arc<dyn Channel> = Arc::new(Socket::Unix(a));
             migrate(&*pair.source, &main.into(), &pair.job, &pair.profile)
         });
-        (result, pair.source.is_running())
+        let keeps = pair.source.released.lock().unwrap().is_empty();
+        (result, pair.source.is_running(), keeps)
     };
-    let (result, runs) = refuses(QemuVersion::NEWEST, false);
+    let (result, runs, keeps) = refuses(QemuVersion::NEWEST, false);
     assert!(matches!(result, Err(MigrationError::PeerFailed { status: 1 })), "{result:?}");
-    assert!(runs, "the guest runs nowhere");
+    assert!(runs && keeps, "the guest runs nowhere, or without its memory");
     for (release, loads) in [(QemuVersion::NEWEST, true), (QemuVersion::new(10, 0), false)] {
-        let (result, runs) = refuses(release, loads);
+        let (result, runs, keeps) = refuses(release, loads);
         assert!(matches!(result, Err(MigrationError::PostcopyBroken { .. })), "{release}: {result:?}");
         assert!(!runs, "the guest may run at the destination of {release}");
+        // One that says nothing may have run it from the start.
+        assert!(loads || !keeps, "{release}");
     }
 }

@@ -2,7 +2,7 @@
 
 use super::{Action, Counts, Engine, Notice, Sent, Source, Wake, monotonic_now, write_all};
 use crate::{
-    ChannelName, GuestError, MigrationError, Silence,
+    ChannelName, GuestError, MigrationError, PAGE_SIZE, Silence,
     core::source::{Batch, BlockRange},
     page_file::Saving,
     pending::DeviceSize,
@@ -14,7 +14,7 @@ use qevm_savevm::{
     ram::{RamBlock, RamRecord},
 };
 use qevm_wire::PageGeometry;
-use std::{io, time::Duration};
+use std::{io, ops::Range, time::Duration};
 
 /// What the length of a block takes in front of its header in the file.
 const LENGTH_WORD: u64 = 8;
@@ -123,6 +123,7 @@ impl Engine<'_> {
                 self.job.attach(self.connections.all())?;
             }
             Action::UrgentPages(batch) => self.send_urgent(&batch, false)?,
+            Action::Release(ranges) => self.release(ranges),
             Action::EndPreempt => self.send_urgent(&Batch::default(), true)?,
             Action::SyncChannels => {
                 if let Some(pages) = self.pages {
@@ -211,6 +212,19 @@ impl Engine<'_> {
         let sent = self.ram.send(&*channel, stream, batch)?;
         self.core.sent(sent);
         Ok(())
+    }
+
+    /// Gives memory that the destination has back to the host.
+    fn release(&mut self, ranges: Vec<BlockRange>) {
+        let bytes = |pages: Range<u64>| pages.start * PAGE_SIZE..pages.end * PAGE_SIZE;
+        for BlockRange { block, pages } in ranges.into_iter().filter(|_| self.releases) {
+            if let Err(error) = self.guest.hooks().release(block, bytes(pages)) {
+                // Nothing else depends on it.
+                tracing::warn!("memory of the guest that has gone stays here until it is wholly there: {error}");
+                self.releases = false;
+                return;
+            }
+        }
     }
 
     fn reset(&mut self, ranges: Vec<BlockRange>) -> Result<(), MigrationError> {

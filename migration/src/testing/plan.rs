@@ -35,6 +35,8 @@ pub struct Plan {
     pub cancel: Option<Duration>,
     /// Capability `postcopy-ram`: the operator says `migrate-start-postcopy` after this time. (Without page channels, with a return path.)
     pub postcopy: Option<Duration>,
+    /// Capability `release-ram`: a postcopy that was interrupted does not go on then.
+    pub release: bool,
     /// What goes wrong on which link, at most one fault on each: 0 is the main channel, then come the page channels, and last the return
     /// path.
     pub faults: Vec<(usize, Fault)>,
@@ -69,6 +71,8 @@ pub enum Plant {
     Silent,
     /// The source takes what it has sent for received when it goes on with a postcopy.
     Assumes,
+    /// The source gives memory back to the host when it has sent it, whoever has the guest.
+    ReleasesEarly,
 }
 
 impl Plan {
@@ -109,8 +113,12 @@ impl Plan {
         }
         let qemu = QemuVersion::new(major, minor);
         let switchover_ack = random.once_in(4);
-        let recoveries =
+        let mut recoveries: Vec<_> =
             (0..postcopy.map_or(0, |_| random.below(4))).map(|_| Fault::of_recovery(&mut random, pages)).collect();
+        let release = random.once_in(4);
+        if release {
+            recoveries.clear();
+        }
         let plant = Plant::Nothing;
         Plan {
             seed,
@@ -127,6 +135,7 @@ impl Plan {
             pause,
             cancel,
             postcopy,
+            release,
             faults,
             recoveries,
             plant,

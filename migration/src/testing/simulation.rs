@@ -45,6 +45,9 @@ pub enum Violation {
         /// The pages; none of them if it is the device.
         pages: Vec<usize>,
     },
+    /// Memory was given back to the host that the source still needs.
+    #[error("the source has given back memory that it needs")]
+    Released,
     /// Too much lies in buffers.
     #[error("{bytes} bytes lie in a buffer")]
     Memory {
@@ -178,6 +181,9 @@ impl<'p> Simulation<'p> {
     fn check(&self) -> Result<(), Violation> {
         if self.source.runs && self.receiver.runs {
             return Err(Violation::TwoGuests);
+        }
+        if self.source.misses_memory() {
+            return Err(Violation::Released);
         }
         for (bytes, most) in [(self.receiver.most, MOST), (self.source.most, MOST_STREAM)] {
             if bytes > most {

@@ -10,7 +10,7 @@ use super::{
 };
 use crate::{
     Capabilities, DeviceSection, MigrationError, Parameters, ReturnPathError, SavedDevices, Status,
-    core::source::{Action, Answers, PageRoute, Reader, Sent, SourceCore, SourceOptions, Wake},
+    core::source::{Action, Answers, BlockRange, PageRoute, Reader, Sent, SourceCore, SourceOptions, Wake},
     multifd::Settings,
 };
 use qevm_returnpath::{Decoder, Event, Message};
@@ -40,6 +40,9 @@ pub(super) struct Source {
     pub(super) most: usize,
     /// The page whose content a flip on the main channel has struck.
     struck: Option<usize>,
+    /// Pages that were given back to the host, and whether one of them was needed after that.
+    released: Vec<bool>,
+    needed: bool,
     pages: PageSender,
     core: SourceCore,
     answers: Option<Answers>,
@@ -100,6 +103,7 @@ impl Source {
             switchover_ack: flow.is_some(),
             pause_before_switchover: plan.pause.is_some(),
             postcopy_ram: plan.postcopy.is_some(),
+            release_ram: plan.release,
             ..Capabilities::default()
         };
         let parameters = Parameters {
@@ -129,6 +133,8 @@ impl Source {
         };
         let names = BLOCKS.iter().map(|block| name(block)).collect::<Result<_, _>>()?;
         Ok(Source {
+            released: vec![false; memory.pages()],
+            needed: false,
             memory,
             work: 0,
             runs: true,
@@ -161,6 +167,11 @@ impl Source {
     /// The page whose content a flip on this link has struck.
     pub(super) fn struck(&self, link: usize) -> Option<usize> {
         link.checked_sub(1).map_or(self.struck, |channel| self.pages.struck(channel))
+    }
+
+    /// Whether memory was given back to the host that is needed here.
+    pub(super) fn misses_memory(&self) -> bool {
+        self.needed || (self.runs && self.released.contains(&true))
     }
 
     /// Whether there is nothing more to do.
@@ -369,8 +380,13 @@ impl Source {
                 for range in batch.resets {
                     self.memory.reset(range.block, range.pages);
                 }
+                self.needed |= pages.iter().any(|(block, page)| self.released[self.memory.index(*block, *page)]);
                 self.pages(pages, contents)?;
+                if self.plan.plant == Plant::ReleasesEarly {
+                    self.release(batch.runs);
+                }
             }
+            Action::Release(ranges) => self.release(ranges),
             Action::SyncChannels => {
                 self.pages.synchronise();
                 self.doing = Doing::Synchronising;
@@ -426,6 +442,13 @@ impl Source {
             _ => {}
         }
         Ok(())
+    }
+
+    fn release(&mut self, ranges: Vec<BlockRange>) {
+        for BlockRange { block, pages } in ranges {
+            let (first, end) = (self.memory.index(block, pages.start), self.memory.index(block, pages.end));
+            self.released[first..end].fill(true);
+        }
     }
 
     /// What was being done cannot be done.

@@ -134,6 +134,23 @@ fn pages_that_were_sent_and_have_not_come_are_found() {
     assert!(count > 20, "{count}");
 }
 
+/// A postcopy from a source that gives back what the destination has, whose connection may break.
+fn released(plant: Plant) -> impl Fn(u64) -> Plan {
+    move |seed| Plan {
+        release: true,
+        faults: vec![(0, Fault::Cut(20_000 + seed * 900))],
+        recoveries: Vec::new(),
+        ..interrupted(plant)(seed)
+    }
+}
+
+#[test]
+fn memory_that_is_given_back_too_early_is_found() {
+    assert_eq!(found(released(Plant::Nothing), |_| true), 0);
+    let count = found(released(Plant::ReleasesEarly), |violation| *violation == Violation::Released);
+    assert!(count > 20, "{count}");
+}
+
 /// A migration whose return path breaks somewhere.
 fn cut_off(plant: Plant, confirmed: bool) -> impl Fn(u64) -> Plan {
     move |seed| {

@@ -12,7 +12,7 @@ use qevm_migration::{
     SavedDevices,
 };
 use qevm_wire::{CountedString, Profile};
-use std::time::Duration;
+use std::{ops::Range, time::Duration};
 use vm_memory::VolatileSlice;
 
 impl Guest for Machine {
@@ -136,6 +136,10 @@ impl Hooks for Machine {
     fn limit_dirty_rate(&self, mib_per_second: Option<u64>, period: Duration) -> Result<(), GuestError> {
         self.set_dirty_limit_period(period);
         Ok(Machine::limit_dirty_rate(self, None, mib_per_second)?)
+    }
+
+    fn release(&self, block: usize, bytes: Range<u64>) -> Result<(), GuestError> {
+        Ok(self.memory().blocks().get(block).ok_or("no such RAM block")?.release(bytes)?)
     }
 }
 

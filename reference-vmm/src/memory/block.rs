@@ -200,15 +200,23 @@ impl RamBlock {
     /// # Errors
     /// [`Error::OutOfRange`], [`Error::Host`], and [`Error::Config`] for a private copy of a file.
     pub fn discard(&self, bytes: Range<u64>) -> Result<()> {
-        if bytes.start > bytes.end || bytes.end > self.max {
-            return Err(self.outside(bytes.start, bytes.end.saturating_sub(bytes.start)));
-        }
         if self.host.is_copy() {
             let why = format!(
                 "RAM block '{}' is a private copy of a file, whose pages show through: use share=on",
                 self.name
             );
             return Err(Error::Config(why));
+        }
+        self.release(bytes)
+    }
+
+    /// Gives these bytes of the block back to the host, whole pages of the host's, of which nobody needs what they hold.
+    ///
+    /// # Errors
+    /// [`Error::OutOfRange`] and [`Error::Host`].
+    pub fn release(&self, bytes: Range<u64>) -> Result<()> {
+        if bytes.start > bytes.end || bytes.end > self.max {
+            return Err(self.outside(bytes.start, bytes.end.saturating_sub(bytes.start)));
         }
         self.host
             .discard(bytes.start as usize..bytes.end as usize)

@@ -159,6 +159,10 @@ impl Hooks for Vmm {
         self.machine.hooks().limit_dirty_rate(mib_per_second, period)
     }
 
+    fn release(&self, block: usize, bytes: Range<u64>) -> Result<(), GuestError> {
+        self.machine.hooks().release(block, bytes)
+    }
+
     fn handed_over(&self) {
         let mut state = self.lock();
         state.run_state = RunState::Postmigrate;

@@ -2,7 +2,7 @@
 
 use super::{Vmm, legality};
 use qevm_migration::{
-    Address, Endpoint, Job, MigrationError, NoDescriptors, Outgoing, Refused, Statistics, Status, check_transport,
+    Address, Endpoint, Job, MigrationError, NoDescriptors, Outgoing, Refused, Statistics, check_transport,
     migrate,
 };
 use std::{sync::Arc, thread};
@@ -65,11 +65,9 @@ impl Vmm {
     /// Lets a postcopy that is paused go on to `address`, where the same destination waits for that (`migrate` with `resume`).
     ///
     /// # Errors
-    /// [`Refused::NoPausedMigration`]; and as [`migrate`](Self::migrate) for the address.
+    /// As [`Job::may_recover`] says; and as [`migrate`](Self::migrate) for the address.
     pub fn resume_migration(self: &Arc<Self>, address: &Address) -> Result<(), MigrationError> {
-        if self.outgoing.status() != Status::PostcopyPaused {
-            return Err(Refused::NoPausedMigration.into());
-        }
+        self.outgoing.may_recover()?;
         self.secure(&self.outgoing, Endpoint::Client)?;
         check_transport(address, &self.outgoing)?;
         let connections = self.way_out(address)?;

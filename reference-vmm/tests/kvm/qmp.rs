@@ -93,8 +93,8 @@ fn refuses_with_qemus_words() {
         refused("migrate-set-parameters", json!({ "downtime-limit": 2_000_001 })),
         "Option downtime-limit expects an integer in the range of 0 to (2000 * 1000) ms"
     );
-    let capability = json!({ "capabilities": [{ "capability": "release-ram", "state": true }] });
-    assert_eq!(refused("migrate-set-capabilities", capability), "capability 'release-ram' is not supported here");
+    let capability = json!({ "capabilities": [{ "capability": "rdma-pin-all", "state": true }] });
+    assert_eq!(refused("migrate-set-capabilities", capability), "capability 'rdma-pin-all' is not supported here");
     assert_eq!(
         refused("migrate-continue", json!({ "state": "pre-switchover" })),
         "Migration not in expected state: none"

@@ -71,13 +71,14 @@ type Lead = fn(&mut Tour<'_>) -> Result<()>;
 /// Leads both through the states, and tells how many replies were compared. The differences are added to `differences`.
 pub(super) fn compare(root: &Root, program: &Monitor, scratch: &Path, differences: &mut Vec<String>) -> Result<usize> {
     let mut replies = 0;
-    let tours: [(&str, &[&str], Lead); 6] = [
+    let tours: [(&str, &[&str], Lead); 7] = [
         ("running", &[], running),
         ("prelaunch", &["-S"], prelaunch),
         ("incoming", &["--incoming", "defer"], incoming),
         ("postcopy-device", &[], postcopy_device),
         ("postcopy-active", &[], postcopy_active),
         ("postcopy-paused", &[], postcopy_paused),
+        ("release-ram", &[], release_ram),
     ];
     for (name, more, lead) in tours {
         let start = |name: &str, more: &[&str]| start(root, program, scratch, name, more);
@@ -332,6 +333,20 @@ fn postcopy_paused(tour: &mut Tour<'_>) -> Result<()> {
     tour.ask("finish-migrate", Some(recovers), &[EVERYWHERE, RESUME, REFUSED, HANDED_OVER, CANCEL])?;
     tour.tell_both("migrate-pause", Value::Null)?;
     paused(tour)
+}
+
+/// What was lost with the connection is no longer there.
+fn release_ram(tour: &mut Tour<'_>) -> Result<()> {
+    tour.capabilities(&[("postcopy-ram", true), ("release-ram", true)])?;
+    tour.tell_both("migrate-set-parameters", json!({ "max-postcopy-bandwidth": 2000 }))?;
+    leave(tour, &[&FIRST_PINGS[..], &[2, 3, 0x42, 4]].concat(), Status::PostcopyActive)?;
+    tour.tell_both("migrate-pause", Value::Null)?;
+    tour.wait_for("finish-migrate", Some("postcopy-paused"))?;
+    let resume: &[_] = &[
+        ("migrate", r#"{"uri":"unix:/nonexistent/nobody","resume":true}"#),
+        ("migrate-set-capabilities", r#"{"capabilities":[{"capability":"release-ram","state":false}]}"#),
+    ];
+    tour.ask("finish-migrate", Some("postcopy-paused"), &[EVERYWHERE, RESUME, resume, HANDED_OVER, CANCEL, EVERYWHERE])
 }
 
 fn depart(tour: &mut Tour<'_>, answered: &[u32], status: Status) -> Result<()> {

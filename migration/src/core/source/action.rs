@@ -86,6 +86,8 @@ pub enum Action {
     /// Send these pages, which the guest waits for, on the preempt channel ([`preempt_writer`](qevm_savevm::StreamWriter::preempt_writer) has the
     /// records): [`sent`](super::SourceCore::sent).
     UrgentPages(Batch),
+    /// Give the memory of these pages back to the host: the destination has them and the guest (capability `release-ram`).
+    Release(Vec<BlockRange>),
     /// Send EOS on the preempt channel: nothing more comes there.
     EndPreempt,
     /// Send all pages that are queued for page channels and a SYNC packet on each: [`sent`](super::SourceCore::sent).

@@ -234,8 +234,8 @@ impl SourceCore {
     /// What follows a failure that nobody explains any further.
     fn after(&self, error: MigrationError) -> Phase {
         match error {
-            // One of this crate says so only before it runs the guest.
-            MigrationError::PeerFailed { .. } if self.agreed => Phase::BackOut { error, back: None },
+            // One of this crate says so only before it runs the guest. What was given back to the host is gone all the same.
+            MigrationError::PeerFailed { .. } if self.agreed && !self.releases => Phase::BackOut { error, back: None },
             // A QEMU that has not said that it has loaded the devices does not run the guest after it has failed. A connection that is lost
             // says nothing of the kind.
             MigrationError::PeerFailed { .. } if self.departed && !self.package_loaded => {

@@ -4,7 +4,7 @@
 //! that, never again. A connection that is lost then is replaced by another (`recovery`).
 
 use super::{
-    Action, Answers, Batch, PageRoute, RAM_SECTION, Reader, SourceCore, Wake, idstr,
+    Action, Answers, Batch, BlockRange, PageRoute, RAM_SECTION, Reader, SourceCore, Wake, idstr,
     phase::{Phase, Postcopy},
 };
 use crate::core::answers::PACKAGE_LOADED;
@@ -94,6 +94,11 @@ impl SourceCore {
             if self.package_loaded && !self.is_active {
                 self.is_active = true;
                 self.do_next(Action::Status(Status::PostcopyActive));
+                if self.options.capabilities.release_ram {
+                    // Not before: a destination that fails to load the devices gives the guest back.
+                    self.releases = true;
+                    self.do_next(Action::Release(self.sweep.gone().collect()));
+                }
                 self.phase = Phase::Postcopy(step);
                 return Ok(());
             }
@@ -173,7 +178,8 @@ impl SourceCore {
         }
         let batch = match requested {
             Some(run) if self.preempt.0 => {
-                self.do_next(Action::UrgentPages(Batch { resets: Vec::new(), runs: vec![run] }));
+                self.do_next(Action::UrgentPages(Batch { resets: Vec::new(), runs: vec![run.clone()] }));
+                self.release(vec![run]);
                 return Ok(Postcopy::Serve);
             }
             Some(run) => Batch { resets: Vec::new(), runs: vec![run] },
@@ -207,8 +213,17 @@ impl SourceCore {
             }
         };
         self.stream.section_part(RAM_SECTION)?;
+        let runs = batch.runs.clone();
         self.do_next(Action::Pages(batch));
+        self.release(runs);
         Ok(Postcopy::Sent)
+    }
+
+    /// These pages were sent.
+    fn release(&mut self, runs: Vec<BlockRange>) {
+        if self.releases {
+            self.do_next(Action::Release(runs));
+        }
     }
 
     /// The next few pages, or one that is huge: the destination has it when all of it has come, one part after the other.
@@ -238,7 +253,7 @@ impl SourceCore {
         let runs: Vec<_> = self.sweep.runs().collect();
         for of_block in runs.chunk_by(|a, b| a.block == b.block) {
             for some in of_block.chunks(RamDiscard::MAX_RANGES_WRITTEN) {
-                let range = |run: &super::BlockRange| DiscardRange {
+                let range = |run: &BlockRange| DiscardRange {
                     start: run.pages.start * PAGE_SIZE,
                     len: (run.pages.end - run.pages.start) * PAGE_SIZE,
                 };

@@ -21,10 +21,13 @@ impl SourceCore {
     /// comes back on it is for `answers`, which forgets what came on the one before.
     ///
     /// # Errors
-    /// No other connection is waited for, and this one is of no use.
+    /// No other connection is waited for, or what was lost on the one before is no longer here; this one is of no use.
     pub fn reconnected(&mut self, answers: &mut Answers) -> Result<(), MigrationError> {
         if !matches!(self.phase, Phase::Postcopy(Postcopy::Paused(_))) {
             return Err(crate::Refused::NoPausedMigration.into());
+        }
+        if self.releases {
+            return Err(crate::Refused::MemoryReleased.into());
         }
         answers.reconnected(self.request_blocks()?);
         self.stream = self.stream.recovery();

@@ -1,0 +1,92 @@
+//! Memory that a source gives back to its host when the guest runs at the destination (capability `release-ram`).
+
+use std::fs;
+
+use anyhow::{Context, Result, ensure};
+use serde_json::Map;
+
+use super::party::Party;
+use super::table::{PEERS, plain};
+use super::{Cut, Departure, Journey, Link, Load, Outage, Stop};
+use crate::scenario::Accel;
+
+const MIB: u64 = 1 << 20;
+/// What a guest of [`Load::default`] writes to again and again: all of it is given back.
+const WRITTEN: u64 = 16 * MIB;
+/// What a monitor may let go of besides.
+const SLACK: u64 = 8 * MIB;
+
+/// Bytes of memory that the host holds for a monitor.
+pub(super) fn resident(party: &mut Party) -> Result<u64> {
+    let path = format!("/proc/{}/smaps_rollup", party.monitor().pid());
+    let text = fs::read_to_string(&path).with_context(|| format!("reading {path}"))?;
+    let kib = text.lines().find_map(|line| line.strip_prefix("Rss:")?.trim().strip_suffix(" kB")?.parse::<u64>().ok());
+    Ok(kib.context("smaps_rollup has no Rss")? << 10)
+}
+
+/// That the source, which held `before` bytes when its guest began to leave before its memory, has given that back where it is to, and
+/// nowhere else.
+pub(super) fn judge(capabilities: &[&str], before: u64, here: &mut Party) -> Result<()> {
+    let (after, releases) = (resident(here)?, capabilities.contains(&"release-ram"));
+    let holds = if releases { after + WRITTEN <= before } else { after + SLACK > before };
+    ensure!(holds, "the source held {before} bytes before and {after} after, and release-ram is {releases}");
+    Ok(())
+}
+
+/// Each release in both directions, and reference-vmm with itself.
+pub(super) fn journeys() -> Vec<Journey> {
+    let mut parameters = Map::new();
+    parameters.insert("max-postcopy-bandwidth".into(), (32 << 20).into());
+    let reference = Stop::Reference;
+    let peers = PEERS.map(|suite| Stop::Qemu(suite, Accel::Kvm));
+    let new = peers[2];
+    let ways = peers.into_iter().flat_map(|qemu| [[reference, qemu], [qemu, reference]]).chain([[reference; 2]]);
+    let mut journeys = Vec::new();
+    for stops in ways {
+        for (with, link) in [("release-ram", Link::Unix), ("release-ram+preempt", Link::Tcp)] {
+            let mut capabilities = vec!["postcopy-ram", "release-ram"];
+            if with.ends_with("preempt") {
+                capabilities.push("postcopy-preempt");
+            }
+            journeys.push(Journey {
+                name: format!("{}>{}/postcopy/{with}", stops[0], stops[1]),
+                stops: stops.into(),
+                link,
+                capabilities,
+                parameters: parameters.clone(),
+                // Some of it goes before the guest, and is given back when that runs.
+                postcopy: Some(Departure::AfterPass),
+                load: Load { downtime_limit: 1, ..Load::default() },
+                quick: stops == [reference, new] && link == Link::Tcp,
+                ..plain()
+            });
+        }
+    }
+    journeys
+}
+
+/// A guest whose migration fails before it goes has all of its memory, and then goes.
+pub(super) fn outages() -> Vec<Outage> {
+    let [old, _, new] = PEERS.map(|suite| Stop::Qemu(suite, Accel::Kvm));
+    let reference = Stop::Reference;
+    let outage = |stops: [Stop; 2]| {
+        let cuts = vec![
+            Cut::After(40),
+            Cut::After(1 << 20),
+            Cut::After(17 << 20),
+            Cut::Behind("timer", 30),
+            Cut::Behind("globalstate", 20),
+            Cut::Back(3),
+        ];
+        let journey = Journey {
+            name: format!("{}>{}/cut/release-ram", stops[0], stops[1]),
+            stops: stops.into(),
+            capabilities: vec!["return-path", "postcopy-ram", "release-ram"],
+            postcopy: Some(Departure::AtOnce),
+            quick: stops == [reference, new],
+            ..plain()
+        };
+        Outage { journey, cuts }
+    };
+    [[reference, old], [reference, new], [reference; 2], [new, reference]].map(outage).into()
+}
