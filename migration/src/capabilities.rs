@@ -95,9 +95,18 @@ pub enum BadCapability {
     /// One that needs answers, over something that has only one direction: a file or a pipe.
     #[error("capability '{0}' needs a transport with both directions, and this one has one")]
     OneWay(&'static str),
-    /// Two that QEMU has together and this monitor has not.
-    #[error("capabilities '{0}' and '{1}' are not supported together here")]
-    NotTogether(&'static str, &'static str),
+    /// A release takes two of them together, and its destination does not get over it.
+    #[error(
+        "'{}' and '{}' together need QEMU 10.1 or later at the destination, and this is {qemu}: turn one of them off",
+        .capabilities[0],
+        .capabilities[1]
+    )]
+    TooOld {
+        /// The capabilities.
+        capabilities: [&'static str; 2],
+        /// The release.
+        qemu: QemuVersion,
+    },
     /// QEMU refuses it, too: it does not go with another one, with a parameter or with the state of the machine.
     #[error(transparent)]
     Rejected(#[from] Rejection),
@@ -143,10 +152,35 @@ impl Capabilities {
         }
         match unsupported {
             Some(name) => Err(BadCapability::Unsupported(name)),
-            None if changed.postcopy_ram && changed.multifd && !lazy => {
-                Err(BadCapability::NotTogether("postcopy-ram", "multifd"))
-            }
             None => Ok(changed),
+        }
+    }
+
+    /// Whether the other end may be of this release: before 10.1 no guest goes before its memory that had page channels.
+    ///
+    /// # Errors
+    /// [`BadCapability::Rejected`] for what the release refuses itself, in its words; [`BadCapability::TooOld`] for what it takes and a
+    /// destination of it does not get over.
+    ///
+    /// ```
+    /// use qevm_migration::Capabilities;
+    /// use qevm_wire::QemuVersion;
+    ///
+    /// let both = Capabilities::default().with([("postcopy-ram", true), ("multifd", true)])?;
+    /// assert!(both.suit(QemuVersion::new(11, 1)).is_ok());
+    /// let refused = both.suit(QemuVersion::new(10, 0)).unwrap_err();
+    /// assert_eq!(refused.to_string(), "Postcopy is not yet compatible with multifd");
+    /// # Ok::<(), qevm_migration::BadCapability>(())
+    /// ```
+    pub fn suit(self, qemu: QemuVersion) -> Result<(), BadCapability> {
+        if !self.postcopy_ram || !self.multifd || self.mapped_ram {
+            return Ok(());
+        }
+        check([Capability::PostcopyRam, Capability::Multifd].into_iter().collect(), &Context::new(qemu))?;
+        // 7.2 aborts (`yank_unregister_instance: Assertion ... failed`), 5.2 waits for the page channels after every section.
+        match qemu < QemuVersion::new(8, 0) {
+            true => Err(BadCapability::TooOld { capabilities: ["postcopy-ram", "multifd"], qemu }),
+            false => Ok(()),
         }
     }
 
@@ -234,11 +268,10 @@ mod tests {
     }
 
     #[test]
-    fn postcopy_ram_goes_with_mapped_ram_and_not_with_multifd_alone() {
+    fn postcopy_ram_goes_with_mapped_ram_and_with_multifd() {
         let off = Capabilities::default();
         let postcopy = off.with([("postcopy-ram", true)]).unwrap();
-        let with_channels = postcopy.with([("multifd", true)]);
-        assert_eq!(with_channels, Err(BadCapability::NotTogether("postcopy-ram", "multifd")));
+        let with_channels = postcopy.with([("multifd", true)]).unwrap();
         let refused = postcopy.with([("x-ignore-shared", true)]).unwrap_err();
         assert_eq!(refused.to_string(), "Postcopy is not compatible with ignore-shared");
         let mapped = off.with([("mapped-ram", true)]).unwrap();
@@ -250,13 +283,25 @@ mod tests {
         );
         assert_eq!(lazy.with([("mapped-ram", false)]), Ok(postcopy));
         let with_threads = lazy.with([("multifd", true)]).unwrap();
-        let with_channels = with_threads.with([("mapped-ram", false)]);
-        assert_eq!(with_channels, Err(BadCapability::NotTogether("postcopy-ram", "multifd")));
+        assert_eq!(with_threads.with([("mapped-ram", false)]), Ok(with_channels));
         assert_eq!(lazy.with([("postcopy-ram", false)]), Ok(mapped));
         // The rules of each hold for both.
         let refused = |on: &str| lazy.with([(on, true)]).unwrap_err().to_string();
         assert_eq!(refused("x-ignore-shared"), "Postcopy is not compatible with ignore-shared");
         assert_eq!(refused("xbzrle"), "Mapped-ram migration is incompatible with xbzrle");
+    }
+
+    #[test]
+    fn a_release_that_does_not_bear_postcopy_with_page_channels_is_known() {
+        let both = Capabilities::default().with([("postcopy-ram", true), ("multifd", true)]).unwrap();
+        let suits = |major, minor| both.suit(QemuVersion::new(major, minor)).map_err(|refused| refused.to_string());
+        assert_eq!([suits(11, 1), suits(10, 1)], [Ok(()), Ok(())]);
+        assert_eq!(suits(10, 0), Err("Postcopy is not yet compatible with multifd".into()));
+        for old in [(5, 2), (7, 2)] {
+            assert!(suits(old.0, old.1).unwrap_err().contains("need QEMU 10.1 or later at the destination"));
+        }
+        let file = both.with([("mapped-ram", true)]).unwrap();
+        assert_eq!(file.suit(QemuVersion::new(10, 0)), Ok(()));
     }
 
     #[test]

@@ -64,7 +64,8 @@ pub struct Outgoing {
 }
 
 impl Outgoing {
-    /// Connects to a destination, with as many page channels as `job` has settings for, or opens what else the guest goes to.
+    /// Connects to a destination, with as many page channels as `job` has settings for, or opens what else the guest goes to. A postcopy that
+    /// was interrupted goes on without page channels.
     ///
     /// # Errors
     /// [`MigrationError::Connect`] with the system's reason, or at once when `job` is cancelled meanwhile;
@@ -75,7 +76,8 @@ impl Outgoing {
         let failed = |source| MigrationError::Open { address: address.clone(), source };
         match address {
             Address::Tcp { .. } | Address::Unix(_) | Address::Abstract { .. } => {
-                let channels = if job.capabilities().multifd { job.parameters().multifd_channels } else { 0 };
+                let wanted = job.capabilities().multifd && !job.status().is_postcopy();
+                let channels = if wanted { job.parameters().multifd_channels } else { 0 };
                 connect(address, job, Names::Pages(channels))
             }
             Address::Nbd { .. } => {

@@ -45,6 +45,11 @@ pub fn migrate(guest: &dyn Guest, connections: &Outgoing, job: &Job, profile: &P
     let start = Instant::now();
     let connections = &connections.clone().watched(job).inspect_err(|error| job.end(Some(error)))?;
     let (capabilities, parameters) = (job.capabilities(), job.parameters());
+    if let Err(bad) = capabilities.suit(profile.qemu) {
+        let error = bad.into();
+        job.end(Some(&error));
+        return Err(error);
+    }
     let saving = connections.file.clone().map(|file| {
         // Without page channels of its own nobody else looks for zero pages, as on a connection.
         let holes = !capabilities.multifd || parameters.zero_page_detection != ZeroPageDetection::None;
@@ -181,6 +186,7 @@ struct Engine<'e> {
     return_path: Option<Arc<ReturnPath>>,
     /// Reads the return path.
     listener: Option<JoinHandle<()>>,
+    /// Where pages go that do not go on the main channel.
     pages: Option<&'e PageChannels<'e>>,
     /// The pages have places in a file.
     saving: Option<&'e Saving>,

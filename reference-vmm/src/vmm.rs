@@ -253,6 +253,10 @@ impl Vmm {
             let both = [Capability::MappedRam, Capability::PostcopyRam].into_iter().collect();
             check(both, &context).map_err(BadCapability::from)?;
         }
+        if let Err(BadCapability::Rejected(rejection)) = capabilities.suit(self.profile().qemu) {
+            // The release at the other end refuses them at this moment.
+            return Err(BadCapability::from(rejection).into());
+        }
         let postcopy = capabilities.postcopy_ram && !self.outgoing.capabilities().postcopy_ram;
         if postcopy
             && self.run_state() == RunState::Inmigrate

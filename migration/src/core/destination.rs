@@ -90,6 +90,7 @@ impl Destination {
                 mapped_ram: options.mapped_ram,
                 answers: options.answers,
                 page_channels: options.page_channels,
+                flushes: false,
                 gate,
                 switchover_ack: options.switchover_ack.is_some(),
                 iterative: Iterative::new(&options.devices),
@@ -353,7 +354,7 @@ impl Destination {
             // Not every release's stream tells that its pages went elsewhere.
             return Err(self.refuse(LoadError::MultifdOff));
         }
-        match self.options.page_channels {
+        match self.options.page_channels && !self.loader.postcopy.listens {
             true => self.phase = Phase::EndOfMemory,
             false => self.memory_is_complete()?,
         }

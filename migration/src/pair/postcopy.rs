@@ -282,6 +282,8 @@ fn a_guest_whose_devices_are_refused_goes_on() {
         let (a, b) = UnixStream::pair().unwrap();
         let on = Capabilities::default().with([("postcopy-ram", true), ("release-ram", true)]).unwrap();
         pair.job.set_capabilities(on).unwrap();
+        // Most of it comes later.
+        pair.job.set_parameters(Parameters { max_bandwidth: 1 << 20, ..Parameters::default() });
         pair.job.begin().unwrap();
         pair.job.start_postcopy().unwrap();
         let result = thread::scope(|scope| {

@@ -96,8 +96,6 @@ impl Stream {
                     drop(core);
                     self.shared.resumed();
                 }
-                // The page channels have had nothing to carry since the guest stopped.
-                Action::Synchronise(_) | Action::EndOfMemory => core.synchronised(Ok(()))?,
                 Action::AwaitStart => {
                     let waited = self.started.wait(core);
                     drop(waited.unwrap_or_else(PoisonError::into_inner));

@@ -125,6 +125,7 @@ impl Engine<'_> {
             Action::UrgentPages(batch) => self.send_urgent(&batch, false)?,
             Action::Release(ranges) => self.release(ranges),
             Action::EndPreempt => self.send_urgent(&Batch::default(), true)?,
+            Action::LeaveChannels => self.pages = None,
             Action::SyncChannels => {
                 if let Some(pages) = self.pages {
                     pages.queue.synchronise()?;

@@ -33,7 +33,7 @@ pub struct Plan {
     pub pause: Option<Duration>,
     /// When the operator cancels.
     pub cancel: Option<Duration>,
-    /// Capability `postcopy-ram`: the operator says `migrate-start-postcopy` after this time. (Without page channels, with a return path.)
+    /// Capability `postcopy-ram`: the operator says `migrate-start-postcopy` after this time. (With a return path, and page channels only to 11.1.)
     pub postcopy: Option<Duration>,
     /// Capability `release-ram`: a postcopy that was interrupted does not go on then.
     pub release: bool,
@@ -98,7 +98,8 @@ impl Plan {
             let most = [5000, 100_000, 3_000_000][random.below(3) as usize];
             Duration::from_micros(random.below(most))
         });
-        let possible = channels == 0 && return_path && random.once_in(3);
+        // Before 10.1 page channels do not go with postcopy.
+        let possible = return_path && random.once_in(3) && (channels == 0 || major > 10);
         let postcopy = possible.then(|| {
             let most = [3000, 600_000][random.below(2) as usize];
             Duration::from_micros(random.below(most))

@@ -40,6 +40,8 @@ pub(super) struct Source {
     pub(super) most: usize,
     /// The page whose content a flip on the main channel has struck.
     struck: Option<usize>,
+    /// Page channels that are used.
+    channels: u8,
     /// Pages that were given back to the host, and whether one of them was needed after that.
     released: Vec<bool>,
     needed: bool,
@@ -135,6 +137,7 @@ impl Source {
         Ok(Source {
             released: vec![false; memory.pages()],
             needed: false,
+            channels: plan.channels,
             memory,
             work: 0,
             runs: true,
@@ -187,7 +190,7 @@ impl Source {
             Doing::Sending(_) if links[0].has_room() => true,
             Doing::Pushing(_) if self.pages.has_room() || self.pages.broken => true,
             Doing::Synchronising if self.pages.is_synchronised() || self.pages.broken => true,
-            _ => self.pages.is_busy(&links[1..]),
+            _ => self.channels > 0 && self.pages.is_busy(&links[1..]),
         }
     }
 
@@ -210,7 +213,7 @@ impl Source {
         self.listen(now, links, back);
         self.obey(now, links, back);
         for _ in 0..=self.random.below(8) {
-            if self.plan.channels > 0 {
+            if self.channels > 0 {
                 self.pages.step(now, &mut links[1..], &self.memory, &mut self.random)?;
             }
             self.go_on(now, links, back)?;
@@ -347,7 +350,7 @@ impl Source {
             }
             doing => self.doing = doing,
         }
-        if self.plan.channels > 0 {
+        if self.channels > 0 {
             self.core.sent(self.pages.take_sent());
         }
         Ok(())
@@ -387,6 +390,7 @@ impl Source {
                 }
             }
             Action::Release(ranges) => self.release(ranges),
+            Action::LeaveChannels => self.channels = 0,
             Action::SyncChannels => {
                 self.pages.synchronise();
                 self.doing = Doing::Synchronising;

@@ -54,6 +54,7 @@ fn quiet(plant: Plant, channels: u8) -> impl Fn(u64) -> Plan {
             channels,
             return_path,
             postcopy: None,
+            release: false,
             faults: Vec::new(),
             cancel: None,
             pause: None,

@@ -2,8 +2,7 @@
 
 use super::{Vmm, legality};
 use qevm_migration::{
-    Address, Endpoint, Job, MigrationError, NoDescriptors, Outgoing, Refused, Statistics, check_transport,
-    migrate,
+    Address, Endpoint, Job, MigrationError, NoDescriptors, Outgoing, Refused, Statistics, check_transport, migrate,
 };
 use std::{sync::Arc, thread};
 
@@ -25,13 +24,14 @@ impl Vmm {
     /// # Errors
     /// [`MigrationError::Refused`] for [`Refused::Blocked`] and as [`legality::MIGRATE`] says;
     /// [`MigrationError::Tls`] for credentials that are not there; [`MigrationError::Capability`] for capabilities that do not go with the
-    /// transport; and for what is no socket, what [`Outgoing::open`] says.
+    /// transport, or with the release at the other end; and for what is no socket, what [`Outgoing::open`] says.
     pub fn migrate(self: &Arc<Self>, address: Address) -> Result<(), MigrationError> {
         legality::check(legality::MIGRATE, &self.situation())?;
         if let Some(reason) = self.blockers().into_iter().next() {
             return Err(Refused::Blocked(reason).into());
         }
         self.check_devices()?;
+        self.outgoing.capabilities().suit(self.profile().qemu)?;
         self.secure(&self.outgoing, Endpoint::Client)?;
         check_transport(&address, &self.outgoing)?;
         // Once more, for the migration before may have ended meanwhile, with the guest gone.

@@ -38,6 +38,8 @@ pub(super) struct Loader {
     pub(super) answers: bool,
     /// There are page channels.
     pub(super) page_channels: bool,
+    /// The source says when they synchronise.
+    pub(super) flushes: bool,
     /// Says when to agree to the switchover,
     pub(super) gate: DestinationGate,
     /// where the capability is on.
@@ -159,10 +161,23 @@ impl Loader {
                 self.has_pages = true;
                 Ok(Then::Do(Action::Difference { page, data }))
             }
+            // The page channels have had nothing to carry since the guest stopped.
+            RamRecord::EndOfSection if self.postcopy.listens => Ok(Then::Do(Action::Continue)),
+            RamRecord::MultifdFlush if self.postcopy.listens => {
+                Err(LoadError::Unsupported("a flush of page channels after POSTCOPY_LISTEN".into()))
+            }
             RamRecord::MultifdFlush => match self.page_channels {
-                true => Ok(Then::Ask(Phase::Synchronising(Mark::Flush))),
+                true => {
+                    self.flushes = true;
+                    Ok(Then::Ask(Phase::Synchronising(Mark::Flush)))
+                }
                 false => Err(LoadError::MultifdOff),
             },
+            // It goes on writing to its page channels when it sends nothing there any more, and waits for that to be taken.
+            RamRecord::EndOfSection if self.page_channels && !self.flushes && self.postcopy.advised => {
+                let why = "capabilities 'postcopy-ram' and 'multifd' from a QEMU before 10.1 (turn one of them off at the source)";
+                Err(LoadError::Unsupported(why.into()))
+            }
             RamRecord::EndOfSection => match self.page_channels {
                 true => Ok(Then::Ask(Phase::Synchronising(Mark::Eos))),
                 false => Ok(Then::Do(Action::Continue)),

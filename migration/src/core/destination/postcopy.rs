@@ -19,7 +19,8 @@ pub(super) struct Postcopy {
     page_sizes: u64,
     /// Lengths of the listed blocks in bytes.
     pub(super) lengths: Vec<u64>,
-    advised: bool,
+    /// The source may let the guest go before its memory.
+    pub(super) advised: bool,
     /// The guest runs here, or is about to.
     pub(super) runs: bool,
     /// Pages are missing until they are placed.

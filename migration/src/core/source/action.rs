@@ -90,6 +90,8 @@ pub enum Action {
     Release(Vec<BlockRange>),
     /// Send EOS on the preempt channel: nothing more comes there.
     EndPreempt,
+    /// From here on send pages on the main channel; the page channels stay open, and carry nothing more.
+    LeaveChannels,
     /// Send all pages that are queued for page channels and a SYNC packet on each: [`sent`](super::SourceCore::sent).
     SyncChannels,
     /// Write to the file which pages are there: [`sent`](super::SourceCore::sent).

@@ -9,6 +9,7 @@ use super::{
 };
 use crate::core::answers::PACKAGE_LOADED;
 use crate::{MigrationError, PAGE_SIZE, Refused, ReturnPathError, SavedDevices, Status};
+use qevm_multifd::SourceSync;
 use qevm_returnpath::requests::{RequestBlock, RequestBlocks};
 use qevm_savevm::{
     command::{Command, DiscardRange, RamDiscard},
@@ -29,14 +30,14 @@ impl SourceCore {
     /// are there.
     ///
     /// # Errors
-    /// [`Refused::PostcopyOff`] without capability `postcopy-ram`; [`Refused::Blocked`] if pages do not travel on the main channel, nobody can ask
+    /// [`Refused::PostcopyOff`] without capability `postcopy-ram`; [`Refused::Blocked`] if pages go to a file, nobody can ask
     /// for them, or a device sends its state in parts.
     pub fn start_postcopy(&mut self) -> Result<(), Refused> {
         if !self.options.capabilities.postcopy_ram {
             return Err(Refused::PostcopyOff);
         }
-        if self.options.route != PageRoute::Main {
-            return Err(Refused::Blocked("Postcopy needs guest memory on the main channel".into()));
+        if matches!(self.options.route, PageRoute::File | PageRoute::FileByThreads) {
+            return Err(Refused::Blocked("Postcopy needs a destination that takes guest memory".into()));
         }
         if self.options.reader == Reader::Nobody {
             return Err(Refused::Blocked("Postcopy needs a destination that asks for pages".into()));
@@ -112,6 +113,7 @@ impl SourceCore {
             }
             Postcopy::Committing { devices, committed } => {
                 committed.unwrap_or(Ok(()))?;
+                self.leave_channels()?;
                 if self.options.profile.switchover_start {
                     self.stream.command(Command::SwitchoverStart)?;
                 }
@@ -163,6 +165,18 @@ impl SourceCore {
     pub(super) fn note_package(&mut self, answers: &Answers) {
         self.package_loaded |=
             self.departed && (answers.package_loaded() || !self.options.profile.postcopy_package_ping);
+    }
+
+    /// What page channels carry has to be there before any of it is called old. They are not used again (10.1 to 11.1).
+    fn leave_channels(&mut self) -> Result<(), MigrationError> {
+        if self.options.route == PageRoute::Channels {
+            self.stream.section_part(RAM_SECTION)?;
+            self.synchronise(SourceSync::before_postcopy)?;
+            self.stream.footer()?;
+            self.do_next(Action::LeaveChannels);
+            self.options.route = PageRoute::Main;
+        }
+        Ok(())
     }
 
     /// Sends pages: one that the guest waits for, or else the next few.
@@ -248,7 +262,6 @@ impl SourceCore {
 
     /// What the destination has of these pages is old, or nothing.
     fn discard(&mut self) -> Result<(), MigrationError> {
-        debug_assert_eq!(self.options.route, PageRoute::Main);
         self.widen();
         let runs: Vec<_> = self.sweep.runs().collect();
         for of_block in runs.chunk_by(|a, b| a.block == b.block) {

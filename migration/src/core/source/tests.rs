@@ -399,10 +399,11 @@ fn postcopy_is_refused_where_it_cannot_be() {
         SourceCore::new(options, Parameters::default()).start_postcopy()
     };
     assert_eq!(options(|_| ()), Ok(()));
+    assert_eq!(options(|options| options.route = PageRoute::Channels), Ok(()));
     assert_eq!(options(|options| options.capabilities.postcopy_ram = false), Err(Refused::PostcopyOff));
     for change in [
-        (|options| options.route = PageRoute::Channels) as fn(&mut SourceOptions),
-        |options| options.route = PageRoute::File,
+        (|options| options.route = PageRoute::File) as fn(&mut SourceOptions),
+        |options| options.route = PageRoute::FileByThreads,
         |options| {
             let idstr = idstr("0000:00:01.0/vfio").unwrap();
             options.devices = vec![DeviceOptions::new(idstr)];

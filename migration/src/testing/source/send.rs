@@ -42,7 +42,7 @@ impl Source {
         contents: Vec<Option<Vec<u8>>>,
     ) -> Result<(), MigrationError> {
         let is_zero = |block, page| self.memory.page(self.memory.index(block, page)).iter().all(|byte| *byte == 0);
-        if self.plan.channels == 0 {
+        if self.channels == 0 {
             self.batch.extend(pages.into_iter().zip(contents).map(|((block, number), content)| {
                 let zero = is_zero(block, number) && content.is_none();
                 Page { block, number, zero, content }
