@@ -46,6 +46,23 @@ fn reference_vmm_answers_as_qemu_does() {
 }
 
 #[test]
+fn what_another_release_refuses_is_refused_for_its_sake() {
+    const NAME: &str = "qmp dialogue of releases";
+    if let Err(why) = kvm() {
+        return skipped(NAME, REQUIRE_KVM, &why);
+    }
+    let scratch = tempfile::tempdir().unwrap();
+    for suite in Suite::ALL {
+        let root = match Root::install(suite) {
+            Ok(root) => root,
+            Err(why) => return skipped(NAME, REQUIRE_QEMU, &format!("{why:#}")),
+        };
+        let (differences, replies) = dialogue::releases::compare(&root, &program(), scratch.path()).unwrap();
+        assert_eq!((replies, differences), (14, Vec::<String>::new()));
+    }
+}
+
+#[test]
 fn qemus_python_package_drives_reference_vmm() {
     const NAME: &str = "qmp python client";
     if let Err(why) = kvm() {

@@ -6,7 +6,7 @@ use anyhow::{Context, Result};
 use reference_vmm::payload::Progress;
 use serde_json::{Map, Value, json};
 
-use super::table::channels_of;
+use super::rows::channels_of;
 use super::{Account, Journey, Link, Load, Moment, Monitor, Stage, Stop};
 use crate::roots::{Root, Suite};
 use crate::scenario::Accel;

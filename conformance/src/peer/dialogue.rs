@@ -5,6 +5,7 @@
 
 mod commands;
 mod legality;
+pub mod releases;
 
 use std::fs;
 use std::os::unix::net::UnixListener;

@@ -342,7 +342,7 @@ impl Journey {
 
     /// What a hop took, whose source says that it has completed.
     pub(super) fn arrived(&self, here: &mut Party, there: &mut Party, n: usize, done: &Value) -> Result<Hop> {
-        self.departure(n).map_or(Ok(()), |departure| departure.judge(done))?;
+        self.departure(n).map_or(Ok(()), |departure| departure.judge(done, self.stops[n - 1]))?;
         if self.capabilities.contains(&"postcopy-blocktime") {
             let told = there.monitor().wait_migration(PATIENCE, |migration| migration["status"] == "completed")?;
             postcopy::judge_block_times(&told, self.load.cpus)?;

@@ -4,7 +4,7 @@
 //! each to the next. [`travel`](Journey::travel) plays it: the first monitor boots the guest, every hop is a live migration under
 //! way while the guest rewrites its memory, and at the end the guest itself says whether a page was stale, its clock ran
 //! backwards or a byte of its serial output got lost. An [`Outage`]
-//! breaks the connection again and again before it lets the guest go, a [`Recovery`] has it break when the guest has gone before its memory, a
+//! breaks the connection again and again before it lets the guest go, a [`Recovery`] has it break when the guest has gone before its memory, [`Cuts`] do so once in each of many migrations, a
 //! [`Pairing`] is of monitors that do not fit each other, and must be told why, a [`Distrust`] of those that must not trust
 //! each other, a [`Doubt`] ends in a moment when the source cannot know what the
 //! destination does, an [`Echo`] is a stopped guest that comes back as it was, a [`Snapshot`] is a copy of a guest that runs on, and one that is [`Served`] starts from
@@ -16,6 +16,7 @@ pub mod bench;
 pub mod bench_postcopy;
 pub mod bench_restore;
 pub mod bench_snapshot;
+mod cuts;
 pub mod demo;
 pub mod dialogue;
 mod doubt;
@@ -24,6 +25,7 @@ mod gear;
 mod huge_pages;
 mod journey;
 mod lodger;
+mod oldest;
 mod outage;
 mod pairing;
 mod party;
@@ -35,12 +37,14 @@ mod recovery;
 mod relay;
 mod release;
 mod report;
+mod rows;
 mod served;
 mod snapshot;
 pub mod table;
 mod tap;
 mod tls;
 
+pub use cuts::Cuts;
 pub use doubt::{Doubt, Doubtful};
 pub use echo::Echo;
 pub use gear::Gear;

@@ -4,9 +4,10 @@ use anyhow::{Result, ensure};
 use serde_json::{Map, Value};
 
 use super::party::Party;
-use super::table::PEERS;
+use super::rows::{PEERS, channels_of};
 use super::{Journey, Link, Load, Stop};
 use crate::patience::PATIENCE;
+use crate::roots::Suite;
 use crate::scenario::Accel;
 
 /// Hops of the ring.
@@ -40,9 +41,14 @@ impl Departure {
         here.monitor().execute("migrate-start-postcopy", Value::Null).map(drop)
     }
 
-    /// That memory came after the guest, in a migration that the source says has completed.
-    pub(super) fn judge(self, done: &Value) -> Result<()> {
+    /// That memory came after the guest, in a migration that `source` says has completed.
+    pub(super) fn judge(self, done: &Value, source: Stop) -> Result<()> {
         let ram = &done["ram"];
+        if matches!(source, Stop::Qemu(Suite::Bullseye, _)) {
+            // It does not tell how much.
+            ensure!(ram["postcopy-requests"].as_u64() > Some(0), "the guest has waited for no page: {done}");
+            return Ok(());
+        }
         let (later, total) = (ram["postcopy-bytes"].as_u64(), ram["total"].as_u64());
         ensure!(later > Some(0), "no memory came after the guest: {done}");
         ensure!(ram["postcopy-requests"].as_u64() > Some(0), "the guest has waited for no page: {done}");
@@ -122,9 +128,10 @@ pub(super) fn all() -> Vec<Journey> {
             postcopy: Some(Departure::AtOnce),
             load: Load { downtime_limit: 1, cpus: 2, ..Load::default() },
             quick: stops[1] == reference && stops[0] == new,
-            ..super::table::plain()
+            ..super::rows::plain()
         });
     }
+    journeys.extend(with_page_channels(&parameters));
     // A huge page comes as a whole, over either channel.
     let ways = peers.into_iter().flat_map(|qemu| [[qemu, reference], [reference, qemu]]).chain([[reference; 2]]);
     for stops in ways {
@@ -140,7 +147,7 @@ pub(super) fn all() -> Vec<Journey> {
                 postcopy: Some(Departure::AtOnce),
                 load: Load { downtime_limit: 1, memory_backend: Some(backend), ..Load::default() },
                 quick: preempt && [[new, reference], [reference, new]].contains(&stops),
-                ..super::table::plain()
+                ..super::rows::plain()
             });
         }
     }
@@ -152,7 +159,41 @@ pub(super) fn all() -> Vec<Journey> {
         capabilities: vec!["postcopy-ram"],
         parameters,
         postcopy: Some(Departure::InTurn),
-        ..super::table::plain()
+        ..super::rows::plain()
     });
+    journeys
+}
+
+/// Pages go over page channels until the guest goes: with 11.1 and between two reference-vmm. (10.0 refuses that, and a destination of 7.2
+/// dies of it.)
+fn with_page_channels(parameters: &Map<String, Value>) -> Vec<Journey> {
+    let new = Stop::Qemu(PEERS[2], Accel::Kvm);
+    let reference = Stop::Reference;
+    let mut journeys = Vec::new();
+    for stops in [[reference, new], [new, reference], [reference; 2]] {
+        for (departure, with, link, (channels, method)) in [
+            (Departure::AtOnce, "multifd/at-once", Link::Tcp, (2, "none")),
+            (Departure::AfterPass, "multifd/after-pass", Link::Unix, (4, "zstd")),
+            (Departure::AtOnce, "multifd+preempt", Link::Unix, (2, "none")),
+        ] {
+            let mut capabilities = vec!["postcopy-ram", "multifd"];
+            if with.ends_with("preempt") {
+                capabilities.push("postcopy-preempt");
+            }
+            let mut parameters = parameters.clone();
+            parameters.extend(channels_of(channels, method));
+            journeys.push(Journey {
+                name: format!("{}>{}/postcopy/{with}", stops[0], stops[1]),
+                stops: stops.into(),
+                link,
+                capabilities,
+                parameters,
+                postcopy: Some(departure),
+                load: Load { downtime_limit: 1, ..Load::default() },
+                quick: [[reference, new], [new, reference]].contains(&stops) && departure == Departure::AfterPass,
+                ..super::rows::plain()
+            });
+        }
+    }
     journeys
 }

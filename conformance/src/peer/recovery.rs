@@ -10,12 +10,14 @@ use serde_json::{Map, Value, json};
 use super::journey::{Stage, account};
 use super::party::Party;
 use super::relay::{Break, Place, Relay};
-use super::table::PEERS;
-use super::{Account, Departure, Journey, Link, Load, Stop};
+use super::rows::PEERS;
+use super::{Account, Departure, Hop, Journey, Link, Load, Stop};
 use crate::patience::PATIENCE;
 use crate::scenario::Accel;
 
 const POLL: Duration = Duration::from_millis(5);
+/// `max-postcopy-bandwidth` as long as it is not known that the guest runs at the destination: a page each 100 ms.
+const SLOW: u64 = 40_960;
 /// How often the connection is lost where that is looked for at many places.
 const MANY: usize = 200;
 
@@ -37,36 +39,9 @@ impl Recovery {
     /// One end does not wait for a recovery, or it fails, or the guest does not arrive whole.
     pub(super) fn play(&self, stage: &Stage<'_>) -> Result<Account> {
         let journey = &self.journey;
-        let departure = journey.postcopy.context("a recovery is of a postcopy")?;
         let mut here = journey.boot(stage, &mut |_| ())?;
         let mut there = journey.start(stage, 1, true)?;
-        journey.prepare(&mut here, &mut there)?;
-        let place = |name: String| match journey.link {
-            Link::Tcp => Place::free_port(),
-            _ => Ok(Place::Path(stage.scratch.join(name))),
-        };
-        let exit = place("exit".into())?;
-        let relay = Relay::listen(place("entry".into())?, exit.clone())?;
-        there.monitor().execute("migrate-incoming", json!({ "uri": exit.uri() }))?;
-        here.monitor().execute("migrate", json!({ "uri": relay.entry().uri() }))?;
-        departure.start(&mut here)?;
-        here.monitor().wait_migration(PATIENCE, |migration| migration["status"] == "postcopy-active")?;
-        there.wait_status("running")?;
-        for (n, when) in self.breaks.iter().enumerate() {
-            if n == 0 {
-                relay.break_at(*when);
-            }
-            let context = || format!("connection {n}, broken at {when:?}");
-            self.lose(&relay, n, &mut here, &mut there).with_context(context)?;
-            let exit = place(format!("exit{n}"))?;
-            relay.lead_to(exit.clone());
-            wait_again(&mut there, &exit).with_context(context)?;
-            if let Some(next) = self.breaks.get(n + 1) {
-                relay.break_at(*next);
-            }
-            let resume = json!({ "uri": relay.entry().uri(), "resume": true });
-            here.monitor().execute("migrate", resume).with_context(context)?;
-        }
+        let relay = depart(journey, stage, 1, &mut here, &mut there, &self.breaks)?;
         if self.dies {
             here.monitor().wait_migration(PATIENCE, |migration| migration["status"] == "postcopy-active")?;
             drop(there);
@@ -74,30 +49,79 @@ impl Recovery {
             let text = here.end()?;
             return Ok(account(Vec::new(), &Transcript::read(&[text.as_slice()])?));
         }
-        let done = here.monitor().wait_migration(PATIENCE, |migration| migration["status"] == "completed")?;
-        there.monitor().wait_migration(PATIENCE, |migration| migration["status"] == "completed")?;
-        let hop = journey.arrived(&mut here, &mut there, 1, &done)?;
-        journey.settle(&mut there)?;
+        let hop = arrive(journey, 1, &mut here, &mut there)?;
         let texts = [here.end()?, there.end()?];
         let transcript = Transcript::read(&texts.each_ref().map(Vec::as_slice))?;
         Ok(Account { cuts: self.breaks.len(), ..account(vec![hop], &transcript) })
     }
+}
 
-    /// Waits until the connection is lost and both ends wait for another.
-    fn lose(&self, relay: &Relay, n: usize, here: &mut Party, there: &mut Party) -> Result<()> {
-        let deadline = Instant::now() + PATIENCE;
-        while relay.broken() <= n {
-            let migration = here.monitor().migration()?;
-            ensure!(migration["status"] != "completed", "all has come before the connection was lost: {migration}");
-            ensure!(Instant::now() < deadline, "the connection has nothing to carry: {migration}");
-            thread::sleep(POLL);
+/// The guest goes before its memory, over connections that break at these places, one after the other; the last goes on. The first place is
+/// counted from when the guest runs at the destination, until when next to nothing comes in the background.
+pub(super) fn depart(
+    journey: &Journey,
+    stage: &Stage<'_>,
+    hop: usize,
+    here: &mut Party,
+    there: &mut Party,
+    breaks: &[Break],
+) -> Result<Relay> {
+    let departure = journey.postcopy.context("a recovery is of a postcopy")?;
+    journey.prepare(here, there)?;
+    let place = |name: String| match journey.link {
+        Link::Tcp => Place::free_port(),
+        _ => Ok(Place::Path(stage.scratch.join(name))),
+    };
+    let exit = place(format!("exit{hop}"))?;
+    let relay = Relay::listen(place(format!("entry{hop}"))?, exit.clone())?;
+    there.monitor().execute("migrate-incoming", json!({ "uri": exit.uri() }))?;
+    here.monitor().set_parameters(&json!({ "max-postcopy-bandwidth": SLOW }))?;
+    here.monitor().execute("migrate", json!({ "uri": relay.entry().uri() }))?;
+    departure.start(here)?;
+    here.monitor().wait_migration(PATIENCE, |migration| migration["status"] == "postcopy-active")?;
+    there.wait_status("running")?;
+    for (n, when) in breaks.iter().enumerate() {
+        if n == 0 {
+            relay.break_at(*when);
+            here.monitor().set_parameters(&Value::Object(journey.parameters.clone()))?;
         }
-        for party in [&mut *here, there] {
-            let paused = |migration: &Value| migration["status"] == "postcopy-paused";
-            party.monitor().wait_migration(PATIENCE, paused)?;
+        let context = || format!("connection {n}, broken at {when:?}");
+        lose(&relay, n, here, there).with_context(context)?;
+        let exit = place(format!("exit{hop}-{n}"))?;
+        relay.lead_to(exit.clone());
+        wait_again(there, &exit).with_context(context)?;
+        if let Some(next) = breaks.get(n + 1) {
+            relay.break_at(*next);
         }
-        is_away(here)
+        let resume = json!({ "uri": relay.entry().uri(), "resume": true });
+        here.monitor().execute("migrate", resume).with_context(context)?;
     }
+    Ok(relay)
+}
+
+/// All has come over the last connection, and nothing is stale.
+pub(super) fn arrive(journey: &Journey, hop: usize, here: &mut Party, there: &mut Party) -> Result<Hop> {
+    let done = here.monitor().wait_migration(PATIENCE, |migration| migration["status"] == "completed")?;
+    there.monitor().wait_migration(PATIENCE, |migration| migration["status"] == "completed")?;
+    let arrived = journey.arrived(here, there, hop, &done)?;
+    journey.settle(there)?;
+    Ok(arrived)
+}
+
+/// Waits until the connection is lost and both ends wait for another.
+fn lose(relay: &Relay, n: usize, here: &mut Party, there: &mut Party) -> Result<()> {
+    let deadline = Instant::now() + PATIENCE;
+    while relay.broken() <= n {
+        let migration = here.monitor().migration()?;
+        ensure!(migration["status"] != "completed", "all has come before the connection was lost: {migration}");
+        ensure!(Instant::now() < deadline, "the connection has nothing to carry: {migration}");
+        thread::sleep(POLL);
+    }
+    for party in [&mut *here, there] {
+        let paused = |migration: &Value| migration["status"] == "postcopy-paused";
+        party.monitor().wait_migration(PATIENCE, paused)?;
+    }
+    is_away(here)
 }
 
 /// Asserts that the source says where the guest is, and does not run it.
@@ -160,9 +184,13 @@ pub(super) fn all() -> Vec<Recovery> {
     let quick_ways = [[reference, new], [reference; 2]];
     let mut all = Vec::new();
     for stops in ways {
-        let channels = ["recovery", "recovery+preempt"];
+        let channels = ["recovery", "recovery+preempt", "recovery+multifd"];
         for (with, count) in channels.into_iter().flat_map(|with| [1, 5, MANY].map(|count| (with, count))) {
-            let preempt = with.ends_with("preempt");
+            let (preempt, multifd) = (with.ends_with("preempt"), with.ends_with("multifd"));
+            // The page channels are of no use once the guest has gone: how often the link breaks then is the same with them and without.
+            if multifd && (count > 1 || !stops.iter().all(|stop| [reference, new].contains(stop))) {
+                continue;
+            }
             // A QEMU to which the preempt channel is lost a second time dies (10.0 and 11.1, with a QEMU at the other end, too).
             if preempt && count > if stops[1] == reference { 5 } else { 1 } {
                 continue;
@@ -174,16 +202,20 @@ pub(super) fn all() -> Vec<Recovery> {
             let journey = Journey {
                 name: format!("{}>{}/{with}/{count}", stops[0], stops[1]),
                 stops: stops.into(),
-                capabilities: if preempt { vec!["postcopy-ram", "postcopy-preempt"] } else { vec!["postcopy-ram"] },
+                capabilities: ["postcopy-ram", "postcopy-preempt", "multifd"]
+                    .into_iter()
+                    .zip([true, preempt, multifd])
+                    .filter_map(|(name, on)| on.then_some(name))
+                    .collect(),
                 parameters: parameters.clone(),
                 postcopy: Some(Departure::AtOnce),
                 load: Load { downtime_limit: 1, ..Load::default() },
                 quick,
-                ..super::table::plain()
+                ..super::rows::plain()
             };
             // A 7.2 that loses the connection again before it has heard what has come stays in `postcopy-recover` for good.
             let within = !stops.contains(&peers[0]);
-            let dies = count == 1 && !preempt && quick_ways.contains(&stops);
+            let dies = count == 1 && with == "recovery" && quick_ways.contains(&stops);
             if dies {
                 let journey = Journey { name: format!("{}>{}/{with}/death", stops[0], stops[1]), ..journey.clone() };
                 all.push(Recovery { journey, breaks: places(count, within), dies });

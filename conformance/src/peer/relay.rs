@@ -60,6 +60,7 @@ fn plain(stream: TcpStream) -> UnixStream {
 
 /// Hands every connection on to a destination. Ends with this.
 #[derive(Debug)]
+#[must_use]
 pub(super) struct Relay {
     entry: Place,
     shared: Arc<Shared>,

@@ -6,7 +6,7 @@ use anyhow::{Context, Result, ensure};
 use serde_json::Map;
 
 use super::party::Party;
-use super::table::{PEERS, plain};
+use super::rows::{PEERS, plain};
 use super::{Cut, Departure, Journey, Link, Load, Outage, Stop};
 use crate::scenario::Accel;
 

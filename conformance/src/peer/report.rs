@@ -11,7 +11,7 @@ use serde_json::Value;
 
 use super::huge_pages::Reserved;
 use super::{
-    Account, Distrust, Doubt, Echo, Journey, Monitor, Outage, Pairing, Recovery, Served, Snapshot, Stage, Stop,
+    Account, Cuts, Distrust, Doubt, Echo, Journey, Monitor, Outage, Pairing, Recovery, Served, Snapshot, Stage, Stop,
 };
 use crate::bench::figures::Summary;
 use crate::matrix::{REQUIRE_KVM, REQUIRE_QEMU, kvm};
@@ -37,6 +37,8 @@ pub enum Case {
     Snapshot(Snapshot),
     /// It arrives before its memory, which comes over many connections.
     Recovery(Recovery),
+    /// It arrives before its memory, many times, each over two connections.
+    Cuts(Cuts),
     /// It starts from what a page server gives.
     Served(Served),
 }
@@ -53,6 +55,7 @@ impl Case {
             Case::Echo(echo) => &echo.journey,
             Case::Snapshot(snapshot) => &snapshot.journey,
             Case::Recovery(recovery) => &recovery.journey,
+            Case::Cuts(cuts) => &cuts.journey,
             Case::Served(served) => &served.journey,
         }
     }
@@ -67,6 +70,7 @@ impl Case {
             Case::Echo(echo) => echo.play(stage),
             Case::Snapshot(snapshot) => snapshot.play(stage),
             Case::Recovery(recovery) => recovery.play(stage),
+            Case::Cuts(cuts) => cuts.play(stage),
             Case::Served(served) => served.play(stage),
         }
     }

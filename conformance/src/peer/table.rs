@@ -1,16 +1,15 @@
 //! The journeys.
 
-use serde_json::{Map, Value};
+use serde_json::Map;
 
+use super::rows::{PEERS, channels_of, plain};
 use super::{
-    Case, Cut, Doubt, Doubtful, Echo, Gear, Journey, Link, Load, Outage, Pairing, Stop, postcopy, recovery, release,
-    served, snapshot, tls,
+    Case, Cut, Doubt, Doubtful, Echo, Gear, Journey, Link, Load, Outage, Pairing, Stop, cuts, oldest, postcopy,
+    recovery, release, served, snapshot, tls,
 };
 use crate::roots::Suite;
 use crate::scenario::Accel;
 
-/// The releases whose microvm can trade guests with reference-vmm.
-pub(super) const PEERS: [Suite; 3] = [Suite::Bookworm, Suite::Trixie, Suite::Sid];
 /// What a guest with virtio devices has.
 const GEAR: [Gear; 4] = [Gear::Disk, Gear::Net, Gear::Rng, Gear::Console];
 /// Hops of the long ring.
@@ -21,11 +20,12 @@ pub fn all() -> Vec<Case> {
     let mut cases: Vec<Case> = journeys().into_iter().map(Case::Journey).collect();
     cases.extend(outages().into_iter().chain(release::outages()).map(Case::Outage));
     cases.extend(doubts().into_iter().map(Case::Doubt));
-    cases.extend(pairings().into_iter().map(Case::Pairing));
+    cases.extend(pairings().into_iter().chain(oldest::pairings()).map(Case::Pairing));
     cases.extend(echoes().into_iter().map(Case::Echo));
     cases.extend(tls::distrust().into_iter().map(Case::Distrust));
     cases.extend(snapshot::all().into_iter().map(Case::Snapshot));
-    cases.extend(recovery::all().into_iter().map(Case::Recovery));
+    cases.extend(recovery::all().into_iter().chain(oldest::recoveries()).map(Case::Recovery));
+    cases.extend(cuts::all().into_iter().map(Case::Cuts));
     cases.extend(served::all().into_iter().map(Case::Served));
     cases
 }
@@ -83,6 +83,7 @@ fn journeys() -> Vec<Journey> {
     journeys.extend(without_callers());
     journeys.extend(postcopy::all());
     journeys.extend(release::journeys());
+    journeys.extend(oldest::journeys());
     journeys.extend(tls::journeys());
     let ring = |hops: usize| -> Vec<Stop> {
         let [old, middle, new] = [Suite::Bookworm, Suite::Sid, Suite::Trixie].map(|s| Stop::Qemu(s, Accel::Kvm));
@@ -454,34 +455,12 @@ fn pairings() -> Vec<Pairing> {
     pairings
 }
 
-/// Parameters of page channels.
-pub(super) fn channels_of(channels: u32, compression: &str) -> Map<String, Value> {
-    let mut parameters = Map::new();
-    parameters.insert("multifd-channels".into(), channels.into());
-    parameters.insert("multifd-compression".into(), compression.into());
-    parameters
-}
-
 fn capability_sets(suite: Suite) -> Vec<Vec<&'static str>> {
     let mut sets = vec![vec![], vec!["return-path"]];
     if suite >= Suite::Trixie {
         sets.push(vec!["return-path", "switchover-ack"]);
     }
     sets
-}
-
-pub(super) fn plain() -> Journey {
-    Journey {
-        name: String::new(),
-        stops: Vec::new(),
-        link: Link::Unix,
-        capabilities: Vec::new(),
-        parameters: Map::new(),
-        postcopy: None,
-        tls: None,
-        load: Load::default(),
-        quick: false,
-    }
 }
 
 #[cfg(test)]

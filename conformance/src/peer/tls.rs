@@ -13,7 +13,7 @@ use serde_json::{Map, Value, json};
 use super::journey::{Stage, account};
 use super::outage::{goes_on, stays_out};
 use super::party::Party;
-use super::table::PEERS;
+use super::rows::PEERS;
 use super::{Account, Departure, Journey, Link, Load, Stop};
 use crate::patience::PATIENCE;
 use crate::roots::Suite;
