@@ -91,10 +91,10 @@ pub(in crate::lab) fn cases() -> Vec<Case> {
         Case::visit("vfio-visit-msix", NEW).used(Use::MsiX),
         Case { devices: 2, ..Case::visit("vfio-visit-intx-two-devices", NEW).ack().used(Use::Intx) },
         Case { iommufd: true, ..Case::visit("vfio-visit-msi-iommufd", NEW).used(Use::Msi) },
-        // One at an address of its own, one at the lowest that is free.
+        // One at an address of its own, one at the lowest that is free; the payload's devices share no interrupt line.
         Case {
             devices: 2,
-            addresses: &[(Some(5), 5), (None, 1)],
+            addresses: &[(Some(6), 6), (None, 1)],
             ..Case::visit("vfio-visit-addresses", NEW).used(Use::Intx)
         },
         Case {
