@@ -27,6 +27,7 @@ mod testdev;
 mod transports;
 mod vfio;
 mod vfio_host;
+mod vfio_recorded;
 mod vfio_used;
 mod worst;
 
@@ -65,6 +66,7 @@ fn main() -> ExitCode {
         transports::TESTS,
         vfio::TESTS,
         vfio_host::TESTS,
+        vfio_recorded::TESTS,
         vfio_used::TESTS,
         strange_peers::TESTS,
         worst::TESTS,

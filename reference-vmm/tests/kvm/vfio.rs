@@ -1,21 +1,12 @@
 //! Guests with VFIO devices, which are doubles: they do what the kernel's drivers do.
 
-use std::io::{Read, Write};
-use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::Path;
 use std::sync::{Arc, mpsc};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use qevm_microvm::sections;
-use qevm_microvm::state::MachineState;
-use qevm_migration::{
-    Address, Capabilities, DeviceSection, Devices, DirtyLog, GuestError, IterativeDevice, Job, RamView, SavedDevices,
-    Socket, Status, receive,
-};
-use qevm_wire::{CountedString, Profile, QemuVersion};
+use qevm_migration::{Address, Capabilities, Status};
+use qevm_wire::{Profile, QemuVersion};
 use reference_vmm::devices::pci::{BarKind, ConfigOnly, ConfigSpace, Function, Identity};
-use reference_vmm::machine::Machine;
 use reference_vmm::vfio::{
     DeviceState, Double, Fault, Garbage, MultifdTransfer, Shape, Support, VfioBacking, VfioSlot,
 };
@@ -35,13 +26,12 @@ pub(crate) const TESTS: &[Test] = &[
     ("vfio_driver_that_answers_garbage_ends_the_migration_or_is_cancelled", answers_garbage),
     ("vfio_devices_that_cannot_migrate_block_it", block_migration),
     ("vfio_devices_of_a_guest_that_is_reset_are_reset", are_reset),
-    ("vfio_streams_of_qemu_load", streams_of_qemu_load),
 ];
 
 const MEMORY: u64 = 32 << 20;
 const PAYLOAD: &str = "dirty=2M rate=8M hold=1M zero=1M verify=16384 report=20 pci=1";
 const ALL: Support = Support { p2p: true, precopy: true };
-const SHAPE: Shape = Shape {
+pub(crate) const SHAPE: Shape = Shape {
     support: ALL,
     initial: 700_000,
     dirty: 1_500_000,
@@ -69,7 +59,7 @@ fn mtty() -> Box<dyn Function> {
     Box::new(ConfigOnly(config))
 }
 
-fn slot(id: Option<&str>, double: &Double) -> VfioSlot {
+pub(crate) fn slot(id: Option<&str>, double: &Double) -> VfioSlot {
     VfioSlot {
         id: id.map(str::to_owned),
         addr: None,
@@ -134,7 +124,7 @@ impl Side {
 /// Capabilities that are switched on or off.
 pub(crate) type Switches<'a> = &'a [(&'a str, bool)];
 
-fn capabilities(more: Switches<'_>) -> Capabilities {
+pub(crate) fn capabilities(more: Switches<'_>) -> Capabilities {
     let all = [("return-path", true)].into_iter().chain(more.iter().copied());
     Capabilities::default().with(all).unwrap()
 }
@@ -362,124 +352,4 @@ fn are_reset() {
     side.goes_on();
     assert_eq!(*side.doubles[0].way().last().unwrap(), Running);
     assert!(!side.doubles[0].way().contains(&Error));
-}
-
-/// A machine that takes all of a guest but its vCPUs: those that were recorded ran at another frequency than this host's.
-struct Elsewhere<'m>(&'m Machine);
-
-impl qevm_migration::Guest for Elsewhere<'_> {
-    fn machine_type(&self) -> &str {
-        qevm_migration::Guest::machine_type(self.0)
-    }
-
-    fn ram(&self) -> Vec<RamView<'_>> {
-        self.0.ram()
-    }
-
-    fn start_dirty_log(&self) -> Result<Box<dyn DirtyLog + '_>, GuestError> {
-        self.0.start_dirty_log()
-    }
-
-    fn pause(&self) -> Result<bool, GuestError> {
-        qevm_migration::Guest::pause(self.0)
-    }
-
-    fn resume(&self) -> Result<(), GuestError> {
-        Err("it has no vCPUs".into())
-    }
-
-    fn resize_ram(&self, block: usize, used_length: u64) -> Result<(), GuestError> {
-        self.0.resize_ram(block, used_length)
-    }
-
-    fn devices(&self) -> &dyn Devices {
-        self
-    }
-}
-
-impl Devices for Elsewhere<'_> {
-    fn save(&self, profile: &Profile, running: bool) -> Result<SavedDevices, GuestError> {
-        self.0.save(profile, running)
-    }
-
-    fn has(&self, idstr: &CountedString, instance_id: u32) -> bool {
-        self.0.has(idstr, instance_id)
-    }
-
-    fn load(&self, devices: &[DeviceSection]) -> Result<bool, GuestError> {
-        let here = self.0.save_state()?;
-        let mut state = here.clone();
-        let running = sections::load(devices, &sections::newest(), &mut state)?;
-        self.0.load_state(&MachineState { vcpus: here.vcpus, ..state })?;
-        self.0.vfio().loaded()?;
-        Ok(running)
-    }
-
-    fn iterative(&self) -> Vec<&dyn IterativeDevice> {
-        self.0.vfio().iterative()
-    }
-}
-
-/// Takes a stream that a QEMU sent to another, and gives what came back on the return path.
-fn load(guest: &Guest, stream: Vec<u8>, release: QemuVersion, acks: bool, directory: &Path) -> Vec<u8> {
-    let path = directory.join("stream");
-    let listener = UnixListener::bind(&path).unwrap();
-    thread::scope(|scope| {
-        let source = scope.spawn(move || {
-            let (mut socket, _): (UnixStream, _) = listener.accept().unwrap();
-            socket.write_all(&stream).unwrap();
-            let mut answers = Vec::new();
-            socket.read_to_end(&mut answers).unwrap();
-            answers
-        });
-        let channel = Socket::connect(&Address::Unix(path)).unwrap();
-        let job = Job::default();
-        job.set_capabilities(capabilities(&[("switchover-ack", acks)])).unwrap();
-        job.begin().unwrap();
-        let arrival =
-            receive(&Elsewhere(&guest.machine), channel.clone().into(), &job, &Profile::new(release, "microvm"))
-                .unwrap();
-        assert!(arrival.running);
-        channel.close();
-        source.join().unwrap()
-    })
-}
-
-/// Every byte of these streams is QEMU's (savevm/tests/data/vfio).
-fn streams_of_qemu_load() {
-    let (old, new) = (QemuVersion::new(10, 0), QemuVersion::NEWEST);
-    let cases = [("11.1-plain", new, 1, false), ("11.1-ack", new, 1, true), ("10.0-ack", old, 1, true)];
-    for (name, release, devices, acks) in cases.into_iter().chain([("11.1-two-devices", new, 2, true)]) {
-        let data = Path::new(env!("CARGO_MANIFEST_DIR")).join("../savevm/tests/data/vfio");
-        let packed = std::fs::read(data.join(format!("{name}.zst"))).unwrap();
-        let stream = zstd::decode_all(&packed[..]).unwrap();
-        let doubles: Vec<_> = (0..devices).map(|_| Double::new("any", Shape { takes_all: true, ..SHAPE })).collect();
-        let slots = doubles.iter().map(|double| slot(None, double)).collect();
-        let guest = Guest::configured(16 << 20, 1, "", |config| (config.pcie, config.vfio) = (true, slots));
-        let directory = tempfile::tempdir().unwrap();
-        let answers = load(&guest, stream.clone(), release, acks, directory.path());
-        assert_eq!(answers, std::fs::read(data.join(format!("{name}.return-path"))).unwrap(), "{name}");
-        let saved =
-            sections::save(&guest.machine.save_state().unwrap(), &Profile::new(release, "microvm"), true).unwrap();
-        for (number, double) in (1..).zip(&doubles) {
-            // 24 bytes for the device and 36 for each port. (kernel documentation of the sample: 96 bytes for two)
-            let taken = double.taken();
-            assert_eq!(taken.len(), 96, "{name}");
-            assert!(double.has_arrived() && stream.windows(24).any(|bytes| *bytes == taken[..24]));
-            let idstr = format!("0000:00:{number:02x}.0/vfio");
-            let section = saved.sections().iter().find(|section| section.idstr == *idstr.as_str()).unwrap();
-            let config =
-                [&0xffff_ffff_ef10_0002_u64.to_be_bytes()[..], &section.body, &0xffff_ffff_ef10_0001_u64.to_be_bytes()];
-            let config = config.concat();
-            assert_eq!(config.len(), 4132);
-            assert!(
-                stream.windows(config.len()).any(|bytes| bytes == config),
-                "{name}: another configuration goes back"
-            );
-            let described = r#""size":4132,"fields":[{"name":"data","size":4132,"type":"buffer"}]"#;
-            let (ours, qemus) =
-                (saved.description().replace(' ', ""), String::from_utf8_lossy(&stream).replace(' ', ""));
-            assert!(ours.contains(described) && qemus.contains(described), "{name}");
-        }
-    }
 }
