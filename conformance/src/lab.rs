@@ -10,11 +10,13 @@ mod machine;
 mod vfio;
 
 use std::fs;
+use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::thread;
 use std::time::Duration;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, anyhow, ensure};
 use serde_json::{Value, json};
 
 use self::machine::Boot;
@@ -23,7 +25,9 @@ use crate::process::run_any;
 
 /// Ends a hang. A build without dynamic libraries takes some minutes.
 const TIMEOUT: Duration = Duration::from_secs(7200);
-/// The file in the scratch folder with what the machine prints.
+/// At once. Each holds 2.5 GiB.
+const MOST_MACHINES: usize = 4;
+/// The file in the scratch folder with what the machines print.
 pub const SERIAL: &str = "serial.txt";
 
 /// What is run in the lab.
@@ -176,10 +180,11 @@ fn artifact(workspace: &Path, package: &str, how: &[&str], name: &str) -> Result
     executables.next_back().with_context(|| format!("cargo built no program {name}"))
 }
 
-/// Runs jobs in the lab, those with the same kernel and clock in one boot, and tells what became of each.
+/// Runs jobs in the lab, those with the same kernel and clock in one boot, and tells what became of each. A clock that counts instructions
+/// runs on one processor and does not mind its neighbours: such jobs are dealt out to as many machines as this one has processors.
 ///
 /// # Errors
-/// The packages cannot be fetched, or the machine does not start or does not come to its end.
+/// The packages cannot be fetched, or a machine does not start or does not come to its end.
 pub fn run(programs: &Programs, jobs: &[Job], scratch: &Path) -> Result<Vec<Outcome>> {
     let mut outcomes = Vec::new();
     for boot in Boot::ALL {
@@ -187,18 +192,40 @@ pub fn run(programs: &Programs, jobs: &[Job], scratch: &Path) -> Result<Vec<Outc
         if jobs.is_empty() {
             continue;
         }
-        let said = machine::boot(boot, programs, &jobs, scratch);
-        keep(scratch)?;
-        let said = said?;
-        outcomes.extend(jobs.iter().map(|job| outcome(job, &said)));
+        let hands = deal(&jobs, if boot == Boot::Counted { processors() } else { 1 });
+        let machines: Vec<_> = (0..hands.len()).map(|number| scratch.join(format!("machine-{number}"))).collect();
+        let said: Vec<Result<String>> = thread::scope(|scope| {
+            let pairs = hands.iter().zip(&machines);
+            let running: Vec<_> = pairs
+                .map(|(hand, machine)| scope.spawn(move || machine::boot(boot, programs, hand, machine, scratch)))
+                .collect();
+            running.into_iter().map(|machine| machine.join().unwrap_or_else(|_| Err(anyhow!("it panicked")))).collect()
+        });
+        for machine in &machines {
+            keep(machine, scratch)?;
+        }
+        for (hand, said) in hands.iter().zip(said) {
+            let said = said?;
+            outcomes.extend(hand.iter().map(|job| outcome(job, &said)));
+        }
     }
     Ok(outcomes)
 }
 
-/// Appends what the machine printed to what it printed in earlier boots.
-fn keep(scratch: &Path) -> Result<()> {
+fn processors() -> usize {
+    thread::available_parallelism().map_or(1, NonZeroUsize::get).min(MOST_MACHINES)
+}
+
+/// Neighbours are alike, and cost alike.
+fn deal<'j>(jobs: &[&'j Job], hands: usize) -> Vec<Vec<&'j Job>> {
+    let hand = |number| jobs.iter().skip(number).step_by(hands).copied().collect();
+    (0..hands).map(hand).filter(|hand: &Vec<_>| !hand.is_empty()).collect()
+}
+
+/// Appends what a machine printed to what others did.
+fn keep(machine: &Path, scratch: &Path) -> Result<()> {
     let mut all = fs::OpenOptions::new().create(true).append(true).open(scratch.join(SERIAL))?;
-    std::io::Write::write_all(&mut all, &fs::read(scratch.join(machine::CONSOLE)).unwrap_or_default())?;
+    std::io::Write::write_all(&mut all, &fs::read(machine.join(machine::CONSOLE)).unwrap_or_default())?;
     Ok(())
 }
 
@@ -247,6 +274,22 @@ mod tests {
         assert!(judged(&log(&GOOD.replace(":4", ":1"), "0")).is_err());
         assert!(judged(&format!("lab: begin demo-log\n{GOOD}\n")).is_err());
         assert!(judged("").is_err());
+    }
+
+    #[test]
+    fn every_job_is_dealt_to_one_machine() {
+        let jobs = jobs();
+        let jobs: Vec<_> = jobs.iter().collect();
+        for hands in [1, 2, 3, jobs.len() + 1] {
+            let dealt = deal(&jobs, hands);
+            assert_eq!(dealt.len(), hands.min(jobs.len()));
+            let mut names: Vec<_> = dealt.iter().flatten().map(|job| job.name.as_str()).collect();
+            let mut all: Vec<_> = jobs.iter().map(|job| job.name.as_str()).collect();
+            names.sort_unstable();
+            all.sort_unstable();
+            assert_eq!(names, all);
+        }
+        assert!(deal(&[], 2).is_empty());
     }
 
     #[test]

@@ -25,7 +25,7 @@ const APPLETS: [&str; 9] = ["sh", "mount", "insmod", "ip", "mkdir", "poweroff", 
 const TIMEOUT: Duration = Duration::from_secs(7200);
 /// What `init` prints last.
 const DONE: &str = "\nlab: done\n";
-/// The file in the scratch folder with what one boot prints.
+/// The file in the machine's folder with what one boot prints.
 pub(super) const CONSOLE: &str = "console.txt";
 const MEMORY_MIB: u32 = 2560;
 /// `no_timer_check`: on a busy host the emulated timer may be late, which the kernel would take for a broken machine.
@@ -63,22 +63,26 @@ struct Machine {
     busybox: Vec<u8>,
 }
 
-/// Boots the machine with these jobs, and gives what it printed. What jobs leave in its folder `/share` is in the folder `share`.
+/// Boots a machine with these jobs, whose files are in the folder `own`, and gives what it printed. What jobs leave in its folder `/share` is
+/// in the folder `share` of `scratch`.
 ///
 /// # Errors
 /// The packages cannot be fetched, or the machine does not start or does not come to its end.
-pub(super) fn boot(boot: Boot, programs: &Programs, jobs: &[&Job], scratch: &Path) -> Result<String> {
+pub(super) fn boot(boot: Boot, programs: &Programs, jobs: &[&Job], own: &Path, scratch: &Path) -> Result<String> {
     let mut machine = Machine::debian()?;
     if boot != Boot::Debian {
         let kernel = Kernel::install(&programs.workspace)?;
         let module = fs::read(&kernel.module).with_context(|| format!("reading {}", kernel.module.display()))?;
         machine = Machine { kernel: kernel.image, modules: vec![("testdev".into(), module)], busybox: machine.busybox };
     }
-    let (initramfs, share) = (scratch.join("initramfs.cpio"), scratch.join("share"));
+    let (initramfs, share) = (own.join("initramfs.cpio"), scratch.join("share"));
+    fs::create_dir_all(own)?;
     fs::create_dir_all(&share)?;
     let root = Root::install(Suite::Sid)?;
     fs::write(&initramfs, machine.initramfs(boot, programs, jobs)?)?;
-    let serial = scratch.join(CONSOLE);
+    let serial = own.join(CONSOLE);
+    // What an earlier one printed is not this one's.
+    let _ = fs::remove_file(&serial);
     let mut qemu = root.qemu();
     qemu.args(["-nodefaults", "-no-user-config", "-no-reboot", "-display", "none", "-M", "q35"]);
     qemu.args(boot.processor()).args(["-m", &MEMORY_MIB.to_string()]);

@@ -28,6 +28,14 @@ const MOST_WITHOUT_ACK: f64 = 100.0;
 /// Milliseconds from the shrink to the guest at the destination.
 const MOST_AFTER_SHRINK: f64 = 1000.0;
 
+const RUNNING: &str = "/stop_to_running_ms";
+/// How long the guest does not run: none may be longer than QEMU's.
+const PAUSES: [(&str, &str); 3] = [
+    ("/stop_to_resume_ms", "from STOP to RESUME"),
+    (RUNNING, "to the device's running"),
+    ("/reported_downtime_ms", "of reported downtime"),
+];
+
 /// Who migrates: the source first.
 const MONITORS: [(&str, [Stop; 2]); 4] = [
     ("QEMU", [Stop::Qemu(NEW), Stop::Qemu(NEW)]),
@@ -193,7 +201,7 @@ fn headline_table(rows: &Rows<'_>, text: &mut String, missed: &mut Vec<String>) 
                         if multifd { "yes" } else { "no" },
                         if ack { "yes" } else { "no" },
                         cell(row, "/stop_to_resume_ms"),
-                        cell(row, "/stop_to_running_ms"),
+                        cell(row, RUNNING),
                         cell(row, "/reported_downtime_ms"),
                         cell(row, "/devices/0/data_size"),
                         cell(row, "/syncs"),
@@ -203,13 +211,15 @@ fn headline_table(rows: &Rows<'_>, text: &mut String, missed: &mut Vec<String>) 
                         continue;
                     }
                     busy(&what, row, &["queries", "syncs", "reports", "cpu"], missed);
-                    let Some(own) = median(row, "/stop_to_running_ms") else { continue };
-                    let other =
-                        |ack: bool, monitors: &str| median(rows.get(&key(ack, monitors))?, "/stop_to_running_ms");
-                    if let Some(qemu) = other(ack, "QEMU").filter(|qemu| own > *qemu) {
-                        missed.push(format!("{what}: {own} ms to the device's running, QEMU {qemu} ms"));
+                    let other = |ack: bool, monitors: &str, what: &str| median(rows.get(&key(ack, monitors))?, what);
+                    for (pointer, until) in PAUSES {
+                        let Some(own) = median(row, pointer) else { continue };
+                        if let Some(qemu) = other(ack, "QEMU", pointer).filter(|qemu| own > *qemu) {
+                            missed.push(format!("{what}: {own} ms {until}, QEMU {qemu} ms"));
+                        }
                     }
-                    if let Some(with) = other(true, monitors).filter(|with| own > with + MOST_WITHOUT_ACK) {
+                    let Some(own) = median(row, RUNNING) else { continue };
+                    if let Some(with) = other(true, monitors, RUNNING).filter(|with| own > with + MOST_WITHOUT_ACK) {
                         missed.push(format!("{what}: {own} ms to the device's running, with switchover-ack {with} ms"));
                     }
                 }
@@ -305,7 +315,10 @@ mod tests {
 
     #[test]
     fn a_goal_that_is_missed_is_named() {
-        let row = |running: u64, queries: f64| json!({ "stop_to_running_ms": running, "waits": { "ms": 1400, "queries": queries, "syncs": 10, "reports": 10, "cpu": 1 } });
+        let row = |running: u64, queries: f64| {
+            let waits = json!({ "ms": 1400, "queries": queries, "syncs": 10, "reports": 10, "cpu": 1 });
+            json!({ "stop_to_resume_ms": 9, "stop_to_running_ms": running, "reported_downtime_ms": 9, "waits": waits })
+        };
         let rows = |own: Value, qemu: Value, without: Value| {
             let mut all = Vec::new();
             for (name, numbers) in [("ack-reference-vmm", own), ("ack-qemu", qemu), ("no-ack-reference-vmm", without)] {
@@ -318,6 +331,12 @@ mod tests {
         assert_eq!(text.lines().count(), 5, "{text}");
         let (_, missed) = rows(row(12, 10.0), row(11, 70.0), row(12, 10.0));
         assert!(missed[0].contains("QEMU 11"), "{missed:?}");
+        for pause in ["stop_to_resume_ms", "reported_downtime_ms"] {
+            let mut own = row(10, 10.0);
+            own[pause] = json!(10);
+            let (_, missed) = rows(own, row(11, 70.0), row(12, 10.0));
+            assert!(missed.len() == 1 && missed[0].contains("10 ms ") && missed[0].contains("QEMU 9"), "{missed:?}");
+        }
         let (_, missed) = rows(row(10, 21.0), row(11, 70.0), row(12, 10.0));
         assert!(missed[0].contains("queries: 21"), "{missed:?}");
         let (_, missed) = rows(row(10, 10.0), row(11, 70.0), row(111, 10.0));
