@@ -3,6 +3,7 @@
 mod actions;
 mod announcing;
 mod dirty_limit;
+mod events;
 mod guest;
 mod incoming;
 pub mod legality;
@@ -13,47 +14,31 @@ mod vfio;
 
 pub use actions::{ACTIONS, Actions, Reboot, Shutdown, UnknownAction};
 pub use dirty_limit::LimitRefused;
+pub use events::Event;
 pub use lifecycle::Cause;
 pub use run_state::RunState;
 
 use self::announcing::Announcers;
+use self::events::Audience;
 use self::legality::{ArrivalState, Situation};
 use crate::descriptors::Descriptors;
 use crate::machine::{Machine, Stop};
 use crate::objects::Objects;
 use qevm_migration::dirty_rate::{self, Gauge};
 use qevm_migration::{
-    Address, BadCapability, BlockTimes, Endpoint, Guest, GuestError, Job, MigrationError, Mode, Notice, RULES,
-    Recovery, Refused, RestoreProgress, Status,
+    Address, BadCapability, BlockTimes, Endpoint, Guest, GuestError, Job, MigrationError, Mode, RULES, Recovery,
+    Refused, RestoreProgress, Status,
 };
 use qevm_multifd::compression::Compression;
 use qevm_wire::{
     Capability, Profile, QemuVersion,
     capability::{Context, check},
 };
-use serde_json::{Value, json};
 use std::{
     sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, mpsc},
     thread,
-    time::{Duration, SystemTime},
+    time::Duration,
 };
-
-/// An event for QMP clients.
-#[derive(Debug, Clone, PartialEq)]
-pub struct Event {
-    /// Its name, e.g. `STOP`.
-    pub name: &'static str,
-    /// Its data, if it has any.
-    pub data: Option<Value>,
-    /// When it happened.
-    pub time: SystemTime,
-}
-
-impl Event {
-    fn now(name: &'static str, data: Option<Value>) -> Event {
-        Event { name, data, time: SystemTime::now() }
-    }
-}
 
 /// A machine with its run state and its migrations.
 pub struct Vmm {
@@ -81,7 +66,7 @@ pub struct Vmm {
     asks: mpsc::Sender<()>,
     changed: Condvar,
     announcers: Announcers,
-    subscriber: Mutex<Option<mpsc::Sender<Event>>>,
+    audience: Audience,
 }
 
 type Watch = Box<dyn Fn() -> RestoreProgress + Send + Sync>;
@@ -184,21 +169,18 @@ impl Vmm {
             asks,
             changed: Condvar::new(),
             announcers: Announcers::default(),
-            subscriber: Mutex::new(None),
+            audience: Audience::default(),
         });
         for job in [&vmm.outgoing, &vmm.incoming] {
             job.set_uuid(vmm.machine.uuid());
-            let (weak, capabilities) = (Arc::downgrade(&vmm), Arc::downgrade(&vmm.outgoing));
+            let (weak, job_of) = (Arc::downgrade(&vmm), Arc::downgrade(job));
             job.watch(move |notice| {
-                let events = capabilities.upgrade().is_some_and(|job| job.capabilities().events);
-                if let Some(vmm) = weak.upgrade().filter(|_| events) {
-                    let (name, data) = match notice {
-                        Notice::Status(status) => ("MIGRATION", json!({ "status": status.as_str() })),
-                        Notice::Pass(pass) => ("MIGRATION_PASS", json!({ "pass": pass })),
-                        // QMP knows no other.
-                        _ => return,
-                    };
-                    vmm.emit(Event::now(name, Some(data)));
+                let (Some(vmm), Some(job)) = (weak.upgrade(), job_of.upgrade()) else { return };
+                if let Some(event) = Event::of(notice) {
+                    vmm.audience.record(&event, Some(&job));
+                    if vmm.outgoing.capabilities().events {
+                        vmm.audience.tell(event);
+                    }
                 }
             });
         }
@@ -379,22 +361,24 @@ impl Vmm {
 
     /// The events from now on. There is one subscriber at a time.
     pub fn subscribe(&self) -> mpsc::Receiver<Event> {
-        let (sender, receiver) = mpsc::channel();
-        *self.subscriber.lock().unwrap_or_else(PoisonError::into_inner) = Some(sender);
-        receiver
+        self.audience.subscribe()
+    }
+
+    /// From now on `recorder` gets every event, whoever else does and whatever capability `events` says, with the migration if that is what it
+    /// is about. It must not block. There is one at a time.
+    pub fn record_events(&self, recorder: impl Fn(&Event, Option<&Job>) + Send + 'static) {
+        self.audience.set_recorder(Box::new(recorder));
     }
 
     /// Ends the subscription; the subscriber still gets what has happened.
     pub(crate) fn unsubscribe(&self) {
-        *self.subscriber.lock().unwrap_or_else(PoisonError::into_inner) = None;
+        self.audience.unsubscribe();
     }
 
-    /// Tells the subscriber.
+    /// Tells the subscriber, and whoever records.
     pub(crate) fn emit(&self, event: Event) {
-        let mut subscriber = self.subscriber.lock().unwrap_or_else(PoisonError::into_inner);
-        if subscriber.as_ref().is_some_and(|sender| sender.send(event).is_err()) {
-            *subscriber = None;
-        }
+        self.audience.record(&event, None);
+        self.audience.tell(event);
     }
 
     fn transition(&self) -> MutexGuard<'_, ()> {

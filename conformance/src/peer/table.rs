@@ -61,6 +61,10 @@ fn journeys() -> Vec<Journey> {
         let two = Load { cpus: 2, ..Load::default() };
         let name = format!("{suite_series}>ref>{suite_series}/cpus=2", suite_series = suite.series());
         journeys.push(Journey { name, stops: vec![qemu, Stop::Reference, qemu], load: two, ..plain() });
+        let most = Load { cpus: 64, ..Load::default() };
+        let name = format!("{0}>ref>{0}/cpus=64", suite.series());
+        let quick = suite == Suite::Sid;
+        journeys.push(Journey { name, stops: vec![qemu, Stop::Reference, qemu], load: most, quick, ..plain() });
         let split = Load { cpus: 2, split_irqchip: true, ..Load::default() };
         let (name, quick) = (format!("{0}>ref>{0}/split", suite.series()), suite == Suite::Sid);
         journeys.push(Journey { name, stops: vec![qemu, Stop::Reference, qemu], load: split, quick, ..plain() });

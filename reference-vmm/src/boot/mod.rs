@@ -60,8 +60,10 @@ pub struct Kernel {
 
 const CAN_BE_HERE: u64 = 1 << 20;
 const FOUR_GIB: u64 = 1 << 32;
-/// The last KiB of conventional memory, where a kernel looks for the multiprocessor table.
-const MP_TABLE: u64 = 0x9_fc00;
+/// The last KiB of conventional memory, where a kernel looks for the pointer to the multiprocessor table.
+const MP_POINTER: u64 = 0x9_fc00;
+/// The table, which has 20 bytes for each processor.
+const MP_TABLE: u64 = 0x9_f000;
 const ACPI_TABLES: u64 = 0x9_0000;
 const COMMAND_LINE: u64 = 0x2_0000;
 const COMMAND_LINE_MAX: usize = 0x1_0000;
@@ -85,7 +87,8 @@ pub(crate) fn load(
     if with_acpi(kernel) {
         memory.write(ACPI_TABLES, &acpi::tables(ACPI_TABLES, cpus, virtio.len(), high_window))?;
     }
-    memory.write(MP_TABLE, &mp_table::table(MP_TABLE as u32, cpus))?;
+    memory.write(MP_POINTER, &mp_table::pointer(MP_TABLE as u32))?;
+    memory.write(MP_TABLE, &mp_table::table(cpus))?;
     match format(&kernel.image)? {
         Format::Elf => elf::load(memory, &ram, kernel),
         Format::BzImage => bzimage::load(memory, &ram, kernel, command_line.len() - 1),

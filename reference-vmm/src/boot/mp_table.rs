@@ -6,7 +6,6 @@ const IOAPICS: [(u32, u8); 2] = [(0xfec0_0000, 0), (0xfec1_0000, 24)];
 const PINS: u8 = 24;
 const ISA_LINES: u8 = 16;
 
-const POINTER_LEN: u32 = 16;
 const HEADER_LEN: u16 = 44;
 const REVISION: u8 = 4;
 const APIC_VERSION: u8 = 0x14;
@@ -26,8 +25,17 @@ const EXT_INT: u8 = 3;
 const ALL_APICS: u8 = 0xff;
 const ISA: u8 = 0;
 
-/// The floating pointer for address `at` and the table after it.
-pub(super) fn table(at: u32, cpus: usize) -> Vec<u8> {
+/// The floating pointer to the table at address `table`.
+pub(super) fn pointer(table: u32) -> Vec<u8> {
+    let mut pointer = b"_MP_".to_vec();
+    pointer.extend(table.to_le_bytes());
+    pointer.extend([1, REVISION, 0, 0, 0, 0, 0, 0]);
+    pointer[10] = checksum(&pointer);
+    pointer
+}
+
+/// The table.
+pub(super) fn table(cpus: usize) -> Vec<u8> {
     let (mut entries, mut count) = (Vec::new(), 0u16);
     let mut add = |entry: &[u8]| {
         entries.extend_from_slice(entry);
@@ -71,13 +79,7 @@ pub(super) fn table(at: u32, cpus: usize) -> Vec<u8> {
     header.extend([0; 4]);
     header.extend(entries);
     header[7] = checksum(&header);
-
-    let mut pointer = b"_MP_".to_vec();
-    pointer.extend((at + POINTER_LEN).to_le_bytes());
-    pointer.extend([1, REVISION, 0, 0, 0, 0, 0, 0]);
-    pointer[10] = checksum(&pointer);
-    pointer.extend(header);
-    pointer
+    header
 }
 
 /// Makes the sum of all bytes zero.
@@ -88,16 +90,18 @@ fn checksum(bytes: &[u8]) -> u8 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::boot::MP_TABLE;
+    use crate::boot::{MP_POINTER, MP_TABLE};
+    use crate::machine::MAX_CPUS;
 
     #[test]
     fn the_table_adds_up_and_fits() {
-        for cpus in 1..=4 {
-            let table = table(MP_TABLE as u32, cpus);
-            assert!(table.len() as u64 <= 0xa_0000 - MP_TABLE, "{} bytes", table.len());
-            let (pointer, config) = table.split_at(16);
+        let pointer = pointer(MP_TABLE as u32);
+        assert_eq!(pointer[4..8], (MP_TABLE as u32).to_le_bytes());
+        for cpus in 1..=MAX_CPUS {
+            let config = table(cpus);
+            assert!(config.len() as u64 <= MP_POINTER - MP_TABLE, "{} bytes", config.len());
             let sum = |bytes: &[u8]| bytes.iter().fold(0u8, |sum, byte| sum.wrapping_add(*byte));
-            assert_eq!((sum(pointer), sum(config)), (0, 0));
+            assert_eq!((sum(&pointer), sum(&config)), (0, 0));
             assert_eq!(usize::from(u16::from_le_bytes([config[4], config[5]])), config.len());
             // Entry by entry: 20 bytes for a processor, 8 for all others.
             let (mut at, mut kinds) = (44, Vec::new());

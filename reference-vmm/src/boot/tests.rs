@@ -87,8 +87,8 @@ fn pvh_start_info_names_what_was_loaded() {
     assert_eq!(&read(&memory, 8 * MIB - 4096), b"disk");
     assert_eq!(read(&memory, 0x6030), [4, 0, 0, 0]);
     let entries = [0, 1, 2, 3].map(|i| [0, 1, 2].map(|word| number(&memory, map + 24 * i + 8 * word)));
-    assert_eq!(entries, [[0, 0x9_0000, 1], [0x9_0000, 0xfc00, 3], [0x9_fc00, 0x6_0400, 2], [MIB, 7 * MIB, 1]]);
-    assert_eq!(&read(&memory, MP_TABLE), b"_MP_");
+    assert_eq!(entries, [[0, 0x9_0000, 1], [0x9_0000, 0xf000, 3], [0x9_f000, 0x6_1000, 2], [MIB, 7 * MIB, 1]]);
+    assert_eq!((&read(&memory, MP_POINTER), &read(&memory, MP_TABLE)), (b"_MP_", b"PCMP"));
 }
 
 #[test]

@@ -33,7 +33,7 @@ pub(crate) struct Demo {
     /// RAM of the guest
     #[arg(long, short, value_name = "SIZE", default_value = "256M", value_parser = parse_memory)]
     memory: u64,
-    /// Number of vCPUs, 1 to 4
+    /// Number of vCPUs, 1 to 64; four of them work
     #[arg(long, value_name = "N", default_value_t = 1)]
     smp: usize,
     /// Accelerator of both monitors, e.g. kvm,dirty-ring-size=4096

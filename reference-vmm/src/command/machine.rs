@@ -49,7 +49,7 @@ pub(crate) struct MachineArguments {
     /// with --incoming then takes pages faster
     #[arg(long)]
     mem_prealloc: bool,
-    /// Number of vCPUs, 1 to 4
+    /// Number of vCPUs, 1 to 64
     #[arg(long, value_name = "N", default_value_t = 1)]
     smp: usize,
     /// UUID of the machine, as migrations with capability validate-uuid compare it: 12345678-1234-1234-1234-123456789abc

@@ -2,6 +2,7 @@
 
 mod demo;
 mod device;
+mod event_log;
 mod machine;
 mod object;
 mod options;

@@ -14,6 +14,7 @@ use reference_vmm::machine::Machine;
 use reference_vmm::qmp::Server;
 use reference_vmm::vmm::{Actions, Exit, Vmm};
 
+use super::event_log::EventLog;
 use super::machine::MachineArguments;
 use super::signals;
 use crate::{log, private};
@@ -60,6 +61,9 @@ pub(crate) struct Run {
     /// Serve QMP at unix:PATH
     #[arg(long, value_name = "unix:PATH", value_parser = parse_qmp)]
     qmp: Option<PathBuf>,
+    /// Append what happens to the guest and its migrations to a file, one line of JSON each: QMP's events, all of them, with what query-migrate says
+    #[arg(long, value_name = "FILE")]
+    event_log: Option<PathBuf>,
     /// Do not start the guest; QMP's cont does
     #[arg(long, short = 'S')]
     paused: bool,
@@ -104,6 +108,13 @@ impl Run {
         let machine = Machine::new(self.machine.config(self.incoming.is_some(), &mut inherited)?)?;
         let sockets = self.machine.sockets()?;
         let vmm = Vmm::new(machine, self.machine.profile(), self.incoming.is_some());
+        let _event_log = match &self.event_log {
+            Some(path) => Some(
+                EventLog::start(path, &vmm)
+                    .with_context(|| format!("cannot write the event log {}", path.display()))?,
+            ),
+            None => None,
+        };
         signals::attend(signals, vmm.clone());
         vmm.set_actions(actions);
         vmm.set_load_ahead(!self.no_load_ahead);

@@ -72,8 +72,8 @@ pub use vm::open_kvm;
 pub(crate) use vm::set_memory_slot;
 use vm::{DeviceSlots, create_vm};
 
-/// Most vCPUs a machine can have.
-pub const MAX_CPUS: usize = 4;
+/// Most vCPUs a machine can have: CPUID leaf 4 has six bits for their number.
+pub const MAX_CPUS: usize = 64;
 
 /// How long a stopped machine waits for its disks.
 const DRAIN: Duration = Duration::from_millis(300);

@@ -24,3 +24,4 @@ pub use commands::check_arguments;
 pub use place::channel;
 pub use protocol::{Failure, Request, Requests, reply};
 pub use server::Server;
+pub(crate) use statistics::outgoing;

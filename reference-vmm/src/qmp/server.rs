@@ -15,7 +15,7 @@ use std::{
     path::{Path, PathBuf},
     sync::{Arc, Mutex, PoisonError, mpsc},
     thread,
-    time::{Duration, UNIX_EPOCH},
+    time::Duration,
 };
 
 /// Serves QMP at a UNIX socket, to one client after the other; one that does not read what it is told is dropped after five seconds.
@@ -160,15 +160,7 @@ fn forward_events(events: mpsc::Receiver<Event>, writer: Arc<Mutex<UnixStream>>,
     thread::spawn(move || {
         let _speaking = speaking;
         for event in events {
-            let time = event.time.duration_since(UNIX_EPOCH).unwrap_or_default();
-            let mut message = json!({
-                "timestamp": { "seconds": time.as_secs(), "microseconds": time.subsec_micros() },
-                "event": event.name,
-            });
-            if let Some(data) = event.data {
-                message["data"] = data;
-            }
-            if send(&writer, &message).is_err() {
+            if send(&writer, &event.to_json()).is_err() {
                 // Half a message may be out: nothing more can follow.
                 let writer = writer.lock().unwrap_or_else(PoisonError::into_inner);
                 let _ = writer.shutdown(Shutdown::Both);

@@ -5,7 +5,7 @@ use serde_json::{Map, Value, json};
 use std::time::Duration;
 
 /// The object that `query-migrate` returns at the source. It is empty before the first migration.
-pub(super) fn outgoing(statistics: &Statistics) -> Value {
+pub(crate) fn outgoing(statistics: &Statistics) -> Value {
     let mut object = Map::new();
     if statistics.status == Status::None {
         return object.into();

@@ -8,6 +8,7 @@ mod boot;
 mod dirty_log;
 mod dirty_ring;
 mod drives;
+mod event_log;
 mod guest;
 mod incoming;
 mod lazy;
@@ -63,6 +64,7 @@ fn main() -> ExitCode {
         snapshot::TESTS,
         qmp::TESTS,
         qmp_clients::TESTS,
+        event_log::TESTS,
         transports::TESTS,
         vfio::TESTS,
         vfio_host::TESTS,
