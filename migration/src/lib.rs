@@ -87,7 +87,7 @@
 //! | `page_server` | such files at a page server |
 //! | `snapshot` | memory as of one instant, of a guest that runs on |
 //! | `pending`, [`switchover`] | what remains of everything, and when to stop the guest |
-//! | `source`, `return_path` | [`migrate`]: the source engine: threads, sockets and the guest around the core |
+//! | `source`, `return_path`, `urgent` | [`migrate`]: the source engine: threads, sockets and the guest around the core |
 //! | `postcopy` | [`Postcopy`]: guests that run before their memory has come from the source |
 //! | `inlet`, `touched`, `ram_receiver`, `destination` | [`receive`]: the destination engine |
 //! | `testing` | simulated migrations (feature `testing`) |
@@ -147,6 +147,7 @@ pub mod switchover;
 pub mod testing;
 mod tls;
 mod touched;
+mod urgent;
 mod verdict;
 mod watch;
 mod zero;

@@ -74,9 +74,9 @@ impl ReturnPath {
     }
 
     /// Reads messages until the peer closes. A failure closes the channel, so that the sending thread does not stay
-    /// blocked in a write that nobody reads.
-    pub(crate) fn listen(&self, channel: &dyn Channel) {
-        if let Err(error) = self.messages(channel) {
+    /// blocked in a write that nobody reads. Pages that are asked for are given to `serve`; if that says true, nobody else has to hear of it.
+    pub(crate) fn listen(&self, channel: &dyn Channel, serve: impl Fn(&ReturnPath) -> Result<bool, MigrationError>) {
+        if let Err(error) = self.messages(channel, serve) {
             self.answers().fail(error);
         }
         self.changed.notify_all();
@@ -90,7 +90,11 @@ impl ReturnPath {
     }
 
     /// Reads up to the last message that matters.
-    fn messages(&self, channel: &dyn Channel) -> Result<(), MigrationError> {
+    fn messages(
+        &self,
+        channel: &dyn Channel,
+        serve: impl Fn(&ReturnPath) -> Result<bool, MigrationError>,
+    ) -> Result<(), MigrationError> {
         let mut messages = Driver::new(Reading(channel), Decoder::default());
         // The block whose bitmap comes, and its bytes.
         let mut bitmap = None;
@@ -102,8 +106,12 @@ impl ReturnPath {
                         Message::RecvBitmap { block, .. } => Some(block.clone()),
                         _ => None,
                     };
+                    let asks = matches!(message, Message::ReqPages { .. });
                     if self.answers().message(message, offset) {
                         return Ok(());
+                    }
+                    if asks && serve(self)? {
+                        continue;
                     }
                     self.changed.notify_all();
                     if let Some(block) = block {
@@ -171,7 +179,7 @@ mod tests {
             there.write_all(&alert).unwrap();
             drop(there);
             let path = ReturnPath::new(Answers::new(None, true));
-            path.listen(&Socket::Unix(here));
+            path.listen(&Socket::Unix(here), |_| Ok(false));
             let error = path.answers().explanation();
             match &error {
                 Some(MigrationError::ReturnPathMessage(located)) => assert_eq!(located.kind, ReturnPathError::TlsAlert),

@@ -19,13 +19,13 @@ use super::{
     ram_sender::RamSender,
     return_path::ReturnPath,
     snapshot::Snapshot,
+    urgent::Urgent,
 };
-use qevm_savevm::StreamWriter;
 use qevm_wire::{PageGeometry, Profile, profile::ZeroPageDetection};
 use std::{
     sync::{Arc, atomic::AtomicU64},
     thread,
-    thread::JoinHandle,
+    thread::{Scope, ScopedJoinHandle},
     time::{Duration, Instant},
 };
 
@@ -109,6 +109,7 @@ pub fn migrate(guest: &dyn Guest, connections: &Outgoing, job: &Job, profile: &P
         reader: connections.reader,
         patience: parameters.timeouts.switchover(),
     };
+    let urgent = Urgent::default();
     thread::scope(|scope| {
         if let Some((settings, pages)) = settings.as_ref().zip(pages.as_ref()) {
             if let Some(saving) = &saving {
@@ -126,6 +127,7 @@ pub fn migrate(guest: &dyn Guest, connections: &Outgoing, job: &Job, profile: &P
         }
         let mut engine = Engine {
             guest,
+            scope,
             connections: Arc::new(connections.clone()),
             job,
             profile,
@@ -138,7 +140,7 @@ pub fn migrate(guest: &dyn Guest, connections: &Outgoing, job: &Job, profile: &P
             ram: RamSender::new(guest.ram(), PageGeometry::X86),
             log: None,
             core: SourceCore::new(options, parameters),
-            preempt: None,
+            urgent: &urgent,
             backlogs: Backlogs::default(),
             releases: true,
             start,
@@ -178,14 +180,16 @@ struct PageChannels<'e> {
 }
 
 /// What the core's actions are done with.
-struct Engine<'e> {
+struct Engine<'s, 'e> {
     guest: &'e dyn Guest,
+    /// Where threads run that need guest memory.
+    scope: &'s Scope<'s, 'e>,
     connections: Arc<Outgoing>,
     job: &'e Job,
     profile: &'e Profile,
     return_path: Option<Arc<ReturnPath>>,
     /// Reads the return path.
-    listener: Option<JoinHandle<()>>,
+    listener: Option<ScopedJoinHandle<'s, ()>>,
     /// Where pages go that do not go on the main channel.
     pages: Option<&'e PageChannels<'e>>,
     /// The pages have places in a file.
@@ -196,8 +200,8 @@ struct Engine<'e> {
     ram: RamSender<'e>,
     log: Option<Box<dyn DirtyLog + 'e>>,
     core: SourceCore,
-    /// Writes the records of the preempt channel.
-    preempt: Option<StreamWriter>,
+    /// The preempt channel.
+    urgent: &'e Urgent,
     /// What is on its way, as it was last looked at.
     backlogs: Backlogs,
     /// Memory can be given back to the host.
@@ -205,7 +209,7 @@ struct Engine<'e> {
     start: Instant,
 }
 
-impl Engine<'_> {
+impl Engine<'_, '_> {
     /// Does what the core says, to the end.
     fn run(&mut self) -> Result<(), MigrationError> {
         loop {

@@ -1,5 +1,9 @@
 //! What a destination has said on the return path, and what follows from it for the source.
 
+use super::{
+    Sweep,
+    source::{Batch, BlockRange, Sent},
+};
 use crate::{MigrationError, ReturnPathError, Status, handover};
 use qevm_returnpath::{
     Message, RequestError, SessionError, SwitchoverError,
@@ -29,6 +33,10 @@ pub struct Answers {
     requests: Option<PageRequests>,
     /// How many requests have come.
     requested: u64,
+    /// The pages that are still here, from when those that the guest waits for go over the preempt channel.
+    left: Option<Sweep>,
+    /// What of them was taken.
+    urgent: Urgent,
     /// The destination has loaded the devices of a guest that goes before its memory.
     package_loaded: bool,
     /// Which pages of a block are at the destination, block by block.
@@ -39,6 +47,16 @@ pub struct Answers {
     stray_ack: bool,
     /// The destination has said something.
     heard: bool,
+}
+
+/// What whoever hears of requests sends on the preempt channel.
+#[derive(Debug, Default)]
+struct Urgent {
+    /// It is being sent.
+    going: Option<BlockRange>,
+    /// It was sent, and the core does not know.
+    gone: Vec<BlockRange>,
+    sent: Sent,
 }
 
 /// How the migration ended at the destination, as far as it is known.
@@ -63,6 +81,8 @@ impl Answers {
             agreed: false,
             requests: None,
             requested: 0,
+            left: None,
+            urgent: Urgent::default(),
             package_loaded: false,
             bitmaps: VecDeque::new(),
             resumed: false,
@@ -199,6 +219,52 @@ impl Answers {
     /// The page that the guest has waited for longest; given once.
     pub(crate) fn next_request(&mut self) -> Option<PageRequest> {
         self.requests.as_mut()?.next_page()
+    }
+
+    /// From here on whoever hears of requests may take these pages.
+    pub(super) fn lend(&mut self, left: Sweep) {
+        self.left = Some(left);
+    }
+
+    /// The pages that were lent, without those that were taken.
+    pub(super) fn take_back(&mut self) -> Option<Sweep> {
+        self.left.take()
+    }
+
+    /// Pages that the guest waits for and nobody has sent, after [`Action::ServeRequests`](super::source::Action::ServeRequests); given once, and no
+    /// others before [`urgent_sent`](Self::urgent_sent). Whoever takes them sends them on the preempt channel.
+    pub fn next_urgent(&mut self) -> Option<Batch> {
+        let (left, requests) = (self.left.as_mut()?, self.requests.as_mut()?);
+        if self.urgent.going.is_some() {
+            return None;
+        }
+        let run = std::iter::from_fn(|| requests.next_page()).find_map(|request| left.take_request(request))?;
+        self.urgent.going = Some(run.clone());
+        Some(Batch { resets: Vec::new(), runs: vec![run] })
+    }
+
+    /// The pages of [`next_urgent`](Self::next_urgent) were sent. (If they could not be, the migration [has failed](Self::fail).)
+    pub fn urgent_sent(&mut self, sent: Sent) {
+        self.urgent.gone.extend(self.urgent.going.take());
+        let total = &mut self.urgent.sent;
+        total.bytes = total.bytes.saturating_add(sent.bytes);
+        total.normal = total.normal.saturating_add(sent.normal);
+        total.zero = total.zero.saturating_add(sent.zero);
+    }
+
+    /// Whether nothing is left of what was lent, so that the core has to be told.
+    pub fn nothing_is_left(&mut self) -> bool {
+        self.left.as_mut().is_none_or(Sweep::is_over)
+    }
+
+    /// What was sent on the preempt channel since this was asked last.
+    pub(super) fn take_urgent(&mut self) -> (Sent, Vec<BlockRange>) {
+        (std::mem::take(&mut self.urgent.sent), std::mem::take(&mut self.urgent.gone))
+    }
+
+    /// Whether something is being sent on the preempt channel.
+    pub(super) fn urgent_is_going(&self) -> bool {
+        self.urgent.going.is_some()
     }
 
     /// The return path cannot be read (further), or ended before the verdict.

@@ -7,7 +7,8 @@
 //! while nothing is known.
 
 use super::source::BlockRange;
-use crate::bitmap::PageBitmap;
+use crate::{PAGE_SIZE, bitmap::PageBitmap};
+use qevm_returnpath::requests::PageRequest;
 use std::{ops::Range, time::Duration};
 
 /// The least whose log is reset in one call, in pages.
@@ -156,6 +157,12 @@ impl Sweep {
         dirty.clear_range(run.clone());
         self.taken += run.end - run.start;
         Some(BlockRange { block, pages: run })
+    }
+
+    /// Takes what is still to be sent of a request. What was sent before is on its way, or there.
+    pub(super) fn take_request(&mut self, request: PageRequest) -> Option<BlockRange> {
+        let pages = request.offset / PAGE_SIZE..(request.offset + request.len) / PAGE_SIZE;
+        self.take_at(request.block, pages)
     }
 
     /// Of this block everything is to be sent but what the bitmap has: bit `i` of byte `n` is page `8 * n + i`. The sweep begins anew.

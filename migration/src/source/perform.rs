@@ -2,11 +2,8 @@
 
 use super::{Action, Counts, Engine, Notice, Sent, Source, Wake, monotonic_now, write_all};
 use crate::{
-    ChannelName, GuestError, MigrationError, PAGE_SIZE, Silence,
-    core::source::{Batch, BlockRange},
-    page_file::Saving,
-    pending::DeviceSize,
-    ram_sender,
+    Channel, ChannelName, GuestError, MigrationError, PAGE_SIZE, Silence, core::source::BlockRange, page_file::Saving,
+    pending::DeviceSize, ram_sender, urgent,
 };
 use qevm_savevm::{
     event::Event,
@@ -14,12 +11,12 @@ use qevm_savevm::{
     ram::{RamBlock, RamRecord},
 };
 use qevm_wire::PageGeometry;
-use std::{io, ops::Range, time::Duration};
+use std::{io, ops::Range, sync::Arc, time::Duration};
 
 /// What the length of a block takes in front of its header in the file.
 const LENGTH_WORD: u64 = 8;
 
-impl Engine<'_> {
+impl Engine<'_, '_> {
     /// Fails if what is on its way on a connection has not moved for as long as a connection may be silent.
     fn moves(&mut self, backlogs: &[u64]) -> io::Result<()> {
         let limit = self.job.parameters().timeouts.idle();
@@ -122,9 +119,10 @@ impl Engine<'_> {
                 self.connections.open_preempt(self.job)?;
                 self.job.attach(self.connections.all())?;
             }
-            Action::UrgentPages(batch) => self.send_urgent(&batch, false)?,
+            Action::ServeRequests => self.urgent.begin(self.preempt()?, self.core.stream().preempt_writer()),
+            Action::UrgentPages(batch) => self.core.sent(self.urgent.send(&self.ram, &batch)?),
             Action::Release(ranges) => self.release(ranges),
-            Action::EndPreempt => self.send_urgent(&Batch::default(), true)?,
+            Action::EndPreempt => self.core.sent(self.urgent.end(&self.ram)?),
             Action::LeaveChannels => self.pages = None,
             Action::SyncChannels => {
                 if let Some(pages) = self.pages {
@@ -202,17 +200,8 @@ impl Engine<'_> {
         Ok(())
     }
 
-    /// Sends pages on the preempt channel, and its end where they are the last.
-    fn send_urgent(&mut self, batch: &Batch, last: bool) -> Result<(), MigrationError> {
-        let missing = || MigrationError::guest("send a page that is waited for")("there is no preempt channel".into());
-        let channel = self.connections.preempt().ok_or_else(missing)?.clone();
-        let stream = self.preempt.get_or_insert_with(|| self.core.stream().preempt_writer());
-        if last {
-            stream.eos()?;
-        }
-        let sent = self.ram.send(&*channel, stream, batch)?;
-        self.core.sent(sent);
-        Ok(())
+    fn preempt(&self) -> Result<Arc<dyn Channel>, MigrationError> {
+        self.connections.preempt().cloned().ok_or_else(urgent::missing)
     }
 
     /// Gives memory that the destination has back to the host.

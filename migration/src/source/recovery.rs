@@ -1,21 +1,23 @@
 //! The connections of a source, which may be replaced when the guest went before its memory.
 
 use super::Engine;
-use crate::MigrationError;
+use crate::{MigrationError, ram_sender::RamSender};
+use qevm_wire::PageGeometry;
 use std::{sync::Arc, thread};
 
-impl Engine<'_> {
+impl Engine<'_, '_> {
     /// Reads the return path in a thread of its own, if there is one.
     pub(super) fn listen(&mut self) -> Result<(), MigrationError> {
         let Some(return_path) = self.return_path.clone() else { return Ok(()) };
-        let connections = self.connections.clone();
+        let (guest, connections, urgent) = (self.guest, self.connections.clone(), self.urgent);
         let listening = move || {
-            return_path.listen(&*connections.main);
+            let ram = RamSender::new(guest.ram(), PageGeometry::X86);
+            return_path.listen(&*connections.main, |path| urgent.serve(&ram, path));
             if return_path.answers().has_failed() {
                 connections.close();
             }
         };
-        let listener = thread::Builder::new().name("return-path".into()).spawn(listening);
+        let listener = thread::Builder::new().name("return-path".into()).spawn_scoped(self.scope, listening);
         let listener =
             listener.map_err(|error| MigrationError::guest("start a thread for the return path")(error.into()))?;
         self.listener = Some(listener);
@@ -37,7 +39,7 @@ impl Engine<'_> {
         tracing::warn!("postcopy is paused until 'migrate' with 'resume': {why}");
         let Some(connections) = self.job.next_connections(why) else { return Ok(()) };
         self.connections = Arc::new(connections);
-        self.preempt = None;
+        self.urgent.forget();
         self.job.attach(self.connections.all())?;
         if let Some(return_path) = &self.return_path {
             self.core.reconnected(&mut return_path.answers())?;

@@ -83,6 +83,9 @@ pub enum Action {
     Pages(Batch),
     /// Open the preempt channel.
     OpenPreempt,
+    /// From here on whoever hears of a request may send the pages on the preempt channel at once, without the core:
+    /// [`next_urgent`](super::Answers::next_urgent). What nobody takes comes as [`UrgentPages`](Action::UrgentPages).
+    ServeRequests,
     /// Send these pages, which the guest waits for, on the preempt channel ([`preempt_writer`](qevm_savevm::StreamWriter::preempt_writer) has the
     /// records): [`sent`](super::SourceCore::sent).
     UrgentPages(Batch),

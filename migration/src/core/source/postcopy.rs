@@ -4,7 +4,7 @@
 //! that, never again. A connection that is lost then is replaced by another (`recovery`).
 
 use super::{
-    Action, Answers, Batch, BlockRange, PageRoute, RAM_SECTION, Reader, SourceCore, Wake, idstr,
+    Action, Answers, Batch, BlockRange, PageRoute, RAM_SECTION, Reader, SourceCore, Sweep, Wake, idstr,
     phase::{Phase, Postcopy},
 };
 use crate::core::answers::PACKAGE_LOADED;
@@ -88,6 +88,28 @@ impl SourceCore {
             step => step,
         };
         let Some(answers) = answers else { return Err(MigrationError::NoVerdict) };
+        self.take_back(answers);
+        self.go_on(step, now, answers)?;
+        let serves = matches!(self.phase, Phase::Postcopy(Postcopy::Serve | Postcopy::Sent));
+        if serves && self.preempt == (true, false) {
+            answers.lend(std::mem::replace(&mut self.sweep, Sweep::new(std::iter::empty())));
+        }
+        Ok(())
+    }
+
+    /// The pages that are still here, of which others may have sent some.
+    pub(super) fn take_back(&mut self, answers: &mut Answers) {
+        if let Some(left) = answers.take_back() {
+            self.sweep = left;
+        }
+        let (sent, gone) = answers.take_urgent();
+        self.sent(sent);
+        if !gone.is_empty() {
+            self.release(gone);
+        }
+    }
+
+    fn go_on(&mut self, step: Postcopy, now: Duration, answers: &mut Answers) -> Result<(), MigrationError> {
         if self.departed {
             self.note_package(answers);
             answers.failure()?;
@@ -132,6 +154,7 @@ impl SourceCore {
                 self.limiter.set_limit(self.parameters.max_postcopy_bandwidth);
                 self.do_next(Action::StopLog);
                 self.stream.command(answers.ping(AFTER)?)?;
+                self.serve_requests();
                 Postcopy::Serve
             }
             Postcopy::Serve => self.serve(now, answers)?,
@@ -181,15 +204,8 @@ impl SourceCore {
 
     /// Sends pages: one that the guest waits for, or else the next few.
     fn serve(&mut self, now: Duration, answers: &mut Answers) -> Result<Postcopy, MigrationError> {
-        let mut requested = None;
-        while let Some(request) = answers.next_request() {
-            // What was sent before is on its way, or there.
-            let pages = request.offset / PAGE_SIZE..(request.offset + request.len) / PAGE_SIZE;
-            requested = self.sweep.take_at(request.block, pages);
-            if requested.is_some() {
-                break;
-            }
-        }
+        let mut requests = std::iter::from_fn(|| answers.next_request());
+        let requested = requests.find_map(|request| self.sweep.take_request(request));
         let batch = match requested {
             Some(run) if self.preempt.0 => {
                 self.do_next(Action::UrgentPages(Batch { resets: Vec::new(), runs: vec![run.clone()] }));
@@ -197,6 +213,10 @@ impl SourceCore {
                 return Ok(Postcopy::Serve);
             }
             Some(run) => Batch { resets: Vec::new(), runs: vec![run] },
+            None if self.sweep.is_over() && answers.urgent_is_going() => {
+                self.wait(None, Wake::Answers);
+                return Ok(Postcopy::Serve);
+            }
             None if self.sweep.is_over() && self.preempt == (true, false) && self.options.profile.preempt_pre_7_2 => {
                 self.preempt.1 = true;
                 self.do_next(Action::EndPreempt);
@@ -231,6 +251,13 @@ impl SourceCore {
         self.do_next(Action::Pages(batch));
         self.release(runs);
         Ok(Postcopy::Sent)
+    }
+
+    /// Lets others send what the guest waits for, if that does not go on the main channel.
+    pub(super) fn serve_requests(&mut self) {
+        if self.preempt == (true, false) {
+            self.do_next(Action::ServeRequests);
+        }
     }
 
     /// These pages were sent.

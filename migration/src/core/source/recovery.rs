@@ -29,6 +29,7 @@ impl SourceCore {
         if self.releases {
             return Err(crate::Refused::MemoryReleased.into());
         }
+        self.take_back(answers);
         answers.reconnected(self.request_blocks()?);
         self.stream = self.stream.recovery();
         // Who knows how to ask for a recovery has the guest, and no failure there brings it back.
@@ -87,6 +88,7 @@ impl SourceCore {
             }
             Recovery::AwaitAck { .. } => {
                 self.do_next(Action::Status(Status::PostcopyActive));
+                self.serve_requests();
                 return Ok(Postcopy::Serve);
             }
         };

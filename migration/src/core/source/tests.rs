@@ -28,6 +28,8 @@ enum Peer {
     AgreesAndDies,
 }
 
+mod urgent;
+
 /// What goes wrong, at which step.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Trouble {
