@@ -19,6 +19,7 @@ use vm_memory::Bytes as _;
 
 use crate::Test;
 use crate::guest::Guest;
+use crate::vfio::{Switches, capabilities, migrate_between};
 
 pub(crate) const TESTS: &[Test] = &[
     ("vfio_device_of_the_host_that_is_none_is_refused", that_is_none),
@@ -131,7 +132,7 @@ impl DmaLog for Shared {
     fn stop(&self) {}
 }
 
-fn machine(device: &Double, log: Option<Arc<Log>>, incoming: bool) -> Arc<Vmm> {
+fn machine(device: &Double, log: Option<Arc<Log>>, ring: u32, incoming: bool) -> Arc<Vmm> {
     let function = Box::new(ConfigOnly(ConfigSpace::new(&Identity::default(), true)));
     let driver = Ok(Box::new(device.clone()) as Box<_>);
     let log = log.map(|log| Box::new(Shared(log)) as Box<dyn DmaLog>);
@@ -144,13 +145,13 @@ fn machine(device: &Double, log: Option<Arc<Log>>, incoming: bool) -> Arc<Vmm> {
         events: false,
     };
     let Guest { machine, .. } = Guest::configured(MEMORY, 1, "dirty=2M rate=8M pci=1", |config| {
-        (config.pcie, config.vfio) = (true, vec![slot]);
+        (config.pcie, config.vfio, config.dirty_ring_size) = (true, vec![slot], ring);
     });
     Vmm::new(machine, Profile::new(QemuVersion::NEWEST, "microvm"), incoming)
 }
 
-/// A source whose device writes, and a destination.
-fn pair(tracking: Tracking, honest: bool) -> (Arc<Vmm>, Arc<Vmm>, Arc<Log>) {
+/// A source whose device writes, and a destination. The vCPUs' writes are told by KVM's log, or by rings of this many entries.
+fn pair(tracking: Tracking, honest: bool, ring: u32) -> (Arc<Vmm>, Arc<Vmm>, Arc<Log>) {
     let (source, destination) = (Double::new("one", SHAPE), Double::new("one", SHAPE));
     let log = Arc::new(Log {
         tracking,
@@ -160,12 +161,20 @@ fn pair(tracking: Tracking, honest: bool) -> (Arc<Vmm>, Arc<Vmm>, Arc<Log>) {
         device: source.clone(),
         reports: Mutex::default(),
     });
-    let from = machine(&source, Some(log.clone()), false);
+    let from = machine(&source, Some(log.clone()), ring, false);
     log.vmm.get_or_init(|| Arc::downgrade(&from));
-    let to = machine(&destination, None, true);
+    let to = machine(&destination, None, ring, true);
     from.cont().unwrap();
     (from, to, log)
 }
+
+/// What the writes that a device's log tells of must not get lost with.
+const WAYS: [(u32, Switches<'_>); 4] = [
+    (0, &[("multifd", true)]),
+    (1024, &[]),
+    (1024, &[("dirty-limit", true)]),
+    (0, &[("mapped-ram", true), ("return-path", false)]),
+];
 
 fn migrate(from: &Arc<Vmm>, to: &Arc<Vmm>) -> Option<String> {
     let directory = tempfile::tempdir().unwrap();
@@ -185,25 +194,52 @@ fn stale(from: &Vmm, to: &Vmm) -> usize {
     (0..PAGES).filter(|page| byte(from, *page) != byte(to, *page)).count()
 }
 
+fn have_arrived(from: &Vmm, to: &Vmm, log: &Log) {
+    crate::vfio::wait("the guest is not started", || to.run_state() == RunState::Running);
+    let reports = log.reports.lock().unwrap().clone();
+    assert!(reports.len() > 1 && reports[0].is_running(), "{reports:?}");
+    // The last one when the device has stopped for good, not when the vCPUs have.
+    assert_eq!(reports.last(), Some(&DeviceState::StopCopy), "{reports:?}");
+    assert_eq!(stale(from, to), 0, "{:?}", log.tracking);
+}
+
+/// Saves the guest in a file, and loads it from there.
+fn by_a_file(from: &Arc<Vmm>, to: &Arc<Vmm>, switches: Switches<'_>) -> (Option<String>, Option<String>) {
+    let directory = tempfile::tempdir().unwrap();
+    let address: Address = format!("file:{}", directory.path().join("guest").display()).parse().unwrap();
+    for vmm in [from, to] {
+        vmm.outgoing().set_capabilities(capabilities(switches)).unwrap();
+    }
+    from.migrate(address.clone()).unwrap();
+    from.outgoing().wait();
+    to.listen(&address, false).unwrap();
+    crate::vfio::wait("the guest does not come", || !to.incoming().status().is_running());
+    (from.outgoing().statistics().error, to.incoming().statistics().error)
+}
+
 fn writes_arrive() {
     for (tracking, honest) in [(Tracking::Devices, true), (Tracking::Container, true), (Tracking::Nobody, false)] {
-        let (from, to, log) = pair(tracking, honest);
+        let (from, to, log) = pair(tracking, honest, 0);
         assert_eq!(migrate(&from, &to), None);
-        crate::vfio::wait("the guest is not started", || to.run_state() == RunState::Running);
-        let reports = log.reports.lock().unwrap().clone();
-        assert!(reports.len() > 1 && reports[0].is_running(), "{reports:?}");
-        // The last one when the device has stopped for good, not when the vCPUs have.
-        assert_eq!(reports.last(), Some(&DeviceState::StopCopy), "{reports:?}");
-        assert_eq!(stale(&from, &to), 0, "{tracking:?}");
+        have_arrived(&from, &to, &log);
+    }
+    for (ring, switches) in WAYS {
+        let (from, to, log) = pair(Tracking::Devices, true, ring);
+        if switches.contains(&("mapped-ram", true)) {
+            assert_eq!(by_a_file(&from, &to, switches), (None, None));
+        } else {
+            assert_eq!(migrate_between(&from, &to, switches), (None, None), "{switches:?}");
+        }
+        have_arrived(&from, &to, &log);
     }
     // What nobody tells of does not arrive: that is noticed above.
-    let (from, to, _) = pair(Tracking::Devices, false);
+    let (from, to, _) = pair(Tracking::Devices, false, 0);
     assert_eq!(migrate(&from, &to), None);
     assert!(stale(&from, &to) > 0);
 }
 
 fn log_fails() {
-    let (from, to, log) = pair(Tracking::Devices, true);
+    let (from, to, log) = pair(Tracking::Devices, true, 0);
     *log.fails.lock().unwrap() = Some(Errno::IO);
     let error = migrate(&from, &to).expect("it has not failed");
     for part in ["the log of the pages that devices write to", "VFIO device 'vf0'", "DMA_LOGGING_REPORT", "os error 5"]
