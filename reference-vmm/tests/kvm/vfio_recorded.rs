@@ -2,14 +2,15 @@
 //! place load them, and send the like.
 
 use std::io::{Read, Write};
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::thread;
 
 use qevm_microvm::sections;
 use qevm_microvm::state::MachineState;
 use qevm_migration::{
-    Address, DeviceSection, Devices, DirtyLog, GuestError, IterativeDevice, Job, RamView, SavedDevices, Socket, receive,
+    Address, DeviceSection, Devices, DirtyLog, GuestError, Incoming, IterativeDevice, Job, Listener, RamView,
+    SavedDevices, receive,
 };
 use qevm_savevm::event::Event;
 use qevm_savevm::framing::SectionKind;
@@ -24,10 +25,11 @@ use serde_json::Value;
 use crate::Test;
 use crate::guest::Guest;
 use crate::testdev::Testdev;
-use crate::vfio::{SHAPE, capabilities, slot};
+use crate::vfio::{SHAPE, Switches, capabilities, slot};
 
 pub(crate) const TESTS: &[Test] = &[
     ("vfio_streams_of_qemu_load", streams_of_qemu_load),
+    ("vfio_streams_of_qemu_load_from_page_channels", streams_of_qemu_load_from_page_channels),
     ("vfio_streams_of_a_device_in_use_load", streams_of_a_device_in_use_load),
     ("vfio_streams_have_the_sections_of_qemus", sections_are_qemus),
 ];
@@ -103,28 +105,36 @@ impl Devices for Elsewhere<'_> {
     }
 }
 
-/// Takes a stream that a QEMU sent to another, and gives what came back on the return path.
-fn load(guest: &Guest, stream: Vec<u8>, release: QemuVersion, acks: bool, directory: &Path) -> Vec<u8> {
-    let path = directory.join("stream");
-    let listener = UnixListener::bind(&path).unwrap();
+/// Takes what a QEMU sent to another, the main channel first, and gives what came back on the return path.
+fn load(guest: &Guest, streams: Vec<Vec<u8>>, release: QemuVersion, switches: Switches<'_>) -> Vec<u8> {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("stream");
+    let listener = Listener::bind(&Address::Unix(path.clone())).unwrap();
     thread::scope(|scope| {
-        let source = scope.spawn(move || {
-            let (mut socket, _): (UnixStream, _) = listener.accept().unwrap();
-            socket.write_all(&stream).unwrap();
-            let mut answers = Vec::new();
-            socket.read_to_end(&mut answers).unwrap();
-            answers
-        });
-        let channel = Socket::connect(&Address::Unix(path)).unwrap();
+        let sources: Vec<_> = streams
+            .into_iter()
+            .map(|stream| {
+                // One after the other: the first is the main channel.
+                let mut socket = UnixStream::connect(&path).unwrap();
+                scope.spawn(move || {
+                    socket.write_all(&stream).unwrap();
+                    let mut answers = Vec::new();
+                    socket.read_to_end(&mut answers).unwrap();
+                    answers
+                })
+            })
+            .collect();
         let job = Job::default();
-        job.set_capabilities(capabilities(&[("switchover-ack", acks)])).unwrap();
+        job.set_capabilities(capabilities(switches)).unwrap();
         job.begin().unwrap();
-        let arrival =
-            receive(&Elsewhere(&guest.machine), channel.clone().into(), &job, &Profile::new(release, "microvm"))
-                .unwrap();
+        let profile = Profile::new(release, "microvm");
+        let incoming = Incoming::accept(&listener, &job, &profile).unwrap();
+        let arrival = receive(&Elsewhere(&guest.machine), incoming, &job, &profile).unwrap();
         assert!(arrival.running);
-        channel.close();
-        source.join().unwrap()
+        drop(arrival);
+        let answers: Vec<_> = sources.into_iter().map(|source| source.join().unwrap()).collect();
+        assert!(answers[1..].iter().all(Vec::is_empty), "nothing comes back on page channels");
+        answers[0].clone()
     })
 }
 
@@ -132,12 +142,11 @@ fn load(guest: &Guest, stream: Vec<u8>, release: QemuVersion, acks: bool, direct
 fn streams_of_qemu_load() {
     let cases = [("11.1-plain", NEW, 1, false), ("11.1-ack", NEW, 1, true), ("10.0-ack", OLD, 1, true)];
     for (name, release, devices, acks) in cases.into_iter().chain([("11.1-two-devices", NEW, 2, true)]) {
-        let stream = stream_of(name);
+        let (stream, acks) = (stream_of(name), [("switchover-ack", acks)]);
         let doubles: Vec<_> = (0..devices).map(|_| Double::new("any", Shape { takes_all: true, ..SHAPE })).collect();
         let slots = doubles.iter().map(|double| slot(None, double)).collect();
         let guest = Guest::configured(16 << 20, 1, "", |config| (config.pcie, config.vfio) = (true, slots));
-        let directory = tempfile::tempdir().unwrap();
-        let answers = load(&guest, stream.clone(), release, acks, directory.path());
+        let answers = load(&guest, vec![stream.clone()], release, &acks);
         assert_eq!(answers, recorded(&format!("{name}.return-path")), "{name}");
         let saved =
             sections::save(&guest.machine.save_state().unwrap(), &Profile::new(release, "microvm"), true).unwrap();
@@ -155,6 +164,31 @@ fn streams_of_qemu_load() {
             let (ours, qemus) =
                 (saved.description().replace(' ', ""), String::from_utf8_lossy(&stream).replace(' ', ""));
             assert!(ours.contains(described) && qemus.contains(described), "{name}");
+        }
+    }
+}
+
+/// The device's state and its configuration are on the page channels.
+fn streams_of_qemu_load_from_page_channels() {
+    for (name, release, acks) in [("11.1-multifd", NEW, true), ("10.0-multifd", OLD, false)] {
+        let files = [name.to_owned(), format!("{name}-channel-1"), format!("{name}-channel-2")];
+        let streams: Vec<_> = files.iter().map(|name| stream_of(name)).collect();
+        let double = Double::new("any", Shape { takes_all: true, ..SHAPE });
+        let guest = Guest::configured(16 << 20, 1, "", |config| {
+            (config.pcie, config.vfio) = (true, vec![slot(None, &double)]);
+        });
+        let switches = [("multifd", true), ("switchover-ack", acks)];
+        let answers = load(&guest, streams.clone(), release, &switches);
+        assert_eq!(answers, recorded(&format!("{name}.return-path")), "{name}");
+        let taken = double.taken();
+        assert_eq!(taken.len(), 96, "{name}");
+        assert!(double.has_arrived(), "{name}");
+        let saved =
+            sections::save(&guest.machine.save_state().unwrap(), &Profile::new(release, "microvm"), true).unwrap();
+        let section = saved.sections().iter().find(|section| section.idstr == *"0000:00:01.0/vfio").unwrap();
+        for (what, bytes) in [("state", &taken[24..]), ("configuration", &section.body)] {
+            assert!(!is_in(&streams[0], bytes), "{name}: the {what} is on the main channel");
+            assert!(streams[1..].iter().any(|stream| is_in(stream, bytes)), "{name}: another {what}");
         }
     }
 }
@@ -179,8 +213,7 @@ fn streams_of_a_device_in_use_load() {
         let backing = VfioBacking::Model { function, driver: Ok(Box::new(double.clone())), log: None };
         let device = VfioSlot { backing, ..slot(None, &double) };
         let guest = Guest::configured(16 << 20, 1, "", |config| (config.pcie, config.vfio) = (true, vec![device]));
-        let directory = tempfile::tempdir().unwrap();
-        let answers = load(&guest, stream.clone(), release, true, directory.path());
+        let answers = load(&guest, vec![stream.clone()], release, &[("switchover-ack", true)]);
         assert_eq!(answers, recorded(&format!("{name}.return-path")), "{name}");
         assert!(double.has_arrived());
         let chunks = chunks(&double.taken());
