@@ -107,11 +107,12 @@ fn used_after_a_reset() {
         let side = Side::start(interrupts, 1, false);
         side.go_on(&side.devices(1));
         side.vmm.system_reset();
-        side.console.wait_for("another start", |lines| {
-            (lines.iter().filter(|line| line.starts_with("qevm-payload start")).count() == 2).then_some(())
-        });
+        // It may have been reset in the middle of a line.
+        let starts = |line: &String| line.contains("qevm-payload start");
+        side.console
+            .wait_for("another start", |lines| (lines.iter().filter(|line| starts(line)).count() == 2).then_some(()));
         let start = side.console.wait_for("the device again", |lines| {
-            let from = lines.iter().rposition(|line| line.starts_with("qevm-payload start"))?;
+            let from = lines.iter().rposition(starts)?;
             lines[from..].iter().find_map(|line| PciDevice::parse(line))
         });
         side.go_on(&[start]);
