@@ -40,16 +40,22 @@ pub(in crate::lab) fn cases() -> Vec<Case> {
         // By way of reference-vmm. Linux's sample device first: nothing but its state.
         Case::visit("vfio-visit-mtty", NEW).mtty(),
         Case::visit("vfio-visit-plain", NEW),
-        Case { earliest_stop_ms: 1000, ..Case::visit("vfio-visit-ack", NEW).ack() }.set(
+        Case { earliest_stop_ms: 1000, ..Case::visit("vfio-visit-ack", NEW).ack().used(Use::MsiX) }.set(
             Destination,
             "load_initial_ms",
             1000,
         ),
-        Case { legacy_acks: true, earliest_stop_ms: 1000, ..Case::visit("vfio-visit-ack-legacy", NEW).ack() }.set(
-            Destination,
-            "load_initial_ms",
-            1000,
-        ),
+        Case {
+            legacy_acks: true,
+            earliest_stop_ms: 1000,
+            ..Case::visit("vfio-visit-ack-legacy", NEW).ack().used(Use::Intx)
+        }
+        .set(Destination, "load_initial_ms", 1000),
+        // Initial data that come a second time.
+        Case { earliest_stop_ms: 2000, ..Case::visit("vfio-visit-reinit", NEW).ack() }
+            .set(Destination, "load_initial_ms", 1000)
+            .set(Source, "dirty_rounds", 0)
+            .set(Source, "reinits", 1),
         Case { on_channels: LARGE, ..Case::visit("vfio-visit-multifd", NEW).multifd().ack() }.set(
             Source,
             "final_size",
@@ -58,23 +64,23 @@ pub(in crate::lab) fn cases() -> Vec<Case> {
         Case {
             options: ",x-migration-multifd-transfer=on",
             on_channels: LARGE,
-            ..Case::visit("vfio-visit-multifd-on", NEW).multifd()
+            ..Case::visit("vfio-visit-multifd-on", NEW).multifd().used(Use::Msi)
         }
         .set(Source, "final_size", LARGE),
         Case {
             options: ",x-migration-multifd-transfer=off",
             at_most_on_channels: LARGE - 1,
-            ..Case::visit("vfio-visit-multifd-off", NEW).multifd()
+            ..Case::visit("vfio-visit-multifd-off", NEW).multifd().used(Use::Intx)
         }
         .set(Source, "final_size", LARGE),
-        Case { flags: 1, ..Case::visit("vfio-visit-stop-copy", NEW) },
-        Case { flags: 3, ..Case::visit("vfio-visit-p2p", NEW) },
+        Case { flags: 1, ..Case::visit("vfio-visit-stop-copy", NEW).used(Use::Msi) },
+        Case { flags: 3, ..Case::visit("vfio-visit-p2p", NEW).used(Use::Intx) },
         Case { devices: 2, ..Case::visit("vfio-visit-two-devices", NEW).ack() },
         Case { iommufd: true, ..Case::visit("vfio-visit-iommufd", NEW).ack() },
         Case { accel: "kvm,dirty-ring-size=4096", ..Case::visit("vfio-visit-ring", NEW) },
         Case::visit("vfio-visit-10.0", OLD),
-        Case::visit("vfio-visit-10.0-ack", OLD).ack(),
-        Case { on_channels: LARGE, ..Case::visit("vfio-visit-10.0-multifd", OLD).multifd() }.set(
+        Case::visit("vfio-visit-10.0-ack", OLD).ack().used(Use::MsiX),
+        Case { on_channels: LARGE, ..Case::visit("vfio-visit-10.0-multifd", OLD).multifd().used(Use::Msi) }.set(
             Source,
             "final_size",
             LARGE,
