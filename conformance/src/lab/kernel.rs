@@ -20,7 +20,7 @@ const ARCHIVE: &str = "usr/src/linux-source-6.12.tar.xz";
 const TOOLS_SUITE: Suite = Suite::Bookworm;
 const TOOLS: [&str; 4] = ["bc", "bison", "flex", "libelf-dev"];
 const UNPACK: Duration = Duration::from_secs(600);
-/// Ends a hang. It takes 13 minutes of processor time.
+/// Ends a hang. It takes about 10 minutes of processor time.
 const BUILD: Duration = Duration::from_secs(4 * 3600);
 
 /// What was built.
@@ -42,7 +42,7 @@ impl Kernel {
         let dir = cache_dir()?.join("lab").join(format!("kernel-{recipe}"));
         let lock = lock(&dir.with_extension("lock"))?;
         if !dir.join("vmlinuz").exists() {
-            println!("building the lab's kernel: about 13 minutes of processor time, once");
+            println!("building the lab's kernel: about 10 minutes of processor time, once");
             fetch(&dir).context("fetching the source of the lab's kernel")?;
         }
         // Written last.
