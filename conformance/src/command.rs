@@ -165,6 +165,9 @@ pub(crate) struct Peer {
     /// Keep consoles and logs in this folder
     #[arg(long)]
     keep: Option<PathBuf>,
+    /// For a machine that is emulated: guests write less
+    #[arg(long)]
+    gently: bool,
     #[command(flatten)]
     reporting: Reporting,
 }
@@ -172,9 +175,12 @@ pub(crate) struct Peer {
 impl Peer {
     fn run(self) -> Result<bool> {
         let name = |case: &peer::Case| case.journey().name.clone();
-        let Some(cases) = self.choice.rows(peer::table::all, peer::table::quick, name, name) else {
+        let Some(mut cases) = self.choice.rows(peer::table::all, peer::table::quick, name, name) else {
             return Ok(true);
         };
+        if self.gently {
+            cases = cases.into_iter().map(peer::Case::gently).collect();
+        }
         let program = peer::Monitor::new(std::env::current_exe()?);
         let report = peer::run(&cases, &program, self.keep, |row| println!("{}", row.line()))?;
         self.reporting.tell("journeys", &report, peer::summary(&report))?;

@@ -7,6 +7,7 @@
 mod guest;
 mod kernel;
 mod machine;
+mod peer;
 mod vfio;
 
 use std::fs;
@@ -61,8 +62,8 @@ pub struct Outcome {
     pub said: String,
 }
 
-/// The jobs for right and wrong: with these accelerators the demo with each and the tests with the smallest ring, Linux as a guest, and
-/// migrations with VFIO devices.
+/// The jobs for right and wrong: with these accelerators the demo with each and the tests with the smallest ring, Linux as a guest, guests that
+/// go before their memory, and migrations with VFIO devices.
 pub fn jobs() -> Vec<Job> {
     let demo = |name: &str, accel: &str, more: &str| Job {
         name: format!("demo-{name}"),
@@ -90,6 +91,13 @@ pub fn jobs() -> Vec<Job> {
         tests("linux", guest::ENVIRONMENT, "--skip virtio_devices linux_", judge_tests::<6>),
         tests("linux-virtio", guest::ENVIRONMENT, "virtio_devices", judge_tests::<2>),
     ];
+    jobs.extend(peer::commands().map(|(name, command)| Job {
+        name: name.into(),
+        command,
+        plan: None,
+        boot: Boot::Debian,
+        judge: Judge::Printed(peer::judge),
+    }));
     jobs.extend(vfio::cases().into_iter().map(Job::from));
     jobs
 }
@@ -147,6 +155,7 @@ pub fn build(workspace: &Path, jobs: &[Job]) -> Result<Programs> {
         monitor: build("reference-vmm", &["build", "--bin"], "reference-vmm", "reference-vmm")?,
         tests: build("reference-vmm", &["test", "--no-run", "--test"], "kvm", "kvm-tests")?,
         driver: build("qevm-lab", &["build", "--bin"], "qevm-lab", "driver")?,
+        conformance: build("qevm-conformance", &["build", "--bin"], peer::PROGRAM, peer::PROGRAM)?,
         linux_guest: build("qevm-lab", &["build", "--bin"], guest::USER, guest::USER)?,
     })
 }
@@ -162,6 +171,8 @@ pub struct Programs {
     pub tests: Option<PathBuf>,
     /// The program that takes guests with VFIO devices from one monitor to another.
     pub driver: Option<PathBuf>,
+    /// This program, which plays rows of its tables there.
+    pub conformance: Option<PathBuf>,
     /// What Linux guests use their VFIO devices with.
     pub linux_guest: Option<PathBuf>,
 }

@@ -19,7 +19,7 @@ use crate::process::run;
 
 /// Raised whenever the layout or the package set of a root changes, so that older roots are made again.
 const ROOT_REVISION: u32 = 1;
-const ROOT_STAMP: &str = ".qevm-root";
+pub(crate) const ROOT_STAMP: &str = ".qevm-root";
 /// The suites before Debian's merged /usr keep the loader and some libraries under `/lib`.
 const LIBRARIES: [&str; 2] = ["usr/lib/x86_64-linux-gnu", "lib/x86_64-linux-gnu"];
 const LOADER: &str = "ld-linux-x86-64.so.2";

@@ -25,6 +25,8 @@ pub(super) const USER: &str = "linux-guest";
 const APPLETS: [&str; 9] = ["sh", "mount", "dd", "md5sum", "cp", "mv", "date", "usleep", "echo"];
 const LIBRARIES: &str = "usr/lib/x86_64-linux-gnu";
 const LOADER: &str = "ld-linux-x86-64.so.2";
+/// Where the QEMU of the jobs with Debian's kernel is.
+pub(super) const QEMU_FOLDER: &str = "qemu";
 const QEMU: &str = "usr/bin/qemu-system-x86_64";
 const FOLDERS: [&str; 2] = ["usr/share/qemu", "usr/share/seabios"];
 /// Firmware of microvm without ACPI and with it, what it boots kernels with, and the page of the local APIC's registers.
@@ -44,7 +46,7 @@ pub(super) fn add(archive: &mut Archive, bzimage: &Path, busybox: &[u8], qemu: &
     archive.file("guest/vmlinuz", &bzimage);
     archive.file("guest/initrd", &initrd(busybox));
     archive.file("guest/virtio-initrd", &virtio_initrd()?);
-    add_qemu(archive, "qemu", qemu)
+    add_qemu(archive, QEMU_FOLDER, qemu)
 }
 
 /// Adds what a Linux guest with a VFIO device is started with: the lab's own kernel, and an initial RAM disk with this program.

@@ -7,7 +7,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 
 use super::kernel::Kernel;
-use super::{Job, Programs, guest, tail};
+use super::{Job, Programs, guest, peer, tail};
 use crate::apt::{Apt, Kind};
 use crate::cpio::Archive;
 use crate::linux::{Modules, unpack_packages};
@@ -144,14 +144,21 @@ impl Machine {
         archive.file("modules/order", order.as_bytes());
         let commands: String = jobs.iter().map(|job| format!("{} {}\n", job.name, job.command)).collect();
         archive.file("jobs", commands.as_bytes());
-        let all = [("reference-vmm", &programs.monitor), ("kvm-tests", &programs.tests), ("driver", &programs.driver)];
+        let all = [
+            ("reference-vmm", &programs.monitor),
+            ("kvm-tests", &programs.tests),
+            ("driver", &programs.driver),
+            (peer::PROGRAM, &programs.conformance),
+        ];
         for (name, program) in all {
             if let Some(path) = program {
                 archive.program(name, &fs::read(path).with_context(|| format!("reading {}", path.display()))?);
             }
         }
         if boot == Boot::Debian {
-            guest::add(&mut archive, &self.kernel, &self.busybox, &Root::install(Suite::Sid)?)?;
+            let qemu = Root::install(Suite::Sid)?;
+            guest::add(&mut archive, &self.kernel, &self.busybox, &qemu)?;
+            peer::add_root(&mut archive, guest::QEMU_FOLDER, &qemu)?;
         } else {
             archive.file("payload.bin", reference_vmm::payload::IMAGE);
             for suite in [Suite::Trixie, Suite::Sid] {

@@ -151,16 +151,19 @@ pub(super) fn all() -> Vec<Journey> {
             });
         }
     }
-    // Each way is taken before the memory and with it: there are seven.
-    let stops = [old, reference, reference, new, reference, middle, reference].into_iter().cycle().take(RING_HOPS + 1);
-    journeys.push(Journey {
-        name: format!("ring/postcopy/{RING_HOPS}"),
-        stops: stops.collect(),
-        capabilities: vec!["postcopy-ram"],
-        parameters,
-        postcopy: Some(Departure::InTurn),
-        ..super::rows::plain()
-    });
+    // Each way of all is taken before the memory and with it: there are seven.
+    let all = [old, reference, reference, new, reference, middle, reference];
+    let short = [new, reference, reference];
+    for (name, stops, hops) in [(RING_HOPS.to_string(), &all[..], RING_HOPS), ("short".into(), &short, 4)] {
+        journeys.push(Journey {
+            name: format!("ring/postcopy/{name}"),
+            stops: stops.iter().copied().cycle().take(hops + 1).collect(),
+            capabilities: vec!["postcopy-ram"],
+            parameters: parameters.clone(),
+            postcopy: Some(Departure::InTurn),
+            ..super::rows::plain()
+        });
+    }
     journeys
 }
 
