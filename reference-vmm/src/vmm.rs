@@ -2,6 +2,7 @@
 
 mod actions;
 mod announcing;
+mod capabilities;
 mod dirty_limit;
 mod events;
 mod guest;
@@ -25,15 +26,8 @@ use crate::descriptors::Descriptors;
 use crate::machine::{Machine, Stop};
 use crate::objects::Objects;
 use qevm_migration::dirty_rate::{self, Gauge};
-use qevm_migration::{
-    Address, BadCapability, BlockTimes, Endpoint, Guest, GuestError, Job, MigrationError, Mode, RULES, Recovery,
-    Refused, RestoreProgress, Status,
-};
-use qevm_multifd::compression::Compression;
-use qevm_wire::{
-    Capability, Profile, QemuVersion,
-    capability::{Context, check},
-};
+use qevm_migration::{Address, BlockTimes, Endpoint, Guest, Job, MigrationError, Recovery, RestoreProgress, Status};
+use qevm_wire::{Profile, QemuVersion};
 use std::{
     sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, mpsc},
     thread,
@@ -210,45 +204,6 @@ impl Vmm {
     /// Settings and state of the outgoing migration. Capabilities and parameters of an incoming one are the same.
     pub fn outgoing(&self) -> &Job {
         &self.outgoing
-    }
-
-    /// Switches capabilities on and off: all of them or, if one is refused, none.
-    ///
-    /// # Errors
-    /// Those that QEMU refuses in this state, too, and those that are not supported here.
-    pub fn set_capabilities<'a>(&self, changes: impl IntoIterator<Item = (&'a str, bool)>) -> Result<(), GuestError> {
-        if self.outgoing.status().is_running() {
-            return Err(Refused::InProgress.into());
-        }
-        let parameters = self.outgoing.parameters();
-        let context = Context {
-            // A guest that has arrived may leave as it likes.
-            incoming_started: self.listening().is_some() && self.run_state() == RunState::Inmigrate,
-            compressed: parameters.multifd_compression != Compression::None,
-            cpr: parameters.mode != Mode::Normal,
-            dirty_ring: self.machine.dirty_log().ring_size() > 0,
-            ..Context::new(RULES)
-        };
-        let capabilities = self.outgoing.capabilities().with_in(changes, &context)?;
-        if capabilities.mapped_ram && capabilities.postcopy_ram && self.run_state() != RunState::Inmigrate {
-            // Together they say how a guest comes. For one that is to leave, QEMU refuses them.
-            let both = [Capability::MappedRam, Capability::PostcopyRam].into_iter().collect();
-            check(both, &context).map_err(BadCapability::from)?;
-        }
-        if let Err(BadCapability::Rejected(rejection)) = capabilities.suit(self.profile().qemu) {
-            // The release at the other end refuses them at this moment.
-            return Err(BadCapability::from(rejection).into());
-        }
-        let postcopy = capabilities.postcopy_ram && !self.outgoing.capabilities().postcopy_ram;
-        if postcopy
-            && self.run_state() == RunState::Inmigrate
-            && self.machine.memory().blocks().iter().any(|block| block.is_on_disk())
-        {
-            // The words of QEMU 11.1. At a source it does not look.
-            let why = "Postcopy is not supported: Host backend files need to be TMPFS or HUGETLBFS only";
-            return Err(Refused::Blocked(why.into()).into());
-        }
-        Ok(self.outgoing.set_capabilities(capabilities)?)
     }
 
     /// State of the incoming migration.

@@ -48,6 +48,7 @@ const WAITING: &[(&str, &str)] = &[
 /// What a machine is asked that waits for a guest, and whose RAM is in a file on a disk.
 const ON_A_DISK: &[(&str, &str)] = &[
     ("migrate-set-capabilities", r#"{"capabilities":[{"capability":"postcopy-ram","state":true}]}"#),
+    ("migrate-set-capabilities", r#"{"capabilities":[{"capability":"background-snapshot","state":true}]}"#),
     ("query-migrate-capabilities", ""),
     ("migrate-set-capabilities", r#"{"capabilities":[{"capability":"events","state":true}]}"#),
     ("migrate-incoming", r#"{"uri":"unix:SOCKET"}"#),

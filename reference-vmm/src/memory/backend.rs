@@ -107,7 +107,7 @@ pub enum BackendError {
 }
 
 /// The system's words without their number, as QEMU gives them.
-fn words(error: &io::Error) -> String {
+pub(super) fn words(error: &io::Error) -> String {
     let text = error.to_string();
     text.split_once(" (os error").map_or(text.as_str(), |(words, _)| words).into()
 }

@@ -18,6 +18,7 @@ use rustix::io::Errno;
 use rustix::ioctl::{Opcode, Updater, ioctl, opcode};
 use rustix::mm::{UserfaultfdFlags, userfaultfd};
 
+use super::backend::words;
 use super::{GuestMemory, RamBlock};
 use crate::devices::lock;
 
@@ -56,6 +57,14 @@ impl Userfault {
         vcpu_of: impl Fn(u32) -> Option<usize> + Send + Sync + 'static,
     ) -> Userfault {
         Userfault { vcpus, vcpu_of: Box::new(vcpu_of), ..self }
+    }
+
+    /// Whether a process may have one here.
+    ///
+    /// # Errors
+    /// The system's words.
+    pub(crate) fn is_available() -> Result<(), String> {
+        available(UFFD_FEATURE_THREAD_ID).map_err(|error| words(&error))
     }
 
     /// With these features of the kernel's.
@@ -217,6 +226,12 @@ fn progress(result: rustix::io::Result<()>, done: i64) -> io::Result<usize> {
         Err(Errno::AGAIN) => Ok(usize::try_from(done).unwrap_or(0)),
         Err(error) => Err(error.into()),
     }
+}
+
+/// Whether a process may have one with these features of the kernel's.
+pub(super) fn available(features: u32) -> io::Result<()> {
+    let mut api = uffdio_api { api: UFFD_API.into(), features: features.into(), ioctls: 0 };
+    Ok(call::<API, _>(&open()?, &mut api)?)
 }
 
 fn open() -> io::Result<OwnedFd> {

@@ -11,7 +11,7 @@ use rustix::io::Errno;
 use rustix::ioctl::{Opcode, opcode};
 
 use super::GuestMemory;
-use super::missing::{GROUP, Userfault, call};
+use super::missing::{GROUP, Userfault, available, call};
 
 const WRITEPROTECT: Opcode = opcode::read_write::<uffdio_writeprotect>(GROUP, 6);
 /// For a page that nobody has touched, too (Linux 6.4), and for shared memory and huge pages (5.19).
@@ -27,6 +27,11 @@ impl WriteProtection {
         let faults = Userfault::with(memory, FEATURES.into())?;
         (0..blocks).try_for_each(|number| faults.register(number, UFFDIO_REGISTER_MODE_WP))?;
         Ok(WriteProtection(faults))
+    }
+
+    /// Whether the kernel can do that.
+    pub(crate) fn is_available() -> bool {
+        available(FEATURES).is_ok()
     }
 
     fn protect_range(&self, block: usize, offset: u64, len: u64, protect: bool) -> Result<(), GuestError> {

@@ -8,8 +8,8 @@ use reference_vmm::payload::Progress;
 use serde_json::json;
 
 use crate::Test;
-use crate::lifecycle::Monitor;
-use crate::qmp::finished;
+use crate::lifecycle::{Monitor, without_userfaultfd};
+use crate::qmp::{finished, refused};
 
 pub(crate) const TESTS: &[Test] = &[
     ("backend_a_guest_goes_from_each_kind_of_memory_to_the_next", each_kind),
@@ -18,6 +18,9 @@ pub(crate) const TESTS: &[Test] = &[
 ];
 /// These need huge pages, which the tests reserve for themselves.
 pub(crate) const HUGE_PAGE_TESTS: &[Test] = &[("backend_a_guest_comes_to_huge_pages_and_leaves_them", huge_pages)];
+
+/// These need a host that can take userfaultfd away from a process.
+pub(crate) const USERFAULTFD_TESTS: &[Test] = &[("backend_what_the_kernel_cannot_do_is_refused", no_userfaultfd)];
 
 /// Where Linux keeps the number of huge pages of 2 MiB.
 const HUGE_PAGES: &str = "/sys/kernel/mm/hugepages/hugepages-2048kB";
@@ -42,6 +45,33 @@ pub(crate) fn huge_pages_missing() -> Option<&'static str> {
     let reserved = reserve(number + NEEDED) && huge("free_hugepages") >= NEEDED;
     reserve(number);
     (!reserved).then_some("no 16 huge pages of 2 MiB can be reserved")
+}
+
+/// Why userfaultfd cannot be taken away from a process here.
+pub(crate) fn userfaultfd_stays() -> Option<&'static str> {
+    let sysctl = fs::read_to_string("/proc/sys/vm/unprivileged_userfaultfd").unwrap_or_default();
+    let hidden = sysctl.trim() == "0" && without_userfaultfd("true").output().is_ok_and(|ended| ended.status.success());
+    (!hidden)
+        .then_some("userfaultfd cannot be taken away from a process: that needs root and vm.unprivileged_userfaultfd=0")
+}
+
+/// The words are those of QEMU 11.1.3, which was started in the same way.
+fn no_userfaultfd() {
+    let directory = tempfile::tempdir().unwrap();
+    let on = |capability: &str| json!({ "capabilities": [{ "capability": capability, "state": true }] });
+    let mut there = Monitor::without_userfaultfd(directory.path(), "there", &["--incoming", "defer"]);
+    let said = refused(&mut there.qmp, "migrate-set-capabilities", on("postcopy-ram"));
+    assert!(said.starts_with("Postcopy is not supported: Userfaultfd not available: "), "{said}");
+    assert!(!said.contains("os error"), "{said}");
+    let mut here = Monitor::without_userfaultfd(directory.path(), "here", &[]);
+    // Pages are missing at the destination.
+    here.execute("migrate-set-capabilities", on("postcopy-ram"));
+    let off = json!({ "capabilities": [{ "capability": "postcopy-ram", "state": false }] });
+    here.execute("migrate-set-capabilities", off);
+    for monitor in [&mut here, &mut there] {
+        let said = refused(&mut monitor.qmp, "migrate-set-capabilities", on("background-snapshot"));
+        assert_eq!(said, "Background-snapshot is not supported by host kernel");
+    }
 }
 
 fn backed(directory: &Path, name: &str, object: &str, incoming: bool) -> Monitor {

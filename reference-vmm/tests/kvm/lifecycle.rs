@@ -35,6 +35,15 @@ pub(crate) struct Monitor {
     socket: PathBuf,
 }
 
+/// Starts a program to which the kernel gives no userfaultfd. Only root can.
+pub(crate) fn without_userfaultfd(program: &str) -> Command {
+    let hide = "[ ! -e /dev/userfaultfd ] || mount --bind /dev/null /dev/userfaultfd";
+    let drop = "exec setpriv --bounding-set -sys_ptrace --inh-caps -sys_ptrace";
+    let mut shell = Command::new("unshare");
+    shell.args(["--mount", "sh", "-c", &format!("{hide} && {drop} {program} \"$@\""), "sh"]);
+    shell
+}
+
 impl Drop for Monitor {
     fn drop(&mut self) {
         let _ = self.child.kill();
@@ -53,6 +62,11 @@ impl Monitor {
         let program = env!("CARGO_BIN_EXE_reference-vmm");
         shell.args(["-c", &format!("ulimit -n {limit}; exec {program} \"$@\""), "sh"]);
         Monitor::run(shell, directory, name, "", options)
+    }
+
+    /// A monitor to which the kernel gives no userfaultfd.
+    pub(crate) fn without_userfaultfd(directory: &Path, name: &str, options: &[&str]) -> Monitor {
+        Monitor::run(without_userfaultfd(env!("CARGO_BIN_EXE_reference-vmm")), directory, name, "", options)
     }
 
     fn run(mut command: Command, directory: &Path, name: &str, payload: &str, options: &[&str]) -> Monitor {

@@ -89,17 +89,25 @@ fn main() -> ExitCode {
         })
         .with_ignored_flag(!tsc_moves)
     });
-    let no_huge_pages = backends::huge_pages_missing().filter(|_| missing.is_none());
-    if let Some(why) = no_huge_pages.filter(|_| !arguments.list) {
-        report_skipped(backends::HUGE_PAGE_TESTS, why);
-    }
-    let huge_pages = backends::HUGE_PAGE_TESTS.iter().map(|(name, test)| {
-        Trial::test(*name, move || {
-            test();
-            Ok(())
+    let hosts = [
+        (backends::HUGE_PAGE_TESTS, backends::huge_pages_missing()),
+        (backends::USERFAULTFD_TESTS, backends::userfaultfd_stays()),
+    ];
+    let hosts = hosts.into_iter().flat_map(|(tests, why)| {
+        let why = why.filter(|_| missing.is_none());
+        if let Some(why) = why.filter(|_| !arguments.list) {
+            report_skipped(tests, why);
+        }
+        let ignored = why.is_some() || missing.is_some();
+        tests.iter().map(move |(name, test)| {
+            let run = move || {
+                test();
+                Ok(())
+            };
+            Trial::test(*name, run).with_ignored_flag(ignored)
         })
-        .with_ignored_flag(no_huge_pages.is_some() || missing.is_some())
     });
+    let hosts: Vec<_> = hosts.collect();
     let linux = [linux::TESTS, linux::QEMU_TESTS].into_iter().zip(linux::missing()).flat_map(|(tests, missing)| {
         if let Some(why) = missing.filter(|_| !arguments.list) {
             report_skipped(tests, why);
@@ -124,7 +132,7 @@ fn main() -> ExitCode {
         }
         Some(_) => Trial::test(name, || Ok(())).with_ignored_flag(true),
     });
-    libtest_mimic::run(&arguments, trials.chain(tsc_tests).chain(huge_pages).chain(linux).collect()).exit_code()
+    libtest_mimic::run(&arguments, trials.chain(tsc_tests).chain(hosts).chain(linux).collect()).exit_code()
 }
 
 fn report_skipped(tests: &[Test], why: &str) {
