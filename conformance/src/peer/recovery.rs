@@ -83,10 +83,18 @@ pub(super) fn depart(
     for (n, when) in breaks.iter().enumerate() {
         if n == 0 {
             relay.break_at(*when);
-            here.monitor().set_parameters(&Value::Object(journey.parameters.clone()))?;
+        }
+        // What comes back is what the guest asks for, which it does as long as the rest does not come.
+        let asks = n == 0 && matches!(when, Break::Back(_));
+        let parameters = Value::Object(journey.parameters.clone());
+        if n == 0 && !asks {
+            here.monitor().set_parameters(&parameters)?;
         }
         let context = || format!("connection {n}, broken at {when:?}");
         lose(&relay, n, here, there).with_context(context)?;
+        if asks {
+            here.monitor().set_parameters(&parameters)?;
+        }
         let exit = place(format!("exit{hop}-{n}"))?;
         relay.lead_to(exit.clone());
         wait_again(there, &exit).with_context(context)?;
