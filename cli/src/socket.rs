@@ -2,13 +2,17 @@
 
 use crate::failure::Stop;
 use percent_encoding::{AsciiSet, NON_ALPHANUMERIC};
+use qevm_migration::{Tls, TlsSocket};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{Mode, fchmod};
-use rustix::io::Errno;
-use rustix::net::{AddressFamily, RecvFlags, SocketAddrUnix, SocketFlags, SocketType, bind, listen, socket_with};
+use rustix::io::{Errno, ioctl_fionbio};
+use rustix::net::sockopt::{Timeout, set_socket_keepalive, set_socket_timeout, socket_error};
+use rustix::net::{
+    AddressFamily, RecvFlags, SocketAddrUnix, SocketFlags, SocketType, bind, listen, shutdown, socket_with,
+};
 use std::fmt;
 use std::io::{self, Read, Write};
-use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -181,6 +185,8 @@ pub enum Socket {
     Tcp(TcpStream),
     /// UNIX.
     Unix(UnixStream),
+    /// Either of them, in a TLS session.
+    Tls(Box<TlsSocket>),
 }
 
 impl Socket {
@@ -208,25 +214,80 @@ impl Socket {
         connected.recv_timeout(limit).unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()))
     }
 
+    /// The same connection in a TLS session, which `begin` begins.
+    ///
+    /// # Errors
+    /// Those of `begin`.
+    fn sealed<E>(self, begin: impl FnOnce(qevm_migration::Socket) -> Result<TlsSocket, E>) -> Result<Self, E> {
+        let socket = match self {
+            Socket::Tcp(socket) => qevm_migration::Socket::Tcp(socket),
+            Socket::Unix(socket) => qevm_migration::Socket::Unix(socket),
+            sealed => return Ok(sealed),
+        };
+        Ok(Socket::Tls(Box::new(begin(socket)?)))
+    }
+
+    /// Begins a TLS session with the destination at `address`, in whose certificate its host has to be, if nothing else was said.
+    ///
+    /// # Errors
+    /// What the operating system says, and why there is no session.
+    pub fn seal(self, tls: &Tls, address: &Address, patience: Duration) -> io::Result<Self> {
+        let host = match address {
+            Address::Tcp(place) => place.rsplit_once(':').map(|(host, _)| host.trim_matches(['[', ']'])),
+            Address::Unix(_) => None,
+        };
+        self.sealed(|socket| TlsSocket::connect(socket, tls, host, patience))
+    }
+
+    /// Waits for a TLS session that the source on the other end begins: what is read goes on with it.
+    ///
+    /// # Errors
+    /// The credentials are none of a destination.
+    pub fn unseal(self, tls: &Tls) -> io::Result<Self> {
+        self.sealed(|socket| TlsSocket::accept(socket, tls)).map_err(io::Error::other)
+    }
+
+    /// What the other end began with, if that is no TLS and should be.
+    pub fn not_tls(&self) -> Vec<u8> {
+        match self {
+            Socket::Tls(socket) => socket.first(),
+            Socket::Tcp(_) | Socket::Unix(_) => Vec::new(),
+        }
+    }
+
+    /// Why the other end has ended the session of a connection that has broken, if it said so; `None` without TLS.
+    pub fn refusal(&self) -> Option<Option<String>> {
+        let Socket::Tls(socket) = self else { return None };
+        self.set_nonblocking(true).ok()?;
+        let said = (&mut &**socket).read(&mut [0]);
+        Some(said.err().filter(|error| error.kind() == io::ErrorKind::InvalidData).map(|error| error.to_string()))
+    }
+
+    /// Tells the other end that nothing more comes, where there are words for that.
+    pub fn say_end(&self) {
+        if let Socket::Tls(socket) = self {
+            socket.say_end();
+        }
+    }
+
     /// Ends the connection for all that use it.
     pub fn close(&self) {
         // A connection that is already gone needs no closing.
-        let _ = match self {
-            Socket::Tcp(socket) => socket.shutdown(Shutdown::Both),
-            Socket::Unix(socket) => socket.shutdown(Shutdown::Both),
-        };
+        let _ = shutdown(self, rustix::net::Shutdown::Both);
     }
 
     /// Makes reads end; answers can still be written.
     pub fn stop_reading(&self) {
-        let _ = match self {
-            Socket::Tcp(socket) => socket.shutdown(Shutdown::Read),
-            Socket::Unix(socket) => socket.shutdown(Shutdown::Read),
-        };
+        let _ = shutdown(self, rustix::net::Shutdown::Read);
     }
 
     /// True if the other end has closed or reset the connection, and all that it had sent was read.
     pub fn is_closed(&self) -> bool {
+        if let Socket::Tls(_) = self {
+            // What has come may be the end of the session.
+            let flags = PollFlags::RDHUP;
+            return poll(&mut [PollFd::new(self, flags)], Some(&Timespec::default())) != Ok(0);
+        }
         let flags = RecvFlags::PEEK | RecvFlags::DONTWAIT;
         match rustix::net::recv(self, &mut [0u8; 1], flags) {
             Ok((read, _)) => read == 0,
@@ -236,11 +297,18 @@ impl Socket {
 
     /// True if the connection breaks within `limit`. A UNIX socket does not: there the last write has failed.
     pub fn is_reset_within(&self, limit: Duration) -> bool {
-        let Socket::Tcp(socket) = self else { return false };
+        let tcp = match self {
+            Socket::Tcp(_) => true,
+            Socket::Unix(_) => false,
+            Socket::Tls(socket) => matches!(socket.socket(), qevm_migration::Socket::Tcp(_)),
+        };
+        if !tcp {
+            return false;
+        }
         let limit = Timespec { tv_sec: 0, tv_nsec: limit.subsec_nanos().into() };
         // Nothing is asked for, so that only errors are told.
         let broken = poll(&mut [PollFd::new(self, PollFlags::empty())], Some(&limit));
-        broken != Ok(0) || !matches!(socket.take_error(), Ok(None))
+        broken != Ok(0) || !matches!(socket_error(self), Ok(Ok(())))
     }
 
     /// A write that takes longer fails with `WouldBlock` or `TimedOut`; `None` waits for ever.
@@ -248,10 +316,7 @@ impl Socket {
     /// # Errors
     /// What the operating system says.
     pub fn set_write_timeout(&self, timeout: Option<Duration>) -> io::Result<()> {
-        match self {
-            Socket::Tcp(socket) => socket.set_write_timeout(timeout),
-            Socket::Unix(socket) => socket.set_write_timeout(timeout),
-        }
+        Ok(set_socket_timeout(self, Timeout::Send, timeout)?)
     }
 
     /// A read that takes longer fails with `WouldBlock` or `TimedOut`; `None` waits for ever.
@@ -259,10 +324,7 @@ impl Socket {
     /// # Errors
     /// What the operating system says.
     pub fn set_read_timeout(&self, timeout: Option<Duration>) -> io::Result<()> {
-        match self {
-            Socket::Tcp(socket) => socket.set_read_timeout(timeout),
-            Socket::Unix(socket) => socket.set_read_timeout(timeout),
-        }
+        Ok(set_socket_timeout(self, Timeout::Recv, timeout)?)
     }
 
     /// Makes the system find out that the other end's host is gone. A UNIX socket's is this one.
@@ -271,8 +333,8 @@ impl Socket {
     /// What the operating system says.
     pub fn keep_alive(&self) -> io::Result<()> {
         match self {
-            Socket::Tcp(socket) => Ok(rustix::net::sockopt::set_socket_keepalive(socket, true)?),
-            Socket::Unix(_) => Ok(()),
+            Socket::Tcp(socket) => Ok(set_socket_keepalive(socket, true)?),
+            Socket::Unix(_) | Socket::Tls(_) => Ok(()),
         }
     }
 
@@ -281,10 +343,7 @@ impl Socket {
     /// # Errors
     /// What the operating system says.
     pub fn set_nonblocking(&self, nonblocking: bool) -> io::Result<()> {
-        match self {
-            Socket::Tcp(socket) => socket.set_nonblocking(nonblocking),
-            Socket::Unix(socket) => socket.set_nonblocking(nonblocking),
-        }
+        Ok(ioctl_fionbio(self, nonblocking)?)
     }
 }
 
@@ -293,6 +352,7 @@ impl AsFd for Socket {
         match self {
             Socket::Tcp(socket) => socket.as_fd(),
             Socket::Unix(socket) => socket.as_fd(),
+            Socket::Tls(socket) => socket.as_fd(),
         }
     }
 }
@@ -302,6 +362,7 @@ impl Read for &Socket {
         match self {
             Socket::Tcp(socket) => (&mut &*socket).read(buffer),
             Socket::Unix(socket) => (&mut &*socket).read(buffer),
+            Socket::Tls(socket) => (&mut &**socket).read(buffer),
         }
     }
 }
@@ -311,6 +372,7 @@ impl Write for &Socket {
         match self {
             Socket::Tcp(socket) => (&mut &*socket).write(bytes),
             Socket::Unix(socket) => (&mut &*socket).write(bytes),
+            Socket::Tls(socket) => (&mut &**socket).write(bytes),
         }
     }
 

@@ -174,7 +174,7 @@ pub use snapshot::ProtectedPages;
 pub use socket::{Listener, Socket};
 pub use source::{migrate, monotonic_now};
 pub use statistics::{PartStatistics, RamStatistics, RoundStatistics, Statistics, Status};
-pub use tls::{Credentials, CredentialsError, Endpoint, Tls, TlsChannel, TlsError, Versions};
+pub use tls::{Credentials, CredentialsError, Endpoint, Tls, TlsChannel, TlsError, TlsSocket, Versions};
 pub use verdict::Doubt;
 pub use watch::{Awaited, ChannelName, Silence};
 

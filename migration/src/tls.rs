@@ -14,6 +14,7 @@
 mod accepting;
 mod channel;
 mod credentials;
+mod stream;
 
 pub(crate) use accepting::{Accepting, Heard};
 #[cfg(test)]
@@ -21,6 +22,7 @@ mod tests;
 
 pub use channel::TlsChannel;
 pub use credentials::{Credentials, CredentialsError, Endpoint, Versions};
+pub use stream::TlsSocket;
 
 use rustls::pki_types::ServerName;
 use std::{fmt, sync::Arc, time::Duration};

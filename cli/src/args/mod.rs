@@ -8,6 +8,7 @@ mod receive;
 mod send;
 mod serve;
 mod size;
+mod tls;
 
 pub use self::bounds::Bounds;
 pub use self::check::{Check, Uuid};
@@ -16,6 +17,7 @@ pub use self::output::Output;
 pub use self::receive::Receive;
 pub use self::send::Send;
 pub use self::serve::Serve;
+pub use self::tls::{ClientTls, ServerTls};
 
 use self::output::EXIT_CODES;
 use self::size::parse_size;

@@ -1,6 +1,6 @@
 //! `qevm receive`: what can be said of a source.
 
-use super::{Bounds, Output};
+use super::{Bounds, Output, ServerTls};
 use clap::Args;
 use qevm_multifd::Compression;
 use std::path::PathBuf;
@@ -33,6 +33,9 @@ pub struct Receive {
     /// not count.
     #[arg(long, value_name = "SECONDS")]
     pub timeout: Option<u64>,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub tls: ServerTls,
     /// Keep what came of a migration that did not arrive whole, in files whose names end in `.partial`.
     #[arg(long)]
     pub keep_partial: bool,

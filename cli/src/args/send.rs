@@ -1,7 +1,7 @@
 //! `qevm send`: where a guest goes, and how.
 
 use super::output::EXIT_CODES;
-use super::{Bounds, Input, Output};
+use super::{Bounds, ClientTls, Input, Output};
 use clap::Args;
 use qevm_multifd::Compression;
 use qevm_wire::QemuVersion;
@@ -47,6 +47,9 @@ pub struct Send {
     /// this many seconds after all was sent, whatever else it says.
     #[arg(long, value_name = "SECONDS", default_value_t = 60)]
     pub timeout: u64,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub tls: ClientTls,
     #[command(flatten)]
     #[allow(missing_docs)]
     pub output: Output,

@@ -50,6 +50,7 @@ use std::time::Duration;
 /// error any more.
 pub fn run(receive: &args::Receive) -> Result<(), Stop> {
     let address = Address::parse(&receive.address)?;
+    let tls = receive.tls.sessions()?;
     let files = Arc::new(Files::new(receive)?);
     let listener = Listener::bind(&address)
         .map_err(|error| Stop::Usage(format!("{}: cannot listen: {error}", receive.address)))?;
@@ -59,6 +60,7 @@ pub fn run(receive: &args::Receive) -> Result<(), Stop> {
     let patience = receive.timeout.map(Duration::from_secs);
     let connections = Connections {
         listener: Some(listener),
+        tls,
         gate: Gate::new(),
         files: Arc::clone(&files),
         ledger: Arc::clone(&ledger),

@@ -14,11 +14,11 @@ use qevm_inspect::rewrite::channels::{ChannelForm, Channels};
 use qevm_inspect::rewrite::stream::{Multifd, Target};
 use qevm_inspect::size::size;
 use qevm_multifd::rules::Parameters;
-use qevm_multifd::{Compression, Compressor};
+use qevm_multifd::{Compression, Compressor, Init};
 use qevm_savevm::framing;
 use qevm_wire::capability::{self, Context};
 use qevm_wire::profile::ZeroPageDetection;
-use qevm_wire::{Capabilities, Capability, Profile, QemuVersion};
+use qevm_wire::{Capabilities, Capability, Profile, QemuVersion, Writer};
 use serde_json::{Map, json};
 use std::io::{self, Write};
 use std::sync::Arc;
@@ -34,12 +34,20 @@ use std::time::Duration;
 pub fn run(send: &args::Send) -> Result<(), Stop> {
     let address = Address::parse(&send.address)?;
     check(send)?;
+    let tls = send.tls.sessions()?;
     let mut inputs = send.input.open()?;
     let patience = Duration::from_secs(send.timeout);
     let cannot = |error: io::Error| Stop::from(Failure::io(&send.address, 0, &error));
     let connect = || -> Result<Patient, Stop> {
         let socket = Socket::connect_within(&address, patience)
             .map_err(|error| Stop::Usage(format!("{}: cannot connect: {error}", send.address)))?;
+        let socket = match &tls {
+            Some(tls) => socket.seal(tls, &address, patience).map_err(|error| {
+                let message = format!("no TLS session with the destination: {error}");
+                Stop::from(Failure::mismatch(&send.address, 0, "", message))
+            })?,
+            None => socket,
+        };
         // A destination with another number of channels, or without multifd, stops reading without a word.
         socket.set_write_timeout(Some(patience)).map_err(cannot)?;
         Ok(Patient { socket: Arc::new(socket), patience, sent: Arc::default(), ahead: 0 })
@@ -48,7 +56,8 @@ pub fn run(send: &args::Send) -> Result<(), Stop> {
     // Whether there is a destination is known before a large file is read, and the destination knows that no stranger has come.
     // Older ones tell channels apart by their order only: the main channel is the first.
     let mut main = connect()?;
-    main.start().map_err(cannot)?;
+    let header = [framing::MAGIC.to_be_bytes(), framing::VERSION.to_be_bytes()].concat();
+    main.start(&header).map_err(cannot)?;
     let mut guest = super::read_saved(&mut inputs, &send.bounds)?;
     let profile = profile(send, &guest);
     let multifd = match send.multifd_channels {
@@ -56,10 +65,17 @@ pub fn run(send: &args::Send) -> Result<(), Stop> {
         Some(count) => {
             let named = |number| {
                 let name = format!("{} (page channel {number})", send.address);
-                let socket = connect().map_err(|_| {
-                    let message = format!("the destination takes no connection for page channel {number}; {HINT}");
+                let mut socket = connect().map_err(|stop| {
+                    let message = match stop {
+                        Stop::Bad(failure) => format!("page channel {number}: {}", failure.message),
+                        _ => format!("the destination takes no connection for page channel {number}; {HINT}"),
+                    };
                     Stop::from(Failure::mismatch(&send.address, 0, "multifd channels", message))
                 })?;
+                // A destination waits for these, and for nothing else, before it takes the next connection.
+                let mut init = Writer::new();
+                Init::new(guest.uuid(), number).encode(&mut init);
+                socket.start(init.as_bytes()).map_err(|error| Stop::from(Failure::io(&name, 0, &error)))?;
                 Ok((name, socket))
             };
             let sockets = (0..count).map(named).collect::<Result<Vec<_>, Stop>>()?;
@@ -124,6 +140,7 @@ fn verdict(address: &str, answer: Answer, needed: u64, written: &Result<u64, Sto
         (Answer::Shut { status, .. }, _) => {
             format!("the destination failed to load the guest (SHUT {status}); its own log has the reason")
         }
+        (Answer::Refused(reason), _) => format!("the destination has ended the TLS session: {reason}"),
         (Answer::Wrong(reason), _) => format!("the destination said what nobody asked for: {reason}"),
         (Answer::Missing(_), Err(_)) => return Ok(()), // the failed write is the better explanation
         (Answer::Missing(reason), Ok(_)) => {
@@ -146,11 +163,10 @@ struct Patient {
 }
 
 impl Patient {
-    /// Sends what every stream starts with.
-    fn start(&mut self) -> io::Result<()> {
-        let header = [framing::MAGIC.to_be_bytes(), framing::VERSION.to_be_bytes()].concat();
-        self.write_all(&header)?;
-        self.ahead = header.len();
+    /// Sends what the channel starts with, which is not sent again.
+    fn start(&mut self, first: &[u8]) -> io::Result<()> {
+        self.write_all(first)?;
+        self.ahead = first.len();
         Ok(())
     }
 }
@@ -174,7 +190,14 @@ impl Write for Patient {
                 io::Error::new(io::ErrorKind::TimedOut, message)
             }
             io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset => {
-                let message = format!("the destination closed the connection; its own log has the reason; {HINT}");
+                let message = match self.socket.refusal() {
+                    None => format!("the destination closed the connection; its own log has the reason; {HINT}"),
+                    Some(Some(alert)) => format!("the destination has ended the TLS session: {alert}"),
+                    Some(None) => {
+                        let want = "does it want this certificate (TLS)?";
+                        format!("the destination closed the connection; its own log has the reason; {want} {HINT}")
+                    }
+                };
                 io::Error::new(error.kind(), message)
             }
             _ => error,

@@ -12,6 +12,7 @@ mod reported;
 mod sample;
 mod serve;
 mod strangers;
+mod tls;
 mod usage;
 mod verify;
 mod vfio;

@@ -13,11 +13,12 @@ use serde_json::{Value, json};
 use super::leaves::{Told, files, options};
 use super::receiver::Receiver;
 use super::setup::Setup;
-use super::shape;
+use super::{secured, shape};
 use crate::judge;
 use crate::launch::Qemu;
 use crate::oracle;
 use crate::patience::PATIENCE;
+use crate::peer::tls::Version;
 use crate::record::Recording;
 use crate::roots::Root;
 use crate::subject::Subject;
@@ -37,6 +38,8 @@ pub struct Live {
     pub arrives: Setup,
     /// `multifd-flush-after-each-section` is on at both ends.
     pub each_section: bool,
+    /// Over TLS, of this version alone, with certificates at both ends.
+    pub tls: Option<Version>,
     /// `max-bandwidth` until there were enough rounds, bytes per second: below what the guest dirties, compressed.
     pub bandwidth: u64,
 }
@@ -49,6 +52,9 @@ pub fn play(from: &Root, to: &Root, subject: &Subject, live: &Live) -> Result<St
     let scratch = tempfile::Builder::new().prefix("qevm-").tempdir()?;
     let folder = scratch.path();
     fs::write(folder.join("payload.bin"), IMAGE)?;
+    if let Some(version) = live.tls {
+        secured::issue(version, None, folder)?;
+    }
     let (recording, last, rounds) = leave(from, subject, live, folder).context("leaving")?;
     let judgement = judge::judge(&recording, folder, subject)?;
     if !judgement.problems.is_empty() {
@@ -64,14 +70,18 @@ pub fn play(from: &Root, to: &Root, subject: &Subject, live: &Live) -> Result<St
 fn leave(root: &Root, subject: &Subject, live: &Live, folder: &Path) -> Result<(Recording, Progress, u64)> {
     let profile = profile(root, live);
     let serial = folder.join("source.serial");
-    let mut source = Qemu::start(root, "source", &arguments(live, folder, &serial, &[]), folder)?;
+    let mut source = Qemu::start(root, "source", &arguments(live.each_section, folder, &serial, &[]), folder)?;
     seen(&serial, PATIENCE, |p| p.pass > 2)?;
     if let Err(refusal) = live.leaves.apply(&mut source, &profile)? {
         bail!("QEMU refuses the set-up: {refusal}");
     }
     source.set_parameters(&json!({ "downtime-limit": 1, "max-bandwidth": live.bandwidth }))?;
-    let mut receiver =
-        Receiver::start(subject, folder, live.leaves.transport, &options(&live.leaves, Told::Channels, &profile))?;
+    let mut told = options(&live.leaves, Told::Channels, &profile);
+    if let Some(version) = live.tls {
+        secured::arm(&mut source, "client", version, folder)?;
+        told.extend(secured::receiving(folder, secured::SOURCE));
+    }
+    let mut receiver = Receiver::start(subject, folder, live.leaves.transport, &told)?;
     source.execute("migrate", json!({ "uri": receiver.uri }))?;
     source.wait_migration(PATIENCE, |s| syncs(s) >= ROUNDS || s["status"] == "completed")?;
     source.set_parameters(&json!({ "downtime-limit": 60_000, "max-bandwidth": 0 }))?;
@@ -120,15 +130,21 @@ fn arrive(
 ) -> Result<Progress> {
     let serial = folder.join("target.serial");
     let incoming = ["-incoming", "defer"];
-    let mut target = Qemu::start(root, "target", &arguments(live, folder, &serial, &incoming), folder)?;
+    let mut target = Qemu::start(root, "target", &arguments(live.each_section, folder, &serial, &incoming), folder)?;
     if let Err(refusal) = live.arrives.apply(&mut target, &profile(root, live))? {
         bail!("the destination refuses the set-up: {refusal}");
     }
     let uri = format!("unix:{}", folder.join("t").display());
+    if let Some(version) = live.tls {
+        secured::arm(&mut target, "server", version, folder)?;
+    }
     target.execute("migrate-incoming", json!({ "uri": uri }))?;
     let mut arguments: Vec<std::ffi::OsString> =
         ["send", "--json", "--to", root.suite().series()].map(Into::into).to_vec();
     arguments.extend(super::arrives::form_arguments(&live.arrives).into_iter().map(Into::into));
+    if live.tls.is_some() {
+        arguments.extend(secured::sending(folder).into_iter().map(Into::into));
+    }
     if live.each_section && live.arrives.has("multifd") {
         arguments.extend(["--multifd-flush-after-each-section".into(), "on".into()]);
     }
@@ -165,13 +181,13 @@ fn profile(root: &Root, live: &Live) -> qevm_wire::Profile {
     profile
 }
 
-fn arguments(live: &Live, folder: &Path, serial: &Path, more: &[&str]) -> Vec<String> {
+pub(super) fn arguments(each_section: bool, folder: &Path, serial: &Path, more: &[&str]) -> Vec<String> {
     let mut all: Vec<String> = ["-M", "microvm,accel=kvm", "-m", MEMORY, "-bios"].map(String::from).to_vec();
     all.push(folder.join("payload.bin").display().to_string());
     all.extend(["-fw_cfg".into(), format!("name={FW_CFG_NAME},string={PAYLOAD}")]);
     all.extend(["-chardev".into(), format!("file,id=qevm-serial,path={}", serial.display())]);
     all.extend(["-serial".into(), "chardev:qevm-serial".into()]);
-    if live.each_section {
+    if each_section {
         all.extend(["-global".into(), "migration.multifd-flush-after-each-section=on".into()]);
     }
     all.extend(more.iter().map(ToString::to_string));
@@ -188,7 +204,7 @@ fn lines(serial: &Path) -> Result<Vec<Progress>> {
 }
 
 /// Waits for a progress line.
-fn seen(serial: &Path, limit: Duration, wanted: impl Fn(&Progress) -> bool) -> Result<Progress> {
+pub(super) fn seen(serial: &Path, limit: Duration, wanted: impl Fn(&Progress) -> bool) -> Result<Progress> {
     let deadline = Instant::now() + limit;
     loop {
         let lines = lines(serial)?;

@@ -9,6 +9,7 @@
 //! | [`arrives`] | `qevm send` or `qevm convert` gives a saved guest to QEMU; RAM of what was loaded is the saved one |
 //! | [`refused`] | QEMU refuses the set-up with a reason before data moves, and `qevm` says the same |
 //! | [`mismatch`] | both ends are set up legally but differently: a named error in time, and the guest runs on |
+//! | [`secured`] | one end must refuse the other's TLS before anything of the guest moves |
 //! | [`live`] | a guest that dirties memory goes QEMU → `qevm receive` → `qevm send` → QEMU and finds no stale page |
 //!
 //! [`run`] plays them, reusing one source QEMU for all rows of a flavor.
@@ -19,6 +20,7 @@ pub mod live;
 pub mod mismatch;
 pub mod refused;
 pub mod run;
+pub mod secured;
 pub mod setup;
 pub mod source;
 pub mod table;

@@ -12,7 +12,7 @@ use serde_json::{Value, json};
 
 use super::source::{Flavor, Source};
 use super::table::{Case, KINDS, Row};
-use super::{arrives, leaves, live, mismatch, refused};
+use super::{arrives, leaves, live, mismatch, refused, secured};
 use crate::matrix::{REQUIRE_KVM, REQUIRE_QEMU, kvm, required};
 use crate::roots::{Root, Suite};
 use crate::subject::Subject;
@@ -160,7 +160,7 @@ fn groups(rows: &[Row]) -> Vec<Vec<&Row>> {
     let mut alone = Vec::new();
     for row in rows {
         match row.case {
-            Case::Live(..) => alone.push(vec![row]),
+            Case::Live(..) | Case::Distrusted(..) => alone.push(vec![row]),
             _ => shared.entry(row.flavor).or_default().push(row),
         }
     }
@@ -224,7 +224,7 @@ impl Machine<'_> {
             }
         }
         match (&row.case, &self.kvm) {
-            (Case::Live(..), Err(why)) => Some(lacks(REQUIRE_KVM, why)),
+            (Case::Live(..) | Case::Distrusted(..), Err(why)) => Some(lacks(REQUIRE_KVM, why)),
             _ => None,
         }
     }
@@ -240,6 +240,9 @@ impl Machine<'_> {
         let root = self.root(row.flavor.suite)?;
         if let Case::Live(live, to) = &row.case {
             return live::play(root, self.root(*to)?, self.subject, live);
+        }
+        if let Case::Distrusted(version, flaw) = row.case {
+            return secured::refused(root, self.subject, version, flaw);
         }
         let usable = match source {
             Some(source) => source.is_clean()?,
@@ -261,7 +264,7 @@ impl Machine<'_> {
             Case::TargetDiffers(sent, expected, options) => {
                 mismatch::at_target(source, subject, sent, expected, options)
             }
-            Case::Live(..) => anyhow::bail!("live rows have a source of their own"),
+            Case::Live(..) | Case::Distrusted(..) => anyhow::bail!("it has a source of its own"),
         }
     }
 }

@@ -4,6 +4,7 @@ use super::leaves::Told;
 use super::live::Live;
 use super::setup::{Setup, Transport};
 use super::source::{Flavor, Flush, Saved};
+use crate::peer::tls::{Flaw, Version};
 use crate::roots::Suite::{self, Bookworm, Sid, Trixie};
 
 /// The releases that take part.
@@ -49,6 +50,8 @@ pub enum Case {
     TargetDiffers(Setup, Setup, &'static [&'static str]),
     /// [`super::live::play`], to a destination of this suite.
     Live(Box<Live>, Suite),
+    /// [`super::secured::refused`].
+    Distrusted(Version, Flaw),
 }
 
 /// How many rows there are of each kind.
@@ -60,7 +63,7 @@ impl Case {
         match self {
             Case::Leaves(..) => KINDS[0],
             Case::Arrives(..) => KINDS[1],
-            Case::Refused(_) | Case::Late(_) | Case::NotSent(_) => KINDS[2],
+            Case::Refused(_) | Case::Late(_) | Case::NotSent(_) | Case::Distrusted(..) => KINDS[2],
             Case::ReceiverDiffers(..) | Case::NoSwitchover(..) | Case::TargetDiffers(..) => KINDS[3],
             Case::Live(..) => KINDS[4],
         }
@@ -92,6 +95,9 @@ pub fn all() -> Vec<Row> {
     }
     acks_differ(&mut table);
     live(&mut table);
+    for (flavor, what, case) in super::secured::rows() {
+        table.add(flavor, what, case);
+    }
     // Stable, so that rows stay in their order within a flavor.
     table.rows.sort_by_key(|row| row.flavor);
     table.rows
@@ -363,7 +369,7 @@ fn live(table: &mut Table) {
         let flush = if each_section { Flush::EachSection } else { Flush::Default };
         let flavor = Flavor { flush, ..Flavor::new(from, "microvm,accel=kvm") };
         let what = format!("live/{}-to-{}-{}", leaves.name(), to.series(), arrives.name());
-        table.add(flavor, what, Case::Live(Box::new(Live { leaves, arrives, each_section, bandwidth }), to));
+        table.add(flavor, what, Case::Live(Box::new(Live { leaves, arrives, each_section, tls: None, bandwidth }), to));
     };
     let multifd = Setup::multifd;
     for suite in SUITES {
@@ -414,6 +420,8 @@ const QUICK: &[&str] = &[
     "11.1/microvm+running/received-differs/4-channels-for-2",
     "11.1/microvm+running/received-differs/zlib-for-zstd",
     "11.1/microvm,accel=kvm/live/tcp-return-path-zlibx4-to-11.1-unix-nonex8",
+    "11.1/microvm,accel=kvm/live/tls1.3-multifd-4",
+    "11.1/microvm,accel=kvm/tls1.3/authz-refused",
 ];
 
 #[cfg(test)]

@@ -42,7 +42,7 @@ mod served;
 mod snapshot;
 pub mod table;
 mod tap;
-mod tls;
+pub(crate) mod tls;
 
 pub use cuts::Cuts;
 pub use doubt::{Doubt, Doubtful};

@@ -21,7 +21,7 @@ use crate::scenario::Accel;
 
 const POLL: Duration = Duration::from_millis(10);
 /// The distinguished name in a source's certificate, as both monitors write it.
-const SOURCE: &str = "C=DE,O=qevm,CN=source";
+pub(crate) const SOURCE: &str = "C=DE,O=qevm,CN=source";
 
 /// How the connections of a journey are secured, by X.509 certificates at both ends.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -44,7 +44,7 @@ pub enum Version {
 }
 
 impl Version {
-    fn name(self) -> &'static str {
+    pub(crate) fn name(self) -> &'static str {
         match self {
             Version::Tls12 => "tls1.2",
             Version::Tls13 => "tls1.3",
@@ -52,7 +52,7 @@ impl Version {
     }
 
     /// For GnuTLS, and as reference-vmm reads it.
-    fn priority(self) -> &'static str {
+    pub(crate) fn priority(self) -> &'static str {
         match self {
             Version::Tls12 => "NORMAL:-VERS-ALL:+VERS-TLS1.2",
             Version::Tls13 => "NORMAL:-VERS-ALL:+VERS-TLS1.3",
@@ -81,7 +81,7 @@ pub enum Flaw {
     DestinationOnly,
 }
 
-const FLAWS: [(Flaw, &str); 8] = [
+pub(crate) const FLAWS: [(Flaw, &str); 8] = [
     (Flaw::Host, "wrong-host"),
     (Flaw::Expired, "expired"),
     (Flaw::Authority, "other-ca"),
@@ -132,7 +132,7 @@ impl Secured {
     }
 
     /// Makes the certificates: a folder for each side.
-    fn issue(self, pki: &Path) -> Result<()> {
+    pub(crate) fn issue(self, pki: &Path) -> Result<()> {
         let (authority, other) = (authority("authority")?, authority("another authority")?);
         let flaw = |flaw| self.flaw == Some(flaw);
         for (side, name) in [("client", "source"), ("server", "destination")] {

@@ -108,6 +108,14 @@ pub(super) fn incomplete(first: &[u8], then: &str) -> What {
     }
 }
 
+/// What a connection is that began with `first`, and has no TLS session because of `why`.
+pub(super) fn unsealed(first: &[u8], why: String) -> What {
+    match FirstBytes::of(first) {
+        FirstBytes::Tls | FirstBytes::Nothing => What { kind: "a TLS session that was refused".into(), detail: why },
+        other => What { kind: format!("{other} without TLS").into(), detail: "expected TLS (--tls-creds)".into() },
+    }
+}
+
 /// What starts with these bytes, if it is no migration.
 fn name(first: &[u8]) -> What {
     match FirstBytes::of(first) {

@@ -28,6 +28,8 @@ pub(super) struct Channel {
     sync: bool,
     /// It was not read on at a SYNC, and what follows may have been read from the socket already.
     waits: bool,
+    /// It was not read to its end, and a TLS session may have more that is not in the socket.
+    more: bool,
 }
 
 impl Channel {
@@ -45,7 +47,7 @@ impl Channel {
         };
         let read = first.len() as u64;
         let input = Buffered::new(Tee { socket, output, name, first, read, turn: 0, arrived: 0 });
-        Ok(Channel { input, number, decoder: None, numbers: Numbers::default(), sync: false, waits: false })
+        Ok(Channel { input, number, decoder: None, numbers: Numbers::default(), sync: false, waits: false, more: true })
     }
 
     /// The connection.
@@ -67,9 +69,9 @@ impl Channel {
         })
     }
 
-    /// True if it stopped for a synchronisation: when that is complete, the socket need not have anything more.
+    /// True if it stopped for a synchronisation, or where there may be more: the socket need not have anything then.
     pub(super) fn waits(&self) -> bool {
-        self.waits
+        self.waits || self.more
     }
 
     /// Takes what has arrived; false once the channel is over.
@@ -84,6 +86,7 @@ impl Channel {
             None => self.input.skip(u64::MAX).map(|count| count > 0).map_err(DriveError::from),
         };
         let tee = self.input.input_mut();
+        self.more = tee.turn == 0;
         ledger.count(std::mem::take(&mut tee.arrived));
         match goes_on {
             Err(DriveError::Io(error)) if error.kind() == io::ErrorKind::WouldBlock => Ok(true),

@@ -7,6 +7,7 @@ use super::gate::{Caller, Context, Gate, Known, REFUSAL_DELAY};
 use super::ledger::{Ledger, Phase};
 use crate::socket::{Listener, Peer, Socket};
 use qevm_inspect::failure::Failure;
+use qevm_migration::Tls;
 use qevm_multifd::Compression;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
@@ -41,6 +42,8 @@ pub(super) enum News {
 #[derive(Debug)]
 pub(super) struct Connections {
     pub(super) listener: Option<Listener>,
+    /// Who connects has to begin a TLS session.
+    pub(super) tls: Option<Tls>,
     pub(super) gate: Gate,
     pub(super) files: Arc<Files>,
     pub(super) ledger: Arc<Ledger>,
@@ -116,7 +119,8 @@ impl Connections {
             return vec![false; self.channels.len()];
         }
         let reported = |socket: &PollFd<'_>| !(socket.revents() & !PollFlags::NVAL).is_empty();
-        let ready: Vec<bool> = self.channels.iter().zip(&sockets).map(|(c, s)| c.waits() || reported(s)).collect();
+        let more = |channel: &Channel| channel.waits() && self.can_read(channel);
+        let ready: Vec<bool> = self.channels.iter().zip(&sockets).map(|(c, s)| more(c) || reported(s)).collect();
         // A channel that hangs up while it cannot be read yet would be reported for ever.
         if self.channels.iter().zip(&sockets).any(|(channel, socket)| reported(socket) && !self.can_read(channel)) {
             thread::sleep(MOMENT);
@@ -161,7 +165,13 @@ impl Connections {
         };
         match listener.accept() {
             Ok(Some((socket, peer))) => {
-                self.gate.push(socket, peer, self.main.is_some());
+                let socket = match &self.tls {
+                    Some(tls) => socket.unseal(tls),
+                    None => Ok(socket),
+                };
+                if let Ok(socket) = socket {
+                    self.gate.push(socket, peer, self.main.is_some());
+                }
                 true
             }
             Ok(None) => false,

@@ -1,7 +1,7 @@
 //! Connections that nobody knows yet. They cost a descriptor each, up to a bound, and nothing else: no thread, no file,
 //! and no time of the migration.
 
-use super::caller::{INIT_LEN, MAX_FIRST, Verdict, What, incomplete, judge};
+use super::caller::{INIT_LEN, MAX_FIRST, Verdict, What, incomplete, judge, unsealed};
 use super::dropped::Dropped;
 use crate::socket::{Peer, Socket};
 use qevm_multifd::Init;
@@ -55,6 +55,8 @@ struct Stranger {
     late: bool,
     /// It was turned away, and is closed then.
     closing: Option<Instant>,
+    /// Why it has no TLS session.
+    unsealed: Option<String>,
 }
 
 /// What the connections that nobody knows are measured by.
@@ -103,7 +105,7 @@ impl Gate {
     /// Takes in a connection.
     pub(super) fn push(&mut self, socket: Socket, peer: Peer, late: bool) {
         let (first, since) = (Vec::new(), Instant::now());
-        self.strangers.push_back(Stranger { socket, peer, first, since, late, closing: None });
+        self.strangers.push_back(Stranger { socket, peer, first, since, late, closing: None, unsealed: None });
     }
 
     /// Turns away a page channel that could have been one of the migration, but not at once.
@@ -112,7 +114,7 @@ impl Gate {
         self.dropped.note(&peer, &What { kind: "a multifd channel".into(), detail: why });
         let since = Instant::now();
         let closing = Some(since + REFUSAL_DELAY);
-        self.strangers.push_back(Stranger { socket, peer, first, since, late: true, closing });
+        self.strangers.push_back(Stranger { socket, peer, first, since, late: true, closing, unsealed: None });
     }
 
     /// The sockets of those of whom something is expected.
@@ -139,6 +141,14 @@ impl Gate {
                 context.preempt.is_some() && stranger.late && main.is_some_and(|main| main.same_host(&stranger.peer));
             let preempt = context.preempt.as_ref().filter(|_| may_be_silent);
             let ended = stranger.read();
+            if ended && stranger.first.is_empty() && !stranger.socket.not_tls().is_empty() {
+                let why = "its other end closed it in the handshake: does it believe this certificate?";
+                stranger.unsealed.get_or_insert_with(|| why.to_owned());
+            }
+            if let Some(why) = stranger.unsealed {
+                self.dropped.note(&stranger.peer, &unsealed(&stranger.socket.not_tls(), why));
+                continue;
+            }
             let known = match judge(&stranger.first, ended, preempt) {
                 Verdict::Main if main.is_some() => {
                     let detail = "one is under way".to_owned();
@@ -192,7 +202,13 @@ impl Stranger {
                 Ok(0) => return wanted > 0,
                 Ok(count) => self.first.extend_from_slice(&buffer[..count]),
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) => return error.kind() != io::ErrorKind::WouldBlock,
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return false,
+                Err(error) => {
+                    if matches!(self.socket, Socket::Tls(_)) {
+                        self.unsealed = Some(error.to_string());
+                    }
+                    return true;
+                }
             }
         }
     }

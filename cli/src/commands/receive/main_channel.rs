@@ -281,6 +281,7 @@ impl Answering {
             (None, true) if self.is_closed_in_order() => Handover::Confirmed,
             (None, true) => Handover::Doubtful,
         };
+        self.socket.say_end();
         self.socket.close();
         self.ledger.over();
         Ended { failure, handover, answered: self.answered }

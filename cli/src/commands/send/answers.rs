@@ -35,6 +35,8 @@ pub(super) enum Answer {
     },
     /// None came, for this reason.
     Missing(String),
+    /// It ended the TLS session, for this reason.
+    Refused(String),
     /// It said what no destination may say.
     Wrong(String),
 }
@@ -69,6 +71,9 @@ impl Answers {
                 // Follows a message that was refused.
                 Ok(Some(_)) => continue,
                 Ok(None) => return Answer::Missing(CLOSED.into()),
+                Err(DriveError::Io(error)) if error.kind() == io::ErrorKind::InvalidData => {
+                    return Answer::Refused(error.to_string());
+                }
                 Err(DriveError::Io(error)) => return Answer::Missing(error.to_string()),
                 Err(DriveError::Stream(error)) if error.is_truncated() => return Answer::Missing(CLOSED.into()),
                 Err(error) => return Answer::Wrong(error.to_string()),
