@@ -28,6 +28,7 @@ lint: setup
 	@scripts/engine-dependencies
 	@scripts/decode-loops
 	@scripts/no-std
+	@scripts/features
 	@scripts/rooms
 
 unit: setup
@@ -52,6 +53,7 @@ skipped:
 	else echo "0 tests were skipped."; fi
 
 conformance-full: setup
+	scripts/features --test
 	cargo package --workspace --exclude qevm-conformance --exclude qevm-lab
 	QEVM_WORST=full cargo test --release --package reference-vmm --test kvm -- worst
 	cargo run --release --package qevm-conformance -- matrix --full

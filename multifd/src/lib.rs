@@ -17,6 +17,15 @@
 //! | [`mapped_ram`] | the same pages in a file |
 //! | [`error`] | [`Error`]: kind, offset, path |
 //!
+//! # Features
+//!
+//! Both are on by default; a monitor that migrates without compression can leave them out, and compiles no library then.
+//!
+//! | feature | what |
+//! |---|---|
+//! | `zlib` | payloads of methods `zlib`, `qpl` and `qatzip` |
+//! | `zstd` | payloads of method `zstd`; compiles a library in C |
+//!
 //! # Promises
 //!
 //! * Nothing here does I/O, and nothing panics or loops without consuming input, on any input.

@@ -3,7 +3,8 @@
 
 use flate2::read::GzDecoder;
 use qevm_multifd::{
-    ChannelDecoder, ChannelEncoder, ChannelOptions, Compression, Decompressor, EncoderOptions, Ending, Event,
+    ChannelDecoder, ChannelEncoder, ChannelOptions, Compression, CompressionError, Decompressor, EncoderOptions,
+    Ending, Event,
 };
 use qevm_wire::{Decode, Step, Writer};
 use std::{fs, io::Read, path::Path};
@@ -74,7 +75,11 @@ fn channels_of_four_releases_are_read_to_the_last_byte_and_written_again() {
             ChannelOptions { compression: Some(expected.method), channels: Some(4), ..ChannelOptions::default() };
         let mut decoder = ChannelDecoder::new(options);
         let mut encoder = ChannelEncoder::new(EncoderOptions::default());
-        let mut decompressor = Decompressor::new(expected.method, decoder.page_geometry()).unwrap();
+        // Without its library a channel is read and written, and its pages stay compressed.
+        let mut decompressor = match Decompressor::new(expected.method, decoder.page_geometry()) {
+            Err(CompressionError::NotBuilt { .. }) if cfg!(not(all(feature = "zlib", feature = "zstd"))) => None,
+            decompressor => Some(decompressor.unwrap()),
+        };
         let (mut again, mut pages) = (Writer::new(), Vec::new());
         let (mut packets, mut syncs, mut normal, mut zero) = (0, 0, 0, 0);
         let mut rest = &bytes[..];
@@ -90,6 +95,7 @@ fn channels_of_four_releases_are_read_to_the_last_byte_and_written_again() {
             syncs += usize::from(packet.is_sync());
             normal += u64::from(packet.normal_count());
             zero += u64::from(packet.zero_count());
+            let Some(decompressor) = &mut decompressor else { continue };
             let filled = pages.len();
             pages.resize(filled + packet.pages_len() as usize, 0);
             let mut contents = decompressor.packet(payload, packet.normal_count()).unwrap();
@@ -103,6 +109,9 @@ fn channels_of_four_releases_are_read_to_the_last_byte_and_written_again() {
         assert_eq!(decoder.channel(), Some(expected.channel));
         let counts = (packets, syncs, normal, zero);
         assert_eq!(counts, (expected.packets, expected.syncs, expected.normal, expected.zero), "{}", expected.file);
+        if decompressor.is_none() {
+            continue;
+        }
         let mut crc = flate2::Crc::new();
         crc.update(&pages[..expected.pages.0]);
         assert_eq!(crc.sum(), expected.pages.1, "{}", expected.file);

@@ -17,10 +17,21 @@
 //! | [`first_bytes`] | what a connection is that may be no source |
 //! | [`container`] | files with a stream inside: libvirt save images, qcow2 snapshots |
 //! | [`vmdesc`] | the JSON description, and device sections decoded to their last field with it or without |
-//! | [`mod@check`] | whether a destination will load a stream, and if not, why |
+//! | `check` | whether a destination will load a stream, and if not, why |
 //! | [`guest_memory`] | where guest memory lies in RAM blocks, for each machine type |
 //! | [`vmstate`] | device state, declared once for codec, description and schema; `qevm-devices` has declarations |
 //! | [`error`] | [`Error`]: kind, offset, path |
+//!
+//! # Features
+//!
+//! All are on by default; a monitor that only needs the codec can leave them out.
+//!
+//! | feature | what |
+//! |---|---|
+//! | `derive` | `#[derive(VmState)]` |
+//! | `catalogue` | `vmdesc::Catalogue`: layouts of QEMU's device sections for streams without a description, 82 KB of text |
+//! | `check` | module `check` |
+//! | `containers` | modules `container::libvirt` and `container::qcow2` |
 //!
 //! # Promises
 //!
@@ -74,15 +85,16 @@
 #![forbid(unsafe_code)]
 
 // The page on embedding is compiled and run as a test of this crate, which needs all that the page does.
-#[cfg(doctest)]
+#[cfg(all(doctest, feature = "derive"))]
 #[doc = include_str!("../docs/embedding.md")]
 struct Embedding;
 
 // The code that the derive macro writes names this crate from the outside.
-#[cfg(test)]
+#[cfg(all(test, feature = "derive"))]
 extern crate self as qevm_savevm;
 
 pub mod block_migration;
+#[cfg(feature = "check")]
 pub mod check;
 pub mod command;
 pub mod configuration;

@@ -35,7 +35,8 @@ impl Compressor {
     /// `multifd-zstd-level` (0 to 20), and 1 where it is left out.
     ///
     /// # Errors
-    /// [`CompressionError::Level`]; [`CompressionError::Hardware`] for methods that cannot be written here.
+    /// [`CompressionError::Level`]; [`CompressionError::Hardware`] for methods that cannot be written here;
+    /// [`CompressionError::NotBuilt`] for those whose library was left out.
     pub fn new(method: Compression, level: Option<i32>) -> Result<Self, CompressionError> {
         let level = level.unwrap_or(DEFAULT_LEVEL);
         let checked = |max| match u32::try_from(level) {
@@ -44,7 +45,7 @@ impl Compressor {
         };
         let state = match method {
             Compression::None => State::Stored,
-            Compression::Zlib => State::Zlib(Deflate::new(checked(zlib::MAX_LEVEL)?)),
+            Compression::Zlib => State::Zlib(Deflate::new(checked(zlib::MAX_LEVEL)?)?),
             Compression::Zstd => {
                 checked(zstd::MAX_LEVEL)?;
                 State::Zstd(ZstdEncoder::new(level)?)

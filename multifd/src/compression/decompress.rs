@@ -59,13 +59,13 @@ impl Decompressor {
     /// A decompressor for a channel from its first payload.
     ///
     /// # Errors
-    /// [`CompressionError::Corrupt`] if the library has no memory for its context.
+    /// [`CompressionError::Corrupt`] if the library has no memory for its context; [`CompressionError::NotBuilt`] if it was left out.
     pub fn new(method: Compression, pages: PageGeometry) -> Result<Self, CompressionError> {
         let state = match method {
             Compression::None => State::Stored,
-            Compression::Zlib => State::Zlib(Inflate::zlib()),
+            Compression::Zlib => State::Zlib(Inflate::zlib()?),
             Compression::Zstd => State::Zstd(ZstdStream::new()?),
-            Compression::Qpl => State::PageByPage(Some(Inflate::raw())),
+            Compression::Qpl => State::PageByPage(Some(Inflate::raw()?)),
             Compression::Uadk => State::PageByPage(None),
             Compression::Qatzip => State::Gzip,
         };
@@ -83,7 +83,7 @@ impl Decompressor {
     /// The error of an earlier packet; [`CompressionError::Order`] if that was not [finished](PacketPages::finish);
     /// [`CompressionError::PageLength`], [`CompressionError::LeftOver`] and
     /// [`CompressionError::Length`] for the lengths in front of `qpl` and `uadk` data; [`CompressionError::Hardware`]
-    /// for `qatzip` payloads that are not gzip.
+    /// for `qatzip` payloads that are not gzip; [`CompressionError::NotBuilt`] for all of them without feature `zlib`.
     pub fn packet<'a>(&'a mut self, payload: &'a [u8], pages: u32) -> Result<PacketPages<'a>, CompressionError> {
         if let Some(error) = &self.failed {
             return Err(error.clone());

@@ -1,6 +1,6 @@
 //! What can be wrong with a payload.
 
-use super::Compression;
+use super::method::Compression;
 use qevm_wire::{Blame, Fault};
 
 /// What is wrong with the payload of a packet.
@@ -49,6 +49,14 @@ pub enum CompressionError {
         /// What was found.
         what: &'static str,
     },
+    /// The library of the method was left out when this program was built.
+    #[error("{method} data cannot be handled: qevm-multifd was built without feature `{feature}`")]
+    NotBuilt {
+        /// The method.
+        method: Compression,
+        /// The feature of this crate that has it.
+        feature: &'static str,
+    },
     /// A level that the method does not have. The caller's fault.
     #[error("level {found} of {method}, expected {min} to {max}")]
     Level {
@@ -74,7 +82,7 @@ pub enum CompressionError {
 impl Blame for CompressionError {
     fn fault(&self) -> Fault {
         match self {
-            CompressionError::Hardware { .. } => Fault::Unsupported,
+            CompressionError::Hardware { .. } | CompressionError::NotBuilt { .. } => Fault::Unsupported,
             CompressionError::Level { .. } | CompressionError::Order { .. } => Fault::Misuse,
             _ => Fault::Malformed,
         }

@@ -14,13 +14,13 @@ pub(super) struct Inflate {
 
 impl Inflate {
     /// A stream with zlib's header, which never ends.
-    pub(super) fn zlib() -> Self {
-        Inflate { stream: Decompress::new(true), method: Compression::Zlib }
+    pub(super) fn zlib() -> Result<Self, CompressionError> {
+        Ok(Inflate { stream: Decompress::new(true), method: Compression::Zlib })
     }
 
     /// A stream without header.
-    pub(super) fn raw() -> Self {
-        Inflate { stream: Decompress::new(false), method: Compression::Qpl }
+    pub(super) fn raw() -> Result<Self, CompressionError> {
+        Ok(Inflate { stream: Decompress::new(false), method: Compression::Qpl })
     }
 
     /// Starts a new stream without header.
@@ -70,9 +70,9 @@ const FLUSH: [u8; 5] = [0, 0, 0, 0xff, 0xff];
 const STORED_MAX: usize = 0xffff;
 
 impl Deflate {
-    pub(super) fn new(level: u32) -> Self {
+    pub(super) fn new(level: u32) -> Result<Self, CompressionError> {
         let stream = Compress::new(flate2::Compression::new(level), false);
-        Deflate { stream, level, started: false, waiting: false, passed_by: false }
+        Ok(Deflate { stream, level, started: false, waiting: false, passed_by: false })
     }
 
     /// Appends what there is to send after `page`: with the last page of a packet all of it.

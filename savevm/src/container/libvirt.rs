@@ -14,12 +14,9 @@
 //! follows directly after the data. In format `sparse` it is a mapped-ram stream, whose offsets count from the start
 //! of the file.
 
-use super::{Compression, ContainerError};
+use super::{Compression, ContainerError, LIBVIRT_COMPLETE, LIBVIRT_PARTIAL};
 use crate::{Error, Reader};
 use qevm_wire::{Limits, Located};
-
-pub(super) const MAGIC_COMPLETE: &[u8; 16] = b"LibvirtQemudSave";
-pub(super) const MAGIC_PARTIAL: &[u8; 16] = b"LibvirtQemudPart";
 
 /// Bytes of the header in front of the XML.
 pub const HEADER_LEN: usize = 92;
@@ -77,8 +74,8 @@ impl SaveImage {
         let mut reader = Reader::new(header);
         let magic: [u8; 16] = reader.array()?;
         let complete = match &magic {
-            MAGIC_COMPLETE => true,
-            MAGIC_PARTIAL => false,
+            LIBVIRT_COMPLETE => true,
+            LIBVIRT_PARTIAL => false,
             other => {
                 let error = ContainerError::Magic { container: "libvirt save image", found: other.to_vec() };
                 return Err(Located::new(error.into(), 0));
@@ -159,7 +156,7 @@ mod tests {
     fn both_byte_orders_are_read() {
         let words = [2, 0x1000, 0, 3, 0xf00];
         for order in [u32::to_le_bytes, u32::to_be_bytes] {
-            let image = parse(&header(MAGIC_PARTIAL, words, order)).unwrap();
+            let image = parse(&header(LIBVIRT_PARTIAL, words, order)).unwrap();
             assert_eq!(
                 image,
                 SaveImage {
@@ -177,7 +174,7 @@ mod tests {
     #[test]
     fn what_cannot_be_is_refused_at_its_offset() {
         let kind = |words| {
-            let error = parse(&header(MAGIC_COMPLETE, words, u32::to_le_bytes)).unwrap_err();
+            let error = parse(&header(LIBVIRT_COMPLETE, words, u32::to_le_bytes)).unwrap_err();
             (error.offset, error.kind)
         };
         assert!(matches!(kind([4, 0, 0, 0, 0]), (16, ErrorKind::Container(ContainerError::Version { found: 4, .. }))));
@@ -193,7 +190,7 @@ mod tests {
 
     #[test]
     fn every_cut_is_truncated() {
-        let whole = header(MAGIC_COMPLETE, [2, 0, 0, 0, 0], u32::to_le_bytes);
+        let whole = header(LIBVIRT_COMPLETE, [2, 0, 0, 0, 0], u32::to_le_bytes);
         for end in 0..HEADER_LEN {
             assert_eq!(parse(&whole[..end]).unwrap_err().fault(), Fault::Truncated, "{end}");
         }

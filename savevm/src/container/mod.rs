@@ -1,15 +1,22 @@
 //! Files that have a migration stream inside: libvirt save images, qcow2 internal snapshots, compressed files.
 //!
-//! [`recognise`] tells from the first bytes what a file is; [`libvirt`] and [`qcow2`] say where in the file the stream
-//! is. Decompression is left to the caller: these modules only say which format to expect. Nothing here does I/O or
+//! [`recognise`] tells from the first bytes what a file is; `libvirt` and `qcow2` (feature `containers`) say where in the file the
+//! stream is. Decompression is left to the caller: these modules only say which format to expect. Nothing here does I/O or
 //! panics, and only tables whose sizes were checked against [`Limits`](qevm_wire::Limits) are held.
 //!
 //! Sources: `docs/format/containers.md`.
 
+#[cfg(feature = "containers")]
 pub mod libvirt;
+#[cfg(feature = "containers")]
 pub mod qcow2;
 
 use qevm_wire::{Blame, Fault};
+
+/// A libvirt save image, and one that libvirt has not finished.
+const LIBVIRT_COMPLETE: &[u8; 16] = b"LibvirtQemudSave";
+const LIBVIRT_PARTIAL: &[u8; 16] = b"LibvirtQemudPart";
+const QCOW2: &[u8; 4] = b"QFI\xfb";
 
 /// How many bytes from the start of a file [`recognise`] wants to see; fewer are enough for a short file.
 pub const RECOGNISE_LEN: usize = 16;
@@ -121,9 +128,9 @@ pub fn recognise(first: &[u8]) -> Option<FileKind> {
     let magics: [(&[u8], FileKind); 24] = [
         (b"QEVM", FileKind::Stream),
         (&[0x11, 0x22, 0x33, 0x44], FileKind::MultifdChannel),
-        (libvirt::MAGIC_COMPLETE, FileKind::Libvirt),
-        (libvirt::MAGIC_PARTIAL, FileKind::Libvirt),
-        (qcow2::MAGIC, FileKind::Qcow2),
+        (LIBVIRT_COMPLETE, FileKind::Libvirt),
+        (LIBVIRT_PARTIAL, FileKind::Libvirt),
+        (QCOW2, FileKind::Qcow2),
         (&[0x1f, 0x8b, 8], FileKind::Compressed(Gzip)),
         (b"BZh", FileKind::Compressed(Bzip2)),
         (b"\xfd7zXZ\0", FileKind::Compressed(Xz)),

@@ -6,11 +6,9 @@
 //!
 //! Source: the public qcow2 format description; checked on images that `savevm` of QEMU 5.2 to 11.1 made.
 
-use super::ContainerError;
+use super::{ContainerError, QCOW2};
 use crate::{Error, Reader};
 use qevm_wire::{Limits, Located, WireError};
-
-pub(super) const MAGIC: &[u8; 4] = b"QFI\xfb";
 
 /// How many bytes from the start of the file [`Header::parse`] needs.
 pub const HEADER_LEN: usize = 104;
@@ -63,7 +61,7 @@ impl Header {
         let mut reader = Reader::new(bytes);
         let magic: [u8; 4] = reader.array()?;
         let fail = |at, error: ContainerError| Err(Located::new(error.into(), at));
-        if magic != *MAGIC {
+        if magic != *QCOW2 {
             return fail(0, ContainerError::Magic { container: "qcow2 image", found: magic.to_vec() });
         }
         let version = reader.be32()?;

@@ -2,13 +2,14 @@
 //!
 //! Read in this order: [`Description`] (what QEMU says it wrote), [`DeviceDescription::decode`] (a section's bytes to
 //! fields), [`Node`] and [`Value`] (the fields; they encode to the bytes they came from),
-//! [`Schema`] and [`Catalogue`] (what to use where there is no description).
+//! [`Schema`] and `Catalogue` (feature `catalogue`; what to use where there is no description).
 //!
 //! # Promises
 //!
 //! Nothing here panics or recurses deeper than [`Limits::depth`](qevm_wire::Limits) allows. A parsed description takes
 //! memory in proportion to its text, which [`Limits::vmdesc`](qevm_wire::Limits) bounds.
 
+#[cfg(feature = "catalogue")]
 mod catalogue;
 mod composite;
 mod decode;
@@ -27,6 +28,7 @@ mod tree;
 mod value;
 mod virtio;
 
+#[cfg(feature = "catalogue")]
 pub use catalogue::{BadCatalogue, Catalogue, Found};
 pub use error::VmdescError;
 pub use model::{Description, DeviceBody, DeviceDescription, FieldDescription, StructDescription};

@@ -30,6 +30,7 @@ pub(super) fn requests(fields: &mut Fields<'_, '_>) -> Result<(), Error> {
 }
 
 /// How long the field may be that `rest` starts with.
+#[cfg_attr(not(feature = "catalogue"), allow(dead_code))]
 pub(super) fn lengths(rest: &[u8]) -> Vec<usize> {
     let length = |bus| {
         let mut input = Input::new(rest, 0, &Limits::default());

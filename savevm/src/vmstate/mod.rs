@@ -52,7 +52,7 @@ mod load;
 mod pci_facts;
 pub mod pointers;
 mod save;
-#[cfg(test)]
+#[cfg(all(test, feature = "derive"))]
 mod tests;
 
 pub use context::{Accel, Context, IndexNotation, VirtioFacts};
@@ -62,6 +62,7 @@ pub use field::{Bytes, Element, Field, FieldInfo, VarField, describe_single};
 pub use kinds::{Bitmap, Buffer, QList, QTailQ, Table, Timer, Tmp, Unused, VStruct, VarBuffer};
 pub use load::{Loader, SubsectionHeader};
 pub use pci_facts::PciFacts;
+#[cfg(feature = "derive")]
 pub use qevm_savevm_derive::VmState;
 pub use save::Saver;
 
@@ -308,6 +309,6 @@ pub fn load<T: VmState>(reader: &mut Reader<'_>, version: u32, ctx: &Context) ->
 }
 
 /// The example of the manual is run with the tests.
-#[cfg(doctest)]
+#[cfg(all(doctest, feature = "derive"))]
 #[doc = include_str!("../../docs/vmstate.md")]
 struct Manual;

@@ -9,7 +9,7 @@ const PER_L2: u64 = 512 * 64;
 
 fn header(version: u32, cluster_bits: u32, features: u64) -> Vec<u8> {
     let mut w = Writer::new();
-    w.bytes(MAGIC).be32(version).zeroes(12).be32(cluster_bits).be64(PER_L2 + 1).be32(0);
+    w.bytes(QCOW2).be32(version).zeroes(12).be32(cluster_bits).be64(PER_L2 + 1).be32(0);
     w.zeroes(24).be32(1).be64(0x4000).be64(features).zeroes(24);
     w.into_bytes()
 }

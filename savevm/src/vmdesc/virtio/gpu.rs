@@ -34,6 +34,7 @@ pub(in super::super) fn resources_and_scanouts(fields: &mut Fields<'_, '_>) -> R
 }
 
 /// How long the field may be that `rest` starts with.
+#[cfg_attr(not(feature = "catalogue"), allow(dead_code))]
 pub(in super::super) fn lengths(rest: &[u8]) -> Vec<usize> {
     let mut input = Input::new(rest, 0, &Limits::default());
     let mut fields = Fields::new(&mut input);

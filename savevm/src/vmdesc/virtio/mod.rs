@@ -67,6 +67,7 @@ fn with_transport(
 }
 
 /// How long the field may be that `rest` starts with: up to where its subsections end, or its queues, or all.
+#[cfg_attr(not(feature = "catalogue"), allow(dead_code))]
 pub(super) fn lengths(rest: &[u8]) -> Vec<usize> {
     let mut lengths = subsection::ends(rest);
     for transport in transport::candidates("", rest) {
