@@ -8,7 +8,7 @@ use super::{
 };
 use qevm_savevm::ram::{BlockId, PageAt, RamBlock, flag};
 use qevm_wire::CountedString;
-use qevm_wire::{Located, PageGeometry};
+use qevm_wire::PageGeometry;
 use std::{ops::Range, sync::Arc};
 use vm_memory::{Bytes, VolatileSlice};
 
@@ -159,8 +159,7 @@ impl<'g> RamReceiver<'g> {
         let mut content = vec![0; memory.len()];
         let outside = |error: vm_memory::VolatileMemoryError| LoadError::Unsupported(error.to_string());
         memory.read_slice(&mut content, 0).map_err(outside)?;
-        qevm_savevm::xbzrle::decode(data, 0, &mut content)
-            .map_err(|error: Located<_>| LoadError::Stream(error.kind))?;
+        qevm_savevm::xbzrle::decode(data, 0, &mut content).map_err(|error| LoadError::Stream(error.kind.into()))?;
         memory.write_slice(&content, 0).map_err(outside)
     }
 

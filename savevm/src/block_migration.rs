@@ -1,7 +1,6 @@
 //! The `block` section: block migration (capability `block`, removed in 9.1).
 
-use crate::{Error, Reader};
-use qevm_wire::{Blame, CountedString, Fault, Located, Writer};
+use qevm_wire::{Blame, CountedString, Fault, Located, Reader, WireError, Writer};
 
 /// Flags in the low bits of the word that opens a record.
 pub mod flag {
@@ -74,7 +73,9 @@ pub enum BlockRecord {
 
 impl BlockRecord {
     /// Reads one record, without its payload.
-    pub(crate) fn decode(reader: &mut Reader<'_>) -> Result<Self, Error> {
+    pub(crate) fn decode<K: From<WireError> + From<BlockMigrationError>>(
+        reader: &mut Reader<'_, K>,
+    ) -> Result<Self, Located<K>> {
         let at = reader.offset();
         let word = reader.be64()?;
         let (number, flags) = (word >> SHIFT, word & flag::MASK);
@@ -100,7 +101,7 @@ impl BlockRecord {
     }
 
     /// Writes one record, without its payload.
-    pub(crate) fn encode(&self, writer: &mut Writer) -> Result<(), Error> {
+    pub(crate) fn encode<K: From<BlockMigrationError>>(&self, writer: &mut Writer) -> Result<(), Located<K>> {
         let at = writer.len() as u64;
         let shifted = |number: u64| match number >> (64 - SHIFT) {
             0 => Ok(number << SHIFT),

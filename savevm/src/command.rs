@@ -1,7 +1,7 @@
 //! Commands: the messages of the source to the destination between sections.
 
-use crate::{Error, Reader, framing};
-use qevm_wire::{Blame, CountedString, Fault, Limits, Located, WireError, Writer};
+use crate::framing;
+use qevm_wire::{Blame, CountedString, Fault, Limits, Located, Reader, WireError, Writer};
 
 /// Command numbers, with the release that introduced them.
 pub mod id {
@@ -179,7 +179,10 @@ impl Command {
     }
 
     /// Reads what follows the type byte.
-    pub(crate) fn decode(reader: &mut Reader<'_>, limits: &Limits) -> Result<Self, Error> {
+    pub(crate) fn decode<K: Blame + From<WireError> + From<CommandError>>(
+        reader: &mut Reader<'_, K>,
+        limits: &Limits,
+    ) -> Result<Self, Located<K>> {
         let at = reader.offset();
         let (id, len) = (reader.be16()?, reader.be16()?);
         let Some((command, lengths)) = shape(id) else {
@@ -203,7 +206,11 @@ impl Command {
             .map_err(|error| error.within(format!("command {command}")))
     }
 
-    fn decode_payload(id: u16, payload: &mut Reader<'_>, limits: &Limits) -> Result<Self, Error> {
+    fn decode_payload<K: From<WireError> + From<CommandError>>(
+        id: u16,
+        payload: &mut Reader<'_, K>,
+        limits: &Limits,
+    ) -> Result<Self, Located<K>> {
         Ok(match id {
             id::OPEN_RETURN_PATH => Command::OpenReturnPath,
             id::PING => Command::Ping(payload.be32()?),
@@ -229,7 +236,7 @@ impl Command {
     }
 
     /// Writes the command, type byte included.
-    pub(crate) fn encode(&self, writer: &mut Writer) -> Result<(), Error> {
+    pub(crate) fn encode<K: From<CommandError>>(&self, writer: &mut Writer) -> Result<(), Located<K>> {
         let mut payload = Writer::new();
         match self {
             Command::Ping(value) => drop(payload.be32(*value)),
@@ -260,7 +267,7 @@ impl Command {
 }
 
 impl RamDiscard {
-    fn decode(payload: &mut Reader<'_>) -> Result<Self, Error> {
+    fn decode<K: From<WireError> + From<CommandError>>(payload: &mut Reader<'_, K>) -> Result<Self, Located<K>> {
         let at = payload.offset();
         let found = payload.u8()?;
         if found != RAM_DISCARD_VERSION {
@@ -283,7 +290,7 @@ impl RamDiscard {
         }
         let ranges = (0..left / RANGE_LEN)
             .map(|_| Ok(DiscardRange { start: payload.be64()?, len: payload.be64()? }))
-            .collect::<Result<_, Error>>()?;
+            .collect::<Result<_, Located<K>>>()?;
         Ok(RamDiscard { block, ranges })
     }
 

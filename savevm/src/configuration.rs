@@ -1,7 +1,7 @@
 //! The configuration section: what the source's machine is called and which checks it asks for.
 
-use crate::{Error, Reader, framing};
-use qevm_wire::{Blame, CountedString, Fault, Limits, Located, PageGeometry, WireError, Writer};
+use crate::framing;
+use qevm_wire::{Blame, CountedString, Fault, Limits, Located, PageGeometry, Reader, WireError, Writer};
 
 const TARGET_PAGE_BITS: &[u8] = b"configuration/target-page-bits";
 const CAPABILITIES: &[u8] = b"configuration/capabilities";
@@ -105,7 +105,11 @@ impl Configuration {
 
     /// Reads what follows the type byte. `at_end` says that no more input will come: a section is then
     /// complete where the input ends.
-    pub(crate) fn decode(reader: &mut Reader<'_>, limits: &Limits, at_end: bool) -> Result<Self, Error> {
+    pub(crate) fn decode<K: From<WireError> + From<ConfigurationError>>(
+        reader: &mut Reader<'_, K>,
+        limits: &Limits,
+        at_end: bool,
+    ) -> Result<Self, Located<K>> {
         let length = reader.clone().be32()?;
         reader.within_limit("machine name length", length.into(), limits.machine_name)?;
         reader.be32()?;
@@ -121,7 +125,7 @@ impl Configuration {
     }
 
     /// Writes the section, type byte included.
-    pub(crate) fn encode(&self, writer: &mut Writer) -> Result<(), Error> {
+    pub(crate) fn encode<K: From<WireError>>(&self, writer: &mut Writer) -> Result<(), Located<K>> {
         let length = u32::try_from(self.machine.len()).map_err(|_| {
             let found = self.machine.len() as u64;
             Located::new(
@@ -138,7 +142,10 @@ impl Configuration {
 }
 
 impl ConfigurationSubsection {
-    fn decode(reader: &mut Reader<'_>, limits: &Limits) -> Result<Self, Error> {
+    fn decode<K: From<WireError> + From<ConfigurationError>>(
+        reader: &mut Reader<'_, K>,
+        limits: &Limits,
+    ) -> Result<Self, Located<K>> {
         reader.u8()?;
         let name_at = reader.offset();
         let name = reader.counted_string("configuration subsection name")?;

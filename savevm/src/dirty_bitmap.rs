@@ -1,7 +1,6 @@
 //! The `dirty-bitmap` section: block dirty bitmaps, by capability `dirty-bitmaps` (2.12).
 
-use crate::{Error, Reader};
-use qevm_wire::{Blame, CountedString, Fault, Located, Writer};
+use qevm_wire::{Blame, CountedString, Fault, Located, Reader, WireError, Writer};
 
 /// Flags of a chunk.
 pub mod flag {
@@ -124,7 +123,10 @@ pub(crate) struct Names {
 
 impl Chunk {
     /// Reads one chunk, without its payload. Changes `names` only on success.
-    pub(crate) fn decode(reader: &mut Reader<'_>, names: &mut Names) -> Result<Self, Error> {
+    pub(crate) fn decode<K: From<WireError> + From<DirtyBitmapError>>(
+        reader: &mut Reader<'_, K>,
+        names: &mut Names,
+    ) -> Result<Self, Located<K>> {
         let at = reader.offset();
         let found = reader.u8()?;
         if found & flag::EXTRA != 0 {

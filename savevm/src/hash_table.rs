@@ -1,7 +1,6 @@
 //! The section `spapr/htab`: the hash page table of a pseries guest.
 
-use crate::{Error, Reader};
-use qevm_wire::{Blame, Fault, Located, Writer};
+use qevm_wire::{Blame, Fault, Located, Reader, WireError, Writer};
 
 /// Bytes of an entry of the table.
 pub const ENTRY_LEN: u64 = 16;
@@ -63,7 +62,11 @@ pub(crate) enum Place {
 
 impl HashTableRecord {
     /// Reads one record, without its payload. `entries`: how many the table has, if that is known.
-    pub(crate) fn decode(reader: &mut Reader<'_>, place: Place, entries: Option<u64>) -> Result<Self, Error> {
+    pub(crate) fn decode<K: From<WireError> + From<HashTableError>>(
+        reader: &mut Reader<'_, K>,
+        place: Place,
+        entries: Option<u64>,
+    ) -> Result<Self, Located<K>> {
         if place == Place::Start {
             return Ok(match reader.be32()? {
                 0 => HashTableRecord::Chunks,

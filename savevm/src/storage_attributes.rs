@@ -1,7 +1,6 @@
 //! The section `s390-storage_attributes`: what an s390x guest has said of its pages (CMMA).
 
-use crate::{Error, Reader};
-use qevm_wire::{Blame, Fault, Located, Writer};
+use qevm_wire::{Blame, Fault, Located, Reader, WireError, Writer};
 
 /// Low bits of the word that opens a record; the bits above are an address.
 pub mod flag {
@@ -55,7 +54,9 @@ pub enum StorageAttributesRecord {
 
 impl StorageAttributesRecord {
     /// Reads one record, without its payload.
-    pub(crate) fn decode(reader: &mut Reader<'_>) -> Result<Self, Error> {
+    pub(crate) fn decode<K: From<WireError> + From<StorageAttributesError>>(
+        reader: &mut Reader<'_, K>,
+    ) -> Result<Self, Located<K>> {
         let at = reader.offset();
         match reader.be64()? {
             flag::EOS => Ok(StorageAttributesRecord::EndOfSection),

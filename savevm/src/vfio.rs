@@ -1,7 +1,6 @@
 //! The sections of VFIO devices: `<device path>/vfio`, both iterable and FULL.
 
-use crate::{Error, Reader};
-use qevm_wire::{Blame, Fault, Located, Writer};
+use qevm_wire::{Blame, Fault, Located, Reader, WireError, Writer};
 
 /// The words that open a record.
 pub mod flag {
@@ -78,7 +77,10 @@ pub(crate) enum Place {
 
 impl VfioRecord {
     /// Reads one record.
-    pub(crate) fn decode(reader: &mut Reader<'_>, place: Place) -> Result<Self, Error> {
+    pub(crate) fn decode<K: From<WireError> + From<VfioError>>(
+        reader: &mut Reader<'_, K>,
+        place: Place,
+    ) -> Result<Self, Located<K>> {
         let at = reader.offset();
         let found = reader.be64()?;
         if place != Place::Records && found != flag::END_OF_STATE {

@@ -85,7 +85,8 @@ impl Memory {
             return Ok(self.ram.put_unread(page.block.index(), page.offset)?);
         }
         self.ram.read(page.block.index(), page.offset, &mut self.page)?;
-        qevm_savevm::xbzrle::decode(data, data_at, &mut self.page).map_err(Fault::Located)?;
+        qevm_savevm::xbzrle::decode(data, data_at, &mut self.page)
+            .map_err(|error| Fault::Located(error.map(Into::into)))?;
         Ok(self.ram.put(page.block.index(), page.offset, &self.page)?)
     }
 

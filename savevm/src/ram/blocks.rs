@@ -1,8 +1,7 @@
 //! RAM blocks: the list in the START section, and the index over it that page records are resolved with.
 
 use super::RamError;
-use crate::{Error, ErrorKind, Reader};
-use qevm_wire::{CountedString, Located, PageGeometry, Writer};
+use qevm_wire::{CountedString, Located, PageGeometry, Reader, WireError, Writer};
 use std::collections::HashMap;
 
 /// Version of the mapped-ram header (9.0).
@@ -82,12 +81,12 @@ impl MappedRamHeader {
     }
 
     /// `ignores`: the stream may leave out blocks.
-    pub(super) fn decode(
-        reader: &mut Reader<'_>,
+    pub(super) fn decode<K: From<WireError> + From<RamError>>(
+        reader: &mut Reader<'_, K>,
         used_length: u64,
         pages: PageGeometry,
         ignores: bool,
-    ) -> Result<Self, Error> {
+    ) -> Result<Self, Located<K>> {
         let version_at = reader.offset();
         let found = reader.be32()?;
         if found != MAPPED_RAM_VERSION {
@@ -207,10 +206,8 @@ impl RamBlocks {
         }
     }
 
-    pub(crate) fn known(&self, id: BlockId, at: u64) -> Result<&RamBlock, Error> {
-        self.get(id).ok_or_else(|| {
-            let kind: ErrorKind = RamError::NoSuchBlock { found: id.0, blocks: self.len() as u32 }.into();
-            Located::new(kind, at)
-        })
+    pub(crate) fn known<K: From<RamError>>(&self, id: BlockId, at: u64) -> Result<&RamBlock, Located<K>> {
+        self.get(id)
+            .ok_or_else(|| Located::new(RamError::NoSuchBlock { found: id.0, blocks: self.len() as u32 }.into(), at))
     }
 }

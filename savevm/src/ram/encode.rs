@@ -1,19 +1,18 @@
 //! From RAM records to bytes.
 
 use super::{BlockId, PageAt, RamBlocks, RamError, RamRecord, XBZRLE_ENCODING, flag};
-use crate::Error;
 use qevm_wire::{Located, PageGeometry, WireError, Writer};
 
 /// Writes one record; its payload, if it has one, is the caller's to write after it.
-pub(crate) fn encode(
+pub(crate) fn encode<K: From<WireError> + From<RamError>>(
     record: &RamRecord<'_>,
     blocks: &mut RamBlocks,
     current: &mut Option<BlockId>,
     pages: PageGeometry,
     writer: &mut Writer,
-) -> Result<(), Error> {
+) -> Result<(), Located<K>> {
     let at = writer.len() as u64;
-    let mut page_word = |page: &PageAt, kind: u64, writer: &mut Writer| -> Result<(), Error> {
+    let mut page_word = |page: &PageAt, kind: u64, writer: &mut Writer| -> Result<(), Located<K>> {
         let block = blocks.known(page.block, at)?;
         let (offset, used_length) = (page.offset, block.used_length);
         if offset >= used_length {
@@ -74,7 +73,7 @@ pub(crate) fn encode(
     Ok(())
 }
 
-fn aligned(found: u64, pages: PageGeometry, at: u64) -> Result<(), Error> {
+fn aligned<K: From<RamError>>(found: u64, pages: PageGeometry, at: u64) -> Result<(), Located<K>> {
     match pages.split(found) {
         (_, 0) => Ok(()),
         _ => Err(Located::new(RamError::Unaligned { found, page_size: pages.size() }.into(), at)),

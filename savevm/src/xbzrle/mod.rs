@@ -12,7 +12,6 @@ mod tests;
 
 pub use cache::{Cache, CacheError, Outcome};
 
-use crate::Error;
 use qevm_wire::{Blame, Fault, Located};
 
 /// The longest page that two bytes of LEB128 can describe.
@@ -62,12 +61,12 @@ impl Blame for XbzrleError {
 /// let mut page = [0u8; 16];
 /// qevm_savevm::xbzrle::decode(&[4, 2, 0xaa, 0xbb], 0, &mut page)?;
 /// assert_eq!(page, [0, 0, 0, 0, 0xaa, 0xbb, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]);
-/// # Ok::<(), qevm_savevm::Error>(())
+/// # Ok::<(), qevm_wire::Located<qevm_savevm::xbzrle::XbzrleError>>(())
 /// ```
 ///
 /// # Errors
 /// An [`XbzrleError`] at the run at fault. The runs before it have then been applied.
-pub fn decode(data: &[u8], at: u64, page: &mut [u8]) -> Result<(), Error> {
+pub fn decode(data: &[u8], at: u64, page: &mut [u8]) -> Result<(), Located<XbzrleError>> {
     let mut runs = Runs { data, position: 0, at };
     let mut end = 0;
     while runs.position < data.len() {
@@ -171,7 +170,7 @@ struct Runs<'a> {
 }
 
 impl<'a> Runs<'a> {
-    fn count(&mut self) -> Result<usize, Error> {
+    fn count(&mut self) -> Result<usize, Located<XbzrleError>> {
         let start = self.position;
         // Something must follow every count: a count of new bytes, or at least one new byte.
         let rest = &self.data[start..];
@@ -191,14 +190,14 @@ impl<'a> Runs<'a> {
     }
 
     /// The place in the page after a run of `count` bytes that starts at `from`.
-    fn advance(&self, start: usize, from: usize, count: usize, page: usize) -> Result<usize, Error> {
+    fn advance(&self, start: usize, from: usize, count: usize, page: usize) -> Result<usize, Located<XbzrleError>> {
         match from + count {
             end if end <= page => Ok(end),
             _ => Err(self.fail(start, XbzrleError::OutsidePage { found: count, left: page - from })),
         }
     }
 
-    fn take(&mut self, count: usize) -> Result<&'a [u8], Error> {
+    fn take(&mut self, count: usize) -> Result<&'a [u8], Located<XbzrleError>> {
         let rest = &self.data[self.position..];
         let Some(bytes) = rest.get(..count) else {
             return Err(self.fail(self.position, XbzrleError::Incomplete { needed: count, available: rest.len() }));
@@ -207,7 +206,7 @@ impl<'a> Runs<'a> {
         Ok(bytes)
     }
 
-    fn fail(&self, position: usize, kind: XbzrleError) -> Error {
-        Located::new(kind.into(), self.at.saturating_add(position as u64))
+    fn fail(&self, position: usize, kind: XbzrleError) -> Located<XbzrleError> {
+        Located::new(kind, self.at.saturating_add(position as u64))
     }
 }

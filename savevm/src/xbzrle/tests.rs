@@ -1,14 +1,10 @@
 use super::*;
-use crate::ErrorKind;
 use proptest::prelude::*;
 use qevm_wire::PageGeometry;
 
 fn refused(data: &[u8], page: usize) -> (XbzrleError, u64) {
     let error = decode(data, 100, &mut vec![0; page]).unwrap_err();
-    match error.kind {
-        ErrorKind::Xbzrle(kind) => (kind, error.offset),
-        other => panic!("{other:?}"),
-    }
+    (error.kind, error.offset)
 }
 
 #[test]
@@ -136,7 +132,6 @@ proptest! {
     fn any_data_are_applied_or_refused(data in prop::collection::vec(any::<u8>(), 0..64), len in 0usize..300) {
         let mut page = vec![0; len];
         if let Err(error) = decode(&data, 7, &mut page) {
-            prop_assert!(matches!(error.kind, ErrorKind::Xbzrle(_)));
             prop_assert!((7..=7 + data.len() as u64).contains(&error.offset));
         }
     }
