@@ -1,12 +1,9 @@
 //! Machine type, page size, capabilities, UUID and commands.
 
+use super::summary::COMPARED_CAPABILITIES;
 use super::{Expectations, Finding, Outcome, Subject, Summary};
 use crate::configuration::{Configuration, ConfigurationSubsection};
 use qevm_wire::{PageGeometry, QemuVersion};
-
-/// Capabilities that the configuration section lists and a destination compares: `x-ignore-shared` since 4.0,
-/// `mapped-ram` since 9.0.
-pub(super) const COMPARED_CAPABILITIES: [&str; 2] = ["x-ignore-shared", "mapped-ram"];
 
 /// The release from which on SWITCHOVER_START is known.
 const SWITCHOVER_START_SINCE: QemuVersion = QemuVersion::new(10, 0);

@@ -11,6 +11,10 @@ use crate::vmstate;
 use qevm_wire::QemuVersion;
 use std::collections::BTreeMap;
 
+/// Capabilities that the configuration section lists and a destination compares: `x-ignore-shared` since 4.0,
+/// `mapped-ram` since 9.0.
+pub(super) const COMPARED_CAPABILITIES: [&str; 2] = ["x-ignore-shared", "mapped-ram"];
+
 /// What of a stream decides whether it loads.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Summary {
@@ -90,7 +94,7 @@ impl From<Summary> for Expectations {
             _ => None,
         });
         let mut capabilities = BTreeMap::new();
-        for name in super::configuration::COMPARED_CAPABILITIES {
+        for name in COMPARED_CAPABILITIES {
             let on = stream.configuration.as_ref().map(|c| c.has_capability(name));
             capabilities.extend(on.map(|on| (name.to_owned(), on)));
         }

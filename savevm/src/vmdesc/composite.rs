@@ -1,7 +1,8 @@
 //! Types that are one field in a description and have a layout of their own on the wire.
 
-use super::decode::Context;
+use super::context::Context;
 use super::fields::Fields;
+use super::msix::{MSIX_ENTRY, msix_tables};
 use super::tree::Value;
 use super::{ScalarKind, registers, scsi, virtio};
 use crate::Error;
@@ -60,9 +61,6 @@ pub(super) fn field(
     Ok(())
 }
 
-/// An MSI-X table of `vectors` entries takes 16 bytes for each, and its pending bits one byte for each eight.
-pub(super) const MSIX_ENTRY: u64 = 16;
-
 /// MSI-X table and pending bit array as the device has them in memory.
 fn msix(fields: &mut Fields<'_, '_>, size: u64) -> Result<(), Error> {
     let vectors = size * 8 / (8 * MSIX_ENTRY + 1);
@@ -70,16 +68,6 @@ fn msix(fields: &mut Fields<'_, '_>, size: u64) -> Result<(), Error> {
         return Err(fields.unexpected("size of an MSI-X state", size, vectors * MSIX_ENTRY + vectors.div_ceil(8)));
     }
     msix_tables(fields, vectors)
-}
-
-/// Bytes of an MSI-X table with its pending bits, by the number of vectors.
-pub(super) fn msix_len(vectors: u64) -> usize {
-    (vectors * MSIX_ENTRY + vectors.div_ceil(8)) as usize
-}
-
-pub(super) fn msix_tables(fields: &mut Fields<'_, '_>, vectors: u64) -> Result<(), Error> {
-    fields.buffer("table", vectors * MSIX_ENTRY)?;
-    fields.buffer("pending", vectors.div_ceil(8)).map(drop)
 }
 
 /// Registers of a standard hot-plug controller (PCI Standard Hot-Plug Controller and Subsystem Specification 1.0,

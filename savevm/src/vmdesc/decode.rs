@@ -1,5 +1,6 @@
 //! Device sections decoded with their description.
 
+use super::context::Context;
 use super::fields::{Fields, Input};
 use super::tree::{Name, Node, Struct, Value};
 use super::value::NULL_POINTER;
@@ -63,14 +64,6 @@ impl DeviceDescription {
         };
         Ok(Node { name: name.into(), type_name: "section".into(), offset, len: found, value })
     }
-}
-
-/// What the layout of composite types depends on besides their bytes.
-pub(super) struct Context<'d> {
-    /// The section's idstr.
-    pub(super) idstr: &'d str,
-    /// Name of the section's VMSD.
-    pub(super) device: &'d str,
 }
 
 /// Reads the fields and subsections of a structure.

@@ -12,11 +12,13 @@
 #[cfg(feature = "catalogue")]
 mod catalogue;
 mod composite;
+mod context;
 mod decode;
 mod error;
 mod fields;
 mod json;
 mod model;
+mod msix;
 mod pci;
 mod registers;
 mod s390x;

@@ -2,8 +2,8 @@
 //! (PCI Local Bus Specification 3.0, chapter 6 and appendix H; PCI Express Base Specification 3.0, chapter 7).
 
 use super::ScalarKind;
-use super::composite::{MSIX_ENTRY, msix_len};
 use super::fields::{Fields, Input};
+use super::msix::{MSIX_ENTRY, msix_len};
 use super::tree::{Name, Node, Struct, Value};
 use crate::Error;
 use crate::vmstate::PciFacts;

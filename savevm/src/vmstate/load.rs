@@ -1,17 +1,17 @@
 //! The walk that decodes a value.
 
 use super::save::SUBSECTION;
-use super::{Context, VmState, VmStateError};
+use super::{Context, VmStateError};
 use crate::{Error, ErrorKind, Reader};
-use qevm_wire::{CountedString, WireError, Within};
+use qevm_wire::{CountedString, WireError};
 use std::fmt;
 
-/// Reads device state; [`VmState::load_fields`] and [`Element::take`](super::Element::take) read from it.
+/// Reads device state; [`VmState::load_fields`](super::VmState::load_fields) and [`Element::take`](super::Element::take) read from it.
 pub struct Loader<'r, 'a, 'c> {
-    reader: &'r mut Reader<'a>,
-    ctx: &'c Context,
+    pub(super) reader: &'r mut Reader<'a>,
+    pub(super) ctx: &'c Context,
     lenient: bool,
-    depth: u32,
+    pub(super) depth: u32,
 }
 
 /// The header of a subsection that belongs to the VMSD being read.
@@ -52,18 +52,6 @@ impl<'r, 'a, 'c> Loader<'r, 'a, 'c> {
     /// An error at the current offset.
     pub fn fail(&self, kind: impl Into<ErrorKind>) -> Error {
         self.reader.fail(kind)
-    }
-
-    /// Reads the fields and subsections of a `T`, one level deeper than what is being read.
-    ///
-    /// # Errors
-    /// As [`VmState::load_fields`], and nesting beyond `Limits::depth`.
-    pub fn object<T: VmState>(&mut self, version: u32) -> Result<T, Error> {
-        self.reader.within_limit("nesting of device state", u64::from(self.depth) + 1, self.ctx.limits.depth.into())?;
-        self.depth += 1;
-        let value = T::load_fields(self, version);
-        self.depth -= 1;
-        value
     }
 
     /// Runs `read` with other facts for its predicates.
@@ -142,38 +130,6 @@ impl<'r, 'a, 'c> Loader<'r, 'a, 'c> {
         Ok(Some(SubsectionHeader { name, version: version & 0xff, offset }))
     }
 
-    /// Reads the content of the subsection of `header` into `slot`.
-    ///
-    /// `order` is this subsection's place in the declaration, `last` that of the previous one.
-    ///
-    /// # Errors
-    /// A version the declaration does not read, a subsection that was there already, and what its fields report.
-    pub fn subsection<T: VmState>(
-        &mut self,
-        slot: &mut Option<T>,
-        header: &SubsectionHeader,
-        order: usize,
-        last: &mut usize,
-    ) -> Result<(), Error> {
-        let mut content = |input: &mut Self| {
-            check_version::<T>(header.version, header.offset)?;
-            if slot.is_some() {
-                return Err(Error::new(VmStateError::RepeatedSubsection { name: T::NAME }.into(), header.offset));
-            }
-            if order < *last {
-                input.not_canonical("position of the subsection", order as u64, header.offset)?;
-            }
-            *last = order;
-            let value: T = input.object(header.version)?;
-            if value.wire_version(input.ctx) != header.version {
-                input.not_canonical("subsection version", header.version.into(), header.offset)?;
-            }
-            *slot = Some(value);
-            Ok(())
-        };
-        content(self).within(|| format!("subsection {}", T::NAME))
-    }
-
     /// The error for a subsection that `parent` does not have.
     pub fn unknown_subsection(&self, parent: &'static str, header: SubsectionHeader) -> Error {
         Error::new(VmStateError::UnknownSubsection { parent, name: header.name }.into(), header.offset)
@@ -184,17 +140,4 @@ impl fmt::Debug for Loader<'_, '_, '_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Loader").field("offset", &self.reader.offset()).finish_non_exhaustive()
     }
-}
-
-/// QEMU's version rule for sections and subsections.
-pub(super) fn check_version<T: VmState>(found: u32, offset: u64) -> Result<(), Error> {
-    if found > T::VERSION {
-        let kind = VmStateError::VersionTooNew { name: T::NAME, found, supported: T::VERSION };
-        return Err(Error::new(kind.into(), offset).within(T::NAME));
-    }
-    if found < T::MINIMUM_VERSION {
-        let kind = VmStateError::VersionTooOld { name: T::NAME, found, minimum: T::MINIMUM_VERSION };
-        return Err(Error::new(kind.into(), offset).within(T::NAME));
-    }
-    Ok(())
 }

@@ -49,6 +49,7 @@ mod error;
 mod field;
 pub mod kinds;
 mod load;
+mod nested;
 mod pci_facts;
 pub mod pointers;
 mod save;
@@ -229,7 +230,7 @@ pub fn encode<T: VmState>(value: &T, ctx: &Context) -> Result<Vec<u8>, Error> {
 /// As [`encode`], and a `version` that the declaration does not know.
 pub fn encode_version<T: VmState>(value: &T, version: u32, ctx: &Context) -> Result<Vec<u8>, Error> {
     let mut saver = Saver::new(ctx);
-    load::check_version::<T>(version, 0)?;
+    nested::check_version::<T>(version, 0)?;
     value.save_fields(&mut saver, version).within(|| T::NAME)?;
     Ok(saver.into_bytes())
 }
@@ -244,7 +245,7 @@ pub fn encode_described<T: VmState>(
     ctx: &Context,
 ) -> Result<(Vec<u8>, StructDescription), Error> {
     let mut saver = Saver::describing(ctx);
-    load::check_version::<T>(version, 0)?;
+    nested::check_version::<T>(version, 0)?;
     saver.object(value, version).within(|| T::NAME)?;
     Ok(saver.into_described())
 }
@@ -267,7 +268,7 @@ pub fn decode<T: VmState>(payload: &[u8], version: u32, ctx: &Context) -> Result
 /// As [`decode`], except for bytes left over.
 pub fn decode_from<T: VmState>(reader: &mut Reader<'_>, version: u32, ctx: &Context) -> Result<T, Error> {
     let mut loader = Loader::strict(reader, ctx);
-    load::check_version::<T>(version, loader.offset())?;
+    nested::check_version::<T>(version, loader.offset())?;
     T::load_fields(&mut loader, version).within(|| T::NAME)
 }
 
@@ -302,7 +303,7 @@ pub fn save_described<T: VmState>(value: &mut T, ctx: &Context) -> Result<(u32, 
 pub fn load<T: VmState>(reader: &mut Reader<'_>, version: u32, ctx: &Context) -> Result<T, Error> {
     let start = reader.offset();
     let mut loader = Loader::lenient(reader, ctx);
-    load::check_version::<T>(version, start)?;
+    nested::check_version::<T>(version, start)?;
     let mut value = T::load_fields(&mut loader, version).within(|| T::NAME)?;
     value.accept(version, ctx).map_err(|kind| Error::new(kind.into(), start)).within(|| T::NAME)?;
     Ok(value)

@@ -6,7 +6,7 @@
 use super::{Catalogue, FieldLayout, Inner, Layout, Structure};
 use crate::vmdesc::value::{NULL_POINTER, VALID_POINTER};
 use crate::vmdesc::virtio::{self, msix_vectors};
-use crate::vmdesc::{FieldDescription, ScalarKind, StructDescription, composite, scsi, tree};
+use crate::vmdesc::{FieldDescription, ScalarKind, StructDescription, msix, scsi, tree};
 use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
 use std::rc::Rc;
@@ -294,7 +294,7 @@ impl<'c, 'b> Search<'c, 'b> {
             "virtio" => virtio::lengths(rest),
             "virtio-gpu" => virtio::gpu::lengths(rest),
             "scsi-requests" => scsi::lengths(rest),
-            "msix state" => vec![composite::msix_len(way.vectors)],
+            "msix state" => vec![msix::msix_len(way.vectors)],
             _ => Vec::new(),
         };
         for len in lens.into_iter().filter(|len| *len <= rest.len()) {

@@ -1,6 +1,6 @@
 //! The fields of a section, once the search has found which are there.
 
-use super::super::decode::Context;
+use super::super::context::Context;
 use super::super::fields::Fields;
 use super::super::tree::Value;
 use super::super::{ScalarKind, composite};

@@ -1,6 +1,6 @@
 //! The search for all ways in which a schema can explain the bytes of a section.
 
-use super::super::composite::MSIX_ENTRY;
+use super::super::msix::MSIX_ENTRY;
 use super::super::tree::SUBSECTION;
 use super::super::virtio::msix_vectors;
 use super::{FieldSchema, StructSchema, Verdict};

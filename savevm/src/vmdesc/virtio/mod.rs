@@ -11,7 +11,7 @@ mod net;
 mod subsection;
 mod transport;
 
-use super::decode::Context;
+use super::context::Context;
 use super::fields::{Fields, Input};
 use crate::Error;
 use qevm_wire::Limits;

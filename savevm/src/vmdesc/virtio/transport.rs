@@ -1,7 +1,7 @@
 //! What a virtio transport saves before the device.
 
 use super::super::ScalarKind;
-use super::super::composite::msix_tables;
+use super::super::msix::msix_tables;
 use super::super::tree::SUBSECTION;
 use super::Fields;
 use crate::Error;
