@@ -17,8 +17,8 @@ pub struct Cuts {
     pub journey: Journey,
 }
 
-/// Where a migration is cut, counted from when its guest runs at the destination. Some 6 MB of content come after that, from the destination
-/// some requests.
+/// Where a migration is cut, counted from when its guest runs at the destination. Some 12 MB of content come after that, from the destination
+/// some requests. Until the cut is armed the guest fetches what it can.
 fn place(hop: usize, hops: usize) -> Break {
     const CONTENT: u64 = 4_500_000;
     let (n, of) = (hop as u64, hops as u64);
@@ -64,7 +64,7 @@ pub(super) fn all() -> Vec<Cuts> {
             parameters.insert("max-postcopy-bandwidth".into(), (32 << 20).into());
             let load = Load {
                 memory: 32,
-                payload: "dirty=4M rate=24M hold=2M zero=1M verify=16384 report=20".into(),
+                payload: "dirty=8M rate=16M hold=4M zero=1M verify=16384 report=20".into(),
                 // Next to all of it comes after the guest.
                 max_bandwidth: 1 << 20,
                 downtime_limit: 1,
