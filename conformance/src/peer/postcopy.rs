@@ -42,7 +42,7 @@ impl Departure {
     }
 
     /// What its guest does. One that is to go after a pass must not have gone with its memory by then, however little of a processor it gets.
-    fn load(self) -> Load {
+    pub(super) fn load(self) -> Load {
         let load = Load { downtime_limit: 1, ..Load::default() };
         let max_bandwidth = if self == Departure::AfterPass { 24 << 20 } else { load.max_bandwidth };
         Load { max_bandwidth, ..load }

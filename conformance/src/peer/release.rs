@@ -7,11 +7,11 @@ use serde_json::Map;
 
 use super::party::Party;
 use super::rows::{PEERS, plain};
-use super::{Cut, Departure, Journey, Link, Load, Outage, Stop};
+use super::{Cut, Departure, Journey, Link, Outage, Stop};
 use crate::scenario::Accel;
 
 const MIB: u64 = 1 << 20;
-/// What a guest of [`Load::default`] writes to again and again: all of it is given back.
+/// What a guest of [`Departure::load`] writes to again and again: all of it is given back.
 const WRITTEN: u64 = 16 * MIB;
 /// What a monitor may let go of besides.
 const SLACK: u64 = 8 * MIB;
@@ -56,7 +56,7 @@ pub(super) fn journeys() -> Vec<Journey> {
                 parameters: parameters.clone(),
                 // Some of it goes before the guest, and is given back when that runs.
                 postcopy: Some(Departure::AfterPass),
-                load: Load { downtime_limit: 1, ..Load::default() },
+                load: Departure::AfterPass.load(),
                 quick: stops == [reference, new] && link == Link::Tcp,
                 ..plain()
             });
