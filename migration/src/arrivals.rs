@@ -4,12 +4,12 @@
 //! first says something. Each connection is known by its first bytes; until then it is one of the [`Strangers`].
 
 use super::{
-    Channel, Incoming, Job, Listener, LoadError, MigrationError, Socket, Tls,
+    Channel, Incoming, Listener, LoadError, MigrationError, Socket, Tls,
     multifd::{PageStream, Settings},
+    patience::Patience,
     postcopy::Entrance,
     socket::Caller,
     strangers::{Dropped, Known, Reason, Role, Strangers},
-    watch::Watch,
 };
 use qevm_wire::Located;
 use rustix::{
@@ -22,42 +22,8 @@ use std::{
     time::{Duration, Instant},
 };
 
-/// How long is waited for what. `None` is as long as `x-handshake-timeout` says at the time: it may change while somebody waits.
-#[derive(Debug, Clone, Default)]
-pub(crate) struct Patience {
-    /// For a connection to say what it is.
-    pub(crate) silence: Option<Duration>,
-    /// For another channel of a source, when some have arrived.
-    pub(crate) channels: Option<Duration>,
-    /// Who watches over the channels of a source.
-    pub(crate) watch: Arc<Watch>,
-}
-
-impl Patience {
-    /// A source says what a connection is as soon as it is connected, and its main channel as soon as its page channels are. It opens
-    /// all of its channels at once; so long without a new one means that it has no more.
-    pub(crate) fn of(job: &Job) -> Self {
-        Patience { watch: job.waits(), ..Patience::default() }
-    }
-
-    pub(crate) fn silence(&self) -> Duration {
-        self.silence.unwrap_or_else(|| self.handshake())
-    }
-
-    fn channels(&self) -> Duration {
-        self.channels.unwrap_or_else(|| self.handshake())
-    }
-
-    fn handshake(&self) -> Duration {
-        self.watch.timeouts().handshake().unwrap_or(NO_END)
-    }
-}
-
 /// How often whoever waits for a connection that is here looks how long it may.
 const LOOK: Duration = Duration::from_millis(250);
-
-/// A time that nobody lives to see the end of.
-pub(crate) const NO_END: Duration = Duration::from_secs(100 * 365 * 86_400);
 
 /// How old a page channel that did not fit may be to belong to the source that is here now.
 const MISFIT_AGE: Duration = Duration::from_secs(10);
@@ -268,7 +234,7 @@ fn wait(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{Address, Capabilities, Parameters, Timeouts};
+    use crate::{Address, Capabilities, Parameters, Timeouts, watch::Watch};
     use qevm_multifd::{Init, Uuid};
     use qevm_savevm::{
         container::{Compression, FileKind},

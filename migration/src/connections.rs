@@ -1,16 +1,21 @@
 //! The connections of one migration: the main channel, and the page channels if capability `multifd` is on; or a file.
 
 mod connecting;
+mod incoming;
+mod outgoing;
+
+pub use incoming::Incoming;
+pub use outgoing::{Outgoing, Reader};
 
 use connecting::{Names, connect};
 
 use super::{
     Address, BadCapability, Channel, ChannelName, Job, Listener, MigrationError, Mode, Pipe, RULES, Socket,
-    arrivals::{Patience, Seen, gather},
+    arrivals::{Seen, gather},
     multifd::{PageStream, Settings},
     page_file::PageFile,
     page_server::{PageServer, ServedStream},
-    postcopy::Entrance,
+    patience::Patience,
     watch::{Brings, Watched},
 };
 use crate::descriptors::Descriptors;
@@ -28,40 +33,11 @@ use std::{
         unix::fs::{FileTypeExt, OpenOptionsExt},
     },
     path::Path,
-    sync::{Arc, OnceLock},
+    sync::Arc,
 };
 
 /// Permissions of a file that a guest goes to (QEMU 8.2): it holds all of the guest's secrets.
 const FILE_MODE: u32 = 0o600;
-
-/// Who reads what a source sends.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Reader {
-    /// A destination, over something with two directions: it is asked to answer.
-    Answers,
-    /// A destination perhaps, which is asked to answer only under capability `return-path`.
-    Silent,
-    /// Nobody for now: a file.
-    Nobody,
-}
-
-/// The connections of a source.
-#[derive(Debug, Clone)]
-pub struct Outgoing {
-    pub(crate) main: Arc<dyn Channel>,
-    pub(crate) reader: Reader,
-    pub(crate) pages: Vec<Arc<dyn Channel>>,
-    /// The page channels have sent their first packets.
-    pub(crate) greeted: bool,
-    /// Pages have their places in this file, in which the main channel writes, too.
-    pub(crate) file: Option<PageFile>,
-    /// Where further connections go, if there can be any.
-    pub(crate) address: Option<Address>,
-    /// The connection of its own for pages that the guest waits for (capability `postcopy-preempt`).
-    pub(crate) preempt: OnceLock<Arc<dyn Channel>>,
-    /// The waits on them have deadlines.
-    pub(crate) watched: bool,
-}
 
 impl Outgoing {
     /// Connects to a destination, with as many page channels as `job` has settings for, or opens what else the guest goes to. A postcopy that
@@ -142,59 +118,6 @@ impl Outgoing {
         let main = Watched::new(self.main, ChannelName::Main, &job.waits(), Brings::Answers, None).map_err(failed)?;
         Ok(Outgoing { main: Arc::new(main), watched: true, ..self })
     }
-
-    /// The preempt channel, when it was opened.
-    pub(crate) fn preempt(&self) -> Option<&Arc<dyn Channel>> {
-        self.preempt.get()
-    }
-
-    /// Ends all connections at once.
-    pub(crate) fn close(&self) {
-        self.all().for_each(|channel| channel.close());
-    }
-
-    pub(crate) fn all(&self) -> impl Iterator<Item = &Arc<dyn Channel>> {
-        std::iter::once(&self.main).chain(&self.pages).chain(self.preempt())
-    }
-}
-
-impl From<Arc<dyn Channel>> for Outgoing {
-    /// A main channel alone. The destination is asked to answer if capability `return-path` is on.
-    fn from(main: Arc<dyn Channel>) -> Self {
-        let (pages, preempt) = (Vec::new(), OnceLock::new());
-        Outgoing {
-            main,
-            reader: Reader::Silent,
-            pages,
-            greeted: false,
-            file: None,
-            address: None,
-            preempt,
-            watched: false,
-        }
-    }
-}
-
-/// The connections of a destination.
-#[derive(Debug)]
-pub struct Incoming {
-    pub(crate) main: Arc<dyn Channel>,
-    /// What was read from the main channel already.
-    pub(crate) first: Vec<u8>,
-    /// Where the stream begins in its file.
-    pub(crate) offset: u64,
-    pub(crate) pages: Vec<PageStream>,
-    pub(crate) settings: Option<Settings>,
-    /// A source with page channels has called, and there are none in this migration.
-    pub(crate) page_channels_called: bool,
-    /// What may explain a source that gives up at once: one of its channels did not fit.
-    pub(crate) misfit: Option<MigrationError>,
-    /// Where the preempt channel comes in (capability `postcopy-preempt`).
-    pub(crate) preempt: Option<Entrance>,
-    /// Pages may have their places in this file, in which the main channel reads, too.
-    pub(crate) file: Option<PageFile>,
-    /// The waits on them have deadlines.
-    pub(crate) watched: bool,
 }
 
 impl Incoming {
@@ -208,12 +131,17 @@ impl Incoming {
         let capabilities = job.capabilities();
         let settings = Settings::of(capabilities, &job.parameters(), profile)
             .map(|settings| Settings { uuid: job.uuid().unwrap_or_default(), ..settings });
-        gather(listener, settings.as_ref(), capabilities.postcopy_preempt, job.tls(), Patience::of(job), &mut |seen| {
-            match seen {
+        gather(
+            listener,
+            settings.as_ref(),
+            capabilities.postcopy_preempt,
+            job.tls(),
+            Patience::of(job.waits()),
+            &mut |seen| match seen {
                 Seen::Dropped(dropped) => tracing::warn!("{dropped}"),
                 Seen::Incomplete(error) => tracing::warn!("a source has come without all of its channels: {error}"),
-            }
-        })
+            },
+        )
     }
 
     /// Opens what a guest comes from without a caller: a command, a descriptor or a file.
@@ -288,24 +216,6 @@ fn page_file(
     }
     let direct = job.parameters().direct_io && capabilities.multifd;
     Ok(Some(PageFile::new(file.try_clone().map_err(failed)?, direct.then(|| open(libc::O_DIRECT)).transpose()?)))
-}
-
-impl From<Arc<dyn Channel>> for Incoming {
-    /// A main channel alone.
-    fn from(main: Arc<dyn Channel>) -> Self {
-        Incoming {
-            main,
-            first: Vec::new(),
-            offset: 0,
-            pages: Vec::new(),
-            settings: None,
-            page_channels_called: false,
-            misfit: None,
-            preempt: None,
-            file: None,
-            watched: false,
-        }
-    }
 }
 
 /// Refuses capabilities and credentials that do not go with the transport, as QEMU does before it opens anything.

@@ -1,11 +1,23 @@
 //! The JSON description that follows the end of a stream.
 
-use crate::DeviceSection;
 use qevm_savevm::vmdesc::{Description, DeviceBody, DeviceDescription, FieldDescription, StructDescription, TextStyle};
-use qevm_wire::{PageGeometry, Profile, QemuVersion};
+use qevm_wire::{CountedString, PageGeometry, Profile, QemuVersion};
 
 /// CONFIG before the configuration of an iterative device, and END_OF_STATE after it.
 const CONFIGURATION_RECORDS: u64 = 16;
+
+/// One FULL section.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DeviceSection {
+    /// The handler's name.
+    pub idstr: CountedString,
+    /// Tells handlers of the same name apart.
+    pub instance_id: u32,
+    /// Version of the content.
+    pub version_id: u32,
+    /// The content.
+    pub body: Vec<u8>,
+}
 
 /// The state of all devices, with the JSON description that follows the end of the stream. A destination waits without a
 /// limit for a description that its machine type promises; so there are no devices without one.

@@ -1,11 +1,11 @@
 //! The destination engine: reads a stream into a guest that has not run yet.
 
+mod arrival;
 mod leave;
 mod page_channels;
 
 use super::{
     Channel, Guest, GuestError, Incoming, Job, LoadError, MigrationError, MissingPages, Status,
-    arrivals::NO_END,
     channel::{Source, write_all},
     core::{
         DeviceOptions,
@@ -16,10 +16,12 @@ use super::{
     multifd::Settings,
     page_file,
     page_file::PageFile,
-    postcopy::{self, Listening, Postcopy, Preempt},
+    patience::NO_END,
+    postcopy::{Listening, Preempt, start},
     ram_receiver::RamReceiver,
     verdict,
 };
+pub use arrival::{Arrival, Rest};
 pub(crate) use leave::{leave, within};
 use page_channels::{PageChannels, find};
 use qevm_returnpath::Message;
@@ -33,26 +35,6 @@ use std::{
     thread,
     time::{Duration, Instant},
 };
-
-/// What arrived.
-#[derive(Debug)]
-pub struct Arrival {
-    /// The guest ran at the source, and is to run here.
-    pub running: bool,
-    /// Bytes of the stream.
-    pub bytes: u64,
-    /// Guest memory that has not come, under capability `postcopy-ram`: it is to be taken care of when the guest has been started.
-    pub rest: Option<Rest>,
-}
-
-/// The part of a guest's memory that has not come when the guest starts.
-#[derive(Debug)]
-pub enum Rest {
-    /// It is in the file that the guest comes from, with `mapped-ram` on.
-    InFile(LazyRestore),
-    /// It is on its way from the source (postcopy).
-    AtSource(Postcopy),
-}
 
 /// Reads a migration from `connections` into `guest`, which has not run yet, and does not start it.
 ///
@@ -362,11 +344,8 @@ impl Engine<'_> {
         let Engine { guest, channel, inlet, core, listening, start, .. } = self;
         let Some(listening) = listening else { return Err(MigrationError::NoVerdict) };
         let first = inlet.bytes().to_vec();
-        let arrived = postcopy::start(
-            guest,
-            job,
-            postcopy::Parts { core, listening, channel: channel.clone(), first, start, bytes },
-        );
+        let arrived =
+            start::start(guest, job, start::Parts { core, listening, channel: channel.clone(), first, start, bytes });
         if arrived.is_err() {
             // Whoever runs it has the disks.
             guest.hooks().inactivate();

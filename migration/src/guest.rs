@@ -1,12 +1,13 @@
 //! What the engines need of a virtual machine.
 
-use super::{IterativeDevice, MissingPages, PAGE_SIZE, ProtectedPages, SavedDevices};
-use qevm_wire::{CountedString, Profile};
-use std::{error::Error, ops::Range, time::Duration};
-use vm_memory::VolatileSlice;
+mod pages;
 
-/// Whatever a guest's own parts report; the engine adds what it was doing.
-pub type GuestError = Box<dyn Error + Send + Sync>;
+pub use pages::{MissingPages, ProtectedPages, Touch};
+
+use super::{DeviceSection, GuestError, IterativeDevice, PAGE_SIZE, SavedDevices};
+use qevm_wire::{CountedString, Profile};
+use std::{ops::Range, time::Duration};
+use vm_memory::VolatileSlice;
 
 /// The advice where nothing more is known of a section.
 pub const ADVICE: &str = "start this machine with the devices that the source has, or the source without this one";
@@ -204,17 +205,4 @@ pub trait DirtyLog {
     /// # Errors
     /// The guest's own.
     fn reset(&mut self, block: usize, pages: Range<u64>) -> Result<(), GuestError>;
-}
-
-/// One FULL section.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct DeviceSection {
-    /// The handler's name.
-    pub idstr: CountedString,
-    /// Tells handlers of the same name apart.
-    pub instance_id: u32,
-    /// Version of the content.
-    pub version_id: u32,
-    /// The content.
-    pub body: Vec<u8>,
 }

@@ -1,6 +1,6 @@
 //! The reading end of a channel: a buffer for records, and a way past it for pages.
 
-use super::{Channel, MigrationError, channel::Target, page_file::PageFile, ram_receiver::ZERO_PAGE};
+use super::{Channel, MigrationError, channel::Target, page_file::PageFile, zero::ZERO_PAGE};
 use std::{collections::VecDeque, io};
 use vm_memory::{Bytes, VolatileSlice};
 

@@ -14,7 +14,7 @@
 //!
 //! A page that cannot be read is never filled in: who waits for it waits on, and the guest is to be stopped for good.
 
-use super::{GuestError, LoadError, MigrationError, page_file::PageFile, touched::Touched};
+use super::{LoadError, MigrationError, MissingPages, Touch, page_file::PageFile, touched::Touched};
 use qevm_multifd::mapped_ram::PageArea;
 use qevm_savevm::mapped_ram::{MappedBlock, PageBitmap};
 use qevm_wire::{CountedString, Located, PageGeometry};
@@ -30,62 +30,6 @@ use std::{
     thread::JoinHandle,
 };
 
-/// RAM whose pages are missing until they are filled in: who touches one waits for it (`userfaultfd`).
-///
-/// Blocks have their numbers in [`Guest::ram`](crate::Guest::ram); offsets and lengths are bytes.
-pub trait MissingPages: Send + Sync {
-    /// Bytes of a block that are filled in at once at least: 4096, or those of a huge page. The block's length is a multiple of that.
-    ///
-    /// # Errors
-    /// The guest's own.
-    fn unit(&self, block: usize) -> Result<u64, GuestError>;
-
-    /// Empties bytes of a block, whole units: nothing is in them afterwards, as in memory that nobody has touched.
-    ///
-    /// # Errors
-    /// The guest's own; above all when the host cannot do that with this memory.
-    fn discard(&self, block: usize, bytes: Range<u64>) -> Result<(), GuestError>;
-
-    /// Makes the pages of a block missing that have nothing in them; those that have keep it.
-    ///
-    /// # Errors
-    /// The guest's own; above all when the host cannot do that with this memory.
-    fn add(&self, block: usize) -> Result<(), GuestError>;
-
-    /// Waits until somebody touches a page that is missing, and says which. The same page may be told of several times, and while it is being
-    /// filled in. `None` after [`stop`](MissingPages::stop).
-    ///
-    /// # Errors
-    /// The guest's own.
-    fn wait(&self) -> Result<Option<Touch>, GuestError>;
-
-    /// How many vCPUs [`wait`](MissingPages::wait) can tell apart, for capability `postcopy-blocktime`. By default none.
-    fn vcpus(&self) -> usize {
-        0
-    }
-
-    /// Fills in pages that are missing, and lets those go on who wait for them.
-    ///
-    /// # Errors
-    /// The guest's own; [`std::io::Error`] of the kind [`AlreadyExists`](std::io::ErrorKind::AlreadyExists) when one of them is not missing.
-    fn fill(&self, block: usize, offset: u64, bytes: &[u8]) -> Result<(), GuestError>;
-
-    /// The same with zeros.
-    ///
-    /// # Errors
-    /// As [`fill`](MissingPages::fill).
-    fn fill_zeros(&self, block: usize, offset: u64, len: u64) -> Result<(), GuestError>;
-
-    /// Makes [`wait`](MissingPages::wait) end.
-    fn stop(&self);
-
-    /// What is missing now is zero from now on, and nobody waits any more.
-    ///
-    /// # Errors
-    /// The guest's own.
-    fn release(&self) -> Result<(), GuestError>;
-}
-
 /// Bytes that are read at once ahead of the guest: few enough that whoever touches one of these pages does not wait long.
 const AHEAD: u64 = 256 << 10;
 /// A page that is touched comes with what the file has around it, within this many bytes, aligned: as the kernel does for a file that is mapped.
@@ -100,17 +44,6 @@ const AROUND: u64 = 64 << 10;
 pub struct LazyRestore {
     shared: Arc<Shared>,
     server: Option<JoinHandle<()>>,
-}
-
-/// A page that is missing, and somebody waits for.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Touch {
-    /// The block.
-    pub block: usize,
-    /// Any offset in the page.
-    pub offset: u64,
-    /// The vCPU that waits, if one does and it is known which.
-    pub vcpu: Option<usize>,
 }
 
 /// How far it is.

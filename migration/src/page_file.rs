@@ -321,7 +321,7 @@ fn clear_absent(
     for page in (0..layout.pages()).filter(|page| touched.contains(*page) && !present.contains(*page)) {
         let memory = part(view, page * PageGeometry::X86.size(), PageGeometry::X86.size())?;
         if !is_zero(&memory) {
-            memory.copy_from(&super::ram_receiver::ZERO_PAGE);
+            memory.copy_from(&super::zero::ZERO_PAGE);
         }
     }
     Ok(())

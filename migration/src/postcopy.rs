@@ -18,16 +18,15 @@ mod listening;
 mod missing;
 mod preempt;
 mod recovery;
-mod start;
+pub(crate) mod start;
 mod stream;
 
 use super::{Job, MigrationError, RestoreProgress};
 pub use block_times::BlockTimes;
 pub(crate) use listening::Listening;
 use missing::Shared;
-pub(crate) use preempt::{Entrance, Preempt, Silent};
+pub(crate) use preempt::{Entrance, Preempt};
 pub use recovery::Recovery;
-pub(crate) use start::{Parts, start};
 use std::{mem, sync::Arc, thread::JoinHandle};
 
 /// The part of a guest's memory that is still at the source, from where it comes while the guest runs. Whoever has it

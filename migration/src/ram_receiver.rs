@@ -4,7 +4,7 @@ use super::{
     Guest, LoadError, PAGE_SIZE, RamView,
     inlet::{Expected, MOST_EXPECTED},
     touched::Touched,
-    zero::is_zero,
+    zero::{ZERO_PAGE, is_zero},
 };
 use qevm_savevm::ram::{BlockId, PageAt, RamBlock, flag};
 use qevm_wire::CountedString;
@@ -168,9 +168,6 @@ impl<'g> RamReceiver<'g> {
         &mut self.blocks[id.index()]
     }
 }
-
-/// What a zero page holds.
-pub(crate) const ZERO_PAGE: [u8; 4096] = [0; 4096];
 
 impl<'g> Block<'g> {
     fn memory(&self, page: &PageAt) -> VolatileSlice<'g> {

@@ -1,49 +1,18 @@
 //! The source's return-path thread: reads messages while another thread sends, and lets that one wait for them.
 
 use super::{
-    Channel, MigrationError,
+    Channel, MigrationError, ReturnPathError,
     channel::{Reading, Target},
     core::source::Answers,
 };
-use qevm_returnpath::{Decoder, Event, Message, MessageError, RequestError, SessionError};
-use qevm_wire::{Blame, Decode, DriveError, Driver, Fault, Located};
+use qevm_returnpath::{Decoder, Event, Message, MessageError};
+use qevm_wire::{Decode, DriveError, Driver, Located};
 use std::{
     io,
     io::Read,
     sync::{Condvar, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
-
-/// Why a message on the return path is an error.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[non_exhaustive]
-pub enum ReturnPathError {
-    /// A message could not be read.
-    #[error(transparent)]
-    Message(#[from] qevm_returnpath::ErrorKind),
-    /// A message that nobody asked for, or that has no place at this time.
-    #[error(transparent)]
-    Session(#[from] SessionError),
-    /// The destination speaks TLS, and what it says is an alert: it has taken the stream for a bad handshake.
-    #[error(
-        "the destination answers with an alert of TLS, which is off here (set 'tls-creds' at both sides, or at neither)"
-    )]
-    TlsAlert,
-    /// A request for pages that there are not.
-    #[error(transparent)]
-    Request(#[from] RequestError),
-}
-
-impl Blame for ReturnPathError {
-    fn fault(&self) -> Fault {
-        match self {
-            ReturnPathError::Message(kind) => kind.fault(),
-            ReturnPathError::Session(kind) => kind.fault(),
-            ReturnPathError::TlsAlert => Fault::Mismatch,
-            ReturnPathError::Request(kind) => kind.fault(),
-        }
-    }
-}
 
 /// Bytes that a destination may send after its verdict, which are not looked at.
 const MOST_BEHIND_VERDICT: usize = 64 << 10;

@@ -8,7 +8,7 @@
 //!             Snapshot::copy (the next pages) ─▶ copy ───────────▲        └▶ Snapshot::take: what is sent
 //! ```
 
-use super::{GuestError, MigrationError, PAGE_SIZE, RamView, touched::Touched};
+use super::{GuestError, MigrationError, PAGE_SIZE, ProtectedPages, RamView, touched::Touched};
 use std::{
     collections::VecDeque,
     mem,
@@ -17,39 +17,6 @@ use std::{
     time::Duration,
 };
 use vm_memory::Bytes;
-
-/// RAM that can be protected against writes: who writes to a protected page waits until it is no longer (`userfaultfd`).
-///
-/// Blocks have their numbers in [`Guest::ram`](crate::Guest::ram); offsets and lengths are bytes.
-pub trait ProtectedPages: Send + Sync {
-    /// Protects a block of a paused guest. Gives the bytes that are unprotected at once at least: 4096, or those of a huge page.
-    ///
-    /// # Errors
-    /// The guest's own; above all when the host cannot do that with this memory.
-    fn protect(&self, block: usize) -> Result<u64, GuestError>;
-
-    /// Waits until somebody writes to a page that is protected, and says which: a block and any offset in the page. The same page may be told
-    /// of several times, and after it was unprotected. `None` after [`stop`](ProtectedPages::stop).
-    ///
-    /// # Errors
-    /// The guest's own.
-    fn wait(&self) -> Result<Option<(usize, u64)>, GuestError>;
-
-    /// Lets pages be written to, and those go on who wait for that.
-    ///
-    /// # Errors
-    /// The guest's own.
-    fn unprotect(&self, block: usize, offset: u64, len: u64) -> Result<(), GuestError>;
-
-    /// Makes [`wait`](ProtectedPages::wait) end.
-    fn stop(&self);
-
-    /// Ends the protection of all blocks: nobody waits any more.
-    ///
-    /// # Errors
-    /// The guest's own.
-    fn release(&self) -> Result<(), GuestError>;
-}
 
 /// Bytes of copies that wait to be sent, above which those who write are slowed down…
 const PLENTY: u64 = 64 << 20;

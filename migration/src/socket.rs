@@ -523,7 +523,7 @@ fn bind(host: &str, port: u16, options: &TcpOptions) -> io::Result<TcpListener> 
     }
     match options.to {
         Some(_) if last.kind() == io::ErrorKind::AddrInUse => {
-            let why = format!("Failed to find an available port: {}", crate::error::reason(&last));
+            let why = format!("Failed to find an available port: {}", crate::reason::reason(&last));
             Err(io::Error::new(last.kind(), why))
         }
         _ => Err(last),

@@ -6,8 +6,7 @@
 
 use super::{
     Address, Channel, ChannelName, Listener, MigrationError, Socket, Tls, TlsError,
-    arrivals::Patience,
-    postcopy::Silent,
+    patience::Patience,
     socket::Caller,
     tls::{self, Accepting},
     watch::{Brings, Watched},
@@ -65,6 +64,9 @@ struct Stranger {
     /// It is a page channel, and there are none in this migration.
     unwanted: bool,
 }
+
+/// A connection that has said nothing yet, with its TLS session if it is to have one.
+pub(crate) type Silent = (Socket, Option<Accepting>, Caller);
 
 /// A connection whose first bytes are right.
 pub(crate) struct Known {
@@ -131,7 +133,7 @@ impl fmt::Display for Dropped {
                 f.write_str("it sent the start of a migration stream and was closed")
             }
             Reason::SetUp(error) => {
-                write!(f, "it could not be set up here, which is not its fault: {}", crate::error::reason(error))
+                write!(f, "it could not be set up here, which is not its fault: {}", crate::reason::reason(error))
             }
             Reason::Silent(said, after) => write!(f, "it sent {said} in {} s, {EXPECTED}", after.as_secs()),
             Reason::Closed(said) => write!(f, "it sent {said} and was closed, {EXPECTED}"),

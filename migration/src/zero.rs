@@ -2,6 +2,9 @@
 
 use vm_memory::VolatileSlice;
 
+/// What a zero page holds.
+pub(crate) const ZERO_PAGE: [u8; 4096] = [0; 4096];
+
 /// Whether all bytes of `page` are zero at the moment they are looked at.
 ///
 /// A page that changes meanwhile may be called either; whoever tracks dirty pages sees that write and sends it again.

@@ -78,7 +78,7 @@ impl KeepAlive {
             None => KeepAlive { on: None, count: Self::COUNT, idle: Self::IDLE, interval: Self::INTERVAL },
         };
         let failed = |what: &str, error: rustix::io::Errno| {
-            let reason = crate::error::reason(&error.into());
+            let reason = crate::reason::reason(&error.into());
             io::Error::new(error.kind(), format!("Unable to set TCP keep-alive{what} option on socket: {reason}"))
         };
         let socket = socket.as_fd();

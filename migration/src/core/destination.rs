@@ -1,6 +1,7 @@
 //! The destination of a migration.
 
 mod action;
+mod early;
 mod iterative;
 mod loader;
 mod options;

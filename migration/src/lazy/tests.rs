@@ -1,4 +1,5 @@
 use super::*;
+use crate::GuestError;
 use std::{
     collections::BTreeSet,
     io::Write,

@@ -6,7 +6,8 @@ use crate::{
     Guest, LoadError, MigrationError, RamView,
     channel::Target,
     core::{PageAction, PageTurn},
-    ram_receiver::{Listed, ZERO_PAGE},
+    ram_receiver::Listed,
+    zero::ZERO_PAGE,
     zero::is_zero,
 };
 use qevm_multifd::{Compression, Decompressor, RamPacket, Run};

@@ -4,8 +4,9 @@ use super::*;
 use crate::NoDescriptors;
 use crate::{
     Address, Listener, LoadError,
-    arrivals::{Patience, Seen, gather},
+    arrivals::{Seen, gather},
     multifd::Settings,
+    patience::Patience,
     strangers::{Dropped, Reason},
 };
 use qevm_multifd::{Compression, ErrorKind, HandshakeError, Init, PacketError, Uuid};

@@ -1,8 +1,12 @@
 //! From when on memory is missing.
 
-use super::missing::{Block, LISTEN, Shared};
+use super::{
+    missing::{Block, LISTEN, Shared},
+    preempt::Preempt,
+};
 use crate::{Channel, Guest, MigrationError, ram_receiver::Listed, watch::Watch};
 use qevm_returnpath::requests::{RequestBlock, RequestBlocks};
+use qevm_savevm::ram::RamBlocks;
 use std::{sync::Arc, thread, thread::JoinHandle};
 
 /// Memory that is missing, and a thread that asks for what is touched.
@@ -40,6 +44,18 @@ impl Listening {
         let asker = thread::Builder::new().name("page-requests".into()).spawn(move || asking.ask());
         let asker = asker.map_err(|error| MigrationError::guest("start a thread for missing pages")(error.into()))?;
         Ok(Listening { shared, asker: Some(asker) })
+    }
+}
+
+impl Listening {
+    /// The same with a preempt channel, over which pages of `blocks` come.
+    pub(crate) fn with_preempt(self, preempt: Option<Preempt>, blocks: Arc<RamBlocks>) -> Self {
+        if let Some(preempt) = preempt {
+            // Nobody has set it before.
+            let blocks = self.shared.urgent_blocks.get_or_init(|| blocks).clone();
+            self.shared.read_urgent(preempt, blocks);
+        }
+        self
     }
 }
 

@@ -5,15 +5,15 @@
 //! source has listed. With TLS its session begins when it calls: a source waits for that.
 
 use super::{
-    Listening,
     assembly::Assembly,
     missing::{Line, Shared, State},
 };
 use crate::{
     Channel, ChannelName, Listener, LoadError, MigrationError, PAGE_SIZE, Socket, Tls,
-    arrivals::NO_END,
     channel::Reading,
+    patience::NO_END,
     socket::Caller,
+    strangers::Silent,
     tls::{self, Accepting},
     watch::{Brings, Watch, Watched},
 };
@@ -64,9 +64,6 @@ struct Candidate {
     caller: Caller,
     said: Vec<u8>,
 }
-
-/// A connection that has said nothing yet, with its TLS session if it is to have one.
-pub(crate) type Silent = (Socket, Option<Accepting>, Caller);
 
 /// What came of listening to a candidate.
 enum Heard {
@@ -386,18 +383,6 @@ struct Ready {
     calling: bool,
     /// For each candidate, whether it has.
     speaking: Vec<bool>,
-}
-
-impl Listening {
-    /// The same with a preempt channel, over which pages of `blocks` come.
-    pub(crate) fn with_preempt(self, preempt: Option<Preempt>, blocks: Arc<RamBlocks>) -> Self {
-        if let Some(preempt) = preempt {
-            // Nobody has set it before.
-            let blocks = self.shared.urgent_blocks.get_or_init(|| blocks).clone();
-            self.shared.read_urgent(preempt, blocks);
-        }
-        self
-    }
 }
 
 impl Shared {

@@ -6,8 +6,8 @@ use super::{
 };
 use crate::{
     Address, Channel, ChannelName, Listener, MigrationError, Refused, Socket, Status, Tls,
-    arrivals::NO_END,
     channel::{Target, read_at_least},
+    patience::NO_END,
     tls::{Accepting, LOOK},
     watch::{Brings, Watch, Watched},
 };

@@ -84,7 +84,7 @@ impl Versions {
 #[non_exhaustive]
 pub enum CredentialsError {
     /// A file cannot be read.
-    #[error("Unable to access credentials {}: {}", path.display(), crate::error::reason(source))]
+    #[error("Unable to access credentials {}: {}", path.display(), crate::reason::reason(source))]
     Access {
         /// The file.
         path: PathBuf,

@@ -1,9 +1,10 @@
 use super::*;
 use crate::{
     Capabilities, Channel, Job, Listener, Outgoing, Socket, Source, Target,
-    arrivals::{Patience, Seen, gather},
+    arrivals::{Seen, gather},
     channel::{read_at_least, write_all},
     multifd::Settings,
+    patience::Patience,
     strangers::{Dropped, Reason},
 };
 use qevm_savevm::first_bytes::FirstBytes;
