@@ -30,6 +30,8 @@ lint: setup
 	@scripts/no-std
 	@scripts/features
 	@scripts/rooms
+	@scripts/api
+	@scripts/msrv
 
 unit: setup
 	@mkdir -p target && rm -f $(SKIPPED)
