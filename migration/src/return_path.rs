@@ -100,10 +100,22 @@ impl ReturnPath {
                 Ok(None) => return Err(MigrationError::NoVerdict),
                 Err(DriveError::Stream(error)) if error.is_truncated() => return Err(MigrationError::NoVerdict),
                 Err(DriveError::Stream(error)) => return Err(named(error).into()),
+                Err(DriveError::Io(error)) if offset == 0 => return Err(MigrationError::ReturnPath(unheard(error))),
                 Err(DriveError::Io(error)) => return Err(MigrationError::ReturnPath(error)),
                 Err(error) => return Err(MigrationError::ReturnPath(io::Error::other(error.to_string()))),
             }
         }
+    }
+}
+
+/// A destination that takes a stream for a bad handshake may reset the connection, and its alert is lost with that.
+fn unheard(error: io::Error) -> io::Error {
+    match error.kind() {
+        kind @ io::ErrorKind::ConnectionReset => {
+            let hint = "it may expect TLS (set 'tls-creds' at both sides, or at neither)";
+            io::Error::new(kind, format!("{error}, before the destination has answered anything: {hint}"))
+        }
+        _ => error,
     }
 }
 
@@ -156,5 +168,17 @@ mod tests {
             }
             assert!(error.unwrap().to_string().contains("set 'tls-creds' at both sides, or at neither"));
         }
+    }
+
+    /// The destination closes what it has not read: the system resets the connection, and forgets the alert.
+    #[test]
+    fn a_reset_before_any_answer_may_be_for_want_of_tls() {
+        let (here, there) = UnixStream::pair().unwrap();
+        let here = Socket::Unix(here);
+        here.write(&[crate::Source::bytes(b"QEVM")]).unwrap();
+        drop(there);
+        let path = ReturnPath::new(Answers::new(None, true));
+        let ended = path.messages(&here, |_| Ok(false));
+        assert!(ended.unwrap_err().to_string().ends_with("(set 'tls-creds' at both sides, or at neither)"));
     }
 }
