@@ -14,7 +14,7 @@ use qevm_savevm::vmstate::{
 const CONFIG_SIZE: usize = 256;
 const EXPRESS_CONFIG_SIZE: usize = 4096;
 
-/// Structure `PCIDevice` version 2. (spec: VFIO, 4)
+/// Structure `PCIDevice` version 2. (`docs/format/vfio.md`)
 #[derive(VmState, Debug, Clone, PartialEq, Eq)]
 #[vmstate(name = "PCIDevice", version = 2, minimum_version = 1, post_load = PciDevice::check_version_id)]
 pub struct PciDevice {
@@ -98,7 +98,7 @@ pub struct Msix {
 
 /// VMSD `VFIOPCIDevice` version 1: what a VFIO device's section has after its CONFIG flag, without any header.
 ///
-/// Its subsection with the state of a boot display (`VFIODisplay`) is not declared. (spec: VFIO, 4)
+/// Its subsection with the state of a boot display (`VFIODisplay`) is not declared. (`docs/format/vfio.md`)
 #[derive(VmState, Debug, Clone, Default, PartialEq, Eq)]
 #[vmstate(name = "VFIOPCIDevice", version = 1)]
 pub struct VfioPciDevice {

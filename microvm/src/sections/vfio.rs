@@ -76,7 +76,7 @@ mod tests {
         Context::new(QemuVersion::NEWEST, "microvm")
     }
 
-    /// (spec: VFIO as measured, 2: FULL of 4,132 bytes with CONFIG and END_OF_STATE, 8 bytes each)
+    /// The FULL has 4,132 bytes with CONFIG and END_OF_STATE, 8 bytes each (`docs/format/vfio.md`).
     #[test]
     fn the_configuration_is_as_long_as_qemus() {
         let levels = [true, false, false, false];
@@ -90,7 +90,7 @@ mod tests {
         assert!(load(&body, 2, &state, &context()).is_err());
     }
 
-    /// (spec: VFIO, 4)
+    /// (`docs/format/vfio.md`)
     #[test]
     fn a_table_of_vectors_is_behind_it() {
         for vectors in [1, 7, 8, 9, 65, 2048_usize] {

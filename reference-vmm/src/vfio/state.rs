@@ -189,7 +189,7 @@ impl Support {
 mod tests {
     use super::*;
 
-    /// The numbers of `linux/vfio.h`. (spec: VFIO, 2)
+    /// The numbers of `linux/vfio.h`. (`docs/format/vfio.md`)
     #[test]
     fn states_have_the_kernels_numbers() {
         let numbers = [

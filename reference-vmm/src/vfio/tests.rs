@@ -75,7 +75,7 @@ fn a_state_travels_in_the_order_that_was_seen_of_qemu() {
         to.run().unwrap();
         (source.way(), destination.way())
     };
-    // (spec: VFIO as measured, 2)
+    // (`docs/format/vfio.md`)
     let there = vec![Running, RunningP2p, Stop, Resuming, Stop, RunningP2p, Running];
     let all = vec![Running, PreCopy, PreCopyP2p, StopCopy, Stop];
     assert_eq!(way(true, true, false, 0), (all.clone(), there.clone()));

@@ -191,7 +191,7 @@ fn move_with_their_guest() {
             let events = from.events();
             let place =
                 |event: &str| events.iter().rposition(|told| told == event).unwrap_or_else(|| panic!("{events:?}"));
-            // (spec: VFIO as measured, 2: STOP_COPY before the event STOP)
+            // STOP_COPY comes before the event STOP (`docs/format/vfio.md`).
             assert!(place("vf0:pre-copy-p2p") < place("vf0:stop-copy") && place("vf0:stop-copy") < place("STOP"));
             let events = to.events();
             let place =

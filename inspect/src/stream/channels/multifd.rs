@@ -304,7 +304,7 @@ impl MultifdChannel {
     }
 }
 
-/// What a VFIO device's packet begins with: version, number, flags, of four bytes each. (spec: VFIO, 5)
+/// What a VFIO device's packet begins with: version, number, flags, of four bytes each. (`docs/format/vfio.md`)
 const PACKET_HEADER: usize = 12;
 /// The record CONFIG comes first.
 const CONFIGURATION_AT: usize = PACKET_HEADER + 8;

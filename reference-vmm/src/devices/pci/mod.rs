@@ -33,7 +33,7 @@ pub const FIRST_GSI: u32 = 16;
 /// Devices that a bus can have, each with one function here.
 pub const MOST_DEVICES: usize = 32;
 
-/// Red Hat's "PCIe Host bridge", with the subsystem of all of QEMU's devices. (spec: VFIO as measured)
+/// Red Hat's "PCIe Host bridge", with the subsystem of all of QEMU's devices. (`docs/format/vfio.md`)
 const HOST_BRIDGE: Identity = Identity {
     vendor: 0x1b36,
     device: 0x0008,

@@ -6,7 +6,7 @@ use rustix::io::Errno;
 use super::{Inner, Migration};
 use crate::vfio::{DeviceState, Failure, PrecopyInfo, VfioError};
 
-/// What a device that does not tell how much state it has is taken to have. (spec: VFIO, 3)
+/// What a device that does not tell how much state it has is taken to have. (`docs/format/vfio.md`)
 const UNTOLD: u64 = 100 << 30;
 /// More than any device has: 64 PiB.
 const IMPLAUSIBLE: u64 = 1 << 56;
