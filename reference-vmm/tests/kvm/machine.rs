@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use reference_vmm::Error;
 use reference_vmm::devices::pci::PciMessage;
-use reference_vmm::machine::{Machine, MachineConfig, RunState, Stop};
+use reference_vmm::machine::{MAX_CPUS, Machine, MachineConfig, RunState, Stop};
 use reference_vmm::payload::Progress;
 use vmm_sys_util::eventfd::EventFd;
 
@@ -182,7 +182,7 @@ fn names_an_unexpected_exit() {
 }
 
 fn counts_of_vcpus_are_checked() {
-    for cpus in [0, 5] {
+    for cpus in [0, MAX_CPUS + 1] {
         let config = MachineConfig { cpus, ..MachineConfig::default() };
         assert!(matches!(Machine::new(config), Err(Error::Config(_))));
     }
