@@ -79,8 +79,11 @@ impl ReturnPath {
                     if self.answers().message(message, offset) {
                         return Ok(());
                     }
-                    if asks && serve(self)? {
-                        continue;
+                    match asks.then(|| serve(self)) {
+                        Some(Ok(true)) => continue,
+                        // The destination may say why: its words are read on.
+                        Some(Err(error)) => self.answers().urgent_failed(error),
+                        Some(Ok(false)) | None => {}
                     }
                     self.changed.notify_all();
                     if let Some(block) = block {

@@ -57,6 +57,7 @@ struct Urgent {
     /// It was sent, and the core does not know.
     gone: Vec<BlockRange>,
     sent: Sent,
+    failure: Option<MigrationError>,
 }
 
 /// How the migration ended at the destination, as far as it is known.
@@ -243,7 +244,17 @@ impl Answers {
         Some(Batch { resets: Vec::new(), runs: vec![run] })
     }
 
-    /// The pages of [`next_urgent`](Self::next_urgent) were sent. (If they could not be, the migration [has failed](Self::fail).)
+    /// The pages of [`next_urgent`](Self::next_urgent) could not be sent. No others are given. The destination may still say why.
+    pub fn urgent_failed(&mut self, error: MigrationError) {
+        self.urgent.failure.get_or_insert(error);
+    }
+
+    /// Why pages could not be sent; given once.
+    pub(super) fn urgent_failure(&mut self) -> Result<(), MigrationError> {
+        self.urgent.failure.take().map_or(Ok(()), Err)
+    }
+
+    /// The pages of [`next_urgent`](Self::next_urgent) were sent. If they could not be: [`urgent_failed`](Self::urgent_failed).
     pub fn urgent_sent(&mut self, sent: Sent) {
         self.urgent.gone.extend(self.urgent.going.take());
         let total = &mut self.urgent.sent;

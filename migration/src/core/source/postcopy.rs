@@ -113,6 +113,7 @@ impl SourceCore {
         if self.departed {
             self.note_package(answers);
             answers.failure()?;
+            answers.urgent_failure()?;
             self.statistics.ram.postcopy_requests = answers.requested();
             if self.package_loaded && !self.is_active {
                 self.is_active = true;

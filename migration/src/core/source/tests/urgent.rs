@@ -78,3 +78,35 @@ fn a_page_goes_once_whoever_sends_it_and_the_end_waits_for_all_of_them() {
     assert_eq!(simulation.here, simulation.there);
     assert!(urgent > 3 && waits > 0, "{urgent} pages, {waits} waits");
 }
+
+/// The preempt channel breaks because the destination fails, which it says on the return path.
+#[test]
+fn a_preempt_channel_that_fails_leaves_the_last_word_to_the_destination() {
+    for (loaded, goes_on) in [(false, true), (true, false)] {
+        let mut simulation = Simulation::new(Peer::Answers, 29);
+        simulation.core.options.capabilities.postcopy_ram = true;
+        simulation.core.options.capabilities.postcopy_preempt = true;
+        simulation.core.start_postcopy().unwrap();
+        let mut result = None;
+        while result.is_none() {
+            let action = simulation.core.poll(simulation.now, simulation.answers.as_mut());
+            let (serves, waits) = (matches!(action, Action::ServeRequests), matches!(action, Action::Wait { .. }));
+            match action {
+                Action::End(end) => result = Some(end),
+                // Nobody brings another connection.
+                Action::AwaitConnection { .. } => break,
+                action => simulation.perform(action),
+            }
+            if serves {
+                let values: &[u32] = if loaded { &[2, 3, 0x42] } else { &[2] };
+                values.iter().for_each(|value| simulation.hear(Message::Pong { value: *value }));
+                let source = io::ErrorKind::BrokenPipe.into();
+                simulation.answers.as_mut().unwrap().urgent_failed(MigrationError::Send { doing: "pages", source });
+            } else if waits && simulation.core.departed {
+                simulation.hear(Message::Shut { status: 1 });
+            }
+        }
+        let failed = matches!(result, Some(Err(MigrationError::PeerFailed { status: 1 })));
+        assert_eq!((failed, simulation.running), (goes_on, goes_on), "loaded {loaded}: {result:?}");
+    }
+}
