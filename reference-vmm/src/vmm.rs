@@ -5,25 +5,27 @@ mod announcing;
 mod capabilities;
 mod dirty_limit;
 mod events;
+mod exit;
 mod guest;
 mod incoming;
 pub mod legality;
 mod lifecycle;
 mod outgoing;
 mod run_state;
+mod running;
 mod vfio;
 
 pub use actions::{ACTIONS, Actions, Reboot, Shutdown, UnknownAction};
 pub use dirty_limit::LimitRefused;
 pub use events::Event;
-pub use lifecycle::Cause;
+pub use exit::{Cause, Exit, Sender};
 pub use run_state::RunState;
 
 use self::announcing::Announcers;
 use self::events::Audience;
 use self::legality::{ArrivalState, Situation};
 use crate::descriptors::Descriptors;
-use crate::machine::{Machine, Stop};
+use crate::machine::Machine;
 use crate::objects::Objects;
 use qevm_migration::dirty_rate::{self, Gauge};
 use qevm_migration::{Address, BlockTimes, Endpoint, Guest, Job, MigrationError, Recovery, RestoreProgress, Status};
@@ -89,42 +91,6 @@ struct State {
     load_ahead: bool,
 }
 
-/// Why the monitor ends.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Exit {
-    /// `quit`.
-    Quit,
-    /// An incoming migration failed, for this reason.
-    IncomingFailed(String),
-    /// A vCPU cannot go on.
-    GuestStopped(Stop),
-    /// The guest was switched off, or reset where that counts as the same.
-    ShutDown {
-        /// By whom.
-        cause: Cause,
-        /// Why the guest stopped, if it did so by itself.
-        stop: Option<Stop>,
-    },
-    /// The guest could not be reset, for this reason.
-    ResetFailed(String),
-    /// A signal that ends processes was received.
-    Signal {
-        /// Its number.
-        number: i32,
-        /// The process that sent it, if one did.
-        sender: Option<Sender>,
-    },
-}
-
-/// The sender of a signal.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Sender {
-    /// Its number.
-    pub pid: i32,
-    /// How it was called; empty if it has ended already.
-    pub name: String,
-}
-
 impl Vmm {
     /// Takes over a machine that has not run. `incoming` says that it waits for a migration.
     pub fn new(machine: Machine, profile: Profile, incoming: bool) -> Arc<Vmm> {
@@ -178,8 +144,8 @@ impl Vmm {
                 }
             });
         }
-        vfio::tell_of_states(&vmm);
-        lifecycle::attend(&vmm, asked);
+        vmm.tell_of_device_states();
+        vmm.attend_when_asked(asked);
         vmm
     }
 

@@ -2,8 +2,6 @@
 //! 11.1.3, interrupt and event bit from the DSDT that its firmware gets, register meanings from the ACPI specification 6.5,
 //! 4.8.3.7 and 4.8.3.6).
 
-use super::Request;
-
 const BASE: u64 = 0xfea0_0000;
 const REGISTERS: u64 = 0x200;
 const SLEEP_CONTROL: u64 = REGISTERS;
@@ -15,6 +13,17 @@ const POWER_BUTTON: u32 = 1 << 1;
 const RESET_VALUE: u8 = 0x42;
 const SLEEP_ENABLE: u8 = 1 << 5;
 const SLEEP_TYPE_SOFT_OFF: u8 = 5;
+
+/// What the guest asked of the machine as a whole.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Request {
+    /// Nothing.
+    None,
+    /// To be reset.
+    Reset,
+    /// To be switched off.
+    Shutdown,
+}
 
 /// Event selector and power registers.
 pub struct Ged {

@@ -13,12 +13,12 @@ mod split;
 mod ticker;
 mod virtio;
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 
 pub use chardev::{Chardev, ChardevOptions};
 pub(crate) use fw_cfg::KEY_UUID;
 pub use fw_cfg::{FwCfg, FwCfgItems};
-pub use ged::Ged;
+pub use ged::{Ged, Request};
 pub use ioapic::{Ioapic, Message};
 pub use netdev::{Netdev, NetdevOptions};
 pub use rtc::Rtc;
@@ -29,6 +29,7 @@ pub(crate) use ticker::Ticker;
 pub use virtio::{Block, BlockOptions, Net, Rng, VirtioSerial, VirtioSlot};
 pub(crate) use virtio::{Transport, Transports, missing, start_pump};
 
+use crate::lock::lock;
 use crate::memory::GuestMemory;
 use pci::PciBus;
 
@@ -41,17 +42,6 @@ pub const SERIAL_IRQ: u32 = 4;
 pub const GED_IRQ: u32 = 9;
 /// Interrupt of the real-time clock.
 pub const RTC_IRQ: u32 = 8;
-
-/// What the guest asked of the machine as a whole.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Request {
-    /// Nothing.
-    None,
-    /// To be reset.
-    Reset,
-    /// To be switched off.
-    Shutdown,
-}
 
 /// All devices of the machine, shared by the vCPU threads.
 pub struct Devices {
@@ -174,9 +164,4 @@ impl Devices {
             None => Request::None,
         }
     }
-}
-
-/// Locks a device. A vCPU thread that panicked has taken the machine down already, so its poison tells nothing new.
-pub(crate) fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

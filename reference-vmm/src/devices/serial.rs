@@ -9,8 +9,8 @@ use std::io::Write;
 use std::sync::{Arc, Mutex, OnceLock, Weak};
 use std::time::Duration;
 
-use super::lock;
 use crate::error::{Error, Result};
+use crate::lock::lock;
 use crate::non_blocking::NonBlockingWriter;
 use qevm_microvm::state::SerialState;
 

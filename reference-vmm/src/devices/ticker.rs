@@ -4,7 +4,7 @@ use std::sync::{Arc, Condvar, Mutex, Weak};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
-use super::lock;
+use crate::lock::lock;
 
 /// A device to which something happens at times of its clock.
 pub(crate) trait Timed {

@@ -4,17 +4,17 @@ use std::sync::Arc;
 
 use kvm_bindings::{
     KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, KVM_DIRTY_LOG_INITIALLY_SET, KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE,
-    KVM_MEM_LOG_DIRTY_PAGES, KVMIO, kvm_clear_dirty_log, kvm_clear_dirty_log__bindgen_ty_1, kvm_enable_cap,
+    KVM_MEM_LOG_DIRTY_PAGES, kvm_clear_dirty_log, kvm_clear_dirty_log__bindgen_ty_1, kvm_enable_cap,
 };
 use kvm_ioctls::VmFd;
 use vmm_sys_util::ioctl::ioctl_with_ref;
 
-use super::{DirtyBitmap, PAGES_PER_WORD, set_flags};
+use super::bitmap::{DirtyBitmap, PAGES_PER_WORD};
 use crate::error::{Error, Result, kvm};
-use crate::memory::{GuestMemory, Mapping, PAGE_SIZE};
+use crate::memory::{GuestMemory, Mapping, PAGE_SIZE, set_memory_flags};
 
 mod ioctl {
-    use super::{KVMIO, kvm_clear_dirty_log};
+    use kvm_bindings::{KVMIO, kvm_clear_dirty_log};
 
     vmm_sys_util::ioctl_iowr_nr!(KVM_CLEAR_DIRTY_LOG, KVMIO, 0xc0, kvm_clear_dirty_log);
 }
@@ -41,7 +41,7 @@ impl KvmLog {
     }
 
     pub(super) fn start(&self) -> Result<()> {
-        if let Err(error) = set_flags(&self.vm, &self.memory, KVM_MEM_LOG_DIRTY_PAGES) {
+        if let Err(error) = set_memory_flags(&self.vm, &self.memory, KVM_MEM_LOG_DIRTY_PAGES) {
             self.stop()?;
             return Err(error);
         }
@@ -49,7 +49,7 @@ impl KvmLog {
     }
 
     pub(super) fn stop(&self) -> Result<()> {
-        set_flags(&self.vm, &self.memory, 0)
+        set_memory_flags(&self.vm, &self.memory, 0)
     }
 
     pub(super) fn sync(&self, into: &mut DirtyBitmap) -> Result<u64> {

@@ -30,9 +30,8 @@ use kvm_ioctls::{VcpuFd, VmFd};
 pub use bitmap::{DirtyBitmap, PAGES_PER_WORD};
 pub(crate) use reaper::Reaper;
 
-use crate::devices::lock;
 use crate::error::{Error, Result};
-use crate::machine::set_memory_slot;
+use crate::lock::lock;
 use crate::memory::GuestMemory;
 use kvm_log::KvmLog;
 use rings::RingLog;
@@ -234,8 +233,4 @@ impl Drop for Watch<'_> {
             tracing::error!(%error, "the dirty rings cannot be stopped: the guest runs slower than it could");
         }
     }
-}
-
-fn set_flags(vm: &VmFd, memory: &GuestMemory, flags: u32) -> Result<()> {
-    (0..memory.mappings().len()).try_for_each(|slot| set_memory_slot(vm, memory, slot, flags))
 }

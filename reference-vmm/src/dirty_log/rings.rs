@@ -14,11 +14,11 @@ use kvm_bindings::{
 use kvm_ioctls::{VcpuFd, VmFd};
 use vmm_sys_util::ioctl::ioctl;
 
+use super::bitmap::{DirtyBitmap, PAGES_PER_WORD};
 use super::ring::{Entry, Ring, Written};
-use super::{DirtyBitmap, PAGES_PER_WORD, set_flags};
-use crate::devices::lock;
 use crate::error::{Error, Result};
-use crate::memory::{GuestMemory, PAGE_SIZE};
+use crate::lock::lock;
+use crate::memory::{GuestMemory, PAGE_SIZE, set_memory_flags};
 
 vmm_sys_util::ioctl_io_nr!(KVM_RESET_DIRTY_RINGS, KVMIO, 0xc7);
 
@@ -155,8 +155,8 @@ impl RingLog {
         if state.is_logging() {
             return Ok(());
         }
-        if let Err(error) = set_flags(&self.vm, &self.memory, KVM_MEM_LOG_DIRTY_PAGES) {
-            set_flags(&self.vm, &self.memory, 0)?;
+        if let Err(error) = set_memory_flags(&self.vm, &self.memory, KVM_MEM_LOG_DIRTY_PAGES) {
+            set_memory_flags(&self.vm, &self.memory, 0)?;
             return Err(error);
         }
         Ok(())
@@ -166,7 +166,7 @@ impl RingLog {
         if state.is_logging() {
             return Ok(());
         }
-        set_flags(&self.vm, &self.memory, 0)?;
+        set_memory_flags(&self.vm, &self.memory, 0)?;
         // Nothing comes any more; what is left would be news to the next log.
         self.harvest(state, None)
     }

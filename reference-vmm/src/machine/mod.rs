@@ -17,6 +17,7 @@
 //! # Ok::<(), reference_vmm::Error>(())
 //! ```
 
+mod brake;
 mod clock;
 mod config;
 mod cpuid;
@@ -48,10 +49,11 @@ use crate::boot::{self, Kernel};
 use crate::devices::pci::{FIRST_GSI, PciBus, PciMessage};
 use crate::devices::{
     Clock, Devices, FwCfg, FwCfgItems, GED_IRQ, Ged, Ioapic, KEY_UUID, Message, RTC_IRQ, Rtc, SERIAL_IRQ, Serial,
-    Transport, Transports, lock, missing, start_pump, wall_clock,
+    Transport, Transports, missing, start_pump, wall_clock,
 };
 use crate::dirty_log::{DirtyLog, Reaper};
 use crate::error::{Error, Result, kvm};
+use crate::lock::lock;
 use crate::memory::{BackendError, GuestMemory};
 use crate::vfio::{Host, VfioDevices};
 use clock::VirtualClock;
@@ -69,7 +71,6 @@ pub use throttle::MAX_THROTTLE;
 use throttle::Throttle;
 use vcpu::{Surroundings, Vcpu};
 pub use vm::open_kvm;
-pub(crate) use vm::set_memory_slot;
 use vm::{DeviceSlots, create_vm};
 
 /// Most vCPUs a machine can have: CPUID leaf 4 has six bits for their number.
@@ -256,7 +257,7 @@ impl Machine {
             brake: machine.throttle.brake().clone(),
             devices: machine.devices.clone(),
             dirty_log: machine.dirty_log.clone(),
-            dirty_limit: machine.dirty_limit.shared().clone(),
+            dirty_limit: machine.dirty_limit.limits().clone(),
         };
         for index in 0..config.cpus {
             machine.threads.push(vcpu::spawn(&machine.vcpus, index, surroundings.clone())?);

@@ -2,8 +2,9 @@
 
 use super::{Machine, kvm_state};
 use crate::boot;
-use crate::devices::{SplitChips, lock};
+use crate::devices::SplitChips;
 use crate::error::{Error, Result};
+use crate::lock::lock;
 use crate::memory::{BIOS, PAGE_SIZE};
 
 impl Machine {

@@ -11,9 +11,9 @@ use kvm_bindings::{
 use kvm_ioctls::VmFd;
 
 use crate::devices::Message;
-use crate::devices::lock;
 use crate::devices::pci::PciMessage;
 use crate::error::{Error, Result, kvm};
+use crate::lock::lock;
 
 /// Pins of the first IOAPIC, and so the interrupts that are not a device's alone.
 const PINS: u32 = 24;

@@ -4,7 +4,7 @@ use std::fmt;
 use std::sync::{Condvar, Mutex, MutexGuard, OnceLock};
 use std::time::{Duration, Instant};
 
-use crate::devices::lock;
+use crate::lock::lock;
 
 /// Whether the vCPUs run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

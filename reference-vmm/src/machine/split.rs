@@ -10,8 +10,9 @@ use kvm_ioctls::{Kvm, VmFd};
 use super::clock::VirtualClock;
 use super::routes::Routes;
 use super::vcpu::Vcpu;
-use crate::devices::{Ioapic, Lines, Message, Pics, Pit, SplitChips, Ticker, lock};
+use crate::devices::{Ioapic, Lines, Message, Pics, Pit, SplitChips, Ticker};
 use crate::error::{Error, Result, kvm};
+use crate::lock::lock;
 
 /// Pins of the IOAPIC whose ends of interrupts the kernel tells.
 const PINS: u64 = 24;

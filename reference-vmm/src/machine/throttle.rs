@@ -1,52 +1,19 @@
 //! Slowing vCPUs down: each in turn runs for a while and is then paused for a while.
 
 use std::fmt;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
+use super::brake::Brake;
 use super::vcpu::Vcpu;
-use crate::devices::lock;
 use crate::error::{Error, Result};
+use crate::lock::lock;
 
 /// How long a vCPU runs between two pauses (QEMU 11.1).
 const TIMESLICE: Duration = Duration::from_millis(10);
 /// The most, in per cent, that a vCPU is paused (QEMU 11.1).
 pub const MAX_THROTTLE: u8 = 99;
-
-/// What the vCPU threads look at.
-#[derive(Debug, Default)]
-pub(crate) struct Brake {
-    /// Counts the pauses that were asked for.
-    pauses: AtomicU64,
-    /// Length of a pause in nanoseconds.
-    length: AtomicU64,
-}
-
-impl Brake {
-    /// The pause to make now, if one was asked for since `seen`.
-    pub(crate) fn due(&self, seen: &mut u64) -> Option<Duration> {
-        let pauses = self.pauses.load(Ordering::Acquire);
-        let length = Duration::from_nanos(self.length.load(Ordering::Relaxed));
-        let due = pauses != std::mem::replace(seen, pauses);
-        Some(length).filter(|length| due && !length.is_zero())
-    }
-
-    fn pull(&self, length: Duration) {
-        self.length.store(length.as_nanos() as u64, Ordering::Relaxed);
-        self.pauses.fetch_add(1, Ordering::Release);
-    }
-
-    /// Whether nothing slows vCPUs down any more.
-    pub(crate) fn released(&self) -> bool {
-        self.length.load(Ordering::Relaxed) == 0
-    }
-
-    fn release(&self) {
-        self.length.store(0, Ordering::Relaxed);
-    }
-}
 
 /// Slows all vCPUs of a machine down alike. At first it does not.
 #[derive(Default)]
@@ -160,18 +127,5 @@ mod tests {
             assert!((share - f64::from(per_cent)).abs() < 0.01, "{per_cent}: {share}");
         }
         assert_eq!(rhythm(100), rhythm(MAX_THROTTLE));
-    }
-
-    #[test]
-    fn a_pause_is_made_once() {
-        let (brake, mut seen) = (Brake::default(), 0);
-        assert_eq!(brake.due(&mut seen), None);
-        brake.pull(TIMESLICE);
-        brake.pull(TIMESLICE);
-        assert_eq!(brake.due(&mut seen), Some(TIMESLICE));
-        assert_eq!(brake.due(&mut seen), None);
-        brake.pull(TIMESLICE);
-        brake.release();
-        assert_eq!(brake.due(&mut seen), None);
     }
 }

@@ -10,13 +10,14 @@ use kvm_ioctls::{VcpuExit, VcpuFd};
 use vmm_sys_util::ioctl::ioctl_with_ref;
 use vmm_sys_util::signal::{SIGRTMIN, register_signal_handler};
 
-use super::dirty_limit;
+use super::brake::Brake;
+use super::dirty_limit::Limits;
 use super::run_control::{RunControl, Stop};
 use super::split::{Place, ToVcpu};
-use super::throttle::Brake;
-use crate::devices::{Devices, Request, lock};
+use crate::devices::{Devices, Request};
 use crate::dirty_log::DirtyLog;
 use crate::error::{Error, Result};
+use crate::lock::lock;
 
 vmm_sys_util::ioctl_iow_nr!(KVM_INTERRUPT, KVMIO, 0x86, kvm_interrupt);
 
@@ -39,7 +40,7 @@ pub(crate) struct Surroundings {
     pub(crate) brake: Arc<Brake>,
     pub(crate) devices: Arc<Devices>,
     pub(crate) dirty_log: Arc<DirtyLog>,
-    pub(crate) dirty_limit: Arc<dirty_limit::Shared>,
+    pub(crate) dirty_limit: Arc<Limits>,
 }
 
 /// The `kvm_run` page that the vCPU shares with the kernel, for what `VcpuFd` does not offer.

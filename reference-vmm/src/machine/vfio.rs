@@ -1,9 +1,9 @@
 //! The VFIO devices of a machine.
 
 use super::Machine;
-use crate::devices::lock;
 use crate::devices::pci::PciBus;
 use crate::error::{Error, Result};
+use crate::lock::lock;
 use crate::vfio::{Host, VfioDevices, VfioSlot};
 
 /// Puts devices on the bus.

@@ -11,7 +11,7 @@ use kvm_ioctls::{Cap, Kvm, VmFd};
 use super::split;
 use crate::devices::pci::Window;
 use crate::error::{Error, Result, kvm};
-use crate::memory::{GuestMemory, SharedPages};
+use crate::memory::{GuestMemory, SharedPages, set_memory_slot};
 
 /// Where KVM keeps three pages of its own, and one before them: in the hole, as QEMU does it.
 const IDENTITY_MAP: u64 = 0xfeff_c000;
@@ -67,22 +67,6 @@ pub(super) fn create_vm(kvm_fd: &Kvm, memory: &GuestMemory, split: bool) -> Resu
         vm.enable_cap(&cap).map_err(kvm("enable triple fault events"))?;
     }
     Ok(vm)
-}
-
-/// Shows a mapping to the guest, or changes the flags of one that is shown. The slot is the mapping's index.
-pub(crate) fn set_memory_slot(vm: &VmFd, memory: &GuestMemory, slot: usize, flags: u32) -> Result<()> {
-    let mapping = memory.mappings()[slot];
-    let block = &memory.blocks()[mapping.block];
-    let region = kvm_userspace_memory_region {
-        slot: slot as u32,
-        flags,
-        guest_phys_addr: mapping.gpa,
-        memory_size: mapping.len,
-        userspace_addr: block.host_address() as u64 + mapping.offset,
-    };
-    // SAFETY: the range lies within the block, which stays mapped until the last owner of `memory` is gone; the machine holds
-    // `memory` together with the VM and the vCPUs, and ends the vCPU threads before it goes.
-    unsafe { vm.set_user_memory_region(region) }.map_err(kvm("map guest RAM"))
 }
 
 /// The memory slots after those of the RAM, for pages of devices. They have no dirty log: what is in them is the device's state.

@@ -6,8 +6,8 @@ use std::path::{Path, PathBuf};
 
 use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, fstatfs, ftruncate, memfd_create};
 
-use super::PAGE_SIZE;
-use super::host::{HostMemory, Wanted};
+use super::error::BackendError;
+use super::host::{HostMemory, PAGE_SIZE, Wanted};
 
 /// Memory that the machine's RAM is made of. Without one it is private, anonymous memory of the name `microvm.ram`.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -50,66 +50,6 @@ pub enum BackendKind {
         /// Where in the file the memory begins.
         offset: u64,
     },
-}
-
-/// Why a memory backend cannot be used. The texts are those of QEMU 11.1.
-#[derive(Debug, thiserror::Error)]
-#[non_exhaustive]
-pub enum BackendError {
-    /// The machine is to have memory of another size.
-    #[error("Machine memory size does not match the size of the memory backend")]
-    Size,
-    /// Huge pages come in powers of two.
-    #[error("Hugepage size must be a power of 2")]
-    HugePageSize,
-    /// The host has no such huge pages.
-    #[error("failed to create memfd: {}", words(.0))]
-    Create(io::Error),
-    /// The length does not go with the file, as one that is no multiple of its huge pages.
-    #[error("failed to resize memfd to {size}: {}", words(.cause))]
-    Resize {
-        /// Bytes.
-        size: u64,
-        /// The system's reason.
-        cause: io::Error,
-    },
-    /// The file cannot be opened.
-    #[error("can't open backing store {} for guest RAM: {}", .path.display(), words(.cause))]
-    Open {
-        /// The file.
-        path: PathBuf,
-        /// The system's reason.
-        cause: io::Error,
-    },
-    /// The file is there and too short.
-    #[error(
-        "{id} backing store size {len:#x} is too small for 'size' option {size:#x} plus 'offset' option {offset:#x}"
-    )]
-    Short {
-        /// The backend.
-        id: String,
-        /// Bytes of the file.
-        len: u64,
-        /// Bytes wanted.
-        size: u64,
-        /// From where.
-        offset: u64,
-    },
-    /// The host has not so much memory of that kind.
-    #[error("unable to map backing store for guest RAM: {}", words(.0))]
-    Map(io::Error),
-    /// The host cannot back all of it.
-    #[error("preallocating memory failed: {}", words(.0))]
-    Preallocate(io::Error),
-    /// The name is that of another RAM block.
-    #[error("RAMBlock \"{0}\" already registered")]
-    Name(String),
-}
-
-/// The system's words without their number, as QEMU gives them.
-pub(super) fn words(error: &io::Error) -> String {
-    let text = error.to_string();
-    text.split_once(" (os error").map_or(text.as_str(), |(words, _)| words).into()
 }
 
 /// Memory that was made.

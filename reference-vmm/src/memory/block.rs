@@ -9,12 +9,9 @@ use vm_memory::bitmap::{AtomicBitmap, BS};
 use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{Bytes, MmapRegion, VolatileMemory, VolatileSlice};
 
-use super::MemoryBackend;
-use super::host::{HostMemory, Wanted};
+use super::backend::MemoryBackend;
+use super::host::{HostMemory, PAGE_SIZE, Wanted};
 use crate::error::{Error, Result};
-
-/// The target page of x86, the unit of the wire and of the dirty log.
-pub const PAGE_SIZE: u64 = 4096;
 
 /// Guest memory with a name.
 ///

@@ -6,6 +6,9 @@ use std::ops::Range;
 use std::os::fd::AsRawFd;
 use std::ptr::NonNull;
 
+/// The target page of x86, the unit of the wire and of the dirty log.
+pub const PAGE_SIZE: u64 = 4096;
+
 /// What a huge page of x86 covers. Memory that starts at a multiple of it can be mapped into the guest in huge pages.
 const HUGE_PAGE: usize = 2 << 20;
 
@@ -41,7 +44,7 @@ pub(super) struct Wanted<'f> {
 impl Wanted<'_> {
     /// Zeroed, private memory, which the host sets aside as it is written to.
     pub(super) const ANONYMOUS: Wanted<'static> =
-        Wanted { file: None, share: false, reserve: false, page_size: super::PAGE_SIZE as usize };
+        Wanted { file: None, share: false, reserve: false, page_size: PAGE_SIZE as usize };
 }
 
 impl HostMemory {

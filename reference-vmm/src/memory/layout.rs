@@ -1,8 +1,8 @@
 //! RAM blocks and addresses of QEMU's `-M microvm`, read from `info ramblock` and `info mtree -f` of 11.1.3.
 
-use std::sync::Arc;
-
-use super::{BackendError, GuestMemory, Mapping, PAGE_SIZE, RamBlock};
+use super::block::RamBlock;
+use super::error::BackendError;
+use super::host::PAGE_SIZE;
 use crate::error::{Error, Result};
 
 /// Name of the block with the machine's RAM, where no memory backend gives it another.
@@ -29,6 +29,19 @@ const BIOS_ALIGN: usize = 64 << 10;
 /// More RAM than this cannot be addressed by the guests of today.
 const MAX_RAM: u64 = 1 << 40;
 
+/// A piece of a block as the guest sees it. All values are bytes and page-aligned.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Mapping {
+    /// Guest-physical address.
+    pub gpa: u64,
+    /// Index of the block in [`GuestMemory::blocks`](super::GuestMemory::blocks).
+    pub block: usize,
+    /// Where in the block the piece starts.
+    pub offset: u64,
+    /// Length of the piece.
+    pub len: u64,
+}
+
 /// Whether a microvm can have so much RAM, and this firmware.
 pub(super) fn check(ram: u64, bios: &[u8]) -> Result<()> {
     if !(2 * ONE_MIB..=MAX_RAM).contains(&ram) || !ram.is_multiple_of(PAGE_SIZE) {
@@ -45,8 +58,8 @@ pub(super) fn check(ram: u64, bios: &[u8]) -> Result<()> {
     Ok(())
 }
 
-/// A microvm with this block as RAM.
-pub(super) fn microvm(block: RamBlock, bios: &[u8]) -> Result<GuestMemory> {
+/// The blocks of a microvm with this one as RAM, in the order of the stream, and where the guest sees them.
+pub(super) fn microvm(block: RamBlock, bios: &[u8]) -> Result<(Vec<RamBlock>, Vec<Mapping>)> {
     let ram = block.used_length();
     let bios_len = bios.len() as u64;
     let blocks = vec![
@@ -73,5 +86,5 @@ pub(super) fn microvm(block: RamBlock, bios: &[u8]) -> Result<GuestMemory> {
     }
     blocks[2].write(0, bios)?;
     blocks[2].take_vmm_writes();
-    Ok(GuestMemory { blocks: blocks.into_iter().map(Arc::new).collect(), mappings })
+    Ok((blocks, mappings))
 }

@@ -18,9 +18,9 @@ use rustix::io::Errno;
 use rustix::ioctl::{Opcode, Updater, ioctl, opcode};
 use rustix::mm::{UserfaultfdFlags, userfaultfd};
 
-use super::backend::words;
+use super::error::words;
 use super::{GuestMemory, RamBlock};
-use crate::devices::lock;
+use crate::lock::lock;
 
 /// The kernel's letter for these calls, and their numbers.
 pub(super) const GROUP: u8 = 0xaa;

@@ -6,38 +6,30 @@
 
 mod backend;
 mod block;
+mod error;
 mod host;
 mod layout;
 mod missing;
 mod protected;
 mod shared;
+mod slot;
 
 use std::sync::Arc;
 
-pub use backend::{BackendError, BackendKind, MemoryBackend};
-pub use block::{PAGE_SIZE, RamBlock};
-pub use layout::{ACPI_RSDP, ACPI_TABLES, BIOS, LOW_RAM_MAX, MAX_BIOS, RAM, TABLE_LOADER};
+pub use backend::{BackendKind, MemoryBackend};
+pub use block::RamBlock;
+pub use error::BackendError;
+pub use host::PAGE_SIZE;
+pub use layout::{ACPI_RSDP, ACPI_TABLES, BIOS, LOW_RAM_MAX, MAX_BIOS, Mapping, RAM, TABLE_LOADER};
 pub(crate) use missing::Userfault;
 pub(crate) use protected::WriteProtection;
 pub use shared::SharedPages;
+pub(crate) use slot::{set_memory_flags, set_memory_slot};
 
 use vm_memory::VolatileSlice;
 use vm_memory::bitmap::{AtomicBitmap, BS, Bitmap};
 
 use crate::error::{Error, Result};
-
-/// A piece of a block as the guest sees it. All values are bytes and page-aligned.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Mapping {
-    /// Guest-physical address.
-    pub gpa: u64,
-    /// Index of the block in [`GuestMemory::blocks`].
-    pub block: usize,
-    /// Where in the block the piece starts.
-    pub offset: u64,
-    /// Length of the piece.
-    pub len: u64,
-}
 
 /// All RAM of a machine.
 #[derive(Debug)]
@@ -55,7 +47,7 @@ impl GuestMemory {
     /// [`Error::Config`] for sizes that microvm cannot have, [`Error::Host`] when the host has no memory.
     pub fn microvm(ram: u64, bios: &[u8]) -> Result<GuestMemory> {
         layout::check(ram, bios)?;
-        layout::microvm(RamBlock::new(RAM, ram, ram)?, bios)
+        GuestMemory::with(RamBlock::new(RAM, ram, ram)?, bios)
     }
 
     /// The same, with RAM that this backend is, and of its name.
@@ -65,7 +57,12 @@ impl GuestMemory {
     /// [`Error::Host`] when the host has no memory.
     pub fn of(backend: &MemoryBackend, bios: &[u8]) -> Result<GuestMemory> {
         layout::check(backend.len(), bios)?;
-        layout::microvm(RamBlock::of(backend)?, bios)
+        GuestMemory::with(RamBlock::of(backend)?, bios)
+    }
+
+    fn with(ram: RamBlock, bios: &[u8]) -> Result<GuestMemory> {
+        let (blocks, mappings) = layout::microvm(ram, bios)?;
+        Ok(GuestMemory { blocks: blocks.into_iter().map(Arc::new).collect(), mappings })
     }
 
     /// The block with the machine's RAM.

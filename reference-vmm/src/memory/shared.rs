@@ -3,8 +3,7 @@
 use std::fs::File;
 use std::io;
 
-use super::PAGE_SIZE;
-use super::host::{HostMemory, Wanted};
+use super::host::{HostMemory, PAGE_SIZE, Wanted};
 
 /// Pages of a file. They are mapped as long as this lives, and nothing here reaches into them.
 #[derive(Debug)]

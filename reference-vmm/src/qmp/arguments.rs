@@ -5,7 +5,7 @@ use crate::vmm::{
     Vmm,
     legality::{self, Rule},
 };
-use serde_json::{Map, Value};
+use serde_json::{Map, Value, json};
 use std::sync::Arc;
 
 /// The `arguments` of a command, or an object in them; each member is taken once, and none may be left over.
@@ -152,4 +152,14 @@ impl Arguments {
     fn wrong_type(&self, name: &str, expected: &str) -> Failure {
         Failure::generic(format!("Invalid parameter type for '{}{name}', expected: {expected}", self.path))
     }
+}
+
+/// Ends the taking of arguments, and refuses the command if it is not legal now.
+pub(super) fn only(arguments: &mut Arguments) -> Result<(), Failure> {
+    arguments.complete()?;
+    arguments.legal()
+}
+
+pub(super) fn empty() -> Value {
+    json!({})
 }

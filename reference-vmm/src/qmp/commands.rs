@@ -1,7 +1,7 @@
 //! The commands.
 
 use super::{
-    arguments::Arguments,
+    arguments::{Arguments, empty, only},
     descriptors, dirty_rate, human, objects, parameters,
     place::place,
     power,
@@ -31,7 +31,7 @@ const COMMANDS: [(&str, Command, &[Rule]); 47] = [
     ("closefd", descriptors::closefd, legality::ANYTIME),
     ("cont", cont, legality::CONT),
     ("getfd", descriptors::getfd, legality::ANYTIME),
-    ("human-monitor-command", human::command, legality::ANYTIME),
+    ("human-monitor-command", human_monitor_command, legality::ANYTIME),
     ("migrate", migrate, legality::MIGRATE),
     ("migrate-continue", migrate_continue, legality::ANYTIME),
     ("migrate-incoming", migrate_incoming, legality::MIGRATE_INCOMING),
@@ -111,14 +111,9 @@ pub fn check_arguments(request: &Request) -> Result<(), Failure> {
     Ok(())
 }
 
-/// Ends the taking of arguments, and refuses the command if it is not legal now.
-pub(super) fn only(arguments: &mut Arguments) -> Result<(), Failure> {
-    arguments.complete()?;
-    arguments.legal()
-}
-
-pub(super) fn empty() -> Value {
-    json!({})
+/// Its commands are others of these, by other names.
+fn human_monitor_command(vmm: &Arc<Vmm>, arguments: &mut Arguments) -> Result<Value, Failure> {
+    human::command(vmm, arguments, execute)
 }
 
 fn stop(vmm: &Arc<Vmm>, arguments: &mut Arguments) -> Result<Value, Failure> {
@@ -150,18 +145,9 @@ fn query_nothing(_: &Arc<Vmm>, arguments: &mut Arguments) -> Result<Value, Failu
     Ok(empty())
 }
 
-/// What greeting and `query-version` say.
-pub(super) fn version(vmm: &Vmm) -> Value {
-    let release = vmm.profile().qemu;
-    json!({
-        "qemu": { "micro": 0, "minor": release.minor, "major": release.major },
-        "package": concat!("reference-vmm ", env!("CARGO_PKG_VERSION")),
-    })
-}
-
 fn query_version(vmm: &Arc<Vmm>, arguments: &mut Arguments) -> Result<Value, Failure> {
     only(arguments)?;
-    Ok(version(vmm))
+    Ok(queries::version(vmm))
 }
 
 fn query_commands(_: &Arc<Vmm>, arguments: &mut Arguments) -> Result<Value, Failure> {
@@ -201,29 +187,8 @@ fn migrate_cancel(vmm: &Arc<Vmm>, arguments: &mut Arguments) -> Result<Value, Fa
     Ok(empty())
 }
 
-/// Every status that QEMU 11.1 has a name for.
-pub(super) const STATUSES: [&str; 17] = [
-    "none",
-    "setup",
-    "cancelling",
-    "cancelled",
-    "active",
-    "postcopy-device",
-    "postcopy-active",
-    "postcopy-paused",
-    "postcopy-recover-setup",
-    "postcopy-recover",
-    "completed",
-    "failing",
-    "failed",
-    "colo",
-    "pre-switchover",
-    "device",
-    "wait-unplug",
-];
-
 fn migrate_continue(vmm: &Arc<Vmm>, arguments: &mut Arguments) -> Result<Value, Failure> {
-    let state = arguments.choice("state", &STATUSES)?;
+    let state = arguments.choice("state", &statistics::STATUSES)?;
     only(arguments)?;
     let status = vmm.outgoing().status();
     if status.as_str() != state {

@@ -1,8 +1,7 @@
 //! The commands for descriptors that a client sends along (`SCM_RIGHTS`), and their way through the socket.
 
 use super::{
-    arguments::Arguments,
-    commands::{empty, only},
+    arguments::{Arguments, empty, only},
     protocol::Failure,
 };
 use crate::{descriptors::BadDescriptor, vmm::Vmm};

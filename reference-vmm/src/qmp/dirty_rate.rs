@@ -1,8 +1,7 @@
 //! The commands about dirty rates and their limits.
 
 use super::{
-    arguments::Arguments,
-    commands::{empty, only},
+    arguments::{Arguments, empty, only},
     protocol::Failure,
 };
 use crate::{machine::VcpuDirtyLimit, vmm::Vmm};

@@ -1,8 +1,7 @@
 //! The commands for objects.
 
 use super::{
-    arguments::Arguments,
-    commands::{empty, only},
+    arguments::{Arguments, empty, only},
     protocol::Failure,
 };
 use crate::{objects::ObjectError, vmm::Vmm};

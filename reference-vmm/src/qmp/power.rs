@@ -1,8 +1,7 @@
 //! Reset, power button, and what the network hears of the guest.
 
 use super::{
-    arguments::Arguments,
-    commands::{empty, only},
+    arguments::{Arguments, empty, only},
     protocol::Failure,
 };
 use crate::vmm::{ACTIONS, Vmm};

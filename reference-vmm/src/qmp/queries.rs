@@ -1,8 +1,7 @@
 //! What there is: the schema, the vCPUs, KVM, the memory.
 
 use super::{
-    arguments::Arguments,
-    commands::{empty, only},
+    arguments::{Arguments, empty, only},
     protocol::Failure,
 };
 use crate::vmm::Vmm;
@@ -17,6 +16,15 @@ static SCHEMA: LazyLock<Value> =
 pub(super) fn schema(_: &Arc<Vmm>, arguments: &mut Arguments) -> Result<Value, Failure> {
     only(arguments)?;
     Ok(SCHEMA.clone())
+}
+
+/// What greeting and `query-version` say.
+pub(super) fn version(vmm: &Vmm) -> Value {
+    let release = vmm.profile().qemu;
+    json!({
+        "qemu": { "micro": 0, "minor": release.minor, "major": release.major },
+        "package": concat!("reference-vmm ", env!("CARGO_PKG_VERSION")),
+    })
 }
 
 pub(super) fn cpus(vmm: &Arc<Vmm>, arguments: &mut Arguments) -> Result<Value, Failure> {

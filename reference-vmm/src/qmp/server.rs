@@ -3,6 +3,7 @@
 use super::{
     commands, descriptors,
     protocol::{Failure, Request, Requests, reply},
+    queries,
 };
 use crate::vmm::{Event, Exit, Vmm};
 use qevm_migration::private;
@@ -108,7 +109,7 @@ const PAUSE: Duration = Duration::from_millis(100);
 fn serve(client: &UnixStream, vmm: &Arc<Vmm>, speaking: &Speaking) -> io::Result<()> {
     client.set_write_timeout(Some(PATIENCE))?;
     let writer = Arc::new(Mutex::new(client.try_clone()?));
-    send(&writer, &json!({ "QMP": { "version": commands::version(vmm), "capabilities": [] } }))?;
+    send(&writer, &json!({ "QMP": { "version": queries::version(vmm), "capabilities": [] } }))?;
     let mut requests = Requests::default();
     let mut negotiated = false;
     let mut buffer = [0; 4096];

@@ -4,6 +4,27 @@ use qevm_migration::{BlockTimes, PartStatistics, RamStatistics, Statistics, Stat
 use serde_json::{Map, Value, json};
 use std::time::Duration;
 
+/// Every status that QEMU 11.1 has a name for.
+pub(super) const STATUSES: [&str; 17] = [
+    "none",
+    "setup",
+    "cancelling",
+    "cancelled",
+    "active",
+    "postcopy-device",
+    "postcopy-active",
+    "postcopy-paused",
+    "postcopy-recover-setup",
+    "postcopy-recover",
+    "completed",
+    "failing",
+    "failed",
+    "colo",
+    "pre-switchover",
+    "device",
+    "wait-unplug",
+];
+
 /// The object that `query-migrate` returns at the source. It is empty before the first migration.
 pub(crate) fn outgoing(statistics: &Statistics) -> Value {
     let mut object = Map::new();

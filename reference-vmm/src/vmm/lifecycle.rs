@@ -2,70 +2,31 @@
 //!
 //! A thread of its own does it, as QEMU's main loop does, because neither a vCPU's thread nor a QMP client can wait for the vCPUs.
 
-use super::{Actions, Event, Exit, Reboot, RunState, Shutdown, Vmm};
+use super::{Actions, Cause, Event, Exit, Reboot, RunState, Shutdown, Vmm};
 use crate::machine::Stop;
 use qevm_migration::Status;
-use serde_json::json;
 use std::sync::{Arc, mpsc};
 use std::thread;
 use std::time::Duration;
 
-/// Why the guest was reset or switched off. The names are QEMU's.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-#[non_exhaustive]
-pub enum Cause {
-    /// QMP's `quit`.
-    HostQmpQuit,
-    /// QMP's `system_reset`.
-    HostQmpSystemReset,
-    /// A signal that ends processes.
-    HostSignal,
-    /// The guest asked to be switched off.
-    GuestShutdown,
-    /// The guest asked to be reset, or ran into a triple fault.
-    GuestReset,
-}
-
-impl Cause {
-    /// QEMU's name.
-    pub fn as_str(self) -> &'static str {
-        match self {
-            Cause::HostQmpQuit => "host-qmp-quit",
-            Cause::HostQmpSystemReset => "host-qmp-system-reset",
-            Cause::HostSignal => "host-signal",
-            Cause::GuestShutdown => "guest-shutdown",
-            Cause::GuestReset => "guest-reset",
-        }
-    }
-
-    /// Whether the guest wanted it.
-    pub fn is_guest(self) -> bool {
-        matches!(self, Cause::GuestShutdown | Cause::GuestReset)
-    }
-
-    fn event(self, name: &'static str) -> Event {
-        Event::now(name, Some(json!({ "guest": self.is_guest(), "reason": self.as_str() })))
-    }
-}
-
 /// How often a reset that waits for the end of a handover looks for it.
 const HANDOVER_POLL: Duration = Duration::from_millis(10);
 
-/// Makes the guest's stops and `system_reset` take effect, until the monitor is gone.
-pub(super) fn attend(vmm: &Arc<Vmm>, asked: mpsc::Receiver<()>) {
-    let asks = vmm.asks.clone();
-    // Whoever sends while the monitor goes is not heard.
-    vmm.machine.watch_stops(move || _ = asks.send(()));
-    let weak = Arc::downgrade(vmm);
-    thread::spawn(move || {
-        while asked.recv().is_ok() {
-            let Some(vmm) = weak.upgrade() else { return };
-            vmm.attend();
-        }
-    });
-}
-
 impl Vmm {
+    /// Makes the guest's stops and `system_reset` take effect, until the monitor is gone.
+    pub(super) fn attend_when_asked(self: &Arc<Self>, asked: mpsc::Receiver<()>) {
+        let asks = self.asks.clone();
+        // Whoever sends while the monitor goes is not heard.
+        self.machine.watch_stops(move || _ = asks.send(()));
+        let weak = Arc::downgrade(self);
+        thread::spawn(move || {
+            while asked.recv().is_ok() {
+                let Some(vmm) = weak.upgrade() else { return };
+                vmm.attend();
+            }
+        });
+    }
+
     /// What the monitor does when the guest stops by itself.
     pub fn actions(&self) -> Actions {
         self.lock().actions

@@ -1,6 +1,15 @@
 //! The capability for message-signalled interrupts (PCI Local Bus Specification 3.0, 6.8.1), without I/O.
 
-use super::{PciError, PciMessage};
+use super::error::PciError;
+
+/// A message that interrupts a vCPU.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct PciMessage {
+    /// Where it is written.
+    pub address: u64,
+    /// What is written.
+    pub data: u32,
+}
 
 const CONTROL: usize = 2;
 const ADDRESS: usize = 4;

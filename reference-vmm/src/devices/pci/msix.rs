@@ -1,6 +1,7 @@
 //! The capability for message-signalled interrupts with a table (PCI Local Bus Specification 3.0, 6.8.2), without I/O.
 
-use super::{PciError, PciMessage};
+use super::error::PciError;
+use super::msi::PciMessage;
 
 /// The capability's identifier.
 pub(super) const ID: u8 = 0x11;

@@ -6,8 +6,8 @@ pub(crate) mod pit;
 use std::sync::{Arc, Mutex};
 
 use super::ioapic::Ioapic;
-use super::lock;
 use super::ticker::Ticker;
+use crate::lock::lock;
 use pic::Pics;
 use pit::Pit;
 use qevm_microvm::state::{IoapicState, PicState, PitState};

@@ -15,8 +15,8 @@ use std::sync::Arc;
 
 use super::chain::Chain;
 use super::image_lock;
+use super::model::{Access, Model, Task};
 use super::queue::RingError;
-use super::transport::{Access, Model, Task};
 use crate::error::{Error, Result};
 use qevm_microvm::state::{VirtioDeviceState, VirtioRequest};
 use request::{Progress, Step};

@@ -5,32 +5,35 @@
 //! microvm's default): register interface version 1 and guest-endian rings at a page frame number (virtio 1.2, 4.2.4 and
 //! 2.7.2). Addresses, order and pins were read from `info qtree`, the registers and migrated guests of 7.2, 10.0 and 11.1.
 //!
-//! Read: [`qevm_microvm::virtio`] (what sits where), `transport` (registers), `queue` and `chain` (rings in guest memory), then the
+//! Read: [`qevm_microvm::virtio`] (what sits where), `transport` (registers), `model` (what is on it), `queue` and `chain` (rings in guest memory), then the
 //! models: `block`, `rng`, `serial`, `net`; `pump` is the thread of those that hear from the host. A device without a model is kept with everything that a guest's source said about it, and
 //! goes back to a QEMU, but its guest cannot run.
 
 mod block;
 mod chain;
 mod image_lock;
+mod model;
 mod net;
 mod pump;
 mod queue;
 mod rng;
 mod serial;
 mod transport;
+mod wake;
 
 use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
 pub use block::{Block, BlockOptions};
+pub(crate) use model::Model;
 pub use net::Net;
 pub(crate) use pump::start as start_pump;
 pub use rng::Rng;
 pub use serial::Serial as VirtioSerial;
-pub(crate) use transport::{Model, Transport, drain, settle};
+pub(crate) use transport::{Transport, drain, settle};
 
-use super::lock;
 use crate::error::Result;
+use crate::lock::lock;
 use qevm_microvm::virtio::{BASE, STRIDE, TRANSPORTS, VirtioDevice};
 
 /// A device on a transport.

@@ -3,30 +3,14 @@
 //! device is free for others, and when the machine is to stop there is no further turn.
 
 use std::io;
-use std::os::fd::{AsRawFd, RawFd};
+use std::os::fd::RawFd;
 use std::sync::{Arc, Mutex};
 use std::thread::{self, JoinHandle};
 
-use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
-
-use super::lock;
 use super::transport::Transport;
+use super::wake::Wake;
 use crate::error::{Error, Result};
-
-/// Makes the thread ask anew what the model is interested in.
-#[derive(Clone, Debug)]
-pub(super) struct Wake(Arc<EventFd>);
-
-impl Wake {
-    pub(super) fn new() -> io::Result<Wake> {
-        Ok(Wake(Arc::new(EventFd::new(EFD_NONBLOCK)?)))
-    }
-
-    pub(super) fn wake(&self) {
-        // It fails only when the counter is full, and then the thread is awake.
-        let _ = self.0.write(1);
-    }
-}
+use crate::lock::lock;
 
 /// Starts the thread of a device. It ends with [`Transport::end`]. `may_run` says whether the machine runs, and is not about to stop.
 pub(crate) fn start(
@@ -66,7 +50,7 @@ fn wait(interest: &[(RawFd, i16)], wake: &Wake, patient: bool) -> Vec<(RawFd, i1
     let timeout = if patient { -1 } else { 0 };
     let entry = |fd: RawFd, events: i16| libc::pollfd { fd, events, revents: 0 };
     let mut list: Vec<libc::pollfd> = interest.iter().map(|(fd, events)| entry(*fd, *events)).collect();
-    list.push(entry(wake.0.as_raw_fd(), libc::POLLIN));
+    list.push(entry(wake.descriptor(), libc::POLLIN));
     // SAFETY: the list has as many entries as it says.
     if unsafe { libc::poll(list.as_mut_ptr(), list.len() as libc::nfds_t, timeout) } < 0 {
         let error = io::Error::last_os_error();
@@ -75,8 +59,7 @@ fn wait(interest: &[(RawFd, i16)], wake: &Wake, patient: bool) -> Vec<(RawFd, i1
         }
         return Vec::new();
     }
-    // Another thread may have been faster.
-    let _ = wake.0.read();
+    wake.awake();
     list.pop();
     list.iter().filter(|entry| entry.revents != 0).map(|entry| (entry.fd, entry.revents)).collect()
 }

@@ -3,8 +3,8 @@
 use std::fs::File;
 use std::io::{self, Read};
 
+use super::model::{Access, Model};
 use super::queue::RingError;
-use super::transport::{Access, Model};
 use crate::error::{Error, Result};
 use qevm_microvm::state::VirtioDeviceState;
 

@@ -5,8 +5,8 @@ use std::os::fd::RawFd;
 use std::time::{Duration, Instant};
 
 use super::chain::Chain;
+use super::model::{Access, Model};
 use super::queue::RingError;
-use super::transport::{Access, Model};
 use crate::devices::chardev::Chardev;
 use qevm_microvm::state::{VirtioDeviceState, VirtioPortState};
 use qevm_microvm::virtio::MAX_PORTS;

@@ -371,7 +371,7 @@ fn seen(bench: &Bench) -> (u16, u32, u8) {
 #[test]
 fn a_machine_that_stops_does_not_wait_for_a_disk_that_hangs() {
     let (mut bench, _file) = disk(false);
-    bench.transport.set_wake(super::pump::Wake::new().unwrap());
+    bench.transport.set_wake(super::wake::Wake::new().unwrap());
     bench.start(0);
     let result = under_way(&mut bench);
     let Bench { transport, memory, line } = bench;

@@ -10,8 +10,9 @@
 
 use std::time::Duration;
 
-use super::MIB;
 use crate::memory::PAGE_SIZE;
+
+pub(super) const MIB: f64 = (1 << 20) as f64;
 
 /// The shortest time from one look to the next: it says how much a fast vCPU writes between two pauses, and so how long those are.
 pub(super) const SOONEST: Duration = Duration::from_millis(1);

@@ -1,13 +1,13 @@
 //! Machine check registers: how many banks a vCPU has is set once, before its MSRs.
 
-use kvm_bindings::KVMIO;
 use kvm_ioctls::{Cap, Kvm, VcpuFd};
 use vmm_sys_util::ioctl::{ioctl_with_mut_ref, ioctl_with_ref};
 
 use crate::error::{Error, Result};
 
 mod ioctl {
-    use super::KVMIO;
+    use kvm_bindings::KVMIO;
+
     vmm_sys_util::ioctl_iow_nr!(KVM_X86_SETUP_MCE, KVMIO, 0x9c, u64);
     vmm_sys_util::ioctl_ior_nr!(KVM_X86_GET_MCE_CAP_SUPPORTED, KVMIO, 0x9d, u64);
 }

@@ -10,8 +10,9 @@ pub(super) use vcpu::{enter, saved_msrs};
 use kvm_bindings::KVM_MP_STATE_RUNNABLE;
 
 use super::{Machine, vcpu::Vcpu};
-use crate::devices::{Rtc, lock};
+use crate::devices::Rtc;
 use crate::error::{Error, Result};
+use crate::lock::lock;
 use qevm_microvm::state::{Carried, ClockState, GedState, MachineState, Msr, PitState};
 
 /// The paravirtual clock, the PIT and the TSCs, which KVM lets run on while the vCPUs are paused. As with a QEMU clock and PIT

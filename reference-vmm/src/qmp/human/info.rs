@@ -1,22 +1,21 @@
 //! `info`.
 
-use super::super::{commands, parameters};
-use super::{Said, Words};
+use super::words::{Said, Words, error};
+use crate::qmp::{parameters, protocol::Failure, queries};
 use crate::vmm::{RunState, Vmm};
-use serde_json::{Map, Value};
+use serde_json::Value;
 use std::fmt::Write as _;
 use std::sync::Arc;
 
-/// Prints what `info` is asked about.
-pub(super) fn print(vmm: &Arc<Vmm>, mut words: Words) -> Said {
+/// Prints what `info` is asked about; `query` runs a command of QMP's without arguments.
+pub(super) fn print(vmm: &Arc<Vmm>, mut words: Words, query: impl Fn(&str) -> Result<Value, Failure>) -> Said {
     let Some(what) = words.next() else { return Err("unknown command: 'info'\n".into()) };
-    words.help = format!("info {what}");
-    words.name.clone_from(&what);
+    words.taken_by(&what, &format!("info {what}"));
     let all = match what.as_str() {
         "migrate" => words.options("a")?.contains('a'),
         _ => false,
     };
-    let query = |name: &str| commands::execute(vmm, name, Map::new()).map_err(super::error);
+    let query = |name: &str| query(name).map_err(error);
     let text: Box<dyn Fn() -> Said + '_> = match what.as_str() {
         "migrate" => Box::new(move || Ok(migration(&query("query-migrate")?) + if all { GLOBALS } else { "" })),
         "migrate_capabilities" => Box::new(|| Ok(capabilities(vmm))),
@@ -25,7 +24,7 @@ pub(super) fn print(vmm: &Arc<Vmm>, mut words: Words) -> Said {
         "uuid" => Box::new(|| Ok(format!("{}\n", vmm.machine().uuid().unwrap_or_default()))),
         "name" => Box::new(|| Ok(String::new())),
         "kvm" => Box::new(|| Ok("kvm support: enabled\n".into())),
-        "version" => Box::new(|| Ok(version(&commands::version(vmm)))),
+        "version" => Box::new(|| Ok(version(&queries::version(vmm)))),
         "memory_size_summary" => {
             Box::new(|| Ok(format!("base memory: {}\nplugged memory: 0\n", vmm.machine().memory().ram().used_length())))
         }

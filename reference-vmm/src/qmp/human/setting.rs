@@ -1,8 +1,13 @@
 //! Values of `migrate_set_parameter`. The texts are those of QEMU 11.1.
 
-use super::super::parameters::{self, Kind};
-use super::{error, invalid};
-use crate::{qmp::protocol::Failure, vmm::Vmm};
+use super::words::{error, invalid};
+use crate::{
+    qmp::{
+        parameters::{self, Kind},
+        protocol::Failure,
+    },
+    vmm::Vmm,
+};
 use serde_json::{Value, json};
 
 /// The value of a parameter as QMP takes it.

@@ -11,7 +11,7 @@ use vfio_bindings::bindings::vfio::{
 use vfio_ioctls::{VfioContainer, VfioDevice, VfioOps};
 
 use super::ioctl;
-use crate::devices::lock;
+use crate::lock::lock;
 use crate::memory::{GuestMemory, Mapping, PAGE_SIZE};
 use crate::vfio::{DmaLog, Failure, Tracking, VfioError};
 

@@ -2,25 +2,25 @@
 
 mod dma;
 mod driver;
+mod error;
 mod function;
 mod ioctl;
 mod irq;
 
 use std::collections::BTreeMap;
 use std::fs::File;
-use std::io;
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use iommufd_ioctls::{IommuFd, IommufdError};
+use iommufd_ioctls::IommuFd;
 use kvm_bindings::{kvm_create_device, kvm_device_type_KVM_DEV_TYPE_VFIO};
 use kvm_ioctls::VmFd;
-use rustix::io::Errno;
-use vfio_ioctls::{VfioContainer, VfioDevice, VfioDeviceFd, VfioError, VfioIommufd, VfioOps};
+use vfio_ioctls::{VfioContainer, VfioDevice, VfioDeviceFd, VfioIommufd, VfioOps};
 
 use self::dma::KernelLog;
 use self::driver::KernelDriver;
+pub use self::error::HostDeviceError;
 use self::function::KernelFunction;
 use self::irq::Interrupts;
 use super::{DmaLog, Driver, Tracking};
@@ -47,58 +47,6 @@ pub struct Iommufd {
     pub id: String,
     /// `/dev/iommu` as somebody has opened it; opened here without one.
     pub fd: Option<OwnedFd>,
-}
-
-/// Why a device of the host cannot be used.
-#[derive(Debug, thiserror::Error)]
-#[non_exhaustive]
-pub enum HostDeviceError {
-    /// There is no such folder.
-    #[error("no such host device: {0}")]
-    Missing(io::Error),
-    /// It has no group, so that it is no device that VFIO knows.
-    #[error("no iommu_group found: {0}: is it bound to a VFIO driver?")]
-    NoGroup(io::Error),
-    /// Its iommufd cannot be used.
-    #[error("{0}")]
-    Iommufd(IommufdError),
-    /// VFIO does not give it.
-    #[error("{}", with_sources(.0))]
-    Vfio(VfioError),
-    /// Its RAM cannot be mapped for it.
-    #[error("the guest's RAM cannot be mapped for it: {}", with_sources(.0))]
-    Map(VfioError),
-    /// It does not answer.
-    #[error("it does not {what}: {errno}")]
-    Refused {
-        /// What it was asked.
-        what: &'static str,
-        /// The driver's answer.
-        errno: Errno,
-    },
-    /// Its interrupts cannot be used.
-    #[error("its interrupts cannot be used: {0}")]
-    Interrupts(Box<Error>),
-    /// It cannot migrate, and has to.
-    #[error("its driver offers no migration ({0}), which enable-migration=on asks for")]
-    NoMigration(Errno),
-    /// It is no PCI device that can be on the bus.
-    #[error(transparent)]
-    Pci(#[from] PciError),
-}
-
-/// An error of the crate, which leaves out what its cause says.
-fn with_sources(error: &VfioError) -> String {
-    let mut text = error.to_string();
-    let mut source = std::error::Error::source(error);
-    while let Some(cause) = source {
-        let cause_text = cause.to_string();
-        if !text.contains(&cause_text) {
-            text = format!("{text}: {cause_text}");
-        }
-        source = cause.source();
-    }
-    text
 }
 
 /// A device that is ready for the bus.

@@ -9,8 +9,8 @@ use rustix::fs::{FallocateFlags, fallocate};
 
 use super::{Block, MAX_SECTORS, SECTOR};
 use crate::devices::virtio::chain::Chain;
+use crate::devices::virtio::model::{Access, Task};
 use crate::devices::virtio::queue::RingError;
-use crate::devices::virtio::transport::{Access, Task};
 use crate::memory::GuestMemory;
 
 const HEADER: usize = 16;

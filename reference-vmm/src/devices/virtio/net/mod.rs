@@ -9,8 +9,8 @@ use std::os::fd::RawFd;
 use filter::Filter;
 
 use super::chain::Chain;
+use super::model::{Access, Model};
 use super::queue::RingError;
-use super::transport::{Access, Model};
 use crate::devices::netdev::{MAX_FRAME, MAX_HEADER, Netdev};
 use qevm_microvm::state::{VirtioDeviceState, VirtioNetState};
 use qevm_microvm::virtio::{CTRL_GUEST_OFFLOADS, MRG_RXBUF};

@@ -6,20 +6,8 @@ use std::sync::{Mutex, PoisonError};
 use std::time::Instant;
 
 use super::{Phase, Transport};
-use crate::devices::lock;
-
-/// Something that takes its time, and what comes of it.
-pub(crate) struct Task(Box<dyn FnOnce() -> io::Result<Vec<u8>> + Send>);
-
-impl Task {
-    pub(crate) fn new(work: impl FnOnce() -> io::Result<Vec<u8>> + Send + 'static) -> Task {
-        Task(Box::new(work))
-    }
-
-    pub(crate) fn run(self) -> io::Result<Vec<u8>> {
-        (self.0)()
-    }
-}
+use crate::devices::virtio::model::Task;
+use crate::lock::lock;
 
 impl Transport {
     /// What the device's thread is to do next. It says with [`finish_task`](Transport::finish_task) that it has.
