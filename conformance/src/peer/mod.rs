@@ -16,6 +16,7 @@ pub mod bench;
 pub mod bench_postcopy;
 pub mod bench_restore;
 pub mod bench_snapshot;
+pub mod clock;
 mod cuts;
 pub mod demo;
 pub mod dialogue;

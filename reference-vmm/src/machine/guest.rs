@@ -70,6 +70,9 @@ impl Guest for Machine {
 
 impl Devices for Machine {
     fn save(&self, profile: &Profile, running: bool) -> Result<SavedDevices, GuestError> {
+        if running {
+            self.catch_up_clock()?;
+        }
         Ok(sections::save(&self.save_state()?, profile, running)?)
     }
 

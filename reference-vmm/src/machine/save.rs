@@ -19,6 +19,12 @@ impl Machine {
         kvm_state::save(self)
     }
 
+    /// The guest ran until a migration stopped it: its paravirtual clock does not miss what has passed since.
+    pub(super) fn catch_up_clock(&self) -> Result<()> {
+        self.must_be_paused("set its clock")?;
+        kvm_state::catch_up(self)
+    }
+
     /// The state in which the machine was made, without a kernel.
     pub(crate) fn fresh_state(&self) -> Result<MachineState> {
         self.fresh.clone().map_or_else(|| self.save_state(), Ok)

@@ -16,7 +16,8 @@ use crate::lock::lock;
 use qevm_microvm::state::{Carried, ClockState, GedState, MachineState, Msr, PitState};
 
 /// The paravirtual clock, the PIT and the TSCs, which KVM lets run on while the vCPUs are paused. As with a QEMU clock and PIT
-/// stop for the guest: they are read when it stops, and set when it goes on. The TSCs of a guest that migrates do as well,
+/// stop for the guest: they are read when it stops, and set when it goes on. Only a migration that stops a guest lets its
+/// clock [`catch_up`]. The TSCs of a guest that migrates do as well,
 /// so that it does not see TSC and clock part by the time that it stood still.
 #[derive(Clone, Debug)]
 pub(super) struct Held {
@@ -32,6 +33,16 @@ pub(super) struct Held {
 pub(super) fn hold(machine: &Machine) -> Result<()> {
     let held = read_held(machine)?;
     *lock(&machine.held) = Some(held);
+    Ok(())
+}
+
+/// Has the paravirtual clock of a guest that was stopped by its migration count what has passed since, as QEMU does, so that
+/// its wall clock is not late by the downtime. The machine is about to be saved.
+pub(super) fn catch_up(machine: &Machine) -> Result<()> {
+    match &mut *lock(&machine.held) {
+        Some(held) if !held.came => held.clock = chips::save_clock(&machine.vm)?,
+        _ => (),
+    }
     Ok(())
 }
 

@@ -1,0 +1,290 @@
+//! What the guest's clocks do while it does not run: paused, saved and loaded later, or held before the switchover.
+//!
+//! Clocks are read where both kinds of monitor write them: in the device state of the stopped guest. Two readings, how
+//! long the guest ran between them and how long that took by the host's clock tell whether a clock has stopped with the
+//! guest.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::path::Path;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use serde_json::{Value, json};
+
+use super::journey::Stage;
+use super::{Load, Monitor, Party, Stop};
+use crate::patience::PATIENCE;
+use crate::roots::{Root, Suite};
+use crate::scenario::Accel;
+use crate::subject::Subject;
+
+/// How long the guest is stopped at least.
+const GAP: Duration = Duration::from_secs(5);
+/// How long it runs before it is looked at again.
+const RUN: Duration = Duration::from_secs(1);
+/// A tenth of a second more than twice what the real-time clock, which counts seconds, can be wrong.
+const TOLERANCE: f64 = 2.1;
+/// Seconds of a day, after which the time of day begins anew.
+const DAY: f64 = 86_400.0;
+
+/// Why the guest is stopped.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Cause {
+    /// `stop`, and `cont` later.
+    Pause,
+    /// It is saved to a file, from which another monitor starts it later.
+    Restore,
+    /// A migration stops it, and `migrate-continue` lets it go later.
+    Migration,
+}
+
+impl fmt::Display for Cause {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Cause::Pause => "`stop`, `cont`",
+            Cause::Restore => "saved, loaded later",
+            Cause::Migration => "migrated",
+        })
+    }
+}
+
+/// What a clock has done meanwhile.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Clock {
+    /// It has stopped, too.
+    Stops,
+    /// It has counted on.
+    CountsOn,
+    /// It is the host's own, which a guest reads as it is.
+    Hosts,
+}
+
+impl fmt::Display for Clock {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Clock::Stops => "stops",
+            Clock::CountsOn => "counts on",
+            Clock::Hosts => "the host's",
+        })
+    }
+}
+
+/// What was found.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Clocks {
+    /// `kvmclock`.
+    pub kvmclock: Clock,
+    /// The clock by which the PIT and timers of devices go.
+    pub virtual_clock: Clock,
+    /// The time that the real-time clock tells.
+    pub real_time: Clock,
+    /// The time stamp counter of the first vCPU.
+    pub tsc: Clock,
+}
+
+/// A case: the guest goes from one monitor to the other, or stays.
+#[derive(Debug, Clone, Copy)]
+pub struct Case {
+    /// Why it is stopped.
+    pub cause: Cause,
+    /// Where it ran before.
+    pub from: Stop,
+    /// Where it runs after.
+    pub to: Stop,
+}
+
+impl Case {
+    /// Which way, for people.
+    pub fn way(&self) -> String {
+        let name = |stop: Stop| match stop {
+            Stop::Reference => "reference-vmm".to_owned(),
+            other => format!("QEMU {other}"),
+        };
+        if self.cause == Cause::Pause { name(self.from) } else { format!("{} → {}", name(self.from), name(self.to)) }
+    }
+}
+
+/// Every case: QEMUs by themselves, reference-vmm by itself, and each with the other.
+pub fn cases() -> Vec<Case> {
+    let [middle, new] = [Suite::Trixie, Suite::Sid].map(|suite| Stop::Qemu(suite, Accel::Kvm));
+    let ours = Stop::Reference;
+    let alone = [(middle, middle), (new, new), (ours, ours)];
+    let mixed = [(middle, ours), (new, ours), (ours, middle), (ours, new)];
+    let case = |cause| move |(from, to)| Case { cause, from, to };
+    let mut cases: Vec<Case> = alone.into_iter().map(case(Cause::Pause)).collect();
+    for cause in [Cause::Restore, Cause::Migration] {
+        cases.extend(alone.into_iter().chain(mixed).map(case(cause)));
+    }
+    cases
+}
+
+/// The clocks of a stopped guest, seconds.
+#[derive(Debug, Clone, Copy)]
+struct Reading {
+    /// By the host's clock.
+    stopped: Instant,
+    kvmclock: f64,
+    virtual_clock: f64,
+    time_of_day: f64,
+    tsc: f64,
+}
+
+/// Plays a case.
+///
+/// # Errors
+/// A migration fails, or a clock has neither stopped nor counted on.
+pub fn measure(case: Case, roots: &BTreeMap<Suite, Root>, program: &Monitor, subject: &Subject) -> Result<Clocks> {
+    let scratch = tempfile::Builder::new().prefix("qevm-").tempdir()?;
+    let scratch = scratch.path();
+    let stage = Stage { roots, program, scratch, more: &[] };
+    let load = Load { memory: 32, payload: "dirty=1M rate=1M hold=1M zero=1M report=100".into(), ..Load::default() };
+    let start = |stop: Stop, name: &str, incoming: bool| {
+        let root = match stop {
+            Stop::Qemu(suite, _) => Some(roots.get(&suite).context("QEMU is not installed")?),
+            Stop::Reference => None,
+        };
+        Party::start(stop, root, &stage, &load, name, incoming, true)
+    };
+    let mut here = start(case.from, "here", false)?;
+    here.wait_progress("complete a pass", PATIENCE, |progress| progress.pass >= 1)?;
+    here.meets(case.to)?;
+    thread::sleep(RUN);
+    let before = read(&mut here, subject, &scratch.join("before"))?;
+    // The guest has run for `ran` since then.
+    let (mut here, ran) = match case.cause {
+        Cause::Pause => {
+            thread::sleep(GAP);
+            here.monitor().execute("cont", Value::Null)?;
+            (here, Duration::ZERO)
+        }
+        Cause::Restore => {
+            here.end()?;
+            thread::sleep(GAP);
+            let mut there = start(case.to, "there", true)?;
+            let uri = format!("file:{}", scratch.join("before").display());
+            there.monitor().execute("migrate-incoming", json!({ "uri": uri }))?;
+            // It was stopped when it was saved, and arrives so.
+            there.wait_status("paused")?;
+            there.monitor().execute("cont", Value::Null)?;
+            (there, Duration::ZERO)
+        }
+        Cause::Migration => {
+            let mut there = start(case.to, "there", true)?;
+            there.meets(case.from)?;
+            let on = ["return-path", "pause-before-switchover"];
+            here.monitor().set_capabilities(&on)?;
+            there.monitor().set_capabilities(&on[..1])?;
+            here.monitor().execute("cont", Value::Null)?;
+            let since = Instant::now();
+            let uri = json!({ "uri": format!("unix:{}", scratch.join("link").display()) });
+            there.monitor().execute("migrate-incoming", uri.clone())?;
+            here.monitor().execute("migrate", uri)?;
+            here.monitor().wait_migration(PATIENCE, |migration| migration["status"] == "pre-switchover")?;
+            let ran = since.elapsed();
+            thread::sleep(GAP);
+            here.monitor().execute("migrate-continue", json!({ "state": "pre-switchover" }))?;
+            there.wait_status("running")?;
+            here.end()?;
+            (there, ran)
+        }
+    };
+    here.wait_status("running")?;
+    let since = Instant::now();
+    thread::sleep(RUN);
+    let after = read(&mut here, subject, &scratch.join("after"))?;
+    here.end()?;
+    let ran = ran + after.stopped.duration_since(since);
+    let all = after.stopped.duration_since(before.stopped);
+    let judge = |name: &str, before: f64, after: f64| {
+        judge(after - before, ran, all).with_context(|| format!("{name}, at first {before} s"))
+    };
+    Ok(Clocks {
+        kvmclock: judge("kvmclock", before.kvmclock, after.kvmclock)?,
+        virtual_clock: judge("the virtual clock", before.virtual_clock, after.virtual_clock)?,
+        real_time: judge("the real-time clock", before.time_of_day, after.time_of_day)?,
+        tsc: match before.tsc > before.kvmclock + 60.0 {
+            // Since the host has been switched on.
+            true => Clock::Hosts,
+            false => judge("the time stamp counter", before.tsc, after.tsc)?,
+        },
+    })
+}
+
+fn judge(advanced: f64, ran: Duration, all: Duration) -> Result<Clock> {
+    let advanced = advanced.rem_euclid(DAY);
+    let (ran, all) = (ran.as_secs_f64(), all.as_secs_f64());
+    let [still, on] = [ran, all].map(|wanted| (advanced - wanted).abs());
+    let found = format!("it advanced by {advanced:.2} s, while the guest ran for {ran:.2} s of {all:.2} s");
+    ensure!(still.min(on) < TOLERANCE, found);
+    Ok(if still < on { Clock::Stops } else { Clock::CountsOn })
+}
+
+/// Stops the guest and reads its clocks from what is saved of it.
+fn read(party: &mut Party, subject: &Subject, path: &Path) -> Result<Reading> {
+    party.monitor().execute("stop", Value::Null)?;
+    let stopped = Instant::now();
+    // A file has no way back.
+    let off = ["return-path", "pause-before-switchover"].map(|name| json!({ "capability": name, "state": false }));
+    party.monitor().execute("migrate-set-capabilities", json!({ "capabilities": off }))?;
+    party.monitor().execute("migrate", json!({ "uri": format!("file:{}", path.display()) }))?;
+    party.monitor().wait_migration(PATIENCE, |migration| migration["status"] == "completed")?;
+    let field = |section: &str, name: &str| -> Result<Value> {
+        let path = path.display().to_string();
+        let ran = subject.run(&["inspect", "--json", "--section", section, "--field", name, &path])?;
+        let last = ran.stdout.lines().last().unwrap_or_default();
+        let told: Value = serde_json::from_str(last).with_context(|| format!("qevm inspect: {}", ran.stderr.trim()))?;
+        let found = told["fields"].as_array().into_iter().flatten().find(|field| field["path"] == *name);
+        Ok(found.with_context(|| format!("{section} has no {name}"))?["value"].clone())
+    };
+    let number = |section: &str, name: &str| -> Result<f64> {
+        field(section, name)?.as_f64().with_context(|| format!("{name} is no number"))
+    };
+    let tsc = number("cpu", "env.tsc")? / (number("cpu", "cpu/tsc_khz.env.tsc_khz")? * 1e3);
+    let memory = field("mc146818rtc", "cmos_data")?;
+    Ok(Reading {
+        stopped,
+        kvmclock: number("kvmclock", "clock")? / 1e9,
+        virtual_clock: number("timer", "cpu_clock_offset")? / 1e9,
+        time_of_day: time_of_day(memory.as_str().unwrap_or_default()).context("the real-time clock has no time")?,
+        tsc,
+    })
+}
+
+/// Seconds since midnight, by the registers of an MC146818 in hexadecimal digits, which are BCD as a machine starts.
+fn time_of_day(registers: &str) -> Option<f64> {
+    let bcd = |register: usize| registers.get(2 * register..2 * register + 2)?.parse::<u32>().ok();
+    let [seconds, minutes, hours] = [bcd(0)?, bcd(2)?, bcd(4)?];
+    Some(f64::from(seconds + 60 * (minutes + 60 * hours)))
+}
+
+/// The page of `docs`. It leaves out the time stamp counter, which is the host's under some KVMs.
+pub fn page(rows: &[(Case, Clocks)]) -> String {
+    let mut page = PREFACE.to_owned();
+    for (case, clocks) in rows {
+        let Clocks { kvmclock, virtual_clock, real_time, .. } = clocks;
+        page.push_str(&format!("| {} | {} | {kvmclock} | {virtual_clock} | {real_time} |\n", case.cause, case.way()));
+    }
+    page
+}
+
+const PREFACE: &str = "\
+# The guest's clocks
+
+What a guest's clocks do while it does not run. The table is written by `conformance/tests/clock.rs`
+(`QEVM_WRITE_PAGES=1`), which plays every row: the guest is stopped for five seconds, and its clocks are read before and
+after from the device state that the monitor saves. The test fails where a row is not what this page says.
+
+* `kvmclock` is what a Linux guest takes for its monotonic clock under KVM, and from which it counts its wall clock on.
+  Where it stops, the guest does not see that time has passed; its wall clock is late until something, NTP or an agent,
+  sets it. Where a migration stops the guest, it counts on until the device state is saved.
+* The virtual clock drives the PIT and the timers of devices (section `timer`).
+* The real-time clock is the MC146818 of `-M microvm,rtc=on`: it tells the host's UTC, whoever runs the guest.
+* The time stamp counter is restored with the vCPU where KVM gives guests one of their own; a paravirtual KVM may let
+  them read the host's as it is. The test holds every way that reference-vmm has part in to what QEMU does with it on the
+  same host.
+
+| the guest | where | `kvmclock` | virtual clock | real-time clock |
+|---|---|---|---|---|
+";
