@@ -173,7 +173,7 @@ pub use postcopy::{BlockTimes, Postcopy, Recovery};
 pub use registry::{Registry, RegistryError};
 pub use socket::{Listener, Socket};
 pub use source::{migrate, monotonic_now};
-pub use statistics::{PartStatistics, RamStatistics, RoundStatistics, Statistics, Status};
+pub use statistics::{DowntimeParts, PartStatistics, RamStatistics, RoundStatistics, Statistics, Status};
 pub use tls::{Credentials, CredentialsError, Endpoint, Tls, TlsChannel, TlsError, TlsSocket, Versions};
 pub use verdict::Doubt;
 pub use watch::{Awaited, ChannelName, Silence};

@@ -143,6 +143,29 @@ pub struct RoundStatistics {
     pub dirty_rate: u64,
 }
 
+/// What the source's guest was paused for. Up to the destination's verdict the parts are the downtime.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[non_exhaustive]
+pub struct DowntimeParts {
+    /// Stopping the vCPUs.
+    pub stop: Duration,
+    /// Waiting for the operator (`pause-before-switchover`, `migrate-continue`).
+    pub pre_switchover: Duration,
+    /// Saving the devices, and what was left of those whose state goes in parts.
+    pub device_state: Duration,
+    /// Reading the dirty log for the last time, and sending the pages.
+    pub last_round: Duration,
+    /// Protecting memory against writes (`background-snapshot`).
+    pub protect: Duration,
+    /// Sending the devices, and the end of the stream or the package of postcopy.
+    pub send: Duration,
+    /// Waiting until the destination has loaded everything and says so.
+    pub load: Duration,
+    /// Telling a destination that waits for it that the guest is its own. It comes after the verdict, and is no part of
+    /// [`Statistics::downtime`].
+    pub confirm: Duration,
+}
+
 /// Everything about a migration that can be asked for.
 #[derive(Debug, Clone, PartialEq, Default)]
 pub struct Statistics {
@@ -157,6 +180,8 @@ pub struct Statistics {
     /// From stopping the guest to the destination's verdict, or to the end of the stream where there is none; in postcopy to the
     /// moment when the destination had all that it needs to run it.
     pub downtime: Option<Duration>,
+    /// What it consists of, so far.
+    pub downtime_parts: DowntimeParts,
     /// How long the guest would have stood still if stopped at the last reading of the dirty log.
     pub expected_downtime: Duration,
     /// `CLOCK_MONOTONIC` when the last vCPU had stopped.

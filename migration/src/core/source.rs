@@ -24,6 +24,7 @@
 mod action;
 mod completion;
 mod devices;
+mod downtime;
 mod ending;
 mod opening;
 mod options;
@@ -117,6 +118,8 @@ pub struct SourceCore {
     pause: Option<Pause>,
     /// When the destination had the guest.
     gone_at: Option<Duration>,
+    /// Up to when the pause is accounted for.
+    pause_accounted: Option<Duration>,
     /// The guest's disks were left to the destination.
     inactive: bool,
     may_switch_over: bool,
@@ -173,6 +176,7 @@ impl SourceCore {
             unanswered: None,
             pause: None,
             gone_at: None,
+            pause_accounted: None,
             inactive: false,
             may_switch_over: false,
             postcopy: false,
@@ -195,6 +199,7 @@ impl SourceCore {
             if let Some(action) = self.actions.pop_front() {
                 return action;
             }
+            self.account_for_pause(now);
             if let Err(error) = self.advance(now, answers.as_deref_mut()) {
                 // Whatever fails: the destination may have said before that it can run the guest.
                 if let Some(answers) = answers.as_deref() {
@@ -309,6 +314,7 @@ impl SourceCore {
 
     /// The end of the stream was sent, or some of it and then no more. (If nothing got out, the action has [failed](Self::failed).)
     pub fn end_sent(&mut self, result: Result<(), MigrationError>, now: Duration) {
+        self.account_for_pause(now);
         match &mut self.phase {
             Phase::Ending => self.phase = Phase::AwaitVerdict { sent: result, since: now },
             Phase::Postcopy(Postcopy::Ending(sent)) => *sent = Some(result),

@@ -6,7 +6,7 @@ use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use qevm_migration::Statistics;
+use qevm_migration::{DowntimeParts, Statistics};
 use reference_vmm::vmm::Vmm;
 use serde_json::{Value, json};
 
@@ -55,7 +55,7 @@ impl EventLog {
     }
 }
 
-/// What `query-migrate` says of a migration at this moment, and its last round.
+/// What `query-migrate` says of a migration at this moment, its last round, and what the guest was paused for.
 fn so_far(statistics: &Statistics) -> Value {
     let mut value = qmp::outgoing(statistics);
     if let Some(round) = statistics.rounds.last() {
@@ -66,6 +66,20 @@ fn so_far(statistics: &Statistics) -> Value {
             "pages": round.pages,
             "bytes": round.bytes,
             "dirty-bytes-per-second": round.dirty_rate,
+        });
+    }
+    let parts = &statistics.downtime_parts;
+    if *parts != DowntimeParts::default() {
+        let us = |part: Duration| part.as_micros() as u64;
+        value["downtime-us"] = json!({
+            "stop": us(parts.stop),
+            "pre-switchover": us(parts.pre_switchover),
+            "device-state": us(parts.device_state),
+            "last-round": us(parts.last_round),
+            "protect": us(parts.protect),
+            "send": us(parts.send),
+            "load": us(parts.load),
+            "confirm": us(parts.confirm),
         });
     }
     value

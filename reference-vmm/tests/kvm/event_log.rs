@@ -57,6 +57,14 @@ fn tells_of_a_migration() {
     for member in ["downtime", "total-time", "ram"] {
         assert_eq!(end["x-migration"][member], told[member], "{end}");
     }
+    // Both ends are reference-vmm's: what comes after the verdict is apart. Microseconds of parts are rounded down.
+    let parts = end["x-migration"]["downtime-us"].as_object().unwrap_or_else(|| panic!("{end}"));
+    let paused = parts.iter().filter(|(name, _)| *name != "confirm").map(|(_, us)| us.as_u64().unwrap()).sum::<u64>();
+    let downtime = told["downtime"].as_u64().unwrap() * 1000;
+    assert!((downtime.saturating_sub(10)..downtime + 1000).contains(&paused), "{end}");
+    for part in ["stop", "device-state", "last-round", "send", "load"] {
+        assert!(parts[part].as_u64() > Some(0), "{part}: {end}");
+    }
     assert!(end["x-migration"]["rounds"].as_u64() >= Some(1) && end["x-migration"]["round"]["bytes"].is_u64(), "{end}");
 
     let there: Vec<String> = lines(&file("there.log")).iter().map(name).collect();

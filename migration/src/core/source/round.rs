@@ -70,10 +70,6 @@ impl SourceCore {
         let new = self.sweep_begins();
         self.passes += 1;
         self.statistics.ram.dirty_sync_count = self.passes;
-        // QEMU 11.1 does not tell the first.
-        if self.passes > 1 {
-            self.do_next(Action::Pass(self.passes));
-        }
         self.throttle(now, new * PageGeometry::X86.size());
         new
     }
@@ -199,6 +195,8 @@ impl SourceCore {
             _ => None,
         };
         precopy.begin = end.at;
+        // Not the first, as with QEMU 11.1. Whoever is told finds what the round has left.
+        self.do_next(Action::Pass(self.passes));
         match decision {
             Decision::Iterate { stalled } => {
                 if let Some(stall) = stalled.filter(|stall| precopy.warned_of.as_ref() != Some(&stall.name)) {

@@ -28,6 +28,7 @@ enum Peer {
     AgreesAndDies,
 }
 
+mod downtime;
 mod urgent;
 
 /// What goes wrong, at which step.
