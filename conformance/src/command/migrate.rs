@@ -29,6 +29,9 @@ pub(crate) struct Migrate {
     /// which takes longer than the migration and varies most
     #[arg(long)]
     fresh: bool,
+    /// Secure all channels with TLS of this version, by certificates at both ends
+    #[arg(long, value_name = "VERSION", value_parser = ["1.2", "1.3"])]
+    tls: Option<String>,
     /// Another build of reference-vmm, whose migrations take turns with those of this one. Given again, that is only measured
     #[arg(long, value_name = "PROGRAM")]
     before: Vec<PathBuf>,
@@ -39,10 +42,11 @@ pub(crate) struct Migrate {
 
 impl Migrate {
     pub(crate) fn run(self) -> Result<bool> {
-        let Migrate { mib, repetitions, channels, methods, page_channels_only, fresh, before, json } = self;
+        let Migrate { mib, repetitions, channels, methods, page_channels_only, fresh, tls, before, json } = self;
         let main_channel = !page_channels_only;
         let suite = Suite::Sid;
-        let options = peer::bench::Options { mib, repetitions, channels, methods, main_channel, fresh, suite };
+        let tls = tls.map(|version| if version == "1.2" { peer::Version::Tls12 } else { peer::Version::Tls13 });
+        let options = peer::bench::Options { mib, repetitions, channels, methods, main_channel, fresh, tls, suite };
         let program = peer::Monitor::new(std::env::current_exe()?);
         let before: Vec<_> = before.into_iter().map(|path| program.other(path)).collect();
         let tell = super::progress(json);

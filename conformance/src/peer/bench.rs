@@ -17,7 +17,7 @@ use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
 
 use super::party::{Monitor, Party};
-use super::{Load, Stage, Stop};
+use super::{Load, Secured, Stage, Stop, Version};
 use crate::bench::figures::Summary;
 use crate::processor_time;
 use crate::roots::{Root, Suite};
@@ -44,6 +44,8 @@ pub struct Options {
     pub main_channel: bool,
     /// Destinations do not touch their memory before pages arrive.
     pub fresh: bool,
+    /// All channels are TLS sessions of this version. Both libraries agree on AES-256 in GCM by themselves.
+    pub tls: Option<Version>,
     /// The release of QEMU.
     pub suite: Suite,
 }
@@ -206,11 +208,12 @@ struct Way<'o> {
     content: Content,
     /// Number of page channels, and their method.
     multifd: Option<(u64, &'o str)>,
+    tls: Option<Version>,
 }
 
 impl<'o> Way<'o> {
     fn all(options: &'o Options) -> Vec<Way<'o>> {
-        let main = |transport, content| Way { transport, content, multifd: None };
+        let main = |transport, content| Way { transport, content, multifd: None, tls: options.tls };
         let alone = [main("tcp", Content::Random), main("unix", Content::Random), main("tcp", Content::Zeros)];
         let channels = options.methods.iter().flat_map(|method| {
             let way = |&channels| Way { multifd: Some((channels, method.as_str())), ..main("tcp", Content::Random) };
@@ -223,7 +226,7 @@ impl<'o> Way<'o> {
         json!({
             "transport": self.transport, "content": self.content.name(),
             "method": self.multifd.map(|(_, method)| method), "channels": self.multifd.map_or(0, |(channels, _)| channels),
-            "pairing": pairing,
+            "tls": self.tls.map(Version::name), "pairing": pairing,
             "gb_per_s": medians.throughput, "source_cpu_s_per_gib": medians.source,
             "destination_cpu_s_per_gib": medians.destination, "both_cpu_s_per_gib": medians.both,
         })
@@ -232,10 +235,13 @@ impl<'o> Way<'o> {
 
 impl fmt::Display for Way<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Way { transport, content, multifd } = self;
+        let Way { transport, content, multifd, tls } = self;
         match multifd {
             Some((channels, method)) => write!(f, "{transport} {channels} x {method}")?,
             None => write!(f, "{transport} main channel")?,
+        }
+        if let Some(version) = tls {
+            write!(f, ", {}", version.name())?;
         }
         if *content == Content::Zeros { f.write_str(", zeros") } else { Ok(()) }
     }
@@ -293,6 +299,9 @@ impl Run<'_> {
                 let parameters = json!({ "multifd-channels": channels, "multifd-compression": method });
                 party.monitor().set_parameters(&parameters)?;
             }
+        }
+        if let Some(version) = self.way.tls {
+            Secured { version, authz: false, flaw: None }.arm(here, there, self.scratch)?;
         }
         here.monitor().set_parameters(&json!({ "max-bandwidth": NO_LIMIT, "downtime-limit": 300 }))?;
         let path = self.scratch.join("migration");
