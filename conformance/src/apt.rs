@@ -8,7 +8,7 @@ use std::time::Duration;
 use anyhow::{Result, bail};
 
 use crate::process::run;
-use crate::roots::Suite;
+use crate::suite::Suite;
 
 /// The downloads of one suite are about 65 MB.
 const TIMEOUT: Duration = Duration::from_secs(420);

@@ -1,6 +1,7 @@
 //! The command line.
 
 mod channels;
+mod common;
 mod lab;
 mod lifecycle;
 mod link;
@@ -10,13 +11,13 @@ mod restore;
 mod snapshot;
 mod toy;
 
-use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use channels::Channels;
 use clap::{Args, Parser, Subcommand};
+use common::{Choice, Reporting, subject, wanted};
 use lab::Lab;
 use lifecycle::Lifecycle;
 use link::Link;
@@ -29,11 +30,8 @@ use qevm_conformance::record::{self, Recording};
 use qevm_conformance::report::{Outcome, Report, Row};
 use qevm_conformance::roots::{Root, Suite};
 use qevm_conformance::scenario::Scenario;
-use qevm_conformance::subject::Subject;
-use qevm_conformance::{bench, catalogue, corpus, peer, played, table, trial};
+use qevm_conformance::{bench, catalogue, corpus, peer, table, trial};
 use restore::Restore;
-use serde::Serialize;
-use serde_json::Value;
 use snapshot::Snapshot;
 use toy::Toy;
 
@@ -210,19 +208,6 @@ pub(crate) enum Bench {
     Snapshot(Snapshot),
 }
 
-/// Prints the lines of a benchmark, unless JSON is all that is wanted.
-fn progress(json: bool) -> impl Fn(&str) {
-    let tell = move |line: &str| {
-        if !json {
-            println!("{line}");
-        }
-    };
-    if cfg!(debug_assertions) {
-        tell("this is a debug build: its figures mean nothing");
-    }
-    tell
-}
-
 #[derive(Args)]
 pub(crate) struct Decode {
     /// Guest RAM, every page of it different and none zero, MiB
@@ -268,64 +253,6 @@ impl Trial {
         let report = trial::run(&trials, &subject()?, |row| println!("{}", row.line()));
         self.reporting.tell("trials", &report, report.summary())?;
         Ok(report.holds())
-    }
-}
-
-/// Which of a table's rows run.
-#[derive(Args)]
-pub(crate) struct Choice {
-    /// Every row, and not the representative subset alone
-    #[arg(long)]
-    full: bool,
-    /// Only rows whose name contains this (may be given several times; of all, not of the subset alone)
-    #[arg(long)]
-    only: Vec<String>,
-    /// Print the rows and stop
-    #[arg(long)]
-    list: bool,
-}
-
-impl Choice {
-    /// The rows that are asked for. With `--list`, each is printed as `line` has it, and there are none.
-    fn rows<T>(
-        &self,
-        all: impl FnOnce() -> Vec<T>,
-        quick: impl FnOnce() -> Vec<T>,
-        name: impl Fn(&T) -> String,
-        line: impl Fn(&T) -> String,
-    ) -> Option<Vec<T>> {
-        let mut rows = if self.full || !self.only.is_empty() { all() } else { quick() };
-        rows.retain(|row| wanted(&name(row), &self.only));
-        if self.list {
-            rows.iter().for_each(|row| println!("{}", line(row)));
-            return None;
-        }
-        Some(rows)
-    }
-}
-
-#[derive(Args)]
-pub(crate) struct Reporting {
-    /// Print one JSON object with the numbers as the last line
-    #[arg(long)]
-    json: bool,
-    /// Write every row with its numbers into this file, as JSON
-    #[arg(long)]
-    report: Option<PathBuf>,
-}
-
-impl Reporting {
-    /// The end of a report: the counts, and the file if one is wanted.
-    fn tell<T: Serialize>(&self, what: &str, report: &played::Report<T>, summary: Value) -> Result<()> {
-        if let Some(path) = &self.report {
-            let json = serde_json::to_vec_pretty(report)?;
-            fs::write(path, json).with_context(|| format!("writing {}", path.display()))?;
-        }
-        match self.json {
-            true => println!("{summary}"),
-            false => println!("{} {what}, {} fail, {} skipped", summary["rows"], summary["failed"], summary["skipped"]),
-        }
-        Ok(())
     }
 }
 
@@ -383,28 +310,6 @@ impl Matrix {
         let report = matrix::run(&scenarios, &subject()?, &options, |row| println!("{}", row.line()))?;
         self.reporting.print(&report)
     }
-}
-
-impl Reporting {
-    fn print(&self, report: &Report) -> Result<bool> {
-        println!("\n{}", report.text());
-        if let Some(path) = &self.report {
-            let json = serde_json::to_vec_pretty(report)?;
-            fs::write(path, json).with_context(|| format!("writing {}", path.display()))?;
-        }
-        if self.json {
-            println!("{}", report.summary());
-        }
-        Ok(report.holds())
-    }
-}
-
-fn subject() -> Result<Subject> {
-    Ok(Subject::new(std::env::current_exe()?))
-}
-
-fn wanted(name: &str, only: &[String]) -> bool {
-    only.is_empty() || only.iter().any(|o| name.contains(o.as_str()))
 }
 
 fn record_all(out: &Path, only: &[String], again: bool) -> Result<bool> {

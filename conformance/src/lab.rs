@@ -4,7 +4,9 @@
 //! reference-vmm runs in there, with its dirty log and with dirty rings, and every stale page that a guest finds counts. With a kernel of
 //! its own it has VFIO devices too, and guests that have one go from one monitor to another.
 
+mod boot;
 mod guest;
+mod job;
 mod kernel;
 mod machine;
 mod peer;
@@ -20,7 +22,9 @@ use std::time::Duration;
 use anyhow::{Context, Result, anyhow, ensure};
 use serde_json::{Value, json};
 
-use self::machine::Boot;
+use self::boot::Boot;
+use self::job::Judge;
+pub use self::job::{Job, Outcome, Programs};
 pub use self::vfio::RECORDING;
 use crate::process::run_any;
 
@@ -30,37 +34,6 @@ const TIMEOUT: Duration = Duration::from_secs(7200);
 const MOST_MACHINES: usize = 4;
 /// The file in the scratch folder with what the machines print.
 pub const SERIAL: &str = "serial.txt";
-
-/// What is run in the lab.
-#[derive(Debug, Clone)]
-pub struct Job {
-    /// Its name.
-    pub name: String,
-    command: String,
-    /// The driver's plan, for a job with VFIO devices.
-    plan: Option<String>,
-    boot: Boot,
-    judge: Judge,
-}
-
-#[derive(Debug, Clone)]
-enum Judge {
-    /// By what it prints.
-    Printed(fn(&str) -> Result<Value>),
-    /// By what the driver saw.
-    Case(Box<vfio::Case>),
-}
-
-/// What became of a job.
-#[derive(Debug)]
-pub struct Outcome {
-    /// The job's name.
-    pub name: String,
-    /// Numbers, if it holds; otherwise why it does not.
-    pub result: Result<Value>,
-    /// What it printed.
-    pub said: String,
-}
 
 /// The jobs for right and wrong: with these accelerators the demo with each and the tests with the smallest ring, Linux as a guest, guests that
 /// go before their memory, and migrations with VFIO devices.
@@ -160,23 +133,6 @@ pub fn build(workspace: &Path, jobs: &[Job]) -> Result<Programs> {
     })
 }
 
-/// The programs that go into the lab, as far as a job runs them.
-#[derive(Debug)]
-pub struct Programs {
-    /// The workspace that they were built in.
-    pub workspace: PathBuf,
-    /// `reference-vmm`.
-    pub monitor: Option<PathBuf>,
-    /// Its tests on KVM.
-    pub tests: Option<PathBuf>,
-    /// The program that takes guests with VFIO devices from one monitor to another.
-    pub driver: Option<PathBuf>,
-    /// This program, which plays rows of its tables there.
-    pub conformance: Option<PathBuf>,
-    /// What Linux guests use their VFIO devices with.
-    pub linux_guest: Option<PathBuf>,
-}
-
 fn artifact(workspace: &Path, package: &str, how: &[&str], name: &str) -> Result<PathBuf> {
     let mut cargo = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
     cargo.current_dir(workspace).args(how).args([name, "--package", package, "--release", "--message-format", "json"]);
@@ -254,11 +210,6 @@ fn outcome(job: &Job, said: &str) -> Outcome {
         Ok(numbers)
     });
     Outcome { name: job.name.clone(), result: judged, said: part.to_owned() }
-}
-
-fn tail(text: &str) -> String {
-    let lines: Vec<_> = text.lines().filter(|line| !line.trim().is_empty()).collect();
-    lines[lines.len().saturating_sub(12)..].join("\n")
 }
 
 #[cfg(test)]

@@ -45,6 +45,7 @@ pub mod roots;
 mod route;
 pub mod scenario;
 pub mod subject;
+mod suite;
 pub mod table;
 pub mod tape;
 pub mod toy;

@@ -13,12 +13,12 @@ use serde_json::{Value, json};
 use super::leaves::{Told, files, options};
 use super::receiver::Receiver;
 use super::setup::Setup;
-use super::{secured, shape};
+use super::{credentials, shape};
 use crate::judge;
 use crate::launch::Qemu;
 use crate::oracle;
 use crate::patience::PATIENCE;
-use crate::peer::tls::Version;
+use crate::peer::secured::Version;
 use crate::record::Recording;
 use crate::roots::Root;
 use crate::subject::Subject;
@@ -53,7 +53,7 @@ pub fn play(from: &Root, to: &Root, subject: &Subject, live: &Live) -> Result<St
     let folder = scratch.path();
     fs::write(folder.join("payload.bin"), IMAGE)?;
     if let Some(version) = live.tls {
-        secured::issue(version, None, folder)?;
+        credentials::issue(version, None, folder)?;
     }
     let (recording, last, rounds) = leave(from, subject, live, folder).context("leaving")?;
     let judgement = judge::judge(&recording, folder, subject)?;
@@ -78,8 +78,8 @@ fn leave(root: &Root, subject: &Subject, live: &Live, folder: &Path) -> Result<(
     source.set_parameters(&json!({ "downtime-limit": 1, "max-bandwidth": live.bandwidth }))?;
     let mut told = options(&live.leaves, Told::Channels, &profile);
     if let Some(version) = live.tls {
-        secured::arm(&mut source, "client", version, folder)?;
-        told.extend(secured::receiving(folder, secured::SOURCE));
+        credentials::arm(&mut source, "client", version, folder)?;
+        told.extend(credentials::receiving(folder, credentials::SOURCE));
     }
     let mut receiver = Receiver::start(subject, folder, live.leaves.transport, &told)?;
     source.execute("migrate", json!({ "uri": receiver.uri }))?;
@@ -136,14 +136,14 @@ fn arrive(
     }
     let uri = format!("unix:{}", folder.join("t").display());
     if let Some(version) = live.tls {
-        secured::arm(&mut target, "server", version, folder)?;
+        credentials::arm(&mut target, "server", version, folder)?;
     }
     target.execute("migrate-incoming", json!({ "uri": uri }))?;
     let mut arguments: Vec<std::ffi::OsString> =
         ["send", "--json", "--to", root.suite().series()].map(Into::into).to_vec();
     arguments.extend(super::arrives::form_arguments(&live.arrives).into_iter().map(Into::into));
     if live.tls.is_some() {
-        arguments.extend(secured::sending(folder).into_iter().map(Into::into));
+        arguments.extend(credentials::sending(folder).into_iter().map(Into::into));
     }
     if live.each_section && live.arrives.has("multifd") {
         arguments.extend(["--multifd-flush-after-each-section".into(), "on".into()]);

@@ -15,6 +15,7 @@
 //! [`run`] plays them, reusing one source QEMU for all rows of a flavor.
 
 pub mod arrives;
+mod credentials;
 pub mod leaves;
 pub mod live;
 pub mod mismatch;

@@ -7,6 +7,7 @@ use anyhow::{Context, Result, bail, ensure};
 use reference_vmm::payload::IMAGE;
 use serde_json::{Value, json};
 
+use super::credentials::{SOURCE, arm, issue, receiving, sending};
 use super::live::{Live, arguments, seen};
 use super::receiver::Receiver;
 use super::setup::{Setup, Transport};
@@ -14,13 +15,10 @@ use super::source::Flavor;
 use super::table::Case;
 use crate::launch::Qemu;
 use crate::patience::PATIENCE;
-pub(super) use crate::peer::tls::SOURCE;
-use crate::peer::tls::{FLAWS, Flaw, Secured, Version};
+use crate::peer::secured::{FLAWS, Flaw, Version};
 use crate::roots::{Root, Suite};
 use crate::subject::Subject;
 
-/// The name in the destination's certificate.
-const DESTINATION: &str = "destination.example";
 /// Seconds that `qevm receive` waits for another source.
 const TOLD: &str = "5";
 const SLOW: u64 = 24 << 20;
@@ -47,37 +45,6 @@ pub(super) fn rows() -> Vec<(Flavor, String, Case)> {
         }
     }
     rows
-}
-
-/// Makes the certificates in `folder`.
-pub(super) fn issue(version: Version, flaw: Option<Flaw>, folder: &Path) -> Result<()> {
-    Secured { version, authz: false, flaw }.issue(&folder.join("pki"))
-}
-
-/// Gives a QEMU its credentials for this side.
-pub(super) fn arm(qemu: &mut Qemu, side: &str, version: Version, folder: &Path) -> Result<()> {
-    let credentials = json!({
-        "qom-type": "tls-creds-x509", "id": "tls", "dir": folder.join("pki").join(side), "endpoint": side,
-        "priority": version.priority(), "sanity-check": false,
-    });
-    qemu.execute("object-add", credentials)?;
-    let mut parameters = json!({ "tls-creds": "tls" });
-    if side == "client" {
-        parameters["tls-hostname"] = DESTINATION.into();
-    }
-    qemu.set_parameters(&parameters)
-}
-
-/// The options of a `qevm receive` that expects `identity`.
-pub(super) fn receiving(folder: &Path, identity: &str) -> Vec<String> {
-    let pki = folder.join("pki/server").display().to_string();
-    ["--tls-creds", &pki, "--tls-authz", identity].map(String::from).into()
-}
-
-/// The options of `qevm send`.
-pub(super) fn sending(folder: &Path) -> Vec<String> {
-    let pki = folder.join("pki/client").display().to_string();
-    ["--tls-creds", &pki, "--tls-hostname", DESTINATION].map(String::from).into()
 }
 
 /// A running guest must not get into a `qevm receive`, nor a saved one by `qevm send` into a QEMU.

@@ -4,7 +4,7 @@ use super::leaves::Told;
 use super::live::Live;
 use super::setup::{Setup, Transport};
 use super::source::{Flavor, Flush, Saved};
-use crate::peer::tls::{Flaw, Version};
+use crate::peer::secured::{Flaw, Version};
 use crate::roots::Suite::{self, Bookworm, Sid, Trixie};
 
 /// The releases that take part.

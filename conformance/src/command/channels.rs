@@ -4,7 +4,7 @@ use anyhow::Result;
 use clap::Args;
 use qevm_conformance::channels::{run, table};
 
-use super::{Choice, subject};
+use super::common::{Choice, subject};
 
 #[derive(Args)]
 pub(crate) struct Channels {

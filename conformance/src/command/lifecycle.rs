@@ -5,7 +5,7 @@ use clap::Args;
 use qevm_conformance::lifecycle::{self, Row, table};
 use qevm_conformance::peer::Monitor;
 
-use super::{Choice, Reporting};
+use super::common::{Choice, Reporting};
 
 #[derive(Args)]
 pub(crate) struct Lifecycle {

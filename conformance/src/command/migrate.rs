@@ -8,6 +8,8 @@ use clap::Args;
 use qevm_conformance::peer;
 use qevm_conformance::roots::Suite;
 
+use super::common::progress;
+
 #[derive(Args)]
 pub(crate) struct Migrate {
     /// Guest RAM, MiB
@@ -49,7 +51,7 @@ impl Migrate {
         let options = peer::bench::Options { mib, repetitions, channels, methods, main_channel, fresh, tls, suite };
         let program = peer::Monitor::new(std::env::current_exe()?);
         let before: Vec<_> = before.into_iter().map(|path| program.other(path)).collect();
-        let tell = super::progress(json);
+        let tell = progress(json);
         println!("{}", peer::bench::migrate(&options, &program, &before, tell)?);
         Ok(true)
     }

@@ -6,6 +6,8 @@ use clap::Args;
 use qevm_conformance::peer;
 use qevm_conformance::roots::Suite;
 
+use super::common::progress;
+
 #[derive(Args)]
 pub(crate) struct Postcopy {
     /// Guest memory that is read at random, MiB
@@ -30,7 +32,7 @@ impl Postcopy {
         let Postcopy { mib, repetitions, faults, unix, json } = self;
         let options = peer::bench_postcopy::Options { mib, repetitions, faults, unix, suite: Suite::Sid };
         let program = peer::Monitor::new(std::env::current_exe()?);
-        let report = peer::bench_postcopy::postcopy(&options, &program, super::progress(json))?;
+        let report = peer::bench_postcopy::postcopy(&options, &program, progress(json))?;
         println!("{report}");
         Ok(report["goals_met"] == true)
     }

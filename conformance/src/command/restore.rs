@@ -6,6 +6,8 @@ use clap::Args;
 use qevm_conformance::peer;
 use qevm_conformance::roots::Suite;
 
+use super::common::progress;
+
 #[derive(Args)]
 pub(crate) struct Restore {
     /// Guest RAM, MiB, of which the guest touches a twentieth
@@ -27,7 +29,7 @@ impl Restore {
         let Restore { mib, repetitions, guests, json } = self;
         let options = peer::bench_restore::Options { mib, repetitions, guests, suite: Suite::Sid };
         let program = peer::Monitor::new(std::env::current_exe()?);
-        let tell = super::progress(json);
+        let tell = progress(json);
         println!("{}", peer::bench_restore::restore(&options, &program, tell)?);
         Ok(true)
     }

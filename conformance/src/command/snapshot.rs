@@ -6,6 +6,8 @@ use clap::Args;
 use qevm_conformance::peer;
 use qevm_conformance::roots::Suite;
 
+use super::common::progress;
+
 #[derive(Args)]
 pub(crate) struct Snapshot {
     /// What the guest rewrites, and a quarter of that which it only checks, MiB
@@ -30,7 +32,7 @@ impl Snapshot {
         let Snapshot { mib, rate, bandwidth, repetitions, json } = self;
         let options = peer::bench_snapshot::Options { mib, rate, bandwidth, repetitions, suite: Suite::Sid };
         let program = peer::Monitor::new(std::env::current_exe()?);
-        let tell = super::progress(json);
+        let tell = progress(json);
         println!("{}", peer::bench_snapshot::snapshot(&options, &program, tell)?);
         Ok(true)
     }

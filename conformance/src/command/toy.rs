@@ -4,7 +4,7 @@ use anyhow::Result;
 use clap::Args;
 use qevm_conformance::toy;
 
-use super::{Choice, Reporting};
+use super::common::{Choice, Reporting};
 
 #[derive(Args)]
 pub(crate) struct Toy {

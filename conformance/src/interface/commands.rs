@@ -1,7 +1,7 @@
 //! Commands. A group whose names begin alike has one row.
 
-use super::Row;
-use super::Verdict::{NotApplicable, Works};
+use super::verdict::Row;
+use super::verdict::Verdict::{NotApplicable, Works};
 
 /// Every command.
 pub const COMMANDS: &[Row] = &[

@@ -1,7 +1,7 @@
 //! Capabilities, parameters and channels.
 
-use super::Row;
-use super::Verdict::{Refused, Stored, Works};
+use super::verdict::Row;
+use super::verdict::Verdict::{Refused, Stored, Works};
 
 /// A capability that reference-vmm does not have, and the text that it is refused with.
 macro_rules! unsupported {

@@ -6,8 +6,10 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 
+use super::boot::Boot;
+use super::job::{Job, Programs};
 use super::kernel::Kernel;
-use super::{Job, Programs, guest, peer, tail};
+use super::{guest, peer};
 use crate::apt::{Apt, Kind};
 use crate::cpio::Archive;
 use crate::linux::{Modules, unpack_packages};
@@ -38,27 +40,9 @@ const MEMORY_MIB: u32 = 2560;
 const COMMAND_LINE: &str =
     "console=ttyS0 quiet oops=panic panic=-1 mitigations=off no_timer_check tsc=reliable random.trust_cpu=on";
 
-/// Which kernel boots, and whose clock it follows.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Boot {
-    /// Debian's kernel, by the host's clock.
-    Debian,
-    /// The lab's own kernel with its VFIO devices, by the host's clock: for right and wrong.
-    Vfio,
-    /// The same with one processor, by the number of instructions: waiting costs nothing, and figures repeat on any host.
-    Counted,
-}
-
-impl Boot {
-    pub(super) const ALL: [Boot; 3] = [Boot::Debian, Boot::Vfio, Boot::Counted];
-
-    fn processor(self) -> [&'static str; 6] {
-        match self {
-            Boot::Debian | Boot::Vfio => ["-smp", "2", "-accel", "tcg,thread=multi", "-cpu", "max,la57=off"],
-            // Without fast string instructions a copy is counted by words, and not by bytes.
-            Boot::Counted => ["-smp", "1", "-accel", "tcg,thread=single", "-cpu", "max,la57=off,-erms,-fsrm"],
-        }
-    }
+fn tail(text: &str) -> String {
+    let lines: Vec<_> = text.lines().filter(|line| !line.trim().is_empty()).collect();
+    lines[lines.len().saturating_sub(12)..].join("\n")
 }
 
 /// A kernel with the modules that it is given, and busybox.

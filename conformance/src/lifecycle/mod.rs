@@ -34,7 +34,7 @@ use crate::network::Network;
 use crate::peer::{Monitor, Stop};
 use crate::played::{self, Outcome, Report};
 use crate::roots::{Root, Suite};
-use scene::{Ground, Scene};
+use scene::{Cast, Ground, Scene};
 
 /// One line of the table.
 #[derive(Debug, Clone)]
@@ -74,7 +74,13 @@ impl fmt::Display for Seen {
 
 impl Row {
     fn play(&self, ground: &Ground, scratch: &Path) -> Result<Seen> {
-        let mut scene = Scene::set(ground, self, scratch)?;
+        let cast = Cast {
+            stops: self.stops,
+            capabilities: [self.moment.capabilities(), self.capabilities].concat(),
+            payload: self.moment.payload(),
+            gear: self.moment.gear(),
+        };
+        let mut scene = Scene::set(ground, cast, scratch)?;
         self.moment.happen(&mut scene).with_context(|| scene.describe())?;
         let sides = scene.settle(&self.expected).with_context(|| format!("expected: {}", self.expected))?;
         Ok(Seen { outcome: self.expected.to_string(), decided: scene.decided.take(), sides })

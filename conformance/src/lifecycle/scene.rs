@@ -11,10 +11,9 @@ use anyhow::{Context, Result, bail, ensure};
 use reference_vmm::payload::Progress;
 use serde_json::{Map, Value, json};
 
-use super::Row;
 use super::sides::{Expected, Side};
 use crate::network::{Network, PORT};
-use crate::peer::{Journey, Link, Load, Monitor, Party, Stage};
+use crate::peer::{Gear, Journey, Link, Load, Monitor, Party, Stage, Stop};
 use crate::process::run;
 use crate::roots::{Root, Suite};
 
@@ -37,6 +36,17 @@ pub(super) struct Ground {
     pub(super) programs: [Monitor; 2],
 }
 
+/// Who takes part.
+pub(super) struct Cast {
+    /// Source and destination.
+    pub(super) stops: [Stop; 2],
+    /// On at both ends.
+    pub(super) capabilities: Vec<&'static str>,
+    /// What the guest does.
+    pub(super) payload: String,
+    pub(super) gear: Vec<Gear>,
+}
+
 /// One row under way.
 pub(super) struct Scene<'g> {
     pub(super) ground: &'g Ground,
@@ -52,19 +62,14 @@ pub(super) struct Scene<'g> {
 
 impl<'g> Scene<'g> {
     /// Boots the guest in a monitor of the first kind, and lets one of the second kind wait for it.
-    pub(super) fn set(ground: &'g Ground, row: &Row, scratch: &'g Path) -> Result<Scene<'g>> {
-        let load = Load {
-            payload: row.moment.payload(),
-            gear: row.moment.gear(),
-            max_bandwidth: SLOW,
-            downtime_limit: 1,
-            ..Load::default()
-        };
+    pub(super) fn set(ground: &'g Ground, cast: Cast, scratch: &'g Path) -> Result<Scene<'g>> {
+        let Cast { stops, capabilities, payload, gear } = cast;
+        let load = Load { payload, gear, max_bandwidth: SLOW, downtime_limit: 1, ..Load::default() };
         let journey = Journey {
             name: String::new(),
-            stops: row.stops.into(),
+            stops: stops.into(),
             link: Link::Tcp,
-            capabilities: [row.moment.capabilities(), row.capabilities].concat(),
+            capabilities,
             parameters: Map::new(),
             postcopy: None,
             tls: None,

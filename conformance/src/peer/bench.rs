@@ -16,7 +16,8 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
 
-use super::party::{Monitor, Party};
+use super::monitor::Monitor;
+use super::party::Party;
 use super::{Load, Secured, Stage, Stop, Version};
 use crate::bench::figures::Summary;
 use crate::processor_time;

@@ -13,7 +13,8 @@ use anyhow::{Context, Result, ensure};
 use reference_vmm::payload::Reads;
 use serde_json::{Value, json};
 
-use super::party::{Monitor, Party};
+use super::monitor::Monitor;
+use super::party::Party;
 use super::{Departure, Journey, Link, Load, Stage, Stop};
 use crate::bench::figures::Summary;
 use crate::patience::PATIENCE;

@@ -16,7 +16,8 @@ use anyhow::{Context, Result, ensure};
 use reference_vmm::payload::Reads;
 use serde_json::{Value, json};
 
-use super::party::{Monitor, Party};
+use super::monitor::Monitor;
+use super::party::Party;
 use super::served::PageServer;
 use super::{Load, Stage, Stop, bench};
 use crate::bench::figures::Summary;

@@ -11,7 +11,8 @@ use anyhow::{Context, Result, ensure};
 use reference_vmm::payload::Progress;
 use serde_json::{Value, json};
 
-use super::party::{Monitor, Party};
+use super::monitor::Monitor;
+use super::party::Party;
 use super::snapshot::runs_on;
 use super::{Journey, Link, Load, Stage, Stop};
 use crate::bench::figures::Summary;

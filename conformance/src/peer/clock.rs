@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
 
-use super::journey::Stage;
+use super::stage::Stage;
 use super::{Load, Monitor, Party, Stop};
 use crate::patience::PATIENCE;
 use crate::roots::{Root, Suite};

@@ -4,9 +4,9 @@ use anyhow::{Context, Result};
 use reference_vmm::payload::Transcript;
 use serde_json::Map;
 
-use super::journey::{Stage, account};
 use super::relay::Break;
 use super::rows::{PEERS, plain};
+use super::stage::{Stage, account};
 use super::{Account, Departure, Journey, Load, Stop, recovery};
 use crate::scenario::Accel;
 

@@ -8,10 +8,10 @@ use anyhow::{Result, ensure};
 use reference_vmm::payload::Transcript;
 use serde_json::{Value, json};
 
-use super::journey::{Stage, account};
 use super::outage::stays_out;
 use super::party::Party;
 use super::proxy::{Cut, broken};
+use super::stage::{Stage, account};
 use super::{Account, Journey};
 
 const PATIENCE: Duration = Duration::from_secs(60);

@@ -12,7 +12,7 @@ use anyhow::{Context, Result, bail, ensure};
 use reference_vmm::payload::Transcript;
 use serde_json::{Value, json};
 
-use super::journey::{Stage, account};
+use super::stage::{Stage, account};
 use super::{Account, Gear, Journey, Monitor, gear};
 use crate::exec;
 use crate::patience::PATIENCE;

@@ -7,9 +7,9 @@ use anyhow::{Context, Result, bail, ensure};
 use reference_vmm::payload::Transcript;
 use serde_json::{Value, json};
 
-use super::journey::{Stage, account};
 use super::party::Party;
 use super::proxy::{Cut, broken};
+use super::stage::{Stage, account};
 use super::{Account, Journey, Moment};
 use crate::patience::PATIENCE;
 

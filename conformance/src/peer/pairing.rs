@@ -6,8 +6,8 @@ use std::time::{Duration, Instant};
 use anyhow::{Result, ensure};
 use reference_vmm::payload::Transcript;
 
-use super::journey::{Stage, account};
 use super::outage::{goes_on, stays_out};
+use super::stage::{Stage, account};
 use super::{Account, Journey};
 
 const PATIENCE: Duration = Duration::from_secs(30);

@@ -7,10 +7,10 @@ use anyhow::{Context, Result, bail, ensure};
 use reference_vmm::payload::Transcript;
 use serde_json::{Map, Value, json};
 
-use super::journey::{Stage, account};
 use super::party::Party;
 use super::relay::{Break, Place, Relay};
 use super::rows::PEERS;
+use super::stage::{Stage, account};
 use super::{Account, Departure, Hop, Journey, Link, Load, Stop};
 use crate::patience::PATIENCE;
 use crate::scenario::Accel;

@@ -1,37 +1,10 @@
 //! Memory that a source gives back to its host when the guest runs at the destination (capability `release-ram`).
 
-use std::fs;
-
-use anyhow::{Context, Result, ensure};
 use serde_json::Map;
 
-use super::party::Party;
 use super::rows::{PEERS, plain};
 use super::{Cut, Departure, Journey, Link, Outage, Stop};
 use crate::scenario::Accel;
-
-const MIB: u64 = 1 << 20;
-/// What a guest of [`Departure::load`] writes to again and again: all of it is given back.
-const WRITTEN: u64 = 16 * MIB;
-/// What a monitor may let go of besides.
-const SLACK: u64 = 8 * MIB;
-
-/// Bytes of memory that the host holds for a monitor.
-pub(super) fn resident(party: &mut Party) -> Result<u64> {
-    let path = format!("/proc/{}/smaps_rollup", party.monitor().pid());
-    let text = fs::read_to_string(&path).with_context(|| format!("reading {path}"))?;
-    let kib = text.lines().find_map(|line| line.strip_prefix("Rss:")?.trim().strip_suffix(" kB")?.parse::<u64>().ok());
-    Ok(kib.context("smaps_rollup has no Rss")? << 10)
-}
-
-/// That the source, which held `before` bytes when its guest began to leave before its memory, has given that back where it is to, and
-/// nowhere else.
-pub(super) fn judge(capabilities: &[&str], before: u64, here: &mut Party) -> Result<()> {
-    let (after, releases) = (resident(here)?, capabilities.contains(&"release-ram"));
-    let holds = if releases { after + WRITTEN <= before } else { after + SLACK > before };
-    ensure!(holds, "the source held {before} bytes before and {after} after, and release-ram is {releases}");
-    Ok(())
-}
 
 /// Each release in both directions, and reference-vmm with itself.
 pub(super) fn journeys() -> Vec<Journey> {

@@ -17,8 +17,8 @@ use qevm_inspect::stream::Inputs;
 use reference_vmm::payload::Transcript;
 use serde_json::{Map, json};
 
-use super::journey::{Stage, account};
 use super::party::Running;
+use super::stage::{Stage, account};
 use super::{Account, Journey, Link, Load, Stop};
 use crate::exec;
 use crate::patience::PATIENCE;

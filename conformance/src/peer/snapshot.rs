@@ -4,7 +4,7 @@ use anyhow::{Context, Result, ensure};
 use reference_vmm::payload::Transcript;
 use serde_json::{Map, Value, json};
 
-use super::journey::{Stage, account};
+use super::stage::{Stage, account};
 use super::{Account, Journey, Link, Load, Party, Stop};
 use crate::exec;
 use crate::patience::PATIENCE;

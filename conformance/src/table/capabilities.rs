@@ -2,9 +2,9 @@
 
 use serde_json::json;
 
-use super::since;
 use crate::roots::Suite::{self, Bookworm, Bullseye, Sid, Trixie};
 use crate::scenario::{Route, Scenario};
+use crate::suite::since;
 
 /// Bytes per second that let a guest dirty pages faster than they are sent.
 const SLOW: u64 = 4 << 20;

@@ -1,8 +1,8 @@
 //! Device models: as firmware leaves them (`devices.txt`), and at work under Linux (`linux.txt`).
 
-use super::since;
 use crate::roots::Suite;
 use crate::scenario::{Guest, Scenario};
+use crate::suite::since;
 
 const DEVICES: &str = include_str!("devices.txt");
 const LINUX: &str = include_str!("linux.txt");

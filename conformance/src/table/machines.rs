@@ -1,8 +1,8 @@
 //! Machine types, accelerators and processors.
 
-use super::since;
 use crate::roots::Suite::{self, Bookworm, Bullseye, Sid, Trixie};
 use crate::scenario::{Guest, Scenario};
+use crate::suite::since;
 
 /// Versioned machine types by suite. 2.3 and older have neither configuration nor footers nor description.
 const VERSIONED: &[(Suite, &[&str])] = &[

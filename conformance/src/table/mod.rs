@@ -7,7 +7,6 @@ mod capabilities;
 mod devices;
 mod machines;
 
-use crate::roots::Suite;
 use crate::scenario::Scenario;
 
 /// Every scenario, in the order of the table.
@@ -23,14 +22,10 @@ pub fn quick() -> Vec<Scenario> {
     all().into_iter().filter(|s| s.quick).collect()
 }
 
-/// From which suite on a row exists.
-fn since(first: Suite) -> impl Iterator<Item = Suite> {
-    Suite::ALL.into_iter().filter(move |s| *s >= first)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::roots::Suite;
     use std::collections::HashSet;
 
     #[test]

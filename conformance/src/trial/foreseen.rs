@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::{Value, json};
 
-use super::{Bench, Trial};
+use super::question::{Bench, Trial};
 use crate::channels::receiver::Receiver;
 use crate::channels::setup::Transport;
 use crate::exec;

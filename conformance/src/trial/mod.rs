@@ -6,56 +6,19 @@
 
 mod foreseen;
 pub mod machine;
+mod question;
 mod written;
 
 use std::collections::BTreeMap;
-use std::path::Path;
 use std::time::Instant;
 
 use anyhow::Result;
 
+pub use self::question::{Bench, Trial};
 use crate::matrix::{REQUIRE_KVM, REQUIRE_QEMU, kvm};
 use crate::played::{Outcome, Report, Row};
 use crate::roots::{Root, Suite};
-use crate::scenario::Accel;
 use crate::subject::Subject;
-
-/// What a trial is played with.
-#[derive(Debug)]
-pub struct Bench<'b> {
-    roots: &'b BTreeMap<Suite, Root>,
-    /// The qevm under judgement.
-    pub subject: &'b Subject,
-    /// An empty folder of the trial's own.
-    pub scratch: &'b Path,
-}
-
-impl Bench<'_> {
-    /// The QEMU of `suite`, which the trial has said it needs.
-    ///
-    /// # Errors
-    /// It has not.
-    pub fn root(&self, suite: Suite) -> Result<&Root> {
-        self.roots.get(&suite).ok_or_else(|| anyhow::anyhow!("the trial does not say that it needs {suite}"))
-    }
-}
-
-type Play = Box<dyn Fn(&Bench<'_>) -> Result<String>>;
-
-/// One question.
-pub struct Trial {
-    /// Unique: what it is about, releases, what is special.
-    pub name: String,
-    suites: Vec<Suite>,
-    kvm: bool,
-    play: Play,
-}
-
-impl Trial {
-    fn new(name: String, suites: &[Suite], kvm: bool, play: impl Fn(&Bench<'_>) -> Result<String> + 'static) -> Trial {
-        Trial { name, suites: suites.to_vec(), kvm, play: Box::new(play) }
-    }
-}
 
 /// All trials, in the order of the table.
 pub fn all() -> Vec<Trial> {
@@ -97,12 +60,4 @@ fn play(trial: &Trial, roots: &BTreeMap<Suite, Root>, subject: &Subject) -> Resu
     // Sockets live here, and their paths must be short.
     let scratch = tempfile::Builder::new().prefix("qevm-").tempdir()?;
     (trial.play)(&Bench { roots, subject, scratch: scratch.path() })
-}
-
-/// How QEMU's options and the names of trials call an accelerator.
-fn accel_name(accel: Accel) -> &'static str {
-    match accel {
-        Accel::Tcg => "tcg",
-        Accel::Kvm => "kvm",
-    }
 }

@@ -15,7 +15,8 @@ use anyhow::{Context, Result, bail, ensure};
 use reference_vmm::payload::{IMAGE, Progress};
 use serde_json::json;
 
-use super::{Bench, Trial, accel_name, machine};
+use super::machine;
+use super::question::{Bench, Trial, accel_name};
 use crate::exec;
 use crate::launch::Qemu;
 use crate::oracle;

@@ -1,10 +1,7 @@
 //! The trips.
 
-use super::{Case, Memory, Use};
+use super::case::{Case, Memory, NEW, OLD, Use};
 use qevm_lab::Side;
-
-pub(super) const NEW: &str = "11.1";
-pub(super) const OLD: &str = "10.0";
 
 /// Right and wrong.
 pub(in crate::lab) fn cases() -> Vec<Case> {

@@ -4,9 +4,8 @@
 use qevm_lab::Side;
 use serde_json::json;
 
-use super::cases::{NEW, OLD};
-use super::{Case, Ending, PRECOPY, Says, Stop};
-use crate::lab::machine::Boot;
+use super::case::{Case, Ending, NEW, OLD, PRECOPY, Says, Stop};
+use crate::lab::boot::Boot;
 
 /// EIO, and how a message has it.
 const ERRNO: u32 = 5;

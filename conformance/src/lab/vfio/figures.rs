@@ -5,11 +5,10 @@ use std::collections::BTreeMap;
 use qevm_lab::{Report, Sample, Side};
 use serde_json::{Value, json};
 
-use super::cases::NEW;
+use super::case::{Case, Ending, NEW, PRECOPY, Stop};
 use super::faults::faults;
-use super::{Case, Ending, PRECOPY, Stop};
-use crate::lab::Outcome;
-use crate::lab::machine::Boot;
+use crate::lab::boot::Boot;
+use crate::lab::job::Outcome;
 
 const REPEATS: u32 = 3;
 /// Milliseconds that a destination takes to load the initial part.

@@ -5,7 +5,7 @@ use qevm_lab::{Report, Side};
 use reference_vmm::payload::Progress;
 use serde_json::{Value, json};
 
-use super::{Case, Ending, Memory, PRECOPY, Says, Stop};
+use super::case::{Case, Ending, Memory, PRECOPY, Says, Stop};
 
 /// Milliseconds that a cancellation may take.
 const CANCEL_MS: f64 = 1000.0;

@@ -5,7 +5,7 @@ use qevm_lab::Report;
 use reference_vmm::payload::PciDevice;
 use serde_json::{Value, json};
 
-use super::Case;
+use super::case::Case;
 
 /// Interrupts that a guest has to take of each device, where it starts and where it has arrived: one more than can be under way. The next
 /// is raised when the last has come, so that one that gets lost ends them.
@@ -41,7 +41,7 @@ impl Case {
 
 #[cfg(test)]
 mod tests {
-    use super::super::Use;
+    use super::super::case::Use;
     use super::*;
 
     /// What the driver saw of two QEMUs 11.1 in the lab, with MSI-X.
