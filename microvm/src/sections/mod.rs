@@ -7,6 +7,8 @@ mod apic;
 mod chips;
 mod cpu;
 mod fpu;
+#[allow(non_upper_case_globals)] // so that one name finds both
+mod idstr;
 mod msr;
 mod pci;
 mod vfio;
@@ -103,18 +105,6 @@ pub fn advice(idstr: &CountedString) -> &'static str {
         path if pci_address(path) => "the source has a PCI device that this machine does not have; start it without",
         _ => qevm_migration::ADVICE,
     }
-}
-
-/// Names of the sections whose content is kept, by their variant of [`DeviceState`].
-#[allow(non_upper_case_globals)] // so that one name finds both
-mod idstr {
-    pub(super) const AcpiGed: &str = "acpi-ged";
-    pub(super) const Cpu: &str = "cpu";
-    pub(super) const FwCfg: &str = "fw_cfg";
-    pub(super) const I8259: &str = "i8259";
-    pub(super) const Mc146818Rtc: &str = "mc146818rtc";
-    pub(super) const KvmTprOpt: &str = "kvm-tpr-opt";
-    pub(super) const Timer: &str = "timer";
 }
 
 /// Why a section of a device that this machine does not have is refused.

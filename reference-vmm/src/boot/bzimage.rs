@@ -7,7 +7,9 @@ use linux_loader::loader::bootparam::{boot_e820_entry, boot_params};
 use linux_loader::loader::bzimage::BzImage;
 use vm_memory::ByteValued;
 
-use super::{ACPI_TABLES, BootError, COMMAND_LINE, Entry, Kernel, Ram, initrd, with_acpi};
+use super::kernel::{Kernel, with_acpi};
+use super::ram::{ACPI_TABLES, COMMAND_LINE, Ram};
+use super::{BootError, Entry, initrd};
 use crate::error::Result;
 use crate::memory::{GuestMemory, PAGE_SIZE};
 

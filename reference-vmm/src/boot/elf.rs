@@ -6,7 +6,9 @@ use linux_loader::loader::elf::{Elf, PvhBootCapability};
 use linux_loader::loader::{KernelLoader, elf::start_info as xen};
 use vm_memory::ByteValued;
 
-use super::{ACPI_TABLES, BootError, CAN_BE_HERE, COMMAND_LINE, Entry, Kernel, Ram, initrd, with_acpi};
+use super::kernel::{Kernel, with_acpi};
+use super::ram::{ACPI_TABLES, CAN_BE_HERE, COMMAND_LINE, Ram};
+use super::{BootError, Entry, initrd};
 use crate::error::Result;
 use crate::memory::GuestMemory;
 

@@ -3,7 +3,9 @@
 
 use std::collections::BTreeMap;
 
-use super::{BootError, COMMAND_LINE_MAX, Format, Kernel, USABLE, format};
+use super::BootError;
+use super::kernel::{Format, Kernel, format};
+use super::ram::{COMMAND_LINE_MAX, FOUR_GIB, USABLE};
 use crate::error::Result;
 use crate::memory::{LOW_RAM_MAX, PAGE_SIZE};
 
@@ -110,7 +112,7 @@ fn memory_map(ram: u64) -> Vec<u8> {
         |at: u64, len: u64, kind: u32| [&at.to_le_bytes()[..], &len.to_le_bytes(), &kind.to_le_bytes()].concat();
     let mut map = entry(0, ram.min(LOW_RAM_MAX), USABLE);
     if ram > LOW_RAM_MAX {
-        map.extend(entry(super::FOUR_GIB, ram - LOW_RAM_MAX, USABLE));
+        map.extend(entry(FOUR_GIB, ram - LOW_RAM_MAX, USABLE));
     }
     map
 }

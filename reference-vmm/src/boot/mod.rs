@@ -30,48 +30,26 @@ mod entry;
 mod error;
 mod firmware;
 mod initrd;
+mod kernel;
 mod mp_table;
+mod ram;
 
 use std::ops::Range;
-use std::sync::Arc;
 
-use vm_memory::{GuestAddress, GuestMemoryMmap, GuestRegionMmap, MmapRegion};
-
-use crate::devices::pci::ECAM;
-use crate::error::{Error, Result};
-use crate::memory::{GuestMemory, RamBlock};
+use crate::error::Result;
+use crate::memory::GuestMemory;
 pub(crate) use entry::Entry;
 pub use error::BootError;
 pub(crate) use firmware::add_items;
+pub use kernel::Kernel;
+use kernel::{Format, format, with_acpi};
 use qevm_microvm::virtio::VirtioDevice;
-
-/// A kernel and what it is given.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Kernel {
-    /// The kernel's file.
-    pub image: Vec<u8>,
-    /// The initial RAM disk; empty if there is none.
-    pub initrd: Vec<u8>,
-    /// The command line.
-    pub command_line: String,
-    /// Let the firmware find the kernel in fw_cfg and start it, instead of entering it at once.
-    pub by_firmware: bool,
-}
-
-const CAN_BE_HERE: u64 = 1 << 20;
-const FOUR_GIB: u64 = 1 << 32;
-/// The last KiB of conventional memory, where a kernel looks for the pointer to the multiprocessor table.
-const MP_POINTER: u64 = 0x9_fc00;
-/// The table, which has 20 bytes for each processor.
-const MP_TABLE: u64 = 0x9_f000;
-const ACPI_TABLES: u64 = 0x9_0000;
-const COMMAND_LINE: u64 = 0x2_0000;
-const COMMAND_LINE_MAX: usize = 0x1_0000;
+use ram::{ACPI_TABLES, COMMAND_LINE, COMMAND_LINE_MAX, MP_POINTER, MP_TABLE, Ram};
 
 /// Loads the kernel into the RAM of a machine that has not run, with everything it is given, and says how to enter it.
 ///
 /// # Errors
-/// [`Error::Boot`].
+/// [`Error::Boot`](crate::Error::Boot).
 ///
 /// A machine with a PCI bus tells the bus's window above 4 GiB.
 pub(crate) fn load(
@@ -95,26 +73,6 @@ pub(crate) fn load(
     }
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Format {
-    Elf,
-    BzImage,
-}
-
-fn format(image: &[u8]) -> std::result::Result<Format, BootError> {
-    let bytes = |at: usize| image.get(at..).unwrap_or_default().iter().take(4).copied().collect::<Vec<u8>>();
-    match (bytes(0), bytes(0x202)) {
-        (elf, _) if elf == b"\x7fELF" => Ok(Format::Elf),
-        (_, linux) if linux == b"HdrS" => Ok(Format::BzImage),
-        (at_0, at_0x202) => Err(BootError::UnknownFormat { at_0, at_0x202 }),
-    }
-}
-
-/// Whether the kernel will look at ACPI tables.
-fn with_acpi(kernel: &Kernel) -> bool {
-    !kernel.command_line.split_ascii_whitespace().any(|word| word == "acpi=off")
-}
-
 /// With a zero at the end.
 fn command_line(kernel: &Kernel, virtio: &[VirtioDevice]) -> std::result::Result<Vec<u8>, BootError> {
     let told = if with_acpi(kernel) { 0 } else { virtio.len() };
@@ -129,70 +87,6 @@ fn command_line(kernel: &Kernel, virtio: &[VirtioDevice]) -> std::result::Result
     let mut bytes = text.into_bytes();
     bytes.push(0);
     Ok(bytes)
-}
-
-/// Kinds of memory in a memory map (ACPI specification 6.5, table 15.374).
-const USABLE: u32 = 1;
-const RESERVED: u32 = 2;
-const ACPI: u32 = 3;
-
-/// The machine's RAM as a kernel sees it.
-struct Ram {
-    /// Address after the RAM below 4 GiB.
-    low_end: u64,
-    /// The memory map: address, bytes, kind.
-    map: Vec<(u64, u64, u32)>,
-    /// For the loader.
-    view: GuestMemoryMmap<()>,
-    /// What `view` shows.
-    _blocks: Vec<Arc<RamBlock>>,
-}
-
-impl Ram {
-    fn of(memory: &GuestMemory, pci: bool) -> Result<Ram> {
-        let mut map = vec![
-            (0, ACPI_TABLES, USABLE),
-            (ACPI_TABLES, MP_TABLE - ACPI_TABLES, ACPI),
-            (MP_TABLE, CAN_BE_HERE - MP_TABLE, RESERVED),
-        ];
-        if pci {
-            // Linux uses what the MCFG tells from the beginning only where the memory map reserves it.
-            map.push((ECAM.start, ECAM.end - ECAM.start, RESERVED));
-        }
-        let (mut low_end, mut regions, mut blocks) = (0, Vec::new(), Vec::new());
-        let host = |cause| Error::Host { what: "map guest RAM to load a kernel", cause };
-        for mapping in memory.mappings() {
-            let block = &memory.blocks()[mapping.block];
-            if !Arc::ptr_eq(block, memory.ram()) {
-                continue;
-            }
-            let start = block.host_address().wrapping_add(mapping.offset as usize);
-            let (protection, flags) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);
-            // SAFETY: a mapping is a part of its block, and the block stays mapped as long as `blocks` holds it.
-            let region = unsafe { MmapRegion::build_raw(start, mapping.len as usize, protection, flags) }
-                .map_err(|error| host(std::io::Error::other(error)))?;
-            blocks.push(Arc::clone(block));
-            let end = mapping.gpa + mapping.len;
-            if mapping.gpa >= CAN_BE_HERE {
-                map.push((mapping.gpa, mapping.len, USABLE));
-            }
-            if end <= FOUR_GIB {
-                low_end = low_end.max(end);
-            }
-            regions.extend(GuestRegionMmap::new(region, GuestAddress(mapping.gpa)));
-        }
-        let view = GuestMemoryMmap::from_regions(regions).map_err(|error| host(std::io::Error::other(error)))?;
-        Ok(Ram { low_end, map, view, _blocks: blocks })
-    }
-
-    /// Whether `what` fits between 1 MiB and the end of the RAM below 4 GiB.
-    fn check(&self, what: &'static str, start: u64, end: Option<u64>) -> std::result::Result<u64, BootError> {
-        let (ram_start, ram_end) = (CAN_BE_HERE, self.low_end);
-        match end {
-            Some(end) if start >= ram_start && start <= end && end <= ram_end => Ok(end),
-            _ => Err(BootError::NoRoom { what, start, end: end.unwrap_or(u64::MAX), ram_start, ram_end }),
-        }
-    }
 }
 
 #[cfg(test)]

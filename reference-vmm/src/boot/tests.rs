@@ -1,6 +1,7 @@
 use std::collections::BTreeMap;
 
 use super::*;
+use crate::Error;
 
 const MIB: u64 = 1 << 20;
 

@@ -207,7 +207,7 @@ impl Machine {
             bus
         });
         let host = Host::new(&vm, &routes, &memory, config.split_irqchip, config.iommufds);
-        let vfio = vfio::plug(config.vfio, pci.as_mut(), host)?;
+        let vfio = VfioDevices::plug(config.vfio, pci.as_mut(), host)?;
         let ged = Ged::new(interrupt(GED_IRQ, "generic event device"));
         let mut devices = Devices::new(Arc::clone(&memory), serial, fw_cfg, ged, ioapic2, transports, rtc);
         let to_vcpu = split.as_ref().map(|split| split.to_vcpu.clone());

@@ -1,22 +1,8 @@
 //! The VFIO devices of a machine.
 
 use super::Machine;
-use crate::devices::pci::PciBus;
-use crate::error::{Error, Result};
 use crate::lock::lock;
-use crate::vfio::{Host, VfioDevices, VfioSlot};
-
-/// Puts devices on the bus.
-pub(super) fn plug(slots: Vec<VfioSlot>, bus: Option<&mut PciBus>, host: Host) -> Result<VfioDevices> {
-    match bus {
-        Some(bus) => VfioDevices::plug(slots, bus, host),
-        None if slots.is_empty() => Ok(VfioDevices::default()),
-        // The beginning is QEMU's.
-        None => Err(Error::Config(
-            "No 'PCI' bus found for device 'vfio-pci': start the machine with --machine microvm,pcie=on".to_owned(),
-        )),
-    }
-}
+use crate::vfio::VfioDevices;
 
 impl Machine {
     /// The VFIO devices.

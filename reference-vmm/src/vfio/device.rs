@@ -7,7 +7,7 @@ use qevm_migration::{GuestError, IterativeDevice, Pending};
 
 use super::{DeviceState, DmaLog, Driver, Host, HostDevice, Migration, Opened, VfioError};
 use crate::devices::pci::{Function, PciBus};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use qevm_microvm::sections::vfio_idstr;
 
 /// A device for the PCI bus.
@@ -111,11 +111,18 @@ pub struct VfioDevices {
 }
 
 impl VfioDevices {
-    /// Puts devices on a bus. Those of the host's are opened.
+    /// Puts devices on a machine's bus, if it has one. Those of the host's are opened.
     ///
     /// # Errors
-    /// [`Error::Pci`](crate::Error::Pci) when the bus is full or a number is taken, [`Error::HostDevice`](crate::Error::HostDevice), and what KVM refuses.
-    pub(crate) fn plug(slots: Vec<VfioSlot>, bus: &mut PciBus, mut host: Host) -> Result<VfioDevices> {
+    /// [`Error::Config`] without a bus, [`Error::Pci`] when it is full or a number is taken, [`Error::HostDevice`], and what
+    /// KVM refuses.
+    pub(crate) fn plug(slots: Vec<VfioSlot>, bus: Option<&mut PciBus>, mut host: Host) -> Result<VfioDevices> {
+        if slots.is_empty() {
+            return Ok(VfioDevices::default());
+        }
+        // The beginning is QEMU's.
+        let none = "No 'PCI' bus found for device 'vfio-pci': start the machine with --machine microvm,pcie=on";
+        let bus = bus.ok_or_else(|| Error::Config(none.to_owned()))?;
         let (mut devices, mut logs) = (Vec::new(), Vec::new());
         for (place, slot) in slots.into_iter().enumerate() {
             let VfioSlot { id, addr, backing, multifd_transfer, events } = slot;

@@ -2,7 +2,8 @@
 
 use super::super::VmdescError;
 use super::super::json::Json;
-use super::{FieldSchema, Schema, StructSchema};
+use super::Schema;
+use super::structure::{FieldSchema, StructSchema};
 use crate::Error;
 use qevm_wire::{Limits, Located, WireError, Within};
 use std::collections::HashSet;

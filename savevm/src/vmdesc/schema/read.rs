@@ -5,7 +5,7 @@ use super::super::fields::Fields;
 use super::super::tree::Value;
 use super::super::{ScalarKind, composite};
 use super::search::{leaf_len, subsection_at};
-use super::{FieldSchema, StructSchema};
+use super::structure::{FieldSchema, StructSchema};
 use crate::Error;
 
 /// Reads a structure of which `choices` tell the conditional fields, in wire order.

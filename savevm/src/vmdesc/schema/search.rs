@@ -3,7 +3,7 @@
 use super::super::msix::MSIX_ENTRY;
 use super::super::tree::SUBSECTION;
 use super::super::virtio::msix_vectors;
-use super::{FieldSchema, StructSchema, Verdict};
+use super::structure::{FieldSchema, StructSchema, Verdict};
 use std::rc::Rc;
 
 /// Fields looked at before the search gives up, at most: some 10 ms.

@@ -2,8 +2,9 @@
 
 use super::super::ScalarKind;
 use super::super::tree::{SUBSECTION, Value};
+use super::common::Common;
 use super::element::element;
-use super::{Common, Fields, net};
+use super::{Fields, net};
 use crate::Error;
 
 /// Reads the device's own part, `size` bytes. One that is not as known here is an opaque leaf if `opaque` allows it.

@@ -4,6 +4,7 @@
 //! the subsections after it, whose names and sizes are fixed. So the own part of a device that is not known here is
 //! one opaque leaf, and all the rest is still taken apart. Facts: streams of QEMU 5.2, 7.2, 10.0 and 11.1.
 
+mod common;
 mod device;
 mod element;
 pub(super) mod gpu;
@@ -14,23 +15,12 @@ mod transport;
 use super::context::Context;
 use super::fields::{Fields, Input};
 use crate::Error;
+use common::common;
 use qevm_wire::Limits;
 use transport::Transport;
 
 pub(super) use element::element;
 pub(super) use transport::msix_vectors;
-
-/// Queues a virtio device can have; subsections list all of them (all QEMU releases).
-const QUEUES_MAX: u32 = 1024;
-
-/// What later parts depend on.
-struct Common<'a> {
-    /// The low 32 feature bits that the guest accepted.
-    guest_features: u32,
-    /// The device's configuration space as the guest sees it.
-    config: &'a [u8],
-    queues: u32,
-}
 
 /// Reads the whole content of a field of type `virtio`.
 ///
@@ -82,33 +72,4 @@ pub(super) fn lengths(rest: &[u8]) -> Vec<usize> {
     lengths.sort_unstable();
     lengths.dedup();
     lengths
-}
-
-/// Reads status, features, configuration space and queues.
-fn common<'a>(fields: &mut Fields<'_, 'a>, transport: Transport, vectors: bool) -> Result<Common<'a>, Error> {
-    fields.u8("status")?;
-    fields.u8("isr")?;
-    fields.u16("queue_sel")?;
-    let guest_features = fields.u32("guest_features")?;
-    let config_len = fields.u32("config_len")?;
-    let config = fields.buffer("config", config_len.into())?;
-    let queues = fields.u32("queues")?;
-    if queues > QUEUES_MAX {
-        return Err(fields.unexpected("number of virtio queues", queues.into(), QUEUES_MAX.into()));
-    }
-    for queue in 0..queues {
-        fields.structure(format!("vq[{queue}]"), "struct", "virtqueue", 0, |fields| {
-            fields.u32("num")?;
-            if transport.has_queue_align() {
-                fields.u32("align")?;
-            }
-            fields.u64("desc")?;
-            fields.u16("last_avail_idx")?;
-            if vectors {
-                fields.u16("vector")?;
-            }
-            Ok(())
-        })?;
-    }
-    Ok(Common { guest_features, config, queues })
 }

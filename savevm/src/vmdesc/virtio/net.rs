@@ -2,7 +2,8 @@
 
 use super::super::ScalarKind;
 use super::super::tree::SUBSECTION;
-use super::{Common, Fields};
+use super::Fields;
+use super::common::Common;
 use crate::Error;
 
 /// VIRTIO_NET_F_CTRL_GUEST_OFFLOADS (virtio 1.2, 5.1.3).

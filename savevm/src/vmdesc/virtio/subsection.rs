@@ -3,7 +3,8 @@
 use super::super::ScalarKind;
 use super::super::fields::Input;
 use super::super::tree::SUBSECTION;
-use super::{Fields, QUEUES_MAX};
+use super::Fields;
+use super::common::QUEUES_MAX;
 use crate::Error;
 use qevm_wire::Limits;
 
