@@ -7,7 +7,7 @@ use qevm_wire::{
 
 /// Every capability of QEMU 11.1 in the order of `query-migrate-capabilities`, and whether it can be turned on here.
 pub const KNOWN: [(&str, bool); 21] = [
-    ("xbzrle", false),
+    ("xbzrle", true),
     ("rdma-pin-all", false),
     ("auto-converge", true),
     ("events", true),
@@ -80,6 +80,8 @@ pub struct Capabilities {
     /// `release-ram`: the source of a guest that runs at the destination gives the host back what it has sent (2.9). A postcopy that breaks
     /// cannot be recovered then.
     pub release_ram: bool,
+    /// `xbzrle`: pages that were sent before travel as differences (1.2).
+    pub xbzrle: bool,
 }
 
 /// A capability that cannot be set so.
@@ -210,6 +212,7 @@ impl Capabilities {
             "postcopy-blocktime" => Some(&mut self.postcopy_blocktime),
             "validate-uuid" => Some(&mut self.validate_uuid),
             "release-ram" => Some(&mut self.release_ram),
+            "xbzrle" => Some(&mut self.xbzrle),
             _ => None,
         }
     }
@@ -222,9 +225,12 @@ mod tests {
     #[test]
     fn a_set_of_changes_is_applied_as_a_whole() {
         let off = Capabilities::default();
-        assert_eq!(off.with([("events", true), ("xbzrle", true)]), Err(BadCapability::Unsupported("xbzrle")));
+        assert_eq!(
+            off.with([("events", true), ("dirty-bitmaps", true)]),
+            Err(BadCapability::Unsupported("dirty-bitmaps"))
+        );
         assert_eq!(off.with([("no-such", false)]), Err(BadCapability::Unknown("no-such".into())));
-        assert_eq!(off.with([("xbzrle", false)]), Ok(off));
+        assert_eq!(off.with([("dirty-bitmaps", false)]), Ok(off));
     }
 
     #[test]

@@ -82,6 +82,7 @@
 //! | `guest` | [`Guest`], [`Devices`], [`Hooks`]: what the engines need of a virtual machine |
 //! | `registry`, `description` | [`Registry`]: devices that are declared, and their description |
 //! | [`bitmap`], `zero`, `ram_sender` | dirty pages, and sending them straight from guest memory |
+//! | `differences` | pages as differences to what was sent of them before |
 //! | `multifd` | page channels: threads that send and receive pages beside the main channel |
 //! | `page_file`, `lazy` | files in which every page has its place; guests that run before their memory is loaded from one |
 //! | `page_server` | such files at a page server |
@@ -115,6 +116,7 @@ pub mod core;
 mod description;
 mod descriptors;
 mod destination;
+mod differences;
 pub mod dirty_rate;
 mod error;
 mod guest;
@@ -173,7 +175,9 @@ pub use postcopy::{BlockTimes, Postcopy, Recovery};
 pub use registry::{Registry, RegistryError};
 pub use socket::{Listener, Socket};
 pub use source::{migrate, monotonic_now};
-pub use statistics::{DowntimeParts, PartStatistics, RamStatistics, RoundStatistics, Statistics, Status};
+pub use statistics::{
+    DowntimeParts, PartStatistics, RamStatistics, RoundStatistics, Statistics, Status, XbzrleStatistics,
+};
 pub use tls::{Credentials, CredentialsError, Endpoint, Tls, TlsChannel, TlsError, TlsSocket, Versions};
 pub use verdict::Doubt;
 pub use watch::{Awaited, ChannelName, Silence};

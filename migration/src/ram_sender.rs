@@ -81,7 +81,9 @@ impl<'g> RamSender<'g> {
         for BlockRange { block, pages: run } in &batch.runs {
             let offsets: Vec<_> = run.clone().map(|page| page * self.pages.size()).collect();
             let Counts { bytes, normal, zero } = saving.save(*block, self.view(*block)?, &offsets)?;
-            sent = Sent { bytes: sent.bytes + bytes, normal: sent.normal + normal, zero: sent.zero + zero };
+            sent.bytes += bytes;
+            sent.normal += normal;
+            sent.zero += zero;
         }
         Ok(sent)
     }
@@ -114,6 +116,11 @@ impl<'g> RamSender<'g> {
             queue.push(packet)?;
         }
         Ok(sent)
+    }
+
+    /// A page of a block.
+    pub(crate) fn page(&self, block: usize, offset: u64) -> Result<VolatileSlice<'g>, MigrationError> {
+        page_of(self.view(block)?, offset, self.pages.size())
     }
 
     fn view(&self, block: usize) -> Result<&RamView<'g>, MigrationError> {

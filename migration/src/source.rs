@@ -14,6 +14,7 @@ use super::{
         DeviceOptions,
         source::{Action, Answers, PageRoute, Sent, SourceCore, SourceOptions, Wake},
     },
+    differences::Differences,
     multifd::{Counts, Queue, Settings, Transfers, save_pages, send_pages},
     page_file::Saving,
     ram_sender::RamSender,
@@ -68,8 +69,15 @@ pub fn migrate(guest: &dyn Guest, connections: &Outgoing, job: &Job, profile: &P
         },
         failed => failed,
     };
-    let devices = match devices {
-        Ok(devices) => devices,
+    let differences = match capabilities.xbzrle && settings.is_none() && saving.is_none() {
+        true => {
+            let lengths = guest.ram().into_iter().map(|view| view.memory.len() as u64).collect::<Vec<_>>();
+            Differences::new(lengths.into_iter(), parameters.xbzrle_cache_size, PageGeometry::X86).map(Some)
+        }
+        false => Ok(None),
+    };
+    let (devices, differences) = match devices.and_then(|devices| Ok((devices, differences?))) {
+        Ok(ready) => ready,
         Err(error) => {
             job.end(Some(&error));
             connections.all().for_each(|channel| channel.finish_writing());
@@ -109,6 +117,9 @@ pub fn migrate(guest: &dyn Guest, connections: &Outgoing, job: &Job, profile: &P
         reader: connections.reader,
         patience: parameters.timeouts.switchover(),
     };
+    if let Some(differences) = &differences {
+        job.update(|statistics| statistics.xbzrle = Some(differences.statistics()));
+    }
     let urgent = Urgent::default();
     thread::scope(|scope| {
         if let Some((settings, pages)) = settings.as_ref().zip(pages.as_ref()) {
@@ -138,6 +149,7 @@ pub fn migrate(guest: &dyn Guest, connections: &Outgoing, job: &Job, profile: &P
             snapshot: snapshot.as_ref(),
             devices: iterative,
             ram: RamSender::new(guest.ram(), PageGeometry::X86),
+            differences,
             log: None,
             core: SourceCore::new(options, parameters),
             urgent: &urgent,
@@ -198,6 +210,8 @@ struct Engine<'s, 'e> {
     snapshot: Option<&'e Snapshot>,
     devices: Vec<&'e dyn IterativeDevice>,
     ram: RamSender<'e>,
+    /// Pages may go as differences.
+    differences: Option<Differences>,
     log: Option<Box<dyn DirtyLog + 'e>>,
     core: SourceCore,
     /// The preempt channel.

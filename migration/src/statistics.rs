@@ -115,6 +115,25 @@ pub struct RamStatistics {
     pub multifd_bytes: u64,
 }
 
+/// What capability `xbzrle` has saved, `xbzrle-cache` in `query-migrate`. What counts how was seen of QEMU 11.1.3.
+#[derive(Debug, Clone, Copy, PartialEq, Default)]
+pub struct XbzrleStatistics {
+    /// Bytes of the cache (`xbzrle-cache-size`).
+    pub cache_size: u64,
+    /// Bytes of differences, each with the three before it that say how long it is, and of pages whose difference was too long.
+    pub bytes: u64,
+    /// Pages that were in the cache and not sent in full, whether there was a difference or not.
+    pub pages: u64,
+    /// Pages that were not in the cache.
+    pub cache_miss: u64,
+    /// What part of all pages those were, in the last period of at least a second.
+    pub cache_miss_rate: f64,
+    /// How many times as many bytes those pages have as was sent of them, in that period; 0 if there were none.
+    pub encoding_rate: f64,
+    /// Pages whose difference was longer than the page.
+    pub overflow: u64,
+}
+
 /// A part of what is migrated: a RAM block, or a device whose state goes in parts.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct PartStatistics {
@@ -194,6 +213,8 @@ pub struct Statistics {
     pub parts: Vec<PartStatistics>,
     /// Bytes of such devices' state that were sent.
     pub device_bytes: u64,
+    /// What differences have saved; with capability `xbzrle`.
+    pub xbzrle: Option<XbzrleStatistics>,
     /// Why the migration failed, or is paused.
     pub error: Option<String>,
     /// What holds the migration up, with the name of the part: one that does not shrink, or a device whose initial data the destination has not

@@ -34,7 +34,7 @@ pub const CAPABILITIES: &[Row] = &[
     ("validate-uuid", Works("conformance/tests/operations.rs::guests_go_to_machines_of_the_same_uuid")),
     unsupported!("x-colo", "there are no checkpoints"),
     unsupported!("x-ignore-shared", "RAM always travels"),
-    unsupported!("xbzrle", "the source does not send deltas; a destination takes them"),
+    ("xbzrle", Works("peer ref>11.1/xbzrle")),
     unsupported!("zero-copy-send", "pages are copied into the socket"),
 ];
 
@@ -109,7 +109,7 @@ pub const PARAMETERS: &[Row] = &[
         "x-vcpu-dirty-limit-period",
         Works("migration/src/core/source/tests.rs::the_dirty_limit_is_that_of_the_parameters_and_so_is_its_period"),
     ),
-    ("xbzrle-cache-size", Stored("the source does not send deltas")),
+    ("xbzrle-cache-size", Works("migration/src/pair/differences.rs::the_cache_may_be_resized_meanwhile")),
     (
         "zero-page-detection",
         Works("migration/src/pair/multifd.rs::the_packets_follow_the_release_and_the_zero_page_detection"),

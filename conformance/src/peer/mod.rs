@@ -49,6 +49,7 @@ mod stage;
 pub mod table;
 mod tap;
 mod tls;
+mod xbzrle;
 
 pub use cuts::Cuts;
 pub use departure::Departure;

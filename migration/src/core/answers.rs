@@ -241,7 +241,7 @@ impl Answers {
         }
         let run = std::iter::from_fn(|| requests.next_page()).find_map(|request| left.take_request(request))?;
         self.urgent.going = Some(run.clone());
-        Some(Batch { resets: Vec::new(), runs: vec![run] })
+        Some(Batch { runs: vec![run], ..Batch::default() })
     }
 
     /// The pages of [`next_urgent`](Self::next_urgent) could not be sent. No others are given. The destination may still say why.

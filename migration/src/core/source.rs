@@ -39,7 +39,7 @@ mod tests;
 
 pub use super::answers::Answers;
 pub use crate::{connections::Reader, pending::DeviceSize};
-pub use action::{Action, Batch, BlockRange, Sent, Wake};
+pub use action::{Action, Batch, BlockRange, DifferencePass, Sent, Wake};
 pub use options::{PageRoute, SourceOptions};
 
 use super::Sweep;
@@ -93,7 +93,11 @@ pub struct SourceCore {
     /// When the page channels synchronise.
     sync: SourceSync,
     limiter: RateLimiter,
+    /// What it is reckoned with for the switchover, and what was sent.
     bandwidth: Bandwidth,
+    throughput: Bandwidth,
+    /// Pages that went as differences since the bandwidth was told.
+    differences: u64,
     /// Bytes sent so far.
     transferred: u64,
     /// Bytes and time up to which [`Bandwidth`] was told.
@@ -164,6 +168,8 @@ impl SourceCore {
             look_ahead: false,
             found: 0,
             bandwidth: Bandwidth::default(),
+            throughput: Bandwidth::default(),
+            differences: 0,
             transferred: 0,
             accounted: (0, Duration::ZERO),
             passes: 0,
@@ -240,11 +246,12 @@ impl SourceCore {
     pub fn sent(&mut self, sent: Sent) {
         self.transferred = self.transferred.saturating_add(sent.bytes);
         self.limiter.sent(sent.bytes);
+        self.differences = self.differences.saturating_add(sent.differences);
         let ram = &mut self.statistics.ram;
         ram.transferred = self.transferred;
         ram.normal = ram.normal.saturating_add(sent.normal);
         ram.duplicate = ram.duplicate.saturating_add(sent.zero);
-        let gone = sent.normal.saturating_add(sent.zero).saturating_mul(ram.page_size);
+        let gone = sent.normal.saturating_add(sent.zero).saturating_add(sent.differences).saturating_mul(ram.page_size);
         ram.remaining = ram.remaining.saturating_sub(gone);
         if self.departed {
             ram.postcopy_bytes += sent.bytes;
@@ -366,13 +373,14 @@ impl SourceCore {
 
     /// Brings what is reported of the migration up to date.
     pub fn report(&mut self, to: &mut Statistics) {
-        let Statistics { status, total_time, stopped_at, error, .. } = to;
-        let (status, total_time, stopped_at, error) = (*status, *total_time, *stopped_at, error.take());
+        let Statistics { status, total_time, stopped_at, error, xbzrle, .. } = to;
+        let (status, total_time, stopped_at, error, xbzrle) =
+            (*status, *total_time, *stopped_at, error.take(), *xbzrle);
         let mut rounds = std::mem::take(&mut to.rounds);
         rounds.extend_from_slice(self.statistics.rounds.get(self.reported..).unwrap_or_default());
         self.reported = self.statistics.rounds.len();
         let own = std::mem::take(&mut self.statistics.rounds);
-        *to = Statistics { status, total_time, stopped_at, error, rounds, ..self.statistics.clone() };
+        *to = Statistics { status, total_time, stopped_at, error, xbzrle, rounds, ..self.statistics.clone() };
         self.statistics.rounds = own;
     }
 
@@ -437,7 +445,7 @@ impl SourceCore {
         let route = self.options.route;
         let most = if matches!(route, PageRoute::Main | PageRoute::File) { BATCH_PAGES } else { PACKET_PAGES };
         let mut left = limit.clamp(1, most);
-        let mut batch = Batch::default();
+        let mut batch = Batch { differences: self.difference_pass(), ..Batch::default() };
         while left > 0 {
             if let Some(first) = batch.runs.first() {
                 let same_block = self.sweep.next_block() == Some(first.block);
@@ -462,6 +470,12 @@ impl SourceCore {
             self.sync.pages().map_err(synchronisation)?;
         }
         Ok(Some(batch))
+    }
+
+    /// In the first pass there is nothing yet to differ from, and a guest that has gone takes pages in full alone.
+    fn difference_pass(&self) -> Option<DifferencePass> {
+        let possible = self.options.capabilities.xbzrle && self.options.route == PageRoute::Main && !self.departed;
+        (possible && self.passes > 1).then_some(DifferencePass { number: self.passes, last: self.pause.is_some() })
     }
 
     fn has_page_channels(&self) -> bool {
@@ -490,8 +504,14 @@ impl SourceCore {
     fn account_for(&mut self, now: Duration) {
         let (bytes, time) = (self.transferred - self.accounted.0, now.saturating_sub(self.accounted.1));
         self.accounted = (self.transferred, now);
-        self.bandwidth.add(bytes, time);
-        if let Some(estimate) = self.bandwidth.estimate() {
+        let differences = std::mem::take(&mut self.differences).saturating_mul(PageGeometry::X86.size());
+        if differences > bytes {
+            self.bandwidth.add_differences(bytes.saturating_add(differences), time);
+        } else {
+            self.bandwidth.add(bytes, time);
+        }
+        self.throughput.add(bytes, time);
+        if let Some(estimate) = self.throughput.estimate() {
             let ram = &mut self.statistics.ram;
             ram.mbps = estimate as f64 * 8.0 / 1e6;
             ram.pages_per_second = estimate / PageGeometry::X86.size();

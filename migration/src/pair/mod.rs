@@ -5,6 +5,7 @@
 
 mod device;
 mod devices;
+mod differences;
 mod faults;
 mod files;
 mod guest;

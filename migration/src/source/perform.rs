@@ -106,11 +106,20 @@ impl Engine<'_, '_> {
             Action::Send { doing } => self.flush(doing)?,
             Action::Pages(batch) => {
                 self.reset(batch.resets.clone())?;
+                let differences = self.differences.as_mut().zip(batch.differences);
                 let stream = self.core.stream();
-                let sent = match (self.pages, self.saving) {
-                    (None, Some(saving)) => self.ram.save(saving, &batch)?,
-                    (None, None) => self.ram.send(&*self.connections.main, stream, &batch)?,
-                    (Some(pages), _) => self.ram.hand_over(&pages.queue, stream, &batch, pages.legacy)?,
+                let sent = match (self.pages, self.saving, differences) {
+                    (None, Some(saving), _) => self.ram.save(saving, &batch)?,
+                    (None, None, None) => self.ram.send(&*self.connections.main, stream, &batch)?,
+                    (None, None, Some((differences, pass))) => {
+                        differences.resize(self.job.parameters().xbzrle_cache_size);
+                        let now = self.start.elapsed();
+                        let sent = differences.send(&self.ram, &*self.connections.main, stream, (&batch, pass), now)?;
+                        let told = differences.statistics();
+                        self.job.update(|statistics| statistics.xbzrle = Some(told));
+                        sent
+                    }
+                    (Some(pages), ..) => self.ram.hand_over(&pages.queue, stream, &batch, pages.legacy)?,
                 };
                 self.core.sent(sent);
                 self.count_pages();
@@ -238,7 +247,7 @@ impl Engine<'_, '_> {
         if let Some(pages) = self.pages {
             let Counts { bytes, normal, zero } = pages.queue.take_counts();
             self.core.sent_by_channels(bytes);
-            self.core.sent(Sent { bytes, normal, zero });
+            self.core.sent(Sent { bytes, normal, zero, ..Sent::default() });
         }
     }
 

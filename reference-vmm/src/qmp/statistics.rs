@@ -1,6 +1,6 @@
 //! What `query-migrate` returns, with QEMU's names (QMP reference of QEMU 11.1).
 
-use qevm_migration::{BlockTimes, PartStatistics, RamStatistics, Statistics, Status};
+use qevm_migration::{BlockTimes, PartStatistics, RamStatistics, Statistics, Status, XbzrleStatistics};
 use serde_json::{Map, Value, json};
 use std::time::Duration;
 
@@ -55,6 +55,9 @@ pub(crate) fn outgoing(statistics: &Statistics) -> Value {
         put("total-time", millis(statistics.total_time));
         put("setup-time", millis(statistics.setup_time));
         put("ram", ram(&statistics.ram));
+        if let Some(told) = &statistics.xbzrle {
+            put("xbzrle-cache", xbzrle(told));
+        }
         if statistics.device_bytes > 0 {
             put("vfio", json!({ "transferred": statistics.device_bytes }));
         }
@@ -115,6 +118,18 @@ fn ram(ram: &RamStatistics) -> Value {
     })
 }
 
+fn xbzrle(told: &XbzrleStatistics) -> Value {
+    json!({
+        "encoding-rate": told.encoding_rate,
+        "bytes": told.bytes,
+        "cache-size": told.cache_size,
+        "cache-miss-rate": told.cache_miss_rate,
+        "pages": told.pages,
+        "overflow": told.overflow,
+        "cache-miss": told.cache_miss,
+    })
+}
+
 fn millis(duration: Duration) -> Value {
     (duration.as_millis() as u64).into()
 }
@@ -165,6 +180,11 @@ mod tests {
         assert_eq!(told["x-stalled"], "'vf0' no longer shrinks");
         assert_eq!(told["x-parts"], json!([{ "name": "vf0", "remaining": 4096, "rate": -512, "stalled": true }]));
         statistics.parts.clear();
+        statistics.xbzrle = Some(XbzrleStatistics { cache_size: 64 << 20, ..XbzrleStatistics::default() });
+        // As QEMU 11.1.3 says before there is any.
+        let expected = json!({ "encoding-rate": 0.0, "bytes": 0, "cache-size": 67108864, "cache-miss-rate": 0.0, "pages": 0, "overflow": 0, "cache-miss": 0 });
+        assert_eq!(outgoing(&statistics)["xbzrle-cache"], expected);
+        statistics.xbzrle = None;
         statistics.status = Status::Completed;
         statistics.downtime = Some(Duration::from_micros(2900));
         assert_eq!(outgoing(&statistics)["downtime"], 2);

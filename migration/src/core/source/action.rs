@@ -20,6 +20,18 @@ pub struct Batch {
     pub resets: Vec<BlockRange>,
     /// The pages, in the order in which they are sent.
     pub runs: Vec<BlockRange>,
+    /// The pages may travel as differences to what was sent of them before (capability `xbzrle`). Whoever does that sees every page that is
+    /// sent from here on until the guest goes, or this is `None` for the first time after it was not. In full is always right.
+    pub differences: Option<DifferencePass>,
+}
+
+/// The pass that pages may travel in as differences; see [`Cache`](qevm_savevm::xbzrle::Cache).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct DifferencePass {
+    /// Its number: how often the dirty log was read.
+    pub number: u64,
+    /// The guest has stopped: every page is sent for the last time.
+    pub last: bool,
 }
 
 /// What ends a wait early.
@@ -179,4 +191,6 @@ pub struct Sent {
     pub normal: u64,
     /// Pages as a record of zeroes.
     pub zero: u64,
+    /// Pages as a difference to what was sent of them before, or not at all because there is none.
+    pub differences: u64,
 }

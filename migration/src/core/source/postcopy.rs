@@ -209,11 +209,11 @@ impl SourceCore {
         let requested = requests.find_map(|request| self.sweep.take_request(request));
         let batch = match requested {
             Some(run) if self.preempt.0 => {
-                self.do_next(Action::UrgentPages(Batch { resets: Vec::new(), runs: vec![run.clone()] }));
+                self.do_next(Action::UrgentPages(Batch { runs: vec![run.clone()], ..Batch::default() }));
                 self.release(vec![run]);
                 return Ok(Postcopy::Serve);
             }
-            Some(run) => Batch { resets: Vec::new(), runs: vec![run] },
+            Some(run) => Batch { runs: vec![run], ..Batch::default() },
             None if self.sweep.is_over() && answers.urgent_is_going() => {
                 self.wait(None, Wake::Answers);
                 return Ok(Postcopy::Serve);
@@ -277,7 +277,7 @@ impl SourceCore {
             return Ok(self.batch(limit, false)?.unwrap_or_default());
         };
         let first = page / pages * pages;
-        Ok(Batch { resets: Vec::new(), runs: self.sweep.take_at(block, first..first + pages).into_iter().collect() })
+        Ok(Batch { runs: self.sweep.take_at(block, first..first + pages).into_iter().collect(), ..Batch::default() })
     }
 
     /// A page of the host of which a part is to be sent is sent as a whole.

@@ -225,7 +225,7 @@ impl Simulation {
         }
         self.core.stream().clear();
         let bytes = normal * 4104;
-        self.core.sent(Sent { bytes, normal, zero: 0 });
+        self.core.sent(Sent { bytes, normal, zero: 0, ..Sent::default() });
         self.pass(Duration::from_nanos(bytes * 1_000_000 / BYTES_PER_MS));
     }
 
@@ -491,6 +491,6 @@ fn answers_that_nobody_asked_for_are_harmless() {
         simulation.assert_consistent(&result.unwrap());
     }
     let mut simulation = Simulation::new(Peer::Agrees, 1);
-    simulation.core.sent(Sent { bytes: u64::MAX, normal: u64::MAX, zero: u64::MAX });
-    simulation.core.sent(Sent { bytes: u64::MAX, normal: u64::MAX, zero: u64::MAX });
+    simulation.core.sent(Sent { bytes: u64::MAX, normal: u64::MAX, zero: u64::MAX, ..Sent::default() });
+    simulation.core.sent(Sent { bytes: u64::MAX, normal: u64::MAX, zero: u64::MAX, ..Sent::default() });
 }

@@ -48,7 +48,7 @@ impl Source {
                 Page { block, number, zero, content }
             }));
             let zero = self.batch.iter().filter(|page| page.zero).count() as u64;
-            let sent = Sent { bytes: 0, normal: self.batch.len() as u64 - zero, zero };
+            let sent = Sent { bytes: 0, normal: self.batch.len() as u64 - zero, zero, ..Sent::default() };
             self.doing = Doing::Sending(Then::Sent(sent));
             return Ok(());
         }
@@ -63,7 +63,7 @@ impl Source {
                 work.content.push(content);
             }
         }
-        self.core.sent(Sent { bytes: 0, normal: 0, zero });
+        self.core.sent(Sent { zero, ..Sent::default() });
         if !work.batch.pages.is_empty() {
             self.doing = Doing::Pushing(work);
         }

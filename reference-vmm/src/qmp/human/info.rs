@@ -17,7 +17,10 @@ pub(super) fn print(vmm: &Arc<Vmm>, mut words: Words, query: impl Fn(&str) -> Re
     };
     let query = |name: &str| query(name).map_err(error);
     let text: Box<dyn Fn() -> Said + '_> = match what.as_str() {
-        "migrate" => Box::new(move || Ok(migration(&query("query-migrate")?) + if all { GLOBALS } else { "" })),
+        "migrate" => Box::new(move || {
+            let told = query("query-migrate")?;
+            Ok(migration(&told) + &if all { details(&told) } else { String::new() })
+        }),
         "migrate_capabilities" => Box::new(|| Ok(capabilities(vmm))),
         "migrate_parameters" => Box::new(|| Ok(settings(vmm))),
         "status" => Box::new(|| Ok(status(vmm))),
@@ -34,7 +37,27 @@ pub(super) fn print(vmm: &Arc<Vmm>, mut words: Words, query: impl Fn(&str) -> Re
     text()
 }
 
-/// What `info migrate -a` prints besides. They cannot be changed here.
+/// What `info migrate -a` prints besides.
+fn details(told: &Value) -> String {
+    let mut text = String::from(GLOBALS);
+    if let Some(cache) = told.get("xbzrle-cache") {
+        let rate = |name: &str| cache[name].as_f64().unwrap_or_default();
+        let _ = write!(
+            text,
+            "XBZRLE: size={}, transferred={}, pages={}, miss={}\n  miss_rate={:.2}, encode_rate={:.2}, overflow={}\n",
+            cache["cache-size"],
+            cache["bytes"],
+            cache["pages"],
+            cache["cache-miss"],
+            rate("cache-miss-rate"),
+            rate("encoding-rate"),
+            cache["overflow"],
+        );
+    }
+    text
+}
+
+/// They cannot be changed here.
 const GLOBALS: &str = "Globals:\n  store-global-state: on\n  only-migratable: off\n  send-configuration: on\n  send-section-footer: on\n  send-switchover-start: on\n  clear-bitmap-shift: 18\n";
 
 fn status(vmm: &Vmm) -> String {
@@ -215,6 +238,17 @@ mod tests {
              Channels: \t\tprecopy=420 KiB, multifd=0 B, postcopy=0 B\n    Page Types: \tnormal=36, zero=32770\n  \
              Page Rates (pps): \ttransfer=309462\n  Others: \t\tdirty_syncs=2, downtime_bytes=12332\n"
         );
+        let cache = json!({
+            "cache-size": 67108864, "bytes": 0, "pages": 0, "cache-miss": 1, "cache-miss-rate": 0, "encoding-rate": 0,
+            "overflow": 0
+        });
+        assert_eq!(
+            details(&json!({ "xbzrle-cache": cache })).strip_prefix(GLOBALS),
+            Some(
+                "XBZRLE: size=67108864, transferred=0, pages=0, miss=1\n  miss_rate=0.00, encode_rate=0.00, overflow=0\n"
+            )
+        );
+        assert_eq!(details(&told), GLOBALS);
         let listening = json!({ "status": "setup", "socket-address": [{ "path": "/a", "type": "unix" }] });
         assert_eq!(migration(&listening), "Status: \t\tsetup\nSockets: [\n\tunix:/a\n]\n");
         assert_eq!(migration(&json!({})), "");

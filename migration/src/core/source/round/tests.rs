@@ -68,7 +68,7 @@ fn wait_for_shrink(shrink: Duration, asking: Duration) -> Seen {
 fn send(core: &mut SourceCore, now: &mut Duration, pages: u64) {
     let bytes = core.stream().take().len() as u64 + pages * 4096;
     *now += Duration::from_micros(bytes / BYTES_PER_MICROSECOND);
-    core.sent(Sent { bytes, normal: pages, zero: 0 });
+    core.sent(Sent { bytes, normal: pages, zero: 0, ..Sent::default() });
 }
 
 #[test]

@@ -61,7 +61,7 @@ fn a_page_goes_once_whoever_sends_it_and_the_end_waits_for_all_of_them() {
                 for page in pages.clone() {
                     simulation.there[*block][page as usize] = simulation.here[*block][page as usize];
                 }
-                answers.urgent_sent(Sent { bytes: 4104, normal: 1, zero: 0 });
+                answers.urgent_sent(Sent { bytes: 4104, normal: 1, zero: 0, ..Sent::default() });
                 held = None;
             }
             None => {
