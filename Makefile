@@ -46,7 +46,7 @@ doc: setup
 # What is published: licences, and packages that hold all that they need.
 package: setup
 	QEVM_SKIPPED_TESTS=$(SKIPPED) scripts/deny
-	cargo package --quiet --workspace --exclude qevm-conformance --exclude qevm-lab --no-verify --allow-dirty
+	cargo package --quiet --workspace --no-verify --allow-dirty
 
 # Says by name and count which tests could not run on this machine.
 skipped:
@@ -56,7 +56,8 @@ skipped:
 
 conformance-full: setup
 	scripts/features --test
-	cargo package --workspace --exclude qevm-conformance --exclude qevm-lab
+	rm -rf target/clone && git clone --quiet . target/clone
+	cargo package --manifest-path target/clone/Cargo.toml --workspace --offline --target-dir target
 	QEVM_WORST=full cargo test --release --package reference-vmm --test kvm -- worst
 	cargo run --release --package qevm-conformance -- matrix --full
 	cargo run --release --package qevm-conformance -- channels --full

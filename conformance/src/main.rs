@@ -1,10 +1,8 @@
 //! `qevm-conformance`: drives real QEMUs against qevm.
 
-#[path = "../../migration/examples/async_vmm.rs"]
 #[allow(dead_code)] // Its `main`.
 mod async_vmm;
 mod command;
-#[path = "../../migration/examples/toy_vmm.rs"]
 #[allow(dead_code)] // Its `main`.
 mod toy_vmm;
 

@@ -10,7 +10,6 @@ mod patience {
     pub(crate) const PATIENCE: std::time::Duration = std::time::Duration::from_secs(120);
 }
 mod plan;
-#[path = "../../../src/qmp.rs"]
 #[allow(dead_code, unreachable_pub)] // Shared with the program outside of the machine, which uses all of it.
 mod qmp;
 mod record;

@@ -1,0 +1,1 @@
+../../migration/examples/async_vmm.rs

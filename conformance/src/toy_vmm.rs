@@ -1,0 +1,1 @@
+../../migration/examples/toy_vmm.rs
