@@ -100,11 +100,11 @@ impl Migration {
     /// Writes guest-physical memory and CPU registers to a new ELF core file, for gdb and crash, and returns its length.
     ///
     /// # Errors
-    /// As [`physical_memory`](Self::physical_memory); [`Error::Usage`] if the guest is not x86's or something is called `path`
-    /// already, [`Error::Bad`] of kind `io` if the file cannot be written.
+    /// As [`physical_memory`](Self::physical_memory); [`Error::Usage`] if the guest's target has no cores here
+    /// ([`PhysicalMemory::require_core`]) or something is called `path` already, [`Error::Bad`] of kind `io` if the file cannot be written.
     pub fn write_elf(&mut self, path: &Path) -> Result<u64, Error> {
         let physical = self.physical_memory()?;
-        physical.require_x86(&self.machine(), &self.ram)?;
+        physical.require_core(&self.machine(), &self.ram, &self.guest)?;
         physical.write_elf(&mut self.ram, &self.guest, OutputFile::create(path, false)?)
     }
 

@@ -185,7 +185,7 @@ fn write_physical(
         return Err(Stop::Usage(format!("--strict: {line}")));
     }
     if elf.is_some() {
-        physical.require_x86(machine, ram)?;
+        physical.require_core(machine, ram, guest)?;
     }
     if let Some(output) = memory {
         let path = output.path().to_owned();
@@ -195,10 +195,11 @@ fn write_physical(
     if let Some(output) = elf {
         let path = output.path().to_owned();
         let len = physical.write_elf(ram, guest, output)?;
-        written.file(&path, len, &format!("ELF core with {} CPUs", guest.cpus.len()));
-        if guest.cpus.is_empty() {
+        written.file(&path, len, &format!("ELF core with {} CPUs", guest.cpu_count()));
+        if guest.cpu_count() == 0 {
             written.notes.push("no CPU registers: the stream has no readable 'cpu' section".into());
         }
+        written.notes.extend(guest.left_out());
     }
     let other_target = physical.is_other_target(machine, ram);
     let source = match guest.cmos {
@@ -216,7 +217,8 @@ fn write_physical(
     }
     written.notes.extend(physical.notes);
     written.notes.extend(physical.left_out);
-    // Registers are only taken out of sections of x86.
-    written.notes.extend(guest.unread.iter().filter(|_| !other_target).map(|unread| format!("not read: {unread}")));
+    // Sections of another target are tried as x86's, too.
+    let unread = guest.unread.iter().filter(|_| !other_target).chain(&guest.other_unread);
+    written.notes.extend(unread.map(|unread| format!("not read: {unread}")));
     Ok(())
 }

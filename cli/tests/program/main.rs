@@ -2,6 +2,7 @@
 
 mod bounds;
 mod check;
+mod cores;
 mod damage;
 mod layouts;
 mod live;

@@ -6,6 +6,9 @@
 //!
 //! A guest whose first CPU is not in long mode is an i386 one: the machine of the file and the `NT_PRSTATUS` notes are i386's, in a
 //! 64-bit ELF file all the same, as its memory reaches up to 4 GiB (checked against QEMU 7.2 and 11.1, of both programs).
+//!
+//! Guests of other targets have the machine, the byte order, the word size and the notes that the kernel gives a core of their
+//! processors, and no `QEMU` note (checked against QEMU 7.2 to 11.1).
 
 /// One stretch of memory in the core file. Guest-physical address and length in bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -59,8 +62,73 @@ pub struct CoreHeader {
     pub offsets: Vec<u64>,
 }
 
-const EHDR_LEN: usize = 64;
-const PHDR_LEN: usize = 56;
+/// What kind of ELF file a core is: the guest's target.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Format {
+    /// `e_machine`.
+    pub machine: u16,
+    /// Numbers are big-endian.
+    pub big_endian: bool,
+    /// A file of 32 bits (`ELFCLASS32`).
+    pub narrow: bool,
+}
+
+/// A note of a core: what is known of a CPU.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Note {
+    /// Who defines the kind: `CORE`, `LINUX` or `QEMU`.
+    pub owner: &'static str,
+    /// `n_type`.
+    pub kind: u32,
+    /// The descriptor.
+    pub content: Vec<u8>,
+}
+
+/// Numbers as a file has them.
+impl Format {
+    const X86_64: Format = Format { machine: EM_X86_64, big_endian: false, narrow: false };
+
+    pub(super) fn half(self, out: &mut Vec<u8>, half: u16) {
+        out.extend(if self.big_endian { half.to_be_bytes() } else { half.to_le_bytes() });
+    }
+
+    pub(super) fn word(self, out: &mut Vec<u8>, word: u32) {
+        out.extend(if self.big_endian { word.to_be_bytes() } else { word.to_le_bytes() });
+    }
+
+    pub(super) fn long(self, out: &mut Vec<u8>, long: u64) {
+        out.extend(if self.big_endian { long.to_be_bytes() } else { long.to_le_bytes() });
+    }
+
+    /// An address, an offset or a size, or a general register.
+    pub(super) fn address(self, out: &mut Vec<u8>, address: u64) {
+        match self.narrow {
+            true => self.word(out, address as u32),
+            false => self.long(out, address),
+        }
+    }
+
+    pub(super) fn words(self, out: &mut Vec<u8>, words: impl IntoIterator<Item = u32>) {
+        words.into_iter().for_each(|word| self.word(out, word));
+    }
+
+    pub(super) fn longs(self, out: &mut Vec<u8>, longs: impl IntoIterator<Item = u64>) {
+        longs.into_iter().for_each(|long| self.long(out, long));
+    }
+
+    pub(super) fn addresses(self, out: &mut Vec<u8>, addresses: impl IntoIterator<Item = u64>) {
+        addresses.into_iter().for_each(|address| self.address(out, address));
+    }
+
+    fn header_len(self) -> usize {
+        if self.narrow { 52 } else { 64 }
+    }
+
+    fn program_header_len(self) -> usize {
+        if self.narrow { 32 } else { 56 }
+    }
+}
+
 const ET_CORE: u16 = 4;
 const EM_386: u16 = 3;
 const EM_X86_64: u16 = 62;
@@ -88,60 +156,70 @@ const PAGE: u64 = 4096;
 /// assert_eq!(core.offsets[0] % 4096, 0);
 /// ```
 pub fn core_header(cpus: &[Registers], loads: &[Load]) -> CoreHeader {
-    let mut notes = Vec::new();
     let long = cpus.first().is_none_or(|cpu| cpu.long_mode);
-    for (number, cpu) in (1..).zip(cpus) {
-        let status = if long { prstatus(number, cpu) } else { narrow_prstatus(number, cpu) };
-        note(&mut notes, b"CORE", NT_PRSTATUS, &status);
-    }
-    for cpu in cpus {
-        note(&mut notes, b"QEMU", 0, &qemu_state(cpu));
-    }
+    let statuses = (1..).zip(cpus).map(|(number, cpu)| {
+        let content = if long { prstatus(number, cpu) } else { narrow_prstatus(number, cpu) };
+        Note { owner: "CORE", kind: NT_PRSTATUS, content }
+    });
+    let states = cpus.iter().map(|cpu| Note { owner: "QEMU", kind: 0, content: qemu_state(cpu) });
+    let machine = if long { EM_X86_64 } else { EM_386 };
+    core_header_of(Format { machine, ..Format::X86_64 }, &statuses.chain(states).collect::<Vec<_>>(), loads)
+}
 
+/// Lays out a core file of any target with these notes and these stretches of memory. A narrow one has the low 32 bits of
+/// addresses and lengths.
+pub fn core_header_of(format: Format, notes: &[Note], loads: &[Load]) -> CoreHeader {
+    let mut written = Vec::new();
+    notes.iter().for_each(|note| write_note(format, &mut written, note));
     let program_headers = 1 + loads.len();
-    let notes_offset = (EHDR_LEN + PHDR_LEN * program_headers) as u64;
-    let mut bytes = elf_header(if long { EM_X86_64 } else { EM_386 }, program_headers);
-    program_header(&mut bytes, PT_NOTE, notes_offset, 0, notes.len() as u64);
-    let mut offset = (notes_offset + notes.len() as u64).next_multiple_of(PAGE);
+    let notes_offset = (format.header_len() + format.program_header_len() * program_headers) as u64;
+    let mut bytes = elf_header(format, program_headers);
+    program_header(format, &mut bytes, PT_NOTE, notes_offset, 0, written.len() as u64);
+    let mut offset = (notes_offset + written.len() as u64).next_multiple_of(PAGE);
     let mut offsets = Vec::with_capacity(loads.len());
     for load in loads {
-        program_header(&mut bytes, PT_LOAD, offset, load.address, load.len);
+        program_header(format, &mut bytes, PT_LOAD, offset, load.address, load.len);
         offsets.push(offset);
         offset = (offset + load.len).next_multiple_of(PAGE);
     }
-    bytes.extend_from_slice(&notes);
+    bytes.extend_from_slice(&written);
     CoreHeader { bytes, offsets }
 }
 
-fn elf_header(machine: u16, program_headers: usize) -> Vec<u8> {
-    let mut bytes = Vec::from(*b"\x7fELF\x02\x01\x01\0\0\0\0\0\0\0\0\0");
-    bytes.extend(ET_CORE.to_le_bytes());
-    bytes.extend(machine.to_le_bytes());
-    bytes.extend(1u32.to_le_bytes());
-    bytes.extend(0u64.to_le_bytes()); // entry
-    bytes.extend((EHDR_LEN as u64).to_le_bytes());
-    bytes.extend(0u64.to_le_bytes()); // no section headers
-    bytes.extend(0u32.to_le_bytes());
+fn elf_header(format: Format, program_headers: usize) -> Vec<u8> {
+    let (class, order) = (if format.narrow { 1 } else { 2 }, if format.big_endian { 2 } else { 1 });
+    let mut bytes = vec![0x7f, b'E', b'L', b'F', class, order, 1];
+    bytes.resize(16, 0);
+    format.half(&mut bytes, ET_CORE);
+    format.half(&mut bytes, format.machine);
+    format.word(&mut bytes, 1);
+    format.address(&mut bytes, 0); // entry
+    format.address(&mut bytes, format.header_len() as u64);
+    format.address(&mut bytes, 0); // no section headers
+    format.word(&mut bytes, 0);
     // Guest memory has at most a few stretches, far from the 65,535 this field can count.
-    for half in [EHDR_LEN, PHDR_LEN, program_headers, 0, 0, 0] {
-        bytes.extend((half as u16).to_le_bytes());
+    for half in [format.header_len(), format.program_header_len(), program_headers, 0, 0, 0] {
+        format.half(&mut bytes, half as u16);
     }
     bytes
 }
 
-fn program_header(bytes: &mut Vec<u8>, kind: u32, offset: u64, address: u64, len: u64) {
-    bytes.extend(kind.to_le_bytes());
-    bytes.extend(0u32.to_le_bytes()); // flags
-    for word in [offset, address, address, len, len, 0] {
-        bytes.extend(word.to_le_bytes());
+fn program_header(format: Format, bytes: &mut Vec<u8>, kind: u32, offset: u64, address: u64, len: u64) {
+    format.word(bytes, kind);
+    if !format.narrow {
+        format.word(bytes, 0); // flags
     }
+    format.addresses(bytes, [offset, address, address, len, len]);
+    if format.narrow {
+        format.word(bytes, 0);
+    }
+    format.address(bytes, 0); // alignment
 }
 
-fn note(notes: &mut Vec<u8>, name: &[u8], kind: u32, content: &[u8]) {
-    notes.extend((name.len() as u32 + 1).to_le_bytes());
-    notes.extend((content.len() as u32).to_le_bytes());
-    notes.extend(kind.to_le_bytes());
-    for part in [&[name, b"\0"].concat(), content] {
+fn write_note(format: Format, notes: &mut Vec<u8>, note: &Note) {
+    let name = [note.owner.as_bytes(), b"\0"].concat();
+    format.words(notes, [name.len() as u32, note.content.len() as u32, note.kind]);
+    for part in [&name, &note.content] {
         notes.extend_from_slice(part);
         notes.resize(notes.len().next_multiple_of(4), 0);
     }
@@ -263,7 +341,7 @@ mod tests {
         let CoreHeader { bytes, offsets } = core_header(&cpus, &loads);
         let word = |at: usize| u64::from_le_bytes(bytes[at..at + 8].try_into().unwrap());
         let half = |at: usize| u32::from_le_bytes(bytes[at..at + 4].try_into().unwrap());
-        let header = |i: usize| EHDR_LEN + i * PHDR_LEN;
+        let header = |i: usize| 64 + i * 56;
         assert_eq!((half(header(0)), half(header(1)), half(header(2))), (PT_NOTE, PT_LOAD, PT_LOAD));
         assert_eq!((word(header(1) + 8), word(header(1) + 24), word(header(1) + 32)), (offsets[0], 0, 0xa0000));
         assert_eq!((word(header(2) + 8), word(header(2) + 24)), (offsets[1], 1 << 32));

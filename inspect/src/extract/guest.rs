@@ -3,6 +3,7 @@
 use super::devices::Devices;
 use super::elf_core::{Registers, SegmentRegister};
 use super::memory_devices::MemoryDevices;
+use super::registers::{self, CpuNotes};
 use crate::stream::Observer;
 use qevm_devices::{cpu, mc146818rtc};
 use qevm_savevm::Reader;
@@ -18,8 +19,10 @@ const EFER_LMA: u64 = 1 << 10;
 /// What the device sections told.
 #[derive(Debug, Default)]
 pub struct Guest {
-    /// The registers of each CPU, in the order of their sections.
+    /// The registers of each CPU of x86, in the order of their sections.
     pub cpus: Vec<Registers>,
+    /// What a core tells of each CPU of another target, in the order of their sections.
+    pub other_cpus: Vec<CpuNotes>,
     /// The RTC's CMOS, which has the memory size as the firmware sees it.
     pub cmos: Option<Vec<u8>>,
     /// Where memory devices are.
@@ -28,14 +31,38 @@ pub struct Guest {
     pub devices: Option<Devices>,
     /// Sections that were there but could not be read, with the reason.
     pub unread: Vec<String>,
+    /// CPUs of other targets than x86 of which no core can tell, with the reason: the field that is not there, for example.
+    pub other_unread: Vec<String>,
+}
+
+impl Guest {
+    /// How many CPUs have registers.
+    pub fn cpu_count(&self) -> usize {
+        self.cpus.len() + self.other_cpus.len()
+    }
+
+    /// What CPUs have that is not in a core, in words; a line for each thing.
+    pub fn left_out(&self) -> Vec<String> {
+        let mut left_out: Vec<&str> = self.other_cpus.iter().filter_map(|cpu| cpu.left_out).collect();
+        left_out.dedup();
+        left_out.iter().map(|what| format!("not in the core: {what}")).collect()
+    }
 }
 
 /// Collects a [`Guest`] while a stream is read.
 pub struct GuestObserver<'p> {
     guest: Guest,
     /// What each section `cpu` gave: its instance, and the registers or why they could not be read.
-    cpus: Vec<(u32, Result<Registers, String>)>,
+    cpus: Vec<(u32, Result<Found, String>)>,
     position: &'p mut dyn FnMut(u64),
+}
+
+#[derive(Debug)]
+enum Found {
+    X86(Box<Registers>),
+    Other(CpuNotes),
+    /// A CPU of another target, and why there are no notes of it.
+    Unread(String),
 }
 
 impl fmt::Debug for GuestObserver<'_> {
@@ -56,7 +83,9 @@ impl<'p> GuestObserver<'p> {
         let mut guest = self.guest;
         for (_, cpu) in self.cpus {
             match cpu {
-                Ok(registers) => guest.cpus.push(registers),
+                Ok(Found::X86(registers)) => guest.cpus.push(*registers),
+                Ok(Found::Other(notes)) => guest.other_cpus.push(notes),
+                Ok(Found::Unread(unread)) => guest.other_unread.push(unread),
                 Err(unread) => guest.unread.push(unread),
             }
         }
@@ -77,12 +106,17 @@ impl Observer for GuestObserver<'_> {
     }
 
     fn fields(&mut self, header: &SectionHeader, fields: &Node) {
-        // qemu-system-i386 writes registers of 32 bits, which only the description shows.
+        // qemu-system-i386 writes registers of 32 bits, and other targets other registers, which only the description shows.
         if header.idstr == cpu::Cpu::NAME
-            && let Some(registers) = narrow_registers(fields)
-            && let Some((_, cpu)) = self.cpus.iter_mut().find(|(instance, _)| *instance == header.instance_id)
+            && let Some((number, (_, cpu))) =
+                (1..).zip(&mut self.cpus).find(|(_, (instance, _))| *instance == header.instance_id)
         {
-            *cpu = Ok(registers);
+            let unread = |reason| format!("section 'cpu', instance {}: {reason}", header.instance_id);
+            if let Some(registers) = narrow_registers(fields) {
+                *cpu = Ok(Found::X86(Box::new(registers)));
+            } else if let Some(notes) = registers::notes(fields, number) {
+                *cpu = Ok(notes.map_or_else(|reason| Found::Unread(unread(reason)), Found::Other));
+            }
         }
         self.guest.memory_devices.note(header, fields);
         if let Some(devices) = &mut self.guest.devices {
@@ -96,7 +130,7 @@ impl Observer for GuestObserver<'_> {
         }
         if header.idstr == cpu::Cpu::NAME {
             let state = read::<cpu::Cpu>(header, offset, body);
-            self.cpus.push((header.instance_id, state.map(|state| registers(&state))));
+            self.cpus.push((header.instance_id, state.map(|state| Found::X86(Box::new(wide_registers(&state))))));
         } else if header.idstr == mc146818rtc::Mc146818Rtc::NAME {
             match read::<mc146818rtc::Mc146818Rtc>(header, offset, body) {
                 Ok(state) => self.guest.cmos = Some(state.cmos_data.0.to_vec()),
@@ -147,7 +181,7 @@ fn narrow_registers(cpu: &Node) -> Option<Registers> {
     Some(registers)
 }
 
-fn registers(cpu: &cpu::Cpu) -> Registers {
+fn wide_registers(cpu: &cpu::Cpu) -> Registers {
     let segment = |s: &cpu::registers::Segment| SegmentRegister {
         selector: s.selector,
         limit: s.limit,

@@ -9,18 +9,20 @@ mod guest;
 mod memory_devices;
 mod physical;
 mod piece;
+mod registers;
 
 pub use devices::Devices;
 pub use guest::{Guest, GuestObserver};
 pub use memory_devices::{MemoryDevices, Tables};
 pub use physical::{MemoryBlock, PhysicalMemory};
 pub use piece::Piece;
+pub use registers::CpuNotes;
 
 use crate::failure::{Error, Failure};
 use crate::output_file::{OutputFile, Runs};
 use crate::ram::{GuestRam, Stretch};
 use crate::stream::Analysis;
-use elf_core::{CoreHeader, Load, core_header};
+use elf_core::{CoreHeader, Load, core_header, core_header_of};
 use std::fs::File;
 use std::io::BufWriter;
 use std::os::unix::fs::FileExt;
@@ -46,7 +48,13 @@ impl PhysicalMemory {
     pub fn write_elf(&self, ram: &mut GuestRam, guest: &Guest, output: OutputFile) -> Result<u64, Error> {
         let (path, file) = (output.path(), output.file());
         let loads: Vec<Load> = self.segments.iter().map(|s| Load { address: s.address, len: s.len }).collect();
-        let CoreHeader { bytes, offsets } = core_header(&guest.cpus, &loads);
+        let CoreHeader { bytes, offsets } = match guest.other_cpus.first() {
+            None => core_header(&guest.cpus, &loads),
+            Some(first) => {
+                let notes: Vec<_> = guest.other_cpus.iter().flat_map(|cpu| cpu.notes.iter().cloned()).collect();
+                core_header_of(first.format, &notes, &loads)
+            }
+        };
         file.write_all_at(&bytes, 0).map_err(|error| write_error(path, 0, &error))?;
         self.write(ram, path, file, offsets.iter().copied())?;
         let end = offsets.last().zip(loads.last()).map_or(bytes.len() as u64, |(offset, load)| offset + load.len);

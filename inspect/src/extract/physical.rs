@@ -17,6 +17,8 @@ const BELOW_ALL_HOLES: u64 = 2 << 30;
 /// More blocks are not tried in all combinations.
 const MAX_TRIED: usize = 12;
 
+const NO_REGISTERS: &str = "the stream tells no registers of a target that cores are written of";
+
 /// A RAM block of guest-physical memory.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct MemoryBlock {
@@ -100,14 +102,25 @@ impl PhysicalMemory {
         Ok(PhysicalMemory { segments: pieces, devices: device_blocks, notes, left_out })
     }
 
-    /// ELF cores are written of guests of x86 alone.
+    /// What is needed for an ELF core: a guest of x86, or the registers of one of another target, which tell which it is.
     ///
     /// # Errors
-    /// [`Error::Usage`], which names the `machine`, if the memory is that of another target.
-    pub fn require_x86(&self, machine: &str, ram: &GuestRam) -> Result<(), Error> {
-        match self.is_other_target(machine, ram) {
+    /// [`Error::Usage`], which names the `machine` and what is wrong with the registers; or memory that a core of 32 bits has no
+    /// addresses for.
+    pub fn require_core(&self, machine: &str, ram: &GuestRam, guest: &Guest) -> Result<(), Error> {
+        let Some(first) = guest.other_cpus.first() else {
+            let why = guest.other_unread.first().map_or(NO_REGISTERS, String::as_str);
+            return match self.is_other_target(machine, ram) {
+                true => Err(Error::Usage(format!(
+                    "no ELF core can be written for machine type '{machine}': {why}; use --memory or --ram"
+                ))),
+                false => Ok(()),
+            };
+        };
+        let end = self.segments.last().map_or(0, |last| last.address.saturating_add(last.len));
+        match first.format.narrow && end > 1 << 32 {
             true => Err(Error::Usage(format!(
-                "no ELF core can be written for machine type '{machine}': use --memory or --ram"
+                "memory up to {end:#x} has no place in an ELF core of a 32-bit guest: use --memory or --ram"
             ))),
             false => Ok(()),
         }

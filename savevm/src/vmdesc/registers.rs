@@ -6,12 +6,13 @@ use super::fields::Fields;
 use crate::Error;
 
 /// Registers that are one number of their size.
-const NUMBERS: [&str; 18] = [
-    // Arm: program status, whether PSCI has the processor off, floating-point control and status. PowerPC: doublewords of
-    // vector-scalar registers, vector status and control. SPARC, HPPA: status words.
+const NUMBERS: [&str; 19] = [
+    // Arm: program status, whether PSCI has the processor off, floating-point control and status, in one word or apart.
+    // PowerPC: doublewords of vector-scalar registers, vector status and control. SPARC, HPPA: status words.
     "cpsr",
     "powered_off",
     "fpscr",
+    "fpsr",
     "fpr",
     "vsr",
     "cpu/altivec/vscr",
