@@ -1,9 +1,9 @@
 //! How fast qevm reads a stream, next to QEMU's own `analyze-migration.py` in the same run.
 //!
 //! The stream is a [`machine`] whose memory is full of different pages. It is read once before anything is measured, so
-//! that it is in the page cache; then the readers take turns, so that what else the machine does meets them all alike. The
-//! figures are medians with the fastest and the slowest run. Every reader's answer is checked: a reader that fails fast
-//! would win.
+//! that it is in the page cache; then the readers take turns, so that what else the machine does meets them all alike.
+//! The figures are medians with the fastest and the slowest run. Every reader's answer is checked: a reader that fails
+//! fast would win.
 //!
 //! [`link`] measures running guests over a limited `network` link, and [`figures`] holds what came out against QEMU's.
 

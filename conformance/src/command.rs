@@ -54,8 +54,9 @@ pub(crate) enum Command {
     Matrix(Matrix),
     /// Show a running guest that visits reference-vmm from a real QEMU and goes home, and what happens on the way.
     ///
-    /// The last line on standard output is one JSON object. Its `rounds`, `bytes` and `total_ms` are sums over both hops,
-    /// `downtime_ms` is the longer gap between the event STOP at the source and RESUME at the destination; `hops` has each.
+    /// The last line on standard output is one JSON object. Its `rounds`, `bytes` and `total_ms` are sums over both
+    /// hops, `downtime_ms` is the longer gap between the event STOP at the source and RESUME at the destination; `hops`
+    /// has each.
     Demo(Demo),
     /// Pair qevm receive and qevm send with real QEMUs over page channels, in legal, illegal and differing set-ups
     Channels(Channels),
@@ -193,18 +194,20 @@ pub(crate) enum Bench {
     Decode(Decode),
     /// Move a running guest over a limited link, between two QEMUs and between two reference-vmm by turns (needs root).
     ///
-    /// The link is a veth pair between two network namespaces with a token bucket (`tc` tbf) at each end. The last line on
-    /// standard output is one JSON object, and the status is 1 when reference-vmm misses a goal. Run it in a release build on an
-    /// idle machine: figures of a busy one mean nothing.
+    /// The link is a veth pair between two network namespaces with a token bucket (`tc` tbf) at each end. The last line
+    /// on standard output is one JSON object, and the status is 1 when reference-vmm misses a goal. Run it in a release
+    /// build on an idle machine: figures of a busy one mean nothing.
     Link(Link),
     /// Moving a stopped guest with random memory over page channels: QEMU and reference-vmm in every pairing
     Migrate(Migrate),
-    /// Guests that go before their memory and read it at random: how long they wait for a page, between two QEMUs and between two
-    /// reference-vmm by turns. The status is 1 when reference-vmm misses a goal
+    /// Guests that go before their memory and read it at random: how long they wait for a page, between two QEMUs and
+    /// between two reference-vmm by turns. The status is 1 when reference-vmm misses a goal
     Postcopy(Postcopy),
-    /// Guests that go on from a mapped-ram file: QEMU's full load, reference-vmm's, and memory that stays in the file until it is touched
+    /// Guests that go on from a mapped-ram file: QEMU's full load, reference-vmm's, and memory that stays in the file
+    /// until it is touched
     Restore(Restore),
-    /// Background snapshots of a guest that rewrites its memory: how long it is paused, and how much slower it is meanwhile
+    /// Background snapshots of a guest that rewrites its memory: how long it is paused, and how much slower it is
+    /// meanwhile
     Snapshot(Snapshot),
 }
 

@@ -1,7 +1,7 @@
 //! Migrations into files by `exec:`, which every release knows.
 //!
-//! QEMU says that such a migration has completed when its command has got the last byte, and does not wait for the command. So the
-//! command gives the file its name when it has written all of it.
+//! QEMU says that such a migration has completed when its command has got the last byte, and does not wait for the
+//! command. So the command gives the file its name when it has written all of it.
 
 use std::path::Path;
 use std::thread;

@@ -1,8 +1,8 @@
 //! The `-cpu` with which a QEMU gives a guest the host's processor under KVM.
 //!
-//! `host` does not start everywhere: where KVM offers MSR 0x10a (`IA32_ARCH_CAPABILITIES`) and refuses the value that a release
-//! wants to set, as on AMD hosts, QEMU aborts. So each QEMU is asked once what it starts with, and nothing is assumed about
-//! releases or hosts.
+//! `host` does not start everywhere: where KVM offers MSR 0x10a (`IA32_ARCH_CAPABILITIES`) and refuses the value that a
+//! release wants to set, as on AMD hosts, QEMU aborts. So each QEMU is asked once what it starts with, and nothing is
+//! assumed about releases or hosts.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -18,7 +18,8 @@ use crate::roots::Root;
 
 /// What is tried, best first. The last is KVM's default model, which asks the least of a host.
 const CANDIDATES: [&str; 3] = ["host", "host,-arch-capabilities", "qemu64"];
-/// A QEMU aborts after its monitor's greeting, when it gives the registers to KVM; one that comes to `quit` has done that.
+/// A QEMU aborts after its monitor's greeting, when it gives the registers to KVM; one that comes to `quit` has done
+/// that.
 const SESSION: &str = "{\"execute\":\"qmp_capabilities\"}\n{\"execute\":\"quit\"}\n";
 
 /// A value for `-cpu` with which a QEMU was seen to start under KVM on this host.
@@ -86,8 +87,8 @@ fn program(command: &Command) -> String {
 mod tests {
     use super::*;
 
-    /// A program that looks at its `-cpu`, aborts at those that match `pattern` as QEMU 10.0 does at `host` on an AMD host, after
-    /// the greeting, and otherwise ends well when it is told to quit.
+    /// A program that looks at its `-cpu`, aborts at those that match `pattern` as QEMU 10.0 does at `host` on an AMD
+    /// host, after the greeting, and otherwise ends well when it is told to quit.
     fn wrapper(pattern: &str) -> Command {
         let script = format!(
             r#"while [ "$1" != -cpu ]; do shift; done

@@ -84,7 +84,8 @@ struct Fault {
 /// Judges the recording in `folder`.
 ///
 /// # Errors
-/// The recording cannot be read or qevm not be started. What qevm gets wrong is no error but a problem in the judgement.
+/// The recording cannot be read or qevm not be started. What qevm gets wrong is no error but a problem in the
+/// judgement.
 pub fn judge(recording: &Recording, folder: &Path, subject: &Subject) -> Result<Judgement> {
     let mut judgement = Judgement::default();
     let finished = subject.run(&verify_arguments(recording, folder))?;
@@ -225,7 +226,8 @@ fn sections(recording: &Recording, folder: &Path, verified: &Verified, judgement
 }
 
 fn compare(described: &[description::Described], verified: &Verified, judgement: &mut Judgement) {
-    // Iterable sections (ram, slirp, block, dirty-bitmap) need not be in the description; everything in it must be there.
+    // Iterable sections (ram, slirp, block, dirty-bitmap) need not be in the description; everything in it must be
+    // there.
     let mut found = verified.sections.iter();
     for device in described {
         let same = |s: &&Section| {

@@ -1,8 +1,8 @@
-//! A machine with a KVM as on hardware, where the host's own is paravirtual: QEMU's TCG emulates AMD's SVM with nested paging, and
-//! Linux in it loads `kvm_amd` (`conformance/lab/README.md`).
+//! A machine with a KVM as on hardware, where the host's own is paravirtual: QEMU's TCG emulates AMD's SVM with nested
+//! paging, and Linux in it loads `kvm_amd` (`conformance/lab/README.md`).
 //!
-//! reference-vmm runs in there, with its dirty log and with dirty rings, and every stale page that a guest finds counts. With a kernel of
-//! its own it has VFIO devices too, and guests that have one go from one monitor to another.
+//! reference-vmm runs in there, with its dirty log and with dirty rings, and every stale page that a guest finds
+//! counts. With a kernel of its own it has VFIO devices too, and guests that have one go from one monitor to another.
 
 mod boot;
 mod guest;
@@ -35,8 +35,8 @@ const MOST_MACHINES: usize = 4;
 /// The file in the scratch folder with what the machines print.
 pub const SERIAL: &str = "serial.txt";
 
-/// The jobs for right and wrong: with these accelerators the demo with each and the tests with the smallest ring, Linux as a guest, guests that
-/// go before their memory, and migrations with VFIO devices.
+/// The jobs for right and wrong: with these accelerators the demo with each and the tests with the smallest ring, Linux
+/// as a guest, guests that go before their memory, and migrations with VFIO devices.
 pub fn jobs() -> Vec<Job> {
     let demo = |name: &str, accel: &str, more: &str| Job {
         name: format!("demo-{name}"),
@@ -147,8 +147,9 @@ fn artifact(workspace: &Path, package: &str, how: &[&str], name: &str) -> Result
     executables.next_back().with_context(|| format!("cargo built no program {name}"))
 }
 
-/// Runs jobs in the lab, those with the same kernel and clock in one boot, and tells what became of each. A clock that counts instructions
-/// runs on one processor and does not mind its neighbours: such jobs are dealt out to as many machines as this one has processors.
+/// Runs jobs in the lab, those with the same kernel and clock in one boot, and tells what became of each. A clock that
+/// counts instructions runs on one processor and does not mind its neighbours: such jobs are dealt out to as many
+/// machines as this one has processors.
 ///
 /// # Errors
 /// The packages cannot be fetched, or a machine does not start or does not come to its end.

@@ -1,15 +1,16 @@
 //! Real QEMUs of several releases as the judge of qevm.
 //!
-//! [`roots`] installs them (through [`apt`]), [`launch`] starts one and [`qmp`] talks to it; [`host_cpu`] is the processor that it starts with under KVM; [`linux`] and
-//! [`payload`] are guests for it. A [`scenario`] is a row of the [`table`];
-//! [`record`] plays it, with [`tape`] as the listener that keeps every channel, and asks the [`oracle`] what the stopped
-//! guest's RAM really is. [`judge`] then holds what qevm (the [`subject`]) says about the recording against that truth and
-//! against QEMU's own [`description`], and [`reload`] gives what qevm writes back to QEMU; [`matrix`] does it for many scenarios and [`report`] tells the result.
+//! [`roots`] installs them (through [`apt`]), [`launch`] starts one and [`qmp`] talks to it; [`host_cpu`] is the
+//! processor that it starts with under KVM; [`linux`] and [`payload`] are guests for it. A [`scenario`] is a row of the
+//! [`table`]; [`record`] plays it, with [`tape`] as the listener that keeps every channel, and asks the [`oracle`] what
+//! the stopped guest's RAM really is. [`judge`] then holds what qevm (the [`subject`]) says about the recording against
+//! that truth and against QEMU's own [`description`], and [`reload`] gives what qevm writes back to QEMU; [`matrix`]
+//! does it for many scenarios and [`report`] tells the result.
 //!
-//! [`channels`] is a matrix of its own: page channels and return path, with `qevm receive` and `qevm send` as the other end.
-//! [`lab`] is a machine with a KVM as on hardware, for what a paravirtual host cannot show.
-//! [`peer`] takes running guests to and fro between these QEMUs and reference-vmm, and [`mod@bench`] measures both;
-//! [`toy`] does so with the example of `qevm-migration`, and [`lifecycle`] is about what becomes of a guest when something goes wrong with that.
+//! [`channels`] is a matrix of its own: page channels and return path, with `qevm receive` and `qevm send` as the other
+//! end. [`lab`] is a machine with a KVM as on hardware, for what a paravirtual host cannot show. [`peer`] takes running
+//! guests to and fro between these QEMUs and reference-vmm, and [`mod@bench`] measures both; [`toy`] does so with the
+//! example of `qevm-migration`, and [`lifecycle`] is about what becomes of a guest when something goes wrong with that.
 
 pub mod analyze;
 pub mod apt;

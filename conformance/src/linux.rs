@@ -1,7 +1,7 @@
 //! A Linux guest, so that devices are recorded at work and not only as firmware left them.
 //!
-//! Debian's kernel with a small initramfs of ours: static busybox, the drivers of the devices in the table, and a script that
-//! loads them, starts network, disks and input, and says so on the serial port. Everything is downloaded by
+//! Debian's kernel with a small initramfs of ours: static busybox, the drivers of the devices in the table, and a
+//! script that loads them, starts network, disks and input, and says so on the serial port. Everything is downloaded by
 //! package name and unpacked; nothing is installed.
 
 use std::collections::{BTreeSet, HashMap};

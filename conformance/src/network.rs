@@ -1,4 +1,5 @@
-//! Two network namespaces and a link between them, of limited speed if that is wanted, that the kernel can be told to cut.
+//! Two network namespaces and a link between them, of limited speed if that is wanted, that the kernel can be told to
+//! cut.
 
 use std::io::Write;
 use std::process::{Command, Stdio};
@@ -172,9 +173,9 @@ impl Network {
     }
 }
 
-/// The rules of a cut, in the destination's namespace. SHUT is be16 type 1, be16 length 4, be32 status, and begins a segment:
-/// what was sent before it is acknowledged, or sent in segments of its own. A connection is dead for itself: what an earlier
-/// one, cut and closed, sends again is none of the next one's business.
+/// The rules of a cut, in the destination's namespace. SHUT is be16 type 1, be16 length 4, be32 status, and begins a
+/// segment: what was sent before it is acknowledged, or sent in segments of its own. A connection is dead for itself:
+/// what an earlier one, cut and closed, sends again is none of the next one's business.
 fn rules(cut: Cut) -> String {
     let shut = format!("tcp sport {PORT} @ih,0,32 0x00010004 add @dead {{ tcp sport . tcp dport }}");
     let (out, back) = match cut {

@@ -1,8 +1,8 @@
 //! What a stopped QEMU says is in its RAM: the truth that a stream is judged by.
 //!
-//! Two sources, which must agree. `pmemsave` gives what is mapped in guest-physical memory (the flat view of
-//! `info mtree -f` says where each RAM block is). The process memory of QEMU, at the host address that
-//! `info ramblock` (10.0) or `gpa2hva` (older) gives, holds each block whole, including what a hole or a ROM shadow hides.
+//! Two sources, which must agree. `pmemsave` gives what is mapped in guest-physical memory (the flat view of `info
+//! mtree -f` says where each RAM block is). The process memory of QEMU, at the host address that `info ramblock` (10.0)
+//! or `gpa2hva` (older) gives, holds each block whole, including what a hole or a ROM shadow hides.
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};

@@ -98,7 +98,8 @@ impl Root {
         command
     }
 
-    /// What `-cpu` gives a guest of this QEMU the host's processor under KVM. Found out once in a process, by starting it.
+    /// What `-cpu` gives a guest of this QEMU the host's processor under KVM. Found out once in a process, by starting
+    /// it.
     ///
     /// # Errors
     /// QEMU starts with none that is known; the error quotes every attempt.

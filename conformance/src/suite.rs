@@ -27,7 +27,8 @@ impl Suite {
         }
     }
 
-    /// The QEMU release series that the suite is here for. Unstable moves on: [`Root::version`](crate::roots::Root::version) tells the truth.
+    /// The QEMU release series that the suite is here for. Unstable moves on:
+    /// [`Root::version`](crate::roots::Root::version) tells the truth.
     pub fn series(self) -> &'static str {
         match self {
             Suite::Bullseye => "5.2",

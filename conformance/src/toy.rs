@@ -149,7 +149,8 @@ pub fn run(trips: &[Trip], judge: &Path, mut each: impl FnMut(&Row<Seen>)) -> Re
 }
 
 impl Trip {
-    /// Plays the trip until the guest came back after three passes or more. One that got no processor to write with proves nothing.
+    /// Plays the trip until the guest came back after three passes or more. One that got no processor to write with
+    /// proves nothing.
     fn play(&self, root: &Root, judge: &Path) -> Result<Seen> {
         let mut seen = self.go(root, judge)?;
         for _ in 1..ATTEMPTS {

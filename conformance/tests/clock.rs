@@ -1,5 +1,5 @@
-//! What the guest's clocks do while it does not run, by QEMU and by reference-vmm, and the page that tells it. What this
-//! machine lacks is skipped by name; `QEVM_REQUIRE_QEMU=1` and `QEVM_REQUIRE_KVM=1` turn such skips into failures.
+//! What the guest's clocks do while it does not run, by QEMU and by reference-vmm, and the page that tells it. What
+//! this machine lacks is skipped by name; `QEVM_REQUIRE_QEMU=1` and `QEVM_REQUIRE_KVM=1` turn such skips into failures.
 
 use std::collections::BTreeMap;
 use std::fs;

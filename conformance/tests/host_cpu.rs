@@ -1,5 +1,5 @@
-//! What each real QEMU starts with under KVM on this host. What this machine lacks is skipped by name; `QEVM_REQUIRE_QEMU=1` and
-//! `QEVM_REQUIRE_KVM=1` turn such skips into failures.
+//! What each real QEMU starts with under KVM on this host. What this machine lacks is skipped by name;
+//! `QEVM_REQUIRE_QEMU=1` and `QEVM_REQUIRE_KVM=1` turn such skips into failures.
 
 use std::io::{Write, stderr};
 

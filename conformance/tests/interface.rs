@@ -1,5 +1,6 @@
-//! The table of what reference-vmm has of QEMU's migration interface, against a real QEMU, reference-vmm, the tests that it names and the
-//! page that it is. What this machine lacks is skipped by name; `QEVM_REQUIRE_QEMU=1` and `QEVM_REQUIRE_KVM=1` turn such skips into failures.
+//! The table of what reference-vmm has of QEMU's migration interface, against a real QEMU, reference-vmm, the tests
+//! that it names and the page that it is. What this machine lacks is skipped by name; `QEVM_REQUIRE_QEMU=1` and
+//! `QEVM_REQUIRE_KVM=1` turn such skips into failures.
 
 use std::fs;
 use std::path::{Path, PathBuf};

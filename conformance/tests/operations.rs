@@ -1,5 +1,6 @@
-//! What operators set beside the way of a guest: UUIDs, announcements, addresses. QEMU 11.1 says beforehand what has to come of it. What this machine
-//! lacks is skipped by name; `QEVM_REQUIRE_QEMU=1` and `QEVM_REQUIRE_KVM=1` turn such skips into failures.
+//! What operators set beside the way of a guest: UUIDs, announcements, addresses. QEMU 11.1 says beforehand what has to
+//! come of it. What this machine lacks is skipped by name; `QEVM_REQUIRE_QEMU=1` and `QEVM_REQUIRE_KVM=1` turn such
+//! skips into failures.
 
 use std::io::ErrorKind;
 use std::os::unix::net::UnixDatagram;
@@ -17,7 +18,8 @@ use serde_json::{Value, json};
 
 const ONE: &str = "12345678-1234-1234-1234-123456789abc";
 const OTHER: &str = "12345678-1234-1234-1234-123456789abd";
-/// How long the network is listened to after a frame: longer than any time between two of the parameters below, or than any by default.
+/// How long the network is listened to after a frame: longer than any time between two of the parameters below, or than
+/// any by default.
 const QUIET: Duration = Duration::from_millis(1500);
 
 /// QEMU 11.1 and a folder; `None` is a skip, which is noted.
@@ -81,11 +83,12 @@ fn migrate(here: &mut Qemu, there: &mut Qemu, socket: &Path) -> (bool, String) {
     }
 }
 
-/// UUIDs and capabilities of the source and of the destination, whether the guest arrives, and what the destination says.
+/// UUIDs and capabilities of the source and of the destination, whether the guest arrives, and what the destination
+/// says.
 type Case<'c> = ([Option<&'c str>; 2], [&'c [&'c str]; 2], bool, &'c str);
 
-/// As between two QEMUs of 11.1: whether the capability is on at the destination does not matter, nor does a UUID at one side alone; page channels
-/// say the UUID whether it is on or not.
+/// As between two QEMUs of 11.1: whether the capability is on at the destination does not matter, nor does a UUID at
+/// one side alone; page channels say the UUID whether it is on or not.
 #[test]
 fn guests_go_to_machines_of_the_same_uuid() {
     let Some((root, scratch)) = stage("uuid") else { return };
@@ -159,7 +162,8 @@ impl Ear {
     }
 }
 
-/// Frames and times between them are those of a QEMU, on a command and after a migration. No frame comes too early; a busy host may have it late.
+/// Frames and times between them are those of a QEMU, on a command and after a migration. No frame comes too early; a
+/// busy host may have it late.
 #[test]
 fn the_network_hears_of_a_guest_as_from_a_qemu() {
     let Some((root, scratch)) = stage("announcements") else { return };

@@ -1,5 +1,5 @@
-//! QMP as real QEMUs speak it. What this machine lacks is skipped by name; `QEVM_REQUIRE_QEMU=1` and `QEVM_REQUIRE_KVM=1`
-//! turn such skips into failures.
+//! QMP as real QEMUs speak it. What this machine lacks is skipped by name; `QEVM_REQUIRE_QEMU=1` and
+//! `QEVM_REQUIRE_KVM=1` turn such skips into failures.
 
 use std::fs::OpenOptions;
 use std::io::Write;

@@ -1,5 +1,5 @@
-//! A Linux guest of an emulated QEMU lodges in reference-vmm. What this machine lacks is skipped by name; `QEVM_REQUIRE_QEMU=1`
-//! and `QEVM_REQUIRE_KVM=1` turn such skips into failures.
+//! A Linux guest of an emulated QEMU lodges in reference-vmm. What this machine lacks is skipped by name;
+//! `QEVM_REQUIRE_QEMU=1` and `QEVM_REQUIRE_KVM=1` turn such skips into failures.
 
 use std::fs::OpenOptions;
 use std::path::PathBuf;

@@ -1,5 +1,5 @@
-//! Running guests between real QEMUs and reference-vmm: the representative journeys. What this machine lacks is skipped by
-//! name; `QEVM_REQUIRE_QEMU=1` and `QEVM_REQUIRE_KVM=1` turn such skips into failures.
+//! Running guests between real QEMUs and reference-vmm: the representative journeys. What this machine lacks is skipped
+//! by name; `QEVM_REQUIRE_QEMU=1` and `QEVM_REQUIRE_KVM=1` turn such skips into failures.
 
 use std::path::PathBuf;
 

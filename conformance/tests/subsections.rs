@@ -1,5 +1,5 @@
-//! What `qevm check` knows of the subsections that a release reads, next to the `-dump-vmstate` of that release. A release that
-//! cannot be installed is skipped by name; `QEVM_REQUIRE_QEMU=1` turns such skips into failures.
+//! What `qevm check` knows of the subsections that a release reads, next to the `-dump-vmstate` of that release. A
+//! release that cannot be installed is skipped by name; `QEVM_REQUIRE_QEMU=1` turns such skips into failures.
 
 use std::collections::BTreeSet;
 use std::fs::OpenOptions;

@@ -67,8 +67,8 @@ impl Summary {
         Some(Summary { median: at(0.5), min, max, lower_quartile: at(0.25), upper_quartile: at(0.75) })
     }
 
-    /// Of a figure that was taken twice in each repetition: how many times as large `ours` is as `theirs`. What the machine did
-    /// meanwhile met both.
+    /// Of a figure that was taken twice in each repetition: how many times as large `ours` is as `theirs`. What the
+    /// machine did meanwhile met both.
     pub fn of_ratios(ours: impl IntoIterator<Item = f64>, theirs: impl IntoIterator<Item = f64>) -> Option<Summary> {
         Summary::of(ours.into_iter().zip(theirs).map(|(ours, theirs)| ours / theirs))
     }

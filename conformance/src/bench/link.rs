@@ -20,7 +20,8 @@ use crate::scenario::Accel;
 const PATIENCE: Duration = Duration::from_secs(60);
 /// Milliseconds between the guest's progress lines: how finely the downtime is known.
 const REPORT: u32 = 5;
-/// No further repetition begins when it would end after this time; with another build to compare with it is twice as long.
+/// No further repetition begins when it would end after this time; with another build to compare with it is twice as
+/// long.
 const BUDGET: Duration = Duration::from_secs(270);
 /// What is asked of reference-vmm: at most this part of QEMU's figure.
 const GOALS: [(&str, f64); 3] = [("downtime ms", 0.1), ("total ms", 1.0), ("CPU ms", 0.6)];
@@ -77,8 +78,8 @@ impl Route {
     }
 }
 
-/// Measures, prints every migration and the comparison, and gives it as JSON. All of that was on the same guest, with the same
-/// limits, over the same link, by turns; a stale page is an error. `before` is another build of reference-vmm.
+/// Measures, prints every migration and the comparison, and gives it as JSON. All of that was on the same guest, with
+/// the same limits, over the same link, by turns; a stale page is an error. `before` is another build of reference-vmm.
 ///
 /// # Errors
 /// A migration fails, or there is no link to measure on.

@@ -59,8 +59,9 @@ pub fn at_receiver(
     Ok(format!("after {seconds:.1} s: {message}; the guest runs on"))
 }
 
-/// QEMU migrates a running guest with `switchover-ack` into a `qevm receive` that acknowledges otherwise than QEMU expects.
-/// The guest must stay at the source until the operator cancels, and run on; `qevm receive` must then end with an error.
+/// QEMU migrates a running guest with `switchover-ack` into a `qevm receive` that acknowledges otherwise than QEMU
+/// expects. The guest must stay at the source until the operator cancels, and run on; `qevm receive` must then end with
+/// an error.
 ///
 /// # Errors
 /// The source switches over, or somebody hangs after the cancellation.

@@ -61,7 +61,8 @@ impl Lab {
         Ok(failures == 0)
     }
 
-    /// Runs the jobs, and those that fail once more; gives the number of those that failed both times, and what became of the others.
+    /// Runs the jobs, and those that fail once more; gives the number of those that failed both times, and what became
+    /// of the others.
     fn twice(&self, programs: &lab::Programs, jobs: &[Job], scratch: &Path) -> Result<(usize, Vec<Outcome>)> {
         let mut jobs = jobs.to_vec();
         let mut good = Vec::new();
@@ -95,7 +96,8 @@ fn keep(serial: &Path, path: &Path) {
     }
 }
 
-/// Compresses recordings: `NAME.zst` is the main channel, `NAME-channel-N.zst` a page channel, `NAME.return-path` what came back.
+/// Compresses recordings: `NAME.zst` is the main channel, `NAME-channel-N.zst` a page channel, `NAME.return-path` what
+/// came back.
 fn pack(share: &Path, folder: &Path) -> Result<()> {
     fs::create_dir_all(folder)?;
     for job in fs::read_dir(share)? {

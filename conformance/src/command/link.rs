@@ -34,8 +34,8 @@ pub(crate) struct Link {
     /// From QEMU to reference-vmm and from reference-vmm to QEMU as well
     #[arg(long)]
     pairs: bool,
-    /// Let every destination touch its memory only when pages arrive. Then the host's giving of memory is measured as well,
-    /// which varies most
+    /// Let every destination touch its memory only when pages arrive. Then the host's giving of memory is measured as
+    /// well, which varies most
     #[arg(long)]
     fresh: bool,
     /// Another build of reference-vmm, whose migrations take turns with those of this one

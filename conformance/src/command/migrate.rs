@@ -27,14 +27,15 @@ pub(crate) struct Migrate {
     /// Measure page channels only, and not the main channel alone
     #[arg(long)]
     page_channels_only: bool,
-    /// Let every destination touch its memory only when pages arrive. Then the host's giving of memory is measured as well,
-    /// which takes longer than the migration and varies most
+    /// Let every destination touch its memory only when pages arrive. Then the host's giving of memory is measured as
+    /// well, which takes longer than the migration and varies most
     #[arg(long)]
     fresh: bool,
     /// Secure all channels with TLS of this version, by certificates at both ends
     #[arg(long, value_name = "VERSION", value_parser = ["1.2", "1.3"])]
     tls: Option<String>,
-    /// Another build of reference-vmm, whose migrations take turns with those of this one. Given again, that is only measured
+    /// Another build of reference-vmm, whose migrations take turns with those of this one. Given again, that is only
+    /// measured
     #[arg(long, value_name = "PROGRAM")]
     before: Vec<PathBuf>,
     /// Print nothing but one JSON object

@@ -1,5 +1,5 @@
-//! What reference-vmm has of the migration interface of QEMU 11.1: every capability, parameter and command of its QMP schema, with what
-//! becomes of it and who shows that. [`page`] is `docs/migration-interface.md`.
+//! What reference-vmm has of the migration interface of QEMU 11.1: every capability, parameter and command of its QMP
+//! schema, with what becomes of it and who shows that. [`page`] is `docs/migration-interface.md`.
 
 mod commands;
 mod settings;

@@ -5,9 +5,9 @@ use std::collections::BTreeSet;
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::Value;
 
-/// Refuses a description of `command` in `schema` that is no part of the one in `whole`: each type has the same kind, and there is nothing in it
-/// that is not there in `whole`. Members that `whole` has and `schema` has not have to be optional there. What begins with `x-` and is
-/// ours alone is passed over.
+/// Refuses a description of `command` in `schema` that is no part of the one in `whole`: each type has the same kind,
+/// and there is nothing in it that is not there in `whole`. Members that `whole` has and `schema` has not have to be
+/// optional there. What begins with `x-` and is ours alone is passed over.
 ///
 /// # Errors
 /// Where they part.

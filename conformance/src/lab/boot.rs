@@ -7,7 +7,8 @@ pub(super) enum Boot {
     Debian,
     /// The lab's own kernel with its VFIO devices, by the host's clock: for right and wrong.
     Vfio,
-    /// The same with one processor, by the number of instructions: waiting costs nothing, and figures repeat on any host.
+    /// The same with one processor, by the number of instructions: waiting costs nothing, and figures repeat on any
+    /// host.
     Counted,
 }
 

@@ -29,11 +29,12 @@ const LOADER: &str = "ld-linux-x86-64.so.2";
 pub(super) const QEMU_FOLDER: &str = "qemu";
 const QEMU: &str = "usr/bin/qemu-system-x86_64";
 const FOLDERS: [&str; 2] = ["usr/share/qemu", "usr/share/seabios"];
-/// Firmware of microvm without ACPI and with it, what it boots kernels with, and the page of the local APIC's registers.
+/// Firmware of microvm without ACPI and with it, what it boots kernels with, and the page of the local APIC's
+/// registers.
 const FIRMWARE: [&str; 5] = ["qboot.rom", "bios-microvm.bin", "pvh.bin", "linuxboot_dma.bin", "kvmvapic.bin"];
 
-/// Where the setup header of a bzImage says that the compressed kernel is, counted from the protected-mode code, and how long
-/// ("The Linux/x86 Boot Protocol").
+/// Where the setup header of a bzImage says that the compressed kernel is, counted from the protected-mode code, and
+/// how long ("The Linux/x86 Boot Protocol").
 const SETUP_SECTORS: usize = 0x1f1;
 const PAYLOAD_OFFSET: usize = 0x248;
 const PAYLOAD_LENGTH: usize = 0x24c;
@@ -49,7 +50,8 @@ pub(super) fn add(archive: &mut Archive, bzimage: &Path, busybox: &[u8], qemu: &
     add_qemu(archive, QEMU_FOLDER, qemu)
 }
 
-/// Adds what a Linux guest with a VFIO device is started with: the lab's own kernel, and an initial RAM disk with this program.
+/// Adds what a Linux guest with a VFIO device is started with: the lab's own kernel, and an initial RAM disk with this
+/// program.
 pub(super) fn add_user(archive: &mut Archive, bzimage: &Path, busybox: &[u8], program: &Path) -> Result<()> {
     let read = |path: &Path| fs::read(path).with_context(|| format!("reading {}", path.display()));
     archive.folder(USER);

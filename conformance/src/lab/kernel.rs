@@ -32,7 +32,8 @@ pub(super) struct Kernel {
 }
 
 impl Kernel {
-    /// Takes them from the cache, or builds them first: the kernel when its configuration has changed, the module when its source has.
+    /// Takes them from the cache, or builds them first: the kernel when its configuration has changed, the module when
+    /// its source has.
     ///
     /// # Errors
     /// The packages cannot be fetched, or a build fails; the error quotes what the compiler said.

@@ -52,8 +52,8 @@ struct Machine {
     busybox: Vec<u8>,
 }
 
-/// Boots a machine with these jobs, whose files are in the folder `own`, and gives what it printed. What jobs leave in its folder `/share` is
-/// in the folder `share` of `scratch`.
+/// Boots a machine with these jobs, whose files are in the folder `own`, and gives what it printed. What jobs leave in
+/// its folder `/share` is in the folder `share` of `scratch`.
 ///
 /// # Errors
 /// The packages cannot be fetched, or the machine does not start or does not come to its end.

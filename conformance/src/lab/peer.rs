@@ -1,4 +1,5 @@
-//! Guests that go before their memory in the lab: rows of the table of `qevm-conformance peer`, played by the program itself.
+//! Guests that go before their memory in the lab: rows of the table of `qevm-conformance peer`, played by the program
+//! itself.
 
 use std::fs;
 

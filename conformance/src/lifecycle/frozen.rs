@@ -1,7 +1,7 @@
 //! A peer or a link that is frozen, not closed: it brings nothing, takes nothing and says nothing about it.
 //!
-//! Whoever is one of ours and not frozen itself decides by its deadline, which is set to two seconds here. A QEMU waits until somebody
-//! cancels, or until what was frozen goes on.
+//! Whoever is one of ours and not frozen itself decides by its deadline, which is set to two seconds here. A QEMU waits
+//! until somebody cancels, or until what was frozen goes on.
 
 use std::fmt;
 use std::thread;

@@ -77,8 +77,8 @@ fn complete(at: At, scene: &mut Scene<'_>) -> Result<()> {
     scene.until("completed")
 }
 
-/// The operator cancels, and the guest runs on; then it goes to the same destination, which has waited for another try, or to another
-/// where that has all of the guest.
+/// The operator cancels, and the guest runs on; then it goes to the same destination, which has waited for another try,
+/// or to another where that has all of the guest.
 pub(super) fn cancel_and_go_again(at: At, scene: &mut Scene<'_>) -> Result<()> {
     reach(at, scene)?;
     scene.here.monitor().execute("migrate_cancel", Value::Null)?;

@@ -1,10 +1,10 @@
 //! What becomes of a guest when something goes wrong with its migration, or when somebody wants it to.
 //!
-//! A [`Row`] of the [`table`] is a moment, the monitors at both ends, and the outcome as it was written down beforehand: where
-//! the guest runs in the end, and what QMP says at the other end. A `scene` has a running guest at the source, a destination
-//! that waits for it, and a link between two network namespaces that the kernel cuts; `moments` is what happens there;
-//! `sides` looks at what came of it. The guest must never run at both ends; where it runs at neither, one end must hold it
-//! paused and say who decides.
+//! A [`Row`] of the [`table`] is a moment, the monitors at both ends, and the outcome as it was written down
+//! beforehand: where the guest runs in the end, and what QMP says at the other end. A `scene` has a running guest at
+//! the source, a destination that waits for it, and a link between two network namespaces that the kernel cuts;
+//! `moments` is what happens there; `sides` looks at what came of it. The guest must never run at both ends; where it
+//! runs at neither, one end must hold it paused and say who decides.
 
 mod delay;
 mod frozen;

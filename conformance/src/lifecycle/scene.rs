@@ -172,8 +172,8 @@ impl<'g> Scene<'g> {
         self.until("completed")
     }
 
-    /// Brings the source to the point at which it has sent everything and waits for the verdict of a destination that is
-    /// stopped (SIGSTOP).
+    /// Brings the source to the point at which it has sent everything and waits for the verdict of a destination that
+    /// is stopped (SIGSTOP).
     pub(super) fn all_is_sent_to_a_stopped_destination(&mut self) -> Result<()> {
         self.begin()?;
         self.let_go()?;

@@ -68,7 +68,8 @@ fn reports(runs: Runs, source: &'static str) -> Option<Expected> {
     Some(Expected { runs, says: None, source: Some(source) })
 }
 
-/// Each moment with its outcomes between ours, from QEMU and to QEMU; none where it is about the destination and that is QEMU.
+/// Each moment with its outcomes between ours, from QEMU and to QEMU; none where it is about the destination and that
+/// is QEMU.
 #[rustfmt::skip]
 fn moments() -> Vec<(&'static str, Moment, [Option<Expected>; 3])> {
     use Runs::{Destination, Gone, Paused, Source};
@@ -85,7 +86,8 @@ fn moments() -> Vec<(&'static str, Moment, [Option<Expected>; 3])> {
         ("1.2 link dies at SHUT", Moment::LinkDiesAtShut, [says(Paused(1), 1, DECIDE), says(Paused(1), 1, DECIDE), runs(Destination)]),
         ("1.2 link dies at SHUT then cancel", Moment::LinkDiesAtShutThenCancel, [says(Source, 1, DECIDE), says(Source, 1, DECIDE), says(Destination, 0, DECIDE)]),
         ("1.2 link dies after SHUT", Moment::LinkDiesAfterShut, [says(Paused(1), 1, DECIDE), says(Paused(1), 1, DECIDE), arrives()]),
-        // Ours keeps the end of the stream back from a QEMU that has not loaded the rest: the guest is still the source's.
+        // Ours keeps the end of the stream back from a QEMU that has not loaded the rest: the guest is still the
+        // source's.
         ("1.2 source killed in device", Moment::SourceKilledInDevice, [says(Paused(1), 1, DECIDE), says(Paused(1), 1, DECIDE), runs(Gone)]),
         ("1.2 cancelled in device", Moment::CancelInDevice, [runs(Source); 3]),
         ("1.3 second migrate", Moment::SecondMigrate, [arrives(), arrives(), arrives()]),
@@ -100,8 +102,8 @@ fn moments() -> Vec<(&'static str, Moment, [Option<Expected>; 3])> {
     ]
 }
 
-/// What is frozen and when. Ours decides, and a QEMU waits: as a source until it is cancelled, as a destination until what was frozen goes
-/// on. Where it can bring nobody into doubt, nothing but the guest's place was to be written down.
+/// What is frozen and when. Ours decides, and a QEMU waits: as a source until it is cancelled, as a destination until
+/// what was frozen goes on. Where it can bring nobody into doubt, nothing but the guest's place was to be written down.
 #[rustfmt::skip]
 fn frozen() -> Vec<(&'static str, Moment, [Option<Expected>; 3])> {
     use Runs::{Destination, Source};

@@ -1,10 +1,12 @@
-//! How fast a guest moves, over the main channel alone and over page channels: real QEMU and reference-vmm in every pairing, in one run.
+//! How fast a guest moves, over the main channel alone and over page channels: real QEMU and reference-vmm in every
+//! pairing, in one run.
 //!
-//! A stopped guest whose memory is random numbers, or zeros, goes from QEMU to QEMU, on to reference-vmm, to another reference-vmm and back
-//! to QEMU; from there it goes the same way with another reference-vmm, if there is one to compare with, and then the next repetition begins.
-//! So the pairings take turns, and a machine that becomes slower or faster meanwhile does so for all of them: ratios are those within a
-//! repetition. Every destination has its memory from the host before it starts, unless that is to be measured as well. Numbers mean
-//! something only on a machine that does nothing else.
+//! A stopped guest whose memory is random numbers, or zeros, goes from QEMU to QEMU, on to reference-vmm, to another
+//! reference-vmm and back to QEMU; from there it goes the same way with another reference-vmm, if there is one to
+//! compare with, and then the next repetition begins. So the pairings take turns, and a machine that becomes slower or
+//! faster meanwhile does so for all of them: ratios are those within a repetition. Every destination has its memory
+//! from the host before it starts, unless that is to be measured as well. Numbers mean something only on a machine that
+//! does nothing else.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -66,8 +68,8 @@ impl Sample {
     }
 }
 
-/// Measures every number of channels with every method, tells each migration and each median, and gives all medians. `before` are
-/// other builds of reference-vmm, which take turns with `program`.
+/// Measures every number of channels with every method, tells each migration and each median, and gives all medians.
+/// `before` are other builds of reference-vmm, which take turns with `program`.
 ///
 /// # Errors
 /// A monitor does not start, or a migration fails.
@@ -137,7 +139,8 @@ impl Pairing {
     /// What the others are compared with.
     const BASELINE: Pairing = Pairing { route: Route::QemuToQemu, program: 0 };
 
-    /// The way of the guest in one repetition: a machine may be faster at its beginning, so no program always comes first.
+    /// The way of the guest in one repetition: a machine may be faster at its beginning, so no program always comes
+    /// first.
     fn chain(programs: usize, repetition: u64) -> Vec<Pairing> {
         let first = (repetition % programs as u64) as usize;
         let routes = [Route::QemuToReference, Route::ReferenceToReference, Route::ReferenceToQemu];

@@ -1,9 +1,10 @@
-//! How long a guest waits for a page that is still at the source: QEMU to QEMU and reference-vmm to reference-vmm by turns, in one run.
+//! How long a guest waits for a page that is still at the source: QEMU to QEMU and reference-vmm to reference-vmm by
+//! turns, in one run.
 //!
-//! The guest goes before its memory, whose pages it then reads in a random order as fast as it can; it measures each read itself. What took
-//! longer than any page that is here takes was a remote fault. With background traffic the rest of the memory comes
-//! as fast as it goes meanwhile; without, only what the guest waits for, until it has waited often enough, or for ten seconds. Numbers mean something only on a
-//! machine that does nothing else.
+//! The guest goes before its memory, whose pages it then reads in a random order as fast as it can; it measures each
+//! read itself. What took longer than any page that is here takes was a remote fault. With background traffic the rest
+//! of the memory comes as fast as it goes meanwhile; without, only what the guest waits for, until it has waited often
+//! enough, or for ten seconds. Numbers mean something only on a machine that does nothing else.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -26,7 +27,8 @@ use crate::scenario::Accel;
 const REMOTE: Duration = Duration::from_micros(16);
 /// `max-postcopy-bandwidth` without background traffic, bytes per second: a page or two a window. (0 is no limit.)
 const TRICKLE: u64 = 64 << 10;
-/// How long, at most, they are waited for. (A QEMU without preempt channel answers requests within that limit of bandwidth, too.)
+/// How long, at most, they are waited for. (A QEMU without preempt channel answers requests within that limit of
+/// bandwidth, too.)
 const LONG_ENOUGH: Duration = Duration::from_secs(10);
 /// `max-bandwidth` before the guest goes, bytes per second, so that nearly nothing comes before it.
 const BEFORE: u64 = 1 << 20;
@@ -83,7 +85,8 @@ struct Sample {
     requests: f64,
     /// From the event RESUME until the source has completed, ms.
     last_page: f64,
-    /// Of both monitors without their vCPUs, ms: until completion, or, without background traffic, until the guest has waited often enough.
+    /// Of both monitors without their vCPUs, ms: until completion, or, without background traffic, until the guest has
+    /// waited often enough.
     source_cpu: f64,
     destination_cpu: f64,
 }

@@ -1,9 +1,10 @@
-//! How soon a guest runs that is restored from a file in which every page has its place: QEMU's full load, reference-vmm's, and lazily
-//! (capabilities `mapped-ram` and `postcopy-ram`) from the file and from a page server, by turns, in one run and from one file.
+//! How soon a guest runs that is restored from a file in which every page has its place: QEMU's full load,
+//! reference-vmm's, and lazily (capabilities `mapped-ram` and `postcopy-ram`) from the file and from a page server, by
+//! turns, in one run and from one file.
 //!
-//! Every page of the guest's memory holds random numbers, and it touches a twentieth of it: most by rewriting it, and the rest by reads at random, each of
-//! which it measures. The file is in the page cache. Numbers mean
-//! something only on a machine that does nothing else.
+//! Every page of the guest's memory holds random numbers, and it touches a twentieth of it: most by rewriting it, and
+//! the rest by reads at random, each of which it measures. The file is in the page cache. Numbers mean something only
+//! on a machine that does nothing else.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -62,8 +63,8 @@ struct Sample {
     runs: f64,
     /// To the end of the first pass over what it touches.
     pass: f64,
-    /// What 99 of 100 reads did not exceed that took longer than any page that is in memory takes, by the guest's clock, µs. None did where
-    /// all memory is loaded.
+    /// What 99 of 100 reads did not exceed that took longer than any page that is in memory takes, by the guest's
+    /// clock, µs. None did where all memory is loaded.
     p99: Option<f64>,
 }
 

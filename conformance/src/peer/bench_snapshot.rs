@@ -1,8 +1,8 @@
 //! What a background snapshot costs the guest that runs on: reference-vmm and QEMU by turns, in one run.
 //!
-//! The guest rewrites a part of its memory at a steady rate and reports every five milliseconds, by its own clock. Of each snapshot it is
-//! looked at how long it was paused, how long it said nothing, and how much of its rate it kept. Numbers mean something only on a
-//! machine that does nothing else.
+//! The guest rewrites a part of its memory at a steady rate and reports every five milliseconds, by its own clock. Of
+//! each snapshot it is looked at how long it was paused, how long it said nothing, and how much of its rate it kept.
+//! Numbers mean something only on a machine that does nothing else.
 
 use std::collections::BTreeMap;
 use std::time::Instant;

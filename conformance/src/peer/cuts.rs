@@ -17,8 +17,8 @@ pub struct Cuts {
     pub journey: Journey,
 }
 
-/// Where a migration is cut, counted from when its guest runs at the destination. Some 12 MB of content come after that, from the destination
-/// some requests. Until the cut is armed the guest fetches what it can.
+/// Where a migration is cut, counted from when its guest runs at the destination. Some 12 MB of content come after
+/// that, from the destination some requests. Until the cut is armed the guest fetches what it can.
 fn place(hop: usize, hops: usize) -> Break {
     const CONTENT: u64 = 4_500_000;
     let (n, of) = (hop as u64, hops as u64);

@@ -45,7 +45,8 @@ impl Default for Options {
     }
 }
 
-/// Plays it, prints the timeline and gives the JSON object that belongs on the last line; its `result` is `ok` or `failed`.
+/// Plays it, prints the timeline and gives the JSON object that belongs on the last line; its `result` is `ok` or
+/// `failed`.
 pub fn run(options: &Options, program: &Monitor) -> Value {
     let mut timeline = Timeline { quiet: options.quiet, start: Instant::now() };
     let played = play(options, program, &mut timeline);

@@ -15,7 +15,8 @@ pub enum Departure {
     AtOnce,
     /// When all of its memory was sent once: what it has written to since comes later.
     AfterPass,
-    /// As soon as the migration has begun, on every second hop from the first on. On the others it goes with its memory.
+    /// As soon as the migration has begun, on every second hop from the first on. On the others it goes with its
+    /// memory.
     InTurn,
 }
 
@@ -36,7 +37,8 @@ impl Departure {
         here.monitor().execute("migrate-start-postcopy", Value::Null).map(drop)
     }
 
-    /// What its guest does. One that is to go after a pass must not have gone with its memory by then, however little of a processor it gets.
+    /// What its guest does. One that is to go after a pass must not have gone with its memory by then, however little
+    /// of a processor it gets.
     pub(super) fn load(self) -> Load {
         let load = Load { downtime_limit: 1, ..Load::default() };
         let max_bandwidth = if self == Departure::AfterPass { 24 << 20 } else { load.max_bandwidth };
@@ -61,7 +63,8 @@ impl Departure {
     }
 }
 
-/// That a destination with `postcopy-blocktime` tells of `cpus` vCPUs and others how long they waited, as QEMU 11.1 does.
+/// That a destination with `postcopy-blocktime` tells of `cpus` vCPUs and others how long they waited, as QEMU 11.1
+/// does.
 pub(super) fn judge_block_times(there: &Value, cpus: u32) -> Result<()> {
     // Of a vCPU for which a thread of the kernel waits nobody knows that it is one.
     let per_vcpu = |name: &str| there[name].as_array().is_some_and(|list| list.len() == cpus as usize);

@@ -171,8 +171,8 @@ impl Both {
     }
 }
 
-/// A socket that takes connections and as much as fits into their buffers: a migration there is under way until it is cancelled. A rate limit is
-/// no such thing, for a QEMU that gets no processor sends more than that.
+/// A socket that takes connections and as much as fits into their buffers: a migration there is under way until it is
+/// cancelled. A rate limit is no such thing, for a QEMU that gets no processor sends more than that.
 struct NobodyReads {
     socket: UnixListener,
     uri: String,
@@ -225,7 +225,8 @@ fn story(monitor: &mut Qemu, scratch: &Path) -> Result<Story> {
     Ok(told)
 }
 
-/// What is told of dirty rates that were measured, and of limits during a migration under capability `dirty-limit`, which is on.
+/// What is told of dirty rates that were measured, and of limits during a migration under capability `dirty-limit`,
+/// which is on.
 fn limited(monitor: &mut Qemu, scratch: &Path) -> Result<Story> {
     let mut told = Story::new();
     let measure = |seconds: u64| json!({ "calc-time": seconds, "mode": "dirty-ring" });
@@ -257,7 +258,8 @@ fn limited(monitor: &mut Qemu, scratch: &Path) -> Result<Story> {
         told.push((name, reply(monitor, "query-vcpu-dirty-limit", Value::Null)?));
         monitor.execute("cancel-vcpu-dirty-limit", Value::Null)?;
     }
-    // The longest that there is, so that it is still under way however long the questions take. It ends with the monitor.
+    // The longest that there is, so that it is still under way however long the questions take. It ends with the
+    // monitor.
     told.push(("calc-dirty-rate for a minute", reply(monitor, "calc-dirty-rate", measure(60))?));
     let measuring = wait(monitor, "query-dirty-rate", "measuring")?;
     told.push(("query-dirty-rate while it is measured", shape(&measuring)));
@@ -265,8 +267,8 @@ fn limited(monitor: &mut Qemu, scratch: &Path) -> Result<Story> {
     Ok(told)
 }
 
-/// What `command` tells when its status is `wanted`. Statuses come late: a QEMU says that its migration has completed before it leaves
-/// `finish-migrate`, and answers `calc-dirty-rate` before the rate is being measured.
+/// What `command` tells when its status is `wanted`. Statuses come late: a QEMU says that its migration has completed
+/// before it leaves `finish-migrate`, and answers `calc-dirty-rate` before the rate is being measured.
 fn wait(monitor: &mut Qemu, command: &str, wanted: &str) -> Result<Value> {
     let deadline = Instant::now() + PATIENCE;
     loop {

@@ -1,5 +1,5 @@
-//! A stopped guest that goes into reference-vmm and comes out again: the second stream says what the first one said, and takes
-//! the guest home.
+//! A stopped guest that goes into reference-vmm and comes out again: the second stream says what the first one said,
+//! and takes the guest home.
 
 use std::fs::File;
 use std::io::{self, Write};
@@ -22,7 +22,8 @@ use crate::subject::BUILT_IN;
 /// Bytes of a request in flight in a section.
 const REQUEST: u64 = 49168;
 
-/// What may differ: KVM lets both run while the machine is stopped. The phase of the local APIC's timer is in three fields.
+/// What may differ: KVM lets both run while the machine is stopped. The phase of the local APIC's timer is in three
+/// fields.
 const RUNS_ON: [(&str, &str); 4] = [
     ("apic instance ", " initial_count_load_time"),
     ("apic instance ", " next_time"),

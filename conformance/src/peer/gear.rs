@@ -1,8 +1,8 @@
 //! Virtio devices that a payload guest keeps busy on its way, and what has to be left of it in the end.
 //!
-//! The guest numbers its requests (see the payload's `virtio.S`), checks itself that each comes back once, and says how far it
-//! got. Here the other side is looked at: the disk's file, and what arrived on the console and the network. Every number has to be
-//! there once, in order, whatever monitor served the request.
+//! The guest numbers its requests (see the payload's `virtio.S`), checks itself that each comes back once, and says how
+//! far it got. Here the other side is looked at: the disk's file, and what arrived on the console and the network.
+//! Every number has to be there once, in order, whatever monitor served the request.
 
 use std::os::unix::net::UnixDatagram;
 use std::path::{Path, PathBuf};
@@ -31,7 +31,8 @@ const BATCH: u64 = 4;
 pub enum Gear {
     /// `virtio-blk-device`
     Disk,
-    /// The same, which refuses one write at the first stop: QEMU stops the guest with the request under way (`werror=stop`).
+    /// The same, which refuses one write at the first stop: QEMU stops the guest with the request under way
+    /// (`werror=stop`).
     FailingDisk,
     /// `virtio-rng-device`
     Rng,
@@ -267,8 +268,8 @@ pub(super) fn judge(gear: &[Gear], texts: &[Vec<u8>], scratch: &Path, ear: &Ear)
     Ok(())
 }
 
-/// Sector `n` modulo their number holds number `n`, for all of the last round. The guest had gone on for a moment after it
-/// said that `next` is its next number, and may have been stopped while it wrote a batch.
+/// Sector `n` modulo their number holds number `n`, for all of the last round. The guest had gone on for a moment after
+/// it said that `next` is its next number, and may have been stopped while it wrote a batch.
 fn judge_disk(disk: &[u8], next: u64) -> Result<()> {
     let sectors = (disk.len() / SECTOR) as u64;
     let words = |sector: u64| disk[sector as usize * SECTOR..][..SECTOR].as_chunks::<8>().0.iter();

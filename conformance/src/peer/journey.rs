@@ -245,7 +245,8 @@ impl Journey {
     }
 }
 
-/// Whether the guest has looked at the registers of its PCI bus in more than one pass here. What it did not find is a stale page.
+/// Whether the guest has looked at the registers of its PCI bus in more than one pass here. What it did not find is a
+/// stale page.
 fn bus_checks(text: &str) -> bool {
     let checks = |line: &str| line.strip_prefix("qevm-payload pci checks=")?.parse::<u64>().ok();
     let mut numbers = text.lines().filter_map(checks);

@@ -1,5 +1,5 @@
-//! A Linux guest of an emulated QEMU that lodges in reference-vmm on its way: everything of it is loaded there, nothing of it
-//! runs, and a QEMU takes it back. The host's KVM need not be able to run a stock kernel.
+//! A Linux guest of an emulated QEMU that lodges in reference-vmm on its way: everything of it is loaded there, nothing
+//! of it runs, and a QEMU takes it back. The host's KVM need not be able to run a stock kernel.
 
 use std::fs::{self, File};
 use std::io::{self, Write};
@@ -68,7 +68,8 @@ struct Tick {
 }
 
 impl Lodger {
-    /// Boots the guest in `from`, lodges it in the reference-vmm of `program`, and lets it go on in `to`. Says how far it got.
+    /// Boots the guest in `from`, lodges it in the reference-vmm of `program`, and lets it go on in `to`. Says how far
+    /// it got.
     ///
     /// # Errors
     /// reference-vmm gives back another guest than it got, or the guest does not go on where it stopped.
@@ -100,7 +101,8 @@ impl Lodger {
         home.execute("migrate-incoming", json!({ "uri": format!("exec:cat {}", second.display()) }))?;
         home.wait_migration(PATIENCE, |migration| migration["status"] == "completed")?;
         home.execute("cont", Value::Null)?;
-        // A busy machine may let the guest's own processes wait, of which the one that sends is another than the one that counts.
+        // A busy machine may let the guest's own processes wait, of which the one that sends is another than the one
+        // that counts.
         wait("the guest does not go on, or does not send", PATIENCE, || {
             let ticks = stage.ticks(&["from", "to"])?;
             Ok(ticks.len() >= before + 2 * TICKS && has_sent(&ticks, before))

@@ -1,16 +1,16 @@
 //! Running guests that move between real QEMUs and reference-vmm.
 //!
-//! A [`Journey`] is a row of the [`table`]: the monitors that a payload guest visits, one after the other, and how it gets from
-//! each to the next. [`travel`](Journey::travel) plays it: the first monitor boots the guest, every hop is a live migration under
-//! way while the guest rewrites its memory, and at the end the guest itself says whether a page was stale, its clock ran
-//! backwards or a byte of its serial output got lost. An [`Outage`]
-//! breaks the connection again and again before it lets the guest go, a [`Recovery`] has it break when the guest has gone before its memory, [`Cuts`] do so once in each of many migrations, a
-//! [`Pairing`] is of monitors that do not fit each other, and must be told why, a [`Distrust`] of those that must not trust
-//! each other, a [`Doubt`] ends in a moment when the source cannot know what the
-//! destination does, an [`Echo`] is a stopped guest that comes back as it was, a [`Snapshot`] is a copy of a guest that runs on, and one that is [`Served`] starts from
-//! what a page server gives of its image. A [`Lodger`] is
-//! one that never runs in reference-vmm: Linux under TCG. [`Gear`] is what a guest uses besides its memory: virtio devices that it keeps busy. A
-//! [`Party`] is one of the monitors, controlled by QMP whoever wrote it.
+//! A [`Journey`] is a row of the [`table`]: the monitors that a payload guest visits, one after the other, and how it
+//! gets from each to the next. [`travel`](Journey::travel) plays it: the first monitor boots the guest, every hop is a
+//! live migration under way while the guest rewrites its memory, and at the end the guest itself says whether a page
+//! was stale, its clock ran backwards or a byte of its serial output got lost. An [`Outage`] breaks the connection
+//! again and again before it lets the guest go, a [`Recovery`] has it break when the guest has gone before its memory,
+//! [`Cuts`] do so once in each of many migrations, a [`Pairing`] is of monitors that do not fit each other, and must be
+//! told why, a [`Distrust`] of those that must not trust each other, a [`Doubt`] ends in a moment when the source
+//! cannot know what the destination does, an [`Echo`] is a stopped guest that comes back as it was, a [`Snapshot`] is a
+//! copy of a guest that runs on, and one that is [`Served`] starts from what a page server gives of its image. A
+//! [`Lodger`] is one that never runs in reference-vmm: Linux under TCG. [`Gear`] is what a guest uses besides its
+//! memory: virtio devices that it keeps busy. A [`Party`] is one of the monitors, controlled by QMP whoever wrote it.
 
 pub mod bench;
 pub mod bench_postcopy;

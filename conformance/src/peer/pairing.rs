@@ -1,5 +1,5 @@
-//! Monitors that do not fit each other: the destination says what differs and why that may be, and the guest goes on at the
-//! source.
+//! Monitors that do not fit each other: the destination says what differs and why that may be, and the guest goes on at
+//! the source.
 
 use std::time::{Duration, Instant};
 

@@ -54,7 +54,8 @@ impl Party {
             more(&["--incoming", "defer"]);
         }
         more(&["--serial", &serial, "--smp", &cpus]);
-        // Under TCG there is a real-time clock by default and under KVM there is none: what is on the way of both has one.
+        // Under TCG there is a real-time clock by default and under KVM there is none: what is on the way of both has
+        // one.
         let mut options = String::from(if rtc { ",rtc=on" } else { "" });
         if load.split_irqchip {
             options.push_str(",kernel-irqchip=split");
@@ -127,7 +128,8 @@ impl Party {
             let accel = if accel == Accel::Kvm { "kvm" } else { "tcg" };
             self.monitor.execute("x-set-peer", json!({ "qemu": suite.series(), "accel": accel }))?;
         }
-        // 7.2 does not know the command that sources of 10.0 and later put before the last section; its users turn it off.
+        // 7.2 does not know the command that sources of 10.0 and later put before the last section; its users turn it
+        // off.
         ensure!(
             !matches!((self.stop, other), (Stop::Qemu(Suite::Trixie | Suite::Sid, _), Stop::Qemu(Suite::Bookworm, _))),
             "a hop from a newer QEMU to 7.2 is not reference-vmm's business"

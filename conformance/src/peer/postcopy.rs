@@ -104,8 +104,8 @@ pub(super) fn all() -> Vec<Journey> {
     journeys
 }
 
-/// Pages go over page channels until the guest goes: with 11.1 and between two reference-vmm. (10.0 refuses that, and a destination of 7.2
-/// dies of it.)
+/// Pages go over page channels until the guest goes: with 11.1 and between two reference-vmm. (10.0 refuses that, and a
+/// destination of 7.2 dies of it.)
 fn with_page_channels(parameters: &Map<String, Value>) -> Vec<Journey> {
     let new = Stop::Qemu(PEERS[2], Accel::Kvm);
     let reference = Stop::Reference;

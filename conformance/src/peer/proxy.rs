@@ -17,7 +17,8 @@ pub enum Cut {
     Back(u64),
 }
 
-/// Hands one connection on to `destination`, listening at `path`, and breaks it at `cut`. The thread says whether it got there.
+/// Hands one connection on to `destination`, listening at `path`, and breaks it at `cut`. The thread says whether it
+/// got there.
 pub(super) fn broken(path: &Path, destination: PathBuf, cut: Cut) -> io::Result<JoinHandle<bool>> {
     let _ = std::fs::remove_file(path);
     let listener = UnixListener::bind(path)?;

@@ -1,4 +1,5 @@
-//! Guests that are reset or switched off, and monitors that are ended: what QEMU 11.1 says and does, and what reference-vmm does.
+//! Guests that are reset or switched off, and monitors that are ended: what QEMU 11.1 says and does, and what
+//! reference-vmm does.
 
 use std::collections::BTreeMap;
 use std::path::Path;

@@ -26,7 +26,8 @@ const MANY: usize = 200;
 pub struct Recovery {
     /// Of two stops.
     pub journey: Journey,
-    /// Where: the first place is counted from when the guest has gone, the others from the beginning of the connection before.
+    /// Where: the first place is counted from when the guest has gone, the others from the beginning of the connection
+    /// before.
     pub breaks: Vec<Break>,
     /// The destination dies after that, and takes the guest along.
     pub dies: bool,
@@ -56,8 +57,9 @@ impl Recovery {
     }
 }
 
-/// The guest goes before its memory, over connections that break at these places, one after the other; the last goes on. The first place is
-/// counted from when the guest runs at the destination, until when next to nothing comes in the background.
+/// The guest goes before its memory, over connections that break at these places, one after the other; the last goes
+/// on. The first place is counted from when the guest runs at the destination, until when next to nothing comes in the
+/// background.
 pub(super) fn depart(
     journey: &Journey,
     stage: &Stage<'_>,
@@ -195,11 +197,13 @@ pub(super) fn all() -> Vec<Recovery> {
         let channels = ["recovery", "recovery+preempt", "recovery+multifd"];
         for (with, count) in channels.into_iter().flat_map(|with| [1, 5, MANY].map(|count| (with, count))) {
             let (preempt, multifd) = (with.ends_with("preempt"), with.ends_with("multifd"));
-            // The page channels are of no use once the guest has gone: how often the link breaks then is the same with them and without.
+            // The page channels are of no use once the guest has gone: how often the link breaks then is the same with
+            // them and without.
             if multifd && (count > 1 || !stops.iter().all(|stop| [reference, new].contains(stop))) {
                 continue;
             }
-            // A QEMU to which the preempt channel is lost a second time dies (10.0 and 11.1, with a QEMU at the other end, too).
+            // A QEMU to which the preempt channel is lost a second time dies (10.0 and 11.1, with a QEMU at the other
+            // end, too).
             if preempt && count > if stops[1] == reference { 5 } else { 1 } {
                 continue;
             }
@@ -221,7 +225,8 @@ pub(super) fn all() -> Vec<Recovery> {
                 quick,
                 ..super::rows::plain()
             };
-            // A 7.2 that loses the connection again before it has heard what has come stays in `postcopy-recover` for good.
+            // A 7.2 that loses the connection again before it has heard what has come stays in `postcopy-recover` for
+            // good.
             let within = !stops.contains(&peers[0]);
             let dies = count == 1 && with == "recovery" && quick_ways.contains(&stops);
             if dies {

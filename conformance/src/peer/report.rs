@@ -78,7 +78,8 @@ impl Case {
         }
     }
 
-    /// The same on a machine that is many times slower: the guest writes less, so that a migration of it comes to its end.
+    /// The same on a machine that is many times slower: the guest writes less, so that a migration of it comes to its
+    /// end.
     #[must_use]
     pub fn gently(mut self) -> Case {
         self.journey_mut().load.payload = GENTLE.into();

@@ -20,8 +20,8 @@ pub(super) fn resident(party: &mut Party) -> Result<u64> {
     Ok(kib.context("smaps_rollup has no Rss")? << 10)
 }
 
-/// That the source, which held `before` bytes when its guest began to leave before its memory, has given that back where it is to, and
-/// nowhere else.
+/// That the source, which held `before` bytes when its guest began to leave before its memory, has given that back
+/// where it is to, and nowhere else.
 pub(super) fn judge(capabilities: &[&str], before: u64, here: &mut Party) -> Result<()> {
     let (after, releases) = (resident(here)?, capabilities.contains(&"release-ram"));
     let holds = if releases { after + WRITTEN <= before } else { after + SLACK > before };

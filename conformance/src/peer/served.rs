@@ -42,7 +42,8 @@ impl Served {
     /// Plays it.
     ///
     /// # Errors
-    /// QEMU's client does not get what is served, or the guest does not start, or finds a page that is not as it has left it.
+    /// QEMU's client does not get what is served, or the guest does not start, or finds a page that is not as it has
+    /// left it.
     pub(super) fn play(&self, stage: &Stage<'_>) -> Result<Account> {
         let path = stage.scratch.join("image");
         let mut here = self.journey.boot(stage, &mut |_| ())?;

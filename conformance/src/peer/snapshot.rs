@@ -58,7 +58,8 @@ impl Snapshot {
     }
 }
 
-/// Waits until a guest that has printed something before has rewritten all of its memory and checked the rest from now on.
+/// Waits until a guest that has printed something before has rewritten all of its memory and checked the rest from now
+/// on.
 pub(super) fn runs_on(party: &mut Party, cpus: u32) -> Result<()> {
     let now = party.progress()?.context("the guest has said nothing")?;
     let (pass, rounds) = (now.pass + 2, now.rounds + u64::from(cpus) + 1);

@@ -240,7 +240,8 @@ fn without_callers() -> Vec<Journey> {
     journeys
 }
 
-/// More page channels: the other numbers and methods, each release in both directions, and the other ways of zero pages.
+/// More page channels: the other numbers and methods, each release in both directions, and the other ways of zero
+/// pages.
 fn page_channels() -> Vec<Journey> {
     let mut journeys = Vec::new();
     for suite in PEERS {

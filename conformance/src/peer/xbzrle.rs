@@ -6,8 +6,8 @@ use super::rows::{PEERS, plain};
 use super::{Departure, Journey, Link, Load, Stop};
 use crate::scenario::Accel;
 
-/// Each release in both directions, reference-vmm with itself, and every pair of kinds of source and destination one after the other, so that
-/// what each sends can be compared: the guest does the same on every hop.
+/// Each release in both directions, reference-vmm with itself, and every pair of kinds of source and destination one
+/// after the other, so that what each sends can be compared: the guest does the same on every hop.
 pub(super) fn journeys() -> Vec<Journey> {
     let peers = PEERS.map(|suite| Stop::Qemu(suite, Accel::Kvm));
     let [old, _, new] = peers;

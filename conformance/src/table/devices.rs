@@ -16,8 +16,8 @@ fn lines(table: &'static str) -> impl Iterator<Item = &'static str> {
     table.lines().filter(|l| !l.is_empty() && !l.starts_with('#'))
 }
 
-/// `machine release [!release…] name arguments…`: one row for every release from its first one on. The tables are part of
-/// the program, so a line that cannot be read makes no row, and the test says which it is.
+/// `machine release [!release…] name arguments…`: one row for every release from its first one on. The tables are part
+/// of the program, so a line that cannot be read makes no row, and the test says which it is.
 fn device(line: &str) -> Vec<Scenario> {
     let mut words = line.split_whitespace();
     let machine = words.next().unwrap_or_default();

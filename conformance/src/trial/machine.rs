@@ -1,7 +1,8 @@
 //! A `microvm` that no QEMU ever ran: its stream written field by field from the declarations of `qevm-devices`.
 //!
-//! The machine is as it leaves reset (Intel SDM volume 3, table "IA-32 and Intel 64 Processor States Following Power-up,
-//! Reset, or INIT", and the data sheets of the chips), with firmware in the block `pc.bios` and all other memory zero.
+//! The machine is as it leaves reset (Intel SDM volume 3, table "IA-32 and Intel 64 Processor States Following
+//! Power-up, Reset, or INIT", and the data sheets of the chips), with firmware in the block `pc.bios` and all other
+//! memory zero.
 
 use std::io::Write;
 
@@ -37,7 +38,8 @@ pub fn stream(qemu: QemuVersion, memory: u64, firmware: &[u8]) -> Result<Vec<u8>
     Ok(stream)
 }
 
-/// Writes the same to `out`, with other contents of memory: `page` fills the page at an offset, or says that it is zero.
+/// Writes the same to `out`, with other contents of memory: `page` fills the page at an offset, or says that it is
+/// zero.
 ///
 /// # Errors
 /// As [`stream`], and what `out` reports.

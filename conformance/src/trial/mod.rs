@@ -1,8 +1,8 @@
 //! Single questions to real QEMUs: whether they load what qevm writes, and whether qevm foresees what they refuse.
 //!
-//! A [`Trial`] has a name, the QEMUs that it needs, and a play that says what was seen or what is wrong. `written` has the
-//! streams that qevm writes, [`machine`] a stream made of nothing but declarations, `foreseen` the pairs of source and
-//! destination that `qevm check` has to judge as QEMU does.
+//! A [`Trial`] has a name, the QEMUs that it needs, and a play that says what was seen or what is wrong. `written` has
+//! the streams that qevm writes, [`machine`] a stream made of nothing but declarations, `foreseen` the pairs of source
+//! and destination that `qevm check` has to judge as QEMU does.
 
 mod foreseen;
 pub mod machine;

@@ -58,8 +58,8 @@ pub(super) fn trials() -> Vec<Trial> {
     trials
 }
 
-/// Whether QEMU carries over what a guest writes while it leaves. TCG of 5.2 and 7.2 loses such pages, on the way to another QEMU of
-/// the same release as well, and so judges nothing: a guest of theirs is stopped before it leaves.
+/// Whether QEMU carries over what a guest writes while it leaves. TCG of 5.2 and 7.2 loses such pages, on the way to
+/// another QEMU of the same release as well, and so judges nothing: a guest of theirs is stopped before it leaves.
 fn carries_writes(suite: Suite, accel: Accel) -> bool {
     accel == Accel::Kvm || !matches!(suite, Suite::Bullseye | Suite::Bookworm)
 }
@@ -100,8 +100,8 @@ impl Way {
 
 /// Loads the stream made of declarations. The destination's own firmware is zeroes, so that what runs came with it.
 ///
-/// TCG alone: under KVM every release loads the stream, too, but on the paravirtual KVM where this was tried the guest got
-/// lost in real mode, right after the reset vector, in about a third of the runs. The cause is not known.
+/// TCG alone: under KVM every release loads the stream, too, but on the paravirtual KVM where this was tried the guest
+/// got lost in real mode, right after the reset vector, in about a third of the runs. The cause is not known.
 fn declared(bench: &Bench<'_>, suite: Suite) -> Result<String> {
     let release = suite.series().parse().context("the release of a suite")?;
     let stream = bench.scratch.join("declared.qevm");

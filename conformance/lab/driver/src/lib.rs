@@ -1,7 +1,8 @@
 //! The trip of a guest with VFIO devices from one monitor to another, and further on, in the lab's machine.
 //!
 //! A [`Plan`] says what is started, with which devices, and what is changed on the way; [`run`] does it and gives a
-//! [`Report`] of what was seen of each migration. It judges nothing: that is done outside the machine, by `qevm-conformance lab`.
+//! [`Report`] of what was seen of each migration. It judges nothing: that is done outside the machine, by
+//! `qevm-conformance lab`.
 
 mod device;
 mod monitor;

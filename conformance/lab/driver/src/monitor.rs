@@ -152,7 +152,8 @@ fn connect(child: &mut Child, listener: Option<&UnixListener>, socket: &Path) ->
     }
 }
 
-/// User and system time from a `stat` of `/proc`: fields 14 and 15, of which the second is a name in parentheses that may hold anything.
+/// User and system time from a `stat` of `/proc`: fields 14 and 15, of which the second is a name in parentheses that
+/// may hold anything.
 fn ticks(stat: &str) -> Option<u64> {
     let mut fields = stat.rsplit_once(')')?.1.split_whitespace().skip(11);
     let user: u64 = fields.next()?.parse().ok()?;

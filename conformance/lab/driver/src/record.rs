@@ -1,4 +1,5 @@
-//! A proxy that keeps what passes through it: the channel opened first as `main` and `return-path`, the others as `channel-N`.
+//! A proxy that keeps what passes through it: the channel opened first as `main` and `return-path`, the others as
+//! `channel-N`.
 
 use std::fs::{self, File};
 use std::io::{Read, Write};

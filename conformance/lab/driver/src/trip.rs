@@ -18,9 +18,10 @@ use crate::record;
 const SCRATCH: &str = "/tmp";
 /// Between two looks at a migration under way. Each costs the monitors a command.
 const POLL: Duration = Duration::from_millis(100);
-/// By how much the guest is older than the destination. KVM takes a TSC that is set to within a second of what it is already for an
-/// attempt to synchronise processors, and leaves it as it is: the clock of a guest as young as its destination would go back. The guest's
-/// TSC stands while it is not running anywhere, and the destination's does not: this is more than a second beyond the longest load.
+/// By how much the guest is older than the destination. KVM takes a TSC that is set to within a second of what it is
+/// already for an attempt to synchronise processors, and leaves it as it is: the clock of a guest as young as its
+/// destination would go back. The guest's TSC stands while it is not running anywhere, and the destination's does not:
+/// this is more than a second beyond the longest load.
 const OLDER: Duration = Duration::from_secs(4);
 /// A guest that runs prints a line within this time.
 const BEATS: Duration = Duration::from_secs(30);
@@ -31,7 +32,8 @@ const ENDS: [&str; 3] = ["completed", "failed", "cancelled"];
 /// Does what the plan says. A trip ends with the first migration that is not completed.
 ///
 /// # Errors
-/// A device cannot be made, a monitor does not start, or the guest does not get ready: nothing that a migration could be blamed for.
+/// A device cannot be made, a monitor does not start, or the guest does not get ready: nothing that a migration could
+/// be blamed for.
 pub fn run(plan: &Plan) -> Result<Vec<Report>> {
     let made = plan.devices.iter().map(Made::new).collect::<Result<Vec<_>>>()?;
     let scratch = Path::new(SCRATCH);

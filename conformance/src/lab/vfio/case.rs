@@ -64,7 +64,8 @@ pub(super) enum Use {
 pub(super) enum Guest {
     /// The payload of reference-vmm.
     Payload,
-    /// Linux, which has found the device by ACPI, and a program in it (`conformance/lab/driver/src/bin/linux-guest.rs`) by UIO.
+    /// Linux, which has found the device by ACPI, and a program in it (`conformance/lab/driver/src/bin/linux-guest.rs`)
+    /// by UIO.
     Linux,
 }
 
@@ -79,7 +80,8 @@ pub(in crate::lab) struct Case {
     pub(super) driver: &'static str,
     pub(super) flags: u64,
     pub(super) settings: Vec<(Side, &'static str, String)>,
-    /// What is written to the first device of the source on the way to the last stop: milliseconds after the start, file, text.
+    /// What is written to the first device of the source on the way to the last stop: milliseconds after the start,
+    /// file, text.
     pub(super) changes: Vec<(u64, &'static str, String)>,
     /// Of both sides, or of one.
     pub(super) capabilities: Vec<(Option<Side>, &'static str)>,
@@ -268,7 +270,8 @@ impl Case {
         Device { stop, uuid: Case::uuid(stop, number), driver: self.driver.into(), kind: kind.into(), settings }
     }
 
-    /// What a monitor is told of its guest: QEMU with one dash, reference-vmm with two. A guest that comes brings its own kernel.
+    /// What a monitor is told of its guest: QEMU with one dash, reference-vmm with two. A guest that comes brings its
+    /// own kernel.
     pub(super) fn guest_arguments(&self, stop: usize) -> Vec<String> {
         let (dash, memory) = match self.path[stop] {
             Stop::Qemu(_) => ("-", "-m"),

@@ -19,7 +19,8 @@ pub(in crate::lab) fn cases() -> Vec<Case> {
         ),
         Case { earliest_stop_ms: 2000, ..Case::new("vfio-reinit", NEW, NEW).ack() }
             .set(Destination, "load_initial_ms", 1000)
-            // At once after the first ones: QEMU fails a migration whose device asks anew when it has decided to switch over.
+            // At once after the first ones: QEMU fails a migration whose device asks anew when it has decided to switch
+            // over.
             .set(Source, "dirty_rounds", 0)
             .set(Source, "reinits", 1),
         Case { on_channels: LARGE, ..Case::new("vfio-multifd", NEW, NEW).multifd() }.set(Source, "final_size", LARGE),

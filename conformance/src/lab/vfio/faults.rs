@@ -1,5 +1,5 @@
-//! The table of faults: every arc, read, write and query of a device fails once, at either side of a migration between reference-vmm and
-//! QEMU; acks that are counted otherwise, or at one side alone; and a driver that answers garbage.
+//! The table of faults: every arc, read, write and query of a device fails once, at either side of a migration between
+//! reference-vmm and QEMU; acks that are counted otherwise, or at one side alone; and a driver that answers garbage.
 
 use qevm_lab::Side;
 use serde_json::json;
@@ -145,8 +145,8 @@ fn calls() -> Vec<Case> {
         Case { ending, ..arriving(format!("fault-destination-{name}")) }.set(Side::Destination, "fail", fault)
     };
     let source = Side::Source;
-    // The log is tried when the device is opened, and again when the migration begins: a start, a report of each of two ranges of RAM
-    // and a stop.
+    // The log is tried when the device is opened, and again when the migration begins: a start, a report of each of two
+    // ranges of RAM and a stop.
     vec![
         at_source("read-pre-copy", PRECOPY, "read 5", source, &[DEVICE, "cannot be read in PRE_COPY", SAYS_ERRNO]),
         at_source("read-stop-copy", P2P, "read 5", source, &[DEVICE, "cannot be read in STOP_COPY", SAYS_ERRNO]),

@@ -123,8 +123,8 @@ fn shrinking(monitors: &str, path: [Stop; 2], repeat: u32) -> Vec<Case> {
 }
 
 impl Case {
-    /// What was seen while the source could not pause the guest: from when all initial data were read, or from a second after the start
-    /// for a device that is too large, to when it did, or could.
+    /// What was seen while the source could not pause the guest: from when all initial data were read, or from a second
+    /// after the start for a device that is too large, to when it did, or could.
     pub(super) fn waits(&self, report: &Report) -> Value {
         let uuid = Case::uuid(self.path.len() - 2, 0);
         let initial = |(side, name, value): &(Side, &str, String)| {

@@ -210,7 +210,8 @@ impl Case {
         exactly(&destination, "state_bad", 0)?;
         exactly(&destination, "written_bytes", count(&source, "read_bytes"))?;
         for (uuid, stop) in [(&source, stop), (&destination, stop + 1)] {
-            // Elsewhere it is opened before RAM is mapped for it, and writes at once where it does not wait to be bus master.
+            // Elsewhere it is opened before RAM is mapped for it, and writes at once where it does not wait to be bus
+            // master.
             if self.is_used() || matches!(self.path[stop], Stop::Qemu(_)) && !self.iommufd {
                 exactly(uuid, "dma_errors", 0)?;
             }
@@ -247,8 +248,8 @@ impl Case {
     }
 }
 
-/// The guest ran at the source and runs at the destination, goes on where it was, by its clock too, and has found all its memory as it
-/// should be; where pages of devices get `lost` it may have found out.
+/// The guest ran at the source and runs at the destination, goes on where it was, by its clock too, and has found all
+/// its memory as it should be; where pages of devices get `lost` it may have found out.
 fn judge_guest(report: &Report, lost: bool) -> Result<Value> {
     let progress = |serial: &str| serial.lines().filter_map(Progress::parse).collect::<Vec<_>>();
     let (before, after) = (progress(&report.source_serial), progress(&report.destination_serial));

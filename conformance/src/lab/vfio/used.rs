@@ -7,8 +7,8 @@ use serde_json::{Value, json};
 
 use super::case::Case;
 
-/// Interrupts that a guest has to take of each device, where it starts and where it has arrived: one more than can be under way. The next
-/// is raised when the last has come, so that one that gets lost ends them.
+/// Interrupts that a guest has to take of each device, where it starts and where it has arrived: one more than can be
+/// under way. The next is raised when the last has come, so that one that gets lost ends them.
 const INTERRUPTS: u64 = 2;
 
 impl Case {

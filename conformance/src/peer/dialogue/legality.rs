@@ -20,8 +20,8 @@ use crate::launch::Qemu;
 use crate::peer::party::start_reference;
 use crate::roots::Root;
 
-/// What is asked in every state. No command here changes it, where it is accepted, but that a guest may go before its memory under
-/// capability `postcopy-ram`.
+/// What is asked in every state. No command here changes it, where it is accepted, but that a guest may go before its
+/// memory under capability `postcopy-ram`.
 const EVERYWHERE: &[(&str, &str)] = &[
     ("query-status", ""),
     ("query-migrate", ""),
@@ -377,7 +377,8 @@ const FIRST_PINGS: [u32; 2] = [1, 0x5145_4801];
 const PING: [u8; 5] = [8, 0, 2, 0, 4];
 const PONG: [u8; 4] = [0, 2, 0, 4];
 
-/// From here on somebody is there who takes everything, answers these PINGs, and says nothing else: no guest arrives there.
+/// From here on somebody is there who takes everything, answers these PINGs, and says nothing else: no guest arrives
+/// there.
 fn answer(peer: NobodyReads, answered: &[u32]) {
     let answered = answered.to_vec();
     thread::spawn(move || {

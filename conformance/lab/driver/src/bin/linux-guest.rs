@@ -1,8 +1,10 @@
-//! `linux-guest ADDRESS PAGES`: uses the test device (`conformance/lab/testdev`) from Linux as a driver in user space does, by UIO, and never ends.
+//! `linux-guest ADDRESS PAGES`: uses the test device (`conformance/lab/testdev`) from Linux as a driver in user space
+//! does, by UIO, and never ends.
 //!
-//! Linux has found the device by ACPI, placed its BARs and connected its interrupt. Here, in each pass, a register and a word of the device's
-//! memory are counted up and must be as they were left; the next of four bits raises the interrupt, which must come once, by `/dev/uio0`; and some of the
-//! pages that the device writes to, from ADDRESS on, must hold the number that it gave them last. What it sees it prints in the words of the payload
+//! Linux has found the device by ACPI, placed its BARs and connected its interrupt. Here, in each pass, a register and
+//! a word of the device's memory are counted up and must be as they were left; the next of four bits raises the
+//! interrupt, which must come once, by `/dev/uio0`; and some of the pages that the device writes to, from ADDRESS on,
+//! must hold the number that it gave them last. What it sees it prints in the words of the payload
 //! (`reference_vmm::payload`), so that the same judge reads both.
 
 use std::fs::{self, File};
@@ -40,7 +42,8 @@ const COMMAND: u64 = 0x04;
 const MEMORY_AND_MASTER: u16 = 1 << 1 | 1 << 2;
 const INTX_DISABLE: u16 = 1 << 10;
 const VECTORS: u32 = 4;
-/// An interrupt that has not come by then is lost: long for a slow machine with a migration between, and shorter than a guest is waited for.
+/// An interrupt that has not come by then is lost: long for a slow machine with a migration between, and shorter than a
+/// guest is waited for.
 const LOST: Duration = Duration::from_secs(20);
 const REPORT: Duration = Duration::from_millis(250);
 /// Pages looked at in a pass.
@@ -248,8 +251,8 @@ struct Dma {
 }
 
 impl Dma {
-    /// Looks at some of them after the device has written `done`. Gives those that lack the number which they had been given by then, with that
-    /// and what they hold.
+    /// Looks at some of them after the device has written `done`. Gives those that lack the number which they had been
+    /// given by then, with that and what they hold.
     fn look(&mut self, done: u64) -> Result<Vec<(u64, u64, u64)>> {
         let mut bad = Vec::new();
         for _ in 0..LOOKED_AT {
