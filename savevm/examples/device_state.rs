@@ -1,4 +1,5 @@
-//! Prints the device state of migration streams down to each field, and checks that the fields encode to the same bytes.
+//! Prints the device state of migration streams down to each field, and checks that the fields encode to the same
+//! bytes.
 //!
 //! `device_state [--quiet] FILE…`: with `--quiet`, one line for each file and one for each section with opaque bytes.
 

@@ -108,7 +108,8 @@ pub enum PayloadKind {
 
 impl Event<'_> {
     /// How many bytes of payload follow the event; `None` for a mapped-ram block, where
-    /// [`Decoder::payload_remaining`](qevm_wire::Decode::payload_remaining) tells. `page_size` is that of a target page.
+    /// [`Decoder::payload_remaining`](qevm_wire::Decode::payload_remaining) tells. `page_size` is that of a target
+    /// page.
     pub fn payload_len(&self, page_size: u64) -> Option<u64> {
         match self {
             Event::Ram(RamRecord::Page(_)) => Some(page_size),

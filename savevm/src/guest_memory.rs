@@ -2,8 +2,8 @@
 //!
 //! A stream names RAM blocks and offsets in them, not guest-physical addresses. x86 machines cut their one RAM block in
 //! two: the first part starts at address 0, the rest goes on at 4 GiB, and the hole between them is for devices. Where
-//! the cut is follows from the machine type and the size, unless the operator moved it (`max-ram-below-4g`); the size of
-//! the low part is also in the guest's CMOS, which a stream of `pc` and `q35` carries and which therefore wins.
+//! the cut is follows from the machine type and the size, unless the operator moved it (`max-ram-below-4g`); the size
+//! of the low part is also in the guest's CMOS, which a stream of `pc` and `q35` carries and which therefore wins.
 
 use qevm_wire::{QemuVersion, profile::machine_version};
 
@@ -29,7 +29,8 @@ const CMOS_ABOVE_1M: core::ops::RangeInclusive<usize> = 0x30..=0x31;
 /// CMOS registers, little-endian, in units of 64 KiB: memory above 4 GiB.
 const CMOS_ABOVE_4G: core::ops::RangeInclusive<usize> = 0x5b..=0x5d;
 
-/// Main memory that is one piece in the guest, by the name of its RAM block, and its guest-physical address. Measured (`info mtree -f`).
+/// Main memory that is one piece in the guest, by the name of its RAM block, and its guest-physical address. Measured
+/// (`info mtree -f`).
 const WHOLE: [(&str, u64); 15] = [
     ("mach-virt.ram", 0x4000_0000),
     ("sbsa-ref.ram", 0x100_0000_0000),
@@ -51,8 +52,8 @@ const WHOLE: [(&str, u64); 15] = [
 /// Machine types whose main memory is at 0 in a RAM block that is only called `ram`: Alpha, HPPA.
 const NAMELESS: [&str; 5] = ["clipper", "715", "A400", "B160L", "C3700"];
 
-/// Where the main memory of machines that are no PCs lies, `len` bytes long, by the name of its RAM block: machine types of
-/// different targets have the same name (`virt`), these blocks have not. `None` for all other blocks.
+/// Where the main memory of machines that are no PCs lies, `len` bytes long, by the name of its RAM block: machine
+/// types of different targets have the same name (`virt`), these blocks have not. `None` for all other blocks.
 ///
 /// A part of the block can lie at two addresses: Malta boards have the whole at 2 GiB once more.
 ///
@@ -85,8 +86,8 @@ pub fn fixed_segments(machine: &str, block: &str, len: u64) -> Option<Vec<Segmen
     Some(places.iter().filter_map(segment).collect())
 }
 
-/// True for RAM blocks that are no main memory and no memory device, by the names that QEMU gives them: firmware, ROMs, flash,
-/// the memory of display devices and the files of `fw_cfg`.
+/// True for RAM blocks that are no main memory and no memory device, by the names that QEMU gives them: firmware, ROMs,
+/// flash, the memory of display devices and the files of `fw_cfg`.
 ///
 /// ```
 /// use qevm_savevm::guest_memory::is_rom_or_device;
@@ -103,7 +104,8 @@ pub fn is_rom_or_device(block: &str) -> bool {
         || block.starts_with("bios.")
 }
 
-/// Name of the RAM block that is the main memory of `machine` by default; `None` for machine types this module has no rules for.
+/// Name of the RAM block that is the main memory of `machine` by default; `None` for machine types this module has no
+/// rules for.
 ///
 /// ```
 /// assert_eq!(qevm_savevm::guest_memory::main_block("pc-q35-10.0"), Some("pc.ram"));
@@ -121,9 +123,9 @@ pub fn main_block(machine: &str) -> Option<&'static str> {
 ///
 /// A CMOS is the guest's word: one that contradicts `ram_len` is not followed ([`cmos_fits`]).
 ///
-/// `None` for machine types without rules here. Sources: QEMU's documentation of `max-ram-below-4g` and real `pc`, `q35`
-/// and `microvm` guests of 5.2 to 11.1. Not covered: memory devices (`pc-dimm`, `virtio-mem`), and
-/// `pc` guests of about 1 TiB on AMD hosts, whose high part starts at 1 TiB since 7.1.
+/// `None` for machine types without rules here. Sources: QEMU's documentation of `max-ram-below-4g` and real `pc`,
+/// `q35` and `microvm` guests of 5.2 to 11.1. Not covered: memory devices (`pc-dimm`, `virtio-mem`), and `pc` guests of
+/// about 1 TiB on AMD hosts, whose high part starts at 1 TiB since 7.1.
 ///
 /// ```
 /// use qevm_savevm::guest_memory::{Segment, segments};
@@ -192,7 +194,8 @@ pub fn memory_in_cmos(cmos: &[u8]) -> Option<u64> {
     (above_1m > 0).then_some(MIB + above_1m)
 }
 
-/// False if the CMOS tells of other sizes than those of a main memory of `ram_len` bytes; true if it fits, or tells nothing.
+/// False if the CMOS tells of other sizes than those of a main memory of `ram_len` bytes; true if it fits, or tells
+/// nothing.
 ///
 /// ```
 /// let mut cmos = [0; 128];

@@ -39,8 +39,8 @@ pub enum HashTableRecord {
     Size(u32),
     /// Chunks follow.
     Chunks,
-    /// The entries from `index` on: `valid` of them, 16 bytes each, follow as payload; after them come `invalid` ones that
-    /// are cleared. Not all three are 0.
+    /// The entries from `index` on: `valid` of them, 16 bytes each, follow as payload; after them come `invalid` ones
+    /// that are cleared. Not all three are 0.
     Chunk {
         /// The first entry.
         index: u32,

@@ -1,5 +1,5 @@
-//! `docs/embedding.md` promises a whole destination and a whole source in 30 lines each; that they work is its doctest's to
-//! show.
+//! `docs/embedding.md` promises a whole destination and a whole source in 30 lines each; that they work is its
+//! doctest's to show.
 
 #[test]
 fn a_whole_destination_and_a_whole_source_take_30_lines() {

@@ -93,8 +93,8 @@ pub(crate) fn implementation(declaration: &Declaration) -> TokenStream {
     }
 }
 
-/// Refuses, when the crate is compiled, subsections that no loader would find: a name that does not start with the VMSD's, and one
-/// name twice.
+/// Refuses, when the crate is compiled, subsections that no loader would find: a name that does not start with the
+/// VMSD's, and one name twice.
 fn subsection_names(declaration: &Declaration) -> TokenStream {
     let name = &declaration.name;
     // What depends on a parameter has no name yet.

@@ -46,8 +46,8 @@ use syn::{DeriveInput, parse_macro_input};
 /// | `needed = \|state, ctx\| …` | of a subsection: whether the parent sends it |
 /// | `since_release = "11.0"`, `until_release = "8.1"` | of a subsection: the releases that know it |
 ///
-/// In the expressions of `exists`, `len`, `null` and `context` the fields declared before are in scope as references, `version`
-/// is the version being written or read and `ctx` the `Context`.
+/// In the expressions of `exists`, `len`, `null` and `context` the fields declared before are in scope as references,
+/// `version` is the version being written or read and `ctx` the `Context`.
 #[proc_macro_derive(VmState, attributes(vmstate))]
 pub fn derive_vm_state(input: TokenStream) -> TokenStream {
     let input = parse_macro_input!(input as DeriveInput);

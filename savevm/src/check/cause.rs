@@ -42,7 +42,8 @@ pub(super) fn of_configured_length(idstr: &str, field: &str) -> Option<&'static 
     })
 }
 
-/// Why only one side has a field, where it is known that the configuration or the release says it, and not the guest's state.
+/// Why only one side has a field, where it is known that the configuration or the release says it, and not the guest's
+/// state.
 pub(super) fn of_optional_field(idstr: &str, field: &str) -> Option<&'static str> {
     let device = idstr.rsplit('/').next().unwrap_or(idstr);
     Some(match (device, field) {

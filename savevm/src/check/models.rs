@@ -36,8 +36,8 @@ impl<'a> Models<'a> {
     }
 }
 
-/// Releases that write this subsection whenever they can read it: 10.0 and 11.1 abort where a TCO watchdog comes that the
-/// destination has not (`ICH9-LPC.enable_tco=off`), and 7.2 reads it.
+/// Releases that write this subsection whenever they can read it: 10.0 and 11.1 abort where a TCO watchdog comes that
+/// the destination has not (`ICH9-LPC.enable_tco=off`), and 7.2 reads it.
 const ALWAYS_WRITTEN: &[(&str, QemuVersion)] = &[("ich9_pm/tco", QemuVersion::new(10, 0))];
 
 impl Models<'_> {
@@ -79,8 +79,9 @@ fn by_release(vmsd_name: &str, subsection: &str, qemu: QemuVersion) -> Option<bo
 const RELEASES: [QemuVersion; 4] =
     [QemuVersion::new(5, 2), QemuVersion::new(7, 2), QemuVersion::new(10, 0), QemuVersion::new(11, 1)];
 
-/// VMSD of a device, a subsection of it or of a structure in it, and for each release whether it reads it (`x`), does not
-/// (`-`), or has no such device (`.`): from the releases' `-dump-vmstate`, which a test of `qevm-conformance` compares.
+/// VMSD of a device, a subsection of it or of a structure in it, and for each release whether it reads it (`x`), does
+/// not (`-`), or has no such device (`.`): from the releases' `-dump-vmstate`, which a test of `qevm-conformance`
+/// compares.
 #[rustfmt::skip]
 const SUBSECTIONS: &[(&str, &str, &[u8; 4])] = &[
     ("ICH9LPC", "ICH9LPC/rst_cnt", b"xxxx"),

@@ -1,5 +1,5 @@
-//! What a destination does with a number of a device section: by its type in the description, and by the device, where a hook
-//! after loading compares it (observed with QEMU 7.2 to 11.1).
+//! What a destination does with a number of a device section: by its type in the description, and by the device, where
+//! a hook after loading compares it (observed with QEMU 7.2 to 11.1).
 
 /// What a destination does with a number.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -30,8 +30,8 @@ const HOOKS: &[(&str, &str)] = &[
     ("virtio-gpu", SCANOUTS),
 ];
 
-/// Path of a number that is none of the stream: how many bytes all scanouts of a display have, which neither their number nor
-/// anything else in the stream tells.
+/// Path of a number that is none of the stream: how many bytes all scanouts of a display have, which neither their
+/// number nor anything else in the stream tells.
 pub(super) const SCANOUTS: &str = "bytes of scanouts";
 
 impl Rule {

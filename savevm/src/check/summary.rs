@@ -78,8 +78,8 @@ pub struct Expectations {
     pub description: Option<Description>,
     /// Everything its device models could write.
     pub schema: Option<Schema>,
-    /// The device models of its release as far as they are declared, for what no schema tells of; crate `qevm-devices` has those
-    /// of `microvm` (`qevm_devices::descriptions`).
+    /// The device models of its release as far as they are declared, for what no schema tells of; crate `qevm-devices`
+    /// has those of `microvm` (`qevm_devices::descriptions`).
     pub models: Vec<vmstate::Description>,
     /// Numbers of the device sections that it would write. Empty if they are not known.
     pub values: Values,

@@ -11,8 +11,8 @@ use std::collections::{BTreeMap, HashMap, HashSet};
 const MOST: usize = 1 << 16;
 const MOST_TEXT: usize = 4 << 20;
 
-/// The numbers of a stream's device sections that a comparison needs: those that are not in arrays, those that a destination
-/// compares itself, and the queues of virtio devices.
+/// The numbers of a stream's device sections that a comparison needs: those that are not in arrays, those that a
+/// destination compares itself, and the queues of virtio devices.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Values {
     sections: HashMap<(String, u32), Section>,

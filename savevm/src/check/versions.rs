@@ -5,9 +5,9 @@ use crate::framing::SectionHeader;
 use crate::vmdesc::DeviceBody;
 use qevm_wire::QemuVersion;
 
-/// VMSD of a device, and for each release of [`RELEASES`] the oldest version that it loads, or `NONE` if it is not known. From
-/// the releases' `-dump-vmstate`, but for `ipmi-bmc-sim`, which is in no dump: 11.1 loads version 1. A device that is not listed
-/// has had one version in all of these releases.
+/// VMSD of a device, and for each release of [`RELEASES`] the oldest version that it loads, or `NONE` if it is not
+/// known. From the releases' `-dump-vmstate`, but for `ipmi-bmc-sim`, which is in no dump: 11.1 loads version 1. A
+/// device that is not listed has had one version in all of these releases.
 const OLDEST: &[(&str, [u32; 4])] = &[
     ("esp", [3; 4]),
     ("pciespscsi", [1; 4]),

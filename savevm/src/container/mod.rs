@@ -1,8 +1,8 @@
 //! Files that have a migration stream inside: libvirt save images, qcow2 internal snapshots, compressed files.
 //!
-//! [`recognise`] tells from the first bytes what a file is; `libvirt` and `qcow2` (feature `containers`) say where in the file the
-//! stream is. Decompression is left to the caller: these modules only say which format to expect. Nothing here does I/O or
-//! panics, and only tables whose sizes were checked against [`Limits`](qevm_wire::Limits) are held.
+//! [`recognise`] tells from the first bytes what a file is; `libvirt` and `qcow2` (feature `containers`) say where in
+//! the file the stream is. Decompression is left to the caller: these modules only say which format to expect. Nothing
+//! here does I/O or panics, and only tables whose sizes were checked against [`Limits`](qevm_wire::Limits) are held.
 //!
 //! Sources: `docs/format/containers.md`.
 

@@ -20,8 +20,8 @@ const MAX_CLUSTER_BITS: u32 = 21;
 const MIN_EXTENDED_CLUSTER_BITS: u32 = 14;
 /// log2 of the parts of a cluster that an extended L2 entry tells of.
 const SUBCLUSTER_BITS: u32 = 5;
-/// Incompatible feature bits that are understood: dirty refcounts and compression type, which do not change how snapshots are
-/// read, and extended L2 entries.
+/// Incompatible feature bits that are understood: dirty refcounts and compression type, which do not change how
+/// snapshots are read, and extended L2 entries.
 const KNOWN_FEATURES: u64 = 1 << 0 | 1 << 3 | FEATURE_EXTENDED_L2;
 const FEATURE_CORRUPT: u64 = 1 << 1;
 const FEATURE_EXTERNAL_DATA: u64 = 1 << 2;
@@ -143,8 +143,8 @@ pub struct Snapshot {
 }
 
 impl Snapshot {
-    /// Reads one entry, and the padding before it: entries start at multiples of 8 bytes of the file, from which the reader's
-    /// offsets count. Nothing follows the last one.
+    /// Reads one entry, and the padding before it: entries start at multiples of 8 bytes of the file, from which the
+    /// reader's offsets count. Nothing follows the last one.
     ///
     /// # Errors
     /// Truncated if the entry goes on past the reader's end (read more of the file and try again), a limit error for
@@ -244,8 +244,8 @@ impl VmState {
         self.len == 0
     }
 
-    /// How many bytes from `position` on are in the same cluster (the same part of it, with extended L2 entries), and inside
-    /// the state.
+    /// How many bytes from `position` on are in the same cluster (the same part of it, with extended L2 entries), and
+    /// inside the state.
     pub fn contiguous(&self, position: u64) -> u64 {
         let unit = 1 << (self.cluster_bits - if self.extended_l2 { SUBCLUSTER_BITS } else { 0 });
         (unit - self.address(position) % unit).min(self.len.saturating_sub(position))
@@ -263,8 +263,8 @@ impl VmState {
         Ok((offset != 0).then_some(offset))
     }
 
-    /// Where the cluster with byte `position` of the state starts, according to the L2 table `l2`, which is at file offset
-    /// `l2_offset`.
+    /// Where the cluster with byte `position` of the state starts, according to the L2 table `l2`, which is at file
+    /// offset `l2_offset`.
     ///
     /// # Errors
     /// [`ContainerError::Feature`] for a compressed cluster (QEMU never writes VM state so), [`ContainerError::Field`]

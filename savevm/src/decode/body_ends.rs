@@ -9,10 +9,10 @@ use qevm_wire::{Decode, Located};
 
 /// The places at which the content of a device section may end, from [`Decoder::body_ends`].
 ///
-/// It is a decoder that is shown the content from its first byte and consumes nothing of it. Each event is the content's
-/// length in bytes if it ends at the next such place: where a footer of the section comes that a plausible item follows. In a
-/// stream without footers (machine types of QEMU 2.3 and before) it is every place that the header of another section or
-/// the end of the stream follows, so the caller must know the device's layout to choose.
+/// It is a decoder that is shown the content from its first byte and consumes nothing of it. Each event is the
+/// content's length in bytes if it ends at the next such place: where a footer of the section comes that a plausible
+/// item follows. In a stream without footers (machine types of QEMU 2.3 and before) it is every place that the header
+/// of another section or the end of the stream follows, so the caller must know the device's layout to choose.
 ///
 /// After the last place [`next`](Decode::next) fails with [`StreamError::EndNotFound`], and if no content is next with
 /// [`StreamError::NoBody`]; other errors are those of the decoder.

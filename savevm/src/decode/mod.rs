@@ -36,8 +36,8 @@ use totals::Totals;
 ///
 /// After an error the decoder stays where it was and gives the same error again.
 ///
-/// What the limits bound for a whole stream is counted by all decoders of it together: those of packages, of recoveries,
-/// and clones.
+/// What the limits bound for a whole stream is counted by all decoders of it together: those of packages, of
+/// recoveries, and clones.
 ///
 /// # The content of device sections
 ///
@@ -172,8 +172,8 @@ impl Decoder {
         }
     }
 
-    /// A decoder that goes on where this one is and leaves it as it is: what it reads is to be read again, and counts towards
-    /// the [`Limits`](qevm_wire::Limits) of neither.
+    /// A decoder that goes on where this one is and leaves it as it is: what it reads is to be read again, and counts
+    /// towards the [`Limits`](qevm_wire::Limits) of neither.
     #[must_use]
     pub fn ahead(&self) -> Decoder {
         Decoder { totals: self.totals.detached(), ..self.clone() }
@@ -279,8 +279,8 @@ impl Decoder {
         Ok(())
     }
 
-    /// The places at which the content of the device section that is next may end. `self` stays as it is: the choice is to be
-    /// told with [`body`](Decoder::body).
+    /// The places at which the content of the device section that is next may end. `self` stays as it is: the choice is
+    /// to be told with [`body`](Decoder::body).
     pub fn body_ends(&self) -> BodyEnds {
         BodyEnds::new(self)
     }
@@ -301,8 +301,8 @@ impl Decoder {
         self.pages
     }
 
-    /// Sets the size of target pages, which only some configuration sections tell. To be called before the first page; see
-    /// [`expects_page`](Decoder::expects_page).
+    /// Sets the size of target pages, which only some configuration sections tell. To be called before the first page;
+    /// see [`expects_page`](Decoder::expects_page).
     pub fn set_page_geometry(&mut self, pages: PageGeometry) {
         self.pages = pages;
     }

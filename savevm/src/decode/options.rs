@@ -54,8 +54,8 @@ pub struct DecoderOptions {
 }
 
 impl DecoderOptions {
-    /// For the connection to a source that is alive, where `profile` is that of this machine: what comes, up to where, is as the
-    /// machine type says. Everything else is as by default.
+    /// For the connection to a source that is alive, where `profile` is that of this machine: what comes, up to where,
+    /// is as the machine type says. Everything else is as by default.
     ///
     /// ```
     /// use qevm_savevm::{DecoderOptions, Footers};

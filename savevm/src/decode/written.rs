@@ -23,8 +23,8 @@ impl Decoder {
         package
     }
 
-    /// Takes the record of `page`, `len` bytes long, unless none may come here; what is left of the payload before it is
-    /// taken for read.
+    /// Takes the record of `page`, `len` bytes long, unless none may come here; what is left of the payload before it
+    /// is taken for read.
     #[inline]
     pub(crate) fn takes_page(&mut self, page: &PageAt, len: u64, payload: bool) -> bool {
         if self.state != State::Ram || !self.ram.takes_page(self.options.mapped_ram) {
@@ -38,9 +38,9 @@ impl Decoder {
         true
     }
 
-    /// Takes the entry of `block`, `len` bytes long, where only what follows can tell which optional words it has. False
-    /// if [`next`](qevm_wire::Decode::next) is to tell, which then knows of the words that follow from capabilities: not every
-    /// stream tells these.
+    /// Takes the entry of `block`, `len` bytes long, where only what follows can tell which optional words it has.
+    /// False if [`next`](qevm_wire::Decode::next) is to tell, which then knows of the words that follow from
+    /// capabilities: not every stream tells these.
     pub(crate) fn takes_block(&mut self, block: &RamBlock, len: u64) -> bool {
         self.options.mapped_ram |= block.mapped_ram.is_some();
         self.options.x_ignore_shared |= block.address.is_some();

@@ -106,15 +106,15 @@ impl StreamWriter {
         StreamWriter { taken, ..StreamWriter::unchecked(self.encoder.recovery(), self.footers) }
     }
 
-    /// A writer for the preempt channel of postcopy (7.1): records of pages alone, of the RAM blocks of `self`. The first carries its block's
-    /// name.
+    /// A writer for the preempt channel of postcopy (7.1): records of pages alone, of the RAM blocks of `self`. The
+    /// first carries its block's name.
     #[must_use]
     pub fn preempt_writer(&self) -> StreamWriter {
         StreamWriter::unchecked(self.encoder.recovery(), false)
     }
 
-    /// A writer for the connection on which a broken postcopy goes on: it has no header, and sections and RAM blocks are
-    /// those of `self`.
+    /// A writer for the connection on which a broken postcopy goes on: it has no header, and sections and RAM blocks
+    /// are those of `self`.
     #[must_use]
     pub fn recovery(&self) -> StreamWriter {
         let taken = self.taken.as_ref().map(Taken::recovery);
@@ -260,8 +260,8 @@ impl StreamWriter {
         self.event(&Event::Ram(RamRecord::Zero(page)))
     }
 
-    /// A page and its content, which is copied: as a page of zeroes if it is one. Content that is not to be copied is sent after
-    /// [`page_header`](StreamWriter::page_header).
+    /// A page and its content, which is copied: as a page of zeroes if it is one. Content that is not to be copied is
+    /// sent after [`page_header`](StreamWriter::page_header).
     ///
     /// # Errors
     /// [`WriteError::PayloadMissing`] and [`WriteError::PayloadInExcess`] if `content` is not one target page; see

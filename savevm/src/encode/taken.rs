@@ -8,8 +8,8 @@ use crate::{
 };
 use qevm_wire::{Decode, Limits, Located, PageGeometry};
 
-/// The decoder at the other end, as far as what was written takes it. Pages of the main channel pass it by: of them only
-/// the place is checked, because the encoder has checked the rest.
+/// The decoder at the other end, as far as what was written takes it. Pages of the main channel pass it by: of them
+/// only the place is checked, because the encoder has checked the rest.
 #[derive(Debug, Clone)]
 pub(super) struct Taken {
     decoder: Decoder,

@@ -62,7 +62,8 @@ impl MappedRamHeader {
         used_length.checked_div(self.page_size).unwrap_or(0).div_ceil(64) * 8
     }
 
-    /// The header of a block whose pages are not in the file, as capability `x-ignore-shared` leaves out what a backend shares.
+    /// The header of a block whose pages are not in the file, as capability `x-ignore-shared` leaves out what a backend
+    /// shares.
     pub fn absent(page_size: u64) -> Self {
         MappedRamHeader { page_size, bitmap_offset: 0, pages_offset: 0 }
     }

@@ -11,7 +11,8 @@ pub enum RamRecord<'a> {
         /// Sum of the used lengths of all blocks, in bytes.
         total: u64,
     },
-    /// An entry of the list. With a [`MappedRamHeader`](super::MappedRamHeader) the payload is the region up to the end of the block's pages.
+    /// An entry of the list. With a [`MappedRamHeader`](super::MappedRamHeader) the payload is the region up to the end
+    /// of the block's pages.
     Block(RamBlock),
     /// The list of blocks is whole. Takes no bytes: it comes after the last block (and its payload). Who has page
     /// channels publishes the list to their readers now.

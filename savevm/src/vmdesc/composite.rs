@@ -94,8 +94,8 @@ fn usb_redir_parser(fields: &mut Fields<'_, '_>) -> Result<(), Error> {
     fields.buffer("data", len.into()).map(drop)
 }
 
-/// Packets that a redirected device has sent and the guest has not fetched: the empty queue was seen with QEMU 11.1, the
-/// packets are from memory of the format, and only taken where all bytes come out even.
+/// Packets that a redirected device has sent and the guest has not fetched: the empty queue was seen with QEMU 11.1,
+/// the packets are from memory of the format, and only taken where all bytes come out even.
 fn usb_redir_packets(fields: &mut Fields<'_, '_>) -> Result<(), Error> {
     for index in 0..fields.u32("packets")? {
         fields.structure(format!("[{index}]"), "struct", "usb-redir-packet", 0, |fields| {

@@ -17,8 +17,8 @@ impl DeviceDescription {
     /// [`VmdescError`] where the bytes contradict the description, with the path of fields;
     /// [`WireError::Truncated`](qevm_wire::WireError::Truncated) if the body is too short for it;
     /// [`WireError::LimitExceeded`](qevm_wire::WireError::LimitExceeded) if the section has more than
-    /// [`Limits::elements`] fields, if they take more memory than [`Limits::fields`] allows, or if far more of them have no
-    /// bytes than it has bytes.
+    /// [`Limits::elements`] fields, if they take more memory than [`Limits::fields`] allows, or if far more of them
+    /// have no bytes than it has bytes.
     ///
     /// An array whose elements have no bytes is one node, a list without elements.
     ///

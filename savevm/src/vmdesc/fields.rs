@@ -21,8 +21,8 @@ pub(super) struct Input<'a> {
     empty_limit: u64,
 }
 
-/// Fields without bytes that a section may have, beyond four for each of its bytes. Their number would otherwise be bounded
-/// by nothing on the wire.
+/// Fields without bytes that a section may have, beyond four for each of its bytes. Their number would otherwise be
+/// bounded by nothing on the wire.
 const EMPTY_FIELDS: u64 = 4096;
 
 /// The members of one structure while they are being read.

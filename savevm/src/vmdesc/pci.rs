@@ -1,5 +1,6 @@
-//! PCI configuration space, register by register: the header, each capability by its name, and the extended capabilities of PCI Express
-//! (PCI Local Bus Specification 3.0, chapter 6 and appendix H; PCI Express Base Specification 3.0, chapter 7).
+//! PCI configuration space, register by register: the header, each capability by its name, and the extended
+//! capabilities of PCI Express (PCI Local Bus Specification 3.0, chapter 6 and appendix H; PCI Express Base
+//! Specification 3.0, chapter 7).
 
 use super::ScalarKind;
 use super::fields::{Fields, Input};
@@ -323,12 +324,12 @@ pub(super) fn config_space(fields: &mut Fields<'_, '_>, size: u64) -> Result<(),
     gap(fields, space.len(), "extended")
 }
 
-/// The configuration of a VFIO device: what its section has between the record CONFIG and END_OF_STATE, the first byte of it at
-/// stream offset `offset`. The configuration space and the MSI-X table are named to the register.
+/// The configuration of a VFIO device: what its section has between the record CONFIG and END_OF_STATE, the first byte
+/// of it at stream offset `offset`. The configuration space and the MSI-X table are named to the register.
 ///
 /// # Errors
-/// [`WireError::Unexpected`] if it does not have the size that its configuration space says, which a subsection that is unknown here would make;
-/// otherwise as [`DeviceDescription::decode`](super::DeviceDescription::decode).
+/// [`WireError::Unexpected`] if it does not have the size that its configuration space says, which a subsection that is
+/// unknown here would make; otherwise as [`DeviceDescription::decode`](super::DeviceDescription::decode).
 ///
 /// ```
 /// use qevm_savevm::vmdesc::vfio_configuration;

@@ -1,4 +1,5 @@
-//! Registers of processors whose type in a description is a name of their own. All are big-endian, whatever the guest is.
+//! Registers of processors whose type in a description is a name of their own. All are big-endian, whatever the guest
+//! is.
 //!
 //! Facts: streams of QEMU 10.0 and 11.1 whose guests had loaded known values.
 

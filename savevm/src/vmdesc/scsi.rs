@@ -15,8 +15,8 @@ const UNDER_WAY: u64 = 2;
 /// Reads the requests in flight: a list with a marker of its own kind.
 ///
 /// Between a request and the disk's part of it, a bus may write what it needs; only virtio's does. Seen are requests of
-/// `usb-storage`, QEMU 5.2 to 11.1; virtio's part and data on its way to the disk are from memory of the format, and only
-/// taken where all bytes come out even.
+/// `usb-storage`, QEMU 5.2 to 11.1; virtio's part and data on its way to the disk are from memory of the format, and
+/// only taken where all bytes come out even.
 pub(super) fn requests(fields: &mut Fields<'_, '_>) -> Result<(), Error> {
     for bus in Bus::ALL {
         if fields.attempt(|fields| {

@@ -1,8 +1,9 @@
 //! What of a source's device state a destination would refuse, without running either.
 //!
 //! Sources are a stream's description ([`Description::from_stream`]) or the schema of a release; destinations are the
-//! schema of a release: declarations ([`VmState::description`](super::VmState::description), `qevm_devices::descriptions`)
-//! or QEMU's `-dump-vmstate` ([`Schema::descriptions`](crate::vmdesc::Schema::descriptions)).
+//! schema of a release: declarations ([`VmState::description`](super::VmState::description),
+//! `qevm_devices::descriptions`) or QEMU's `-dump-vmstate`
+//! ([`Schema::descriptions`](crate::vmdesc::Schema::descriptions)).
 
 use super::{Count, Description, FieldDescription, Layout};
 use crate::vmdesc::StructDescription;

@@ -13,7 +13,8 @@ pub enum Accel {
     Kvm,
 }
 
-/// How a description numbers the elements of an array that does not fit one entry (`docs/format/device-state.md`, the description).
+/// How a description numbers the elements of an array that does not fit one entry (`docs/format/device-state.md`, the
+/// description).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum IndexNotation {

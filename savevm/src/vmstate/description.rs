@@ -47,8 +47,8 @@ pub enum Count {
 /// One element of a field.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ElementDescription {
-    /// The name of the type as QEMU's descriptions give it, e.g. `uint32`, `struct`, `timer`; `None` where the source of
-    /// the schema does not tell (`-dump-vmstate`).
+    /// The name of the type as QEMU's descriptions give it, e.g. `uint32`, `struct`, `timer`; `None` where the source
+    /// of the schema does not tell (`-dump-vmstate`).
     pub type_name: Option<String>,
     /// What it holds.
     pub layout: Layout,

@@ -6,7 +6,8 @@ use crate::{Error, ErrorKind, Reader};
 use qevm_wire::{CountedString, WireError};
 use std::fmt;
 
-/// Reads device state; [`VmState::load_fields`](super::VmState::load_fields) and [`Element::take`](super::Element::take) read from it.
+/// Reads device state; [`VmState::load_fields`](super::VmState::load_fields) and
+/// [`Element::take`](super::Element::take) read from it.
 pub struct Loader<'r, 'a, 'c> {
     pub(super) reader: &'r mut Reader<'a>,
     pub(super) ctx: &'c Context,

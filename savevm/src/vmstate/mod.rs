@@ -5,9 +5,10 @@
 //! `#[derive(VmState)]`; its fields are the wire's fields in the wire's order.
 //!
 //! Read in this order: [`VmState`] (what a declaration provides), [`Context`] (the facts that predicates may ask),
-//! [`Field`] and [`Element`] with the field types of [`kinds`] and [`pointers`] (what a field can be), [`Saver`] and [`Loader`] (the two
-//! walks), [`encode_described`] (the entry of the stream's description for one save) and [`Description`] (the schema), [`compare`]
-//! (what of a source's state a destination would refuse). `docs/vmstate.md` shows how to declare a device.
+//! [`Field`] and [`Element`] with the field types of [`kinds`] and [`pointers`] (what a field can be), [`Saver`] and
+//! [`Loader`] (the two walks), [`encode_described`] (the entry of the stream's description for one save) and
+//! [`Description`] (the schema), [`compare`] (what of a source's state a destination would refuse). `docs/vmstate.md`
+//! shows how to declare a device.
 //!
 //! # Promises
 //!

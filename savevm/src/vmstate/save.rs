@@ -9,7 +9,8 @@ use std::fmt;
 /// The byte that opens a subsection inside device state (`QEMU_VM_SUBSECTION`, since 0.14).
 pub(super) const SUBSECTION: u8 = 0x05;
 
-/// Appends device state to a buffer; [`VmState::save_fields`](super::VmState::save_fields) and [`Element::put`](super::Element::put) write to it.
+/// Appends device state to a buffer; [`VmState::save_fields`](super::VmState::save_fields) and
+/// [`Element::put`](super::Element::put) write to it.
 pub struct Saver<'c> {
     pub(super) ctx: &'c Context,
     pub(super) out: Writer,

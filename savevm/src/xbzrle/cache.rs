@@ -13,8 +13,8 @@ const LIFETIME: u64 = 2;
 /// replaced by another page.
 ///
 /// The cache must hold exactly what was sent. A page of a running guest has to be copied first, and then the copy given
-/// to [`page`](Cache::page) and sent. Differences are of use only from the second round on; before, QEMU does not look at
-/// the cache (11.1 counts no miss in the first round, and one for every page of the second).
+/// to [`page`](Cache::page) and sent. Differences are of use only from the second round on; before, QEMU does not look
+/// at the cache (11.1 counts no miss in the first round, and one for every page of the second).
 ///
 /// ```
 /// use qevm_savevm::xbzrle::{Cache, Outcome};

@@ -108,7 +108,8 @@ fn a_table_ends_with_its_last_entry() {
     }
 }
 
-/// The layout is that of the public format description: 16-byte entries, whose second word has a bit for each 32nd of a cluster.
+/// The layout is that of the public format description: 16-byte entries, whose second word has a bit for each 32nd of a
+/// cluster.
 #[test]
 fn extended_entries_tell_of_parts_of_clusters() {
     const CLUSTER: u64 = 1 << 14;

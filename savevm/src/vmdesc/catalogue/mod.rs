@@ -2,8 +2,8 @@
 //!
 //! A stream without a description (postcopy, a file that was cut off, `suppress-vmdesc=on`) tells nothing of its device
 //! sections but name and version. What other streams of the same QEMU releases described is mostly the same: the
-//! [`Catalogue`] keeps it, and [`Catalogue::describe`] looks for the one way in which a section's bytes can be read with
-//! it. The result is a description like QEMU's own.
+//! [`Catalogue`] keeps it, and [`Catalogue::describe`] looks for the one way in which a section's bytes can be read
+//! with it. The result is a description like QEMU's own.
 //!
 //! A layout varies: conditional fields, lengths of arrays, PCI configuration spaces, optional subsections. Each form
 //! that was seen is a [`Layout`] of its own, and forms of inner structures combine freely. A reading must use up the

@@ -128,7 +128,8 @@ fn memory(fields: &mut Fields<'_, '_>) -> Result<(), Error> {
     fields.leaf("bitmap", "bitmap", blocks.div_ceil(BLOCKS_PER_WORD) * 8, |b| Value::Bitmap(b.into())).map(drop)
 }
 
-/// IOMMU: address domains as a tree, and whether requests bypass it (7.2 to 11.1; version 1 of the device had no such flag).
+/// IOMMU: address domains as a tree, and whether requests bypass it (7.2 to 11.1; version 1 of the device had no such
+/// flag).
 fn iommu(fields: &mut Fields<'_, '_>) -> Result<(), Error> {
     fields.list("domains", "gtree", |fields| {
         let domains = fields.u32("count")?;
