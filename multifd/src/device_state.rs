@@ -80,8 +80,8 @@ impl DeviceState {
     /// Appends the packet, without its payload.
     ///
     /// # Errors
-    /// [`WireError::TooLong`] if the residue does not fit after the name, [`ErrorKind::Refused`](crate::ErrorKind::Refused) if there
-    /// is no payload.
+    /// [`WireError::TooLong`] if the residue does not fit after the name,
+    /// [`ErrorKind::Refused`](crate::ErrorKind::Refused) if there is no payload.
     pub fn encode(&self, writer: &mut Writer) -> Result<(), Error> {
         let offset = writer.len() as u64;
         let fail = |kind: crate::ErrorKind| Err(Located::new(kind.refused(), offset));

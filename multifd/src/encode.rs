@@ -87,9 +87,9 @@ impl ChannelEncoder {
     /// many as the normal pages are long, otherwise as many as the compressor gave; none without normal pages.
     ///
     /// # Errors
-    /// [`PacketError::NoZeroPages`] for zero pages in the layout without them; [`ErrorKind::Refused`] for more pages than a packet
-    /// has room for, offsets that are no multiples of the page size, or a payload that does not fit the pages. Nothing is
-    /// appended then.
+    /// [`PacketError::NoZeroPages`] for zero pages in the layout without them; [`ErrorKind::Refused`] for more pages
+    /// than a packet has room for, offsets that are no multiples of the page size, or a payload that does not fit the
+    /// pages. Nothing is appended then.
     pub fn pages(&mut self, pages: &Pages<'_>, payload_len: u64, writer: &mut Writer) -> Result<(), Error> {
         self.started("a packet", writer)?;
         self.check(pages, payload_len).map_err(|kind| self.fail(kind, writer))?;
@@ -133,7 +133,8 @@ impl ChannelEncoder {
         packet.encode(writer).map_err(|error| error.within(init::path(self.channel)))
     }
 
-    /// Appends what a [`ChannelDecoder`](crate::ChannelDecoder) gave, byte for byte as it was read, without its payload.
+    /// Appends what a [`ChannelDecoder`](crate::ChannelDecoder) gave, byte for byte as it was read, without its
+    /// payload.
     ///
     /// # Errors
     /// [`HandshakeError::Order`] if the first packet is missing or repeated; as [`DeviceState::encode`].

@@ -19,7 +19,8 @@
 //!
 //! # Features
 //!
-//! Both are on by default; a monitor that migrates without compression can leave them out, and compiles no library then.
+//! Both are on by default; a monitor that migrates without compression can leave them out, and compiles no library
+//! then.
 //!
 //! | feature | what |
 //! |---|---|

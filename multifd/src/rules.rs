@@ -76,8 +76,8 @@ impl Parameters {
     /// Debian's have none of `qpl`, `uadk` and `qatzip`, and its 5.2 has no `zstd`.
     ///
     /// # Errors
-    /// The first parameter that is refused. The levels of `zlib` and `zstd` are checked as 10.0 and 11.1 do (5.2 and 7.2
-    /// take any level, and fail later).
+    /// The first parameter that is refused. The levels of `zlib` and `zstd` are checked as 10.0 and 11.1 do (5.2 and
+    /// 7.2 take any level, and fail later).
     ///
     /// ```
     /// use qevm_multifd::rules::{ParameterError, Parameters};

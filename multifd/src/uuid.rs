@@ -29,7 +29,8 @@ pub struct BadUuid;
 impl FromStr for Uuid {
     type Err = BadUuid;
 
-    /// As QEMU's `-uuid` takes it: 32 hexadecimal digits with dashes after the eighth, twelfth, sixteenth and twentieth.
+    /// As QEMU's `-uuid` takes it: 32 hexadecimal digits with dashes after the eighth, twelfth, sixteenth and
+    /// twentieth.
     ///
     /// ```
     /// use qevm_multifd::Uuid;

@@ -59,7 +59,8 @@ impl Decompressor {
     /// A decompressor for a channel from its first payload.
     ///
     /// # Errors
-    /// [`CompressionError::Corrupt`] if the library has no memory for its context; [`CompressionError::NotBuilt`] if it was left out.
+    /// [`CompressionError::Corrupt`] if the library has no memory for its context; [`CompressionError::NotBuilt`] if it
+    /// was left out.
     pub fn new(method: Compression, pages: PageGeometry) -> Result<Self, CompressionError> {
         let state = match method {
             Compression::None => State::Stored,
@@ -154,8 +155,8 @@ impl PacketPages<'_> {
     /// Checks that all pages were taken and that the payload has nothing more.
     ///
     /// # Errors
-    /// That of [`fill`](Self::fill) if it failed; [`CompressionError::Length`] and [`CompressionError::LeftOver`] if there is more;
-    /// [`CompressionError::Order`] if not all pages were taken.
+    /// That of [`fill`](Self::fill) if it failed; [`CompressionError::Length`] and [`CompressionError::LeftOver`] if
+    /// there is more; [`CompressionError::Order`] if not all pages were taken.
     pub fn finish(mut self) -> Result<(), CompressionError> {
         self.healthy()?;
         self.try_finish().map_err(|error| self.failed.insert(error).clone())?;

@@ -1,7 +1,7 @@
 //! What the payload of a packet with pages is: parameter `multifd-compression`.
 //!
-//! `zlib`, `qpl` and `qatzip` need feature `zlib` of this crate, `zstd` needs feature `zstd`; both are on by default. Without
-//! them the methods keep their names and rules, and [`Compressor::new`] and [`Decompressor`] refuse them
+//! `zlib`, `qpl` and `qatzip` need feature `zlib` of this crate, `zstd` needs feature `zstd`; both are on by default.
+//! Without them the methods keep their names and rules, and [`Compressor::new`] and [`Decompressor`] refuse them
 //! ([`CompressionError::NotBuilt`]).
 
 #[cfg(not(all(feature = "zlib", feature = "zstd")))]

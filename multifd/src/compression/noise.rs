@@ -1,8 +1,8 @@
 //! Pages that no method makes smaller: encrypted or compressed before.
 
-/// χ² of the byte values of random pages is 255 with a deviation of 23. Of 1,000 random pages about five lie outside of this
-/// range. A page of which an eighth is repeated has 320, one of which a half is repeated 510; text and code have thousands, and
-/// a table of all values 0.
+/// χ² of the byte values of random pages is 255 with a deviation of 23. Of 1,000 random pages about five lie outside of
+/// this range. A page of which an eighth is repeated has 320, one of which a half is repeated 510; text and code have
+/// thousands, and a table of all values 0.
 const CHI_SQUARED: core::ops::RangeInclusive<u64> = 190..=320;
 
 /// Whether the bytes of `page` are spread as random ones are, which hardly anything is that compresses.

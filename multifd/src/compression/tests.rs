@@ -302,8 +302,8 @@ proptest! {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(1000))]
 
-    /// Pages that are stored and pages that are compressed may follow each other in any way, at every level, and flate2's
-    /// own decoder reads what comes out.
+    /// Pages that are stored and pages that are compressed may follow each other in any way, at every level, and
+    /// flate2's own decoder reads what comes out.
     #[test]
     fn noise_between_other_pages_survives(
         packets in prop::collection::vec(prop::collection::vec((any::<bool>(), any::<u8>()), 1..12), 1..4),

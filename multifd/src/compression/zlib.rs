@@ -52,8 +52,8 @@ impl Inflate {
     }
 }
 
-/// The zlib stream of a channel that is written. It never ends, so its checksum is never due, and the deflate blocks in it may
-/// come from wherever they are made.
+/// The zlib stream of a channel that is written. It never ends, so its checksum is never due, and the deflate blocks in
+/// it may come from wherever they are made.
 pub(super) struct Deflate {
     stream: Compress,
     level: u32,

@@ -56,7 +56,8 @@ pub struct SyncBarrier {
 enum Channel {
     /// Has not come, and nobody counts on it.
     Absent,
-    /// Came late: the number of synchronisations that were complete without it, whose SYNC packets are still to come on it.
+    /// Came late: the number of synchronisations that were complete without it, whose SYNC packets are still to come on
+    /// it.
     Late(u64),
     Reading,
     /// Met its SYNC packet.
@@ -89,8 +90,8 @@ pub enum Progress {
 pub enum Waiting {
     /// Nobody waits.
     Nobody,
-    /// The main channel, and perhaps page channels, wait for SYNC packets on these. At the end of memory: SYNC packets of
-    /// synchronisations that were complete when these channels [joined](SyncBarrier::join) have not come yet.
+    /// The main channel, and perhaps page channels, wait for SYNC packets on these. At the end of memory: SYNC packets
+    /// of synchronisations that were complete when these channels [joined](SyncBarrier::join) have not come yet.
     Channels(Vec<u8>),
     /// These page channels wait for a synchronisation on the main channel.
     Main(Vec<u8>),
@@ -110,12 +111,13 @@ impl SyncBarrier {
         }
     }
 
-    /// A page channel has come that [`new`](Self::new) did not count: for a destination that cannot know how many there are.
+    /// A page channel has come that [`new`](Self::new) did not count: for a destination that cannot know how many there
+    /// are.
     ///
-    /// From now on it is waited for. Synchronisations that were complete before were complete without it, so it passes over as
-    /// many SYNC packets; what it brings up to the last of them may be older than what others have brought since. A
-    /// destination that loads pages as they come must therefore count its channels from the start; one that keeps the
-    /// channels apart, and orders them later, need not.
+    /// From now on it is waited for. Synchronisations that were complete before were complete without it, so it passes
+    /// over as many SYNC packets; what it brings up to the last of them may be older than what others have brought
+    /// since. A destination that loads pages as they come must therefore count its channels from the start; one that
+    /// keeps the channels apart, and orders them later, need not.
     ///
     /// ```
     /// use qevm_multifd::{Progress, SyncBarrier};
@@ -130,7 +132,8 @@ impl SyncBarrier {
     /// ```
     ///
     /// # Errors
-    /// [`SyncError::Order`] if the channel is counted already; [`SyncError::UnknownChannel`] for number 255, which no channel has.
+    /// [`SyncError::Order`] if the channel is counted already; [`SyncError::UnknownChannel`] for number 255, which no
+    /// channel has.
     pub fn join(&mut self, channel: u8) -> Result<(), SyncError> {
         self.healthy()?;
         let index = usize::from(channel);
@@ -150,8 +153,8 @@ impl SyncBarrier {
     /// The main channel met a flush record.
     ///
     /// # Errors
-    /// [`SyncError::Mode`]; [`SyncError::MissingSync`] if a page channel has ended; [`SyncError::AfterEnd`]; [`SyncError::Order`] if the main
-    /// channel had to wait.
+    /// [`SyncError::Mode`]; [`SyncError::MissingSync`] if a page channel has ended; [`SyncError::AfterEnd`];
+    /// [`SyncError::Order`] if the main channel had to wait.
     pub fn main_flush(&mut self) -> Result<Progress, SyncError> {
         self.healthy()?;
         match self.mode {
