@@ -1,8 +1,9 @@
 //! QEMU's `microvm` as plain values, and as the device sections of QEMU's stream.
 //!
-//! What a monitor of this machine has to do for its guests to move to a QEMU and back is to convert between [`MachineState`] and
-//! its own devices and vCPUs: which sections there are in which release, in which order, with which subsections, and what of a
-//! section that came is kept for when the guest goes on, is known here. It knows neither KVM nor how the state is moved.
+//! What a monitor of this machine has to do for its guests to move to a QEMU and back is to convert between
+//! [`MachineState`] and its own devices and vCPUs: which sections there are in which release, in which order, with
+//! which subsections, and what of a section that came is kept for when the guest goes on, is known here. It knows
+//! neither KVM nor how the state is moved.
 //!
 //! | module | what |
 //! |---|---|

@@ -53,8 +53,8 @@ impl VirtioDevice {
         NAMES.iter().find(|(device, ..)| *device == self).map_or(("", ""), |(_, option, section)| (option, section))
     }
 
-    /// How Linux is told, on its command line, of the transport of device number `position` of the command line: length,
-    /// address and interrupt, which is one of the second IOAPIC's.
+    /// How Linux is told, on its command line, of the transport of device number `position` of the command line:
+    /// length, address and interrupt, which is one of the second IOAPIC's.
     ///
     /// ```
     /// use qevm_microvm::virtio::VirtioDevice;
@@ -73,7 +73,8 @@ impl VirtioDevice {
         ((BASE + transport * STRIDE) as u32, STRIDE as u32, (FIRST_INTERRUPT + transport) as u32)
     }
 
-    /// The `idstr` of its section when it is device number `position` (from 0) of the command line, below [`TRANSPORTS`].
+    /// The `idstr` of its section when it is device number `position` (from 0) of the command line, below
+    /// [`TRANSPORTS`].
     ///
     /// ```
     /// use qevm_microvm::virtio::VirtioDevice;

@@ -61,8 +61,8 @@ pub(super) fn kvm_tpr_opt(state: &MachineState) -> DeviceState {
     DeviceState::KvmTprOpt(base!(state, KvmTprOpt, 0))
 }
 
-/// The guest's code may have been patched to ask the optimisation for its TPR, which only 32-bit guests under firmware with
-/// QEMU's option ROM have done to them.
+/// The guest's code may have been patched to ask the optimisation for its TPR, which only 32-bit guests under firmware
+/// with QEMU's option ROM have done to them.
 pub(super) fn expect_inactive(from: &KvmTprOpt) -> Result<(), String> {
     const ACTIVE: u32 = 1;
     match from.state {

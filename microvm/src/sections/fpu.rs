@@ -44,8 +44,8 @@ struct Area<'a>(&'a [u8]);
 /// An XSAVE area to write to.
 struct AreaMut<'a>(&'a mut [u8]);
 
-/// Where each component is in the standard format on this processor. It is asked once: inside a virtual machine every CPUID is
-/// an exit, and the guest is paused meanwhile.
+/// Where each component is in the standard format on this processor. It is asked once: inside a virtual machine every
+/// CPUID is an exit, and the guest is paused meanwhile.
 static OFFSETS: LazyLock<[Option<usize>; component::COUNT]> = LazyLock::new(|| {
     const LEAF: u32 = 0xd;
     std::array::from_fn(|component| {
@@ -99,8 +99,9 @@ impl AreaMut<'_> {
 const INITIAL_FCW: u16 = 0x37f;
 const INITIAL_MXCSR: u32 = 0x1f80;
 
-/// The components that are not in their initial state: those that the section names, and those whose registers say so. A source
-/// under TCG names none that its guest has not saved by XSAVE, and KVM would load the others as if they were initial.
+/// The components that are not in their initial state: those that the section names, and those whose registers say so.
+/// A source under TCG names none that its guest has not saved by XSAVE, and KVM would load the others as if they were
+/// initial.
 fn in_use(cpu: &Cpu) -> u64 {
     let x87 = cpu.fpuc != INITIAL_FCW
         || cpu.fpus != 0

@@ -189,8 +189,8 @@ pub fn save(state: &MachineState, profile: &Profile, running: bool) -> Result<Sa
     write(devices, configurations, &ctx)
 }
 
-/// A guest of TCG's that has not run here goes back to TCG with what KVM cannot hold: requests that only TCG has, a TSC that KVM
-/// counts on, reserved bits that it clears. What its run state was is decided here, though.
+/// A guest of TCG's that has not run here goes back to TCG with what KVM cannot hold: requests that only TCG has, a TSC
+/// that KVM counts on, reserved bits that it clears. What its run state was is decided here, though.
 fn as_they_came(devices: &mut [(&str, u32, DeviceState)], state: &MachineState) {
     for (idstr, instance_id, device) in devices.iter_mut().filter(|(idstr, ..)| *idstr != "globalstate") {
         if let Some(kept) = state.carried.find(idstr, *instance_id) {
@@ -229,8 +229,8 @@ pub fn newest() -> Profile {
     Profile::new(QemuVersion::NEWEST, MACHINE_TYPE)
 }
 
-/// Saves and loads `state` without effect, so that the next time, when a guest is paused, is not the first: then the processor
-/// has been asked what it has, and code and heap are in memory.
+/// Saves and loads `state` without effect, so that the next time, when a guest is paused, is not the first: then the
+/// processor has been asked what it has, and code and heap are in memory.
 ///
 /// # Errors
 /// As [`save`] and [`load`].
@@ -239,7 +239,8 @@ pub fn rehearse(state: &MachineState) -> Result<(), SectionError> {
     load(saved.sections(), &newest(), &mut state.clone()).map(drop)
 }
 
-/// Whether a machine of `cpus` vCPUs, with or without real-time clock, with a PCI bus with devices of these numbers, with these virtio devices, has the section.
+/// Whether a machine of `cpus` vCPUs, with or without real-time clock, with a PCI bus with devices of these numbers,
+/// with these virtio devices, has the section.
 pub fn has_device(
     idstr: &CountedString,
     instance_id: u32,
@@ -345,8 +346,9 @@ fn function_of<'s>(idstr: &CountedString, state: &'s mut MachineState) -> Option
     state.pci.as_mut()?.functions.iter_mut().find(|function| function.slot == number)
 }
 
-/// The first device of this machine without a section, of those that every source has: not the serial port, which a QEMU may lack, the
-/// second IOAPIC (since 7.2), the paravirtual clock and the TPR optimisation, which are KVM's, and the real-time clock.
+/// The first device of this machine without a section, of those that every source has: not the serial port, which a
+/// QEMU may lack, the second IOAPIC (since 7.2), the paravirtual clock and the TPR optimisation, which are KVM's, and
+/// the real-time clock.
 fn missing(sections: &[DeviceSection], state: &MachineState) -> Option<(String, u32)> {
     let vcpus = state.vcpus.len() as u32;
     let counts = [
@@ -373,8 +375,8 @@ fn missing(sections: &[DeviceSection], state: &MachineState) -> Option<(String, 
     })
 }
 
-/// A source under TCG has the TSC and sleeping vCPUs in other places: it counts ticks in `timer`, and knows by flags that a vCPU
-/// is halted or waits for its start.
+/// A source under TCG has the TSC and sleeping vCPUs in other places: it counts ticks in `timer`, and knows by flags
+/// that a vCPU is halted or waits for its start.
 fn from_tcg(state: &mut MachineState) {
     let MachineState { vcpus, carried, .. } = state;
     let ticks = match carried.find(idstr::Timer, 0) {

@@ -35,8 +35,9 @@ fn fields(cpu: &mut Cpu) -> Vec<(u32, &mut u64)> {
     fields
 }
 
-/// Bits of a physical address beyond those of the processor, up to the architecture's 52. A QEMU under KVM keeps them set in
-/// the masks of the variable MTRRs (every stream of 7.2 to 11.1 shows it), so that a mask fits processors with more bits.
+/// Bits of a physical address beyond those of the processor, up to the architecture's 52. A QEMU under KVM keeps them
+/// set in the masks of the variable MTRRs (every stream of 7.2 to 11.1 shows it), so that a mask fits processors with
+/// more bits.
 static BEYOND_ADDRESS_BITS: LazyLock<u64> = LazyLock::new(|| {
     const LEAF_SIZES: u32 = 0x8000_0008;
     const MAX_BITS: u32 = 52;
@@ -134,8 +135,8 @@ pub(super) fn save(list: &[Msr], cpu: &mut Cpu) {
     if let Some(mpx) = &mut cpu.mpx {
         mpx.bndcfgs = get(BNDCFGS);
     }
-    // QEMU sends these for processors that have them, whatever they hold. A peer without them could not take them, so they
-    // are sent if they hold something or came with the guest.
+    // QEMU sends these for processors that have them, whatever they hold. A peer without them could not take them, so
+    // they are sent if they hold something or came with the guest.
     let value = get(TSX_CTRL) as u32;
     cpu.msr_tsx_ctrl = (value != 0 || cpu.msr_tsx_ctrl.is_some()).then_some(msr::TsxCtrl { value });
     let xfd = extended::Xfd { xfd: get(XFD), xfd_err: get(XFD_ERR) };

@@ -6,8 +6,8 @@ use qevm_devices::DeviceState;
 
 /// The device sections that a machine was loaded from, by name and instance.
 ///
-/// Whatever they hold that the machine does not model goes back as it came: the sizes of ACPI tables, machine check banks,
-/// the TPR optimisation, and so on. What the machine does model is taken from the machine.
+/// Whatever they hold that the machine does not model goes back as it came: the sizes of ACPI tables, machine check
+/// banks, the TPR optimisation, and so on. What the machine does model is taken from the machine.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Carried {
     sections: BTreeMap<(String, u32), DeviceState>,

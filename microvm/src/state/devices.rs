@@ -99,7 +99,8 @@ pub struct SerialState {
     pub unsent: Vec<u8>,
 }
 
-/// The real-time clock, with the fields of QEMU's section `mc146818rtc`. Times are in ns of the host's clock since 1970.
+/// The real-time clock, with the fields of QEMU's section `mc146818rtc`. Times are in ns of the host's clock
+/// since 1970.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct RtcState {
     /// CMOS memory, the registers of the clock first.

@@ -1,6 +1,7 @@
 //! The saved state of a machine, as plain values apart from everything that runs.
 //!
-//! A monitor converts it from and to what its accelerator hands out; what goes on the wire is made from these values. RAM is not part of it.
+//! A monitor converts it from and to what its accelerator hands out; what goes on the wire is made from these values.
+//! RAM is not part of it.
 
 mod carried;
 mod devices;
