@@ -15,8 +15,8 @@ pub enum DriveError<K> {
     Io(io::Error),
     /// What was read is wrong, and where.
     Stream(Located<K>),
-    /// What the caller has [consumed](Driver::consume) is not what it has told the decoder of. The caller's fault: whatever
-    /// the decoder would say of the bytes that are next is not the peer's.
+    /// What the caller has [consumed](Driver::consume) is not what it has told the decoder of. The caller's fault:
+    /// whatever the decoder would say of the bytes that are next is not the peer's.
     OutOfStep {
         /// Offset in the stream at which the decoder is.
         decoder: u64,

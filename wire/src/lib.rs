@@ -1,15 +1,17 @@
 //! What every QEMU migration format shares.
 //!
 //! Read in this order: [`error`] (whose fault, where, and what was found), [`read`] and [`mod@write`] (the bounded
-//! big-endian reader and the writer that mirrors it), [`step`] (what an incremental decoder answers), [`decode`] (what all
-//! decoders have in common), `drive` (the loop around a decoder, with feature `std`; over what tokio reads with feature `tokio`), [`name`] (counted strings), [`limits`] (what a peer may make us allocate), [`page`] (page arithmetic), [`profile`] (every switch
-//! that changes bytes on the wire) and [`capability`] (migration capabilities and what QEMU lets go together).
+//! big-endian reader and the writer that mirrors it), [`step`] (what an incremental decoder answers), [`decode`] (what
+//! all decoders have in common), `drive` (the loop around a decoder, with feature `std`; over what tokio reads with
+//! feature `tokio`), [`name`] (counted strings), [`limits`] (what a peer may make us allocate), [`page`] (page
+//! arithmetic), [`profile`] (every switch that changes bytes on the wire) and [`capability`] (migration capabilities
+//! and what QEMU lets go together).
 //!
 //! # Promises
 //!
 //! No function here panics on any input, performs I/O, or allocates more than the bytes it was given plus what
-//! [`Limits`] allows. The crate is `no_std` and needs `alloc`; only `drive` is another matter, which reads from what its
-//! caller gives it.
+//! [`Limits`] allows. The crate is `no_std` and needs `alloc`; only `drive` is another matter, which reads from what
+//! its caller gives it.
 //!
 //! # Example
 //!

@@ -6,8 +6,8 @@ use core::fmt;
 /// A name of 1 to 255 bytes, as the wire carries it after a length byte.
 ///
 /// QEMU writes ASCII, but nothing in the format forces a peer to. The bytes are kept as they came, so that they are
-/// re-encoded as they came; [`Display`](fmt::Display) escapes everything but printable ASCII, so a name is safe to print on a terminal.
-/// A name from a stream is never a file name.
+/// re-encoded as they came; [`Display`](fmt::Display) escapes everything but printable ASCII, so a name is safe to
+/// print on a terminal. A name from a stream is never a file name.
 ///
 /// ```
 /// use qevm_wire::CountedString;

@@ -23,13 +23,14 @@ impl PageGeometry {
     /// 4096-byte pages.
     pub const X86: PageGeometry = PageGeometry { bits: 12 };
 
-    /// Smallest page of any QEMU target (AVR's 256 bytes up to QEMU 10.0). It leaves no room for the flags `0x100` and `0x200` of
-    /// a RAM record, which QEMU itself cannot tell from an address there; pages of 1 KiB leave room for all.
+    /// Smallest page of any QEMU target (AVR's 256 bytes up to QEMU 10.0). It leaves no room for the flags `0x100` and
+    /// `0x200` of a RAM record, which QEMU itself cannot tell from an address there; pages of 1 KiB leave room for all.
     pub const MIN_BITS: u8 = 8;
     /// Largest page any QEMU target uses (64 KiB), with room to spare.
     pub const MAX_BITS: u8 = 20;
 
-    /// Pages of `1 << bits` bytes; `None` if `bits` is outside [`MIN_BITS`](Self::MIN_BITS)..=[`MAX_BITS`](Self::MAX_BITS).
+    /// Pages of `1 << bits` bytes; `None` if `bits` is outside
+    /// [`MIN_BITS`](Self::MIN_BITS)..=[`MAX_BITS`](Self::MAX_BITS).
     pub fn from_bits(bits: u32) -> Option<Self> {
         let bits = u8::try_from(bits).ok()?;
         (Self::MIN_BITS..=Self::MAX_BITS).contains(&bits).then_some(PageGeometry { bits })

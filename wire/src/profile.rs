@@ -113,9 +113,11 @@ pub struct Profile {
     pub multifd_flush_at_end: bool,
     /// Page channel packets have a `zero_pages` count and lone SYNC packets are blank (9.0).
     pub multifd_zero_pages: bool,
-    /// Devices may send their state over page channels (`vfio-pci.x-migration-multifd-transfer`; 10.0, machine types since 10.0).
+    /// Devices may send their state over page channels (`vfio-pci.x-migration-multifd-transfer`; 10.0, machine types
+    /// since 10.0).
     pub multifd_device_state: bool,
-    /// A page channel over TLS ends in a TLS bye (`migration.multifd-clean-tls-termination`; 10.0, machine types since 10.0).
+    /// A page channel over TLS ends in a TLS bye (`migration.multifd-clean-tls-termination`; 10.0, machine types since
+    /// 10.0).
     pub multifd_clean_tls_termination: bool,
     /// multifd and postcopy-ram may be used together (10.1; tolerated unchecked up to 7.2, refused between).
     pub multifd_with_postcopy: bool,
@@ -123,7 +125,8 @@ pub struct Profile {
     pub zero_page_detection: ZeroPageDetection,
     /// How switchover acks are counted; `None` where the capability does not exist (before 8.1).
     pub switchover_ack: Option<SwitchoverAckFlow>,
-    /// The preempt channel is opened at the start of the migration and ends in EOS (`x-preempt-pre-7-2`; 7.1, 7.2 and machine types up to 7.2).
+    /// The preempt channel is opened at the start of the migration and ends in EOS (`x-preempt-pre-7-2`; 7.1, 7.2 and
+    /// machine types up to 7.2).
     pub preempt_pre_7_2: bool,
     /// The postcopy package holds a PING 0x42 before its RUN (10.2).
     pub postcopy_package_ping: bool,
@@ -133,8 +136,8 @@ pub struct Profile {
     pub apic_first: bool,
     /// `kvmclock/clock_is_reliable` is always sent (seen in 11.1; conditional in 10.0).
     pub kvmclock_always_reliable: bool,
-    /// The other end runs its processors under KVM and has section `kvmclock`; under TCG there is none, and a destination refuses
-    /// it (all releases from 7.2 to 11.1). On by [`Profile::new`], off by [`Profile::tcg`].
+    /// The other end runs its processors under KVM and has section `kvmclock`; under TCG there is none, and a
+    /// destination refuses it (all releases from 7.2 to 11.1). On by [`Profile::new`], off by [`Profile::tcg`].
     pub kvmclock: bool,
     /// microvm has a second IOAPIC by default (seen in 7.2, absent in 5.2).
     pub microvm_second_ioapic: bool,

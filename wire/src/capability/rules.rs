@@ -23,8 +23,8 @@ pub struct Context {
     pub cpr: bool,
     /// The stream goes to, or comes from, a file in which one can seek.
     pub seekable: bool,
-    /// The transport takes several connections: `tcp:`, `unix:` and `vsock:`, not `exec:` and `fd:`, nor `file:` without
-    /// `mapped-ram`.
+    /// The transport takes several connections: `tcp:`, `unix:` and `vsock:`, not `exec:` and `fd:`, nor `file:`
+    /// without `mapped-ram`.
     pub multi_channel: bool,
 }
 

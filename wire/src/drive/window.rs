@@ -8,8 +8,8 @@ use std::io::{self, ErrorKind, Read};
 
 /// An input that is seen through a window: some of its bytes are there, others come when they are asked for.
 ///
-/// [`Buffered`] makes one of anything that can be read. An input that is a file can jump over what nobody reads; one that
-/// is in memory is its own window.
+/// [`Buffered`] makes one of anything that can be read. An input that is a file can jump over what nobody reads; one
+/// that is in memory is its own window.
 pub trait Window {
     /// The bytes that are there: those in front of them are done with.
     fn bytes(&self) -> &[u8];
@@ -26,8 +26,8 @@ pub trait Window {
     /// Takes `count` bytes, at most those that are there, off the front.
     fn consume(&mut self, count: usize);
 
-    /// Passes over some of the next `count` bytes, whether they are there or not, and gives how many: 0 only if `count` is
-    /// 0 or the input ends here.
+    /// Passes over some of the next `count` bytes, whether they are there or not, and gives how many: 0 only if `count`
+    /// is 0 or the input ends here.
     ///
     /// # Errors
     /// The input fails, and nothing was passed over.
@@ -167,11 +167,12 @@ pub fn skip_payload<W: Window, D: Decode>(window: &mut W, decoder: &mut D) -> Re
     Ok(())
 }
 
-/// The next event of `decoder` in `window`, with the bytes that it was read from; `None` at the end of the stream. What is
-/// left of the last event's payload is skipped.
+/// The next event of `decoder` in `window`, with the bytes that it was read from; `None` at the end of the stream. What
+/// is left of the last event's payload is skipped.
 ///
-/// This is [`Driver::next`](super::Driver::next) for those to whom window and decoder belong apart: where several decoders
-/// read one input, or a file is jumped in. The bytes stay in the window until the caller [consumes](Window::consume) them.
+/// This is [`Driver::next`](super::Driver::next) for those to whom window and decoder belong apart: where several
+/// decoders read one input, or a file is jumped in. The bytes stay in the window until the caller
+/// [consumes](Window::consume) them.
 ///
 /// ```
 /// # #[derive(Default)]
@@ -211,8 +212,8 @@ pub fn skip_payload<W: Window, D: Decode>(window: &mut W, decoder: &mut D) -> Re
 /// ```
 ///
 /// # Errors
-/// [`DriveError::Io`] if the input fails, [`DriveError::Stream`] with what is wrong with the stream. Nothing is lost: an
-/// input that only has nothing at the moment (`WouldBlock`) can be asked again.
+/// [`DriveError::Io`] if the input fails, [`DriveError::Stream`] with what is wrong with the stream. Nothing is lost:
+/// an input that only has nothing at the moment (`WouldBlock`) can be asked again.
 #[allow(clippy::type_complexity)] // an event and its bytes, as `Iterator::next` would give them
 pub fn next_event<'w, W: Window, D: Decode>(
     window: &'w mut W,

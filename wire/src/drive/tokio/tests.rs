@@ -79,8 +79,8 @@ fn cancelled(bytes: &[u8], read: &[usize], sizes: Vec<usize>) -> Seen {
 }
 
 proptest! {
-    /// In whatever pieces the bytes come, wherever the stream is cut, and whatever of the payload is in the buffer already:
-    /// dropped futures lose nothing, and all is as with the blocking driver.
+    /// In whatever pieces the bytes come, wherever the stream is cut, and whatever of the payload is in the buffer
+    /// already: dropped futures lose nothing, and all is as with the blocking driver.
     #[test]
     fn a_driver_that_is_cancelled_at_every_wait_reads_what_the_blocking_one_reads(
         records in prop::collection::vec((any::<u8>(), prop::collection::vec(any::<u8>(), 0..300)), 0..12),
