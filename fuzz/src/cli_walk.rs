@@ -13,8 +13,8 @@ const SPOOL: u64 = 64 << 20;
 /// Guest memory of which contents are kept.
 const MAX_RAM: u64 = 1 << 30;
 
-/// The files of one migration, as the commands of `qevm` walk over them: the first byte chooses how, the kind of each part says
-/// what it is (0 main channel, 1 page channel, 2 main channel after a recovery, 3 return path).
+/// The files of one migration, as the commands of `qevm` walk over them: the first byte chooses how, the kind of each
+/// part says what it is (0 main channel, 1 page channel, 2 main channel after a recovery, 3 return path).
 ///
 /// Whatever is good must be encoded to the same bytes; the report must be JSON.
 pub fn cli_walk(data: &[u8]) {

@@ -70,8 +70,8 @@ pub const TARGETS: &[(&str, Target)] = &[
     ("wire_reader", wire_reader),
 ];
 
-/// The program of a target: libFuzzer's where it is built by `cargo fuzz`, otherwise one that replays the files it is given,
-/// which needs neither libFuzzer nor its C++ compiler.
+/// The program of a target: libFuzzer's where it is built by `cargo fuzz`, otherwise one that replays the files it is
+/// given, which needs neither libFuzzer nor its C++ compiler.
 #[macro_export]
 macro_rules! entry {
     ($target:ident) => {

@@ -5,8 +5,8 @@ use qevm_multifd::{
 use qevm_wire::{Decode, DriveError, Fault, Limits, Window, Writer, next_event};
 use std::collections::BTreeMap;
 
-/// The parts are page channels of one migration over which the state of devices travels: each device's payloads are numbered, and
-/// may come on any channel in any order.
+/// The parts are page channels of one migration over which the state of devices travels: each device's payloads are
+/// numbered, and may come on any channel in any order.
 ///
 /// Whatever order the channels are read in, each device must get the same payloads; headers must encode to their bytes.
 pub fn multifd_device_state(data: &[u8]) {

@@ -1,11 +1,11 @@
 use qevm_multifd::mapped_ram::PageArea;
 use qevm_wire::PageGeometry;
 
-/// The input is page size, place of the pages in the file, length of the block (64 bits each), threads (a byte), length of
-/// the bitmap (32 bits), the bitmap, and offsets of pages to write (64 bits each).
+/// The input is page size, place of the pages in the file, length of the block (64 bits each), threads (a byte), length
+/// of the bitmap (32 bits), the bitmap, and offsets of pages to write (64 bits each).
 ///
-/// The threads' shares must be the block, and each page with a bit be read once, at its place; what is written must be what
-/// was asked for.
+/// The threads' shares must be the block, and each page with a bit be read once, at its place; what is written must be
+/// what was asked for.
 pub fn multifd_page_area(data: &[u8]) {
     let Some((numbers, rest)) = data.split_first_chunk::<29>() else { return };
     let number = |at: usize| u64::from_be_bytes(numbers[at..at + 8].try_into().expect("eight bytes"));

@@ -31,8 +31,8 @@ fn requests(mut data: &[u8]) -> VecDeque<Request> {
     requests
 }
 
-/// Reads the second part of the input as what a server sends to the client whose bytes are the first, shown in pieces, and writes it
-/// again.
+/// Reads the second part of the input as what a server sends to the client whose bytes are the first, shown in pieces,
+/// and writes it again.
 pub fn nbd_server(data: &[u8]) {
     let mut parts = parts(data);
     let (Some((_, client)), Some((_, data))) = (parts.next(), parts.next()) else { return };

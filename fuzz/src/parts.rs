@@ -1,4 +1,5 @@
-//! Inputs of several files: for each of them a byte that says what it is, its length (32 bits, big-endian), and its bytes.
+//! Inputs of several files: for each of them a byte that says what it is, its length (32 bits, big-endian), and its
+//! bytes.
 
 /// The parts of an input; what is cut off counts as far as it goes.
 pub(crate) fn parts(mut data: &[u8]) -> impl Iterator<Item = (u8, &[u8])> {

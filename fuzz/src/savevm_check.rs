@@ -8,7 +8,8 @@ use std::{collections::BTreeSet, io::Read};
 /// The input has two parts: a stream, and what is known of its destination, which is another stream or the output of
 /// `-dump-vmstate`.
 ///
-/// A stream must load where it was written, unless it has a section twice, which no machine writes; findings must be text.
+/// A stream must load where it was written, unless it has a section twice, which no machine writes; findings must be
+/// text.
 pub fn savevm_check(data: &[u8]) {
     let limits = Limits { depth: 8, elements: 1 << 16, ..Limits::default() };
     let mut parts = parts(data).map(|(_, part)| part);

@@ -4,8 +4,8 @@ use qevm_savevm::vmstate::Context;
 
 const RELEASES: [&str; 4] = ["5.2", "7.2", "10.0", "11.1"];
 
-/// Reads the input as a declared device section: the first byte chooses the section, the second the release and how many
-/// versions before the newest.
+/// Reads the input as a declared device section: the first byte chooses the section, the second the release and how
+/// many versions before the newest.
 pub fn savevm_devices(data: &[u8]) {
     let [section, choice, payload @ ..] = data else { return };
     let release = RELEASES[usize::from(choice & 3)].parse().expect("a release");

@@ -5,7 +5,8 @@ use qevm_savevm::{
 use qevm_wire::{CountedString, Decode, Fault, PageGeometry};
 use std::sync::Arc;
 
-/// Reads the input as the second channel of `postcopy-preempt`, all at once and in pieces as long as its first byte says.
+/// Reads the input as the second channel of `postcopy-preempt`, all at once and in pieces as long as its first byte
+/// says.
 pub fn savevm_preempt(data: &[u8]) {
     let [piece, channel @ ..] = data else { return };
     assert_eq!(run(channel, channel.len()), run(channel, usize::from(*piece) + 1));

@@ -50,8 +50,8 @@ pub(crate) fn seeds(recordings: &[Recording]) -> io::Result<()> {
     Ok(())
 }
 
-/// The first packet of a page channel, those with pages up to the first one for which there is no room, and every SYNC; and
-/// whether there is any with pages.
+/// The first packet of a page channel, those with pages up to the first one for which there is no room, and every SYNC;
+/// and whether there is any with pages.
 fn packets(channel: &[u8]) -> (Vec<u8>, bool) {
     let mut driver = Driver::new(channel, ChannelDecoder::new(ChannelOptions::default()));
     let (mut kept, mut pages, mut room, mut start) = (Vec::new(), false, true, 0);
@@ -81,7 +81,8 @@ fn packets(channel: &[u8]) -> (Vec<u8>, bool) {
     (kept, pages)
 }
 
-/// The records of a preempt channel: address and flags, the block's name unless it is that of the record before, and a page.
+/// The records of a preempt channel: address and flags, the block's name unless it is that of the record before, and a
+/// page.
 fn records(channel: &[u8]) -> Vec<&[u8]> {
     const ZERO: u64 = 0x02;
     const PAGES: u64 = 0x08;

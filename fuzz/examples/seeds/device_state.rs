@@ -1,5 +1,5 @@
-//! Seeds of devices' state on page channels. A recording of it would need a device that can migrate, and holds payloads of a
-//! megabyte; so real page channels are continued here as QEMU 10.0 and 11.1 were seen to continue them.
+//! Seeds of devices' state on page channels. A recording of it would need a device that can migrate, and holds payloads
+//! of a megabyte; so real page channels are continued here as QEMU 10.0 and 11.1 were seen to continue them.
 
 use std::io;
 

@@ -1,5 +1,5 @@
-//! Cuts seeds out of recordings of real QEMUs: `cargo run --example seeds -- RECORDINGS`, where the folder was filled by
-//! `qevm-conformance record`. What is cut, and how, is told in `seeds/README.md`. Seeds that are there already stay.
+//! Cuts seeds out of recordings of real QEMUs: `cargo run --example seeds -- RECORDINGS`, where the folder was filled
+//! by `qevm-conformance record`. What is cut, and how, is told in `seeds/README.md`. Seeds that are there already stay.
 
 mod channels;
 mod device_state;

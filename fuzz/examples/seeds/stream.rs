@@ -28,8 +28,8 @@ pub(crate) struct Contents {
     mapped: Vec<MappedBlock>,
 }
 
-/// Takes a stream apart; of each section, at most this many records of pages are kept. Whole items are left out, nothing else
-/// changes.
+/// Takes a stream apart; of each section, at most this many records of pages are kept. Whole items are left out,
+/// nothing else changes.
 pub(crate) fn contents(stream: &[u8], mapped_ram: bool, most: usize) -> Contents {
     let decoder = Decoder::new(DecoderOptions { mapped_ram, allow_trailing: true, ..DecoderOptions::default() });
     let (mut encoder, mut found) = (Encoder::default(), Contents::default());

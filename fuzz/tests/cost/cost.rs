@@ -22,8 +22,8 @@ pub(crate) struct Cost {
     pub(crate) moved: u64,
 }
 
-/// The work that needs no input, and the work that each byte of it is worth: no bound of the promise, but what finds bombs
-/// of work that do not grow.
+/// The work that needs no input, and the work that each byte of it is worth: no bound of the promise, but what finds
+/// bombs of work that do not grow.
 const MOVED_BASE: u64 = 64 << 20;
 const MOVED_PER_BYTE: u64 = 32 << 10;
 
