@@ -104,7 +104,8 @@ impl SourceSession {
         self.stage
     }
 
-    /// True if every PING was answered. A destination answers in the order of the stream, so it has read all up to the last one.
+    /// True if every PING was answered. A destination answers in the order of the stream, so it has read all up to the
+    /// last one.
     pub fn is_answered(&self) -> bool {
         self.pings.is_empty()
     }

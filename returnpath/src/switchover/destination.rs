@@ -74,7 +74,8 @@ impl DestinationGate {
     ///
     /// # Errors
     /// [`SwitchoverError::UnknownDevice`]; [`SwitchoverError::Repeated`] in the legacy flow, where each agrees once;
-    /// [`SwitchoverError::NoReturnPath`] before that is open. All of them are the peer's fault, whose stream tells a device to agree.
+    /// [`SwitchoverError::NoReturnPath`] before that is open. All of them are the peer's fault, whose stream tells a
+    /// device to agree.
     pub fn agree(&mut self, device: &str) -> Result<Ack, SwitchoverError> {
         let Some(flow) = self.flow else { return Ok(Ack::Hold) };
         if !self.opened {

@@ -51,7 +51,8 @@ pub enum SwitchoverError {
         /// What was missing.
         waiting: AckWait,
     },
-    /// A device asked for an ack when the guest was stopped already. The caller's fault: the device is the source's own.
+    /// A device asked for an ack when the guest was stopped already. The caller's fault: the device is the source's
+    /// own.
     #[error("device '{device}' asked for a switchover ack when the guest was stopped for the switchover already")]
     RequestAfterStop {
         /// The device.
