@@ -69,8 +69,8 @@ pub struct Descriptors {
 const STANDARD: std::ops::RangeInclusive<RawFd> = 0..=2;
 
 impl Descriptors {
-    /// Takes over what the process has inherited, beside standard input, output and error: all descriptors that stay open
-    /// on execution (`exec`), which those that this process opens by itself do not.
+    /// Takes over what the process has inherited, beside standard input, output and error: all descriptors that stay
+    /// open on execution (`exec`), which those that this process opens by itself do not.
     ///
     /// # Errors
     /// The system's.
@@ -92,7 +92,8 @@ impl Descriptors {
             }
             // Commands of `exec:` do not get it.
             fcntl_setfd(descriptor, flags | FdFlags::CLOEXEC)?;
-            // SAFETY: it is open; by the contract nothing in this process owns it; and it is taken once: the flag is set now.
+            // SAFETY: it is open; by the contract nothing in this process owns it; and it is taken once: the flag is
+            // set now.
             inherited.insert(number, unsafe { OwnedFd::from_raw_fd(number) });
         }
         Ok(Descriptors { inherited, ..Descriptors::default() })
@@ -195,8 +196,8 @@ impl Descriptors {
         self.sets.iter().map(|(set, members)| (*set, members.as_slice()))
     }
 
-    /// The descriptor that stands for a file of `/dev/fdset/`, with a place of its own in the table of descriptors; `None` for other
-    /// files.
+    /// The descriptor that stands for a file of `/dev/fdset/`, with a place of its own in the table of descriptors;
+    /// `None` for other files.
     ///
     /// # Errors
     /// [`BadDescriptor`] for a set that does not exist or has nothing that is open for writing (or reading).

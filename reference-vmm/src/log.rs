@@ -1,7 +1,8 @@
 //! The log, on standard error or in a file. It never holds up whoever logs, and nobody can flood it.
 //!
-//! Lines go through a bounded buffer; an output that is not read costs lines, which are counted. Of the lines of one place in
-//! the code [`LINES`] are shown in a second, and the rest are counted: a guest or a peer can cause most of them as often as it likes.
+//! Lines go through a bounded buffer; an output that is not read costs lines, which are counted. Of the lines of one
+//! place in the code [`LINES`] are shown in a second, and the rest are counted: a guest or a peer can cause most of
+//! them as often as it likes.
 
 use std::collections::HashMap;
 use std::fs::OpenOptions;
@@ -89,7 +90,8 @@ pub(crate) fn init(level: Level, file: Option<&Path>) -> io::Result<Log> {
     Ok(Log)
 }
 
-/// Says something in the program's own name on standard error, in its place among the lines of the log; a file of the log has it, too.
+/// Says something in the program's own name on standard error, in its place among the lines of the log; a file of the
+/// log has it, too.
 pub(crate) fn say(text: &str) {
     let line = format!("reference-vmm: {text}\n");
     let output = OUTPUT.get();

@@ -1,7 +1,8 @@
 //! Output that never blocks whoever writes it: a bounded buffer, and a thread that empties it.
 //!
-//! What a guest or a peer causes to be written (a serial port, the log) goes to a pipe that nobody may read, or to a disk that hangs.
-//! The descriptor itself stays blocking: `O_NONBLOCK` would belong to everybody who shares it, a terminal's shell too.
+//! What a guest or a peer causes to be written (a serial port, the log) goes to a pipe that nobody may read, or to a
+//! disk that hangs. The descriptor itself stays blocking: `O_NONBLOCK` would belong to everybody who shares it, a
+//! terminal's shell too.
 
 use std::fmt;
 use std::io::{self, Write};
@@ -9,7 +10,8 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
-/// A bounded buffer that a thread writes out. Clones share it; the thread ends with the last of them, when all is written.
+/// A bounded buffer that a thread writes out. Clones share it; the thread ends with the last of them, when all is
+/// written.
 #[derive(Clone)]
 pub(crate) struct NonBlockingWriter(Arc<Handle>);
 
@@ -33,8 +35,8 @@ struct State {
 }
 
 impl NonBlockingWriter {
-    /// Starts the thread. `failed` is told what the sink refuses, and `room` when there is room again after [`write`](Self::write)
-    /// has not taken everything. Both are called by the thread, which holds no lock then.
+    /// Starts the thread. `failed` is told what the sink refuses, and `room` when there is room again after
+    /// [`write`](Self::write) has not taken everything. Both are called by the thread, which holds no lock then.
     ///
     /// # Errors
     /// The host has no thread for it.

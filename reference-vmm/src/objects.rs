@@ -1,5 +1,5 @@
-//! What QMP's `object-add` and `--object` make: TLS credentials, and lists of who may send a guest. Names, properties and texts are
-//! those of QEMU 11.1.
+//! What QMP's `object-add` and `--object` make: TLS credentials, and lists of who may send a guest. Names, properties
+//! and texts are those of QEMU 11.1.
 
 #[cfg(test)]
 mod tests;
@@ -118,7 +118,8 @@ impl Objects {
         self.lock().remove(id).map(drop).ok_or_else(|| ObjectError::NotFound(id.into()))
     }
 
-    /// How the connections of this side are secured by `tls-creds`, `tls-hostname` and `tls-authz`; `None` if they are not.
+    /// How the connections of this side are secured by `tls-creds`, `tls-hostname` and `tls-authz`; `None` if they are
+    /// not.
     ///
     /// # Errors
     /// [`ObjectError`]: what they name is not there, or is for the other side.
@@ -194,8 +195,8 @@ fn credentials(properties: &mut Properties) -> Result<Object, ObjectError> {
     Ok(Object::Credentials(Arc::new(Credentials::x509(Path::new(&directory), endpoint, verify_peer, versions)?)))
 }
 
-/// What a GnuTLS priority string means here. Ciphers are those of TLS 1.2 and 1.3 that nobody doubts; of strings that choose others,
-/// none is supported.
+/// What a GnuTLS priority string means here. Ciphers are those of TLS 1.2 and 1.3 that nobody doubts; of strings that
+/// choose others, none is supported.
 fn versions(priority: &str) -> Result<Versions, ObjectError> {
     let unsupported = || ObjectError::Unsupported {
         name: "priority",

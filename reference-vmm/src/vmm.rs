@@ -285,8 +285,8 @@ impl Vmm {
         self.audience.subscribe()
     }
 
-    /// From now on `recorder` gets every event, whoever else does and whatever capability `events` says, with the migration if that is what it
-    /// is about. It must not block. There is one at a time.
+    /// From now on `recorder` gets every event, whoever else does and whatever capability `events` says, with the
+    /// migration if that is what it is about. It must not block. There is one at a time.
     pub fn record_events(&self, recorder: impl Fn(&Event, Option<&Job>) + Send + 'static) {
         self.audience.set_recorder(Box::new(recorder));
     }

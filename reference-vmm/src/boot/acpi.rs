@@ -1,6 +1,6 @@
-//! ACPI tables for a kernel that is entered without firmware (ACPI specification 6.5): what a hardware-reduced machine has to
-//! say, which is where interrupts go, how to switch off and reset, and where the serial port, the virtio-mmio transports and the
-//! PCI bus are.
+//! ACPI tables for a kernel that is entered without firmware (ACPI specification 6.5): what a hardware-reduced machine
+//! has to say, which is where interrupts go, how to switch off and reset, and where the serial port, the virtio-mmio
+//! transports and the PCI bus are.
 
 mod pci;
 
@@ -29,8 +29,8 @@ const IOAPICS: [(u32, u32); 2] = [(0xfec0_0000, 0), (0xfec1_0000, 24)];
 const NO_VGA: u16 = 1 << 2;
 const ALIGN: usize = 64;
 
-/// The tables for address `at`, where the root pointer is, of a machine with this many vCPUs and virtio-mmio devices. One with a PCI bus
-/// has its window above 4 GiB.
+/// The tables for address `at`, where the root pointer is, of a machine with this many vCPUs and virtio-mmio devices.
+/// One with a PCI bus has its window above 4 GiB.
 pub(super) fn tables(at: u64, cpus: usize, virtio: usize, high_window: Option<Range<u64>>) -> Vec<u8> {
     let mut bytes = vec![0; size_of::<Rsdp>()];
     let mut add = |table: &dyn Aml| {
@@ -180,8 +180,8 @@ mod tests {
         let (dsdt, _) = table(u64_at(fadt_start + 140));
         let count = |what: &[u8]| dsdt.windows(what.len()).filter(|window| *window == what).count();
         assert_eq!((count(b"LNRO0005"), count(b"COM1"), count(b"_S5_")), (24, 1, 1));
-        // From the DSDT that QEMU 11.1.3 gives to its firmware: the operation region of the event selector, its one field, and the
-        // interrupt, edge-triggered and active high.
+        // From the DSDT that QEMU 11.1.3 gives to its firmware: the operation region of the event selector, its one
+        // field, and the interrupt, edge-triggered and active high.
         let region = [b"\x5b\x80EREG\x00\x0c".as_slice(), &0xfea0_0000_u32.to_le_bytes(), b"\x0a\x04"].concat();
         let wanted: [&[u8]; 4] =
             [&region, b"\x5b\x81\x0bEREG\x43ESEL\x20", &[0x89, 6, 0, 3, 1, 9, 0, 0, 0], b"ACPI0013\0"];

@@ -78,7 +78,8 @@ const PHNUM: usize = 56;
 const PROGRAM_HEADER: usize = 56;
 const PT_LOAD: u32 = 1;
 
-/// A piece of the loaded kernel: addresses of its first byte and of those after the last from the file and the last of all.
+/// A piece of the loaded kernel: addresses of its first byte and of those after the last from the file and the last of
+/// all.
 struct Segment {
     start: u64,
     file_end: u64,
@@ -93,8 +94,8 @@ fn clear(memory: &GuestMemory, start: u64, end: u64) -> Result<()> {
     Ok(())
 }
 
-/// Where the kernel goes, one segment at least. The loader does not say where a kernel has no room, nor does it know what must not
-/// be overwritten; so this is found out before it writes anything.
+/// Where the kernel goes, one segment at least. The loader does not say where a kernel has no room, nor does it know
+/// what must not be overwritten; so this is found out before it writes anything.
 fn segments(image: &[u8], ram: &Ram) -> std::result::Result<Vec<Segment>, BootError> {
     let header =
         |offset: usize, what, found: u64, wanted| BootError::Header { offset: offset as u64, what, found, wanted };

@@ -1,5 +1,5 @@
-//! A kernel that the firmware boots: where it finds the parts in fw_cfg (QEMU document "QEMU Firmware Configuration (fw_cfg)
-//! Device"; the setup header's fields are those of "The Linux/x86 Boot Protocol").
+//! A kernel that the firmware boots: where it finds the parts in fw_cfg (QEMU document "QEMU Firmware Configuration
+//! (fw_cfg) Device"; the setup header's fields are those of "The Linux/x86 Boot Protocol").
 
 use std::collections::BTreeMap;
 

@@ -8,8 +8,9 @@
 //! | bzImage, protocol 2.12 or newer | Linux's 64-bit boot protocol ("The Linux/x86 Boot Protocol") | long mode, 4 GiB mapped one to one, RSI = zero page |
 //!
 //! The kernel finds the processors, both IOAPICs, the serial port, the virtio-mmio transports and how to switch off by
-//! ACPI tables (`acpi`), as under QEMU's `-M microvm`. One whose command line says `acpi=off` has a table of the multiprocessor
-//! specification (`mp_table`), and `virtio_mmio.device=` added to its command line, as under `-M microvm,acpi=off`.
+//! ACPI tables (`acpi`), as under QEMU's `-M microvm`. One whose command line says `acpi=off` has a table of the
+//! multiprocessor specification (`mp_table`), and `virtio_mmio.device=` added to its command line, as under `-M
+//! microvm,acpi=off`.
 //!
 //! What lies where below 1 MiB:
 //!

@@ -28,7 +28,8 @@ impl Drop for EventLog {
 }
 
 impl EventLog {
-    /// Appends to `path` whatever happens from now on. A file that cannot take it costs lines, whose number the next one says, and never time.
+    /// Appends to `path` whatever happens from now on. A file that cannot take it costs lines, whose number the next
+    /// one says, and never time.
     ///
     /// # Errors
     /// The file cannot be written; the host has no thread for it.

@@ -23,36 +23,42 @@ use super::{qmp_object, vfio};
 /// The machine.
 #[derive(clap::Args)]
 pub(crate) struct MachineArguments {
-    /// Machine type, and whom it migrates to: microvm[,qemu=RELEASE][,peer-accel=tcg][,rtc=on][,pcie=on][,kernel-irqchip=split][,memory-backend=ID]. microvm has no version, so the release of QEMU's binary
-    /// decides the bytes of a stream: name the oldest that is to load one (7.2, 10.0, 11.1, …). Streams of all releases are taken.
-    /// peer-accel=tcg makes streams that a QEMU under TCG takes. rtc=on adds a real-time clock, which QEMU has by default under TCG and not under KVM. pcie=on adds a PCI Express bus with its host bridge. kernel-irqchip=split leaves only the local APICs to the kernel, as QEMU's
+    /// Machine type, and whom it migrates to:
+    /// microvm[,qemu=RELEASE][,peer-accel=tcg][,rtc=on][,pcie=on][,kernel-irqchip=split][,memory-backend=ID]. microvm
+    /// has no version, so the release of QEMU's binary decides the bytes of a stream: name the oldest that is to load
+    /// one (7.2, 10.0, 11.1, …). Streams of all releases are taken. peer-accel=tcg makes streams that a QEMU under TCG
+    /// takes. rtc=on adds a real-time clock, which QEMU has by default under TCG and not under KVM. pcie=on adds a PCI
+    /// Express bus with its host bridge. kernel-irqchip=split leaves only the local APICs to the kernel, as under QEMU
     #[arg(long = "machine", short = 'M', value_name = "TYPE", default_value = "microvm")]
     machine: MachineOptions,
-    /// Accelerator: kvm[,dirty-ring-size=N]. N is the number of entries of each vCPU's dirty ring, a power of two, 1024 or more;
-    /// 0 is no ring: KVM's dirty log tells which pages were written
+    /// Accelerator: kvm[,dirty-ring-size=N]. N is the number of entries of each vCPU's dirty ring, a power of two, 1024
+    /// or more; 0 is no ring: KVM's dirty log tells which pages were written
     #[arg(long, value_name = "ACCEL", default_value = "kvm")]
     accel: Accelerator,
     /// RAM, with K, M or G; plain numbers are MiB as in QEMU [default: that of the memory backend, or else 128M]
     #[arg(long, short, value_name = "SIZE", value_parser = parse_memory)]
     memory: Option<u64>,
     /// Memory for the machine's RAM, which -M memory-backend=ID takes: memory-backend-ram,id=ID,size=BYTES; -memfd with
-    /// [,hugetlb=on[,hugetlbsize=SIZE]][,seal=off]; -file with mem-path=PATH[,offset=BYTES]; all with [,share=on|off][,prealloc=on]
-    /// [,reserve=off][,merge=on]. The RAM block is then called ID in a stream, as by QEMU, and both sides of a migration have to say
-    /// the same; id=microvm.ram is the name of a machine without a backend. And iommufd,id=ID[,fd=NUMBER], for --device vfio-pci: fd is
-    /// an open /dev/iommu that this program inherits. Also TLS credentials, which migration parameter tls-creds
-    /// names: tls-creds-x509,id=ID,dir=PATH,endpoint=client|server[,verify-peer=off][,priority=NORMAL:-VERS-TLS1.2]; and who may send a
-    /// guest, which tls-authz names: authz-simple,id=ID,identity=NAME or authz-list,id=ID,policy=deny,rules.0.match=NAME,
-    /// rules.0.policy=allow[,rules.0.format=glob]; or one of these as a JSON object
+    /// [,hugetlb=on[,hugetlbsize=SIZE]][,seal=off]; -file with mem-path=PATH[,offset=BYTES]; all with
+    /// [,share=on|off][,prealloc=on] [,reserve=off][,merge=on]. The RAM block is then called ID in a stream, as by
+    /// QEMU, and both sides of a migration have to say the same; id=microvm.ram is the name of a machine without a
+    /// backend. And iommufd,id=ID[,fd=NUMBER], for --device vfio-pci: fd is an open /dev/iommu that this program
+    /// inherits. Also TLS credentials, which migration parameter tls-creds names:
+    /// tls-creds-x509,id=ID,dir=PATH,endpoint=client|server[,verify-peer=off][,priority=NORMAL:-VERS-TLS1.2]; and who
+    /// may send a guest, which tls-authz names: authz-simple,id=ID,identity=NAME or
+    /// authz-list,id=ID,policy=deny,rules.0.match=NAME, rules.0.policy=allow[,rules.0.format=glob]; or one of these as
+    /// a JSON object
     #[arg(long, value_name = "OPTIONS")]
     object: Vec<String>,
-    /// Let the host back all RAM at once, rather than page by page when the guest first writes to it. A destination that waits
-    /// with --incoming then takes pages faster
+    /// Let the host back all RAM at once, rather than page by page when the guest first writes to it. A destination
+    /// that waits with --incoming then takes pages faster
     #[arg(long)]
     mem_prealloc: bool,
     /// Number of vCPUs, 1 to 64
     #[arg(long, value_name = "N", default_value_t = 1)]
     smp: usize,
-    /// UUID of the machine, as migrations with capability validate-uuid compare it: 12345678-1234-1234-1234-123456789abc
+    /// UUID of the machine, as migrations with capability validate-uuid compare it:
+    /// 12345678-1234-1234-1234-123456789abc
     #[arg(long, value_name = "UUID")]
     uuid: Option<Uuid>,
     /// Firmware image, a multiple of 64 KiB [default: the built-in payload guest; with --kernel none]
@@ -74,22 +80,26 @@ pub(crate) struct MachineArguments {
     /// Disk for a virtio-blk-device: id=ID,file=PATH[,format=raw][,if=none][,readonly=on]
     #[arg(long, value_name = "OPTIONS")]
     drive: Vec<String>,
-    /// Character device for a port: null,id=ID; stdio,id=ID; file,id=ID,path=PATH[,append=on]; socket,id=ID,path=PATH[,server=on][,wait=off]
+    /// Character device for a port: null,id=ID; stdio,id=ID; file,id=ID,path=PATH[,append=on];
+    /// socket,id=ID,path=PATH[,server=on][,wait=off]
     #[arg(long, value_name = "OPTIONS")]
     chardev: Vec<String>,
-    /// Network for a card: tap,id=ID,ifname=NAME,script=no,downscript=no; dgram,id=ID,local.type=unix,local.path=PATH,remote.type=unix,
-    /// remote.path=PATH; stream,id=ID,addr.type=unix,addr.path=PATH[,server=on]
+    /// Network for a card: tap,id=ID,ifname=NAME,script=no,downscript=no;
+    /// dgram,id=ID,local.type=unix,local.path=PATH,remote.type=unix, remote.path=PATH;
+    /// stream,id=ID,addr.type=unix,addr.path=PATH[,server=on]
     #[arg(long, value_name = "OPTIONS")]
     netdev: Vec<String>,
-    /// Device on virtio-mmio, in the order of QEMU's command line: virtio-blk-device,drive=ID[,serial=TEXT], virtio-rng-device,
-    /// virtio-net-device,netdev=ID[,mac=ADDRESS],
-    /// virtio-serial-device with virtconsole,chardev=ID[,name=TEXT] and virtserialport,chardev=ID[,name=TEXT] on it. Without what it
-    /// needs a device has no model: a guest is kept as it came and goes back, but does not run (use -S). On the PCI bus of -M
-    /// microvm,pcie=on: vfio-pci,sysfsdev=PATH[,id=ID][,iommufd=ID][,addr=NUMBER][,enable-migration=on|off|auto][,migration-events=on]
+    /// Device on virtio-mmio, in the order of QEMU's command line: virtio-blk-device,drive=ID[,serial=TEXT],
+    /// virtio-rng-device, virtio-net-device,netdev=ID[,mac=ADDRESS], virtio-serial-device with
+    /// virtconsole,chardev=ID[,name=TEXT] and virtserialport,chardev=ID[,name=TEXT] on it. Without what it needs a
+    /// device has no model: a guest is kept as it came and goes back, but does not run (use -S). On the PCI bus of -M
+    /// microvm,pcie=on:
+    /// vfio-pci,sysfsdev=PATH[,id=ID][,iommufd=ID][,addr=NUMBER][,enable-migration=on|off|auto][,migration-events=on]
     /// [,x-migration-multifd-transfer=on|off|auto], a device of the host that is bound to a VFIO driver
     #[arg(long, value_name = "OPTIONS")]
     device: Vec<String>,
-    /// Item of the firmware configuration device: name=NAME,string=TEXT or name=NAME,file=PATH; commas in TEXT are doubled
+    /// Item of the firmware configuration device: name=NAME,string=TEXT or name=NAME,file=PATH; commas in TEXT are
+    /// doubled
     #[arg(long = "fw-cfg", alias = "fw_cfg", value_name = "ITEM")]
     fw_cfg: Vec<String>,
 }

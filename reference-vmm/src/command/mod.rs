@@ -44,8 +44,8 @@ enum Command {
     Watch(watch::Watch),
 }
 
-/// Runs the program with these arguments, the first of which is its name, and gives its exit status. `inherited`: what it
-/// may use by number (`fd:NUMBER`).
+/// Runs the program with these arguments, the first of which is its name, and gives its exit status. `inherited`: what
+/// it may use by number (`fd:NUMBER`).
 pub fn main(arguments: impl Iterator<Item = OsString>, inherited: Descriptors) -> ExitCode {
     let Arguments { log_level, log_file, command } = Arguments::parse_from(arguments.map(two_dashes));
     let _log = match log::init(log_level, log_file.as_deref()) {

@@ -50,18 +50,21 @@ pub(crate) struct Run {
     /// Stop after that many seconds
     #[arg(long, value_name = "SECONDS")]
     seconds: Option<u64>,
-    /// Wait for a guest from there: tcp:HOST:PORT[,to=PORT][,ipv4=on|off][,ipv6=on|off], unix:PATH, a channel as a JSON object as QMP has it, exec:COMMAND, fd:NUMBER, file:PATH[,offset=N], a page server
-    /// (nbd+unix:///[EXPORT]?socket=PATH or nbd://HOST[:PORT]/[EXPORT], which turns capabilities mapped-ram and postcopy-ram on), or defer
-    /// until QMP's migrate-incoming
+    /// Wait for a guest from there: tcp:HOST:PORT[,to=PORT][,ipv4=on|off][,ipv6=on|off], unix:PATH, a channel as a JSON
+    /// object as QMP has it, exec:COMMAND, fd:NUMBER, file:PATH[,offset=N], a page server
+    /// (nbd+unix:///[EXPORT]?socket=PATH or nbd://HOST[:PORT]/[EXPORT], which turns capabilities mapped-ram and
+    /// postcopy-ram on), or defer until QMP's migrate-incoming
     #[arg(long, value_name = "ADDRESS")]
     incoming: Option<Incoming>,
-    /// With capabilities mapped-ram and postcopy-ram, memory stays in the file, or at the page server, until the guest touches it: nothing is loaded ahead
+    /// With capabilities mapped-ram and postcopy-ram, memory stays in the file, or at the page server, until the guest
+    /// touches it: nothing is loaded ahead
     #[arg(long)]
     no_load_ahead: bool,
     /// Serve QMP at unix:PATH
     #[arg(long, value_name = "unix:PATH", value_parser = parse_qmp)]
     qmp: Option<PathBuf>,
-    /// Append what happens to the guest and its migrations to a file, one line of JSON each: QMP's events, all of them, with what query-migrate says
+    /// Append what happens to the guest and its migrations to a file, one line of JSON each: QMP's events, all of them,
+    /// with what query-migrate says
     #[arg(long, value_name = "FILE")]
     event_log: Option<PathBuf>,
     /// Do not start the guest; QMP's cont does
@@ -73,8 +76,8 @@ pub(crate) struct Run {
     /// Keep the guest, paused, when it switches itself off, instead of ending: --action shutdown=pause
     #[arg(long)]
     no_shutdown: bool,
-    /// What to do when the guest stops: reboot=reset|shutdown, shutdown=poweroff|pause, and panic= and watchdog= with QEMU's actions,
-    /// which no device of this machine needs
+    /// What to do when the guest stops: reboot=reset|shutdown, shutdown=poweroff|pause, and panic= and watchdog= with
+    /// QEMU's actions, which no device of this machine needs
     #[arg(long, value_name = "EVENT=ACTION,…", value_parser = parse_actions)]
     action: Vec<Vec<(String, String)>>,
 }

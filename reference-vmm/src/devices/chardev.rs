@@ -49,8 +49,8 @@ pub struct Chardev {
 #[derive(Debug)]
 enum End {
     Null,
-    /// Files may block: a pipe that nobody reads, a disk that hangs. So the output has a thread, and the input is only read when there
-    /// is some.
+    /// Files may block: a pipe that nobody reads, a disk that hangs. So the output has a thread, and the input is only
+    /// read when there is some.
     Files {
         output: NonBlockingWriter,
         room: Arc<EventFd>,

@@ -1,4 +1,5 @@
-//! QEMU's firmware configuration device on ports, with DMA (QEMU document "QEMU Firmware Configuration (fw_cfg) Device").
+//! QEMU's firmware configuration device on ports, with DMA (QEMU document "QEMU Firmware Configuration (fw_cfg)
+//! Device").
 
 use std::collections::BTreeMap;
 
@@ -35,7 +36,8 @@ const DMA_WRITE: u32 = 1 << 4;
 /// Copy unit of a DMA read, so that a guest's length costs no memory.
 const DMA_CHUNK: usize = 4096;
 
-/// Most zeroes that a DMA read adds to the end of an item: whoever asks for gigabytes of them keeps the vCPU from stopping meanwhile.
+/// Most zeroes that a DMA read adds to the end of an item: whoever asks for gigabytes of them keeps the vCPU from
+/// stopping meanwhile.
 const DMA_BEYOND: u64 = 64 << 20;
 
 /// Names of files in the directory have at most this many bytes, the closing zero not counted.
@@ -155,7 +157,8 @@ impl FwCfg {
         self.items.get(&self.entry).and_then(|item| item.get(self.offset as usize..)).unwrap_or(&[])
     }
 
-    /// The structure at `address`: big-endian u32 control, u32 length, u64 address. Control is set to 0 or the error bit.
+    /// The structure at `address`: big-endian u32 control, u32 length, u64 address. Control is set to 0 or the error
+    /// bit.
     fn transfer(&mut self, address: u64, memory: &GuestMemory) {
         let mut request = [0; 16];
         let result = memory.read(address, &mut request).and_then(|()| self.serve(&request, memory));

@@ -1,6 +1,6 @@
-//! The ACPI generic event device of microvm with its power button, sleep and reset registers (addresses from `info mtree` of QEMU
-//! 11.1.3, interrupt and event bit from the DSDT that its firmware gets, register meanings from the ACPI specification 6.5,
-//! 4.8.3.7 and 4.8.3.6).
+//! The ACPI generic event device of microvm with its power button, sleep and reset registers (addresses from `info
+//! mtree` of QEMU 11.1.3, interrupt and event bit from the DSDT that its firmware gets, register meanings from the ACPI
+//! specification 6.5, 4.8.3.7 and 4.8.3.6).
 
 const BASE: u64 = 0xfea0_0000;
 const REGISTERS: u64 = 0x200;

@@ -1,11 +1,11 @@
 //! An IOAPIC outside of the kernel (Intel 82093AA data sheet), which turns its pins into messages to the local APICs.
 //!
-//! The second one of QEMU's microvm, where the interrupts of virtio-mmio transports come, is always here. The kernel tells nobody
-//! when a local APIC ends one of its interrupts, so a level-triggered pin sends one message each time its line rises, as an
-//! edge-triggered one does. Its devices lower their line when the guest acknowledges.
+//! The second one of QEMU's microvm, where the interrupts of virtio-mmio transports come, is always here. The kernel
+//! tells nobody when a local APIC ends one of its interrupts, so a level-triggered pin sends one message each time its
+//! line rises, as an edge-triggered one does. Its devices lower their line when the guest acknowledges.
 //!
-//! The first one is here with `kernel-irqchip=split`. The kernel is told of the pins' messages, and tells when a local APIC ends a
-//! level-triggered one.
+//! The first one is here with `kernel-irqchip=split`. The kernel is told of the pins' messages, and tells when a local
+//! APIC ends a level-triggered one.
 
 use qevm_microvm::state::IoapicState;
 

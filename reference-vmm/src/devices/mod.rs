@@ -1,5 +1,5 @@
-//! The devices that live in the monitor, and which port or address reaches which. The interrupt controllers and the PIT live
-//! in the kernel.
+//! The devices that live in the monitor, and which port or address reaches which. The interrupt controllers and the PIT
+//! live in the kernel.
 
 mod chardev;
 mod fw_cfg;

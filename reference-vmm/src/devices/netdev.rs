@@ -118,7 +118,8 @@ impl Netdev {
     pub(crate) fn set_up(&self, header: usize, offloads: u32) {
         let End::Tap(file) = &self.0 else { return };
         let header = header as i32;
-        // SAFETY: the descriptor is a tap interface's; the kernel reads an integer, and takes the second argument as it is.
+        // SAFETY: the descriptor is a tap interface's; the kernel reads an integer, and takes the second argument as it
+        // is.
         let done = unsafe {
             libc::ioctl(file.as_raw_fd(), ioctl::TUNSETVNETHDRSZ(), &raw const header) >= 0
                 && libc::ioctl(file.as_raw_fd(), ioctl::TUNSETOFFLOAD(), libc::c_ulong::from(offloads)) >= 0

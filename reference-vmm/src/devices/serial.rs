@@ -1,8 +1,10 @@
-//! A 16550A serial port (National Semiconductor PC16550D data sheet), with the state that QEMU's section `serial` carries.
+//! A 16550A serial port (National Semiconductor PC16550D data sheet), with the state that QEMU's section `serial`
+//! carries.
 
 //!
-//! Output that nobody reads never holds the guest up: it fills a buffer, and then the transmitter is busy (`THRE` and `TEMT` are
-//! clear) until there is room again, as on QEMU's port. What a guest writes all the same is lost, and counted in the log.
+//! Output that nobody reads never holds the guest up: it fills a buffer, and then the transmitter is busy (`THRE` and
+//! `TEMT` are clear) until there is room again, as on QEMU's port. What a guest writes all the same is lost, and
+//! counted in the log.
 
 use std::collections::VecDeque;
 use std::io::Write;
@@ -204,7 +206,8 @@ impl Serial {
         self.update();
     }
 
-    /// Bytes arrive from outside. What the FIFO has no room for is lost, as on a real line; the count taken is returned.
+    /// Bytes arrive from outside. What the FIFO has no room for is lost, as on a real line; the count taken is
+    /// returned.
     pub fn input(&mut self, bytes: &[u8]) -> usize {
         let room = if self.state.fcr & FCR_ENABLE != 0 { FIFO } else { 1 };
         let taken = bytes.len().min(room.saturating_sub(self.receive.len()));

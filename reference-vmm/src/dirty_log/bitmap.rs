@@ -46,8 +46,8 @@ impl DirtyBitmap {
         bitmap
     }
 
-    /// Marks pages, 64 to a word, of which the first is `first_page`. Bits beyond the end of the block are ignored. Returns how
-    /// many were clean.
+    /// Marks pages, 64 to a word, of which the first is `first_page`. Bits beyond the end of the block are ignored.
+    /// Returns how many were clean.
     ///
     /// # Panics
     /// Never for a block of the memory it was made for and a `first_page` that is a multiple of 64.

@@ -3,18 +3,19 @@
 //! The order that loses no page:
 //!
 //! 1. [`DirtyLog::enable`]; every page counts as dirty ([`DirtyBitmap::all`]).
-//! 2. For each piece of a block about to be sent: [`DirtyBitmap::take`] the pages, [`DirtyLog::clear`] them, then read and send
-//!    them. A page the guest writes after the clear is reported again by the next sync.
+//! 2. For each piece of a block about to be sent: [`DirtyBitmap::take`] the pages, [`DirtyLog::clear`] them, then read
+//!    and send them. A page the guest writes after the clear is reported again by the next sync.
 //! 3. [`DirtyLog::sync`] adds what has changed; repeat from 2.
 //! 4. Pause the machine, sync once more, send the rest. Or give up: [`DirtyLog::disable`].
 //!
 //! KVM tells in one of two ways, chosen when the machine is built:
 //!
-//! * **The log** (`kvm_log`): a bitmap for each memory slot. Without a `clear` between two syncs a page stays reported and further
-//!   writes to it cost nothing. On a kernel without `KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2` (Linux before 5.1) the sync itself
-//!   clears, and `clear` does nothing.
-//! * **Rings** (`rings`; QEMU's `-accel kvm,dirty-ring-size=N`): each vCPU lists the pages it writes to, and leaves the guest
-//!   when its ring is full. A sync costs what was written and not what there is, and tells who wrote; the sync clears.
+//! * **The log** (`kvm_log`): a bitmap for each memory slot. Without a `clear` between two syncs a page stays reported
+//!   and further writes to it cost nothing. On a kernel without `KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2` (Linux before 5.1)
+//!   the sync itself clears, and `clear` does nothing.
+//! * **Rings** (`rings`; QEMU's `-accel kvm,dirty-ring-size=N`): each vCPU lists the pages it writes to, and leaves the
+//!   guest when its ring is full. A sync costs what was written and not what there is, and tells who wrote; the sync
+//!   clears.
 
 mod bitmap;
 mod kvm_log;
@@ -125,8 +126,9 @@ impl DirtyLog {
         Ok(())
     }
 
-    /// Adds the pages written since they were last cleared. Returns how many of them the bitmap did not have yet. Of a machine
-    /// that runs, writes of the last moment may come with the next sync; of one that is paused, none is missing.
+    /// Adds the pages written since they were last cleared. Returns how many of them the bitmap did not have yet. Of a
+    /// machine that runs, writes of the last moment may come with the next sync; of one that is paused, none is
+    /// missing.
     ///
     /// # Errors
     /// [`Error::Config`] when nothing is logged, [`Error::Kvm`] when KVM does not tell.
@@ -146,11 +148,12 @@ impl DirtyLog {
         Ok(new)
     }
 
-    /// Arms logging again for pages a sync has reported, those whose bits are set in `pages`, 64 to a word, of which the first
-    /// is `first_page` of the block. To be called before their bytes are read.
+    /// Arms logging again for pages a sync has reported, those whose bits are set in `pages`, 64 to a word, of which
+    /// the first is `first_page` of the block. To be called before their bytes are read.
     ///
     /// # Errors
-    /// [`Error::Config`] when `first_page` is not a multiple of 64 or there is no such block, [`Error::Kvm`] when KVM refuses.
+    /// [`Error::Config`] when `first_page` is not a multiple of 64 or there is no such block, [`Error::Kvm`] when KVM
+    /// refuses.
     pub fn clear(&self, block: usize, first_page: u64, pages: &[u64]) -> Result<()> {
         let enabled = lock(&self.enabled);
         if !first_page.is_multiple_of(PAGES_PER_WORD) || block >= self.memory.blocks().len() {
@@ -165,7 +168,8 @@ impl DirtyLog {
         }
     }
 
-    /// A vCPU has left the guest because its ring is full. Called by its thread, which enters the guest again afterwards.
+    /// A vCPU has left the guest because its ring is full. Called by its thread, which enters the guest again
+    /// afterwards.
     pub(crate) fn ring_full(&self, vcpu: usize) -> Result<()> {
         match &self.method {
             Method::Log(_) => Ok(()),
@@ -181,8 +185,8 @@ impl DirtyLog {
         }
     }
 
-    /// Pages that a vCPU has written to since the machine was built, as [`Watch::written`] counts them; it costs the guest nothing,
-    /// as nothing is harvested. 0 without rings.
+    /// Pages that a vCPU has written to since the machine was built, as [`Watch::written`] counts them; it costs the
+    /// guest nothing, as nothing is harvested. 0 without rings.
     pub(crate) fn written(&self, vcpu: usize) -> u64 {
         match &self.method {
             Method::Log(_) => 0,
@@ -217,8 +221,8 @@ impl DirtyLog {
 pub struct Watch<'l>(&'l RingLog);
 
 impl Watch<'_> {
-    /// Pages that each vCPU has written to since the machine was built, as long as somebody watched; a page that it goes on
-    /// writing to counts once each time it was protected again.
+    /// Pages that each vCPU has written to since the machine was built, as long as somebody watched; a page that it
+    /// goes on writing to counts once each time it was protected again.
     ///
     /// # Errors
     /// [`Error::Kvm`] when KVM does not tell.

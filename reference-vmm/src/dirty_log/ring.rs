@@ -49,16 +49,17 @@ impl<M: Deref<Target = [Entry]>> Ring<M> {
         Ring { entries, next: 0, harvested: 0 }
     }
 
-    /// Takes every entry that KVM has filled, oldest first, and says how many there were. The pages are to be protected again
-    /// (`KVM_RESET_DIRTY_RINGS`) after they were noted and before they are read.
+    /// Takes every entry that KVM has filled, oldest first, and says how many there were. The pages are to be protected
+    /// again (`KVM_RESET_DIRTY_RINGS`) after they were noted and before they are read.
     ///
-    /// At most one turn: KVM, which needs the reset to go on, cannot make it endless, and memory that is not a ring cannot either.
+    /// At most one turn: KVM, which needs the reset to go on, cannot make it endless, and memory that is not a ring
+    /// cannot either.
     pub(crate) fn harvest(&mut self, mut found: impl FnMut(Written)) -> u32 {
         let len = self.entries.len() as u32;
         for taken in 0..len {
             let entry = &self.entries[(self.next & (len - 1)) as usize];
-            // An entry that was harvested and not reset may keep its other bit: only DIRTY alone is news. Slot and offset were
-            // written before the flag.
+            // An entry that was harvested and not reset may keep its other bit: only DIRTY alone is news. Slot and
+            // offset were written before the flag.
             if entry.flags.load(Ordering::Acquire) & (DIRTY | RESET) != DIRTY {
                 return taken;
             }

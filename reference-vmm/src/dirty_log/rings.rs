@@ -1,7 +1,8 @@
 //! The dirty rings of all vCPUs of a machine.
 //!
-//! Pages are noted and protected again in one step under one lock, so that a page is at any moment writable and in a ring, or
-//! noted, or protected. What KVM itself writes for a guest (clock, local APIC), it writes on behalf of a vCPU, into its ring.
+//! Pages are noted and protected again in one step under one lock, so that a page is at any moment writable and in a
+//! ring, or noted, or protected. What KVM itself writes for a guest (clock, local APIC), it writes on behalf of a vCPU,
+//! into its ring.
 
 use std::ops::Deref;
 use std::os::fd::AsRawFd;
@@ -50,7 +51,8 @@ impl State {
 }
 
 impl RingLog {
-    /// Before any vCPU is created. Manual protection stays off: with pages that start unprotected a ring would miss writes.
+    /// Before any vCPU is created. Manual protection stays off: with pages that start unprotected a ring would miss
+    /// writes.
     pub(super) fn new(vm: Arc<VmFd>, memory: Arc<GuestMemory>, size: u32) -> Result<RingLog> {
         if !size.is_power_of_two() {
             return Err(Error::Config("dirty-ring-size must be a power of two.".to_owned()));
@@ -237,7 +239,8 @@ impl Deref for Mapped {
     type Target = [Entry];
 
     fn deref(&self) -> &[Entry] {
-        // SAFETY: this many entries are mapped, page-aligned, as long as the value lives; KVM changes them, and they are atomics.
+        // SAFETY: this many entries are mapped, page-aligned, as long as the value lives; KVM changes them, and they
+        // are atomics.
         unsafe { std::slice::from_raw_parts(self.entries, self.len) }
     }
 }

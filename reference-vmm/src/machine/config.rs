@@ -29,9 +29,11 @@ pub struct MachineConfig {
     pub fw_cfg: BTreeMap<String, Vec<u8>>,
     /// A kernel to boot.
     pub kernel: Option<Kernel>,
-    /// The machine waits for a guest that has its own kernel: this one is loaded when that guest is reset, and not before.
+    /// The machine waits for a guest that has its own kernel: this one is loaded when that guest is reset, and not
+    /// before.
     pub incoming: bool,
-    /// Interrupt controllers and PIT are in the monitor, and only the local APICs in the kernel: QEMU's `kernel-irqchip=split`.
+    /// Interrupt controllers and PIT are in the monitor, and only the local APICs in the kernel: QEMU's
+    /// `kernel-irqchip=split`.
     pub split_irqchip: bool,
     /// Whether there is a real-time clock. QEMU's `rtc=auto` has one under TCG only.
     pub rtc: bool,
@@ -41,7 +43,8 @@ pub struct MachineConfig {
     pub vfio: Vec<VfioSlot>,
     /// What devices of the host's may be attached to by name.
     pub iommufds: Vec<Iommufd>,
-    /// Devices on virtio-mmio. A machine that has one without a model can take a guest and give it back, but not run it.
+    /// Devices on virtio-mmio. A machine that has one without a model can take a guest and give it back, but not run
+    /// it.
     pub virtio: Vec<VirtioSlot>,
     /// Entries of each vCPU's dirty ring, a power of two; 0 is none, and the dirty log is KVM's bitmap (QEMU's
     /// `-accel kvm,dirty-ring-size=N`).

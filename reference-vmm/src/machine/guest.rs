@@ -26,8 +26,8 @@ impl Guest for Machine {
             // machine, which holds it.
             unsafe { VolatileSlice::new(block.host_address(), block.used_length() as usize) }
         };
-        // The firmware is loaded before a migration arrives; all other blocks are empty until the guest runs, but for a file that
-        // others have written, and for what devices of the host write.
+        // The firmware is loaded before a migration arrives; all other blocks are empty until the guest runs, but for a
+        // file that others have written, and for what devices of the host write.
         let alone = !self.has_kernel() && self.vfio().logs().is_empty();
         let pristine = |b: &RamBlock| b.name() != BIOS && b.is_fresh() && alone;
         let blocks = self.memory().blocks().iter();
@@ -89,7 +89,8 @@ impl Devices for Machine {
     }
 
     fn load(&self, devices: &[DeviceSection]) -> Result<bool, GuestError> {
-        // Nothing has run here, so this is still its state; but for the real-time clock, which is left alone if none arrives.
+        // Nothing has run here, so this is still its state; but for the real-time clock, which is left alone if none
+        // arrives.
         let mut state = MachineState { rtc: None, ..self.fresh_state()? };
         let running = sections::load(devices, &sections::newest(), &mut state)?;
         self.load_state(&state)?;

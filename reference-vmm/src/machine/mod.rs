@@ -1,7 +1,8 @@
-//! The machine: RAM, vCPUs on KVM, in-kernel interrupt controllers and PIT, and the devices of [`devices`](crate::devices).
+//! The machine: RAM, vCPUs on KVM, in-kernel interrupt controllers and PIT, and the devices of
+//! [`devices`](crate::devices).
 //!
-//! A [`Machine`] is built paused at the reset vector. All calls take `&self` and may come from any thread; those that change
-//! or read what the vCPUs use need it paused and say so. Dropping it ends its threads.
+//! A [`Machine`] is built paused at the reset vector. All calls take `&self` and may come from any thread; those that
+//! change or read what the vCPUs use need it paused and say so. Dropping it ends its threads.
 //!
 //! ```no_run
 //! use reference_vmm::machine::{Machine, MachineConfig};
@@ -120,8 +121,9 @@ impl Machine {
     /// Builds a machine, paused at the reset vector.
     ///
     /// # Errors
-    /// [`Error::KvmUnavailable`] when there is no usable `/dev/kvm`, [`Error::KvmCapability`] when its KVM lacks something,
-    /// [`Error::Config`] and [`Error::MemoryBackend`] for a machine that cannot be, [`Error::Kvm`] and [`Error::Host`] when the host refuses.
+    /// [`Error::KvmUnavailable`] when there is no usable `/dev/kvm`, [`Error::KvmCapability`] when its KVM lacks
+    /// something, [`Error::Config`] and [`Error::MemoryBackend`] for a machine that cannot be, [`Error::Kvm`] and
+    /// [`Error::Host`] when the host refuses.
     pub fn new(config: MachineConfig) -> Result<Machine> {
         if !(1..=MAX_CPUS).contains(&config.cpus) {
             return Err(Error::Config(format!(
@@ -333,13 +335,14 @@ impl Machine {
     /// Lets the vCPUs run.
     ///
     /// # Errors
-    /// [`Error::Config`] when the guest has stopped for good, or has devices without a model; [`Error::Kvm`] when KVM does not let the clocks go on.
+    /// [`Error::Config`] when the guest has stopped for good, or has devices without a model; [`Error::Kvm`] when KVM
+    /// does not let the clocks go on.
     pub fn resume(&self) -> Result<()> {
         self.resume_and_tell(|| ())
     }
 
-    /// The same. `tell` is called when all is ready but the VFIO devices, which begin to work after it and before the vCPUs, as a QEMU's do
-    /// after its event RESUME.
+    /// The same. `tell` is called when all is ready but the VFIO devices, which begin to work after it and before the
+    /// vCPUs, as a QEMU's do after its event RESUME.
     pub(crate) fn resume_and_tell(&self, tell: impl FnOnce()) -> Result<()> {
         self.can_run()?;
         if self.control.all_parked() {
@@ -363,8 +366,8 @@ impl Machine {
         Ok(())
     }
 
-    /// Locks the images of the disks, as QEMU does; [`resume`](Machine::resume) does so, too. A machine that waits for a guest leaves it at
-    /// that, because the images are the source's until it has let go of them.
+    /// Locks the images of the disks, as QEMU does; [`resume`](Machine::resume) does so, too. A machine that waits for
+    /// a guest leaves it at that, because the images are the source's until it has let go of them.
     ///
     /// # Errors
     /// [`Error::Config`] when somebody else uses one; none is locked then.
@@ -396,8 +399,9 @@ impl Machine {
         }
     }
 
-    /// Stops the vCPUs and waits until none runs. RAM and device state change no more until [`Machine::resume`]. It takes less than a
-    /// second whatever the guest and its disks do: requests that a disk has not answered by then are begun anew when the guest goes on.
+    /// Stops the vCPUs and waits until none runs. RAM and device state change no more until [`Machine::resume`]. It
+    /// takes less than a second whatever the guest and its disks do: requests that a disk has not answered by then are
+    /// begun anew when the guest goes on.
     pub fn pause(&self) {
         let was_running = self.control.state() == RunState::Running;
         self.vfio.quiesce();
@@ -412,8 +416,8 @@ impl Machine {
         Serial::flush(&self.devices.serial);
     }
 
-    /// Stops the guest for good, because a part of its memory cannot be had. It does not wait for vCPUs: who waits for that memory does
-    /// so until the end.
+    /// Stops the guest for good, because a part of its memory cannot be had. It does not wait for vCPUs: who waits for
+    /// that memory does so until the end.
     pub fn lose_memory(&self, reason: String) {
         self.control.stopped(Stop::MemoryLost(reason));
         self.vcpus.iter().for_each(Vcpu::kick);
@@ -434,12 +438,14 @@ impl Machine {
         self.throttle.per_cent()
     }
 
-    /// Keeps a vCPU, or all of them, from writing to more than this many MiB in a second, or ends that with `None`. A vCPU that keeps
-    /// to the limit in every [period](Machine::set_dirty_limit_period) is not slowed down; another one pauses for as long as it
-    /// takes, and over any longer time writes at most what the limit allows in that time and one period.
+    /// Keeps a vCPU, or all of them, from writing to more than this many MiB in a second, or ends that with `None`. A
+    /// vCPU that keeps to the limit in every [period](Machine::set_dirty_limit_period) is not slowed down; another one
+    /// pauses for as long as it takes, and over any longer time writes at most what the limit allows in that time and
+    /// one period.
     ///
     /// # Errors
-    /// [`Error::Config`] for a machine without dirty rings or such a vCPU; [`Error::Host`] when the host has no thread for it.
+    /// [`Error::Config`] for a machine without dirty rings or such a vCPU; [`Error::Host`] when the host has no thread
+    /// for it.
     pub fn limit_dirty_rate(&self, vcpu: Option<usize>, mib_per_second: Option<u64>) -> Result<()> {
         self.dirty_limit.set(vcpu, mib_per_second, &self.vcpus)?;
         self.control.wake();

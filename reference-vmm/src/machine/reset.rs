@@ -8,15 +8,17 @@ use crate::lock::lock;
 use crate::memory::{BIOS, PAGE_SIZE};
 
 impl Machine {
-    /// Puts vCPUs, interrupt controllers and devices into the state in which they are switched on, as the reset line of a PC does.
-    /// RAM keeps what it holds, except that with `load` the firmware, and a kernel that is entered without firmware, are loaded
-    /// anew; the dirty log shows those pages. The time goes on: real-time clock, virtual and paravirtual clock are not reset.
+    /// Puts vCPUs, interrupt controllers and devices into the state in which they are switched on, as the reset line of
+    /// a PC does. RAM keeps what it holds, except that with `load` the firmware, and a kernel that is entered without
+    /// firmware, are loaded anew; the dirty log shows those pages. The time goes on: real-time clock, virtual and
+    /// paravirtual clock are not reset.
     ///
-    /// The machine must be paused, and stays so. A guest that had [stopped](Machine::wait_stop) by itself can be resumed afterwards.
+    /// The machine must be paused, and stays so. A guest that had [stopped](Machine::wait_stop) by itself can be
+    /// resumed afterwards.
     ///
     /// # Errors
-    /// [`Error::NotPaused`]; [`Error::Kvm`] when KVM refuses, after which the machine is of no more use; [`Error::Boot`] when
-    /// the kernel has no room.
+    /// [`Error::NotPaused`]; [`Error::Kvm`] when KVM refuses, after which the machine is of no more use;
+    /// [`Error::Boot`] when the kernel has no room.
     pub fn reset(&self, load: bool) -> Result<()> {
         self.must_be_paused("reset it")?;
         let fresh = self.fresh.as_ref().ok_or_else(|| Error::Config("the machine is not complete".to_owned()))?;
@@ -30,8 +32,8 @@ impl Machine {
         Ok(())
     }
 
-    /// Tells the network where the guest is now, over each of its cards: by a RARP frame, and by the guest if it can. A guest that is paused
-    /// is not announced.
+    /// Tells the network where the guest is now, over each of its cards: by a RARP frame, and by the guest if it can. A
+    /// guest that is paused is not announced.
     pub fn announce(&self) {
         self.devices.virtio.0.iter().flatten().for_each(|device| lock(device).announce());
     }
@@ -41,14 +43,14 @@ impl Machine {
         lock(&self.devices.ged).press_power_button();
     }
 
-    /// Each stop of the guest by itself is told to `watcher`, on the thread of a vCPU, so that it must not block. There is one at
-    /// most, the first.
+    /// Each stop of the guest by itself is told to `watcher`, on the thread of a vCPU, so that it must not block. There
+    /// is one at most, the first.
     pub(crate) fn watch_stops(&self, watcher: impl Fn() + Send + Sync + 'static) {
         self.control.watch(watcher);
     }
 
-    /// Writes the firmware where it is not in memory: the guest may have written there, or have come with another one. As at a
-    /// QEMU, this machine's counts from a reset on.
+    /// Writes the firmware where it is not in memory: the guest may have written there, or have come with another one.
+    /// As at a QEMU, this machine's counts from a reset on.
     fn load_firmware(&self) -> Result<()> {
         let block = self.memory.block(BIOS).ok_or_else(|| Error::Config("the machine has no firmware".to_owned()))?;
         let mut there = vec![0; PAGE_SIZE as usize];

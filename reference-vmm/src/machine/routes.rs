@@ -1,5 +1,5 @@
-//! KVM's table of interrupt routes. `KVM_SET_GSI_ROUTING` replaces all of it, those of the chips in the kernel included, so that it
-//! has one owner here, who puts it together anew at each change.
+//! KVM's table of interrupt routes. `KVM_SET_GSI_ROUTING` replaces all of it, those of the chips in the kernel
+//! included, so that it has one owner here, who puts it together anew at each change.
 
 use std::sync::{Arc, Mutex};
 
@@ -25,7 +25,8 @@ const PIC_PINS: u32 = 8;
 struct Table {
     /// The kernel has the IOAPIC and the 8259s.
     chips: bool,
-    /// Messages of the IOAPIC's pins, where the monitor has it: by them the kernel knows whose ends of interrupts to tell.
+    /// Messages of the IOAPIC's pins, where the monitor has it: by them the kernel knows whose ends of interrupts to
+    /// tell.
     pins: Vec<Option<Message>>,
     /// Messages of interrupts after the pins.
     messages: Vec<PciMessage>,

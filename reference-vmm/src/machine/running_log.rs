@@ -15,7 +15,8 @@ const RAM: usize = 0;
 /// The logs while they run.
 pub(super) struct RunningLog<'m> {
     machine: &'m Machine,
-    /// What the last reading of KVM's log and of the monitor's writes had and was not reset since, by block, 64 pages to a word.
+    /// What the last reading of KVM's log and of the monitor's writes had and was not reset since, by block, 64 pages
+    /// to a word.
     reported: Vec<Vec<u64>>,
     /// What devices wrote to and was not reset since, in the RAM. Their logs, unlike KVM's, forget what they have told.
     by_devices: Vec<u64>,

@@ -11,7 +11,8 @@ impl Machine {
     /// Everything but the RAM.
     ///
     /// # Errors
-    /// [`Error::NotPaused`]; [`Error::Kvm`] when KVM does not tell; [`Error::DiskHangs`] when a disk does not finish what is under way.
+    /// [`Error::NotPaused`]; [`Error::Kvm`] when KVM does not tell; [`Error::DiskHangs`] when a disk does not finish
+    /// what is under way.
     pub fn save_state(&self) -> Result<MachineState> {
         self.must_be_paused("save its state")?;
         let settled = self.devices.virtio.settle(Instant::now() + SETTLE);
@@ -30,8 +31,8 @@ impl Machine {
         self.fresh.clone().map_or_else(|| self.save_state(), Ok)
     }
 
-    /// Makes this machine continue where the saved one stopped. The RAM must be, or become, that of the saved one before
-    /// [`Machine::resume`]. When it fails the machine is of no more use.
+    /// Makes this machine continue where the saved one stopped. The RAM must be, or become, that of the saved one
+    /// before [`Machine::resume`]. When it fails the machine is of no more use.
     ///
     /// # Errors
     /// [`Error::NotPaused`]; [`Error::State`] when the state is of another machine; [`Error::Kvm`] when KVM refuses it.

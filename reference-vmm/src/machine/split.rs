@@ -87,7 +87,8 @@ pub(super) struct ToVcpu {
     vcpus: OnceLock<Weak<[Vcpu]>>,
 }
 
-/// An interrupt that was handed to the kernel. Until the guest is entered it is in none of the states that KVM gives out.
+/// An interrupt that was handed to the kernel. Until the guest is entered it is in none of the states that KVM gives
+/// out.
 struct Handed {
     vector: u8,
     /// Where the guest was.
@@ -119,9 +120,9 @@ impl ToVcpu {
         lock(&self.handed).is_some()
     }
 
-    /// The vector of an interrupt that a guest has not got that is at `place` now: the 8259s do not have it any more. Of a
-    /// KVM_RUN that was interrupted nobody says whether it entered the guest, but where an interrupt is taken, the guest moves
-    /// on.
+    /// The vector of an interrupt that a guest has not got that is at `place` now: the 8259s do not have it any more.
+    /// Of a KVM_RUN that was interrupted nobody says whether it entered the guest, but where an interrupt is taken, the
+    /// guest moves on.
     pub(super) fn undelivered(&self, place: Place) -> Option<u8> {
         let handed = lock(&self.handed).as_ref().filter(|handed| handed.place == place).map(|handed| handed.vector);
         handed.or(*lock(&self.taken))
@@ -132,8 +133,8 @@ impl ToVcpu {
         self.asserted.load(Ordering::SeqCst) || lock(&self.taken).is_some()
     }
 
-    /// Hands an interrupt over to a guest at `place` by `inject`, which says whether it was taken; if not, the same one comes
-    /// again.
+    /// Hands an interrupt over to a guest at `place` by `inject`, which says whether it was taken; if not, the same one
+    /// comes again.
     pub(super) fn hand_over<E>(
         &self,
         place: Place,

@@ -72,7 +72,8 @@ impl RunPage {
 
     /// After an I/O exit: bytes in each access, of which a string instruction makes many at once.
     fn io_size(&self) -> usize {
-        // SAFETY: see the Send implementation; the last exit was for I/O, so this is the member of the union that is set.
+        // SAFETY: see the Send implementation; the last exit was for I/O, so this is the member of the union that is
+        // set.
         let size = unsafe { (&raw const (*self.0).__bindgen_anon_1.io.size).read() };
         usize::from(size).max(1)
     }
@@ -120,8 +121,8 @@ impl Vcpu {
         self.external.get().into_iter().for_each(|line| line.forget());
     }
 
-    /// The vector of an interrupt that was taken from 8259s that are not in the kernel, and which the guest, which is at
-    /// `place`, has not got.
+    /// The vector of an interrupt that was taken from 8259s that are not in the kernel, and which the guest, which is
+    /// at `place`, has not got.
     pub(super) fn undelivered(&self, place: Place) -> Option<u8> {
         self.external.get()?.undelivered(place)
     }
@@ -185,7 +186,8 @@ impl Vcpu {
                 }
             }
         }
-        // An IN or MMIO access is finished by the next KVM_RUN: without it the saved registers would be those before it.
+        // An IN or MMIO access is finished by the next KVM_RUN: without it the saved registers would be those before
+        // it.
         loop {
             self.run_page.set_immediate_exit(true);
             let (interrupted, stop) = self.enter(&mut fd, around);

@@ -69,7 +69,8 @@ pub(super) fn create_vm(kvm_fd: &Kvm, memory: &GuestMemory, split: bool) -> Resu
     Ok(vm)
 }
 
-/// The memory slots after those of the RAM, for pages of devices. They have no dirty log: what is in them is the device's state.
+/// The memory slots after those of the RAM, for pages of devices. They have no dirty log: what is in them is the
+/// device's state.
 pub(super) struct DeviceSlots {
     vm: Arc<VmFd>,
     first: u32,
@@ -87,7 +88,8 @@ impl DeviceSlots {
         let userspace_addr = pages.host_address() as u64;
         let region =
             kvm_userspace_memory_region { slot, flags: 0, guest_phys_addr: gpa, memory_size: len, userspace_addr };
-        // SAFETY: the pages are mapped as long as `used` has them, which is until the slot is empty; nobody has a reference into them.
+        // SAFETY: the pages are mapped as long as `used` has them, which is until the slot is empty; nobody has a
+        // reference into them.
         unsafe { self.vm.set_user_memory_region(region) }.map_err(kvm("map pages of a device"))
     }
 }

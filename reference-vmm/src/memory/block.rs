@@ -15,9 +15,9 @@ use crate::error::{Error, Result};
 
 /// Guest memory with a name.
 ///
-/// The guest, the monitor and a migration use it at the same time, so nothing here hands out a plain reference: bytes are
-/// copied, or reached through a [`VolatileSlice`]. The monitor's own writes are recorded and turn up in the
-/// [dirty log](crate::dirty_log) beside the guest's.
+/// The guest, the monitor and a migration use it at the same time, so nothing here hands out a plain reference: bytes
+/// are copied, or reached through a [`VolatileSlice`]. The monitor's own writes are recorded and turn up in the [dirty
+/// log](crate::dirty_log) beside the guest's.
 ///
 /// ```
 /// use reference_vmm::memory::RamBlock;
@@ -44,8 +44,8 @@ impl RamBlock {
     /// A zeroed block of `used` bytes that may grow to `max`.
     ///
     /// # Errors
-    /// [`Error::Config`] for lengths that are not whole pages or a used length beyond the maximum, [`Error::Host`] when the host
-    /// has no memory.
+    /// [`Error::Config`] for lengths that are not whole pages or a used length beyond the maximum, [`Error::Host`] when
+    /// the host has no memory.
     pub fn new(name: &str, used: u64, max: u64) -> Result<RamBlock> {
         let pages = used.is_multiple_of(PAGE_SIZE) && max.is_multiple_of(PAGE_SIZE);
         if !pages || used > max || max == 0 {
@@ -75,7 +75,8 @@ impl RamBlock {
         let region = MmapRegionBuilder::new_with_bitmap(len, AtomicBitmap::new(len, page))
             .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
             .with_mmap_flags(libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE);
-        // SAFETY: `host` is a mapping of that length for reading and writing, which lives as long as the region beside it.
+        // SAFETY: `host` is a mapping of that length for reading and writing, which lives as long as the region beside
+        // it.
         let region = unsafe { region.with_raw_mmap_pointer(host.start()) };
         let region = region.build().map_err(|error| map(io::Error::other(error)))?;
         Ok(RamBlock {
@@ -207,7 +208,8 @@ impl RamBlock {
         self.release(bytes)
     }
 
-    /// Gives these bytes of the block back to the host, whole pages of the host's, of which nobody needs what they hold.
+    /// Gives these bytes of the block back to the host, whole pages of the host's, of which nobody needs what they
+    /// hold.
     ///
     /// # Errors
     /// [`Error::OutOfRange`] and [`Error::Host`].

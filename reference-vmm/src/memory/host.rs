@@ -12,8 +12,8 @@ pub const PAGE_SIZE: u64 = 4096;
 /// What a huge page of x86 covers. Memory that starts at a multiple of it can be mapped into the guest in huge pages.
 const HUGE_PAGE: usize = 2 << 20;
 
-/// A mapping for the guest. Anonymous memory is in huge pages where the host has them (`madvise`), which spares most of the page
-/// faults of a migration that fills it. It goes back to the host when this is dropped.
+/// A mapping for the guest. Anonymous memory is in huge pages where the host has them (`madvise`), which spares most of
+/// the page faults of a migration that fills it. It goes back to the host when this is dropped.
 #[derive(Debug)]
 pub(super) struct HostMemory {
     start: NonNull<u8>,
@@ -106,8 +106,8 @@ impl HostMemory {
         self.start.as_ptr()
     }
 
-    /// Gives bytes of it back to the host: they are zero, and missing, until somebody touches them. Private memory of a file becomes what
-    /// the file holds.
+    /// Gives bytes of it back to the host: they are zero, and missing, until somebody touches them. Private memory of a
+    /// file becomes what the file holds.
     pub(super) fn discard(&self, bytes: Range<usize>) -> io::Result<()> {
         self.advise_part(bytes, if self.share { libc::MADV_REMOVE } else { libc::MADV_DONTNEED })
     }
@@ -138,8 +138,8 @@ impl HostMemory {
             return Err(io::ErrorKind::InvalidInput.into());
         }
         let start = self.start().wrapping_add(bytes.start);
-        // SAFETY: the range lies in a mapping of ours, as was checked. Where the advice changes its content, that is what the guest's owner wants; nobody
-        // holds a reference into it, as vCPUs change it, too.
+        // SAFETY: the range lies in a mapping of ours, as was checked. Where the advice changes its content, that is
+        // what the guest's owner wants; nobody holds a reference into it, as vCPUs change it, too.
         match unsafe { libc::madvise(start.cast(), len, advice) } {
             0 => Ok(()),
             _ => Err(io::Error::last_os_error()),

@@ -213,9 +213,9 @@ impl MissingPages for Userfault {
 /// One of the calls above, with its structure.
 pub(super) fn call<const CALL: Opcode, T>(faults: &OwnedFd, argument: &mut T) -> rustix::io::Result<()> {
     const { assert!(opcode::read_write::<T>(GROUP, CALL as u8) == CALL || opcode::read::<T>(GROUP, CALL as u8) == CALL) };
-    // SAFETY: the structure has the length that the number of the call says. The kernel reads and writes it, and bytes of ours that `fill` gives
-    // it to read; the only memory it changes are missing pages of a block that `memory` keeps, which nobody can have seen. Protecting pages of it
-    // changes nothing but when others write.
+    // SAFETY: the structure has the length that the number of the call says. The kernel reads and writes it, and bytes
+    // of ours that `fill` gives it to read; the only memory it changes are missing pages of a block that `memory`
+    // keeps, which nobody can have seen. Protecting pages of it changes nothing but when others write.
     unsafe { ioctl(faults, Updater::<CALL, T>::new(argument)) }
 }
 

@@ -1,8 +1,9 @@
 //! Guest RAM: named blocks as in QEMU's stream, and where the guest sees them.
 //!
-//! A [`RamBlock`] is memory with a name; a [`Mapping`] shows a piece of it at a guest-physical address. One block may be
-//! shown in several places: `microvm.ram` is split by the hole below 4 GiB, `pc.bios` appears below 4 GiB and below 1 MiB.
-//! Everything that crosses the wire is addressed by block and offset, everything the guest says by guest-physical address.
+//! A [`RamBlock`] is memory with a name; a [`Mapping`] shows a piece of it at a guest-physical address. One block may
+//! be shown in several places: `microvm.ram` is split by the hole below 4 GiB, `pc.bios` appears below 4 GiB and below
+//! 1 MiB. Everything that crosses the wire is addressed by block and offset, everything the guest says by
+//! guest-physical address.
 
 mod backend;
 mod block;
@@ -130,8 +131,8 @@ impl GuestMemory {
         self.slices(gpa, len).map(drop)
     }
 
-    /// The windows on the blocks behind a guest-physical range, one for each mapping that it touches. Writes through them mark
-    /// the pages dirty.
+    /// The windows on the blocks behind a guest-physical range, one for each mapping that it touches. Writes through
+    /// them mark the pages dirty.
     ///
     /// # Errors
     /// [`Error::OutOfRange`] when not all of it is RAM.

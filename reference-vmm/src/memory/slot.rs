@@ -17,8 +17,8 @@ pub(crate) fn set_memory_slot(vm: &VmFd, memory: &GuestMemory, slot: usize, flag
         memory_size: mapping.len,
         userspace_addr: block.host_address() as u64 + mapping.offset,
     };
-    // SAFETY: the range lies within the block, which stays mapped until the last owner of `memory` is gone; the machine holds
-    // `memory` together with the VM and the vCPUs, and ends the vCPU threads before it goes.
+    // SAFETY: the range lies within the block, which stays mapped until the last owner of `memory` is gone; the machine
+    // holds `memory` together with the VM and the vCPUs, and ends the vCPU threads before it goes.
     unsafe { vm.set_user_memory_region(region) }.map_err(kvm("map guest RAM"))
 }
 

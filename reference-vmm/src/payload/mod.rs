@@ -1,9 +1,9 @@
 //! The payload guest: firmware of ours that notices when a migration loses a page.
 //!
-//! Give [`IMAGE`] to QEMU (`-M microvm -bios FILE`) or to a [`Machine`](crate::machine::Machine). It starts at the reset
-//! vector, enters long mode, drops to ring 3 and then, on each of up to four vCPUs, rewrites a range of pages pass after pass
-//! and checks before each rewrite that the page holds exactly what the last pass left there. In the background it re-reads a
-//! range of pseudo-random pages and a range of pages that must stay zero. It prints on COM1:
+//! Give [`IMAGE`] to QEMU (`-M microvm -bios FILE`) or to a [`Machine`](crate::machine::Machine). It starts at the
+//! reset vector, enters long mode, drops to ring 3 and then, on each of up to four vCPUs, rewrites a range of pages
+//! pass after pass and checks before each rewrite that the page holds exactly what the last pass left there. In the
+//! background it re-reads a range of pseudo-random pages and a range of pages that must stay zero. It prints on COM1:
 //!
 //! ```text
 //! qevm-payload start cpus=1 ram=134217728 base=4194304 dirty=62914560 hold=15728640 zero=8388608 rate=0 timer=20 tsc_khz=2600092
@@ -23,7 +23,8 @@
 //! | `ticks` | timer interrupts taken |
 //! | `ms` | time since the start by the TSC |
 //!
-//! It is configured by the fw_cfg item `opt/qevm/payload`, a text of `KEY=NUMBER[K|M|G]` entries separated by blanks or `;`:
+//! It is configured by the fw_cfg item `opt/qevm/payload`, a text of `KEY=NUMBER[K|M|G]` entries separated by blanks or
+//! `;`:
 //!
 //! | key | meaning | default |
 //! |---|---|---|
@@ -48,26 +49,28 @@
 //! | `reader` | not 0: the first vCPU reads the `hold` pages in a random order whenever it has nothing to rewrite, and measures each read | 0 |
 //! | `worst` | not 0: do nothing of this, and to the monitor the worst that a guest can do, on every queue and port | 0 |
 //!
-//! Before a reset it prints `qevm-payload reset boots=N`, where `N` counts the starts so far in RAM, which a reset keeps; and
-//! `qevm-payload power button` with the first progress line after the button was pressed.
+//! Before a reset it prints `qevm-payload reset boots=N`, where `N` counts the starts so far in RAM, which a reset
+//! keeps; and `qevm-payload power button` with the first progress line after the button was pressed.
 //!
-//! With virtio devices each progress line is followed by `qevm-payload virtio disk=… rng=… console=… net=… interrupts=… errors=…`: the
-//! number of the next request of each device (0: it is not used), interrupts taken, and devices that gave back something else than
-//! was asked for. With `pci` it is followed by `qevm-payload pci checks=N`, the number of passes that checked the bridge; a register with
-//! another value than it should have counts as stale, `kind=pci` with its offset as page.
+//! With virtio devices each progress line is followed by `qevm-payload virtio disk=… rng=… console=… net=… interrupts=…
+//! errors=…`: the number of the next request of each device (0: it is not used), interrupts taken, and devices that
+//! gave back something else than was asked for. With `pci` it is followed by `qevm-payload pci checks=N`, the number of
+//! passes that checked the bridge; a register with another value than it should have counts as stale, `kind=pci` with
+//! its offset as page.
 //!
-//! Test devices are those that `conformance/lab/testdev` documents, up to four. The guest places their BARs, turns memory and bus mastering on,
-//! and tells each its pages of RAM. The first vCPU counts a register and a word of the device's memory up in each pass and checks both, the
-//! configuration space, and some of the pages; it raises interrupts one at a time by the next of four vectors, and the next one when the last has come.
-//! Each has a line after that of the bus:
+//! Test devices are those that `conformance/lab/testdev` documents, up to four. The guest places their BARs, turns
+//! memory and bus mastering on, and tells each its pages of RAM. The first vCPU counts a register and a word of the
+//! device's memory up in each pass and checks both, the configuration space, and some of the pages; it raises
+//! interrupts one at a time by the next of four vectors, and the next one when the last has come. Each has a line after
+//! that of the bus:
 //!
 //! ```text
 //! qevm-payload pci-device slot=1 counter=12 raised=345 taken=345 spurious=0 dma=384
 //! ```
 //!
-//! What is wrong counts as stale, with the slot as word: `kind=pci` for the configuration space, `pci-register` and `pci-memory` for BARs,
-//! `pci-dma` for a page that lacks the number it was given last, and `pci-interrupt` for one that has not come within five seconds, came twice (page 0), or
-//! by another vector (page 1).
+//! What is wrong counts as stale, with the slot as word: `kind=pci` for the configuration space, `pci-register` and
+//! `pci-memory` for BARs, `pci-dma` for a page that lacks the number it was given last, and `pci-interrupt` for one
+//! that has not come within five seconds, came twice (page 0), or by another vector (page 1).
 //!
 //! With `reader` a line that [`Reads`] reads follows: how long reads of pages took.
 

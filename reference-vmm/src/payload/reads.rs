@@ -9,7 +9,8 @@ const FIRST_OCTAVE: u32 = 12;
 /// Counters.
 const SLOTS: usize = 24 * PER_OCTAVE;
 
-/// One `qevm-payload reads total=…` line: pages that the guest has read at random (key `reader`), and how many of these reads took how long.
+/// One `qevm-payload reads total=…` line: pages that the guest has read at random (key `reader`), and how many of these
+/// reads took how long.
 ///
 /// A counter is of times that differ by a sixteenth at most, from 4096 ns on. Faster reads are in the total alone.
 ///
@@ -32,7 +33,8 @@ pub struct Reads {
 }
 
 impl Reads {
-    /// Reads a line; `None` for any other line and for one that is damaged. The end of a line that was cut off may look whole.
+    /// Reads a line; `None` for any other line and for one that is damaged. The end of a line that was cut off may look
+    /// whole.
     pub fn parse(line: &str) -> Option<Reads> {
         let mut words = line.trim_end().strip_prefix("qevm-payload reads total=")?.split(' ');
         let total = words.next()?.parse().ok()?;

@@ -53,8 +53,8 @@ pub enum BadTranscript {
 }
 
 impl Transcript {
-    /// Puts the output of all monitors that ran the guest together, in the order in which they did: one text, in which every
-    /// line is whole, nothing runs backwards and no page is stale. The end of the last line may be missing.
+    /// Puts the output of all monitors that ran the guest together, in the order in which they did: one text, in which
+    /// every line is whole, nothing runs backwards and no page is stale. The end of the last line may be missing.
     ///
     /// ```
     /// use reference_vmm::payload::{BadTranscript, Transcript};

@@ -77,7 +77,8 @@ const COMMANDS: [(&str, Command, &[Rule]); 47] = [
 pub(super) fn execute(vmm: &Arc<Vmm>, name: &str, arguments: Map<String, Value>) -> Result<Value, Failure> {
     let (command, rules) = command(name)?;
     let mut arguments = Arguments::of_command(vmm, rules, arguments);
-    // A command takes what it knows before it does anything, and is refused then if anything is left, or if it is not legal now.
+    // A command takes what it knows before it does anything, and is refused then if anything is left, or if it is not
+    // legal now.
     command(vmm, &mut arguments)
 }
 
@@ -88,8 +89,8 @@ fn command(name: &str) -> Result<(Command, &'static [Rule]), Failure> {
         .ok_or_else(|| Failure::not_found(format!("The command {name} has not been found")))
 }
 
-/// Checks a request as far as that needs no machine: that there is the command, and what places, parameters and capabilities the
-/// commands of migrations are given. Nothing is carried out.
+/// Checks a request as far as that needs no machine: that there is the command, and what places, parameters and
+/// capabilities the commands of migrations are given. Nothing is carried out.
 ///
 /// # Errors
 /// What the client would be told.

@@ -1,8 +1,8 @@
 //! Migration parameters by QEMU's names (QMP reference and answers of QEMU 11.1).
 //!
-//! [`ROWS`] has a row for each parameter: its name, its type and the value's place in [`Parameters`]. A parameter whose feature is
-//! not built in can be set and read back, as in a QEMU that does not use it; where doing nothing would mislead (other modes), it is
-//! refused.
+//! [`ROWS`] has a row for each parameter: its name, its type and the value's place in [`Parameters`]. A parameter whose
+//! feature is not built in can be set and read back, as in a QEMU that does not use it; where doing nothing would
+//! mislead (other modes), it is refused.
 
 #[cfg(test)]
 mod tests;

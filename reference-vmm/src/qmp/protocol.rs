@@ -46,8 +46,8 @@ pub struct Request {
     pub id: Option<Value>,
 }
 
-/// Cuts requests out of what a client sends. Each byte is looked at once, and what is being read is parsed again only when it has
-/// doubled, so that a long request costs as much as many short ones.
+/// Cuts requests out of what a client sends. Each byte is looked at once, and what is being read is parsed again only
+/// when it has doubled, so that a long request costs as much as many short ones.
 ///
 /// ```
 /// use reference_vmm::qmp::Requests;
@@ -116,8 +116,8 @@ impl Requests {
     }
 }
 
-/// Complete requests, or what is wrong with them (with the id, if there is one). There is one error for a line: the next one is a new
-/// beginning. `None`: more has to come.
+/// Complete requests, or what is wrong with them (with the id, if there is one). There is one error for a line: the
+/// next one is a new beginning. `None`: more has to come.
 impl Iterator for Requests {
     type Item = Result<Request, (Failure, Option<Value>)>;
 
@@ -255,7 +255,8 @@ mod tests {
         }
     }
 
-    /// Found by the fuzzer: without exact reading of numbers beyond 64 bits, the client does not find its request again.
+    /// Found by the fuzzer: without exact reading of numbers beyond 64 bits, the client does not find its request
+    /// again.
     #[test]
     fn an_id_beyond_64_bits_comes_back_as_the_same_number() {
         for id in ["1222222222222222222222222222278", "18446744073709551617", "0.1", "-1e300"] {

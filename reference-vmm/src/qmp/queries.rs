@@ -8,8 +8,8 @@ use crate::vmm::Vmm;
 use serde_json::{Value, json};
 use std::sync::{Arc, LazyLock};
 
-/// The commands, events and types that there are, as `query-qmp-schema` gives them. Members that QEMU 11.1 has and nothing here takes or gives are
-/// left out, and what is ours alone begins with `x-`.
+/// The commands, events and types that there are, as `query-qmp-schema` gives them. Members that QEMU 11.1 has and
+/// nothing here takes or gives are left out, and what is ours alone begins with `x-`.
 static SCHEMA: LazyLock<Value> =
     LazyLock::new(|| serde_json::from_str(include_str!("schema.json")).expect("the schema is JSON, as a test shows"));
 

@@ -19,8 +19,8 @@ use std::{
     time::Duration,
 };
 
-/// Serves QMP at a UNIX socket, to one client after the other; one that does not read what it is told is dropped after five seconds.
-/// When this is dropped, the client is told what has happened, and the socket is removed.
+/// Serves QMP at a UNIX socket, to one client after the other; one that does not read what it is told is dropped after
+/// five seconds. When this is dropped, the client is told what has happened, and the socket is removed.
 pub struct Server {
     path: PathBuf,
     vmm: Arc<Vmm>,
@@ -28,8 +28,8 @@ pub struct Server {
     silent: mpsc::Receiver<()>,
 }
 
-/// Those who have something to say to the client hold a copy of the sender, so that its receiver hears when all have said it.
-/// There is none any more when the server ends.
+/// Those who have something to say to the client hold a copy of the sender, so that its receiver hears when all have
+/// said it. There is none any more when the server ends.
 #[derive(Clone)]
 struct Speaking(Arc<Mutex<Option<mpsc::Sender<()>>>>);
 

@@ -138,7 +138,8 @@ fn millis(duration: Duration) -> Value {
 mod tests {
     use super::*;
 
-    /// As QEMU 11.1.3 gives them for a guest of two vCPUs: milliseconds of blocked vCPUs, nanoseconds of latencies, 24 buckets.
+    /// As QEMU 11.1.3 gives them for a guest of two vCPUs: milliseconds of blocked vCPUs, nanoseconds of latencies, 24
+    /// buckets.
     #[test]
     fn block_times_have_qemus_names_and_units() {
         let mut times = BlockTimes::default();

@@ -114,8 +114,8 @@ impl VfioDevices {
     /// Puts devices on a machine's bus, if it has one. Those of the host's are opened.
     ///
     /// # Errors
-    /// [`Error::Config`] without a bus, [`Error::Pci`] when it is full or a number is taken, [`Error::HostDevice`], and what
-    /// KVM refuses.
+    /// [`Error::Config`] without a bus, [`Error::Pci`] when it is full or a number is taken, [`Error::HostDevice`], and
+    /// what KVM refuses.
     pub(crate) fn plug(slots: Vec<VfioSlot>, bus: Option<&mut PciBus>, mut host: Host) -> Result<VfioDevices> {
         if slots.is_empty() {
             return Ok(VfioDevices::default());

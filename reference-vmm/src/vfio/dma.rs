@@ -18,8 +18,8 @@ pub trait DmaLog: Send + Sync {
     /// Begins to log, by the best means that works.
     fn start(&self) -> Tracking;
 
-    /// Tells which pages were written to since the last report, and forgets them: words of 64 pages of the RAM, of which the first is
-    /// that page, a multiple of 64. Nothing of a log that nobody keeps.
+    /// Tells which pages were written to since the last report, and forgets them: words of 64 pages of the RAM, of
+    /// which the first is that page, a multiple of 64. Nothing of a log that nobody keeps.
     ///
     /// # Errors
     /// [`Failure::Log`](super::Failure::Log).

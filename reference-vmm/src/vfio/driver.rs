@@ -10,11 +10,12 @@ pub trait Driver: Send + Sync {
     /// ENOTTY when it cannot be migrated.
     fn migration_flags(&self) -> Result<u64, Errno>;
 
-    /// Feature MIG_DEVICE_STATE: brings the device to a state, by way of others where that is needed, and gives a new descriptor for its data
-    /// where there is one. From PRE_COPY to STOP_COPY there is none: that of PRE_COPY goes on.
+    /// Feature MIG_DEVICE_STATE: brings the device to a state, by way of others where that is needed, and gives a new
+    /// descriptor for its data where there is one. From PRE_COPY to STOP_COPY there is none: that of PRE_COPY goes on.
     ///
     /// # Errors
-    /// The driver's own. The device is then in the state that [`state`](Driver::state) tells, which may be none of the two.
+    /// The driver's own. The device is then in the state that [`state`](Driver::state) tells, which may be none of the
+    /// two.
     fn set_state(&self, state: u32) -> Result<Option<Box<dyn DataFile>>, Errno>;
 
     /// Feature MIG_DEVICE_STATE: the state.

@@ -1,9 +1,10 @@
 //! VFIO devices and their migration.
 //!
 //! A machine has [`VfioDevices`] on its PCI bus; each is an [`IterativeDevice`](qevm_migration::IterativeDevice).
-//! [`Migration`] takes a device through the states of the kernel's protocol ([`DeviceState`]): it knows which follow each other, counts what is
-//! left to send, and deals with what fails. It does no I/O of its own. What the kernel does is behind the trait [`Driver`], and which pages
-//! devices write to is behind [`DmaLog`]; a [`Double`] does the same as the kernel within the process, and fails where it is told to.
+//! [`Migration`] takes a device through the states of the kernel's protocol ([`DeviceState`]): it knows which follow
+//! each other, counts what is left to send, and deals with what fails. It does no I/O of its own. What the kernel does
+//! is behind the trait [`Driver`], and which pages devices write to is behind [`DmaLog`]; a [`Double`] does the same as
+//! the kernel within the process, and fails where it is told to.
 
 mod device;
 mod dma;

@@ -1,5 +1,5 @@
-//! The states of a device in a migration, as the kernel numbers them (`linux/vfio.h`, version 2 of the migration protocol), and which
-//! of them follow each other.
+//! The states of a device in a migration, as the kernel numbers them (`linux/vfio.h`, version 2 of the migration
+//! protocol), and which of them follow each other.
 
 use std::collections::VecDeque;
 use std::fmt;
@@ -114,8 +114,8 @@ impl Support {
     const P2P: u64 = 1 << 1;
     const PRE_COPY: u64 = 1 << 2;
 
-    /// By the flags of feature MIGRATION; `None` without STOP_COPY, which every device that can migrate has. Flags that are not known
-    /// here say nothing.
+    /// By the flags of feature MIGRATION; `None` without STOP_COPY, which every device that can migrate has. Flags that
+    /// are not known here say nothing.
     pub fn from_flags(flags: u64) -> Option<Support> {
         let has = |flag| flags & flag != 0;
         has(Support::STOP_COPY).then(|| Support { p2p: has(Support::P2P), precopy: has(Support::PRE_COPY) })
@@ -127,7 +127,8 @@ impl Support {
         Support::STOP_COPY | flag(self.p2p, Support::P2P) | flag(self.precopy, Support::PRE_COPY)
     }
 
-    /// The state where a step from one to the other comes first: a device goes by the shortest way, as the kernel takes it. `None` if there is no way.
+    /// The state where a step from one to the other comes first: a device goes by the shortest way, as the kernel takes
+    /// it. `None` if there is no way.
     ///
     /// ```
     /// use reference_vmm::vfio::{DeviceState, Support};

@@ -31,8 +31,8 @@ pub struct Actions {
     pub shutdown: Shutdown,
 }
 
-/// The events that have an action, and the actions that QEMU 11.1 has for each. No device of this machine reports a panic, and
-/// none is a watchdog, so that their actions are taken and never needed.
+/// The events that have an action, and the actions that QEMU 11.1 has for each. No device of this machine reports a
+/// panic, and none is a watchdog, so that their actions are taken and never needed.
 pub const ACTIONS: [(&str, &[&str]); 4] = [
     ("reboot", &["reset", "shutdown"]),
     ("shutdown", &["poweroff", "pause"]),

@@ -1,4 +1,4 @@
-//! What happens, and who is told of it.
+//! QMP events: how they are made, who subscribes to them, and who records them.
 
 use std::sync::{Mutex, PoisonError, mpsc};
 use std::time::{SystemTime, UNIX_EPOCH};

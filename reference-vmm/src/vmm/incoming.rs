@@ -17,14 +17,17 @@ enum Entrance {
 }
 
 impl Vmm {
-    /// Listens for an incoming migration, or takes it from a command, descriptor or file, which goes on in a thread of its own.
+    /// Listens for an incoming migration, or takes it from a command, descriptor or file, which goes on in a thread of
+    /// its own.
     ///
-    /// If it fails, the monitor [ends](Exit::IncomingFailed) when `exit_on_error` says so; otherwise it goes on waiting to be told
-    /// where a guest comes from. In either case it stays, with the guest paused, if the guest has arrived and may run at the source.
+    /// If it fails, the monitor [ends](Exit::IncomingFailed) when `exit_on_error` says so; otherwise it goes on waiting
+    /// to be told where a guest comes from. In either case it stays, with the guest paused, if the guest has arrived
+    /// and may run at the source.
     ///
     /// # Errors
-    /// [`MigrationError::Listen`]; [`MigrationError::Tls`] for credentials that are not there; [`MigrationError::Capability`] for
-    /// capabilities that do not go with the transport; and what [`Incoming::open`] says. Another address may be tried then.
+    /// [`MigrationError::Listen`]; [`MigrationError::Tls`] for credentials that are not there;
+    /// [`MigrationError::Capability`] for capabilities that do not go with the transport; and what [`Incoming::open`]
+    /// says. Another address may be tried then.
     pub fn listen(self: &Arc<Self>, address: &Address, exit_on_error: bool) -> Result<(), MigrationError> {
         self.secure(&self.outgoing, Endpoint::Server)?;
         check_transport(address, &self.outgoing)?;
@@ -161,7 +164,8 @@ impl Vmm {
         self.block_times.lock().unwrap_or_else(PoisonError::into_inner).as_ref()?()
     }
 
-    /// Whether memory of a guest that runs already is loaded before it is touched, too. It is, unless this says otherwise.
+    /// Whether memory of a guest that runs already is loaded before it is touched, too. It is, unless this says
+    /// otherwise.
     pub fn set_load_ahead(&self, ahead: bool) {
         self.lock().load_ahead = ahead;
     }

@@ -1,7 +1,8 @@
 //! Which commands are legal in which states of the machine and of its migrations.
 //!
-//! A command lists the situations in which it is refused, and the first that holds is the answer; in all others it is legal. The
-//! rows are QEMU 11.1's as it was seen to answer; `qevm-conformance` puts both into every state that can be reached and compares.
+//! A command lists the situations in which it is refused, and the first that holds is the answer; in all others it is
+//! legal. The rows are QEMU 11.1's as it was seen to answer; `qevm-conformance` puts both into every state that can be
+//! reached and compares.
 
 use super::RunState;
 use qevm_migration::{Refused, Status};

@@ -1,6 +1,7 @@
 //! Starting anew and switching off: what the guest and others ask of the machine as a whole.
 //!
-//! A thread of its own does it, as QEMU's main loop does, because neither a vCPU's thread nor a QMP client can wait for the vCPUs.
+//! A thread of its own does it, as QEMU's main loop does, because neither a vCPU's thread nor a QMP client can wait for
+//! the vCPUs.
 
 use super::{Actions, Cause, Event, Exit, Reboot, RunState, Shutdown, Vmm};
 use crate::machine::Stop;
@@ -37,7 +38,8 @@ impl Vmm {
         self.lock().actions = actions;
     }
 
-    /// Resets the machine soon, as by a reset button, whatever it does: a guest that runs starts anew, any other stays stopped.
+    /// Resets the machine soon, as by a reset button, whatever it does: a guest that runs starts anew, any other stays
+    /// stopped.
     pub fn system_reset(&self) {
         self.lock().reset_wanted = true;
         let _ = self.asks.send(());
@@ -137,8 +139,8 @@ impl Vmm {
         }
     }
 
-    /// Stops everything for the end of the monitor, and the guest does not run when this returns. A migration whose destination may
-    /// have the guest already is waited for, any other is cancelled.
+    /// Stops everything for the end of the monitor, and the guest does not run when this returns. A migration whose
+    /// destination may have the guest already is waited for, any other is cancelled.
     pub fn leave(&self) {
         if self.outgoing.status() != Status::Device {
             // One that has gone before its memory cannot be brought back: it gets that first.

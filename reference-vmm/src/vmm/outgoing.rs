@@ -22,8 +22,8 @@ impl Vmm {
     /// Begins a migration to `address`, which goes on in a thread of its own.
     ///
     /// # Errors
-    /// [`MigrationError::Refused`] for [`Refused::Blocked`] and as [`legality::MIGRATE`] says;
-    /// [`MigrationError::Tls`] for credentials that are not there; [`MigrationError::Capability`] for capabilities that do not go with the
+    /// [`MigrationError::Refused`] for [`Refused::Blocked`] and as [`legality::MIGRATE`] says; [`MigrationError::Tls`]
+    /// for credentials that are not there; [`MigrationError::Capability`] for capabilities that do not go with the
     /// transport, or with the release at the other end; and for what is no socket, what [`Outgoing::open`] says.
     pub fn migrate(self: &Arc<Self>, address: Address) -> Result<(), MigrationError> {
         legality::check(legality::MIGRATE, &self.situation())?;
@@ -62,7 +62,8 @@ impl Vmm {
         Ok(())
     }
 
-    /// Lets a postcopy that is paused go on to `address`, where the same destination waits for that (`migrate` with `resume`).
+    /// Lets a postcopy that is paused go on to `address`, where the same destination waits for that (`migrate` with
+    /// `resume`).
     ///
     /// # Errors
     /// As [`Job::may_recover`] says; and as [`migrate`](Self::migrate) for the address.

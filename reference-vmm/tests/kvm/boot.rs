@@ -81,8 +81,8 @@ fn is_interrupted_by_the_8259s(split_irqchip: bool) {
     ]
     .concat();
     code.resize(HANDLER, 0);
-    // mov dx, 0x3f8; mov al, '.'; out dx, al; mov al, '\n'; out dx, al; end of interrupt; and without IRET, which not every KVM
-    // knows outside of long mode: add esp, 12; sti; hlt; jmp to hlt
+    // mov dx, 0x3f8; mov al, '.'; out dx, al; mov al, '\n'; out dx, al; end of interrupt; and without IRET, which not
+    // every KVM knows outside of long mode: add esp, 12; sti; hlt; jmp to hlt
     code.extend([0x66, 0xba, 0xf8, 0x03, 0xb0, b'.', 0xee, 0xb0, b'\n', 0xee, 0xb0, 0x20, 0xe6, 0x20]);
     code.extend([0x83, 0xc4, 0x0c, 0xfb, 0xf4, 0xeb, 0xfd]);
     code.resize(TABLES, 0);

@@ -1,5 +1,5 @@
-//! Dirty rings: their sizes, what they tell of each vCPU, and limits of dirty rates. That they lose no page is for `dirty_log`'s tests with
-//! `QEVM_DIRTY_RING_SIZE`, in a machine whose KVM has rings that work (`make lab`).
+//! Dirty rings: their sizes, what they tell of each vCPU, and limits of dirty rates. That they lose no page is for
+//! `dirty_log`'s tests with `QEVM_DIRTY_RING_SIZE`, in a machine whose KVM has rings that work (`make lab`).
 
 use std::path::Path;
 use std::sync::Arc;

@@ -7,8 +7,8 @@ use std::time::{Duration, Instant};
 use reference_vmm::machine::{Machine, MachineConfig};
 use reference_vmm::payload::{FW_CFG_NAME, Progress};
 
-/// Ends a test that hangs. Tests judge progress and never the speed of a machine, so this is far above what anything takes on a slow and
-/// busy one.
+/// Ends a test that hangs. Tests judge progress and never the speed of a machine, so this is far above what anything
+/// takes on a slow and busy one.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(300);
 
 pub(crate) struct Guest {
@@ -105,8 +105,8 @@ impl Guest {
     }
 }
 
-/// `QEVM_DIRTY_RING_SIZE`: with it the tests are about dirty rings. `make lab` sets it, for a paravirtual KVM may lose pages with
-/// rings.
+/// `QEVM_DIRTY_RING_SIZE`: with it the tests are about dirty rings. `make lab` sets it, for a paravirtual KVM may lose
+/// pages with rings.
 pub(crate) fn dirty_ring_size() -> u32 {
     let size = std::env::var("QEVM_DIRTY_RING_SIZE").ok();
     size.map_or(0, |size| size.parse().expect("QEVM_DIRTY_RING_SIZE is a number"))

@@ -22,7 +22,8 @@ pub(crate) fn capabilities(monitor: &mut Monitor, on: &[&str]) {
     monitor.execute("migrate-set-capabilities", json!({ "capabilities": list }));
 }
 
-/// Waits until the guest has rewritten all of its memory twice from now on, and checked each page before; it has lost nothing.
+/// Waits until the guest has rewritten all of its memory twice from now on, and checked each page before; it has lost
+/// nothing.
 pub(crate) fn runs(monitor: &Monitor) {
     let seen = monitor.text().len();
     let passes = |text: &str| {

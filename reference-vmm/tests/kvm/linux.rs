@@ -1,7 +1,7 @@
 //! A stock Linux guest that counts on its serial port, moved between monitors while it runs.
 //!
-//! It needs a KVM that runs stock kernels, which a paravirtual one may not do, and these in the environment (`make lab` has all
-//! of them):
+//! It needs a KVM that runs stock kernels, which a paravirtual one may not do, and these in the environment (`make lab`
+//! has all of them):
 //!
 //! | variable | what |
 //! |---|---|
@@ -157,8 +157,8 @@ fn judge(text: &str) {
     assert!(strange.is_none(), "the guest complains: {strange:?}");
 }
 
-/// `linux count=12 up=3.45 now=1795253390 memory=good`: a number that goes up by one, seconds since the boot and since 1970, and
-/// whether a file in memory is as it was.
+/// `linux count=12 up=3.45 now=1795253390 memory=good`: a number that goes up by one, seconds since the boot and since
+/// 1970, and whether a file in memory is as it was.
 #[derive(Debug)]
 struct Line {
     count: u64,

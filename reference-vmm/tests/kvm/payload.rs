@@ -50,8 +50,8 @@ fn keeps_its_rate() {
     assert!((1..=300).contains(&rate), "{rate} pages per second");
 }
 
-/// Spoils the paused guest's memory until it has `seen` that. A guest that is paused between the check of a word and the moment at which it
-/// writes there itself sees nothing: it gets it again then.
+/// Spoils the paused guest's memory until it has `seen` that. A guest that is paused between the check of a word and
+/// the moment at which it writes there itself sees nothing: it gets it again then.
 fn spoiled<T>(guest: &Guest, spoil: impl Fn(), seen: impl Fn() -> Option<T>) -> T {
     for _ in 0..10 {
         guest.machine.pause();
@@ -138,7 +138,8 @@ fn sees_stale_control_data() {
 }
 
 fn sees_the_tsc_go_back() {
-    // The last TSC that vCPU 0 remembers is set to the far future: a paravirtual KVM does not let us move the TSC itself.
+    // The last TSC that vCPU 0 remembers is set to the far future: a paravirtual KVM does not let us move the TSC
+    // itself.
     let guest = Guest::boot(32 * MIB, 1, SMALL);
     let spoil = || guest.machine.memory().write(0x5028 + 7, &[0x7f]).unwrap();
     let progress = spoiled(&guest, spoil, || Some(guest.wait_until(|_| true)).filter(|progress| progress.tsc_back > 0));

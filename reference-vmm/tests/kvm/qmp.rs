@@ -254,8 +254,8 @@ fn names_what_blocks_a_migration() {
     client.execute("migrate", uri).unwrap();
 }
 
-/// 8 MiB per second are dirtied, and 4 can be sent: without help this never ends. At first only 1 is sent, so that a guest that a busy
-/// machine lets wait is too fast as well, until it is slowed down.
+/// 8 MiB per second are dirtied, and 4 can be sent: without help this never ends. At first only 1 is sent, so that a
+/// guest that a busy machine lets wait is too fast as well, until it is slowed down.
 fn auto_converge() {
     let directory = tempfile::tempdir().unwrap();
     let (here_vmm, _a, mut here, console) = serve(directory.path(), "here", false);

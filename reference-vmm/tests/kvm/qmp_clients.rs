@@ -58,7 +58,8 @@ fn answers_a_broken_line_once() {
     assert!(lines[2].contains("JSON parse error"), "{text}");
 }
 
-/// As QEMU 11.1: what `getfd` and `add-fd` have taken stays when the client leaves, and what no command has taken is closed.
+/// As QEMU 11.1: what `getfd` and `add-fd` have taken stays when the client leaves, and what no command has taken is
+/// closed.
 fn keeps_what_a_client_has_handed_over() {
     let directory = tempfile::tempdir().unwrap();
     let (_vmm, _server, mut client, _console) = serve(directory.path(), "q", false);

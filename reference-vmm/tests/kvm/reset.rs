@@ -98,7 +98,8 @@ fn starts_a_guest_anew() {
     }
 }
 
-/// A kernel that changes its own data, prints them and resets the machine. There is a byte after those in its file, too.
+/// A kernel that changes its own data, prints them and resets the machine. There is a byte after those in its file,
+/// too.
 fn kernel() -> Kernel {
     const DATA: u32 = 0x20_0040;
     let data = DATA.to_le_bytes();
@@ -158,8 +159,8 @@ fn loads_a_kernel_anew() {
     run(&destination, &console, &["b"]);
 }
 
-/// As at a QEMU 11.1: a guest can write to the firmware, and what it wrote is gone after a reset, as is the firmware that a guest
-/// has come with.
+/// As at a QEMU 11.1: a guest can write to the firmware, and what it wrote is gone after a reset, as is the firmware
+/// that a guest has come with.
 fn loads_the_firmware_anew() {
     let guest = guest(false, "");
     let bios = guest.machine.memory().block(BIOS).unwrap();

@@ -209,8 +209,8 @@ impl Source {
     }
 }
 
-/// Without a word from the destination nothing says that the guest is anywhere but here. Its user has asked for nothing: the
-/// capabilities are the default ones.
+/// Without a word from the destination nothing says that the guest is anywhere but here. Its user has asked for
+/// nothing: the capabilities are the default ones.
 fn keeps_a_guest_that_a_silent_peer_was_sent() {
     let mut source = Source::start();
     let peer = Peer::start(|_, _| Vec::new());
@@ -242,7 +242,8 @@ fn refuses_answers_that_nobody_asked_for() {
     }
 }
 
-/// A destination that has stopped before it has loaded everything may go on at any time, and must not find the end then.
+/// A destination that has stopped before it has loaded everything may go on at any time, and must not find the end
+/// then.
 fn keeps_the_end_back_until_everything_is_loaded() {
     let mut source = Source::start();
     for cut in [false, true] {

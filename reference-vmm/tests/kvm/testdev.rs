@@ -1,4 +1,5 @@
-//! The test device of the lab (conformance/lab/testdev) within the process: what a guest sees of it, and a driver that migrates it.
+//! The test device of the lab (conformance/lab/testdev) within the process: what a guest sees of it, and a driver that
+//! migrates it.
 
 use std::collections::BTreeMap;
 use std::fs::File;

@@ -282,7 +282,8 @@ fn answers_garbage() {
         assert_eq!(from.vmm.run_state(), RunState::Running);
         from.goes_on();
     }
-    // These never end by themselves: reads after the guest has stopped, and initial data that the destination is to agree to.
+    // These never end by themselves: reads after the guest has stopped, and initial data that the destination is to
+    // agree to.
     for (garbage, acks, much) in [(Garbage::EndlessReads, false, 32 << 20), (Garbage::GrowingInitial, true, 1 << 20)] {
         let (from, to) = Side::pair(&[Shape { garbage: Some(garbage), takes_all: true, ..SHAPE }]);
         let directory = tempfile::tempdir().unwrap();

@@ -150,7 +150,8 @@ fn machine(device: &Double, log: Option<Arc<Log>>, ring: u32, incoming: bool) ->
     Vmm::new(machine, Profile::new(QemuVersion::NEWEST, "microvm"), incoming)
 }
 
-/// A source whose device writes, and a destination. The vCPUs' writes are told by KVM's log, or by rings of this many entries.
+/// A source whose device writes, and a destination. The vCPUs' writes are told by KVM's log, or by rings of this many
+/// entries.
 fn pair(tracking: Tracking, honest: bool, ring: u32) -> (Arc<Vmm>, Arc<Vmm>, Arc<Log>) {
     let (source, destination) = (Double::new("one", SHAPE), Double::new("one", SHAPE));
     let log = Arc::new(Log {

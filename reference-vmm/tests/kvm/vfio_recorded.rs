@@ -1,5 +1,5 @@
-//! Migrations with VFIO devices that QEMUs sent to each other, recorded in the lab (savevm/tests/data/vfio): machines with doubles in the devices'
-//! place load them, and send the like.
+//! Migrations with VFIO devices that QEMUs sent to each other, recorded in the lab (savevm/tests/data/vfio): machines
+//! with doubles in the devices' place load them, and send the like.
 
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
@@ -49,7 +49,8 @@ fn stream_of(name: &str) -> Vec<u8> {
     zstd::decode_all(&recorded(&format!("{name}.zst"))[..]).unwrap()
 }
 
-/// A machine that takes all of a guest but its vCPUs: those that were recorded ran at another frequency than this host's.
+/// A machine that takes all of a guest but its vCPUs: those that were recorded ran at another frequency than this
+/// host's.
 struct Elsewhere<'m>(&'m Machine);
 
 impl qevm_migration::Guest for Elsewhere<'_> {
@@ -201,8 +202,8 @@ fn is_in(stream: &[u8], bytes: &[u8]) -> bool {
     stream.windows(bytes.len()).any(|window| window == bytes)
 }
 
-/// Those of `testdev`, which the guest uses: with the number of the chunk kinds in its state (conformance/lab/testdev/session.h), that state's
-/// registers, and which interrupts are on.
+/// Those of `testdev`, which the guest uses: with the number of the chunk kinds in its state
+/// (conformance/lab/testdev/session.h), that state's registers, and which interrupts are on.
 const IN_USE: [(&str, QemuVersion); 2] = [("11.1-testdev", NEW), ("10.0-testdev", OLD)];
 
 fn streams_of_a_device_in_use_load() {
@@ -259,7 +260,8 @@ fn chunks(mut state: &[u8]) -> Vec<(u32, Vec<u8>)> {
     chunks
 }
 
-/// Sections whose subsections are decided by the processor, and by the ACPI tables, which a machine without a kernel has none of here.
+/// Sections whose subsections are decided by the processor, and by the ACPI tables, which a machine without a kernel
+/// has none of here.
 const ELSEWHERE: [&str; 2] = ["cpu", "fw_cfg"];
 
 /// What a stream consists of, beside the guest's memory and what is sent of devices while the guest runs.

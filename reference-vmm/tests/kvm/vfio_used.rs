@@ -1,5 +1,5 @@
-//! Guests that use their VFIO devices on the way: BARs that they have placed, registers, memory, DMA and interrupts. What the guest says
-//! of them is judged, and what gets lost on purpose it has to notice.
+//! Guests that use their VFIO devices on the way: BARs that they have placed, registers, memory, DMA and interrupts.
+//! What the guest says of them is judged, and what gets lost on purpose it has to notice.
 
 use std::sync::Arc;
 

@@ -1,8 +1,8 @@
-//! A guest that does its worst on every queue and port (`payload/worst.S`), in a monitor whose outputs nobody reads: QMP answers all
-//! the same.
+//! A guest that does its worst on every queue and port (`payload/worst.S`), in a monitor whose outputs nobody reads:
+//! QMP answers all the same.
 //!
-//! `QEVM_WORST=full` is for a machine that does nothing else: a minute for each number of vCPUs, and every `stop` is answered
-//! below a second.
+//! `QEVM_WORST=full` is for a machine that does nothing else: a minute for each number of vCPUs, and every `stop` is
+//! answered below a second.
 
 use std::fs;
 use std::io::Read;

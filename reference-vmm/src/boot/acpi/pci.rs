@@ -87,7 +87,8 @@ fn routing() -> PackageBuilder {
 mod tests {
     use super::*;
 
-    /// The parts of the DSDT that QEMU 11.1.3 gives to its firmware with `pcie=on`, where link devices are called L000 to L003.
+    /// The parts of the DSDT that QEMU 11.1.3 gives to its firmware with `pcie=on`, where link devices are called L000
+    /// to L003.
     #[test]
     fn bridge_and_links_are_qemus() {
         let mut body = Vec::new();

@@ -193,7 +193,8 @@ mod tests {
     use super::*;
     use serde_json::json;
 
-    /// Migrations of a guest of 128 MiB that dirties 100 MiB/s, looked at twice a second while `step` bytes are sent between two looks.
+    /// Migrations of a guest of 128 MiB that dirties 100 MiB/s, looked at twice a second while `step` bytes are sent
+    /// between two looks.
     fn watched(status: &str, step: u64, max_bandwidth: u64) -> Watched {
         let mut watched = Watched::default();
         for look in 0..6 {

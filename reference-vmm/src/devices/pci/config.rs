@@ -1,5 +1,5 @@
-//! The configuration space of a PCI function (PCI Local Bus Specification 3.0, chapter 6), without I/O: what a guest reads and can
-//! write, where that puts the BARs, and which kind of interrupt it has turned on.
+//! The configuration space of a PCI function (PCI Local Bus Specification 3.0, chapter 6), without I/O: what a guest
+//! reads and can write, where that puts the BARs, and which kind of interrupt it has turned on.
 
 use std::ops::Range;
 
@@ -152,8 +152,9 @@ pub struct ConfigSpace {
 }
 
 impl ConfigSpace {
-    /// That of a function with one header of type 0 and no capabilities: 4096 bytes if it is PCI Express, 256 if not. As in QEMU, what
-    /// is after the header and in no capability of the first 256 bytes keeps what the guest writes there.
+    /// That of a function with one header of type 0 and no capabilities: 4096 bytes if it is PCI Express, 256 if not.
+    /// As in QEMU, what is after the header and in no capability of the first 256 bytes keeps what the guest writes
+    /// there.
     pub fn new(identity: &Identity, express: bool) -> ConfigSpace {
         use register::{CACHE_LINE, CLASS, COMMAND, DEVICE_ID, INTERRUPT_LINE, INTERRUPT_PIN};
         use register::{REVISION, SUBSYSTEM_ID, SUBSYSTEM_VENDOR_ID, VENDOR_ID};
@@ -178,7 +179,8 @@ impl ConfigSpace {
     /// Adds a BAR of `size` bytes.
     ///
     /// # Errors
-    /// [`PciError::Bar`] when there is no such BAR, it is taken, or `size` is not a power of two that such a BAR can have.
+    /// [`PciError::Bar`] when there is no such BAR, it is taken, or `size` is not a power of two that such a BAR can
+    /// have.
     pub fn add_bar(&mut self, index: usize, kind: BarKind, size: u64) -> Result<(), PciError> {
         let wide = matches!(kind, BarKind::Memory64 { .. });
         let (smallest, largest) = match kind {
@@ -215,11 +217,12 @@ impl ConfigSpace {
         below.is_some_and(|bar| matches!(bar.kind, BarKind::Memory64 { .. }))
     }
 
-    /// Adds a capability at `at`, a multiple of 4, before those that are there: its bytes without identifier and link. The guest can
-    /// write none of them.
+    /// Adds a capability at `at`, a multiple of 4, before those that are there: its bytes without identifier and link.
+    /// The guest can write none of them.
     ///
     /// # Errors
-    /// [`PciError::Capability`] when there is no room: it lies in the header, beyond the first 256 bytes, or over another one.
+    /// [`PciError::Capability`] when there is no room: it lies in the header, beyond the first 256 bytes, or over
+    /// another one.
     pub fn add_capability(&mut self, at: usize, id: u8, body: &[u8]) -> Result<(), PciError> {
         let range = at..at.saturating_add(2 + body.len());
         let refused = PciError::Capability { at, id };
@@ -243,8 +246,8 @@ impl ConfigSpace {
     /// Adds the MSI capability.
     ///
     /// # Errors
-    /// [`PciError::Vectors`] unless there are 1, 2, 4, 8, 16 or 32 vectors; [`PciError::Capability`] when there is no room, or one
-    /// already.
+    /// [`PciError::Vectors`] unless there are 1, 2, 4, 8, 16 or 32 vectors; [`PciError::Capability`] when there is no
+    /// room, or one already.
     pub fn add_msi(&mut self, msi: Msi) -> Result<(), PciError> {
         if self.msi.is_some() {
             return Err(PciError::Capability { at: msi.at(), id: Msi::ID });
@@ -321,8 +324,8 @@ impl ConfigSpace {
         self.bytes[register::STATUS..register::STATUS + 2].copy_from_slice(&status.to_le_bytes());
     }
 
-    /// What a memory BAR decodes; `None` when it is turned off, was given no address, or there is none. One at 0 is not decoded, nor
-    /// one that ends at the top of its address space, which is what a guest writes to ask for the size.
+    /// What a memory BAR decodes; `None` when it is turned off, was given no address, or there is none. One at 0 is not
+    /// decoded, nor one that ends at the top of its address space, which is what a guest writes to ask for the size.
     pub fn bar(&self, index: usize) -> Option<Range<u64>> {
         let bar = self.bars.get(index).copied().flatten()?;
         let at = register::BARS + 4 * index;
@@ -377,8 +380,8 @@ impl ConfigSpace {
     /// Takes over what was saved elsewhere.
     ///
     /// # Errors
-    /// [`PciError::Size`] when it has another length; [`PciError::ReadOnly`] when it differs where no guest can write, so that it is
-    /// another device's. Then nothing has changed.
+    /// [`PciError::Size`] when it has another length; [`PciError::ReadOnly`] when it differs where no guest can write,
+    /// so that it is another device's. Then nothing has changed.
     pub fn load(&mut self, bytes: &[u8]) -> Result<(), PciError> {
         if bytes.len() != self.bytes.len() {
             return Err(PciError::Size { found: bytes.len(), expected: self.bytes.len() });

@@ -1,4 +1,5 @@
-//! The configuration space of a device of the host: BARs and interrupts are the guest's, all else is as the device has it.
+//! The configuration space of a device of the host: BARs and interrupts are the guest's, all else is as the device has
+//! it.
 
 use super::config::{BARS, CONVENTIONAL, EXPRESS, HEADER, STATUS_INTERRUPT};
 use super::{ConfigSpace, Identity, Msi, MsixLayout, PciError, msix, register};
@@ -7,12 +8,13 @@ use super::{ConfigSpace, Identity, Msi, MsixLayout, PciError, msix, register};
 const MULTIFUNCTION: u8 = 1 << 7;
 
 impl ConfigSpace {
-    /// That of a device of the host, which shows `bytes` of its own, without BARs. With exactly 256 bytes it is a conventional one; any other is
-    /// PCI Express, and the guest sees 4096 bytes, as with QEMU 10.0 and 11.1 (whose section of `mtty`, with 255, has 4096).
+    /// That of a device of the host, which shows `bytes` of its own, without BARs. With exactly 256 bytes it is a
+    /// conventional one; any other is PCI Express, and the guest sees 4096 bytes, as with QEMU 10.0 and 11.1 (whose
+    /// section of `mtty`, with 255, has 4096).
     ///
     /// # Errors
-    /// [`PciError::Capability`] for an MSI or MSI-X capability that is not all there or over another one; [`PciError::Vectors`] and
-    /// [`PciError::Bar`] for what they cannot say.
+    /// [`PciError::Capability`] for an MSI or MSI-X capability that is not all there or over another one;
+    /// [`PciError::Vectors`] and [`PciError::Bar`] for what they cannot say.
     ///
     /// ```
     /// use reference_vmm::devices::pci::{ConfigSpace, PciError};
@@ -103,7 +105,8 @@ mod tests {
     use super::*;
     use crate::devices::pci::{BarKind, MsixControl};
 
-    /// Such as `testdev` of the lab: INTA, MSI with four vectors at 0x40, MSI-X with four at 0x60, of which BAR 2 has the table.
+    /// Such as `testdev` of the lab: INTA, MSI with four vectors at 0x40, MSI-X with four at 0x60, of which BAR 2 has
+    /// the table.
     fn testdev() -> Vec<u8> {
         let mut bytes = vec![0; 256];
         bytes[..8].copy_from_slice(&[0x57, 0x7e, 0x01, 0x00, 0, 0, 0x10, 0]);

@@ -1,8 +1,9 @@
-//! The PCI Express bus of QEMU's `-M microvm,pcie=on`: the generic host bridge, its memory-mapped configuration space, the two windows
-//! for memory BARs, and the four interrupt lines. Addresses are those of `info mtree -f` of QEMU 10.0 and 11.1, interrupts those
-//! of the tables that they give to their firmware.
+//! The PCI Express bus of QEMU's `-M microvm,pcie=on`: the generic host bridge, its memory-mapped configuration space,
+//! the two windows for memory BARs, and the four interrupt lines. Addresses are those of `info mtree -f` of QEMU 10.0
+//! and 11.1, interrupts those of the tables that they give to their firmware.
 //!
-//! There is no I/O window and no port 0xcf8: a guest cannot reach I/O BARs. [`ConfigSpace`], [`Msi`] and [`MsixTable`] do no I/O.
+//! There is no I/O window and no port 0xcf8: a guest cannot reach I/O BARs. [`ConfigSpace`], [`Msi`] and [`MsixTable`]
+//! do no I/O.
 
 mod config;
 mod error;
@@ -68,7 +69,8 @@ pub trait Function: Send {
         &[]
     }
 
-    /// The guest reads from a BAR, other than from its [pages](Function::pages) while they are shown. `data` is all ones.
+    /// The guest reads from a BAR, other than from its [pages](Function::pages) while they are shown. `data` is all
+    /// ones.
     fn bar_read(&mut self, _bar: usize, _offset: u64, _data: &mut [u8]) {}
 
     /// The guest writes to a BAR, likewise.
@@ -94,7 +96,8 @@ pub trait Function: Send {
         false
     }
 
-    /// Takes over configuration space and MSI-X state of a guest that has come, or has been reset. The machine is paused.
+    /// Takes over configuration space and MSI-X state of a guest that has come, or has been reset. The machine is
+    /// paused.
     ///
     /// # Errors
     /// [`PciError`] when they are another device's.
@@ -176,7 +179,8 @@ impl PciBus {
         }
     }
 
-    /// Adds a device at this number, or at the lowest that is free; the number is given back. `id` is its name on the command line.
+    /// Adds a device at this number, or at the lowest that is free; the number is given back. `id` is its name on the
+    /// command line.
     ///
     /// # Errors
     /// As [`free`](PciBus::free).

@@ -31,8 +31,8 @@ impl Msi {
     /// The capability's identifier.
     pub const ID: u8 = 0x05;
 
-    /// A capability at `at` with 1, 2, 4, 8, 16 or 32 vectors, whose address may be `wide` (64 bits), and whose vectors may have
-    /// `masks`.
+    /// A capability at `at` with 1, 2, 4, 8, 16 or 32 vectors, whose address may be `wide` (64 bits), and whose vectors
+    /// may have `masks`.
     ///
     /// # Errors
     /// [`PciError::Vectors`] for another number of vectors.

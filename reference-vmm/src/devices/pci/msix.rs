@@ -28,8 +28,8 @@ impl Layout {
     /// This many vectors; table and pending bits each in a BAR, at an offset that is a multiple of 8.
     ///
     /// # Errors
-    /// [`PciError::Vectors`] unless there are 1 to 2048; [`PciError::Bar`] for a BAR that there is not, or an offset that is no
-    /// multiple of 8.
+    /// [`PciError::Vectors`] unless there are 1 to 2048; [`PciError::Bar`] for a BAR that there is not, or an offset
+    /// that is no multiple of 8.
     pub fn new(vectors: u16, table: (u8, u32), pending: (u8, u32)) -> Result<Layout, PciError> {
         if !(1..=MOST_VECTORS).contains(&vectors) {
             return Err(PciError::Vectors(vectors.into()));
@@ -145,8 +145,8 @@ impl Table {
         read(&self.pending, offset, data);
     }
 
-    /// The guest writes to the table, 4 or 8 bytes at a multiple of that; anything else is ignored, as is what lies beyond its end.
-    /// What has been waiting for a mask to go is to be sent.
+    /// The guest writes to the table, 4 or 8 bytes at a multiple of that; anything else is ignored, as is what lies
+    /// beyond its end. What has been waiting for a mask to go is to be sent.
     pub fn write(&mut self, offset: u64, data: &[u8], control: Control) -> Vec<PciMessage> {
         let Ok(offset) = usize::try_from(offset) else { return Vec::new() };
         let whole = matches!(data.len(), 4 | 8) && offset.is_multiple_of(data.len());
@@ -169,8 +169,8 @@ impl Table {
         (0..self.vectors()).filter_map(|vector| self.release(vector, control)).collect()
     }
 
-    /// The device has something to tell: the message to send, unless a mask holds it back until it goes. Vectors that there are not
-    /// tell nothing.
+    /// The device has something to tell: the message to send, unless a mask holds it back until it goes. Vectors that
+    /// there are not tell nothing.
     pub fn trigger(&mut self, vector: usize, control: Control) -> Option<PciMessage> {
         if !control.enabled || vector >= self.vectors() {
             return None;

@@ -183,7 +183,8 @@ fn levels_reach_the_lines_that_slot_and_pin_make() {
     assert_eq!(now(), [false, true, false, true]);
 }
 
-/// As `info pci` of QEMU 10.0.13 and 11.1.3 shows such devices, and as both refuse them (`edu` in the place of `vfio-pci`).
+/// As `info pci` of QEMU 10.0.13 and 11.1.3 shows such devices, and as both refuse them (`edu` in the place of
+/// `vfio-pci`).
 #[test]
 fn a_device_is_at_its_address_or_at_the_lowest_that_is_free() {
     let (mut bus, levels) = bus();
@@ -326,7 +327,8 @@ fn bars_and_capabilities_that_cannot_be_are_refused() {
     assert_eq!(MsixLayout::new(8, (0, 0), (0, 4)), Err(PciError::Bar { index: 0, size: 4 }));
 }
 
-/// The capability of QEMU's `edu` as qtest reads it, before and after writing all ones: one vector, an address of 64 bits.
+/// The capability of QEMU's `edu` as qtest reads it, before and after writing all ones: one vector, an address of 64
+/// bits.
 #[test]
 fn the_msi_capability_is_edus() {
     let mut config = space(1);
@@ -413,8 +415,8 @@ fn a_masked_vector_waits_and_is_sent_once() {
 }
 
 proptest! {
-    /// Whatever a guest writes, read-only bits stay, no BAR leaves its size, the list of capabilities ends, and the state goes to
-    /// another device of the kind.
+    /// Whatever a guest writes, read-only bits stay, no BAR leaves its size, the list of capabilities ends, and the
+    /// state goes to another device of the kind.
     #[test]
     fn a_guest_can_write_what_it_likes(writes in prop::collection::vec((0usize..4104, any::<[u8; 4]>(), 1usize..5), 0..200)) {
         let device = || {

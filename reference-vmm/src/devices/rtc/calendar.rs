@@ -57,8 +57,8 @@ const DAYS_OF_400_YEARS: i64 = 146_097;
 /// From 1 March of the year 0 to 1 January 1970.
 const EPOCH: i64 = 719_468;
 
-/// Year, month and day of a day since 1970, in the Gregorian calendar. Years are counted from March, so that the leap day is
-/// the last of its year.
+/// Year, month and day of a day since 1970, in the Gregorian calendar. Years are counted from March, so that the leap
+/// day is the last of its year.
 fn date(days: i64) -> (i64, i64, i64) {
     let shifted = days + EPOCH;
     let (era, of_era) = (shifted.div_euclid(DAYS_OF_400_YEARS), shifted.rem_euclid(DAYS_OF_400_YEARS));

@@ -1,5 +1,5 @@
-//! The real-time clock with its CMOS memory (Motorola MC146818 data sheet), with the state that QEMU's section `mc146818rtc`
-//! carries.
+//! The real-time clock with its CMOS memory (Motorola MC146818 data sheet), with the state that QEMU's section
+//! `mc146818rtc` carries.
 //!
 //! The device itself is a function of the host's time: [`Rtc::catch_up`] brings its flags to a given moment, and
 //! [`Rtc::next_event`] says when something will happen on its own. [`ticker`] makes a thread of these two.
@@ -52,8 +52,8 @@ pub struct Rtc {
 }
 
 impl Rtc {
-    /// A clock that shows the host's time, `now` in ns since 1970, in a machine with `ram` bytes of memory. `interrupt` is told
-    /// each change of the interrupt line.
+    /// A clock that shows the host's time, `now` in ns since 1970, in a machine with `ram` bytes of memory. `interrupt`
+    /// is told each change of the interrupt line.
     pub fn new(now: i128, ram: u64, interrupt: Box<dyn FnMut(bool) + Send>) -> Rtc {
         let mut state =
             RtcState { base_rtc: (now / NANOSECONDS) as u64, last_update: now as u64, ..RtcState::default() };

@@ -104,7 +104,8 @@ impl SplitChips {
     }
 
     pub(crate) fn load(&self, pics: &[PicState; 2], ioapic: &IoapicState, pit: &PitState) {
-        // The PIT first: what it puts out is no news to controllers that come with it, and none to controllers after a reset.
+        // The PIT first: what it puts out is no news to controllers that come with it, and none to controllers after a
+        // reset.
         self.pit.with(|device, now| device.load(pit, now as i64));
         lock(&self.lines.pics).load(pics);
         lock(&self.lines.ioapic).load(ioapic);

@@ -1,4 +1,5 @@
-//! The two 8259A interrupt controllers (Intel 8259A data sheet) with the edge/level registers of the EISA specification.
+//! The two 8259A interrupt controllers (Intel 8259A data sheet) with the edge/level registers of the EISA
+//! specification.
 
 use qevm_microvm::state::PicState;
 use std::ops::{Deref, DerefMut};
@@ -46,9 +47,9 @@ impl Pics {
         Pics { chips: MAY_BE_LEVEL.map(chip), output, asserted: false }
     }
 
-    /// Sets them up as a PC's firmware does, with vectors 0x08 and 0x70, and masks every line. After reset they would let the
-    /// PIT, which ticks from the start, interrupt with vector 0: a divide error to a kernel that is entered without firmware
-    /// and has no use for these chips.
+    /// Sets them up as a PC's firmware does, with vectors 0x08 and 0x70, and masks every line. After reset they would
+    /// let the PIT, which ticks from the start, interrupt with vector 0: a divide error to a kernel that is entered
+    /// without firmware and has no use for these chips.
     pub(crate) fn set_up(&mut self) {
         for (base, vectors, cascade) in [(0x20, 0x08, 4), (0xa0, 0x70, 2)] {
             let bytes = [(base, 0x11), (base + 1, vectors), (base + 1, cascade), (base + 1, 0x01), (base + 1, 0xff)];

@@ -1,9 +1,9 @@
 //! `virtio-blk-device` on a raw file (virtio 1.2, 5.2).
 //!
-//! Requests are done one after the other, in the order in which the guest has made them, by the device's thread: a disk that takes its
-//! time, or hangs, holds nobody else up. A piece of a request at a time goes by way of a buffer, so that the guest's memory is only
-//! touched while the machine runs. A request that is not done when the machine stops is begun anew when the guest goes on; it goes along with
-//! it, as QEMU's do that an error has stopped.
+//! Requests are done one after the other, in the order in which the guest has made them, by the device's thread: a disk
+//! that takes its time, or hangs, holds nobody else up. A piece of a request at a time goes by way of a buffer, so that
+//! the guest's memory is only touched while the machine runs. A request that is not done when the machine stops is
+//! begun anew when the guest goes on; it goes along with it, as QEMU's do that an error has stopped.
 
 mod request;
 
@@ -27,8 +27,8 @@ const ID: u32 = 2;
 const READ_ONLY: u64 = 1 << 5;
 /// `VIRTIO_BLK_F_CONFIG_WCE`
 const CONFIG_WCE: u64 = 1 << 11;
-/// SEG_MAX, GEOMETRY, BLK_SIZE, SCSI, FLUSH, TOPOLOGY, CONFIG_WCE, DISCARD, WRITE_ZEROES, NOTIFY_ON_EMPTY, INDIRECT_DESC,
-/// EVENT_IDX (HostFeatures of 7.2.22, 10.0.13 and 11.1.3).
+/// SEG_MAX, GEOMETRY, BLK_SIZE, SCSI, FLUSH, TOPOLOGY, CONFIG_WCE, DISCARD, WRITE_ZEROES, NOTIFY_ON_EMPTY,
+/// INDIRECT_DESC, EVENT_IDX (HostFeatures of 7.2.22, 10.0.13 and 11.1.3).
 const FEATURES: u64 = 0x3100_6ed4;
 /// QueueNumMax of 11.1.3, and `virtio/ringsize` of 7.2.22.
 const QUEUE: u32 = 256;

@@ -1,9 +1,9 @@
-//! Locks on a disk's image, as QEMU takes them (`locking=auto`), so that neither a QEMU nor another monitor on the same host uses it at the
-//! same time.
+//! Locks on a disk's image, as QEMU takes them (`locking=auto`), so that neither a QEMU nor another monitor on the same
+//! host uses it at the same time.
 //!
-//! They are open file description locks on single bytes, always for reading: one byte says that somebody uses a right, another that he
-//! bears nobody else who uses it. Seen in `/proc/locks` of QEMU 11.1: 100, 101 and 201 for a disk that can be written, 100 and 201 for
-//! one that is read.
+//! They are open file description locks on single bytes, always for reading: one byte says that somebody uses a right,
+//! another that he bears nobody else who uses it. Seen in `/proc/locks` of QEMU 11.1: 100, 101 and 201 for a disk that
+//! can be written, 100 and 201 for one that is read.
 
 use std::fs::File;
 use std::io;

@@ -1,12 +1,14 @@
 //! virtio-mmio transports and the devices on them, as QEMU's microvm has them.
 //!
-//! There are 24 transports (with two IOAPICs, from 7.2 on), [`STRIDE`] bytes apart, and the last of them belongs to the first
-//! device of the command line. Transport `n` interrupts by pin `n` of the second IOAPIC. All are legacy (`force-legacy=on`,
-//! microvm's default): register interface version 1 and guest-endian rings at a page frame number (virtio 1.2, 4.2.4 and
-//! 2.7.2). Addresses, order and pins were read from `info qtree`, the registers and migrated guests of 7.2, 10.0 and 11.1.
+//! There are 24 transports (with two IOAPICs, from 7.2 on), [`STRIDE`] bytes apart, and the last of them belongs to the
+//! first device of the command line. Transport `n` interrupts by pin `n` of the second IOAPIC. All are legacy
+//! (`force-legacy=on`, microvm's default): register interface version 1 and guest-endian rings at a page frame number
+//! (virtio 1.2, 4.2.4 and 2.7.2). Addresses, order and pins were read from `info qtree`, the registers and migrated
+//! guests of 7.2, 10.0 and 11.1.
 //!
-//! Read: [`qevm_microvm::virtio`] (what sits where), `transport` (registers), `model` (what is on it), `queue` and `chain` (rings in guest memory), then the
-//! models: `block`, `rng`, `serial`, `net`; `pump` is the thread of those that hear from the host. A device without a model is kept with everything that a guest's source said about it, and
+//! Read: [`qevm_microvm::virtio`] (what sits where), `transport` (registers), `model` (what is on it), `queue` and
+//! `chain` (rings in guest memory), then the models: `block`, `rng`, `serial`, `net`; `pump` is the thread of those
+//! that hear from the host. A device without a model is kept with everything that a guest's source said about it, and
 //! goes back to a QEMU, but its guest cannot run.
 
 mod block;
@@ -99,20 +101,21 @@ impl Transports {
         self.0.iter().flatten().try_for_each(|device| what(&mut lock(device)))
     }
 
-    /// The machine has stopped: no device does anything that the guest could see from now on. What they have begun they finish until
-    /// the deadline; requests that are left are done when the guest goes on, here or where it has gone.
+    /// The machine has stopped: no device does anything that the guest could see from now on. What they have begun they
+    /// finish until the deadline; requests that are left are done when the guest goes on, here or where it has gone.
     pub(crate) fn drain(&self, deadline: Instant) {
         self.0.iter().flatten().for_each(|device| drain(device, deadline));
     }
 
-    /// Waits until no device has anything under way at the host. On failure, the first device by its position that still had at the
-    /// deadline.
+    /// Waits until no device has anything under way at the host. On failure, the first device by its position that
+    /// still had at the deadline.
     pub(crate) fn settle(&self, deadline: Instant) -> Result<(), usize> {
         let devices = self.0.iter().enumerate().filter_map(|(position, device)| Some((position, device.as_ref()?)));
         devices.into_iter().try_for_each(|(position, device)| settle(device, deadline).then_some(()).ok_or(position))
     }
 
-    /// The transport at an address, if there is a device with a model, and the offset in it. `None` if no transport is there.
+    /// The transport at an address, if there is a device with a model, and the offset in it. `None` if no transport is
+    /// there.
     fn find(&self, gpa: u64) -> Option<(Option<&Arc<Mutex<Transport>>>, u64)> {
         let at = gpa.checked_sub(BASE)?;
         let index = usize::try_from(at / STRIDE).ok().filter(|index| *index < TRANSPORTS)?;

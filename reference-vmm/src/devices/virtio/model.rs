@@ -100,8 +100,8 @@ pub(crate) struct Access<'a> {
 }
 
 impl Access<'_> {
-    /// Takes the next chain of a queue; after as many as the queue has entries, none in this turn, and the device's thread sees to
-    /// the rest.
+    /// Takes the next chain of a queue; after as many as the queue has entries, none in this turn, and the device's
+    /// thread sees to the rest.
     pub(crate) fn pop(&mut self, queue: usize) -> Result<Option<Chain>, RingError> {
         match self.queues.get_mut(queue) {
             Some(queue) => queue.pop(self.memory, self.features),

@@ -1,6 +1,7 @@
-//! The thread of a device: it waits for what the model is interested in on the host's side, and lets it work; it does what takes its
-//! time at the host, a disk's requests; and it goes on with what was too much for one notification of the guest's. Between two turns the
-//! device is free for others, and when the machine is to stop there is no further turn.
+//! The thread of a device: it waits for what the model is interested in on the host's side, and lets it work; it does
+//! what takes its time at the host, a disk's requests; and it goes on with what was too much for one notification of
+//! the guest's. Between two turns the device is free for others, and when the machine is to stop there is no further
+//! turn.
 
 use std::io;
 use std::os::fd::RawFd;
@@ -12,7 +13,8 @@ use super::wake::Wake;
 use crate::error::{Error, Result};
 use crate::lock::lock;
 
-/// Starts the thread of a device. It ends with [`Transport::end`]. `may_run` says whether the machine runs, and is not about to stop.
+/// Starts the thread of a device. It ends with [`Transport::end`]. `may_run` says whether the machine runs, and is not
+/// about to stop.
 pub(crate) fn start(
     transport: &Arc<Mutex<Transport>>,
     may_run: impl Fn() -> bool + Send + 'static,

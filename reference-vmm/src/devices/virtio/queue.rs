@@ -68,7 +68,8 @@ pub(crate) struct Queue {
     used: Option<u16>,
     /// The used index when the guest was last interrupted.
     signalled: Option<u16>,
-    /// Chains that may still be taken in this turn: a guest that goes on adding some does not keep the device busy for ever.
+    /// Chains that may still be taken in this turn: a guest that goes on adding some does not keep the device busy for
+    /// ever.
     budget: u32,
     /// A chain was left because the budget was used up.
     left: Cell<bool>,

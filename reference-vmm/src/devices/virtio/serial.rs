@@ -13,7 +13,8 @@ use qevm_microvm::virtio::MAX_PORTS;
 
 /// Device number.
 const ID: u32 = 3;
-/// MULTIPORT, EMERG_WRITE, NOTIFY_ON_EMPTY, ANY_LAYOUT, INDIRECT_DESC, EVENT_IDX (HostFeatures of 7.2.22, 10.0.13, 11.1.3).
+/// MULTIPORT, EMERG_WRITE, NOTIFY_ON_EMPTY, ANY_LAYOUT, INDIRECT_DESC, EVENT_IDX (HostFeatures of 7.2.22, 10.0.13,
+/// 11.1.3).
 const FEATURES: u64 = 0x3900_0006;
 /// `VIRTIO_CONSOLE_F_MULTIPORT`
 const MULTIPORT: u64 = 1 << 1;
@@ -128,8 +129,8 @@ pub struct Serial {
 }
 
 impl Serial {
-    /// Adds a console or a port; consoles have numbers from 0 and ports from 1 on, as QEMU gives them. The name is told to the
-    /// guest if it is not empty. False if there is no number left.
+    /// Adds a console or a port; consoles have numbers from 0 and ports from 1 on, as QEMU gives them. The name is told
+    /// to the guest if it is not empty. False if there is no number left.
     pub fn add(&mut self, console: bool, name: &str, chardev: Chardev) -> bool {
         let first = if console { 0 } else { 1 };
         let Some(id) = (first..MAX_PORTS).find(|id| self.ports.iter().all(|port| port.id != *id)) else { return false };

@@ -1,4 +1,5 @@
-//! The registers of a legacy virtio-mmio transport (virtio 1.2, 4.2.4), and what all devices behind them have in common.
+//! The registers of a legacy virtio-mmio transport (virtio 1.2, 4.2.4), and what all devices behind them have in
+//! common.
 
 mod state;
 mod tasks;

@@ -1,12 +1,13 @@
-//! The rule that keeps a vCPU to its limit: a token bucket. It does no I/O and asks no clock: it is told what the vCPU had
-//! written to by when, and says until when the vCPU pauses.
+//! The rule that keeps a vCPU to its limit: a token bucket. It does no I/O and asks no clock: it is told what the vCPU
+//! had written to by when, and says until when the vCPU pauses.
 //!
-//! Credit grows with time, as fast as the limit allows, up to that of one period; what the vCPU writes is taken from it. Below zero
-//! the vCPU pauses for as long as it takes to come back to zero. So
+//! Credit grows with time, as fast as the limit allows, up to that of one period; what the vCPU writes is taken from
+//! it. Below zero the vCPU pauses for as long as it takes to come back to zero. So
 //!
 //! * in any time it writes at most the limit times that time, one period's worth, and what it wrote between two looks;
 //! * a vCPU that never writes more than the limit allows in a period never pauses;
-//! * nothing is fed back from a measured rate, so nothing can swing; what one pause is too long or too short, the next one makes up.
+//! * nothing is fed back from a measured rate, so nothing can swing; what one pause is too long or too short, the next
+//!   one makes up.
 
 use std::time::Duration;
 
@@ -14,7 +15,8 @@ use crate::memory::PAGE_SIZE;
 
 pub(super) const MIB: f64 = (1 << 20) as f64;
 
-/// The shortest time from one look to the next: it says how much a fast vCPU writes between two pauses, and so how long those are.
+/// The shortest time from one look to the next: it says how much a fast vCPU writes between two pauses, and so how long
+/// those are.
 pub(super) const SOONEST: Duration = Duration::from_millis(1);
 /// The longest.
 const LATEST: Duration = Duration::from_millis(10);

@@ -52,8 +52,8 @@ impl Limits {
         self.changed.notify_all();
     }
 
-    /// Called by the thread of a vCPU whose ring was full, or whose pause is over, so that it need not wait until the other thread
-    /// comes to look.
+    /// Called by the thread of a vCPU whose ring was full, or whose pause is over, so that it need not wait until the
+    /// other thread comes to look.
     pub(crate) fn look(&self, vcpu: usize) {
         self.look_at(vcpu, lock(&self.state).buckets[vcpu].as_mut());
     }

@@ -1,9 +1,9 @@
 //! Keeping each vCPU below a rate at which it dirties memory (capability `dirty-limit`, QMP `set-vcpu-dirty-limit`).
 //!
-//! A dirty ring tells how much a vCPU writes to. A thread looks at it every few milliseconds, without harvesting it, and the
-//! vCPU's own thread does when the ring is full; the rule ([`Bucket`]) says whether the vCPU has to pause, and until when. A pause
-//! is as long as the limit asks for: QEMU leaves a vCPU a hundredth of its time, steps towards the limit, and is content within
-//! 25 MiB/s of it.
+//! A dirty ring tells how much a vCPU writes to. A thread looks at it every few milliseconds, without harvesting it,
+//! and the vCPU's own thread does when the ring is full; the rule ([`Bucket`]) says whether the vCPU has to pause, and
+//! until when. A pause is as long as the limit asks for: QEMU leaves a vCPU a hundredth of its time, steps towards the
+//! limit, and is content within 25 MiB/s of it.
 
 mod bucket;
 mod limits;
@@ -31,8 +31,8 @@ pub struct VcpuDirtyLimit {
     pub vcpu: usize,
     /// What it may write, in MiB per second.
     pub limit: u64,
-    /// What it wrote over the last period, or over several pauses if those take longer, in MiB per second; 0 before that was
-    /// measured.
+    /// What it wrote over the last period, or over several pauses if those take longer, in MiB per second; 0 before
+    /// that was measured.
     pub rate: u64,
     /// How long it pauses for every ring full of pages; zero if it is not slowed down.
     pub pause: Duration,

@@ -1,5 +1,5 @@
-//! The rule plays against vCPUs of every kind: from 10 MiB/s to 2 GiB/s, constant, bursty and changing, under limits from 1 to
-//! 100 MiB/s, on a host that is late now and then.
+//! The rule plays against vCPUs of every kind: from 10 MiB/s to 2 GiB/s, constant, bursty and changing, under limits
+//! from 1 to 100 MiB/s, on a host that is late now and then.
 
 use std::time::Duration;
 

@@ -15,10 +15,10 @@ use crate::error::{Error, Result};
 use crate::lock::lock;
 use qevm_microvm::state::{Carried, ClockState, GedState, MachineState, Msr, PitState};
 
-/// The paravirtual clock, the PIT and the TSCs, which KVM lets run on while the vCPUs are paused. As with a QEMU clock and PIT
-/// stop for the guest: they are read when it stops, and set when it goes on. Only a migration that stops a guest lets its
-/// clock [`catch_up`]. The TSCs of a guest that migrates do as well,
-/// so that it does not see TSC and clock part by the time that it stood still.
+/// The paravirtual clock, the PIT and the TSCs, which KVM lets run on while the vCPUs are paused. As with a QEMU clock
+/// and PIT stop for the guest: they are read when it stops, and set when it goes on. Only a migration that stops a
+/// guest lets its clock [`catch_up`]. The TSCs of a guest that migrates do as well, so that it does not see TSC and
+/// clock part by the time that it stood still.
 #[derive(Clone, Debug)]
 pub(super) struct Held {
     clock: ClockState,
@@ -36,8 +36,8 @@ pub(super) fn hold(machine: &Machine) -> Result<()> {
     Ok(())
 }
 
-/// Has the paravirtual clock of a guest that was stopped by its migration count what has passed since, as QEMU does, so that
-/// its wall clock is not late by the downtime. The machine is about to be saved.
+/// Has the paravirtual clock of a guest that was stopped by its migration count what has passed since, as QEMU does, so
+/// that its wall clock is not late by the downtime. The machine is about to be saved.
 pub(super) fn catch_up(machine: &Machine) -> Result<()> {
     match &mut *lock(&machine.held) {
         Some(held) if !held.came => held.clock = chips::save_clock(&machine.vm)?,
@@ -132,8 +132,8 @@ pub(super) fn load(machine: &Machine, state: &MachineState) -> Result<()> {
     for (index, (vcpu, state)) in machine.vcpus.iter().zip(&state.vcpus).enumerate() {
         vcpu::load(&lock(&vcpu.fd), index == 0, state)?;
     }
-    // Now, so that KVM's refusal is the load's failure; and once more when the machine goes on, so that they are stopped
-    // until then. After the TSCs, for KVM derives the guest's clock from both.
+    // Now, so that KVM's refusal is the load's failure; and once more when the machine goes on, so that they are
+    // stopped until then. After the TSCs, for KVM derives the guest's clock from both.
     let tscs = state.vcpus.iter().map(vcpu::tsc_of).collect();
     let held = Held { clock: state.clock.clone(), pit: state.pit.clone(), tscs, came: true };
     chips::load_clock(&machine.vm, &held.clock)?;
@@ -157,7 +157,8 @@ pub(super) fn load(machine: &Machine, state: &MachineState) -> Result<()> {
     Ok(())
 }
 
-/// Makes everything but the time what it was in `fresh`, the state of this machine when it was made. The machine is paused.
+/// Makes everything but the time what it was in `fresh`, the state of this machine when it was made. The machine is
+/// paused.
 pub(super) fn reset(machine: &Machine, fresh: &MachineState) -> Result<()> {
     // Devices first, so that none holds an interrupt line when the controllers are reset.
     machine.devices.virtio.0.iter().flatten().for_each(|device| lock(device).switch_on());

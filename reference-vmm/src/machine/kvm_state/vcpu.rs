@@ -95,8 +95,8 @@ pub(super) fn load(fd: &VcpuFd, first: bool, state: &VcpuState) -> Result<()> {
     fd.set_vcpu_events(&kvm_events(&state.events)).map_err(kvm("set a vCPU's events"))
 }
 
-/// IA32_MCG_CAP cannot be written. KVM on an AMD host has no bits above the number of banks and the control register, and a QEMU
-/// there sends those that it asked for nevertheless; so they are not insisted on.
+/// IA32_MCG_CAP cannot be written. KVM on an AMD host has no bits above the number of banks and the control register,
+/// and a QEMU there sends those that it asked for nevertheless; so they are not insisted on.
 fn set_mce_capability(fd: &VcpuFd, msrs: &[Msr]) -> Result<()> {
     let find = |msrs: &[Msr]| msrs.iter().find(|msr| msr.index == mce::MCG_CAP).map(|msr| msr.value);
     let Some(wanted) = find(msrs) else { return Ok(()) };
@@ -144,8 +144,9 @@ pub(super) fn set_tsc(fd: &VcpuFd, first: bool, tsc: Msr) -> Result<()> {
     load_msrs(fd, &deadline)
 }
 
-/// KVM takes a TSC within a second of the one it expects for an attempt to synchronise vCPUs, and leaves the offset alone. That is
-/// right for the vCPUs after the first, whose saved values differ by the time between two reads; the first must be set exactly.
+/// KVM takes a TSC within a second of the one it expects for an attempt to synchronise vCPUs, and leaves the offset
+/// alone. That is right for the vCPUs after the first, whose saved values differ by the time between two reads; the
+/// first must be set exactly.
 fn forget_tsc(fd: &VcpuFd, msrs: &[Msr]) -> Result<()> {
     match msrs.iter().find(|msr| msr.index == MSR_TSC) {
         Some(tsc) => load_msrs(fd, &[Msr { index: MSR_TSC, value: tsc.value ^ TSC_FAR_AWAY }]),

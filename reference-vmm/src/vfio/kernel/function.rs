@@ -1,4 +1,5 @@
-//! What the guest sees of a device: its configuration space with BARs and interrupts of its own, and all else as the device has it.
+//! What the guest sees of a device: its configuration space with BARs and interrupts of its own, and all else as the
+//! device has it.
 
 use std::fs::File;
 use std::ops::Range;

@@ -37,7 +37,8 @@ fn last() -> Errno {
 fn feature<const WORDS: usize>(device: &impl AsRawFd, flags: u32, data: [u64; WORDS]) -> Result<[u64; WORDS], Errno> {
     let argsz = mem::size_of::<Feature<WORDS>>() as u32;
     let mut feature = Feature { argsz, flags, data };
-    // SAFETY: the kernel reads and writes `argsz` bytes there; where the data have an address, who gave it says what is there.
+    // SAFETY: the kernel reads and writes `argsz` bytes there; where the data have an address, who gave it says what is
+    // there.
     checked(unsafe { ioctl_with_mut_ref(device, VFIO_DEVICE_FEATURE(), &mut feature) })?;
     Ok(feature.data)
 }
@@ -104,7 +105,8 @@ pub(super) struct Region {
     pub(super) mappable: Vec<Range<u64>>,
 }
 
-/// Words of struct vfio_region_info: length and flags, number of the region and place of the capabilities, size, offset.
+/// Words of struct vfio_region_info: length and flags, number of the region and place of the capabilities, size,
+/// offset.
 const INFO_WORDS: usize = 4;
 /// The most that a kernel may want for its capabilities.
 const MOST_WORDS: usize = 1 << 13;
@@ -193,11 +195,13 @@ pub(super) fn dirty_pages(
     (start, length): (u64, u64),
 ) -> Result<Vec<u64>, Errno> {
     let mut bitmap = vec![0_u64; words(page, length)];
-    // struct vfio_iommu_type1_dirty_bitmap (length and flags in one word), and after it vfio_iommu_type1_dirty_bitmap_get.
+    // struct vfio_iommu_type1_dirty_bitmap (length and flags in one word), and after it
+    // vfio_iommu_type1_dirty_bitmap_get.
     let argsz = mem::size_of::<[u64; 6]>() as u64;
     let bytes = mem::size_of_val(&bitmap[..]) as u64;
     let mut request = [argsz | u64::from(flags) << 32, start, length, page, bytes, bitmap.as_mut_ptr() as u64];
-    // SAFETY: the kernel reads as many bytes as the first word says, and sets bits of the vector, whose length it is told.
+    // SAFETY: the kernel reads as many bytes as the first word says, and sets bits of the vector, whose length it is
+    // told.
     checked(unsafe { ioctl_with_mut_ref(container, VFIO_IOMMU_DIRTY_PAGES(), &mut request) })?;
     Ok(bitmap)
 }

@@ -167,8 +167,8 @@ impl Drop for Interrupts {
     }
 }
 
-/// The pin. KVM raises the line by an event, and tells by another that the guest has dealt with the interrupt; then the kernel
-/// lets the device raise it again.
+/// The pin. KVM raises the line by an event, and tells by another that the guest has dealt with the interrupt; then the
+/// kernel lets the device raise it again.
 struct Intx {
     device: Arc<VfioDevice>,
     vm: Arc<VmFd>,

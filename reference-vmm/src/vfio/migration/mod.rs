@@ -48,7 +48,8 @@ impl Migration {
     /// A device that runs, or does nothing yet, under the name that messages give it.
     ///
     /// # Errors
-    /// [`Failure::Unsupported`] when it cannot migrate; [`Failure::Query`] and [`Failure::Implausible`] when it does not tell its state.
+    /// [`Failure::Unsupported`] when it cannot migrate; [`Failure::Query`] and [`Failure::Implausible`] when it does
+    /// not tell its state.
     pub fn new(name: impl Into<String>, driver: Box<dyn Driver>) -> Result<Migration, VfioError> {
         let name = name.into();
         let fails = |failure| VfioError { device: name.clone(), failure };
@@ -134,7 +135,8 @@ impl Migration {
         self.step(&mut inner, to).or_else(|error| self.back_to_work(&mut inner, error))
     }
 
-    /// The vCPUs have stopped, and the device stops. In a migration one that was in PRE_COPY goes on to STOP_COPY at once.
+    /// The vCPUs have stopped, and the device stops. In a migration one that was in PRE_COPY goes on to STOP_COPY at
+    /// once.
     ///
     /// # Errors
     /// [`Failure::Arc`]: [`resume`](Migration::resume) makes it work again.
@@ -156,8 +158,8 @@ impl Migration {
         self.step(&mut self.lock(), DeviceState::StopCopy)
     }
 
-    /// The guest is about to go on, here or at the destination. A source's device that cannot is reset: its guest runs on, and its driver in the guest has
-    /// to deal with that. A destination's is not, for its state would be lost.
+    /// The guest is about to go on, here or at the destination. A source's device that cannot is reset: its guest runs
+    /// on, and its driver in the guest has to deal with that. A destination's is not, for its state would be lost.
     ///
     /// # Errors
     /// [`Failure::Arc`]; [`Failure::Lost`] when it is in ERROR and stays there. Its guest must not run then.
@@ -274,7 +276,8 @@ impl Migration {
         }
     }
 
-    /// Something failed while the guest runs, which goes on: so does the device, from where the kernel left it or after a reset.
+    /// Something failed while the guest runs, which goes on: so does the device, from where the kernel left it or after
+    /// a reset.
     fn back_to_work(&self, inner: &mut Inner, error: VfioError) -> Result<(), VfioError> {
         if inner.state == DeviceState::Running || inner.state == DeviceState::PreCopy && inner.data.is_some() {
             return Err(error);
@@ -283,7 +286,8 @@ impl Migration {
         Err(error)
     }
 
-    /// Makes a device work that did not go where it was to go. One that was told a guest's state elsewhere is left alone.
+    /// Makes a device work that did not go where it was to go. One that was told a guest's state elsewhere is left
+    /// alone.
     fn recover(&self, inner: &mut Inner, error: VfioError) -> Result<(), VfioError> {
         if inner.arrived {
             return Err(error);
@@ -302,7 +306,8 @@ impl Migration {
         Ok(())
     }
 
-    /// Makes a device stop whose guest has gone, or is paused: one that works on would write to memory that is nobody's.
+    /// Makes a device stop whose guest has gone, or is paused: one that works on would write to memory that is
+    /// nobody's.
     fn halt(&self, inner: &mut Inner, error: VfioError) -> Result<(), VfioError> {
         if inner.state != DeviceState::Error && self.step(inner, DeviceState::Stop).is_ok() {
             tracing::warn!("{error}: it has stopped now");

@@ -17,8 +17,9 @@ use qevm_microvm::virtio::{CTRL_GUEST_OFFLOADS, MRG_RXBUF};
 
 /// Device number.
 const ID: u32 = 1;
-/// CTRL_GUEST_OFFLOADS, MAC, GSO, MRG_RXBUF, STATUS, CTRL_VQ, CTRL_RX, CTRL_VLAN, CTRL_RX_EXTRA, GUEST_ANNOUNCE, CTRL_MAC_ADDR,
-/// NOTIFY_ON_EMPTY, ANY_LAYOUT, INDIRECT_DESC, EVENT_IDX (HostFeatures of 7.2.22, 10.0.13 and 11.1.3 on `-netdev dgram`).
+/// CTRL_GUEST_OFFLOADS, MAC, GSO, MRG_RXBUF, STATUS, CTRL_VQ, CTRL_RX, CTRL_VLAN, CTRL_RX_EXTRA, GUEST_ANNOUNCE,
+/// CTRL_MAC_ADDR, NOTIFY_ON_EMPTY, ANY_LAYOUT, INDIRECT_DESC, EVENT_IDX (HostFeatures of 7.2.22, 10.0.13 and 11.1.3 on
+/// `-netdev dgram`).
 const FEATURES: u64 = 0x39bf_8064;
 /// CSUM, GUEST_CSUM, and GUEST_ and HOST_ TSO4, TSO6, ECN, UFO: on a backend with headers (the same on `-netdev tap`).
 const OFFLOADS: u64 = 0x7f83;
@@ -123,8 +124,8 @@ impl Net {
         Ok(())
     }
 
-    /// Receives frames for as long as there are any and the guest has room, but not more than a queue's worth in a turn: the rest
-    /// waits at the host.
+    /// Receives frames for as long as there are any and the guest has room, but not more than a queue's worth in a
+    /// turn: the rest waits at the host.
     fn receive(&mut self, access: &mut Access<'_>) -> Result<(), RingError> {
         let header = Net::header(access.features);
         for _ in 0..QUEUES[RECEIVE] {

@@ -232,7 +232,8 @@ fn other_ports_are_refused() {
     assert!(bench.transport.load(&other).is_err());
 }
 
-/// Lays a ring of `num` one-buffer chains out, and gives what makes all of them available again, whatever the device has taken.
+/// Lays a ring of `num` one-buffer chains out, and gives what makes all of them available again, whatever the device
+/// has taken.
 fn endless(bench: &mut Bench, queue: u32, num: u16, flags: u16, message: &[u8]) -> impl Fn(&GuestMemory) + use<> {
     let ring = Ring(queue);
     bench.write(0x30, queue);

@@ -1,5 +1,5 @@
-//! Work of a device that may take as long as the host's disk does: its thread does it without the device's lock, and the guest's
-//! memory is touched under the lock and while the machine runs, only.
+//! Work of a device that may take as long as the host's disk does: its thread does it without the device's lock, and
+//! the guest's memory is touched under the lock and while the machine runs, only.
 
 use std::io;
 use std::sync::{Mutex, PoisonError};
@@ -26,8 +26,8 @@ impl Transport {
         task
     }
 
-    /// The task is done. What it was for is done as well, unless the machine has stopped meanwhile: then it is begun anew when the
-    /// guest goes on, here or elsewhere.
+    /// The task is done. What it was for is done as well, unless the machine has stopped meanwhile: then it is begun
+    /// anew when the guest goes on, here or elsewhere.
     pub(in super::super) fn finish_task(&mut self, result: io::Result<Vec<u8>>) {
         self.busy = false;
         if self.phase == Phase::Paused || self.broken {
@@ -44,8 +44,8 @@ impl Transport {
     }
 }
 
-/// The machine has stopped: lets the device finish what it has begun, until the deadline. What is not done then stays undone; the
-/// guest sees no more of it in any case when this returns.
+/// The machine has stopped: lets the device finish what it has begun, until the deadline. What is not done then stays
+/// undone; the guest sees no more of it in any case when this returns.
 pub(crate) fn drain(device: &Mutex<Transport>, deadline: Instant) {
     let mut device = lock(device);
     if device.phase == Phase::Running {
@@ -58,8 +58,8 @@ pub(crate) fn drain(device: &Mutex<Transport>, deadline: Instant) {
     device.pause();
 }
 
-/// Waits until nothing of the device is under way at the host, so that another machine can have its guest. False: it still was at the
-/// deadline.
+/// Waits until nothing of the device is under way at the host, so that another machine can have its guest. False: it
+/// still was at the deadline.
 pub(crate) fn settle(device: &Mutex<Transport>, deadline: Instant) -> bool {
     wait_until(lock(device), deadline, Transport::is_settled).is_settled()
 }
