@@ -20,7 +20,7 @@ pub const KNOWN: [(&str, bool); 21] = [
     ("dirty-bitmaps", false),
     ("postcopy-blocktime", true),
     ("late-block-activate", true),
-    ("x-ignore-shared", false),
+    ("x-ignore-shared", true),
     ("validate-uuid", true),
     ("background-snapshot", true),
     ("zero-copy-send", false),
@@ -80,6 +80,8 @@ pub struct Capabilities {
     /// `release-ram`: the source of a guest that runs at the destination gives the host back what it has sent (2.9). A postcopy that breaks
     /// cannot be recovered then.
     pub release_ram: bool,
+    /// `x-ignore-shared`: RAM that is a file of both ends, which map it shared, is not sent (4.0). See [`Hooks::shares`](crate::Hooks::shares).
+    pub ignore_shared: bool,
     /// `xbzrle`: pages that were sent before travel as differences (1.2).
     pub xbzrle: bool,
 }
@@ -99,13 +101,15 @@ pub enum BadCapability {
     OneWay(&'static str),
     /// A release takes two of them together, and its destination does not get over it.
     #[error(
-        "'{}' and '{}' together need QEMU 10.1 or later at the destination, and this is {qemu}: turn one of them off",
+        "'{}' and '{}' together need QEMU {since} or later at the other end, and this is {qemu}: turn one of them off",
         .capabilities[0],
         .capabilities[1]
     )]
     TooOld {
         /// The capabilities.
         capabilities: [&'static str; 2],
+        /// The first release that does.
+        since: QemuVersion,
         /// The release.
         qemu: QemuVersion,
     },
@@ -158,7 +162,8 @@ impl Capabilities {
         }
     }
 
-    /// Whether the other end may be of this release: before 10.1 no guest goes before its memory that had page channels.
+    /// Whether the other end may be of this release: before 10.1 no guest goes before its memory that had page channels, and 10.0 leaves no
+    /// RAM out of a mapped-ram file.
     ///
     /// # Errors
     /// [`BadCapability::Rejected`] for what the release refuses itself, in its words; [`BadCapability::TooOld`] for what it takes and a
@@ -175,13 +180,21 @@ impl Capabilities {
     /// # Ok::<(), qevm_migration::BadCapability>(())
     /// ```
     pub fn suit(self, qemu: QemuVersion) -> Result<(), BadCapability> {
+        // 10.0 writes no such file, and does not find its way in one.
+        if self.mapped_ram && self.ignore_shared && qemu < QemuVersion::new(11, 0) {
+            let capabilities = ["mapped-ram", "x-ignore-shared"];
+            return Err(BadCapability::TooOld { capabilities, since: QemuVersion::new(11, 0), qemu });
+        }
         if !self.postcopy_ram || !self.multifd || self.mapped_ram {
             return Ok(());
         }
         check([Capability::PostcopyRam, Capability::Multifd].into_iter().collect(), &Context::new(qemu))?;
         // 7.2 aborts (`yank_unregister_instance: Assertion ... failed`), 5.2 waits for the page channels after every section.
         match qemu < QemuVersion::new(8, 0) {
-            true => Err(BadCapability::TooOld { capabilities: ["postcopy-ram", "multifd"], qemu }),
+            true => {
+                let capabilities = ["postcopy-ram", "multifd"];
+                Err(BadCapability::TooOld { capabilities, since: QemuVersion::new(10, 1), qemu })
+            }
             false => Ok(()),
         }
     }
@@ -212,6 +225,7 @@ impl Capabilities {
             "postcopy-blocktime" => Some(&mut self.postcopy_blocktime),
             "validate-uuid" => Some(&mut self.validate_uuid),
             "release-ram" => Some(&mut self.release_ram),
+            "x-ignore-shared" => Some(&mut self.ignore_shared),
             "xbzrle" => Some(&mut self.xbzrle),
             _ => None,
         }
@@ -304,10 +318,13 @@ mod tests {
         assert_eq!([suits(11, 1), suits(10, 1)], [Ok(()), Ok(())]);
         assert_eq!(suits(10, 0), Err("Postcopy is not yet compatible with multifd".into()));
         for old in [(5, 2), (7, 2)] {
-            assert!(suits(old.0, old.1).unwrap_err().contains("need QEMU 10.1 or later at the destination"));
+            assert!(suits(old.0, old.1).unwrap_err().contains("need QEMU 10.1 or later at the other end"));
         }
         let file = both.with([("mapped-ram", true)]).unwrap();
         assert_eq!(file.suit(QemuVersion::new(10, 0)), Ok(()));
+        let shared = Capabilities::default().with([("mapped-ram", true), ("x-ignore-shared", true)]).unwrap();
+        assert_eq!(shared.suit(QemuVersion::new(11, 1)), Ok(()));
+        assert!(shared.suit(QemuVersion::new(10, 0)).is_err());
     }
 
     #[test]

@@ -73,6 +73,7 @@ pub fn receive(
         vmdesc: profile.vmdesc,
         answers: main.answers(),
         mapped_ram: capabilities.mapped_ram,
+        ignore_shared: capabilities.ignore_shared,
         devices,
         switchover_ack: profile.switchover_ack.filter(|_| capabilities.switchover_ack),
         page_channels: channels.is_some(),
@@ -92,7 +93,7 @@ pub fn receive(
         channel: &main,
         inlet: Inlet::new(&*main, &first, offset),
         core: Destination::new(options),
-        ram: RamReceiver::new(postcopy),
+        ram: RamReceiver::new(postcopy, capabilities.ignore_shared),
         listening: None,
         preempt,
         pages: channels.as_ref(),
@@ -213,7 +214,7 @@ impl Engine<'_> {
             let Turn { consumed, action } = self.core.next(self.inlet.bytes())?;
             match action {
                 Action::Difference { page, data } => {
-                    let applied = self.ram.apply_difference(&page, data);
+                    let applied = self.ram.came(page.block).and_then(|()| self.ram.apply_difference(&page, data));
                     applied.map_err(|error| self.core.refuse(error))?;
                     self.consume(consumed);
                 }
@@ -224,11 +225,13 @@ impl Engine<'_> {
                 }
                 Action::Page { page, remaining } => {
                     self.consume(consumed);
+                    self.ram.came(page.block).map_err(|error| self.core.refuse(error))?;
                     self.page(&page, remaining)?;
                 }
                 Action::Continue => self.consume(consumed),
                 Action::Zero(page) => {
                     self.consume(consumed);
+                    self.ram.came(page.block).map_err(|error| self.core.refuse(error))?;
                     self.ram.clear_page(&page);
                 }
                 Action::ForgetBlocks => {
@@ -296,6 +299,7 @@ impl Engine<'_> {
                     return Ok(None);
                 }
                 Action::LoadDevices => {
+                    self.ram.check_presence().map_err(|error| self.core.refuse(error))?;
                     // Devices look at memory.
                     self.rest = self.left.take().map(Setup::start).transpose()?;
                     let loaded = self.guest.devices().load(self.core.devices());
@@ -364,6 +368,7 @@ impl Engine<'_> {
             // The core drops what is there instead.
             return self.core.placed(0);
         };
+        self.ram.last_came().map_err(|error| self.core.refuse(error))?;
         let within = |error: Located<LoadError>| error.within(format!("RAM block '{}'", block.name));
         if self.lazy && block.used_length >= LEFT_IN_FILE {
             let present = page_file::present(file, &layout).map_err(within)?;

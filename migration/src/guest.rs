@@ -139,6 +139,13 @@ pub trait Hooks: Send + Sync {
         PAGE_SIZE
     }
 
+    /// Whether the memory of a RAM block (numbered in the order of [`Guest::ram`]) is a file that is mapped shared, so that a machine with the
+    /// same file has it, too. With capability `x-ignore-shared` such a block is not sent, and at the destination none of it is taken.
+    fn shares(&self, block: usize) -> bool {
+        let _ = block;
+        false
+    }
+
     /// What makes pages of guest memory missing until they are filled in; for a destination that [leaves them in a
     /// file](crate::LazyRestore).
     ///

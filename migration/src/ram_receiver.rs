@@ -9,7 +9,13 @@ use super::{
 use qevm_savevm::ram::{BlockId, PageAt, RamBlock, flag};
 use qevm_wire::CountedString;
 use qevm_wire::PageGeometry;
-use std::{ops::Range, sync::Arc};
+use std::{
+    ops::Range,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+};
 use vm_memory::{Bytes, VolatileSlice};
 
 /// The blocks of the stream, matched to those of the guest.
@@ -18,6 +24,8 @@ pub(crate) struct RamReceiver<'g> {
     blocks: Vec<Block<'g>>,
     /// The guest may run before its memory is here, so that it counts which pages have come.
     counts: bool,
+    /// What is shared does not come (capability `x-ignore-shared`).
+    ignores: bool,
     /// The page that came last, and how many came one after the other before it.
     last: Option<(BlockId, u64)>,
     run: u64,
@@ -32,6 +40,28 @@ struct Block<'g> {
     written: Arc<Touched>,
     /// Pages that have come, where it counts.
     received: Option<Arc<Touched>>,
+    presence: Presence,
+}
+
+/// Whether any of a RAM block comes.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Presence {
+    /// It is a file that the source has, too: nothing of it does.
+    shared: bool,
+    came: Arc<AtomicBool>,
+}
+
+impl Presence {
+    /// Some of the block called `name` has come.
+    pub(crate) fn note(&self, name: &CountedString) -> Result<(), LoadError> {
+        if self.shared {
+            return Err(LoadError::SharedSent { name: name.clone() });
+        }
+        if !self.came.load(Ordering::Relaxed) {
+            self.came.store(true, Ordering::Relaxed);
+        }
+        Ok(())
+    }
 }
 
 /// A RAM block as the threads of the page channels know it.
@@ -47,17 +77,47 @@ pub(crate) struct Listed {
     pub(crate) touched: Arc<Touched>,
     /// Pages that have come, where the guest may run before its memory is here.
     pub(crate) received: Option<Arc<Touched>>,
+    /// Whether any has to come, or may.
+    pub(crate) presence: Presence,
 }
 
 impl<'g> RamReceiver<'g> {
-    /// Of no block. `postcopy` says that the guest may run before its memory is here.
-    pub(crate) fn new(postcopy: bool) -> Self {
-        RamReceiver { counts: postcopy, ..RamReceiver::default() }
+    /// Of no block. `postcopy` says that the guest may run before its memory is here, `ignores` that shared memory is left out.
+    pub(crate) fn new(postcopy: bool, ignores: bool) -> Self {
+        RamReceiver { counts: postcopy, ignores, ..RamReceiver::default() }
     }
 
     /// Forgets the blocks.
     pub(crate) fn clear(&mut self) {
-        *self = RamReceiver::new(self.counts);
+        *self = RamReceiver::new(self.counts, self.ignores);
+    }
+
+    /// A page of this block has come.
+    ///
+    /// # Errors
+    /// None of it may.
+    pub(crate) fn came(&mut self, block: BlockId) -> Result<(), LoadError> {
+        let Block { presence, name, .. } = self.known(block);
+        presence.note(name)
+    }
+
+    /// The pages of the block that was listed last have come from elsewhere.
+    pub(crate) fn last_came(&self) -> Result<(), LoadError> {
+        self.blocks.last().map_or(Ok(()), |block| block.presence.note(&block.name))
+    }
+
+    /// All pages have come that will.
+    ///
+    /// # Errors
+    /// Of a block that the source does not share with this machine there was none.
+    pub(crate) fn check_presence(&self) -> Result<(), LoadError> {
+        let is_missing = |block: &&Block<'_>| {
+            !block.presence.shared && !block.view.memory.is_empty() && !block.presence.came.load(Ordering::Relaxed)
+        };
+        match self.blocks.iter().find(is_missing).filter(|_| self.ignores) {
+            Some(block) => Err(LoadError::NotSent { name: block.name.clone() }),
+            None => Ok(()),
+        }
     }
 
     /// Where a page goes whose bytes are next in the stream.
@@ -104,6 +164,7 @@ impl<'g> RamReceiver<'g> {
             page_size: block.page_size,
             touched: block.written.clone(),
             received: block.received.clone(),
+            presence: block.presence.clone(),
         };
         self.blocks.iter().map(listed).collect()
     }
@@ -126,11 +187,20 @@ impl<'g> RamReceiver<'g> {
                 }
             }
         }
+        let shared = self.ignores && guest.hooks().shares(index);
+        match block.address.filter(|_| shared) {
+            Some(found) if found > 0 => return Err(LoadError::SharedAddress { name: block.name.clone(), found }),
+            _ => {}
+        }
+        if !shared && block.mapped_ram.is_some_and(|header| header.is_absent()) {
+            return Err(LoadError::NotSent { name: block.name.clone() });
+        }
+        let presence = Presence { shared, came: Arc::default() };
         let pages = PageGeometry::X86.index(block.used_length);
         let written = Arc::new(Touched::new(pages, !view.pristine));
         let received = self.counts.then(|| Arc::new(Touched::new(pages, false)));
         let page_size = block.page_size.unwrap_or(PAGE_SIZE);
-        self.blocks.push(Block { view, name: block.name.clone(), page_size, written, received });
+        self.blocks.push(Block { view, name: block.name.clone(), page_size, written, received, presence });
         Ok(())
     }
 

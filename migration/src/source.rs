@@ -69,6 +69,15 @@ pub fn migrate(guest: &dyn Guest, connections: &Outgoing, job: &Job, profile: &P
         },
         failed => failed,
     };
+    let shared: Vec<_> = (0..guest.ram().len()).map(|block| guest.hooks().shares(block)).collect();
+    let leaves_out = capabilities.ignore_shared && shared.contains(&true);
+    let devices = match leaves_out && capabilities.background_snapshot {
+        // The file goes on changing, and is no snapshot. QEMU's words for memory that it cannot take one of.
+        true => {
+            Err(Refused::Blocked("Background-snapshot is not compatible with guest memory configuration".into()).into())
+        }
+        false => devices,
+    };
     let differences = match capabilities.xbzrle && settings.is_none() && saving.is_none() {
         true => {
             let lengths = guest.ram().into_iter().map(|view| view.memory.len() as u64).collect::<Vec<_>>();
@@ -107,6 +116,7 @@ pub fn migrate(guest: &dyn Guest, connections: &Outgoing, job: &Job, profile: &P
         uuid: job.uuid().map(|uuid| uuid.0),
         blocks: guest.ram().iter().map(|view| (view.name.into(), view.memory.len() as u64)).collect(),
         host_page_sizes: (0..guest.ram().len()).map(|block| guest.hooks().host_page_size(block)).collect(),
+        shared,
         devices,
         route: match (&pages, &saving) {
             (None, None) => PageRoute::Main,

@@ -33,7 +33,7 @@ pub const CAPABILITIES: &[Row] = &[
     ("switchover-ack", Works("peer 11.1>ref/tcp/return-path+switchover-ack")),
     ("validate-uuid", Works("conformance/tests/operations.rs::guests_go_to_machines_of_the_same_uuid")),
     unsupported!("x-colo", "there are no checkpoints"),
-    unsupported!("x-ignore-shared", "RAM always travels"),
+    ("x-ignore-shared", Works("peer ref>11.1/ignore-shared")),
     ("xbzrle", Works("peer ref>11.1/xbzrle")),
     unsupported!("zero-copy-send", "pages are copied into the socket"),
 ];

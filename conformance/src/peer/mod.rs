@@ -44,6 +44,7 @@ mod resident;
 mod rows;
 pub(crate) mod secured;
 mod served;
+mod shared;
 mod snapshot;
 mod stage;
 pub mod table;

@@ -21,6 +21,8 @@ use crate::roots::{Root, Suite};
 use crate::scenario::Accel;
 
 const POLL: Duration = Duration::from_millis(5);
+/// Where the properties of a memory backend mean the folder of the journey.
+const IN_SCRATCH: &str = "{scratch}";
 /// A monitor with the guest in it, or waiting for it.
 #[derive(Debug)]
 pub struct Party {
@@ -65,6 +67,7 @@ impl Party {
         }
         if let Some(backend) = load.memory_backend {
             options.push_str(",memory-backend=mem");
+            let backend = backend.replace(IN_SCRATCH, &scratch.display().to_string());
             more(&["--object", &format!("{backend},id=mem,size={}M", load.memory)]);
         }
         let monitor = match (stop, root) {

@@ -5,7 +5,7 @@ use serde_json::Map;
 use super::rows::{PEERS, channels_of, plain};
 use super::{
     Case, Cut, Doubt, Doubtful, Echo, Gear, Journey, Link, Load, Outage, Pairing, Stop, cuts, oldest, postcopy,
-    recovery, release, served, snapshot, tls, xbzrle,
+    recovery, release, served, shared, snapshot, tls, xbzrle,
 };
 use crate::roots::Suite;
 use crate::scenario::Accel;
@@ -87,6 +87,7 @@ fn journeys() -> Vec<Journey> {
     journeys.extend(without_callers());
     journeys.extend(postcopy::all());
     journeys.extend(release::journeys());
+    journeys.extend(shared::journeys());
     journeys.extend(xbzrle::journeys());
     journeys.extend(oldest::journeys());
     journeys.extend(tls::journeys());

@@ -89,6 +89,7 @@ impl Destination {
                 machine_type: options.machine_type.clone(),
                 uuid: options.uuid,
                 mapped_ram: options.mapped_ram,
+                ignore_shared: options.ignore_shared,
                 answers: options.answers,
                 page_channels: options.page_channels,
                 flushes: false,

@@ -152,9 +152,12 @@ impl SourceCore {
     pub fn new(options: SourceOptions, parameters: Parameters) -> Self {
         let profile = &options.profile;
         let pages = PageGeometry::X86;
+        // Of what is not sent there are no pages.
+        let count =
+            |(block, (_, len)): (usize, &(String, u64))| if options.leaves_out(block) { 0 } else { pages.index(*len) };
         SourceCore {
             stream: StreamWriter::new(Encoder::new(pages), profile.send_section_footer),
-            sweep: Sweep::new(options.blocks.iter().map(|(_, len)| pages.index(*len))),
+            sweep: Sweep::new(options.blocks.iter().enumerate().map(count)),
             sync: SourceSync::new(profile),
             limiter: RateLimiter::new(parameters.max_bandwidth, Duration::ZERO),
             account: Account::new(options.devices.len()),
@@ -235,6 +238,11 @@ impl SourceCore {
     /// The operator lets the switchover happen.
     pub fn let_switch_over(&mut self) {
         self.may_switch_over = true;
+    }
+
+    /// Whether a RAM block is not sent, because the destination has it (capability `x-ignore-shared`).
+    pub fn leaves_out(&self, block: usize) -> bool {
+        self.options.leaves_out(block)
     }
 
     /// What is to be sent on the main channel, before the pages of a batch. Whoever sends it clears it.

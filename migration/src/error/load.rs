@@ -78,6 +78,31 @@ pub enum LoadError {
         /// Length here.
         expected: u64,
     },
+    /// A RAM block that the source has left out, and that is no file of both machines (capability `x-ignore-shared`).
+    #[error(
+        "RAM block '{name}' is not in the stream (capability x-ignore-shared), and no shared file here: start this machine with the source's \
+         memory-backend-file, share=on"
+    )]
+    NotSent {
+        /// The block.
+        name: CountedString,
+    },
+    /// Pages of a RAM block that is a file of both machines, as far as this one can tell (capability `x-ignore-shared`). QEMU's words.
+    #[error("block {name} should not be migrated ! It is a shared file here, and not at the source")]
+    SharedSent {
+        /// The block.
+        name: CountedString,
+    },
+    /// A RAM block that the source has left out is at another place of its machine.
+    #[error(
+        "RAM block '{name}' is left out (capability x-ignore-shared), and at {found:#x} of the source's machine, 0x0 expected"
+    )]
+    SharedAddress {
+        /// The block.
+        name: CountedString,
+        /// Where it is.
+        found: u64,
+    },
     /// A section for a device that this machine does not have.
     #[error("unknown section or instance '{idstr}' {instance_id}: {advice}")]
     UnknownSection {
@@ -208,6 +233,9 @@ impl Blame for LoadError {
             | LoadError::Capability { .. }
             | LoadError::UnknownRamBlock { .. }
             | LoadError::RamBlockSize { .. }
+            | LoadError::NotSent { .. }
+            | LoadError::SharedSent { .. }
+            | LoadError::SharedAddress { .. }
             | LoadError::UnknownSection { .. }
             | LoadError::MissingRamBlock { .. }
             | LoadError::DeviceIncomplete { .. }

@@ -78,6 +78,7 @@ impl<'r> Receiver<'r> {
         }
         // A block that is unknown was refused.
         let Some((listed, view)) = self.block(packet.block_bytes()) else { return Ok(()) };
+        listed.presence.note(&listed.name).map_err(|error| payload.core.refuse(error))?;
         let pages = |run: &Run| PageGeometry::X86.index(run.offset)..PageGeometry::X86.index(run.offset + run.len);
         let received = |run: &Run| listed.received.iter().for_each(|received| received.mark(pages(run)));
         for run in packet.zero_runs() {

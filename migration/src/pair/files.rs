@@ -9,7 +9,7 @@ use std::{fs::File, io, os::unix::fs::FileExt, path::Path};
 const PAGE: u64 = 4096;
 
 impl Pair {
-    fn with(self, capabilities: &[(&str, bool)]) -> Self {
+    pub(super) fn with(self, capabilities: &[(&str, bool)]) -> Self {
         let on = Capabilities::default().with(capabilities.iter().copied()).unwrap();
         self.job.set_capabilities(on).unwrap();
         self
@@ -39,7 +39,7 @@ impl Pair {
         Ok(arrival)
     }
 
-    fn through(&self, address: &Address) -> Outcome {
+    pub(super) fn through(&self, address: &Address) -> Outcome {
         let source = self.leave(address);
         let destination = self.arrive(address);
         Outcome { source, destination, statistics: self.job.statistics(), written: 0 }

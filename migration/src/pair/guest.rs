@@ -24,6 +24,8 @@ pub(crate) struct FakeGuest {
     pub(crate) pages_per_step: AtomicU64,
     /// Loading the device fails.
     pub(crate) refuses_devices: AtomicBool,
+    /// The first block is a file of both machines.
+    pub(crate) shares: AtomicBool,
     /// A device whose state goes in parts.
     pub(crate) device: Option<FakeDevice>,
     /// Devices with all that a VFIO device does.
@@ -53,6 +55,7 @@ impl FakeGuest {
             work: AtomicU64::new(0),
             pages_per_step: AtomicU64::new(3),
             refuses_devices: AtomicBool::new(false),
+            shares: AtomicBool::new(false),
             device: None,
             vfio: Vec::new(),
             released: Mutex::default(),
@@ -109,6 +112,16 @@ impl FakeGuest {
         for at in (0..PAGE).step_by(512) {
             slice.write_obj(value, at).unwrap();
         }
+    }
+
+    /// The content of every block.
+    pub(crate) fn contents(&self) -> Vec<Vec<u8>> {
+        let content = |(_, region): &(String, MmapRegion)| {
+            let mut bytes = vec![0; region.size()];
+            region.as_volatile_slice().read_slice(&mut bytes, 0).unwrap();
+            bytes
+        };
+        self.blocks.iter().map(content).collect()
     }
 
     pub(crate) fn assert_same_memory(&self, other: &FakeGuest) {
@@ -176,6 +189,10 @@ impl Guest for FakeGuest {
 }
 
 impl Hooks for FakeGuest {
+    fn shares(&self, block: usize) -> bool {
+        block == 0 && self.shares.load(Ordering::Relaxed)
+    }
+
     fn release(&self, block: usize, bytes: Range<u64>) -> Result<(), GuestError> {
         let memory = self.blocks[block].1.get_slice(bytes.start as usize, (bytes.end - bytes.start) as usize)?;
         memory.copy_from(&vec![0_u8; memory.len()]);

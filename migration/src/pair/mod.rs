@@ -13,6 +13,7 @@ mod multifd;
 mod postcopy;
 mod recovery;
 mod sealed;
+mod shared;
 mod tests;
 mod vfio;
 

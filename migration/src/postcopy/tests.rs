@@ -423,6 +423,7 @@ fn a_huge_page_is_filled_in_when_all_of_it_is_here() {
         page_size,
         touched: touched.clone(),
         received: received.clone(),
+        presence: crate::ram_receiver::Presence::default(),
     };
     let (mut peer, there) = Peer::new();
     let start = |page_size| super::Listening::start(&guest, &[listed(page_size)], there.clone(), false, Arc::default());

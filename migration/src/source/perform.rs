@@ -8,12 +8,12 @@ use crate::{
 use qevm_savevm::{
     event::Event,
     mapped_ram::MappedBlock,
-    ram::{RamBlock, RamRecord},
+    ram::{MappedRamHeader, RamBlock, RamRecord},
 };
 use qevm_wire::PageGeometry;
 use std::{io, ops::Range, sync::Arc, time::Duration};
 
-/// What the length of a block takes in front of its header in the file.
+/// What the length of a block takes in front of its header in the file, and its address.
 const LENGTH_WORD: u64 = 8;
 
 impl Engine<'_, '_> {
@@ -303,7 +303,15 @@ impl Engine<'_, '_> {
         let mut layouts = Vec::with_capacity(blocks.len());
         for mut block in blocks {
             let here = saving.file.position().map_err(failed)? + self.core.stream().bytes().len() as u64;
-            let header_at = here + block.name.wire_len() as u64 + LENGTH_WORD;
+            if self.core.leaves_out(layouts.len()) {
+                let header = MappedRamHeader::absent(PAGE_SIZE);
+                block.mapped_ram = Some(header);
+                self.core.stream().event(&Event::Ram(RamRecord::Block(block)))?;
+                layouts.push(MappedBlock { header, used_length: 0 });
+                continue;
+            }
+            let address = block.address.map_or(0, |_| LENGTH_WORD);
+            let header_at = here + block.name.wire_len() as u64 + LENGTH_WORD + address;
             let layout = MappedBlock::place(header_at, block.used_length, PageGeometry::X86)
                 .ok_or_else(|| failed(io::Error::from_raw_os_error(libc::EFBIG)))?;
             block.mapped_ram = Some(layout.header);

@@ -128,6 +128,7 @@ impl Source {
                 .map(|(name, pages)| (name.to_string(), (pages * PAGE) as u64))
                 .collect(),
             host_page_sizes: Vec::new(),
+            shared: Vec::new(),
             devices: Vec::new(),
             route: if plan.channels > 0 { PageRoute::Channels } else { PageRoute::Main },
             reader: if plan.return_path { Reader::Answers } else { Reader::Silent },

@@ -115,6 +115,10 @@ impl Hooks for Machine {
         self.memory().blocks().get(block).map_or(PAGE_SIZE, |block| block.host_page_size())
     }
 
+    fn shares(&self, block: usize) -> bool {
+        self.memory().blocks().get(block).is_some_and(|block| block.is_shared_file())
+    }
+
     fn missing_pages(&self) -> Result<Box<dyn MissingPages>, GuestError> {
         let vcpus = self.vcpus.clone();
         let vcpu_of = move |tid| vcpus.iter().position(|vcpu| vcpu.has_thread(tid));

@@ -62,6 +62,8 @@ pub(super) struct Backing {
     pub(super) fresh: bool,
     /// It is a file of a file system that is not in memory.
     pub(super) on_disk: bool,
+    /// It is a file that others can map, and what is written here is there.
+    pub(super) shared_file: bool,
 }
 
 impl MemoryBackend {
@@ -104,7 +106,10 @@ impl MemoryBackend {
         if self.prealloc {
             memory.populate().map_err(BackendError::Preallocate)?;
         }
-        Ok(Backing { memory, page_size, fresh, on_disk: file.as_ref().is_some_and(is_on_disk) })
+        // Nobody else finds a file without a name, and a QEMU sends a memfd like any other memory.
+        let named = matches!(&self.kind, BackendKind::File { path, .. } if !path.is_dir());
+        let shared_file = named && self.share;
+        Ok(Backing { memory, page_size, fresh, shared_file, on_disk: file.as_ref().is_some_and(is_on_disk) })
     }
 
     fn memfd(&self, hugetlb: Option<u64>, seal: bool) -> Result<File, BackendError> {

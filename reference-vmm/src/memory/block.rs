@@ -37,6 +37,7 @@ pub struct RamBlock {
     /// Nobody had written to the memory when the block was made of it.
     fresh: bool,
     on_disk: bool,
+    shared_file: bool,
     host_page_size: u64,
 }
 
@@ -66,7 +67,7 @@ impl RamBlock {
         let len = backend.len();
         let block =
             RamBlock::at(backend.block_name(), backing.memory, len, len as usize, backing.fresh, backing.page_size)?;
-        Ok(RamBlock { on_disk: backing.on_disk, ..block })
+        Ok(RamBlock { on_disk: backing.on_disk, shared_file: backing.shared_file, ..block })
     }
 
     fn at(name: String, host: HostMemory, used: u64, len: usize, fresh: bool, host_page_size: u64) -> Result<RamBlock> {
@@ -87,6 +88,7 @@ impl RamBlock {
             host,
             fresh,
             on_disk: false,
+            shared_file: false,
             host_page_size,
         })
     }
@@ -104,6 +106,11 @@ impl RamBlock {
     /// Bytes it may grow to: QEMU's `max_length`.
     pub fn max_length(&self) -> u64 {
         self.max
+    }
+
+    /// Whether it is a file that has a name, mapped shared: another machine with that file has the same memory.
+    pub fn is_shared_file(&self) -> bool {
+        self.shared_file
     }
 
     /// Whether the memory was all zero when the block was made, other than that of a file that others have written.

@@ -135,6 +135,10 @@ impl Hooks for Vmm {
         self.machine.hooks().host_page_size(block)
     }
 
+    fn shares(&self, block: usize) -> bool {
+        self.machine.hooks().shares(block)
+    }
+
     fn missing_pages(&self) -> Result<Box<dyn MissingPages>, GuestError> {
         self.machine.hooks().missing_pages()
     }

@@ -22,8 +22,9 @@ use qevm_savevm::{
 use qevm_wire::{CountedString, PageGeometry};
 use std::collections::HashSet;
 
-/// The capability that both sides must agree on and that is supported here.
+/// The capabilities that both sides must agree on.
 const MAPPED_RAM: &str = "mapped-ram";
+const IGNORE_SHARED: &str = "x-ignore-shared";
 
 /// The capability with which devices agree to the switchover.
 const SWITCHOVER_ACK: &str = "switchover-ack";
@@ -34,6 +35,7 @@ pub(super) struct Loader {
     pub(super) machine_type: String,
     pub(super) uuid: Option<[u8; 16]>,
     pub(super) mapped_ram: bool,
+    pub(super) ignore_shared: bool,
     /// What is written to the main channel goes somewhere.
     pub(super) answers: bool,
     /// There are page channels.
@@ -343,9 +345,10 @@ impl Loader {
             let found = configuration.machine.escape_ascii().to_string();
             return Err(LoadError::MachineType { found, expected: self.machine_type.clone() });
         }
-        let (here, there) = (self.mapped_ram, configuration.has_capability(MAPPED_RAM));
-        if here != there {
-            return Err(LoadError::CapabilityDiffers { name: MAPPED_RAM, here });
+        for (name, here) in [(IGNORE_SHARED, self.ignore_shared), (MAPPED_RAM, self.mapped_ram)] {
+            if here != configuration.has_capability(name) {
+                return Err(LoadError::CapabilityDiffers { name, here });
+            }
         }
         for subsection in &configuration.subsections {
             match subsection {
@@ -356,7 +359,9 @@ impl Loader {
                     }
                 }
                 ConfigurationSubsection::Capabilities(names) => {
-                    if let Some(found) = names.iter().find(|name| *name != MAPPED_RAM).cloned() {
+                    if let Some(found) =
+                        names.iter().find(|name| *name != MAPPED_RAM && *name != IGNORE_SHARED).cloned()
+                    {
                         return Err(LoadError::Capability { found });
                     }
                 }

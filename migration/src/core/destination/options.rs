@@ -21,6 +21,8 @@ pub struct DestinationOptions {
     pub answers: bool,
     /// Capability `mapped-ram` is on.
     pub mapped_ram: bool,
+    /// Capability `x-ignore-shared` is on: the stream may leave RAM out.
+    pub ignore_shared: bool,
     /// The iterative devices of the machine, all of which must come.
     pub devices: Vec<DeviceOptions>,
     /// How acks of the switchover are counted; `None` without capability `switchover-ack`.

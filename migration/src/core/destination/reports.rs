@@ -35,7 +35,9 @@ impl Destination {
     /// The guest has the [block](super::Action::Block) that was listed.
     pub fn block_fits(&mut self) {
         self.phase = match std::mem::replace(&mut self.phase, Phase::Stream) {
-            Phase::Block(block) if block.mapped_ram.is_some() => Phase::MappedBlock(block),
+            Phase::Block(block) if block.mapped_ram.is_some_and(|header| !header.is_absent()) => {
+                Phase::MappedBlock(block)
+            }
             Phase::Block(_) => Phase::Stream,
             phase => phase,
         };

@@ -100,7 +100,9 @@ impl SourceCore {
         let block = |(index, (name, len)): (usize, &(String, u64))| {
             let size = self.options.host_page_size(index);
             let page_size = Some(size).filter(|size| advised && *size != PageGeometry::X86.size());
-            Ok(ram::RamBlock { page_size, ..ram::RamBlock::new(idstr(name)?, *len) })
+            // QEMU's is where the memory is in a part of the machine, which is 0 for a memory backend.
+            let address = self.options.capabilities.ignore_shared.then_some(0);
+            Ok(ram::RamBlock { page_size, address, ..ram::RamBlock::new(idstr(name)?, *len) })
         };
         let blocks = self.options.blocks.iter().enumerate().map(block);
         let blocks = blocks.collect::<Result<Vec<_>, MigrationError>>()?;
@@ -113,8 +115,13 @@ impl SourceCore {
 
     fn configuration(&self) -> Result<Configuration, MigrationError> {
         let mut configuration = Configuration::new(self.options.machine_type.clone());
-        if matches!(self.options.route, PageRoute::File | PageRoute::FileByThreads) {
-            configuration.subsections.push(ConfigurationSubsection::Capabilities(vec![idstr("mapped-ram")?]));
+        // In QEMU's order.
+        let file = matches!(self.options.route, PageRoute::File | PageRoute::FileByThreads);
+        let told = [("x-ignore-shared", self.options.capabilities.ignore_shared), ("mapped-ram", file)];
+        let told =
+            told.into_iter().filter(|(_, on)| *on).map(|(name, _)| idstr(name)).collect::<Result<Vec<_>, _>>()?;
+        if !told.is_empty() {
+            configuration.subsections.push(ConfigurationSubsection::Capabilities(told));
         }
         if let Some(uuid) = self.options.uuid.filter(|_| self.options.capabilities.validate_uuid) {
             configuration.subsections.push(ConfigurationSubsection::Uuid(uuid));

@@ -32,6 +32,8 @@ pub struct SourceOptions {
     pub blocks: Vec<(String, u64)>,
     /// Bytes of a page of the host in each of them; ordinary pages where it says nothing. In postcopy a huge page is sent as a whole.
     pub host_page_sizes: Vec<u64>,
+    /// Which of the blocks are not sent, because the destination has them (capability `x-ignore-shared`); none where it says nothing.
+    pub shared: Vec<bool>,
     /// The devices whose state is sent in parts.
     pub devices: Vec<DeviceOptions>,
     /// How pages travel.
@@ -49,6 +51,11 @@ impl SourceOptions {
         self.host_page_sizes.get(block).map_or(PAGE_SIZE, |size| (*size).max(PAGE_SIZE))
     }
 
+    /// Whether a block is not sent.
+    pub(super) fn leaves_out(&self, block: usize) -> bool {
+        self.capabilities.ignore_shared && self.shared.get(block).is_some_and(|shared| *shared)
+    }
+
     /// Those of a guest with these blocks (names, and lengths in bytes) and without iterative devices, that goes over one connection with two
     /// directions. A destination has half a minute for each answer.
     pub fn new(profile: Profile, machine_type: &str, blocks: Vec<(String, u64)>) -> Self {
@@ -59,6 +66,7 @@ impl SourceOptions {
             uuid: None,
             blocks,
             host_page_sizes: Vec::new(),
+            shared: Vec::new(),
             devices: Vec::new(),
             route: PageRoute::Main,
             reader: Reader::Answers,

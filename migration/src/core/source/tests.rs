@@ -69,6 +69,7 @@ impl Simulation {
             uuid: None,
             blocks: BLOCKS.iter().zip(["microvm.ram", "pc.bios"]).map(|(n, name)| (name.into(), n * 4096)).collect(),
             host_page_sizes: Vec::new(),
+            shared: Vec::new(),
             devices: Vec::new(),
             route: PageRoute::Main,
             reader: Reader::Silent,
