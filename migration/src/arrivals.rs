@@ -5,10 +5,10 @@
 
 use super::{
     Channel, Incoming, Listener, LoadError, MigrationError, Socket, Tls,
+    listener::Caller,
     multifd::{PageStream, Settings},
     patience::Patience,
     postcopy::Entrance,
-    socket::Caller,
     strangers::{Dropped, Known, Reason, Role, Strangers},
 };
 use qevm_wire::Located;

@@ -124,6 +124,7 @@ mod handover;
 mod inlet;
 mod job;
 mod lazy;
+mod listener;
 mod multifd;
 mod page_file;
 mod page_server;
@@ -168,12 +169,13 @@ pub use error::{GuestError, LoadError, MigrationError, Refused, ReturnPathError}
 pub use guest::{ADVICE, Devices, DirtyLog, Guest, Hooks, MissingPages, NoHooks, ProtectedPages, RamView, Touch};
 pub use job::{Job, Notice};
 pub use lazy::{LazyRestore, RestoreProgress};
+pub use listener::Listener;
 pub use parameters::{BadParameter, Mode, Parameters, Timeouts};
 pub use pending::{IterativeDevice, Pending};
 pub use pipe::Pipe;
 pub use postcopy::{BlockTimes, Postcopy, Recovery};
 pub use registry::{Registry, RegistryError};
-pub use socket::{Listener, Socket};
+pub use socket::Socket;
 pub use source::{migrate, monotonic_now};
 pub use statistics::{
     DowntimeParts, PartStatistics, RamStatistics, RoundStatistics, Statistics, Status, XbzrleStatistics,

@@ -6,8 +6,8 @@
 
 use super::{
     Address, Channel, ChannelName, Listener, MigrationError, Socket, Tls, TlsError,
+    listener::Caller,
     patience::Patience,
-    socket::Caller,
     tls::{self, Accepting},
     watch::{Brings, Watched},
 };

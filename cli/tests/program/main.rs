@@ -12,6 +12,7 @@ mod receive;
 mod reported;
 mod sample;
 mod serve;
+mod snapshots;
 mod strangers;
 mod tls;
 mod usage;

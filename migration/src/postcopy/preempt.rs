@@ -11,8 +11,8 @@ use super::{
 use crate::{
     Channel, ChannelName, Listener, LoadError, MigrationError, PAGE_SIZE, Socket, Tls,
     channel::Reading,
+    listener::Caller,
     patience::NO_END,
-    socket::Caller,
     strangers::Silent,
     tls::{self, Accepting},
     watch::{Brings, Watch, Watched},

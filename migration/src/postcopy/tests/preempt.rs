@@ -1,7 +1,7 @@
 //! Pages over the preempt channel, and whoever else calls.
 
 use super::*;
-use crate::{Incoming, Socket, postcopy::Entrance, socket::Caller};
+use crate::{Incoming, Socket, listener::Caller, postcopy::Entrance};
 use qevm_savevm::StreamWriter;
 use std::os::unix::net::UnixListener;
 
