@@ -1,7 +1,7 @@
 //! The library behind `qevm`, the operator's tool for QEMU migration streams.
 //!
-//! [`run`] is the whole program: arguments, tables and progress around [`qevm_inspect`], which does the work, and the two ends
-//! of a live migration (`send`, `receive`).
+//! [`run`] is the whole program: arguments, tables and progress around [`qevm_inspect`], which does the work, and the
+//! two ends of a live migration (`send`, `receive`).
 #![forbid(unsafe_code)]
 
 pub mod args;
@@ -27,7 +27,8 @@ const EXIT_USAGE: u8 = 2;
 /// Exit code: what is known does not decide (`qevm check`).
 const EXIT_UNDECIDED: u8 = 3;
 
-/// What scripts get that asked for an object, where a command came to none: `ok` and `error`, as `qevm verify` has them.
+/// What scripts get that asked for an object, where a command came to none: `ok` and `error`, as `qevm verify` has
+/// them.
 fn failed_json(result: &Result<(), Stop>) {
     let error = match result {
         Err(Stop::Bad(failure)) => qevm_inspect::report::error_json(failure),

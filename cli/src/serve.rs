@@ -1,8 +1,9 @@
-//! A page server: gives the bytes of a mapped-ram file, which is never written, to any number of clients at once (network block device protocol).
+//! A page server: gives the bytes of a mapped-ram file, which is never written, to any number of clients at once
+//! (network block device protocol).
 //!
-//! A client costs a thread, and a buffer of 256 KiB once it reads. It gets an answer to one request before the next is read, so that no
-//! client has more work under way than that, and who does not take an answer is dropped after some time. Clients share nothing but the
-//! file, which the operating system keeps in its page cache once for all of them.
+//! A client costs a thread, and a buffer of 256 KiB once it reads. It gets an answer to one request before the next is
+//! read, so that no client has more work under way than that, and who does not take an answer is dropped after some
+//! time. Clients share nothing but the file, which the operating system keeps in its page cache once for all of them.
 
 use crate::socket::{Listener, Peer, Socket};
 use qevm_inspect::failure::{Failure, printable};

@@ -227,7 +227,8 @@ impl Socket {
         Ok(Socket::Tls(Box::new(begin(socket)?)))
     }
 
-    /// Begins a TLS session with the destination at `address`, in whose certificate its host has to be, if nothing else was said.
+    /// Begins a TLS session with the destination at `address`, in whose certificate its host has to be, if nothing else
+    /// was said.
     ///
     /// # Errors
     /// What the operating system says, and why there is no session.

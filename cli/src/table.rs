@@ -16,8 +16,8 @@ pub enum Align {
 #[derive(Debug)]
 pub struct Table {
     columns: Vec<(String, Align)>,
-    /// The cells of all rows, one after the other, and where each ends: a table of many short cells takes little more than
-    /// their text.
+    /// The cells of all rows, one after the other, and where each ends: a table of many short cells takes little more
+    /// than their text.
     text: String,
     ends: Vec<usize>,
     rows: usize,
@@ -43,7 +43,8 @@ impl Table {
         }
     }
 
-    /// Limits lines to `most` characters: the longest cells of text columns are cut in the middle, as far as that helps.
+    /// Limits lines to `most` characters: the longest cells of text columns are cut in the middle, as far as that
+    /// helps.
     #[must_use]
     pub fn within(self, most: usize) -> Self {
         Table { most, ..self }

@@ -22,12 +22,12 @@ pub struct Check {
     #[allow(missing_docs)]
     pub output: Output,
     /// What tells of the destination: a stream, save image or snapshot that a QEMU set up like it wrote, or the output
-    /// of its `-dump-vmstate`. May be repeated: the files tell of one destination. Where MAIN is qmp:SOCKET, a QEMU that runs:
-    /// qmp:SOCKET, the output of `-dump-vmstate`, or a domain XML of libvirt; once.
+    /// of its `-dump-vmstate`. May be repeated: the files tell of one destination. Where MAIN is qmp:SOCKET, a QEMU
+    /// that runs: qmp:SOCKET, the output of `-dump-vmstate`, or a domain XML of libvirt; once.
     #[arg(long, value_name = "FILE")]
     pub against: Vec<PathBuf>,
-    /// Which internal snapshot of a qcow2 image that --against names is read, by name or ID. Without it, the one that --snapshot
-    /// names.
+    /// Which internal snapshot of a qcow2 image that --against names is read, by name or ID. Without it, the one that
+    /// --snapshot names.
     #[arg(long, value_name = "NAME", requires = "against")]
     pub against_snapshot: Option<String>,
     /// Release of the destination's QEMU.

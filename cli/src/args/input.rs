@@ -13,15 +13,16 @@ pub struct Input {
     /// The main channel: a stream file, or `-` for standard input.
     #[arg(value_name = "MAIN")]
     pub main: PathBuf,
-    /// The stream starts at byte N of MAIN (`file:PATH,offset=N` in QEMU). Offsets are reported from the start of MAIN; both
-    /// count in what a compressed MAIN or a snapshot holds.
+    /// The stream starts at byte N of MAIN (`file:PATH,offset=N` in QEMU). Offsets are reported from the start of MAIN;
+    /// both count in what a compressed MAIN or a snapshot holds.
     #[arg(long, value_name = "N", default_value_t = 0)]
     pub offset: u64,
     /// MAIN is a qcow2 image: read the internal snapshot with this name or ID (`savevm`).
     #[arg(long, value_name = "NAME")]
     pub snapshot: Option<String>,
-    /// Size of a target page in bytes. Needed for targets whose pages have not 4096 bytes (most Arm boards, Alpha, SPARC64, AVR)
-    /// where neither the configuration nor a description at the end of MAIN tells it: pipes, and files that are cut or padded.
+    /// Size of a target page in bytes. Needed for targets whose pages have not 4096 bytes (most Arm boards, Alpha,
+    /// SPARC64, AVR) where neither the configuration nor a description at the end of MAIN tells it: pipes, and files
+    /// that are cut or padded.
     #[arg(long = "target-page-size", value_name = "BYTES", value_parser = parse_size)]
     pub target_page_size: Option<u64>,
     /// A further channel of the same migration: multifd or postcopy-preempt, told apart by its first bytes. May be

@@ -200,15 +200,16 @@ pub struct Extract {
     /// Machine type of the guest, where the stream does not tell it (types before 2.4) or tells another than meant.
     #[arg(long, value_name = "TYPE")]
     pub machine: Option<String>,
-    /// A RAM block of guest-physical memory. Without ADDRESS it belongs to the main memory, which needs to be said if memory
-    /// backends have names that do not tell their order; with ADDRESS it lies there as a whole, as DIMMs do. May be repeated.
+    /// A RAM block of guest-physical memory. Without ADDRESS it belongs to the main memory, which needs to be said if
+    /// memory backends have names that do not tell their order; with ADDRESS it lies there as a whole, as DIMMs do. May
+    /// be repeated.
     #[arg(long, value_name = "NAME[@ADDRESS]", value_parser = parse_memory_block)]
     pub memory_block: Vec<MemoryBlock>,
     /// Fail if a RAM block that could be guest memory has no known place in --memory or --elf.
     #[arg(long)]
     pub strict: bool,
-    /// Write what comes before the fault of a stream that is cut or damaged: memory that did not come is zero, and devices that
-    /// did not come are missing. The notes and `partial` in JSON say so.
+    /// Write what comes before the fault of a stream that is cut or damaged: memory that did not come is zero, and
+    /// devices that did not come are missing. The notes and `partial` in JSON say so.
     #[arg(long)]
     pub partial: bool,
     /// Write all device sections, down to each field, to a JSON file.
@@ -256,8 +257,8 @@ pub struct Diff {
     /// Another one.
     #[arg(value_name = "SECOND")]
     pub second: PathBuf,
-    /// Which internal snapshot of a qcow2 image is read, by name or ID. Given once it holds for every image; given twice, for
-    /// FIRST and then for SECOND, so that two snapshots of one image can be compared.
+    /// Which internal snapshot of a qcow2 image is read, by name or ID. Given once it holds for every image; given
+    /// twice, for FIRST and then for SECOND, so that two snapshots of one image can be compared.
     #[arg(long, value_name = "NAME")]
     pub snapshot: Vec<String>,
     /// Do not compare the contents of memory.

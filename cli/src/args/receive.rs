@@ -12,12 +12,12 @@ pub struct Receive {
     /// Where to listen: `tcp:HOST:PORT` or `unix:PATH`.
     #[arg(value_name = "ADDRESS")]
     pub address: String,
-    /// Save the main channel here; further channels go to FILE.channel-N, the return path to FILE.return-path. Only their
-    /// owner can read these files, which appear when the migration has arrived.
+    /// Save the main channel here; further channels go to FILE.channel-N, the return path to FILE.return-path. Only
+    /// their owner can read these files, which appear when the migration has arrived.
     #[arg(long, value_name = "FILE")]
     pub out: PathBuf,
-    /// How many multifd channels the source opens (its `multifd-channels`), 0 without multifd; another number is refused
-    /// before the guest stops. Without it, channels are recognised as they come.
+    /// How many multifd channels the source opens (its `multifd-channels`), 0 without multifd; another number is
+    /// refused before the guest stops. Without it, channels are recognised as they come.
     #[arg(long, value_name = "N")]
     pub multifd_channels: Option<u8>,
     /// The source's `multifd-compression`; another method is refused. Without it, the channels' packets tell.
@@ -28,9 +28,9 @@ pub struct Receive {
     #[arg(long)]
     pub switchover_ack: bool,
     /// Give up when nothing of a migration comes for this many seconds: no main channel, no byte, or not all page
-    /// channels. Without it a silent source is waited for, and page channels, or what is missing on them, for 30 seconds.
-    /// Connections that are no migration, or say nothing for 5 seconds, are dropped with a line that names what came, and do
-    /// not count.
+    /// channels. Without it a silent source is waited for, and page channels, or what is missing on them, for 30
+    /// seconds. Connections that are no migration, or say nothing for 5 seconds, are dropped with a line that names
+    /// what came, and do not count.
     #[arg(long, value_name = "SECONDS")]
     pub timeout: Option<u64>,
     #[command(flatten)]

@@ -32,8 +32,9 @@ pub struct Send {
     /// Level of the compression: 0 to 9 for zlib, 0 to 20 for zstd.
     #[arg(long, value_name = "LEVEL", requires = "multifd_compression")]
     pub multifd_level: Option<i32>,
-    /// How pages of zeroes travel: none (like all others), legacy (ZERO records of the main channel) or multifd (listed in
-    /// the packets of page channels; QEMU 9.0). The default is that of the destination's release and the machine type.
+    /// How pages of zeroes travel: none (like all others), legacy (ZERO records of the main channel) or multifd (listed
+    /// in the packets of page channels; QEMU 9.0). The default is that of the destination's release and the machine
+    /// type.
     #[arg(long, value_name = "MODE", value_parser = zero_page_detection)]
     pub zero_page_detection: Option<ZeroPageDetection>,
     /// Whether the page channels synchronise after each section, as releases before 8.1 and machine types up to 8.0 do,

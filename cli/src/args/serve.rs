@@ -12,8 +12,8 @@ pub struct Serve {
     #[command(flatten)]
     #[allow(missing_docs)]
     pub input: Input,
-    /// Where to listen: `unix:PATH`, which only the user that runs qevm can connect to, or `tcp:HOST:PORT`, which gives the guest's memory, unencrypted,
-    /// to everybody who reaches it. May be repeated.
+    /// Where to listen: `unix:PATH`, which only the user that runs qevm can connect to, or `tcp:HOST:PORT`, which gives
+    /// the guest's memory, unencrypted, to everybody who reaches it. May be repeated.
     #[arg(long, value_name = "ADDRESS", required = true)]
     pub listen: Vec<String>,
     /// Serve at most this many connections at a time; further ones are dropped. A guest of reference-vmm has two.
@@ -22,9 +22,9 @@ pub struct Serve {
     /// Drop a client that takes nothing of an answer for this many seconds. One that asks for nothing stays.
     #[arg(long, value_name = "SECONDS", default_value_t = 60, value_parser = clap::value_parser!(u64).range(1..))]
     pub timeout: u64,
-    /// Put at most this much into temporary files (in TMPDIR): all pages of a compressed image or of one that comes through a
-    /// pipe, and pages that are compressed or sent as differences. Bytes, or a number with K, M, G or T; more is an error of
-    /// kind `limit`: decompress the image first.
+    /// Put at most this much into temporary files (in TMPDIR): all pages of a compressed image or of one that comes
+    /// through a pipe, and pages that are compressed or sent as differences. Bytes, or a number with K, M, G or T; more
+    /// is an error of kind `limit`: decompress the image first.
     #[arg(long, value_name = "SIZE", value_parser = parse_size, default_value = DEFAULT)]
     pub max_spool: u64,
     #[command(flatten)]

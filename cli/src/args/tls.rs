@@ -26,8 +26,8 @@ pub struct ServerTls {
     /// `server-cert.pem` and `server-key.pem`. The source has to have a certificate of that authority.
     #[arg(long, value_name = "DIR")]
     pub tls_creds: Option<PathBuf>,
-    /// Receive only from a source whose certificate has this distinguished name, such as `C=DE,O=example,CN=source`, in the
-    /// order of the certificate (QEMU's `tls-authz` with `authz-simple`). May be given several times.
+    /// Receive only from a source whose certificate has this distinguished name, such as `C=DE,O=example,CN=source`, in
+    /// the order of the certificate (QEMU's `tls-authz` with `authz-simple`). May be given several times.
     #[arg(long, value_name = "IDENTITY", requires = "tls_creds")]
     pub tls_authz: Vec<String>,
 }

@@ -16,8 +16,8 @@ use serde_json::{Value, json};
 /// Runs the command.
 ///
 /// # Errors
-/// [`Stop::Found`] if the stream will not load, [`Stop::Undecided`] if that cannot be told, [`Stop::Bad`] if it is bad, [`Stop::Usage`] if a file cannot be opened or
-/// what is said to tell of the destination does not.
+/// [`Stop::Found`] if the stream will not load, [`Stop::Undecided`] if that cannot be told, [`Stop::Bad`] if it is bad,
+/// [`Stop::Usage`] if a file cannot be opened or what is said to tell of the destination does not.
 pub fn run(check: &args::Check) -> Result<(), Stop> {
     if let Some(socket) = live::socket(&check.input.main) {
         return live::run(check, socket);

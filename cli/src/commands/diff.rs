@@ -14,7 +14,8 @@ use std::path::Path;
 /// Runs the command.
 ///
 /// # Errors
-/// [`Stop::Found`] if there are differences, [`Stop::Bad`] if one of the streams is bad, [`Stop::Usage`] if a file cannot be opened.
+/// [`Stop::Found`] if there are differences, [`Stop::Bad`] if one of the streams is bad, [`Stop::Usage`] if a file
+/// cannot be opened.
 pub fn run(diff: &args::Diff) -> Result<(), Stop> {
     let keep = if diff.no_ram { Keep::Nothing } else { Keep::Digests };
     let layouts = diff.layouts.open()?;

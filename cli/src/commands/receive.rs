@@ -9,9 +9,9 @@
 //! | `ledger` | whether everything has arrived |
 //! | `files` | where it is saved |
 //!
-//! SHUT 0, which makes the source give up its guest, is only said when all channels have delivered what the main channel
-//! announced and the files are on the disk, under their names. What arrived is then read from them, as `qevm inspect`
-//! does.
+//! SHUT 0, which makes the source give up its guest, is only said when all channels have delivered what the main
+//! channel announced and the files are on the disk, under their names. What arrived is then read from them, as `qevm
+//! inspect` does.
 
 mod caller;
 mod channel;
@@ -45,9 +45,9 @@ use std::time::Duration;
 /// Runs the command.
 ///
 /// # Errors
-/// [`Stop::Usage`] if the address or the output files cannot be used, [`Stop::Bad`] if the migration did not arrive whole;
-/// then nothing is kept, unless that was asked for. After the source was told that its guest has arrived there is no
-/// error any more.
+/// [`Stop::Usage`] if the address or the output files cannot be used, [`Stop::Bad`] if the migration did not arrive
+/// whole; then nothing is kept, unless that was asked for. After the source was told that its guest has arrived there
+/// is no error any more.
 pub fn run(receive: &args::Receive) -> Result<(), Stop> {
     let address = Address::parse(&receive.address)?;
     let tls = receive.tls.sessions()?;

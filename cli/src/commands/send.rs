@@ -53,8 +53,8 @@ pub fn run(send: &args::Send) -> Result<(), Stop> {
         Ok(Patient { socket: Arc::new(socket), patience, sent: Arc::default(), ahead: 0 })
     };
 
-    // Whether there is a destination is known before a large file is read, and the destination knows that no stranger has come.
-    // Older ones tell channels apart by their order only: the main channel is the first.
+    // Whether there is a destination is known before a large file is read, and the destination knows that no stranger
+    // has come. Older ones tell channels apart by their order only: the main channel is the first.
     let mut main = connect()?;
     let header = [framing::MAGIC.to_be_bytes(), framing::VERSION.to_be_bytes()].concat();
     main.start(&header).map_err(cannot)?;

@@ -99,7 +99,8 @@ const OF_THE_HOST: [&str; 48] = [
 /// Properties that show in bytes of the configuration space that a destination compares.
 const IN_CONFIGURATION_SPACE: [&str; 8] = ["vectors", "port", "slot", "hotplug", "x-speed", "x-width", "aer", "ats"];
 
-/// Switches of a processor that are no flags: they say how its leaves are filled in, and a release may have them or not.
+/// Switches of a processor that are no flags: they say how its leaves are filled in, and a release may have them or
+/// not.
 const NO_FLAGS: [&str; 6] = [
     "full-cpuid-auto-level",
     "hv-enforce-cpuid",

@@ -1,7 +1,8 @@
-//! Whether a guest can be migrated, before anybody does it: what two running QEMUs say of themselves by QMP, or one of them and
-//! what else tells of the other.
+//! Whether a guest can be migrated, before anybody does it: what two running QEMUs say of themselves by QMP, or one of
+//! them and what else tells of the other.
 //!
-//! Nothing is changed at either side, and no experimental command is used: `x-query-virtio-status` of QEMU 11.1 ends the guest.
+//! Nothing is changed at either side, and no experimental command is used: `x-query-virtio-status` of QEMU 11.1 ends
+//! the guest.
 
 mod compare;
 mod domain;
@@ -32,8 +33,8 @@ pub fn socket(name: &Path) -> Option<&Path> {
 /// `qevm check qmp:SOCKET`.
 ///
 /// # Errors
-/// [`Stop::Found`] if the destination will refuse the guest, [`Stop::Undecided`] if that cannot be told, [`Stop::Usage`] if a side
-/// does not tell of itself.
+/// [`Stop::Found`] if the destination will refuse the guest, [`Stop::Undecided`] if that cannot be told,
+/// [`Stop::Usage`] if a side does not tell of itself.
 pub fn run(check: &args::Check, source: &Path) -> Result<(), Stop> {
     let [against] = &check.against[..] else {
         return Err(Stop::Usage("of a running QEMU, one destination is compared: --against, once".to_owned()));

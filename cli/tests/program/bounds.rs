@@ -1,4 +1,5 @@
-//! What a stream may cost: inputs that claim much and say little, and the options that bound what cannot follow the input.
+//! What a stream may cost: inputs that claim much and say little, and the options that bound what cannot follow the
+//! input.
 
 use crate::sample::{Background, Ran, file, qevm_reading, stream};
 use std::path::{Path, PathBuf};

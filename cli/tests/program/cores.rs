@@ -1,5 +1,5 @@
-//! ELF cores of guests of every target, held against those that QEMU's `dump-guest-memory` wrote of the same stopped guests. See
-//! `streams/cores/README.md`.
+//! ELF cores of guests of every target, held against those that QEMU's `dump-guest-memory` wrote of the same stopped
+//! guests. See `streams/cores/README.md`.
 
 use crate::sample::{Ran, file, path, qevm};
 use std::path::Path;

@@ -1,4 +1,5 @@
-//! The lines of the README, run as they stand there: but for where guests come from, and addresses that others may have taken.
+//! The lines of the README, run as they stand there: but for where guests come from, and addresses that others may have
+//! taken.
 
 use crate::receive::LIMIT;
 use crate::sample::stream;
@@ -69,7 +70,8 @@ fn the_lines_of_the_readme_work() {
         let words: Vec<&str> = line.split(' ').collect();
         match words[..] {
             ["cargo", "install", "--path", folder] => {
-                // Building it all once more takes minutes: the package has to be there, with the program that the others call.
+                // Building it all once more takes minutes: the package has to be there, with the program that the
+                // others call.
                 let manifest = Path::new(env!("CARGO_MANIFEST_DIR")).join("..").join(folder).join("Cargo.toml");
                 assert!(std::fs::read_to_string(manifest).unwrap().contains("[[bin]]\nname = \"qevm\""), "{line}");
             }

@@ -79,7 +79,8 @@ fn what_does_not_fit_ends_in_a_named_error() {
     for (options, channels, word) in cases {
         let dir = tempfile::tempdir().unwrap();
         let mut options = options.to_vec();
-        // One of them waits for the time-out, which begins when the last has come; a busy machine must not let it come before.
+        // One of them waits for the time-out, which begins when the last has come; a busy machine must not let it come
+        // before.
         options.extend(["--timeout", if word.starts_with("of 3") { "4" } else { "300" }]);
         let receiver = receive(&dir, &options);
         let mut sockets = vec![say(&dir, &sources.main)];
@@ -256,8 +257,8 @@ fn a_destination_that_stands_still_is_given_up() {
     }
 }
 
-/// A destination that is not there is known before a large file is read, and one that is does not take a source that reads for
-/// a stranger.
+/// A destination that is not there is known before a large file is read, and one that is does not take a source that
+/// reads for a stranger.
 #[test]
 fn a_source_connects_and_says_what_it_is_before_it_reads() {
     let dir = tempfile::tempdir().unwrap();

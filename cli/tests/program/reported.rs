@@ -1,4 +1,5 @@
-//! What people report of real files: each is read as QEMU reads it. See `streams/reported/README.md` for where the values come from.
+//! What people report of real files: each is read as QEMU reads it. See `streams/reported/README.md` for where the
+//! values come from.
 
 use crate::sample::{Ran, file, path, qevm, qevm_reading};
 use std::os::unix::fs::FileExt;
@@ -225,7 +226,8 @@ fn a_description_that_does_not_tell_all_of_a_section_stops_nobody() {
     assert!(verified.contains("'s390_css'") && verified.contains("ok: "), "{verified}");
 }
 
-/// Where the devices are is in the names of their sections; the rest are QEMU's defaults, and what the command line says.
+/// Where the devices are is in the names of their sections; the rest are QEMU's defaults, and what the command line
+/// says.
 #[test]
 fn virtio_devices_of_s390x_are_not_taken_for_pci_devices() {
     let dir = TempDir::new().unwrap();
@@ -260,8 +262,8 @@ fn target_pages_have_the_size_that_the_description_tells() {
     }
 }
 
-/// `spapr/htab` and `s390-storage_attributes`, which no description tells, are what the guest made of them; they can be given
-/// back to it in every form.
+/// `spapr/htab` and `s390-storage_attributes`, which no description tells, are what the guest made of them; they can be
+/// given back to it in every form.
 #[test]
 fn iterable_sections_of_other_targets_are_read_and_rewritten() {
     let dir = TempDir::new().unwrap();

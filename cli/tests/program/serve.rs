@@ -1,5 +1,5 @@
-//! `qevm serve`: what clients get, and what those cost that want something else. The client here is written from the protocol's
-//! specification; QEMU's own are in conformance.
+//! `qevm serve`: what clients get, and what those cost that want something else. The client here is written from the
+//! protocol's specification; QEMU's own are in conformance.
 
 use crate::sample::{Background, file, path, qevm, stream};
 use serde_json::Value;

@@ -18,8 +18,8 @@ fn snapshots_are_read_whatever_their_names_are_long() {
     assert!(good(&dir, "verify FILE", &extended).contains("nothing opaque"));
 }
 
-/// A qcow2 image whose snapshots have these names, of which every second is of the disk alone: `two7.qcow2` with another table,
-/// as QEMU writes it: entries at multiples of eight bytes, nothing after the last.
+/// A qcow2 image whose snapshots have these names, of which every second is of the disk alone: `two7.qcow2` with
+/// another table, as QEMU writes it: entries at multiples of eight bytes, nothing after the last.
 fn image_with_snapshots(names: &[String]) -> Vec<u8> {
     let mut image = reported("two7.qcow2");
     let word = |image: &[u8], at: usize| u64::from_be_bytes(image[at..at + 8].try_into().unwrap());

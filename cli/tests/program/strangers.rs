@@ -1,5 +1,5 @@
-//! `qevm receive` among connections that are no migration: they are named and dropped, cost next to nothing, and neither
-//! delay a migration nor end it.
+//! `qevm receive` among connections that are no migration: they are named and dropped, cost next to nothing, and
+//! neither delay a migration nor end it.
 
 use crate::receive::{LIMIT, receive, say, sources};
 use crate::sample::{Background, Ran, qevm, stream};

@@ -1,5 +1,5 @@
-//! Migrations with VFIO devices, recorded from QEMU (savevm/tests/data/vfio): the configuration is named to the register, and the
-//! devices' own data are counted wherever they come.
+//! Migrations with VFIO devices, recorded from QEMU (savevm/tests/data/vfio): the configuration is named to the
+//! register, and the devices' own data are counted wherever they come.
 
 use crate::sample::{Ran, file, qevm};
 use serde_json::Value;

@@ -8,7 +8,8 @@ use std::borrow::Cow;
 use std::fmt;
 use std::sync::Arc;
 
-/// Bytes of the longest start that is looked at: the first record of a preempt channel, with the longest name of a block.
+/// Bytes of the longest start that is looked at: the first record of a preempt channel, with the longest name of a
+/// block.
 pub(super) const MAX_FIRST: usize = 8 + 1 + 255;
 /// Bytes of magic and version. A main channel is known by them and one byte more.
 const MAIN_LEN: usize = 8;

@@ -1,9 +1,9 @@
 //! What all connections of one migration know together: whether everything that the source sent has arrived.
 //!
 //! The destination's last word, SHUT 0, makes the source give up its guest. It may only be said when every page channel
-//! has delivered the SYNC packets that the main channel announced, which a [`SyncBarrier`] knows, and no packet number is
-//! missing, which would be on a channel that never came. Connections that have not shown to belong to the migration do not
-//! count. What goes wrong on one connection must end the others.
+//! has delivered the SYNC packets that the main channel announced, which a [`SyncBarrier`] knows, and no packet number
+//! is missing, which would be on a channel that never came. Connections that have not shown to belong to the migration
+//! do not count. What goes wrong on one connection must end the others.
 
 use qevm_inspect::failure::Failure;
 use qevm_multifd::{ChannelSet, FlushMode, Init, Progress, SyncBarrier, SyncError, Waiting};
