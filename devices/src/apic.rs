@@ -4,7 +4,8 @@ use qevm_savevm::vmstate::VmState;
 
 /// The local APIC, section `apic` version 3; the instance is the vCPU's initial APIC id.
 ///
-/// QEMU's `apic` and `kvm-apic` devices share it. The 32-bit id of x2APIC mode is not stored. (`docs/format/microvm-devices.md`, apic)
+/// QEMU's `apic` and `kvm-apic` devices share it. The 32-bit id of x2APIC mode is not stored.
+/// (`docs/format/microvm-devices.md`, apic)
 #[derive(VmState, Debug, Clone, Default, PartialEq, Eq)]
 #[vmstate(name = "apic", version = 3)]
 pub struct Apic {

@@ -2,7 +2,8 @@
 
 use qevm_savevm::vmstate::VmState;
 
-/// One vCPU, section `cpu_common` version 1; the instance is the cpu_index. (`docs/format/microvm-devices.md`, cpu_common)
+/// One vCPU, section `cpu_common` version 1; the instance is the cpu_index. (`docs/format/microvm-devices.md`,
+/// cpu_common)
 #[derive(VmState, Debug, Clone, Default, PartialEq, Eq)]
 #[vmstate(name = "cpu_common", version = 1)]
 pub struct CpuCommon {

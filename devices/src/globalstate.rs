@@ -6,7 +6,8 @@ use qevm_savevm::vmstate::{Context, Unused, VarBuffer, VmState, VmStateError};
 const RUNSTATE_LEN_BEFORE_8_2: usize = 100;
 const RUNSTATE_LEN: usize = 32;
 
-/// The run state, section `globalstate` version 1: 104 bytes in all releases, in two layouts. (`docs/format/microvm-devices.md`, globalstate)
+/// The run state, section `globalstate` version 1: 104 bytes in all releases, in two layouts.
+/// (`docs/format/microvm-devices.md`, globalstate)
 ///
 /// ```
 /// use qevm_devices::globalstate::GlobalState;

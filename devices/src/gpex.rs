@@ -6,8 +6,8 @@ use qevm_savevm::vmstate::{Context, VmState, VmStateError};
 /// Interrupt lines of a bus: INTA to INTD.
 const LINES: usize = 4;
 
-/// Section `0000:00:00.0/gpex_root` version 1: the host bridge as a device on its own bus, which is a PCI device with 256 bytes of
-/// configuration space.
+/// Section `0000:00:00.0/gpex_root` version 1: the host bridge as a device on its own bus, which is a PCI device with
+/// 256 bytes of configuration space.
 #[derive(VmState, Debug, Clone, Default, PartialEq, Eq)]
 #[vmstate(name = "gpex_root", version = 1)]
 pub struct GpexRoot {

@@ -2,7 +2,8 @@
 
 use qevm_savevm::vmstate::VmState;
 
-/// One 8259, section `i8259` version 1: instance 0 is the master, 1 the slave. (`docs/format/microvm-devices.md`, i8259)
+/// One 8259, section `i8259` version 1: instance 0 is the master, 1 the slave. (`docs/format/microvm-devices.md`,
+/// i8259)
 #[derive(VmState, Debug, Clone, Default, PartialEq, Eq)]
 #[vmstate(name = "i8259", version = 1)]
 pub struct I8259 {

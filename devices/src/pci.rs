@@ -2,8 +2,8 @@
 //!
 //! The wire does not say whether a device is PCI Express nor how many MSI-X vectors it has: those are
 //! [`PciFacts`](qevm_savevm::vmstate::PciFacts) of the [`Context`], which a destination knows and
-//! [`PciFacts::from_payload`](qevm_savevm::vmstate::PciFacts::from_payload) recovers from the configuration space in the
-//! state itself.
+//! [`PciFacts::from_payload`](qevm_savevm::vmstate::PciFacts::from_payload) recovers from the configuration space in
+//! the state itself.
 
 use qevm_savevm::Error;
 use qevm_savevm::vmstate::{

@@ -153,8 +153,8 @@ sections! {
     GlobalState(globalstate::GlobalState),
 }
 
-/// The VMSD's name in an `idstr`: what follows the path of a device on virtio-mmio, or that of the host bridge. Devices on other
-/// buses have other layouts under the same names, so that their `idstr` names nothing here.
+/// The VMSD's name in an `idstr`: what follows the path of a device on virtio-mmio, or that of the host bridge. Devices
+/// on other buses have other layouts under the same names, so that their `idstr` names nothing here.
 fn vmsd_name(idstr: &str) -> &str {
     match idstr.split_once('/') {
         Some((path, name)) if path.starts_with("virtio-mmio@") && name.starts_with("virtio-") => name,

@@ -60,8 +60,8 @@ fn wire(schema: &Description, noise: &mut Noise, out: &mut Vec<u8>) {
     }
 }
 
-/// The sections whose schema is fixed: all but virtio's, `globalstate` whose layout depends on the release, and those with a
-/// configuration space, whose length depends on the device, and with numbers that must have one value.
+/// The sections whose schema is fixed: all but virtio's, `globalstate` whose layout depends on the release, and those
+/// with a configuration space, whose length depends on the device, and with numbers that must have one value.
 fn fixed_sections(ctx: &Context) -> Vec<Description> {
     let fixed =
         |d: &Description| !d.name.starts_with("virtio-") && !["globalstate", "gpex_root", "PCIBUS"].contains(&&*d.name);

@@ -1,9 +1,9 @@
 //! Sections of virtio devices on virtio-mmio: `<path>/virtio-blk`, `virtio-net`, `virtio-rng`, `virtio-console`.
 //!
-//! To QEMU's descriptions such a section is one opaque field `virtio`. Inside it are, in this order: the transport's and
-//! the device's common registers and the queues ([`Virtio`]), the device's own part ([`block`], [`net`], [`console`];
-//! rng has none), and the subsections of the VMSD `virtio` ([`subsections`]). Requests in flight are [`element`]s.
-//! (`docs/format/device-state.md`, virtio)
+//! To QEMU's descriptions such a section is one opaque field `virtio`. Inside it are, in this order: the transport's
+//! and the device's common registers and the queues ([`Virtio`]), the device's own part ([`block`], [`net`],
+//! [`console`]; rng has none), and the subsections of the VMSD `virtio` ([`subsections`]). Requests in flight are
+//! [`element`]s. (`docs/format/device-state.md`, virtio)
 
 pub mod block;
 pub mod console;
