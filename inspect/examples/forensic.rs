@@ -1,4 +1,5 @@
-//! What is in a saved guest, and its memory for gdb and crash: `cargo run -p qevm-inspect --example forensic -- FILE CORE`.
+//! What is in a saved guest, and its memory for gdb and crash: `cargo run -p qevm-inspect --example forensic -- FILE
+//! CORE`.
 
 use qevm_inspect::{Migration, failure::Error};
 use std::{env, path::Path, process};

@@ -13,11 +13,11 @@ use std::sync::atomic::{AtomicU64, Ordering};
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Bounds {
-    /// Bytes that may go into temporary files (in `TMPDIR`): page contents, where they are needed, and the rest of a stream
-    /// that comes through a pipe.
+    /// Bytes that may go into temporary files (in `TMPDIR`): page contents, where they are needed, and the rest of a
+    /// stream that comes through a pipe.
     pub max_spool: u64,
-    /// Bytes of guest memory above which a guest is refused where every byte has to be produced, whether it came or not:
-    /// extracted memory, a SHA-256, a guest that is written again.
+    /// Bytes of guest memory above which a guest is refused where every byte has to be produced, whether it came or
+    /// not: extracted memory, a SHA-256, a guest that is written again.
     pub max_ram: u64,
 }
 

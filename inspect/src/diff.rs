@@ -73,7 +73,8 @@ pub struct Devices {
 }
 
 impl Devices {
-    /// Memory for fields beyond twice the stream's length. Real guests take far less: their memory is in the stream, too.
+    /// Memory for fields beyond twice the stream's length. Real guests take far less: their memory is in the stream,
+    /// too.
     const ROOM: u64 = 12 << 20;
 }
 

@@ -42,9 +42,9 @@ impl Failure {
         }
     }
 
-    /// `file` could not be read (or a temporary file not written) at `offset`. If that is because a bound of the command
-    /// was reached, the failure is of kind `limit`; if what the file is wrapped in is damaged, of kind `malformed`, or
-    /// `truncated`.
+    /// `file` could not be read (or a temporary file not written) at `offset`. If that is because a bound of the
+    /// command was reached, the failure is of kind `limit`; if what the file is wrapped in is damaged, of kind
+    /// `malformed`, or `truncated`.
     pub fn io(file: &str, offset: u64, error: &io::Error) -> Self {
         if let Some(exceeded) = error.get_ref().and_then(|inner| inner.downcast_ref::<Exceeded>()) {
             return Self::exceeded(file, offset, "", exceeded.clone());
@@ -89,8 +89,8 @@ impl std::error::Error for Failure {}
 pub enum Error {
     /// An input is bad, or could not be read; an output could not be written.
     Bad(Failure),
-    /// What was asked for cannot be had, in words: a file that cannot be opened, a snapshot that the image does not have, a guest
-    /// whose memory map is not known.
+    /// What was asked for cannot be had, in words: a file that cannot be opened, a snapshot that the image does not
+    /// have, a guest whose memory map is not known.
     Usage(String),
 }
 

@@ -1,9 +1,9 @@
 //! Saved QEMU guests, for forensic and management tools: opening them whatever container they are in, walking through
-//! everything that is in them, extracting memory and device state, writing them again in another form, checking whether a
-//! destination will load them.
+//! everything that is in them, extracting memory and device state, writing them again in another form, checking whether
+//! a destination will load them.
 //!
-//! The codecs of [`qevm_savevm`], [`qevm_multifd`] and [`qevm_returnpath`] do no I/O; this crate reads files for them. What grows with the
-//! guest goes to unlinked temporary files, so that a guest of any size is read in little memory.
+//! The codecs of [`qevm_savevm`], [`qevm_multifd`] and [`qevm_returnpath`] do no I/O; this crate reads files for them.
+//! What grows with the guest goes to unlinked temporary files, so that a guest of any size is read in little memory.
 //!
 //! Most tools need [`Migration`] alone:
 //!
@@ -38,10 +38,10 @@
 //!
 //! # Promises
 //!
-//! - For n bytes of input after decompression, everything takes at most 64 MiB + 8 n bytes of memory and work in proportion to n; what
-//!   cannot follow n has [`Bounds`](bounds::Bounds).
-//! - No input makes it panic or hang. A bad one is a [`Failure`](failure::Failure) with file, byte, path, found and expected.
-//!   Where an option of the program `qevm` helps, the message names it.
+//! - For n bytes of input after decompression, everything takes at most 64 MiB + 8 n bytes of memory and work in
+//!   proportion to n; what cannot follow n has [`Bounds`](bounds::Bounds).
+//! - No input makes it panic or hang. A bad one is a [`Failure`](failure::Failure) with file, byte, path, found and
+//!   expected. Where an option of the program `qevm` helps, the message names it.
 #![forbid(unsafe_code)]
 
 pub mod aside;

@@ -32,7 +32,8 @@ impl Migration {
     /// Reads a file, whatever container its stream is in, within the default [`Bounds`].
     ///
     /// # Errors
-    /// [`Error::Usage`] if the file cannot be opened or holds no stream that could be meant, [`Error::Bad`] if the stream is bad.
+    /// [`Error::Usage`] if the file cannot be opened or holds no stream that could be meant, [`Error::Bad`] if the
+    /// stream is bad.
     pub fn open(path: &Path) -> Result<Self, Error> {
         Self::read(&mut Inputs::of_file(path)?, &Bounds::default(), &mut |_| ())
     }
@@ -40,7 +41,8 @@ impl Migration {
     /// Reads a migration that may be in several files, and tells `position` how far the main channel was read.
     ///
     /// # Errors
-    /// [`Error::Bad`] if the migration is bad or incomplete, or takes more than the `bounds`; [`Error::Usage`] if it has no memory.
+    /// [`Error::Bad`] if the migration is bad or incomplete, or takes more than the `bounds`; [`Error::Usage`] if it
+    /// has no memory.
     pub fn read(inputs: &mut Inputs, bounds: &Bounds, position: &mut dyn FnMut(u64)) -> Result<Self, Error> {
         let settings = Settings {
             keep: Keep::Image,
@@ -97,11 +99,13 @@ impl Migration {
         PhysicalMemory::find(&self.machine(), &self.ram, &self.guest, &tables, &[])
     }
 
-    /// Writes guest-physical memory and CPU registers to a new ELF core file, for gdb and crash, and returns its length.
+    /// Writes guest-physical memory and CPU registers to a new ELF core file, for gdb and crash, and returns its
+    /// length.
     ///
     /// # Errors
     /// As [`physical_memory`](Self::physical_memory); [`Error::Usage`] if the guest's target has no cores here
-    /// ([`PhysicalMemory::require_core`]) or something is called `path` already, [`Error::Bad`] of kind `io` if the file cannot be written.
+    /// ([`PhysicalMemory::require_core`]) or something is called `path` already, [`Error::Bad`] of kind `io` if the
+    /// file cannot be written.
     pub fn write_elf(&mut self, path: &Path) -> Result<u64, Error> {
         let physical = self.physical_memory()?;
         physical.require_core(&self.machine(), &self.ram, &self.guest)?;
@@ -119,7 +123,8 @@ impl Migration {
     /// Writes all device sections, down to each field, to a new JSON file, and returns its length.
     ///
     /// # Errors
-    /// [`Error::Usage`] if something is called `path` already, [`Error::Bad`] of kind `io` if the file cannot be written.
+    /// [`Error::Usage`] if something is called `path` already, [`Error::Bad`] of kind `io` if the file cannot be
+    /// written.
     pub fn write_devices(&mut self, path: &Path) -> Result<u64, Error> {
         let output = OutputFile::create(path, false)?;
         match &mut self.guest.devices {

@@ -1,4 +1,5 @@
-//! Files that a command writes. They hold guest memory and device state, that is passwords, keys and other people's data.
+//! Files that a command writes. They hold guest memory and device state, that is passwords, keys and other people's
+//! data.
 //!
 //! An [`OutputFile`] can be read and written by its owner alone, whatever the umask is. It has no name until it is
 //! whole: a command that fails, or is killed, leaves nothing behind. It never goes through a symbolic link, and takes

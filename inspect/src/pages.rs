@@ -1,11 +1,12 @@
 //! Guest memory of an image, page by page in any order, without reading the rest.
 //!
-//! Whatever [`open`](crate::open) opens can be read like this. One pass over the image finds where its pages are; their contents
-//! are read when they are asked for, from where they lie in the file, by any number of threads. The index costs 8 to 16 bytes for a page, and
-//! next to nothing for pages in a row and pages of zeroes. Of a mapped-ram file only the stream and the bitmaps are read.
+//! Whatever [`open`](crate::open) opens can be read like this. One pass over the image finds where its pages are; their
+//! contents are read when they are asked for, from where they lie in the file, by any number of threads. The index
+//! costs 8 to 16 bytes for a page, and next to nothing for pages in a row and pages of zeroes. Of a mapped-ram file
+//! only the stream and the bitmaps are read.
 //!
-//! Contents that do not lie in a file as they are go to a temporary file in that pass: all of a compressed image or of one that comes
-//! through a pipe, and pages that are compressed or were sent as differences (XBZRLE).
+//! Contents that do not lie in a file as they are go to a temporary file in that pass: all of a compressed image or of
+//! one that comes through a pipe, and pages that are compressed or were sent as differences (XBZRLE).
 
 use crate::bounds::Spool;
 use crate::failure::{Error, Failure};
@@ -49,11 +50,12 @@ impl Observer for Position<'_> {
 }
 
 impl Pages {
-    /// Finds the pages of a migration, and tells `position` how far it is. What goes to a temporary file comes out of `spool`.
+    /// Finds the pages of a migration, and tells `position` how far it is. What goes to a temporary file comes out of
+    /// `spool`.
     ///
     /// # Errors
-    /// [`Error::Bad`] if the migration is bad or incomplete, and of kind `limit` if `spool` has not enough room; [`Error::Usage`] if it
-    /// has no memory.
+    /// [`Error::Bad`] if the migration is bad or incomplete, and of kind `limit` if `spool` has not enough room;
+    /// [`Error::Usage`] if it has no memory.
     pub fn index(inputs: &mut Inputs, spool: Spool, position: &mut dyn FnMut(u64)) -> Result<Pages, Error> {
         let settings = Settings {
             keep: Keep::Places,
@@ -89,13 +91,14 @@ impl Pages {
         self.stored.page_size()
     }
 
-    /// Reads pages of a block, which has its number in [`blocks`](Self::blocks), from byte `offset` on into all of `into`. Pages that the
-    /// image does not have are zero.
+    /// Reads pages of a block, which has its number in [`blocks`](Self::blocks), from byte `offset` on into all of
+    /// `into`. Pages that the image does not have are zero.
     ///
     /// # Errors
-    /// A [`Failure`] with byte and path: of kind `truncated` if the image was cut meanwhile, `malformed` if it was changed since it was
-    /// indexed or its container is damaged, `io` if it cannot be read; of kind `misuse` if there is no such block or no such page in it,
-    /// or if offset and length are not whole pages. What is in `into` then means nothing.
+    /// A [`Failure`] with byte and path: of kind `truncated` if the image was cut meanwhile, `malformed` if it was
+    /// changed since it was indexed or its container is damaged, `io` if it cannot be read; of kind `misuse` if there
+    /// is no such block or no such page in it, or if offset and length are not whole pages. What is in `into` then
+    /// means nothing.
     pub fn read(&self, block: usize, offset: u64, into: &mut [u8]) -> Result<(), Failure> {
         let (size, len) = (self.page_size(), into.len() as u64);
         let fits = self.blocks.get(block).is_some_and(|block| offset <= block.len && len <= block.len - offset);

@@ -9,8 +9,8 @@ pub trait ReadAt: Send + Sync {
     /// Reads some of the bytes from `offset` on into `buffer`, and says how many; 0 only at the end.
     ///
     /// # Errors
-    /// What the operating system says; [`io::ErrorKind::InvalidData`] and [`io::ErrorKind::UnexpectedEof`] of what the bytes are
-    /// gathered from.
+    /// What the operating system says; [`io::ErrorKind::InvalidData`] and [`io::ErrorKind::UnexpectedEof`] of what the
+    /// bytes are gathered from.
     fn read_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<usize>;
 
     /// How many bytes from `offset` on are a hole, which reads as zeroes. 0 if it is not known.

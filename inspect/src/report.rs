@@ -60,7 +60,8 @@ pub struct RamReport {
     pub pages: u64,
     /// Those that are all zeroes in the end.
     pub zero_pages: u64,
-    /// Name (`crc32`, `sha256`) and value of the digest over the used length; `None` if page contents were skipped or not given.
+    /// Name (`crc32`, `sha256`) and value of the digest over the used length; `None` if page contents were skipped or
+    /// not given.
     pub digest: Option<(&'static str, String)>,
 }
 

@@ -184,8 +184,8 @@ impl Source {
     /// in. Offsets stay as they are; earlier places than the present one are gone.
     ///
     /// # Errors
-    /// An [`Exceeded`] if that is more than `most` bytes, or more than `room` has left; others if a file cannot be read or
-    /// written.
+    /// An [`Exceeded`] if that is more than `most` bytes, or more than `room` has left; others if a file cannot be read
+    /// or written.
     pub fn spool(&mut self, room: &Spool, most: u64) -> io::Result<()> {
         let Input::Stream(input) = &mut self.input else {
             return Ok(());
@@ -244,7 +244,8 @@ impl Source {
         }
     }
 
-    /// What is read, for others to read in any order, and the offset of its first byte. `None` if it can be read only once.
+    /// What is read, for others to read in any order, and the offset of its first byte. `None` if it can be read only
+    /// once.
     pub fn shared(&self) -> Option<(&Arc<dyn ReadAt>, u64)> {
         match &self.input {
             Input::Placed(input) => Some((input, self.base)),

@@ -39,8 +39,8 @@ pub struct Destination {
 pub struct Judged {
     /// The difference.
     pub finding: Finding,
-    /// A line to look for in the destination's log, in QEMU 7.2's words; newer releases put the same into one line with what
-    /// it is inside of.
+    /// A line to look for in the destination's log, in QEMU 7.2's words; newer releases put the same into one line with
+    /// what it is inside of.
     pub qemu_says: Option<String>,
 }
 
@@ -121,8 +121,8 @@ enum Kind {
 }
 
 impl Against {
-    /// Opens the file: a schema if it starts like the output of `-dump-vmstate`, a stream otherwise. `snapshot`: which one, if it is a
-    /// qcow2 image.
+    /// Opens the file: a schema if it starts like the output of `-dump-vmstate`, a stream otherwise. `snapshot`: which
+    /// one, if it is a qcow2 image.
     ///
     /// # Errors
     /// [`Error::Usage`] if the file cannot be read, or is neither.

@@ -1,9 +1,9 @@
 //! PCI configuration space: what of it a destination cannot take over, because it is not for a guest to change.
 //!
 //! A destination compares the read-only bytes of the configuration space that comes with those of its own device, and
-//! refuses the stream where they differ. Compared here are those that the PCI specifications make read-only and that say
-//! what the device is: IDs, class, header type, the list of capabilities, and of each capability the registers that tell
-//! what the device can do.
+//! refuses the stream where they differ. Compared here are those that the PCI specifications make read-only and that
+//! say what the device is: IDs, class, header type, the list of capabilities, and of each capability the registers that
+//! tell what the device can do.
 
 use qevm_savevm::check::{Finding, Outcome, Subject};
 use qevm_savevm::framing::SectionHeader;
@@ -28,8 +28,8 @@ const VIRTIO_PCI_CFG: u8 = 5;
 /// The read-only bits of a capability: pairs of an offset from its start and a mask.
 type Masks = &'static [(usize, &'static [u8])];
 
-/// Of the capabilities in the first 256 bytes, by ID (PCI Local Bus Specification 3.0, sections 6.7, 6.8 and appendix H; PCI
-/// Express Base Specification 3.0, section 7.8; PCI-to-PCI Bridge and AF specifications).
+/// Of the capabilities in the first 256 bytes, by ID (PCI Local Bus Specification 3.0, sections 6.7, 6.8 and appendix
+/// H; PCI Express Base Specification 3.0, section 7.8; PCI-to-PCI Bridge and AF specifications).
 fn registers(id: u8) -> Masks {
     match id {
         // Power management: what it can do.
@@ -40,8 +40,8 @@ fn registers(id: u8) -> Masks {
         0x05 => &[(2, &[0x8e, 0x01])],
         // Subsystem of a bridge.
         0x0d => &[(4, &[0xff; 4])],
-        // PCI Express: kind of port, and the capabilities of device, link, slot and root; then the second ones of device and
-        // link.
+        // PCI Express: kind of port, and the capabilities of device, link, slot and root; then the second ones of
+        // device and link.
         0x10 => &[
             (2, &[0xff; 2]),
             (4, &[0xff; 4]),
@@ -236,7 +236,8 @@ mod tests {
 
     #[test]
     fn registers_of_capabilities_are_compared() {
-        // Number of the slot, width of the link, FLR, a vendor's bytes, masks per vector, serial number, the end of a list.
+        // Number of the slot, width of the link, FLR, a vendor's bytes, masks per vector, serial number, the end of a
+        // list.
         for (at, bits) in
             [(0x6a, 0x18), (0x60, 0x10), (0x5b, 0x10), (0x86, 1), (0x93, 1), (0x154, 1), (0x15b, 1), (0x153, 0x10)]
         {

@@ -78,10 +78,10 @@ impl Devices {
 
     /// Writes all sections as one object, a line for each field.
     ///
-    /// A section has `idstr`, `instance_id`, `version_id`, `offset` (of its content), `size`, and `fields`; or, if nothing
-    /// is known of it, `opaque` with its bytes in hexadecimal. A field has `name`, `type`, `offset`, `size` and one of
-    /// `value` (see [`write_value`]), `opaque` (bytes whose layout is not known) and
-    /// `fields` (a structure, subsection or list).
+    /// A section has `idstr`, `instance_id`, `version_id`, `offset` (of its content), `size`, and `fields`; or, if
+    /// nothing is known of it, `opaque` with its bytes in hexadecimal. A field has `name`, `type`, `offset`, `size` and
+    /// one of `value` (see [`write_value`]), `opaque` (bytes whose layout is not known) and `fields` (a structure,
+    /// subsection or list).
     ///
     /// # Errors
     /// What the operating system says, of `out` or of a temporary file.

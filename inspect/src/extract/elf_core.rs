@@ -2,13 +2,15 @@
 //!
 //! The shape is that of QMP `dump-guest-memory` without paging (checked against QEMU 10.0): one `PT_NOTE` with a
 //! `CORE`/`NT_PRSTATUS` and a `QEMU` note for each CPU, then one `PT_LOAD` for each stretch of memory, its virtual
-//! address equal to its physical one. `crash` takes control registers and the kernel's relocation from the `QEMU` notes.
+//! address equal to its physical one. `crash` takes control registers and the kernel's relocation from the `QEMU`
+//! notes.
 //!
-//! A guest whose first CPU is not in long mode is an i386 one: the machine of the file and the `NT_PRSTATUS` notes are i386's, in a
-//! 64-bit ELF file all the same, as its memory reaches up to 4 GiB (checked against QEMU 7.2 and 11.1, of both programs).
+//! A guest whose first CPU is not in long mode is an i386 one: the machine of the file and the `NT_PRSTATUS` notes are
+//! i386's, in a 64-bit ELF file all the same, as its memory reaches up to 4 GiB (checked against QEMU 7.2 and 11.1, of
+//! both programs).
 //!
-//! Guests of other targets have the machine, the byte order, the word size and the notes that the kernel gives a core of their
-//! processors, and no `QEMU` note (checked against QEMU 7.2 to 11.1).
+//! Guests of other targets have the machine, the byte order, the word size and the notes that the kernel gives a core
+//! of their processors, and no `QEMU` note (checked against QEMU 7.2 to 11.1).
 
 /// One stretch of memory in the core file. Guest-physical address and length in bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -166,8 +168,8 @@ pub fn core_header(cpus: &[Registers], loads: &[Load]) -> CoreHeader {
     core_header_of(Format { machine, ..Format::X86_64 }, &statuses.chain(states).collect::<Vec<_>>(), loads)
 }
 
-/// Lays out a core file of any target with these notes and these stretches of memory. A narrow one has the low 32 bits of
-/// addresses and lengths.
+/// Lays out a core file of any target with these notes and these stretches of memory. A narrow one has the low 32 bits
+/// of addresses and lengths.
 pub fn core_header_of(format: Format, notes: &[Note], loads: &[Load]) -> CoreHeader {
     let mut written = Vec::new();
     notes.iter().for_each(|note| write_note(format, &mut written, note));
@@ -311,8 +313,8 @@ mod tests {
         assert_eq!(note[segments + 24 * 10..][..8], 0x11u64.to_le_bytes());
     }
 
-    /// What is not zero in the `NT_PRSTATUS` notes that `dump-guest-memory` of QEMU 7.2 and 11.1 writes of a guest at its reset vector,
-    /// `qemu-system-i386` and `qemu-system-x86_64` alike.
+    /// What is not zero in the `NT_PRSTATUS` notes that `dump-guest-memory` of QEMU 7.2 and 11.1 writes of a guest at
+    /// its reset vector, `qemu-system-i386` and `qemu-system-x86_64` alike.
     #[test]
     fn a_guest_that_is_not_in_long_mode_is_an_i386_one() {
         let mut cpu = Registers { rip: 0xfff0, rflags: 2, ..Registers::default() };

@@ -31,7 +31,8 @@ pub struct Guest {
     pub devices: Option<Devices>,
     /// Sections that were there but could not be read, with the reason.
     pub unread: Vec<String>,
-    /// CPUs of other targets than x86 of which no core can tell, with the reason: the field that is not there, for example.
+    /// CPUs of other targets than x86 of which no core can tell, with the reason: the field that is not there, for
+    /// example.
     pub other_unread: Vec<String>,
 }
 
@@ -72,7 +73,8 @@ impl fmt::Debug for GuestObserver<'_> {
 }
 
 impl<'p> GuestObserver<'p> {
-    /// Nothing found yet; tells `position` how far the main channel was read. `devices`: where all device sections are to be kept.
+    /// Nothing found yet; tells `position` how far the main channel was read. `devices`: where all device sections are
+    /// to be kept.
     pub fn new(position: &'p mut dyn FnMut(u64), devices: Option<Devices>) -> Self {
         let guest = Guest { devices, ..Guest::default() };
         GuestObserver { guest, cpus: Vec::new(), position }
@@ -106,7 +108,8 @@ impl Observer for GuestObserver<'_> {
     }
 
     fn fields(&mut self, header: &SectionHeader, fields: &Node) {
-        // qemu-system-i386 writes registers of 32 bits, and other targets other registers, which only the description shows.
+        // qemu-system-i386 writes registers of 32 bits, and other targets other registers, which only the description
+        // shows.
         if header.idstr == cpu::Cpu::NAME
             && let Some((number, (_, cpu))) =
                 (1..).zip(&mut self.cpus).find(|(_, (instance, _))| *instance == header.instance_id)

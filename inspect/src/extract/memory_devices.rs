@@ -1,8 +1,9 @@
 //! DIMMs, NVDIMMs and virtio-mem: where they lie in guest-physical memory.
 //!
-//! The section of a virtio-mem device has its address. The ACPI tables that QEMU gives to the firmware, a RAM block of the stream, tell
-//! where memory devices may lie and where NVDIMMs do. The places of DIMMs are in no stream: QEMU puts each, in the order in which
-//! they were made, at the first place that is free and large enough, unless `addr=` says another.
+//! The section of a virtio-mem device has its address. The ACPI tables that QEMU gives to the firmware, a RAM block of
+//! the stream, tell where memory devices may lie and where NVDIMMs do. The places of DIMMs are in no stream: QEMU puts
+//! each, in the order in which they were made, at the first place that is free and large enough, unless `addr=` says
+//! another.
 
 use super::piece::Piece;
 use crate::failure::printable;
@@ -22,7 +23,8 @@ const ALIGNMENT: u64 = 2 << 20;
 /// What the device sections tell of memory devices.
 #[derive(Debug, Clone, Default)]
 pub struct MemoryDevices {
-    /// Of each virtio-mem device, what the names of its section and of its RAM block start with, and its address and length.
+    /// Of each virtio-mem device, what the names of its section and of its RAM block start with, and its address and
+    /// length.
     virtio: Vec<(String, u64, u64)>,
     /// How many slots have a DIMM.
     dimms: usize,
@@ -47,8 +49,8 @@ impl MemoryDevices {
         }
     }
 
-    /// Places the memory devices among the RAM blocks `left`, which no piece of memory has so far. `above_4g`: where the main memory
-    /// ends. Gives remarks on what was assumed.
+    /// Places the memory devices among the RAM blocks `left`, which no piece of memory has so far. `above_4g`: where
+    /// the main memory ends. Gives remarks on what was assumed.
     pub(super) fn place(
         &self,
         ram: &GuestRam,
@@ -98,8 +100,8 @@ impl MemoryDevices {
     }
 }
 
-/// The order in which the blocks were made: equally long ones come in it; of others only names tell that have a number at their
-/// end and are alike before it.
+/// The order in which the blocks were made: equally long ones come in it; of others only names tell that have a number
+/// at their end and are alike before it.
 fn order(ram: &GuestRam, blocks: &[usize]) -> Option<Vec<usize>> {
     let block = |index: usize| &ram.blocks()[index];
     if blocks.iter().all(|&index| block(index).used_length == block(blocks[0]).used_length) {

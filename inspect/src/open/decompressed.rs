@@ -1,5 +1,5 @@
-//! Compressed inputs: members one after the other, what follows the last of them, and whose fault it is when one cannot be read
-//! on.
+//! Compressed inputs: members one after the other, what follows the last of them, and whose fault it is when one cannot
+//! be read on.
 
 use crate::bounds::Exceeded;
 use qevm_savevm::container::Compression;
@@ -18,12 +18,12 @@ pub(super) type Trailing = Rc<Cell<bool>>;
 
 type Input = BufReader<Box<dyn Read>>;
 
-/// A decompressor whose errors say whether the compressed data is damaged (`InvalidData`), ends early (`UnexpectedEof`) or
-/// asks for too much memory ([`Exceeded`]). The decompressors have other kinds for that, each its own. What the
+/// A decompressor whose errors say whether the compressed data is damaged (`InvalidData`), ends early (`UnexpectedEof`)
+/// or asks for too much memory ([`Exceeded`]). The decompressors have other kinds for that, each its own. What the
 /// operating system says stays as it is.
 ///
-/// Compressed data may be in several members, as `cat a.gz b.gz` makes it. What follows the last member and starts none is
-/// not read: a volume is longer than what was put into it.
+/// Compressed data may be in several members, as `cat a.gz b.gz` makes it. What follows the last member and starts none
+/// is not read: a volume is longer than what was put into it.
 pub(super) struct Decompressed {
     member: Member,
     compression: Compression,
@@ -40,8 +40,8 @@ enum Member {
     Ended,
 }
 
-/// An input that knows whether its end was met. The decoder of lz4 takes an input that ends before the mark at the end of the
-/// frame for a whole one; but whoever has seen that mark does not read on.
+/// An input that knows whether its end was met. The decoder of lz4 takes an input that ends before the mark at the end
+/// of the frame for a whole one; but whoever has seen that mark does not read on.
 struct Watched {
     input: Input,
     ended: bool,
@@ -170,7 +170,8 @@ fn leading_zeroes(bytes: &[u8]) -> Option<usize> {
     (zeroes > 0).then_some(zeroes)
 }
 
-/// The bytes after a member start another one: RFC 1952, RFC 8878 (a frame, or one to be skipped), and the magics of bzip2, xz and lz4.
+/// The bytes after a member start another one: RFC 1952, RFC 8878 (a frame, or one to be skipped), and the magics of
+/// bzip2, xz and lz4.
 fn starts_member(first: &[u8], compression: Compression) -> bool {
     match compression {
         Compression::Gzip => first.starts_with(&[0x1f, 0x8b, 8]),

@@ -36,12 +36,13 @@ pub struct Opened {
     pub containers: Vec<Container>,
 }
 
-/// Opens `path` (`-` is standard input), whatever container the stream is in. `snapshot` chooses one by name or ID where
-/// a qcow2 image has several. `offset_given`: the caller knows where the stream starts, whatever the file starts with.
+/// Opens `path` (`-` is standard input), whatever container the stream is in. `snapshot` chooses one by name or ID
+/// where a qcow2 image has several. `offset_given`: the caller knows where the stream starts, whatever the file starts
+/// with.
 ///
 /// # Errors
-/// [`Error::Usage`] if the file cannot be opened or holds no stream that could be meant, [`Error::Bad`] if the container
-/// is damaged.
+/// [`Error::Usage`] if the file cannot be opened or holds no stream that could be meant, [`Error::Bad`] if the
+/// container is damaged.
 pub fn open(path: &Path, snapshot: Option<&str>, offset_given: bool) -> Result<Opened, Error> {
     if path.as_os_str() == "-" {
         return open_stdin();
@@ -145,8 +146,8 @@ fn open_save_image(name: String, mut file: File) -> Result<Opened, Error> {
     }
 }
 
-/// Reads what a save image has before the stream. An incomplete one is read all the same: how far it goes is what its owner
-/// wants to know, and the decoder will say where it ends.
+/// Reads what a save image has before the stream. An incomplete one is read all the same: how far it goes is what its
+/// owner wants to know, and the decoder will say where it ends.
 fn save_image_header(name: &str, input: &mut impl Read) -> Result<(SaveImage, Container), Error> {
     let io = |error: io::Error| Failure::io(name, 0, &error);
     let header = first_bytes(input, libvirt::HEADER_LEN).map_err(io)?;
@@ -158,7 +159,8 @@ fn save_image_header(name: &str, input: &mut impl Read) -> Result<(SaveImage, Co
     Ok((header.clone(), Container::SaveImage { header, xml: data }))
 }
 
-/// A save image whose payload only `lzop` can unpack: with the image's header before it, that takes it for nothing known.
+/// A save image whose payload only `lzop` can unpack: with the image's header before it, that takes it for nothing
+/// known.
 fn lzop_inside(name: &str, stream_offset: u64, depth: usize) -> Error {
     let unpacked = if depth > 0 { " after decompressing the file" } else { "" };
     Error::Usage(format!(

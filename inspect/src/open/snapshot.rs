@@ -41,8 +41,8 @@ pub(super) fn open(name: &str, file: File, chosen: Option<&str>) -> Result<(Sour
     Ok((Source::seekable(Arc::new(reader), len), Container::Snapshot { chosen, all: snapshots }))
 }
 
-/// `savevm` writes every byte of the state. What claims more than the file holds would be made of clusters that are not there,
-/// or of one many times, and cost more than was sent.
+/// `savevm` writes every byte of the state. What claims more than the file holds would be made of clusters that are not
+/// there, or of one many times, and cost more than was sent.
 fn more_than_held(name: &str, header: &Header, snapshot: &Snapshot, held: u64) -> Failure {
     Failure {
         file: name.to_owned(),

@@ -53,8 +53,8 @@ fn xz() -> Vec<u8> {
     child.wait_with_output().unwrap().stdout
 }
 
-/// What the program `lz4` 1.9.4 makes of [`STREAM`]: as it does by default, and with checksums of the blocks and the size of the
-/// content (`-BX --content-size`).
+/// What the program `lz4` 1.9.4 makes of [`STREAM`]: as it does by default, and with checksums of the blocks and the
+/// size of the content (`-BX --content-size`).
 const LZ4: [&[u8]; 2] = [
     b"\x04\x22M\x18d@\xa7\x12\0\0\x80QEVM\0\0\0\x03 and so on\0\0\0\0\xc9\x93\xd6\xa2",
     b"\x04\x22M\x18|@\x12\0\0\0\0\0\0\0\xce\x12\0\0\x80QEVM\0\0\0\x03 and so on\xc9\x93\xd6\xa2\0\0\0\0\xc9\x93\xd6\xa2",
@@ -197,7 +197,8 @@ fn compressed_data_that_asks_for_much_memory_is_beyond_a_limit() {
     assert!(dictionary.message.contains("`xz -dc`"), "{dictionary}");
 }
 
-/// A qcow2 image (version 3, clusters of 64 KiB, no disk) with one snapshot of this much VM state, and no cluster of it.
+/// A qcow2 image (version 3, clusters of 64 KiB, no disk) with one snapshot of this much VM state, and no cluster of
+/// it.
 fn image(vm_state_size: u64) -> Vec<u8> {
     const CLUSTER: usize = 64 << 10;
     let mut image = b"QFI\xfb\0\0\0\x03".to_vec();

@@ -12,7 +12,8 @@ use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
-/// The recorded migrations, with their further channels, and the CRC-32 that the guest's memory has, as QEMU left it in a file.
+/// The recorded migrations, with their further channels, and the CRC-32 that the guest's memory has, as QEMU left it in
+/// a file.
 const RECORDED: [(&str, &[&str], u32); 6] = [
     ("5.2-plain", &[], 0xc611_748e),
     ("7.2-return-path", &[], 0x62d8_28c8),

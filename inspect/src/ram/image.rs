@@ -8,8 +8,8 @@ use std::os::unix::fs::FileExt;
 
 /// Bytes of consecutive pages that are gathered before they are written.
 const RUN_BYTES: usize = 1 << 20;
-/// Consecutive pages that lie together in the file. A unit has a place as soon as a page of it comes, so that the file is
-/// as long as what came, however far apart in the guest's memory that is.
+/// Consecutive pages that lie together in the file. A unit has a place as soon as a page of it comes, so that the file
+/// is as long as what came, however far apart in the guest's memory that is.
 const UNIT_PAGES: u64 = 256;
 
 /// Pages by number, in a file that disappears with the process.
@@ -63,8 +63,8 @@ impl Image {
         (page / UNIT_PAGES + 1).saturating_mul(UNIT_PAGES)
     }
 
-    /// Reads the contents of the pages from number `page` on, which were written and end at [`run_end`](Self::run_end) at the
-    /// latest.
+    /// Reads the contents of the pages from number `page` on, which were written and end at [`run_end`](Self::run_end)
+    /// at the latest.
     pub(super) fn read(&mut self, page: u64, bytes: &mut [u8]) -> io::Result<()> {
         self.flush()?;
         let unit = self.units.get(&(page / UNIT_PAGES)).ok_or(io::ErrorKind::NotFound)?;

@@ -1,9 +1,9 @@
 //! Guest memory as a destination would have it: which pages came, their digests, and, where asked, their contents.
 //!
 //! [`GuestRam`] takes pages in the order in which they are applied; the last content of a page wins. It always knows
-//! state and CRC-32 of every page that came (4¼ bytes each, beyond 15 GiB of guest in a temporary file). The contents are
-//! kept only with [`Keep::Image`]: SHA-256, XBZRLE and extraction need them. Pages that never came cost nothing, however
-//! long a block says it is.
+//! state and CRC-32 of every page that came (4¼ bytes each, beyond 15 GiB of guest in a temporary file). The contents
+//! are kept only with [`Keep::Image`]: SHA-256, XBZRLE and extraction need them. Pages that never came cost nothing,
+//! however long a block says it is.
 
 mod chunk;
 mod crc;
@@ -33,8 +33,8 @@ pub enum Keep {
     Digests,
     /// The contents, too.
     Image,
-    /// Where in the files the content of each page is, and the contents of those that are not in them as they are. Nothing else is
-    /// known of the pages.
+    /// Where in the files the content of each page is, and the contents of those that are not in them as they are.
+    /// Nothing else is known of the pages.
     Places,
 }
 
@@ -169,8 +169,8 @@ impl GuestRam {
         self.set(block, offset, PageState::Data, 0, &[])
     }
 
-    /// The pages in `len` bytes from `offset` of `block` on now hold what lies at `at` of `source`, which is called `name` and can be
-    /// read in any order. For [`Keep::Places`].
+    /// The pages in `len` bytes from `offset` of `block` on now hold what lies at `at` of `source`, which is called
+    /// `name` and can be read in any order. For [`Keep::Places`].
     pub fn put_place(
         &mut self,
         block: usize,
@@ -206,7 +206,8 @@ impl GuestRam {
         }
     }
 
-    /// Reads the page at byte `offset` of `block`; needs [`Keep::Image`] or [`Keep::Places`]. Pages that never came are zeroes.
+    /// Reads the page at byte `offset` of `block`; needs [`Keep::Image`] or [`Keep::Places`]. Pages that never came are
+    /// zeroes.
     pub fn read(&mut self, block: usize, offset: u64, bytes: &mut [u8]) -> io::Result<()> {
         if let Some((stored, page)) = self.stored(block, offset)? {
             return stored.read(page, bytes);
@@ -225,8 +226,8 @@ impl GuestRam {
         }
     }
 
-    /// Calls `visit` for the pages in `len` bytes from `offset` of `block`, in order, with the offset of each stretch of
-    /// them; needs [`Keep::Image`].
+    /// Calls `visit` for the pages in `len` bytes from `offset` of `block`, in order, with the offset of each stretch
+    /// of them; needs [`Keep::Image`].
     pub fn stretches<E: From<io::Error>>(
         &mut self,
         block: usize,

@@ -22,8 +22,8 @@ pub enum PageState {
 
 /// Full chunks held in memory (16 MiB, the pages of a 15 GiB guest); the others rest in an unlinked temporary file.
 const RESIDENT_CHUNKS: usize = 240;
-/// How often a chunk may come back from the file, on average, before no more are put there: pages that come in the worst
-/// order must not cost a chunk's reading and writing each.
+/// How often a chunk may come back from the file, on average, before no more are put there: pages that come in the
+/// worst order must not cost a chunk's reading and writing each.
 const RETURNS: u64 = 4;
 
 /// CRC-32 and [`PageState`] of each page, by a page number that counts through all RAM blocks.
@@ -78,8 +78,8 @@ impl PageTable {
         Ok(before)
     }
 
-    /// Gives `count` pages from `first` on a content of zeroes ([`PageState::Zero`]) or none, and tells how many pages had
-    /// which before. Whole chunks cost one step.
+    /// Gives `count` pages from `first` on a content of zeroes ([`PageState::Zero`]) or none, and tells how many pages
+    /// had which before. Whole chunks cost one step.
     pub(super) fn fill(&mut self, first: u64, count: u64, state: PageState) -> io::Result<Tally> {
         let end = first.saturating_add(count);
         let mut before = Tally::default();

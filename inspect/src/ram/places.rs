@@ -1,4 +1,5 @@
-//! Where the content of each page lies: an index of runs, which costs what was told of pages and not how large the guest is.
+//! Where the content of each page lies: an index of runs, which costs what was told of pages and not how large the
+//! guest is.
 
 use std::collections::BTreeMap;
 

@@ -64,7 +64,8 @@ impl Stored {
         self.put(page, 1, SPOOLED, offset)
     }
 
-    /// `count` pages from number `page` on lie one after the other from `offset` of `source` on, which is called `name`.
+    /// `count` pages from number `page` on lie one after the other from `offset` of `source` on, which is called
+    /// `name`.
     pub(super) fn keep(&mut self, page: u64, count: u64, name: &str, source: &Source, offset: u64) -> io::Result<()> {
         let (input, base) = source.shared().ok_or(io::ErrorKind::Unsupported)?;
         let known = self.stores.iter().rposition(|store| Arc::ptr_eq(&store.input, input));
@@ -179,8 +180,8 @@ impl StoredPages {
         Ok(())
     }
 
-    /// What starts at page number `page` of `block`, and ends at `end` at the latest: how many pages, and whether they are anything
-    /// but zero.
+    /// What starts at page number `page` of `block`, and ends at `end` at the latest: how many pages, and whether they
+    /// are anything but zero.
     pub(crate) fn run(&self, block: usize, page: u64, end: u64) -> (u64, bool) {
         let Stretch { pages, place, .. } = self.stretch(block, page, end);
         (pages, place.is_some())

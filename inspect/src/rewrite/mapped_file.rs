@@ -48,10 +48,11 @@ enum Content {
 }
 
 impl MappedFile {
-    /// Reads a migration to its end, but for the contents of pages that can be read later; tells `position` how far it is.
+    /// Reads a migration to its end, but for the contents of pages that can be read later; tells `position` how far it
+    /// is.
     ///
-    /// What cannot be read again where it is (a stream that comes through a pipe or is compressed, and pages that are compressed or
-    /// sent as differences) goes to a temporary file, out of `spool`.
+    /// What cannot be read again where it is (a stream that comes through a pipe or is compressed, and pages that are
+    /// compressed or sent as differences) goes to a temporary file, out of `spool`.
     ///
     /// # Errors
     /// As [`SavedGuest::read`]; [`Error::Bad`] of kind `limit` if `spool` has not enough room.

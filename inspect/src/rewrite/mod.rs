@@ -2,7 +2,8 @@
 //!
 //! Whatever form a migration came in (plain, multifd, mapped-ram, XBZRLE, postcopy), reading it gives a [`SavedGuest`]:
 //! memory, device sections and description as a destination would have them. [`stream`] and [`mapped`] write that guest
-//! as a new stream; [`mapped_file`] gives parts of the latter without writing it. Device sections keep their bytes; memory is written once, each page in its last content.
+//! as a new stream; [`mapped_file`] gives parts of the latter without writing it. Device sections keep their bytes;
+//! memory is written once, each page in its last content.
 
 pub mod channels;
 mod iterables;

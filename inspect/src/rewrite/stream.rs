@@ -84,8 +84,8 @@ impl SavedGuest {
         Ok(sink.total())
     }
 
-    /// What comes between the list of RAM blocks and the end of `ram` in every form: the other iterable sections begin, and
-    /// devices that precede memory.
+    /// What comes between the list of RAM blocks and the end of `ram` in every form: the other iterable sections begin,
+    /// and devices that precede memory.
     pub(super) fn write_setup(&self, stream: &mut StreamWriter) -> Result<(), Error> {
         self.iterables.iter().try_for_each(|iterable| iterable.write_start(stream))?;
         for device in self.devices(true) {

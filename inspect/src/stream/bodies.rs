@@ -92,10 +92,10 @@ impl Bodies {
         Ok(())
     }
 
-    /// The first device section after the guest's memory is next in `source`, for `decoder` to read. What was found at the end of
-    /// the file need not belong to this stream, and what belongs to it need not be at the end of the file: volumes are longer
-    /// than the stream in them, and hold what was in them before. So the device sections are gone through once in advance. True
-    /// if that gave another description than the end of the file, or took it away.
+    /// The first device section after the guest's memory is next in `source`, for `decoder` to read. What was found at
+    /// the end of the file need not belong to this stream, and what belongs to it need not be at the end of the file:
+    /// volumes are longer than the stream in them, and hold what was in them before. So the device sections are gone
+    /// through once in advance. True if that gave another description than the end of the file, or took it away.
     pub(super) fn locate(&mut self, decoder: &mut Decoder, source: &mut Source) -> io::Result<bool> {
         let wanted = self.iterated && self.may_read_ahead && !self.layouts.no_description && source.is_seekable();
         if self.located || !wanted {
@@ -386,8 +386,8 @@ fn replace_opaque(
     }
 }
 
-/// True if the section itself is wrong. Other errors can come from a description that does not tell the whole layout of a
-/// type, which its sizes nevertheless bound.
+/// True if the section itself is wrong. Other errors can come from a description that does not tell the whole layout of
+/// a type, which its sizes nevertheless bound.
 fn is_fault(kind: &ErrorKind) -> bool {
     use VmdescError::{List, SubsectionMarker, SubsectionName, SubsectionVersion};
     matches!(

@@ -256,8 +256,8 @@ fn next_end(ends: &mut BodyEnds, source: &mut Source, file: &str) -> Result<Opti
     }
 }
 
-/// The length of a section's content in a stream without footers and without a description: up to the first place
-/// where another item may start and that makes the content one that `explains` knows; the first such place if none does.
+/// The length of a section's content in a stream without footers and without a description: up to the first place where
+/// another item may start and that makes the content one that `explains` knows; the first such place if none does.
 fn unmarked_end(
     decoder: &Decoder,
     source: &mut Source,

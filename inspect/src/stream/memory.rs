@@ -157,8 +157,8 @@ impl Memory {
         Ok(pages)
     }
 
-    /// Applies `count` pages from number `first` on, all of which the file has. Holes in it are pages of zeroes and are not
-    /// read.
+    /// Applies `count` pages from number `first` on, all of which the file has. Holes in it are pages of zeroes and are
+    /// not read.
     fn mapped_run(
         &mut self,
         file: &str,

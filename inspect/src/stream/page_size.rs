@@ -31,8 +31,8 @@ pub(super) fn of_machine(machine: &[u8]) -> Option<PageGeometry> {
     PageGeometry::from_size(*size)
 }
 
-/// What an error shows that pages of the wrong size give: the advice of postcopy and the header of a mapped-ram block tell the size,
-/// and a block that is not whole pages has smaller ones.
+/// What an error shows that pages of the wrong size give: the advice of postcopy and the header of a mapped-ram block
+/// tell the size, and a block that is not whole pages has smaller ones.
 pub(super) fn of_error(error: &Error) -> Option<PageGeometry> {
     let size = match error.kind {
         ErrorKind::Stream(StreamError::AdvisedPageSize { found, .. })
@@ -45,8 +45,8 @@ pub(super) fn of_error(error: &Error) -> Option<PageGeometry> {
     PageGeometry::from_size(size)
 }
 
-/// Whether the record of a page that is next in `source` and the one after it show that pages are smaller than 4096 bytes: then
-/// the second is at an address that no page of 4096 bytes has. `None`: they show nothing.
+/// Whether the record of a page that is next in `source` and the one after it show that pages are smaller than 4096
+/// bytes: then the second is at an address that no page of 4096 bytes has. `None`: they show nothing.
 pub(super) fn of_records(source: &mut Source) -> io::Result<Option<PageGeometry>> {
     let Some(first) = word(source, 0)? else { return Ok(None) };
     let (address, flags) = (first & !FLAGS, first & FLAGS);

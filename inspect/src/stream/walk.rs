@@ -106,8 +106,8 @@ impl Walk<'_> {
         }
     }
 
-    /// True, with a note, if an error at `at` is none of the stream's, because that is over: something else follows it, or its
-    /// description is cut, which no QEMU reads.
+    /// True, with a note, if an error at `at` is none of the stream's, because that is over: something else follows it,
+    /// or its description is cut, which no QEMU reads.
     pub(super) fn after_end(&mut self, error: &Error, at: u64, total: Option<u64>) -> bool {
         if !self.ended || self.settings.live {
             return false;

@@ -1,7 +1,8 @@
 //! The registers of processors other than x86's, as the notes of an ELF core.
 //!
-//! Which target a guest is of is in the fields of its section `cpu`. The layouts are those of Linux's `elf_prstatus` and register sets
-//! of each processor; which notes there are, and in which order, is as QMP `dump-guest-memory` has it (QEMU 7.2 to 11.1).
+//! Which target a guest is of is in the fields of its section `cpu`. The layouts are those of Linux's `elf_prstatus`
+//! and register sets of each processor; which notes there are, and in which order, is as QMP `dump-guest-memory` has it
+//! (QEMU 7.2 to 11.1).
 
 mod arm;
 mod parts;
@@ -14,8 +15,8 @@ pub use parts::CpuNotes;
 use parts::Fields;
 use qevm_savevm::vmdesc::Node;
 
-/// The notes of a CPU, whose fields these are; `number` counts CPUs from 1. `None` if it is of no target that is known here, or of
-/// x86.
+/// The notes of a CPU, whose fields these are; `number` counts CPUs from 1. `None` if it is of no target that is known
+/// here, or of x86.
 ///
 /// The error names the field that is not there.
 pub(super) fn notes(cpu: &Node, number: u32) -> Option<Result<CpuNotes, String>> {
