@@ -1,5 +1,6 @@
-//! `toy_vmm` without threads: the cores of `qevm-migration`, driven by tokio in one thread. Its guest is memory and a task that writes to it;
-//! it takes a guest from a QEMU, runs it, and gives it back while it runs, over one connection with a return path each time:
+//! `toy_vmm` without threads: the cores of `qevm-migration`, driven by tokio in one thread. Its guest is memory and a
+//! task that writes to it; it takes a guest from a QEMU, runs it, and gives it back while it runs, over one connection
+//! with a return path each time:
 //!
 //!     async_vmm none 64 11.1 unix:from.sock unix:to.sock return-path
 //! With `postcopy-ram` as well, the guest may come before its memory, and goes back before it after three passes.
@@ -20,7 +21,8 @@ const PAGE: usize = 4096;
 /// QEMU's devices that this monitor does without.
 const IGNORED: &str = "apic timer fw_cfg cpu_common cpu kvm-tpr-opt";
 
-/// The guest: one RAM block, and for each page a bit that says that it was written, and one for the last reading of those.
+/// The guest: one RAM block, and for each page a bit that says that it was written, and one for the last reading of
+/// those.
 struct Vm {
     ram: Vec<u8>,
     written: Vec<u64>,
@@ -150,7 +152,8 @@ impl Monitor {
             Action::Activate => core.activated(Ok(()))?,
             Action::Send(message) => drop(stream.write_all(&encoded(&message)).await),
             Action::Tell { message, .. } => {
-                // A source that has closed does not hear it. What was written to a UNIX socket has arrived; TCP would have to be asked.
+                // A source that has closed does not hear it. What was written to a UNIX socket has arrived; TCP would
+                // have to be asked.
                 let gone = socket2::SockRef::from(&*stream).peek(&mut [MaybeUninit::uninit()]).is_ok_and(|n| n == 0);
                 let written = stream.write_all(&encoded(&message)).await;
                 core.told(if gone { Err(Doubt::SourceLeft) } else { written.map_err(Doubt::NotTold) })?;

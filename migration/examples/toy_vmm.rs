@@ -1,5 +1,5 @@
-//! A virtual machine monitor without a processor: its guest is memory, a thread that writes to it, and a watchdog. It takes a
-//! guest from a QEMU, runs it, and gives it back while it runs (docs/first-migration.md goes through it):
+//! A virtual machine monitor without a processor: its guest is memory, a thread that writes to it, and a watchdog. It
+//! takes a guest from a QEMU, runs it, and gives it back while it runs (docs/first-migration.md goes through it):
 //!
 //!     toy_vmm microvm 64 11.1 unix:from.sock unix:to.sock return-path multifd
 //! For `-M microvm,rtc=on -device ib700`, or `none`. RAM as it came and as it went is in `arrived.ram` and `left.ram`.
@@ -48,8 +48,8 @@ impl Toy {
         Ok(Toy { machine: machine.into(), blocks, running: Mutex::new(false), devices })
     }
 
-    /// A step of the guest, which writes to 16 MiB until three passes are over, and then slowly to 64 KiB. A page is marked when it is
-    /// written: marked before, it could be sent in between. False if the guest does not run.
+    /// A step of the guest, which writes to 16 MiB until three passes are over, and then slowly to 64 KiB. A page is
+    /// marked when it is written: marked before, it could be sent in between. False if the guest does not run.
     fn step(&self, number: usize, job: &Job) -> bool {
         let settled = job.statistics().rounds.len() >= 3;
         let page = number % if settled { 16 } else { 4096 };

@@ -38,8 +38,8 @@ pub enum Address {
     },
     /// `unix:PATH`.
     Unix(PathBuf),
-    /// A UNIX socket without a file, which every process of the network namespace can connect to: `abstract` and `tight` of QEMU's
-    /// `UnixSocketAddress`. No URI has it; it is shown as `unix:@NAME`.
+    /// A UNIX socket without a file, which every process of the network namespace can connect to: `abstract` and
+    /// `tight` of QEMU's `UnixSocketAddress`. No URI has it; it is shown as `unix:@NAME`.
     Abstract {
         /// Its name.
         name: String,
@@ -59,8 +59,8 @@ pub enum Address {
         /// Where the stream begins in it, in bytes.
         offset: u64,
     },
-    /// `nbd://HOST[:PORT]/[EXPORT]` or `nbd+unix:///[EXPORT]?socket=PATH`: a file that a page server gives, such as `qevm serve` or
-    /// `qemu-nbd`. Guests only come from there. No transport of QEMU's.
+    /// `nbd://HOST[:PORT]/[EXPORT]` or `nbd+unix:///[EXPORT]?socket=PATH`: a file that a page server gives, such as
+    /// `qevm serve` or `qemu-nbd`. Guests only come from there. No transport of QEMU's.
     Nbd {
         /// Where it listens: [`Tcp`](Address::Tcp) or [`Unix`](Address::Unix).
         server: Box<Address>,
@@ -237,7 +237,8 @@ fn nbd(transport: &str, rest: &str) -> Option<Address> {
     (!host.is_empty() && query.is_empty()).then_some(Address::Nbd { server, export })
 }
 
-/// A size as QEMU reads one: decimal or, with `0x`, hexadecimal bytes, or a decimal number with a suffix from `B` and `K` to `E`.
+/// A size as QEMU reads one: decimal or, with `0x`, hexadecimal bytes, or a decimal number with a suffix from `B` and
+/// `K` to `E`.
 fn size(text: &str) -> Option<u64> {
     if let Some(digits) = text.strip_prefix("0x").or_else(|| text.strip_prefix("0X")) {
         return u64::from_str_radix(digits, 16).ok().filter(|_| !digits.starts_with('+'));

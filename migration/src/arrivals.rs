@@ -1,7 +1,7 @@
 //! The connections of one source, in whatever order they come and whoever else calls.
 //!
-//! A source opens the main channel and the page channels at the same time, and nobody promises which arrives first, or which
-//! first says something. Each connection is known by its first bytes; until then it is one of the [`Strangers`].
+//! A source opens the main channel and the page channels at the same time, and nobody promises which arrives first, or
+//! which first says something. Each connection is known by its first bytes; until then it is one of the [`Strangers`].
 
 use super::{
     Channel, Incoming, Listener, LoadError, MigrationError, Socket, Tls,
@@ -37,9 +37,9 @@ pub(crate) enum Seen {
     Incomplete(MigrationError),
 }
 
-/// Waits for the main channel, and for all page channels if there are `settings` for them, as long as it takes. What is dropped
-/// meanwhile is told to `seen`: strangers, and sources that are not complete. A `preempt` channel is not waited for: one that is here may
-/// say nothing for a long time, and others come late.
+/// Waits for the main channel, and for all page channels if there are `settings` for them, as long as it takes. What is
+/// dropped meanwhile is told to `seen`: strangers, and sources that are not complete. A `preempt` channel is not waited
+/// for: one that is here may say nothing for a long time, and others come late.
 ///
 /// # Errors
 /// [`MigrationError::Listen`] when the listener is of no more use.
@@ -139,7 +139,8 @@ impl<'s> Source<'s> {
         }
     }
 
-    /// Drops channels that were closed before the source was complete, so that they are not in the way of another source's.
+    /// Drops channels that were closed before the source was complete, so that they are not in the way of another
+    /// source's.
     fn drop_left(&mut self, main: bool, pages: &[u8], seen: &mut dyn FnMut(Seen)) {
         let main = main.then(|| self.main.take()).flatten().map(|main| main.caller);
         let pages = pages.iter().filter_map(|number| self.pages.remove(number)).map(|(_, caller, _)| caller);
@@ -267,8 +268,8 @@ mod tests {
         writer.as_bytes().to_vec()
     }
 
-    /// Somebody waits for a source, with this many page channels, while `callers` call, and has to get one: these connections stay open.
-    /// Gives what was seen and not looked at.
+    /// Somebody waits for a source, with this many page channels, while `callers` call, and has to get one: these
+    /// connections stay open. Gives what was seen and not looked at.
     fn wait_for(
         channels: Option<u8>,
         patience: Patience,

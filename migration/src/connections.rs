@@ -40,13 +40,14 @@ use std::{
 const FILE_MODE: u32 = 0o600;
 
 impl Outgoing {
-    /// Connects to a destination, with as many page channels as `job` has settings for, or opens what else the guest goes to. A postcopy that
-    /// was interrupted goes on without page channels.
+    /// Connects to a destination, with as many page channels as `job` has settings for, or opens what else the guest
+    /// goes to. A postcopy that was interrupted goes on without page channels.
     ///
     /// # Errors
     /// [`MigrationError::Connect`] with the system's reason, or at once when `job` is cancelled meanwhile;
     /// [`MigrationError::Create`] and [`MigrationError::Open`] with the system's reason,
-    /// [`MigrationError::Descriptor`], and [`MigrationError::Capability`] for capabilities that do not go with the transport.
+    /// [`MigrationError::Descriptor`], and [`MigrationError::Capability`] for capabilities that do not go with the
+    /// transport.
     pub fn open(address: &Address, job: &Job, descriptors: &mut dyn Descriptors) -> Result<Self, MigrationError> {
         check_transport(address, job)?;
         let failed = |source| MigrationError::Open { address: address.clone(), source };
@@ -109,7 +110,8 @@ impl Outgoing {
         Ok(())
     }
 
-    /// The same with deadlines for the waits on the main channel, if it has none: that of somebody else, who has no page channels.
+    /// The same with deadlines for the waits on the main channel, if it has none: that of somebody else, who has no
+    /// page channels.
     pub(crate) fn watched(self, job: &Job) -> Result<Self, MigrationError> {
         if self.watched {
             return Ok(self);
@@ -121,9 +123,10 @@ impl Outgoing {
 }
 
 impl Incoming {
-    /// Waits for a source, and for all of its page channels if `job` has capability `multifd`, as long as it takes. Whoever else
-    /// calls is dropped, with a line in the log; so is a source whose channels do not all come in time (`x-handshake-timeout`). With capability
-    /// `postcopy-preempt` the listener stays open until the source has opened that channel, too, or the migration is over.
+    /// Waits for a source, and for all of its page channels if `job` has capability `multifd`, as long as it takes.
+    /// Whoever else calls is dropped, with a line in the log; so is a source whose channels do not all come in time
+    /// (`x-handshake-timeout`). With capability `postcopy-preempt` the listener stays open until the source has opened
+    /// that channel, too, or the migration is over.
     ///
     /// # Errors
     /// [`MigrationError::Listen`] with the system's reason, when the listener is of no more use.
@@ -188,7 +191,8 @@ impl Incoming {
         }
     }
 
-    /// The same with deadlines for the waits on the main channel, if it has none: that of somebody else, who has no page channels.
+    /// The same with deadlines for the waits on the main channel, if it has none: that of somebody else, who has no
+    /// page channels.
     pub(crate) fn watched(self, job: &Job) -> Result<Self, MigrationError> {
         if self.watched {
             return Ok(self);
@@ -203,7 +207,8 @@ impl Incoming {
     }
 }
 
-/// Where pages have their places in `file`, which `open` opens again with other flags (`direct-io`); without `mapped-ram` nowhere.
+/// Where pages have their places in `file`, which `open` opens again with other flags (`direct-io`); without
+/// `mapped-ram` nowhere.
 fn page_file(
     file: &File,
     job: &Job,
@@ -252,7 +257,8 @@ fn one_way(job: &Job) -> Result<(), BadCapability> {
     }
 }
 
-/// A FIFO without another end is no reason to wait: the monitor opens it while it serves QMP. To a file it makes no difference.
+/// A FIFO without another end is no reason to wait: the monitor opens it while it serves QMP. To a file it makes no
+/// difference.
 const AT_ONCE: libc::c_int = libc::O_NONBLOCK;
 
 fn create(path: &Path, flags: libc::c_int) -> io::Result<File> {

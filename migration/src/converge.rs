@@ -1,5 +1,5 @@
-//! Capabilities `auto-converge` and `dirty-limit`: when and by how much to slow vCPUs down, so that a guest that dirties memory faster
-//! than the link carries it comes to an end. The rules are QEMU 11.1's.
+//! Capabilities `auto-converge` and `dirty-limit`: when and by how much to slow vCPUs down, so that a guest that
+//! dirties memory faster than the link carries it comes to an end. The rules are QEMU 11.1's.
 
 use super::Parameters;
 use std::time::Duration;

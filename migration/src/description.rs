@@ -19,8 +19,8 @@ pub struct DeviceSection {
     pub body: Vec<u8>,
 }
 
-/// The state of all devices, with the JSON description that follows the end of the stream. A destination waits without a
-/// limit for a description that its machine type promises; so there are no devices without one.
+/// The state of all devices, with the JSON description that follows the end of the stream. A destination waits without
+/// a limit for a description that its machine type promises; so there are no devices without one.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct SavedDevices {
     sections: Vec<DeviceSection>,
@@ -28,7 +28,8 @@ pub struct SavedDevices {
 }
 
 impl SavedDevices {
-    /// Sections of whose content nothing is known: they are described as buffers, as QEMU describes handlers without fields.
+    /// Sections of whose content nothing is known: they are described as buffers, as QEMU describes handlers without
+    /// fields.
     pub fn opaque(sections: Vec<DeviceSection>) -> Self {
         let device = |section: &DeviceSection| DeviceDescription {
             name: section.idstr.to_string(),
@@ -42,10 +43,11 @@ impl SavedDevices {
         SavedDevices { sections, description }
     }
 
-    /// Sections with the descriptions of their content, which `qevm_savevm::vmstate::save_described` gives, put together
-    /// as the release of `profile` does for its machine type.
+    /// Sections with the descriptions of their content, which `qevm_savevm::vmstate::save_described` gives, put
+    /// together as the release of `profile` does for its machine type.
     ///
-    /// The configuration of an [iterative device](crate::IterativeDevice) has no description of its own: QEMU describes it as a buffer, with the records around it.
+    /// The configuration of an [iterative device](crate::IterativeDevice) has no description of its own: QEMU describes
+    /// it as a buffer, with the records around it.
     pub fn described(
         machine_type: &str,
         profile: &Profile,

@@ -3,7 +3,8 @@
 use super::GuestError;
 use std::{os::fd::OwnedFd, path::Path};
 
-/// The descriptors that a monitor was given: by name for `fd:NAME` (QMP's `getfd`), in sets for `file:/dev/fdset/N` (`add-fd`).
+/// The descriptors that a monitor was given: by name for `fd:NAME` (QMP's `getfd`), in sets for `file:/dev/fdset/N`
+/// (`add-fd`).
 pub trait Descriptors {
     /// Hands out a descriptor by its name; it is the caller's from then on.
     ///
@@ -11,7 +12,8 @@ pub trait Descriptors {
     /// The monitor's own; there is none of that name.
     fn take(&mut self, name: &str) -> Result<OwnedFd, GuestError>;
 
-    /// The descriptor that stands for `path`, open for writing (or reading); `None` for a file that is to be opened as usual.
+    /// The descriptor that stands for `path`, open for writing (or reading); `None` for a file that is to be opened as
+    /// usual.
     ///
     /// # Errors
     /// The monitor's own; `path` names a set that does not exist, or has no descriptor of that kind.

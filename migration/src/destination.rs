@@ -38,13 +38,14 @@ use std::{
 
 /// Reads a migration from `connections` into `guest`, which has not run yet, and does not start it.
 ///
-/// The caller has claimed `job` with [`Job::begin`], and ends it with [`Job::end`] when it has started the guest or the failure is
-/// dealt with. When this returns, the guest is wholly here, but for [memory that has not come](Arrival::rest), and the source will not
-/// run it again; whether it is to run is in the result.
+/// The caller has claimed `job` with [`Job::begin`], and ends it with [`Job::end`] when it has started the guest or the
+/// failure is dealt with. When this returns, the guest is wholly here, but for [memory that has not
+/// come](Arrival::rest), and the source will not run it again; whether it is to run is in the result.
 ///
 /// # Errors
 /// [`MigrationError`], naming byte offset and path for a bad stream. The source has been told, if it opened a return
-/// path, and the guest must not run here. With [`MigrationError::Undecided`] it is wholly here, and may run at the source.
+/// path, and the guest must not run here. With [`MigrationError::Undecided`] it is wholly here, and may run at the
+/// source.
 pub fn receive(
     guest: &dyn Guest,
     connections: Incoming,
@@ -159,7 +160,8 @@ fn devices(guest: &dyn Guest, settings: Option<&Settings>) -> Result<Vec<DeviceO
     guest.devices().iterative().into_iter().map(|device| DeviceOptions::of(device, transfers)).collect()
 }
 
-/// The page sizes of the host under the RAM of a guest, one bit each; 0 if nobody knows, for then it does not come to postcopy.
+/// The page sizes of the host under the RAM of a guest, one bit each; 0 if nobody knows, for then it does not come to
+/// postcopy.
 fn page_sizes(guest: &dyn Guest) -> u64 {
     let of_all = |pages: Box<dyn MissingPages>| {
         (0..guest.ram().len()).try_fold(0, |sizes, block| Ok(sizes | pages.unit(block)?))

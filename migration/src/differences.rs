@@ -1,8 +1,8 @@
 //! Pages as differences to what was sent of them before (capability `xbzrle`).
 //!
-//! What the destination has of a page is what was sent of it last. So a page of a running guest is copied first; the copy is compared with what
-//! was sent, and is what goes out and what is remembered. Nothing is remembered of the first pass, in which every page goes: from the
-//! second on only those come that the guest writes to.
+//! What the destination has of a page is what was sent of it last. So a page of a running guest is copied first; the
+//! copy is compared with what was sent, and is what goes out and what is remembered. Nothing is remembered of the first
+//! pass, in which every page goes: from the second on only those come that the guest writes to.
 
 use super::{
     Channel, GuestError, MigrationError, XbzrleStatistics,

@@ -1,4 +1,5 @@
-//! How fast a running guest dirties memory: QMP's `calc-dirty-rate` and `query-dirty-rate` (QMP reference of QEMU 11.1).
+//! How fast a running guest dirties memory: QMP's `calc-dirty-rate` and `query-dirty-rate` (QMP reference of QEMU
+//! 11.1).
 //!
 //! [`Gauge`] measures in a thread of its own and keeps the last result. Sampling looks at a few pages twice and needs
 //! nothing else. Measuring by the dirty log uses the machine's one log, which a migration needs more: it ends the
@@ -118,8 +119,8 @@ pub struct Gauge {
 }
 
 impl Gauge {
-    /// Claims the gauge for a measurement, which [`measure`](Gauge::measure) then makes. `dirty_rings` says how the machine tracks dirty
-    /// pages.
+    /// Claims the gauge for a measurement, which [`measure`](Gauge::measure) then makes. `dirty_rings` says how the
+    /// machine tracks dirty pages.
     ///
     /// # Errors
     /// [`Refused`].
@@ -153,8 +154,8 @@ impl Gauge {
         Ok(())
     }
 
-    /// Measures as [`begin`](Gauge::begin) was told, which takes that time. `start_log` starts the machine's dirty log; `written` says
-    /// how many pages each vCPU writes to in a time, which it takes.
+    /// Measures as [`begin`](Gauge::begin) was told, which takes that time. `start_log` starts the machine's dirty log;
+    /// `written` says how many pages each vCPU writes to in a time, which it takes.
     pub fn measure<'g>(
         &self,
         guest: &dyn Guest,

@@ -29,7 +29,8 @@ pub trait Guest: Send + Sync {
     /// The guest's own.
     fn start_dirty_log(&self) -> Result<Box<dyn DirtyLog + '_>, GuestError>;
 
-    /// Stops all vCPUs and devices; when it returns, nothing in the guest changes any more. Says whether it was running.
+    /// Stops all vCPUs and devices; when it returns, nothing in the guest changes any more. Says whether it was
+    /// running.
     ///
     /// # Errors
     /// The guest's own. The guest is then as it was.
@@ -94,16 +95,16 @@ pub trait Devices: Send + Sync {
 
 /// What a guest is told of its migration, and what it can be asked for. Everything has a default.
 pub trait Hooks: Send + Sync {
-    /// The guest is about to be migrated, from here or to here: what can be done ahead for saving or loading its devices is done now,
-    /// because later everybody waits for that.
+    /// The guest is about to be migrated, from here or to here: what can be done ahead for saving or loading its
+    /// devices is done now, because later everybody waits for that.
     fn prepare(&self) {}
 
     /// The migration has failed, and the guest, which did not run before [`Guest::pause`] either, stays as it was.
     fn stay_stopped(&self) {}
 
-    /// The stopped guest's disks are to be used by this machine and nobody else from now on; [`Guest::resume`] implies it. Called at the
-    /// destination when everything has been loaded, but not under `late-block-activate`, and at the source when a migration
-    /// has failed.
+    /// The stopped guest's disks are to be used by this machine and nobody else from now on; [`Guest::resume`] implies
+    /// it. Called at the destination when everything has been loaded, but not under `late-block-activate`, and at the
+    /// source when a migration has failed.
     ///
     /// # Errors
     /// Somebody else uses a disk.
@@ -111,7 +112,8 @@ pub trait Hooks: Send + Sync {
         Ok(())
     }
 
-    /// The stopped guest's disks may be used by the destination from now on; told at the source before the end of the stream is sent.
+    /// The stopped guest's disks may be used by the destination from now on; told at the source before the end of the
+    /// stream is sent.
     fn inactivate(&self) {}
 
     /// Throttles the vCPUs by `per_cent` of their time, 0 to 99; for capability `auto-converge`.
@@ -122,8 +124,8 @@ pub trait Hooks: Send + Sync {
         if per_cent == 0 { Ok(()) } else { Err("the vCPUs of this machine cannot be slowed down".into()) }
     }
 
-    /// Keeps every vCPU from dirtying more than this many MiB in a second, or ends that with `None`; for capability `dirty-limit`.
-    /// Rates are measured over `period`.
+    /// Keeps every vCPU from dirtying more than this many MiB in a second, or ends that with `None`; for capability
+    /// `dirty-limit`. Rates are measured over `period`.
     ///
     /// # Errors
     /// The guest's own.
@@ -132,15 +134,16 @@ pub trait Hooks: Send + Sync {
         if mib_per_second.is_none() { Ok(()) } else { Err("the dirty rate of this machine cannot be limited".into()) }
     }
 
-    /// Bytes of a page of the host in a RAM block (numbered in the order of [`Guest::ram`]): more than 4096 bytes where its memory is in
-    /// huge pages. A guest that goes before its memory gets such a page as a whole.
+    /// Bytes of a page of the host in a RAM block (numbered in the order of [`Guest::ram`]): more than 4096 bytes where
+    /// its memory is in huge pages. A guest that goes before its memory gets such a page as a whole.
     fn host_page_size(&self, block: usize) -> u64 {
         let _ = block;
         PAGE_SIZE
     }
 
-    /// Whether the memory of a RAM block (numbered in the order of [`Guest::ram`]) is a file that is mapped shared, so that a machine with the
-    /// same file has it, too. With capability `x-ignore-shared` such a block is not sent, and at the destination none of it is taken.
+    /// Whether the memory of a RAM block (numbered in the order of [`Guest::ram`]) is a file that is mapped shared, so
+    /// that a machine with the same file has it, too. With capability `x-ignore-shared` such a block is not sent, and
+    /// at the destination none of it is taken.
     fn shares(&self, block: usize) -> bool {
         let _ = block;
         false
@@ -163,8 +166,8 @@ pub trait Hooks: Send + Sync {
         Err("the memory of this machine cannot be protected".into())
     }
 
-    /// Gives bytes of a RAM block back to the host, whole pages of the host's: the destination has them and runs the guest, which never runs
-    /// here again. For capability `release-ram`.
+    /// Gives bytes of a RAM block back to the host, whole pages of the host's: the destination has them and runs the
+    /// guest, which never runs here again. For capability `release-ram`.
     ///
     /// # Errors
     /// The guest's own; the memory stays then.

@@ -1,8 +1,8 @@
 //! Who runs the guest when the connection breaks in the very last moment.
 //!
-//! A destination of QEMU's runs the guest as soon as it has loaded everything, and tells the source by SHUT on the return
-//! path. If that message is lost, the source cannot know. Between two monitors of this kind there is therefore one more
-//! step, made of messages that QEMU's destination takes for ordinary pings:
+//! A destination of QEMU's runs the guest as soon as it has loaded everything, and tells the source by SHUT on the
+//! return path. If that message is lost, the source cannot know. Between two monitors of this kind there is therefore
+//! one more step, made of messages that QEMU's destination takes for ordinary pings:
 //!
 //! 1. The source announces the step: PING with [`ANNOUNCE`], after the PING 1 that opens the return path.
 //!    The destination answers with PONG [`AGREED`] instead of the value, which a QEMU would send back.
@@ -11,16 +11,17 @@
 //!    stream. Only then does the destination run the guest.
 //!
 //! So the guest never runs on both sides, wherever the connection breaks: as long as SHUT has not arrived, the source
-//! resumes and the destination gives up. What remains is the loss of the confirmation itself, after which the guest runs
-//! on neither side until the operator says `cont` at the destination, which has everything.
+//! resumes and the destination gives up. What remains is the loss of the confirmation itself, after which the guest
+//! runs on neither side until the operator says `cont` at the destination, which has everything.
 //!
 //! A source of QEMU's announces nothing, and the destination then runs the guest as QEMU's would.
 //!
-//! A destination of QEMU's agrees to nothing. It gets the end of the stream only when it has answered one more PING, [`LOADED`], which
-//! stands after the last device: until then it does not run the guest for certain, whether it is slow, stopped, dead or cut off, and
-//! the source may resume. After the end only the destination's word counts: SHUT 0 completes the migration, another SHUT makes the
-//! source resume, and if none arrives (the link is dead, the connection was reset, or the migration cancelled) nobody can tell at the
-//! source. The guest then stays paused there, and the operator decides.
+//! A destination of QEMU's agrees to nothing. It gets the end of the stream only when it has answered one more PING,
+//! [`LOADED`], which stands after the last device: until then it does not run the guest for certain, whether it is
+//! slow, stopped, dead or cut off, and the source may resume. After the end only the destination's word counts: SHUT 0
+//! completes the migration, another SHUT makes the source resume, and if none arrives (the link is dead, the connection
+//! was reset, or the migration cancelled) nobody can tell at the source. The guest then stays paused there, and the
+//! operator decides.
 
 use qevm_savevm::{Encoder, Event, command::Command};
 use qevm_wire::Writer;

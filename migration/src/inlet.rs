@@ -107,8 +107,8 @@ impl<'c> Inlet<'c> {
         }
         while self.end < at_least {
             if self.end == self.buffer.len() {
-                // Grows as data arrives, not as the peer promises; and by all of its length, for whoever looks for the end of a
-                // section asks for one byte more at a time.
+                // Grows as data arrives, not as the peer promises; and by all of its length, for whoever looks for the
+                // end of a section asks for one byte more at a time.
                 self.buffer.resize(2 * self.buffer.len(), 0);
             }
             let room = &mut self.buffer[self.end..];
@@ -124,8 +124,8 @@ impl<'c> Inlet<'c> {
     }
 
     /// Moves the next bytes into all of `memory`: those that are in the buffer from there, the others straight from the
-    /// channel, together with as much as comes after them. Pages that `expect` names and that do come next lie in their places
-    /// then. False if the peer closed before.
+    /// channel, together with as much as comes after them. Pages that `expect` names and that do come next lie in their
+    /// places then. False if the peer closed before.
     pub(crate) fn read_into(
         &mut self,
         memory: &VolatileSlice<'_>,
@@ -165,8 +165,8 @@ impl<'c> Inlet<'c> {
         Ok(true)
     }
 
-    /// This many bytes have come into the places of `expected` and, after them, the buffer. Pages that came as expected stay; all that
-    /// is after the first that did not goes to the buffer, and its places are cleared.
+    /// This many bytes have come into the places of `expected` and, after them, the buffer. Pages that came as expected
+    /// stay; all that is after the first that did not goes to the buffer, and its places are cleared.
     fn sort_out(
         &mut self,
         expected: Vec<Expected<'c>>,
@@ -257,7 +257,8 @@ mod tests {
         fn close(&self) {}
     }
 
-    /// Who looks for the end of a section whose length the wire does not tell asks for one byte more than there is, again and again.
+    /// Who looks for the end of a section whose length the wire does not tell asks for one byte more than there is,
+    /// again and again.
     #[test]
     fn a_long_section_takes_few_reads() {
         const MIB: usize = 1 << 20;
@@ -301,7 +302,8 @@ mod tests {
     }
 
     proptest! {
-        /// Pages in any order, in any pieces, with any number of them expected to go on in order, arrive as without expectations.
+        /// Pages in any order, in any pieces, with any number of them expected to go on in order, arrive as without
+        /// expectations.
         #[test]
         fn pages_arrive_whatever_was_expected(
             pages in prop::collection::vec((0..PAGES, 1u8..), 1..60),

@@ -128,8 +128,8 @@ impl Job {
         Ok(())
     }
 
-    /// Secures the connections that are opened from now on, or no longer does so. It is for sockets; a source needs the credentials of a
-    /// client, a destination those of a server.
+    /// Secures the connections that are opened from now on, or no longer does so. It is for sockets; a source needs the
+    /// credentials of a client, a destination those of a server.
     pub fn set_tls(&self, tls: Option<Tls>) {
         self.lock().tls = tls;
     }
@@ -139,8 +139,8 @@ impl Job {
         self.lock().tls.clone()
     }
 
-    /// The machine's UUID, if it was given one: page channels begin with it, and so does a stream with capability `validate-uuid`. A
-    /// destination with another does not take the guest.
+    /// The machine's UUID, if it was given one: page channels begin with it, and so does a stream with capability
+    /// `validate-uuid`. A destination with another does not take the guest.
     pub fn set_uuid(&self, uuid: Option<Uuid>) {
         self.lock().uuid = uuid;
     }
@@ -158,8 +158,9 @@ impl Job {
         self.begin_if(|_| Ok(()))
     }
 
-    /// As [`begin`](Job::begin), if `legal` agrees, which is given the status. Nothing begins or ends meanwhile, so that what it finds
-    /// still holds when the migration has begun; it must not use the job. If it refuses, the last migration stays what it was.
+    /// As [`begin`](Job::begin), if `legal` agrees, which is given the status. Nothing begins or ends meanwhile, so
+    /// that what it finds still holds when the migration has begun; it must not use the job. If it refuses, the last
+    /// migration stays what it was.
     ///
     /// # Errors
     /// [`Refused::InProgress`] while one is under way, and what `legal` says.
@@ -204,8 +205,8 @@ impl Job {
         Ok(())
     }
 
-    /// Breaks the connections of a migration off, as if the network had done it (QMP's `yank`): it fails or, in postcopy, is paused.
-    /// Without connections it does nothing.
+    /// Breaks the connections of a migration off, as if the network had done it (QMP's `yank`): it fails or, in
+    /// postcopy, is paused. Without connections it does nothing.
     pub fn disconnect(&self) {
         let channels = self.lock().channels.clone();
         channels.iter().for_each(|channel| channel.close());
@@ -226,8 +227,8 @@ impl Job {
         Ok(())
     }
 
-    /// Lets the guest go before its memory does (`migrate-start-postcopy`), as soon as the destination listens. Where no migration is
-    /// under way any more, it has no effect, as in QEMU.
+    /// Lets the guest go before its memory does (`migrate-start-postcopy`), as soon as the destination listens. Where
+    /// no migration is under way any more, it has no effect, as in QEMU.
     ///
     /// # Errors
     /// [`Refused::PostcopyOff`] without capability `postcopy-ram`, [`Refused::NotStarted`] if no migration was begun.

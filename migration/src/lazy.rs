@@ -1,9 +1,9 @@
 //! Restoring from a file in which every page has its place while the guest runs already (capabilities `mapped-ram` and
 //! `postcopy-ram` together, QEMU 11.2).
 //!
-//! The pages of large RAM blocks are left where they are in the file. Who touches one waits until it has been read, and meanwhile
-//! all others can be loaded one after the other. One bit for each page decides who reads it: whoever sets it, and nobody else ever.
-//! So no page is filled in twice, and none that the guest has changed is filled in again.
+//! The pages of large RAM blocks are left where they are in the file. Who touches one waits until it has been read, and
+//! meanwhile all others can be loaded one after the other. One bit for each page decides who reads it: whoever sets it,
+//! and nobody else ever. So no page is filled in twice, and none that the guest has changed is filled in again.
 //!
 //! ```text
 //!  guest, devices ──touch──▶ MissingPages::wait ─▶ claim ─▶ read the page ─▶ MissingPages::fill ─▶ whoever waits goes on
@@ -30,16 +30,18 @@ use std::{
     thread::JoinHandle,
 };
 
-/// Bytes that are read at once ahead of the guest: few enough that whoever touches one of these pages does not wait long.
+/// Bytes that are read at once ahead of the guest: few enough that whoever touches one of these pages does not wait
+/// long.
 const AHEAD: u64 = 256 << 10;
-/// A page that is touched comes with what the file has around it, within this many bytes, aligned: as the kernel does for a file that is mapped.
+/// A page that is touched comes with what the file has around it, within this many bytes, aligned: as the kernel does
+/// for a file that is mapped.
 const AROUND: u64 = 64 << 10;
 
-/// A guest's memory of which parts are still in the file. Whoever has it decides whether the rest is [loaded](LazyRestore::load)
-/// or [left](LazyRestore::serve) in the file until it is touched.
+/// A guest's memory of which parts are still in the file. Whoever has it decides whether the rest is
+/// [loaded](LazyRestore::load) or [left](LazyRestore::serve) in the file until it is touched.
 ///
-/// When it is dropped before, and the guest has been started, memory stays as it is, and whoever touches a missing page waits
-/// for ever.
+/// When it is dropped before, and the guest has been started, memory stays as it is, and whoever touches a missing page
+/// waits for ever.
 #[derive(Debug)]
 pub struct LazyRestore {
     shared: Arc<Shared>,
@@ -61,7 +63,8 @@ struct Shared {
     blocks: BTreeMap<usize, Block>,
     remaining: AtomicU64,
     requests: AtomicU64,
-    /// Who loads the rest goes on there: after the page that was touched last, by block and unit. The guest may well touch the next.
+    /// Who loads the rest goes on there: after the page that was touched last, by block and unit. The guest may well
+    /// touch the next.
     touched: Mutex<Option<(usize, u64)>>,
     state: Mutex<State>,
     /// There was a failure, or nothing remains.
@@ -155,8 +158,8 @@ impl LazyRestore {
     /// Loads everything that is not there yet, while the guest runs, and returns when the file is needed no more.
     ///
     /// # Errors
-    /// [`MigrationError`] when a page cannot be had, for whatever reason. Guest memory is lost then: the guest must be stopped and
-    /// never run again. Who waits for a page waits on, so that nobody has seen wrong memory.
+    /// [`MigrationError`] when a page cannot be had, for whatever reason. Guest memory is lost then: the guest must be
+    /// stopped and never run again. Who waits for a page waits on, so that nobody has seen wrong memory.
     pub fn load(self) -> Result<(), MigrationError> {
         if let Err(error) = self.shared.load_all() {
             self.shared.fail(error);
@@ -324,7 +327,8 @@ impl Shared {
         let mut state = self.lock();
         state.failure.get_or_insert(error);
         if !state.started {
-            // The guest will not be started, so that whoever loads its devices may find zeros and need not wait for ever.
+            // The guest will not be started, so that whoever loads its devices may find zeros and need not wait for
+            // ever.
             if let Err(error) = self.pages.release() {
                 tracing::error!(error, "who waits for guest memory waits for ever");
             }

@@ -1,8 +1,9 @@
 //! Live migration: precopy of a running guest to another monitor, with QEMU's stream.
 //!
-//! A monitor implements [`Guest`], registers its devices ([`Registry`]), and calls [`migrate`] at the source and [`receive`] at the
-//! destination. `docs/first-migration.md` goes through a first migration from a QEMU; `examples/toy_vmm.rs` is the monitor in it. One that has an event loop
-//! of its own drives [`core::source`] and [`core::destination`], as `examples/async_vmm.rs` does with tokio.
+//! A monitor implements [`Guest`], registers its devices ([`Registry`]), and calls [`migrate`] at the source and
+//! [`receive`] at the destination. `docs/first-migration.md` goes through a first migration from a QEMU;
+//! `examples/toy_vmm.rs` is the monitor in it. One that has an event loop of its own drives [`core::source`] and
+//! [`core::destination`], as `examples/async_vmm.rs` does with tokio.
 //!
 //! ```
 //! use qevm_migration::{Channel, Devices, DirtyLog, Guest, GuestError, Job, RamView, Registry, Socket, migrate, receive};

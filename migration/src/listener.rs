@@ -16,8 +16,8 @@ use std::{
     sync::Arc,
 };
 
-/// Connections that may wait to be accepted: the main channel and 255 page channels, which a source opens at once, after as many
-/// others as the system allows.
+/// Connections that may wait to be accepted: the main channel and 255 page channels, which a source opens at once,
+/// after as many others as the system allows.
 const BACKLOG: i32 = 4096;
 
 /// Who has connected.

@@ -1,5 +1,5 @@
-//! Files at a page server (network block device protocol): reading at any place, over two connections, so that a guest that waits for a page
-//! does not wait for what is read ahead of it.
+//! Files at a page server (network block device protocol): reading at any place, over two connections, so that a guest
+//! that waits for a page does not wait for what is read ahead of it.
 
 use super::{
     Address, Channel, Socket,

@@ -1,7 +1,7 @@
 //! Migration parameters, with QEMU's names, defaults and ranges (QMP reference and answers of QEMU 11.1).
 //!
-//! A parameter whose feature is not built in can be set and read back, as in a QEMU that does not use it. Where doing nothing
-//! would mislead (other modes), there is none.
+//! A parameter whose feature is not built in can be set and read back, as in a QEMU that does not use it. Where doing
+//! nothing would mislead (other modes), there is none.
 
 mod range;
 mod timeouts;
@@ -44,8 +44,8 @@ pub struct Parameters {
     pub cpu_throttle_tailslow: bool,
     /// `max-cpu-throttle`: the most, in per cent.
     pub max_cpu_throttle: u8,
-    /// `tls-creds`: the name of the credentials that secure the connections; empty is none. What it names is the monitor's
-    /// ([`Job::set_tls`](crate::Job::set_tls)).
+    /// `tls-creds`: the name of the credentials that secure the connections; empty is none. What it names is the
+    /// monitor's ([`Job::set_tls`](crate::Job::set_tls)).
     pub tls_creds: String,
     /// `tls-hostname`: what the destination's certificate has to name; empty is the host of its address.
     pub tls_hostname: String,
@@ -53,7 +53,8 @@ pub struct Parameters {
     pub tls_authz: String,
     /// `max-bandwidth`: bytes per second while the guest runs; 0 is unlimited.
     pub max_bandwidth: u64,
-    /// `avail-switchover-bandwidth`: bytes per second to reckon with for the switchover; 0 takes what is measured (8.2).
+    /// `avail-switchover-bandwidth`: bytes per second to reckon with for the switchover; 0 takes what is measured
+    /// (8.2).
     pub avail_switchover_bandwidth: u64,
     /// `downtime-limit`: the longest the guest may be paused, in milliseconds.
     pub downtime_limit_ms: u64,

@@ -6,7 +6,8 @@ use std::{sync::Arc, time::Duration};
 /// A time that nobody lives to see the end of.
 pub(crate) const NO_END: Duration = Duration::from_secs(100 * 365 * 86_400);
 
-/// How long is waited for what. `None` is as long as `x-handshake-timeout` says at the time: it may change while somebody waits.
+/// How long is waited for what. `None` is as long as `x-handshake-timeout` says at the time: it may change while
+/// somebody waits.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Patience {
     /// For a connection to say what it is.
@@ -18,8 +19,8 @@ pub(crate) struct Patience {
 }
 
 impl Patience {
-    /// A source says what a connection is as soon as it is connected, and its main channel as soon as its page channels are. It opens
-    /// all of its channels at once; so long without a new one means that it has no more.
+    /// A source says what a connection is as soon as it is connected, and its main channel as soon as its page channels
+    /// are. It opens all of its channels at once; so long without a new one means that it has no more.
     pub(crate) fn of(watch: Arc<Watch>) -> Self {
         Patience { watch, ..Patience::default() }
     }

@@ -49,7 +49,8 @@ pub struct Pipe {
 }
 
 impl Pipe {
-    /// A pipe, a file or a device, for what it is open for. Waiting for a pipe can be ended, for which it is made non-blocking.
+    /// A pipe, a file or a device, for what it is open for. Waiting for a pipe can be ended, for which it is made
+    /// non-blocking.
     ///
     /// # Errors
     /// The system's.
@@ -157,7 +158,8 @@ impl Channel for Pipe {
                 return Err(io::ErrorKind::BrokenPipe.into());
             }
             let count = parts.len().min(MAX_PARTS) as libc::c_int;
-            // SAFETY: `Source` is a transparent iovec whose memory lives as long as its lifetime says; the kernel only reads it.
+            // SAFETY: `Source` is a transparent iovec whose memory lives as long as its lifetime says; the kernel only
+            // reads it.
             let written = unsafe { libc::writev(fd.as_raw_fd(), parts.as_ptr().cast(), count) };
             match usize::try_from(written) {
                 Ok(written) => return Ok(written),
@@ -179,8 +181,8 @@ impl Channel for Pipe {
                 return Ok(0);
             }
             let count = parts.len().min(MAX_PARTS) as libc::c_int;
-            // SAFETY: `Target` is a transparent iovec over memory that is writable as long as its lifetime says, borrowed
-            // exclusively or, for guest memory, open to changes at any time.
+            // SAFETY: `Target` is a transparent iovec over memory that is writable as long as its lifetime says,
+            // borrowed exclusively or, for guest memory, open to changes at any time.
             let read = unsafe { libc::readv(fd.as_raw_fd(), parts.as_mut_ptr().cast(), count) };
             match usize::try_from(read) {
                 Ok(0) => return self.failure(STATUS_PATIENCE).map_or(Ok(0), Err),

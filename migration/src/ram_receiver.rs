@@ -82,7 +82,8 @@ pub(crate) struct Listed {
 }
 
 impl<'g> RamReceiver<'g> {
-    /// Of no block. `postcopy` says that the guest may run before its memory is here, `ignores` that shared memory is left out.
+    /// Of no block. `postcopy` says that the guest may run before its memory is here, `ignores` that shared memory is
+    /// left out.
     pub(crate) fn new(postcopy: bool, ignores: bool) -> Self {
         RamReceiver { counts: postcopy, ignores, ..RamReceiver::default() }
     }
@@ -133,8 +134,8 @@ impl<'g> RamReceiver<'g> {
         block.memory(page)
     }
 
-    /// The pages that come next if the source goes on as before. Only those that hold nothing yet: nothing is lost there if something
-    /// else comes.
+    /// The pages that come next if the source goes on as before. Only those that hold nothing yet: nothing is lost
+    /// there if something else comes.
     pub(crate) fn expected(&self) -> Vec<Expected<'g>> {
         let Some((id, last)) = self.last else { return Vec::new() };
         let block = &self.blocks[id.index()];

@@ -21,8 +21,8 @@ const GLOBAL_STATE: &str = "globalstate";
 const RUNNING: &str = "running";
 const PAUSED: &str = "paused";
 
-/// The devices of a guest, each with the name and the instance of its section. It saves and loads whatever is declared with
-/// [`#[derive(VmState)]`](VmState), and collects the description that goes with the stream.
+/// The devices of a guest, each with the name and the instance of its section. It saves and loads whatever is declared
+/// with [`#[derive(VmState)]`](VmState), and collects the description that goes with the stream.
 ///
 /// Section `globalstate`, which says whether the guest ran, is the registry's own.
 ///
@@ -131,15 +131,16 @@ impl<'d> Registry<'d> {
         Registry { machine_type: machine_type.into(), context, entries: Vec::new(), ignored: Vec::new() }
     }
 
-    /// The same with other facts for the declarations to ask: an accelerator, numbers of slots, limits. Its profile holds for loading;
-    /// what is saved suits the profile of the migration.
+    /// The same with other facts for the declarations to ask: an accelerator, numbers of slots, limits. Its profile
+    /// holds for loading; what is saved suits the profile of the migration.
     #[must_use]
     pub fn with_context(mut self, context: Context) -> Self {
         self.context = context;
         self
     }
 
-    /// Adds a device that is the registry's as long as the registry is there. Sections are sent in the order in which devices were added.
+    /// Adds a device that is the registry's as long as the registry is there. Sections are sent in the order in which
+    /// devices were added.
     ///
     /// # Errors
     /// [`RegistryError::Name`] and [`RegistryError::Twice`].
@@ -150,7 +151,8 @@ impl<'d> Registry<'d> {
         self.insert(idstr, instance_id, Box::new(Exclusive(Mutex::new(device))))
     }
 
-    /// Adds a device that others use as well, as an `Arc<Mutex<…>>` or a `&Mutex<…>`. It is locked while it is saved or loaded.
+    /// Adds a device that others use as well, as an `Arc<Mutex<…>>` or a `&Mutex<…>`. It is locked while it is saved or
+    /// loaded.
     ///
     /// # Errors
     /// As [`add`](Registry::add).
@@ -175,8 +177,8 @@ impl<'d> Registry<'d> {
         Ok(())
     }
 
-    /// Takes sections of this name, whatever their instance, and does nothing with them: for devices of the source whose state
-    /// this machine can do without.
+    /// Takes sections of this name, whatever their instance, and does nothing with them: for devices of the source
+    /// whose state this machine can do without.
     ///
     /// # Errors
     /// [`RegistryError::Name`].

@@ -34,7 +34,8 @@ impl ReturnPath {
         self.answers.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Waits until something comes, or for `time` at most. What has come must have been looked at with the lock that is given up here.
+    /// Waits until something comes, or for `time` at most. What has come must have been looked at with the lock that is
+    /// given up here.
     pub(crate) fn wait(&self, answers: MutexGuard<'_, Answers>, time: Option<Duration>) {
         match time {
             None => drop(self.changed.wait(answers)),
@@ -43,7 +44,8 @@ impl ReturnPath {
     }
 
     /// Reads messages until the peer closes. A failure closes the channel, so that the sending thread does not stay
-    /// blocked in a write that nobody reads. Pages that are asked for are given to `serve`; if that says true, nobody else has to hear of it.
+    /// blocked in a write that nobody reads. Pages that are asked for are given to `serve`; if that says true, nobody
+    /// else has to hear of it.
     pub(crate) fn listen(&self, channel: &dyn Channel, serve: impl Fn(&ReturnPath) -> Result<bool, MigrationError>) {
         if let Err(error) = self.messages(channel, serve) {
             self.answers().fail(error);

@@ -1,7 +1,8 @@
 //! Memory as of one instant, of a guest that runs on (capability `background-snapshot`, QEMU 6.0).
 //!
-//! Guest memory is protected against writes. Who writes to a page first waits until it was copied, which takes microseconds and does not depend
-//! on the peer: copies are sent when their turn comes. What nobody writes to is copied as the migration comes to it.
+//! Guest memory is protected against writes. Who writes to a page first waits until it was copied, which takes
+//! microseconds and does not depend on the peer: copies are sent when their turn comes. What nobody writes to is copied
+//! as the migration comes to it.
 //!
 //! ```text
 //!  guest, devices ──write──▶ ProtectedPages::wait ─▶ copy ─▶ ProtectedPages::unprotect ─▶ whoever waits goes on
@@ -86,8 +87,8 @@ impl Snapshot {
         Ok(())
     }
 
-    /// Copies pages of this memory for those who write to them, until the [end](Snapshot::end). Each thread has views of its own: the guest must
-    /// not be asked for them while somebody waits.
+    /// Copies pages of this memory for those who write to them, until the [end](Snapshot::end). Each thread has views
+    /// of its own: the guest must not be asked for them while somebody waits.
     pub(crate) fn serve(&self, ram: &[RamView<'_>]) {
         let unprotected = |state: &mut State| state.blocks.is_empty() && !state.ended;
         let protected = self.changed.wait_while(self.lock(), unprotected).unwrap_or_else(PoisonError::into_inner);

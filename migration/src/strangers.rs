@@ -1,8 +1,9 @@
 //! Connections that have not said yet what they are.
 //!
-//! Whoever finds the port of a destination can connect to it: a scanner, a browser, a source with other settings, somebody who
-//! wants to be in the way. A connection is nobody until its first bytes are those of a source. Until then it costs one
-//! descriptor and a few bytes, of which there are only so many; it has a few seconds; and nobody waits for it.
+//! Whoever finds the port of a destination can connect to it: a scanner, a browser, a source with other settings,
+//! somebody who wants to be in the way. A connection is nobody until its first bytes are those of a source. Until then
+//! it costs one descriptor and a few bytes, of which there are only so many; it has a few seconds; and nobody waits for
+//! it.
 
 use super::{
     Address, Channel, ChannelName, Listener, MigrationError, Socket, Tls, TlsError,
@@ -28,7 +29,8 @@ use std::{
     time::{Duration, Instant},
 };
 
-/// Connections that may be unknown at a time, beside those that a source opens; fewer where the process may have few descriptors.
+/// Connections that may be unknown at a time, beside those that a source opens; fewer where the process may have few
+/// descriptors.
 const ROOM: usize = 256;
 /// Connections that are accepted before those that are here are heard.
 const ACCEPTED_AT_ONCE: usize = 64;
@@ -51,7 +53,8 @@ pub(crate) struct Strangers {
     tls: Option<Tls>,
     /// Where they come to.
     address: Address,
-    /// Page channels may be kept waiting for the main channel that tells what they are about, but are none of this migration's.
+    /// Page channels may be kept waiting for the main channel that tells what they are about, but are none of this
+    /// migration's.
     page_channels: bool,
 }
 
@@ -185,8 +188,9 @@ enum Heard {
 }
 
 impl Strangers {
-    /// For a migration in which a source opens `page_channels` beside the main channel, or none. `patience` says how long each has to say
-    /// what it is; with `tls` it has to do so in a TLS session. Those that are known come to `address`.
+    /// For a migration in which a source opens `page_channels` beside the main channel, or none. `patience` says how
+    /// long each has to say what it is; with `tls` it has to do so in a TLS session. Those that are known come to
+    /// `address`.
     pub(crate) fn new(page_channels: Option<u8>, tls: Option<Tls>, patience: Patience, address: Address) -> Self {
         let descriptors = getrlimit(Resource::Nofile).current.and_then(|limit| usize::try_from(limit).ok());
         let room = descriptors.map_or(ROOM, |limit| ROOM.min(limit / 4)) + 1 + usize::from(page_channels.unwrap_or(0));
@@ -250,8 +254,8 @@ impl Strangers {
     /// Accepts what is in the listener's queue.
     ///
     /// # Errors
-    /// [`MigrationError::Listen`] for a listener that is of no more use; not for a connection that cannot be accepted, nor when there
-    /// are no descriptors.
+    /// [`MigrationError::Listen`] for a listener that is of no more use; not for a connection that cannot be accepted,
+    /// nor when there are no descriptors.
     pub(crate) fn accept(
         &mut self,
         listener: &Listener,
@@ -295,8 +299,8 @@ impl Strangers {
         Ok(())
     }
 
-    /// Listens to those connections that are `ready`, in the order of [`polled`](Strangers::polled), and drops those that have had their
-    /// time.
+    /// Listens to those connections that are `ready`, in the order of [`polled`](Strangers::polled), and drops those
+    /// that have had their time.
     pub(crate) fn hear(&mut self, ready: &[bool], dropped: &mut dyn FnMut(Dropped)) -> Vec<Known> {
         let (mut known, now, silence) = (Vec::new(), Instant::now(), self.patience.silence());
         for (index, mut stranger) in std::mem::take(&mut self.waiting).into_iter().enumerate() {

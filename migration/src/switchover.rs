@@ -228,7 +228,8 @@ impl Switchover {
         Decision::Iterate { stalled: None }
     }
 
-    /// Says what to do when [`decide`](Switchover::decide) was for switching over, by estimates, and this is what remains exactly.
+    /// Says what to do when [`decide`](Switchover::decide) was for switching over, by estimates, and this is what
+    /// remains exactly.
     pub fn confirm(&mut self, reason: Reason, exact: &Round<'_>) -> Decision {
         match expected_downtime(total(exact.remaining), exact) {
             Some(downtime) if downtime <= exact.downtime_limit => Decision::SwitchOver(reason),

@@ -6,10 +6,10 @@
 //!  Socket ─▶ handshake ─▶ TlsChannel                 Strangers: Socket ─▶ Accepting ─▶ TlsChannel
 //! ```
 //!
-//! Every connection has a session of its own: the main channel, each page channel, and the preempt channel. Inside a session the
-//! bytes are those of the plain format. A session ends with `close_notify`. Many releases close page channels without it
-//! (`multifd-clean-tls-termination`), and nothing is lost by that: each channel's own format says where it ends, so that an end before
-//! that is an error, sealed or not.
+//! Every connection has a session of its own: the main channel, each page channel, and the preempt channel. Inside a
+//! session the bytes are those of the plain format. A session ends with `close_notify`. Many releases close page
+//! channels without it (`multifd-clean-tls-termination`), and nothing is lost by that: each channel's own format says
+//! where it ends, so that an end before that is an error, sealed or not.
 
 mod accepting;
 mod channel;
@@ -86,7 +86,8 @@ impl Tls {
         Tls { credentials, hostname: None, authorization: None }
     }
 
-    /// The name or address that the destination's certificate has to have (`tls-hostname`), whatever the destination's address is.
+    /// The name or address that the destination's certificate has to have (`tls-hostname`), whatever the destination's
+    /// address is.
     ///
     /// # Errors
     /// [`TlsError::Hostname`].
@@ -94,8 +95,8 @@ impl Tls {
         Ok(Tls { hostname: Some(server_name(name)?), ..self })
     }
 
-    /// Only sources with a certificate whose distinguished name is allowed may send a guest (`tls-authz`). As with QEMU, the name has its
-    /// parts in the order of the certificate: `C=DE,O=example,CN=source`, usually.
+    /// Only sources with a certificate whose distinguished name is allowed may send a guest (`tls-authz`). As with
+    /// QEMU, the name has its parts in the order of the certificate: `C=DE,O=example,CN=source`, usually.
     #[must_use]
     pub fn with_authorization(self, allows: impl Fn(&str) -> bool + Send + Sync + 'static) -> Self {
         Tls { authorization: Some(Arc::new(allows)), ..self }

@@ -5,8 +5,8 @@ use std::{
     sync::atomic::{AtomicU64, Ordering},
 };
 
-/// A bit for every page, which any thread may set. Who sets one and who asks for it are kept in order by the synchronisation of
-/// the channels.
+/// A bit for every page, which any thread may set. Who sets one and who asks for it are kept in order by the
+/// synchronisation of the channels.
 #[derive(Debug)]
 pub(crate) struct Touched(Vec<AtomicU64>);
 

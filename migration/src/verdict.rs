@@ -1,12 +1,13 @@
 //! The destination's last word, and whether the source has it.
 //!
-//! A source with a return path runs the guest on unless it is told, by SHUT 0, that the guest has arrived. If that message is lost, the
-//! guest runs at the source; a destination that has started it all the same runs it a second time. So the guest is started only when
-//! the message was written without error, the peer's kernel has acknowledged it, and the connection was not reset. That takes one round
-//! trip. In every other case the guest stays paused here, and the operator is told what to look at: [`Doubt`].
+//! A source with a return path runs the guest on unless it is told, by SHUT 0, that the guest has arrived. If that
+//! message is lost, the guest runs at the source; a destination that has started it all the same runs it a second time.
+//! So the guest is started only when the message was written without error, the peer's kernel has acknowledged it, and
+//! the connection was not reset. That takes one round trip. In every other case the guest stays paused here, and the
+//! operator is told what to look at: [`Doubt`].
 //!
-//! An acknowledgement comes from whoever is at the other end of the connection. A proxy that acknowledges the message and dies with
-//! it cannot be told from a source that has read it: see `docs/peer.md`.
+//! An acknowledgement comes from whoever is at the other end of the connection. A proxy that acknowledges the message
+//! and dies with it cannot be told from a source that has read it: see `docs/peer.md`.
 
 use super::{
     Channel,
@@ -20,7 +21,8 @@ use std::{
 
 /// How long the source's host may take to acknowledge the last word, and the source to confirm it.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(10);
-/// How often the kernel is asked whether the last word was acknowledged: at first as often as a short round trip is long…
+/// How often the kernel is asked whether the last word was acknowledged: at first as often as a short round trip is
+/// long…
 const FIRST_POLL: Duration = Duration::from_micros(20);
 /// …and then less and less.
 const LONGEST_POLL: Duration = Duration::from_millis(2);
@@ -69,8 +71,8 @@ pub(crate) fn send(channel: &dyn Channel, message: &Message) -> Result<(), Doubt
         return Err(Doubt::SourceLeft);
     }
     let bytes = message.to_bytes();
-    // In two segments: a kernel acknowledges a second one as soon as it was read, but may keep the acknowledgement of a single small
-    // one back for 40 ms in the hope of an answer to send along. The guest is paused for that time.
+    // In two segments: a kernel acknowledges a second one as soon as it was read, but may keep the acknowledgement of a
+    // single small one back for 40 ms in the hope of an answer to send along. The guest is paused for that time.
     let (head, status) = bytes.split_at(bytes.len() / 2);
     [head, status]
         .into_iter()

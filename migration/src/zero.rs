@@ -11,7 +11,8 @@ pub(crate) const ZERO_PAGE: [u8; 4096] = [0; 4096];
 pub(crate) fn is_zero(page: &VolatileSlice<'_>) -> bool {
     let guard = page.ptr_guard();
     let (start, len) = (guard.as_ptr(), page.len());
-    // SAFETY: `offset + LINE <= len` wherever this is called, so the line is inside the slice, which lives through this call.
+    // SAFETY: `offset + LINE <= len` wherever this is called, so the line is inside the slice, which lives through this
+    // call.
     let line = |offset| unsafe { line_is_zero(start.add(offset)) };
     // Most pages that are not zero show it in the first line; the others are read as fast as memory gives.
     if len >= LINE && !line(0) {

@@ -25,8 +25,9 @@ pub struct TcpOptions {
     pub numeric: Option<bool>,
 }
 
-/// How the system finds out that the peer's host, or the way to it, is gone while nothing is sent: `keep-alive`, `keep-alive-count`,
-/// `keep-alive-idle` and `keep-alive-interval`. At a destination it is for the connections that come in.
+/// How the system finds out that the peer's host, or the way to it, is gone while nothing is sent: `keep-alive`,
+/// `keep-alive-count`, `keep-alive-idle` and `keep-alive-interval`. At a destination it is for the connections that
+/// come in.
 ///
 /// ```
 /// use qevm_migration::Address;
@@ -38,10 +39,11 @@ pub struct TcpOptions {
 /// ```
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct KeepAlive {
-    /// Whether the system probes at all. If that was not said it does, by values that suit a WAN: after [60 s](Self::IDLE), every
-    /// [15 s](Self::INTERVAL), [8 times](Self::COUNT). (A QEMU does not then.)
+    /// Whether the system probes at all. If that was not said it does, by values that suit a WAN: after [60
+    /// s](Self::IDLE), every [15 s](Self::INTERVAL), [8 times](Self::COUNT). (A QEMU does not then.)
     pub on: Option<bool>,
-    /// Probes without an answer after which the connection is broken; 0 is the system's default. The system takes 1 to 127.
+    /// Probes without an answer after which the connection is broken; 0 is the system's default. The system takes 1
+    /// to 127.
     pub count: u32,
     /// Seconds of silence before the first probe; 0 is the system's default. The system takes 1 to 32767.
     pub idle: u32,

@@ -72,8 +72,9 @@ enum News {
     Connected(Result<Arc<dyn Channel>, MigrationError>),
 }
 
-/// Connects these, until `job` is cancelled or one takes too long. To look a name up and to connect may take minutes and cannot be
-/// interrupted everywhere: a thread of its own does it, which nobody waits for then, and which connects no more.
+/// Connects these, until `job` is cancelled or one takes too long. To look a name up and to connect may take minutes
+/// and cannot be interrupted everywhere: a thread of its own does it, which nobody waits for then, and which connects
+/// no more.
 pub(super) fn connect(address: &Address, job: &Job, names: Names) -> Result<Outgoing, MigrationError> {
     let failed = |source| MigrationError::Connect { address: address.clone(), source };
     let (sender, news) = mpsc::channel();
@@ -123,7 +124,8 @@ pub(super) fn connect(address: &Address, job: &Job, names: Names) -> Result<Outg
     Ok(Outgoing { pages, greeted, reader: Reader::Answers, address, watched: true, ..main.into() })
 }
 
-/// Sends the first packet of page channel `number`. A QEMU reads it from each session before it goes on with the handshake of the next.
+/// Sends the first packet of page channel `number`. A QEMU reads it from each session before it goes on with the
+/// handshake of the next.
 fn greet(channel: Arc<dyn Channel>, number: u8, uuid: Uuid) -> Result<Arc<dyn Channel>, MigrationError> {
     let mut packet = Writer::new();
     Init::new(uuid, number).encode(&mut packet);

@@ -15,11 +15,12 @@ use qevm_savevm::command::Command;
 use qevm_wire::{CountedString, Located, PageGeometry};
 use std::{collections::VecDeque, io, time::Duration};
 
-/// Value of the PING after the devices in the package of postcopy, before RUN: its answer says that they are loaded (10.2).
+/// Value of the PING after the devices in the package of postcopy, before RUN: its answer says that they are loaded
+/// (10.2).
 pub(crate) const PACKAGE_LOADED: u32 = 0x42;
 
-/// The source's end of a return path. Its inputs are every PING that is sent, every message that arrives and the end of the
-/// channel; it decides what the source may do.
+/// The source's end of a return path. Its inputs are every PING that is sent, every message that arrives and the end of
+/// the channel; it decides what the source may do.
 #[derive(Debug)]
 pub struct Answers {
     /// What may come, and what is missing.
@@ -92,7 +93,8 @@ impl Answers {
         }
     }
 
-    /// The guest runs at the destination, the connection was lost, and another is there: what comes from here on comes over that.
+    /// The guest runs at the destination, the connection was lost, and another is there: what comes from here on comes
+    /// over that.
     pub(super) fn reconnected(&mut self, blocks: RequestBlocks) {
         let requests = Some(PageRequests::new(blocks, crate::PAGE_SIZE));
         *self = Answers {
@@ -232,8 +234,9 @@ impl Answers {
         self.left.take()
     }
 
-    /// Pages that the guest waits for and nobody has sent, after [`Action::ServeRequests`](super::source::Action::ServeRequests); given once, and no
-    /// others before [`urgent_sent`](Self::urgent_sent). Whoever takes them sends them on the preempt channel.
+    /// Pages that the guest waits for and nobody has sent, after
+    /// [`Action::ServeRequests`](super::source::Action::ServeRequests); given once, and no others before
+    /// [`urgent_sent`](Self::urgent_sent). Whoever takes them sends them on the preempt channel.
     pub fn next_urgent(&mut self) -> Option<Batch> {
         let (left, requests) = (self.left.as_mut()?, self.requests.as_mut()?);
         if self.urgent.going.is_some() {
@@ -244,7 +247,8 @@ impl Answers {
         Some(Batch { runs: vec![run], ..Batch::default() })
     }
 
-    /// The pages of [`next_urgent`](Self::next_urgent) could not be sent. No others are given. The destination may still say why.
+    /// The pages of [`next_urgent`](Self::next_urgent) could not be sent. No others are given. The destination may
+    /// still say why.
     pub fn urgent_failed(&mut self, error: MigrationError) {
         self.urgent.failure.get_or_insert(error);
     }
@@ -254,7 +258,8 @@ impl Answers {
         self.urgent.failure.take().map_or(Ok(()), Err)
     }
 
-    /// The pages of [`next_urgent`](Self::next_urgent) were sent. If they could not be: [`urgent_failed`](Self::urgent_failed).
+    /// The pages of [`next_urgent`](Self::next_urgent) were sent. If they could not be:
+    /// [`urgent_failed`](Self::urgent_failed).
     pub fn urgent_sent(&mut self, sent: Sent) {
         self.urgent.gone.extend(self.urgent.going.take());
         let total = &mut self.urgent.sent;
@@ -368,7 +373,8 @@ impl Answers {
         self.heard
     }
 
-    /// What explains why the main channel broke: what the destination reported, or how it broke the rules, or the TLS session.
+    /// What explains why the main channel broke: what the destination reported, or how it broke the rules, or the TLS
+    /// session.
     pub(crate) fn explanation(&mut self) -> Option<MigrationError> {
         match self.verdict() {
             Err(error @ (MigrationError::PeerFailed { .. } | MigrationError::ReturnPathMessage(_))) => Some(error),

@@ -26,13 +26,15 @@ use qevm_savevm::{
 use qevm_wire::{Decode, Limits, Located, Step};
 use std::{collections::HashSet, io, sync::Arc, time::Duration};
 
-/// A destination: told what arrived on the main channel, what the guest reported and what time it is, it says what to do next.
+/// A destination: told what arrived on the main channel, what the guest reported and what time it is, it says what to
+/// do next.
 ///
-/// [`next`](Self::next) is shown the bytes that have arrived and are not done with, and names one [`Action`]. The driver carries it out, drops
-/// what was consumed and asks again. Where the action is a question to the guest, it is asked again until it was answered. Page channels have
-/// readers of their own, [`PageChannel`](super::PageChannel).
+/// [`next`](Self::next) is shown the bytes that have arrived and are not done with, and names one [`Action`]. The
+/// driver carries it out, drops what was consumed and asks again. Where the action is a question to the guest, it is
+/// asked again until it was answered. Page channels have readers of their own, [`PageChannel`](super::PageChannel).
 ///
-/// After an error, of the destination's or of the driver's ([`fail`](Self::fail)), the actions are those that tell the source and let go of it.
+/// After an error, of the destination's or of the driver's ([`fail`](Self::fail)), the actions are those that tell the
+/// source and let go of it.
 #[derive(Debug)]
 pub struct Destination {
     options: DestinationOptions,
@@ -53,7 +55,8 @@ pub struct Destination {
     arrived: Duration,
 }
 
-/// How long the source's host may take to acknowledge the last word, and the source to confirm it, where nobody says otherwise.
+/// How long the source's host may take to acknowledge the last word, and the source to confirm it, where nobody says
+/// otherwise.
 const PATIENCE: Duration = crate::verdict::PATIENCE;
 /// How long the source may take to close after it was told of a failure.
 const LINGER: Duration = Duration::from_secs(1);
@@ -152,8 +155,8 @@ impl Destination {
         }
     }
 
-    /// Something failed, here or at the driver's: from now on the source is told and let go of. Of a guest that may run there it is
-    /// told nothing.
+    /// Something failed, here or at the driver's: from now on the source is told and let go of. Of a guest that may run
+    /// there it is told nothing.
     pub fn fail(&mut self, error: &MigrationError) {
         self.phase = match (&self.phase, error) {
             (Phase::Failing | Phase::Lingering { .. } | Phase::Over, _) => return,

@@ -109,10 +109,12 @@ impl Blame for DeviceStateError {
     }
 }
 
-/// Puts the pieces of devices' state in order. Readers on several threads share it under a lock, and wake each other after each call.
+/// Puts the pieces of devices' state in order. Readers on several threads share it under a lock, and wake each other
+/// after each call.
 ///
-/// `C` is what the driver keeps of a piece, for example its bytes. How many may wait is limited: a piece for which there is no room
-/// holds its channel up. Data are loaded after SWITCHOVER_START only, because the state that came on the main channel comes before them.
+/// `C` is what the driver keeps of a piece, for example its bytes. How many may wait is limited: a piece for which
+/// there is no room holds its channel up. Data are loaded after SWITCHOVER_START only, because the state that came on
+/// the main channel comes before them.
 #[derive(Debug)]
 pub struct DeviceStates<C> {
     devices: Vec<Device<C>>,
@@ -186,7 +188,8 @@ impl<C> DeviceStates<C> {
         place.ok_or_else(|| DeviceStateError::Unexpected { idstr: idstr.clone(), instance_id })
     }
 
-    /// A piece of `len` bytes came for a device. It is given back if there is no room for it; when something has been loaded there may be.
+    /// A piece of `len` bytes came for a device. It is given back if there is no room for it; when something has been
+    /// loaded there may be.
     ///
     /// # Errors
     /// It has come before, or comes after the last; a reader has given up.
@@ -262,8 +265,8 @@ impl<C> DeviceStates<C> {
         }
     }
 
-    /// The stream on the main channel is over: until when that waits for the state of the devices, if it does. `received` is how many
-    /// bytes have come over page channels; each of them gives it more time.
+    /// The stream on the main channel is over: until when that waits for the state of the devices, if it does.
+    /// `received` is how many bytes have come over page channels; each of them gives it more time.
     ///
     /// # Errors
     /// What has not come; a reader has given up.

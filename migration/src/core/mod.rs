@@ -1,8 +1,8 @@
 //! The deterministic core of the engines: state machines without I/O, threads and clocks.
 //!
-//! A machine is told what arrived, what the guest reported and what time it is, and says what to do next. Whoever drives it does that:
-//! [`migrate`](crate::migrate) and [`receive`](crate::receive) with threads and blocking sockets, the example `async_vmm` with tokio, a simulator
-//! with virtual time in a single thread.
+//! A machine is told what arrived, what the guest reported and what time it is, and says what to do next. Whoever
+//! drives it does that: [`migrate`](crate::migrate) and [`receive`](crate::receive) with threads and blocking sockets,
+//! the example `async_vmm` with tokio, a simulator with virtual time in a single thread.
 //!
 //! Time is a [`Duration`](std::time::Duration) since the start of the migration, and never goes back.
 //!
@@ -18,9 +18,10 @@
 //!
 //! # The destination
 //!
-//! [`Destination`](destination::Destination) reads the main channel, [`PageChannel`] a page channel, and [`Synchronisation`] says which of them waits for which.
-//! [`DeviceStates`] puts the pieces in order that devices send over page channels.
-//! They hold no bytes of the stream and touch no memory: payload goes from the socket to where it belongs without them.
+//! [`Destination`](destination::Destination) reads the main channel, [`PageChannel`] a page channel, and
+//! [`Synchronisation`] says which of them waits for which. [`DeviceStates`] puts the pieces in order that devices send
+//! over page channels. They hold no bytes of the stream and touch no memory: payload goes from the socket to where it
+//! belongs without them.
 
 mod answers;
 pub mod destination;
@@ -53,7 +54,8 @@ pub struct DeviceOptions {
 }
 
 impl DeviceOptions {
-    /// Those of a device with a section of this name, which is its name in messages as well, and nothing special about it.
+    /// Those of a device with a section of this name, which is its name in messages as well, and nothing special about
+    /// it.
     pub fn new(idstr: CountedString) -> Self {
         DeviceOptions { name: idstr.to_string(), idstr, switchover_ack: false, transfer: false }
     }

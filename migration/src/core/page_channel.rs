@@ -30,11 +30,12 @@ pub enum PageAction<'a> {
         /// How many.
         at_least: usize,
     },
-    /// Clear the pages of [`zero_runs`](RamPacket::zero_runs), and make ready those of [`normal_runs`](RamPacket::normal_runs): the next
-    /// [`payload_len`](RamPacket::payload_len) bytes of the channel are their content. The pages lie in their block.
+    /// Clear the pages of [`zero_runs`](RamPacket::zero_runs), and make ready those of
+    /// [`normal_runs`](RamPacket::normal_runs): the next [`payload_len`](RamPacket::payload_len) bytes of the channel
+    /// are their content. The pages lie in their block.
     Packet(RamPacket<'a>),
-    /// The next [`payload_len`](DeviceState::payload_len) bytes of the channel are a piece of a device's state: give it to the
-    /// [`DeviceStates`](super::DeviceStates), or [refuse](PageChannel::refuse) it.
+    /// The next [`payload_len`](DeviceState::payload_len) bytes of the channel are a piece of a device's state: give it
+    /// to the [`DeviceStates`](super::DeviceStates), or [refuse](PageChannel::refuse) it.
     DeviceState(DeviceState),
     /// This many bytes of the last packet's content have not been [placed](PageChannel::placed).
     Payload {
@@ -72,8 +73,8 @@ impl PageChannel {
         self.decoder.offset()
     }
 
-    /// What to do next, where `input` is what has arrived and is not done with. `length_of` tells the length in bytes of a RAM block
-    /// that the main channel has listed.
+    /// What to do next, where `input` is what has arrived and is not done with. `length_of` tells the length in bytes
+    /// of a RAM block that the main channel has listed.
     ///
     /// # Errors
     /// What arrived is wrong, or ends too early.

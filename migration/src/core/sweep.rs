@@ -1,10 +1,10 @@
 //! Which pages are sent in which order, and which wait. Knows nothing of their content.
 //!
-//! A sweep takes every page that was dirty at its beginning. The first takes all there are, and long: what the guest writes
-//! meanwhile must be sent again, so a page that it has written to since the beginning waits for the next sweep instead of being
-//! sent twice. [`Sweep::defer`] finds those. It can know only of pages whose log was reset, so [`Sweep::reset_lead`] resets
-//! the log far ahead; and stretches of memory are taken in turns, so that not all of what the guest is busy with comes first,
-//! while nothing is known.
+//! A sweep takes every page that was dirty at its beginning. The first takes all there are, and long: what the guest
+//! writes meanwhile must be sent again, so a page that it has written to since the beginning waits for the next sweep
+//! instead of being sent twice. [`Sweep::defer`] finds those. It can know only of pages whose log was reset, so
+//! [`Sweep::reset_lead`] resets the log far ahead; and stretches of memory are taken in turns, so that not all of what
+//! the guest is busy with comes first, while nothing is known.
 
 use super::source::BlockRange;
 use crate::{PAGE_SIZE, bitmap::PageBitmap};
@@ -15,8 +15,8 @@ use std::{ops::Range, time::Duration};
 const RESET_PAGES: u64 = 256;
 /// The most that is reset in one call, in `RESET_PAGES`: 16 MiB (QEMU's `x-clear-bitmap-shift` of 18 is 1 GiB).
 const MAX_RESET: u64 = 16;
-/// How long a page may wait for its turn after its log was reset. What the guest writes meanwhile is sent and then sent again,
-/// so little is reset at a time when the link is slow; when it is fast, calls would cost more than that.
+/// How long a page may wait for its turn after its log was reset. What the guest writes meanwhile is sent and then sent
+/// again, so little is reset at a time when the link is slow; when it is fast, calls would cost more than that.
 const RESET_AHEAD: Duration = Duration::from_millis(5);
 /// In the first sweep the log is reset this many times as fast as pages are sent…
 const LEAD: u64 = 8;
@@ -98,7 +98,8 @@ impl Sweep {
         new
     }
 
-    /// Leaves what the guest has written to since the beginning of the sweep, by this word of the dirty log, for the next one.
+    /// Leaves what the guest has written to since the beginning of the sweep, by this word of the dirty log, for the
+    /// next one.
     pub(super) fn defer(&mut self, block: usize, word_number: usize, word: u64) {
         let Some(block) = self.blocks.get_mut(block).filter(|block| block.has_word(word_number)) else { return };
         // Where the log was not reset it has what was known, and perhaps more: there is time for that in this sweep.
@@ -132,8 +133,9 @@ impl Sweep {
         self.next_run(1).is_none()
     }
 
-    /// Takes the next pages, at most `limit`, out of what is to be sent. What is to be reset in the log before they are read goes to
-    /// `resets`; without, the guest is paused. They must be read after this: what changes from here on turns up in the log.
+    /// Takes the next pages, at most `limit`, out of what is to be sent. What is to be reset in the log before they are
+    /// read goes to `resets`; without, the guest is paused. They must be read after this: what changes from here on
+    /// turns up in the log.
     pub(super) fn take(&mut self, limit: u64, resets: Option<&mut Vec<BlockRange>>) -> Option<BlockRange> {
         let (index, run) = self.next_run(limit)?;
         let block = &mut self.blocks[index];
@@ -165,7 +167,8 @@ impl Sweep {
         self.take_at(request.block, pages)
     }
 
-    /// Of this block everything is to be sent but what the bitmap has: bit `i` of byte `n` is page `8 * n + i`. The sweep begins anew.
+    /// Of this block everything is to be sent but what the bitmap has: bit `i` of byte `n` is page `8 * n + i`. The
+    /// sweep begins anew.
     pub(super) fn received(&mut self, block: usize, bitmap: &[u8]) {
         let Some(block) = self.blocks.get_mut(block) else { return };
         let pages = block.dirty.pages();

@@ -12,12 +12,12 @@ pub enum Mark {
     Eos,
 }
 
-/// Longest time in which nothing at all arrives while the main channel waits for SYNC packets. The mark on the main channel is
-/// sent after them, so whatever is missing is on its way already.
+/// Longest time in which nothing at all arrives while the main channel waits for SYNC packets. The mark on the main
+/// channel is sent after them, so whatever is missing is on its way already.
 const PATIENCE: Duration = Duration::from_secs(60);
 
-/// The synchronisation of the main channel with the page channels. Readers on several threads share it under a lock, and wake each
-/// other after every call.
+/// The synchronisation of the main channel with the page channels. Readers on several threads share it under a lock,
+/// and wake each other after every call.
 #[derive(Debug, Clone)]
 pub struct Synchronisation {
     barrier: SyncBarrier,
@@ -41,8 +41,8 @@ impl Synchronisation {
         Synchronisation { barrier: SyncBarrier::new(channels, None), main: None }
     }
 
-    /// The main channel met a mark at time `now`, when the page channels had received this many bytes. It must not be read further
-    /// until [`main_waits`](Self::main_waits) says so.
+    /// The main channel met a mark at time `now`, when the page channels had received this many bytes. It must not be
+    /// read further until [`main_waits`](Self::main_waits) says so.
     ///
     /// # Errors
     /// As [`SyncBarrier::main_flush`] and [`SyncBarrier::main_eos`].
@@ -85,7 +85,8 @@ impl Synchronisation {
     }
 
     /// A page channel met a SYNC packet, whose pages are in their places. It must not be read while
-    /// [`channel_waits`](Self::channel_waits). How long is up to the main channel, which may be waiting for its source's rate limit.
+    /// [`channel_waits`](Self::channel_waits). How long is up to the main channel, which may be waiting for its
+    /// source's rate limit.
     ///
     /// # Errors
     /// As [`SyncBarrier::channel_sync`].

@@ -9,7 +9,8 @@ pub struct Arrival {
     pub running: bool,
     /// Bytes of the stream.
     pub bytes: u64,
-    /// Guest memory that has not come, under capability `postcopy-ram`: it is to be taken care of when the guest has been started.
+    /// Guest memory that has not come, under capability `postcopy-ram`: it is to be taken care of when the guest has
+    /// been started.
     pub rest: Option<Rest>,
 }
 

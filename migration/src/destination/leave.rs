@@ -12,8 +12,8 @@ use std::{
     time::{Duration, Instant},
 };
 
-/// Tells the source of a failure, and gives it time to read that and to close: a socket that is closed while something unread
-/// arrives takes back what it has said, and the source would know of a broken pipe only.
+/// Tells the source of a failure, and gives it time to read that and to close: a socket that is closed while something
+/// unread arrives takes back what it has said, and the source would know of a broken pipe only.
 pub(crate) fn leave(
     core: &mut Destination,
     channel: &dyn Channel,

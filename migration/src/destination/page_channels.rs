@@ -44,7 +44,8 @@ impl PageChannels {
         }
     }
 
-    /// Reads the channels, and loads devices, each on a thread of its own. If one fails, the main channel is read no more.
+    /// Reads the channels, and loads devices, each on a thread of its own. If one fails, the main channel is read no
+    /// more.
     pub(super) fn start<'s, 'e>(
         &'s self,
         scope: &'s Scope<'s, 'e>,

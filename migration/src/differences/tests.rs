@@ -34,8 +34,9 @@ fn send(differences: &mut Differences, stream: &mut StreamWriter, page: &[u8], p
     bytes
 }
 
-/// Of a guest that had changed one byte of each of 1843 pages, and nothing of 125, QEMU 11.1.3 sent 5857 bytes of data and told of 1968 pages
-/// and 11386 bytes: three go with each. Those 1536 of its second pass were misses; there were none in the first.
+/// Of a guest that had changed one byte of each of 1843 pages, and nothing of 125, QEMU 11.1.3 sent 5857 bytes of data
+/// and told of 1968 pages and 11386 bytes: three go with each. Those 1536 of its second pass were misses; there were
+/// none in the first.
 #[test]
 fn what_is_told_counts_as_a_qemu_counts() {
     let mut stream = stream();

@@ -87,7 +87,8 @@ pub enum LoadError {
         /// The block.
         name: CountedString,
     },
-    /// Pages of a RAM block that is a file of both machines, as far as this one can tell (capability `x-ignore-shared`). QEMU's words.
+    /// Pages of a RAM block that is a file of both machines, as far as this one can tell (capability
+    /// `x-ignore-shared`). QEMU's words.
     #[error("block {name} should not be migrated ! It is a shared file here, and not at the source")]
     SharedSent {
         /// The block.

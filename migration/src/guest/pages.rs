@@ -7,7 +7,8 @@ use std::ops::Range;
 ///
 /// Blocks have their numbers in [`Guest::ram`](crate::Guest::ram); offsets and lengths are bytes.
 pub trait MissingPages: Send + Sync {
-    /// Bytes of a block that are filled in at once at least: 4096, or those of a huge page. The block's length is a multiple of that.
+    /// Bytes of a block that are filled in at once at least: 4096, or those of a huge page. The block's length is a
+    /// multiple of that.
     ///
     /// # Errors
     /// The guest's own.
@@ -25,14 +26,15 @@ pub trait MissingPages: Send + Sync {
     /// The guest's own; above all when the host cannot do that with this memory.
     fn add(&self, block: usize) -> Result<(), GuestError>;
 
-    /// Waits until somebody touches a page that is missing, and says which. The same page may be told of several times, and while it is being
-    /// filled in. `None` after [`stop`](MissingPages::stop).
+    /// Waits until somebody touches a page that is missing, and says which. The same page may be told of several times,
+    /// and while it is being filled in. `None` after [`stop`](MissingPages::stop).
     ///
     /// # Errors
     /// The guest's own.
     fn wait(&self) -> Result<Option<Touch>, GuestError>;
 
-    /// How many vCPUs [`wait`](MissingPages::wait) can tell apart, for capability `postcopy-blocktime`. By default none.
+    /// How many vCPUs [`wait`](MissingPages::wait) can tell apart, for capability `postcopy-blocktime`. By default
+    /// none.
     fn vcpus(&self) -> usize {
         0
     }
@@ -40,7 +42,8 @@ pub trait MissingPages: Send + Sync {
     /// Fills in pages that are missing, and lets those go on who wait for them.
     ///
     /// # Errors
-    /// The guest's own; [`std::io::Error`] of the kind [`AlreadyExists`](std::io::ErrorKind::AlreadyExists) when one of them is not missing.
+    /// The guest's own; [`std::io::Error`] of the kind [`AlreadyExists`](std::io::ErrorKind::AlreadyExists) when one of
+    /// them is not missing.
     fn fill(&self, block: usize, offset: u64, bytes: &[u8]) -> Result<(), GuestError>;
 
     /// The same with zeros.
@@ -70,18 +73,21 @@ pub struct Touch {
     pub vcpu: Option<usize>,
 }
 
-/// RAM that can be protected against writes: who writes to a protected page waits until it is no longer (`userfaultfd`).
+/// RAM that can be protected against writes: who writes to a protected page waits until it is no longer
+/// (`userfaultfd`).
 ///
 /// Blocks have their numbers in [`Guest::ram`](crate::Guest::ram); offsets and lengths are bytes.
 pub trait ProtectedPages: Send + Sync {
-    /// Protects a block of a paused guest. Gives the bytes that are unprotected at once at least: 4096, or those of a huge page.
+    /// Protects a block of a paused guest. Gives the bytes that are unprotected at once at least: 4096, or those of a
+    /// huge page.
     ///
     /// # Errors
     /// The guest's own; above all when the host cannot do that with this memory.
     fn protect(&self, block: usize) -> Result<u64, GuestError>;
 
-    /// Waits until somebody writes to a page that is protected, and says which: a block and any offset in the page. The same page may be told
-    /// of several times, and after it was unprotected. `None` after [`stop`](ProtectedPages::stop).
+    /// Waits until somebody writes to a page that is protected, and says which: a block and any offset in the page. The
+    /// same page may be told of several times, and after it was unprotected. `None` after
+    /// [`stop`](ProtectedPages::stop).
     ///
     /// # Errors
     /// The guest's own.

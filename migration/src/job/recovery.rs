@@ -5,8 +5,8 @@ use crate::{MigrationError, Outgoing, Status};
 use std::sync::PoisonError;
 
 impl Job {
-    /// Gives the connections of a postcopy up, which is then [interrupted](Status::PostcopyPaused) and can be [recovered](Self::recover)
-    /// (`migrate-pause`).
+    /// Gives the connections of a postcopy up, which is then [interrupted](Status::PostcopyPaused) and can be
+    /// [recovered](Self::recover) (`migrate-pause`).
     ///
     /// # Errors
     /// [`Refused::NotInPostcopy`] where none is in [`Status::PostcopyActive`] or [`Status::PostcopyRecover`].
@@ -25,14 +25,14 @@ impl Job {
     /// Whether [`begin_recovery`](Self::begin_recovery) would succeed now.
     ///
     /// # Errors
-    /// [`Refused::NoPausedMigration`] unless a postcopy is in [`Status::PostcopyPaused`], [`Refused::MemoryReleased`] with capability
-    /// `release-ram`.
+    /// [`Refused::NoPausedMigration`] unless a postcopy is in [`Status::PostcopyPaused`], [`Refused::MemoryReleased`]
+    /// with capability `release-ram`.
     pub fn may_recover(&self) -> Result<(), Refused> {
         self.lock().may_recover()
     }
 
-    /// Claims a postcopy that is interrupted, for connections that the caller opens now and gives to [`recover`](Self::recover)
-    /// (`migrate` with `resume`).
+    /// Claims a postcopy that is interrupted, for connections that the caller opens now and gives to
+    /// [`recover`](Self::recover) (`migrate` with `resume`).
     ///
     /// # Errors
     /// As [`may_recover`](Self::may_recover).
@@ -48,8 +48,8 @@ impl Job {
         Ok(())
     }
 
-    /// Lets a postcopy go on that was [claimed](Self::begin_recovery), over these connections of [`Outgoing::open`]. An error instead of them
-    /// leaves it interrupted, with that for a reason.
+    /// Lets a postcopy go on that was [claimed](Self::begin_recovery), over these connections of [`Outgoing::open`]. An
+    /// error instead of them leaves it interrupted, with that for a reason.
     pub fn recover(&self, connections: Result<Outgoing, MigrationError>) {
         let mut state = self.lock();
         if state.statistics.status != Status::PostcopyRecoverSetup {
@@ -67,7 +67,8 @@ impl Job {
         self.tell();
     }
 
-    /// Ends a postcopy that is interrupted, or will be, as failed: the guest was lost, or the rest of its memory is not wanted.
+    /// Ends a postcopy that is interrupted, or will be, as failed: the guest was lost, or the rest of its memory is not
+    /// wanted.
     pub fn give_up_recovery(&self) {
         self.lock().given_up = true;
         self.changed.notify_all();

@@ -182,7 +182,8 @@ fn what_nobody_touches_stays_in_the_file() {
     while watch().requests < 3 {
         std::thread::yield_now();
     }
-    // The page that came last may be on its way; the one before is there with the one after it, and those that are zero do not count.
+    // The page that came last may be on its way; the one before is there with the one after it, and those that are zero
+    // do not count.
     assert_eq!(watch().remaining, (there - 2) * PAGE);
     assert!(!serving.is_finished() && scripted.filled.lock().unwrap().len() <= 4);
     (0..PAGES).for_each(|page| scripted.touch.send(Some(page * PAGE)).unwrap());

@@ -15,8 +15,8 @@ use qevm_wire::{Located, PageGeometry};
 use std::sync::OnceLock;
 use vm_memory::{Bytes, VolatileSlice};
 
-/// Reads a channel to its end. `listed` are the RAM blocks that the main channel listed, as soon as it has; `states` gets
-/// what devices send.
+/// Reads a channel to its end. `listed` are the RAM blocks that the main channel listed, as soon as it has; `states`
+/// gets what devices send.
 pub(crate) fn receive_pages(
     guest: &dyn Guest,
     stream: &mut PageStream,

@@ -3,7 +3,8 @@
 use super::{Queue, queue::Work};
 use crate::{Guest, MigrationError, page_file::Saving};
 
-/// Writes what `queue` has until it ends. A failure ends the queue for all threads. Nothing tells threads apart in the file.
+/// Writes what `queue` has until it ends. A failure ends the queue for all threads. Nothing tells threads apart in the
+/// file.
 pub(crate) fn save_pages(guest: &dyn Guest, saving: &Saving, queue: &Queue) {
     if let Err(error) = run(guest, saving, queue) {
         queue.fail(error);
@@ -20,7 +21,8 @@ fn run(guest: &dyn Guest, saving: &Saving, queue: &Queue) -> Result<(), Migratio
                     queue.sent(saving.save(batch.block, view, &batch.pages)?);
                 }
             }
-            // All that was queued before is written by now, or by the thread that has taken it, which synchronises after it.
+            // All that was queued before is written by now, or by the thread that has taken it, which synchronises
+            // after it.
             Work::Sync => {
                 synced += 1;
                 queue.synced();

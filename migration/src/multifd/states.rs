@@ -14,7 +14,8 @@ use std::{
 /// Buffers that are kept.
 const SPARE: usize = 8;
 
-/// Takes pieces of devices' state from the threads of the page channels, and gives them in order to a thread for each device.
+/// Takes pieces of devices' state from the threads of the page channels, and gives them in order to a thread for each
+/// device.
 #[derive(Debug)]
 pub(crate) struct States {
     /// Pieces with the headers that are in front of them.
@@ -88,7 +89,8 @@ impl States {
         }
     }
 
-    /// Waits until all devices have their state, and gives their configurations. `received` is how many bytes have come so far.
+    /// Waits until all devices have their state, and gives their configurations. `received` is how many bytes have come
+    /// so far.
     pub(crate) fn finish(&self, received: impl Fn() -> u64) -> Result<Vec<(CountedString, Vec<u8>)>, DeviceStateError> {
         let mut order = self.lock();
         loop {

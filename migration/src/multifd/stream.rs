@@ -69,8 +69,8 @@ impl PageStream {
         Ok(())
     }
 
-    /// Reads the content of a packet whose header took `consumed` bytes into `content`, whatever that holds. It is short, so some of what
-    /// follows may be here already.
+    /// Reads the content of a packet whose header took `consumed` bytes into `content`, whatever that holds. It is
+    /// short, so some of what follows may be here already.
     pub(super) fn read_content(
         &mut self,
         consumed: usize,

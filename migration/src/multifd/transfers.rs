@@ -1,4 +1,5 @@
-//! What is left of the state of devices when the guest is paused, for page channels: whichever is free reads the next piece.
+//! What is left of the state of devices when the guest is paused, for page channels: whichever is free reads the next
+//! piece.
 
 use crate::{IterativeDevice, MigrationError};
 use qevm_multifd::{DeviceState, VfioDeviceState};

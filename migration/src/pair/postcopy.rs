@@ -21,8 +21,8 @@ const PAGE: usize = 4096;
 /// What a destination does when it has the devices.
 type Arrived<'a> = &'a (dyn Fn(&UnixStream) + Sync);
 
-/// Runs a guest of [`PAGES`] away, and gives how that ended and how often each page came after the package. `arrived` is told when the
-/// destination has the package; it goes on with the stream then, unless it has closed.
+/// Runs a guest of [`PAGES`] away, and gives how that ended and how often each page came after the package. `arrived`
+/// is told when the destination has the package; it goes on with the stream then, unless it has closed.
 fn depart(pair: &Pair, arrived: Arrived<'_>) -> (Result<(), MigrationError>, HashMap<(BlockId, u64), u64>) {
     depart_with(pair, [("postcopy-ram", true), ("release-ram", false)], arrived)
 }
@@ -158,8 +158,8 @@ fn a_flood_of_repeated_requests_costs_no_page() {
     assert!(ram.postcopy_bytes <= came * (PAGE as u64 + 64) + 64, "{came} pages came later: {ram:?}");
 }
 
-/// Where connections come in another order they cannot be told apart: a 7.2 gets both at the start, and what is newer the second when the
-/// guest goes.
+/// Where connections come in another order they cannot be told apart: a 7.2 gets both at the start, and what is newer
+/// the second when the guest goes.
 #[test]
 fn pages_that_are_waited_for_go_over_the_preempt_channel_which_comes_when_the_release_expects_it() {
     for (release, at_the_start) in [(QemuVersion::new(7, 2), true), (QemuVersion::NEWEST, false)] {
@@ -272,8 +272,8 @@ fn a_guest_whose_package_does_not_get_out_goes_on() {
     assert_eq!((pair.job.status(), pair.source.is_running()), (Status::Failed, true));
 }
 
-/// From 10.2 on a destination says when it has loaded the devices. One that fails before has never run the guest, all of whose memory is
-/// still here, though some of it was sent and `release-ram` is on.
+/// From 10.2 on a destination says when it has loaded the devices. One that fails before has never run the guest, all
+/// of whose memory is still here, though some of it was sent and `release-ram` is on.
 #[test]
 fn a_guest_whose_devices_are_refused_goes_on() {
     let refuses = |release, loads| {

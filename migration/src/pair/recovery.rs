@@ -1,4 +1,5 @@
-//! Connections that are lost when the guest has gone before its memory, to a destination that is only its end of the protocol.
+//! Connections that are lost when the guest has gone before its memory, to a destination that is only its end of the
+//! protocol.
 
 use super::*;
 use crate::{Address, NoDescriptors, PAGE_SIZE, Refused, testing::Random};
@@ -61,8 +62,8 @@ struct Destination {
 }
 
 impl Destination {
-    /// Takes what comes on a connection until that breaks, `cut` bytes after the guest was here. Gives the decoder of what comes on the
-    /// next, or nothing when all has come.
+    /// Takes what comes on a connection until that breaks, `cut` bytes after the guest was here. Gives the decoder of
+    /// what comes on the next, or nothing when all has come.
     fn take(&mut self, socket: UnixStream, decoder: Decoder, cut: Option<u64>) -> Option<Decoder> {
         let back = socket.try_clone().unwrap();
         let say = |bytes: Vec<u8>| drop((&back).write_all(&bytes));
@@ -180,8 +181,9 @@ fn wait_for(job: &Job, wanted: Status) -> bool {
     }
 }
 
-/// Migrates over connections that break after a number of bytes each, of which an operator opens the next each time. The last does not break
-/// by itself; if it is lost, the operator gives up. `after` is what happens to the destination when one is lost.
+/// Migrates over connections that break after a number of bytes each, of which an operator opens the next each time.
+/// The last does not break by itself; if it is lost, the operator gives up. `after` is what happens to the destination
+/// when one is lost.
 fn depart(
     pair: &Pair,
     cuts: &[u64],

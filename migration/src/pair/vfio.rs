@@ -1,4 +1,5 @@
-//! Devices with all that QEMU's VFIO devices do in a migration: initial data, a configuration, and state over page channels.
+//! Devices with all that QEMU's VFIO devices do in a migration: initial data, a configuration, and state over page
+//! channels.
 
 use super::{multifd::Plan, *};
 use crate::{

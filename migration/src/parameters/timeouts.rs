@@ -2,27 +2,31 @@
 
 use std::time::Duration;
 
-/// How long a source or a destination waits before a migration fails or, where the guest went before its memory, is paused: parameters of this
-/// crate alone, beside QEMU's. All are in milliseconds, and 0 is for as long as it takes. They may change while a migration runs.
+/// How long a source or a destination waits before a migration fails or, where the guest went before its memory, is
+/// paused: parameters of this crate alone, beside QEMU's. All are in milliseconds, and 0 is for as long as it takes.
+/// They may change while a migration runs.
 ///
-/// The defaults suit a WAN: a round trip of a second, minutes without the link. Time for which this process is stopped does not count where a
-/// connection is waited for.
+/// The defaults suit a WAN: a round trip of a second, minutes without the link. Time for which this process is stopped
+/// does not count where a connection is waited for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Timeouts {
     /// `x-connect-timeout`: for the look-up of the destination's name and for each connection to it.
     pub connect_ms: u64,
-    /// `x-handshake-timeout`: for a TLS handshake, for a connection to say what it is, and for the next channel of a source.
+    /// `x-handshake-timeout`: for a TLS handshake, for a connection to say what it is, and for the next channel of a
+    /// source.
     pub handshake_ms: u64,
-    /// `x-idle-timeout`: for a connection to take a byte that is written, and at a destination for any connection of the migration to
-    /// bring one.
+    /// `x-idle-timeout`: for a connection to take a byte that is written, and at a destination for any connection of
+    /// the migration to bring one.
     pub idle_ms: u64,
-    /// `x-switchover-timeout`: for the destination's answers while the guest is paused, or at the destination before its memory.
+    /// `x-switchover-timeout`: for the destination's answers while the guest is paused, or at the destination before
+    /// its memory.
     pub switchover_ms: u64,
     /// `x-handover-timeout`: for the peer's host to acknowledge the last word, and for a source to confirm it.
     pub handover_ms: u64,
-    /// `x-tcp-user-timeout`: for the peer's host to acknowledge what was sent (TCP_USER_TIMEOUT). 0 is as long as `x-idle-timeout`, or as
-    /// `keep-alive-*` says where an address has that on; see [`KeepAlive`](crate::KeepAlive). It counts from the next connection on.
+    /// `x-tcp-user-timeout`: for the peer's host to acknowledge what was sent (TCP_USER_TIMEOUT). 0 is as long as
+    /// `x-idle-timeout`, or as `keep-alive-*` says where an address has that on; see [`KeepAlive`](crate::KeepAlive).
+    /// It counts from the next connection on.
     pub tcp_user_ms: u64,
 }
 

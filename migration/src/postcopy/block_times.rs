@@ -3,11 +3,12 @@
 use crate::touched::Touched;
 use std::{collections::HashMap, time::Duration};
 
-/// How long faults took: fault `n` of the distribution between 2^n and 2^(n+1) microseconds, those of the last and longer.
+/// How long faults took: fault `n` of the distribution between 2^n and 2^(n+1) microseconds, those of the last and
+/// longer.
 const BUCKETS: usize = 24;
 
-/// How long a guest has waited for its memory in postcopy: from the moment when somebody touches a page that has not come to the moment when
-/// it is there. Of pages that are still waited for nothing is counted.
+/// How long a guest has waited for its memory in postcopy: from the moment when somebody touches a page that has not
+/// come to the moment when it is there. Of pages that are still waited for nothing is counted.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct BlockTimes {
@@ -21,7 +22,8 @@ pub struct BlockTimes {
     pub vcpu_latency: Vec<Duration>,
     /// The same for all others, such as devices that the monitor emulates.
     pub other_latency: Duration,
-    /// How many waits took 2^n microseconds or more, and less than 2^(n+1); the first has those below, and the last those above.
+    /// How many waits took 2^n microseconds or more, and less than 2^(n+1); the first has those below, and the last
+    /// those above.
     pub distribution: [u64; BUCKETS],
 }
 
@@ -90,7 +92,8 @@ impl Account {
         }
     }
 
-    /// Somebody waits for a page, since about now. It may be there already, or be waited for by the same: that changes nothing.
+    /// Somebody waits for a page, since about now. It may be there already, or be waited for by the same: that changes
+    /// nothing.
     pub(super) fn touched(&mut self, vcpu: Option<usize>, block: usize, page: u64, now: Duration) {
         if self.here.get(block).is_none_or(|here| here.contains(page)) {
             return;

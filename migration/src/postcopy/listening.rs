@@ -16,7 +16,8 @@ pub(crate) struct Listening {
 }
 
 impl Listening {
-    /// Empties what has not come of `blocks`, or is old, and makes it missing. `block_times` says that it is counted how long the guest waits.
+    /// Empties what has not come of `blocks`, or is old, and makes it missing. `block_times` says that it is counted
+    /// how long the guest waits.
     pub(crate) fn start(
         guest: &dyn Guest,
         blocks: &[Listed],

@@ -184,8 +184,8 @@ impl Block {
 }
 
 impl Shared {
-    /// Guest memory of which these blocks are missing, in part, and come over `channel`. `block_times` says that it is counted how long the
-    /// guest waits.
+    /// Guest memory of which these blocks are missing, in part, and come over `channel`. `block_times` says that it is
+    /// counted how long the guest waits.
     pub(super) fn new(
         pages: Box<dyn MissingPages>,
         blocks: Vec<Block>,
@@ -363,7 +363,8 @@ impl Shared {
         let mut state = self.lock();
         state.failure.get_or_insert(error);
         if !state.started {
-            // The guest will not be started, so that whoever loads its devices may find zeros and need not wait for ever.
+            // The guest will not be started, so that whoever loads its devices may find zeros and need not wait for
+            // ever.
             if let Err(error) = self.pages.release() {
                 tracing::error!(error, "who waits for guest memory waits for ever");
             }

@@ -1,8 +1,10 @@
-//! The preempt channel: the connection over which pages come that somebody waits for, past what is on its way on the main channel.
+//! The preempt channel: the connection over which pages come that somebody waits for, past what is on its way on the
+//! main channel.
 //!
-//! A source opens it with the main channel (7.1, 7.2) or when the guest goes (8.0), and says nothing on it before the first page that is
-//! waited for. So whoever calls after the main channel may be it, and is nobody until it has sent the record of a page of a block that the
-//! source has listed. With TLS its session begins when it calls: a source waits for that.
+//! A source opens it with the main channel (7.1, 7.2) or when the guest goes (8.0), and says nothing on it before the
+//! first page that is waited for. So whoever calls after the main channel may be it, and is nobody until it has sent
+//! the record of a page of a block that the source has listed. With TLS its session begins when it calls: a source
+//! waits for that.
 
 use super::{
     assembly::Assembly,
@@ -89,7 +91,8 @@ impl Entrance {
 
     fn add(&mut self, (socket, session, caller): Silent) {
         if self.waiting.len() >= ROOM {
-            // A 7.2's is the first after its main channel, and that of a newer source among the last. Both come from the source's host.
+            // A 7.2's is the first after its main channel, and that of a newer source among the last. Both come from
+            // the source's host.
             let strange = |candidate: &Candidate| !candidate.caller.is_of_host(&self.main);
             let index = self.waiting.iter().position(strange).unwrap_or(1);
             self.drop_one(index, "too many others came that did not say what they are");
@@ -191,7 +194,8 @@ impl Candidate {
         })
     }
 
-    /// What to wait for. Without a session nobody listens before the blocks are known (`hear`), and then it can only leave.
+    /// What to wait for. Without a session nobody listens before the blocks are known (`hear`), and then it can only
+    /// leave.
     fn events(&self, hear: bool) -> PollFlags {
         match &self.session {
             Some(session) if session.wants_write() => PollFlags::IN | PollFlags::OUT,
@@ -349,7 +353,8 @@ impl Desk {
         }
     }
 
-    /// Waits until somebody does something. Candidates are heard when it is known what they may say, and before that they can only leave.
+    /// Waits until somebody does something. Candidates are heard when it is known what they may say, and before that
+    /// they can only leave.
     fn wait(&self, entrance: &Entrance, accepting: bool, hear: bool) -> Result<Ready, Errno> {
         let mut entries = vec![PollFd::new(&self.news, PollFlags::IN)];
         let waiting = entrance.waiting.iter();
@@ -434,7 +439,8 @@ impl Shared {
         Ok(())
     }
 
-    /// The preempt channel has failed: pages that were on it are lost, and the source learns by the main channel what to send again.
+    /// The preempt channel has failed: pages that were on it are lost, and the source learns by the main channel what
+    /// to send again.
     pub(super) fn give_up_line(&self, error: &MigrationError) {
         let state = self.lock();
         if let Line::Up(channel) = &state.line {

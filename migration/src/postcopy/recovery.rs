@@ -52,10 +52,12 @@ impl Recovery {
         Ok(())
     }
 
-    /// Goes on over the connection of the next source that comes, secured as `tls` says, in a thread of its own. Who was waited for before is not any more.
+    /// Goes on over the connection of the next source that comes, secured as `tls` says, in a thread of its own. Who
+    /// was waited for before is not any more.
     ///
     /// # Errors
-    /// [`MigrationError::Refused`] unless it is [paused](Recovery::is_paused); [`MigrationError::Guest`] if no thread can be started.
+    /// [`MigrationError::Refused`] unless it is [paused](Recovery::is_paused); [`MigrationError::Guest`] if no thread
+    /// can be started.
     pub fn accept(&self, listener: Listener, tls: Option<Tls>) -> Result<(), MigrationError> {
         let turn = {
             let mut state = self.shared.lock();

@@ -20,8 +20,8 @@ struct Backlog {
 }
 
 impl Backlogs {
-    /// Takes the backlogs of all connections in, and says how long they have not changed: by number the connection that has waited longest,
-    /// if one has something on its way.
+    /// Takes the backlogs of all connections in, and says how long they have not changed: by number the connection that
+    /// has waited longest, if one has something on its way.
     pub(super) fn look(&mut self, now: Duration, backlogs: &[u64]) -> Option<(usize, Duration)> {
         let passed = now.saturating_sub(std::mem::replace(&mut self.at, now)).min(LONGEST);
         self.channels.resize(backlogs.len(), Backlog::default());

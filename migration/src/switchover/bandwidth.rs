@@ -24,8 +24,9 @@ impl Bandwidth {
         self.link = self.estimate();
     }
 
-    /// Adds pages that were sent in some time, in fewer bytes than they have (capability `xbzrle`), which say nothing of the link: `bytes` is
-    /// what they have. It counts how fast pages go, but not as faster than in full over the link as it was before.
+    /// Adds pages that were sent in some time, in fewer bytes than they have (capability `xbzrle`), which say nothing
+    /// of the link: `bytes` is what they have. It counts how fast pages go, but not as faster than in full over the
+    /// link as it was before.
     pub fn add_differences(&mut self, bytes: u64, time: Duration) {
         let most = u128::from(self.link.unwrap_or(0)) * time.as_nanos() / 1_000_000_000;
         self.note(bytes.min(u64::try_from(most).unwrap_or(u64::MAX)), time);
@@ -52,7 +53,8 @@ mod tests {
 
     const MS: Duration = Duration::from_millis(1);
 
-    /// A link of 100 MB/s, over which pages go as differences at 2 MB/s: at most they take the time that they would take in full.
+    /// A link of 100 MB/s, over which pages go as differences at 2 MB/s: at most they take the time that they would
+    /// take in full.
     #[test]
     fn pages_that_go_as_differences_do_not_make_the_link_slow_or_fast() {
         let mut bandwidth = Bandwidth::default();

@@ -21,8 +21,8 @@ pub struct VfioShape {
     pub bad: Option<u64>,
 }
 
-/// A device that has the states of the kernel's VFIO devices, and insists on what may be done in each. Its state is a sequence of
-/// bytes that tells whether it arrives whole and in order.
+/// A device that has the states of the kernel's VFIO devices, and insists on what may be done in each. Its state is a
+/// sequence of bytes that tells whether it arrives whole and in order.
 #[derive(Debug)]
 pub struct VfioDevice {
     idstr: String,

@@ -12,7 +12,8 @@ pub(super) const BLOCKS: [&str; 2] = ["microvm.ram", "pc.bios"];
 
 /// The memory of a guest, and a log of the pages that it has written to. Pages are numbered through all blocks.
 ///
-/// The log is that of KVM with `KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2`: reading it tells what was written to, and resetting takes out what was told.
+/// The log is that of KVM with `KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2`: reading it tells what was written to, and resetting
+/// takes out what was told.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Memory {
     pages: Vec<Vec<u8>>,

@@ -33,15 +33,16 @@ pub struct Plan {
     pub pause: Option<Duration>,
     /// When the operator cancels.
     pub cancel: Option<Duration>,
-    /// Capability `postcopy-ram`: the operator says `migrate-start-postcopy` after this time. (With a return path, and page channels only to 11.1.)
+    /// Capability `postcopy-ram`: the operator says `migrate-start-postcopy` after this time. (With a return path, and
+    /// page channels only to 11.1.)
     pub postcopy: Option<Duration>,
     /// Capability `release-ram`: a postcopy that was interrupted does not go on then.
     pub release: bool,
-    /// What goes wrong on which link, at most one fault on each: 0 is the main channel, then come the page channels, and last the return
-    /// path.
+    /// What goes wrong on which link, at most one fault on each: 0 is the main channel, then come the page channels,
+    /// and last the return path.
     pub faults: Vec<(usize, Fault)>,
-    /// What goes wrong on the connections over which a postcopy goes on that was interrupted, one after the other: 0 is the main channel,
-    /// 1 the return path. When they are used up, the operator gives up.
+    /// What goes wrong on the connections over which a postcopy goes on that was interrupted, one after the other: 0 is
+    /// the main channel, 1 the return path. When they are used up, the operator gives up.
     pub recoveries: Vec<Vec<(usize, Fault)>>,
     /// A mistake that the simulator is to find.
     pub plant: Plant,

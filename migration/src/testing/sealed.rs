@@ -13,8 +13,9 @@ const HEAD: usize = 6;
 /// Most bytes of a record's body, as in TLS.
 const BODY: usize = 16 << 10;
 
-/// A [`Channel`] over another: bytes go in records that are scrambled with a key and checked with a sum, and an end that the peer has not sealed
-/// is an error. It shows what an encrypting channel has to do; it keeps no secret from anybody.
+/// A [`Channel`] over another: bytes go in records that are scrambled with a key and checked with a sum, and an end
+/// that the peer has not sealed is an error. It shows what an encrypting channel has to do; it keeps no secret from
+/// anybody.
 ///
 /// ```
 /// use qevm_migration::{Channel, Socket, Source, Target, testing::Sealed};

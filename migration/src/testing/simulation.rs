@@ -13,8 +13,8 @@ pub enum Ending {
     Stayed,
     /// Postcopy broke off: the guest is at the destination, some of its memory at the source, and both know.
     Split,
-    /// The guest runs nowhere: one side holds it paused and knows that an operator has to decide (or would, if the connection had two
-    /// directions).
+    /// The guest runs nowhere: one side holds it paused and knows that an operator has to decide (or would, if the
+    /// connection had two directions).
     Paused,
 }
 
@@ -151,7 +151,8 @@ impl<'p> Simulation<'p> {
         self.recover()
     }
 
-    /// When both sides have noticed that the connection of a postcopy is lost, the operator has another for them, or gives up.
+    /// When both sides have noticed that the connection of a postcopy is lost, the operator has another for them, or
+    /// gives up.
     fn recover(&mut self) -> Result<(), MigrationError> {
         if self.source.is_over() {
             self.receiver.give_up();
@@ -246,7 +247,8 @@ impl<'p> Simulation<'p> {
         let reasons = || (source_says.map(ToString::to_string), self.receiver.error.clone());
         // With a postcopy that broke before the guest ran there, all of it is at the source, where it stays paused.
         let unsettled = broken || matches!(source_says, Some(MigrationError::Unsettled { .. }));
-        // A pipe does not tell that what was read was wrong: the guest stays paused at the source, which believes that it has gone.
+        // A pipe does not tell that what was read was wrong: the guest stays paused at the source, which believes that
+        // it has gone.
         let untold = !self.plan.return_path && flips;
         if ending == Ending::Paused && !unsettled && !self.receiver.undecided && !untold {
             let (source_says, destination_says) = reasons();

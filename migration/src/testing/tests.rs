@@ -28,7 +28,8 @@ fn simulated_migrations_keep_every_promise() {
         };
         *endings.entry((trouble, ending)).or_default() += 1;
     }
-    // The troubles matter: each of them ends migrations, and none ends all. Most flips hit the content of a page, which nothing protects.
+    // The troubles matter: each of them ends migrations, and none ends all. Most flips hit the content of a page, which
+    // nothing protects.
     let count = |trouble, ending| endings.get(&(trouble, ending)).copied().unwrap_or(0);
     for (trouble, least) in [("cut", 200), ("flip", 2000), ("stall", 200), ("cancelled", 200), ("several", 100)] {
         let (moved, stayed) = (count(trouble, Ending::Moved), count(trouble, Ending::Stayed));

@@ -13,7 +13,8 @@ use std::{
 
 /// Bytes that are taken from the socket at once: until it is known who calls there is no more to read than a handshake.
 const READ: usize = 16 << 10;
-/// Most reads in one turn: a peer that sends without pause does not keep the others waiting. What it has sent is still there then.
+/// Most reads in one turn: a peer that sends without pause does not keep the others waiting. What it has sent is still
+/// there then.
 const READS: usize = 8;
 /// First bytes that are kept, to name what is no TLS.
 const FIRST: usize = 16;
@@ -112,7 +113,8 @@ impl Accepting {
         }
     }
 
-    /// Waits for the first byte that a peer says in its session, for as long as `patience` says then. The rest comes on `inner`, which is this socket.
+    /// Waits for the first byte that a peer says in its session, for as long as `patience` says then. The rest comes on
+    /// `inner`, which is this socket.
     pub(crate) fn first_byte(
         mut self,
         socket: &Socket,

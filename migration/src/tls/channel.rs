@@ -45,8 +45,8 @@ struct Reading {
 }
 
 impl TlsChannel {
-    /// Begins a session with the destination that `inner` leads to, whose certificate has to name `host` if nothing else was said
-    /// ([`Tls::with_hostname`]).
+    /// Begins a session with the destination that `inner` leads to, whose certificate has to name `host` if nothing
+    /// else was said ([`Tls::with_hostname`]).
     ///
     /// # Errors
     /// The system's; [`TlsError`] as its source where the handshake fails.
@@ -230,7 +230,8 @@ impl Channel for TlsChannel {
             }
             if reading.closed {
                 if !std::mem::replace(&mut reading.told, true) {
-                    // A stream, a page channel and a return path say themselves where they end, so that nothing is lost by that.
+                    // A stream, a page channel and a return path say themselves where they end, so that nothing is lost
+                    // by that.
                     tracing::debug!("a peer has closed {:?} without TLS's close_notify", self.inner);
                 }
                 return Ok(0);

@@ -12,9 +12,9 @@ use std::{
 
 /// A socket in a TLS session, with the reads and writes of [`std::io`].
 ///
-/// A read that would wait fails with [`io::ErrorKind::WouldBlock`] where the socket does not block or has a time-out, and can be repeated. Bytes
-/// may be there that the socket does not have any more: who waits for the socket has read up to `WouldBlock` before. A write that fails ends
-/// the session. When it is dropped, the peer is told that nothing more comes.
+/// Where the socket does not block, or has a time-out, a read fails with [`io::ErrorKind::WouldBlock`] instead of
+/// waiting, and can be repeated. Read until it does before polling the socket: decrypted bytes are buffered here, where
+/// a poll does not see them. A failed write ends the session. Dropping the session tells the peer that no more comes.
 pub struct TlsSocket {
     socket: Arc<Socket>,
     /// The server's side, until the peer has said something.
@@ -23,8 +23,8 @@ pub struct TlsSocket {
 }
 
 impl TlsSocket {
-    /// Begins a session with the destination that `socket` leads to, whose certificate has to name `host` if nothing else was said
-    /// ([`Tls::with_hostname`]). The handshake may take `patience`.
+    /// Begins a session with the destination that `socket` leads to, whose certificate has to name `host` if nothing
+    /// else was said ([`Tls::with_hostname`]). The handshake may take `patience`.
     ///
     /// # Errors
     /// The system's; [`TlsError`] as its source where the handshake fails.
@@ -34,8 +34,8 @@ impl TlsSocket {
         Ok(TlsSocket { socket, handshake: Mutex::default(), channel: channel.into() })
     }
 
-    /// A session with a source that has connected by `socket`. Reads go on with the handshake, and give what the source says after it; until then
-    /// the socket must not block.
+    /// A session with a source that has connected by `socket`. Reads go on with the handshake, and give what the source
+    /// says after it; until then the socket must not block.
     ///
     /// # Errors
     /// [`TlsError::Endpoint`] for a client's credentials.

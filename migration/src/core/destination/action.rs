@@ -21,8 +21,8 @@ pub struct Turn<'a> {
 pub enum Action<'a> {
     /// Nothing but to ask again.
     Continue,
-    /// Show more of the main channel: at least this many bytes, counted from the front of this input; or say that there are none or
-    /// what time it is.
+    /// Show more of the main channel: at least this many bytes, counted from the front of this input; or say that there
+    /// are none or what time it is.
     Read {
         /// How many.
         at_least: usize,
@@ -31,10 +31,11 @@ pub enum Action<'a> {
     },
     /// The RAM blocks listed so far are void: the list begins anew.
     ForgetBlocks,
-    /// Say whether the guest has such a [block](super::Destination::block_fits), or [what is wrong](super::Destination::refuse).
+    /// Say whether the guest has such a [block](super::Destination::block_fits), or [what is
+    /// wrong](super::Destination::refuse).
     Block(RamBlock),
-    /// The pages of a block have their places in the file, and the next bytes of the main channel are of no use: say when this many are
-    /// [done with](super::Destination::placed).
+    /// The pages of a block have their places in the file, and the next bytes of the main channel are of no use: say
+    /// when this many are [done with](super::Destination::placed).
     MappedBlock {
         /// The block.
         block: RamBlock,
@@ -64,11 +65,12 @@ pub enum Action<'a> {
         /// Ranges of bytes; whole pages that lie in the block.
         ranges: Vec<Range<u64>>,
     },
-    /// From here on whoever touches a page that has not come, or was discarded, has to wait for it, and the source is asked for it on the
-    /// return path (postcopy): [`PageFaults`](qevm_returnpath::requests::PageFaults) keeps the book of that.
+    /// From here on whoever touches a page that has not come, or was discarded, has to wait for it, and the source is
+    /// asked for it on the return path (postcopy): [`PageFaults`](qevm_returnpath::requests::PageFaults) keeps the book
+    /// of that.
     Listen,
-    /// The guest runs here from now on, if it ran at the source, and never again there; pages of it are still to come (postcopy). Do not
-    /// wait for them.
+    /// The guest runs here from now on, if it ran at the source, and never again there; pages of it are still to come
+    /// (postcopy). Do not wait for them.
     Run {
         /// It ran at the source.
         running: bool,
@@ -84,7 +86,8 @@ pub enum Action<'a> {
     SendBitmap(BlockId),
     /// The source goes on with a postcopy: send [`Message::ResumeAck`], and ask again for what somebody waits for.
     Resume,
-    /// Tell the [`Synchronisation`](crate::core::Synchronisation), wait as it says, and [report](super::Destination::synchronised).
+    /// Tell the [`Synchronisation`](crate::core::Synchronisation), wait as it says, and
+    /// [report](super::Destination::synchronised).
     Synchronise(Mark),
     /// Tell the [`Synchronisation`](crate::core::Synchronisation) that memory is complete, and
     /// [report](super::Destination::synchronised).
@@ -107,11 +110,12 @@ pub enum Action<'a> {
     },
     /// The source switches over: tell [`DeviceStates`](crate::core::DeviceStates).
     SwitchOver,
-    /// The stream is over: wait as [`DeviceStates`](crate::core::DeviceStates) says until the state of devices that comes over page
-    /// channels was loaded, and [report](super::Destination::device_states).
+    /// The stream is over: wait as [`DeviceStates`](crate::core::DeviceStates) says until the state of devices that
+    /// comes over page channels was loaded, and [report](super::Destination::device_states).
     DeviceStates,
-    /// Let the guest take over the [state of its devices](super::Destination::devices), and [report](super::Destination::loaded). In
-    /// postcopy this is said once: go on with the stream meanwhile, for devices may touch pages that have not come.
+    /// Let the guest take over the [state of its devices](super::Destination::devices), and
+    /// [report](super::Destination::loaded). In postcopy this is said once: go on with the stream meanwhile, for
+    /// devices may touch pages that have not come.
     LoadDevices,
     /// The stream is over, and it has not been reported that the devices are loaded: wait for that (postcopy).
     AwaitStart,
@@ -119,7 +123,8 @@ pub enum Action<'a> {
     Activate,
     /// Send a message on the return path. If it cannot be sent, reading will tell.
     Send(Message),
-    /// Send the last word on the return path and [report](super::Destination::told): after it, the source leaves the guest to us.
+    /// Send the last word on the return path and [report](super::Destination::told): after it, the source leaves the
+    /// guest to us.
     Tell {
         /// The word.
         message: Message,

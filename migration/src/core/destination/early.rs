@@ -7,8 +7,8 @@ use qevm_savevm::ram::PageAt;
 use qevm_wire::Decode;
 
 impl Destination {
-    /// The connection was lost, whatever the error, and another has taken its place: what arrives from here on comes over that one. Only
-    /// when the guest [runs](Self::runs_early) before its memory has come.
+    /// The connection was lost, whatever the error, and another has taken its place: what arrives from here on comes
+    /// over that one. Only when the guest [runs](Self::runs_early) before its memory has come.
     pub fn reconnected(&mut self) {
         if self.runs_early() {
             self.decoder = self.decoder.recovery();

@@ -175,7 +175,8 @@ impl Loader {
                 }
                 false => Err(LoadError::MultifdOff),
             },
-            // It goes on writing to its page channels when it sends nothing there any more, and waits for that to be taken.
+            // It goes on writing to its page channels when it sends nothing there any more, and waits for that to be
+            // taken.
             RamRecord::EndOfSection if self.page_channels && !self.flushes && self.postcopy.advised => {
                 let why = "capabilities 'postcopy-ram' and 'multifd' from a QEMU before 10.1 (turn one of them off at the source)";
                 Err(LoadError::Unsupported(why.into()))
@@ -320,8 +321,8 @@ impl Loader {
         Err(LoadError::SectionAgain { idstr: idstr.clone(), instance_id: *instance_id })
     }
 
-    /// Refuses a stream that has not brought all of guest memory, whose blocks are called `names`. Which devices are missing, the
-    /// guest says.
+    /// Refuses a stream that has not brought all of guest memory, whose blocks are called `names`. Which devices are
+    /// missing, the guest says.
     pub(super) fn check_complete(&self, names: &[String]) -> Result<(), LoadError> {
         match self.ram {
             RamSection::Awaited => return Err(LoadError::RamIncomplete { missing: "START" }),

@@ -31,19 +31,22 @@ pub struct DestinationOptions {
     pub page_channels: bool,
     /// There are none, but a source with page channels has called.
     pub page_channels_called: bool,
-    /// There are none, and the source may be one whose page channels were dropped: it must send a page within three seconds or say
-    /// something else.
+    /// There are none, and the source may be one whose page channels were dropped: it must send a page within three
+    /// seconds or say something else.
     pub hurried: bool,
     /// Capability `postcopy-ram` is on: the guest may run before its memory is here.
     pub postcopy: bool,
-    /// The page sizes of the host's memory under the RAM blocks, one bit each: the source's have to be the same. 0 counts as 4096.
+    /// The page sizes of the host's memory under the RAM blocks, one bit each: the source's have to be the same. 0
+    /// counts as 4096.
     pub page_sizes: u64,
     /// Capability `background-snapshot` is on: memory that ends without END is complete if every page came once.
     pub background_snapshot: bool,
     /// Capability `late-block-activate` is on.
     pub late_block_activate: bool,
-    /// How long the main channel may be silent; `None` for as long as it takes, since only the operator knows the source's rate limit.
+    /// How long the main channel may be silent; `None` for as long as it takes, since only the operator knows the
+    /// source's rate limit.
     pub silence: Option<Duration>,
-    /// How long the source's host may take to acknowledge the last word, and the source to confirm it; `None` for ten seconds.
+    /// How long the source's host may take to acknowledge the last word, and the source to confirm it; `None` for ten
+    /// seconds.
     pub handover: Option<Duration>,
 }

@@ -6,8 +6,8 @@ use qevm_multifd::SyncError;
 use qevm_wire::{CountedString, Decode, Located};
 
 impl Destination {
-    /// The next `count` bytes of the main channel are in their place: of a page or of a [mapped block](super::Action::MappedBlock), or they
-    /// are of no use.
+    /// The next `count` bytes of the main channel are in their place: of a page or of a [mapped
+    /// block](super::Action::MappedBlock), or they are of no use.
     ///
     /// # Errors
     /// They are more than belong there.
@@ -43,8 +43,8 @@ impl Destination {
         };
     }
 
-    /// The main channel and the page channels have [synchronised](super::Action::Synchronise), or memory is [complete](super::Action::EndOfMemory)
-    /// on all of them.
+    /// The main channel and the page channels have [synchronised](super::Action::Synchronise), or memory is
+    /// [complete](super::Action::EndOfMemory) on all of them.
     ///
     /// # Errors
     /// They have not; or not all of guest memory has come.
@@ -57,8 +57,8 @@ impl Destination {
         }
     }
 
-    /// The state of devices that comes over page channels has been [loaded](super::Action::DeviceStates), and these are their configurations:
-    /// the section's name, and the last piece without its header.
+    /// The state of devices that comes over page channels has been [loaded](super::Action::DeviceStates), and these are
+    /// their configurations: the section's name, and the last piece without its header.
     ///
     /// # Errors
     /// It has not; or a configuration is not framed as one.
@@ -81,8 +81,8 @@ impl Destination {
         &self.loader.devices
     }
 
-    /// The guest has taken over the state of the [devices](super::Action::LoadDevices), and ran at the source or not; or has
-    /// [its disks](super::Action::Activate).
+    /// The guest has taken over the state of the [devices](super::Action::LoadDevices), and ran at the source or not;
+    /// or has [its disks](super::Action::Activate).
     ///
     /// # Errors
     /// It has not.

@@ -20,8 +20,9 @@ pub struct Batch {
     pub resets: Vec<BlockRange>,
     /// The pages, in the order in which they are sent.
     pub runs: Vec<BlockRange>,
-    /// The pages may travel as differences to what was sent of them before (capability `xbzrle`). Whoever does that sees every page that is
-    /// sent from here on until the guest goes, or this is `None` for the first time after it was not. In full is always right.
+    /// The pages may travel as differences to what was sent of them before (capability `xbzrle`). Whoever does that
+    /// sees every page that is sent from here on until the guest goes, or this is `None` for the first time after it
+    /// was not. In full is always right.
     pub differences: Option<DifferencePass>,
 }
 
@@ -53,10 +54,12 @@ pub enum Action {
     StartLog,
     /// Prepare the guest for a snapshot: find out whether its memory can be protected against writes.
     PrepareSnapshot,
-    /// Protect all memory of the paused guest against writes. From here on whoever writes to a page waits until it was copied, and
-    /// [`Pages`](Action::Pages) has all that is in its batch copied before it is sent, and what was copied meanwhile with it.
+    /// Protect all memory of the paused guest against writes. From here on whoever writes to a page waits until it was
+    /// copied, and [`Pages`](Action::Pages) has all that is in its batch copied before it is sent, and what was copied
+    /// meanwhile with it.
     Protect,
-    /// Send what was copied and not sent: [`sent`](super::SourceCore::sent). Every page was copied, and the protection ends.
+    /// Send what was copied and not sent: [`sent`](super::SourceCore::sent). Every page was copied, and the protection
+    /// ends.
     Unprotect,
     /// Read the dirty log: [`found`](super::SourceCore::found) for every word.
     ReadLog,
@@ -78,8 +81,8 @@ pub enum Action {
         /// Most bytes.
         limit: usize,
     },
-    /// From now on send what is left of these iterative devices over page channels, beside whatever follows, and after it these
-    /// configurations, each as the last piece of its device.
+    /// From now on send what is left of these iterative devices over page channels, beside whatever follows, and after
+    /// it these configurations, each as the last piece of its device.
     TransferDevices(Vec<(usize, Vec<u8>)>),
     /// Wait until all of that was sent: [`sent`](super::SourceCore::sent) and
     /// [`devices_transferred`](super::SourceCore::devices_transferred).
@@ -98,10 +101,12 @@ pub enum Action {
     /// From here on whoever hears of a request may send the pages on the preempt channel at once, without the core:
     /// [`next_urgent`](super::Answers::next_urgent). What nobody takes comes as [`UrgentPages`](Action::UrgentPages).
     ServeRequests,
-    /// Send these pages, which the guest waits for, on the preempt channel ([`preempt_writer`](qevm_savevm::StreamWriter::preempt_writer) has the
-    /// records): [`sent`](super::SourceCore::sent).
+    /// Send these pages, which the guest waits for, on the preempt channel
+    /// ([`preempt_writer`](qevm_savevm::StreamWriter::preempt_writer) has the records):
+    /// [`sent`](super::SourceCore::sent).
     UrgentPages(Batch),
-    /// Give the memory of these pages back to the host: the destination has them and the guest (capability `release-ram`).
+    /// Give the memory of these pages back to the host: the destination has them and the guest (capability
+    /// `release-ram`).
     Release(Vec<BlockRange>),
     /// Send EOS on the preempt channel: nothing more comes there.
     EndPreempt,
@@ -151,7 +156,8 @@ pub enum Action {
     Settle,
     /// From here on it is too late to cancel: [`committed`](super::SourceCore::committed).
     Commit,
-    /// Send this on the main channel; without it the destination does not run the guest: [`confirmed`](super::SourceCore::confirmed).
+    /// Send this on the main channel; without it the destination does not run the guest:
+    /// [`confirmed`](super::SourceCore::confirmed).
     Confirm(Vec<u8>),
     /// Do nothing until then, or for as long as it takes, or until something happens.
     Wait {
@@ -162,9 +168,10 @@ pub enum Action {
     },
     /// Close all channels, in both directions.
     Close,
-    /// The connection was lost when the guest had gone before its memory, and nothing else is lost. Report [`Status::PostcopyPaused`] with
-    /// the reason, and wait as long as it takes for another connection: [`reconnected`](super::SourceCore::reconnected). Whoever polls
-    /// without one has given up: the migration has failed then.
+    /// The connection was lost when the guest had gone before its memory, and nothing else is lost. Report
+    /// [`Status::PostcopyPaused`] with the reason, and wait as long as it takes for another connection:
+    /// [`reconnected`](super::SourceCore::reconnected). Whoever polls without one has given up: the migration has
+    /// failed then.
     AwaitConnection {
         /// Why, and where the guest is.
         why: String,
@@ -175,8 +182,8 @@ pub enum Action {
     StayStopped,
     /// Take the guest's disks back: [`resumed`](super::SourceCore::resumed).
     Activate,
-    /// The guest has gone, or may have: it stays paused here. After a postcopy that was given up it stays paused without this: who has it is
-    /// known, and it must never run here again.
+    /// The guest has gone, or may have: it stays paused here. After a postcopy that was given up it stays paused
+    /// without this: who has it is known, and it must never run here again.
     LeaveGuest,
     /// The migration is over. Last.
     End(Result<(), MigrationError>),

@@ -125,7 +125,8 @@ impl SourceCore {
         }
         let complete = self.initial_data_are_complete();
         if let Some(answers) = answers.filter(|_| complete && self.initial.told) {
-            // Answered when it has loaded them, which tells the same as an ack, and to a source without that capability, too.
+            // Answered when it has loaded them, which tells the same as an ack, and to a source without that
+            // capability, too.
             self.stream.command(answers.ping(handover::INITIAL_DATA)?)?;
             self.initial.told = false;
         }
@@ -136,7 +137,8 @@ impl SourceCore {
         !self.initial.devices.contains(&Completion::Owed) && self.sizes.iter().all(|size| size.initial == 0)
     }
 
-    /// Fails for a destination that has loaded all initial data and does not agree to the switchover, as it counts otherwise.
+    /// Fails for a destination that has loaded all initial data and does not agree to the switchover, as it counts
+    /// otherwise.
     pub(super) fn agrees(&mut self, now: Duration, answers: Option<&Answers>) -> Result<(), MigrationError> {
         let answered = self.initial_data_are_complete() && !self.initial.told;
         let Some(waiting) = answers.filter(|_| answered).and_then(Answers::disagreement) else {

@@ -69,7 +69,8 @@ impl SourceCore {
         Ok(())
     }
 
-    /// The first bytes. They are sent before anything that may take time: a destination gives up a connection that says nothing.
+    /// The first bytes. They are sent before anything that may take time: a destination gives up a connection that says
+    /// nothing.
     fn greet(&mut self, answers: Option<&mut Answers>) -> Result<(), MigrationError> {
         let configuration = self.options.profile.send_configuration.then(|| self.configuration()).transpose()?;
         self.stream.header(configuration.as_ref())?;

@@ -30,9 +30,11 @@ pub struct SourceOptions {
     pub uuid: Option<[u8; 16]>,
     /// Names and lengths in bytes of the RAM blocks.
     pub blocks: Vec<(String, u64)>,
-    /// Bytes of a page of the host in each of them; ordinary pages where it says nothing. In postcopy a huge page is sent as a whole.
+    /// Bytes of a page of the host in each of them; ordinary pages where it says nothing. In postcopy a huge page is
+    /// sent as a whole.
     pub host_page_sizes: Vec<u64>,
-    /// Which of the blocks are not sent, because the destination has them (capability `x-ignore-shared`); none where it says nothing.
+    /// Which of the blocks are not sent, because the destination has them (capability `x-ignore-shared`); none where it
+    /// says nothing.
     pub shared: Vec<bool>,
     /// The devices whose state is sent in parts.
     pub devices: Vec<DeviceOptions>,
@@ -40,8 +42,8 @@ pub struct SourceOptions {
     pub route: PageRoute,
     /// Who takes the stream where there is no return path.
     pub reader: Reader,
-    /// How long a destination may take to answer and to give its verdict; `None` for as long as it takes. An operator may cancel
-    /// before, and a connection that breaks ends the wait.
+    /// How long a destination may take to answer and to give its verdict; `None` for as long as it takes. An operator
+    /// may cancel before, and a connection that breaks ends the wait.
     pub patience: Option<Duration>,
 }
 
@@ -56,8 +58,8 @@ impl SourceOptions {
         self.capabilities.ignore_shared && self.shared.get(block).is_some_and(|shared| *shared)
     }
 
-    /// Those of a guest with these blocks (names, and lengths in bytes) and without iterative devices, that goes over one connection with two
-    /// directions. A destination has half a minute for each answer.
+    /// Those of a guest with these blocks (names, and lengths in bytes) and without iterative devices, that goes over
+    /// one connection with two directions. A destination has half a minute for each answer.
     pub fn new(profile: Profile, machine_type: &str, blocks: Vec<(String, u64)>) -> Self {
         SourceOptions {
             profile,

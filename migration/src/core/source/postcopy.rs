@@ -1,7 +1,7 @@
 //! The guest goes before its memory: its devices in a package, and then the pages, those first that it waits for.
 //!
-//! A destination runs the guest when it has the whole package. As long as that was not sent to its last byte, the guest can go on here; after
-//! that, never again. A connection that is lost then is replaced by another (`recovery`).
+//! A destination runs the guest when it has the whole package. As long as that was not sent to its last byte, the guest
+//! can go on here; after that, never again. A connection that is lost then is replaced by another (`recovery`).
 
 use super::{
     Action, Answers, Batch, BlockRange, PageRoute, RAM_SECTION, Reader, SourceCore, Sweep, Wake, idstr,
@@ -26,12 +26,12 @@ const AFTER: u32 = 4;
 const AT_A_TIME: u64 = 32;
 
 impl SourceCore {
-    /// The operator lets the guest go before its memory does (`migrate-start-postcopy`): it runs at the destination as soon as its devices
-    /// are there.
+    /// The operator lets the guest go before its memory does (`migrate-start-postcopy`): it runs at the destination as
+    /// soon as its devices are there.
     ///
     /// # Errors
-    /// [`Refused::PostcopyOff`] without capability `postcopy-ram`; [`Refused::Blocked`] if pages go to a file, nobody can ask
-    /// for them, or a device sends its state in parts.
+    /// [`Refused::PostcopyOff`] without capability `postcopy-ram`; [`Refused::Blocked`] if pages go to a file, nobody
+    /// can ask for them, or a device sends its state in parts.
     pub fn start_postcopy(&mut self) -> Result<(), Refused> {
         if !self.options.capabilities.postcopy_ram {
             return Err(Refused::PostcopyOff);
@@ -185,7 +185,8 @@ impl SourceCore {
         Ok(())
     }
 
-    /// Sees whether the destination has loaded the devices. One that does not say so runs the guest from the start, as far as is known.
+    /// Sees whether the destination has loaded the devices. One that does not say so runs the guest from the start, as
+    /// far as is known.
     pub(super) fn note_package(&mut self, answers: &Answers) {
         self.package_loaded |=
             self.departed && (answers.package_loaded() || !self.options.profile.postcopy_package_ping);
@@ -268,7 +269,8 @@ impl SourceCore {
         }
     }
 
-    /// The next few pages, or one that is huge: the destination has it when all of it has come, one part after the other.
+    /// The next few pages, or one that is huge: the destination has it when all of it has come, one part after the
+    /// other.
     fn push(&mut self, limit: u64) -> Result<Batch, MigrationError> {
         let huge = |(block, page)| {
             Some((block, page, self.options.host_page_size(block) / PAGE_SIZE)).filter(|huge| huge.2 > 1)

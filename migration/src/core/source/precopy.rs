@@ -1,4 +1,5 @@
-//! A pass over the memory of a running guest: its dirty pages within the rate limit, and what its iterative devices have.
+//! A pass over the memory of a running guest: its dirty pages within the rate limit, and what its iterative devices
+//! have.
 
 use super::{
     Action, Answers, FLUSH_AT, PageRoute, RAM_SECTION, SourceCore, Wake,
@@ -177,7 +178,8 @@ impl SourceCore {
         allowed
     }
 
-    /// A device sends in a pass what it has at its turn, and no more: one that goes on making state does not make the pass endless.
+    /// A device sends in a pass what it has at its turn, and no more: one that goes on making state does not make the
+    /// pass endless.
     fn ask_device(&mut self, device: usize) -> Step {
         if device < self.options.devices.len() {
             self.do_next(Action::AskDevices { exact: false });
@@ -187,8 +189,8 @@ impl SourceCore {
 
     /// Waits until what was sent has left this host.
     ///
-    /// The kernel takes megabytes that a slow link carries in tens of milliseconds. A round that ended before they are gone
-    /// would look cheaper than it was, and at the switchover the guest would be paused while they go.
+    /// The kernel takes megabytes that a slow link carries in tens of milliseconds. A round that ended before they are
+    /// gone would look cheaper than it was, and at the switchover the guest would be paused while they go.
     fn drain(&mut self) -> Step {
         self.do_next(Action::MeasureBacklog { all: true });
         Step::Drain

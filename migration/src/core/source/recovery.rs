@@ -1,7 +1,8 @@
 //! A postcopy whose connection was lost goes on over another.
 //!
-//! Guest memory is as it was when the guest left: nobody writes to it here any more. What of it was still on its way may have arrived or not,
-//! which only the destination knows. It says so for each block, and whatever it lacks is sent as before, what the guest waits for first.
+//! Guest memory is as it was when the guest left: nobody writes to it here any more. What of it was still on its way
+//! may have arrived or not, which only the destination knows. It says so for each block, and whatever it lacks is sent
+//! as before, what the guest waits for first.
 //!
 //! ```text
 //!  RECV_BITMAP for each block ──▶        ◀── bitmap of what is there, for each
@@ -17,8 +18,8 @@ use qevm_savevm::command::Command;
 use std::time::Duration;
 
 impl SourceCore {
-    /// Another connection is there, of which both directions are as yet unused: what [`Action::AwaitConnection`] has waited for. What
-    /// comes back on it is for `answers`, which forgets what came on the one before.
+    /// Another connection is there, of which both directions are as yet unused: what [`Action::AwaitConnection`] has
+    /// waited for. What comes back on it is for `answers`, which forgets what came on the one before.
     ///
     /// # Errors
     /// No other connection is waited for, or what was lost on the one before is no longer here; this one is of no use.

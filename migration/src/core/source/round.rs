@@ -1,4 +1,5 @@
-//! The end of a round: the dirty log is read, vCPUs are throttled if they dirty too much, and it is decided whether to pause the guest.
+//! The end of a round: the dirty log is read, vCPUs are throttled if they dirty too much, and it is decided whether to
+//! pause the guest.
 
 use super::{
     Action, Answers, Pending, RoundStatistics, SourceCore, Wake,
@@ -12,10 +13,11 @@ use crate::{
 use qevm_wire::PageGeometry;
 use std::time::Duration;
 
-/// With less than this much to do until the dirty log is read again, the source waits: where only a device is in the way of the
-/// switchover, it would else do nothing but read the log. It reads it less than twenty times a second then.
+/// With less than this much to do until the dirty log is read again, the source waits: where only a device is in the
+/// way of the switchover, it would else do nothing but read the log. It reads it less than twenty times a second then.
 const PACE: Duration = Duration::from_millis(60);
-/// How long to wait for the destination to answer and to agree to the switchover before what was dirtied meanwhile is sent.
+/// How long to wait for the destination to answer and to agree to the switchover before what was dirtied meanwhile is
+/// sent.
 const ACK_POLL: Duration = Duration::from_millis(100);
 
 impl SourceCore {

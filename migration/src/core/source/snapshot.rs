@@ -1,7 +1,7 @@
 //! A snapshot of a guest that runs on (capability `background-snapshot`): its devices and its memory as of one instant.
 //!
-//! At that instant the guest is paused, its devices are saved and its memory is protected against writes; then it runs on. What is sent
-//! after that is memory as it was: whoever writes to a page first waits until the page was copied.
+//! At that instant the guest is paused, its devices are saved and its memory is protected against writes; then it runs
+//! on. What is sent after that is memory as it was: whoever writes to a page first waits until the page was copied.
 
 use super::{
     Action, PageRoute, RAM_SECTION, SourceCore, Wake,

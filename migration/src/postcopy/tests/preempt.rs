@@ -61,7 +61,8 @@ fn others(here: &[u64]) -> Vec<(u64, u8)> {
     (0..PAGES).filter(|page| !here.contains(page)).map(|page| (page, 1)).collect()
 }
 
-/// Both orders: a 7.2 calls before its main channel says anything, and ends with EOS; a newer source calls when the guest goes.
+/// Both orders: a 7.2 calls before its main channel says anything, and ends with EOS; a newer source calls when the
+/// guest goes.
 #[test]
 fn pages_come_over_either_channel_and_strangers_are_nobody() {
     for early in [true, false] {
