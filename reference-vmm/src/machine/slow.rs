@@ -7,7 +7,8 @@ use super::dirty_limit::VcpuDirtyLimit;
 use crate::error::Result;
 
 impl Machine {
-    /// Pauses the vCPUs for this many per cent of their time (at most [`MAX_THROTTLE`](super::MAX_THROTTLE)); 0 lets them run.
+    /// Pauses the vCPUs for this many per cent of their time (at most [`MAX_THROTTLE`](super::MAX_THROTTLE)); 0 lets
+    /// them run.
     ///
     /// # Errors
     /// [`Error::Host`](crate::Error::Host) when the host has no thread for it.
@@ -28,8 +29,8 @@ impl Machine {
     /// one period.
     ///
     /// # Errors
-    /// [`Error::Config`](crate::Error::Config) for a machine without dirty rings or such a vCPU; [`Error::Host`](crate::Error::Host) when the host has no thread
-    /// for it.
+    /// [`Error::Config`](crate::Error::Config) for a machine without dirty rings or such a vCPU;
+    /// [`Error::Host`](crate::Error::Host) when the host has no thread for it.
     pub fn limit_dirty_rate(&self, vcpu: Option<usize>, mib_per_second: Option<u64>) -> Result<()> {
         self.dirty_limit.set(vcpu, mib_per_second, &self.vcpus)?;
         self.control.wake();
