@@ -8,6 +8,23 @@ fn not_built(method: Compression) -> CompressionError {
     CompressionError::NotBuilt { method, feature }
 }
 
+/// An encoder of this method, which takes a level of this type.
+macro_rules! encoder {
+    ($name:ident, $level:ty, $method:ident) => {
+        pub(crate) struct $name(Infallible);
+
+        impl $name {
+            pub(crate) fn new(_: $level) -> Result<Self, CompressionError> {
+                Err(not_built(Compression::$method))
+            }
+
+            pub(crate) fn page(&mut self, _: &[u8], _: bool, _: &mut Vec<u8>) -> Result<(), CompressionError> {
+                match self.0 {}
+            }
+        }
+    };
+}
+
 #[cfg(not(feature = "zlib"))]
 pub(super) mod zlib {
     use super::*;
@@ -34,17 +51,7 @@ pub(super) mod zlib {
         }
     }
 
-    pub(crate) struct Deflate(Infallible);
-
-    impl Deflate {
-        pub(crate) fn new(_: u32) -> Result<Self, CompressionError> {
-            Err(not_built(Compression::Zlib))
-        }
-
-        pub(crate) fn page(&mut self, _: &[u8], _: bool, _: &mut Vec<u8>) -> Result<(), CompressionError> {
-            match self.0 {}
-        }
-    }
+    encoder!(Deflate, u32, Zlib);
 }
 
 #[cfg(not(feature = "zlib"))]
@@ -82,17 +89,7 @@ pub(super) mod zstd {
         }
     }
 
-    pub(crate) struct ZstdEncoder(Infallible);
-
-    impl ZstdEncoder {
-        pub(crate) fn new(_: i32) -> Result<Self, CompressionError> {
-            Err(not_built(Compression::Zstd))
-        }
-
-        pub(crate) fn page(&mut self, _: &[u8], _: bool, _: &mut Vec<u8>) -> Result<(), CompressionError> {
-            match self.0 {}
-        }
-    }
+    encoder!(ZstdEncoder, i32, Zstd);
 }
 
 #[cfg(test)]
