@@ -5,6 +5,8 @@
 //! the cut is follows from the machine type and the size, unless the operator moved it (`max-ram-below-4g`); the size
 //! of the low part is also in the guest's CMOS, which a stream of `pc` and `q35` carries and which therefore wins.
 
+mod boards;
+
 use qevm_wire::{QemuVersion, profile::machine_version};
 
 /// One stretch of guest-physical memory and the part of the RAM block that backs it. Addresses and lengths in bytes.
@@ -55,7 +57,8 @@ const NAMELESS: [&str; 5] = ["clipper", "715", "A400", "B160L", "C3700"];
 /// Where the main memory of machines that are no PCs lies, `len` bytes long, by the name of its RAM block: machine
 /// types of different targets have the same name (`virt`), these blocks have not. `None` for all other blocks.
 ///
-/// A part of the block can lie at two addresses: Malta boards have the whole at 2 GiB once more.
+/// A part of the block can lie at two addresses: Malta boards have the whole at 2 GiB once more. Machine types may have several blocks;
+/// of about a hundred boards all are known, and larger memory than was measured there has no place.
 ///
 /// ```
 /// use qevm_savevm::guest_memory::fixed_segments;
@@ -77,7 +80,7 @@ pub fn fixed_segments(machine: &str, block: &str, len: u64) -> Option<Vec<Segmen
         }
         (None, "loongarch.ram") => &[(0, 0, 256 * MIB), (0x8000_0000, 256 * MIB, u64::MAX)],
         (None, "mips_malta.ram") => &[(0, 0, 256 * MIB), (512 * MIB, 512 * MIB, 1536 * MIB), (0x8000_0000, 0, 2 * GIB)],
-        (None, _) => return None,
+        (None, _) => return boards::segments(machine, block, len),
     };
     let segment = |&(address, block_offset, most): &Place| {
         let len = len.checked_sub(block_offset).filter(|len| *len > 0)?.min(most);
@@ -97,7 +100,7 @@ pub fn fixed_segments(machine: &str, block: &str, len: u64) -> Option<Vec<Segmen
 /// ```
 pub fn is_rom_or_device(block: &str) -> bool {
     let of_device = block.contains('/') && !block.starts_with("/objects/");
-    let endings = [".rom", ".mrom", ".bios", ".vram", ".flash0", ".flash1", ".flash"];
+    let endings = [".rom", ".mrom", ".prom", ".bios", ".vram", ".flash0", ".flash1", ".flash"];
     of_device
         || endings.iter().any(|ending| block.ends_with(ending))
         || block == "vga.vram"
@@ -278,7 +281,10 @@ mod tests {
         let large = [low, (0x2000_0000, 512 * MIB, 512 * MIB), (0x8000_0000, 0, GIB)];
         assert_eq!(map("malta", "mips_malta.ram", GIB), large);
         assert_eq!(map("clipper", "ram", GIB), [(0, 0, GIB)]);
-        assert_eq!(fixed_segments("raspi3b", "ram", GIB), None);
+        assert_eq!(map("raspi1ap", "ram", 512 * MIB), [(0, 0, 512 * MIB)]);
+        assert_eq!(map("ast2600-evb", "ram", GIB), [(0x8000_0000, 0, GIB)]);
+        assert_eq!(map("netduino2", "STM32F205.sram", 128 << 10), [(0x2000_0000, 0, 128 << 10)]);
+        assert_eq!(fixed_segments("raspi9", "ram", GIB), None);
     }
 
     #[test]

@@ -204,8 +204,8 @@ fn write_physical(
     let other_target = physical.is_other_target(machine, ram);
     let source = match guest.cmos {
         _ if !extract.memory_block.is_empty() => "--memory-block",
-        Some(_) => "the guest's CMOS",
-        None => "the rules of the machine type",
+        Some(_) if !other_target => "the guest's CMOS",
+        _ => "the rules of the machine type",
     };
     for segment in &physical.segments {
         let (start, end) = (segment.address, segment.address + segment.len);

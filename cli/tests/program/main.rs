@@ -6,6 +6,7 @@ mod cores;
 mod damage;
 mod layouts;
 mod live;
+mod memory;
 mod outputs;
 mod readme;
 mod receive;

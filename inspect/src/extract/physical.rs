@@ -70,11 +70,12 @@ impl PhysicalMemory {
         if main.is_empty() && pieces.is_empty() {
             main = main_memory(machine, ram, guest, &mut notes)?;
         }
-        if let [block] = main[..]
-            && let Some(segments) = fixed(machine, ram, block)
-        {
-            let piece = |Segment { address, block_offset, len }| Piece { block, address, block_offset, len };
-            pieces.extend(segments.into_iter().map(piece));
+        let placed: Option<Vec<_>> = main.iter().map(|&block| Some((block, fixed(machine, ram, block)?))).collect();
+        if let Some(placed) = placed {
+            for (block, segments) in placed {
+                let piece = |Segment { address, block_offset, len }| Piece { block, address, block_offset, len };
+                pieces.extend(segments.into_iter().map(piece));
+            }
         } else if !main.is_empty() {
             let machine = known_machine(machine, ram, &main, guest, &mut notes)?;
             pieces.extend(mapped(machine, ram, &main, guest, &mut notes)?);
@@ -174,9 +175,12 @@ fn left_out(ram: &GuestRam, pieces: &[Piece]) -> Vec<String> {
 fn main_memory(machine: &str, ram: &GuestRam, guest: &Guest, notes: &mut Vec<String>) -> Result<Vec<usize>, Error> {
     let blocks = ram.blocks();
     let by_default = |name: &str| main_block(machine) == Some(name) || machine.is_empty() && name == "pc.ram";
-    let known = |name: &str| by_default(name) || fixed_segments(machine, name, 0).is_some();
-    if let Some(block) = blocks.iter().position(|block| known(&block.name)) {
+    if let Some(block) = blocks.iter().position(|block| by_default(&block.name)) {
         return Ok(vec![block]);
+    }
+    let fixed: Vec<usize> = (0..blocks.len()).filter(|&block| fixed(machine, ram, block).is_some()).collect();
+    if !fixed.is_empty() {
+        return Ok(fixed);
     }
     if main_block(machine).is_none() {
         let message = "no rules for the memory map of machine type";
