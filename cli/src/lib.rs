@@ -2,6 +2,16 @@
 //!
 //! [`run`] is the whole program: arguments, tables and progress around [`qevm_inspect`], which does the work, and the
 //! two ends of a live migration (`send`, `receive`).
+//!
+//! # Example
+//!
+//! ```
+//! use std::process::ExitCode;
+//!
+//! // The status is 1 where a stream is bad, 2 for what cannot be done at all.
+//! let arguments = ["qevm", "verify", "/nowhere/guest.qevm"].map(Into::into);
+//! assert_eq!(qevm::run(arguments), ExitCode::from(2));
+//! ```
 #![forbid(unsafe_code)]
 
 pub mod args;

@@ -13,6 +13,23 @@
 //! 8. [`vmm`]: the machine with its run state and migrations; [`qmp`]: its control socket.
 //! 9. [`command`]: the program.
 //!
+//! # Example: a guest that runs, and is paused
+//!
+//! ```no_run
+//! use reference_vmm::machine::{Machine, MachineConfig};
+//! use reference_vmm::payload::IMAGE;
+//!
+//! // On a host with KVM. The payload is the machine's firmware.
+//! let config = MachineConfig { memory: 64 << 20, bios: IMAGE.to_vec(), ..MachineConfig::default() };
+//! let machine = Machine::new(config)?;
+//! machine.resume()?;
+//! std::thread::sleep(std::time::Duration::from_secs(1));
+//! machine.pause();
+//! let state = machine.save_state()?;
+//! assert_eq!(state.vcpus.len(), 1);
+//! # Ok::<(), reference_vmm::Error>(())
+//! ```
+//!
 //! Every error is an [`Error`]; nothing here panics on what a guest or a saved state says.
 
 // The program uses the library by its name, as any other user does.

@@ -1,5 +1,14 @@
 //! The states of a device in a migration, as the kernel numbers them (`linux/vfio.h`, version 2 of the migration
 //! protocol), and which of them follow each other.
+//!
+//! ```text
+//!  RESUMING ◀──▶ STOP ◀──▶ RUNNING_P2P ◀──▶ RUNNING       without P2P: STOP ◀──▶ RUNNING
+//!                 ▲             ▲              ▲
+//!                 ▼             ▼              ▼
+//!             STOP_COPY ◀── PRE_COPY_P2P ◀──▶ PRE_COPY     without P2P: STOP_COPY ◀── PRE_COPY
+//! ```
+//!
+//! A step that fails leaves the device where it was, or in ERROR, which only a reset ends.
 
 use std::collections::VecDeque;
 use std::fmt;

@@ -1,4 +1,14 @@
 //! Whether the guest runs, and why not.
+//!
+//! ```text
+//!  prelaunch ──(cont)──▶ running ◀──(cont)──▶ paused, by stop
+//!  running ──(a migration is about to be finished)──▶ finish-migrate ──(the guest is handed over)──▶ postmigrate
+//!  finish-migrate ──(it fails, or is cancelled)──▶ running, or what it was
+//!  postmigrate ──(cont)──▶ running
+//!  inmigrate ──(the guest has arrived)──▶ running, or paused
+//!  running ──(the guest stops by itself)──▶ shutdown, internal-error
+//!  any but running, finish-migrate, inmigrate ──(reset)──▶ prelaunch
+//! ```
 
 /// Whether the guest runs, and why not. The names are QEMU's.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

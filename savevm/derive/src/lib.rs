@@ -3,6 +3,24 @@
 //! `attributes` reads the `#[vmstate(…)]` attributes into a declaration and refuses what makes no sense;
 //! `expand` writes the implementation of `qevm_savevm::vmstate::VmState` for it, in `walk` the parts that follow the
 //! wire (save and load). `docs/vmstate.md` is the manual.
+//!
+//! # Example
+//!
+//! ```
+//! use qevm_savevm::vmstate::{self, Context, VmState};
+//!
+//! /// The first fields of QEMU's `ioapic`.
+//! #[derive(VmState, Debug, PartialEq)]
+//! #[vmstate(name = "ioapic", version = 3, minimum_version = 1)]
+//! struct Ioapic {
+//!     id: u8,
+//!     ioregsel: u8,
+//! }
+//!
+//! let (version, saved) = vmstate::save(&mut Ioapic { id: 0, ioregsel: 0x10 }, &Context::default())?;
+//! assert_eq!((version, saved), (3, vec![0, 0x10]));
+//! # Ok::<(), qevm_savevm::Error>(())
+//! ```
 #![forbid(unsafe_code)]
 
 mod attributes;

@@ -1,4 +1,13 @@
 //! The decoder of the main channel: bytes in, events out.
+//!
+//! ```text
+//!  Header ──▶ AfterHeader ──▶ Item ──(a section)──▶ Ram, Vfio, DirtyBitmap, … or Body ──(its end)──▶ Footer
+//!              configuration   ▲ │                                                                     │
+//!                              │ └─(EOF)──▶ AfterEof ──(description)──▶ End                            │
+//!                              └────────────────────────(and after each command)───────────────────────┘
+//! ```
+//!
+//! Where a stream has no footers, Footer takes no bytes.
 
 mod body_ends;
 mod error;

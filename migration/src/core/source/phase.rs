@@ -1,4 +1,28 @@
 //! How far a migration is at its source.
+//!
+//! ```text
+//!  Setup ──(background-snapshot)──▶ Snapshot ──▶ Over
+//!    ▼
+//!  Precopy ◀──▶ AwaitAck         the guest runs; what remains is little enough: the destination has to agree
+//!    ▼             ▼
+//!  Stopping ──▶ PreSwitchover    with pause-before-switchover
+//!    ▼             ▼
+//!  Stopped ──(postcopy-ram)──▶ Postcopy ──▶ HandedOver     Lost, Paused and Recover, where its connection breaks
+//!    ▼
+//!  Completing
+//!    ▼
+//!  AwaitAnswers
+//!    ▼
+//!  Ending                        from here on the destination may run the guest
+//!    ▼
+//!  AwaitVerdict ──▶ Settling     without a return path
+//!    ▼                ▼
+//!  Committing ──▶ Confirming     where both ends have agreed on it
+//!    ▼                ▼
+//!  HandedOver ──▶ Over
+//!
+//!  any, on a failure ──▶ AwaitExplanation, where the channel broke ──▶ BackOut ──▶ Over
+//! ```
 
 use crate::{
     GuestError, MigrationError, SavedDevices,
