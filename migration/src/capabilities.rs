@@ -23,7 +23,7 @@ pub const KNOWN: [(&str, bool); 21] = [
     ("x-ignore-shared", true),
     ("validate-uuid", true),
     ("background-snapshot", true),
-    ("zero-copy-send", false),
+    ("zero-copy-send", true),
     ("postcopy-preempt", true),
     ("switchover-ack", true),
     ("dirty-limit", true),
@@ -82,6 +82,9 @@ pub struct Capabilities {
     pub release_ram: bool,
     /// `x-ignore-shared`: RAM that is a file of both ends, which map it shared, is not sent (4.0). See [`Hooks::shares`](crate::Hooks::shares).
     pub ignore_shared: bool,
+    /// `zero-copy-send`: the kernel sends pages out of guest memory itself, and does not copy them before (7.1); needs `multifd` without
+    /// compression and TLS, and TCP.
+    pub zero_copy_send: bool,
     /// `xbzrle`: pages that were sent before travel as differences (1.2).
     pub xbzrle: bool,
 }
@@ -226,6 +229,7 @@ impl Capabilities {
             "validate-uuid" => Some(&mut self.validate_uuid),
             "release-ram" => Some(&mut self.release_ram),
             "x-ignore-shared" => Some(&mut self.ignore_shared),
+            "zero-copy-send" => Some(&mut self.zero_copy_send),
             "xbzrle" => Some(&mut self.xbzrle),
             _ => None,
         }
@@ -254,6 +258,7 @@ mod tests {
             let needed = match name {
                 "switchover-ack" => "return-path",
                 "postcopy-preempt" => "postcopy-ram",
+                "zero-copy-send" => "multifd",
                 _ => name,
             };
             let on = off.with([(needed, true), (name, true)]);

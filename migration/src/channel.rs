@@ -115,6 +115,32 @@ pub trait Channel: Send + Sync + fmt::Debug {
     /// As `writev(2)`; [`io::ErrorKind::Interrupted`] is for the caller to repeat.
     fn write(&self, parts: &[Source<'_>]) -> io::Result<usize>;
 
+    /// Makes [`write_in_place`](Self::write_in_place) do what it says.
+    ///
+    /// # Errors
+    /// [`io::ErrorKind::Unsupported`], or the system's: this connection copies what it sends.
+    fn send_in_place(&self) -> io::Result<()> {
+        Err(io::ErrorKind::Unsupported.into())
+    }
+
+    /// As [`write`](Self::write), but the kernel may send the bytes later out of the memory itself, as they are then. Every call that
+    /// gives a number has to be [waited for](Self::sent_in_place); the memory may go before that, and no other memory is sent in its place.
+    ///
+    /// # Errors
+    /// As `write`; `ENOBUFS` when the kernel keeps no more memory in place, or this process may not have it locked.
+    fn write_in_place(&self, parts: &[Source<'_>]) -> io::Result<usize> {
+        self.write(parts)
+    }
+
+    /// Waits until the kernel is done with some of the calls of [`write_in_place`](Self::write_in_place): how many, and whether it had
+    /// copied their bytes all the same.
+    ///
+    /// # Errors
+    /// As `recvmsg(2)`; [`io::ErrorKind::WouldBlock`] is for the caller to repeat. The connection broke.
+    fn sent_in_place(&self) -> io::Result<(u32, bool)> {
+        Err(io::ErrorKind::Unsupported.into())
+    }
+
     /// Reads into `parts`, in order, and says how many bytes; 0 when the peer has closed.
     ///
     /// # Errors

@@ -93,6 +93,18 @@ pub enum MigrationError {
         /// What failed.
         reason: GuestError,
     },
+    /// Pages cannot be sent in place on this connection (capability `zero-copy-send`). QEMU's words.
+    #[error("Zero copy send feature not detected in host kernel")]
+    NoZeroCopy {
+        /// The system's reason.
+        source: io::Error,
+    },
+    /// The kernel keeps no more memory in place that is being sent (capability `zero-copy-send`). QEMU's words.
+    #[error("Process can't lock enough memory for using MSG_ZEROCOPY: {}", reason(source))]
+    LockedMemory {
+        /// The system's reason.
+        source: io::Error,
+    },
     /// The channel broke while sending.
     #[error("cannot send {doing}: {source}")]
     Send {

@@ -205,7 +205,8 @@ impl Saving {
             place.present.mark(pages.index(block_offset)..pages.index(block_offset + len));
         }
         let normal = normal.len() as u64;
-        Ok(Counts { bytes: normal * pages.size(), normal, zero: offsets.len() as u64 - normal })
+        let zero = offsets.len() as u64 - normal;
+        Ok(Counts { bytes: normal * pages.size(), normal, zero, copied: 0 })
     }
 
     /// Writes copies of pages of a block, from `offset` on, to their places.

@@ -80,7 +80,7 @@ impl<'g> RamSender<'g> {
         let mut sent = Sent::default();
         for BlockRange { block, pages: run } in &batch.runs {
             let offsets: Vec<_> = run.clone().map(|page| page * self.pages.size()).collect();
-            let Counts { bytes, normal, zero } = saving.save(*block, self.view(*block)?, &offsets)?;
+            let Counts { bytes, normal, zero, .. } = saving.save(*block, self.view(*block)?, &offsets)?;
             sent.bytes += bytes;
             sent.normal += normal;
             sent.zero += zero;

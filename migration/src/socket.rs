@@ -1,5 +1,7 @@
 //! Channels that are sockets: TCP and AF_UNIX.
 
+mod in_place;
+
 use super::{
     Address, Channel, MigrationError,
     channel::{MAX_PARTS, Source, Target},
@@ -24,6 +26,9 @@ use std::{
     thread,
     time::Duration,
 };
+
+/// How long is waited for a word of the kernel that it has sent memory in place.
+const IN_PLACE_TICK: Duration = Duration::from_millis(250);
 
 /// The longest TCP_USER_TIMEOUT that the system takes, ms.
 const MAX_USER_TIMEOUT: u128 = i32::MAX as u128;
@@ -243,8 +248,8 @@ fn stay_within_host(stream: &TcpStream) {
     }
 }
 
-impl Channel for Socket {
-    fn write(&self, parts: &[Source<'_>]) -> io::Result<usize> {
+impl Socket {
+    fn send_message(&self, parts: &[Source<'_>], flags: libc::c_int) -> io::Result<usize> {
         let message = libc::msghdr {
             msg_name: std::ptr::null_mut(),
             msg_namelen: 0,
@@ -255,9 +260,28 @@ impl Channel for Socket {
             msg_flags: 0,
         };
         // SAFETY: `Source` is a transparent iovec whose memory lives as long as its lifetime says; the kernel only
-        // reads it. A peer that is gone gives EPIPE instead of a signal.
-        let written = unsafe { libc::sendmsg(self.fd(), &message, libc::MSG_NOSIGNAL) };
+        // reads it. With MSG_ZEROCOPY it goes on doing so, from pages that it holds itself until then. A peer that is gone gives
+        // EPIPE instead of a signal.
+        let written = unsafe { libc::sendmsg(self.fd(), &message, libc::MSG_NOSIGNAL | flags) };
         usize::try_from(written).map_err(|_| io::Error::last_os_error())
+    }
+}
+
+impl Channel for Socket {
+    fn write(&self, parts: &[Source<'_>]) -> io::Result<usize> {
+        self.send_message(parts, 0)
+    }
+
+    fn send_in_place(&self) -> io::Result<()> {
+        in_place::turn_on(self.as_fd())
+    }
+
+    fn write_in_place(&self, parts: &[Source<'_>]) -> io::Result<usize> {
+        self.send_message(parts, libc::MSG_ZEROCOPY)
+    }
+
+    fn sent_in_place(&self) -> io::Result<(u32, bool)> {
+        in_place::completed(self.as_fd(), IN_PLACE_TICK)
     }
 
     fn read(&self, parts: &mut [Target<'_>]) -> io::Result<usize> {

@@ -85,7 +85,15 @@ pub fn migrate(guest: &dyn Guest, connections: &Outgoing, job: &Job, profile: &P
         }
         false => Ok(None),
     };
-    let (devices, differences) = match devices.and_then(|devices| Ok((devices, differences?))) {
+    let in_place = match &settings {
+        Some(settings) if settings.zero_copy => {
+            connections.pages.iter().try_for_each(|channel| channel.send_in_place())
+        }
+        _ => Ok(()),
+    };
+    let in_place = in_place.map_err(|source| MigrationError::NoZeroCopy { source });
+    let ready = in_place.and(devices).and_then(|devices| Ok((devices, differences?)));
+    let (devices, differences) = match ready {
         Ok(ready) => ready,
         Err(error) => {
             job.end(Some(&error));

@@ -113,6 +113,8 @@ pub struct RamStatistics {
     pub postcopy_requests: u64,
     /// Bytes sent on page channels.
     pub multifd_bytes: u64,
+    /// Synchronisations of a page channel before which the kernel had copied all pages, with capability `zero-copy-send`: within a host it does.
+    pub dirty_sync_missed_zero_copy: u64,
 }
 
 /// What capability `xbzrle` has saved, `xbzrle-cache` in `query-migrate`. What counts how was seen of QEMU 11.1.3.

@@ -237,6 +237,20 @@ impl Channel for Watched {
         self.within(Awaited::Room, || self.inner.write(parts), || self.taken(), limit)
     }
 
+    fn send_in_place(&self) -> io::Result<()> {
+        self.inner.send_in_place()
+    }
+
+    fn write_in_place(&self, parts: &[Source<'_>]) -> io::Result<usize> {
+        let limit = || of(self.watch.timeouts().idle(), "x-idle-timeout");
+        self.within(Awaited::Room, || self.inner.write_in_place(parts), || self.taken(), limit)
+    }
+
+    fn sent_in_place(&self) -> io::Result<(u32, bool)> {
+        let limit = || of(self.watch.timeouts().idle(), "x-idle-timeout");
+        self.within(Awaited::Acknowledgement, || self.inner.sent_in_place(), || self.taken(), limit)
+    }
+
     fn read(&self, parts: &mut [Target<'_>]) -> io::Result<usize> {
         let own = *self.own_silence();
         let limit = || match (own, self.brings) {

@@ -35,7 +35,7 @@ pub const CAPABILITIES: &[Row] = &[
     unsupported!("x-colo", "there are no checkpoints"),
     ("x-ignore-shared", Works("peer ref>11.1/ignore-shared")),
     ("xbzrle", Works("peer ref>11.1/xbzrle")),
-    unsupported!("zero-copy-send", "pages are copied into the socket"),
+    ("zero-copy-send", Works("peer ref>11.1/zero-copy")),
 ];
 
 /// Members of what `migrate-set-parameters` takes.

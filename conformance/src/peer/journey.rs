@@ -199,6 +199,10 @@ impl Journey {
             let told = there.monitor().wait_migration(PATIENCE, |migration| migration["status"] == "completed")?;
             departure::judge_block_times(&told, self.load.cpus)?;
         }
+        if self.capabilities.contains(&"zero-copy-send") {
+            let missed = done["ram"]["dirty-sync-missed-zero-copy"].as_u64();
+            ensure!(missed > Some(0), "the source does not tell that its pages were copied: {done}");
+        }
         if self.capabilities.contains(&"x-ignore-shared") {
             // Firmware and tables are what is left.
             let left_out = done["ram"]["total"].as_u64().is_some_and(|total| total < 8 << 20);

@@ -51,6 +51,7 @@ pub mod table;
 mod tap;
 mod tls;
 mod xbzrle;
+mod zero_copy;
 
 pub use cuts::Cuts;
 pub use departure::Departure;

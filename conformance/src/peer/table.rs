@@ -5,7 +5,7 @@ use serde_json::Map;
 use super::rows::{PEERS, channels_of, plain};
 use super::{
     Case, Cut, Doubt, Doubtful, Echo, Gear, Journey, Link, Load, Outage, Pairing, Stop, cuts, oldest, postcopy,
-    recovery, release, served, shared, snapshot, tls, xbzrle,
+    recovery, release, served, shared, snapshot, tls, xbzrle, zero_copy,
 };
 use crate::roots::Suite;
 use crate::scenario::Accel;
@@ -89,6 +89,7 @@ fn journeys() -> Vec<Journey> {
     journeys.extend(release::journeys());
     journeys.extend(shared::journeys());
     journeys.extend(xbzrle::journeys());
+    journeys.extend(zero_copy::journeys());
     journeys.extend(oldest::journeys());
     journeys.extend(tls::journeys());
     let ring = |hops: usize| -> Vec<Stop> {

@@ -309,6 +309,11 @@ impl SourceCore {
         self.statistics.ram.multifd_bytes += bytes;
     }
 
+    /// This many synchronisations of page channels came after copies alone (capability `zero-copy-send`).
+    pub fn synchronised_by_copies(&mut self, count: u64) {
+        self.statistics.ram.dirty_sync_missed_zero_copy += count;
+    }
+
     /// This many bytes of the devices' state went over page channels.
     pub fn devices_transferred(&mut self, bytes: u64) {
         self.statistics.device_bytes += bytes;

@@ -34,6 +34,8 @@ pub(crate) struct Counts {
     pub(crate) bytes: u64,
     pub(crate) normal: u64,
     pub(crate) zero: u64,
+    /// Synchronisations of a channel before which all of its pages were copied, though they were to be sent in place.
+    pub(crate) copied: u64,
 }
 
 /// A bounded queue of batches, from which whichever channel is free takes the next.
@@ -177,6 +179,7 @@ impl Queue {
         state.counts.bytes += counts.bytes;
         state.counts.normal += counts.normal;
         state.counts.zero += counts.zero;
+        state.counts.copied += counts.copied;
     }
 
     /// A channel has sent its SYNC packet.

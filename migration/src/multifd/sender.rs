@@ -7,12 +7,15 @@ use super::{
 use crate::PAGE_SIZE;
 use crate::{
     Channel, Guest, MigrationError, RamView,
-    channel::{Source, write_all},
+    channel::{MAX_PARTS, Source, write_all},
     zero::is_zero,
 };
 use qevm_multifd::{ChannelEncoder, Compression, Compressor, Init, Pages, Runs, Uuid};
 use qevm_wire::{CountedString, PageGeometry, Writer, profile::ZeroPageDetection};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::{
+    io,
+    sync::atomic::{AtomicU64, Ordering},
+};
 use vm_memory::{Bytes, VolatileSlice};
 
 /// Sends what `queue` has for channel `number`, until it ends. A failure ends the queue for all channels.
@@ -43,6 +46,72 @@ struct Sender<'s> {
     packets: &'s AtomicU64,
     header: Writer,
     payload: Vec<u8>,
+    /// Pages are sent in place.
+    in_place: Option<InPlace>,
+}
+
+/// Calls that sent pages in place since the last synchronisation.
+#[derive(Debug, Default)]
+struct InPlace {
+    made: u32,
+    done: u32,
+    /// The kernel did not copy the pages of one of them.
+    avoided: bool,
+}
+
+impl InPlace {
+    /// Writes all of `parts`. What the kernel holds in place of other pages may have to go first.
+    fn write_all(&mut self, channel: &dyn Channel, mut parts: &mut [Source<'_>]) -> Result<(), MigrationError> {
+        let failed = |source| MigrationError::Send { doing: "pages on a page channel", source };
+        while !parts.is_empty() {
+            if parts[0].is_empty() {
+                parts = &mut parts[1..];
+                continue;
+            }
+            match channel.write_in_place(&parts[..parts.len().min(MAX_PARTS)]) {
+                Ok(0) => return Err(failed(io::ErrorKind::WriteZero.into())),
+                Ok(mut written) => {
+                    self.made += 1;
+                    while written > 0 {
+                        let step = written.min(parts[0].len());
+                        parts[0] = parts[0].skip(step);
+                        written -= step;
+                        if parts[0].is_empty() {
+                            parts = &mut parts[1..];
+                        }
+                    }
+                }
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) if error.raw_os_error() == Some(libc::ENOBUFS) => match self.made == self.done {
+                    true => return Err(MigrationError::LockedMemory { source: error }),
+                    false => self.wait(channel)?,
+                },
+                Err(error) => return Err(failed(error)),
+            }
+        }
+        Ok(())
+    }
+
+    fn wait(&mut self, channel: &dyn Channel) -> Result<(), MigrationError> {
+        match channel.sent_in_place() {
+            Ok((count, copied)) => {
+                self.done = self.done.saturating_add(count).min(self.made);
+                self.avoided |= !copied;
+                Ok(())
+            }
+            Err(error) if matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => Ok(()),
+            Err(source) => Err(MigrationError::Send { doing: "pages that a page channel sends in place", source }),
+        }
+    }
+
+    /// Waits until the kernel is done with all pages: how many synchronisations came after copies alone.
+    fn finish(&mut self, channel: &dyn Channel) -> Result<u64, MigrationError> {
+        while self.done < self.made {
+            self.wait(channel)?;
+        }
+        let InPlace { made, avoided, .. } = std::mem::take(self);
+        Ok(u64::from(made > 0 && !avoided))
+    }
 }
 
 const PAGE: usize = PAGE_SIZE as usize;
@@ -76,6 +145,7 @@ impl<'s> Sender<'s> {
             packets,
             header: Writer::new(),
             payload: Vec::new(),
+            in_place: settings.zero_copy.then(InPlace::default),
         })
     }
 
@@ -94,6 +164,10 @@ impl<'s> Sender<'s> {
                 Work::Sync => {
                     self.encoder.sync(self.packets.fetch_add(1, Ordering::Relaxed), &mut self.header)?;
                     queue.sent(self.write(&[])?);
+                    if let Some(in_place) = &mut self.in_place {
+                        let copied = in_place.finish(self.channel)?;
+                        queue.sent(Counts { copied, ..Counts::default() });
+                    }
                     synced += 1;
                     queue.synced();
                 }
@@ -167,8 +241,15 @@ impl<'s> Sender<'s> {
             _ => parts.extend(runs.iter().map(Source::guest)),
         }
         let bytes = parts.iter().map(|part| part.len() as u64).sum();
-        write_all(self.channel, &mut parts)
+        // The header is gone before the kernel sends what it has in place: it is copied.
+        let in_place = self.in_place.as_mut().filter(|_| !runs.is_empty());
+        let copied = if in_place.is_some() { 1 } else { parts.len() };
+        let (now, later) = parts.split_at_mut(copied);
+        write_all(self.channel, now)
             .map_err(|source| MigrationError::Send { doing: "pages on a page channel", source })?;
+        if let Some(in_place) = in_place {
+            in_place.write_all(self.channel, later)?;
+        }
         self.header.clear();
         Ok(Counts { bytes, ..Counts::default() })
     }
@@ -178,4 +259,74 @@ fn part<'g>(view: &RamView<'g>, offset: u64, len: u64) -> Result<VolatileSlice<'
     view.memory
         .subslice(offset as usize, len as usize)
         .map_err(|error| MigrationError::Guest { doing: "reach a page of guest memory", source: error.into() })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::Target;
+    use std::sync::Mutex;
+
+    /// Takes so many calls in place before the kernel has to be waited for.
+    #[derive(Debug)]
+    struct Kernel {
+        room: u32,
+        copies: bool,
+        /// Calls under way, and bytes taken.
+        state: Mutex<(u32, Vec<u8>)>,
+    }
+
+    impl Channel for Kernel {
+        fn write(&self, _: &[Source<'_>]) -> io::Result<usize> {
+            Err(io::ErrorKind::Unsupported.into())
+        }
+        fn write_in_place(&self, parts: &[Source<'_>]) -> io::Result<usize> {
+            let mut state = self.state.lock().unwrap();
+            if state.0 == self.room {
+                return Err(io::Error::from_raw_os_error(libc::ENOBUFS));
+            }
+            state.0 += 1;
+            let mut bytes = vec![0; parts[0].len().min(3)];
+            parts[0].copy_to(&mut bytes);
+            state.1.extend(&bytes);
+            Ok(bytes.len())
+        }
+        fn sent_in_place(&self) -> io::Result<(u32, bool)> {
+            let done = std::mem::take(&mut self.state.lock().unwrap().0);
+            if done == 0 { Err(io::ErrorKind::WouldBlock.into()) } else { Ok((done, self.copies)) }
+        }
+        fn read(&self, _: &mut [Target<'_>]) -> io::Result<usize> {
+            Ok(0)
+        }
+        fn finish_writing(&self) {}
+        fn stop_reading(&self) {}
+        fn close(&self) {}
+    }
+
+    #[test]
+    fn what_the_kernel_holds_is_waited_for() {
+        let bytes: Vec<u8> = (0..200).collect();
+        for copies in [false, true] {
+            for room in [1, 2, 7, 1000] {
+                let kernel = Kernel { room, copies, state: Mutex::default() };
+                let mut in_place = InPlace::default();
+                let mut parts = [Source::bytes(&bytes[..70]), Source::bytes(&[]), Source::bytes(&bytes[70..])];
+                in_place.write_all(&kernel, &mut parts).unwrap();
+                assert_eq!(in_place.finish(&kernel).unwrap(), u64::from(copies));
+                let state = kernel.state.lock().unwrap();
+                assert_eq!(*state, (0, bytes.clone()));
+            }
+        }
+        // Of nothing there is no copy.
+        let kernel = Kernel { room: 1, copies: true, state: Mutex::default() };
+        assert_eq!(InPlace::default().finish(&kernel).unwrap(), 0);
+    }
+
+    #[test]
+    fn without_any_memory_to_lock_the_migration_fails_in_qemus_words() {
+        let kernel = Kernel { room: 0, copies: false, state: Mutex::default() };
+        let error = InPlace::default().write_all(&kernel, &mut [Source::bytes(&[1])]).unwrap_err();
+        let words = "Process can't lock enough memory for using MSG_ZEROCOPY: No buffer space available";
+        assert_eq!(error.to_string(), words);
+    }
 }

@@ -19,6 +19,8 @@ pub(crate) struct Settings {
     pub(crate) layout: PacketLayout,
     /// Devices may send their state beside the pages.
     pub(crate) device_state: bool,
+    /// Pages are sent in place.
+    pub(crate) zero_copy: bool,
     /// Channels have sent their first packet when they are connected.
     pub(crate) greeted: bool,
     /// The machine's UUID, as the first packet of each channel says it whether `validate-uuid` is on or not; zero without `--uuid`.
@@ -53,6 +55,7 @@ impl Settings {
                 && profile.switchover_start
                 && parameters.multifd_compression == Compression::None
                 && !capabilities.mapped_ram,
+            zero_copy: capabilities.zero_copy_send && parameters.multifd_compression == Compression::None,
             greeted: false,
             uuid: Uuid::default(),
         })

@@ -360,3 +360,13 @@ fn a_slow_channel_never_brings_an_older_copy() {
         pair.assert_moved(&outcome);
     }
 }
+
+/// A UNIX socket has no such thing. Nothing is sent then.
+#[test]
+fn pages_that_cannot_be_sent_in_place_leave_the_guest() {
+    let pair = Pair::new(60).multifd(2, Compression::None);
+    pair.job.set_capabilities(pair.job.capabilities().with([("zero-copy-send", true)]).unwrap()).unwrap();
+    let outcome = pair.go(&Plan::default());
+    pair.assert_stayed(&outcome);
+    assert_eq!(outcome.source.unwrap_err().to_string(), "Zero copy send feature not detected in host kernel");
+}

@@ -245,7 +245,8 @@ impl Engine<'_, '_> {
     /// Tells the core what the page channels have counted.
     fn count_pages(&mut self) {
         if let Some(pages) = self.pages {
-            let Counts { bytes, normal, zero } = pages.queue.take_counts();
+            let Counts { bytes, normal, zero, copied } = pages.queue.take_counts();
+            self.core.synchronised_by_copies(copied);
             self.core.sent_by_channels(bytes);
             self.core.sent(Sent { bytes, normal, zero, ..Sent::default() });
         }

@@ -257,9 +257,7 @@ fn query_migrate_capabilities(vmm: &Arc<Vmm>, arguments: &mut Arguments) -> Resu
 fn migrate_set_parameters(vmm: &Arc<Vmm>, arguments: &mut Arguments) -> Result<Value, Failure> {
     let changed = parameters::with(&vmm.outgoing().parameters(), &arguments.drain());
     let changed = changed.map_err(|error| Failure::generic(error.to_string()))?;
-    // A guest that is on its way here has its settings, but for these.
-    vmm.incoming().set_timeouts(changed.timeouts);
-    vmm.outgoing().set_parameters(changed);
+    vmm.set_parameters(changed).map_err(|error| Failure::generic(error.to_string()))?;
     Ok(empty())
 }
 

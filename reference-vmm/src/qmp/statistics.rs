@@ -109,7 +109,7 @@ fn ram(ram: &RamStatistics) -> Value {
         "postcopy-bytes": ram.postcopy_bytes,
         "mbps": ram.mbps,
         "transferred": ram.transferred,
-        "dirty-sync-missed-zero-copy": 0,
+        "dirty-sync-missed-zero-copy": ram.dirty_sync_missed_zero_copy,
         "precopy-bytes": ram.precopy_bytes,
         "duplicate": ram.duplicate,
         "dirty-pages-rate": ram.dirty_pages_rate,

@@ -2,12 +2,27 @@
 
 use super::{RunState, Vmm};
 use crate::memory::{Userfault, WriteProtection};
-use qevm_migration::{BadCapability, Capabilities, GuestError, Mode, RULES, Refused};
+use qevm_migration::{BadCapability, Capabilities, GuestError, Mode, Parameters, RULES, Refused};
 use qevm_multifd::compression::Compression;
 use qevm_wire::{
     Capability,
     capability::{Context, check},
 };
+
+/// Refuses parameters that do not go with these capabilities: pages that are compressed or encrypted are not sent in place. A QEMU looks when
+/// either is set.
+fn zero_copy_goes_with(capabilities: Capabilities, parameters: &Parameters) -> Result<(), BadCapability> {
+    if !capabilities.zero_copy_send {
+        return Ok(());
+    }
+    let context = Context {
+        compressed: parameters.multifd_compression != Compression::None,
+        tls: !parameters.tls_creds.is_empty(),
+        ..Context::new(RULES)
+    };
+    let both = [Capability::ZeroCopySend, Capability::Multifd].into_iter().collect();
+    Ok(check(both, &context)?)
+}
 
 impl Vmm {
     /// Switches capabilities on and off: all of them or, if one is refused, none.
@@ -33,12 +48,25 @@ impl Vmm {
             let both = [Capability::MappedRam, Capability::PostcopyRam].into_iter().collect();
             check(both, &context).map_err(BadCapability::from)?;
         }
+        zero_copy_goes_with(capabilities, &parameters)?;
         if let Err(BadCapability::Rejected(rejection)) = capabilities.suit(self.profile().qemu) {
             // The release at the other end refuses them at this moment.
             return Err(BadCapability::from(rejection).into());
         }
         self.check_host(self.outgoing.capabilities(), capabilities)?;
         Ok(self.outgoing.set_capabilities(capabilities)?)
+    }
+
+    /// Sets the parameters of the next migration, or of the one under way.
+    ///
+    /// # Errors
+    /// They do not go with the capabilities, in QEMU's words.
+    pub fn set_parameters(&self, parameters: Parameters) -> Result<(), BadCapability> {
+        zero_copy_goes_with(self.outgoing.capabilities(), &parameters)?;
+        // A guest that is on its way here has its settings, but for these.
+        self.incoming.set_timeouts(parameters.timeouts);
+        self.outgoing.set_parameters(parameters);
+        Ok(())
     }
 
     /// Refuses what the host's kernel cannot do with this machine's memory, in the words of QEMU 11.1.

@@ -103,6 +103,18 @@ pub(super) const BEFORE_THE_START: &[(&str, &str)] = &[
     ),
     ("migrate-set-capabilities", r#"{"capabilities":[{"capability":"dirty-limit","state":true}]}"#),
     ("migrate-set-capabilities", r#"{"capabilities":[{"capability":"zero-copy-send","state":true}]}"#),
+    (
+        "migrate-set-capabilities",
+        r#"{"capabilities":[{"capability":"multifd","state":true},{"capability":"zero-copy-send","state":true}]}"#,
+    ),
+    ("migrate-set-parameters", r#"{"multifd-compression":"zstd"}"#),
+    ("migrate-set-parameters", r#"{"tls-creds":"x"}"#),
+    ("query-migrate-parameters", ""),
+    ("migrate-set-parameters", r#"{"multifd-compression":"none","tls-creds":""}"#),
+    (
+        "migrate-set-capabilities",
+        r#"{"capabilities":[{"capability":"multifd","state":false},{"capability":"zero-copy-send","state":false}]}"#,
+    ),
     ("migrate-set-capabilities", r#"{"capabilities":[{"capability":"x-colo","state":true}]}"#),
     (
         "migrate-set-capabilities",
