@@ -49,9 +49,12 @@ impl Connection<'_> {
                 }
             }
             let total = source.total();
+            let checkpoints = walk.checkpoint_follows(source);
             let next = match next_event(source, decoder) {
                 Ok(next) => next,
-                Err(DriveError::Stream(error)) if outer.is_empty() && walk.after_end(&error, at, total) => {
+                Err(DriveError::Stream(error))
+                    if outer.is_empty() && walk.after_end(&error, at, total, checkpoints) =>
+                {
                     return Ok(());
                 }
                 Err(DriveError::Stream(error)) => {

@@ -22,6 +22,9 @@ use qevm_wire::{Decode, PageGeometry};
 use std::collections::HashMap;
 use std::io;
 
+/// What the source of a COLO says at a checkpoint: messages 1 (request) and 3 (state comes), then the last part of a section.
+const CHECKPOINT: [u8; 9] = [0, 0, 0, 1, 0, 0, 0, 3, 3];
+
 /// The state of reading a migration, over all its files.
 pub(super) struct Walk<'s> {
     pub(super) analysis: Analysis,
@@ -106,16 +109,31 @@ impl Walk<'_> {
         }
     }
 
+    /// True if the stream is over and a checkpoint of COLO follows it. A live source may have nothing more to say, and is not waited for.
+    pub(super) fn checkpoint_follows(&self, source: &mut Source) -> bool {
+        // What cannot be read is nothing that is known.
+        self.ended
+            && !self.settings.live
+            && source.fill(CHECKPOINT.len()).is_ok()
+            && source.window().starts_with(&CHECKPOINT)
+    }
+
     /// True, with a note, if an error at `at` is none of the stream's, because that is over: something else follows it,
     /// or its description is cut, which no QEMU reads.
-    pub(super) fn after_end(&mut self, error: &Error, at: u64, total: Option<u64>) -> bool {
+    /// `checkpoints`: what [`checkpoint_follows`](Self::checkpoint_follows) said.
+    pub(super) fn after_end(&mut self, error: &Error, at: u64, total: Option<u64>, checkpoints: bool) -> bool {
         if !self.ended || self.settings.live {
             return false;
         }
         if let ErrorKind::Stream(StreamError::TrailingBytes { .. }) = error.kind {
             let count = total.map_or("more".into(), |total| total.saturating_sub(at).to_string());
-            self.analysis
-                .note(format!("{count} bytes follow the end of the stream at byte {at}: they are not part of it"));
+            self.analysis.note(match checkpoints {
+                true => format!(
+                    "COLO checkpoints follow the end of the stream at byte {at} ({count} bytes): memory and devices of later moments, \
+                     which are not read; all that is shown is of the first"
+                ),
+                false => format!("{count} bytes follow the end of the stream at byte {at}: they are not part of it"),
+            });
             return true;
         }
         let cut = error.is_truncated() && !self.settings.strict;
