@@ -62,6 +62,7 @@ conformance-full: setup
 	cargo run --release --package qevm-conformance -- matrix --full
 	cargo run --release --package qevm-conformance -- channels --full
 	cargo run --release --package qevm-conformance -- trial
+	cargo run --release --package qevm-conformance -- pairs
 	cargo run --release --package qevm-conformance -- peer --full
 	cargo run --release --package qevm-conformance -- lifecycle --full
 	cargo run --release --package qevm-conformance -- toy --full

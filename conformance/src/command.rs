@@ -6,6 +6,7 @@ mod lab;
 mod lifecycle;
 mod link;
 mod migrate;
+mod pairs;
 mod postcopy;
 mod restore;
 mod snapshot;
@@ -22,6 +23,7 @@ use lab::Lab;
 use lifecycle::Lifecycle;
 use link::Link;
 use migrate::Migrate;
+use pairs::Pairs;
 use postcopy::Postcopy;
 use qevm_conformance::analyze::Script;
 use qevm_conformance::judge;
@@ -70,6 +72,8 @@ pub(crate) enum Command {
     Lab(Lab),
     /// Ask real QEMUs single questions: do they load what qevm writes, and does qevm foresee what they refuse
     Trial(Trial),
+    /// Ask real QEMUs about hundreds of pairs of set-ups, and count how often qevm check foretells what they do
+    Pairs(Pairs),
     /// Measure qevm against QEMU's own tools, several times each in turn, on a machine that does nothing else
     Bench {
         #[command(subcommand)]
@@ -272,6 +276,7 @@ impl Command {
             Command::Lab(lab) => lab.run(),
             Command::Demo(demo) => demo.run(),
             Command::Trial(trial) => trial.run(),
+            Command::Pairs(pairs) => pairs.run(),
             Command::Bench { what: Bench::Decode(decode) } => decode.run(),
             Command::Bench { what: Bench::Link(link) } => link.run(),
             Command::Bench { what: Bench::Migrate(migrate) } => migrate.run(),

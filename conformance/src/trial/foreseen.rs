@@ -2,48 +2,18 @@
 //! destination, and its verdict must be the destination's, with the line that the destination prints.
 
 use std::ffi::OsStr;
-use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
-use serde_json::{Value, json};
+use serde_json::Value;
 
 use super::question::{Bench, Trial};
-use crate::channels::receiver::Receiver;
-use crate::channels::setup::Transport;
-use crate::exec;
-use crate::launch::Qemu;
-use crate::patience::PATIENCE;
-use crate::roots::Suite::{self, Bookworm, Bullseye, Sid, Trixie};
+use super::side::Fate::{self, Fails, Loads};
+use super::side::{Side, load, side, with, write};
+use crate::roots::Suite::{Bookworm, Bullseye, Sid, Trixie};
 
 const A_UUID: &str = "microvm -uuid 2bbd4b29-9d2b-4e0b-9d0e-1f3f6f0e7a11";
 const ANOTHER_UUID: &str = "microvm -uuid 11111111-2222-4333-8444-555555555555";
 const NO_START: &str = "microvm -bios {zeroes} -global migration.send-switchover-start=off";
-
-/// What a destination does with a stream.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Fate {
-    Loads,
-    Fails,
-}
-use Fate::{Fails, Loads};
-
-/// One of the two QEMUs.
-#[derive(Debug, Clone, Copy)]
-struct Side {
-    suite: Suite,
-    /// The machine, the accelerator if it is not TCG, and arguments, separated by blanks.
-    arguments: &'static str,
-    /// Capabilities, separated by blanks.
-    capabilities: &'static str,
-}
-
-const fn side(suite: Suite, arguments: &'static str) -> Side {
-    Side { suite, arguments, capabilities: "" }
-}
-
-const fn with(suite: Suite, arguments: &'static str, capabilities: &'static str) -> Side {
-    Side { suite, arguments, capabilities }
-}
 
 pub(super) fn trials() -> Vec<Trial> {
     let mut trials = Vec::new();
@@ -57,7 +27,7 @@ pub(super) fn trials() -> Vec<Trial> {
 }
 
 #[rustfmt::skip]
-const PAIRS: &[(&str, Side, Side, Fate)] = &[
+const PAIRS: &[(&str, Side<'_>, Side<'_>, Fate)] = &[
     ("same", side(Sid, "microvm"), side(Sid, "microvm"), Loads),
     ("less memory", side(Sid, "microvm -m 32"), side(Sid, "microvm -m 16"), Fails),
     ("more memory", side(Bookworm, "pc -m 32"), side(Bookworm, "pc -m 64"), Fails),
@@ -118,7 +88,7 @@ const PAIRS: &[(&str, Side, Side, Fate)] = &[
 const MEMORY_DEVICE: &str =
     "q35 -m 16,slots=1,maxmem=1G -object memory-backend-ram,id=m,size=64M -device virtio-mem-pci,memdev=m";
 
-fn pair(bench: &Bench<'_>, source: &Side, destination: &Side, fate: Fate) -> Result<String> {
+fn pair(bench: &Bench<'_>, source: &Side<'_>, destination: &Side<'_>, fate: Fate) -> Result<String> {
     let (stream, local) = (bench.scratch.join("source.qevm"), bench.scratch.join("destination.qevm"));
     write(bench, source, "source", &stream)?;
     write(bench, destination, "destination", &local)?;
@@ -170,56 +140,4 @@ fn known(capabilities: &str) -> Vec<String> {
         known.push(format!("{name}=on"));
     }
     known.into_iter().map(|capability| format!("--capability={capability}")).collect()
-}
-
-/// Lets a QEMU that was never started write its stream.
-fn write(bench: &Bench<'_>, side: &Side, name: &str, file: &Path) -> Result<()> {
-    let mut qemu = start(bench, side, name, &["-S"])?;
-    // With postcopy on, a source waits until its destination says goodbye.
-    if side.capabilities.contains("postcopy-ram") {
-        // With postcopy on, a source waits until its destination says goodbye.
-        let folder = bench.scratch.join(format!("{name}.received"));
-        std::fs::create_dir(&folder)?;
-        let options = ["--timeout", "300"].map(String::from);
-        let mut receiver = Receiver::start(bench.subject, &folder, Transport::Unix, &options)?;
-        qemu.execute("migrate", json!({ "uri": receiver.uri }))?;
-        qemu.wait_migration(PATIENCE, |state| state["status"] == "completed")?;
-        let received = receiver.finish(PATIENCE)?;
-        ensure!(received.code == Some(0), "qevm receive ends with {:?}: {}", received.code, received.said);
-        std::fs::rename(folder.join("main.qevm"), file)?;
-    } else {
-        exec::save(&mut qemu, file)?;
-    }
-    qemu.quit();
-    Ok(())
-}
-
-/// What a real destination does, and what it says to it.
-fn load(bench: &Bench<'_>, side: &Side, stream: &Path) -> Result<(Fate, String)> {
-    let mut qemu = start(bench, side, "judge", &["-S", "-incoming", "defer"])?;
-    qemu.execute("migrate-incoming", json!({ "uri": format!("exec:cat {}", stream.display()) }))?;
-    match qemu.wait_migration(PATIENCE, |state| state["status"] == "completed") {
-        Ok(_) => Ok((Loads, String::new())),
-        Err(error) => {
-            let said = format!("{error:#}");
-            ensure!(!said.contains("still"), "the destination neither loads nor refuses: {said}");
-            Ok((Fails, said))
-        }
-    }
-}
-
-fn start(bench: &Bench<'_>, side: &Side, name: &str, more: &[&str]) -> Result<Qemu> {
-    let zeroes: PathBuf = bench.scratch.join("zeroes.bin");
-    std::fs::write(&zeroes, [0; 64 << 10])?;
-    let (machine, rest) = side.arguments.split_once(' ').unwrap_or((side.arguments, ""));
-    let accel = if machine.contains("accel=") { "" } else { ",accel=tcg" };
-    let mut arguments = vec!["-M".to_owned(), format!("{machine}{accel}")];
-    if !rest.contains("-m ") {
-        arguments.extend(["-m".to_owned(), "32".to_owned()]);
-    }
-    let rest = rest.split_whitespace().map(|word| word.replace("{zeroes}", &zeroes.display().to_string()));
-    arguments.extend(rest.chain(more.iter().map(|&word| word.to_owned())));
-    let mut qemu = Qemu::start(bench.root(side.suite)?, name, &arguments, bench.scratch)?;
-    qemu.set_capabilities(&side.capabilities.split_whitespace().collect::<Vec<_>>())?;
-    Ok(qemu)
 }

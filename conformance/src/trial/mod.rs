@@ -6,7 +6,9 @@
 
 mod foreseen;
 pub mod machine;
+pub mod pairs;
 mod question;
+mod side;
 mod written;
 
 use std::collections::BTreeMap;

@@ -1,0 +1,91 @@
+//! One of two QEMUs: it writes what it is, or says whether it loads what the other has written.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{Result, ensure};
+use serde_json::json;
+
+use super::question::Bench;
+use crate::channels::receiver::Receiver;
+use crate::channels::setup::Transport;
+use crate::exec;
+use crate::launch::Qemu;
+use crate::patience::PATIENCE;
+use crate::roots::Suite;
+
+/// What a destination does with a stream.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Fate {
+    /// The guest arrives.
+    Loads,
+    /// It is refused.
+    Fails,
+}
+/// One of the two QEMUs.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Side<'s> {
+    pub(crate) suite: Suite,
+    /// The machine, the accelerator if it is not TCG, and arguments, separated by blanks.
+    pub(crate) arguments: &'s str,
+    /// Capabilities, separated by blanks.
+    pub(crate) capabilities: &'s str,
+}
+
+pub(crate) const fn side(suite: Suite, arguments: &str) -> Side<'_> {
+    Side { suite, arguments, capabilities: "" }
+}
+
+pub(crate) const fn with<'s>(suite: Suite, arguments: &'s str, capabilities: &'s str) -> Side<'s> {
+    Side { suite, arguments, capabilities }
+}
+
+/// Lets a QEMU that was never started write its stream.
+pub(crate) fn write(bench: &Bench<'_>, side: &Side<'_>, name: &str, file: &Path) -> Result<()> {
+    let mut qemu = start(bench, side, name, &["-S"])?;
+    if side.capabilities.contains("postcopy-ram") {
+        // With postcopy on, a source waits until its destination says goodbye.
+        let folder = bench.scratch.join(format!("{name}.received"));
+        std::fs::create_dir(&folder)?;
+        let options = ["--timeout", "300"].map(String::from);
+        let mut receiver = Receiver::start(bench.subject, &folder, Transport::Unix, &options)?;
+        qemu.execute("migrate", json!({ "uri": receiver.uri }))?;
+        qemu.wait_migration(PATIENCE, |state| state["status"] == "completed")?;
+        let received = receiver.finish(PATIENCE)?;
+        ensure!(received.code == Some(0), "qevm receive ends with {:?}: {}", received.code, received.said);
+        std::fs::rename(folder.join("main.qevm"), file)?;
+    } else {
+        exec::save(&mut qemu, file)?;
+    }
+    qemu.quit();
+    Ok(())
+}
+
+/// What a real destination does, and what it says to it.
+pub(crate) fn load(bench: &Bench<'_>, side: &Side<'_>, stream: &Path) -> Result<(Fate, String)> {
+    let mut qemu = start(bench, side, "judge", &["-S", "-incoming", "defer"])?;
+    qemu.execute("migrate-incoming", json!({ "uri": format!("exec:cat {}", stream.display()) }))?;
+    match qemu.wait_migration(PATIENCE, |state| state["status"] == "completed") {
+        Ok(_) => Ok((Fate::Loads, String::new())),
+        Err(error) => {
+            let said = format!("{error:#}");
+            ensure!(!said.contains("still"), "the destination neither loads nor refuses: {said}");
+            Ok((Fate::Fails, said))
+        }
+    }
+}
+
+fn start(bench: &Bench<'_>, side: &Side<'_>, name: &str, more: &[&str]) -> Result<Qemu> {
+    let zeroes: PathBuf = bench.scratch.join("zeroes.bin");
+    std::fs::write(&zeroes, [0; 64 << 10])?;
+    let (machine, rest) = side.arguments.split_once(' ').unwrap_or((side.arguments, ""));
+    let accel = if machine.contains("accel=") { "" } else { ",accel=tcg" };
+    let mut arguments = vec!["-M".to_owned(), format!("{machine}{accel}")];
+    if !rest.contains("-m ") {
+        arguments.extend(["-m".to_owned(), "32".to_owned()]);
+    }
+    let rest = rest.split_whitespace().map(|word| word.replace("{zeroes}", &zeroes.display().to_string()));
+    arguments.extend(rest.chain(more.iter().map(|&word| word.to_owned())));
+    let mut qemu = Qemu::start(bench.root(side.suite)?, name, &arguments, bench.scratch)?;
+    qemu.set_capabilities(&side.capabilities.split_whitespace().collect::<Vec<_>>())?;
+    Ok(qemu)
+}
