@@ -130,6 +130,9 @@ pub enum MigrationError {
     /// The return path ended before the destination gave its verdict.
     #[error("the destination closed the return path without a verdict")]
     NoVerdict,
+    /// The destination had everything and has closed the connection before it was told to run the guest, which it does not.
+    #[error("the destination had everything, but has not waited for the confirmation: it does not run the guest")]
+    NotAwaited,
     /// The destination owes an answer for too long.
     #[error(
         "the destination has not answered for {} s on the return path of the main channel in status '{}' ({parameter}): {missing}",

@@ -119,7 +119,9 @@ fn reach(phase: Phase, victim: Victim, scene: &mut Scene<'_>) -> Result<()> {
             Ok(())
         }
         Phase::Postcopy => {
-            scene.here.monitor().set_parameters(&json!({ "max-postcopy-bandwidth": SLOWLY }))?;
+            // However late the guest is let go, most of its memory is still here then.
+            let slowly = json!({ "max-bandwidth": 8 * SLOWLY, "max-postcopy-bandwidth": SLOWLY });
+            scene.here.monitor().set_parameters(&slowly)?;
             scene.begin()?;
             scene.here.monitor().execute("migrate-start-postcopy", Value::Null)?;
             scene.until("postcopy-active")

@@ -336,7 +336,7 @@ impl SourceCore {
     pub fn end_sent(&mut self, result: Result<(), MigrationError>, now: Duration) {
         self.account_for_pause(now);
         match &mut self.phase {
-            Phase::Ending => self.phase = Phase::AwaitVerdict { sent: result, since: now },
+            Phase::Ending => self.phase = Phase::AwaitVerdict { sent: result, since: now, heard_out: None },
             Phase::Postcopy(Postcopy::Ending(sent)) => *sent = Some(result),
             _ => {}
         }
@@ -414,7 +414,7 @@ impl SourceCore {
             Phase::AwaitAnswers { devices, since } => self.await_answers(devices, since, now, answers),
             // `end_sent` is what ends this.
             Phase::Ending => Err(self.unsettled("it is not known how much of the end of the stream was sent")),
-            Phase::AwaitVerdict { sent, since } => self.await_verdict(sent, since, now, answers),
+            Phase::AwaitVerdict { sent, since, heard_out } => self.await_verdict(sent, since, heard_out, now, answers),
             Phase::Settling(result) => self.settling(result),
             Phase::Committing { unsettled, committed } => self.committing(unsettled, committed, now, answers),
             Phase::Confirming { sent, deadline } => self.confirming(sent, deadline, now, answers),

@@ -14,6 +14,10 @@ use std::{io, time::Duration};
 const EXPLANATION_PATIENCE: Duration = Duration::from_secs(1);
 /// How long the destination's host may take to acknowledge the confirmation.
 const CONFIRMATION_PATIENCE: Duration = Duration::from_secs(30);
+/// A destination that has waited for the confirmation for so long may have given up…
+const LATE: Duration = Duration::from_secs(1);
+/// …which a source that goes on after having been held up hears within this time.
+const HEAR_OUT: Duration = Duration::from_millis(50);
 /// How often it is looked whether it has.
 const CONFIRMATION_POLL: Duration = Duration::from_millis(1);
 
@@ -45,6 +49,7 @@ impl SourceCore {
         &mut self,
         sent: Result<(), MigrationError>,
         since: Duration,
+        heard_out: Option<Duration>,
         now: Duration,
         answers: Option<&mut Answers>,
     ) -> Result<(), MigrationError> {
@@ -52,11 +57,21 @@ impl SourceCore {
         let agreed = answers.agreed();
         if !answers.has_verdict() {
             let patience = self.keep_waiting(since, now, answers, Status::Device);
-            self.phase = Phase::AwaitVerdict { sent, since };
+            self.phase = Phase::AwaitVerdict { sent, since, heard_out };
             return patience.map_err(|error| if agreed { error } else { self.unsettled(error) });
         }
         match answers.verdict() {
-            Ok(()) if agreed => self.commit(false),
+            // It has given up, and does not run the guest.
+            Ok(()) if agreed && answers.has_ended() => return Err(MigrationError::NotAwaited),
+            Ok(()) if agreed => {
+                let until = heard_out.unwrap_or(if now.saturating_sub(since) < LATE { now } else { now + HEAR_OUT });
+                if now < until {
+                    self.wait(Some(until), Wake::Answers);
+                    self.phase = Phase::AwaitVerdict { sent, since, heard_out: Some(until) };
+                    return Ok(());
+                }
+                self.commit(false);
+            }
             // A QEMU runs the guest already: it is too late to cancel.
             Ok(()) => self.succeed(now),
             Err(error @ MigrationError::PeerFailed { .. }) => return Err(error),

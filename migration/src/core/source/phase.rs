@@ -60,7 +60,8 @@ pub(crate) enum Phase {
     /// The end of the stream is being sent: from here on the destination may run the guest.
     Ending,
     /// The destination has everything, as far as is known.
-    AwaitVerdict { sent: Result<(), MigrationError>, since: Duration },
+    /// A destination that was kept waiting is heard out until `heard_out`.
+    AwaitVerdict { sent: Result<(), MigrationError>, since: Duration, heard_out: Option<Duration> },
     /// There is no return path: what was written is being taken.
     Settling(Option<io::Result<()>>),
     /// The destination has the guest, and it is asked whether the operator has cancelled before.

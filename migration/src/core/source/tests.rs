@@ -26,6 +26,10 @@ enum Peer {
     DiesAfterTheEnd,
     /// It waits for a confirmation, but gives no verdict.
     AgreesAndDies,
+    /// It waits for a confirmation, which comes late because the source was held up…
+    AgreesLate,
+    /// …and has given up by then, which is heard after its verdict.
+    AgreesAndGivesUp,
 }
 
 mod downtime;
@@ -174,7 +178,10 @@ impl Simulation {
                 self.end = (true, true);
                 self.send();
                 self.core.end_sent(Ok(()), self.now);
-                if matches!(self.peer, Peer::Agrees | Peer::Answers) {
+                if matches!(self.peer, Peer::AgreesLate | Peer::AgreesAndGivesUp) {
+                    self.pass(Duration::from_secs(5));
+                }
+                if matches!(self.peer, Peer::Agrees | Peer::Answers | Peer::AgreesLate | Peer::AgreesAndGivesUp) {
                     self.hear(Message::Shut { status: 0 });
                 }
             }
@@ -189,6 +196,9 @@ impl Simulation {
             Action::Wait { until, .. } => {
                 let until = until.expect("every wait has a deadline");
                 assert!(until > self.now, "a wait that is over");
+                if self.peer == Peer::AgreesAndGivesUp && self.end.1 {
+                    self.answers.iter_mut().for_each(|answers| answers.end(Ok(())));
+                }
                 self.pass(until - self.now);
             }
             Action::Resume => {
@@ -237,7 +247,7 @@ impl Simulation {
         self.pass(Duration::from_micros(20));
         // MIG_CMD_PING: type 8, command 2, length 4, value.
         let ping = |value: u32| [&[8, 0, 2, 0, 4], &value.to_be_bytes()[..]].concat();
-        let agrees = matches!(self.peer, Peer::Agrees | Peer::AgreesAndDies);
+        let agrees = !matches!(self.peer, Peer::None | Peer::Answers | Peer::DiesBeforeTheEnd | Peer::DiesAfterTheEnd);
         let agreed = if agrees { handover::AGREED } else { handover::ANNOUNCE };
         for (asked, value) in [(1, 1), (handover::ANNOUNCE, agreed), (handover::LOADED, handover::LOADED)] {
             let dead = self.peer == Peer::DiesBeforeTheEnd && asked == handover::LOADED;
@@ -258,7 +268,7 @@ impl Simulation {
         match result {
             Ok(()) => {
                 assert!(!self.running && self.here == self.there, "{context}");
-                assert_eq!(self.confirmed, self.peer == Peer::Agrees, "{context}");
+                assert_eq!(self.confirmed, matches!(self.peer, Peer::Agrees | Peer::AgreesLate), "{context}");
             }
             // It may run there: it has everything.
             Err(MigrationError::Unsettled { .. }) => {
@@ -353,6 +363,17 @@ fn a_destination_that_falls_silent_is_given_up_after_the_patience() {
             result.unwrap_err().to_string().contains("the destination has not answered for 30 s on the return path")
         );
         assert!(simulation.now < Duration::from_secs(40), "{:?}", simulation.now);
+    }
+}
+
+#[test]
+fn a_source_that_was_held_up_hears_whether_it_is_still_waited_for() {
+    for (peer, leaves) in [(Peer::AgreesLate, true), (Peer::AgreesAndGivesUp, false)] {
+        let mut simulation = Simulation::new(peer, 11);
+        let result = simulation.run(Trouble::None);
+        simulation.assert_consistent(&result);
+        assert_eq!((result.is_ok(), simulation.confirmed), (leaves, leaves), "{result:?}");
+        assert!(leaves || matches!(result, Err(MigrationError::NotAwaited)), "{result:?}");
     }
 }
 
