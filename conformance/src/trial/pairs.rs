@@ -32,8 +32,8 @@ const UNDECIDABLE: usize = 5;
 /// A source and a destination.
 #[derive(Debug, Clone)]
 pub struct Pair {
-    source: (Suite, String),
-    destination: (Suite, String),
+    source: SetUp,
+    destination: SetUp,
 }
 
 impl fmt::Display for Pair {
@@ -151,12 +151,17 @@ pub fn run(pairs: &[Pair], subject: &Subject, each: impl Fn(&Pair, &Judged) + Sy
     Ok(judged.into_iter().map(|(_, found)| found).collect())
 }
 
+/// A release, and the machine with arguments.
+type SetUp = (Suite, String);
+/// Where the stream of a set-up is, once it was written, if it can be.
+type Stream = Arc<OnceLock<Option<PathBuf>>>;
+
 /// What all pairs are judged with. Each set-up writes its stream once.
 struct Desk<'d> {
     roots: &'d BTreeMap<Suite, Root>,
     subject: &'d Subject,
     folder: &'d Path,
-    written: Mutex<BTreeMap<(Suite, String), Arc<OnceLock<Option<PathBuf>>>>>,
+    written: Mutex<BTreeMap<SetUp, Stream>>,
     count: AtomicUsize,
 }
 
@@ -189,7 +194,7 @@ impl Desk<'_> {
     }
 
     /// The stream of a set-up that was never started, or nothing where the release does not have it.
-    fn stream(&self, set_up: &(Suite, String)) -> Option<PathBuf> {
+    fn stream(&self, set_up: &SetUp) -> Option<PathBuf> {
         let cell = {
             let mut written = self.written.lock().unwrap_or_else(PoisonError::into_inner);
             written.entry(set_up.clone()).or_default().clone()
@@ -205,7 +210,7 @@ impl Desk<'_> {
     }
 }
 
-fn of(set_up: &(Suite, String)) -> Side<'_> {
+fn of(set_up: &SetUp) -> Side<'_> {
     side(set_up.0, &set_up.1)
 }
 

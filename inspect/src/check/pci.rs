@@ -166,6 +166,10 @@ fn read_only(space: &[u8]) -> Vec<u8> {
     for _ in 0..MAX_CAPABILITIES {
         let Some(header) = space.get(at..at + 4).filter(|_| at >= EXTENDED) else { break };
         let header = u32::from_le_bytes(header.try_into().expect("four bytes"));
+        if header == 0 {
+            // It has none, and takes whatever the source had there (measured with 11.1).
+            break;
+        }
         masks[at..at + 4].fill(0xff);
         cover(&mut masks, at, extended_registers(header as u16));
         at = (header >> 20) as usize;
@@ -249,6 +253,14 @@ mod tests {
         {
             assert!(!port_refused(at, bits), "byte {at:#x}");
         }
+    }
+
+    #[test]
+    fn a_destination_without_extended_capabilities_takes_those_of_the_source() {
+        let without = || port(|space| space[0x100..0x104].fill(0));
+        assert_eq!(compare(&port(|_| ()), &without()), []);
+        let says = "get_pci_config_device: Bad config data: i=0x100 read: 0 device: 1";
+        assert_eq!(compare(&without(), &port(|_| ())).pop().map(|(_, says)| says).as_deref(), Some(says));
     }
 
     /// A guest reaches a BAR of virtio through a capability that it writes to.

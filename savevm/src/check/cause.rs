@@ -13,6 +13,9 @@ pub(super) fn of_missing_section(idstr: &str, instance_id: u32) -> &'static str 
         ("dirty-bitmap", _) => "capability dirty-bitmaps is on at the source",
         ("block", _) => "block migration is on at the source, which releases since 9.1 do not have",
         ("globalstate", _) => "migration.store-global-state differs",
+        ("ramfb-dev", _) => {
+            "the destination has no ramfb, or one with x-migrate=off, which takes this: compare -device ramfb"
+        }
         ("virtio-mem-device-early", _) => "releases before 8.0 have no early migration of virtio-mem",
         _ => "the destination lacks the device, or has it at another place",
     }

@@ -64,6 +64,9 @@ fn a_section_that_the_destination_lacks_fails_and_one_it_has_more_does_not() {
         [("section 'kvmclock' 0".to_owned(), Outcome::Fails), ("section 'mc146818rtc' 0".into(), Outcome::Loads)];
     assert_eq!(outcomes(&kvm, tcg.clone()), expected);
     assert!(check(&kvm, &tcg.into())[0].cause.unwrap().contains("KVM"));
+    // One with x-migrate=off takes it, and writes as little as one without the device.
+    let ramfb = one(&stream(&[section("ramfb-dev", 0, 1)]), stream(&[]));
+    assert!(ramfb.outcome == Outcome::MayFail && ramfb.cause.unwrap().contains("x-migrate=off"));
     let smp = one(&stream(&[section("cpu_common", 1, 1)]), stream(&[]));
     assert!(smp.outcome == Outcome::Fails && smp.cause.unwrap().contains("-smp"));
 }
