@@ -74,6 +74,12 @@ pub(crate) enum Command {
     Trial(Trial),
     /// Ask real QEMUs about hundreds of pairs of set-ups, and count how often qevm check foretells what they do
     Pairs(Pairs),
+    /// Compare ELF cores of guests of other targets with what their QEMU's dump-guest-memory writes of them
+    Cores {
+        /// Only guests whose name contains this (may be given several times)
+        #[arg(long)]
+        only: Vec<String>,
+    },
     /// Measure qevm against QEMU's own tools, several times each in turn, on a machine that does nothing else
     Bench {
         #[command(subcommand)]
@@ -277,6 +283,7 @@ impl Command {
             Command::Demo(demo) => demo.run(),
             Command::Trial(trial) => trial.run(),
             Command::Pairs(pairs) => pairs.run(),
+            Command::Cores { only } => compare_cores(&only),
             Command::Bench { what: Bench::Decode(decode) } => decode.run(),
             Command::Bench { what: Bench::Link(link) } => link.run(),
             Command::Bench { what: Bench::Migrate(migrate) } => migrate.run(),
@@ -402,4 +409,17 @@ fn judge_all(corpus: &Path, only: &[String], reporting: &Reporting) -> Result<bo
     }
     let seconds = started.elapsed().as_secs_f64();
     reporting.print(&Report { rows, versions: Default::default(), seconds })
+}
+
+fn compare_cores(only: &[String]) -> Result<bool> {
+    let outcomes = qevm_conformance::cores::compare(only)?;
+    for outcome in &outcomes {
+        match &outcome.result {
+            Ok((notes, bytes)) => println!("same {}: {notes} notes, {} MiB of memory", outcome.name, bytes >> 20),
+            Err(error) => println!("FAIL {}: {error:#}", outcome.name),
+        }
+    }
+    let failures = outcomes.iter().filter(|outcome| outcome.result.is_err()).count();
+    println!("{}", serde_json::json!({ "guests": outcomes.len(), "failures": failures }));
+    Ok(failures == 0)
 }

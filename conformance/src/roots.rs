@@ -32,6 +32,8 @@ pub struct Root {
     dir: PathBuf,
     version: String,
     namespace: Option<String>,
+    /// The program of the target that [`Root::qemu`] starts.
+    program: String,
 }
 
 impl Root {
@@ -40,25 +42,38 @@ impl Root {
     /// # Errors
     /// Anything `apt-get` or `dpkg-deb` reports, or a QEMU that does not print its version.
     pub fn install(suite: Suite) -> Result<Root> {
-        let dir = cache_dir()?.join("qemu").join(suite.name());
+        Root::install_packages(suite, suite.name(), suite.packages(), "x86_64")
+    }
+
+    /// The same with the programs of other targets, a root of its own ([`Root::of_target`]); about 400 MB each.
+    ///
+    /// # Errors
+    /// As [`install`](Self::install).
+    pub fn install_targets(suite: Suite) -> Result<Root> {
+        Root::install_packages(suite, &format!("{suite}-targets"), suite.target_packages(), "aarch64")
+    }
+
+    fn install_packages(suite: Suite, folder: &str, packages: &[&str], target: &str) -> Result<Root> {
+        let dir = cache_dir()?.join("qemu").join(folder);
         let stamp = format!("revision {ROOT_REVISION}");
         if fs::read_to_string(dir.join(ROOT_STAMP)).is_ok_and(|s| s.starts_with(&stamp)) {
-            return Root::open(suite, dir);
+            return Root::open(suite, dir, target);
         }
         let lock = lock(&dir.with_extension("lock"))?;
         if !fs::read_to_string(dir.join(ROOT_STAMP)).is_ok_and(|s| s.starts_with(&stamp)) {
-            make_root(suite, &dir)
+            make_root(suite, packages, &dir)
                 .with_context(|| format!("installing QEMU of Debian {suite} into {}", dir.display()))?;
-            let root = Root::open(suite, dir.clone())?;
+            let root = Root::open(suite, dir.clone(), target)?;
             fs::write(dir.join(ROOT_STAMP), format!("{stamp}\nqemu {}\n", root.version))?;
         }
         drop(lock);
-        Root::open(suite, dir)
+        Root::open(suite, dir, target)
     }
 
-    fn open(suite: Suite, dir: PathBuf) -> Result<Root> {
-        let mut root = Root { suite, dir, version: String::new(), namespace: None };
-        let banner = run(root.command("usr/bin/qemu-system-x86_64").arg("--version"), PATIENCE)
+    fn open(suite: Suite, dir: PathBuf, target: &str) -> Result<Root> {
+        let program = format!("usr/bin/qemu-system-{target}");
+        let mut root = Root { suite, dir, version: String::new(), namespace: None, program };
+        let banner = run(root.command(&root.program).arg("--version"), PATIENCE)
             .with_context(|| format!("starting QEMU of Debian {suite} in {}", root.dir.display()))?;
         root.version = banner
             .split_whitespace()
@@ -67,6 +82,12 @@ impl Root {
             .with_context(|| format!("QEMU of Debian {suite} prints no version: {banner:?}"))?
             .to_string();
         Ok(root)
+    }
+
+    /// The same, with the program of another target, for example `s390x`; its packages are in the root of
+    /// [`install_targets`](Self::install_targets).
+    pub fn of_target(&self, target: &str) -> Root {
+        Root { program: format!("usr/bin/qemu-system-{target}"), ..self.clone() }
     }
 
     /// The suite this root was made of.
@@ -89,9 +110,9 @@ impl Root {
         &self.version
     }
 
-    /// `qemu-system-x86_64` of this root with its firmware search path, ready for arguments.
+    /// The QEMU of this root (`qemu-system-x86_64`, or that of [`of_target`](Self::of_target)) with its firmware search path, ready for arguments.
     pub fn qemu(&self) -> Command {
-        let mut command = self.command("usr/bin/qemu-system-x86_64");
+        let mut command = self.command(&self.program);
         for firmware in ["usr/share/qemu", "usr/share/seabios", "usr/lib/ipxe/qemu"] {
             command.arg("-L").arg(self.dir.join(firmware));
         }
@@ -164,14 +185,14 @@ pub(crate) fn lock(path: &Path) -> Result<fs::File> {
     Ok(file)
 }
 
-fn make_root(suite: Suite, dir: &Path) -> Result<()> {
+fn make_root(suite: Suite, packages: &[&str], dir: &Path) -> Result<()> {
     let fresh = dir.with_extension("new");
     if fresh.exists() {
         fs::remove_dir_all(&fresh)?;
     }
     let state = fresh.join("apt");
     let apt = Apt::new(&state, suite, Kind::Binary)?;
-    for package in apt.download(suite.packages())? {
+    for package in apt.download(packages)? {
         run(Command::new("dpkg-deb").arg("--extract").arg(&package).arg(&fresh), PATIENCE)?;
     }
     fs::remove_dir_all(&state)?;

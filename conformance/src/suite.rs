@@ -43,6 +43,16 @@ impl Suite {
         Suite::ALL.into_iter().find(|s| s.series() == series)
     }
 
+    /// The packages of other targets than x86.
+    pub(crate) fn target_packages(self) -> &'static [&'static str] {
+        match self {
+            Suite::Bullseye | Suite::Bookworm => &["qemu-system-arm", "qemu-system-ppc", "qemu-system-misc"],
+            Suite::Trixie | Suite::Sid => {
+                &["qemu-system-arm", "qemu-system-ppc", "qemu-system-misc", "qemu-system-riscv", "qemu-system-s390x"]
+            }
+        }
+    }
+
     /// Packages beyond `qemu-system-x86`'s dependencies: option ROMs, display devices that are modules, `qemu-img`.
     pub(crate) fn packages(self) -> &'static [&'static str] {
         match self {
