@@ -14,7 +14,7 @@ use crate::record::Recording;
 /// What the file starts with.
 const HEAD: &str = "\
 # Layouts of device sections, for streams without a description.
-# Source: the JSON descriptions that real QEMUs wrote behind their streams, and, where a form is marked I, the output of
+# Source: the JSON descriptions that real QEMUs wrote after their streams, and, where a form is marked I, the output of
 # their -dump-vmstate. The streams are recordings of `qevm-conformance record`, and further ones of the same QEMUs with each
 # `pc` and `q35` machine type (`suppress-vmdesc=off`) and with devices that no scenario has. Put together with
 # `qevm-conformance catalogue`.

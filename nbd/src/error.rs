@@ -75,11 +75,11 @@ pub enum NbdError {
     Range {
         /// The first byte found.
         found: u64,
-        /// The byte behind the last one.
+        /// The byte after the last one.
         found_end: u64,
         /// The first byte asked for.
         start: u64,
-        /// The byte behind the last one.
+        /// The byte after the last one.
         end: u64,
     },
 }

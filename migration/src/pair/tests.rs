@@ -109,7 +109,7 @@ fn mode_cpr_reboot_stops_the_guest_before_the_first_page() {
     pair.assert_moved(&outcome);
     let ram = outcome.statistics.ram;
     assert_eq!((ram.normal + ram.duplicate) * ram.page_size, ram.total);
-    // It stood still while every round was sent.
+    // It was paused while every round was sent.
     let Statistics { rounds, downtime, .. } = &outcome.statistics;
     let sending = rounds.iter().map(|round| round.took).sum();
     assert!(!rounds.is_empty() && *downtime >= Some(sending), "{:?}", outcome.statistics);

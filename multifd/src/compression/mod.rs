@@ -11,10 +11,10 @@ mod decompress;
 mod error;
 #[cfg(feature = "zlib")]
 mod gzip;
+#[cfg(feature = "zlib")]
+mod incompressible;
 mod lengths;
 mod method;
-#[cfg(feature = "zlib")]
-mod noise;
 #[cfg(all(test, feature = "zlib", feature = "zstd"))]
 mod tests;
 #[cfg(feature = "zlib")]

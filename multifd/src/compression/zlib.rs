@@ -1,6 +1,6 @@
 //! Deflate streams: one for the whole channel with `zlib`, one for each page with `qpl`.
 
-use super::{Compression, CompressionError, noise::is_noise};
+use super::{Compression, CompressionError, incompressible::looks_random};
 use flate2::{Compress, Decompress, FlushCompress, FlushDecompress, Status};
 
 /// Highest level of `multifd-zlib-level`; the lowest is 0.
@@ -82,7 +82,7 @@ impl Deflate {
         if !std::mem::replace(&mut self.started, true) {
             output.extend_from_slice(&header(self.level));
         }
-        if self.level == 0 || is_noise(page) {
+        if self.level == 0 || looks_random(page) {
             self.store(page, output)?;
             if last {
                 output.extend_from_slice(&FLUSH);

@@ -131,7 +131,7 @@ impl Demo {
         self.check_one_side(&mut source, &mut destination)?;
         let stopped = source.qmp("x-query-handover", json!({}))?["stopped-at"].as_u64();
         let started = destination.qmp("x-query-handover", json!({}))?["started-at"].as_u64();
-        let (stopped, started) = stopped.zip(started).context("the monitors do not say when the guest stood still")?;
+        let (stopped, started) = stopped.zip(started).context("the monitors do not say when the guest was paused")?;
         ensure!(started > stopped, "the guest was started at the destination before it was stopped at the source");
         report.downtime(Duration::from_nanos(started - stopped), &migration);
 

@@ -18,8 +18,8 @@ Example: boot the same guest in QEMU
 Keys of opt/qevm/payload (sizes take K, M or G):
   base     first address of the pages rewritten in every pass [4M]
   dirty    bytes rewritten in every pass, shared out to the vCPUs [64M, less when RAM is small]
-  hold     bytes of pseudo-random pages behind them, checked in the background [16M]
-  zero     bytes of pages behind those that stay zero, checked as well [8M]
+  hold     bytes of pseudo-random pages after them, checked in the background [16M]
+  zero     bytes of pages after those that stay zero, checked as well [8M]
   rate     bytes dirtied per second, 0 = as fast as possible [0]
   verify   background pages each vCPU checks per second [4096]
   report   milliseconds between progress lines [250]

@@ -18,7 +18,6 @@
 //! # Ok::<(), reference_vmm::Error>(())
 //! ```
 
-mod brake;
 mod clock;
 mod config;
 mod cpuid;
@@ -33,6 +32,7 @@ mod save;
 mod slow;
 mod split;
 mod throttle;
+mod throttle_gate;
 mod vcpu;
 mod vfio;
 mod vm;
@@ -62,7 +62,7 @@ use clock::VirtualClock;
 pub use config::MachineConfig;
 use dirty_limit::DirtyLimit;
 pub use dirty_limit::VcpuDirtyLimit;
-use kvm_state::Held;
+use kvm_state::FrozenClocks;
 use qevm_microvm::state::{Carried, MachineState};
 use qevm_microvm::virtio::{TRANSPORTS, VirtioDevice, transport_of};
 pub(crate) use routes::Routes;
@@ -71,7 +71,7 @@ pub use run_control::{RunState, Stop};
 use split::Split;
 pub use throttle::MAX_THROTTLE;
 use throttle::Throttle;
-use vcpu::{Surroundings, Vcpu};
+use vcpu::{Vcpu, VcpuContext};
 pub use vm::open_kvm;
 use vm::{DeviceSlots, create_vm};
 
@@ -100,7 +100,7 @@ pub struct Machine {
     devices: Arc<Devices>,
     clock: Arc<Mutex<VirtualClock>>,
     /// What KVM lets run on while the vCPUs are paused, as it was when they stopped.
-    held: Mutex<Option<Held>>,
+    held: Mutex<Option<FrozenClocks>>,
     virtio: Vec<VirtioDevice>,
     bios: Vec<u8>,
     kernel: Option<Kernel>,
@@ -255,15 +255,15 @@ impl Machine {
             routes,
             vm,
         };
-        let surroundings = Surroundings {
+        let context = VcpuContext {
             control: machine.control.clone(),
-            brake: machine.throttle.brake().clone(),
+            gate: machine.throttle.gate().clone(),
             devices: machine.devices.clone(),
             dirty_log: machine.dirty_log.clone(),
             dirty_limit: machine.dirty_limit.limits().clone(),
         };
         for index in 0..config.cpus {
-            machine.threads.push(vcpu::spawn(&machine.vcpus, index, surroundings.clone())?);
+            machine.threads.push(vcpu::spawn(&machine.vcpus, index, context.clone())?);
         }
         machine.control.wait_parked();
         machine.fresh = Some(machine.save_state()?);

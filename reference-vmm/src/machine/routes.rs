@@ -42,7 +42,7 @@ enum Route {
 }
 
 impl Table {
-    /// What an interrupt behind the pins sends, if there is such.
+    /// What an interrupt after the pins sends, if there is such.
     fn message(&mut self, gsi: u32) -> Option<&mut PciMessage> {
         self.messages.get_mut(gsi.checked_sub(PINS)? as usize)
     }

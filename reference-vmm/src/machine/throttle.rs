@@ -5,7 +5,7 @@ use std::sync::{Arc, Condvar, Mutex};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use super::brake::Brake;
+use super::throttle_gate::ThrottleGate;
 use super::vcpu::Vcpu;
 use crate::error::{Error, Result};
 use crate::lock::lock;
@@ -18,7 +18,7 @@ pub const MAX_THROTTLE: u8 = 99;
 /// Slows all vCPUs of a machine down alike. At first it does not.
 #[derive(Default)]
 pub(crate) struct Throttle {
-    brake: Arc<Brake>,
+    gate: Arc<ThrottleGate>,
     setting: Arc<Setting>,
     thread: Mutex<Option<JoinHandle<()>>>,
 }
@@ -36,8 +36,8 @@ struct State {
 }
 
 impl Throttle {
-    pub(crate) fn brake(&self) -> &Arc<Brake> {
-        &self.brake
+    pub(crate) fn gate(&self) -> &Arc<ThrottleGate> {
+        &self.gate
     }
 
     /// Pauses the vCPUs for this many per cent of their time; 0 lets them run, and more than
@@ -47,15 +47,15 @@ impl Throttle {
         let mut state = lock(&self.setting.state);
         state.per_cent = per_cent.min(MAX_THROTTLE);
         if per_cent == 0 {
-            self.brake.release();
+            self.gate.release();
         }
         drop(state);
         self.setting.changed.notify_all();
         if per_cent > 0 && thread.is_none() {
-            let (brake, setting, vcpus) = (self.brake.clone(), self.setting.clone(), vcpus.clone());
+            let (gate, setting, vcpus) = (self.gate.clone(), self.setting.clone(), vcpus.clone());
             let handle = std::thread::Builder::new()
                 .name("throttle".into())
-                .spawn(move || setting.pull(&brake, &vcpus))
+                .spawn(move || setting.pull(&gate, &vcpus))
                 .map_err(|cause| Error::Host { what: "start the thread that slows vCPUs down", cause })?;
             *thread = Some(handle);
         }
@@ -80,7 +80,7 @@ impl Throttle {
 }
 
 impl Setting {
-    fn pull(&self, brake: &Brake, vcpus: &[Vcpu]) {
+    fn pull(&self, gate: &ThrottleGate, vcpus: &[Vcpu]) {
         let mut state = lock(&self.state);
         while !state.end {
             let wait = |state, time| match time {
@@ -88,21 +88,21 @@ impl Setting {
                 Some(time) => self.changed.wait_timeout(state, time).unwrap_or_else(|poison| poison.into_inner()).0,
             };
             if state.per_cent == 0 {
-                brake.release();
+                gate.release();
                 state = wait(state, None);
                 continue;
             }
-            let (period, pause) = rhythm(state.per_cent);
-            brake.pull(pause);
+            let (period, pause) = duty_cycle(state.per_cent);
+            gate.request_pause(pause);
             vcpus.iter().for_each(Vcpu::kick);
             state = wait(state, Some(period));
         }
-        brake.release();
+        gate.release();
     }
 }
 
 /// From one pause to the next, and the length of a pause.
-fn rhythm(per_cent: u8) -> (Duration, Duration) {
+fn duty_cycle(per_cent: u8) -> (Duration, Duration) {
     let running = u32::from(100 - per_cent.min(MAX_THROTTLE));
     (TIMESLICE * 100 / running, TIMESLICE * per_cent.min(MAX_THROTTLE).into() / running)
 }
@@ -120,12 +120,12 @@ mod tests {
     #[test]
     fn a_vcpu_runs_a_timeslice_between_pauses() {
         for per_cent in 1..=MAX_THROTTLE {
-            let (period, pause) = rhythm(per_cent);
+            let (period, pause) = duty_cycle(per_cent);
             let runs = (period - pause).as_micros();
             assert!((9_999..=10_001).contains(&runs), "{per_cent}: {runs} us");
             let share = pause.as_secs_f64() / period.as_secs_f64() * 100.0;
             assert!((share - f64::from(per_cent)).abs() < 0.01, "{per_cent}: {share}");
         }
-        assert_eq!(rhythm(100), rhythm(MAX_THROTTLE));
+        assert_eq!(duty_cycle(100), duty_cycle(MAX_THROTTLE));
     }
 }

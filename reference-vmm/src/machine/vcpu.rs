@@ -10,10 +10,10 @@ use kvm_ioctls::{VcpuExit, VcpuFd};
 use vmm_sys_util::ioctl::ioctl_with_ref;
 use vmm_sys_util::signal::{SIGRTMIN, register_signal_handler};
 
-use super::brake::Brake;
 use super::dirty_limit::Limits;
 use super::run_control::{RunControl, Stop};
 use super::split::{Place, ToVcpu};
+use super::throttle_gate::ThrottleGate;
 use crate::devices::{Devices, Request};
 use crate::dirty_log::DirtyLog;
 use crate::error::{Error, Result};
@@ -33,11 +33,11 @@ pub(crate) struct Vcpu {
     external: OnceLock<Arc<ToVcpu>>,
 }
 
-/// What a vCPU has to do with while it runs.
+/// What a vCPU's thread shares with the rest of the machine.
 #[derive(Clone)]
-pub(crate) struct Surroundings {
+pub(crate) struct VcpuContext {
     pub(crate) control: Arc<RunControl>,
-    pub(crate) brake: Arc<Brake>,
+    pub(crate) gate: Arc<ThrottleGate>,
     pub(crate) devices: Arc<Devices>,
     pub(crate) dirty_log: Arc<DirtyLog>,
     pub(crate) dirty_limit: Arc<Limits>,
@@ -154,19 +154,19 @@ impl Vcpu {
     }
 
     /// Runs until the run control says otherwise or the guest stops by itself, then completes what the guest has begun.
-    fn run(&self, around: &Surroundings) -> Option<Stop> {
-        let Surroundings { control, brake, .. } = around;
+    fn run(&self, around: &VcpuContext) -> Option<Stop> {
+        let VcpuContext { control, gate, .. } = around;
         let pauses = &around.dirty_limit.pauses;
         let mut fd = lock(&self.fd);
-        let (mut braked, mut stopped) = (0, None);
+        let (mut paused, mut stopped) = (0, None);
         loop {
             // First the flag, then the question: a kick after the question finds the flag down and raises it.
             self.run_page.set_immediate_exit(false);
             if !control.may_run() {
                 break;
             }
-            if let Some(pause) = brake.due(&mut braked) {
-                control.nap(pause, || brake.released());
+            if let Some(pause) = gate.due(&mut paused) {
+                control.nap(pause, || gate.released());
                 continue;
             }
             if let Some(pause) = pauses.due(self.index) {
@@ -198,7 +198,7 @@ impl Vcpu {
     }
 
     /// One KVM_RUN. The first value tells whether it was interrupted before an exit.
-    fn enter(&self, fd: &mut VcpuFd, around: &Surroundings) -> (bool, Option<Stop>) {
+    fn enter(&self, fd: &mut VcpuFd, around: &VcpuContext) -> (bool, Option<Stop>) {
         let reset = |cause: &str| Some(Stop::Reset { vcpu: self.index, cause: cause.to_owned() });
         let devices = &around.devices;
         let exit = fd.run();
@@ -251,21 +251,21 @@ impl Vcpu {
 }
 
 /// Starts the thread of a vCPU; it parks at once.
-pub(crate) fn spawn(vcpus: &Arc<[Vcpu]>, index: usize, around: Surroundings) -> Result<JoinHandle<()>> {
+pub(crate) fn spawn(vcpus: &Arc<[Vcpu]>, index: usize, around: VcpuContext) -> Result<JoinHandle<()>> {
     static HANDLER: Once = Once::new();
     HANDLER.call_once(|| {
         register_signal_handler(kick_signal(), ignore).expect("a real-time signal can be handled");
     });
-    let vcpus_ = Arc::clone(vcpus);
+    let all = Arc::clone(vcpus);
     let body = move || {
         let tid = nix::unistd::gettid().as_raw();
-        vcpus_[index].tid.get_or_init(|| tid.cast_unsigned());
+        all[index].tid.get_or_init(|| tid.cast_unsigned());
         let control = &around.control;
         let _gone = Gone(control);
         while control.park() {
-            if let Some(stop) = vcpus_[index].run(&around) {
+            if let Some(stop) = all[index].run(&around) {
                 control.stopped(stop);
-                vcpus_.iter().for_each(Vcpu::kick);
+                all.iter().for_each(Vcpu::kick);
             }
         }
     };

@@ -154,8 +154,8 @@ impl Arguments {
     }
 }
 
-/// Ends the taking of arguments, and refuses the command if it is not legal now.
-pub(super) fn only(arguments: &mut Arguments) -> Result<(), Failure> {
+/// Refuses arguments that were not taken, and the command if it is not legal now.
+pub(super) fn finish(arguments: &mut Arguments) -> Result<(), Failure> {
     arguments.complete()?;
     arguments.legal()
 }

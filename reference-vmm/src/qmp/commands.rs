@@ -1,7 +1,7 @@
 //! The commands.
 
 use super::{
-    arguments::{Arguments, empty, only},
+    arguments::{Arguments, empty, finish},
     descriptors, dirty_rate, human, objects, parameters,
     place::place,
     power,
@@ -98,7 +98,7 @@ pub fn check_arguments(request: &Request) -> Result<(), Failure> {
     let (name, mut arguments) = (request.execute.as_str(), Arguments::new(request.arguments.clone()));
     let refuse = |error: &dyn std::fmt::Display| Failure::generic(error.to_string());
     match name {
-        "migrate" | "migrate-incoming" => drop(place(&mut arguments)?.look_at()?),
+        "migrate" | "migrate-incoming" => drop(place(&mut arguments)?.resolve()?),
         "migrate-set-parameters" => {
             drop(parameters::with(&Parameters::default(), &arguments.drain()).map_err(|e| refuse(&e))?)
         }
@@ -118,41 +118,41 @@ fn human_monitor_command(vmm: &Arc<Vmm>, arguments: &mut Arguments) -> Result<Va
 }
 
 fn stop(vmm: &Arc<Vmm>, arguments: &mut Arguments) -> Result<Value, Failure> {
-    only(arguments)?;
+    finish(arguments)?;
     vmm.stop();
     Ok(empty())
 }
 
 fn cont(vmm: &Arc<Vmm>, arguments: &mut Arguments) -> Result<Value, Failure> {
-    only(arguments)?;
+    finish(arguments)?;
     vmm.cont().map_err(|error| Failure::generic(error.to_string()))?;
     Ok(empty())
 }
 
 /// The server ends the monitor when the reply is out: the process may be gone a moment later.
 fn quit(_: &Arc<Vmm>, arguments: &mut Arguments) -> Result<Value, Failure> {
-    only(arguments)?;
+    finish(arguments)?;
     Ok(empty())
 }
 
 fn query_status(vmm: &Arc<Vmm>, arguments: &mut Arguments) -> Result<Value, Failure> {
-    only(arguments)?;
+    finish(arguments)?;
     let state = vmm.run_state();
     Ok(json!({ "status": state.as_str(), "running": state == RunState::Running }))
 }
 
 fn query_nothing(_: &Arc<Vmm>, arguments: &mut Arguments) -> Result<Value, Failure> {
-    only(arguments)?;
+    finish(arguments)?;
     Ok(empty())
 }
 
 fn query_version(vmm: &Arc<Vmm>, arguments: &mut Arguments) -> Result<Value, Failure> {
-    only(arguments)?;
+    finish(arguments)?;
     Ok(queries::version(vmm))
 }
 
 fn query_commands(_: &Arc<Vmm>, arguments: &mut Arguments) -> Result<Value, Failure> {
-    only(arguments)?;
+    finish(arguments)?;
     let names = COMMANDS.iter().map(|(name, ..)| *name).chain(["qmp_capabilities"]);
     Ok(names.map(|name| json!({ "name": name })).collect())
 }
@@ -163,7 +163,7 @@ fn migrate(vmm: &Arc<Vmm>, arguments: &mut Arguments) -> Result<Value, Failure> 
     arguments.flag("detach")?;
     let resume = arguments.flag("resume")?;
     arguments.complete()?;
-    let address = address.look_at()?;
+    let address = address.resolve()?;
     let begun = if resume {
         vmm.resume_migration(&address)
     } else {
@@ -177,20 +177,20 @@ fn migrate(vmm: &Arc<Vmm>, arguments: &mut Arguments) -> Result<Value, Failure> 
 fn migrate_incoming(vmm: &Arc<Vmm>, arguments: &mut Arguments) -> Result<Value, Failure> {
     let address = place(arguments)?;
     let exit_on_error = arguments.optional_flag("exit-on-error")?.unwrap_or(true);
-    only(arguments)?;
-    vmm.listen(&address.look_at()?, exit_on_error).map_err(|error| Failure::generic(error.to_string()))?;
+    finish(arguments)?;
+    vmm.listen(&address.resolve()?, exit_on_error).map_err(|error| Failure::generic(error.to_string()))?;
     Ok(empty())
 }
 
 fn migrate_cancel(vmm: &Arc<Vmm>, arguments: &mut Arguments) -> Result<Value, Failure> {
-    only(arguments)?;
+    finish(arguments)?;
     vmm.outgoing().cancel()?;
     Ok(empty())
 }
 
 fn migrate_continue(vmm: &Arc<Vmm>, arguments: &mut Arguments) -> Result<Value, Failure> {
     let state = arguments.choice("state", &statistics::STATUSES)?;
-    only(arguments)?;
+    finish(arguments)?;
     let status = vmm.outgoing().status();
     if status.as_str() != state {
         return Err(Refused::NotInState(status).into());
@@ -203,7 +203,7 @@ fn migrate_continue(vmm: &Arc<Vmm>, arguments: &mut Arguments) -> Result<Value, 
 
 /// A postcopy from here, or one to here.
 fn migrate_pause(vmm: &Arc<Vmm>, arguments: &mut Arguments) -> Result<Value, Failure> {
-    only(arguments)?;
+    finish(arguments)?;
     if vmm.outgoing().status().is_postcopy() {
         vmm.outgoing().pause()?;
     } else {
@@ -214,14 +214,14 @@ fn migrate_pause(vmm: &Arc<Vmm>, arguments: &mut Arguments) -> Result<Value, Fai
 
 fn migrate_recover(vmm: &Arc<Vmm>, arguments: &mut Arguments) -> Result<Value, Failure> {
     let uri = arguments.text("uri")?;
-    only(arguments)?;
+    finish(arguments)?;
     let address = uri.parse().map_err(|error: qevm_migration::BadAddress| Failure::generic(error.to_string()))?;
     vmm.recover_postcopy(&address).map_err(|error| Failure::generic(error.to_string()))?;
     Ok(empty())
 }
 
 fn migrate_start_postcopy(vmm: &Arc<Vmm>, arguments: &mut Arguments) -> Result<Value, Failure> {
-    only(arguments)?;
+    finish(arguments)?;
     vmm.outgoing().start_postcopy()?;
     Ok(empty())
 }
@@ -243,12 +243,12 @@ fn capability_changes(arguments: &mut Arguments) -> Result<Vec<(String, bool)>, 
         item.complete()?;
         changes.push((name, state));
     }
-    only(arguments)?;
+    finish(arguments)?;
     Ok(changes)
 }
 
 fn query_migrate_capabilities(vmm: &Arc<Vmm>, arguments: &mut Arguments) -> Result<Value, Failure> {
-    only(arguments)?;
+    finish(arguments)?;
     let list = vmm.outgoing().capabilities().list();
     debug_assert_eq!(list.len(), KNOWN_CAPABILITIES.len());
     Ok(list.into_iter().map(|(capability, state)| json!({ "state": state, "capability": capability })).collect())
@@ -262,12 +262,12 @@ fn migrate_set_parameters(vmm: &Arc<Vmm>, arguments: &mut Arguments) -> Result<V
 }
 
 fn query_migrate_parameters(vmm: &Arc<Vmm>, arguments: &mut Arguments) -> Result<Value, Failure> {
-    only(arguments)?;
+    finish(arguments)?;
     Ok(Value::Object(parameters::list(&vmm.outgoing().parameters())))
 }
 
 fn query_migrate(vmm: &Arc<Vmm>, arguments: &mut Arguments) -> Result<Value, Failure> {
-    only(arguments)?;
+    finish(arguments)?;
     let outgoing = vmm.outgoing().statistics();
     let mut object = match outgoing.status {
         Status::None => statistics::incoming(&vmm.incoming().statistics()),
@@ -318,7 +318,7 @@ fn socket_address(address: &Address) -> Option<Value> {
 /// An extension: when the guest was stopped and started here by `CLOCK_MONOTONIC`, in ns. On one host the difference
 /// between destination and source is the gap that the guest's users see.
 fn query_handover(vmm: &Arc<Vmm>, arguments: &mut Arguments) -> Result<Value, Failure> {
-    only(arguments)?;
+    finish(arguments)?;
     let nanos = |time: Option<std::time::Duration>| time.map(|time| time.as_nanos() as u64);
     Ok(json!({
         "stopped-at": nanos(vmm.outgoing().statistics().stopped_at),
@@ -328,7 +328,7 @@ fn query_handover(vmm: &Arc<Vmm>, arguments: &mut Arguments) -> Result<Value, Fa
 
 /// An extension: the rounds of the outgoing migration.
 fn query_rounds(vmm: &Arc<Vmm>, arguments: &mut Arguments) -> Result<Value, Failure> {
-    only(arguments)?;
+    finish(arguments)?;
     let rounds = vmm.outgoing().statistics().rounds;
     let round = |round: &qevm_migration::RoundStatistics| {
         json!({
@@ -347,7 +347,7 @@ fn query_rounds(vmm: &Arc<Vmm>, arguments: &mut Arguments) -> Result<Value, Fail
 fn set_peer(vmm: &Arc<Vmm>, arguments: &mut Arguments) -> Result<Value, Failure> {
     let release = arguments.text("qemu")?;
     let accel = arguments.optional_text("accel")?;
-    only(arguments)?;
+    finish(arguments)?;
     let kvm = match accel.as_deref() {
         None | Some("kvm") => true,
         Some("tcg") => false,

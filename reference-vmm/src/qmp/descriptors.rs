@@ -1,7 +1,7 @@
 //! The commands for descriptors that a client sends along (`SCM_RIGHTS`), and their way through the socket.
 
 use super::{
-    arguments::{Arguments, empty, only},
+    arguments::{Arguments, empty, finish},
     protocol::Failure,
 };
 use crate::{descriptors::BadDescriptor, vmm::Vmm};
@@ -31,34 +31,34 @@ impl From<BadDescriptor> for Failure {
 
 pub(super) fn getfd(vmm: &Arc<Vmm>, arguments: &mut Arguments) -> Result<Value, Failure> {
     let name = arguments.text("fdname")?;
-    only(arguments)?;
+    finish(arguments)?;
     vmm.descriptors().name(&name)?;
     Ok(empty())
 }
 
 pub(super) fn closefd(vmm: &Arc<Vmm>, arguments: &mut Arguments) -> Result<Value, Failure> {
     let name = arguments.text("fdname")?;
-    only(arguments)?;
+    finish(arguments)?;
     vmm.descriptors().close(&name)?;
     Ok(empty())
 }
 
 pub(super) fn add_fd(vmm: &Arc<Vmm>, arguments: &mut Arguments) -> Result<Value, Failure> {
     let (set, opaque) = (arguments.optional_integer("fdset-id")?, arguments.optional_text("opaque")?);
-    only(arguments)?;
+    finish(arguments)?;
     let (set, fd) = vmm.descriptors().add(set, opaque)?;
     Ok(json!({ "fdset-id": set, "fd": fd }))
 }
 
 pub(super) fn remove_fd(vmm: &Arc<Vmm>, arguments: &mut Arguments) -> Result<Value, Failure> {
     let (set, fd) = (arguments.integer("fdset-id")?, arguments.optional_integer("fd")?);
-    only(arguments)?;
+    finish(arguments)?;
     vmm.descriptors().remove(set, fd)?;
     Ok(empty())
 }
 
 pub(super) fn query_fdsets(vmm: &Arc<Vmm>, arguments: &mut Arguments) -> Result<Value, Failure> {
-    only(arguments)?;
+    finish(arguments)?;
     let member = |(fd, opaque): (RawFd, Option<&str>)| {
         let mut member = json!({ "fd": fd });
         if let Some(opaque) = opaque {

@@ -1,7 +1,7 @@
 //! The commands about dirty rates and their limits.
 
 use super::{
-    arguments::{Arguments, empty, only},
+    arguments::{Arguments, empty, finish},
     protocol::Failure,
 };
 use crate::{machine::VcpuDirtyLimit, vmm::Vmm};
@@ -17,7 +17,7 @@ pub(super) fn calc(vmm: &Arc<Vmm>, arguments: &mut Arguments) -> Result<Value, F
     let unit = arguments.optional_choice("calc-time-unit", &UNITS)?;
     let sample_pages = arguments.optional_integer("sample-pages")?;
     let mode = arguments.optional_choice("mode", &["page-sampling", "dirty-ring", "dirty-bitmap"])?;
-    only(arguments)?;
+    finish(arguments)?;
     let mode = match mode.as_deref() {
         None | Some("page-sampling") => Mode::PageSampling,
         Some("dirty-bitmap") => Mode::DirtyBitmap,
@@ -34,7 +34,7 @@ pub(super) fn calc(vmm: &Arc<Vmm>, arguments: &mut Arguments) -> Result<Value, F
 /// `query-dirty-rate`.
 pub(super) fn query(vmm: &Arc<Vmm>, arguments: &mut Arguments) -> Result<Value, Failure> {
     let unit = arguments.optional_choice("calc-time-unit", &UNITS)?.unwrap_or_else(|| UNITS[0].into());
-    only(arguments)?;
+    finish(arguments)?;
     let report = vmm.dirty_rate();
     let time = if unit == "second" { report.time.as_secs() } else { report.time.as_millis() as u64 };
     let mut object = json!({
@@ -59,7 +59,7 @@ pub(super) fn query(vmm: &Arc<Vmm>, arguments: &mut Arguments) -> Result<Value, 
 pub(super) fn set_limit(vmm: &Arc<Vmm>, arguments: &mut Arguments) -> Result<Value, Failure> {
     let vcpu = arguments.optional_integer("cpu-index")?;
     let rate = arguments.unsigned("dirty-rate")?;
-    only(arguments)?;
+    finish(arguments)?;
     vmm.set_vcpu_dirty_limit(vcpu, rate).map_err(|error| Failure::generic(error.to_string()))?;
     Ok(empty())
 }
@@ -67,14 +67,14 @@ pub(super) fn set_limit(vmm: &Arc<Vmm>, arguments: &mut Arguments) -> Result<Val
 /// `cancel-vcpu-dirty-limit`.
 pub(super) fn cancel_limit(vmm: &Arc<Vmm>, arguments: &mut Arguments) -> Result<Value, Failure> {
     let vcpu = arguments.optional_integer("cpu-index")?;
-    only(arguments)?;
+    finish(arguments)?;
     vmm.cancel_vcpu_dirty_limit(vcpu).map_err(|error| Failure::generic(error.to_string()))?;
     Ok(empty())
 }
 
 /// `query-vcpu-dirty-limit`.
 pub(super) fn query_limit(vmm: &Arc<Vmm>, arguments: &mut Arguments) -> Result<Value, Failure> {
-    only(arguments)?;
+    finish(arguments)?;
     let limits = vmm.vcpu_dirty_limits();
     let one = |limit: &VcpuDirtyLimit| json!({ "limit-rate": limit.limit, "current-rate": limit.rate, "cpu-index": limit.vcpu });
     Ok(limits.iter().map(one).collect())

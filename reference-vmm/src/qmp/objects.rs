@@ -1,7 +1,7 @@
 //! The commands for objects.
 
 use super::{
-    arguments::{Arguments, empty, only},
+    arguments::{Arguments, empty, finish},
     protocol::Failure,
 };
 use crate::{objects::ObjectError, vmm::Vmm};
@@ -16,14 +16,14 @@ impl From<ObjectError> for Failure {
 
 pub(super) fn add(vmm: &Arc<Vmm>, arguments: &mut Arguments) -> Result<Value, Failure> {
     let properties = arguments.drain();
-    only(arguments)?;
+    finish(arguments)?;
     vmm.objects().add(properties)?;
     Ok(empty())
 }
 
 pub(super) fn delete(vmm: &Arc<Vmm>, arguments: &mut Arguments) -> Result<Value, Failure> {
     let id = arguments.text("id")?;
-    only(arguments)?;
+    finish(arguments)?;
     vmm.objects().delete(&id)?;
     Ok(empty())
 }

@@ -10,7 +10,7 @@ pub(super) enum Place {
 }
 
 impl Place {
-    pub(super) fn look_at(self) -> Result<Address, Failure> {
+    pub(super) fn resolve(self) -> Result<Address, Failure> {
         match self {
             Place::Uri(uri) => {
                 uri.parse().map_err(|error: qevm_migration::BadAddress| Failure::generic(error.to_string()))
@@ -67,7 +67,7 @@ fn main_channel(mut channel: Arguments) -> Result<Place, Failure> {
 pub fn channel(text: &str) -> Result<Address, Failure> {
     let members = serde_json::from_str(text);
     let members = members.map_err(|error| Failure::generic(format!("JSON parse error, {error}")))?;
-    main_channel(Arguments::new(members))?.look_at()
+    main_channel(Arguments::new(members))?.resolve()
 }
 
 /// A `MigrationAddress`.

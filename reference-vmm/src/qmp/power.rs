@@ -1,7 +1,7 @@
 //! Reset, power button, and what the network hears of the guest.
 
 use super::{
-    arguments::{Arguments, empty, only},
+    arguments::{Arguments, empty, finish},
     protocol::Failure,
 };
 use crate::vmm::{ACTIONS, Vmm};
@@ -10,13 +10,13 @@ use serde_json::Value;
 use std::{sync::Arc, time::Duration};
 
 pub(super) fn system_reset(vmm: &Arc<Vmm>, arguments: &mut Arguments) -> Result<Value, Failure> {
-    only(arguments)?;
+    finish(arguments)?;
     vmm.system_reset();
     Ok(empty())
 }
 
 pub(super) fn system_powerdown(vmm: &Arc<Vmm>, arguments: &mut Arguments) -> Result<Value, Failure> {
-    only(arguments)?;
+    finish(arguments)?;
     vmm.system_powerdown();
     Ok(empty())
 }
@@ -31,7 +31,7 @@ pub(super) fn announce_self(vmm: &Arc<Vmm>, arguments: &mut Arguments) -> Result
     let step = Duration::from_millis(u64::try_from(arguments.integer("step")?).unwrap_or(0));
     let named = arguments.optional_list("interfaces")?.is_some();
     let id = arguments.optional_text("id")?.unwrap_or_default();
-    only(arguments)?;
+    finish(arguments)?;
     if !named {
         vmm.announce(Announcement { initial, max, rounds, step }, &id);
     }
@@ -45,7 +45,7 @@ pub(super) fn set_action(vmm: &Arc<Vmm>, arguments: &mut Arguments) -> Result<Va
             actions = actions.with(event, &action).map_err(|error| Failure::generic(error.to_string()))?;
         }
     }
-    only(arguments)?;
+    finish(arguments)?;
     vmm.set_actions(actions);
     Ok(empty())
 }

@@ -1,7 +1,7 @@
 //! What there is: the schema, the vCPUs, KVM, the memory.
 
 use super::{
-    arguments::{Arguments, empty, only},
+    arguments::{Arguments, empty, finish},
     protocol::Failure,
 };
 use crate::vmm::Vmm;
@@ -14,7 +14,7 @@ static SCHEMA: LazyLock<Value> =
     LazyLock::new(|| serde_json::from_str(include_str!("schema.json")).expect("the schema is JSON, as a test shows"));
 
 pub(super) fn schema(_: &Arc<Vmm>, arguments: &mut Arguments) -> Result<Value, Failure> {
-    only(arguments)?;
+    finish(arguments)?;
     Ok(SCHEMA.clone())
 }
 
@@ -28,7 +28,7 @@ pub(super) fn version(vmm: &Vmm) -> Value {
 }
 
 pub(super) fn cpus(vmm: &Arc<Vmm>, arguments: &mut Arguments) -> Result<Value, Failure> {
-    only(arguments)?;
+    finish(arguments)?;
     let cpu = |(index, thread): (usize, u32)| {
         json!({
             "thread-id": thread,
@@ -46,28 +46,28 @@ pub(super) fn cpus(vmm: &Arc<Vmm>, arguments: &mut Arguments) -> Result<Value, F
 const ARCHITECTURE: &str = "x86_64";
 
 pub(super) fn kvm(_: &Arc<Vmm>, arguments: &mut Arguments) -> Result<Value, Failure> {
-    only(arguments)?;
+    finish(arguments)?;
     Ok(json!({ "enabled": true, "present": true }))
 }
 
 pub(super) fn uuid(vmm: &Arc<Vmm>, arguments: &mut Arguments) -> Result<Value, Failure> {
-    only(arguments)?;
+    finish(arguments)?;
     Ok(json!({ "UUID": vmm.machine().uuid().unwrap_or_default().to_string() }))
 }
 
 pub(super) fn target(_: &Arc<Vmm>, arguments: &mut Arguments) -> Result<Value, Failure> {
-    only(arguments)?;
+    finish(arguments)?;
     Ok(json!({ "arch": ARCHITECTURE }))
 }
 
 pub(super) fn memory_size(vmm: &Arc<Vmm>, arguments: &mut Arguments) -> Result<Value, Failure> {
-    only(arguments)?;
+    finish(arguments)?;
     Ok(json!({ "base-memory": vmm.machine().memory().ram().used_length(), "plugged-memory": 0 }))
 }
 
 /// What can be yanked: the connections of a migration.
 pub(super) fn yankable(vmm: &Arc<Vmm>, arguments: &mut Arguments) -> Result<Value, Failure> {
-    only(arguments)?;
+    finish(arguments)?;
     Ok(if migrates(vmm) { json!([{ "type": "migration" }]) } else { json!([]) })
 }
 
@@ -89,7 +89,7 @@ pub(super) fn yank(vmm: &Arc<Vmm>, arguments: &mut Arguments) -> Result<Value, F
         }
         item.complete()?;
     }
-    only(arguments)?;
+    finish(arguments)?;
     if unknown || wanted && !migrates(vmm) {
         return Err(Failure::no_device("Instance not found"));
     }

@@ -63,7 +63,7 @@ impl Report {
         self.object.insert("dirty_sync_count".into(), number("dirty-sync-count").into());
     }
 
-    /// How long the guest stood still.
+    /// How long the guest was paused.
     pub(super) fn downtime(&mut self, gap: Duration, migration: &Value) {
         let gap = gap.as_micros() as f64 / 1e3;
         self.say(&format!(

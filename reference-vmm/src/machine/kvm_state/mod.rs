@@ -18,15 +18,15 @@ use qevm_microvm::state::{Carried, ClockState, GedState, MachineState, Msr, PitS
 /// The paravirtual clock, the PIT and the TSCs, which KVM lets run on while the vCPUs are paused. As with a QEMU clock
 /// and PIT stop for the guest: they are read when it stops, and set when it goes on. Only a migration that stops a
 /// guest lets its clock [`catch_up`]. The TSCs of a guest that migrates do as well, so that it does not see TSC and
-/// clock part by the time that it stood still.
+/// clock part by the time that it was paused.
 #[derive(Clone, Debug)]
-pub(super) struct Held {
+pub(super) struct FrozenClocks {
     clock: ClockState,
     pit: PitState,
     /// One for each vCPU.
     tscs: Vec<Msr>,
-    /// The guest has come from elsewhere since it stopped.
-    came: bool,
+    /// A guest was loaded since it stopped: its TSCs have to be set.
+    loaded: bool,
 }
 
 /// Reads what runs on. The machine has just been paused.
@@ -40,7 +40,7 @@ pub(super) fn hold(machine: &Machine) -> Result<()> {
 /// that its wall clock is not late by the downtime. The machine is about to be saved.
 pub(super) fn catch_up(machine: &Machine) -> Result<()> {
     match &mut *lock(&machine.held) {
-        Some(held) if !held.came => held.clock = chips::save_clock(&machine.vm)?,
+        Some(held) if !held.loaded => held.clock = chips::save_clock(&machine.vm)?,
         _ => (),
     }
     Ok(())
@@ -53,7 +53,7 @@ pub(super) fn release(machine: &Machine) -> Result<()> {
     if machine.devices.split.is_none() {
         chips::load_pit(&machine.vm, &held.pit, lock(&machine.clock).now())?;
     }
-    if held.came {
+    if held.loaded {
         for (index, (vcpu, tsc)) in machine.vcpus.iter().zip(&held.tscs).enumerate() {
             vcpu::set_tsc(&lock(&vcpu.fd), index == 0, *tsc)?;
         }
@@ -61,14 +61,14 @@ pub(super) fn release(machine: &Machine) -> Result<()> {
     chips::load_clock(&machine.vm, &held.clock)
 }
 
-fn read_held(machine: &Machine) -> Result<Held> {
+fn read_held(machine: &Machine) -> Result<FrozenClocks> {
     let clock = chips::save_clock(&machine.vm)?;
     let tscs = machine.vcpus.iter().map(|vcpu| vcpu::tsc(&lock(&vcpu.fd))).collect::<Result<_>>()?;
     let pit = match &machine.devices.split {
         Some(chips) => chips.save_pit(),
         None => chips::save_pit(&machine.vm, lock(&machine.clock).now())?,
     };
-    Ok(Held { clock, pit, tscs, came: false })
+    Ok(FrozenClocks { clock, pit, tscs, loaded: false })
 }
 
 /// RSP in the order of [`Registers`](qevm_microvm::state::Registers).
@@ -77,7 +77,7 @@ const RSP: usize = 4;
 /// The machine is paused.
 pub(super) fn save(machine: &Machine) -> Result<MachineState> {
     let held = lock(&machine.held).clone();
-    let Held { clock, pit, tscs, .. } = held.map_or_else(|| read_held(machine), Ok)?;
+    let FrozenClocks { clock, pit, tscs, .. } = held.map_or_else(|| read_held(machine), Ok)?;
     let save_vcpu = |(vcpu, tsc): (&Vcpu, Msr)| {
         let mut state = vcpu::save(&machine.vm, &lock(&vcpu.fd), &machine.saved_msrs)?;
         state.msrs.iter_mut().filter(|msr| msr.index == tsc.index).for_each(|msr| *msr = tsc);
@@ -135,7 +135,7 @@ pub(super) fn load(machine: &Machine, state: &MachineState) -> Result<()> {
     // Now, so that KVM's refusal is the load's failure; and once more when the machine goes on, so that they are
     // stopped until then. After the TSCs, for KVM derives the guest's clock from both.
     let tscs = state.vcpus.iter().map(vcpu::tsc_of).collect();
-    let held = Held { clock: state.clock.clone(), pit: state.pit.clone(), tscs, came: true };
+    let held = FrozenClocks { clock: state.clock.clone(), pit: state.pit.clone(), tscs, loaded: true };
     chips::load_clock(&machine.vm, &held.clock)?;
     *lock(&machine.held) = Some(held);
     for (device, state) in machine.devices.virtio.0.iter().zip(&state.virtio_states) {
@@ -165,7 +165,7 @@ pub(super) fn reset(machine: &Machine, fresh: &MachineState) -> Result<()> {
     machine.devices.rtc.iter().for_each(|rtc| rtc.with(|rtc, _| rtc.reset()));
     machine.vcpus.iter().for_each(Vcpu::forget_interrupts);
     let held = lock(&machine.held).clone();
-    let Held { clock, .. } = held.map_or_else(|| read_held(machine), Ok)?;
+    let FrozenClocks { clock, .. } = held.map_or_else(|| read_held(machine), Ok)?;
     let virtual_clock = lock(&machine.clock).now();
     let mut pit = fresh.pit.clone();
     // Its counters start now.

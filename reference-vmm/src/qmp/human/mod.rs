@@ -6,7 +6,7 @@ mod words;
 
 use self::words::{Said, Words, error, invalid};
 use super::{
-    arguments::{Arguments, only},
+    arguments::{Arguments, finish},
     protocol::Failure,
     statistics::STATUSES,
 };
@@ -22,7 +22,7 @@ pub(super) type Execute = fn(&Arc<Vmm>, &str, Map<String, Value>) -> Result<Valu
 pub(super) fn command(vmm: &Arc<Vmm>, arguments: &mut Arguments, by: Execute) -> Result<Value, Failure> {
     let line = arguments.text("command-line")?;
     let cpu = arguments.optional_integer("cpu-index")?;
-    only(arguments)?;
+    finish(arguments)?;
     let cpus = vmm.machine().cpus();
     if cpu.is_some_and(|cpu| usize::try_from(cpu).map_or(true, |cpu| cpu >= cpus)) {
         return Err(Failure::generic("Parameter 'cpu-index' expects a CPU number"));

@@ -8,7 +8,7 @@ const CHI_SQUARED: core::ops::RangeInclusive<u64> = 190..=320;
 /// Whether the bytes of `page` are spread as random ones are, which hardly anything is that compresses.
 ///
 /// What is overlooked is a random page that is a copy of another one just before it.
-pub(super) fn is_noise(page: &[u8]) -> bool {
+pub(super) fn looks_random(page: &[u8]) -> bool {
     // Four tables, so that equal neighbours do not wait for each other.
     let mut counts = [[0u32; 256]; 4];
     let (quads, rest) = page.as_chunks::<4>();
@@ -45,14 +45,14 @@ mod tests {
 
     #[test]
     fn random_pages_are_noise() {
-        let found = random(4096 * 1000).chunks(4096).filter(|page| is_noise(page)).count();
+        let found = random(4096 * 1000).chunks(4096).filter(|page| looks_random(page)).count();
         assert!(found > 980, "{found} of 1000");
-        assert!(is_noise(&random(65536)), "a page of another size");
+        assert!(looks_random(&random(65536)), "a page of another size");
         // What another method has made is noise as well.
         let mut packed = flate2::write::DeflateEncoder::new(Vec::new(), flate2::Compression::new(9));
         packed.write_all(&random(1 << 18).iter().map(|byte| byte & 0x3f).collect::<Vec<_>>()).unwrap();
         let packed = packed.finish().unwrap();
-        let found = packed.chunks_exact(4096).filter(|page| is_noise(page)).count();
+        let found = packed.chunks_exact(4096).filter(|page| looks_random(page)).count();
         assert!(found * 2 > packed.len() / 4096, "{found}");
     }
 
@@ -71,8 +71,8 @@ mod tests {
             noise.iter().enumerate().map(|(n, byte)| if n % 8 == 0 { 0 } else { *byte }).collect(),
         ];
         for (number, page) in pages.iter().enumerate() {
-            assert!(!is_noise(page), "page {number}");
+            assert!(!looks_random(page), "page {number}");
         }
-        assert!(!is_noise(&[]));
+        assert!(!looks_random(&[]));
     }
 }

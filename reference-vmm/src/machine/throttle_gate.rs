@@ -5,14 +5,14 @@ use std::time::Duration;
 
 /// Says when a vCPU is to pause, and for how long.
 #[derive(Debug, Default)]
-pub(crate) struct Brake {
+pub(crate) struct ThrottleGate {
     /// Counts the pauses that were asked for.
     pauses: AtomicU64,
     /// Length of a pause in nanoseconds.
     length: AtomicU64,
 }
 
-impl Brake {
+impl ThrottleGate {
     /// The pause to make now, if one was asked for since `seen`.
     pub(crate) fn due(&self, seen: &mut u64) -> Option<Duration> {
         let pauses = self.pauses.load(Ordering::Acquire);
@@ -21,7 +21,7 @@ impl Brake {
         Some(length).filter(|length| due && !length.is_zero())
     }
 
-    pub(super) fn pull(&self, length: Duration) {
+    pub(super) fn request_pause(&self, length: Duration) {
         self.length.store(length.as_nanos() as u64, Ordering::Relaxed);
         self.pauses.fetch_add(1, Ordering::Release);
     }
@@ -43,14 +43,14 @@ mod tests {
     #[test]
     fn a_pause_is_made_once() {
         const LENGTH: Duration = Duration::from_millis(10);
-        let (brake, mut seen) = (Brake::default(), 0);
-        assert_eq!(brake.due(&mut seen), None);
-        brake.pull(LENGTH);
-        brake.pull(LENGTH);
-        assert_eq!(brake.due(&mut seen), Some(LENGTH));
-        assert_eq!(brake.due(&mut seen), None);
-        brake.pull(LENGTH);
-        brake.release();
-        assert_eq!(brake.due(&mut seen), None);
+        let (gate, mut seen) = (ThrottleGate::default(), 0);
+        assert_eq!(gate.due(&mut seen), None);
+        gate.request_pause(LENGTH);
+        gate.request_pause(LENGTH);
+        assert_eq!(gate.due(&mut seen), Some(LENGTH));
+        assert_eq!(gate.due(&mut seen), None);
+        gate.request_pause(LENGTH);
+        gate.release();
+        assert_eq!(gate.due(&mut seen), None);
     }
 }
