@@ -30,6 +30,7 @@ lint: setup
 	@scripts/no-std
 	@scripts/features
 	@scripts/rooms
+	@scripts/columns
 	@scripts/api
 	@scripts/msrv
 

@@ -57,8 +57,8 @@ pub struct Capabilities {
     pub pause_before_switchover: bool,
     /// `events`: QMP reports every change of status.
     pub events: bool,
-    /// `dirty-limit`: vCPUs that dirty more than `vcpu-dirty-limit` are slowed down, when the guest dirties memory faster than the
-    /// link carries it; needs dirty rings.
+    /// `dirty-limit`: vCPUs that dirty more than `vcpu-dirty-limit` are slowed down, when the guest dirties memory
+    /// faster than the link carries it; needs dirty rings.
     pub dirty_limit: bool,
     /// `late-block-activate`: the destination locks the images of its disks when the guest starts, and not when it has
     /// arrived (3.0).
@@ -67,23 +67,24 @@ pub struct Capabilities {
     pub mapped_ram: bool,
     /// `background-snapshot`: the guest runs on while its memory and devices as of one instant are sent (6.0).
     pub background_snapshot: bool,
-    /// `postcopy-ram`: the guest may go before its memory, when the operator says so (`migrate-start-postcopy`); with `mapped-ram`, a guest
-    /// that comes from a file runs before its memory is loaded (11.2).
+    /// `postcopy-ram`: the guest may go before its memory, when the operator says so (`migrate-start-postcopy`); with
+    /// `mapped-ram`, a guest that comes from a file runs before its memory is loaded (11.2).
     pub postcopy_ram: bool,
-    /// `postcopy-preempt`: pages that the guest waits for travel on a connection of their own, past what is on its way on the main channel
-    /// (7.1); needs `postcopy-ram`.
+    /// `postcopy-preempt`: pages that the guest waits for travel on a connection of their own, past what is on its way
+    /// on the main channel (7.1); needs `postcopy-ram`.
     pub postcopy_preempt: bool,
     /// `postcopy-blocktime`: a destination counts how long the guest waits for its memory (3.0).
     pub postcopy_blocktime: bool,
     /// `validate-uuid`: the source says the guest's UUID, and a destination that has another refuses the guest (4.2).
     pub validate_uuid: bool,
-    /// `release-ram`: the source of a guest that runs at the destination gives the host back what it has sent (2.9). A postcopy that breaks
-    /// cannot be recovered then.
+    /// `release-ram`: the source of a guest that runs at the destination gives the host back what it has sent (2.9). A
+    /// postcopy that breaks cannot be recovered then.
     pub release_ram: bool,
-    /// `x-ignore-shared`: RAM that is a file of both ends, which map it shared, is not sent (4.0). See [`Hooks::shares`](crate::Hooks::shares).
+    /// `x-ignore-shared`: RAM that is a file of both ends, which map it shared, is not sent (4.0). See
+    /// [`Hooks::shares`](crate::Hooks::shares).
     pub ignore_shared: bool,
-    /// `zero-copy-send`: the kernel sends pages out of guest memory itself, and does not copy them before (7.1); needs `multifd` without
-    /// compression and TLS, and TCP.
+    /// `zero-copy-send`: the kernel sends pages out of guest memory itself, and does not copy them before (7.1); needs
+    /// `multifd` without compression and TLS, and TCP.
     pub zero_copy_send: bool,
     /// `xbzrle`: pages that were sent before travel as differences (1.2).
     pub xbzrle: bool,
@@ -152,8 +153,8 @@ impl Capabilities {
             }
         }
         let lazy = changed.postcopy_ram && changed.mapped_ram;
-        // What QEMU refuses is refused in its words, whether it is supported here or not. Both of these together are what its next
-        // release has, and each is checked with the others.
+        // What QEMU refuses is refused in its words, whether it is supported here or not. Both of these together are
+        // what its next release has, and each is checked with the others.
         let checked = if lazy { all.with(Capability::PostcopyRam, false) } else { all };
         check(checked, &Context { before, ..*context })?;
         if lazy {
@@ -165,12 +166,12 @@ impl Capabilities {
         }
     }
 
-    /// Whether the other end may be of this release: before 10.1 no guest goes before its memory that had page channels, and 10.0 leaves no
-    /// RAM out of a mapped-ram file.
+    /// Whether the other end may be of this release: before 10.1 no guest goes before its memory that had page
+    /// channels, and 10.0 leaves no RAM out of a mapped-ram file.
     ///
     /// # Errors
-    /// [`BadCapability::Rejected`] for what the release refuses itself, in its words; [`BadCapability::TooOld`] for what it takes and a
-    /// destination of it does not get over.
+    /// [`BadCapability::Rejected`] for what the release refuses itself, in its words; [`BadCapability::TooOld`] for
+    /// what it takes and a destination of it does not get over.
     ///
     /// ```
     /// use qevm_migration::Capabilities;
@@ -192,7 +193,8 @@ impl Capabilities {
             return Ok(());
         }
         check([Capability::PostcopyRam, Capability::Multifd].into_iter().collect(), &Context::new(qemu))?;
-        // 7.2 aborts (`yank_unregister_instance: Assertion ... failed`), 5.2 waits for the page channels after every section.
+        // 7.2 aborts (`yank_unregister_instance: Assertion ... failed`), 5.2 waits for the page channels after every
+        // section.
         match qemu < QemuVersion::new(8, 0) {
             true => {
                 let capabilities = ["postcopy-ram", "multifd"];

@@ -123,8 +123,9 @@ pub trait Channel: Send + Sync + fmt::Debug {
         Err(io::ErrorKind::Unsupported.into())
     }
 
-    /// As [`write`](Self::write), but the kernel may send the bytes later out of the memory itself, as they are then. Every call that
-    /// gives a number has to be [waited for](Self::sent_in_place); the memory may go before that, and no other memory is sent in its place.
+    /// As [`write`](Self::write), but the kernel may send the bytes later out of the memory itself, as they are then.
+    /// Every call that gives a number has to be [waited for](Self::sent_in_place); the memory may go before that, and
+    /// no other memory is sent in its place.
     ///
     /// # Errors
     /// As `write`; `ENOBUFS` when the kernel keeps no more memory in place, or this process may not have it locked.
@@ -132,8 +133,8 @@ pub trait Channel: Send + Sync + fmt::Debug {
         self.write(parts)
     }
 
-    /// Waits until the kernel is done with some of the calls of [`write_in_place`](Self::write_in_place): how many, and whether it had
-    /// copied their bytes all the same.
+    /// Waits until the kernel is done with some of the calls of [`write_in_place`](Self::write_in_place): how many, and
+    /// whether it had copied their bytes all the same.
     ///
     /// # Errors
     /// As `recvmsg(2)`; [`io::ErrorKind::WouldBlock`] is for the caller to repeat. The connection broke.
@@ -155,7 +156,8 @@ pub trait Channel: Send + Sync + fmt::Debug {
         Ok(0)
     }
 
-    /// Whether the peer can still send: it has neither closed the connection nor ended its direction, where that can be known.
+    /// Whether the peer can still send: it has neither closed the connection nor ended its direction, where that can be
+    /// known.
     ///
     /// # Errors
     /// The connection was reset, or broke otherwise.
@@ -171,9 +173,9 @@ pub trait Channel: Send + Sync + fmt::Debug {
         Ok(())
     }
 
-    /// Makes a read, a write or [`settle`](Self::settle) fail with [`io::ErrorKind::WouldBlock`] when it has waited for `each`, and the
-    /// connection break when the peer's host has not acknowledged anything for `unacknowledged` (or as long as the system likes), where that
-    /// can be done.
+    /// Makes a read, a write or [`settle`](Self::settle) fail with [`io::ErrorKind::WouldBlock`] when it has waited for
+    /// `each`, and the connection break when the peer's host has not acknowledged anything for `unacknowledged` (or as
+    /// long as the system likes), where that can be done.
     ///
     /// # Errors
     /// The system's.
@@ -187,17 +189,18 @@ pub trait Channel: Send + Sync + fmt::Debug {
         true
     }
 
-    /// Ends the writing direction and waits until what was written has been taken, where that can be known: until the peer has closed
-    /// in order, a pipe is empty, or a command has ended.
+    /// Ends the writing direction and waits until what was written has been taken, where that can be known: until the
+    /// peer has closed in order, a pipe is empty, or a command has ended.
     ///
     /// # Errors
-    /// [`io::ErrorKind::BrokenPipe`] if the peer is gone and did not read everything. With every other error it may have: the
-    /// connection was reset, the command has failed.
+    /// [`io::ErrorKind::BrokenPipe`] if the peer is gone and did not read everything. With every other error it may
+    /// have: the connection was reset, the command has failed.
     fn settle(&self) -> io::Result<()> {
         Ok(())
     }
 
-    /// Tells the peer that nothing more comes, where there are words for that (TLS's `close_notify`). The connection stays as it is.
+    /// Tells the peer that nothing more comes, where there are words for that (TLS's `close_notify`). The connection
+    /// stays as it is.
     fn say_end(&self) {}
 
     /// Ends the writing direction: the peer reads to the end of what was written.
@@ -249,8 +252,8 @@ pub(crate) fn write_all(channel: &dyn Channel, mut parts: &mut [Source<'_>]) -> 
     Ok(())
 }
 
-/// Reads until the first `at_least` bytes of `parts` are there, and as much after them as has come by then. Says how many bytes
-/// that were: fewer than `at_least` if the peer has closed.
+/// Reads until the first `at_least` bytes of `parts` are there, and as much after them as has come by then. Says how
+/// many bytes that were: fewer than `at_least` if the peer has closed.
 pub(crate) fn read_at_least(channel: &dyn Channel, mut parts: &mut [Target<'_>], at_least: usize) -> io::Result<usize> {
     let mut total = 0;
     while total < at_least {

@@ -35,7 +35,8 @@ pub enum MigrationError {
         /// The system's reason.
         source: io::Error,
     },
-    /// The destination has loaded the initial data of all devices, and has not agreed to the switchover as often as it should have.
+    /// The destination has loaded the initial data of all devices, and has not agreed to the switchover as often as it
+    /// should have.
     #[error(
         "the destination has loaded the initial data of all devices, and only {waiting}, {flow}: tell the destination's release (qemu=)"
     )]
@@ -51,8 +52,8 @@ pub enum MigrationError {
     /// The connections cannot be secured as the operator wants: the monitor's or the credentials' reason.
     #[error("{0}")]
     Tls(GuestError),
-    /// The destination has ended the TLS session before it answered anything, as one does that does not want this side. TLS has no way to
-    /// say why then.
+    /// The destination has ended the TLS session before it answered anything, as one does that does not want this side.
+    /// TLS has no way to say why then.
     #[error(
         "{reason}: the destination has ended the TLS session before it answered anything; it may not allow this side's certificate, or want \
          one (its 'tls-authz' and 'verify-peer'): its own log says why"
@@ -83,8 +84,8 @@ pub enum MigrationError {
     /// There is no such descriptor.
     #[error("{0}")]
     Descriptor(GuestError),
-    /// Something failed when the destination had been sent everything: whether the guest runs there is not known, and it stays paused
-    /// here.
+    /// Something failed when the destination had been sent everything: whether the guest runs there is not known, and
+    /// it stays paused here.
     #[error(
         "{reason}; the destination has everything, so the guest may run there, and stays paused here: see whether it runs at the \
          destination, and say 'cont' here only if it does not"
@@ -130,7 +131,8 @@ pub enum MigrationError {
     /// The return path ended before the destination gave its verdict.
     #[error("the destination closed the return path without a verdict")]
     NoVerdict,
-    /// The destination had everything and has closed the connection before it was told to run the guest, which it does not.
+    /// The destination had everything and has closed the connection before it was told to run the guest, which it does
+    /// not.
     #[error("the destination had everything, but has not waited for the confirmation: it does not run the guest")]
     NotAwaited,
     /// The destination owes an answer for too long.
@@ -157,8 +159,8 @@ pub enum MigrationError {
     /// What arrived cannot be loaded.
     #[error(transparent)]
     Load(#[from] Located<LoadError>),
-    /// The guest has arrived, and it is not certain that the source leaves it to this destination: it stays paused here, and whoever
-    /// can look at the source has to decide.
+    /// The guest has arrived, and it is not certain that the source leaves it to this destination: it stays paused
+    /// here, and whoever can look at the source has to decide.
     #[error(
         "{0}; the guest is here and paused: if it runs at the source, say 'quit' here; only if it is certain that it does not run \
          there and never will, say 'cont' here"

@@ -22,8 +22,8 @@ use std::{
 };
 use vm_memory::VolatileSlice;
 
-/// A file whose pages are read and written where they belong, straight from and into guest memory, by any thread. The stream
-/// goes over a channel that shares the file's position.
+/// A file whose pages are read and written where they belong, straight from and into guest memory, by any thread. The
+/// stream goes over a channel that shares the file's position.
 #[derive(Debug, Clone)]
 pub(crate) enum PageFile {
     /// A file of this host.
@@ -93,7 +93,8 @@ impl PageFile {
         let mut part = Source::guest(memory);
         while !part.is_empty() {
             let offset = file_offset(at)?;
-            // SAFETY: `Source` is a transparent iovec whose memory lives as long as its lifetime says; the kernel only reads it.
+            // SAFETY: `Source` is a transparent iovec whose memory lives as long as its lifetime says; the kernel only
+            // reads it.
             let written = unsafe { libc::pwritev(pages.as_raw_fd(), (&raw const part).cast(), 1, offset) };
             match usize::try_from(written) {
                 Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
@@ -265,8 +266,8 @@ fn failed(doing: &'static str, offset: u64) -> impl Fn(io::Error) -> Located<Loa
     move |source| Located::new(LoadError::File { doing, source }, offset)
 }
 
-/// Reads the pages of a block into guest memory with up to `threads` threads, and says how many bytes of pages that were. Pages that
-/// are not in the file are zero.
+/// Reads the pages of a block into guest memory with up to `threads` threads, and says how many bytes of pages that
+/// were. Pages that are not in the file are zero.
 pub(crate) fn load(
     file: &PageFile,
     layout: &MappedBlock,

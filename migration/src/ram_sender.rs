@@ -15,7 +15,8 @@ use qevm_wire::PageGeometry;
 use std::ops::Range;
 use vm_memory::VolatileSlice;
 
-/// How many pages ahead of the one that is looked at the next is fetched: from far memory it takes as long as looking at a few.
+/// How many pages ahead of the one that is looked at the next is fetched: from far memory it takes as long as looking
+/// at a few.
 const PREFETCH: u64 = 8;
 
 /// The blocks of RAM, whose pages are sent straight from guest memory.
@@ -88,8 +89,8 @@ impl<'g> RamSender<'g> {
         Ok(sent)
     }
 
-    /// Hands a batch, which is of one block, to the page channels. With `legacy`, zero pages are found here and go into `stream`,
-    /// whose content the caller sends.
+    /// Hands a batch, which is of one block, to the page channels. With `legacy`, zero pages are found here and go into
+    /// `stream`, whose content the caller sends.
     ///
     /// The counts are those of the zero pages only; the channels count the others when they have sent them.
     pub(crate) fn hand_over(

@@ -66,8 +66,8 @@ impl Socket {
         }
     }
 
-    /// Connects to `address`, which was [found](Self::look_up) there, for as long as `wanted` says so: a connection that comes too late
-    /// would be taken for a source that has left.
+    /// Connects to `address`, which was [found](Self::look_up) there, for as long as `wanted` says so: a connection
+    /// that comes too late would be taken for a source that has left.
     pub(crate) fn connect_to(address: &Address, found: &[SocketAddr], wanted: &dyn Fn() -> bool) -> io::Result<Socket> {
         match address {
             Address::Tcp { options, .. } => {
@@ -170,7 +170,8 @@ fn unix(place: &SockAddr, wanted: &dyn Fn() -> bool) -> io::Result<Socket> {
 /// Bytes of the longest path of a UNIX socket.
 const MAX_PATH: usize = 108;
 
-/// What the system calls an abstract UNIX socket: a zero byte and its name; if it is not `tight`, as many zero bytes as there is room for.
+/// What the system calls an abstract UNIX socket: a zero byte and its name; if it is not `tight`, as many zero bytes as
+/// there is room for.
 pub(crate) fn abstract_path(name: &str, tight: bool) -> io::Result<PathBuf> {
     let mut path = [b"\0", name.as_bytes()].concat();
     if path.len() > MAX_PATH {
@@ -234,8 +235,8 @@ const NO_PACING: &[u8] = b"reno";
 /// The kernel takes more bytes only after it has sent all that it has.
 const NOTHING_UNSENT: u32 = 1;
 
-/// Sets up a connection to a peer on the same host, which no network limits: the receiver alone says how much is on the way (ADR 6).
-/// Between hosts the kernel knows the link.
+/// Sets up a connection to a peer on the same host, which no network limits: the receiver alone says how much is on the
+/// way (ADR 6). Between hosts the kernel knows the link.
 fn stay_within_host(stream: &TcpStream) {
     let socket = SockRef::from(stream);
     // BBR, the default of many hosts, paces segments by timers and by estimates of a link that is not there.
@@ -260,8 +261,8 @@ impl Socket {
             msg_flags: 0,
         };
         // SAFETY: `Source` is a transparent iovec whose memory lives as long as its lifetime says; the kernel only
-        // reads it. With MSG_ZEROCOPY it goes on doing so, from pages that it holds itself until then. A peer that is gone gives
-        // EPIPE instead of a signal.
+        // reads it. With MSG_ZEROCOPY it goes on doing so, from pages that it holds itself until then. A peer that is
+        // gone gives EPIPE instead of a signal.
         let written = unsafe { libc::sendmsg(self.fd(), &message, libc::MSG_NOSIGNAL | flags) };
         usize::try_from(written).map_err(|_| io::Error::last_os_error())
     }

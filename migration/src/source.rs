@@ -30,10 +30,11 @@ use std::{
     time::{Duration, Instant},
 };
 
-/// Migrates `guest` over `connections`, and returns when it runs at the destination with all of its memory, or goes on here.
+/// Migrates `guest` over `connections`, and returns when it runs at the destination with all of its memory, or goes on
+/// here.
 ///
-/// A guest that went before its memory is there whatever becomes of the connections. When they are lost, this waits for other ones
-/// ([`Job::recover`]), or for the word that none will come ([`Job::give_up_recovery`]).
+/// A guest that went before its memory is there whatever becomes of the connections. When they are lost, this waits for
+/// other ones ([`Job::recover`]), or for the word that none will come ([`Job::give_up_recovery`]).
 ///
 /// The caller has claimed `job` with [`Job::begin`]; its capabilities and parameters apply. `profile` decides the bytes
 /// of the stream and must suit the destination's release.
@@ -111,8 +112,8 @@ pub fn migrate(guest: &dyn Guest, connections: &Outgoing, job: &Job, profile: &P
     });
     let flow = profile.switchover_ack.filter(|_| capabilities.switchover_ack);
     let snapshot = capabilities.background_snapshot.then(Snapshot::default);
-    // The destination answers who asks it to, whatever its own capability says, and in postcopy it requests pages. A snapshot is a copy, of
-    // which nobody here has to know.
+    // The destination answers who asks it to, whatever its own capability says, and in postcopy it requests pages. A
+    // snapshot is a copy, of which nobody here has to know.
     let answers = capabilities.return_path
         || (connections.reader == Reader::Answers && snapshot.is_none())
         || (capabilities.postcopy_ram && connections.reader != Reader::Nobody);
@@ -312,7 +313,8 @@ impl Engine<'_, '_> {
         let refused = self.job.tls().is_some() && unheard;
         let result = result.map_err(|error| if refused { error.unheard() } else { error });
         self.job.end(result.as_ref().err());
-        // The return path is read to its end: the destination closes when it has taken over, or is not waited for any longer.
+        // The return path is read to its end: the destination closes when it has taken over, or is not waited for any
+        // longer.
         let patience = self.job.parameters().timeouts.switchover();
         self.connections.all().for_each(|channel| drop(channel.limit_silence(patience)));
         self.connections.all().for_each(|channel| channel.finish_writing());

@@ -113,7 +113,8 @@ pub struct RamStatistics {
     pub postcopy_requests: u64,
     /// Bytes sent on page channels.
     pub multifd_bytes: u64,
-    /// Synchronisations of a page channel before which the kernel had copied all pages, with capability `zero-copy-send`: within a host it does.
+    /// Synchronisations of a page channel before which the kernel had copied all pages, with capability
+    /// `zero-copy-send`: within a host it does.
     pub dirty_sync_missed_zero_copy: u64,
 }
 
@@ -122,7 +123,8 @@ pub struct RamStatistics {
 pub struct XbzrleStatistics {
     /// Bytes of the cache (`xbzrle-cache-size`).
     pub cache_size: u64,
-    /// Bytes of differences, each with the three before it that say how long it is, and of pages whose difference was too long.
+    /// Bytes of differences, each with the three before it that say how long it is, and of pages whose difference was
+    /// too long.
     pub bytes: u64,
     /// Pages that were in the cache and not sent in full, whether there was a difference or not.
     pub pages: u64,
@@ -198,8 +200,8 @@ pub struct Statistics {
     pub total_time: Duration,
     /// From the start to the first page.
     pub setup_time: Duration,
-    /// From stopping the guest to the destination's verdict, or to the end of the stream where there is none; in postcopy to the
-    /// moment when the destination had all that it needs to run it.
+    /// From stopping the guest to the destination's verdict, or to the end of the stream where there is none; in
+    /// postcopy to the moment when the destination had all that it needs to run it.
     pub downtime: Option<Duration>,
     /// What it consists of, so far.
     pub downtime_parts: DowntimeParts,
@@ -219,8 +221,8 @@ pub struct Statistics {
     pub xbzrle: Option<XbzrleStatistics>,
     /// Why the migration failed, or is paused.
     pub error: Option<String>,
-    /// What holds the migration up, with the name of the part: one that does not shrink, or a device whose initial data the destination has not
-    /// loaded yet.
+    /// What holds the migration up, with the name of the part: one that does not shrink, or a device whose initial data
+    /// the destination has not loaded yet.
     pub stalled: Option<String>,
     /// Every round so far.
     pub rounds: Vec<RoundStatistics>,

@@ -1,11 +1,12 @@
 //! Deadlines of what is waited for on a connection.
 //!
-//! A connection whose peer is stopped, or whose link is cut, brings nothing, takes nothing, and says nothing about it. So every read and write
-//! comes back from the kernel after a moment, and whoever waits counts these moments: [`Watched`]. A process that was stopped itself, or whose
-//! host was, has not counted meanwhile.
+//! A connection whose peer is stopped, or whose link is cut, brings nothing, takes nothing, and says nothing about it.
+//! So every read and write comes back from the kernel after a moment, and whoever waits counts these moments:
+//! [`Watched`]. A process that was stopped itself, or whose host was, has not counted meanwhile.
 //!
-//! What is written has a limit of its own on each connection. What is read has one for all connections of a migration together: a page
-//! channel may have nothing to bring for a long time while others have. A source reads answers alone, whose deadlines are the core's.
+//! What is written has a limit of its own on each connection. What is read has one for all connections of a migration
+//! together: a page channel may have nothing to bring for a long time while others have. A source reads answers alone,
+//! whose deadlines are the core's.
 
 use crate::{
     Address, Channel, Status,
@@ -60,7 +61,8 @@ pub enum Awaited {
     Acknowledgement,
 }
 
-/// A wait on a connection that took too long. It is the inner error of an [`io::Error`] of kind [`io::ErrorKind::TimedOut`].
+/// A wait on a connection that took too long. It is the inner error of an [`io::Error`] of kind
+/// [`io::ErrorKind::TimedOut`].
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{}", self.text())]
 #[non_exhaustive]
@@ -190,8 +192,8 @@ impl Watched {
         io::Error::new(io::ErrorKind::TimedOut, Silence { channel, awaited, waited, status, parameter })
     }
 
-    /// Does something that may wait, again and again, as long as less than `limit` has passed since it got any further, which `progress`
-    /// has changed then.
+    /// Does something that may wait, again and again, as long as less than `limit` has passed since it got any further,
+    /// which `progress` has changed then.
     fn within<T>(
         &self,
         awaited: Awaited,

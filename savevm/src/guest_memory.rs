@@ -57,8 +57,8 @@ const NAMELESS: [&str; 5] = ["clipper", "715", "A400", "B160L", "C3700"];
 /// Where the main memory of machines that are no PCs lies, `len` bytes long, by the name of its RAM block: machine
 /// types of different targets have the same name (`virt`), these blocks have not. `None` for all other blocks.
 ///
-/// A part of the block can lie at two addresses: Malta boards have the whole at 2 GiB once more. Machine types may have several blocks;
-/// of about a hundred boards all are known, and larger memory than was measured there has no place.
+/// A part of the block can lie at two addresses: Malta boards have the whole at 2 GiB once more. Machine types may have
+/// several blocks; of about a hundred boards all are known, and larger memory than was measured there has no place.
 ///
 /// ```
 /// use qevm_savevm::guest_memory::fixed_segments;

@@ -80,7 +80,8 @@ fn a_volume_is_longer_than_the_stream_in_it() {
     }
 }
 
-/// What QEMU 11.1.3 sends at the first checkpoint after a migration with `x-colo`; the memory of later moments is not taken for the guest's.
+/// What QEMU 11.1.3 sends at the first checkpoint after a migration with `x-colo`; the memory of later moments is not
+/// taken for the guest's.
 #[test]
 fn checkpoints_of_colo_are_named() {
     let dir = TempDir::new().unwrap();

@@ -4,8 +4,8 @@ use super::rows::{PEERS, channels_of, plain};
 use super::{Journey, Link, Stop};
 use crate::scenario::Accel;
 
-/// Each release in both directions, and reference-vmm with itself. Only TCP sends so, and within a host the kernel copies all the same, which is
-/// counted.
+/// Each release in both directions, and reference-vmm with itself. Only TCP sends so, and within a host the kernel
+/// copies all the same, which is counted.
 pub(super) fn journeys() -> Vec<Journey> {
     let peers = PEERS.map(|suite| Stop::Qemu(suite, Accel::Kvm));
     let new = peers[2];

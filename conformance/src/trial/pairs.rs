@@ -1,8 +1,8 @@
 //! Hundreds of pairs of set-ups: what `qevm check` foretells, and what the destination, a real QEMU, does.
 //!
-//! Every line of `pairs.txt` is a device with properties that can be set in another way. On the newest release the plain
-//! set-up goes to each variant and back; and it goes up and down between releases as it is, on a machine type that both
-//! have. Nothing is expected beforehand: the destination is the judge.
+//! Every line of `pairs.txt` is a device with properties that can be set in another way. On the newest release the
+//! plain set-up goes to each variant and back; and it goes up and down between releases as it is, on a machine type
+//! that both have. Nothing is expected beforehand: the destination is the judge.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};

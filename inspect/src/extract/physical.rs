@@ -9,8 +9,8 @@ use qevm_savevm::guest_memory::{
     Segment, cmos_fits, fixed_segments, is_rom_or_device, main_block, memory_in_cmos, segments,
 };
 
-/// The machine type of streams without configuration section, which those of types up to 2.3 have not: `pc` places memory as all
-/// of them do, up to the size at which their holes differ.
+/// The machine type of streams without configuration section, which those of types up to 2.3 have not: `pc` places
+/// memory as all of them do, up to the size at which their holes differ.
 const WITHOUT_CONFIGURATION: &str = "pc-i440fx-2.3";
 /// Up to here all machine types of x86 place all memory at 0.
 const BELOW_ALL_HOLES: u64 = 2 << 30;
@@ -42,12 +42,13 @@ pub struct PhysicalMemory {
 }
 
 impl PhysicalMemory {
-    /// Places the RAM blocks of a `machine` in guest-physical memory. `wanted`, unless it is empty, says which blocks are the main
-    /// memory, in order, and where others lie. `tables`: what the guest's ACPI tables tell of memory devices.
+    /// Places the RAM blocks of a `machine` in guest-physical memory. `wanted`, unless it is empty, says which blocks
+    /// are the main memory, in order, and where others lie. `tables`: what the guest's ACPI tables tell of memory
+    /// devices.
     ///
     /// # Errors
-    /// [`Error::Usage`] for machine types without known rules, blocks that are not there, and guests of which it is not known
-    /// which blocks are their main memory.
+    /// [`Error::Usage`] for machine types without known rules, blocks that are not there, and guests of which it is not
+    /// known which blocks are their main memory.
     pub fn find(
         machine: &str,
         ram: &GuestRam,
@@ -103,11 +104,12 @@ impl PhysicalMemory {
         Ok(PhysicalMemory { segments: pieces, devices: device_blocks, notes, left_out })
     }
 
-    /// What is needed for an ELF core: a guest of x86, or the registers of one of another target, which tell which it is.
+    /// What is needed for an ELF core: a guest of x86, or the registers of one of another target, which tell which it
+    /// is.
     ///
     /// # Errors
-    /// [`Error::Usage`], which names the `machine` and what is wrong with the registers; or memory that a core of 32 bits has no
-    /// addresses for.
+    /// [`Error::Usage`], which names the `machine` and what is wrong with the registers; or memory that a core of 32
+    /// bits has no addresses for.
     pub fn require_core(&self, machine: &str, ram: &GuestRam, guest: &Guest) -> Result<(), Error> {
         let Some(first) = guest.other_cpus.first() else {
             let why = guest.other_unread.first().map_or(NO_REGISTERS, String::as_str);

@@ -22,7 +22,8 @@ use qevm_wire::{Decode, PageGeometry};
 use std::collections::HashMap;
 use std::io;
 
-/// What the source of a COLO says at a checkpoint: messages 1 (request) and 3 (state comes), then the last part of a section.
+/// What the source of a COLO says at a checkpoint: messages 1 (request) and 3 (state comes), then the last part of a
+/// section.
 const CHECKPOINT: [u8; 9] = [0, 0, 0, 1, 0, 0, 0, 3, 3];
 
 /// The state of reading a migration, over all its files.
@@ -109,7 +110,8 @@ impl Walk<'_> {
         }
     }
 
-    /// True if the stream is over and a checkpoint of COLO follows it. A live source may have nothing more to say, and is not waited for.
+    /// True if the stream is over and a checkpoint of COLO follows it. A live source may have nothing more to say, and
+    /// is not waited for.
     pub(super) fn checkpoint_follows(&self, source: &mut Source) -> bool {
         // What cannot be read is nothing that is known.
         self.ended

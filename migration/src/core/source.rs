@@ -1,8 +1,9 @@
 //! The source: which bytes and pages go out, when the guest is paused, and who has it in the end.
 //!
-//! The inputs of [`SourceCore`] are what was sent, what the dirty log has and what the guest reported; those of [`Answers`] are the messages of the
-//! return path. The output is what to do next, one [`Action`] at a time, each with the call that reports its result. The example `async_vmm` drives it with tokio,
-//! [`migrate`](crate::migrate) with threads.
+//! The inputs of [`SourceCore`] are what was sent, what the dirty log has and what the guest reported; those of
+//! [`Answers`] are the messages of the return path. The output is what to do next, one [`Action`] at a time, each with
+//! the call that reports its result. The example `async_vmm` drives it with tokio, [`migrate`](crate::migrate) with
+//! threads.
 //!
 //! ```
 //! use qevm_migration::{Parameters, core::source::{Action, Answers, Sent, SourceCore, SourceOptions}};
@@ -201,8 +202,9 @@ impl SourceCore {
         }
     }
 
-    /// What to do next, `now`; what the action before is answered with has to be told before. `answers` is what the return path has said, if there
-    /// is one. Errors of the driver's go to [`failed`](Self::failed); how the migration ended comes with [`Action::End`].
+    /// What to do next, `now`; what the action before is answered with has to be told before. `answers` is what the
+    /// return path has said, if there is one. Errors of the driver's go to [`failed`](Self::failed); how the migration
+    /// ended comes with [`Action::End`].
     pub fn poll(&mut self, now: Duration, mut answers: Option<&mut Answers>) -> Action {
         loop {
             if let Some(action) = self.actions.pop_front() {
@@ -332,7 +334,8 @@ impl SourceCore {
         }
     }
 
-    /// The end of the stream was sent, or some of it and then no more. (If nothing got out, the action has [failed](Self::failed).)
+    /// The end of the stream was sent, or some of it and then no more. (If nothing got out, the action has
+    /// [failed](Self::failed).)
     pub fn end_sent(&mut self, result: Result<(), MigrationError>, now: Duration) {
         self.account_for_pause(now);
         match &mut self.phase {
@@ -453,7 +456,8 @@ impl SourceCore {
         answers.map_or(Ok(()), Answers::failure)
     }
 
-    /// The next batch of a sweep, of up to `limit` pages; none at its end. `reset` is whether the guest may write to them meanwhile.
+    /// The next batch of a sweep, of up to `limit` pages; none at its end. `reset` is whether the guest may write to
+    /// them meanwhile.
     fn batch(&mut self, limit: u64, reset: bool) -> Result<Option<Batch>, MigrationError> {
         let route = self.options.route;
         let most = if matches!(route, PageRoute::Main | PageRoute::File) { BATCH_PAGES } else { PACKET_PAGES };
@@ -495,8 +499,8 @@ impl SourceCore {
         matches!(self.options.route, PageRoute::Channels | PageRoute::FileByThreads)
     }
 
-    /// Synchronises the page channels with the main channel as is due at a moment; without page channels it is the end of the
-    /// section.
+    /// Synchronises the page channels with the main channel as is due at a moment; without page channels it is the end
+    /// of the section.
     fn synchronise(
         &mut self,
         moment: fn(&mut SourceSync) -> Result<&'static [SyncStep], SyncError>,

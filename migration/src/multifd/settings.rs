@@ -23,7 +23,8 @@ pub(crate) struct Settings {
     pub(crate) zero_copy: bool,
     /// Channels have sent their first packet when they are connected.
     pub(crate) greeted: bool,
-    /// The machine's UUID, as the first packet of each channel says it whether `validate-uuid` is on or not; zero without `--uuid`.
+    /// The machine's UUID, as the first packet of each channel says it whether `validate-uuid` is on or not; zero
+    /// without `--uuid`.
     pub(crate) uuid: Uuid,
 }
 

@@ -60,8 +60,8 @@ impl Pair {
         self.watch(plan).0
     }
 
-    /// The same, with what was seen while the destination waited. It waits until a source is complete: when this one has failed before,
-    /// another comes, says the first word and leaves.
+    /// The same, with what was seen while the destination waited. It waits until a source is complete: when this one
+    /// has failed before, another comes, says the first word and leaves.
     fn watch(&self, plan: &Plan) -> (Outcome, Vec<Seen>) {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("in");
@@ -104,7 +104,8 @@ impl Pair {
     }
 }
 
-/// When `source` has ended and who waits has still no source, another comes, says its first words and leaves when they were heard.
+/// When `source` has ended and who waits has still no source, another comes, says its first words and leaves when they
+/// were heard.
 fn another_source_later(path: PathBuf, channels: u8, source: Arc<Job>, gathered: Arc<AtomicBool>) {
     thread::spawn(move || {
         source.wait();
@@ -220,8 +221,8 @@ fn channels_that_do_not_come_are_named_and_the_source_goes_on() {
 
 #[test]
 fn too_many_channels_are_refused() {
-    // Which channels call first is up to the scheduler. If it is the main channel and two that fit, nobody hears of the others, and the
-    // source ends when they are not taken.
+    // Which channels call first is up to the scheduler. If it is the main channel and two that fit, nobody hears of the
+    // others, and the source ends when they are not taken.
     for _ in 0..100 {
         let pair = Pair::new(60).multifd(4, Compression::None).but(|parameters| parameters.multifd_channels = 2);
         let (outcome, seen) = pair.watch(&Plan::default());
@@ -349,7 +350,8 @@ fn cancelling_ends_all_channels() {
     }
 }
 
-/// Channels that deliver at different speeds: a page that travels slowly in one round must not undo what came in the next.
+/// Channels that deliver at different speeds: a page that travels slowly in one round must not undo what came in the
+/// next.
 #[test]
 fn a_slow_channel_never_brings_an_older_copy() {
     for method in [Compression::None, Compression::Zlib] {

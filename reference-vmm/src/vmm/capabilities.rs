@@ -9,8 +9,8 @@ use qevm_wire::{
     capability::{Context, check},
 };
 
-/// Refuses parameters that do not go with these capabilities: pages that are compressed or encrypted are not sent in place. A QEMU looks when
-/// either is set.
+/// Refuses parameters that do not go with these capabilities: pages that are compressed or encrypted are not sent in
+/// place. A QEMU looks when either is set.
 fn zero_copy_goes_with(capabilities: Capabilities, parameters: &Parameters) -> Result<(), BadCapability> {
     if !capabilities.zero_copy_send {
         return Ok(());

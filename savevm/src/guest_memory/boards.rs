@@ -2,10 +2,10 @@
 
 use super::Segment;
 
-/// A line for each RAM block: the machine types, its name, the largest length that was looked at, and its pieces in guest-physical memory
-/// as address, offset in the block and length; numbers in hexadecimal. Measured (`info mtree -f`, QEMU 7.2 and 11.1, guests of up to 16 GiB
-/// where a board takes as much).
-/// What lies beyond 8 TiB is left out: no file system has such a file.
+/// A line for each RAM block: the machine types, its name, the largest length that was looked at, and its pieces in
+/// guest-physical memory as address, offset in the block and length; numbers in hexadecimal. Measured (`info mtree -f`,
+/// QEMU 7.2 and 11.1, guests of up to 16 GiB where a board takes as much). What lies beyond 8 TiB is left out: no file
+/// system has such a file.
 const BOARDS: &str = include_str!("boards.txt");
 
 /// Where the RAM block of a board lies; `None` for blocks that were not measured, or not as large.

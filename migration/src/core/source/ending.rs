@@ -1,7 +1,8 @@
 //! Who has the guest in the end: the destination's verdict, the handover, and the way back.
 //!
-//! Whatever fails before any byte of the end of the stream was sent, the destination does not run the guest, which may go on here.
-//! After that, only a destination that waits for a confirmation, or says that it has failed, does not run it for certain.
+//! Whatever fails before any byte of the end of the stream was sent, the destination does not run the guest, which may
+//! go on here. After that, only a destination that waits for a confirmation, or says that it has failed, does not run
+//! it for certain.
 
 use super::{
     Action, Answers, SourceCore, Wake,
@@ -101,7 +102,8 @@ impl SourceCore {
         Ok(())
     }
 
-    /// How long a destination may take to answer when the guest is paused has changed ([`SourceOptions::patience`](super::SourceOptions)).
+    /// How long a destination may take to answer when the guest is paused has changed
+    /// ([`SourceOptions::patience`](super::SourceOptions)).
     pub fn set_patience(&mut self, patience: Option<Duration>) {
         self.options.patience = patience;
     }
@@ -249,10 +251,11 @@ impl SourceCore {
     /// What follows a failure that nobody explains any further.
     fn after(&self, error: MigrationError) -> Phase {
         match error {
-            // One of this crate says so only before it runs the guest. What was given back to the host is gone all the same.
+            // One of this crate says so only before it runs the guest. What was given back to the host is gone all the
+            // same.
             MigrationError::PeerFailed { .. } if self.agreed && !self.releases => Phase::BackOut { error, back: None },
-            // A QEMU that has not said that it has loaded the devices does not run the guest after it has failed. A connection that is lost
-            // says nothing of the kind.
+            // A QEMU that has not said that it has loaded the devices does not run the guest after it has failed. A
+            // connection that is lost says nothing of the kind.
             MigrationError::PeerFailed { .. } if self.departed && !self.package_loaded => {
                 Phase::BackOut { error, back: None }
             }

@@ -438,8 +438,8 @@ fn postcopy_is_refused_where_it_cannot_be() {
     }
 }
 
-/// What a driver tells without having been asked changes nothing, however absurd it is.
-/// The destination fails between the package and the PING after it: a source that has not looked in between hears all of it at once.
+/// What a driver tells without having been asked changes nothing, however absurd it is. The destination fails between
+/// the package and the PING after it: a source that has not looked in between hears all of it at once.
 #[test]
 fn a_destination_that_may_run_the_guest_keeps_it_whenever_it_fails() {
     for (release, loaded, goes_on) in [
