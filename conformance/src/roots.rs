@@ -110,7 +110,8 @@ impl Root {
         &self.version
     }
 
-    /// The QEMU of this root (`qemu-system-x86_64`, or that of [`of_target`](Self::of_target)) with its firmware search path, ready for arguments.
+    /// The QEMU of this root (`qemu-system-x86_64`, or that of [`of_target`](Self::of_target)) with its firmware search
+    /// path, ready for arguments.
     pub fn qemu(&self) -> Command {
         let mut command = self.command(&self.program);
         for firmware in ["usr/share/qemu", "usr/share/seabios", "usr/lib/ipxe/qemu"] {
