@@ -2,7 +2,7 @@
 
 use std::fs::{self, File, OpenOptions};
 use std::os::unix::fs::symlink;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
@@ -15,29 +15,20 @@ use crate::process::run;
 /// Byte of an image whose lock says that nobody else may write (seen in `/proc/locks` of QEMU 11.1).
 const WRITE_REFUSED: i64 = 201;
 
-/// A file system in memory that holds little, or nothing. Gone when this is.
-struct Mount(PathBuf);
-
-impl Mount {
-    fn new(at: PathBuf, options: &str) -> Result<Mount> {
-        fs::create_dir_all(&at)?;
-        let mut mount = Command::new("mount");
-        run(mount.args(["-t", "tmpfs", "-o", options, "qevm"]).arg(&at), PATIENCE).context("this needs root")?;
-        Ok(Mount(at))
-    }
-}
-
-impl Drop for Mount {
-    fn drop(&mut self) {
-        // Lazily: a monitor may have a file in it.
-        let _ = run(Command::new("umount").arg("-l").arg(&self.0), PATIENCE);
-    }
+/// Gives a process a file system in memory that holds little, or nothing. Who is in a network namespace of `ip netns exec` has
+/// mounts of its own, and what is mounted later elsewhere does not show there.
+fn mount(pid: u32, at: &Path, options: &str) -> Result<()> {
+    fs::create_dir_all(at)?;
+    let mut mount = Command::new("nsenter");
+    mount.args(["--target", &pid.to_string(), "--mount", "--", "mount", "-t", "tmpfs", "-o", options, "qevm"]);
+    run(mount.arg(at), PATIENCE).context("this needs root").map(drop)
 }
 
 /// Goes to a file that cannot be written, or not to its end; then to the destination.
 pub(super) fn file_that_cannot_be_written(scene: &mut Scene<'_>, options: &str) -> Result<()> {
-    let mount = Mount::new(scene.scratch.join("full"), options)?;
-    let uri = format!("file:{}", mount.0.join("guest").display());
+    let folder = scene.scratch.join("full");
+    mount(scene.here.monitor().pid(), &folder, options)?;
+    let uri = format!("file:{}", folder.join("guest").display());
     // A release may say so at once, or when it is at it.
     if scene.here.monitor().execute("migrate", json!({ "uri": uri })).is_ok() {
         scene.let_go()?;
@@ -45,7 +36,6 @@ pub(super) fn file_that_cannot_be_written(scene: &mut Scene<'_>, options: &str) 
     }
     let status = scene.here.monitor().execute("query-status", Value::Null)?;
     ensure!(status["running"] == true, "the guest does not go on: {status}");
-    drop(mount);
     scene.begin()?;
     scene.complete()
 }

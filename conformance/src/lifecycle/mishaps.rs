@@ -98,6 +98,10 @@ pub(super) fn cancel_and_go_again(at: At, scene: &mut Scene<'_>) -> Result<()> {
         }
         _ => {
             scene.there.monitor().wait_migration_end(PATIENCE)?;
+            if scene.there.stop() != Stop::Reference {
+                // A QEMU waits once.
+                scene.another_destination(1)?;
+            }
             scene.wait_for_guest(json!({ "exit-on-error": false }))?;
         }
     }
@@ -125,8 +129,13 @@ pub(super) fn cancelled_in_postcopy(scene: &mut Scene<'_>) -> Result<()> {
 pub(super) fn killed_and_go_elsewhere(at: At, scene: &mut Scene<'_>) -> Result<()> {
     reach(at, scene)?;
     kill(&mut scene.there)?;
-    if at == At::Setup {
-        scene.ground.network.mend()?;
+    match at {
+        At::Setup => scene.ground.network.mend()?,
+        // A QEMU does not look at the connection while it waits for the operator.
+        At::PreSwitchover if scene.here.stop() != Stop::Reference => {
+            scene.here.monitor().execute("migrate-continue", json!({ "state": "pre-switchover" }))?;
+        }
+        _ => {}
     }
     scene.until_ended("failed")?;
     runs_on(scene)?;
