@@ -15,8 +15,8 @@ use crate::process::run;
 /// Byte of an image whose lock says that nobody else may write (seen in `/proc/locks` of QEMU 11.1).
 const WRITE_REFUSED: i64 = 201;
 
-/// Gives a process a file system in memory that holds little, or nothing. Who is in a network namespace of `ip netns exec` has
-/// mounts of its own, and what is mounted later elsewhere does not show there.
+/// Gives a process a file system in memory that holds little, or nothing. Who is in a network namespace of `ip netns
+/// exec` has mounts of its own, and what is mounted later elsewhere does not show there.
 fn mount(pid: u32, at: &Path, options: &str) -> Result<()> {
     fs::create_dir_all(at)?;
     let mut mount = Command::new("nsenter");
