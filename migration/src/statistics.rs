@@ -105,7 +105,7 @@ pub struct RamStatistics {
     pub pages_per_second: u64,
     /// Bytes sent while the guest ran.
     pub precopy_bytes: u64,
-    /// Bytes sent while it stood still.
+    /// Bytes sent while it was paused.
     pub downtime_bytes: u64,
     /// Bytes sent while it ran at the destination.
     pub postcopy_bytes: u64,
@@ -205,7 +205,7 @@ pub struct Statistics {
     pub downtime: Option<Duration>,
     /// What it consists of, so far.
     pub downtime_parts: DowntimeParts,
-    /// How long the guest would have stood still if stopped at the last reading of the dirty log.
+    /// How long the guest would have been paused if stopped at the last reading of the dirty log.
     pub expected_downtime: Duration,
     /// `CLOCK_MONOTONIC` when the last vCPU had stopped.
     pub stopped_at: Option<Duration>,
