@@ -8,6 +8,7 @@
 //!
 //! ```
 //! use qevm_savevm::vmstate::{self, Context, VmState};
+//! use qevm_wire::QemuVersion;
 //!
 //! /// The first fields of QEMU's `ioapic`.
 //! #[derive(VmState, Debug, PartialEq)]
@@ -17,7 +18,8 @@
 //!     ioregsel: u8,
 //! }
 //!
-//! let (version, saved) = vmstate::save(&mut Ioapic { id: 0, ioregsel: 0x10 }, &Context::default())?;
+//! let context = Context::new(QemuVersion::NEWEST, "microvm");
+//! let (version, saved) = vmstate::save(&mut Ioapic { id: 0, ioregsel: 0x10 }, &context)?;
 //! assert_eq!((version, saved), (3, vec![0, 0x10]));
 //! # Ok::<(), qevm_savevm::Error>(())
 //! ```
