@@ -455,7 +455,10 @@ impl Drop for Machine {
         self.devices.split.iter().for_each(|chips| chips.pit.end());
         self.devices.virtio.0.iter().flatten().for_each(|device| lock(device).end());
         self.vcpus.iter().for_each(Vcpu::kick);
-        for thread in self.threads.drain(..) {
+        // Whoever lets go of it last may be a vCPU itself, in a device that the embedder wrote: it does not wait for
+        // itself.
+        let own = std::thread::current().id();
+        for thread in self.threads.drain(..).filter(|thread| thread.thread().id() != own) {
             if thread.join().is_err() {
                 tracing::error!("a vCPU thread panicked");
             }
