@@ -225,6 +225,19 @@ impl io::Read for Reading<'_> {
 /// Most parts that one vectored call takes (`IOV_MAX` of Linux).
 pub(crate) const MAX_PARTS: usize = 1024;
 
+/// What is left of `parts` when their first `written` bytes have gone.
+pub(crate) fn use_up<'p, 's>(mut parts: &'p mut [Source<'s>], mut written: usize) -> &'p mut [Source<'s>] {
+    while written > 0 {
+        let step = written.min(parts[0].len());
+        parts[0] = parts[0].skip(step);
+        written -= step;
+        if parts[0].is_empty() {
+            parts = &mut parts[1..];
+        }
+    }
+    parts
+}
+
 /// Writes all of `parts`. They are used up as they go.
 pub(crate) fn write_all(channel: &dyn Channel, mut parts: &mut [Source<'_>]) -> io::Result<()> {
     while !parts.is_empty() {
@@ -235,16 +248,7 @@ pub(crate) fn write_all(channel: &dyn Channel, mut parts: &mut [Source<'_>]) -> 
         let upto = parts.len().min(MAX_PARTS);
         match channel.write(&parts[..upto]) {
             Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
-            Ok(mut written) => {
-                while written > 0 {
-                    let step = written.min(parts[0].len());
-                    parts[0] = parts[0].skip(step);
-                    written -= step;
-                    if parts[0].is_empty() {
-                        parts = &mut parts[1..];
-                    }
-                }
-            }
+            Ok(written) => parts = use_up(parts, written),
             Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
             Err(error) => return Err(error),
         }

@@ -7,7 +7,7 @@ use super::{
 use crate::PAGE_SIZE;
 use crate::{
     Channel, Guest, MigrationError, RamView,
-    channel::{MAX_PARTS, Source, write_all},
+    channel::{MAX_PARTS, Source, use_up, write_all},
     zero::is_zero,
 };
 use qevm_multifd::{ChannelEncoder, Compression, Compressor, Init, Pages, Runs, Uuid};
@@ -70,16 +70,9 @@ impl InPlace {
             }
             match channel.write_in_place(&parts[..parts.len().min(MAX_PARTS)]) {
                 Ok(0) => return Err(failed(io::ErrorKind::WriteZero.into())),
-                Ok(mut written) => {
+                Ok(written) => {
                     self.made += 1;
-                    while written > 0 {
-                        let step = written.min(parts[0].len());
-                        parts[0] = parts[0].skip(step);
-                        written -= step;
-                        if parts[0].is_empty() {
-                            parts = &mut parts[1..];
-                        }
-                    }
+                    parts = use_up(parts, written);
                 }
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(error) if error.raw_os_error() == Some(libc::ENOBUFS) => match self.made == self.done {
