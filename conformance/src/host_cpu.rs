@@ -88,7 +88,7 @@ mod tests {
     use super::*;
 
     /// A program that looks at its `-cpu`, aborts at those that match `pattern` as QEMU 10.0 does at `host` on an AMD
-    /// host, after the greeting, and otherwise ends well when it is told to quit.
+    /// host, after the greeting, and otherwise exits with 0 on `quit`.
     fn wrapper(pattern: &str) -> Command {
         let script = format!(
             r#"while [ "$1" != -cpu ]; do shift; done

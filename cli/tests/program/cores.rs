@@ -129,7 +129,7 @@ fn a_register_that_is_not_in_the_stream_is_named() {
             assert_eq!(ran.code, Some(2), "{name} without {field}: {}", ran.stdout);
             let named =
                 ran.stderr.contains(&format!("{field}'")) && ran.stderr.contains("section 'cpu', instance 0: no field");
-            // Without the fields by which Arm is told, nobody knows whose registers these are.
+            // These fields tell that it is an Arm: without them the registers could be any target's.
             assert!(named || ran.stderr.contains("no registers of a target"), "{name}: {}", ran.stderr);
         }
     }

@@ -1,4 +1,4 @@
-//! Certificates for both ends, and how each end is told of them.
+//! Certificates for both ends, and the options that name them.
 
 use std::path::Path;
 

@@ -1,4 +1,4 @@
-//! What commands have in common: which rows run, and how a report is told.
+//! What commands have in common: the choice of rows, and printing a report.
 
 use std::fs;
 use std::path::PathBuf;

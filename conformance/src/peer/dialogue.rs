@@ -225,7 +225,7 @@ fn story(monitor: &mut Qemu, scratch: &Path) -> Result<Story> {
     Ok(told)
 }
 
-/// What is told of dirty rates that were measured, and of limits during a migration under capability `dirty-limit`,
+/// What QMP reports of measured dirty rates, and of limits during a migration under capability `dirty-limit`,
 /// which is on.
 fn limited(monitor: &mut Qemu, scratch: &Path) -> Result<Story> {
     let mut told = Story::new();

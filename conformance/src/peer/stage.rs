@@ -1,4 +1,4 @@
-//! Where a journey is played, by whom, and what is told of it.
+//! Where a journey is played, by which monitors, and its report.
 
 use std::collections::BTreeMap;
 use std::fmt;

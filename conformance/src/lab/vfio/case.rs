@@ -75,7 +75,7 @@ pub(in crate::lab) struct Case {
     pub(in crate::lab) name: String,
     pub(super) path: Vec<Stop>,
     pub(super) devices: usize,
-    /// What `addr=` is told of each device, and where it then is on the bus; without it they are in order.
+    /// `addr=` of each device, and its place on the bus; without the option devices take slots in order.
     pub(super) addresses: &'static [(Option<u64>, u64)],
     pub(super) driver: &'static str,
     pub(super) flags: u64,
@@ -270,8 +270,8 @@ impl Case {
         Device { stop, uuid: Case::uuid(stop, number), driver: self.driver.into(), kind: kind.into(), settings }
     }
 
-    /// What a monitor is told of its guest: QEMU with one dash, reference-vmm with two. A guest that comes brings its
-    /// own kernel.
+    /// The monitor's options that describe the guest: QEMU's have one dash, reference-vmm's two. A guest that comes
+    /// brings its own kernel.
     pub(super) fn guest_arguments(&self, stop: usize) -> Vec<String> {
         let (dash, memory) = match self.path[stop] {
             Stop::Qemu(_) => ("-", "-m"),
