@@ -12,12 +12,17 @@ const WRITTEN: u64 = 16 * MIB;
 /// What a monitor may let go of besides.
 const SLACK: u64 = 8 * MIB;
 
-/// Bytes of memory that the host holds for a monitor.
+/// Bytes of memory that the host holds for a monitor, but for the programs that it has read so far: those grow with
+/// what it does for the first time.
 pub(super) fn resident(party: &mut Party) -> Result<u64> {
     let path = format!("/proc/{}/smaps_rollup", party.monitor().pid());
     let text = fs::read_to_string(&path).with_context(|| format!("reading {path}"))?;
-    let kib = text.lines().find_map(|line| line.strip_prefix("Rss:")?.trim().strip_suffix(" kB")?.parse::<u64>().ok());
-    Ok(kib.context("smaps_rollup has no Rss")? << 10)
+    let field = |name: &str| {
+        let kib =
+            text.lines().find_map(|line| line.strip_prefix(name)?.trim().strip_suffix(" kB")?.parse::<u64>().ok());
+        kib.with_context(|| format!("smaps_rollup has no {name}"))
+    };
+    Ok((field("Pss_Anon:")? + field("Pss_Shmem:")?) << 10)
 }
 
 /// That the source, which held `before` bytes when its guest began to leave before its memory, has given that back
