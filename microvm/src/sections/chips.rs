@@ -1,6 +1,6 @@
 //! The sections of everything that is not a vCPU.
 
-use super::msr;
+use super::{SectionKind, msr};
 use crate::state::{
     ClockState, FwCfgState, IoapicState, MachineState, PicState, PitChannelState, PitState, RtcState, SerialState,
 };
@@ -28,7 +28,7 @@ const PIT_IRQ_DISABLED: u32 = 1;
 /// The section as it came, to start from; else its default.
 macro_rules! base {
     ($state:ident, $variant:ident, $instance_id:expr) => {
-        match $state.carried.find(crate::sections::idstr::$variant, $instance_id) {
+        match $state.opaque.find(SectionKind::$variant.idstr(), $instance_id) {
             Some(DeviceState::$variant(base)) => base.clone(),
             _ => Default::default(),
         }

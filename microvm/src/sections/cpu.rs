@@ -78,7 +78,7 @@ pub(super) fn common(vcpu: &VcpuState, accel: Accel) -> DeviceState {
 }
 
 pub(super) fn save(vcpu: &VcpuState, state: &MachineState, instance_id: u32) -> Cpu {
-    let base = match state.carried.find(super::idstr::Cpu, instance_id) {
+    let base = match state.opaque.find(super::SectionKind::Cpu.idstr(), instance_id) {
         Some(DeviceState::Cpu(base)) => base.clone(),
         _ => at_reset(),
     };

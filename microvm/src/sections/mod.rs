@@ -7,14 +7,15 @@ mod apic;
 mod chips;
 mod cpu;
 mod fpu;
-#[allow(non_upper_case_globals)] // so that one name finds both
-mod idstr;
+mod kind;
 mod msr;
 mod pci;
 mod vfio;
 mod virtio;
 
 pub use vfio::idstr as vfio_idstr;
+
+use kind::SectionKind;
 
 use crate::{
     MACHINE_TYPE,
@@ -73,12 +74,16 @@ pub enum SectionError {
 
 /// Why a section may be missing.
 fn usual_cause(idstr: &str) -> &'static str {
-    match idstr {
-        "cpu" | "cpu_common" | "apic" => "does the source have as many vCPUs as this machine?",
-        pci::GPEX_ROOT | pci::HOST | pci::BUS => {
+    match SectionKind::of(idstr) {
+        Some(SectionKind::Cpu | SectionKind::CpuCommon | SectionKind::Apic) => {
+            "does the source have as many vCPUs as this machine?"
+        }
+        Some(SectionKind::GpexRoot | SectionKind::PciHost | SectionKind::PciBus) => {
             "start the source with -M microvm,pcie=on, or this machine without a PCI bus (--machine microvm,pcie=off)"
         }
-        "i8254" | "i8259" | "acpi-ged" => "start the source without pit=off, pic=off and acpi=off",
+        Some(SectionKind::I8254 | SectionKind::I8259 | SectionKind::AcpiGed) => {
+            "start the source without pit=off, pic=off and acpi=off"
+        }
         _ => "start the source with this machine's devices",
     }
 }
@@ -87,7 +92,7 @@ fn usual_cause(idstr: &str) -> &'static str {
 pub fn advice(idstr: &CountedString) -> &'static str {
     let idstr = idstr.as_str().unwrap_or_default();
     let pci_address = |name: &str| name.len() == 12 && name.as_bytes()[4] == b':' && name.as_bytes()[7] == b':';
-    if [pci::GPEX_ROOT, pci::HOST, pci::BUS].contains(&idstr) {
+    if let Some(SectionKind::GpexRoot | SectionKind::PciHost | SectionKind::PciBus) = SectionKind::of(idstr) {
         return "the source has a PCI bus; start this machine with one (--machine microvm,pcie=on) or the source without (-M microvm,pcie=off)";
     }
     match idstr.split_once('/').map_or(idstr, |(path, _)| path) {
@@ -122,44 +127,48 @@ pub fn save(state: &MachineState, profile: &Profile, running: bool) -> Result<Sa
     let accel = if profile.kvmclock { Accel::Kvm } else { Accel::Tcg };
     let ctx = Context::from_profile(profile.clone()).with_accel(accel);
     let mut devices: Vec<(&str, u32, DeviceState)> = Vec::new();
-    let apics = || (0..).zip(&state.vcpus).map(|(i, vcpu)| ("apic", i, apic::save(vcpu, state.virtual_clock, accel)));
+    let apics = || {
+        (0..)
+            .zip(&state.vcpus)
+            .map(|(i, vcpu)| (SectionKind::Apic.idstr(), i, apic::save(vcpu, state.virtual_clock, accel)))
+    };
     if profile.apic_first {
         devices.extend(apics());
     }
-    devices.push(("timer", 0, chips::timer(state, accel)));
-    devices.push(("fw_cfg", 0, chips::fw_cfg(state)));
-    let mut apics_behind = if profile.apic_first { Vec::new() } else { apics().collect() }.into_iter();
+    devices.push((SectionKind::Timer.idstr(), 0, chips::timer(state, accel)));
+    devices.push((SectionKind::FwCfg.idstr(), 0, chips::fw_cfg(state)));
+    let mut later_apics = if profile.apic_first { Vec::new() } else { apics().collect() }.into_iter();
     for (i, vcpu) in (0..).zip(&state.vcpus) {
-        devices.push(("cpu_common", i, cpu::common(vcpu, accel)));
-        devices.push(("cpu", i, DeviceState::Cpu(cpu::save(vcpu, state, i))));
+        devices.push((SectionKind::CpuCommon.idstr(), i, cpu::common(vcpu, accel)));
+        devices.push((SectionKind::Cpu.idstr(), i, DeviceState::Cpu(cpu::save(vcpu, state, i))));
         if i == 0 {
-            devices.push(("kvm-tpr-opt", 0, chips::kvm_tpr_opt(state)));
+            devices.push((SectionKind::KvmTprOpt.idstr(), 0, chips::kvm_tpr_opt(state)));
         }
-        devices.extend(apics_behind.next());
+        devices.extend(later_apics.next());
     }
-    devices.push(("ioapic", 0, chips::ioapic(&state.ioapic)));
+    devices.push((SectionKind::IoApic.idstr(), 0, chips::ioapic(&state.ioapic)));
     if profile.microvm_second_ioapic {
-        devices.push(("ioapic", 1, chips::ioapic(&state.ioapic2)));
+        devices.push((SectionKind::IoApic.idstr(), 1, chips::ioapic(&state.ioapic2)));
     }
     if profile.kvmclock {
-        devices.push(("kvmclock", 0, chips::kvmclock(state)));
+        devices.push((SectionKind::KvmClock.idstr(), 0, chips::kvmclock(state)));
     }
-    devices.push(("acpi-ged", 0, chips::ged(state)));
+    devices.push((SectionKind::AcpiGed.idstr(), 0, chips::ged(state)));
     if let Some(bus) = &state.pci {
-        devices.extend(pci::save(bus).map(|(idstr, device)| (idstr, 0, device)));
+        devices.extend(pci::save(bus).map(|(kind, device)| (kind.idstr(), 0, device)));
     }
     for i in 0..state.pics.len() as u32 {
-        devices.push(("i8259", i, chips::pic(state, i)));
+        devices.push((SectionKind::I8259.idstr(), i, chips::pic(state, i)));
     }
-    devices.push(("i8254", 0, chips::pit(state)));
+    devices.push((SectionKind::I8254.idstr(), 0, chips::pit(state)));
     if let Some(rtc) = &state.rtc {
-        devices.push(("mc146818rtc", 0, chips::rtc(rtc, state)));
+        devices.push((SectionKind::Mc146818Rtc.idstr(), 0, chips::rtc(rtc, state)));
     }
-    devices.push(("serial", 0, chips::serial(&state.serial)));
+    devices.push((SectionKind::Serial.idstr(), 0, chips::serial(&state.serial)));
     let places: Vec<String> = state.virtio.iter().enumerate().map(|(i, device)| device.idstr(i)).collect();
     let models = state.virtio_states.iter().map(Option::as_ref).chain(std::iter::repeat(None));
     for ((idstr, device), model) in places.iter().zip(&state.virtio).zip(models) {
-        let kept = state.carried.find(idstr, 0);
+        let kept = state.opaque.find(idstr, 0);
         if let Some(model) = model {
             let section = virtio::save(*device, model, kept, profile.qemu)
                 .map_err(|reason| SectionError::Unsendable { idstr: idstr.clone(), reason })?;
@@ -172,12 +181,15 @@ pub fn save(state: &MachineState, profile: &Profile, running: bool) -> Result<Sa
         })?;
         devices.push((idstr, 0, kept.clone()));
     }
-    let runstate = GlobalState::new(if running { RUNNING } else { PAUSED }, &ctx).ok_or_else(|| {
-        SectionError::Unsendable { idstr: "globalstate".into(), reason: "its run state's name".into() }
-    })?;
-    devices.push(("globalstate", 0, DeviceState::GlobalState(runstate)));
-    if accel == Accel::Tcg && state.carried.is_current() && state.carried.find("kvmclock", 0).is_none() {
-        as_they_came(&mut devices, state);
+    let runstate =
+        GlobalState::new(if running { RUNNING } else { PAUSED }, &ctx).ok_or_else(|| SectionError::Unsendable {
+            idstr: SectionKind::GlobalState.idstr().into(),
+            reason: "its run state's name".into(),
+        })?;
+    devices.push((SectionKind::GlobalState.idstr(), 0, DeviceState::GlobalState(runstate)));
+    if accel == Accel::Tcg && state.opaque.is_current() && state.opaque.find(SectionKind::KvmClock.idstr(), 0).is_none()
+    {
+        restore_verbatim(&mut devices, state);
     }
     let mut configurations = Vec::new();
     for function in state.pci.iter().flat_map(|bus| &bus.functions) {
@@ -191,9 +203,11 @@ pub fn save(state: &MachineState, profile: &Profile, running: bool) -> Result<Sa
 
 /// A guest of TCG's that has not run here goes back to TCG with what KVM cannot hold: requests that only TCG has, a TSC
 /// that KVM counts on, reserved bits that it clears. What its run state was is decided here, though.
-fn as_they_came(devices: &mut [(&str, u32, DeviceState)], state: &MachineState) {
-    for (idstr, instance_id, device) in devices.iter_mut().filter(|(idstr, ..)| *idstr != "globalstate") {
-        if let Some(kept) = state.carried.find(idstr, *instance_id) {
+fn restore_verbatim(devices: &mut [(&str, u32, DeviceState)], state: &MachineState) {
+    for (idstr, instance_id, device) in
+        devices.iter_mut().filter(|(idstr, ..)| *idstr != SectionKind::GlobalState.idstr())
+    {
+        if let Some(kept) = state.opaque.find(idstr, *instance_id) {
             *device = kept.clone();
         }
     }
@@ -208,7 +222,9 @@ fn write(
     let mut described = Vec::new();
     let mut configurations = configurations.into_iter();
     for (idstr, instance_id, mut device) in devices {
-        for (idstr, body) in configurations.by_ref().take(if idstr == "globalstate" { usize::MAX } else { 0 }) {
+        for (idstr, body) in
+            configurations.by_ref().take(if idstr == SectionKind::GlobalState.idstr() { usize::MAX } else { 0 })
+        {
             let named = CountedString::new(idstr.as_str())
                 .ok_or_else(|| SectionError::Unsendable { idstr, reason: "its name".into() })?;
             let section = DeviceSection { idstr: named, instance_id: 0, version_id: vfio::VERSION, body };
@@ -249,14 +265,24 @@ pub fn has_device(
     pci: Option<&[usize]>,
     virtio: &[VirtioDevice],
 ) -> bool {
-    let instances = match idstr.as_str() {
-        Some("apic" | "cpu" | "cpu_common") => cpus as u32,
-        Some("ioapic" | "i8259") => 2,
-        Some("timer" | "fw_cfg" | "kvm-tpr-opt" | "kvmclock" | "acpi-ged" | "i8254" | "serial" | "globalstate") => 1,
-        Some("mc146818rtc") => u32::from(rtc),
-        Some(pci::GPEX_ROOT | pci::HOST | pci::BUS) => u32::from(pci.is_some()),
-        Some(name) if pci.into_iter().flatten().any(|number| vfio::idstr(*number) == name) => 1,
-        _ => u32::from(is_section_of(virtio, idstr)),
+    let name = idstr.as_str().unwrap_or_default();
+    let instances = match SectionKind::of(name) {
+        Some(SectionKind::Apic | SectionKind::Cpu | SectionKind::CpuCommon) => cpus as u32,
+        Some(SectionKind::IoApic | SectionKind::I8259) => 2,
+        Some(SectionKind::Mc146818Rtc) => u32::from(rtc),
+        Some(SectionKind::GpexRoot | SectionKind::PciHost | SectionKind::PciBus) => u32::from(pci.is_some()),
+        Some(
+            SectionKind::AcpiGed
+            | SectionKind::FwCfg
+            | SectionKind::GlobalState
+            | SectionKind::I8254
+            | SectionKind::KvmClock
+            | SectionKind::KvmTprOpt
+            | SectionKind::Serial
+            | SectionKind::Timer,
+        ) => 1,
+        None if pci.into_iter().flatten().any(|number| vfio::idstr(*number) == name) => 1,
+        None => u32::from(is_section_of(virtio, idstr)),
     };
     instance_id < instances
 }
@@ -268,9 +294,9 @@ pub fn has_device(
 pub fn load(sections: &[DeviceSection], profile: &Profile, state: &mut MachineState) -> Result<bool, SectionError> {
     let ctx = Context::from_profile(profile.clone()).with_accel(Accel::Kvm);
     let mut running = true;
-    state.carried.clear();
+    state.opaque.clear();
     // The virtual clock first: other devices' times count from it.
-    let timers_first = |section: &&DeviceSection| section.idstr != *"timer";
+    let timers_first = |section: &&DeviceSection| section.idstr != *SectionKind::Timer.idstr();
     let mut ordered: Vec<_> = sections.iter().collect();
     ordered.sort_by_key(timers_first);
     for section in ordered {
@@ -329,9 +355,9 @@ pub fn load(sections: &[DeviceSection], profile: &Profile, state: &mut MachineSt
             }
             _ => return Err(refused(NO_DEVICE.into())),
         }
-        state.carried.keep(idstr.as_str().unwrap_or_default(), *instance_id, loaded);
+        state.opaque.keep(idstr.as_str().unwrap_or_default(), *instance_id, loaded);
     }
-    if state.carried.find("kvmclock", 0).is_none() {
+    if state.opaque.find(SectionKind::KvmClock.idstr(), 0).is_none() {
         from_tcg(state);
     }
     match missing(sections, state) {
@@ -352,21 +378,21 @@ fn function_of<'s>(idstr: &CountedString, state: &'s mut MachineState) -> Option
 fn missing(sections: &[DeviceSection], state: &MachineState) -> Option<(String, u32)> {
     let vcpus = state.vcpus.len() as u32;
     let counts = [
-        ("cpu", vcpus),
-        ("cpu_common", vcpus),
-        ("apic", vcpus),
-        ("timer", 1),
-        ("fw_cfg", 1),
-        ("ioapic", 1),
-        ("acpi-ged", 1),
-        (pci::GPEX_ROOT, state.pci.is_some().into()),
-        (pci::HOST, state.pci.is_some().into()),
-        (pci::BUS, state.pci.is_some().into()),
-        ("i8259", state.pics.len() as u32),
-        ("i8254", 1),
-        ("globalstate", 1),
+        (SectionKind::Cpu, vcpus),
+        (SectionKind::CpuCommon, vcpus),
+        (SectionKind::Apic, vcpus),
+        (SectionKind::Timer, 1),
+        (SectionKind::FwCfg, 1),
+        (SectionKind::IoApic, 1),
+        (SectionKind::AcpiGed, 1),
+        (SectionKind::GpexRoot, state.pci.is_some().into()),
+        (SectionKind::PciHost, state.pci.is_some().into()),
+        (SectionKind::PciBus, state.pci.is_some().into()),
+        (SectionKind::I8259, state.pics.len() as u32),
+        (SectionKind::I8254, 1),
+        (SectionKind::GlobalState, 1),
     ];
-    let chips = counts.into_iter().flat_map(|(idstr, count)| (0..count).map(move |i| (idstr.to_owned(), i)));
+    let chips = counts.into_iter().flat_map(|(kind, count)| (0..count).map(move |i| (kind.idstr().to_owned(), i)));
     let virtio = state.virtio.iter().enumerate().map(|(i, device)| (device.idstr(i), 0));
     let functions = state.pci.iter().flat_map(|bus| &bus.functions);
     let vfio = functions.map(|function| (vfio::idstr(function.slot), 0));
@@ -378,18 +404,18 @@ fn missing(sections: &[DeviceSection], state: &MachineState) -> Option<(String, 
 /// A source under TCG has the TSC and sleeping vCPUs in other places: it counts ticks in `timer`, and knows by flags
 /// that a vCPU is halted or waits for its start.
 fn from_tcg(state: &mut MachineState) {
-    let MachineState { vcpus, carried, .. } = state;
-    let ticks = match carried.find(idstr::Timer, 0) {
+    let MachineState { vcpus, opaque, .. } = state;
+    let ticks = match opaque.find(SectionKind::Timer.idstr(), 0) {
         Some(DeviceState::Timer(timer)) => timer.cpu_ticks_offset as u64,
         _ => 0,
     };
     for (instance_id, vcpu) in (0..).zip(vcpus) {
         msr::set_tsc(&mut vcpu.msrs, ticks);
-        let halted = match carried.find("cpu_common", instance_id) {
+        let halted = match opaque.find(SectionKind::CpuCommon.idstr(), instance_id) {
             Some(DeviceState::CpuCommon(common)) => common.halted != 0,
             _ => false,
         };
-        let waits = match carried.find("apic", instance_id) {
+        let waits = match opaque.find(SectionKind::Apic.idstr(), instance_id) {
             Some(DeviceState::Apic(apic)) => apic.sipi.as_ref().is_some_and(|sipi| sipi.wait_for_sipi != 0),
             _ => false,
         };

@@ -1,5 +1,6 @@
 //! The sections of the PCI bus.
 
+use super::SectionKind;
 use crate::state::{PciFunctionState, PciState};
 use qevm_devices::{
     DeviceState,
@@ -8,22 +9,15 @@ use qevm_devices::{
 };
 use qevm_savevm::vmstate::Buffer;
 
-/// The host bridge.
-pub(super) const GPEX_ROOT: &str = "0000:00:00.0/gpex_root";
-/// The host.
-pub(super) const HOST: &str = "PCIHost";
-/// The bus.
-pub(super) const BUS: &str = "PCIBUS";
-
 /// In QEMU's order.
-pub(super) fn save(state: &PciState) -> [(&'static str, DeviceState); 3] {
+pub(super) fn save(state: &PciState) -> [(SectionKind, DeviceState); 3] {
     let PciFunctionState { config, levels, .. } = &state.bridge;
     let config = config.first_chunk().map(|config| Buffer(*config));
     let pci = PciDevice { config, irq_state: PciIrqState(levels.map(u32::from)), ..PciDevice::default() };
     [
-        (GPEX_ROOT, DeviceState::GpexRoot(GpexRoot { pci })),
-        (HOST, DeviceState::PciHost(PciHost { config_reg: state.config_reg })),
-        (BUS, DeviceState::PciBus(PciBus { irq_count: state.counts, ..PciBus::default() })),
+        (SectionKind::GpexRoot, DeviceState::GpexRoot(GpexRoot { pci })),
+        (SectionKind::PciHost, DeviceState::PciHost(PciHost { config_reg: state.config_reg })),
+        (SectionKind::PciBus, DeviceState::PciBus(PciBus { irq_count: state.counts, ..PciBus::default() })),
     ]
 }
 

@@ -3,18 +3,18 @@
 //! A monitor converts it from and to what its accelerator hands out; what goes on the wire is made from these values.
 //! RAM is not part of it.
 
-mod carried;
 mod devices;
+mod opaque;
 mod pci;
 mod vcpu;
 mod virtio;
 
 use crate::virtio::VirtioDevice;
 
-pub use carried::Carried;
 pub use devices::{
     ClockState, FwCfgState, GedState, IoapicState, PicState, PitChannelState, PitState, RtcState, SerialState,
 };
+pub use opaque::OpaqueState;
 pub use pci::{PciFunctionState, PciState};
 pub use vcpu::{DebugRegisters, DescriptorTable, Events, Msr, Registers, Segment, SpecialRegisters, VcpuState};
 pub use virtio::{
@@ -52,8 +52,8 @@ pub struct MachineState {
     pub pci: Option<PciState>,
     /// The virtio devices, in the order of the command line.
     pub virtio: Vec<VirtioDevice>,
-    /// Their states, in the same order; `None` where the device has no model and its state is carried.
+    /// Their states, in the same order; `None` where the device has no model and its state is opaque.
     pub virtio_states: Vec<Option<VirtioState>>,
     /// What the machine was loaded from and does not use itself.
-    pub carried: Carried,
+    pub opaque: OpaqueState,
 }

@@ -63,7 +63,7 @@ pub use config::MachineConfig;
 use dirty_limit::DirtyLimit;
 pub use dirty_limit::VcpuDirtyLimit;
 use kvm_state::FrozenClocks;
-use qevm_microvm::state::{Carried, MachineState};
+use qevm_microvm::state::{MachineState, OpaqueState};
 use qevm_microvm::virtio::{TRANSPORTS, VirtioDevice, transport_of};
 pub(crate) use routes::Routes;
 use run_control::RunControl;
@@ -106,7 +106,7 @@ pub struct Machine {
     kernel: Option<Kernel>,
     /// RAM was written to before the guest has run.
     has_kernel: bool,
-    carried: Mutex<Carried>,
+    opaque: Mutex<OpaqueState>,
     dirty_log: Arc<DirtyLog>,
     _reaper: Reaper,
     saved_msrs: Vec<u32>,
@@ -245,7 +245,7 @@ impl Machine {
             has_kernel: config.kernel.is_some() && !config.incoming,
             bios: config.bios,
             kernel: config.kernel,
-            carried: Mutex::default(),
+            opaque: Mutex::default(),
             _reaper: Reaper::start(&dirty_log)?,
             dirty_log,
             saved_msrs: kvm_state::saved_msrs(&kvm_fd)?,
@@ -350,7 +350,7 @@ impl Machine {
             self.activate()?;
             self.devices.virtio.each(Transport::resume)?;
         }
-        lock(&self.carried).outdate();
+        lock(&self.opaque).mark_stale();
         tell();
         self.vfio.resume()?;
         if self.control.all_parked() {

@@ -13,7 +13,7 @@ use super::{Machine, vcpu::Vcpu};
 use crate::devices::Rtc;
 use crate::error::{Error, Result};
 use crate::lock::lock;
-use qevm_microvm::state::{Carried, ClockState, GedState, MachineState, Msr, PitState};
+use qevm_microvm::state::{ClockState, GedState, MachineState, Msr, OpaqueState, PitState};
 
 /// The paravirtual clock, the PIT and the TSCs, which KVM lets run on while the vCPUs are paused. As with a QEMU clock
 /// and PIT stop for the guest: they are read when it stops, and set when it goes on. Only a migration that stops a
@@ -111,7 +111,7 @@ pub(super) fn save(machine: &Machine) -> Result<MachineState> {
         pci: machine.devices.pci.as_ref().map(|bus| lock(bus).save()),
         virtio: machine.virtio.clone(),
         virtio_states: machine.devices.virtio.0.iter().map(|d| d.as_ref().map(|d| lock(d).save())).collect(),
-        carried: lock(&machine.carried).clone(),
+        opaque: lock(&machine.opaque).clone(),
     })
 }
 
@@ -153,7 +153,7 @@ pub(super) fn load(machine: &Machine, state: &MachineState) -> Result<()> {
     }
     lock(&machine.devices.fw_cfg).load(&state.fw_cfg);
     lock(&machine.devices.ged).selector = state.ged.sel;
-    *lock(&machine.carried) = state.carried.clone();
+    *lock(&machine.opaque) = state.opaque.clone();
     Ok(())
 }
 
@@ -182,7 +182,7 @@ pub(super) fn reset(machine: &Machine, fresh: &MachineState) -> Result<()> {
         virtual_clock,
         rtc: None,
         virtio_states,
-        carried: Carried::default(),
+        opaque: OpaqueState::default(),
         ..fresh.clone()
     };
     load(machine, &state)

@@ -9,14 +9,14 @@ use qevm_devices::DeviceState;
 /// Whatever they hold that the machine does not model goes back as it came: the sizes of ACPI tables, machine check
 /// banks, the TPR optimisation, and so on. What the machine does model is taken from the machine.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Carried {
+pub struct OpaqueState {
     sections: BTreeMap<(String, u32), DeviceState>,
     /// The guest has run here since.
-    outdated: bool,
+    stale: bool,
 }
 
-impl Carried {
-    /// The section, if it came.
+impl OpaqueState {
+    /// The section, if the source sent it.
     pub fn find(&self, idstr: &str, instance_id: u32) -> Option<&DeviceState> {
         // A lookup by a borrowed pair needs an owned key; there are two dozen sections at most.
         self.sections.get(&(idstr.to_owned(), instance_id))
@@ -29,16 +29,16 @@ impl Carried {
 
     /// Forgets all.
     pub fn clear(&mut self) {
-        *self = Carried::default();
+        *self = OpaqueState::default();
     }
 
     /// The guest runs: what the machine models is only in the machine from now on.
-    pub fn outdate(&mut self) {
-        self.outdated = true;
+    pub fn mark_stale(&mut self) {
+        self.stale = true;
     }
 
     /// Whether the guest has not run since it came.
     pub fn is_current(&self) -> bool {
-        !self.sections.is_empty() && !self.outdated
+        !self.sections.is_empty() && !self.stale
     }
 }
