@@ -178,7 +178,7 @@ impl RingLog {
         let State { rings, found, .. } = state;
         let mut harvested = 0;
         for (_, ring) in rings.iter_mut().enumerate().filter(|(vcpu, _)| only.is_none_or(|only| only == *vcpu)) {
-            harvested += ring.harvest(|written| match (self.place(written), &mut *found) {
+            harvested += ring.harvest(|written| match (self.slot_to_block(written), &mut *found) {
                 (Some((block, page)), Some(found)) => {
                     found.add(block, page & !(PAGES_PER_WORD - 1), &[1 << (page % PAGES_PER_WORD)]);
                 }
@@ -190,7 +190,7 @@ impl RingLog {
     }
 
     /// Block and page, if there is such a page.
-    fn place(&self, Written { slot, page }: Written) -> Option<(usize, u64)> {
+    fn slot_to_block(&self, Written { slot, page }: Written) -> Option<(usize, u64)> {
         let mapping = self.memory.mappings().get(slot as usize)?;
         (page < mapping.len / PAGE_SIZE).then(|| (mapping.block, mapping.offset / PAGE_SIZE + page))
     }

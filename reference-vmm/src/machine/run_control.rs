@@ -160,13 +160,13 @@ impl RunControl {
 
     /// Called by a vCPU thread: waits that long, or until it may not run any more, or `enough` says so after a
     /// [`wake`](RunControl::wake).
-    pub(crate) fn nap(&self, time: Duration, enough: impl Fn() -> bool) {
-        let sleepy = |inner: &mut Inner| inner.phase == Phase::Run && !enough();
-        let nap = self.changed.wait_timeout_while(lock(&self.inner), time, sleepy);
-        drop(nap.unwrap_or_else(|poison| poison.into_inner()));
+    pub(crate) fn wait_while_running(&self, time: Duration, enough: impl Fn() -> bool) {
+        let still = |inner: &mut Inner| inner.phase == Phase::Run && !enough();
+        let waited = self.changed.wait_timeout_while(lock(&self.inner), time, still);
+        drop(waited.unwrap_or_else(|poison| poison.into_inner()));
     }
 
-    /// Makes those who [nap](RunControl::nap) ask whether it was enough.
+    /// Makes those who [wait](RunControl::wait_while_running) ask whether it was enough.
     pub(crate) fn wake(&self) {
         let _inner = lock(&self.inner);
         self.changed.notify_all();
@@ -210,13 +210,13 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_nap_ends_when_the_machine_is_paused() {
+    fn waiting_ends_when_the_machine_is_paused() {
         let control = RunControl::new(1);
         std::thread::scope(|scope| {
             let vcpu = scope.spawn(|| {
                 control.park();
                 // Far longer than any test may take.
-                control.nap(Duration::from_secs(1 << 30), || false);
+                control.wait_while_running(Duration::from_secs(1 << 30), || false);
                 assert!(!control.park(), "it was told to end");
                 control.gone();
             });

@@ -55,7 +55,7 @@ impl Throttle {
             let (gate, setting, vcpus) = (self.gate.clone(), self.setting.clone(), vcpus.clone());
             let handle = std::thread::Builder::new()
                 .name("throttle".into())
-                .spawn(move || setting.pull(&gate, &vcpus))
+                .spawn(move || setting.run(&gate, &vcpus))
                 .map_err(|cause| Error::Host { what: "start the thread that slows vCPUs down", cause })?;
             *thread = Some(handle);
         }
@@ -80,7 +80,8 @@ impl Throttle {
 }
 
 impl Setting {
-    fn pull(&self, gate: &ThrottleGate, vcpus: &[Vcpu]) {
+    /// Pauses the vCPUs once a period, until it is told to end.
+    fn run(&self, gate: &ThrottleGate, vcpus: &[Vcpu]) {
         let mut state = lock(&self.state);
         while !state.end {
             let wait = |state, time| match time {

@@ -166,11 +166,11 @@ impl Vcpu {
                 break;
             }
             if let Some(pause) = gate.due(&mut paused) {
-                control.nap(pause, || gate.released());
+                control.wait_while_running(pause, || gate.released());
                 continue;
             }
             if let Some(pause) = pauses.due(self.index) {
-                control.nap(pause.left, || pauses.has_changed(self.index, pause));
+                control.wait_while_running(pause.left, || pauses.has_changed(self.index, pause));
                 // What it wrote between the decision and the pause is paid for as well.
                 around.dirty_limit.look(self.index);
                 continue;

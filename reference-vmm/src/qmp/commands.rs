@@ -1,10 +1,9 @@
 //! The commands.
 
 use super::{
+    address::parse_channel_address,
     arguments::{Arguments, empty, finish},
-    descriptors, dirty_rate, human, objects, parameters,
-    place::place,
-    power,
+    descriptors, dirty_rate, human, objects, parameters, power,
     protocol::{Failure, Request},
     queries, statistics,
 };
@@ -98,7 +97,7 @@ pub fn check_arguments(request: &Request) -> Result<(), Failure> {
     let (name, mut arguments) = (request.execute.as_str(), Arguments::new(request.arguments.clone()));
     let refuse = |error: &dyn std::fmt::Display| Failure::generic(error.to_string());
     match name {
-        "migrate" | "migrate-incoming" => drop(place(&mut arguments)?.resolve()?),
+        "migrate" | "migrate-incoming" => drop(parse_channel_address(&mut arguments)?.resolve()?),
         "migrate-set-parameters" => {
             drop(parameters::with(&Parameters::default(), &arguments.drain()).map_err(|e| refuse(&e))?)
         }
@@ -158,7 +157,7 @@ fn query_commands(_: &Arc<Vmm>, arguments: &mut Arguments) -> Result<Value, Fail
 }
 
 fn migrate(vmm: &Arc<Vmm>, arguments: &mut Arguments) -> Result<Value, Failure> {
-    let address = place(arguments)?;
+    let address = parse_channel_address(arguments)?;
     // QEMU ignored `detach` as long as it had it, which was up to 10.x.
     arguments.flag("detach")?;
     let resume = arguments.flag("resume")?;
@@ -175,7 +174,7 @@ fn migrate(vmm: &Arc<Vmm>, arguments: &mut Arguments) -> Result<Value, Failure> 
 }
 
 fn migrate_incoming(vmm: &Arc<Vmm>, arguments: &mut Arguments) -> Result<Value, Failure> {
-    let address = place(arguments)?;
+    let address = parse_channel_address(arguments)?;
     let exit_on_error = arguments.optional_flag("exit-on-error")?.unwrap_or(true);
     finish(arguments)?;
     vmm.listen(&address.resolve()?, exit_on_error).map_err(|error| Failure::generic(error.to_string()))?;

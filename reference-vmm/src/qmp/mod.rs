@@ -4,6 +4,7 @@
 //! `arguments` reads what a command was given, `commands` are the commands.
 //! [`Client`] is the other end.
 
+mod address;
 mod arguments;
 mod client;
 mod commands;
@@ -12,16 +13,15 @@ mod dirty_rate;
 mod human;
 mod objects;
 mod parameters;
-mod place;
 mod power;
 mod protocol;
 mod queries;
 mod server;
 mod statistics;
 
+pub use address::channel;
 pub use client::{Client, ClientError};
 pub use commands::check_arguments;
-pub use place::channel;
 pub use protocol::{Failure, Request, Requests, reply};
 pub use server::Server;
 pub(crate) use statistics::outgoing;

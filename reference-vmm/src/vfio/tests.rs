@@ -48,7 +48,7 @@ fn send(device: &Migration) -> Result<Vec<u8>, VfioError> {
 }
 
 /// As a source does whose migration has failed, or whose guest went on.
-fn go_on(device: &Migration) -> Result<(), VfioError> {
+fn advance(device: &Migration) -> Result<(), VfioError> {
     device.resume()?;
     device.run()?;
     device.end();
@@ -133,7 +133,7 @@ fn a_source_whose_device_fails_on_the_way_works_on() {
             let text = error.to_string();
             assert!(matches!(&error.failure, Failure::Arc { errno: Errno::BUSY, .. }), "{text}");
             assert!(text.contains("'vf0'") && text.contains(&to.to_string()) && text.contains("os error 16"), "{text}");
-            go_on(&device).unwrap_or_else(|error| panic!("{from} → {to}: {error}"));
+            advance(&device).unwrap_or_else(|error| panic!("{from} → {to}: {error}"));
             assert_eq!(device.state(), Running, "{from} → {to}");
             assert_eq!(DeviceState::from_raw(double.state().unwrap()), Some(Running));
             assert_eq!(double.resets(), u64::from(into_error), "{from} → {to}");
@@ -149,18 +149,18 @@ fn a_source_whose_device_does_not_go_on_resets_it_and_at_last_gives_up() {
         let (double, device) = device(SHAPE);
         double.fail(Fault::Arc(from, to), Errno::IO, 1);
         send(&device).unwrap();
-        go_on(&device).unwrap();
+        advance(&device).unwrap();
         assert_eq!((device.state(), double.resets()), (Running, 0), "{from} → {to}");
         // Not the second time either.
         double.fail(Fault::Arc(from, to), Errno::IO, 9);
         send(&device).unwrap();
-        go_on(&device).unwrap();
+        advance(&device).unwrap();
         assert_eq!((device.state(), double.resets()), (Running, 1), "{from} → {to}");
         let (double, device) = self::device(SHAPE);
         double.fail(Fault::ArcIntoError(from, to), Errno::IO, 1);
         double.fail(Fault::Reset, Errno::NOTTY, 9);
         send(&device).unwrap();
-        let error = go_on(&device).unwrap_err();
+        let error = advance(&device).unwrap_err();
         assert!(matches!(&error.failure, Failure::Lost { errno: Errno::NOTTY, .. }), "{error}");
         assert!(error.to_string().contains("stays paused"), "{error}");
         assert_eq!(device.state(), Error);
@@ -175,7 +175,7 @@ fn a_device_that_is_lost_tells_what_broke_it() {
     send(&device).unwrap_err();
     // Another try is no better, and no other reason.
     for _ in 0..2 {
-        let error = go_on(&device).unwrap_err();
+        let error = advance(&device).unwrap_err();
         let Failure::Lost { cause, errno: Errno::NOTTY } = error.failure else { panic!("{error}") };
         let expected = Failure::Arc { from: PreCopyP2p, to: StopCopy, left: Error, errno: Errno::IO };
         assert_eq!(*cause, expected);
@@ -207,7 +207,7 @@ fn a_failed_read_or_question_is_told_and_leaves_the_device_at_work() {
         double.fail(fault, Errno::IO, 1);
         let text = send(&device).unwrap_err().to_string();
         assert!(text.contains("'vf0'") && text.contains(expected) && text.contains("os error 5"), "{text}");
-        go_on(&device).unwrap();
+        advance(&device).unwrap();
         assert_eq!((device.state(), double.resets()), (Running, 0));
     }
     // A driver that does not know the question has a size all the same.
@@ -219,7 +219,7 @@ fn a_failed_read_or_question_is_told_and_leaves_the_device_at_work() {
     double.fail(Fault::Read(StopCopy), Errno::NOMSG, 1);
     assert!(matches!(send(&device).unwrap_err().failure, Failure::Read { errno: Errno::NOMSG, .. }));
     double.fail(Fault::Read(StopCopy), Errno::INTR, 3);
-    go_on(&device).unwrap();
+    advance(&device).unwrap();
     assert_eq!(send(&device).unwrap().len(), 15_000);
 }
 
@@ -302,7 +302,7 @@ fn what_a_driver_cannot_mean_is_an_error() {
         let (_, device) = device(Shape { garbage: Some(garbage), ..SHAPE });
         let text = send(&device).unwrap_err().to_string();
         assert!(text.contains("'vf0'") && text.contains(expected), "{text}");
-        go_on(&device).unwrap();
+        advance(&device).unwrap();
         assert_eq!(device.state(), Running);
     }
     let unknown = Double::new("vf0", Shape { garbage: Some(Garbage::UnknownState), ..SHAPE });
@@ -322,7 +322,7 @@ fn reads_that_never_end_take_no_more_than_was_asked_for() {
         device.read(&mut piece, CHUNK).unwrap();
         assert_eq!(piece.len(), CHUNK);
     }
-    go_on(&device).unwrap();
+    advance(&device).unwrap();
     assert_eq!(device.state(), Running);
 }
 
@@ -362,7 +362,7 @@ fn whoever_watches_is_told_of_each_state() {
     device.watch(Box::new(move |state| sees.lock().unwrap().push(state.as_str())));
     double.fail(Fault::ArcIntoError(PreCopyP2p, StopCopy), Errno::IO, 1);
     send(&device).unwrap_err();
-    go_on(&device).unwrap();
+    advance(&device).unwrap();
     assert_eq!(*seen.lock().unwrap(), ["pre-copy", "pre-copy-p2p", "error", "running"]);
     // At a destination, as seen of QEMU 11.1.
     let (_, from) = self::device(SHAPE);

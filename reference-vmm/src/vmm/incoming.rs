@@ -10,8 +10,8 @@ use std::{
     thread,
 };
 
-/// Where a guest comes from.
-enum Entrance {
+/// Where an incoming migration comes from.
+enum IncomingEndpoint {
     Socket(Listener),
     Open(Box<Incoming>),
 }
@@ -32,10 +32,10 @@ impl Vmm {
         self.secure(&self.outgoing, Endpoint::Server)?;
         check_transport(address, &self.outgoing)?;
         self.check_devices()?;
-        let entrance = if address.is_socket() {
-            Entrance::Socket(Listener::bind(address)?)
+        let endpoint = if address.is_socket() {
+            IncomingEndpoint::Socket(Listener::bind(address)?)
         } else {
-            Entrance::Open(Box::new(Incoming::open(address, self.outgoing(), &mut *self.descriptors())?))
+            IncomingEndpoint::Open(Box::new(Incoming::open(address, self.outgoing(), &mut *self.descriptors())?))
         };
         // Refused only while one is under way, which then has its own.
         let _ = self.incoming.set_capabilities(self.outgoing.capabilities());
@@ -43,18 +43,18 @@ impl Vmm {
         self.incoming.set_tls(self.outgoing.tls());
         // Whoever looks for an incoming migration finds it from now on.
         let _ = self.incoming.begin();
-        self.lock().listening = Some(match &entrance {
-            Entrance::Socket(listener) => listener.address().clone(),
-            Entrance::Open(_) => address.clone(),
+        self.lock().listening = Some(match &endpoint {
+            IncomingEndpoint::Socket(listener) => listener.address().clone(),
+            IncomingEndpoint::Open(_) => address.clone(),
         });
-        if let (Entrance::Socket(_), Some(address)) = (&entrance, self.listening()) {
+        if let (IncomingEndpoint::Socket(_), Some(address)) = (&endpoint, self.listening()) {
             tracing::info!("waiting for a guest at {address}");
         }
         let vmm = self.clone();
         thread::spawn(move || {
-            let connections = match entrance {
-                Entrance::Socket(listener) => Incoming::accept(&listener, &vmm.incoming, &vmm.profile()),
-                Entrance::Open(connections) => Ok(*connections),
+            let connections = match endpoint {
+                IncomingEndpoint::Socket(listener) => Incoming::accept(&listener, &vmm.incoming, &vmm.profile()),
+                IncomingEndpoint::Open(connections) => Ok(*connections),
             };
             match connections.and_then(|connections| receive(&*vmm, connections, &vmm.incoming, &vmm.profile())) {
                 Ok(arrival) => vmm.arrived(arrival, exit_on_error),

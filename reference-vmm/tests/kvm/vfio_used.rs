@@ -57,7 +57,7 @@ impl Side {
     }
 
     /// All devices go on being used, from what the guest last said of them elsewhere.
-    fn go_on(&self, from: &[PciDevice]) -> Vec<PciDevice> {
+    fn run_on(&self, from: &[PciDevice]) -> Vec<PciDevice> {
         let used = |now: &PciDevice, from: &PciDevice| {
             assert!(now.follows(from) && now.slot == from.slot, "{now:?} after {from:?}");
             // Enough to have raised each vector, and to have seen each page more than once.
@@ -90,12 +90,12 @@ fn used_on_the_way() {
         [(INTX, 1, false, &[]), (MSI, 1, false, &[]), (MSIX, 2, false, &[("multifd", true)]), (INTX, 2, true, &[])];
     for (interrupts, devices, split, more) in cases {
         let mut here = Side::start(interrupts, devices, split);
-        let mut said = here.go_on(&here.devices(devices));
+        let mut said = here.run_on(&here.devices(devices));
         for _ in 0..2 {
             let there = Side::new(interrupts, &vec![None; devices], split, true);
             assert_eq!(migrate_between(&here.vmm, &there.vmm, more), (None, None), "{interrupts}");
             wait("the guest is not started", || there.vmm.run_state() == RunState::Running);
-            said = there.go_on(&said);
+            said = there.run_on(&said);
             assert!(!there.console.text().contains("qevm-payload start"), "{}", there.console.text());
             here = there;
         }
@@ -105,7 +105,7 @@ fn used_on_the_way() {
 fn used_after_a_reset() {
     for interrupts in [INTX, MSI, MSIX] {
         let side = Side::start(interrupts, 1, false);
-        side.go_on(&side.devices(1));
+        side.run_on(&side.devices(1));
         side.vmm.system_reset();
         // It may have been reset in the middle of a line.
         let starts = |line: &String| line.contains("qevm-payload start");
@@ -115,7 +115,7 @@ fn used_after_a_reset() {
             let from = lines.iter().rposition(starts)?;
             lines[from..].iter().find_map(|line| PciDevice::parse(line))
         });
-        side.go_on(&[start]);
+        side.run_on(&[start]);
     }
 }
 
@@ -131,7 +131,7 @@ fn found_out() {
     for (loss, kind, page) in kinds {
         let interrupts = if loss == Loss::Interrupt { INTX } else { MSI };
         let from = Side::start(interrupts, 1, false);
-        from.go_on(&from.devices(1));
+        from.run_on(&from.devices(1));
         let to = Side::new(interrupts, &[Some(loss)], false, true);
         assert_eq!(migrate_between(&from.vmm, &to.vmm, &[]), (None, None));
         let stale = to.console.wait_for_line("qevm-payload stale-page");

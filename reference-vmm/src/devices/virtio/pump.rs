@@ -38,7 +38,7 @@ fn pump(transport: &Mutex<Transport>, wake: &Wake, may_run: impl Fn() -> bool) {
             lock(transport).pump(&ready);
         }
         if left && may_run() {
-            lock(transport).go_on();
+            lock(transport).process_left();
         }
         if let Some(task) = task {
             let result = task.run();

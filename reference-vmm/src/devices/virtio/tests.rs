@@ -26,21 +26,21 @@ const INDIRECT: u16 = 4;
 const EVENT_IDX: u32 = 1 << 29;
 
 /// A transport with its guest.
-struct Bench {
+struct Harness {
     memory: Arc<GuestMemory>,
     transport: Transport,
     line: Arc<Mutex<Vec<bool>>>,
 }
 
-impl Bench {
-    fn new(model: Box<dyn Model>) -> Bench {
+impl Harness {
+    fn new(model: Box<dyn Model>) -> Harness {
         let memory = Arc::new(GuestMemory::microvm(RAM, &[0; 64 << 10]).unwrap());
         let line: Arc<Mutex<Vec<bool>>> = Arc::default();
         let seen = Arc::clone(&line);
         let mut transport =
             Transport::new(model, Arc::clone(&memory), Box::new(move |level| seen.lock().unwrap().push(level)));
         transport.resume().unwrap();
-        Bench { memory, transport, line }
+        Harness { memory, transport, line }
     }
 
     /// What the device's thread does.
@@ -131,28 +131,31 @@ impl Bench {
     }
 }
 
-fn disk(readonly: bool) -> (Bench, NamedTempFile) {
+fn disk(readonly: bool) -> (Harness, NamedTempFile) {
     let mut file = NamedTempFile::new().unwrap();
     file.write_all(&(0..1u32 << 18).flat_map(u32::to_le_bytes).collect::<Vec<_>>()).unwrap();
     let block = Block::open(BlockOptions { file: file.path().into(), readonly, serial: "qevm".into() }).unwrap();
-    (Bench::new(Box::new(block)), file)
+    (Harness::new(Box::new(block)), file)
 }
 
 #[test]
 fn registers_are_those_of_qemu() {
-    let (mut bench, _file) = disk(false);
-    assert_eq!((bench.read(0), bench.read(4), bench.read(8), bench.read(0xc)), (0x7472_6976, 1, 2, 0x554d_4551));
-    assert_eq!(bench.read(0x10), 0x3100_6ed4);
-    bench.write(0x14, 1);
-    assert_eq!(bench.read(0x10), 0);
-    assert_eq!((bench.read(0x34), bench.read(0x40)), (256, 0));
-    bench.write(0x30, 1);
-    assert_eq!(bench.read(0x34), 0);
+    let (mut harness, _file) = disk(false);
+    assert_eq!(
+        (harness.read(0), harness.read(4), harness.read(8), harness.read(0xc)),
+        (0x7472_6976, 1, 2, 0x554d_4551)
+    );
+    assert_eq!(harness.read(0x10), 0x3100_6ed4);
+    harness.write(0x14, 1);
+    assert_eq!(harness.read(0x10), 0);
+    assert_eq!((harness.read(0x34), harness.read(0x40)), (256, 0));
+    harness.write(0x30, 1);
+    assert_eq!(harness.read(0x34), 0);
     // Read from QEMU 7.2.22, 10.0.13 and 11.1.3 with a disk of 1 MiB.
     let golden = "000800000000000000000000fe0000000200103f00020000000000000000000001000100ffff3f000100000001000000ffff3f0001000000\
                   01ffffff";
     let mut config = [0; 60];
-    (0..15).for_each(|i| bench.transport.read(0x100 + 4 * i, &mut config[4 * i as usize..][..4]));
+    (0..15).for_each(|i| harness.transport.read(0x100 + 4 * i, &mut config[4 * i as usize..][..4]));
     assert_eq!(config.iter().map(|byte| format!("{byte:02x}")).collect::<String>(), golden);
     let mut empty = [0xaa; 4];
     assert!(Transports::default().read(0xfeb0_0000, &mut empty));
@@ -163,38 +166,38 @@ fn registers_are_those_of_qemu() {
 #[test]
 fn a_disk_is_read_and_written() {
     for features in [0, EVENT_IDX] {
-        let (mut bench, file) = disk(false);
-        bench.start(features);
-        assert_eq!(bench.request(0, 3, Some((BUFFERS + 0x1000, 1024))), 0);
+        let (mut harness, file) = disk(false);
+        harness.start(features);
+        assert_eq!(harness.request(0, 3, Some((BUFFERS + 0x1000, 1024))), 0);
         let mut data = [0; 4];
-        bench.memory.read(BUFFERS + 0x1000 + 516, &mut data).unwrap();
+        harness.memory.read(BUFFERS + 0x1000 + 516, &mut data).unwrap();
         assert_eq!(u32::from_le_bytes(data), 4 * 128 + 1);
-        assert!(*bench.line.lock().unwrap().last().unwrap());
-        bench.write(0x64, 1);
-        assert_eq!((bench.read(0x60), *bench.line.lock().unwrap().last().unwrap()), (0, false));
+        assert!(*harness.line.lock().unwrap().last().unwrap());
+        harness.write(0x64, 1);
+        assert_eq!((harness.read(0x60), *harness.line.lock().unwrap().last().unwrap()), (0, false));
 
-        bench.memory.write(BUFFERS + 0x1000, &[7; 512]).unwrap();
-        assert_eq!(bench.request(1, 2047, Some((BUFFERS + 0x1000, 512))), 0);
-        assert_eq!(bench.request(4, 0, None), 0);
+        harness.memory.write(BUFFERS + 0x1000, &[7; 512]).unwrap();
+        assert_eq!(harness.request(1, 2047, Some((BUFFERS + 0x1000, 512))), 0);
+        assert_eq!(harness.request(4, 0, None), 0);
         assert_eq!(&fs::read(file.path()).unwrap()[2047 * 512..], &[7; 512]);
-        assert_eq!(bench.request(8, 0, Some((BUFFERS + 0x1000, 20))), 0);
+        assert_eq!(harness.request(8, 0, Some((BUFFERS + 0x1000, 20))), 0);
         let mut serial = [0; 20];
-        bench.memory.read(BUFFERS + 0x1000, &mut serial).unwrap();
+        harness.memory.read(BUFFERS + 0x1000, &mut serial).unwrap();
         assert_eq!(&serial, b"qevm\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0");
-        assert_eq!(bench.used(), 4);
-        assert!(!bench.broken());
+        assert_eq!(harness.used(), 4);
+        assert!(!harness.broken());
     }
 }
 
 #[test]
 fn sectors_are_zeroed_and_discarded() {
-    let (mut bench, file) = disk(false);
-    bench.start(0);
+    let (mut harness, file) = disk(false);
+    harness.start(0);
     let mut segment = |sector: u64, sectors: u32, flags: u32, kind: u32| {
         let bytes =
             [sector.to_le_bytes().to_vec(), sectors.to_le_bytes().to_vec(), flags.to_le_bytes().to_vec()].concat();
-        bench.memory.write(BUFFERS + 0x1000, &bytes).unwrap();
-        bench.request(kind, 0, Some((BUFFERS + 0x1000, 16)))
+        harness.memory.write(BUFFERS + 0x1000, &bytes).unwrap();
+        harness.request(kind, 0, Some((BUFFERS + 0x1000, 16)))
     };
     assert_eq!(segment(1, 2, 0, 13), 0);
     assert_eq!(segment(2047, 2, 0, 13), 1);
@@ -208,21 +211,21 @@ fn sectors_are_zeroed_and_discarded() {
 
 #[test]
 fn what_a_disk_cannot_do_is_an_error_of_the_request() {
-    let (mut bench, _file) = disk(true);
-    bench.start(0);
-    assert_eq!(bench.read(0x10) & 1 << 5, 1 << 5);
+    let (mut harness, _file) = disk(true);
+    harness.start(0);
+    assert_eq!(harness.read(0x10) & 1 << 5, 1 << 5);
     let data = Some((BUFFERS + 0x1000, 512));
-    assert_eq!(bench.request(1, 0, data), 1);
-    assert_eq!(bench.request(0, 2048, data), 1);
-    assert_eq!(bench.request(0, u64::MAX, data), 1);
-    assert_eq!(bench.request(0, 0, Some((BUFFERS + 0x1000, 100))), 1);
-    assert_eq!(bench.request(2, 0, data), 2);
-    assert_eq!(bench.request(0, 0, data), 0);
-    assert_eq!((bench.used(), bench.broken()), (6, false));
+    assert_eq!(harness.request(1, 0, data), 1);
+    assert_eq!(harness.request(0, 2048, data), 1);
+    assert_eq!(harness.request(0, u64::MAX, data), 1);
+    assert_eq!(harness.request(0, 0, Some((BUFFERS + 0x1000, 100))), 1);
+    assert_eq!(harness.request(2, 0, data), 2);
+    assert_eq!(harness.request(0, 0, data), 0);
+    assert_eq!((harness.used(), harness.broken()), (6, false));
 }
 
 /// Each ring of a driver that breaks the protocol, as a step that lays it out; head 0 is offered then.
-type Hostile = (&'static str, fn(&Bench));
+type Hostile = (&'static str, fn(&Harness));
 const HOSTILE: [Hostile; 11] = [
     ("a loop", |b| b.descriptor(0, BUFFERS, 16, NEXT, 0)),
     ("a next beyond the table", |b| b.descriptor(0, BUFFERS, 16, NEXT, NUM)),
@@ -249,132 +252,132 @@ const HOSTILE: [Hostile; 11] = [
 #[test]
 fn a_driver_that_breaks_the_protocol_loses_its_device_until_a_reset() {
     for (what, lay_out) in HOSTILE {
-        let (mut bench, _file) = disk(false);
-        bench.start(0);
-        lay_out(&bench);
-        bench.offer(0);
-        assert!(bench.broken(), "{what}");
-        assert_eq!(bench.request(4, 0, None), 0xff, "{what}");
-        bench.start(0);
-        assert_eq!(bench.request(4, 0, None), 0, "{what}");
+        let (mut harness, _file) = disk(false);
+        harness.start(0);
+        lay_out(&harness);
+        harness.offer(0);
+        assert!(harness.broken(), "{what}");
+        assert_eq!(harness.request(4, 0, None), 0xff, "{what}");
+        harness.start(0);
+        assert_eq!(harness.request(4, 0, None), 0, "{what}");
     }
 }
 
 #[test]
 fn indices_that_cannot_be_are_found_out() {
-    let (mut bench, _file) = disk(false);
-    bench.start(0);
-    bench.memory.write(AVAIL + 2, &(NUM + 1).to_le_bytes()).unwrap();
-    bench.write(0x50, 0);
-    assert!(bench.broken());
-    bench.start(0);
-    bench.memory.write(AVAIL + 4, &NUM.to_le_bytes()).unwrap();
-    bench.memory.write(AVAIL + 2, &1u16.to_le_bytes()).unwrap();
-    bench.write(0x50, 0);
-    assert!(bench.broken());
+    let (mut harness, _file) = disk(false);
+    harness.start(0);
+    harness.memory.write(AVAIL + 2, &(NUM + 1).to_le_bytes()).unwrap();
+    harness.write(0x50, 0);
+    assert!(harness.broken());
+    harness.start(0);
+    harness.memory.write(AVAIL + 4, &NUM.to_le_bytes()).unwrap();
+    harness.memory.write(AVAIL + 2, &1u16.to_le_bytes()).unwrap();
+    harness.write(0x50, 0);
+    assert!(harness.broken());
     // Queues outside RAM, and none at all.
-    bench.start(0);
-    bench.queue(0, 0xfff_ffff_f000);
-    bench.write(0x50, 0);
-    assert!(bench.broken());
-    bench.start(0);
-    bench.write(0x50, 5);
-    bench.write(0x50, u32::MAX);
-    assert!(!bench.broken());
+    harness.start(0);
+    harness.queue(0, 0xfff_ffff_f000);
+    harness.write(0x50, 0);
+    assert!(harness.broken());
+    harness.start(0);
+    harness.write(0x50, 5);
+    harness.write(0x50, u32::MAX);
+    assert!(!harness.broken());
     // What a source has sent has to fit what RAM says.
-    let mut state = bench.transport.save();
-    assert!(bench.transport.check().is_ok());
+    let mut state = harness.transport.save();
+    assert!(harness.transport.check().is_ok());
     state.queues[0].last_avail_idx = NUM + 1;
-    bench.transport.load(&state).unwrap();
-    assert!(bench.transport.check().is_err());
-    assert!(bench.transport.resume().is_err());
+    harness.transport.load(&state).unwrap();
+    assert!(harness.transport.check().is_err());
+    assert!(harness.transport.resume().is_err());
 }
 
 #[test]
 fn a_long_chain_is_taken_and_a_longer_one_is_not() {
     for (len, broken) in [(1024, false), (1025, true)] {
-        let (mut bench, _file) = disk(false);
-        bench.start(0);
+        let (mut harness, _file) = disk(false);
+        harness.start(0);
         let table = 0x8_0000;
-        bench.descriptor(0, table, len * 16, INDIRECT, 0);
+        harness.descriptor(0, table, len * 16, INDIRECT, 0);
         for i in 0..len {
             let flags = if i + 1 < len { NEXT } else { WRITE };
-            bench.descriptor_at(table + 16 * u64::from(i), BUFFERS, 16, flags, i as u16 + 1);
+            harness.descriptor_at(table + 16 * u64::from(i), BUFFERS, 16, flags, i as u16 + 1);
         }
-        bench.offer(0);
-        assert_eq!((bench.broken(), bench.used()), (broken, u16::from(!broken)), "{len}");
+        harness.offer(0);
+        assert_eq!((harness.broken(), harness.used()), (broken, u16::from(!broken)), "{len}");
     }
 }
 
 #[test]
 fn a_saved_disk_goes_on_and_does_what_was_under_way() {
-    let (mut bench, file) = disk(false);
-    bench.start(EVENT_IDX);
-    assert_eq!(bench.request(0, 3, Some((BUFFERS + 0x1000, 1024))), 0);
-    let mut state = bench.transport.save();
+    let (mut harness, file) = disk(false);
+    harness.start(EVENT_IDX);
+    assert_eq!(harness.request(0, 3, Some((BUFFERS + 0x1000, 1024))), 0);
+    let mut state = harness.transport.save();
     assert_eq!(state.device, VirtioDeviceState::Block(Vec::new()));
     // A request that the source took and did not answer: it is done when the machine goes on, and given back once.
     let header = [1u32.to_le_bytes().to_vec(), vec![0; 4], 9u64.to_le_bytes().to_vec()].concat();
-    bench.memory.write(BUFFERS, &header).unwrap();
-    bench.memory.write(BUFFERS + 0x1000, &[9; 512]).unwrap();
+    harness.memory.write(BUFFERS, &header).unwrap();
+    harness.memory.write(BUFFERS + 0x1000, &[9; 512]).unwrap();
     state.queues[0].last_avail_idx += 1;
-    bench.memory.write(AVAIL + 2, &2u16.to_le_bytes()).unwrap();
+    harness.memory.write(AVAIL + 2, &2u16.to_le_bytes()).unwrap();
     let (readable, writable) = (vec![(BUFFERS, 16), (BUFFERS + 0x1000, 512)], vec![(BUFFERS + 0x20, 1)]);
     state.device = VirtioDeviceState::Block(vec![VirtioRequest { head: 5, readable, writable }]);
     let block = Block::open(BlockOptions { file: file.path().into(), ..BlockOptions::default() }).unwrap();
-    let memory = Arc::clone(&bench.memory);
-    bench.transport = Transport::new(Box::new(block), memory, Box::new(|_| ()));
-    bench.transport.load(&state).unwrap();
-    assert_eq!(bench.transport.save().device, state.device);
-    bench.transport.check().unwrap();
-    bench.transport.resume().unwrap();
-    bench.do_tasks();
-    assert_eq!((bench.used(), bench.u16_at(USED + 4 + 8)), (2, 5));
+    let memory = Arc::clone(&harness.memory);
+    harness.transport = Transport::new(Box::new(block), memory, Box::new(|_| ()));
+    harness.transport.load(&state).unwrap();
+    assert_eq!(harness.transport.save().device, state.device);
+    harness.transport.check().unwrap();
+    harness.transport.resume().unwrap();
+    harness.do_tasks();
+    assert_eq!((harness.used(), harness.u16_at(USED + 4 + 8)), (2, 5));
     assert_eq!(&fs::read(file.path()).unwrap()[9 * 512..10 * 512], &[9; 512]);
-    assert_eq!(bench.request(4, 0, None), 0);
-    assert_eq!(bench.used(), 3);
+    assert_eq!(harness.request(4, 0, None), 0);
+    assert_eq!(harness.used(), 3);
     // Buffers that a hostile source names.
     for gpa in [u64::MAX, 3 << 20] {
         let request = VirtioRequest { head: 1, readable: vec![(gpa, 16)], writable: vec![(gpa, 0), (gpa, 1)] };
         state.device = VirtioDeviceState::Block(vec![request]);
         state.queues[0].last_avail_idx = 3;
-        bench.transport.load(&state).unwrap();
-        bench.transport.resume().unwrap();
-        bench.do_tasks();
-        assert!(bench.broken());
+        harness.transport.load(&state).unwrap();
+        harness.transport.resume().unwrap();
+        harness.do_tasks();
+        assert!(harness.broken());
     }
 }
 
 /// Offers a read of sector 3 and takes the task, which is under way then.
-fn under_way(bench: &mut Bench) -> std::io::Result<Vec<u8>> {
+fn under_way(harness: &mut Harness) -> std::io::Result<Vec<u8>> {
     let header = [vec![0; 8], 3u64.to_le_bytes().to_vec()].concat();
-    bench.memory.write(BUFFERS, &header).unwrap();
-    bench.memory.write(BUFFERS + 0x20, &[0xff]).unwrap();
-    bench.memory.write(BUFFERS + 0x1000, &[0; 512]).unwrap();
-    bench.descriptor(0, BUFFERS, 16, NEXT, 1);
-    bench.descriptor(1, BUFFERS + 0x1000, 512, NEXT | WRITE, 2);
-    bench.descriptor(2, BUFFERS + 0x20, 1, WRITE, 0);
-    let index = bench.u16_at(AVAIL + 2);
-    bench.memory.write(AVAIL + 2, &(index + 1).to_le_bytes()).unwrap();
-    bench.transport.write(0x50, &0u32.to_le_bytes());
-    bench.transport.next_task().expect("the request takes its time").run()
+    harness.memory.write(BUFFERS, &header).unwrap();
+    harness.memory.write(BUFFERS + 0x20, &[0xff]).unwrap();
+    harness.memory.write(BUFFERS + 0x1000, &[0; 512]).unwrap();
+    harness.descriptor(0, BUFFERS, 16, NEXT, 1);
+    harness.descriptor(1, BUFFERS + 0x1000, 512, NEXT | WRITE, 2);
+    harness.descriptor(2, BUFFERS + 0x20, 1, WRITE, 0);
+    let index = harness.u16_at(AVAIL + 2);
+    harness.memory.write(AVAIL + 2, &(index + 1).to_le_bytes()).unwrap();
+    harness.transport.write(0x50, &0u32.to_le_bytes());
+    harness.transport.next_task().expect("the request takes its time").run()
 }
 
 /// What the guest sees of that request: entries of the used ring, its data, its status.
-fn seen(bench: &Bench) -> (u16, u32, u8) {
+fn seen(harness: &Harness) -> (u16, u32, u8) {
     let (mut data, mut status) = ([0; 4], [0]);
-    bench.memory.read(BUFFERS + 0x1000, &mut data).unwrap();
-    bench.memory.read(BUFFERS + 0x20, &mut status).unwrap();
-    (bench.used(), u32::from_le_bytes(data), status[0])
+    harness.memory.read(BUFFERS + 0x1000, &mut data).unwrap();
+    harness.memory.read(BUFFERS + 0x20, &mut status).unwrap();
+    (harness.used(), u32::from_le_bytes(data), status[0])
 }
 
 #[test]
 fn a_machine_that_stops_does_not_wait_for_a_disk_that_hangs() {
-    let (mut bench, _file) = disk(false);
-    bench.transport.set_wake(super::wake::Wake::new().unwrap());
-    bench.start(0);
-    let result = under_way(&mut bench);
-    let Bench { transport, memory, line } = bench;
+    let (mut harness, _file) = disk(false);
+    harness.transport.set_wake(super::wake::Wake::new().unwrap());
+    harness.start(0);
+    let result = under_way(&mut harness);
+    let Harness { transport, memory, line } = harness;
     let shared = Arc::new(Mutex::new(transport));
     let (go_on, hanging) = std::sync::mpsc::channel::<()>();
     let theirs = Arc::clone(&shared);
@@ -389,57 +392,57 @@ fn a_machine_that_stops_does_not_wait_for_a_disk_that_hangs() {
     thread.join().unwrap();
     assert!(super::transport::settle(&shared, soon()));
     let transport = Arc::into_inner(shared).unwrap().into_inner().unwrap();
-    let mut bench = Bench { transport, memory, line };
-    assert_eq!(seen(&bench), (0, 0, 0xff), "a stopped guest sees nothing of it");
-    let VirtioDeviceState::Block(requests) = bench.transport.save().device else { panic!("it is a disk") };
+    let mut harness = Harness { transport, memory, line };
+    assert_eq!(seen(&harness), (0, 0, 0xff), "a stopped guest sees nothing of it");
+    let VirtioDeviceState::Block(requests) = harness.transport.save().device else { panic!("it is a disk") };
     assert_eq!(requests.len(), 1, "it goes along");
-    bench.transport.resume().unwrap();
-    bench.do_tasks();
-    assert_eq!(seen(&bench), (1, 3 * 128, 0));
+    harness.transport.resume().unwrap();
+    harness.do_tasks();
+    assert_eq!(seen(&harness), (1, 3 * 128, 0));
 }
 
 #[test]
 fn a_reset_forgets_what_is_under_way() {
-    let (mut bench, _file) = disk(false);
-    bench.start(0);
-    let result = under_way(&mut bench);
-    bench.transport.write(0x70, &0u32.to_le_bytes());
-    bench.transport.finish_task(result);
-    assert_eq!(seen(&bench), (0, 0, 0xff));
-    bench.start(0);
-    assert_eq!(bench.request(0, 3, Some((BUFFERS + 0x1000, 512))), 0);
-    assert_eq!((seen(&bench), bench.broken()), ((1, 3 * 128, 0), false));
+    let (mut harness, _file) = disk(false);
+    harness.start(0);
+    let result = under_way(&mut harness);
+    harness.transport.write(0x70, &0u32.to_le_bytes());
+    harness.transport.finish_task(result);
+    assert_eq!(seen(&harness), (0, 0, 0xff));
+    harness.start(0);
+    assert_eq!(harness.request(0, 3, Some((BUFFERS + 0x1000, 512))), 0);
+    assert_eq!((seen(&harness), harness.broken()), ((1, 3 * 128, 0), false));
 }
 
 #[test]
 fn more_requests_than_a_queue_has_entries_break_the_disk() {
-    let (mut bench, _file) = disk(false);
-    bench.start(0);
-    bench.descriptor(0, BUFFERS, 16, 0, 0);
+    let (mut harness, _file) = disk(false);
+    harness.start(0);
+    harness.descriptor(0, BUFFERS, 16, 0, 0);
     for offered in 1..=NUM + 1 {
-        assert!(!bench.broken(), "{offered}");
-        bench.memory.write(AVAIL + 2, &offered.to_le_bytes()).unwrap();
-        bench.transport.write(0x50, &0u32.to_le_bytes());
+        assert!(!harness.broken(), "{offered}");
+        harness.memory.write(AVAIL + 2, &offered.to_le_bytes()).unwrap();
+        harness.transport.write(0x50, &0u32.to_le_bytes());
     }
-    assert!(bench.broken());
+    assert!(harness.broken());
 }
 
 #[test]
 fn a_state_of_another_device_is_refused() {
-    let (mut bench, _file) = disk(false);
-    let state = bench.transport.save();
+    let (mut harness, _file) = disk(false);
+    let state = harness.transport.save();
     let mut other = state.clone();
     other.guest_features = 1;
-    assert!(bench.transport.load(&other).is_err());
+    assert!(harness.transport.load(&other).is_err());
     let mut other = state.clone();
     other.queues.push(other.queues[0]);
-    assert!(bench.transport.load(&other).is_err());
+    assert!(harness.transport.load(&other).is_err());
     for (num, align) in [(2048, 4096), (256, 3), (256, 0)] {
         let mut other = state.clone();
         (other.queues[0].num, other.queues[0].align) = (num, align);
-        assert!(bench.transport.load(&other).is_err());
+        assert!(harness.transport.load(&other).is_err());
     }
-    assert!(bench.transport.load(&state).is_ok());
+    assert!(harness.transport.load(&state).is_ok());
 }
 
 proptest! {
@@ -455,22 +458,22 @@ proptest! {
         static FILE: OnceLock<NamedTempFile> = OnceLock::new();
         let file = FILE.get_or_init(|| disk(false).1);
         let block = Block::open(BlockOptions { file: file.path().into(), ..BlockOptions::default() }).unwrap();
-        let mut bench = Bench::new(Box::new(block));
-        bench.start(EVENT_IDX);
+        let mut harness = Harness::new(Box::new(block));
+        harness.start(EVENT_IDX);
         for (i, index) in indices.iter().enumerate() {
-            bench.descriptor(i as u16, BUFFERS + 16 * u64::from(*index), u32::from(*index), index % 5, index % 3);
+            harness.descriptor(i as u16, BUFFERS + 16 * u64::from(*index), u32::from(*index), index % 5, index % 3);
         }
         for (at, word) in words {
-            bench.memory.write(DESC + 2 * at % 0x1a0, &word.to_le_bytes()).unwrap();
+            harness.memory.write(DESC + 2 * at % 0x1a0, &word.to_le_bytes()).unwrap();
         }
-        bench.offer(0);
+        harness.offer(0);
         for (offset, value) in writes {
-            bench.write(offset & !3, value);
-            bench.read(offset & !3);
+            harness.write(offset & !3, value);
+            harness.read(offset & !3);
         }
-        bench.write(0x50, 0);
-        let state = bench.transport.save();
-        let _ = bench.transport.load(&state);
-        let _ = bench.transport.resume();
+        harness.write(0x50, 0);
+        let state = harness.transport.save();
+        let _ = harness.transport.load(&state);
+        let _ = harness.transport.resume();
     }
 }

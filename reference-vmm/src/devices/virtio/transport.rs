@@ -276,7 +276,7 @@ impl Transport {
     }
 
     /// Does a turn's worth of what was too much for one turn.
-    pub(super) fn go_on(&mut self) {
+    pub(super) fn process_left(&mut self) {
         for index in 0..self.queues.len() {
             if self.runs() && self.queues[index].take_left() && self.queues[index].is_ready() {
                 self.work(|model, access| model.process(index, access));

@@ -71,7 +71,7 @@ mod tests {
                 let pause = pauses.due(0).expect("an hour");
                 assert!(pause.left > Duration::from_secs(3000));
                 tell.send("it pauses").unwrap();
-                control.nap(pause.left, || pauses.has_changed(0, pause));
+                control.wait_while_running(pause.left, || pauses.has_changed(0, pause));
                 tell.send("it goes on").unwrap();
                 control.park();
             })

@@ -27,38 +27,38 @@ impl Ring {
         self.desc() + 0x2000 + 0x100 * u64::from(index)
     }
 
-    fn set_up(self, bench: &mut Bench) {
-        bench.queue(self.0, self.desc());
+    fn set_up(self, harness: &mut Harness) {
+        harness.queue(self.0, self.desc());
     }
 
     /// Offers a buffer, as descriptor and entry `index`.
-    pub(super) fn offer(self, bench: &mut Bench, index: u16, len: u32, flags: u16) {
-        self.lay(bench, index, len, flags);
-        bench.write(0x50, self.0);
+    pub(super) fn offer(self, harness: &mut Harness, index: u16, len: u32, flags: u16) {
+        self.lay(harness, index, len, flags);
+        harness.write(0x50, self.0);
     }
 
-    pub(super) fn lay(self, bench: &Bench, index: u16, len: u32, flags: u16) {
+    pub(super) fn lay(self, harness: &Harness, index: u16, len: u32, flags: u16) {
         let avail = self.desc() + 16 * u64::from(NUM);
-        bench.descriptor_at(self.desc() + 16 * u64::from(index), self.buffer(index), len, flags, 0);
-        bench.memory.write(avail + 4 + 2 * u64::from(index), &index.to_le_bytes()).unwrap();
-        bench.memory.write(avail + 2, &(index + 1).to_le_bytes()).unwrap();
+        harness.descriptor_at(self.desc() + 16 * u64::from(index), self.buffer(index), len, flags, 0);
+        harness.memory.write(avail + 4 + 2 * u64::from(index), &index.to_le_bytes()).unwrap();
+        harness.memory.write(avail + 2, &(index + 1).to_le_bytes()).unwrap();
     }
 
-    pub(super) fn send(self, bench: &mut Bench, index: u16, bytes: &[u8]) {
-        bench.memory.write(self.buffer(index), bytes).unwrap();
-        self.offer(bench, index, bytes.len() as u32, 0);
+    pub(super) fn send(self, harness: &mut Harness, index: u16, bytes: &[u8]) {
+        harness.memory.write(self.buffer(index), bytes).unwrap();
+        self.offer(harness, index, bytes.len() as u32, 0);
     }
 
-    pub(super) fn used(self, bench: &Bench) -> u16 {
-        bench.u16_at(self.desc() + 0x1002)
+    pub(super) fn used(self, harness: &Harness) -> u16 {
+        harness.u16_at(self.desc() + 0x1002)
     }
 
     /// What the device wrote into its `index`th buffer.
-    pub(super) fn received(self, bench: &Bench, index: u16) -> Vec<u8> {
+    pub(super) fn received(self, harness: &Harness, index: u16) -> Vec<u8> {
         let mut len = [0; 4];
-        bench.memory.read(self.desc() + 0x1004 + 8 * u64::from(index) + 4, &mut len).unwrap();
+        harness.memory.read(self.desc() + 0x1004 + 8 * u64::from(index) + 4, &mut len).unwrap();
         let mut bytes = vec![0; u32::from_le_bytes(len) as usize];
-        bench.memory.read(self.buffer(index), &mut bytes).unwrap();
+        harness.memory.read(self.buffer(index), &mut bytes).unwrap();
         bytes
     }
 }
@@ -67,12 +67,12 @@ fn control(id: u32, event: u16, value: u16) -> Vec<u8> {
     [&id.to_le_bytes()[..], &event.to_le_bytes(), &value.to_le_bytes()].concat()
 }
 
-pub(super) fn start(bench: &mut Bench, features: u32, rings: &[Ring]) {
-    bench.write(0x70, 3);
-    bench.write(0x20, features);
-    bench.write(0x28, 4096);
-    rings.iter().for_each(|ring| ring.set_up(bench));
-    bench.write(0x70, 7);
+pub(super) fn start(harness: &mut Harness, features: u32, rings: &[Ring]) {
+    harness.write(0x70, 3);
+    harness.write(0x20, features);
+    harness.write(0x28, 4096);
+    rings.iter().for_each(|ring| ring.set_up(harness));
+    harness.write(0x70, 7);
 }
 
 /// A console on a socket and a named port on nothing, and the other end of the socket.
@@ -86,79 +86,79 @@ fn ports() -> (Box<VirtioSerial>, UnixStream) {
     (Box::new(serial), listener.accept().unwrap().0)
 }
 
-fn bus() -> (Bench, UnixStream) {
+fn bus() -> (Harness, UnixStream) {
     let (serial, host) = ports();
-    (Bench::new(serial), host)
+    (Harness::new(serial), host)
 }
 
 #[test]
 fn random_numbers_fill_what_the_guest_offers() {
-    let mut bench = Bench::new(Box::new(Rng::open().unwrap()));
-    assert_eq!((bench.read(8), bench.read(0x10), bench.read(0x34)), (4, 0x3900_0000, 8));
+    let mut harness = Harness::new(Box::new(Rng::open().unwrap()));
+    assert_eq!((harness.read(8), harness.read(0x10), harness.read(0x34)), (4, 0x3900_0000, 8));
     let ring = Ring(0);
-    bench.write(0x28, 4096);
-    bench.write(0x38, 8);
-    ring.set_up(&mut bench);
-    assert_eq!(bench.transport.save().queues[0].num, 8, "16 is more than the queue has");
-    let ring_of_8 = |bench: &mut Bench, index: u16| {
+    harness.write(0x28, 4096);
+    harness.write(0x38, 8);
+    ring.set_up(&mut harness);
+    assert_eq!(harness.transport.save().queues[0].num, 8, "16 is more than the queue has");
+    let ring_of_8 = |harness: &mut Harness, index: u16| {
         let avail = ring.desc() + 16 * 8;
-        bench.descriptor_at(ring.desc() + 16 * u64::from(index), ring.buffer(index), 32, WRITE, 0);
-        bench.memory.write(avail + 4 + 2 * u64::from(index), &index.to_le_bytes()).unwrap();
-        bench.memory.write(avail + 2, &(index + 1).to_le_bytes()).unwrap();
-        bench.write(0x50, 0);
-        ring.received(bench, index)
+        harness.descriptor_at(ring.desc() + 16 * u64::from(index), ring.buffer(index), 32, WRITE, 0);
+        harness.memory.write(avail + 4 + 2 * u64::from(index), &index.to_le_bytes()).unwrap();
+        harness.memory.write(avail + 2, &(index + 1).to_le_bytes()).unwrap();
+        harness.write(0x50, 0);
+        ring.received(harness, index)
     };
-    let (a, b) = (ring_of_8(&mut bench, 0), ring_of_8(&mut bench, 1));
+    let (a, b) = (ring_of_8(&mut harness, 0), ring_of_8(&mut harness, 1));
     assert!(a.len() == 32 && b.len() == 32 && a != b && a != [0; 32]);
 }
 
 #[test]
 fn ports_are_introduced_to_a_driver_that_knows_them() {
-    let (mut bench, _host) = bus();
-    assert_eq!((bench.read(8), bench.read(0x10), bench.read(0x104)), (3, 0x3900_0006, 31));
+    let (mut harness, _host) = bus();
+    assert_eq!((harness.read(8), harness.read(0x10), harness.read(0x104)), (3, 0x3900_0006, 31));
     let (to_guest, to_host) = (Ring(2), Ring(3));
-    start(&mut bench, MULTIPORT, &[to_guest, to_host]);
-    (0..8).for_each(|i| to_guest.offer(&mut bench, i, 0x80, WRITE));
-    to_host.send(&mut bench, 0, &control(0xffff_ffff, 0, 1));
-    assert_eq!(to_guest.received(&bench, 0), control(1, 1, 1));
-    assert_eq!(to_guest.received(&bench, 1), control(0, 1, 1));
-    to_host.send(&mut bench, 1, &control(0, 3, 1));
-    assert_eq!(to_guest.received(&bench, 2), control(0, 4, 1));
-    assert_eq!(to_guest.received(&bench, 3), control(0, 6, 1));
-    to_host.send(&mut bench, 2, &control(1, 3, 1));
-    assert_eq!(to_guest.received(&bench, 4), [control(1, 7, 1), b"org.qevm".to_vec()].concat());
-    assert_eq!(to_guest.received(&bench, 5), control(1, 6, 1));
-    to_host.send(&mut bench, 3, &control(1, 6, 1));
+    start(&mut harness, MULTIPORT, &[to_guest, to_host]);
+    (0..8).for_each(|i| to_guest.offer(&mut harness, i, 0x80, WRITE));
+    to_host.send(&mut harness, 0, &control(0xffff_ffff, 0, 1));
+    assert_eq!(to_guest.received(&harness, 0), control(1, 1, 1));
+    assert_eq!(to_guest.received(&harness, 1), control(0, 1, 1));
+    to_host.send(&mut harness, 1, &control(0, 3, 1));
+    assert_eq!(to_guest.received(&harness, 2), control(0, 4, 1));
+    assert_eq!(to_guest.received(&harness, 3), control(0, 6, 1));
+    to_host.send(&mut harness, 2, &control(1, 3, 1));
+    assert_eq!(to_guest.received(&harness, 4), [control(1, 7, 1), b"org.qevm".to_vec()].concat());
+    assert_eq!(to_guest.received(&harness, 5), control(1, 6, 1));
+    to_host.send(&mut harness, 3, &control(1, 6, 1));
     // Ports that are not there, messages that are none.
-    to_host.send(&mut bench, 4, &control(30, 3, 1));
-    to_host.send(&mut bench, 5, &[1, 2, 3]);
-    assert_eq!((to_host.used(&bench), to_guest.used(&bench), bench.broken()), (6, 6, false));
-    let VirtioDeviceState::Serial(ports) = bench.transport.save().device else { panic!("it is a serial bus") };
+    to_host.send(&mut harness, 4, &control(30, 3, 1));
+    to_host.send(&mut harness, 5, &[1, 2, 3]);
+    assert_eq!((to_host.used(&harness), to_guest.used(&harness), harness.broken()), (6, 6, false));
+    let VirtioDeviceState::Serial(ports) = harness.transport.save().device else { panic!("it is a serial bus") };
     let open: Vec<_> = ports.iter().map(|port| (port.id, port.guest_connected, port.host_connected)).collect();
     assert_eq!(open, [(1, true, true), (0, false, true)]);
 }
 
 #[test]
 fn a_console_speaks_and_listens() {
-    let (bench, mut host) = bus();
-    let Bench { transport, memory, line } = bench;
+    let (harness, mut host) = bus();
+    let Harness { transport, memory, line } = harness;
     let transport = Arc::new(Mutex::new(transport));
     let thread = start_pump(&transport, || true).unwrap();
-    // The bench of the driver, for as long as `work` runs.
-    let placeholder = || Bench::new(Box::new(Rng::open().unwrap())).transport;
-    let with = |work: &mut dyn FnMut(&mut Bench)| {
+    // The harness of the driver, for as long as `work` runs.
+    let placeholder = || Harness::new(Box::new(Rng::open().unwrap())).transport;
+    let with = |work: &mut dyn FnMut(&mut Harness)| {
         let mut guard = transport.lock().unwrap();
         let inner = std::mem::replace(&mut *guard, placeholder());
-        let mut bench = Bench { transport: inner, memory: Arc::clone(&memory), line: Arc::clone(&line) };
-        work(&mut bench);
-        *guard = bench.transport;
+        let mut harness = Harness { transport: inner, memory: Arc::clone(&memory), line: Arc::clone(&line) };
+        work(&mut harness);
+        *guard = harness.transport;
     };
     let (receive, transmit) = (Ring(0), Ring(1));
-    with(&mut |bench| {
-        bench.transport.resume().unwrap();
-        start(bench, 0, &[receive, transmit]);
-        transmit.send(bench, 0, b"hello");
-        receive.offer(bench, 0, 0x40, WRITE);
+    with(&mut |harness| {
+        harness.transport.resume().unwrap();
+        start(harness, 0, &[receive, transmit]);
+        transmit.send(harness, 0, b"hello");
+        receive.offer(harness, 0, 0x40, WRITE);
     });
     let mut bytes = [0; 5];
     host.read_exact(&mut bytes).unwrap();
@@ -167,9 +167,9 @@ fn a_console_speaks_and_listens() {
     let deadline = Instant::now() + PATIENCE;
     let mut heard = Vec::new();
     while heard.is_empty() {
-        with(&mut |bench| {
-            if receive.used(bench) == 1 {
-                heard = receive.received(bench, 0);
+        with(&mut |harness| {
+            if receive.used(harness) == 1 {
+                heard = receive.received(harness, 0);
             }
         });
         assert!(Instant::now() < deadline, "nothing arrives");
@@ -182,20 +182,20 @@ fn a_console_speaks_and_listens() {
 
 #[test]
 fn what_the_host_does_not_take_goes_along() {
-    let (mut bench, mut host) = bus();
-    bench.transport.resume().unwrap();
+    let (mut harness, mut host) = bus();
+    harness.transport.resume().unwrap();
     let transmit = Ring(1);
-    start(&mut bench, 0, &[transmit]);
+    start(&mut harness, 0, &[transmit]);
     // One buffer of half a MiB is more than a socket takes.
     const LEN: u32 = 1 << 19;
     let text: Vec<u8> = (0..LEN / 4).flat_map(u32::to_le_bytes).collect();
-    bench.memory.write(0x10_0000, &text).unwrap();
-    transmit.lay(&bench, 0, LEN, 0);
-    bench.descriptor_at(transmit.desc(), 0x10_0000, LEN, 0, 0);
-    bench.write(0x50, 1);
-    assert_eq!(transmit.used(&bench), 0);
-    bench.transport.pause();
-    let state = bench.transport.save();
+    harness.memory.write(0x10_0000, &text).unwrap();
+    transmit.lay(&harness, 0, LEN, 0);
+    harness.descriptor_at(transmit.desc(), 0x10_0000, LEN, 0, 0);
+    harness.write(0x50, 1);
+    assert_eq!(transmit.used(&harness), 0);
+    harness.transport.pause();
+    let state = harness.transport.save();
     let VirtioDeviceState::Serial(saved) = &state.device else { panic!("it is a serial bus") };
     let (request, done) = saved[1].pending.clone().unwrap();
     assert_eq!(request.readable, [(0x10_0000, LEN)]);
@@ -204,10 +204,10 @@ fn what_the_host_does_not_take_goes_along() {
     host.read_exact(&mut first).unwrap();
     // The next machine writes the rest, to another listener.
     let (serial, mut next_host) = ports();
-    bench.transport = Transport::new(serial, Arc::clone(&bench.memory), Box::new(|_| ()));
-    bench.transport.load(&state).unwrap();
-    assert_eq!(bench.transport.save().device, state.device);
-    let transport = Arc::new(Mutex::new(bench.transport));
+    harness.transport = Transport::new(serial, Arc::clone(&harness.memory), Box::new(|_| ()));
+    harness.transport.load(&state).unwrap();
+    assert_eq!(harness.transport.save().device, state.device);
+    let transport = Arc::new(Mutex::new(harness.transport));
     let thread = start_pump(&transport, || true).unwrap();
     lock(&transport).resume().unwrap();
     let mut rest = vec![0; LEN as usize - done as usize];
@@ -219,33 +219,33 @@ fn what_the_host_does_not_take_goes_along() {
 
 #[test]
 fn other_ports_are_refused() {
-    let (mut bench, _host) = bus();
-    let state = bench.transport.save();
-    assert!(bench.transport.load(&state).is_ok());
+    let (mut harness, _host) = bus();
+    let state = harness.transport.save();
+    assert!(harness.transport.load(&state).is_ok());
     for ids in [vec![], vec![0], vec![0, 2], vec![0, 1, 1]] {
         let ports = ids.into_iter().map(|id| VirtioPortState { id, ..VirtioPortState::default() });
         let other =
             qevm_microvm::state::VirtioState { device: VirtioDeviceState::Serial(ports.collect()), ..state.clone() };
-        assert!(bench.transport.load(&other).is_err(), "{other:?}");
+        assert!(harness.transport.load(&other).is_err(), "{other:?}");
     }
     let other = qevm_microvm::state::VirtioState { device: VirtioDeviceState::Rng, ..state };
-    assert!(bench.transport.load(&other).is_err());
+    assert!(harness.transport.load(&other).is_err());
 }
 
 /// Lays a ring of `num` one-buffer chains out, and gives what makes all of them available again, whatever the device
 /// has taken.
-fn endless(bench: &mut Bench, queue: u32, num: u16, flags: u16, message: &[u8]) -> impl Fn(&GuestMemory) + use<> {
+fn endless(harness: &mut Harness, queue: u32, num: u16, flags: u16, message: &[u8]) -> impl Fn(&GuestMemory) + use<> {
     let ring = Ring(queue);
-    bench.write(0x30, queue);
-    bench.write(0x38, num.into());
-    bench.write(0x3c, 4096);
-    bench.write(0x40, (ring.desc() >> 12) as u32);
+    harness.write(0x30, queue);
+    harness.write(0x38, num.into());
+    harness.write(0x3c, 4096);
+    harness.write(0x40, (ring.desc() >> 12) as u32);
     let avail = ring.desc() + 16 * u64::from(num);
     for index in 0..num {
-        bench.memory.write(ring.buffer(index), message).unwrap();
+        harness.memory.write(ring.buffer(index), message).unwrap();
         let at = ring.desc() + 16 * u64::from(index);
-        bench.descriptor_at(at, ring.buffer(index), message.len() as u32, flags, 0);
-        bench.memory.write(avail + 4 + 2 * u64::from(index), &index.to_le_bytes()).unwrap();
+        harness.descriptor_at(at, ring.buffer(index), message.len() as u32, flags, 0);
+        harness.memory.write(avail + 4 + 2 * u64::from(index), &index.to_le_bytes()).unwrap();
     }
     move |memory| {
         let mut used = [0; 2];
@@ -272,11 +272,11 @@ fn a_guest_that_never_stops_adding_gets_one_turn_for_each_notification() {
         ("output that nobody takes", nobody(), 1, 16, 0, b"hello".to_vec()),
     ];
     for (what, model, queue, num, flags, message) in cases {
-        let mut bench = Bench::new(model);
-        bench.transport.resume().unwrap();
-        start(&mut bench, 0, &[]);
-        let offer = endless(&mut bench, queue, num, flags, &message);
-        let (memory, stop) = (Arc::clone(&bench.memory), AtomicBool::new(false));
+        let mut harness = Harness::new(model);
+        harness.transport.resume().unwrap();
+        start(&mut harness, 0, &[]);
+        let offer = endless(&mut harness, queue, num, flags, &message);
+        let (memory, stop) = (Arc::clone(&harness.memory), AtomicBool::new(false));
         offer(&memory);
         std::thread::scope(|scope| {
             scope.spawn(|| {
@@ -286,16 +286,16 @@ fn a_guest_that_never_stops_adding_gets_one_turn_for_each_notification() {
             });
             for _ in 0..50 {
                 // The other vCPU has its chance to add some.
-                while !bench.transport.has_left() {
-                    bench.write(0x50, queue);
+                while !harness.transport.has_left() {
+                    harness.write(0x50, queue);
                 }
-                let before = Ring(queue).used(&bench);
-                bench.transport.go_on();
-                let done = Ring(queue).used(&bench).wrapping_sub(before);
+                let before = Ring(queue).used(&harness);
+                harness.transport.process_left();
+                let done = Ring(queue).used(&harness).wrapping_sub(before);
                 assert!((1..=num).contains(&done), "{what}: {done} in a turn");
             }
             stop.store(true, Ordering::Relaxed);
-            assert!(!bench.broken(), "{what}");
+            assert!(!harness.broken(), "{what}");
         });
     }
 }
@@ -308,19 +308,19 @@ fn a_pipe_that_nobody_reads_holds_its_port_up_and_no_vcpu() {
     let mut reader = std::fs::OpenOptions::new().read(true).write(true).open(&path).unwrap();
     let mut serial = VirtioSerial::default();
     assert!(serial.add(true, "", Chardev::open(&ChardevOptions::File { path, append: true }).unwrap()));
-    let mut bench = Bench::new(Box::new(serial));
-    bench.transport.resume().unwrap();
+    let mut harness = Harness::new(Box::new(serial));
+    harness.transport.resume().unwrap();
     let transmit = Ring(1);
-    start(&mut bench, 0, &[transmit]);
+    start(&mut harness, 0, &[transmit]);
     const LEN: u32 = 1 << 19;
-    bench.memory.write(0x10_0000, &vec![b'a'; LEN as usize]).unwrap();
-    transmit.lay(&bench, 0, LEN, 0);
-    bench.descriptor_at(transmit.desc(), 0x10_0000, LEN, 0, 0);
-    bench.write(0x50, 1);
-    bench.transport.pause();
-    assert_eq!(transmit.used(&bench), 0);
+    harness.memory.write(0x10_0000, &vec![b'a'; LEN as usize]).unwrap();
+    transmit.lay(&harness, 0, LEN, 0);
+    harness.descriptor_at(transmit.desc(), 0x10_0000, LEN, 0, 0);
+    harness.write(0x50, 1);
+    harness.transport.pause();
+    assert_eq!(transmit.used(&harness), 0);
     // As soon as somebody reads, all of it comes.
-    let transport = Arc::new(Mutex::new(bench.transport));
+    let transport = Arc::new(Mutex::new(harness.transport));
     let thread = start_pump(&transport, || true).unwrap();
     lock(&transport).resume().unwrap();
     reader.read_exact(&mut vec![0; LEN as usize]).unwrap();

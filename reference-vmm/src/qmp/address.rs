@@ -3,37 +3,37 @@
 use super::{arguments::Arguments, protocol::Failure};
 use qevm_migration::Address;
 
-/// An address as it was given. It is looked at when the arguments are complete.
-pub(super) enum Place {
+/// An address as it was given. It is parsed when the arguments are complete.
+pub(super) enum AddressArgument {
     Uri(String),
     Address(Address),
 }
 
-impl Place {
+impl AddressArgument {
     pub(super) fn resolve(self) -> Result<Address, Failure> {
         match self {
-            Place::Uri(uri) => {
+            AddressArgument::Uri(uri) => {
                 uri.parse().map_err(|error: qevm_migration::BadAddress| Failure::generic(error.to_string()))
             }
-            Place::Address(address) => Ok(address),
+            AddressArgument::Address(address) => Ok(address),
         }
     }
 }
 
 /// `uri`, or the one main channel of `channels` (QEMU 8.2).
-pub(super) fn place(arguments: &mut Arguments) -> Result<Place, Failure> {
+pub(super) fn parse_channel_address(arguments: &mut Arguments) -> Result<AddressArgument, Failure> {
     let (uri, channels) = (arguments.optional_text("uri")?, arguments.optional_list("channels")?.unwrap_or_default());
     match (uri, channels.len()) {
         (None, 0) => Err(Failure::generic("need either 'uri' or 'channels' argument")),
-        (Some(uri), 0) => Ok(Place::Uri(uri)),
+        (Some(uri), 0) => Ok(AddressArgument::Uri(uri)),
         (Some(_), _) => Err(Failure::generic("need either 'uri' or 'channels' argument")),
         (None, _) => {
-            let mut places = Vec::new();
+            let mut addresses = Vec::new();
             for (i, channel) in channels.into_iter().enumerate() {
-                places.push(main_channel(arguments.inner(channel, &format!("channels[{i}]"))?)?);
+                addresses.push(main_channel(arguments.inner(channel, &format!("channels[{i}]"))?)?);
             }
-            match <[Place; 1]>::try_from(places) {
-                Ok([place]) => Ok(place),
+            match <[AddressArgument; 1]>::try_from(addresses) {
+                Ok([address]) => Ok(address),
                 Err(_) => Err(Failure::generic("Channel list has more than one entries")),
             }
         }
@@ -41,12 +41,12 @@ pub(super) fn place(arguments: &mut Arguments) -> Result<Place, Failure> {
 }
 
 /// A `MigrationChannel`, which has to be the main one.
-fn main_channel(mut channel: Arguments) -> Result<Place, Failure> {
+fn main_channel(mut channel: Arguments) -> Result<AddressArgument, Failure> {
     let kind = channel.choice("channel-type", &["main", "cpr"])?;
-    let place = transport(channel.object("addr")?)?;
+    let address = transport(channel.object("addr")?)?;
     channel.complete()?;
     match kind.as_str() {
-        "main" => Ok(place),
+        "main" => Ok(address),
         _ => Err(Failure::generic("channel type 'cpr' is not supported here")),
     }
 }
@@ -71,39 +71,39 @@ pub fn channel(text: &str) -> Result<Address, Failure> {
 }
 
 /// A `MigrationAddress`.
-fn transport(mut addr: Arguments) -> Result<Place, Failure> {
-    let place = match addr.choice("transport", &["socket", "exec", "rdma", "file"])?.as_str() {
+fn transport(mut addr: Arguments) -> Result<AddressArgument, Failure> {
+    let address = match addr.choice("transport", &["socket", "exec", "rdma", "file"])?.as_str() {
         "socket" => match addr.choice("type", &["inet", "unix", "vsock", "fd"])?.as_str() {
             "inet" => {
                 let host = addr.text("host")?;
                 let host = if host.contains(':') { format!("[{host}]") } else { host };
                 let port = addr.text("port")?;
-                Place::Uri(format!("tcp:{host}:{port}{}", options(&mut addr)?))
+                AddressArgument::Uri(format!("tcp:{host}:{port}{}", options(&mut addr)?))
             }
             "unix" => {
                 let (path, in_file) = (addr.text("path")?, !addr.flag("abstract")?);
                 // Of an abstract one, it is on unless it was said to be off; of others it means nothing.
                 match addr.optional_flag("tight")?.unwrap_or(true) {
-                    _ if in_file => Place::Uri(format!("unix:{path}")),
-                    tight => Place::Address(Address::Abstract { name: path, tight }),
+                    _ if in_file => AddressArgument::Uri(format!("unix:{path}")),
+                    tight => AddressArgument::Address(Address::Abstract { name: path, tight }),
                 }
             }
-            "vsock" => Place::Uri(format!("vsock:{}:{}", addr.text("cid")?, addr.text("port")?)),
-            _ => Place::Uri(format!("fd:{}", addr.text("str")?)),
+            "vsock" => AddressArgument::Uri(format!("vsock:{}:{}", addr.text("cid")?, addr.text("port")?)),
+            _ => AddressArgument::Uri(format!("fd:{}", addr.text("str")?)),
         },
-        "exec" => Place::Address(Address::Exec(words(&mut addr)?)),
+        "exec" => AddressArgument::Address(Address::Exec(words(&mut addr)?)),
         "file" => {
             let (filename, offset) = (addr.text("filename")?, addr.integer("offset")?);
             let negative = || Failure::generic("Invalid parameter type for 'offset', expected: uint64");
             let offset = u64::try_from(offset).map_err(|_| negative())?;
-            Place::Address(Address::File { path: filename.into(), offset })
+            AddressArgument::Address(Address::File { path: filename.into(), offset })
         }
         other => {
             return Err(Failure::generic(format!("transport '{other}' is not supported here")));
         }
     };
     addr.complete()?;
-    Ok(place)
+    Ok(address)
 }
 
 /// The other members of an `InetSocketAddress` as options of a URI.
