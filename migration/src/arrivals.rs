@@ -1,15 +1,16 @@
 //! The connections of one source, in whatever order they come and whoever else calls.
 //!
 //! A source opens the main channel and the page channels at the same time, and nobody promises which arrives first, or
-//! which first says something. Each connection is known by its first bytes; until then it is one of the [`Strangers`].
+//! which first says something. Each connection is known by its first bytes; until then it is one of the
+//! [`UnidentifiedConns`].
 
 use super::{
     Channel, Incoming, Listener, LoadError, MigrationError, Socket, Tls,
     listener::Caller,
     multifd::{PageStream, Settings},
     patience::Patience,
-    postcopy::Entrance,
-    strangers::{Dropped, Known, Reason, Role, Strangers},
+    postcopy::PreemptListener,
+    unidentified::{Dropped, IdentifiedConn, Reason, Role, UnidentifiedConns},
 };
 use qevm_wire::Located;
 use rustix::{
@@ -38,8 +39,8 @@ pub(crate) enum Seen {
 }
 
 /// Waits for the main channel, and for all page channels if there are `settings` for them, as long as it takes. What is
-/// dropped meanwhile is told to `seen`: strangers, and sources that are not complete. A `preempt` channel is not waited
-/// for: one that is here may say nothing for a long time, and others come late.
+/// dropped meanwhile is told to `seen`: unidentified ones, and sources that are not complete. A `preempt` channel is
+/// not waited for: one that is here may say nothing for a long time, and others come late.
 ///
 /// # Errors
 /// [`MigrationError::Listen`] when the listener is of no more use.
@@ -53,35 +54,39 @@ pub(crate) fn gather(
 ) -> Result<Incoming, MigrationError> {
     listener.set_nonblocking().map_err(|error| listener.failed(error))?;
     let page_channels = settings.map(|settings| settings.channels);
-    let mut strangers = Strangers::new(page_channels, tls.clone(), patience.clone(), listener.address().clone());
+    let mut unidentified =
+        UnidentifiedConns::new(page_channels, tls.clone(), patience.clone(), listener.address().clone());
     let mut source = Source { settings, main: None, pages: BTreeMap::new(), last: None, misfit: None };
     loop {
-        let accepting = strangers.accepts(Instant::now());
+        let accepting = unidentified.accepts(Instant::now());
         let complete = source.last.map(|last| last + patience.channels());
-        let deadline = [strangers.deadline(), complete].into_iter().flatten().min();
+        let deadline = [unidentified.deadline(), complete].into_iter().flatten().min();
         let deadline = deadline.map(|deadline| deadline.min(Instant::now() + LOOK));
-        let ready = wait(accepting.then_some(listener), &strangers, &source, deadline);
-        let Ready { calling, strangers: speaking, main_left, pages_left } =
+        let ready = wait(accepting.then_some(listener), &unidentified, &source, deadline);
+        let Ready { accept_ready, readable, main_left, pages_left } =
             ready.map_err(|error| listener.failed(error.into()))?;
         source.drop_left(main_left, &pages_left, seen);
         let dropped = &mut |dropped| seen(Seen::Dropped(dropped));
-        let mut known = strangers.hear(&speaking, dropped);
-        if calling {
-            strangers.accept(listener, dropped)?;
+        let mut known = unidentified.read_prefixes(&readable, dropped);
+        if accept_ready {
+            unidentified.accept(listener, dropped)?;
         }
         known.drain(..).for_each(|known| source.take(known, seen));
         if source.is_complete() && settings.is_none() {
             // Its page channels, if it has some in spite of that, are here or in the queue.
             let dropped = &mut |dropped| seen(Seen::Dropped(dropped));
-            strangers.accept(listener, dropped)?;
-            strangers.hear(&strangers.unheard(), dropped).into_iter().for_each(|known| source.take(known, seen));
+            unidentified.accept(listener, dropped)?;
+            unidentified
+                .read_prefixes(&unidentified.may_read(), dropped)
+                .into_iter()
+                .for_each(|known| source.take(known, seen));
         }
         if let Some((incoming, caller)) = source.take_complete() {
-            let page_channels_called = strangers.unwanted() > 0;
-            let crowd = settings.is_none() && !preempt && strangers.len() > 0;
+            let page_channels_called = unidentified.unwanted() > 0;
+            let crowd = settings.is_none() && !preempt && unidentified.len() > 0;
             let misfit = incoming.misfit.or_else(|| crowd.then(|| Located::new(LoadError::MultifdOff, 0).into()));
-            let waiting = strangers.into_silent();
-            let preempt = preempt.then(|| Entrance::new(listener.clone(), caller, waiting, tls, patience.watch));
+            let waiting = unidentified.into_silent();
+            let preempt = preempt.then(|| PreemptListener::new(listener.clone(), caller, waiting, tls, patience.watch));
             return Ok(Incoming { page_channels_called, misfit, preempt, ..incoming });
         }
         source.expire(patience.channels(), seen);
@@ -110,7 +115,7 @@ struct Main {
 
 impl<'s> Source<'s> {
     /// Takes in a channel, unless it is too many or does not fit.
-    fn take(&mut self, Known { socket, channel, caller, role }: Known, seen: &mut dyn FnMut(Seen)) {
+    fn take(&mut self, IdentifiedConn { socket, channel, caller, role }: IdentifiedConn, seen: &mut dyn FnMut(Seen)) {
         let refused = match (role, self.settings) {
             (Role::Main(_), _) if self.main.is_some() => Some(Reason::Second("the main channel of a source")),
             (Role::Main(said), _) => {
@@ -196,9 +201,9 @@ impl<'s> Source<'s> {
 /// Who has done something.
 struct Ready {
     /// Somebody is in the listener's queue.
-    calling: bool,
-    /// For each stranger, whether it has.
-    strangers: Vec<bool>,
+    accept_ready: bool,
+    /// For each unidentified connection, whether it has.
+    readable: Vec<bool>,
     /// The main channel was closed by its source…
     main_left: bool,
     /// …and page channels of these numbers.
@@ -207,11 +212,11 @@ struct Ready {
 
 fn wait(
     listener: Option<&Listener>,
-    strangers: &Strangers,
+    unidentified: &UnidentifiedConns,
     source: &Source<'_>,
     deadline: Option<Instant>,
 ) -> Result<Ready, Errno> {
-    let mut entries: Vec<_> = strangers.polled().collect();
+    let mut entries: Vec<_> = unidentified.polled().collect();
     let count = entries.len();
     let sockets = source.main.iter().map(|main| &main.socket).chain(source.pages.values().map(|(socket, ..)| socket));
     entries.extend(sockets.map(|socket| PollFd::from_borrowed_fd(socket.as_fd(), PollFlags::RDHUP)));
@@ -225,11 +230,11 @@ fn wait(
         polled => drop(polled?),
     }
     let mut ready = entries.iter().map(|entry| !entry.revents().is_empty());
-    let strangers = ready.by_ref().take(count).collect();
+    let readable = ready.by_ref().take(count).collect();
     let main_left = source.main.is_some() && ready.next() == Some(true);
     let pages_left = source.pages.keys().zip(ready.by_ref()).filter(|(_, left)| *left).map(|(number, _)| *number);
     let pages_left = pages_left.collect();
-    Ok(Ready { calling: ready.next() == Some(true), strangers, main_left, pages_left })
+    Ok(Ready { accept_ready: ready.next() == Some(true), readable, main_left, pages_left })
 }
 
 #[cfg(test)]

@@ -8,24 +8,24 @@ use std::{
 };
 use vm_memory::VolatileSlice;
 
-/// One part of a vectored write: bytes of ours, or guest memory that vCPUs may be changing meanwhile.
+/// One part of a vectored write: bytes of the caller, or guest memory that vCPUs may be changing meanwhile.
 #[derive(Clone, Copy)]
 #[repr(transparent)]
-pub struct Source<'a>(libc::iovec, PhantomData<&'a [u8]>);
+pub struct WriteSlice<'a>(libc::iovec, PhantomData<&'a [u8]>);
 
-/// One part of a vectored read.
+/// One part of a vectored read: room of the caller, or guest memory.
 #[repr(transparent)]
-pub struct Target<'a>(libc::iovec, PhantomData<&'a mut [u8]>);
+pub struct ReadSlice<'a>(libc::iovec, PhantomData<&'a mut [u8]>);
 
-impl<'a> Source<'a> {
+impl<'a> WriteSlice<'a> {
     /// Bytes that nobody changes.
     pub fn bytes(bytes: &'a [u8]) -> Self {
-        Source(libc::iovec { iov_base: bytes.as_ptr().cast_mut().cast(), iov_len: bytes.len() }, PhantomData)
+        WriteSlice(libc::iovec { iov_base: bytes.as_ptr().cast_mut().cast(), iov_len: bytes.len() }, PhantomData)
     }
 
     /// Guest memory, of which the kernel takes a copy when it writes.
     pub fn guest(memory: &VolatileSlice<'a>) -> Self {
-        Source(
+        WriteSlice(
             libc::iovec { iov_base: memory.ptr_guard().as_ptr().cast_mut().cast(), iov_len: memory.len() },
             PhantomData,
         )
@@ -56,25 +56,25 @@ impl<'a> Source<'a> {
     pub fn skip(self, count: usize) -> Self {
         let count = count.min(self.len());
         let iov_base = self.0.iov_base.cast::<u8>().wrapping_add(count).cast();
-        Source(libc::iovec { iov_base, iov_len: self.len() - count }, PhantomData)
+        WriteSlice(libc::iovec { iov_base, iov_len: self.len() - count }, PhantomData)
     }
 
     /// Only the first `count` bytes (at most all of them).
     #[must_use]
     pub fn first(self, count: usize) -> Self {
-        Source(libc::iovec { iov_len: count.min(self.len()), ..self.0 }, PhantomData)
+        WriteSlice(libc::iovec { iov_len: count.min(self.len()), ..self.0 }, PhantomData)
     }
 }
 
-impl<'a> Target<'a> {
+impl<'a> ReadSlice<'a> {
     /// A buffer of ours.
     pub fn bytes(bytes: &'a mut [u8]) -> Self {
-        Target(libc::iovec { iov_base: bytes.as_mut_ptr().cast(), iov_len: bytes.len() }, PhantomData)
+        ReadSlice(libc::iovec { iov_base: bytes.as_mut_ptr().cast(), iov_len: bytes.len() }, PhantomData)
     }
 
     /// Guest memory.
     pub fn guest(memory: &VolatileSlice<'a>) -> Self {
-        Target(libc::iovec { iov_base: memory.ptr_guard_mut().as_ptr().cast(), iov_len: memory.len() }, PhantomData)
+        ReadSlice(libc::iovec { iov_base: memory.ptr_guard_mut().as_ptr().cast(), iov_len: memory.len() }, PhantomData)
     }
 
     /// Copies `bytes` to the start, as many as there is room for: for channels that are no system calls.
@@ -85,8 +85,8 @@ impl<'a> Target<'a> {
     }
 
     /// The same room, which may be used up while this stays as it is.
-    pub(crate) fn part(&mut self) -> Target<'_> {
-        Target(self.0, PhantomData)
+    pub(crate) fn part(&mut self) -> ReadSlice<'_> {
+        ReadSlice(self.0, PhantomData)
     }
 
     /// Takes the first `count` bytes (at most all of them) away.
@@ -113,7 +113,7 @@ pub trait Channel: Send + Sync + fmt::Debug {
     ///
     /// # Errors
     /// As `writev(2)`; [`io::ErrorKind::Interrupted`] is for the caller to repeat.
-    fn write(&self, parts: &[Source<'_>]) -> io::Result<usize>;
+    fn write(&self, parts: &[WriteSlice<'_>]) -> io::Result<usize>;
 
     /// Makes [`write_in_place`](Self::write_in_place) do what it says.
     ///
@@ -129,7 +129,7 @@ pub trait Channel: Send + Sync + fmt::Debug {
     ///
     /// # Errors
     /// As `write`; `ENOBUFS` when the kernel keeps no more memory in place, or this process may not have it locked.
-    fn write_in_place(&self, parts: &[Source<'_>]) -> io::Result<usize> {
+    fn write_in_place(&self, parts: &[WriteSlice<'_>]) -> io::Result<usize> {
         self.write(parts)
     }
 
@@ -146,7 +146,7 @@ pub trait Channel: Send + Sync + fmt::Debug {
     ///
     /// # Errors
     /// As `readv(2)`; [`io::ErrorKind::Interrupted`] is for the caller to repeat.
-    fn read(&self, parts: &mut [Target<'_>]) -> io::Result<usize>;
+    fn read(&self, parts: &mut [ReadSlice<'_>]) -> io::Result<usize>;
 
     /// Bytes that were written and have not arrived at the peer's host, where that can be known, and else 0.
     ///
@@ -218,7 +218,7 @@ pub(crate) struct Reading<'c>(pub(crate) &'c dyn Channel);
 
 impl io::Read for Reading<'_> {
     fn read(&mut self, bytes: &mut [u8]) -> io::Result<usize> {
-        self.0.read(&mut [Target::bytes(bytes)])
+        self.0.read(&mut [ReadSlice::bytes(bytes)])
     }
 }
 
@@ -226,7 +226,7 @@ impl io::Read for Reading<'_> {
 pub(crate) const MAX_PARTS: usize = 1024;
 
 /// What is left of `parts` when their first `written` bytes have gone.
-pub(crate) fn use_up<'p, 's>(mut parts: &'p mut [Source<'s>], mut written: usize) -> &'p mut [Source<'s>] {
+pub(crate) fn use_up<'p, 's>(mut parts: &'p mut [WriteSlice<'s>], mut written: usize) -> &'p mut [WriteSlice<'s>] {
     while written > 0 {
         let step = written.min(parts[0].len());
         parts[0] = parts[0].skip(step);
@@ -239,7 +239,7 @@ pub(crate) fn use_up<'p, 's>(mut parts: &'p mut [Source<'s>], mut written: usize
 }
 
 /// Writes all of `parts`. They are used up as they go.
-pub(crate) fn write_all(channel: &dyn Channel, mut parts: &mut [Source<'_>]) -> io::Result<()> {
+pub(crate) fn write_all(channel: &dyn Channel, mut parts: &mut [WriteSlice<'_>]) -> io::Result<()> {
     while !parts.is_empty() {
         if parts[0].is_empty() {
             parts = &mut parts[1..];
@@ -258,10 +258,14 @@ pub(crate) fn write_all(channel: &dyn Channel, mut parts: &mut [Source<'_>]) -> 
 
 /// Reads until the first `at_least` bytes of `parts` are there, and as much after them as has come by then. Says how
 /// many bytes that were: fewer than `at_least` if the peer has closed.
-pub(crate) fn read_at_least(channel: &dyn Channel, mut parts: &mut [Target<'_>], at_least: usize) -> io::Result<usize> {
+pub(crate) fn read_at_least(
+    channel: &dyn Channel,
+    mut parts: &mut [ReadSlice<'_>],
+    at_least: usize,
+) -> io::Result<usize> {
     let mut total = 0;
     while total < at_least {
-        while parts.first().is_some_and(Target::is_empty) {
+        while parts.first().is_some_and(ReadSlice::is_empty) {
             parts = &mut parts[1..];
         }
         let upto = parts.len().min(MAX_PARTS);
@@ -285,9 +289,10 @@ pub(crate) fn read_at_least(channel: &dyn Channel, mut parts: &mut [Target<'_>],
     Ok(total)
 }
 
-// `Source` and `Target` are read and written as arrays of iovec, the layout that these two types promise as well.
-const _: () = assert!(size_of::<Source<'_>>() == size_of::<IoSlice<'_>>());
-const _: () = assert!(size_of::<Target<'_>>() == size_of::<IoSliceMut<'_>>());
+// `WriteSlice` and `ReadSlice` are read and written as arrays of iovec, the layout that these two types promise as
+// well.
+const _: () = assert!(size_of::<WriteSlice<'_>>() == size_of::<IoSlice<'_>>());
+const _: () = assert!(size_of::<ReadSlice<'_>>() == size_of::<IoSliceMut<'_>>());
 
 #[cfg(test)]
 mod tests {
@@ -298,7 +303,7 @@ mod tests {
     struct Trickle(std::sync::Mutex<(Vec<u8>, bool)>);
 
     impl Channel for Trickle {
-        fn write(&self, parts: &[Source<'_>]) -> io::Result<usize> {
+        fn write(&self, parts: &[WriteSlice<'_>]) -> io::Result<usize> {
             let mut state = self.0.lock().unwrap();
             state.1 = !state.1;
             if state.1 {
@@ -313,7 +318,7 @@ mod tests {
             }
             Ok(3 - left)
         }
-        fn read(&self, _: &mut [Target<'_>]) -> io::Result<usize> {
+        fn read(&self, _: &mut [ReadSlice<'_>]) -> io::Result<usize> {
             Ok(0)
         }
         fn finish_writing(&self) {}
@@ -324,7 +329,7 @@ mod tests {
     #[test]
     fn short_and_interrupted_writes_lose_nothing() {
         let channel = Trickle::default();
-        let mut parts = [&b"ab"[..], b"", b"cdefgh", b"i", b""].map(Source::bytes);
+        let mut parts = [&b"ab"[..], b"", b"cdefgh", b"i", b""].map(WriteSlice::bytes);
         write_all(&channel, &mut parts).unwrap();
         assert_eq!(channel.0.lock().unwrap().0, b"abcdefghi");
     }

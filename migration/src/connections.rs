@@ -87,7 +87,7 @@ impl Outgoing {
                     Some(descriptor) => Ok(File::from(descriptor.map_err(MigrationError::Descriptor)?)),
                 };
                 let mut file = open(0)?;
-                place(&mut file, *offset).map_err(failed)?;
+                truncate_and_seek(&mut file, *offset).map_err(failed)?;
                 let pages = page_file(&file, job, open, failed)?;
                 let main: Arc<dyn Channel> = Arc::new(Pipe::new(file.into()).map_err(failed)?);
                 Ok(Outgoing { reader: Reader::Nobody, file: pages, watched: true, ..main.into() })
@@ -279,7 +279,7 @@ fn create(path: &Path, flags: libc::c_int) -> io::Result<File> {
 }
 
 /// Cuts a file where the stream begins, and goes there. A device is as long as it is.
-fn place(file: &mut File, offset: u64) -> io::Result<()> {
+fn truncate_and_seek(file: &mut File, offset: u64) -> io::Result<()> {
     let file_type = file.metadata()?.file_type();
     if file_type.is_file() {
         file.set_len(offset)?;
@@ -307,7 +307,7 @@ fn channel(fd: OwnedFd, write: bool) -> io::Result<(Arc<dyn Channel>, bool)> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::channel::{Source, Target, read_at_least, write_all};
+    use crate::channel::{ReadSlice, WriteSlice, read_at_least, write_all};
     use rustix::fs::{CWD, FileType, Mode, mknodat};
 
     /// Whoever serves QMP opens them.
@@ -326,10 +326,10 @@ mod tests {
         let incoming = Incoming::open(&address, &job, &mut none).unwrap();
         let reading = std::thread::spawn(move || {
             let mut bytes = [0; 5];
-            read_at_least(&*incoming.main, &mut [Target::bytes(&mut bytes)], 5).map(|_| bytes)
+            read_at_least(&*incoming.main, &mut [ReadSlice::bytes(&mut bytes)], 5).map(|_| bytes)
         });
         let outgoing = Outgoing::open(&address, &job, &mut none).unwrap();
-        write_all(&*outgoing.main, &mut [Source::bytes(b"hello")]).unwrap();
+        write_all(&*outgoing.main, &mut [WriteSlice::bytes(b"hello")]).unwrap();
         assert_eq!(&reading.join().unwrap().unwrap(), b"hello");
     }
 }

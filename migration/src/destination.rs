@@ -6,12 +6,11 @@ mod page_channels;
 
 use super::{
     Channel, Guest, GuestError, Incoming, Job, LoadError, MigrationError, MissingPages, Status,
-    channel::{Source, write_all},
+    channel::{WriteSlice, write_all},
     core::{
         DeviceOptions,
         destination::{Action, Destination, DestinationOptions, SectionUse, Turn},
     },
-    inlet::Inlet,
     lazy::{LazyRestore, Setup},
     multifd::Settings,
     page_file,
@@ -19,6 +18,7 @@ use super::{
     patience::NO_END,
     postcopy::{Listening, Preempt, start},
     ram_receiver::RamReceiver,
+    stream_reader::StreamReader,
     verdict,
 };
 pub use arrival::{Arrival, Rest};
@@ -92,7 +92,7 @@ pub fn receive(
     let mut engine = Engine {
         guest,
         channel: &main,
-        inlet: Inlet::new(&*main, &first, offset),
+        reader: StreamReader::new(&*main, &first, offset),
         core: Destination::new(options),
         ram: RamReceiver::new(postcopy, capabilities.ignore_shared),
         listening: None,
@@ -177,7 +177,7 @@ const ON_DEMAND: &str = "load guest memory while the guest runs (capability 'pos
 struct Engine<'e> {
     guest: &'e dyn Guest,
     channel: &'e Arc<dyn Channel>,
-    inlet: Inlet<'e>,
+    reader: StreamReader<'e>,
     core: Destination,
     ram: RamReceiver<'e>,
     /// Memory that is missing until it comes (postcopy).
@@ -213,7 +213,7 @@ impl Engine<'_> {
         job.advance(Status::Active)?;
         self.guest.hooks().prepare();
         loop {
-            let Turn { consumed, action } = self.core.next(self.inlet.bytes())?;
+            let Turn { consumed, action } = self.core.next(self.reader.bytes())?;
             match action {
                 Action::Difference { page, data } => {
                     let applied = self.ram.came(page.block).and_then(|()| self.ram.apply_difference(&page, data));
@@ -347,9 +347,9 @@ impl Engine<'_> {
     /// Loads the devices while the rest of memory is still to come.
     fn postcopy(self, job: &Job) -> Result<Arrival, MigrationError> {
         let bytes = self.received();
-        let Engine { guest, channel, inlet, core, listening, start, .. } = self;
+        let Engine { guest, channel, reader, core, listening, start, .. } = self;
         let Some(listening) = listening else { return Err(MigrationError::NoVerdict) };
-        let first = inlet.bytes().to_vec();
+        let first = reader.bytes().to_vec();
         let arrived =
             start::start(guest, job, start::Parts { core, listening, channel: channel.clone(), first, start, bytes });
         if arrived.is_err() {
@@ -361,7 +361,7 @@ impl Engine<'_> {
 
     /// Bytes that were read: of the stream, but for what it jumps over, and of pages.
     fn received(&self) -> u64 {
-        self.inlet.offset() - self.offset - self.jumped + self.from_file
+        self.reader.offset() - self.offset - self.jumped + self.from_file
     }
 
     /// Reads the pages of a block from their places, and goes on after them.
@@ -382,13 +382,13 @@ impl Engine<'_> {
             if let (Some(left), Some(number)) = (&mut self.left, number) {
                 left.leave(number, block.name.clone(), layout, present)?;
             }
-            self.inlet.jump(layout.end(), file)?;
+            self.reader.jump(layout.end(), file)?;
             self.jumped += gap;
             return self.core.placed(gap);
         }
         let loaded = page_file::load(file, &layout, self.guest, &block.name, &touched, self.threads);
         self.from_file += loaded.map_err(within)?;
-        self.inlet.jump(layout.end(), file)?;
+        self.reader.jump(layout.end(), file)?;
         self.jumped += gap;
         self.core.placed(gap)
     }
@@ -399,11 +399,11 @@ impl Engine<'_> {
         let filled = match patience {
             Some(patience) if self.core.is_decided() => {
                 // The guest is here: whatever goes wrong now, there is no confirmation.
-                Ok(within(patience, &**self.channel, || self.inlet.fill(at_least)).unwrap_or(false))
+                Ok(within(patience, &**self.channel, || self.reader.fill(at_least)).unwrap_or(false))
             }
             patience => {
                 self.limit_silence(patience)?;
-                self.inlet.fill(at_least)
+                self.reader.fill(at_least)
             }
         };
         match filled? {
@@ -429,7 +429,7 @@ impl Engine<'_> {
         let memory = self.ram.page(page);
         // With page channels there may be others who write to pages that hold nothing yet.
         let expect = || if self.pages.is_none() { self.ram.expected() } else { Vec::new() };
-        match self.inlet.read_into(&memory, expect)? {
+        match self.reader.read_into(&memory, expect)? {
             true => self.core.placed(remaining),
             false => {
                 self.core.end_of_input();
@@ -444,7 +444,7 @@ impl Engine<'_> {
 
     fn consume(&mut self, count: usize) {
         if count > 0 {
-            self.inlet.consume(count);
+            self.reader.consume(count);
         }
     }
 }
@@ -452,7 +452,7 @@ impl Engine<'_> {
 /// Puts a message on the return path.
 fn send(channel: &dyn Channel, message: &Message) {
     // If the source is gone, reading will tell.
-    if let Err(error) = write_all(channel, &mut [Source::bytes(&message.to_bytes())]) {
+    if let Err(error) = write_all(channel, &mut [WriteSlice::bytes(&message.to_bytes())]) {
         tracing::debug!(%error, ?message, "the return path is broken");
     }
 }

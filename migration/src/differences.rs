@@ -6,7 +6,7 @@
 
 use super::{
     Channel, GuestError, MigrationError, XbzrleStatistics,
-    channel::{Source, write_all},
+    channel::{WriteSlice, write_all},
     core::source::{Batch, DifferencePass, Sent},
     ram_sender::RamSender,
 };
@@ -102,7 +102,7 @@ impl Differences {
             }
         }
         sent.bytes = stream.bytes().len() as u64;
-        write_all(channel, &mut [Source::bytes(stream.bytes())])
+        write_all(channel, &mut [WriteSlice::bytes(stream.bytes())])
             .map_err(|source| MigrationError::Send { doing: "pages", source })?;
         stream.clear();
         Ok(sent)

@@ -44,7 +44,7 @@ struct State {
     uuid: Option<Uuid>,
     statistics: Statistics,
     cancel: bool,
-    go_on: bool,
+    may_continue: bool,
     postcopy: bool,
     /// The destination has the guest, or it is going there: nothing brings it back.
     handed_over: bool,
@@ -171,7 +171,7 @@ impl Job {
         }
         legal(state.statistics.status)?;
         state.statistics = Statistics { status: Status::Setup, ..Statistics::default() };
-        (state.cancel, state.go_on, state.postcopy, state.handed_over) = (false, false, false, false);
+        (state.cancel, state.may_continue, state.postcopy, state.handed_over) = (false, false, false, false);
         (state.paused, state.given_up, state.next) = (false, false, None);
         state.channels = Vec::new();
         state.began = Some(Instant::now());
@@ -216,12 +216,12 @@ impl Job {
     ///
     /// # Errors
     /// [`Refused::NotInState`] if it does not wait there.
-    pub fn go_on(&self) -> Result<(), Refused> {
+    pub fn continue_switchover(&self) -> Result<(), Refused> {
         let mut state = self.lock();
         if state.statistics.status != Status::PreSwitchover {
             return Err(Refused::NotInState(state.statistics.status));
         }
-        state.go_on = true;
+        state.may_continue = true;
         drop(state);
         self.changed.notify_all();
         Ok(())
@@ -291,13 +291,13 @@ impl Job {
     }
 
     /// Whether `migrate-continue` was given; waits for it up to `patience`.
-    pub(crate) fn may_go_on(&self, patience: Duration) -> Result<bool, MigrationError> {
+    pub(crate) fn wait_for_continue(&self, patience: Duration) -> Result<bool, MigrationError> {
         let state = self.lock();
-        let waiting = |state: &mut State| !state.go_on && !state.cancel;
+        let waiting = |state: &mut State| !state.may_continue && !state.cancel;
         let (state, _) =
             self.changed.wait_timeout_while(state, patience, waiting).unwrap_or_else(PoisonError::into_inner);
         state.check()?;
-        Ok(state.go_on)
+        Ok(state.may_continue)
     }
 
     /// Changes the status, unless the migration was cancelled.

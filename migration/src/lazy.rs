@@ -14,7 +14,7 @@
 //!
 //! A page that cannot be read is never filled in: who waits for it waits on, and the guest is to be stopped for good.
 
-use super::{LoadError, MigrationError, MissingPages, Touch, page_file::PageFile, touched::Touched};
+use super::{LoadError, MigrationError, MissingPages, Touch, atomic_page_set::AtomicPageSet, page_file::PageFile};
 use qevm_multifd::mapped_ram::PageArea;
 use qevm_savevm::mapped_ram::{MappedBlock, PageBitmap};
 use qevm_wire::{CountedString, Located, PageGeometry};
@@ -85,7 +85,7 @@ struct Block {
     /// Bytes that are filled in at once.
     unit: u64,
     /// Units that somebody has read, or is reading.
-    claimed: Touched,
+    claimed: AtomicPageSet,
 }
 
 /// Blocks that are left in the file, before anybody may touch them.
@@ -117,7 +117,7 @@ impl Setup {
         }
         let emptied = self.pages.discard(block, 0..layout.used_length);
         emptied.and_then(|()| self.pages.add(block)).map_err(MigrationError::guest(doing))?;
-        let claimed = Touched::new(layout.used_length / unit, false);
+        let claimed = AtomicPageSet::new(layout.used_length / unit, false);
         self.blocks.insert(block, Block { name, layout, present, unit, claimed });
         Ok(())
     }

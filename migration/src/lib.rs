@@ -77,7 +77,7 @@
 //! |---|---|
 //! | `address`, `channel`, `socket`, `pipe`, `connections` | where a peer is, and the ways to it |
 //! | `watch` | deadlines of what is waited for there |
-//! | `strangers`, `arrivals` | connections until it is known what they are; those of one source |
+//! | `unidentified`, `arrivals` | connections until it is known what they are; those of one source |
 //! | `core` | what the engines decide, without I/O, threads and clocks |
 //! | `capabilities`, `parameters`, [`rate`] | QEMU's settings by their names; the rate limit |
 //! | `guest` | [`Guest`], [`Devices`], [`Hooks`]: what the engines need of a virtual machine |
@@ -91,7 +91,7 @@
 //! | `pending`, [`switchover`] | what remains of everything, and when to stop the guest |
 //! | `source`, `return_path`, `urgent` | [`migrate`]: the source engine: threads, sockets and the guest around the core |
 //! | `postcopy` | [`Postcopy`]: guests that run before their memory has come from the source |
-//! | `inlet`, `touched`, `ram_receiver`, `destination` | [`receive`]: the destination engine |
+//! | `stream_reader`, `atomic_page_set`, `ram_receiver`, `destination` | [`receive`]: the destination engine |
 //! | `testing` | simulated migrations (feature `testing`) |
 //! | `handover`, `verdict` | who runs the guest when the connection breaks in the last moment |
 //! | `tls` | sessions around the connections |
@@ -108,6 +108,7 @@
 mod address;
 mod announcement;
 mod arrivals;
+mod atomic_page_set;
 pub mod bitmap;
 mod capabilities;
 mod channel;
@@ -122,7 +123,6 @@ pub mod dirty_rate;
 mod error;
 mod guest;
 mod handover;
-mod inlet;
 mod job;
 mod lazy;
 mod listener;
@@ -147,12 +147,12 @@ mod snapshot;
 mod socket;
 mod source;
 mod statistics;
-mod strangers;
+mod stream_reader;
 pub mod switchover;
 #[cfg(any(test, feature = "testing"))]
 pub mod testing;
 mod tls;
-mod touched;
+mod unidentified;
 mod urgent;
 mod verdict;
 mod watch;
@@ -161,7 +161,7 @@ mod zero;
 pub use address::{Address, BadAddress, KeepAlive, TcpOptions};
 pub use announcement::Announcement;
 pub use capabilities::{BadCapability, Capabilities, KNOWN as KNOWN_CAPABILITIES, RULES};
-pub use channel::{Channel, Source, Target};
+pub use channel::{Channel, ReadSlice, WriteSlice};
 pub use connections::{Incoming, Outgoing, check_transport};
 pub use description::{DeviceSection, SavedDevices};
 pub use descriptors::{Descriptors, NoDescriptors};

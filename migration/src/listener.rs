@@ -219,7 +219,7 @@ impl Drop for Bound {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::channel::{Source, write_all};
+    use crate::channel::{WriteSlice, write_all};
 
     #[test]
     fn abstract_sockets_have_no_file() {
@@ -229,7 +229,7 @@ mod tests {
         assert!(matches!(Listener::bind(&at(true)), Err(MigrationError::Listen { .. })), "in use");
         for (listener, tight) in [(tight, true), (loose, false)] {
             let here = Socket::connect(&at(tight)).unwrap();
-            write_all(&*here, &mut [Source::bytes(b"x")]).unwrap();
+            write_all(&*here, &mut [WriteSlice::bytes(b"x")]).unwrap();
             let (there, _) = listener.try_accept().unwrap().unwrap();
             assert_eq!(there.receive(&mut [0]).unwrap(), 1);
         }

@@ -2,11 +2,11 @@
 
 use super::{
     Guest, GuestError, LoadError, MigrationError, PAGE_SIZE, RamView,
-    channel::{Source, Target},
+    atomic_page_set::AtomicPageSet,
+    channel::{ReadSlice, WriteSlice},
     core::source::Sent,
     multifd::Counts,
     page_server::PageServer,
-    touched::Touched,
     zero::is_zero,
 };
 use qevm_multifd::mapped_ram::{FileRun, PageArea};
@@ -90,11 +90,11 @@ impl PageFile {
 
     fn write_page_run(&self, memory: &VolatileSlice<'_>, mut at: u64) -> io::Result<()> {
         let PageFile::Local { pages, .. } = self else { return Err(io::ErrorKind::Unsupported.into()) };
-        let mut part = Source::guest(memory);
+        let mut part = WriteSlice::guest(memory);
         while !part.is_empty() {
             let offset = file_offset(at)?;
-            // SAFETY: `Source` is a transparent iovec whose memory lives as long as its lifetime says; the kernel only
-            // reads it.
+            // SAFETY: `WriteSlice` is a transparent iovec whose memory lives as long as its lifetime says; the kernel
+            // only reads it.
             let written = unsafe { libc::pwritev(pages.as_raw_fd(), (&raw const part).cast(), 1, offset) };
             match usize::try_from(written) {
                 Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
@@ -113,10 +113,10 @@ impl PageFile {
             PageFile::Local { pages, .. } => pages,
             PageFile::Served(server) => return read_served(server, memory, at),
         };
-        let mut part = Target::guest(memory);
+        let mut part = ReadSlice::guest(memory);
         while !part.is_empty() {
             let offset = file_offset(at)?;
-            // SAFETY: `Target` is a transparent iovec over guest memory, which is open to changes at any time.
+            // SAFETY: `ReadSlice` is a transparent iovec over guest memory, which is open to changes at any time.
             let read = unsafe { libc::preadv(pages.as_raw_fd(), (&raw mut part).cast(), 1, offset) };
             match usize::try_from(read) {
                 Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
@@ -136,7 +136,7 @@ const SERVED_READ: usize = 1 << 20;
 
 fn read_served(server: &PageServer, memory: &VolatileSlice<'_>, mut at: u64) -> io::Result<()> {
     let mut bytes = vec![0; memory.len().min(SERVED_READ)];
-    let mut part = Target::guest(memory);
+    let mut part = ReadSlice::guest(memory);
     while !part.is_empty() {
         let count = part.len().min(bytes.len());
         server.read_at(&mut bytes[..count], at)?;
@@ -168,7 +168,7 @@ pub(crate) struct Saving {
 struct Place {
     layout: MappedBlock,
     /// Pages that are in the file and are not zero.
-    present: Touched,
+    present: AtomicPageSet,
 }
 
 impl Saving {
@@ -178,7 +178,7 @@ impl Saving {
 
     /// Says where the blocks are, in the order of the guest's.
     pub(crate) fn lay_out(&self, layouts: Vec<MappedBlock>) {
-        let place = |layout: MappedBlock| Place { present: Touched::new(layout.pages(), false), layout };
+        let place = |layout: MappedBlock| Place { present: AtomicPageSet::new(layout.pages(), false), layout };
         // There is one list in a migration.
         let _ = self.blocks.set(layouts.into_iter().map(place).collect());
     }
@@ -273,7 +273,7 @@ pub(crate) fn load(
     layout: &MappedBlock,
     guest: &dyn Guest,
     name: &CountedString,
-    touched: &Touched,
+    written: &AtomicPageSet,
     threads: u8,
 ) -> Result<u64, Located<LoadError>> {
     let header = layout.header;
@@ -281,7 +281,7 @@ pub(crate) fn load(
     let present = present(file, layout)?;
     let unplaced = || at(header.pages_offset)(LoadError::Devices("the block does not fit".into()));
     let view = || guest.ram().into_iter().find(|view| *name == *view.name).ok_or_else(unplaced);
-    clear_absent(layout, &present, &view()?, touched).map_err(LoadError::Devices).map_err(at(header.pages_offset))?;
+    clear_absent(layout, &present, &view()?, written).map_err(LoadError::Devices).map_err(at(header.pages_offset))?;
     let area = PageArea::new(header.pages_offset, layout.used_length, PageGeometry::X86).ok_or_else(unplaced)?;
     let threads = threads.clamp(1, u8::try_from((layout.used_length / SHARE).max(1)).unwrap_or(u8::MAX));
     let read_share = |thread: u8| -> Result<(), Located<LoadError>> {
@@ -289,7 +289,7 @@ pub(crate) fn load(
         for FileRun { file_offset, block_offset, len } in area.reads(present.as_bytes(), area.share(thread, threads)) {
             let memory = part(&view, block_offset, len);
             let memory = memory.map_err(|error| at(file_offset)(LoadError::Devices(error.into())))?;
-            touched.mark(PageGeometry::X86.index(block_offset)..PageGeometry::X86.index(block_offset + len));
+            written.mark(PageGeometry::X86.index(block_offset)..PageGeometry::X86.index(block_offset + len));
             file.read_page_run(&memory, file_offset).map_err(failed("read pages", file_offset))?;
         }
         Ok(())
@@ -318,9 +318,9 @@ fn clear_absent(
     layout: &MappedBlock,
     present: &PageBitmap,
     view: &RamView<'_>,
-    touched: &Touched,
+    written: &AtomicPageSet,
 ) -> Result<(), GuestError> {
-    for page in (0..layout.pages()).filter(|page| touched.contains(*page) && !present.contains(*page)) {
+    for page in (0..layout.pages()).filter(|page| written.contains(*page) && !present.contains(*page)) {
         let memory = part(view, page * PageGeometry::X86.size(), PageGeometry::X86.size())?;
         if !is_zero(&memory) {
             memory.copy_from(&super::zero::ZERO_PAGE);

@@ -3,7 +3,7 @@
 
 use super::{
     Address, Channel, Socket,
-    channel::{Source, Target, write_all},
+    channel::{ReadSlice, WriteSlice, write_all},
 };
 use qevm_nbd::{
     Chunk, ClientEvent, Content, ExportQuery, Request, ServerDecoder, ServerEvent,
@@ -109,7 +109,7 @@ struct Input(Arc<dyn Channel>);
 
 impl Read for Input {
     fn read(&mut self, bytes: &mut [u8]) -> io::Result<usize> {
-        self.0.read(&mut [Target::bytes(bytes)])
+        self.0.read(&mut [ReadSlice::bytes(bytes)])
     }
 }
 
@@ -240,7 +240,7 @@ impl Connection {
     fn send(&self, event: &ClientEvent<'_>) -> io::Result<()> {
         let mut writer = Writer::new();
         event.encode(&mut writer);
-        write_all(&*self.channel, &mut [Source::bytes(writer.as_bytes())]).map_err(explained)
+        write_all(&*self.channel, &mut [WriteSlice::bytes(writer.as_bytes())]).map_err(explained)
     }
 }
 
@@ -278,13 +278,13 @@ fn reason(error: u32, message: &[u8]) -> String {
 pub(crate) struct ServedStream(pub(crate) Arc<PageServer>);
 
 impl Channel for ServedStream {
-    fn write(&self, _: &[Source<'_>]) -> io::Result<usize> {
+    fn write(&self, _: &[WriteSlice<'_>]) -> io::Result<usize> {
         Err(ErrorKind::Unsupported.into())
     }
 
-    fn read(&self, parts: &mut [Target<'_>]) -> io::Result<usize> {
+    fn read(&self, parts: &mut [ReadSlice<'_>]) -> io::Result<usize> {
         let position = self.0.position();
-        let room: usize = parts.iter().map(Target::len).sum();
+        let room: usize = parts.iter().map(ReadSlice::len).sum();
         let left = usize::try_from(self.0.len()?.saturating_sub(position)).unwrap_or(usize::MAX);
         let count = room.min(left).min(STREAM_READ);
         let mut bytes = vec![0; count];

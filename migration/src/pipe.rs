@@ -2,7 +2,7 @@
 
 use super::{
     Channel,
-    channel::{MAX_PARTS, Source, Target},
+    channel::{MAX_PARTS, ReadSlice, WriteSlice},
 };
 use rustix::{
     event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll},
@@ -151,15 +151,15 @@ impl Pipe {
 }
 
 impl Channel for Pipe {
-    fn write(&self, parts: &[Source<'_>]) -> io::Result<usize> {
+    fn write(&self, parts: &[WriteSlice<'_>]) -> io::Result<usize> {
         let Some(fd) = lock(&self.writer).clone() else { return Err(io::ErrorKind::BrokenPipe.into()) };
         loop {
             if wait(fd.as_fd(), PollFlags::OUT, &self.writing_ends, self.patience.get())? {
                 return Err(io::ErrorKind::BrokenPipe.into());
             }
             let count = parts.len().min(MAX_PARTS) as libc::c_int;
-            // SAFETY: `Source` is a transparent iovec whose memory lives as long as its lifetime says; the kernel only
-            // reads it.
+            // SAFETY: `WriteSlice` is a transparent iovec whose memory lives as long as its lifetime says; the kernel
+            // only reads it.
             let written = unsafe { libc::writev(fd.as_raw_fd(), parts.as_ptr().cast(), count) };
             match usize::try_from(written) {
                 Ok(written) => return Ok(written),
@@ -174,14 +174,14 @@ impl Channel for Pipe {
         }
     }
 
-    fn read(&self, parts: &mut [Target<'_>]) -> io::Result<usize> {
+    fn read(&self, parts: &mut [ReadSlice<'_>]) -> io::Result<usize> {
         let Some(fd) = lock(&self.reader).clone() else { return Err(io::Error::from_raw_os_error(libc::EBADF)) };
         loop {
             if wait(fd.as_fd(), PollFlags::IN, &self.reading_ends, self.patience.get())? {
                 return Ok(0);
             }
             let count = parts.len().min(MAX_PARTS) as libc::c_int;
-            // SAFETY: `Target` is a transparent iovec over memory that is writable as long as its lifetime says,
+            // SAFETY: `ReadSlice` is a transparent iovec over memory that is writable as long as its lifetime says,
             // borrowed exclusively or, for guest memory, open to changes at any time.
             let read = unsafe { libc::readv(fd.as_raw_fd(), parts.as_mut_ptr().cast(), count) };
             match usize::try_from(read) {
@@ -297,17 +297,17 @@ mod tests {
     #[test]
     fn a_command_is_written_to_and_read_from() {
         let cat = shell("cat");
-        write_all(&cat, &mut [Source::bytes(b"hello")]).unwrap();
+        write_all(&cat, &mut [WriteSlice::bytes(b"hello")]).unwrap();
         cat.settle().unwrap();
         let mut answer = [0; 8];
-        assert_eq!(read_at_least(&cat, &mut [Target::bytes(&mut answer)], 8).unwrap(), 5);
+        assert_eq!(read_at_least(&cat, &mut [ReadSlice::bytes(&mut answer)], 8).unwrap(), 5);
         assert_eq!(&answer[..5], b"hello");
     }
 
     #[test]
     fn a_command_that_fails_says_how() {
         let failing = shell("cat > /dev/null; exit 3");
-        write_all(&failing, &mut [Source::bytes(b"hello")]).unwrap();
+        write_all(&failing, &mut [WriteSlice::bytes(b"hello")]).unwrap();
         assert!(failing.settle().unwrap_err().to_string().contains("exit status: 3"));
         let gone = shell("exit 4");
         // A command may close its ends before it ends, and a busy machine may take its time between.
@@ -315,11 +315,11 @@ mod tests {
             thread::yield_now();
         }
         let mut byte = [0];
-        let error = gone.read(&mut [Target::bytes(&mut byte)]).unwrap_err();
+        let error = gone.read(&mut [ReadSlice::bytes(&mut byte)]).unwrap_err();
         assert!(error.to_string().contains("exit status: 4"), "{error}");
         let error = loop {
             // The first bytes may find room in the pipe.
-            if let Err(error) = write_all(&gone, &mut [Source::bytes(&[0; 1 << 17])]) {
+            if let Err(error) = write_all(&gone, &mut [WriteSlice::bytes(&[0; 1 << 17])]) {
                 break error;
             }
         };
@@ -330,8 +330,8 @@ mod tests {
     fn closing_wakes_who_waits() {
         let silent = shell("sleep 60");
         thread::scope(|scope| {
-            let reader = scope.spawn(|| silent.read(&mut [Target::bytes(&mut [0])]));
-            let writer = scope.spawn(|| write_all(&silent, &mut [Source::bytes(&vec![0; 1 << 20])]));
+            let reader = scope.spawn(|| silent.read(&mut [ReadSlice::bytes(&mut [0])]));
+            let writer = scope.spawn(|| write_all(&silent, &mut [WriteSlice::bytes(&vec![0; 1 << 20])]));
             thread::sleep(Duration::from_millis(20));
             silent.close();
             assert_eq!(reader.join().unwrap().unwrap(), 0);
@@ -343,8 +343,8 @@ mod tests {
     #[test]
     fn a_device_is_used_as_it_was_opened() {
         let full = Pipe::new(File::options().write(true).open("/dev/full").unwrap().into()).unwrap();
-        let error = write_all(&full, &mut [Source::bytes(b"x")]).unwrap_err();
+        let error = write_all(&full, &mut [WriteSlice::bytes(b"x")]).unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::StorageFull);
-        assert!(full.read(&mut [Target::bytes(&mut [0])]).is_err());
+        assert!(full.read(&mut [ReadSlice::bytes(&mut [0])]).is_err());
     }
 }

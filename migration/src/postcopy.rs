@@ -27,7 +27,7 @@ use super::{Job, MigrationError, RestoreProgress};
 pub use block_times::BlockTimes;
 pub(crate) use listening::Listening;
 use missing::Shared;
-pub(crate) use preempt::{Entrance, Preempt};
+pub(crate) use preempt::{Preempt, PreemptListener};
 pub use recovery::Recovery;
 use std::{mem, sync::Arc, thread::JoinHandle};
 

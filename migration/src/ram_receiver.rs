@@ -2,8 +2,8 @@
 
 use super::{
     Guest, LoadError, PAGE_SIZE, RamView,
-    inlet::{Expected, MOST_EXPECTED},
-    touched::Touched,
+    atomic_page_set::AtomicPageSet,
+    stream_reader::{Expected, MOST_EXPECTED},
     zero::{ZERO_PAGE, is_zero},
 };
 use qevm_savevm::ram::{BlockId, PageAt, RamBlock, flag};
@@ -37,9 +37,9 @@ struct Block<'g> {
     /// Bytes of a page of the source's host.
     page_size: u64,
     /// Pages that hold something, or may do so.
-    written: Arc<Touched>,
+    written: Arc<AtomicPageSet>,
     /// Pages that have come, where it counts.
-    received: Option<Arc<Touched>>,
+    received: Option<Arc<AtomicPageSet>>,
     presence: Presence,
 }
 
@@ -74,9 +74,9 @@ pub(crate) struct Listed {
     /// Bytes of a page of the source's host.
     pub(crate) page_size: u64,
     /// Pages that hold something, or may do so.
-    pub(crate) touched: Arc<Touched>,
+    pub(crate) written: Arc<AtomicPageSet>,
     /// Pages that have come, where the guest may run before its memory is here.
-    pub(crate) received: Option<Arc<Touched>>,
+    pub(crate) received: Option<Arc<AtomicPageSet>>,
     /// Whether any has to come, or may.
     pub(crate) presence: Presence,
 }
@@ -153,7 +153,7 @@ impl<'g> RamReceiver<'g> {
     }
 
     /// Which pages of the block that was listed last were written to.
-    pub(crate) fn last(&self) -> Option<Arc<Touched>> {
+    pub(crate) fn last(&self) -> Option<Arc<AtomicPageSet>> {
         self.blocks.last().map(|block| block.written.clone())
     }
 
@@ -163,7 +163,7 @@ impl<'g> RamReceiver<'g> {
             name: block.name.clone(),
             used_length: block.view.memory.len() as u64,
             page_size: block.page_size,
-            touched: block.written.clone(),
+            written: block.written.clone(),
             received: block.received.clone(),
             presence: block.presence.clone(),
         };
@@ -198,8 +198,8 @@ impl<'g> RamReceiver<'g> {
         }
         let presence = Presence { shared, came: Arc::default() };
         let pages = PageGeometry::X86.index(block.used_length);
-        let written = Arc::new(Touched::new(pages, !view.pristine));
-        let received = self.counts.then(|| Arc::new(Touched::new(pages, false)));
+        let written = Arc::new(AtomicPageSet::new(pages, !view.pristine));
+        let received = self.counts.then(|| Arc::new(AtomicPageSet::new(pages, false)));
         let page_size = block.page_size.unwrap_or(PAGE_SIZE);
         self.blocks.push(Block { view, name: block.name.clone(), page_size, written, received, presence });
         Ok(())

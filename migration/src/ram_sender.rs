@@ -2,7 +2,7 @@
 
 use super::{
     Channel, MigrationError, PAGE_SIZE, RamView,
-    channel::{Source, write_all},
+    channel::{WriteSlice, write_all},
     core::source::{Batch, BlockRange, Sent},
     multifd,
     multifd::{Counts, Queue},
@@ -66,10 +66,10 @@ impl<'g> RamSender<'g> {
         }
         let mut parts = Vec::with_capacity(2 * layout.len() + 1);
         for (header, memory) in &layout {
-            parts.push(Source::bytes(&stream.bytes()[header.clone()]));
-            parts.push(Source::guest(memory));
+            parts.push(WriteSlice::bytes(&stream.bytes()[header.clone()]));
+            parts.push(WriteSlice::guest(memory));
         }
-        parts.push(Source::bytes(&stream.bytes()[header_start..]));
+        parts.push(WriteSlice::bytes(&stream.bytes()[header_start..]));
         sent.bytes = parts.iter().map(|part| part.len() as u64).sum();
         write_all(channel, &mut parts).map_err(|source| MigrationError::Send { doing: "pages", source })?;
         stream.clear();
@@ -149,7 +149,7 @@ pub(crate) fn send_copy(
         }
     }
     sent.bytes = stream.bytes().len() as u64;
-    write_all(channel, &mut [Source::bytes(stream.bytes())])
+    write_all(channel, &mut [WriteSlice::bytes(stream.bytes())])
         .map_err(|source| MigrationError::Send { doing: "pages", source })?;
     stream.clear();
     Ok(sent)

@@ -2,7 +2,7 @@
 
 use super::{
     Channel, MigrationError, ReturnPathError,
-    channel::{Reading, Target},
+    channel::{ReadSlice, Reading},
     core::source::Answers,
 };
 use qevm_returnpath::{Decoder, Event, Message, MessageError};
@@ -139,7 +139,7 @@ fn named(error: qevm_returnpath::Error) -> Located<ReturnPathError> {
 fn drain(channel: &dyn Channel) -> io::Result<()> {
     let (mut rest, mut total) = ([0; 512], 0);
     while total <= MOST_BEHIND_VERDICT {
-        match channel.read(&mut [Target::bytes(&mut rest)]) {
+        match channel.read(&mut [ReadSlice::bytes(&mut rest)]) {
             Ok(0) => return Ok(()),
             Ok(count) => total += count,
             Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
@@ -180,7 +180,7 @@ mod tests {
     fn a_reset_before_any_answer_may_be_for_want_of_tls() {
         let (here, there) = UnixStream::pair().unwrap();
         let here = Socket::Unix(here);
-        here.write(&[crate::Source::bytes(b"QEVM")]).unwrap();
+        here.write(&[crate::WriteSlice::bytes(b"QEVM")]).unwrap();
         drop(there);
         let path = ReturnPath::new(Answers::new(None, true));
         let ended = path.messages(&here, |_| Ok(false));

@@ -9,7 +9,7 @@
 //!             Snapshot::copy (the next pages) ─▶ copy ───────────▲        └▶ Snapshot::take: what is sent
 //! ```
 
-use super::{GuestError, MigrationError, PAGE_SIZE, ProtectedPages, RamView, touched::Touched};
+use super::{GuestError, MigrationError, PAGE_SIZE, ProtectedPages, RamView, atomic_page_set::AtomicPageSet};
 use std::{
     collections::VecDeque,
     mem,
@@ -62,7 +62,7 @@ struct Block {
     /// Bytes that are unprotected at once.
     unit: u64,
     /// Units that were copied.
-    copied: Touched,
+    copied: AtomicPageSet,
 }
 
 impl Snapshot {
@@ -80,7 +80,7 @@ impl Snapshot {
         for (number, view) in ram.iter().enumerate() {
             let unit = pages.protect(number).map_err(MigrationError::guest(PREPARE))?;
             let units = (view.memory.len() as u64).div_ceil(unit);
-            state.blocks.push(Block { unit, copied: Touched::new(units, false) });
+            state.blocks.push(Block { unit, copied: AtomicPageSet::new(units, false) });
         }
         drop(state);
         self.changed.notify_all();

@@ -4,7 +4,7 @@ mod in_place;
 
 use super::{
     Address, Channel, MigrationError,
-    channel::{MAX_PARTS, Source, Target},
+    channel::{MAX_PARTS, ReadSlice, WriteSlice},
 };
 use rustix::{
     event::{PollFd, PollFlags, Timespec, poll},
@@ -140,7 +140,7 @@ impl Socket {
 
     /// Writes bytes of ours; as [`Channel::write`].
     pub(crate) fn send(&self, bytes: &[u8]) -> io::Result<usize> {
-        Channel::write(self, &[Source::bytes(bytes)])
+        Channel::write(self, &[WriteSlice::bytes(bytes)])
     }
 
     pub(crate) fn as_fd(&self) -> BorrowedFd<'_> {
@@ -250,7 +250,7 @@ fn stay_within_host(stream: &TcpStream) {
 }
 
 impl Socket {
-    fn send_message(&self, parts: &[Source<'_>], flags: libc::c_int) -> io::Result<usize> {
+    fn send_message(&self, parts: &[WriteSlice<'_>], flags: libc::c_int) -> io::Result<usize> {
         let message = libc::msghdr {
             msg_name: std::ptr::null_mut(),
             msg_namelen: 0,
@@ -260,7 +260,7 @@ impl Socket {
             msg_controllen: 0,
             msg_flags: 0,
         };
-        // SAFETY: `Source` is a transparent iovec whose memory lives as long as its lifetime says; the kernel only
+        // SAFETY: `WriteSlice` is a transparent iovec whose memory lives as long as its lifetime says; the kernel only
         // reads it. With MSG_ZEROCOPY it goes on doing so, from pages that it holds itself until then. A peer that is
         // gone gives EPIPE instead of a signal.
         let written = unsafe { libc::sendmsg(self.fd(), &message, libc::MSG_NOSIGNAL | flags) };
@@ -269,7 +269,7 @@ impl Socket {
 }
 
 impl Channel for Socket {
-    fn write(&self, parts: &[Source<'_>]) -> io::Result<usize> {
+    fn write(&self, parts: &[WriteSlice<'_>]) -> io::Result<usize> {
         self.send_message(parts, 0)
     }
 
@@ -277,7 +277,7 @@ impl Channel for Socket {
         in_place::turn_on(self.as_fd())
     }
 
-    fn write_in_place(&self, parts: &[Source<'_>]) -> io::Result<usize> {
+    fn write_in_place(&self, parts: &[WriteSlice<'_>]) -> io::Result<usize> {
         self.send_message(parts, libc::MSG_ZEROCOPY)
     }
 
@@ -285,10 +285,10 @@ impl Channel for Socket {
         in_place::completed(self.as_fd(), IN_PLACE_TICK)
     }
 
-    fn read(&self, parts: &mut [Target<'_>]) -> io::Result<usize> {
+    fn read(&self, parts: &mut [ReadSlice<'_>]) -> io::Result<usize> {
         let count = parts.len().min(MAX_PARTS) as libc::c_int;
-        // SAFETY: `Target` is a transparent iovec over memory that is writable as long as its lifetime says, borrowed
-        // exclusively or, for guest memory, open to changes at any time.
+        // SAFETY: `ReadSlice` is a transparent iovec over memory that is writable as long as its lifetime says,
+        // borrowed exclusively or, for guest memory, open to changes at any time.
         let read = unsafe { libc::readv(self.fd(), parts.as_mut_ptr().cast(), count) };
         usize::try_from(read).map_err(|_| io::Error::last_os_error())
     }
@@ -342,7 +342,7 @@ impl Channel for Socket {
         self.finish_writing();
         let mut answer = [0; 512];
         loop {
-            match self.read(&mut [Target::bytes(&mut answer)]) {
+            match self.read(&mut [ReadSlice::bytes(&mut answer)]) {
                 Ok(0) => break,
                 Ok(_) => {}
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
@@ -383,7 +383,7 @@ mod tests {
     fn a_peer_that_is_gone_is_an_error_and_no_signal() {
         let (a, b) = UnixStream::pair().unwrap();
         drop(b);
-        let error = write_all(&Socket::Unix(a), &mut [Source::bytes(b"x")]).unwrap_err();
+        let error = write_all(&Socket::Unix(a), &mut [WriteSlice::bytes(b"x")]).unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::BrokenPipe);
     }
 
@@ -392,10 +392,10 @@ mod tests {
         let (a, b) = UnixStream::pair().unwrap();
         let (a, b) = (Socket::Unix(a), Socket::Unix(b));
         assert_eq!(a.backlog().unwrap(), 0);
-        write_all(&a, &mut [Source::bytes(&[1; 10_000])]).unwrap();
+        write_all(&a, &mut [WriteSlice::bytes(&[1; 10_000])]).unwrap();
         assert!(a.backlog().unwrap() >= 10_000);
         let mut read = [0; 10_000];
-        assert_eq!(b.read(&mut [Target::bytes(&mut read)]).unwrap(), 10_000);
+        assert_eq!(b.read(&mut [ReadSlice::bytes(&mut read)]).unwrap(), 10_000);
         assert_eq!(a.backlog().unwrap(), 0);
     }
 

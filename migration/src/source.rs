@@ -8,7 +8,7 @@ use backlogs::Backlogs;
 
 use super::{
     DirtyLog, Guest, IterativeDevice, Job, MigrationError, Notice, Outgoing, Refused,
-    channel::{Source, write_all},
+    channel::{WriteSlice, write_all},
     connections::Reader,
     core::{
         DeviceOptions,
@@ -300,7 +300,7 @@ impl Engine<'_, '_> {
     fn flush(&mut self, doing: &'static str) -> Result<(), MigrationError> {
         let stream = self.core.stream();
         let bytes = stream.bytes().len() as u64;
-        write_all(&*self.connections.main, &mut [Source::bytes(stream.bytes())])
+        write_all(&*self.connections.main, &mut [WriteSlice::bytes(stream.bytes())])
             .map_err(|source| MigrationError::Send { doing, source })?;
         stream.clear();
         self.core.sent(Sent { bytes, ..Sent::default() });

@@ -3,7 +3,7 @@
 //! ```text
 //!  source (client)                                   destination (server)
 //!  Credentials + host name ─▶ Tls                    Credentials + authorization ─▶ Tls
-//!  Socket ─▶ handshake ─▶ TlsChannel                 Strangers: Socket ─▶ Accepting ─▶ TlsChannel
+//!  Socket ─▶ handshake ─▶ TlsChannel                 UnidentifiedConns: Socket ─▶ Accepting ─▶ TlsChannel
 //! ```
 //!
 //! Every connection has a session of its own: the main channel, each page channel, and the preempt channel. Inside a
@@ -16,7 +16,7 @@ mod channel;
 mod credentials;
 mod stream;
 
-pub(crate) use accepting::{Accepting, Heard};
+pub(crate) use accepting::{Accepting, Received};
 #[cfg(test)]
 mod tests;
 

@@ -11,7 +11,7 @@
 
 use super::{
     Channel,
-    channel::{Source, write_all},
+    channel::{WriteSlice, write_all},
 };
 use qevm_returnpath::Message;
 use std::{
@@ -76,7 +76,7 @@ pub(crate) fn send(channel: &dyn Channel, message: &Message) -> Result<(), Doubt
     let (head, status) = bytes.split_at(bytes.len() / 2);
     [head, status]
         .into_iter()
-        .try_for_each(|part| write_all(channel, &mut [Source::bytes(part)]))
+        .try_for_each(|part| write_all(channel, &mut [WriteSlice::bytes(part)]))
         .map_err(Doubt::NotTold)
 }
 
@@ -127,7 +127,7 @@ mod tests {
             destination.prepare().unwrap();
             let mut heard = [0; 8];
             for _ in 0..4 {
-                write_all(&destination, &mut [Source::bytes(&heard)]).unwrap();
+                write_all(&destination, &mut [WriteSlice::bytes(&heard)]).unwrap();
                 source.read_exact(&mut heard).unwrap();
                 source.write_all(&heard).unwrap();
                 destination.receive(&mut heard).unwrap();
@@ -166,7 +166,7 @@ mod tests {
     fn a_source_that_resets_has_not() {
         let (source, destination) = tcp();
         // Closing with unread bytes is a reset.
-        write_all(&destination, &mut [Source::bytes(b"unread")]).unwrap();
+        write_all(&destination, &mut [WriteSlice::bytes(b"unread")]).unwrap();
         while destination.backlog().unwrap() > 0 {}
         drop(source);
         let doubt = deliver(&destination, &SHUT, SHORT).unwrap_err();

@@ -10,7 +10,7 @@
 
 use crate::{
     Address, Channel, Status,
-    channel::{Source, Target},
+    channel::{ReadSlice, WriteSlice},
     parameters::Timeouts,
 };
 use std::{
@@ -234,7 +234,7 @@ fn of(limit: Option<Duration>, name: &'static str) -> Option<(Duration, Option<&
 }
 
 impl Channel for Watched {
-    fn write(&self, parts: &[Source<'_>]) -> io::Result<usize> {
+    fn write(&self, parts: &[WriteSlice<'_>]) -> io::Result<usize> {
         let limit = || of(self.watch.timeouts().idle(), "x-idle-timeout");
         self.within(Awaited::Room, || self.inner.write(parts), || self.taken(), limit)
     }
@@ -243,7 +243,7 @@ impl Channel for Watched {
         self.inner.send_in_place()
     }
 
-    fn write_in_place(&self, parts: &[Source<'_>]) -> io::Result<usize> {
+    fn write_in_place(&self, parts: &[WriteSlice<'_>]) -> io::Result<usize> {
         let limit = || of(self.watch.timeouts().idle(), "x-idle-timeout");
         self.within(Awaited::Room, || self.inner.write_in_place(parts), || self.taken(), limit)
     }
@@ -253,7 +253,7 @@ impl Channel for Watched {
         self.within(Awaited::Acknowledgement, || self.inner.sent_in_place(), || self.taken(), limit)
     }
 
-    fn read(&self, parts: &mut [Target<'_>]) -> io::Result<usize> {
+    fn read(&self, parts: &mut [ReadSlice<'_>]) -> io::Result<usize> {
         let own = *self.own_silence();
         let limit = || match (own, self.brings) {
             (Some(own), _) => Some((own, None)),

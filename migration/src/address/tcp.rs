@@ -194,7 +194,7 @@ impl fmt::Display for TcpOptions {
 
 #[cfg(test)]
 mod tests {
-    use crate::{Address, BadAddress, Listener, Socket, Source, channel::write_all};
+    use crate::{Address, BadAddress, Listener, Socket, WriteSlice, channel::write_all};
     use rustix::net::sockopt;
     use std::{net::TcpListener, time::Duration};
 
@@ -305,6 +305,6 @@ mod tests {
         let error = Socket::connect(&address.parse().unwrap()).unwrap_err().to_string();
         assert!(error.ends_with("Unable to set TCP keep-alive count option on socket: Invalid argument"), "{error}");
         let working = Socket::connect(&format!("tcp:{}", taken.local_addr().unwrap()).parse().unwrap()).unwrap();
-        write_all(&*working, &mut [Source::bytes(b"x")]).unwrap();
+        write_all(&*working, &mut [WriteSlice::bytes(b"x")]).unwrap();
     }
 }

@@ -2,7 +2,7 @@
 
 use super::{Outgoing, Reader};
 use crate::{
-    Address, Channel, ChannelName, Job, MigrationError, Socket, Source, Timeouts, Tls, TlsChannel,
+    Address, Channel, ChannelName, Job, MigrationError, Socket, Timeouts, Tls, TlsChannel, WriteSlice,
     channel::write_all,
     watch::{Brings, Watch, Watched},
 };
@@ -66,8 +66,8 @@ impl Step {
     }
 }
 
-/// What a thread that connects tells.
-enum News {
+/// What a connecting thread reports.
+enum Progress {
     At(Step),
     Connected(Result<Arc<dyn Channel>, MigrationError>),
 }
@@ -84,13 +84,13 @@ pub(super) fn connect(address: &Address, job: &Job, names: Names) -> Result<Outg
     let still = Arc::downgrade(&wanted);
     let connecting = move || {
         for name in list {
-            let at = &mut |step| drop(sender.send(News::At(step)));
+            let at = &mut |step| drop(sender.send(Progress::At(step)));
             let mut channel = secured(&to, tls.as_ref(), name, &waits, &|| still.strong_count() > 0, at);
             if greeted && let ChannelName::Page(number) = name {
                 channel = channel.and_then(|channel| greet(channel, number, uuid));
             }
             let failed = channel.is_err();
-            if sender.send(News::Connected(channel)).is_err() || failed {
+            if sender.send(Progress::Connected(channel)).is_err() || failed {
                 return;
             }
         }
@@ -102,8 +102,8 @@ pub(super) fn connect(address: &Address, job: &Job, names: Names) -> Result<Outg
             // As with a QEMU, `query-migrate` then says what was cancelled.
             job.check().map_err(|cancelled| failed(io::Error::new(io::ErrorKind::Interrupted, cancelled)))?;
             match news.recv_timeout(CANCEL_POLL) {
-                Ok(News::At(next)) => (step, since) = (next, Instant::now()),
-                Ok(News::Connected(channel)) => return channel,
+                Ok(Progress::At(next)) => (step, since) = (next, Instant::now()),
+                Ok(Progress::Connected(channel)) => return channel,
                 Err(RecvTimeoutError::Timeout) => {}
                 Err(RecvTimeoutError::Disconnected) => return Err(failed(io::Error::other("its thread has ended"))),
             }
@@ -130,7 +130,7 @@ fn greet(channel: Arc<dyn Channel>, number: u8, uuid: Uuid) -> Result<Arc<dyn Ch
     let mut packet = Writer::new();
     Init::new(uuid, number).encode(&mut packet);
     let failed = |source| MigrationError::Send { doing: "the first packet of a page channel", source };
-    write_all(&*channel, &mut [Source::bytes(packet.as_bytes())]).map_err(failed)?;
+    write_all(&*channel, &mut [WriteSlice::bytes(packet.as_bytes())]).map_err(failed)?;
     Ok(channel)
 }
 

@@ -4,7 +4,7 @@ use crate::{
     Channel, MigrationError,
     multifd::{PageStream, Settings},
     page_file::PageFile,
-    postcopy::Entrance,
+    postcopy::PreemptListener,
 };
 use std::sync::Arc;
 
@@ -23,7 +23,7 @@ pub struct Incoming {
     /// What may explain a source that gives up at once: one of its channels did not fit.
     pub(crate) misfit: Option<MigrationError>,
     /// Where the preempt channel comes in (capability `postcopy-preempt`).
-    pub(crate) preempt: Option<Entrance>,
+    pub(crate) preempt: Option<PreemptListener>,
     /// Pages may have their places in this file, in which the main channel reads, too.
     pub(crate) file: Option<PageFile>,
     /// The waits on them have deadlines.

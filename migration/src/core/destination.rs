@@ -14,7 +14,7 @@ pub use options::DestinationOptions;
 
 use crate::{Doubt, LoadError, MigrationError, handover};
 use iterative::Iterative;
-use loader::{Loader, RamSection, Then};
+use loader::{FollowUp, Loader, RamSection};
 use phase::{Payload, Phase};
 use postcopy::{Postcopy, Start};
 use qevm_multifd::is_page_channel;
@@ -294,17 +294,17 @@ impl Destination {
                 let then = self.loader.take(event).map_err(|error| self.refuse(error))?;
                 self.payload = Payload::Other;
                 let action = match then {
-                    Then::Do(Action::Page { page, .. }) => {
+                    FollowUp::Do(Action::Page { page, .. }) => {
                         self.payload = Payload::Page(page);
                         let decoder = self.nested.as_ref().unwrap_or(&self.decoder);
                         Action::Page { page, remaining: decoder.payload_remaining() }
                     }
-                    Then::Do(action) => action,
-                    Then::Ask(phase) => {
+                    FollowUp::Do(action) => action,
+                    FollowUp::Ask(phase) => {
                         self.phase = phase;
                         Action::Continue
                     }
-                    Then::Start => {
+                    FollowUp::Start => {
                         self.start = Some(Start::Loading);
                         Action::LoadDevices
                     }

@@ -2,7 +2,7 @@
 
 use crate::{
     Channel, MigrationError,
-    channel::Target,
+    channel::ReadSlice,
     core::destination::{Action, Destination, Turn},
 };
 use qevm_returnpath::Message;
@@ -31,7 +31,7 @@ pub(crate) fn leave(
                 let patience = until.saturating_sub(start.elapsed());
                 within(patience, channel, || {
                     let mut unread = vec![0; 64 << 10];
-                    while channel.read(&mut [Target::bytes(&mut unread)]).is_ok_and(|count| count > 0) {}
+                    while channel.read(&mut [ReadSlice::bytes(&mut unread)]).is_ok_and(|count| count > 0) {}
                 });
                 core.end_of_input();
             }

@@ -4,7 +4,7 @@ use super::{Gate, PageStream, States, stream::Payload};
 use crate::PAGE_SIZE;
 use crate::{
     Guest, LoadError, MigrationError, RamView,
-    channel::Target,
+    channel::ReadSlice,
     core::{PageAction, PageTurn},
     ram_receiver::Listed,
     zero::ZERO_PAGE,
@@ -84,7 +84,7 @@ impl<'r> Receiver<'r> {
         for run in packet.zero_runs() {
             received(&run);
             for offset in (run.offset..run.offset + run.len).step_by(PAGE) {
-                if listed.touched.contains(PageGeometry::X86.index(offset)) {
+                if listed.written.contains(PageGeometry::X86.index(offset)) {
                     let page = part(&view, Run { offset, len: PAGE as u64 })?;
                     if !is_zero(&page) {
                         page.copy_from(&ZERO_PAGE[..]);
@@ -98,16 +98,16 @@ impl<'r> Receiver<'r> {
         }
         let mut runs = Vec::new();
         for run in packet.normal_runs() {
-            listed.touched.mark(pages(&run));
+            listed.written.mark(pages(&run));
             received(&run);
             runs.push(part(&view, run)?);
         }
         match &mut self.decompressor {
-            None => payload.read(runs.iter().map(Target::guest).collect(), len)?,
+            None => payload.read(runs.iter().map(ReadSlice::guest).collect(), len)?,
             Some(decompressor) => {
                 // The decoder has checked the length against its limit, 1 MiB.
                 self.payload.resize(len, 0);
-                payload.read(vec![Target::bytes(&mut self.payload)], len)?;
+                payload.read(vec![ReadSlice::bytes(&mut self.payload)], len)?;
                 decompress(decompressor, &self.payload, packet.normal_count(), &runs, &payload)?;
             }
         }

@@ -7,7 +7,7 @@ use super::{
 use crate::PAGE_SIZE;
 use crate::{
     Channel, Guest, MigrationError, RamView,
-    channel::{MAX_PARTS, Source, use_up, write_all},
+    channel::{MAX_PARTS, WriteSlice, use_up, write_all},
     zero::is_zero,
 };
 use qevm_multifd::{ChannelEncoder, Compression, Compressor, Init, Pages, Runs, Uuid};
@@ -61,7 +61,7 @@ struct InPlace {
 
 impl InPlace {
     /// Writes all of `parts`. What the kernel holds in place of other pages may have to go first.
-    fn write_all(&mut self, channel: &dyn Channel, mut parts: &mut [Source<'_>]) -> Result<(), MigrationError> {
+    fn write_all(&mut self, channel: &dyn Channel, mut parts: &mut [WriteSlice<'_>]) -> Result<(), MigrationError> {
         let failed = |source| MigrationError::Send { doing: "pages on a page channel", source };
         while !parts.is_empty() {
             if parts[0].is_empty() {
@@ -199,7 +199,7 @@ impl<'s> Sender<'s> {
     fn piece(&mut self, transfer: usize, queue: &Queue, transfers: &Transfers<'_>) -> Result<bool, MigrationError> {
         let Some(piece) = transfers.next(transfer, std::mem::take(&mut self.payload))? else { return Ok(true) };
         self.encoder.device_state(&piece.packet, &mut self.header)?;
-        let mut parts = [self.header.as_bytes(), &piece.header, &piece.content].map(Source::bytes);
+        let mut parts = [self.header.as_bytes(), &piece.header, &piece.content].map(WriteSlice::bytes);
         let bytes = parts.iter().map(|part| part.len() as u64).sum();
         write_all(self.channel, &mut parts)
             .map_err(|source| MigrationError::Send { doing: "the state of a device on a page channel", source })?;
@@ -228,10 +228,10 @@ impl<'s> Sender<'s> {
 
     /// Writes the header and what belongs after it.
     fn write(&mut self, runs: &[VolatileSlice<'_>]) -> Result<Counts, MigrationError> {
-        let mut parts = vec![Source::bytes(self.header.as_bytes())];
+        let mut parts = vec![WriteSlice::bytes(self.header.as_bytes())];
         match &self.compressor {
-            Some(_) if !runs.is_empty() => parts.push(Source::bytes(&self.payload)),
-            _ => parts.extend(runs.iter().map(Source::guest)),
+            Some(_) if !runs.is_empty() => parts.push(WriteSlice::bytes(&self.payload)),
+            _ => parts.extend(runs.iter().map(WriteSlice::guest)),
         }
         let bytes = parts.iter().map(|part| part.len() as u64).sum();
         // The header is gone before the kernel sends what it has in place: it is copied.
@@ -257,7 +257,7 @@ fn part<'g>(view: &RamView<'g>, offset: u64, len: u64) -> Result<VolatileSlice<'
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::Target;
+    use crate::ReadSlice;
     use std::sync::Mutex;
 
     /// Takes so many calls in place before the kernel has to be waited for.
@@ -270,10 +270,10 @@ mod tests {
     }
 
     impl Channel for Kernel {
-        fn write(&self, _: &[Source<'_>]) -> io::Result<usize> {
+        fn write(&self, _: &[WriteSlice<'_>]) -> io::Result<usize> {
             Err(io::ErrorKind::Unsupported.into())
         }
-        fn write_in_place(&self, parts: &[Source<'_>]) -> io::Result<usize> {
+        fn write_in_place(&self, parts: &[WriteSlice<'_>]) -> io::Result<usize> {
             let mut state = self.state.lock().unwrap();
             if state.0 == self.room {
                 return Err(io::Error::from_raw_os_error(libc::ENOBUFS));
@@ -288,7 +288,7 @@ mod tests {
             let done = std::mem::take(&mut self.state.lock().unwrap().0);
             if done == 0 { Err(io::ErrorKind::WouldBlock.into()) } else { Ok((done, self.copies)) }
         }
-        fn read(&self, _: &mut [Target<'_>]) -> io::Result<usize> {
+        fn read(&self, _: &mut [ReadSlice<'_>]) -> io::Result<usize> {
             Ok(0)
         }
         fn finish_writing(&self) {}
@@ -303,7 +303,8 @@ mod tests {
             for room in [1, 2, 7, 1000] {
                 let kernel = Kernel { room, copies, state: Mutex::default() };
                 let mut in_place = InPlace::default();
-                let mut parts = [Source::bytes(&bytes[..70]), Source::bytes(&[]), Source::bytes(&bytes[70..])];
+                let mut parts =
+                    [WriteSlice::bytes(&bytes[..70]), WriteSlice::bytes(&[]), WriteSlice::bytes(&bytes[70..])];
                 in_place.write_all(&kernel, &mut parts).unwrap();
                 assert_eq!(in_place.finish(&kernel).unwrap(), u64::from(copies));
                 let state = kernel.state.lock().unwrap();
@@ -318,7 +319,7 @@ mod tests {
     #[test]
     fn without_any_memory_to_lock_the_migration_fails_in_qemus_words() {
         let kernel = Kernel { room: 0, copies: false, state: Mutex::default() };
-        let error = InPlace::default().write_all(&kernel, &mut [Source::bytes(&[1])]).unwrap_err();
+        let error = InPlace::default().write_all(&kernel, &mut [WriteSlice::bytes(&[1])]).unwrap_err();
         let words = "Process can't lock enough memory for using MSG_ZEROCOPY: No buffer space available";
         assert_eq!(error.to_string(), words);
     }

@@ -2,7 +2,7 @@
 
 use crate::{
     Channel, MigrationError,
-    channel::{Target, read_at_least},
+    channel::{ReadSlice, read_at_least},
     core::PageChannel,
 };
 use qevm_multifd::{ChannelOptions, layout::INIT_LEN, packet};
@@ -59,7 +59,7 @@ impl PageStream {
     pub(super) fn fill(&mut self, at_least: usize) -> Result<(), MigrationError> {
         // A packet is as long as the room for it.
         let wanted = at_least.min(self.header.len()).saturating_sub(self.filled);
-        let read = read_at_least(&*self.channel, &mut [Target::bytes(&mut self.header[self.filled..])], wanted);
+        let read = read_at_least(&*self.channel, &mut [ReadSlice::bytes(&mut self.header[self.filled..])], wanted);
         let offset = self.core.offset() + self.filled as u64;
         let count = read.map_err(|source| MigrationError::Receive { offset, source })?;
         self.filled += count;
@@ -86,7 +86,7 @@ impl PageStream {
             self.filled = 0;
             let PageStream { channel, core, ahead, filled, .. } = self;
             let mut payload = Payload { channel: &**channel, core, ahead, filled };
-            payload.read_rest(vec![Target::bytes(&mut content[front..])], front, len)?;
+            payload.read_rest(vec![ReadSlice::bytes(&mut content[front..])], front, len)?;
             self.advance();
         } else {
             self.header.copy_within(consumed + front..self.filled, 0);
@@ -105,14 +105,19 @@ impl PageStream {
 impl Payload<'_> {
     /// Reads the whole payload into `parts`, which are as long as it is, together with what is there of the next
     /// packet's header.
-    pub(super) fn read<'p>(&'p mut self, parts: Vec<Target<'p>>, len: usize) -> Result<(), MigrationError> {
+    pub(super) fn read<'p>(&'p mut self, parts: Vec<ReadSlice<'p>>, len: usize) -> Result<(), MigrationError> {
         self.read_rest(parts, 0, len)
     }
 
     /// The same with a payload of which the first `here` bytes are not read any more.
-    fn read_rest<'p>(&'p mut self, mut parts: Vec<Target<'p>>, here: usize, len: usize) -> Result<(), MigrationError> {
+    fn read_rest<'p>(
+        &'p mut self,
+        mut parts: Vec<ReadSlice<'p>>,
+        here: usize,
+        len: usize,
+    ) -> Result<(), MigrationError> {
         let offset = self.core.offset() + here as u64;
-        parts.push(Target::bytes(self.ahead));
+        parts.push(ReadSlice::bytes(self.ahead));
         let read = read_at_least(self.channel, &mut parts, len - here);
         let read = read.map_err(|source| MigrationError::Receive { offset, source })?;
         match (here + read).checked_sub(len) {

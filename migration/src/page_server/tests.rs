@@ -139,13 +139,13 @@ fn a_stream_goes_on_where_it_is() {
     });
     let stream = ServedStream(Arc::new(server));
     let (mut first, mut second) = ([1; 3], vec![1; 200_000]);
-    let read = stream.read(&mut [Target::bytes(&mut first), Target::bytes(&mut second)]).unwrap();
+    let read = stream.read(&mut [ReadSlice::bytes(&mut first), ReadSlice::bytes(&mut second)]).unwrap();
     assert_eq!((read, first), (STREAM_READ, [0, 1, 2].map(byte)));
     assert!(second[..read - 3].iter().zip(3..).all(|(found, at)| *found == byte(at)));
     stream.0.seek(LEN - 4);
-    let read = stream.read(&mut [Target::bytes(&mut first), Target::bytes(&mut second[..9])]).unwrap();
+    let read = stream.read(&mut [ReadSlice::bytes(&mut first), ReadSlice::bytes(&mut second[..9])]).unwrap();
     assert_eq!((read, first, &second[..2]), (4, [0; 3], &[0, byte(4)][..]));
-    assert_eq!(stream.read(&mut [Target::bytes(&mut first)]).unwrap(), 0);
+    assert_eq!(stream.read(&mut [ReadSlice::bytes(&mut first)]).unwrap(), 0);
     drop(stream);
     serving.join().unwrap();
 }

@@ -1,6 +1,6 @@
 //! A channel that fails as it is told.
 
-use crate::{Channel, Socket, Source, Target};
+use crate::{Channel, ReadSlice, Socket, WriteSlice};
 use std::{
     io,
     sync::{
@@ -51,7 +51,7 @@ impl Faulty {
 }
 
 impl Channel for Faulty {
-    fn write(&self, parts: &[Source<'_>]) -> io::Result<usize> {
+    fn write(&self, parts: &[WriteSlice<'_>]) -> io::Result<usize> {
         (self.before_write)();
         let at = self.written();
         let mut upto = at + STEP;
@@ -70,17 +70,17 @@ impl Channel for Faulty {
             }
         }
         let flipped;
-        let mut cut: Vec<Source<'_>> = first(parts, upto - at);
+        let mut cut: Vec<WriteSlice<'_>> = first(parts, upto - at);
         if let Some((place, mask)) = self.faults.flip {
             if at < place {
                 cut = first(parts, (upto - at).min(place - at));
             } else if at == place {
                 flipped = [peek(&parts[0]) ^ mask];
-                cut = vec![Source::bytes(&flipped)];
+                cut = vec![WriteSlice::bytes(&flipped)];
             }
         }
         if let Some(speed) = self.faults.bytes_per_ms {
-            let bytes: usize = cut.iter().map(Source::len).sum();
+            let bytes: usize = cut.iter().map(WriteSlice::len).sum();
             std::thread::sleep(Duration::from_micros(bytes as u64 * 1000 / speed));
         }
         let count = self.inner.write(&cut)?;
@@ -88,7 +88,7 @@ impl Channel for Faulty {
         Ok(count)
     }
 
-    fn read(&self, parts: &mut [Target<'_>]) -> io::Result<usize> {
+    fn read(&self, parts: &mut [ReadSlice<'_>]) -> io::Result<usize> {
         let Some(cut) = self.faults.cut_return_path_at else { return self.inner.read(parts) };
         let left = cut.saturating_sub(self.read.load(Ordering::Relaxed)) as usize;
         if left == 0 {
@@ -96,7 +96,7 @@ impl Channel for Faulty {
             return Ok(0);
         }
         let mut bytes = vec![0; left.min(parts[0].len())];
-        let count = self.inner.read(&mut [Target::bytes(&mut bytes)])?;
+        let count = self.inner.read(&mut [ReadSlice::bytes(&mut bytes)])?;
         self.read.fetch_add(count as u64, Ordering::Relaxed);
         parts[0].fill(&bytes[..count]);
         Ok(count)
@@ -120,7 +120,7 @@ impl Channel for Faulty {
     }
 }
 
-fn first<'a>(parts: &[Source<'a>], mut left: u64) -> Vec<Source<'a>> {
+fn first<'a>(parts: &[WriteSlice<'a>], mut left: u64) -> Vec<WriteSlice<'a>> {
     let mut cut = Vec::new();
     for part in parts {
         let part = part.first(left as usize);
@@ -133,7 +133,7 @@ fn first<'a>(parts: &[Source<'a>], mut left: u64) -> Vec<Source<'a>> {
     cut
 }
 
-fn peek(part: &Source<'_>) -> u8 {
+fn peek(part: &WriteSlice<'_>) -> u8 {
     let mut byte = [0];
     part.copy_to(&mut byte);
     byte[0]

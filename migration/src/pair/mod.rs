@@ -18,8 +18,8 @@ mod tests;
 mod vfio;
 
 use super::{
-    Arrival, Capabilities, Channel, Guest, Incoming, Job, MigrationError, Outgoing, Parameters, Socket, Source,
-    Statistics, Status, Target, migrate, receive,
+    Arrival, Capabilities, Channel, Guest, Incoming, Job, MigrationError, Outgoing, Parameters, ReadSlice, Socket,
+    Statistics, Status, WriteSlice, migrate, receive,
 };
 pub(super) use faults::{Faults, Faulty};
 pub(super) use guest::FakeGuest;

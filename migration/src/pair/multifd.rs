@@ -7,7 +7,7 @@ use crate::{
     arrivals::{Seen, gather},
     multifd::Settings,
     patience::Patience,
-    strangers::{Dropped, Reason},
+    unidentified::{Dropped, Reason},
 };
 use qevm_multifd::{Compression, ErrorKind, HandshakeError, Init, PacketError, Uuid};
 use qevm_wire::{Blame, Fault, profile::ZeroPageDetection};

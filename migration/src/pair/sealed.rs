@@ -24,7 +24,7 @@ struct Tap {
 }
 
 impl Channel for Tap {
-    fn write(&self, parts: &[Source<'_>]) -> io::Result<usize> {
+    fn write(&self, parts: &[WriteSlice<'_>]) -> io::Result<usize> {
         let count = self.inner.write(parts)?;
         let mut bytes = vec![0; count];
         parts[0].copy_to(&mut bytes);
@@ -32,7 +32,7 @@ impl Channel for Tap {
         Ok(count)
     }
 
-    fn read(&self, parts: &mut [Target<'_>]) -> io::Result<usize> {
+    fn read(&self, parts: &mut [ReadSlice<'_>]) -> io::Result<usize> {
         self.inner.read(parts)
     }
 

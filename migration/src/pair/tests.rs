@@ -333,7 +333,7 @@ fn pause_before_switchover_waits_and_can_be_cancelled() {
                 thread::sleep(Duration::from_millis(1));
             }
             assert!(!guest.is_running());
-            if cancel { job.cancel().unwrap() } else { job.go_on().unwrap() }
+            if cancel { job.cancel().unwrap() } else { job.continue_switchover().unwrap() }
         });
         let outcome = pair.run(Faults::default());
         operator.join().unwrap();

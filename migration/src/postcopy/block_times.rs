@@ -1,6 +1,6 @@
 //! How long the guest waits for its memory (capability `postcopy-blocktime`).
 
-use crate::touched::Touched;
+use crate::atomic_page_set::AtomicPageSet;
 use std::{collections::HashMap, time::Duration};
 
 /// How long faults took: fault `n` of the distribution between 2^n and 2^(n+1) microseconds, those of the last and
@@ -74,7 +74,7 @@ pub(super) struct Account {
     /// For each page of a block who waits for it.
     open: HashMap<(usize, u64), Vec<Open>>,
     /// For each block the pages that are there.
-    here: Vec<Touched>,
+    here: Vec<AtomicPageSet>,
 }
 
 impl Account {
@@ -88,7 +88,7 @@ impl Account {
             all_vcpus: Duration::ZERO,
             distribution: [0; BUCKETS],
             open: HashMap::new(),
-            here: blocks.into_iter().map(|pages| Touched::new(pages, false)).collect(),
+            here: blocks.into_iter().map(|pages| AtomicPageSet::new(pages, false)).collect(),
         }
     }
 

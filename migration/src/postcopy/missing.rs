@@ -7,9 +7,9 @@ use super::{
 };
 use crate::{
     Channel, LoadError, MigrationError, MissingPages, PAGE_SIZE, RestoreProgress, Status, Touch,
-    channel::{Source, write_all},
+    atomic_page_set::AtomicPageSet,
+    channel::{WriteSlice, write_all},
     ram_receiver::Listed,
-    touched::Touched,
     watch::Watch,
 };
 use qevm_returnpath::{
@@ -42,7 +42,7 @@ pub(super) struct Shared {
     account: Option<Mutex<Account>>,
     start: Instant,
     /// Where messages are written to, one at a time.
-    outlet: Mutex<Outlet>,
+    request_channel: Mutex<RequestChannel>,
     /// Bytes that have not come.
     pub(super) remaining: AtomicU64,
     /// Pages that the source was asked for.
@@ -75,11 +75,11 @@ pub(super) struct State {
     pub(super) news: VecDeque<Status>,
 }
 
-impl Outlet {
+impl RequestChannel {
     /// Writes bytes, if there is a connection.
     pub(super) fn put(&self, bytes: &[u8]) {
         // If the source is gone, reading will tell.
-        let written = self.channel.as_deref().map(|channel| write_all(channel, &mut [Source::bytes(bytes)]));
+        let written = self.channel.as_deref().map(|channel| write_all(channel, &mut [WriteSlice::bytes(bytes)]));
         if let Some(Err(error)) = written {
             tracing::debug!(%error, "the return path is broken");
         }
@@ -94,7 +94,7 @@ impl State {
 
 /// The way back to the source.
 #[derive(Debug)]
-pub(super) struct Outlet {
+pub(super) struct RequestChannel {
     /// The connection, if there is one.
     pub(super) channel: Option<Arc<dyn Channel>>,
     /// The source takes requests. One that has come back does not before it goes on, and is asked for everything then.
@@ -130,9 +130,9 @@ pub(super) struct Block {
     pub(super) unit: u64,
     units: u64,
     /// Units that had come before anything was missing. Those of them that nobody has touched are zero.
-    kept: Arc<Touched>,
+    kept: Arc<AtomicPageSet>,
     /// Units that were filled in since then, or are about to be.
-    placed: Touched,
+    placed: AtomicPageSet,
 }
 
 impl Block {
@@ -141,7 +141,7 @@ impl Block {
         pages: &dyn MissingPages,
         number: usize,
         listed: &Listed,
-        received: &Arc<Touched>,
+        received: &Arc<AtomicPageSet>,
     ) -> Result<Block, MigrationError> {
         let doing = MigrationError::guest;
         let unit = pages.unit(number).map_err(doing(LISTEN))?;
@@ -159,7 +159,7 @@ impl Block {
             PAGE_SIZE => received.clone(),
             _ => {
                 // Of a huge page of which a part is old everything comes again.
-                let kept = Touched::new(units, false);
+                let kept = AtomicPageSet::new(units, false);
                 let pages = unit / PAGE_SIZE;
                 let mut next = 0;
                 for gap in received.gaps(listed.used_length / PAGE_SIZE) {
@@ -174,7 +174,7 @@ impl Block {
             pages.discard(number, gap.start * unit..gap.end * unit).map_err(doing(LISTEN))?;
         }
         pages.add(number).map_err(doing(LISTEN))?;
-        Ok(Block { name: listed.name.clone(), number, unit, units, kept, placed: Touched::new(units, false) })
+        Ok(Block { name: listed.name.clone(), number, unit, units, kept, placed: AtomicPageSet::new(units, false) })
     }
 
     /// Bytes that are to come.
@@ -202,7 +202,7 @@ impl Shared {
             pages,
             blocks,
             book: Mutex::new(PageFaults::new(requested)),
-            outlet: Mutex::new(Outlet { channel: Some(channel.clone()), asks: true }),
+            request_channel: Mutex::new(RequestChannel { channel: Some(channel.clone()), asks: true }),
             remaining: remaining.into(),
             requests: AtomicU64::default(),
             preempt: Mutex::default(),
@@ -239,14 +239,14 @@ impl Shared {
 
     /// Puts a message on the return path.
     pub(super) fn send(&self, message: &Message) {
-        self.outlet().put(&message.to_bytes());
+        self.request_channel().put(&message.to_bytes());
     }
 
     /// Which pages of a block are here, 64 to a word, and its name.
     pub(super) fn bitmap(&self, index: usize) -> Option<(CountedString, Vec<u8>)> {
         let block = self.blocks.get(index)?;
         let pages = block.unit / PAGE_SIZE;
-        let here = Touched::new(block.units * pages, true);
+        let here = AtomicPageSet::new(block.units * pages, true);
         let missing = block.kept.gaps(block.units).flatten().filter(|unit| !block.placed.contains(*unit));
         missing.for_each(|unit| here.clear(unit * pages..(unit + 1) * pages));
         // There are no pages after the end.
@@ -289,13 +289,13 @@ impl Shared {
             return Ok(());
         }
         // Which block a message is about may depend on the one before.
-        let outlet = self.outlet();
+        let request_channel = self.request_channel();
         let message = self.book().fault(index, offset);
         let message = message.map_err(|error| MigrationError::Guest { doing: ASK, source: error.into() })?;
         if let Some(message) = message {
             self.requests.fetch_add(1, Ordering::Relaxed);
-            if outlet.asks {
-                outlet.put(&message.to_bytes());
+            if request_channel.asks {
+                request_channel.put(&message.to_bytes());
             }
         }
         Ok(())
@@ -430,8 +430,8 @@ impl Shared {
         Ok(())
     }
 
-    pub(super) fn outlet(&self) -> MutexGuard<'_, Outlet> {
-        self.outlet.lock().unwrap_or_else(PoisonError::into_inner)
+    pub(super) fn request_channel(&self) -> MutexGuard<'_, RequestChannel> {
+        self.request_channel.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     pub(super) fn book(&self) -> MutexGuard<'_, PageFaults> {

@@ -15,8 +15,8 @@ use crate::{
     channel::Reading,
     listener::Caller,
     patience::NO_END,
-    strangers::Silent,
     tls::{self, Accepting},
+    unidentified::SilentConn,
     watch::{Brings, Watch, Watched},
 };
 use qevm_savevm::{
@@ -46,7 +46,7 @@ const PAUSE: Timespec = Timespec { tv_sec: 0, tv_nsec: 100_000_000 };
 
 /// Where the preempt channel comes in.
 #[derive(Debug)]
-pub(crate) struct Entrance {
+pub(crate) struct PreemptListener {
     listener: Listener,
     /// Where the main channel comes from.
     main: Caller,
@@ -67,29 +67,29 @@ struct Candidate {
     said: Vec<u8>,
 }
 
-/// What came of listening to a candidate.
-enum Heard {
+/// What the bytes read so far say of a candidate.
+enum Outcome {
     More,
     /// It is the preempt channel.
     Page,
     Drop(String),
 }
 
-impl Entrance {
+impl PreemptListener {
     /// Whoever calls at `listener`, or is `waiting` and has said nothing, may be it.
     pub(crate) fn new(
         listener: Listener,
         main: Caller,
-        waiting: impl IntoIterator<Item = Silent>,
+        waiting: impl IntoIterator<Item = SilentConn>,
         tls: Option<Tls>,
         watch: Arc<Watch>,
     ) -> Self {
-        let mut entrance = Entrance { listener, main, tls, watch, waiting: Vec::new() };
-        waiting.into_iter().for_each(|silent| entrance.add(silent));
-        entrance
+        let mut incoming = PreemptListener { listener, main, tls, watch, waiting: Vec::new() };
+        waiting.into_iter().for_each(|silent| incoming.add(silent));
+        incoming
     }
 
-    fn add(&mut self, (socket, session, caller): Silent) {
+    fn add(&mut self, (socket, session, caller): SilentConn) {
         if self.waiting.len() >= ROOM {
             // A 7.2's is the first after its main channel, and that of a newer source among the last. Both come from
             // the source's host.
@@ -145,7 +145,7 @@ impl Entrance {
 
 impl Candidate {
     /// Takes in what has come, without waiting for more. What it says counts as soon as the `blocks` are known.
-    fn hear(&mut self, blocks: Option<&Arc<RamBlocks>>) -> Heard {
+    fn hear(&mut self, blocks: Option<&Arc<RamBlocks>>) -> Outcome {
         let mut bytes = [0; RECORD];
         loop {
             if let Some(blocks) = blocks
@@ -154,7 +154,7 @@ impl Candidate {
                 return heard;
             }
             if self.said.len() == RECORD {
-                return Heard::More;
+                return Outcome::More;
             }
             let room = &mut bytes[self.said.len()..];
             let heard = match &mut self.session {
@@ -162,27 +162,27 @@ impl Candidate {
                 Some(session) => session.hear(&self.socket, room).map_err(|error| error.to_string()),
             };
             match heard {
-                Ok(tls::Heard::Nothing) => return Heard::More,
-                Ok(tls::Heard::Closed) => return Heard::Drop(format!("it sent {} and was closed", self.first())),
-                Ok(tls::Heard::Bytes(count)) => self.said.extend_from_slice(&bytes[self.said.len()..][..count]),
-                Err(why) => return Heard::Drop(why),
+                Ok(tls::Received::Nothing) => return Outcome::More,
+                Ok(tls::Received::Closed) => return Outcome::Drop(format!("it sent {} and was closed", self.first())),
+                Ok(tls::Received::Bytes(count)) => self.said.extend_from_slice(&bytes[self.said.len()..][..count]),
+                Err(why) => return Outcome::Drop(why),
             }
         }
     }
 
     /// What it is by what it has said; nothing so far.
-    fn what(&self, blocks: &Arc<RamBlocks>) -> Option<Heard> {
+    fn what(&self, blocks: &Arc<RamBlocks>) -> Option<Outcome> {
         if self.said.is_empty() {
             return None;
         }
         let decoder = PreemptDecoder::new(blocks.clone(), PageGeometry::X86);
         match Driver::new(self.said.as_slice(), decoder).next() {
-            Ok(Some(RamRecord::Page(_) | RamRecord::Zero(_))) => Some(Heard::Page),
+            Ok(Some(RamRecord::Page(_) | RamRecord::Zero(_))) => Some(Outcome::Page),
             // Of a 7.2 that was not asked for anything.
-            Ok(_) => Some(Heard::Drop("it ended before the first page".into())),
+            Ok(_) => Some(Outcome::Drop("it ended before the first page".into())),
             // So far.
             Err(error) if error.fault() == Some(Fault::Truncated) => None,
-            Err(_) => Some(Heard::Drop(format!("it sent {}", self.first()))),
+            Err(_) => Some(Outcome::Drop(format!("it sent {}", self.first()))),
         }
     }
 
@@ -207,13 +207,13 @@ impl Candidate {
 }
 
 /// Reads what has come on a socket that does not block.
-fn plain(socket: &Socket, room: &mut [u8]) -> Result<tls::Heard, String> {
+fn plain(socket: &Socket, room: &mut [u8]) -> Result<tls::Received, String> {
     loop {
         return match socket.receive(room) {
-            Ok(0) => Ok(tls::Heard::Closed),
-            Ok(count) => Ok(tls::Heard::Bytes(count)),
+            Ok(0) => Ok(tls::Received::Closed),
+            Ok(count) => Ok(tls::Received::Bytes(count)),
             Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(tls::Heard::Nothing),
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(tls::Received::Nothing),
             Err(error) => Err(error.to_string()),
         };
     }
@@ -221,12 +221,12 @@ fn plain(socket: &Socket, room: &mut [u8]) -> Result<tls::Heard, String> {
 
 /// A thread that finds the preempt channel and reads it.
 pub(crate) struct Preempt {
-    desk: Arc<Desk>,
+    control: Arc<Control>,
     thread: Option<JoinHandle<()>>,
 }
 
-/// What the thread is told.
-struct Desk {
+/// How the thread is controlled.
+struct Control {
     /// Wakes it.
     news: OwnedFd,
     orders: Mutex<Orders>,
@@ -243,28 +243,28 @@ struct Orders {
 
 impl Preempt {
     /// Takes connections in. Nobody listens to them before memory is [missing](Preempt::listen).
-    pub(crate) fn start(entrance: Entrance) -> Result<Self, MigrationError> {
+    pub(crate) fn start(incoming: PreemptListener) -> Result<Self, MigrationError> {
         let failed = |error: io::Error| MigrationError::guest("start a thread for the preempt channel")(error.into());
         let news = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).map_err(|error| failed(error.into()))?;
-        let desk = Arc::new(Desk { news, orders: Mutex::default() });
-        let at = desk.clone();
-        let thread = thread::Builder::new().name("preempt".into()).spawn(move || at.run(entrance)).map_err(failed)?;
-        Ok(Preempt { desk, thread: Some(thread) })
+        let control = Arc::new(Control { news, orders: Mutex::default() });
+        let at = control.clone();
+        let thread = thread::Builder::new().name("preempt".into()).spawn(move || at.run(incoming)).map_err(failed)?;
+        Ok(Preempt { control, thread: Some(thread) })
     }
 
     /// Pages of `blocks` are missing in `memory`, and whoever sends the first is the preempt channel.
     pub(super) fn listen(&self, memory: Arc<Shared>, blocks: Arc<RamBlocks>) {
-        self.desk.orders().memory = Some((memory, blocks));
-        self.desk.wake();
+        self.control.orders().memory = Some((memory, blocks));
+        self.control.wake();
     }
 
     /// Ends the channel, or the wait for it. Nobody waits for the thread.
     pub(super) fn stop(&self) {
-        let mut orders = self.desk.orders();
+        let mut orders = self.control.orders();
         orders.over = true;
         orders.channel.iter().for_each(|channel| channel.close());
         drop(orders);
-        self.desk.wake();
+        self.control.wake();
     }
 }
 
@@ -283,7 +283,7 @@ impl fmt::Debug for Preempt {
     }
 }
 
-impl Desk {
+impl Control {
     fn orders(&self) -> MutexGuard<'_, Orders> {
         self.orders.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -293,8 +293,8 @@ impl Desk {
         let _ = rustix::io::write(&self.news, &1_u64.to_ne_bytes());
     }
 
-    fn run(&self, entrance: Entrance) {
-        let found = self.find(entrance);
+    fn run(&self, incoming: PreemptListener) {
+        let found = self.find(incoming);
         let memory = self.orders().memory.take();
         let Some((shared, blocks)) = memory else { return };
         let read = match found {
@@ -312,31 +312,31 @@ impl Desk {
     }
 
     /// Waits for the preempt channel. `None` when it is not waited for any more.
-    fn find(&self, mut entrance: Entrance) -> Result<Option<Found>, Errno> {
+    fn find(&self, mut incoming: PreemptListener) -> Result<Option<Found>, Errno> {
         let (mut accepting, mut known) = (true, false);
         loop {
             let blocks = match &*self.orders() {
                 Orders { over: true, .. } => return Ok(None),
                 Orders { memory, .. } => memory.as_ref().map(|(_, blocks)| blocks.clone()),
             };
-            let Ready { calling, mut speaking } = self.wait(&entrance, accepting, blocks.is_some())?;
+            let Ready { calling, mut speaking } = self.wait(&incoming, accepting, blocks.is_some())?;
             if blocks.is_some() && !std::mem::replace(&mut known, true) {
                 // What was said before counts from now on.
                 speaking.fill(true);
             }
             // From the back, so that the numbers stay true.
             for index in (0..speaking.len()).rev().filter(|index| speaking[*index]) {
-                let candidate = &mut entrance.waiting[index];
+                let candidate = &mut incoming.waiting[index];
                 let heard = match &blocks {
-                    None if candidate.session.is_none() => Heard::Drop("it was closed before the guest came".into()),
+                    None if candidate.session.is_none() => Outcome::Drop("it was closed before the guest came".into()),
                     blocks => candidate.hear(blocks.as_ref()),
                 };
                 match heard {
-                    Heard::More => {}
-                    Heard::Drop(why) => entrance.drop_one(index, why),
-                    Heard::Page => {
-                        let Candidate { socket, session, said, caller } = entrance.waiting.swap_remove(index);
-                        let channel = match entrance.watched(socket, session) {
+                    Outcome::More => {}
+                    Outcome::Drop(why) => incoming.drop_one(index, why),
+                    Outcome::Page => {
+                        let Candidate { socket, session, said, caller } = incoming.waiting.swap_remove(index);
+                        let channel = match incoming.watched(socket, session) {
                             Ok(channel) => channel,
                             Err(why) => {
                                 tracing::warn!("dropped a connection from {caller}: {why}");
@@ -349,17 +349,17 @@ impl Desk {
                     }
                 }
             }
-            accepting = !calling || entrance.accept();
+            accepting = !calling || incoming.accept();
         }
     }
 
     /// Waits until somebody does something. Candidates are heard when it is known what they may say, and before that
     /// they can only leave.
-    fn wait(&self, entrance: &Entrance, accepting: bool, hear: bool) -> Result<Ready, Errno> {
+    fn wait(&self, incoming: &PreemptListener, accepting: bool, hear: bool) -> Result<Ready, Errno> {
         let mut entries = vec![PollFd::new(&self.news, PollFlags::IN)];
-        let waiting = entrance.waiting.iter();
+        let waiting = incoming.waiting.iter();
         entries.extend(waiting.map(|who| PollFd::from_borrowed_fd(who.socket.as_fd(), who.events(hear))));
-        entries.extend(accepting.then(|| PollFd::from_borrowed_fd(entrance.listener.as_fd(), PollFlags::IN)));
+        entries.extend(accepting.then(|| PollFd::from_borrowed_fd(incoming.listener.as_fd(), PollFlags::IN)));
         match poll(&mut entries, (!accepting).then_some(&PAUSE)) {
             // A signal: nobody has done anything.
             Err(Errno::INTR) => entries.iter_mut().for_each(PollFd::clear_revents),
@@ -370,7 +370,7 @@ impl Desk {
             // Whoever woke this thread wakes it again for the next order.
             let _ = rustix::io::read(&self.news, &mut [0; 8]);
         }
-        let speaking = ready.by_ref().take(entrance.waiting.len()).collect();
+        let speaking = ready.by_ref().take(incoming.waiting.len()).collect();
         Ok(Ready { speaking, calling: !accepting || ready.next() == Some(true) })
     }
 }

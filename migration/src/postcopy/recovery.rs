@@ -1,12 +1,12 @@
 //! A postcopy whose connection is lost and replaced by another: nothing that has come is lost, and nothing comes twice.
 
 use super::{
-    missing::{Line, NextLine, Outlet, Shared},
-    preempt::{Entrance, Preempt},
+    missing::{Line, NextLine, RequestChannel, Shared},
+    preempt::{Preempt, PreemptListener},
 };
 use crate::{
     Address, Channel, ChannelName, Listener, MigrationError, Refused, Socket, Status, Tls,
-    channel::{Target, read_at_least},
+    channel::{ReadSlice, read_at_least},
     patience::NO_END,
     tls::{Accepting, LOOK},
     watch::{Brings, Watch, Watched},
@@ -75,8 +75,8 @@ impl Recovery {
                     Ok(Some((socket, caller))) => {
                         match known(socket, &shared.waits, listener.address(), tls.as_ref()) {
                             Ok((channel, first)) => {
-                                let entrance = Entrance::new(listener, caller, [], tls, shared.waits.clone());
-                                return shared.reconnect(turn, channel, first, entrance);
+                                let incoming = PreemptListener::new(listener, caller, [], tls, shared.waits.clone());
+                                return shared.reconnect(turn, channel, first, incoming);
                             }
                             Err(why) => tracing::warn!("dropped a connection from {caller}: {why}"),
                         }
@@ -116,7 +116,7 @@ fn known(
             channel.limit_silence(Some(LOOK))?;
             let since = Instant::now();
             let count = loop {
-                match read_at_least(&*channel, &mut [Target::bytes(&mut first)], 1) {
+                match read_at_least(&*channel, &mut [ReadSlice::bytes(&mut first)], 1) {
                     Err(error) if error.kind() == io::ErrorKind::TimedOut && since.elapsed() < patience() => {}
                     read => break read?,
                 }
@@ -140,8 +140,8 @@ impl Shared {
         state.turn == turn && matches!(state.line, Line::Lost)
     }
 
-    fn reconnect(&self, turn: u64, channel: Arc<dyn Channel>, first: Vec<u8>, entrance: Entrance) {
-        let preempt = match self.urgent_blocks.get().map(|_| Preempt::start(entrance)).transpose() {
+    fn reconnect(&self, turn: u64, channel: Arc<dyn Channel>, first: Vec<u8>, incoming: PreemptListener) {
+        let preempt = match self.urgent_blocks.get().map(|_| Preempt::start(incoming)).transpose() {
             Ok(preempt) => preempt,
             Err(error) => {
                 tracing::error!("cannot go on with the source that has come: {error}");
@@ -161,7 +161,7 @@ impl Shared {
 
     /// The connection is lost: waits for the next. `None` if something has failed here, after which none is of use.
     pub(super) fn next_line(self: &Arc<Self>, error: &MigrationError) -> Option<(Arc<dyn Channel>, Vec<u8>)> {
-        *self.outlet() = Outlet { channel: None, asks: false };
+        *self.request_channel() = RequestChannel { channel: None, asks: false };
         // The source asks what has come, and that changes no more then.
         self.end_urgent();
         let mut state = self.lock();
@@ -185,7 +185,7 @@ impl Shared {
                 if let Some((preempt, blocks)) = preempt.zip(self.urgent_blocks.get()) {
                     self.read_urgent(preempt, blocks.clone());
                 }
-                self.outlet().channel = Some(channel.clone());
+                self.request_channel().channel = Some(channel.clone());
                 return Some((channel, first));
             }
             state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
@@ -194,13 +194,13 @@ impl Shared {
 
     /// The source goes on.
     pub(super) fn resumed(&self) {
-        let mut outlet = self.outlet();
+        let mut request_channel = self.request_channel();
         let asked_again = self.book().reconnected();
         for message in [Message::ResumeAck].iter().chain(&asked_again) {
-            outlet.put(&message.to_bytes());
+            request_channel.put(&message.to_bytes());
         }
-        outlet.asks = true;
-        drop(outlet);
+        request_channel.asks = true;
+        drop(request_channel);
         self.lock().news.push_back(Status::PostcopyActive);
         self.changed.notify_all();
     }
@@ -216,7 +216,7 @@ impl Shared {
         writer.bytes(&bitmap);
         let ended = announced.and_then(|()| encoder.bitmap_end(&mut writer));
         ended.map_err(|error| MigrationError::guest(doing)(error.into()))?;
-        self.outlet().put(writer.as_bytes());
+        self.request_channel().put(writer.as_bytes());
         Ok(())
     }
 }

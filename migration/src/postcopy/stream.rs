@@ -5,7 +5,7 @@ use crate::{
     Channel, MigrationError,
     core::destination::{Action, Destination, Turn},
     destination::leave,
-    inlet::Inlet,
+    stream_reader::StreamReader,
     verdict,
 };
 use std::{
@@ -40,8 +40,8 @@ impl Stream {
     /// Reads to the end, or until something fails. `first` has been read already; the core knows where that is.
     pub(super) fn read(&self, mut channel: Arc<dyn Channel>, mut first: Vec<u8>) {
         loop {
-            let mut inlet = Inlet::new(&*channel, &first, self.core().offset());
-            match self.follow(&*channel, &mut inlet) {
+            let mut reader = StreamReader::new(&*channel, &first, self.core().offset());
+            match self.follow(&*channel, &mut reader) {
                 Ok(()) => break,
                 // What a source has said or not said is no reason to lose the guest.
                 Err(error) if self.core().runs_early() && !is_local(&error) => {
@@ -63,11 +63,11 @@ impl Stream {
     }
 
     /// Does what the core says.
-    fn follow(&self, channel: &dyn Channel, inlet: &mut Inlet<'_>) -> Result<(), MigrationError> {
+    fn follow(&self, channel: &dyn Channel, reader: &mut StreamReader<'_>) -> Result<(), MigrationError> {
         let mut assembly = Assembly::default();
         loop {
             let mut core = self.core();
-            let Turn { consumed, action } = core.next(inlet.bytes())?;
+            let Turn { consumed, action } = core.next(reader.bytes())?;
             match action {
                 Action::Place { page, content } => {
                     let at = core.offset();
@@ -77,7 +77,7 @@ impl Stream {
                 Action::Continue => {}
                 Action::Read { at_least, .. } => {
                     drop(core);
-                    let filled = inlet.fill(at_least)?;
+                    let filled = reader.fill(at_least)?;
                     let mut core = self.core();
                     match filled {
                         true => core.arrived(self.start.elapsed()),
@@ -105,7 +105,7 @@ impl Stream {
                     drop(core);
                     self.shared.wait_for_urgent(offset)?;
                     let mut core = self.core();
-                    let _writing = self.shared.outlet();
+                    let _writing = self.shared.request_channel();
                     if let Err(doubt) = verdict::send(channel, &message) {
                         // The guest is here with all that it has, and the source knows that it left.
                         tracing::debug!(%doubt, "the source may not know that all of the guest is here");
@@ -116,8 +116,8 @@ impl Stream {
                 // The devices could not be loaded; the source has been told.
                 Action::Linger { .. } => {
                     drop(core);
-                    match inlet.fill(1) {
-                        Ok(true) => inlet.consume(inlet.bytes().len()),
+                    match reader.fill(1) {
+                        Ok(true) => reader.consume(reader.bytes().len()),
                         _ => self.core().end_of_input(),
                     }
                     continue;
@@ -129,7 +129,7 @@ impl Stream {
                 }
             }
             if consumed > 0 {
-                inlet.consume(consumed);
+                reader.consume(consumed);
             }
         }
     }

@@ -3,8 +3,8 @@ mod preempt;
 
 use crate::{
     Address, Arrival, Capabilities, Channel, DeviceSection, Devices, DirtyLog, Guest, GuestError, Hooks, Job, Listener,
-    LoadError, MigrationError, MissingPages, RamView, Rest, SavedDevices, Status, Touch, ram_receiver::Listed, receive,
-    touched::Touched,
+    LoadError, MigrationError, MissingPages, RamView, Rest, SavedDevices, Status, Touch,
+    atomic_page_set::AtomicPageSet, ram_receiver::Listed, receive,
 };
 use peer::{Peer, name};
 use qevm_returnpath::Message;
@@ -412,16 +412,16 @@ fn listener(path: &Path) -> Listener {
 fn a_huge_page_is_filled_in_when_all_of_it_is_here() {
     let memory = Memory::new(4 * PAGE);
     let guest = Late { memory: memory.clone(), ..Late::new(PAGE) };
-    let received = Touched::new(PAGES, false);
+    let received = AtomicPageSet::new(PAGES, false);
     // The second page of four is whole, the third is not.
     received.mark(4..11);
-    let touched = Arc::new(Touched::new(PAGES, false));
+    let touched = Arc::new(AtomicPageSet::new(PAGES, false));
     let received = Some(Arc::new(received));
     let listed = |page_size| Listed {
         name: name("ram"),
         used_length: PAGES * PAGE,
         page_size,
-        touched: touched.clone(),
+        written: touched.clone(),
         received: received.clone(),
         presence: crate::ram_receiver::Presence::default(),
     };

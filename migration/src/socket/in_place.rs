@@ -93,7 +93,7 @@ pub(super) fn completed(socket: BorrowedFd<'_>, patience: Duration) -> io::Resul
 #[cfg(test)]
 mod tests {
     use super::super::Socket;
-    use crate::{Channel, channel::Source};
+    use crate::{Channel, channel::WriteSlice};
     use std::{
         io::Read,
         net::{TcpListener, TcpStream},
@@ -120,7 +120,7 @@ mod tests {
         });
         let (mut at, mut calls, mut done, mut copied) = (0, 0, 0, false);
         while at < bytes.len() {
-            at += here.write_in_place(&[Source::bytes(&bytes[at..])]).unwrap();
+            at += here.write_in_place(&[WriteSlice::bytes(&bytes[at..])]).unwrap();
             calls += 1;
         }
         while done < calls {

@@ -1,6 +1,6 @@
 //! What each action of the core means for threads, sockets, files and the guest.
 
-use super::{Action, Counts, Engine, Notice, Sent, Source, Wake, monotonic_now, write_all};
+use super::{Action, Counts, Engine, Notice, Sent, Wake, WriteSlice, monotonic_now, write_all};
 use crate::{
     Channel, ChannelName, GuestError, MigrationError, PAGE_SIZE, Silence, core::source::BlockRange, page_file::Saving,
     pending::DeviceSize, ram_sender, urgent,
@@ -100,7 +100,7 @@ impl Engine<'_, '_> {
             }
             Action::PlaceBlocks(blocks) => {
                 if let Some(saving) = self.saving {
-                    self.place(saving, blocks)?;
+                    self.write_mapped_ram_headers(saving, blocks)?;
                 }
             }
             Action::Send { doing } => self.flush(doing)?,
@@ -178,7 +178,7 @@ impl Engine<'_, '_> {
             Action::Settle => self.core.settled(self.connections.main.settle()),
             Action::Commit => self.core.committed(self.job.handed_over()),
             Action::Confirm(bytes) => {
-                self.core.confirmed(write_all(&*self.connections.main, &mut [Source::bytes(&bytes)]));
+                self.core.confirmed(write_all(&*self.connections.main, &mut [WriteSlice::bytes(&bytes)]));
             }
             Action::Wait { until, wake } => self.wait(until, wake),
             Action::Close => self.connections.close(),
@@ -258,7 +258,7 @@ impl Engine<'_, '_> {
         match wake {
             // The core is told of a cancellation before it is polled again.
             Wake::Continue => {
-                if let Ok(true) = self.job.may_go_on(time) {
+                if let Ok(true) = self.job.wait_for_continue(time) {
                     self.core.let_switch_over();
                 }
             }
@@ -281,12 +281,12 @@ impl Engine<'_, '_> {
         let stream = self.core.stream();
         let channel = &*self.connections.main;
         let first = loop {
-            match channel.write(&[Source::bytes(stream.bytes())]) {
+            match channel.write(&[WriteSlice::bytes(stream.bytes())]) {
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 written => break written.map_err(failed)?,
             }
         };
-        let rest = write_all(channel, &mut [Source::bytes(&stream.bytes()[first..])]);
+        let rest = write_all(channel, &mut [WriteSlice::bytes(&stream.bytes()[first..])]);
         let bytes = stream.bytes().len() as u64;
         stream.clear();
         self.core.sent(Sent { bytes, ..Sent::default() });
@@ -297,7 +297,7 @@ impl Engine<'_, '_> {
     }
 
     /// Lists the blocks with the places of their pages. The stream goes on after each block's pages.
-    fn place(&mut self, saving: &Saving, blocks: Vec<RamBlock>) -> Result<(), MigrationError> {
+    fn write_mapped_ram_headers(&mut self, saving: &Saving, blocks: Vec<RamBlock>) -> Result<(), MigrationError> {
         let failed = |source: io::Error| MigrationError::Send { doing: "the list of RAM blocks", source };
         let total = blocks.iter().map(|block| block.used_length).sum();
         self.core.stream().event(&Event::Ram(RamRecord::MemSize { total }))?;

@@ -1,6 +1,6 @@
 //! A channel that seals what it carries, as a TLS session does.
 
-use crate::{Channel, Source, Target};
+use crate::{Channel, ReadSlice, WriteSlice};
 use std::{
     collections::VecDeque,
     io,
@@ -18,15 +18,15 @@ const BODY: usize = 16 << 10;
 /// anybody.
 ///
 /// ```
-/// use qevm_migration::{Channel, Socket, Source, Target, testing::Sealed};
+/// use qevm_migration::{Channel, Socket, WriteSlice, ReadSlice, testing::Sealed};
 /// use std::{os::unix::net::UnixStream, sync::Arc};
 ///
 /// let (here, there) = UnixStream::pair()?;
 /// let here = Sealed::new(Arc::new(Socket::Unix(here)), 7);
 /// let there = Sealed::new(Arc::new(Socket::Unix(there)), 7);
-/// here.write(&[Source::bytes(b"page"), Source::bytes(b"s")])?;
+/// here.write(&[WriteSlice::bytes(b"page"), WriteSlice::bytes(b"s")])?;
 /// let mut bytes = [0; 8];
-/// assert_eq!(there.read(&mut [Target::bytes(&mut bytes)])?, 5);
+/// assert_eq!(there.read(&mut [ReadSlice::bytes(&mut bytes)])?, 5);
 /// assert_eq!(&bytes[..5], b"pages");
 /// # Ok::<(), std::io::Error>(())
 /// ```
@@ -85,7 +85,7 @@ impl Sealed {
     /// Writes what is left of sealed records.
     fn flush(&self, writing: &mut Writing) -> io::Result<()> {
         while !writing.left.is_empty() {
-            let count = match self.inner.write(&[Source::bytes(writing.left.make_contiguous())]) {
+            let count = match self.inner.write(&[WriteSlice::bytes(writing.left.make_contiguous())]) {
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
                 written => written?,
             };
@@ -116,7 +116,7 @@ impl Sealed {
                     return Ok(());
                 }
             }
-            match self.inner.read(&mut [Target::bytes(&mut chunk)])? {
+            match self.inner.read(&mut [ReadSlice::bytes(&mut chunk)])? {
                 0 => return Err(io::Error::new(io::ErrorKind::ConnectionAborted, "the connection was cut")),
                 count => reading.sealed.extend(&chunk[..count]),
             }
@@ -125,7 +125,7 @@ impl Sealed {
 }
 
 impl Channel for Sealed {
-    fn write(&self, parts: &[Source<'_>]) -> io::Result<usize> {
+    fn write(&self, parts: &[WriteSlice<'_>]) -> io::Result<usize> {
         let mut writing = lock(&self.writing);
         self.flush(&mut writing)?;
         let mut body = Vec::new();
@@ -148,7 +148,7 @@ impl Channel for Sealed {
         Ok(count)
     }
 
-    fn read(&self, parts: &mut [Target<'_>]) -> io::Result<usize> {
+    fn read(&self, parts: &mut [ReadSlice<'_>]) -> io::Result<usize> {
         let mut reading = lock(&self.reading);
         while reading.plain.is_empty() && !reading.ended {
             self.open(&mut reading)?;

@@ -15,7 +15,7 @@ use crate::{
 };
 use qevm_returnpath::{Decoder, Event, Message};
 use qevm_wire::{CountedString, Decode, Profile, Step, Writer};
-use send::{Page, Then};
+use send::{FollowUp, Page};
 use std::{collections::VecDeque, io, time::Duration};
 
 /// How long the source waits for the destination's answers and its verdict.
@@ -67,7 +67,7 @@ pub(super) struct Source {
     /// It is too late to cancel.
     committed: bool,
     /// When the operator lets the switchover happen.
-    go_on: Option<Duration>,
+    continue_at: Option<Duration>,
     /// When the operator starts postcopy.
     postcopy: Option<Duration>,
     /// The block whose bitmap comes next.
@@ -82,7 +82,7 @@ enum Doing {
         until: Option<Duration>,
         wake: Wake,
     },
-    Sending(Then),
+    Sending(FollowUp),
     /// Pages wait for room among those of the page channels.
     Pushing(Work),
     Synchronising,
@@ -162,7 +162,7 @@ impl Source {
             closed: false,
             cancelled: false,
             committed: false,
-            go_on: None,
+            continue_at: None,
             postcopy: plan.postcopy,
             bitmap: None,
         })
@@ -202,7 +202,7 @@ impl Source {
             _ => None,
         };
         let cancel = self.plan.cancel.filter(|_| !self.cancelled);
-        until.into_iter().chain(self.go_on).chain(self.postcopy).chain(cancel).filter(|_| !self.is_over())
+        until.into_iter().chain(self.continue_at).chain(self.postcopy).chain(cancel).filter(|_| !self.is_over())
     }
 
     /// Goes on as far as it can at this time.
@@ -217,7 +217,7 @@ impl Source {
             if self.channels > 0 {
                 self.pages.step(now, &mut links[1..], &self.memory, &mut self.random)?;
             }
-            self.go_on(now, links, back)?;
+            self.proceed(now, links, back)?;
         }
         Ok(())
     }
@@ -297,8 +297,8 @@ impl Source {
             // The guest writes faster than the link carries, perhaps.
             self.core.set_parameters(Parameters { downtime_limit_ms: 2_000_000, ..self.parameters.clone() });
         }
-        if self.go_on.is_some_and(|go_on| now >= go_on) {
-            self.go_on = None;
+        if self.continue_at.is_some_and(|at| now >= at) {
+            self.continue_at = None;
             self.core.let_switch_over();
             if matches!(self.doing, Doing::Waiting { wake: Wake::Continue, .. }) {
                 self.doing = Doing::Idle;
@@ -322,7 +322,7 @@ impl Source {
     }
 
     /// Goes on with what was begun, or begins the next.
-    fn go_on(&mut self, now: Duration, links: &mut [Link], back: &mut Link) -> Result<(), MigrationError> {
+    fn proceed(&mut self, now: Duration, links: &mut [Link], back: &mut Link) -> Result<(), MigrationError> {
         match std::mem::replace(&mut self.doing, Doing::Idle) {
             Doing::Over => self.doing = Doing::Over,
             Doing::Interrupted => self.doing = Doing::Interrupted,
@@ -370,7 +370,7 @@ impl Source {
             Action::Reset(ranges) => {
                 ranges.into_iter().for_each(|range| self.memory.reset(range.block, range.pages));
             }
-            Action::Send { .. } => self.doing = Doing::Sending(Then::Sent(Sent::default())),
+            Action::Send { .. } => self.doing = Doing::Sending(FollowUp::Sent(Sent::default())),
             Action::Pages(batch) => {
                 let pages = batch.runs.iter().flat_map(|run| run.pages.clone().map(|page| (run.block, page)));
                 let pages: Vec<_> = pages.collect();
@@ -408,14 +408,14 @@ impl Source {
                 self.core.paused(self.runs);
                 self.runs = false;
             }
-            Action::Status(Status::PreSwitchover) => self.go_on = self.plan.pause.map(|pause| now + pause),
+            Action::Status(Status::PreSwitchover) => self.continue_at = self.plan.pause.map(|pause| now + pause),
             Action::SaveDevices { .. } => {
                 let (idstr, body) = (name("counter")?, self.work.to_be_bytes().to_vec());
                 let section = DeviceSection { idstr, instance_id: 0, version_id: 1, body };
                 self.core.devices_saved(SavedDevices::opaque(vec![section]));
             }
             Action::SendEnd => {
-                self.doing = Doing::Sending(Then::Ended { before: links[0].sent() });
+                self.doing = Doing::Sending(FollowUp::Ended { before: links[0].sent() });
             }
             Action::Settle => {
                 links.iter_mut().for_each(|link| link.close(now));
@@ -427,7 +427,7 @@ impl Source {
             }
             Action::Confirm(bytes) => {
                 self.queue.bytes(&bytes);
-                self.doing = Doing::Sending(Then::Confirmed);
+                self.doing = Doing::Sending(FollowUp::Confirmed);
             }
             Action::Wait { until, wake } => self.doing = Doing::Waiting { until, wake },
             Action::Close => self.close(now, links, back),

@@ -32,9 +32,9 @@ pub(crate) struct Accepting {
     left: Vec<u8>,
 }
 
-/// What came of listening.
+/// What was read.
 #[derive(Debug, PartialEq, Eq)]
-pub(crate) enum Heard {
+pub(crate) enum Received {
     /// Nothing more has come.
     Nothing,
     /// This many bytes were written to the caller's buffer.
@@ -69,7 +69,7 @@ impl Accepting {
     ///
     /// # Errors
     /// [`TlsError`], of which the peer was told.
-    pub(crate) fn hear(&mut self, socket: &Socket, bytes: &mut [u8]) -> Result<Heard, TlsError> {
+    pub(crate) fn hear(&mut self, socket: &Socket, bytes: &mut [u8]) -> Result<Received, TlsError> {
         let mut reads = 0;
         loop {
             self.answer(socket);
@@ -80,24 +80,24 @@ impl Accepting {
                     self.authorized = true;
                 }
                 match self.session.reader().read(bytes) {
-                    Ok(0) => return Ok(Heard::Closed),
-                    Ok(count) => return Ok(Heard::Bytes(count)),
+                    Ok(0) => return Ok(Received::Closed),
+                    Ok(count) => return Ok(Received::Bytes(count)),
                     Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-                    Err(_) => return Ok(Heard::Closed),
+                    Err(_) => return Ok(Received::Closed),
                 }
             }
             if self.left.is_empty() {
                 reads += 1;
                 if reads > READS {
-                    return Ok(Heard::Nothing);
+                    return Ok(Received::Nothing);
                 }
                 let mut read = [0; READ];
                 match socket.receive(&mut read) {
-                    Ok(0) => return Ok(Heard::Closed),
+                    Ok(0) => return Ok(Received::Closed),
                     Ok(count) => self.left.extend_from_slice(&read[..count]),
                     Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
-                    Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(Heard::Nothing),
-                    Err(_) => return Ok(Heard::Closed),
+                    Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(Received::Nothing),
+                    Err(_) => return Ok(Received::Closed),
                 }
                 let missing = FIRST.saturating_sub(self.first.len()).min(self.left.len());
                 self.first.extend_from_slice(&self.left[..missing]);
@@ -126,10 +126,10 @@ impl Accepting {
         let mut byte = [0];
         loop {
             match self.hear(socket, &mut byte).map_err(io::Error::other)? {
-                Heard::Bytes(_) => break,
-                Heard::Closed => return Err(io::Error::other("it was closed at once")),
-                Heard::Nothing if since.elapsed() >= patience() => return Err(io::ErrorKind::TimedOut.into()),
-                Heard::Nothing => {}
+                Received::Bytes(_) => break,
+                Received::Closed => return Err(io::Error::other("it was closed at once")),
+                Received::Nothing if since.elapsed() >= patience() => return Err(io::ErrorKind::TimedOut.into()),
+                Received::Nothing => {}
             }
             let events = if self.wants_write() { PollFlags::IN | PollFlags::OUT } else { PollFlags::IN };
             let left = patience().saturating_sub(since.elapsed()).min(LOOK);

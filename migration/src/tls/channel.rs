@@ -1,7 +1,7 @@
 //! A channel in a TLS session.
 
 use super::{Credentials, Endpoint, LOOK, Tls, TlsError, credentials::Side, server_name};
-use crate::{Channel, Source, Target, channel::write_all};
+use crate::{Channel, ReadSlice, WriteSlice, channel::write_all};
 use rustls::{ClientConnection, Connection};
 use std::{
     fmt,
@@ -122,7 +122,7 @@ impl TlsChannel {
     /// Sends what was sealed. If that fails, the session is over: the peer cannot make sense of what would come next.
     fn flush(&self, writing: &mut Writing) -> io::Result<()> {
         let sealed = std::mem::take(&mut writing.sealed);
-        let sent = write_all(&*self.inner, &mut [Source::bytes(&sealed)]);
+        let sent = write_all(&*self.inner, &mut [WriteSlice::bytes(&sealed)]);
         writing.sealed = sealed;
         writing.sealed.clear();
         sent
@@ -132,7 +132,7 @@ impl TlsChannel {
     fn receive(&self, reading: &mut Reading) -> io::Result<()> {
         reading.used = 0;
         reading.sealed.resize(READ, 0);
-        let received = self.inner.read(&mut [Target::bytes(&mut reading.sealed)]);
+        let received = self.inner.read(&mut [ReadSlice::bytes(&mut reading.sealed)]);
         reading.sealed.truncate(*received.as_ref().unwrap_or(&0));
         reading.closed = received? == 0;
         Ok(())
@@ -158,7 +158,7 @@ impl TlsChannel {
     }
 
     /// Moves bytes that the session has for us. `None` if it has none now; 0 when the peer has ended the session.
-    fn take(&self, parts: &mut [Target<'_>]) -> io::Result<Option<usize>> {
+    fn take(&self, parts: &mut [ReadSlice<'_>]) -> io::Result<Option<usize>> {
         let mut session = lock(&self.session);
         let mut reader = session.reader();
         let mut total = 0;
@@ -203,7 +203,7 @@ fn client(credentials: &Credentials, tls: &Tls, host: Option<&str>) -> Result<Cl
 }
 
 impl Channel for TlsChannel {
-    fn write(&self, parts: &[Source<'_>]) -> io::Result<usize> {
+    fn write(&self, parts: &[WriteSlice<'_>]) -> io::Result<usize> {
         let mut writing = lock(&self.writing);
         writing.plain.clear();
         for part in parts {
@@ -218,7 +218,7 @@ impl Channel for TlsChannel {
         Ok(writing.plain.len())
     }
 
-    fn read(&self, parts: &mut [Target<'_>]) -> io::Result<usize> {
+    fn read(&self, parts: &mut [ReadSlice<'_>]) -> io::Result<usize> {
         let mut reading = lock(&self.reading);
         loop {
             if let Some(count) = self.take(parts)? {

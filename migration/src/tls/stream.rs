@@ -1,7 +1,7 @@
 //! A socket in a TLS session, for programs that read, write and wait for it by themselves.
 
-use super::{Accepting, Heard, Tls, TlsChannel, TlsError};
-use crate::{Channel, Socket, Source, Target};
+use super::{Accepting, Received, Tls, TlsChannel, TlsError};
+use crate::{Channel, ReadSlice, Socket, WriteSlice};
 use std::{
     fmt,
     io::{self, Read, Write},
@@ -72,14 +72,14 @@ impl Drop for TlsSocket {
 impl Read for &TlsSocket {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         if let Some(channel) = self.channel.get() {
-            return channel.read(&mut [Target::bytes(buffer)]);
+            return channel.read(&mut [ReadSlice::bytes(buffer)]);
         }
         let mut handshake = self.handshake.lock().unwrap_or_else(PoisonError::into_inner);
         let Some(accepting) = handshake.as_mut() else { return Ok(0) };
         match accepting.hear(&self.socket, buffer).map_err(io::Error::other)? {
-            Heard::Nothing => Err(io::ErrorKind::WouldBlock.into()),
-            Heard::Closed => Ok(0),
-            Heard::Bytes(count) => {
+            Received::Nothing => Err(io::ErrorKind::WouldBlock.into()),
+            Received::Closed => Ok(0),
+            Received::Bytes(count) => {
                 if let Some(accepting) = handshake.take() {
                     self.channel.get_or_init(|| accepting.into_channel(self.socket.clone()));
                 }
@@ -92,7 +92,7 @@ impl Read for &TlsSocket {
 impl Write for &TlsSocket {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         let channel = self.channel.get().ok_or(io::ErrorKind::NotConnected)?;
-        channel.write(&[Source::bytes(bytes)])
+        channel.write(&[WriteSlice::bytes(bytes)])
     }
 
     fn flush(&mut self) -> io::Result<()> {

@@ -1,11 +1,11 @@
 use super::*;
 use crate::{
-    Capabilities, Channel, Job, Listener, Outgoing, Socket, Source, Target,
+    Capabilities, Channel, Job, Listener, Outgoing, ReadSlice, Socket, WriteSlice,
     arrivals::{Seen, gather},
     channel::{read_at_least, write_all},
     multifd::Settings,
     patience::Patience,
-    strangers::{Dropped, Reason},
+    unidentified::{Dropped, Reason},
 };
 use qevm_savevm::first_bytes::FirstBytes;
 use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, DnType, IsCa, KeyPair};
@@ -88,12 +88,12 @@ fn connect(port: u16, tls: Tls) -> Result<Outgoing, crate::MigrationError> {
 }
 
 fn say(channel: &dyn Channel, bytes: &[u8]) {
-    write_all(channel, &mut [Source::bytes(bytes)]).unwrap();
+    write_all(channel, &mut [WriteSlice::bytes(bytes)]).unwrap();
 }
 
 fn hear(channel: &dyn Channel, count: usize) -> Vec<u8> {
     let mut bytes = vec![0; count];
-    let got = read_at_least(channel, &mut [Target::bytes(&mut bytes)], count).unwrap();
+    let got = read_at_least(channel, &mut [ReadSlice::bytes(&mut bytes)], count).unwrap();
     bytes.truncate(got);
     bytes
 }
@@ -139,7 +139,7 @@ fn bytes_come_as_they_were_sent() {
         let send = |channel: &dyn Channel, step: usize| {
             for piece in bytes.chunks(step) {
                 let (a, b) = piece.split_at(piece.len() / 3);
-                write_all(channel, &mut [Source::bytes(a), Source::bytes(b)]).unwrap();
+                write_all(channel, &mut [WriteSlice::bytes(a), WriteSlice::bytes(b)]).unwrap();
             }
             channel.finish_writing();
         };
@@ -147,7 +147,7 @@ fn bytes_come_as_they_were_sent() {
             let mut all: Vec<u8> = Vec::new();
             loop {
                 let (mut a, mut b) = (vec![0; step], vec![0; step / 7 + 1]);
-                let count = channel.read(&mut [Target::bytes(&mut a), Target::bytes(&mut b)]).unwrap();
+                let count = channel.read(&mut [ReadSlice::bytes(&mut a), ReadSlice::bytes(&mut b)]).unwrap();
                 if count == 0 {
                     break all;
                 }
@@ -213,7 +213,7 @@ fn who_has_no_session_is_nobody() {
                 let error = match connect(port, tls(directory.path(), Endpoint::Client, versions)) {
                     Err(error) => error.to_string(),
                     Ok(outgoing) => {
-                        let read = outgoing.main.read(&mut [Target::bytes(&mut [0; 1])]);
+                        let read = outgoing.main.read(&mut [ReadSlice::bytes(&mut [0; 1])]);
                         read.unwrap_err().to_string()
                     }
                 };

@@ -29,7 +29,7 @@ fn a_peer_that_takes_nothing_is_named_with_phase_and_parameter() {
     let watch = watch(600, 0);
     let (here, _there) = UnixStream::pair().unwrap();
     let channel = watched(here, ChannelName::Page(3), &watch, Brings::Answers);
-    let error = write_all(&channel, &mut [Source::bytes(&vec![0; 8 << 20])]).unwrap_err();
+    let error = write_all(&channel, &mut [WriteSlice::bytes(&vec![0; 8 << 20])]).unwrap_err();
     let expected = Silence {
         channel: ChannelName::Page(3),
         awaited: Awaited::Room,
@@ -50,7 +50,7 @@ fn a_peer_that_takes_a_little_now_and_then_is_no_frozen_one() {
         // Longer in all than the limit, and far less than has to go before somebody may write again.
         for _ in 0..8 {
             thread::sleep(Duration::from_millis(500));
-            read_at_least(&Socket::Unix(there.try_clone().unwrap()), &mut [Target::bytes(&mut [0; 1024])], 1024)
+            read_at_least(&Socket::Unix(there.try_clone().unwrap()), &mut [ReadSlice::bytes(&mut [0; 1024])], 1024)
                 .unwrap();
         }
         there
@@ -58,7 +58,7 @@ fn a_peer_that_takes_a_little_now_and_then_is_no_frozen_one() {
     let start = Instant::now();
     // The kernel counts what is read in writes.
     let error = loop {
-        if let Err(error) = write_all(&channel, &mut [Source::bytes(&[0; 1024])]) {
+        if let Err(error) = write_all(&channel, &mut [WriteSlice::bytes(&[0; 1024])]) {
             break error;
         }
     };
@@ -81,9 +81,9 @@ fn a_destination_waits_on_one_channel_as_long_as_another_brings_something() {
         }
         other_main
     });
-    let reader = thread::spawn(move || read_at_least(&main, &mut [Target::bytes(&mut [0; 11])], 11).unwrap_err());
+    let reader = thread::spawn(move || read_at_least(&main, &mut [ReadSlice::bytes(&mut [0; 11])], 11).unwrap_err());
     let start = Instant::now();
-    let error = read_at_least(&page, &mut [Target::bytes(&mut [0])], 1).unwrap_err();
+    let error = read_at_least(&page, &mut [ReadSlice::bytes(&mut [0])], 1).unwrap_err();
     assert!(start.elapsed() > Duration::from_secs(3), "{:?}", start.elapsed());
     assert_eq!((silence(&error).channel, silence(&error).awaited), (ChannelName::Page(0), Awaited::Bytes));
     assert_eq!(silence(&reader.join().unwrap()).channel, ChannelName::Main);
@@ -100,10 +100,10 @@ fn answers_have_no_limit_of_their_own_but_one_that_is_set_for_them() {
         std::io::Write::write_all(&mut there, b"x").unwrap();
         there
     });
-    assert_eq!(read_at_least(&channel, &mut [Target::bytes(&mut [0])], 1).unwrap(), 1);
+    assert_eq!(read_at_least(&channel, &mut [ReadSlice::bytes(&mut [0])], 1).unwrap(), 1);
     let _open = sender.join().unwrap();
     channel.limit_silence(Some(Duration::from_millis(300))).unwrap();
-    let error = read_at_least(&channel, &mut [Target::bytes(&mut [0])], 1).unwrap_err();
+    let error = read_at_least(&channel, &mut [ReadSlice::bytes(&mut [0])], 1).unwrap_err();
     assert_eq!((silence(&error).awaited, silence(&error).parameter), (Awaited::Bytes, None));
 }
 
@@ -119,7 +119,7 @@ fn a_limit_may_change_while_somebody_waits() {
         operator.set_timeouts(Timeouts { idle_ms: 200, ..Timeouts::default() });
     });
     let start = Instant::now();
-    let error = read_at_least(&channel, &mut [Target::bytes(&mut [0])], 1).unwrap_err();
+    let error = read_at_least(&channel, &mut [ReadSlice::bytes(&mut [0])], 1).unwrap_err();
     assert!(start.elapsed() < LONG, "the default is longer");
     assert_eq!(silence(&error).waited, Some(Duration::from_millis(200)));
     setting.join().unwrap();
@@ -130,7 +130,7 @@ fn a_peer_that_does_not_take_the_rest_and_close_is_not_waited_for() {
     let watch = watch(0, 700);
     let (here, _there) = UnixStream::pair().unwrap();
     let channel = watched(here, ChannelName::Main, &watch, Brings::Answers);
-    write_all(&channel, &mut [Source::bytes(b"the end")]).unwrap();
+    write_all(&channel, &mut [WriteSlice::bytes(b"the end")]).unwrap();
     let error = channel.settle().unwrap_err();
     assert_eq!((silence(&error).awaited, silence(&error).parameter), (Awaited::End, Some("x-switchover-timeout")));
 }
@@ -143,8 +143,8 @@ fn closing_ends_every_wait() {
         let channel = Arc::new(watched(here, ChannelName::Main, &watch, Brings::Guest));
         let waiting = channel.clone();
         let waiter = thread::spawn(move || match writes {
-            true => write_all(&*waiting, &mut [Source::bytes(&vec![0; 8 << 20])]).map(|()| 0),
-            false => read_at_least(&*waiting, &mut [Target::bytes(&mut [0])], 1),
+            true => write_all(&*waiting, &mut [WriteSlice::bytes(&vec![0; 8 << 20])]).map(|()| 0),
+            false => read_at_least(&*waiting, &mut [ReadSlice::bytes(&mut [0])], 1),
         });
         thread::sleep(Duration::from_millis(400));
         channel.close();

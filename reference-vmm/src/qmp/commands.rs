@@ -195,7 +195,7 @@ fn migrate_continue(vmm: &Arc<Vmm>, arguments: &mut Arguments) -> Result<Value, 
         return Err(Refused::NotInState(status).into());
     }
     if status == Status::PreSwitchover {
-        vmm.outgoing().go_on()?;
+        vmm.outgoing().continue_switchover()?;
     }
     Ok(empty())
 }

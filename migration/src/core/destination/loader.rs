@@ -83,7 +83,7 @@ pub(super) enum RamSection {
 }
 
 /// What follows an event.
-pub(super) enum Then<'a> {
+pub(super) enum FollowUp<'a> {
     Do(Action<'a>),
     /// The guest is asked; the phase says what.
     Ask(Phase),
@@ -93,7 +93,7 @@ pub(super) enum Then<'a> {
 
 impl Loader {
     /// Takes an event in, and says what follows.
-    pub(super) fn take<'a>(&mut self, event: Event<'a>) -> Result<Then<'a>, LoadError> {
+    pub(super) fn take<'a>(&mut self, event: Event<'a>) -> Result<FollowUp<'a>, LoadError> {
         match event {
             Event::Ram(record) => return self.ram(record),
             Event::Configuration(configuration) => self.compare(&configuration)?,
@@ -105,12 +105,12 @@ impl Loader {
             }
             Event::Vfio(record) => {
                 if let Some(message) = self.device(record)?.filter(|_| self.return_path) {
-                    return Ok(Then::Do(Action::Send(message)));
+                    return Ok(FollowUp::Do(Action::Send(message)));
                 }
             }
             Event::Command(Command::SwitchoverStart) => {
                 if self.iterative.has_transfers() {
-                    return Ok(Then::Do(Action::SwitchOver));
+                    return Ok(FollowUp::Do(Action::SwitchOver));
                 }
             }
             Event::Command(
@@ -125,7 +125,7 @@ impl Loader {
             Event::Command(Command::Ping(value)) if self.return_path && self.postcopy.holds(value) => {}
             Event::Command(command) => {
                 if let Some(message) = self.command(&command)?.filter(|_| self.return_path) {
-                    return Ok(Then::Do(Action::Send(message)));
+                    return Ok(FollowUp::Do(Action::Send(message)));
                 }
             }
             Event::SectionPart { kind, section_id } => {
@@ -138,40 +138,40 @@ impl Loader {
             Event::Header | Event::Eof | Event::VmDescription { .. } => {}
             other => return Err(LoadError::Unsupported(format!("{other:?}"))),
         }
-        Ok(Then::Do(Action::Continue))
+        Ok(FollowUp::Do(Action::Continue))
     }
 
-    fn ram<'a>(&mut self, record: RamRecord<'a>) -> Result<Then<'a>, LoadError> {
+    fn ram<'a>(&mut self, record: RamRecord<'a>) -> Result<FollowUp<'a>, LoadError> {
         match record {
             RamRecord::MemSize { .. } => {
                 self.listed.clear();
                 self.postcopy.lengths.clear();
                 self.has_pages = false;
                 self.records = 0;
-                Ok(Then::Do(Action::ForgetBlocks))
+                Ok(FollowUp::Do(Action::ForgetBlocks))
             }
             RamRecord::Block(block) => {
                 self.listed.push(block.name.clone());
                 self.postcopy.lengths.push(block.used_length);
-                Ok(Then::Ask(Phase::Block(block)))
+                Ok(FollowUp::Ask(Phase::Block(block)))
             }
-            RamRecord::EndOfBlocks => Ok(Then::Do(Action::Continue)),
-            RamRecord::Zero(page) if self.postcopy.listens => Ok(Then::Ask(Phase::Place { page, zero: true })),
-            RamRecord::Page(page) if self.postcopy.listens => Ok(Then::Ask(Phase::Place { page, zero: false })),
-            RamRecord::Zero(page) => Ok(Then::Do(Action::Zero(page))),
+            RamRecord::EndOfBlocks => Ok(FollowUp::Do(Action::Continue)),
+            RamRecord::Zero(page) if self.postcopy.listens => Ok(FollowUp::Ask(Phase::Place { page, zero: true })),
+            RamRecord::Page(page) if self.postcopy.listens => Ok(FollowUp::Ask(Phase::Place { page, zero: false })),
+            RamRecord::Zero(page) => Ok(FollowUp::Do(Action::Zero(page))),
             RamRecord::Xbzrle { page, data } => {
                 self.has_pages = true;
-                Ok(Then::Do(Action::Difference { page, data }))
+                Ok(FollowUp::Do(Action::Difference { page, data }))
             }
             // The page channels have had nothing to carry since the guest stopped.
-            RamRecord::EndOfSection if self.postcopy.listens => Ok(Then::Do(Action::Continue)),
+            RamRecord::EndOfSection if self.postcopy.listens => Ok(FollowUp::Do(Action::Continue)),
             RamRecord::MultifdFlush if self.postcopy.listens => {
                 Err(LoadError::Unsupported("a flush of page channels after POSTCOPY_LISTEN".into()))
             }
             RamRecord::MultifdFlush => match self.page_channels {
                 true => {
                     self.flushes = true;
-                    Ok(Then::Ask(Phase::Synchronising(Mark::Flush)))
+                    Ok(FollowUp::Ask(Phase::Synchronising(Mark::Flush)))
                 }
                 false => Err(LoadError::MultifdOff),
             },
@@ -182,8 +182,8 @@ impl Loader {
                 Err(LoadError::Unsupported(why.into()))
             }
             RamRecord::EndOfSection => match self.page_channels {
-                true => Ok(Then::Ask(Phase::Synchronising(Mark::Eos))),
-                false => Ok(Then::Do(Action::Continue)),
+                true => Ok(FollowUp::Ask(Phase::Synchronising(Mark::Eos))),
+                false => Ok(FollowUp::Do(Action::Continue)),
             },
             RamRecord::Compressed { .. } => {
                 Err(LoadError::Unsupported("capability 'compress' (turn it off at the source)".into()))
@@ -191,7 +191,7 @@ impl Loader {
             RamRecord::Page(page) => {
                 self.has_pages = true;
                 self.records += 1;
-                Ok(Then::Do(Action::Page { page, remaining: 0 }))
+                Ok(FollowUp::Do(Action::Page { page, remaining: 0 }))
             }
             // What else there may be one day is not understood.
             other => Err(LoadError::Unsupported(format!("{other:?}"))),
@@ -273,19 +273,19 @@ impl Loader {
         }
     }
 
-    fn open(&mut self, kind: SectionKind, header: SectionHeader) -> Result<Then<'static>, LoadError> {
+    fn open(&mut self, kind: SectionKind, header: SectionHeader) -> Result<FollowUp<'static>, LoadError> {
         let usage = match header.content() {
             Content::Ram if header.instance_id == 0 => {
                 self.ram = RamSection::Open(header.section_id);
                 self.first(SectionKind::Start, &header)?;
-                return Ok(Then::Do(Action::Continue));
+                return Ok(FollowUp::Do(Action::Continue));
             }
             Content::Vfio if kind == SectionKind::Start && header.instance_id == 0 => Some(SectionUse::Iterative),
             Content::Vfio if kind == SectionKind::Full && header.instance_id == 0 => Some(SectionUse::Device),
             Content::Opaque if kind == SectionKind::Full => Some(SectionUse::Device),
             _ => None,
         };
-        Ok(Then::Ask(Phase::Section { header, usage }))
+        Ok(FollowUp::Ask(Phase::Section { header, usage }))
     }
 
     /// The guest has said whether it has a use for a section; if not, with the advice for the operator.

@@ -1,6 +1,6 @@
 //! The guest runs here before its memory has come.
 
-use super::{Action, Phase, Then};
+use super::{Action, FollowUp, Phase};
 use crate::{LoadError, PAGE_SIZE};
 use qevm_savevm::{
     command::{Command, PostcopyAdvise},
@@ -59,7 +59,11 @@ impl Postcopy {
     }
 
     /// Takes a command in, and says what follows.
-    pub(super) fn command(&mut self, command: Command, listed: &[CountedString]) -> Result<Then<'static>, LoadError> {
+    pub(super) fn command(
+        &mut self,
+        command: Command,
+        listed: &[CountedString],
+    ) -> Result<FollowUp<'static>, LoadError> {
         let misplaced = |name: &str, place: &str| Err(LoadError::Unsupported(format!("command {name} {place}")));
         let name = command.name();
         match command {
@@ -78,12 +82,12 @@ impl Postcopy {
                 return misplaced(name, "without a postcopy that was interrupted");
             }
             Command::RecvBitmap(block) => match listed.iter().position(|name| *name == block) {
-                Some(index) => return Ok(Then::Do(Action::SendBitmap(BlockId(index as u32)))),
+                Some(index) => return Ok(FollowUp::Do(Action::SendBitmap(BlockId(index as u32)))),
                 None => return Err(unknown(block, listed)),
             },
             Command::PostcopyResume => {
                 self.recovers = false;
-                return Ok(Then::Do(Action::Resume));
+                return Ok(FollowUp::Do(Action::Resume));
             }
             _ if self.packaged => return misplaced(name, "after POSTCOPY_RUN"),
             _ if !self.advised => return misplaced(name, "without POSTCOPY_ADVISE"),
@@ -102,21 +106,21 @@ impl Postcopy {
                         None => return misplaced(name, "of bytes that are no pages of the block"),
                     }
                 }
-                return Ok(Then::Do(Action::Discard { block: BlockId(index as u32), ranges }));
+                return Ok(FollowUp::Do(Action::Discard { block: BlockId(index as u32), ranges }));
             }
-            Command::Packaged { len } => return Ok(Then::Ask(Phase::Package { len: len.into() })),
+            Command::Packaged { len } => return Ok(FollowUp::Ask(Phase::Package { len: len.into() })),
             Command::PostcopyListen => {
                 self.listens = true;
-                return Ok(Then::Do(Action::Listen));
+                return Ok(FollowUp::Do(Action::Listen));
             }
             Command::PostcopyRun if !self.listens => return misplaced(name, "without POSTCOPY_LISTEN"),
             Command::PostcopyRun => {
                 self.packaged = true;
-                return Ok(Then::Start);
+                return Ok(FollowUp::Start);
             }
             _ => {}
         }
-        Ok(Then::Do(Action::Continue))
+        Ok(FollowUp::Do(Action::Continue))
     }
 }
 

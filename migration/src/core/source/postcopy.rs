@@ -89,7 +89,7 @@ impl SourceCore {
         };
         let Some(answers) = answers else { return Err(MigrationError::NoVerdict) };
         self.take_back(answers);
-        self.go_on(step, now, answers)?;
+        self.proceed(step, now, answers)?;
         let serves = matches!(self.phase, Phase::Postcopy(Postcopy::Serve | Postcopy::Sent));
         if serves && self.preempt == (true, false) {
             answers.lend(std::mem::replace(&mut self.sweep, Sweep::new(std::iter::empty())));
@@ -109,7 +109,7 @@ impl SourceCore {
         }
     }
 
-    fn go_on(&mut self, step: Postcopy, now: Duration, answers: &mut Answers) -> Result<(), MigrationError> {
+    fn proceed(&mut self, step: Postcopy, now: Duration, answers: &mut Answers) -> Result<(), MigrationError> {
         if self.departed {
             self.note_package(answers);
             answers.failure()?;

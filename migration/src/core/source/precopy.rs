@@ -12,8 +12,8 @@ use std::time::Duration;
 
 /// A PART ends at the latest after this time, so that other sections get their turn (QEMU 5.2 to 11.1).
 const PART_TIME: Duration = Duration::from_millis(50);
-/// Looking ahead in the dirty log takes at most this part of the first sweep.
-const LOOK_PART: u32 = 32;
+/// Looking ahead in the dirty log takes at most one part in this many of the first sweep.
+const LOOKAHEAD_SHARE: u32 = 32;
 /// Bytes of a device's state in one record (QEMU 8.1 to 11.1).
 pub(super) const RECORD: usize = 1 << 20;
 /// Bytes on the way that are not worth waiting for: less than a millisecond on a link of 1 Gbit/s.
@@ -60,7 +60,7 @@ impl SourceCore {
                 Step::LookedAhead { since }
             }
             Step::LookedAhead { since } => {
-                precopy.look_at = since + now.saturating_sub(since) * LOOK_PART;
+                precopy.look_at = since + now.saturating_sub(since) * LOOKAHEAD_SHARE;
                 self.stream.section_part(RAM_SECTION)?;
                 Step::Section { since }
             }

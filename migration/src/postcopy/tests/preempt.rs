@@ -1,7 +1,7 @@
 //! Pages over the preempt channel, and whoever else calls.
 
 use super::*;
-use crate::{Incoming, Socket, listener::Caller, postcopy::Entrance};
+use crate::{Incoming, Socket, listener::Caller, postcopy::PreemptListener};
 use qevm_savevm::StreamWriter;
 use std::os::unix::net::UnixListener;
 
@@ -40,7 +40,7 @@ fn arrive_with(
     job.begin().unwrap();
     let waiting = waiting.into_iter().map(|socket| (Socket::Unix(socket), None, Caller::Unix));
     listener.set_nonblocking().unwrap();
-    let preempt = Some(Entrance::new(listener, Caller::Unix, waiting, None, Arc::default()));
+    let preempt = Some(PreemptListener::new(listener, Caller::Unix, waiting, None, Arc::default()));
     let profile = Profile::new(QemuVersion::NEWEST, "microvm");
     receive(guest, Incoming { preempt, ..there.into() }, job, &profile)
 }

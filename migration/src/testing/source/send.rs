@@ -16,7 +16,7 @@ use std::{io, time::Duration};
 const PIECE: usize = 2 * PAGE;
 
 /// What follows when everything on the main channel was sent.
-pub(super) enum Then {
+pub(super) enum FollowUp {
     Sent(Sent),
     /// That was the end of the stream, before which this many bytes had been sent.
     Ended {
@@ -49,7 +49,7 @@ impl Source {
             }));
             let zero = self.batch.iter().filter(|page| page.zero).count() as u64;
             let sent = Sent { bytes: 0, normal: self.batch.len() as u64 - zero, zero, ..Sent::default() };
-            self.doing = Doing::Sending(Then::Sent(sent));
+            self.doing = Doing::Sending(FollowUp::Sent(sent));
             return Ok(());
         }
         let block = pages.first().map_or(0, |(block, _)| *block);
@@ -71,7 +71,7 @@ impl Source {
     }
 
     /// Sends on the main channel what there is room for.
-    pub(super) fn send(&mut self, then: Then, now: Duration, links: &mut [Link]) -> Result<(), MigrationError> {
+    pub(super) fn send(&mut self, then: FollowUp, now: Duration, links: &mut [Link]) -> Result<(), MigrationError> {
         let link = &mut links[0];
         if !link.has_room() && !self.closed {
             self.doing = Doing::Sending(then);
@@ -111,17 +111,17 @@ impl Source {
         let rest = !self.batch.is_empty();
         match then {
             then if rest && stands => self.doing = Doing::Sending(then),
-            Then::Sent(counts) if stands => self.core.sent(counts),
-            Then::Sent(_) => self.fail("anything", now),
-            Then::Ended { before } => {
+            FollowUp::Sent(counts) if stands => self.core.sent(counts),
+            FollowUp::Sent(_) => self.fail("anything", now),
+            FollowUp::Ended { before } => {
                 self.ended = link.sent() > before;
                 match self.ended {
                     true => self.core.end_sent(if stands { Ok(()) } else { Err(broken("the end of the stream")) }, now),
                     false => self.fail("the end of the stream", now),
                 }
             }
-            Then::Confirmed if stands || self.plan.plant == Plant::Silent => self.core.confirmed(Ok(())),
-            Then::Confirmed => self.core.confirmed(Err(io::ErrorKind::BrokenPipe.into())),
+            FollowUp::Confirmed if stands || self.plan.plant == Plant::Silent => self.core.confirmed(Ok(())),
+            FollowUp::Confirmed => self.core.confirmed(Err(io::ErrorKind::BrokenPipe.into())),
         }
         Ok(())
     }

@@ -1,15 +1,15 @@
 //! The reading end of a channel: a buffer for records, and a way past it for pages.
 
-use super::{Channel, MigrationError, channel::Target, page_file::PageFile, zero::ZERO_PAGE};
+use super::{Channel, MigrationError, channel::ReadSlice, page_file::PageFile, zero::ZERO_PAGE};
 use std::{collections::VecDeque, io};
 use vm_memory::{Bytes, VolatileSlice};
 
 /// Bytes that were read and not used yet.
-pub(crate) struct Inlet<'c> {
+pub(crate) struct StreamReader<'c> {
     channel: &'c dyn Channel,
     /// Pages that lie in their places already, with the records before them, which are used first.
-    placed: VecDeque<Placed<'c>>,
-    /// The record of a placed page was used, and this many bytes of the page are there.
+    prefetched: VecDeque<Prefetched<'c>>,
+    /// The record of a prefetched page was used, and this many bytes of the page are there.
     begun: Option<usize>,
     buffer: Vec<u8>,
     start: usize,
@@ -34,7 +34,7 @@ pub(crate) type Record = [u8; 8];
 pub(crate) const MOST_EXPECTED: usize = 31;
 
 /// An expected page, and what has come in its place.
-struct Placed<'c> {
+struct Prefetched<'c> {
     expected: Expected<'c>,
     /// What came as the record, and how much of it.
     record: Record,
@@ -43,7 +43,7 @@ struct Placed<'c> {
     page_len: usize,
 }
 
-impl Placed<'_> {
+impl Prefetched<'_> {
     fn is_as_expected(&self) -> bool {
         self.record_len == self.record.len() && self.record == self.expected.record
     }
@@ -52,18 +52,27 @@ impl Placed<'_> {
 /// Room of the buffer at first: enough for the records of many small pages, little enough for a second-level cache.
 const ROOM: usize = 128 << 10;
 
-impl<'c> Inlet<'c> {
+impl<'c> StreamReader<'c> {
     /// `first` is what was read from the channel already. Bytes are counted from `offset` on.
     pub(crate) fn new(channel: &'c dyn Channel, first: &[u8], offset: u64) -> Self {
         let mut buffer = first.to_vec();
         buffer.resize(first.len().max(ROOM), 0);
         let received = offset + first.len() as u64;
-        Inlet { channel, placed: VecDeque::new(), begun: None, buffer, start: 0, end: first.len(), offset, received }
+        StreamReader {
+            channel,
+            prefetched: VecDeque::new(),
+            begun: None,
+            buffer,
+            start: 0,
+            end: first.len(),
+            offset,
+            received,
+        }
     }
 
     /// What has arrived and is not used; or, if a page is in its place already, the record before it alone.
     pub(crate) fn bytes(&self) -> &[u8] {
-        self.placed.front().map_or(&self.buffer[self.start..self.end], |page| &page.record)
+        self.prefetched.front().map_or(&self.buffer[self.start..self.end], |page| &page.record)
     }
 
     /// Where the next byte to use is: this many bytes were used so far, and lie in front of the stream in its file.
@@ -87,7 +96,7 @@ impl<'c> Inlet<'c> {
     /// Uses up the first `count` bytes; of a page that is in its place already, the record before it.
     pub(crate) fn consume(&mut self, count: usize) {
         self.offset += count.min(self.bytes().len()) as u64;
-        match self.placed.pop_front() {
+        match self.prefetched.pop_front() {
             Some(page) => self.begun = Some(page.page_len),
             None => self.start = (self.start + count).min(self.end),
         }
@@ -95,7 +104,7 @@ impl<'c> Inlet<'c> {
 
     /// Reads until at least `at_least` bytes are there; false if the peer closed before.
     pub(crate) fn fill(&mut self, at_least: usize) -> Result<bool, MigrationError> {
-        if !self.placed.is_empty() {
+        if !self.prefetched.is_empty() {
             // There is the whole record of a page, and nothing else to come before the page.
             return Ok(false);
         }
@@ -112,7 +121,7 @@ impl<'c> Inlet<'c> {
                 self.buffer.resize(2 * self.buffer.len(), 0);
             }
             let room = &mut self.buffer[self.end..];
-            match read(self.channel, &mut [Target::bytes(room)], self.received)? {
+            match read(self.channel, &mut [ReadSlice::bytes(room)], self.received)? {
                 0 => return Ok(false),
                 count => {
                     self.end += count;
@@ -147,11 +156,11 @@ impl<'c> Inlet<'c> {
             let expected = expect();
             let mut records = [Record::default(); MOST_EXPECTED];
             let mut targets = Vec::with_capacity(2 * MOST_EXPECTED + 2);
-            targets.push(Target::guest(&rest));
+            targets.push(ReadSlice::guest(&rest));
             for (record, page) in records.iter_mut().zip(&expected) {
-                targets.extend([Target::bytes(record), Target::guest(&page.memory)]);
+                targets.extend([ReadSlice::bytes(record), ReadSlice::guest(&page.memory)]);
             }
-            targets.push(Target::bytes(&mut self.buffer));
+            targets.push(ReadSlice::bytes(&mut self.buffer));
             let count = match read(self.channel, &mut targets, self.received)? {
                 0 => return Ok(false),
                 count => count,
@@ -159,7 +168,7 @@ impl<'c> Inlet<'c> {
             self.received += count as u64;
             let direct = count.min(rest.len());
             done += direct;
-            self.sort_out(expected, &records, count - direct)?;
+            self.settle_prefetch(expected, &records, count - direct)?;
         }
         self.offset += memory.len() as u64;
         Ok(true)
@@ -167,7 +176,7 @@ impl<'c> Inlet<'c> {
 
     /// This many bytes have come into the places of `expected` and, after them, the buffer. Pages that came as expected
     /// stay; all that is after the first that did not goes to the buffer, and its places are cleared.
-    fn sort_out(
+    fn settle_prefetch(
         &mut self,
         expected: Vec<Expected<'c>>,
         records: &[Record],
@@ -181,9 +190,9 @@ impl<'c> Inlet<'c> {
         let mut stray = Vec::new();
         for (expected, record) in expected.into_iter().zip(records) {
             let (record_len, page_len) = (take(record.len()), take(expected.memory.len()));
-            let page = Placed { expected, record: *record, record_len, page_len };
+            let page = Prefetched { expected, record: *record, record_len, page_len };
             match page.is_as_expected() && stray.is_empty() {
-                true => self.placed.push_back(page),
+                true => self.prefetched.push_back(page),
                 false => stray.push(page),
             }
         }
@@ -212,7 +221,7 @@ fn unreachable_memory(error: vm_memory::VolatileMemoryError) -> MigrationError {
     MigrationError::Guest { doing: "write guest memory", source: error.into() }
 }
 
-fn read(channel: &dyn Channel, targets: &mut [Target<'_>], offset: u64) -> Result<usize, MigrationError> {
+fn read(channel: &dyn Channel, targets: &mut [ReadSlice<'_>], offset: u64) -> Result<usize, MigrationError> {
     loop {
         match channel.read(targets) {
             Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
@@ -225,7 +234,7 @@ fn read(channel: &dyn Channel, targets: &mut [Target<'_>], offset: u64) -> Resul
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::Source;
+    use crate::WriteSlice;
     use proptest::prelude::*;
     use std::sync::{
         Mutex,
@@ -243,13 +252,13 @@ mod tests {
     }
 
     impl Channel for Counted {
-        fn read(&self, parts: &mut [Target<'_>]) -> io::Result<usize> {
+        fn read(&self, parts: &mut [ReadSlice<'_>]) -> io::Result<usize> {
             self.reads.fetch_add(1, Ordering::Relaxed);
-            let count = self.left.load(Ordering::Relaxed).min(parts.iter().map(Target::len).sum());
+            let count = self.left.load(Ordering::Relaxed).min(parts.iter().map(ReadSlice::len).sum());
             self.left.fetch_sub(count, Ordering::Relaxed);
             Ok(count)
         }
-        fn write(&self, _: &[Source<'_>]) -> io::Result<usize> {
+        fn write(&self, _: &[WriteSlice<'_>]) -> io::Result<usize> {
             Ok(0)
         }
         fn finish_writing(&self) {}
@@ -263,13 +272,13 @@ mod tests {
     fn a_long_section_takes_few_reads() {
         const MIB: usize = 1 << 20;
         let channel = Counted { left: (16 * MIB).into(), reads: 0.into() };
-        let mut inlet = Inlet::new(&channel, &[], 0);
-        while inlet.bytes().len() < 16 * MIB {
-            assert!(inlet.fill(inlet.bytes().len() + 1).unwrap());
-            assert!(channel.reads.load(Ordering::Relaxed) < 16 * 100, "{} bytes are here", inlet.bytes().len());
+        let mut reader = StreamReader::new(&channel, &[], 0);
+        while reader.bytes().len() < 16 * MIB {
+            assert!(reader.fill(reader.bytes().len() + 1).unwrap());
+            assert!(channel.reads.load(Ordering::Relaxed) < 16 * 100, "{} bytes are here", reader.bytes().len());
         }
-        assert!(inlet.buffer.len() <= 2 * 16 * MIB, "{}", inlet.buffer.len());
-        assert!(!inlet.fill(16 * MIB + 1).unwrap());
+        assert!(reader.buffer.len() <= 2 * 16 * MIB, "{}", reader.buffer.len());
+        assert!(!reader.fill(16 * MIB + 1).unwrap());
     }
 
     /// Gives a stream in pieces of these lengths, over and over.
@@ -277,10 +286,10 @@ mod tests {
     struct Pieces(Mutex<(Vec<u8>, VecDeque<usize>)>);
 
     impl Channel for Pieces {
-        fn read(&self, parts: &mut [Target<'_>]) -> io::Result<usize> {
+        fn read(&self, parts: &mut [ReadSlice<'_>]) -> io::Result<usize> {
             let (stream, lengths) = &mut *self.0.lock().unwrap();
             lengths.rotate_left(1);
-            let length = lengths[0].min(stream.len()).min(parts.iter().map(Target::len).sum());
+            let length = lengths[0].min(stream.len()).min(parts.iter().map(ReadSlice::len).sum());
             let mut piece = &stream[..length];
             for part in parts {
                 part.fill(piece);
@@ -289,7 +298,7 @@ mod tests {
             stream.drain(..length);
             Ok(length)
         }
-        fn write(&self, _: &[Source<'_>]) -> io::Result<usize> {
+        fn write(&self, _: &[WriteSlice<'_>]) -> io::Result<usize> {
             Ok(0)
         }
         fn finish_writing(&self) {}
@@ -322,20 +331,20 @@ mod tests {
             let mut arrived = vec![0; PAGES * PAGE];
             let memory = VolatileSlice::from(&mut arrived[..]);
             let place = |page: usize| memory.subslice(page * PAGE, PAGE).unwrap();
-            let mut inlet = Inlet::new(&channel, &[], 0);
+            let mut reader = StreamReader::new(&channel, &[], 0);
             for (page, _) in &pages {
-                if inlet.bytes().len() < 8 {
-                    prop_assert!(inlet.fill(8).unwrap());
+                if reader.bytes().len() < 8 {
+                    prop_assert!(reader.fill(8).unwrap());
                 }
-                prop_assert_eq!(&inlet.bytes()[..8], &record(*page));
-                inlet.consume(8);
+                prop_assert_eq!(&reader.bytes()[..8], &record(*page));
+                reader.consume(8);
                 written[*page] = true;
                 let expect = || (page + 1..PAGES).take(ahead).take_while(|page| !written[*page])
                     .map(|page| Expected { record: record(page), memory: place(page) }).collect();
-                prop_assert!(inlet.read_into(&place(*page), expect).unwrap());
+                prop_assert!(reader.read_into(&place(*page), expect).unwrap());
             }
-            prop_assert_eq!(inlet.offset(), total);
-            prop_assert!(!inlet.fill(1).unwrap());
+            prop_assert_eq!(reader.offset(), total);
+            prop_assert!(!reader.fill(1).unwrap());
             prop_assert!(arrived == sent);
         }
     }

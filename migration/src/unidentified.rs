@@ -1,9 +1,9 @@
-//! Connections that have not said yet what they are.
+//! Connections that are not identified yet.
 //!
-//! Whoever finds the port of a destination can connect to it: a scanner, a browser, a source with other settings,
-//! somebody who wants to be in the way. A connection is nobody until its first bytes are those of a source. Until then
-//! it costs one descriptor and a few bytes, of which there are only so many; it has a few seconds; and nobody waits for
-//! it.
+//! Anybody who finds the port of a destination can connect to it: a scanner, a browser, a source with other settings,
+//! an attacker. A connection counts for nothing until its first bytes are those of a source. Until then it costs one
+//! descriptor and a few bytes, and the number of such connections is limited; it has a few seconds; and nothing waits
+//! for it.
 
 use super::{
     Address, Channel, ChannelName, Listener, MigrationError, Socket, Tls, TlsError,
@@ -29,52 +29,53 @@ use std::{
     time::{Duration, Instant},
 };
 
-/// Connections that may be unknown at a time, beside those that a source opens; fewer where the process may have few
-/// descriptors.
+/// Connections that may be unidentified at a time, beside those that a source opens; fewer where the process may have
+/// few descriptors.
 const ROOM: usize = 256;
-/// Connections that are accepted before those that are here are heard.
+/// Connections that are accepted before those that are here are read.
 const ACCEPTED_AT_ONCE: usize = 64;
 /// How long not to accept when the system could not.
 const PAUSE: Duration = Duration::from_millis(100);
-/// Bytes that begin a main channel: magic and version. A source says more along with them; whoever stops there is none.
+/// Bytes that begin a main channel: magic and version. A source sends more along with them; a peer that stops there is
+/// none.
 const HEADER_LEN: usize = 8;
 /// Bytes of a magic.
 const MAGIC_LEN: usize = 4;
 
-/// The connections that are not known, the oldest first.
-pub(crate) struct Strangers {
-    waiting: VecDeque<Stranger>,
+/// The connections that are not identified, the oldest first.
+pub(crate) struct UnidentifiedConns {
+    waiting: VecDeque<UnidentifiedConn>,
     room: usize,
-    /// How long they have, and who watches over those that are known.
+    /// How long they have, and what watches over those that are identified.
     patience: Patience,
     /// The system has no descriptor or no memory for another connection; it is asked again then.
     paused_until: Option<Instant>,
-    /// Whoever calls has to begin a TLS session.
+    /// A caller has to begin a TLS session.
     tls: Option<Tls>,
-    /// Where they come to.
+    /// The address that they connect to.
     address: Address,
     /// Page channels may be kept waiting for the main channel that tells what they are about, but are none of this
     /// migration's.
     page_channels: bool,
 }
 
-struct Stranger {
+struct UnidentifiedConn {
     socket: Socket,
     session: Option<Accepting>,
     caller: Caller,
     since: Instant,
-    said: Vec<u8>,
+    prefix: Vec<u8>,
     /// It is a page channel, and there are none in this migration.
     unwanted: bool,
 }
 
-/// A connection that has said nothing yet, with its TLS session if it is to have one.
-pub(crate) type Silent = (Socket, Option<Accepting>, Caller);
+/// A connection that has sent nothing yet, with its TLS session if it is to have one.
+pub(crate) type SilentConn = (Socket, Option<Accepting>, Caller);
 
 /// A connection whose first bytes are right.
-pub(crate) struct Known {
+pub(crate) struct IdentifiedConn {
     pub(crate) socket: Arc<Socket>,
-    /// What it says and hears: the socket, or a session over it.
+    /// What to read and write: the socket, or a session over it.
     pub(crate) channel: Arc<dyn Channel>,
     pub(crate) caller: Caller,
     pub(crate) role: Role,
@@ -98,17 +99,17 @@ pub(crate) struct Dropped {
 /// Why a connection was dropped.
 #[derive(Debug)]
 pub(crate) enum Reason {
-    /// It said nothing that tells what it is within this many seconds.
+    /// It sent nothing that identifies it within this time.
     Silent(FirstBytes, Duration),
-    /// It was closed before it had said what it is.
+    /// It was closed before it had sent enough to be identified.
     Closed(FirstBytes),
-    /// It is none of the peer's faults: this host did not set it up.
+    /// Not a fault of the peer: this host could not set it up.
     SetUp(io::Error),
-    /// It is none of a source's.
+    /// It is not a source.
     Wrong(FirstBytes),
     /// It has no TLS session, and needs one: what it began with, and why.
     Tls(FirstBytes, TlsError),
-    /// It was the oldest of too many that had not said what they are.
+    /// It was the oldest of too many unidentified ones.
     Crowded(FirstBytes),
     /// A stream of another version.
     Version(u32),
@@ -138,8 +139,8 @@ impl fmt::Display for Dropped {
             Reason::SetUp(error) => {
                 write!(f, "it could not be set up here, which is not its fault: {}", crate::reason::reason(error))
             }
-            Reason::Silent(said, after) => write!(f, "it sent {said} in {} s, {EXPECTED}", after.as_secs()),
-            Reason::Closed(said) => write!(f, "it sent {said} and was closed, {EXPECTED}"),
+            Reason::Silent(prefix, after) => write!(f, "it sent {prefix} in {} s, {EXPECTED}", after.as_secs()),
+            Reason::Closed(prefix) => write!(f, "it sent {prefix} and was closed, {EXPECTED}"),
             Reason::Wrong(FirstBytes::Tls) => {
                 write!(
                     f,
@@ -147,13 +148,13 @@ impl fmt::Display for Dropped {
                     FirstBytes::Tls
                 )
             }
-            Reason::Wrong(said) => write!(f, "it sent {said}, {EXPECTED}"),
+            Reason::Wrong(prefix) => write!(f, "it sent {prefix}, {EXPECTED}"),
             Reason::Tls(FirstBytes::Tls, error) => error.fmt(f),
-            Reason::Tls(said, _) => {
-                write!(f, "it sent {said}, expected TLS (set 'tls-creds' at both sides, or at neither)")
+            Reason::Tls(prefix, _) => {
+                write!(f, "it sent {prefix}, expected TLS (set 'tls-creds' at both sides, or at neither)")
             }
-            Reason::Crowded(said) => {
-                write!(f, "it had sent {said} when too many others came that did not say what they are")
+            Reason::Crowded(prefix) => {
+                write!(f, "it had sent {prefix} when too many others came that did not say what they are")
             }
             Reason::Version(found) => write!(f, "it sent a migration stream of version {found}, expected {VERSION}"),
             Reason::Page(error) => write!(f, "it is a page channel that does not fit: {error}"),
@@ -179,22 +180,21 @@ impl Reason {
     }
 }
 
-/// What came of listening to a connection.
-enum Heard {
+/// What the bytes read so far say of a connection.
+enum Outcome {
     More,
     Main,
     Page,
     Drop(Reason),
 }
 
-impl Strangers {
+impl UnidentifiedConns {
     /// For a migration in which a source opens `page_channels` beside the main channel, or none. `patience` says how
-    /// long each has to say what it is; with `tls` it has to do so in a TLS session. Those that are known come to
-    /// `address`.
+    /// long each has to identify itself; with `tls` it has to do so in a TLS session. They connect to `address`.
     pub(crate) fn new(page_channels: Option<u8>, tls: Option<Tls>, patience: Patience, address: Address) -> Self {
         let descriptors = getrlimit(Resource::Nofile).current.and_then(|limit| usize::try_from(limit).ok());
         let room = descriptors.map_or(ROOM, |limit| ROOM.min(limit / 4)) + 1 + usize::from(page_channels.unwrap_or(0));
-        Strangers {
+        UnidentifiedConns {
             waiting: VecDeque::new(),
             room,
             patience,
@@ -211,22 +211,22 @@ impl Strangers {
         self.paused_until.is_none()
     }
 
-    /// When somebody has had time enough, or the queue is to be looked at again.
+    /// When the oldest has had its time, or the queue is to be looked at again.
     pub(crate) fn deadline(&self) -> Option<Instant> {
-        let oldest = self.waiting.front().map(|stranger| stranger.since + self.patience.silence());
+        let oldest = self.waiting.front().map(|conn| conn.since + self.patience.silence());
         [oldest, self.paused_until].into_iter().flatten().min()
     }
 
     /// What to wait for, one for each connection.
     pub(crate) fn polled(&self) -> impl Iterator<Item = PollFd<'_>> {
-        self.waiting.iter().map(|stranger| {
-            // An unwanted one has said what it is, and would be readable all the time.
-            let events = match &stranger.session {
-                _ if stranger.unwanted => PollFlags::RDHUP,
+        self.waiting.iter().map(|conn| {
+            // An unwanted one is identified, and would be readable all the time.
+            let events = match &conn.session {
+                _ if conn.unwanted => PollFlags::RDHUP,
                 Some(session) if session.wants_write() => PollFlags::IN | PollFlags::OUT,
                 _ => PollFlags::IN,
             };
-            PollFd::from_borrowed_fd(stranger.socket.as_fd(), events)
+            PollFd::from_borrowed_fd(conn.socket.as_fd(), events)
         })
     }
 
@@ -237,18 +237,18 @@ impl Strangers {
 
     /// How many page channels have called that are none of this migration's.
     pub(crate) fn unwanted(&self) -> usize {
-        self.waiting.iter().filter(|stranger| stranger.unwanted).count()
+        self.waiting.iter().filter(|conn| conn.unwanted).count()
     }
 
-    /// Those that have said nothing at all.
-    pub(crate) fn into_silent(self) -> impl Iterator<Item = Silent> {
-        let silent = |stranger: &Stranger| stranger.said.is_empty();
-        self.waiting.into_iter().filter(silent).map(|stranger| (stranger.socket, stranger.session, stranger.caller))
+    /// Those that have sent nothing at all.
+    pub(crate) fn into_silent(self) -> impl Iterator<Item = SilentConn> {
+        let silent = |conn: &UnidentifiedConn| conn.prefix.is_empty();
+        self.waiting.into_iter().filter(silent).map(|conn| (conn.socket, conn.session, conn.caller))
     }
 
-    /// For each connection, whether it may have more to say.
-    pub(crate) fn unheard(&self) -> Vec<bool> {
-        self.waiting.iter().map(|stranger| !stranger.unwanted).collect()
+    /// For each connection, whether to read from it.
+    pub(crate) fn may_read(&self) -> Vec<bool> {
+        self.waiting.iter().map(|conn| !conn.unwanted).collect()
     }
 
     /// Accepts what is in the listener's queue.
@@ -261,7 +261,7 @@ impl Strangers {
         listener: &Listener,
         dropped: &mut dyn FnMut(Dropped),
     ) -> Result<(), MigrationError> {
-        // Nobody makes room who has not been heard.
+        // None is dropped for another before it was read from.
         for _ in 0..ACCEPTED_AT_ONCE.min(self.room.div_ceil(2)) {
             match listener.try_accept() {
                 Ok(None) => return Ok(()),
@@ -269,7 +269,7 @@ impl Strangers {
                     if self.waiting.len() >= self.room {
                         self.drop_oldest(dropped);
                     }
-                    // One that cannot be set up is gone already, and says so when it is listened to.
+                    // One that cannot be set up is gone already, and shows so when it is read from.
                     let _ = socket.set_nonblocking(true);
                     let session = match self.tls.as_ref().map(Accepting::new).transpose() {
                         Ok(session) => session,
@@ -278,15 +278,22 @@ impl Strangers {
                             continue;
                         }
                     };
-                    let (since, said) = (Instant::now(), Vec::new());
-                    self.waiting.push_back(Stranger { socket, session, caller, since, said, unwanted: false });
+                    let (since, prefix) = (Instant::now(), Vec::new());
+                    self.waiting.push_back(UnidentifiedConn {
+                        socket,
+                        session,
+                        caller,
+                        since,
+                        prefix,
+                        unwanted: false,
+                    });
                 }
                 Err(error) => match error.raw_os_error() {
                     Some(libc::EINTR | libc::ECONNABORTED) => {}
                     Some(libc::EBADF | libc::EFAULT | libc::EINVAL | libc::ENOTSOCK | libc::EOPNOTSUPP) => {
                         return Err(listener.failed(error));
                     }
-                    // One that is nobody makes room for one that may be a source.
+                    // An unidentified one makes room for one that may be a source.
                     Some(libc::EMFILE) if !self.waiting.is_empty() => self.drop_oldest(dropped),
                     _ => {
                         tracing::warn!("cannot accept a connection at {}, and try again: {error}", listener.address());
@@ -299,26 +306,26 @@ impl Strangers {
         Ok(())
     }
 
-    /// Listens to those connections that are `ready`, in the order of [`polled`](Strangers::polled), and drops those
-    /// that have had their time.
-    pub(crate) fn hear(&mut self, ready: &[bool], dropped: &mut dyn FnMut(Dropped)) -> Vec<Known> {
+    /// Reads from those connections that are `ready`, in the order of [`polled`](UnidentifiedConns::polled), and drops
+    /// those that have had their time.
+    pub(crate) fn read_prefixes(&mut self, ready: &[bool], dropped: &mut dyn FnMut(Dropped)) -> Vec<IdentifiedConn> {
         let (mut known, now, silence) = (Vec::new(), Instant::now(), self.patience.silence());
-        for (index, mut stranger) in std::mem::take(&mut self.waiting).into_iter().enumerate() {
-            let heard = match ready.get(index) {
-                Some(true) if stranger.unwanted => Heard::Drop(Reason::MultifdOff),
-                Some(true) => stranger.hear(),
-                _ => Heard::More,
+        for (index, mut conn) in std::mem::take(&mut self.waiting).into_iter().enumerate() {
+            let outcome = match ready.get(index) {
+                Some(true) if conn.unwanted => Outcome::Drop(Reason::MultifdOff),
+                Some(true) => conn.read_prefix(),
+                _ => Outcome::More,
             };
-            let Stranger { caller, .. } = stranger;
-            let why = match heard {
-                Heard::Page if !self.page_channels => {
-                    stranger.unwanted = true;
-                    self.waiting.push_back(stranger);
+            let UnidentifiedConn { caller, .. } = conn;
+            let why = match outcome {
+                Outcome::Page if !self.page_channels => {
+                    conn.unwanted = true;
+                    self.waiting.push_back(conn);
                     continue;
                 }
-                Heard::Main | Heard::Page => {
-                    let first = stranger.first();
-                    match stranger.known().and_then(|role| self.watched(stranger, role)) {
+                Outcome::Main | Outcome::Page => {
+                    let first = conn.first();
+                    match conn.known().and_then(|role| self.watched(conn, role)) {
                         Ok(new) => {
                             known.push(new);
                             continue;
@@ -326,22 +333,22 @@ impl Strangers {
                         Err(error) => Reason::of(error, first),
                     }
                 }
-                Heard::Drop(why) => why,
-                Heard::More if now.saturating_duration_since(stranger.since) < silence => {
-                    self.waiting.push_back(stranger);
+                Outcome::Drop(why) => why,
+                Outcome::More if now.saturating_duration_since(conn.since) < silence => {
+                    self.waiting.push_back(conn);
                     continue;
                 }
-                Heard::More if stranger.unwanted => Reason::MultifdOff,
-                Heard::More => Reason::Silent(stranger.first(), silence),
+                Outcome::More if conn.unwanted => Reason::MultifdOff,
+                Outcome::More => Reason::Silent(conn.first(), silence),
             };
             dropped(Dropped { caller, why });
         }
         known
     }
 
-    /// Somebody whose role is known, as a channel.
-    fn watched(&self, stranger: Stranger, role: Role) -> io::Result<Known> {
-        let Stranger { socket, session, caller, .. } = stranger;
+    /// A connection whose role is known, as a channel.
+    fn watched(&self, conn: UnidentifiedConn, role: Role) -> io::Result<IdentifiedConn> {
+        let UnidentifiedConn { socket, session, caller, .. } = conn;
         let name = match &role {
             Role::Main(_) => ChannelName::Main,
             // It was decoded before.
@@ -353,37 +360,37 @@ impl Strangers {
             Some(session) => Arc::new(session.into_channel(Arc::new(channel))),
             None => Arc::new(channel),
         };
-        Ok(Known { socket, channel, caller, role })
+        Ok(IdentifiedConn { socket, channel, caller, role })
     }
 
     fn drop_oldest(&mut self, dropped: &mut dyn FnMut(Dropped)) {
-        if let Some(stranger) = self.waiting.pop_front() {
-            dropped(Dropped { caller: stranger.caller, why: Reason::Crowded(stranger.first()) });
+        if let Some(conn) = self.waiting.pop_front() {
+            dropped(Dropped { caller: conn.caller, why: Reason::Crowded(conn.first()) });
         }
     }
 }
 
-impl Stranger {
-    /// Takes in what has come, without waiting for more and without taking more than tells what the connection is.
-    fn hear(&mut self) -> Heard {
+impl UnidentifiedConn {
+    /// Reads what has come, without waiting for more and no more than identifies the connection.
+    fn read_prefix(&mut self) -> Outcome {
         let mut bytes = [0; INIT_LEN];
         loop {
-            let room = &mut bytes[..INIT_LEN - self.said.len()];
-            let heard = match &mut self.session {
+            let room = &mut bytes[..INIT_LEN - self.prefix.len()];
+            let outcome = match &mut self.session {
                 None => plain(&self.socket, room),
                 Some(session) => match session.hear(&self.socket, room) {
-                    Ok(heard) => heard,
-                    Err(error) => return Heard::Drop(Reason::Tls(self.first(), error)),
+                    Ok(outcome) => outcome,
+                    Err(error) => return Outcome::Drop(Reason::Tls(self.first(), error)),
                 },
             };
-            match heard {
-                tls::Heard::Nothing => return Heard::More,
-                tls::Heard::Closed => return Heard::Drop(Reason::Closed(self.first())),
-                tls::Heard::Bytes(count) => self.said.extend_from_slice(&bytes[..count]),
+            match outcome {
+                tls::Received::Nothing => return Outcome::More,
+                tls::Received::Closed => return Outcome::Drop(Reason::Closed(self.first())),
+                tls::Received::Bytes(count) => self.prefix.extend_from_slice(&bytes[..count]),
             }
             match self.what() {
-                Heard::More => {}
-                heard => return heard,
+                Outcome::More => {}
+                outcome => return outcome,
             }
         }
     }
@@ -391,33 +398,33 @@ impl Stranger {
     /// What the connection began with.
     fn first(&self) -> FirstBytes {
         FirstBytes::of(match &self.session {
-            Some(session) if self.said.is_empty() => session.first(),
-            _ => &self.said,
+            Some(session) if self.prefix.is_empty() => session.first(),
+            _ => &self.prefix,
         })
     }
 
-    fn what(&self) -> Heard {
-        if self.said.len() < MAGIC_LEN {
-            return Heard::More;
+    fn what(&self) -> Outcome {
+        if self.prefix.len() < MAGIC_LEN {
+            return Outcome::More;
         }
-        match FirstBytes::of(&self.said) {
-            FirstBytes::File(FileKind::Stream) => match self.said.get(MAGIC_LEN..HEADER_LEN) {
-                None => Heard::More,
-                Some(version) if version == VERSION.to_be_bytes() => match self.said.len() {
-                    HEADER_LEN => Heard::More,
-                    _ => Heard::Main,
+        match FirstBytes::of(&self.prefix) {
+            FirstBytes::File(FileKind::Stream) => match self.prefix.get(MAGIC_LEN..HEADER_LEN) {
+                None => Outcome::More,
+                Some(version) if version == VERSION.to_be_bytes() => match self.prefix.len() {
+                    HEADER_LEN => Outcome::More,
+                    _ => Outcome::Main,
                 },
                 Some(version) => {
                     let found = version.iter().fold(0, |found, byte| found << 8 | u32::from(*byte));
-                    Heard::Drop(Reason::Version(found))
+                    Outcome::Drop(Reason::Version(found))
                 }
             },
-            FirstBytes::File(FileKind::MultifdChannel) if self.said.len() < INIT_LEN => Heard::More,
-            FirstBytes::File(FileKind::MultifdChannel) => match Init::decode(&self.said) {
-                Ok(_) => Heard::Page,
-                Err(error) => Heard::Drop(Reason::Page(error.to_string())),
+            FirstBytes::File(FileKind::MultifdChannel) if self.prefix.len() < INIT_LEN => Outcome::More,
+            FirstBytes::File(FileKind::MultifdChannel) => match Init::decode(&self.prefix) {
+                Ok(_) => Outcome::Page,
+                Err(error) => Outcome::Drop(Reason::Page(error.to_string())),
             },
-            other => Heard::Drop(Reason::Wrong(other)),
+            other => Outcome::Drop(Reason::Wrong(other)),
         }
     }
 
@@ -425,23 +432,23 @@ impl Stranger {
     fn known(&mut self) -> io::Result<Role> {
         self.socket.set_nonblocking(false)?;
         self.socket.prepare()?;
-        let said = std::mem::take(&mut self.said);
-        match said.as_slice().try_into() {
-            Ok(first) if !said.starts_with(&MAGIC.to_be_bytes()) => Ok(Role::Page(Box::new(first))),
-            _ => Ok(Role::Main(said)),
+        let prefix = std::mem::take(&mut self.prefix);
+        match prefix.as_slice().try_into() {
+            Ok(first) if !prefix.starts_with(&MAGIC.to_be_bytes()) => Ok(Role::Page(Box::new(first))),
+            _ => Ok(Role::Main(prefix)),
         }
     }
 }
 
 /// Reads what has come on a socket that does not block.
-fn plain(socket: &Socket, room: &mut [u8]) -> tls::Heard {
+fn plain(socket: &Socket, room: &mut [u8]) -> tls::Received {
     loop {
         return match socket.receive(room) {
-            Ok(0) => tls::Heard::Closed,
-            Ok(count) => tls::Heard::Bytes(count),
+            Ok(0) => tls::Received::Closed,
+            Ok(count) => tls::Received::Bytes(count),
             Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => tls::Heard::Nothing,
-            Err(_) => tls::Heard::Closed,
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => tls::Received::Nothing,
+            Err(_) => tls::Received::Closed,
         };
     }
 }
@@ -454,30 +461,30 @@ mod tests {
     /// What the system refuses to set up is not a peer that has closed.
     #[test]
     fn a_connection_that_cannot_be_set_up_here_is_no_fault_of_its_peer() {
-        let strangers = Strangers::new(None, None, Patience::default(), Address::tcp("", 0));
-        let stranger = |fd: OwnedFd| Stranger {
+        let conns = UnidentifiedConns::new(None, None, Patience::default(), Address::tcp("", 0));
+        let conn = |fd: OwnedFd| UnidentifiedConn {
             socket: Socket::Unix(UnixStream::from(fd)),
             session: None,
             caller: Caller::Unix,
             since: Instant::now(),
-            said: Vec::new(),
+            prefix: Vec::new(),
             unwanted: false,
         };
         let (reader, _writer) = std::io::pipe().unwrap();
-        let Err(error) = strangers.watched(stranger(reader.into()), Role::Main(Vec::new())) else {
+        let Err(error) = conns.watched(conn(reader.into()), Role::Main(Vec::new())) else {
             panic!("options of a socket were set on a pipe")
         };
         let why = Reason::of(error, FirstBytes::Nothing);
         assert!(matches!(&why, Reason::SetUp(error) if error.raw_os_error() == Some(libc::ENOTSOCK)), "{why:?}");
-        let said = Dropped { caller: Caller::Unix, why }.to_string();
+        let text = Dropped { caller: Caller::Unix, why }.to_string();
         assert!(
-            said.ends_with("it could not be set up here, which is not its fault: Socket operation on non-socket"),
-            "{said}"
+            text.ends_with("it could not be set up here, which is not its fault: Socket operation on non-socket"),
+            "{text}"
         );
 
         let gone = Reason::of(io::ErrorKind::NotConnected.into(), FirstBytes::Nothing);
         assert!(matches!(gone, Reason::Closed(FirstBytes::Nothing)));
         let (here, _there) = UnixStream::pair().unwrap();
-        assert!(strangers.watched(stranger(here.into()), Role::Main(Vec::new())).is_ok());
+        assert!(conns.watched(conn(here.into()), Role::Main(Vec::new())).is_ok());
     }
 }

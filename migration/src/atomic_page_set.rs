@@ -8,15 +8,15 @@ use std::{
 /// A bit for every page, which any thread may set. Who sets one and who asks for it are kept in order by the
 /// synchronisation of the channels.
 #[derive(Debug)]
-pub(crate) struct Touched(Vec<AtomicU64>);
+pub(crate) struct AtomicPageSet(Vec<AtomicU64>);
 
 const BITS: u64 = u64::BITS as u64;
 
-impl Touched {
+impl AtomicPageSet {
     /// For a block of `pages` pages, all of which count as written to if `all` says so.
     pub(crate) fn new(pages: u64, all: bool) -> Self {
         let word = if all { u64::MAX } else { 0 };
-        Touched((0..pages.div_ceil(BITS)).map(|_| AtomicU64::new(word)).collect())
+        AtomicPageSet((0..pages.div_ceil(BITS)).map(|_| AtomicU64::new(word)).collect())
     }
 
     /// Adds pages; those after the end are left out.
@@ -94,24 +94,26 @@ mod tests {
     #[test]
     fn exactly_what_was_marked_is_there() {
         for range in [0..1, 5..64, 63..65, 64..128, 1..199, 190..300, 7..7] {
-            let touched = Touched::new(200, false);
-            touched.mark(range.clone());
+            let set = AtomicPageSet::new(200, false);
+            set.mark(range.clone());
             for page in 0..200 {
-                assert_eq!(touched.contains(page), range.contains(&page), "{page} of {range:?}");
+                assert_eq!(set.contains(page), range.contains(&page), "{page} of {range:?}");
             }
         }
-        let touched = Touched::new(200, true);
-        touched.clear(63..130);
-        assert!((0..200).all(|page| touched.contains(page) != (63..130).contains(&page)));
-        let bytes = touched.to_bytes();
+        let set = AtomicPageSet::new(200, true);
+        set.clear(63..130);
+        assert!((0..200).all(|page| set.contains(page) != (63..130).contains(&page)));
+        let bytes = set.to_bytes();
         assert_eq!((bytes.len(), bytes[7], bytes[8], bytes[16]), (32, 0x7f, 0, 0xfc));
-        assert!(touched.gaps(200).eq(iter::once(63..130)) && Touched::new(200, false).gaps(190).eq(iter::once(0..190)));
-        touched.mark(70..80);
-        assert!(touched.gaps(100).eq([63..70, 80..100]) && Touched::new(200, true).gaps(200).eq([]));
-        touched.clear(70..80);
-        assert!(touched.claim(64) && !touched.claim(64) && !touched.claim(62) && !touched.claim(256));
-        assert!(touched.contains(64) && !touched.contains(65));
-        assert!(Touched::new(3, true).contains(2));
-        assert!(!Touched::new(3, true).contains(64));
+        assert!(
+            set.gaps(200).eq(iter::once(63..130)) && AtomicPageSet::new(200, false).gaps(190).eq(iter::once(0..190))
+        );
+        set.mark(70..80);
+        assert!(set.gaps(100).eq([63..70, 80..100]) && AtomicPageSet::new(200, true).gaps(200).eq([]));
+        set.clear(70..80);
+        assert!(set.claim(64) && !set.claim(64) && !set.claim(62) && !set.claim(256));
+        assert!(set.contains(64) && !set.contains(65));
+        assert!(AtomicPageSet::new(3, true).contains(2));
+        assert!(!AtomicPageSet::new(3, true).contains(64));
     }
 }
