@@ -83,7 +83,7 @@ pub(crate) enum Command {
     /// Measure qevm against QEMU's own tools, several times each in turn, on a machine that does nothing else
     Bench {
         #[command(subcommand)]
-        what: Bench,
+        what: BenchCommand,
     },
     /// Record scenarios with real QEMU into one folder each, without judging
     Record {
@@ -198,7 +198,7 @@ impl Peer {
 }
 
 #[derive(Subcommand)]
-pub(crate) enum Bench {
+pub(crate) enum BenchCommand {
     /// Reading a stream from the page cache: skimming over RAM, with digests, with everything checked, and
     /// analyze-migration.py
     Decode(Decode),
@@ -284,12 +284,12 @@ impl Command {
             Command::Trial(trial) => trial.run(),
             Command::Pairs(pairs) => pairs.run(),
             Command::Cores { only } => compare_cores(&only),
-            Command::Bench { what: Bench::Decode(decode) } => decode.run(),
-            Command::Bench { what: Bench::Link(link) } => link.run(),
-            Command::Bench { what: Bench::Migrate(migrate) } => migrate.run(),
-            Command::Bench { what: Bench::Postcopy(postcopy) } => postcopy.run(),
-            Command::Bench { what: Bench::Restore(restore) } => restore.run(),
-            Command::Bench { what: Bench::Snapshot(snapshot) } => snapshot.run(),
+            Command::Bench { what: BenchCommand::Decode(decode) } => decode.run(),
+            Command::Bench { what: BenchCommand::Link(link) } => link.run(),
+            Command::Bench { what: BenchCommand::Migrate(migrate) } => migrate.run(),
+            Command::Bench { what: BenchCommand::Postcopy(postcopy) } => postcopy.run(),
+            Command::Bench { what: BenchCommand::Restore(restore) } => restore.run(),
+            Command::Bench { what: BenchCommand::Snapshot(snapshot) } => snapshot.run(),
             Command::Record { out, only, again } => record_all(&out, &only, again),
             Command::Analyze { corpus, only } => analyze_all(&corpus, &only),
             Command::Catalogue { corpus, streams } => {

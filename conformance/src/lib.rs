@@ -2,10 +2,10 @@
 //!
 //! [`roots`] installs them (through [`apt`]), [`launch`] starts one and [`qmp`] talks to it; [`host_cpu`] is the
 //! processor that it starts with under KVM; [`linux`] and [`payload`] are guests for it. A [`scenario`] is a row of the
-//! [`table`]; [`record`] plays it, with [`tape`] as the listener that keeps every channel, and asks the [`oracle`] what
-//! the stopped guest's RAM really is. [`judge`] then holds what qevm (the [`subject`]) says about the recording against
-//! that truth and against QEMU's own [`description`], and [`reload`] gives what qevm writes back to QEMU; [`matrix`]
-//! does it for many scenarios and [`report`] tells the result.
+//! [`table`]; [`record`] plays it, with [`recorder`] as the listener that keeps every channel, and asks the [`oracle`]
+//! what the stopped guest's RAM really is. [`judge`] then holds what qevm (the [`subject`]) says about the recording
+//! against that truth and against QEMU's own [`description`], and [`reload`] gives what qevm writes back to QEMU;
+//! [`matrix`] does it for many scenarios and [`report`] tells the result.
 //!
 //! [`channels`] is a matrix of its own: page channels and return path, with `qevm receive` and `qevm send` as the other
 //! end. [`cores`] compares ELF cores of other targets. [`lab`] is a machine with a KVM as on hardware, for what a
@@ -34,14 +34,15 @@ pub mod linux;
 pub mod matrix;
 mod network;
 pub mod oracle;
+pub mod outcome;
 pub mod patience;
 pub mod payload;
 pub mod peer;
-pub mod played;
 pub mod process;
 mod processor_time;
 pub mod qmp;
 pub mod record;
+pub mod recorder;
 pub mod reload;
 pub mod report;
 pub mod roots;
@@ -50,6 +51,5 @@ pub mod scenario;
 pub mod subject;
 mod suite;
 pub mod table;
-pub mod tape;
 pub mod toy;
 pub mod trial;

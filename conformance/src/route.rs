@@ -16,10 +16,10 @@ use crate::oracle;
 use crate::patience::PATIENCE;
 use crate::process::run;
 use crate::record::Files;
+use crate::recorder::{Channel, Recorder};
 use crate::roots::Root;
 use crate::scenario::{Route, Scenario};
 use crate::subject::Subject;
-use crate::tape::{Channel, Tape};
 
 const SNAPSHOT: &str = "qevm-snapshot";
 
@@ -41,8 +41,8 @@ impl Run<'_> {
             Route::File { offset } => {
                 self.to_file(source, |path| format!("file:{},offset={offset}", path.display()), offset)
             }
-            Route::Unix => self.to_dead_end(source, Tape::unix(self.scratch, "main", None)?),
-            Route::Tcp => self.to_dead_end(source, Tape::tcp(self.scratch, "main")?),
+            Route::Unix => self.to_dead_end(source, Recorder::unix(self.scratch, "main", None)?),
+            Route::Tcp => self.to_dead_end(source, Recorder::tcp(self.scratch, "main")?),
             Route::ReceiveUnix => self.to_qevm(source, &format!("unix:{}", self.scratch.join("qevm.sock").display())),
             Route::ReceiveTcp => {
                 // The port is free again when the listener is dropped, and nobody else is told of it.
@@ -63,10 +63,10 @@ impl Run<'_> {
         Ok((Files { main: "main.qevm".into(), offset, ..Files::default() }, state))
     }
 
-    fn to_dead_end(&self, source: &mut Qemu, tape: Tape) -> Result<(Files, Value)> {
-        self.start(source, tape.uri())?;
+    fn to_dead_end(&self, source: &mut Qemu, recorder: Recorder) -> Result<(Files, Value)> {
+        self.start(source, recorder.uri())?;
         let state = self.complete(source)?;
-        Ok((self.keep(tape.finish(PATIENCE)?, Files::default(), false)?, state))
+        Ok((self.keep(recorder.finish(PATIENCE)?, Files::default(), false)?, state))
     }
 
     /// `qevm receive` as the destination. What it prints must be what `--json` promises: one object at the end.
@@ -116,11 +116,11 @@ impl Run<'_> {
 
     fn to_peer(&self, source: &mut Qemu) -> Result<(Files, Value)> {
         // Loaded, but not continued: its RAM must then be the source's.
-        let (mut target, tape) = self.target(&["-S"])?;
-        self.start(source, tape.uri())?;
+        let (mut target, recorder) = self.target(&["-S"])?;
+        self.start(source, recorder.uri())?;
         let state = self.complete(source)?;
         target.wait_migration(PATIENCE, |s| s["status"] == "completed")?;
-        let files = self.keep(tape.finish(PATIENCE)?, Files::default(), false)?;
+        let files = self.keep(recorder.finish(PATIENCE)?, Files::default(), false)?;
         let theirs = oracle::ram_blocks(&mut target, self.scratch)?;
         for ours in oracle::ram_blocks(source, self.scratch)? {
             let loaded = theirs.iter().find(|b| b.name == ours.name);
@@ -134,8 +134,8 @@ impl Run<'_> {
 
     fn postcopy(&self, source: &mut Qemu) -> Result<(Files, Value)> {
         let recovery = self.scenario.route == Route::PostcopyRecovery;
-        let (mut target, tape) = self.target(&[])?;
-        self.start(source, tape.uri())?;
+        let (mut target, recorder) = self.target(&[])?;
+        self.start(source, recorder.uri())?;
         let rounds = self.scenario.rounds.max(1);
         source.wait_migration(PATIENCE, |s| sync_count(s) >= rounds)?;
         source.execute("migrate-start-postcopy", Value::Null)?;
@@ -143,27 +143,27 @@ impl Run<'_> {
         if !recovery {
             let state = source.wait_migration(PATIENCE, |s| s["status"] == "completed")?;
             target.wait_migration(PATIENCE, |s| s["status"] == "completed")?;
-            return Ok((self.keep(tape.finish(PATIENCE)?, Files::default(), false)?, state));
+            return Ok((self.keep(recorder.finish(PATIENCE)?, Files::default(), false)?, state));
         }
-        let here = tape.forwarded();
+        let here = recorder.forwarded();
         let deadline = Instant::now() + PATIENCE;
-        while tape.forwarded() < here + 128 * 1024 && Instant::now() < deadline {
+        while recorder.forwarded() < here + 128 * 1024 && Instant::now() < deadline {
             thread::sleep(Duration::from_millis(2));
         }
-        tape.cut();
+        recorder.cut();
         let paused = |s: &Value| s["status"] == "postcopy-paused";
         source.wait_migration(PATIENCE, paused)?;
         target.wait_migration(PATIENCE, paused)?;
-        let files = self.keep(tape.finish(PATIENCE)?, Files::default(), false)?;
+        let files = self.keep(recorder.finish(PATIENCE)?, Files::default(), false)?;
 
         let again = self.scratch.join("again.sock");
         target.execute("migrate-recover", json!({ "uri": format!("unix:{}", again.display()) }))?;
-        let tape = Tape::unix(self.scratch, "recovery", Some(&again))?;
+        let recorder = Recorder::unix(self.scratch, "recovery", Some(&again))?;
         source.set_parameters(&json!({ "max-postcopy-bandwidth": 0 }))?;
-        source.execute("migrate", json!({ "uri": tape.uri(), "resume": true }))?;
+        source.execute("migrate", json!({ "uri": recorder.uri(), "resume": true }))?;
         let state = source.wait_migration(PATIENCE, |s| s["status"] == "completed")?;
         target.wait_migration(PATIENCE, |s| s["status"] == "completed")?;
-        Ok((self.keep(tape.finish(PATIENCE)?, files, true)?, state))
+        Ok((self.keep(recorder.finish(PATIENCE)?, files, true)?, state))
     }
 
     fn savevm(&self, source: &mut Qemu) -> Result<(Files, Value)> {
@@ -177,7 +177,7 @@ impl Run<'_> {
     }
 
     /// A second QEMU that listens, and a proxy in front of it.
-    fn target(&self, extra: &[&str]) -> Result<(Qemu, Tape)> {
+    fn target(&self, extra: &[&str]) -> Result<(Qemu, Recorder)> {
         let mut arguments = self.arguments.to_vec();
         arguments.extend(extra.iter().map(ToString::to_string));
         arguments.extend(["-incoming".into(), "defer".into()]);
@@ -188,8 +188,8 @@ impl Run<'_> {
         target.set_parameters(&Value::Object(parameters))?;
         let socket = self.scratch.join("target.sock");
         target.execute("migrate-incoming", json!({ "uri": format!("unix:{}", socket.display()) }))?;
-        let tape = Tape::unix(self.scratch, "main", Some(&socket))?;
-        Ok((target, tape))
+        let recorder = Recorder::unix(self.scratch, "main", Some(&socket))?;
+        Ok((target, recorder))
     }
 
     fn start(&self, source: &mut Qemu, uri: &str) -> Result<()> {

@@ -17,8 +17,8 @@ use serde_json::{Value, json};
 
 use crate::launch::Qemu;
 use crate::matrix::REQUIRE_QEMU;
+use crate::outcome::{Outcome, Report, Row};
 use crate::patience::PATIENCE;
-use crate::played::{Outcome, Report, Row};
 use crate::roots::{Root, Suite};
 
 /// The hidden subcommands of `qevm-conformance` that are `toy_vmm` and `async_vmm`.

@@ -7,9 +7,9 @@ use std::path::{Path, PathBuf};
 use std::thread;
 
 use qevm_conformance::matrix::{REQUIRE_KVM, REQUIRE_QEMU, kvm, required};
+use qevm_conformance::outcome::list_skips;
 use qevm_conformance::peer::Monitor;
 use qevm_conformance::peer::clock::{Case, Cause, Clocks, cases, measure, page};
-use qevm_conformance::played::list_skips;
 use qevm_conformance::roots::{Root, Suite};
 use qevm_conformance::subject::Subject;
 

@@ -4,7 +4,7 @@
 use std::io::{Write, stderr};
 
 use qevm_conformance::matrix::{REQUIRE_KVM, REQUIRE_QEMU, kvm, required};
-use qevm_conformance::played::list_skips;
+use qevm_conformance::outcome::list_skips;
 use qevm_conformance::roots::{Root, Suite};
 
 #[test]

@@ -11,8 +11,8 @@ use qevm_conformance::interface::{
 };
 use qevm_conformance::launch::Qemu;
 use qevm_conformance::matrix::{REQUIRE_KVM, REQUIRE_QEMU, kvm, required};
+use qevm_conformance::outcome::list_skips;
 use qevm_conformance::peer::{self, Monitor};
-use qevm_conformance::played::list_skips;
 use qevm_conformance::qmp::QmpError;
 use qevm_conformance::roots::{Root, Suite};
 use serde_json::{Value, json};

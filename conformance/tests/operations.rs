@@ -10,9 +10,9 @@ use std::time::{Duration, Instant};
 
 use qevm_conformance::launch::Qemu;
 use qevm_conformance::matrix::{REQUIRE_KVM, REQUIRE_QEMU, kvm, required};
+use qevm_conformance::outcome::list_skips;
 use qevm_conformance::patience::PATIENCE;
 use qevm_conformance::peer::{self, Monitor};
-use qevm_conformance::played::list_skips;
 use qevm_conformance::roots::{Root, Suite};
 use serde_json::{Value, json};
 
@@ -23,7 +23,7 @@ const OTHER: &str = "12345678-1234-1234-1234-123456789abd";
 const QUIET: Duration = Duration::from_millis(1500);
 
 /// QEMU 11.1 and a folder; `None` is a skip, which is noted.
-fn stage(name: &str) -> Option<(Root, tempfile::TempDir)> {
+fn env(name: &str) -> Option<(Root, tempfile::TempDir)> {
     let skipped = |variable: &str, why: &str| {
         assert!(!required(variable), "{variable}=1, but {why}");
         list_skips("operations", [(name, why)]).unwrap();
@@ -91,7 +91,7 @@ type Case<'c> = ([Option<&'c str>; 2], [&'c [&'c str]; 2], bool, &'c str);
 /// one side alone; page channels say the UUID whether it is on or not.
 #[test]
 fn guests_go_to_machines_of_the_same_uuid() {
-    let Some((root, scratch)) = stage("uuid") else { return };
+    let Some((root, scratch)) = env("uuid") else { return };
     let validate: &[&str] = &["validate-uuid"];
     let (differs, not_set) = (
         format!("UUID received is {ONE} and local is {OTHER}"),
@@ -129,11 +129,11 @@ fn guests_go_to_machines_of_the_same_uuid() {
 }
 
 /// Where frames go that a monitor sends.
-struct Ear(UnixDatagram, PathBuf);
+struct FrameCounter(UnixDatagram, PathBuf);
 
-impl Ear {
-    fn new(path: PathBuf) -> Ear {
-        Ear(UnixDatagram::bind(&path).unwrap(), path)
+impl FrameCounter {
+    fn new(path: PathBuf) -> FrameCounter {
+        FrameCounter(UnixDatagram::bind(&path).unwrap(), path)
     }
 
     /// A card whose frames come here.
@@ -145,7 +145,7 @@ impl Ear {
     }
 
     /// The frames from now on until it is quiet, and the times between them.
-    fn hear(&self) -> (Vec<Vec<u8>>, Vec<Duration>) {
+    fn received(&self) -> (Vec<Vec<u8>>, Vec<Duration>) {
         let (mut frames, mut times, mut frame) = (Vec::new(), Vec::new(), [0; 2048]);
         self.0.set_read_timeout(Some(QUIET)).unwrap();
         loop {
@@ -166,7 +166,7 @@ impl Ear {
 /// busy host may have it late.
 #[test]
 fn the_network_hears_of_a_guest_as_from_a_qemu() {
-    let Some((root, scratch)) = stage("announcements") else { return };
+    let Some((root, scratch)) = env("announcements") else { return };
     let settings = |rounds| json!({ "initial": 40, "max": 100, "rounds": rounds, "step": 30 });
     // What the parameters say: 40 ms, and 30 more each time, up to 100.
     let least = [40, 70, 100, 100].map(Duration::from_millis);
@@ -183,21 +183,21 @@ fn the_network_hears_of_a_guest_as_from_a_qemu() {
     };
     let mut announced = Vec::new();
     for (name, qemu) in [("qemu", Some(&root)), ("ours", None)] {
-        let ear = Ear::new(scratch.path().join(format!("{name}.ear")));
-        let card = ear.card("local");
+        let frames = FrameCounter::new(scratch.path().join(format!("{name}.ear")));
+        let card = frames.card("local");
         let mut monitor = start(qemu, name, &card.each_ref().map(String::as_str), scratch.path());
         monitor.execute("announce-self", settings(5)).unwrap();
-        let heard = ear.hear();
-        judge(name, &heard);
-        announced.push(heard.0[0].clone());
+        let seen = frames.received();
+        judge(name, &seen);
+        announced.push(seen.0[0].clone());
         monitor.execute("announce-self", settings(0)).unwrap();
         let mut named = settings(5);
         named["interfaces"] = json!(["n"]);
         monitor.execute("announce-self", named).unwrap();
-        assert_eq!(ear.hear().0.len(), 0, "{name} announces what it has not");
+        assert_eq!(frames.received().0.len(), 0, "{name} announces what it has not");
         monitor.execute("stop", Value::Null).unwrap();
         monitor.execute("announce-self", settings(5)).unwrap();
-        assert_eq!(ear.hear().0.len(), 0, "{name} announces a guest that is paused");
+        assert_eq!(frames.received().0.len(), 0, "{name} announces a guest that is paused");
     }
     let [theirs, ours] = announced.as_slice() else { panic!("two monitors") };
     assert_eq!(ours, theirs, "the frame of ours, and that of a QEMU");
@@ -205,8 +205,8 @@ fn the_network_hears_of_a_guest_as_from_a_qemu() {
     assert_eq!((&theirs[12..14], theirs.len()), (&[0x80, 0x35][..], 60));
 
     for (way, ends) in [[Some(&root), None], [None, None]].into_iter().enumerate() {
-        let ear = Ear::new(scratch.path().join(format!("arrival{way}.ear")));
-        let (here_card, there_card) = (ear.card("here"), ear.card("there"));
+        let frames = FrameCounter::new(scratch.path().join(format!("arrival{way}.ear")));
+        let (here_card, there_card) = (frames.card("here"), frames.card("there"));
         let mut here = start(ends[0], &format!("from{way}"), &here_card.each_ref().map(String::as_str), scratch.path());
         let mut waits = vec!["--incoming", "defer"];
         waits.extend(there_card.each_ref().map(String::as_str));
@@ -216,16 +216,16 @@ fn the_network_hears_of_a_guest_as_from_a_qemu() {
         there.set_parameters(&parameters).unwrap();
         let (arrived, said) = migrate(&mut here, &mut there, &scratch.path().join(format!("arrival{way}.link")));
         assert!(arrived, "{said}");
-        let heard = ear.hear();
-        judge(&format!("arrival {way}"), &heard);
-        assert_eq!(heard.0[0], *theirs);
+        let seen = frames.received();
+        judge(&format!("arrival {way}"), &seen);
+        assert_eq!(seen.0[0], *theirs);
     }
 }
 
 /// `to` is where two destinations can be on one command line; a JSON object is where a channel stands that no URI has.
 #[test]
 fn a_destination_listens_where_its_command_line_says() {
-    let Some((root, scratch)) = stage("addresses") else { return };
+    let Some((root, scratch)) = env("addresses") else { return };
     let channel = |name: &str| {
         let addr = json!({ "transport": "socket", "type": "unix", "path": name, "abstract": true });
         json!({ "channel-type": "main", "addr": addr }).to_string()

@@ -114,7 +114,7 @@ fn resets_do_not_hinder_a_migration_between_qemu_and_reference_vmm() {
     let qemu = Stop::Qemu(Suite::Sid, Accel::Kvm);
     for (from, to) in [(qemu, Stop::Reference), (Stop::Reference, qemu), (Stop::Reference, Stop::Reference)] {
         let scratch = tempfile::tempdir().unwrap();
-        reboots::travel(from, to, &root, &program(), scratch.path())
+        reboots::play(from, to, &root, &program(), scratch.path())
             .unwrap_or_else(|error| panic!("{from} to {to}: {error:#}"));
     }
 }

@@ -4,7 +4,7 @@
 use std::path::PathBuf;
 
 use qevm_conformance::channels::{run, table};
-use qevm_conformance::played::list_skips;
+use qevm_conformance::outcome::list_skips;
 use qevm_conformance::subject::Subject;
 
 #[test]

@@ -4,8 +4,8 @@
 use std::path::PathBuf;
 
 use qevm_conformance::lifecycle::{self, table};
+use qevm_conformance::outcome::list_skips;
 use qevm_conformance::peer::Monitor;
-use qevm_conformance::played::list_skips;
 
 #[test]
 fn the_guest_runs_at_one_end_or_is_held_paused_at_one() {

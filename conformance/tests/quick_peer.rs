@@ -3,8 +3,8 @@
 
 use std::path::PathBuf;
 
+use qevm_conformance::outcome::list_skips;
 use qevm_conformance::peer::{self, Monitor};
-use qevm_conformance::played::list_skips;
 
 #[test]
 fn running_guests_go_to_and_fro_between_qemu_and_reference_vmm() {

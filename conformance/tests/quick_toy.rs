@@ -3,7 +3,7 @@
 
 use std::path::Path;
 
-use qevm_conformance::played::list_skips;
+use qevm_conformance::outcome::list_skips;
 use qevm_conformance::toy;
 
 #[test]

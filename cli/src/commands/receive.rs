@@ -27,7 +27,7 @@ use crate::args;
 use crate::failure::Stop;
 use crate::progress::Progress;
 use crate::socket::{Address, Listener};
-use connections::{Connections, News};
+use connections::{Connections, SessionEvent};
 use files::Files;
 use gate::Gate;
 use ledger::Ledger;
@@ -56,7 +56,7 @@ pub fn run(receive: &args::Receive) -> Result<(), Stop> {
         .map_err(|error| Stop::Usage(format!("{}: cannot listen: {error}", receive.address)))?;
     let listens = listener.address();
     let ledger = Arc::new(Ledger::new(listens.clone(), receive.multifd_channels));
-    let (sender, news) = mpsc::channel();
+    let (sender, events) = mpsc::channel();
     let patience = receive.timeout.map(Duration::from_secs);
     let connections = Connections {
         listener: Some(listener),
@@ -66,7 +66,7 @@ pub fn run(receive: &args::Receive) -> Result<(), Stop> {
         ledger: Arc::clone(&ledger),
         compression: receive.multifd_compression,
         patience,
-        news: sender,
+        events: sender,
         main: None,
         channels: Vec::new(),
         full_until: None,
@@ -76,9 +76,9 @@ pub fn run(receive: &args::Receive) -> Result<(), Stop> {
         .spawn(move || connections.run())
         .map_err(|error| Stop::Usage(format!("{}: cannot start a thread: {error}", receive.address)))?;
     eprintln!("listening; on the source: migrate {listens}");
-    let (socket, first) = match news.recv() {
-        Ok(News::Main(socket, first)) => (socket, first),
-        Ok(News::Failed(failure)) => {
+    let (socket, first) = match events.recv() {
+        Ok(SessionEvent::Main(socket, first)) => (socket, first),
+        Ok(SessionEvent::Failed(failure)) => {
             // It says last what it has dropped.
             let _ = thread.join();
             return Err(failure.into());

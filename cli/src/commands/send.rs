@@ -7,7 +7,7 @@ use crate::args;
 use crate::failure::Stop;
 use crate::progress::Progress;
 use crate::socket::{Address, Socket};
-use answers::{Answer, Answers, POLL, Sent};
+use answers::{Answer, POLL, ReturnPathReader, Sent};
 use qevm_inspect::failure::Failure;
 use qevm_inspect::rewrite::SavedGuest;
 use qevm_inspect::rewrite::channels::{ChannelForm, Channels};
@@ -38,7 +38,7 @@ pub fn run(send: &args::Send) -> Result<(), Stop> {
     let mut inputs = send.input.open()?;
     let patience = Duration::from_secs(send.timeout);
     let cannot = |error: io::Error| Stop::from(Failure::io(&send.address, 0, &error));
-    let connect = || -> Result<Patient, Stop> {
+    let connect = || -> Result<TimeoutSocket, Stop> {
         let socket = Socket::connect_within(&address, patience)
             .map_err(|error| Stop::Usage(format!("{}: cannot connect: {error}", send.address)))?;
         let socket = match &tls {
@@ -50,7 +50,7 @@ pub fn run(send: &args::Send) -> Result<(), Stop> {
         };
         // A destination with another number of channels, or without multifd, stops reading without a word.
         socket.set_write_timeout(Some(patience)).map_err(cannot)?;
-        Ok(Patient { socket: Arc::new(socket), patience, sent: Arc::default(), ahead: 0 })
+        Ok(TimeoutSocket { socket: Arc::new(socket), patience, sent: Arc::default(), ahead: 0 })
     };
 
     // Whether there is a destination is known before a large file is read, and the destination knows that no stranger
@@ -90,7 +90,7 @@ pub fn run(send: &args::Send) -> Result<(), Stop> {
         false => {
             let socket = Arc::clone(&main.socket);
             socket.set_read_timeout(Some(POLL)).map_err(cannot)?;
-            let answers = Answers { socket, sent: Arc::clone(&sent), patience, waiting_since: None };
+            let answers = ReturnPathReader { socket, sent: Arc::clone(&sent), patience, waiting_since: None };
             Some(thread::Builder::new().spawn(move || answers.last()).map_err(cannot)?)
         }
     };
@@ -154,7 +154,7 @@ fn verdict(address: &str, answer: Answer, needed: u64, written: &Result<u64, Sto
 const HINT: &str = "does it have the same capabilities, multifd-channels, multifd-compression and machine properties?";
 
 /// A connection to a destination that may hang.
-struct Patient {
+struct TimeoutSocket {
     socket: Arc<Socket>,
     patience: Duration,
     sent: Arc<Sent>,
@@ -162,7 +162,7 @@ struct Patient {
     ahead: usize,
 }
 
-impl Patient {
+impl TimeoutSocket {
     /// Sends what the channel starts with, which is not sent again.
     fn start(&mut self, first: &[u8]) -> io::Result<()> {
         self.write_all(first)?;
@@ -171,7 +171,7 @@ impl Patient {
     }
 }
 
-impl Write for Patient {
+impl Write for TimeoutSocket {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         if self.ahead > 0 {
             let count = self.ahead.min(bytes.len());

@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 use super::figures::{COLUMNS, Figures, Summary};
 use super::watch::Silence;
 use crate::network::{Network, PORT};
-use crate::peer::{Journey, Link, Load, Monitor, Stage, Stop};
+use crate::peer::{Env, Journey, Link, Load, Monitor, Stop};
 use crate::processor_time;
 use crate::roots::{Root, Suite};
 use crate::scenario::Accel;
@@ -97,7 +97,7 @@ pub fn run(options: &Options, program: &Monitor, before: Option<&Monitor>) -> Re
         options.downtime_limit,
         options.rate
     );
-    let bench = Bench { options, link: &link, root: &root, programs: &programs };
+    let bench = LinkBench { options, link: &link, root: &root, programs: &programs };
     let mut measured: BTreeMap<(usize, usize), Vec<Figures>> = BTreeMap::new();
     let (begin, mut longest) = (Instant::now(), Duration::ZERO);
     for repetition in 0..options.repetitions {
@@ -162,14 +162,14 @@ fn compare(options: &Options, routes: &[Route], measured: &BTreeMap<(usize, usiz
     json!({ "goals_met": goals, "rows": rows })
 }
 
-struct Bench<'b> {
+struct LinkBench<'b> {
     options: &'b Options,
     link: &'b Network,
     root: &'b Root,
     programs: &'b [&'b Monitor],
 }
 
-impl Bench<'_> {
+impl LinkBench<'_> {
     fn migrate(&self, route: Route, megabytes: u32) -> Result<Figures> {
         let Options { suite, downtime_limit, rate, multifd, .. } = *self.options;
         let scratch = tempfile::Builder::new().prefix("qevm-bench-").tempdir()?;
@@ -197,10 +197,10 @@ impl Bench<'_> {
         let program = self.programs[route.program];
         let (here_program, there_program) =
             (program.inside(self.link.source()), program.inside(self.link.destination()));
-        let stage = Stage { roots: &here_roots, program: &here_program, scratch: scratch.path(), more: &[] };
-        let mut here = journey.boot(&stage, &mut |_| ())?;
-        let stage = Stage { roots: &there_roots, program: &there_program, ..stage };
-        let mut there = journey.start(&stage, 1, true)?;
+        let env = Env { roots: &here_roots, program: &here_program, scratch: scratch.path(), more: &[] };
+        let mut here = journey.boot(&env, &mut |_| ())?;
+        let env = Env { roots: &there_roots, program: &there_program, ..env };
+        let mut there = journey.start(&env, 1, true)?;
         journey.prepare(&mut here, &mut there)?;
         let uri = format!("tcp:{}:{PORT}", self.link.address());
         there.monitor().execute("migrate-incoming", json!({ "uri": uri }))?;

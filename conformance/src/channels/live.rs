@@ -10,7 +10,7 @@ use anyhow::{Context, Result, bail};
 use reference_vmm::payload::{FW_CFG_NAME, IMAGE, Progress};
 use serde_json::{Value, json};
 
-use super::leaves::{Told, files, options};
+use super::qemu_to_qevm::{Told, files, options};
 use super::receiver::Receiver;
 use super::setup::Setup;
 use super::{credentials, shape};
@@ -141,7 +141,7 @@ fn arrive(
     target.execute("migrate-incoming", json!({ "uri": uri }))?;
     let mut arguments: Vec<std::ffi::OsString> =
         ["send", "--json", "--to", root.suite().series()].map(Into::into).to_vec();
-    arguments.extend(super::arrives::form_arguments(&live.arrives).into_iter().map(Into::into));
+    arguments.extend(super::qevm_to_qemu::form_arguments(&live.arrives).into_iter().map(Into::into));
     if live.tls.is_some() {
         arguments.extend(credentials::sending(folder).into_iter().map(Into::into));
     }

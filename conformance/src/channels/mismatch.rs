@@ -5,7 +5,7 @@ use std::time::Instant;
 use anyhow::{Context, Result, bail};
 use serde_json::Value;
 
-use super::arrives::{Target, send_arguments};
+use super::qevm_to_qemu::{Target, send_arguments};
 use super::receiver::Receiver;
 use super::setup::{Setup, Transport};
 use super::source::{Saved, Source};

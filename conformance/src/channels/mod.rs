@@ -5,8 +5,8 @@
 //!
 //! | module | row |
 //! |---|---|
-//! | [`leaves`] | a stopped guest migrates into `qevm receive` or a file; RAM of what arrived is QEMU's own |
-//! | [`arrives`] | `qevm send` or `qevm convert` gives a saved guest to QEMU; RAM of what was loaded is the saved one |
+//! | [`qemu_to_qevm`] | a stopped guest migrates into `qevm receive` or a file; RAM of what arrived is QEMU's own |
+//! | [`qevm_to_qemu`] | `qevm send` or `qevm convert` gives a saved guest to QEMU; RAM of what was loaded is the saved one |
 //! | [`refused`] | QEMU refuses the set-up with a reason before data moves, and `qevm` says the same |
 //! | [`mismatch`] | both ends are set up legally but differently: a named error in time, and the guest runs on |
 //! | [`secured`] | one end must refuse the other's TLS before anything of the guest moves |
@@ -14,11 +14,11 @@
 //!
 //! [`run`] plays them, reusing one source QEMU for all rows of a flavor.
 
-pub mod arrives;
 mod credentials;
-pub mod leaves;
 pub mod live;
 pub mod mismatch;
+pub mod qemu_to_qevm;
+pub mod qevm_to_qemu;
 pub mod refused;
 pub mod run;
 pub mod secured;

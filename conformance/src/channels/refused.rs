@@ -5,13 +5,13 @@ use std::fs;
 use anyhow::{Result, bail};
 use serde_json::{Value, json};
 
-use super::arrives::form_arguments;
+use super::qevm_to_qemu::form_arguments;
 use super::setup::{Setup, Transport, refusal};
 use super::source::{Saved, Source};
 use crate::launch::Qemu;
 use crate::patience::PATIENCE;
+use crate::recorder::Recorder;
 use crate::subject::Subject;
-use crate::tape::Tape;
 
 /// The source QEMU refuses, and qevm says why.
 ///
@@ -43,13 +43,13 @@ pub fn at_source(source: &mut Source, setup: &Setup) -> Result<String> {
 fn migrate(source: &mut Source, setup: &Setup) -> Result<Result<(), String>> {
     let folder = source.folder()?;
     let path = folder.join("main.qevm");
-    let tape = match setup.transport {
-        Transport::Unix => Some(Tape::unix(&folder, "main", None)?),
-        Transport::Tcp => Some(Tape::tcp(&folder, "main")?),
+    let recorder = match setup.transport {
+        Transport::Unix => Some(Recorder::unix(&folder, "main", None)?),
+        Transport::Tcp => Some(Recorder::tcp(&folder, "main")?),
         _ => None,
     };
-    let uri = match (&tape, setup.transport) {
-        (Some(tape), _) => tape.uri().to_string(),
+    let uri = match (&recorder, setup.transport) {
+        (Some(recorder), _) => recorder.uri().to_string(),
         (None, Transport::Exec) => format!("exec:cat > {}", path.display()),
         (None, _) => format!("file:{}", path.display()),
     };
@@ -65,7 +65,7 @@ fn migrate(source: &mut Source, setup: &Setup) -> Result<Result<(), String>> {
             refused = Err(reason.unwrap_or_else(|| said_since(&source.qemu, &before)));
         }
     }
-    let written = fs::metadata(&path).map_or(0, |m| m.len()) + tape.as_ref().map_or(0, Tape::forwarded);
+    let written = fs::metadata(&path).map_or(0, |m| m.len()) + recorder.as_ref().map_or(0, Recorder::forwarded);
     if refused.is_err() && written > 0 {
         bail!("QEMU refuses it, but {written} bytes were written");
     }
@@ -116,16 +116,16 @@ pub fn by_send(source: &mut Source, subject: &Subject, setup: &Setup) -> Result<
     }
     let input = source.saved(Saved::Plain)?;
     let folder = source.folder()?;
-    let tape = Tape::unix(&folder, "never", None)?;
+    let recorder = Recorder::unix(&folder, "never", None)?;
     let mut arguments = vec!["send".into(), "--to".into(), source.flavor.suite.series().into()];
     arguments.extend(form_arguments(setup).into_iter().map(std::ffi::OsString::from));
     arguments.extend(input);
-    arguments.push(tape.uri().into());
+    arguments.push(recorder.uri().into());
     let finished = subject.run(&arguments)?;
     if finished.code != Some(2) {
         bail!("qevm send ends with {} instead of exit status 2: {}", finished.status, finished.stderr.trim());
     }
-    let connections = tape.finish(PATIENCE)?;
+    let connections = recorder.finish(PATIENCE)?;
     if !connections.is_empty() {
         bail!("qevm send connected before it refused");
     }

@@ -12,7 +12,7 @@ use serde_json::{Value, json};
 
 use super::source::{Flavor, Source};
 use super::table::{Case, KINDS, Row};
-use super::{arrives, leaves, live, mismatch, refused, secured};
+use super::{live, mismatch, qemu_to_qevm, qevm_to_qemu, refused, secured};
 use crate::matrix::{REQUIRE_KVM, REQUIRE_QEMU, kvm, required};
 use crate::roots::{Root, Suite};
 use crate::subject::Subject;
@@ -254,8 +254,8 @@ impl Machine<'_> {
         let Some(source) = source else { anyhow::bail!("no source") };
         let subject = self.subject;
         match &row.case {
-            Case::Leaves(setup, told) => leaves::play(source, subject, setup, *told),
-            Case::Arrives(setup, from) => arrives::play(source, subject, setup, *from),
+            Case::Leaves(setup, told) => qemu_to_qevm::play(source, subject, setup, *told),
+            Case::Arrives(setup, from) => qevm_to_qemu::play(source, subject, setup, *from),
             Case::Refused(setup) => refused::at_source(source, setup),
             Case::Late(capability) => refused::late_at_destination(source, capability),
             Case::NotSent(setup) => refused::by_send(source, subject, setup),

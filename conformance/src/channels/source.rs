@@ -15,8 +15,8 @@ use crate::launch::Qemu;
 use crate::oracle::{self, Block};
 use crate::patience::PATIENCE;
 use crate::payload;
+use crate::recorder::Recorder;
 use crate::roots::{Root, Suite};
-use crate::tape::Tape;
 
 /// How long the guest runs before it is stopped.
 const FIRMWARE_TIME: Duration = Duration::from_millis(100);
@@ -247,9 +247,9 @@ impl Source {
             self.migrate(&format!("file:{}", path.display()))?;
             return Ok(vec![path.into()]);
         }
-        let tape = Tape::unix(&folder, "saved", None)?;
-        self.migrate(tape.uri())?;
-        let channels = tape.finish(PATIENCE)?;
+        let recorder = Recorder::unix(&folder, "saved", None)?;
+        self.migrate(recorder.uri())?;
+        let channels = recorder.finish(PATIENCE)?;
         let (mut arguments, mut main) = (Vec::new(), None);
         for channel in channels {
             match fs::read(&channel.forward)?.starts_with(b"QEVM") {

@@ -1,7 +1,7 @@
 //! The rows, as data.
 
-use super::leaves::Told;
 use super::live::Live;
+use super::qemu_to_qevm::Told;
 use super::setup::{Setup, Transport};
 use super::source::{Flavor, Flush, Saved};
 use crate::peer::secured::{Flaw, Version};
@@ -32,9 +32,9 @@ pub struct Row {
 /// What happens in a row.
 #[derive(Debug, Clone)]
 pub enum Case {
-    /// [`super::leaves::play`].
+    /// [`super::qemu_to_qevm::play`].
     Leaves(Setup, Told),
-    /// [`super::arrives::play`].
+    /// [`super::qevm_to_qemu::play`].
     Arrives(Setup, Saved),
     /// [`super::refused::at_source`].
     Refused(Setup),

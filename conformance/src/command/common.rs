@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use anyhow::{Context, Result};
 use clap::Args;
-use qevm_conformance::played;
+use qevm_conformance::outcome;
 use qevm_conformance::report::Report;
 use qevm_conformance::subject::Subject;
 use serde::Serialize;
@@ -56,7 +56,7 @@ pub(crate) struct Reporting {
 
 impl Reporting {
     /// The end of a report: the counts, and the file if one is wanted.
-    pub(super) fn tell<T: Serialize>(&self, what: &str, report: &played::Report<T>, summary: Value) -> Result<()> {
+    pub(super) fn tell<T: Serialize>(&self, what: &str, report: &outcome::Report<T>, summary: Value) -> Result<()> {
         if let Some(path) = &self.report {
             let json = serde_json::to_vec_pretty(report)?;
             fs::write(path, json).with_context(|| format!("writing {}", path.display()))?;

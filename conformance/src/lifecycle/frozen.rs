@@ -12,7 +12,7 @@ use serde_json::{Value, json};
 
 use super::scene::{PATIENCE, Scene, signal};
 use crate::network::Cut;
-use crate::peer::{Party, Stop};
+use crate::peer::{Endpoint, Stop};
 
 /// What the deadlines are set to, ms.
 const DEADLINE_MS: u64 = 2000;
@@ -94,9 +94,9 @@ fn arm(scene: &mut Scene<'_>) -> Result<()> {
     }
     // Not the system's, which may come first.
     deadlines.insert("x-tcp-user-timeout".into(), 60_000.into());
-    for party in [&mut scene.here, &mut scene.there] {
-        if party.stop() == Stop::Reference {
-            party.monitor().set_parameters(&Value::Object(deadlines.clone()))?;
+    for endpoint in [&mut scene.here, &mut scene.there] {
+        if endpoint.stop() == Stop::Reference {
+            endpoint.monitor().set_parameters(&Value::Object(deadlines.clone()))?;
         }
     }
     Ok(())
@@ -180,8 +180,8 @@ fn wait(phase: Phase, victim: Victim, scene: &mut Scene<'_>, start: Instant) -> 
     let waits_for = [decides(0, scene), decides(1, scene)];
     while (0..2).any(|end| waits_for[end] && decided[end].is_none()) {
         for end in 0..2 {
-            let party = if end == 0 { &mut scene.here } else { &mut scene.there };
-            if waits_for[end] && decided[end].is_none() && has_decided(party)? {
+            let endpoint = if end == 0 { &mut scene.here } else { &mut scene.there };
+            if waits_for[end] && decided[end].is_none() && has_decided(endpoint)? {
                 decided[end] = Some(start.elapsed());
             }
         }
@@ -202,12 +202,12 @@ fn wait(phase: Phase, victim: Victim, scene: &mut Scene<'_>, start: Instant) -> 
 }
 
 /// Whether a monitor waits no more for the other.
-fn has_decided(party: &mut Party) -> Result<bool> {
-    match party.monitor().migration() {
+fn has_decided(endpoint: &mut Endpoint) -> Result<bool> {
+    match endpoint.monitor().migration() {
         Ok(migration) => {
             Ok(["failed", "postcopy-paused", "completed"].iter().any(|status| migration["status"] == *status))
         }
-        Err(error) => match party.monitor().last_words() {
+        Err(error) => match endpoint.monitor().last_words() {
             Some(_) => Ok(true),
             None => bail!(error),
         },
@@ -226,9 +226,9 @@ fn describe(victim: Victim, scene: &Scene<'_>, decided: Decided) -> String {
 
 /// The guest is at the destination and both ends wait for another connection: lets it have the rest of its memory.
 fn recover(scene: &mut Scene<'_>) -> Result<()> {
-    for party in [&mut scene.here, &mut scene.there] {
+    for endpoint in [&mut scene.here, &mut scene.there] {
         let paused = |migration: &Value| migration["status"] == "postcopy-paused";
-        party.monitor().wait_migration(PATIENCE, paused)?;
+        endpoint.monitor().wait_migration(PATIENCE, paused)?;
     }
     let uri = scene.uri();
     let deadline = Instant::now() + PATIENCE;

@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 
 use super::scene::{PATIENCE, Scene, kill, signal};
 use crate::network::Cut;
-use crate::peer::{Party, Stop};
+use crate::peer::{Endpoint, Stop};
 
 /// Longer than any link is silent of itself, and shorter than the deadlines.
 const A_MINUTE: Duration = Duration::from_secs(60);
@@ -210,7 +210,7 @@ pub(super) fn lossy_link(scene: &mut Scene<'_>) -> Result<()> {
 }
 
 /// A guest that is reset or switched off, that spins, that has not booted: `what` is done when it is on its way.
-pub(super) fn guest_does(scene: &mut Scene<'_>, what: impl FnOnce(&mut Party) -> Result<()>) -> Result<()> {
+pub(super) fn guest_does(scene: &mut Scene<'_>, what: impl FnOnce(&mut Endpoint) -> Result<()>) -> Result<()> {
     scene.begin()?;
     what(&mut scene.here)
 }

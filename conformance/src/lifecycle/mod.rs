@@ -31,8 +31,8 @@ pub use sides::{Expected, Runs, Side};
 
 use crate::matrix::{REQUIRE_KVM, REQUIRE_QEMU, kvm};
 use crate::network::Network;
+use crate::outcome::{self, Outcome, Report};
 use crate::peer::{Monitor, Stop};
-use crate::played::{self, Outcome, Report};
 use crate::roots::{Root, Suite};
 use scene::{Cast, Ground, Scene};
 
@@ -78,7 +78,7 @@ impl Row {
             stops: self.stops,
             capabilities: [self.moment.capabilities(), self.capabilities].concat(),
             payload: self.moment.payload(),
-            gear: self.moment.gear(),
+            virtio: self.moment.virtio(),
         };
         let mut scene = Scene::set(ground, cast, scratch)?;
         self.moment.happen(&mut scene).with_context(|| scene.describe())?;
@@ -91,7 +91,7 @@ impl Row {
 ///
 /// # Errors
 /// No scratch folder can be made. Everything else is a row of the report.
-pub fn run(rows: &[Row], program: &Monitor, mut each: impl FnMut(&played::Row<Seen>)) -> Result<Report<Seen>> {
+pub fn run(rows: &[Row], program: &Monitor, mut each: impl FnMut(&outcome::Row<Seen>)) -> Result<Report<Seen>> {
     let scratch = tempfile::Builder::new().prefix("qevm-lifecycle-").tempdir()?;
     let missing = kvm().err().map(|why| (REQUIRE_KVM, why));
     let ground = match &missing {
@@ -122,7 +122,7 @@ pub fn run(rows: &[Row], program: &Monitor, mut each: impl FnMut(&played::Row<Se
                 Outcome::unavailable(variable, why)
             }
         };
-        let row = played::Row { name: row.name.clone(), outcome, seconds: started.elapsed().as_secs_f64() };
+        let row = outcome::Row { name: row.name.clone(), outcome, seconds: started.elapsed().as_secs_f64() };
         each(&row);
         played.push(row);
     }

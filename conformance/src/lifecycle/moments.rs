@@ -12,7 +12,7 @@ use super::scene::{PATIENCE, Scene, kill, signal};
 use super::strangers;
 use super::{delay, hosts};
 use crate::network::Cut;
-use crate::peer::{Gear, Party};
+use crate::peer::{Endpoint, VirtioLoad};
 use crate::qmp::QmpError;
 
 /// Idle callers of the largest crowd.
@@ -143,8 +143,8 @@ impl Moment {
     }
 
     /// Its devices.
-    pub(super) fn gear(self) -> Vec<Gear> {
-        if self == Moment::DiskInUse { vec![Gear::Disk] } else { Vec::new() }
+    pub(super) fn virtio(self) -> Vec<VirtioLoad> {
+        if self == Moment::DiskInUse { vec![VirtioLoad::Disk] } else { Vec::new() }
     }
 
     /// The last round has to fit into the socket buffers of a destination that does not read.
@@ -341,11 +341,11 @@ fn silence(scene: &mut Scene<'_>) -> Result<()> {
 fn events(scene: &mut Scene<'_>) -> Result<()> {
     scene.begin()?;
     scene.complete()?;
-    let names = |party: &mut Party, turn: &str| -> Result<Vec<String>> {
+    let names = |endpoint: &mut Endpoint, turn: &str| -> Result<Vec<String>> {
         let mut names: Vec<String> = Vec::new();
         // The last ones of either end, in whatever order they come.
         while !["MIGRATION completed", turn].iter().all(|last| names.iter().any(|name| name == last)) {
-            let event = party.monitor().next_event(PATIENCE)?;
+            let event = endpoint.monitor().next_event(PATIENCE)?;
             let status = event.data["status"].as_str().map_or(String::new(), |status| format!(" {status}"));
             names.push(format!("{}{status}", event.name));
         }

@@ -13,7 +13,7 @@ use serde_json::{Map, Value, json};
 
 use super::sides::{Expected, Side};
 use crate::network::{Network, PORT};
-use crate::peer::{Gear, Journey, Link, Load, Monitor, Party, Stage, Stop};
+use crate::peer::{Endpoint, Env, Journey, Link, Load, Monitor, Stop, VirtioLoad};
 use crate::process::run;
 use crate::roots::{Root, Suite};
 
@@ -44,7 +44,7 @@ pub(super) struct Cast {
     pub(super) capabilities: Vec<&'static str>,
     /// What the guest does.
     pub(super) payload: String,
-    pub(super) gear: Vec<Gear>,
+    pub(super) virtio: Vec<VirtioLoad>,
 }
 
 /// One row under way.
@@ -52,8 +52,8 @@ pub(super) struct Scene<'g> {
     pub(super) ground: &'g Ground,
     pub(super) journey: Journey,
     pub(super) scratch: &'g Path,
-    pub(super) here: Party,
-    pub(super) there: Party,
+    pub(super) here: Endpoint,
+    pub(super) there: Endpoint,
     /// What the guest had printed here when it was last listened to.
     moments: Vec<String>,
     /// How long both ends took to decide, where that is what the row is about.
@@ -63,8 +63,8 @@ pub(super) struct Scene<'g> {
 impl<'g> Scene<'g> {
     /// Boots the guest in a monitor of the first kind, and lets one of the second kind wait for it.
     pub(super) fn set(ground: &'g Ground, cast: Cast, scratch: &'g Path) -> Result<Scene<'g>> {
-        let Cast { stops, capabilities, payload, gear } = cast;
-        let load = Load { payload, gear, max_bandwidth: SLOW, downtime_limit: 1, ..Load::default() };
+        let Cast { stops, capabilities, payload, virtio } = cast;
+        let load = Load { payload, virtio, max_bandwidth: SLOW, downtime_limit: 1, ..Load::default() };
         let journey = Journey {
             name: String::new(),
             stops: stops.into(),
@@ -76,8 +76,8 @@ impl<'g> Scene<'g> {
             load,
             quick: false,
         };
-        let here = journey.boot(&stage(ground, scratch, 0), &mut |_| ())?;
-        let there = journey.start(&stage(ground, scratch, 1), 1, true)?;
+        let here = journey.boot(&env(ground, scratch, 0), &mut |_| ())?;
+        let there = journey.start(&env(ground, scratch, 1), 1, true)?;
         let mut scene = Scene { ground, journey, scratch, here, there, moments: Vec::new(), decided: None };
         scene.journey.prepare(&mut scene.here, &mut scene.there)?;
         Ok(scene)
@@ -87,7 +87,7 @@ impl<'g> Scene<'g> {
     pub(super) fn another_source(&mut self, n: usize) -> Result<()> {
         let scratch = self.scratch.join(format!("source{n}"));
         std::fs::create_dir_all(&scratch)?;
-        self.here = self.journey.boot(&stage(self.ground, &scratch, 0), &mut |_| ())?;
+        self.here = self.journey.boot(&env(self.ground, &scratch, 0), &mut |_| ())?;
         self.journey.prepare(&mut self.here, &mut self.there)
     }
 
@@ -95,7 +95,7 @@ impl<'g> Scene<'g> {
     pub(super) fn source_that_boots(&mut self) -> Result<()> {
         let scratch = self.scratch.join("source1");
         std::fs::create_dir_all(&scratch)?;
-        self.here = self.journey.start(&stage(self.ground, &scratch, 0), 0, false)?;
+        self.here = self.journey.start(&env(self.ground, &scratch, 0), 0, false)?;
         self.journey.prepare(&mut self.here, &mut self.there)
     }
 
@@ -109,7 +109,7 @@ impl<'g> Scene<'g> {
     pub(super) fn another_destination(&mut self, n: usize) -> Result<()> {
         let scratch = self.scratch.join(format!("destination{n}"));
         std::fs::create_dir_all(&scratch)?;
-        self.there = self.journey.start(&stage(self.ground, &scratch, 1), 1, true)?;
+        self.there = self.journey.start(&env(self.ground, &scratch, 1), 1, true)?;
         self.journey.prepare(&mut self.here, &mut self.there)
     }
 
@@ -214,8 +214,8 @@ impl<'g> Scene<'g> {
             let sides = self.look()?;
             match expected.differs(&sides) {
                 None if held == 1 => {
-                    let party = [&self.here, &self.there][usize::from(sides[1].runs)];
-                    let last = party.progress()?;
+                    let endpoint = [&self.here, &self.there][usize::from(sides[1].runs)];
+                    let last = endpoint.progress()?;
                     ensure!(last.is_none_or(|last: Progress| last.stale == 0), "stale pages: {last:?}");
                     return Ok(sides);
                 }
@@ -240,20 +240,20 @@ impl<'g> Scene<'g> {
     }
 }
 
-fn stage<'g>(ground: &'g Ground, scratch: &'g Path, end: usize) -> Stage<'g> {
-    Stage { roots: &ground.roots[end], program: &ground.programs[end], scratch, more: &[] }
+fn env<'g>(ground: &'g Ground, scratch: &'g Path, end: usize) -> Env<'g> {
+    Env { roots: &ground.roots[end], program: &ground.programs[end], scratch, more: &[] }
 }
 
-fn side(party: &mut Party, runs: bool) -> Result<Side> {
+fn side(endpoint: &mut Endpoint, runs: bool) -> Result<Side> {
     let gone =
         |said| Side { ended: Some(said), status: String::new(), runs, migration: String::new(), says: String::new() };
     let asked = (|| {
-        let status = party.monitor().execute("query-status", Value::Null)?;
-        Ok::<_, anyhow::Error>((status, party.monitor().migration()?))
+        let status = endpoint.monitor().execute("query-status", Value::Null)?;
+        Ok::<_, anyhow::Error>((status, endpoint.monitor().migration()?))
     })();
     let (status, migration) = match asked {
         Ok(asked) => asked,
-        Err(error) => return party.monitor().last_words().map(gone).context(error),
+        Err(error) => return endpoint.monitor().last_words().map(gone).context(error),
     };
     let text = |value: &Value| value.as_str().unwrap_or_default().to_string();
     Ok(Side {
@@ -271,8 +271,8 @@ pub(super) fn signal(pid: u32, name: &str) -> Result<()> {
 }
 
 /// Kills a monitor, which is gone when this returns.
-pub(super) fn kill(party: &mut Party) -> Result<()> {
-    signal(party.monitor().pid(), "KILL")?;
-    ensure!(party.monitor().has_ended()?, "it survives SIGKILL");
+pub(super) fn kill(endpoint: &mut Endpoint) -> Result<()> {
+    signal(endpoint.monitor().pid(), "KILL")?;
+    ensure!(endpoint.monitor().has_ended()?, "it survives SIGKILL");
     Ok(())
 }

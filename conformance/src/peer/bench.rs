@@ -18,9 +18,9 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
 
+use super::endpoint::Endpoint;
 use super::monitor::Monitor;
-use super::party::Party;
-use super::{Load, Secured, Stage, Stop, Version};
+use super::{Env, Load, Secured, Stop, Version};
 use crate::bench::figures::Summary;
 use crate::processor_time;
 use crate::roots::{Root, Suite};
@@ -283,25 +283,32 @@ impl Run<'_> {
         Ok(samples)
     }
 
-    fn start(&self, stop: Stop, program: &Monitor, n: usize, more: &[&'static str], incoming: bool) -> Result<Party> {
+    fn start(
+        &self,
+        stop: Stop,
+        program: &Monitor,
+        n: usize,
+        more: &[&'static str],
+        incoming: bool,
+    ) -> Result<Endpoint> {
         let load = Load { memory: self.options.mib, mem_prealloc: !self.options.fresh, ..Load::default() };
-        let stage = Stage { roots: self.roots, program, scratch: self.scratch, more };
+        let env = Env { roots: self.roots, program, scratch: self.scratch, more };
         let root = match stop {
             Stop::Qemu(suite, _) => self.roots.get(&suite),
             Stop::Reference => None,
         };
-        Party::start(stop, root, &stage, &load, &format!("stop{n}"), incoming, false)
+        Endpoint::start(stop, root, &env, &load, &format!("stop{n}"), incoming, false)
     }
 
-    fn hop(&self, here: &mut Party, there: &mut Party) -> Result<Sample> {
+    fn hop(&self, here: &mut Endpoint, there: &mut Endpoint) -> Result<Sample> {
         here.meets(there.stop())?;
         there.meets(here.stop())?;
-        for party in [&mut *here, &mut *there] {
-            party.monitor().set_capabilities(&["return-path"])?;
+        for endpoint in [&mut *here, &mut *there] {
+            endpoint.monitor().set_capabilities(&["return-path"])?;
             if let Some((channels, method)) = self.way.multifd {
-                party.monitor().set_capabilities(&["multifd"])?;
+                endpoint.monitor().set_capabilities(&["multifd"])?;
                 let parameters = json!({ "multifd-channels": channels, "multifd-compression": method });
-                party.monitor().set_parameters(&parameters)?;
+                endpoint.monitor().set_parameters(&parameters)?;
             }
         }
         if let Some(version) = self.way.tls {

@@ -14,9 +14,9 @@ use anyhow::{Context, Result, ensure};
 use reference_vmm::payload::Reads;
 use serde_json::{Value, json};
 
+use super::endpoint::Endpoint;
 use super::monitor::Monitor;
-use super::party::Party;
-use super::{Departure, Journey, Link, Load, Stage, Stop};
+use super::{Departure, Env, Journey, Link, Load, Stop};
 use crate::bench::figures::Summary;
 use crate::patience::PATIENCE;
 use crate::processor_time;
@@ -112,7 +112,7 @@ const COLUMNS: [Column; 8] = [
 pub fn postcopy(options: &Options, program: &Monitor, mut tell: impl FnMut(&str)) -> Result<Value> {
     let scratch = tempfile::Builder::new().prefix("qevm-bench-").tempdir()?;
     let roots = BTreeMap::from([(options.suite, Root::install(options.suite)?)]);
-    let stage = Stage { roots: &roots, program, scratch: scratch.path(), more: &[] };
+    let env = Env { roots: &roots, program, scratch: scratch.path(), more: &[] };
     let stops = [Stop::Qemu(options.suite, Accel::Kvm), Stop::Reference];
     let mut samples: BTreeMap<(usize, usize), Vec<Sample>> = BTreeMap::new();
     for repetition in 0..options.repetitions as usize {
@@ -120,7 +120,7 @@ pub fn postcopy(options: &Options, program: &Monitor, mut tell: impl FnMut(&str)
             // A machine may be faster at its beginning.
             for turn in [repetition % 2, (repetition + 1) % 2] {
                 let stop = stops[turn];
-                let sample = go(options, stop, way, &stage).with_context(|| format!("{stop}, {way}"))?;
+                let sample = go(options, stop, way, &env).with_context(|| format!("{stop}, {way}"))?;
                 let figures = COLUMNS.map(|(name, of, _)| format!("{name} {:.1}", of(&sample)));
                 tell(&format!("{:<5} {way}: {}", stop.to_string(), figures.join(", ")));
                 samples.entry((n, turn)).or_default().push(sample);
@@ -158,7 +158,7 @@ pub fn postcopy(options: &Options, program: &Monitor, mut tell: impl FnMut(&str)
     }))
 }
 
-fn go(options: &Options, stop: Stop, way: Way, stage: &Stage<'_>) -> Result<Sample> {
+fn go(options: &Options, stop: Stop, way: Way, env: &Env<'_>) -> Result<Sample> {
     let Options { mib, faults, unix, .. } = *options;
     let bandwidth = if way.background { 0 } else { TRICKLE };
     let journey = Journey {
@@ -177,13 +177,13 @@ fn go(options: &Options, stop: Stop, way: Way, stage: &Stage<'_>) -> Result<Samp
         },
         quick: false,
     };
-    let mut here = journey.start(stage, 0, false)?;
+    let mut here = journey.start(env, 0, false)?;
     here.wait_progress("complete a pass", PATIENCE, |progress| progress.pass >= 1)?;
-    let mut there = journey.start(stage, 1, true)?;
+    let mut there = journey.start(env, 1, true)?;
     journey.prepare(&mut here, &mut there)?;
     let pids = [here.monitor().pid(), there.monitor().pid()];
     let before = times(pids)?;
-    journey.leave(&mut here, &mut there, stage.scratch, 1)?;
+    journey.leave(&mut here, &mut there, env.scratch, 1)?;
     Departure::AtOnce.start(&mut here)?;
     let mut measured = None;
     if !way.background {
@@ -220,8 +220,8 @@ fn go(options: &Options, stop: Stop, way: Way, stage: &Stage<'_>) -> Result<Samp
     let pause = resumed.saturating_sub(stopped);
     let at_home = reads_of(&here)?.pop().context("the guest has read nothing before it went")?;
     let reads = reads.since(&at_home).slower(REMOTE).without_one(pause);
-    for party in [here, there] {
-        party.end()?;
+    for endpoint in [here, there] {
+        endpoint.end()?;
     }
     let micros = |time: Option<Duration>| time.map(|time| time.as_secs_f64() * 1e6).context("no remote fault");
     let cpu = [0, 1].map(|end| (after[end] - before[end]).as_secs_f64() * 1e3);
@@ -250,8 +250,8 @@ fn last_reads(text: &str) -> Option<Reads> {
 }
 
 /// What whole lines of the guest's say.
-fn reads_of(party: &Party) -> Result<Vec<Reads>> {
-    let text = party.text()?;
+fn reads_of(endpoint: &Endpoint) -> Result<Vec<Reads>> {
+    let text = endpoint.text()?;
     let text = String::from_utf8_lossy(&text);
     Ok(reads_in(text.rsplit_once('\n').map_or("", |(whole, _)| whole)).collect())
 }

@@ -17,10 +17,10 @@ use anyhow::{Context, Result, ensure};
 use reference_vmm::payload::Reads;
 use serde_json::{Value, json};
 
+use super::endpoint::Endpoint;
 use super::monitor::Monitor;
-use super::party::Party;
 use super::served::PageServer;
-use super::{Load, Stage, Stop, bench};
+use super::{Env, Load, Stop, bench};
 use crate::bench::figures::Summary;
 use crate::patience::PATIENCE;
 use crate::roots::{Root, Suite};
@@ -80,8 +80,8 @@ pub fn restore(options: &Options, program: &Monitor, mut tell: impl FnMut(&str))
     let mut results = Vec::new();
     for &mib in &options.mib {
         let scratch = tempfile::Builder::new().prefix("qevm-bench-").tempdir()?;
-        let stage = Stage { roots: &roots, program, scratch: scratch.path(), more: &[] };
-        let run = Run { options, mib, stage, image: scratch.path().join("guest") };
+        let env = Env { roots: &roots, program, scratch: scratch.path(), more: &[] };
+        let run = Run { options, mib, env, image: scratch.path().join("guest") };
         let saved = run.save()?;
         let mut samples: [Vec<Sample>; Way::ALL.len()] = Default::default();
         for repetition in 0..options.repetitions as usize {
@@ -126,7 +126,7 @@ pub fn restore(options: &Options, program: &Monitor, mut tell: impl FnMut(&str))
 struct Run<'r> {
     options: &'r Options,
     mib: u32,
-    stage: Stage<'r>,
+    env: Env<'r>,
     image: PathBuf,
 }
 
@@ -140,8 +140,8 @@ struct Saved {
 }
 
 /// What a guest has read here, as it said last.
-fn last_reads(party: &mut Party) -> Result<Reads> {
-    party.wait_text("read at random", PATIENCE, |text| text.lines().filter_map(Reads::parse).next_back())
+fn last_reads(endpoint: &mut Endpoint) -> Result<Reads> {
+    endpoint.wait_text("read at random", PATIENCE, |text| text.lines().filter_map(Reads::parse).next_back())
 }
 
 impl Run<'_> {
@@ -152,20 +152,20 @@ impl Run<'_> {
         Load { memory: self.mib, payload, ..Load::default() }
     }
 
-    fn start(&self, stop: Stop, name: &str, more: &[&'static str], incoming: bool) -> Result<Party> {
-        let stage = Stage { more, ..self.stage };
+    fn start(&self, stop: Stop, name: &str, more: &[&'static str], incoming: bool) -> Result<Endpoint> {
+        let env = Env { more, ..self.env };
         let root = match stop {
-            Stop::Qemu(suite, _) => self.stage.roots.get(&suite),
+            Stop::Qemu(suite, _) => self.env.roots.get(&suite),
             Stop::Reference => None,
         };
-        Party::start(stop, root, &stage, &self.load_of(), name, incoming, false)
+        Endpoint::start(stop, root, &env, &self.load_of(), name, incoming, false)
     }
 
     /// Saves a guest whose memory is full of random numbers, and serves it.
     fn save(&self) -> Result<Saved> {
         // On tmpfs where there is one; it is gone before anything is measured.
         let shm = Path::new("/dev/shm");
-        let folder = if shm.is_dir() { shm } else { self.stage.scratch };
+        let folder = if shm.is_dir() { shm } else { self.env.scratch };
         let memory = tempfile::Builder::new().prefix("qevm-bench-").tempfile_in(folder)?;
         bench::fill(memory.path(), u64::from(self.mib) << 20)?;
         // Where the guest keeps its own data, it finds zeros, as in any machine.
@@ -188,11 +188,11 @@ impl Run<'_> {
         here.end()?;
         // Into the page cache, once for all.
         io::copy(&mut fs::File::open(&self.image)?, &mut io::sink())?;
-        let server = PageServer::start(&self.image, &self.stage.scratch.join("pages"))?;
+        let server = PageServer::start(&self.image, &self.env.scratch.join("pages"))?;
         Ok(Saved { pass, reads, server })
     }
 
-    fn load(&self, way: Way, saved: &Saved, name: &str) -> Result<(Sample, Party)> {
+    fn load(&self, way: Way, saved: &Saved, name: &str) -> Result<(Sample, Endpoint)> {
         let (begun, at) = (Instant::now(), SystemTime::now().duration_since(SystemTime::UNIX_EPOCH)?);
         let stop = if way == Way::Qemu { Stop::Qemu(self.options.suite, Accel::Kvm) } else { Stop::Reference };
         let lazy = matches!(way, Way::Lazy | Way::Served);

@@ -11,10 +11,10 @@ use anyhow::{Context, Result, ensure};
 use reference_vmm::payload::Progress;
 use serde_json::{Value, json};
 
+use super::endpoint::Endpoint;
 use super::monitor::Monitor;
-use super::party::Party;
 use super::snapshot::runs_on;
-use super::{Journey, Link, Load, Stage, Stop};
+use super::{Env, Journey, Link, Load, Stop};
 use crate::bench::figures::Summary;
 use crate::patience::PATIENCE;
 use crate::processor_time;
@@ -68,13 +68,13 @@ const COLUMNS: [Column; 5] = [
 pub fn snapshot(options: &Options, program: &Monitor, mut tell: impl FnMut(&str)) -> Result<Value> {
     let scratch = tempfile::Builder::new().prefix("qevm-bench-").tempdir()?;
     let roots = BTreeMap::from([(options.suite, Root::install(options.suite)?)]);
-    let stage = Stage { roots: &roots, program, scratch: scratch.path(), more: &[] };
+    let env = Env { roots: &roots, program, scratch: scratch.path(), more: &[] };
     let stops = [Stop::Qemu(options.suite, Accel::Kvm), Stop::Reference];
     let mut samples: [Vec<Sample>; 2] = Default::default();
     for repetition in 0..options.repetitions {
         // A machine may be faster at its beginning.
         for turn in [repetition % 2, (repetition + 1) % 2].map(|turn| turn as usize) {
-            let sample = take(options, stops[turn], &stage).with_context(|| stops[turn].to_string())?;
+            let sample = take(options, stops[turn], &env).with_context(|| stops[turn].to_string())?;
             let figures = COLUMNS.map(|(name, of)| format!("{name} {:.3}", of(&sample)));
             tell(&format!("{:<5} {}", stops[turn].to_string(), figures.join(", ")));
             samples[turn].push(sample);
@@ -95,7 +95,7 @@ pub fn snapshot(options: &Options, program: &Monitor, mut tell: impl FnMut(&str)
     )
 }
 
-fn take(options: &Options, stop: Stop, stage: &Stage<'_>) -> Result<Sample> {
+fn take(options: &Options, stop: Stop, env: &Env<'_>) -> Result<Sample> {
     let Options { mib, rate, .. } = options;
     let load = Load {
         memory: mib + mib.div_ceil(4) + 64,
@@ -113,8 +113,8 @@ fn take(options: &Options, stop: Stop, stage: &Stage<'_>) -> Result<Sample> {
         load,
         quick: false,
     };
-    let path = stage.scratch.join("snapshot");
-    let mut here = journey.boot(stage, &mut |_| ())?;
+    let path = env.scratch.join("snapshot");
+    let mut here = journey.boot(env, &mut |_| ())?;
     here.monitor().set_capabilities(&["background-snapshot"])?;
     here.monitor().set_parameters(&json!({ "max-bandwidth": u64::from(options.bandwidth) << 20 }))?;
     // A second as it runs without.
@@ -154,8 +154,8 @@ fn take(options: &Options, stop: Stop, stage: &Stage<'_>) -> Result<Sample> {
 }
 
 /// The progress lines that are whole.
-fn lines(party: &Party) -> Result<Vec<Progress>> {
-    let text = party.text()?;
+fn lines(endpoint: &Endpoint) -> Result<Vec<Progress>> {
+    let text = endpoint.text()?;
     let text = String::from_utf8_lossy(&text);
     let whole = text.rsplit_once('\n').map_or("", |(whole, _)| whole);
     Ok(whole.lines().filter_map(Progress::parse).collect())

@@ -13,8 +13,8 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
 
-use super::stage::Stage;
-use super::{Load, Monitor, Party, Stop};
+use super::env::Env;
+use super::{Endpoint, Load, Monitor, Stop};
 use crate::patience::PATIENCE;
 use crate::roots::{Root, Suite};
 use crate::scenario::Accel;
@@ -138,14 +138,14 @@ struct Reading {
 pub fn measure(case: Case, roots: &BTreeMap<Suite, Root>, program: &Monitor, subject: &Subject) -> Result<Clocks> {
     let scratch = tempfile::Builder::new().prefix("qevm-").tempdir()?;
     let scratch = scratch.path();
-    let stage = Stage { roots, program, scratch, more: &[] };
+    let env = Env { roots, program, scratch, more: &[] };
     let load = Load { memory: 32, payload: "dirty=1M rate=1M hold=1M zero=1M report=100".into(), ..Load::default() };
     let start = |stop: Stop, name: &str, incoming: bool| {
         let root = match stop {
             Stop::Qemu(suite, _) => Some(roots.get(&suite).context("QEMU is not installed")?),
             Stop::Reference => None,
         };
-        Party::start(stop, root, &stage, &load, name, incoming, true)
+        Endpoint::start(stop, root, &env, &load, name, incoming, true)
     };
     let mut here = start(case.from, "here", false)?;
     here.wait_progress("complete a pass", PATIENCE, |progress| progress.pass >= 1)?;
@@ -222,14 +222,14 @@ fn judge(advanced: f64, ran: Duration, all: Duration) -> Result<Clock> {
 }
 
 /// Stops the guest and reads its clocks from what is saved of it.
-fn read(party: &mut Party, subject: &Subject, path: &Path) -> Result<Reading> {
-    party.monitor().execute("stop", Value::Null)?;
+fn read(endpoint: &mut Endpoint, subject: &Subject, path: &Path) -> Result<Reading> {
+    endpoint.monitor().execute("stop", Value::Null)?;
     let stopped = Instant::now();
     // A file has no way back.
     let off = ["return-path", "pause-before-switchover"].map(|name| json!({ "capability": name, "state": false }));
-    party.monitor().execute("migrate-set-capabilities", json!({ "capabilities": off }))?;
-    party.monitor().execute("migrate", json!({ "uri": format!("file:{}", path.display()) }))?;
-    party.monitor().wait_migration(PATIENCE, |migration| migration["status"] == "completed")?;
+    endpoint.monitor().execute("migrate-set-capabilities", json!({ "capabilities": off }))?;
+    endpoint.monitor().execute("migrate", json!({ "uri": format!("file:{}", path.display()) }))?;
+    endpoint.monitor().wait_migration(PATIENCE, |migration| migration["status"] == "completed")?;
     let field = |section: &str, name: &str| -> Result<Value> {
         let path = path.display().to_string();
         let ran = subject.run(&["inspect", "--json", "--section", section, "--field", name, &path])?;

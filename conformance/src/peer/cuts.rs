@@ -4,9 +4,9 @@ use anyhow::{Context, Result};
 use reference_vmm::payload::Transcript;
 use serde_json::Map;
 
+use super::env::{Env, account};
 use super::relay::Break;
 use super::rows::{PEERS, plain};
-use super::stage::{Stage, account};
 use super::{Account, Departure, Journey, Load, Stop, recovery};
 use crate::scenario::Accel;
 
@@ -34,16 +34,16 @@ impl Cuts {
     ///
     /// # Errors
     /// A migration is not recovered, or the guest does not arrive whole.
-    pub(super) fn play(&self, stage: &Stage<'_>) -> Result<Account> {
+    pub(super) fn play(&self, env: &Env<'_>) -> Result<Account> {
         let journey = &self.journey;
         let hops = journey.stops.len() - 1;
         let (mut texts, mut done) = (Vec::with_capacity(hops + 1), Vec::with_capacity(hops));
-        let mut here = journey.boot(stage, &mut |_| ())?;
+        let mut here = journey.boot(env, &mut |_| ())?;
         for hop in 1..=hops {
             let when = place(hop, hops);
             let context = || format!("migration {hop}, cut at {when:?}");
-            let mut there = journey.start(stage, hop, true)?;
-            let relay = recovery::depart(journey, stage, hop, &mut here, &mut there, &[when]).with_context(context)?;
+            let mut there = journey.start(env, hop, true)?;
+            let relay = recovery::depart(journey, env, hop, &mut here, &mut there, &[when]).with_context(context)?;
             done.push(recovery::arrive(journey, hop, &mut here, &mut there).with_context(context)?);
             drop(relay);
             texts.push(std::mem::replace(&mut here, there).end()?);

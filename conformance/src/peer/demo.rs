@@ -7,7 +7,7 @@ use reference_vmm::payload::Progress;
 use serde_json::{Map, Value, json};
 
 use super::rows::channels_of;
-use super::{Account, Journey, Link, Load, Moment, Monitor, Stage, Stop};
+use super::{Account, Env, Journey, Link, Load, Moment, Monitor, Stop};
 use crate::roots::{Root, Suite};
 use crate::scenario::Accel;
 
@@ -82,8 +82,8 @@ fn play(options: &Options, program: &Monitor, timeline: &mut Timeline) -> Result
         root.version()
     ));
     let roots = [(options.suite, root)].into();
-    let stage = Stage { roots: &roots, program, scratch: scratch.path(), more: &[] };
-    let account = journey.travel(&stage, |moment| timeline.tell(&moment, options))?;
+    let env = Env { roots: &roots, program, scratch: scratch.path(), more: &[] };
+    let account = journey.play(&env, |moment| timeline.tell(&moment, options))?;
     timeline.say(&format!(
         "guest        {} pages rewritten or checked on the way, none of them stale; its clock never ran backwards; {} of {} \
          lines it was printing were cut by a switchover and went on where they were",

@@ -3,8 +3,8 @@
 use anyhow::{Result, ensure};
 use serde_json::Value;
 
-use super::party::Party;
-use super::stage::{Load, Stop};
+use super::endpoint::Endpoint;
+use super::env::{Load, Stop};
 use crate::patience::PATIENCE;
 use crate::roots::Suite;
 
@@ -27,7 +27,7 @@ impl Departure {
     }
 
     /// Lets the guest go, whose migration was begun.
-    pub(super) fn start(self, here: &mut Party) -> Result<()> {
+    pub(super) fn start(self, here: &mut Endpoint) -> Result<()> {
         if self == Departure::AfterPass {
             // The log is read before each pass.
             let read = |migration: &Value| migration["ram"]["dirty-sync-count"].as_u64() >= Some(2);

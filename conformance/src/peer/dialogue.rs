@@ -17,8 +17,8 @@ use anyhow::{Context, Result, ensure};
 use serde_json::{Map, Value, json};
 
 use self::commands::{BEFORE_THE_START, HUMAN, WITH_RINGS};
+use super::endpoint::start_reference;
 use super::monitor::Monitor;
-use super::party::start_reference;
 use crate::launch::Qemu;
 use crate::patience::PATIENCE;
 use crate::qmp::QmpError;

@@ -8,10 +8,10 @@ use anyhow::{Result, ensure};
 use reference_vmm::payload::Transcript;
 use serde_json::{Value, json};
 
-use super::outage::stays_out;
-use super::party::Party;
+use super::endpoint::Endpoint;
+use super::env::{Env, account};
+use super::link_cuts::stays_out;
 use super::proxy::{Cut, broken};
-use super::stage::{Stage, account};
 use super::{Account, Journey};
 
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -42,27 +42,27 @@ impl Doubt {
     ///
     /// # Errors
     /// No guest runs at the end or two do, or nobody is told who must decide.
-    pub(super) fn play(&self, stage: &Stage<'_>) -> Result<Account> {
-        let mut here = self.journey.boot(stage, &mut |_| ())?;
-        let mut there = self.journey.start(stage, 1, true)?;
+    pub(super) fn play(&self, env: &Env<'_>) -> Result<Account> {
+        let mut here = self.journey.boot(env, &mut |_| ())?;
+        let mut there = self.journey.start(env, 1, true)?;
         self.journey.prepare(&mut here, &mut there)?;
         match self.what {
             Doubtful::Standstill => {
-                self.stand_still(&mut here, &mut there, stage)?;
+                self.stand_still(&mut here, &mut there, env)?;
                 drop(there);
-                there = self.journey.start(stage, 1, true)?;
-                self.journey.hop(&mut here, &mut there, stage.scratch, 1, &mut |_| ())?;
+                there = self.journey.start(env, 1, true)?;
+                self.journey.hop(&mut here, &mut there, env.scratch, 1, &mut |_| ())?;
             }
-            Doubtful::LostVerdict => lose_verdict(&mut here, &mut there, stage)?,
+            Doubtful::LostVerdict => lose_verdict(&mut here, &mut there, env)?,
         }
         self.journey.settle(&mut there)?;
         let texts = [here.end()?, there.end()?];
         Ok(account(Vec::new(), &Transcript::read(&texts.each_ref().map(Vec::as_slice))?))
     }
 
-    fn stand_still(&self, here: &mut Party, there: &mut Party, stage: &Stage<'_>) -> Result<()> {
+    fn stand_still(&self, here: &mut Endpoint, there: &mut Endpoint, env: &Env<'_>) -> Result<()> {
         here.monitor().set_capabilities(&["pause-before-switchover"])?;
-        self.journey.leave(here, there, stage.scratch, 1)?;
+        self.journey.leave(here, there, env.scratch, 1)?;
         here.monitor().wait_migration(PATIENCE, |migration| migration["status"] == "pre-switchover")?;
         signal(there, "-STOP")?;
         here.monitor().execute("migrate-continue", json!({ "state": "pre-switchover" }))?;
@@ -95,8 +95,8 @@ impl Doubt {
     }
 }
 
-fn lose_verdict(here: &mut Party, there: &mut Party, stage: &Stage<'_>) -> Result<()> {
-    let [entry, exit] = ["entry", "exit"].map(|name| stage.scratch.join(name));
+fn lose_verdict(here: &mut Endpoint, there: &mut Endpoint, env: &Env<'_>) -> Result<()> {
+    let [entry, exit] = ["entry", "exit"].map(|name| env.scratch.join(name));
     there.monitor().execute("migrate-incoming", json!({ "uri": format!("unix:{}", exit.display()) }))?;
     let proxy = broken(&entry, exit, Cut::Back(WITHIN_VERDICT))?;
     here.monitor().execute("migrate", json!({ "uri": format!("unix:{}", entry.display()) }))?;
@@ -112,10 +112,10 @@ fn lose_verdict(here: &mut Party, there: &mut Party, stage: &Stage<'_>) -> Resul
 }
 
 /// Waits until a migration has ended so.
-fn ended(party: &mut Party, wanted: &str) -> Result<Value> {
+fn ended(endpoint: &mut Endpoint, wanted: &str) -> Result<Value> {
     let deadline = Instant::now() + PATIENCE;
     loop {
-        let migration = party.monitor().migration()?;
+        let migration = endpoint.monitor().migration()?;
         let status = migration["status"].as_str().unwrap_or_default();
         if status == wanted {
             return Ok(migration);
@@ -126,8 +126,8 @@ fn ended(party: &mut Party, wanted: &str) -> Result<Value> {
     }
 }
 
-fn signal(party: &mut Party, signal: &str) -> Result<()> {
-    let told = Command::new("kill").args([signal, &party.monitor().pid().to_string()]).status()?;
+fn signal(endpoint: &mut Endpoint, signal: &str) -> Result<()> {
+    let told = Command::new("kill").args([signal, &endpoint.monitor().pid().to_string()]).status()?;
     ensure!(told.success(), "kill {signal} failed");
     Ok(())
 }

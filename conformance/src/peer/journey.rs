@@ -9,11 +9,11 @@ use reference_vmm::payload::{Progress, Transcript};
 use serde_json::{Map, Value, json};
 
 use super::departure::{self, Departure};
-use super::gear::{self, Ear};
-use super::party::Party;
+use super::endpoint::Endpoint;
+use super::env::{Account, Env, Hop, Link, Load, Moment, Stop, account};
 use super::resident;
 use super::secured::Secured;
-use super::stage::{Account, Hop, Link, Load, Moment, Stage, Stop, account};
+use super::virtio_load::{self, FrameCounter};
 use crate::exec;
 use crate::patience::PATIENCE;
 use crate::scenario::Accel;
@@ -46,55 +46,55 @@ impl Journey {
     ///
     /// # Errors
     /// A migration fails, the guest does not go on, or what it printed shows that it did not arrive whole.
-    pub fn travel(&self, stage: &Stage<'_>, mut tell: impl FnMut(Moment)) -> Result<Account> {
+    pub fn play(&self, env: &Env<'_>, mut tell: impl FnMut(Moment)) -> Result<Account> {
         let (mut texts, mut hops) = (Vec::new(), Vec::new());
-        let ear = Ear::listen(&self.load.gear, stage.scratch)?;
-        let mut here = self.boot(stage, &mut tell)?;
+        let frames = FrameCounter::listen(&self.load.virtio, env.scratch)?;
+        let mut here = self.boot(env, &mut tell)?;
         for n in 1..self.stops.len() {
-            let mut there = self.start(stage, n, true)?;
+            let mut there = self.start(env, n, true)?;
             let context = || format!("hop {n}, {} to {}", self.stops[n - 1], self.stops[n]);
-            let hop = self.hop(&mut here, &mut there, stage.scratch, n, &mut tell).with_context(context)?;
+            let hop = self.hop(&mut here, &mut there, env.scratch, n, &mut tell).with_context(context)?;
             tell(Moment::Arrived(hop.clone()));
             tell(Moment::Settled(self.settle(&mut there).with_context(context)?));
             hops.push(hop);
             texts.push(std::mem::replace(&mut here, there).end()?);
         }
         texts.push(here.end()?);
-        gear::judge(&self.load.gear, &texts, stage.scratch, &ear)?;
+        virtio_load::judge(&self.load.virtio, &texts, env.scratch, &frames)?;
         Ok(account(hops, &Transcript::read(&texts.iter().map(Vec::as_slice).collect::<Vec<_>>())?))
     }
 
     /// Starts the monitor of a stop.
-    pub(crate) fn start(&self, stage: &Stage<'_>, n: usize, incoming: bool) -> Result<Party> {
+    pub(crate) fn start(&self, env: &Env<'_>, n: usize, incoming: bool) -> Result<Endpoint> {
         let stop = self.stops[n];
         let root = match stop {
-            Stop::Qemu(suite, _) => Some(stage.roots.get(&suite).with_context(|| format!("no QEMU of {suite}"))?),
+            Stop::Qemu(suite, _) => Some(env.roots.get(&suite).with_context(|| format!("no QEMU of {suite}"))?),
             Stop::Reference => None,
         };
         let rtc = self.stops.iter().any(|stop| matches!(stop, Stop::Qemu(_, Accel::Tcg)));
-        Party::start(stop, root, stage, &self.load, &format!("stop{n}"), incoming, rtc)
+        Endpoint::start(stop, root, env, &self.load, &format!("stop{n}"), incoming, rtc)
     }
 
     /// Boots the guest at the first stop.
-    pub(crate) fn boot(&self, stage: &Stage<'_>, tell: &mut dyn FnMut(Moment)) -> Result<Party> {
-        let mut here = self.start(stage, 0, false)?;
+    pub(crate) fn boot(&self, env: &Env<'_>, tell: &mut dyn FnMut(Moment)) -> Result<Endpoint> {
+        let mut here = self.start(env, 0, false)?;
         let rounds = self.load.busy();
         let booted = here.wait_progress("complete a pass", PATIENCE, |p| p.pass >= 1 && p.rounds >= rounds)?;
-        self.wait_for_gear(&mut here)?;
+        self.wait_for_virtio(&mut here)?;
         tell(Moment::Booted(booted));
         Ok(here)
     }
 
     /// Tells both ends what they have to know before `migrate-incoming`.
-    pub(crate) fn prepare(&self, here: &mut Party, there: &mut Party) -> Result<()> {
+    pub(crate) fn prepare(&self, here: &mut Endpoint, there: &mut Endpoint) -> Result<()> {
         here.meets(there.stop())?;
         there.meets(here.stop())?;
-        for (party, reads) in [(&mut *here, false), (&mut *there, true)] {
+        for (endpoint, reads) in [(&mut *here, false), (&mut *there, true)] {
             // Into a file nothing goes by postcopy: it is how a destination reads one.
             let both = reads || self.link != Link::File;
             let on = self.capabilities.iter().copied().filter(|name| both || *name != "postcopy-ram");
-            party.monitor().set_capabilities(&on.collect::<Vec<_>>())?;
-            party.monitor().set_parameters(&Value::Object(self.parameters.clone()))?;
+            endpoint.monitor().set_capabilities(&on.collect::<Vec<_>>())?;
+            endpoint.monitor().set_parameters(&Value::Object(self.parameters.clone()))?;
         }
         let limits = json!({ "max-bandwidth": self.load.max_bandwidth, "downtime-limit": self.load.downtime_limit });
         here.monitor().set_parameters(&limits)?;
@@ -103,7 +103,7 @@ impl Journey {
     }
 
     /// Begins a hop, and says where to.
-    pub(super) fn leave(&self, here: &mut Party, there: &mut Party, scratch: &Path, n: usize) -> Result<String> {
+    pub(super) fn leave(&self, here: &mut Endpoint, there: &mut Endpoint, scratch: &Path, n: usize) -> Result<String> {
         let uri = match self.link {
             Link::Unix => {
                 let uri = format!("unix:{}", scratch.join(format!("link{n}")).display());
@@ -123,7 +123,13 @@ impl Journey {
     }
 
     /// As [`leave`](Self::leave), where no end calls the other.
-    fn leave_without_caller(&self, here: &mut Party, there: &mut Party, scratch: &Path, n: usize) -> Result<String> {
+    fn leave_without_caller(
+        &self,
+        here: &mut Endpoint,
+        there: &mut Endpoint,
+        scratch: &Path,
+        n: usize,
+    ) -> Result<String> {
         let path = scratch.join(format!("link{n}"));
         let _ = std::fs::remove_file(&path);
         let (from, to) = match self.link {
@@ -159,8 +165,8 @@ impl Journey {
 
     pub(super) fn hop(
         &self,
-        here: &mut Party,
-        there: &mut Party,
+        here: &mut Endpoint,
+        there: &mut Endpoint,
         scratch: &Path,
         n: usize,
         tell: &mut dyn FnMut(Moment),
@@ -193,7 +199,7 @@ impl Journey {
     }
 
     /// What a hop took, whose source says that it has completed.
-    pub(super) fn arrived(&self, here: &mut Party, there: &mut Party, n: usize, done: &Value) -> Result<Hop> {
+    pub(super) fn arrived(&self, here: &mut Endpoint, there: &mut Endpoint, n: usize, done: &Value) -> Result<Hop> {
         self.departure(n).map_or(Ok(()), |departure| departure.judge(done, self.stops[n - 1]))?;
         if self.capabilities.contains(&"postcopy-blocktime") {
             let told = there.monitor().wait_migration(PATIENCE, |migration| migration["status"] == "completed")?;
@@ -217,9 +223,9 @@ impl Journey {
         }
         let stopped = here.monitor().wait_event("STOP", PATIENCE)?.time.context("STOP has no timestamp")?;
         let resumed = there.monitor().wait_event("RESUME", PATIENCE)?.time.context("RESUME has no timestamp")?;
-        for (party, expected) in [(here, "postmigrate"), (there, "running")] {
+        for (endpoint, expected) in [(here, "postmigrate"), (there, "running")] {
             // A QEMU says that its migration has completed a moment before it leaves the status finish-migrate.
-            party.wait_status(expected)?;
+            endpoint.wait_status(expected)?;
         }
         let gap = resumed.checked_sub(stopped).context("the guest was started before it was stopped")?;
         let number = |value: &Value| value.as_u64().context("the source does not report all figures");
@@ -234,23 +240,26 @@ impl Journey {
     }
 
     /// Waits until the guest has rewritten all of its memory and checked the rest since it arrived.
-    pub(crate) fn settle(&self, party: &mut Party) -> Result<Progress> {
-        let arrived = party.wait_progress("print anything", PATIENCE, |_| true)?;
+    pub(crate) fn settle(&self, endpoint: &mut Endpoint) -> Result<Progress> {
+        let arrived = endpoint.wait_progress("print anything", PATIENCE, |_| true)?;
         // The pass and the round under way may have begun before the migration.
         let (pass, rounds) = (arrived.pass + 2, arrived.rounds + self.load.busy() + 1);
-        let settled = party.wait_progress("complete its passes", PATIENCE, |p| p.pass >= pass && p.rounds >= rounds)?;
+        let settled =
+            endpoint.wait_progress("complete its passes", PATIENCE, |p| p.pass >= pass && p.rounds >= rounds)?;
         ensure!(settled.stale == 0, "the guest found {} stale pages", settled.stale);
         ensure!(settled.tsc_back == 0, "the guest's clock ran backwards {} times", settled.tsc_back);
-        self.wait_for_gear(party)?;
+        self.wait_for_virtio(endpoint)?;
         Ok(settled)
     }
 
     /// Waits until every device has worked here.
-    fn wait_for_gear(&self, party: &mut Party) -> Result<()> {
+    fn wait_for_virtio(&self, endpoint: &mut Endpoint) -> Result<()> {
         if self.load.pcie {
-            party.wait_text("check its PCI bus", PATIENCE, |text| bus_checks(text).then_some(()))?;
+            endpoint.wait_text("check its PCI bus", PATIENCE, |text| bus_checks(text).then_some(()))?;
         }
-        party.wait_text("use all its devices", PATIENCE, |text| gear::works(&self.load.gear, text).then_some(()))
+        endpoint.wait_text("use all its devices", PATIENCE, |text| {
+            virtio_load::works(&self.load.virtio, text).then_some(())
+        })
     }
 }
 

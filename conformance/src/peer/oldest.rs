@@ -3,7 +3,7 @@
 use serde_json::Map;
 
 use super::rows::{channels_of, plain};
-use super::{Break, Departure, Journey, Link, Load, Pairing, Recovery, Stop};
+use super::{Break, Departure, Journey, Link, Load, MismatchCase, Recovery, Stop};
 use crate::roots::Suite;
 use crate::scenario::Accel;
 
@@ -43,16 +43,16 @@ pub(super) fn journeys() -> Vec<Journey> {
 }
 
 /// A source before 10.1 goes on writing to page channels in postcopy, and a QEMU 7.2 dies of that.
-pub(super) fn pairings() -> Vec<Pairing> {
-    let pairing = |suite| {
+pub(super) fn mismatches() -> Vec<MismatchCase> {
+    let mismatch = |suite| {
         let mut journey = journey([Stop::Qemu(suite, Accel::Kvm), Stop::Reference], "wrong/postcopy+multifd");
         journey.capabilities.push("multifd");
         journey.parameters.extend(channels_of(2, "none"));
         let said = vec!["capabilities 'postcopy-ram' and 'multifd' from a QEMU before 10.1", "turn one of them off"];
         let (source, destination, capabilities) = (vec![], vec![], vec![]);
-        Pairing { journey, source, destination, capabilities, said, reported: "" }
+        MismatchCase { journey, source, destination, capabilities, said, reported: "" }
     };
-    [Suite::Bullseye, Suite::Bookworm].map(pairing).into()
+    [Suite::Bullseye, Suite::Bookworm].map(mismatch).into()
 }
 
 /// The connection is lost once and five times, in pages.

@@ -7,8 +7,8 @@ use std::process::Command;
 use anyhow::{Context, Result};
 use serde_json::Value;
 
+use super::endpoint::start_reference_process;
 use super::monitor::Monitor;
-use super::party::start_reference_process;
 use crate::patience::PATIENCE;
 use crate::process::run;
 use crate::roots::cache_dir;

@@ -10,7 +10,7 @@ use anyhow::{Context, Result, bail, ensure};
 use reference_vmm::payload::Progress;
 use serde_json::{Value, json};
 
-use super::{Load, Monitor, Party, Stage, Stop};
+use super::{Endpoint, Env, Load, Monitor, Stop};
 use crate::qmp::{Event, QmpError};
 use crate::roots::{Root, Suite};
 use crate::scenario::Accel;
@@ -165,8 +165,8 @@ pub fn compare(root: &Root, program: &Monitor, scratch: &Path) -> Result<Vec<Str
                 (["-incoming", "defer"], Stop::Reference) => &["--incoming", "defer"],
                 _ => options,
             };
-            let stage = Stage { roots, program, scratch, more: options };
-            scene.play(stop, Some(root), &stage).with_context(|| format!("{} at {stop}", scene.name))
+            let env = Env { roots, program, scratch, more: options };
+            scene.play(stop, Some(root), &env).with_context(|| format!("{} at {stop}", scene.name))
         };
         let (theirs, ours) = (play(QEMU)?, play(Stop::Reference)?);
         if theirs != ours {
@@ -177,12 +177,12 @@ pub fn compare(root: &Root, program: &Monitor, scratch: &Path) -> Result<Vec<Str
 }
 
 impl Scene {
-    fn play(&self, stop: Stop, root: Option<&Root>, stage: &Stage<'_>) -> Result<Vec<String>> {
-        let mut party = start(stop, root, stage, self.payload, "scene", false)?;
+    fn play(&self, stop: Stop, root: Option<&Root>, env: &Env<'_>) -> Result<Vec<String>> {
+        let mut endpoint = start(stop, root, env, self.payload, "scene", false)?;
         let mut noted = Vec::new();
         for step in &self.steps {
             match step {
-                Execute(command, arguments) => match party.monitor().execute(command, arguments.clone()) {
+                Execute(command, arguments) => match endpoint.monitor().execute(command, arguments.clone()) {
                     Ok(value) => noted.push(format!("{command}: {value}")),
                     Err(error) => match error.downcast_ref() {
                         Some(QmpError::Refused { description, .. }) => noted.push(format!("{command}: {description}")),
@@ -190,16 +190,16 @@ impl Scene {
                     },
                 },
                 Until(name) => loop {
-                    let event = party.monitor().next_event(PATIENCE)?;
+                    let event = endpoint.monitor().next_event(PATIENCE)?;
                     noted.push(shown(&event));
                     if event.name == *name {
                         break;
                     }
                 },
-                Starts(number) => wait_for_starts(&party, *number)?,
-                Terminate => party.monitor().terminate()?,
+                Starts(number) => wait_for_starts(&endpoint, *number)?,
+                Terminate => endpoint.monitor().terminate()?,
                 End => {
-                    let (events, code) = party.monitor().wait_for_end(PATIENCE)?;
+                    let (events, code) = endpoint.monitor().wait_for_end(PATIENCE)?;
                     noted.extend(events.iter().map(shown));
                     noted.push(format!("code {code:?}"));
                 }
@@ -216,27 +216,27 @@ fn shown(event: &Event) -> String {
 fn start(
     stop: Stop,
     root: Option<&Root>,
-    stage: &Stage<'_>,
+    env: &Env<'_>,
     payload: &str,
     name: &str,
     incoming: bool,
-) -> Result<Party> {
+) -> Result<Endpoint> {
     let load = Load { memory: 32, payload: format!("{PAYLOAD} {payload}"), ..Load::default() };
     let root = root.filter(|_| stop != Stop::Reference);
-    Party::start(stop, root, stage, &load, name, incoming, false)
+    Endpoint::start(stop, root, env, &load, name, incoming, false)
 }
 
 /// What the guest has printed since each of its starts.
-fn runs(party: &Party) -> Result<Vec<String>> {
-    let text = party.text()?;
+fn runs(endpoint: &Endpoint) -> Result<Vec<String>> {
+    let text = endpoint.text()?;
     let text = String::from_utf8_lossy(&text);
     Ok(text.split("qevm-payload start cpus=").map(str::to_owned).collect())
 }
 
-fn wait_for_starts(party: &Party, number: usize) -> Result<()> {
+fn wait_for_starts(endpoint: &Endpoint, number: usize) -> Result<()> {
     let deadline = Instant::now() + PATIENCE;
     loop {
-        let runs = runs(party)?;
+        let runs = runs(endpoint)?;
         let reports = runs.last().map_or(0, |run| run.lines().filter_map(Progress::parse).count());
         if let Some(bad) = ["stale-page", "trap", "error"].iter().find(|bad| runs.concat().contains(**bad)) {
             bail!("{bad} in what the guest printed: {}", runs.concat());
@@ -254,23 +254,23 @@ fn wait_for_starts(party: &Party, number: usize) -> Result<()> {
 ///
 /// # Errors
 /// What went wrong: another event than was to come, or the guest did not start anew.
-pub fn travel(from: Stop, to: Stop, root: &Root, program: &Monitor, scratch: &Path) -> Result<()> {
+pub fn play(from: Stop, to: Stop, root: &Root, program: &Monitor, scratch: &Path) -> Result<()> {
     let roots = BTreeMap::from([(Suite::Sid, root.clone())]);
-    let stage = Stage { roots: &roots, program, scratch, more: &[] };
-    let mut source = start(from, Some(root), &stage, "reset=1000 resets=1", "source", false)?;
-    let mut destination = start(to, Some(root), &stage, "reset=1000 resets=1", "destination", true)?;
+    let env = Env { roots: &roots, program, scratch, more: &[] };
+    let mut source = start(from, Some(root), &env, "reset=1000 resets=1", "source", false)?;
+    let mut destination = start(to, Some(root), &env, "reset=1000 resets=1", "destination", true)?;
     source.meets(to)?;
     let uri = format!("unix:{}", scratch.join("reboots.sock").display());
-    for party in [&mut source, &mut destination] {
-        party.monitor().set_capabilities(&["pause-before-switchover"])?;
+    for endpoint in [&mut source, &mut destination] {
+        endpoint.monitor().set_capabilities(&["pause-before-switchover"])?;
     }
     destination.monitor().execute("migrate-incoming", json!({ "uri": uri }))?;
     wait_for_starts(&source, 1)?;
     source.monitor().set_parameters(&json!({ "max-bandwidth": 400_000, "downtime-limit": 1 }))?;
     source.monitor().execute("migrate", json!({ "uri": uri }))?;
     source.monitor().wait_migration(PATIENCE, |migration| migration["status"] == "active")?;
-    let expect = |party: &mut Party, wanted: &str| -> Result<()> {
-        let event = shown(&party.monitor().next_event(PATIENCE)?);
+    let expect = |endpoint: &mut Endpoint, wanted: &str| -> Result<()> {
+        let event = shown(&endpoint.monitor().next_event(PATIENCE)?);
         ensure!(event == wanted, "the next event is {event}, not {wanted}");
         Ok(())
     };

@@ -7,10 +7,10 @@ use anyhow::{Context, Result, bail, ensure};
 use reference_vmm::payload::Transcript;
 use serde_json::{Map, Value, json};
 
-use super::party::Party;
+use super::endpoint::Endpoint;
+use super::env::{Env, account};
 use super::relay::{Break, Place, Relay};
 use super::rows::PEERS;
-use super::stage::{Stage, account};
 use super::{Account, Departure, Hop, Journey, Link, Load, Stop};
 use crate::patience::PATIENCE;
 use crate::scenario::Accel;
@@ -38,11 +38,11 @@ impl Recovery {
     ///
     /// # Errors
     /// One end does not wait for a recovery, or it fails, or the guest does not arrive whole.
-    pub(super) fn play(&self, stage: &Stage<'_>) -> Result<Account> {
+    pub(super) fn play(&self, env: &Env<'_>) -> Result<Account> {
         let journey = &self.journey;
-        let mut here = journey.boot(stage, &mut |_| ())?;
-        let mut there = journey.start(stage, 1, true)?;
-        let relay = depart(journey, stage, 1, &mut here, &mut there, &self.breaks)?;
+        let mut here = journey.boot(env, &mut |_| ())?;
+        let mut there = journey.start(env, 1, true)?;
+        let relay = depart(journey, env, 1, &mut here, &mut there, &self.breaks)?;
         if self.dies {
             here.monitor().wait_migration(PATIENCE, |migration| migration["status"] == "postcopy-active")?;
             drop(there);
@@ -62,17 +62,17 @@ impl Recovery {
 /// background.
 pub(super) fn depart(
     journey: &Journey,
-    stage: &Stage<'_>,
+    env: &Env<'_>,
     hop: usize,
-    here: &mut Party,
-    there: &mut Party,
+    here: &mut Endpoint,
+    there: &mut Endpoint,
     breaks: &[Break],
 ) -> Result<Relay> {
     let departure = journey.postcopy.context("a recovery is of a postcopy")?;
     journey.prepare(here, there)?;
     let place = |name: String| match journey.link {
         Link::Tcp => Place::free_port(),
-        _ => Ok(Place::Path(stage.scratch.join(name))),
+        _ => Ok(Place::Path(env.scratch.join(name))),
     };
     let exit = place(format!("exit{hop}"))?;
     let relay = Relay::listen(place(format!("entry{hop}"))?, exit.clone())?;
@@ -110,7 +110,7 @@ pub(super) fn depart(
 }
 
 /// All has come over the last connection, and nothing is stale.
-pub(super) fn arrive(journey: &Journey, hop: usize, here: &mut Party, there: &mut Party) -> Result<Hop> {
+pub(super) fn arrive(journey: &Journey, hop: usize, here: &mut Endpoint, there: &mut Endpoint) -> Result<Hop> {
     let done = here.monitor().wait_migration(PATIENCE, |migration| migration["status"] == "completed")?;
     there.monitor().wait_migration(PATIENCE, |migration| migration["status"] == "completed")?;
     let arrived = journey.arrived(here, there, hop, &done)?;
@@ -119,7 +119,7 @@ pub(super) fn arrive(journey: &Journey, hop: usize, here: &mut Party, there: &mu
 }
 
 /// Waits until the connection is lost and both ends wait for another.
-fn lose(relay: &Relay, n: usize, here: &mut Party, there: &mut Party) -> Result<()> {
+fn lose(relay: &Relay, n: usize, here: &mut Endpoint, there: &mut Endpoint) -> Result<()> {
     let deadline = Instant::now() + PATIENCE;
     while relay.broken() <= n {
         let migration = here.monitor().migration()?;
@@ -127,15 +127,15 @@ fn lose(relay: &Relay, n: usize, here: &mut Party, there: &mut Party) -> Result<
         ensure!(Instant::now() < deadline, "the connection has nothing to carry: {migration}");
         thread::sleep(POLL);
     }
-    for party in [&mut *here, there] {
+    for endpoint in [&mut *here, there] {
         let paused = |migration: &Value| migration["status"] == "postcopy-paused";
-        party.monitor().wait_migration(PATIENCE, paused)?;
+        endpoint.monitor().wait_migration(PATIENCE, paused)?;
     }
     is_away(here)
 }
 
 /// Asserts that the source says where the guest is, and does not run it.
-fn is_away(here: &mut Party) -> Result<()> {
+fn is_away(here: &mut Endpoint) -> Result<()> {
     let why = here.monitor().migration()?["error-desc"].as_str().unwrap_or_default().to_string();
     let told = why.contains("the guest is at the destination, or lost if that has ended");
     ensure!(here.stop() != Stop::Reference || told, "it says '{why}'");
@@ -145,7 +145,7 @@ fn is_away(here: &mut Party) -> Result<()> {
 }
 
 /// The destination is dead: what is here of the guest is none, and stays so.
-fn mourn(here: &mut Party, relay: &Relay) -> Result<()> {
+fn mourn(here: &mut Endpoint, relay: &Relay) -> Result<()> {
     let paused = |migration: &Value| migration["status"] == "postcopy-paused";
     here.monitor().wait_migration(PATIENCE, paused)?;
     is_away(here)?;
@@ -158,7 +158,7 @@ fn mourn(here: &mut Party, relay: &Relay) -> Result<()> {
 }
 
 /// Lets the destination wait for the source there. It may not have noticed that the connection before is lost.
-fn wait_again(there: &mut Party, place: &Place) -> Result<()> {
+fn wait_again(there: &mut Endpoint, place: &Place) -> Result<()> {
     let deadline = Instant::now() + PATIENCE;
     loop {
         match there.monitor().execute("migrate-recover", json!({ "uri": place.uri() })) {

@@ -3,7 +3,7 @@
 use serde_json::Map;
 
 use super::rows::{PEERS, plain};
-use super::{Cut, Departure, Journey, Link, Outage, Stop};
+use super::{Cut, Departure, Journey, Link, LinkCuts, Stop};
 use crate::scenario::Accel;
 
 /// Each release in both directions, and reference-vmm with itself.
@@ -39,10 +39,10 @@ pub(super) fn journeys() -> Vec<Journey> {
 }
 
 /// A guest whose migration fails before it goes has all of its memory, and then goes.
-pub(super) fn outages() -> Vec<Outage> {
+pub(super) fn link_cuts() -> Vec<LinkCuts> {
     let [old, _, new] = PEERS.map(|suite| Stop::Qemu(suite, Accel::Kvm));
     let reference = Stop::Reference;
-    let outage = |stops: [Stop; 2]| {
+    let link_cuts = |stops: [Stop; 2]| {
         let cuts = vec![
             Cut::After(40),
             Cut::After(1 << 20),
@@ -59,7 +59,7 @@ pub(super) fn outages() -> Vec<Outage> {
             quick: stops == [reference, new],
             ..plain()
         };
-        Outage { journey, cuts }
+        LinkCuts { journey, cuts }
     };
-    [[reference, old], [reference, new], [reference; 2], [new, reference]].map(outage).into()
+    [[reference, old], [reference, new], [reference; 2], [new, reference]].map(link_cuts).into()
 }

@@ -11,11 +11,12 @@ use serde_json::Value;
 
 use super::huge_pages::Reserved;
 use super::{
-    Account, Cuts, Distrust, Doubt, Echo, Journey, Monitor, Outage, Pairing, Recovery, Served, Snapshot, Stage, Stop,
+    Account, Cuts, Distrust, Doubt, Env, Journey, LinkCuts, MismatchCase, Monitor, Recovery, RoundTrip, Served,
+    Snapshot, Stop,
 };
 use crate::bench::figures::Summary;
 use crate::matrix::{REQUIRE_KVM, REQUIRE_QEMU, kvm};
-use crate::played::{Outcome, Report, Row};
+use crate::outcome::{Outcome, Report, Row};
 use crate::roots::{Root, Suite};
 
 /// What a guest does in a machine that is emulated: it rewrites 4 MiB of its memory in a second or more.
@@ -27,15 +28,15 @@ pub enum Case {
     /// The guest arrives.
     Journey(Journey),
     /// It arrives at last.
-    Outage(Outage),
+    LinkCuts(LinkCuts),
     /// It runs at one end, though one of them cannot know what the other does.
     Doubt(Doubt),
     /// It stays, and why is said.
-    Pairing(Pairing),
+    MismatchCase(MismatchCase),
     /// It stays, because one end must not trust the other.
     Distrust(Distrust),
     /// It comes back as it was.
-    Echo(Echo),
+    RoundTrip(RoundTrip),
     /// It runs on, and so does a copy of it.
     Snapshot(Snapshot),
     /// It arrives before its memory, which comes over many connections.
@@ -51,11 +52,11 @@ impl Case {
     pub fn journey(&self) -> &Journey {
         match self {
             Case::Journey(journey) => journey,
-            Case::Outage(outage) => &outage.journey,
+            Case::LinkCuts(link_cuts) => &link_cuts.journey,
             Case::Doubt(doubt) => &doubt.journey,
-            Case::Pairing(pairing) => &pairing.journey,
+            Case::MismatchCase(mismatch) => &mismatch.journey,
             Case::Distrust(distrust) => &distrust.journey,
-            Case::Echo(echo) => &echo.journey,
+            Case::RoundTrip(round_trip) => &round_trip.journey,
             Case::Snapshot(snapshot) => &snapshot.journey,
             Case::Recovery(recovery) => &recovery.journey,
             Case::Cuts(cuts) => &cuts.journey,
@@ -66,11 +67,11 @@ impl Case {
     fn journey_mut(&mut self) -> &mut Journey {
         match self {
             Case::Journey(journey) => journey,
-            Case::Outage(outage) => &mut outage.journey,
+            Case::LinkCuts(link_cuts) => &mut link_cuts.journey,
             Case::Doubt(doubt) => &mut doubt.journey,
-            Case::Pairing(pairing) => &mut pairing.journey,
+            Case::MismatchCase(mismatch) => &mut mismatch.journey,
             Case::Distrust(distrust) => &mut distrust.journey,
-            Case::Echo(echo) => &mut echo.journey,
+            Case::RoundTrip(round_trip) => &mut round_trip.journey,
             Case::Snapshot(snapshot) => &mut snapshot.journey,
             Case::Recovery(recovery) => &mut recovery.journey,
             Case::Cuts(cuts) => &mut cuts.journey,
@@ -86,18 +87,18 @@ impl Case {
         self
     }
 
-    fn play(&self, stage: &Stage<'_>) -> Result<Account> {
+    fn play(&self, env: &Env<'_>) -> Result<Account> {
         match self {
-            Case::Journey(journey) => journey.travel(stage, |_| ()),
-            Case::Outage(outage) => outage.play(stage),
-            Case::Doubt(doubt) => doubt.play(stage),
-            Case::Pairing(pairing) => pairing.play(stage),
-            Case::Distrust(distrust) => distrust.play(stage),
-            Case::Echo(echo) => echo.play(stage),
-            Case::Snapshot(snapshot) => snapshot.play(stage),
-            Case::Recovery(recovery) => recovery.play(stage),
-            Case::Cuts(cuts) => cuts.play(stage),
-            Case::Served(served) => served.play(stage),
+            Case::Journey(journey) => journey.play(env, |_| ()),
+            Case::LinkCuts(link_cuts) => link_cuts.play(env),
+            Case::Doubt(doubt) => doubt.play(env),
+            Case::MismatchCase(mismatch) => mismatch.play(env),
+            Case::Distrust(distrust) => distrust.play(env),
+            Case::RoundTrip(round_trip) => round_trip.play(env),
+            Case::Snapshot(snapshot) => snapshot.play(env),
+            Case::Recovery(recovery) => recovery.play(env),
+            Case::Cuts(cuts) => cuts.play(env),
+            Case::Served(served) => served.play(env),
         }
     }
 }
@@ -144,7 +145,7 @@ pub fn run(
             (None, Err(why)) => Outcome::Skipped(why),
             (None, Ok(_reserved)) => {
                 fs::create_dir_all(&folder)?;
-                case.play(&Stage { roots: &here, program, scratch: &folder, more: &[] }).into()
+                case.play(&Env { roots: &here, program, scratch: &folder, more: &[] }).into()
             }
         };
         let row = Row { name: journey.name.clone(), outcome, seconds: started.elapsed().as_secs_f64() };

@@ -7,7 +7,7 @@ use anyhow::{Context, Result};
 use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, DistinguishedName, DnType, DnValue, IsCa, KeyPair};
 use serde_json::json;
 
-use super::party::Party;
+use super::endpoint::Endpoint;
 
 /// The distinguished name in a source's certificate, as both monitors write it.
 pub(crate) const SOURCE: &str = "C=DE,O=qevm,CN=source";
@@ -83,10 +83,10 @@ pub(crate) const FLAWS: [(Flaw, &str); 8] = [
 
 impl Secured {
     /// Gives both ends their credentials.
-    pub(super) fn arm(self, here: &mut Party, there: &mut Party, scratch: &Path) -> Result<()> {
+    pub(super) fn arm(self, here: &mut Endpoint, there: &mut Endpoint, scratch: &Path) -> Result<()> {
         let pki = scratch.join("pki");
         self.issue(&pki)?;
-        for (party, side, alone) in [(here, "client", Flaw::DestinationOnly), (there, "server", Flaw::SourceOnly)] {
+        for (endpoint, side, alone) in [(here, "client", Flaw::DestinationOnly), (there, "server", Flaw::SourceOnly)] {
             if self.flaw == Some(alone) {
                 continue;
             }
@@ -97,7 +97,7 @@ impl Secured {
                 // A QEMU would refuse its own certificate. Here the other side has to.
                 "sanity-check": self.flaw.is_none(),
             });
-            party.monitor().execute("object-add", credentials)?;
+            endpoint.monitor().execute("object-add", credentials)?;
             let mut parameters = json!({ "tls-creds": id });
             if side == "client" {
                 // A UNIX socket has no host, and the loopback is no name to trust.
@@ -105,10 +105,10 @@ impl Secured {
             } else if self.authz || self.flaw == Some(Flaw::Denied) {
                 let identity = if self.flaw == Some(Flaw::Denied) { "CN=somebody else" } else { SOURCE };
                 let list = json!({ "qom-type": "authz-simple", "id": "authz", "identity": identity });
-                party.monitor().execute("object-add", list)?;
+                endpoint.monitor().execute("object-add", list)?;
                 parameters["tls-authz"] = "authz".into();
             }
-            party.monitor().set_parameters(&parameters)?;
+            endpoint.monitor().set_parameters(&parameters)?;
         }
         Ok(())
     }

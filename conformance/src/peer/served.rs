@@ -17,8 +17,8 @@ use qevm_inspect::stream::Inputs;
 use reference_vmm::payload::Transcript;
 use serde_json::{Map, json};
 
-use super::party::Running;
-use super::stage::{Stage, account};
+use super::endpoint::Running;
+use super::env::{Env, account};
 use super::{Account, Journey, Link, Load, Stop};
 use crate::exec;
 use crate::patience::PATIENCE;
@@ -44,10 +44,10 @@ impl Served {
     /// # Errors
     /// QEMU's client does not get what is served, or the guest does not start, or finds a page that is not as it has
     /// left it.
-    pub(super) fn play(&self, stage: &Stage<'_>) -> Result<Account> {
-        let path = stage.scratch.join("image");
-        let mut here = self.journey.boot(stage, &mut |_| ())?;
-        let mut there = self.journey.start(stage, 1, true)?;
+    pub(super) fn play(&self, env: &Env<'_>) -> Result<Account> {
+        let path = env.scratch.join("image");
+        let mut here = self.journey.boot(env, &mut |_| ())?;
+        let mut there = self.journey.start(env, 1, true)?;
         here.meets(there.stop())?;
         there.meets(here.stop())?;
         here.monitor().set_capabilities(&self.journey.capabilities)?;
@@ -57,11 +57,11 @@ impl Served {
         exec::finish(&path)?;
         let text = here.end()?;
 
-        let server = PageServer::start(&path, &stage.scratch.join("pages")).context("serving the image")?;
-        let copy = stage.scratch.join("copy");
-        let root = stage.roots.values().next().context("no QEMU to judge the server")?;
+        let server = PageServer::start(&path, &env.scratch.join("pages")).context("serving the image")?;
+        let copy = env.scratch.join("copy");
+        let root = env.roots.values().next().context("no QEMU to judge the server")?;
         server.is_read_by(root, &copy)?;
-        let socket = stage.scratch.join("qemu-nbd");
+        let socket = env.scratch.join("qemu-nbd");
         let theirs = self.by_qemu.then(|| qemu_nbd(root, &copy, &socket)).transpose()?;
         let (on, uri): (&[_], _) = match there.stop() {
             Stop::Reference if theirs.is_some() => {

@@ -4,8 +4,8 @@ use anyhow::{Context, Result, ensure};
 use reference_vmm::payload::Transcript;
 use serde_json::{Map, Value, json};
 
-use super::stage::{Stage, account};
-use super::{Account, Journey, Link, Load, Party, Stop};
+use super::env::{Env, account};
+use super::{Account, Endpoint, Journey, Link, Load, Stop};
 use crate::exec;
 use crate::patience::PATIENCE;
 use crate::roots::Suite;
@@ -27,10 +27,10 @@ impl Snapshot {
     ///
     /// # Errors
     /// The guest does not run on, or either guest finds a page that is not as it has left it.
-    pub(super) fn play(&self, stage: &Stage<'_>) -> Result<Account> {
-        let path = stage.scratch.join("snapshot");
-        let mut here = self.journey.boot(stage, &mut |_| ())?;
-        let mut there = self.journey.start(stage, 1, true)?;
+    pub(super) fn play(&self, env: &Env<'_>) -> Result<Account> {
+        let path = env.scratch.join("snapshot");
+        let mut here = self.journey.boot(env, &mut |_| ())?;
+        let mut there = self.journey.start(env, 1, true)?;
         here.meets(there.stop())?;
         there.meets(here.stop())?;
         let on: Vec<_> = self.journey.capabilities.iter().copied().chain([BACKGROUND]).collect();
@@ -60,10 +60,10 @@ impl Snapshot {
 
 /// Waits until a guest that has printed something before has rewritten all of its memory and checked the rest from now
 /// on.
-pub(super) fn runs_on(party: &mut Party, cpus: u32) -> Result<()> {
-    let now = party.progress()?.context("the guest has said nothing")?;
+pub(super) fn runs_on(endpoint: &mut Endpoint, cpus: u32) -> Result<()> {
+    let now = endpoint.progress()?.context("the guest has said nothing")?;
     let (pass, rounds) = (now.pass + 2, now.rounds + u64::from(cpus) + 1);
-    let after = party.wait_progress("run on", PATIENCE, |p| p.pass >= pass && p.rounds >= rounds)?;
+    let after = endpoint.wait_progress("run on", PATIENCE, |p| p.pass >= pass && p.rounds >= rounds)?;
     ensure!(after.stale == 0, "the guest found {} stale pages", after.stale);
     ensure!(after.tsc_back == 0, "the guest's clock ran backwards {} times", after.tsc_back);
     Ok(())

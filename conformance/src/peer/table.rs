@@ -4,24 +4,24 @@ use serde_json::Map;
 
 use super::rows::{PEERS, channels_of, plain};
 use super::{
-    Case, Cut, Doubt, Doubtful, Echo, Gear, Journey, Link, Load, Outage, Pairing, Stop, cuts, oldest, postcopy,
-    recovery, release, served, shared, snapshot, tls, xbzrle, zero_copy,
+    Case, Cut, Doubt, Doubtful, Journey, Link, LinkCuts, Load, MismatchCase, RoundTrip, Stop, VirtioLoad, cuts, oldest,
+    postcopy, recovery, release, served, shared, snapshot, tls, xbzrle, zero_copy,
 };
 use crate::roots::Suite;
 use crate::scenario::Accel;
 
 /// What a guest with virtio devices has.
-const GEAR: [Gear; 4] = [Gear::Disk, Gear::Net, Gear::Rng, Gear::Console];
+const VIRTIO: [VirtioLoad; 4] = [VirtioLoad::Disk, VirtioLoad::Net, VirtioLoad::Rng, VirtioLoad::Console];
 /// Hops of the long ring.
 const RING_HOPS: usize = 50;
 
 /// Every case.
 pub fn all() -> Vec<Case> {
     let mut cases: Vec<Case> = journeys().into_iter().map(Case::Journey).collect();
-    cases.extend(outages().into_iter().chain(release::outages()).map(Case::Outage));
+    cases.extend(link_cuts().into_iter().chain(release::link_cuts()).map(Case::LinkCuts));
     cases.extend(doubts().into_iter().map(Case::Doubt));
-    cases.extend(pairings().into_iter().chain(oldest::pairings()).map(Case::Pairing));
-    cases.extend(echoes().into_iter().map(Case::Echo));
+    cases.extend(mismatches().into_iter().chain(oldest::mismatches()).map(Case::MismatchCase));
+    cases.extend(round_trips().into_iter().map(Case::RoundTrip));
     cases.extend(tls::distrust().into_iter().map(Case::Distrust));
     cases.extend(snapshot::all().into_iter().map(Case::Snapshot));
     cases.extend(recovery::all().into_iter().chain(oldest::recoveries()).map(Case::Recovery));
@@ -128,7 +128,7 @@ fn devices() -> Vec<Journey> {
         stops,
         capabilities: vec!["return-path"],
         load: Load {
-            gear: GEAR.into(),
+            virtio: VIRTIO.into(),
             payload: format!("{} events={}", Load::default().payload, events(name)),
             ..Load::default()
         },
@@ -137,7 +137,7 @@ fn devices() -> Vec<Journey> {
     };
     let mut journeys: Vec<_> = ways.map(journey).into();
     let mut tap = journey(("tap", vec![new, reference, old, reference, middle], false));
-    tap.load.gear = vec![Gear::Tap];
+    tap.load.virtio = vec![VirtioLoad::Tap];
     journeys.push(tap);
     journeys
 }
@@ -256,7 +256,7 @@ fn page_channels() -> Vec<Journey> {
         if suite >= Suite::Trixie {
             settings.extend(["none", "legacy"].map(|mode| (2, "none", Some(mode))));
         }
-        // The pairings that every release has above.
+        // The mismatches that every release has above.
         settings
             .retain(|row| ![(2, "none", None), (8, "none", None), (2, "zlib", None), (4, "zstd", None)].contains(row));
         for (channels, method, zero_pages) in settings {
@@ -303,17 +303,17 @@ pub fn quick() -> Vec<Case> {
 }
 
 /// Places in the whole of a stream, up to the end of the device sections.
-fn outages() -> Vec<Outage> {
+fn link_cuts() -> Vec<LinkCuts> {
     const SECTIONS: [&str; 9] =
         ["timer", "fw_cfg", "cpu_common", "apic", "ioapic", "kvmclock", "acpi-ged", "i8254", "globalstate"];
-    let mut outages = Vec::new();
+    let mut link_cuts = Vec::new();
     for suite in PEERS {
         let qemu = Stop::Qemu(suite, Accel::Kvm);
         for stops in [[qemu, Stop::Reference], [Stop::Reference, qemu]] {
-            let outage = |name: &str, cuts: Vec<Cut>, quick: bool| {
+            let row = |name: &str, cuts: Vec<Cut>, quick: bool| {
                 let name = format!("{}>{}/{name}", stops[0], stops[1]);
                 let capabilities = vec!["return-path"];
-                Outage { journey: Journey { name, stops: stops.into(), capabilities, quick, ..plain() }, cuts }
+                LinkCuts { journey: Journey { name, stops: stops.into(), capabilities, quick, ..plain() }, cuts }
             };
             let few = vec![
                 Cut::After(0),
@@ -324,15 +324,15 @@ fn outages() -> Vec<Outage> {
                 Cut::Behind("globalstate", 20),
                 Cut::Back(3),
             ];
-            outages.push(outage("cut/few", few, suite == Suite::Trixie));
+            link_cuts.push(row("cut/few", few, suite == Suite::Trixie));
             let mut many: Vec<Cut> = (0..120).step_by(7).map(Cut::After).collect();
             many.extend((0..40).map(|n| Cut::After(200 + n * n * n * 300)));
             many.extend(SECTIONS.iter().flat_map(|name| [0, 5, 60].map(|bytes| Cut::Behind(name, bytes))));
             many.extend((0..8).step_by(2).map(Cut::Back));
-            outages.push(outage("cut/many", many, false));
+            link_cuts.push(row("cut/many", many, false));
         }
     }
-    outages
+    link_cuts
 }
 
 /// The last moments of a handover from reference-vmm, which asks every destination to answer.
@@ -348,47 +348,48 @@ fn doubts() -> Vec<Doubt> {
     still.chain(peers.map(|there| doubt(there, Doubtful::LostVerdict, "doubt/verdict"))).collect()
 }
 
-fn echoes() -> Vec<Echo> {
-    let echo = |(suite, cpus): (Suite, u32)| {
+fn round_trips() -> Vec<RoundTrip> {
+    let round_trip = |(suite, cpus): (Suite, u32)| {
         let stops = vec![Stop::Qemu(suite, Accel::Kvm), Stop::Reference, Stop::Qemu(suite, Accel::Kvm)];
         let name = format!("{}>ref/echo/cpus={cpus}", suite.series());
         let load = Load { cpus, ..Load::default() };
-        Echo { journey: Journey { name, stops, load, quick: cpus == 1, ..plain() } }
+        RoundTrip { journey: Journey { name, stops, load, quick: cpus == 1, ..plain() } }
     };
-    let mut echoes: Vec<Echo> = PEERS.into_iter().flat_map(|suite| [(suite, 1), (suite, 2)]).map(echo).collect();
+    let mut round_trips: Vec<RoundTrip> =
+        PEERS.into_iter().flat_map(|suite| [(suite, 1), (suite, 2)]).map(round_trip).collect();
     // Byte for byte: what a source says of its devices, through the models and back.
     let stocked = PEERS.into_iter().map(|suite| {
-        let mut echo = echo((suite, 1));
-        echo.journey.name = format!("{}>ref/echo/virtio", suite.series());
-        echo.journey.load.gear = GEAR.into();
-        echo.journey.quick = suite == Suite::Bookworm;
-        echo
+        let mut round_trip = round_trip((suite, 1));
+        round_trip.journey.name = format!("{}>ref/echo/virtio", suite.series());
+        round_trip.journey.load.virtio = VIRTIO.into();
+        round_trip.journey.quick = suite == Suite::Bookworm;
+        round_trip
     });
-    echoes.extend(stocked);
+    round_trips.extend(stocked);
     // The host bridge, as the guest has programmed it.
     let with_bus = PEERS.into_iter().map(|suite| {
-        let mut echo = echo((suite, 1));
-        echo.journey.name = format!("{}>ref/echo/pcie", suite.series());
-        echo.journey.load.pcie = true;
-        echo.journey.quick = suite == Suite::Trixie;
-        echo
+        let mut round_trip = round_trip((suite, 1));
+        round_trip.journey.name = format!("{}>ref/echo/pcie", suite.series());
+        round_trip.journey.load.pcie = true;
+        round_trip.journey.quick = suite == Suite::Trixie;
+        round_trip
     });
-    echoes.extend(with_bus);
+    round_trips.extend(with_bus);
     // A request that a source has taken and not answered goes along in its section.
     let failing = PEERS.into_iter().map(|suite| {
-        let mut echo = echo((suite, 1));
-        echo.journey.name = format!("{}>ref/echo/request", suite.series());
-        echo.journey.load.gear = vec![Gear::FailingDisk];
-        echo.journey.quick = suite == Suite::Sid;
-        echo
+        let mut round_trip = round_trip((suite, 1));
+        round_trip.journey.name = format!("{}>ref/echo/request", suite.series());
+        round_trip.journey.load.virtio = vec![VirtioLoad::FailingDisk];
+        round_trip.journey.quick = suite == Suite::Sid;
+        round_trip
     });
-    echoes.extend(failing);
-    echoes
+    round_trips.extend(failing);
+    round_trips
 }
 
 /// What real machines differ in, and the words that have to explain it.
-fn pairings() -> Vec<Pairing> {
-    let mut pairings = Vec::new();
+fn mismatches() -> Vec<MismatchCase> {
+    let mut mismatches = Vec::new();
     for suite in PEERS {
         let qemu = Stop::Qemu(suite, Accel::Kvm);
         let quick = suite == Suite::Sid;
@@ -397,62 +398,62 @@ fn pairings() -> Vec<Pairing> {
             Suite::Bookworm => ("", ""),
             _ => ("Sibling indicated error", "the destination reported failure"),
         };
-        let pairing = |stops: [Stop; 2], what: &str| {
+        let mismatch = |stops: [Stop; 2], what: &str| {
             let name = format!("{}>{}/wrong/{what}", stops[0], stops[1]);
             let journey = Journey { name, stops: stops.into(), capabilities: vec!["return-path"], quick, ..plain() };
             let (source, destination, capabilities, said) = (vec![], vec![], vec![], vec![]);
-            Pairing { journey, source, destination, capabilities, said, reported: sibling }
+            MismatchCase { journey, source, destination, capabilities, said, reported: sibling }
         };
-        let into = |what| pairing([qemu, Stop::Reference], what);
-        pairings.extend([
-            Pairing {
+        let into = |what| mismatch([qemu, Stop::Reference], what);
+        mismatches.extend([
+            MismatchCase {
                 source: vec!["-m", "80M"],
                 said: vec!["size mismatch: microvm.ram: 0x5000000 != 0x4000000", "the source's memory size"],
                 ..into("memory")
             },
-            Pairing {
+            MismatchCase {
                 source: vec!["-smp", "2"],
                 said: vec!["unknown section or instance '", "' 1: the source has more vCPUs", "--smp"],
                 ..into("cpus")
             },
-            Pairing {
+            MismatchCase {
                 source: vec!["-device", "virtio-rng-device"],
                 said: vec!["unknown section or instance 'virtio-mmio@", "/virtio-rng' 0", "-device"],
                 ..into("device")
             },
-            Pairing {
+            MismatchCase {
                 source: vec!["-M", "pcie=on"],
                 said: vec!["unknown section or instance '0000:00:00.0/gpex_root' 0", "pcie=on", "pcie=off"],
                 ..into("pcie")
             },
-            Pairing {
+            MismatchCase {
                 source: vec!["-M", "q35,accel=kvm"],
                 said: vec!["machine type received is 'pc-q35-", "' and local is 'microvm'"],
                 reported: "",
                 ..into("machine")
             },
-            Pairing {
+            MismatchCase {
                 capabilities: vec!["postcopy-ram"],
                 said: vec!["capability 'postcopy-ram'", "turn it off at the source"],
                 reported: "",
                 ..into("capability")
             },
         ]);
-        pairings.push(Pairing {
+        mismatches.push(MismatchCase {
             capabilities: vec!["multifd"],
             said: vec!["capability 'multifd'", "is on there and off here"],
             reported: "",
             ..into("multifd")
         });
-        let back = |what| pairing([Stop::Reference, qemu], what);
-        pairings.extend([
-            Pairing {
+        let back = |what| mismatch([Stop::Reference, qemu], what);
+        mismatches.extend([
+            MismatchCase {
                 destination: vec!["-m", "80M"],
                 said: vec!["Size mismatch: microvm.ram: 0x4000000 != 0x5000000"],
                 reported: told,
                 ..back("memory")
             },
-            Pairing {
+            MismatchCase {
                 source: vec!["--smp", "2"],
                 said: vec!["nknown", "section or instance", "1"],
                 reported: told,
@@ -460,7 +461,7 @@ fn pairings() -> Vec<Pairing> {
             },
         ]);
     }
-    pairings
+    mismatches
 }
 
 fn capability_sets(suite: Suite) -> Vec<Vec<&'static str>> {

@@ -7,10 +7,10 @@ use anyhow::{Context, Result, ensure};
 use reference_vmm::payload::Transcript;
 use serde_json::{Map, Value, json};
 
-use super::outage::{goes_on, stays_out};
+use super::env::{Env, account};
+use super::link_cuts::{goes_on, stays_out};
 use super::rows::PEERS;
 use super::secured::{FLAWS, Flaw, Secured, Version};
-use super::stage::{Stage, account};
 use super::{Account, Departure, Journey, Link, Load, Stop};
 use crate::patience::PATIENCE;
 use crate::roots::Suite;
@@ -29,13 +29,13 @@ impl Distrust {
     ///
     /// # Errors
     /// The guest leaves, does not go on at the source, anything of it moves, or a reason is missing.
-    pub(super) fn play(&self, stage: &Stage<'_>) -> Result<Account> {
-        let mut here = self.journey.boot(stage, &mut |_| ())?;
-        let mut there = self.journey.start(stage, 1, true)?;
+    pub(super) fn play(&self, env: &Env<'_>) -> Result<Account> {
+        let mut here = self.journey.boot(env, &mut |_| ())?;
+        let mut there = self.journey.start(env, 1, true)?;
         let secured = self.journey.tls.context("a journey without TLS")?;
-        secured.arm(&mut here, &mut there, stage.scratch)?;
+        secured.arm(&mut here, &mut there, env.scratch)?;
         self.journey.prepare(&mut here, &mut there)?;
-        self.journey.leave(&mut here, &mut there, stage.scratch, 1)?;
+        self.journey.leave(&mut here, &mut there, env.scratch, 1)?;
         let why = goes_on(&mut here)?;
         let moved = here.monitor().migration()?["ram"]["transferred"].as_u64().unwrap_or(0);
         ensure!(moved == 0, "{moved} bytes of guest memory had been sent when the source said '{why}'");

@@ -6,7 +6,7 @@ use std::ffi::OsStr;
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::Value;
 
-use super::question::{Bench, Trial};
+use super::question::{Trial, TrialEnv};
 use super::side::Fate::{self, Fails, Loads};
 use super::side::{Side, load, side, with, write};
 use crate::roots::Suite::{Bookworm, Bullseye, Sid, Trixie};
@@ -21,7 +21,7 @@ pub(super) fn trials() -> Vec<Trial> {
         let name = format!("foreseen/{what}/{} to {}", source.suite.series(), destination.suite.series());
         let kvm = source.arguments.contains("kvm") || destination.arguments.contains("kvm");
         let suites = [source.suite, destination.suite];
-        trials.push(Trial::new(name, &suites, kvm, move |bench| pair(bench, source, destination, *fate)));
+        trials.push(Trial::new(name, &suites, kvm, move |env| pair(env, source, destination, *fate)));
     }
     trials
 }
@@ -88,11 +88,11 @@ const PAIRS: &[(&str, Side<'_>, Side<'_>, Fate)] = &[
 const MEMORY_DEVICE: &str =
     "q35 -m 16,slots=1,maxmem=1G -object memory-backend-ram,id=m,size=64M -device virtio-mem-pci,memdev=m";
 
-fn pair(bench: &Bench<'_>, source: &Side<'_>, destination: &Side<'_>, fate: Fate) -> Result<String> {
-    let (stream, local) = (bench.scratch.join("source.qevm"), bench.scratch.join("destination.qevm"));
-    write(bench, source, "source", &stream)?;
-    write(bench, destination, "destination", &local)?;
-    let (real, said) = load(bench, destination, &stream)?;
+fn pair(env: &TrialEnv<'_>, source: &Side<'_>, destination: &Side<'_>, fate: Fate) -> Result<String> {
+    let (stream, local) = (env.scratch.join("source.qevm"), env.scratch.join("destination.qevm"));
+    write(env, source, "source", &stream)?;
+    write(env, destination, "destination", &local)?;
+    let (real, said) = load(env, destination, &stream)?;
     ensure!(real == fate, "QEMU itself: {real:?} instead of {fate:?}: {said}");
 
     let mut arguments: Vec<&OsStr> = ["check", "--json", "--against"].map(OsStr::new).to_vec();
@@ -100,7 +100,7 @@ fn pair(bench: &Bench<'_>, source: &Side<'_>, destination: &Side<'_>, fate: Fate
     // What a destination's own stream does not show, its operator knows.
     let known = known(destination.capabilities);
     arguments.extend(known.iter().map(OsStr::new));
-    let ran = bench.subject.run(&arguments)?;
+    let ran = env.subject.run(&arguments)?;
     let last = ran.stdout.lines().last().unwrap_or_default();
     let found: Value = serde_json::from_str(last).with_context(|| format!("qevm check: {}", ran.stderr.trim_end()))?;
     let (verdict, code) = match fate {

@@ -16,9 +16,9 @@ use std::time::Instant;
 
 use anyhow::Result;
 
-pub use self::question::{Bench, Trial};
+pub use self::question::{Trial, TrialEnv};
 use crate::matrix::{REQUIRE_KVM, REQUIRE_QEMU, kvm};
-use crate::played::{Outcome, Report, Row};
+use crate::outcome::{Outcome, Report, Row};
 use crate::roots::{Root, Suite};
 use crate::subject::Subject;
 
@@ -61,5 +61,5 @@ pub fn run(trials: &[Trial], subject: &Subject, mut each: impl FnMut(&Row<String
 fn play(trial: &Trial, roots: &BTreeMap<Suite, Root>, subject: &Subject) -> Result<String> {
     // Sockets live here, and their paths must be short.
     let scratch = tempfile::Builder::new().prefix("qevm-").tempdir()?;
-    (trial.play)(&Bench { roots, subject, scratch: scratch.path() })
+    (trial.play)(&TrialEnv { roots, subject, scratch: scratch.path() })
 }

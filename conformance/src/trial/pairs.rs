@@ -13,7 +13,7 @@ use std::{fmt, thread};
 use anyhow::{Context, Result, bail};
 use serde_json::{Value, json};
 
-use super::question::Bench;
+use super::question::TrialEnv;
 use super::side::{Fate, Side, load, side, write};
 use crate::roots::{Root, Suite};
 use crate::subject::Subject;
@@ -172,8 +172,8 @@ impl Desk<'_> {
         };
         let folder = self.folder.join(format!("p{n}"));
         std::fs::create_dir(&folder)?;
-        let bench = Bench { roots: self.roots, subject: self.subject, scratch: &folder };
-        let (fate, said) = load(&bench, &of(&pair.destination), &stream)?;
+        let env = TrialEnv { roots: self.roots, subject: self.subject, scratch: &folder };
+        let (fate, said) = load(&env, &of(&pair.destination), &stream)?;
         std::fs::remove_dir_all(&folder)?;
 
         let [stream, local] = [stream, local].map(|path| path.display().to_string());
@@ -201,10 +201,10 @@ impl Desk<'_> {
         };
         let path = cell.get_or_init(|| {
             let folder = self.folder.join(format!("s{}", self.count.fetch_add(1, Ordering::Relaxed)));
-            let bench = Bench { roots: self.roots, subject: self.subject, scratch: &folder };
+            let env = TrialEnv { roots: self.roots, subject: self.subject, scratch: &folder };
             let file = folder.join("stream.qevm");
             std::fs::create_dir(&folder).ok()?;
-            write(&bench, &of(set_up), "source", &file).is_ok().then_some(file)
+            write(&env, &of(set_up), "source", &file).is_ok().then_some(file)
         });
         path.clone()
     }

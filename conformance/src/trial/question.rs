@@ -11,7 +11,7 @@ use crate::subject::Subject;
 
 /// What a trial is played with.
 #[derive(Debug)]
-pub struct Bench<'b> {
+pub struct TrialEnv<'b> {
     pub(super) roots: &'b BTreeMap<Suite, Root>,
     /// The qevm under judgement.
     pub subject: &'b Subject,
@@ -19,7 +19,7 @@ pub struct Bench<'b> {
     pub scratch: &'b Path,
 }
 
-impl Bench<'_> {
+impl TrialEnv<'_> {
     /// The QEMU of `suite`, which the trial has said it needs.
     ///
     /// # Errors
@@ -29,7 +29,7 @@ impl Bench<'_> {
     }
 }
 
-type Play = Box<dyn Fn(&Bench<'_>) -> Result<String>>;
+type Play = Box<dyn Fn(&TrialEnv<'_>) -> Result<String>>;
 
 /// One question.
 pub struct Trial {
@@ -45,7 +45,7 @@ impl Trial {
         name: String,
         suites: &[Suite],
         kvm: bool,
-        play: impl Fn(&Bench<'_>) -> Result<String> + 'static,
+        play: impl Fn(&TrialEnv<'_>) -> Result<String> + 'static,
     ) -> Trial {
         Trial { name, suites: suites.to_vec(), kvm, play: Box::new(play) }
     }

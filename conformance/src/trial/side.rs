@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Result, ensure};
 use serde_json::json;
 
-use super::question::Bench;
+use super::question::TrialEnv;
 use crate::channels::receiver::Receiver;
 use crate::channels::setup::Transport;
 use crate::exec;
@@ -40,14 +40,14 @@ pub(crate) const fn with<'s>(suite: Suite, arguments: &'s str, capabilities: &'s
 }
 
 /// Lets a QEMU that was never started write its stream.
-pub(crate) fn write(bench: &Bench<'_>, side: &Side<'_>, name: &str, file: &Path) -> Result<()> {
-    let mut qemu = start(bench, side, name, &["-S"])?;
+pub(crate) fn write(env: &TrialEnv<'_>, side: &Side<'_>, name: &str, file: &Path) -> Result<()> {
+    let mut qemu = start(env, side, name, &["-S"])?;
     if side.capabilities.contains("postcopy-ram") {
         // With postcopy on, a source waits until its destination says goodbye.
-        let folder = bench.scratch.join(format!("{name}.received"));
+        let folder = env.scratch.join(format!("{name}.received"));
         std::fs::create_dir(&folder)?;
         let options = ["--timeout", "300"].map(String::from);
-        let mut receiver = Receiver::start(bench.subject, &folder, Transport::Unix, &options)?;
+        let mut receiver = Receiver::start(env.subject, &folder, Transport::Unix, &options)?;
         qemu.execute("migrate", json!({ "uri": receiver.uri }))?;
         qemu.wait_migration(PATIENCE, |state| state["status"] == "completed")?;
         let received = receiver.finish(PATIENCE)?;
@@ -61,8 +61,8 @@ pub(crate) fn write(bench: &Bench<'_>, side: &Side<'_>, name: &str, file: &Path)
 }
 
 /// What a real destination does, and what it says to it.
-pub(crate) fn load(bench: &Bench<'_>, side: &Side<'_>, stream: &Path) -> Result<(Fate, String)> {
-    let mut qemu = start(bench, side, "judge", &["-S", "-incoming", "defer"])?;
+pub(crate) fn load(env: &TrialEnv<'_>, side: &Side<'_>, stream: &Path) -> Result<(Fate, String)> {
+    let mut qemu = start(env, side, "judge", &["-S", "-incoming", "defer"])?;
     qemu.execute("migrate-incoming", json!({ "uri": format!("exec:cat {}", stream.display()) }))?;
     match qemu.wait_migration(PATIENCE, |state| state["status"] == "completed") {
         Ok(_) => Ok((Fate::Loads, String::new())),
@@ -74,8 +74,8 @@ pub(crate) fn load(bench: &Bench<'_>, side: &Side<'_>, stream: &Path) -> Result<
     }
 }
 
-fn start(bench: &Bench<'_>, side: &Side<'_>, name: &str, more: &[&str]) -> Result<Qemu> {
-    let zeroes: PathBuf = bench.scratch.join("zeroes.bin");
+fn start(env: &TrialEnv<'_>, side: &Side<'_>, name: &str, more: &[&str]) -> Result<Qemu> {
+    let zeroes: PathBuf = env.scratch.join("zeroes.bin");
     std::fs::write(&zeroes, [0; 64 << 10])?;
     let (machine, rest) = side.arguments.split_once(' ').unwrap_or((side.arguments, ""));
     let accel = if machine.contains("accel=") { "" } else { ",accel=tcg" };
@@ -85,7 +85,7 @@ fn start(bench: &Bench<'_>, side: &Side<'_>, name: &str, more: &[&str]) -> Resul
     }
     let rest = rest.split_whitespace().map(|word| word.replace("{zeroes}", &zeroes.display().to_string()));
     arguments.extend(rest.chain(more.iter().map(|&word| word.to_owned())));
-    let mut qemu = Qemu::start(bench.root(side.suite)?, name, &arguments, bench.scratch)?;
+    let mut qemu = Qemu::start(env.root(side.suite)?, name, &arguments, env.scratch)?;
     qemu.set_capabilities(&side.capabilities.split_whitespace().collect::<Vec<_>>())?;
     Ok(qemu)
 }

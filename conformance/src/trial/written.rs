@@ -16,7 +16,7 @@ use reference_vmm::payload::{IMAGE, Progress};
 use serde_json::json;
 
 use super::machine;
-use super::question::{Bench, Trial, accel_name};
+use super::question::{Trial, TrialEnv, accel_name};
 use crate::exec;
 use crate::launch::Qemu;
 use crate::oracle;
@@ -37,11 +37,11 @@ pub(super) fn trials() -> Vec<Trial> {
             let name = |what: &str| format!("{what}/{}/{}", suite.series(), accel_name(accel));
             let kvm = accel == Accel::Kvm;
             if accel == Accel::Tcg {
-                trials.push(Trial::new(name("declared"), &[suite], kvm, move |bench| declared(bench, suite)));
+                trials.push(Trial::new(name("declared"), &[suite], kvm, move |env| declared(env, suite)));
             }
             let way = Way { stopped: !carries_writes(suite, accel), ..Way::plain(MICROVM) };
             let what = name(if way.stopped { "rewritten stopped" } else { "rewritten" });
-            trials.push(Trial::new(what, &[suite], kvm, move |bench| rewritten(bench, suite, accel, way)));
+            trials.push(Trial::new(what, &[suite], kvm, move |env| rewritten(env, suite, accel, way)));
         }
     }
     for suite in [Suite::Trixie, Suite::Sid] {
@@ -51,7 +51,7 @@ pub(super) fn trials() -> Vec<Trial> {
             for multifd in [false, true] {
                 let way = Way { machine, from_mapped, to_mapped, multifd, stopped: false };
                 let name = format!("{}/{}", way.name(), suite.series());
-                trials.push(Trial::new(name, &[suite], false, move |bench| rewritten(bench, suite, Accel::Tcg, way)));
+                trials.push(Trial::new(name, &[suite], false, move |env| rewritten(env, suite, Accel::Tcg, way)));
             }
         }
     }
@@ -102,32 +102,32 @@ impl Way {
 ///
 /// TCG alone: under KVM every release loads the stream, too, but on the paravirtual KVM where this was tried the guest
 /// got lost in real mode, right after the reset vector, in about a third of the runs. The cause is not known.
-fn declared(bench: &Bench<'_>, suite: Suite) -> Result<String> {
+fn declared(env: &TrialEnv<'_>, suite: Suite) -> Result<String> {
     let release = suite.series().parse().context("the release of a suite")?;
-    let stream = bench.scratch.join("declared.qevm");
+    let stream = env.scratch.join("declared.qevm");
     fs::write(&stream, machine::stream(release, MEMORY_MIB << 20, IMAGE)?)?;
-    let verified = bench.subject.run(&["verify".as_ref(), stream.as_os_str()])?;
+    let verified = env.subject.run(&["verify".as_ref(), stream.as_os_str()])?;
     ensure!(verified.success, "qevm verify: {}", verified.stderr.trim_end());
-    let firmware = bench.scratch.join("nothing.bin");
+    let firmware = env.scratch.join("nothing.bin");
     fs::write(&firmware, vec![0; IMAGE.len()])?;
-    let mut guest = Guest::start(bench, suite, (MICROVM, Accel::Tcg), &firmware, "target", true)?;
+    let mut guest = Guest::start(env, suite, (MICROVM, Accel::Tcg), &firmware, "target", true)?;
     guest.load(&stream, &[])?;
     let seen = guest.passes(PASSES)?;
     Ok(format!("{} bytes; {}", fs::metadata(&stream)?.len(), told(&seen)))
 }
 
 /// Lets a guest run in QEMU, writes its stream again, and lets it go on from that.
-fn rewritten(bench: &Bench<'_>, suite: Suite, accel: Accel, way: Way) -> Result<String> {
-    let firmware = bench.scratch.join("payload.bin");
+fn rewritten(env: &TrialEnv<'_>, suite: Suite, accel: Accel, way: Way) -> Result<String> {
+    let firmware = env.scratch.join("payload.bin");
     fs::write(&firmware, IMAGE)?;
-    let (theirs, ours) = (bench.scratch.join("theirs.qevm"), bench.scratch.join("ours.qevm"));
-    let mut source = Guest::start(bench, suite, (way.machine, accel), &firmware, "source", false)?;
+    let (theirs, ours) = (env.scratch.join("theirs.qevm"), env.scratch.join("ours.qevm"));
+    let mut source = Guest::start(env, suite, (way.machine, accel), &firmware, "source", false)?;
     source.passes(PASSES)?;
     if way.stopped {
         source.qemu.execute("stop", serde_json::Value::Null)?;
     }
     source.save(&theirs, way.capabilities(way.from_mapped))?;
-    let truth = oracle::ram_blocks(&mut source.qemu, bench.scratch)?;
+    let truth = oracle::ram_blocks(&mut source.qemu, env.scratch)?;
     let left = source.progress()?.context("the guest printed nothing")?;
     source.qemu.quit();
 
@@ -136,13 +136,13 @@ fn rewritten(bench: &Bench<'_>, suite: Suite, accel: Accel, way: Way) -> Result<
     let convert = ["convert".as_ref(), "--format".as_ref(), format.as_ref(), "--out".as_ref(), ours.as_os_str()];
     let convert: Vec<_> = convert.into_iter().chain([theirs.as_os_str()]).collect();
     for arguments in [&theirs_again[..], &convert] {
-        let ran = bench.subject.run(arguments)?;
+        let ran = env.subject.run(arguments)?;
         ensure!(ran.success, "qevm {}: {}", arguments[0].display(), ran.stderr.trim_end());
     }
-    same_ram(bench, &theirs, &truth)?;
-    same_ram(bench, &ours, &truth)?;
+    same_ram(env, &theirs, &truth)?;
+    same_ram(env, &ours, &truth)?;
 
-    let mut target = Guest::start(bench, suite, (way.machine, accel), &firmware, "target", true)?;
+    let mut target = Guest::start(env, suite, (way.machine, accel), &firmware, "target", true)?;
     target.load(&ours, way.capabilities(way.to_mapped))?;
     if way.stopped {
         target.qemu.execute("cont", serde_json::Value::Null)?;
@@ -152,9 +152,9 @@ fn rewritten(bench: &Bench<'_>, suite: Suite, accel: Accel, way: Way) -> Result<
 }
 
 /// What qevm finds in a stream must be what QEMU had in its memory.
-fn same_ram(bench: &Bench<'_>, stream: &Path, truth: &[oracle::Block]) -> Result<()> {
+fn same_ram(env: &TrialEnv<'_>, stream: &Path, truth: &[oracle::Block]) -> Result<()> {
     let arguments = ["verify", "--json", "--ram-digest", "sha256"].map(std::ffi::OsStr::new);
-    let ran = bench.subject.run(&arguments.into_iter().chain([stream.as_os_str()]).collect::<Vec<_>>())?;
+    let ran = env.subject.run(&arguments.into_iter().chain([stream.as_os_str()]).collect::<Vec<_>>())?;
     let last: serde_json::Value = serde_json::from_str(ran.stdout.lines().last().unwrap_or_default())?;
     let blocks = last["ram"].as_array().context("qevm verify lists no RAM blocks")?;
     let mut compared = 0;
@@ -180,27 +180,27 @@ struct Guest {
 
 impl Guest {
     fn start(
-        bench: &Bench<'_>,
+        env: &TrialEnv<'_>,
         suite: Suite,
         (machine, accel): (&str, Accel),
         bios: &Path,
         name: &str,
         incoming: bool,
     ) -> Result<Guest> {
-        let console = bench.scratch.join(format!("{name}.console"));
+        let console = env.scratch.join(format!("{name}.console"));
         // A microvm has no RTC under KVM unless asked for one.
         let rtc = if machine == MICROVM { ",rtc=on" } else { "" };
         let machine = format!("{machine},accel={}{rtc}", accel_name(accel));
         let (memory, serial) = (format!("{MEMORY_MIB}M"), format!("file:{}", console.display()));
         let bios = bios.display().to_string();
         let mut arguments = vec!["-M", &machine, "-m", &memory, "-bios", &bios, "-serial", &serial];
-        let root = bench.root(suite)?;
+        let root = env.root(suite)?;
         arguments.extend(["-cpu", if accel == Accel::Kvm { root.host_cpu()?.model() } else { "max" }]);
         if incoming {
             arguments.extend(["-incoming", "defer"]);
         }
         let arguments: Vec<String> = arguments.into_iter().map(str::to_owned).collect();
-        let qemu = Qemu::start(root, name, &arguments, bench.scratch)?;
+        let qemu = Qemu::start(root, name, &arguments, env.scratch)?;
         Ok(Guest { qemu, console })
     }
 

@@ -74,7 +74,7 @@ impl Memory {
     }
 
     /// The place of a page as error paths show it.
-    pub(super) fn place(&self, page: &PageAt) -> String {
+    pub(super) fn page_path(&self, page: &PageAt) -> String {
         let name = self.ram.blocks().get(page.block.index()).map_or("?", |block| &block.name);
         format!("block '{name}' › page {:#x}", page.offset)
     }

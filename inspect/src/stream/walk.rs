@@ -310,14 +310,14 @@ impl Walk<'_> {
                 if keep == Keep::Digests {
                     return Err(Halt::NeedsImage);
                 }
-                let place = memory.place(page);
+                let place = memory.page_path(page);
                 memory
                     .xbzrle(page, data, decoder.offset() - data.len() as u64)
                     .map_err(|fault| fault.failure(file, at, &place))?;
             }
             RamRecord::Compressed { page, data } => {
                 pages.compressed += 1;
-                let place = memory.place(page);
+                let place = memory.page_path(page);
                 memory.compressed(page, data).map_err(|fault| fault.failure(file, at, &place))?;
             }
             RamRecord::MultifdFlush => {

@@ -31,7 +31,7 @@ pub(super) const CHANNEL_PATIENCE: Duration = Duration::from_secs(30);
 
 /// What the main channel's reader waits for.
 #[derive(Debug)]
-pub(super) enum News {
+pub(super) enum SessionEvent {
     /// The main channel, and what was read of it.
     Main(Arc<Socket>, Vec<u8>),
     /// None came in time, or none can come any more.
@@ -49,7 +49,7 @@ pub(super) struct Connections {
     pub(super) ledger: Arc<Ledger>,
     pub(super) compression: Option<Compression>,
     pub(super) patience: Option<Duration>,
-    pub(super) news: mpsc::Sender<News>,
+    pub(super) events: mpsc::Sender<SessionEvent>,
     pub(super) main: Option<(Arc<Socket>, Peer)>,
     pub(super) channels: Vec<Channel>,
     /// No connection is taken until then.
@@ -89,7 +89,7 @@ impl Connections {
                         Some((main, _)) => main.stop_reading(),
                         None => {
                             // Nobody reads this if the main thread is gone.
-                            let _ = self.news.send(News::Failed(failure));
+                            let _ = self.events.send(SessionEvent::Failed(failure));
                             return;
                         }
                     }
@@ -196,7 +196,7 @@ impl Connections {
                 let socket = Arc::new(socket);
                 self.main = Some((Arc::clone(&socket), peer));
                 // The main thread waits for it.
-                let _ = self.news.send(News::Main(socket, first));
+                let _ = self.events.send(SessionEvent::Main(socket, first));
                 return Ok(());
             }
             Known::PageChannel(init) => {

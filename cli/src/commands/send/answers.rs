@@ -42,7 +42,7 @@ pub(super) enum Answer {
 }
 
 /// The return path.
-pub(super) struct Answers {
+pub(super) struct ReturnPathReader {
     pub(super) socket: Arc<Socket>,
     pub(super) sent: Arc<Sent>,
     pub(super) patience: Duration,
@@ -50,7 +50,7 @@ pub(super) struct Answers {
     pub(super) waiting_since: Option<Instant>,
 }
 
-impl Answers {
+impl ReturnPathReader {
     /// Reads the destination's answers up to its last one. If it says something wrong, the connection is closed, so
     /// that nothing more is sent.
     pub(super) fn last(mut self) -> Answer {
@@ -95,7 +95,7 @@ impl Answers {
     }
 }
 
-impl Read for Answers {
+impl Read for ReturnPathReader {
     /// Reads what has come, if that is in time.
     fn read(&mut self, into: &mut [u8]) -> io::Result<usize> {
         loop {

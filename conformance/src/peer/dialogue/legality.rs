@@ -17,7 +17,7 @@ use serde_json::{Value, json};
 
 use super::{Both, MEMORY, Monitor, NobodyReads, PATIENCE, POLL, reply};
 use crate::launch::Qemu;
-use crate::peer::party::start_reference;
+use crate::peer::endpoint::start_reference;
 use crate::roots::Root;
 
 /// What is asked in every state. No command here changes it, where it is accepted, but that a guest may go before its

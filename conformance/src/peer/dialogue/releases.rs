@@ -7,7 +7,7 @@ use serde_json::json;
 
 use super::{Both, Monitor, reply};
 use crate::launch::Qemu;
-use crate::peer::party::start_reference;
+use crate::peer::endpoint::start_reference;
 use crate::roots::{Root, Suite};
 
 /// Page channels with postcopy: one after the other, and together.

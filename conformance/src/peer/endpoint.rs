@@ -11,9 +11,9 @@ use anyhow::{Context, Result, bail, ensure};
 use reference_vmm::payload::{FW_CFG_NAME, IMAGE, Progress};
 use serde_json::{Value, json};
 
-use super::gear;
+use super::env::{Env, Load, Stop};
 use super::monitor::Monitor;
-use super::stage::{Load, Stage, Stop};
+use super::virtio_load;
 use crate::exec;
 use crate::launch::Qemu;
 use crate::patience::PATIENCE;
@@ -25,33 +25,34 @@ const POLL: Duration = Duration::from_millis(5);
 const IN_SCRATCH: &str = "{scratch}";
 /// A monitor with the guest in it, or waiting for it.
 #[derive(Debug)]
-pub struct Party {
+pub struct Endpoint {
     monitor: Qemu,
     console: PathBuf,
     stop: Stop,
 }
 
-impl Party {
+impl Endpoint {
     /// Starts a monitor that boots the guest, or, with `incoming`, waits until it is told where the guest comes from.
     pub(super) fn start(
         stop: Stop,
         root: Option<&Root>,
-        stage: &Stage<'_>,
+        env: &Env<'_>,
         load: &Load,
         name: &str,
         incoming: bool,
         rtc: bool,
-    ) -> Result<Party> {
-        let Stage { program, scratch, .. } = *stage;
+    ) -> Result<Endpoint> {
+        let Env { program, scratch, .. } = *env;
         let console = scratch.join(format!("{name}.console"));
         let _ = fs::remove_file(&console);
         let mut arguments = vec!["-m".to_string(), format!("{}M", load.memory)];
         let mut more = |list: &[&str]| arguments.extend(list.iter().map(|a| a.to_string()));
         let (cpus, serial) = (load.cpus.to_string(), format!("file:{}", console.display()));
         let pci = if load.pcie { " pci=1" } else { "" };
-        let item = format!("name={FW_CFG_NAME},string={}{}{pci}", load.payload, gear::configuration(&load.gear));
-        let gear = gear::arguments(&load.gear, scratch, name)?;
-        more(&gear.iter().map(String::as_str).collect::<Vec<_>>());
+        let item =
+            format!("name={FW_CFG_NAME},string={}{}{pci}", load.payload, virtio_load::configuration(&load.virtio));
+        let virtio = virtio_load::arguments(&load.virtio, scratch, name)?;
+        more(&virtio.iter().map(String::as_str).collect::<Vec<_>>());
         if incoming {
             more(&["--incoming", "defer"]);
         }
@@ -92,19 +93,20 @@ impl Party {
                         "memory-backend=microvm.ram",
                     ]);
                 }
-                more(stage.more);
+                more(env.more);
                 Qemu::start(root, name, &arguments, scratch)?
             }
-            _ => {
+            (Stop::Qemu(..), None) => bail!("the root of {stop} is not here"),
+            (Stop::Reference, _) => {
                 more(&["--fw-cfg", &item, "--machine", &format!("microvm{options}")]);
                 if incoming && load.mem_prealloc {
                     more(&["--mem-prealloc"]);
                 }
-                more(stage.more);
+                more(env.more);
                 start_reference(program, name, &arguments, scratch)?
             }
         };
-        Ok(Party { monitor, console, stop })
+        Ok(Endpoint { monitor, console, stop })
     }
 
     /// Its QMP connection and process.
@@ -216,7 +218,7 @@ impl Party {
 
     /// Ends the monitor and gives everything that the guest printed here.
     pub(crate) fn end(self) -> Result<Vec<u8>> {
-        let Party { monitor, console, .. } = self;
+        let Endpoint { monitor, console, .. } = self;
         monitor.quit();
         fs::read(&console).with_context(|| format!("reading {}", console.display()))
     }

@@ -1,7 +1,7 @@
 //! Records what a migrating QEMU says on every channel, at a dead end or on the way to a second QEMU.
 //!
-//! A [`Tape`] listens like a destination. Each connection gets a file of its own with what the source sent; towards a
-//! second QEMU it also forwards, and records what came back.
+//! A [`Recorder`] listens like a destination. Each connection gets a file of its own with what the source sent; towards
+//! a second QEMU it also forwards, and records what came back.
 
 use std::fs::{self, File};
 use std::io::{Read, Write};
@@ -20,7 +20,7 @@ const POLL: Duration = Duration::from_millis(2);
 
 /// A recording listener.
 #[derive(Debug)]
-pub struct Tape {
+pub struct Recorder {
     uri: String,
     shared: Arc<Shared>,
     acceptor: Option<JoinHandle<()>>,
@@ -53,30 +53,30 @@ struct State {
     failure: Option<String>,
 }
 
-impl Tape {
+impl Recorder {
     /// Listens on a UNIX socket in `folder`, with `prefix` in front of each file's name. With `upstream`, every
     /// connection is forwarded to that UNIX socket.
     ///
     /// # Errors
     /// The socket cannot be bound.
-    pub fn unix(folder: &Path, prefix: &str, upstream: Option<&Path>) -> Result<Tape> {
+    pub fn unix(folder: &Path, prefix: &str, upstream: Option<&Path>) -> Result<Recorder> {
         let path = folder.join(format!("{prefix}.sock"));
         let _ = fs::remove_file(&path);
         let listener = UnixListener::bind(&path).with_context(|| format!("binding {}", path.display()))?;
         listener.set_nonblocking(true)?;
         let uri = format!("unix:{}", path.display());
-        Ok(Tape::start(uri, folder, prefix, upstream, move || listener.accept().map(|(s, _)| Socket::Unix(s))))
+        Ok(Recorder::start(uri, folder, prefix, upstream, move || listener.accept().map(|(s, _)| Socket::Unix(s))))
     }
 
     /// Listens on a free TCP port of the loopback interface; a dead end.
     ///
     /// # Errors
     /// No port can be bound.
-    pub fn tcp(folder: &Path, prefix: &str) -> Result<Tape> {
+    pub fn tcp(folder: &Path, prefix: &str) -> Result<Recorder> {
         let listener = TcpListener::bind("127.0.0.1:0").context("binding a TCP port")?;
         listener.set_nonblocking(true)?;
         let uri = format!("tcp:{}", listener.local_addr()?);
-        Ok(Tape::start(uri, folder, prefix, None, move || listener.accept().map(|(s, _)| Socket::Tcp(s))))
+        Ok(Recorder::start(uri, folder, prefix, None, move || listener.accept().map(|(s, _)| Socket::Tcp(s))))
     }
 
     fn start(
@@ -85,7 +85,7 @@ impl Tape {
         prefix: &str,
         upstream: Option<&Path>,
         mut accept: impl FnMut() -> std::io::Result<Socket> + Send + 'static,
-    ) -> Tape {
+    ) -> Recorder {
         let shared = Arc::new(Shared {
             folder: folder.to_path_buf(),
             upstream: upstream.map(Path::to_path_buf),
@@ -110,7 +110,7 @@ impl Tape {
                 }
             }
         });
-        Tape { uri, shared, acceptor: Some(acceptor) }
+        Recorder { uri, shared, acceptor: Some(acceptor) }
     }
 
     /// What `migrate` takes as `uri`.
@@ -155,7 +155,7 @@ impl Tape {
     }
 }
 
-impl Drop for Tape {
+impl Drop for Recorder {
     fn drop(&mut self) {
         self.shared.stop.store(true, Ordering::Relaxed);
         self.cut();
@@ -312,9 +312,9 @@ mod tests {
                 socket.write_all(&all).unwrap();
             }
         });
-        let tape = Tape::unix(folder.path(), "t", Some(&peer)).unwrap();
+        let recorder = Recorder::unix(folder.path(), "t", Some(&peer)).unwrap();
         for said in ["one", "two"] {
-            let mut source = UnixStream::connect(tape.uri().strip_prefix("unix:").unwrap()).unwrap();
+            let mut source = UnixStream::connect(recorder.uri().strip_prefix("unix:").unwrap()).unwrap();
             source.write_all(said.as_bytes()).unwrap();
             source.shutdown(Shutdown::Write).unwrap();
             let mut back = String::new();
@@ -322,8 +322,8 @@ mod tests {
             assert_eq!(back, format!("pong {said}"));
         }
         answering.join().unwrap();
-        assert_eq!(tape.forwarded(), 6);
-        let channels = tape.finish(PATIENCE).unwrap();
+        assert_eq!(recorder.forwarded(), 6);
+        let channels = recorder.finish(PATIENCE).unwrap();
         assert_eq!(fs::read(&channels[1].forward).unwrap(), b"two");
         assert_eq!(fs::read(&channels[1].back).unwrap(), b"pong two");
     }
@@ -331,11 +331,11 @@ mod tests {
     #[test]
     fn an_open_connection_is_an_error_not_a_hang() {
         let folder = tempfile::tempdir().unwrap();
-        let tape = Tape::tcp(folder.path(), "t").unwrap();
-        let _open = TcpStream::connect(tape.uri().strip_prefix("tcp:").unwrap()).unwrap();
-        while tape.shared.locked().channels.is_empty() {
+        let recorder = Recorder::tcp(folder.path(), "t").unwrap();
+        let _open = TcpStream::connect(recorder.uri().strip_prefix("tcp:").unwrap()).unwrap();
+        while recorder.shared.locked().channels.is_empty() {
             thread::sleep(POLL);
         }
-        assert!(tape.finish(Duration::from_millis(50)).is_err());
+        assert!(recorder.finish(Duration::from_millis(50)).is_err());
     }
 }

@@ -8,8 +8,8 @@ use reference_vmm::payload::{Progress, Transcript};
 use serde::Serialize;
 use serde_json::Value;
 
-use super::gear::Gear;
 use super::monitor::Monitor;
+use super::virtio_load::VirtioLoad;
 use crate::roots::{Root, Suite};
 use crate::scenario::Accel;
 
@@ -65,7 +65,7 @@ pub struct Load {
     /// Configuration of the payload, see [`reference_vmm::payload`].
     pub payload: String,
     /// Virtio devices that it keeps busy.
-    pub gear: Vec<Gear>,
+    pub virtio: Vec<VirtioLoad>,
     /// `max-bandwidth`, bytes per second.
     pub max_bandwidth: u64,
     /// `downtime-limit`, ms.
@@ -91,7 +91,7 @@ impl Default for Load {
             split_irqchip: false,
             pcie: false,
             payload: "dirty=16M rate=48M hold=4M zero=2M verify=16384 report=20".into(),
-            gear: Vec::new(),
+            virtio: Vec::new(),
             max_bandwidth: 64 << 20,
             downtime_limit: 100,
         }
@@ -154,7 +154,7 @@ pub struct Account {
 
 /// Where a journey is played.
 #[derive(Debug, Clone, Copy)]
-pub struct Stage<'s> {
+pub struct Env<'s> {
     /// The real QEMUs.
     pub roots: &'s BTreeMap<Suite, Root>,
     /// The reference-vmm under judgement.

@@ -1,4 +1,4 @@
-//! A Linux guest of an emulated QEMU that lodges in reference-vmm on its way: everything of it is loaded there, nothing
+//! A Linux guest of an emulated QEMU that stops over in reference-vmm: everything of it is loaded there, nothing
 //! of it runs, and a QEMU takes it back. The host's KVM need not be able to run a stock kernel.
 
 use std::fs::{self, File};
@@ -14,8 +14,8 @@ use anyhow::{Context, Result, bail, ensure};
 use serde_json::{Value, json};
 
 use super::Monitor;
-use super::echo::differences;
-use super::party::start_reference;
+use super::endpoint::start_reference;
+use super::round_trip::differences;
 use crate::cpio::Archive;
 use crate::exec;
 use crate::launch::Qemu;
@@ -49,9 +49,9 @@ while :; do
 done
 ";
 
-/// The releases between which a guest lodges.
+/// The releases between which a guest stops over.
 #[derive(Debug, Clone, Copy)]
-pub struct Lodger {
+pub struct StoppedLinuxGuest {
     /// Where it boots.
     pub from: Suite,
     /// Where it goes on.
@@ -67,18 +67,18 @@ struct Tick {
     sent: u64,
 }
 
-impl Lodger {
-    /// Boots the guest in `from`, lodges it in the reference-vmm of `program`, and lets it go on in `to`. Says how far
+impl StoppedLinuxGuest {
+    /// Boots the guest in `from`, loads it into the reference-vmm of `program`, and lets it go on in `to`. Says how far
     /// it got.
     ///
     /// # Errors
     /// reference-vmm gives back another guest than it got, or the guest does not go on where it stopped.
     pub fn play(&self, from: &Root, to: &Root, program: &Monitor) -> Result<String> {
-        let scratch = tempfile::Builder::new().prefix("qevm-lodger-").tempdir()?;
+        let scratch = tempfile::Builder::new().prefix("qevm-stopped-linux-").tempdir()?;
         let scratch = scratch.path();
-        let stage = Stage::prepare(scratch, from)?;
-        let mut source = stage.qemu(from, "from", &[])?;
-        wait("the guest does not boot", LONG_PATIENCE, || Ok(stage.ticks(&["from"])?.len() >= TICKS))?;
+        let setup = Setup::prepare(scratch, from)?;
+        let mut source = setup.qemu(from, "from", &[])?;
+        wait("the guest does not boot", LONG_PATIENCE, || Ok(setup.ticks(&["from"])?.len() >= TICKS))?;
         // 7.2 loses pages of an emulated guest that writes while it leaves.
         let live = self.from != Suite::Bookworm;
         if !live {
@@ -88,7 +88,7 @@ impl Lodger {
         exec::save(&mut source, &first)?;
         source.quit();
 
-        stage.lodge(program, self.to, &first, &second, &door)?;
+        setup.stop_over(program, self.to, &first, &second, &door)?;
         let changed = differences(program, &first, &second)?;
         // Whoever is lodged is stopped.
         let expected = |place: &str| live && place.starts_with("globalstate instance 0 ");
@@ -96,20 +96,20 @@ impl Lodger {
             bail!("reference-vmm gave back another guest: {other} (of {} differences)", changed.len());
         }
 
-        let before = stage.ticks(&["from"])?.len();
-        let mut home = stage.qemu(to, "to", &["-incoming", "defer"])?;
+        let before = setup.ticks(&["from"])?.len();
+        let mut home = setup.qemu(to, "to", &["-incoming", "defer"])?;
         home.execute("migrate-incoming", json!({ "uri": format!("exec:cat {}", second.display()) }))?;
         home.wait_migration(PATIENCE, |migration| migration["status"] == "completed")?;
         home.execute("cont", Value::Null)?;
         // A busy machine may let the guest's own processes wait, of which the one that sends is another than the one
         // that counts.
         wait("the guest does not go on, or does not send", PATIENCE, || {
-            let ticks = stage.ticks(&["from", "to"])?;
+            let ticks = setup.ticks(&["from", "to"])?;
             Ok(ticks.len() >= before + 2 * TICKS && has_sent(&ticks, before))
         })?;
         home.quit();
-        let ticks = stage.ticks(&["from", "to"])?;
-        self::check(&ticks, before, &stage.digest)?;
+        let ticks = setup.ticks(&["from", "to"])?;
+        self::check(&ticks, before, &setup.digest)?;
         let console = fs::read_to_string(scratch.join("to.hvc"))?;
         ensure!(console.contains("tick "), "nothing arrives at the virtio console: {console:?}");
         Ok(format!("{before} rounds before and {} after", ticks.len() - before))
@@ -132,15 +132,15 @@ fn has_sent(ticks: &[Tick], before: usize) -> bool {
     ticks.get(before).zip(ticks.last()).is_some_and(|(before, last)| before.sent < last.sent)
 }
 
-struct Stage<'a> {
+struct Setup<'a> {
     scratch: &'a Path,
     linux: Linux,
     firmware: PathBuf,
     digest: String,
 }
 
-impl Stage<'_> {
-    fn prepare<'a>(scratch: &'a Path, root: &Root) -> Result<Stage<'a>> {
+impl Setup<'_> {
+    fn prepare<'a>(scratch: &'a Path, root: &Root) -> Result<Setup<'a>> {
         let mut linux = Linux::install()?;
         let mut archive = Archive::new();
         archive.program("counter", COUNTER.as_bytes());
@@ -158,7 +158,7 @@ impl Stage<'_> {
         let folders = ["usr/share/seabios", "usr/share/qemu"].map(|folder| root.dir().join(folder));
         let mut firmware = folders.iter().map(|folder| folder.join("bios-microvm.bin"));
         let firmware = firmware.find(|file| file.exists()).context("this QEMU has no bios-microvm.bin")?;
-        Ok(Stage { scratch, linux, firmware, digest })
+        Ok(Setup { scratch, linux, firmware, digest })
     }
 
     fn qemu(&self, root: &Root, name: &str, more: &[&str]) -> Result<Qemu> {
@@ -186,7 +186,7 @@ impl Stage<'_> {
     }
 
     /// Takes the stream `first` in and writes the stream `second`.
-    fn lodge(&self, program: &Monitor, to: Suite, first: &Path, second: &Path, door: &Path) -> Result<()> {
+    fn stop_over(&self, program: &Monitor, to: Suite, first: &Path, second: &Path, door: &Path) -> Result<()> {
         let machine = format!("microvm,rtc=on,qemu={},peer-accel=tcg", to.series());
         let (firmware, entry) = (self.firmware.display().to_string(), format!("unix:{}", door.display()));
         let console = format!("file:{}", self.scratch.join("lodge.console").display());

@@ -28,7 +28,7 @@ const BATCH: u64 = 4;
 
 /// A device.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Gear {
+pub enum VirtioLoad {
     /// `virtio-blk-device`
     Disk,
     /// The same, which refuses one write at the first stop: QEMU stops the guest with the request under way
@@ -44,49 +44,49 @@ pub enum Gear {
     Tap,
 }
 
-impl Gear {
+impl VirtioLoad {
     /// Its bit in the payload's configuration.
     fn bit(self) -> u32 {
         match self {
-            Gear::Disk | Gear::FailingDisk => 1,
-            Gear::Rng => 2,
-            Gear::Console => 4,
-            Gear::Net | Gear::Tap => 8,
+            VirtioLoad::Disk | VirtioLoad::FailingDisk => 1,
+            VirtioLoad::Rng => 2,
+            VirtioLoad::Console => 4,
+            VirtioLoad::Net | VirtioLoad::Tap => 8,
         }
     }
 
     /// Its counter in the payload's line.
     fn counter(self) -> &'static str {
         match self {
-            Gear::Disk | Gear::FailingDisk => "disk",
-            Gear::Rng => "rng",
-            Gear::Console => "console",
-            Gear::Net | Gear::Tap => "net",
+            VirtioLoad::Disk | VirtioLoad::FailingDisk => "disk",
+            VirtioLoad::Rng => "rng",
+            VirtioLoad::Console => "console",
+            VirtioLoad::Net | VirtioLoad::Tap => "net",
         }
     }
 }
 
 /// What the payload has to be told.
-pub(super) fn configuration(gear: &[Gear]) -> String {
-    match gear.iter().map(|gear| gear.bit()).sum::<u32>() {
+pub(super) fn configuration(virtio: &[VirtioLoad]) -> String {
+    match virtio.iter().map(|virtio| virtio.bit()).sum::<u32>() {
         0 => String::new(),
         bits => format!(" virtio={bits}"),
     }
 }
 
 /// The arguments of the monitor `name`, the same for QEMU and reference-vmm.
-pub(super) fn arguments(gear: &[Gear], scratch: &Path, name: &str) -> Result<Vec<String>> {
+pub(super) fn arguments(virtio: &[VirtioLoad], scratch: &Path, name: &str) -> Result<Vec<String>> {
     let mut arguments = Vec::new();
     let mut add = |option: &str, value: String| arguments.extend([option.to_string(), value]);
-    for gear in gear {
-        match gear {
-            Gear::Disk | Gear::FailingDisk => {
+    for virtio in virtio {
+        match virtio {
+            VirtioLoad::Disk | VirtioLoad::FailingDisk => {
                 let disk = disk(scratch);
                 if !disk.exists() {
                     fs::File::create(&disk)?.set_len(DISK)?;
                 }
-                let file = match gear {
-                    Gear::FailingDisk if name == FIRST => {
+                let file = match virtio {
+                    VirtioLoad::FailingDisk if name == FIRST => {
                         let error = ["event=pwritev", "errno=28", "once=on", "sector=400"]
                             .map(|part| format!("file.inject-error.0.{part}"));
                         let image = format!("file.image.driver=file,file.image.filename={}", disk.display());
@@ -97,19 +97,19 @@ pub(super) fn arguments(gear: &[Gear], scratch: &Path, name: &str) -> Result<Vec
                 add("--drive", format!("if=none,id=d,format=raw,{file}"));
                 add("--device", "virtio-blk-device,drive=d".into());
             }
-            Gear::Rng => add("--device", "virtio-rng-device".into()),
-            Gear::Console => {
+            VirtioLoad::Rng => add("--device", "virtio-rng-device".into()),
+            VirtioLoad::Console => {
                 add("--chardev", format!("file,id=c,path={}", console(scratch, name).display()));
                 add("--device", "virtio-serial-device".into());
                 add("--device", "virtconsole,chardev=c".into());
             }
-            Gear::Net => {
+            VirtioLoad::Net => {
                 let (local, remote) = (scratch.join(format!("{name}.net")), frames(scratch));
                 let unix = |end: &str, path: &Path| format!("{end}.type=unix,{end}.path={}", path.display());
                 add("--netdev", format!("dgram,id=n,{},{}", unix("local", &local), unix("remote", &remote)));
                 add("--device", "virtio-net-device,netdev=n".into());
             }
-            Gear::Tap => {
+            VirtioLoad::Tap => {
                 let ifname = tap::add(scratch, name)?;
                 add("--netdev", format!("tap,id=n,ifname={ifname},script=no,downscript=no"));
                 add("--device", "virtio-net-device,netdev=n".into());
@@ -131,9 +131,9 @@ fn frames(scratch: &Path) -> PathBuf {
     scratch.join("frames")
 }
 
-/// The network's other end: takes the guest's frames wherever it is.
+/// The network's other end: records the guest's frames wherever it is.
 #[derive(Debug)]
-pub(super) struct Ear {
+pub(super) struct FrameCounter {
     numbers: Arc<Mutex<Vec<u64>>>,
     thread: Option<JoinHandle<()>>,
 }
@@ -141,23 +141,23 @@ pub(super) struct Ear {
 /// Gives a frame, or an error when none comes in time.
 type Receive = Box<dyn FnMut(&mut [u8]) -> io::Result<usize> + Send>;
 
-/// How long the ear listens before it looks whether anybody is interested.
+/// How long one read waits before it looks whether anybody is interested.
 const PAUSE: Duration = Duration::from_millis(200);
 
-impl Ear {
+impl FrameCounter {
     /// Begins to listen, before the first monitor starts.
-    pub(super) fn listen(gear: &[Gear], scratch: &Path) -> Result<Ear> {
+    pub(super) fn listen(virtio: &[VirtioLoad], scratch: &Path) -> Result<FrameCounter> {
         /// Ethertype of the guest's frames (for experiments), and where their number is.
         const ETHERTYPE: [u8; 2] = [0x88, 0xb5];
         const NUMBER: usize = 14;
         let numbers: Arc<Mutex<Vec<u64>>> = Arc::default();
         let mut receive: Option<Receive> = None;
-        if gear.contains(&Gear::Net) {
+        if virtio.contains(&VirtioLoad::Net) {
             let socket = UnixDatagram::bind(frames(scratch))?;
             socket.set_read_timeout(Some(PAUSE))?;
             receive = Some(Box::new(move |frame| socket.recv(frame)));
         }
-        if gear.contains(&Gear::Tap) {
+        if virtio.contains(&VirtioLoad::Tap) {
             let mut taps = Taps::listen(scratch, PAUSE)?;
             receive = Some(Box::new(move |frame| taps.receive(frame)));
         }
@@ -175,11 +175,11 @@ impl Ear {
                 }
             }));
         }
-        Ok(Ear { numbers, thread })
+        Ok(FrameCounter { numbers, thread })
     }
 
     /// What has arrived, when everything before number `next` should have: what is still on its way is waited for.
-    fn heard(&self, next: u64) -> Vec<u64> {
+    fn received(&self, next: u64) -> Vec<u64> {
         let deadline = Instant::now() + PATIENCE;
         loop {
             let numbers = self.numbers.lock().unwrap_or_else(PoisonError::into_inner).clone();
@@ -191,7 +191,7 @@ impl Ear {
     }
 }
 
-impl Drop for Ear {
+impl Drop for FrameCounter {
     fn drop(&mut self) {
         // The thread sees that, and is waited for: it takes its interfaces away.
         self.numbers = Arc::default();
@@ -209,61 +209,61 @@ fn consoles(scratch: &Path) -> Result<Vec<u8>> {
 }
 
 /// How far the guest got, by its last line: the counter of each device, and of interrupts.
-fn last_counters(text: &str, gear: &[Gear]) -> Option<Vec<u64>> {
-    counter_lines(text).next_back().and_then(|line| counters(line, gear))
+fn last_counters(text: &str, virtio: &[VirtioLoad]) -> Option<Vec<u64>> {
+    counter_lines(text).next_back().and_then(|line| counters(line, virtio))
 }
 
 /// Every device and the interrupts have done more than one batch since the first line of `text`.
-pub(super) fn works(gear: &[Gear], text: &str) -> bool {
-    let first = counter_lines(text).next().and_then(|line| counters(line, gear));
+pub(super) fn works(virtio: &[VirtioLoad], text: &str) -> bool {
+    let first = counter_lines(text).next().and_then(|line| counters(line, virtio));
     let since =
         |(first, last): (Vec<u64>, Vec<u64>)| first.iter().zip(last).all(|(first, last)| last > first + 2 * BATCH);
-    gear.is_empty() || first.zip(last_counters(text, gear)).is_some_and(since)
+    virtio.is_empty() || first.zip(last_counters(text, virtio)).is_some_and(since)
 }
 
 fn counter_lines(text: &str) -> impl DoubleEndedIterator<Item = &str> {
     text.lines().filter(|line| line.starts_with("qevm-payload virtio ") && line.contains(" errors="))
 }
 
-fn counters(line: &str, gear: &[Gear]) -> Option<Vec<u64>> {
+fn counters(line: &str, virtio: &[VirtioLoad]) -> Option<Vec<u64>> {
     let value = |name: &str| {
         let (found, number) =
             line.split(' ').filter_map(|word| word.split_once('=')).find(|(found, _)| *found == name)?;
         debug_assert_eq!(found, name);
         number.parse().ok()
     };
-    gear.iter().map(|gear| gear.counter()).chain(["interrupts"]).map(value).collect()
+    virtio.iter().map(|virtio| virtio.counter()).chain(["interrupts"]).map(value).collect()
 }
 
 /// Judges the whole way. `texts` is what the guest printed at each stop.
-pub(super) fn judge(gear: &[Gear], texts: &[Vec<u8>], scratch: &Path, ear: &Ear) -> Result<()> {
-    if gear.is_empty() {
+pub(super) fn judge(virtio: &[VirtioLoad], texts: &[Vec<u8>], scratch: &Path, counter: &FrameCounter) -> Result<()> {
+    if virtio.is_empty() {
         return Ok(());
     }
     let mut before: Option<Vec<u64>> = None;
     for (stop, text) in texts.iter().enumerate() {
         let text = String::from_utf8_lossy(text);
-        let counters = last_counters(&text, gear)
+        let counters = last_counters(&text, virtio)
             .with_context(|| format!("the guest said nothing of its virtio devices at stop {stop}"))?;
         // A batch that was under way is no work of this stop's.
         let stuck = |before: &Vec<u64>| before.iter().zip(&counters).any(|(before, now)| *now <= before + 2 * BATCH);
         if before.as_ref().is_some_and(stuck) || counters.contains(&0) {
             bail!(
-                "a device or its interrupts make no progress at stop {stop}: {before:?}, then {counters:?} of {gear:?} and interrupts"
+                "a device or its interrupts make no progress at stop {stop}: {before:?}, then {counters:?} of {virtio:?} and interrupts"
             );
         }
         before = Some(counters);
     }
     let counters = before.context("the guest has been nowhere")?;
-    for (gear, next) in gear.iter().zip(counters) {
-        match gear {
-            Gear::Disk | Gear::FailingDisk => judge_disk(&fs::read(disk(scratch))?, next),
+    for (virtio, next) in virtio.iter().zip(counters) {
+        match virtio {
+            VirtioLoad::Disk | VirtioLoad::FailingDisk => judge_disk(&fs::read(disk(scratch))?, next),
             // The guest has looked at what it got.
-            Gear::Rng => Ok(()),
-            Gear::Console => judge_console(&consoles(scratch)?, next),
-            Gear::Net | Gear::Tap => judge_frames(&ear.heard(next), next),
+            VirtioLoad::Rng => Ok(()),
+            VirtioLoad::Console => judge_console(&consoles(scratch)?, next),
+            VirtioLoad::Net | VirtioLoad::Tap => judge_frames(&counter.received(next), next),
         }
-        .with_context(|| format!("{gear:?}, of which the guest had done {} requests", next - 1))?;
+        .with_context(|| format!("{virtio:?}, of which the guest had done {} requests", next - 1))?;
     }
     Ok(())
 }
@@ -369,19 +369,19 @@ mod tests {
         let mut disk_file = vec![0; 16 * SECTOR];
         (1..=60).for_each(|n| written(&mut disk_file, n));
         fs::write(disk(folder.path()), &disk_file).unwrap();
-        let ear = Ear::listen(&[Gear::Disk], folder.path()).unwrap();
-        let judge = |texts: &[Vec<u8>]| judge(&[Gear::Disk], texts, folder.path(), &ear);
+        let counter = FrameCounter::listen(&[VirtioLoad::Disk], folder.path()).unwrap();
+        let judge = |texts: &[Vec<u8>]| judge(&[VirtioLoad::Disk], texts, folder.path(), &counter);
         assert!(judge(&[line(20, 30), line(61, 60)]).is_ok());
         assert!(judge(&[line(60, 30), line(61, 60)]).is_err());
         assert!(judge(&[line(20, 30), line(61, 30)]).is_err());
         assert!(judge(&[line(20, 30), b"nothing\n".to_vec()]).is_err());
         let both = |first: (u64, u64), last: (u64, u64)| {
             let lines = [line(first.0, first.1), line(last.0, last.1)].concat();
-            works(&[Gear::Disk], &String::from_utf8(lines).unwrap())
+            works(&[VirtioLoad::Disk], &String::from_utf8(lines).unwrap())
         };
         assert!(both((20, 30), (29, 39)) && !both((20, 30), (28, 39)) && !both((20, 30), (29, 38)));
-        assert!(works(&[], "") && !works(&[Gear::Disk], ""));
+        assert!(works(&[], "") && !works(&[VirtioLoad::Disk], ""));
         assert_eq!(configuration(&[]), "");
-        assert_eq!(configuration(&[Gear::Disk]), " virtio=1");
+        assert_eq!(configuration(&[VirtioLoad::Disk]), " virtio=1");
     }
 }

@@ -12,8 +12,8 @@ use anyhow::{Context, Result, bail, ensure};
 use reference_vmm::payload::Transcript;
 use serde_json::{Value, json};
 
-use super::stage::{Stage, account};
-use super::{Account, Gear, Journey, Monitor, gear};
+use super::env::{Env, account};
+use super::{Account, Journey, Monitor, VirtioLoad, virtio_load};
 use crate::exec;
 use crate::patience::PATIENCE;
 use crate::process::run_any;
@@ -33,32 +33,32 @@ const RUNS_ON: [(&str, &str); 4] = [
 
 /// A stopped guest of a real QEMU, loaded and sent on.
 #[derive(Debug, Clone)]
-pub struct Echo {
+pub struct RoundTrip {
     /// Of three stops: a QEMU, reference-vmm, and a QEMU again.
     pub journey: Journey,
 }
 
-impl Echo {
+impl RoundTrip {
     /// Plays it.
     ///
     /// # Errors
     /// The streams differ in more than what runs on, or the guest does not go on at home.
-    pub(super) fn play(&self, stage: &Stage<'_>) -> Result<Account> {
-        let [first, second, door] = ["first.qevm", "second.qevm", "door"].map(|name| stage.scratch.join(name));
-        let ear = gear::Ear::listen(&self.journey.load.gear, stage.scratch)?;
-        let fails = self.journey.load.gear.contains(&Gear::FailingDisk);
+    pub(super) fn play(&self, env: &Env<'_>) -> Result<Account> {
+        let [first, second, door] = ["first.qevm", "second.qevm", "door"].map(|name| env.scratch.join(name));
+        let frames = virtio_load::FrameCounter::listen(&self.journey.load.virtio, env.scratch)?;
+        let fails = self.journey.load.virtio.contains(&VirtioLoad::FailingDisk);
         let mut here = if fails {
-            let mut here = self.journey.start(stage, 0, false)?;
+            let mut here = self.journey.start(env, 0, false)?;
             here.wait_status("io-error")?;
             here
         } else {
-            let mut here = self.journey.boot(stage, &mut |_| ())?;
+            let mut here = self.journey.boot(env, &mut |_| ())?;
             here.monitor().execute("stop", Value::Null)?;
             here
         };
         exec::save(here.monitor(), &first)?;
 
-        let mut there = self.journey.start(stage, 1, true)?;
+        let mut there = self.journey.start(env, 1, true)?;
         there.meets(here.stop())?;
         there.monitor().execute("migrate-incoming", json!({ "uri": format!("unix:{}", door.display()) }))?;
         let mut stream = UnixStream::connect(&door)?;
@@ -69,28 +69,28 @@ impl Echo {
 
         there.monitor().execute("migrate", json!({ "uri": format!("exec:cat > {}", second.display()) }))?;
         there.monitor().wait_migration(PATIENCE, |migration| migration["status"] == "completed")?;
-        compare(stage, &first, &second, fails)?;
+        compare(env, &first, &second, fails)?;
         if fails {
-            let bytes = section_size(stage.program, &second, "/virtio-blk")?;
+            let bytes = section_size(env.program, &second, "/virtio-blk")?;
             ensure!(bytes >= REQUEST, "no request was under way: the disk's section has {bytes} bytes");
         }
 
-        let mut home = self.journey.start(stage, 2, true)?;
+        let mut home = self.journey.start(env, 2, true)?;
         home.monitor().execute("migrate-incoming", json!({ "uri": format!("exec:cat {}", second.display()) }))?;
         home.monitor().wait_migration(PATIENCE, |migration| migration["status"] == "completed")?;
         home.monitor().execute("cont", Value::Null)?;
         self.journey.settle(&mut home)?;
         ensure!(there.text()?.is_empty(), "a stopped guest has run");
         let (left, nothing, back) = (here.end()?, there.end()?, home.end()?);
-        gear::judge(&self.journey.load.gear, &[left.clone(), back.clone()], stage.scratch, &ear)?;
+        virtio_load::judge(&self.journey.load.virtio, &[left.clone(), back.clone()], env.scratch, &frames)?;
         let texts = [left, nothing, back];
         Ok(account(Vec::new(), &Transcript::read(&texts.each_ref().map(Vec::as_slice))?))
     }
 }
 
 /// A guest that was stopped by an error of its disk is paused here.
-fn compare(stage: &Stage<'_>, first: &Path, second: &Path, failed: bool) -> Result<()> {
-    let differences = differences(stage.program, first, second)?;
+fn compare(env: &Env<'_>, first: &Path, second: &Path, failed: bool) -> Result<()> {
+    let differences = differences(env.program, first, second)?;
     for difference in &differences {
         let place = difference["place"].as_str().unwrap_or_default();
         if failed && place.starts_with("globalstate instance 0 ") {

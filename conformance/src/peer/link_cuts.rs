@@ -7,9 +7,9 @@ use anyhow::{Context, Result, bail, ensure};
 use reference_vmm::payload::Transcript;
 use serde_json::{Value, json};
 
-use super::party::Party;
+use super::endpoint::Endpoint;
+use super::env::{Env, account};
 use super::proxy::{Cut, broken};
-use super::stage::{Stage, account};
 use super::{Account, Journey, Moment};
 use crate::patience::PATIENCE;
 
@@ -17,35 +17,35 @@ const POLL: Duration = Duration::from_millis(5);
 
 /// A journey of one hop that fails some times before it succeeds.
 #[derive(Debug, Clone)]
-pub struct Outage {
+pub struct LinkCuts {
     /// Of two stops, with a return path.
     pub journey: Journey,
     /// Where the connection breaks, try by try. Before the end of the stream: after it a destination may run the guest.
     pub cuts: Vec<Cut>,
 }
 
-impl Outage {
+impl LinkCuts {
     /// Plays it.
     ///
     /// # Errors
     /// A try succeeds although it was cut, or does not leave the guest running at the source, or the last one fails.
-    pub(super) fn play(&self, stage: &Stage<'_>) -> Result<Account> {
-        let mut here = self.journey.boot(stage, &mut |_| ())?;
+    pub(super) fn play(&self, env: &Env<'_>) -> Result<Account> {
+        let mut here = self.journey.boot(env, &mut |_| ())?;
         for cut in &self.cuts {
-            self.fail(&mut here, stage, *cut).with_context(|| format!("cut {cut:?}"))?;
+            self.fail(&mut here, env, *cut).with_context(|| format!("cut {cut:?}"))?;
         }
-        let mut there = self.journey.start(stage, 1, true)?;
-        let hop = self.journey.hop(&mut here, &mut there, stage.scratch, 1, &mut |_: Moment| ())?;
+        let mut there = self.journey.start(env, 1, true)?;
+        let hop = self.journey.hop(&mut here, &mut there, env.scratch, 1, &mut |_: Moment| ())?;
         self.journey.settle(&mut there)?;
         let texts = [here.end()?, there.end()?];
         let transcript = Transcript::read(&texts.each_ref().map(Vec::as_slice))?;
         Ok(Account { cuts: self.cuts.len(), ..account(vec![hop], &transcript) })
     }
 
-    fn fail(&self, here: &mut Party, stage: &Stage<'_>, cut: Cut) -> Result<()> {
-        let mut there = self.journey.start(stage, 1, true)?;
+    fn fail(&self, here: &mut Endpoint, env: &Env<'_>, cut: Cut) -> Result<()> {
+        let mut there = self.journey.start(env, 1, true)?;
         self.journey.prepare(here, &mut there)?;
-        let [entry, exit] = ["entry", "exit"].map(|name| stage.scratch.join(name));
+        let [entry, exit] = ["entry", "exit"].map(|name| env.scratch.join(name));
         let _ = std::fs::remove_file(&exit);
         there.monitor().execute("migrate-incoming", json!({ "uri": format!("unix:{}", exit.display()) }))?;
         let proxy = broken(&entry, exit, cut)?;
@@ -57,7 +57,7 @@ impl Outage {
 }
 
 /// Waits for the migration to fail and asserts that the guest goes on here.
-pub(super) fn goes_on(here: &mut Party) -> Result<String> {
+pub(super) fn goes_on(here: &mut Endpoint) -> Result<String> {
     let deadline = Instant::now() + PATIENCE;
     let why = loop {
         let migration = here.monitor().migration()?;
@@ -79,7 +79,7 @@ pub(super) fn goes_on(here: &mut Party) -> Result<String> {
 }
 
 /// Asserts that the guest does not run there, and gives what the monitor said if it has ended.
-pub(super) fn stays_out(there: &mut Party) -> Result<()> {
+pub(super) fn stays_out(there: &mut Endpoint) -> Result<()> {
     // One that ends while it is asked does not run the guest either.
     let status = there.monitor().execute("query-status", Value::Null);
     match status {

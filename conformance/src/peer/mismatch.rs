@@ -6,15 +6,15 @@ use std::time::{Duration, Instant};
 use anyhow::{Result, ensure};
 use reference_vmm::payload::Transcript;
 
-use super::outage::{goes_on, stays_out};
-use super::stage::{Stage, account};
+use super::env::{Env, account};
+use super::link_cuts::{goes_on, stays_out};
 use super::{Account, Journey};
 
 const PATIENCE: Duration = Duration::from_secs(30);
 
 /// A hop that cannot succeed.
 #[derive(Debug, Clone)]
-pub struct Pairing {
+pub struct MismatchCase {
     /// Of two stops.
     pub journey: Journey,
     /// Arguments of the source beside the usual ones; those given twice count the second time.
@@ -29,18 +29,18 @@ pub struct Pairing {
     pub reported: &'static str,
 }
 
-impl Pairing {
+impl MismatchCase {
     /// Plays it.
     ///
     /// # Errors
     /// The hop succeeds, leaves no guest running at the source, or is not explained.
-    pub(super) fn play(&self, stage: &Stage<'_>) -> Result<Account> {
-        let source = Stage { more: &self.source, ..*stage };
+    pub(super) fn play(&self, env: &Env<'_>) -> Result<Account> {
+        let source = Env { more: &self.source, ..*env };
         let mut here = self.journey.boot(&source, &mut |_| ())?;
-        let mut there = self.journey.start(&Stage { more: &self.destination, ..*stage }, 1, true)?;
+        let mut there = self.journey.start(&Env { more: &self.destination, ..*env }, 1, true)?;
         self.journey.prepare(&mut here, &mut there)?;
         here.monitor().set_capabilities(&self.capabilities)?;
-        self.journey.leave(&mut here, &mut there, stage.scratch, 1)?;
+        self.journey.leave(&mut here, &mut there, env.scratch, 1)?;
         let why = goes_on(&mut here)?;
         ensure!(why.contains(self.reported), "the source reports '{why}', not '{}'", self.reported);
         // A QEMU 7.2 that has failed may keep the connection, and the destination gives it some seconds.
