@@ -1,7 +1,7 @@
 //! A saved guest in one call: what most tools need.
 
 use crate::bounds::Bounds;
-use crate::extract::{Devices, Guest, GuestObserver, PhysicalMemory, Tables, write_devices};
+use crate::extract::{Devices, Guest, GuestObserver, PageCompression, PhysicalMemory, Tables, write_devices};
 use crate::failure::Error;
 use crate::output_file::OutputFile;
 use crate::ram::{Block, GuestRam, Keep};
@@ -110,6 +110,19 @@ impl Migration {
         let physical = self.physical_memory()?;
         physical.require_core(&self.machine(), &self.ram, &self.guest)?;
         physical.write_elf(&mut self.ram, &self.guest, OutputFile::create(path, false)?)
+    }
+
+    /// Writes guest-physical memory and CPU registers to a new kdump-compressed file, for crash, and returns its
+    /// length.
+    ///
+    /// # Errors
+    /// As [`write_elf`](Self::write_elf); [`Error::Usage`] if the memory reaches up to an address that the format has
+    /// no place for.
+    pub fn write_kdump(&mut self, path: &Path, compression: PageCompression) -> Result<u64, Error> {
+        let physical = self.physical_memory()?;
+        physical.require_core(&self.machine(), &self.ram, &self.guest)?;
+        let output = OutputFile::create(path, false)?;
+        physical.write_kdump(&mut self.ram, &self.guest, compression, output, &mut |_| ())
     }
 
     /// Writes guest-physical memory to a new sparse file, in which the offset is the address, and returns its length.

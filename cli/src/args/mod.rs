@@ -83,7 +83,8 @@ pub enum Command {
     Serve(Serve),
     /// Write a migration again as a plain stream or a mapped-ram file.
     Convert(Convert),
-    /// Write a guest to files: RAM blocks, guest-physical memory, an ELF core for gdb and crash, device state as JSON.
+    /// Write a guest to files: RAM blocks, guest-physical memory, an ELF core or a compressed dump for gdb and
+    /// crash, device state as JSON.
     Extract(Extract),
     /// Be the destination of a real QEMU's `migrate`, save the stream and say what arrived.
     Receive(Receive),
@@ -173,7 +174,7 @@ pub struct Verify {
 /// `qevm extract`.
 #[derive(Debug, Args)]
 #[command(after_help = EXIT_CODES)]
-#[group(id = "what", required = true, multiple = true, args = ["ram", "memory", "elf", "devices", "xml"])]
+#[group(id = "what", required = true, multiple = true, args = ["ram", "memory", "elf", "kdump", "devices", "xml"])]
 pub struct Extract {
     #[command(flatten)]
     #[allow(missing_docs)]
@@ -197,6 +198,12 @@ pub struct Extract {
     /// Write guest-physical memory and CPU registers to an ELF core file.
     #[arg(long, value_name = "FILE")]
     pub elf: Option<PathBuf>,
+    /// Write guest-physical memory and CPU registers to a kdump-compressed file, as makedumpfile does, for crash.
+    #[arg(long, value_name = "FILE")]
+    pub kdump: Option<PathBuf>,
+    /// How the pages in --kdump are compressed.
+    #[arg(long, value_enum, default_value_t = KdumpCompression::Zlib, requires = "kdump")]
+    pub kdump_compression: KdumpCompression,
     /// Machine type of the guest, where the stream does not tell it (types before 2.4) or tells another than meant.
     #[arg(long, value_name = "TYPE")]
     pub machine: Option<String>,
@@ -205,7 +212,7 @@ pub struct Extract {
     /// be repeated.
     #[arg(long, value_name = "NAME[@ADDRESS]", value_parser = parse_memory_block)]
     pub memory_block: Vec<MemoryBlock>,
-    /// Fail if a RAM block that could be guest memory has no known place in --memory or --elf.
+    /// Fail if a RAM block that could be guest memory has no known place in --memory, --elf or --kdump.
     #[arg(long)]
     pub strict: bool,
     /// Write what comes before the fault of a stream that is cut or damaged: memory that did not come is zero, and
@@ -221,6 +228,24 @@ pub struct Extract {
     /// Replace files that exist. A symbolic link is replaced itself, and not what it points to.
     #[arg(long)]
     pub force: bool,
+}
+
+/// How the pages of a kdump-compressed file are compressed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum KdumpCompression {
+    /// As dump-guest-memory of a QEMU does it: every crash reads it.
+    Zlib,
+    /// Shorter and faster, for crash 8.0 and makedumpfile 1.7.1 and later.
+    Zstd,
+}
+
+impl From<KdumpCompression> for qevm_inspect::extract::PageCompression {
+    fn from(compression: KdumpCompression) -> Self {
+        match compression {
+            KdumpCompression::Zlib => Self::Zlib,
+            KdumpCompression::Zstd => Self::Zstd,
+        }
+    }
 }
 
 /// `qevm convert`.

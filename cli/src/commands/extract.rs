@@ -25,14 +25,17 @@ pub fn run(extract: &args::Extract) -> Result<(), Stop> {
     let mut inputs = extract.input.open()?;
     let output =
         |path: &Option<PathBuf>| path.as_deref().map(|path| OutputFile::create(path, extract.force)).transpose();
-    let named = [&extract.devices, &extract.memory, &extract.elf, &extract.xml].map(|path| path.as_deref());
+    let named =
+        [&extract.devices, &extract.memory, &extract.elf, &extract.kdump, &extract.xml].map(|path| path.as_deref());
     if let Some(twice) = (1..named.len()).find_map(|at| named[at].filter(|_| named[..at].contains(&named[at]))) {
         return Err(Stop::Usage(format!("{}: cannot be two of the files at once", twice.display())));
     }
     // That a file cannot be written must show before hours of reading.
-    let outputs = (output(&extract.devices)?, output(&extract.memory)?, output(&extract.elf)?);
+    let devices_file = output(&extract.devices)?;
+    let physical =
+        Physical { memory: output(&extract.memory)?, elf: output(&extract.elf)?, kdump: output(&extract.kdump)? };
     let xml = output(&extract.xml)?.map(|output| domain_xml(&mut inputs).map(|xml| (output, xml))).transpose()?;
-    let memory = extract.ram.is_some() || extract.memory.is_some() || extract.elf.is_some();
+    let memory = extract.ram.is_some() || physical.is_wanted();
     let settings = Settings {
         keep: if memory { Keep::Image } else { Keep::Nothing },
         reencode: false,
@@ -70,7 +73,6 @@ pub fn run(extract: &args::Extract) -> Result<(), Stop> {
     let machine = extract.machine.clone().or_else(|| analysis.machine()).unwrap_or_default();
     let mut out = Output::new();
     let complete = (|| {
-        let (devices_file, memory_file, elf_file) = outputs;
         if let Some((output, xml)) = xml {
             let path = output.path().to_owned();
             let failed = |error: std::io::Error| Failure::io(&path.display().to_string(), 0, &error);
@@ -92,8 +94,8 @@ pub fn run(extract: &args::Extract) -> Result<(), Stop> {
             if let Some(folder) = &extract.ram {
                 write_blocks(ram, folder, extract.force, &mut written)?;
             }
-            if memory_file.is_some() || elf_file.is_some() {
-                write_physical(memory_file, elf_file, extract, &machine, ram, &guest, &mut written)?;
+            if physical.is_wanted() {
+                physical.write(extract, &machine, ram, &guest, &mut written)?;
             }
         }
         Ok(())
@@ -170,55 +172,77 @@ fn write_blocks(ram: &mut GuestRam, folder: &Path, replace: bool, written: &mut 
     Ok(())
 }
 
-fn write_physical(
+/// Files of guest-physical memory.
+struct Physical {
     memory: Option<OutputFile>,
     elf: Option<OutputFile>,
-    extract: &args::Extract,
-    machine: &str,
-    ram: &mut GuestRam,
-    guest: &Guest,
-    written: &mut Written,
-) -> Result<(), Stop> {
-    let tables = Tables::read(ram)?;
-    let physical = PhysicalMemory::find(machine, ram, guest, &tables, &extract.memory_block)?;
-    if let Some(line) = physical.left_out.first().filter(|_| extract.strict) {
-        return Err(Stop::Usage(format!("--strict: {line}")));
+    kdump: Option<OutputFile>,
+}
+
+impl Physical {
+    fn is_wanted(&self) -> bool {
+        self.memory.is_some() || self.elf.is_some() || self.kdump.is_some()
     }
-    if elf.is_some() {
-        physical.require_core(machine, ram, guest)?;
-    }
-    if let Some(output) = memory {
-        let path = output.path().to_owned();
-        let len = physical.write_raw(ram, output)?;
-        written.file(&path, len, "guest-physical memory");
-    }
-    if let Some(output) = elf {
-        let path = output.path().to_owned();
-        let len = physical.write_elf(ram, guest, output)?;
-        written.file(&path, len, &format!("ELF core with {} CPUs", guest.cpu_count()));
-        if guest.cpu_count() == 0 {
-            written.notes.push("no CPU registers: the stream has no readable 'cpu' section".into());
+
+    fn write(
+        self,
+        extract: &args::Extract,
+        machine: &str,
+        ram: &mut GuestRam,
+        guest: &Guest,
+        written: &mut Written,
+    ) -> Result<(), Stop> {
+        let tables = Tables::read(ram)?;
+        let physical = PhysicalMemory::find(machine, ram, guest, &tables, &extract.memory_block)?;
+        if let Some(line) = physical.left_out.first().filter(|_| extract.strict) {
+            return Err(Stop::Usage(format!("--strict: {line}")));
         }
-        written.notes.extend(guest.left_out());
-    }
-    let other_target = physical.is_other_target(machine, ram);
-    let source = match guest.cmos {
-        _ if !extract.memory_block.is_empty() => "--memory-block",
-        Some(_) if !other_target => "the guest's CMOS",
-        _ => "the rules of the machine type",
-    };
-    for segment in &physical.segments {
-        let (start, end) = (segment.address, segment.address + segment.len);
-        let by = match physical.devices.contains(&segment.block) {
-            true => format!("memory device '{}'", printable(&ram.blocks()[segment.block].name)),
-            false => format!("according to {source}"),
+        let with_registers = self.elf.is_some() || self.kdump.is_some();
+        if with_registers {
+            physical.require_core(machine, ram, guest)?;
+        }
+        if let Some(output) = self.memory {
+            let path = output.path().to_owned();
+            let len = physical.write_raw(ram, output)?;
+            written.file(&path, len, "guest-physical memory");
+        }
+        if let Some(output) = self.elf {
+            let path = output.path().to_owned();
+            let len = physical.write_elf(ram, guest, output)?;
+            written.file(&path, len, &format!("ELF core with {} CPUs", guest.cpu_count()));
+        }
+        if let Some(output) = self.kdump {
+            let path = output.path().to_owned();
+            let mut bar = Progress::new("compressing", Some(physical.segments.iter().map(|segment| segment.len).sum()));
+            let compression = extract.kdump_compression.into();
+            let len = physical.write_kdump(ram, guest, compression, output, &mut |done| bar.at(done))?;
+            written.file(&path, len, &format!("kdump-compressed dump with {} CPUs", guest.cpu_count()));
+        }
+        if with_registers {
+            if guest.cpu_count() == 0 {
+                written.notes.push("no CPU registers: the stream has no readable 'cpu' section".into());
+            }
+            written.notes.extend(guest.left_out());
+        }
+        let other_target = physical.is_other_target(machine, ram);
+        let source = match guest.cmos {
+            _ if !extract.memory_block.is_empty() => "--memory-block",
+            Some(_) if !other_target => "the guest's CMOS",
+            _ => "the rules of the machine type",
         };
-        written.notes.push(format!("memory at {start:#x} to {end:#x} ({by})"));
+        for segment in &physical.segments {
+            let (start, end) = (segment.address, segment.address + segment.len);
+            let by = match physical.devices.contains(&segment.block) {
+                true => format!("memory device '{}'", printable(&ram.blocks()[segment.block].name)),
+                false => format!("according to {source}"),
+            };
+            written.notes.push(format!("memory at {start:#x} to {end:#x} ({by})"));
+        }
+        written.notes.extend(physical.notes);
+        written.notes.extend(physical.left_out);
+        // Sections of another target are tried as x86's, too.
+        let unread = guest.unread.iter().filter(|_| !other_target).chain(&guest.other_unread);
+        written.notes.extend(unread.map(|unread| format!("not read: {unread}")));
+        Ok(())
     }
-    written.notes.extend(physical.notes);
-    written.notes.extend(physical.left_out);
-    // Sections of another target are tried as x86's, too.
-    let unread = guest.unread.iter().filter(|_| !other_target).chain(&guest.other_unread);
-    written.notes.extend(unread.map(|unread| format!("not read: {unread}")));
-    Ok(())
 }

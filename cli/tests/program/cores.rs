@@ -7,7 +7,7 @@ use std::process::Command;
 use tempfile::TempDir;
 
 /// A target: name, `e_ident` up to the byte order, `e_machine`, and the address and CRC-32 of the memory.
-const TARGETS: [(&str, [u8; 2], u16, u64, u32); 8] = [
+pub(crate) const TARGETS: [(&str, [u8; 2], u16, u64, u32); 8] = [
     ("aarch64", [2, 1], 183, 0x4000_0000, 0x5dcd_2682),
     ("arm", [1, 1], 40, 0x4000_0000, 0x7c09_c235),
     ("riscv64", [2, 1], 243, 0x8000_0000, 0xb996_f407),
@@ -18,14 +18,18 @@ const TARGETS: [(&str, [u8; 2], u16, u64, u32); 8] = [
     ("ppc", [1, 2], 20, 0, 0xe91d_1751),
 ];
 
-fn stream(name: &str) -> Vec<u8> {
-    let packed = std::fs::File::open(path(&format!("cores/{name}.q.xz"))).unwrap();
+pub(crate) fn stream(name: &str) -> Vec<u8> {
+    unpacked(&format!("cores/{name}.q.xz"))
+}
+
+pub(crate) fn unpacked(name: &str) -> Vec<u8> {
+    let packed = std::fs::File::open(path(name)).unwrap();
     let out = Command::new("xz").arg("-dc").stdin(packed).output().expect("xz is part of every Debian");
     assert!(out.status.success(), "{name}");
     out.stdout
 }
 
-fn notes(name: &str) -> Vec<u8> {
+pub(crate) fn notes(name: &str) -> Vec<u8> {
     std::fs::read(path(&format!("cores/{name}.notes"))).unwrap()
 }
 

@@ -4,6 +4,7 @@ mod bounds;
 mod check;
 mod cores;
 mod damage;
+mod kdump;
 mod layouts;
 mod live;
 mod memory;

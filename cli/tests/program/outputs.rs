@@ -8,16 +8,17 @@ use std::path::{Path, PathBuf};
 use tempfile::TempDir;
 
 /// What can be written, the arguments that write it, and the file that appears (in `DIR`).
-const WRITERS: [(&[&str], &str); 6] = [
+const WRITERS: [(&[&str], &str); 7] = [
     (&["convert", "--out", "DIR/out"], "out"),
     (&["convert", "--format", "mapped-ram", "--out", "DIR/out"], "out"),
     (&["extract", "--ram", "DIR"], "block-0.raw"),
     (&["extract", "--memory", "DIR/out"], "out"),
     (&["extract", "--elf", "DIR/out"], "out"),
+    (&["extract", "--kdump", "DIR/out"], "out"),
     (&["extract", "--devices", "DIR/out"], "out"),
 ];
 
-/// A stream of a guest whose memory has the usual name, as `--memory` and `--elf` want it.
+/// A stream of a guest whose memory has the usual name, as `--memory`, `--elf` and `--kdump` want it.
 fn guest(dir: &TempDir) -> PathBuf {
     let (recorded, mut usual) = (stream("7.2-return-path"), Vec::new());
     let (name, mut at) = (b"\x03mem", 0);

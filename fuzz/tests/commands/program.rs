@@ -92,7 +92,7 @@ const COMMANDS: [&[&str]; 14] = [
     &["convert", "--format=mapped-ram", "--max-ram=1G", "IN", "--out=DIR/mapped"],
     &["extract", "IN", "--devices=DIR/devices.json"],
     &["extract", "IN", "--max-ram=1G", "--ram=DIR/ram"],
-    &["extract", "IN", "--max-ram=1G", "--elf=DIR/core", "--memory=DIR/memory"],
+    &["extract", "IN", "--max-ram=1G", "--elf=DIR/core", "--memory=DIR/memory", "--kdump=DIR/dump"],
     &["send", "IN", "unix:DIR/nobody"],
     &["receive", "unix:DIR/socket", "--out=DIR/received"],
 ];

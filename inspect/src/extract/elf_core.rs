@@ -132,8 +132,8 @@ impl Format {
 }
 
 const ET_CORE: u16 = 4;
-const EM_386: u16 = 3;
-const EM_X86_64: u16 = 62;
+pub(super) const EM_386: u16 = 3;
+pub(super) const EM_X86_64: u16 = 62;
 const PT_LOAD: u32 = 1;
 const PT_NOTE: u32 = 4;
 const NT_PRSTATUS: u32 = 1;
@@ -158,6 +158,12 @@ const PAGE: u64 = 4096;
 /// assert_eq!(core.offsets[0] % 4096, 0);
 /// ```
 pub fn core_header(cpus: &[Registers], loads: &[Load]) -> CoreHeader {
+    let (format, notes) = x86_notes(cpus);
+    core_header_of(format, &notes, loads)
+}
+
+/// The kind of file for a guest of x86 with these CPUs, and their notes.
+pub(super) fn x86_notes(cpus: &[Registers]) -> (Format, Vec<Note>) {
     let long = cpus.first().is_none_or(|cpu| cpu.long_mode);
     let statuses = (1..).zip(cpus).map(|(number, cpu)| {
         let content = if long { prstatus(number, cpu) } else { narrow_prstatus(number, cpu) };
@@ -165,14 +171,13 @@ pub fn core_header(cpus: &[Registers], loads: &[Load]) -> CoreHeader {
     });
     let states = cpus.iter().map(|cpu| Note { owner: "QEMU", kind: 0, content: qemu_state(cpu) });
     let machine = if long { EM_X86_64 } else { EM_386 };
-    core_header_of(Format { machine, ..Format::X86_64 }, &statuses.chain(states).collect::<Vec<_>>(), loads)
+    (Format { machine, ..Format::X86_64 }, statuses.chain(states).collect())
 }
 
 /// Lays out a core file of any target with these notes and these stretches of memory. A narrow one has the low 32 bits
 /// of addresses and lengths.
 pub fn core_header_of(format: Format, notes: &[Note], loads: &[Load]) -> CoreHeader {
-    let mut written = Vec::new();
-    notes.iter().for_each(|note| write_note(format, &mut written, note));
+    let written = note_bytes(format, notes);
     let program_headers = 1 + loads.len();
     let notes_offset = (format.header_len() + format.program_header_len() * program_headers) as u64;
     let mut bytes = elf_header(format, program_headers);
@@ -186,6 +191,13 @@ pub fn core_header_of(format: Format, notes: &[Note], loads: &[Load]) -> CoreHea
     }
     bytes.extend_from_slice(&written);
     CoreHeader { bytes, offsets }
+}
+
+/// Notes one after the other, as a file has them.
+pub(super) fn note_bytes(format: Format, notes: &[Note]) -> Vec<u8> {
+    let mut written = Vec::new();
+    notes.iter().for_each(|note| write_note(format, &mut written, note));
+    written
 }
 
 fn elf_header(format: Format, program_headers: usize) -> Vec<u8> {
@@ -234,7 +246,7 @@ fn prstatus(pid: u32, cpu: &Registers) -> Vec<u8> {
     let [es, cs, ss, ds, fs, gs] = cpu.segments;
     let mut words: Vec<u64> = USER_REGS.iter().map(|&i| cpu.general[i]).collect();
     words.push(cpu.general[7]); // RDI
-    words.push(u64::MAX); // orig_rax: not in a system call
+    words.push(0); // orig_rax
     words.extend([cpu.rip, cs.selector.into(), cpu.rflags, cpu.general[4], ss.selector.into()]);
     words.extend([fs.base, gs.base, ds.selector.into(), es.selector.into(), fs.selector.into(), gs.selector.into()]);
     let mut status = vec![0; PRSTATUS_LEN];

@@ -1,11 +1,12 @@
-//! Getting a guest out of a migration: RAM blocks as files, guest-physical memory as a raw file or an ELF core, device
-//! state as JSON.
+//! Getting a guest out of a migration: RAM blocks as files, guest-physical memory as a raw file, an ELF core or a
+//! compressed dump, device state as JSON.
 //!
 //! Output files are sparse: pages that are zero, or never came, are holes.
 
 pub mod devices;
 pub mod elf_core;
 mod guest;
+mod kdump;
 mod memory_devices;
 mod physical;
 mod piece;
@@ -13,6 +14,7 @@ mod registers;
 
 pub use devices::Devices;
 pub use guest::{Guest, GuestObserver};
+pub use kdump::PageCompression;
 pub use memory_devices::{MemoryDevices, Tables};
 pub use physical::{MemoryBlock, PhysicalMemory};
 pub use piece::Piece;
@@ -22,7 +24,7 @@ use crate::failure::{Error, Failure};
 use crate::output_file::{OutputFile, Runs};
 use crate::ram::{GuestRam, Stretch};
 use crate::stream::Analysis;
-use elf_core::{CoreHeader, Load, core_header, core_header_of};
+use elf_core::{CoreHeader, Format, Load, Note, core_header_of, x86_notes};
 use std::fs::File;
 use std::io::BufWriter;
 use std::os::unix::fs::FileExt;
@@ -48,13 +50,8 @@ impl PhysicalMemory {
     pub fn write_elf(&self, ram: &mut GuestRam, guest: &Guest, output: OutputFile) -> Result<u64, Error> {
         let (path, file) = (output.path(), output.file());
         let loads: Vec<Load> = self.segments.iter().map(|s| Load { address: s.address, len: s.len }).collect();
-        let CoreHeader { bytes, offsets } = match guest.other_cpus.first() {
-            None => core_header(&guest.cpus, &loads),
-            Some(first) => {
-                let notes: Vec<_> = guest.other_cpus.iter().flat_map(|cpu| cpu.notes.iter().cloned()).collect();
-                core_header_of(first.format, &notes, &loads)
-            }
-        };
+        let (format, notes) = guest.notes();
+        let CoreHeader { bytes, offsets } = core_header_of(format, &notes, &loads);
         file.write_all_at(&bytes, 0).map_err(|error| write_error(path, 0, &error))?;
         self.write(ram, path, file, offsets.iter().copied())?;
         let end = offsets.last().zip(loads.last()).map_or(bytes.len() as u64, |(offset, load)| offset + load.len);
@@ -72,6 +69,16 @@ impl PhysicalMemory {
             copy_pages(ram, segment.block, segment.block_offset, segment.len, path, file, place)?;
         }
         Ok(())
+    }
+}
+
+impl Guest {
+    /// The kind of file for a guest of this target, and what it tells of the CPUs.
+    fn notes(&self) -> (Format, Vec<Note>) {
+        match self.other_cpus.first() {
+            None => x86_notes(&self.cpus),
+            Some(first) => (first.format, self.other_cpus.iter().flat_map(|cpu| cpu.notes.iter().cloned()).collect()),
+        }
     }
 }
 

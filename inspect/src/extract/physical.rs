@@ -104,8 +104,8 @@ impl PhysicalMemory {
         Ok(PhysicalMemory { segments: pieces, devices: device_blocks, notes, left_out })
     }
 
-    /// What is needed for an ELF core: a guest of x86, or the registers of one of another target, which tell which it
-    /// is.
+    /// What is needed for an ELF core or a kdump-compressed file: a guest of x86, or the registers of one of another
+    /// target, which tell which it is.
     ///
     /// # Errors
     /// [`Error::Usage`], which names the `machine` and what is wrong with the registers; or memory that a core of 32
@@ -115,7 +115,7 @@ impl PhysicalMemory {
             let why = guest.other_unread.first().map_or(NO_REGISTERS, String::as_str);
             return match self.is_other_target(machine, ram) {
                 true => Err(Error::Usage(format!(
-                    "no ELF core can be written for machine type '{machine}': {why}; use --memory or --ram"
+                    "no core can be written for machine type '{machine}': {why}; use --memory or --ram"
                 ))),
                 false => Ok(()),
             };
@@ -123,7 +123,7 @@ impl PhysicalMemory {
         let end = self.segments.last().map_or(0, |last| last.address.saturating_add(last.len));
         match first.format.narrow && end > 1 << 32 {
             true => Err(Error::Usage(format!(
-                "memory up to {end:#x} has no place in an ELF core of a 32-bit guest: use --memory or --ram"
+                "memory up to {end:#x} has no place in a core of a 32-bit guest: use --memory or --ram"
             ))),
             false => Ok(()),
         }

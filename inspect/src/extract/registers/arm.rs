@@ -1,11 +1,10 @@
 //! Arm, of 64 and of 32 bits.
 
+use super::machine::{EM_AARCH64, EM_ARM};
 use super::parts::{CpuNotes, Fields, NARROW, NT_FPREGSET, Status, WIDE};
 use crate::extract::elf_core::{Format, Note};
 use qevm_savevm::vmdesc::Value;
 
-const EM_ARM: u16 = 40;
-const EM_AARCH64: u16 = 183;
 const NT_ARM_VFP: u32 = 0x400;
 /// CPSR: the processor is in AArch32 state.
 const CPSR_AARCH32: u64 = 1 << 4;

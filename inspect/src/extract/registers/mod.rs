@@ -5,6 +5,7 @@
 //! (QEMU 7.2 to 11.1).
 
 mod arm;
+pub(super) mod machine;
 mod parts;
 mod ppc;
 mod riscv;

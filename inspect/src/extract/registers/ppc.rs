@@ -1,10 +1,9 @@
 //! PowerPC, of 64 and of 32 bits.
 
+use super::machine::{EM_PPC, EM_PPC64};
 use super::parts::{CpuNotes, Fields, NT_FPREGSET, Status, WIDE};
 use crate::extract::elf_core::{Format, Note};
 
-const EM_PPC: u16 = 20;
-const EM_PPC64: u16 = 21;
 const NT_PPC_VMX: u32 = 0x100;
 const NT_PPC_SPE: u32 = 0x101;
 const NT_PPC_VSX: u32 = 0x102;

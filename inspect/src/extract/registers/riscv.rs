@@ -1,9 +1,9 @@
 //! RISC-V.
 
+use super::machine::EM_RISCV;
 use super::parts::{CpuNotes, Fields, NARROW, Status, WIDE};
 use crate::extract::elf_core::Format;
 
-const EM_RISCV: u16 = 243;
 /// `env.misa_mxl` of a processor of 32 bits.
 const MXL_RV32: u64 = 1;
 

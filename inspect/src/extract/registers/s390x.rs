@@ -1,9 +1,9 @@
 //! s390x.
 
+use super::machine::EM_S390;
 use super::parts::{CpuNotes, Fields, NT_FPREGSET, Status, WIDE};
 use crate::extract::elf_core::{Format, Note};
 
-const EM_S390: u16 = 22;
 const FORMAT: Format = Format { machine: EM_S390, big_endian: true, narrow: false };
 const NT_S390_TIMER: u32 = 0x301;
 const NT_S390_TODCMP: u32 = 0x302;
