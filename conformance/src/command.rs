@@ -74,7 +74,8 @@ pub(crate) enum Command {
     Trial(Trial),
     /// Ask real QEMUs about hundreds of pairs of set-ups, and count how often qevm check foretells what they do
     Pairs(Pairs),
-    /// Compare ELF cores of guests of other targets with what their QEMU's dump-guest-memory writes of them
+    /// Compare ELF cores and kdump-compressed dumps of guests of all targets with what their QEMU's dump-guest-memory
+    /// writes of them
     Cores {
         /// Only guests whose name contains this (may be given several times)
         #[arg(long)]
@@ -415,7 +416,14 @@ fn compare_cores(only: &[String]) -> Result<bool> {
     let outcomes = qevm_conformance::cores::compare(only)?;
     for outcome in &outcomes {
         match &outcome.result {
-            Ok((notes, bytes)) => println!("same {}: {notes} notes, {} MiB of memory", outcome.name, bytes >> 20),
+            Ok(alike) => println!(
+                "same {}: {} notes, {} MiB of memory, {} pages of a dump ({} of firmware in QEMU's alone)",
+                outcome.name,
+                alike.notes,
+                alike.bytes >> 20,
+                alike.pages,
+                alike.more
+            ),
             Err(error) => println!("FAIL {}: {error:#}", outcome.name),
         }
     }

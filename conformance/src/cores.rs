@@ -1,12 +1,19 @@
-//! ELF cores of every target beside those that QEMU's `dump-guest-memory` writes of the same stopped guest.
+//! ELF cores and kdump-compressed dumps of every target beside those that QEMU's `dump-guest-memory` writes of the same
+//! stopped guest.
+
+mod dump;
 
 use std::fs;
+use std::ops::Range;
 use std::path::Path;
 use std::thread;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
+use dump::Dump;
 use qevm_inspect::Migration;
+use qevm_inspect::extract::PageCompression;
+use reference_vmm::payload::IMAGE;
 use serde_json::json;
 
 use crate::exec;
@@ -19,9 +26,19 @@ const PT_LOAD: u64 = 1;
 const PT_NOTE: u64 = 4;
 const NT_PRSTATUS: u64 = 1;
 
-/// The suites whose packages of other targets are used, and the guests: target, and arguments.
+const X86_64: &str = "x86_64";
+/// In arguments: the name of a file with reference-vmm's payload guest, which is in long mode.
+const PAYLOAD: &str = "{payload}";
+/// The suites whose packages are used, and the guests: target, and arguments.
 const SUITES: [Suite; 3] = [Suite::Bookworm, Suite::Trixie, Suite::Sid];
-const GUESTS: [(&str, &str); 10] = [
+const GUESTS: [(&str, &str); 13] = [
+    (X86_64, "-M q35,accel=tcg -m 64"),
+    // Memory beyond the firmware, so that the last page is the same.
+    (
+        X86_64,
+        "-M pc,accel=tcg -m 32,slots=1,maxmem=8G -object memory-backend-ram,id=m,size=128M -device pc-dimm,memdev=m",
+    ),
+    (X86_64, "-M microvm,accel=tcg -m 64 -smp 2 -bios {payload}"),
     ("aarch64", "-M virt,gic-version=3 -cpu cortex-a72 -m 32 -smp 2"),
     ("aarch64", "-M virt -cpu cortex-a53 -m 256"),
     ("arm", "-M virt -cpu cortex-a15 -m 32 -smp 2"),
@@ -39,8 +56,21 @@ const GUESTS: [(&str, &str); 10] = [
 pub struct Outcome {
     /// Release, target and arguments.
     pub name: String,
-    /// The number of notes and the bytes of memory that are alike.
-    pub result: Result<(usize, u64)>,
+    /// What is alike.
+    pub result: Result<Alike>,
+}
+
+/// What is alike in QEMU's cores and ours.
+#[derive(Debug, Clone, Copy)]
+pub struct Alike {
+    /// Notes of an ELF core.
+    pub notes: usize,
+    /// Bytes of memory of an ELF core.
+    pub bytes: u64,
+    /// Pages of a kdump-compressed dump.
+    pub pages: usize,
+    /// Pages of QEMU's that ours does not have: firmware, which is no RAM of the guest's.
+    pub more: usize,
 }
 
 /// Compares the cores of all guests whose name contains one of `only`, or of all.
@@ -56,9 +86,12 @@ pub fn compare(only: &[String]) -> Result<Vec<Outcome>> {
         if !names.iter().any(wanted) {
             continue;
         }
-        let root = Root::install_targets(suite)?;
         for (name, (target, arguments)) in names.into_iter().zip(GUESTS).filter(|(name, _)| wanted(name)) {
-            let result = guest(&root.of_target(target), suite, arguments);
+            let root = match target {
+                X86_64 => Root::install(suite)?,
+                _ => Root::install_targets(suite)?.of_target(target),
+            };
+            let result = guest(&root, suite, target, arguments);
             outcomes.push(Outcome { name, result });
         }
     }
@@ -66,25 +99,50 @@ pub fn compare(only: &[String]) -> Result<Vec<Outcome>> {
     Ok(outcomes)
 }
 
-fn guest(root: &Root, suite: Suite, arguments: &str) -> Result<(usize, u64)> {
+fn guest(root: &Root, suite: Suite, target: &str, arguments: &str) -> Result<Alike> {
     let scratch = tempfile::Builder::new().prefix("qevm-").tempdir()?;
-    let [theirs, stream, ours] = ["theirs", "stream", "ours"].map(|name| scratch.path().join(name));
-    let mut words: Vec<String> = arguments.split(' ').map(Into::into).collect();
-    words.extend(["-S", "-serial", "null"].map(Into::into));
+    let place = |name: &str| scratch.path().join(name);
+    let payload = place("payload.bin");
+    fs::write(&payload, IMAGE)?;
+    let words = arguments.split(' ').map(|word| word.replace(PAYLOAD, &payload.display().to_string()));
+    let words: Vec<String> = words.chain(["-S", "-serial", "null"].map(Into::into)).collect();
     let mut qemu = Qemu::start(root, "source", &words, scratch.path())?;
     qemu.execute("cont", json!({}))?;
     thread::sleep(FIRMWARE_TIME);
     qemu.execute("stop", json!({}))?;
-    qemu.execute("dump-guest-memory", json!({ "paging": false, "protocol": format!("file:{}", theirs.display()) }))?;
-    exec::save(&mut qemu, &stream)?;
+    for (name, format) in [("theirs", "elf"), ("theirs.kdump", "kdump-zlib")] {
+        let file = format!("file:{}", place(name).display());
+        qemu.execute("dump-guest-memory", json!({ "paging": false, "protocol": file, "format": format }))?;
+    }
+    exec::save(&mut qemu, &place("stream"))?;
     qemu.quit();
-    Migration::open(&stream)?.write_elf(&ours)?;
+    let mut migration = Migration::open(&place("stream"))?;
+    migration.write_elf(&place("ours"))?;
     // Those of big-endian targets had the number of the process in the host's byte order.
     let pid_swapped = suite == Suite::Bookworm;
-    same(&Core::read(&theirs)?, &Core::read(&ours)?, pid_swapped)
+    // QEMU has what the guest reads there: ROM, until firmware has copied it to RAM.
+    let apart = if target == X86_64 { 0xa_0000..0x10_0000 } else { 0..0 };
+    let (theirs, ours) = (Core::read(&place("theirs"))?, Core::read(&place("ours"))?);
+    let (notes, bytes) = same(&theirs, &ours, pid_swapped, &apart)?;
+
+    let loads = ours.segments(PT_LOAD)?;
+    let in_core =
+        |address: u64| loads.iter().any(|(start, memory)| (*start..*start + memory.len() as u64).contains(&address));
+    let judge = Dump::read(fs::read(place("theirs.kdump"))?).context("QEMU's dump")?;
+    let swapped = pid_swapped && theirs.bytes[5] == 2;
+    let mut alike = Alike { notes, bytes, pages: 0, more: 0 };
+    for compression in [PageCompression::Zlib, PageCompression::Zstd] {
+        let path = place(&format!("{compression:?}"));
+        migration.write_kdump(&path, compression)?;
+        let ours = Dump::read(fs::read(&path)?).with_context(|| format!("the dump by {compression:?}"))?;
+        let found = judge.judge(&ours, &apart, |address| !in_core(address), !swapped);
+        let found = found.with_context(|| format!("the dump by {compression:?}"))?;
+        (alike.pages, alike.more) = (found.pages, found.more);
+    }
+    Ok(alike)
 }
 
-fn same(theirs: &Core, ours: &Core, pid_swapped: bool) -> Result<(usize, u64)> {
+fn same(theirs: &Core, ours: &Core, pid_swapped: bool, apart: &Range<u64>) -> Result<(usize, u64)> {
     ensure!(theirs.bytes[..20] == ours.bytes[..20], "the files are of different kinds");
     let (expected, found) = (theirs.notes(pid_swapped)?, ours.notes(pid_swapped)?);
     ensure!(expected.len() == found.len(), "{} notes, QEMU has {}", found.len(), expected.len());
@@ -101,8 +159,9 @@ fn same(theirs: &Core, ours: &Core, pid_swapped: bool) -> Result<(usize, u64)> {
             let (from, bytes) = found.with_context(|| format!("QEMU has no memory at {at:#x}"))?;
             let theirs = &bytes[(at - from) as usize..];
             let ours = &memory[(at - address) as usize..];
-            let len = theirs.len().min(ours.len());
-            ensure!(theirs[..len] == ours[..len], "memory from {at:#x} on differs");
+            let cut = [apart.start, apart.end].into_iter().find(|cut| *cut > at).map_or(u64::MAX, |cut| cut - at);
+            let len = (theirs.len().min(ours.len()) as u64).min(cut) as usize;
+            ensure!(apart.contains(&at) || theirs[..len] == ours[..len], "memory from {at:#x} on differs");
             at += len as u64;
         }
         alike += memory.len() as u64;
