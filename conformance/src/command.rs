@@ -10,6 +10,7 @@ mod pairs;
 mod postcopy;
 mod restore;
 mod snapshot;
+mod targets;
 mod toy;
 
 use std::path::{Path, PathBuf};
@@ -35,6 +36,7 @@ use qevm_conformance::scenario::Scenario;
 use qevm_conformance::{bench, catalogue, corpus, peer, table, trial};
 use restore::Restore;
 use snapshot::Snapshot;
+use targets::Targets;
 use toy::Toy;
 
 #[derive(Parser)]
@@ -74,6 +76,8 @@ pub(crate) enum Command {
     Trial(Trial),
     /// Ask real QEMUs about hundreds of pairs of set-ups, and count how often qevm check foretells what they do
     Pairs(Pairs),
+    /// Capture machines of all targets and judge qevm by them: streams, RAM, values, guest-physical memory, conversions
+    Targets(Targets),
     /// Compare ELF cores and kdump-compressed dumps of guests of all targets with what their QEMU's dump-guest-memory
     /// writes of them
     Cores {
@@ -284,6 +288,7 @@ impl Command {
             Command::Demo(demo) => demo.run(),
             Command::Trial(trial) => trial.run(),
             Command::Pairs(pairs) => pairs.run(),
+            Command::Targets(targets) => targets.run(),
             Command::Cores { only } => compare_cores(&only),
             Command::Bench { what: BenchCommand::Decode(decode) } => decode.run(),
             Command::Bench { what: BenchCommand::Link(link) } => link.run(),

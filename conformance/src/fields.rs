@@ -19,6 +19,8 @@ use crate::description;
 const WITHOUT_FIELDS: &str = "ram";
 /// The script's name for the bytes of a section without fields.
 const OLD_STYLE_DATA: &str = "data";
+/// The type of what QEMU 10 writes in place of an element that is not there, and the script's word for it.
+const NO_ELEMENT: &str = "nullptr";
 /// Differences that are told; one cause tends to make thousands.
 const TOLD: usize = 10;
 
@@ -73,6 +75,10 @@ pub fn compare(stream: &Path, places: &[Place], theirs: &Value) -> Result<Compar
         let id = u32::from_be_bytes([section[1], section[2], section[3], section[4]]);
         let key = format!("{} ({id})", place.idstr);
         let Some(their_section) = theirs.get(&key).filter(|_| place.idstr != WITHOUT_FIELDS) else { continue };
+        // Of other iterable sections (`spapr/htab`) it reads no values.
+        if their_section == "" {
+            continue;
+        }
         let Some(device) = described.device(place.idstr.as_bytes(), place.instance_id) else {
             comparison.differs(format!("{key} is not in the description"));
             continue;
@@ -100,7 +106,10 @@ fn object(path: &str, theirs: &Value, ours: &Node, comparison: &mut Comparison) 
     };
     for (name, value) in members {
         let path = format!("{path}.{name}");
-        let children: Vec<&Node> = ours.children().iter().filter(|c| is_called(&c.name, name)).collect();
+        // An element may be a field of its own beside the array (Arm's `env.vfp.xregs[0]`).
+        let named_alone = |ours: &str| ours != name && members.contains_key(ours);
+        let called = |c: &&Node| is_called(&c.name, name) && !named_alone(&c.name);
+        let children: Vec<&Node> = ours.children().iter().filter(called).collect();
         if children.is_empty() {
             comparison.differs(format!("{path}: we have no such field"));
             continue;
@@ -134,10 +143,12 @@ fn member(path: &str, theirs: &Value, ours: &[&Node], comparison: &mut Compariso
 /// An array of structures. Several arrays of one name (the two buses of an IDE controller, and the drives on them) are
 /// one array to the script, of which it keeps one: that must be among ours.
 ///
-/// QEMU 11 marks each element of an array of pointers as there (0x31) or not (0x30). The script lists these marks among
-/// the elements.
+/// QEMU 11 marks each element of an array of pointers as there (0x31) or not (0x30), and QEMU 10 one that is not there.
+/// The script lists these marks among the elements.
 fn array(path: &str, theirs: &[Value], ours: &[&Node], comparison: &mut Comparison) -> Result<()> {
-    let theirs: Vec<&Value> = theirs.iter().filter(|e| **e != "31" && **e != "30").collect();
+    let theirs: Vec<&Value> =
+        theirs.iter().filter(|e| ["31", "30", NO_ELEMENT].iter().all(|mark| *e != mark)).collect();
+    let ours: Vec<&Node> = ours.iter().copied().filter(|node| node.type_name != NO_ELEMENT).collect();
     let mut worst = None;
     if ours.len().is_multiple_of(theirs.len()) {
         for candidate in ours.chunks(theirs.len()) {
@@ -204,5 +215,30 @@ mod tests {
     fn elements_belong_to_their_array_and_nothing_else() {
         assert!(is_called("irr", "irr") && is_called("irr[3]", "irr"));
         assert!(!is_called("irr2", "irr") && !is_called("irr.x", "irr"));
+    }
+
+    /// What the script reads of `body`, whose only section has these fields, beside what we read.
+    fn compared(fields: Value, body: &[u8], theirs: Value) -> Comparison {
+        let description = json!({ "devices": [{
+            "name": "a", "instance_id": 0, "vmsd_name": "a", "version": 1, "fields": fields,
+        }] });
+        let limits = Limits::default();
+        let described = Description::parse(description.to_string().as_bytes(), &limits).unwrap();
+        let node = described.device(b"a", 0).unwrap().decode(body, 0, &limits).unwrap();
+        let mut comparison = Comparison::default();
+        object("a", &theirs, &node, &mut comparison).unwrap();
+        comparison
+    }
+
+    #[test]
+    fn an_element_that_is_a_field_of_its_own_is_not_the_array() {
+        let fields = json!([
+            { "name": "x[0]", "type": "uint8", "size": 1 },
+            { "name": "x", "type": "uint8", "size": 1, "array_len": 2 },
+        ]);
+        let comparison = compared(fields.clone(), &[1, 2, 3], json!({ "x[0]": "0x01", "x": ["0x02", "0x03"] }));
+        assert_eq!((comparison.fields, comparison.differences), (2, vec![]));
+        let comparison = compared(fields, &[1, 2, 3], json!({ "x[0]": "0x02", "x": ["0x02", "0x03"] }));
+        assert_eq!(comparison.different, 1);
     }
 }

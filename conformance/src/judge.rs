@@ -87,6 +87,19 @@ struct Fault {
 /// The recording cannot be read or qevm not be started. What qevm gets wrong is no error but a problem in the
 /// judgement.
 pub fn judge(recording: &Recording, folder: &Path, subject: &Subject) -> Result<Judgement> {
+    judge_with_opaque(recording, folder, subject, 0)
+}
+
+/// The same for a stream of which this many bytes, no more and no less, belong to no named field.
+///
+/// # Errors
+/// As [`judge`].
+pub fn judge_with_opaque(
+    recording: &Recording,
+    folder: &Path,
+    subject: &Subject,
+    expected_opaque: u64,
+) -> Result<Judgement> {
     let mut judgement = Judgement::default();
     let finished = subject.run(&verify_arguments(recording, folder))?;
     let last = finished.stdout.lines().last().unwrap_or_default();
@@ -108,9 +121,10 @@ pub fn judge(recording: &Recording, folder: &Path, subject: &Subject) -> Result<
     if !verified.reencoded_identical {
         judgement.problems.push("re-encoding gives other bytes".into());
     }
-    if verified.opaque_bytes > 0 {
+    if verified.opaque_bytes != expected_opaque {
         let opaque = verified.opaque_bytes;
-        judgement.problems.push(format!("{opaque} bytes of device sections belong to no named field"));
+        let not = if expected_opaque > 0 { format!(", not {expected_opaque}") } else { String::new() };
+        judgement.problems.push(format!("{opaque} bytes{not} of device sections belong to no named field"));
     }
     judgement.bytes = verified.bytes;
     judgement.opaque_bytes = verified.opaque_bytes;

@@ -103,6 +103,56 @@ pub fn ram_blocks(qemu: &mut Qemu, scratch: &Path) -> Result<Vec<Block>> {
     Ok(blocks)
 }
 
+/// A stretch of guest-physical memory that is of a block that is migrated. Addresses and lengths in bytes.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Stretch {
+    /// Guest-physical address.
+    pub address: u64,
+    /// Length.
+    pub length: u64,
+    /// The block's name.
+    pub block: String,
+    /// Where it is in the block.
+    pub offset: u64,
+    /// Where the block's first byte is in the memory of QEMU's process.
+    pub host: u64,
+    /// RAM, and not ROM or flash.
+    pub writable: bool,
+}
+
+impl Stretch {
+    /// How much of the stretch is left from `address` on, if that is where it has `offset` of `block`.
+    pub(crate) fn left_of(&self, block: &str, address: u64, offset: u64) -> Option<u64> {
+        let into = address.checked_sub(self.address).filter(|into| *into < self.length)?;
+        (self.block == block && self.offset + into == offset).then_some(self.length - into)
+    }
+}
+
+/// Guest-physical memory of a *stopped* QEMU, as its first CPU has it and `xp` shows it.
+///
+/// # Errors
+/// QEMU's answers cannot be read.
+pub(crate) fn stretches(qemu: &mut Qemu) -> Result<Vec<Stretch>> {
+    let listing = qemu.human("info ramblock")?;
+    let flat = flat_view(&qemu.human("info mtree -f")?, "cpu-memory-0");
+    let mut stretches = Vec::new();
+    for listed in parse_ramblock(&listing)? {
+        let mapped: Vec<&Mapped> = flat.iter().filter(|m| listed.is_called(&m.region)).collect();
+        let host = match listed.host {
+            Some(host) => Some(host),
+            None => host_address(qemu, &mapped)?,
+        };
+        let Some(host) = host else { continue };
+        for m in mapped {
+            let length = m.length.min(listed.used.saturating_sub(m.offset));
+            let Mapped { address, offset, writable, .. } = *m;
+            stretches.push(Stretch { address, length, block: listed.name.clone(), offset, host, writable });
+        }
+    }
+    stretches.retain(|stretch| stretch.length > 0);
+    Ok(stretches)
+}
+
 /// Lower-case hexadecimal SHA-256.
 pub fn sha256(bytes: &[u8]) -> String {
     Sha256::digest(bytes).iter().map(|b| format!("{b:02x}")).collect()
@@ -169,16 +219,24 @@ struct Mapped {
     length: u64,
     offset: u64,
     region: String,
+    /// RAM, and not ROM.
+    writable: bool,
 }
 
 /// The RAM and ROM pieces in the flat view of address space `memory`, as `info mtree -f` prints them.
 fn system_memory(text: &str) -> Vec<Mapped> {
+    flat_view(text, "memory")
+}
+
+/// The same of any address space.
+fn flat_view(text: &str, space: &str) -> Vec<Mapped> {
+    let head = format!("AS \"{space}\"");
     let mut pieces = Vec::new();
     let mut ours = false;
     for line in text.lines().map(str::trim) {
         if line.starts_with("FlatView") {
             ours = false;
-        } else if line.starts_with("AS \"memory\"") {
+        } else if line.starts_with(&head) {
             ours = true;
         } else if ours && let Some(piece) = parse_piece(line) {
             pieces.push(piece);
@@ -202,7 +260,8 @@ fn parse_piece(line: &str) -> Option<Mapped> {
         None => (named, 0),
     };
     let (from, to) = (u64::from_str_radix(from, 16).ok()?, u64::from_str_radix(to, 16).ok()?);
-    Some(Mapped { address: from, length: to.checked_sub(from)? + 1, offset, region: region.into() })
+    let writable = kind == "ram";
+    Some(Mapped { address: from, length: to.checked_sub(from)? + 1, offset, region: region.into(), writable })
 }
 
 #[cfg(test)]
@@ -237,6 +296,8 @@ mod tests {
         assert_eq!(pieces.len(), 2);
         assert_eq!((pieces[0].region.as_str(), pieces[0].length), ("pc.ram", 0xa_0000));
         assert_eq!((pieces[1].region.as_str(), pieces[1].address, pieces[1].offset), ("pc.bios", 0xe_0000, 0x2_0000));
+        assert_eq!([pieces[0].writable, pieces[1].writable], [true, false]);
+        assert_eq!((flat_view(text, "cpu-memory-0").len(), flat_view(text, "I/O")[0].region.as_str()), (2, "other"));
     }
 
     #[test]

@@ -40,7 +40,8 @@ impl Form {
         }
     }
 
-    fn name(self) -> &'static str {
+    /// As `qevm convert` calls it.
+    pub(crate) fn name(self) -> &'static str {
         match self {
             Form::Plain => "plain",
             Form::MappedRam => "mapped-ram",
@@ -124,7 +125,25 @@ fn load(
     let scratch = tempfile::Builder::new().prefix("qevm-").tempdir()?;
     let scratch = scratch.path();
     record::make_inputs(root, scratch)?;
-    let mut arguments = record::arguments(scenario, scratch)?;
+    let arguments = record::arguments(scenario, scratch)?;
+    let goes_on = !matches!(scenario.guest, Guest::Idle);
+    load_with(root, arguments, form, (stream, offset), &recording.ram, goes_on, scratch)
+}
+
+/// Loads a stream from a byte on with a QEMU that is started with `arguments`, and gives what is wrong then: RAM that
+/// is not as in `truth`, or a guest that should go on and does not.
+///
+/// # Errors
+/// QEMU does not start, or does not load it.
+pub(crate) fn load_with(
+    root: &Root,
+    mut arguments: Vec<String>,
+    form: Form,
+    (stream, offset): (&Path, u64),
+    truth: &[oracle::Block],
+    goes_on: bool,
+    scratch: &Path,
+) -> Result<Vec<String>> {
     arguments.extend(["-S", "-incoming", "defer"].map(String::from));
     let mut target = Qemu::start(root, "target", &arguments, scratch)?;
     let uri = match form {
@@ -139,17 +158,17 @@ fn load(
     let loaded = oracle::ram_blocks(&mut target, scratch)?;
     let mut problems = Vec::new();
     let mut compared = 0;
-    for truth in recording.ram.iter().filter(|b| b.sha256.is_some()) {
+    for truth in truth.iter().filter(|b| b.sha256.is_some()) {
         let block = loaded.iter().find(|b| b.name == truth.name);
         compared += 1;
         if block.is_none_or(|b| b.sha256 != truth.sha256) {
             problems.push(format!("{} differs", truth.name));
         }
     }
-    if compared == 0 && !recording.ram.is_empty() {
+    if compared == 0 && !truth.is_empty() {
         bail!("no RAM block can be compared");
     }
-    if !matches!(scenario.guest, Guest::Idle) {
+    if goes_on {
         target.execute("cont", Value::Null)?;
         thread::sleep(RUNNING_TIME);
         let status = target.execute("query-status", Value::Null).context("after continuing the guest")?;

@@ -19,7 +19,9 @@ use crate::process::run;
 pub use crate::suite::Suite;
 
 /// Raised whenever the layout or the package set of a root changes, so that older roots are made again.
-const ROOT_REVISION: u32 = 1;
+const ROOT_REVISION: &str = "1";
+/// The same for the roots of other targets.
+const TARGETS_REVISION: &str = "1.1";
 pub(crate) const ROOT_STAMP: &str = ".qevm-root";
 /// The suites before Debian's merged /usr keep the loader and some libraries under `/lib`.
 const LIBRARIES: [&str; 2] = ["usr/lib/x86_64-linux-gnu", "lib/x86_64-linux-gnu"];
@@ -42,20 +44,21 @@ impl Root {
     /// # Errors
     /// Anything `apt-get` or `dpkg-deb` reports, or a QEMU that does not print its version.
     pub fn install(suite: Suite) -> Result<Root> {
-        Root::install_packages(suite, suite.name(), suite.packages(), "x86_64")
+        Root::install_packages(suite, suite.name(), ROOT_REVISION, suite.packages(), "x86_64")
     }
 
-    /// The same with the programs of other targets, a root of its own ([`Root::of_target`]); about 400 MB each.
+    /// The same with the programs of other targets, a root of its own ([`Root::of_target`]); about 500 MB each.
     ///
     /// # Errors
     /// As [`install`](Self::install).
     pub fn install_targets(suite: Suite) -> Result<Root> {
-        Root::install_packages(suite, &format!("{suite}-targets"), suite.target_packages(), "aarch64")
+        let folder = format!("{suite}-targets");
+        Root::install_packages(suite, &folder, TARGETS_REVISION, suite.target_packages(), "aarch64")
     }
 
-    fn install_packages(suite: Suite, folder: &str, packages: &[&str], target: &str) -> Result<Root> {
+    fn install_packages(suite: Suite, folder: &str, revision: &str, packages: &[&str], target: &str) -> Result<Root> {
         let dir = cache_dir()?.join("qemu").join(folder);
-        let stamp = format!("revision {ROOT_REVISION}");
+        let stamp = format!("revision {revision}\n");
         if fs::read_to_string(dir.join(ROOT_STAMP)).is_ok_and(|s| s.starts_with(&stamp)) {
             return Root::open(suite, dir, target);
         }
@@ -64,7 +67,7 @@ impl Root {
             make_root(suite, packages, &dir)
                 .with_context(|| format!("installing QEMU of Debian {suite} into {}", dir.display()))?;
             let root = Root::open(suite, dir.clone(), target)?;
-            fs::write(dir.join(ROOT_STAMP), format!("{stamp}\nqemu {}\n", root.version))?;
+            fs::write(dir.join(ROOT_STAMP), format!("{stamp}qemu {}\n", root.version))?;
         }
         drop(lock);
         Root::open(suite, dir, target)

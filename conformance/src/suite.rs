@@ -46,10 +46,18 @@ impl Suite {
     /// The packages of other targets than x86.
     pub(crate) fn target_packages(self) -> &'static [&'static str] {
         match self {
-            Suite::Bullseye | Suite::Bookworm => &["qemu-system-arm", "qemu-system-ppc", "qemu-system-misc"],
-            Suite::Trixie | Suite::Sid => {
-                &["qemu-system-arm", "qemu-system-ppc", "qemu-system-misc", "qemu-system-riscv", "qemu-system-s390x"]
+            Suite::Bullseye | Suite::Bookworm => {
+                &["qemu-system-arm", "qemu-system-ppc", "qemu-system-misc", "qemu-system-mips", "qemu-system-sparc"]
             }
+            Suite::Trixie | Suite::Sid => &[
+                "qemu-system-arm",
+                "qemu-system-ppc",
+                "qemu-system-misc",
+                "qemu-system-riscv",
+                "qemu-system-s390x",
+                "qemu-system-mips",
+                "qemu-system-sparc",
+            ],
         }
     }
 
