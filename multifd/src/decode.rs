@@ -47,6 +47,7 @@ impl Default for ChannelOptions {
 
 /// How a connection ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[non_exhaustive]
 pub enum Ending {
     /// It was closed, and there was no TLS session on it; or a recording is over.
     Closed,

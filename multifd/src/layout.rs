@@ -1,8 +1,7 @@
-//! The numbers and fixed-size headers of page channels, as they lie on the wire.
+//! The numbers of page channels: magic, version, lengths and flags, as they lie on the wire.
 //!
-//! The views are `zerocopy` structures over borrowed bytes: nothing is copied, and nothing is checked but the length.
-//! The values built from them ([`Init`](crate::Init), [`RamPacket`](crate::RamPacket),
-//! [`DeviceState`](crate::DeviceState)) are checked.
+//! The fixed-size headers are read in place through private views, which check nothing but the length. The values built
+//! from them ([`Init`](crate::Init), [`RamPacket`](crate::RamPacket), [`DeviceState`](crate::DeviceState)) are checked.
 //!
 //! Source: streams of QEMU 5.2, 7.2, 10.0 and 11.1; `docs/format/multifd.md`.
 
@@ -39,7 +38,7 @@ pub const FLAG_DEVICE_STATE: u32 = 0x40;
 /// The first packet of a channel.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned)]
 #[repr(C)]
-pub struct InitView {
+pub(crate) struct InitView {
     /// [`MAGIC`].
     pub magic: U32,
     /// [`VERSION`].
@@ -55,7 +54,7 @@ pub struct InitView {
 /// A RAM packet without its offset slots.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned)]
 #[repr(C)]
-pub struct RamHeader {
+pub(crate) struct RamHeader {
     /// [`MAGIC`].
     pub magic: U32,
     /// [`VERSION`].
@@ -81,7 +80,7 @@ pub struct RamHeader {
 /// A device-state packet (10.0).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned)]
 #[repr(C)]
-pub struct DeviceStateView {
+pub(crate) struct DeviceStateView {
     /// [`MAGIC`].
     pub magic: U32,
     /// [`VERSION`].

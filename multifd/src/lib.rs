@@ -4,7 +4,7 @@
 //!
 //! | module | what |
 //! |---|---|
-//! | [`layout`] | numbers and fixed-size headers as they lie on the wire |
+//! | [`layout`] | the numbers of the wire: magic, version, lengths, flags |
 //! | [`init`] | [`Init`], the first packet of a channel; [`ChannelSet`], who has arrived |
 //! | [`packet`] | [`RamPacket`]: which pages the payload holds, and SYNC |
 //! | [`device_state`] | [`DeviceState`]: devices beside the pages |

@@ -168,11 +168,6 @@ impl<'a> RamPacket<'a> {
         u64::from(self.normal_count()) << self.pages.bits()
     }
 
-    /// The header as it lies on the wire.
-    pub fn header(&self) -> &'a RamHeader {
-        self.header
-    }
-
     /// The runs that are outside of a RAM block of `used_length` bytes; empty if the packet fits the block.
     pub(crate) fn outside(&self, used_length: u64) -> Option<(u32, u64)> {
         let last = used_length.checked_sub(self.pages.size());

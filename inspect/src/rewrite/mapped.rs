@@ -118,10 +118,7 @@ impl SavedGuest {
                 blocks.push(MappedBlock { header, used_length: block.used_length });
                 continue;
             }
-            // The header follows the name, the length and, with x-ignore-shared, the address.
-            let words = if block.address.is_some() { 16 } else { 8 };
-            let header_offset = offset + (stream.bytes().len() + block.name.wire_len()) as u64 + words;
-            let layout = MappedBlock::place(header_offset, block.used_length, self.pages)
+            let layout = MappedBlock::place_record(offset + stream.bytes().len() as u64, block, self.pages)
                 .ok_or_else(|| Error::Usage(format!("{name}: RAM block '{}' does not fit a file", block.name)))?;
             let listed = RamBlock { mapped_ram: Some(layout.header), ..block.clone() };
             stream.event(&Event::Ram(RamRecord::Block(listed))).map_err(cannot_write)?;

@@ -13,9 +13,6 @@ use qevm_savevm::{
 use qevm_wire::PageGeometry;
 use std::{io, ops::Range, sync::Arc, time::Duration};
 
-/// What the length of a block takes in front of its header in the file, and its address.
-const LENGTH_WORD: u64 = 8;
-
 impl Engine<'_, '_> {
     /// Fails if what is on its way on a connection has not moved for as long as a connection may be silent.
     fn moves(&mut self, backlogs: &[u64]) -> io::Result<()> {
@@ -311,9 +308,7 @@ impl Engine<'_, '_> {
                 layouts.push(MappedBlock { header, used_length: 0 });
                 continue;
             }
-            let address = block.address.map_or(0, |_| LENGTH_WORD);
-            let header_at = here + block.name.wire_len() as u64 + LENGTH_WORD + address;
-            let layout = MappedBlock::place(header_at, block.used_length, PageGeometry::X86)
+            let layout = MappedBlock::place_record(here, &block, PageGeometry::X86)
                 .ok_or_else(|| failed(io::Error::from_raw_os_error(libc::EFBIG)))?;
             block.mapped_ram = Some(layout.header);
             self.core.stream().event(&Event::Ram(RamRecord::Block(block)))?;

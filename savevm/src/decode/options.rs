@@ -4,6 +4,7 @@ use qevm_wire::{Limits, PageGeometry, Profile};
 
 /// Whether sections end in a footer (`migration.send-section-footer`; off for machine types up to 2.3).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
+#[non_exhaustive]
 pub enum Footers {
     /// Decided where the first section of known layout ends (usually the START of `ram`).
     #[default]

@@ -124,6 +124,25 @@ impl MappedBlock {
         Some(MappedBlock { header, used_length })
     }
 
+    /// As [`place`](MappedBlock::place), for a `block` whose record in the list is about to be written at file offset
+    /// `record_offset`. The header follows name, length and, with `x-ignore-shared`, address.
+    ///
+    /// ```
+    /// use qevm_savevm::{mapped_ram::MappedBlock, ram::RamBlock};
+    /// use qevm_wire::PageGeometry;
+    ///
+    /// let block = RamBlock::new("pc.ram".try_into()?, 0x4000);
+    /// let layout = MappedBlock::place_record(100, &block, PageGeometry::X86).unwrap();
+    /// assert_eq!(layout.header.bitmap_offset, 100 + 1 + 6 + 8 + 28);
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    pub fn place_record(record_offset: u64, block: &RamBlock, pages: PageGeometry) -> Option<Self> {
+        const WORD: u64 = 8;
+        let words = if block.address.is_some() { 2 * WORD } else { WORD };
+        let before = words + block.name.wire_len() as u64;
+        MappedBlock::place(record_offset.checked_add(before)?, block.used_length, pages)
+    }
+
     /// How many pages the block has.
     pub fn pages(&self) -> u64 {
         self.used_length.checked_div(self.header.page_size).unwrap_or(0)
@@ -137,6 +156,24 @@ impl MappedBlock {
     /// File offset of page `page`; `None` past the last page.
     pub fn page_offset(&self, page: u64) -> Option<u64> {
         (page < self.pages()).then(|| self.header.pages_offset + page * self.header.page_size)
+    }
+
+    /// Where the bitmap says whether page `page` is present: the file offset of a byte, and the bit in it. `None` past
+    /// the last page. A page at random is read with two reads: this byte, then the page, if the bit is set.
+    ///
+    /// ```
+    /// use qevm_savevm::mapped_ram::{MappedBlock, PageBitmap};
+    /// use qevm_wire::PageGeometry;
+    ///
+    /// let block = MappedBlock::place(100, 0x10_0000, PageGeometry::X86).unwrap();
+    /// let (offset, bit) = block.presence(13).unwrap();
+    /// let mut bitmap = PageBitmap::new(block.pages());
+    /// bitmap.set(13);
+    /// assert_ne!(bitmap.as_bytes()[(offset - block.header.bitmap_offset) as usize] & bit, 0);
+    /// ```
+    pub fn presence(&self, page: u64) -> Option<(u64, u8)> {
+        let offset = self.header.bitmap_offset.checked_add(page / 8)?;
+        (page < self.pages()).then_some((offset, 1 << (page % 8)))
     }
 
     /// File offset of the first byte after the pages, where the stream goes on.
