@@ -10,6 +10,20 @@
 //! 3. The source has its verdict, will never run the guest again, and sends PING with [`CONFIRM`] after the end of the
 //!    stream. Only then does the destination run the guest.
 //!
+//! ```text
+//!  source                                      destination
+//!    │ PING 1, PING ANNOUNCE ───────────────────▶ │
+//!    │ ◀──────────────────── PONG 1, PONG AGREED  │
+//!    │ memory, devices, end of the stream ──────▶ │  loads everything
+//!    │ ◀────────────────────────────────  SHUT 0  │  waits; does not run the guest
+//!  cannot resume                                  │
+//!  any more                                       │
+//!    │ PING CONFIRM ────────────────────────────▶ │  runs the guest
+//!
+//!  lost before SHUT 0 arrives:  the source resumes, the destination gives up
+//!  lost after it:               paused at both ends; an operator says `cont` at the destination
+//! ```
+//!
 //! So the guest never runs on both sides, wherever the connection breaks: as long as SHUT has not arrived, the source
 //! resumes and the destination gives up. What remains is the loss of the confirmation itself, after which the guest
 //! runs on neither side until the operator says `cont` at the destination, which has everything.

@@ -3,6 +3,20 @@
 use std::time::Duration;
 
 /// State of a migration. The names are QEMU's.
+///
+/// ```text
+///  None ──▶ Setup ──▶ Active ─────────────────────▶ Device ──▶ Completed
+///                       └──▶ PreSwitchover ──▶┘       │            ▲
+///                   (pause-before-switchover)         ▼            │
+///                                     PostcopyDevice ──▶ PostcopyActive
+///                                                         │        ▲
+///                                  (the connection ends)  ▼        │
+///                          PostcopyRecoverSetup ◀── PostcopyPaused │
+///                                   └──▶ PostcopyRecover ──────────┘
+///
+///  Setup to Device ──(`migrate_cancel`)──▶ Cancelling ──▶ Cancelled
+///  any ──(a failure)──▶ Failing ──▶ Failed       a postcopy that runs is paused instead
+/// ```
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 #[non_exhaustive]
 pub enum Status {

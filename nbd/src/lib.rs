@@ -14,6 +14,23 @@
 //! | [`negotiation`] | [`Negotiation`]: what a server answers to options |
 //! | [`error`] | [`Error`]: kind, offset, path |
 //!
+//! # A connection
+//!
+//! ```text
+//!  client                            server
+//!                    ◀── Hello ──
+//!                    ── Flags ──▶
+//!                    ── Option STRUCTURED_REPLY ──▶      ◀── OptionReply ACK ──       or an error: simple replies
+//!                    ── Option GO, with the name ──▶     ◀── OptionReply INFO … ACK ──
+//!     both decoders: `begin`, from here on requests and replies
+//!                    ── Request READ ──▶                 ◀── Chunk Data, Hole or Error …, the last one `done` ──
+//!                                                        ◀── Simple, and the bytes ──
+//!                    ── Request DISC ──▶
+//!
+//!  [`ClientDecoder`]   Flags ──▶ Options ──(`begin`)──▶ Requests
+//!  [`ServerDecoder`]   Hello ──▶ Options ──(`begin`)──▶ Replies
+//! ```
+//!
 //! # Promises
 //!
 //! * Nothing here does I/O, and nothing panics or loops without consuming input, on any input.

@@ -1,4 +1,28 @@
 //! How far a destination is.
+//!
+//! ```text
+//!  Opening
+//!    ▼
+//!  Stream ◀──▶ Section, Block, MappedBlock, Synchronising,   each asks the guest or waits,
+//!    │         Package, Place                                and the stream goes on
+//!    │
+//!    ├──(page channels)──▶ EndOfMemory ──┐
+//!    ▼                                   ▼
+//!  memory is complete ──(state of devices over page channels)──▶ DeviceStates ──┐
+//!    │  │                                                                       ▼
+//!    │  └──────────────────────────────────────────────────────────────▶ LoadingDevices
+//!    │                                                                          ▼
+//!    │ (postcopy: the guest is started                   (not with late-block-activate) Activating
+//!    │  while the stream is read)                                               │
+//!    ▼                                                                          │
+//!  AwaitingStart ──▶ Telling ◀──────────────────────────────────────────────────┤
+//!                      │ SHUT 0                                                 │ without a return path
+//!                      ├──(agreed on)──▶ Confirming ──▶ Arrived ◀───────────────┘
+//!                      └──(else)────────────────────────────▲
+//!
+//!  any, on a failure ──▶ Failing (SHUT 1) ──▶ Lingering ──▶ Over
+//!                   └──(no return path; the guest runs here, or may run at either end)──▶ Over
+//! ```
 
 use super::SectionUse;
 use crate::core::Mark;
