@@ -60,13 +60,13 @@ struct Monitor {
     gone: Cell<bool>,
     /// Pages sent since then.
     later: Cell<u64>,
-    /// What somebody waits for in a guest that came before its memory.
+    /// What is waited for in a guest that came before its memory.
     faults: RefCell<Option<PageFaults>>,
-    /// Pages that came then, and those of them that came while somebody waited.
+    /// Pages that came then, and those of them that came while one was waited for.
     came: Cell<(u64, u64)>,
 }
 
-/// Pages that somebody touches when the guest runs before they are there.
+/// Pages that are touched when the guest runs before they are there.
 const TOUCHED: usize = 64;
 
 impl Monitor {
@@ -87,7 +87,7 @@ impl Monitor {
                 Ok(Some(running)) => return Ok(running),
                 Ok(None) => {}
                 Err(error) => {
-                    // The source hears of it, and its guest runs on.
+                    // The source learns of it, and its guest runs on.
                     core.fail(&error);
                     if let destination::Action::Send(message) = core.next(&[])?.action {
                         let _ = stream.write_all(&encoded(&message)).await;

@@ -1,4 +1,4 @@
-//! The connections of one source, in whatever order they come and whoever else calls.
+//! The connections of one source, in whatever order they come, and those of others.
 //!
 //! A source opens the main channel and the page channels at the same time, and nobody promises which arrives first, or
 //! which first says something. Each connection is known by its first bytes; until then it is one of the
@@ -29,7 +29,7 @@ const LOOK: Duration = Duration::from_millis(250);
 /// How old a page channel that did not fit may be to belong to the source that is here now.
 const MISFIT_AGE: Duration = Duration::from_secs(10);
 
-/// What was seen while a source was waited for, and is told to whoever waits.
+/// What was seen while a source was waited for, and is told to waiters.
 #[derive(Debug)]
 pub(crate) enum Seen {
     /// A connection was dropped.
@@ -200,7 +200,7 @@ impl<'s> Source<'s> {
 
 /// Who has done something.
 struct Ready {
-    /// Somebody is in the listener's queue.
+    /// A connection is in the listener's queue.
     accept_ready: bool,
     /// For each unidentified connection, whether it has.
     readable: Vec<bool>,

@@ -18,7 +18,7 @@ pub struct WriteSlice<'a>(libc::iovec, PhantomData<&'a [u8]>);
 pub struct ReadSlice<'a>(libc::iovec, PhantomData<&'a mut [u8]>);
 
 impl<'a> WriteSlice<'a> {
-    /// Bytes that nobody changes.
+    /// Bytes that do not change.
     pub fn bytes(bytes: &'a [u8]) -> Self {
         WriteSlice(libc::iovec { iov_base: bytes.as_ptr().cast_mut().cast(), iov_len: bytes.len() }, PhantomData)
     }

@@ -124,7 +124,7 @@ impl Outgoing {
 
 impl Incoming {
     /// Waits for a source, and for all of its page channels if `job` has capability `multifd`, as long as it takes.
-    /// Whoever else calls is dropped, with a line in the log; so is a source whose channels do not all come in time
+    /// Any other connection is dropped, with a line in the log; so is a source whose channels do not all come in time
     /// (`x-handshake-timeout`). With capability `postcopy-preempt` the listener stays open until the source has opened
     /// that channel, too, or the migration is over.
     ///
@@ -247,7 +247,7 @@ pub fn check_transport(address: &Address, job: &Job) -> Result<(), MigrationErro
     Ok(())
 }
 
-/// Nobody can answer here.
+/// No answer is possible here.
 fn one_way(job: &Job) -> Result<(), BadCapability> {
     let capabilities = job.capabilities();
     match (capabilities.return_path, capabilities.postcopy_ram) {
@@ -310,7 +310,7 @@ mod tests {
     use crate::channel::{ReadSlice, WriteSlice, read_at_least, write_all};
     use rustix::fs::{CWD, FileType, Mode, mknodat};
 
-    /// Whoever serves QMP opens them.
+    /// The QMP server opens them.
     #[test]
     fn a_fifo_without_another_end_does_not_make_the_monitor_wait() {
         let folder = tempfile::tempdir().unwrap();

@@ -123,7 +123,7 @@ pub fn receive(
             (result, _) => result,
         };
         if let Err(error) = &result {
-            // Whoever runs it has the disks.
+            // The side that runs it has the disks.
             guest.hooks().inactivate();
             let Engine { core, channel, start, .. } = &mut engine;
             leave(core, &***channel, *start, error, |message| send(&***channel, message));
@@ -182,7 +182,7 @@ struct Engine<'e> {
     ram: RamReceiver<'e>,
     /// Memory that is missing until it comes (postcopy).
     listening: Option<Listening>,
-    /// Takes the connection in over which pages come that somebody waits for.
+    /// Takes the connection in over which pages come that are waited for.
     preempt: Option<Preempt>,
     pages: Option<&'e PageChannels>,
     /// Reads of the main channel fail when nothing comes for some time.
@@ -197,7 +197,7 @@ struct Engine<'e> {
     from_file: u64,
     /// Bytes of the file that the stream jumps over.
     jumped: u64,
-    /// Large blocks stay in the file until somebody touches them.
+    /// Large blocks stay in the file until they are touched.
     lazy: bool,
     left: Option<Setup>,
     rest: Option<LazyRestore>,
@@ -310,7 +310,7 @@ impl Engine<'_> {
                     }
                     self.core.loaded(loaded)?;
                 }
-                // Before the verdict: if somebody else has a disk, the source can still go on.
+                // Before the verdict: if another process has a disk, the source can still go on.
                 Action::Activate => self.core.activated(self.guest.hooks().activate())?,
                 Action::Tell { message, patience } => {
                     job.check()?;
@@ -353,7 +353,7 @@ impl Engine<'_> {
         let arrived =
             start::start(guest, job, start::Parts { core, listening, channel: channel.clone(), first, start, bytes });
         if arrived.is_err() {
-            // Whoever runs it has the disks.
+            // The side that runs it has the disks.
             guest.hooks().inactivate();
         }
         arrived

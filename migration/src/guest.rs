@@ -107,7 +107,7 @@ pub trait Hooks: Send + Sync {
     /// source when a migration has failed.
     ///
     /// # Errors
-    /// Somebody else uses a disk.
+    /// Another process uses a disk.
     fn activate(&self) -> Result<(), GuestError> {
         Ok(())
     }

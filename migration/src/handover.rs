@@ -34,7 +34,7 @@
 //! [`LOADED`], which stands after the last device: until then it does not run the guest for certain, whether it is
 //! slow, stopped, dead or cut off, and the source may resume. After the end only the destination's word counts: SHUT 0
 //! completes the migration, another SHUT makes the source resume, and if none arrives (the link is dead, the connection
-//! was reset, or the migration cancelled) nobody can tell at the source. The guest then stays paused there, and the
+//! was reset, or the migration cancelled) the source cannot know. The guest then stays paused there, and the
 //! operator decides.
 
 use qevm_savevm::{Encoder, Event, command::Command};

@@ -24,7 +24,7 @@ pub enum Notice {
     Pass(u64),
 }
 
-/// Settings, state and controls of a machine's migration. Shared by an engine and whoever watches it.
+/// Settings, state and controls of a machine's migration. Shared by an engine and its watchers.
 #[derive(Default)]
 pub struct Job {
     state: Mutex<State>,
@@ -55,7 +55,7 @@ struct State {
     paused: bool,
     /// The connections over which a postcopy goes on that was interrupted.
     next: Option<Outgoing>,
-    /// Nobody waits for such any more.
+    /// They are no longer waited for.
     given_up: bool,
     /// What the watcher has not been told yet.
     notices: VecDeque<Notice>,
@@ -334,7 +334,7 @@ impl Job {
         state.statistics.total_time = state.elapsed();
         state.channels = Vec::new();
         if status == Status::Failed {
-            // Clearing up is over here when the engine says that it has failed; who watches for the word hears it.
+            // Clearing up is over here when the engine says that it has failed; a watcher still sees the word.
             state.notices.push_back(Notice::Status(Status::Failing));
         }
         state.notices.push_back(Notice::Status(status));

@@ -6,7 +6,7 @@
 //! and nobody else ever. So no page is filled in twice, and none that the guest has changed is filled in again.
 //!
 //! ```text
-//!  guest, devices ──touch──▶ MissingPages::wait ─▶ claim ─▶ read the page ─▶ MissingPages::fill ─▶ whoever waits goes on
+//!  guest, devices ──touch──▶ MissingPages::wait ─▶ claim ─▶ read the page ─▶ MissingPages::fill ─▶ waiters continue
 //!            LazyRestore::load ─▶ claim the next run ─▶ read the run ──────────────▲
 //! ```
 //!
@@ -30,8 +30,8 @@ use std::{
     thread::JoinHandle,
 };
 
-/// Bytes that are read at once ahead of the guest: few enough that whoever touches one of these pages does not wait
-/// long.
+/// Bytes that are read at once ahead of the guest: few enough that a thread that touches one of these pages does not
+/// wait long.
 const AHEAD: u64 = 256 << 10;
 /// A page that is touched comes with what the file has around it, within this many bytes, aligned: as the kernel does
 /// for a file that is mapped.
@@ -40,8 +40,8 @@ const AROUND: u64 = 64 << 10;
 /// A guest's memory of which parts are still in the file. Whoever has it decides whether the rest is
 /// [loaded](LazyRestore::load) or [left](LazyRestore::serve) in the file until it is touched.
 ///
-/// When it is dropped before, and the guest has been started, memory stays as it is, and whoever touches a missing page
-/// waits for ever.
+/// When it is dropped before, and the guest has been started, memory stays as it is, and a thread that touches a
+/// missing page waits for ever.
 #[derive(Debug)]
 pub struct LazyRestore {
     shared: Arc<Shared>,
@@ -53,7 +53,7 @@ pub struct LazyRestore {
 pub struct RestoreProgress {
     /// Bytes of pages that are still in the file only.
     pub remaining: u64,
-    /// Pages that were read because somebody waited for them.
+    /// Pages that were read because they were waited for.
     pub requests: u64,
 }
 
@@ -84,7 +84,7 @@ struct Block {
     present: PageBitmap,
     /// Bytes that are filled in at once.
     unit: u64,
-    /// Units that somebody has read, or is reading.
+    /// Units that were read, or are being read.
     claimed: AtomicPageSet,
 }
 
@@ -159,7 +159,7 @@ impl LazyRestore {
     ///
     /// # Errors
     /// [`MigrationError`] when a page cannot be had, for whatever reason. Guest memory is lost then: the guest must be
-    /// stopped and never run again. Who waits for a page waits on, so that nobody has seen wrong memory.
+    /// stopped and never run again. What waits for a page keeps waiting, so that wrong memory is never seen.
     pub fn load(self) -> Result<(), MigrationError> {
         if let Err(error) = self.shared.load_all() {
             self.shared.fail(error);
@@ -233,7 +233,7 @@ impl Drop for LazyRestore {
 }
 
 impl Shared {
-    /// Reads pages that somebody waits for.
+    /// Reads pages that are waited for.
     fn serve(&self) {
         loop {
             let served = match self.pages.wait() {
@@ -263,7 +263,7 @@ impl Shared {
         self.fill(number, block, run)
     }
 
-    /// Reads everything that nobody has read, what comes after touched pages first.
+    /// Reads everything that was not read, what comes after touched pages first.
     fn load_all(&self) -> Result<(), MigrationError> {
         let mut place = (0, 0);
         while let Some((number, block, run)) = self.claim_next(place) {
@@ -349,7 +349,7 @@ impl Block {
         (AHEAD / self.unit).max(1)
     }
 
-    /// Claims the first units within these that the file has and nobody has claimed, as many as are read at once.
+    /// Claims the first units within these that the file has and that were not claimed, as many as are read at once.
     fn claim_run(&self, units: Range<u64>) -> Option<Range<u64>> {
         let end = units.end.min(self.units());
         let first = (units.start..end).find(|unit| self.claim_held(*unit))?;
@@ -358,7 +358,7 @@ impl Block {
         Some(first..last)
     }
 
-    /// Claims what is next to a unit that the caller has claimed, as far as the file has it and nobody has claimed it.
+    /// Claims what is next to a unit that the caller has claimed, as far as the file has it and it was not claimed.
     fn claim_around(&self, unit: u64) -> Range<u64> {
         if !self.has(unit) {
             return unit..unit + 1;

@@ -12,7 +12,7 @@
 //! use std::{ops::Range, os::unix::net::UnixStream, thread};
 //! use vm_memory::{Bytes, MmapRegion, VolatileMemory};
 //!
-//! /// A guest that is memory, to which nobody writes.
+//! /// A guest that is memory, which is not written to.
 //! struct Toy {
 //!     memory: MmapRegion,
 //!     running: AtomicBool,
@@ -95,7 +95,7 @@
 //! | `testing` | simulated migrations (feature `testing`) |
 //! | `handover`, `verdict` | who runs the guest when the connection breaks in the last moment |
 //! | `tls` | sessions around the connections |
-//! | `announcement` | [`Announcement`]: how the network hears where the guest is now |
+//! | `announcement` | [`Announcement`]: how the network learns where the guest is now |
 //! | `job`, `statistics` | control and what `query-migrate` reports |
 //!
 //! # Promises

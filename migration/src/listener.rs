@@ -134,7 +134,7 @@ impl Listener {
         }
     }
 
-    /// Makes it give nothing at once when nobody waits to be accepted.
+    /// Makes it give nothing at once when none waits to be accepted.
     pub(crate) fn set_nonblocking(&self) -> io::Result<()> {
         match &self.bound.socket {
             Listening::Tcp(socket) => socket.set_nonblocking(true),
@@ -142,7 +142,7 @@ impl Listener {
         }
     }
 
-    /// The next connection, which is to be [prepared](Socket::prepare), if somebody waits to be accepted.
+    /// The next connection, which is to be [prepared](Socket::prepare), if one waits to be accepted.
     ///
     /// # Errors
     /// As `accept(2)`.
@@ -202,7 +202,7 @@ fn listener(place: SocketAddr, options: &TcpOptions) -> io::Result<TcpListener> 
         socket.set_only_v6(!options.takes_both())?;
     }
     socket.bind(&place.into())?;
-    // `listen` tells of a port that somebody else has as `bind` does.
+    // `listen` tells of a port that is taken, as `bind` does.
     socket.listen(BACKLOG)?;
     Ok(OwnedFd::from(socket).into())
 }
@@ -210,7 +210,7 @@ fn listener(place: SocketAddr, options: &TcpOptions) -> io::Result<TcpListener> 
 impl Drop for Bound {
     fn drop(&mut self) {
         if let Address::Unix(path) = &self.address {
-            // Somebody may have removed it already.
+            // It may have been removed already.
             let _ = fs::remove_file(path);
         }
     }

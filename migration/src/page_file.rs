@@ -183,7 +183,8 @@ impl Saving {
         let _ = self.blocks.set(layouts.into_iter().map(place).collect());
     }
 
-    /// Writes pages of a block, those at `offsets`, to their places. Nobody else writes the same pages meanwhile.
+    /// Writes pages of a block, those at `offsets`, to their places. The same pages are not written elsewhere
+    /// meanwhile.
     pub(crate) fn save(&self, block: usize, view: &RamView<'_>, offsets: &[u64]) -> Result<Counts, MigrationError> {
         let place = self.blocks.get().and_then(|blocks| blocks.get(block)).ok_or(MigrationError::ChannelsEnded)?;
         let pages = PageGeometry::X86;

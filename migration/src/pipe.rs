@@ -226,7 +226,7 @@ impl Channel for Pipe {
     }
 
     fn finish_writing(&self) {
-        // The descriptor is closed when nobody writes to it any more, and the other end reads to the end.
+        // The descriptor is closed when it is not written to any more, and the other end reads to the end.
         *lock(&self.writer) = None;
     }
 

@@ -1,17 +1,17 @@
 //! The destination of a postcopy: the guest runs here, and the rest of its memory comes after it.
 //!
-//! Whoever touches a page that has not come waits until it is there. The source is asked for it, once, and sends it
-//! before all others.
+//! A thread that touches a page that has not come waits until it is there. The source is asked for it, once, and sends
+//! it before all others.
 //!
 //! ```text
 //!  guest, devices ──touch──▶ MissingPages::wait ─▶ PageFaults ─▶ REQ_PAGES ──▶ source
-//!                    whoever waits goes on ◀─ MissingPages::fill ◀─ page ◀── source
+//!                          waiters continue ◀─ MissingPages::fill ◀─ page ◀── source
 //! ```
 //!
 //! Two threads do that from the moment on at which memory is missing: the devices, which are loaded meanwhile, may
 //! touch it, too. With capability `postcopy-preempt` a third reads the connection on which the source sends what it is
 //! asked for ([`preempt`]). A page that was filled in is never filled in again, and one that does not come is not
-//! filled in at all: who waits for it waits on, so that nobody sees wrong memory. How long everybody waits is
+//! filled in at all: what waits for it keeps waiting, so that wrong memory is never seen. How long everybody waits is
 //! [counted](BlockTimes) with capability `postcopy-blocktime`.
 
 mod assembly;
@@ -50,7 +50,7 @@ impl Postcopy {
     ///
     /// # Errors
     /// [`MigrationError::PostcopyBroken`]. Guest memory is lost then: the guest must be stopped and never run again.
-    /// Who waits for a page waits on, so that nobody has seen wrong memory.
+    /// What waits for a page keeps waiting, so that wrong memory is never seen.
     pub fn load(mut self, job: &Job) -> Result<(), MigrationError> {
         while let Some(status) = self.shared.wait_for_news() {
             // Too late to be cancelled.

@@ -52,7 +52,7 @@ mod tests {
     fn sockets_are_their_owners_alone() {
         let directory = tempfile::tempdir().unwrap();
         let (stream, frames) = (directory.path().join("s"), directory.path().join("d"));
-        // Other tests make files in directories of their own, which nobody else sees.
+        // Other tests make files in directories of their own, which no other test sees.
         let before = umask(Mode::empty());
         let (listener, datagram) = (listener(&stream), datagram(&frames));
         umask(before);

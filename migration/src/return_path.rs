@@ -44,8 +44,8 @@ impl ReturnPath {
     }
 
     /// Reads messages until the peer closes. A failure closes the channel, so that the sending thread does not stay
-    /// blocked in a write that nobody reads. Pages that are asked for are given to `serve`; if that says true, nobody
-    /// else has to hear of it.
+    /// blocked in a write that the peer does not read. Pages that are asked for are given to `serve`; if that says
+    /// true, none else has to learn of it.
     pub(crate) fn listen(&self, channel: &dyn Channel, serve: impl Fn(&ReturnPath) -> Result<bool, MigrationError>) {
         if let Err(error) = self.messages(channel, serve) {
             self.answers().fail(error);

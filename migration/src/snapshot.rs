@@ -1,11 +1,11 @@
 //! Memory as of one instant, of a guest that runs on (capability `background-snapshot`, QEMU 6.0).
 //!
 //! Guest memory is protected against writes. Who writes to a page first waits until it was copied, which takes
-//! microseconds and does not depend on the peer: copies are sent when their turn comes. What nobody writes to is copied
-//! as the migration comes to it.
+//! microseconds and does not depend on the peer: copies are sent when their turn comes. What is not written to is
+//! copied as the migration comes to it.
 //!
 //! ```text
-//!  guest, devices ──write──▶ ProtectedPages::wait ─▶ copy ─▶ ProtectedPages::unprotect ─▶ whoever waits goes on
+//!  guest, devices ──write──▶ ProtectedPages::wait ─▶ copy ─▶ ProtectedPages::unprotect ─▶ waiters continue
 //!             Snapshot::copy (the next pages) ─▶ copy ───────────▲        └▶ Snapshot::take: what is sent
 //! ```
 
@@ -88,7 +88,7 @@ impl Snapshot {
     }
 
     /// Copies pages of this memory for those who write to them, until the [end](Snapshot::end). Each thread has views
-    /// of its own: the guest must not be asked for them while somebody waits.
+    /// of its own: the guest must not be asked for them while a page is waited for.
     pub(crate) fn serve(&self, ram: &[RamView<'_>]) {
         let unprotected = |state: &mut State| state.blocks.is_empty() && !state.ended;
         let protected = self.changed.wait_while(self.lock(), unprotected).unwrap_or_else(PoisonError::into_inner);

@@ -89,7 +89,7 @@ impl Socket {
         }
     }
 
-    /// Takes over a connected socket that somebody else has opened.
+    /// Takes over a connected socket that the caller has opened.
     ///
     /// # Errors
     /// The system's: it is not connected, for example.

@@ -1,4 +1,4 @@
-//! The preempt channel of a source: pages that the guest waits for, sent by the thread that hears of them.
+//! The preempt channel of a source: pages that the guest waits for, sent by the thread that receives the requests.
 //!
 //! To wake another thread takes about as long as to send a page. The core learns of it when it is polled next.
 
@@ -29,7 +29,7 @@ impl Urgent {
         *self.lock() = None;
     }
 
-    /// Sends pages that nobody else sends.
+    /// Sends pages that are sent nowhere else.
     ///
     /// # Errors
     /// There is no channel, or it has failed.
@@ -50,7 +50,7 @@ impl Urgent {
         ram.send(&**channel, stream, &Batch::default())
     }
 
-    /// Sends what the guest waits for. False if the core has to hear of it, because others send it or nothing is left.
+    /// Sends what the guest waits for. False if the core has to learn of it, because others send it or nothing is left.
     ///
     /// # Errors
     /// The channel has failed.

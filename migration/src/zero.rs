@@ -7,7 +7,7 @@ pub(crate) const ZERO_PAGE: [u8; 4096] = [0; 4096];
 
 /// Whether all bytes of `page` are zero at the moment they are looked at.
 ///
-/// A page that changes meanwhile may be called either; whoever tracks dirty pages sees that write and sends it again.
+/// A page that changes meanwhile may be called either; the dirty log sees that write and sends it again.
 pub(crate) fn is_zero(page: &VolatileSlice<'_>) -> bool {
     let guard = page.ptr_guard();
     let (start, len) = (guard.as_ptr(), page.len());

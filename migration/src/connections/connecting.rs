@@ -73,7 +73,7 @@ enum Progress {
 }
 
 /// Connects these, until `job` is cancelled or one takes too long. To look a name up and to connect may take minutes
-/// and cannot be interrupted everywhere: a thread of its own does it, which nobody waits for then, and which connects
+/// and cannot be interrupted everywhere: a thread of its own does it, which is not waited for then, and which connects
 /// no more.
 pub(super) fn connect(address: &Address, job: &Job, names: Names) -> Result<Outgoing, MigrationError> {
     let failed = |source| MigrationError::Connect { address: address.clone(), source };

@@ -44,13 +44,13 @@ pub struct Answers {
     bitmaps: VecDeque<(CountedString, Vec<u8>)>,
     /// The destination goes on with a postcopy that was interrupted.
     resumed: bool,
-    /// An ack of the switchover may come though nobody waits for it: the capability may be on there.
+    /// An ack of the switchover may come though it is not waited for: the capability may be on there.
     stray_ack: bool,
     /// The destination has said something.
     heard: bool,
 }
 
-/// What whoever hears of requests sends on the preempt channel.
+/// What the thread that receives requests sends on the preempt channel.
 #[derive(Debug, Default)]
 struct Urgent {
     /// It is being sent.
@@ -109,7 +109,7 @@ impl Answers {
     /// This PING goes out.
     ///
     /// # Errors
-    /// Why nobody will answer: the destination's last message came before everything was sent.
+    /// Why no answer will come: the destination's last message came before everything was sent.
     pub(crate) fn ping(&mut self, value: u32) -> Result<Command, MigrationError> {
         match self.session.ping(value) {
             Ok(()) => Ok(Command::Ping(value)),
@@ -224,7 +224,7 @@ impl Answers {
         self.requests.as_mut()?.next_page()
     }
 
-    /// From here on whoever hears of requests may take these pages.
+    /// From here on the thread that receives requests may take these pages.
     pub(super) fn lend(&mut self, left: Sweep) {
         self.left = Some(left);
     }
@@ -234,9 +234,9 @@ impl Answers {
         self.left.take()
     }
 
-    /// Pages that the guest waits for and nobody has sent, after
+    /// Pages that the guest waits for and that were not sent, after
     /// [`Action::ServeRequests`](super::source::Action::ServeRequests); given once, and no others before
-    /// [`urgent_sent`](Self::urgent_sent). Whoever takes them sends them on the preempt channel.
+    /// [`urgent_sent`](Self::urgent_sent). The thread that takes them sends them on the preempt channel.
     pub fn next_urgent(&mut self) -> Option<Batch> {
         let (left, requests) = (self.left.as_mut()?, self.requests.as_mut()?);
         if self.urgent.going.is_some() {

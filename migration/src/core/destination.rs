@@ -183,7 +183,7 @@ impl Destination {
         matches!(self.phase, Phase::Confirming { .. } | Phase::Arrived { .. })
     }
 
-    /// The RAM blocks that the source has listed, for whoever reads the preempt channel ([`PreemptDecoder`]).
+    /// The RAM blocks that the source has listed, for the reader of the preempt channel ([`PreemptDecoder`]).
     ///
     /// [`PreemptDecoder`]: qevm_savevm::ram::PreemptDecoder
     pub fn ram_blocks(&self) -> &Arc<RamBlocks> {

@@ -248,7 +248,7 @@ impl SourceCore {
         self.options.leaves_out(block)
     }
 
-    /// What is to be sent on the main channel, before the pages of a batch. Whoever sends it clears it.
+    /// What is to be sent on the main channel, before the pages of a batch. The sender clears it.
     pub fn stream(&mut self) -> &mut StreamWriter {
         &mut self.stream
     }

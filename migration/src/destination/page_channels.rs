@@ -92,7 +92,7 @@ impl PageChannels {
         self.failure.lock().unwrap_or_else(PoisonError::into_inner).take()
     }
 
-    /// A page channel failed: nobody waits for it any more.
+    /// A page channel failed: it is no longer waited for.
     fn fail(&self, error: MigrationError, main: &dyn Channel) {
         let reason = error.to_string();
         self.failure.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(error);

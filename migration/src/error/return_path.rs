@@ -10,7 +10,7 @@ pub enum ReturnPathError {
     /// A message could not be read.
     #[error(transparent)]
     Message(#[from] qevm_returnpath::ErrorKind),
-    /// A message that nobody asked for, or that has no place at this time.
+    /// A message that was not asked for, or that has no place at this time.
     #[error(transparent)]
     Session(#[from] SessionError),
     /// The destination speaks TLS, and what it says is an alert: it has taken the stream for a bad handshake.

@@ -1,4 +1,4 @@
-//! Pages that somebody waits for: those that are missing, and those that are protected.
+//! Pages that are waited for: those that are missing, and those that are protected.
 
 use crate::GuestError;
 use std::ops::Range;
@@ -14,7 +14,7 @@ pub trait MissingPages: Send + Sync {
     /// The guest's own.
     fn unit(&self, block: usize) -> Result<u64, GuestError>;
 
-    /// Empties bytes of a block, whole units: nothing is in them afterwards, as in memory that nobody has touched.
+    /// Empties bytes of a block, whole units: nothing is in them afterwards, as in memory that was not touched.
     ///
     /// # Errors
     /// The guest's own; above all when the host cannot do that with this memory.
@@ -26,7 +26,7 @@ pub trait MissingPages: Send + Sync {
     /// The guest's own; above all when the host cannot do that with this memory.
     fn add(&self, block: usize) -> Result<(), GuestError>;
 
-    /// Waits until somebody touches a page that is missing, and says which. The same page may be told of several times,
+    /// Waits until a page is touched that is missing, and says which. The same page may be told of several times,
     /// and while it is being filled in. `None` after [`stop`](MissingPages::stop).
     ///
     /// # Errors
@@ -55,14 +55,14 @@ pub trait MissingPages: Send + Sync {
     /// Makes [`wait`](MissingPages::wait) end.
     fn stop(&self);
 
-    /// What is missing now is zero from now on, and nobody waits any more.
+    /// What is missing now is zero from now on, and no wait is left.
     ///
     /// # Errors
     /// The guest's own.
     fn release(&self) -> Result<(), GuestError>;
 }
 
-/// A page that is missing, and somebody waits for.
+/// A page that is missing and waited for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Touch {
     /// The block.
@@ -85,7 +85,7 @@ pub trait ProtectedPages: Send + Sync {
     /// The guest's own; above all when the host cannot do that with this memory.
     fn protect(&self, block: usize) -> Result<u64, GuestError>;
 
-    /// Waits until somebody writes to a page that is protected, and says which: a block and any offset in the page. The
+    /// Waits until a protected page is written to, and says which: a block and any offset in the page. The
     /// same page may be told of several times, and after it was unprotected. `None` after
     /// [`stop`](ProtectedPages::stop).
     ///
@@ -102,7 +102,7 @@ pub trait ProtectedPages: Send + Sync {
     /// Makes [`wait`](ProtectedPages::wait) end.
     fn stop(&self);
 
-    /// Ends the protection of all blocks: nobody waits any more.
+    /// Ends the protection of all blocks: no wait is left.
     ///
     /// # Errors
     /// The guest's own.

@@ -74,7 +74,7 @@ impl Job {
         self.changed.notify_all();
     }
 
-    /// The connections of a postcopy are lost. Waits for other ones; `None` if nobody does any more.
+    /// The connections of a postcopy are lost. Waits for other ones; `None` if they are no longer waited for.
     pub(crate) fn next_connections(&self, why: String) -> Option<Outgoing> {
         let mut state = self.lock();
         let paused = std::mem::take(&mut state.paused);

@@ -132,7 +132,7 @@ fn a_touched_page_comes_with_those_around_it_within_64_kib() {
     // Pages 13, 16, 46 and 49 are zero, and 48 begins another 64 KiB.
     assert_eq!([touch(15), touch(47), touch(48)], [14..16, 47..48, 48..49]);
     assert_eq!(touch(13), 13..14);
-    // What somebody else has claimed is his.
+    // What another thread has claimed is its own.
     assert!(block.claimed.claim(20));
     assert_eq!(touch(21), 21..22);
 }

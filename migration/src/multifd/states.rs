@@ -58,7 +58,7 @@ impl States {
         self.changed.notify_all();
     }
 
-    /// Loads the state of a device as it comes, until it is complete or somebody has given up.
+    /// Loads the state of a device as it comes, until it is complete or a thread has given up.
     pub(crate) fn load(&self, number: usize, device: &dyn IterativeDevice) -> Result<(), MigrationError> {
         loop {
             let mut order = self.lock();

@@ -7,7 +7,7 @@ use std::{collections::HashMap, time::Duration};
 /// longer.
 const BUCKETS: usize = 24;
 
-/// How long a guest has waited for its memory in postcopy: from the moment when somebody touches a page that has not
+/// How long a guest has waited for its memory in postcopy: from the moment when a page is touched that has not
 /// come to the moment when it is there. Of pages that are still waited for nothing is counted.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 #[non_exhaustive]
@@ -58,7 +58,7 @@ impl Waits {
     }
 }
 
-/// A vCPU that waits, or somebody else, and since when.
+/// A vCPU that waits, or another thread, and since when.
 type Open = (Option<usize>, Duration);
 
 /// Keeps account of it. Times are counted from any moment on.
@@ -92,7 +92,7 @@ impl Account {
         }
     }
 
-    /// Somebody waits for a page, since about now. It may be there already, or be waited for by the same: that changes
+    /// A page is waited for, since about now. It may be there already, or be waited for by the same: that changes
     /// nothing.
     pub(super) fn touched(&mut self, vcpu: Option<usize>, block: usize, page: u64, now: Duration) {
         if self.here.get(block).is_none_or(|here| here.contains(page)) {

@@ -52,7 +52,7 @@ impl Listening {
     /// The same with a preempt channel, over which pages of `blocks` come.
     pub(crate) fn with_preempt(self, preempt: Option<Preempt>, blocks: Arc<RamBlocks>) -> Self {
         if let Some(preempt) = preempt {
-            // Nobody has set it before.
+            // It was not set before.
             let blocks = self.shared.urgent_blocks.get_or_init(|| blocks).clone();
             self.shared.read_urgent(preempt, blocks);
         }

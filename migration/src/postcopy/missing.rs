@@ -129,7 +129,7 @@ pub(super) struct Block {
     /// Bytes that are filled in at once.
     pub(super) unit: u64,
     units: u64,
-    /// Units that had come before anything was missing. Those of them that nobody has touched are zero.
+    /// Units that had come before anything was missing. Those of them that were not touched are zero.
     kept: Arc<AtomicPageSet>,
     /// Units that were filled in since then, or are about to be.
     placed: AtomicPageSet,
@@ -268,7 +268,7 @@ impl Shared {
         }
     }
 
-    /// Somebody waits for a page.
+    /// A page is waited for.
     fn touched(&self, touch: &Touch) -> Result<(), MigrationError> {
         let (number, offset) = (touch.block, touch.offset);
         let found = self.blocks.iter().enumerate().find(|(_, block)| block.number == number);

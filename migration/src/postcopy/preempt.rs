@@ -1,4 +1,4 @@
-//! The preempt channel: the connection over which pages come that somebody waits for, past what is on its way on the
+//! The preempt channel: the connection over which pages come that are waited for, past what is on its way on the
 //! main channel.
 //!
 //! A source opens it with the main channel (7.1, 7.2) or when the guest goes (8.0), and says nothing on it before the
@@ -50,7 +50,7 @@ pub(crate) struct PreemptListener {
     listener: Listener,
     /// Where the main channel comes from.
     main: Caller,
-    /// Whoever calls has to begin a TLS session.
+    /// A caller has to begin a TLS session.
     tls: Option<Tls>,
     /// Who watches over it.
     watch: Arc<Watch>,
@@ -126,7 +126,7 @@ impl PreemptListener {
         tracing::warn!("dropped a connection from {caller}, which is no preempt channel: {why}");
     }
 
-    /// Accepts whoever calls; false if the system could not.
+    /// Accepts a connection; false if the system could not.
     fn accept(&mut self) -> bool {
         for _ in 0..ROOM {
             match self.listener.try_accept() {
@@ -258,7 +258,7 @@ impl Preempt {
         self.control.wake();
     }
 
-    /// Ends the channel, or the wait for it. Nobody waits for the thread.
+    /// Ends the channel, or the wait for it. The thread is not waited for.
     pub(super) fn stop(&self) {
         let mut orders = self.control.orders();
         orders.over = true;
@@ -384,7 +384,7 @@ struct Found {
 
 /// Who has done something.
 struct Ready {
-    /// Somebody is in the listener's queue, or may be.
+    /// A connection is in the listener's queue, or may be.
     calling: bool,
     /// For each candidate, whether it has.
     speaking: Vec<bool>,

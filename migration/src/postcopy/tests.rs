@@ -67,7 +67,7 @@ impl Memory {
         self.touch.send(Some(page * PAGE + 17)).unwrap();
     }
 
-    /// Waits until a page is there, and gives its first byte; `None` if it is zero because nobody waits any more.
+    /// Waits until a page is there, and gives its first byte; `None` if it is zero because no wait is left.
     fn wait_for(&self, page: u64) -> Option<u8> {
         let waiting = |state: &mut State| !state.present.contains_key(&page) && !state.released;
         let state = self.changed.wait_timeout_while(self.state.lock().unwrap(), LONG, waiting).unwrap();
@@ -269,7 +269,7 @@ fn devices_get_the_pages_that_they_look_at_and_the_source_learns_that_they_are_l
         rest.load(&job).unwrap();
         assert_eq!(peer.hear(), Some(Message::Shut { status: 0 }));
         assert_eq!((watch().remaining, watch().requests), (0, 4));
-        // A wait for each request, one of them of somebody who is no vCPU.
+        // A wait for each request, one of them of a thread that is no vCPU.
         let times = block_times().unwrap();
         assert_eq!(times.distribution.iter().sum::<u64>(), 4);
         assert!(times.other_latency > Duration::ZERO && times.vcpu_latency[0] > Duration::ZERO, "{times:?}");
@@ -318,7 +318,7 @@ fn a_source_that_is_lost_before_the_devices_are_loaded_has_the_guest() {
             }
             peer.flush();
             let failed = arriving.join().unwrap();
-            // Nobody waits for ever, and nobody has the zeros: the guest is not started.
+            // No wait is endless, and the zeros are nowhere: the guest is not started.
             assert!(matches!(failed, Err(MigrationError::Load(_) | MigrationError::Receive { .. })), "{failed:?}");
             assert_eq!(*guest.found.lock().unwrap(), [None]);
         });

@@ -190,7 +190,7 @@ impl Engine<'_, '_> {
         Ok(())
     }
 
-    /// Sends pages as they were: these, and those that somebody has written to.
+    /// Sends pages as they were: these, and those that were written to.
     fn send_copies(&mut self, runs: &[BlockRange]) -> Result<(), MigrationError> {
         let Some(snapshot) = self.snapshot else { return Ok(()) };
         for BlockRange { block, pages } in runs {

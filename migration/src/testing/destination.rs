@@ -167,7 +167,7 @@ impl Receiver {
             let channel = (first + turn) % links.len();
             let stepped = match channel.checked_sub(1) {
                 None => self.main(now, &mut links[0], back),
-                // Nobody reads page channels any more.
+                // Page channels are no longer read.
                 Some(_) if self.early.listens => Ok(()),
                 Some(number) => self.page_channel(number, now, &mut links[channel]),
             };
@@ -191,7 +191,7 @@ impl Receiver {
         }
     }
 
-    /// How often somebody has synchronised or failed.
+    /// How often a channel has synchronised or failed.
     fn progress(&self) -> u64 {
         self.marks + self.failures + self.pages.iter().map(|pages| pages.marks).sum::<u64>()
     }

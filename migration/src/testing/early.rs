@@ -10,7 +10,7 @@ const WRITES: u64 = 20;
 pub(super) struct Early {
     /// Pages that are here in their newest version, as far as is known.
     present: Vec<bool>,
-    /// Whoever touches a page that is not there waits for it.
+    /// A thread that touches a missing page waits for it.
     pub(super) listens: bool,
     /// What the guest has written: page, place in it and value.
     writes: Vec<(usize, usize, u64)>,

@@ -59,7 +59,7 @@ impl Memory {
         (self.blocks.len(), page)
     }
 
-    /// The book of the pages that somebody waits for, by the numbers of the blocks here.
+    /// The book of the pages that are waited for, by the numbers of the blocks here.
     pub(super) fn faults(&self) -> Option<PageFaults> {
         let blocks = BLOCKS.iter().zip(&self.blocks);
         let block = |(name, pages): (&&str, &usize)| {

@@ -66,13 +66,13 @@ pub enum Plant {
     GoesOn,
     /// The destination keeps old pages that it was told to drop.
     NoDiscard,
-    /// The source does not hear which pages the guest waits for.
+    /// The source does not learn which pages the guest waits for.
     Deaf,
     /// Neither side says so when the confirmation of the handover is lost.
     Silent,
     /// The source takes what it has sent for received when it goes on with a postcopy.
     Assumes,
-    /// The source gives memory back to the host when it has sent it, whoever has the guest.
+    /// The source gives memory back to the host when it has sent it, whichever side has the guest.
     ReleasesEarly,
 }
 

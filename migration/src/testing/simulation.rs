@@ -254,7 +254,7 @@ impl<'p> Simulation<'p> {
             let (source_says, destination_says) = reasons();
             return Err(Violation::Lost { source_says, destination_says });
         }
-        // Whoever has the guest has all of it.
+        // The side that has the guest has all of it.
         if self.receiver.runs || (ending == Ending::Paused && !unsettled && !untold) {
             let pages = self.stale();
             if !pages.is_empty() || (self.receiver.work != Some(self.source.work) && !flips) {

@@ -14,7 +14,7 @@ use std::{
 const WRITE: usize = 256 << 10;
 /// Bytes that are taken from the connection at once.
 const READ: usize = 128 << 10;
-/// How long a handshake may take where nobody says otherwise.
+/// How long a handshake may take by default.
 const HANDSHAKE: Duration = Duration::from_secs(10);
 
 /// A [`Channel`] that carries its bytes in a TLS session over another.

@@ -254,7 +254,7 @@ fn a_source_believes_only_the_host_that_it_called() {
         refuses(port, seen, tls(foreign.path(), Endpoint::Client, Versions::default()), "certificate");
         say(&*connect(port, client()).unwrap().main, MAIN);
     });
-    // Where neither side checks the other, it is nobody's business who they are.
+    // Where neither side checks the other, who they are does not matter.
     let trusting = |directory: &Path, endpoint| {
         Tls::new(Arc::new(Credentials::x509(directory, endpoint, false, Versions::default()).unwrap()))
     };
@@ -294,7 +294,7 @@ fn the_operator_says_who_may_send_a_guest() {
     let why = reason(&seen);
     let Reason::Tls(_, error @ TlsError::Denied(_)) = why else { panic!("{why:?}") };
     assert_eq!(error.to_string(), "TLS x509 authz check for C=DE,O=qevm,CN=client is denied");
-    // Whatever the source sends, it hears that nobody takes it.
+    // Whatever the source sends, it learns that the stream is not read.
     assert!(refused.is_err() || hear(&*refused.unwrap().main, 1).is_empty());
 }
 

@@ -65,9 +65,9 @@ pub enum Action<'a> {
         /// Ranges of bytes; whole pages that lie in the block.
         ranges: Vec<Range<u64>>,
     },
-    /// From here on whoever touches a page that has not come, or was discarded, has to wait for it, and the source is
-    /// asked for it on the return path (postcopy): [`PageFaults`](qevm_returnpath::requests::PageFaults) keeps the book
-    /// of that.
+    /// From here on a thread that touches a page that has not come, or was discarded, has to wait for it, and the
+    /// source is asked for it on the return path (postcopy): [`PageFaults`](qevm_returnpath::requests::PageFaults)
+    /// keeps the book of that.
     Listen,
     /// The guest runs here from now on, if it ran at the source, and never again there; pages of it are still to come
     /// (postcopy). Do not wait for them.
@@ -84,7 +84,7 @@ pub enum Action<'a> {
     },
     /// Tell the source which pages of a block are here, with [`Message::RecvBitmap`] (recovery of postcopy).
     SendBitmap(BlockId),
-    /// The source goes on with a postcopy: send [`Message::ResumeAck`], and ask again for what somebody waits for.
+    /// The source goes on with a postcopy: send [`Message::ResumeAck`], and ask again for what is waited for.
     Resume,
     /// Tell the [`Synchronisation`](crate::core::Synchronisation), wait as it says, and
     /// [report](super::Destination::synchronised).

@@ -35,7 +35,7 @@ use std::time::Duration;
 /// Where a destination is.
 #[derive(Debug)]
 pub(super) enum Phase {
-    /// Nothing is known of whoever has connected.
+    /// Nothing is known of the peer.
     Opening,
     /// The stream is read.
     Stream,
@@ -79,6 +79,6 @@ pub(super) enum Phase {
 #[derive(Debug, Clone, Copy)]
 pub(super) enum Payload {
     Page(PageAt),
-    /// Of a device, or of nobody.
+    /// Of a device, or not needed.
     Other,
 }

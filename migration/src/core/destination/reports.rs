@@ -104,7 +104,7 @@ impl Destination {
     /// The guest has [its disks](super::Action::Activate).
     ///
     /// # Errors
-    /// It has not: somebody else uses one.
+    /// It has not: another process uses one.
     pub fn activated(&mut self, result: Result<(), GuestError>) -> Result<(), MigrationError> {
         result.map_err(|error| Located::new(LoadError::Devices(error), self.decoder.offset()))?;
         match (self.start, &self.phase) {

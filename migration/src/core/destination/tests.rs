@@ -207,7 +207,7 @@ fn who_may_not_agree_to_the_switchover_is_refused() {
     let LoadError::Switchover(error) = twice.refused(options(false)) else { panic!("twice") };
     assert_eq!(error, SwitchoverError::Repeated { device: device(4).to_string() });
 
-    // Nobody hears it; that is the source's fault and not a caller's.
+    // It reaches no watcher; that is the source's fault and not a caller's.
     let mut unheard = Stream(StreamWriter::default());
     unheard.0.header(None).unwrap();
     unheard.open(SectionKind::Start, 4, &[VfioRecord::InitDataSent]);

@@ -54,9 +54,9 @@ pub enum Action {
     StartLog,
     /// Prepare the guest for a snapshot: find out whether its memory can be protected against writes.
     PrepareSnapshot,
-    /// Protect all memory of the paused guest against writes. From here on whoever writes to a page waits until it was
-    /// copied, and [`Pages`](Action::Pages) has all that is in its batch copied before it is sent, and what was copied
-    /// meanwhile with it.
+    /// Protect all memory of the paused guest against writes. From here on a thread that writes to a page waits until
+    /// it was copied, and [`Pages`](Action::Pages) has all that is in its batch copied before it is sent, and what was
+    /// copied meanwhile with it.
     Protect,
     /// Send what was copied and not sent: [`sent`](super::SourceCore::sent). Every page was copied, and the protection
     /// ends.
@@ -98,8 +98,9 @@ pub enum Action {
     Pages(Batch),
     /// Open the preempt channel.
     OpenPreempt,
-    /// From here on whoever hears of a request may send the pages on the preempt channel at once, without the core:
-    /// [`next_urgent`](super::Answers::next_urgent). What nobody takes comes as [`UrgentPages`](Action::UrgentPages).
+    /// From here on the thread that receives a request may send the pages on the preempt channel at once, without the
+    /// core: [`next_urgent`](super::Answers::next_urgent). What nobody takes comes as
+    /// [`UrgentPages`](Action::UrgentPages).
     ServeRequests,
     /// Send these pages, which the guest waits for, on the preempt channel
     /// ([`preempt_writer`](qevm_savevm::StreamWriter::preempt_writer) has the records):
@@ -170,7 +171,7 @@ pub enum Action {
     Close,
     /// The connection was lost when the guest had gone before its memory, and nothing else is lost. Report
     /// [`Status::PostcopyPaused`] with the reason, and wait as long as it takes for another connection:
-    /// [`reconnected`](super::SourceCore::reconnected). Whoever polls without one has given up: the migration has
+    /// [`reconnected`](super::SourceCore::reconnected). A driver that polls without one has given up: the migration has
     /// failed then.
     AwaitConnection {
         /// Why, and where the guest is.

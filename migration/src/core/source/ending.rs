@@ -248,7 +248,7 @@ impl SourceCore {
         };
     }
 
-    /// What follows a failure that nobody explains any further.
+    /// What follows a failure that has no further explanation.
     fn after(&self, error: MigrationError) -> Phase {
         match error {
             // One of this crate says so only before it runs the guest. What was given back to the host is gone all the

@@ -129,7 +129,7 @@ impl SourceCore {
         }
         let next = match step {
             Postcopy::Begin(devices) => {
-                // Whoever is told of it can no longer cancel.
+                // From this notice on it is too late to cancel.
                 self.do_next(Action::Status(Status::PostcopyDevice));
                 self.do_next(Action::Commit);
                 Postcopy::Committing { devices, committed: None }

@@ -1,6 +1,6 @@
 //! A postcopy whose connection was lost goes on over another.
 //!
-//! Guest memory is as it was when the guest left: nobody writes to it here any more. What of it was still on its way
+//! Guest memory is as it was when the guest left: it is not written to here any more. What of it was still on its way
 //! may have arrived or not, which only the destination knows. It says so for each block, and whatever it lacks is sent
 //! as before, what the guest waits for first.
 //!

@@ -197,7 +197,7 @@ impl SourceCore {
             _ => None,
         };
         precopy.begin = end.at;
-        // Not the first, as with QEMU 11.1. Whoever is told finds what the round has left.
+        // Not the first, as with QEMU 11.1. A watcher that is notified finds what the round has left.
         self.do_next(Action::Pass(self.passes));
         match decision {
             Decision::Iterate { stalled } => {

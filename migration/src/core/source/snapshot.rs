@@ -1,7 +1,8 @@
 //! A snapshot of a guest that runs on (capability `background-snapshot`): its devices and its memory as of one instant.
 //!
 //! At that instant the guest is paused, its devices are saved and its memory is protected against writes; then it runs
-//! on. What is sent after that is memory as it was: whoever writes to a page first waits until the page was copied.
+//! on. What is sent after that is memory as it was: a thread that writes to a page first waits until the page was
+//! copied.
 
 use super::{
     Action, PageRoute, RAM_SECTION, SourceCore, Wake,
@@ -10,7 +11,7 @@ use super::{
 use crate::{MigrationError, PAGE_SIZE, Status, connections::Reader};
 use std::time::Duration;
 
-/// Pages in a batch: they are copied before they are sent, so that nobody waits for the peer.
+/// Pages in a batch: they are copied before they are sent, so that no vCPU waits for the peer.
 const AT_A_TIME: u64 = 64;
 
 impl SourceCore {
@@ -64,7 +65,7 @@ impl SourceCore {
                 }
                 self.stream.eos()?;
                 self.stream.footer()?;
-                // QEMU's snapshots go without, and nobody can tell whether their memory is whole.
+                // QEMU's snapshots go without, and it is unknown whether their memory is whole.
                 self.stream.section_end(RAM_SECTION)?;
                 self.stream.eos()?;
                 self.stream.footer()?;

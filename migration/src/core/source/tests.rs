@@ -414,7 +414,7 @@ fn postcopy_is_refused_where_it_cannot_be() {
 }
 
 /// What a driver tells without having been asked changes nothing, however absurd it is. The destination fails between
-/// the package and the PING after it: a source that has not looked in between hears all of it at once.
+/// the package and the PING after it: a source that has not looked in between gets all of it at once.
 #[test]
 fn a_destination_that_may_run_the_guest_keeps_it_whenever_it_fails() {
     for (release, loaded, goes_on) in [
@@ -432,7 +432,7 @@ fn a_destination_that_may_run_the_guest_keeps_it_whenever_it_fails() {
             let package = matches!(action, Action::Send { doing: "the package of the devices" });
             match action {
                 Action::End(end) => result = Some(end),
-                // It is not given up, and nobody brings another connection.
+                // It is not given up, and no other connection comes.
                 Action::AwaitConnection { .. } => break,
                 action => simulation.perform(action),
             }

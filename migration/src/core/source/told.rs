@@ -49,7 +49,7 @@ impl SourceCore {
 
     /// The next state of an iterative device; empty if there is none at the moment.
     pub fn device_state(&mut self, state: &[u8]) -> Result<(), MigrationError> {
-        // What nobody has asked for has no section to go to.
+        // What was not asked for has no section to go to.
         let asked = match &self.phase {
             Phase::Precopy(_, Step::DeviceRead { .. }) => true,
             Phase::Completing(rest) => matches!(rest.step, Rest::DeviceRead(_)),

@@ -1,4 +1,4 @@
-//! Pages over the preempt channel, and whoever else calls.
+//! Pages over the preempt channel, and callers that are not it.
 
 use super::*;
 use crate::{Incoming, Socket, listener::Caller, postcopy::PreemptListener};

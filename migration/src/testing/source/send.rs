@@ -126,7 +126,7 @@ impl Source {
         Ok(())
     }
 
-    /// Two QEMUs know nothing of the handover's confirmation: a destination hears of none, and answers as one that
+    /// Two QEMUs know nothing of the handover's confirmation: a destination gets none, and answers as one that
     /// knows none.
     fn heed_greeting(&mut self, stream: &mut Vec<u8>) {
         if self.plan.confirmed {

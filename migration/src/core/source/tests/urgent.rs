@@ -1,4 +1,4 @@
-//! Whoever hears of requests sends pages beside the core.
+//! The thread that receives requests sends pages beside the core.
 
 use super::*;
 use std::collections::BTreeSet;
@@ -93,7 +93,7 @@ fn a_preempt_channel_that_fails_leaves_the_last_word_to_the_destination() {
             let (serves, waits) = (matches!(action, Action::ServeRequests), matches!(action, Action::Wait { .. }));
             match action {
                 Action::End(end) => result = Some(end),
-                // Nobody brings another connection.
+                // No other connection comes.
                 Action::AwaitConnection { .. } => break,
                 action => simulation.perform(action),
             }
