@@ -66,7 +66,7 @@ impl OutputFile {
     /// Gives it its name, now that it is whole.
     ///
     /// # Errors
-    /// `AlreadyExists` if somebody else has taken the name meanwhile; what else the operating system says.
+    /// `AlreadyExists` if the name was taken meanwhile; what else the operating system says.
     pub fn publish(&self) -> io::Result<()> {
         self.publish_as(&self.path)
     }

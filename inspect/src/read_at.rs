@@ -23,7 +23,7 @@ pub trait ReadAt: Send + Sync {
         u64::MAX
     }
 
-    /// Something that is different after somebody has written to them; `None` where nobody can.
+    /// Something that is different after a write to them; `None` where none is possible.
     ///
     /// # Errors
     /// What the operating system says.

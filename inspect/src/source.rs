@@ -44,7 +44,7 @@ enum Input {
     Stream(Box<dyn Read>),
 }
 
-/// A driver reads from it, and jumps over what nobody reads.
+/// A driver reads from it, and jumps over what is not read.
 impl Window for Source {
     fn bytes(&self) -> &[u8] {
         self.window()

@@ -1,4 +1,4 @@
-//! The network block device protocol, sans-IO: how a page server gives the bytes of a file to whoever asks for them.
+//! The network block device protocol, sans-IO: how a page server gives the bytes of a file to clients.
 //!
 //! A subset: the fixed newstyle handshake without TLS, and reading, with simple and structured replies. It is what a
 //! read-only server needs for every client, and what a client needs for every server (`qemu-nbd`, `nbdkit`,

@@ -1,7 +1,7 @@
 //! What has called at a port where a migration is waited for, by its first bytes.
 //!
 //! A port is found by others than sources: by scanners, by browsers, by a source with TLS, by a file that was meant to
-//! be unpacked first. Whoever drops such a connection can say in a word what it was.
+//! be unpacked first. A destination that drops such a connection can say in a word what it was.
 
 use crate::container::{FileKind, recognise};
 use core::fmt;

@@ -26,7 +26,7 @@ pub enum DriveError<K> {
 }
 
 impl<K: Blame> DriveError<K> {
-    /// Whose fault it is; `None` if the input failed, which is nobody's.
+    /// Whose fault it is; `None` if the input failed, which is no peer's.
     pub fn fault(&self) -> Option<Fault> {
         match self {
             DriveError::Io(_) => None,
@@ -74,8 +74,8 @@ impl<K> From<io::Error> for DriveError<K> {
 /// Drives a decoder over an input: [`next`](Driver::next) gives event after event, [`payload`](Driver::payload) the
 /// bytes that follow one.
 ///
-/// It keeps at most what one event needs and one chunk of 64 KiB. Payload that nobody reads is read and dropped before
-/// the next event.
+/// It keeps at most what one event needs and one chunk of 64 KiB. Payload that the caller does not read is dropped
+/// before the next event.
 ///
 /// ```
 /// use qevm_wire::{Blame, Decode, Driver, Fault, Located, Reader, Step, WireError};

@@ -41,7 +41,7 @@ enum Member {
 }
 
 /// An input that knows whether its end was met. The decoder of lz4 takes an input that ends before the mark at the end
-/// of the frame for a whole one; but whoever has seen that mark does not read on.
+/// of the frame for a whole one; but a reader that has seen that mark stops.
 struct Watched {
     input: Input,
     ended: bool,

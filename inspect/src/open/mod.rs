@@ -1,6 +1,6 @@
 //! Opening what holds a stream: a plain file, a compressed one, a libvirt save image, a snapshot in a qcow2 image.
 //!
-//! What a file is shows in its first bytes; nobody has to say it. Offsets in errors and tables count from the start of
+//! What a file is shows in its first bytes; it need not be said. Offsets in errors and tables count from the start of
 //! the file where the stream lies in it as it is, and from the start of the stream where it had to be decompressed or
 //! gathered from a disk image.
 

@@ -168,7 +168,7 @@ impl StoredPages {
                     let lost =
                         |error| Lost { file: &store.name, offset: place.offset(), page: page * self.page_size, error };
                     store.read(part, place.offset()).map_err(lost)?;
-                    // Whoever changes a file does so after its time of change.
+                    // A file changes after its time of change.
                     if store.stamp.is_some() && store.input.stamp().map_err(lost)? != store.stamp {
                         let message = "the file has changed since it was opened: its pages may be elsewhere now";
                         return Err(lost(io::Error::new(io::ErrorKind::InvalidData, message)));

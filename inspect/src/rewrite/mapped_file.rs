@@ -1,4 +1,4 @@
-//! A guest as a mapped-ram file that nobody has written: each part of it is made when it is read.
+//! A guest as a mapped-ram file that was never written: each part of it is made when it is read.
 
 use super::SavedGuest;
 use super::mapped::Layout;

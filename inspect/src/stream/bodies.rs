@@ -67,7 +67,7 @@ struct Pending {
 }
 
 impl Bodies {
-    /// Nothing is known so far. `may_read_ahead`: all input is there, so that reading ahead waits for nobody.
+    /// Nothing is known so far. `may_read_ahead`: all input is there, so that reading ahead waits for no peer.
     pub(super) fn new(may_read_ahead: bool, strict: bool, layouts: Layouts, spool: Spool) -> Self {
         Bodies {
             limits: Limits::default(),

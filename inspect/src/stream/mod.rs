@@ -91,7 +91,7 @@ mod tests {
     use crate::source::Source;
     use std::io::{self, Read};
 
-    /// A source that waits for its answer when it has said everything: whoever reads on then waits for ever.
+    /// A source that waits for its answer when it has said everything: a reader that goes on then waits for ever.
     struct Waiting(io::Cursor<Vec<u8>>);
 
     impl Read for Waiting {

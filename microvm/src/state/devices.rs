@@ -95,7 +95,7 @@ pub struct SerialState {
     pub thr_ipending: bool,
     /// Bytes received and not yet read, oldest first, at most 16.
     pub recv_fifo: Vec<u8>,
-    /// Bytes that the guest has written and nobody has taken yet, oldest first.
+    /// Bytes that the guest has written and that are not taken yet, oldest first.
     pub unsent: Vec<u8>,
 }
 

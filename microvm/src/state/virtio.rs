@@ -28,7 +28,7 @@ pub struct VirtioPortState {
     pub id: u32,
     /// The guest has it open.
     pub guest_connected: bool,
-    /// Somebody listens at the host.
+    /// A peer listens at the host.
     pub host_connected: bool,
     /// What the guest sends and the host did not take completely, and how many bytes it took.
     pub pending: Option<(VirtioRequest, u64)>,

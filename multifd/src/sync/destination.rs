@@ -5,12 +5,12 @@ use core::fmt;
 
 /// Lets the reader of the main channel and those of the page channels go on together.
 ///
-/// Each reader tells the barrier what it met and does not read on while it
-/// [must wait](SyncBarrier::main_waits). Threads share it behind a mutex and a condition variable that is notified
-/// after every call; an event loop asks it directly. How long to wait is the caller's to decide; with
-/// [`timed_out`](SyncBarrier::timed_out) the error names who is missing. Once there was an error, every call gives it,
-/// so that nobody waits for one who has given up: a reader that fails for reasons of its own (its connection broke, a
-/// packet was damaged) says so with [`abort`](SyncBarrier::abort).
+/// Each reader tells the barrier what it met and does not read on while it [must wait](SyncBarrier::main_waits).
+/// Threads share it behind a mutex and a condition variable that is notified after every call; an event loop asks it
+/// directly. How long to wait is the caller's to decide; with [`timed_out`](SyncBarrier::timed_out) the error names who
+/// is missing. Once there was an error, every call gives it, so that no reader waits for one that has given up: a
+/// reader that fails for reasons of its own (its connection broke, a packet was damaged) says so with
+/// [`abort`](SyncBarrier::abort).
 ///
 /// The main channel lists the RAM blocks *before* its first flush record. Hand the list to the page channels before
 /// [`main_flush`](SyncBarrier::main_flush) is called, and not only at the end of the section: the call may let them go
@@ -54,7 +54,7 @@ pub struct SyncBarrier {
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Channel {
-    /// Has not come, and nobody counts on it.
+    /// Has not come, and is not expected.
     Absent,
     /// Came late: the number of synchronisations that were complete without it, whose SYNC packets are still to come on
     /// it.
@@ -84,11 +84,11 @@ pub enum Progress {
     Released,
 }
 
-/// What somebody waits for.
+/// What a reader waits for.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Waiting {
-    /// Nobody waits.
+    /// No reader waits.
     Nobody,
     /// The main channel, and perhaps page channels, wait for SYNC packets on these. At the end of memory: SYNC packets
     /// of synchronisations that were complete when these channels [joined](SyncBarrier::join) have not come yet.
@@ -123,7 +123,7 @@ impl SyncBarrier {
     /// use qevm_multifd::{Progress, SyncBarrier};
     ///
     /// let mut barrier = SyncBarrier::new(0, None);
-    /// assert_eq!(barrier.main_flush()?, Progress::Released); // nobody to wait for
+    /// assert_eq!(barrier.main_flush()?, Progress::Released); // no other reader to wait for
     /// barrier.join(1)?;
     /// assert_eq!(barrier.channel_sync(1)?, Progress::Continue); // it is over
     /// assert_eq!(barrier.main_flush()?, Progress::Wait); // the next one is with channel 1
@@ -254,8 +254,8 @@ impl SyncBarrier {
         self.failed.get_or_insert(error).clone()
     }
 
-    /// A reader has failed and reads no more. Whoever waits, or comes to wait, gets the error, unless there was one
-    /// before: the first one is given back.
+    /// A reader has failed and reads no more. A reader that waits, or comes to wait, gets the error, unless there was
+    /// one before: the first one is given back.
     ///
     /// ```
     /// use qevm_multifd::{Progress, SyncBarrier, SyncError};
@@ -280,7 +280,7 @@ impl SyncBarrier {
         self.channels.get(usize::from(channel)) == Some(&Channel::Waiting)
     }
 
-    /// How many synchronisations are complete. Whoever waits may go on when this is no longer what it was.
+    /// How many synchronisations are complete. A waiting reader may go on when this is no longer what it was.
     pub fn completed(&self) -> u64 {
         self.completed
     }
@@ -304,7 +304,7 @@ impl SyncBarrier {
         }
     }
 
-    /// Checks that nobody has failed.
+    /// Checks that no reader has failed.
     ///
     /// # Errors
     /// The first error of any call.

@@ -37,7 +37,7 @@ pub enum SyncError {
         /// What was being waited for.
         waiting: Waiting,
     },
-    /// A reader has given up, so whoever waits for it would wait for ever. Here too nothing more comes from the
+    /// A reader has given up, so a reader that waits for it would wait for ever. Here too nothing more comes from the
     /// channel, whatever the reason: that is reported by the one who gave up.
     #[error("a reader has given up: {reason}")]
     Aborted {

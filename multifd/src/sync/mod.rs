@@ -2,7 +2,7 @@
 //!
 //! A page may travel on one channel in one round and on another in the next. So that the older copy is never loaded
 //! over the newer one, the channels synchronise between rounds: the source puts a SYNC packet on *every* page channel
-//! and a mark on the main channel. At the destination, whoever meets its mark waits until everybody has, and only then
+//! and a mark on the main channel. At the destination, a reader that meets its mark waits until all have, and only then
 //! do all go on. Everything that was sent before a synchronisation is then loaded before anything that was sent after.
 //!
 //! [`SourceSync`] says what a source has to send, [`SyncBarrier`] who may go on at a destination. Neither knows of

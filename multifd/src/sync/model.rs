@@ -214,7 +214,7 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(300))]
 
     /// Channels come when they like, to a destination that has not counted them: every SYNC packet is taken for the
-    /// synchronisation that it belongs to, and nobody waits for ever.
+    /// synchronisation that it belongs to, and no wait is endless.
     #[test]
     fn channels_that_come_late_leave_nobody_waiting(
         plan in plan(),

@@ -7,7 +7,7 @@ use alloc::vec::Vec;
 use qevm_wire::CountedString;
 
 /// The pages that the destination's guest waits for, in the order of its requests. What is in here goes out before any
-/// page that nobody waits for.
+/// page that is not waited for.
 ///
 /// A destination may ask for a page many times (QEMU's threads do, by tens of thousands under KVM); a page that is in
 /// the queue is not queued again. Memory: at most one bit and one queue entry for each page that is waited for.
@@ -126,7 +126,7 @@ impl PageRequests {
         None
     }
 
-    /// A host page went out although it was not its turn: nobody waits for it any more.
+    /// A host page went out although it was not its turn: it is no longer waited for.
     pub fn sent(&mut self, block: usize, offset: u64) {
         if let (Some(waiting), Some(block)) = (self.waiting.get_mut(block), self.blocks.block(block)) {
             self.total_waiting -= waiting.remove(block.page(offset), 1);

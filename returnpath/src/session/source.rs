@@ -123,7 +123,7 @@ impl SourceSession {
     /// `MIG_CMD_PING` goes out.
     ///
     /// # Errors
-    /// [`SessionError::Order`] after SHUT: nobody will answer.
+    /// [`SessionError::Order`] after SHUT: no answer will come.
     pub fn ping(&mut self, value: u32) -> Result<(), SessionError> {
         self.running("PING")?;
         *self.pings.entry(value).or_default() += 1;

@@ -1,6 +1,6 @@
 //! Finding the end of content whose length the wire does not tell.
 //!
-//! The vmstate of a device carries no length. Whoever knows the device decodes it; everybody else has to look for the
+//! The vmstate of a device carries no length. A reader that knows the device decodes it; any other has to look for the
 //! footer: the byte `0x7e` and the section's id. Content can hold these five bytes by chance, so a place only counts
 //! as the end if what follows it can start the next item of the stream.
 

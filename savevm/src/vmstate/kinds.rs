@@ -68,7 +68,7 @@ macro_rules! bytes {
 pub struct Buffer<const N: usize>(pub [u8; N]);
 bytes!(Buffer, "buffer");
 
-/// `N` bytes that nobody uses any more (QEMU's `unused_buffer`): written as zeroes, ignored when loading.
+/// `N` bytes that are no longer used (QEMU's `unused_buffer`): written as zeroes, ignored when loading.
 ///
 /// The bytes are kept, since a release that still used them may have written something else than zeroes.
 #[derive(Clone, PartialEq, Eq)]

@@ -315,7 +315,7 @@ fn subsections_follow_the_fields_they_belong_to() {
     assert_eq!(encode(&device, &ctx).unwrap(), bytes);
     assert_eq!(decode::<Device>(&bytes, 1, &ctx).unwrap(), device);
 
-    // What is no subsection of this device is left to whoever reads on.
+    // What is no subsection of this device is left to a reader that goes on.
     let foreign = [&bytes[..], &subsection("other/thing", 1, &[])].concat();
     let mut reader = Reader::new(&foreign);
     assert_eq!(decode_from::<Device>(&mut reader, 1, &ctx).unwrap(), device);

@@ -11,7 +11,7 @@ use polonius_the_crab::{polonius, polonius_return};
 use std::io::{self, ErrorKind};
 use tokio::io::{AsyncRead, AsyncReadExt, ReadBuf};
 
-/// How much of a payload that nobody reads is dropped at a time, in bytes.
+/// How much of a payload that is not read is dropped at a time, in bytes.
 const SKIPPED: usize = 8 << 10;
 
 /// Drives a decoder over an input that is read asynchronously. Everything else is as with [`Driver`].

@@ -8,7 +8,7 @@ use std::io::{self, ErrorKind, Read};
 
 /// An input that is seen through a window: some of its bytes are there, others come when they are asked for.
 ///
-/// [`Buffered`] makes one of anything that can be read. An input that is a file can jump over what nobody reads; one
+/// [`Buffered`] makes one of anything that can be read. An input that is a file can jump over what is not read; one
 /// that is in memory is its own window.
 pub trait Window {
     /// The bytes that are there: those in front of them are done with.
