@@ -198,7 +198,7 @@ impl Client {
                 Some(_) => Outcome::Close,
             };
             if outcome == Outcome::Begin {
-                // Whoever has the answer may send a request.
+                // A client that has the answer may send a request.
                 input.decoder_mut().begin();
             }
             socket.write_all(answer.as_bytes())?;
@@ -370,7 +370,7 @@ fn next<'d>(input: &'d mut Input<'_>) -> Result<Option<ClientEvent<'d>>, Gone> {
     })
 }
 
-/// Says something, if there is somebody to read it.
+/// Says something, if there is a reader.
 fn say(line: fmt::Arguments<'_>) {
     let _ = writeln!(io::stderr(), "qevm: {}", printable(&line.to_string()));
 }

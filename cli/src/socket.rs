@@ -172,7 +172,7 @@ impl fmt::Display for Peer {
 impl Drop for Listener {
     fn drop(&mut self) {
         if let Listener::Unix(_, path) = self {
-            // Nothing can be done about a file that somebody else removed.
+            // Nothing can be done about a file that another process removed.
             let _ = std::fs::remove_file(path);
         }
     }
@@ -201,7 +201,7 @@ impl Socket {
         })
     }
 
-    /// Connects to `address`, which may take `limit` at most: a UNIX socket whose listener accepts nobody more would
+    /// Connects to `address`, which may take `limit` at most: a UNIX socket whose listener accepts no more would
     /// be waited for for ever.
     ///
     /// # Errors

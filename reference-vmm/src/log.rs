@@ -1,4 +1,4 @@
-//! The log, on standard error or in a file. It never holds up whoever logs, and nobody can flood it.
+//! The log, on standard error or in a file. It never holds its writers up, and cannot be flooded.
 //!
 //! Lines go through a bounded buffer; an output that is not read costs lines, which are counted. Of the lines of one
 //! place in the code [`LINES`] are shown in a second, and the rest are counted: a guest or a peer can cause most of

@@ -1,6 +1,6 @@
-//! Output that never blocks whoever writes it: a bounded buffer, and a thread that empties it.
+//! Output that never blocks its writer: a bounded buffer, and a thread that empties it.
 //!
-//! What a guest or a peer causes to be written (a serial port, the log) goes to a pipe that nobody may read, or to a
+//! What a guest or a peer causes to be written (a serial port, the log) goes to a pipe that may not be read, or to a
 //! disk that hangs. The descriptor itself stays blocking: `O_NONBLOCK` would belong to everybody who shares it, a
 //! terminal's shell too.
 
@@ -28,9 +28,9 @@ struct State {
     buffer: Vec<u8>,
     /// The thread is writing what was in the buffer before.
     writing: bool,
-    /// Somebody found too little room.
+    /// A reader found too little room.
     room_wanted: bool,
-    /// Nobody writes any more.
+    /// There are no writers any more.
     closed: bool,
 }
 

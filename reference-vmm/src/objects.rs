@@ -195,8 +195,8 @@ fn credentials(properties: &mut Properties) -> Result<Object, ObjectError> {
     Ok(Object::Credentials(Arc::new(Credentials::x509(Path::new(&directory), endpoint, verify_peer, versions)?)))
 }
 
-/// What a GnuTLS priority string means here. Ciphers are those of TLS 1.2 and 1.3 that nobody doubts; of strings that
-/// choose others, none is supported.
+/// What a GnuTLS priority string means here. Ciphers are those of TLS 1.2 and 1.3 that are held to be sound; of strings
+/// that choose others, none is supported.
 fn versions(priority: &str) -> Result<Versions, ObjectError> {
     let unsupported = || ObjectError::Unsupported {
         name: "priority",
@@ -257,7 +257,7 @@ fn list(properties: &mut Properties) -> Result<Object, ObjectError> {
 
 const POLICIES: &[&str] = &["allow", "deny"];
 
-/// Properties that nobody has taken yet.
+/// Properties that were not taken yet.
 struct Properties(Map<String, Value>);
 
 impl Properties {

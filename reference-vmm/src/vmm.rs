@@ -263,7 +263,7 @@ impl Vmm {
         if state.exit.is_some() {
             return;
         }
-        // Before the end itself, so that whoever waits for that can rely on it.
+        // Before the end itself, so that a client that waits for that can rely on it.
         self.tell_of_end(&exit);
         state.exit = Some(exit);
         drop(state);
@@ -285,8 +285,8 @@ impl Vmm {
         self.audience.subscribe()
     }
 
-    /// From now on `recorder` gets every event, whoever else does and whatever capability `events` says, with the
-    /// migration if that is what it is about. It must not block. There is one at a time.
+    /// From now on `recorder` gets every event, whatever other clients get and whatever capability `events` says, with
+    /// the migration if that is what it is about. It must not block. There is one at a time.
     pub fn record_events(&self, recorder: impl Fn(&Event, Option<&Job>) + Send + 'static) {
         self.audience.set_recorder(Box::new(recorder));
     }
@@ -296,7 +296,7 @@ impl Vmm {
         self.audience.unsubscribe();
     }
 
-    /// Tells the subscriber, and whoever records.
+    /// Tells the subscriber, and the recorder.
     pub(crate) fn emit(&self, event: Event) {
         self.audience.record(&event, None);
         self.audience.tell(event);

@@ -145,7 +145,7 @@ fn report(receive: &args::Receive, files: &Files, ended: Ended) -> Result<(), St
     }
 }
 
-/// Says something, if there is somebody to read it.
+/// Says something, if there is a reader.
 fn warn(line: &str) {
     let _ = writeln!(io::stderr(), "qevm: {}", printable(line));
 }

@@ -57,7 +57,7 @@ pub struct Device {
     pub kind: String,
     /// Its place tells of the section it has in a stream: it is on a PCI bus.
     pub pci: bool,
-    /// It is part of the machine: nobody asked for it.
+    /// It is part of the machine: no option asks for it.
     pub built_in: bool,
     /// Its properties.
     pub properties: Properties,

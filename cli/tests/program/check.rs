@@ -128,7 +128,7 @@ fn what_qemu_loads_is_not_suspected() {
     }
 }
 
-/// Without a stream of the destination nobody can tell how long its queues are.
+/// Without a stream of the destination it is unknown how long its queues are.
 #[test]
 fn a_queue_that_no_driver_has_set_up_is_doubtful() {
     let stream = path("reported/x-100-111-rng-a.q.xz");

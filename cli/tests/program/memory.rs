@@ -73,7 +73,7 @@ fn a_dimm_lies_where_qemu_puts_it() {
 fn memory_that_is_left_out_is_named() {
     let dir = TempDir::new().unwrap();
     let stream = file(&dir, "dimm.q", &reported("dimm.q"));
-    // Whoever says what the main memory is may forget some.
+    // A list of main memory may leave some out.
     let words = "--memory-block d0 --machine pc-q35-11.1";
     let said = good(&dir, &format!("extract --json {words} --memory DIR/m.raw FILE"), &stream);
     assert!(said.contains("left out: RAM block 'pc.ram', 16 MiB"), "{said}");

@@ -1,5 +1,5 @@
 //! Files that hold guest memory or device state: their owner's alone, whole or not there, and never in the place of
-//! something that nobody gave up.
+//! something that is still held.
 
 use crate::sample::{file, qevm, qevm_after, stream};
 use std::fs;

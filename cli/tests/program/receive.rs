@@ -248,7 +248,7 @@ fn send_to(release: &str, dir: &Path, options: &[&str]) -> Background {
 fn a_destination_that_stands_still_is_given_up() {
     for options in [&[][..], &["--multifd-channels", "2"], &["--multifd-channels", "200"]] {
         let dir = tempfile::tempdir().unwrap();
-        // Connections wait in the backlog, and nobody ever reads them.
+        // Connections wait in the backlog, and are never read.
         let _listener = UnixListener::bind(dir.path().join("t")).unwrap();
         let ran = send(dir.path(), options).end(LIMIT);
         assert_eq!(ran.code, Some(1), "{options:?}: {}", ran.stderr);

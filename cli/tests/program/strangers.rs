@@ -112,7 +112,7 @@ fn an_idle_wait_ends_and_says_what_had_come() {
     assert!(names(dir.path()).is_empty(), "{:?}", names(dir.path()));
 }
 
-/// The guest is paused from the source's last byte to SHUT: nobody who says nothing, or the wrong thing, makes that
+/// The guest is paused from the source's last byte to SHUT: no peer that says nothing, or the wrong thing, makes that
 /// longer. All strangers here are still connected when SHUT comes.
 #[test]
 fn strangers_do_not_hold_the_handover_back() {
@@ -195,7 +195,7 @@ fn a_flood_costs_a_bounded_number_of_descriptors_and_no_thread_or_file() {
     }
 }
 
-/// Nobody reads what is said of strangers: that is no reason to stop.
+/// What is said of strangers is not read: that is no reason to stop.
 #[test]
 fn a_log_that_nobody_reads_holds_nothing_up() {
     let main = stream("7.2-return-path");
@@ -266,7 +266,7 @@ fn what_is_received_is_its_owners_alone() {
     for name in names(dir.path()) {
         assert_eq!(fs::metadata(dir.path().join(&name)).unwrap().mode() & 0o777, 0o600, "{name}");
     }
-    // And somebody who is killed leaves nothing.
+    // And a process that is killed leaves nothing.
     let dir = tempfile::tempdir().unwrap();
     let receiver = receive(&dir, &[]);
     let socket = say(&dir, &stream("7.2-return-path")[..HALF]);

@@ -77,7 +77,8 @@ pub fn all() -> Vec<Row> {
         legal(&mut table, flavor);
     }
     for suite in [Trixie, Sid] {
-        // With the machine type, 11.1 waits for an ack as older releases do; without, it has nobody to wait for.
+        // With the machine type, 11.1 waits for an ack as older releases do; without, it has no other reader to wait
+        // for.
         for machine in ["microvm", "pc-q35-8.0"] {
             for transport in [Transport::Unix, Transport::Tcp] {
                 for set in ["return-path switchover-ack", "multifd return-path switchover-ack"] {

@@ -242,7 +242,7 @@ proptest::proptest! {
     }
 }
 
-/// The loader writes by a view of its own; a migration that is under way must hear of it all the same.
+/// The loader writes by a view of its own; a migration that is under way must learn of it all the same.
 #[test]
 fn a_kernel_that_is_loaded_again_is_dirty_and_as_in_its_file() {
     for (given, pages) in [

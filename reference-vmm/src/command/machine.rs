@@ -183,7 +183,7 @@ impl MachineArguments {
     }
 }
 
-/// Bytes of RAM where nobody says how many.
+/// Bytes of RAM by default.
 const MEMORY: u64 = 128 << 20;
 
 /// Length of the firmware of a machine that has none: that of QEMU's qboot, so that such a guest can go to a QEMU.

@@ -43,12 +43,12 @@ impl Options {
         }
     }
 
-    /// The names of those that nobody used.
+    /// The names of those that were not used.
     pub(crate) fn unused(&self) -> impl Iterator<Item = &str> {
         self.0.iter().map(|(name, _)| name.as_str())
     }
 
-    /// Refuses options that nobody used.
+    /// Refuses options that were not used.
     pub(crate) fn finish(self) -> anyhow::Result<()> {
         match self.0.first() {
             Some((name, value)) => bail!("{name}={value} is not known"),

@@ -10,7 +10,7 @@ use signal_hook::iterator::SignalsInfo;
 use signal_hook::iterator::exfiltrator::WithOrigin;
 use signal_hook::low_level::emulate_default_handler;
 
-/// Signals that have come, whoever attends to them.
+/// Signals that have come, by whichever thread they are handled.
 pub(super) type Signals = SignalsInfo<WithOrigin>;
 
 /// Takes the signals from now on; they wait until they are attended to.
@@ -24,7 +24,7 @@ pub(super) fn attend(mut signals: Signals, vmm: Arc<Vmm>) {
         let mut ending = false;
         for origin in signals.forever() {
             if std::mem::replace(&mut ending, true) {
-                // Whoever insists does not want to wait for a guest that cannot be stopped.
+                // An operator who insists does not want to wait for a guest that cannot be stopped.
                 let _ = emulate_default_handler(origin.signal);
             }
             let sender = origin.process.map(|process| Sender { pid: process.pid, name: name(process.pid) });

@@ -42,14 +42,14 @@ pub enum ChardevOptions {
 #[derive(Debug)]
 pub struct Chardev {
     end: End,
-    /// The stream's other side is gone; it is closed when nobody polls it.
+    /// The stream's other side is gone; it is closed when it is not polled.
     dead: bool,
 }
 
 #[derive(Debug)]
 enum End {
     Null,
-    /// Files may block: a pipe that nobody reads, a disk that hangs. So the output has a thread, and the input is only
+    /// Files may block: a pipe that is not read, a disk that hangs. So the output has a thread, and the input is only
     /// read when there is some.
     Files {
         output: NonBlockingWriter,
@@ -116,7 +116,7 @@ impl Chardev {
         Ok(Chardev { end, dead: false })
     }
 
-    /// Whether somebody takes what is written.
+    /// Whether what is written is read.
     pub(crate) fn is_connected(&self) -> bool {
         match &self.end {
             End::Null | End::Files { .. } => true,

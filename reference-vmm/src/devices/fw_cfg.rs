@@ -36,7 +36,7 @@ const DMA_WRITE: u32 = 1 << 4;
 /// Copy unit of a DMA read, so that a guest's length costs no memory.
 const DMA_CHUNK: usize = 4096;
 
-/// Most zeroes that a DMA read adds to the end of an item: whoever asks for gigabytes of them keeps the vCPU from
+/// Most zeroes that a DMA read adds to the end of an item: a guest that asks for gigabytes of them keeps the vCPU from
 /// stopping meanwhile.
 const DMA_BEYOND: u64 = 64 << 20;
 

@@ -1,8 +1,8 @@
 //! An IOAPIC outside of the kernel (Intel 82093AA data sheet), which turns its pins into messages to the local APICs.
 //!
 //! The second one of QEMU's microvm, where the interrupts of virtio-mmio transports come, is always here. The kernel
-//! tells nobody when a local APIC ends one of its interrupts, so a level-triggered pin sends one message each time its
-//! line rises, as an edge-triggered one does. Its devices lower their line when the guest acknowledges.
+//! does not report when a local APIC ends one of its interrupts, so a level-triggered pin sends one message each time
+//! its line rises, as an edge-triggered one does. Its devices lower their line when the guest acknowledges.
 //!
 //! The first one is here with `kernel-irqchip=split`. The kernel is told of the pins' messages, and tells when a local
 //! APIC ends a level-triggered one.
@@ -55,7 +55,7 @@ pub struct Ioapic {
     /// The lines of the pins.
     lines: u32,
     send: Box<dyn FnMut(Message) + Send>,
-    /// Is told each change. Whoever is told says when a level-triggered interrupt was ended.
+    /// Is notified of each change, and says when a level-triggered interrupt was ended.
     route: Option<Route>,
 }
 

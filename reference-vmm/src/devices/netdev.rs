@@ -43,7 +43,7 @@ pub enum NetdevOptions {
     },
 }
 
-/// An open network backend. Frames that nobody can take are dropped, as on a wire.
+/// An open network backend. Frames that cannot be taken are dropped, as on a wire.
 #[derive(Debug)]
 pub struct Netdev(End);
 

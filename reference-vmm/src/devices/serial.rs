@@ -222,7 +222,7 @@ impl Serial {
         taken
     }
 
-    /// Waits until the output is written, but not long: whoever does not read it is not waited for.
+    /// Waits until the output is written, but not long: a reader that does not read is not waited for.
     pub(crate) fn flush(serial: &Mutex<Serial>) {
         const PATIENCE: Duration = Duration::from_millis(150);
         let output = lock(serial).output.clone();
@@ -386,7 +386,7 @@ mod tests {
         assert_eq!(port.read(MSR), 0xb0);
     }
 
-    /// As QEMU's port on a pipe: it is busy until somebody reads.
+    /// As QEMU's port on a pipe: it is busy until it is read.
     #[test]
     fn a_pipe_that_nobody_reads_makes_the_transmitter_busy() {
         let (mut reader, pipe) = std::io::pipe().unwrap();

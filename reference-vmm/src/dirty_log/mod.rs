@@ -221,7 +221,7 @@ impl DirtyLog {
 pub struct Watch<'l>(&'l RingLog);
 
 impl Watch<'_> {
-    /// Pages that each vCPU has written to since the machine was built, as long as somebody watched; a page that it
+    /// Pages that each vCPU has written to since the machine was built, as long as they were counted; a page that it
     /// goes on writing to counts once each time it was protected again.
     ///
     /// # Errors

@@ -38,7 +38,7 @@ pub(super) struct RingLog {
 struct State {
     /// Of each vCPU.
     rings: Vec<Ring<Mapped>>,
-    /// What was harvested since the last sync, while somebody syncs.
+    /// What was harvested since the last sync, during a sync.
     found: Option<DirtyBitmap>,
     /// Those who want to know how much each vCPU writes, and not what.
     watchers: usize,
@@ -135,7 +135,8 @@ impl RingLog {
         self.harvest(&mut lock(&self.state), Some(vcpu))
     }
 
-    /// Harvests all rings, so that vCPUs need not leave the guest for it. Where somebody counts, it is left to him.
+    /// Harvests all rings, so that vCPUs need not leave the guest for it. Where a measurement counts, it is left to
+    /// that.
     pub(super) fn reap(&self) -> Result<()> {
         let mut state = lock(&self.state);
         if state.is_logging() && state.watchers == 0 { self.harvest(&mut state, None) } else { Ok(()) }
@@ -247,7 +248,7 @@ impl Deref for Mapped {
 
 impl Drop for Mapped {
     fn drop(&mut self) {
-        // SAFETY: the range that was mapped, to which nobody has a reference any more. A failure leaves it mapped.
+        // SAFETY: the range that was mapped, to which no reference is left. A failure leaves it mapped.
         unsafe { libc::munmap(self.entries.cast_mut().cast(), self.len * size_of::<Entry>()) };
     }
 }

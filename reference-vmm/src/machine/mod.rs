@@ -371,7 +371,7 @@ impl Machine {
     /// a guest leaves it at that, because the images are the source's until it has let go of them.
     ///
     /// # Errors
-    /// [`Error::Config`] when somebody else uses one; none is locked then.
+    /// [`Error::Config`] when another process uses one; none is locked then.
     pub fn activate(&self) -> Result<()> {
         let activated = self.devices.virtio.each(Transport::activate);
         if activated.is_err() {
@@ -455,7 +455,7 @@ impl Drop for Machine {
         self.devices.split.iter().for_each(|chips| chips.pit.end());
         self.devices.virtio.0.iter().flatten().for_each(|device| lock(device).end());
         self.vcpus.iter().for_each(Vcpu::kick);
-        // Whoever lets go of it last may be a vCPU itself, in a device that the embedder wrote: it does not wait for
+        // The last owner to drop it may be a vCPU itself, in a device that the embedder wrote: it does not wait for
         // itself.
         let own = std::thread::current().id();
         for thread in self.threads.drain(..).filter(|thread| thread.thread().id() != own) {

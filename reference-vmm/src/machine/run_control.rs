@@ -194,7 +194,7 @@ impl RunControl {
         lock(&self.inner).stop.take_if(|stop| !matches!(stop, Stop::MemoryLost(_)));
     }
 
-    /// Called when a vCPU thread ends, so that nobody waits for it.
+    /// Called when a vCPU thread ends, so that no thread waits for it.
     pub(crate) fn gone(&self) {
         lock(&self.inner).threads -= 1;
         self.changed.notify_all();

@@ -20,7 +20,7 @@ pub(super) struct RunningLog<'m> {
     reported: Vec<Vec<u64>>,
     /// What devices wrote to and was not reset since, in the RAM. Their logs, unlike KVM's, forget what they have told.
     by_devices: Vec<u64>,
-    /// Of some device nobody tells what it writes to, so that all of RAM counts as written to when it has worked.
+    /// Of some device it is unknown what it writes to, so that all of RAM counts as written to when it has worked.
     untold: bool,
     /// How often devices had begun to work when all of RAM last counted so, and whether they worked on then.
     counted: Option<u64>,

@@ -121,8 +121,8 @@ impl ToVcpu {
     }
 
     /// The vector of an interrupt that a guest has not got that is at `place` now: the 8259s do not have it any more.
-    /// Of a KVM_RUN that was interrupted nobody says whether it entered the guest, but where an interrupt is taken, the
-    /// guest moves on.
+    /// Of a KVM_RUN that was interrupted it is unknown whether it entered the guest, but where an interrupt is taken,
+    /// the guest moves on.
     pub(super) fn undelivered(&self, place: Place) -> Option<u8> {
         let handed = lock(&self.handed).as_ref().filter(|handed| handed.place == place).map(|handed| handed.vector);
         handed.or(*lock(&self.taken))

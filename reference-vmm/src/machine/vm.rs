@@ -88,7 +88,7 @@ impl DeviceSlots {
         let userspace_addr = pages.host_address() as u64;
         let region =
             kvm_userspace_memory_region { slot, flags: 0, guest_phys_addr: gpa, memory_size: len, userspace_addr };
-        // SAFETY: the pages are mapped as long as `used` has them, which is until the slot is empty; nobody has a
+        // SAFETY: the pages are mapped as long as `used` has them, which is until the slot is empty; nothing has a
         // reference into them.
         unsafe { self.vm.set_user_memory_region(region) }.map_err(kvm("map pages of a device"))
     }

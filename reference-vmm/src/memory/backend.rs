@@ -40,7 +40,7 @@ pub enum BackendKind {
     Memfd {
         /// In huge pages of this many bytes, or of the host's usual size if that is 0.
         hugetlb: Option<u64>,
-        /// Nobody can change the file's length.
+        /// The file's length cannot be changed.
         seal: bool,
     },
     /// A file: `memory-backend-file`.
@@ -58,7 +58,7 @@ pub(super) struct Backing {
     pub(super) memory: HostMemory,
     /// Bytes of a page of the host's.
     pub(super) page_size: u64,
-    /// Nobody has written to it.
+    /// It was not written to.
     pub(super) fresh: bool,
     /// It is a file of a file system that is not in memory.
     pub(super) on_disk: bool,
@@ -106,7 +106,7 @@ impl MemoryBackend {
         if self.prealloc {
             memory.populate().map_err(BackendError::Preallocate)?;
         }
-        // Nobody else finds a file without a name, and a QEMU sends a memfd like any other memory.
+        // No other process finds a file without a name, and a QEMU sends a memfd like any other memory.
         let named = matches!(&self.kind, BackendKind::File { path, .. } if !path.is_dir());
         let shared_file = named && self.share;
         Ok(Backing { memory, page_size, fresh, shared_file, on_disk: file.as_ref().is_some_and(is_on_disk) })

@@ -34,7 +34,7 @@ pub struct RamBlock {
     /// The memory behind `host`.
     region: MmapRegion<AtomicBitmap>,
     host: HostMemory,
-    /// Nobody had written to the memory when the block was made of it.
+    /// The memory had not been written to when the block was made of it.
     fresh: bool,
     on_disk: bool,
     shared_file: bool,
@@ -200,7 +200,7 @@ impl RamBlock {
         self.host.populate().map_err(|cause| Error::Host { what: "preallocate guest RAM", cause })
     }
 
-    /// Empties these bytes of the block, whole pages of the host's: it gives zeroed memory when somebody touches them.
+    /// Empties these bytes of the block, whole pages of the host's: it gives zeroed memory when they are touched.
     ///
     /// # Errors
     /// [`Error::OutOfRange`], [`Error::Host`], and [`Error::Config`] for a private copy of a file.
@@ -215,7 +215,7 @@ impl RamBlock {
         self.release(bytes)
     }
 
-    /// Gives these bytes of the block back to the host, whole pages of the host's, of which nobody needs what they
+    /// Gives these bytes of the block back to the host, whole pages of the host's, whose contents are not needed
     /// hold.
     ///
     /// # Errors

@@ -61,7 +61,7 @@ impl HostMemory {
         }
         let before = start.align_offset(align);
         let aligned = start.wrapping_byte_add(before);
-        // SAFETY: both ends are whole pages of the mapping made above, which nobody uses. The kernel refuses to give up
+        // SAFETY: both ends are whole pages of the mapping made above, which is unused. The kernel refuses to give up
         // nothing at all, which is as well.
         unsafe {
             libc::munmap(start, before);
@@ -82,7 +82,7 @@ impl HostMemory {
             (!wanted.reserve, libc::MAP_NORESERVE),
         ];
         let flags = flags.into_iter().filter(|(on, _)| *on).fold(0, |flags, (_, flag)| flags | flag);
-        // SAFETY: it takes the place of what is left of the mapping made above, which nobody uses.
+        // SAFETY: it takes the place of what is left of the mapping made above, which is unused.
         let mapped = unsafe { libc::mmap(aligned, len, libc::PROT_READ | libc::PROT_WRITE, flags, fd, offset) };
         if mapped == libc::MAP_FAILED {
             return Err(io::Error::last_os_error());
@@ -106,7 +106,7 @@ impl HostMemory {
         self.start.as_ptr()
     }
 
-    /// Gives bytes of it back to the host: they are zero, and missing, until somebody touches them. Private memory of a
+    /// Gives bytes of it back to the host: they are zero, and missing, until they are touched. Private memory of a
     /// file becomes what the file holds.
     pub(super) fn discard(&self, bytes: Range<usize>) -> io::Result<()> {
         self.advise_part(bytes, if self.share { libc::MADV_REMOVE } else { libc::MADV_DONTNEED })
@@ -139,7 +139,7 @@ impl HostMemory {
         }
         let start = self.start().wrapping_add(bytes.start);
         // SAFETY: the range lies in a mapping of ours, as was checked. Where the advice changes its content, that is
-        // what the guest's owner wants; nobody holds a reference into it, as vCPUs change it, too.
+        // what the guest's owner wants; there is no reference into it, as vCPUs change it, too.
         match unsafe { libc::madvise(start.cast(), len, advice) } {
             0 => Ok(()),
             _ => Err(io::Error::last_os_error()),
@@ -149,7 +149,7 @@ impl HostMemory {
 
 impl Drop for HostMemory {
     fn drop(&mut self) {
-        // SAFETY: the mapping is ours, and whoever was given its address borrows from the block that owns this.
+        // SAFETY: the mapping is ours, and what was given its address borrows from the block that owns this.
         unsafe { libc::munmap(self.start.as_ptr().cast(), self.len) };
     }
 }

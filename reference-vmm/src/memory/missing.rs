@@ -1,4 +1,4 @@
-//! Guest memory whose pages are filled in when somebody touches them: Linux' `userfaultfd`.
+//! Guest memory whose pages are filled in when they are touched: Linux' `userfaultfd`.
 //!
 //! vCPUs touch it in the kernel (`KVM_RUN`), so a descriptor for faults of user mode alone is not enough.
 
@@ -145,7 +145,7 @@ impl MissingPages for Userfault {
             }
             let mut event = [0; EVENT];
             match rustix::io::read(&self.faults, &mut event) {
-                // Whoever waited does not any more.
+                // No wait is left.
                 Err(Errno::AGAIN | Errno::INTR) => continue,
                 read => read?,
             };
@@ -215,7 +215,7 @@ pub(super) fn call<const CALL: Opcode, T>(faults: &OwnedFd, argument: &mut T) ->
     const { assert!(opcode::read_write::<T>(GROUP, CALL as u8) == CALL || opcode::read::<T>(GROUP, CALL as u8) == CALL) };
     // SAFETY: the structure has the length that the number of the call says. The kernel reads and writes it, and bytes
     // of ours that `fill` gives it to read; the only memory it changes are missing pages of a block that `memory`
-    // keeps, which nobody can have seen. Protecting pages of it changes nothing but when others write.
+    // keeps, which cannot have been seen. Protecting pages of it changes nothing but when others write.
     unsafe { ioctl(faults, Updater::<CALL, T>::new(argument)) }
 }
 
@@ -243,7 +243,7 @@ fn open() -> io::Result<OwnedFd> {
     }
     let device = OpenOptions::new().read(true).write(true).open("/dev/userfaultfd")?;
     const NEW: libc::c_ulong = opcode::none(GROUP, 0) as libc::c_ulong;
-    // SAFETY: the call takes flags and gives a new descriptor, which belongs to nobody else.
+    // SAFETY: the call takes flags and gives a new descriptor, which has no other owner.
     unsafe {
         match libc::ioctl(device.as_fd().as_raw_fd(), NEW, libc::O_CLOEXEC | libc::O_NONBLOCK) {
             -1 => Err(io::Error::last_os_error()),

@@ -1,4 +1,4 @@
-//! Guest memory that nobody writes to unseen: Linux' `userfaultfd` for writes.
+//! Guest memory that is not written to unseen: Linux' `userfaultfd` for writes.
 
 use std::sync::Arc;
 
@@ -14,7 +14,7 @@ use super::GuestMemory;
 use super::missing::{GROUP, Userfault, available, call};
 
 const WRITEPROTECT: Opcode = opcode::read_write::<uffdio_writeprotect>(GROUP, 6);
-/// For a page that nobody has touched, too (Linux 6.4), and for shared memory and huge pages (5.19).
+/// For a page that was not touched, too (Linux 6.4), and for shared memory and huge pages (5.19).
 const FEATURES: u32 = UFFD_FEATURE_PAGEFAULT_FLAG_WP | UFFD_FEATURE_WP_UNPOPULATED | UFFD_FEATURE_WP_HUGETLBFS_SHMEM;
 
 /// All blocks of a machine, which can be protected.

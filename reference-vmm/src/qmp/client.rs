@@ -44,7 +44,7 @@ pub struct Client {
 }
 
 impl Client {
-    /// Connects, as soon as there is somebody to connect to, but not later than `patience` from now.
+    /// Connects, as soon as there is a listener, but not later than `patience` from now.
     ///
     /// # Errors
     /// [`ClientError`].

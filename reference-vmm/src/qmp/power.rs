@@ -1,4 +1,4 @@
-//! Reset, power button, and what the network hears of the guest.
+//! Reset, power button, and what the network learns of the guest.
 
 use super::{
     arguments::{Arguments, empty, finish},

@@ -104,7 +104,7 @@ pub(super) fn yank(vmm: &Arc<Vmm>, arguments: &mut Arguments) -> Result<Value, F
 mod tests {
     use super::*;
 
-    /// Names lead somewhere, and nothing is there twice or for nobody.
+    /// Names lead somewhere, and nothing is there twice or in vain.
     #[test]
     fn the_schema_is_whole() {
         let entities = SCHEMA.as_array().unwrap();

@@ -28,7 +28,7 @@ pub struct Server {
     silent: mpsc::Receiver<()>,
 }
 
-/// Those who have something to say to the client hold a copy of the sender, so that its receiver hears when all have
+/// Those who have something to say to the client hold a copy of the sender, so that its receiver learns when all have
 /// said it. There is none any more when the server ends.
 #[derive(Clone)]
 struct Speaking(Arc<Mutex<Option<mpsc::Sender<()>>>>);
@@ -94,7 +94,7 @@ impl Drop for Server {
         self.speaking.end();
         // Nothing is ever sent: this is the time limit, or everybody is done.
         let _ = self.silent.recv_timeout(LAST_WORDS);
-        // Somebody may have removed it already.
+        // It may have been removed already.
         let _ = fs::remove_file(&self.path);
     }
 }

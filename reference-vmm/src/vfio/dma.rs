@@ -9,7 +9,7 @@ pub enum Tracking {
     Devices,
     /// The container does.
     Container,
-    /// Nobody: all of RAM may have been written to, as long as a device works.
+    /// Unknown: all of RAM may have been written to, as long as a device works.
     Nobody,
 }
 
@@ -19,7 +19,7 @@ pub trait DmaLog: Send + Sync {
     fn start(&self) -> Tracking;
 
     /// Tells which pages were written to since the last report, and forgets them: words of 64 pages of the RAM, of
-    /// which the first is that page, a multiple of 64. Nothing of a log that nobody keeps.
+    /// which the first is that page, a multiple of 64. Nothing of a log that is not kept.
     ///
     /// # Errors
     /// [`Failure::Log`](super::Failure::Log).

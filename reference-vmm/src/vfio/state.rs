@@ -157,7 +157,7 @@ impl Support {
             if at == to {
                 return Some(first);
             }
-            // Data that nobody would read or write are on no way.
+            // Data that would not be read or written are on no way.
             let leads = at.is_plain() || (from, at) == (DeviceState::PreCopy, DeviceState::PreCopyP2p);
             if leads && !seen.contains(&at) {
                 ways.extend(self.steps(at).map(|step| (first, step)));

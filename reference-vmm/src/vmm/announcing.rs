@@ -1,4 +1,4 @@
-//! The network hears where the guest is now.
+//! The network learns where the guest is now.
 
 use super::Vmm;
 use qevm_migration::Announcement;

@@ -48,7 +48,7 @@ impl Event {
 
 type Recorder = Box<dyn Fn(&Event, Option<&Job>) + Send>;
 
-/// A QMP client, and whoever records everything.
+/// A QMP client, and a recorder of everything.
 #[derive(Default)]
 pub(super) struct Audience {
     subscriber: Mutex<Option<mpsc::Sender<Event>>>,

@@ -41,7 +41,7 @@ impl Vmm {
         let _ = self.incoming.set_capabilities(self.outgoing.capabilities());
         self.incoming.set_parameters(self.outgoing.parameters());
         self.incoming.set_tls(self.outgoing.tls());
-        // Whoever looks for an incoming migration finds it from now on.
+        // A query finds an incoming migration from now on.
         let _ = self.incoming.begin();
         self.lock().listening = Some(match &endpoint {
             IncomingEndpoint::Socket(listener) => listener.address().clone(),
@@ -81,7 +81,7 @@ impl Vmm {
             format!("guest memory is still being loaded{from}")
         });
         reason.iter().for_each(|reason| self.block_migration(reason));
-        // Whoever sees the guest run sees how much of it is still to come.
+        // A client that sees the guest run sees how much of it is still to come.
         arrival.rest.iter().for_each(|rest| self.watch_rest(rest));
         let autostart = self.lock().autostart;
         let started = if arrival.running && autostart { self.start().map(|()| true) } else { Ok(false) };

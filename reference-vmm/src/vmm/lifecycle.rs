@@ -17,7 +17,7 @@ impl Vmm {
     /// Makes the guest's stops and `system_reset` take effect, until the monitor is gone.
     pub(super) fn attend_when_asked(self: &Arc<Self>, asked: mpsc::Receiver<()>) {
         let asks = self.asks.clone();
-        // Whoever sends while the monitor goes is not heard.
+        // What is sent while the monitor ends is not read.
         self.machine.watch_stops(move || _ = asks.send(()));
         let weak = Arc::downgrade(self);
         thread::spawn(move || {
@@ -59,7 +59,7 @@ impl Vmm {
             Some(Stop::Reset { .. }) => self.reboot(Cause::GuestReset),
             Some(Stop::Shutdown) => self.shut_down(Cause::GuestShutdown),
             Some(stop @ Stop::Failed { .. }) => self.end(Exit::GuestStopped(stop)),
-            // Whoever has loaded it decides whether the monitor ends.
+            // The caller decides whether the monitor ends.
             Some(Stop::MemoryLost(_)) | None => {}
         }
         if std::mem::take(&mut self.lock().reset_wanted) {
@@ -80,7 +80,7 @@ impl Vmm {
         }
         let stop = self.machine.wait_stop(Duration::ZERO);
         if cause == Cause::GuestReset && !matches!(stop, Some(Stop::Reset { .. })) {
-            // Done meanwhile, by whoever stopped the guest.
+            // Done meanwhile, by the thread that stopped the guest.
             return;
         }
         self.machine.pause();

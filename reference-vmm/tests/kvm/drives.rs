@@ -44,7 +44,7 @@ fn is_used(path: &Path) -> bool {
     [USED_FOR_WRITING, NOBODY_ELSE_WRITES].map(|byte| lock(&file, libc::F_OFD_GETLK, libc::F_WRLCK, byte)) == [true; 2]
 }
 
-/// Somebody else uses the image until the result is dropped.
+/// Another process uses the image until the result is dropped.
 fn intrude(path: &Path) -> File {
     let file = open(path);
     lock(&file, libc::F_OFD_SETLK, libc::F_RDLCK, NOBODY_ELSE_WRITES);

@@ -238,7 +238,7 @@ fn the_power_button() {
     assert_eq!(events, ["POWERDOWN", "SHUTDOWN guest-shutdown guest"]);
     assert_eq!(status.code(), Some(0), "{}", monitor.said());
 
-    // It is kept until somebody resets it.
+    // It is kept until it is reset.
     let mut monitor = Monitor::start(directory.path(), "c", "button=2", &["--no-shutdown"]);
     monitor.wait_for_start(1);
     monitor.execute("system_powerdown", json!({}));
@@ -373,7 +373,7 @@ fn resets_travel() {
         destination.execute("system_reset", json!({}));
         destination.wait_for_events(&[QMP_RESET]);
         destination.wait_for_start(usize::from(stopped) + 1);
-        // What is left at the source is no guest any more, until somebody says so.
+        // What is left at the source is no guest any more, until an operator says so.
         source.execute("system_reset", json!({}));
         source.wait_for_events(&[QMP_RESET]);
         assert_eq!((source.status().as_str(), source.starts()), ("prelaunch", 3));

@@ -168,7 +168,7 @@ fn failure_leaves_the_source_running() {
     assert_eq!(from.machine.run_state(), RunState::Running);
     assert!(!from.machine.dirty_log().is_enabled());
     from.assert_healthy();
-    // Nobody listens any more.
+    // The receiver is gone.
     drop(listener);
     assert!(matches!(Socket::connect(&address), Err(MigrationError::Connect { .. })));
     // A later migration succeeds.

@@ -147,7 +147,7 @@ fn sees_the_tsc_go_back() {
 }
 
 fn reads_at_random() {
-    // Nobody but the reader looks at these pages.
+    // Only the reader looks at these pages.
     let guest = Guest::boot(32 * MIB, 1, "dirty=1M rate=1M hold=1M zero=0 verify=0 reader=1 report=20");
     let line = guest.console.wait_for_line("qevm-payload reads");
     let reads = Reads::parse(&line).unwrap_or_else(|| panic!("{line}"));

@@ -146,7 +146,7 @@ fn migrates_a_guest() {
     let events = json!([{ "capability": "events", "state": true }, { "capability": "return-path", "state": true }]);
     here.execute("migrate-set-capabilities", json!({ "capabilities": events })).unwrap();
 
-    // Nobody listens there: the guest stays.
+    // Nothing listens there: the guest stays.
     here.execute("migrate", json!({ "uri": format!("unix:{}/nobody", directory.path().display()) })).unwrap();
     let failed = finished(&mut here);
     assert!(failed["error-desc"].as_str().unwrap().contains("cannot connect"), "{failed}");
@@ -172,7 +172,8 @@ fn migrates_a_guest() {
     assert!(line.contains(" stale=0 "), "{line}");
 }
 
-/// Whoever repeats a command whose answer was lost must not make a second guest of the one that goes on elsewhere.
+/// A client that repeats a command whose answer was lost must not make a second guest of the one that goes on
+/// elsewhere.
 fn refuses_to_migrate_a_guest_that_has_left() {
     let directory = tempfile::tempdir().unwrap();
     let (_source, _a, mut here, console) = serve(directory.path(), "here", false);

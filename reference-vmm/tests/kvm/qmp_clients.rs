@@ -35,7 +35,7 @@ fn drops_a_client_that_does_not_read() {
     assert_eq!(next.execute("query-status", json!({})).unwrap()["status"], "prelaunch");
 }
 
-/// As QEMU 11.1: an error for the line, whoever reads when, and the next request is answered.
+/// As QEMU 11.1: an error for the line, however it is read, and the next request is answered.
 fn answers_a_broken_line_once() {
     let directory = tempfile::tempdir().unwrap();
     let (_vmm, _server, client, _console) = serve(directory.path(), "q", false);

@@ -45,7 +45,7 @@ fn pong(value: u32, _: usize) -> Vec<u8> {
     message(PONG, value)
 }
 
-/// Somebody at an address who takes a stream in.
+/// A listener at an address that takes a stream in.
 struct Peer {
     uri: String,
     seen: Arc<Mutex<Seen>>,

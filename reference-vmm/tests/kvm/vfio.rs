@@ -258,7 +258,7 @@ fn does_not_start() {
         let (from, to) = Side::pair(&[SHAPE, SHAPE]);
         to.doubles[0].fail(fault, Errno::IO, 1);
         assert_eq!(migrate(&from, &to, &[]), (None, None));
-        // It has left the source; here it is paused, with all of its state, until somebody says go on.
+        // It has left the source; here it is paused, with all of its state, until an operator says `cont`.
         wait("it is not paused", || to.vmm.run_state() == RunState::Paused);
         assert_eq!(from.vmm.run_state(), RunState::Postmigrate);
         assert!(to.doubles.iter().all(|double| double.has_arrived() && double.resets() == 0));

@@ -233,7 +233,7 @@ fn writes_arrive() {
         }
         have_arrived(&from, &to, &log);
     }
-    // What nobody tells of does not arrive: that is noticed above.
+    // What is not reported does not arrive: that is noticed above.
     let (from, to, _) = pair(Tracking::Devices, false, 0);
     assert_eq!(migrate(&from, &to), None);
     assert!(stale(&from, &to) > 0);

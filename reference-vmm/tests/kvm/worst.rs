@@ -1,4 +1,4 @@
-//! A guest that does its worst on every queue and port (`payload/worst.S`), in a monitor whose outputs nobody reads:
+//! A guest that does its worst on every queue and port (`payload/worst.S`), in a monitor whose outputs are not read:
 //! QMP answers all the same.
 //!
 //! `QEVM_WORST=full` is for a machine that does nothing else: a minute for each number of vCPUs, and every `stop` is
@@ -104,7 +104,7 @@ fn run(cpus: usize) {
     }
     command.args(["--fw-cfg", "name=opt/qevm/payload,string=dirty=1M hold=1M zero=1M worst=1"]);
     command.args(devices.iter().flat_map(|(option, value)| [*option, value.as_str()]));
-    // Pipes that nobody reads as long as it runs.
+    // Pipes that are not read as long as it runs.
     command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
     let mut monitor = Monitor(command.spawn().unwrap());
     let mut client = Client::connect(Path::new(&path("q")), PATIENCE).unwrap();

@@ -88,7 +88,7 @@ impl Connections {
                         // Its reader stops, and tells the source. The connection must stay open for that.
                         Some((main, _)) => main.stop_reading(),
                         None => {
-                            // Nobody reads this if the main thread is gone.
+                            // This is not read if the main thread is gone.
                             let _ = self.events.send(SessionEvent::Failed(failure));
                             return;
                         }

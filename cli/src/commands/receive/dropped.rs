@@ -1,4 +1,4 @@
-//! What is said of connections that were dropped: a line for each, but not more than somebody can read.
+//! What is said of connections that were dropped: a line for each, but not more than a person can read.
 
 use super::caller::What;
 use crate::socket::Peer;
@@ -50,7 +50,7 @@ impl Dropped {
         }
     }
 
-    /// All that came, with what still `waits`; `None` if nobody came.
+    /// All that came, with what still `waits`; `None` if no connection came.
     pub(super) fn summary(&self, waits: impl Iterator<Item = Cow<'static, str>>) -> Option<String> {
         let mut kinds = self.kinds.clone();
         waits.for_each(|kind| *kinds.entry(kind).or_default() += 1);

@@ -129,7 +129,7 @@ impl Files {
 
 fn remove(outputs: &[Arc<OutputFile>]) {
     for output in outputs {
-        // Somebody else may have removed it.
+        // Another process may have removed it.
         let _ = std::fs::remove_file(output.path());
     }
 }

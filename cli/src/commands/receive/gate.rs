@@ -1,5 +1,5 @@
-//! Connections that nobody knows yet. They cost a descriptor each, up to a bound, and nothing else: no thread, no file,
-//! and no time of the migration.
+//! Connections that are not identified yet. They cost a descriptor each, up to a bound, and nothing else: no thread, no
+//! file, and no time of the migration.
 
 use super::caller::{INIT_LEN, MAX_FIRST, Verdict, What, incomplete, judge, unsealed};
 use super::dropped::Dropped;
@@ -21,7 +21,7 @@ const ROOM: u64 = 256;
 const SHARE: u64 = 4;
 /// How long the oldest of them is let alone when there are more.
 const GRACE: Duration = Duration::from_millis(100);
-/// How long a source is let alone before it hears of a fault. QEMU 7.2 hangs, monitor and guest included, if a page
+/// How long a source is let alone before it learns of a fault. QEMU 7.2 hangs, monitor and guest included, if a page
 /// channel is closed while it opens the others.
 pub(super) const REFUSAL_DELAY: Duration = Duration::from_millis(500);
 /// Silent connections that are kept because one may be the second channel of postcopy.
@@ -59,7 +59,7 @@ struct Stranger {
     unsealed: Option<String>,
 }
 
-/// What the connections that nobody knows are measured by.
+/// What unidentified connections are measured by.
 pub(super) struct Context<'c> {
     /// The source of the migration that is under way.
     pub(super) main: Option<&'c Peer>,
@@ -67,7 +67,7 @@ pub(super) struct Context<'c> {
     pub(super) preempt: Option<(Arc<RamBlocks>, PageGeometry)>,
 }
 
-/// The connections that nobody knows yet, the oldest first.
+/// The connections that are not identified yet, the oldest first.
 #[derive(Debug)]
 pub(super) struct Gate {
     strangers: VecDeque<Stranger>,
@@ -184,7 +184,7 @@ impl Gate {
         callers
     }
 
-    /// What came so far and was no migration, those who still wait included; `None` if nobody came.
+    /// What came so far and was no migration, those that still wait included; `None` if none came.
     pub(super) fn summary(&self) -> Option<String> {
         let waiting = self.strangers.iter().filter(|stranger| stranger.closing.is_none());
         self.dropped.summary(waiting.map(|stranger| incomplete(&stranger.first, "").kind))

@@ -372,7 +372,7 @@ impl Ledger {
         }
     }
 
-    /// All pages may be under way on channels that nobody has announced: sources before 8.1 do not flush.
+    /// All pages may be under way on channels that were not announced: sources before 8.1 do not flush.
     fn doubts(&self, state: &State) -> bool {
         self.expected.is_none() && state.channels.is_empty() && !state.main_pages && !state.blocks.is_empty()
     }

@@ -269,7 +269,7 @@ impl Answering {
         let failure = match failure {
             Some(failure) => {
                 self.ledger.fail(failure.clone());
-                // That the migration failed is the better explanation than that nobody wants to hear it.
+                // That the migration failed is the better explanation than that the client has gone.
                 let _ = self.send(&Message::Shut { status: 1 });
                 Some(self.ledger.explained(failure))
             }
@@ -320,7 +320,7 @@ impl Answering {
                 return true;
             }
             match (&*self.socket).read(&mut rest) {
-                // It has closed it before it could hear the answer if that makes it reset the connection.
+                // It has closed it before it could read the answer if that makes it reset the connection.
                 Ok(0) => return !self.socket.is_reset_within(RESET_PATIENCE.min(left)),
                 Ok(_) => {}
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}

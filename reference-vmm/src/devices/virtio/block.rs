@@ -1,8 +1,8 @@
 //! `virtio-blk-device` on a raw file (virtio 1.2, 5.2).
 //!
 //! Requests are done one after the other, in the order in which the guest has made them, by the device's thread: a disk
-//! that takes its time, or hangs, holds nobody else up. A piece of a request at a time goes by way of a buffer, so that
-//! the guest's memory is only touched while the machine runs. A request that is not done when the machine stops is
+//! that takes its time, or hangs, holds nothing else up. A piece of a request at a time goes by way of a buffer, so
+//! that the guest's memory is only touched while the machine runs. A request that is not done when the machine stops is
 //! begun anew when the guest goes on; it goes along with it, as QEMU's do that an error has stopped.
 
 mod request;
@@ -168,7 +168,7 @@ impl Model for Block {
     }
 
     fn drain(&mut self) {
-        // Whoever takes the guest over reads what it wrote.
+        // The next monitor reads what it wrote.
         self.flush_due = true;
     }
 

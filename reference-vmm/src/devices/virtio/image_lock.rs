@@ -1,15 +1,15 @@
 //! Locks on a disk's image, as QEMU takes them (`locking=auto`), so that neither a QEMU nor another monitor on the same
 //! host uses it at the same time.
 //!
-//! They are open file description locks on single bytes, always for reading: one byte says that somebody uses a right,
-//! another that he bears nobody else who uses it. Seen in `/proc/locks` of QEMU 11.1: 100, 101 and 201 for a disk that
+//! They are open file description locks on single bytes, always for reading: one byte says that a right is used,
+//! another that no other process may use it. Seen in `/proc/locks` of QEMU 11.1: 100, 101 and 201 for a disk that
 //! can be written, 100 and 201 for one that is read.
 
 use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
 
-/// The byte of a right that is used, and that of one which nobody else may use, are this many bytes after these.
+/// The byte of a right that is used, and that of one which no other process may use, are this many bytes after these.
 const USED: i64 = 100;
 const REFUSED: i64 = 200;
 const READ: i64 = 0;
@@ -26,7 +26,7 @@ pub(super) enum LockError {
     Host(#[from] io::Error),
 }
 
-/// Takes the locks; whoever shares the descriptor has them, too. On failure none is left.
+/// Takes the locks; other owners of the descriptor have them, too. On failure none is left.
 pub(super) fn take(file: &File, readonly: bool) -> Result<(), LockError> {
     let used: &[(i64, &str)] =
         if readonly { &[(READ, "consistent read")] } else { &[(READ, "consistent read"), (WRITE, "write")] };
@@ -109,7 +109,7 @@ mod tests {
         take(&one, false).unwrap();
         assert!(matches!(take(&other, false), Err(LockError::Refused("write"))));
         assert!(matches!(take(&other, true), Err(LockError::Written)));
-        // Whoever was refused has left nothing behind.
+        // One that was refused has left nothing behind.
         release(&one);
         take(&other, false).unwrap();
         assert!(take(&one, true).is_err());

@@ -8,8 +8,8 @@
 //!
 //! Read: [`qevm_microvm::virtio`] (what sits where), `transport` (registers), `model` (what is on it), `queue` and
 //! `chain` (rings in guest memory), then the models: `block`, `rng`, `serial`, `net`; `pump` is the thread of those
-//! that hear from the host. A device without a model is kept with everything that a guest's source said about it, and
-//! goes back to a QEMU, but its guest cannot run.
+//! that get input from the host. A device without a model is kept with everything that a guest's source said about it,
+//! and goes back to a QEMU, but its guest cannot run.
 
 mod block;
 mod chain;

@@ -33,7 +33,7 @@ pub(crate) trait Model: Send {
     fn resume(&mut self, _access: &mut Access<'_>) -> Result<(), RingError> {
         Ok(())
     }
-    /// The network is to hear where the guest is now.
+    /// The network is to learn where the guest is now.
     fn announce(&mut self, _access: &mut Access<'_>) {}
     /// The machine has stopped, and the device is to finish what it has begun.
     fn drain(&mut self) {}
@@ -64,7 +64,7 @@ pub(crate) trait Model: Send {
     /// The guest is this machine's from now on: what it uses of the host is claimed.
     ///
     /// # Errors
-    /// Somebody else uses it.
+    /// Another process uses it.
     fn activate(&mut self) -> Result<()> {
         Ok(())
     }
@@ -109,7 +109,7 @@ impl Access<'_> {
         }
     }
 
-    /// Takes the next chain of a queue, whatever was taken in this turn: for replies, of which there are only so many.
+    /// Takes the next chain of a queue, whatever was taken in this turn: for replies, whose number is limited.
     pub(crate) fn pop_for_reply(&mut self, queue: usize) -> Result<Option<Chain>, RingError> {
         self.queues.get_mut(queue).into_iter().for_each(Queue::refill);
         self.pop(queue)

@@ -26,7 +26,7 @@ const CONTROL_RECEIVE: usize = 2;
 const CONTROL_TRANSMIT: usize = 3;
 /// Offset of `emerg_wr` in the configuration space.
 const EMERGENCY_WRITE: usize = 8;
-/// Bytes that go out in one step, so that a long buffer holds nobody up.
+/// Bytes that go out in one step, so that a long buffer holds nothing up.
 const STEP: u64 = 1 << 20;
 /// Most bytes of one input.
 const INPUT: u64 = 4096;
@@ -51,7 +51,7 @@ struct SerialPort {
     name: String,
     chardev: Chardev,
     guest_connected: bool,
-    /// The guest was told that somebody listens.
+    /// The guest was told that the port is connected.
     host_connected: bool,
     /// What the guest sends and was not taken completely, and how many bytes were.
     pending: Option<(Chain, u64)>,
@@ -243,7 +243,7 @@ impl Model for Serial {
             && let Some(byte) = data.first()
             && let Some(port) = self.ports.iter_mut().find(|port| port.console)
         {
-            // Nobody can be told if it is not taken.
+            // There is no one to tell if it is not taken.
             let _ = port.chardev.write(&[*byte]);
         }
     }
@@ -274,7 +274,7 @@ impl Model for Serial {
     }
 
     fn pause(&mut self) {
-        // What is written is there when the guest has stopped, but nobody is waited for for long.
+        // What is written is there when the guest has stopped, but no device is waited for for long.
         let deadline = Instant::now() + Duration::from_millis(150);
         let patience = || deadline.saturating_duration_since(Instant::now());
         self.ports.iter().for_each(|port| port.chardev.flush(patience()));

@@ -249,7 +249,7 @@ impl Transport {
         (!self.gone).then_some(interest)
     }
 
-    /// Some of it has happened. A machine that has stopped meanwhile hears of it when it goes on.
+    /// Some of it has happened. A machine that has stopped meanwhile learns of it when it goes on.
     pub(super) fn pump(&mut self, ready: &[(RawFd, i16)]) {
         if self.runs() {
             self.work(|model, access| model.pump(ready, access));

@@ -56,7 +56,7 @@ impl DirtyLimit {
         &self.limits
     }
 
-    /// Whoever pauses is to be woken afterwards.
+    /// The thread that pauses is to be woken afterwards.
     pub(crate) fn set(&self, vcpu: Option<usize>, limit: Option<u64>, vcpus: &Arc<[Vcpu]>) -> Result<()> {
         if self.limits.log.ring_size() == 0 && limit.is_some() {
             return Err(Error::Config("a limit of dirty rates needs dirty rings".to_owned()));

@@ -26,8 +26,8 @@ const DIRTY_PAGES: &str = "VFIO_IOMMU_DIRTY_PAGES of its container";
 pub(super) fn map(ops: &dyn VfioOps, memory: &GuestMemory) -> Result<(), vfio_ioctls::VfioError> {
     for Mapping { gpa, offset, len, .. } in ranges(memory) {
         let host = memory.ram().host_address().wrapping_add(offset as usize);
-        // SAFETY: whoever holds a device of this container or IOAS holds the memory as well, so that it stays mapped,
-        // and nobody has a reference into it: it is reached by volatile accesses only.
+        // SAFETY: what holds a device of this container or IOAS holds the memory as well, so that it stays mapped,
+        // and there is no reference into it: it is reached by volatile accesses only.
         unsafe { ops.vfio_dma_map(gpa, len as usize, host) }?;
     }
     Ok(())

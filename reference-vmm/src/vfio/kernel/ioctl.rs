@@ -59,7 +59,7 @@ pub(super) fn set<const WORDS: usize>(
 
 /// The descriptor that a call gave; -1 is none.
 pub(super) fn owned(fd: RawFd) -> Option<OwnedFd> {
-    // SAFETY: the kernel has just opened it for the caller, and nobody else knows of it.
+    // SAFETY: the kernel has just opened it for the caller, and no other code knows of it.
     (fd >= 0).then(|| unsafe { OwnedFd::from_raw_fd(fd) })
 }
 

@@ -45,7 +45,7 @@ pub struct HostDevice {
 pub struct Iommufd {
     /// Its name.
     pub id: String,
-    /// `/dev/iommu` as somebody has opened it; opened here without one.
+    /// `/dev/iommu` as the caller has opened it; opened here without one.
     pub fd: Option<OwnedFd>,
 }
 

@@ -30,7 +30,7 @@ struct Inner {
     precopy: PrecopyInfo,
     /// What has left it in ERROR.
     broken: Option<Failure>,
-    /// A question failed where nobody could be told.
+    /// A question failed where there was no one to tell.
     failed: Option<Failure>,
     /// Bytes read or written.
     done: u64,

@@ -319,7 +319,7 @@ fn a_pipe_that_nobody_reads_holds_its_port_up_and_no_vcpu() {
     harness.write(0x50, 1);
     harness.transport.pause();
     assert_eq!(transmit.used(&harness), 0);
-    // As soon as somebody reads, all of it comes.
+    // As soon as it is read, all of it comes.
     let transport = Arc::new(Mutex::new(harness.transport));
     let thread = start_pump(&transport, || true).unwrap();
     lock(&transport).resume().unwrap();
