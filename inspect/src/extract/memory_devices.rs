@@ -49,10 +49,16 @@ impl MemoryDevices {
         }
     }
 
-    /// Places the memory devices among the RAM blocks `left`, which no piece of memory has so far. `above_4g`: where
-    /// the main memory ends. Gives remarks on what was assumed.
+    /// How many slots have a DIMM, as far as the stream tells.
+    pub(super) fn dimms(&self) -> usize {
+        self.dimms
+    }
+
+    /// Places the memory devices of a `machine` among the RAM blocks `left`, which no piece of memory has so far.
+    /// `above_4g`: where the main memory ends. Gives remarks on what was assumed.
     pub(super) fn place(
         &self,
+        machine: &str,
         ram: &GuestRam,
         left: &[usize],
         tables: &Tables,
@@ -82,12 +88,17 @@ impl MemoryDevices {
             left.retain(|&other| other != block);
             pieces.push(Piece { block, address, block_offset: 0, len: bytes });
         }
+        // A pseries tells of no slots, and has no other memory devices; they may lie right behind the main memory.
+        let (dimms, lowest) = match machine == "pseries" || machine.starts_with("pseries-") {
+            true => (left.len(), 0),
+            false => (self.dimms, 4 * GIB),
+        };
         // Only if every block that is left is a DIMM is it known which are.
-        if self.dimms == 0 || self.dimms != left.len() {
+        if dimms == 0 || dimms != left.len() {
             return (pieces, notes);
         }
         let Some(order) = order(ram, &left) else { return (pieces, notes) };
-        let base = tables.device_memory.unwrap_or_else(|| above_4g.max(4 * GIB).next_multiple_of(GIB));
+        let base = tables.device_memory.unwrap_or_else(|| above_4g.max(lowest).next_multiple_of(GIB));
         for block in order {
             let address = free(base, len(block), &pieces);
             pieces.push(Piece { block, address, block_offset: 0, len: len(block) });
@@ -228,9 +239,19 @@ mod tests {
     const MIB: u64 = 1 << 20;
 
     fn places(devices: &MemoryDevices, tables: &Tables, blocks: &[(&str, u64)]) -> Vec<(String, u64)> {
+        places_behind(0, "pc-q35-11.1", devices, tables, blocks)
+    }
+
+    fn places_behind(
+        main: u64,
+        machine: &str,
+        devices: &MemoryDevices,
+        tables: &Tables,
+        blocks: &[(&str, u64)],
+    ) -> Vec<(String, u64)> {
         let ram = ram(blocks);
         let left: Vec<usize> = (0..blocks.len()).filter(|block| !blocks[*block].0.contains('/')).collect();
-        let (pieces, _) = devices.place(&ram, &left, tables, 0);
+        let (pieces, _) = devices.place(machine, &ram, &left, tables, main * MIB);
         pieces.iter().map(|piece| (ram.blocks()[piece.block].name.clone(), piece.address / MIB)).collect()
     }
 
@@ -257,6 +278,16 @@ mod tests {
         let apart = MemoryDevices { virtio: virtio(4608, 256), dimms: 2 };
         let blocks = [("0000:00:01.0/v", 256), ("d0", 512), ("d1", 1024)];
         assert_eq!(places(&apart, &tables(4096), &blocks), at(&[("0000:00:01.0/v", 4608), ("d0", 4096), ("d1", 4864)]));
+    }
+
+    /// `info memory-devices` of QEMU 11.1 for pseries guests of 256 to 2048 MiB with two DIMMs.
+    #[test]
+    fn dimms_of_a_pseries_lie_right_behind_its_memory() {
+        for (main, first) in [(256, 1024), (512, 1024), (1280, 2048), (2048, 2048)] {
+            let blocks = [("m0", 256), ("m1", 512)];
+            let found = places_behind(main, "pseries-11.1", &MemoryDevices::default(), &Tables::default(), &blocks);
+            assert_eq!(found, at(&[("m0", first), ("m1", first + 256)]));
+        }
     }
 
     #[test]

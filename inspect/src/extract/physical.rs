@@ -17,6 +17,15 @@ const BELOW_ALL_HOLES: u64 = 2 << 30;
 /// More blocks are not tried in all combinations.
 const MAX_TRIED: usize = 12;
 
+/// ELF's numbers of processors whose `virt` machines have names that do not tell which they are.
+const EM_ARM: u16 = 40;
+const EM_AARCH64: u16 = 183;
+const EM_RISCV: u16 = 243;
+/// Machine types of other targets than x86 whose main memory may be memory backends, and the RAM block of which these
+/// take the place. For `virt` the processor tells it.
+const BACKENDS: [(&str, &str); 3] = [("virt", ""), (PSERIES, "ppc_spapr.ram"), ("s390-ccw-virtio", "s390.ram")];
+const PSERIES: &str = "pseries";
+
 const NO_REGISTERS: &str = "the stream tells no registers of a target that cores are written of";
 
 /// A RAM block of guest-physical memory.
@@ -85,7 +94,7 @@ impl PhysicalMemory {
         let device = |block: &usize| main_block(machine) != Some(ram.blocks()[*block].name.as_str());
         let left: Vec<usize> = without_place(ram, &pieces).filter(device).collect();
         let above_4g = pieces.iter().map(|piece| piece.address + piece.len).max().unwrap_or(0);
-        let (devices, remarks) = guest.memory_devices.place(ram, &left, tables, above_4g);
+        let (devices, remarks) = guest.memory_devices.place(machine, ram, &left, tables, above_4g);
         notes.extend(remarks);
         let device_blocks = devices.iter().map(|piece| piece.block).collect();
         pieces.extend(devices);
@@ -131,7 +140,24 @@ impl PhysicalMemory {
 
     /// True if the memory is that of a target other than x86.
     pub fn is_other_target(&self, machine: &str, ram: &GuestRam) -> bool {
-        self.segments.iter().any(|piece| fixed(machine, ram, piece.block).is_some())
+        let has_rules = |(name, _): &(&str, &str)| of_type(machine, name);
+        BACKENDS.iter().any(has_rules) || self.segments.iter().any(|piece| fixed(machine, ram, piece.block).is_some())
+    }
+}
+
+/// `virt-10.0` is of type `virt`, and so is `virt`.
+fn of_type(machine: &str, name: &str) -> bool {
+    machine.strip_prefix(name).is_some_and(|rest| rest.is_empty() || rest.starts_with('-'))
+}
+
+/// The RAM block that the memory backends of a machine of another target than x86 take the place of.
+fn instead_of(machine: &str, guest: &Guest) -> Option<&'static str> {
+    let (_, block) = BACKENDS.iter().find(|(name, _)| of_type(machine, name))?;
+    match guest.other_cpus.first().map(|cpu| cpu.format.machine) {
+        _ if !block.is_empty() => Some(block),
+        Some(EM_ARM | EM_AARCH64) => Some("mach-virt.ram"),
+        Some(EM_RISCV) => Some("riscv_virt_board.ram"),
+        _ => None,
     }
 }
 
@@ -184,7 +210,7 @@ fn main_memory(machine: &str, ram: &GuestRam, guest: &Guest, notes: &mut Vec<Str
     if !fixed.is_empty() {
         return Ok(fixed);
     }
-    if main_block(machine).is_none() {
+    if main_block(machine).is_none() && instead_of(machine, guest).is_none() {
         let message = "no rules for the memory map of machine type";
         return Err(Error::Usage(format!(
             "{message} '{machine}': use --ram, or place the blocks with --memory-block NAME@ADDRESS; they are {}",
@@ -195,9 +221,12 @@ fn main_memory(machine: &str, ram: &GuestRam, guest: &Guest, notes: &mut Vec<Str
     let mut candidates: Vec<usize> =
         (0..blocks.len()).filter(|&block| !is_rom_or_device(&blocks[block].name)).collect();
     candidates.sort_by_cached_key(|&block| natural(&blocks[block].name));
+    // Without DIMMs, which lie elsewhere, all of several backends are NUMA nodes. A pseries tells of no DIMMs.
+    let tells_dimms = main_block(machine).is_none() && !of_type(machine, PSERIES);
+    let all_are_nodes = tells_dimms && guest.memory_devices.dimms() == 0;
     let in_cmos = guest.cmos.as_deref().and_then(memory_in_cmos);
     let chosen = match in_cmos {
-        _ if candidates.len() == 1 => Some(candidates.clone()),
+        _ if candidates.len() == 1 || all_are_nodes => Some(candidates.clone()),
         Some(total) => only_sum(ram, &candidates, total),
         None => None,
     };
@@ -283,7 +312,8 @@ fn mapped(
     notes: &mut Vec<String>,
 ) -> Result<Vec<Piece>, Error> {
     let total = total(ram, main);
-    let stretches = segments(machine, total, guest.cmos.as_deref()).ok_or_else(|| {
+    let backends = || fixed_segments(machine, instead_of(machine, guest)?, total);
+    let stretches = segments(machine, total, guest.cmos.as_deref()).or_else(backends).ok_or_else(|| {
         let message = "no rules for the memory map of machine type";
         Error::Usage(format!("{message} '{machine}': use --ram, or place the blocks with --memory-block NAME@ADDRESS"))
     })?;
@@ -312,6 +342,8 @@ fn mapped(
 
 #[cfg(test)]
 mod tests {
+    use super::super::CpuNotes;
+    use super::super::elf_core::Format;
     use super::*;
     use crate::ram::tests::of_mib as ram;
 
@@ -364,6 +396,29 @@ mod tests {
             PhysicalMemory::find("pc-q35-11.1", &ram, &guest(64, 0), &Tables::default(), &wanted).is_err(),
             "overlap"
         );
+    }
+
+    /// Addresses of `info mtree -f` of QEMU 11.1.
+    #[test]
+    fn nodes_of_other_targets_follow_one_another() {
+        let with_cpu = |machine| {
+            let format = Format { machine, big_endian: false, narrow: false };
+            let cpu = CpuNotes { format, notes: Vec::new(), left_out: None };
+            Guest { other_cpus: vec![cpu], ..Guest::default() }
+        };
+        let nodes = ram(&[("b10", 64), ("b9", 128), ("virt.flash0", 64)]);
+        let find = |machine, ram, guest: &_| PhysicalMemory::find(machine, ram, guest, &Tables::default(), &[]);
+        for (machine, processor, mib) in [("virt-11.1", EM_AARCH64, 1024), ("virt", EM_RISCV, 2048)] {
+            let map = find(machine, &nodes, &with_cpu(processor)).unwrap();
+            assert_eq!(at(&map), [(1, mib, 0, 128), (0, mib + 128, 0, 64)], "{machine}");
+            assert!(map.is_other_target(machine, &nodes) && map.left_out.is_empty());
+        }
+        let one = ram(&[("mem0", 64)]);
+        assert_eq!(at(&find("s390-ccw-virtio-11.1", &one, &Guest::default()).unwrap()), [(0, 0, 0, 64)]);
+        assert_eq!(at(&find("pseries-11.1", &one, &Guest::default()).unwrap()), [(0, 0, 0, 64)]);
+        // Which processor a `virt` has is not known; the second could be a DIMM of a pseries.
+        assert!(find("virt-11.1", &one, &Guest::default()).is_err());
+        assert!(find("pseries-11.1", &ram(&[("mem0", 64), ("mem1", 64)]), &Guest::default()).is_err());
     }
 
     #[test]
