@@ -1,5 +1,5 @@
-//! The devices that live in the monitor, and which port or address reaches which. The interrupt controllers and the PIT
-//! live in the kernel.
+//! The devices that live in the monitor, and which port or address reaches which. The second IOAPIC is always here; the
+//! other interrupt controllers and the PIT are in the kernel, or here with `kernel-irqchip=split`.
 
 mod chardev;
 mod fw_cfg;

@@ -16,7 +16,7 @@ use std::sync::Arc;
 use super::chain::Chain;
 use super::image_lock;
 use super::model::{Access, Model, Task};
-use super::queue::RingError;
+use super::queue::{EVENT_IDX, INDIRECT_DESC, NOTIFY_ON_EMPTY, RingError};
 use crate::error::{Error, Result};
 use qevm_microvm::state::{VirtioDeviceState, VirtioRequest};
 use request::{Progress, Step};
@@ -27,9 +27,19 @@ const ID: u32 = 2;
 const READ_ONLY: u64 = 1 << 5;
 /// `VIRTIO_BLK_F_CONFIG_WCE`
 const CONFIG_WCE: u64 = 1 << 11;
-/// SEG_MAX, GEOMETRY, BLK_SIZE, SCSI, FLUSH, TOPOLOGY, CONFIG_WCE, DISCARD, WRITE_ZEROES, NOTIFY_ON_EMPTY,
-/// INDIRECT_DESC, EVENT_IDX (HostFeatures of 7.2.22, 10.0.13 and 11.1.3).
-const FEATURES: u64 = 0x3100_6ed4;
+/// What is offered (HostFeatures of 7.2.22, 10.0.13 and 11.1.3).
+const FEATURES: u64 = {
+    const SEG_MAX: u64 = 1 << 2;
+    const GEOMETRY: u64 = 1 << 4;
+    const BLK_SIZE: u64 = 1 << 6;
+    const SCSI: u64 = 1 << 7;
+    const FLUSH: u64 = 1 << 9;
+    const TOPOLOGY: u64 = 1 << 10;
+    const DISCARD: u64 = 1 << 13;
+    const WRITE_ZEROES: u64 = 1 << 14;
+    let device = SEG_MAX | GEOMETRY | BLK_SIZE | SCSI | FLUSH | TOPOLOGY | CONFIG_WCE | DISCARD | WRITE_ZEROES;
+    device | NOTIFY_ON_EMPTY | INDIRECT_DESC | EVENT_IDX
+};
 /// QueueNumMax of 11.1.3, and `virtio/ringsize` of 7.2.22.
 const QUEUE: u32 = 256;
 /// Bytes of the configuration space: up to `write_zeroes_may_unmap` (sections of 7.2 to 11.1).

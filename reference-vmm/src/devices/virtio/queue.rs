@@ -26,6 +26,10 @@ const AVAIL_NO_INTERRUPT: u16 = 1;
 
 /// `VIRTIO_F_NOTIFY_ON_EMPTY`
 pub(crate) const NOTIFY_ON_EMPTY: u64 = 1 << 24;
+/// `VIRTIO_F_ANY_LAYOUT`
+pub(crate) const ANY_LAYOUT: u64 = 1 << 27;
+/// `VIRTIO_RING_F_INDIRECT_DESC`
+pub(crate) const INDIRECT_DESC: u64 = 1 << 28;
 /// `VIRTIO_RING_F_EVENT_IDX`
 pub(crate) const EVENT_IDX: u64 = 1 << 29;
 

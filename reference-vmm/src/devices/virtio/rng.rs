@@ -4,14 +4,14 @@ use std::fs::File;
 use std::io::{self, Read};
 
 use super::model::{Access, Model};
-use super::queue::RingError;
+use super::queue::{ANY_LAYOUT, EVENT_IDX, INDIRECT_DESC, NOTIFY_ON_EMPTY, RingError};
 use crate::error::{Error, Result};
 use qevm_microvm::state::VirtioDeviceState;
 
 /// Device number.
 const ID: u32 = 4;
-/// NOTIFY_ON_EMPTY, ANY_LAYOUT, INDIRECT_DESC, EVENT_IDX (HostFeatures of 7.2.22, 10.0.13 and 11.1.3).
-const FEATURES: u64 = 0x3900_0000;
+/// What is offered (HostFeatures of 7.2.22, 10.0.13 and 11.1.3).
+const FEATURES: u64 = NOTIFY_ON_EMPTY | ANY_LAYOUT | INDIRECT_DESC | EVENT_IDX;
 /// QueueNumMax of 11.1.3, and `virtio/ringsize` of 7.2.22.
 const QUEUE: u32 = 8;
 /// Most bytes that one request gets; a device may give fewer than it was asked for.

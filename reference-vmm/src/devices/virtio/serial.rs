@@ -6,18 +6,19 @@ use std::time::{Duration, Instant};
 
 use super::chain::Chain;
 use super::model::{Access, Model};
-use super::queue::RingError;
+use super::queue::{ANY_LAYOUT, EVENT_IDX, INDIRECT_DESC, NOTIFY_ON_EMPTY, RingError};
 use crate::devices::chardev::Chardev;
 use qevm_microvm::state::{VirtioDeviceState, VirtioPortState};
 use qevm_microvm::virtio::MAX_PORTS;
 
 /// Device number.
 const ID: u32 = 3;
-/// MULTIPORT, EMERG_WRITE, NOTIFY_ON_EMPTY, ANY_LAYOUT, INDIRECT_DESC, EVENT_IDX (HostFeatures of 7.2.22, 10.0.13,
-/// 11.1.3).
-const FEATURES: u64 = 0x3900_0006;
+/// What is offered (HostFeatures of 7.2.22, 10.0.13, 11.1.3).
+const FEATURES: u64 = MULTIPORT | EMERG_WRITE | NOTIFY_ON_EMPTY | ANY_LAYOUT | INDIRECT_DESC | EVENT_IDX;
 /// `VIRTIO_CONSOLE_F_MULTIPORT`
 const MULTIPORT: u64 = 1 << 1;
+/// `VIRTIO_CONSOLE_F_EMERG_WRITE`
+const EMERG_WRITE: u64 = 1 << 2;
 /// QueueNumMax of 11.1.3, and `virtio/ringsize` of 7.2.22: a port's queues, and the two of the control port.
 const QUEUE: u32 = 128;
 const CONTROL_QUEUE: u32 = 32;

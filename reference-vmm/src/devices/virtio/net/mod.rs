@@ -10,17 +10,27 @@ use filter::Filter;
 
 use super::chain::Chain;
 use super::model::{Access, Model};
-use super::queue::RingError;
+use super::queue::{ANY_LAYOUT, EVENT_IDX, INDIRECT_DESC, NOTIFY_ON_EMPTY, RingError};
 use crate::devices::netdev::{MAX_FRAME, MAX_HEADER, Netdev};
 use qevm_microvm::state::{VirtioDeviceState, VirtioNetState};
 use qevm_microvm::virtio::{CTRL_GUEST_OFFLOADS, MRG_RXBUF};
 
 /// Device number.
 const ID: u32 = 1;
-/// CTRL_GUEST_OFFLOADS, MAC, GSO, MRG_RXBUF, STATUS, CTRL_VQ, CTRL_RX, CTRL_VLAN, CTRL_RX_EXTRA, GUEST_ANNOUNCE,
-/// CTRL_MAC_ADDR, NOTIFY_ON_EMPTY, ANY_LAYOUT, INDIRECT_DESC, EVENT_IDX (HostFeatures of 7.2.22, 10.0.13 and 11.1.3 on
-/// `-netdev dgram`).
-const FEATURES: u64 = 0x39bf_8064;
+/// What is offered (HostFeatures of 7.2.22, 10.0.13 and 11.1.3 on `-netdev dgram`).
+const FEATURES: u64 = {
+    const MAC: u64 = 1 << 5;
+    const GSO: u64 = 1 << 6;
+    const STATUS: u64 = 1 << 16;
+    const CTRL_VQ: u64 = 1 << 17;
+    const CTRL_RX: u64 = 1 << 18;
+    const CTRL_VLAN: u64 = 1 << 19;
+    const CTRL_RX_EXTRA: u64 = 1 << 20;
+    const CTRL_MAC_ADDR: u64 = 1 << 23;
+    let control = CTRL_GUEST_OFFLOADS | CTRL_VQ | CTRL_RX | CTRL_VLAN | CTRL_RX_EXTRA | CTRL_MAC_ADDR;
+    let device = MAC | GSO | MRG_RXBUF | STATUS | GUEST_ANNOUNCE;
+    device | control | NOTIFY_ON_EMPTY | ANY_LAYOUT | INDIRECT_DESC | EVENT_IDX
+};
 /// CSUM, GUEST_CSUM, and GUEST_ and HOST_ TSO4, TSO6, ECN, UFO: on a backend with headers (the same on `-netdev tap`).
 const OFFLOADS: u64 = 0x7f83;
 /// `VIRTIO_NET_F_GUEST_ANNOUNCE`
