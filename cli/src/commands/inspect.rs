@@ -15,6 +15,7 @@ use qevm_inspect::ram::Keep;
 use qevm_inspect::report::{Members, Report};
 use qevm_inspect::size::size;
 use qevm_inspect::stream::{Analysis, Settings, analyze};
+use qevm_multifd::Uuid;
 use qevm_savevm::configuration::ConfigurationSubsection;
 use serde::{Serialize, Serializer};
 use serde_json::Value;
@@ -169,7 +170,7 @@ fn heading(out: &mut Output, analysis: &Analysis, report: &Report) -> Result<(),
         line("capabilities", capabilities.join(", "))?;
     }
     let uuid = analysis.configuration.iter().flat_map(|c| &c.subsections).find_map(|s| match s {
-        ConfigurationSubsection::Uuid(uuid) => Some(uuid.iter().map(|b| format!("{b:02x}")).collect::<String>()),
+        ConfigurationSubsection::Uuid(uuid) => Some(Uuid(*uuid).to_string()),
         _ => None,
     });
     if let Some(uuid) = uuid {
