@@ -114,6 +114,8 @@ pub struct Runs<'f> {
 impl<'f> Runs<'f> {
     /// Bytes that are gathered.
     const MOST: usize = 1 << 20;
+    /// So many are written at once, without a copy.
+    const LONG: usize = 64 << 10;
 
     /// Nothing is held so far.
     pub fn new(file: &'f File) -> Self {
@@ -125,9 +127,15 @@ impl<'f> Runs<'f> {
     /// # Errors
     /// What the operating system says, with where in the file.
     pub fn put(&mut self, offset: u64, bytes: &[u8]) -> Result<(), (u64, io::Error)> {
-        if self.start + self.held.len() as u64 != offset || self.held.len() + bytes.len() > Self::MOST {
+        let long = bytes.len() >= Self::LONG;
+        let follows = self.start + self.held.len() as u64 == offset;
+        if long || !follows || self.held.len() + bytes.len() > Self::MOST {
             self.flush()?;
             self.start = offset;
+        }
+        if long {
+            self.start += bytes.len() as u64;
+            return self.file.write_all_at(bytes, offset).map_err(|error| (offset, error));
         }
         self.held.extend_from_slice(bytes);
         Ok(())

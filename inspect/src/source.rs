@@ -108,6 +108,11 @@ impl Source {
         self.total
     }
 
+    /// False if the input is known to end within the `len` bytes that come next.
+    pub fn holds(&self, len: u64) -> bool {
+        self.total.is_none_or(|total| self.offset.saturating_add(len) <= total)
+    }
+
     /// True if the input can be read again from an earlier place.
     pub fn is_seekable(&self) -> bool {
         !matches!(self.input, Input::Stream(_))

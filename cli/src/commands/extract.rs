@@ -37,7 +37,7 @@ pub fn run(extract: &args::Extract) -> Result<(), Stop> {
     let xml = output(&extract.xml)?.map(|output| domain_xml(&mut inputs).map(|xml| (output, xml))).transpose()?;
     let memory = extract.ram.is_some() || physical.is_wanted();
     let settings = Settings {
-        keep: if memory { Keep::Image } else { Keep::Nothing },
+        keep: if memory { Keep::Contents } else { Keep::Nothing },
         reencode: false,
         // Device state is whole without the other channels' pages.
         complete: memory,

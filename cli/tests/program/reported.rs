@@ -121,6 +121,21 @@ fn a_stream_that_is_cut_in_its_description_is_whole() {
 }
 
 #[test]
+fn a_mapped_ram_file_that_is_cut_has_the_pages_before() {
+    let dir = TempDir::new().unwrap();
+    good(&dir, "convert --format mapped-ram --out DIR/mapped.q FILE", &file(&dir, "base.q", &base()));
+    let mapped = std::fs::read(dir.path().join("mapped.q")).unwrap();
+    good(&dir, "extract --ram DIR/rams FILE", &file(&dir, "whole.q", &mapped));
+    let mut memory = std::fs::read(dir.path().join("rams/block-0.raw")).unwrap();
+    let last = memory.chunks(4096).rposition(|page| page.iter().any(|byte| *byte != 0)).unwrap() * 4096;
+    let place = mapped.chunks(4096).position(|page| page == &memory[last..last + 4096]).unwrap() * 4096;
+    let ran = run(&dir, "extract --force --partial --ram DIR/rams FILE", &file(&dir, "cut.q", &mapped[..place + 100]));
+    assert_eq!(ran.code, Some(0), "{}", ran.stderr);
+    memory[last..last + 4096].fill(0);
+    assert!(std::fs::read(dir.path().join("rams/block-0.raw")).unwrap() == memory);
+}
+
+#[test]
 fn a_stream_that_is_cut_gives_what_it_has() {
     let dir = TempDir::new().unwrap();
     let whole = base();

@@ -111,13 +111,12 @@ fn copy_pages(
     file: &File,
     to: u64,
 ) -> Result<(), Error> {
-    let page_size = ram.page_size();
     let failed = |(place, error): (u64, std::io::Error)| write_error(path, place, &error);
     let mut runs = Runs::new(file);
     ram.stretches(block, from, len, |offset, stretch| {
-        let Stretch::Data(page) = stretch else { return Ok(()) };
-        let rest = (from + len - offset).min(page_size) as usize;
-        runs.put(to + (offset - from), &page[..rest]).map_err(failed)
+        let Stretch::Data(pages) = stretch else { return Ok(()) };
+        let here = (pages.len() as u64).min(from + len - offset) as usize;
+        runs.put(to + (offset - from), &pages[..here]).map_err(failed)
     })?;
     runs.flush().map_err(failed)
 }

@@ -16,6 +16,7 @@ pub use page_table::PageState;
 pub(crate) use stored::{Lost, StoredPages};
 
 use crate::bounds::Spool;
+use crate::failure::Failure;
 use crate::source::Source;
 use crc::PageCrc;
 use image::Image;
@@ -31,11 +32,20 @@ pub enum Keep {
     Nothing,
     /// State and CRC-32 of each page.
     Digests,
-    /// The contents, too.
+    /// The contents, too, in a temporary file.
     Image,
-    /// Where in the files the content of each page is, and the contents of those that are not in them as they are.
-    /// Nothing else is known of the pages.
+    /// State of each page, and its content: where it lies in the files, if it can be read there again as it is, and in
+    /// a temporary file otherwise. For those who read the pages once more and need no digests.
+    Contents,
+    /// As [`Contents`](Self::Contents), but nothing else is known of the pages: those that never came are zero.
     Places,
+}
+
+impl Keep {
+    /// Contents stay in the files where they can.
+    pub(crate) fn is_by_place(self) -> bool {
+        matches!(self, Keep::Contents | Keep::Places)
+    }
 }
 
 /// Which digest is computed of each RAM block.
@@ -92,7 +102,7 @@ pub enum Stretch<'a> {
     Absent(u64),
     /// This many pages of zeroes.
     Zero(u64),
-    /// One page with this content.
+    /// Pages, one or more whole ones, with this content, none of which is all zeroes.
     Data(&'a [u8]),
 }
 
@@ -106,7 +116,7 @@ impl GuestRam {
             table: PageTable::new(spool.clone()),
             crc: PageCrc::new(page_size),
             image: if keep == Keep::Image { Some(Image::new(page_size)?) } else { None },
-            stored: (keep == Keep::Places).then(|| Stored::new(page_size)),
+            stored: keep.is_by_place().then(|| Stored::new(page_size)),
             keep,
             spool,
         })
@@ -140,11 +150,17 @@ impl GuestRam {
         if self.stored.is_some() {
             let room = self.spool.clone();
             let (stored, page) = self.stored(block, offset)?.ok_or_else(no_block)?;
-            return stored.write(page, bytes, &room);
+            return match is_zero(bytes) {
+                true => self.put_zero(block, offset),
+                false => {
+                    stored.write(page, bytes, &room)?;
+                    self.came(block, offset, 1)
+                }
+            };
         }
         let crc = crc32fast::hash(bytes);
         // Only a page with the CRC of a zero page can be one.
-        let zero = crc == self.crc.zero_page() && bytes.iter().all(|byte| *byte == 0);
+        let zero = crc == self.crc.zero_page() && is_zero(bytes);
         let state = if zero { PageState::Zero } else { PageState::Data };
         self.set(block, offset, state, crc, bytes)
     }
@@ -170,7 +186,7 @@ impl GuestRam {
     }
 
     /// The pages in `len` bytes from `offset` of `block` on now hold what lies at `at` of `source`, which is called
-    /// `name` and can be read in any order. For [`Keep::Places`].
+    /// `name` and can be read in any order. For [`Keep::Contents`] and [`Keep::Places`].
     pub fn put_place(
         &mut self,
         block: usize,
@@ -180,8 +196,20 @@ impl GuestRam {
     ) -> io::Result<()> {
         let pages = len / self.page_size;
         match self.stored(block, offset)? {
-            Some((stored, page)) => stored.keep(page, pages, name, source, at),
+            Some((stored, page)) => {
+                stored.keep(page, pages, name, source, at)?;
+                self.came(block, offset, pages)
+            }
             None => Err(io::Error::other("places of pages are not kept")),
+        }
+    }
+
+    /// Pages from `offset` of `block` on have contents that are stored.
+    fn came(&mut self, block: usize, offset: u64, pages: u64) -> io::Result<()> {
+        match self.keep {
+            Keep::Contents => (0..pages)
+                .try_for_each(|page| self.note(block, offset + page * self.page_size, PageState::Data, 0).map(drop)),
+            _ => Ok(()),
         }
     }
 
@@ -206,8 +234,7 @@ impl GuestRam {
         }
     }
 
-    /// Reads the page at byte `offset` of `block`; needs [`Keep::Image`] or [`Keep::Places`]. Pages that never came are
-    /// zeroes.
+    /// Reads the page at byte `offset` of `block`; needs the contents. Pages that never came are zeroes.
     pub fn read(&mut self, block: usize, offset: u64, bytes: &mut [u8]) -> io::Result<()> {
         if let Some((stored, page)) = self.stored(block, offset)? {
             return stored.read(page, bytes);
@@ -227,44 +254,53 @@ impl GuestRam {
     }
 
     /// Calls `visit` for the pages in `len` bytes from `offset` of `block`, in order, with the offset of each stretch
-    /// of them; needs [`Keep::Image`].
-    pub fn stretches<E: From<io::Error>>(
+    /// of them; needs [`Keep::Image`] or [`Keep::Contents`]. A page that is cut by the end of `len` comes as a whole.
+    pub fn stretches<E: From<Failure>>(
         &mut self,
         block: usize,
         offset: u64,
         len: u64,
         mut visit: impl FnMut(u64, Stretch<'_>) -> Result<(), E>,
     ) -> Result<(), E> {
-        let found = self.blocks.get(block).ok_or_else(no_block)?;
-        let Some(image) = &mut self.image else {
-            return Err(io::Error::other("page contents were not kept").into());
-        };
-        let first = found.first_page;
+        let temporary = |error: io::Error| Failure::io("temporary file", 0, &error);
+        let first = self.blocks.get(block).ok_or_else(no_block).map_err(temporary)?.first_page;
+        if self.image.is_none() && self.keep != Keep::Contents {
+            return Err(temporary(io::Error::other("page contents were not kept")).into());
+        }
         let (mut page, end) = (first + offset / self.page_size, first + (offset + len).div_ceil(self.page_size));
         let mut contents = Vec::new();
         while page < end {
-            let run = self.table.run_at(page, end)?;
-            let stretch = match run.state {
-                PageState::Absent => Stretch::Absent(run.pages),
-                PageState::Zero => Stretch::Zero(run.pages),
-                PageState::Data => {
+            let run = self.table.run_at(page, end).map_err(temporary)?;
+            let place = (page - first) * self.page_size;
+            let pages = match (run.state, &mut self.image, &mut self.stored) {
+                (PageState::Absent, ..) => {
+                    visit(place, Stretch::Absent(run.pages))?;
+                    run.pages
+                }
+                (PageState::Zero, ..) => {
+                    visit(place, Stretch::Zero(run.pages))?;
+                    run.pages
+                }
+                (PageState::Data, _, Some(stored)) => {
+                    let pages = stored.read_run(page, end, &mut contents)?;
+                    visit_contents(&contents, self.page_size, place, &mut visit)?;
+                    pages
+                }
+                (PageState::Data, Some(image), None) => {
                     // One read for as many pages as lie one after the other.
                     let most = end.min(Image::run_end(page));
                     let mut pages = 1;
-                    while page + pages < most && self.table.state(page + pages)? == PageState::Data {
+                    while page + pages < most && self.table.state(page + pages).map_err(temporary)? == PageState::Data {
                         pages += 1;
                     }
                     contents.resize((pages * self.page_size) as usize, 0);
-                    image.read(page, &mut contents)?;
-                    for content in contents.chunks_exact(self.page_size as usize) {
-                        visit((page - first) * self.page_size, Stretch::Data(content))?;
-                        page += 1;
-                    }
-                    continue;
+                    image.read(page, &mut contents).map_err(temporary)?;
+                    visit(place, Stretch::Data(&contents))?;
+                    pages
                 }
+                (PageState::Data, None, None) => 1,
             };
-            visit((page - first) * self.page_size, stretch)?;
-            page += run.pages;
+            page += pages;
         }
         Ok(())
     }
@@ -314,6 +350,7 @@ impl GuestRam {
         };
         let pages = used_length / self.page_size;
         match kind {
+            RamDigest::Crc32 if self.stored.is_some() => Err(io::Error::other("no digests of pages were kept")),
             RamDigest::Crc32 => {
                 let mut crc = 0;
                 let combine = &self.crc;
@@ -333,8 +370,9 @@ impl GuestRam {
                         Stretch::Data(page) => sha.update(page),
                         Stretch::Absent(pages) | Stretch::Zero(pages) => (0..pages).for_each(|_| sha.update(&blank)),
                     }
-                    Ok::<(), io::Error>(())
-                })?;
+                    Ok::<(), Failure>(())
+                })
+                .map_err(io::Error::other)?;
                 Ok(sha.finalize().iter().map(|byte| format!("{byte:02x}")).collect())
             }
         }
@@ -344,7 +382,9 @@ impl GuestRam {
         let pages = len / self.page_size;
         if let Some((stored, page)) = self.stored(block, offset)? {
             stored.clear(page, pages);
-            return Ok(());
+            if self.keep == Keep::Places {
+                return Ok(());
+            }
         }
         let found = self.blocks.get_mut(block).ok_or_else(no_block)?;
         let first = found.first_page + offset / self.page_size;
@@ -362,14 +402,11 @@ impl GuestRam {
         if let Some((stored, page)) = self.stored(block, offset)? {
             // Pages with content come by [`put`](Self::put) and [`put_place`](Self::put_place).
             stored.clear(page, 1);
-            return Ok(());
+            if self.keep == Keep::Places {
+                return Ok(());
+            }
         }
-        let found = self.blocks.get_mut(block).ok_or_else(no_block)?;
-        let page = found.first_page + offset / self.page_size;
-        let before = self.table.set(page, state, crc)?;
-        found.pages = found.pages + u64::from(state != PageState::Absent) - u64::from(before != PageState::Absent);
-        found.zero_pages =
-            found.zero_pages + u64::from(state == PageState::Zero) - u64::from(before == PageState::Zero);
+        let page = self.note(block, offset, state, crc)?;
         if let Some(image) = &mut self.image
             && state == PageState::Data
         {
@@ -380,6 +417,48 @@ impl GuestRam {
         }
         Ok(())
     }
+
+    /// Notes state and digest of a page, and gives its number.
+    fn note(&mut self, block: usize, offset: u64, state: PageState, crc: u32) -> io::Result<u64> {
+        let found = self.blocks.get_mut(block).ok_or_else(no_block)?;
+        let page = found.first_page + offset / self.page_size;
+        let before = self.table.set(page, state, crc)?;
+        found.pages = found.pages + u64::from(state != PageState::Absent) - u64::from(before != PageState::Absent);
+        found.zero_pages =
+            found.zero_pages + u64::from(state == PageState::Zero) - u64::from(before == PageState::Zero);
+        Ok(page)
+    }
+}
+
+/// Calls `visit` for pages as they were stored, of which some may be all zeroes.
+fn visit_contents<E>(
+    contents: &[u8],
+    page_size: u64,
+    offset: u64,
+    visit: &mut impl FnMut(u64, Stretch<'_>) -> Result<(), E>,
+) -> Result<(), E> {
+    let size = page_size as usize;
+    let (mut at, mut start) = (0, 0);
+    while at < contents.len() {
+        if is_zero(&contents[at..at + size]) {
+            if start < at {
+                visit(offset + start as u64, Stretch::Data(&contents[start..at]))?;
+            }
+            visit(offset + at as u64, Stretch::Zero(1))?;
+            start = at + size;
+        }
+        at += size;
+    }
+    match start < at {
+        true => visit(offset + start as u64, Stretch::Data(&contents[start..at])),
+        false => Ok(()),
+    }
+}
+
+/// Most pages with content have some in their first words.
+fn is_zero(bytes: &[u8]) -> bool {
+    let (first, rest) = bytes.split_at(bytes.len().min(64));
+    first.iter().all(|byte| *byte == 0) && rest.iter().fold(0, |all, byte| all | byte) == 0
 }
 
 fn no_block() -> io::Error {
@@ -387,50 +466,4 @@ fn no_block() -> io::Error {
 }
 
 #[cfg(test)]
-pub(crate) mod tests {
-    use super::*;
-
-    /// Memory without pages, with blocks of these names and lengths in MiB.
-    pub(crate) fn of_mib(blocks: &[(&str, u64)]) -> GuestRam {
-        let mut ram = GuestRam::new(4096, Keep::Digests, Spool::unlimited()).unwrap();
-        for (name, mib) in blocks {
-            ram.add_block((*name).into(), mib << 20);
-        }
-        ram
-    }
-
-    #[test]
-    fn digests_are_those_of_the_whole_block_with_absent_pages_as_zeroes() {
-        let mut ram = GuestRam::new(4096, Keep::Image, Spool::unlimited()).unwrap();
-        ram.add_block("first".into(), 4096);
-        let block = ram.add_block("second".into(), 5 * 4096);
-        let page: Vec<u8> = (0..4096).map(|i| (i * 7) as u8).collect();
-        ram.put(block, 4096, &page).unwrap();
-        ram.put(block, 3 * 4096, &page).unwrap();
-        ram.put(block, 3 * 4096, &[0; 4096]).unwrap(); // the last content wins
-        ram.put_zero(block, 0).unwrap();
-        ram.put(block, 2 * 4096, &page).unwrap();
-        ram.discard(block, 2 * 4096, 4096).unwrap();
-
-        let mut bytes = vec![0; 5 * 4096];
-        bytes[4096..8192].copy_from_slice(&page);
-        let sha: String = Sha256::digest(&bytes).iter().map(|byte| format!("{byte:02x}")).collect();
-        assert_eq!(ram.digest(block, RamDigest::Crc32).unwrap(), format!("{:08x}", crc32fast::hash(&bytes)));
-        assert_eq!(ram.digest(block, RamDigest::Sha256).unwrap(), sha);
-        assert_eq!((ram.blocks()[block].pages, ram.blocks()[block].zero_pages), (3, 2));
-        let mut read = vec![1; 4096];
-        ram.read(block, 3 * 4096, &mut read).unwrap();
-        assert!(read.iter().all(|byte| *byte == 0));
-        ram.read(block, 4096, &mut read).unwrap();
-        assert_eq!(read, page);
-    }
-
-    #[test]
-    fn a_block_of_a_pebibyte_costs_nothing_until_pages_come() {
-        let mut ram = GuestRam::new(4096, Keep::Digests, Spool::unlimited()).unwrap();
-        let block = ram.add_block("huge".into(), 1 << 50);
-        ram.put(block, (1 << 50) - 4096, &[7; 4096]).unwrap();
-        assert_eq!(ram.blocks()[block].pages, 1);
-        assert_eq!(ram.digest(block, RamDigest::Crc32).unwrap().len(), 8);
-    }
-}
+pub(crate) mod tests;

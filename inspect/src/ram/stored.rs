@@ -5,12 +5,15 @@ use super::image::Image;
 use super::no_block;
 use super::places::{Place, Places, Stretch};
 use crate::bounds::{Exceeded, Spool};
+use crate::failure::Failure;
 use crate::read_at::{ReadAt, Stamp, read_exact_at};
 use crate::source::Source;
 use std::fmt;
 use std::io;
 use std::sync::Arc;
 
+/// Bytes of pages that are read in one go: they stay in a processor's cache.
+const RUN_BYTES: u64 = 256 << 10;
 /// Number of the temporary file among the stores.
 const SPOOLED: u16 = 0;
 
@@ -27,6 +30,15 @@ struct Store {
 impl Store {
     fn read(&self, bytes: &mut [u8], offset: u64) -> io::Result<()> {
         read_exact_at(&*self.input, bytes, offset.saturating_sub(self.base))
+    }
+
+    /// Fails if somebody has written to it. A file changes after its time of change.
+    fn unchanged(&self) -> io::Result<()> {
+        if self.stamp.is_some() && self.input.stamp()? != self.stamp {
+            let message = "the file has changed since it was opened: its pages may be elsewhere now";
+            return Err(io::Error::new(io::ErrorKind::InvalidData, message));
+        }
+        Ok(())
     }
 }
 
@@ -50,12 +62,8 @@ impl Stored {
         Stored { places: Places::new(page_size), stores: Vec::new(), image: None, page_size }
     }
 
-    /// The content of page number `page` is `bytes`, which must be kept.
+    /// The content of page number `page` is `bytes`, which must be kept, and are not all zeroes.
     pub(super) fn write(&mut self, page: u64, bytes: &[u8], room: &Spool) -> io::Result<()> {
-        if bytes.iter().all(|byte| *byte == 0) {
-            self.clear(page, 1);
-            return Ok(());
-        }
         let image = match &mut self.image {
             Some(image) => image,
             none => none.insert(Image::new(self.page_size)?),
@@ -105,6 +113,37 @@ impl Stored {
                 store.ok_or_else(no_block)?.read(bytes, place.offset())
             }
         }
+    }
+
+    /// Reads the page with this number, which has a place, and those behind it that lie next to it, up to number `end`;
+    /// tells how many.
+    pub(super) fn read_run(&mut self, page: u64, end: u64, contents: &mut Vec<u8>) -> Result<u64, Failure> {
+        let temporary = |error: io::Error| Failure::io("temporary file", 0, &error);
+        let Stretch { pages, place, gap } = self.places.stretch(page, end);
+        let place = place.ok_or_else(no_block).map_err(temporary)?;
+        let size = self.page_size;
+        let pages = pages.min((RUN_BYTES / size).max(1));
+        if place.store() == usize::from(SPOOLED) {
+            let pages = if gap == 0 { pages.min(Image::run_end(page) - page) } else { 1 };
+            contents.resize((pages * size) as usize, 0);
+            self.image.as_mut().ok_or_else(no_block).and_then(|image| image.read(page, contents)).map_err(temporary)?;
+            return Ok(pages);
+        }
+        let store = place.store().checked_sub(1).and_then(|store| self.stores.get(store));
+        let store = store.ok_or_else(no_block).map_err(temporary)?;
+        // With what lies between the pages, which is little.
+        contents.resize((pages * (size + gap) - gap) as usize, 0);
+        let failed = |error: io::Error| Failure::io(&store.name, place.offset(), &error);
+        store.read(contents, place.offset()).map_err(failed)?;
+        store.unchanged().map_err(failed)?;
+        if gap > 0 {
+            for number in 1..pages as usize {
+                let from = number * (size + gap) as usize;
+                contents.copy_within(from..from + size as usize, number * size as usize);
+            }
+            contents.truncate((pages * size) as usize);
+        }
+        Ok(pages)
     }
 
     pub(super) fn finish(self, blocks: &[Block]) -> io::Result<StoredPages> {
@@ -168,11 +207,7 @@ impl StoredPages {
                     let lost =
                         |error| Lost { file: &store.name, offset: place.offset(), page: page * self.page_size, error };
                     store.read(part, place.offset()).map_err(lost)?;
-                    // A file changes after its time of change.
-                    if store.stamp.is_some() && store.input.stamp().map_err(lost)? != store.stamp {
-                        let message = "the file has changed since it was opened: its pages may be elsewhere now";
-                        return Err(lost(io::Error::new(io::ErrorKind::InvalidData, message)));
-                    }
+                    store.unchanged().map_err(lost)?;
                 }
             }
             (rest, page) = (later, page + pages);

@@ -60,7 +60,7 @@ impl SavedGuest {
     /// [`Error::Bad`] if the migration is bad, or has sections whose content depends on the form: state of devices that
     /// was still being read (VFIO), disks (`block`) and their bitmaps (`dirty-bitmap`).
     pub fn read(inputs: &mut Inputs, bounds: &Bounds, position: &mut dyn FnMut(u64)) -> Result<SavedGuest, Error> {
-        Self::read_with(inputs, Keep::Image, bounds.spool(), bounds.max_ram, position)
+        Self::read_with(inputs, Keep::Contents, bounds.spool(), bounds.max_ram, position)
     }
 
     /// As [`read`](Self::read), with what `keep` says of memory.
@@ -152,7 +152,11 @@ impl SavedGuest {
         self.ram.stretches(block, 0, len, |offset, stretch| match stretch {
             Stretch::Absent(_) => Ok(()),
             Stretch::Zero(pages) => (0..pages).try_for_each(|number| page(offset + number * size, None)),
-            Stretch::Data(content) => page(offset, Some(content)),
+            Stretch::Data(contents) => {
+                let mut offsets = (offset..).step_by(size as usize);
+                let mut contents = contents.chunks_exact(size as usize);
+                contents.try_for_each(|content| page(offsets.next().unwrap_or(offset), Some(content)))
+            }
         })
     }
 

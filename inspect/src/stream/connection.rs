@@ -163,7 +163,7 @@ impl Connection<'_> {
                     memory.ram.put_unread(block, offset).map_err(|error| Failure::io(&self.file, at, &error))?;
                     return self.jump(remaining);
                 }
-                if memory.ram.keep() == Keep::Places && self.source.is_seekable() {
+                if memory.ram.keep().is_by_place() && self.source.is_seekable() && self.source.holds(remaining) {
                     let place = (self.file.as_str(), &*self.source, self.source.offset());
                     let kept = memory.ram.put_place(block, offset, remaining, place);
                     kept.map_err(|error| Failure::io(&self.file, at, &error))?;

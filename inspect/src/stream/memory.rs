@@ -170,20 +170,22 @@ impl Memory {
     ) -> Result<(), Fault> {
         let page_size = header.page_size;
         let (mut offset, end) = (first * page_size, (first + count) * page_size);
-        if self.ram.keep() == Keep::Places
-            && let (true, Some(total)) = (source.is_seekable(), source.total())
-        {
-            let missing = header.pages_offset.saturating_add(end).saturating_sub(total);
+        let by_place = self.ram.keep().is_by_place() && source.is_seekable();
+        if by_place && let Some(total) = source.total() {
+            let missing = header.pages_offset.saturating_add(end).saturating_sub(total).min(end - offset);
+            if missing > 0 && self.ram.keep() == Keep::Contents {
+                // Those that are whole came.
+                let there = (end - offset - missing) / page_size;
+                self.mapped_run(file, source, block, header, first, there)?;
+            }
             if missing > 0 {
                 source.jump(total)?;
-                return Err(Fault::Truncated(missing.min(end - offset)));
+                return Err(Fault::Truncated(missing));
             }
-            return Ok(self.ram.put_place(
-                block,
-                offset,
-                end - offset,
-                (file, source, header.pages_offset + offset),
-            )?);
+        }
+        if by_place && self.ram.keep() == Keep::Places {
+            let place = (file, &*source, header.pages_offset + offset);
+            return Ok(self.ram.put_place(block, offset, end - offset, place)?);
         }
         // Up to here in the block, the file holds data.
         let mut data_end = offset;
@@ -198,6 +200,12 @@ impl Memory {
                     continue;
                 }
                 data_end = offset + source.data_at(place).clamp(page_size, end - offset);
+            }
+            if by_place {
+                let len = (data_end - offset).next_multiple_of(page_size).min(end - offset);
+                self.ram.put_place(block, offset, len, (file, source, header.pages_offset + offset))?;
+                offset += len;
+                continue;
             }
             if self.ram.keep() == Keep::Nothing {
                 self.ram.put_unread(block, offset)?;

@@ -23,7 +23,7 @@ impl Analysis {
             for index in 0..guest.blocks().len() {
                 let value = match guest.keep() {
                     _ if self.incomplete_ram || absent.contains(&guest.blocks()[index].name) => None,
-                    Keep::Nothing | Keep::Places => None,
+                    Keep::Nothing | Keep::Contents | Keep::Places => None,
                     _ => match guest.digest(index, digest) {
                         Ok(value) => Some((digest.key(), value)),
                         Err(error) => {

@@ -59,11 +59,11 @@ impl PhysicalMemory {
                 let address = segment.address + (offset - segment.block_offset);
                 let rest = end - offset;
                 let len = match stretch {
-                    Stretch::Data(page) => (page.len() as u64).min(rest),
+                    Stretch::Data(pages) => (pages.len() as u64).min(rest),
                     Stretch::Absent(pages) | Stretch::Zero(pages) => pages.saturating_mul(page_size).min(rest),
                 };
                 match stretch {
-                    Stretch::Data(page) => frames.put(address, &page[..len as usize]),
+                    Stretch::Data(pages) => frames.put(address, &pages[..len as usize]),
                     Stretch::Absent(_) | Stretch::Zero(_) => frames.put_zeroes(address, len),
                 }
                 .map_err(failed)?;

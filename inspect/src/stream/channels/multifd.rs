@@ -232,7 +232,7 @@ impl MultifdChannel {
             return self.skip(decoder, len);
         }
         let as_they_are = decoder.compression().is_none_or(|method| method == qevm_multifd::Compression::None);
-        if memory.ram.keep() == Keep::Places && self.source.is_seekable() && as_they_are {
+        if memory.ram.keep().is_by_place() && self.source.is_seekable() && self.source.holds(len) && as_they_are {
             let size = geometry.size();
             for (offset, place) in packet.offsets.iter().zip((self.source.offset()..).step_by(size as usize)) {
                 let kept = memory.ram.put_place(packet.block, *offset, size, (&self.name, &self.source, place));
