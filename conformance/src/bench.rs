@@ -6,9 +6,11 @@
 //! fast would win.
 //!
 //! [`link`] measures running guests over a limited `network` link, and [`figures`] holds what came out against QEMU's.
+//! [`tool`] measures what writes images in another form beside `cp`.
 
 pub mod figures;
 pub mod link;
+pub mod tool;
 mod watch;
 
 use std::fs::{self, File};

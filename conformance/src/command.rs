@@ -11,6 +11,7 @@ mod postcopy;
 mod restore;
 mod snapshot;
 mod targets;
+mod tool;
 mod toy;
 
 use std::path::{Path, PathBuf};
@@ -37,6 +38,7 @@ use qevm_conformance::{bench, catalogue, corpus, peer, table, trial};
 use restore::Restore;
 use snapshot::Snapshot;
 use targets::Targets;
+use tool::Tool;
 use toy::Toy;
 
 #[derive(Parser)]
@@ -224,6 +226,9 @@ pub(crate) enum BenchCommand {
     /// Background snapshots of a guest that rewrites its memory: how long it is paused, and how much slower it is
     /// meanwhile
     Snapshot(Snapshot),
+    /// What extract and convert cost beside cp of the same image, and inspect without digests beside one with them. The
+    /// status is 1 when a goal is missed
+    Tool(Tool),
 }
 
 #[derive(Args)]
@@ -296,6 +301,7 @@ impl Command {
             Command::Bench { what: BenchCommand::Postcopy(postcopy) } => postcopy.run(),
             Command::Bench { what: BenchCommand::Restore(restore) } => restore.run(),
             Command::Bench { what: BenchCommand::Snapshot(snapshot) } => snapshot.run(),
+            Command::Bench { what: BenchCommand::Tool(tool) } => tool.run(),
             Command::Record { out, only, again } => record_all(&out, &only, again),
             Command::Analyze { corpus, only } => analyze_all(&corpus, &only),
             Command::Catalogue { corpus, streams } => {
