@@ -15,6 +15,7 @@ mod returnpath_decoder;
 mod savevm_catalogue;
 mod savevm_check;
 mod savevm_container;
+mod savevm_cpr;
 mod savevm_decoder;
 mod savevm_devices;
 mod savevm_mapped_ram;
@@ -35,6 +36,7 @@ pub use returnpath_decoder::returnpath_decoder;
 pub use savevm_catalogue::savevm_catalogue;
 pub use savevm_check::savevm_check;
 pub use savevm_container::savevm_container;
+pub use savevm_cpr::savevm_cpr;
 pub use savevm_decoder::savevm_decoder;
 pub use savevm_devices::savevm_devices;
 pub use savevm_mapped_ram::savevm_mapped_ram;
@@ -60,6 +62,7 @@ pub const TARGETS: &[(&str, Target)] = &[
     ("savevm_catalogue", savevm_catalogue),
     ("savevm_check", savevm_check),
     ("savevm_container", savevm_container),
+    ("savevm_cpr", savevm_cpr),
     ("savevm_decoder", savevm_decoder),
     ("savevm_devices", savevm_devices),
     ("savevm_mapped_ram", savevm_mapped_ram),

@@ -5,6 +5,7 @@ use crate::block_migration::BlockMigrationError;
 use crate::command::CommandError;
 use crate::configuration::ConfigurationError;
 use crate::container::ContainerError;
+use crate::cpr::CprError;
 use crate::decode::StreamError;
 use crate::dirty_bitmap::DirtyBitmapError;
 use crate::encode::WriteError;
@@ -67,6 +68,9 @@ pub enum ErrorKind {
     /// The `block` section.
     #[error(transparent)]
     BlockMigration(#[from] BlockMigrationError),
+    /// The side channel of `cpr-transfer`.
+    #[error(transparent)]
+    Cpr(#[from] CprError),
     /// Declared device state is not as declared.
     #[error(transparent)]
     VmState(#[from] VmStateError),
@@ -94,6 +98,7 @@ impl Blame for ErrorKind {
             ErrorKind::Container(kind) => kind.fault(),
             ErrorKind::MappedRam(kind) => kind.fault(),
             ErrorKind::BlockMigration(kind) => kind.fault(),
+            ErrorKind::Cpr(kind) => kind.fault(),
             ErrorKind::VmState(kind) => kind.fault(),
             ErrorKind::Vmdesc(kind) => kind.fault(),
             ErrorKind::Write(kind) => kind.fault(),

@@ -15,6 +15,7 @@
 //! | [`vfio`], [`dirty_bitmap`], [`block_migration`], [`hash_table`], [`storage_attributes`] | the records of the other iterable handlers |
 //! | [`mapped_ram`] | files in which every page has its place |
 //! | [`first_bytes`] | what a connection is that may be no source |
+//! | [`cpr`] | the side channel of `cpr-transfer`: which descriptors a source passes to its successor |
 //! | [`container`] | files with a stream inside: libvirt save images, qcow2 snapshots |
 //! | [`vmdesc`] | the JSON description, and device sections decoded to their last field with it or without |
 //! | `check` | whether a destination will load a stream, and if not, why |
@@ -99,6 +100,7 @@ pub mod check;
 pub mod command;
 pub mod configuration;
 pub mod container;
+pub mod cpr;
 pub mod decode;
 pub mod dirty_bitmap;
 pub mod encode;
