@@ -5,7 +5,7 @@ mod leave;
 mod page_channels;
 
 use super::{
-    Channel, Guest, GuestError, Incoming, Job, LoadError, MigrationError, MissingPages, Status,
+    Channel, Guest, GuestError, Incoming, Job, LoadError, MigrationError, MissingPages, Mode, Status,
     channel::{WriteSlice, write_all},
     core::{
         DeviceOptions,
@@ -17,7 +17,7 @@ use super::{
     page_file::PageFile,
     patience::NO_END,
     postcopy::{Listening, Preempt, start},
-    ram_receiver::RamReceiver,
+    ram_receiver::{LeftOut, RamReceiver},
     stream_reader::StreamReader,
     verdict,
 };
@@ -64,7 +64,13 @@ pub fn receive(
     });
     let page_channels: Vec<_> = pages.iter().map(|stream| stream.channel().clone()).collect();
     let capabilities = job.capabilities();
-    let postcopy = capabilities.postcopy_ram && !capabilities.mapped_ram;
+    let left = match job.parameters().mode {
+        Mode::CprTransfer => LeftOut::All,
+        _ if capabilities.ignore_shared => LeftOut::Shared,
+        _ => LeftOut::Nothing,
+    };
+    // Where the memory is here, and the source's as well, no page of it can be missing.
+    let postcopy = capabilities.postcopy_ram && !capabilities.mapped_ram && left != LeftOut::All;
     let preempt = preempt.filter(|_| postcopy).map(Preempt::start).transpose()?;
     let options = DestinationOptions {
         machine_type: guest.machine_type().into(),
@@ -94,7 +100,7 @@ pub fn receive(
         channel: &main,
         reader: StreamReader::new(&*main, &first, offset),
         core: Destination::new(options),
-        ram: RamReceiver::new(postcopy, capabilities.ignore_shared),
+        ram: RamReceiver::new(postcopy, left),
         listening: None,
         preempt,
         pages: channels.as_ref(),
@@ -301,7 +307,7 @@ impl Engine<'_> {
                     return Ok(None);
                 }
                 Action::LoadDevices => {
-                    self.ram.check_presence().map_err(|error| self.core.refuse(error))?;
+                    self.ram.check_presence(self.file.is_none()).map_err(|error| self.core.refuse(error))?;
                     // Devices look at memory.
                     self.rest = self.left.take().map(Setup::start).transpose()?;
                     let loaded = self.guest.devices().load(self.core.devices());

@@ -87,6 +87,7 @@
 //! | `multifd` | page channels: threads that send and receive pages beside the main channel |
 //! | `page_file`, `lazy` | files in which every page has its place; guests that run before their memory is loaded from one |
 //! | `page_server` | such files at a page server |
+//! | [`cpr`] | memory that stays where it is, for another process of the host |
 //! | `snapshot` | memory as of one instant, of a guest that runs on |
 //! | `pending`, [`switchover`] | what remains of everything, and when to stop the guest |
 //! | `source`, `return_path`, `urgent` | [`migrate`]: the source engine: threads, sockets and the guest around the core |
@@ -115,6 +116,7 @@ mod channel;
 mod connections;
 mod converge;
 pub mod core;
+pub mod cpr;
 mod description;
 mod descriptors;
 mod destination;

@@ -101,6 +101,9 @@ pub enum Mode {
     Normal,
     /// `cpr-reboot`: the guest is stopped first, and its state goes to a file over a reboot of the host.
     CprReboot,
+    /// `cpr-transfer` (10.0): the guest is stopped first, and goes to another process of the host, which has its memory
+    /// already; see [`cpr`](crate::cpr).
+    CprTransfer,
 }
 
 impl Mode {
@@ -109,6 +112,7 @@ impl Mode {
         match self {
             Mode::Normal => "normal",
             Mode::CprReboot => "cpr-reboot",
+            Mode::CprTransfer => "cpr-transfer",
         }
     }
 }

@@ -24,11 +24,23 @@ pub(crate) struct RamReceiver<'g> {
     blocks: Vec<Block<'g>>,
     /// The guest may run before its memory is here, so that it counts which pages have come.
     counts: bool,
-    /// What is shared does not come (capability `x-ignore-shared`).
-    ignores: bool,
+    /// What does not come.
+    left: LeftOut,
     /// The page that came last, and how many came one after the other before it.
     last: Option<(BlockId, u64)>,
     run: u64,
+}
+
+/// What of guest memory does not come.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub(crate) enum LeftOut {
+    /// All does.
+    #[default]
+    Nothing,
+    /// What is shared does not (capability `x-ignore-shared`).
+    Shared,
+    /// It is here (mode `cpr-transfer`).
+    All,
 }
 
 struct Block<'g> {
@@ -82,15 +94,14 @@ pub(crate) struct Listed {
 }
 
 impl<'g> RamReceiver<'g> {
-    /// Of no block. `postcopy` says that the guest may run before its memory is here, `ignores` that shared memory is
-    /// left out.
-    pub(crate) fn new(postcopy: bool, ignores: bool) -> Self {
-        RamReceiver { counts: postcopy, ignores, ..RamReceiver::default() }
+    /// Of no block. `postcopy` says that the guest may run before its memory is here.
+    pub(crate) fn new(postcopy: bool, left: LeftOut) -> Self {
+        RamReceiver { counts: postcopy, left, ..RamReceiver::default() }
     }
 
     /// Forgets the blocks.
     pub(crate) fn clear(&mut self) {
-        *self = RamReceiver::new(self.counts, self.ignores);
+        *self = RamReceiver::new(self.counts, self.left);
     }
 
     /// A page of this block has come.
@@ -107,15 +118,20 @@ impl<'g> RamReceiver<'g> {
         self.blocks.last().map_or(Ok(()), |block| block.presence.note(&block.name))
     }
 
-    /// All pages have come that will.
+    /// All pages have come that will. `streamed` says that they come in a stream, in which every page goes once at
+    /// least, be it empty.
     ///
     /// # Errors
-    /// Of a block that the source does not share with this machine there was none.
-    pub(crate) fn check_presence(&self) -> Result<(), LoadError> {
+    /// Of a block that the source does not share with this machine there was none; of a guest there was none.
+    pub(crate) fn check_presence(&self, streamed: bool) -> Result<(), LoadError> {
         let is_missing = |block: &&Block<'_>| {
             !block.presence.shared && !block.view.memory.is_empty() && !block.presence.came.load(Ordering::Relaxed)
         };
-        match self.blocks.iter().find(is_missing).filter(|_| self.ignores) {
+        if self.left == LeftOut::Nothing {
+            let nothing = streamed && !self.blocks.is_empty() && self.blocks.iter().all(|block| is_missing(&block));
+            return if nothing { Err(LoadError::NoMemory) } else { Ok(()) };
+        }
+        match self.blocks.iter().find(is_missing) {
             Some(block) => Err(LoadError::NotSent { name: block.name.clone() }),
             None => Ok(()),
         }
@@ -188,7 +204,11 @@ impl<'g> RamReceiver<'g> {
                 }
             }
         }
-        let shared = self.ignores && guest.hooks().shares(index);
+        let shared = match self.left {
+            LeftOut::Nothing => false,
+            LeftOut::Shared => guest.hooks().shares(index),
+            LeftOut::All => true,
+        };
         match block.address.filter(|_| shared) {
             Some(found) if found > 0 => return Err(LoadError::SharedAddress { name: block.name.clone(), found }),
             _ => {}

@@ -7,7 +7,7 @@ mod recovery;
 use backlogs::Backlogs;
 
 use super::{
-    DirtyLog, Guest, IterativeDevice, Job, MigrationError, Notice, Outgoing, Refused,
+    DirtyLog, Guest, IterativeDevice, Job, MigrationError, Mode, Notice, Outgoing, Refused,
     channel::{WriteSlice, write_all},
     connections::Reader,
     core::{
@@ -70,8 +70,12 @@ pub fn migrate(guest: &dyn Guest, connections: &Outgoing, job: &Job, profile: &P
         },
         failed => failed,
     };
-    let shared: Vec<_> = (0..guest.ram().len()).map(|block| guest.hooks().shares(block)).collect();
-    let leaves_out = capabilities.ignore_shared && shared.contains(&true);
+    let shared = |block| match parameters.mode {
+        Mode::CprTransfer => true,
+        _ => capabilities.ignore_shared && guest.hooks().shares(block),
+    };
+    let shared: Vec<_> = (0..guest.ram().len()).map(shared).collect();
+    let leaves_out = shared.contains(&true);
     let devices = match leaves_out && capabilities.background_snapshot {
         // The file goes on changing, and is no snapshot. QEMU's words for memory that it cannot take one of.
         true => {

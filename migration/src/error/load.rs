@@ -87,6 +87,12 @@ pub enum LoadError {
         /// The block.
         name: CountedString,
     },
+    /// No page has come, as from a source in mode `cpr-transfer`, and this machine was not made of its memory.
+    #[error(
+        "no page of guest memory is in the stream: a source in mode 'cpr-transfer' has to pass its memory to this machine before, on a \
+         channel of type 'cpr'"
+    )]
+    NoMemory,
     /// Pages of a RAM block that is a file of both machines, as far as this one can tell (capability
     /// `x-ignore-shared`). QEMU's words.
     #[error("block {name} should not be migrated ! It is a shared file here, and not at the source")]
@@ -235,6 +241,7 @@ impl Blame for LoadError {
             | LoadError::UnknownRamBlock { .. }
             | LoadError::RamBlockSize { .. }
             | LoadError::NotSent { .. }
+            | LoadError::NoMemory
             | LoadError::SharedSent { .. }
             | LoadError::SharedAddress { .. }
             | LoadError::UnknownSection { .. }

@@ -3,6 +3,7 @@
 //! The guest writes to its memory from within the engine's own calls (whenever the source sends something or resets its
 //! log), so what it does to which page at which place of the stream is the same in every run.
 
+mod cpr;
 mod device;
 mod devices;
 mod differences;

@@ -27,7 +27,7 @@ impl SourceCore {
     ) -> Result<(), MigrationError> {
         let next = match step {
             Setup::Begin => {
-                if self.parameters.mode == Mode::CprReboot {
+                if self.parameters.mode != Mode::Normal {
                     self.pause(now);
                 }
                 self.greet(answers)?;

@@ -33,8 +33,8 @@ pub struct SourceOptions {
     /// Bytes of a page of the host in each of them; ordinary pages where it says nothing. In postcopy a huge page is
     /// sent as a whole.
     pub host_page_sizes: Vec<u64>,
-    /// Which of the blocks are not sent, because the destination has them (capability `x-ignore-shared`); none where it
-    /// says nothing.
+    /// Which of the blocks are not sent, because the destination has them (capability `x-ignore-shared`, mode
+    /// `cpr-transfer`); none where it says nothing.
     pub shared: Vec<bool>,
     /// The devices whose state is sent in parts.
     pub devices: Vec<DeviceOptions>,
@@ -55,7 +55,7 @@ impl SourceOptions {
 
     /// Whether a block is not sent.
     pub(super) fn leaves_out(&self, block: usize) -> bool {
-        self.capabilities.ignore_shared && self.shared.get(block).is_some_and(|shared| *shared)
+        self.shared.get(block).is_some_and(|shared| *shared)
     }
 
     /// Those of a guest with these blocks (names, and lengths in bytes) and without iterative devices, that goes over
