@@ -156,18 +156,22 @@ fn answers(ours: &mut Qemu) -> Result<Vec<String>> {
 
     for (name, verdict) in CHANNELS {
         let inet = json!({ "transport": "socket", "type": "inet", "host": "127.0.0.1", "port": "1" });
-        let (kind, addr) = match *name {
-            "cpr" => ("cpr", inet),
-            "main" | "socket inet" => ("main", inet),
-            "socket unix" => ("main", json!({ "transport": "socket", "type": "unix", "path": "/nonexistent" })),
-            "socket fd" => ("main", json!({ "transport": "socket", "type": "fd", "str": "none" })),
-            "socket vsock" => ("main", json!({ "transport": "socket", "type": "vsock", "cid": "2", "port": "1" })),
-            "exec" => ("main", json!({ "transport": "exec", "args": ["/bin/true"] })),
-            "file" => ("main", json!({ "transport": "file", "filename": "/nonexistent/x", "offset": 0 })),
-            "rdma" => ("main", json!({ "transport": "rdma", "host": "127.0.0.1", "port": "1" })),
+        let addr = match *name {
+            "cpr" | "main" | "socket inet" => inet,
+            "socket unix" => json!({ "transport": "socket", "type": "unix", "path": "/nonexistent" }),
+            "socket fd" => json!({ "transport": "socket", "type": "fd", "str": "none" }),
+            "socket vsock" => json!({ "transport": "socket", "type": "vsock", "cid": "2", "port": "1" }),
+            "exec" => json!({ "transport": "exec", "args": ["/bin/true"] }),
+            "file" => json!({ "transport": "file", "filename": "/nonexistent/x", "offset": 0 }),
+            "rdma" => json!({ "transport": "rdma", "host": "127.0.0.1", "port": "1" }),
             other => anyhow::bail!("how is a channel '{other}' written?"),
         };
-        let channels = json!({ "channels": [{ "channel-type": kind, "addr": addr }], "resume": true });
+        let mut list = vec![json!({ "channel-type": "main", "addr": addr })];
+        if *name == "cpr" {
+            let beside = json!({ "transport": "socket", "type": "unix", "path": "/nonexistent" });
+            list.push(json!({ "channel-type": "cpr", "addr": beside }));
+        }
+        let channels = json!({ "channels": list, "resume": true });
         // There is nothing to resume: whoever knows the address says so.
         let said = refusal(ours, "migrate", channels)?.context("a migration was resumed")?;
         let known = said == "Cannot resume if there is no paused migration";

@@ -1,8 +1,8 @@
 //! Mode `cpr-transfer`: a guest goes to another process of the same host, and its memory stays where it is.
 //!
 //! The memory is in files without a name. A source passes their descriptors on a channel of its own ([`Successor`]) and
-//! waits until the destination, which makes its machine of them ([`Predecessor`]), has closed that: then it waits on the
-//! main channel. The guest is stopped before the stream begins, and the stream has no pages. The parameter
+//! waits until the destination, which makes its machine of them ([`Predecessor`]), has closed that: then it waits on
+//! the main channel. The guest is stopped before the stream begins, and the stream has no pages. The parameter
 //! [`mode`](crate::Mode::CprTransfer) of both jobs says so to the engines.
 
 use crate::{
@@ -50,8 +50,8 @@ pub struct Passed<F> {
     pub descriptor: F,
 }
 
-/// Refuses what does not go with the parameter `mode`, at the moment and in the words of QEMU 11.1: a migration with this
-/// main channel and this one for descriptors, of a guest whose RAM blocks of these names cannot be passed.
+/// Refuses what does not go with the parameter `mode`, at the moment and in the words of QEMU 11.1: a migration with
+/// this main channel and this one for descriptors, of a guest whose RAM blocks of these names cannot be passed.
 ///
 /// # Errors
 /// [`Refused::Blocked`].

@@ -10,7 +10,9 @@ mod guest;
 mod incoming;
 pub mod legality;
 mod lifecycle;
+mod origin;
 mod outgoing;
+mod predecessor;
 mod run_state;
 mod running;
 mod vfio;
@@ -53,6 +55,8 @@ pub struct Vmm {
     block_times: Mutex<Option<BlockTimesWatch>>,
     /// Pauses and recovers a postcopy to here.
     recovery: Mutex<Option<Recovery>>,
+    /// Whose guest is in the machine's memory.
+    origin: Mutex<origin::Origin>,
     descriptors: Mutex<Descriptors>,
     objects: Objects,
     state: Mutex<State>,
@@ -122,6 +126,7 @@ impl Vmm {
             rest: Mutex::default(),
             block_times: Mutex::default(),
             recovery: Mutex::default(),
+            origin: Mutex::default(),
             descriptors: Mutex::default(),
             objects: Objects::default(),
             state: Mutex::new(state),

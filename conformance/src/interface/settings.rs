@@ -79,13 +79,7 @@ pub const PARAMETERS: &[Row] = &[
         },
     ),
     ("mode=cpr-reboot", Works("migration/src/pair/tests.rs::mode_cpr_reboot_stops_the_guest_before_the_first_page")),
-    (
-        "mode=cpr-transfer",
-        Refused {
-            why: "there is no side channel for descriptors",
-            text: "Parameter 'mode': 'cpr-transfer' is not supported here",
-        },
-    ),
+    ("mode=cpr-transfer", Works("migration/src/pair/cpr.rs::no_page_travels_and_none_is_touched")),
     ("mode=normal", Works("peer 11.1>ref/tcp/return-path")),
     ("multifd-channels", Works("migration/src/pair/multifd.rs::the_largest_number_of_channels_works")),
     ("multifd-compression", Works("peer ref>11.1/multifd/zstd/4")),
@@ -132,7 +126,7 @@ pub const PARAMETERS: &[Row] = &[
 pub const CHANNELS: &[Row] = &[
     (
         "cpr",
-        Refused { why: "there is no side channel for descriptors", text: "channel type 'cpr' is not supported here" },
+        Works("migration/src/cpr/tests.rs::descriptors_arrive_and_the_source_goes_on_when_the_destination_is_ready"),
     ),
     ("exec", Works("migration/src/pair/files.rs::a_guest_goes_through_commands")),
     ("file", Works("reference-vmm/tests/kvm/transports.rs::files")),

@@ -1,5 +1,5 @@
-//! Guests whose memory stays where it is (mode `cpr-transfer`). Two machines of a test have no memory in common, so that
-//! whatever the engines did to it would be seen.
+//! Guests whose memory stays where it is (mode `cpr-transfer`). Two machines of a test have no memory in common, so
+//! that whatever the engines did to it would be seen.
 
 use super::*;
 use crate::{LoadError, Mode};

@@ -13,6 +13,7 @@ use qevm_wire::{Profile, QemuVersion};
 use reference_vmm::boot::Kernel;
 use reference_vmm::descriptors::Descriptors;
 use reference_vmm::machine::MachineConfig;
+use reference_vmm::memory::Files;
 use reference_vmm::payload;
 
 use super::device::DeviceOptions;
@@ -24,11 +25,12 @@ use super::{qmp_object, vfio};
 #[derive(clap::Args)]
 pub(crate) struct MachineArguments {
     /// Machine type, and whom it migrates to:
-    /// microvm[,qemu=RELEASE][,peer-accel=tcg][,rtc=on][,pcie=on][,kernel-irqchip=split][,memory-backend=ID]. microvm
-    /// has no version, so the release of QEMU's binary decides the bytes of a stream: name the oldest that is to load
-    /// one (7.2, 10.0, 11.1, …). Streams of all releases are taken. peer-accel=tcg makes streams that a QEMU under TCG
-    /// takes. rtc=on adds a real-time clock, which QEMU has by default under TCG and not under KVM. pcie=on adds a PCI
-    /// Express bus with its host bridge. kernel-irqchip=split leaves only the local APICs to the kernel, as under QEMU
+    /// microvm[,qemu=RELEASE][,peer-accel=tcg][,rtc=on][,pcie=on][,kernel-irqchip=split][,memory-backend=ID][,aux-ram-share=on].
+    /// microvm has no version, so the release of QEMU's binary decides the bytes of a stream: name the oldest that is
+    /// to load one (7.2, 10.0, 11.1, …). Streams of all releases are taken. peer-accel=tcg makes streams that a QEMU
+    /// under TCG takes. rtc=on adds a real-time clock, which QEMU has by default under TCG and not under KVM. pcie=on
+    /// adds a PCI Express bus with its host bridge. kernel-irqchip=split leaves only the local APICs to the kernel, as
+    /// under QEMU. aux-ram-share=on makes RAM that no memory backend is such that mode cpr-transfer can pass it on
     #[arg(long = "machine", short = 'M', value_name = "TYPE", default_value = "microvm")]
     machine: MachineOptions,
     /// Accelerator: kvm[,dirty-ring-size=N]. N is the number of entries of each vCPU's dirty ring, a power of two, 1024
@@ -127,8 +129,14 @@ impl MachineArguments {
         qmp_object::listed(&self.object)
     }
 
-    /// The machine they describe. `incoming` says that it waits for a guest. The descriptors that they name are taken.
-    pub(crate) fn config(&self, incoming: bool, descriptors: &mut Descriptors) -> anyhow::Result<MachineConfig> {
+    /// The machine they describe. `incoming` says that it waits for a guest, whose memory a predecessor may have
+    /// `passed`. The descriptors that they name are taken.
+    pub(crate) fn config(
+        &self,
+        incoming: bool,
+        passed: Option<BTreeMap<String, File>>,
+        descriptors: &mut Descriptors,
+    ) -> anyhow::Result<MachineConfig> {
         let read = |path: &Option<PathBuf>, what| match path {
             Some(path) => std::fs::read(path).with_context(|| format!("cannot read the {what} {}", path.display())),
             None => Ok(Vec::new()),
@@ -164,6 +172,7 @@ impl MachineArguments {
         Ok(MachineConfig {
             memory,
             memory_backend,
+            files: Files { share_aux: self.machine.aux_ram_share, passed },
             mem_prealloc: self.mem_prealloc,
             cpus: self.smp,
             uuid: self.uuid,
@@ -200,6 +209,8 @@ struct MachineOptions {
     kvm: bool,
     /// The id of what the RAM is made of.
     memory_backend: Option<String>,
+    /// RAM that no memory backend is can be passed to a successor.
+    aux_ram_share: bool,
 }
 
 impl FromStr for MachineOptions {
@@ -218,6 +229,7 @@ impl FromStr for MachineOptions {
             split_irqchip: false,
             kvm: true,
             memory_backend: None,
+            aux_ram_share: false,
         };
         for part in parts {
             match part.split_once('=') {
@@ -229,6 +241,8 @@ impl FromStr for MachineOptions {
                 Some(("rtc", "on")) => options.rtc = true,
                 Some(("kernel-irqchip", "on")) => options.split_irqchip = false,
                 Some(("kernel-irqchip", "split")) => options.split_irqchip = true,
+                Some(("aux-ram-share", "on")) => options.aux_ram_share = true,
+                Some(("aux-ram-share", "off")) => options.aux_ram_share = false,
                 Some(("memory-backend", id)) => options.memory_backend = Some(id.to_owned()),
                 Some(("pcie", "on")) => options.pcie = true,
                 // QEMU's auto is off.
@@ -237,7 +251,7 @@ impl FromStr for MachineOptions {
                 Some(("rtc", "off" | "auto")) => options.rtc = false,
                 _ => {
                     return Err(format!(
-                        "'{part}' is not one of qemu=RELEASE, peer-accel=kvm|tcg, rtc=on|off|auto, pcie=on|off|auto, kernel-irqchip=on|split, memory-backend=ID"
+                        "'{part}' is not one of qemu=RELEASE, peer-accel=kvm|tcg, rtc=on|off|auto, pcie=on|off|auto, kernel-irqchip=on|split, memory-backend=ID, aux-ram-share=on|off"
                     ));
                 }
             }
@@ -361,6 +375,7 @@ mod tests {
             split_irqchip: false,
             kvm: true,
             memory_backend: None,
+            aux_ram_share: false,
         };
         assert_eq!("microvm".parse(), Ok(newest()));
         assert_eq!("type=microvm,qemu=7.2.22".parse(), Ok(MachineOptions { qemu: QemuVersion::new(7, 2), ..newest() }));

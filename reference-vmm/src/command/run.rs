@@ -1,5 +1,7 @@
 //! `reference-vmm run`.
 
+use std::cell::{Cell, RefCell};
+use std::fs::File;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::str::FromStr;
@@ -7,8 +9,9 @@ use std::sync::{Arc, mpsc};
 use std::thread;
 use std::time::Duration;
 
-use anyhow::Context;
-use qevm_migration::Address;
+use anyhow::{Context, bail};
+use qevm_migration::cpr::Predecessor;
+use qevm_migration::{Address, Listener, Timeouts};
 use reference_vmm::descriptors::Descriptors;
 use reference_vmm::machine::Machine;
 use reference_vmm::qmp::Server;
@@ -16,7 +19,7 @@ use reference_vmm::vmm::{Actions, Exit, Vmm};
 
 use super::event_log::EventLog;
 use super::machine::MachineArguments;
-use super::signals;
+use super::signals::{self, Signals};
 use crate::{log, private};
 
 /// Run a guest until it stops, or wait for one to migrate here.
@@ -54,8 +57,11 @@ pub(crate) struct Run {
     /// object as QMP has it, exec:COMMAND, fd:NUMBER, file:PATH[,offset=N], a page server
     /// (nbd+unix:///[EXPORT]?socket=PATH or nbd://HOST[:PORT]/[EXPORT], which turns capabilities mapped-ram and
     /// postcopy-ram on), or defer until QMP's migrate-incoming
+    ///
+    /// A channel of type cpr, before or after, takes over the memory of a guest that comes by mode cpr-transfer: a
+    /// process of this host passes it there when it is told to migrate, before QMP is served here.
     #[arg(long, value_name = "ADDRESS")]
-    incoming: Option<Incoming>,
+    incoming: Vec<Incoming>,
     /// With capabilities mapped-ram and postcopy-ram, memory stays in the file, or at the page server, until the guest
     /// touches it: nothing is loaded ahead
     #[arg(long)]
@@ -86,6 +92,8 @@ pub(crate) struct Run {
 enum Incoming {
     Defer,
     From(Address),
+    /// Where a predecessor passes the guest's memory.
+    Memory(Address),
 }
 
 impl FromStr for Incoming {
@@ -95,7 +103,8 @@ impl FromStr for Incoming {
         match text {
             "defer" => Ok(Incoming::Defer),
             json if json.starts_with('{') => {
-                reference_vmm::qmp::channel(json).map(Incoming::From).map_err(|failure| failure.to_string())
+                let (cpr, address) = reference_vmm::qmp::channel(json).map_err(|failure| failure.to_string())?;
+                Ok(if cpr { Incoming::Memory(address) } else { Incoming::From(address) })
             }
             _ => text.parse().map(Incoming::From).map_err(|error: qevm_migration::BadAddress| error.to_string()),
         }
@@ -108,9 +117,19 @@ impl Run {
         survive_full_files();
         let signals = signals::take()?;
         let actions = self.actions()?;
-        let machine = Machine::new(self.machine.config(self.incoming.is_some(), &mut inherited)?)?;
+        let incoming = self.incoming.iter().rfind(|from| !matches!(from, Incoming::Memory(_)));
+        let mut signals = signals;
+        let mut predecessor = self.predecessor(&mut signals)?;
+        if predecessor.is_some() && incoming.is_none() {
+            bail!("--incoming has a channel of type cpr alone: say where the guest comes from, or defer");
+        }
+        let passed = predecessor.as_mut().map(|predecessor| {
+            predecessor.take().into_iter().map(|passed| (passed.name, File::from(passed.descriptor))).collect()
+        });
+        let machine = Machine::new(self.machine.config(incoming.is_some(), passed, &mut inherited)?)?;
         let sockets = self.machine.sockets()?;
-        let vmm = Vmm::new(machine, self.machine.profile(), self.incoming.is_some());
+        let vmm = Vmm::new(machine, self.machine.profile(), incoming.is_some());
+        predecessor.into_iter().for_each(|predecessor| vmm.come_after(predecessor));
         let _event_log = match &self.event_log {
             Some(path) => Some(
                 EventLog::start(path, &vmm)
@@ -130,7 +149,7 @@ impl Run {
         } else {
             vmm.machine().can_run()?;
         }
-        match &self.incoming {
+        match incoming {
             Some(Incoming::From(address)) => {
                 if matches!(address, Address::Nbd { .. }) {
                     // Nothing else is expected of a page server: every page at its place, and loaded when it is needed.
@@ -139,7 +158,7 @@ impl Run {
                 }
                 vmm.listen(address, true)?;
             }
-            Some(Incoming::Defer) => {}
+            Some(_) => {}
             None if self.paused => vmm.machine().activate()?,
             None => vmm.cont().map_err(anyhow::Error::from_boxed)?,
         }
@@ -171,6 +190,27 @@ impl Run {
         };
         log::say(&reason);
         Ok(code)
+    }
+
+    /// Waits for the process that passes a guest's memory, if one is expected.
+    fn predecessor(&self, signals: &mut Signals) -> anyhow::Result<Option<Predecessor>> {
+        let address = self.incoming.iter().rev().find_map(|from| match from {
+            Incoming::Memory(address) => Some(address),
+            _ => None,
+        });
+        let Some(address) = address else { return Ok(None) };
+        let listener = Listener::bind(address)?;
+        tracing::info!("waiting for a guest's memory at {address}");
+        let (signals, ended) = (RefCell::new(signals), Cell::new(None));
+        let wanted = || {
+            ended.set(ended.take().or_else(|| signals.borrow_mut().pending().next().map(|origin| origin.signal)));
+            ended.get().is_none()
+        };
+        let came = Predecessor::wait(&listener, &Timeouts::default(), &wanted);
+        match ended.get() {
+            Some(signal) => bail!(signals::message(signal, None)),
+            None => Ok(Some(came?)),
+        }
     }
 
     fn actions(&self) -> anyhow::Result<Actions> {

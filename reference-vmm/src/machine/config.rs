@@ -7,7 +7,7 @@ use qevm_multifd::Uuid;
 
 use crate::boot::Kernel;
 use crate::devices::VirtioSlot;
-use crate::memory::MemoryBackend;
+use crate::memory::{Files, MemoryBackend};
 use crate::payload;
 use crate::vfio::{Iommufd, VfioSlot};
 
@@ -17,6 +17,8 @@ pub struct MachineConfig {
     pub memory: u64,
     /// What the RAM is made of; private, anonymous memory without it.
     pub memory_backend: Option<MemoryBackend>,
+    /// Which files RAM is made of that another process may have as well.
+    pub files: Files,
     /// Whether the host is to back all RAM before the machine is there.
     pub mem_prealloc: bool,
     /// Number of vCPUs, 1 to [`MAX_CPUS`](super::MAX_CPUS).
@@ -59,6 +61,7 @@ impl Default for MachineConfig {
         MachineConfig {
             memory: 128 << 20,
             memory_backend: None,
+            files: Files::default(),
             mem_prealloc: false,
             cpus: 1,
             bios: payload::IMAGE.to_vec(),

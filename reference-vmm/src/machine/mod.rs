@@ -136,10 +136,9 @@ impl Machine {
             let found = config.virtio.len();
             return Err(Error::Config(format!("the machine has {TRANSPORTS} virtio-mmio transports, not {found}")));
         }
-        let memory = match &config.memory_backend {
-            Some(backend) if backend.len() != config.memory => return Err(BackendError::Size.into()),
-            Some(backend) => GuestMemory::of(backend, &config.bios)?,
-            None => GuestMemory::microvm(config.memory, &config.bios)?,
+        let memory = match config.memory_backend {
+            Some(ref backend) if backend.len() != config.memory => return Err(BackendError::Size.into()),
+            backend => GuestMemory::of_files(config.memory, backend.as_ref(), &config.bios, config.files)?,
         };
         let memory = Arc::new(memory);
         if config.mem_prealloc {

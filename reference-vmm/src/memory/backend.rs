@@ -64,6 +64,8 @@ pub(super) struct Backing {
     pub(super) on_disk: bool,
     /// It is a file that others can map, and what is written here is there.
     pub(super) shared_file: bool,
+    /// The file, where it has no name and is shared: a successor gets it.
+    pub(super) passable: Option<File>,
 }
 
 impl MemoryBackend {
@@ -82,11 +84,15 @@ impl MemoryBackend {
         self.size == 0
     }
 
-    pub(super) fn make(&self) -> Result<Backing, BackendError> {
-        let (file, offset, fresh) = match &self.kind {
-            BackendKind::Ram => (None, 0, true),
-            BackendKind::Memfd { hugetlb, seal } => (Some(self.memfd(*hugetlb, *seal)?), 0, true),
-            BackendKind::File { path, offset } => {
+    /// Makes it, of a predecessor's file if there is one.
+    pub(super) fn make(&self, passed: Option<File>) -> Result<Backing, BackendError> {
+        let (file, offset, fresh) = match (&self.kind, passed) {
+            (_, Some(file)) => (Some(file), 0, false),
+            // QEMU's is such a file since 10.0.
+            (BackendKind::Ram, None) if self.share => (Some(memfd(&self.block_name(), self.len())?), 0, true),
+            (BackendKind::Ram, None) => (None, 0, true),
+            (BackendKind::Memfd { hugetlb, seal }, None) => (Some(self.memfd(*hugetlb, *seal)?), 0, true),
+            (BackendKind::File { path, offset }, None) => {
                 let (file, fresh) = self.open(path, *offset)?;
                 (Some(file), *offset, fresh)
             }
@@ -107,9 +113,16 @@ impl MemoryBackend {
             memory.populate().map_err(BackendError::Preallocate)?;
         }
         // No other process finds a file without a name, and a QEMU sends a memfd like any other memory.
-        let named = matches!(&self.kind, BackendKind::File { path, .. } if !path.is_dir());
+        let named = self.is_named();
         let shared_file = named && self.share;
-        Ok(Backing { memory, page_size, fresh, shared_file, on_disk: file.as_ref().is_some_and(is_on_disk) })
+        let on_disk = file.as_ref().is_some_and(is_on_disk);
+        let passable = file.filter(|_| self.share && !named);
+        Ok(Backing { memory, page_size, fresh, shared_file, on_disk, passable })
+    }
+
+    /// Whether another process has the memory where it has the same backend, without being passed it.
+    pub(super) fn is_named(&self) -> bool {
+        matches!(&self.kind, BackendKind::File { path, .. } if !path.is_dir())
     }
 
     fn memfd(&self, hugetlb: Option<u64>, seal: bool) -> Result<File, BackendError> {
@@ -170,6 +183,13 @@ impl MemoryBackend {
         }
         Ok((file, true))
     }
+}
+
+/// A file without a name, which is called that in `/proc`.
+pub(super) fn memfd(name: &str, len: u64) -> Result<File, BackendError> {
+    let file = memfd_create(name, MemfdFlags::CLOEXEC).map_err(|error| BackendError::Create(error.into()))?;
+    ftruncate(&file, len).map_err(|error| BackendError::Resize { size: len, cause: error.into() })?;
+    Ok(file.into())
 }
 
 const HUGETLBFS_MAGIC: i64 = 0x958458f6;
@@ -234,7 +254,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         for (given, shared, what) in [
             (backend(BackendKind::Ram), false, ""),
-            (MemoryBackend { share: true, ..backend(BackendKind::Ram) }, true, "/dev/zero (deleted)"),
+            (MemoryBackend { share: true, ..backend(BackendKind::Ram) }, true, "/memfd:mem (deleted)"),
             (memfd(None), true, "/memfd:memory-backend-memfd (deleted)"),
             (
                 MemoryBackend { share: false, merge: true, ..memfd(None) },

@@ -1,5 +1,6 @@
 //! One RAM block.
 
+use std::fs::File;
 use std::io;
 use std::num::NonZeroUsize;
 use std::ops::Range;
@@ -9,7 +10,7 @@ use vm_memory::bitmap::{AtomicBitmap, BS};
 use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{Bytes, MmapRegion, VolatileMemory, VolatileSlice};
 
-use super::backend::MemoryBackend;
+use super::backend::{Backing, MemoryBackend};
 use super::host::{HostMemory, PAGE_SIZE, Wanted};
 use crate::error::{Error, Result};
 
@@ -39,6 +40,8 @@ pub struct RamBlock {
     on_disk: bool,
     shared_file: bool,
     host_page_size: u64,
+    /// The file without a name that it is, shared: a successor can have it.
+    passable: Option<File>,
 }
 
 impl RamBlock {
@@ -58,16 +61,37 @@ impl RamBlock {
         RamBlock::at(name.to_owned(), host, used, len, true, PAGE_SIZE)
     }
 
+    /// The same, of a file that can be passed to a successor, or was by a predecessor and is not `fresh`.
+    ///
+    /// # Errors
+    /// [`Error::Config`] for lengths that are not whole pages, [`Error::Host`] when the host has no memory.
+    pub(super) fn of_file(name: &str, used: u64, file: File, fresh: bool) -> Result<RamBlock> {
+        let max = file.metadata().map_err(|cause| Error::Host { what: "measure guest RAM", cause })?.len();
+        if !used.is_multiple_of(PAGE_SIZE) || !max.is_multiple_of(PAGE_SIZE) || used > max || max == 0 {
+            return Err(Error::Config(format!("RAM block '{name}' cannot have a length of {used} of {max} bytes")));
+        }
+        let wanted = Wanted { file: Some((&file, 0)), share: true, ..Wanted::ANONYMOUS };
+        let host =
+            HostMemory::new(max as usize, wanted).map_err(|cause| Error::Host { what: "map guest RAM", cause })?;
+        let block = RamBlock::at(name.to_owned(), host, used, max as usize, fresh, PAGE_SIZE)?;
+        Ok(RamBlock { passable: Some(file), ..block })
+    }
+
     /// The block that a memory backend is.
     ///
     /// # Errors
     /// [`Error::MemoryBackend`].
     pub fn of(backend: &MemoryBackend) -> Result<RamBlock> {
-        let backing = backend.make()?;
+        RamBlock::taken(backend, None)
+    }
+
+    /// The same, of a predecessor's file if there is one.
+    pub(super) fn taken(backend: &MemoryBackend, passed: Option<File>) -> Result<RamBlock> {
+        let backing = backend.make(passed)?;
         let len = backend.len();
-        let block =
-            RamBlock::at(backend.block_name(), backing.memory, len, len as usize, backing.fresh, backing.page_size)?;
-        Ok(RamBlock { on_disk: backing.on_disk, shared_file: backing.shared_file, ..block })
+        let Backing { memory, fresh, page_size, on_disk, shared_file, passable } = backing;
+        let block = RamBlock::at(backend.block_name(), memory, len, len as usize, fresh, page_size)?;
+        Ok(RamBlock { on_disk, shared_file, passable, ..block })
     }
 
     fn at(name: String, host: HostMemory, used: u64, len: usize, fresh: bool, host_page_size: u64) -> Result<RamBlock> {
@@ -90,6 +114,7 @@ impl RamBlock {
             on_disk: false,
             shared_file: false,
             host_page_size,
+            passable: None,
         })
     }
 
@@ -111,6 +136,11 @@ impl RamBlock {
     /// Whether it is a file that has a name, mapped shared: another machine with that file has the same memory.
     pub fn is_shared_file(&self) -> bool {
         self.shared_file
+    }
+
+    /// The file without a name that it is, if another process that has that has the same memory.
+    pub fn passable(&self) -> Option<&File> {
+        self.passable.as_ref()
     }
 
     /// Whether the memory was all zero when the block was made, other than that of a file that others have written.

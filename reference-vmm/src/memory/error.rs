@@ -52,6 +52,23 @@ pub enum BackendError {
     /// The host cannot back all of it.
     #[error("preallocating memory failed: {}", words(.0))]
     Preallocate(io::Error),
+    /// The predecessor of `cpr-transfer` has not passed this memory, so that nobody knows where it is. A QEMU goes on
+    /// with memory of its own.
+    #[error("the source has passed no descriptor of RAM block '{0}': the guest's memory would be lost")]
+    NotPassed(String),
+    /// What the predecessor of `cpr-transfer` has passed has another length.
+    #[error("the source has passed {found} bytes for RAM block '{name}', which has {expected} here")]
+    PassedLength {
+        /// The RAM block.
+        name: String,
+        /// Bytes of the file.
+        found: u64,
+        /// Bytes wanted.
+        expected: u64,
+    },
+    /// Memory of a machine that is to take over from a predecessor, of which a part would be private.
+    #[error("aux-ram-share=on and, for memory-backend objects, share=on are required to take a guest by cpr-transfer")]
+    Private,
     /// The name is that of another RAM block.
     #[error("RAMBlock \"{0}\" already registered")]
     Name(String),

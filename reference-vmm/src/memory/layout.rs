@@ -2,6 +2,7 @@
 
 use super::block::RamBlock;
 use super::error::BackendError;
+use super::files::Files;
 use super::host::PAGE_SIZE;
 use crate::error::{Error, Result};
 
@@ -59,16 +60,16 @@ pub(super) fn check(ram: u64, bios: &[u8]) -> Result<()> {
 }
 
 /// The blocks of a microvm with this one as RAM, in the order of the stream, and where the guest sees them.
-pub(super) fn microvm(block: RamBlock, bios: &[u8]) -> Result<(Vec<RamBlock>, Vec<Mapping>)> {
+pub(super) fn microvm(block: RamBlock, bios: &[u8], files: &mut Files) -> Result<(Vec<RamBlock>, Vec<Mapping>)> {
     let ram = block.used_length();
     let bios_len = bios.len() as u64;
     let blocks = vec![
         block,
         // The tables are not mapped: the guest gets them through fw_cfg.
-        RamBlock::new(ACPI_TABLES, PAGE_SIZE, 2 << 20)?,
-        RamBlock::new(BIOS, bios_len, bios_len)?,
-        RamBlock::new(TABLE_LOADER, PAGE_SIZE, 64 << 10)?,
-        RamBlock::new(ACPI_RSDP, PAGE_SIZE, PAGE_SIZE)?,
+        files.block(ACPI_TABLES, PAGE_SIZE, 2 << 20)?,
+        files.block(BIOS, bios_len, bios_len)?,
+        files.block(TABLE_LOADER, PAGE_SIZE, 64 << 10)?,
+        files.block(ACPI_RSDP, PAGE_SIZE, PAGE_SIZE)?,
     ];
     let ram_name = blocks[0].name();
     if blocks[1..].iter().any(|other| other.name() == ram_name) {
@@ -84,7 +85,9 @@ pub(super) fn microvm(block: RamBlock, bios: &[u8]) -> Result<(Vec<RamBlock>, Ve
     if ram > LOW_RAM_MAX {
         mappings.push(Mapping { gpa: FOUR_GIB, block: 0, offset: LOW_RAM_MAX, len: ram - LOW_RAM_MAX });
     }
-    blocks[2].write(0, bios)?;
-    blocks[2].take_vmm_writes();
+    if !files.are_used() {
+        blocks[2].write(0, bios)?;
+        blocks[2].take_vmm_writes();
+    }
     Ok((blocks, mappings))
 }

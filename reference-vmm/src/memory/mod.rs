@@ -8,6 +8,7 @@
 mod backend;
 mod block;
 mod error;
+mod files;
 mod host;
 mod layout;
 mod missing;
@@ -15,11 +16,13 @@ mod protected;
 mod shared;
 mod slot;
 
+use std::fs::File;
 use std::sync::Arc;
 
 pub use backend::{BackendKind, MemoryBackend};
 pub use block::RamBlock;
 pub use error::BackendError;
+pub use files::Files;
 pub use host::PAGE_SIZE;
 pub use layout::{ACPI_RSDP, ACPI_TABLES, BIOS, LOW_RAM_MAX, MAX_BIOS, Mapping, RAM, TABLE_LOADER};
 pub(crate) use missing::Userfault;
@@ -48,7 +51,7 @@ impl GuestMemory {
     /// [`Error::Config`] for sizes that microvm cannot have, [`Error::Host`] when the host has no memory.
     pub fn microvm(ram: u64, bios: &[u8]) -> Result<GuestMemory> {
         layout::check(ram, bios)?;
-        GuestMemory::with(RamBlock::new(RAM, ram, ram)?, bios)
+        GuestMemory::with(RamBlock::new(RAM, ram, ram)?, bios, &mut Files::default())
     }
 
     /// The same, with RAM that this backend is, and of its name.
@@ -57,12 +60,37 @@ impl GuestMemory {
     /// [`Error::Config`] for sizes that microvm cannot have, [`Error::MemoryBackend`] for what the backend cannot be,
     /// [`Error::Host`] when the host has no memory.
     pub fn of(backend: &MemoryBackend, bios: &[u8]) -> Result<GuestMemory> {
-        layout::check(backend.len(), bios)?;
-        GuestMemory::with(RamBlock::of(backend)?, bios)
+        GuestMemory::of_files(backend.len(), Some(backend), bios, Files::default())
     }
 
-    fn with(ram: RamBlock, bios: &[u8]) -> Result<GuestMemory> {
-        let (blocks, mappings) = layout::microvm(ram, bios)?;
+    /// RAM of `ram` bytes that others may have as well, as far as its files say so.
+    ///
+    /// # Errors
+    /// As [`of`](Self::of); [`Error::MemoryBackend`] also for files that a predecessor has not passed, or others.
+    pub fn of_files(ram: u64, backend: Option<&MemoryBackend>, bios: &[u8], mut files: Files) -> Result<GuestMemory> {
+        layout::check(ram, bios)?;
+        let block = match backend {
+            Some(backend) => files.backend(backend)?,
+            // Without a backend it is private, whatever is said of other RAM.
+            None if files.are_used() => return Err(BackendError::Private.into()),
+            None => RamBlock::new(RAM, ram, ram)?,
+        };
+        let memory = GuestMemory::with(block, bios, &mut files)?;
+        for name in files.passed.iter().flatten().map(|(name, _)| name) {
+            tracing::warn!("the source has passed a descriptor '{name}', which this machine has no use for");
+        }
+        Ok(memory)
+    }
+
+    /// The files that a successor needs, by the names of their blocks; and the names of blocks that it cannot have.
+    pub fn passable(&self) -> (Vec<(&str, &File)>, Vec<&str>) {
+        let there = self.blocks.iter().filter_map(|block| Some((block.name(), block.passable()?))).collect();
+        let private = |block: &&Arc<RamBlock>| block.passable().is_none() && !block.is_shared_file();
+        (there, self.blocks.iter().filter(private).map(|block| block.name()).collect())
+    }
+
+    fn with(ram: RamBlock, bios: &[u8], files: &mut Files) -> Result<GuestMemory> {
+        let (blocks, mappings) = layout::microvm(ram, bios, files)?;
         Ok(GuestMemory { blocks: blocks.into_iter().map(Arc::new).collect(), mappings })
     }
 

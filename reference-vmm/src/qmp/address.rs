@@ -20,54 +20,69 @@ impl AddressArgument {
     }
 }
 
-/// `uri`, or the one main channel of `channels` (QEMU 8.2).
-pub(super) fn parse_channel_address(arguments: &mut Arguments) -> Result<AddressArgument, Failure> {
+/// `uri`, or the main channel of `channels` (QEMU 8.2), and the one for descriptors (10.0) if there is one.
+pub(super) fn parse_channel_addresses(
+    arguments: &mut Arguments,
+) -> Result<(AddressArgument, Option<AddressArgument>), Failure> {
     let (uri, channels) = (arguments.optional_text("uri")?, arguments.optional_list("channels")?.unwrap_or_default());
     match (uri, channels.len()) {
         (None, 0) => Err(Failure::generic("need either 'uri' or 'channels' argument")),
-        (Some(uri), 0) => Ok(AddressArgument::Uri(uri)),
+        (Some(uri), 0) => Ok((AddressArgument::Uri(uri), None)),
         (Some(_), _) => Err(Failure::generic("need either 'uri' or 'channels' argument")),
         (None, _) => {
-            let mut addresses = Vec::new();
+            let (mut main, mut cpr) = (None, None);
             for (i, channel) in channels.into_iter().enumerate() {
-                addresses.push(main_channel(arguments.inner(channel, &format!("channels[{i}]"))?)?);
+                let (kind, address) = typed_channel(arguments.inner(channel, &format!("channels[{i}]"))?)?;
+                let slot = if kind == "main" { &mut main } else { &mut cpr };
+                if slot.replace(address).is_some() {
+                    return Err(Failure::generic(format!("Channel list has more than one {kind} entry")));
+                }
             }
-            match <[AddressArgument; 1]>::try_from(addresses) {
-                Ok([address]) => Ok(address),
-                Err(_) => Err(Failure::generic("Channel list has more than one entries")),
-            }
+            // QEMU 11.1 crashes.
+            Ok((main.ok_or_else(|| Failure::generic("missing 'main' migration channel"))?, cpr))
         }
     }
 }
 
-/// A `MigrationChannel`, which has to be the main one.
-fn main_channel(mut channel: Arguments) -> Result<AddressArgument, Failure> {
-    let kind = channel.choice("channel-type", &["main", "cpr"])?;
-    let address = transport(channel.object("addr")?)?;
-    channel.complete()?;
-    match kind.as_str() {
-        "main" => Ok(address),
-        _ => Err(Failure::generic("channel type 'cpr' is not supported here")),
+/// The one address that a guest comes from.
+pub(super) fn parse_channel_address(arguments: &mut Arguments) -> Result<AddressArgument, Failure> {
+    match parse_channel_addresses(arguments)? {
+        (address, None) => Ok(address),
+        _ => Err(Failure::generic("Channel list must have only one entry, for type 'main'")),
     }
 }
 
-/// The address in a main channel as a JSON object, as `-incoming` takes it (QEMU 11.1).
+/// A `MigrationChannel` and its type.
+fn typed_channel(mut channel: Arguments) -> Result<(String, AddressArgument), Failure> {
+    let kind = channel.choice("channel-type", &["main", "cpr"])?;
+    let address = transport(channel.object("addr")?)?;
+    channel.complete()?;
+    Ok((kind, address))
+}
+
+/// The address in a channel as a JSON object, as `-incoming` takes it (QEMU 11.1), and whether it is that for
+/// descriptors.
 ///
 /// ```
 /// use qevm_migration::Address;
 /// use reference_vmm::qmp::channel;
 ///
 /// let text = r#"{"channel-type":"main","addr":{"transport":"socket","type":"unix","path":"/run/vm"}}"#;
-/// assert_eq!(channel(text).unwrap(), Address::Unix("/run/vm".into()));
+/// assert_eq!(channel(text).unwrap(), (false, Address::Unix("/run/vm".into())));
 /// assert_eq!(channel(r#"{"channel-type":"main"}"#).unwrap_err().to_string(), "Parameter 'addr' is missing");
 /// ```
 ///
 /// # Errors
 /// In QEMU's words, but for what is wrong with the JSON.
-pub fn channel(text: &str) -> Result<Address, Failure> {
+pub fn channel(text: &str) -> Result<(bool, Address), Failure> {
     let members = serde_json::from_str(text);
     let members = members.map_err(|error| Failure::generic(format!("JSON parse error, {error}")))?;
-    main_channel(Arguments::new(members))?.resolve()
+    let (kind, address) = typed_channel(Arguments::new(members))?;
+    let address = address.resolve()?;
+    match (kind == "cpr", &address) {
+        (true, Address::Unix(_) | Address::Abstract { .. }) | (false, _) => Ok((kind == "cpr", address)),
+        _ => Err(Failure::generic("bad cpr channel socket type; must be unix")),
+    }
 }
 
 /// A `MigrationAddress`.

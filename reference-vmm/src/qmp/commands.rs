@@ -1,7 +1,7 @@
 //! The commands.
 
 use super::{
-    address::parse_channel_address,
+    address::{AddressArgument, parse_channel_address, parse_channel_addresses},
     arguments::{Arguments, empty, finish},
     descriptors, dirty_rate, human, objects, parameters, power,
     protocol::{Failure, Request},
@@ -97,7 +97,7 @@ pub fn check_arguments(request: &Request) -> Result<(), Failure> {
     let (name, mut arguments) = (request.execute.as_str(), Arguments::new(request.arguments.clone()));
     let refuse = |error: &dyn std::fmt::Display| Failure::generic(error.to_string());
     match name {
-        "migrate" | "migrate-incoming" => drop(parse_channel_address(&mut arguments)?.resolve()?),
+        "migrate" | "migrate-incoming" => drop(parse_channel_addresses(&mut arguments)?.0.resolve()?),
         "migrate-set-parameters" => {
             drop(parameters::with(&Parameters::default(), &arguments.drain()).map_err(|e| refuse(&e))?)
         }
@@ -157,17 +157,17 @@ fn query_commands(_: &Arc<Vmm>, arguments: &mut Arguments) -> Result<Value, Fail
 }
 
 fn migrate(vmm: &Arc<Vmm>, arguments: &mut Arguments) -> Result<Value, Failure> {
-    let address = parse_channel_address(arguments)?;
+    let (address, cpr) = parse_channel_addresses(arguments)?;
     // QEMU ignored `detach` as long as it had it, which was up to 10.x.
     arguments.flag("detach")?;
     let resume = arguments.flag("resume")?;
     arguments.complete()?;
-    let address = address.resolve()?;
+    let (address, cpr) = (address.resolve()?, cpr.map(AddressArgument::resolve).transpose()?);
     let begun = if resume {
         vmm.resume_migration(&address)
     } else {
         arguments.legal()?;
-        vmm.migrate(address)
+        vmm.migrate_by(address, cpr)
     };
     begun.map_err(|error| Failure::generic(error.to_string()))?;
     Ok(empty())

@@ -176,9 +176,10 @@ const COMPRESSIONS: [(&str, Compression); 3] =
     [("none", Compression::None), ("zlib", Compression::Zlib), ("zstd", Compression::Zstd)];
 const ZERO_PAGES: [(&str, ZeroPageDetection); 3] =
     [("none", ZeroPageDetection::None), ("legacy", ZeroPageDetection::Legacy), ("multifd", ZeroPageDetection::Multifd)];
-const MODES: [(&str, Mode); 2] = [("normal", Mode::Normal), ("cpr-reboot", Mode::CprReboot)];
+const MODES: [(&str, Mode); 3] =
+    [("normal", Mode::Normal), ("cpr-reboot", Mode::CprReboot), ("cpr-transfer", Mode::CprTransfer)];
 /// Values of `mode` that QEMU 11.1 has besides.
-const OTHER_MODES: [&str; 2] = ["cpr-transfer", "cpr-exec"];
+const OTHER_MODES: [&str; 1] = ["cpr-exec"];
 
 impl Row {
     /// Its value, as QMP tells it. Null where there is none.

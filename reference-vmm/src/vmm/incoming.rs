@@ -39,7 +39,7 @@ impl Vmm {
         };
         // Refused only while one is under way, which then has its own.
         let _ = self.incoming.set_capabilities(self.outgoing.capabilities());
-        self.incoming.set_parameters(self.outgoing.parameters());
+        self.incoming.set_parameters(self.settings_of_arrival());
         self.incoming.set_tls(self.outgoing.tls());
         // A query finds an incoming migration from now on.
         let _ = self.incoming.begin();
@@ -50,6 +50,7 @@ impl Vmm {
         if let (IncomingEndpoint::Socket(_), Some(address)) = (&endpoint, self.listening()) {
             tracing::info!("waiting for a guest at {address}");
         }
+        self.let_predecessor_go_on();
         let vmm = self.clone();
         thread::spawn(move || {
             let connections = match endpoint {

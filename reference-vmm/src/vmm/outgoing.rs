@@ -2,9 +2,11 @@
 
 use super::{Vmm, legality};
 use qevm_migration::{
-    Address, Endpoint, Job, MigrationError, NoDescriptors, Outgoing, Refused, Statistics, check_transport, migrate,
+    Address, Endpoint, Job, MigrationError, Mode, NoDescriptors, Outgoing, Refused, Statistics, check_transport,
+    cpr::{self, Passed, Successor},
+    migrate,
 };
-use std::{sync::Arc, thread};
+use std::{os::fd::AsFd, sync::Arc, thread};
 
 /// Connections that are there already, or are to be opened.
 struct WayOut {
@@ -26,7 +28,16 @@ impl Vmm {
     /// for credentials that are not there; [`MigrationError::Capability`] for capabilities that do not go with the
     /// transport, or with the release at the other end; and for what is no socket, what [`Outgoing::open`] says.
     pub fn migrate(self: &Arc<Self>, address: Address) -> Result<(), MigrationError> {
+        self.migrate_by(address, None)
+    }
+
+    /// The same, to a process of this host that is passed the guest's memory at `cpr` before (mode `cpr-transfer`).
+    ///
+    /// # Errors
+    /// As [`migrate`](Self::migrate); and [`MigrationError::Connect`] where nobody waits at `cpr`.
+    pub fn migrate_by(self: &Arc<Self>, address: Address, cpr: Option<Address>) -> Result<(), MigrationError> {
         legality::check(legality::MIGRATE, &self.situation())?;
+        cpr::check(&address, cpr.as_ref(), &self.outgoing, &self.machine.memory().passable().1)?;
         if let Some(reason) = self.blockers().into_iter().next() {
             return Err(Refused::Blocked(reason).into());
         }
@@ -36,11 +47,15 @@ impl Vmm {
         check_transport(&address, &self.outgoing)?;
         // Once more, for the migration before may have ended meanwhile, with the guest gone.
         self.outgoing.begin_if(|status| legality::check(legality::MIGRATE, &self.situation_with(status)))?;
+        let successor = cpr.filter(|_| self.outgoing.parameters().mode == Mode::CprTransfer);
+        let successor = successor.map(|cpr| Successor::connect(&cpr)).transpose();
+        let successor = successor.inspect_err(|error| self.outgoing.end(Some(error)))?;
         let connections = self.way_out(&address).inspect_err(|error| self.outgoing.end(Some(error)))?;
         let vmm = self.clone();
         thread::spawn(move || {
             let job = &vmm.outgoing;
-            let result = match connections.open(job) {
+            let passed = successor.map_or(Ok(()), |successor| vmm.pass_memory(successor));
+            let result = match passed.and_then(|()| connections.open(job)) {
                 Ok(connections) => migrate(&*vmm, &connections, job, &vmm.profile()),
                 Err(error) => {
                     job.end(Some(&error));
@@ -77,6 +92,12 @@ impl Vmm {
         // The thread of the migration goes on with them.
         thread::spawn(move || vmm.outgoing.recover(connections.open(&vmm.outgoing)));
         Ok(())
+    }
+
+    fn pass_memory(&self, successor: Successor) -> Result<(), MigrationError> {
+        let (files, _) = self.machine.memory().passable();
+        let files = files.into_iter().map(|(name, file)| Passed { name: name.into(), id: 0, descriptor: file.as_fd() });
+        successor.pass(&files.collect::<Vec<_>>(), &self.outgoing, &self.profile())
     }
 
     /// A socket may take long to connect; everything else is there or not.

@@ -1,0 +1,37 @@
+//! The process that a guest comes from whose memory this machine is made of already (mode `cpr-transfer`).
+
+use super::{Vmm, origin::Origin};
+use qevm_migration::{Mode, Parameters, cpr::Predecessor};
+use std::sync::{Mutex, PoisonError};
+
+impl Vmm {
+    /// The machine's memory is that of this process's guest. It is kept waiting until the machine
+    /// [listens](Self::listen); what comes then has no memory of its own.
+    pub fn come_after(&self, predecessor: Predecessor) {
+        *lock(&self.origin) = Origin::Waiting(predecessor);
+    }
+
+    /// The parameters of an incoming migration. Nobody but the source may write to memory that is the source's.
+    pub(super) fn settings_of_arrival(&self) -> Parameters {
+        let mut parameters = self.outgoing.parameters();
+        parameters.mode = match *lock(&self.origin) {
+            // What `mode` says counts for a source.
+            Origin::Nobody => Mode::Normal,
+            Origin::Waiting(_) | Origin::HasGoneOn => Mode::CprTransfer,
+        };
+        parameters
+    }
+
+    /// Somebody listens where it sends the guest to.
+    pub(super) fn let_predecessor_go_on(&self) {
+        let mut origin = lock(&self.origin);
+        match std::mem::replace(&mut *origin, Origin::HasGoneOn) {
+            Origin::Waiting(predecessor) => drop(predecessor),
+            before => *origin = before,
+        }
+    }
+}
+
+fn lock(origin: &Mutex<Origin>) -> std::sync::MutexGuard<'_, Origin> {
+    origin.lock().unwrap_or_else(PoisonError::into_inner)
+}
