@@ -1,7 +1,7 @@
 //! QEMU's firmware configuration device on ports, with DMA (QEMU document "QEMU Firmware Configuration (fw_cfg)
 //! Device").
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use crate::error::{Error, Result};
 use crate::memory::GuestMemory;
@@ -22,6 +22,8 @@ const KEY_NB_CPUS: u16 = 0x05;
 const KEY_MAX_CPUS: u16 = 0x0f;
 const KEY_FILE_DIR: u16 = 0x19;
 const KEY_FILE_FIRST: u16 = 0x20;
+/// With those of a QEMU that are not here there are at most 4095.
+const MOST_FILES: u32 = 4095 - OF_QEMU.len() as u32;
 /// Selected while no item is.
 const KEY_INVALID: u16 = 0xffff;
 
@@ -39,6 +41,20 @@ const DMA_CHUNK: usize = 4096;
 /// Most zeroes that a DMA read adds to the end of an item: a guest that asks for gigabytes of them keeps the vCPU from
 /// stopping meanwhile.
 const DMA_BEYOND: u64 = 64 << 20;
+
+/// The files of any `microvm` of QEMU's with ACPI, next to which those of its command line are: read from 7.2, 10.0 and
+/// 11.1. Keys are given in the order of the names, so that those that are not here have theirs as well: a guest that
+/// comes from a QEMU, or goes to one, keeps the keys that it has read from the directory.
+const OF_QEMU: [&str; 8] = [
+    "bios-geometry",
+    "bootorder",
+    "etc/acpi/rsdp",
+    "etc/acpi/tables",
+    "etc/boot-fail-wait",
+    "etc/e820",
+    "etc/fdt",
+    "etc/table-loader",
+];
 
 /// Names of files in the directory have at most this many bytes, the closing zero not counted.
 const MAX_NAME: usize = 55;
@@ -66,16 +82,18 @@ pub struct FwCfg {
 }
 
 impl FwCfg {
-    /// A device with these items; files get their keys in the order of their names.
+    /// A device with these items; files get the keys that they have in a QEMU.
     ///
     /// # Errors
     /// [`Error::Config`] for a name longer than 55 bytes.
     pub fn new(items: FwCfgItems) -> Result<FwCfg> {
-        let count = u32::try_from(items.files.len()).ok().filter(|count| *count < 0x1000);
-        let count = count.ok_or_else(|| Error::Config("fw_cfg has room for 4095 files".to_owned()))?;
+        let count = u32::try_from(items.files.len()).ok().filter(|count| *count <= MOST_FILES);
+        let count = count.ok_or_else(|| Error::Config(format!("fw_cfg has room for {MOST_FILES} files")))?;
         let mut directory = count.to_be_bytes().to_vec();
-        let mut by_key = items.by_key;
-        for (key, (name, data)) in (KEY_FILE_FIRST..).zip(items.files) {
+        let (mut by_key, mut files) = (items.by_key, items.files);
+        let names: BTreeSet<_> = OF_QEMU.map(str::to_owned).into_iter().chain(files.keys().cloned()).collect();
+        for (key, name) in (KEY_FILE_FIRST..).zip(names) {
+            let Some(data) = files.remove(&name) else { continue };
             if name.len() > MAX_NAME || name.is_empty() || name.contains('\0') {
                 return Err(Error::Config(format!("fw_cfg file name '{name}' must have 1 to {MAX_NAME} bytes")));
             }
@@ -226,12 +244,12 @@ mod tests {
         assert_eq!(read(&mut device, 0, 6), b"QEMU\0\0");
         assert_eq!(read(&mut device, 3, 8), 0x1234_5678u64.to_le_bytes());
         assert_eq!(read(&mut device, 5, 2), [2, 0]);
-        assert_eq!(read(&mut device, 0x21, 9), b"dirty=1M\0");
+        assert_eq!(read(&mut device, 0x29, 9), b"dirty=1M\0");
         assert_eq!(read(&mut device, 0x77, 2), [0, 0]);
         let directory = read(&mut device, KEY_FILE_DIR, 4 + 2 * 64);
-        assert_eq!(directory[..12], [0, 0, 0, 2, 0, 0, 0, 1, 0, 0x20, 0, 0]);
+        assert_eq!(directory[..12], [0, 0, 0, 2, 0, 0, 0, 1, 0, 0x22, 0, 0]);
         assert_eq!(&directory[12..18], b"etc/a\0");
-        assert_eq!(directory[68..76], [0, 0, 0, 8, 0, 0x21, 0, 0]);
+        assert_eq!(directory[68..76], [0, 0, 0, 8, 0, 0x29, 0, 0]);
         assert_eq!(&directory[76..93], b"opt/qevm/payload\0");
     }
 
@@ -252,8 +270,8 @@ mod tests {
         let mut signature = [0; 4];
         device.port_in(PORT_DMA_HIGH, &mut signature);
         assert_eq!(&signature, b"QEMU");
-        assert_eq!(dma(&mut device, &memory, 0x21 << 16 | DMA_SELECT | DMA_SKIP, 6, 0), 0);
-        assert_eq!(device.save(), FwCfgState { cur_entry: 0x21, cur_offset: 6, dma_addr: 0 });
+        assert_eq!(dma(&mut device, &memory, 0x29 << 16 | DMA_SELECT | DMA_SKIP, 6, 0), 0);
+        assert_eq!(device.save(), FwCfgState { cur_entry: 0x29, cur_offset: 6, dma_addr: 0 });
         assert_eq!(dma(&mut device, &memory, DMA_READ, 4, 0x2000), 0);
         let mut text = [9; 5];
         memory.read(0x2000, &mut text).unwrap();
@@ -264,19 +282,35 @@ mod tests {
         assert_eq!(dma(&mut device, &large, DMA_READ, DMA_BEYOND as u32, 0x2000), 0);
         assert_eq!(dma(&mut device, &large, DMA_READ, DMA_BEYOND as u32 + 1, 0x2000), DMA_ERROR, "too many zeroes");
         memory.blocks()[0].take_vmm_writes();
-        dma(&mut device, &memory, 0x21 << 16 | DMA_SELECT | DMA_READ, 4, 0x5000);
+        dma(&mut device, &memory, 0x29 << 16 | DMA_SELECT | DMA_READ, 4, 0x5000);
         assert_eq!(memory.blocks()[0].take_vmm_writes()[0] & 1 << 5, 1 << 5, "DMA marks the page dirty");
     }
 
     #[test]
     fn position_survives_a_save() {
         let mut device = device();
-        read(&mut device, 0x21, 3);
+        read(&mut device, 0x29, 3);
         let mut other = self::device();
         other.load(&device.save());
         assert_eq!([other.next_byte(), other.next_byte()], *b"ty");
-        other.load(&FwCfgState { cur_entry: 0x21, cur_offset: u32::MAX, dma_addr: 0 });
+        other.load(&FwCfgState { cur_entry: 0x29, cur_offset: u32::MAX, dma_addr: 0 });
         assert_eq!(other.next_byte(), 0);
+    }
+
+    /// The directory of a QEMU with one file of the command line, the same in 7.2, 10.0 and 11.1.
+    #[test]
+    fn files_have_qemus_keys() {
+        let files = [("opt/qevm/payload", "dirty=1M"), ("etc/e820", "map")];
+        let files = files.map(|(name, text)| (name.to_owned(), text.as_bytes().to_vec())).into();
+        let mut device = FwCfg::new(FwCfgItems { files, ..FwCfgItems::default() }).unwrap();
+        assert_eq!(read(&mut device, 0x25, 3), b"map");
+        assert_eq!(read(&mut device, 0x28, 8), b"dirty=1M");
+        // It was at the fourth byte there, and the rest is to be read here.
+        device.load(&FwCfgState { cur_entry: 0x28, cur_offset: 3, dma_addr: 0 });
+        assert_eq!([device.next_byte(), device.next_byte()], *b"ty");
+        let directory = read(&mut device, KEY_FILE_DIR, 4 + 2 * 64);
+        assert_eq!(directory[..12], [0, 0, 0, 2, 0, 0, 0, 3, 0, 0x25, 0, 0]);
+        assert_eq!(directory[68..76], [0, 0, 0, 8, 0, 0x28, 0, 0]);
     }
 
     #[test]
