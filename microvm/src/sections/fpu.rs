@@ -49,7 +49,7 @@ struct AreaMut<'a>(&'a mut [u8]);
 static OFFSETS: LazyLock<[Option<usize>; component::COUNT]> = LazyLock::new(|| {
     const LEAF: u32 = 0xd;
     std::array::from_fn(|component| {
-        let leaf = std::arch::x86_64::__cpuid_count(LEAF, component as u32);
+        let leaf = raw_cpuid::native_cpuid::cpuid_count(LEAF, component as u32);
         (leaf.eax != 0 && leaf.ebx != 0).then_some(leaf.ebx as usize)
     })
 });

@@ -41,7 +41,7 @@ fn fields(cpu: &mut Cpu) -> Vec<(u32, &mut u64)> {
 static BEYOND_ADDRESS_BITS: LazyLock<u64> = LazyLock::new(|| {
     const LEAF_SIZES: u32 = 0x8000_0008;
     const MAX_BITS: u32 = 52;
-    let bits = (std::arch::x86_64::__cpuid(LEAF_SIZES).eax & 0xff).min(MAX_BITS);
+    let bits = (raw_cpuid::native_cpuid::cpuid_count(LEAF_SIZES, 0).eax & 0xff).min(MAX_BITS);
     (1 << MAX_BITS) - (1 << bits)
 });
 
