@@ -24,7 +24,7 @@ pub struct Report {
     pub device_bytes: u64,
     /// Everything that was decoded gave the same bytes when it was encoded again.
     pub reencoded_identical: bool,
-    /// Best guess of the writer: see [`crate::stream::writer`].
+    /// Best guess of the writer: see [`crate::stream::release_guess`].
     pub qemu_profile: String,
     /// One entry for each section (START or FULL), in stream order.
     pub sections: Vec<SectionReport>,

@@ -6,7 +6,7 @@ use crate::bounds::Bounds;
 use crate::failure::{Error, Failure};
 use crate::open::is_disk_image;
 use crate::ram::Keep;
-use crate::stream::{Input, Inputs, Layouts, Observer, Settings, analyze, writer};
+use crate::stream::{Input, Inputs, Layouts, Observer, Settings, analyze, release_guess};
 use qevm_savevm::Event;
 use qevm_savevm::check::{Expectations, Finding, Outcome, Subject, Summary};
 use qevm_savevm::framing::SectionHeader;
@@ -82,7 +82,7 @@ pub fn summarize(inputs: &mut Inputs, bounds: &Bounds, position: &mut dyn FnMut(
         let description = Description::parse_at(text, *offset, &Limits::default());
         stream.summary.description = Some(description.map_err(|error| Failure::located(&inputs.main.name, error))?);
     }
-    stream.qemu = writer::guess(&analysis);
+    stream.qemu = release_guess::guess(&analysis);
     Ok(stream)
 }
 

@@ -89,7 +89,7 @@ impl Devices {
         if let Some(error) = self.failed.take() {
             return Err(error);
         }
-        let (machine, profile) = (json!(analysis.machine()), json!(crate::stream::writer::describe(analysis)));
+        let (machine, profile) = (json!(analysis.machine()), json!(crate::stream::release_guess::describe(analysis)));
         write!(out, "{{\n  \"machine\": {machine},\n  \"qemu_profile\": {profile},\n  \"sections\": [")?;
         for (number, section) in self.sections.iter().enumerate() {
             let comma = if number > 0 { "," } else { "" };

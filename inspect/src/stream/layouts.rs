@@ -1,7 +1,7 @@
 //! How device sections are read that no description tells about.
 
 use super::analysis::Analysis;
-use super::writer;
+use super::release_guess;
 use crate::failure::{Error, Failure};
 use qevm_devices::DeviceState;
 use qevm_savevm::framing::{Content, SectionHeader};
@@ -98,7 +98,7 @@ impl Layouts {
                 Err(error) => reasons.push(format!("schema: {error}")),
             }
         }
-        let releases = writer::likely_releases(analysis);
+        let releases = release_guess::likely_releases(analysis);
         if !done {
             match known_layout(header, body, &releases) {
                 Ok(device) => done = device.decode(body, offset, limits).is_ok_and(&mut better),

@@ -24,7 +24,7 @@
 //!
 //! There is no circle among them.
 
-pub mod writer;
+pub mod release_guess;
 
 mod analysis;
 mod bodies;

@@ -1,7 +1,7 @@
 //! The report about a migration that was read.
 
 use super::analysis::{Analysis, Section};
-use super::writer;
+use super::release_guess;
 use crate::failure::Failure;
 use crate::ram::{GuestRam, Keep, RamDigest};
 use crate::report::{RamReport, Report, SectionReport};
@@ -47,7 +47,7 @@ impl Analysis {
             opaque_bytes: self.opaque_bytes,
             device_bytes: self.device_bytes,
             reencoded_identical: self.reencoded_identical,
-            qemu_profile: writer::describe(self),
+            qemu_profile: release_guess::describe(self),
             sections: self.sections.iter().map(Section::report).collect(),
             ram,
             error: failure,
