@@ -102,7 +102,7 @@ pub trait Hooks: Send + Sync {
     /// The migration has failed, and the guest, which did not run before [`Guest::pause`] either, stays as it was.
     fn stay_stopped(&self) {}
 
-    /// The stopped guest's disks are to be used by this machine and nobody else from now on; [`Guest::resume`] implies
+    /// Takes exclusive ownership of the stopped guest's disks (block activation); [`Guest::resume`] implies
     /// it. Called at the destination when everything has been loaded, but not under `late-block-activate`, and at the
     /// source when a migration has failed.
     ///

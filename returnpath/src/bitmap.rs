@@ -63,7 +63,7 @@ impl BitmapExchange {
     /// The bitmap of a block was announced, `len` bytes long.
     ///
     /// # Errors
-    /// [`SessionError::BitmapNotAsked`] and [`SessionError::BitmapLength`]; the bitmap is of no use then.
+    /// [`SessionError::BitmapNotAsked`] and [`SessionError::BitmapLength`]; the bitmap is then not to be used.
     pub fn answer(&mut self, block: &CountedString, len: u64) -> Result<(), SessionError> {
         match self.asked.remove(block) {
             None => Err(SessionError::BitmapNotAsked { block: block.clone() }),

@@ -169,7 +169,7 @@ fn wait_again(there: &mut Endpoint, place: &Place) -> Result<()> {
     }
 }
 
-/// So many places in the pages, and `within` what both ends say to each other about those that have come before.
+/// This many places in the pages, and `within` what both ends say to each other about those that have come before.
 fn places(count: usize, within: bool) -> Vec<Break> {
     let place = |n: usize| {
         let n = n as u64;

@@ -16,9 +16,9 @@ const POLL: Duration = Duration::from_millis(2);
 /// When all connections break.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Break {
-    /// So many bytes have gone from source to destination since this was said.
+    /// This many bytes have gone from source to destination since this was said.
     Forth(u64),
-    /// So many have come back.
+    /// This many have come back.
     Back(u64),
 }
 

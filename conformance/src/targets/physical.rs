@@ -13,7 +13,7 @@ use sha2::{Digest, Sha256};
 use crate::launch::Qemu;
 use crate::oracle::{self, Stretch};
 
-/// So many places are marked at least.
+/// At least this many places are marked.
 const MARKERS: u64 = 20;
 /// Bytes of a marker.
 const WIDTH: u64 = 8;

@@ -290,7 +290,7 @@ pub fn has_device(
 /// Brings `state`, that of the machine that loads, to what the sections say. True if the guest ran at the source.
 ///
 /// # Errors
-/// [`SectionError`]; `state` is of no use then.
+/// [`SectionError`]; `state` is then partly loaded and not to be used.
 pub fn load(sections: &[DeviceSection], profile: &Profile, state: &mut MachineState) -> Result<bool, SectionError> {
     let ctx = Context::from_profile(profile.clone()).with_accel(Accel::Kvm);
     let mut running = true;

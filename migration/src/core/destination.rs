@@ -170,7 +170,7 @@ impl Destination {
 
     /// What the guest reported of the item of the last turn is an error of the stream's.
     pub fn refuse(&self, kind: LoadError) -> MigrationError {
-        self.place(kind, self.at).into()
+        self.locate(kind, self.at).into()
     }
 
     /// Whether a page with content has been met on the main channel.
@@ -210,7 +210,7 @@ impl Destination {
             Phase::Opening if input.len() < 4 && !self.ended => Action::Read { at_least: 4, until },
             Phase::Opening => {
                 if is_page_channel(input) == Some(true) {
-                    return Err(self.place(LoadError::MultifdOff, 0).into());
+                    return Err(self.locate(LoadError::MultifdOff, 0).into());
                 }
                 self.phase = Phase::Stream;
                 Action::Continue
@@ -397,7 +397,7 @@ impl Destination {
         Err(Doubt::NotConfirmed.into())
     }
 
-    fn place(&self, kind: LoadError, offset: u64) -> Located<LoadError> {
+    fn locate(&self, kind: LoadError, offset: u64) -> Located<LoadError> {
         let error = Located::new(kind, offset);
         match self.decoder.current_section() {
             Some(header) => error.within(format!("section {} '{}'", header.section_id, header.idstr)),

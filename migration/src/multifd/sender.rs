@@ -260,7 +260,7 @@ mod tests {
     use crate::ReadSlice;
     use std::sync::Mutex;
 
-    /// Takes so many calls in place before the kernel has to be waited for.
+    /// Takes this many calls in place before the kernel has to be waited for.
     #[derive(Debug)]
     struct Kernel {
         room: u32,

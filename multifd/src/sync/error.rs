@@ -58,7 +58,7 @@ pub enum SyncError {
         /// How many channels there are.
         channels: u8,
     },
-    /// Someone went on who had to wait, or a step was taken out of order. The caller's fault.
+    /// A reader continued although the barrier told it to wait, or a step was taken out of order. The caller's fault.
     #[error("{what} {place}")]
     Order {
         /// What was done.

@@ -27,7 +27,7 @@ impl Arguments {
         Arguments { rules: Some((vmm.clone(), rules)), ..Arguments::new(members) }
     }
 
-    /// Ends the taking of arguments: refuses what was not taken.
+    /// Refuses any argument that was not consumed.
     pub(super) fn complete(&self) -> Result<(), Failure> {
         match self.members.keys().next() {
             Some(name) => Err(Failure::generic(format!("Parameter '{}{name}' is unexpected", self.path))),

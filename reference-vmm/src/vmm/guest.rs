@@ -32,7 +32,7 @@ impl Vmm {
             return self.stay_stopped();
         }
         if let Err(error) = self.start() {
-            tracing::error!("the guest cannot go on ({error}): say 'cont' when that is mended");
+            tracing::error!("the guest cannot go on ({error}): fix the cause, then issue 'cont'");
             self.lock().run_state = RunState::Paused;
         }
     }

@@ -88,7 +88,7 @@ impl Vmm {
         let started = if arrival.running && autostart { self.start().map(|()| true) } else { Ok(false) };
         if let Err(error) = &started {
             // It has left the source, so that it must not be lost here.
-            tracing::error!("the guest has arrived and cannot be started ({error}): say 'cont' when that is mended");
+            tracing::error!("the guest has arrived and cannot be started ({error}): fix the cause, then issue 'cont'");
         }
         if !started.unwrap_or(false) {
             self.lock().run_state = RunState::Paused;
