@@ -79,7 +79,7 @@ pub const PARAMETERS: &[Row] = &[
         },
     ),
     ("mode=cpr-reboot", Works("migration/src/pair/tests.rs::mode_cpr_reboot_stops_the_guest_before_the_first_page")),
-    ("mode=cpr-transfer", Works("migration/src/pair/cpr.rs::no_page_travels_and_none_is_touched")),
+    ("mode=cpr-transfer", Works("peer ref>11.1/cpr-transfer")),
     ("mode=normal", Works("peer 11.1>ref/tcp/return-path")),
     ("multifd-channels", Works("migration/src/pair/multifd.rs::the_largest_number_of_channels_works")),
     ("multifd-compression", Works("peer ref>11.1/multifd/zstd/4")),
@@ -124,10 +124,7 @@ pub const PARAMETERS: &[Row] = &[
 
 /// Kinds of channels and of their addresses.
 pub const CHANNELS: &[Row] = &[
-    (
-        "cpr",
-        Works("migration/src/cpr/tests.rs::descriptors_arrive_and_the_source_goes_on_when_the_destination_is_ready"),
-    ),
+    ("cpr", Works("peer 11.1>ref/cpr-transfer")),
     ("exec", Works("migration/src/pair/files.rs::a_guest_goes_through_commands")),
     ("file", Works("reference-vmm/tests/kvm/transports.rs::files")),
     ("main", Works("reference-vmm/tests/kvm/qmp.rs::migrates_a_guest")),

@@ -20,7 +20,7 @@ use crate::patience::PATIENCE;
 use crate::roots::{Root, Suite};
 use crate::scenario::Accel;
 
-const POLL: Duration = Duration::from_millis(5);
+pub(super) const POLL: Duration = Duration::from_millis(5);
 /// Where the properties of a memory backend mean the folder of the journey.
 const IN_SCRATCH: &str = "{scratch}";
 /// A monitor with the guest in it, or waiting for it.
@@ -29,6 +29,17 @@ pub struct Endpoint {
     monitor: Qemu,
     console: PathBuf,
     stop: Stop,
+}
+
+/// Where the monitor of that name is passed a guest's memory.
+pub(super) fn cpr_socket(scratch: &Path, name: &str) -> PathBuf {
+    scratch.join(format!("{name}.cpr"))
+}
+
+/// That as a channel.
+pub(super) fn cpr_channel(scratch: &Path, name: &str) -> Value {
+    let path = cpr_socket(scratch, name);
+    json!({ "channel-type": "cpr", "addr": { "transport": "socket", "type": "unix", "path": path } })
 }
 
 impl Endpoint {
@@ -53,6 +64,9 @@ impl Endpoint {
             format!("name={FW_CFG_NAME},string={}{}{pci}", load.payload, virtio_load::configuration(&load.virtio));
         let virtio = virtio_load::arguments(&load.virtio, scratch, name)?;
         more(&virtio.iter().map(String::as_str).collect::<Vec<_>>());
+        if incoming && load.passes_memory {
+            more(&["--incoming", &cpr_channel(scratch, name).to_string()]);
+        }
         if incoming {
             more(&["--incoming", "defer"]);
         }
@@ -65,6 +79,9 @@ impl Endpoint {
         }
         if load.pcie {
             options.push_str(",pcie=on");
+        }
+        if load.passes_memory {
+            options.push_str(",aux-ram-share=on");
         }
         if let Some(backend) = load.memory_backend {
             options.push_str(",memory-backend=mem");

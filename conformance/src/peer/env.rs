@@ -43,6 +43,8 @@ pub enum Link {
     Exec,
     /// A pair of sockets that the monitors are given.
     Descriptor,
+    /// A UNIX socket, and beside it one on which the source passes the guest's memory (mode `cpr-transfer`).
+    Memory,
     /// A file: the guest goes on from it when all of it is there. 7.2 has it written and read by commands.
     File,
 }
@@ -56,6 +58,8 @@ pub struct Load {
     pub mem_prealloc: bool,
     /// The machines' RAM is a memory backend of this type, with these properties beside `id` and `size`.
     pub memory_backend: Option<&'static str>,
+    /// Memory can be passed to a successor, and comes so to a destination.
+    pub passes_memory: bool,
     /// vCPUs.
     pub cpus: u32,
     /// All monitors leave only the local APICs to the kernel.
@@ -87,6 +91,7 @@ impl Default for Load {
             memory: 64,
             mem_prealloc: false,
             memory_backend: None,
+            passes_memory: false,
             cpus: 1,
             split_irqchip: false,
             pcie: false,

@@ -1,15 +1,17 @@
 //! A guest's way over several monitors.
 
 use std::os::unix::net::UnixStream;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::thread;
+use std::time::Instant;
 
 use anyhow::{Context, Result, ensure};
 use reference_vmm::payload::{Progress, Transcript};
 use serde_json::{Map, Value, json};
 
 use super::departure::{self, Departure};
-use super::endpoint::Endpoint;
+use super::endpoint::{Endpoint, POLL, cpr_channel, cpr_socket};
 use super::env::{Account, Env, Hop, Link, Load, Moment, Stop, account};
 use super::resident;
 use super::secured::Secured;
@@ -51,7 +53,10 @@ impl Journey {
         let frames = FrameCounter::listen(&self.load.virtio, env.scratch)?;
         let mut here = self.boot(env, &mut tell)?;
         for n in 1..self.stops.len() {
-            let mut there = self.start(env, n, true)?;
+            let mut there = match self.link {
+                Link::Memory => self.start_successor(env, n, &mut here)?,
+                _ => self.start(env, n, true)?,
+            };
             let context = || format!("hop {n}, {} to {}", self.stops[n - 1], self.stops[n]);
             let hop = self.hop(&mut here, &mut there, env.scratch, n, &mut tell).with_context(context)?;
             tell(Moment::Arrived(hop.clone()));
@@ -73,6 +78,42 @@ impl Journey {
         };
         let rtc = self.stops.iter().any(|stop| matches!(stop, Stop::Qemu(_, Accel::Tcg)));
         Endpoint::start(stop, root, env, &self.load, &format!("stop{n}"), incoming, rtc)
+    }
+
+    /// Starts the monitor of a stop, which is passed the guest's memory and then answers, and begins the hop: the
+    /// source waits until the destination is told to.
+    fn start_successor(&self, env: &Env<'_>, n: usize, here: &mut Endpoint) -> Result<Endpoint> {
+        let (name, main) = (format!("stop{n}"), link(env.scratch, n));
+        let socket = cpr_socket(env.scratch, &name);
+        let _ = std::fs::remove_file(&socket);
+        here.meets(self.stops[n])?;
+        here.monitor().set_capabilities(&self.capabilities)?;
+        let parameters = json!({ "mode": "cpr-transfer", "max-bandwidth": self.load.max_bandwidth });
+        here.monitor().set_parameters(&parameters)?;
+        here.monitor().set_parameters(&Value::Object(self.parameters.clone()))?;
+        here.monitor().forget_events();
+        let main = json!({ "transport": "socket", "type": "unix", "path": main });
+        let channels = [json!({ "channel-type": "main", "addr": main }), cpr_channel(env.scratch, &name)];
+        thread::scope(|scope| {
+            let starting = scope.spawn(|| self.start(env, n, true));
+            let deadline = Instant::now() + PATIENCE;
+            while !socket.exists() && !starting.is_finished() && Instant::now() < deadline {
+                thread::sleep(POLL);
+            }
+            // The file is there a moment before anybody listens.
+            let mut begin = || here.monitor().execute("migrate", json!({ "channels": channels }));
+            let mut begun = begin();
+            while begun.is_err() && !starting.is_finished() && Instant::now() < deadline {
+                thread::sleep(POLL);
+                begun = begin();
+            }
+            let mut there = starting.join().map_err(|_| anyhow::anyhow!("the starting thread has died"))??;
+            begun?;
+            there.meets(self.stops[n - 1])?;
+            there.monitor().set_capabilities(&self.capabilities)?;
+            there.monitor().set_parameters(&Value::Object(self.parameters.clone()))?;
+            Ok(there)
+        })
     }
 
     /// Boots the guest at the first stop.
@@ -105,8 +146,14 @@ impl Journey {
     /// Begins a hop, and says where to.
     pub(super) fn leave(&self, here: &mut Endpoint, there: &mut Endpoint, scratch: &Path, n: usize) -> Result<String> {
         let uri = match self.link {
+            Link::Memory => {
+                let uri = format!("unix:{}", link(scratch, n).display());
+                there.monitor().execute("migrate-incoming", json!({ "uri": uri }))?;
+                // The source has begun, and waits for that.
+                return Ok(uri);
+            }
             Link::Unix => {
-                let uri = format!("unix:{}", scratch.join(format!("link{n}")).display());
+                let uri = format!("unix:{}", link(scratch, n).display());
                 there.monitor().execute("migrate-incoming", json!({ "uri": uri }))?;
                 uri
             }
@@ -130,7 +177,7 @@ impl Journey {
         scratch: &Path,
         n: usize,
     ) -> Result<String> {
-        let path = scratch.join(format!("link{n}"));
+        let path = link(scratch, n);
         let _ = std::fs::remove_file(&path);
         let (from, to) = match self.link {
             Link::Exec => {
@@ -172,7 +219,9 @@ impl Journey {
         tell: &mut dyn FnMut(Moment),
     ) -> Result<Hop> {
         self.tls.map_or(Ok(()), |tls| tls.arm(here, there, scratch))?;
-        self.prepare(here, there)?;
+        if self.link != Link::Memory {
+            self.prepare(here, there)?;
+        }
         let held = resident::resident(here)?;
         let uri = self.leave(here, there, scratch, n)?;
         tell(Moment::Leaving { from: here.stop(), to: there.stop(), uri });
@@ -208,6 +257,14 @@ impl Journey {
         if self.capabilities.contains(&"zero-copy-send") {
             let missed = done["ram"]["dirty-sync-missed-zero-copy"].as_u64();
             ensure!(missed > Some(0), "the source does not tell that its pages were copied: {done}");
+        }
+        if self.link == Link::Memory {
+            let ram = ["total", "normal", "duplicate"].map(|name| done["ram"][name].as_u64());
+            let bytes = done["ram"]["transferred"].as_u64();
+            ensure!(
+                ram == [Some(0); 3] && bytes < Some(1 << 20),
+                "the source has sent memory that it had passed: {done}"
+            );
         }
         if self.capabilities.contains(&"x-ignore-shared") {
             // Firmware and tables are what is left.
@@ -261,6 +318,11 @@ impl Journey {
             virtio_load::works(&self.load.virtio, text).then_some(())
         })
     }
+}
+
+/// The socket or file of a hop.
+fn link(scratch: &Path, n: usize) -> PathBuf {
+    scratch.join(format!("link{n}"))
 }
 
 /// Whether the guest has looked at the registers of its PCI bus in more than one pass here. What it did not find is a

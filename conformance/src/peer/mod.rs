@@ -18,6 +18,7 @@ pub mod bench_postcopy;
 pub mod bench_restore;
 pub mod bench_snapshot;
 pub mod clock;
+mod cpr;
 mod cuts;
 pub mod demo;
 mod departure;

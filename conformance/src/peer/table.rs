@@ -4,8 +4,8 @@ use serde_json::Map;
 
 use super::rows::{PEERS, channels_of, plain};
 use super::{
-    Case, Cut, Doubt, Doubtful, Journey, Link, LinkCuts, Load, MismatchCase, RoundTrip, Stop, VirtioLoad, cuts, oldest,
-    postcopy, recovery, release, served, shared, snapshot, tls, xbzrle, zero_copy,
+    Case, Cut, Doubt, Doubtful, Journey, Link, LinkCuts, Load, MismatchCase, RoundTrip, Stop, VirtioLoad, cpr, cuts,
+    oldest, postcopy, recovery, release, served, shared, snapshot, tls, xbzrle, zero_copy,
 };
 use crate::roots::Suite;
 use crate::scenario::Accel;
@@ -88,6 +88,7 @@ fn journeys() -> Vec<Journey> {
     journeys.extend(postcopy::all());
     journeys.extend(release::journeys());
     journeys.extend(shared::journeys());
+    journeys.extend(cpr::journeys());
     journeys.extend(xbzrle::journeys());
     journeys.extend(zero_copy::journeys());
     journeys.extend(oldest::journeys());
