@@ -76,7 +76,7 @@ fn shut_is_the_last_message() {
     assert_eq!(session.clone().message(&shut(0)), Err(SessionError::EarlyShut));
     assert_eq!(session.clone().message(&shut(1)), Ok(Action::Failed { status: 1 }));
     session.everything_sent().unwrap();
-    assert!(session.ended().is_err());
+    assert_eq!(session.ended(), Err(SessionError::Ended { waiting: session.waiting() }));
     assert_eq!(session.message(&shut(0)), Ok(Action::Complete));
     assert_eq!((session.ended(), session.waiting().as_str()), (Ok(()), "nothing is missing"));
     assert_eq!(session.message(&shut(0)), Err(SessionError::AfterShut { message: "SHUT" }));
