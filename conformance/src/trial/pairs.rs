@@ -3,6 +3,9 @@
 //! Every line of `pairs.txt` is a device with properties that can be set in another way. On the newest release the
 //! plain set-up goes to each variant and back; and it goes up and down between releases as it is, on a machine type
 //! that both have. Nothing is expected beforehand: the destination is the judge.
+//!
+//! In lines that start with `ran` the source has booted Linux, whose drivers have accepted features and set up queues;
+//! the destination's own stream, which `qevm check` is given, is that of a machine that was never started.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -14,7 +17,8 @@ use anyhow::{Context, Result, bail};
 use serde_json::{Value, json};
 
 use super::question::TrialEnv;
-use super::side::{Fate, Side, load, side, write};
+use super::side::{Fate, Side, load, side, write, write_ran};
+use crate::linux::{Linux, READY};
 use crate::roots::{Root, Suite};
 use crate::subject::Subject;
 
@@ -34,11 +38,16 @@ const UNDECIDABLE: usize = 5;
 pub struct Pair {
     source: SetUp,
     destination: SetUp,
+    /// Linux has booted at the source.
+    ran: bool,
 }
 
 impl fmt::Display for Pair {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let [(from, source), (to, destination)] = [&self.source, &self.destination];
+        if self.ran {
+            f.write_str("ran ")?;
+        }
         if source == destination {
             return write!(f, "{} to {}: {source}", from.series(), to.series());
         }
@@ -95,6 +104,7 @@ pub fn all() -> Vec<Pair> {
 fn of_line(line: &str) -> Vec<Pair> {
     let mut fields = line.split('|').map(str::trim);
     let (machine, arguments) = (fields.next().unwrap_or_default(), fields.next().unwrap_or_default());
+    let (ran, machine) = machine.strip_prefix("ran ").map_or((false, machine), |machine| (true, machine));
     let plain = arguments.replace("{}", "");
     let mut pairs = Vec::new();
     for variant in fields.filter(|variant| !variant.is_empty()) {
@@ -102,8 +112,12 @@ fn of_line(line: &str) -> Vec<Pair> {
         let variant = if variant.starts_with('-') { format!(" {variant}") } else { variant.to_owned() };
         let [from, to] =
             [&plain, &arguments.replace("{}", &variant)].map(|all| (Suite::Sid, format!("{machine} {all}")));
-        pairs.push(Pair { source: from.clone(), destination: to.clone() });
-        pairs.push(Pair { source: to, destination: from });
+        pairs.push(Pair { source: from.clone(), destination: to.clone(), ran });
+        pairs.push(Pair { source: to, destination: from, ran });
+    }
+    if ran {
+        // A boot takes long under TCG.
+        return pairs;
     }
     for (from, to, version) in RELEASES {
         let (name, options) = machine.split_once(',').map_or((machine, String::new()), |(n, o)| (n, format!(",{o}")));
@@ -114,7 +128,7 @@ fn of_line(line: &str) -> Vec<Pair> {
             other => format!("{other}{options}"),
         };
         let set_up = format!("{versioned} {plain}");
-        pairs.push(Pair { source: (from, set_up.clone()), destination: (to, set_up) });
+        pairs.push(Pair { source: (from, set_up.clone()), destination: (to, set_up), ran });
     }
     pairs
 }
@@ -128,9 +142,16 @@ pub fn run(pairs: &[Pair], subject: &Subject, each: impl Fn(&Pair, &Judged) + Sy
     for suite in [Suite::Bookworm, Suite::Trixie, Suite::Sid] {
         roots.insert(suite, Root::install(suite)?);
     }
+    let linux = pairs.iter().any(|pair| pair.ran).then(Linux::install).transpose()?;
     let scratch = tempfile::Builder::new().prefix("qevm-").tempdir()?;
-    let desk =
-        Desk { roots: &roots, subject, folder: scratch.path(), written: Mutex::default(), count: AtomicUsize::new(0) };
+    let desk = Desk {
+        roots: &roots,
+        subject,
+        folder: scratch.path(),
+        written: Mutex::default(),
+        linux,
+        count: AtomicUsize::new(0),
+    };
     let (next, judged) = (AtomicUsize::new(0), Mutex::new(Vec::new()));
     thread::scope(|scope| {
         let work = || -> Result<()> {
@@ -161,19 +182,23 @@ struct Desk<'d> {
     roots: &'d BTreeMap<Suite, Root>,
     subject: &'d Subject,
     folder: &'d Path,
-    written: Mutex<BTreeMap<SetUp, Stream>>,
+    /// By the set-up and whether it has run.
+    written: Mutex<BTreeMap<(SetUp, bool), Stream>>,
+    /// The guest of pairs that have run, if there are any.
+    linux: Option<Linux>,
     count: AtomicUsize,
 }
 
 impl Desk<'_> {
     fn judge(&self, n: usize, pair: &Pair) -> Result<Judged> {
-        let [Some(stream), Some(local)] = [self.stream(&pair.source), self.stream(&pair.destination)] else {
+        let [Some(stream), Some(local)] = [self.stream(&pair.source, pair.ran), self.stream(&pair.destination, false)]
+        else {
             return Ok(Judged::NotThere);
         };
         let folder = self.folder.join(format!("p{n}"));
         std::fs::create_dir(&folder)?;
         let env = TrialEnv { roots: self.roots, subject: self.subject, scratch: &folder };
-        let (fate, said) = load(&env, &of(&pair.destination), &stream)?;
+        let (fate, said) = load(&env, &of(&self.placed(&pair.destination, "null")), &stream)?;
         std::fs::remove_dir_all(&folder)?;
 
         let [stream, local] = [stream, local].map(|path| path.display().to_string());
@@ -193,18 +218,35 @@ impl Desk<'_> {
         Ok(Judged::Judged { loads: fate == Fate::Loads, said, foretold, findings })
     }
 
-    /// The stream of a set-up that was never started, or nothing where the release does not have it.
-    fn stream(&self, set_up: &SetUp) -> Option<PathBuf> {
+    /// The set-up with the names of the guest's files, and what its serial port is.
+    fn placed(&self, (suite, arguments): &SetUp, serial: &str) -> SetUp {
+        let files = self.linux.as_ref().map_or(String::new(), |Linux { kernel, initramfs, .. }| {
+            let (kernel, initramfs) = (kernel.display(), initramfs.display());
+            format!("-kernel {kernel} -initrd {initramfs} -append console=ttyS0 -serial {serial}")
+        });
+        (*suite, arguments.replace("{linux}", &files))
+    }
+
+    /// The stream of a set-up that was never started, or that has `ran`, or nothing where the release does not have it.
+    fn stream(&self, set_up: &SetUp, ran: bool) -> Option<PathBuf> {
         let cell = {
             let mut written = self.written.lock().unwrap_or_else(PoisonError::into_inner);
-            written.entry(set_up.clone()).or_default().clone()
+            written.entry((set_up.clone(), ran)).or_default().clone()
         };
         let path = cell.get_or_init(|| {
             let folder = self.folder.join(format!("s{}", self.count.fetch_add(1, Ordering::Relaxed)));
             let env = TrialEnv { roots: self.roots, subject: self.subject, scratch: &folder };
             let file = folder.join("stream.qevm");
             std::fs::create_dir(&folder).ok()?;
-            write(&env, &of(set_up), "source", &file).is_ok().then_some(file)
+            let serial = folder.join("serial.txt");
+            let written = match ran {
+                true => {
+                    let set_up = self.placed(set_up, &format!("file:{}", serial.display()));
+                    write_ran(&env, &of(&set_up), (&serial, READY), &file)
+                }
+                false => write(&env, &of(&self.placed(set_up, "null")), "source", &file),
+            };
+            written.is_ok().then_some(file)
         });
         path.clone()
     }

@@ -1,9 +1,11 @@
 //! One of two QEMUs: it writes what it is, or says whether it loads what the other has written.
 
 use std::path::{Path, PathBuf};
+use std::thread;
+use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
-use serde_json::json;
+use serde_json::{Value, json};
 
 use super::question::TrialEnv;
 use crate::channels::receiver::Receiver;
@@ -12,6 +14,9 @@ use crate::exec;
 use crate::launch::Qemu;
 use crate::patience::PATIENCE;
 use crate::roots::Suite;
+
+/// A guest that boots under TCG on a busy machine.
+const BOOT: Duration = Duration::from_secs(300);
 
 /// What a destination does with a stream.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -56,6 +61,25 @@ pub(crate) fn write(env: &TrialEnv<'_>, side: &Side<'_>, name: &str, file: &Path
     } else {
         exec::save(&mut qemu, file)?;
     }
+    qemu.quit();
+    Ok(())
+}
+
+/// Lets a QEMU write its stream when its guest has printed `ready` on the serial port that goes to the file `serial`.
+pub(crate) fn write_ran(
+    env: &TrialEnv<'_>,
+    side: &Side<'_>,
+    (serial, ready): (&Path, &str),
+    file: &Path,
+) -> Result<()> {
+    let mut qemu = start(env, side, "source", &[])?;
+    let deadline = Instant::now() + BOOT;
+    while !std::fs::read(serial).is_ok_and(|said| String::from_utf8_lossy(&said).contains(ready)) {
+        ensure!(Instant::now() < deadline, "the guest did not boot: {}", qemu.said());
+        thread::sleep(Duration::from_millis(100));
+    }
+    qemu.execute("stop", Value::Null)?;
+    exec::save(&mut qemu, file)?;
     qemu.quit();
     Ok(())
 }
