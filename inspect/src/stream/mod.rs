@@ -19,7 +19,7 @@
 //! | `page_size` | the size of target pages, where nothing tells it |
 //! | `return_path` | the destination's answers |
 //! | `reencode` | whether what was read encodes to the same bytes |
-//! | `signs`, [`writer`] | which QEMU wrote the stream |
+//! | `signs`, [`release_guess`] | which QEMU wrote the stream |
 //! | `halt` | how reading ends |
 //!
 //! There is no circle among them.

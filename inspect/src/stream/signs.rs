@@ -1,4 +1,5 @@
-//! Signs of the release that wrote a stream, gathered on the way; [`writer`](super::writer) says which there are.
+//! Signs of the release that wrote a stream, gathered on the way; [`release_guess`](super::release_guess) says which
+//! there are.
 
 use qevm_savevm::command::Command;
 use qevm_savevm::framing::SectionHeader;
