@@ -232,11 +232,14 @@ pub fn check_transport(address: &Address, job: &Job) -> Result<(), MigrationErro
     let context = Context {
         seekable: matches!(address, Address::File { .. } | Address::Nbd { .. }),
         multi_channel: address.is_socket(),
-        compressed: parameters.multifd_compression != Compression::None,
         cpr: parameters.mode != Mode::Normal,
         ..Context::new(RULES)
     };
+    // In QEMU's order.
     job.capabilities().with_in([], &context)?;
+    let compressed = parameters.multifd_compression != Compression::None;
+    let tls = !parameters.tls_creds.is_empty();
+    job.capabilities().with_in([], &Context { compressed, tls, ..context })?;
     if job.tls().is_some() && !context.multi_channel {
         let why = match job.capabilities().mapped_ram {
             true => "Cannot use TLS with mapped-ram".to_owned(),

@@ -2,11 +2,11 @@
 
 use super::{RunState, Vmm};
 use crate::memory::{Userfault, WriteProtection};
-use qevm_migration::{BadCapability, Capabilities, GuestError, Mode, Parameters, RULES, Refused};
+use qevm_migration::{BadCapability, Capabilities, GuestError, Parameters, RULES, Refused};
 use qevm_multifd::compression::Compression;
 use qevm_wire::{
     Capability,
-    capability::{Context, check},
+    capability::{Context, Rejection, check},
 };
 
 /// Refuses parameters that do not go with these capabilities: pages that are compressed or encrypted are not sent in
@@ -24,6 +24,18 @@ fn zero_copy_goes_with(capabilities: Capabilities, parameters: &Parameters) -> R
     Ok(check(both, &context)?)
 }
 
+/// Refuses to set any parameter while capability `mapped-ram` is on and these parameters, which were set before, do not
+/// go with it: so do QEMU 10.0 and 11.1, whatever is set, and be it what mends that. The combination itself they refuse
+/// at `migrate`.
+fn mapped_ram_goes_with(capabilities: Capabilities, before: &Parameters) -> Result<(), BadCapability> {
+    let in_places = before.multifd_compression == Compression::None && before.tls_creds.is_empty();
+    if !capabilities.mapped_ram || in_places {
+        return Ok(());
+    }
+    let reason = "Mapped-ram only available for non-compressed non-TLS multifd migration";
+    Err(Rejection::Setting { capability: Capability::MappedRam, reason }.into())
+}
+
 impl Vmm {
     /// Switches capabilities on and off: all of them or, if one is refused, none.
     ///
@@ -37,8 +49,6 @@ impl Vmm {
         let context = Context {
             // A guest that has arrived may leave as it likes.
             incoming_started: self.listening().is_some() && self.run_state() == RunState::Inmigrate,
-            compressed: parameters.multifd_compression != Compression::None,
-            cpr: parameters.mode != Mode::Normal,
             dirty_ring: self.machine.dirty_log().ring_size() > 0,
             ..Context::new(RULES)
         };
@@ -63,6 +73,7 @@ impl Vmm {
     /// They do not go with the capabilities, in QEMU's words.
     pub fn set_parameters(&self, parameters: Parameters) -> Result<(), BadCapability> {
         zero_copy_goes_with(self.outgoing.capabilities(), &parameters)?;
+        mapped_ram_goes_with(self.outgoing.capabilities(), &self.outgoing.parameters())?;
         // A guest that is on its way here has its settings, but for these.
         self.incoming.set_timeouts(parameters.timeouts);
         self.outgoing.set_parameters(parameters);

@@ -43,8 +43,10 @@ impl Vmm {
         }
         self.check_devices()?;
         self.outgoing.capabilities().suit(self.profile().qemu)?;
-        self.secure(&self.outgoing, Endpoint::Client)?;
+        let secured = self.secure(&self.outgoing, Endpoint::Client);
+        // What does not go with the transport is refused whether the credentials are there or not.
         check_transport(&address, &self.outgoing)?;
+        secured?;
         // Once more, for the migration before may have ended meanwhile, with the guest gone.
         self.outgoing.begin_if(|status| legality::check(legality::MIGRATE, &self.situation_with(status)))?;
         let successor = cpr.filter(|_| self.outgoing.parameters().mode == Mode::CprTransfer);

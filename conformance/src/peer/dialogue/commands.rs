@@ -257,6 +257,49 @@ pub(super) const BEFORE_THE_START: &[(&str, &str)] = &[
     ),
     ("migrate", r#"{"uri":"exec:cat"}"#),
     ("migrate", r#"{"uri":"file:/nonexistent/x"}"#),
+    // Parameters that do not go with mapped-ram: taken, refused when the next one is set, and at `migrate`.
+    ("migrate-set-capabilities", r#"{"capabilities":[{"capability":"mapped-ram","state":true}]}"#),
+    ("migrate-set-parameters", r#"{"multifd-compression":"zlib"}"#),
+    ("migrate", r#"{"uri":"file:/nonexistent/x"}"#),
+    ("migrate", r#"{"uri":"tcp:127.0.0.1:1"}"#),
+    ("migrate-set-parameters", r#"{"multifd-compression":"none"}"#),
+    ("migrate-set-parameters", r#"{"max-bandwidth":5000000}"#),
+    ("query-migrate-parameters", ""),
+    ("migrate-set-capabilities", r#"{"capabilities":[{"capability":"mapped-ram","state":false}]}"#),
+    ("migrate-set-parameters", r#"{"multifd-compression":"none","tls-creds":"x"}"#),
+    ("migrate-set-capabilities", r#"{"capabilities":[{"capability":"mapped-ram","state":true}]}"#),
+    ("migrate", r#"{"uri":"file:/nonexistent/x"}"#),
+    ("migrate", r#"{"uri":"tcp:127.0.0.1:1"}"#),
+    ("migrate-set-parameters", r#"{"tls-hostname":"x"}"#),
+    ("migrate-set-parameters", r#"{"tls-creds":""}"#),
+    (
+        "migrate-set-capabilities",
+        r#"{"capabilities":[{"capability":"mapped-ram","state":false},{"capability":"multifd","state":false}]}"#,
+    ),
+    ("migrate-set-parameters", r#"{"tls-creds":""}"#),
+    ("migrate-set-parameters", r#"{"multifd-compression":"zlib"}"#),
+    ("migrate-set-capabilities", r#"{"capabilities":[{"capability":"mapped-ram","state":true}]}"#),
+    ("migrate-set-capabilities", r#"{"capabilities":[{"capability":"mapped-ram","state":false}]}"#),
+    ("migrate-set-parameters", r#"{"multifd-compression":"none"}"#),
+    // Modes, whose capabilities count at `migrate`.
+    ("migrate-set-parameters", r#"{"mode":"cpr-transfer"}"#),
+    (
+        "migrate",
+        r#"{"channels":[{"channel-type":"main","addr":{"transport":"socket","type":"unix","path":"/nonexistent/x"}}]}"#,
+    ),
+    (
+        "migrate",
+        r#"{"channels":[{"channel-type":"cpr","addr":{"transport":"socket","type":"unix","path":"/nonexistent/x"}},{"channel-type":"cpr","addr":{"transport":"socket","type":"unix","path":"/nonexistent/x"}}]}"#,
+    ),
+    (
+        "migrate",
+        r#"{"channels":[{"channel-type":"main","addr":{"transport":"file","filename":"/nonexistent/x","offset":0}},{"channel-type":"cpr","addr":{"transport":"socket","type":"unix","path":"/nonexistent/x"}}]}"#,
+    ),
+    ("migrate-set-parameters", r#"{"mode":"cpr-reboot"}"#),
+    ("migrate-set-capabilities", r#"{"capabilities":[{"capability":"postcopy-ram","state":true}]}"#),
+    ("migrate", r#"{"uri":"tcp:127.0.0.1:1"}"#),
+    ("migrate-set-capabilities", r#"{"capabilities":[{"capability":"postcopy-ram","state":false}]}"#),
+    ("migrate-set-parameters", r#"{"mode":"normal"}"#),
 ];
 
 /// What a machine of two vCPUs with dirty rings is asked that has not run.
