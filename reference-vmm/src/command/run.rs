@@ -119,7 +119,13 @@ impl Run {
         let actions = self.actions()?;
         let incoming = self.incoming.iter().rfind(|from| !matches!(from, Incoming::Memory(_)));
         let mut signals = signals;
-        let mut predecessor = self.predecessor(&mut signals)?;
+        let mut predecessor = match self.predecessor(&mut signals)? {
+            Ok(predecessor) => predecessor,
+            Err(ended) => {
+                log::say(&ended);
+                return Ok(ExitCode::SUCCESS);
+            }
+        };
         if predecessor.is_some() && incoming.is_none() {
             bail!("--incoming has a channel of type cpr alone: say where the guest comes from, or defer");
         }
@@ -192,13 +198,13 @@ impl Run {
         Ok(code)
     }
 
-    /// Waits for the process that passes a guest's memory, if one is expected.
-    fn predecessor(&self, signals: &mut Signals) -> anyhow::Result<Option<Predecessor>> {
+    /// Waits for the process that passes a guest's memory, if one is expected; or says which signal ends that.
+    fn predecessor(&self, signals: &mut Signals) -> anyhow::Result<Result<Option<Predecessor>, String>> {
         let address = self.incoming.iter().rev().find_map(|from| match from {
             Incoming::Memory(address) => Some(address),
             _ => None,
         });
-        let Some(address) = address else { return Ok(None) };
+        let Some(address) = address else { return Ok(Ok(None)) };
         let listener = Listener::bind(address)?;
         tracing::info!("waiting for a guest's memory at {address}");
         let (signals, ended) = (RefCell::new(signals), Cell::new(None));
@@ -208,8 +214,8 @@ impl Run {
         };
         let came = Predecessor::wait(&listener, &Timeouts::default(), &wanted);
         match ended.get() {
-            Some(signal) => bail!(signals::message(signal, None)),
-            None => Ok(Some(came?)),
+            Some(signal) => Ok(Err(signals::message(signal, None))),
+            None => Ok(Ok(Some(came?))),
         }
     }
 

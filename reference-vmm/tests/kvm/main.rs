@@ -5,6 +5,7 @@
 
 mod backends;
 mod boot;
+mod cpr;
 mod dirty_log;
 mod dirty_ring;
 mod drives;
@@ -59,6 +60,7 @@ fn main() -> ExitCode {
         migration::TESTS,
         incoming::TESTS,
         backends::TESTS,
+        cpr::TESTS,
         lazy::TESTS,
         page_server::TESTS,
         snapshot::TESTS,
