@@ -1,7 +1,7 @@
 //! QEMU's firmware configuration device on ports, with DMA (QEMU document "QEMU Firmware Configuration (fw_cfg)
 //! Device").
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 
 use crate::error::{Error, Result};
 use crate::memory::GuestMemory;
@@ -22,8 +22,6 @@ const KEY_NB_CPUS: u16 = 0x05;
 const KEY_MAX_CPUS: u16 = 0x0f;
 const KEY_FILE_DIR: u16 = 0x19;
 const KEY_FILE_FIRST: u16 = 0x20;
-/// With those of a QEMU that are not here there are at most 4095.
-const MOST_FILES: u32 = 4095 - OF_QEMU.len() as u32;
 /// Selected while no item is.
 const KEY_INVALID: u16 = 0xffff;
 
@@ -43,17 +41,19 @@ const DMA_CHUNK: usize = 4096;
 const DMA_BEYOND: u64 = 64 << 20;
 
 /// The files of any `microvm` of QEMU's with ACPI, next to which those of its command line are: read from 7.2, 10.0 and
-/// 11.1. Keys are given in the order of the names, so that those that are not here have theirs as well: a guest that
-/// comes from a QEMU, or goes to one, keeps the keys that it has read from the directory.
-const OF_QEMU: [&str; 8] = [
-    "bios-geometry",
-    "bootorder",
-    "etc/acpi/rsdp",
-    "etc/acpi/tables",
-    "etc/boot-fail-wait",
-    "etc/e820",
-    "etc/fdt",
-    "etc/table-loader",
+/// 11.1. They are in the directory here as well, empty where this machine has nothing to say, so that a guest that
+/// comes from a QEMU, or goes to one, finds the rest of the directory where it was, and files under the keys that it
+/// has read.
+const OF_QEMU: [(&str, &[u8]); 8] = [
+    ("bios-geometry", &[]),
+    ("bootorder", &[]),
+    ("etc/acpi/rsdp", &[]),
+    ("etc/acpi/tables", &[]),
+    // Not to be tried again.
+    ("etc/boot-fail-wait", &[0xff; 4]),
+    ("etc/e820", &[]),
+    ("etc/fdt", &[]),
+    ("etc/table-loader", &[]),
 ];
 
 /// Names of files in the directory have at most this many bytes, the closing zero not counted.
@@ -87,13 +87,14 @@ impl FwCfg {
     /// # Errors
     /// [`Error::Config`] for a name longer than 55 bytes.
     pub fn new(items: FwCfgItems) -> Result<FwCfg> {
-        let count = u32::try_from(items.files.len()).ok().filter(|count| *count <= MOST_FILES);
-        let count = count.ok_or_else(|| Error::Config(format!("fw_cfg has room for {MOST_FILES} files")))?;
-        let mut directory = count.to_be_bytes().to_vec();
         let (mut by_key, mut files) = (items.by_key, items.files);
-        let names: BTreeSet<_> = OF_QEMU.map(str::to_owned).into_iter().chain(files.keys().cloned()).collect();
-        for (key, name) in (KEY_FILE_FIRST..).zip(names) {
-            let Some(data) = files.remove(&name) else { continue };
+        for (name, data) in OF_QEMU {
+            files.entry(name.to_owned()).or_insert_with(|| data.to_vec());
+        }
+        let count = u32::try_from(files.len()).ok().filter(|count| *count < 0x1000);
+        let count = count.ok_or_else(|| Error::Config("fw_cfg has room for 4095 files".to_owned()))?;
+        let mut directory = count.to_be_bytes().to_vec();
+        for (key, (name, data)) in (KEY_FILE_FIRST..).zip(files) {
             if name.len() > MAX_NAME || name.is_empty() || name.contains('\0') {
                 return Err(Error::Config(format!("fw_cfg file name '{name}' must have 1 to {MAX_NAME} bytes")));
             }
@@ -246,11 +247,6 @@ mod tests {
         assert_eq!(read(&mut device, 5, 2), [2, 0]);
         assert_eq!(read(&mut device, 0x29, 9), b"dirty=1M\0");
         assert_eq!(read(&mut device, 0x77, 2), [0, 0]);
-        let directory = read(&mut device, KEY_FILE_DIR, 4 + 2 * 64);
-        assert_eq!(directory[..12], [0, 0, 0, 2, 0, 0, 0, 1, 0, 0x22, 0, 0]);
-        assert_eq!(&directory[12..18], b"etc/a\0");
-        assert_eq!(directory[68..76], [0, 0, 0, 8, 0, 0x29, 0, 0]);
-        assert_eq!(&directory[76..93], b"opt/qevm/payload\0");
     }
 
     fn dma(device: &mut FwCfg, memory: &GuestMemory, control: u32, len: u32, target: u64) -> u32 {
@@ -299,7 +295,7 @@ mod tests {
 
     /// The directory of a QEMU with one file of the command line, the same in 7.2, 10.0 and 11.1.
     #[test]
-    fn files_have_qemus_keys() {
+    fn the_directory_is_that_of_a_qemu() {
         let files = [("opt/qevm/payload", "dirty=1M"), ("etc/e820", "map")];
         let files = files.map(|(name, text)| (name.to_owned(), text.as_bytes().to_vec())).into();
         let mut device = FwCfg::new(FwCfgItems { files, ..FwCfgItems::default() }).unwrap();
@@ -308,9 +304,23 @@ mod tests {
         // It was at the fourth byte there, and the rest is to be read here.
         device.load(&FwCfgState { cur_entry: 0x28, cur_offset: 3, dma_addr: 0 });
         assert_eq!([device.next_byte(), device.next_byte()], *b"ty");
-        let directory = read(&mut device, KEY_FILE_DIR, 4 + 2 * 64);
-        assert_eq!(directory[..12], [0, 0, 0, 2, 0, 0, 0, 3, 0, 0x25, 0, 0]);
-        assert_eq!(directory[68..76], [0, 0, 0, 8, 0, 0x28, 0, 0]);
+        let directory = read(&mut device, KEY_FILE_DIR, 4 + 10 * 64);
+        assert_eq!(directory[..4], [0, 0, 0, 9]);
+        let name = |entry: &[u8]| String::from_utf8_lossy(&entry[8..]).trim_end_matches('\0').to_owned();
+        let entries: Vec<_> = directory[4..].chunks(64).map(|entry| (entry[5], name(entry), entry[3])).collect();
+        let expected = [
+            (0x20, "bios-geometry", 0),
+            (0x21, "bootorder", 0),
+            (0x22, "etc/acpi/rsdp", 0),
+            (0x23, "etc/acpi/tables", 0),
+            (0x24, "etc/boot-fail-wait", 4),
+            (0x25, "etc/e820", 3),
+            (0x26, "etc/fdt", 0),
+            (0x27, "etc/table-loader", 0),
+            (0x28, "opt/qevm/payload", 8),
+            (0, "", 0),
+        ];
+        assert_eq!(entries, expected.map(|(key, name, len)| (key, name.to_owned(), len)));
     }
 
     #[test]
