@@ -116,6 +116,9 @@ impl<'f> Runs<'f> {
     const MOST: usize = 1 << 20;
     /// So many are written at once, without a copy.
     const LONG: usize = 64 << 10;
+    /// Bytes of one write. The kernel looks for a stretch of memory as long as an aligned write, which took three times
+    /// as long from 256 KiB on as in such pieces where memory was in pieces (Linux 6.18, ext4).
+    const WRITE: usize = 32 << 10;
 
     /// Nothing is held so far.
     pub fn new(file: &'f File) -> Self {
@@ -135,7 +138,7 @@ impl<'f> Runs<'f> {
         }
         if long {
             self.start += bytes.len() as u64;
-            return self.file.write_all_at(bytes, offset).map_err(|error| (offset, error));
+            return self.write(bytes, offset);
         }
         self.held.extend_from_slice(bytes);
         Ok(())
@@ -146,9 +149,16 @@ impl<'f> Runs<'f> {
     /// # Errors
     /// As [`put`](Self::put).
     pub fn flush(&mut self) -> Result<(), (u64, io::Error)> {
-        let written = self.file.write_all_at(&self.held, self.start);
+        let written = self.write(&self.held, self.start);
         self.held.clear();
-        written.map_err(|error| (self.start, error))
+        written
+    }
+
+    fn write(&self, bytes: &[u8], offset: u64) -> Result<(), (u64, io::Error)> {
+        (offset..)
+            .step_by(Self::WRITE)
+            .zip(bytes.chunks(Self::WRITE))
+            .try_for_each(|(offset, piece)| self.file.write_all_at(piece, offset).map_err(|error| (offset, error)))
     }
 }
 
