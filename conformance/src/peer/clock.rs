@@ -280,7 +280,7 @@ after from the device state that the monitor saves. The test fails where a row i
   Where it stops, the guest does not see that time has passed; its wall clock is late until something, NTP or an agent,
   sets it. Where a migration stops the guest, it counts on until the device state is saved.
 * The virtual clock drives the PIT and the timers of devices (section `timer`).
-* The real-time clock is the MC146818 of `-M microvm,rtc=on`: it tells the host's UTC, whoever runs the guest.
+* The real-time clock is the MC146818 of `-M microvm,rtc=on`: it tells the host's UTC, whichever monitor runs the guest.
 * The time stamp counter is restored with the vCPU where KVM gives guests one of their own; a paravirtual KVM may let
   them read the host's as it is. The test holds every way that reference-vmm has part in to what QEMU does with it on the
   same host.
