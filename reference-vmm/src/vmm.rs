@@ -87,6 +87,10 @@ struct State {
     reset_wanted: bool,
     /// A migration has saved the devices: what happens to the guest here does not travel any more.
     saved: bool,
+    /// The migration passes the guest's memory to another process: once the guest has left, it runs in that.
+    shares: bool,
+    /// The guest runs in another process, in the memory that this machine still has: nothing may be written to it here.
+    given_away: bool,
     /// A migration has brought the guest, which may not have been started yet.
     loaded: bool,
     /// An incoming migration has failed and left something in the RAM.
@@ -110,6 +114,8 @@ impl Vmm {
             actions: Actions::default(),
             reset_wanted: false,
             saved: false,
+            shares: false,
+            given_away: false,
             loaded: false,
             tried: false,
             load_ahead: true,

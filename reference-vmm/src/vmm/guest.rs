@@ -171,5 +171,6 @@ impl Hooks for Vmm {
         let mut state = self.lock();
         state.run_state = RunState::Postmigrate;
         state.saved = false;
+        state.given_away = state.shares;
     }
 }

@@ -78,6 +78,9 @@ impl Vmm {
             thread::sleep(HANDOVER_POLL);
             transition = self.transition();
         }
+        if self.lock().given_away {
+            return tracing::warn!("the guest has left and runs in this memory (cpr-transfer): it is not reset here");
+        }
         let stop = self.machine.wait_stop(Duration::ZERO);
         if cause == Cause::GuestReset && !matches!(stop, Some(Stop::Reset { .. })) {
             // Done meanwhile, by the thread that stopped the guest.

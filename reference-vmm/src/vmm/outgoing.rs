@@ -53,6 +53,7 @@ impl Vmm {
         let successor = successor.map(|cpr| Successor::connect(&cpr)).transpose();
         let successor = successor.inspect_err(|error| self.outgoing.end(Some(error)))?;
         let connections = self.way_out(&address).inspect_err(|error| self.outgoing.end(Some(error)))?;
+        self.lock().shares = successor.is_some();
         let vmm = self.clone();
         thread::spawn(move || {
             let job = &vmm.outgoing;

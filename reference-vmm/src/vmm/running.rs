@@ -37,6 +37,11 @@ impl Vmm {
     pub fn cont(&self) -> Result<(), GuestError> {
         let _transition = self.transition();
         legality::check(legality::CONT, &self.situation())?;
+        if self.lock().given_away {
+            return Err(
+                "the guest runs in another process, in this memory (cpr-transfer): it cannot run here as well".into()
+            );
+        }
         self.machine.can_run()?;
         if let Some(stop @ Stop::MemoryLost(_)) = self.machine.wait_stop(Duration::ZERO) {
             return Err(stop.to_string().into());

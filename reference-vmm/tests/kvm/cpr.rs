@@ -5,7 +5,8 @@ use std::fs::File;
 use std::os::unix::net::UnixListener;
 use std::thread;
 
-use qevm_migration::{Job, Listener, Mode, Parameters, Socket, migrate, receive};
+use qevm_migration::cpr::{Passed, Predecessor};
+use qevm_migration::{Job, Listener, Mode, Parameters, Socket, Timeouts, migrate, receive};
 use qevm_wire::{Profile, QemuVersion};
 use reference_vmm::Error;
 use reference_vmm::machine::{Machine, MachineConfig, RunState};
@@ -13,7 +14,7 @@ use reference_vmm::memory::{BIOS, BackendError, BackendKind, Files, MemoryBacken
 use reference_vmm::payload::IMAGE;
 use reference_vmm::qmp::{Client, Server};
 use reference_vmm::vmm::Vmm;
-use serde_json::json;
+use serde_json::{Value, json};
 
 use crate::Test;
 use crate::guest::{Guest, PATIENCE};
@@ -23,6 +24,7 @@ pub(crate) const TESTS: &[Test] = &[
     ("cpr_a_guest_goes_on_in_the_same_memory", goes_on_in_the_same_memory),
     ("cpr_memory_that_was_not_passed_is_not_made_anew", is_not_made_anew),
     ("cpr_a_source_keeps_its_guest", keeps_its_guest),
+    ("cpr_a_source_leaves_a_guest_that_has_gone_alone", leaves_it_alone),
 ];
 
 const MEMORY: u64 = 32 << 20;
@@ -136,6 +138,10 @@ fn is_not_made_anew() {
     }
 }
 
+fn unix(kind: &str, path: String) -> Value {
+    json!({ "channel-type": kind, "addr": { "transport": "socket", "type": "unix", "path": path } })
+}
+
 /// Before the guest is stopped nothing takes it away.
 fn keeps_its_guest() {
     let folder = tempfile::tempdir().unwrap();
@@ -145,7 +151,6 @@ fn keeps_its_guest() {
     let _server = Server::start(&folder.path().join("q"), vmm.clone()).unwrap();
     let mut client = Client::connect(&folder.path().join("q"), PATIENCE).unwrap();
     client.execute("cont", json!({})).unwrap();
-    let unix = |kind: &str, path: String| json!({ "channel-type": kind, "addr": { "transport": "socket", "type": "unix", "path": path } });
     let channels = json!({ "channels": [unix("main", path("main")), unix("cpr", path("cpr"))] });
     client.execute("migrate-set-parameters", json!({ "mode": "cpr-transfer" })).unwrap();
     let main = json!({ "channels": [unix("main", path("main"))] });
@@ -176,5 +181,52 @@ fn keeps_its_guest() {
     assert_eq!(status["status"], "running");
     let lines = console.lines().len();
     console.wait_for("progress", |now| (now.len() > lines + 1).then_some(()));
+    client.execute("quit", json!({})).unwrap();
+}
+
+/// Its memory is in use, by one guest alone.
+fn leaves_it_alone() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name).display().to_string();
+    let from = guest(None);
+    let profile = Profile::new(QemuVersion::NEWEST, "microvm");
+    let vmm = Vmm::new(from.machine, profile.clone(), false);
+    let _server = Server::start(&folder.path().join("q"), vmm.clone()).unwrap();
+    let mut client = Client::connect(&folder.path().join("q"), PATIENCE).unwrap();
+    client.execute("cont", json!({})).unwrap();
+    from.console.wait_for("progress", |now| (now.len() > 1).then_some(()));
+    client.execute("migrate-set-parameters", json!({ "mode": "cpr-transfer" })).unwrap();
+    let bind = |name: &str| Listener::bind(&format!("unix:{}", path(name)).parse().unwrap()).unwrap();
+    let (cpr, main) = (bind("cpr"), bind("main"));
+    let to = thread::scope(|scope| {
+        let arriving = scope.spawn(|| {
+            let mut predecessor = Predecessor::wait(&cpr, &Timeouts::default(), &|| true).unwrap();
+            let files = predecessor.take().into_iter();
+            let to = guest(Some(files.map(|Passed { name, descriptor, .. }| (name, descriptor.into())).collect()));
+            drop(predecessor);
+            let incoming = Job::default();
+            let mut parameters = Parameters::default();
+            parameters.mode = Mode::CprTransfer;
+            incoming.set_parameters(parameters);
+            incoming.begin().unwrap();
+            let channel = main.accept().unwrap();
+            receive(&to.machine, channel.clone().into(), &incoming, &profile).unwrap();
+            to.machine.resume().unwrap();
+            channel.close();
+            to
+        });
+        let channels = json!({ "channels": [unix("main", path("main")), unix("cpr", path("cpr"))] });
+        client.execute("migrate", channels).unwrap();
+        arriving.join().unwrap()
+    });
+    assert_eq!(finished(&mut client)["status"], "completed");
+    let why = refused(&mut client, "cont", json!({}));
+    assert!(why.contains("runs in another process"), "{why}");
+    client.execute("system_reset", json!({})).unwrap();
+    // It is done by another thread.
+    thread::sleep(std::time::Duration::from_millis(200));
+    let status = client.execute("query-status", json!({})).unwrap();
+    assert_eq!(status["status"], "postmigrate");
+    to.assert_healthy();
     client.execute("quit", json!({})).unwrap();
 }
