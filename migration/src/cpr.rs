@@ -262,7 +262,12 @@ impl Read for Receiving<'_> {
                         RecvAncillaryMessage::ScmRights(rights) => Some(rights),
                         _ => None,
                     });
-                    self.came.borrow_mut().extend(rights.flatten());
+                    let mut came = self.came.borrow_mut();
+                    came.extend(rights.flatten());
+                    // A source sends one with the byte that stands for it.
+                    if came.len() > MOST {
+                        return Err(io::Error::other("descriptors come that it does not name"));
+                    }
                     return Ok(read?.bytes);
                 }
             }
