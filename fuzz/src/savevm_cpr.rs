@@ -45,7 +45,7 @@ fn run(channel: &[u8], piece: usize) -> (Vec<CprEvent>, bool) {
     }
 }
 
-/// Gives so many bytes at a time.
+/// A reader that returns at most this many bytes per call.
 struct Pieces<'b>(&'b [u8], usize);
 
 impl Read for Pieces<'_> {

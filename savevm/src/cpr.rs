@@ -62,7 +62,7 @@ pub struct PassedDevice {
 enum Place {
     Header,
     Descriptors,
-    /// Behind the descriptors, or behind the subsection.
+    /// After the descriptors, or after the subsection.
     Subsections {
         seen: bool,
     },
@@ -140,7 +140,7 @@ impl Decode for CprDecoder {
 }
 
 impl CprDecoder {
-    /// The next event, or none at the end. What is no event is read with the event behind it.
+    /// The next event, or none at the end. What is no event is read with the event after it.
     fn advance(
         &self,
         reader: &mut Reader<'_>,

@@ -234,7 +234,7 @@ fn run(subject: &Subject, arguments: &[&str], image: &Path, out: &Path, mib: u64
 /// Processor time of all children that have ended, seconds.
 fn children() -> Result<f64> {
     let stat = fs::read_to_string("/proc/self/stat").context("reading /proc/self/stat")?;
-    // The name of the program, in brackets, may have blanks. Of the fields behind it, cutime and cstime (proc(5)).
+    // The program's name, in parentheses, may contain blanks. After it come, among others, cutime and cstime (proc(5)).
     let fields: Vec<&str> = stat.rsplit(')').next().unwrap_or_default().split_whitespace().collect();
     let ticks = |at: usize| fields.get(at).and_then(|field| field.parse::<f64>().ok());
     let both = ticks(13).zip(ticks(14)).context("/proc/self/stat has no processor times")?;

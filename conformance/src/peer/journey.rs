@@ -81,7 +81,7 @@ impl Journey {
     }
 
     /// Starts the monitor of a stop, which is passed the guest's memory and then answers, and begins the hop: the
-    /// source waits until the destination is told to.
+    /// source waits until the destination gets `migrate-incoming`.
     fn start_successor(&self, env: &Env<'_>, n: usize, here: &mut Endpoint) -> Result<Endpoint> {
         let (name, main) = (format!("stop{n}"), link(env.scratch, n));
         let socket = cpr_socket(env.scratch, &name);

@@ -17,7 +17,7 @@ use crate::oracle::{self, Stretch};
 const MARKERS: u64 = 20;
 /// Bytes of a marker.
 const WIDTH: u64 = 8;
-/// Where a PC's firmware and option ROMs lie in front of RAM as long as the chipset is told so, in pieces of 16 KiB.
+/// Where firmware and option ROMs of a PC shadow RAM while the chipset (PAM) maps them there, in pieces of 16 KiB.
 const PC_FIRMWARE: Range<u64> = 0xc_0000..0x10_0000;
 const STEP: u64 = 0x4000;
 

@@ -106,7 +106,7 @@ proptest! {
     }
 }
 
-/// Gives so many bytes at a time.
+/// A reader that returns at most this many bytes per call.
 struct Pieces<'b>(&'b [u8], usize);
 
 impl std::io::Read for Pieces<'_> {

@@ -18,7 +18,7 @@ impl<'f> Frames<'f> {
         Frames { pages, frame: vec![0; frame_size as usize], open: None }
     }
 
-    /// At `address` and behind it there are these bytes.
+    /// The next bytes of memory, from `address` on.
     pub(super) fn put(&mut self, mut address: u64, mut bytes: &[u8]) -> Result<(), Misplaced> {
         let size = self.frame.len() as u64;
         while !bytes.is_empty() {
@@ -39,7 +39,7 @@ impl<'f> Frames<'f> {
         Ok(())
     }
 
-    /// At `address` and behind it there are this many zeroes.
+    /// `len` bytes of zeroes, from `address` on.
     pub(super) fn put_zeroes(&mut self, mut address: u64, mut len: u64) -> Result<(), Misplaced> {
         let size = self.frame.len() as u64;
         while len > 0 {
