@@ -36,9 +36,9 @@ lint: setup
 
 unit: setup
 	@mkdir -p target && rm -f $(SKIPPED)
-	QEVM_SKIPPED_TESTS=$(SKIPPED) cargo test --workspace --no-fail-fast
-	cargo test -p qevm-wire --features tokio
-	cargo test --manifest-path fuzz/Cargo.toml --target-dir target
+	QEVM_SKIPPED_TESTS=$(SKIPPED) scripts/watched 900 cargo test --workspace --no-fail-fast
+	scripts/watched 900 cargo test -p qevm-wire --features tokio
+	scripts/watched 900 cargo test --manifest-path fuzz/Cargo.toml --target-dir target
 
 doc: setup
 	RUSTDOCFLAGS="-D warnings" cargo doc --workspace --no-deps --quiet
