@@ -10,7 +10,8 @@ mod tests;
 pub use rules::{Context, Rejection, check};
 
 use crate::QemuVersion;
-use core::{fmt, str::FromStr};
+use core::fmt;
+use core::str::FromStr;
 
 macro_rules! capabilities {
     ($($(#[$doc:meta])* $variant:ident, $name:literal, $since:expr, $removed:expr;)*) => {

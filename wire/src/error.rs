@@ -4,7 +4,8 @@
 //! and reports it as [`Located<Kind>`]: the kind, the byte offset in the stream, and the path of nested things that
 //! were being read. [`WireError`] is the kind of the primitives here; the other crates' kinds contain it.
 
-use alloc::{borrow::Cow, vec::Vec};
+use alloc::borrow::Cow;
+use alloc::vec::Vec;
 use core::fmt;
 
 /// Whose fault an error is, and so what can be done about it.

@@ -4,7 +4,8 @@
 //! is one, the compatibility property that it comes from. Versioned machine types (`pc-q35-8.0`) fix a switch whatever
 //! binary runs them; unversioned ones (`microvm`, `none`, `isapc`) follow the binary.
 
-use core::{fmt, str::FromStr};
+use core::fmt;
+use core::str::FromStr;
 
 /// A QEMU release, major and minor.
 ///

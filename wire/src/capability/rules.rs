@@ -1,6 +1,7 @@
 //! The combinations that QEMU refuses.
 
-use super::{Capabilities, Capability, Capability::*};
+use super::Capability::*;
+use super::{Capabilities, Capability};
 use crate::QemuVersion;
 use core::fmt;
 

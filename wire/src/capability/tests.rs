@@ -1,9 +1,7 @@
 use super::*;
 use Capability::*;
-use alloc::{
-    string::{String, ToString},
-    vec::Vec,
-};
+use alloc::string::{String, ToString};
+use alloc::vec::Vec;
 
 /// What `query-migrate-capabilities` of each release lists, in its order.
 const LISTED: [((u16, u16), &str); 4] = [

@@ -1,6 +1,8 @@
 use super::*;
 use crate::{Cursor, Reader, Step, WireError};
-use alloc::{string::ToString, vec, vec::Vec};
+use alloc::string::ToString;
+use alloc::vec;
+use alloc::vec::Vec;
 use proptest::prelude::*;
 use std::io::ErrorKind;
 

@@ -3,10 +3,8 @@
 use super::{Buffered, CHUNK, DriveError, Driver};
 use crate::{Decode, Step};
 use bytes::{Buf, BufMut};
-use core::{
-    pin::Pin,
-    task::{Context, Poll, ready},
-};
+use core::pin::Pin;
+use core::task::{Context, Poll, ready};
 use polonius_the_crab::{polonius, polonius_return};
 use std::io::{self, ErrorKind};
 use tokio::io::{AsyncRead, AsyncReadExt, ReadBuf};

@@ -1,7 +1,11 @@
 use super::*;
 use crate::drive::tests::{Records, stream};
-use alloc::{string::String, string::ToString, vec, vec::Vec};
-use core::{future::Future, pin::pin, task::Waker};
+use alloc::string::{String, ToString};
+use alloc::vec;
+use alloc::vec::Vec;
+use core::future::Future;
+use core::pin::pin;
+use core::task::Waker;
 use proptest::prelude::*;
 use std::io::Read;
 
