@@ -5,7 +5,8 @@
 //! target page `i`, 1 for a page that is there. Everything else has to be sent again.
 
 use crate::session::SessionError;
-use alloc::collections::{BTreeMap, btree_map::Entry};
+use alloc::collections::BTreeMap;
+use alloc::collections::btree_map::Entry;
 use qevm_wire::{CountedString, PageGeometry};
 
 /// Length in bytes of the bitmap of a block of `used_length` bytes: one bit for each target page, rounded up to whole

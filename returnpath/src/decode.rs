@@ -1,9 +1,7 @@
 //! The decoder of the return path: bytes in, events out.
 
-use crate::{
-    Error, ErrorKind, Event, MessageError, Reader,
-    message::{BITMAP_END, Message},
-};
+use crate::message::{BITMAP_END, Message};
+use crate::{Error, ErrorKind, Event, MessageError, Reader};
 use alloc::format;
 use qevm_wire::{CountedString, Cursor, Decode, Limits, Located, Step, WireError};
 

@@ -1,9 +1,7 @@
 //! The encoder of the return path: events in, bytes out. The mirror of [`decode`](crate::decode).
 
-use crate::{
-    Error, Event, MessageError,
-    message::{BITMAP_END, Message},
-};
+use crate::message::{BITMAP_END, Message};
+use crate::{Error, Event, MessageError};
 use qevm_wire::{Located, Writer};
 
 /// Writes the messages of a return path, and sees to it that none follows SHUT and that a bitmap is ended.

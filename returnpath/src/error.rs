@@ -1,7 +1,9 @@
 //! The error kinds of this crate. Each idea has its own enum; [`ErrorKind`] is their union, and every function reports
 //! it as [`Error`], with offset and path.
 
-use crate::{message::MessageType, requests::RequestError, session::SessionError};
+use crate::message::MessageType;
+use crate::requests::RequestError;
+use crate::session::SessionError;
 use qevm_wire::{Blame, Fault, Located, WireError};
 
 /// An error of this crate: what, at which byte of the return path, in which nested things.

@@ -1,8 +1,10 @@
 //! Return paths as real QEMUs wrote them. `data/README.md` tells how the files were made.
 
-use qevm_returnpath::{Decoder, Encoder, Event, Message, session::SourceSession};
+use qevm_returnpath::session::SourceSession;
+use qevm_returnpath::{Decoder, Encoder, Event, Message};
 use qevm_wire::{CountedString, Decode, PageGeometry, Step, Writer};
-use std::{fs, path::Path};
+use std::fs;
+use std::path::Path;
 
 fn read(file: &str) -> Vec<u8> {
     fs::read(Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data").join(file)).unwrap()

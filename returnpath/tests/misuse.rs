@@ -1,11 +1,9 @@
 //! What a caller does wrong is never reported as the peer's fault, and what a peer sends never as misuse.
 
-use qevm_returnpath::{
-    Decoder, Encoder, Message, MessageError, SessionError,
-    requests::{PageFaults, PageRequests, RequestBlock, RequestBlocks, RequestError},
-    session::SourceSession,
-    switchover::{DestinationGate, SourceGate, SwitchoverAckFlow, SwitchoverError},
-};
+use qevm_returnpath::requests::{PageFaults, PageRequests, RequestBlock, RequestBlocks, RequestError};
+use qevm_returnpath::session::SourceSession;
+use qevm_returnpath::switchover::{DestinationGate, SourceGate, SwitchoverAckFlow, SwitchoverError};
+use qevm_returnpath::{Decoder, Encoder, Message, MessageError, SessionError};
 use qevm_wire::{Blame, CountedString, Decode, DriveError, Driver, Fault, Limits, PageGeometry, WireError, Writer};
 
 fn name() -> CountedString {

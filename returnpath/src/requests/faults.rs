@@ -1,6 +1,7 @@
 //! The book of the destination.
 
-use super::{RequestBlocks, RequestError, page_set::PageSet};
+use super::page_set::PageSet;
+use super::{RequestBlocks, RequestError};
 use crate::Message;
 use alloc::vec;
 use alloc::vec::Vec;

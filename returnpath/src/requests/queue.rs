@@ -1,6 +1,7 @@
 //! The queue of the source.
 
-use super::{RequestBlocks, RequestError, page_set::PageSet};
+use super::page_set::PageSet;
+use super::{RequestBlocks, RequestError};
 use alloc::collections::VecDeque;
 use alloc::vec;
 use alloc::vec::Vec;

@@ -1,15 +1,12 @@
 //! The session at the source.
 
 use super::SessionError;
-use crate::{
-    Message,
-    bitmap::BitmapExchange,
-    switchover::{SourceGate, SwitchoverAckFlow},
-};
+use crate::Message;
+use crate::bitmap::BitmapExchange;
+use crate::switchover::{SourceGate, SwitchoverAckFlow};
 use alloc::collections::BTreeMap;
 use alloc::format;
-use alloc::string::String;
-use alloc::string::ToString;
+use alloc::string::{String, ToString};
 use alloc::vec::Vec;
 use qevm_wire::{CountedString, PageGeometry};
 

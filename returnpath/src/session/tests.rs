@@ -1,5 +1,6 @@
 use super::*;
-use crate::{Message, switchover::SwitchoverAckFlow};
+use crate::Message;
+use crate::switchover::SwitchoverAckFlow;
 use qevm_wire::{CountedString, PageGeometry};
 
 const X86: PageGeometry = PageGeometry::X86;
