@@ -1,14 +1,12 @@
 //! The decoder of one page channel: bytes in, events out.
 
-use crate::{
-    Error, ErrorKind, PacketError, Reader, Uuid,
-    compression::Compression,
-    device_state::DeviceState,
-    event::{Event, PayloadKind},
-    init::{self, Init},
-    layout::{self, FLAG_DEVICE_STATE, PREFIX_LEN},
-    packet::{self, RamPacket},
-};
+use crate::compression::Compression;
+use crate::device_state::DeviceState;
+use crate::event::{Event, PayloadKind};
+use crate::init::{self, Init};
+use crate::layout::{self, FLAG_DEVICE_STATE, PREFIX_LEN};
+use crate::packet::{self, RamPacket};
+use crate::{Error, ErrorKind, PacketError, Reader, Uuid};
 use qevm_wire::{Cursor, Decode, Limits, Located, NextStep, PageGeometry, Step, Within};
 
 /// What a channel's decoder has to know from elsewhere. The defaults read a recorded channel of any source.

@@ -1,11 +1,8 @@
 //! Device-state packets: the state of a device beside the pages (QEMU 10.0), and what VFIO puts into them.
 
-use crate::{
-    Error, PacketError, Reader,
-    chunk::chunk,
-    layout::{self, DEVICE_STATE_LEN, DeviceStateView, FLAG_DEVICE_STATE, NAME_LEN},
-    packet,
-};
+use crate::chunk::chunk;
+use crate::layout::{self, DEVICE_STATE_LEN, DeviceStateView, FLAG_DEVICE_STATE, NAME_LEN};
+use crate::{Error, PacketError, Reader, packet};
 use qevm_wire::{CountedString, Limits, Located, WireError, Writer};
 use zerocopy::transmute_ref;
 

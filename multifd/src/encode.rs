@@ -1,14 +1,12 @@
 //! The encoder of one page channel: events in, bytes out. The mirror of [`decode`](crate::decode).
 
-use crate::{
-    Error, ErrorKind, HandshakeError, PacketError,
-    compression::Compression,
-    device_state::DeviceState,
-    event::Event,
-    init::{self, Init},
-    layout::{self, FLAG_SYNC, NAME_LEN},
-    packet::{self, PacketLayout},
-};
+use crate::compression::Compression;
+use crate::device_state::DeviceState;
+use crate::event::Event;
+use crate::init::{self, Init};
+use crate::layout::{self, FLAG_SYNC, NAME_LEN};
+use crate::packet::{self, PacketLayout};
+use crate::{Error, ErrorKind, HandshakeError, PacketError};
 use qevm_wire::{CountedString, Located, PageGeometry, WireError, Writer};
 
 /// How a channel's packets are to be written.

@@ -1,11 +1,9 @@
 //! The error kinds of this crate. Each idea has its own enum; [`ErrorKind`] is their union, and every function reports
 //! it as [`Error`], with offset and path.
 
-use crate::{
-    compression::{Compression, CompressionError},
-    layout,
-    sync::SyncError,
-};
+use crate::compression::{Compression, CompressionError};
+use crate::layout;
+use crate::sync::SyncError;
 use qevm_wire::{Blame, CountedString, Fault, Located, WireError};
 
 /// An error of this crate: what, at which byte of the channel, in which nested things.

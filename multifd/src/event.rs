@@ -1,6 +1,8 @@
 //! What a page channel consists of.
 
-use crate::{device_state::DeviceState, init::Init, packet::RamPacket};
+use crate::device_state::DeviceState;
+use crate::init::Init;
+use crate::packet::RamPacket;
 use qevm_wire::CountedString;
 
 /// One item of a page channel. The items in order, encoded one after the other with their payloads, are the bytes of

@@ -1,10 +1,8 @@
 //! The first packet of a channel, and the set of channels of one migration.
 
-use crate::{
-    Error, HandshakeError, Reader, Uuid,
-    chunk::chunk,
-    layout::{self, INIT_LEN, InitView},
-};
+use crate::chunk::chunk;
+use crate::layout::{self, INIT_LEN, InitView};
+use crate::{Error, HandshakeError, Reader, Uuid};
 use qevm_wire::{Located, Within, Writer};
 use zerocopy::transmute_ref;
 

@@ -5,10 +5,8 @@
 //!
 //! Source: streams of QEMU 5.2, 7.2, 10.0 and 11.1; `docs/format/multifd.md`.
 
-use zerocopy::{
-    FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned,
-    byteorder::big_endian::{U32, U64},
-};
+use zerocopy::byteorder::big_endian::{U32, U64};
+use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
 /// Opens the first packet and every later packet of a page channel.
 pub const MAGIC: u32 = 0x1122_3344;

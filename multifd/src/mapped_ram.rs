@@ -6,10 +6,8 @@
 //! was written and became zero later only loses its bit. Threads that load share the file by ranges, so that none waits
 //! for another.
 
-use crate::{
-    PacketError,
-    runs::{Run, Runs},
-};
+use crate::PacketError;
+use crate::runs::{Run, Runs};
 use core::ops::Range;
 use qevm_wire::PageGeometry;
 

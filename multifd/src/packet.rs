@@ -1,12 +1,10 @@
 //! RAM packets: which pages the payload after them holds, and where the channels synchronise.
 
-use crate::{
-    Error, PacketError, Reader,
-    chunk::chunk,
-    compression::Compression,
-    layout::{self, FLAG_DEVICE_STATE, FLAG_SYNC, RAM_HEADER_LEN, RamHeader},
-    runs::{Run, Runs},
-};
+use crate::chunk::chunk;
+use crate::compression::Compression;
+use crate::layout::{self, FLAG_DEVICE_STATE, FLAG_SYNC, RAM_HEADER_LEN, RamHeader};
+use crate::runs::{Run, Runs};
+use crate::{Error, PacketError, Reader};
 use core::fmt;
 use qevm_wire::{CountedString, Limits, Located, PageGeometry, WireError, Writer};
 use zerocopy::transmute_ref;

@@ -3,7 +3,8 @@
 //! Which capabilities go together is in [`qevm_wire::capability`].
 
 use crate::compression::Compression;
-use qevm_wire::{QemuVersion, profile::ZeroPageDetection};
+use qevm_wire::QemuVersion;
+use qevm_wire::profile::ZeroPageDetection;
 
 /// The parameters that multifd has in QMP. The defaults are those of QEMU 11.1.
 #[derive(Debug, Clone, PartialEq, Eq)]

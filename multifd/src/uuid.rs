@@ -1,6 +1,7 @@
 //! The UUID of a virtual machine.
 
-use core::{fmt, str::FromStr};
+use core::fmt;
+use core::str::FromStr;
 
 /// The UUID of a virtual machine as page channels carry it: 16 bytes, all zero where the machine has none.
 ///

@@ -7,7 +7,9 @@ use qevm_multifd::{
     Ending, Event,
 };
 use qevm_wire::{Decode, Step, Writer};
-use std::{fs, io::Read, path::Path};
+use std::fs;
+use std::io::Read;
+use std::path::Path;
 
 struct Expected {
     file: &'static str,

@@ -1,9 +1,9 @@
 //! What a caller does wrong is never reported as the peer's fault, and what a peer sends never as misuse.
 
+use qevm_multifd::compression::{CompressionError, Compressor, Decompressor};
 use qevm_multifd::{
     ChannelDecoder, ChannelEncoder, ChannelOptions, Compression, DeviceState, EncoderOptions, ErrorKind, FlushMode,
     HandshakeError, Init, PacketLayout, Pages, SourceSync, SyncBarrier, SyncError, Uuid,
-    compression::{CompressionError, Compressor, Decompressor},
 };
 use qevm_wire::{
     Blame, CountedString, Decode, DriveError, Driver, Fault, PageGeometry, Profile, QemuVersion, WireError, Writer,

@@ -1,6 +1,8 @@
 //! From pages to payloads.
 
-use super::{Compression, CompressionError, zlib, zlib::Deflate, zstd, zstd::ZstdEncoder};
+use super::zlib::{self, Deflate};
+use super::zstd::{self, ZstdEncoder};
+use super::{Compression, CompressionError};
 
 /// Turns pages into the payloads of one channel. `zlib` and `zstd` carry on from packet to packet, so there is one
 /// compressor for each channel, and every payload it makes must be sent.

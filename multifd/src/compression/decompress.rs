@@ -1,6 +1,10 @@
 //! From payloads to pages.
 
-use super::{Compression, CompressionError, gzip::GzipPacket, lengths::PageLengths, zlib::Inflate, zstd::ZstdStream};
+use super::gzip::GzipPacket;
+use super::lengths::PageLengths;
+use super::zlib::Inflate;
+use super::zstd::ZstdStream;
+use super::{Compression, CompressionError};
 use qevm_wire::PageGeometry;
 
 /// Turns the payloads of one channel into pages. `zlib` and `zstd` carry on from packet to packet, so there is one

@@ -1,6 +1,7 @@
 //! Pages one by one, after a table of their lengths: `qpl` and `uadk`.
 
-use super::{Compression, CompressionError, zlib::Inflate};
+use super::zlib::Inflate;
+use super::{Compression, CompressionError};
 
 /// The pages of one payload: a big-endian `u32` length for each page, then their data back to back. A page that is as
 /// long as a page is one that did not compress.

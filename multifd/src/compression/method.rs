@@ -1,7 +1,8 @@
 //! The methods and their names.
 
 use crate::layout::COMPRESSION_MASK;
-use core::{fmt, str::FromStr};
+use core::fmt;
+use core::str::FromStr;
 use qevm_wire::QemuVersion;
 
 /// Parameter `multifd-compression`, equal on both sides.

@@ -1,5 +1,6 @@
 use super::*;
-use flate2::{Compress, FlushCompress, GzBuilder, write::GzEncoder};
+use flate2::write::GzEncoder;
+use flate2::{Compress, FlushCompress, GzBuilder};
 use proptest::prelude::*;
 use qevm_wire::{Blame, Fault, PageGeometry};
 use std::io::Write;

@@ -1,6 +1,7 @@
 //! Deflate streams: one for the whole channel with `zlib`, one for each page with `qpl`.
 
-use super::{Compression, CompressionError, incompressible::looks_random};
+use super::incompressible::looks_random;
+use super::{Compression, CompressionError};
 use flate2::{Compress, Decompress, FlushCompress, FlushDecompress, Status};
 
 /// Highest level of `multifd-zlib-level`; the lowest is 0.

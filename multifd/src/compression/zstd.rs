@@ -1,10 +1,8 @@
 //! Zstandard: one frame for the whole channel.
 
 use super::{Compression, CompressionError};
-use zstd::{
-    stream::raw::{Decoder, Encoder, InBuffer, Operation, OutBuffer},
-    zstd_safe::DParameter,
-};
+use zstd::stream::raw::{Decoder, Encoder, InBuffer, Operation, OutBuffer};
+use zstd::zstd_safe::DParameter;
 
 /// Highest level of `multifd-zstd-level`; the lowest is 0, which is zstd's default level.
 pub(super) const MAX_LEVEL: i32 = 20;

@@ -3,7 +3,8 @@
 //! nothing but the barrier does.
 
 use super::{FlushMode, Progress, SourceSync, SyncBarrier, SyncStep, Waiting};
-use proptest::{prelude::*, strategy::ValueTree};
+use proptest::prelude::*;
+use proptest::strategy::ValueTree;
 use qevm_wire::{Profile, QemuVersion};
 use std::collections::VecDeque;
 
