@@ -3,7 +3,9 @@
 //!
 //! `device_state [--quiet] FILE…`: with `--quiet`, one line for each file and one for each section with opaque bytes.
 
-use qevm_savevm::{Decoder, DecoderOptions, framing::SectionHeader, vmdesc::Description, vmdesc::Value};
+use qevm_savevm::framing::SectionHeader;
+use qevm_savevm::vmdesc::{Description, Value};
+use qevm_savevm::{Decoder, DecoderOptions};
 use qevm_wire::{Decode, Driver, Limits};
 use std::error::Error;
 

@@ -3,13 +3,13 @@
 //! `events FILE [OFFSET] [--recovery FILE]`: OFFSET is where the stream starts in the file; a recovery file is the
 //! connection on which a broken postcopy went on. Pages are counted, not printed.
 
-use qevm_savevm::{Decoder, DecoderOptions, Encoder, Event, command::Command, ram::RamRecord};
+use qevm_savevm::command::Command;
+use qevm_savevm::ram::RamRecord;
+use qevm_savevm::{Decoder, DecoderOptions, Encoder, Event};
 use qevm_wire::{Buffered, Decode, Window, Writer, next_event, skip_payload};
-use std::{
-    error::Error,
-    fs::File,
-    io::{Seek, SeekFrom},
-};
+use std::error::Error;
+use std::fs::File;
+use std::io::{Seek, SeekFrom};
 
 fn main() -> Result<(), Box<dyn Error>> {
     let mut arguments: Vec<String> = std::env::args().skip(1).collect();

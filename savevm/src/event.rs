@@ -1,17 +1,15 @@
 //! What a main channel consists of: the events that [`Decoder`](crate::Decoder) gives and
 //! [`Encoder`](crate::Encoder) takes.
 
-use crate::{
-    block_migration::BlockRecord,
-    command::Command,
-    configuration::Configuration,
-    dirty_bitmap::Chunk,
-    framing::{SectionHeader, SectionKind},
-    hash_table::HashTableRecord,
-    ram::{BlockId, RamRecord},
-    storage_attributes::StorageAttributesRecord,
-    vfio::VfioRecord,
-};
+use crate::block_migration::BlockRecord;
+use crate::command::Command;
+use crate::configuration::Configuration;
+use crate::dirty_bitmap::Chunk;
+use crate::framing::{SectionHeader, SectionKind};
+use crate::hash_table::HashTableRecord;
+use crate::ram::{BlockId, RamRecord};
+use crate::storage_attributes::StorageAttributesRecord;
+use crate::vfio::VfioRecord;
 
 pub use qevm_wire::Step;
 

@@ -7,7 +7,8 @@
 
 mod boards;
 
-use qevm_wire::{QemuVersion, profile::machine_version};
+use qevm_wire::QemuVersion;
+use qevm_wire::profile::machine_version;
 
 /// One stretch of guest-physical memory and the part of the RAM block that backs it. Addresses and lengths in bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -1,10 +1,11 @@
 //! From `#[vmstate(…)]` attributes to a declaration that makes sense.
 
+use syn::ext::IdentExt;
 use syn::meta::ParseNestedMeta;
 use syn::spanned::Spanned;
 use syn::{
     Attribute, Data, DeriveInput, Error, Expr, Fields, GenericArgument, Generics, Ident, LitInt, LitStr, Path,
-    PathArguments, Result, Type, ext::IdentExt,
+    PathArguments, Result, Type,
 };
 
 /// A struct with its attributes.

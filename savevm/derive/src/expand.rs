@@ -4,7 +4,8 @@ use crate::attributes::{Declaration, Field, Release, Subsection};
 use crate::walk;
 use proc_macro2::{Ident, TokenStream, TokenTree};
 use quote::{ToTokens, quote, quote_spanned};
-use syn::{GenericParam, spanned::Spanned};
+use syn::GenericParam;
+use syn::spanned::Spanned;
 
 pub(crate) fn implementation(declaration: &Declaration) -> TokenStream {
     let ident = &declaration.ident;

@@ -1,10 +1,9 @@
 //! The places at which the content of a device section may end.
 
-use super::{Decoder, Footers, State, StreamError, scan::Around};
-use crate::{
-    Error, ErrorKind,
-    event::{PayloadKind, Step},
-};
+use super::scan::Around;
+use super::{Decoder, Footers, State, StreamError};
+use crate::event::{PayloadKind, Step};
+use crate::{Error, ErrorKind};
 use qevm_wire::{Decode, Located};
 
 /// The places at which the content of a device section may end, from [`Decoder::body_ends`].

@@ -1,19 +1,17 @@
 //! One item of the stream: the state machine behind [`Decoder::next`].
 
 use super::{AfterBody, CurrentSection, Decoder, Footers, Scan, State, StreamError};
-use crate::{
-    Error, Reader,
-    block_migration::BlockRecord,
-    command::{Command, RamDiscard},
-    configuration::Configuration,
-    dirty_bitmap::Chunk,
-    event::{Event, PayloadKind},
-    framing::{self, Content, SectionHeader, SectionKind},
-    hash_table::{self, HashTableRecord},
-    ram::{ListWords, RamError, RamRecord, RecordContext},
-    storage_attributes::StorageAttributesRecord,
-    vfio::{self, VfioRecord},
-};
+use crate::block_migration::BlockRecord;
+use crate::command::{Command, RamDiscard};
+use crate::configuration::Configuration;
+use crate::dirty_bitmap::Chunk;
+use crate::event::{Event, PayloadKind};
+use crate::framing::{self, Content, SectionHeader, SectionKind};
+use crate::hash_table::{self, HashTableRecord};
+use crate::ram::{ListWords, RamError, RamRecord, RecordContext};
+use crate::storage_attributes::StorageAttributesRecord;
+use crate::vfio::{self, VfioRecord};
+use crate::{Error, Reader};
 use qevm_wire::Located;
 
 impl Decoder {

@@ -23,14 +23,10 @@ pub use error::StreamError;
 pub use options::{DecoderOptions, Footers};
 pub use sections::Sections;
 
-use crate::{
-    Error, ErrorKind, Reader, dirty_bitmap,
-    event::{Event, PayloadKind, Step},
-    framing::SectionHeader,
-    hash_table,
-    ram::{RamBlocks, RamReader},
-    vfio,
-};
+use crate::event::{Event, PayloadKind, Step};
+use crate::framing::SectionHeader;
+use crate::ram::{RamBlocks, RamReader};
+use crate::{Error, ErrorKind, Reader, dirty_bitmap, hash_table, vfio};
 use qevm_wire::{Cursor, Decode, Located, PageGeometry, WireError};
 use scan::{Around, Scan};
 use std::sync::Arc;

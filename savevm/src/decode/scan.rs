@@ -4,7 +4,8 @@
 //! footer: the byte `0x7e` and the section's id. Content can hold these five bytes by chance, so a place only counts
 //! as the end if what follows it can start the next item of the stream.
 
-use super::{DecoderOptions, StreamError, sections::Sections};
+use super::sections::Sections;
+use super::{DecoderOptions, StreamError};
 use crate::{Error, Reader, command, framing};
 use qevm_wire::{Located, WireError};
 

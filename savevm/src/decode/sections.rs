@@ -1,7 +1,8 @@
 //! The sections that a stream has opened, by id.
 
 use crate::framing::{SectionHeader, SectionKind};
-use std::{collections::HashMap, sync::Arc};
+use std::collections::HashMap;
+use std::sync::Arc;
 
 /// The sections that a stream has opened, by id.
 ///

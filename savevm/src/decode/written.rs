@@ -1,10 +1,8 @@
 //! A decoder that is told what is being written, so that its writer learns what it would refuse.
 
 use super::{Decoder, DecoderOptions, Package, State};
-use crate::{
-    event::PayloadKind,
-    ram::{PageAt, RamBlock, RamReader},
-};
+use crate::event::PayloadKind;
+use crate::ram::{PageAt, RamBlock, RamReader};
 
 impl Decoder {
     /// A decoder for the content of a package that is not in the stream yet, whose end only its writer knows.

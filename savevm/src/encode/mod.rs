@@ -7,13 +7,10 @@ mod taken;
 pub use error::WriteError;
 pub use stream::StreamWriter;
 
-use crate::{
-    Error,
-    event::Event,
-    framing,
-    framing::SectionHeader,
-    ram::{self, BlockId, RamBlocks},
-};
+use crate::Error;
+use crate::event::Event;
+use crate::framing::{self, SectionHeader};
+use crate::ram::{self, BlockId, RamBlocks};
 use qevm_wire::{PageGeometry, Writer};
 
 /// Writes the events of a main channel as bytes.

@@ -1,14 +1,13 @@
 //! A main channel written step by step: what a source VMM uses.
 
-use super::{Encoder, WriteError, taken::Taken};
-use crate::{
-    Error,
-    command::Command,
-    configuration::Configuration,
-    event::Event,
-    framing::{SectionHeader, SectionKind},
-    ram::{BlockId, PageAt, RamBlock, RamBlocks, RamRecord},
-};
+use super::taken::Taken;
+use super::{Encoder, WriteError};
+use crate::Error;
+use crate::command::Command;
+use crate::configuration::Configuration;
+use crate::event::Event;
+use crate::framing::{SectionHeader, SectionKind};
+use crate::ram::{BlockId, PageAt, RamBlock, RamBlocks, RamRecord};
 use qevm_wire::{Located, WireError, Writer};
 
 /// Writes a main channel step by step into a buffer of its own: an [`Encoder`] that knows which section is open and

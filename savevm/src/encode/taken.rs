@@ -1,11 +1,9 @@
 //! Whether a decoder takes what is written.
 
-use crate::{
-    Decoder, DecoderOptions, Error, ErrorKind,
-    encode::WriteError,
-    event::{Event, Step},
-    ram::RamRecord,
-};
+use crate::encode::WriteError;
+use crate::event::{Event, Step};
+use crate::ram::RamRecord;
+use crate::{Decoder, DecoderOptions, Error, ErrorKind};
 use qevm_wire::{Decode, Limits, Located, PageGeometry};
 
 /// The decoder at the other end, as far as what was written takes it. Pages of the main channel pass it by: of them

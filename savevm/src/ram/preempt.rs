@@ -1,6 +1,7 @@
 //! The second channel of `postcopy-preempt`.
 
-use super::{ListWords, RamBlocks, RamError, RamReader, RamRecord, decode::RecordContext};
+use super::decode::RecordContext;
+use super::{ListWords, RamBlocks, RamError, RamReader, RamRecord};
 use crate::{Error, ErrorKind, PayloadKind, Step};
 use qevm_wire::{Cursor, Decode, Limits, Located, PageGeometry};
 use std::sync::Arc;

@@ -1,6 +1,7 @@
 //! Device state as a tree of named, typed fields.
 
-use super::{Scalar, Scalars, model::SUBSECTION_HEADER};
+use super::model::SUBSECTION_HEADER;
+use super::{Scalar, Scalars};
 use qevm_wire::WireError;
 use std::borrow::Cow;
 

@@ -1,10 +1,8 @@
 //! What a caller does wrong is never reported as the peer's fault.
 
 use crate::streams::{RAM, header, name, write};
-use qevm_savevm::{
-    Decoder, DecoderOptions, Encoder, Error, ErrorKind, Event, Step, StreamError, StreamWriter,
-    ram::{BlockId, PreemptDecoder, RamBlock, RamBlocks},
-};
+use qevm_savevm::ram::{BlockId, PreemptDecoder, RamBlock, RamBlocks};
+use qevm_savevm::{Decoder, DecoderOptions, Encoder, Error, ErrorKind, Event, Step, StreamError, StreamWriter};
 use qevm_wire::{Decode, DriveError, Driver, Fault, PageGeometry, WireError};
 use std::sync::Arc;
 

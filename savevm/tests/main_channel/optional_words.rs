@@ -1,16 +1,14 @@
 //! The words of a RAM block's entry that are only there with some capabilities.
 
-use crate::{
-    pump::pump,
-    streams::{header, name},
-};
-use proptest::{collection::vec, option, prelude::*};
-use qevm_savevm::{
-    Decoder, DecoderOptions, Encoder, Error, ErrorKind, Event, StreamWriter,
-    command::{Command, PostcopyAdvise},
-    configuration::{Configuration, ConfigurationSubsection},
-    ram::{MappedRamHeader, RamBlock, RamError, RamRecord},
-};
+use crate::pump::pump;
+use crate::streams::{header, name};
+use proptest::collection::vec;
+use proptest::option;
+use proptest::prelude::*;
+use qevm_savevm::command::{Command, PostcopyAdvise};
+use qevm_savevm::configuration::{Configuration, ConfigurationSubsection};
+use qevm_savevm::ram::{MappedRamHeader, RamBlock, RamError, RamRecord};
+use qevm_savevm::{Decoder, DecoderOptions, Encoder, Error, ErrorKind, Event, StreamWriter};
 use qevm_wire::CountedString;
 
 const HUGE: u64 = 2 << 20;

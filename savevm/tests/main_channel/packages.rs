@@ -1,14 +1,10 @@
 //! Packages: streams in a stream.
 
-use crate::{
-    pump::{pump, pump_with},
-    streams::{RAM, advise, header, name, write},
-};
-use qevm_savevm::{
-    Decoder, DecoderOptions, Encoder, Error, ErrorKind, StreamError, StreamWriter,
-    command::Command,
-    ram::{BlockId, RamError},
-};
+use crate::pump::{pump, pump_with};
+use crate::streams::{RAM, advise, header, name, write};
+use qevm_savevm::command::Command;
+use qevm_savevm::ram::{BlockId, RamError};
+use qevm_savevm::{Decoder, DecoderOptions, Encoder, Error, ErrorKind, StreamError, StreamWriter};
 use qevm_wire::{Limits, WireError};
 
 fn read(stream: &[u8]) -> Result<(), Error> {

@@ -1,10 +1,10 @@
 //! A caller of the decoder that shows it input in pieces, and writes every event again.
 
-use qevm_savevm::{
-    Decoder, Encoder, Error, Event, PayloadKind, Step, command::Command, ram::RamRecord, vfio::VfioRecord,
-};
-use qevm_wire::Decode;
-use qevm_wire::Writer;
+use qevm_savevm::command::Command;
+use qevm_savevm::ram::RamRecord;
+use qevm_savevm::vfio::VfioRecord;
+use qevm_savevm::{Decoder, Encoder, Error, Event, PayloadKind, Step};
+use qevm_wire::{Decode, Writer};
 
 /// What became of a stream.
 #[derive(Debug, PartialEq, Eq)]

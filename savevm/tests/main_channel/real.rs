@@ -1,20 +1,15 @@
 //! What real QEMUs wrote. `tests/data/main-channel/README.md` tells how each file was made; expectations are what QEMU
 //! was told and what its memory held.
 
-use crate::{
-    pump::{Pumped, pump, pump_with},
-    streams::name,
-};
-use qevm_savevm::{
-    Decoder, DecoderOptions, Encoder, Error, ErrorKind, Event, Footers, StreamError,
-    block_migration::{BLOCK_LEN, BlockRecord},
-    command::{Command, DiscardRange, PostcopyAdvise, RamDiscard},
-    configuration::{Configuration, ConfigurationSubsection},
-    dirty_bitmap::{Chunk, ChunkContent, start_flag},
-    framing::SectionKind,
-    ram::{MappedRamHeader, RamBlock, RamRecord},
-    xbzrle,
-};
+use crate::pump::{Pumped, pump, pump_with};
+use crate::streams::name;
+use qevm_savevm::block_migration::{BLOCK_LEN, BlockRecord};
+use qevm_savevm::command::{Command, DiscardRange, PostcopyAdvise, RamDiscard};
+use qevm_savevm::configuration::{Configuration, ConfigurationSubsection};
+use qevm_savevm::dirty_bitmap::{Chunk, ChunkContent, start_flag};
+use qevm_savevm::framing::SectionKind;
+use qevm_savevm::ram::{MappedRamHeader, RamBlock, RamRecord};
+use qevm_savevm::{Decoder, DecoderOptions, Encoder, Error, ErrorKind, Event, Footers, StreamError, xbzrle};
 use qevm_wire::{Decode, Driver, Window, WireError, next_event};
 
 const MIB: u64 = 1 << 20;

@@ -1,13 +1,11 @@
 //! Whatever is decoded is encoded to the same bytes, in whatever pieces the decoder was shown it.
 
-use crate::{
-    pump::pump,
-    streams::{configuration, items, write},
-};
-use proptest::{collection::vec, prelude::*};
+use crate::pump::pump;
+use crate::streams::{configuration, items, write};
+use proptest::collection::vec;
+use proptest::prelude::*;
 use qevm_savevm::{Decoder, DecoderOptions, Step};
-use qevm_wire::Decode;
-use qevm_wire::Fault;
+use qevm_wire::{Decode, Fault};
 
 fn decoder() -> Decoder {
     Decoder::new(DecoderOptions::default())

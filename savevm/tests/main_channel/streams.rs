@@ -1,19 +1,19 @@
 //! Random streams: every kind of item, with random but legal values.
 
-use proptest::{collection::vec, option, prelude::*};
-use qevm_savevm::{
-    StreamWriter,
-    block_migration::{BLOCK_LEN, BlockRecord},
-    command::{Command, DiscardRange, PostcopyAdvise, RamDiscard},
-    configuration::{Configuration, ConfigurationSubsection},
-    dirty_bitmap::{Chunk, ChunkContent},
-    event::Event,
-    framing::{SectionHeader, SectionKind},
-    hash_table::HashTableRecord,
-    ram::{BlockId, PageAt, RamBlock, RamRecord},
-    storage_attributes::StorageAttributesRecord,
-    vfio::VfioRecord,
-};
+use proptest::collection::vec;
+use proptest::option;
+use proptest::prelude::*;
+use qevm_savevm::StreamWriter;
+use qevm_savevm::block_migration::{BLOCK_LEN, BlockRecord};
+use qevm_savevm::command::{Command, DiscardRange, PostcopyAdvise, RamDiscard};
+use qevm_savevm::configuration::{Configuration, ConfigurationSubsection};
+use qevm_savevm::dirty_bitmap::{Chunk, ChunkContent};
+use qevm_savevm::event::Event;
+use qevm_savevm::framing::{SectionHeader, SectionKind};
+use qevm_savevm::hash_table::HashTableRecord;
+use qevm_savevm::ram::{BlockId, PageAt, RamBlock, RamRecord};
+use qevm_savevm::storage_attributes::StorageAttributesRecord;
+use qevm_savevm::vfio::VfioRecord;
 use qevm_wire::CountedString;
 
 /// RAM blocks of every random stream and their lengths in pages.

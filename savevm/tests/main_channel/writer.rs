@@ -1,14 +1,15 @@
 //! `StreamWriter` writes what a decoder takes, whatever it is told, and says whose fault it is that it does not.
 
 use crate::streams::{RAM, VFIO, header, name};
-use proptest::{collection::vec, prelude::*, strategy::ValueTree, test_runner::TestRunner};
-use qevm_savevm::{
-    Decoder, DecoderOptions, Encoder, Error, ErrorKind, Event, StreamWriter, WriteError,
-    command::Command,
-    configuration::Configuration,
-    ram::{BlockId, RamBlock, RamError, RamRecord},
-    vfio::VfioRecord,
-};
+use proptest::collection::vec;
+use proptest::prelude::*;
+use proptest::strategy::ValueTree;
+use proptest::test_runner::TestRunner;
+use qevm_savevm::command::Command;
+use qevm_savevm::configuration::Configuration;
+use qevm_savevm::ram::{BlockId, RamBlock, RamError, RamRecord};
+use qevm_savevm::vfio::VfioRecord;
+use qevm_savevm::{Decoder, DecoderOptions, Encoder, Error, ErrorKind, Event, StreamWriter, WriteError};
 use qevm_wire::{Driver, Fault};
 
 const TIMER: u32 = 9;

@@ -1,15 +1,11 @@
 //! Where sections and streams end, and where they only seem to.
 
 use super::{NO_PATH, read, refused, refused_after};
-use crate::{
-    pump::pump,
-    streams::{RAM, header, name, write},
-};
-use qevm_savevm::{
-    Decoder, DecoderOptions, Encoder, ErrorKind, Event, Footers, Step, StreamError, StreamWriter,
-    command::{Command, PostcopyAdvise},
-    ram::RamBlock,
-};
+use crate::pump::pump;
+use crate::streams::{RAM, header, name, write};
+use qevm_savevm::command::{Command, PostcopyAdvise};
+use qevm_savevm::ram::RamBlock;
+use qevm_savevm::{Decoder, DecoderOptions, Encoder, ErrorKind, Event, Footers, Step, StreamError, StreamWriter};
 use qevm_wire::{Decode, Driver, Limits, WireError};
 use std::io::{self, Read};
 

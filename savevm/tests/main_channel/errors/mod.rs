@@ -3,14 +3,13 @@
 mod ends;
 mod records;
 
-use crate::{
-    pump::pump,
-    streams::{advise, header, name, write},
-};
-use qevm_savevm::{
-    Decoder, DecoderOptions, Encoder, Error, ErrorKind, StreamError, StreamWriter, command::CommandError,
-    configuration::ConfigurationError, framing::SectionKind, ram::RamError,
-};
+use crate::pump::pump;
+use crate::streams::{advise, header, name, write};
+use qevm_savevm::command::CommandError;
+use qevm_savevm::configuration::ConfigurationError;
+use qevm_savevm::framing::SectionKind;
+use qevm_savevm::ram::RamError;
+use qevm_savevm::{Decoder, DecoderOptions, Encoder, Error, ErrorKind, StreamError, StreamWriter};
 use qevm_wire::{Decode, Fault, Limits, WireError};
 
 fn read(stream: &[u8]) -> Result<(), Error> {

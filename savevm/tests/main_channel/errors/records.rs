@@ -1,19 +1,15 @@
 //! Records of the iterable handlers.
 
 use super::{HEADER, read, refused, refused_after};
-use crate::{
-    pump::pump,
-    streams::{ATTRIBUTES, BITMAPS, DISKS, HASH_TABLE, VFIO, name, write},
-};
-use qevm_savevm::{
-    Decoder, DecoderOptions, Encoder, ErrorKind, Event, StreamError, WriteError,
-    block_migration::BlockMigrationError,
-    dirty_bitmap::DirtyBitmapError,
-    hash_table::HashTableError,
-    ram::{BlockId, PageAt, RamBlock, RamError, RamRecord},
-    storage_attributes::StorageAttributesError,
-    vfio::VfioError,
-};
+use crate::pump::pump;
+use crate::streams::{ATTRIBUTES, BITMAPS, DISKS, HASH_TABLE, VFIO, name, write};
+use qevm_savevm::block_migration::BlockMigrationError;
+use qevm_savevm::dirty_bitmap::DirtyBitmapError;
+use qevm_savevm::hash_table::HashTableError;
+use qevm_savevm::ram::{BlockId, PageAt, RamBlock, RamError, RamRecord};
+use qevm_savevm::storage_attributes::StorageAttributesError;
+use qevm_savevm::vfio::VfioError;
+use qevm_savevm::{Decoder, DecoderOptions, Encoder, ErrorKind, Event, StreamError, WriteError};
 use qevm_wire::{Fault, Limits, WireError, Writer};
 
 /// A record in a PART of `ram`, and the error that it gives.
