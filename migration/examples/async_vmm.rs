@@ -12,10 +12,17 @@ use qevm_returnpath::requests::{PageFaults, RequestBlock, RequestBlocks};
 use qevm_returnpath::{Decoder, Event, Message};
 use qevm_savevm::ram::{BlockId, PageAt};
 use qevm_wire::{AsyncDriver, CountedString, Decode, Profile, Writer};
-use std::{cell::Cell, cell::RefCell, env, fs, mem::MaybeUninit, process, time::Duration};
+use std::cell::{Cell, RefCell};
+use std::env;
+use std::fs;
+use std::mem::MaybeUninit;
+use std::process;
+use std::time::Duration;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::{UnixListener, UnixStream, unix::OwnedReadHalf};
-use tokio::{sync::Notify, time};
+use tokio::net::unix::OwnedReadHalf;
+use tokio::net::{UnixListener, UnixStream};
+use tokio::sync::Notify;
+use tokio::time;
 
 const PAGE: usize = 4096;
 /// QEMU's devices that this monitor does without.

@@ -6,8 +6,17 @@
 
 use qevm_migration::*;
 use qevm_savevm::vmstate::{Timer, VmState};
-use std::sync::{Arc, Mutex, PoisonError, atomic::AtomicU64, atomic::Ordering::SeqCst};
-use std::{env, fs::File, iter, mem, ops::Range, process, thread, time::Duration};
+use std::env;
+use std::fs::File;
+use std::iter;
+use std::mem;
+use std::ops::Range;
+use std::process;
+use std::sync::atomic::AtomicU64;
+use std::sync::atomic::Ordering::SeqCst;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread;
+use std::time::Duration;
 use vm_memory::{Bytes, MmapRegion, VolatileMemory};
 
 const PAGE: usize = 4096;

@@ -5,13 +5,11 @@ mod tcp;
 pub use tcp::{KeepAlive, TcpOptions};
 
 use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, percent_decode_str, percent_encode, utf8_percent_encode};
-use std::{
-    ffi::OsString,
-    fmt,
-    os::unix::ffi::{OsStrExt, OsStringExt},
-    path::PathBuf,
-    str::FromStr,
-};
+use std::ffi::OsString;
+use std::fmt;
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::path::PathBuf;
+use std::str::FromStr;
 
 /// The address of a migration peer, in the notation of QEMU's `-incoming` and `migrate`.
 ///

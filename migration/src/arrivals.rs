@@ -4,24 +4,18 @@
 //! which first says something. Each connection is known by its first bytes; until then it is one of the
 //! [`UnidentifiedConns`].
 
-use super::{
-    Channel, Incoming, Listener, LoadError, MigrationError, Socket, Tls,
-    listener::Caller,
-    multifd::{PageStream, Settings},
-    patience::Patience,
-    postcopy::PreemptListener,
-    unidentified::{Dropped, IdentifiedConn, Reason, Role, UnidentifiedConns},
-};
+use super::listener::Caller;
+use super::multifd::{PageStream, Settings};
+use super::patience::Patience;
+use super::postcopy::PreemptListener;
+use super::unidentified::{Dropped, IdentifiedConn, Reason, Role, UnidentifiedConns};
+use super::{Channel, Incoming, Listener, LoadError, MigrationError, Socket, Tls};
 use qevm_wire::Located;
-use rustix::{
-    event::{PollFd, PollFlags, Timespec, poll},
-    io::Errno,
-};
-use std::{
-    collections::BTreeMap,
-    sync::Arc,
-    time::{Duration, Instant},
-};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::Errno;
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 /// How often whoever waits for a connection that is here looks how long it may.
 const LOOK: Duration = Duration::from_millis(250);
@@ -240,19 +234,16 @@ fn wait(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{Address, Capabilities, Parameters, Timeouts, watch::Watch};
+    use crate::watch::Watch;
+    use crate::{Address, Capabilities, Parameters, Timeouts};
     use qevm_multifd::{Init, Uuid};
-    use qevm_savevm::{
-        container::{Compression, FileKind},
-        first_bytes::FirstBytes,
-    };
+    use qevm_savevm::container::{Compression, FileKind};
+    use qevm_savevm::first_bytes::FirstBytes;
     use qevm_wire::{Profile, QemuVersion, Writer};
-    use std::{
-        io::Write,
-        net::{Shutdown, TcpStream},
-        sync::mpsc,
-        thread,
-    };
+    use std::io::Write;
+    use std::net::{Shutdown, TcpStream};
+    use std::sync::mpsc;
+    use std::thread;
 
     const HEADER: &[u8] = b"QEVM\0\0\0\x03";
     /// What a source says first: the header and the type of the configuration.

@@ -1,9 +1,7 @@
 //! Which pages of a RAM block a destination has written to.
 
-use std::{
-    ops::Range,
-    sync::atomic::{AtomicU64, Ordering},
-};
+use std::ops::Range;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 /// A bit for every page, which any thread may set. Who sets one and who asks for it are kept in order by the
 /// synchronisation of the channels.

@@ -1,9 +1,7 @@
 //! Migration capabilities, with QEMU's names (QMP reference of QEMU 11.1).
 
-use qevm_wire::{
-    Capability, QemuVersion,
-    capability::{Context, Rejection, check},
-};
+use qevm_wire::capability::{Context, Rejection, check};
+use qevm_wire::{Capability, QemuVersion};
 
 /// Every capability of QEMU 11.1 in the order of `query-migrate-capabilities`, and whether it can be turned on here.
 pub const KNOWN: [(&str, bool); 21] = [

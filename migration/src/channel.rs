@@ -1,11 +1,9 @@
 //! Byte channels to a peer, with vectored transfers straight from and into guest memory.
 
-use std::{
-    fmt, io,
-    io::{IoSlice, IoSliceMut},
-    marker::PhantomData,
-    time::Duration,
-};
+use std::fmt;
+use std::io::{self, IoSlice, IoSliceMut};
+use std::marker::PhantomData;
+use std::time::Duration;
 use vm_memory::VolatileSlice;
 
 /// One part of a vectored write: bytes of the caller, or guest memory that vCPUs may be changing meanwhile.

@@ -7,34 +7,24 @@ mod outgoing;
 pub use incoming::Incoming;
 pub use outgoing::{Outgoing, Reader};
 
-use connecting::{Names, connect};
-
-use super::{
-    Address, BadCapability, Channel, ChannelName, Job, Listener, MigrationError, Mode, Pipe, RULES, Socket,
-    arrivals::{Seen, gather},
-    multifd::{PageStream, Settings},
-    page_file::PageFile,
-    page_server::{PageServer, ServedStream},
-    patience::Patience,
-    watch::{Brings, Watched},
-};
+use super::arrivals::{Seen, gather};
+use super::multifd::{PageStream, Settings};
+use super::page_file::PageFile;
+use super::page_server::{PageServer, ServedStream};
+use super::patience::Patience;
+use super::watch::{Brings, Watched};
+use super::{Address, BadCapability, Channel, ChannelName, Job, Listener, MigrationError, Mode, Pipe, RULES, Socket};
 use crate::descriptors::Descriptors;
+use connecting::{Names, connect};
 use qevm_multifd::compression::Compression;
-use qevm_wire::{
-    Capability, Profile,
-    capability::{Context, check},
-};
-use std::{
-    fs::{File, OpenOptions},
-    io,
-    io::{Seek, SeekFrom},
-    os::{
-        fd::OwnedFd,
-        unix::fs::{FileTypeExt, OpenOptionsExt},
-    },
-    path::Path,
-    sync::Arc,
-};
+use qevm_wire::capability::{Context, check};
+use qevm_wire::{Capability, Profile};
+use std::fs::{File, OpenOptions};
+use std::io::{self, Seek, SeekFrom};
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
+use std::path::Path;
+use std::sync::Arc;
 
 /// Permissions of a file that a guest goes to (QEMU 8.2): it holds all of the guest's secrets.
 const FILE_MODE: u32 = 0o600;

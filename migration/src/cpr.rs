@@ -5,30 +5,24 @@
 //! the main channel. The guest is stopped before the stream begins, and the stream has no pages. The parameter
 //! [`mode`](crate::Mode::CprTransfer) of both jobs says so to the engines.
 
-use crate::{
-    Address, Channel, GuestError, Job, Listener, MigrationError, Mode, Refused, Timeouts,
-    channel::{WriteSlice, write_all},
-    socket::Socket,
-};
+use crate::channel::{WriteSlice, write_all};
+use crate::socket::Socket;
+use crate::{Address, Channel, GuestError, Job, Listener, MigrationError, Mode, Refused, Timeouts};
 use qevm_savevm::cpr::{CprDecoder, CprEncoder, CprEvent, PassedDescriptor};
 use qevm_wire::{CountedString, Driver, Profile, QemuVersion};
-use rustix::{
-    event::{PollFd, PollFlags, Timespec, poll},
-    io::{Errno, retry_on_intr},
-    net::{
-        RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags,
-        recvmsg, sendmsg,
-    },
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::{Errno, retry_on_intr};
+use rustix::net::{
+    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags,
+    recvmsg, sendmsg,
 };
-use std::{
-    cell::RefCell,
-    collections::VecDeque,
-    io::{self, IoSlice, IoSliceMut, Read},
-    mem::MaybeUninit,
-    os::fd::{BorrowedFd, OwnedFd},
-    sync::Arc,
-    time::{Duration, Instant},
-};
+use std::cell::RefCell;
+use std::collections::VecDeque;
+use std::io::{self, IoSlice, IoSliceMut, Read};
+use std::mem::MaybeUninit;
+use std::os::fd::{BorrowedFd, OwnedFd};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 /// How often whoever waits looks whether that is still wanted.
 const POLL: Duration = Duration::from_millis(20);

@@ -1,7 +1,8 @@
 //! Files and connections that others have opened for the monitor.
 
 use super::GuestError;
-use std::{os::fd::OwnedFd, path::Path};
+use std::os::fd::OwnedFd;
+use std::path::Path;
 
 /// The descriptors that a monitor was given: by name for `fd:NAME` (QMP's `getfd`), in sets for `file:/dev/fdset/N`
 /// (`add-fd`).

@@ -4,37 +4,29 @@ mod arrival;
 mod leave;
 mod page_channels;
 
+use super::channel::{WriteSlice, write_all};
+use super::core::DeviceOptions;
+use super::core::destination::{Action, Destination, DestinationOptions, SectionUse, Turn};
+use super::lazy::{LazyRestore, Setup};
+use super::multifd::Settings;
+use super::page_file::{self, PageFile};
+use super::patience::NO_END;
+use super::postcopy::{Listening, Preempt, start};
+use super::ram_receiver::{LeftOut, RamReceiver};
+use super::stream_reader::StreamReader;
 use super::{
-    Channel, Guest, GuestError, Incoming, Job, LoadError, MigrationError, MissingPages, Mode, Status,
-    channel::{WriteSlice, write_all},
-    core::{
-        DeviceOptions,
-        destination::{Action, Destination, DestinationOptions, SectionUse, Turn},
-    },
-    lazy::{LazyRestore, Setup},
-    multifd::Settings,
-    page_file,
-    page_file::PageFile,
-    patience::NO_END,
-    postcopy::{Listening, Preempt, start},
-    ram_receiver::{LeftOut, RamReceiver},
-    stream_reader::StreamReader,
-    verdict,
+    Channel, Guest, GuestError, Incoming, Job, LoadError, MigrationError, MissingPages, Mode, Status, verdict,
 };
 pub use arrival::{Arrival, Rest};
 pub(crate) use leave::{leave, within};
 use page_channels::{PageChannels, find};
 use qevm_returnpath::Message;
-use qevm_savevm::{
-    mapped_ram::MappedBlock,
-    ram::{PageAt, RamBlock},
-};
+use qevm_savevm::mapped_ram::MappedBlock;
+use qevm_savevm::ram::{PageAt, RamBlock};
 use qevm_wire::{CountedString, Located, Profile, WireError};
-use std::{
-    sync::Arc,
-    thread,
-    time::{Duration, Instant},
-};
+use std::sync::Arc;
+use std::thread;
+use std::time::{Duration, Instant};
 
 /// Reads a migration from `connections` into `guest`, which has not run yet, and does not start it.
 ///

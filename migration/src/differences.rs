@@ -4,17 +4,13 @@
 //! copy is compared with what was sent, and is what goes out and what is remembered. Nothing is remembered of the first
 //! pass, in which every page goes: from the second on only those come that the guest writes to.
 
-use super::{
-    Channel, GuestError, MigrationError, XbzrleStatistics,
-    channel::{WriteSlice, write_all},
-    core::source::{Batch, DifferencePass, Sent},
-    ram_sender::RamSender,
-};
-use qevm_savevm::{
-    StreamWriter,
-    ram::BlockId,
-    xbzrle::{Cache, Outcome},
-};
+use super::channel::{WriteSlice, write_all};
+use super::core::source::{Batch, DifferencePass, Sent};
+use super::ram_sender::RamSender;
+use super::{Channel, GuestError, MigrationError, XbzrleStatistics};
+use qevm_savevm::StreamWriter;
+use qevm_savevm::ram::BlockId;
+use qevm_savevm::xbzrle::{Cache, Outcome};
 use qevm_wire::PageGeometry;
 use std::time::Duration;
 use vm_memory::{Bytes, VolatileSlice};

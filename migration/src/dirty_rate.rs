@@ -6,12 +6,10 @@
 //! measurement early, and what was counted until then counts.
 
 use crate::{DirtyLog, Guest, GuestError, RamView};
-use std::{
-    collections::hash_map::DefaultHasher,
-    hash::Hasher,
-    sync::{Condvar, Mutex, MutexGuard, PoisonError},
-    time::{Duration, Instant, SystemTime, UNIX_EPOCH},
-};
+use std::collections::hash_map::DefaultHasher;
+use std::hash::Hasher;
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use vm_memory::Bytes;
 
 /// Shortest and longest measurement.

@@ -8,9 +8,13 @@ pub use load::LoadError;
 pub use refused::Refused;
 pub use return_path::ReturnPathError;
 
-use super::{Address, BadCapability, Doubt, Status, TlsError, reason::reason};
+use super::reason::reason;
+use super::{Address, BadCapability, Doubt, Status, TlsError};
 use qevm_wire::Located;
-use std::{error::Error, io, path::PathBuf, time::Duration};
+use std::error::Error;
+use std::io;
+use std::path::PathBuf;
+use std::time::Duration;
 
 /// Whatever a guest's own parts report; the engine adds what it was doing.
 pub type GuestError = Box<dyn Error + Send + Sync>;

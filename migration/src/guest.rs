@@ -6,7 +6,8 @@ pub use pages::{MissingPages, ProtectedPages, Touch};
 
 use super::{DeviceSection, GuestError, IterativeDevice, PAGE_SIZE, SavedDevices};
 use qevm_wire::{CountedString, Profile};
-use std::{ops::Range, time::Duration};
+use std::ops::Range;
+use std::time::Duration;
 use vm_memory::VolatileSlice;
 
 /// The advice where nothing more is known of a section.

@@ -37,7 +37,8 @@
 //! was reset, or the migration cancelled) the source cannot know. The guest then stays paused there, and the
 //! operator decides.
 
-use qevm_savevm::{Encoder, Event, command::Command};
+use qevm_savevm::command::Command;
+use qevm_savevm::{Encoder, Event};
 use qevm_wire::Writer;
 
 /// Value of the PING that announces the step: "QEH" and a number.

@@ -2,17 +2,13 @@
 
 mod recovery;
 
-use super::{
-    Capabilities, Channel, MigrationError, Outgoing, Parameters, Refused, Statistics, Status, Timeouts, Tls,
-    watch::Watch,
-};
+use super::watch::Watch;
+use super::{Capabilities, Channel, MigrationError, Outgoing, Parameters, Refused, Statistics, Status, Timeouts, Tls};
 use qevm_multifd::Uuid;
-use std::{
-    collections::VecDeque,
-    fmt,
-    sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError},
-    time::{Duration, Instant},
-};
+use std::collections::VecDeque;
+use std::fmt;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 /// Something that watchers of a migration want to know at once.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -14,21 +14,18 @@
 //!
 //! A page that cannot be read is never filled in: who waits for it waits on, and the guest is to be stopped for good.
 
-use super::{LoadError, MigrationError, MissingPages, Touch, atomic_page_set::AtomicPageSet, page_file::PageFile};
+use super::atomic_page_set::AtomicPageSet;
+use super::page_file::PageFile;
+use super::{LoadError, MigrationError, MissingPages, Touch};
 use qevm_multifd::mapped_ram::PageArea;
 use qevm_savevm::mapped_ram::{MappedBlock, PageBitmap};
 use qevm_wire::{CountedString, Located, PageGeometry};
-use std::{
-    collections::BTreeMap,
-    mem,
-    ops::Range,
-    sync::{
-        Arc, Condvar, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicU64, Ordering},
-    },
-    thread,
-    thread::JoinHandle,
-};
+use std::collections::BTreeMap;
+use std::mem;
+use std::ops::Range;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::{self, JoinHandle};
 
 /// Bytes that are read at once ahead of the guest: few enough that a thread that touches one of these pages does not
 /// wait long.

@@ -1,20 +1,16 @@
 //! Sockets that wait for a source, and who has connected to them.
 
-use super::{
-    Address, Channel, MigrationError, TcpOptions, private,
-    socket::{Socket, abstract_path},
-};
+use super::socket::{Socket, abstract_path};
+use super::{Address, Channel, MigrationError, TcpOptions, private};
 use rustix::net::listen;
 use socket2::{Domain, SockAddr, Type};
-use std::{
-    fmt, fs, io,
-    net::{Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, ToSocketAddrs},
-    os::{
-        fd::{AsFd, BorrowedFd, OwnedFd},
-        unix::net::{UnixListener, UnixStream},
-    },
-    sync::Arc,
-};
+use std::fmt;
+use std::fs;
+use std::io;
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, ToSocketAddrs};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::sync::Arc;
 
 /// Connections that may wait to be accepted: the main channel and 255 page channels, which a source opens at once,
 /// after as many others as the system allows.

@@ -1,25 +1,21 @@
 //! Files in which every page has its place (capability `mapped-ram`, QEMU 9.0), here or at a page server.
 
-use super::{
-    Guest, GuestError, LoadError, MigrationError, PAGE_SIZE, RamView,
-    atomic_page_set::AtomicPageSet,
-    channel::{ReadSlice, WriteSlice},
-    core::source::Sent,
-    multifd::Counts,
-    page_server::PageServer,
-    zero::is_zero,
-};
+use super::atomic_page_set::AtomicPageSet;
+use super::channel::{ReadSlice, WriteSlice};
+use super::core::source::Sent;
+use super::multifd::Counts;
+use super::page_server::PageServer;
+use super::zero::is_zero;
+use super::{Guest, GuestError, LoadError, MigrationError, PAGE_SIZE, RamView};
 use qevm_multifd::mapped_ram::{FileRun, PageArea};
 use qevm_savevm::mapped_ram::{MappedBlock, PageBitmap};
 use qevm_wire::{CountedString, Located, PageGeometry};
-use std::{
-    fs::File,
-    io,
-    io::{Seek, SeekFrom},
-    os::{fd::AsRawFd, unix::fs::FileExt},
-    sync::{Arc, OnceLock},
-    thread,
-};
+use std::fs::File;
+use std::io::{self, Seek, SeekFrom};
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::FileExt;
+use std::sync::{Arc, OnceLock};
+use std::thread;
 use vm_memory::VolatileSlice;
 
 /// A file whose pages are read and written where they belong, straight from and into guest memory, by any thread. The

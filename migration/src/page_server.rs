@@ -1,24 +1,16 @@
 //! Files at a page server (network block device protocol): reading at any place, over two connections, so that a guest
 //! that waits for a page does not wait for what is read ahead of it.
 
-use super::{
-    Address, Channel, Socket,
-    channel::{ReadSlice, WriteSlice, write_all},
-};
-use qevm_nbd::{
-    Chunk, ClientEvent, Content, ExportQuery, Request, ServerDecoder, ServerEvent,
-    number::{MAX_READ, command, handshake, info, option, reply},
-};
+use super::channel::{ReadSlice, WriteSlice, write_all};
+use super::{Address, Channel, Socket};
+use qevm_nbd::number::{MAX_READ, command, handshake, info, option, reply};
+use qevm_nbd::{Chunk, ClientEvent, Content, ExportQuery, Request, ServerDecoder, ServerEvent};
 use qevm_wire::{DriveError, Driver, Writer};
-use std::{
-    fmt, io,
-    io::{ErrorKind, Read},
-    sync::{
-        Arc, Mutex, MutexGuard, OnceLock, PoisonError, TryLockError,
-        atomic::{AtomicU64, Ordering},
-    },
-    time::Duration,
-};
+use std::fmt;
+use std::io::{self, ErrorKind, Read};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, TryLockError};
+use std::time::Duration;
 
 /// Connections to a server.
 const CONNECTIONS: usize = 2;

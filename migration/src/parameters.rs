@@ -8,7 +8,8 @@ mod timeouts;
 
 pub use timeouts::Timeouts;
 
-use qevm_multifd::{compression::Compression, zero_page::ZeroPageDetection};
+use qevm_multifd::compression::Compression;
+use qevm_multifd::zero_page::ZeroPageDetection;
 use std::time::Duration;
 
 /// What `migrate-set-parameters` sets. It may change while a migration runs.

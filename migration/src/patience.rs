@@ -1,7 +1,8 @@
 //! How long connections have to say what they are.
 
 use crate::watch::Watch;
-use std::{sync::Arc, time::Duration};
+use std::sync::Arc;
+use std::time::Duration;
 
 /// A time that nobody lives to see the end of.
 pub(crate) const NO_END: Duration = Duration::from_secs(100 * 365 * 86_400);

@@ -1,27 +1,19 @@
 //! Channels that are no sockets: commands, pipes and files.
 
-use super::{
-    Channel,
-    channel::{MAX_PARTS, ReadSlice, WriteSlice},
-};
-use rustix::{
-    event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll},
-    fs::{OFlags, fcntl_getfl, fcntl_setfl},
-    io::{ioctl_fionread, write},
-    process::{Pid, Signal, kill_process},
-};
-use std::{
-    fs::File,
-    io,
-    os::{
-        fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
-        unix::fs::FileTypeExt,
-    },
-    process::{Child, Command, ExitStatus, Stdio},
-    sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError},
-    thread,
-    time::{Duration, Instant},
-};
+use super::Channel;
+use super::channel::{MAX_PARTS, ReadSlice, WriteSlice};
+use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
+use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
+use rustix::io::{ioctl_fionread, write};
+use rustix::process::{Pid, Signal, kill_process};
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::FileTypeExt;
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::thread;
+use std::time::{Duration, Instant};
 
 /// How long a command may take to end when it has everything, and what it does then is not known any more.
 const COMMAND_PATIENCE: Duration = Duration::from_secs(5);

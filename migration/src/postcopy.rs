@@ -29,7 +29,9 @@ pub(crate) use listening::Listening;
 use missing::Shared;
 pub(crate) use preempt::{Preempt, PreemptListener};
 pub use recovery::Recovery;
-use std::{mem, sync::Arc, thread::JoinHandle};
+use std::mem;
+use std::sync::Arc;
+use std::thread::JoinHandle;
 
 /// The part of a guest's memory that is still at the source, from where it comes while the guest runs. Whoever has it
 /// [waits](Postcopy::load) until all is here.

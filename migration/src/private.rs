@@ -1,17 +1,11 @@
 //! Sockets that only the owner of the process can reach, for guest memory and whatever leads to it.
 
-use rustix::{
-    fs::{Mode, fchmod},
-    net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, listen, socket_with},
-};
-use std::{
-    io,
-    os::{
-        fd::OwnedFd,
-        unix::net::{UnixDatagram, UnixListener},
-    },
-    path::Path,
-};
+use rustix::fs::{Mode, fchmod};
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, listen, socket_with};
+use std::io;
+use std::os::fd::OwnedFd;
+use std::os::unix::net::{UnixDatagram, UnixListener};
+use std::path::Path;
 
 /// Connections that may wait to be accepted, as std has it.
 const BACKLOG: i32 = 128;
@@ -46,7 +40,8 @@ fn bound(path: &Path, kind: SocketType) -> io::Result<OwnedFd> {
 mod tests {
     use super::*;
     use rustix::process::umask;
-    use std::{fs, os::unix::fs::PermissionsExt};
+    use std::fs;
+    use std::os::unix::fs::PermissionsExt;
 
     #[test]
     fn sockets_are_their_owners_alone() {

@@ -1,21 +1,14 @@
 //! The destination's RAM: the check of the block list, and where pages go.
 
-use super::{
-    Guest, LoadError, PAGE_SIZE, RamView,
-    atomic_page_set::AtomicPageSet,
-    stream_reader::{Expected, MOST_EXPECTED},
-    zero::{ZERO_PAGE, is_zero},
-};
+use super::atomic_page_set::AtomicPageSet;
+use super::stream_reader::{Expected, MOST_EXPECTED};
+use super::zero::{ZERO_PAGE, is_zero};
+use super::{Guest, LoadError, PAGE_SIZE, RamView};
 use qevm_savevm::ram::{BlockId, PageAt, RamBlock, flag};
-use qevm_wire::CountedString;
-use qevm_wire::PageGeometry;
-use std::{
-    ops::Range,
-    sync::{
-        Arc,
-        atomic::{AtomicBool, Ordering},
-    },
-};
+use qevm_wire::{CountedString, PageGeometry};
+use std::ops::Range;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use vm_memory::{Bytes, VolatileSlice};
 
 /// The blocks of the stream, matched to those of the guest.

@@ -1,16 +1,14 @@
 //! Sending pages straight from guest memory: the source's core says which.
 
-use super::{
-    Channel, MigrationError, PAGE_SIZE, RamView,
-    channel::{WriteSlice, write_all},
-    core::source::{Batch, BlockRange, Sent},
-    multifd,
-    multifd::{Counts, Queue},
-    page_file::Saving,
-    snapshot::Copied,
-    zero::{is_zero, prefetch},
-};
-use qevm_savevm::{StreamWriter, ram::BlockId};
+use super::channel::{WriteSlice, write_all};
+use super::core::source::{Batch, BlockRange, Sent};
+use super::multifd::{self, Counts, Queue};
+use super::page_file::Saving;
+use super::snapshot::Copied;
+use super::zero::{is_zero, prefetch};
+use super::{Channel, MigrationError, PAGE_SIZE, RamView};
+use qevm_savevm::StreamWriter;
+use qevm_savevm::ram::BlockId;
 use qevm_wire::PageGeometry;
 use std::ops::Range;
 use vm_memory::VolatileSlice;

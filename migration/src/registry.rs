@@ -2,18 +2,14 @@
 
 use crate::{DeviceSection, Devices, GuestError, SavedDevices};
 use qevm_devices::globalstate::GlobalState;
-use qevm_savevm::{
-    Reader,
-    vmdesc::StructDescription,
-    vmstate::{self, Context, VmState},
-};
+use qevm_savevm::Reader;
+use qevm_savevm::vmdesc::StructDescription;
+use qevm_savevm::vmstate::{self, Context, VmState};
 use qevm_wire::{CountedString, Profile, QemuVersion};
-use std::{
-    fmt,
-    marker::PhantomData,
-    ops::Deref,
-    sync::{Mutex, MutexGuard, PoisonError},
-};
+use std::fmt;
+use std::marker::PhantomData;
+use std::ops::Deref;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 /// The section that says whether the guest ran. Every machine of QEMU's has it.
 const GLOBAL_STATE: &str = "globalstate";

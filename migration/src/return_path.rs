@@ -1,18 +1,13 @@
 //! The source's return-path thread: reads messages while another thread sends, and lets that one wait for them.
 
-use super::{
-    Channel, MigrationError, ReturnPathError,
-    channel::{ReadSlice, Reading},
-    core::source::Answers,
-};
+use super::channel::{ReadSlice, Reading};
+use super::core::source::Answers;
+use super::{Channel, MigrationError, ReturnPathError};
 use qevm_returnpath::{Decoder, Event, Message, MessageError};
 use qevm_wire::{Decode, DriveError, Driver, Located};
-use std::{
-    io,
-    io::Read,
-    sync::{Condvar, Mutex, MutexGuard, PoisonError},
-    time::Duration,
-};
+use std::io::{self, Read};
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 /// Bytes that a destination may send after its verdict, which are not looked at.
 const MOST_BEHIND_VERDICT: usize = 64 << 10;
@@ -155,7 +150,8 @@ fn drain(channel: &dyn Channel) -> io::Result<()> {
 mod tests {
     use super::*;
     use crate::Socket;
-    use std::{io::Write, os::unix::net::UnixStream};
+    use std::io::Write;
+    use std::os::unix::net::UnixStream;
 
     /// What a QEMU 11.1 whose `tls-creds` are set answers to a stream (GnuTLS), and what a rustls does.
     #[test]

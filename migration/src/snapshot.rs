@@ -9,14 +9,13 @@
 //!             Snapshot::copy (the next pages) ─▶ copy ───────────▲        └▶ Snapshot::take: what is sent
 //! ```
 
-use super::{GuestError, MigrationError, PAGE_SIZE, ProtectedPages, RamView, atomic_page_set::AtomicPageSet};
-use std::{
-    collections::VecDeque,
-    mem,
-    ops::Range,
-    sync::{Condvar, Mutex, MutexGuard, OnceLock, PoisonError},
-    time::Duration,
-};
+use super::atomic_page_set::AtomicPageSet;
+use super::{GuestError, MigrationError, PAGE_SIZE, ProtectedPages, RamView};
+use std::collections::VecDeque;
+use std::mem;
+use std::ops::Range;
+use std::sync::{Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::time::Duration;
 use vm_memory::Bytes;
 
 /// Bytes of copies that wait to be sent, above which those who write are slowed down…

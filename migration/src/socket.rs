@@ -2,30 +2,23 @@
 
 mod in_place;
 
-use super::{
-    Address, Channel, MigrationError,
-    channel::{MAX_PARTS, ReadSlice, WriteSlice},
-};
-use rustix::{
-    event::{PollFd, PollFlags, Timespec, poll},
-    io::Errno,
-    net::{AddressFamily, getpeername, getsockname, sockopt::set_tcp_user_timeout},
-};
+use super::channel::{MAX_PARTS, ReadSlice, WriteSlice};
+use super::{Address, Channel, MigrationError};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::Errno;
+use rustix::net::sockopt::set_tcp_user_timeout;
+use rustix::net::{AddressFamily, getpeername, getsockname};
 use socket2::{Domain, SockAddr, SockRef, Type};
-use std::{
-    ffi::OsString,
-    io,
-    io::Read,
-    net::{Shutdown, SocketAddr, TcpStream, ToSocketAddrs},
-    os::{
-        fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd},
-        unix::{ffi::OsStringExt, net::UnixStream},
-    },
-    path::PathBuf,
-    sync::Arc,
-    thread,
-    time::Duration,
-};
+use std::ffi::OsString;
+use std::io::{self, Read};
+use std::net::{Shutdown, SocketAddr, TcpStream, ToSocketAddrs};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
+use std::os::unix::ffi::OsStringExt;
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::thread;
+use std::time::Duration;
 
 /// How long is waited for a word of the kernel that it has sent memory in place.
 const IN_PLACE_TICK: Duration = Duration::from_millis(250);
@@ -375,9 +368,11 @@ impl Channel for Socket {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{Listener, channel::write_all};
+    use crate::Listener;
+    use crate::channel::write_all;
     use rustix::net::listen;
-    use std::{net::TcpListener, os::unix::net::UnixListener};
+    use std::net::TcpListener;
+    use std::os::unix::net::UnixListener;
 
     #[test]
     fn a_peer_that_is_gone_is_an_error_and_no_signal() {

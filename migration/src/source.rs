@@ -4,31 +4,25 @@ mod backlogs;
 mod perform;
 mod recovery;
 
+use super::channel::{WriteSlice, write_all};
+use super::connections::Reader;
+use super::core::DeviceOptions;
+use super::core::source::{Action, Answers, PageRoute, Sent, SourceCore, SourceOptions, Wake};
+use super::differences::Differences;
+use super::multifd::{Counts, Queue, Settings, Transfers, save_pages, send_pages};
+use super::page_file::Saving;
+use super::ram_sender::RamSender;
+use super::return_path::ReturnPath;
+use super::snapshot::Snapshot;
+use super::urgent::Urgent;
+use super::{DirtyLog, Guest, IterativeDevice, Job, MigrationError, Mode, Notice, Outgoing, Refused};
 use backlogs::Backlogs;
-
-use super::{
-    DirtyLog, Guest, IterativeDevice, Job, MigrationError, Mode, Notice, Outgoing, Refused,
-    channel::{WriteSlice, write_all},
-    connections::Reader,
-    core::{
-        DeviceOptions,
-        source::{Action, Answers, PageRoute, Sent, SourceCore, SourceOptions, Wake},
-    },
-    differences::Differences,
-    multifd::{Counts, Queue, Settings, Transfers, save_pages, send_pages},
-    page_file::Saving,
-    ram_sender::RamSender,
-    return_path::ReturnPath,
-    snapshot::Snapshot,
-    urgent::Urgent,
-};
-use qevm_wire::{PageGeometry, Profile, profile::ZeroPageDetection};
-use std::{
-    sync::{Arc, atomic::AtomicU64},
-    thread,
-    thread::{Scope, ScopedJoinHandle},
-    time::{Duration, Instant},
-};
+use qevm_wire::profile::ZeroPageDetection;
+use qevm_wire::{PageGeometry, Profile};
+use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
+use std::thread::{self, Scope, ScopedJoinHandle};
+use std::time::{Duration, Instant};
 
 /// Migrates `guest` over `connections`, and returns when it runs at the destination with all of its memory, or goes on
 /// here.

@@ -1,7 +1,11 @@
 //! The reading end of a channel: a buffer for records, and a way past it for pages.
 
-use super::{Channel, MigrationError, channel::ReadSlice, page_file::PageFile, zero::ZERO_PAGE};
-use std::{collections::VecDeque, io};
+use super::channel::ReadSlice;
+use super::page_file::PageFile;
+use super::zero::ZERO_PAGE;
+use super::{Channel, MigrationError};
+use std::collections::VecDeque;
+use std::io;
 use vm_memory::{Bytes, VolatileSlice};
 
 /// Bytes that were read and not used yet.
@@ -236,10 +240,8 @@ mod tests {
     use super::*;
     use crate::WriteSlice;
     use proptest::prelude::*;
-    use std::sync::{
-        Mutex,
-        atomic::{AtomicUsize, Ordering},
-    };
+    use std::sync::Mutex;
+    use std::sync::atomic::{AtomicUsize, Ordering};
 
     const PAGE: usize = ZERO_PAGE.len();
     const PAGES: usize = 40;

@@ -6,7 +6,8 @@
 
 mod bandwidth;
 
-use std::{fmt, time::Duration};
+use std::fmt;
+use std::time::Duration;
 
 pub use bandwidth::Bandwidth;
 

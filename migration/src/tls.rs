@@ -25,7 +25,9 @@ pub use credentials::{Credentials, CredentialsError, Endpoint, Versions};
 pub use stream::TlsSocket;
 
 use rustls::pki_types::ServerName;
-use std::{fmt, sync::Arc, time::Duration};
+use std::fmt;
+use std::sync::Arc;
+use std::time::Duration;
 
 /// How often who waits for a peer in its handshake looks how long that may take.
 pub(crate) const LOOK: Duration = Duration::from_millis(250);

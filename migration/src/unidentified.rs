@@ -5,29 +5,23 @@
 //! descriptor and a few bytes, and the number of such connections is limited; it has a few seconds; and nothing waits
 //! for it.
 
-use super::{
-    Address, Channel, ChannelName, Listener, MigrationError, Socket, Tls, TlsError,
-    listener::Caller,
-    patience::Patience,
-    tls::{self, Accepting},
-    watch::{Brings, Watched},
-};
-use qevm_multifd::{Init, layout::INIT_LEN};
-use qevm_savevm::{
-    container::FileKind,
-    first_bytes::FirstBytes,
-    framing::{MAGIC, VERSION},
-};
-use rustix::{
-    event::{PollFd, PollFlags},
-    process::{Resource, getrlimit},
-};
-use std::{
-    collections::VecDeque,
-    fmt, io,
-    sync::Arc,
-    time::{Duration, Instant},
-};
+use super::listener::Caller;
+use super::patience::Patience;
+use super::tls::{self, Accepting};
+use super::watch::{Brings, Watched};
+use super::{Address, Channel, ChannelName, Listener, MigrationError, Socket, Tls, TlsError};
+use qevm_multifd::Init;
+use qevm_multifd::layout::INIT_LEN;
+use qevm_savevm::container::FileKind;
+use qevm_savevm::first_bytes::FirstBytes;
+use qevm_savevm::framing::{MAGIC, VERSION};
+use rustix::event::{PollFd, PollFlags};
+use rustix::process::{Resource, getrlimit};
+use std::collections::VecDeque;
+use std::fmt;
+use std::io;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 /// Connections that may be unidentified at a time, beside those that a source opens; fewer where the process may have
 /// few descriptors.
@@ -456,7 +450,8 @@ fn plain(socket: &Socket, room: &mut [u8]) -> tls::Received {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::os::{fd::OwnedFd, unix::net::UnixStream};
+    use std::os::fd::OwnedFd;
+    use std::os::unix::net::UnixStream;
 
     /// What the system refuses to set up is not a peer that has closed.
     #[test]

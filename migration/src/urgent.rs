@@ -2,12 +2,10 @@
 //!
 //! To wake another thread takes about as long as to send a page. The core learns of it when it is polled next.
 
-use super::{
-    Channel, MigrationError,
-    core::source::{Batch, Sent},
-    ram_sender::RamSender,
-    return_path::ReturnPath,
-};
+use super::core::source::{Batch, Sent};
+use super::ram_sender::RamSender;
+use super::return_path::ReturnPath;
+use super::{Channel, MigrationError};
 use qevm_savevm::StreamWriter;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 

@@ -9,15 +9,12 @@
 //! An acknowledgement comes from whoever is at the other end of the connection. A proxy that acknowledges the message
 //! and dies with it cannot be told from a source that has read it: see `docs/peer.md`.
 
-use super::{
-    Channel,
-    channel::{WriteSlice, write_all},
-};
+use super::Channel;
+use super::channel::{WriteSlice, write_all};
 use qevm_returnpath::Message;
-use std::{
-    io, thread,
-    time::{Duration, Instant},
-};
+use std::io;
+use std::thread;
+use std::time::{Duration, Instant};
 
 /// How long the source's host may take to acknowledge the last word, and the source to confirm it.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(10);
@@ -84,11 +81,9 @@ pub(crate) fn send(channel: &dyn Channel, message: &Message) -> Result<(), Doubt
 mod tests {
     use super::*;
     use crate::Socket;
-    use std::{
-        io::{Read, Write},
-        net::{Shutdown, TcpListener, TcpStream},
-        os::unix::net::UnixStream,
-    };
+    use std::io::{Read, Write};
+    use std::net::{Shutdown, TcpListener, TcpStream};
+    use std::os::unix::net::UnixStream;
 
     const SHUT: Message = Message::Shut { status: 0 };
     const SHORT: Duration = Duration::from_millis(300);

@@ -8,19 +8,14 @@
 //! together: a page channel may have nothing to bring for a long time while others have. A source reads answers alone,
 //! whose deadlines are the core's.
 
-use crate::{
-    Address, Channel, Status,
-    channel::{ReadSlice, WriteSlice},
-    parameters::Timeouts,
-};
-use std::{
-    fmt, io,
-    sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicU64, Ordering},
-    },
-    time::Duration,
-};
+use crate::channel::{ReadSlice, WriteSlice};
+use crate::parameters::Timeouts;
+use crate::{Address, Channel, Status};
+use std::fmt;
+use std::io;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 /// How often whoever waits looks whether it is still to wait.
 const TICK: Duration = Duration::from_millis(250);

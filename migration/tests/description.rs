@@ -3,19 +3,15 @@
 use qevm_migration::{
     Channel, DeviceSection, Devices, DirtyLog, Guest, GuestError, Job, RamView, Registry, SavedDevices, Socket, migrate,
 };
-use qevm_savevm::{
-    Decoder, DecoderOptions, Event,
-    vmdesc::{Description, DeviceBody},
-    vmstate::VmState,
-};
+use qevm_savevm::vmdesc::{Description, DeviceBody};
+use qevm_savevm::vmstate::VmState;
+use qevm_savevm::{Decoder, DecoderOptions, Event};
 use qevm_wire::{CountedString, Driver, Limits, Profile, QemuVersion};
-use std::{
-    io::Read,
-    ops::Range,
-    os::unix::net::UnixStream,
-    sync::{Arc, Mutex},
-    thread,
-};
+use std::io::Read;
+use std::ops::Range;
+use std::os::unix::net::UnixStream;
+use std::sync::{Arc, Mutex};
+use std::thread;
 use vm_memory::{MmapRegion, VolatileMemory};
 
 /// A stopped guest of 64 pages.

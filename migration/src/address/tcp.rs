@@ -2,12 +2,11 @@
 
 use super::BadAddress;
 use rustix::net::sockopt;
-use std::{
-    fmt, io,
-    net::{IpAddr, SocketAddr},
-    os::fd::AsFd,
-    time::Duration,
-};
+use std::fmt;
+use std::io;
+use std::net::{IpAddr, SocketAddr};
+use std::os::fd::AsFd;
+use std::time::Duration;
 
 /// What follows host and port of a `tcp:` address.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -194,9 +193,11 @@ impl fmt::Display for TcpOptions {
 
 #[cfg(test)]
 mod tests {
-    use crate::{Address, BadAddress, Listener, Socket, WriteSlice, channel::write_all};
+    use crate::channel::write_all;
+    use crate::{Address, BadAddress, Listener, Socket, WriteSlice};
     use rustix::net::sockopt;
-    use std::{net::TcpListener, time::Duration};
+    use std::net::TcpListener;
+    use std::time::Duration;
 
     /// What a QEMU 11.1 says to the same URIs.
     #[test]

@@ -1,22 +1,16 @@
 //! A source's connections to a destination, which may take long and can be cancelled meanwhile.
 
 use super::{Outgoing, Reader};
-use crate::{
-    Address, Channel, ChannelName, Job, MigrationError, Socket, Timeouts, Tls, TlsChannel, WriteSlice,
-    channel::write_all,
-    watch::{Brings, Watch, Watched},
-};
+use crate::channel::write_all;
+use crate::watch::{Brings, Watch, Watched};
+use crate::{Address, Channel, ChannelName, Job, MigrationError, Socket, Timeouts, Tls, TlsChannel, WriteSlice};
 use qevm_multifd::{Init, Uuid};
 use qevm_wire::Writer;
-use std::{
-    io,
-    sync::{
-        Arc,
-        mpsc::{self, RecvTimeoutError},
-    },
-    thread,
-    time::{Duration, Instant},
-};
+use std::io;
+use std::sync::Arc;
+use std::sync::mpsc::{self, RecvTimeoutError};
+use std::thread;
+use std::time::{Duration, Instant};
 
 /// How often a migration that is being connected looks whether it was cancelled.
 const CANCEL_POLL: Duration = Duration::from_millis(20);

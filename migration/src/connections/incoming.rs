@@ -1,11 +1,9 @@
 //! The connections of a destination.
 
-use crate::{
-    Channel, MigrationError,
-    multifd::{PageStream, Settings},
-    page_file::PageFile,
-    postcopy::PreemptListener,
-};
+use crate::multifd::{PageStream, Settings};
+use crate::page_file::PageFile;
+use crate::postcopy::PreemptListener;
+use crate::{Channel, MigrationError};
 use std::sync::Arc;
 
 /// The connections of a destination.

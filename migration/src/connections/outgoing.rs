@@ -1,6 +1,7 @@
 //! The connections of a source.
 
-use crate::{Address, Channel, page_file::PageFile};
+use crate::page_file::PageFile;
+use crate::{Address, Channel};
 use std::sync::{Arc, OnceLock};
 
 /// Who reads what a source sends.

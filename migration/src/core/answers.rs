@@ -1,19 +1,17 @@
 //! What a destination has said on the return path, and what follows from it for the source.
 
-use super::{
-    Sweep,
-    source::{Batch, BlockRange, Sent},
-};
+use super::Sweep;
+use super::source::{Batch, BlockRange, Sent};
 use crate::{MigrationError, ReturnPathError, Status, handover};
-use qevm_returnpath::{
-    Message, RequestError, SessionError, SwitchoverError,
-    requests::{PageRequest, PageRequests, RequestBlocks},
-    session::{Action, SourceSession},
-    switchover::SwitchoverAckFlow,
-};
+use qevm_returnpath::requests::{PageRequest, PageRequests, RequestBlocks};
+use qevm_returnpath::session::{Action, SourceSession};
+use qevm_returnpath::switchover::SwitchoverAckFlow;
+use qevm_returnpath::{Message, RequestError, SessionError, SwitchoverError};
 use qevm_savevm::command::Command;
 use qevm_wire::{CountedString, Located, PageGeometry};
-use std::{collections::VecDeque, io, time::Duration};
+use std::collections::VecDeque;
+use std::io;
+use std::time::Duration;
 
 /// Value of the PING after the devices in the package of postcopy, before RUN: its answer says that they are loaded
 /// (10.2).

@@ -18,13 +18,15 @@ use loader::{FollowUp, Loader, RamSection};
 use phase::{Payload, Phase};
 use postcopy::{Postcopy, Start};
 use qevm_multifd::is_page_channel;
-use qevm_returnpath::{Message, switchover::DestinationGate};
-use qevm_savevm::{
-    Decoder, DecoderOptions, Event, PayloadKind,
-    ram::{RamBlocks, RamRecord},
-};
+use qevm_returnpath::Message;
+use qevm_returnpath::switchover::DestinationGate;
+use qevm_savevm::ram::{RamBlocks, RamRecord};
+use qevm_savevm::{Decoder, DecoderOptions, Event, PayloadKind};
 use qevm_wire::{Decode, Limits, Located, Step};
-use std::{collections::HashSet, io, sync::Arc, time::Duration};
+use std::collections::HashSet;
+use std::io;
+use std::sync::Arc;
+use std::time::Duration;
 
 /// A destination: told what arrived on the main channel, what the guest reported and what time it is, it says what to
 /// do next.

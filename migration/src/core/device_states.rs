@@ -3,7 +3,8 @@
 use qevm_multifd::VfioDeviceState;
 use qevm_savevm::vfio::flag;
 use qevm_wire::{Blame, CountedString, Fault};
-use std::{collections::BTreeMap, time::Duration};
+use std::collections::BTreeMap;
+use std::time::Duration;
 
 /// Bytes that may wait for pieces before them: a few for each channel (a QEMU 10.0 to 11.1 sends pieces of 1 MiB).
 const ROOM: u64 = 64 << 20;

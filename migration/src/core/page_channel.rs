@@ -1,7 +1,8 @@
 //! What the destination does with a page channel.
 
 use crate::{LoadError, MigrationError};
-use qevm_multifd::{ChannelDecoder, ChannelOptions, DeviceState, Ending, Event, Init, RamPacket, layout::INIT_LEN};
+use qevm_multifd::layout::INIT_LEN;
+use qevm_multifd::{ChannelDecoder, ChannelOptions, DeviceState, Ending, Event, Init, RamPacket};
 use qevm_wire::{Decode, Located, Step, WireError};
 
 /// The reader of one page channel: shown what has arrived, it says what to do with it.

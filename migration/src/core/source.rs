@@ -40,25 +40,25 @@ mod tests;
 mod told;
 
 pub use super::answers::Answers;
-pub use crate::{connections::Reader, pending::DeviceSize};
+pub use crate::connections::Reader;
+pub use crate::pending::DeviceSize;
 pub use action::{Action, Batch, BlockRange, DifferencePass, Sent, Wake};
 pub use options::{PageRoute, SourceOptions};
 
 use super::Sweep;
-use crate::{
-    MigrationError, Parameters, Pending, Statistics,
-    converge::{AutoConverge, Trigger},
-    pending::Account,
-    rate::RateLimiter,
-    statistics::RoundStatistics,
-    switchover::Bandwidth,
-};
+use crate::converge::{AutoConverge, Trigger};
+use crate::pending::Account;
+use crate::rate::RateLimiter;
+use crate::statistics::RoundStatistics;
+use crate::switchover::Bandwidth;
+use crate::{MigrationError, Parameters, Pending, Statistics};
 use devices::InitialData;
 use phase::{Phase, Setup};
 use qevm_multifd::{SourceSync, SyncError, SyncStep};
 use qevm_savevm::{Encoder, StreamWriter};
 use qevm_wire::{CountedString, Located, PageGeometry};
-use std::{collections::VecDeque, time::Duration};
+use std::collections::VecDeque;
+use std::time::Duration;
 
 /// The section id of `ram`; the devices' follow. QEMU's are registration numbers, and any will do.
 const RAM_SECTION: u32 = 1;

@@ -7,9 +7,11 @@
 //! the guest is busy with comes first, while nothing is known.
 
 use super::source::BlockRange;
-use crate::{PAGE_SIZE, bitmap::PageBitmap};
+use crate::PAGE_SIZE;
+use crate::bitmap::PageBitmap;
 use qevm_returnpath::requests::PageRequest;
-use std::{ops::Range, time::Duration};
+use std::ops::Range;
+use std::time::Duration;
 
 /// The least whose log is reset in one call, in pages.
 const RESET_PAGES: u64 = 256;

@@ -1,13 +1,10 @@
 use super::*;
-use std::{
-    fs::File,
-    io::Write,
-    os::{
-        fd::AsFd,
-        unix::{fs::FileExt, net::UnixStream},
-    },
-    thread,
-};
+use std::fs::File;
+use std::io::Write;
+use std::os::fd::AsFd;
+use std::os::unix::fs::FileExt;
+use std::os::unix::net::UnixStream;
+use std::thread;
 
 struct Place {
     _folder: tempfile::TempDir,

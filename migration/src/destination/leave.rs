@@ -1,16 +1,12 @@
 //! Letting go of a source.
 
-use crate::{
-    Channel, MigrationError,
-    channel::ReadSlice,
-    core::destination::{Action, Destination, Turn},
-};
+use crate::channel::ReadSlice;
+use crate::core::destination::{Action, Destination, Turn};
+use crate::{Channel, MigrationError};
 use qevm_returnpath::Message;
-use std::{
-    sync::mpsc,
-    thread,
-    time::{Duration, Instant},
-};
+use std::sync::mpsc;
+use std::thread;
+use std::time::{Duration, Instant};
 
 /// Tells the source of a failure, and gives it time to read that and to close: a socket that is closed while something
 /// unread arrives takes back what it has said, and the source would know of a broken pipe only.

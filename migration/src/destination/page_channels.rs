@@ -1,19 +1,12 @@
 //! The page channels of a destination: the threads that read them, and what they share with that of the main channel.
 
-use crate::{
-    Channel, Guest, IterativeDevice, MigrationError,
-    multifd::{Gate, PageStream, Settings, States, receive_pages},
-    ram_receiver::Listed,
-};
+use crate::multifd::{Gate, PageStream, Settings, States, receive_pages};
+use crate::ram_receiver::Listed;
+use crate::{Channel, Guest, IterativeDevice, MigrationError};
 use qevm_wire::CountedString;
-use std::{
-    sync::{
-        Mutex, OnceLock, PoisonError,
-        atomic::{AtomicBool, Ordering},
-    },
-    thread,
-    thread::Scope,
-};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, OnceLock, PoisonError};
+use std::thread::{self, Scope};
 
 /// What the threads share.
 pub(super) struct PageChannels {

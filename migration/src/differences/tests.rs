@@ -1,10 +1,8 @@
 use super::*;
-use qevm_savevm::{
-    Encoder,
-    configuration::Configuration,
-    framing::SectionHeader,
-    ram::{self, RamBlock},
-};
+use qevm_savevm::Encoder;
+use qevm_savevm::configuration::Configuration;
+use qevm_savevm::framing::SectionHeader;
+use qevm_savevm::ram::{self, RamBlock};
 use qevm_wire::CountedString;
 
 const PAGE: usize = 4096;

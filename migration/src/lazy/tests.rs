@@ -1,11 +1,9 @@
 use super::*;
 use crate::GuestError;
-use std::{
-    collections::BTreeSet,
-    io::Write,
-    os::unix::fs::FileExt,
-    sync::mpsc::{Receiver, Sender, channel},
-};
+use std::collections::BTreeSet;
+use std::io::Write;
+use std::os::unix::fs::FileExt;
+use std::sync::mpsc::{Receiver, Sender, channel};
 
 const PAGE: u64 = 4096;
 const PAGES: u64 = 300;

@@ -1,17 +1,11 @@
 //! Who waits for whom at the destination: the synchronisation of the core between threads.
 
-use crate::{
-    LoadError,
-    core::{Mark, Synchronisation},
-};
+use crate::LoadError;
+use crate::core::{Mark, Synchronisation};
 use qevm_multifd::SyncError;
-use std::{
-    sync::{
-        Condvar, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicU64, Ordering},
-    },
-    time::Instant,
-};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
 
 /// Lets the main channel and the page channels of a destination go on together.
 #[derive(Debug)]

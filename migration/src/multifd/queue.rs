@@ -1,10 +1,8 @@
 //! What the thread that looks for dirty pages hands to the threads that send them.
 
 use crate::MigrationError;
-use std::{
-    collections::VecDeque,
-    sync::{Condvar, Mutex, MutexGuard, PoisonError},
-};
+use std::collections::VecDeque;
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 
 /// Pages of one RAM block for one packet.
 #[derive(Debug)]
@@ -213,11 +211,9 @@ impl State {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::{
-        sync::atomic::{AtomicUsize, Ordering},
-        thread,
-        time::Duration,
-    };
+    use std::sync::atomic::{AtomicUsize, Ordering};
+    use std::thread;
+    use std::time::Duration;
 
     fn batch(page: u64) -> Batch {
         Batch { block: 0, pages: vec![page] }

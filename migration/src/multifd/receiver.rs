@@ -1,15 +1,12 @@
 //! A thread that reads the pages of one channel.
 
-use super::{Gate, PageStream, States, stream::Payload};
-use crate::PAGE_SIZE;
-use crate::{
-    Guest, LoadError, MigrationError, RamView,
-    channel::ReadSlice,
-    core::{PageAction, PageTurn},
-    ram_receiver::Listed,
-    zero::ZERO_PAGE,
-    zero::is_zero,
-};
+use super::stream::Payload;
+use super::{Gate, PageStream, States};
+use crate::channel::ReadSlice;
+use crate::core::{PageAction, PageTurn};
+use crate::ram_receiver::Listed;
+use crate::zero::{ZERO_PAGE, is_zero};
+use crate::{Guest, LoadError, MigrationError, PAGE_SIZE, RamView};
 use qevm_multifd::{Compression, Decompressor, RamPacket, Run};
 use qevm_wire::{Located, PageGeometry};
 use std::sync::OnceLock;

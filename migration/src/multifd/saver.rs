@@ -1,7 +1,9 @@
 //! A thread that writes pages to their places in a file.
 
-use super::{Queue, queue::Work};
-use crate::{Guest, MigrationError, page_file::Saving};
+use super::Queue;
+use super::queue::Work;
+use crate::page_file::Saving;
+use crate::{Guest, MigrationError};
 
 /// Writes what `queue` has until it ends. A failure ends the queue for all threads. Nothing tells threads apart in the
 /// file.

@@ -1,21 +1,15 @@
 //! A thread that sends pages on one channel.
 
-use super::{
-    Queue, Settings, Transfers,
-    queue::{Batch, Counts, Work},
-};
-use crate::PAGE_SIZE;
-use crate::{
-    Channel, Guest, MigrationError, RamView,
-    channel::{MAX_PARTS, WriteSlice, use_up, write_all},
-    zero::is_zero,
-};
+use super::queue::{Batch, Counts, Work};
+use super::{Queue, Settings, Transfers};
+use crate::channel::{MAX_PARTS, WriteSlice, use_up, write_all};
+use crate::zero::is_zero;
+use crate::{Channel, Guest, MigrationError, PAGE_SIZE, RamView};
 use qevm_multifd::{ChannelEncoder, Compression, Compressor, Init, Pages, Runs, Uuid};
-use qevm_wire::{CountedString, PageGeometry, Writer, profile::ZeroPageDetection};
-use std::{
-    io,
-    sync::atomic::{AtomicU64, Ordering},
-};
+use qevm_wire::profile::ZeroPageDetection;
+use qevm_wire::{CountedString, PageGeometry, Writer};
+use std::io;
+use std::sync::atomic::{AtomicU64, Ordering};
 use vm_memory::{Bytes, VolatileSlice};
 
 /// Sends what `queue` has for channel `number`, until it ends. A failure ends the queue for all channels.

@@ -2,7 +2,8 @@
 
 use crate::{Capabilities, Parameters};
 use qevm_multifd::{ChannelOptions, Compression, EncoderOptions, PacketLayout, Uuid};
-use qevm_wire::{Limits, PageGeometry, Profile, profile::ZeroPageDetection};
+use qevm_wire::profile::ZeroPageDetection;
+use qevm_wire::{Limits, PageGeometry, Profile};
 
 /// How page channels are used in one migration.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -1,15 +1,11 @@
 //! The state of devices that comes over page channels: the order of the core between threads.
 
-use crate::{
-    IterativeDevice, LoadError, MigrationError,
-    core::{DeviceStateError, DeviceStates, NextPiece},
-};
+use crate::core::{DeviceStateError, DeviceStates, NextPiece};
+use crate::{IterativeDevice, LoadError, MigrationError};
 use qevm_multifd::{DeviceState, VfioDeviceState};
 use qevm_wire::{CountedString, Located};
-use std::{
-    sync::{Condvar, Mutex, MutexGuard, PoisonError},
-    time::Instant,
-};
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
 
 /// Buffers that are kept.
 const SPARE: usize = 8;

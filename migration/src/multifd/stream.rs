@@ -1,11 +1,10 @@
 //! The reading end of one page channel.
 
-use crate::{
-    Channel, MigrationError,
-    channel::{ReadSlice, read_at_least},
-    core::PageChannel,
-};
-use qevm_multifd::{ChannelOptions, layout::INIT_LEN, packet};
+use crate::channel::{ReadSlice, read_at_least};
+use crate::core::PageChannel;
+use crate::{Channel, MigrationError};
+use qevm_multifd::layout::INIT_LEN;
+use qevm_multifd::{ChannelOptions, packet};
 use qevm_wire::PageGeometry;
 use std::sync::Arc;
 

@@ -4,10 +4,8 @@
 use crate::{IterativeDevice, MigrationError};
 use qevm_multifd::{DeviceState, VfioDeviceState};
 use qevm_wire::{CountedString, Writer};
-use std::sync::{
-    Mutex, MutexGuard, OnceLock, PoisonError,
-    atomic::{AtomicU64, Ordering},
-};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 
 /// Bytes of a device's state in one packet (QEMU 10.0 to 11.1).
 const PIECE: usize = 1 << 20;

@@ -1,12 +1,9 @@
 use super::*;
 use qevm_nbd::{ClientDecoder, Export, Negotiation, Outcome};
-use std::{
-    os::unix::net::{UnixListener, UnixStream},
-    path::Path,
-    sync::atomic::AtomicBool,
-    thread,
-    thread::JoinHandle,
-};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::Path;
+use std::sync::atomic::AtomicBool;
+use std::thread::{self, JoinHandle};
 
 const LEN: u64 = 300_000;
 

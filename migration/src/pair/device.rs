@@ -1,10 +1,8 @@
 //! A device whose state goes in parts, of which it tells as little as a real one.
 
 use crate::{GuestError, IterativeDevice, Pending};
-use std::{
-    sync::Mutex,
-    time::{Duration, Instant},
-};
+use std::sync::Mutex;
+use std::time::{Duration, Instant};
 
 pub(crate) const DEVICE: &str = "0000:00:04.0/vfio";
 

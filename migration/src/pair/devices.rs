@@ -1,9 +1,7 @@
 //! Devices whose state goes in parts: it arrives, and their rest decides about the switchover.
 
-use super::{
-    device::{Behaviour, DEVICE, FakeDevice},
-    *,
-};
+use super::device::{Behaviour, DEVICE, FakeDevice};
+use super::*;
 use crate::{LoadError, Notice};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};

@@ -3,7 +3,8 @@
 use super::*;
 use crate::XbzrleStatistics;
 use proptest::prelude::*;
-use std::{sync::atomic::Ordering, time::Duration};
+use std::sync::atomic::Ordering;
+use std::time::Duration;
 
 /// How many differences there are before the guest may go.
 const ENOUGH: u64 = 40;

@@ -1,14 +1,10 @@
 //! A channel that fails as it is told.
 
 use crate::{Channel, ReadSlice, Socket, WriteSlice};
-use std::{
-    io,
-    sync::{
-        Arc,
-        atomic::{AtomicU64, Ordering},
-    },
-    time::Duration,
-};
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
 
 /// What goes wrong, counted in bytes from the start of each direction.
 #[derive(Clone, Default)]

@@ -1,9 +1,15 @@
 //! Guests that go to files and commands, and come from there.
 
 use super::*;
-use crate::{Address, BadCapability, LoadError, NoDescriptors, connections::Reader, page_file::PageFile, pipe::Pipe};
+use crate::connections::Reader;
+use crate::page_file::PageFile;
+use crate::pipe::Pipe;
+use crate::{Address, BadCapability, LoadError, NoDescriptors};
 use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, memfd_create};
-use std::{fs::File, io, os::unix::fs::FileExt, path::Path};
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::FileExt;
+use std::path::Path;
 
 /// The page size of the guest.
 const PAGE: u64 = 4096;

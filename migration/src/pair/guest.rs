@@ -4,13 +4,9 @@ use super::device::FakeDevice;
 use crate::testing::VfioDevice;
 use crate::{DeviceSection, Devices, DirtyLog, Guest, GuestError, Hooks, IterativeDevice, RamView, SavedDevices};
 use qevm_wire::{CountedString, Profile};
-use std::{
-    ops::Range,
-    sync::{
-        Mutex,
-        atomic::{AtomicBool, AtomicU64, Ordering},
-    },
-};
+use std::ops::Range;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use vm_memory::{Bytes, MmapRegion, VolatileMemory, VolatileSlice};
 
 const PAGE: usize = 4096;

@@ -25,11 +25,9 @@ use super::{
 pub(super) use faults::{Faults, Faulty};
 pub(super) use guest::FakeGuest;
 use qevm_wire::{Profile, QemuVersion};
-use std::{
-    os::unix::net::UnixStream,
-    sync::{Arc, Mutex},
-    thread,
-};
+use std::os::unix::net::UnixStream;
+use std::sync::{Arc, Mutex};
+use std::thread;
 
 /// Two machines and the settings of a migration between them.
 pub(super) struct Pair {

@@ -1,22 +1,18 @@
 //! The same with page channels.
 
 use super::*;
-use crate::NoDescriptors;
-use crate::{
-    Address, Listener, LoadError,
-    arrivals::{Seen, gather},
-    multifd::Settings,
-    patience::Patience,
-    unidentified::{Dropped, Reason},
-};
+use crate::arrivals::{Seen, gather};
+use crate::multifd::Settings;
+use crate::patience::Patience;
+use crate::unidentified::{Dropped, Reason};
+use crate::{Address, Listener, LoadError, NoDescriptors};
 use qevm_multifd::{Compression, ErrorKind, HandshakeError, Init, PacketError, Uuid};
-use qevm_wire::{Blame, Fault, profile::ZeroPageDetection};
-use std::{
-    io::Write,
-    path::PathBuf,
-    sync::atomic::{AtomicBool, Ordering},
-    time::Duration,
-};
+use qevm_wire::profile::ZeroPageDetection;
+use qevm_wire::{Blame, Fault};
+use std::io::Write;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
 /// How a source connects, and what goes wrong on its channels.
 #[derive(Default)]

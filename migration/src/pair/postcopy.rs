@@ -2,18 +2,14 @@
 
 use super::*;
 use qevm_returnpath::Message;
-use qevm_savevm::{
-    Decoder, DecoderOptions, Event,
-    command::Command,
-    ram::{BlockId, PageAt, PreemptDecoder, RamBlocks, RamRecord},
-};
+use qevm_savevm::command::Command;
+use qevm_savevm::ram::{BlockId, PageAt, PreemptDecoder, RamBlocks, RamRecord};
+use qevm_savevm::{Decoder, DecoderOptions, Event};
 use qevm_wire::{CountedString, Driver, PageGeometry};
-use std::{
-    collections::HashMap,
-    io::{Read, Write},
-    sync::Mutex,
-    time::{Duration, Instant},
-};
+use std::collections::HashMap;
+use std::io::{Read, Write};
+use std::sync::Mutex;
+use std::time::{Duration, Instant};
 
 const PAGES: u64 = 2000;
 const PAGE: usize = 4096;

@@ -2,23 +2,21 @@
 //! protocol.
 
 use super::*;
-use crate::{Address, NoDescriptors, PAGE_SIZE, Refused, testing::Random};
-use qevm_returnpath::{Encoder, Message, bitmap::bitmap_len};
-use qevm_savevm::{
-    Decoder, DecoderOptions, Event,
-    command::Command,
-    ram::{PageAt, RamRecord},
-};
+use crate::testing::Random;
+use crate::{Address, NoDescriptors, PAGE_SIZE, Refused};
+use qevm_returnpath::bitmap::bitmap_len;
+use qevm_returnpath::{Encoder, Message};
+use qevm_savevm::command::Command;
+use qevm_savevm::ram::{PageAt, RamRecord};
+use qevm_savevm::{Decoder, DecoderOptions, Event};
 use qevm_wire::{CountedString, Driver, PageGeometry, Writer};
-use std::{
-    cell::Cell,
-    collections::BTreeMap,
-    io::{self, Read, Write},
-    net::Shutdown,
-    os::unix::net::UnixListener,
-    rc::Rc,
-    time::Duration,
-};
+use std::cell::Cell;
+use std::collections::BTreeMap;
+use std::io::{self, Read, Write};
+use std::net::Shutdown;
+use std::os::unix::net::UnixListener;
+use std::rc::Rc;
+use std::time::Duration;
 use vm_memory::Bytes;
 
 const PAGES: u64 = 400;

@@ -2,14 +2,13 @@
 
 use super::*;
 use crate::{Doubt, LoadError, Mode, Notice};
-use qevm_savevm::{Encoder, StreamWriter, command::Command};
+use qevm_savevm::command::Command;
+use qevm_savevm::{Encoder, StreamWriter};
 use qevm_wire::{Located, PageGeometry};
-use std::{
-    io::{Read, Write},
-    net::Shutdown,
-    sync::atomic::Ordering,
-    time::{Duration, Instant},
-};
+use std::io::{Read, Write};
+use std::net::Shutdown;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
 
 /// Bytes of the confirmation after the end of the stream: a command with a 32-bit value.
 const CONFIRMATION: u64 = 9;

@@ -1,12 +1,11 @@
 //! Devices with all that QEMU's VFIO devices do in a migration: initial data, a configuration, and state over page
 //! channels.
 
-use super::{multifd::Plan, *};
-use crate::{
-    LoadError,
-    core::DeviceStateError,
-    testing::{VfioDevice, VfioShape},
-};
+use super::multifd::Plan;
+use super::*;
+use crate::LoadError;
+use crate::core::DeviceStateError;
+use crate::testing::{VfioDevice, VfioShape};
 use qevm_multifd::Compression;
 use std::sync::atomic::{AtomicU64, Ordering};
 

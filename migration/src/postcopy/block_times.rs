@@ -1,7 +1,8 @@
 //! How long the guest waits for its memory (capability `postcopy-blocktime`).
 
 use crate::atomic_page_set::AtomicPageSet;
-use std::{collections::HashMap, time::Duration};
+use std::collections::HashMap;
+use std::time::Duration;
 
 /// How long faults took: fault `n` of the distribution between 2^n and 2^(n+1) microseconds, those of the last and
 /// longer.

@@ -1,13 +1,14 @@
 //! From when on memory is missing.
 
-use super::{
-    missing::{Block, LISTEN, Shared},
-    preempt::Preempt,
-};
-use crate::{Channel, Guest, MigrationError, ram_receiver::Listed, watch::Watch};
+use super::missing::{Block, LISTEN, Shared};
+use super::preempt::Preempt;
+use crate::ram_receiver::Listed;
+use crate::watch::Watch;
+use crate::{Channel, Guest, MigrationError};
 use qevm_returnpath::requests::{RequestBlock, RequestBlocks};
 use qevm_savevm::ram::RamBlocks;
-use std::{sync::Arc, thread, thread::JoinHandle};
+use std::sync::Arc;
+use std::thread::{self, JoinHandle};
 
 /// Memory that is missing, and a thread that asks for what is touched.
 pub(crate) struct Listening {

@@ -1,32 +1,23 @@
 //! Memory that is missing until it comes from the source.
 
-use super::{
-    assembly::Assembly,
-    block_times::{Account, BlockTimes},
-    preempt::Preempt,
-};
-use crate::{
-    Channel, LoadError, MigrationError, MissingPages, PAGE_SIZE, RestoreProgress, Status, Touch,
-    atomic_page_set::AtomicPageSet,
-    channel::{WriteSlice, write_all},
-    ram_receiver::Listed,
-    watch::Watch,
-};
-use qevm_returnpath::{
-    Message,
-    requests::{PageFaults, RequestBlocks},
-};
+use super::assembly::Assembly;
+use super::block_times::{Account, BlockTimes};
+use super::preempt::Preempt;
+use crate::atomic_page_set::AtomicPageSet;
+use crate::channel::{WriteSlice, write_all};
+use crate::ram_receiver::Listed;
+use crate::watch::Watch;
+use crate::{Channel, LoadError, MigrationError, MissingPages, PAGE_SIZE, RestoreProgress, Status, Touch};
+use qevm_returnpath::Message;
+use qevm_returnpath::requests::{PageFaults, RequestBlocks};
 use qevm_savevm::ram::{PageAt, RamBlocks};
 use qevm_wire::{CountedString, Located};
-use std::{
-    collections::VecDeque,
-    fmt, io,
-    sync::{
-        Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError,
-        atomic::{AtomicU64, Ordering},
-    },
-    time::Instant,
-};
+use std::collections::VecDeque;
+use std::fmt;
+use std::io;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::time::Instant;
 
 pub(super) const LISTEN: &str = "receive guest memory while the guest runs (capability 'postcopy-ram')";
 const ASK: &str = "ask the source for pages that are missing";

@@ -6,36 +6,26 @@
 //! the record of a page of a block that the source has listed. With TLS its session begins when it calls: a source
 //! waits for that.
 
-use super::{
-    assembly::Assembly,
-    missing::{Line, Shared, State},
-};
-use crate::{
-    Channel, ChannelName, Listener, LoadError, MigrationError, PAGE_SIZE, Socket, Tls,
-    channel::Reading,
-    listener::Caller,
-    patience::NO_END,
-    tls::{self, Accepting},
-    unidentified::SilentConn,
-    watch::{Brings, Watch, Watched},
-};
-use qevm_savevm::{
-    first_bytes::FirstBytes,
-    ram::{PreemptDecoder, RamBlocks, RamRecord},
-};
+use super::assembly::Assembly;
+use super::missing::{Line, Shared, State};
+use crate::channel::Reading;
+use crate::listener::Caller;
+use crate::patience::NO_END;
+use crate::tls::{self, Accepting};
+use crate::unidentified::SilentConn;
+use crate::watch::{Brings, Watch, Watched};
+use crate::{Channel, ChannelName, Listener, LoadError, MigrationError, PAGE_SIZE, Socket, Tls};
+use qevm_savevm::first_bytes::FirstBytes;
+use qevm_savevm::ram::{PreemptDecoder, RamBlocks, RamRecord};
 use qevm_wire::{Decode, DriveError, Driver, Fault, PageGeometry};
-use rustix::{
-    event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll},
-    io::Errno,
-};
-use std::{
-    fmt, io,
-    io::Read,
-    os::fd::OwnedFd,
-    sync::{Arc, Mutex, MutexGuard, PoisonError, atomic::Ordering},
-    thread,
-    thread::JoinHandle,
-};
+use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
+use rustix::io::Errno;
+use std::fmt;
+use std::io::{self, Read};
+use std::os::fd::OwnedFd;
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread::{self, JoinHandle};
 
 /// Connections that may be the preempt channel at a time.
 const ROOM: usize = 64;

@@ -1,24 +1,18 @@
 //! A postcopy whose connection is lost and replaced by another: nothing that has come is lost, and nothing comes twice.
 
-use super::{
-    missing::{Line, NextLine, RequestChannel, Shared},
-    preempt::{Preempt, PreemptListener},
-};
-use crate::{
-    Address, Channel, ChannelName, Listener, MigrationError, Refused, Socket, Status, Tls,
-    channel::{ReadSlice, read_at_least},
-    patience::NO_END,
-    tls::{Accepting, LOOK},
-    watch::{Brings, Watch, Watched},
-};
+use super::missing::{Line, NextLine, RequestChannel, Shared};
+use super::preempt::{Preempt, PreemptListener};
+use crate::channel::{ReadSlice, read_at_least};
+use crate::patience::NO_END;
+use crate::tls::{Accepting, LOOK};
+use crate::watch::{Brings, Watch, Watched};
+use crate::{Address, Channel, ChannelName, Listener, MigrationError, Refused, Socket, Status, Tls};
 use qevm_returnpath::{Encoder, Message};
 use qevm_wire::Writer;
-use std::{
-    io,
-    sync::{Arc, PoisonError},
-    thread,
-    time::{Duration, Instant},
-};
+use std::io;
+use std::sync::{Arc, PoisonError};
+use std::thread;
+use std::time::{Duration, Instant};
 
 /// How often who waits for a source looks whether it is still to wait.
 const POLL: Duration = Duration::from_millis(20);

@@ -1,18 +1,14 @@
 //! The start of a guest whose memory is still to come.
 
-use super::{Listening, Postcopy, stream::Stream};
-use crate::{
-    Arrival, Channel, Guest, Job, LoadError, MigrationError, Rest, Status,
-    core::destination::{Action, Destination, Turn},
-    destination::within,
-};
+use super::stream::Stream;
+use super::{Listening, Postcopy};
+use crate::core::destination::{Action, Destination, Turn};
+use crate::destination::within;
+use crate::{Arrival, Channel, Guest, Job, LoadError, MigrationError, Rest, Status};
 use qevm_wire::Located;
-use std::{
-    sync::Arc,
-    thread,
-    thread::JoinHandle,
-    time::{Duration, Instant},
-};
+use std::sync::Arc;
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
 
 /// How long a source that was told of a failure may take to close.
 const LINGER: Duration = Duration::from_secs(1);

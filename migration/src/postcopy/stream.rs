@@ -1,17 +1,13 @@
 //! The thread that reads the stream when the guest runs before its memory has come.
 
-use super::{assembly::Assembly, missing::Shared};
-use crate::{
-    Channel, MigrationError,
-    core::destination::{Action, Destination, Turn},
-    destination::leave,
-    stream_reader::StreamReader,
-    verdict,
-};
-use std::{
-    sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError},
-    time::Instant,
-};
+use super::assembly::Assembly;
+use super::missing::Shared;
+use crate::core::destination::{Action, Destination, Turn};
+use crate::destination::leave;
+use crate::stream_reader::StreamReader;
+use crate::{Channel, MigrationError, verdict};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
 
 /// The stream, and what it says.
 pub(super) struct Stream {

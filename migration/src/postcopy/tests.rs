@@ -1,32 +1,27 @@
 mod peer;
 mod preempt;
 
+use crate::atomic_page_set::AtomicPageSet;
+use crate::ram_receiver::Listed;
 use crate::{
     Address, Arrival, Capabilities, Channel, DeviceSection, Devices, DirtyLog, Guest, GuestError, Hooks, Job, Listener,
-    LoadError, MigrationError, MissingPages, RamView, Rest, SavedDevices, Status, Touch,
-    atomic_page_set::AtomicPageSet, ram_receiver::Listed, receive,
+    LoadError, MigrationError, MissingPages, RamView, Rest, SavedDevices, Status, Touch, receive,
 };
 use peer::{Peer, name};
 use qevm_returnpath::Message;
-use qevm_savevm::{
-    command::Command,
-    ram::{BlockId, PageAt},
-};
+use qevm_savevm::command::Command;
+use qevm_savevm::ram::{BlockId, PageAt};
 use qevm_wire::{CountedString, Profile, QemuVersion};
-use std::{
-    collections::BTreeMap,
-    io::{self, Write},
-    net::Shutdown,
-    ops::Range,
-    os::unix::net::UnixStream,
-    path::Path,
-    sync::{
-        Arc, Condvar, Mutex,
-        mpsc::{Receiver, Sender, channel},
-    },
-    thread,
-    time::Duration,
-};
+use std::collections::BTreeMap;
+use std::io::{self, Write};
+use std::net::Shutdown;
+use std::ops::Range;
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::{Arc, Condvar, Mutex};
+use std::thread;
+use std::time::Duration;
 use vm_memory::{MmapRegion, VolatileMemory};
 
 const PAGE: u64 = 4096;

@@ -1,15 +1,12 @@
 //! Memory that the kernel sends without copying it first (`MSG_ZEROCOPY`, Linux 4.14), and its word that it has.
 
-use rustix::{
-    event::{PollFd, PollFlags, Timespec, poll},
-    io::Errno,
-};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::Errno;
 use socket2::SockRef;
-use std::{
-    io, mem,
-    os::fd::{AsRawFd, BorrowedFd},
-    time::Duration,
-};
+use std::io;
+use std::mem;
+use std::os::fd::{AsRawFd, BorrowedFd};
+use std::time::Duration;
 
 /// The word comes from `MSG_ZEROCOPY` (`SO_EE_ORIGIN_ZEROCOPY` of `linux/errqueue.h`)…
 const ORIGIN_ZEROCOPY: u8 = 5;
@@ -93,14 +90,13 @@ pub(super) fn completed(socket: BorrowedFd<'_>, patience: Duration) -> io::Resul
 #[cfg(test)]
 mod tests {
     use super::super::Socket;
-    use crate::{Channel, channel::WriteSlice};
-    use std::{
-        io::Read,
-        net::{TcpListener, TcpStream},
-        os::unix::net::UnixStream,
-        thread,
-        time::{Duration, Instant},
-    };
+    use crate::Channel;
+    use crate::channel::WriteSlice;
+    use std::io::Read;
+    use std::net::{TcpListener, TcpStream};
+    use std::os::unix::net::UnixStream;
+    use std::thread;
+    use std::time::{Duration, Instant};
 
     fn pair() -> (Socket, TcpStream) {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();

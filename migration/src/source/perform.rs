@@ -1,17 +1,18 @@
 //! What each action of the core means for threads, sockets, files and the guest.
 
 use super::{Action, Counts, Engine, Notice, Sent, Wake, WriteSlice, monotonic_now, write_all};
-use crate::{
-    Channel, ChannelName, GuestError, MigrationError, PAGE_SIZE, Silence, core::source::BlockRange, page_file::Saving,
-    pending::DeviceSize, ram_sender, urgent,
-};
-use qevm_savevm::{
-    event::Event,
-    mapped_ram::MappedBlock,
-    ram::{MappedRamHeader, RamBlock, RamRecord},
-};
+use crate::core::source::BlockRange;
+use crate::page_file::Saving;
+use crate::pending::DeviceSize;
+use crate::{Channel, ChannelName, GuestError, MigrationError, PAGE_SIZE, Silence, ram_sender, urgent};
+use qevm_savevm::event::Event;
+use qevm_savevm::mapped_ram::MappedBlock;
+use qevm_savevm::ram::{MappedRamHeader, RamBlock, RamRecord};
 use qevm_wire::PageGeometry;
-use std::{io, ops::Range, sync::Arc, time::Duration};
+use std::io;
+use std::ops::Range;
+use std::sync::Arc;
+use std::time::Duration;
 
 impl Engine<'_, '_> {
     /// Fails if what is on its way on a connection has not moved for as long as a connection may be silent.

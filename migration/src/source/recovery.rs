@@ -1,9 +1,11 @@
 //! The connections of a source, which may be replaced when the guest went before its memory.
 
 use super::Engine;
-use crate::{MigrationError, ram_sender::RamSender};
+use crate::MigrationError;
+use crate::ram_sender::RamSender;
 use qevm_wire::PageGeometry;
-use std::{sync::Arc, thread};
+use std::sync::Arc;
+use std::thread;
 
 impl Engine<'_, '_> {
     /// Reads the return path in a thread of its own, if there is one.

@@ -1,9 +1,8 @@
 //! How fast the link is.
 
-use std::time::Duration;
-
 use super::per_second;
 use crate::rate::WINDOW;
+use std::time::Duration;
 
 /// The bandwidth of a link, measured over windows of at least 100 ms of sending.
 ///

@@ -1,22 +1,18 @@
 //! A driver of the destination's core, over simulated links.
 
-use super::{
-    Link, Memory, Plan, Plant, Random,
-    early::Early,
-    memory::{BLOCKS, PAGE},
-    pages::Pages,
-};
-use crate::{
-    Doubt, LoadError, MigrationError,
-    core::{
-        Synchronisation,
-        destination::{Action, Destination, DestinationOptions, Turn},
-    },
-};
-use qevm_returnpath::{Encoder, Message, requests::PageFaults};
+use super::early::Early;
+use super::memory::{BLOCKS, PAGE};
+use super::pages::Pages;
+use super::{Link, Memory, Plan, Plant, Random};
+use crate::core::Synchronisation;
+use crate::core::destination::{Action, Destination, DestinationOptions, Turn};
+use crate::{Doubt, LoadError, MigrationError};
+use qevm_returnpath::requests::PageFaults;
+use qevm_returnpath::{Encoder, Message};
 use qevm_savevm::ram::PageAt;
 use qevm_wire::{CountedString, Profile, Writer};
-use std::{io, time::Duration};
+use std::io;
+use std::time::Duration;
 
 /// How long the main channel may be silent.
 pub(super) const SILENCE: Duration = Duration::from_secs(20);

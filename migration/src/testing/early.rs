@@ -1,6 +1,7 @@
 //! A guest that runs before its memory has come.
 
-use super::{Memory, Random, memory::PAGE};
+use super::memory::PAGE;
+use super::{Memory, Random};
 use std::time::Duration;
 
 /// Most that the guest writes to between two steps.

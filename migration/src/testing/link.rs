@@ -1,7 +1,8 @@
 //! One direction of a connection, under virtual time.
 
 use super::Random;
-use std::{collections::VecDeque, time::Duration};
+use std::collections::VecDeque;
+use std::time::Duration;
 
 /// What goes wrong on a link, at a byte of it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -1,14 +1,15 @@
 //! The page channels of a simulated source.
 
-use super::{Fault, Link, Memory, Plan, Random, memory::PAGE};
-use crate::{
-    MigrationError,
-    core::source::Sent,
-    multifd::{Batch, Settings},
-};
+use super::memory::PAGE;
+use super::{Fault, Link, Memory, Plan, Random};
+use crate::MigrationError;
+use crate::core::source::Sent;
+use crate::multifd::{Batch, Settings};
 use qevm_multifd::{ChannelEncoder, Init, Pages, Uuid};
-use qevm_wire::{CountedString, Writer, profile::ZeroPageDetection};
-use std::{collections::VecDeque, time::Duration};
+use qevm_wire::profile::ZeroPageDetection;
+use qevm_wire::{CountedString, Writer};
+use std::collections::VecDeque;
+use std::time::Duration;
 
 /// Who sends what on all page channels: a batch is taken by whichever channel is free.
 pub(super) struct PageSender {

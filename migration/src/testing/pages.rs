@@ -1,16 +1,14 @@
 //! A driver of a page channel's reader, over a simulated link.
 
-use super::{
-    Link, Memory, Plan, Plant, Random,
-    memory::{BLOCKS, PAGE},
-};
-use crate::{
-    LoadError, MigrationError,
-    core::{PageAction, PageChannel, PageTurn, Synchronisation},
-};
-use qevm_multifd::{ChannelOptions, SyncError, Uuid, layout::INIT_LEN};
+use super::memory::{BLOCKS, PAGE};
+use super::{Link, Memory, Plan, Plant, Random};
+use crate::core::{PageAction, PageChannel, PageTurn, Synchronisation};
+use crate::{LoadError, MigrationError};
+use qevm_multifd::layout::INIT_LEN;
+use qevm_multifd::{ChannelOptions, SyncError, Uuid};
 use qevm_wire::Located;
-use std::{collections::VecDeque, time::Duration};
+use std::collections::VecDeque;
+use std::time::Duration;
 
 /// A page channel of the destination.
 pub(super) struct Pages {

@@ -1,6 +1,7 @@
 //! One migration, with something going wrong at each of its places.
 
-use super::{simulation::Simulation, *};
+use super::simulation::Simulation;
+use super::*;
 use crate::MigrationError;
 use std::time::Duration;
 

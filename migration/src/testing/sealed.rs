@@ -1,12 +1,10 @@
 //! A channel that seals what it carries, as a TLS session does.
 
 use crate::{Channel, ReadSlice, WriteSlice};
-use std::{
-    collections::VecDeque,
-    io,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
-    time::Duration,
-};
+use std::collections::VecDeque;
+use std::io;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 /// Bytes of a record's head: two for the length of its body, four for a sum over it.
 const HEAD: usize = 6;

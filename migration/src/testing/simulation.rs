@@ -1,6 +1,8 @@
 //! One migration, and what must hold in it.
 
-use super::{Fault, Link, Plan, destination::Receiver, source::Source};
+use super::destination::Receiver;
+use super::source::Source;
+use super::{Fault, Link, Plan};
 use crate::MigrationError;
 use std::time::Duration;
 

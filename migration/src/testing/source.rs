@@ -3,20 +3,18 @@
 mod recovery;
 mod send;
 
-use super::{
-    Link, Memory, Plan, Plant, Random,
-    memory::{BLOCKS, PAGE},
-    page_sender::{PageSender, Work},
-};
-use crate::{
-    Capabilities, DeviceSection, MigrationError, Parameters, ReturnPathError, SavedDevices, Status,
-    core::source::{Action, Answers, BlockRange, PageRoute, Reader, Sent, SourceCore, SourceOptions, Wake},
-    multifd::Settings,
-};
+use super::memory::{BLOCKS, PAGE};
+use super::page_sender::{PageSender, Work};
+use super::{Link, Memory, Plan, Plant, Random};
+use crate::core::source::{Action, Answers, BlockRange, PageRoute, Reader, Sent, SourceCore, SourceOptions, Wake};
+use crate::multifd::Settings;
+use crate::{Capabilities, DeviceSection, MigrationError, Parameters, ReturnPathError, SavedDevices, Status};
 use qevm_returnpath::{Decoder, Event, Message};
 use qevm_wire::{CountedString, Decode, Profile, Step, Writer};
 use send::{FollowUp, Page};
-use std::{collections::VecDeque, io, time::Duration};
+use std::collections::VecDeque;
+use std::io;
+use std::time::Duration;
 
 /// How long the source waits for the destination's answers and its verdict.
 pub(super) const PATIENCE: Duration = Duration::from_secs(30);

@@ -1,7 +1,9 @@
 //! What the simulator finds, and what it does not.
 
-use super::{simulation::Simulation, *};
-use std::{collections::HashMap, time::Duration};
+use super::simulation::Simulation;
+use super::*;
+use std::collections::HashMap;
+use std::time::Duration;
 
 /// Migrations of `make test`; the target `simulate` runs a million.
 const RUNS: u64 = 10_000;

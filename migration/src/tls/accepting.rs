@@ -1,15 +1,14 @@
 //! A TLS session that a caller begins, without waiting for it.
 
-use super::{Endpoint, LOOK, Tls, TlsChannel, TlsError, credentials::Side};
+use super::credentials::Side;
+use super::{Endpoint, LOOK, Tls, TlsChannel, TlsError};
 use crate::{Channel, Socket};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustls::ServerConnection;
-use std::{
-    fmt,
-    io::{self, Read},
-    sync::Arc,
-    time::{Duration, Instant},
-};
+use std::fmt;
+use std::io::{self, Read};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 /// Bytes that are taken from the socket at once: until it is known who calls there is no more to read than a handshake.
 const READ: usize = 16 << 10;

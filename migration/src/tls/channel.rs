@@ -1,14 +1,14 @@
 //! A channel in a TLS session.
 
-use super::{Credentials, Endpoint, LOOK, Tls, TlsError, credentials::Side, server_name};
-use crate::{Channel, ReadSlice, WriteSlice, channel::write_all};
+use super::credentials::Side;
+use super::{Credentials, Endpoint, LOOK, Tls, TlsError, server_name};
+use crate::channel::write_all;
+use crate::{Channel, ReadSlice, WriteSlice};
 use rustls::{ClientConnection, Connection};
-use std::{
-    fmt,
-    io::{self, BufRead, Write},
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
-    time::{Duration, Instant},
-};
+use std::fmt;
+use std::io::{self, BufRead, Write};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 /// Bytes of a write that are sealed and sent at once.
 const WRITE: usize = 256 << 10;

@@ -2,13 +2,11 @@
 
 use super::{Accepting, Received, Tls, TlsChannel, TlsError};
 use crate::{Channel, ReadSlice, Socket, WriteSlice};
-use std::{
-    fmt,
-    io::{self, Read, Write},
-    os::fd::{AsFd, BorrowedFd},
-    sync::{Arc, Mutex, OnceLock, PoisonError},
-    time::Duration,
-};
+use std::fmt;
+use std::io::{self, Read, Write};
+use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::time::Duration;
 
 /// A socket in a TLS session, with the reads and writes of [`std::io`].
 ///

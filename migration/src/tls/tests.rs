@@ -1,15 +1,20 @@
 use super::*;
-use crate::{
-    Capabilities, Channel, Job, Listener, Outgoing, ReadSlice, Socket, WriteSlice,
-    arrivals::{Seen, gather},
-    channel::{read_at_least, write_all},
-    multifd::Settings,
-    patience::Patience,
-    unidentified::{Dropped, Reason},
-};
+use crate::arrivals::{Seen, gather};
+use crate::channel::{read_at_least, write_all};
+use crate::multifd::Settings;
+use crate::patience::Patience;
+use crate::unidentified::{Dropped, Reason};
+use crate::{Capabilities, Channel, Job, Listener, Outgoing, ReadSlice, Socket, WriteSlice};
 use qevm_savevm::first_bytes::FirstBytes;
 use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, DnType, IsCa, KeyPair};
-use std::{fs, io::Write, net::TcpStream, os::unix::net::UnixStream, path::Path, sync::mpsc, thread, time::Duration};
+use std::fs;
+use std::io::Write;
+use std::net::TcpStream;
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::sync::mpsc;
+use std::thread;
+use std::time::Duration;
 
 const LONG: Duration = Duration::from_secs(60);
 const MAIN: &[u8] = b"QEVM\0\0\0\x03\x07";

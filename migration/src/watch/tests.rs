@@ -1,9 +1,9 @@
 use super::*;
-use crate::{
-    Job, Listener, Socket,
-    channel::{read_at_least, write_all},
-};
-use std::{os::unix::net::UnixStream, thread, time::Instant};
+use crate::channel::{read_at_least, write_all};
+use crate::{Job, Listener, Socket};
+use std::os::unix::net::UnixStream;
+use std::thread;
+use std::time::Instant;
 
 /// Far more than anything here takes.
 const LONG: Duration = Duration::from_secs(60);

@@ -4,7 +4,8 @@ use crate::core::Mark;
 use qevm_returnpath::Message;
 use qevm_savevm::ram::{BlockId, PageAt, RamBlock};
 use qevm_wire::CountedString;
-use std::{ops::Range, time::Duration};
+use std::ops::Range;
+use std::time::Duration;
 
 /// What to do next.
 #[derive(Debug)]

@@ -1,6 +1,7 @@
 //! The iterative devices of a destination, and what has come of each.
 
-use crate::{LoadError, core::DeviceOptions};
+use crate::LoadError;
+use crate::core::DeviceOptions;
 use qevm_savevm::framing::{SectionHeader, SectionKind};
 
 /// The devices whose state comes in parts.

@@ -1,24 +1,18 @@
 //! What the events of a stream mean for a destination.
 
-use super::{Action, Iterative, Phase, SectionUse, postcopy::Postcopy};
-use crate::{
-    DeviceSection, LoadError,
-    core::{DeviceStateError, Mark, device_states},
-    handover,
-};
+use super::postcopy::Postcopy;
+use super::{Action, Iterative, Phase, SectionUse};
+use crate::core::{DeviceStateError, Mark, device_states};
+use crate::{DeviceSection, LoadError, handover};
 use qevm_multifd::Uuid;
-use qevm_returnpath::{
-    Message,
-    switchover::{Ack, DestinationGate},
-};
-use qevm_savevm::{
-    Event,
-    command::Command,
-    configuration::{Configuration, ConfigurationSubsection},
-    framing::{Content, SectionHeader, SectionKind},
-    ram::RamRecord,
-    vfio::VfioRecord,
-};
+use qevm_returnpath::Message;
+use qevm_returnpath::switchover::{Ack, DestinationGate};
+use qevm_savevm::Event;
+use qevm_savevm::command::Command;
+use qevm_savevm::configuration::{Configuration, ConfigurationSubsection};
+use qevm_savevm::framing::{Content, SectionHeader, SectionKind};
+use qevm_savevm::ram::RamRecord;
+use qevm_savevm::vfio::VfioRecord;
 use qevm_wire::{CountedString, PageGeometry};
 use std::collections::HashSet;
 

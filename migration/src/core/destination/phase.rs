@@ -26,10 +26,8 @@
 
 use super::SectionUse;
 use crate::core::Mark;
-use qevm_savevm::{
-    framing::SectionHeader,
-    ram::{PageAt, RamBlock},
-};
+use qevm_savevm::framing::SectionHeader;
+use qevm_savevm::ram::{PageAt, RamBlock};
 use std::time::Duration;
 
 /// Where a destination is.

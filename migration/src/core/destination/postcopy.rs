@@ -2,10 +2,8 @@
 
 use super::{Action, FollowUp, Phase};
 use crate::{LoadError, PAGE_SIZE};
-use qevm_savevm::{
-    command::{Command, PostcopyAdvise},
-    ram::BlockId,
-};
+use qevm_savevm::command::{Command, PostcopyAdvise};
+use qevm_savevm::ram::BlockId;
 use qevm_wire::CountedString;
 use std::collections::VecDeque;
 

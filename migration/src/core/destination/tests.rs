@@ -1,18 +1,15 @@
 //! Iterative devices at the destination: what their sections mean, and in which order they may come.
 
 use super::*;
-use crate::{
-    DeviceSection,
-    core::{DeviceOptions, DeviceStateError},
-};
-use qevm_returnpath::{SwitchoverError, switchover::SwitchoverAckFlow};
-use qevm_savevm::{
-    Event, StreamWriter,
-    command::Command,
-    framing::{SectionHeader, SectionKind},
-    ram::{BlockId, RamBlock},
-    vfio::VfioRecord,
-};
+use crate::DeviceSection;
+use crate::core::{DeviceOptions, DeviceStateError};
+use qevm_returnpath::SwitchoverError;
+use qevm_returnpath::switchover::SwitchoverAckFlow;
+use qevm_savevm::command::Command;
+use qevm_savevm::framing::{SectionHeader, SectionKind};
+use qevm_savevm::ram::{BlockId, RamBlock};
+use qevm_savevm::vfio::VfioRecord;
+use qevm_savevm::{Event, StreamWriter};
 use qevm_wire::{Blame, CountedString, Fault};
 
 const CONFIG: &[u8] = b"the configuration";

@@ -2,7 +2,8 @@
 
 use crate::{MigrationError, Status};
 use qevm_savevm::ram::RamBlock;
-use std::{ops::Range, time::Duration};
+use std::ops::Range;
+use std::time::Duration;
 
 /// Pages of one RAM block.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -1,13 +1,12 @@
 //! The guest is paused: its devices are saved, and all that is left is sent but the end of the stream.
 
-use super::{
-    Action, Answers, PageRoute, Pause, RAM_SECTION, SourceCore, Wake,
-    phase::{Completing, Phase, Postcopy, Rest, Stopped},
-    precopy::RECORD,
-};
+use super::phase::{Completing, Phase, Postcopy, Rest, Stopped};
+use super::precopy::RECORD;
+use super::{Action, Answers, PageRoute, Pause, RAM_SECTION, SourceCore, Wake};
 use crate::{MigrationError, SavedDevices, Status, handover};
 use qevm_multifd::SourceSync;
-use qevm_savevm::{command::Command, vfio::VfioRecord};
+use qevm_savevm::command::Command;
+use qevm_savevm::vfio::VfioRecord;
 use std::time::Duration;
 
 /// How often the return path is looked at while the guest waits for `migrate-continue`.

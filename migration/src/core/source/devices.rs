@@ -3,11 +3,9 @@
 use super::{Action, Answers, RAM_SECTION, SourceCore};
 use crate::{DeviceSection, MigrationError, handover};
 use qevm_returnpath::switchover::SwitchoverAckFlow;
-use qevm_savevm::{
-    event::Event,
-    framing::{SectionHeader, SectionKind},
-    vfio::{VfioRecord, flag},
-};
+use qevm_savevm::event::Event;
+use qevm_savevm::framing::{SectionHeader, SectionKind};
+use qevm_savevm::vfio::{VfioRecord, flag};
 use qevm_wire::CountedString;
 use std::time::Duration;
 

@@ -1,9 +1,7 @@
 //! What the guest is paused for: every moment of a pause goes to one part of it.
 
-use super::{
-    SourceCore,
-    phase::{Phase, Postcopy, Rest, Snapshot, Stopped},
-};
+use super::SourceCore;
+use super::phase::{Phase, Postcopy, Rest, Snapshot, Stopped};
 use crate::DowntimeParts;
 use std::time::Duration;
 

@@ -4,12 +4,12 @@
 //! go on here. After that, only a destination that waits for a confirmation, or says that it has failed, does not run
 //! it for certain.
 
-use super::{
-    Action, Answers, SourceCore, Wake,
-    phase::{Back, Phase, Postcopy},
-};
-use crate::{GuestError, MigrationError, SavedDevices, Status, connections::Reader, handover};
-use std::{io, time::Duration};
+use super::phase::{Back, Phase, Postcopy};
+use super::{Action, Answers, SourceCore, Wake};
+use crate::connections::Reader;
+use crate::{GuestError, MigrationError, SavedDevices, Status, handover};
+use std::io;
+use std::time::Duration;
 
 /// How long to wait for the destination's word on why the channel broke.
 const EXPLANATION_PATIENCE: Duration = Duration::from_secs(1);

@@ -1,17 +1,13 @@
 //! How a stream begins: the configuration and the list of RAM blocks.
 
-use super::{
-    Action, Answers, PageRoute, RAM_SECTION, SourceCore, idstr,
-    phase::{Phase, Precopy, Setup, Step},
-};
+use super::phase::{Phase, Precopy, Setup, Step};
+use super::{Action, Answers, PageRoute, RAM_SECTION, SourceCore, idstr};
 use crate::{MigrationError, Mode, Status, handover};
 use qevm_multifd::SourceSync;
-use qevm_savevm::{
-    command::{Command, PostcopyAdvise},
-    configuration::{Configuration, ConfigurationSubsection},
-    framing::SectionHeader,
-    ram,
-};
+use qevm_savevm::command::{Command, PostcopyAdvise};
+use qevm_savevm::configuration::{Configuration, ConfigurationSubsection};
+use qevm_savevm::framing::SectionHeader;
+use qevm_savevm::ram;
 use qevm_wire::PageGeometry;
 use std::time::Duration;
 

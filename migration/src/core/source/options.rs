@@ -1,6 +1,8 @@
 //! What a source has to know of its machine and of the settings.
 
-use crate::{Capabilities, PAGE_SIZE, connections::Reader, core::DeviceOptions};
+use crate::connections::Reader;
+use crate::core::DeviceOptions;
+use crate::{Capabilities, PAGE_SIZE};
 use qevm_wire::Profile;
 use std::time::Duration;
 

@@ -24,11 +24,10 @@
 //!  any, on a failure ──▶ AwaitExplanation, where the channel broke ──▶ BackOut ──▶ Over
 //! ```
 
-use crate::{
-    GuestError, MigrationError, SavedDevices,
-    switchover::{Reason, Switchover},
-};
-use std::{io, time::Duration};
+use crate::switchover::{Reason, Switchover};
+use crate::{GuestError, MigrationError, SavedDevices};
+use std::io;
+use std::time::Duration;
 
 /// The phases in their order, each with what is known in it alone.
 #[derive(Debug)]

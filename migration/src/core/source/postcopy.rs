@@ -3,18 +3,14 @@
 //! A destination runs the guest when it has the whole package. As long as that was not sent to its last byte, the guest
 //! can go on here; after that, never again. A connection that is lost then is replaced by another (`recovery`).
 
-use super::{
-    Action, Answers, Batch, BlockRange, PageRoute, RAM_SECTION, Reader, SourceCore, Sweep, Wake, idstr,
-    phase::{Phase, Postcopy},
-};
+use super::phase::{Phase, Postcopy};
+use super::{Action, Answers, Batch, BlockRange, PageRoute, RAM_SECTION, Reader, SourceCore, Sweep, Wake, idstr};
 use crate::core::answers::PACKAGE_LOADED;
 use crate::{MigrationError, PAGE_SIZE, Refused, ReturnPathError, SavedDevices, Status};
 use qevm_multifd::SourceSync;
 use qevm_returnpath::requests::{RequestBlock, RequestBlocks};
-use qevm_savevm::{
-    command::{Command, DiscardRange, RamDiscard},
-    framing::SectionHeader,
-};
+use qevm_savevm::command::{Command, DiscardRange, RamDiscard};
+use qevm_savevm::framing::SectionHeader;
 use qevm_wire::Located;
 use std::time::Duration;
 

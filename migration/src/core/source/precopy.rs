@@ -1,11 +1,10 @@
 //! A pass over the memory of a running guest: its dirty pages within the rate limit, and what its iterative devices
 //! have.
 
-use super::{
-    Action, Answers, FLUSH_AT, PageRoute, RAM_SECTION, SourceCore, Wake,
-    phase::{Phase, Precopy, Step},
-};
-use crate::{MigrationError, switchover::time_to_send};
+use super::phase::{Phase, Precopy, Step};
+use super::{Action, Answers, FLUSH_AT, PageRoute, RAM_SECTION, SourceCore, Wake};
+use crate::MigrationError;
+use crate::switchover::time_to_send;
 use qevm_multifd::SourceSync;
 use qevm_wire::PageGeometry;
 use std::time::Duration;

@@ -9,10 +9,8 @@
 //!  POSTCOPY_RESUME            ──▶        ◀── RESUME_ACK, and requests for pages
 //! ```
 
-use super::{
-    Action, Answers, SourceCore, idstr,
-    phase::{Phase, Postcopy, Recovery},
-};
+use super::phase::{Phase, Postcopy, Recovery};
+use super::{Action, Answers, SourceCore, idstr};
 use crate::{MigrationError, Status};
 use qevm_savevm::command::Command;
 use std::time::Duration;

@@ -1,15 +1,11 @@
 //! The end of a round: the dirty log is read, vCPUs are throttled if they dirty too much, and it is decided whether to
 //! pause the guest.
 
-use super::{
-    Action, Answers, Pending, RoundStatistics, SourceCore, Wake,
-    phase::{Phase, Precopy, RoundEnd, Step},
-};
-use crate::{
-    MigrationError,
-    statistics::PartStatistics,
-    switchover::{Decision, Remaining, Round, expected_downtime, per_second, shrink_rate},
-};
+use super::phase::{Phase, Precopy, RoundEnd, Step};
+use super::{Action, Answers, Pending, RoundStatistics, SourceCore, Wake};
+use crate::MigrationError;
+use crate::statistics::PartStatistics;
+use crate::switchover::{Decision, Remaining, Round, expected_downtime, per_second, shrink_rate};
 use qevm_wire::PageGeometry;
 use std::time::Duration;
 

@@ -4,11 +4,10 @@
 //! on. What is sent after that is memory as it was: a thread that writes to a page first waits until the page was
 //! copied.
 
-use super::{
-    Action, PageRoute, RAM_SECTION, SourceCore, Wake,
-    phase::{Phase, Snapshot},
-};
-use crate::{MigrationError, PAGE_SIZE, Status, connections::Reader};
+use super::phase::{Phase, Snapshot};
+use super::{Action, PageRoute, RAM_SECTION, SourceCore, Wake};
+use crate::connections::Reader;
+use crate::{MigrationError, PAGE_SIZE, Status};
 use std::time::Duration;
 
 /// Pages in a batch: they are copied before they are sent, so that no vCPU waits for the peer.

@@ -1,10 +1,12 @@
 //! Whole migrations in one thread under virtual time, with a failure or an operator's word at every step.
 
 use super::*;
-use crate::{Capabilities, Refused, SavedDevices, Status, core::DeviceOptions, handover};
+use crate::core::DeviceOptions;
+use crate::{Capabilities, Refused, SavedDevices, Status, handover};
 use qevm_returnpath::Message;
 use qevm_wire::{Profile, QemuVersion};
-use std::{collections::BTreeMap, io};
+use std::collections::BTreeMap;
+use std::io;
 
 const BLOCKS: [u64; 2] = [3000, 70];
 const BYTES_PER_MS: u64 = 400_000;

@@ -1,11 +1,10 @@
 //! What the driver tells of the actions that it has performed.
 
-use super::{
-    DeviceSize, Sent, SourceCore,
-    phase::{Phase, Postcopy, Rest, Snapshot, Step, Stopped},
-};
+use super::phase::{Phase, Postcopy, Rest, Snapshot, Step, Stopped};
+use super::{DeviceSize, Sent, SourceCore};
 use crate::{MigrationError, SavedDevices};
-use std::{io, time::Duration};
+use std::io;
+use std::time::Duration;
 
 impl SourceCore {
     /// This was sent.

@@ -3,18 +3,14 @@
 use super::{PAGE, PAGES, RAM};
 use crate::{Channel, Socket};
 use qevm_returnpath::{Decoder, Event, Message};
-use qevm_savevm::{
-    StreamWriter,
-    command::{Command, DiscardRange, PostcopyAdvise, RamDiscard},
-    framing::SectionHeader,
-    ram::{BlockId, RamBlock},
-};
+use qevm_savevm::StreamWriter;
+use qevm_savevm::command::{Command, DiscardRange, PostcopyAdvise, RamDiscard};
+use qevm_savevm::framing::SectionHeader;
+use qevm_savevm::ram::{BlockId, RamBlock};
 use qevm_wire::{CountedString, Driver};
-use std::{
-    io::{Read, Write},
-    os::unix::net::UnixStream,
-    sync::Arc,
-};
+use std::io::{Read, Write};
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
 
 /// The source's end.
 pub(super) struct Peer {

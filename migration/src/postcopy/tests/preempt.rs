@@ -1,7 +1,9 @@
 //! Pages over the preempt channel, and callers that are not it.
 
 use super::*;
-use crate::{Incoming, Socket, listener::Caller, postcopy::PreemptListener};
+use crate::listener::Caller;
+use crate::postcopy::PreemptListener;
+use crate::{Incoming, Socket};
 use qevm_savevm::StreamWriter;
 use std::os::unix::net::UnixListener;
 

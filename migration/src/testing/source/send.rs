@@ -1,16 +1,16 @@
 //! Sending on the main channel.
 
 use super::{Doing, Source, broken};
-use crate::{
-    MigrationError,
-    core::source::Sent,
-    handover,
-    multifd::Batch,
-    testing::{Fault, Link, Plant, memory::PAGE, page_sender::Work},
-};
+use crate::core::source::Sent;
+use crate::multifd::Batch;
+use crate::testing::memory::PAGE;
+use crate::testing::page_sender::Work;
+use crate::testing::{Fault, Link, Plant};
+use crate::{MigrationError, handover};
 use qevm_returnpath::Message;
 use qevm_savevm::ram::BlockId;
-use std::{io, time::Duration};
+use std::io;
+use std::time::Duration;
 
 /// Bytes that are put on the main channel in one go.
 const PIECE: usize = 2 * PAGE;

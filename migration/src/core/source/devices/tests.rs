@@ -1,12 +1,15 @@
 //! What a source sends of an iterative device, and in which order: as QEMU 10.0 and 11.1 do.
 
-use super::{
-    super::{phase::Phase, *},
-    Completion,
-};
-use crate::{Capabilities, DeviceSection, SavedDevices, core::DeviceOptions, pending::DeviceSize};
+use super::super::phase::Phase;
+use super::super::*;
+use super::Completion;
+use crate::core::DeviceOptions;
+use crate::pending::DeviceSize;
+use crate::{Capabilities, DeviceSection, SavedDevices};
 use qevm_returnpath::Message;
-use qevm_savevm::{Decoder, DecoderOptions, Event, command::Command, vfio::VfioRecord};
+use qevm_savevm::command::Command;
+use qevm_savevm::vfio::VfioRecord;
+use qevm_savevm::{Decoder, DecoderOptions, Event};
 use qevm_wire::{Driver, Profile, QemuVersion};
 
 const CONFIG: &[u8] = b"the configuration";
