@@ -1,9 +1,8 @@
 //! Which virtio devices sit on which of microvm's transports, and what they have.
 
+use qevm_wire::CountedString;
 use std::fmt;
 use std::str::FromStr;
-
-use qevm_wire::CountedString;
 
 /// Address of the first transport.
 pub const BASE: u64 = 0xfeb0_0000;

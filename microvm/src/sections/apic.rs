@@ -1,10 +1,8 @@
 //! Section `apic`: the page of registers of an in-kernel local APIC.
 
 use crate::state::VcpuState;
-use qevm_devices::{
-    DeviceState,
-    apic::{Apic, ApicSipi},
-};
+use qevm_devices::DeviceState;
+use qevm_devices::apic::{Apic, ApicSipi};
 use qevm_savevm::vmstate::Accel;
 
 /// Register numbers: offset in the page divided by 16 (Intel SDM, "Local APIC Register Address Map").

@@ -4,19 +4,17 @@ use super::{SectionKind, msr};
 use crate::state::{
     ClockState, FwCfgState, IoapicState, MachineState, PicState, PitChannelState, PitState, RtcState, SerialState,
 };
-use qevm_devices::{
-    DeviceState,
-    acpi_ged::{AcpiGed, GedState, Memhp},
-    fw_cfg::{FwCfg, FwCfgDma},
-    i8254::{I8254, PitChannel},
-    i8259::I8259,
-    ioapic::IoApic,
-    kvm_tpr_opt::KvmTprOpt,
-    kvmclock::{ClockIsReliable, KvmClock},
-    mc146818rtc::Mc146818Rtc,
-    serial::{Fifo16, IsaSerial, RecvFifo, ThrIpending, Uart},
-    timer::CpuTimers,
-};
+use qevm_devices::DeviceState;
+use qevm_devices::acpi_ged::{AcpiGed, GedState, Memhp};
+use qevm_devices::fw_cfg::{FwCfg, FwCfgDma};
+use qevm_devices::i8254::{I8254, PitChannel};
+use qevm_devices::i8259::I8259;
+use qevm_devices::ioapic::IoApic;
+use qevm_devices::kvm_tpr_opt::KvmTprOpt;
+use qevm_devices::kvmclock::{ClockIsReliable, KvmClock};
+use qevm_devices::mc146818rtc::Mc146818Rtc;
+use qevm_devices::serial::{Fifo16, IsaSerial, RecvFifo, ThrIpending, Uart};
+use qevm_devices::timer::CpuTimers;
 use qevm_savevm::vmstate::{Accel, Buffer, Timer};
 
 /// Frequency of the PIT in Hz.

@@ -2,15 +2,11 @@
 
 use super::{fpu, msr};
 use crate::state::{self, DescriptorTable, Events, MachineState, VcpuState};
-use qevm_devices::{
-    DeviceState,
-    cpu::{
-        Cpu, msr as sub,
-        nested::{ExceptionInfo, NestedState},
-        registers::Segment,
-    },
-    cpu_common::CpuCommon,
-};
+use qevm_devices::DeviceState;
+use qevm_devices::cpu::nested::{ExceptionInfo, NestedState};
+use qevm_devices::cpu::registers::Segment;
+use qevm_devices::cpu::{Cpu, msr as sub};
+use qevm_devices::cpu_common::CpuCommon;
 use qevm_savevm::vmstate::Accel;
 
 /// Bits of a segment's flags: those of the second word of its descriptor.

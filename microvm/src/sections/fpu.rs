@@ -1,10 +1,8 @@
 //! The register files in an XSAVE area, which KVM hands out in the standard format.
 
-use qevm_devices::cpu::{
-    Cpu,
-    extended::{AmxXtile, Avx512, BndReg, FpopIpDp, Hi16ZmmReg, Mpx, Pkru, ZmmhReg},
-    registers::{FpReg, XmmReg, YmmhReg},
-};
+use qevm_devices::cpu::Cpu;
+use qevm_devices::cpu::extended::{AmxXtile, Avx512, BndReg, FpopIpDp, Hi16ZmmReg, Mpx, Pkru, ZmmhReg};
+use qevm_devices::cpu::registers::{FpReg, XmmReg, YmmhReg};
 use std::sync::LazyLock;
 
 /// Places in the legacy area and the header (Intel SDM volume 1, "XSAVE area").

@@ -15,19 +15,15 @@ mod virtio;
 
 pub use vfio::idstr as vfio_idstr;
 
+use crate::MACHINE_TYPE;
+use crate::state::{MachineState, PciFunctionState};
+use crate::virtio::{VirtioDevice, is_section_of};
 use kind::SectionKind;
-
-use crate::{
-    MACHINE_TYPE,
-    state::{MachineState, PciFunctionState},
-    virtio::{VirtioDevice, is_section_of},
-};
-use qevm_devices::{DeviceState, globalstate::GlobalState};
+use qevm_devices::DeviceState;
+use qevm_devices::globalstate::GlobalState;
 use qevm_migration::{DeviceSection, SavedDevices};
-use qevm_savevm::{
-    Reader,
-    vmstate::{Accel, Context},
-};
+use qevm_savevm::Reader;
+use qevm_savevm::vmstate::{Accel, Context};
 use qevm_wire::{CountedString, Profile, QemuVersion};
 
 /// Why sections cannot be made or loaded.

@@ -2,7 +2,8 @@
 
 use crate::state::Msr;
 use qevm_devices::cpu::{Cpu, extended, msr, paravirt};
-use std::{collections::HashMap, sync::LazyLock};
+use std::collections::HashMap;
+use std::sync::LazyLock;
 
 /// The MSRs with fields of their own (Intel SDM volume 4; KVM's are in the kernel's `kvm/x86/msr` document).
 fn fields(cpu: &mut Cpu) -> Vec<(u32, &mut u64)> {

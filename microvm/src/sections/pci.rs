@@ -2,11 +2,9 @@
 
 use super::SectionKind;
 use crate::state::{PciFunctionState, PciState};
-use qevm_devices::{
-    DeviceState,
-    gpex::{GpexRoot, PciBus, PciHost},
-    pci::{PciDevice, PciIrqState},
-};
+use qevm_devices::DeviceState;
+use qevm_devices::gpex::{GpexRoot, PciBus, PciHost};
+use qevm_devices::pci::{PciDevice, PciIrqState};
 use qevm_savevm::vmstate::Buffer;
 
 /// In QEMU's order.

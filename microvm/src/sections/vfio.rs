@@ -2,10 +2,8 @@
 
 use crate::state::PciFunctionState;
 use qevm_devices::pci::{Msix, PciDevice, PciIrqState, VfioPciDevice};
-use qevm_savevm::{
-    Reader,
-    vmstate::{self, Buffer, Context, PciFacts, VarBuffer},
-};
+use qevm_savevm::Reader;
+use qevm_savevm::vmstate::{self, Buffer, Context, PciFacts, VarBuffer};
 
 /// Version of the section.
 pub(super) const VERSION: u32 = 1;

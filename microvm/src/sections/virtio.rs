@@ -4,16 +4,14 @@ use crate::state::{
     VirtioDeviceState, VirtioNetFilter, VirtioNetState, VirtioPortState, VirtioQueueState, VirtioRequest, VirtioState,
 };
 use crate::virtio::{CTRL_GUEST_OFFLOADS, MAX_PORTS, MRG_RXBUF, VirtioDevice};
-use qevm_devices::{
-    DeviceState,
-    virtio::{
-        DevicePart, MmioVirtio, NoDevicePart, VirtQueue, Virtio, VirtioBlk, VirtioConsole, VirtioNet, VirtioRng,
-        block::{Block, BlockRequest},
-        console::{Console, Port, PortElement},
-        element::{IoVec, Le, MAX_DESCRIPTORS, VirtQueueElement},
-        net::{Net, TxWaiting, Ufo, Vnet},
-        subsections::{Broken, Features64Bit, RingSize, RingSizeState, Started},
-    },
+use qevm_devices::DeviceState;
+use qevm_devices::virtio::block::{Block, BlockRequest};
+use qevm_devices::virtio::console::{Console, Port, PortElement};
+use qevm_devices::virtio::element::{IoVec, Le, MAX_DESCRIPTORS, VirtQueueElement};
+use qevm_devices::virtio::net::{Net, TxWaiting, Ufo, Vnet};
+use qevm_devices::virtio::subsections::{Broken, Features64Bit, RingSize, RingSizeState, Started};
+use qevm_devices::virtio::{
+    DevicePart, MmioVirtio, NoDevicePart, VirtQueue, Virtio, VirtioBlk, VirtioConsole, VirtioNet, VirtioRng,
 };
 use qevm_savevm::vmstate::{Buffer, QTailQ, Table, Tmp};
 use qevm_wire::QemuVersion;

@@ -1,8 +1,7 @@
 //! What a peer sent that this machine has no use for.
 
-use std::collections::BTreeMap;
-
 use qevm_devices::DeviceState;
+use std::collections::BTreeMap;
 
 /// The device sections that a machine was loaded from, by name and instance.
 ///
