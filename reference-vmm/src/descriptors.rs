@@ -4,16 +4,13 @@
 //! (`getfd`, for `fd:NAME`), in a set (`add-fd`, for `file:/dev/fdset/N`), or by number at the start (`fd:N`).
 
 use qevm_migration::GuestError;
-use rustix::{
-    fs::{OFlags, fcntl_getfl},
-    io::{FdFlags, fcntl_getfd, fcntl_setfd},
-};
-use std::{
-    collections::{BTreeMap, VecDeque},
-    fs, io,
-    os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd},
-    path::Path,
-};
+use rustix::fs::{OFlags, fcntl_getfl};
+use rustix::io::{FdFlags, fcntl_getfd, fcntl_setfd};
+use std::collections::{BTreeMap, VecDeque};
+use std::fs;
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::path::Path;
 
 /// The folder whose files are the sets of `add-fd`.
 const SETS: &str = "/dev/fdset/";

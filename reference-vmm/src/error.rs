@@ -1,12 +1,11 @@
 //! What can go wrong in the monitor, by cause.
 
-use std::io;
-use std::path::PathBuf;
-
 use crate::boot::BootError;
 use crate::devices::pci::PciError;
 use crate::memory::BackendError;
 use crate::vfio::{HostDeviceError, VfioError};
+use std::io;
+use std::path::PathBuf;
 
 /// An error of the monitor.
 #[derive(Debug, thiserror::Error)]

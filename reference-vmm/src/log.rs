@@ -4,6 +4,7 @@
 //! place in the code [`LINES`] are shown in a second, and the rest are counted: a guest or a peer can cause most of
 //! them as often as it likes.
 
+use crate::non_blocking::NonBlockingWriter;
 use std::collections::HashMap;
 use std::fs::OpenOptions;
 use std::io::{self, IsTerminal, Write};
@@ -12,15 +13,12 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
-
 use tracing::callsite::Identifier;
 use tracing::{Event, Metadata, Subscriber};
 use tracing_subscriber::filter::LevelFilter;
 use tracing_subscriber::fmt::MakeWriter;
 use tracing_subscriber::layer::{Context, Filter, Layer, SubscriberExt};
 use tracing_subscriber::util::SubscriberInitExt;
-
-use crate::non_blocking::NonBlockingWriter;
 
 /// Lines of one place in the code that are shown in a second.
 const LINES: u32 = 10;

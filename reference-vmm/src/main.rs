@@ -1,8 +1,7 @@
 //! The `reference-vmm` program.
 
-use std::process::ExitCode;
-
 use reference_vmm::descriptors::Descriptors;
+use std::process::ExitCode;
 
 fn main() -> ExitCode {
     // SAFETY: the process has opened nothing yet, and has no other thread.

@@ -6,11 +6,9 @@ mod tests;
 
 use qevm_migration::{Credentials, CredentialsError, Endpoint, Parameters, Tls, TlsError, Versions};
 use serde_json::{Map, Value};
-use std::{
-    collections::BTreeMap,
-    path::Path,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
-};
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use wildmatch::WildMatch;
 
 /// The objects of a monitor, by their ids.

@@ -32,11 +32,9 @@ use crate::objects::Objects;
 use qevm_migration::dirty_rate::{self, Gauge};
 use qevm_migration::{Address, BlockTimes, Endpoint, Guest, Job, MigrationError, Recovery, RestoreProgress, Status};
 use qevm_wire::{Profile, QemuVersion};
-use std::{
-    sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, mpsc},
-    thread,
-    time::Duration,
-};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, mpsc};
+use std::thread;
+use std::time::Duration;
 
 /// A machine with its run state and its migrations.
 pub struct Vmm {

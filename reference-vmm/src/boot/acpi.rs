@@ -4,8 +4,7 @@
 
 mod pci;
 
-use std::ops::Range;
-
+use crate::devices::{GED_IRQ, Ged, SERIAL_IRQ, SERIAL_PORT};
 use acpi_tables::fadt::{FADTBuilder, Flags};
 use acpi_tables::gas::{AccessSize, AddressSpace, GAS};
 use acpi_tables::madt::{EnabledStatus, IoApic, LocalInterruptController, MADT, ProcessorLocalApic};
@@ -13,9 +12,8 @@ use acpi_tables::rsdp::Rsdp;
 use acpi_tables::sdt::Sdt;
 use acpi_tables::xsdt::XSDT;
 use acpi_tables::{Aml, aml};
-
-use crate::devices::{GED_IRQ, Ged, SERIAL_IRQ, SERIAL_PORT};
 use qevm_microvm::virtio::VirtioDevice;
+use std::ops::Range;
 
 const OEM: [u8; 6] = *b"QEVM  ";
 const TABLE: [u8; 8] = *b"MICROVM ";

@@ -1,17 +1,15 @@
 //! A bzImage, entered by Linux's 64-bit boot protocol.
 
-use std::io::Cursor;
-
-use linux_loader::loader::KernelLoader;
-use linux_loader::loader::bootparam::{boot_e820_entry, boot_params};
-use linux_loader::loader::bzimage::BzImage;
-use vm_memory::ByteValued;
-
 use super::kernel::{Kernel, with_acpi};
 use super::ram::{ACPI_TABLES, COMMAND_LINE, Ram};
 use super::{BootError, Entry, initrd};
 use crate::error::Result;
 use crate::memory::{GuestMemory, PAGE_SIZE};
+use linux_loader::loader::KernelLoader;
+use linux_loader::loader::bootparam::{boot_e820_entry, boot_params};
+use linux_loader::loader::bzimage::BzImage;
+use std::io::Cursor;
+use vm_memory::ByteValued;
 
 const ZERO_PAGE: u64 = 0x7000;
 /// Of the loaded kernel.

@@ -1,16 +1,14 @@
 //! An ELF kernel, entered by the PVH protocol.
 
-use std::io::Cursor;
-
-use linux_loader::loader::elf::{Elf, PvhBootCapability};
-use linux_loader::loader::{KernelLoader, elf::start_info as xen};
-use vm_memory::ByteValued;
-
 use super::kernel::{Kernel, with_acpi};
 use super::ram::{ACPI_TABLES, CAN_BE_HERE, COMMAND_LINE, Ram};
 use super::{BootError, Entry, initrd};
 use crate::error::Result;
 use crate::memory::GuestMemory;
+use linux_loader::loader::KernelLoader;
+use linux_loader::loader::elf::{Elf, PvhBootCapability, start_info as xen};
+use std::io::Cursor;
+use vm_memory::ByteValued;
 
 const START_INFO: u64 = 0x6000;
 const MODULES: u64 = 0x6040;

@@ -1,13 +1,12 @@
 //! A kernel that the firmware boots: where it finds the parts in fw_cfg (QEMU document "QEMU Firmware Configuration
 //! (fw_cfg) Device"; the setup header's fields are those of "The Linux/x86 Boot Protocol").
 
-use std::collections::BTreeMap;
-
 use super::BootError;
 use super::kernel::{Format, Kernel, format};
 use super::ram::{COMMAND_LINE_MAX, FOUR_GIB, USABLE};
 use crate::error::Result;
 use crate::memory::{LOW_RAM_MAX, PAGE_SIZE};
+use std::collections::BTreeMap;
 
 const KERNEL_ADDRESS: u16 = 0x07;
 const KERNEL_SIZE: u16 = 0x08;

@@ -1,13 +1,11 @@
 //! The machine's RAM as a kernel sees it, and what lies where in it.
 
-use std::sync::Arc;
-
-use vm_memory::{GuestAddress, GuestMemoryMmap, GuestRegionMmap, MmapRegion};
-
 use super::BootError;
 use crate::devices::pci::ECAM;
 use crate::error::{Error, Result};
 use crate::memory::{GuestMemory, RamBlock};
+use std::sync::Arc;
+use vm_memory::{GuestAddress, GuestMemoryMmap, GuestRegionMmap, MmapRegion};
 
 pub(super) const CAN_BE_HERE: u64 = 1 << 20;
 pub(super) const FOUR_GIB: u64 = 1 << 32;

@@ -1,7 +1,6 @@
-use std::collections::BTreeMap;
-
 use super::*;
 use crate::Error;
+use std::collections::BTreeMap;
 
 const MIB: u64 = 1 << 20;
 

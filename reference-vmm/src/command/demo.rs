@@ -3,18 +3,16 @@
 mod guest;
 mod report;
 
+use super::machine::parse_memory;
+use anyhow::{Context, ensure};
+use guest::Guest;
+use reference_vmm::machine::open_kvm;
+use reference_vmm::payload::Transcript;
+use report::Report;
+use serde_json::{Value, json};
 use std::path::Path;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
-
-use anyhow::{Context, ensure};
-use reference_vmm::machine::open_kvm;
-use reference_vmm::payload::Transcript;
-use serde_json::{Value, json};
-
-use super::machine::parse_memory;
-use guest::Guest;
-use report::Report;
 
 /// Migrate a running guest from one monitor process to another, and show what happens.
 #[derive(clap::Args)]

@@ -1,15 +1,13 @@
 //! `--drive`, `--chardev`, `--netdev` and `--device`: virtio devices in QEMU's words.
 
-use std::collections::BTreeMap;
-use std::path::PathBuf;
-
+use super::options::Options;
 use anyhow::{Context, bail, ensure};
 use qevm_microvm::virtio::VirtioDevice;
 use reference_vmm::devices::{
     Block, BlockOptions, Chardev, ChardevOptions, Net, Netdev, NetdevOptions, Rng, VirtioSerial, VirtioSlot,
 };
-
-use super::options::Options;
+use std::collections::BTreeMap;
+use std::path::PathBuf;
 
 /// What devices are made of: the text of the options, in the order of the command line.
 #[derive(Clone, Debug, Default)]

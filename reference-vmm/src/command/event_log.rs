@@ -1,17 +1,15 @@
 //! `--event-log`: what happens to guest and migration, one line of JSON each.
 
+use crate::non_blocking::NonBlockingWriter;
+use crate::qmp;
+use qevm_migration::{DowntimeParts, Statistics};
+use reference_vmm::vmm::Vmm;
+use serde_json::{Value, json};
 use std::fs::OpenOptions;
 use std::io;
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
-
-use qevm_migration::{DowntimeParts, Statistics};
-use reference_vmm::vmm::Vmm;
-use serde_json::{Value, json};
-
-use crate::non_blocking::NonBlockingWriter;
-use crate::qmp;
 
 /// Bytes that wait for a slow disk.
 const BUFFER: usize = 1 << 20;

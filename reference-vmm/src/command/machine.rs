@@ -1,11 +1,9 @@
 //! The options that describe a machine.
 
-use std::collections::{BTreeMap, BTreeSet};
-use std::fs::File;
-use std::io::{self, Write};
-use std::path::PathBuf;
-use std::str::FromStr;
-
+use super::device::DeviceOptions;
+use super::object::{chosen, iommufds, memory_backends};
+use super::options::split;
+use super::{qmp_object, vfio};
 use anyhow::{Context, bail};
 use qevm_microvm::MACHINE_TYPE;
 use qevm_multifd::Uuid;
@@ -15,11 +13,11 @@ use reference_vmm::descriptors::Descriptors;
 use reference_vmm::machine::MachineConfig;
 use reference_vmm::memory::Files;
 use reference_vmm::payload;
-
-use super::device::DeviceOptions;
-use super::object::{chosen, iommufds, memory_backends};
-use super::options::split;
-use super::{qmp_object, vfio};
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs::File;
+use std::io::{self, Write};
+use std::path::PathBuf;
+use std::str::FromStr;
 
 /// The machine.
 #[derive(clap::Args)]

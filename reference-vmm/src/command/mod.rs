@@ -13,14 +13,12 @@ mod signals;
 mod vfio;
 mod watch;
 
+use crate::descriptors::Descriptors;
+use crate::log;
+use clap::Parser;
 use std::ffi::OsString;
 use std::path::PathBuf;
 use std::process::ExitCode;
-
-use clap::Parser;
-
-use crate::descriptors::Descriptors;
-use crate::log;
 
 /// A KVM virtual machine monitor laid out like QEMU's microvm, to exchange running guests with QEMU.
 #[derive(Parser)]

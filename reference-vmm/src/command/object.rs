@@ -1,12 +1,11 @@
 //! `--object`: memory backends and iommufds in QEMU's words.
 
+use super::options::Options;
+use super::qmp_object;
 use anyhow::{Context, bail, ensure};
 use reference_vmm::descriptors::Descriptors;
 use reference_vmm::memory::{BackendError, BackendKind, MemoryBackend};
 use reference_vmm::vfio::Iommufd;
-
-use super::options::Options;
-use super::qmp_object;
 
 /// An object of the command line.
 enum Object {

@@ -1,10 +1,9 @@
 //! `reference-vmm payload`.
 
+use anyhow::Context;
 use std::io::Write;
 use std::path::PathBuf;
 use std::process::ExitCode;
-
-use anyhow::Context;
 
 /// Write the payload guest's firmware image, for QEMU's -bios.
 #[derive(clap::Args)]

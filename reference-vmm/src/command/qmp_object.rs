@@ -1,11 +1,9 @@
 //! `--object` for what QMP's `object-add` makes, too: TLS credentials, and lists of who may send a guest.
 
-use std::collections::BTreeMap;
-
+use super::options::split;
 use anyhow::{Context, bail, ensure};
 use serde_json::{Map, Value};
-
-use super::options::split;
+use std::collections::BTreeMap;
 
 /// The properties of these objects, each with its argument. They are checked when the objects are made.
 ///

@@ -1,5 +1,16 @@
 //! `reference-vmm run`.
 
+use super::event_log::EventLog;
+use super::machine::MachineArguments;
+use super::signals::{self, Signals};
+use crate::{log, private};
+use anyhow::{Context, bail};
+use qevm_migration::cpr::Predecessor;
+use qevm_migration::{Address, Listener, Timeouts};
+use reference_vmm::descriptors::Descriptors;
+use reference_vmm::machine::Machine;
+use reference_vmm::qmp::Server;
+use reference_vmm::vmm::{Actions, Exit, Vmm};
 use std::cell::{Cell, RefCell};
 use std::fs::File;
 use std::path::PathBuf;
@@ -8,19 +19,6 @@ use std::str::FromStr;
 use std::sync::{Arc, mpsc};
 use std::thread;
 use std::time::Duration;
-
-use anyhow::{Context, bail};
-use qevm_migration::cpr::Predecessor;
-use qevm_migration::{Address, Listener, Timeouts};
-use reference_vmm::descriptors::Descriptors;
-use reference_vmm::machine::Machine;
-use reference_vmm::qmp::Server;
-use reference_vmm::vmm::{Actions, Exit, Vmm};
-
-use super::event_log::EventLog;
-use super::machine::MachineArguments;
-use super::signals::{self, Signals};
-use crate::{log, private};
 
 /// Run a guest until it stops, or wait for one to migrate here.
 #[derive(clap::Args)]

@@ -1,14 +1,13 @@
 //! Signals that end a process: the monitor ends in order at the first of them, and at once at the second.
 
-use std::sync::Arc;
-use std::thread;
-
 use anyhow::Context;
 use reference_vmm::vmm::{Exit, Sender, Vmm};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::SignalsInfo;
 use signal_hook::iterator::exfiltrator::WithOrigin;
 use signal_hook::low_level::emulate_default_handler;
+use std::sync::Arc;
+use std::thread;
 
 /// Signals that have come, by whichever thread they are handled.
 pub(super) type Signals = SignalsInfo<WithOrigin>;

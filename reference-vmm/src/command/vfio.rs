@@ -1,13 +1,11 @@
 //! `--device vfio-pci`: devices of the host's in QEMU's words.
 
-use std::collections::BTreeSet;
-use std::path::PathBuf;
-
+use super::options::Options;
 use anyhow::{Context, bail, ensure};
 use reference_vmm::devices::pci::MOST_DEVICES;
 use reference_vmm::vfio::{HostDevice, MultifdTransfer, VfioBacking, VfioSlot};
-
-use super::options::Options;
+use std::collections::BTreeSet;
+use std::path::PathBuf;
 
 const DRIVER: &str = "vfio-pci";
 /// Functions of a device, of which only the first is supported.

@@ -2,17 +2,15 @@
 
 mod picture;
 
+use self::picture::{Sample, Watched};
+use anyhow::Context;
+use reference_vmm::qmp::{Client, ClientError};
+use serde_json::{Value, json};
 use std::io::{self, IsTerminal, Write};
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::thread;
 use std::time::{Duration, Instant};
-
-use anyhow::Context;
-use reference_vmm::qmp::{Client, ClientError};
-use serde_json::{Value, json};
-
-use self::picture::{Sample, Watched};
 
 /// Show a running migration of a reference-vmm or of a QEMU.
 #[derive(clap::Args)]

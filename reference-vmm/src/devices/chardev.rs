@@ -1,5 +1,8 @@
 //! Where a character device's bytes go and come from: QEMU's `-chardev`.
 
+use crate::error::{Error, Result};
+use crate::non_blocking::NonBlockingWriter;
+use qevm_migration::private;
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, AsRawFd, RawFd};
@@ -7,12 +10,7 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
-
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
-
-use crate::error::{Error, Result};
-use crate::non_blocking::NonBlockingWriter;
-use qevm_migration::private;
 
 /// What to open.
 #[derive(Clone, Debug, PartialEq, Eq)]

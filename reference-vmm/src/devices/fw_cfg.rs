@@ -1,11 +1,10 @@
 //! QEMU's firmware configuration device on ports, with DMA (QEMU document "QEMU Firmware Configuration (fw_cfg)
 //! Device").
 
-use std::collections::BTreeMap;
-
 use crate::error::{Error, Result};
 use crate::memory::GuestMemory;
 use qevm_microvm::state::FwCfgState;
+use std::collections::BTreeMap;
 
 const PORT_SELECTOR: u16 = 0x510;
 const PORT_DATA: u16 = 0x511;

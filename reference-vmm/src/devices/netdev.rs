@@ -1,15 +1,13 @@
 //! Where frames go and come from: QEMU's `-netdev`.
 
+use crate::error::{Error, Result};
+use qevm_migration::private;
+use rustix::fs::{OFlags, fcntl_setfl};
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read, Write};
 use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::net::{UnixDatagram, UnixListener, UnixStream};
 use std::path::PathBuf;
-
-use rustix::fs::{OFlags, fcntl_setfl};
-
-use crate::error::{Error, Result};
-use qevm_migration::private;
 
 /// Largest frame, with what offloads make of it.
 pub(crate) const MAX_FRAME: usize = 65_550;

@@ -6,15 +6,14 @@
 //! `TEMT` are clear) until there is room again, as on QEMU's port. What a guest writes all the same is lost, and
 //! counted in the log.
 
-use std::collections::VecDeque;
-use std::io::Write;
-use std::sync::{Arc, Mutex, OnceLock, Weak};
-use std::time::Duration;
-
 use crate::error::{Error, Result};
 use crate::lock::lock;
 use crate::non_blocking::NonBlockingWriter;
 use qevm_microvm::state::SerialState;
+use std::collections::VecDeque;
+use std::io::Write;
+use std::sync::{Arc, Mutex, OnceLock, Weak};
+use std::time::Duration;
 
 const DATA: u8 = 0;
 const IER: u8 = 1;

@@ -1,10 +1,9 @@
 //! Threads that wake devices when their time comes.
 
+use crate::lock::lock;
 use std::sync::{Arc, Condvar, Mutex, Weak};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
-
-use crate::lock::lock;
 
 /// A device to which something happens at times of its clock.
 pub(crate) trait Timed {

@@ -1,17 +1,15 @@
 //! KVM's dirty log: a bitmap for each memory slot, with manual protection where KVM has it.
 
-use std::sync::Arc;
-
+use super::bitmap::{DirtyBitmap, PAGES_PER_WORD};
+use crate::error::{Error, Result, kvm};
+use crate::memory::{GuestMemory, Mapping, PAGE_SIZE, set_memory_flags};
 use kvm_bindings::{
     KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, KVM_DIRTY_LOG_INITIALLY_SET, KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE,
     KVM_MEM_LOG_DIRTY_PAGES, kvm_clear_dirty_log, kvm_clear_dirty_log__bindgen_ty_1, kvm_enable_cap,
 };
 use kvm_ioctls::VmFd;
+use std::sync::Arc;
 use vmm_sys_util::ioctl::ioctl_with_ref;
-
-use super::bitmap::{DirtyBitmap, PAGES_PER_WORD};
-use crate::error::{Error, Result, kvm};
-use crate::memory::{GuestMemory, Mapping, PAGE_SIZE, set_memory_flags};
 
 mod ioctl {
     use kvm_bindings::{KVMIO, kvm_clear_dirty_log};

@@ -23,10 +23,9 @@ mod reaper;
 mod ring;
 mod rings;
 
+use kvm_ioctls::{VcpuFd, VmFd};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
-
-use kvm_ioctls::{VcpuFd, VmFd};
 
 pub use bitmap::{DirtyBitmap, PAGES_PER_WORD};
 pub(crate) use reaper::Reaper;

@@ -1,12 +1,11 @@
 //! A thread that harvests dirty rings now and then, so that vCPUs seldom leave the guest for it.
 
+use super::DirtyLog;
+use crate::error::{Error, Result};
 use std::sync::Arc;
 use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
 use std::thread::JoinHandle;
 use std::time::Duration;
-
-use super::DirtyLog;
-use crate::error::{Error, Result};
 
 /// From one harvest to the next (QEMU 6.1 to 11.1).
 const PERIOD: Duration = Duration::from_secs(1);

@@ -4,22 +4,20 @@
 //! ring, or noted, or protected. What KVM itself writes for a guest (clock, local APIC), it writes on behalf of a vCPU,
 //! into its ring.
 
-use std::ops::Deref;
-use std::os::fd::AsRawFd;
-use std::sync::{Arc, Mutex, MutexGuard};
-
-use kvm_bindings::{
-    KVM_CAP_DIRTY_LOG_RING, KVM_CAP_DIRTY_LOG_RING_ACQ_REL, KVM_DIRTY_LOG_PAGE_OFFSET, KVM_MEM_LOG_DIRTY_PAGES, KVMIO,
-    kvm_enable_cap,
-};
-use kvm_ioctls::{VcpuFd, VmFd};
-use vmm_sys_util::ioctl::ioctl;
-
 use super::bitmap::{DirtyBitmap, PAGES_PER_WORD};
 use super::ring::{Entry, Ring, Written};
 use crate::error::{Error, Result};
 use crate::lock::lock;
 use crate::memory::{GuestMemory, PAGE_SIZE, set_memory_flags};
+use kvm_bindings::{
+    KVM_CAP_DIRTY_LOG_RING, KVM_CAP_DIRTY_LOG_RING_ACQ_REL, KVM_DIRTY_LOG_PAGE_OFFSET, KVM_MEM_LOG_DIRTY_PAGES, KVMIO,
+    kvm_enable_cap,
+};
+use kvm_ioctls::{VcpuFd, VmFd};
+use std::ops::Deref;
+use std::os::fd::AsRawFd;
+use std::sync::{Arc, Mutex, MutexGuard};
+use vmm_sys_util::ioctl::ioctl;
 
 vmm_sys_util::ioctl_io_nr!(KVM_RESET_DIRTY_RINGS, KVMIO, 0xc7);
 

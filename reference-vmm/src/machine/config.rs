@@ -1,15 +1,13 @@
 //! What machine to build.
 
-use std::collections::BTreeMap;
-use std::io::{self, Write};
-
-use qevm_multifd::Uuid;
-
 use crate::boot::Kernel;
 use crate::devices::VirtioSlot;
 use crate::memory::{Files, MemoryBackend};
 use crate::payload;
 use crate::vfio::{Iommufd, VfioSlot};
+use qevm_multifd::Uuid;
+use std::collections::BTreeMap;
+use std::io::{self, Write};
 
 /// What machine to build.
 pub struct MachineConfig {

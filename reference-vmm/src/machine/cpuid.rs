@@ -1,9 +1,8 @@
 //! What the vCPUs say about themselves: all that KVM supports, with the topology of this machine.
 
+use crate::error::{Error, Result, kvm};
 use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES, kvm_cpuid_entry2};
 use kvm_ioctls::{Cap, Kvm};
-
-use crate::error::{Error, Result, kvm};
 
 const LEAF_FEATURES: u32 = 0x1;
 const LEAF_CACHE: u32 = 0x4;

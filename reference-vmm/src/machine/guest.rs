@@ -1,18 +1,18 @@
 //! The machine as the engines see it.
 
-use super::{Machine, RunState, running_log::RunningLog};
+use super::running_log::RunningLog;
+use super::{Machine, RunState};
 use crate::memory::{BIOS, PAGE_SIZE, RamBlock, Userfault, WriteProtection};
-use qevm_microvm::{
-    MACHINE_TYPE,
-    sections::{self, has_device},
-    state::MachineState,
-};
+use qevm_microvm::MACHINE_TYPE;
+use qevm_microvm::sections::{self, has_device};
+use qevm_microvm::state::MachineState;
 use qevm_migration::{
     DeviceSection, Devices, DirtyLog, Guest, GuestError, Hooks, IterativeDevice, MissingPages, ProtectedPages, RamView,
     SavedDevices,
 };
 use qevm_wire::{CountedString, Profile};
-use std::{ops::Range, time::Duration};
+use std::ops::Range;
+use std::time::Duration;
 use vm_memory::VolatileSlice;
 
 impl Guest for Machine {

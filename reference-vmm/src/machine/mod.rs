@@ -37,14 +37,13 @@ mod vcpu;
 mod vfio;
 mod vm;
 
+use kvm_bindings::kvm_msi;
+use kvm_ioctls::VmFd;
+use qevm_multifd::Uuid;
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
-
-use kvm_bindings::kvm_msi;
-use kvm_ioctls::VmFd;
-use qevm_multifd::Uuid;
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::boot::{self, Kernel};

@@ -1,19 +1,17 @@
 //! KVM's table of interrupt routes. `KVM_SET_GSI_ROUTING` replaces all of it, those of the chips in the kernel
 //! included, so that it has one owner here, who puts it together anew at each change.
 
-use std::sync::{Arc, Mutex};
-
+use crate::devices::Message;
+use crate::devices::pci::PciMessage;
+use crate::error::{Error, Result, kvm};
+use crate::lock::lock;
 use kvm_bindings::{
     KVM_IRQ_ROUTING_IRQCHIP, KVM_IRQ_ROUTING_MSI, KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE,
     KvmIrqRouting, kvm_irq_routing_entry, kvm_irq_routing_entry__bindgen_ty_1, kvm_irq_routing_irqchip,
     kvm_irq_routing_msi,
 };
 use kvm_ioctls::VmFd;
-
-use crate::devices::Message;
-use crate::devices::pci::PciMessage;
-use crate::error::{Error, Result, kvm};
-use crate::lock::lock;
+use std::sync::{Arc, Mutex};
 
 /// Pins of the first IOAPIC, and so the interrupts that are not a device's alone.
 const PINS: u32 = 24;

@@ -1,10 +1,9 @@
 //! Who may run: the barrier between the vCPU threads and everybody else.
 
+use crate::lock::lock;
 use std::fmt;
 use std::sync::{Condvar, Mutex, MutexGuard, OnceLock};
 use std::time::{Duration, Instant};
-
-use crate::lock::lock;
 
 /// Whether the vCPUs run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -1,13 +1,11 @@
 //! The dirty log of a migration: what the vCPUs, the monitor and VFIO devices write to.
 
-use std::ops::Range;
-
-use qevm_migration::{DirtyLog, GuestError};
-
 use super::{Machine, RunState};
 use crate::dirty_log::{DirtyBitmap, PAGES_PER_WORD};
 use crate::error::Result;
 use crate::vfio::Tracking;
+use qevm_migration::{DirtyLog, GuestError};
+use std::ops::Range;
 
 /// The block that devices reach.
 const RAM: usize = 0;

@@ -1,11 +1,10 @@
 //! The state of a paused machine, saved and loaded.
 
-use std::time::Instant;
-
 use super::{Machine, SETTLE, kvm_state};
 use crate::devices::Transport;
 use crate::error::{Error, Result};
 use qevm_microvm::state::MachineState;
+use std::time::Instant;
 
 impl Machine {
     /// Everything but the RAM.

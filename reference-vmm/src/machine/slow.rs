@@ -1,10 +1,9 @@
 //! Slowing the guest down, so that a migration of it comes to its end.
 
-use std::time::Duration;
-
 use super::Machine;
 use super::dirty_limit::VcpuDirtyLimit;
 use crate::error::Result;
+use std::time::Duration;
 
 impl Machine {
     /// Pauses the vCPUs for this many per cent of their time (at most [`MAX_THROTTLE`](super::MAX_THROTTLE)); 0 lets

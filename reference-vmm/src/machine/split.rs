@@ -1,18 +1,16 @@
 //! `kernel-irqchip=split`: the kernel has the local APICs, the monitor everything before them.
 
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, OnceLock, Weak};
-use std::thread::JoinHandle;
-
-use kvm_bindings::{KVM_CAP_SPLIT_IRQCHIP, kvm_enable_cap, kvm_msi};
-use kvm_ioctls::{Kvm, VmFd};
-
 use super::clock::VirtualClock;
 use super::routes::Routes;
 use super::vcpu::Vcpu;
 use crate::devices::{Ioapic, Lines, Message, Pics, Pit, SplitChips, Ticker};
 use crate::error::{Error, Result, kvm};
 use crate::lock::lock;
+use kvm_bindings::{KVM_CAP_SPLIT_IRQCHIP, kvm_enable_cap, kvm_msi};
+use kvm_ioctls::{Kvm, VmFd};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, OnceLock, Weak};
+use std::thread::JoinHandle;
 
 /// Pins of the IOAPIC whose ends of interrupts the kernel tells.
 const PINS: u64 = 24;

@@ -1,14 +1,13 @@
 //! Slowing vCPUs down: each in turn runs for a while and is then paused for a while.
 
-use std::fmt;
-use std::sync::{Arc, Condvar, Mutex};
-use std::thread::JoinHandle;
-use std::time::Duration;
-
 use super::throttle_gate::ThrottleGate;
 use super::vcpu::Vcpu;
 use crate::error::{Error, Result};
 use crate::lock::lock;
+use std::fmt;
+use std::sync::{Arc, Condvar, Mutex};
+use std::thread::JoinHandle;
+use std::time::Duration;
 
 /// How long a vCPU runs between two pauses (QEMU 11.1).
 const TIMESLICE: Duration = Duration::from_millis(10);

@@ -1,15 +1,5 @@
 //! A vCPU and its thread.
 
-use std::os::unix::thread::JoinHandleExt;
-use std::sync::atomic::{AtomicU8, Ordering};
-use std::sync::{Arc, Mutex, Once, OnceLock};
-use std::thread::JoinHandle;
-
-use kvm_bindings::{KVM_EXIT_DIRTY_RING_FULL, KVMIO, kvm_interrupt, kvm_run};
-use kvm_ioctls::{VcpuExit, VcpuFd};
-use vmm_sys_util::ioctl::ioctl_with_ref;
-use vmm_sys_util::signal::{SIGRTMIN, register_signal_handler};
-
 use super::dirty_limit::Limits;
 use super::run_control::{RunControl, Stop};
 use super::split::{Place, ToVcpu};
@@ -18,6 +8,14 @@ use crate::devices::{Devices, Request};
 use crate::dirty_log::DirtyLog;
 use crate::error::{Error, Result};
 use crate::lock::lock;
+use kvm_bindings::{KVM_EXIT_DIRTY_RING_FULL, KVMIO, kvm_interrupt, kvm_run};
+use kvm_ioctls::{VcpuExit, VcpuFd};
+use std::os::unix::thread::JoinHandleExt;
+use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::{Arc, Mutex, Once, OnceLock};
+use std::thread::JoinHandle;
+use vmm_sys_util::ioctl::ioctl_with_ref;
+use vmm_sys_util::signal::{SIGRTMIN, register_signal_handler};
 
 vmm_sys_util::ioctl_iow_nr!(KVM_INTERRUPT, KVMIO, 0x86, kvm_interrupt);
 

@@ -1,17 +1,15 @@
 //! KVM's virtual machine before it has vCPUs.
 
-use std::collections::BTreeMap;
-use std::io;
-use std::path::Path;
-use std::sync::Arc;
-
-use kvm_bindings::{KVM_PIT_SPEAKER_DUMMY, kvm_enable_cap, kvm_pit_config, kvm_userspace_memory_region};
-use kvm_ioctls::{Cap, Kvm, VmFd};
-
 use super::split;
 use crate::devices::pci::Window;
 use crate::error::{Error, Result, kvm};
 use crate::memory::{GuestMemory, SharedPages, set_memory_slot};
+use kvm_bindings::{KVM_PIT_SPEAKER_DUMMY, kvm_enable_cap, kvm_pit_config, kvm_userspace_memory_region};
+use kvm_ioctls::{Cap, Kvm, VmFd};
+use std::collections::BTreeMap;
+use std::io;
+use std::path::Path;
+use std::sync::Arc;
 
 /// Where KVM keeps three pages of its own, and one before them: in the hole, as QEMU does it.
 const IDENTITY_MAP: u64 = 0xfeff_c000;

@@ -1,13 +1,11 @@
 //! Memory backends: what the machine's RAM is made of, where that is said (QEMU's `--object memory-backend-…`).
 
+use super::error::BackendError;
+use super::host::{HostMemory, PAGE_SIZE, Wanted};
+use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, fstatfs, ftruncate, memfd_create};
 use std::fs::{self, File, OpenOptions};
 use std::io;
 use std::path::{Path, PathBuf};
-
-use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, fstatfs, ftruncate, memfd_create};
-
-use super::error::BackendError;
-use super::host::{HostMemory, PAGE_SIZE, Wanted};
 
 /// Memory that the machine's RAM is made of. Without one it is private, anonymous memory of the name `microvm.ram`.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -1,18 +1,16 @@
 //! One RAM block.
 
+use super::backend::{Backing, MemoryBackend};
+use super::host::{HostMemory, PAGE_SIZE, Wanted};
+use crate::error::{Error, Result};
 use std::fs::File;
 use std::io;
 use std::num::NonZeroUsize;
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
-
 use vm_memory::bitmap::{AtomicBitmap, BS};
 use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{Bytes, MmapRegion, VolatileMemory, VolatileSlice};
-
-use super::backend::{Backing, MemoryBackend};
-use super::host::{HostMemory, PAGE_SIZE, Wanted};
-use crate::error::{Error, Result};
 
 /// Guest memory with a name.
 ///

@@ -1,12 +1,11 @@
 //! The files that RAM is made of, where another process may have it, too: mode `cpr-transfer`.
 
-use std::collections::BTreeMap;
-use std::fs::File;
-
 use super::backend::{MemoryBackend, memfd};
 use super::block::RamBlock;
 use super::error::BackendError;
 use crate::error::{Error, Result};
+use std::collections::BTreeMap;
+use std::fs::File;
 
 /// The files of a machine's RAM.
 #[derive(Debug, Default)]

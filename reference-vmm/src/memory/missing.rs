@@ -2,12 +2,9 @@
 //!
 //! vCPUs touch it in the kernel (`KVM_RUN`), so a descriptor for faults of user mode alone is not enough.
 
-use std::fs::OpenOptions;
-use std::io;
-use std::ops::Range;
-use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
-use std::sync::{Arc, Mutex};
-
+use super::error::words;
+use super::{GuestMemory, RamBlock};
+use crate::lock::lock;
 use linux_raw_sys::general::{
     UFFD_API, UFFD_EVENT_PAGEFAULT, UFFD_FEATURE_THREAD_ID, UFFDIO_REGISTER_MODE_MISSING, uffdio_api, uffdio_copy,
     uffdio_range, uffdio_register, uffdio_zeropage,
@@ -17,10 +14,11 @@ use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
 use rustix::io::Errno;
 use rustix::ioctl::{Opcode, Updater, ioctl, opcode};
 use rustix::mm::{UserfaultfdFlags, userfaultfd};
-
-use super::error::words;
-use super::{GuestMemory, RamBlock};
-use crate::lock::lock;
+use std::fs::OpenOptions;
+use std::io;
+use std::ops::Range;
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
+use std::sync::{Arc, Mutex};
 
 /// The kernel's letter for these calls, and their numbers.
 pub(super) const GROUP: u8 = 0xaa;

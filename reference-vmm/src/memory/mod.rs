@@ -30,10 +30,9 @@ pub(crate) use protected::WriteProtection;
 pub use shared::SharedPages;
 pub(crate) use slot::{set_memory_flags, set_memory_slot};
 
+use crate::error::{Error, Result};
 use vm_memory::VolatileSlice;
 use vm_memory::bitmap::{AtomicBitmap, BS, Bitmap};
-
-use crate::error::{Error, Result};
 
 /// All RAM of a machine.
 #[derive(Debug)]

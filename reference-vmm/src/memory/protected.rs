@@ -1,7 +1,7 @@
 //! Guest memory that is not written to unseen: Linux' `userfaultfd` for writes.
 
-use std::sync::Arc;
-
+use super::GuestMemory;
+use super::missing::{GROUP, Userfault, available, call};
 use linux_raw_sys::general::{
     UFFD_FEATURE_PAGEFAULT_FLAG_WP, UFFD_FEATURE_WP_HUGETLBFS_SHMEM, UFFD_FEATURE_WP_UNPOPULATED,
     UFFDIO_REGISTER_MODE_WP, uffdio_writeprotect,
@@ -9,9 +9,7 @@ use linux_raw_sys::general::{
 use qevm_migration::{GuestError, MissingPages, ProtectedPages};
 use rustix::io::Errno;
 use rustix::ioctl::{Opcode, opcode};
-
-use super::GuestMemory;
-use super::missing::{GROUP, Userfault, available, call};
+use std::sync::Arc;
 
 const WRITEPROTECT: Opcode = opcode::read_write::<uffdio_writeprotect>(GROUP, 6);
 /// For a page that was not touched, too (Linux 6.4), and for shared memory and huge pages (5.19).

@@ -1,9 +1,8 @@
 //! Pages of a file that this process and others have in common, such as those of a device's BAR.
 
+use super::host::{HostMemory, PAGE_SIZE, Wanted};
 use std::fs::File;
 use std::io;
-
-use super::host::{HostMemory, PAGE_SIZE, Wanted};
 
 /// Pages of a file. They are mapped as long as this lives, and nothing here reaches into them.
 #[derive(Debug)]

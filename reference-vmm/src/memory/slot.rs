@@ -1,10 +1,9 @@
 //! How KVM shows the RAM to the guest: a memory slot for each [mapping](GuestMemory::mappings).
 
-use kvm_bindings::kvm_userspace_memory_region;
-use kvm_ioctls::VmFd;
-
 use super::GuestMemory;
 use crate::error::{Result, kvm};
+use kvm_bindings::kvm_userspace_memory_region;
+use kvm_ioctls::VmFd;
 
 /// Shows a mapping to the guest, or changes the flags of one that is shown. The slot is the mapping's index.
 pub(crate) fn set_memory_slot(vm: &VmFd, memory: &GuestMemory, slot: usize, flags: u32) -> Result<()> {

@@ -1,8 +1,7 @@
 //! What the guest has printed on its way, put together.
 
-use std::collections::BTreeMap;
-
 use super::{PciDevice, Progress};
+use std::collections::BTreeMap;
 
 /// Everything a guest printed, on one monitor after the other.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -1,6 +1,7 @@
 //! Where a guest goes to or comes from: arguments `uri` and `channels` of `migrate` and `migrate-incoming`.
 
-use super::{arguments::Arguments, protocol::Failure};
+use super::arguments::Arguments;
+use super::protocol::Failure;
 use qevm_migration::Address;
 
 /// An address as it was given. It is parsed when the arguments are complete.

@@ -1,10 +1,8 @@
 //! What a command was given.
 
 use super::protocol::Failure;
-use crate::vmm::{
-    Vmm,
-    legality::{self, Rule},
-};
+use crate::vmm::Vmm;
+use crate::vmm::legality::{self, Rule};
 use serde_json::{Map, Value, json};
 use std::sync::Arc;
 

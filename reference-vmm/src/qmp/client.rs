@@ -1,15 +1,12 @@
 //! The other end of QMP: a client that blocks.
 
 use serde_json::{Value, json};
+use std::io::{self, BufRead, BufReader, Write};
 use std::os::fd::AsRawFd;
-use std::{
-    io,
-    io::{BufRead, BufReader, Write},
-    os::unix::net::UnixStream,
-    path::Path,
-    thread,
-    time::{Duration, Instant},
-};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::thread;
+use std::time::{Duration, Instant};
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
 /// Why a command did not succeed.

@@ -1,16 +1,11 @@
 //! The commands.
 
-use super::{
-    address::{AddressArgument, parse_channel_address, parse_channel_addresses},
-    arguments::{Arguments, empty, finish},
-    descriptors, dirty_rate, human, objects, parameters, power,
-    protocol::{Failure, Request},
-    queries, statistics,
-};
-use crate::vmm::{
-    RunState, Vmm,
-    legality::{self, Rule},
-};
+use super::address::{AddressArgument, parse_channel_address, parse_channel_addresses};
+use super::arguments::{Arguments, empty, finish};
+use super::protocol::{Failure, Request};
+use super::{descriptors, dirty_rate, human, objects, parameters, power, queries, statistics};
+use crate::vmm::legality::{self, Rule};
+use crate::vmm::{RunState, Vmm};
 use qevm_migration::{Address, Capabilities, KNOWN_CAPABILITIES, Parameters, Refused, Status};
 use serde_json::{Map, Value, json};
 use std::net::IpAddr;

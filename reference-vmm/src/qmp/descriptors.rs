@@ -1,24 +1,17 @@
 //! The commands for descriptors that a client sends along (`SCM_RIGHTS`), and their way through the socket.
 
-use super::{
-    arguments::{Arguments, empty, finish},
-    protocol::Failure,
-};
-use crate::{descriptors::BadDescriptor, vmm::Vmm};
-use rustix::{
-    io::retry_on_intr,
-    net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg},
-};
+use super::arguments::{Arguments, empty, finish};
+use super::protocol::Failure;
+use crate::descriptors::BadDescriptor;
+use crate::vmm::Vmm;
+use rustix::io::retry_on_intr;
+use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg};
 use serde_json::{Value, json};
-use std::{
-    io::{self, IoSliceMut},
-    mem::MaybeUninit,
-    os::{
-        fd::{AsRawFd, OwnedFd, RawFd},
-        unix::net::UnixStream,
-    },
-    sync::Arc,
-};
+use std::io::{self, IoSliceMut};
+use std::mem::MaybeUninit;
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
 
 /// Most descriptors that are taken with one piece of what a client says (QEMU 11.1).
 const MOST: usize = 16;

@@ -1,13 +1,13 @@
 //! The commands about dirty rates and their limits.
 
-use super::{
-    arguments::{Arguments, empty, finish},
-    protocol::Failure,
-};
-use crate::{machine::VcpuDirtyLimit, vmm::Vmm};
+use super::arguments::{Arguments, empty, finish};
+use super::protocol::Failure;
+use crate::machine::VcpuDirtyLimit;
+use crate::vmm::Vmm;
 use qevm_migration::dirty_rate::Mode;
 use serde_json::{Value, json};
-use std::{sync::Arc, time::Duration};
+use std::sync::Arc;
+use std::time::Duration;
 
 const UNITS: [&str; 2] = ["second", "millisecond"];
 

@@ -1,10 +1,9 @@
 //! The commands for objects.
 
-use super::{
-    arguments::{Arguments, empty, finish},
-    protocol::Failure,
-};
-use crate::{objects::ObjectError, vmm::Vmm};
+use super::arguments::{Arguments, empty, finish};
+use super::protocol::Failure;
+use crate::objects::ObjectError;
+use crate::vmm::Vmm;
 use serde_json::Value;
 use std::sync::Arc;
 

@@ -8,7 +8,8 @@
 mod tests;
 
 use qevm_migration::{Mode, Parameters};
-use qevm_multifd::{compression::Compression, zero_page::ZeroPageDetection};
+use qevm_multifd::compression::Compression;
+use qevm_multifd::zero_page::ZeroPageDetection;
 use serde_json::{Map, Value};
 
 /// A parameter that cannot be set so. The texts are those of QEMU 11.1.

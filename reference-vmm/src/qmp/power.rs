@@ -1,13 +1,12 @@
 //! Reset, power button, and what the network learns of the guest.
 
-use super::{
-    arguments::{Arguments, empty, finish},
-    protocol::Failure,
-};
+use super::arguments::{Arguments, empty, finish};
+use super::protocol::Failure;
 use crate::vmm::{ACTIONS, Vmm};
 use qevm_migration::Announcement;
 use serde_json::Value;
-use std::{sync::Arc, time::Duration};
+use std::sync::Arc;
+use std::time::Duration;
 
 pub(super) fn system_reset(vmm: &Arc<Vmm>, arguments: &mut Arguments) -> Result<Value, Failure> {
     finish(arguments)?;

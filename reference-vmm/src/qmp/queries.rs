@@ -1,9 +1,7 @@
 //! What there is: the schema, the vCPUs, KVM, the memory.
 
-use super::{
-    arguments::{Arguments, empty, finish},
-    protocol::Failure,
-};
+use super::arguments::{Arguments, empty, finish};
+use super::protocol::Failure;
 use crate::vmm::Vmm;
 use serde_json::{Value, json};
 use std::sync::{Arc, LazyLock};

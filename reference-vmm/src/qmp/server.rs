@@ -1,23 +1,18 @@
 //! The socket, and the clients on it.
 
-use super::{
-    commands, descriptors,
-    protocol::{Failure, Request, Requests, reply},
-    queries,
-};
+use super::protocol::{Failure, Request, Requests, reply};
+use super::{commands, descriptors, queries};
 use crate::vmm::{Event, Exit, Vmm};
 use qevm_migration::private;
 use serde_json::{Value, json};
-use std::{
-    fs, io,
-    io::Write,
-    net::Shutdown,
-    os::unix::net::UnixStream,
-    path::{Path, PathBuf},
-    sync::{Arc, Mutex, PoisonError, mpsc},
-    thread,
-    time::Duration,
-};
+use std::fs;
+use std::io::{self, Write};
+use std::net::Shutdown;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError, mpsc};
+use std::thread;
+use std::time::Duration;
 
 /// Serves QMP at a UNIX socket, to one client after the other; one that does not read what it is told is dropped after
 /// five seconds. When this is dropped, the client is told what has happened, and the socket is removed.

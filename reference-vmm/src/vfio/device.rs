@@ -1,14 +1,12 @@
 //! The devices of a machine: what they are to its migration, and what they do when its guest stops and goes on.
 
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Mutex, PoisonError};
-
-use qevm_migration::{GuestError, IterativeDevice, Pending};
-
 use super::{DeviceState, DmaLog, Driver, Host, HostDevice, Migration, Opened, VfioError};
 use crate::devices::pci::{Function, PciBus};
 use crate::error::{Error, Result};
 use qevm_microvm::sections::vfio_idstr;
+use qevm_migration::{GuestError, IterativeDevice, Pending};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Mutex, PoisonError};
 
 /// A device for the PCI bus.
 pub struct VfioSlot {

@@ -1,10 +1,8 @@
 //! A device within the process that does what the kernel's drivers do, and fails where it is told to.
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-
-use rustix::io::Errno;
-
 use super::{DataFile, DeviceState, Driver, PrecopyInfo, Support};
+use rustix::io::Errno;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 /// What a [`Double`] has to send, and how it does so.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

@@ -1,8 +1,7 @@
 //! What goes wrong with a device in a migration.
 
-use rustix::io::Errno;
-
 use super::DeviceState;
+use rustix::io::Errno;
 
 /// Why a device cannot go on.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]

@@ -1,8 +1,7 @@
 use super::*;
+use DeviceState::{Error, PreCopy, PreCopyP2p, Resuming, Running, RunningP2p, Stop, StopCopy};
 use rustix::io::Errno;
 use std::sync::{Arc, Mutex};
-
-use DeviceState::{Error, PreCopy, PreCopyP2p, Resuming, Running, RunningP2p, Stop, StopCopy};
 
 const ALL: Support = Support { p2p: true, precopy: true };
 const SHAPE: Shape = Shape {

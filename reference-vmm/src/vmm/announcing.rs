@@ -2,11 +2,9 @@
 
 use super::Vmm;
 use qevm_migration::Announcement;
-use std::{
-    collections::BTreeMap,
-    sync::{Arc, Mutex, PoisonError},
-    thread,
-};
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread;
 
 /// Who is at it, by the name that the operator has given; a new one of the same name takes the place of the old one.
 pub(super) type Announcers = Mutex<BTreeMap<String, Arc<()>>>;

@@ -4,10 +4,8 @@ use super::{RunState, Vmm};
 use crate::memory::{Userfault, WriteProtection};
 use qevm_migration::{BadCapability, Capabilities, GuestError, Parameters, RULES, Refused};
 use qevm_multifd::compression::Compression;
-use qevm_wire::{
-    Capability,
-    capability::{Context, Rejection, check},
-};
+use qevm_wire::Capability;
+use qevm_wire::capability::{Context, Rejection, check};
 
 /// Refuses parameters that do not go with these capabilities: pages that are compressed or encrypted are not sent in
 /// place. A QEMU looks when either is set.

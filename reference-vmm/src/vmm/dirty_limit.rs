@@ -1,7 +1,8 @@
 //! Limits of the vCPUs' dirty rates, as QMP sets them.
 
 use super::Vmm;
-use crate::{Error, machine::VcpuDirtyLimit};
+use crate::Error;
+use crate::machine::VcpuDirtyLimit;
 
 /// A limit that cannot be set or taken back. The texts are those of QEMU 11.1.
 #[derive(Debug, thiserror::Error)]

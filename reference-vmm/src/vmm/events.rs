@@ -1,10 +1,9 @@
 //! QMP events: how they are made, who subscribes to them, and who records them.
 
-use std::sync::{Mutex, PoisonError, mpsc};
-use std::time::{SystemTime, UNIX_EPOCH};
-
 use qevm_migration::{Job, Notice};
 use serde_json::{Value, json};
+use std::sync::{Mutex, PoisonError, mpsc};
+use std::time::{SystemTime, UNIX_EPOCH};
 
 /// An event for QMP clients.
 #[derive(Debug, Clone, PartialEq)]

@@ -7,7 +7,8 @@ use qevm_migration::{
     SavedDevices,
 };
 use qevm_wire::{CountedString, Profile};
-use std::{ops::Range, time::Duration};
+use std::ops::Range;
+use std::time::Duration;
 
 /// The dirty log of a migration, which is the only one to have it. The log ends before the claim.
 struct ClaimedLog<'v> {

@@ -5,10 +5,8 @@ use qevm_migration::{
     Address, Announcement, Arrival, BlockTimes, Endpoint, Incoming, Listener, MigrationError, Recovery, Refused, Rest,
     RestoreProgress, check_transport, receive,
 };
-use std::{
-    sync::{Arc, MutexGuard, PoisonError},
-    thread,
-};
+use std::sync::{Arc, MutexGuard, PoisonError};
+use std::thread;
 
 /// Where an incoming migration comes from.
 enum IncomingEndpoint {

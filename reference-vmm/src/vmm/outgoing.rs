@@ -1,12 +1,14 @@
 //! The guest that leaves.
 
 use super::{Vmm, legality};
+use qevm_migration::cpr::{self, Passed, Successor};
 use qevm_migration::{
     Address, Endpoint, Job, MigrationError, Mode, NoDescriptors, Outgoing, Refused, Statistics, check_transport,
-    cpr::{self, Passed, Successor},
     migrate,
 };
-use std::{os::fd::AsFd, sync::Arc, thread};
+use std::os::fd::AsFd;
+use std::sync::Arc;
+use std::thread;
 
 /// Connections that are there already, or are to be opened.
 struct WayOut {

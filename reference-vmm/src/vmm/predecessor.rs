@@ -1,7 +1,9 @@
 //! The process that a guest comes from whose memory this machine is made of already (mode `cpr-transfer`).
 
-use super::{Vmm, origin::Origin};
-use qevm_migration::{Mode, Parameters, cpr::Predecessor};
+use super::Vmm;
+use super::origin::Origin;
+use qevm_migration::cpr::Predecessor;
+use qevm_migration::{Mode, Parameters};
 use std::sync::{Mutex, PoisonError};
 
 impl Vmm {

@@ -1,15 +1,13 @@
 //! Machines whose RAM a memory backend is.
 
-use std::fs;
-use std::path::Path;
-use std::process::Command;
-
-use reference_vmm::payload::Progress;
-use serde_json::json;
-
 use crate::Test;
 use crate::lifecycle::{Monitor, without_userfaultfd};
 use crate::qmp::{finished, refused};
+use reference_vmm::payload::Progress;
+use serde_json::json;
+use std::fs;
+use std::path::Path;
+use std::process::Command;
 
 pub(crate) const TESTS: &[Test] = &[
     ("backend_a_guest_goes_from_each_kind_of_memory_to_the_next", each_kind),

@@ -1,13 +1,11 @@
 //! Kernels of a few bytes, entered by both boot protocols: they print their command line and the initial RAM disk.
 
-use std::time::{Duration, Instant};
-
-use reference_vmm::boot::Kernel;
-use reference_vmm::machine::{Machine, MachineConfig};
-
 use crate::Test;
 use crate::guest::{Console, Guest};
 use crate::state::copy_ram;
+use reference_vmm::boot::Kernel;
+use reference_vmm::machine::{Machine, MachineConfig};
+use std::time::{Duration, Instant};
 
 pub(crate) const TESTS: &[Test] = &[
     ("boot_enters_an_elf_by_pvh", enters_an_elf_by_pvh),

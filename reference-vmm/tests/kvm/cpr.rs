@@ -1,10 +1,8 @@
 //! Guests whose memory stays where it is when they go to another process (mode `cpr-transfer`).
 
-use std::collections::BTreeMap;
-use std::fs::File;
-use std::os::unix::net::UnixListener;
-use std::thread;
-
+use crate::Test;
+use crate::guest::{Guest, PATIENCE};
+use crate::qmp::{finished, refused};
 use qevm_migration::cpr::{Passed, Predecessor};
 use qevm_migration::{Job, Listener, Mode, Parameters, Socket, Timeouts, migrate, receive};
 use qevm_wire::{Profile, QemuVersion};
@@ -15,10 +13,10 @@ use reference_vmm::payload::IMAGE;
 use reference_vmm::qmp::{Client, Server};
 use reference_vmm::vmm::Vmm;
 use serde_json::{Value, json};
-
-use crate::Test;
-use crate::guest::{Guest, PATIENCE};
-use crate::qmp::{finished, refused};
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::os::unix::net::UnixListener;
+use std::thread;
 
 pub(crate) const TESTS: &[Test] = &[
     ("cpr_a_guest_goes_on_in_the_same_memory", goes_on_in_the_same_memory),

@@ -1,11 +1,10 @@
 //! The dirty log loses no page.
 
+use crate::Test;
+use crate::guest::Guest;
 use reference_vmm::Error;
 use reference_vmm::dirty_log::{DirtyBitmap, PAGES_PER_WORD};
 use reference_vmm::memory::{GuestMemory, PAGE_SIZE};
-
-use crate::Test;
-use crate::guest::Guest;
 
 pub(crate) const TESTS: &[Test] = &[
     ("dirty_log_reports_a_page_again_after_a_clear", reports_a_page_again_after_a_clear),

@@ -1,18 +1,16 @@
 //! Dirty rings: their sizes, what they tell of each vCPU, and limits of dirty rates. That they lose no page is for
 //! `dirty_log`'s tests with `QEVM_DIRTY_RING_SIZE`, in a machine whose KVM has rings that work (`make lab`).
 
-use std::path::Path;
-use std::sync::Arc;
-use std::time::{Duration, Instant};
-
+use crate::Test;
+use crate::guest::{Console, Guest};
 use reference_vmm::Error;
 use reference_vmm::machine::{Machine, MachineConfig};
 use reference_vmm::qmp::{Client, ClientError, Server};
 use reference_vmm::vmm::Vmm;
 use serde_json::{Value, json};
-
-use crate::Test;
-use crate::guest::{Console, Guest};
+use std::path::Path;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 pub(crate) const TESTS: &[Test] = &[
     ("dirty_ring_sizes_are_refused_in_qemus_words", sizes),

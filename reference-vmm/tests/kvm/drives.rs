@@ -1,19 +1,17 @@
 //! Who uses the image of a disk during a migration, and what `late-block-activate` does to that.
 
-use std::fs::{File, OpenOptions};
-use std::os::fd::AsRawFd;
-use std::path::Path;
-use std::sync::Arc;
-use std::time::{Duration, Instant};
-
+use crate::Test;
+use crate::guest::{Guest, PATIENCE};
 use qevm_wire::{Profile, QemuVersion};
 use reference_vmm::devices::{Block, BlockOptions, VirtioSlot};
 use reference_vmm::qmp::{Client, ClientError, Server};
 use reference_vmm::vmm::Vmm;
 use serde_json::{Value, json};
-
-use crate::Test;
-use crate::guest::{Guest, PATIENCE};
+use std::fs::{File, OpenOptions};
+use std::os::fd::AsRawFd;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 pub(crate) const TESTS: &[Test] = &[
     ("drives_go_with_a_guest_that_stands_still", go_with_a_guest_that_stands_still),

@@ -1,13 +1,11 @@
 //! `--event-log` has what happened, whether or not a QMP client was told.
 
-use std::fs;
-use std::path::Path;
-
-use serde_json::{Value, json};
-
 use crate::Test;
 use crate::lifecycle::Monitor;
 use crate::qmp::finished;
+use serde_json::{Value, json};
+use std::fs;
+use std::path::Path;
 
 pub(crate) const TESTS: &[Test] = &[("event_log_tells_of_a_migration", tells_of_a_migration)];
 

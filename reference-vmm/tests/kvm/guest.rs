@@ -1,11 +1,10 @@
 //! A machine that runs the payload guest, and what it prints.
 
+use reference_vmm::machine::{Machine, MachineConfig};
+use reference_vmm::payload::{FW_CFG_NAME, Progress};
 use std::io::{self, Write};
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::{Duration, Instant};
-
-use reference_vmm::machine::{Machine, MachineConfig};
-use reference_vmm::payload::{FW_CFG_NAME, Progress};
 
 /// Ends a test that hangs. Tests judge progress and never the speed of a machine, so this is far above what anything
 /// takes on a slow and busy one.

@@ -1,21 +1,19 @@
 //! The destination as a process: who calls, what has to arrive, and who runs the guest in the end.
 
+use crate::Test;
+use crate::lifecycle::Monitor;
+use crate::qmp::{PATIENCE, finished};
+use qevm_savevm::framing::SectionKind;
+use qevm_savevm::{Decoder, DecoderOptions, Event};
+use qevm_wire::{Decode, Driver};
+use reference_vmm::payload::Progress;
+use serde_json::{Value, json};
 use std::fs;
 use std::io::{Read, Write};
 use std::net::TcpStream;
 use std::ops::Range;
 use std::path::Path;
 use std::time::{Duration, Instant};
-
-use qevm_savevm::framing::SectionKind;
-use qevm_savevm::{Decoder, DecoderOptions, Event};
-use qevm_wire::{Decode, Driver};
-use reference_vmm::payload::Progress;
-use serde_json::{Value, json};
-
-use crate::Test;
-use crate::lifecycle::Monitor;
-use crate::qmp::{PATIENCE, finished};
 
 pub(crate) const TESTS: &[Test] = &[
     ("incoming_strangers_neither_end_nor_delay_the_wait", strangers),

@@ -1,15 +1,13 @@
 //! Guests that run before their memory is loaded from a file.
 
-use std::fs::{self, File};
-use std::path::Path;
-
-use reference_vmm::payload::Progress;
-use serde_json::{Value, json};
-
 use crate::Test;
 use crate::incoming::wait_for_status;
 use crate::lifecycle::Monitor;
 use crate::qmp::{finished, refused};
+use reference_vmm::payload::Progress;
+use serde_json::{Value, json};
+use std::fs::{self, File};
+use std::path::Path;
 
 pub(crate) const TESTS: &[Test] = &[
     ("lazy_a_guest_runs_while_its_memory_is_loaded", loaded_ahead),

@@ -1,17 +1,15 @@
 //! The monitor as a process: resets, switching off and signals, with the events and exit codes of QEMU 11.1.
 
-use std::fs;
-use std::path::{Path, PathBuf};
-use std::process::{Child, Command, ExitStatus, Stdio};
-use std::time::{Duration, Instant};
-
+use crate::Test;
+use crate::qmp::{PATIENCE, finished, refused};
 use reference_vmm::payload::Progress;
 use reference_vmm::qmp::Client;
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
-
-use crate::Test;
-use crate::qmp::{PATIENCE, finished, refused};
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::time::{Duration, Instant};
 
 pub(crate) const TESTS: &[Test] = &[
     ("lifecycle_a_guest_that_resets_itself_starts_anew", a_guest_resets_itself),

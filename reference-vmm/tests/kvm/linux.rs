@@ -11,15 +11,13 @@
 //! | `QEVM_LINUX_VIRTIO_INITRD` | one that uses virtio devices as well, as `conformance/lab/guest-init-virtio` says |
 //! | `QEVM_QEMU` | a QEMU with its firmware; without it the tests with a QEMU are skipped |
 
+use crate::Test;
+use reference_vmm::qmp::Client;
+use serde_json::json;
 use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
-
-use reference_vmm::qmp::Client;
-use serde_json::json;
-
-use crate::Test;
 
 pub(crate) const TESTS: &[Test] = &[
     ("linux_entered_by_pvh_migrates", || journey(&[REFERENCE, REFERENCE], "QEVM_LINUX_ELF", 1, "")),

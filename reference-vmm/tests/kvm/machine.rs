@@ -1,15 +1,13 @@
 //! Running, pausing, stopping.
 
-use std::time::{Duration, Instant};
-
+use crate::Test;
+use crate::guest::{Guest, PATIENCE};
 use reference_vmm::Error;
 use reference_vmm::devices::pci::PciMessage;
 use reference_vmm::machine::{MAX_CPUS, Machine, MachineConfig, RunState, Stop};
 use reference_vmm::payload::Progress;
+use std::time::{Duration, Instant};
 use vmm_sys_util::eventfd::EventFd;
-
-use crate::Test;
-use crate::guest::{Guest, PATIENCE};
 
 pub(crate) const TESTS: &[Test] = &[
     (

@@ -33,13 +33,12 @@ mod vfio_recorded;
 mod vfio_used;
 mod worst;
 
+use libtest_mimic::{Arguments, Failed, Trial};
+use reference_vmm::machine::open_kvm;
 use std::fs::OpenOptions;
 use std::io::Write;
 use std::path::Path;
 use std::process::ExitCode;
-
-use libtest_mimic::{Arguments, Failed, Trial};
-use reference_vmm::machine::open_kvm;
 
 type Test = (&'static str, fn());
 

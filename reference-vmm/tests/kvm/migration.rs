@@ -1,18 +1,16 @@
 //! Live migration of the payload guest from one machine to another.
 
-use std::sync::Arc;
-use std::thread;
-use std::time::Duration;
-
+use crate::Test;
+use crate::guest::Guest;
 use qevm_migration::{
     Address, Capabilities, Job, Listener, MigrationError, Parameters, Socket, Statistics, Status, migrate, receive,
 };
 use qevm_wire::{Profile, QemuVersion};
 use reference_vmm::machine::RunState;
 use reference_vmm::payload::Progress;
-
-use crate::Test;
-use crate::guest::Guest;
+use std::sync::Arc;
+use std::thread;
+use std::time::Duration;
 
 pub(crate) const TESTS: &[Test] = &[
     ("migration_over_tcp_with_return_path", over_tcp),

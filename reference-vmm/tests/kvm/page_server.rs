@@ -1,5 +1,17 @@
 //! Guests that come from a page server: `qevm serve` as a library, in this process.
 
+use crate::Test;
+use crate::incoming::wait_for_status;
+use crate::lazy::{capabilities, runs};
+use crate::lifecycle::Monitor;
+use crate::qmp::{finished, refused};
+use qevm::serve::{Limits, Server};
+use qevm::socket::{Address, Listener};
+use qevm_inspect::bounds::Spool;
+use qevm_inspect::rewrite::mapped_file::MappedFile;
+use qevm_inspect::stream::Inputs;
+use reference_vmm::payload::Progress;
+use serde_json::{Value, json};
 use std::fs::File;
 use std::io;
 use std::net::Shutdown;
@@ -9,20 +21,6 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::Duration;
-
-use qevm::serve::{Limits, Server};
-use qevm::socket::{Address, Listener};
-use qevm_inspect::bounds::Spool;
-use qevm_inspect::rewrite::mapped_file::MappedFile;
-use qevm_inspect::stream::Inputs;
-use reference_vmm::payload::Progress;
-use serde_json::{Value, json};
-
-use crate::Test;
-use crate::incoming::wait_for_status;
-use crate::lazy::{capabilities, runs};
-use crate::lifecycle::Monitor;
-use crate::qmp::{finished, refused};
 
 pub(crate) const TESTS: &[Test] = &[
     ("page_server_gives_guests_of_any_image", any_image),

@@ -1,10 +1,9 @@
 //! The payload guest notices what it must notice.
 
-use reference_vmm::memory::PAGE_SIZE;
-use reference_vmm::payload::Reads;
-
 use crate::Test;
 use crate::guest::Guest;
+use reference_vmm::memory::PAGE_SIZE;
+use reference_vmm::payload::Reads;
 
 pub(crate) const TESTS: &[Test] = &[
     ("payload_runs_on_one_to_four_vcpus", runs_on_one_to_four_vcpus),

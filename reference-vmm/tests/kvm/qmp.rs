@@ -1,13 +1,12 @@
 //! QMP, and the demo that is driven by it.
 
-use std::path::Path;
-use std::process::{Command, Stdio};
-use std::time::{Duration, Instant};
-
 use qevm_wire::{Profile, QemuVersion};
 use reference_vmm::qmp::{Client, ClientError, Server};
 use reference_vmm::vmm::Vmm;
 use serde_json::{Value, json};
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
 
 use crate::Test;
 use crate::guest::Guest;

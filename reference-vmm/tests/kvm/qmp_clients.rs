@@ -1,14 +1,12 @@
 //! Clients that do not behave cannot keep the monitor from others.
 
+use crate::Test;
+use crate::qmp::{PATIENCE, refused, serve};
+use reference_vmm::qmp::Client;
+use serde_json::json;
 use std::fs::File;
 use std::io::{ErrorKind, Read, Write};
 use std::os::unix::net::UnixStream;
-
-use reference_vmm::qmp::Client;
-use serde_json::json;
-
-use crate::Test;
-use crate::qmp::{PATIENCE, refused, serve};
 
 pub(crate) const TESTS: &[Test] = &[
     ("qmp_drops_a_client_that_does_not_read", drops_a_client_that_does_not_read),

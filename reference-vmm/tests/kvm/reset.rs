@@ -1,18 +1,16 @@
 //! A machine is reset: what it then is, and that it starts anew.
 
-use std::time::Duration;
-
+use crate::Test;
+use crate::boot::elf;
+use crate::guest::{Console, Guest};
+use crate::state::{copy_ram, still};
 use qevm_microvm::state::MachineState;
 use reference_vmm::Error;
 use reference_vmm::boot::Kernel;
 use reference_vmm::devices::{Rng, VirtioSlot};
 use reference_vmm::machine::{Machine, MachineConfig, RunState, Stop};
 use reference_vmm::memory::BIOS;
-
-use crate::Test;
-use crate::boot::elf;
-use crate::guest::{Console, Guest};
-use crate::state::{copy_ram, still};
+use std::time::Duration;
 
 pub(crate) const TESTS: &[Test] = &[
     ("reset_makes_everything_but_time_and_ram_as_it_was", makes_everything_as_it_was),

@@ -1,15 +1,13 @@
 //! Snapshots of a guest that runs on (capability `background-snapshot`).
 
-use std::os::unix::net::UnixListener;
-use std::path::Path;
-
-use serde_json::{Value, json};
-
 use crate::Test;
 use crate::incoming::wait_for_status;
 use crate::lazy::{capabilities, runs};
 use crate::lifecycle::Monitor;
 use crate::qmp::{finished, refused};
+use serde_json::{Value, json};
+use std::os::unix::net::UnixListener;
+use std::path::Path;
 
 pub(crate) const TESTS: &[Test] = &[
     ("snapshot_is_of_one_instant_of_a_guest_that_runs_on", of_one_instant),

@@ -1,13 +1,11 @@
 //! A guest continues from a saved state in another machine.
 
-use std::time::Instant;
-
+use crate::Test;
+use crate::guest::Guest;
 use qevm_microvm::state::MachineState;
 use reference_vmm::Error;
 use reference_vmm::memory::GuestMemory;
-
-use crate::Test;
-use crate::guest::Guest;
+use std::time::Instant;
 
 pub(crate) const TESTS: &[Test] = &[
     ("state_continues_in_another_machine", continues_in_another_machine),

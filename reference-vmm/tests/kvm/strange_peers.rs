@@ -1,5 +1,12 @@
 //! A source and what may be at the other end of its connection, which is a real socket or pipe.
 
+use crate::Test;
+use crate::guest::{Console, PATIENCE};
+use crate::qmp::{finished, refused, serve};
+use nix::sys::socket::{Backlog, listen, setsockopt, sockopt};
+use reference_vmm::qmp::{Client, Server};
+use reference_vmm::vmm::Vmm;
+use serde_json::{Value, json};
 use std::io::{self, PipeReader, Read, Write};
 use std::net::TcpListener;
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -7,15 +14,6 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
-
-use nix::sys::socket::{Backlog, listen, setsockopt, sockopt};
-use reference_vmm::qmp::{Client, Server};
-use reference_vmm::vmm::Vmm;
-use serde_json::{Value, json};
-
-use crate::Test;
-use crate::guest::{Console, PATIENCE};
-use crate::qmp::{finished, refused, serve};
 
 pub(crate) const TESTS: &[Test] = &[
     ("source_keeps_a_guest_that_a_silent_peer_was_sent", keeps_a_guest_that_a_silent_peer_was_sent),

@@ -1,12 +1,6 @@
 //! The test device of the lab (conformance/lab/testdev) within the process: what a guest sees of it, and a driver that
 //! migrates it.
 
-use std::collections::BTreeMap;
-use std::fs::File;
-use std::os::unix::fs::FileExt;
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, Weak};
-
 use qevm_microvm::state::PciFunctionState;
 use reference_vmm::devices::pci::{
     BarKind, BarPages, Changes, ConfigSpace, Function, MsixTable, PciError, PciMessage, command,
@@ -15,6 +9,11 @@ use reference_vmm::memory::SharedPages;
 use reference_vmm::vfio::{DataFile, DeviceState, Driver, MultifdTransfer, PrecopyInfo, VfioBacking, VfioSlot};
 use reference_vmm::vmm::Vmm;
 use rustix::io::Errno;
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, Weak};
 use vmm_sys_util::eventfd::EventFd;
 
 const BAR: u64 = 4096;

@@ -1,16 +1,14 @@
 //! Running guests over descriptors, into files, and into files that are full.
 
+use crate::Test;
+use crate::guest::PATIENCE;
+use crate::qmp::{finished, refused, serve, wait_for_event};
+use reference_vmm::qmp::{Client, ClientError};
+use serde_json::json;
 use std::fs;
 use std::os::unix::fs::{PermissionsExt, symlink};
 use std::os::unix::net::UnixStream;
 use std::process::{Child, Command, Stdio};
-
-use reference_vmm::qmp::{Client, ClientError};
-use serde_json::json;
-
-use crate::Test;
-use crate::guest::PATIENCE;
-use crate::qmp::{finished, refused, serve, wait_for_event};
 
 pub(crate) const TESTS: &[Test] = &[
     ("transport_descriptors_are_named_and_used", descriptors),

@@ -1,9 +1,8 @@
 //! Guests with VFIO devices, which are doubles: they do what the kernel's drivers do.
 
-use std::sync::{Arc, mpsc};
-use std::thread;
-use std::time::{Duration, Instant};
-
+use crate::Test;
+use crate::guest::{Console, Guest, PATIENCE};
+use DeviceState::{Error, PreCopy, PreCopyP2p, Resuming, Running, RunningP2p, Stop, StopCopy};
 use qevm_migration::{Address, Capabilities, Status};
 use qevm_wire::{Profile, QemuVersion};
 use reference_vmm::devices::pci::{BarKind, ConfigOnly, ConfigSpace, Function, Identity};
@@ -12,11 +11,9 @@ use reference_vmm::vfio::{
 };
 use reference_vmm::vmm::{Event, RunState, Vmm};
 use rustix::io::Errno;
-
-use crate::Test;
-use crate::guest::{Console, Guest, PATIENCE};
-
-use DeviceState::{Error, PreCopy, PreCopyP2p, Resuming, Running, RunningP2p, Stop, StopCopy};
+use std::sync::{Arc, mpsc};
+use std::thread;
+use std::time::{Duration, Instant};
 
 pub(crate) const TESTS: &[Test] = &[
     ("vfio_devices_move_with_their_guest", move_with_their_guest),

@@ -1,9 +1,8 @@
 //! Devices of the host's kernel, as far as there need be none, and what devices write to RAM by themselves.
 
-use std::os::unix::fs::symlink;
-use std::path::Path;
-use std::sync::{Arc, Mutex, OnceLock, Weak};
-
+use crate::Test;
+use crate::guest::Guest;
+use crate::vfio::{Switches, capabilities, migrate_between};
 use qevm_migration::{Address, Guest as _};
 use qevm_wire::{Profile, QemuVersion};
 use reference_vmm::Error;
@@ -15,11 +14,10 @@ use reference_vmm::vfio::{
 };
 use reference_vmm::vmm::{RunState, Vmm};
 use rustix::io::Errno;
+use std::os::unix::fs::symlink;
+use std::path::Path;
+use std::sync::{Arc, Mutex, OnceLock, Weak};
 use vm_memory::Bytes as _;
-
-use crate::Test;
-use crate::guest::Guest;
-use crate::vfio::{Switches, capabilities, migrate_between};
 
 pub(crate) const TESTS: &[Test] = &[
     ("vfio_device_of_the_host_that_is_none_is_refused", that_is_none),

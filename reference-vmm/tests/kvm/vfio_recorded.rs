@@ -1,11 +1,10 @@
 //! Migrations with VFIO devices that QEMUs sent to each other, recorded in the lab (savevm/tests/data/vfio): machines
 //! with doubles in the devices' place load them, and send the like.
 
-use std::io::{Read, Write};
-use std::os::unix::net::UnixStream;
-use std::path::Path;
-use std::thread;
-
+use crate::Test;
+use crate::guest::Guest;
+use crate::testdev::Testdev;
+use crate::vfio::{SHAPE, Switches, capabilities, slot};
 use qevm_microvm::sections;
 use qevm_microvm::state::MachineState;
 use qevm_migration::{
@@ -21,11 +20,10 @@ use reference_vmm::payload::PciDevice;
 use reference_vmm::vfio::{Double, Shape, VfioBacking, VfioSlot};
 use reference_vmm::vmm::Vmm;
 use serde_json::Value;
-
-use crate::Test;
-use crate::guest::Guest;
-use crate::testdev::Testdev;
-use crate::vfio::{SHAPE, Switches, capabilities, slot};
+use std::io::{Read, Write};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::thread;
 
 pub(crate) const TESTS: &[Test] = &[
     ("vfio_streams_of_qemu_load", streams_of_qemu_load),

@@ -1,16 +1,14 @@
 //! Guests that use their VFIO devices on the way: BARs that they have placed, registers, memory, DMA and interrupts.
 //! What the guest says of them is judged, and what gets lost on purpose it has to notice.
 
-use std::sync::Arc;
-
-use qevm_wire::{Profile, QemuVersion};
-use reference_vmm::payload::{PciDevice, Progress};
-use reference_vmm::vmm::{RunState, Vmm};
-
 use crate::Test;
 use crate::guest::{Console, Guest};
 use crate::testdev::{Loss, Testdev};
 use crate::vfio::{Switches, migrate_between, wait};
+use qevm_wire::{Profile, QemuVersion};
+use reference_vmm::payload::{PciDevice, Progress};
+use reference_vmm::vmm::{RunState, Vmm};
+use std::sync::Arc;
 
 pub(crate) const TESTS: &[Test] = &[
     ("vfio_devices_are_used_on_the_way", used_on_the_way),

@@ -4,6 +4,10 @@
 //! `QEVM_WORST=full` is for a machine that does nothing else: a minute for each number of vCPUs, and every `stop` is
 //! answered below a second.
 
+use crate::Test;
+use crate::qmp::finished;
+use reference_vmm::qmp::Client;
+use serde_json::json;
 use std::fs;
 use std::io::Read;
 use std::os::unix::fs::FileExt;
@@ -11,12 +15,6 @@ use std::os::unix::net::UnixDatagram;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
-
-use reference_vmm::qmp::Client;
-use serde_json::json;
-
-use crate::Test;
-use crate::qmp::finished;
 
 pub(crate) const TESTS: &[Test] =
     &[("worst_guest_on_one_vcpu_is_stopped", || run(1)), ("worst_guest_on_two_vcpus_is_stopped", || run(2))];

@@ -1,17 +1,15 @@
 //! The PCI bus in the tables: the host bridge with its windows, and where the interrupt pins of its devices go (ACPI
 //! specification 6.5, 6.2.13; PCI Firmware Specification 3.3, 4.1).
 
-use std::ops::Range;
-
-use acpi_tables::aml::{
-    AddressSpace, AddressSpaceCacheable, Device, EISAName, Interrupt, Method, Name, Package, PackageBuilder, Path,
-    ResourceTemplate, Return, Scope,
-};
-use acpi_tables::mcfg::MCFG;
-use acpi_tables::{Aml, aml};
-
 use super::{OEM, REVISION, TABLE};
 use crate::devices::pci::{ECAM, FIRST_GSI, LINES, LOW_WINDOW, MOST_DEVICES, line_of};
+use acpi_tables::Aml;
+use acpi_tables::aml::{
+    self, AddressSpace, AddressSpaceCacheable, Device, EISAName, Interrupt, Method, Name, Package, PackageBuilder,
+    Path, ResourceTemplate, Return, Scope,
+};
+use acpi_tables::mcfg::MCFG;
+use std::ops::Range;
 
 const SEGMENT: u16 = 0;
 const LAST_BUS: u8 = 0xff;

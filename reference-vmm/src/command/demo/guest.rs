@@ -1,15 +1,14 @@
 //! One of the two monitor processes, and what its guest prints.
 
+use anyhow::{Context, bail, ensure};
+use reference_vmm::payload::{FW_CFG_NAME, Progress};
+use reference_vmm::qmp::Client;
+use serde_json::Value;
 use std::fs::File;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
-
-use anyhow::{Context, bail, ensure};
-use reference_vmm::payload::{FW_CFG_NAME, Progress};
-use reference_vmm::qmp::Client;
-use serde_json::Value;
 
 /// A `reference-vmm run` of this very program, killed when this is dropped.
 pub(super) struct Guest {

@@ -1,9 +1,8 @@
 //! What the demo shows: a timeline for people, one object for programs.
 
-use std::time::{Duration, Instant};
-
 use reference_vmm::payload::{Progress, Transcript};
 use serde_json::{Map, Value, json};
+use std::time::{Duration, Instant};
 
 pub(super) struct Report {
     quiet: bool,

@@ -1,9 +1,8 @@
 //! What is shown of a migration.
 
+use serde_json::Value;
 use std::collections::VecDeque;
 use std::time::Duration;
-
-use serde_json::Value;
 
 /// Over which time rates are taken.
 const WINDOW: Duration = Duration::from_secs(2);

@@ -1,10 +1,9 @@
 //! The configuration space of a PCI function (PCI Local Bus Specification 3.0, chapter 6), without I/O: what a guest
 //! reads and can write, where that puts the BARs, and which kind of interrupt it has turned on.
 
-use std::ops::Range;
-
 use super::PciError;
 use super::msi::Msi;
+use std::ops::Range;
 
 /// Offsets in the header of a function.
 pub mod register {

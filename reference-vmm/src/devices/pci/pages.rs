@@ -1,9 +1,8 @@
 //! Pages of BARs that the guest reaches without the monitor.
 
-use std::sync::Arc;
-
 use crate::error::Result;
 use crate::memory::SharedPages;
+use std::sync::Arc;
 
 /// Some of a BAR.
 #[derive(Clone, Debug)]

@@ -1,9 +1,7 @@
-use std::sync::{Arc, Mutex};
-
-use proptest::prelude::*;
-
 use super::*;
 use crate::memory::SharedPages;
+use proptest::prelude::*;
+use std::sync::{Arc, Mutex};
 
 /// The section `gpex_root` of QEMU 10.0.13 and 11.1.3 for `-M microvm,pcie=on`, as far as it is not zero.
 const QEMU_BRIDGE: [(usize, &[u8]); 2] =

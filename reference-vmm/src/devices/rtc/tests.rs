@@ -1,8 +1,6 @@
 use super::*;
-use std::sync::{
-    Arc,
-    atomic::{AtomicU32, Ordering},
-};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
 
 const S: i128 = NANOSECONDS;
 /// 21 November 2026, 23:59:54 UTC.

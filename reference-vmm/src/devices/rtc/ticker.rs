@@ -1,9 +1,8 @@
 //! The clock with the thread that raises its interrupts when their time comes.
 
-use std::time::{SystemTime, UNIX_EPOCH};
-
 use super::Rtc;
 use crate::devices::ticker::{Ticker, Timed};
+use std::time::{SystemTime, UNIX_EPOCH};
 
 /// The host's time in ns since 1970.
 pub(crate) fn wall_clock() -> i128 {

@@ -3,14 +3,13 @@
 pub(crate) mod pic;
 pub(crate) mod pit;
 
-use std::sync::{Arc, Mutex};
-
 use super::ioapic::Ioapic;
 use super::ticker::Ticker;
 use crate::lock::lock;
 use pic::Pics;
 use pit::Pit;
 use qevm_microvm::state::{IoapicState, PicState, PitState};
+use std::sync::{Arc, Mutex};
 
 /// Interrupt of the PIT.
 const PIT_IRQ: u32 = 0;

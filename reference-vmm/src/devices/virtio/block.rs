@@ -7,12 +7,6 @@
 
 mod request;
 
-use std::collections::VecDeque;
-use std::fs::{File, OpenOptions};
-use std::io::{self, Seek, SeekFrom};
-use std::path::PathBuf;
-use std::sync::Arc;
-
 use super::chain::Chain;
 use super::image_lock;
 use super::model::{Access, Model, Task};
@@ -20,6 +14,11 @@ use super::queue::{EVENT_IDX, INDIRECT_DESC, NOTIFY_ON_EMPTY, RingError};
 use crate::error::{Error, Result};
 use qevm_microvm::state::{VirtioDeviceState, VirtioRequest};
 use request::{Progress, Step};
+use std::collections::VecDeque;
+use std::fs::{File, OpenOptions};
+use std::io::{self, Seek, SeekFrom};
+use std::path::PathBuf;
+use std::sync::Arc;
 
 /// Device number.
 const ID: u32 = 2;

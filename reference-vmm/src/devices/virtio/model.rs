@@ -1,13 +1,12 @@
 //! What a device is to the transport that it is on, and what the transport gives it to work with.
 
-use std::io;
-use std::os::fd::RawFd;
-
 use super::chain::Chain;
 use super::queue::{Queue, RingError};
 use crate::error::Result;
 use crate::memory::GuestMemory;
 use qevm_microvm::state::VirtioDeviceState;
+use std::io;
+use std::os::fd::RawFd;
 
 /// Interrupt status: a queue was used; the configuration has changed.
 const ISR_QUEUE: u8 = 1;

@@ -3,15 +3,14 @@
 //! the guest's. Between two turns the device is free for others, and when the machine is to stop there is no further
 //! turn.
 
-use std::io;
-use std::os::fd::RawFd;
-use std::sync::{Arc, Mutex};
-use std::thread::{self, JoinHandle};
-
 use super::transport::Transport;
 use super::wake::Wake;
 use crate::error::{Error, Result};
 use crate::lock::lock;
+use std::io;
+use std::os::fd::RawFd;
+use std::sync::{Arc, Mutex};
+use std::thread::{self, JoinHandle};
 
 /// Starts the thread of a device. It ends with [`Transport::end`]. `may_run` says whether the machine runs, and is not
 /// about to stop.

@@ -3,13 +3,12 @@
 //! Nothing the guest writes there is trusted: every index and address is checked when it is read, a chain has at most
 //! [`MAX_CHAIN`] descriptors, and what is wrong is a [`RingError`].
 
-use std::cell::Cell;
-use std::sync::atomic::{Ordering, fence};
-
 use super::chain::{Buffer, Chain};
 use crate::error::Error;
 use crate::memory::GuestMemory;
 use qevm_microvm::state::VirtioQueueState;
+use std::cell::Cell;
+use std::sync::atomic::{Ordering, fence};
 
 /// Largest queue, and most descriptors of a chain (QEMU's `VIRTQUEUE_MAX_SIZE`, seen as QueueNumMax of 7.2 and 10.0).
 pub(crate) const MAX_QUEUE: u32 = 1024;

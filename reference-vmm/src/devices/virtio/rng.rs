@@ -1,12 +1,11 @@
 //! `virtio-rng-device` with the host's random numbers (virtio 1.2, 5.4; QEMU's default backend `rng-builtin`).
 
-use std::fs::File;
-use std::io::{self, Read};
-
 use super::model::{Access, Model};
 use super::queue::{ANY_LAYOUT, EVENT_IDX, INDIRECT_DESC, NOTIFY_ON_EMPTY, RingError};
 use crate::error::{Error, Result};
 use qevm_microvm::state::VirtioDeviceState;
+use std::fs::File;
+use std::io::{self, Read};
 
 /// Device number.
 const ID: u32 = 4;

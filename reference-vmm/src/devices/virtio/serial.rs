@@ -1,15 +1,14 @@
 //! `virtio-serial-device` with its ports, `virtconsole` and `virtserialport` (virtio 1.2, 5.3).
 
-use std::io;
-use std::os::fd::RawFd;
-use std::time::{Duration, Instant};
-
 use super::chain::Chain;
 use super::model::{Access, Model};
 use super::queue::{ANY_LAYOUT, EVENT_IDX, INDIRECT_DESC, NOTIFY_ON_EMPTY, RingError};
 use crate::devices::chardev::Chardev;
 use qevm_microvm::state::{VirtioDeviceState, VirtioPortState};
 use qevm_microvm::virtio::MAX_PORTS;
+use std::io;
+use std::os::fd::RawFd;
+use std::time::{Duration, Instant};
 
 /// Device number.
 const ID: u32 = 3;

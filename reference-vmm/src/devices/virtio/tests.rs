@@ -1,13 +1,11 @@
+use super::*;
+use crate::memory::GuestMemory;
+use proptest::prelude::{ProptestConfig, any, prop, proptest};
+use qevm_microvm::state::{VirtioDeviceState, VirtioRequest};
 use std::fs;
 use std::io::Write;
 use std::sync::OnceLock;
-
-use proptest::prelude::{ProptestConfig, any, prop, proptest};
 use tempfile::NamedTempFile;
-
-use super::*;
-use crate::memory::GuestMemory;
-use qevm_microvm::state::{VirtioDeviceState, VirtioRequest};
 
 mod net;
 mod serial;

@@ -3,7 +3,6 @@
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
-
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 /// Makes the thread ask anew what the model is interested in.

@@ -9,9 +9,8 @@
 //! * nothing is fed back from a measured rate, so nothing can swing; what one pause is too long or too short, the next
 //!   one makes up.
 
-use std::time::Duration;
-
 use crate::memory::PAGE_SIZE;
+use std::time::Duration;
 
 pub(super) const MIB: f64 = (1 << 20) as f64;
 

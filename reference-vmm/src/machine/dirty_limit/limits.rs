@@ -1,12 +1,11 @@
 //! The limits and what is measured for them: what the vCPUs' threads look at, and the one that keeps the limits.
 
-use std::sync::{Arc, Condvar, Mutex};
-use std::time::Duration;
-
 use super::bucket::{Bucket, Verdict};
 use super::pauses::Pauses;
 use crate::dirty_log::DirtyLog;
 use crate::lock::lock;
+use std::sync::{Arc, Condvar, Mutex};
+use std::time::Duration;
 
 /// The limits, as the vCPUs' threads and the one that keeps them have them in common.
 pub(crate) struct Limits {

@@ -1,11 +1,10 @@
 //! The rule plays against vCPUs of every kind: from 10 MiB/s to 2 GiB/s, constant, bursty and changing, under limits
 //! from 1 to 100 MiB/s, on a host that is late now and then.
 
-use std::time::Duration;
-
 use super::MIB;
 use super::bucket::{Bucket, Measured, SHORTEST_PAUSE, SOONEST};
 use crate::memory::PAGE_SIZE;
+use std::time::Duration;
 
 const SPEEDS: [f64; 6] = [10.0, 30.0, 100.0, 300.0, 800.0, 2048.0];
 const LIMITS: [u64; 5] = [1, 3, 10, 30, 100];

@@ -1,13 +1,12 @@
 //! Interrupt controllers, PIT and paravirtual clock.
 
+use crate::error::{Result, kvm};
+use crate::machine::clock::monotonic;
 use kvm_bindings::{
     KVM_CLOCK_TSC_STABLE, KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, kvm_clock_data,
     kvm_ioapic_state, kvm_irqchip, kvm_pic_state, kvm_pit_channel_state, kvm_pit_state2,
 };
 use kvm_ioctls::VmFd;
-
-use crate::error::{Result, kvm};
-use crate::machine::clock::monotonic;
 use qevm_microvm::state::{ClockState, IoapicState, PicState, PitChannelState, PitState};
 
 pub(super) fn save_irqchip(vm: &VmFd) -> Result<([PicState; 2], IoapicState)> {

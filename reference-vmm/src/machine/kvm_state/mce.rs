@@ -1,9 +1,8 @@
 //! Machine check registers: how many banks a vCPU has is set once, before its MSRs.
 
+use crate::error::{Error, Result};
 use kvm_ioctls::{Cap, Kvm, VcpuFd};
 use vmm_sys_util::ioctl::{ioctl_with_mut_ref, ioctl_with_ref};
-
-use crate::error::{Error, Result};
 
 mod ioctl {
     use kvm_bindings::KVMIO;

@@ -7,12 +7,12 @@ mod vcpu;
 pub(super) use mce::set_up as set_up_mce;
 pub(super) use vcpu::{enter, saved_msrs};
 
-use kvm_bindings::KVM_MP_STATE_RUNNABLE;
-
-use super::{Machine, vcpu::Vcpu};
+use super::Machine;
+use super::vcpu::Vcpu;
 use crate::devices::Rtc;
 use crate::error::{Error, Result};
 use crate::lock::lock;
+use kvm_bindings::KVM_MP_STATE_RUNNABLE;
 use qevm_microvm::state::{ClockState, GedState, MachineState, Msr, OpaqueState, PitState};
 
 /// The paravirtual clock, the PIT and the TSCs, which KVM lets run on while the vCPUs are paused. As with a QEMU clock

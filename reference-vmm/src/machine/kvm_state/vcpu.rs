@@ -1,7 +1,8 @@
 //! The state of a vCPU.
 
-use std::os::raw::c_char;
-
+use super::mce;
+use crate::boot::Entry;
+use crate::error::{Error, Result, kvm};
 use kvm_bindings::{
     KVM_VCPUEVENT_VALID_NMI_PENDING, KVM_VCPUEVENT_VALID_PAYLOAD, KVM_VCPUEVENT_VALID_SHADOW,
     KVM_VCPUEVENT_VALID_SIPI_VECTOR, KVM_VCPUEVENT_VALID_SMM, KVM_VCPUEVENT_VALID_TRIPLE_FAULT, Msrs, Xsave,
@@ -9,13 +10,10 @@ use kvm_bindings::{
     kvm_vcpu_events, kvm_xcr, kvm_xcrs, kvm_xsave,
 };
 use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
-
-use super::mce;
-use crate::boot::Entry;
-use crate::error::{Error, Result, kvm};
 use qevm_microvm::state::{
     DebugRegisters, DescriptorTable, Events, Msr, Registers, Segment, SpecialRegisters, VcpuState,
 };
+use std::os::raw::c_char;
 
 const MSR_TSC: u32 = 0x10;
 const MSR_TSC_ADJUST: u32 = 0x3b;

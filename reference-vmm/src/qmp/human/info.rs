@@ -1,7 +1,8 @@
 //! `info`.
 
 use super::words::{Said, Words, error};
-use crate::qmp::{parameters, protocol::Failure, queries};
+use crate::qmp::protocol::Failure;
+use crate::qmp::{parameters, queries};
 use crate::vmm::{RunState, Vmm};
 use serde_json::Value;
 use std::fmt::Write as _;

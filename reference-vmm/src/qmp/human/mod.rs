@@ -5,11 +5,9 @@ mod setting;
 mod words;
 
 use self::words::{Said, Words, error, invalid};
-use super::{
-    arguments::{Arguments, finish},
-    protocol::Failure,
-    statistics::STATUSES,
-};
+use super::arguments::{Arguments, finish};
+use super::protocol::Failure;
+use super::statistics::STATUSES;
 use crate::vmm::Vmm;
 use qevm_migration::Announcement;
 use serde_json::{Map, Value, json};

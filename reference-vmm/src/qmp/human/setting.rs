@@ -1,13 +1,9 @@
 //! Values of `migrate_set_parameter`. The texts are those of QEMU 11.1.
 
 use super::words::{error, invalid};
-use crate::{
-    qmp::{
-        parameters::{self, Kind},
-        protocol::Failure,
-    },
-    vmm::Vmm,
-};
+use crate::qmp::parameters::{self, Kind};
+use crate::qmp::protocol::Failure;
+use crate::vmm::Vmm;
 use serde_json::{Value, json};
 
 /// The value of a parameter as QMP takes it.

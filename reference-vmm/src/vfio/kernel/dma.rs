@@ -1,19 +1,17 @@
 //! The guest's RAM as devices reach it, and which pages they have written to.
 
-use std::sync::{Arc, Mutex};
-
+use super::ioctl;
+use crate::lock::lock;
+use crate::memory::{GuestMemory, Mapping, PAGE_SIZE};
+use crate::vfio::{DmaLog, Failure, Tracking, VfioError};
 use rustix::io::Errno;
+use std::sync::{Arc, Mutex};
 use vfio_bindings::bindings::vfio::{
     VFIO_DEVICE_FEATURE_DMA_LOGGING_REPORT, VFIO_DEVICE_FEATURE_DMA_LOGGING_START,
     VFIO_DEVICE_FEATURE_DMA_LOGGING_STOP, VFIO_IOMMU_DIRTY_PAGES_FLAG_GET_BITMAP, VFIO_IOMMU_DIRTY_PAGES_FLAG_START,
     VFIO_IOMMU_DIRTY_PAGES_FLAG_STOP,
 };
 use vfio_ioctls::{VfioContainer, VfioDevice, VfioOps};
-
-use super::ioctl;
-use crate::lock::lock;
-use crate::memory::{GuestMemory, Mapping, PAGE_SIZE};
-use crate::vfio::{DmaLog, Failure, Tracking, VfioError};
 
 /// The block with the machine's RAM. Firmware and tables are not for devices.
 const RAM: usize = 0;

@@ -1,18 +1,16 @@
 //! The migration protocol, call by call.
 
+use super::ioctl;
+use crate::vfio::{DataFile, Driver, PrecopyInfo};
+use rustix::io::Errno;
 use std::fs::File;
 use std::os::fd::RawFd;
 use std::sync::Arc;
-
-use rustix::io::Errno;
 use vfio_bindings::bindings::vfio::{
     VFIO_DEVICE_FEATURE_MIG_DATA_SIZE, VFIO_DEVICE_FEATURE_MIG_DEVICE_STATE, VFIO_DEVICE_FEATURE_MIG_PRECOPY_INFOv2,
     VFIO_DEVICE_FEATURE_MIGRATION, VFIO_PRECOPY_INFO_REINIT,
 };
 use vfio_ioctls::VfioDevice;
-
-use super::ioctl;
-use crate::vfio::{DataFile, Driver, PrecopyInfo};
 
 /// The kernel's driver of a device.
 pub(super) struct KernelDriver(pub(super) Arc<VfioDevice>);

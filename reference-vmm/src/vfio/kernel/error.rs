@@ -1,13 +1,11 @@
 //! What can be wrong with a device of the host.
 
-use std::io;
-
-use iommufd_ioctls::IommufdError;
-use rustix::io::Errno;
-use vfio_ioctls::VfioError;
-
 use crate::devices::pci::PciError;
 use crate::error::Error;
+use iommufd_ioctls::IommufdError;
+use rustix::io::Errno;
+use std::io;
+use vfio_ioctls::VfioError;
 
 /// Why a device of the host cannot be used.
 #[derive(Debug, thiserror::Error)]

@@ -1,15 +1,6 @@
 //! What the guest sees of a device: its configuration space with BARs and interrupts of its own, and all else as the
 //! device has it.
 
-use std::fs::File;
-use std::ops::Range;
-use std::os::fd::{AsRawFd, BorrowedFd};
-use std::sync::Arc;
-
-use rustix::io::Errno;
-use vfio_bindings::bindings::vfio::VFIO_PCI_CONFIG_REGION_INDEX;
-use vfio_ioctls::VfioDevice;
-
 use super::HostDeviceError;
 use super::ioctl::{self, Region};
 use super::irq::{Interrupts, Kind};
@@ -19,6 +10,13 @@ use crate::devices::pci::{
 use crate::error::{Error, Result};
 use crate::memory::{GuestMemory, PAGE_SIZE, SharedPages};
 use qevm_microvm::state::PciFunctionState;
+use rustix::io::Errno;
+use std::fs::File;
+use std::ops::Range;
+use std::os::fd::{AsRawFd, BorrowedFd};
+use std::sync::Arc;
+use vfio_bindings::bindings::vfio::VFIO_PCI_CONFIG_REGION_INDEX;
+use vfio_ioctls::VfioDevice;
 
 /// Bytes of a function's configuration space.
 const EXPRESS: u64 = 4096;

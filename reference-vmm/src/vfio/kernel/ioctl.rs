@@ -1,10 +1,9 @@
 //! The calls of `linux/vfio.h` that crate `vfio-ioctls` does not have, or whose answers it does not give.
 
+use rustix::io::Errno;
 use std::mem;
 use std::ops::Range;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
-
-use rustix::io::Errno;
 use vfio_bindings::bindings::vfio::{
     VFIO_BASE, VFIO_DEVICE_FEATURE_GET, VFIO_DEVICE_FEATURE_SET, VFIO_REGION_INFO_CAP_SPARSE_MMAP,
     VFIO_REGION_INFO_FLAG_MMAP, VFIO_TYPE, vfio_precopy_info,

@@ -1,23 +1,21 @@
 //! How a device's interrupts get to the guest: by events that KVM turns into interrupts.
 
+use super::ioctl::set_irqs;
+use crate::devices::pci::PciMessage;
+use crate::error::{Error, Result, kvm};
+use crate::machine::Routes;
+use kvm_ioctls::VmFd;
+use rustix::io::Errno;
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::{self, JoinHandle};
-
-use kvm_ioctls::VmFd;
-use rustix::io::Errno;
 use vfio_bindings::bindings::vfio::{
     VFIO_IRQ_SET_ACTION_TRIGGER, VFIO_IRQ_SET_ACTION_UNMASK, VFIO_IRQ_SET_DATA_EVENTFD, VFIO_IRQ_SET_DATA_NONE,
     VFIO_PCI_INTX_IRQ_INDEX, VFIO_PCI_MSI_IRQ_INDEX, VFIO_PCI_MSIX_IRQ_INDEX,
 };
 use vfio_ioctls::VfioDevice;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
-
-use super::ioctl::set_irqs;
-use crate::devices::pci::PciMessage;
-use crate::error::{Error, Result, kvm};
-use crate::machine::Routes;
 
 const TRIGGER_BY_EVENT: u32 = VFIO_IRQ_SET_ACTION_TRIGGER | VFIO_IRQ_SET_DATA_EVENTFD;
 const UNMASK_BY_EVENT: u32 = VFIO_IRQ_SET_ACTION_UNMASK | VFIO_IRQ_SET_DATA_EVENTFD;

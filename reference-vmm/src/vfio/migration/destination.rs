@@ -1,9 +1,8 @@
 //! How a device takes the state of a guest that arrives.
 
-use rustix::io::Errno;
-
 use super::{Inner, Migration};
 use crate::vfio::{DeviceState, Failure, VfioError};
+use rustix::io::Errno;
 
 impl Migration {
     /// A guest is about to arrive here: the device takes its state from now on.

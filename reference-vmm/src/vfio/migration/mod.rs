@@ -3,11 +3,9 @@
 mod destination;
 mod source;
 
-use std::sync::{Mutex, MutexGuard, PoisonError};
-
-use rustix::io::Errno;
-
 use super::{DataFile, DeviceState, Driver, Failure, PrecopyInfo, Support, VfioError};
+use rustix::io::Errno;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 /// Told of each state that the device comes to.
 pub type Watcher = Box<dyn Fn(DeviceState) + Send + Sync>;

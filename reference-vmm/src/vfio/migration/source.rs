@@ -1,10 +1,9 @@
 //! What a device has to send, and how it is read.
 
-use qevm_migration::Pending;
-use rustix::io::Errno;
-
 use super::{Inner, Migration};
 use crate::vfio::{DeviceState, Failure, PrecopyInfo, VfioError};
+use qevm_migration::Pending;
+use rustix::io::Errno;
 
 /// What a device that does not tell how much state it has is taken to have. (`docs/format/vfio.md`)
 const UNTOLD: u64 = 100 << 30;

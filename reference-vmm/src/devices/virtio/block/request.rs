@@ -1,17 +1,15 @@
 //! The requests of a disk, a piece at a time.
 
-use std::fs::File;
-use std::io;
-use std::os::unix::fs::FileExt;
-use std::sync::Arc;
-
-use rustix::fs::{FallocateFlags, fallocate};
-
 use super::{Block, MAX_SECTORS, SECTOR};
 use crate::devices::virtio::chain::Chain;
 use crate::devices::virtio::model::{Access, Task};
 use crate::devices::virtio::queue::RingError;
 use crate::memory::GuestMemory;
+use rustix::fs::{FallocateFlags, fallocate};
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::FileExt;
+use std::sync::Arc;
 
 const HEADER: usize = 16;
 /// Bytes of the answer to `GET_ID`.

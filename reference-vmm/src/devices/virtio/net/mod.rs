@@ -4,16 +4,14 @@
 
 mod filter;
 
-use std::os::fd::RawFd;
-
-use filter::Filter;
-
 use super::chain::Chain;
 use super::model::{Access, Model};
 use super::queue::{ANY_LAYOUT, EVENT_IDX, INDIRECT_DESC, NOTIFY_ON_EMPTY, RingError};
 use crate::devices::netdev::{MAX_FRAME, MAX_HEADER, Netdev};
+use filter::Filter;
 use qevm_microvm::state::{VirtioDeviceState, VirtioNetState};
 use qevm_microvm::virtio::{CTRL_GUEST_OFFLOADS, MRG_RXBUF};
+use std::os::fd::RawFd;
 
 /// Device number.
 const ID: u32 = 1;

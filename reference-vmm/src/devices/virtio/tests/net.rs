@@ -1,10 +1,9 @@
 //! The network card.
 
-use std::os::unix::net::UnixDatagram;
-
 use super::serial::{Ring, start};
 use super::*;
 use crate::devices::{Netdev, NetdevOptions};
+use std::os::unix::net::UnixDatagram;
 
 const MRG_RXBUF: u32 = 1 << 15;
 const GUEST_ANNOUNCE: u32 = 1 << 21;

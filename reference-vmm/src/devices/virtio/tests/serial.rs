@@ -1,15 +1,12 @@
 //! The serial bus and the source of random numbers.
 
+use super::*;
+use crate::devices::{Chardev, ChardevOptions, Rng};
+use qevm_microvm::state::VirtioPortState;
+use rustix::fs::{CWD, FileType, Mode, mknodat};
 use std::io::Read;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::time::{Duration, Instant};
-
-use rustix::fs::{CWD, FileType, Mode, mknodat};
-
-use super::*;
-use crate::devices::Rng;
-use crate::devices::{Chardev, ChardevOptions};
-use qevm_microvm::state::VirtioPortState;
 
 const PATIENCE: Duration = Duration::from_secs(300);
 const MULTIPORT: u32 = 1 << 1;

@@ -1,13 +1,12 @@
 //! Work of a device that may take as long as the host's disk does: its thread does it without the device's lock, and
 //! the guest's memory is touched under the lock and while the machine runs, only.
 
-use std::io;
-use std::sync::{Mutex, PoisonError};
-use std::time::Instant;
-
 use super::{Phase, Transport};
 use crate::devices::virtio::model::Task;
 use crate::lock::lock;
+use std::io;
+use std::sync::{Mutex, PoisonError};
+use std::time::Instant;
 
 impl Transport {
     /// What the device's thread is to do next. It says with [`finish_task`](Transport::finish_task) that it has.
