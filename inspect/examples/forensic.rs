@@ -1,8 +1,11 @@
 //! What is in a saved guest, and its memory for gdb and crash: `cargo run -p qevm-inspect --example forensic -- FILE
 //! CORE`.
 
-use qevm_inspect::{Migration, failure::Error};
-use std::{env, path::Path, process};
+use qevm_inspect::Migration;
+use qevm_inspect::failure::Error;
+use std::env;
+use std::path::Path;
+use std::process;
 
 fn main() {
     let [_, file, core] = &env::args().collect::<Vec<_>>()[..] else { panic!("expected: FILE CORE") };
