@@ -1,17 +1,15 @@
 //! QEMU's own `analyze-migration.py` as an oracle for field values: the script of Debian's source package, run as a
 //! program.
 
-use std::fs;
-use std::path::{Path, PathBuf};
-use std::process::Command;
-
-use anyhow::{Context, Result, bail};
-use serde_json::Value;
-
 use crate::apt::{Apt, Kind};
 use crate::patience::PATIENCE;
 use crate::process::{run, run_any};
 use crate::roots::{Suite, cache_dir};
+use anyhow::{Context, Result, bail};
+use serde_json::Value;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
 
 const NAME: &str = "analyze-migration.py";
 /// The suite whose source package the script is taken from; it reads the streams of every release here.

@@ -1,14 +1,12 @@
 //! Debian's packages by exact name, without touching the system: an `apt-get` with its own sources, state and cache.
 
+use crate::process::run;
+use crate::suite::Suite;
+use anyhow::{Result, bail};
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
-
-use anyhow::{Result, bail};
-
-use crate::process::run;
-use crate::suite::Suite;
 
 /// The downloads of one suite are about 65 MB.
 const TIMEOUT: Duration = Duration::from_secs(420);

@@ -13,20 +13,18 @@ pub mod link;
 pub mod tool;
 mod watch;
 
+use crate::analyze::Script;
+use crate::subject::Subject;
+use crate::trial::machine;
+use anyhow::{Context, Result, ensure};
+use qevm_wire::QemuVersion;
+use serde_json::{Value, json};
 use std::fs::{self, File};
 use std::io::{self, BufWriter, Write};
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
-
-use anyhow::{Context, Result, ensure};
-use qevm_wire::QemuVersion;
-use serde_json::{Value, json};
-
-use crate::analyze::Script;
-use crate::subject::Subject;
-use crate::trial::machine;
 
 /// What skimming over RAM has to reach, bytes per second.
 pub const SKIM_GOAL: f64 = 4e9;

@@ -1,15 +1,12 @@
 //! Makes the catalogue of device layouts that `qevm-savevm` embeds, from recordings.
 
-use std::fs;
-use std::path::Path;
-
+use crate::record::Recording;
+use crate::{corpus, description};
 use anyhow::{Context, Result, bail};
 use qevm_savevm::vmdesc::{Catalogue, Description, Schema};
 use qevm_wire::{Limits, QemuVersion};
-
-use crate::corpus;
-use crate::description;
-use crate::record::Recording;
+use std::fs;
+use std::path::Path;
 
 /// What the file starts with.
 const HEAD: &str = "\

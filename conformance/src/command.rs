@@ -14,9 +14,6 @@ mod targets;
 mod tool;
 mod toy;
 
-use std::path::{Path, PathBuf};
-use std::time::Instant;
-
 use anyhow::Result;
 use channels::Channels;
 use clap::{Args, Parser, Subcommand};
@@ -28,15 +25,16 @@ use migrate::Migrate;
 use pairs::Pairs;
 use postcopy::Postcopy;
 use qevm_conformance::analyze::Script;
-use qevm_conformance::judge;
 use qevm_conformance::matrix::{self, Options};
 use qevm_conformance::record::{self, Recording};
 use qevm_conformance::report::{Outcome, Report, Row};
 use qevm_conformance::roots::{Root, Suite};
 use qevm_conformance::scenario::Scenario;
-use qevm_conformance::{bench, catalogue, corpus, peer, table, trial};
+use qevm_conformance::{bench, catalogue, corpus, judge, peer, table, trial};
 use restore::Restore;
 use snapshot::Snapshot;
+use std::path::{Path, PathBuf};
+use std::time::Instant;
 use targets::Targets;
 use tool::Tool;
 use toy::Toy;

@@ -3,22 +3,20 @@
 
 mod dump;
 
-use std::fs;
-use std::ops::Range;
-use std::path::Path;
-use std::thread;
-use std::time::Duration;
-
+use crate::exec;
+use crate::launch::Qemu;
+use crate::roots::{Root, Suite};
 use anyhow::{Context, Result, bail, ensure};
 use dump::Dump;
 use qevm_inspect::Migration;
 use qevm_inspect::extract::PageCompression;
 use reference_vmm::payload::IMAGE;
 use serde_json::json;
-
-use crate::exec;
-use crate::launch::Qemu;
-use crate::roots::{Root, Suite};
+use std::fs;
+use std::ops::Range;
+use std::path::Path;
+use std::thread;
+use std::time::Duration;
 
 /// How long firmware runs, so that registers and memory are not those of a reset.
 const FIRMWARE_TIME: Duration = Duration::from_millis(700);

@@ -1,14 +1,12 @@
 //! A folder of recordings, for developers who want real streams without starting QEMU.
 
-use std::fs;
-use std::path::{Path, PathBuf};
-
-use anyhow::{Context, Result};
-
 use crate::patience::PATIENCE;
 use crate::process::run;
 use crate::record::{MANIFEST, Recording};
 use crate::roots::Root;
+use anyhow::{Context, Result};
+use std::fs;
+use std::path::{Path, PathBuf};
 
 /// The machine types whose `-dump-vmstate` is kept.
 const DUMPED: [&str; 4] = ["microvm", "pc", "q35", "isapc"];

@@ -1,11 +1,10 @@
 //! The JSON that QEMU writes about its own device state after the end of a stream, found without qevm's help.
 
+use anyhow::{Context, Result};
+use serde_json::Value;
 use std::fs::File;
 use std::io::{Read, Seek, SeekFrom};
 use std::path::Path;
-
-use anyhow::{Context, Result};
-use serde_json::Value;
 
 /// `QEMU_VM_VMDESCRIPTION`: followed by a 32-bit big-endian length and the JSON, which ends the stream.
 const MARKER: u8 = 0x06;

@@ -3,15 +3,13 @@
 //! QEMU says that such a migration has completed when its command has got the last byte, and does not wait for the
 //! command. So the command gives the file its name when it has written all of it.
 
+use crate::launch::Qemu;
+use crate::patience::PATIENCE;
+use anyhow::{Result, ensure};
+use serde_json::json;
 use std::path::Path;
 use std::thread;
 use std::time::{Duration, Instant};
-
-use anyhow::{Result, ensure};
-use serde_json::json;
-
-use crate::launch::Qemu;
-use crate::patience::PATIENCE;
 
 const POLL: Duration = Duration::from_millis(5);
 

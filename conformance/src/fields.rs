@@ -3,17 +3,15 @@
 //! The script prints numbers as hexadecimal digits of their full width and buffers as hexadecimal bytes, so every value
 //! gives its bytes on the wire back; those are compared, name by name.
 
-use std::fs::File;
-use std::os::unix::fs::FileExt;
-use std::path::Path;
-
+use crate::description;
 use anyhow::{Context, Result};
 use qevm_savevm::vmdesc::{Description, DeviceBody, Node};
 use qevm_wire::Limits;
 use serde::Serialize;
 use serde_json::Value;
-
-use crate::description;
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::path::Path;
 
 /// What the script makes of a `ram` section has no counterpart among the fields.
 const WITHOUT_FIELDS: &str = "ram";

@@ -4,17 +4,15 @@
 //! release wants to set, as on AMD hosts, QEMU aborts. So each QEMU is asked once what it starts with, and nothing is
 //! assumed about releases or hosts.
 
+use crate::patience::PATIENCE;
+use crate::process::run_fed;
+use crate::roots::Root;
+use anyhow::{Result, bail};
 use std::collections::BTreeMap;
 use std::fmt;
 use std::path::PathBuf;
 use std::process::Command;
 use std::sync::{Mutex, PoisonError};
-
-use anyhow::{Result, bail};
-
-use crate::patience::PATIENCE;
-use crate::process::run_fed;
-use crate::roots::Root;
 
 /// What is tried, best first. The last is KVM's default model, which asks the least of a host.
 const CANDIDATES: [&str; 3] = ["host", "host,-arch-capabilities", "qemu64"];

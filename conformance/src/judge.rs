@@ -1,18 +1,16 @@
 //! Holds what `qevm verify` says about a recording against what QEMU says.
 
-use std::ffi::OsString;
-use std::fs::{self, File};
-use std::os::unix::fs::FileExt;
-use std::path::Path;
-
-use anyhow::{Context, Result};
-use serde::{Deserialize, Serialize};
-
 use crate::analyze::Script;
 use crate::description;
 use crate::fields::{self, Comparison, Place};
 use crate::record::Recording;
 use crate::subject::Subject;
+use anyhow::{Context, Result};
+use serde::{Deserialize, Serialize};
+use std::ffi::OsString;
+use std::fs::{self, File};
+use std::os::unix::fs::FileExt;
+use std::path::Path;
 
 /// `QEMU_VM_SECTION_START`.
 const SECTION_START: u8 = 0x01;

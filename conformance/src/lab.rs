@@ -12,15 +12,14 @@ mod machine;
 mod peer;
 mod vfio;
 
+use anyhow::{Context, Result, anyhow, ensure};
+use serde_json::{Value, json};
 use std::fs;
 use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::thread;
 use std::time::Duration;
-
-use anyhow::{Context, Result, anyhow, ensure};
-use serde_json::{Value, json};
 
 use self::boot::Boot;
 use self::job::Judge;

@@ -1,5 +1,11 @@
 //! A running real QEMU: started with a monitor, bounded in time, killed when dropped.
 
+use crate::patience::PATIENCE;
+use crate::process::line;
+use crate::qmp::{Qmp, QmpError};
+use crate::roots::Root;
+use anyhow::{Context, Result, bail};
+use serde_json::{Value, json};
 use std::fs::{self, File};
 use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixListener;
@@ -7,14 +13,6 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
-
-use anyhow::{Context, Result, bail};
-use serde_json::{Value, json};
-
-use crate::patience::PATIENCE;
-use crate::process::line;
-use crate::qmp::{Qmp, QmpError};
-use crate::roots::Root;
 
 const POLL: Duration = Duration::from_millis(10);
 

@@ -4,18 +4,16 @@
 //! script that loads them, starts network, disks and input, and says so on the serial port. Everything is downloaded by
 //! package name and unpacked; nothing is installed.
 
+use crate::apt::{Apt, Kind};
+use crate::cpio::Archive;
+use crate::process::run;
+use crate::roots::{Suite, cache_dir, lock};
+use anyhow::{Context, Result};
 use std::collections::{BTreeSet, HashMap};
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
-
-use anyhow::{Context, Result};
-
-use crate::apt::{Apt, Kind};
-use crate::cpio::Archive;
-use crate::process::run;
-use crate::roots::{Suite, cache_dir, lock};
 
 /// Raised whenever the initramfs changes.
 const REVISION: u32 = 3;

@@ -6,13 +6,11 @@ mod command;
 #[allow(dead_code)] // Its `main`.
 mod toy_vmm;
 
-use std::process::ExitCode;
-
 use clap::Parser;
-use qevm_conformance::peer;
 use qevm_conformance::subject::BUILT_IN;
-use qevm_conformance::toy;
+use qevm_conformance::{peer, toy};
 use reference_vmm::descriptors::Descriptors;
+use std::process::ExitCode;
 
 fn main() -> ExitCode {
     // The judged programs are in here, so that they are never an older build than their judge.

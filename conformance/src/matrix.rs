@@ -1,15 +1,5 @@
 //! Records scenarios with real QEMU and judges qevm by them.
 
-use std::collections::BTreeMap;
-use std::fs;
-use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::mpsc;
-use std::thread;
-use std::time::{Duration, Instant};
-
-use anyhow::{Context, Result};
-
 use crate::judge::{self, Judgement};
 use crate::record;
 use crate::reload::{self, Form, Taken};
@@ -17,6 +7,14 @@ use crate::report::{Outcome, Report, Row};
 use crate::roots::{Root, Suite};
 use crate::scenario::{Accel, Route, Scenario};
 use crate::subject::Subject;
+use anyhow::{Context, Result};
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::mpsc;
+use std::thread;
+use std::time::{Duration, Instant};
 
 /// Set to `1`, a QEMU that cannot be installed is a failure and not a skip.
 pub const REQUIRE_QEMU: &str = "QEVM_REQUIRE_QEMU";

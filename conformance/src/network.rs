@@ -1,13 +1,11 @@
 //! Two network namespaces and a link between them, of limited speed if that is wanted, that the kernel can be told to
 //! cut.
 
+use crate::process::run;
+use anyhow::{Context, Result, ensure};
 use std::io::Write;
 use std::process::{Command, Stdio};
 use std::time::Duration;
-
-use anyhow::{Context, Result, ensure};
-
-use crate::process::run;
 
 const PATIENCE: Duration = Duration::from_secs(20);
 /// Addresses of the link, for documentation (RFC 5737) and thus nobody's.

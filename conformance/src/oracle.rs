@@ -4,17 +4,15 @@
 //! mtree -f` says where each RAM block is). The process memory of QEMU, at the host address that `info ramblock` (10.0)
 //! or `gpa2hva` (older) gives, holds each block whole, including what a hole or a ROM shadow hides.
 
-use std::collections::BTreeMap;
-use std::fs::{self, File};
-use std::os::unix::fs::FileExt;
-use std::path::Path;
-
+use crate::launch::Qemu;
 use anyhow::{Context, Result, bail};
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 use sha2::{Digest, Sha256};
-
-use crate::launch::Qemu;
+use std::collections::BTreeMap;
+use std::fs::{self, File};
+use std::os::unix::fs::FileExt;
+use std::path::Path;
 
 /// A RAM block as QEMU itself has it.
 #[derive(Debug, Clone, Serialize, Deserialize)]

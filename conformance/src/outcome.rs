@@ -1,13 +1,11 @@
 //! What was played, and how it ended: for trials and journeys.
 
-use std::fs::OpenOptions;
-use std::io::Write;
-
+use crate::matrix::required;
 use anyhow::{Context, Result};
 use serde::Serialize;
 use serde_json::{Value, json};
-
-use crate::matrix::required;
+use std::fs::OpenOptions;
+use std::io::Write;
 
 /// How something ended that was to be played; `T` is what was seen.
 #[derive(Debug, Clone, Serialize)]

@@ -1,11 +1,10 @@
 //! Child processes with a deadline and errors that quote what the child said.
 
+use anyhow::{Context, Result, bail};
 use std::io::{Read, Write};
 use std::process::{Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
-
-use anyhow::{Context, Result, bail};
 
 /// Runs `command` to its end and gives its standard output.
 ///

@@ -1,12 +1,11 @@
 //! The processor time of monitors.
 
-use std::fs;
-use std::path::Path;
-use std::time::Duration;
-
 use anyhow::{Context, Result};
 use nix::time::clock_getcpuclockid;
 use nix::unistd::Pid;
+use std::fs;
+use std::path::Path;
+use std::time::Duration;
 
 /// Processor time of a process so far, all threads that it has or had.
 ///

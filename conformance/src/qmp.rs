@@ -1,15 +1,13 @@
 //! A small QMP client over a UNIX socket: greeting, capabilities, commands, events, and a deadline on everything.
 
+use crate::patience::PATIENCE;
+use serde_json::{Value, json};
 use std::collections::VecDeque;
 use std::io::{ErrorKind, Read, Write};
 use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
-
-use serde_json::{Value, json};
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
-
-use crate::patience::PATIENCE;
 
 /// Why a QMP exchange failed.
 #[derive(Debug, thiserror::Error)]

@@ -1,14 +1,5 @@
 //! Plays a [`Scenario`] with real QEMU and keeps the stream together with what QEMU says the guest's RAM was.
 
-use std::fs;
-use std::path::{Path, PathBuf};
-use std::thread;
-use std::time::{Duration, Instant};
-
-use anyhow::{Context, Result, bail, ensure};
-use serde::{Deserialize, Serialize};
-use serde_json::{Value, json};
-
 use crate::launch::Qemu;
 use crate::linux::{self, Linux};
 use crate::oracle::{self, Block};
@@ -19,6 +10,13 @@ use crate::roots::Root;
 use crate::route::Run;
 use crate::scenario::{Accel, Guest, Route, Scenario};
 use crate::subject::Subject;
+use anyhow::{Context, Result, bail, ensure};
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::thread;
+use std::time::{Duration, Instant};
 
 /// How long firmware runs before it is stopped: SeaBIOS is through with its set-up long before.
 const FIRMWARE_TIME: Duration = Duration::from_millis(1000);

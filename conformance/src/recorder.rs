@@ -3,6 +3,7 @@
 //! A [`Recorder`] listens like a destination. Each connection gets a file of its own with what the source sent; towards
 //! a second QEMU it also forwards, and records what came back.
 
+use anyhow::{Context, Result, bail};
 use std::fs::{self, File};
 use std::io::{Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
@@ -12,8 +13,6 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
-
-use anyhow::{Context, Result, bail};
 
 const BUFFER: usize = 256 * 1024;
 const POLL: Duration = Duration::from_millis(2);

@@ -1,13 +1,5 @@
 //! Real QEMU loads what qevm writes: a recording converted by `qevm convert` must bring up the same guest.
 
-use std::ffi::OsString;
-use std::path::Path;
-use std::thread;
-use std::time::Duration;
-
-use anyhow::{Context, Result, bail};
-use serde_json::{Value, json};
-
 use crate::judge::input_arguments;
 use crate::launch::Qemu;
 use crate::oracle;
@@ -16,6 +8,12 @@ use crate::record::{self, Recording};
 use crate::roots::{Root, Suite};
 use crate::scenario::{Guest, Scenario};
 use crate::subject::Subject;
+use anyhow::{Context, Result, bail};
+use serde_json::{Value, json};
+use std::ffi::OsString;
+use std::path::Path;
+use std::thread;
+use std::time::Duration;
 
 /// Long enough for a guest that cannot go on to crash QEMU or to stop.
 const RUNNING_TIME: Duration = Duration::from_millis(300);

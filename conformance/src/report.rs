@@ -1,13 +1,11 @@
 //! What a matrix found, for people and for machines.
 
-use std::collections::BTreeMap;
-use std::fmt::Write;
-
-use serde::Serialize;
-use serde_json::{Value, json};
-
 use crate::judge::Judgement;
 use crate::roots::Suite;
+use serde::Serialize;
+use serde_json::{Value, json};
+use std::collections::BTreeMap;
+use std::fmt::Write;
 
 /// How one scenario ended.
 #[derive(Debug, Clone, Serialize)]

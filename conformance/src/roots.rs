@@ -5,12 +5,11 @@
 //! configured or run as a maintainer script. A root's QEMU is started through the root's own dynamic loader, so that no
 //! chroot and no library of the host is involved.
 
+use anyhow::{Context, Result};
 use std::ffi::OsString;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-
-use anyhow::{Context, Result};
 
 use crate::apt::{Apt, Kind};
 use crate::host_cpu::{self, HostCpu};

@@ -1,18 +1,6 @@
 //! The ways on which a migration leaves its source, and what each leaves behind.
 
-use std::fs::{self, File};
-use std::io::Read;
-use std::net::TcpListener;
-use std::path::Path;
-use std::thread;
-use std::time::{Duration, Instant};
-
-use anyhow::{Context, Result, bail};
-use serde_json::{Value, json};
-
-use crate::exec;
 use crate::launch::Qemu;
-use crate::oracle;
 use crate::patience::PATIENCE;
 use crate::process::run;
 use crate::record::Files;
@@ -20,6 +8,15 @@ use crate::recorder::{Channel, Recorder};
 use crate::roots::Root;
 use crate::scenario::{Route, Scenario};
 use crate::subject::Subject;
+use crate::{exec, oracle};
+use anyhow::{Context, Result, bail};
+use serde_json::{Value, json};
+use std::fs::{self, File};
+use std::io::Read;
+use std::net::TcpListener;
+use std::path::Path;
+use std::thread;
+use std::time::{Duration, Instant};
 
 const SNAPSHOT: &str = "qevm-snapshot";
 

@@ -1,9 +1,8 @@
 //! What one recording is made of: a row of the table.
 
-use serde_json::{Map, Value};
-
 use crate::payload::Dirtying;
 use crate::roots::Suite;
+use serde_json::{Map, Value};
 
 /// How the guest's processors run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

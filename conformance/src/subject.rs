@@ -1,12 +1,10 @@
 //! The `qevm` that is judged, run as its users run it: as a program.
 
-use std::path::PathBuf;
-use std::process::Command;
-
-use anyhow::{Context, Result};
-
 use crate::patience::PATIENCE;
 use crate::process::{Finished, run_any};
+use anyhow::{Context, Result};
+use std::path::PathBuf;
+use std::process::Command;
 
 /// The environment variable that names another `qevm` to judge.
 pub const PROGRAM_VARIABLE: &str = "QEVM_BIN";

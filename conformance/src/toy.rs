@@ -2,24 +2,22 @@
 //!
 //! What QEMU says of its guest is the truth: RAM by `pmemsave`, the watchdog by the file that QEMU saves.
 
+use crate::launch::Qemu;
+use crate::matrix::REQUIRE_QEMU;
+use crate::outcome::{Outcome, Report, Row};
+use crate::patience::PATIENCE;
+use crate::roots::{Root, Suite};
+use anyhow::{Context as _, Result, bail, ensure};
+use qevm_savevm::{Decoder, DecoderOptions, Event};
+use qevm_wire::Driver;
+use serde::Serialize;
+use serde_json::{Value, json};
 use std::fmt;
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
-
-use anyhow::{Context as _, Result, bail, ensure};
-use qevm_savevm::{Decoder, DecoderOptions, Event};
-use qevm_wire::Driver;
-use serde::Serialize;
-use serde_json::{Value, json};
-
-use crate::launch::Qemu;
-use crate::matrix::REQUIRE_QEMU;
-use crate::outcome::{Outcome, Report, Row};
-use crate::patience::PATIENCE;
-use crate::roots::{Root, Suite};
 
 /// The hidden subcommands of `qevm-conformance` that are `toy_vmm` and `async_vmm`.
 pub const BUILT_IN: [&str; 2] = ["toy-vmm", "async-vmm"];

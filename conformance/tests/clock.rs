@@ -1,17 +1,16 @@
 //! What the guest's clocks do while it does not run, by QEMU and by reference-vmm, and the page that tells it. What
 //! this machine lacks is skipped by name; `QEVM_REQUIRE_QEMU=1` and `QEVM_REQUIRE_KVM=1` turn such skips into failures.
 
-use std::collections::BTreeMap;
-use std::fs;
-use std::path::{Path, PathBuf};
-use std::thread;
-
 use qevm_conformance::matrix::{REQUIRE_KVM, REQUIRE_QEMU, kvm, required};
 use qevm_conformance::outcome::list_skips;
 use qevm_conformance::peer::Monitor;
 use qevm_conformance::peer::clock::{Case, Cause, Clocks, cases, measure, page};
 use qevm_conformance::roots::{Root, Suite};
 use qevm_conformance::subject::Subject;
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::thread;
 
 /// Writes the page instead of comparing it.
 const WRITE_PAGES: &str = "QEVM_WRITE_PAGES";

@@ -1,11 +1,10 @@
 //! What each real QEMU starts with under KVM on this host. What this machine lacks is skipped by name;
 //! `QEVM_REQUIRE_QEMU=1` and `QEVM_REQUIRE_KVM=1` turn such skips into failures.
 
-use std::io::{Write, stderr};
-
 use qevm_conformance::matrix::{REQUIRE_KVM, REQUIRE_QEMU, kvm, required};
 use qevm_conformance::outcome::list_skips;
 use qevm_conformance::roots::{Root, Suite};
+use std::io::{Write, stderr};
 
 #[test]
 fn every_release_starts_under_kvm() {

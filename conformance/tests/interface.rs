@@ -2,9 +2,6 @@
 //! that it names and the page that it is. What this machine lacks is skipped by name; `QEVM_REQUIRE_QEMU=1` and
 //! `QEVM_REQUIRE_KVM=1` turn such skips into failures.
 
-use std::fs;
-use std::path::{Path, PathBuf};
-
 use anyhow::{Context, Result, ensure};
 use qevm_conformance::interface::{
     CAPABILITIES, CHANNELS, COMMANDS, PARAMETERS, Row, Schema, Verdict, covers, page, types,
@@ -16,6 +13,8 @@ use qevm_conformance::peer::{self, Monitor};
 use qevm_conformance::qmp::QmpError;
 use qevm_conformance::roots::{Root, Suite};
 use serde_json::{Value, json};
+use std::fs;
+use std::path::{Path, PathBuf};
 
 /// Writes the page instead of comparing it.
 const WRITE_PAGES: &str = "QEVM_WRITE_PAGES";

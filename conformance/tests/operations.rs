@@ -2,12 +2,6 @@
 //! come of it. What this machine lacks is skipped by name; `QEVM_REQUIRE_QEMU=1` and `QEVM_REQUIRE_KVM=1` turn such
 //! skips into failures.
 
-use std::io::ErrorKind;
-use std::os::unix::net::UnixDatagram;
-use std::path::{Path, PathBuf};
-use std::thread;
-use std::time::{Duration, Instant};
-
 use qevm_conformance::launch::Qemu;
 use qevm_conformance::matrix::{REQUIRE_KVM, REQUIRE_QEMU, kvm, required};
 use qevm_conformance::outcome::list_skips;
@@ -15,6 +9,11 @@ use qevm_conformance::patience::PATIENCE;
 use qevm_conformance::peer::{self, Monitor};
 use qevm_conformance::roots::{Root, Suite};
 use serde_json::{Value, json};
+use std::io::ErrorKind;
+use std::os::unix::net::UnixDatagram;
+use std::path::{Path, PathBuf};
+use std::thread;
+use std::time::{Duration, Instant};
 
 const ONE: &str = "12345678-1234-1234-1234-123456789abc";
 const OTHER: &str = "12345678-1234-1234-1234-123456789abd";

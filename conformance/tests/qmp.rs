@@ -1,16 +1,15 @@
 //! QMP as real QEMUs speak it. What this machine lacks is skipped by name; `QEVM_REQUIRE_QEMU=1` and
 //! `QEVM_REQUIRE_KVM=1` turn such skips into failures.
 
-use std::fs::OpenOptions;
-use std::io::Write;
-use std::path::PathBuf;
-
 use qevm_conformance::matrix::{REQUIRE_KVM, REQUIRE_QEMU, kvm, required};
 use qevm_conformance::peer::python::Python;
 use qevm_conformance::peer::{Monitor, Stop, dialogue, reboots};
 use qevm_conformance::roots::{Root, Suite};
 use qevm_conformance::scenario::Accel;
 use serde_json::json;
+use std::fs::OpenOptions;
+use std::io::Write;
+use std::path::PathBuf;
 
 /// The file in which `make test` collects the names of tests that could not run.
 const SKIPPED_TESTS: &str = "QEVM_SKIPPED_TESTS";

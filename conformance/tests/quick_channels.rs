@@ -1,11 +1,10 @@
 //! The quick subset of the matrix of page channels with real QEMU. What this machine lacks is skipped by name;
 //! `QEVM_REQUIRE_QEMU=1` and `QEVM_REQUIRE_KVM=1` turn such skips into failures.
 
-use std::path::PathBuf;
-
 use qevm_conformance::channels::{run, table};
 use qevm_conformance::outcome::list_skips;
 use qevm_conformance::subject::Subject;
+use std::path::PathBuf;
 
 #[test]
 fn qevm_trades_page_channels_with_real_qemu() {

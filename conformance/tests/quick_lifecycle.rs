@@ -1,11 +1,10 @@
 //! Where the guest runs when something goes wrong: the representative rows. What this machine lacks is skipped by name;
 //! `QEVM_REQUIRE_QEMU=1` and `QEVM_REQUIRE_KVM=1` turn such skips into failures.
 
-use std::path::PathBuf;
-
 use qevm_conformance::lifecycle::{self, table};
 use qevm_conformance::outcome::list_skips;
 use qevm_conformance::peer::Monitor;
+use std::path::PathBuf;
 
 #[test]
 fn the_guest_runs_at_one_end_or_is_held_paused_at_one() {

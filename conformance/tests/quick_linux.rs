@@ -1,13 +1,12 @@
 //! A Linux guest of an emulated QEMU visits reference-vmm. What this machine lacks is skipped by name;
 //! `QEVM_REQUIRE_QEMU=1` and `QEVM_REQUIRE_KVM=1` turn such skips into failures.
 
-use std::fs::OpenOptions;
-use std::path::PathBuf;
-
 use qevm_conformance::matrix::{REQUIRE_KVM, REQUIRE_QEMU};
 use qevm_conformance::outcome::list_skips;
 use qevm_conformance::peer::{Monitor, StoppedLinuxGuest};
 use qevm_conformance::roots::{Root, Suite};
+use std::fs::OpenOptions;
+use std::path::PathBuf;
 
 #[test]
 fn a_linux_guest_of_7_2_comes_back_as_it_was() {

@@ -1,12 +1,11 @@
 //! The quick matrix with real QEMU. What this machine lacks is skipped by name; `QEVM_REQUIRE_QEMU=1` and
 //! `QEVM_REQUIRE_KVM=1` turn such skips into failures.
 
-use std::path::PathBuf;
-
 use qevm_conformance::matrix::{self, Options};
 use qevm_conformance::outcome::list_skips;
 use qevm_conformance::subject::Subject;
 use qevm_conformance::table;
+use std::path::PathBuf;
 
 #[test]
 fn qevm_agrees_with_real_qemu() {

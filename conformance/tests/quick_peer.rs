@@ -1,10 +1,9 @@
 //! Running guests between real QEMUs and reference-vmm: the representative journeys. What this machine lacks is skipped
 //! by name; `QEVM_REQUIRE_QEMU=1` and `QEVM_REQUIRE_KVM=1` turn such skips into failures.
 
-use std::path::PathBuf;
-
 use qevm_conformance::outcome::list_skips;
 use qevm_conformance::peer::{self, Monitor};
+use std::path::PathBuf;
 
 #[test]
 fn running_guests_go_to_and_fro_between_qemu_and_reference_vmm() {

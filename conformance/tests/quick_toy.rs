@@ -1,10 +1,9 @@
 //! Guests between real QEMUs and `toy_vmm`: the representative trips. What this machine lacks is skipped by name;
 //! `QEVM_REQUIRE_QEMU=1` turns such skips into failures.
 
-use std::path::Path;
-
 use qevm_conformance::outcome::list_skips;
 use qevm_conformance::toy;
+use std::path::Path;
 
 #[test]
 fn guests_go_to_the_toy_and_back_with_their_memory_and_a_device() {

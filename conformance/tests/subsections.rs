@@ -1,10 +1,6 @@
 //! What `qevm check` knows of the subsections that a release reads, next to the `-dump-vmstate` of that release. A
 //! release that cannot be installed is skipped by name; `QEVM_REQUIRE_QEMU=1` turns such skips into failures.
 
-use std::collections::BTreeSet;
-use std::fs::OpenOptions;
-use std::io::Write;
-
 use qevm_conformance::corpus::dump_vmstate;
 use qevm_conformance::matrix::{REQUIRE_QEMU, required};
 use qevm_conformance::roots::{Root, Suite};
@@ -12,6 +8,9 @@ use qevm_savevm::check::{Expectations, Outcome, Summary, check};
 use qevm_savevm::vmdesc::{Description, Schema};
 use qevm_savevm::vmstate::{self, Layout};
 use qevm_wire::Limits;
+use std::collections::BTreeSet;
+use std::fs::OpenOptions;
+use std::io::Write;
 
 /// The file in which `make test` collects the names of tests that could not run.
 const SKIPPED_TESTS: &str = "QEVM_SKIPPED_TESTS";

@@ -1,11 +1,10 @@
 //! Real QEMUs load what qevm writes, and qevm foresees what they refuse. What this machine lacks is skipped by name;
 //! `QEVM_REQUIRE_QEMU=1` and `QEVM_REQUIRE_KVM=1` turn such skips into failures.
 
-use std::path::PathBuf;
-
 use qevm_conformance::outcome::list_skips;
 use qevm_conformance::subject::Subject;
 use qevm_conformance::trial;
+use std::path::PathBuf;
 
 #[test]
 fn real_qemus_load_what_qevm_writes_and_refuse_what_it_foresees() {

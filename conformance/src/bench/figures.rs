@@ -1,8 +1,7 @@
 //! Medians, spreads and ratios.
 
-use std::fmt;
-
 use serde::Serialize;
+use std::fmt;
 
 /// What one migration took.
 #[derive(Debug, Clone, Copy, Serialize)]

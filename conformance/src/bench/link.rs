@@ -1,13 +1,5 @@
 //! A running guest over a limited link.
 
-use std::collections::BTreeMap;
-use std::path::Path;
-use std::time::{Duration, Instant};
-
-use anyhow::{Context, Result, ensure};
-use reference_vmm::payload::Transcript;
-use serde_json::{Value, json};
-
 use super::figures::{COLUMNS, Figures, Summary};
 use super::watch::Silence;
 use crate::network::{Network, PORT};
@@ -15,6 +7,12 @@ use crate::peer::{Env, Journey, Link, Load, Monitor, Stop};
 use crate::processor_time;
 use crate::roots::{Root, Suite};
 use crate::scenario::Accel;
+use anyhow::{Context, Result, ensure};
+use reference_vmm::payload::Transcript;
+use serde_json::{Value, json};
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::time::{Duration, Instant};
 
 /// How long a migration may take.
 const PATIENCE: Duration = Duration::from_secs(60);

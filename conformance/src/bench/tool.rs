@@ -5,18 +5,16 @@
 //! on an image in the page cache. What is written is deleted after each run. Wall time is of the whole process,
 //! processor time what the kernel counts of it in hundredths of a second.
 
+use super::figures::Summary;
+use super::{check, measure, write};
+use crate::subject::Subject;
+use anyhow::{Context, Result};
+use serde::Serialize;
+use serde_json::{Value, json};
 use std::fs::{self, File};
 use std::io;
 use std::path::Path;
 use std::process::Command;
-
-use anyhow::{Context, Result};
-use serde::Serialize;
-use serde_json::{Value, json};
-
-use super::figures::Summary;
-use super::{check, measure, write};
-use crate::subject::Subject;
 
 /// How many times `cp`'s time writing an image in another form may take.
 const WRITING: f64 = 1.5;

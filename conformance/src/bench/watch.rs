@@ -1,13 +1,12 @@
 //! What is seen of two monitors from outside: when the guest prints.
 
+use anyhow::{Result, bail};
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
-
-use anyhow::{Result, bail};
 
 /// How often the consoles are looked at: far finer than the guest's progress lines.
 const LOOK: Duration = Duration::from_micros(500);

@@ -1,9 +1,8 @@
 //! Certificates for both ends, and the options that name them.
 
-use std::path::Path;
-
 use anyhow::Result;
 use serde_json::json;
+use std::path::Path;
 
 use crate::launch::Qemu;
 pub(super) use crate::peer::secured::SOURCE;

@@ -1,27 +1,24 @@
 //! A guest that dirties its memory under KVM goes QEMU → `qevm receive` → `qevm send` → QEMU. It checks itself: a page
 //! with an older content than the guest left there is stale.
 
-use std::fs;
-use std::path::{Path, PathBuf};
-use std::thread;
-use std::time::{Duration, Instant};
-
-use anyhow::{Context, Result, bail};
-use reference_vmm::payload::{FW_CFG_NAME, IMAGE, Progress};
-use serde_json::{Value, json};
-
 use super::qemu_to_qevm::{Told, files, options};
 use super::receiver::Receiver;
 use super::setup::Setup;
 use super::{credentials, shape};
-use crate::judge;
 use crate::launch::Qemu;
-use crate::oracle;
 use crate::patience::PATIENCE;
 use crate::peer::secured::Version;
 use crate::record::Recording;
 use crate::roots::Root;
 use crate::subject::Subject;
+use crate::{judge, oracle};
+use anyhow::{Context, Result, bail};
+use reference_vmm::payload::{FW_CFG_NAME, IMAGE, Progress};
+use serde_json::{Value, json};
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::thread;
+use std::time::{Duration, Instant};
 
 /// Bitmap synchronisations that a row needs: with two, a page dirtied again after being sent may go unnoticed.
 const ROUNDS: u64 = 4;

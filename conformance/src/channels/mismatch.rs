@@ -1,16 +1,14 @@
 //! Both ends are set up legally, but not alike. Whoever is qevm says so in time, and no guest is lost.
 
-use std::time::Instant;
-
-use anyhow::{Context, Result, bail};
-use serde_json::Value;
-
 use super::qevm_to_qemu::{Target, send_arguments};
 use super::receiver::Receiver;
 use super::setup::{Setup, Transport};
 use super::source::{Saved, Source};
 use crate::patience::PATIENCE;
 use crate::subject::Subject;
+use anyhow::{Context, Result, bail};
+use serde_json::Value;
+use std::time::Instant;
 
 /// Seconds that qevm is told to wait.
 const TOLD: u64 = 6;

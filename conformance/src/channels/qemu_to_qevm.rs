@@ -1,21 +1,18 @@
 //! QEMU is the source; `qevm receive`, or `qevm verify` of the file that QEMU wrote, is the destination.
 
-use std::path::{Path, PathBuf};
-
-use anyhow::{Context, Result, bail};
-use qevm_wire::Profile;
-use qevm_wire::profile::SwitchoverAckFlow;
-use serde_json::{Value, json};
-
 use super::receiver::Receiver;
 use super::setup::{Setup, Transport};
 use super::shape;
 use super::source::Source;
-use crate::exec;
-use crate::judge;
 use crate::patience::PATIENCE;
 use crate::record::{Files, Recording};
 use crate::subject::Subject;
+use crate::{exec, judge};
+use anyhow::{Context, Result, bail};
+use qevm_wire::Profile;
+use qevm_wire::profile::SwitchoverAckFlow;
+use serde_json::{Value, json};
+use std::path::{Path, PathBuf};
 
 /// What `qevm receive` is told beforehand.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -1,13 +1,5 @@
 //! `qevm send`, or a file that `qevm convert` wrote, is the source; QEMU is the destination.
 
-use std::ffi::OsString;
-use std::path::Path;
-use std::thread;
-use std::time::Duration;
-
-use anyhow::{Context, Result, bail};
-use serde_json::{Value, json};
-
 use super::setup::{Setup, Transport};
 use super::source::{Flush, Saved, Source, differing};
 use crate::launch::Qemu;
@@ -15,6 +7,12 @@ use crate::oracle;
 use crate::patience::PATIENCE;
 use crate::process::Finished;
 use crate::subject::Subject;
+use anyhow::{Context, Result, bail};
+use serde_json::{Value, json};
+use std::ffi::OsString;
+use std::path::Path;
+use std::thread;
+use std::time::Duration;
 
 /// Long enough for a guest that cannot go on to crash QEMU or to stop.
 const RUNNING_TIME: Duration = Duration::from_millis(100);

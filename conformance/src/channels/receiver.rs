@@ -1,17 +1,15 @@
 //! `qevm receive` as a child process that says where it listens.
 
+use super::setup::Transport;
+use crate::patience::PATIENCE;
+use crate::subject::Subject;
+use anyhow::{Context, Result, bail};
+use serde_json::Value;
 use std::io::{BufRead, BufReader, Read};
 use std::path::Path;
 use std::process::{Child, ChildStderr, Stdio};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
-
-use anyhow::{Context, Result, bail};
-use serde_json::Value;
-
-use super::setup::Transport;
-use crate::patience::PATIENCE;
-use crate::subject::Subject;
 
 /// A running `qevm receive`.
 pub(crate) struct Receiver {

@@ -1,10 +1,5 @@
 //! Set-ups that are illegal: QEMU refuses them with a reason before a byte moves, and qevm refuses the same ones.
 
-use std::fs;
-
-use anyhow::{Result, bail};
-use serde_json::{Value, json};
-
 use super::qevm_to_qemu::form_arguments;
 use super::setup::{Setup, Transport, refusal};
 use super::source::{Saved, Source};
@@ -12,6 +7,9 @@ use crate::launch::Qemu;
 use crate::patience::PATIENCE;
 use crate::recorder::Recorder;
 use crate::subject::Subject;
+use anyhow::{Result, bail};
+use serde_json::{Value, json};
+use std::fs;
 
 /// The source QEMU refuses, and qevm says why.
 ///

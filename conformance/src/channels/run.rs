@@ -1,21 +1,19 @@
 //! Plays the rows: those of a flavor one after the other with one source QEMU, several flavors at a time.
 
-use std::collections::BTreeMap;
-use std::fmt::Write;
-use std::sync::Mutex;
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::thread;
-use std::time::Instant;
-
-use anyhow::Result;
-use serde_json::{Value, json};
-
 use super::source::{Flavor, Source};
 use super::table::{Case, KINDS, Row};
 use super::{live, mismatch, qemu_to_qevm, qevm_to_qemu, refused, secured};
 use crate::matrix::{REQUIRE_KVM, REQUIRE_QEMU, kvm, required};
 use crate::roots::{Root, Suite};
 use crate::subject::Subject;
+use anyhow::Result;
+use serde_json::{Value, json};
+use std::collections::BTreeMap;
+use std::fmt::Write;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::thread;
+use std::time::Instant;
 
 /// How a row ended.
 #[derive(Debug, Clone)]

@@ -1,12 +1,5 @@
 //! `qevm receive` and `qevm send` over TLS: the certificates, and the rows in which one end must refuse the other.
 
-use std::fs;
-use std::path::Path;
-
-use anyhow::{Context, Result, bail, ensure};
-use reference_vmm::payload::IMAGE;
-use serde_json::{Value, json};
-
 use super::credentials::{SOURCE, arm, issue, receiving, sending};
 use super::live::{Live, arguments, seen};
 use super::receiver::Receiver;
@@ -18,6 +11,11 @@ use crate::patience::PATIENCE;
 use crate::peer::secured::{FLAWS, Flaw, Version};
 use crate::roots::{Root, Suite};
 use crate::subject::Subject;
+use anyhow::{Context, Result, bail, ensure};
+use reference_vmm::payload::IMAGE;
+use serde_json::{Value, json};
+use std::fs;
+use std::path::Path;
 
 /// Seconds that `qevm receive` waits for another source.
 const TOLD: &str = "5";

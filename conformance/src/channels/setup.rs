@@ -1,14 +1,13 @@
 //! How a migration is set up: capabilities, parameters and transport, what QEMU says to them, and what qevm says.
 
+use crate::launch::Qemu;
+use crate::qmp::QmpError;
 use anyhow::Result;
 use qevm_multifd::rules::Parameters;
 use qevm_wire::capability::{self, Context, Rejection};
 use qevm_wire::profile::ZeroPageDetection;
 use qevm_wire::{Capabilities, Capability, Profile, QemuVersion};
 use serde_json::{Map, Value, json};
-
-use crate::launch::Qemu;
-use crate::qmp::QmpError;
 
 /// Where the stream goes or comes from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

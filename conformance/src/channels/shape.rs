@@ -1,17 +1,15 @@
 //! What a recorded migration looks like on the wire: proof that a row tried what its name says.
 
-use std::collections::BTreeSet;
-use std::fs::File;
-use std::path::PathBuf;
-
+use super::setup::Setup;
 use anyhow::{Context, Result, bail};
 use qevm_multifd::{ChannelDecoder, ChannelOptions, Compression};
 use qevm_savevm::framing::SectionKind;
 use qevm_savevm::ram::RamRecord;
 use qevm_savevm::{Decoder, DecoderOptions, Event};
 use qevm_wire::{Driver, Profile, QemuVersion};
-
-use super::setup::Setup;
+use std::collections::BTreeSet;
+use std::fs::File;
+use std::path::PathBuf;
 
 /// Counted on the main channel, up to the end of RAM.
 #[derive(Debug, Default)]

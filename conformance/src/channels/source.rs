@@ -1,15 +1,5 @@
 //! One source QEMU for many rows: its guest does nothing, so that it can migrate again and again with the same RAM.
 
-use std::ffi::OsString;
-use std::fs;
-use std::path::{Path, PathBuf};
-use std::thread;
-use std::time::{Duration, Instant};
-
-use anyhow::{Context, Result, bail};
-use qevm_wire::{Profile, QemuVersion};
-use serde_json::{Value, json};
-
 use super::setup::{Setup, Transport};
 use crate::launch::Qemu;
 use crate::oracle::{self, Block};
@@ -17,6 +7,14 @@ use crate::patience::PATIENCE;
 use crate::payload;
 use crate::recorder::Recorder;
 use crate::roots::{Root, Suite};
+use anyhow::{Context, Result, bail};
+use qevm_wire::{Profile, QemuVersion};
+use serde_json::{Value, json};
+use std::ffi::OsString;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::thread;
+use std::time::{Duration, Instant};
 
 /// How long the guest runs before it is stopped.
 const FIRMWARE_TIME: Duration = Duration::from_millis(100);

@@ -1,10 +1,9 @@
 //! `qevm-conformance channels`.
 
+use super::common::{Choice, subject};
 use anyhow::Result;
 use clap::Args;
 use qevm_conformance::channels::{run, table};
-
-use super::common::{Choice, subject};
 
 #[derive(Args)]
 pub(crate) struct Channels {

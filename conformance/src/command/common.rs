@@ -1,8 +1,5 @@
 //! What commands have in common: the choice of rows, and printing a report.
 
-use std::fs;
-use std::path::PathBuf;
-
 use anyhow::{Context, Result};
 use clap::Args;
 use qevm_conformance::outcome;
@@ -10,6 +7,8 @@ use qevm_conformance::report::Report;
 use qevm_conformance::subject::Subject;
 use serde::Serialize;
 use serde_json::Value;
+use std::fs;
+use std::path::PathBuf;
 
 /// Which of a table's rows run.
 #[derive(Args)]

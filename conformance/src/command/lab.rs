@@ -1,12 +1,11 @@
 //! `qevm-conformance lab`.
 
-use std::fs;
-use std::path::{Path, PathBuf};
-
 use anyhow::{Context, Result, ensure};
 use clap::Args;
 use qevm_conformance::lab::{self, Job, Outcome};
 use serde_json::json;
+use std::fs;
+use std::path::{Path, PathBuf};
 
 /// How well a recording is packed. It is done once and read often.
 const LEVEL: i32 = 19;

@@ -1,11 +1,10 @@
 //! `qevm-conformance lifecycle`.
 
+use super::common::{Choice, Reporting};
 use anyhow::Result;
 use clap::Args;
 use qevm_conformance::lifecycle::{self, Row, table};
 use qevm_conformance::peer::Monitor;
-
-use super::common::{Choice, Reporting};
 
 #[derive(Args)]
 pub(crate) struct Lifecycle {

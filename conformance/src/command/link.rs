@@ -1,12 +1,11 @@
 //! `qevm-conformance bench link`.
 
-use std::path::PathBuf;
-
 use anyhow::Result;
 use clap::Args;
 use qevm_conformance::bench::link;
 use qevm_conformance::peer::Monitor;
 use qevm_conformance::roots::Suite;
+use std::path::PathBuf;
 
 #[derive(Args)]
 pub(crate) struct Link {

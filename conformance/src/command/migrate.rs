@@ -1,14 +1,11 @@
 //! `qevm-conformance bench migrate`.
 
-use std::path::PathBuf;
-
+use super::common::progress;
 use anyhow::Result;
 use clap::Args;
-
 use qevm_conformance::peer;
 use qevm_conformance::roots::Suite;
-
-use super::common::progress;
+use std::path::PathBuf;
 
 #[derive(Args)]
 pub(crate) struct Migrate {

@@ -1,10 +1,9 @@
 //! `qevm-conformance pairs`.
 
+use super::common::{subject, wanted};
 use anyhow::Result;
 use clap::Args;
 use qevm_conformance::trial::pairs::{self, Confusion, Judged};
-
-use super::common::{subject, wanted};
 
 #[derive(Args)]
 pub(crate) struct Pairs {

@@ -1,12 +1,10 @@
 //! `qevm-conformance bench snapshot`.
 
+use super::common::progress;
 use anyhow::Result;
 use clap::Args;
-
 use qevm_conformance::peer;
 use qevm_conformance::roots::Suite;
-
-use super::common::progress;
 
 #[derive(Args)]
 pub(crate) struct Snapshot {

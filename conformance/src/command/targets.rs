@@ -1,12 +1,10 @@
 //! `qevm-conformance targets`.
 
-use std::path::PathBuf;
-
+use super::common::{Reporting, subject, wanted};
 use anyhow::{Result, ensure};
 use clap::Args;
 use qevm_conformance::targets::{self, table};
-
-use super::common::{Reporting, subject, wanted};
+use std::path::PathBuf;
 
 #[derive(Args)]
 pub(crate) struct Targets {

@@ -1,11 +1,9 @@
 //! `qevm-conformance bench tool`.
 
+use super::common::{progress, subject};
 use anyhow::Result;
 use clap::Args;
-
 use qevm_conformance::bench::tool::{self, Options};
-
-use super::common::{progress, subject};
 
 #[derive(Args)]
 pub(crate) struct Tool {

@@ -1,10 +1,9 @@
 //! `qevm-conformance toy`.
 
+use super::common::{Choice, Reporting};
 use anyhow::Result;
 use clap::Args;
 use qevm_conformance::toy;
-
-use super::common::{Choice, Reporting};
 
 #[derive(Args)]
 pub(crate) struct Toy {

@@ -1,11 +1,10 @@
 //! Reads dumps in the kdump-compressed format, and compares two of the same guest. `docs/format/kdump.md` has the
 //! offsets.
 
+use anyhow::{Context, Result, bail, ensure};
 use std::collections::BTreeMap;
 use std::io::Read;
 use std::ops::Range;
-
-use anyhow::{Context, Result, bail, ensure};
 
 const FLAT: &[u8] = b"makedumpfile\0\0\0\0";
 const FLAT_HEADER: usize = 4096;

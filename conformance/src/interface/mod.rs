@@ -6,11 +6,10 @@ mod settings;
 pub mod types;
 mod verdict;
 
-use std::collections::{BTreeMap, BTreeSet};
-use std::fmt::Write as _;
-
 use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt::Write as _;
 
 pub use self::commands::COMMANDS;
 pub use self::settings::{CAPABILITIES, CHANNELS, PARAMETERS};

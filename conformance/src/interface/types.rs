@@ -1,9 +1,8 @@
 //! Whether one schema says of a command a part of what another says.
 
-use std::collections::BTreeSet;
-
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::Value;
+use std::collections::BTreeSet;
 
 /// Refuses a description of `command` in `schema` that is no part of the one in `whole`: each type has the same kind,
 /// and there is nothing in it that is not there in `whole`. Members that `whole` has and `schema` has not have to be

@@ -1,16 +1,14 @@
 //! What the lab's machine needs to run a stock Linux guest: a kernel in both formats, an initial RAM disk, and a QEMU.
 
-use std::fs;
-use std::path::Path;
-use std::process::Command;
-
-use anyhow::{Context, Result, ensure};
-
 use crate::cpio::Archive;
 use crate::linux::Linux;
 use crate::patience::PATIENCE;
 use crate::process::run;
 use crate::roots::Root;
+use anyhow::{Context, Result, ensure};
+use std::fs;
+use std::path::Path;
+use std::process::Command;
 
 /// What the tests of `reference-vmm/tests/kvm/linux.rs` want to know.
 pub(super) const ENVIRONMENT: &str = "QEVM_MONITOR=/reference-vmm QEVM_LINUX_ELF=/guest/vmlinux \

@@ -1,12 +1,10 @@
 //! What is run in the lab, with what, and what becomes of it.
 
-use std::path::PathBuf;
-
-use anyhow::Result;
-use serde_json::Value;
-
 use super::boot::Boot;
 use super::vfio;
+use anyhow::Result;
+use serde_json::Value;
+use std::path::PathBuf;
 
 /// What is run in the lab.
 #[derive(Debug, Clone)]

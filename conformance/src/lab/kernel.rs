@@ -1,16 +1,14 @@
 //! The lab's own kernel and the module `testdev`, built from Debian's source and kept in the cache.
 
+use crate::apt::{Apt, Kind};
+use crate::process::run;
+use crate::roots::{Suite, cache_dir, lock};
+use anyhow::{Context, Result};
+use sha2::{Digest, Sha256};
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
-
-use anyhow::{Context, Result};
-use sha2::{Digest, Sha256};
-
-use crate::apt::{Apt, Kind};
-use crate::process::run;
-use crate::roots::{Suite, cache_dir, lock};
 
 /// The suite with Linux 6.12.
 const SOURCE_SUITE: Suite = Suite::Trixie;

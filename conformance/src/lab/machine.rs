@@ -1,11 +1,5 @@
 //! The emulated machine: its kernels, its initial RAM disk, and one boot of it.
 
-use std::fs;
-use std::path::{Path, PathBuf};
-use std::time::Duration;
-
-use anyhow::{Context, Result, ensure};
-
 use super::boot::Boot;
 use super::job::{Job, Programs};
 use super::kernel::Kernel;
@@ -15,6 +9,10 @@ use crate::cpio::Archive;
 use crate::linux::{Modules, unpack_packages};
 use crate::process::run_any;
 use crate::roots::{Root, Suite, cache_dir, lock};
+use anyhow::{Context, Result, ensure};
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 /// Raised whenever what is taken from Debian's packages changes.
 const REVISION: u32 = 1;

@@ -1,13 +1,11 @@
 //! Guests that go before their memory in the lab: rows of the table of `qevm-conformance peer`, played by the program
 //! itself.
 
-use std::fs;
-
-use anyhow::{Context, Result, ensure};
-use serde_json::{Value, json};
-
 use crate::cpio::Archive;
 use crate::roots::{ROOT_STAMP, Root};
+use anyhow::{Context, Result, ensure};
+use serde_json::{Value, json};
+use std::fs;
 
 /// The program in the lab's machine.
 pub(super) const PROGRAM: &str = "qevm-conformance";

@@ -1,17 +1,15 @@
 //! A way to the destination on which every byte takes a while, in both directions.
 
+use super::scene::Scene;
+use super::strangers::at_source;
+use crate::network::{Network, PORT};
+use anyhow::{Context, Result};
+use serde_json::json;
 use std::io::{Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
 use std::sync::mpsc;
 use std::thread;
 use std::time::{Duration, Instant};
-
-use anyhow::{Context, Result};
-use serde_json::json;
-
-use super::scene::Scene;
-use super::strangers::at_source;
-use crate::network::{Network, PORT};
 
 /// For each direction.
 const DELAY: Duration = Duration::from_millis(300);

@@ -3,16 +3,14 @@
 //! Whoever is one of ours and not frozen itself decides by its deadline, which is set to two seconds here. A QEMU waits
 //! until somebody cancels, or until what was frozen goes on.
 
-use std::fmt;
-use std::thread;
-use std::time::{Duration, Instant};
-
-use anyhow::{Context, Result, bail, ensure};
-use serde_json::{Value, json};
-
 use super::scene::{PATIENCE, Scene, signal};
 use crate::network::Cut;
 use crate::peer::{Endpoint, Stop};
+use anyhow::{Context, Result, bail, ensure};
+use serde_json::{Value, json};
+use std::fmt;
+use std::thread;
+use std::time::{Duration, Instant};
 
 /// What the deadlines are set to, ms.
 const DEADLINE_MS: u64 = 2000;

@@ -1,16 +1,14 @@
 //! What the hosts of a migration lack: room, memory, a disk of one's own.
 
+use super::scene::{PATIENCE, Scene};
+use super::strangers;
+use crate::process::run;
+use anyhow::{Context, Result, ensure};
+use serde_json::{Value, json};
 use std::fs::{self, File, OpenOptions};
 use std::os::unix::fs::symlink;
 use std::path::Path;
 use std::process::Command;
-
-use anyhow::{Context, Result, ensure};
-use serde_json::{Value, json};
-
-use super::scene::{PATIENCE, Scene};
-use super::strangers;
-use crate::process::run;
 
 /// Byte of an image whose lock says that nobody else may write (seen in `/proc/locks` of QEMU 11.1).
 const WRITE_REFUSED: i64 = 201;

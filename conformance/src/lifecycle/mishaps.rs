@@ -1,14 +1,12 @@
 //! What operators, hosts and links do to a migration in its middle.
 
-use std::thread;
-use std::time::Duration;
-
-use anyhow::{Context, Result, ensure};
-use serde_json::{Value, json};
-
 use super::scene::{PATIENCE, Scene, kill, signal};
 use crate::network::Cut;
 use crate::peer::{Endpoint, Stop};
+use anyhow::{Context, Result, ensure};
+use serde_json::{Value, json};
+use std::thread;
+use std::time::Duration;
 
 /// Longer than any link is silent of itself, and shorter than the deadlines.
 const A_MINUTE: Duration = Duration::from_secs(60);

@@ -16,13 +16,12 @@ mod sides;
 mod strangers;
 pub mod table;
 
+use anyhow::{Context, Result};
+use serde::Serialize;
 use std::collections::BTreeMap;
 use std::fmt;
 use std::path::Path;
 use std::time::Instant;
-
-use anyhow::{Context, Result};
-use serde::Serialize;
 
 pub use frozen::{Phase, Victim};
 pub use mishaps::At;

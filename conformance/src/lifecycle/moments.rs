@@ -1,19 +1,16 @@
 //! What happens to a migration.
 
-use std::thread;
-use std::time::Duration;
-
-use anyhow::{Context, Result, ensure};
-use serde_json::{Value, json};
-
 use super::frozen::{self, Phase, Victim};
 use super::mishaps::{self, At};
 use super::scene::{PATIENCE, Scene, kill, signal};
-use super::strangers;
-use super::{delay, hosts};
+use super::{delay, hosts, strangers};
 use crate::network::Cut;
 use crate::peer::{Endpoint, VirtioLoad};
 use crate::qmp::QmpError;
+use anyhow::{Context, Result, ensure};
+use serde_json::{Value, json};
+use std::thread;
+use std::time::Duration;
 
 /// Idle callers of the largest crowd.
 const CROWD: usize = 5000;

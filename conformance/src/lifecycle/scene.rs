@@ -1,21 +1,19 @@
 //! A running guest, a destination that waits for it, and a link between two network namespaces.
 
+use super::sides::{Expected, Side};
+use crate::network::{Network, PORT};
+use crate::peer::{Endpoint, Env, Journey, Link, Load, Monitor, Stop, VirtioLoad};
+use crate::process::run;
+use crate::roots::{Root, Suite};
+use anyhow::{Context, Result, bail, ensure};
+use reference_vmm::payload::Progress;
+use serde_json::{Map, Value, json};
 use std::collections::BTreeMap;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process::Command;
 use std::thread;
 use std::time::{Duration, Instant};
-
-use anyhow::{Context, Result, bail, ensure};
-use reference_vmm::payload::Progress;
-use serde_json::{Map, Value, json};
-
-use super::sides::{Expected, Side};
-use crate::network::{Network, PORT};
-use crate::peer::{Endpoint, Env, Journey, Link, Load, Monitor, Stop, VirtioLoad};
-use crate::process::run;
-use crate::roots::{Root, Suite};
 
 /// How long a single step may take; nothing is judged by how long it took.
 pub(super) const PATIENCE: Duration = Duration::from_secs(120);

@@ -1,8 +1,7 @@
 //! What can be seen of a guest from outside, at either end.
 
-use std::fmt;
-
 use serde::Serialize;
+use std::fmt;
 
 /// One end of a migration, as QMP and the guest's own output show it.
 #[derive(Debug, Clone, Serialize)]

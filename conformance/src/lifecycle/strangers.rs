@@ -1,18 +1,16 @@
 //! Connections of callers that are no migration.
 
+use super::scene::PATIENCE;
+use crate::network::{Network, PORT};
+use crate::process::run;
+use anyhow::{Context, Result, anyhow, ensure};
+use nix::sched::{CloneFlags, setns};
 use std::fs::File;
 use std::io::Write;
 use std::net::TcpStream;
 use std::process::Command;
 use std::thread;
 use std::time::Duration;
-
-use anyhow::{Context, Result, anyhow, ensure};
-use nix::sched::{CloneFlags, setns};
-
-use super::scene::PATIENCE;
-use crate::network::{Network, PORT};
-use crate::process::run;
 
 /// First bytes of what calls at a port that is open.
 const GARBAGE: [&[u8]; 6] = [

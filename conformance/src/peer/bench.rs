@@ -8,16 +8,6 @@
 //! from the host before it starts, unless that is to be measured as well. Numbers mean something only on a machine that
 //! does nothing else.
 
-use std::collections::BTreeMap;
-use std::fmt;
-use std::fs::File;
-use std::io::{BufWriter, Write};
-use std::path::Path;
-use std::time::{Duration, Instant};
-
-use anyhow::{Context, Result, ensure};
-use serde_json::{Value, json};
-
 use super::endpoint::Endpoint;
 use super::monitor::Monitor;
 use super::{Env, Load, Secured, Stop, Version};
@@ -25,6 +15,14 @@ use crate::bench::figures::Summary;
 use crate::processor_time;
 use crate::roots::{Root, Suite};
 use crate::scenario::Accel;
+use anyhow::{Context, Result, ensure};
+use serde_json::{Value, json};
+use std::collections::BTreeMap;
+use std::fmt;
+use std::fs::File;
+use std::io::{BufWriter, Write};
+use std::path::Path;
+use std::time::{Duration, Instant};
 
 /// How long one migration may take: zlib on two busy processors needs minutes for 2 GiB.
 const PATIENCE: Duration = Duration::from_secs(600);

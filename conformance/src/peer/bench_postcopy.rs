@@ -6,14 +6,6 @@
 //! of the memory comes as fast as it goes meanwhile; without, only what the guest waits for, until it has waited often
 //! enough, or for ten seconds. Numbers mean something only on a machine that does nothing else.
 
-use std::collections::BTreeMap;
-use std::fmt;
-use std::time::{Duration, Instant, SystemTime};
-
-use anyhow::{Context, Result, ensure};
-use reference_vmm::payload::Reads;
-use serde_json::{Value, json};
-
 use super::endpoint::Endpoint;
 use super::monitor::Monitor;
 use super::{Departure, Env, Journey, Link, Load, Stop};
@@ -22,6 +14,12 @@ use crate::patience::PATIENCE;
 use crate::processor_time;
 use crate::roots::{Root, Suite};
 use crate::scenario::Accel;
+use anyhow::{Context, Result, ensure};
+use reference_vmm::payload::Reads;
+use serde_json::{Value, json};
+use std::collections::BTreeMap;
+use std::fmt;
+use std::time::{Duration, Instant, SystemTime};
 
 /// What a page that is here never takes, and one that comes over a socket always does.
 const REMOTE: Duration = Duration::from_micros(16);

@@ -6,17 +6,6 @@
 //! the rest by reads at random, each of which it measures. The file is in the page cache. Numbers mean something only
 //! on a machine that does nothing else.
 
-use std::collections::BTreeMap;
-use std::fs;
-use std::io;
-use std::os::unix::fs::FileExt;
-use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant, SystemTime};
-
-use anyhow::{Context, Result, ensure};
-use reference_vmm::payload::Reads;
-use serde_json::{Value, json};
-
 use super::endpoint::Endpoint;
 use super::monitor::Monitor;
 use super::served::PageServer;
@@ -25,6 +14,15 @@ use crate::bench::figures::Summary;
 use crate::patience::PATIENCE;
 use crate::roots::{Root, Suite};
 use crate::scenario::Accel;
+use anyhow::{Context, Result, ensure};
+use reference_vmm::payload::Reads;
+use serde_json::{Value, json};
+use std::collections::BTreeMap;
+use std::fs;
+use std::io;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant, SystemTime};
 
 /// What is measured.
 #[derive(Debug, Clone)]

@@ -4,13 +4,6 @@
 //! each snapshot it is looked at how long it was paused, how long it said nothing, and how much of its rate it kept.
 //! Numbers mean something only on a machine that does nothing else.
 
-use std::collections::BTreeMap;
-use std::time::Instant;
-
-use anyhow::{Context, Result, ensure};
-use reference_vmm::payload::Progress;
-use serde_json::{Value, json};
-
 use super::endpoint::Endpoint;
 use super::monitor::Monitor;
 use super::snapshot::runs_on;
@@ -20,6 +13,11 @@ use crate::patience::PATIENCE;
 use crate::processor_time;
 use crate::roots::{Root, Suite};
 use crate::scenario::Accel;
+use anyhow::{Context, Result, ensure};
+use reference_vmm::payload::Progress;
+use serde_json::{Value, json};
+use std::collections::BTreeMap;
+use std::time::Instant;
 
 /// What is measured.
 #[derive(Debug, Clone)]

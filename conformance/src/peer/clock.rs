@@ -4,21 +4,19 @@
 //! long the guest ran between them and how long that took by the host's clock tell whether a clock has stopped with the
 //! guest.
 
-use std::collections::BTreeMap;
-use std::fmt;
-use std::path::Path;
-use std::thread;
-use std::time::{Duration, Instant};
-
-use anyhow::{Context, Result, ensure};
-use serde_json::{Value, json};
-
 use super::env::Env;
 use super::{Endpoint, Load, Monitor, Stop};
 use crate::patience::PATIENCE;
 use crate::roots::{Root, Suite};
 use crate::scenario::Accel;
 use crate::subject::Subject;
+use anyhow::{Context, Result, ensure};
+use serde_json::{Value, json};
+use std::collections::BTreeMap;
+use std::fmt;
+use std::path::Path;
+use std::thread;
+use std::time::{Duration, Instant};
 
 /// How long the guest is stopped at least.
 const GAP: Duration = Duration::from_secs(5);

@@ -1,14 +1,13 @@
 //! Many migrations whose guest goes before its memory, each of which loses its connection once, at a place of its own.
 
-use anyhow::{Context, Result};
-use reference_vmm::payload::Transcript;
-use serde_json::Map;
-
 use super::env::{Env, account};
 use super::relay::Break;
 use super::rows::{PEERS, plain};
 use super::{Account, Departure, Journey, Load, Stop, recovery};
 use crate::scenario::Accel;
+use anyhow::{Context, Result};
+use reference_vmm::payload::Transcript;
+use serde_json::Map;
 
 /// One guest that is migrated again and again.
 #[derive(Debug, Clone)]

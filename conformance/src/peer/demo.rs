@@ -1,15 +1,13 @@
 //! The demo: a running guest visits reference-vmm from a real QEMU and goes home.
 
-use std::time::{Duration, Instant};
-
-use anyhow::{Context, Result};
-use reference_vmm::payload::Progress;
-use serde_json::{Map, Value, json};
-
 use super::rows::channels_of;
 use super::{Account, Env, Journey, Link, Load, Moment, Monitor, Stop};
 use crate::roots::{Root, Suite};
 use crate::scenario::Accel;
+use anyhow::{Context, Result};
+use reference_vmm::payload::Progress;
+use serde_json::{Map, Value, json};
+use std::time::{Duration, Instant};
 
 /// What the demo is asked to do.
 #[derive(Debug, Clone)]

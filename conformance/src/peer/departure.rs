@@ -1,12 +1,11 @@
 //! When a guest goes before its memory, and what both ends must tell of it.
 
-use anyhow::{Result, ensure};
-use serde_json::Value;
-
 use super::endpoint::Endpoint;
 use super::env::{Load, Stop};
 use crate::patience::PATIENCE;
 use crate::roots::Suite;
+use anyhow::{Result, ensure};
+use serde_json::Value;
 
 /// When the operator lets a guest go before its memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -7,15 +7,6 @@ mod commands;
 mod legality;
 pub mod releases;
 
-use std::fs;
-use std::os::unix::net::UnixListener;
-use std::path::{Path, PathBuf};
-use std::thread;
-use std::time::{Duration, Instant};
-
-use anyhow::{Context, Result, ensure};
-use serde_json::{Map, Value, json};
-
 use self::commands::{BEFORE_THE_START, HUMAN, WITH_RINGS};
 use super::endpoint::start_reference;
 use super::monitor::Monitor;
@@ -23,6 +14,13 @@ use crate::launch::Qemu;
 use crate::patience::PATIENCE;
 use crate::qmp::QmpError;
 use crate::roots::Root;
+use anyhow::{Context, Result, ensure};
+use serde_json::{Map, Value, json};
+use std::fs;
+use std::os::unix::net::UnixListener;
+use std::path::{Path, PathBuf};
+use std::thread;
+use std::time::{Duration, Instant};
 
 /// What a machine that waits for a guest is asked.
 const WAITING: &[(&str, &str)] = &[

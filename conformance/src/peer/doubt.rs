@@ -1,18 +1,16 @@
 //! The last moments of a handover: the source does not know what the destination does, and still one guest runs.
 
-use std::process::Command;
-use std::thread;
-use std::time::{Duration, Instant};
-
-use anyhow::{Result, ensure};
-use reference_vmm::payload::Transcript;
-use serde_json::{Value, json};
-
 use super::endpoint::Endpoint;
 use super::env::{Env, account};
 use super::link_cuts::stays_out;
 use super::proxy::{Cut, broken};
 use super::{Account, Journey};
+use anyhow::{Result, ensure};
+use reference_vmm::payload::Transcript;
+use serde_json::{Value, json};
+use std::process::Command;
+use std::thread;
+use std::time::{Duration, Instant};
 
 const PATIENCE: Duration = Duration::from_secs(60);
 const POLL: Duration = Duration::from_millis(5);

@@ -1,16 +1,5 @@
 //! One of the monitors: a real QEMU or reference-vmm.
 
-use std::fs::{self, File};
-use std::os::unix::net::UnixStream;
-use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
-use std::thread;
-use std::time::{Duration, Instant};
-
-use anyhow::{Context, Result, bail, ensure};
-use reference_vmm::payload::{FW_CFG_NAME, IMAGE, Progress};
-use serde_json::{Value, json};
-
 use super::env::{Env, Load, Stop};
 use super::monitor::Monitor;
 use super::virtio_load;
@@ -19,6 +8,15 @@ use crate::launch::Qemu;
 use crate::patience::PATIENCE;
 use crate::roots::{Root, Suite};
 use crate::scenario::Accel;
+use anyhow::{Context, Result, bail, ensure};
+use reference_vmm::payload::{FW_CFG_NAME, IMAGE, Progress};
+use serde_json::{Value, json};
+use std::fs::{self, File};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::thread;
+use std::time::{Duration, Instant};
 
 pub(super) const POLL: Duration = Duration::from_millis(5);
 /// Where the properties of a memory backend mean the folder of the journey.

@@ -1,17 +1,15 @@
 //! Where a journey is played, by which monitors, and its report.
 
-use std::collections::BTreeMap;
-use std::fmt;
-use std::path::Path;
-
-use reference_vmm::payload::{Progress, Transcript};
-use serde::Serialize;
-use serde_json::Value;
-
 use super::monitor::Monitor;
 use super::virtio_load::VirtioLoad;
 use crate::roots::{Root, Suite};
 use crate::scenario::Accel;
+use reference_vmm::payload::{Progress, Transcript};
+use serde::Serialize;
+use serde_json::Value;
+use std::collections::BTreeMap;
+use std::fmt;
+use std::path::Path;
 
 /// A monitor on the way.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -1,9 +1,8 @@
 //! Huge pages of the host, for guests whose RAM is in such pages.
 
+use super::Journey;
 use std::fs;
 use std::path::Path;
-
-use super::Journey;
 
 /// Where Linux keeps the number of huge pages of 2 MiB.
 const HUGE_PAGES: &str = "/sys/kernel/mm/hugepages/hugepages-2048kB";

@@ -1,15 +1,5 @@
 //! A guest's way over several monitors.
 
-use std::os::unix::net::UnixStream;
-use std::path::{Path, PathBuf};
-use std::process::Command;
-use std::thread;
-use std::time::Instant;
-
-use anyhow::{Context, Result, ensure};
-use reference_vmm::payload::{Progress, Transcript};
-use serde_json::{Map, Value, json};
-
 use super::departure::{self, Departure};
 use super::endpoint::{Endpoint, POLL, cpr_channel, cpr_socket};
 use super::env::{Account, Env, Hop, Link, Load, Moment, Stop, account};
@@ -19,6 +9,14 @@ use super::virtio_load::{self, FrameCounter};
 use crate::exec;
 use crate::patience::PATIENCE;
 use crate::scenario::Accel;
+use anyhow::{Context, Result, ensure};
+use reference_vmm::payload::{Progress, Transcript};
+use serde_json::{Map, Value, json};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::thread;
+use std::time::Instant;
 
 /// One row of the table.
 #[derive(Debug, Clone)]

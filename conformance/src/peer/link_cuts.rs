@@ -1,17 +1,15 @@
 //! Connections that break under way: the guest goes on at the source as if nothing had happened.
 
-use std::thread;
-use std::time::{Duration, Instant};
-
-use anyhow::{Context, Result, bail, ensure};
-use reference_vmm::payload::Transcript;
-use serde_json::{Value, json};
-
 use super::endpoint::Endpoint;
 use super::env::{Env, account};
 use super::proxy::{Cut, broken};
 use super::{Account, Journey, Moment};
 use crate::patience::PATIENCE;
+use anyhow::{Context, Result, bail, ensure};
+use reference_vmm::payload::Transcript;
+use serde_json::{Value, json};
+use std::thread;
+use std::time::{Duration, Instant};
 
 const POLL: Duration = Duration::from_millis(5);
 

@@ -1,14 +1,12 @@
 //! Monitors that do not fit each other: the destination says what differs and why that may be, and the guest goes on at
 //! the source.
 
-use std::time::{Duration, Instant};
-
-use anyhow::{Result, ensure};
-use reference_vmm::payload::Transcript;
-
 use super::env::{Env, account};
 use super::link_cuts::{goes_on, stays_out};
 use super::{Account, Journey};
+use anyhow::{Result, ensure};
+use reference_vmm::payload::Transcript;
+use std::time::{Duration, Instant};
 
 const PATIENCE: Duration = Duration::from_secs(30);
 

@@ -1,11 +1,10 @@
 //! Guests that go before their memory to and from QEMU 5.2, the oldest that is judged.
 
-use serde_json::Map;
-
 use super::rows::{channels_of, plain};
 use super::{Break, Departure, Journey, Link, Load, MismatchCase, Recovery, Stop};
 use crate::roots::Suite;
 use crate::scenario::Accel;
+use serde_json::Map;
 
 const OLDEST: Stop = Stop::Qemu(Suite::Bullseye, Accel::Kvm);
 

@@ -1,10 +1,9 @@
 //! Guests that go before their memory.
 
-use serde_json::{Map, Value};
-
 use super::rows::{PEERS, channels_of, plain};
 use super::{Departure, Journey, Link, Load, Stop};
 use crate::scenario::Accel;
+use serde_json::{Map, Value};
 
 /// Hops of the ring.
 const RING_HOPS: usize = 20;

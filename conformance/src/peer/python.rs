@@ -1,17 +1,15 @@
 //! QEMU's own QMP package for Python, `qemu.qmp`, drives reference-vmm.
 
-use std::fs;
-use std::path::{Path, PathBuf};
-use std::process::Command;
-
-use anyhow::{Context, Result};
-use serde_json::Value;
-
 use super::endpoint::start_reference_process;
 use super::monitor::Monitor;
 use crate::patience::PATIENCE;
 use crate::process::run;
 use crate::roots::cache_dir;
+use anyhow::{Context, Result};
+use serde_json::Value;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
 
 /// The package as on PyPI.
 const PACKAGE: &str = "qemu.qmp==0.0.6";

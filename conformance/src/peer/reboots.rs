@@ -1,19 +1,17 @@
 //! Guests that are reset or switched off, and monitors that are ended: what QEMU 11.1 says and does, and what
 //! reference-vmm does.
 
-use std::collections::BTreeMap;
-use std::path::Path;
-use std::thread;
-use std::time::{Duration, Instant};
-
-use anyhow::{Context, Result, bail, ensure};
-use reference_vmm::payload::Progress;
-use serde_json::{Value, json};
-
 use super::{Endpoint, Env, Load, Monitor, Stop};
 use crate::qmp::{Event, QmpError};
 use crate::roots::{Root, Suite};
 use crate::scenario::Accel;
+use anyhow::{Context, Result, bail, ensure};
+use reference_vmm::payload::Progress;
+use serde_json::{Value, json};
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::thread;
+use std::time::{Duration, Instant};
 
 const PATIENCE: Duration = Duration::from_secs(60);
 const POLL: Duration = Duration::from_millis(5);

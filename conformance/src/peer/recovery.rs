@@ -1,12 +1,5 @@
 //! Guests that go before their memory, over connections that are lost meanwhile.
 
-use std::thread;
-use std::time::{Duration, Instant};
-
-use anyhow::{Context, Result, bail, ensure};
-use reference_vmm::payload::Transcript;
-use serde_json::{Map, Value, json};
-
 use super::endpoint::Endpoint;
 use super::env::{Env, account};
 use super::relay::{Break, Place, Relay};
@@ -14,6 +7,11 @@ use super::rows::PEERS;
 use super::{Account, Departure, Hop, Journey, Link, Load, Stop};
 use crate::patience::PATIENCE;
 use crate::scenario::Accel;
+use anyhow::{Context, Result, bail, ensure};
+use reference_vmm::payload::Transcript;
+use serde_json::{Map, Value, json};
+use std::thread;
+use std::time::{Duration, Instant};
 
 const POLL: Duration = Duration::from_millis(5);
 /// `max-postcopy-bandwidth` as long as it is not known that the guest runs at the destination: a page each 100 ms.

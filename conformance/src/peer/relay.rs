@@ -1,5 +1,6 @@
 //! A way between two monitors that breaks when the judge says so, and can be used again.
 
+use anyhow::{Context, Result};
 use std::io::{self, ErrorKind, Read, Write};
 use std::net::{Ipv4Addr, Shutdown, TcpListener, TcpStream};
 use std::os::fd::OwnedFd;
@@ -8,8 +9,6 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::Duration;
-
-use anyhow::{Context, Result};
 
 const POLL: Duration = Duration::from_millis(2);
 

@@ -1,10 +1,9 @@
 //! Memory that a source gives back to its host when the guest runs at the destination (capability `release-ram`).
 
-use serde_json::Map;
-
 use super::rows::{PEERS, plain};
 use super::{Cut, Departure, Journey, Link, LinkCuts, Stop};
 use crate::scenario::Accel;
+use serde_json::Map;
 
 /// Each release in both directions, and reference-vmm with itself.
 pub(super) fn journeys() -> Vec<Journey> {

@@ -1,14 +1,5 @@
 //! Plays journeys and tells how they went.
 
-use std::collections::BTreeMap;
-use std::fmt;
-use std::fs;
-use std::path::PathBuf;
-use std::time::Instant;
-
-use anyhow::Result;
-use serde_json::Value;
-
 use super::huge_pages::Reserved;
 use super::{
     Account, Cuts, Distrust, Doubt, Env, Journey, LinkCuts, MismatchCase, Monitor, Recovery, RoundTrip, Served,
@@ -18,6 +9,13 @@ use crate::bench::figures::Summary;
 use crate::matrix::{REQUIRE_KVM, REQUIRE_QEMU, kvm};
 use crate::outcome::{Outcome, Report, Row};
 use crate::roots::{Root, Suite};
+use anyhow::Result;
+use serde_json::Value;
+use std::collections::BTreeMap;
+use std::fmt;
+use std::fs;
+use std::path::PathBuf;
+use std::time::Instant;
 
 /// What a guest does in a machine that is emulated: it rewrites 4 MiB of its memory in a second or more.
 const GENTLE: &str = "dirty=4M rate=4M hold=2M zero=1M verify=4096 report=50";

@@ -1,10 +1,8 @@
 //! The memory that a host holds for a source whose guest has gone.
 
-use std::fs;
-
-use anyhow::{Context, Result, ensure};
-
 use super::endpoint::Endpoint;
+use anyhow::{Context, Result, ensure};
+use std::fs;
 
 const MIB: u64 = 1 << 20;
 /// What a guest of [`Departure::load`](super::Departure::load) writes to again and again: all of it is given back.

@@ -1,23 +1,21 @@
 //! A stopped guest that goes into reference-vmm and comes out again: the second stream says what the first one said,
 //! and takes the guest home.
 
-use std::fs::File;
-use std::io::{self, Write};
-use std::net::Shutdown;
-use std::os::unix::net::UnixStream;
-use std::path::Path;
-use std::process::Command;
-
-use anyhow::{Context, Result, bail, ensure};
-use reference_vmm::payload::Transcript;
-use serde_json::{Value, json};
-
 use super::env::{Env, account};
 use super::{Account, Journey, Monitor, VirtioLoad, virtio_load};
 use crate::exec;
 use crate::patience::PATIENCE;
 use crate::process::run_any;
 use crate::subject::BUILT_IN;
+use anyhow::{Context, Result, bail, ensure};
+use reference_vmm::payload::Transcript;
+use serde_json::{Value, json};
+use std::fs::File;
+use std::io::{self, Write};
+use std::net::Shutdown;
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::process::Command;
 
 /// Bytes of a request in flight in a section.
 const REQUEST: u64 = 49168;

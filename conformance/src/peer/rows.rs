@@ -1,9 +1,8 @@
 //! What the rows of the table are made of.
 
-use serde_json::{Map, Value};
-
 use super::{Journey, Link, Load};
 use crate::roots::Suite;
+use serde_json::{Map, Value};
 
 /// The releases whose microvm trades guests with reference-vmm in every way.
 pub(super) const PEERS: [Suite; 3] = [Suite::Bookworm, Suite::Trixie, Suite::Sid];

@@ -1,13 +1,11 @@
 //! How connections are secured: certificates of every kind, right and wrong.
 
-use std::fs;
-use std::path::Path;
-
+use super::endpoint::Endpoint;
 use anyhow::{Context, Result};
 use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, DistinguishedName, DnType, DnValue, IsCa, KeyPair};
 use serde_json::json;
-
-use super::endpoint::Endpoint;
+use std::fs;
+use std::path::Path;
 
 /// The distinguished name in a source's certificate, as both monitors write it.
 pub(crate) const SOURCE: &str = "C=DE,O=qevm,CN=source";

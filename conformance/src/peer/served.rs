@@ -1,13 +1,12 @@
 //! A guest that is saved, and starts elsewhere from what a page server gives of its image.
 
-use std::os::unix::net::UnixStream;
-use std::path::Path;
-use std::process::Stdio;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::thread;
-use std::time::{Duration, Instant};
-
+use super::endpoint::Running;
+use super::env::{Env, account};
+use super::{Account, Journey, Link, Load, Stop};
+use crate::exec;
+use crate::patience::PATIENCE;
+use crate::roots::{Root, Suite};
+use crate::scenario::Accel;
 use anyhow::{Context, Result, ensure};
 use qevm::serve::{Limits, Server};
 use qevm::socket::{Address, Listener};
@@ -16,14 +15,13 @@ use qevm_inspect::rewrite::mapped_file::MappedFile;
 use qevm_inspect::stream::Inputs;
 use reference_vmm::payload::Transcript;
 use serde_json::{Map, json};
-
-use super::endpoint::Running;
-use super::env::{Env, account};
-use super::{Account, Journey, Link, Load, Stop};
-use crate::exec;
-use crate::patience::PATIENCE;
-use crate::roots::{Root, Suite};
-use crate::scenario::Accel;
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::process::Stdio;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
 
 const POLL: Duration = Duration::from_millis(2);
 /// Bytes that are compared at a time.

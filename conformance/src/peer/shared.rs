@@ -1,11 +1,10 @@
 //! RAM that is a file of both machines and does not travel (capability `x-ignore-shared`).
 
-use serde_json::Map;
-
 use super::rows::{PEERS, channels_of, plain};
 use super::{Journey, Link, Load, Stop};
 use crate::roots::Suite;
 use crate::scenario::Accel;
+use serde_json::Map;
 
 /// Each release in both directions, reference-vmm with itself, and files where the release writes such.
 pub(super) fn journeys() -> Vec<Journey> {

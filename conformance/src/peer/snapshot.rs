@@ -1,15 +1,14 @@
 //! A background snapshot: the guest runs on where it is, and as a copy of one instant elsewhere.
 
-use anyhow::{Context, Result, ensure};
-use reference_vmm::payload::Transcript;
-use serde_json::{Map, Value, json};
-
 use super::env::{Env, account};
 use super::{Account, Endpoint, Journey, Link, Load, Stop};
 use crate::exec;
 use crate::patience::PATIENCE;
 use crate::roots::Suite;
 use crate::scenario::Accel;
+use anyhow::{Context, Result, ensure};
+use reference_vmm::payload::Transcript;
+use serde_json::{Map, Value, json};
 
 /// Bytes per second into the file: the guest writes to most of its memory several times before all of it is there.
 const SLOW: u64 = 16 << 20;

@@ -1,18 +1,6 @@
 //! A Linux guest of an emulated QEMU that stops over in reference-vmm: everything of it is loaded there, nothing
 //! of it runs, and a QEMU takes it back. The host's KVM need not be able to run a stock kernel.
 
-use std::fs::{self, File};
-use std::io::{self, Write};
-use std::net::Shutdown;
-use std::os::unix::net::UnixStream;
-use std::path::{Path, PathBuf};
-use std::process::Command;
-use std::thread;
-use std::time::{Duration, Instant};
-
-use anyhow::{Context, Result, bail, ensure};
-use serde_json::{Value, json};
-
 use super::Monitor;
 use super::endpoint::start_reference;
 use super::round_trip::differences;
@@ -23,6 +11,16 @@ use crate::linux::Linux;
 use crate::patience::{LONG_PATIENCE, PATIENCE};
 use crate::process::run;
 use crate::roots::{Root, Suite};
+use anyhow::{Context, Result, bail, ensure};
+use serde_json::{Value, json};
+use std::fs::{self, File};
+use std::io::{self, Write};
+use std::net::Shutdown;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::thread;
+use std::time::{Duration, Instant};
 
 const POLL: Duration = Duration::from_millis(20);
 /// Lines that the guest has to print before it leaves and after it has come home.

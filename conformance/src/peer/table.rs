@@ -1,7 +1,5 @@
 //! The journeys.
 
-use serde_json::Map;
-
 use super::rows::{PEERS, channels_of, plain};
 use super::{
     Case, Cut, Doubt, Doubtful, Journey, Link, LinkCuts, Load, MismatchCase, RoundTrip, Stop, VirtioLoad, cpr, cuts,
@@ -9,6 +7,7 @@ use super::{
 };
 use crate::roots::Suite;
 use crate::scenario::Accel;
+use serde_json::Map;
 
 /// What a guest with virtio devices has.
 const VIRTIO: [VirtioLoad; 4] = [VirtioLoad::Disk, VirtioLoad::Net, VirtioLoad::Rng, VirtioLoad::Console];

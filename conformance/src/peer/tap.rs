@@ -1,20 +1,18 @@
 //! Tap interfaces for the monitors of a journey, and what guests send through them.
 
-use std::io::ErrorKind;
-use std::os::fd::{AsRawFd, OwnedFd};
-use std::path::Path;
-use std::process::Command;
-use std::time::Duration;
-
+use crate::patience::PATIENCE;
+use crate::process::run;
 use anyhow::{Context, Result};
 use nix::net::if_::if_indextoname;
 use nix::sys::socket::{
     AddressFamily, LinkAddr, SockFlag, SockProtocol, SockType, recvfrom, setsockopt, socket, sockopt,
 };
 use nix::sys::time::{TimeVal, TimeValLike};
-
-use crate::patience::PATIENCE;
-use crate::process::run;
+use std::io::ErrorKind;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::path::Path;
+use std::process::Command;
+use std::time::Duration;
 
 /// Characters of a scratch folder's name that tell journeys apart; a name of an interface has 15 at most.
 const MARK: usize = 6;

@@ -1,12 +1,5 @@
 //! Journeys over TLS, and those that must not take place.
 
-use std::thread;
-use std::time::{Duration, Instant};
-
-use anyhow::{Context, Result, ensure};
-use reference_vmm::payload::Transcript;
-use serde_json::{Map, Value, json};
-
 use super::env::{Env, account};
 use super::link_cuts::{goes_on, stays_out};
 use super::rows::PEERS;
@@ -15,6 +8,11 @@ use super::{Account, Departure, Journey, Link, Load, Stop};
 use crate::patience::PATIENCE;
 use crate::roots::Suite;
 use crate::scenario::Accel;
+use anyhow::{Context, Result, ensure};
+use reference_vmm::payload::Transcript;
+use serde_json::{Map, Value, json};
+use std::thread;
+use std::time::{Duration, Instant};
 
 const POLL: Duration = Duration::from_millis(10);
 /// A hop that one end must refuse before anything of the guest has moved.

@@ -4,17 +4,16 @@
 //! far it got. Here the other side is looked at: the disk's file, and what arrived on the console and the network.
 //! Every number has to be there once, in order, whatever monitor served the request.
 
+use super::tap::{self, Taps};
+use crate::patience::PATIENCE;
+use anyhow::{Context, Result, bail, ensure};
+use std::fs;
+use std::io;
 use std::os::unix::net::UnixDatagram;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
-use std::{fs, io};
-
-use anyhow::{Context, Result, bail, ensure};
-
-use super::tap::{self, Taps};
-use crate::patience::PATIENCE;
 
 /// Bytes of the disk: a few seconds of the guest's work, so that it goes round.
 const DISK: u64 = 1 << 20;

@@ -1,10 +1,9 @@
 //! Pages that a source sends as differences to what it has sent of them before (capability `xbzrle`).
 
-use serde_json::Map;
-
 use super::rows::{PEERS, plain};
 use super::{Departure, Journey, Link, Load, Stop};
 use crate::scenario::Accel;
+use serde_json::Map;
 
 /// Each release in both directions, reference-vmm with itself, and every pair of kinds of source and destination one
 /// after the other, so that what each sends can be compared: the guest does the same on every hop.

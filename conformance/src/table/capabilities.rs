@@ -1,10 +1,9 @@
 //! Capabilities, parameters and routes: what changes the stream itself.
 
-use serde_json::json;
-
 use crate::roots::Suite::{self, Bookworm, Bullseye, Sid, Trixie};
 use crate::scenario::{Route, Scenario};
 use crate::suite::since;
+use serde_json::json;
 
 /// Bytes per second that let a guest dirty pages faster than they are sent.
 const SLOW: u64 = 4 << 20;

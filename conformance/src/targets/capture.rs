@@ -1,23 +1,20 @@
 //! Saving a machine, and loading it again.
 
-use std::ffi::OsString;
-use std::path::Path;
-use std::thread;
-use std::time::Duration;
-
-use anyhow::{Context, Result, ensure};
-use serde_json::{Value, json};
-
 use super::physical::{self, Marked};
 use super::table::Exceptions;
 use super::{Machine, expected};
-use crate::exec;
 use crate::launch::Qemu;
-use crate::oracle;
 use crate::record::{Files, Recording};
 use crate::reload::{self, Form};
 use crate::roots::Root;
 use crate::subject::Subject;
+use crate::{exec, oracle};
+use anyhow::{Context, Result, ensure};
+use serde_json::{Value, json};
+use std::ffi::OsString;
+use std::path::Path;
+use std::thread;
+use std::time::Duration;
 
 /// How long firmware runs, so that registers and devices are not those of a reset.
 const FIRMWARE_TIME: Duration = Duration::from_millis(700);

@@ -8,13 +8,12 @@ mod capture;
 pub mod physical;
 pub mod table;
 
-use std::collections::{BTreeMap, BTreeSet};
-use std::path::Path;
-use std::time::Instant;
-
 use anyhow::{Context, Result, ensure};
 use serde::Serialize;
 use serde_json::{Value, json};
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::Path;
+use std::time::Instant;
 
 use self::capture::Captured;
 pub use self::table::Machine;

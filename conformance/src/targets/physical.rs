@@ -1,17 +1,15 @@
 //! Guest-physical memory as qevm has it beside what the monitor's `xp` shows of the stopped guest.
 
-use std::fs::File;
-use std::ops::Range;
-use std::os::unix::fs::FileExt;
-use std::path::Path;
-
+use crate::launch::Qemu;
+use crate::oracle::{self, Stretch};
 use anyhow::{Context, Result, ensure};
 use qevm_inspect::Migration;
 use serde_json::Value;
 use sha2::{Digest, Sha256};
-
-use crate::launch::Qemu;
-use crate::oracle::{self, Stretch};
+use std::fs::File;
+use std::ops::Range;
+use std::os::unix::fs::FileExt;
+use std::path::Path;
 
 /// At least this many places are marked.
 const MARKERS: u64 = 20;

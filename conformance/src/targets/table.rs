@@ -1,8 +1,7 @@
 //! The machines, as `machines.txt` lists them.
 
-use anyhow::{Context, Result, bail, ensure};
-
 use crate::suite::Suite;
+use anyhow::{Context, Result, bail, ensure};
 
 const MACHINES: &str = include_str!("machines.txt");
 

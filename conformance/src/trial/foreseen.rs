@@ -1,15 +1,13 @@
 //! `qevm check` says beforehand what a real destination does: it is given a stream of the source and one of the
 //! destination, and its verdict must be the destination's, with the line that the destination prints.
 
-use std::ffi::OsStr;
-
-use anyhow::{Context, Result, bail, ensure};
-use serde_json::Value;
-
 use super::question::{Trial, TrialEnv};
 use super::side::Fate::{self, Fails, Loads};
 use super::side::{Side, load, side, with, write};
 use crate::roots::Suite::{Bookworm, Bullseye, Sid, Trixie};
+use anyhow::{Context, Result, bail, ensure};
+use serde_json::Value;
+use std::ffi::OsStr;
 
 const A_UUID: &str = "microvm -uuid 2bbd4b29-9d2b-4e0b-9d0e-1f3f6f0e7a11";
 const ANOTHER_UUID: &str = "microvm -uuid 11111111-2222-4333-8444-555555555555";

@@ -4,15 +4,22 @@
 //! Power-up, Reset, or INIT", and the data sheets of the chips), with firmware in the block `pc.bios` and all other
 //! memory zero.
 
-use std::io::Write;
-
 use anyhow::{Context as _, Result, ensure};
-use qevm_devices::cpu::{Cpu, registers::Segment};
-use qevm_devices::{
-    DeviceState, acpi_ged::AcpiGed, apic::Apic, cpu_common::CpuCommon, fw_cfg::FwCfg, fw_cfg::FwCfgDma,
-    globalstate::GlobalState, i8254::I8254, i8254::PitChannel, i8259::I8259, ioapic::IoApic, kvm_tpr_opt::KvmTprOpt,
-    mc146818rtc::Mc146818Rtc, serial::IsaSerial, serial::Uart, timer::CpuTimers,
-};
+use qevm_devices::DeviceState;
+use qevm_devices::acpi_ged::AcpiGed;
+use qevm_devices::apic::Apic;
+use qevm_devices::cpu::Cpu;
+use qevm_devices::cpu::registers::Segment;
+use qevm_devices::cpu_common::CpuCommon;
+use qevm_devices::fw_cfg::{FwCfg, FwCfgDma};
+use qevm_devices::globalstate::GlobalState;
+use qevm_devices::i8254::{I8254, PitChannel};
+use qevm_devices::i8259::I8259;
+use qevm_devices::ioapic::IoApic;
+use qevm_devices::kvm_tpr_opt::KvmTprOpt;
+use qevm_devices::mc146818rtc::Mc146818Rtc;
+use qevm_devices::serial::{IsaSerial, Uart};
+use qevm_devices::timer::CpuTimers;
 use qevm_savevm::StreamWriter;
 use qevm_savevm::configuration::Configuration;
 use qevm_savevm::framing::SectionHeader;
@@ -20,6 +27,7 @@ use qevm_savevm::ram::{BlockId, RamBlock};
 use qevm_savevm::vmdesc::{Description, DeviceBody, DeviceDescription, TextStyle};
 use qevm_savevm::vmstate::Context;
 use qevm_wire::{CountedString, QemuVersion};
+use std::io::Write;
 
 const PAGE: usize = 4096;
 /// QEMU gives `ram` this version in every release since 2.x.

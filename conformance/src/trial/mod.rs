@@ -11,10 +11,9 @@ mod question;
 mod side;
 mod written;
 
+use anyhow::Result;
 use std::collections::BTreeMap;
 use std::time::Instant;
-
-use anyhow::Result;
 
 pub use self::question::{Trial, TrialEnv};
 use crate::matrix::{REQUIRE_KVM, REQUIRE_QEMU, kvm};

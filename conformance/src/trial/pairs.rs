@@ -7,20 +7,19 @@
 //! In lines that start with `ran` the source has booted Linux, whose drivers have accepted features and set up queues;
 //! the destination's own stream, which `qevm check` is given, is that of a machine that was never started.
 
-use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
-use std::{fmt, thread};
-
-use anyhow::{Context, Result, bail};
-use serde_json::{Value, json};
-
 use super::question::TrialEnv;
 use super::side::{Fate, Side, load, side, write, write_ran};
 use crate::linux::{Linux, READY};
 use crate::roots::{Root, Suite};
 use crate::subject::Subject;
+use anyhow::{Context, Result, bail};
+use serde_json::{Value, json};
+use std::collections::BTreeMap;
+use std::fmt;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::thread;
 
 const TABLE: &str = include_str!("pairs.txt");
 /// Releases that the plain set-ups go between, and the version of the machine type that both have.

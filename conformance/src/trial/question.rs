@@ -1,13 +1,11 @@
 //! One question, and what it is asked with.
 
-use std::collections::BTreeMap;
-use std::path::Path;
-
-use anyhow::Result;
-
 use crate::roots::{Root, Suite};
 use crate::scenario::Accel;
 use crate::subject::Subject;
+use anyhow::Result;
+use std::collections::BTreeMap;
+use std::path::Path;
 
 /// What a trial is played with.
 #[derive(Debug)]

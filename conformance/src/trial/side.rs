@@ -1,12 +1,5 @@
 //! One of two QEMUs: it writes what it is, or says whether it loads what the other has written.
 
-use std::path::{Path, PathBuf};
-use std::thread;
-use std::time::{Duration, Instant};
-
-use anyhow::{Result, ensure};
-use serde_json::{Value, json};
-
 use super::question::TrialEnv;
 use crate::channels::receiver::Receiver;
 use crate::channels::setup::Transport;
@@ -14,6 +7,11 @@ use crate::exec;
 use crate::launch::Qemu;
 use crate::patience::PATIENCE;
 use crate::roots::Suite;
+use anyhow::{Result, ensure};
+use serde_json::{Value, json};
+use std::path::{Path, PathBuf};
+use std::thread;
+use std::time::{Duration, Instant};
 
 /// A guest that boots under TCG on a busy machine.
 const BOOT: Duration = Duration::from_secs(300);

@@ -6,23 +6,20 @@
 //! | `rewritten` | a running guest's stream, decoded and written again by `qevm convert` |
 //! | `mapped-ram` | the same as a mapped-ram file, from QEMU's or written by us, with and without multifd |
 
+use super::machine;
+use super::question::{Trial, TrialEnv, accel_name};
+use crate::launch::Qemu;
+use crate::patience::PATIENCE;
+use crate::roots::Suite;
+use crate::scenario::Accel;
+use crate::{exec, oracle};
+use anyhow::{Context, Result, bail, ensure};
+use reference_vmm::payload::{IMAGE, Progress};
+use serde_json::json;
 use std::fs;
 use std::path::Path;
 use std::thread;
 use std::time::{Duration, Instant};
-
-use anyhow::{Context, Result, bail, ensure};
-use reference_vmm::payload::{IMAGE, Progress};
-use serde_json::json;
-
-use super::machine;
-use super::question::{Trial, TrialEnv, accel_name};
-use crate::exec;
-use crate::launch::Qemu;
-use crate::oracle;
-use crate::patience::PATIENCE;
-use crate::roots::Suite;
-use crate::scenario::Accel;
 
 const MEMORY_MIB: u64 = 32;
 const POLL: Duration = Duration::from_millis(10);

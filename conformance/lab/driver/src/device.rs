@@ -1,12 +1,10 @@
 //! Mediated devices by sysfs.
 
+use crate::plan::Device;
+use anyhow::{Context, Result};
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::PathBuf;
-
-use anyhow::{Context, Result};
-
-use crate::plan::Device;
 
 /// A device that goes when this is dropped.
 pub(crate) struct Made(Device);

@@ -1,8 +1,7 @@
 //! `driver PLAN`: runs the plan in the file, and prints a report of each migration as one line.
 
-use std::process::ExitCode;
-
 use anyhow::{Context, Result};
+use std::process::ExitCode;
 
 fn main() -> ExitCode {
     match report() {

@@ -1,18 +1,16 @@
 //! A running monitor.
 
+use crate::patience::PATIENCE;
+use crate::plan::{Kind, Monitor, Side};
+use crate::qmp::Qmp;
+use anyhow::{Context, Result, bail};
+use serde_json::{Value, json};
 use std::fs::{self, File};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
-
-use anyhow::{Context, Result, bail};
-use serde_json::{Value, json};
-
-use crate::patience::PATIENCE;
-use crate::plan::{Kind, Monitor, Side};
-use crate::qmp::Qmp;
 
 const POLL: Duration = Duration::from_millis(20);
 /// The unit of processor times in `/proc`.

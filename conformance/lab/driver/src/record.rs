@@ -1,14 +1,13 @@
 //! A proxy that keeps what passes through it: the channel opened first as `main` and `return-path`, the others as
 //! `channel-N`.
 
+use anyhow::{Context, Result};
 use std::fs::{self, File};
 use std::io::{Read, Write};
 use std::net::Shutdown;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::thread;
-
-use anyhow::{Context, Result};
 
 /// Accepts at `front` for as long as the process lives, and takes everything to `back` and back.
 pub(crate) fn start(front: &Path, back: &Path, folder: &Path) -> Result<()> {

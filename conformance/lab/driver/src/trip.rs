@@ -1,19 +1,17 @@
 //! The migrations themselves.
 
-use std::collections::BTreeMap;
-use std::path::Path;
-use std::thread;
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
-
-use anyhow::{Context, Result, bail};
-use serde_json::{Value, json};
-
 use crate::device::{self, Made};
 use crate::monitor::Running;
 use crate::patience::PATIENCE;
 use crate::plan::{Change, Happened, Plan, Report, Sample, Side};
 use crate::qmp::QmpError;
 use crate::record;
+use anyhow::{Context, Result, bail};
+use serde_json::{Value, json};
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::thread;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 const SCRATCH: &str = "/tmp";
 /// Between two looks at a migration under way. Each costs the monitors a command.

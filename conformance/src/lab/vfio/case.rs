@@ -1,13 +1,11 @@
 //! How a guest with devices travels, and what must be seen.
 
-use std::collections::BTreeMap;
-
+use crate::lab::boot::Boot;
+use crate::lab::guest;
 use qevm_lab::{Change, Device, Kind, Monitor, Plan, Side};
 use reference_vmm::payload::FW_CFG_NAME;
 use serde_json::{Value, json};
-
-use crate::lab::boot::Boot;
-use crate::lab::guest;
+use std::collections::BTreeMap;
 
 /// The releases between which guests travel.
 pub(super) const NEW: &str = "11.1";

@@ -1,11 +1,10 @@
 //! The table of faults: every arc, read, write and query of a device fails once, at either side of a migration between
 //! reference-vmm and QEMU; acks that are counted otherwise, or at one side alone; and a driver that answers garbage.
 
-use qevm_lab::Side;
-use serde_json::json;
-
 use super::case::{Case, Ending, NEW, OLD, PRECOPY, Says, Stop};
 use crate::lab::boot::Boot;
+use qevm_lab::Side;
+use serde_json::json;
 
 /// EIO, and how a message has it.
 const ERRNO: u32 = 5;

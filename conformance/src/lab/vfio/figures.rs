@@ -1,14 +1,12 @@
 //! What is measured, by the number of instructions, and the tables of that.
 
-use std::collections::BTreeMap;
-
-use qevm_lab::{Report, Sample, Side};
-use serde_json::{Value, json};
-
 use super::case::{Case, Ending, NEW, PRECOPY, Stop};
 use super::faults::faults;
 use crate::lab::boot::Boot;
 use crate::lab::job::Outcome;
+use qevm_lab::{Report, Sample, Side};
+use serde_json::{Value, json};
+use std::collections::BTreeMap;
 
 const REPEATS: u32 = 3;
 /// Milliseconds that a destination takes to load the initial part.

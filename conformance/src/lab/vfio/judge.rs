@@ -1,11 +1,10 @@
 //! The judge of trips with VFIO devices.
 
+use super::case::{Case, Ending, Memory, PRECOPY, Says, Stop};
 use anyhow::{Context, Result, ensure};
 use qevm_lab::{Report, Side};
 use reference_vmm::payload::Progress;
 use serde_json::{Value, json};
-
-use super::case::{Case, Ending, Memory, PRECOPY, Says, Stop};
 
 /// Milliseconds that a cancellation may take.
 const CANCEL_MS: f64 = 1000.0;

@@ -1,11 +1,10 @@
 //! The judge of guests that use their devices, by what they say of them.
 
+use super::case::Case;
 use anyhow::{Context, Result, ensure};
 use qevm_lab::Report;
 use reference_vmm::payload::PciDevice;
 use serde_json::{Value, json};
-
-use super::case::Case;
 
 /// Interrupts that a guest has to take of each device, where it starts and where it has arrived: one more than can be
 /// under way. The next is raised when the last has come, so that one that gets lost ends them.

@@ -2,23 +2,21 @@
 //!
 //! Both are led through the same states, and asked the same in each. What changes the state is asked last.
 
+use super::{Both, MEMORY, Monitor, NobodyReads, PATIENCE, POLL, reply};
+use crate::launch::Qemu;
+use crate::peer::endpoint::start_reference;
+use crate::roots::Root;
+use anyhow::{Context, Result, bail, ensure};
+use nix::errno::Errno;
+use nix::sys::socket::{AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, connect, listen, socket};
+use qevm_migration::Status;
+use serde_json::{Value, json};
 use std::io::{Read, Write};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::thread;
 use std::time::Instant;
-
-use anyhow::{Context, Result, bail, ensure};
-use nix::errno::Errno;
-use nix::sys::socket::{AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, connect, listen, socket};
-use qevm_migration::Status;
-use serde_json::{Value, json};
-
-use super::{Both, MEMORY, Monitor, NobodyReads, PATIENCE, POLL, reply};
-use crate::launch::Qemu;
-use crate::peer::endpoint::start_reference;
-use crate::roots::Root;
 
 /// What is asked in every state. No command here changes it, where it is accepted, but that a guest may go before its
 /// memory under capability `postcopy-ram`.

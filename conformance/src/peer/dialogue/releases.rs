@@ -1,14 +1,12 @@
 //! What a release refuses, and when, that another takes: asked of it, and of a reference-vmm that was told of it.
 
-use std::path::Path;
-
-use anyhow::{Result, ensure};
-use serde_json::json;
-
 use super::{Both, Monitor, reply};
 use crate::launch::Qemu;
 use crate::peer::endpoint::start_reference;
 use crate::roots::{Root, Suite};
+use anyhow::{Result, ensure};
+use serde_json::json;
+use std::path::Path;
 
 /// Page channels with postcopy: one after the other, and together.
 const ASKED: &[(&str, &str)] = &[

@@ -7,6 +7,7 @@
 //! must hold the number that it gave them last. What it sees it prints in the words of the payload
 //! (`reference_vmm::payload`), so that the same judge reads both.
 
+use anyhow::{Context, Result, bail, ensure};
 use std::fs::{self, File};
 use std::io::Read;
 use std::os::unix::fs::FileExt;
@@ -14,8 +15,6 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::Ordering;
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError};
 use std::time::{Duration, Instant, SystemTime};
-
-use anyhow::{Context, Result, bail, ensure};
 use vm_memory::{Bytes, FileOffset, MmapRegion, VolatileMemory};
 
 const DEVICES: &str = "/sys/bus/pci/devices";
