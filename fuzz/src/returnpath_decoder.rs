@@ -1,8 +1,6 @@
-use qevm_returnpath::{
-    Decoder, Encoder, Event, Message,
-    requests::{PageRequests, RequestBlock, RequestBlocks},
-    session::SourceSession,
-};
+use qevm_returnpath::requests::{PageRequests, RequestBlock, RequestBlocks};
+use qevm_returnpath::session::SourceSession;
+use qevm_returnpath::{Decoder, Encoder, Event, Message};
 use qevm_wire::{Blame, CountedString, Decode, Fault, Limits, Step, Writer};
 
 /// Reads the input as a return path, shown in pieces, and writes it again; every message also goes through the source's

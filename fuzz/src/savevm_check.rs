@@ -3,7 +3,8 @@ use qevm_savevm::check::{Expectations, Outcome, Summary, check};
 use qevm_savevm::vmdesc::{Description, Schema};
 use qevm_savevm::{Decoder, DecoderOptions, Event};
 use qevm_wire::{DriveError, Driver, Fault, Limits};
-use std::{collections::BTreeSet, io::Read};
+use std::collections::BTreeSet;
+use std::io::Read;
 
 /// The input has two parts: a stream, and what is known of its destination, which is another stream or the output of
 /// `-dump-vmstate`.

@@ -1,7 +1,7 @@
-use qevm_savevm::{
-    Decoder, DecoderOptions, Encoder, Event, Footers, Step, StreamWriter, command::Command, framing::SectionHeader,
-    ram::RamBlock,
-};
+use qevm_savevm::command::Command;
+use qevm_savevm::framing::SectionHeader;
+use qevm_savevm::ram::RamBlock;
+use qevm_savevm::{Decoder, DecoderOptions, Encoder, Event, Footers, Step, StreamWriter};
 use qevm_wire::{CountedString, Decode, Fault, Limits, Writer};
 
 /// Reads the input as a main channel, all at once and in pieces, and writes every event again.

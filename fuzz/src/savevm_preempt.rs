@@ -1,7 +1,5 @@
-use qevm_savevm::{
-    Step,
-    ram::{PreemptDecoder, RamBlock, RamBlocks},
-};
+use qevm_savevm::Step;
+use qevm_savevm::ram::{PreemptDecoder, RamBlock, RamBlocks};
 use qevm_wire::{CountedString, Decode, Fault, PageGeometry};
 use std::sync::Arc;
 

@@ -1,12 +1,10 @@
 //! Seeds from the other channels, and from all files of a migration together.
 
-use std::io;
-
-use qevm_multifd::{ChannelDecoder, ChannelOptions, Event, is_page_channel};
-use qevm_wire::{Decode, Driver};
-
 use crate::stream::contents;
 use crate::{Recording, Seeds, parts};
+use qevm_multifd::{ChannelDecoder, ChannelOptions, Event, is_page_channel};
+use qevm_wire::{Decode, Driver};
+use std::io;
 
 /// Bytes of a channel that are kept.
 const KEPT: usize = 10_000;

@@ -1,12 +1,10 @@
 //! Seeds of devices' state on page channels. A recording of it would need a device that can migrate, and holds payloads
 //! of a megabyte; so real page channels are continued here as QEMU 10.0 and 11.1 were seen to continue them.
 
-use std::io;
-
+use crate::{Recording, Seeds, parts};
 use qevm_multifd::{ChannelDecoder, ChannelOptions, DeviceState, Ending, VfioDeviceState, is_page_channel};
 use qevm_wire::{CountedString, Decode, Step, Writer};
-
-use crate::{Recording, Seeds, parts};
+use std::io;
 
 /// Bytes of a payload after its header; QEMU's have 1 MiB.
 const DATA: usize = 300;

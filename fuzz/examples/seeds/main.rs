@@ -5,11 +5,12 @@ mod channels;
 mod device_state;
 mod stream;
 
-use std::collections::BTreeSet;
-use std::path::{Path, PathBuf};
-use std::{env, fs, io};
-
 use serde_json::Value;
+use std::collections::BTreeSet;
+use std::env;
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
 
 /// This many of the recordings that fit are used for a target.
 const ENOUGH: usize = 32;

@@ -1,16 +1,14 @@
 //! Seeds from main channels.
 
-use std::collections::{BTreeMap, BTreeSet};
-use std::io;
-
+use crate::{Recording, Seeds, parts};
 use qevm_savevm::framing::SectionHeader;
 use qevm_savevm::mapped_ram::MappedBlock;
 use qevm_savevm::ram::RamRecord;
 use qevm_savevm::vmdesc::{Catalogue, Found};
 use qevm_savevm::{Decoder, DecoderOptions, Encoder, Event};
 use qevm_wire::{Decode, Driver, QemuVersion, Writer};
-
-use crate::{Recording, Seeds, parts};
+use std::collections::{BTreeMap, BTreeSet};
+use std::io;
 
 /// Records of pages that are kept of each section.
 const RECORDS: usize = 2;

@@ -2,13 +2,12 @@
 
 use crate::cost::Cost;
 use qevm_inspect::bounds::Spool;
-use qevm_inspect::ram::Keep;
-use qevm_inspect::ram::RamDigest;
+use qevm_inspect::ram::{Keep, RamDigest};
 use qevm_inspect::source::Source;
-use qevm_inspect::stream::Named;
-use qevm_inspect::stream::{Inputs, Layouts, Observer, Settings, analyze};
+use qevm_inspect::stream::{Inputs, Layouts, Named, Observer, Settings, analyze};
 use qevm_multifd::{ChannelDecoder, ChannelOptions};
-use qevm_savevm::{Decoder, DecoderOptions, Event, Step, command::Command};
+use qevm_savevm::command::Command;
+use qevm_savevm::{Decoder, DecoderOptions, Event, Step};
 use qevm_wire::{Decode, Limits};
 use std::sync::Arc;
 
