@@ -2,7 +2,8 @@
 
 use crate::failure::Stop;
 use percent_encoding::{AsciiSet, NON_ALPHANUMERIC};
-use qevm_migration::{Tls, TlsSocket};
+use qevm_migration::{BadAddress, TcpOptions, Tls, TlsSocket};
+use qevm_wire::Located;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{Mode, fchmod};
 use rustix::io::{Errno, ioctl_fionbio};
@@ -40,20 +41,29 @@ impl Address {
     /// use qevm::socket::Address;
     /// assert_eq!(Address::parse("tcp:[::1]:4444").unwrap(), Address::Tcp("[::1]:4444".into()));
     /// assert!(Address::parse("exec:cat").is_err());
+    /// let Err(qevm::failure::Stop::Usage(why)) = Address::parse("tcp:host:http") else { panic!() };
+    /// assert_eq!(why, "address 'tcp:host:http': expected a port, 0 to 65535 at byte 9 of tcp:HOST:PORT");
     /// ```
     ///
     /// # Errors
     /// [`Stop::Usage`] that says what was expected.
     pub fn parse(text: &str) -> Result<Self, Stop> {
-        let wrong = || Stop::Usage(format!("address '{text}': expected tcp:HOST:PORT or unix:PATH"));
-        if let Some(path) = text.strip_prefix("unix:").filter(|path| !path.is_empty()) {
-            return Ok(Address::Unix(path.into()));
-        }
-        let (host, port) = text.strip_prefix("tcp:").and_then(|rest| rest.rsplit_once(':')).ok_or_else(wrong)?;
-        port.parse::<u16>().map_err(|_| wrong())?;
-        // QEMU takes an empty host for all interfaces.
-        let host = if host.is_empty() { "0.0.0.0" } else { host };
-        Ok(Address::Tcp(format!("{host}:{port}")))
+        let expected = match text.parse() {
+            Ok(qevm_migration::Address::Unix(path)) => return Ok(Address::Unix(path)),
+            Ok(qevm_migration::Address::Tcp { host, port, options }) if options == TcpOptions::default() => {
+                return Ok(Address::Tcp(match host.as_str() {
+                    // QEMU takes an empty host for all interfaces.
+                    "" => format!("0.0.0.0:{port}"),
+                    host if host.contains(':') => format!("[{host}]:{port}"),
+                    host => format!("{host}:{port}"),
+                }));
+            }
+            Err(Located { kind: BadAddress::HostPort { expected, .. }, offset, .. }) => {
+                format!("{expected} at byte {offset} of tcp:HOST:PORT")
+            }
+            _ => "tcp:HOST:PORT or unix:PATH".into(),
+        };
+        Err(Stop::Usage(format!("address '{text}': expected {expected}")))
     }
 }
 

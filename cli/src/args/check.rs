@@ -93,7 +93,7 @@ fn parse_ram_block(text: &str) -> Result<(CountedString, u64), String> {
     // The names of option ROMs have no '=' in them, but nothing forbids one.
     let (name, size) = text.rsplit_once('=').ok_or("expected NAME=SIZE, e.g. pc.ram=4G")?;
     let name = CountedString::new(name).ok_or("the name is longer than 255 bytes")?;
-    Ok((name, parse_size(size)?))
+    Ok((name, parse_size(size).map_err(|error| error.to_string())?))
 }
 
 fn parse_capability(text: &str) -> Result<(Capability, bool), String> {

@@ -1,6 +1,13 @@
 //! Options of `tcp:` addresses, by the names of QEMU's `InetSocketAddress` (QEMU 11.1).
 
 use super::BadAddress;
+use crate::grammar::Parsed;
+use nom::Parser;
+use nom::branch::alt;
+use nom::bytes::complete::tag;
+use nom::character::complete::{self as number, char};
+use nom::combinator::{eof, opt, peek, value};
+use nom::sequence::{delimited, terminated};
 use rustix::net::sockopt;
 use std::fmt;
 use std::io;
@@ -34,7 +41,7 @@ pub struct TcpOptions {
 /// let address: Address = "tcp:there:4444,keep-alive=on,keep-alive-idle=20,keep-alive-interval=5,keep-alive-count=4".parse()?;
 /// let Address::Tcp { options, .. } = address else { panic!("{address}") };
 /// assert_eq!((options.keep_alive.on, options.keep_alive.idle), (Some(true), 20));
-/// # Ok::<(), qevm_migration::BadAddress>(())
+/// # Ok::<(), qevm_wire::Located<qevm_migration::BadAddress>>(())
 /// ```
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct KeepAlive {
@@ -110,31 +117,34 @@ const SWITCHES: [Switch; 4] = [
 const TO: &str = "to";
 
 impl TcpOptions {
-    /// Takes in one option of a URI: `NAME=VALUE`, or the name alone for one that is on.
-    pub(super) fn set(&mut self, option: &str) -> Result<(), BadAddress> {
-        let (name, value) = option.split_once('=').map_or((option, None), |(name, value)| (name, Some(value)));
+    /// Takes in the option of a URI that a text begins with: `NAME=VALUE`, or the name alone for one that is on. The
+    /// rest is what follows; at an error, what is at fault.
+    pub(super) fn read<'t>(&mut self, text: &'t str) -> Result<&'t str, (BadAddress, &'t str)> {
+        let (name, rest) = text.split_at(text.find([',', '=']).unwrap_or(text.len()));
+        let bad = |name, expected| (BadAddress::Option { name, expected }, rest.strip_prefix('=').unwrap_or(rest));
+        let ends = || peek(alt((eof, tag(","))));
         if let Some((name, slot)) = SWITCHES.iter().find(|(known, _)| *known == name) {
-            *slot(self) = match value {
-                None | Some("on") => Some(true),
-                Some("off") => Some(false),
-                Some(_) => return Err(BadAddress::Option { name, expected: "'on' or 'off'" }),
-            };
-            return Ok(());
+            let on = alt((value(false, tag("=off")), value(true, opt(tag("=on")))));
+            let read: Parsed<'_, _> = terminated(on, ends()).parse(rest);
+            let (rest, on) = read.map_err(|_| bad(name, "'on' or 'off'"))?;
+            *slot(self) = Some(on);
+            return Ok(rest);
         }
-        let number = |name, value: Option<&str>| {
-            let number = value.and_then(|value| value.parse::<u32>().ok());
-            number.ok_or(BadAddress::Option { name, expected: "a number" })
+        let number = |name| {
+            let read: Parsed<'_, _> = delimited(char('='), number::u32, ends()).parse(rest);
+            read.map_err(|_| bad(name, "a number"))
         };
         if name == TO {
+            let (rest, port) = number(TO)?;
             // A QEMU takes what is left of a larger one.
-            let port = u16::try_from(number(TO, value)?);
-            self.to = Some(port.map_err(|_| BadAddress::Option { name: TO, expected: "uint16_t" })?);
-            return Ok(());
+            self.to = Some(port.try_into().map_err(|_| bad(TO, "uint16_t"))?);
+            return Ok(rest);
         }
         let row = NUMBERS.iter().find(|(known, _)| *known == name);
-        let (name, slot) = row.ok_or_else(|| BadAddress::UnknownOption(name.into()))?;
-        *slot(&mut self.keep_alive) = number(name, value)?;
-        Ok(())
+        let (name, slot) = row.ok_or_else(|| (BadAddress::UnknownOption(name.into()), text))?;
+        let (rest, number) = number(name)?;
+        *slot(&mut self.keep_alive) = number;
+        Ok(rest)
     }
 
     /// Those of the addresses of `host` that may be used.
@@ -227,9 +237,9 @@ mod tests {
             ("bogus=1", "Invalid parameter 'bogus'"),
             ("bogus", "Invalid parameter 'bogus'"),
         ] {
-            assert_eq!(parse(options).map_err(|error| error.to_string()), Err(text.into()));
+            assert_eq!(parse(options).map_err(|error| error.kind.to_string()), Err(text.into()));
         }
-        assert!(matches!(parse(",keep-alive"), Err(BadAddress::UnknownOption(_))));
+        assert!(matches!(parse(",keep-alive").unwrap_err().kind, BadAddress::UnknownOption(_)));
     }
 
     /// Where a QEMU 11.1 listens for the same URIs, and what it says.

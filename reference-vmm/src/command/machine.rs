@@ -2,12 +2,13 @@
 
 use super::device::DeviceOptions;
 use super::object::{chosen, iommufds, memory_backends};
-use super::options::split;
+use super::options::pairs;
 use super::{qmp_object, vfio};
 use anyhow::{Context, bail};
 use qevm_microvm::MACHINE_TYPE;
+use qevm_migration::{BadSize, parse_size};
 use qevm_multifd::Uuid;
-use qevm_wire::{Profile, QemuVersion};
+use qevm_wire::{Located, Profile, QemuVersion};
 use reference_vmm::boot::Kernel;
 use reference_vmm::descriptors::Descriptors;
 use reference_vmm::machine::MachineConfig;
@@ -35,7 +36,7 @@ pub(crate) struct MachineArguments {
     /// or more; 0 is no ring: KVM's dirty log tells which pages were written
     #[arg(long, value_name = "ACCEL", default_value = "kvm")]
     accel: Accelerator,
-    /// RAM, with K, M or G; plain numbers are MiB as in QEMU [default: that of the memory backend, or else 128M]
+    /// RAM, with K, M, G or T; plain numbers are MiB as in QEMU [default: that of the memory backend, or else 128M]
     #[arg(long, short, value_name = "SIZE", value_parser = parse_memory)]
     memory: Option<u64>,
     /// Memory for the machine's RAM, which -M memory-backend=ID takes: memory-backend-ram,id=ID,size=BYTES; -memfd with
@@ -215,10 +216,10 @@ impl FromStr for MachineOptions {
     type Err = String;
 
     fn from_str(text: &str) -> Result<MachineOptions, String> {
-        let mut parts = text.split(',').map(|part| part.strip_prefix("type=").unwrap_or(part));
+        let mut parts = pairs(text, Some("type")).map_err(|error| error.to_string())?.into_iter();
         match parts.next() {
-            Some(MACHINE_TYPE) => {}
-            other => return Err(format!("machine type '{}': only {MACHINE_TYPE} is there", other.unwrap_or_default())),
+            Some((name, value)) if name == "type" && value == MACHINE_TYPE => {}
+            _ => return Err(format!("machine type '{text}': only {MACHINE_TYPE} is there")),
         }
         let mut options = MachineOptions {
             qemu: QemuVersion::NEWEST,
@@ -229,27 +230,25 @@ impl FromStr for MachineOptions {
             memory_backend: None,
             aux_ram_share: false,
         };
-        for part in parts {
-            match part.split_once('=') {
-                Some(("qemu", release)) => {
-                    options.qemu = release.parse().map_err(|bad| format!("qemu={release}: {bad}"))?
-                }
-                Some(("peer-accel", "kvm")) => options.kvm = true,
-                Some(("peer-accel", "tcg")) => options.kvm = false,
-                Some(("rtc", "on")) => options.rtc = true,
-                Some(("kernel-irqchip", "on")) => options.split_irqchip = false,
-                Some(("kernel-irqchip", "split")) => options.split_irqchip = true,
-                Some(("aux-ram-share", "on")) => options.aux_ram_share = true,
-                Some(("aux-ram-share", "off")) => options.aux_ram_share = false,
-                Some(("memory-backend", id)) => options.memory_backend = Some(id.to_owned()),
-                Some(("pcie", "on")) => options.pcie = true,
+        for (name, value) in parts {
+            match (name.as_str(), value.as_str()) {
+                ("qemu", release) => options.qemu = release.parse().map_err(|bad| format!("qemu={release}: {bad}"))?,
+                ("peer-accel", "kvm") => options.kvm = true,
+                ("peer-accel", "tcg") => options.kvm = false,
+                ("rtc", "on") => options.rtc = true,
+                ("kernel-irqchip", "on") => options.split_irqchip = false,
+                ("kernel-irqchip", "split") => options.split_irqchip = true,
+                ("aux-ram-share", "on") => options.aux_ram_share = true,
+                ("aux-ram-share", "off") => options.aux_ram_share = false,
+                ("memory-backend", id) => options.memory_backend = Some(id.to_owned()),
+                ("pcie", "on") => options.pcie = true,
                 // QEMU's auto is off.
-                Some(("pcie", "off" | "auto")) => options.pcie = false,
+                ("pcie", "off" | "auto") => options.pcie = false,
                 // As a QEMU under KVM has it.
-                Some(("rtc", "off" | "auto")) => options.rtc = false,
+                ("rtc", "off" | "auto") => options.rtc = false,
                 _ => {
                     return Err(format!(
-                        "'{part}' is not one of qemu=RELEASE, peer-accel=kvm|tcg, rtc=on|off|auto, pcie=on|off|auto, kernel-irqchip=on|split, memory-backend=ID, aux-ram-share=on|off"
+                        "'{name}={value}' is not one of qemu=RELEASE, peer-accel=kvm|tcg, rtc=on|off|auto, pcie=on|off|auto, kernel-irqchip=on|split, memory-backend=ID, aux-ram-share=on|off"
                     ));
                 }
             }
@@ -268,16 +267,16 @@ impl FromStr for Accelerator {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Accelerator, String> {
-        let mut parts = text.split(',').map(|part| part.strip_prefix("accel=").unwrap_or(part));
+        let mut parts = pairs(text, Some("accel")).map_err(|error| error.to_string())?.into_iter();
         match parts.next() {
-            Some("kvm") => {}
-            other => return Err(format!("accelerator '{}': only kvm is there", other.unwrap_or_default())),
+            Some((name, value)) if name == "accel" && value == "kvm" => {}
+            _ => return Err(format!("accelerator '{text}': only kvm is there")),
         }
         let mut accelerator = Accelerator { dirty_ring_size: 0 };
-        for part in parts {
-            let Some(("dirty-ring-size", size)) = part.split_once('=') else {
-                return Err(format!("'{part}' is not dirty-ring-size=N"));
-            };
+        for (name, size) in parts {
+            if name != "dirty-ring-size" {
+                return Err(format!("'{name}={size}' is not dirty-ring-size=N"));
+            }
             let size: u64 = size.parse().map_err(|_| "Parameter 'dirty-ring-size' expects uint64".to_owned())?;
             accelerator.dirty_ring_size =
                 size.try_into().map_err(|_| "Parameter 'dirty-ring-size' expects uint32_t".to_owned())?;
@@ -322,26 +321,20 @@ impl SerialOutput {
     }
 }
 
-pub(crate) fn parse_memory(text: &str) -> Result<u64, String> {
-    let (digits, unit) = match text.char_indices().last() {
-        Some((at, 'K' | 'k')) => (&text[..at], 10),
-        Some((at, 'M' | 'm')) => (&text[..at], 20),
-        Some((at, 'G' | 'g')) => (&text[..at], 30),
-        _ => (text, 20),
-    };
-    let number: u64 = digits.parse().map_err(|_| "expected a number with K, M or G, such as 128M".to_owned())?;
-    number.checked_shl(unit).filter(|bytes| bytes >> unit == number).ok_or_else(|| "too large".to_owned())
+/// A size; plain numbers are MiB.
+pub(crate) fn parse_memory(text: &str) -> Result<u64, Located<BadSize>> {
+    parse_size(text, 1 << 20)
 }
 
 /// QEMU's syntax: options separated by commas, a doubled comma stands for one.
 fn parse_fw_cfg(item: &str) -> anyhow::Result<(String, Vec<u8>)> {
     let (mut name, mut data) = (None, None);
-    for option in split(item) {
-        match option.split_once('=') {
-            Some(("name", value)) => name = Some(value.to_owned()),
-            Some(("string", value)) => data = Some(value.as_bytes().to_vec()),
-            Some(("file", path)) => data = Some(std::fs::read(path).with_context(|| format!("cannot read {path}"))?),
-            _ => bail!("--fw-cfg {item}: '{option}' is not one of name=, string=, file="),
+    for (option, value) in pairs(item, None).with_context(|| format!("--fw-cfg {item}"))? {
+        match option.as_str() {
+            "name" => name = Some(value),
+            "string" => data = Some(value.into_bytes()),
+            "file" => data = Some(std::fs::read(&value).with_context(|| format!("cannot read {value}"))?),
+            _ => bail!("--fw-cfg {item}: '{option}={value}' is not one of name=, string=, file="),
         }
     }
     match (name, data) {
@@ -359,7 +352,8 @@ mod tests {
         assert_eq!(parse_memory("128"), Ok(128 << 20));
         assert_eq!(parse_memory("4G"), Ok(4 << 30));
         assert_eq!(parse_memory("64k"), Ok(64 << 10));
-        for bad in ["", "M", "1T", "-1", "99999999999999999999", "18446744073709551615G"] {
+        assert_eq!(parse_memory("1.5G"), Ok(3 << 29));
+        for bad in ["", "M", "1Q", "-1", "99999999999999999999", "18446744073709551615G"] {
             assert!(parse_memory(bad).is_err(), "{bad}");
         }
     }

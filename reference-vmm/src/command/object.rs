@@ -3,6 +3,7 @@
 use super::options::Options;
 use super::qmp_object;
 use anyhow::{Context, bail, ensure};
+use qevm_migration::parse_size;
 use reference_vmm::descriptors::Descriptors;
 use reference_vmm::memory::{BackendError, BackendKind, MemoryBackend};
 use reference_vmm::vfio::Iommufd;
@@ -154,30 +155,14 @@ const UNSUPPORTED: &[&str] = &[
 ];
 
 fn switch(options: &mut Options, name: &str, otherwise: bool) -> anyhow::Result<bool> {
-    match options.take(name).as_deref() {
-        None => Ok(otherwise),
-        Some("on" | "yes" | "true" | "y") => Ok(true),
-        Some("off" | "no" | "false" | "n") => Ok(false),
-        Some(_) => bail!("Parameter '{name}' expects 'on' or 'off'"),
-    }
+    Ok(options.switch(name)?.unwrap_or(otherwise))
 }
 
+/// Unlike with `--memory`, a plain number is bytes.
 fn size(options: &mut Options, name: &str) -> anyhow::Result<Option<u64>> {
     let Some(text) = options.take(name) else { return Ok(None) };
-    let bytes = bytes(&text).with_context(|| format!("Parameter '{name}' expects a size value"))?;
+    let bytes = parse_size(&text, 1).ok().with_context(|| format!("Parameter '{name}' expects a size value"))?;
     Ok(Some(bytes))
-}
-
-/// A number of bytes, with B, K, M, G, T, P or E; unlike that of `--memory`, a plain number is bytes.
-fn bytes(text: &str) -> Option<u64> {
-    let (digits, unit) = match text.char_indices().last()? {
-        (at, unit) if unit.is_ascii_alphabetic() => {
-            (&text[..at], 10 * "bkmgtpe".find(unit.to_ascii_lowercase())? as u32)
-        }
-        _ => (text, 0),
-    };
-    let digits = Some(digits).filter(|digits| digits.bytes().all(|digit| digit.is_ascii_digit()))?;
-    digits.parse::<u64>().ok()?.checked_mul(1 << unit)
 }
 
 #[cfg(test)]

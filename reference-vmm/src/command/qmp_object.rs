@@ -1,7 +1,7 @@
 //! `--object` for what QMP's `object-add` makes, too: TLS credentials, and lists of who may send a guest.
 
-use super::options::split;
-use anyhow::{Context, bail, ensure};
+use super::options::{pairs, switch};
+use anyhow::{Context, ensure};
 use serde_json::{Map, Value};
 use std::collections::BTreeMap;
 
@@ -27,21 +27,15 @@ fn properties(text: &str) -> anyhow::Result<Map<String, Value>> {
     }
     let mut properties = Map::new();
     let mut rules: BTreeMap<usize, Map<String, Value>> = BTreeMap::new();
-    for (i, option) in split(text).into_iter().enumerate() {
-        let (name, value) = match option.split_once('=') {
-            None if i == 0 => ("qom-type", option.as_str()),
-            pair => pair.with_context(|| format!("'{option}' is no NAME=VALUE"))?,
-        };
-        let value = match (name, value) {
-            ("verify-peer" | "sanity-check", "on" | "yes" | "true" | "y") => true.into(),
-            ("verify-peer" | "sanity-check", "off" | "no" | "false" | "n") => false.into(),
-            ("verify-peer" | "sanity-check", _) => bail!("Parameter '{name}' expects 'on' or 'off'"),
+    for (name, value) in pairs(text, Some("qom-type"))? {
+        let value = match name.as_str() {
+            "verify-peer" | "sanity-check" => switch(&name, &value)?.into(),
             _ => value.into(),
         };
         let rule = name.strip_prefix("rules.").and_then(|rule| rule.split_once('.'));
         let before = match rule.and_then(|(number, name)| Some((number.parse::<usize>().ok()?, name))) {
             Some((number, name)) => rules.entry(number).or_default().insert(name.into(), value),
-            None => properties.insert(name.into(), value),
+            None => properties.insert(name.clone(), value),
         };
         ensure!(before.is_none(), "{name} is given twice");
     }
@@ -83,7 +77,7 @@ mod tests {
         for (text, why) in [
             ("tls-creds-x509,verify-peer=2", "Parameter 'verify-peer' expects 'on' or 'off'"),
             ("tls-creds-x509,id=a,id=b", "id is given twice"),
-            ("tls-creds-x509,id", "'id' is no NAME=VALUE"),
+            ("tls-creds-x509,id", "'id' at byte 15 is no NAME=VALUE"),
         ] {
             assert_eq!(format!("{:#}", read(text).unwrap_err()), format!("--object {text}: {why}"));
         }

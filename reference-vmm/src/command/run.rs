@@ -2,11 +2,13 @@
 
 use super::event_log::EventLog;
 use super::machine::MachineArguments;
+use super::options::pairs;
 use super::signals::{self, Signals};
 use crate::{log, private};
 use anyhow::{Context, bail};
 use qevm_migration::cpr::Predecessor;
-use qevm_migration::{Address, Listener, Timeouts};
+use qevm_migration::{Address, BadAddress, Listener, Timeouts};
+use qevm_wire::Located;
 use reference_vmm::descriptors::Descriptors;
 use reference_vmm::machine::Machine;
 use reference_vmm::qmp::Server;
@@ -104,7 +106,7 @@ impl FromStr for Incoming {
                 let (cpr, address) = reference_vmm::qmp::channel(json).map_err(|failure| failure.to_string())?;
                 Ok(if cpr { Incoming::Memory(address) } else { Incoming::From(address) })
             }
-            _ => text.parse().map(Incoming::From).map_err(|error: qevm_migration::BadAddress| error.to_string()),
+            _ => text.parse().map(Incoming::From).map_err(|error: Located<BadAddress>| error.to_string()),
         }
     }
 }
@@ -258,14 +260,11 @@ fn leave(vmm: &Arc<Vmm>) {
 
 /// QEMU's `-action`: `EVENT=ACTION[,EVENT=ACTION…]`.
 fn parse_actions(text: &str) -> Result<Vec<(String, String)>, String> {
-    let action = |part: &str| match part.split_once('=') {
-        Some((event, action)) => match Actions::default().with(event, action) {
-            Ok(_) => Ok((event.to_owned(), action.to_owned())),
-            Err(error) => Err(error.to_string()),
-        },
-        None => Err(format!("'{part}' is not EVENT=ACTION")),
-    };
-    text.split(',').map(action).collect()
+    let actions = pairs(text, None).map_err(|error| error.to_string())?;
+    for (event, action) in &actions {
+        Actions::default().with(event, action).map_err(|error| error.to_string())?;
+    }
+    Ok(actions)
 }
 
 /// Makes a file that has reached its limit (`ulimit -f`) an error of the migration, instead of the end of the guest.
@@ -298,7 +297,7 @@ mod tests {
         let refused = |text: &str| parse_actions(text).unwrap_err();
         assert_eq!(refused("reboot=x"), "Parameter 'reboot' does not accept value 'x'");
         assert_eq!(refused("foo=bar"), "Invalid parameter 'foo'");
-        assert_eq!(refused("reboot"), "'reboot' is not EVENT=ACTION");
+        assert_eq!(refused("reboot"), "'reboot' at byte 0 is no NAME=VALUE");
     }
 
     #[test]

@@ -54,7 +54,7 @@ fn slot(text: &str, iommufds: &BTreeSet<&str>) -> anyhow::Result<VfioSlot> {
         Some(true) => MultifdTransfer::On,
         Some(false) => MultifdTransfer::Off,
     };
-    let events = on_off(&mut options, "migration-events")?.unwrap_or(false);
+    let events = options.switch("migration-events")?.unwrap_or(false);
     if let Some(name) = options.unused().next() {
         bail!("Property '{DRIVER}.{name}' not found");
     }
@@ -77,15 +77,6 @@ fn address(text: &str) -> anyhow::Result<usize> {
     })?;
     ensure!(function == 0, "addr={text}: only function 0 is supported");
     Ok(device)
-}
-
-fn on_off(options: &mut Options, name: &str) -> anyhow::Result<Option<bool>> {
-    match options.take(name).as_deref() {
-        None => Ok(None),
-        Some("on" | "yes" | "true" | "y") => Ok(Some(true)),
-        Some("off" | "no" | "false" | "n") => Ok(Some(false)),
-        Some(_) => bail!("Parameter '{name}' expects 'on' or 'off'"),
-    }
 }
 
 /// `None` for `auto`, which is what it is without the option, too.

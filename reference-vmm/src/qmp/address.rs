@@ -2,7 +2,8 @@
 
 use super::arguments::Arguments;
 use super::protocol::Failure;
-use qevm_migration::Address;
+use qevm_migration::{Address, BadAddress};
+use qevm_wire::Located;
 
 /// An address as it was given. It is parsed when the arguments are complete.
 pub(super) enum AddressArgument {
@@ -14,7 +15,7 @@ impl AddressArgument {
     pub(super) fn resolve(self) -> Result<Address, Failure> {
         match self {
             AddressArgument::Uri(uri) => {
-                uri.parse().map_err(|error: qevm_migration::BadAddress| Failure::generic(error.to_string()))
+                uri.parse().map_err(|error: Located<BadAddress>| Failure::generic(error.kind.to_string()))
             }
             AddressArgument::Address(address) => Ok(address),
         }

@@ -6,7 +6,8 @@ use super::protocol::{Failure, Request};
 use super::{descriptors, dirty_rate, human, objects, parameters, power, queries, statistics};
 use crate::vmm::legality::{self, Rule};
 use crate::vmm::{RunState, Vmm};
-use qevm_migration::{Address, Capabilities, KNOWN_CAPABILITIES, Parameters, Refused, Status};
+use qevm_migration::{Address, BadAddress, Capabilities, KNOWN_CAPABILITIES, Parameters, Refused, Status};
+use qevm_wire::Located;
 use serde_json::{Map, Value, json};
 use std::net::IpAddr;
 use std::sync::Arc;
@@ -209,7 +210,7 @@ fn migrate_pause(vmm: &Arc<Vmm>, arguments: &mut Arguments) -> Result<Value, Fai
 fn migrate_recover(vmm: &Arc<Vmm>, arguments: &mut Arguments) -> Result<Value, Failure> {
     let uri = arguments.text("uri")?;
     finish(arguments)?;
-    let address = uri.parse().map_err(|error: qevm_migration::BadAddress| Failure::generic(error.to_string()))?;
+    let address = uri.parse().map_err(|error: Located<BadAddress>| Failure::generic(error.kind.to_string()))?;
     vmm.recover_postcopy(&address).map_err(|error| Failure::generic(error.to_string()))?;
     Ok(empty())
 }
