@@ -3,6 +3,7 @@
 use crate::chunk::chunk;
 use crate::layout::{self, DEVICE_STATE_LEN, DeviceStateView, FLAG_DEVICE_STATE, NAME_LEN};
 use crate::{Error, PacketError, Reader, packet};
+use core::mem::offset_of;
 use qevm_wire::{CountedString, Limits, Located, WireError, Writer};
 use zerocopy::transmute_ref;
 
@@ -98,8 +99,8 @@ impl DeviceState {
     }
 }
 
-const IDSTR_AT: u64 = 12;
-const PAYLOAD_LENGTH_AT: u64 = 272;
+const IDSTR_AT: u64 = offset_of!(DeviceStateView, idstr) as u64;
+const PAYLOAD_LENGTH_AT: u64 = offset_of!(DeviceStateView, next_packet_size) as u64;
 
 /// What VFIO puts at the start of each device-state payload (12 bytes; 10.0): its place among the payloads of the
 /// device, which may travel on different channels.

@@ -3,6 +3,7 @@
 use crate::chunk::chunk;
 use crate::layout::{self, INIT_LEN, InitView};
 use crate::{Error, HandshakeError, Reader, Uuid};
+use core::mem::offset_of;
 use qevm_wire::{Located, Within, Writer};
 use zerocopy::transmute_ref;
 
@@ -51,7 +52,8 @@ impl Init {
         }
         let view: &InitView = transmute_ref!(chunk::<INIT_LEN>(reader)?);
         let version = view.version.get();
-        check(version == layout::VERSION, HandshakeError::Version { found: version }, offset + 4)?;
+        let at = offset + offset_of!(InitView, version) as u64;
+        check(version == layout::VERSION, HandshakeError::Version { found: version }, at)?;
         Ok(Init { uuid: Uuid(view.uuid), channel: view.channel, unused: view.unused })
     }
 

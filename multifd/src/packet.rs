@@ -6,8 +6,9 @@ use crate::layout::{self, FLAG_DEVICE_STATE, FLAG_SYNC, RAM_HEADER_LEN, RamHeade
 use crate::runs::{Run, Runs};
 use crate::{Error, PacketError, Reader};
 use core::fmt;
+use core::mem::offset_of;
 use qevm_wire::{CountedString, Limits, Located, PageGeometry, WireError, Writer};
-use zerocopy::transmute_ref;
+use zerocopy::{IntoBytes, transmute_ref};
 
 /// How QEMU lays RAM packets out, which the wire does not tell.
 ///
@@ -175,27 +176,20 @@ impl<'a> RamPacket<'a> {
 
     /// Appends the packet with every field as it was read.
     pub fn encode(&self, writer: &mut Writer) {
-        let header = self.header;
-        writer.be32(layout::MAGIC).be32(layout::VERSION);
-        writer.be32(self.compression.flag() | if self.is_sync() { FLAG_SYNC } else { 0 });
-        writer.be32(header.pages_alloc.get()).be32(self.normal_count()).be32(header.next_packet_size.get());
-        writer.be64(self.packet_num()).be32(self.zero_count()).bytes(&header.unused).bytes(&header.ramblock);
-        for offset in offsets(Some(self.slots)) {
-            writer.be64(offset);
-        }
+        writer.bytes(self.header.as_bytes()).bytes(self.slots.as_flattened());
     }
 
     fn check_counts(&self, start: u64) -> Result<(), Error> {
         let slots = slots(self.pages);
         let alloc = self.header.pages_alloc.get();
         let (normal, zero) = (self.normal_count(), self.zero_count());
-        let at_most = |what, found: u32, max: u32, at| {
+        let at_most = |what, found: u32, max: u32, at: usize| {
             let kind = PacketError::PageCount { what, found: found.into(), max: max.into() };
-            if found <= max { Ok(()) } else { Err(Located::new(kind.into(), start + at)) }
+            if found <= max { Ok(()) } else { Err(Located::new(kind.into(), start + at as u64)) }
         };
-        at_most("pages_alloc", alloc, slots, 12)?;
-        at_most("normal_pages", normal, alloc, 16)?;
-        at_most("zero_pages", zero, alloc - normal, 32)
+        at_most("pages_alloc", alloc, slots, offset_of!(RamHeader, pages_alloc))?;
+        at_most("normal_pages", normal, alloc, offset_of!(RamHeader, normal_pages))?;
+        at_most("zero_pages", zero, alloc - normal, offset_of!(RamHeader, zero_pages))
     }
 
     fn check_offsets(&self, start: u64) -> Result<(), Error> {
@@ -257,10 +251,10 @@ impl fmt::Debug for RamPacket<'_> {
 }
 
 /// Offset in a packet of its flags.
-pub(crate) const FLAGS_AT: u64 = 8;
-const PAYLOAD_LENGTH_AT: u64 = 20;
+pub(crate) const FLAGS_AT: u64 = offset_of!(RamHeader, flags) as u64;
+const PAYLOAD_LENGTH_AT: u64 = offset_of!(RamHeader, next_packet_size) as u64;
 /// Offset in a RAM packet of its block name.
-pub(crate) const BLOCK_AT: u64 = 64;
+pub(crate) const BLOCK_AT: u64 = offset_of!(RamHeader, ramblock) as u64;
 
 /// Stream offset of an offset slot in the packet at `start`.
 pub(crate) fn slot_at(start: u64, index: u32) -> u64 {
@@ -274,7 +268,7 @@ pub(crate) fn prefix(magic: u32, version: u32, flags: u32, start: u64) -> Result
         return fail(PacketError::Magic { found: magic }, 0);
     }
     if version != layout::VERSION {
-        return fail(PacketError::Version { found: version }, 4);
+        return fail(PacketError::Version { found: version }, offset_of!(RamHeader, version) as u64);
     }
     if flags & !(FLAG_SYNC | layout::COMPRESSION_MASK | FLAG_DEVICE_STATE) != 0 {
         return fail(PacketError::Flags { found: flags, what: "unknown bits are set" }, FLAGS_AT);
