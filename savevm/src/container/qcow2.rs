@@ -64,26 +64,27 @@ impl Header {
         if magic != *QCOW2 {
             return fail(0, ContainerError::Magic { container: "qcow2 image", found: magic.to_vec() });
         }
-        let version = reader.be32()?;
+        let (at, version) = (reader.offset(), reader.be32()?);
         if ![VERSION_2, VERSION_3].contains(&version) {
-            return fail(4, ContainerError::Version { container: "qcow2", found: version, expected: "2, 3" });
+            return fail(at, ContainerError::Version { container: "qcow2", found: version, expected: "2, 3" });
         }
         reader.take(12)?; // backing file
-        let cluster_bits = reader.be32()?;
+        let (cluster_bits_at, cluster_bits) = (reader.offset(), reader.be32()?);
         if !(MIN_CLUSTER_BITS..=MAX_CLUSTER_BITS).contains(&cluster_bits) {
             let (what, expected) = ("cluster_bits", "9 to 21");
-            return fail(20, ContainerError::Field { what, found: cluster_bits.into(), expected });
+            return fail(cluster_bits_at, ContainerError::Field { what, found: cluster_bits.into(), expected });
         }
         let disk_size = reader.be64()?;
-        if reader.be32()? != 0 {
-            return fail(32, ContainerError::Feature { what: "an encrypted qcow2 image" });
+        let (at, encryption) = (reader.offset(), reader.be32()?);
+        if encryption != 0 {
+            return fail(at, ContainerError::Feature { what: "an encrypted qcow2 image" });
         }
         reader.take(24)?; // active L1 table, refcount table
         let snapshots = reader.be32()?;
         let snapshots_offset = reader.be64()?;
         let mut extended_l2 = false;
         if version >= VERSION_3 {
-            let features = reader.be64()?;
+            let (at, features) = (reader.offset(), reader.be64()?);
             extended_l2 = features & FEATURE_EXTENDED_L2 != 0;
             for (bit, what) in [
                 (FEATURE_CORRUPT, "a qcow2 image that is marked corrupt"),
@@ -91,12 +92,12 @@ impl Header {
                 (!KNOWN_FEATURES, "a qcow2 image with an unknown incompatible feature"),
             ] {
                 if features & bit != 0 {
-                    return fail(72, ContainerError::Feature { what });
+                    return fail(at, ContainerError::Feature { what });
                 }
             }
             if extended_l2 && cluster_bits < MIN_EXTENDED_CLUSTER_BITS {
                 let (what, expected) = ("cluster_bits", "14 to 21 with extended L2 entries");
-                return fail(20, ContainerError::Field { what, found: cluster_bits.into(), expected });
+                return fail(cluster_bits_at, ContainerError::Field { what, found: cluster_bits.into(), expected });
             }
         }
         Ok(Header { cluster_bits, extended_l2, disk_size, snapshots, snapshots_offset })
@@ -151,12 +152,12 @@ impl Snapshot {
     /// tables larger than QEMU itself accepts.
     pub fn parse(reader: &mut Reader<'_>) -> Result<Snapshot, Error> {
         reader.take(reader.offset().wrapping_neg() % 8)?;
-        let start = reader.offset();
         let l1_offset = reader.be64()?;
-        let l1_len = u64::from(reader.be32()?) * ENTRY_LEN;
+        let (at, l1_entries) = (reader.offset(), reader.be32()?);
+        let l1_len = u64::from(l1_entries) * ENTRY_LEN;
         if l1_len > MAX_L1_LEN {
             let error = WireError::LimitExceeded { what: "snapshot L1 table", found: l1_len, limit: MAX_L1_LEN };
-            return Err(Located::new(error.into(), start + 8));
+            return Err(Located::new(error.into(), at));
         }
         let id_len = reader.be16()?;
         let name_len = reader.be16()?;
@@ -164,10 +165,10 @@ impl Snapshot {
         reader.take(4)?; // nanoseconds of the date
         let vm_clock_nsec = reader.be64()?;
         let vm_state_size = reader.be32()?;
-        let extra_len = reader.be32()?;
+        let (at, extra_len) = (reader.offset(), reader.be32()?);
         if extra_len > MAX_EXTRA_LEN {
             let (what, found, limit) = ("snapshot extra data", extra_len.into(), MAX_EXTRA_LEN.into());
-            return Err(Located::new(WireError::LimitExceeded { what, found, limit }.into(), start + 36));
+            return Err(Located::new(WireError::LimitExceeded { what, found, limit }.into(), at));
         }
         let mut extra = reader.sub(extra_len.into())?;
         let vm_state_size_large = extra.be64().ok();
