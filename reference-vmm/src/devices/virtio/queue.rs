@@ -8,7 +8,10 @@ use crate::error::Error;
 use crate::memory::GuestMemory;
 use qevm_microvm::state::VirtioQueueState;
 use std::cell::Cell;
+use std::mem::offset_of;
 use std::sync::atomic::{Ordering, fence};
+use zerocopy::byteorder::little_endian::{U16, U32, U64};
+use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes};
 
 /// Largest queue, and most descriptors of a chain (QEMU's `VIRTQUEUE_MAX_SIZE`, seen as QueueNumMax of 7.2 and 10.0).
 pub(crate) const MAX_QUEUE: u32 = 1024;
@@ -17,7 +20,13 @@ const MAX_CHAIN: usize = MAX_QUEUE as usize;
 /// Alignment of the used ring after reset.
 const DEFAULT_ALIGN: u32 = 4096;
 
-const DESCRIPTOR: u64 = 16;
+const DESCRIPTOR: u64 = size_of::<Descriptor>() as u64;
+const USED: u64 = size_of::<Used>() as u64;
+/// Where the index of a ring is, and its first entry.
+const INDEX: u64 = offset_of!(RingHeader, index) as u64;
+const ENTRIES: u64 = size_of::<RingHeader>() as u64;
+/// Bytes of an entry of the available ring.
+const AVAILABLE: u64 = 2;
 const NEXT: u16 = 1;
 const WRITE: u16 = 2;
 const INDIRECT: u16 = 4;
@@ -123,18 +132,17 @@ impl Queue {
     }
 
     fn used_ring(&self) -> u64 {
-        // flags, index, the ring, used_event
-        let end = self.avail().wrapping_add(6 + 2 * u64::from(self.num));
+        let end = self.used_event().wrapping_add(2);
         let align = u64::from(self.align.max(1));
         end.checked_next_multiple_of(align).unwrap_or(u64::MAX)
     }
 
     fn used_event(&self) -> u64 {
-        self.avail().wrapping_add(4 + 2 * u64::from(self.num))
+        self.avail().wrapping_add(ENTRIES + AVAILABLE * u64::from(self.num))
     }
 
     fn avail_event(&self) -> u64 {
-        self.used_ring().wrapping_add(4 + 8 * u64::from(self.num))
+        self.used_ring().wrapping_add(ENTRIES + USED * u64::from(self.num))
     }
 
     /// The used index; from the guest's memory after a reset or a migration, in which it has no place of its own.
@@ -142,7 +150,7 @@ impl Queue {
         match self.used {
             Some(used) => Ok(used),
             None => {
-                let used = read_u16(memory, self.used_ring().wrapping_add(2))?;
+                let used = read_u16(memory, self.used_ring().wrapping_add(INDEX))?;
                 let inuse = self.last_avail.wrapping_sub(used);
                 if u32::from(inuse) > self.num {
                     return Err(RingError::UsedIndex { inuse, num: self.num, used, last: self.last_avail });
@@ -163,7 +171,7 @@ impl Queue {
 
     /// Number of chains that wait to be popped.
     pub(super) fn waiting(&self, memory: &GuestMemory) -> Result<u16, RingError> {
-        let found = read_u16(memory, self.avail().wrapping_add(2))?;
+        let found = read_u16(memory, self.avail().wrapping_add(INDEX))?;
         let waiting = found.wrapping_sub(self.last_avail);
         if u32::from(waiting) > self.num {
             return Err(RingError::AvailableIndex { last: self.last_avail, found, num: self.num });
@@ -192,7 +200,7 @@ impl Queue {
         // The index is read before what it speaks of.
         fence(Ordering::SeqCst);
         let slot = u64::from(u32::from(self.last_avail.wrapping_add(ahead)) % self.num);
-        let head = read_u16(memory, self.avail().wrapping_add(4 + 2 * slot))?;
+        let head = read_u16(memory, self.avail().wrapping_add(ENTRIES + AVAILABLE * slot))?;
         match u32::from(head) < self.num {
             true => Ok(Some(head)),
             false => Err(RingError::Descriptor { index: head.into(), table: self.num }),
@@ -228,22 +236,23 @@ impl Queue {
                 return Err(RingError::Descriptor { index, table: table_len });
             }
             let descriptor = Descriptor::read(memory, table.wrapping_add(u64::from(index) * DESCRIPTOR))?;
-            if descriptor.flags & INDIRECT != 0 {
-                let len = descriptor.len;
-                if indirect || len == 0 || !len.is_multiple_of(DESCRIPTOR as u32) || descriptor.flags & NEXT != 0 {
+            let flags = descriptor.flags.get();
+            if flags & INDIRECT != 0 {
+                let len = descriptor.len.get();
+                if indirect || len == 0 || !len.is_multiple_of(DESCRIPTOR as u32) || flags & NEXT != 0 {
                     return Err(RingError::Indirect { len });
                 }
-                (table, table_len, index, indirect) = (descriptor.gpa, len / DESCRIPTOR as u32, 0, true);
+                (table, table_len, index, indirect) = (descriptor.gpa.get(), len / DESCRIPTOR as u32, 0, true);
                 continue;
             }
             chain.add(memory, &descriptor)?;
-            if descriptor.flags & NEXT == 0 {
+            if flags & NEXT == 0 {
                 return Ok(chain);
             }
             if chain.descriptors() >= MAX_CHAIN {
                 return Err(RingError::Chain);
             }
-            index = descriptor.next.into();
+            index = descriptor.next.get().into();
         }
     }
 
@@ -257,14 +266,12 @@ impl Queue {
     ) -> Result<bool, RingError> {
         let old = self.used_index(memory)?;
         let slot = u64::from(u32::from(old) % self.num);
-        let mut entry = [0; 8];
-        entry[..4].copy_from_slice(&u32::from(head).to_le_bytes());
-        entry[4..].copy_from_slice(&written.to_le_bytes());
-        memory.write(self.used_ring().wrapping_add(4 + 8 * slot), &entry)?;
+        let used = Used { head: u32::from(head).into(), written: written.into() };
+        memory.write(self.used_ring().wrapping_add(ENTRIES + USED * slot), used.as_bytes())?;
         // What the guest gets is there before the index says so.
         fence(Ordering::SeqCst);
         let new = old.wrapping_add(1);
-        write_u16(memory, self.used_ring().wrapping_add(2), new)?;
+        write_u16(memory, self.used_ring().wrapping_add(INDEX), new)?;
         self.used = Some(new);
         fence(Ordering::SeqCst);
         self.wants_interrupt(memory, features, old, new)
@@ -285,33 +292,44 @@ impl Queue {
     }
 }
 
+/// What either ring begins with.
+#[repr(C)]
+struct RingHeader {
+    flags: U16,
+    index: U16,
+}
+
+/// An entry of the used ring.
+#[derive(IntoBytes, Immutable)]
+#[repr(C)]
+struct Used {
+    head: U32,
+    written: U32,
+}
+
 /// A descriptor.
+#[derive(FromBytes, IntoBytes)]
+#[repr(C)]
 pub(super) struct Descriptor {
-    gpa: u64,
-    len: u32,
-    flags: u16,
-    next: u16,
+    gpa: U64,
+    len: U32,
+    flags: U16,
+    next: U16,
 }
 
 impl Descriptor {
     fn read(memory: &GuestMemory, gpa: u64) -> Result<Descriptor, RingError> {
-        let mut bytes = [0; DESCRIPTOR as usize];
-        memory.read(gpa, &mut bytes)?;
-        let word = u128::from_le_bytes(bytes);
-        Ok(Descriptor {
-            gpa: word as u64,
-            len: (word >> 64) as u32,
-            flags: (word >> 96) as u16,
-            next: (word >> 112) as u16,
-        })
+        let mut descriptor = Descriptor::new_zeroed();
+        memory.read(gpa, descriptor.as_mut_bytes())?;
+        Ok(descriptor)
     }
 
     pub(super) fn buffer(&self) -> Buffer {
-        Buffer { gpa: self.gpa, len: self.len }
+        Buffer { gpa: self.gpa.get(), len: self.len.get() }
     }
 
     pub(super) fn is_written(&self) -> bool {
-        self.flags & WRITE != 0
+        self.flags.get() & WRITE != 0
     }
 }
 

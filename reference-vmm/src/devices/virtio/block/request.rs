@@ -10,12 +10,32 @@ use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
+use zerocopy::byteorder::little_endian::{U32, U64};
+use zerocopy::{FromBytes, FromZeros, IntoBytes};
 
-const HEADER: usize = 16;
+const HEADER: usize = size_of::<Header>();
 /// Bytes of the answer to `GET_ID`.
 const SERIAL: usize = 20;
 /// Most bytes that are moved at once.
 const PIECE: u64 = 1 << 20;
+
+/// What a request begins with.
+#[derive(FromBytes, IntoBytes)]
+#[repr(C)]
+struct Header {
+    kind: U32,
+    priority: U32,
+    sector: U64,
+}
+
+/// Sectors to discard or to fill with zeroes.
+#[derive(FromBytes, IntoBytes)]
+#[repr(C)]
+struct Segment {
+    sector: U64,
+    sectors: U32,
+    flags: U32,
+}
 
 /// Request types. The bit of `OUT` says which way the data goes.
 mod kind {
@@ -177,18 +197,17 @@ impl Block {
 
     /// What a request asks for; the status of one that is done or refused without the disk.
     fn look(&self, chain: &Chain, memory: &GuestMemory) -> Result<Result<Progress, Status>, RingError> {
-        let mut header = [0; HEADER];
+        let mut header = Header::new_zeroed();
         let malformed = |what| Err(RingError::Request { what });
         let room = chain.writable_len();
         if room == 0 {
             return malformed("a disk request without room for its status");
         }
-        if chain.read(memory, 0, &mut header)? != HEADER {
+        if chain.read(memory, 0, header.as_mut_bytes())? != HEADER {
             return malformed("a disk request without a whole header");
         }
-        let kind = u32::from_le_bytes([header[0], header[1], header[2], header[3]]);
-        let sector = header.last_chunk().map_or(0, |bytes| u64::from_le_bytes(*bytes));
-        Ok(match kind & !kind::BARRIER {
+        let sector = header.sector.get();
+        Ok(match header.kind.get() & !kind::BARRIER {
             kind::IN => self.transfer(Way::ToGuest, sector, 0, room - 1),
             kind::OUT => self.transfer(Way::ToDisk, sector, HEADER as u64, chain.readable_len() - HEADER as u64),
             kind::FLUSH => Ok(Progress { way: Way::ToDisk, offset: 0, skip: 0, left: 0, flush: true }),
@@ -216,20 +235,17 @@ impl Block {
 
     /// Discards sectors, which may leave them as they are (as QEMU's `discard=ignore` does), or fills them with zeroes.
     fn clear(&self, chain: &Chain, kind: u32, memory: &GuestMemory) -> Result<Result<Progress, Status>, RingError> {
-        /// A segment: sector, number of sectors, flags.
-        const SEGMENT: usize = 16;
         const UNMAP: u32 = 1;
-        let mut segment = [0; SEGMENT];
+        let mut segment = Segment::new_zeroed();
         if self.options.readonly {
             return Ok(Err(Status::IoError));
         }
         // One segment at most is offered.
-        if chain.readable_len() != (HEADER + SEGMENT) as u64 {
+        if chain.readable_len() != (HEADER + size_of::<Segment>()) as u64 {
             return Ok(Err(Status::Unsupported));
         }
-        chain.read(memory, HEADER as u64, &mut segment)?;
-        let word = u128::from_le_bytes(segment);
-        let (sector, sectors, flags) = (word as u64, (word >> 64) as u32, (word >> 96) as u32);
+        chain.read(memory, HEADER as u64, segment.as_mut_bytes())?;
+        let (sector, sectors, flags) = (segment.sector.get(), segment.sectors.get(), segment.flags.get());
         let known = if kind == kind::WRITE_ZEROES { UNMAP } else { 0 };
         if flags & !known != 0 {
             return Ok(Err(Status::Unsupported));
