@@ -12,6 +12,9 @@
 //! Guests of other targets have the machine, the byte order, the word size and the notes that the kernel gives a core
 //! of their processors, and no `QEMU` note (checked against QEMU 7.2 to 11.1).
 
+use zerocopy::byteorder::little_endian::{U32, U64};
+use zerocopy::{FromZeros, Immutable, IntoBytes};
+
 /// One stretch of memory in the core file. Guest-physical address and length in bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Load {
@@ -137,15 +140,7 @@ pub(super) const EM_X86_64: u16 = 62;
 const PT_LOAD: u32 = 1;
 const PT_NOTE: u32 = 4;
 const NT_PRSTATUS: u32 = 1;
-const PRSTATUS_LEN: usize = 336;
-const PRSTATUS_PID: usize = 32;
-const PRSTATUS_REGISTERS: usize = 112;
-/// The same of i386.
-const NARROW_PRSTATUS_LEN: usize = 144;
-const NARROW_PRSTATUS_PID: usize = 24;
-const NARROW_PRSTATUS_REGISTERS: usize = 72;
 const QEMU_NOTE_VERSION: u32 = 1;
-const QEMU_NOTE_LEN: u32 = 440;
 const PAGE: u64 = 4096;
 
 /// Lays out a core file with these CPUs and these stretches of memory.
@@ -239,62 +234,109 @@ fn write_note(format: Format, notes: &mut Vec<u8>, note: &Note) {
     }
 }
 
-/// Indices into [`Registers::general`] in the order of Linux's `user_regs_struct`, up to RDI.
-const USER_REGS: [usize; 14] = [15, 14, 13, 12, 5, 3, 11, 10, 9, 8, 0, 1, 2, 6];
+/// `NT_PRSTATUS` of x86-64.
+#[derive(FromZeros, IntoBytes, Immutable)]
+#[repr(C)]
+struct Status {
+    signal: [u8; 32],
+    pid: U32,
+    family: [u8; 76],
+    /// From here on Linux's `user_regs_struct`.
+    general: [U64; 15],
+    orig_rax: U64,
+    /// RIP CS RFLAGS RSP SS.
+    frame: [U64; 5],
+    /// Of FS and GS.
+    bases: [U64; 2],
+    /// DS ES FS GS.
+    selectors: [U64; 4],
+    has_floating: U64,
+}
+
+/// `NT_PRSTATUS` of i386.
+#[derive(FromZeros, IntoBytes, Immutable)]
+#[repr(C)]
+struct NarrowStatus {
+    signal: [u8; 24],
+    pid: U32,
+    family: [u8; 44],
+    /// i386's `user_regs_struct`.
+    registers: [U32; 17],
+    has_floating: U32,
+}
+
+/// The `QEMU` note.
+#[derive(IntoBytes, Immutable)]
+#[repr(C)]
+struct QemuState {
+    version: U32,
+    len: U32,
+    /// RAX RBX RCX RDX RSI RDI RSP RBP, then R8 to R15.
+    general: [U64; 16],
+    rip: U64,
+    rflags: U64,
+    /// CS DS ES FS GS SS LDTR TR GDTR IDTR.
+    segments: [QemuSegment; 10],
+    control: [U64; 5],
+    kernel_gs_base: U64,
+}
+
+#[derive(IntoBytes, Immutable)]
+#[repr(C)]
+struct QemuSegment {
+    selector: U32,
+    limit: U32,
+    flags: U32,
+    padding: U32,
+    base: U64,
+}
 
 fn prstatus(pid: u32, cpu: &Registers) -> Vec<u8> {
     let [es, cs, ss, ds, fs, gs] = cpu.segments;
-    let mut words: Vec<u64> = USER_REGS.iter().map(|&i| cpu.general[i]).collect();
-    words.push(cpu.general[7]); // RDI
-    words.push(0); // orig_rax
-    words.extend([cpu.rip, cs.selector.into(), cpu.rflags, cpu.general[4], ss.selector.into()]);
-    words.extend([fs.base, gs.base, ds.selector.into(), es.selector.into(), fs.selector.into(), gs.selector.into()]);
-    let mut status = vec![0; PRSTATUS_LEN];
-    status[PRSTATUS_PID..PRSTATUS_PID + 4].copy_from_slice(&pid.to_le_bytes());
-    for (word, place) in words.iter().zip(status[PRSTATUS_REGISTERS..].chunks_exact_mut(8)) {
-        place.copy_from_slice(&word.to_le_bytes());
-    }
-    status
+    let general = |index: usize| U64::new(cpu.general[index]);
+    let selectors = [ds, es, fs, gs].map(|segment| U64::new(segment.selector.into()));
+    let status = Status {
+        pid: pid.into(),
+        // R15 R14 R13 R12 RBP RBX R11 R10 R9 R8 RAX RCX RDX RSI RDI
+        general: [15, 14, 13, 12, 5, 3, 11, 10, 9, 8, 0, 1, 2, 6, 7].map(general),
+        frame: [cpu.rip, cs.selector.into(), cpu.rflags, cpu.general[4], ss.selector.into()].map(U64::new),
+        bases: [fs.base.into(), gs.base.into()],
+        selectors,
+        ..Status::new_zeroed()
+    };
+    status.as_bytes().to_vec()
 }
 
-/// Registers of 32 bits in the order of i386's `user_regs_struct`.
 fn narrow_prstatus(pid: u32, cpu: &Registers) -> Vec<u8> {
-    let [es, cs, ss, ds, fs, gs] = cpu.segments;
-    let general = |index: usize| cpu.general[index] as u32;
-    // EBX ECX EDX ESI EDI EBP EAX
-    let mut words: Vec<u32> = [3, 1, 2, 6, 7, 5, 0].map(general).to_vec();
-    words.extend([ds, es, fs, gs].map(|segment| segment.selector));
-    words.push(0); // orig_eax
-    words.extend([cpu.rip as u32, cs.selector, cpu.rflags as u32, general(4), ss.selector]);
-    let mut status = vec![0; NARROW_PRSTATUS_LEN];
-    status[NARROW_PRSTATUS_PID..NARROW_PRSTATUS_PID + 4].copy_from_slice(&pid.to_le_bytes());
-    for (word, place) in words.iter().zip(status[NARROW_PRSTATUS_REGISTERS..].chunks_exact_mut(4)) {
-        place.copy_from_slice(&word.to_le_bytes());
-    }
-    status
+    let [es, cs, ss, ds, fs, gs] = cpu.segments.map(|segment| segment.selector);
+    let [eax, ecx, edx, ebx, esp, ebp, esi, edi, ..] = cpu.general.map(|register| register as u32);
+    let (orig_eax, eip, eflags) = (0, cpu.rip as u32, cpu.rflags as u32);
+    let registers = [ebx, ecx, edx, esi, edi, ebp, eax, ds, es, fs, gs, orig_eax, eip, cs, eflags, esp, ss];
+    let status = NarrowStatus { pid: pid.into(), registers: registers.map(U32::new), ..NarrowStatus::new_zeroed() };
+    status.as_bytes().to_vec()
 }
 
 fn qemu_state(cpu: &Registers) -> Vec<u8> {
     let [es, cs, ss, ds, fs, gs] = cpu.segments;
-    let mut state = Vec::with_capacity(QEMU_NOTE_LEN as usize);
-    state.extend(QEMU_NOTE_VERSION.to_le_bytes());
-    state.extend(QEMU_NOTE_LEN.to_le_bytes());
-    // RAX RBX RCX RDX RSI RDI RSP RBP, then R8 to R15.
-    for i in [0, 3, 1, 2, 6, 7, 4, 5, 8, 9, 10, 11, 12, 13, 14, 15] {
-        state.extend(cpu.general[i].to_le_bytes());
-    }
-    state.extend(cpu.rip.to_le_bytes());
-    state.extend(cpu.rflags.to_le_bytes());
-    for segment in [cs, ds, es, fs, gs, ss].iter().chain(&cpu.tables) {
-        for half in [segment.selector, segment.limit, segment.flags, 0] {
-            state.extend(half.to_le_bytes());
-        }
-        state.extend(segment.base.to_le_bytes());
-    }
-    for word in cpu.control.iter().chain([&cpu.kernel_gs_base]) {
-        state.extend(word.to_le_bytes());
-    }
-    state
+    let [ldtr, tr, gdtr, idtr] = cpu.tables;
+    let segment = |register: SegmentRegister| QemuSegment {
+        selector: register.selector.into(),
+        limit: register.limit.into(),
+        flags: register.flags.into(),
+        padding: U32::ZERO,
+        base: register.base.into(),
+    };
+    let state = QemuState {
+        version: QEMU_NOTE_VERSION.into(),
+        len: (size_of::<QemuState>() as u32).into(),
+        general: [0, 3, 1, 2, 6, 7, 4, 5, 8, 9, 10, 11, 12, 13, 14, 15].map(|index| cpu.general[index].into()),
+        rip: cpu.rip.into(),
+        rflags: cpu.rflags.into(),
+        segments: [cs, ds, es, fs, gs, ss, ldtr, tr, gdtr, idtr].map(segment),
+        control: cpu.control.map(U64::new),
+        kernel_gs_base: cpu.kernel_gs_base.into(),
+    };
+    state.as_bytes().to_vec()
 }
 
 #[cfg(test)]
@@ -370,9 +412,9 @@ mod tests {
             owners.push(bytes[at + 12..at + 12 + name - 1].to_vec());
             let content = at + 12 + name.next_multiple_of(4);
             if half(at + 8) == NT_PRSTATUS {
-                assert_eq!(len, PRSTATUS_LEN);
-                let rip = word(content + PRSTATUS_REGISTERS + 16 * 8);
-                assert_eq!(rip, [0x1111, 0x2222][half(content + PRSTATUS_PID) as usize - 1]);
+                assert_eq!(len, 336);
+                let rip = word(content + 112 + 16 * 8);
+                assert_eq!(rip, [0x1111, 0x2222][half(content + 32) as usize - 1]);
             }
             at = content + len.next_multiple_of(4);
         }
