@@ -8,11 +8,11 @@ use crate::patience::PATIENCE;
 use crate::process::run_fed;
 use crate::roots::Root;
 use anyhow::{Result, bail};
+use parking_lot::Mutex;
 use std::collections::BTreeMap;
 use std::fmt;
 use std::path::PathBuf;
 use std::process::Command;
-use std::sync::{Mutex, PoisonError};
 
 /// What is tried, best first. The last is KVM's default model, which asks the least of a host.
 const CANDIDATES: [&str; 3] = ["host", "host,-arch-capabilities", "qemu64"];
@@ -48,7 +48,7 @@ impl fmt::Display for HostCpu {
 /// Asks the QEMU of `root`, the first time in this process, and says on standard error what it starts with.
 pub(crate) fn of(root: &Root) -> Result<HostCpu> {
     static KNOWN: Mutex<BTreeMap<PathBuf, HostCpu>> = Mutex::new(BTreeMap::new());
-    let mut known = KNOWN.lock().unwrap_or_else(PoisonError::into_inner);
+    let mut known = KNOWN.lock();
     if let Some(cpu) = known.get(root.dir()) {
         return Ok(cpu.clone());
     }

@@ -4,13 +4,14 @@
 //! a second QEMU it also forwards, and records what came back.
 
 use anyhow::{Context, Result, bail};
+use parking_lot::Mutex;
 use std::fs::{self, File};
 use std::io::{Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
@@ -124,9 +125,7 @@ impl Recorder {
 
     /// Cuts every connection, as a broken network does.
     pub fn cut(&self) {
-        if let Ok(mut state) = self.shared.state.lock() {
-            state.sockets.drain(..).for_each(|s| s.shut(Shutdown::Both));
-        }
+        self.shared.state.lock().sockets.drain(..).for_each(|s| s.shut(Shutdown::Both));
     }
 
     /// Waits until every connection has ended and gives the channels in the order of their arrival.
@@ -146,7 +145,7 @@ impl Recorder {
         if let Some(acceptor) = self.acceptor.take() {
             let _ = acceptor.join();
         }
-        let mut state = self.shared.locked();
+        let mut state = self.shared.state.lock();
         match state.failure.take() {
             Some(failure) => bail!("recording {}: {failure}", self.uri),
             None => Ok(std::mem::take(&mut state.channels)),
@@ -162,24 +161,19 @@ impl Drop for Recorder {
 }
 
 impl Shared {
-    fn locked(&self) -> std::sync::MutexGuard<'_, State> {
-        // A worker that panicked has nothing half-done here: the lists stay usable.
-        self.state.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
-    }
-
     fn fail(&self, why: String) {
-        self.locked().failure.get_or_insert(why);
+        self.state.lock().failure.get_or_insert(why);
     }
 
     fn idle(&self) -> bool {
-        self.locked().workers.iter().all(JoinHandle::is_finished)
+        self.state.lock().workers.iter().all(JoinHandle::is_finished)
     }
 }
 
 /// Starts recording one accepted connection.
 fn connect(shared: &Arc<Shared>, prefix: &str, source: Socket) -> Result<()> {
     source.set_blocking()?;
-    let number = shared.locked().channels.len();
+    let number = shared.state.lock().channels.len();
     let channel = Channel {
         forward: shared.folder.join(format!("{prefix}-{number}.forward")),
         back: shared.folder.join(format!("{prefix}-{number}.back")),
@@ -209,7 +203,7 @@ fn connect(shared: &Arc<Shared>, prefix: &str, source: Socket) -> Result<()> {
             theirs.fail(format!("channel {number}: {e}"));
         }
     }));
-    let mut state = shared.locked();
+    let mut state = shared.state.lock();
     state.channels.push(channel);
     state.sockets.append(&mut sockets);
     state.workers.append(&mut workers);
@@ -332,7 +326,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let recorder = Recorder::tcp(folder.path(), "t").unwrap();
         let _open = TcpStream::connect(recorder.uri().strip_prefix("tcp:").unwrap()).unwrap();
-        while recorder.shared.locked().channels.is_empty() {
+        while recorder.shared.state.lock().channels.is_empty() {
             thread::sleep(POLL);
         }
         assert!(recorder.finish(Duration::from_millis(50)).is_err());

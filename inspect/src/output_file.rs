@@ -6,6 +6,7 @@
 //! the place of what has its name only if that is asked for.
 
 use crate::failure::Error;
+use parking_lot::Mutex;
 use rustix::fs::{AtFlags, CWD, Mode, OFlags, RenameFlags};
 use rustix::io::Errno;
 use std::ffi::OsStr;
@@ -14,7 +15,6 @@ use std::io;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, PoisonError};
 use tempfile::TempPath;
 
 /// A file on its way to a name.
@@ -76,7 +76,7 @@ impl OutputFile {
     /// # Errors
     /// As [`publish`](Self::publish).
     pub fn publish_as(&self, path: &Path) -> io::Result<()> {
-        let temporary = self.temporary.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let temporary = self.temporary.lock().take();
         let named = match temporary {
             Some(named) => named,
             None if !self.replace => return link(&self.file, path),

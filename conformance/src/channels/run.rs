@@ -7,10 +7,10 @@ use crate::matrix::{REQUIRE_KVM, REQUIRE_QEMU, kvm, required};
 use crate::roots::{Root, Suite};
 use crate::subject::Subject;
 use anyhow::Result;
+use parking_lot::Mutex;
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
 use std::fmt::Write;
-use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
 use std::time::Instant;
@@ -136,7 +136,7 @@ pub fn run(rows: &[Row], subject: &Subject, jobs: usize, each: impl Fn(&Line) + 
     let (next, lines) = (AtomicUsize::new(0), Mutex::new(Vec::new()));
     let done = |line: Line| {
         each(&line);
-        lines.lock().unwrap_or_else(std::sync::PoisonError::into_inner).push(line);
+        lines.lock().push(line);
     };
     thread::scope(|scope| {
         for _ in 0..jobs.max(1) {
@@ -147,7 +147,7 @@ pub fn run(rows: &[Row], subject: &Subject, jobs: usize, each: impl Fn(&Line) + 
             });
         }
     });
-    let lines = lines.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner);
+    let lines = lines.into_inner();
     Report { lines, seconds: started.elapsed().as_secs_f64() }
 }
 

@@ -1,12 +1,13 @@
 //! A way between two monitors that breaks when the judge says so, and can be used again.
 
 use anyhow::{Context, Result};
+use parking_lot::{Mutex, MutexGuard};
 use std::io::{self, ErrorKind, Read, Write};
 use std::net::{Ipv4Addr, Shutdown, TcpListener, TcpStream};
 use std::os::fd::OwnedFd;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
 
@@ -140,7 +141,7 @@ impl Drop for Relay {
 
 impl Shared {
     fn lock(&self) -> MutexGuard<'_, State> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.0.lock()
     }
 
     fn hand_on(self: &Arc<Self>, source: UnixStream) {

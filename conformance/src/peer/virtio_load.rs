@@ -7,11 +7,12 @@
 use super::tap::{self, Taps};
 use crate::patience::PATIENCE;
 use anyhow::{Context, Result, bail, ensure};
+use parking_lot::Mutex;
 use std::fs;
 use std::io;
 use std::os::unix::net::UnixDatagram;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
@@ -169,7 +170,7 @@ impl FrameCounter {
                     let Ok(len) = receive(&mut frame) else { continue };
                     let number = frame[..len].get(NUMBER..).and_then(|rest| rest.first_chunk());
                     if let Some(number) = number.filter(|_| frame[NUMBER - 2..NUMBER] == ETHERTYPE) {
-                        numbers.lock().unwrap_or_else(PoisonError::into_inner).push(u64::from_le_bytes(*number));
+                        numbers.lock().push(u64::from_le_bytes(*number));
                     }
                 }
             }));
@@ -181,7 +182,7 @@ impl FrameCounter {
     fn received(&self, next: u64) -> Vec<u64> {
         let deadline = Instant::now() + PATIENCE;
         loop {
-            let numbers = self.numbers.lock().unwrap_or_else(PoisonError::into_inner).clone();
+            let numbers = self.numbers.lock().clone();
             if numbers.len() as u64 + 1 >= next || Instant::now() > deadline {
                 return numbers;
             }

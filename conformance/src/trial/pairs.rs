@@ -13,12 +13,13 @@ use crate::linux::{Linux, READY};
 use crate::roots::{Root, Suite};
 use crate::subject::Subject;
 use anyhow::{Context, Result, bail};
+use parking_lot::Mutex;
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
 use std::fmt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, OnceLock};
 use std::thread;
 
 const TABLE: &str = include_str!("pairs.txt");
@@ -159,14 +160,14 @@ pub fn run(pairs: &[Pair], subject: &Subject, each: impl Fn(&Pair, &Judged) + Sy
                 let Some(pair) = pairs.get(n) else { return Ok(()) };
                 let found = desk.judge(n, pair).with_context(|| pair.to_string())?;
                 each(pair, &found);
-                judged.lock().unwrap_or_else(PoisonError::into_inner).push((n, found));
+                judged.lock().push((n, found));
             }
         };
         let workers: Vec<_> =
             (0..thread::available_parallelism().map_or(2, Into::into)).map(|_| scope.spawn(work)).collect();
         workers.into_iter().try_for_each(|worker| worker.join().unwrap_or_else(|_| bail!("a worker has panicked")))
     })?;
-    let mut judged = judged.into_inner().unwrap_or_else(PoisonError::into_inner);
+    let mut judged = judged.into_inner();
     judged.sort_by_key(|(n, _)| *n);
     Ok(judged.into_iter().map(|(_, found)| found).collect())
 }
@@ -229,7 +230,7 @@ impl Desk<'_> {
     /// The stream of a set-up that was never started, or that has `ran`, or nothing where the release does not have it.
     fn stream(&self, set_up: &SetUp, ran: bool) -> Option<PathBuf> {
         let cell = {
-            let mut written = self.written.lock().unwrap_or_else(PoisonError::into_inner);
+            let mut written = self.written.lock();
             written.entry((set_up.clone(), ran)).or_default().clone()
         };
         let path = cell.get_or_init(|| {

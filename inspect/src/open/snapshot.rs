@@ -4,12 +4,13 @@ use super::container::{Container, describe};
 use crate::failure::{Error, Failure};
 use crate::read_at::{ReadAt, Stamp};
 use crate::source::Source;
+use parking_lot::Mutex;
 use qevm_savevm::Reader;
 use qevm_savevm::container::qcow2::{self, Cluster, Header, Snapshot, VmState};
 use qevm_wire::{Fault, Limits};
 use std::fs::File;
 use std::io::{self, Seek, SeekFrom};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 
 /// The table is read in pieces of this size until an entry is whole.
 const TABLE_PIECE: usize = 64 << 10;
@@ -189,7 +190,7 @@ impl StateReader {
         let Some(offset) = self.state.l2_table(position).map_err(damaged)? else {
             return Ok(Cluster::Zero);
         };
-        let mut table = self.table.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut table = self.table.lock();
         if table.offset != Some(offset) {
             table.offset = None;
             read_exact(&self.file, &mut table.bytes, offset)?;

@@ -2,14 +2,14 @@
 
 use crate::args;
 use crate::failure::Stop;
+use parking_lot::Mutex;
 use qevm_inspect::failure::Failure;
 use qevm_inspect::output_file::{OutputFile, check_free, sync_names};
 use qevm_inspect::source::Source;
-use qevm_inspect::stream::Inputs;
-use qevm_inspect::stream::Named;
+use qevm_inspect::stream::{Inputs, Named};
 use std::io;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 
 /// Channels beside the main one: 255 page channels, and the second channel of postcopy.
 const MAX_CHANNELS: usize = 256;
@@ -47,7 +47,7 @@ impl Files {
     /// # Errors
     /// What the operating system says; there are too many.
     pub(super) fn channel(&self) -> io::Result<Arc<OutputFile>> {
-        let mut channels = self.channels.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut channels = self.channels.lock();
         if channels.len() >= MAX_CHANNELS {
             return Err(io::Error::other(format!("more than {MAX_CHANNELS} channels")));
         }
@@ -59,13 +59,13 @@ impl Files {
 
     /// The channel that was saved last did not belong to a migration.
     pub(super) fn forget(&self, output: &Arc<OutputFile>) {
-        let mut channels = self.channels.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut channels = self.channels.lock();
         channels.retain(|channel| !Arc::ptr_eq(channel, output));
     }
 
     /// Everything that was saved, the main channel first and the return path last, if it was used.
     pub(super) fn all(&self, answered: bool) -> Vec<Arc<OutputFile>> {
-        let channels = self.channels.lock().unwrap_or_else(PoisonError::into_inner);
+        let channels = self.channels.lock();
         let all = std::iter::once(&self.main).chain(channels.iter());
         all.chain(answered.then_some(&self.return_path)).map(Arc::clone).collect()
     }

@@ -5,13 +5,14 @@
 //! is missing, which would be on a channel that never came. Connections that have not shown to belong to the migration
 //! do not count. What goes wrong on one connection must end the others.
 
+use parking_lot::{Condvar, Mutex, MutexGuard};
 use qevm_inspect::failure::Failure;
 use qevm_multifd::{ChannelSet, FlushMode, Init, Progress, SyncBarrier, SyncError, Waiting};
 use qevm_savevm::ram::{RamBlock, RamBlocks};
 use qevm_wire::{Blame, PageGeometry};
 use std::collections::BTreeMap;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 /// How long page channels may be under way of which nothing is known, if the main channel has brought no page itself.
@@ -297,7 +298,7 @@ impl Ledger {
     pub(super) fn wait(&self) {
         let mut state = self.locked();
         while state.barrier.main_waits() && state.failure.is_none() {
-            state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+            self.changed.wait(&mut state);
         }
     }
 
@@ -368,7 +369,7 @@ impl Ledger {
                 }
             };
             let left = limit.saturating_sub(waited);
-            state = self.changed.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0;
+            self.changed.wait_for(&mut state, left);
         }
     }
 
@@ -433,7 +434,7 @@ impl Ledger {
 
     fn locked(&self) -> MutexGuard<'_, State> {
         // Nothing is half-done here if a holder panicked: every change is a single step.
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        self.state.lock()
     }
 }
 
