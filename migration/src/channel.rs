@@ -298,11 +298,11 @@ mod tests {
 
     /// Writes at most three bytes at a time, and is interrupted before each.
     #[derive(Debug, Default)]
-    struct Trickle(std::sync::Mutex<(Vec<u8>, bool)>);
+    struct Trickle(parking_lot::Mutex<(Vec<u8>, bool)>);
 
     impl Channel for Trickle {
         fn write(&self, parts: &[WriteSlice<'_>]) -> io::Result<usize> {
-            let mut state = self.0.lock().unwrap();
+            let mut state = self.0.lock();
             state.1 = !state.1;
             if state.1 {
                 return Err(io::ErrorKind::Interrupted.into());
@@ -329,6 +329,6 @@ mod tests {
         let channel = Trickle::default();
         let mut parts = [&b"ab"[..], b"", b"cdefgh", b"i", b""].map(WriteSlice::bytes);
         write_all(&channel, &mut parts).unwrap();
-        assert_eq!(channel.0.lock().unwrap().0, b"abcdefghi");
+        assert_eq!(channel.0.lock().0, b"abcdefghi");
     }
 }

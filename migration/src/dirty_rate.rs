@@ -6,9 +6,9 @@
 //! measurement early, and what was counted until then counts.
 
 use crate::{DirtyLog, Guest, GuestError, RamView};
+use parking_lot::{Condvar, Mutex, MutexGuard};
 use std::collections::hash_map::DefaultHasher;
 use std::hash::Hasher;
-use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use vm_memory::Bytes;
 
@@ -214,7 +214,7 @@ impl Gauge {
     }
 
     fn lock(&self) -> MutexGuard<'_, Report> {
-        self.report.lock().unwrap_or_else(PoisonError::into_inner)
+        self.report.lock()
     }
 }
 
@@ -238,7 +238,7 @@ impl Gate {
         state.waiting += usize::from(urgent);
         self.changed.notify_all();
         while state.taken {
-            state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+            self.changed.wait(&mut state);
         }
         state.waiting -= usize::from(urgent);
         state.taken = true;
@@ -246,7 +246,7 @@ impl Gate {
     }
 
     fn lock(&self) -> MutexGuard<'_, GateState> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        self.state.lock()
     }
 }
 
@@ -258,7 +258,7 @@ impl LogClaim<'_> {
     /// Waits, but not longer than until a migration wants the log.
     fn wait(&self, time: Duration) {
         let unwanted = |state: &mut GateState| state.waiting == 0;
-        drop(self.0.changed.wait_timeout_while(self.0.lock(), time, unwanted).unwrap_or_else(PoisonError::into_inner));
+        self.0.changed.wait_while_for(&mut self.0.lock(), unwanted, time);
     }
 }
 

@@ -4,10 +4,11 @@ mod recovery;
 
 use super::watch::Watch;
 use super::{Capabilities, Channel, MigrationError, Outgoing, Parameters, Refused, Statistics, Status, Timeouts, Tls};
+use parking_lot::{Condvar, Mutex, MutexGuard};
 use qevm_multifd::Uuid;
 use std::collections::VecDeque;
 use std::fmt;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 /// Something that watchers of a migration want to know at once.
@@ -60,7 +61,7 @@ struct State {
 impl Job {
     /// Whatever happens is told to `watcher`, which must not block. There is one at a time.
     pub fn watch(&self, watcher: impl Fn(Notice) + Send + 'static) {
-        *self.watcher.lock().unwrap_or_else(PoisonError::into_inner) = Some(Box::new(watcher));
+        *self.watcher.lock() = Some(Box::new(watcher));
     }
 
     /// A copy of the statistics. The time of a migration under way goes on whatever its connections do.
@@ -251,7 +252,7 @@ impl Job {
     pub fn wait(&self) -> Statistics {
         let mut state = self.lock();
         while state.statistics.status.is_running() {
-            state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+            self.changed.wait(&mut state);
         }
         state.statistics.clone()
     }
@@ -280,18 +281,17 @@ impl Job {
 
     /// Waits, and returns early if cancelled or if settings change.
     pub(crate) fn sleep(&self, time: Duration) -> Result<(), MigrationError> {
-        let state = self.lock();
+        let mut state = self.lock();
         state.check()?;
-        let (state, _) = self.changed.wait_timeout(state, time).unwrap_or_else(PoisonError::into_inner);
+        self.changed.wait_for(&mut state, time);
         state.check()
     }
 
     /// Whether `migrate-continue` was given; waits for it up to `patience`.
     pub(crate) fn wait_for_continue(&self, patience: Duration) -> Result<bool, MigrationError> {
-        let state = self.lock();
+        let mut state = self.lock();
         let waiting = |state: &mut State| !state.may_continue && !state.cancel;
-        let (state, _) =
-            self.changed.wait_timeout_while(state, patience, waiting).unwrap_or_else(PoisonError::into_inner);
+        self.changed.wait_while_for(&mut state, waiting, patience);
         state.check()?;
         Ok(state.may_continue)
     }
@@ -350,7 +350,7 @@ impl Job {
 
     /// Tells the watcher what happened, in the order in which it did: what other threads have noted before, too.
     fn tell(&self) {
-        let watcher = self.watcher.lock().unwrap_or_else(PoisonError::into_inner);
+        let watcher = self.watcher.lock();
         loop {
             // The watcher may use the job.
             let Some(notice) = self.lock().notices.pop_front() else { return };
@@ -361,7 +361,7 @@ impl Job {
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        self.state.lock()
     }
 }
 
@@ -396,7 +396,7 @@ mod tests {
     fn notices_come_in_the_order_of_what_happened() {
         let (job, told) = (Job::default(), Arc::new(Mutex::new(Vec::new())));
         let list = told.clone();
-        job.watch(move |notice| list.lock().unwrap().push(notice));
+        job.watch(move |notice| list.lock().push(notice));
         for _ in 0..2000 {
             job.begin().unwrap();
             // An engine that sees the cancelling at once, and ends before it has been told of.
@@ -408,7 +408,7 @@ mod tests {
                 job.cancel().unwrap();
             });
             let expected = [Status::Setup, Status::Cancelling, Status::Cancelled].map(Notice::Status);
-            assert_eq!(std::mem::take(&mut *told.lock().unwrap()), expected);
+            assert_eq!(std::mem::take(&mut *told.lock()), expected);
         }
     }
 }

@@ -17,14 +17,15 @@
 use super::atomic_page_set::AtomicPageSet;
 use super::page_file::PageFile;
 use super::{LoadError, MigrationError, MissingPages, Touch};
+use parking_lot::{Condvar, Mutex, MutexGuard};
 use qevm_multifd::mapped_ram::PageArea;
 use qevm_savevm::mapped_ram::{MappedBlock, PageBitmap};
 use qevm_wire::{CountedString, Located, PageGeometry};
 use std::collections::BTreeMap;
 use std::mem;
 use std::ops::Range;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
 
 /// Bytes that are read at once ahead of the guest: few enough that a thread that touches one of these pages does not
@@ -170,8 +171,7 @@ impl LazyRestore {
     /// As [`load`](LazyRestore::load).
     pub fn serve(self) -> Result<(), MigrationError> {
         let goes_on = |state: &mut State| state.failure.is_none() && self.shared.remaining.load(Ordering::Relaxed) > 0;
-        let ended = self.shared.changed.wait_while(self.shared.lock(), goes_on);
-        drop(ended.unwrap_or_else(PoisonError::into_inner));
+        self.shared.changed.wait_while(&mut self.shared.lock(), goes_on);
         self.finish()
     }
 
@@ -256,7 +256,7 @@ impl Shared {
         }
         self.requests.fetch_add(1, Ordering::Relaxed);
         let run = block.claim_around(unit);
-        *self.touched.lock().unwrap_or_else(PoisonError::into_inner) = Some((number, run.end));
+        *self.touched.lock() = Some((number, run.end));
         self.fill(number, block, run)
     }
 
@@ -275,7 +275,7 @@ impl Shared {
 
     /// Claims the next units to load, from `place` on unless the guest is elsewhere.
     fn claim_next(&self, place: (usize, u64)) -> Option<(usize, &Block, Range<u64>)> {
-        let touched = self.touched.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let touched = self.touched.lock().take();
         let ahead = touched.and_then(|(number, unit)| {
             let block = self.blocks.get(&number)?;
             Some((number, block, block.claim_run(unit..unit + block.at_once())?))
@@ -336,7 +336,7 @@ impl Shared {
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        self.state.lock()
     }
 }
 

@@ -3,13 +3,14 @@
 
 use super::channel::{ReadSlice, WriteSlice, write_all};
 use super::{Address, Channel, Socket};
+use parking_lot::{Mutex, MutexGuard};
 use qevm_nbd::number::{MAX_READ, command, handshake, info, option, reply};
 use qevm_nbd::{Chunk, ClientEvent, Content, ExportQuery, Request, ServerDecoder, ServerEvent};
 use qevm_wire::{DriveError, Driver, Writer};
 use std::fmt;
 use std::io::{self, ErrorKind, Read};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, TryLockError};
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 /// Connections to a server.
@@ -73,7 +74,7 @@ impl PageServer {
         let connections = match self.connections.get() {
             Some(connections) => connections,
             None => {
-                let opening = self.opening.lock().unwrap_or_else(PoisonError::into_inner);
+                let opening = self.opening.lock();
                 if self.connections.get().is_none() {
                     let opened =
                         (0..CONNECTIONS).map(|_| Connection::open(&self.address, &self.export).map(Mutex::new));
@@ -84,15 +85,11 @@ impl PageServer {
                 self.connections.get().ok_or(ErrorKind::NotConnected)?
             }
         };
-        for connection in connections {
-            match connection.try_lock() {
-                Ok(connection) => return Ok(connection),
-                Err(TryLockError::Poisoned(poisoned)) => return Ok(poisoned.into_inner()),
-                Err(TryLockError::WouldBlock) => {}
-            }
+        if let Some(unused) = connections.iter().find_map(Mutex::try_lock) {
+            return Ok(unused);
         }
         let last = connections.last().ok_or(ErrorKind::NotConnected)?;
-        Ok(last.lock().unwrap_or_else(PoisonError::into_inner))
+        Ok(last.lock())
     }
 }
 

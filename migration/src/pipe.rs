@@ -2,6 +2,7 @@
 
 use super::Channel;
 use super::channel::{MAX_PARTS, ReadSlice, WriteSlice};
+use parking_lot::Mutex;
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
 use rustix::io::{ioctl_fionread, write};
@@ -11,7 +12,7 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::FileTypeExt;
 use std::process::{Child, Command, ExitStatus, Stdio};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, OnceLock};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -94,12 +95,12 @@ impl Pipe {
 
     /// Whether it can be read from, and written to.
     pub(crate) fn directions(&self) -> (bool, bool) {
-        (lock(&self.reader).is_some(), lock(&self.writer).is_some())
+        (self.reader.lock().is_some(), self.writer.lock().is_some())
     }
 
     /// Waits until the pipe is empty.
     fn wait_until_read(&self) -> io::Result<()> {
-        let Some(fd) = lock(&self.writer).clone() else { return Err(io::ErrorKind::BrokenPipe.into()) };
+        let Some(fd) = self.writer.lock().clone() else { return Err(io::ErrorKind::BrokenPipe.into()) };
         let deadline = self.patience.get().map(|patience| Instant::now() + *patience);
         while self.backlog()? > 0 {
             if deadline.is_some_and(|deadline| Instant::now() > deadline) {
@@ -124,7 +125,7 @@ impl Pipe {
     fn status(&self, patience: Duration) -> io::Result<Option<ExitStatus>> {
         let deadline = Instant::now() + patience;
         loop {
-            let status = match &mut *lock(&self.command) {
+            let status = match &mut *self.command.lock() {
                 None => return Ok(None),
                 Some(child) => child.try_wait()?,
             };
@@ -144,7 +145,7 @@ impl Pipe {
 
 impl Channel for Pipe {
     fn write(&self, parts: &[WriteSlice<'_>]) -> io::Result<usize> {
-        let Some(fd) = lock(&self.writer).clone() else { return Err(io::ErrorKind::BrokenPipe.into()) };
+        let Some(fd) = self.writer.lock().clone() else { return Err(io::ErrorKind::BrokenPipe.into()) };
         loop {
             if wait(fd.as_fd(), PollFlags::OUT, &self.writing_ends, self.patience.get())? {
                 return Err(io::ErrorKind::BrokenPipe.into());
@@ -167,7 +168,7 @@ impl Channel for Pipe {
     }
 
     fn read(&self, parts: &mut [ReadSlice<'_>]) -> io::Result<usize> {
-        let Some(fd) = lock(&self.reader).clone() else { return Err(io::Error::from_raw_os_error(libc::EBADF)) };
+        let Some(fd) = self.reader.lock().clone() else { return Err(io::Error::from_raw_os_error(libc::EBADF)) };
         loop {
             if wait(fd.as_fd(), PollFlags::IN, &self.reading_ends, self.patience.get())? {
                 return Ok(0);
@@ -188,7 +189,7 @@ impl Channel for Pipe {
     }
 
     fn backlog(&self) -> io::Result<u64> {
-        let Some(fd) = lock(&self.writer).clone().filter(|_| self.fifo) else { return Ok(0) };
+        let Some(fd) = self.writer.lock().clone().filter(|_| self.fifo) else { return Ok(0) };
         Ok(ioctl_fionread(&fd)?)
     }
 
@@ -199,13 +200,13 @@ impl Channel for Pipe {
     }
 
     fn settle(&self) -> io::Result<()> {
-        if lock(&self.command).is_none() {
+        if self.command.lock().is_none() {
             self.wait_until_read()?;
         }
         self.finish_writing();
         match self.status(COMMAND_PATIENCE)? {
             Some(status) if !status.success() => Err(io::Error::other(format!("the command has ended with {status}"))),
-            None if lock(&self.command).is_some() => {
+            None if self.command.lock().is_some() => {
                 tracing::warn!("the command has everything and goes on; whether it succeeds is not known");
                 Ok(())
             }
@@ -219,7 +220,7 @@ impl Channel for Pipe {
 
     fn finish_writing(&self) {
         // The descriptor is closed when it is not written to any more, and the other end reads to the end.
-        *lock(&self.writer) = None;
+        *self.writer.lock() = None;
     }
 
     fn stop_reading(&self) {
@@ -229,9 +230,9 @@ impl Channel for Pipe {
     fn close(&self) {
         signal(&self.reading_ends);
         signal(&self.writing_ends);
-        *lock(&self.writer) = None;
-        *lock(&self.reader) = None;
-        if let Some(child) = &mut *lock(&self.command)
+        *self.writer.lock() = None;
+        *self.reader.lock() = None;
+        if let Some(child) = &mut *self.command.lock()
             && matches!(child.try_wait(), Ok(None))
         {
             // It has not been waited for, so its number is not another's. It may have ended already.
@@ -242,19 +243,15 @@ impl Channel for Pipe {
 
 impl Drop for Pipe {
     fn drop(&mut self) {
-        *lock(&self.writer) = None;
-        *lock(&self.reader) = None;
-        if let Some(mut child) = lock(&self.command).take()
+        *self.writer.lock() = None;
+        *self.reader.lock() = None;
+        if let Some(mut child) = self.command.lock().take()
             && matches!(child.try_wait(), Ok(None))
         {
             // It ends when it likes to, and leaves no zombie.
             thread::spawn(move || child.wait());
         }
     }
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 fn signal(event: &OwnedFd) {

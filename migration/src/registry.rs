@@ -337,6 +337,7 @@ fn name(idstr: &str) -> Result<CountedString, RegistryError> {
     CountedString::new(idstr).ok_or_else(|| RegistryError::Name { found: idstr.into() })
 }
 
+/// A monitor's devices are in locks of the standard library, so that this interface names no other crate's type.
 fn lock<T>(device: &Mutex<T>) -> MutexGuard<'_, T> {
     device.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -3,10 +3,10 @@
 use super::channel::{ReadSlice, Reading};
 use super::core::source::Answers;
 use super::{Channel, MigrationError, ReturnPathError};
+use parking_lot::{Condvar, Mutex, MutexGuard};
 use qevm_returnpath::{Decoder, Event, Message, MessageError};
 use qevm_wire::{Decode, DriveError, Driver, Located};
 use std::io::{self, Read};
-use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 /// Bytes that a destination may send after its verdict, which are not looked at.
@@ -26,15 +26,15 @@ impl ReturnPath {
 
     /// What has come so far.
     pub(crate) fn answers(&self) -> MutexGuard<'_, Answers> {
-        self.answers.lock().unwrap_or_else(PoisonError::into_inner)
+        self.answers.lock()
     }
 
     /// Waits until something comes, or for `time` at most. What has come must have been looked at with the lock that is
     /// given up here.
-    pub(crate) fn wait(&self, answers: MutexGuard<'_, Answers>, time: Option<Duration>) {
+    pub(crate) fn wait(&self, mut answers: MutexGuard<'_, Answers>, time: Option<Duration>) {
         match time {
-            None => drop(self.changed.wait(answers)),
-            Some(time) => drop(self.changed.wait_timeout(answers, time)),
+            None => self.changed.wait(&mut answers),
+            Some(time) => drop(self.changed.wait_for(&mut answers, time)),
         }
     }
 

@@ -11,10 +11,11 @@
 
 use super::atomic_page_set::AtomicPageSet;
 use super::{GuestError, MigrationError, PAGE_SIZE, ProtectedPages, RamView};
+use parking_lot::{Condvar, Mutex, MutexGuard};
 use std::collections::VecDeque;
 use std::mem;
 use std::ops::Range;
-use std::sync::{Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::OnceLock;
 use std::time::Duration;
 use vm_memory::Bytes;
 
@@ -90,7 +91,8 @@ impl Snapshot {
     /// of its own: the guest must not be asked for them while a page is waited for.
     pub(crate) fn serve(&self, ram: &[RamView<'_>]) {
         let unprotected = |state: &mut State| state.blocks.is_empty() && !state.ended;
-        let protected = self.changed.wait_while(self.lock(), unprotected).unwrap_or_else(PoisonError::into_inner);
+        let mut protected = self.lock();
+        self.changed.wait_while(&mut protected, unprotected);
         if protected.ended {
             return;
         }
@@ -112,8 +114,8 @@ impl Snapshot {
 
     fn serve_page(&self, ram: &[RamView<'_>], block: usize, offset: u64) -> Result<(), MigrationError> {
         let plenty = |state: &mut State| state.waiting > PLENTY && !state.ended;
-        let (state, _) =
-            self.changed.wait_timeout_while(self.lock(), SLOWED, plenty).unwrap_or_else(PoisonError::into_inner);
+        let mut state = self.lock();
+        self.changed.wait_while_for(&mut state, plenty, SLOWED);
         let end = ram.get(block).map_or(0, |view| view.memory.len() as u64).min(offset + AROUND);
         self.copy_from(ram, state, block, offset..end.max(offset + 1))
     }
@@ -191,6 +193,6 @@ impl Snapshot {
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        self.state.lock()
     }
 }

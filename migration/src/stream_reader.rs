@@ -239,8 +239,8 @@ fn read(channel: &dyn Channel, targets: &mut [ReadSlice<'_>], offset: u64) -> Re
 mod tests {
     use super::*;
     use crate::WriteSlice;
+    use parking_lot::Mutex;
     use proptest::prelude::*;
-    use std::sync::Mutex;
     use std::sync::atomic::{AtomicUsize, Ordering};
 
     const PAGE: usize = ZERO_PAGE.len();
@@ -289,7 +289,7 @@ mod tests {
 
     impl Channel for Pieces {
         fn read(&self, parts: &mut [ReadSlice<'_>]) -> io::Result<usize> {
-            let (stream, lengths) = &mut *self.0.lock().unwrap();
+            let (stream, lengths) = &mut *self.0.lock();
             lengths.rotate_left(1);
             let length = lengths[0].min(stream.len()).min(parts.iter().map(ReadSlice::len).sum());
             let mut piece = &stream[..length];

@@ -6,8 +6,9 @@ use super::core::source::{Batch, Sent};
 use super::ram_sender::RamSender;
 use super::return_path::ReturnPath;
 use super::{Channel, MigrationError};
+use parking_lot::{Mutex, MutexGuard};
 use qevm_savevm::StreamWriter;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 
 /// The preempt channel, which two threads may use.
 #[derive(Default)]
@@ -65,7 +66,7 @@ impl Urgent {
     }
 
     fn lock(&self) -> MutexGuard<'_, Option<(Arc<dyn Channel>, StreamWriter)>> {
-        self.channel.lock().unwrap_or_else(PoisonError::into_inner)
+        self.channel.lock()
     }
 }
 

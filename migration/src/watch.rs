@@ -11,10 +11,11 @@
 use crate::channel::{ReadSlice, WriteSlice};
 use crate::parameters::Timeouts;
 use crate::{Address, Channel, Status};
+use parking_lot::{Mutex, MutexGuard};
 use std::fmt;
 use std::io;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 /// How often whoever waits looks whether it is still to wait.
@@ -128,7 +129,7 @@ impl Watch {
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        self.state.lock()
     }
 }
 
@@ -219,7 +220,7 @@ impl Watched {
     }
 
     fn own_silence(&self) -> MutexGuard<'_, Option<Duration>> {
-        self.silence.lock().unwrap_or_else(PoisonError::into_inner)
+        self.silence.lock()
     }
 }
 

@@ -3,9 +3,10 @@
 use crate::multifd::{Gate, PageStream, Settings, States, receive_pages};
 use crate::ram_receiver::Listed;
 use crate::{Channel, Guest, IterativeDevice, MigrationError};
+use parking_lot::Mutex;
 use qevm_wire::CountedString;
+use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Mutex, OnceLock, PoisonError};
 use std::thread::{self, Scope};
 
 /// What the threads share.
@@ -82,13 +83,13 @@ impl PageChannels {
 
     /// Why a page channel has failed first.
     pub(super) fn failure(&self) -> Option<MigrationError> {
-        self.failure.lock().unwrap_or_else(PoisonError::into_inner).take()
+        self.failure.lock().take()
     }
 
     /// A page channel failed: it is no longer waited for.
     fn fail(&self, error: MigrationError, main: &dyn Channel) {
         let reason = error.to_string();
-        self.failure.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(error);
+        self.failure.lock().get_or_insert(error);
         self.abandon(&reason);
         main.stop_reading();
     }

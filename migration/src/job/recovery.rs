@@ -2,7 +2,6 @@
 
 use super::{Job, Refused, State};
 use crate::{MigrationError, Outgoing, Status};
-use std::sync::PoisonError;
 
 impl Job {
     /// Gives the connections of a postcopy up, which is then [interrupted](Status::PostcopyPaused) and can be
@@ -85,8 +84,9 @@ impl Job {
         self.changed.notify_all();
         self.tell();
         let waiting = |state: &mut State| state.next.is_none() && !state.given_up;
-        let state = self.changed.wait_while(self.lock(), waiting);
-        state.unwrap_or_else(PoisonError::into_inner).next.take()
+        let mut state = self.lock();
+        self.changed.wait_while(&mut state, waiting);
+        state.next.take()
     }
 }
 

@@ -46,13 +46,13 @@ impl MissingPages for Handle {
 
     fn wait(&self) -> Result<Option<Touch>, GuestError> {
         let touch = |offset| Touch { block: 3, offset, vcpu: None };
-        Ok(self.0.touched.lock().unwrap().recv()?.map(touch))
+        Ok(self.0.touched.lock().recv()?.map(touch))
     }
 
     fn fill(&self, block: usize, offset: u64, bytes: &[u8]) -> Result<(), GuestError> {
         assert!(block == 3 && offset.is_multiple_of(self.0.unit) && (bytes.len() as u64).is_multiple_of(self.0.unit));
-        self.0.memory.lock().unwrap()[offset as usize..][..bytes.len()].copy_from_slice(bytes);
-        let mut filled = self.0.filled.lock().unwrap();
+        self.0.memory.lock()[offset as usize..][..bytes.len()].copy_from_slice(bytes);
+        let mut filled = self.0.filled.lock();
         (offset..offset + bytes.len() as u64)
             .step_by(4096)
             .for_each(|page| assert!(filled.insert(page), "{page:#x} twice"));
@@ -68,9 +68,9 @@ impl MissingPages for Handle {
     }
 
     fn release(&self) -> Result<(), GuestError> {
-        *self.0.released.lock().unwrap() = true;
-        let filled = self.0.filled.lock().unwrap();
-        let mut memory = self.0.memory.lock().unwrap();
+        *self.0.released.lock() = true;
+        let filled = self.0.filled.lock();
+        let mut memory = self.0.memory.lock();
         let missing = (0..PAGES * PAGE).step_by(4096).filter(|page| !filled.contains(page));
         missing.for_each(|page| memory[page as usize..][..PAGE as usize].fill(0));
         Ok(())
@@ -113,8 +113,8 @@ fn every_page_is_filled_in_once_whoever_wants_it() {
         let watch = restore.watch();
         restore.load().unwrap();
         assert_eq!(watch().remaining, 0);
-        assert!(*scripted.released.lock().unwrap());
-        assert!(*scripted.memory.lock().unwrap() == expected());
+        assert!(*scripted.released.lock());
+        assert!(*scripted.memory.lock() == expected());
     }
 }
 
@@ -145,7 +145,7 @@ fn what_comes_after_touched_pages_is_loaded_first() {
     let touch = |page| {
         let before = shared.requests.load(Ordering::Relaxed);
         scripted.touch.send(Some(page * PAGE)).unwrap();
-        while shared.requests.load(Ordering::Relaxed) == before || shared.touched.lock().unwrap().is_none() {
+        while shared.requests.load(Ordering::Relaxed) == before || shared.touched.lock().is_none() {
             std::thread::yield_now();
         }
     };
@@ -183,10 +183,10 @@ fn what_nobody_touches_stays_in_the_file() {
     // The page that came last may be on its way; the one before is there with the one after it, and those that are zero
     // do not count.
     assert_eq!(watch().remaining, (there - 2) * PAGE);
-    assert!(!serving.is_finished() && scripted.filled.lock().unwrap().len() <= 4);
+    assert!(!serving.is_finished() && scripted.filled.lock().len() <= 4);
     (0..PAGES).for_each(|page| scripted.touch.send(Some(page * PAGE)).unwrap());
     serving.join().unwrap().unwrap();
-    assert!(*scripted.memory.lock().unwrap() == expected());
+    assert!(*scripted.memory.lock() == expected());
 }
 
 #[test]
@@ -202,8 +202,8 @@ fn a_page_that_cannot_be_read_is_never_filled_in() {
         let Err(MigrationError::Load(error)) = failed else { panic!("{failed:?}") };
         assert!(matches!(error.kind, LoadError::File { .. }), "{error}");
         assert!(error.to_string().contains("RAM block 'ram'"), "{error}");
-        assert!(!scripted.filled.lock().unwrap().contains(&((PAGES - 1) * PAGE)));
-        assert!(!*scripted.released.lock().unwrap(), "who waits would find zeros");
+        assert!(!scripted.filled.lock().contains(&((PAGES - 1) * PAGE)));
+        assert!(!*scripted.released.lock(), "who waits would find zeros");
     }
 }
 
@@ -213,7 +213,7 @@ fn before_the_guest_has_started_nobody_waits_for_ever() {
     let (restore, file) = restore(&scripted);
     file.set_len(0).unwrap();
     scripted.touch.send(Some(0)).unwrap();
-    while !*scripted.released.lock().unwrap() {
+    while !*scripted.released.lock() {
         std::thread::yield_now();
     }
     assert!(restore.start_guest().is_err(), "what was read may be wrong");

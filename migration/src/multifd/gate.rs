@@ -2,9 +2,9 @@
 
 use crate::LoadError;
 use crate::core::{Mark, Synchronisation};
+use parking_lot::{Condvar, Mutex, MutexGuard};
 use qevm_multifd::SyncError;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
 /// Lets the main channel and the page channels of a destination go on together.
@@ -40,8 +40,7 @@ impl Gate {
                 self.changed.notify_all();
             }
             let Some(until) = waits? else { return Ok(()) };
-            let woken = self.changed.wait_timeout(synchronisation, until.saturating_sub(now));
-            (synchronisation, _) = woken.unwrap_or_else(PoisonError::into_inner);
+            self.changed.wait_for(&mut synchronisation, until.saturating_sub(now));
         }
     }
 
@@ -57,8 +56,8 @@ impl Gate {
         self.changed.notify_all();
         met?;
         let waiting = |synchronisation: &mut Synchronisation| synchronisation.channel_waits(channel) == Ok(true);
-        let woken = self.changed.wait_while(synchronisation, waiting);
-        woken.unwrap_or_else(PoisonError::into_inner).channel_waits(channel).map(|_| ())
+        self.changed.wait_while(&mut synchronisation, waiting);
+        synchronisation.channel_waits(channel).map(|_| ())
     }
 
     /// A page channel was closed at the end of a packet.
@@ -85,7 +84,7 @@ impl Gate {
     }
 
     fn lock(&self) -> MutexGuard<'_, Synchronisation> {
-        self.synchronisation.lock().unwrap_or_else(PoisonError::into_inner)
+        self.synchronisation.lock()
     }
 }
 

@@ -1,8 +1,8 @@
 //! What the thread that looks for dirty pages hands to the threads that send them.
 
 use crate::MigrationError;
+use parking_lot::{Condvar, Mutex, MutexGuard};
 use std::collections::VecDeque;
-use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 
 /// Pages of one RAM block for one packet.
 #[derive(Debug)]
@@ -83,7 +83,8 @@ impl Queue {
     /// What ended a channel.
     pub(crate) fn push(&self, batch: Batch) -> Result<(), MigrationError> {
         let full = |state: &mut State| state.batches.len() >= self.channels && !state.ended;
-        let mut state = self.progress.wait_while(self.lock(), full).unwrap_or_else(PoisonError::into_inner);
+        let mut state = self.lock();
+        self.progress.wait_while(&mut state, full);
         state.check()?;
         state.batches.push_back(batch);
         drop(state);
@@ -102,7 +103,8 @@ impl Queue {
         state.synced = 0;
         self.work.notify_all();
         let waiting = |state: &mut State| state.synced < self.channels && !state.ended;
-        self.progress.wait_while(state, waiting).unwrap_or_else(PoisonError::into_inner).check()
+        self.progress.wait_while(&mut state, waiting);
+        state.check()
     }
 
     /// Lets the channels send the state of this many devices whenever they have nothing else to do.
@@ -117,7 +119,9 @@ impl Queue {
     /// What ended a channel.
     pub(crate) fn finish_transfers(&self) -> Result<(), MigrationError> {
         let busy = |state: &mut State| !state.ended && (!state.transfers.is_empty() || state.in_hand > 0);
-        self.progress.wait_while(self.lock(), busy).unwrap_or_else(PoisonError::into_inner).check()
+        let mut state = self.lock();
+        self.progress.wait_while(&mut state, busy);
+        state.check()
     }
 
     /// Counts since the last call.
@@ -137,7 +141,8 @@ impl Queue {
         let idle = |state: &mut State| {
             !state.ended && state.batches.is_empty() && state.wanted == synced && state.transfers.is_empty()
         };
-        let mut state = self.work.wait_while(self.lock(), idle).unwrap_or_else(PoisonError::into_inner);
+        let mut state = self.lock();
+        self.work.wait_while(&mut state, idle);
         if state.ended {
             return Work::End;
         }
@@ -193,7 +198,7 @@ impl Queue {
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        self.state.lock()
     }
 }
 
@@ -228,7 +233,7 @@ mod tests {
                     let mut synced = 0;
                     loop {
                         match queue.next(synced) {
-                            Work::Pages(batch) => sent.lock().unwrap().extend(batch.pages),
+                            Work::Pages(batch) => sent.lock().extend(batch.pages),
                             Work::Sync => {
                                 synced += 1;
                                 queue.synced();
@@ -243,7 +248,7 @@ mod tests {
                     queue.push(batch(page)).unwrap();
                 }
                 queue.synchronise().unwrap();
-                let mut pages = std::mem::take(&mut *sent.lock().unwrap());
+                let mut pages = std::mem::take(&mut *sent.lock());
                 pages.sort_unstable();
                 assert_eq!(pages, (0..50).collect::<Vec<_>>(), "round {round}");
             }

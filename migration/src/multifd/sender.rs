@@ -252,7 +252,7 @@ fn part<'g>(view: &RamView<'g>, offset: u64, len: u64) -> Result<VolatileSlice<'
 mod tests {
     use super::*;
     use crate::ReadSlice;
-    use std::sync::Mutex;
+    use parking_lot::Mutex;
 
     /// Takes this many calls in place before the kernel has to be waited for.
     #[derive(Debug)]
@@ -268,7 +268,7 @@ mod tests {
             Err(io::ErrorKind::Unsupported.into())
         }
         fn write_in_place(&self, parts: &[WriteSlice<'_>]) -> io::Result<usize> {
-            let mut state = self.state.lock().unwrap();
+            let mut state = self.state.lock();
             if state.0 == self.room {
                 return Err(io::Error::from_raw_os_error(libc::ENOBUFS));
             }
@@ -279,7 +279,7 @@ mod tests {
             Ok(bytes.len())
         }
         fn sent_in_place(&self) -> io::Result<(u32, bool)> {
-            let done = std::mem::take(&mut self.state.lock().unwrap().0);
+            let done = std::mem::take(&mut self.state.lock().0);
             if done == 0 { Err(io::ErrorKind::WouldBlock.into()) } else { Ok((done, self.copies)) }
         }
         fn read(&self, _: &mut [ReadSlice<'_>]) -> io::Result<usize> {
@@ -301,7 +301,7 @@ mod tests {
                     [WriteSlice::bytes(&bytes[..70]), WriteSlice::bytes(&[]), WriteSlice::bytes(&bytes[70..])];
                 in_place.write_all(&kernel, &mut parts).unwrap();
                 assert_eq!(in_place.finish(&kernel).unwrap(), u64::from(copies));
-                let state = kernel.state.lock().unwrap();
+                let state = kernel.state.lock();
                 assert_eq!(*state, (0, bytes.clone()));
             }
         }

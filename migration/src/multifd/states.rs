@@ -2,9 +2,9 @@
 
 use crate::core::{DeviceStateError, DeviceStates, NextPiece};
 use crate::{IterativeDevice, LoadError, MigrationError};
+use parking_lot::{Condvar, Mutex, MutexGuard};
 use qevm_multifd::{DeviceState, VfioDeviceState};
 use qevm_wire::{CountedString, Located};
-use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
 /// Buffers that are kept.
@@ -41,7 +41,7 @@ impl States {
         let device = order.device(&packet.idstr, packet.instance_id)?;
         while let Some(back) = order.put(device, header, content, packet.payload_len.into())? {
             content = back;
-            order = self.changed.wait(order).unwrap_or_else(PoisonError::into_inner);
+            self.changed.wait(&mut order);
         }
         drop(order);
         self.changed.notify_all();
@@ -61,7 +61,7 @@ impl States {
             let piece = loop {
                 match order.next(number) {
                     Ok(NextPiece::Load(piece)) => break piece,
-                    Ok(NextPiece::Wait) => order = self.changed.wait(order).unwrap_or_else(PoisonError::into_inner),
+                    Ok(NextPiece::Wait) => self.changed.wait(&mut order),
                     // Who has given up has said why.
                     Ok(NextPiece::Over) | Err(_) => {
                         drop(order);
@@ -96,8 +96,7 @@ impl States {
                 configurations.iter_mut().for_each(|(_, content)| drop(content.drain(..VfioDeviceState::LEN)));
                 return Ok(configurations);
             };
-            let woken = self.changed.wait_timeout(order, until.saturating_sub(now));
-            (order, _) = woken.unwrap_or_else(PoisonError::into_inner);
+            self.changed.wait_for(&mut order, until.saturating_sub(now));
         }
     }
 
@@ -114,10 +113,10 @@ impl States {
     }
 
     fn buffers(&self) -> MutexGuard<'_, Vec<Vec<u8>>> {
-        self.spare.lock().unwrap_or_else(PoisonError::into_inner)
+        self.spare.lock()
     }
 
     fn lock(&self) -> MutexGuard<'_, DeviceStates<Vec<u8>>> {
-        self.order.lock().unwrap_or_else(PoisonError::into_inner)
+        self.order.lock()
     }
 }

@@ -2,10 +2,11 @@
 //! piece.
 
 use crate::{IterativeDevice, MigrationError};
+use parking_lot::Mutex;
 use qevm_multifd::{DeviceState, VfioDeviceState};
 use qevm_wire::{CountedString, Writer};
+use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 
 /// Bytes of a device's state in one packet (QEMU 10.0 to 11.1).
 const PIECE: usize = 1 << 20;
@@ -70,7 +71,7 @@ impl<'g> Transfers<'g> {
         let Some(transfer) = self.begun.get().and_then(|begun| begun.get(transfer)) else { return Ok(None) };
         let Some((idstr, device)) = self.devices.get(transfer.device) else { return Ok(None) };
         // Who reads a piece also numbers it: the numbers are in the order of reading.
-        let mut progress = lock(&transfer.progress);
+        let mut progress = transfer.progress.lock();
         if progress.configuration.is_none() {
             return Ok(None);
         }
@@ -89,8 +90,4 @@ impl<'g> Transfers<'g> {
         let packet = DeviceState::new(idstr.clone(), 0, (VfioDeviceState::LEN + content.len()) as u32);
         Ok(Some(Piece { packet, header: header.into_bytes(), content, last }))
     }
-}
-
-fn lock(progress: &Mutex<Progress>) -> MutexGuard<'_, Progress> {
-    progress.lock().unwrap_or_else(PoisonError::into_inner)
 }

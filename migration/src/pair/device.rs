@@ -1,7 +1,7 @@
 //! A device whose state goes in parts, of which it tells as little as a real one.
 
 use crate::{GuestError, IterativeDevice, Pending};
-use std::sync::Mutex;
+use parking_lot::Mutex;
 use std::time::{Duration, Instant};
 
 pub(crate) const DEVICE: &str = "0000:00:04.0/vfio";
@@ -44,22 +44,22 @@ impl FakeDevice {
 
     /// The guest has stopped: what is left may be sent.
     pub(crate) fn stop(&self) {
-        self.state.lock().unwrap().stopped = true;
+        self.state.lock().stopped = true;
     }
 
     /// How often it was asked exactly.
     pub(crate) fn asked(&self) -> u32 {
-        self.state.lock().unwrap().asked
+        self.state.lock().asked
     }
 
     /// How many migrations it took part in that are over.
     pub(crate) fn ended(&self) -> u32 {
-        self.state.lock().unwrap().ended
+        self.state.lock().ended
     }
 
     /// All of its state has arrived at the other, in order.
     pub(crate) fn assert_arrived(&self, other: &FakeDevice) {
-        let (here, there) = (self.state.lock().unwrap(), other.state.lock().unwrap());
+        let (here, there) = (self.state.lock(), other.state.lock());
         assert_eq!((here.precopy, here.stopcopy, here.sent), (0, 0, there.loaded.len() as u64));
         assert!(here.sent >= self.behaviour.precopy + self.behaviour.stopcopy);
         assert!(there.loaded.iter().enumerate().all(|(at, byte)| *byte == content(at as u64)));
@@ -77,18 +77,18 @@ impl IterativeDevice for FakeDevice {
 
     fn begin(&self) -> Result<(), GuestError> {
         let Behaviour { precopy, stopcopy, .. } = self.behaviour;
-        let mut state = self.state.lock().unwrap();
+        let mut state = self.state.lock();
         let (asked, ended) = (state.asked, state.ended);
         *state = State { begun: Some(Instant::now()), precopy, stopcopy, asked, ended, ..State::default() };
         Ok(())
     }
 
     fn estimate(&self) -> Pending {
-        Pending { precopy: self.state.lock().unwrap().precopy, stopcopy: 0 }
+        Pending { precopy: self.state.lock().precopy, stopcopy: 0 }
     }
 
     fn exact(&self) -> Result<Pending, GuestError> {
-        let mut state = self.state.lock().unwrap();
+        let mut state = self.state.lock();
         state.asked += 1;
         let age = state.begun.ok_or("the migration has not begun")?.elapsed();
         let more = self.behaviour.more.filter(|(until, _)| age < *until).map_or(0, |(_, more)| more);
@@ -96,7 +96,7 @@ impl IterativeDevice for FakeDevice {
     }
 
     fn read(&self, into: &mut Vec<u8>, limit: usize) -> Result<(), GuestError> {
-        let mut state = self.state.lock().unwrap();
+        let mut state = self.state.lock();
         let left = if state.precopy > 0 || !state.stopped { state.precopy } else { state.stopcopy };
         let count = left.min(limit as u64);
         into.extend((state.sent..state.sent + count).map(content));
@@ -113,11 +113,11 @@ impl IterativeDevice for FakeDevice {
     }
 
     fn load(&self, bytes: &[u8]) -> Result<(), GuestError> {
-        self.state.lock().unwrap().loaded.extend_from_slice(bytes);
+        self.state.lock().loaded.extend_from_slice(bytes);
         Ok(())
     }
 
     fn end(&self) {
-        self.state.lock().unwrap().ended += 1;
+        self.state.lock().ended += 1;
     }
 }

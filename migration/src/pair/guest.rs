@@ -3,9 +3,9 @@
 use super::device::FakeDevice;
 use crate::testing::VfioDevice;
 use crate::{DeviceSection, Devices, DirtyLog, Guest, GuestError, Hooks, IterativeDevice, RamView, SavedDevices};
+use parking_lot::Mutex;
 use qevm_wire::{CountedString, Profile};
 use std::ops::Range;
-use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use vm_memory::{Bytes, MmapRegion, VolatileMemory, VolatileSlice};
 
@@ -79,12 +79,12 @@ impl FakeGuest {
     }
 
     pub(crate) fn is_logging(&self) -> bool {
-        self.log.lock().unwrap().is_some()
+        self.log.lock().is_some()
     }
 
     /// A step of the guest: it writes some pages all over its memory, some of them with zeroes.
     pub(crate) fn work(&self) {
-        let _step = self.step.lock().unwrap();
+        let _step = self.step.lock();
         if !self.is_running() {
             return;
         }
@@ -100,7 +100,7 @@ impl FakeGuest {
 
     fn write(&self, block: usize, page: usize, value: u64) {
         // As a processor sets the dirty bit and writes in one: nobody looks at the log between the two.
-        let mut log = self.log.lock().unwrap();
+        let mut log = self.log.lock();
         if let Some(log) = &mut *log {
             log.written[block][page / 64] |= 1 << (page % 64);
         }
@@ -158,12 +158,12 @@ impl Guest for FakeGuest {
         let words =
             |fill: u64| self.blocks.iter().map(move |(_, region)| vec![fill; (region.size() / PAGE).div_ceil(64)]);
         // As with KVM_DIRTY_LOG_INITIALLY_SET.
-        *self.log.lock().unwrap() = Some(Log { written: words(u64::MAX).collect(), reported: words(0).collect() });
+        *self.log.lock() = Some(Log { written: words(u64::MAX).collect(), reported: words(0).collect() });
         Ok(Box::new(FakeLog(self)))
     }
 
     fn pause(&self) -> Result<bool, GuestError> {
-        let _step = self.step.lock().unwrap();
+        let _step = self.step.lock();
         self.device.iter().for_each(FakeDevice::stop);
         self.vfio.iter().for_each(VfioDevice::stop);
         self.on_pause.iter().for_each(|on_pause| on_pause());
@@ -192,7 +192,7 @@ impl Hooks for FakeGuest {
     fn release(&self, block: usize, bytes: Range<u64>) -> Result<(), GuestError> {
         let memory = self.blocks[block].1.get_slice(bytes.start as usize, (bytes.end - bytes.start) as usize)?;
         memory.copy_from(&vec![0_u8; memory.len()]);
-        self.released.lock().unwrap().push((block, bytes));
+        self.released.lock().push((block, bytes));
         Ok(())
     }
 }
@@ -242,7 +242,7 @@ struct FakeLog<'g>(&'g FakeGuest);
 
 impl DirtyLog for FakeLog<'_> {
     fn read(&mut self, found: &mut dyn FnMut(usize, usize, u64)) -> Result<(), GuestError> {
-        let mut log = self.0.log.lock().unwrap();
+        let mut log = self.0.log.lock();
         let log = log.as_mut().ok_or("the log was stopped")?;
         log.reported = log.written.clone();
         for (block, words) in log.reported.iter().enumerate() {
@@ -256,7 +256,7 @@ impl DirtyLog for FakeLog<'_> {
         // The guest may write between the reading and the resetting, and right after it.
         self.0.work();
         {
-            let mut log = self.0.log.lock().unwrap();
+            let mut log = self.0.log.lock();
             let log = log.as_mut().ok_or("the log was stopped")?;
             for word in pages.start as usize / 64..(pages.end as usize).div_ceil(64) {
                 log.written[block][word] &= !log.reported[block][word];
@@ -269,6 +269,6 @@ impl DirtyLog for FakeLog<'_> {
 
 impl Drop for FakeLog<'_> {
     fn drop(&mut self) {
-        *self.0.log.lock().unwrap() = None;
+        *self.0.log.lock() = None;
     }
 }

@@ -24,9 +24,10 @@ use super::{
 };
 pub(super) use faults::{Faults, Faulty};
 pub(super) use guest::FakeGuest;
+use parking_lot::Mutex;
 use qevm_wire::{Profile, QemuVersion};
 use std::os::unix::net::UnixStream;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use std::thread;
 
 /// Two machines and the settings of a migration between them.
@@ -111,11 +112,11 @@ impl Pair {
                     all.iter().for_each(|channel| channel.close());
                     result
                 });
-                *arrived.lock().unwrap() = Some(result);
+                *arrived.lock() = Some(result);
             });
             migrate(&*self.source, &sending, &self.job, &self.profile)
         });
-        (source, arrived.into_inner().unwrap().unwrap())
+        (source, arrived.into_inner().unwrap())
     }
 
     /// Asserts that the guest has moved: it runs there with the same memory, and not here.

@@ -91,12 +91,12 @@ impl Pair {
             let channels = settings.as_ref().map_or(0, |settings| settings.channels);
             another_source_later(path, channels, self.job.clone(), gathered.clone());
             let incoming =
-                gather(&listener, settings.as_ref(), false, None, patience, &mut |seen| log.lock().unwrap().push(seen));
+                gather(&listener, settings.as_ref(), false, None, patience, &mut |seen| log.lock().push(seen));
             gathered.store(true, Ordering::SeqCst);
             incoming
         });
         let outcome = Outcome { source, destination, statistics: self.job.statistics(), written: written.written() };
-        (outcome, log.into_inner().unwrap())
+        (outcome, log.into_inner())
     }
 }
 
@@ -284,14 +284,14 @@ fn the_capability_on_one_side_only_is_named() {
         another_source_later(path, settings.channels, pair.job.clone(), gathered.clone());
         let incoming = gather(&listener, Some(&settings), false, None, patience, &mut |seen| {
             if let Seen::Incomplete(MigrationError::MissingChannels { missing, main: false, .. }) = seen {
-                named.lock().unwrap().extend(missing);
+                named.lock().extend(missing);
             }
         });
         gathered.store(true, Ordering::SeqCst);
         incoming
     });
     assert!(source.is_err() && pair.source.is_running() && destination.is_err());
-    assert_eq!(named.into_inner().unwrap(), [0, 1]);
+    assert_eq!(named.into_inner(), [0, 1]);
 }
 
 #[test]

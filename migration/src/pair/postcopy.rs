@@ -1,6 +1,7 @@
 //! Guests that go before their memory, to a destination that is only its end of the protocol.
 
 use super::*;
+use parking_lot::Mutex;
 use qevm_returnpath::Message;
 use qevm_savevm::command::Command;
 use qevm_savevm::ram::{BlockId, PageAt, PreemptDecoder, RamBlocks, RamRecord};
@@ -8,7 +9,6 @@ use qevm_savevm::{Decoder, DecoderOptions, Event};
 use qevm_wire::{CountedString, Driver, PageGeometry};
 use std::collections::HashMap;
 use std::io::{Read, Write};
-use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
 const PAGES: u64 = 2000;
@@ -85,8 +85,8 @@ fn the_rate_limit_of_postcopy_holds_for_what_nobody_waits_for() {
         ..Parameters::default()
     });
     let gone = Mutex::new(None);
-    let (result, later) = depart(&pair, &|_| *gone.lock().unwrap() = Some(Instant::now()));
-    let took = gone.into_inner().unwrap().unwrap().elapsed();
+    let (result, later) = depart(&pair, &|_| *gone.lock() = Some(Instant::now()));
+    let took = gone.into_inner().unwrap().elapsed();
     result.unwrap();
     assert!(later.len() > 1000, "{} pages came later", later.len());
     let bytes = pair.job.statistics().ram.postcopy_bytes;
@@ -104,7 +104,7 @@ fn a_source_gives_back_all_that_the_destination_has_and_each_page_once() {
         let (result, later) = depart_with(&pair, [("postcopy-ram", true), ("release-ram", releases)], &|_| ());
         result.unwrap();
         assert!(later.len() > 100 && later.values().all(|times| *times == 1), "{} pages came later", later.len());
-        let mut released = std::mem::take(&mut *pair.source.released.lock().unwrap());
+        let mut released = std::mem::take(&mut *pair.source.released.lock());
         released.sort_by_key(|(block, bytes)| (*block, bytes.start));
         let mut joined: Vec<(usize, std::ops::Range<u64>)> = Vec::new();
         for (block, bytes) in released {
@@ -319,7 +319,7 @@ fn a_guest_whose_devices_are_refused_goes_on() {
             let main: Arc<dyn Channel> = Arc::new(Socket::Unix(a));
             migrate(&*pair.source, &main.into(), &pair.job, &pair.profile)
         });
-        let keeps = pair.source.released.lock().unwrap().is_empty();
+        let keeps = pair.source.released.lock().is_empty();
         (result, pair.source.is_running(), keeps)
     };
     let (result, runs, keeps) = refuses(QemuVersion::NEWEST, false);

@@ -248,7 +248,7 @@ fn what_the_guest_waits_for_comes_first_after_a_recovery() {
     let told = statuses.clone();
     pair.job.watch(move |notice| {
         if let crate::Notice::Status(status) = notice {
-            told.lock().unwrap().push(status);
+            told.lock().push(status);
         }
     });
     let (result, destination) = depart(&pair, &[0], |destination| {
@@ -262,7 +262,7 @@ fn what_the_guest_waits_for_comes_first_after_a_recovery() {
     let came = |wanted| destination.came.iter().position(|came| came == wanted).unwrap();
     let last = destination.wanted.iter().map(came).max().unwrap();
     assert!(last < 60, "{last} pages came before the last that was waited for");
-    let statuses = statuses.lock().unwrap();
+    let statuses = statuses.lock();
     let at = statuses.iter().position(|status| *status == Status::PostcopyPaused).unwrap();
     let expected =
         [Status::PostcopyRecoverSetup, Status::PostcopyRecover, Status::PostcopyActive, Status::Completed].as_slice();

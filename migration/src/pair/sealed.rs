@@ -28,7 +28,7 @@ impl Channel for Tap {
         let count = self.inner.write(parts)?;
         let mut bytes = vec![0; count];
         parts[0].copy_to(&mut bytes);
-        self.seen.lock().unwrap().extend(bytes);
+        self.seen.lock().extend(bytes);
         Ok(count)
     }
 
@@ -55,7 +55,7 @@ fn a_working_guest_moves_sealed_and_the_wire_shows_nothing_of_it() {
         let pair = Pair::new(300).return_path(return_path);
         let (outcome, tap) = run(&pair, Faults::default());
         pair.assert_moved(&outcome);
-        let seen = tap.seen.lock().unwrap();
+        let seen = tap.seen.lock();
         assert!(seen.len() as u64 > outcome.statistics.ram.normal * 4096);
         for secret in [&b"microvm.ram"[..], b"QEVM", &[0; 32]] {
             assert!(!seen.windows(secret.len()).any(|bytes| bytes == secret), "{}", secret.escape_ascii());

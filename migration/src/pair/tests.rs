@@ -345,12 +345,11 @@ fn the_status_goes_through_qemus_states() {
     let pair = Pair::new(60);
     let seen = Arc::new(Mutex::new(Vec::new()));
     let log = seen.clone();
-    pair.job.watch(move |notice| log.lock().unwrap().push(notice));
+    pair.job.watch(move |notice| log.lock().push(notice));
     let outcome = pair.run(Faults::default());
     pair.assert_moved(&outcome);
     let statuses: Vec<_> = seen
         .lock()
-        .unwrap()
         .iter()
         .filter_map(|notice| match notice {
             Notice::Status(status) => Some(*status),

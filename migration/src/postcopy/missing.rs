@@ -8,6 +8,7 @@ use crate::channel::{WriteSlice, write_all};
 use crate::ram_receiver::Listed;
 use crate::watch::Watch;
 use crate::{Channel, LoadError, MigrationError, MissingPages, PAGE_SIZE, RestoreProgress, Status, Touch};
+use parking_lot::{Condvar, Mutex, MutexGuard};
 use qevm_returnpath::Message;
 use qevm_returnpath::requests::{PageFaults, RequestBlocks};
 use qevm_savevm::ram::{PageAt, RamBlocks};
@@ -16,7 +17,7 @@ use std::collections::VecDeque;
 use std::fmt;
 use std::io;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, OnceLock};
 use std::time::Instant;
 
 pub(super) const LISTEN: &str = "receive guest memory while the guest runs (capability 'postcopy-ram')";
@@ -225,7 +226,7 @@ impl Shared {
     }
 
     fn account(&self) -> Option<MutexGuard<'_, Account>> {
-        self.account.as_ref().map(|account| account.lock().unwrap_or_else(PoisonError::into_inner))
+        self.account.as_ref().map(|account| account.lock())
     }
 
     /// Puts a message on the return path.
@@ -379,8 +380,9 @@ impl Shared {
     /// Waits for what the operator is to be told; `None` when the stream is over.
     pub(super) fn wait_for_news(&self) -> Option<Status> {
         let quiet = |state: &mut State| state.news.is_empty() && !matches!(state.line, Line::Over);
-        let state = self.changed.wait_while(self.lock(), quiet);
-        state.unwrap_or_else(PoisonError::into_inner).news.pop_front()
+        let mut state = self.lock();
+        self.changed.wait_while(&mut state, quiet);
+        state.news.pop_front()
     }
 
     /// What has failed first.
@@ -422,15 +424,15 @@ impl Shared {
     }
 
     pub(super) fn request_channel(&self) -> MutexGuard<'_, RequestChannel> {
-        self.request_channel.lock().unwrap_or_else(PoisonError::into_inner)
+        self.request_channel.lock()
     }
 
     pub(super) fn book(&self) -> MutexGuard<'_, PageFaults> {
-        self.book.lock().unwrap_or_else(PoisonError::into_inner)
+        self.book.lock()
     }
 
     pub(super) fn lock(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        self.state.lock()
     }
 }
 

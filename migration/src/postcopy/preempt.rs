@@ -15,6 +15,7 @@ use crate::tls::{self, Accepting};
 use crate::unidentified::SilentConn;
 use crate::watch::{Brings, Watch, Watched};
 use crate::{Channel, ChannelName, Listener, LoadError, MigrationError, PAGE_SIZE, Socket, Tls};
+use parking_lot::{Mutex, MutexGuard};
 use qevm_savevm::first_bytes::FirstBytes;
 use qevm_savevm::ram::{PreemptDecoder, RamBlocks, RamRecord};
 use qevm_wire::{Decode, DriveError, Driver, Fault, PageGeometry};
@@ -23,8 +24,8 @@ use rustix::io::Errno;
 use std::fmt;
 use std::io::{self, Read};
 use std::os::fd::OwnedFd;
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
 
 /// Connections that may be the preempt channel at a time.
@@ -275,7 +276,7 @@ impl fmt::Debug for Preempt {
 
 impl Control {
     fn orders(&self) -> MutexGuard<'_, Orders> {
-        self.orders.lock().unwrap_or_else(PoisonError::into_inner)
+        self.orders.lock()
     }
 
     fn wake(&self) {
@@ -417,10 +418,8 @@ impl Shared {
             let before = left();
             let waits = |state: &mut State| left() > 0 && state.urgent && !state.has_failed();
             let patience = self.waits.timeouts().handshake().unwrap_or(NO_END);
-            let waited = self.changed.wait_timeout_while(state, patience, waits);
-            let (now, timeout) = waited.unwrap_or_else(PoisonError::into_inner);
-            state = now;
-            let given_up = !state.urgent || state.has_failed() || timeout.timed_out() && left() == before;
+            let waited = self.changed.wait_while_for(&mut state, waits, patience);
+            let given_up = !state.urgent || state.has_failed() || waited.timed_out() && left() == before;
             if left() > 0 && given_up {
                 let why = format!("the source has ended, and {} bytes of guest memory have not come", left());
                 return Err(MigrationError::Receive { offset, source: io::Error::other(why) });
@@ -440,7 +439,7 @@ impl Shared {
     }
 
     fn preempt(&self) -> MutexGuard<'_, Option<Preempt>> {
-        self.preempt.lock().unwrap_or_else(PoisonError::into_inner)
+        self.preempt.lock()
     }
 }
 

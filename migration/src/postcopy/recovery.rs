@@ -10,7 +10,7 @@ use crate::{Address, Channel, ChannelName, Listener, MigrationError, Refused, So
 use qevm_returnpath::{Encoder, Message};
 use qevm_wire::Writer;
 use std::io;
-use std::sync::{Arc, PoisonError};
+use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -182,7 +182,7 @@ impl Shared {
                 self.request_channel().channel = Some(channel.clone());
                 return Some((channel, first));
             }
-            state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+            self.changed.wait(&mut state);
         }
     }
 

@@ -6,7 +6,8 @@ use crate::core::destination::{Action, Destination, Turn};
 use crate::destination::leave;
 use crate::stream_reader::StreamReader;
 use crate::{Channel, MigrationError, verdict};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use parking_lot::{Condvar, Mutex, MutexGuard};
+use std::sync::Arc;
 use std::time::Instant;
 
 /// The stream, and what it says.
@@ -25,7 +26,7 @@ impl Stream {
     }
 
     pub(super) fn core(&self) -> MutexGuard<'_, Destination> {
-        self.core.lock().unwrap_or_else(PoisonError::into_inner)
+        self.core.lock()
     }
 
     /// Who waits for the start of the guest looks again.
@@ -92,10 +93,7 @@ impl Stream {
                     drop(core);
                     self.shared.resumed();
                 }
-                Action::AwaitStart => {
-                    let waited = self.started.wait(core);
-                    drop(waited.unwrap_or_else(PoisonError::into_inner));
-                }
+                Action::AwaitStart => self.started.wait(&mut core),
                 Action::Tell { message, .. } => {
                     let offset = core.offset();
                     drop(core);

@@ -7,6 +7,7 @@ use crate::{
     Address, Arrival, Capabilities, Channel, DeviceSection, Devices, DirtyLog, Guest, GuestError, Hooks, Job, Listener,
     LoadError, MigrationError, MissingPages, RamView, Rest, SavedDevices, Status, Touch, receive,
 };
+use parking_lot::{Condvar, Mutex};
 use peer::{Peer, name};
 use qevm_returnpath::Message;
 use qevm_savevm::command::Command;
@@ -18,8 +19,8 @@ use std::net::Shutdown;
 use std::ops::Range;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
+use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, channel};
-use std::sync::{Arc, Condvar, Mutex};
 use std::thread;
 use std::time::Duration;
 use vm_memory::{MmapRegion, VolatileMemory};
@@ -65,13 +66,14 @@ impl Memory {
     /// Waits until a page is there, and gives its first byte; `None` if it is zero because no wait is left.
     fn wait_for(&self, page: u64) -> Option<u8> {
         let waiting = |state: &mut State| !state.present.contains_key(&page) && !state.released;
-        let state = self.changed.wait_timeout_while(self.state.lock().unwrap(), LONG, waiting).unwrap();
-        assert!(!state.1.timed_out(), "page {page} has not come");
-        state.0.present.get(&page).copied()
+        let mut state = self.state.lock();
+        let waited = self.changed.wait_while_for(&mut state, waiting, LONG);
+        assert!(!waited.timed_out(), "page {page} has not come");
+        state.present.get(&page).copied()
     }
 
     fn has(&self, page: u64) -> bool {
-        self.state.lock().unwrap().present.contains_key(&page)
+        self.state.lock().present.contains_key(&page)
     }
 }
 
@@ -82,7 +84,7 @@ impl MissingPages for Handle {
     }
 
     fn discard(&self, block: usize, bytes: Range<u64>) -> Result<(), GuestError> {
-        let mut state = self.0.state.lock().unwrap();
+        let mut state = self.0.state.lock();
         assert!(block == 0 && !state.missing && (bytes.start | bytes.end).is_multiple_of(self.0.unit));
         let pages = bytes.start / PAGE..bytes.end / PAGE;
         state.present.retain(|page, _| !pages.contains(page));
@@ -91,14 +93,14 @@ impl MissingPages for Handle {
     }
 
     fn add(&self, _: usize) -> Result<(), GuestError> {
-        self.0.state.lock().unwrap().missing = true;
+        self.0.state.lock().missing = true;
         Ok(())
     }
 
     fn wait(&self) -> Result<Option<Touch>, GuestError> {
         // The first half is touched by a vCPU.
         let touch = |offset| Touch { block: 0, offset, vcpu: (offset < PAGES / 2 * PAGE).then_some(0) };
-        Ok(self.0.touched.lock().unwrap().recv()?.map(touch))
+        Ok(self.0.touched.lock().recv()?.map(touch))
     }
 
     fn vcpus(&self) -> usize {
@@ -106,7 +108,7 @@ impl MissingPages for Handle {
     }
 
     fn fill(&self, _: usize, offset: u64, bytes: &[u8]) -> Result<(), GuestError> {
-        let mut state = self.0.state.lock().unwrap();
+        let mut state = self.0.state.lock();
         assert!(state.missing && (offset | bytes.len() as u64).is_multiple_of(self.0.unit));
         for (page, content) in (offset / PAGE..).zip(bytes.chunks(PAGE as usize)) {
             if state.present.contains_key(&page) {
@@ -128,7 +130,7 @@ impl MissingPages for Handle {
     }
 
     fn release(&self) -> Result<(), GuestError> {
-        self.0.state.lock().unwrap().released = true;
+        self.0.state.lock().released = true;
         self.0.changed.notify_all();
         Ok(())
     }
@@ -201,7 +203,7 @@ impl Devices for Late {
         for page in &self.looks_at {
             self.memory.touch(*page);
             let found = self.memory.wait_for(*page);
-            self.found.lock().unwrap().push(found);
+            self.found.lock().push(found);
         }
         if self.refuses { Err("the device does not like its state".into()) } else { Ok(true) }
     }
@@ -242,12 +244,12 @@ fn devices_get_the_pages_that_they_look_at_and_the_source_learns_that_they_are_l
         assert_eq!(peer.hear_request(), 40);
         assert_eq!(job.status(), Status::PostcopyDevice);
         // Page 6 was read into the guest's memory, which the double does not see.
-        guest.memory.state.lock().unwrap().present.insert(6, 6);
+        guest.memory.state.lock().present.insert(6, 6);
         peer.pages(&[(40, 0)]);
         assert_eq!(peer.hear(), Some(Message::Pong { value: 3 }));
         assert_eq!(peer.hear(), Some(Message::Pong { value: 0x42 }));
         let rest = arriving.join().unwrap();
-        assert_eq!(*guest.found.lock().unwrap(), [Some(70), Some(0), Some(0), Some(6)]);
+        assert_eq!(*guest.found.lock(), [Some(70), Some(0), Some(0), Some(6)]);
         assert_eq!(job.status(), Status::PostcopyActive);
 
         // Now the guest: each page is asked for once, and filled in once.
@@ -270,7 +272,7 @@ fn devices_get_the_pages_that_they_look_at_and_the_source_learns_that_they_are_l
         assert!(times.other_latency > Duration::ZERO && times.vcpu_latency[0] > Duration::ZERO, "{times:?}");
         assert!(times.vcpus == [times.all_vcpus] && times.all_vcpus > times.vcpu_latency[0], "{times:?}");
         assert_eq!((guest.memory.wait_for(9), guest.memory.wait_for(7)), (Some(9), Some(70)));
-        assert!(guest.memory.state.lock().unwrap().released);
+        assert!(guest.memory.state.lock().released);
     });
 }
 
@@ -291,7 +293,7 @@ fn a_guest_whose_devices_cannot_be_loaded_stays_at_the_source() {
         let failed = arriving.join().unwrap();
         let Err(MigrationError::Load(error)) = &failed else { panic!("{failed:?}") };
         assert!(matches!(error.kind, LoadError::Devices(_)), "{error}");
-        assert_eq!(*guest.found.lock().unwrap(), [Some(3)]);
+        assert_eq!(*guest.found.lock(), [Some(3)]);
     });
 }
 
@@ -315,7 +317,7 @@ fn a_source_that_is_lost_before_the_devices_are_loaded_has_the_guest() {
             let failed = arriving.join().unwrap();
             // No wait is endless, and the zeros are nowhere: the guest is not started.
             assert!(matches!(failed, Err(MigrationError::Load(_) | MigrationError::Receive { .. })), "{failed:?}");
-            assert_eq!(*guest.found.lock().unwrap(), [None]);
+            assert_eq!(*guest.found.lock(), [None]);
         });
     }
 }
@@ -336,7 +338,7 @@ fn memory_that_does_not_come_is_never_filled_in() {
         let failed = rest.load(&job).unwrap_err();
         assert!(matches!(failed, MigrationError::PostcopyBroken { .. }), "{failed}");
         assert!(!guest.memory.has(30));
-        assert!(!guest.memory.state.lock().unwrap().released, "who waits would find zeros");
+        assert!(!guest.memory.state.lock().released, "who waits would find zeros");
     });
 }
 
@@ -425,7 +427,7 @@ fn a_huge_page_is_filled_in_when_all_of_it_is_here() {
     let other = start(PAGE).map(drop).unwrap_err();
     assert!(other.to_string().contains("'ram' has pages of 4096 bytes at the source, 16384 expected"), "{other}");
     let listening = start(4 * PAGE).unwrap();
-    assert_eq!(memory.state.lock().unwrap().discarded, [0..4, 8..PAGES]);
+    assert_eq!(memory.state.lock().discarded, [0..4, 8..PAGES]);
     memory.touch(9);
     let request = Message::ReqPages { block: Some(name("ram")), start: 8 * PAGE, len: 4 * PAGE as u32 };
     assert_eq!(peer.hear(), Some(request));

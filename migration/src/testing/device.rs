@@ -1,8 +1,8 @@
 //! A double of a VFIO device with PRE_COPY: what QEMU's devices do in a migration, without hardware.
 
 use crate::{DeviceSection, GuestError, IterativeDevice, Pending};
+use parking_lot::{Mutex, MutexGuard};
 use qevm_wire::CountedString;
-use std::sync::{Mutex, MutexGuard, PoisonError};
 
 /// What a [`VfioDevice`] has to send, and how.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -130,7 +130,7 @@ impl VfioDevice {
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        self.state.lock()
     }
 }
 

@@ -1,9 +1,10 @@
 //! A channel that seals what it carries, as a TLS session does.
 
 use crate::{Channel, ReadSlice, WriteSlice};
+use parking_lot::Mutex;
 use std::collections::VecDeque;
 use std::io;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
 /// Bytes of a record's head: two for the length of its body, four for a sum over it.
@@ -124,7 +125,7 @@ impl Sealed {
 
 impl Channel for Sealed {
     fn write(&self, parts: &[WriteSlice<'_>]) -> io::Result<usize> {
-        let mut writing = lock(&self.writing);
+        let mut writing = self.writing.lock();
         self.flush(&mut writing)?;
         let mut body = Vec::new();
         for part in parts {
@@ -147,7 +148,7 @@ impl Channel for Sealed {
     }
 
     fn read(&self, parts: &mut [ReadSlice<'_>]) -> io::Result<usize> {
-        let mut reading = lock(&self.reading);
+        let mut reading = self.reading.lock();
         while reading.plain.is_empty() && !reading.ended {
             self.open(&mut reading)?;
         }
@@ -162,7 +163,7 @@ impl Channel for Sealed {
     }
 
     fn backlog(&self) -> io::Result<u64> {
-        Ok(self.inner.backlog()? + lock(&self.writing).left.len() as u64)
+        Ok(self.inner.backlog()? + self.writing.lock().left.len() as u64)
     }
 
     fn is_open(&self) -> io::Result<bool> {
@@ -174,7 +175,7 @@ impl Channel for Sealed {
     }
 
     fn finish_writing(&self) {
-        let mut writing = lock(&self.writing);
+        let mut writing = self.writing.lock();
         if !std::mem::replace(&mut writing.ended, true) {
             let end = self.seal(writing.records, &mut []);
             writing.left.extend(end);
@@ -191,8 +192,4 @@ impl Channel for Sealed {
     fn close(&self) {
         self.inner.close();
     }
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

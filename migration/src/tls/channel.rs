@@ -4,10 +4,11 @@ use super::credentials::Side;
 use super::{Credentials, Endpoint, LOOK, Tls, TlsError, server_name};
 use crate::channel::write_all;
 use crate::{Channel, ReadSlice, WriteSlice};
+use parking_lot::Mutex;
 use rustls::{ClientConnection, Connection};
 use std::fmt;
 use std::io::{self, BufRead, Write};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 /// Bytes of a write that are sealed and sent at once.
@@ -79,16 +80,16 @@ impl TlsChannel {
 
     fn shake_hands(&self, patience: &dyn Fn() -> Option<Duration>) -> io::Result<()> {
         let since = Instant::now();
-        while lock(&self.session).is_handshaking() {
+        while self.session.lock().is_handshaking() {
             if patience().is_some_and(|patience| since.elapsed() > patience) {
                 return Err(io::ErrorKind::TimedOut.into());
             }
-            let mut writing = lock(&self.writing);
+            let mut writing = self.writing.lock();
             self.collect(&mut writing)?;
             self.flush(&mut writing)?;
             drop(writing);
-            if lock(&self.session).is_handshaking() {
-                let mut reading = lock(&self.reading);
+            if self.session.lock().is_handshaking() {
+                let mut reading = self.reading.lock();
                 match self.receive(&mut reading) {
                     // Of a socket, and of one that is watched over.
                     Err(error) if matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut) => {
@@ -105,14 +106,14 @@ impl TlsChannel {
                 self.open(&mut reading)?;
             }
         }
-        let mut writing = lock(&self.writing);
+        let mut writing = self.writing.lock();
         self.collect(&mut writing)?;
         self.flush(&mut writing)
     }
 
     /// Takes what the session has for the peer.
     fn collect(&self, writing: &mut Writing) -> io::Result<()> {
-        let mut session = lock(&self.session);
+        let mut session = self.session.lock();
         while session.wants_write() {
             session.write_tls(&mut writing.sealed)?;
         }
@@ -140,14 +141,14 @@ impl TlsChannel {
 
     /// Gives what has come to the session, until that has bytes for us or has seen all.
     fn open(&self, reading: &mut Reading) -> io::Result<()> {
-        let mut session = lock(&self.session);
+        let mut session = self.session.lock();
         let mut rest = reading.sealed.get(reading.used..).unwrap_or_default();
         reading.used += session.read_tls(&mut rest)?;
         let opened = session.process_new_packets();
         let answers = session.wants_write();
         drop(session);
         // Another thread that is writing sends the answer with its own bytes.
-        if answers && let Ok(mut writing) = self.writing.try_lock() {
+        if answers && let Some(mut writing) = self.writing.try_lock() {
             self.collect(&mut writing)?;
             let sent = self.flush(&mut writing);
             if opened.is_ok() {
@@ -159,7 +160,7 @@ impl TlsChannel {
 
     /// Moves bytes that the session has for us. `None` if it has none now; 0 when the peer has ended the session.
     fn take(&self, parts: &mut [ReadSlice<'_>]) -> io::Result<Option<usize>> {
-        let mut session = lock(&self.session);
+        let mut session = self.session.lock();
         let mut reader = session.reader();
         let mut total = 0;
         for part in parts {
@@ -204,7 +205,7 @@ fn client(credentials: &Credentials, tls: &Tls, host: Option<&str>) -> Result<Cl
 
 impl Channel for TlsChannel {
     fn write(&self, parts: &[WriteSlice<'_>]) -> io::Result<usize> {
-        let mut writing = lock(&self.writing);
+        let mut writing = self.writing.lock();
         writing.plain.clear();
         for part in parts {
             let part = part.first(WRITE - writing.plain.len());
@@ -212,14 +213,14 @@ impl Channel for TlsChannel {
             writing.plain.resize(old + part.len(), 0);
             part.copy_to(&mut writing.plain[old..]);
         }
-        lock(&self.session).writer().write_all(&writing.plain)?;
+        self.session.lock().writer().write_all(&writing.plain)?;
         self.collect(&mut writing)?;
         self.flush(&mut writing)?;
         Ok(writing.plain.len())
     }
 
     fn read(&self, parts: &mut [ReadSlice<'_>]) -> io::Result<usize> {
-        let mut reading = lock(&self.reading);
+        let mut reading = self.reading.lock();
         loop {
             if let Some(count) = self.take(parts)? {
                 return Ok(count);
@@ -258,9 +259,9 @@ impl Channel for TlsChannel {
     }
 
     fn say_end(&self) {
-        let mut writing = lock(&self.writing);
+        let mut writing = self.writing.lock();
         if !std::mem::replace(&mut writing.ended, true) {
-            lock(&self.session).send_close_notify();
+            self.session.lock().send_close_notify();
             // A peer that does not get the end reports a cut.
             let _ = self.collect(&mut writing).and_then(|()| self.flush(&mut writing));
         }
@@ -284,8 +285,4 @@ impl fmt::Debug for TlsChannel {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("TlsChannel").field("inner", &self.inner).finish_non_exhaustive()
     }
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -2,10 +2,11 @@
 
 use super::{Accepting, Received, Tls, TlsChannel, TlsError};
 use crate::{Channel, ReadSlice, Socket, WriteSlice};
+use parking_lot::Mutex;
 use std::fmt;
 use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, BorrowedFd};
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 /// A socket in a TLS session, with the reads and writes of [`std::io`].
@@ -49,7 +50,7 @@ impl TlsSocket {
 
     /// What the peer began with, sealed or not, while it has said nothing in the session.
     pub fn first(&self) -> Vec<u8> {
-        let handshake = self.handshake.lock().unwrap_or_else(PoisonError::into_inner);
+        let handshake = self.handshake.lock();
         handshake.as_ref().map(|handshake| handshake.first().to_vec()).unwrap_or_default()
     }
 
@@ -72,7 +73,7 @@ impl Read for &TlsSocket {
         if let Some(channel) = self.channel.get() {
             return channel.read(&mut [ReadSlice::bytes(buffer)]);
         }
-        let mut handshake = self.handshake.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut handshake = self.handshake.lock();
         let Some(accepting) = handshake.as_mut() else { return Ok(0) };
         match accepting.hear(&self.socket, buffer).map_err(io::Error::other)? {
             Received::Nothing => Err(io::ErrorKind::WouldBlock.into()),

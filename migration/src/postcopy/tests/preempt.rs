@@ -96,7 +96,7 @@ fn pages_come_over_either_channel_and_strangers_are_nobody() {
             peer.hear_both(4, 9);
             urgent.pages(&[(9, 90)]);
             let rest = arriving.join().unwrap();
-            assert_eq!(*guest.found.lock().unwrap(), [Some(90)]);
+            assert_eq!(*guest.found.lock(), [Some(90)]);
             strangers.iter().chain([&ended, &other]).for_each(is_dropped);
             assert!(UnixStream::connect(&path).is_err(), "nobody is waited for any more");
 
