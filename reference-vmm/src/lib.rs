@@ -41,7 +41,6 @@ pub mod descriptors;
 pub mod devices;
 pub mod dirty_log;
 pub mod error;
-mod lock;
 mod log;
 pub mod machine;
 pub mod memory;

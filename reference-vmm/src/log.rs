@@ -5,12 +5,13 @@
 //! them as often as it likes.
 
 use crate::non_blocking::NonBlockingWriter;
+use parking_lot::Mutex;
 use std::collections::HashMap;
 use std::fs::OpenOptions;
 use std::io::{self, IsTerminal, Write};
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, OnceLock};
 use std::thread;
 use std::time::{Duration, Instant};
 use tracing::callsite::Identifier;
@@ -172,7 +173,7 @@ impl RateLimit {
 
     /// Whether an event of this place may pass.
     fn passes(&self, metadata: &'static Metadata<'static>, now: Instant) -> bool {
-        let mut windows = self.windows.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut windows = self.windows.lock();
         let fresh = || Window { metadata, since: now, events: 0, suppressed: 0 };
         let window = windows.places.entry(metadata.callsite()).or_insert_with(fresh);
         if now.saturating_duration_since(window.since) >= SECOND {
@@ -193,7 +194,7 @@ impl RateLimit {
 
     /// Takes what was suppressed, by place.
     fn take_suppressed(&self) -> Vec<(&'static Metadata<'static>, u64)> {
-        let mut windows = self.windows.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut windows = self.windows.lock();
         let suppressed = windows.places.values_mut().filter(|window| window.suppressed > 0);
         let suppressed: Vec<_> = suppressed.map(|w| (w.metadata, std::mem::take(&mut w.suppressed))).collect();
         windows.telling = !suppressed.is_empty();
@@ -239,7 +240,7 @@ mod tests {
 
     impl Write for Lines {
         fn write(&mut self, line: &[u8]) -> io::Result<usize> {
-            self.0.lock().unwrap().push(String::from_utf8(line.to_vec()).unwrap());
+            self.0.lock().push(String::from_utf8(line.to_vec()).unwrap());
             Ok(line.len())
         }
 
@@ -260,9 +261,9 @@ mod tests {
             (0..1000).for_each(|number| tracing::warn!(number, "again"));
             tracing::info!("another place");
             let windows = start.elapsed().as_secs() as usize + 1;
-            let shown = lines.0.lock().unwrap().iter().filter(|line| line.contains("again")).count();
+            let shown = lines.0.lock().iter().filter(|line| line.contains("again")).count();
             assert!((10..=10 * windows).contains(&shown), "{shown}");
-            assert!(lines.0.lock().unwrap().last().unwrap().contains("another place"));
+            assert!(lines.0.lock().last().unwrap().contains("another place"));
             let suppressed: u64 = limit.take_suppressed().iter().map(|(_, lines)| lines).sum();
             assert!(suppressed as usize <= 1000 - shown, "the thread may have told of some");
         });

@@ -4,9 +4,10 @@
 //! disk that hangs. The descriptor itself stays blocking: `O_NONBLOCK` would belong to everybody who shares it, a
 //! terminal's shell too.
 
+use parking_lot::{Condvar, Mutex, MutexGuard};
 use std::fmt;
 use std::io::{self, Write};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -91,7 +92,7 @@ impl NonBlockingWriter {
         let mut state = self.shared().lock();
         while state.writing || !state.buffer.is_empty() {
             let Some(left) = deadline.checked_duration_since(Instant::now()) else { return false };
-            state = self.shared().changed.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0;
+            self.shared().changed.wait_for(&mut state, left);
         }
         true
     }
@@ -99,14 +100,14 @@ impl NonBlockingWriter {
 
 impl Shared {
     fn lock(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        self.state.lock()
     }
 
     fn write_out(&self, mut sink: Box<dyn Write + Send>, failed: impl Fn(io::Error), room: impl Fn()) {
         let mut state = self.lock();
         loop {
             while state.buffer.is_empty() && !state.closed {
-                state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+                self.changed.wait(&mut state);
             }
             let bytes = std::mem::take(&mut state.buffer);
             if bytes.is_empty() {

@@ -4,11 +4,12 @@
 #[cfg(test)]
 mod tests;
 
+use parking_lot::{Mutex, MutexGuard};
 use qevm_migration::{Credentials, CredentialsError, Endpoint, Parameters, Tls, TlsError, Versions};
 use serde_json::{Map, Value};
 use std::collections::BTreeMap;
 use std::path::Path;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use wildmatch::WildMatch;
 
 /// The objects of a monitor, by their ids.
@@ -149,7 +150,7 @@ impl Objects {
     }
 
     fn lock(&self) -> MutexGuard<'_, BTreeMap<String, Object>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.0.lock()
     }
 }
 

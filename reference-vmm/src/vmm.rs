@@ -29,10 +29,11 @@ use self::legality::{ArrivalState, Situation};
 use crate::descriptors::Descriptors;
 use crate::machine::Machine;
 use crate::objects::Objects;
+use parking_lot::{Condvar, Mutex, MutexGuard};
 use qevm_migration::dirty_rate::{self, Gauge};
 use qevm_migration::{Address, BlockTimes, Endpoint, Guest, Job, MigrationError, Recovery, RestoreProgress, Status};
 use qevm_wire::{Profile, QemuVersion};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, mpsc};
+use std::sync::{Arc, mpsc};
 use std::thread;
 use std::time::Duration;
 
@@ -165,7 +166,7 @@ impl Vmm {
 
     /// The switches of the QEMU release that is at the other end of the next migration.
     pub fn profile(&self) -> Profile {
-        self.profile.lock().unwrap_or_else(PoisonError::into_inner).clone()
+        self.profile.lock().clone()
     }
 
     /// Says of which QEMU release the other end of the next migration is. It does not change one that has begun.
@@ -173,7 +174,7 @@ impl Vmm {
     pub fn set_peer(&self, release: QemuVersion, kvm: bool) {
         let profile = Profile::new(release, self.machine.machine_type());
         let profile = if kvm { profile } else { profile.tcg() };
-        *self.profile.lock().unwrap_or_else(PoisonError::into_inner) = profile;
+        *self.profile.lock() = profile;
     }
 
     /// Settings and state of the outgoing migration. Capabilities and parameters of an incoming one are the same.
@@ -251,7 +252,7 @@ impl Vmm {
 
     /// The descriptors that others have opened for this monitor.
     pub fn descriptors(&self) -> MutexGuard<'_, Descriptors> {
-        self.descriptors.lock().unwrap_or_else(PoisonError::into_inner)
+        self.descriptors.lock()
     }
 
     /// What `object-add` and `--object` have made.
@@ -281,11 +282,8 @@ impl Vmm {
 
     /// Waits up to `timeout` for the end of the monitor.
     pub fn wait(&self, timeout: Duration) -> Option<Exit> {
-        let state = self.lock();
-        let (state, _) = self
-            .changed
-            .wait_timeout_while(state, timeout, |state| state.exit.is_none())
-            .unwrap_or_else(PoisonError::into_inner);
+        let mut state = self.lock();
+        self.changed.wait_while_for(&mut state, |state| state.exit.is_none(), timeout);
         state.exit.clone()
     }
 
@@ -312,14 +310,14 @@ impl Vmm {
     }
 
     fn transition(&self) -> MutexGuard<'_, ()> {
-        self.transition.lock().unwrap_or_else(PoisonError::into_inner)
+        self.transition.lock()
     }
 
     fn lock_blockers(&self) -> MutexGuard<'_, Vec<String>> {
-        self.blockers.lock().unwrap_or_else(PoisonError::into_inner)
+        self.blockers.lock()
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        self.state.lock()
     }
 }

@@ -101,11 +101,11 @@ mod tests {
     /// As read from a QEMU 11.1.3 after `system_powerdown`.
     #[test]
     fn the_power_button_is_an_edge_and_a_bit_that_is_read_once() {
-        let levels = std::sync::Arc::new(std::sync::Mutex::new(Vec::new()));
+        let levels = std::sync::Arc::new(parking_lot::Mutex::new(Vec::new()));
         let seen = levels.clone();
-        let mut ged = Ged::new(Box::new(move |level| seen.lock().unwrap().push(level)));
+        let mut ged = Ged::new(Box::new(move |level| seen.lock().push(level)));
         ged.press_power_button();
-        assert_eq!(*levels.lock().unwrap(), [true, false]);
+        assert_eq!(*levels.lock(), [true, false]);
         let mut events = [0xff; 4];
         ged.read(0, &mut events);
         assert_eq!(events, [2, 0, 0, 0]);

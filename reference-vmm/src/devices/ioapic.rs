@@ -222,12 +222,13 @@ impl Ioapic {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::sync::{Arc, Mutex};
+    use parking_lot::Mutex;
+    use std::sync::Arc;
 
     fn device() -> (Ioapic, Arc<Mutex<Vec<Message>>>) {
         let sent = Arc::new(Mutex::new(Vec::new()));
         let into = sent.clone();
-        (Ioapic::new(Box::new(move |message| into.lock().unwrap().push(message))), sent)
+        (Ioapic::new(Box::new(move |message| into.lock().push(message))), sent)
     }
 
     fn set(device: &mut Ioapic, register: u8, value: u32) {
@@ -262,12 +263,12 @@ mod tests {
         device.set_line(3, true);
         set(&mut device, 0x16, 0x0800 | 0x31);
         set(&mut device, 0x17, 0x0200_0000);
-        assert!(sent.lock().unwrap().is_empty(), "the edge came while masked");
+        assert!(sent.lock().is_empty(), "the edge came while masked");
         device.set_line(3, true);
-        assert!(sent.lock().unwrap().is_empty(), "the line was up");
+        assert!(sent.lock().is_empty(), "the line was up");
         device.set_line(3, false);
         device.set_line(3, true);
-        assert_eq!(*sent.lock().unwrap(), [Message { address: 0xfee0_2004, data: 0x31 }]);
+        assert_eq!(*sent.lock(), [Message { address: 0xfee0_2004, data: 0x31 }]);
     }
 
     #[test]
@@ -275,27 +276,27 @@ mod tests {
         let (sent, routes) = (Arc::new(Mutex::new(Vec::new())), Arc::new(Mutex::new(Vec::new())));
         let (into, routed) = (sent.clone(), routes.clone());
         let mut device = Ioapic::first(
-            Box::new(move |message| into.lock().unwrap().push(message)),
-            Box::new(move |messages| *routed.lock().unwrap() = messages.to_vec()),
+            Box::new(move |message| into.lock().push(message)),
+            Box::new(move |messages| *routed.lock() = messages.to_vec()),
         );
         set(&mut device, 0x1b, 0x0100_0000);
         set(&mut device, 0x1a, LEVEL as u32 | 0x35);
         let message = Message { address: 0xfee0_1000, data: 0xc035 };
-        assert_eq!(routes.lock().unwrap()[5], Some(message));
-        assert_eq!(routes.lock().unwrap().iter().flatten().count(), 1);
+        assert_eq!(routes.lock()[5], Some(message));
+        assert_eq!(routes.lock().iter().flatten().count(), 1);
         device.set_line(5, true);
-        assert_eq!(*sent.lock().unwrap(), [message]);
+        assert_eq!(*sent.lock(), [message]);
         assert_eq!(get(&mut device, 0x1a), (LEVEL | REMOTE_IRR) as u32 | 0x35);
         device.end_of_interrupt(0x36);
-        assert_eq!(sent.lock().unwrap().len(), 1);
+        assert_eq!(sent.lock().len(), 1);
         device.end_of_interrupt(0x35);
-        assert_eq!(sent.lock().unwrap().len(), 2, "the line is still up");
+        assert_eq!(sent.lock().len(), 2, "the line is still up");
         device.set_line(5, false);
         device.end_of_interrupt(0x35);
-        assert_eq!((sent.lock().unwrap().len(), device.save().irr), (2, 0));
+        assert_eq!((sent.lock().len(), device.save().irr), (2, 0));
         set(&mut device, 0x18, 0x31);
         device.set_line(4, true);
-        assert_eq!(sent.lock().unwrap()[2], Message { address: 0xfee0_0000, data: 0x31 }, "an edge");
+        assert_eq!(sent.lock()[2], Message { address: 0xfee0_0000, data: 0x31 }, "an edge");
     }
 
     #[test]
@@ -306,12 +307,12 @@ mod tests {
         let state = device.save();
         assert_eq!(state.irr, 1);
         set(&mut device, 0x10, LEVEL as u32 | 0x40);
-        assert_eq!(sent.lock().unwrap().len(), 1);
+        assert_eq!(sent.lock().len(), 1);
         let (mut other, sent) = self::device();
         other.load(&state);
-        assert!(sent.lock().unwrap().is_empty());
+        assert!(sent.lock().is_empty());
         set(&mut other, 0x10, LEVEL as u32 | 0x40);
-        assert_eq!(sent.lock().unwrap().len(), 1);
+        assert_eq!(sent.lock().len(), 1);
         assert_eq!(other.save().irr, 0);
     }
 }

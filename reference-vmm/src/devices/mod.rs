@@ -13,7 +13,8 @@ mod split;
 mod ticker;
 mod virtio;
 
-use std::sync::{Arc, Mutex};
+use parking_lot::Mutex;
+use std::sync::Arc;
 
 pub use chardev::{Chardev, ChardevOptions};
 pub(crate) use fw_cfg::KEY_UUID;
@@ -31,7 +32,6 @@ pub(crate) use ticker::Ticker;
 pub use virtio::{Block, BlockOptions, Net, Rng, VirtioSerial, VirtioSlot};
 pub(crate) use virtio::{Transport, Transports, missing, start_pump};
 
-use crate::lock::lock;
 use crate::memory::GuestMemory;
 use pci::PciBus;
 
@@ -94,10 +94,10 @@ impl Devices {
     pub fn port_in(&self, port: u16, data: &mut [u8]) {
         match port {
             0x3f8..=0x3ff => {
-                let mut serial = lock(&self.serial);
+                let mut serial = self.serial.lock();
                 (port..).zip(data).for_each(|(port, byte)| *byte = serial.read((port - SERIAL_PORT) as u8 & 7));
             }
-            0x510..=0x51b => lock(&self.fw_cfg).port_in(port, data),
+            0x510..=0x51b => self.fw_cfg.lock().port_in(port, data),
             0x71 if self.rtc.is_some() => {
                 data.fill(0xff);
                 if let Some((rtc, byte)) = self.rtc.as_ref().zip(data.first_mut()) {
@@ -115,10 +115,10 @@ impl Devices {
     pub fn port_out(&self, port: u16, data: &[u8]) {
         match port {
             0x3f8..=0x3ff => {
-                let mut serial = lock(&self.serial);
+                let mut serial = self.serial.lock();
                 (port..).zip(data).for_each(|(port, byte)| serial.write((port - SERIAL_PORT) as u8 & 7, *byte));
             }
-            0x510..=0x51b => lock(&self.fw_cfg).port_out(port, data, &self.memory),
+            0x510..=0x51b => self.fw_cfg.lock().port_out(port, data, &self.memory),
             0x70 | 0x71 if self.rtc.is_some() => {
                 let bytes = (port..=0x71).zip(data);
                 for (rtc, (port, byte)) in self.rtc.iter().cycle().zip(bytes) {
@@ -139,13 +139,13 @@ impl Devices {
         if self.virtio.read(gpa, data) {
             return;
         }
-        if self.pci.as_ref().is_some_and(|bus| lock(bus).read(gpa, data)) {
+        if self.pci.as_ref().is_some_and(|bus| bus.lock().read(gpa, data)) {
             return;
         }
         if let Some(offset) = Ged::offset(gpa) {
-            lock(&self.ged).read(offset, data);
+            self.ged.lock().read(offset, data);
         } else if let Some(offset) = Ioapic::offset(gpa) {
-            lock(&self.ioapic2).read(offset, data);
+            self.ioapic2.lock().read(offset, data);
         } else if let Some(chips) = &self.split {
             chips.mmio_read(gpa, data);
         }
@@ -153,16 +153,16 @@ impl Devices {
 
     /// A write to an address that is not RAM. Addresses without a device ignore it.
     pub fn mmio_write(&self, gpa: u64, data: &[u8]) -> Request {
-        if self.virtio.write(gpa, data) || self.pci.as_ref().is_some_and(|bus| lock(bus).write(gpa, data)) {
+        if self.virtio.write(gpa, data) || self.pci.as_ref().is_some_and(|bus| bus.lock().write(gpa, data)) {
             return Request::None;
         }
         if let Some(offset) = Ioapic::offset(gpa) {
-            lock(&self.ioapic2).write(offset, data);
+            self.ioapic2.lock().write(offset, data);
         } else if self.split.as_ref().is_some_and(|chips| chips.mmio_write(gpa, data)) {
             return Request::None;
         }
         match Ged::offset(gpa) {
-            Some(offset) => lock(&self.ged).write(offset, data),
+            Some(offset) => self.ged.lock().write(offset, data),
             None => Request::None,
         }
     }

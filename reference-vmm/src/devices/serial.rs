@@ -7,12 +7,12 @@
 //! counted in the log.
 
 use crate::error::{Error, Result};
-use crate::lock::lock;
 use crate::non_blocking::NonBlockingWriter;
+use parking_lot::Mutex;
 use qevm_microvm::state::SerialState;
 use std::collections::VecDeque;
 use std::io::Write;
-use std::sync::{Arc, Mutex, OnceLock, Weak};
+use std::sync::{Arc, OnceLock, Weak};
 use std::time::Duration;
 
 const DATA: u8 = 0;
@@ -80,7 +80,7 @@ impl Serial {
         let told = Arc::clone(&port);
         let room = move || {
             if let Some(port) = told.get().and_then(Weak::upgrade) {
-                lock(&port).transmit();
+                port.lock().transmit();
             }
         };
         let failed = |error| tracing::warn!(%error, "serial output is lost");
@@ -224,7 +224,7 @@ impl Serial {
     /// Waits until the output is written, but not long: a reader that does not read is not waited for.
     pub(crate) fn flush(serial: &Mutex<Serial>) {
         const PATIENCE: Duration = Duration::from_millis(150);
-        let output = lock(serial).output.clone();
+        let output = serial.lock().output.clone();
         output.flush(PATIENCE);
     }
 
@@ -306,7 +306,7 @@ mod tests {
     fn port_on(output: Box<dyn Write + Send>) -> (Arc<Mutex<Serial>>, Receiver<bool>) {
         let (levels, line) = channel();
         let port = Serial::start(output, Box::new(move |level| levels.send(level).unwrap_or_default())).unwrap();
-        lock(&port).run(true);
+        port.lock().run(true);
         (port, line)
     }
 
@@ -315,7 +315,7 @@ mod tests {
     #[test]
     fn bytes_leave_and_the_transmitter_is_empty() {
         let (port, out, line) = port();
-        let mut port = lock(&port);
+        let mut port = port.lock();
         assert_eq!(port.read(LSR), 0x60);
         for byte in *b"ok" {
             port.write(DATA, byte);
@@ -328,7 +328,7 @@ mod tests {
     #[test]
     fn the_divisor_latch_hides_data_and_ier() {
         let (port, out, _line) = port();
-        let mut port = lock(&port);
+        let mut port = port.lock();
         port.write(LCR, 0x83);
         port.write(DATA, 1);
         port.write(IER, 2);
@@ -342,7 +342,7 @@ mod tests {
     #[test]
     fn transmit_interrupt_is_taken_by_reading_iir() {
         let (port, _out, line) = port();
-        let mut port = lock(&port);
+        let mut port = port.lock();
         port.write(IER, IER_THR_EMPTY);
         assert_eq!(line.try_recv(), Ok(true));
         assert_eq!(port.read(IIR_FCR), IIR_THR_EMPTY);
@@ -355,7 +355,7 @@ mod tests {
     #[test]
     fn received_bytes_queue_overflow_and_migrate() {
         let (port, _out, line) = port();
-        let mut port = lock(&port);
+        let mut port = port.lock();
         port.write(IIR_FCR, FCR_ENABLE);
         port.write(IER, IER_DATA);
         assert_eq!(port.input(&[7; 20]), 16);
@@ -366,7 +366,7 @@ mod tests {
         let state = port.save();
         assert_eq!(state.recv_fifo, [7; 15]);
         let (other, _out, line) = self::port();
-        let mut other = lock(&other);
+        let mut other = other.lock();
         other.load(&state);
         assert_eq!(line.try_recv(), Ok(true), "a pending interrupt is raised again");
         (0..15).for_each(|_| assert_eq!(other.read(DATA), 7));
@@ -377,7 +377,7 @@ mod tests {
     #[test]
     fn loopback_comes_back() {
         let (port, out, _line) = port();
-        let mut port = lock(&port);
+        let mut port = port.lock();
         port.write(MCR, MCR_LOOP | 0x0b);
         port.write(DATA, 0x55);
         assert!(out.try_recv().is_err());
@@ -390,35 +390,35 @@ mod tests {
     fn a_pipe_that_nobody_reads_makes_the_transmitter_busy() {
         let (mut reader, pipe) = std::io::pipe().unwrap();
         let (port, line) = port_on(Box::new(pipe));
-        lock(&port).write(IER, IER_THR_EMPTY);
+        port.lock().write(IER, IER_THR_EMPTY);
         let mut written = 0;
-        while lock(&port).read(LSR) & LSR_IDLE == LSR_IDLE {
-            (0..FIFO).for_each(|_| lock(&port).write(DATA, b'a'));
+        while port.lock().read(LSR) & LSR_IDLE == LSR_IDLE {
+            (0..FIFO).for_each(|_| port.lock().write(DATA, b'a'));
             written += FIFO;
             assert!(written < 1 << 20, "no end of it");
         }
         // The thread may just be taking what is in the buffer; whatever it takes the pipe does not.
         while written <= (64 << 10) + 2 * OUTPUT {
-            lock(&port).write(DATA, b'a');
+            port.lock().write(DATA, b'a');
             written += 1;
         }
-        assert_eq!(lock(&port).read(IIR_FCR) & IIR_ID, IIR_NONE, "nothing to tell while it is busy");
-        assert!(lock(&port).lost > 0);
-        let saved = lock(&port).save();
+        assert_eq!(port.lock().read(IIR_FCR) & IIR_ID, IIR_NONE, "nothing to tell while it is busy");
+        assert!(port.lock().lost > 0);
+        let saved = port.lock().save();
         assert_eq!(
             (saved.lsr, saved.iir, saved.thr_ipending),
             (LSR_IDLE, IIR_THR_EMPTY, true),
             "it has left the guest"
         );
         // What a paused guest sees does not change, and what comes then is told when it goes on.
-        lock(&port).run(false);
+        port.lock().run(false);
         let mut bytes = [0; 64 << 10];
-        while lock(&port).output.room(0) < OUTPUT {
+        while port.lock().output.room(0) < OUTPUT {
             std::io::Read::read(&mut reader, &mut bytes).unwrap();
         }
-        assert_eq!(lock(&port).read(LSR) & LSR_IDLE, 0);
+        assert_eq!(port.lock().read(LSR) & LSR_IDLE, 0);
         while line.try_recv().is_ok() {}
-        lock(&port).run(true);
-        assert_eq!((lock(&port).read(LSR) & LSR_IDLE, line.try_recv()), (LSR_IDLE, Ok(true)));
+        port.lock().run(true);
+        assert_eq!((port.lock().read(LSR) & LSR_IDLE, line.try_recv()), (LSR_IDLE, Ok(true)));
     }
 }

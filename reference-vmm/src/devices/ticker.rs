@@ -1,7 +1,7 @@
 //! Threads that wake devices when their time comes.
 
-use crate::lock::lock;
-use std::sync::{Arc, Condvar, Mutex, Weak};
+use parking_lot::{Condvar, Mutex};
+use std::sync::{Arc, Weak};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
@@ -42,20 +42,20 @@ impl<D: Timed + Send + 'static> Ticker<D> {
 
     /// Uses the device, after which its next event may be another one.
     pub(crate) fn with<T>(&self, use_it: impl FnOnce(&mut D, i128) -> T) -> T {
-        let result = use_it(&mut lock(&self.device).device, (self.clock)());
+        let result = use_it(&mut self.device.lock().device, (self.clock)());
         self.changed.notify_all();
         result
     }
 
     /// Lets events come, or holds them back.
     pub(crate) fn run(&self, running: bool) {
-        lock(&self.device).running = running;
+        self.device.lock().running = running;
         self.changed.notify_all();
     }
 
     /// Ends the thread.
     pub(crate) fn end(&self) {
-        lock(&self.device).gone = true;
+        self.device.lock().gone = true;
         self.changed.notify_all();
     }
 }
@@ -67,7 +67,7 @@ const LONGEST: Duration = Duration::from_secs(1);
 
 fn tick<D: Timed>(ticker: &Weak<Ticker<D>>) {
     while let Some(ticker) = ticker.upgrade() {
-        let mut ticking = lock(&ticker.device);
+        let mut ticking = ticker.device.lock();
         if ticking.gone {
             return;
         }
@@ -85,6 +85,6 @@ fn tick<D: Timed>(ticker: &Weak<Ticker<D>>) {
                 None => {}
             }
         }
-        drop(ticker.changed.wait_timeout(ticking, sleep));
+        ticker.changed.wait_for(&mut ticking, sleep);
     }
 }

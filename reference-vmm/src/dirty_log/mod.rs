@@ -24,14 +24,14 @@ mod ring;
 mod rings;
 
 use kvm_ioctls::{VcpuFd, VmFd};
-use std::sync::{Arc, Mutex};
+use parking_lot::Mutex;
+use std::sync::Arc;
 use std::time::Duration;
 
 pub use bitmap::{DirtyBitmap, PAGES_PER_WORD};
 pub(crate) use reaper::Reaper;
 
 use crate::error::{Error, Result};
-use crate::lock::lock;
 use crate::memory::GuestMemory;
 use kvm_log::KvmLog;
 use rings::RingLog;
@@ -88,7 +88,7 @@ impl DirtyLog {
 
     /// Whether writes are being logged.
     pub fn is_enabled(&self) -> bool {
-        *lock(&self.enabled)
+        *self.enabled.lock()
     }
 
     /// Starts to log. Pages written from now on are reported; earlier ones may be.
@@ -96,7 +96,7 @@ impl DirtyLog {
     /// # Errors
     /// [`Error::Kvm`] when KVM refuses; nothing is logged then.
     pub fn enable(&self) -> Result<()> {
-        let mut enabled = lock(&self.enabled);
+        let mut enabled = self.enabled.lock();
         if *enabled {
             return Ok(());
         }
@@ -116,7 +116,7 @@ impl DirtyLog {
     /// # Errors
     /// [`Error::Kvm`] when KVM refuses.
     pub fn disable(&self) -> Result<()> {
-        let mut enabled = lock(&self.enabled);
+        let mut enabled = self.enabled.lock();
         match &self.method {
             Method::Log(log) => log.stop()?,
             Method::Rings(rings) => rings.stop()?,
@@ -132,7 +132,7 @@ impl DirtyLog {
     /// # Errors
     /// [`Error::Config`] when nothing is logged, [`Error::Kvm`] when KVM does not tell.
     pub fn sync(&self, into: &mut DirtyBitmap) -> Result<u64> {
-        let enabled = lock(&self.enabled);
+        let enabled = self.enabled.lock();
         if !*enabled {
             return Err(Error::Config("the dirty log is not enabled".to_owned()));
         }
@@ -154,7 +154,7 @@ impl DirtyLog {
     /// [`Error::Config`] when `first_page` is not a multiple of 64 or there is no such block, [`Error::Kvm`] when KVM
     /// refuses.
     pub fn clear(&self, block: usize, first_page: u64, pages: &[u64]) -> Result<()> {
-        let enabled = lock(&self.enabled);
+        let enabled = self.enabled.lock();
         if !first_page.is_multiple_of(PAGES_PER_WORD) || block >= self.memory.blocks().len() {
             return Err(Error::Config(format!(
                 "dirty pages cannot be cleared from page {first_page} of block {block}"

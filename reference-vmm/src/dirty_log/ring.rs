@@ -253,20 +253,20 @@ mod tests {
     #[test]
     fn a_thread_that_fills_and_one_that_harvests_agree() {
         let memory = memory(64);
-        let (mut ring, kernel) = (Ring::new(&memory[..]), std::sync::Mutex::new(Kernel::new()));
+        let (mut ring, kernel) = (Ring::new(&memory[..]), parking_lot::Mutex::new(Kernel::new()));
         const PAGES: u64 = 20_000;
         let mut found = Vec::new();
         std::thread::scope(|scope| {
             scope.spawn(|| {
                 for page in 0..PAGES {
-                    while !kernel.lock().unwrap().write(&memory, page as u32 & 7, page) {
+                    while !kernel.lock().write(&memory, page as u32 & 7, page) {
                         std::thread::yield_now();
                     }
                 }
             });
             while found.len() < PAGES as usize {
                 found.extend(harvest(&mut ring));
-                kernel.lock().unwrap().reset(&memory);
+                kernel.lock().reset(&memory);
             }
         });
         assert!(found.iter().enumerate().all(|(i, (slot, page))| *page == i as u64 && *slot == i as u32 & 7));

@@ -7,16 +7,16 @@
 use super::bitmap::{DirtyBitmap, PAGES_PER_WORD};
 use super::ring::{Entry, Ring, Written};
 use crate::error::{Error, Result};
-use crate::lock::lock;
 use crate::memory::{GuestMemory, PAGE_SIZE, set_memory_flags};
 use kvm_bindings::{
     KVM_CAP_DIRTY_LOG_RING, KVM_CAP_DIRTY_LOG_RING_ACQ_REL, KVM_DIRTY_LOG_PAGE_OFFSET, KVM_MEM_LOG_DIRTY_PAGES, KVMIO,
     kvm_enable_cap,
 };
 use kvm_ioctls::{VcpuFd, VmFd};
+use parking_lot::{Mutex, MutexGuard};
 use std::ops::Deref;
 use std::os::fd::AsRawFd;
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::Arc;
 use vmm_sys_util::ioctl::ioctl;
 
 vmm_sys_util::ioctl_io_nr!(KVM_RESET_DIRTY_RINGS, KVMIO, 0xc7);
@@ -80,7 +80,7 @@ impl RingLog {
     /// Takes in the ring of the next vCPU.
     pub(super) fn attach(&self, vcpu: &VcpuFd) -> Result<()> {
         let entries = Mapped::new(vcpu, self.size as usize)?;
-        lock(&self.state).rings.push(Ring::new(entries));
+        self.state.lock().rings.push(Ring::new(entries));
         Ok(())
     }
 
@@ -90,7 +90,7 @@ impl RingLog {
 
     /// Begins to note pages.
     pub(super) fn start(&self) -> Result<()> {
-        let mut state = lock(&self.state);
+        let mut state = self.state.lock();
         self.log(&state)?;
         state.found = Some(DirtyBitmap::none(&self.memory));
         Ok(())
@@ -98,27 +98,27 @@ impl RingLog {
 
     /// Forgets what was not synced.
     pub(super) fn stop(&self) -> Result<()> {
-        let mut state = lock(&self.state);
+        let mut state = self.state.lock();
         state.found = None;
         self.end_log(&mut state)
     }
 
     /// Begins to count without noting pages.
     pub(super) fn watch(&self) -> Result<()> {
-        let mut state = lock(&self.state);
+        let mut state = self.state.lock();
         self.log(&state)?;
         state.watchers += 1;
         Ok(())
     }
 
     pub(super) fn unwatch(&self) -> Result<()> {
-        let mut state = lock(&self.state);
+        let mut state = self.state.lock();
         state.watchers = state.watchers.saturating_sub(1);
         self.end_log(&mut state)
     }
 
     pub(super) fn sync(&self, into: &mut DirtyBitmap) -> Result<u64> {
-        let mut state = lock(&self.state);
+        let mut state = self.state.lock();
         self.harvest(&mut state, None)?;
         let Some(found) = &mut state.found else { return Ok(0) };
         let mut new = 0;
@@ -130,26 +130,26 @@ impl RingLog {
 
     /// The ring of a vCPU is full: it is harvested, and those of the others are left to fill.
     pub(super) fn full(&self, vcpu: usize) -> Result<()> {
-        self.harvest(&mut lock(&self.state), Some(vcpu))
+        self.harvest(&mut self.state.lock(), Some(vcpu))
     }
 
     /// Harvests all rings, so that vCPUs need not leave the guest for it. Where a measurement counts, it is left to
     /// that.
     pub(super) fn reap(&self) -> Result<()> {
-        let mut state = lock(&self.state);
+        let mut state = self.state.lock();
         if state.is_logging() && state.watchers == 0 { self.harvest(&mut state, None) } else { Ok(()) }
     }
 
     /// Pages that each vCPU has written to so far.
     pub(super) fn written(&self) -> Result<Vec<u64>> {
-        let mut state = lock(&self.state);
+        let mut state = self.state.lock();
         self.harvest(&mut state, None)?;
         Ok(state.rings.iter().map(Ring::harvested).collect())
     }
 
     /// Pages that a vCPU has written to so far, those in its ring included, which stay there.
     pub(super) fn written_by(&self, vcpu: usize) -> u64 {
-        lock(&self.state).rings.get(vcpu).map_or(0, |ring| ring.harvested() + u64::from(ring.filled()))
+        self.state.lock().rings.get(vcpu).map_or(0, |ring| ring.harvested() + u64::from(ring.filled()))
     }
 
     fn log(&self, state: &MutexGuard<'_, State>) -> Result<()> {

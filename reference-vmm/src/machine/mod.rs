@@ -39,10 +39,11 @@ mod vm;
 
 use kvm_bindings::kvm_msi;
 use kvm_ioctls::VmFd;
+use parking_lot::Mutex;
 use qevm_multifd::Uuid;
 use std::collections::BTreeMap;
 use std::path::Path;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 use vmm_sys_util::eventfd::EventFd;
 
@@ -54,7 +55,6 @@ use crate::devices::{
 };
 use crate::dirty_log::{DirtyLog, Reaper};
 use crate::error::{Error, Result, kvm};
-use crate::lock::lock;
 use crate::memory::{BackendError, GuestMemory};
 use crate::vfio::{Host, VfioDevices};
 use clock::VirtualClock;
@@ -181,7 +181,7 @@ impl Machine {
         for (position, slot) in config.virtio.into_iter().enumerate() {
             virtio.push(slot.device());
             let (ioapic, pin) = (Arc::clone(&ioapic2), transport_of(position));
-            let line = Box::new(move |level| lock(&ioapic).set_line(pin, level));
+            let line = Box::new(move |level| ioapic.lock().set_line(pin, level));
             let device = slot.into_model().map(|model| Transport::new(model, Arc::clone(&memory), line));
             transports.0.push(device.map(|device| Arc::new(Mutex::new(device))));
         }
@@ -348,20 +348,20 @@ impl Machine {
             self.activate()?;
             self.devices.virtio.each(Transport::resume)?;
         }
-        lock(&self.opaque).mark_stale();
+        self.opaque.lock().mark_stale();
         tell();
         self.vfio.resume()?;
         if self.control.all_parked() {
             kvm_state::release(self)?;
         }
-        lock(&self.clock).start();
+        self.clock.lock().start();
         self.tick(true);
         self.control.resume().map_err(|stop| {
-            lock(&self.clock).stop();
+            self.clock.lock().stop();
             Error::Config(format!("the machine cannot go on: {stop}"))
         })?;
         // What was too much for one turn goes on, too.
-        self.devices.virtio.0.iter().flatten().for_each(|device| lock(device).wake());
+        self.devices.virtio.0.iter().flatten().for_each(|device| device.lock().wake());
         Ok(())
     }
 
@@ -380,7 +380,7 @@ impl Machine {
 
     /// Lets go of the images of the disks, for the destination of a migration to lock. The guest must be paused.
     pub fn inactivate(&self) {
-        self.devices.virtio.0.iter().flatten().for_each(|device| lock(device).inactivate());
+        self.devices.virtio.0.iter().flatten().for_each(|device| device.lock().inactivate());
     }
 
     /// Whether every device of the machine has a model, so that a guest can run and not just be kept.
@@ -405,7 +405,7 @@ impl Machine {
         let was_running = self.control.state() == RunState::Running;
         self.vfio.quiesce();
         self.control.pause(|| self.vcpus.iter().for_each(Vcpu::kick));
-        lock(&self.clock).stop();
+        self.clock.lock().stop();
         self.tick(false);
         if was_running && let Err(error) = kvm_state::hold(self) {
             tracing::warn!(%error, "clock and PIT go on while the machine is paused");
@@ -429,12 +429,12 @@ impl Machine {
 
     /// Bytes arrive on the serial line; returns how many the port took.
     pub fn serial_input(&self, bytes: &[u8]) -> usize {
-        lock(&self.devices.serial).input(bytes)
+        self.devices.serial.lock().input(bytes)
     }
 
     /// Lets timers of devices run out, or holds them back.
     fn tick(&self, running: bool) {
-        lock(&self.devices.serial).run(running);
+        self.devices.serial.lock().run(running);
         self.devices.rtc.iter().for_each(|rtc| rtc.run(running));
         self.devices.split.iter().for_each(|chips| chips.pit.run(running));
     }
@@ -451,7 +451,7 @@ impl Drop for Machine {
         self.control.exit();
         self.devices.rtc.iter().for_each(|rtc| rtc.end());
         self.devices.split.iter().for_each(|chips| chips.pit.end());
-        self.devices.virtio.0.iter().flatten().for_each(|device| lock(device).end());
+        self.devices.virtio.0.iter().flatten().for_each(|device| device.lock().end());
         self.vcpus.iter().for_each(Vcpu::kick);
         // The last owner to drop it may be a vCPU itself, in a device that the embedder wrote: it does not wait for
         // itself.

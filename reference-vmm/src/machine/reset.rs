@@ -4,7 +4,6 @@ use super::{Machine, kvm_state};
 use crate::boot;
 use crate::devices::SplitChips;
 use crate::error::{Error, Result};
-use crate::lock::lock;
 use crate::memory::{BIOS, PAGE_SIZE};
 
 impl Machine {
@@ -35,12 +34,12 @@ impl Machine {
     /// Tells the network where the guest is now, over each of its cards: by a RARP frame, and by the guest if it can. A
     /// guest that is paused is not announced.
     pub fn announce(&self) {
-        self.devices.virtio.0.iter().flatten().for_each(|device| lock(device).announce());
+        self.devices.virtio.0.iter().flatten().for_each(|device| device.lock().announce());
     }
 
     /// Presses the ACPI power button: the guest gets an interrupt, and does what it likes.
     pub fn press_power_button(&self) {
-        lock(&self.devices.ged).press_power_button();
+        self.devices.ged.lock().press_power_button();
     }
 
     /// Each stop of the guest by itself is told to `watcher`, on the thread of a vCPU, so that it must not block. There
@@ -66,9 +65,9 @@ impl Machine {
     /// Loads a kernel that is entered without firmware, if there is one, and puts the first vCPU at its entry.
     pub(super) fn load_kernel(&self) -> Result<()> {
         let Some(kernel) = self.kernel.as_ref().filter(|kernel| !kernel.by_firmware) else { return Ok(()) };
-        let high_window = self.devices.pci.as_ref().map(|bus| lock(bus).high_window());
+        let high_window = self.devices.pci.as_ref().map(|bus| bus.lock().high_window());
         let entry = boot::load(&self.memory, kernel, self.cpus(), &self.virtio, high_window)?;
-        kvm_state::enter(&lock(&self.vcpus[0].fd), entry)?;
+        kvm_state::enter(&self.vcpus[0].fd.lock(), entry)?;
         self.devices.split.iter().for_each(SplitChips::set_up);
         Ok(())
     }

@@ -4,14 +4,14 @@
 use crate::devices::Message;
 use crate::devices::pci::PciMessage;
 use crate::error::{Error, Result, kvm};
-use crate::lock::lock;
 use kvm_bindings::{
     KVM_IRQ_ROUTING_IRQCHIP, KVM_IRQ_ROUTING_MSI, KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE,
     KvmIrqRouting, kvm_irq_routing_entry, kvm_irq_routing_entry__bindgen_ty_1, kvm_irq_routing_irqchip,
     kvm_irq_routing_msi,
 };
 use kvm_ioctls::VmFd;
-use std::sync::{Arc, Mutex};
+use parking_lot::Mutex;
+use std::sync::Arc;
 
 /// Pins of the first IOAPIC, and so the interrupts that are not a device's alone.
 const PINS: u32 = 24;
@@ -110,14 +110,14 @@ impl Routes {
 
     /// An interrupt that was [added](Routes::add) sends another message from now on.
     pub(crate) fn update(&self, gsi: u32, message: PciMessage) -> Result<()> {
-        if lock(&self.table).message(gsi).is_none_or(|now| *now == message) {
+        if self.table.lock().message(gsi).is_none_or(|now| *now == message) {
             return Ok(());
         }
         self.change(|table| table.message(gsi).into_iter().for_each(|now| *now = message))
     }
 
     fn change(&self, change: impl FnOnce(&mut Table)) -> Result<()> {
-        let mut table = lock(&self.table);
+        let mut table = self.table.lock();
         change(&mut table);
         let entries: Vec<_> = table.routes().into_iter().map(entry).collect();
         let routing = KvmIrqRouting::from_entries(&entries)

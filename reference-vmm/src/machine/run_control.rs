@@ -1,8 +1,8 @@
 //! Who may run: the barrier between the vCPU threads and everybody else.
 
-use crate::lock::lock;
+use parking_lot::{Condvar, Mutex};
 use std::fmt;
-use std::sync::{Condvar, Mutex, MutexGuard, OnceLock};
+use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
 /// Whether the vCPUs run.
@@ -82,7 +82,7 @@ impl RunControl {
     }
 
     pub(crate) fn state(&self) -> RunState {
-        let inner = lock(&self.inner);
+        let inner = self.inner.lock();
         match inner.phase {
             _ if inner.stop.is_some() => RunState::Stopped,
             Phase::Run => RunState::Running,
@@ -91,7 +91,7 @@ impl RunControl {
     }
 
     pub(crate) fn resume(&self) -> Result<(), Stop> {
-        let mut inner = lock(&self.inner);
+        let mut inner = self.inner.lock();
         if let Some(stop) = &inner.stop {
             return Err(stop.clone());
         }
@@ -102,14 +102,14 @@ impl RunControl {
 
     /// Asks the threads to park, wakes them with `kick` and waits for them.
     pub(crate) fn pause(&self, kick: impl Fn()) {
-        let mut inner = lock(&self.inner);
+        let mut inner = self.inner.lock();
         if inner.phase == Phase::Run {
             inner.phase = Phase::Pause;
             self.changed.notify_all();
         }
         kick();
         while inner.parked < inner.threads {
-            inner = self.wait(inner);
+            self.changed.wait(&mut inner);
         }
     }
 
@@ -118,40 +118,40 @@ impl RunControl {
     }
 
     pub(crate) fn all_parked(&self) -> bool {
-        let inner = lock(&self.inner);
+        let inner = self.inner.lock();
         inner.phase != Phase::Run && inner.parked == inner.threads
     }
 
     pub(crate) fn exit(&self) {
-        lock(&self.inner).phase = Phase::Exit;
+        self.inner.lock().phase = Phase::Exit;
         self.changed.notify_all();
     }
 
     pub(crate) fn wait_stop(&self, timeout: Duration) -> Option<Stop> {
         let deadline = Instant::now().checked_add(timeout);
-        let mut inner = lock(&self.inner);
+        let mut inner = self.inner.lock();
         while inner.stop.is_none() {
             let left = match deadline {
                 Some(deadline) => deadline.checked_duration_since(Instant::now())?,
                 None => timeout,
             };
-            inner = self.changed.wait_timeout(inner, left).unwrap_or_else(|poison| poison.into_inner()).0;
+            self.changed.wait_for(&mut inner, left);
         }
         inner.stop.clone()
     }
 
     /// Called by a vCPU thread before it enters the guest.
     pub(crate) fn may_run(&self) -> bool {
-        lock(&self.inner).phase == Phase::Run
+        self.inner.lock().phase == Phase::Run
     }
 
     /// Called by a vCPU thread: waits until it may run (true) or must end (false).
     pub(crate) fn park(&self) -> bool {
-        let mut inner = lock(&self.inner);
+        let mut inner = self.inner.lock();
         inner.parked += 1;
         self.changed.notify_all();
         while inner.phase == Phase::Pause {
-            inner = self.wait(inner);
+            self.changed.wait(&mut inner);
         }
         inner.parked -= 1;
         inner.phase == Phase::Run
@@ -161,19 +161,18 @@ impl RunControl {
     /// [`wake`](RunControl::wake).
     pub(crate) fn wait_while_running(&self, time: Duration, enough: impl Fn() -> bool) {
         let still = |inner: &mut Inner| inner.phase == Phase::Run && !enough();
-        let waited = self.changed.wait_timeout_while(lock(&self.inner), time, still);
-        drop(waited.unwrap_or_else(|poison| poison.into_inner()));
+        self.changed.wait_while_for(&mut self.inner.lock(), still, time);
     }
 
     /// Makes those who [wait](RunControl::wait_while_running) ask whether it was enough.
     pub(crate) fn wake(&self) {
-        let _inner = lock(&self.inner);
+        let _inner = self.inner.lock();
         self.changed.notify_all();
     }
 
     /// The guest has stopped, and no vCPU enters it any more when this returns. The first reason counts.
     pub(crate) fn stopped(&self, stop: Stop) {
-        let mut inner = lock(&self.inner);
+        let mut inner = self.inner.lock();
         inner.stop.get_or_insert(stop);
         if inner.phase == Phase::Run {
             inner.phase = Phase::Pause;
@@ -190,17 +189,13 @@ impl RunControl {
 
     /// Forgets why the guest stopped: it has been reset.
     pub(crate) fn forget_stop(&self) {
-        lock(&self.inner).stop.take_if(|stop| !matches!(stop, Stop::MemoryLost(_)));
+        self.inner.lock().stop.take_if(|stop| !matches!(stop, Stop::MemoryLost(_)));
     }
 
     /// Called when a vCPU thread ends, so that no thread waits for it.
     pub(crate) fn gone(&self) {
-        lock(&self.inner).threads -= 1;
+        self.inner.lock().threads -= 1;
         self.changed.notify_all();
-    }
-
-    fn wait<'a>(&self, inner: MutexGuard<'a, Inner>) -> MutexGuard<'a, Inner> {
-        self.changed.wait(inner).unwrap_or_else(|poison| poison.into_inner())
     }
 }
 
@@ -221,7 +216,7 @@ mod tests {
             });
             control.wait_parked();
             control.resume().unwrap();
-            while lock(&control.inner).parked > 0 {
+            while control.inner.lock().parked > 0 {
                 std::thread::yield_now();
             }
             control.pause(|| ());

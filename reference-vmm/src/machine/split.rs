@@ -5,11 +5,11 @@ use super::routes::Routes;
 use super::vcpu::Vcpu;
 use crate::devices::{Ioapic, Lines, Message, Pics, Pit, SplitChips, Ticker};
 use crate::error::{Error, Result, kvm};
-use crate::lock::lock;
 use kvm_bindings::{KVM_CAP_SPLIT_IRQCHIP, kvm_enable_cap, kvm_msi};
 use kvm_ioctls::{Kvm, VmFd};
+use parking_lot::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, OnceLock, Weak};
+use std::sync::{Arc, OnceLock, Weak};
 use std::thread::JoinHandle;
 
 /// Pins of the IOAPIC whose ends of interrupts the kernel tells.
@@ -57,7 +57,7 @@ impl Split {
         let wires = lines.clone();
         let pit = Pit::new(Box::new(move |level| wires.set(0, level)));
         let clock = clock.clone();
-        let (pit, thread) = Ticker::start("pit", pit, move || lock(&clock).now().into())
+        let (pit, thread) = Ticker::start("pit", pit, move || clock.lock().now().into())
             .map_err(|cause| Error::Host { what: "start the thread of the PIT", cause })?;
         threads.push(thread);
         Ok(Split { chips: SplitChips { lines, pit }, to_vcpu })
@@ -104,31 +104,31 @@ impl ToVcpu {
 
     /// The machine is reset: an interrupt that was taken and not handed over is no more.
     pub(super) fn forget(&self) {
-        *lock(&self.taken) = None;
+        *self.taken.lock() = None;
         self.delivered();
     }
 
     /// The guest was entered, and has got what was handed over.
     pub(super) fn delivered(&self) {
-        *lock(&self.handed) = None;
+        *self.handed.lock() = None;
     }
 
     /// The kernel may still have an interrupt for the guest, so that it would not take another.
     pub(super) fn is_under_way(&self) -> bool {
-        lock(&self.handed).is_some()
+        self.handed.lock().is_some()
     }
 
     /// The vector of an interrupt that a guest has not got that is at `place` now: the 8259s do not have it any more.
     /// Of a KVM_RUN that was interrupted it is unknown whether it entered the guest, but where an interrupt is taken,
     /// the guest moves on.
     pub(super) fn undelivered(&self, place: Place) -> Option<u8> {
-        let handed = lock(&self.handed).as_ref().filter(|handed| handed.place == place).map(|handed| handed.vector);
-        handed.or(*lock(&self.taken))
+        let handed = self.handed.lock().as_ref().filter(|handed| handed.place == place).map(|handed| handed.vector);
+        handed.or(*self.taken.lock())
     }
 
     /// Whether there is an interrupt for the vCPU.
     pub(super) fn is_asserted(&self) -> bool {
-        self.asserted.load(Ordering::SeqCst) || lock(&self.taken).is_some()
+        self.asserted.load(Ordering::SeqCst) || self.taken.lock().is_some()
     }
 
     /// Hands an interrupt over to a guest at `place` by `inject`, which says whether it was taken; if not, the same one
@@ -139,11 +139,11 @@ impl ToVcpu {
         acknowledge: impl FnOnce() -> u8,
         inject: impl FnOnce(u8) -> std::result::Result<bool, E>,
     ) -> std::result::Result<(), E> {
-        let waiting = lock(&self.taken).take();
+        let waiting = self.taken.lock().take();
         let vector = waiting.unwrap_or_else(acknowledge);
         match inject(vector)? {
-            true => *lock(&self.handed) = Some(Handed { vector, place }),
-            false => *lock(&self.taken) = Some(vector),
+            true => *self.handed.lock() = Some(Handed { vector, place }),
+            false => *self.taken.lock() = Some(vector),
         }
         Ok(())
     }

@@ -3,9 +3,9 @@
 use super::throttle_gate::ThrottleGate;
 use super::vcpu::Vcpu;
 use crate::error::{Error, Result};
-use crate::lock::lock;
+use parking_lot::{Condvar, Mutex};
 use std::fmt;
-use std::sync::{Arc, Condvar, Mutex};
+use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -42,8 +42,8 @@ impl Throttle {
     /// Pauses the vCPUs for this many per cent of their time; 0 lets them run, and more than
     /// [`MAX_THROTTLE`] is as much as that.
     pub(crate) fn set(&self, per_cent: u8, vcpus: &Arc<[Vcpu]>) -> Result<()> {
-        let mut thread = lock(&self.thread);
-        let mut state = lock(&self.setting.state);
+        let mut thread = self.thread.lock();
+        let mut state = self.setting.state.lock();
         state.per_cent = per_cent.min(MAX_THROTTLE);
         if per_cent == 0 {
             self.gate.release();
@@ -63,14 +63,14 @@ impl Throttle {
 
     /// In per cent.
     pub(crate) fn per_cent(&self) -> u8 {
-        lock(&self.setting.state).per_cent
+        self.setting.state.lock().per_cent
     }
 
     /// Ends its thread: afterwards no vCPU is kicked any more.
     pub(crate) fn end(&self) {
-        lock(&self.setting.state).end = true;
+        self.setting.state.lock().end = true;
         self.setting.changed.notify_all();
-        if let Some(thread) = lock(&self.thread).take()
+        if let Some(thread) = self.thread.lock().take()
             && thread.join().is_err()
         {
             tracing::error!("the thread that slows vCPUs down panicked");
@@ -81,21 +81,17 @@ impl Throttle {
 impl Setting {
     /// Pauses the vCPUs once a period, until it is told to end.
     fn run(&self, gate: &ThrottleGate, vcpus: &[Vcpu]) {
-        let mut state = lock(&self.state);
+        let mut state = self.state.lock();
         while !state.end {
-            let wait = |state, time| match time {
-                None => self.changed.wait(state).unwrap_or_else(|poison| poison.into_inner()),
-                Some(time) => self.changed.wait_timeout(state, time).unwrap_or_else(|poison| poison.into_inner()).0,
-            };
             if state.per_cent == 0 {
                 gate.release();
-                state = wait(state, None);
+                self.changed.wait(&mut state);
                 continue;
             }
             let (period, pause) = duty_cycle(state.per_cent);
             gate.request_pause(pause);
             vcpus.iter().for_each(Vcpu::kick);
-            state = wait(state, Some(period));
+            self.changed.wait_for(&mut state, period);
         }
         gate.release();
     }

@@ -7,12 +7,12 @@ use super::throttle_gate::ThrottleGate;
 use crate::devices::{Devices, Request};
 use crate::dirty_log::DirtyLog;
 use crate::error::{Error, Result};
-use crate::lock::lock;
 use kvm_bindings::{KVM_EXIT_DIRTY_RING_FULL, KVMIO, kvm_interrupt, kvm_run};
 use kvm_ioctls::{VcpuExit, VcpuFd};
+use parking_lot::Mutex;
 use std::os::unix::thread::JoinHandleExt;
 use std::sync::atomic::{AtomicU8, Ordering};
-use std::sync::{Arc, Mutex, Once, OnceLock};
+use std::sync::{Arc, Once, OnceLock};
 use std::thread::JoinHandle;
 use vmm_sys_util::ioctl::ioctl_with_ref;
 use vmm_sys_util::signal::{SIGRTMIN, register_signal_handler};
@@ -155,7 +155,7 @@ impl Vcpu {
     fn run(&self, around: &VcpuContext) -> Option<Stop> {
         let VcpuContext { control, gate, .. } = around;
         let pauses = &around.dirty_limit.pauses;
-        let mut fd = lock(&self.fd);
+        let mut fd = self.fd.lock();
         let (mut paused, mut stopped) = (0, None);
         loop {
             // First the flag, then the question: a kick after the question finds the flag down and raises it.

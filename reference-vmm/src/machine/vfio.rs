@@ -1,7 +1,6 @@
 //! The VFIO devices of a machine.
 
 use super::Machine;
-use crate::lock::lock;
 use crate::vfio::VfioDevices;
 
 impl Machine {
@@ -12,6 +11,6 @@ impl Machine {
 
     /// The numbers of the devices on the PCI bus beside the host bridge; `None` without a bus.
     pub fn pci_slots(&self) -> Option<Vec<usize>> {
-        self.devices.pci.as_ref().map(|bus| lock(bus).slots())
+        self.devices.pci.as_ref().map(|bus| bus.lock().slots())
     }
 }

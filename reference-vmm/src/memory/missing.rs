@@ -4,11 +4,11 @@
 
 use super::error::words;
 use super::{GuestMemory, RamBlock};
-use crate::lock::lock;
 use linux_raw_sys::general::{
     UFFD_API, UFFD_EVENT_PAGEFAULT, UFFD_FEATURE_THREAD_ID, UFFDIO_REGISTER_MODE_MISSING, uffdio_api, uffdio_copy,
     uffdio_range, uffdio_register, uffdio_zeropage,
 };
+use parking_lot::Mutex;
 use qevm_migration::{GuestError, MissingPages, Touch};
 use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
 use rustix::io::Errno;
@@ -18,7 +18,7 @@ use std::fs::OpenOptions;
 use std::io;
 use std::ops::Range;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 
 /// The kernel's letter for these calls, and their numbers.
 pub(super) const GROUP: u8 = 0xaa;
@@ -93,7 +93,7 @@ impl Userfault {
             let name = block.name();
             format!("userfaultfd cannot serve the memory of RAM block '{name}' ({error}): it must be anonymous, memfd, tmpfs or hugetlbfs")
         })?;
-        lock(&self.blocks).push(number);
+        self.blocks.lock().push(number);
         Ok(())
     }
 
@@ -101,7 +101,7 @@ impl Userfault {
     pub(super) fn place(&self, number: usize, offset: u64, len: u64) -> Result<uffdio_range, GuestError> {
         let block = self.block(number)?;
         let within = offset.checked_add(len).is_some_and(|end| end <= block.max_length());
-        match within && lock(&self.blocks).contains(&number) {
+        match within && self.blocks.lock().contains(&number) {
             true => Ok(uffdio_range { start: block.host_address() as u64 + offset, len }),
             false => Err(format!("{len} bytes at {offset:#x} of RAM block '{}' are not missing", block.name()).into()),
         }
@@ -109,7 +109,7 @@ impl Userfault {
 
     /// The block and offset of an address in this process.
     fn find(&self, address: u64) -> Option<(usize, u64)> {
-        lock(&self.blocks).iter().find_map(|number| {
+        self.blocks.lock().iter().find_map(|number| {
             let block = self.memory.blocks().get(*number)?;
             let offset = address.checked_sub(block.host_address() as u64)?;
             (offset < block.max_length()).then_some((*number, offset))
@@ -199,7 +199,7 @@ impl MissingPages for Userfault {
     }
 
     fn release(&self) -> Result<(), GuestError> {
-        for number in std::mem::take(&mut *lock(&self.blocks)) {
+        for number in std::mem::take(&mut *self.blocks.lock()) {
             let block = self.block(number)?;
             let mut range = uffdio_range { start: block.host_address() as u64, len: block.max_length() };
             call::<UNREGISTER, _>(&self.faults, &mut range)?;

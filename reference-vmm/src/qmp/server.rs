@@ -3,6 +3,7 @@
 use super::protocol::{Failure, Request, Requests, reply};
 use super::{commands, descriptors, queries};
 use crate::vmm::{Event, Exit, Vmm};
+use parking_lot::Mutex;
 use qevm_migration::private;
 use serde_json::{Value, json};
 use std::fs;
@@ -10,7 +11,7 @@ use std::io::{self, Write};
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError, mpsc};
+use std::sync::{Arc, mpsc};
 use std::thread;
 use std::time::Duration;
 
@@ -30,11 +31,11 @@ struct Speaking(Arc<Mutex<Option<mpsc::Sender<()>>>>);
 
 impl Speaking {
     fn begin(&self) -> Option<mpsc::Sender<()>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).clone()
+        self.0.lock().clone()
     }
 
     fn end(&self) {
-        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = None;
+        *self.0.lock() = None;
     }
 }
 
@@ -158,7 +159,7 @@ fn forward_events(events: mpsc::Receiver<Event>, writer: Arc<Mutex<UnixStream>>,
         for event in events {
             if send(&writer, &event.to_json()).is_err() {
                 // Half a message may be out: nothing more can follow.
-                let writer = writer.lock().unwrap_or_else(PoisonError::into_inner);
+                let writer = writer.lock();
                 let _ = writer.shutdown(Shutdown::Both);
                 return;
             }
@@ -169,5 +170,5 @@ fn forward_events(events: mpsc::Receiver<Event>, writer: Arc<Mutex<UnixStream>>,
 fn send(writer: &Mutex<UnixStream>, message: &Value) -> io::Result<()> {
     let mut text = message.to_string();
     text.push_str("\r\n");
-    writer.lock().unwrap_or_else(PoisonError::into_inner).write_all(text.as_bytes())
+    writer.lock().write_all(text.as_bytes())
 }

@@ -3,10 +3,10 @@
 use super::{DeviceState, DmaLog, Driver, Host, HostDevice, Migration, Opened, VfioError};
 use crate::devices::pci::{Function, PciBus};
 use crate::error::{Error, Result};
+use parking_lot::Mutex;
 use qevm_microvm::sections::vfio_idstr;
 use qevm_migration::{GuestError, IterativeDevice, Pending};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Mutex, PoisonError};
 
 /// A device for the PCI bus.
 pub struct VfioSlot {
@@ -253,12 +253,12 @@ impl VfioDevices {
     fn note(&self, result: Result<(), VfioError>) {
         if let Err(error) = result {
             tracing::error!("{error}");
-            self.failure.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(error);
+            self.failure.lock().get_or_insert(error);
         }
     }
 
     fn failed(&self) -> Option<VfioError> {
-        self.failure.lock().unwrap_or_else(PoisonError::into_inner).take()
+        self.failure.lock().take()
     }
 }
 

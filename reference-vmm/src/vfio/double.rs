@@ -1,8 +1,9 @@
 //! A device within the process that does what the kernel's drivers do, and fails where it is told to.
 
 use super::{DataFile, DeviceState, Driver, PrecopyInfo, Support};
+use parking_lot::{Mutex, MutexGuard};
 use rustix::io::Errno;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 
 /// What a [`Double`] has to send, and how it does so.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -181,12 +182,8 @@ impl Double {
     }
 
     fn lock(&self) -> MutexGuard<'_, Inner> {
-        lock(&self.0)
+        self.0.lock()
     }
-}
-
-fn lock(inner: &Mutex<Inner>) -> MutexGuard<'_, Inner> {
-    inner.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Inner {
@@ -328,7 +325,7 @@ struct Data {
 
 impl Data {
     fn device(&self) -> Result<MutexGuard<'_, Inner>, Errno> {
-        Some(lock(&self.device)).filter(|inner| inner.session == self.session).ok_or(Errno::NODEV)
+        Some(self.device.lock()).filter(|inner| inner.session == self.session).ok_or(Errno::NODEV)
     }
 }
 

@@ -1,7 +1,8 @@
 use super::*;
 use DeviceState::{Error, PreCopy, PreCopyP2p, Resuming, Running, RunningP2p, Stop, StopCopy};
+use parking_lot::Mutex;
 use rustix::io::Errno;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 
 const ALL: Support = Support { p2p: true, precopy: true };
 const SHAPE: Shape = Shape {
@@ -358,19 +359,19 @@ fn whoever_watches_is_told_of_each_state() {
     let (double, device) = device(SHAPE);
     let seen = Arc::new(Mutex::new(Vec::new()));
     let sees = seen.clone();
-    device.watch(Box::new(move |state| sees.lock().unwrap().push(state.as_str())));
+    device.watch(Box::new(move |state| sees.lock().push(state.as_str())));
     double.fail(Fault::ArcIntoError(PreCopyP2p, StopCopy), Errno::IO, 1);
     send(&device).unwrap_err();
     advance(&device).unwrap();
-    assert_eq!(*seen.lock().unwrap(), ["pre-copy", "pre-copy-p2p", "error", "running"]);
+    assert_eq!(*seen.lock(), ["pre-copy", "pre-copy-p2p", "error", "running"]);
     // At a destination, as seen of QEMU 11.1.
     let (_, from) = self::device(SHAPE);
     let state = send(&from).unwrap();
-    seen.lock().unwrap().clear();
+    seen.lock().clear();
     device.receive().unwrap();
     state.chunks(CHUNK).for_each(|piece| device.load(piece).unwrap());
     device.loaded().unwrap();
     device.resume().unwrap();
     device.run().unwrap();
-    assert_eq!(*seen.lock().unwrap(), ["resuming", "running-p2p", "running"]);
+    assert_eq!(*seen.lock(), ["resuming", "running-p2p", "running"]);
 }

@@ -1,9 +1,10 @@
 //! The network learns where the guest is now.
 
 use super::Vmm;
+use parking_lot::Mutex;
 use qevm_migration::Announcement;
 use std::collections::BTreeMap;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::thread;
 
 /// Who is at it, by the name that the operator has given; a new one of the same name takes the place of the old one.
@@ -14,7 +15,7 @@ impl Vmm {
     pub fn announce(self: &Arc<Self>, announcement: Announcement, name: &str) {
         let token = Arc::new(());
         let (wanted, weak) = (Arc::downgrade(&token), Arc::downgrade(self));
-        self.announcers.lock().unwrap_or_else(PoisonError::into_inner).insert(name.into(), token);
+        self.announcers.lock().insert(name.into(), token);
         let announcing = move || {
             for delay in announcement.delays() {
                 thread::sleep(delay);

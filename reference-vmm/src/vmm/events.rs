@@ -1,8 +1,9 @@
 //! QMP events: how they are made, who subscribes to them, and who records them.
 
+use parking_lot::Mutex;
 use qevm_migration::{Job, Notice};
 use serde_json::{Value, json};
-use std::sync::{Mutex, PoisonError, mpsc};
+use std::sync::mpsc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 /// An event for QMP clients.
@@ -57,28 +58,28 @@ pub(super) struct Audience {
 impl Audience {
     pub(super) fn subscribe(&self) -> mpsc::Receiver<Event> {
         let (sender, receiver) = mpsc::channel();
-        *self.subscriber.lock().unwrap_or_else(PoisonError::into_inner) = Some(sender);
+        *self.subscriber.lock() = Some(sender);
         receiver
     }
 
     pub(super) fn unsubscribe(&self) {
-        *self.subscriber.lock().unwrap_or_else(PoisonError::into_inner) = None;
+        *self.subscriber.lock() = None;
     }
 
     pub(super) fn set_recorder(&self, recorder: Recorder) {
-        *self.recorder.lock().unwrap_or_else(PoisonError::into_inner) = Some(recorder);
+        *self.recorder.lock() = Some(recorder);
     }
 
     /// Tells the subscriber.
     pub(super) fn tell(&self, event: Event) {
-        let mut subscriber = self.subscriber.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut subscriber = self.subscriber.lock();
         if subscriber.as_ref().is_some_and(|sender| sender.send(event).is_err()) {
             *subscriber = None;
         }
     }
 
     pub(super) fn record(&self, event: &Event, migration: Option<&Job>) {
-        if let Some(recorder) = &*self.recorder.lock().unwrap_or_else(PoisonError::into_inner) {
+        if let Some(recorder) = &*self.recorder.lock() {
             recorder(event, migration);
         }
     }

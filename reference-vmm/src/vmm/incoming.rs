@@ -1,11 +1,12 @@
 //! The guest that comes.
 
 use super::{Event, Exit, RunState, Vmm, Watch};
+use parking_lot::MutexGuard;
 use qevm_migration::{
     Address, Announcement, Arrival, BlockTimes, Endpoint, Incoming, Listener, MigrationError, Recovery, Refused, Rest,
     RestoreProgress, check_transport, receive,
 };
-use std::sync::{Arc, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::thread;
 
 /// Where an incoming migration comes from.
@@ -120,11 +121,11 @@ impl Vmm {
             Rest::AtSource(rest) => {
                 *self.lock_recovery() = Some(rest.recovery());
                 let block_times = Box::new(rest.watch_block_times());
-                *self.block_times.lock().unwrap_or_else(PoisonError::into_inner) = Some(block_times);
+                *self.block_times.lock() = Some(block_times);
                 Box::new(rest.watch())
             }
         };
-        *self.rest.lock().unwrap_or_else(PoisonError::into_inner) = Some(watch);
+        *self.rest.lock() = Some(watch);
     }
 
     /// Gives up the connection over which guest memory comes (`migrate-pause`).
@@ -150,17 +151,17 @@ impl Vmm {
     }
 
     fn lock_recovery(&self) -> MutexGuard<'_, Option<Recovery>> {
-        self.recovery.lock().unwrap_or_else(PoisonError::into_inner)
+        self.recovery.lock()
     }
 
     /// How far the loading of guest memory is, if it goes on while the guest runs.
     pub fn restore_progress(&self) -> Option<RestoreProgress> {
-        self.rest.lock().unwrap_or_else(PoisonError::into_inner).as_ref().map(|progress| progress())
+        self.rest.lock().as_ref().map(|progress| progress())
     }
 
     /// How long the guest has waited for its memory, with capability `postcopy-blocktime`, if it came before it.
     pub fn block_times(&self) -> Option<BlockTimes> {
-        self.block_times.lock().unwrap_or_else(PoisonError::into_inner).as_ref()?()
+        self.block_times.lock().as_ref()?()
     }
 
     /// Whether memory of a guest that runs already is loaded before it is touched, too. It is, unless this says

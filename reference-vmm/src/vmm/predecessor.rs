@@ -4,19 +4,18 @@ use super::Vmm;
 use super::origin::Origin;
 use qevm_migration::cpr::Predecessor;
 use qevm_migration::{Mode, Parameters};
-use std::sync::{Mutex, PoisonError};
 
 impl Vmm {
     /// The machine's memory is that of this process's guest. It is kept waiting until the machine
     /// [listens](Self::listen); what comes then has no memory of its own.
     pub fn come_after(&self, predecessor: Predecessor) {
-        *lock(&self.origin) = Origin::Waiting(predecessor);
+        *self.origin.lock() = Origin::Waiting(predecessor);
     }
 
     /// The parameters of an incoming migration. Nobody but the source may write to memory that is the source's.
     pub(super) fn settings_of_arrival(&self) -> Parameters {
         let mut parameters = self.outgoing.parameters();
-        parameters.mode = match *lock(&self.origin) {
+        parameters.mode = match *self.origin.lock() {
             // What `mode` says counts for a source.
             Origin::Nobody => Mode::Normal,
             Origin::Waiting(_) | Origin::HasGoneOn => Mode::CprTransfer,
@@ -26,14 +25,10 @@ impl Vmm {
 
     /// Somebody listens where it sends the guest to.
     pub(super) fn let_predecessor_go_on(&self) {
-        let mut origin = lock(&self.origin);
+        let mut origin = self.origin.lock();
         match std::mem::replace(&mut *origin, Origin::HasGoneOn) {
             Origin::Waiting(predecessor) => drop(predecessor),
             before => *origin = before,
         }
     }
-}
-
-fn lock(origin: &Mutex<Origin>) -> std::sync::MutexGuard<'_, Origin> {
-    origin.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -1,9 +1,10 @@
 //! A machine that runs the payload guest, and what it prints.
 
+use parking_lot::{Condvar, Mutex};
 use reference_vmm::machine::{Machine, MachineConfig};
 use reference_vmm::payload::{FW_CFG_NAME, Progress};
 use std::io::{self, Write};
-use std::sync::{Arc, Condvar, Mutex};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 /// Ends a test that hangs. Tests judge progress and never the speed of a machine, so this is far above what anything
@@ -118,30 +119,30 @@ pub(crate) struct Console(Arc<(Mutex<Vec<u8>>, Condvar)>);
 impl Console {
     /// What was printed, as far as a reader of a failed test wants to see it.
     pub(crate) fn text(&self) -> String {
-        shortened(&self.0.0.lock().unwrap())
+        shortened(&self.0.0.lock())
     }
 
     /// Everything that was printed.
     pub(crate) fn raw(&self) -> Vec<u8> {
-        self.0.0.lock().unwrap().clone()
+        self.0.0.lock().clone()
     }
 
     /// The complete lines.
     pub(crate) fn lines(&self) -> Vec<String> {
-        complete(&self.0.0.lock().unwrap())
+        complete(&self.0.0.lock())
     }
 
     /// Waits until `find` finds something in the complete lines.
     pub(crate) fn wait_for<T>(&self, what: &str, find: impl Fn(&[String]) -> Option<T>) -> T {
         let deadline = Instant::now() + PATIENCE;
-        let mut bytes = self.0.0.lock().unwrap();
+        let mut bytes = self.0.0.lock();
         loop {
             if let Some(found) = find(&complete(&bytes)) {
                 return found;
             }
             let left = deadline.saturating_duration_since(Instant::now());
             assert!(!left.is_zero(), "no {what} within {PATIENCE:?}: {}", shortened(&bytes));
-            bytes = self.0.1.wait_timeout(bytes, left).unwrap().0;
+            self.0.1.wait_for(&mut bytes, left);
         }
     }
 
@@ -166,7 +167,7 @@ fn complete(bytes: &[u8]) -> Vec<String> {
 
 impl Write for Console {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        self.0.0.lock().unwrap().extend(bytes);
+        self.0.0.lock().extend(bytes);
         if bytes.contains(&b'\n') {
             self.0.1.notify_all();
         }

@@ -5,6 +5,7 @@ use crate::incoming::wait_for_status;
 use crate::lazy::{capabilities, runs};
 use crate::lifecycle::Monitor;
 use crate::qmp::{finished, refused};
+use parking_lot::Mutex;
 use qevm::serve::{Limits, Server};
 use qevm::socket::{Address, Listener};
 use qevm_inspect::bounds::Spool;
@@ -17,8 +18,8 @@ use std::io;
 use std::net::Shutdown;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::Duration;
 
@@ -153,7 +154,7 @@ impl Relay {
                     // It ends when it is cut.
                     thread::spawn(move || io::copy(&mut from, &mut to));
                 }
-                kept.lock().unwrap().extend([client, server]);
+                kept.lock().extend([client, server]);
             }
         });
         Relay(streams)
@@ -161,7 +162,7 @@ impl Relay {
 
     fn cut(&self) {
         // Those that are closed already need not be.
-        self.0.lock().unwrap().iter().for_each(|stream| drop(stream.shutdown(Shutdown::Both)));
+        self.0.lock().iter().for_each(|stream| drop(stream.shutdown(Shutdown::Both)));
     }
 }
 

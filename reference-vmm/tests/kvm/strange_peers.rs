@@ -4,14 +4,15 @@ use crate::Test;
 use crate::guest::{Console, PATIENCE};
 use crate::qmp::{finished, refused, serve};
 use nix::sys::socket::{Backlog, listen, setsockopt, sockopt};
+use parking_lot::Mutex;
 use reference_vmm::qmp::{Client, Server};
 use reference_vmm::vmm::Vmm;
 use serde_json::{Value, json};
 use std::io::{self, PipeReader, Read, Write};
 use std::net::TcpListener;
 use std::os::unix::net::{UnixListener, UnixStream};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -78,7 +79,7 @@ impl Peer {
                     Err(error) if error.kind() == io::ErrorKind::WouldBlock => continue,
                     Err(_) => break,
                 };
-                let mut seen = noted.lock().unwrap();
+                let mut seen = noted.lock();
                 seen.bytes.extend_from_slice(&chunk[..count]);
                 let new = seen.new_pings();
                 let before = seen.pings.len();
@@ -94,7 +95,7 @@ impl Peer {
                 setsockopt(&stream, sockopt::Linger, &nix::libc::linger { l_onoff: 1, l_linger: 0 }).unwrap();
             }
             drop(stream);
-            noted.lock().unwrap().ended = true;
+            noted.lock().ended = true;
         });
         Peer { uri, seen, reset }
     }
@@ -107,7 +108,7 @@ impl Peer {
 
     fn wait(&self, what: &str, mut reached: impl FnMut(&Seen) -> bool) {
         let deadline = Instant::now() + PATIENCE;
-        while !reached(&self.seen.lock().unwrap()) {
+        while !reached(&self.seen.lock()) {
             assert!(Instant::now() < deadline, "{what}");
             thread::sleep(Duration::from_millis(2));
         }
@@ -115,7 +116,7 @@ impl Peer {
 
     /// Whether the last byte of the stream proper came, after the last device and the last PING.
     fn has_the_end(&self) -> bool {
-        let seen = self.seen.lock().unwrap();
+        let seen = self.seen.lock();
         let last = command(PINGS[2]);
         let at = seen.bytes.windows(last.len()).position(|window| *window == last);
         at.is_some_and(|at| seen.bytes.len() > at + last.len())

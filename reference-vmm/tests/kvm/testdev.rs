@@ -1,6 +1,7 @@
 //! The test device of the lab (conformance/lab/testdev) within the process: what a guest sees of it, and a driver that
 //! migrates it.
 
+use parking_lot::{Mutex, MutexGuard};
 use qevm_microvm::state::PciFunctionState;
 use reference_vmm::devices::pci::{
     BarKind, BarPages, Changes, ConfigSpace, Function, MsixTable, PciError, PciMessage, command,
@@ -13,7 +14,7 @@ use std::collections::BTreeMap;
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, Weak};
+use std::sync::{Arc, OnceLock, Weak};
 use vmm_sys_util::eventfd::EventFd;
 
 const BAR: u64 = 4096;
@@ -85,7 +86,7 @@ impl Wires {
 
     fn send(&self, message: PciMessage) {
         let Some(vmm) = self.vmm() else { return };
-        let mut events = self.events.lock().unwrap();
+        let mut events = self.events.lock();
         let event = events.entry((message.address, message.data)).or_insert_with(|| {
             let event = EventFd::new(0).unwrap();
             vmm.machine().add_message(&event, message).unwrap();
@@ -131,7 +132,7 @@ impl Testdev {
     }
 
     fn registers(&self) -> MutexGuard<'_, Registers> {
-        self.registers.lock().unwrap()
+        self.registers.lock()
     }
 
     fn save(&self) -> Vec<u8> {
@@ -369,9 +370,9 @@ impl Driver for Testdev {
 
     fn set_state(&self, state: u32) -> Result<Option<Box<dyn DataFile>>, Errno> {
         let to = DeviceState::from_raw(state).ok_or(Errno::INVAL)?;
-        let mut now = self.state.lock().unwrap();
+        let mut now = self.state.lock();
         if *now == DeviceState::Resuming && to != DeviceState::Resuming {
-            let came = std::mem::take(&mut *self.inbox.lock().unwrap());
+            let came = std::mem::take(&mut *self.inbox.lock());
             self.load(&came)?;
         }
         *now = to;
@@ -383,7 +384,7 @@ impl Driver for Testdev {
     }
 
     fn state(&self) -> Result<u32, Errno> {
-        Ok(self.state.lock().unwrap().raw())
+        Ok(self.state.lock().raw())
     }
 
     fn data_size(&self) -> Result<u64, Errno> {
@@ -398,7 +399,7 @@ impl Driver for Testdev {
         let mut registers = self.registers();
         *registers = Registers { loss: registers.loss, ..Registers::default() };
         self.memory.write_all_at(&[0; BAR as usize], 0).map_err(|_| Errno::IO)?;
-        *self.state.lock().unwrap() = DeviceState::Running;
+        *self.state.lock() = DeviceState::Running;
         Ok(())
     }
 }
@@ -427,7 +428,7 @@ impl DataFile for Incoming {
     }
 
     fn write(&mut self, from: &[u8]) -> Result<usize, Errno> {
-        self.0.lock().unwrap().extend(from);
+        self.0.lock().extend(from);
         Ok(from.len())
     }
 

@@ -3,6 +3,7 @@
 use crate::Test;
 use crate::guest::Guest;
 use crate::vfio::{Switches, capabilities, migrate_between};
+use parking_lot::Mutex;
 use qevm_migration::{Address, Guest as _};
 use qevm_wire::{Profile, QemuVersion};
 use reference_vmm::Error;
@@ -16,7 +17,7 @@ use reference_vmm::vmm::{RunState, Vmm};
 use rustix::io::Errno;
 use std::os::unix::fs::symlink;
 use std::path::Path;
-use std::sync::{Arc, Mutex, OnceLock, Weak};
+use std::sync::{Arc, OnceLock, Weak};
 use vm_memory::Bytes as _;
 
 pub(crate) const TESTS: &[Test] = &[
@@ -105,13 +106,13 @@ impl DmaLog for Shared {
 
     fn report(&self, found: &mut dyn FnMut(u64, &[u64])) -> Result<(), VfioError> {
         let log = &*self.0;
-        if let Some(errno) = log.fails.lock().unwrap().take() {
+        if let Some(errno) = log.fails.lock().take() {
             let failure = Failure::Log { call: "VFIO_DEVICE_FEATURE_DMA_LOGGING_REPORT", errno };
             return Err(VfioError { device: "vf0".into(), failure });
         }
         let vmm = log.vmm.get().and_then(Weak::upgrade).expect("the machine is gone");
         let number = {
-            let mut reports = log.reports.lock().unwrap();
+            let mut reports = log.reports.lock();
             reports.push(*log.device.way().last().unwrap());
             reports.len()
         };
@@ -195,7 +196,7 @@ fn stale(from: &Vmm, to: &Vmm) -> usize {
 
 fn have_arrived(from: &Vmm, to: &Vmm, log: &Log) {
     crate::vfio::wait("the guest is not started", || to.run_state() == RunState::Running);
-    let reports = log.reports.lock().unwrap().clone();
+    let reports = log.reports.lock().clone();
     assert!(reports.len() > 1 && reports[0].is_running(), "{reports:?}");
     // The last one when the device has stopped for good, not when the vCPUs have.
     assert_eq!(reports.last(), Some(&DeviceState::StopCopy), "{reports:?}");
@@ -239,7 +240,7 @@ fn writes_arrive() {
 
 fn log_fails() {
     let (from, to, log) = pair(Tracking::Devices, true, 0);
-    *log.fails.lock().unwrap() = Some(Errno::IO);
+    *log.fails.lock() = Some(Errno::IO);
     let error = migrate(&from, &to).expect("it has not failed");
     for part in ["the log of the pages that devices write to", "VFIO device 'vf0'", "DMA_LOGGING_REPORT", "os error 5"]
     {

@@ -1,7 +1,8 @@
 use super::*;
 use crate::memory::SharedPages;
+use parking_lot::Mutex;
 use proptest::prelude::*;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 
 /// The section `gpex_root` of QEMU 10.0.13 and 11.1.3 for `-M microvm,pcie=on`, as far as it is not zero.
 const QEMU_BRIDGE: [(usize, &[u8]); 2] =
@@ -25,13 +26,13 @@ impl Function for Registers {
         &self.pages
     }
     fn changed(&mut self, changes: Changes) {
-        self.log.lock().unwrap().push(format!("{changes:?}"));
+        self.log.lock().push(format!("{changes:?}"));
     }
     fn bar_read(&mut self, bar: usize, offset: u64, data: &mut [u8]) {
         data.fill(bar as u8 ^ offset as u8);
     }
     fn bar_write(&mut self, bar: usize, offset: u64, data: &[u8]) {
-        self.log.lock().unwrap().push(format!("{bar}+{offset:#x}={data:?}"));
+        self.log.lock().push(format!("{bar}+{offset:#x}={data:?}"));
     }
 }
 
@@ -50,7 +51,7 @@ fn bus() -> (PciBus, Levels) {
     let levels = Levels::default();
     let lines = std::array::from_fn(|line| {
         let levels = levels.clone();
-        Box::new(move |level| levels.lock().unwrap()[line] = level) as Line
+        Box::new(move |level| levels.lock()[line] = level) as Line
     });
     (PciBus::new(40, lines), levels)
 }
@@ -147,10 +148,10 @@ fn bars_move_and_are_reached_where_the_guest_has_put_them() {
     assert_eq!(read(&mut bus, 0xc2_0000_0000), u32::MAX);
     set(&mut bus, 0x10, 0xd000_0000);
     assert_eq!((read(&mut bus, 0xc000_2004), read(&mut bus, 0xd000_0004)), (u32::MAX, 0x0404_0404));
-    log.lock().unwrap().clear();
+    log.lock().clear();
     bus.write(0xd000_0008, &[1, 2]);
     set(&mut bus, 0x10, 0xd000_0000);
-    assert_eq!(*log.lock().unwrap(), ["0+0x8=[1, 2]"], "a write that changes nothing is told to nobody");
+    assert_eq!(*log.lock(), ["0+0x8=[1, 2]"], "a write that changes nothing is told to nobody");
     // Outside of the windows nothing is decoded.
     set(&mut bus, 0x10, 0xf000_0000);
     assert!(!bus.read(0xf000_0004, &mut [0; 4]));
@@ -162,7 +163,7 @@ fn levels_reach_the_lines_that_slot_and_pin_make() {
     for pin in [1, 4, 1, 0] {
         add(&mut bus, None, None, space(pin), &Arc::default()).unwrap();
     }
-    let now = || *levels.lock().unwrap();
+    let now = || *levels.lock();
     bus.set_intx(1, true); // INTA of device 1: (1 + 0) mod 4
     assert_eq!(now(), [false, true, false, false]);
     bus.set_intx(2, true); // INTD of device 2: (2 + 3) mod 4
@@ -201,7 +202,7 @@ fn a_device_is_at_its_address_or_at_the_lowest_that_is_free() {
     assert_eq!(state.functions.iter().map(|function| function.slot).collect::<Vec<_>>(), [5, 1, 2, 3]);
     assert_eq!((read(&mut bus, config_of(5)), read(&mut bus, config_of(4))), (0x11e8_1234, u32::MAX));
     bus.set_intx(5, true); // INTA of device 5: (5 + 0) mod 4
-    assert_eq!(*levels.lock().unwrap(), [false, true, false, false]);
+    assert_eq!(*levels.lock(), [false, true, false, false]);
     for _ in 5..MOST_DEVICES {
         self::add(&mut bus, None, None, space(1), &log).unwrap();
     }
@@ -222,13 +223,13 @@ impl Window for Slots {
         if gpa == self.refused {
             return Err(crate::Error::Config("another slot is there".to_owned()));
         }
-        let mut shown = self.shown.lock().unwrap();
+        let mut shown = self.shown.lock();
         assert!(!shown.contains(&Some(gpa)), "{gpa:#x} is shown twice");
         shown.push(Some(gpa));
         Ok(shown.len() as u32 - 1)
     }
     fn hide(&mut self, number: u32) {
-        assert!(self.shown.lock().unwrap()[number as usize].take().is_some(), "{number} is not shown");
+        assert!(self.shown.lock()[number as usize].take().is_some(), "{number} is not shown");
     }
 }
 
@@ -253,7 +254,7 @@ fn pages_of_bars_are_shown_where_the_guest_has_put_them() {
     bus.add(None, None, device(vec![pages(0, 0x1000)])).unwrap();
     let set = |bus: &mut PciBus, number: u64, at: u64, value: u32| {
         bus.write(config_of(number) + at, &value.to_le_bytes());
-        let mut now: Vec<u64> = shown.lock().unwrap().iter().flatten().copied().collect();
+        let mut now: Vec<u64> = shown.lock().iter().flatten().copied().collect();
         now.sort_unstable();
         now
     };
@@ -285,10 +286,10 @@ fn a_state_is_taken_or_refused_whole() {
     source.write(config_of(0) + 0x40, &0x1234_5678_u32.to_le_bytes());
     let state = PciState { config_reg: 0x8000_0000, ..source.save() };
     let (mut bus, levels) = bus();
-    *levels.lock().unwrap() = [true; LINES];
+    *levels.lock() = [true; LINES];
     bus.load(&state).unwrap();
     assert_eq!(bus.save(), state);
-    assert_eq!(*levels.lock().unwrap(), [false; LINES], "every line is driven anew");
+    assert_eq!(*levels.lock(), [false; LINES], "every line is driven anew");
     let refused = |change: &dyn Fn(&mut PciState)| {
         let mut state = state.clone();
         change(&mut state);

@@ -5,11 +5,11 @@ pub(crate) mod pit;
 
 use super::ioapic::Ioapic;
 use super::ticker::Ticker;
-use crate::lock::lock;
+use parking_lot::Mutex;
 use pic::Pics;
 use pit::Pit;
 use qevm_microvm::state::{IoapicState, PicState, PitState};
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 
 /// Interrupt of the PIT.
 const PIT_IRQ: u32 = 0;
@@ -30,9 +30,9 @@ impl Lines {
 
     /// A device raises or lowers interrupt 0 to 15.
     pub(crate) fn set(&self, irq: u32, level: bool) {
-        lock(&self.pics).set_line(irq as u8, level);
+        self.pics.lock().set_line(irq as u8, level);
         let pin = if irq == PIT_IRQ { PIT_PIN } else { irq as usize };
-        lock(&self.ioapic).set_line(pin, level);
+        self.ioapic.lock().set_line(pin, level);
     }
 }
 
@@ -45,7 +45,7 @@ pub(crate) struct SplitChips {
 impl SplitChips {
     /// Leaves the chips as firmware would, for a kernel that is entered without one.
     pub(crate) fn set_up(&self) {
-        lock(&self.lines.pics).set_up();
+        self.lines.pics.lock().set_up();
     }
 
     /// A read of a port; false if it is none of theirs.
@@ -53,7 +53,7 @@ impl SplitChips {
         let Some(byte) = data.first_mut() else { return false };
         let value = match port {
             0x40..=0x43 => self.pit.with(|pit, now| pit.read(port, now as i64)),
-            _ => lock(&self.lines.pics).read(port),
+            _ => self.lines.pics.lock().read(port),
         };
         value.is_some_and(|value| {
             *byte = value;
@@ -66,36 +66,36 @@ impl SplitChips {
         let Some(value) = data.first().copied() else { return false };
         match port {
             0x40..=0x43 => self.pit.with(|pit, now| pit.write(port, value, now as i64)),
-            _ => lock(&self.lines.pics).write(port, value),
+            _ => self.lines.pics.lock().write(port, value),
         }
     }
 
     /// A read of an address; false if it is not the first IOAPIC's.
     pub(crate) fn mmio_read(&self, gpa: u64, data: &mut [u8]) -> bool {
         let offset = Ioapic::first_offset(gpa);
-        offset.into_iter().for_each(|offset| lock(&self.lines.ioapic).read(offset, data));
+        offset.into_iter().for_each(|offset| self.lines.ioapic.lock().read(offset, data));
         offset.is_some()
     }
 
     /// A write to an address; false if it is not the first IOAPIC's.
     pub(crate) fn mmio_write(&self, gpa: u64, data: &[u8]) -> bool {
         let offset = Ioapic::first_offset(gpa);
-        offset.into_iter().for_each(|offset| lock(&self.lines.ioapic).write(offset, data));
+        offset.into_iter().for_each(|offset| self.lines.ioapic.lock().write(offset, data));
         offset.is_some()
     }
 
     /// A local APIC has ended a level-triggered interrupt.
     pub(crate) fn end_of_interrupt(&self, vector: u8) {
-        lock(&self.lines.ioapic).end_of_interrupt(vector);
+        self.lines.ioapic.lock().end_of_interrupt(vector);
     }
 
     /// The first vCPU takes the 8259s' interrupt: its vector.
     pub(crate) fn acknowledge(&self) -> u8 {
-        lock(&self.lines.pics).acknowledge()
+        self.lines.pics.lock().acknowledge()
     }
 
     pub(crate) fn save_irqchip(&self) -> ([PicState; 2], IoapicState) {
-        (lock(&self.lines.pics).save(), lock(&self.lines.ioapic).save())
+        (self.lines.pics.lock().save(), self.lines.ioapic.lock().save())
     }
 
     pub(crate) fn save_pit(&self) -> PitState {
@@ -106,7 +106,7 @@ impl SplitChips {
         // The PIT first: what it puts out is no news to controllers that come with it, and none to controllers after a
         // reset.
         self.pit.with(|device, now| device.load(pit, now as i64));
-        lock(&self.lines.pics).load(pics);
-        lock(&self.lines.ioapic).load(ioapic);
+        self.lines.pics.lock().load(pics);
+        self.lines.ioapic.lock().load(ioapic);
     }
 }

@@ -23,7 +23,8 @@ mod serial;
 mod transport;
 mod wake;
 
-use std::sync::{Arc, Mutex};
+use parking_lot::Mutex;
+use std::sync::Arc;
 use std::time::Instant;
 
 pub use block::{Block, BlockOptions};
@@ -35,7 +36,6 @@ pub use serial::Serial as VirtioSerial;
 pub(crate) use transport::{Transport, drain, settle};
 
 use crate::error::Result;
-use crate::lock::lock;
 use qevm_microvm::virtio::{BASE, STRIDE, TRANSPORTS, VirtioDevice};
 
 /// A device on a transport.
@@ -98,7 +98,7 @@ pub(crate) struct Transports(pub(crate) Vec<Option<Arc<Mutex<Transport>>>>);
 impl Transports {
     /// Does something with each device that has a model, up to the first error.
     pub(crate) fn each(&self, mut what: impl FnMut(&mut Transport) -> Result<()>) -> Result<()> {
-        self.0.iter().flatten().try_for_each(|device| what(&mut lock(device)))
+        self.0.iter().flatten().try_for_each(|device| what(&mut device.lock()))
     }
 
     /// The machine has stopped: no device does anything that the guest could see from now on. What they have begun they
@@ -126,7 +126,7 @@ impl Transports {
     /// A read; false if no transport is there.
     pub(crate) fn read(&self, gpa: u64, data: &mut [u8]) -> bool {
         match self.find(gpa) {
-            Some((Some(device), offset)) => lock(device).read(offset, data),
+            Some((Some(device), offset)) => device.lock().read(offset, data),
             Some((None, offset)) => transport::read_empty(offset, data),
             None => return false,
         }
@@ -136,7 +136,7 @@ impl Transports {
     /// A write; false if no transport is there.
     pub(crate) fn write(&self, gpa: u64, data: &[u8]) -> bool {
         match self.find(gpa) {
-            Some((Some(device), offset)) => lock(device).write(offset, data),
+            Some((Some(device), offset)) => device.lock().write(offset, data),
             Some((None, _)) => {}
             None => return false,
         }

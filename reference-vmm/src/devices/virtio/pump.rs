@@ -6,10 +6,10 @@
 use super::transport::Transport;
 use super::wake::Wake;
 use crate::error::{Error, Result};
-use crate::lock::lock;
+use parking_lot::Mutex;
 use std::io;
 use std::os::fd::RawFd;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use std::thread::{self, JoinHandle};
 
 /// Starts the thread of a device. It ends with [`Transport::end`]. `may_run` says whether the machine runs, and is not
@@ -20,28 +20,28 @@ pub(crate) fn start(
 ) -> Result<JoinHandle<()>> {
     let failed = |cause| Error::Host { what: "start the thread of a virtio device", cause };
     let wake = Wake::new().map_err(failed)?;
-    lock(transport).set_wake(wake.clone());
+    transport.lock().set_wake(wake.clone());
     let transport = Arc::clone(transport);
     thread::Builder::new().name("virtio".into()).spawn(move || pump(&transport, &wake, may_run)).map_err(failed)
 }
 
 fn pump(transport: &Mutex<Transport>, wake: &Wake, may_run: impl Fn() -> bool) {
     loop {
-        let mut device = lock(transport);
+        let mut device = transport.lock();
         let Some(interest) = device.interest() else { return };
         let left = device.has_left() && may_run();
         let task = device.next_task();
         drop(device);
         let ready = wait(&interest, wake, !left && task.is_none());
         if !ready.is_empty() {
-            lock(transport).pump(&ready);
+            transport.lock().pump(&ready);
         }
         if left && may_run() {
-            lock(transport).process_left();
+            transport.lock().process_left();
         }
         if let Some(task) = task {
             let result = task.run();
-            lock(transport).finish_task(result);
+            transport.lock().finish_task(result);
         }
     }
 }

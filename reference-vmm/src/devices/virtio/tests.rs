@@ -35,8 +35,7 @@ impl Harness {
         let memory = Arc::new(GuestMemory::microvm(RAM, &[0; 64 << 10]).unwrap());
         let line: Arc<Mutex<Vec<bool>>> = Arc::default();
         let seen = Arc::clone(&line);
-        let mut transport =
-            Transport::new(model, Arc::clone(&memory), Box::new(move |level| seen.lock().unwrap().push(level)));
+        let mut transport = Transport::new(model, Arc::clone(&memory), Box::new(move |level| seen.lock().push(level)));
         transport.resume().unwrap();
         Harness { memory, transport, line }
     }
@@ -170,9 +169,9 @@ fn a_disk_is_read_and_written() {
         let mut data = [0; 4];
         harness.memory.read(BUFFERS + 0x1000 + 516, &mut data).unwrap();
         assert_eq!(u32::from_le_bytes(data), 4 * 128 + 1);
-        assert!(*harness.line.lock().unwrap().last().unwrap());
+        assert!(*harness.line.lock().last().unwrap());
         harness.write(0x64, 1);
-        assert_eq!((harness.read(0x60), *harness.line.lock().unwrap().last().unwrap()), (0, false));
+        assert_eq!((harness.read(0x60), *harness.line.lock().last().unwrap()), (0, false));
 
         harness.memory.write(BUFFERS + 0x1000, &[7; 512]).unwrap();
         assert_eq!(harness.request(1, 2047, Some((BUFFERS + 0x1000, 512))), 0);
@@ -382,7 +381,7 @@ fn a_machine_that_stops_does_not_wait_for_a_disk_that_hangs() {
     let theirs = Arc::clone(&shared);
     let thread = std::thread::spawn(move || {
         hanging.recv().unwrap_or_default();
-        lock(&theirs).finish_task(result);
+        theirs.lock().finish_task(result);
     });
     let soon = || std::time::Instant::now() + std::time::Duration::from_millis(10);
     super::transport::drain(&shared, soon());
@@ -390,7 +389,7 @@ fn a_machine_that_stops_does_not_wait_for_a_disk_that_hangs() {
     drop(go_on);
     thread.join().unwrap();
     assert!(super::transport::settle(&shared, soon()));
-    let transport = Arc::into_inner(shared).unwrap().into_inner().unwrap();
+    let transport = Arc::into_inner(shared).unwrap().into_inner();
     let mut harness = Harness { transport, memory, line };
     assert_eq!(seen(&harness), (0, 0, 0xff), "a stopped guest sees nothing of it");
     let VirtioDeviceState::Block(requests) = harness.transport.save().device else { panic!("it is a disk") };

@@ -4,8 +4,9 @@
 mod state;
 mod tasks;
 
+use parking_lot::Condvar;
 use std::os::fd::RawFd;
-use std::sync::{Arc, Condvar};
+use std::sync::Arc;
 
 pub(crate) use tasks::{drain, settle};
 

@@ -3,8 +3,8 @@
 use super::bucket::{Bucket, Verdict};
 use super::pauses::Pauses;
 use crate::dirty_log::DirtyLog;
-use crate::lock::lock;
-use std::sync::{Arc, Condvar, Mutex};
+use parking_lot::{Condvar, Mutex};
+use std::sync::Arc;
 use std::time::Duration;
 
 /// The limits, as the vCPUs' threads and the one that keeps them have them in common.
@@ -35,7 +35,7 @@ impl Limits {
     }
 
     pub(super) fn set(&self, vcpu: Option<usize>, limit: Option<u64>) {
-        let mut state = lock(&self.state);
+        let mut state = self.state.lock();
         let period = state.period;
         for (index, bucket) in state.buckets.iter_mut().enumerate().filter(|(i, _)| vcpu.is_none_or(|only| only == *i))
         {
@@ -54,7 +54,7 @@ impl Limits {
     /// Called by the thread of a vCPU whose ring was full, or whose pause is over, so that it need not wait until the
     /// other thread comes to look.
     pub(crate) fn look(&self, vcpu: usize) {
-        self.look_at(vcpu, lock(&self.state).buckets[vcpu].as_mut());
+        self.look_at(vcpu, self.state.lock().buckets[vcpu].as_mut());
     }
 
     pub(super) fn look_at(&self, vcpu: usize, bucket: Option<&mut Bucket>) -> Option<Verdict> {

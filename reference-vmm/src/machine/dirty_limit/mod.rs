@@ -11,14 +11,14 @@ mod pauses;
 #[cfg(test)]
 mod simulation;
 
-use std::sync::{Arc, Mutex};
+use parking_lot::Mutex;
+use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::Duration;
 
 use super::vcpu::Vcpu;
 use crate::dirty_log::DirtyLog;
 use crate::error::{Error, Result};
-use crate::lock::lock;
 use crate::memory::PAGE_SIZE;
 use bucket::{Bucket, MIB};
 pub(super) use limits::Limits;
@@ -64,7 +64,7 @@ impl DirtyLimit {
         if let Some(vcpu) = vcpu.filter(|vcpu| *vcpu >= vcpus.len()) {
             return Err(Error::Config(format!("there is no vCPU {vcpu}")));
         }
-        let mut thread = lock(&self.thread);
+        let mut thread = self.thread.lock();
         self.limits.set(vcpu, limit);
         if limit.is_some() && thread.is_none() {
             let (limits, vcpus) = (self.limits.clone(), vcpus.clone());
@@ -78,7 +78,7 @@ impl DirtyLimit {
     }
 
     pub(crate) fn set_period(&self, period: Duration) {
-        let mut state = lock(&self.limits.state);
+        let mut state = self.limits.state.lock();
         state.period = period;
         state.buckets.iter_mut().flatten().for_each(|bucket| bucket.set_period(period));
     }
@@ -99,14 +99,14 @@ impl DirtyLimit {
                 ring_full: Duration::from_secs_f64(ring_full),
             })
         };
-        lock(&self.limits.state).buckets.iter().enumerate().filter_map(report).collect()
+        self.limits.state.lock().buckets.iter().enumerate().filter_map(report).collect()
     }
 
     /// Ends its thread: afterwards no vCPU is kicked any more.
     pub(crate) fn end(&self) {
-        lock(&self.limits.state).end = true;
+        self.limits.state.lock().end = true;
         self.limits.changed.notify_all();
-        if let Some(thread) = lock(&self.thread).take()
+        if let Some(thread) = self.thread.lock().take()
             && thread.join().is_err()
         {
             tracing::error!("the thread that limits dirty rates panicked");
@@ -118,8 +118,8 @@ impl Limits {
     fn keep(&self, vcpus: &[Vcpu]) {
         let idle = |state: &mut State| !state.end && !state.is_limited();
         loop {
-            let state = lock(&self.state);
-            let state = self.changed.wait_while(state, idle).unwrap_or_else(|poison| poison.into_inner());
+            let mut state = self.state.lock();
+            self.changed.wait_while(&mut state, idle);
             if state.end {
                 return;
             }
@@ -135,13 +135,13 @@ impl Limits {
     fn serve(&self, vcpus: &[Vcpu]) -> Result<()> {
         let watch = self.log.watch()?;
         let mut harvested = self.pauses.now();
-        let mut state = lock(&self.state);
+        let mut state = self.state.lock();
         while !state.end && state.is_limited() {
             // A page that a vCPU goes on writing to counts again in every period.
             if self.pauses.now() >= harvested + state.period {
                 drop(state);
                 watch.written()?;
-                (harvested, state) = (self.pauses.now(), lock(&self.state));
+                (harvested, state) = (self.pauses.now(), self.state.lock());
             }
             let mut next = harvested + state.period;
             for (index, (vcpu, bucket)) in vcpus.iter().zip(&mut state.buckets).enumerate() {
@@ -153,7 +153,7 @@ impl Limits {
                 }
             }
             let wait = next.saturating_sub(self.pauses.now());
-            state = self.changed.wait_timeout(state, wait).unwrap_or_else(|poison| poison.into_inner()).0;
+            self.changed.wait_for(&mut state, wait);
         }
         Ok(())
     }

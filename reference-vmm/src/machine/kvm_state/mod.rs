@@ -11,7 +11,6 @@ use super::Machine;
 use super::vcpu::Vcpu;
 use crate::devices::Rtc;
 use crate::error::{Error, Result};
-use crate::lock::lock;
 use kvm_bindings::KVM_MP_STATE_RUNNABLE;
 use qevm_microvm::state::{ClockState, GedState, MachineState, Msr, OpaqueState, PitState};
 
@@ -32,14 +31,14 @@ pub(super) struct FrozenClocks {
 /// Reads what runs on. The machine has just been paused.
 pub(super) fn hold(machine: &Machine) -> Result<()> {
     let held = read_held(machine)?;
-    *lock(&machine.held) = Some(held);
+    *machine.held.lock() = Some(held);
     Ok(())
 }
 
 /// Has the paravirtual clock of a guest that was stopped by its migration count what has passed since, as QEMU does, so
 /// that its wall clock is not late by the downtime. The machine is about to be saved.
 pub(super) fn catch_up(machine: &Machine) -> Result<()> {
-    match &mut *lock(&machine.held) {
+    match &mut *machine.held.lock() {
         Some(held) if !held.loaded => held.clock = chips::save_clock(&machine.vm)?,
         _ => (),
     }
@@ -48,14 +47,14 @@ pub(super) fn catch_up(machine: &Machine) -> Result<()> {
 
 /// Lets what was held go on from where it was. The machine is about to run.
 pub(super) fn release(machine: &Machine) -> Result<()> {
-    let Some(held) = lock(&machine.held).take() else { return Ok(()) };
+    let Some(held) = machine.held.lock().take() else { return Ok(()) };
     // One in the monitor counts in virtual time, which stops by itself.
     if machine.devices.split.is_none() {
-        chips::load_pit(&machine.vm, &held.pit, lock(&machine.clock).now())?;
+        chips::load_pit(&machine.vm, &held.pit, machine.clock.lock().now())?;
     }
     if held.loaded {
         for (index, (vcpu, tsc)) in machine.vcpus.iter().zip(&held.tscs).enumerate() {
-            vcpu::set_tsc(&lock(&vcpu.fd), index == 0, *tsc)?;
+            vcpu::set_tsc(&vcpu.fd.lock(), index == 0, *tsc)?;
         }
     }
     chips::load_clock(&machine.vm, &held.clock)
@@ -63,10 +62,10 @@ pub(super) fn release(machine: &Machine) -> Result<()> {
 
 fn read_held(machine: &Machine) -> Result<FrozenClocks> {
     let clock = chips::save_clock(&machine.vm)?;
-    let tscs = machine.vcpus.iter().map(|vcpu| vcpu::tsc(&lock(&vcpu.fd))).collect::<Result<_>>()?;
+    let tscs = machine.vcpus.iter().map(|vcpu| vcpu::tsc(&vcpu.fd.lock())).collect::<Result<_>>()?;
     let pit = match &machine.devices.split {
         Some(chips) => chips.save_pit(),
-        None => chips::save_pit(&machine.vm, lock(&machine.clock).now())?,
+        None => chips::save_pit(&machine.vm, machine.clock.lock().now())?,
     };
     Ok(FrozenClocks { clock, pit, tscs, loaded: false })
 }
@@ -76,10 +75,10 @@ const RSP: usize = 4;
 
 /// The machine is paused.
 pub(super) fn save(machine: &Machine) -> Result<MachineState> {
-    let held = lock(&machine.held).clone();
+    let held = machine.held.lock().clone();
     let FrozenClocks { clock, pit, tscs, .. } = held.map_or_else(|| read_held(machine), Ok)?;
     let save_vcpu = |(vcpu, tsc): (&Vcpu, Msr)| {
-        let mut state = vcpu::save(&machine.vm, &lock(&vcpu.fd), &machine.saved_msrs)?;
+        let mut state = vcpu::save(&machine.vm, &vcpu.fd.lock(), &machine.saved_msrs)?;
         state.msrs.iter_mut().filter(|msr| msr.index == tsc.index).for_each(|msr| *msr = tsc);
         if let Some(vector) = vcpu.undelivered((state.regs.rip, state.regs.gpr[RSP]))
             && !state.events.interrupt_injected
@@ -99,19 +98,19 @@ pub(super) fn save(machine: &Machine) -> Result<MachineState> {
         vcpus,
         pics,
         ioapic,
-        ioapic2: lock(&machine.devices.ioapic2).save(),
+        ioapic2: machine.devices.ioapic2.lock().save(),
         pit,
         clock,
-        virtual_clock: lock(&machine.clock).now(),
+        virtual_clock: machine.clock.lock().now(),
         split_irqchip: machine.devices.split.is_some(),
-        serial: lock(&machine.devices.serial).save(),
+        serial: machine.devices.serial.lock().save(),
         rtc: machine.devices.rtc.as_ref().map(|rtc| rtc.with(Rtc::save)),
-        fw_cfg: lock(&machine.devices.fw_cfg).save(),
-        ged: GedState { sel: lock(&machine.devices.ged).selector },
-        pci: machine.devices.pci.as_ref().map(|bus| lock(bus).save()),
+        fw_cfg: machine.devices.fw_cfg.lock().save(),
+        ged: GedState { sel: machine.devices.ged.lock().selector },
+        pci: machine.devices.pci.as_ref().map(|bus| bus.lock().save()),
         virtio: machine.virtio.clone(),
-        virtio_states: machine.devices.virtio.0.iter().map(|d| d.as_ref().map(|d| lock(d).save())).collect(),
-        opaque: lock(&machine.opaque).clone(),
+        virtio_states: machine.devices.virtio.0.iter().map(|d| d.as_ref().map(|d| d.lock().save())).collect(),
+        opaque: machine.opaque.lock().clone(),
     })
 }
 
@@ -124,36 +123,36 @@ pub(super) fn load(machine: &Machine, state: &MachineState) -> Result<()> {
             machine.vcpus.len()
         )));
     }
-    lock(&machine.clock).set(state.virtual_clock);
+    machine.clock.lock().set(state.virtual_clock);
     match &machine.devices.split {
         Some(chips) => chips.load(&state.pics, &state.ioapic, &state.pit),
         None => chips::load_irqchip(&machine.vm, &state.pics, &state.ioapic)?,
     }
     for (index, (vcpu, state)) in machine.vcpus.iter().zip(&state.vcpus).enumerate() {
-        vcpu::load(&lock(&vcpu.fd), index == 0, state)?;
+        vcpu::load(&vcpu.fd.lock(), index == 0, state)?;
     }
     // Now, so that KVM's refusal is the load's failure; and once more when the machine goes on, so that they are
     // stopped until then. After the TSCs, for KVM derives the guest's clock from both.
     let tscs = state.vcpus.iter().map(vcpu::tsc_of).collect();
     let held = FrozenClocks { clock: state.clock.clone(), pit: state.pit.clone(), tscs, loaded: true };
     chips::load_clock(&machine.vm, &held.clock)?;
-    *lock(&machine.held) = Some(held);
+    *machine.held.lock() = Some(held);
     for (device, state) in machine.devices.virtio.0.iter().zip(&state.virtio_states) {
         if let Some((device, state)) = device.as_ref().zip(state.as_ref()) {
-            lock(device).load(state)?;
+            device.lock().load(state)?;
         }
     }
-    lock(&machine.devices.serial).load(&state.serial);
-    lock(&machine.devices.ioapic2).load(&state.ioapic2);
+    machine.devices.serial.lock().load(&state.serial);
+    machine.devices.ioapic2.lock().load(&state.ioapic2);
     if let Some((bus, state)) = machine.devices.pci.as_ref().zip(state.pci.as_ref()) {
-        lock(bus).load(state)?;
+        bus.lock().load(state)?;
     }
     if let Some((rtc, state)) = machine.devices.rtc.as_ref().zip(state.rtc.as_ref()) {
         rtc.with(|rtc, now| rtc.load(state, now));
     }
-    lock(&machine.devices.fw_cfg).load(&state.fw_cfg);
-    lock(&machine.devices.ged).selector = state.ged.sel;
-    *lock(&machine.opaque) = state.opaque.clone();
+    machine.devices.fw_cfg.lock().load(&state.fw_cfg);
+    machine.devices.ged.lock().selector = state.ged.sel;
+    *machine.opaque.lock() = state.opaque.clone();
     Ok(())
 }
 
@@ -161,12 +160,12 @@ pub(super) fn load(machine: &Machine, state: &MachineState) -> Result<()> {
 /// paused.
 pub(super) fn reset(machine: &Machine, fresh: &MachineState) -> Result<()> {
     // Devices first, so that none holds an interrupt line when the controllers are reset.
-    machine.devices.virtio.0.iter().flatten().for_each(|device| lock(device).switch_on());
+    machine.devices.virtio.0.iter().flatten().for_each(|device| device.lock().switch_on());
     machine.devices.rtc.iter().for_each(|rtc| rtc.with(|rtc, _| rtc.reset()));
     machine.vcpus.iter().for_each(Vcpu::forget_interrupts);
-    let held = lock(&machine.held).clone();
+    let held = machine.held.lock().clone();
     let FrozenClocks { clock, .. } = held.map_or_else(|| read_held(machine), Ok)?;
-    let virtual_clock = lock(&machine.clock).now();
+    let virtual_clock = machine.clock.lock().now();
     let mut pit = fresh.pit.clone();
     // Its counters start now.
     let passed = virtual_clock - fresh.virtual_clock;

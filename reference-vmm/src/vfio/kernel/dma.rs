@@ -1,11 +1,11 @@
 //! The guest's RAM as devices reach it, and which pages they have written to.
 
 use super::ioctl;
-use crate::lock::lock;
 use crate::memory::{GuestMemory, Mapping, PAGE_SIZE};
 use crate::vfio::{DmaLog, Failure, Tracking, VfioError};
+use parking_lot::Mutex;
 use rustix::io::Errno;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use vfio_bindings::bindings::vfio::{
     VFIO_DEVICE_FEATURE_DMA_LOGGING_REPORT, VFIO_DEVICE_FEATURE_DMA_LOGGING_START,
     VFIO_DEVICE_FEATURE_DMA_LOGGING_STOP, VFIO_IOMMU_DIRTY_PAGES_FLAG_GET_BITMAP, VFIO_IOMMU_DIRTY_PAGES_FLAG_START,
@@ -95,7 +95,7 @@ fn report_device(name: &str, device: &VfioDevice, range: (u64, u64)) -> Result<V
 
 impl DmaLog for KernelLog {
     fn start(&self) -> Tracking {
-        let mut running = lock(&self.running);
+        let mut running = self.running.lock();
         *running = match self.start_devices() {
             Ok(()) => Tracking::Devices,
             Err(error) => {
@@ -117,7 +117,7 @@ impl DmaLog for KernelLog {
     }
 
     fn report(&self, found: &mut dyn FnMut(u64, &[u64])) -> Result<(), VfioError> {
-        let running = *lock(&self.running);
+        let running = *self.running.lock();
         for Mapping { gpa, offset, len, .. } in ranges(&self.memory) {
             let (first, range) = (offset / PAGE_SIZE, (gpa, len));
             match (running, &self.container) {
@@ -139,7 +139,7 @@ impl DmaLog for KernelLog {
     }
 
     fn stop(&self) {
-        match std::mem::replace(&mut *lock(&self.running), Tracking::Nobody) {
+        match std::mem::replace(&mut *self.running.lock(), Tracking::Nobody) {
             Tracking::Devices => self.stop_devices().for_each(|error| tracing::warn!("{error}")),
             Tracking::Container => drop(self.track(VFIO_IOMMU_DIRTY_PAGES_FLAG_STOP)),
             Tracking::Nobody => {}

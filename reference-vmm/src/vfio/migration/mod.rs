@@ -4,8 +4,8 @@ mod destination;
 mod source;
 
 use super::{DataFile, DeviceState, Driver, Failure, PrecopyInfo, Support, VfioError};
+use parking_lot::{Mutex, MutexGuard};
 use rustix::io::Errno;
-use std::sync::{Mutex, MutexGuard, PoisonError};
 
 /// Told of each state that the device comes to.
 pub type Watcher = Box<dyn Fn(DeviceState) + Send + Sync>;
@@ -97,7 +97,7 @@ impl Migration {
 
     /// From now on `watcher` is told of each state that the device comes to. It must not call back.
     pub fn watch(&self, watcher: Watcher) {
-        *self.watcher.lock().unwrap_or_else(PoisonError::into_inner) = Some(watcher);
+        *self.watcher.lock() = Some(watcher);
     }
 
     /// A migration from here begins. A device that works goes to PRE_COPY, if it has that.
@@ -269,7 +269,7 @@ impl Migration {
             // A QEMU's device goes on from RESUMING when its guest does, and STOP is not told of.
             return;
         }
-        if let Some(watcher) = &*self.watcher.lock().unwrap_or_else(PoisonError::into_inner) {
+        if let Some(watcher) = &*self.watcher.lock() {
             watcher(state);
         }
     }
@@ -335,7 +335,7 @@ impl Migration {
     }
 
     fn lock(&self) -> MutexGuard<'_, Inner> {
-        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+        self.inner.lock()
     }
 }
 

@@ -144,7 +144,7 @@ fn a_console_speaks_and_listens() {
     // The harness of the driver, for as long as `work` runs.
     let placeholder = || Harness::new(Box::new(Rng::open().unwrap())).transport;
     let with = |work: &mut dyn FnMut(&mut Harness)| {
-        let mut guard = transport.lock().unwrap();
+        let mut guard = transport.lock();
         let inner = std::mem::replace(&mut *guard, placeholder());
         let mut harness = Harness { transport: inner, memory: Arc::clone(&memory), line: Arc::clone(&line) };
         work(&mut harness);
@@ -173,7 +173,7 @@ fn a_console_speaks_and_listens() {
         std::thread::sleep(Duration::from_millis(1));
     }
     assert_eq!(heard, b"and you");
-    lock(&transport).end();
+    transport.lock().end();
     thread.join().unwrap();
 }
 
@@ -206,11 +206,11 @@ fn what_the_host_does_not_take_goes_along() {
     assert_eq!(harness.transport.save().device, state.device);
     let transport = Arc::new(Mutex::new(harness.transport));
     let thread = start_pump(&transport, || true).unwrap();
-    lock(&transport).resume().unwrap();
+    transport.lock().resume().unwrap();
     let mut rest = vec![0; LEN as usize - done as usize];
     next_host.read_exact(&mut rest).unwrap();
     assert_eq!([first, rest].concat(), text);
-    lock(&transport).end();
+    transport.lock().end();
     thread.join().unwrap();
 }
 
@@ -320,8 +320,8 @@ fn a_pipe_that_nobody_reads_holds_its_port_up_and_no_vcpu() {
     // As soon as it is read, all of it comes.
     let transport = Arc::new(Mutex::new(harness.transport));
     let thread = start_pump(&transport, || true).unwrap();
-    lock(&transport).resume().unwrap();
+    transport.lock().resume().unwrap();
     reader.read_exact(&mut vec![0; LEN as usize]).unwrap();
-    lock(&transport).end();
+    transport.lock().end();
     thread.join().unwrap();
 }

@@ -3,9 +3,8 @@
 
 use super::{Phase, Transport};
 use crate::devices::virtio::model::Task;
-use crate::lock::lock;
+use parking_lot::Mutex;
 use std::io;
-use std::sync::{Mutex, PoisonError};
 use std::time::Instant;
 
 impl Transport {
@@ -46,7 +45,7 @@ impl Transport {
 /// The machine has stopped: lets the device finish what it has begun, until the deadline. What is not done then stays
 /// undone; the guest sees no more of it in any case when this returns.
 pub(crate) fn drain(device: &Mutex<Transport>, deadline: Instant) {
-    let mut device = lock(device);
+    let mut device = device.lock();
     if device.phase == Phase::Running {
         device.phase = Phase::Draining;
         device.model.drain();
@@ -60,17 +59,17 @@ pub(crate) fn drain(device: &Mutex<Transport>, deadline: Instant) {
 /// Waits until nothing of the device is under way at the host, so that another machine can have its guest. False: it
 /// still was at the deadline.
 pub(crate) fn settle(device: &Mutex<Transport>, deadline: Instant) -> bool {
-    wait_until(lock(device), deadline, Transport::is_settled).is_settled()
+    wait_until(device.lock(), deadline, Transport::is_settled).is_settled()
 }
 
-type Guard<'a> = std::sync::MutexGuard<'a, Transport>;
+type Guard<'a> = parking_lot::MutexGuard<'a, Transport>;
 
 /// A device without a thread does nothing that could be waited for.
 fn wait_until(mut device: Guard<'_>, deadline: Instant, happened: impl Fn(&Transport) -> bool) -> Guard<'_> {
     let idle = device.idle.clone();
     while device.wake.is_some() && !happened(&device) {
         let Some(left) = deadline.checked_duration_since(Instant::now()) else { break };
-        device = idle.wait_timeout(device, left).unwrap_or_else(PoisonError::into_inner).0;
+        idle.wait_for(&mut device, left);
     }
     device
 }
