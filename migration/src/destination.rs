@@ -5,8 +5,8 @@ mod leave;
 mod page_channels;
 
 use super::channel::{WriteSlice, write_all};
-use super::core::DeviceOptions;
 use super::core::destination::{Action, Destination, DestinationOptions, SectionUse, Turn};
+use super::core::{DeviceOptions, Mark};
 use super::lazy::{LazyRestore, Setup};
 use super::multifd::Settings;
 use super::page_file::{self, PageFile};
@@ -158,8 +158,8 @@ fn devices(guest: &dyn Guest, settings: Option<&Settings>) -> Result<Vec<DeviceO
     guest.devices().iterative().into_iter().map(|device| DeviceOptions::of(device, transfers)).collect()
 }
 
-/// The page sizes of the host under the RAM of a guest, one bit each; 0 if nobody knows, for then it does not come to
-/// postcopy.
+/// The page sizes of the host under the RAM of a guest, one bit each; 0 if they are unknown, for then it does not come
+/// to postcopy.
 fn page_sizes(guest: &dyn Guest) -> u64 {
     let of_all = |pages: Box<dyn MissingPages>| {
         (0..guest.ram().len()).try_fold(0, |sizes, block| Ok(sizes | pages.unit(block)?))
@@ -249,25 +249,8 @@ impl Engine<'_> {
                     self.core.block_fits();
                 }
                 Action::MappedBlock { block, gap } => self.load_block(&block, gap)?,
-                Action::Section { idstr, instance_id, usage } => {
-                    let known = match usage {
-                        Some(SectionUse::Device) => self.guest.devices().has(&idstr, instance_id),
-                        Some(SectionUse::Iterative) => find(self.guest, &idstr).is_some(),
-                        None => false,
-                    };
-                    self.core.section(if known { Ok(()) } else { Err(self.guest.devices().advice(&idstr)) })?;
-                }
-                Action::Synchronise(mark) => {
-                    let result = match self.pages {
-                        Some(pages) => {
-                            // The first mark comes after the list of blocks.
-                            let _ = pages.listed.set(self.ram.listed());
-                            pages.gate.main(mark)
-                        }
-                        None => Ok(()),
-                    };
-                    self.core.synchronised(result)?;
-                }
+                Action::Section { idstr, instance_id, usage } => self.section(&idstr, instance_id, usage)?,
+                Action::Synchronise(mark) => self.synchronise(mark)?,
                 Action::EndOfMemory => {
                     self.core.synchronised(self.pages.map_or(Ok(()), |pages| pages.gate.main_end()))?;
                 }
@@ -288,47 +271,21 @@ impl Engine<'_> {
                 }
                 Action::Listen => {
                     self.consume(consumed);
-                    let (listed, blocks) = (self.ram.listed(), self.core.ram_blocks().clone());
-                    let listening =
-                        Listening::start(self.guest, &listed, self.channel.clone(), self.block_times, job.waits())?;
-                    self.listening = Some(listening.with_preempt(self.preempt.take(), blocks));
-                    job.advance(Status::PostcopyDevice)?;
+                    self.listen(job)?;
                 }
                 Action::LoadDevices if self.listening.is_some() => {
                     self.consume(consumed);
                     return Ok(None);
                 }
-                Action::LoadDevices => {
-                    self.ram.check_presence(self.file.is_none()).map_err(|error| self.core.refuse(error))?;
-                    // Devices look at memory.
-                    self.rest = self.left.take().map(Setup::start).transpose()?;
-                    let loaded = self.guest.devices().load(self.core.devices());
-                    if let Some(error) = self.rest.as_ref().and_then(LazyRestore::failure) {
-                        return Err(error);
-                    }
-                    self.core.loaded(loaded)?;
-                }
+                Action::LoadDevices => self.load_devices()?,
                 // Before the verdict: if another process has a disk, the source can still go on.
                 Action::Activate => self.core.activated(self.guest.hooks().activate())?,
                 Action::Tell { message, patience } => {
                     job.check()?;
-                    let told = match patience {
-                        Some(patience) => verdict::deliver(&**self.channel, &message, patience),
-                        None => verdict::send(&**self.channel, &message),
-                    };
-                    self.core.time(self.start.elapsed());
-                    self.core.told(told)?;
+                    self.tell(&message, patience)?;
                 }
-                Action::Complete { running } => {
-                    job.handed_over()?;
-                    if let Some(rest) = &self.rest {
-                        rest.start_guest()?;
-                        job.advance(Status::PostcopyActive)?;
-                    }
-                    let rest = self.rest.take().map(Rest::InFile);
-                    return Ok(Some(Arrival { running, bytes: self.received(), rest }));
-                }
-                // These follow the devices of a postcopy, after which somebody else goes on.
+                Action::Complete { running } => return self.complete(job, running).map(Some),
+                // These follow the devices of a postcopy, after which the threads of `postcopy` go on.
                 other @ (Action::AwaitStart
                 | Action::Run { .. }
                 | Action::Place { .. }
@@ -336,10 +293,77 @@ impl Engine<'_> {
                 | Action::Resume) => {
                     return Err(self.core.refuse(LoadError::Unsupported(format!("{other:?}"))));
                 }
-                // These follow a failure, after which nobody is here.
+                // These follow a failure, after which this loop does not run.
                 Action::Linger { .. } | Action::Close => return Err(MigrationError::NoVerdict),
             }
         }
+    }
+
+    /// A section begins that the core does not know by itself.
+    fn section(
+        &mut self,
+        idstr: &CountedString,
+        instance_id: u32,
+        usage: Option<SectionUse>,
+    ) -> Result<(), MigrationError> {
+        let known = match usage {
+            Some(SectionUse::Device) => self.guest.devices().has(idstr, instance_id),
+            Some(SectionUse::Iterative) => find(self.guest, idstr).is_some(),
+            None => false,
+        };
+        self.core.section(if known { Ok(()) } else { Err(self.guest.devices().advice(idstr)) })
+    }
+
+    /// The main channel waits for the page channels.
+    fn synchronise(&mut self, mark: Mark) -> Result<(), MigrationError> {
+        let result = match self.pages {
+            Some(pages) => {
+                // The first mark comes after the list of blocks.
+                let _ = pages.listed.set(self.ram.listed());
+                pages.gate.main(mark)
+            }
+            None => Ok(()),
+        };
+        self.core.synchronised(result)
+    }
+
+    /// Memory that has not come is missing from now on, and is asked for when the guest touches it.
+    fn listen(&mut self, job: &Job) -> Result<(), MigrationError> {
+        let (listed, blocks) = (self.ram.listed(), self.core.ram_blocks().clone());
+        let listening = Listening::start(self.guest, &listed, self.channel.clone(), self.block_times, job.waits())?;
+        self.listening = Some(listening.with_preempt(self.preempt.take(), blocks));
+        job.advance(Status::PostcopyDevice)
+    }
+
+    fn load_devices(&mut self) -> Result<(), MigrationError> {
+        self.ram.check_presence(self.file.is_none()).map_err(|error| self.core.refuse(error))?;
+        // Devices look at memory.
+        self.rest = self.left.take().map(Setup::start).transpose()?;
+        let loaded = self.guest.devices().load(self.core.devices());
+        if let Some(error) = self.rest.as_ref().and_then(LazyRestore::failure) {
+            return Err(error);
+        }
+        self.core.loaded(loaded)
+    }
+
+    fn tell(&mut self, message: &Message, patience: Option<Duration>) -> Result<(), MigrationError> {
+        let told = match patience {
+            Some(patience) => verdict::deliver(&**self.channel, message, patience),
+            None => verdict::send(&**self.channel, message),
+        };
+        self.core.time(self.start.elapsed());
+        self.core.told(told)
+    }
+
+    /// The guest is here, but for memory that is left in its file.
+    fn complete(&mut self, job: &Job, running: bool) -> Result<Arrival, MigrationError> {
+        job.handed_over()?;
+        if let Some(rest) = &self.rest {
+            rest.start_guest()?;
+            job.advance(Status::PostcopyActive)?;
+        }
+        let rest = self.rest.take().map(Rest::InFile);
+        Ok(Arrival { running, bytes: self.received(), rest })
     }
 
     /// Loads the devices while the rest of memory is still to come.

@@ -3,11 +3,10 @@
 mod backlogs;
 mod perform;
 mod recovery;
+mod setup;
 
 use super::channel::{WriteSlice, write_all};
-use super::connections::Reader;
-use super::core::DeviceOptions;
-use super::core::source::{Action, Answers, PageRoute, Sent, SourceCore, SourceOptions, Wake};
+use super::core::source::{Action, Sent, SourceCore, Wake};
 use super::differences::Differences;
 use super::multifd::{Counts, Queue, Settings, Transfers, save_pages, send_pages};
 use super::page_file::Saving;
@@ -15,10 +14,10 @@ use super::ram_sender::RamSender;
 use super::return_path::ReturnPath;
 use super::snapshot::Snapshot;
 use super::urgent::Urgent;
-use super::{DirtyLog, Guest, IterativeDevice, Job, MigrationError, Mode, Notice, Outgoing, Refused};
+use super::{DirtyLog, Guest, IterativeDevice, Job, MigrationError, Notice, Outgoing};
 use backlogs::Backlogs;
-use qevm_wire::profile::ZeroPageDetection;
 use qevm_wire::{PageGeometry, Profile};
+use setup::{Setup, return_path};
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 use std::thread::{self, Scope, ScopedJoinHandle};
@@ -46,109 +45,26 @@ pub fn migrate(guest: &dyn Guest, connections: &Outgoing, job: &Job, profile: &P
         job.end(Some(&error));
         return Err(error);
     }
-    let saving = connections.file.clone().map(|file| {
-        // Without page channels of its own nobody else looks for zero pages, as on a connection.
-        let holes = !capabilities.multifd || parameters.zero_page_detection != ZeroPageDetection::None;
-        Saving::new(file, holes)
-    });
-    let settings = Settings::of(capabilities, &parameters, profile)
-        .filter(|_| !connections.pages.is_empty() || saving.is_some())
-        .map(|settings| Settings { greeted: connections.greeted, uuid: job.uuid().unwrap_or_default(), ..settings });
-    let iterative = guest.devices().iterative();
-    let transfers = saving.is_none() && settings.as_ref().is_some_and(|settings| settings.device_state);
-    let devices: Result<Vec<_>, _> = iterative.iter().map(|device| DeviceOptions::of(*device, transfers)).collect();
-    let devices = match devices {
-        Ok(devices) => match devices.first().filter(|_| capabilities.background_snapshot) {
-            Some(device) => Err(in_parts(device)),
-            None => Ok(devices),
-        },
-        failed => failed,
-    };
-    let shared = |block| match parameters.mode {
-        Mode::CprTransfer => true,
-        _ => capabilities.ignore_shared && guest.hooks().shares(block),
-    };
-    let shared: Vec<_> = (0..guest.ram().len()).map(shared).collect();
-    let leaves_out = shared.contains(&true);
-    let devices = match leaves_out && capabilities.background_snapshot {
-        // The file goes on changing, and is no snapshot. QEMU's words for memory that it cannot take one of.
-        true => {
-            Err(Refused::Blocked("Background-snapshot is not compatible with guest memory configuration".into()).into())
-        }
-        false => devices,
-    };
-    let differences = match capabilities.xbzrle && settings.is_none() && saving.is_none() {
-        true => {
-            let lengths = guest.ram().into_iter().map(|view| view.memory.len() as u64).collect::<Vec<_>>();
-            Differences::new(lengths.into_iter(), parameters.xbzrle_cache_size, PageGeometry::X86).map(Some)
-        }
-        false => Ok(None),
-    };
-    let in_place = match &settings {
-        Some(settings) if settings.zero_copy => {
-            connections.pages.iter().try_for_each(|channel| channel.send_in_place())
-        }
-        _ => Ok(()),
-    };
-    let in_place = in_place.map_err(|source| MigrationError::NoZeroCopy { source });
-    let ready = in_place.and(devices).and_then(|devices| Ok((devices, differences?)));
-    let (devices, differences) = match ready {
-        Ok(ready) => ready,
+    let setup = match Setup::new(guest, connections, job, &parameters, profile) {
+        Ok(setup) => setup,
         Err(error) => {
             job.end(Some(&error));
             connections.all().for_each(|channel| channel.finish_writing());
             return Err(error);
         }
     };
-    let pages = settings.as_ref().map(|settings| PageChannels {
-        queue: Queue::new(settings.channels),
-        legacy: settings.zero_pages == ZeroPageDetection::Legacy && saving.is_none(),
-        packets: AtomicU64::new(0),
-        transfers: Transfers::new(
-            devices.iter().zip(&iterative).map(|(options, device)| (options.idstr.clone(), *device)).collect(),
-        ),
-    });
-    let flow = profile.switchover_ack.filter(|_| capabilities.switchover_ack);
+    let pages = setup.page_channels();
     let snapshot = capabilities.background_snapshot.then(Snapshot::default);
-    // The destination answers who asks it to, whatever its own capability says, and in postcopy it requests pages. A
-    // snapshot is a copy, of which nobody here has to know.
-    let answers = capabilities.return_path
-        || (connections.reader == Reader::Answers && snapshot.is_none())
-        || (capabilities.postcopy_ram && connections.reader != Reader::Nobody);
-    let return_path = answers.then(|| Arc::new(ReturnPath::new(Answers::new(flow, capabilities.return_path))));
-    let options = SourceOptions {
-        profile: profile.clone(),
-        capabilities,
-        machine_type: guest.machine_type().into(),
-        uuid: job.uuid().map(|uuid| uuid.0),
-        blocks: guest.ram().iter().map(|view| (view.name.into(), view.memory.len() as u64)).collect(),
-        host_page_sizes: (0..guest.ram().len()).map(|block| guest.hooks().host_page_size(block)).collect(),
-        shared,
-        devices,
-        route: match (&pages, &saving) {
-            (None, None) => PageRoute::Main,
-            (None, Some(_)) => PageRoute::File,
-            (Some(_), None) => PageRoute::Channels,
-            (Some(_), Some(_)) => PageRoute::FileByThreads,
-        },
-        reader: connections.reader,
-        patience: parameters.timeouts.switchover(),
-    };
+    let return_path = return_path(capabilities, connections.reader, profile);
+    let options = setup.options(guest, job, connections.reader, &parameters, profile);
+    let Setup { saving, settings, iterative, differences, .. } = setup;
     if let Some(differences) = &differences {
         job.update(|statistics| statistics.xbzrle = Some(differences.statistics()));
     }
     let urgent = Urgent::default();
     thread::scope(|scope| {
         if let Some((settings, pages)) = settings.as_ref().zip(pages.as_ref()) {
-            if let Some(saving) = &saving {
-                (0..settings.channels).for_each(|_| drop(scope.spawn(|| save_pages(guest, saving, &pages.queue))));
-            }
-            for (number, channel) in (0..=u8::MAX).zip(&connections.pages) {
-                scope.spawn(move || {
-                    let PageChannels { queue, transfers, packets, .. } = pages;
-                    send_pages(guest, &**channel, number, settings, queue, transfers, packets);
-                });
-            }
+            start_page_threads(scope, guest, connections, saving.as_ref(), settings, pages);
         }
         if let Some(snapshot) = &snapshot {
             scope.spawn(|| snapshot.serve(&guest.ram()));
@@ -191,10 +107,24 @@ pub fn migrate(guest: &dyn Guest, connections: &Outgoing, job: &Job, profile: &P
 /// How often it is looked whether a deadline has changed.
 const PARAMETERS_POLL: Duration = Duration::from_millis(500);
 
-/// Nobody can say what a device that runs on had at one instant.
-fn in_parts(device: &DeviceOptions) -> MigrationError {
-    let why = format!("Device '{}' sends its state in parts, and cannot be in a background snapshot", device.idstr);
-    MigrationError::Refused(Refused::Blocked(why))
+/// Starts a thread for each page channel, or those that write pages to their places in a file.
+fn start_page_threads<'s, 'e>(
+    scope: &'s Scope<'s, 'e>,
+    guest: &'e dyn Guest,
+    connections: &'e Outgoing,
+    saving: Option<&'e Saving>,
+    settings: &'e Settings,
+    pages: &'e PageChannels<'e>,
+) {
+    if let Some(saving) = saving {
+        (0..settings.channels).for_each(|_| drop(scope.spawn(|| save_pages(guest, saving, &pages.queue))));
+    }
+    for (number, channel) in (0..=u8::MAX).zip(&connections.pages) {
+        scope.spawn(move || {
+            let PageChannels { queue, transfers, packets, .. } = pages;
+            send_pages(guest, &**channel, number, settings, queue, transfers, packets);
+        });
+    }
 }
 
 /// The page channels of a migration.

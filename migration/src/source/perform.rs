@@ -1,7 +1,7 @@
 //! What each action of the core means for threads, sockets, files and the guest.
 
 use super::{Action, Counts, Engine, Notice, Sent, Wake, WriteSlice, monotonic_now, write_all};
-use crate::core::source::BlockRange;
+use crate::core::source::{Batch, BlockRange};
 use crate::page_file::Saving;
 use crate::pending::DeviceSize;
 use crate::{Channel, ChannelName, GuestError, MigrationError, PAGE_SIZE, Silence, ram_sender, urgent};
@@ -15,44 +15,15 @@ use std::sync::Arc;
 use std::time::Duration;
 
 impl Engine<'_, '_> {
-    /// Fails if what is on its way on a connection has not moved for as long as a connection may be silent.
-    fn moves(&mut self, backlogs: &[u64]) -> io::Result<()> {
-        let limit = self.job.parameters().timeouts.idle();
-        match self.backlogs.look(self.start.elapsed(), backlogs) {
-            Some((number, waited)) if limit.is_some_and(|limit| waited >= limit) => {
-                let channel = match number.checked_sub(1).map(u8::try_from) {
-                    None => ChannelName::Main,
-                    Some(Ok(page)) if usize::from(page) < self.connections.pages.len() => ChannelName::Page(page),
-                    Some(_) => ChannelName::Preempt,
-                };
-                let status = self.job.status();
-                Err(Silence::on_the_way(channel, limit, status))
-            }
-            _ => Ok(()),
-        }
-    }
-
     /// Does one thing, and tells the core what came of it.
     pub(super) fn perform(&mut self, action: Action) -> Result<(), MigrationError> {
         match action {
-            Action::StartLog => {
-                self.guest.hooks().prepare();
-                let log = self.guest.start_dirty_log().map_err(MigrationError::guest("start the dirty log"))?;
-                self.log = Some(log);
-            }
-            Action::ReadLog => {
-                if let Some(log) = &mut self.log {
-                    let core = &mut self.core;
-                    let read = log.read(&mut |block, word_number, word| core.found(block, word_number, word));
-                    read.map_err(MigrationError::guest("read the dirty log"))?;
-                }
-            }
+            Action::StartLog => self.start_log()?,
+            Action::ReadLog => self.read_log()?,
             Action::Reset(ranges) => self.reset(ranges)?,
             Action::StopLog => {
                 self.log = None;
-                if let Some(snapshot) = self.snapshot {
-                    snapshot.end();
-                }
+                self.end_snapshot();
             }
             Action::PrepareSnapshot => {
                 self.guest.hooks().prepare();
@@ -63,26 +34,11 @@ impl Engine<'_, '_> {
             Action::Protect => self.snapshot.map_or(Ok(()), |snapshot| snapshot.protect(self.ram.views()))?,
             Action::Unprotect => {
                 self.send_copies(&[])?;
-                if let Some(snapshot) = self.snapshot {
-                    snapshot.end();
-                }
+                self.end_snapshot();
             }
-            Action::Pages(batch) if self.snapshot.is_some() => self.send_copies(&batch.runs)?,
-            Action::BeginDevice(device) => {
-                let begun = self.devices.get(device).map_or(Ok(()), |device| device.begin());
-                begun.map_err(MigrationError::guest("prepare a device for migration"))?;
-            }
-            Action::AskDevices { exact } => {
-                let sizes = self.device_sizes(exact);
-                let sizes = sizes.map_err(MigrationError::guest("ask a device for the size of its state"))?;
-                self.core.device_sizes(sizes);
-            }
-            Action::ReadDevice { device, limit } => {
-                let mut state = Vec::new();
-                let read = self.devices.get(device).map_or(Ok(()), |device| device.read(&mut state, limit));
-                read.map_err(MigrationError::guest("read the state of a device"))?;
-                self.core.device_state(&state)?;
-            }
+            Action::BeginDevice(device) => self.begin_device(device)?,
+            Action::AskDevices { exact } => self.ask_devices(exact)?,
+            Action::ReadDevice { device, limit } => self.read_device(device, limit)?,
             Action::TransferDevices(configurations) => {
                 if let Some(pages) = self.pages {
                     pages.transfers.begin(configurations);
@@ -102,26 +58,8 @@ impl Engine<'_, '_> {
                 }
             }
             Action::Send { doing } => self.flush(doing)?,
-            Action::Pages(batch) => {
-                self.reset(batch.resets.clone())?;
-                let differences = self.differences.as_mut().zip(batch.differences);
-                let stream = self.core.stream();
-                let sent = match (self.pages, self.saving, differences) {
-                    (None, Some(saving), _) => self.ram.save(saving, &batch)?,
-                    (None, None, None) => self.ram.send(&*self.connections.main, stream, &batch)?,
-                    (None, None, Some((differences, pass))) => {
-                        differences.resize(self.job.parameters().xbzrle_cache_size);
-                        let now = self.start.elapsed();
-                        let sent = differences.send(&self.ram, &*self.connections.main, stream, (&batch, pass), now)?;
-                        let told = differences.statistics();
-                        self.job.update(|statistics| statistics.xbzrle = Some(told));
-                        sent
-                    }
-                    (Some(pages), ..) => self.ram.hand_over(&pages.queue, stream, &batch, pages.legacy)?,
-                };
-                self.core.sent(sent);
-                self.count_pages();
-            }
+            Action::Pages(batch) if self.snapshot.is_some() => self.send_copies(&batch.runs)?,
+            Action::Pages(batch) => self.send_pages(batch)?,
             Action::OpenPreempt => {
                 self.connections.open_preempt(self.job)?;
                 self.job.attach(self.connections.all())?;
@@ -141,22 +79,8 @@ impl Engine<'_, '_> {
                 let bytes = self.saving.map_or(Ok(0), Saving::finish)?;
                 self.core.sent(Sent { bytes, ..Sent::default() });
             }
-            Action::MeasureBacklog { all } => {
-                let channels = self.connections.all().take(if all { usize::MAX } else { 1 });
-                let backlogs = channels.map(|channel| channel.backlog()).collect::<io::Result<Vec<_>>>();
-                let failed = |source| MigrationError::Send { doing: "what is on the way already", source };
-                let backlogs = backlogs.map_err(failed)?;
-                if all {
-                    self.moves(&backlogs).map_err(failed)?;
-                }
-                self.core.backlog(backlogs.iter().sum());
-            }
-            Action::Pause => {
-                let stopped_at = monotonic_now();
-                let was_running = self.guest.pause().map_err(MigrationError::guest("stop the guest"))?;
-                self.core.paused(was_running);
-                self.job.update(|statistics| statistics.stopped_at = Some(stopped_at));
-            }
+            Action::MeasureBacklog { all } => self.measure_backlog(all)?,
+            Action::Pause => self.pause()?,
             Action::Throttle(per_cent) => {
                 self.guest.hooks().throttle(per_cent).map_err(MigrationError::guest("slow the vCPUs down"))?;
             }
@@ -185,10 +109,125 @@ impl Engine<'_, '_> {
             Action::StayStopped => self.guest.hooks().stay_stopped(),
             Action::Activate => self.core.resumed(self.guest.hooks().activate()),
             Action::LeaveGuest => self.guest.hooks().handed_over(),
-            // Whoever runs the machine stops here.
+            // The loop that runs the machine stops here.
             Action::End(result) => return result,
         }
         Ok(())
+    }
+
+    fn start_log(&mut self) -> Result<(), MigrationError> {
+        self.guest.hooks().prepare();
+        let log = self.guest.start_dirty_log().map_err(MigrationError::guest("start the dirty log"))?;
+        self.log = Some(log);
+        Ok(())
+    }
+
+    fn read_log(&mut self) -> Result<(), MigrationError> {
+        let Some(log) = &mut self.log else { return Ok(()) };
+        let core = &mut self.core;
+        let read = log.read(&mut |block, word_number, word| core.found(block, word_number, word));
+        read.map_err(MigrationError::guest("read the dirty log"))
+    }
+
+    fn reset(&mut self, ranges: Vec<BlockRange>) -> Result<(), MigrationError> {
+        let Some(log) = &mut self.log else { return Ok(()) };
+        for BlockRange { block, pages } in ranges {
+            log.reset(block, pages).map_err(MigrationError::guest("reset the dirty log"))?;
+        }
+        Ok(())
+    }
+
+    fn begin_device(&mut self, device: usize) -> Result<(), MigrationError> {
+        let begun = self.devices.get(device).map_or(Ok(()), |device| device.begin());
+        begun.map_err(MigrationError::guest("prepare a device for migration"))
+    }
+
+    fn ask_devices(&mut self, exact: bool) -> Result<(), MigrationError> {
+        let sizes = self.device_sizes(exact);
+        let sizes = sizes.map_err(MigrationError::guest("ask a device for the size of its state"))?;
+        self.core.device_sizes(sizes);
+        Ok(())
+    }
+
+    fn device_sizes(&self, exact: bool) -> Result<Vec<DeviceSize>, GuestError> {
+        let size = |device: &&dyn crate::IterativeDevice| {
+            let exact = exact.then(|| device.exact()).transpose()?;
+            Ok(DeviceSize { estimate: device.estimate(), initial: device.initial(), exact })
+        };
+        self.devices.iter().map(size).collect()
+    }
+
+    fn read_device(&mut self, device: usize, limit: usize) -> Result<(), MigrationError> {
+        let mut state = Vec::new();
+        let read = self.devices.get(device).map_or(Ok(()), |device| device.read(&mut state, limit));
+        read.map_err(MigrationError::guest("read the state of a device"))?;
+        self.core.device_state(&state)
+    }
+
+    /// Sends pages on the connection, to the file or by the page channels.
+    fn send_pages(&mut self, batch: Batch) -> Result<(), MigrationError> {
+        self.reset(batch.resets.clone())?;
+        let differences = self.differences.as_mut().zip(batch.differences);
+        let stream = self.core.stream();
+        let sent = match (self.pages, self.saving, differences) {
+            (None, Some(saving), _) => self.ram.save(saving, &batch)?,
+            (None, None, None) => self.ram.send(&*self.connections.main, stream, &batch)?,
+            (None, None, Some((differences, pass))) => {
+                differences.resize(self.job.parameters().xbzrle_cache_size);
+                let now = self.start.elapsed();
+                let sent = differences.send(&self.ram, &*self.connections.main, stream, (&batch, pass), now)?;
+                let told = differences.statistics();
+                self.job.update(|statistics| statistics.xbzrle = Some(told));
+                sent
+            }
+            (Some(pages), ..) => self.ram.hand_over(&pages.queue, stream, &batch, pages.legacy)?,
+        };
+        self.core.sent(sent);
+        self.count_pages();
+        Ok(())
+    }
+
+    fn measure_backlog(&mut self, all: bool) -> Result<(), MigrationError> {
+        let channels = self.connections.all().take(if all { usize::MAX } else { 1 });
+        let backlogs = channels.map(|channel| channel.backlog()).collect::<io::Result<Vec<_>>>();
+        let failed = |source| MigrationError::Send { doing: "what is on the way already", source };
+        let backlogs = backlogs.map_err(failed)?;
+        if all {
+            self.moves(&backlogs).map_err(failed)?;
+        }
+        self.core.backlog(backlogs.iter().sum());
+        Ok(())
+    }
+
+    /// Fails if what is on its way on a connection has not moved for as long as a connection may be silent.
+    fn moves(&mut self, backlogs: &[u64]) -> io::Result<()> {
+        let limit = self.job.parameters().timeouts.idle();
+        match self.backlogs.look(self.start.elapsed(), backlogs) {
+            Some((number, waited)) if limit.is_some_and(|limit| waited >= limit) => {
+                let channel = match number.checked_sub(1).map(u8::try_from) {
+                    None => ChannelName::Main,
+                    Some(Ok(page)) if usize::from(page) < self.connections.pages.len() => ChannelName::Page(page),
+                    Some(_) => ChannelName::Preempt,
+                };
+                let status = self.job.status();
+                Err(Silence::on_the_way(channel, limit, status))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    fn pause(&mut self) -> Result<(), MigrationError> {
+        let stopped_at = monotonic_now();
+        let was_running = self.guest.pause().map_err(MigrationError::guest("stop the guest"))?;
+        self.core.paused(was_running);
+        self.job.update(|statistics| statistics.stopped_at = Some(stopped_at));
+        Ok(())
+    }
+
+    fn end_snapshot(&self) {
+        if let Some(snapshot) = self.snapshot {
+            snapshot.end();
+        }
     }
 
     /// Sends pages as they were: these, and those that were written to.
@@ -222,22 +261,6 @@ impl Engine<'_, '_> {
                 return;
             }
         }
-    }
-
-    fn reset(&mut self, ranges: Vec<BlockRange>) -> Result<(), MigrationError> {
-        let Some(log) = &mut self.log else { return Ok(()) };
-        for BlockRange { block, pages } in ranges {
-            log.reset(block, pages).map_err(MigrationError::guest("reset the dirty log"))?;
-        }
-        Ok(())
-    }
-
-    fn device_sizes(&self, exact: bool) -> Result<Vec<DeviceSize>, GuestError> {
-        let size = |device: &&dyn crate::IterativeDevice| {
-            let exact = exact.then(|| device.exact()).transpose()?;
-            Ok(DeviceSize { estimate: device.estimate(), initial: device.initial(), exact })
-        };
-        self.devices.iter().map(size).collect()
     }
 
     /// Tells the core what the page channels have counted.

@@ -9,9 +9,10 @@ use crate::core::destination::{Action, Destination, DestinationOptions, Turn};
 use crate::{Doubt, LoadError, MigrationError};
 use qevm_returnpath::requests::PageFaults;
 use qevm_returnpath::{Encoder, Message};
-use qevm_savevm::ram::PageAt;
+use qevm_savevm::ram::{BlockId, PageAt, RamBlock};
 use qevm_wire::{CountedString, Profile, Writer};
 use std::io;
+use std::ops::Range;
 use std::time::Duration;
 
 /// How long the main channel may be silent.
@@ -214,14 +215,8 @@ impl Receiver {
                     }
                 }
                 Action::Page { page, remaining } => {
-                    let there = (self.input.len() - consumed).min(remaining as usize);
-                    let at = PAGE - remaining as usize;
-                    let content = &self.input[consumed..consumed + there];
-                    let index = self.index(&page);
-                    self.early.came(index);
-                    self.memory.page_mut(index)[at..at + there].copy_from_slice(content);
+                    let there = self.fill_page(&page, remaining, consumed)?;
                     used += there;
-                    self.core.placed(there as u64)?;
                     if self.plant == Plant::EarlyShut && !self.told {
                         self.send(now, back, &Message::Shut { status: 0 });
                     }
@@ -234,46 +229,22 @@ impl Receiver {
                         continue;
                     }
                 }
-                Action::Discard { block, ranges } => {
-                    for page in ranges.into_iter().flat_map(|range| range.step_by(PAGE)) {
-                        let index = self.memory.index(self.listed[block.index()], page / PAGE as u64);
-                        if self.plant != Plant::NoDiscard {
-                            self.early.discard(index);
-                        }
-                    }
-                }
+                Action::Discard { block, ranges } => self.discard(block, ranges),
                 Action::Listen => {
                     self.early.listens = true;
                     self.faults = self.memory.faults();
                 }
                 Action::Run { running } => self.runs = running,
                 Action::Place { page, content } => {
-                    let block = self.listed[page.block.index()];
-                    let index = self.memory.index(block, page.offset / PAGE as u64);
-                    if let Some(faults) = &mut self.faults {
-                        faults.received(block, page.offset);
-                    }
-                    if self.early.place(index, now) {
-                        self.memory.page_mut(index).copy_from_slice(content.unwrap_or(&[0; PAGE]));
-                    } else if self.plant != Plant::NoDiscard {
-                        return Err(self.core.refuse(LoadError::Unsupported("a page that is there already".into())));
-                    }
+                    let content = content.unwrap_or(&[0; PAGE]).to_vec();
+                    self.place(&page, &content, now)?;
                 }
                 Action::Zero(page) => {
                     let index = self.index(&page);
                     self.early.came(index);
                     self.memory.page_mut(index).fill(0);
                 }
-                Action::Block(block) => {
-                    let number = BLOCKS.iter().position(|name| block.name == **name);
-                    let expected = number.and_then(|number| self.memory.block_len(number)).unwrap_or(0);
-                    let Some(number) = number.filter(|_| block.used_length == expected) else {
-                        let kind = LoadError::RamBlockSize { name: block.name, found: block.used_length, expected };
-                        return Err(self.core.refuse(kind));
-                    };
-                    self.listed.push(number);
-                    self.core.block_fits();
-                }
+                Action::Block(block) => self.list(block)?,
                 Action::ForgetBlocks => self.listed.clear(),
                 Action::Section { idstr, .. } => {
                     self.core.section(if idstr == *"counter" { Ok(()) } else { Err(String::new()) })?;
@@ -291,46 +262,21 @@ impl Receiver {
                     let ended = if self.plant == Plant::NoBarrier { Ok(()) } else { self.sync.main_end() };
                     self.core.synchronised(ended)?;
                 }
-                Action::LoadDevices => {
-                    let state = self.core.devices().first().and_then(|device| device.body.first_chunk());
-                    self.work = state.map(|state| u64::from_be_bytes(*state));
-                    // As any machine: all of its devices have to come.
-                    self.core.loaded(self.work.map(|_| true).ok_or_else(|| "the device has not come".into()))?;
-                }
+                Action::LoadDevices => self.load_devices()?,
                 Action::Activate => self.core.activated(Ok(()))?,
                 Action::Send(message) => self.send(now, back, &message),
                 Action::Tell { message, patience } => {
-                    if self.telling.is_none() {
-                        if link.has_ended(now) {
-                            self.core.told(Err(Doubt::SourceLeft))?;
-                        }
-                        self.send(now, back, &message);
-                    }
-                    let until = *self.telling.get_or_insert(now + patience.unwrap_or_default());
-                    match back.is_acknowledged(now) {
-                        _ if patience.is_none() => self.core.told(Ok(()))?,
-                        Some(true) => self.core.told(Ok(()))?,
-                        None => self.core.told(Err(Doubt::NotTold(io::ErrorKind::BrokenPipe.into())))?,
-                        Some(false) if now >= until => {
-                            self.core.told(Err(Doubt::NotAcknowledged(patience.unwrap_or_default())))?;
-                        }
-                        Some(false) => {
-                            self.wake = Some(until);
-                            return Ok(());
-                        }
+                    let until = self.tell(&message, patience, now, link, back)?;
+                    if until.is_some() {
+                        self.wake = until;
+                        return Ok(());
                     }
                 }
                 Action::SendBitmap(block) => {
                     let bitmap = self.bitmap(self.listed[block.index()])?;
                     back.send(now, &bitmap);
                 }
-                Action::Resume => {
-                    self.asks = true;
-                    let again = self.faults.as_mut().map(PageFaults::reconnected).unwrap_or_default();
-                    for message in [Message::ResumeAck].iter().chain(&again) {
-                        self.send(now, back, message);
-                    }
-                }
+                Action::Resume => self.resume(now, back),
                 Action::Complete { running } => (self.runs, self.over) = (running, true),
                 Action::Linger { until } => {
                     back.close(now);
@@ -350,6 +296,95 @@ impl Receiver {
             self.input.drain(..used);
         }
         Ok(())
+    }
+
+    /// Puts what is there of a page to its place: so many bytes.
+    fn fill_page(&mut self, page: &PageAt, remaining: u64, consumed: usize) -> Result<usize, MigrationError> {
+        let there = (self.input.len() - consumed).min(remaining as usize);
+        let at = PAGE - remaining as usize;
+        let index = self.index(page);
+        self.early.came(index);
+        self.memory.page_mut(index)[at..at + there].copy_from_slice(&self.input[consumed..consumed + there]);
+        self.core.placed(there as u64)?;
+        Ok(there)
+    }
+
+    fn discard(&mut self, block: BlockId, ranges: Vec<Range<u64>>) {
+        for page in ranges.into_iter().flat_map(|range| range.step_by(PAGE)) {
+            let index = self.memory.index(self.listed[block.index()], page / PAGE as u64);
+            if self.plant != Plant::NoDiscard {
+                self.early.discard(index);
+            }
+        }
+    }
+
+    /// A page of postcopy, which may come once.
+    fn place(&mut self, page: &PageAt, content: &[u8], now: Duration) -> Result<(), MigrationError> {
+        let block = self.listed[page.block.index()];
+        let index = self.memory.index(block, page.offset / PAGE as u64);
+        if let Some(faults) = &mut self.faults {
+            faults.received(block, page.offset);
+        }
+        if self.early.place(index, now) {
+            self.memory.page_mut(index).copy_from_slice(content);
+        } else if self.plant != Plant::NoDiscard {
+            return Err(self.core.refuse(LoadError::Unsupported("a page that is there already".into())));
+        }
+        Ok(())
+    }
+
+    fn list(&mut self, block: RamBlock) -> Result<(), MigrationError> {
+        let number = BLOCKS.iter().position(|name| block.name == **name);
+        let expected = number.and_then(|number| self.memory.block_len(number)).unwrap_or(0);
+        let Some(number) = number.filter(|_| block.used_length == expected) else {
+            let kind = LoadError::RamBlockSize { name: block.name, found: block.used_length, expected };
+            return Err(self.core.refuse(kind));
+        };
+        self.listed.push(number);
+        self.core.block_fits();
+        Ok(())
+    }
+
+    fn load_devices(&mut self) -> Result<(), MigrationError> {
+        let state = self.core.devices().first().and_then(|device| device.body.first_chunk());
+        self.work = state.map(|state| u64::from_be_bytes(*state));
+        // As any machine: all of its devices have to come.
+        self.core.loaded(self.work.map(|_| true).ok_or_else(|| "the device has not come".into()))
+    }
+
+    /// Says that the guest is here, and until when to wait for the source to acknowledge that.
+    fn tell(
+        &mut self,
+        message: &Message,
+        patience: Option<Duration>,
+        now: Duration,
+        link: &Link,
+        back: &mut Link,
+    ) -> Result<Option<Duration>, MigrationError> {
+        if self.telling.is_none() {
+            if link.has_ended(now) {
+                self.core.told(Err(Doubt::SourceLeft))?;
+            }
+            self.send(now, back, message);
+        }
+        let until = *self.telling.get_or_insert(now + patience.unwrap_or_default());
+        let told = match back.is_acknowledged(now) {
+            _ if patience.is_none() => Ok(()),
+            Some(true) => Ok(()),
+            None => Err(Doubt::NotTold(io::ErrorKind::BrokenPipe.into())),
+            Some(false) if now >= until => Err(Doubt::NotAcknowledged(patience.unwrap_or_default())),
+            Some(false) => return Ok(Some(until)),
+        };
+        self.core.told(told).map(|()| None)
+    }
+
+    /// The source has connected again: asks for what the guest waits for once more.
+    fn resume(&mut self, now: Duration, back: &mut Link) {
+        self.asks = true;
+        let again = self.faults.as_mut().map(PageFaults::reconnected).unwrap_or_default();
+        for message in [Message::ResumeAck].iter().chain(&again) {
+            self.send(now, back, message);
+        }
     }
 
     fn page_channel(&mut self, number: usize, now: Duration, link: &mut Link) -> Result<(), MigrationError> {

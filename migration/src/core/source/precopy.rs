@@ -85,32 +85,8 @@ impl SourceCore {
                 self.account_for(now);
                 Step::Sweep
             }
-            Step::Device { device } => match self.sizes.get(device).map(|size| size.estimate.precopy) {
-                Some(left) => {
-                    self.device_told(device, answers)?;
-                    Step::DeviceLeft { device, left }
-                }
-                None => self.drain(),
-            },
-            Step::DeviceLeft { device, left: 0 } if self.initial_data_are_due(device) => {
-                self.stream.section_part(Self::device_section(device))?;
-                self.end_device_part(device, 0, answers)?;
-                self.do_next(Action::Send { doing: "the state of a device" });
-                Step::DeviceLeft { device, left: 0 }
-            }
-            Step::DeviceLeft { device, left: 0 } => self.ask_device(device + 1),
-            Step::DeviceLeft { device, left } if self.within_rate(now) => {
-                self.stream.section_part(Self::device_section(device))?;
-                let limit = RECORD.min(usize::try_from(left).unwrap_or(RECORD));
-                self.do_next(Action::ReadDevice { device, limit });
-                Step::DeviceRead { device, left }
-            }
-            step @ Step::DeviceLeft { .. } => step,
-            Step::DeviceRead { device, left } => {
-                self.end_device_part(device, self.record, answers)?;
-                self.do_next(Action::Send { doing: "the state of a device" });
-                let left = if self.record == 0 { 0 } else { left.saturating_sub(self.record) };
-                Step::DeviceLeft { device, left }
+            Step::Device { .. } | Step::DeviceLeft { .. } | Step::DeviceRead { .. } => {
+                self.device_step(step, now, answers)?
             }
             Step::Drain if self.backlog > NEGLIGIBLE => {
                 let (least, most) = BACKLOG_POLL;
@@ -131,6 +107,44 @@ impl SourceCore {
         };
         self.phase = Phase::Precopy(precopy, next);
         Ok(())
+    }
+
+    /// Asks an iterative device what it has, and sends that within the rate limit, until it is the next one's turn.
+    fn device_step(
+        &mut self,
+        step: Step,
+        now: Duration,
+        answers: Option<&mut Answers>,
+    ) -> Result<Step, MigrationError> {
+        Ok(match step {
+            Step::Device { device } => match self.sizes.get(device).map(|size| size.estimate.precopy) {
+                Some(left) => {
+                    self.device_told(device, answers)?;
+                    Step::DeviceLeft { device, left }
+                }
+                None => self.drain(),
+            },
+            Step::DeviceLeft { device, left: 0 } if self.initial_data_are_due(device) => {
+                self.stream.section_part(Self::device_section(device))?;
+                self.end_device_part(device, 0, answers)?;
+                self.do_next(Action::Send { doing: "the state of a device" });
+                Step::DeviceLeft { device, left: 0 }
+            }
+            Step::DeviceLeft { device, left: 0 } => self.ask_device(device + 1),
+            Step::DeviceLeft { device, left } if self.within_rate(now) => {
+                self.stream.section_part(Self::device_section(device))?;
+                let limit = RECORD.min(usize::try_from(left).unwrap_or(RECORD));
+                self.do_next(Action::ReadDevice { device, limit });
+                Step::DeviceRead { device, left }
+            }
+            Step::DeviceRead { device, left } => {
+                self.end_device_part(device, self.record, answers)?;
+                self.do_next(Action::Send { doing: "the state of a device" });
+                let left = if self.record == 0 { 0 } else { left.saturating_sub(self.record) };
+                Step::DeviceLeft { device, left }
+            }
+            step => step,
+        })
     }
 
     /// Opens the next section, unless the rate limit or a look ahead comes first.
