@@ -18,6 +18,7 @@
 //! # Ok::<(), reference_vmm::Error>(())
 //! ```
 
+mod board;
 mod clock;
 mod config;
 mod cpuid;
@@ -37,42 +38,38 @@ mod vcpu;
 mod vfio;
 mod vm;
 
-use kvm_bindings::kvm_msi;
-use kvm_ioctls::VmFd;
+use kvm_bindings::CpuId;
+use kvm_ioctls::{Kvm, VmFd};
 use parking_lot::Mutex;
 use qevm_multifd::Uuid;
-use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use vmm_sys_util::eventfd::EventFd;
 
-use crate::boot::{self, Kernel};
-use crate::devices::pci::{FIRST_GSI, PciBus, PciMessage};
-use crate::devices::{
-    Clock, Devices, FwCfg, FwCfgItems, GED_IRQ, Ged, Ioapic, KEY_UUID, Message, RTC_IRQ, Rtc, SERIAL_IRQ, Serial,
-    Transport, Transports, missing, start_pump, wall_clock,
-};
+use crate::boot::Kernel;
+use crate::devices::pci::PciMessage;
+use crate::devices::{Devices, Serial, Transport, missing};
 use crate::dirty_log::{DirtyLog, Reaper};
 use crate::error::{Error, Result, kvm};
 use crate::memory::{BackendError, GuestMemory};
-use crate::vfio::{Host, VfioDevices};
+use crate::vfio::VfioDevices;
+use board::Board;
 use clock::VirtualClock;
 pub use config::MachineConfig;
 use dirty_limit::DirtyLimit;
 pub use dirty_limit::VcpuDirtyLimit;
 use kvm_state::FrozenClocks;
 use qevm_microvm::state::{MachineState, OpaqueState};
-use qevm_microvm::virtio::{TRANSPORTS, VirtioDevice, transport_of};
+use qevm_microvm::virtio::{TRANSPORTS, VirtioDevice};
 pub(crate) use routes::Routes;
 use run_control::RunControl;
 pub use run_control::{RunState, Stop};
-use split::Split;
 pub use throttle::MAX_THROTTLE;
 use throttle::Throttle;
 use vcpu::{Vcpu, VcpuContext};
+use vm::create_vm;
 pub use vm::open_kvm;
-use vm::{DeviceSlots, create_vm};
 
 /// Most vCPUs a machine can have: CPUID leaf 4 has six bits for their number.
 pub const MAX_CPUS: usize = 64;
@@ -124,22 +121,9 @@ impl Machine {
     /// [`Error::KvmUnavailable`] when there is no usable `/dev/kvm`, [`Error::KvmCapability`] when its KVM lacks
     /// something, [`Error::Config`] and [`Error::MemoryBackend`] for a machine that cannot be, [`Error::Kvm`] and
     /// [`Error::Host`] when the host refuses.
-    pub fn new(config: MachineConfig) -> Result<Machine> {
-        if !(1..=MAX_CPUS).contains(&config.cpus) {
-            return Err(Error::Config(format!(
-                "the machine cannot have {} vCPUs: wanted 1 to {MAX_CPUS}",
-                config.cpus
-            )));
-        }
-        if config.virtio.len() > TRANSPORTS {
-            let found = config.virtio.len();
-            return Err(Error::Config(format!("the machine has {TRANSPORTS} virtio-mmio transports, not {found}")));
-        }
-        let memory = match config.memory_backend {
-            Some(ref backend) if backend.len() != config.memory => return Err(BackendError::Size.into()),
-            backend => GuestMemory::of_files(config.memory, backend.as_ref(), &config.bios, config.files)?,
-        };
-        let memory = Arc::new(memory);
+    pub fn new(mut config: MachineConfig) -> Result<Machine> {
+        check(&config)?;
+        let memory = Arc::new(memory(&mut config)?);
         if config.mem_prealloc {
             memory.blocks().iter().try_for_each(|block| block.populate())?;
         }
@@ -147,99 +131,24 @@ impl Machine {
         let vm = Arc::new(create_vm(&kvm_fd, &memory, config.split_irqchip)?);
         // Rings are asked for before there is a vCPU.
         let dirty_log = Arc::new(DirtyLog::new(Arc::clone(&vm), Arc::clone(&memory), config.dirty_ring_size)?);
-
-        let (mut by_key, mut files) = (BTreeMap::new(), config.fw_cfg);
-        boot::add_items(&mut by_key, &mut files, config.memory, config.kernel.as_ref())?;
-        by_key.extend(config.uuid.map(|uuid| (KEY_UUID, uuid.0.to_vec())));
-        let fw_cfg = FwCfg::new(FwCfgItems { ram_size: config.memory, cpus: config.cpus as u16, files, by_key })?;
-        let clock = Arc::new(Mutex::new(VirtualClock::default()));
-        let mut threads = Vec::new();
-        let routes = Arc::new(Routes::new(&vm, config.split_irqchip));
-        let split = match config.split_irqchip {
-            true => Some(Split::new(&vm, &routes, &clock, &mut threads)?),
-            false => None,
-        };
-        let interrupt = |irq: u32, of: &'static str| -> Box<dyn FnMut(bool) + Send> {
-            if let Some(split) = &split {
-                return split.line(irq);
-            }
-            let line = Arc::clone(&vm);
-            Box::new(move |level| {
-                if let Err(error) = line.set_irq_line(irq, level) {
-                    tracing::error!(%error, of, "an interrupt is lost");
-                }
-            })
-        };
-        let line = Arc::clone(&vm);
-        let ioapic2 = Arc::new(Mutex::new(Ioapic::new(Box::new(move |Message { address, data }| {
-            let message = kvm_msi { address_lo: address, data, ..kvm_msi::default() };
-            if let Err(error) = line.signal_msi(message) {
-                tracing::error!(%error, address, data, "an interrupt of the second IOAPIC is lost");
-            }
-        }))));
-        let (mut virtio, mut transports) = (Vec::new(), Transports::default());
-        for (position, slot) in config.virtio.into_iter().enumerate() {
-            virtio.push(slot.device());
-            let (ioapic, pin) = (Arc::clone(&ioapic2), transport_of(position));
-            let line = Box::new(move |level| ioapic.lock().set_line(pin, level));
-            let device = slot.into_model().map(|model| Transport::new(model, Arc::clone(&memory), line));
-            transports.0.push(device.map(|device| Arc::new(Mutex::new(device))));
-        }
-        let serial = Serial::start(config.serial, interrupt(SERIAL_IRQ, "serial port"))?;
-        let control = Arc::new(RunControl::new(config.cpus));
-        let mut pumps = Vec::new();
-        for device in transports.0.iter().flatten() {
-            let control = Arc::clone(&control);
-            pumps.push(start_pump(device, move || control.may_run())?);
-        }
-        let mut rtc = None;
-        if config.rtc {
-            let device = Rtc::new(wall_clock(), config.memory, interrupt(RTC_IRQ, "real-time clock"));
-            let (clock, thread) = Clock::start("rtc", device, wall_clock)
-                .map_err(|cause| Error::Host { what: "start the thread of the clock", cause })?;
-            threads.push(thread);
-            rtc = Some(clock);
-        }
         let cpuid = cpuid::supported(&kvm_fd)?;
-        let mut pci = config.pcie.then(|| {
-            let line = |number: usize| interrupt(FIRST_GSI + number as u32, "PCI bus");
-            let mut bus = PciBus::new(cpuid::physical_bits(&cpuid), std::array::from_fn(line));
-            bus.show_by(Box::new(DeviceSlots::new(&vm, &memory)));
-            bus
-        });
-        let host = Host::new(&vm, &routes, &memory, config.split_irqchip, config.iommufds);
-        let vfio = VfioDevices::plug(config.vfio, pci.as_mut(), host)?;
-        let ged = Ged::new(interrupt(GED_IRQ, "generic event device"));
-        let mut devices = Devices::new(Arc::clone(&memory), serial, fw_cfg, ged, ioapic2, transports, rtc);
-        let to_vcpu = split.as_ref().map(|split| split.to_vcpu.clone());
-        devices.pci = pci.map(Mutex::new);
-        devices.split = split.map(Split::into_chips);
-        let devices = Arc::new(devices);
-
-        let vcpus = (0..config.cpus)
-            .map(|index| {
-                let fd = vm.create_vcpu(index as u64).map_err(kvm("create a vCPU"))?;
-                fd.set_cpuid2(&cpuid::for_vcpu(&cpuid, index, config.cpus)?).map_err(kvm("set a vCPU's CPUID"))?;
-                kvm_state::set_up_mce(&kvm_fd, &fd)?;
-                dirty_log.attach(&fd)?;
-                Ok(Vcpu::new(index, fd))
-            })
-            .collect::<Result<Arc<[Vcpu]>>>()?;
-        if let Some(to_vcpu) = &to_vcpu {
+        let board = Board::new(&mut config, &vm, &memory, cpuid::physical_bits(&cpuid))?;
+        let vcpus = create_vcpus(&kvm_fd, &vm, &cpuid, config.cpus, &dirty_log)?;
+        if let Some(to_vcpu) = &board.to_vcpu {
             to_vcpu.connect(&vcpus);
         }
         let mut machine = Machine {
             vcpus,
-            control,
-            vfio,
+            control: board.control,
+            vfio: board.vfio,
             throttle: Throttle::default(),
             dirty_limit: DirtyLimit::new(config.cpus, dirty_log.clone()),
-            threads,
-            pumps,
-            devices,
-            clock,
+            threads: board.threads,
+            pumps: board.pumps,
+            devices: board.devices,
+            clock: board.clock,
             held: Mutex::default(),
-            virtio,
+            virtio: board.virtio,
             has_kernel: config.kernel.is_some() && !config.incoming,
             bios: config.bios,
             kernel: config.kernel,
@@ -250,25 +159,31 @@ impl Machine {
             fresh: None,
             uuid: config.uuid,
             memory,
-            routes,
+            routes: board.routes,
             vm,
         };
-        let context = VcpuContext {
-            control: machine.control.clone(),
-            gate: machine.throttle.gate().clone(),
-            devices: machine.devices.clone(),
-            dirty_log: machine.dirty_log.clone(),
-            dirty_limit: machine.dirty_limit.limits().clone(),
-        };
-        for index in 0..config.cpus {
-            machine.threads.push(vcpu::spawn(&machine.vcpus, index, context.clone())?);
-        }
-        machine.control.wait_parked();
+        machine.start_vcpus()?;
         machine.fresh = Some(machine.save_state()?);
         if machine.has_kernel {
             machine.load_kernel()?;
         }
         Ok(machine)
+    }
+
+    /// Starts the threads of the vCPUs, and returns when each is parked.
+    fn start_vcpus(&mut self) -> Result<()> {
+        let context = VcpuContext {
+            control: self.control.clone(),
+            gate: self.throttle.gate().clone(),
+            devices: self.devices.clone(),
+            dirty_log: self.dirty_log.clone(),
+            dirty_limit: self.dirty_limit.limits().clone(),
+        };
+        for index in 0..self.vcpus.len() {
+            self.threads.push(vcpu::spawn(&self.vcpus, index, context.clone())?);
+        }
+        self.control.wait_parked();
+        Ok(())
     }
 
     /// Adds an interrupt that sends a message, and lets whatever is written to `event` raise it: its number.
@@ -442,6 +357,40 @@ impl Machine {
     fn must_be_paused(&self, to: &'static str) -> Result<()> {
         if self.control.all_parked() { Ok(()) } else { Err(Error::NotPaused(to)) }
     }
+}
+
+/// Fails for a machine that cannot be.
+fn check(config: &MachineConfig) -> Result<()> {
+    let (cpus, virtio) = (config.cpus, config.virtio.len());
+    if !(1..=MAX_CPUS).contains(&cpus) {
+        return Err(Error::Config(format!("the machine cannot have {cpus} vCPUs: wanted 1 to {MAX_CPUS}")));
+    }
+    if virtio > TRANSPORTS {
+        return Err(Error::Config(format!("the machine has {TRANSPORTS} virtio-mmio transports, not {virtio}")));
+    }
+    Ok(())
+}
+
+/// RAM and ROM, of the files in `config` where it has some.
+fn memory(config: &mut MachineConfig) -> Result<GuestMemory> {
+    match &config.memory_backend {
+        Some(backend) if backend.len() != config.memory => Err(BackendError::Size.into()),
+        backend => {
+            GuestMemory::of_files(config.memory, backend.as_ref(), &config.bios, std::mem::take(&mut config.files))
+        }
+    }
+}
+
+/// The vCPUs of a machine, each with its CPUID and, if there are some, a dirty ring.
+fn create_vcpus(kvm_fd: &Kvm, vm: &VmFd, cpuid: &CpuId, cpus: usize, dirty_log: &DirtyLog) -> Result<Arc<[Vcpu]>> {
+    let create = |index| {
+        let fd = vm.create_vcpu(index as u64).map_err(kvm("create a vCPU"))?;
+        fd.set_cpuid2(&cpuid::for_vcpu(cpuid, index, cpus)?).map_err(kvm("set a vCPU's CPUID"))?;
+        kvm_state::set_up_mce(kvm_fd, &fd)?;
+        dirty_log.attach(&fd)?;
+        Ok(Vcpu::new(index, fd))
+    };
+    (0..cpus).map(create).collect()
 }
 
 impl Drop for Machine {

@@ -48,7 +48,7 @@ impl Table {
     /// Numbers of interrupts, and where they go; some go to two places.
     fn routes(&self) -> Vec<(u32, Route)> {
         let mut routes = Vec::new();
-        // As the kernel has them before anybody sets any: 0 to 15 reach an 8259 and the IOAPIC.
+        // As the kernel has them before any is set: 0 to 15 reach an 8259 and the IOAPIC.
         for gsi in (0..PINS).filter(|_| self.chips) {
             let pic = |irqchip| (gsi, Route::Pin { irqchip, pin: gsi % PIC_PINS });
             match gsi / PIC_PINS {

@@ -1,4 +1,4 @@
-//! Who may run: the barrier between the vCPU threads and everybody else.
+//! Whether vCPUs may run: the barrier between their threads and all others.
 
 use parking_lot::{Condvar, Mutex};
 use std::fmt;

@@ -34,7 +34,7 @@ impl<'m> RunningLog<'m> {
         }
         if log.untold {
             tracing::warn!(
-                "nobody tells which pages VFIO devices write to: all of RAM is sent once more when the guest has stopped"
+                "it is not known which pages VFIO devices write to: all of RAM is sent once more when the guest has stopped"
             );
         }
         log.by_devices = vec![0; machine.memory().ram().pages().div_ceil(PAGES_PER_WORD) as usize];
