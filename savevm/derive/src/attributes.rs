@@ -1,10 +1,12 @@
 //! From `#[vmstate(…)]` attributes to a declaration that makes sense.
 
+use proc_macro2::TokenStream;
+use quote::ToTokens;
 use syn::ext::IdentExt;
 use syn::meta::ParseNestedMeta;
 use syn::spanned::Spanned;
 use syn::{
-    Attribute, Data, DeriveInput, Error, Expr, Fields, GenericArgument, Generics, Ident, LitInt, LitStr, Path,
+    Attribute, Data, DeriveInput, Error, Expr, ExprLit, Fields, GenericArgument, Generics, Ident, Lit, LitStr, Path,
     PathArguments, Result, Type,
 };
 
@@ -15,8 +17,8 @@ pub(crate) struct Declaration {
     /// Where the code finds `qevm-savevm`, if not in the crate root.
     pub(crate) krate: Option<Path>,
     pub(crate) name: LitStr,
-    pub(crate) version: u32,
-    pub(crate) minimum_version: u32,
+    pub(crate) version: Version,
+    pub(crate) minimum_version: Version,
     pub(crate) needed: Option<Expr>,
     pub(crate) wire_version: Option<Expr>,
     pub(crate) release_versions: Option<Expr>,
@@ -35,7 +37,7 @@ pub(crate) struct Field {
     /// The name with QEMU's `[k]` if it occurs several times.
     pub(crate) json_name: String,
     pub(crate) type_name: Option<LitStr>,
-    pub(crate) since: Option<u32>,
+    pub(crate) since: Option<Version>,
     pub(crate) exists: Option<Expr>,
     /// Like `exists`, from the context alone.
     pub(crate) released: Option<Expr>,
@@ -53,6 +55,32 @@ pub(crate) struct Subsection {
     pub(crate) needed: Option<Expr>,
     pub(crate) since_release: Option<Release>,
     pub(crate) until_release: Option<Release>,
+}
+
+/// A version: a number, or a constant that is one.
+#[derive(Clone)]
+pub(crate) struct Version {
+    expr: Expr,
+    /// Of a constant only the compiler knows it.
+    number: Option<u32>,
+}
+
+impl Version {
+    /// It is certain already that this one is above the other.
+    fn is_above(&self, other: &Version) -> bool {
+        self.number > other.number && other.number.is_some()
+    }
+
+    /// Whether both are numbers, which are compared here.
+    pub(crate) fn is_compared_with(&self, other: &Version) -> bool {
+        self.number.is_some() && other.number.is_some()
+    }
+}
+
+impl ToTokens for Version {
+    fn to_tokens(&self, tokens: &mut TokenStream) {
+        self.expr.to_tokens(tokens);
+    }
 }
 
 /// A QEMU release, major and minor.
@@ -83,8 +111,8 @@ impl Declaration {
         each_attribute(&input.attrs, |meta| match key(meta)?.as_str() {
             "name" => set(&mut name, meta, |m| m.value()?.parse()),
             "crate" => set(&mut krate, meta, |m| m.value()?.parse()),
-            "version" => set(&mut version, meta, integer),
-            "minimum_version" => set(&mut minimum_version, meta, integer),
+            "version" => set(&mut version, meta, a_version),
+            "minimum_version" => set(&mut minimum_version, meta, a_version),
             "needed" => set(&mut needed, meta, |m| m.value()?.parse()),
             "wire_version" => set(&mut wire_version, meta, |m| m.value()?.parse()),
             "release_versions" => set(&mut release_versions, meta, |m| m.value()?.parse()),
@@ -101,13 +129,13 @@ impl Declaration {
             return Err(Error::new(name.span(), "a VMSD's name has 1 to 255 bytes"));
         }
         let version = version.ok_or_else(|| missing("version = …"))?;
-        let minimum_version = minimum_version.unwrap_or(version);
-        if minimum_version > version {
+        let minimum_version = minimum_version.unwrap_or_else(|| version.clone());
+        if minimum_version.is_above(&version) {
             return Err(Error::new(input.ident.span(), "minimum_version is above version"));
         }
         let (mut fields, mut subsections) = (Vec::new(), Vec::new());
         for field in &named.named {
-            match parse_field(field, version)? {
+            match parse_field(field, &version)? {
                 Member::Field(_) if !subsections.is_empty() => {
                     return Err(Error::new(field.span(), "fields come before subsections on the wire: move this up"));
                 }
@@ -139,7 +167,7 @@ enum Member {
     Subsection(Box<Subsection>),
 }
 
-fn parse_field(field: &syn::Field, version: u32) -> Result<Member> {
+fn parse_field(field: &syn::Field, version: &Version) -> Result<Member> {
     let ident = field.ident.clone().ok_or_else(|| Error::new(field.span(), "a field needs a name"))?;
     let plain = ident.unraw().to_string();
     if RESERVED.contains(&plain.as_str()) {
@@ -159,7 +187,7 @@ fn parse_field(field: &syn::Field, version: u32) -> Result<Member> {
         match key(meta)?.as_str() {
         "name" => set(&mut name, meta, |m| m.value()?.parse::<LitStr>()),
         "type" => set(&mut type_name, meta, |m| m.value()?.parse::<LitStr>()),
-        "since" => set(&mut since, meta, integer),
+        "since" => set(&mut since, meta, a_version),
         "exists" => set(&mut exists, meta, |m| m.value()?.parse::<Expr>()),
         "released" => set(&mut released, meta, |m| m.value()?.parse::<Expr>()),
         "len" => set(&mut len, meta, |m| m.value()?.parse::<Expr>()),
@@ -196,7 +224,7 @@ fn parse_field(field: &syn::Field, version: u32) -> Result<Member> {
             "needed, since_release and until_release belong to a subsection; a field has `exists` and `since`",
         );
     }
-    if since.is_some_and(|since| since > version) {
+    if since.as_ref().is_some_and(|since| since.is_above(version)) {
         return error("since is above the VMSD's version: the field would never be written");
     }
     if exists.is_some() && released.is_some() {
@@ -288,8 +316,17 @@ fn set<T>(
     Ok(())
 }
 
-fn integer(meta: &ParseNestedMeta<'_>) -> Result<u32> {
-    meta.value()?.parse::<LitInt>()?.base10_parse()
+fn a_version(meta: &ParseNestedMeta<'_>) -> Result<Version> {
+    let expr: Expr = meta.value()?.parse()?;
+    let number = match &expr {
+        Expr::Lit(ExprLit { lit: Lit::Int(number), .. }) => Some(number.base10_parse()?),
+        Expr::Path(path) if path.path.segments.first().is_some_and(|first| first.ident == "Self") => {
+            return Err(Error::new(expr.span(), "there is no `Self` here: name the type"));
+        }
+        Expr::Path(_) => None,
+        _ => return Err(Error::new(expr.span(), "a version is a number or the name of a constant")),
+    };
+    Ok(Version { expr, number })
 }
 
 fn release(meta: &ParseNestedMeta<'_>) -> Result<Release> {

@@ -1,6 +1,6 @@
 //! The implementation of `VmState`, and of `Element` and `Field` so that the struct can be a field of another.
 
-use crate::attributes::{Declaration, Field, Release, Subsection};
+use crate::attributes::{Declaration, Field, Release, Subsection, Version};
 use crate::walk;
 use proc_macro2::{Ident, TokenStream, TokenTree};
 use quote::{ToTokens, quote, quote_spanned};
@@ -12,7 +12,7 @@ pub(crate) fn implementation(declaration: &Declaration) -> TokenStream {
     let (impl_generics, type_generics, where_clause) = declaration.generics.split_for_impl();
     let generic_parameters = &declaration.generics.params;
     let name = &declaration.name;
-    let (version, minimum_version) = (declaration.version, declaration.minimum_version);
+    let (version, minimum_version) = (&declaration.version, &declaration.minimum_version);
     let compressible = compressible(declaration);
     let wire_version = predicate(&declaration.wire_version, quote!(u32), quote!(Self::VERSION));
     let needed = predicate(&declaration.needed, quote!(bool), quote!(true));
@@ -22,6 +22,7 @@ pub(crate) fn implementation(declaration: &Declaration) -> TokenStream {
     let accept = accept(declaration);
     let description = description(declaration);
     let names = subsection_names(declaration);
+    let versions = versions(declaration);
     let code = quote! {
         #[automatically_derived]
         #[allow(unused_variables, clippy::all)]
@@ -83,6 +84,7 @@ pub(crate) fn implementation(declaration: &Declaration) -> TokenStream {
         }
         __qevm::element_is_field!([#generic_parameters] #ident #type_generics);
         #names
+        #versions
     };
     let krate = declaration.krate.as_ref().map_or_else(|| quote!(::qevm_savevm), ToTokens::to_token_stream);
     // A scope of its own for the name by which the code calls the crate.
@@ -122,6 +124,21 @@ fn subsection_names(declaration: &Declaration) -> TokenStream {
     quote!(#(const _: () = { #checks };)*)
 }
 
+/// Refuses, when the crate is compiled, constants that are out of order.
+fn versions(declaration: &Declaration) -> TokenStream {
+    let version = &declaration.version;
+    let check = |lower: &Version, why: &str| {
+        let known = lower.is_compared_with(version);
+        (!known)
+            .then(|| quote_spanned!(lower.to_token_stream().span()=> const _: () = assert!(#lower <= #version, #why);))
+    };
+    let minimum = check(&declaration.minimum_version, "minimum_version is above version");
+    let since = declaration.fields.iter().filter_map(|field| {
+        check(field.since.as_ref()?, "since is above the VMSD's version: the field would never be written")
+    });
+    quote!(#minimum #(#since)*)
+}
+
 /// A type is, or contains, one of the declaration's parameters.
 fn names_a_parameter(ty: TokenStream, declaration: &Declaration) -> bool {
     let is_parameter = |ident: &Ident| {
@@ -150,7 +167,7 @@ pub(crate) fn field_trait(field: &Field) -> TokenStream {
 pub(crate) fn field_info(field: &Field) -> TokenStream {
     let (name, json_name) = (&field.name, &field.json_name);
     let type_name = field.type_name.iter().map(|t| quote!(.type_name(#t)));
-    let since = field.since.iter().map(|s| quote!(.since(#s)));
+    let since = field.since.iter().map(|since| quote!(.since(#since)));
     let conditional = field.exists.iter().map(|_| quote!(.conditional()));
     quote! {
         const __INFO: __qevm::vmstate::FieldInfo =
@@ -279,7 +296,7 @@ fn description(declaration: &Declaration) -> TokenStream {
     let fields = declaration.fields.iter().map(|field| {
         let (ty, field_trait, info) = (&field.ty, field_trait(field), field_info(field));
         let released = field.released.iter().map(|released| quote!(&& (#released)));
-        let since = field.since.unwrap_or(0);
+        let since = field.since.as_ref().map_or_else(|| quote!(0), ToTokens::to_token_stream);
         quote! {
             if #since <= version #(#released)* {
                 #info

@@ -68,6 +68,44 @@ use syn::{DeriveInput, parse_macro_input};
 ///
 /// In the expressions of `exists`, `len`, `null` and `context` the fields declared before are in scope as references,
 /// `version` is the version being written or read and `ctx` the `Context`.
+///
+/// Each version is a number or the name of a constant.
+///
+/// ```
+/// use qevm_savevm::vmstate::{self, Context, VmState};
+/// use qevm_wire::QemuVersion;
+///
+/// const WITH_PULSE: u32 = 2;
+///
+/// #[derive(VmState)]
+/// #[vmstate(name = "button", version = WITH_PULSE, minimum_version = 1)]
+/// struct Button {
+///     pressed: u8,
+///     #[vmstate(since = WITH_PULSE)]
+///     pulse: u8,
+/// }
+///
+/// let context = Context::new(QemuVersion::new(10, 0), "microvm");
+/// let old: Button = vmstate::decode(&[1], 1, &context)?;
+/// assert_eq!(vmstate::save(&mut Button { pulse: 7, ..old }, &context)?, (2, vec![1, 7]));
+/// # Ok::<(), qevm_savevm::Error>(())
+/// ```
+///
+/// They are in order, or the declaration does not compile.
+///
+/// ```compile_fail,E0080
+/// use qevm_savevm::vmstate::VmState;
+///
+/// const WITH_PULSE: u32 = 2;
+///
+/// #[derive(VmState)]
+/// #[vmstate(name = "button", version = 1)]
+/// struct Button {
+///     pressed: u8,
+///     #[vmstate(since = WITH_PULSE)]
+///     pulse: u8,
+/// }
+/// ```
 #[proc_macro_derive(VmState, attributes(vmstate))]
 pub fn derive_vm_state(input: TokenStream) -> TokenStream {
     let input = parse_macro_input!(input as DeriveInput);

@@ -67,6 +67,20 @@ fn a_vmsd_has_a_name_and_consistent_versions() {
     );
     refuses(
         quote!(
+            #[vmstate(name = "x", version = Self::NEWEST)]
+            struct S {}
+        ),
+        "name the type",
+    );
+    refuses(
+        quote!(
+            #[vmstate(name = "x", version = OLDEST + 1)]
+            struct S {}
+        ),
+        "a number or the name of a constant",
+    );
+    refuses(
+        quote!(
             #[vmstate(name = "x", version = 1, version = 2)]
             struct S {}
         ),

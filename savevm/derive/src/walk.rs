@@ -34,7 +34,7 @@ fn save_field(field: &Field) -> TokenStream {
     let save = quote!(#field_trait::save(__value, __out, &__INFO #(#len)*));
     let save = in_context(field, quote!(__out), save);
     let save = quote!(__qevm::vmstate::Within::within(#save, || #path)?;);
-    let conditional = match (field.condition(), field.since) {
+    let conditional = match (field.condition(), &field.since) {
         (Some(exists), _) => quote! {
             match (#exists, #ident) {
                 (true, ::core::option::Option::Some(__value)) => { #save }
@@ -106,7 +106,7 @@ fn load_field(field: &Field) -> TokenStream {
     };
     let read = in_context(field, quote!(__input), read);
     let read = quote!(__qevm::vmstate::Within::within(#read, || #path)?);
-    let (ty, read) = match (field.condition(), field.since) {
+    let (ty, read) = match (field.condition(), &field.since) {
         (Some(exists), _) => (
             quote!(::core::option::Option<#ty>),
             quote!(if #exists { ::core::option::Option::Some(#read) } else { ::core::option::Option::None }),
