@@ -6,7 +6,7 @@ use super::{
 };
 use qevm_savevm::Error;
 use qevm_savevm::vmdesc::StructDescription;
-use qevm_savevm::vmstate::{self, Context, Description, VmState, VmStateError};
+use qevm_savevm::vmstate::{self, Context, Description, LoadStep, VmState, VmStateError};
 
 macro_rules! sections {
     ($($(#[$doc:meta])* $variant:ident($type:ty),)*) => {
@@ -52,6 +52,24 @@ macro_rules! sections {
                 let name = vmsd_name(idstr);
                 $(if name == <$type>::NAME {
                     return Some(vmstate::load::<$type>(reader, version, ctx).map(DeviceState::$variant));
+                })*
+                None
+            }
+
+            /// Loads the section `idstr` from the beginning of a stream that is still arriving, see
+            /// [`vmstate::load_step`]; `None` if it is not declared.
+            pub fn load_step(
+                idstr: &str, version: u32, input: &[u8], ctx: &Context,
+            ) -> Option<Result<LoadStep<DeviceState>, Error>> {
+                let name = vmsd_name(idstr);
+                $(if name == <$type>::NAME {
+                    let step = vmstate::load_step::<$type>(input, version, ctx);
+                    return Some(step.map(|step| match step {
+                        LoadStep::Loaded { consumed, state } => {
+                            LoadStep::Loaded { consumed, state: DeviceState::$variant(state) }
+                        }
+                        LoadStep::NeedMore { at_least } => LoadStep::NeedMore { at_least },
+                    }));
                 })*
                 None
             }

@@ -172,7 +172,10 @@ impl<D: DevicePart> Element for MmioVirtio<D> {
                 Ok(MmioVirtio(Box::new(virtio)))
             })
         };
-        assuming(input, true).or_else(|_| assuming(input, false))
+        assuming(input, true).or_else(|first| {
+            // Where the first lacks input, what is wrong with the second tells nothing.
+            assuming(input, false).map_err(|second| if second.is_truncated() { second } else { first })
+        })
     }
 
     fn describe(_: &Context) -> ElementDescription {

@@ -2,8 +2,11 @@
 
 use crate::tail::{Tail, tails};
 use qevm_devices::DeviceState;
+use qevm_savevm::Reader;
 use qevm_savevm::vmdesc::{Description, DeviceBody, DeviceDescription, TextStyle};
+use qevm_savevm::vmstate::LoadStep;
 use qevm_wire::{Limits, QemuVersion};
+use std::collections::BTreeSet;
 
 /// Sections of old-style handlers, which have no VMSD to declare.
 const OLD_STYLE: [&str; 1] = ["slirp"];
@@ -36,6 +39,40 @@ fn every_section_decodes_and_encodes_to_the_same_bytes_and_description() {
         }
     }
     assert!(sections >= 350, "only {sections} sections were checked");
+}
+
+/// A destination that shows little more of the stream than it is asked for loads a section of each kind, and nothing
+/// after it.
+#[test]
+fn sections_load_while_they_arrive() {
+    let mut seen = BTreeSet::new();
+    for Tail { name, ctx, sections: list, .. } in tails() {
+        for section in list.into_iter().filter(|section| !OLD_STYLE.contains(&&*section.idstr)) {
+            if !seen.insert((section.idstr.clone(), section.version, section.payload.len())) {
+                continue;
+            }
+            let at = format!("{name}: section {} instance {}", section.idstr, section.instance_id);
+            let step = |input: &[u8]| DeviceState::load_step(&section.idstr, section.version, input, &ctx).unwrap();
+            // A footer follows, or another section.
+            let stream = [&section.payload[..], &[0x7e]].concat();
+            let (mut shown, mut asked) = (0, 0);
+            let (consumed, loaded) = loop {
+                match step(&stream[..shown]).unwrap_or_else(|error| panic!("{at}: {error}")) {
+                    LoadStep::Loaded { consumed, state } => break (consumed, state),
+                    LoadStep::NeedMore { at_least } => {
+                        assert!((shown + 1..=stream.len()).contains(&at_least), "{at}: {at_least} after {shown}");
+                        shown = at_least.max(shown + stream.len() / 50).min(stream.len());
+                        asked += 1;
+                    }
+                }
+            };
+            assert_eq!((consumed, shown), (section.payload.len(), stream.len()), "{at}");
+            let whole = DeviceState::load(&section.idstr, section.version, &mut Reader::new(&section.payload), &ctx);
+            assert_eq!(Some(Ok(loaded)), whole, "{at}");
+            assert!(asked > 1, "{at}");
+        }
+    }
+    assert!(seen.len() >= 20, "only {} sections were checked", seen.len());
 }
 
 /// A description that was parsed is written as QEMU wrote it, white space included.

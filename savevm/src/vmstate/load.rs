@@ -12,6 +12,8 @@ pub struct Loader<'r, 'a, 'c> {
     pub(super) reader: &'r mut Reader<'a>,
     pub(super) ctx: &'c Context,
     lenient: bool,
+    /// More input may come.
+    open: bool,
     pub(super) depth: u32,
 }
 
@@ -28,11 +30,16 @@ pub struct SubsectionHeader {
 
 impl<'r, 'a, 'c> Loader<'r, 'a, 'c> {
     pub(super) fn strict(reader: &'r mut Reader<'a>, ctx: &'c Context) -> Self {
-        Loader { reader, ctx, lenient: false, depth: 0 }
+        Loader { reader, ctx, lenient: false, open: false, depth: 0 }
     }
 
     pub(super) fn lenient(reader: &'r mut Reader<'a>, ctx: &'c Context) -> Self {
-        Loader { reader, ctx, lenient: true, depth: 0 }
+        Loader { reader, ctx, lenient: true, open: false, depth: 0 }
+    }
+
+    /// Of what is still arriving.
+    pub(super) fn arriving(reader: &'r mut Reader<'a>, ctx: &'c Context) -> Self {
+        Loader { open: true, ..Loader::lenient(reader, ctx) }
     }
 
     /// The facts that predicates ask.
@@ -64,7 +71,7 @@ impl<'r, 'a, 'c> Loader<'r, 'a, 'c> {
         ctx: &Context,
         read: impl FnOnce(&mut Loader<'_, 'a, '_>) -> Result<T, Error>,
     ) -> Result<T, Error> {
-        read(&mut Loader { reader: self.reader, ctx, lenient: self.lenient, depth: self.depth })
+        read(&mut Loader { reader: self.reader, ctx, lenient: self.lenient, open: self.open, depth: self.depth })
     }
 
     /// Runs `read`, and goes back to where it started if it fails.
@@ -109,6 +116,10 @@ impl<'r, 'a, 'c> Loader<'r, 'a, 'c> {
     /// The input ends inside a header.
     pub fn next_subsection(&mut self, parent: &'static str) -> Result<Option<SubsectionHeader>, Error> {
         let rest = self.reader.rest();
+        if self.open && rest.is_empty() {
+            // What has not come may be one.
+            return Err(self.fail(WireError::Truncated { needed: 1, available: 0 }));
+        }
         if rest.first() != Some(&SUBSECTION) {
             return Ok(None);
         }

@@ -71,6 +71,7 @@ pub use save::Saver;
 use crate::vmdesc::StructDescription;
 use crate::{Error, Reader};
 pub use pointers::{MarkedPointers, Pointer, PointerField};
+use qevm_wire::Cursor;
 #[doc(hidden)]
 pub use qevm_wire::{QemuVersion, Within};
 
@@ -302,8 +303,78 @@ pub fn save_described<T: VmState>(value: &mut T, ctx: &Context) -> Result<(u32, 
 /// # Errors
 /// As [`decode`] without `NotCanonical`, and what a hook refuses.
 pub fn load<T: VmState>(reader: &mut Reader<'_>, version: u32, ctx: &Context) -> Result<T, Error> {
-    let start = reader.offset();
-    let mut loader = Loader::lenient(reader, ctx);
+    load_by(Loader::lenient(reader, ctx), version, ctx)
+}
+
+/// What [`load_step`] has made of the input.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum LoadStep<T> {
+    /// The state is complete.
+    Loaded {
+        /// How many bytes of the input it was.
+        consumed: usize,
+        /// The state.
+        state: T,
+    },
+    /// The input is too short.
+    NeedMore {
+        /// How many bytes, counted from the front of this input, the next call must show at least. Never more than
+        /// a stream has with what follows the content.
+        at_least: usize,
+    },
+}
+
+/// Like [`load`], for content that is still arriving: `input` begins with it, and may go on past it.
+///
+/// The content has no length. It is over where no subsection follows, which the byte after it tells: so that has to be
+/// there, and always is in a stream. Each call reads from the beginning; show it all that has come.
+///
+/// ```
+/// use qevm_savevm::vmstate::{self, Context, LoadStep, VmState};
+/// use qevm_wire::QemuVersion;
+/// use std::io::Read;
+///
+/// #[derive(VmState, Debug, PartialEq)]
+/// #[vmstate(name = "button", version = 1)]
+/// struct Button {
+///     pressed: u32,
+///     times: u64,
+/// }
+///
+/// /// Reads the state of a button, and gives what was read of the stream after it.
+/// fn button(mut stream: impl Read, ctx: &Context) -> Result<(Button, Vec<u8>), Box<dyn std::error::Error>> {
+///     let (mut input, mut shown) = (Vec::new(), 0);
+///     loop {
+///         match vmstate::load_step::<Button>(&input, 1, ctx)? {
+///             LoadStep::Loaded { consumed, state } => return Ok((state, input.split_off(consumed))),
+///             LoadStep::NeedMore { at_least } => input.resize(at_least, 0),
+///         }
+///         stream.read_exact(&mut input[shown..])?;
+///         shown = input.len();
+///     }
+/// }
+///
+/// let stream = [0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0, 7, 0x7e, 0, 0, 0, 3];
+/// let (button, rest) = button(&stream[..], &Context::new(QemuVersion::new(11, 1), "microvm"))?;
+/// assert_eq!((button, &rest[..]), (Button { pressed: 1, times: 7 }, &[0x7e][..])); // a footer begins
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+///
+/// # Errors
+/// As [`load`], but for input that is too short: that is [`LoadStep::NeedMore`].
+pub fn load_step<T: VmState>(input: &[u8], version: u32, ctx: &Context) -> Result<LoadStep<T>, Error> {
+    let mut reader = Reader::new(input);
+    match load_by(Loader::arriving(&mut reader, ctx), version, ctx) {
+        Ok(state) => Ok(LoadStep::Loaded { consumed: input.len() - reader.remaining(), state }),
+        Err(error) => match Cursor::<()>::at(0).need_more(&error, false) {
+            Some(at_least) => Ok(LoadStep::NeedMore { at_least }),
+            None => Err(error),
+        },
+    }
+}
+
+fn load_by<T: VmState>(mut loader: Loader<'_, '_, '_>, version: u32, ctx: &Context) -> Result<T, Error> {
+    let start = loader.offset();
     nested::check_version::<T>(version, start)?;
     let mut value = T::load_fields(&mut loader, version).within(|| T::NAME)?;
     value.accept(version, ctx).map_err(|kind| Error::new(kind.into(), start)).within(|| T::NAME)?;
