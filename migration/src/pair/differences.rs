@@ -29,7 +29,10 @@ impl Pair {
                     job.set_parameters(Parameters { downtime_limit_ms: 10_000, ..job.parameters() });
                     return;
                 }
-                assert!(statistics.total_time < Duration::from_secs(60), "{statistics:?}");
+                if statistics.total_time >= Duration::from_secs(60) {
+                    job.cancel().unwrap();
+                    panic!("{statistics:?}");
+                }
                 std::thread::sleep(Duration::from_millis(1));
             }
         });
@@ -45,7 +48,8 @@ proptest! {
     #[test]
     fn a_guest_arrives_by_differences(pages in 8usize..300, cache in 12u32..21, per_step in 1u64..60) {
         let pair = Pair::differing(pages, 1 << cache, per_step);
-        let outcome = pair.go_when_enough(|told| told.pages >= ENOUGH);
+        // A cache of one page among 300 seldom has the one that is written to.
+        let outcome = pair.go_when_enough(|told| told.pages >= ENOUGH / 8);
         pair.assert_moved(&outcome);
         let (told, ram) = (outcome.statistics.xbzrle.unwrap(), outcome.statistics.ram);
         prop_assert_eq!(told.cache_size, 1 << cache);
@@ -82,7 +86,7 @@ fn a_guest_that_stays_goes_the_next_time() {
 }
 
 #[test]
-fn a_cache_that_nobody_has_memory_for_leaves_the_guest() {
+fn a_cache_that_is_larger_than_memory_leaves_the_guest() {
     let pair = Pair::differing(100, 1 << 63, 20);
     let outcome = pair.run(Faults::default());
     pair.assert_stayed(&outcome);
