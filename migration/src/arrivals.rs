@@ -1,7 +1,7 @@
 //! The connections of one source, in whatever order they come, and those of others.
 //!
-//! A source opens the main channel and the page channels at the same time, and nobody promises which arrives first, or
-//! which first says something. Each connection is known by its first bytes; until then it is one of the
+//! A source opens the main channel and the page channels at the same time, and either may arrive first, and either
+//! may be the first to send something. Each connection is known by its first bytes; until then it is one of the
 //! [`UnidentifiedConns`].
 
 use super::listener::Caller;
@@ -17,7 +17,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-/// How often whoever waits for a connection that is here looks how long it may.
+/// How often a destination that waits for a connection to identify itself looks whether its time is over.
 const LOOK: Duration = Duration::from_millis(250);
 
 /// How old a page channel that did not fit may be to belong to the source that is here now.
@@ -219,7 +219,7 @@ fn wait(
     let left = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()) + Duration::from_millis(1));
     let left = left.map(|left| Timespec { tv_sec: left.as_secs() as i64, tv_nsec: left.subsec_nanos().into() });
     match poll(&mut entries, left.as_ref()) {
-        // A signal: nobody has done anything.
+        // A signal: no connection has done anything.
         Err(Errno::INTR) => entries.iter_mut().for_each(PollFd::clear_revents),
         polled => drop(polled?),
     }
@@ -264,8 +264,8 @@ mod tests {
         writer.as_bytes().to_vec()
     }
 
-    /// Somebody waits for a source, with this many page channels, while `callers` call, and has to get one: these
-    /// connections stay open. Gives what was seen and not looked at.
+    /// A destination waits for a source, with this many page channels, while `callers` connect, and has to get one:
+    /// these connections stay open. Gives what was seen and not looked at.
     fn wait_for(
         channels: Option<u8>,
         patience: Patience,
@@ -335,7 +335,7 @@ mod tests {
     }
 
     #[test]
-    fn who_says_nothing_or_too_little_is_dropped_after_a_while() {
+    fn a_connection_that_sends_nothing_or_too_little_is_dropped_after_a_while() {
         let (_, rest) = wait_for(None, patience(SHORT, LONG), |call, seen| {
             let (_silent, mut slow) = (call(b""), call(b"Q"));
             assert!(matches!(reason(seen), Reason::Silent(FirstBytes::Nothing, SHORT)));
@@ -363,7 +363,7 @@ mod tests {
         let (incoming, rest) = wait_for(Some(1), patience, |call, seen| {
             let _silent = call(b"");
             let _alone = call(MAIN);
-            assert!(seen.recv_timeout(SHORT).is_err(), "nobody was to be dropped");
+            assert!(seen.recv_timeout(SHORT).is_err(), "no connection was to be dropped");
             set(1);
             let mut dropped = Vec::new();
             while dropped.len() < 3 {
@@ -379,9 +379,9 @@ mod tests {
         assert!(rest.is_empty(), "{rest:?}");
     }
 
-    /// Whoever says the header alone is no source, with page channels or without, and keeps none out.
+    /// A connection that sends the header alone is no source, with page channels or without, and keeps none out.
     #[test]
-    fn who_says_the_header_alone_is_dropped_after_a_while() {
+    fn a_connection_that_sends_the_header_alone_is_dropped_after_a_while() {
         for channels in [None, Some(1)] {
             let (incoming, rest) = wait_for(channels, patience(SHORT, LONG), |call, seen| {
                 let _header = call(HEADER);
@@ -472,7 +472,7 @@ mod tests {
         assert!(incoming.page_channels_called);
         let Some(MigrationError::Load(error)) = incoming.misfit else { panic!("{:?}", incoming.misfit) };
         assert!(matches!(error.kind, LoadError::MultifdOff));
-        // Alone they are dropped, as everybody else.
+        // Alone they are dropped, as any other connection.
         let (incoming, _) = wait_for(None, patience(SHORT, LONG), |call, seen| {
             let _page = call(&init(0));
             assert!(matches!(reason(seen), Reason::MultifdOff));

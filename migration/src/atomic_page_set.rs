@@ -3,8 +3,8 @@
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-/// A bit for every page, which any thread may set. Who sets one and who asks for it are kept in order by the
-/// synchronisation of the channels.
+/// A bit for every page, which any thread may set. The thread that sets one and the thread that asks for it are kept in
+/// order by the synchronisation of the channels.
 #[derive(Debug)]
 pub(crate) struct AtomicPageSet(Vec<AtomicU64>);
 

@@ -100,8 +100,8 @@ impl Outgoing {
         Ok(())
     }
 
-    /// The same with deadlines for the waits on the main channel, if it has none: that of somebody else, who has no
-    /// page channels.
+    /// The same with deadlines for the waits on the main channel, if it has none: that of another caller, which has
+    /// no page channels.
     pub(crate) fn watched(self, job: &Job) -> Result<Self, MigrationError> {
         if self.watched {
             return Ok(self);
@@ -181,8 +181,8 @@ impl Incoming {
         }
     }
 
-    /// The same with deadlines for the waits on the main channel, if it has none: that of somebody else, who has no
-    /// page channels.
+    /// The same with deadlines for the waits on the main channel, if it has none: that of another caller, which has
+    /// no page channels.
     pub(crate) fn watched(self, job: &Job) -> Result<Self, MigrationError> {
         if self.watched {
             return Ok(self);
@@ -260,7 +260,7 @@ fn create(path: &Path, flags: libc::c_int) -> io::Result<File> {
     options.write(true).create(true).truncate(false).mode(FILE_MODE);
     match options.custom_flags(flags | AT_ONCE | libc::O_NOFOLLOW).open(path) {
         Err(error) if error.raw_os_error() == Some(libc::ELOOP) => {
-            // Disks and standard output are named by links. A link to a file may be anybody's, and so may the file.
+            // Disks and standard output are named by links. A link to a file may be any user's, and so may the file.
             let file = options.create(false).custom_flags(flags | AT_ONCE).open(path)?;
             match file.metadata()?.is_file() {
                 true => Err(io::Error::other("it is a symbolic link to a file, which guest memory does not follow")),
@@ -315,7 +315,7 @@ mod tests {
             Err(MigrationError::Create { source, .. }) => assert_eq!(source.raw_os_error(), Some(libc::ENXIO)),
             other => panic!("{other:?}"),
         }
-        // Whoever reads waits for the first byte, and not for its end, when there was no writer yet.
+        // A reader waits for the first byte, and not for its end, when there was no writer yet.
         let incoming = Incoming::open(&address, &job, &mut none).unwrap();
         let reading = std::thread::spawn(move || {
             let mut bytes = [0; 5];

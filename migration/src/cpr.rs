@@ -24,7 +24,7 @@ use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-/// How often whoever waits looks whether that is still wanted.
+/// How often a wait checks whether it is still wanted.
 const POLL: Duration = Duration::from_millis(20);
 /// How long a socket that takes no connection is tried.
 const PATIENCE: Duration = Duration::from_secs(1);
@@ -180,8 +180,8 @@ pub struct Predecessor {
 }
 
 impl Predecessor {
-    /// Waits for a source, as long as `wanted` says so, and for its descriptors. Whoever else calls is dropped, with a
-    /// line in the log, and so is one who does not say everything in time (`x-handshake-timeout`).
+    /// Waits for a source, as long as `wanted` says so, and for its descriptors. Any other connection is dropped, with
+    /// a line in the log, and so is one that does not send everything in time (`x-handshake-timeout`).
     ///
     /// # Errors
     /// [`MigrationError::Listen`], when the listener is of no more use; [`MigrationError::Cancelled`].

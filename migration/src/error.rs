@@ -164,7 +164,7 @@ pub enum MigrationError {
     #[error(transparent)]
     Load(#[from] Located<LoadError>),
     /// The guest has arrived, and it is not certain that the source leaves it to this destination: it stays paused
-    /// here, and whoever can look at the source has to decide.
+    /// here, and an operator who can look at the source has to decide.
     #[error(
         "{0}; the guest is here and paused: if it runs at the source, say 'quit' here; only if it is certain that it does not run \
          there and never will, say 'cont' here"

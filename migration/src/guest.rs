@@ -24,7 +24,7 @@ pub trait Guest: Send + Sync {
     /// The RAM blocks, in the order of the stream (QEMU's is largest first).
     fn ram(&self) -> Vec<RamView<'_>>;
 
-    /// Starts to log which pages change, whoever changes them: vCPUs, in-kernel devices or the monitor's own devices.
+    /// Starts to log which pages change, whatever changes them: vCPUs, in-kernel devices or the monitor's own devices.
     ///
     /// # Errors
     /// The guest's own.
@@ -97,7 +97,7 @@ pub trait Devices: Send + Sync {
 /// What a guest is told of its migration, and what it can be asked for. Everything has a default.
 pub trait Hooks: Send + Sync {
     /// The guest is about to be migrated, from here or to here: what can be done ahead for saving or loading its
-    /// devices is done now, because later everybody waits for that.
+    /// devices is done now, because later the guest would wait for it.
     fn prepare(&self) {}
 
     /// The migration has failed, and the guest, which did not run before [`Guest::pause`] either, stays as it was.

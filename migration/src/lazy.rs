@@ -1,9 +1,10 @@
 //! Restoring from a file in which every page has its place while the guest runs already (capabilities `mapped-ram` and
 //! `postcopy-ram` together, QEMU 11.2).
 //!
-//! The pages of large RAM blocks are left where they are in the file. Who touches one waits until it has been read, and
-//! meanwhile all others can be loaded one after the other. One bit for each page decides who reads it: whoever sets it,
-//! and nobody else ever. So no page is filled in twice, and none that the guest has changed is filled in again.
+//! The pages of large RAM blocks are left where they are in the file. A thread that touches one waits until it has been
+//! read, and meanwhile all others can be loaded one after the other. One bit for each page decides which thread reads
+//! it: the one that sets it, and no other ever. So no page is filled in twice, and none that the guest has changed is
+//! filled in again.
 //!
 //! ```text
 //!  guest, devices ──touch──▶ MissingPages::wait ─▶ claim ─▶ read the page ─▶ MissingPages::fill ─▶ waiters continue
@@ -35,7 +36,7 @@ const AHEAD: u64 = 256 << 10;
 /// for a file that is mapped.
 const AROUND: u64 = 64 << 10;
 
-/// A guest's memory of which parts are still in the file. Whoever has it decides whether the rest is
+/// A guest's memory of which parts are still in the file. Its owner decides whether the rest is
 /// [loaded](LazyRestore::load) or [left](LazyRestore::serve) in the file until it is touched.
 ///
 /// When it is dropped before, and the guest has been started, memory stays as it is, and a thread that touches a
@@ -86,7 +87,7 @@ struct Block {
     claimed: AtomicPageSet,
 }
 
-/// Blocks that are left in the file, before anybody may touch them.
+/// Blocks that are left in the file, before any thread may touch them.
 pub(crate) struct Setup {
     pages: Box<dyn MissingPages>,
     file: PageFile,
@@ -219,7 +220,7 @@ impl LazyRestore {
 impl Drop for LazyRestore {
     fn drop(&mut self) {
         if self.shared.lock().started {
-            // Without whoever makes pages missing they would turn to zeros.
+            // Without what makes pages missing they would turn to zeros.
             mem::forget(self.shared.clone());
         } else if let Some(server) = self.server.take() {
             self.shared.pages.stop();
@@ -251,7 +252,7 @@ impl Shared {
         };
         let unit = offset / block.unit;
         if !block.claimed.claim(unit) {
-            // Whoever has it lets all go on who wait for it.
+            // The thread that has it lets all go on that wait for it.
             return Ok(());
         }
         self.requests.fetch_add(1, Ordering::Relaxed);
@@ -324,8 +325,8 @@ impl Shared {
         let mut state = self.lock();
         state.failure.get_or_insert(error);
         if !state.started {
-            // The guest will not be started, so that whoever loads its devices may find zeros and need not wait for
-            // ever.
+            // The guest will not be started, so that a thread that loads its devices may find zeros and need not wait
+            // for ever.
             if let Err(error) = self.pages.release() {
                 tracing::error!(error, "who waits for guest memory waits for ever");
             }

@@ -69,7 +69,7 @@ impl PageServer {
         (at..).step_by(MAX_READ as usize).zip(pieces).try_for_each(|(at, piece)| connection.read(piece, at))
     }
 
-    /// A connection that nobody uses, if there is one.
+    /// A connection that is not in use, if there is one.
     fn connection(&self) -> io::Result<MutexGuard<'_, Connection>> {
         let connections = match self.connections.get() {
             Some(connections) => connections,
@@ -192,7 +192,7 @@ impl Connection {
             let Chunk { done, content, .. } = chunk;
             match content {
                 Content::Data { offset, len } | Content::Hole { offset, len } => {
-                    // The decoder has checked that it was asked for. What nobody has filled would be taken for zeroes.
+                    // The decoder has checked that it was asked for. What was not filled would be taken for zeroes.
                     if offset - at != filled as u64 {
                         return Err(unexpected("order of chunks"));
                     }

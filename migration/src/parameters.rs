@@ -50,7 +50,7 @@ pub struct Parameters {
     pub tls_creds: String,
     /// `tls-hostname`: what the destination's certificate has to name; empty is the host of its address.
     pub tls_hostname: String,
-    /// `tls-authz`: the name of what decides whose guests are taken; empty is everybody with a certificate.
+    /// `tls-authz`: the name of what decides whose guests are taken; empty takes every source with a certificate.
     pub tls_authz: String,
     /// `max-bandwidth`: bytes per second while the guest runs; 0 is unlimited.
     pub max_bandwidth: u64,

@@ -4,11 +4,11 @@ use crate::watch::Watch;
 use std::sync::Arc;
 use std::time::Duration;
 
-/// A time that nobody lives to see the end of.
+/// A time that no migration lives to see the end of.
 pub(crate) const NO_END: Duration = Duration::from_secs(100 * 365 * 86_400);
 
-/// How long is waited for what. `None` is as long as `x-handshake-timeout` says at the time: it may change while
-/// somebody waits.
+/// How long is waited for what. `None` is as long as `x-handshake-timeout` says at the time: it may change during
+/// the wait.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Patience {
     /// For a connection to say what it is.

@@ -106,7 +106,7 @@ impl Pipe {
             if deadline.is_some_and(|deadline| Instant::now() > deadline) {
                 return Err(io::ErrorKind::WouldBlock.into());
             }
-            // That nobody reads any more is told unasked.
+            // That the reader has gone is told unasked.
             let mut entries = [PollFd::new(&self.writing_ends, PollFlags::IN), PollFd::new(&*fd, PollFlags::empty())];
             match poll(&mut entries, Some(&READ_POLL)) {
                 Err(rustix::io::Errno::INTR) => {}
@@ -316,7 +316,7 @@ mod tests {
     }
 
     #[test]
-    fn closing_wakes_who_waits() {
+    fn closing_wakes_a_thread_that_waits() {
         let silent = shell("sleep 60");
         thread::scope(|scope| {
             let reader = scope.spawn(|| silent.read(&mut [ReadSlice::bytes(&mut [0])]));

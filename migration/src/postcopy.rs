@@ -11,7 +11,7 @@
 //! Two threads do that from the moment on at which memory is missing: the devices, which are loaded meanwhile, may
 //! touch it, too. With capability `postcopy-preempt` a third reads the connection on which the source sends what it is
 //! asked for ([`preempt`]). A page that was filled in is never filled in again, and one that does not come is not
-//! filled in at all: what waits for it keeps waiting, so that wrong memory is never seen. How long everybody waits is
+//! filled in at all: what waits for it keeps waiting, so that wrong memory is never seen. How long each thread waits is
 //! [counted](BlockTimes) with capability `postcopy-blocktime`.
 
 mod assembly;
@@ -33,10 +33,10 @@ use std::mem;
 use std::sync::Arc;
 use std::thread::JoinHandle;
 
-/// The part of a guest's memory that is still at the source, from where it comes while the guest runs. Whoever has it
+/// The part of a guest's memory that is still at the source, from where it comes while the guest runs. Its owner
 /// [waits](Postcopy::load) until all is here.
 ///
-/// When it is dropped before, memory goes on coming, and nobody learns of the end.
+/// When it is dropped before, memory goes on coming, and its end is not reported.
 #[derive(Debug)]
 pub struct Postcopy {
     shared: Arc<Shared>,
@@ -93,7 +93,7 @@ impl Postcopy {
 impl Drop for Postcopy {
     fn drop(&mut self) {
         if self.shared.is_started() {
-            // Without whoever makes pages missing they would turn to zeros.
+            // Without what makes pages missing they would turn to zeros.
             mem::forget(self.shared.clone());
         }
     }

@@ -1,7 +1,7 @@
 //! Memory as of one instant, of a guest that runs on (capability `background-snapshot`, QEMU 6.0).
 //!
-//! Guest memory is protected against writes. Who writes to a page first waits until it was copied, which takes
-//! microseconds and does not depend on the peer: copies are sent when their turn comes. What is not written to is
+//! Guest memory is protected against writes. A thread that writes to a page first waits until it was copied, which
+//! takes microseconds and does not depend on the peer: copies are sent when their turn comes. What is not written to is
 //! copied as the migration comes to it.
 //!
 //! ```text
@@ -24,7 +24,7 @@ const PLENTY: u64 = 64 << 20;
 /// …by this time for each page: a peer that takes nothing does not stop the guest, nor its monitor.
 const SLOWED: Duration = Duration::from_millis(100);
 
-/// Bytes that are copied for one who writes: it goes on to the next pages more often than not.
+/// Bytes that are copied for a thread that writes: it goes on to the next pages more often than not.
 const AROUND: u64 = 64 << 10;
 
 const PREPARE: &str = "protect guest memory against writes (capability 'background-snapshot')";
@@ -106,7 +106,7 @@ impl Snapshot {
             };
             if let Err(error) = served {
                 self.lock().failure.get_or_insert(error);
-                // The snapshot has failed, and nobody is to wait until that is noticed.
+                // The snapshot has failed, and no thread is to wait until that is noticed.
                 return self.release();
             }
         }

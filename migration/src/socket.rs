@@ -223,7 +223,7 @@ fn is_connected(socket: &socket2::Socket) -> io::Result<bool> {
     }
 }
 
-/// The congestion control that every Linux has and lets anybody choose.
+/// The congestion control that every Linux has and lets every user choose.
 const NO_PACING: &[u8] = b"reno";
 /// The kernel takes more bytes only after it has sent all that it has.
 const NOTHING_UNSENT: u32 = 1;
@@ -406,7 +406,7 @@ mod tests {
         assert!(options.tcp_nodelay().unwrap());
     }
 
-    /// A connection that comes when nobody wants it any more would be taken for a source that has left.
+    /// A connection that comes when it is not wanted any more would be taken for a source that has left.
     #[test]
     fn a_connection_that_is_not_wanted_any_more_does_not_come() {
         let directory = tempfile::tempdir().unwrap();

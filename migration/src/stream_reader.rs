@@ -120,7 +120,7 @@ impl<'c> StreamReader<'c> {
         }
         while self.end < at_least {
             if self.end == self.buffer.len() {
-                // Grows as data arrives, not as the peer promises; and by all of its length, for whoever looks for the
+                // Grows as data arrives, not as the peer promises; and by all of its length, for a search for the
                 // end of a section asks for one byte more at a time.
                 self.buffer.resize(2 * self.buffer.len(), 0);
             }

@@ -1,9 +1,9 @@
 //! Connections that are not identified yet.
 //!
-//! Anybody who finds the port of a destination can connect to it: a scanner, a browser, a source with other settings,
-//! an attacker. A connection counts for nothing until its first bytes are those of a source. Until then it costs one
-//! descriptor and a few bytes, and the number of such connections is limited; it has a few seconds; and nothing waits
-//! for it.
+//! Any program that finds the port of a destination can connect to it: a scanner, a browser, a source with other
+//! settings, an attacker. A connection counts for nothing until its first bytes are those of a source. Until then it
+//! costs one descriptor and a few bytes, and the number of such connections is limited; it has a few seconds; and
+//! nothing waits for it.
 
 use super::listener::Caller;
 use super::patience::Patience;

@@ -6,7 +6,7 @@
 //! the connection was not reset. That takes one round trip. In every other case the guest stays paused here, and the
 //! operator is told what to look at: [`Doubt`].
 //!
-//! An acknowledgement comes from whoever is at the other end of the connection. A proxy that acknowledges the message
+//! An acknowledgement comes from what is at the other end of the connection. A proxy that acknowledges the message
 //! and dies with it cannot be told from a source that has read it: see `docs/peer.md`.
 
 use super::Channel;

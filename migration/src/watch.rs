@@ -1,7 +1,7 @@
 //! Deadlines of what is waited for on a connection.
 //!
 //! A connection whose peer is stopped, or whose link is cut, brings nothing, takes nothing, and says nothing about it.
-//! So every read and write comes back from the kernel after a moment, and whoever waits counts these moments:
+//! So every read and write comes back from the kernel after a moment, and the thread that waits counts these moments:
 //! [`Watched`]. A process that was stopped itself, or whose host was, has not counted meanwhile.
 //!
 //! What is written has a limit of its own on each connection. What is read has one for all connections of a migration
@@ -18,7 +18,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-/// How often whoever waits looks whether it is still to wait.
+/// How often a thread that waits looks whether it is still to wait.
 const TICK: Duration = Duration::from_millis(250);
 
 /// Which connection of a migration it is.

@@ -150,7 +150,7 @@ fn secured(
         Address::Tcp { host, .. } => Some(if host.is_empty() { "localhost" } else { host }),
         _ => None,
     };
-    // Whoever waits for this thread gives up first, and says what for.
+    // The caller that waits for this thread gives up first, and says what for.
     let patience = || waits.timeouts().handshake().map(|limit| limit + 10 * CANCEL_POLL);
     let session = TlsChannel::connect_within(socket, tls, host, &patience);
     Ok(Arc::new(session.map_err(failed)?))

@@ -11,7 +11,7 @@ pub enum Reader {
     Answers,
     /// A destination perhaps, which is asked to answer only under capability `return-path`.
     Silent,
-    /// Nobody for now: a file.
+    /// No process for now: a file.
     Nobody,
 }
 

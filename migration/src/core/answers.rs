@@ -419,7 +419,7 @@ mod tests {
     }
 
     #[test]
-    fn a_pong_that_nobody_asked_for_fails_the_migration_with_its_place() {
+    fn a_pong_that_was_not_asked_for_fails_the_migration_with_its_place() {
         let mut answers = answers();
         assert!(answers.message(pong(handover::CONFIRM), 16));
         assert!(answers.has_failed() && answers.has_ended());
@@ -455,7 +455,7 @@ mod tests {
     }
 
     #[test]
-    fn one_stray_ack_is_forgiven_where_nobody_asked_for_a_return_path() {
+    fn one_stray_ack_is_forgiven_where_no_return_path_was_asked_for() {
         for (asked_for, forgiven) in [(true, 0), (false, 1)] {
             let mut answers = Answers::new(None, asked_for);
             for _ in 0..forgiven {

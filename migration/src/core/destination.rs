@@ -57,8 +57,8 @@ pub struct Destination {
     arrived: Duration,
 }
 
-/// How long the source's host may take to acknowledge the last word, and the source to confirm it, where nobody says
-/// otherwise.
+/// How long the source's host may take to acknowledge the last word, and the source to confirm it, unless the operator
+/// says otherwise.
 const PATIENCE: Duration = crate::verdict::PATIENCE;
 /// How long the source may take to close after it was told of a failure.
 const LINGER: Duration = Duration::from_secs(1);

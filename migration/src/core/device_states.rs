@@ -300,7 +300,7 @@ impl<C> DeviceStates<C> {
         self.devices.iter_mut().filter_map(configuration).collect()
     }
 
-    /// A reader has given up for this reason: everybody who waits does so, too.
+    /// A reader has given up for this reason: all that wait do so, too.
     pub fn abandon(&mut self, reason: impl Into<String>) {
         self.abandoned.get_or_insert(reason.into());
     }

@@ -376,7 +376,7 @@ impl SourceCore {
                 SyncStep::Eos => self.stream.eos()?,
                 SyncStep::SyncChannels if self.has_page_channels() => self.do_next(Action::SyncChannels),
                 SyncStep::Flush if self.options.route == PageRoute::Channels => self.stream.multifd_flush()?,
-                // In a file the threads have synchronised, and nobody reads along.
+                // In a file the threads have synchronised, and no peer reads along.
                 SyncStep::SyncChannels | SyncStep::Flush => {}
             }
         }

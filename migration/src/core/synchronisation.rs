@@ -111,7 +111,7 @@ impl Synchronisation {
         self.barrier.channel_end(channel)
     }
 
-    /// A reader has given up for this reason: everybody who waits for it does so, too.
+    /// A reader has given up for this reason: all that wait for it do so, too.
     pub fn abandon(&mut self, reason: impl Into<String>) {
         self.barrier.abort(reason);
     }
@@ -136,14 +136,14 @@ mod tests {
         let mut slow = sync.clone();
         let error = slow.main_waits(5, 121 * SECOND).unwrap_err();
         assert_eq!(error, SyncError::TimedOut { waiting: Waiting::Channels(vec![0]) });
-        assert_eq!(slow.channel_waits(1), Err(error), "whoever waits learns of it");
+        assert_eq!(slow.channel_waits(1), Err(error), "a reader that waits learns of it");
         sync.channel_sync(0).unwrap();
         assert_eq!(sync.main_waits(5, 121 * SECOND).unwrap(), None);
         assert!(!sync.channel_waits(0).unwrap() && !sync.channel_waits(1).unwrap());
     }
 
     #[test]
-    fn nobody_waits_for_a_reader_that_has_given_up() {
+    fn no_thread_waits_for_a_reader_that_has_given_up() {
         let mut sync = Synchronisation::new(1);
         sync.main(Mark::Eos, 0, SECOND).unwrap();
         sync.abandon("cut");

@@ -19,7 +19,7 @@ impl Place {
         Place { listener: Listener::bind(&address).unwrap(), address, _folder: folder }
     }
 
-    /// Somebody who is no source, or a bad one.
+    /// A caller that is no source, or a bad one.
     fn call(&self) -> UnixStream {
         let Address::Unix(path) = &self.address else { panic!() };
         UnixStream::connect(path).unwrap()
@@ -75,7 +75,7 @@ fn descriptors_arrive_and_the_source_goes_on_when_the_destination_is_ready() {
 
 /// A destination goes on waiting for the right one.
 #[test]
-fn who_passes_nothing_is_dropped() {
+fn a_caller_that_passes_nothing_is_dropped() {
     let place = Place::new();
     let other = file(b"x");
     let mut callers = Vec::new();
@@ -101,7 +101,7 @@ fn who_passes_nothing_is_dropped() {
         caller.shutdown(std::net::Shutdown::Write).unwrap();
         callers.push(caller);
     }
-    // One who says nothing for too long.
+    // One that sends nothing for too long.
     let silent = place.call();
     thread::scope(|scope| {
         let timeouts = Timeouts { handshake_ms: 100, ..Timeouts::default() };
@@ -123,7 +123,7 @@ fn who_passes_nothing_is_dropped() {
 }
 
 #[test]
-fn whoever_waits_can_be_told_not_to() {
+fn a_wait_can_be_ended() {
     let place = Place::new();
     let ended = Predecessor::wait(&place.listener, &Timeouts::default(), &|| false);
     assert!(matches!(ended, Err(MigrationError::Cancelled)));

@@ -49,7 +49,7 @@ pub(crate) fn within<T>(patience: Duration, main: &dyn Channel, read: impl FnOnc
             }
         });
         if watch.is_err() {
-            // Without a thread that watches, nobody may wait.
+            // Without a thread that watches, this one may not wait.
             main.stop_reading();
         }
         let result = read();

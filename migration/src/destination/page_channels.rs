@@ -75,7 +75,7 @@ impl PageChannels {
         }
     }
 
-    /// Nobody waits for anybody any more, and what fails now is a consequence.
+    /// No channel waits for another any more, and what fails now is a consequence.
     pub(super) fn end(&self) {
         self.ended.store(true, Ordering::SeqCst);
         self.abandon("the main channel is done");

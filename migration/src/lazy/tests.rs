@@ -103,7 +103,7 @@ fn restore(scripted: &Arc<Scripted>) -> (LazyRestore, std::fs::File) {
 }
 
 #[test]
-fn every_page_is_filled_in_once_whoever_wants_it() {
+fn every_page_is_filled_in_once_however_many_threads_want_it() {
     for unit in [PAGE, 4 * PAGE] {
         let scripted = Scripted::new(unit);
         let (restore, _file) = restore(&scripted);
@@ -167,7 +167,7 @@ fn what_comes_after_touched_pages_is_loaded_first() {
 }
 
 #[test]
-fn what_nobody_touches_stays_in_the_file() {
+fn what_is_not_touched_stays_in_the_file() {
     let scripted = Scripted::new(PAGE);
     let (restore, _file) = restore(&scripted);
     restore.start_guest().unwrap();
@@ -203,12 +203,12 @@ fn a_page_that_cannot_be_read_is_never_filled_in() {
         assert!(matches!(error.kind, LoadError::File { .. }), "{error}");
         assert!(error.to_string().contains("RAM block 'ram'"), "{error}");
         assert!(!scripted.filled.lock().contains(&((PAGES - 1) * PAGE)));
-        assert!(!*scripted.released.lock(), "who waits would find zeros");
+        assert!(!*scripted.released.lock(), "a thread that waits would find zeros");
     }
 }
 
 #[test]
-fn before_the_guest_has_started_nobody_waits_for_ever() {
+fn before_the_guest_has_started_no_thread_waits_for_ever() {
     let scripted = Scripted::new(PAGE);
     let (restore, file) = restore(&scripted);
     file.set_len(0).unwrap();

@@ -38,7 +38,7 @@ pub(crate) struct Counts {
 
 /// A bounded queue of batches, from which whichever channel is free takes the next.
 ///
-/// One batch for each channel waits here at most: whoever fills the queue sleeps until there is room. A synchronisation
+/// One batch for each channel waits here at most: the sending thread sleeps until there is room. A synchronisation
 /// returns when every channel has sent all its pages and its SYNC packet, so no page of a later round overtakes one of
 /// an earlier round on its own channel.
 #[derive(Debug)]
@@ -279,7 +279,7 @@ mod tests {
     }
 
     #[test]
-    fn a_broken_channel_wakes_whoever_waits() {
+    fn a_broken_channel_wakes_every_thread_that_waits() {
         let queue = Queue::new(1);
         queue.push(batch(0)).unwrap();
         thread::scope(|scope| {

@@ -106,7 +106,7 @@ impl States {
         self.changed.notify_all();
     }
 
-    /// Lets everybody who waits give up, for this reason.
+    /// Lets all threads that wait give up, for this reason.
     pub(crate) fn abandon(&self, reason: impl Into<String>) {
         self.lock().abandon(reason);
         self.changed.notify_all();

@@ -99,7 +99,7 @@ impl FakeGuest {
     }
 
     fn write(&self, block: usize, page: usize, value: u64) {
-        // As a processor sets the dirty bit and writes in one: nobody looks at the log between the two.
+        // As a processor sets the dirty bit and writes in one: the log is not read between the two.
         let mut log = self.log.lock();
         if let Some(log) = &mut *log {
             log.written[block][page / 64] |= 1 << (page % 64);

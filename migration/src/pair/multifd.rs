@@ -106,7 +106,7 @@ fn another_source_later(path: PathBuf, channels: u8, source: Arc<Job>, gathered:
     thread::spawn(move || {
         source.wait();
         while !gathered.load(Ordering::SeqCst) {
-            // Nobody may be there any more.
+            // The destination may have gone.
             let connect = |first: &[u8]| {
                 UnixStream::connect(&path).and_then(|mut stream| stream.write_all(first).map(|()| stream)).ok()
             };
@@ -217,8 +217,8 @@ fn channels_that_do_not_come_are_named_and_the_source_goes_on() {
 
 #[test]
 fn too_many_channels_are_refused() {
-    // Which channels call first is up to the scheduler. If it is the main channel and two that fit, nobody hears of the
-    // others, and the source ends when they are not taken.
+    // Which channels call first is up to the scheduler. If it is the main channel and two that fit, the destination
+    // does not know of the others, and the source ends when they are not taken.
     for _ in 0..100 {
         let pair = Pair::new(60).multifd(4, Compression::None).but(|parameters| parameters.multifd_channels = 2);
         let (outcome, seen) = pair.watch(&Plan::default());

@@ -76,7 +76,7 @@ fn depart_with(
 }
 
 #[test]
-fn the_rate_limit_of_postcopy_holds_for_what_nobody_waits_for() {
+fn the_rate_limit_of_postcopy_holds_for_what_was_not_requested() {
     const LIMIT: u64 = 8_000_000;
     let pair = Pair::new(PAGES as usize);
     pair.job.set_parameters(Parameters {

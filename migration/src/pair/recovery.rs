@@ -282,7 +282,7 @@ fn a_guest_that_is_interrupted_is_not_started_here_and_says_why() {
             assert_eq!(pair.job.cancel(), Err(Refused::PostcopyInProgress));
             assert_eq!(pair.job.pause(), Err(Refused::NotInPostcopy));
             assert_eq!(pair.job.begin(), Err(Refused::InProgress));
-            // Nobody is there.
+            // No destination is there.
             pair.job.begin_recovery().unwrap();
             let nowhere = Address::Unix("/nonexistent/nobody".into());
             pair.job.recover(Outgoing::open(&nowhere, &pair.job, &mut NoDescriptors));

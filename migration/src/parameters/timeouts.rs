@@ -1,4 +1,4 @@
-//! How long who waits for what.
+//! How long each side waits for what.
 
 use std::time::Duration;
 

@@ -32,7 +32,7 @@ impl Listening {
         for listed in blocks {
             let number = views.iter().position(|view| listed.name == *view.name);
             let (Some(number), Some(received)) = (number, &listed.received) else {
-                let why = format!("nobody knows which pages of RAM block '{}' have come", listed.name);
+                let why = format!("it is not known which pages of RAM block '{}' have come", listed.name);
                 return Err(MigrationError::Guest { doing: LISTEN, source: why.into() });
             };
             let block = Block::empty(&*pages, number, listed, received)?;

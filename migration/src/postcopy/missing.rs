@@ -277,7 +277,7 @@ impl Shared {
             account.touched(touch.vcpu, index, unit, self.start.elapsed());
         }
         if block.placed.contains(unit) {
-            // Whoever fills it in lets all go on who wait for it.
+            // The thread that fills it in lets all go on that wait for it.
             return Ok(());
         }
         // Which block a message is about may depend on the one before.
@@ -355,8 +355,8 @@ impl Shared {
         let mut state = self.lock();
         state.failure.get_or_insert(error);
         if !state.started {
-            // The guest will not be started, so that whoever loads its devices may find zeros and need not wait for
-            // ever.
+            // The guest will not be started, so that a thread that loads its devices may find zeros and need not wait
+            // for ever.
             if let Err(error) = self.pages.release() {
                 tracing::error!(error, "who waits for guest memory waits for ever");
             }

@@ -2,9 +2,9 @@
 //! main channel.
 //!
 //! A source opens it with the main channel (7.1, 7.2) or when the guest goes (8.0), and says nothing on it before the
-//! first page that is waited for. So whoever calls after the main channel may be it, and is nobody until it has sent
-//! the record of a page of a block that the source has listed. With TLS its session begins when it calls: a source
-//! waits for that.
+//! first page that is waited for. So any connection after the main channel may be it, and counts for nothing until it
+//! has sent the record of a page of a block that the source has listed. With TLS its session begins when it calls: a
+//! source waits for that.
 
 use super::assembly::Assembly;
 use super::missing::{Line, Shared, State};
@@ -67,7 +67,7 @@ enum Outcome {
 }
 
 impl PreemptListener {
-    /// Whoever calls at `listener`, or is `waiting` and has said nothing, may be it.
+    /// Any connection that comes to `listener`, or is `waiting` and has sent nothing, may be it.
     pub(crate) fn new(
         listener: Listener,
         main: Caller,
@@ -93,7 +93,7 @@ impl PreemptListener {
         self.waiting.push(Candidate { socket, session, caller, said: Vec::new() });
     }
 
-    /// Somebody calls.
+    /// A connection has come.
     fn greet(&mut self, socket: Socket, caller: Caller) {
         match self.tls.as_ref().map(Accepting::new).transpose() {
             Ok(session) => self.add((socket, session, caller)),
@@ -185,8 +185,8 @@ impl Candidate {
         })
     }
 
-    /// What to wait for. Without a session nobody listens before the blocks are known (`hear`), and then it can only
-    /// leave.
+    /// What to wait for. Without a session a connection is not read before the blocks are known (`hear`): until
+    /// then it can only leave.
     fn events(&self, hear: bool) -> PollFlags {
         match &self.session {
             Some(session) if session.wants_write() => PollFlags::IN | PollFlags::OUT,
@@ -233,7 +233,7 @@ struct Orders {
 }
 
 impl Preempt {
-    /// Takes connections in. Nobody listens to them before memory is [missing](Preempt::listen).
+    /// Takes connections in. They are not read before memory is [missing](Preempt::listen).
     pub(crate) fn start(incoming: PreemptListener) -> Result<Self, MigrationError> {
         let failed = |error: io::Error| MigrationError::guest("start a thread for the preempt channel")(error.into());
         let news = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).map_err(|error| failed(error.into()))?;
@@ -243,7 +243,7 @@ impl Preempt {
         Ok(Preempt { control, thread: Some(thread) })
     }
 
-    /// Pages of `blocks` are missing in `memory`, and whoever sends the first is the preempt channel.
+    /// Pages of `blocks` are missing in `memory`, and the connection that sends the first is the preempt channel.
     pub(super) fn listen(&self, memory: Arc<Shared>, blocks: Arc<RamBlocks>) {
         self.control.orders().memory = Some((memory, blocks));
         self.control.wake();
@@ -260,7 +260,7 @@ impl Preempt {
 }
 
 impl Drop for Preempt {
-    /// When this returns, no page of it is placed any more, and nobody listens.
+    /// When this returns, no page of it is placed any more, and no connection is taken.
     fn drop(&mut self) {
         self.stop();
         // It has reported what went wrong.
@@ -344,21 +344,21 @@ impl Control {
         }
     }
 
-    /// Waits until somebody does something. Candidates are heard when it is known what they may say, and before that
-    /// they can only leave.
+    /// Waits until a connection does something. Candidates are heard when it is known what they may say, and before
+    /// that they can only leave.
     fn wait(&self, incoming: &PreemptListener, accepting: bool, hear: bool) -> Result<Ready, Errno> {
         let mut entries = vec![PollFd::new(&self.news, PollFlags::IN)];
         let waiting = incoming.waiting.iter();
         entries.extend(waiting.map(|who| PollFd::from_borrowed_fd(who.socket.as_fd(), who.events(hear))));
         entries.extend(accepting.then(|| PollFd::from_borrowed_fd(incoming.listener.as_fd(), PollFlags::IN)));
         match poll(&mut entries, (!accepting).then_some(&PAUSE)) {
-            // A signal: nobody has done anything.
+            // A signal: no connection has done anything.
             Err(Errno::INTR) => entries.iter_mut().for_each(PollFd::clear_revents),
             polled => drop(polled?),
         }
         let mut ready = entries.iter().map(|entry| !entry.revents().is_empty());
         if ready.next() == Some(true) {
-            // Whoever woke this thread wakes it again for the next order.
+            // The thread that woke this one wakes it again for the next order.
             let _ = rustix::io::read(&self.news, &mut [0; 8]);
         }
         let speaking = ready.by_ref().take(incoming.waiting.len()).collect();
@@ -397,7 +397,7 @@ impl Shared {
 
     /// Lets go of the preempt channel: when this returns, no page of it is placed any more.
     pub(super) fn end_urgent(&self) {
-        // Nobody may hold the lock who waits for the thread.
+        // A caller that waits for the thread may not hold the lock.
         let preempt = self.preempt().take();
         drop(preempt);
     }

@@ -338,7 +338,7 @@ fn memory_that_does_not_come_is_never_filled_in() {
         let failed = rest.load(&job).unwrap_err();
         assert!(matches!(failed, MigrationError::PostcopyBroken { .. }), "{failed}");
         assert!(!guest.memory.has(30));
-        assert!(!guest.memory.state.lock().released, "who waits would find zeros");
+        assert!(!guest.memory.state.lock().released, "a thread that waits would find zeros");
     });
 }
 

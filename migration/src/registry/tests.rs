@@ -50,7 +50,7 @@ fn kind(error: &GuestError) -> &RegistryError {
 }
 
 #[test]
-fn devices_arrive_by_name_and_instance_whoever_owns_them() {
+fn devices_arrive_by_name_and_instance_owned_or_shared() {
     for running in [true, false] {
         let sections = saved(running);
         let names: Vec<_> = sections.iter().map(|section| (section.idstr.to_string(), section.instance_id)).collect();

@@ -57,7 +57,7 @@ pub(super) fn completed(socket: BorrowedFd<'_>, patience: Duration) -> io::Resul
             let of_zerocopy = message.msg_controllen >= mem::size_of::<libc::cmsghdr>() + mem::size_of_val(error)
                 && error.ee_origin == ORIGIN_ZEROCOPY;
             if !of_zerocopy {
-                // Some other word, which nobody has asked for.
+                // Some other message, which was not asked for.
                 continue;
             }
             let count = error.ee_data.wrapping_sub(error.ee_info).wrapping_add(1);
@@ -129,14 +129,14 @@ mod tests {
             }
         }
         assert_eq!(done, calls);
-        // Within a host there is nobody to hand memory over to.
+        // Within a host there is no device to hand memory over to.
         assert!(copied);
         here.finish_writing();
         assert!(reader.join().unwrap() == bytes);
     }
 
     #[test]
-    fn who_waits_for_a_connection_that_breaks_is_told() {
+    fn a_thread_that_waits_for_a_connection_that_breaks_is_told() {
         let (here, there) = pair();
         here.send_in_place().unwrap();
         let start = Instant::now();

@@ -74,7 +74,7 @@ impl Memory {
         &self.pages[page]
     }
 
-    /// The content of a page, to be written by whoever is not the guest.
+    /// The content of a page, to be written by others than the guest.
     pub fn page_mut(&mut self, page: usize) -> &mut [u8] {
         &mut self.pages[page]
     }

@@ -13,8 +13,8 @@ const HEAD: usize = 6;
 const BODY: usize = 16 << 10;
 
 /// A [`Channel`] over another: bytes go in records that are scrambled with a key and checked with a sum, and an end
-/// that the peer has not sealed is an error. It shows what an encrypting channel has to do; it keeps no secret from
-/// anybody.
+/// that the peer has not sealed is an error. It shows what an encrypting channel has to do; it keeps no
+/// secret.
 ///
 /// ```
 /// use qevm_migration::{Channel, Socket, WriteSlice, ReadSlice, testing::Sealed};

@@ -27,7 +27,7 @@ pub enum Violation {
     /// The guest runs twice.
     #[error("the guest runs on both sides")]
     TwoGuests,
-    /// The guest runs nowhere, and nobody says so.
+    /// The guest runs nowhere, and neither side says so.
     #[error("the guest is lost: the source says {source_says:?}, and the destination {destination_says:?}")]
     Lost {
         /// The source's error; `None` if it believes that the guest has gone.
@@ -202,7 +202,7 @@ impl<'p> Simulation<'p> {
         Ok(())
     }
 
-    /// Until something happens. What has arrived already waits for whoever waits for something else.
+    /// Until something happens. What has arrived already waits for a side that waits for something else.
     fn sleep(&mut self) {
         let arrivals = self.links.iter().chain([&self.back]).filter_map(Link::next);
         let busy = self.source.is_busy(&self.links).then_some(self.now + STEP);
@@ -222,7 +222,7 @@ impl<'p> Simulation<'p> {
             match (fault.flips().filter(|at| *at < sent), self.source.struck(*link)) {
                 (None, _) => {}
                 (Some(_), Some(struck)) => stale.retain(|page| *page != struck),
-                // What is no page's content says where contents go: nobody can tell what has become of them.
+                // What is no page's content says where contents go: what has become of them is unknown.
                 (Some(_), None) => return Vec::new(),
             }
         }

@@ -170,7 +170,7 @@ fn a_source_that_goes_on_though_the_guest_may_have_gone_is_found() {
 }
 
 #[test]
-fn a_guest_that_nobody_has_is_found() {
+fn a_guest_that_neither_side_has_is_found() {
     // The confirmation is the last that is sent on the main channel, and gets lost.
     let plan = |seed| {
         let plan = Plan { return_path: true, confirmed: true, ..quiet(Plant::Silent, 0)(seed) };

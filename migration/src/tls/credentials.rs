@@ -125,7 +125,7 @@ impl Credentials {
     /// Reads `ca-cert.pem`, `ca-crl.pem` if there is one, and `server-cert.pem` with `server-key.pem`, or
     /// `client-cert.pem` with `client-key.pem`, which a client need not have. With `verify_peer` a server asks for a
     /// certificate that an authority of `ca-cert.pem` has signed, and a client for one that names the server as well;
-    /// without it anybody can be the peer.
+    /// without it any process can be the peer.
     ///
     /// # Errors
     /// [`CredentialsError`].

@@ -190,7 +190,7 @@ fn page_channels_have_sessions_of_their_own() {
 
 /// What a destination refuses, by the reason that it gives.
 #[test]
-fn who_has_no_session_is_nobody() {
+fn a_connection_without_a_session_counts_for_nothing() {
     let (authority, other) = (Authority::new(), Authority::new());
     let (directory, foreign) = (authority.directory(), other.directory());
     // The authority's own certificate is the right one, so that the client believes the server.
@@ -267,7 +267,7 @@ fn a_source_believes_only_the_host_that_it_called() {
         say(&*connect(port, trusting(foreign.path(), Endpoint::Client)).unwrap().main, MAIN);
     });
     assert!(seen.is_empty(), "{seen:?}");
-    // Nobody checks a name that there is not.
+    // A name that there is not is not checked.
     let (here, _there) = UnixStream::pair().unwrap();
     let error = TlsChannel::connect(Arc::new(Socket::Unix(here)), &client(), None).unwrap_err();
     assert!(error.to_string().contains("tls-hostname"), "{error}");

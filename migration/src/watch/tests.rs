@@ -47,7 +47,7 @@ fn a_peer_that_takes_a_little_now_and_then_is_no_frozen_one() {
     let (here, there) = UnixStream::pair().unwrap();
     let channel = watched(here, ChannelName::Main, &watch, Brings::Answers);
     let reader = thread::spawn(move || {
-        // Longer in all than the limit, and far less than has to go before somebody may write again.
+        // Longer in all than the limit, and far less than has to go before a thread may write again.
         for _ in 0..8 {
             thread::sleep(Duration::from_millis(500));
             read_at_least(&Socket::Unix(there.try_clone().unwrap()), &mut [ReadSlice::bytes(&mut [0; 1024])], 1024)
@@ -108,7 +108,7 @@ fn answers_have_no_limit_of_their_own_but_one_that_is_set_for_them() {
 }
 
 #[test]
-fn a_limit_may_change_while_somebody_waits() {
+fn a_limit_may_change_during_a_wait() {
     let job = Arc::new(Job::default());
     job.begin().unwrap();
     let (here, _there) = UnixStream::pair().unwrap();

@@ -184,7 +184,7 @@ fn each_flow_has_its_acks_when_the_initial_data_are_loaded() {
 }
 
 #[test]
-fn who_may_not_agree_to_the_switchover_is_refused() {
+fn a_device_that_may_not_agree_to_the_switchover_is_refused() {
     let agree = |number: u32| {
         let mut stream = Stream::new();
         stream.part(SectionKind::Part, number, &[VfioRecord::InitDataSent]);

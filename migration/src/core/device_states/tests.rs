@@ -131,7 +131,7 @@ fn a_missing_piece_is_named_when_nothing_comes_any_more() {
 }
 
 #[test]
-fn nobody_waits_for_a_reader_that_has_given_up() {
+fn no_thread_waits_for_a_reader_that_has_given_up() {
     let mut states = states();
     states.abandon("cut");
     let given_up = DeviceStateError::Abandoned { reason: "cut".into() };

@@ -21,7 +21,7 @@ pub struct Batch {
     pub resets: Vec<BlockRange>,
     /// The pages, in the order in which they are sent.
     pub runs: Vec<BlockRange>,
-    /// The pages may travel as differences to what was sent of them before (capability `xbzrle`). Whoever does that
+    /// The pages may travel as differences to what was sent of them before (capability `xbzrle`). What does that
     /// sees every page that is sent from here on until the guest goes, or this is `None` for the first time after it
     /// was not. In full is always right.
     pub differences: Option<DifferencePass>,
@@ -100,7 +100,7 @@ pub enum Action {
     /// Open the preempt channel.
     OpenPreempt,
     /// From here on the thread that receives a request may send the pages on the preempt channel at once, without the
-    /// core: [`next_urgent`](super::Answers::next_urgent). What nobody takes comes as
+    /// core: [`next_urgent`](super::Answers::next_urgent). What it does not take comes as
     /// [`UrgentPages`](Action::UrgentPages).
     ServeRequests,
     /// Send these pages, which the guest waits for, on the preempt channel

@@ -26,8 +26,8 @@ impl SourceCore {
     /// soon as its devices are there.
     ///
     /// # Errors
-    /// [`Refused::PostcopyOff`] without capability `postcopy-ram`; [`Refused::Blocked`] if pages go to a file, nobody
-    /// can ask for them, or a device sends its state in parts.
+    /// [`Refused::PostcopyOff`] without capability `postcopy-ram`; [`Refused::Blocked`] if pages go to a file, no
+    /// destination can ask for them, or a device sends its state in parts.
     pub fn start_postcopy(&mut self) -> Result<(), Refused> {
         if !self.options.capabilities.postcopy_ram {
             return Err(Refused::PostcopyOff);

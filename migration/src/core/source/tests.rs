@@ -451,7 +451,7 @@ fn a_destination_that_may_run_the_guest_keeps_it_whenever_it_fails() {
 }
 
 #[test]
-fn answers_that_nobody_asked_for_are_harmless() {
+fn answers_that_were_not_asked_for_are_harmless() {
     for step in 0..steps(Peer::Agrees) {
         let mut simulation = Simulation::new(Peer::Agrees, 1);
         let mut result = None;

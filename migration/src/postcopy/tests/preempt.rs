@@ -66,7 +66,7 @@ fn others(here: &[u64]) -> Vec<(u64, u8)> {
 /// Both orders: a 7.2 calls before its main channel says anything, and ends with EOS; a newer source calls when the
 /// guest goes.
 #[test]
-fn pages_come_over_either_channel_and_strangers_are_nobody() {
+fn pages_come_over_either_channel_and_strangers_count_for_nothing() {
     for early in [true, false] {
         let guest = Late { looks_at: vec![9], ..Late::new(PAGE) };
         let (mut peer, there) = Peer::new();
@@ -88,7 +88,8 @@ fn pages_come_over_either_channel_and_strangers_are_nobody() {
                 true => Urgent { stream: peer.stream.preempt_writer(), socket: ours },
                 false => Urgent::call(&peer, &path),
             };
-            // Whoever has nothing to say but an end is not it, nor who is of another block, nor who speaks after it.
+            // A connection that only ends is not it, nor one that sends a page of another block, nor one that comes
+            // after it.
             let (mut ended, mut other) = (UnixStream::connect(&path).unwrap(), UnixStream::connect(&path).unwrap());
             ended.write_all(&0x10_u64.to_be_bytes()).unwrap();
             other.write_all(b"\0\0\0\0\0\0\x10\x08\x04disk").unwrap();
@@ -98,7 +99,7 @@ fn pages_come_over_either_channel_and_strangers_are_nobody() {
             let rest = arriving.join().unwrap();
             assert_eq!(*guest.found.lock(), [Some(90)]);
             strangers.iter().chain([&ended, &other]).for_each(is_dropped);
-            assert!(UnixStream::connect(&path).is_err(), "nobody is waited for any more");
+            assert!(UnixStream::connect(&path).is_err(), "no connection is waited for any more");
 
             // Each channel knows its own last block, and a page counts once, over whichever it comes first.
             peer.pages(&[(20, 20), (21, 21)]);
@@ -193,9 +194,9 @@ fn a_preempt_channel_that_fails_pauses_the_postcopy_and_the_next_source_has_anot
     });
 }
 
-/// A guest whose migration does not get as far leaves nobody who listens.
+/// A guest whose migration does not get as far leaves no listener.
 #[test]
-fn nobody_listens_when_the_migration_is_over() {
+fn there_is_no_listener_when_the_migration_is_over() {
     let guest = Late::new(PAGE);
     let (mut peer, there) = Peer::new();
     let (job, folder) = (Job::default(), tempfile::tempdir().unwrap());
@@ -206,7 +207,7 @@ fn nobody_listens_when_the_migration_is_over() {
         let arriving = scope.spawn(move || arrive_with(guest, there, at, vec![theirs], job));
         peer.begin(&[(5, 5)], &[6]);
         let second = UnixStream::connect(&path).unwrap();
-        first.write_all(b"what it says nobody has heard").unwrap();
+        first.write_all(b"what it says was not heard").unwrap();
         drop(peer);
         arriving.join().unwrap().unwrap_err();
         [&first, &second].into_iter().for_each(is_dropped);

@@ -13,7 +13,7 @@ fn note(batch: &Batch, sent: &mut BTreeSet<(usize, u64)>) {
 }
 
 #[test]
-fn a_page_goes_once_whoever_sends_it_and_the_end_waits_for_all_of_them() {
+fn a_page_goes_once_by_either_channel_and_the_end_waits_for_all_of_them() {
     let mut simulation = Simulation::new(Peer::Answers, 23);
     simulation.core.options.capabilities.postcopy_ram = true;
     simulation.core.options.capabilities.postcopy_preempt = true;
