@@ -398,7 +398,7 @@ fn what_no_destination_would_read_is_not_written() {
     assert_eq!(reason(empty), PacketError::EmptyPayload.into());
 }
 
-/// What the destination would say of what the caller, and nobody else, has done.
+/// What the destination would say of what the caller alone has done.
 fn reason(error: Error) -> ErrorKind {
     assert_eq!(error.fault(), Fault::Misuse, "{error}");
     match error.kind {

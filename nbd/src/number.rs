@@ -17,7 +17,7 @@ pub const CHUNK_MAGIC: u32 = 0x668e_33ef;
 pub const PORT: u16 = 10809;
 /// Longest name and longest text.
 pub const MAX_STRING: usize = 4096;
-/// Longest data of an option or of a reply to one, as far as anybody here goes.
+/// Longest data of an option or of a reply to one, as far as this crate goes.
 pub const MAX_OPTION: u32 = 64 << 10;
 /// Most bytes that a client may ask for at once, if it was told nothing else.
 pub const MAX_READ: u32 = 32 << 20;

@@ -214,7 +214,7 @@ fn options_are_answered_as_the_protocol_wants_it() {
     let size = [&[0, 0][..], &0x1234_5678u64.to_be_bytes(), &flags.to_be_bytes()].concat();
     let ack = (reply::ACK, Vec::new());
     let block_size = [&[0, 3][..], [1, 4096, MAX_READ].map(u32::to_be_bytes).as_flattened()].concat();
-    // Name "", BLOCK_SIZE and a number that nobody knows.
+    // Name "", BLOCK_SIZE and a number that is not defined.
     let query = [0, 0, 0, 0, 0, 2, 0, 3, 0, 99];
     let told = [(reply::INFO, size.clone()), (reply::INFO, block_size), ack.clone()];
     assert_eq!(answers(option::INFO, &query), (Outcome::Continue, told.to_vec()));

@@ -12,7 +12,7 @@ use core::fmt;
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Fault {
-    /// The peer (or whoever wrote the file) broke the format.
+    /// The peer (or the writer of the file) broke the format.
     Malformed,
     /// Legal, but nothing here can handle it.
     Unsupported,

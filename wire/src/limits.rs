@@ -57,8 +57,8 @@ pub struct Limits {
     pub received_bitmap: u64,
     /// Elements of a list or tree inside a device section.
     pub elements: u64,
-    /// Bytes of memory that the fields of one device section may take, beyond twice the section's own length. Who keeps
-    /// the fields of many sections lowers it by what is kept.
+    /// Bytes of memory that the fields of one device section may take, beyond twice the section's own length. A
+    /// program that keeps the fields of many sections lowers it by what is kept.
     pub fields: u64,
 }
 

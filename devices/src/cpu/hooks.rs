@@ -33,8 +33,8 @@ pub(super) fn pre_save(cpu: &mut Cpu, _: &Context) -> Result<(), VmStateError> {
     Ok(())
 }
 
-/// Outside of a nested guest nobody can intercept a pending exception: it becomes an injected one, and its payload goes
-/// where the guest's handler looks for it.
+/// Outside of a nested guest no hypervisor can intercept a pending exception: it becomes an injected one, and its
+/// payload goes where the guest's handler looks for it.
 fn deliver_pending_exception(cpu: &mut Cpu) {
     let Some(info) = cpu.exception_info.as_mut().filter(|info| info.pending != 0) else { return };
     info.pending = 0;

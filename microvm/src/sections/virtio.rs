@@ -16,8 +16,8 @@ use qevm_devices::virtio::{
 use qevm_savevm::vmstate::{Buffer, QTailQ, Table, Tmp};
 use qevm_wire::QemuVersion;
 
-/// From here on a destination refuses queues that are longer than its own (seen in 11.1, not in 10.0), and nobody sends
-/// `virtio/ringsize`.
+/// From here on a destination refuses queues that are longer than its own (seen in 11.1, not in 10.0), and no source
+/// sends `virtio/ringsize`.
 const OWN_SIZES_ONLY: QemuVersion = QemuVersion::new(11, 0);
 /// From here to [`OWN_SIZES_ONLY`] a device's queues are [`LONG_QUEUE`] entries long after a reset (seen in 10.0.13,
 /// not in 7.2).

@@ -80,7 +80,7 @@ pub enum Progress {
     Continue,
     /// Wait for the others.
     Wait,
-    /// The synchronisation is complete: everybody goes on.
+    /// The synchronisation is complete: all channels go on.
     Released,
 }
 
@@ -363,7 +363,7 @@ impl SyncBarrier {
 impl fmt::Display for Waiting {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let (before, numbers, after) = match self {
-            Waiting::Nobody => return f.write_str("nobody waits"),
+            Waiting::Nobody => return f.write_str("no channel waits"),
             Waiting::Channels(numbers) => ("the main channel waits for a SYNC packet on channel", numbers, ""),
             Waiting::Main(numbers) => ("channel", numbers, " waits for a synchronisation on the main channel"),
         };

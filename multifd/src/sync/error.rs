@@ -38,7 +38,7 @@ pub enum SyncError {
         waiting: Waiting,
     },
     /// A reader has given up, so a reader that waits for it would wait for ever. Here too nothing more comes from the
-    /// channel, whatever the reason: that is reported by the one who gave up.
+    /// channel, whatever the reason: that is reported by the reader that gave up.
     #[error("a reader has given up: {reason}")]
     Aborted {
         /// Why.

@@ -146,7 +146,7 @@ fn deliver(
         }
     }
     if queues.iter().any(|queue| !queue.is_empty()) {
-        return Err(format!("nobody may go on: {}", barrier.waiting()));
+        return Err(format!("no reader may go on: {}", barrier.waiting()));
     }
     if memory != versions { Err("a page was lost".into()) } else { Ok(()) }
 }
@@ -185,17 +185,17 @@ proptest! {
             queue.remove(at);
         }
         let error = deliver(queues, &versions, None, &choices, true).unwrap_err();
-        prop_assert!(!error.starts_with("nobody may go on"), "{error}");
+        prop_assert!(!error.starts_with("no reader may go on"), "{error}");
     }
 }
 
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(300))]
 
-    /// A reader that dies anywhere, in any order of delivery, leaves nobody waiting: unless memory was complete
-    /// before, everybody gets its reason.
+    /// A reader that dies anywhere, in any order of delivery, leaves no other waiting: unless memory was
+    /// complete before, all get its reason.
     #[test]
-    fn a_reader_that_dies_leaves_nobody_waiting(
+    fn a_reader_that_dies_leaves_none_waiting(
         plan in plan(),
         who in any::<prop::sample::Index>(),
         place in any::<prop::sample::Index>(),
@@ -217,7 +217,7 @@ proptest! {
     /// Channels come when they like, to a destination that has not counted them: every SYNC packet is taken for the
     /// synchronisation that it belongs to, and no wait is endless.
     #[test]
-    fn channels_that_come_late_leave_nobody_waiting(
+    fn channels_that_come_late_leave_none_waiting(
         plan in plan(),
         choices in prop::collection::vec(any::<u8>(), 1..200),
     ) {
@@ -250,7 +250,7 @@ proptest! {
             prop_assert_eq!(result, Ok(()));
             queues[queue].pop_front();
         }
-        prop_assert!(queues.iter().all(VecDeque::is_empty), "nobody may go on: {}", barrier.waiting());
+        prop_assert!(queues.iter().all(VecDeque::is_empty), "no reader may go on: {}", barrier.waiting());
         prop_assert_eq!(barrier.waiting(), Waiting::Nobody);
     }
 }

@@ -103,7 +103,7 @@ impl PageRequests {
         Ok(new)
     }
 
-    /// Takes the next host page to send out of the queue; `None` if nobody waits.
+    /// Takes the next host page to send out of the queue; `None` if no page is waited for.
     pub fn next_page(&mut self) -> Option<PageRequest> {
         while let Some(entry) = self.queue.front_mut() {
             let index = entry.block;

@@ -188,7 +188,7 @@ fn end_follows(rest: &[u8], around: &Around<'_>) -> Follows {
         return Follows::No;
     }
     if !around.options.vmdesc {
-        // Nobody waits for what may come after this end, so it must not be asked for, nor count if it is there.
+        // No reader waits for what may come after this end, so it must not be asked for, nor count if it is there.
         return Follows::Yes;
     }
     match rest.first() {

@@ -14,8 +14,8 @@ pub enum RamRecord<'a> {
     /// An entry of the list. With a [`MappedRamHeader`](super::MappedRamHeader) the payload is the region up to the end
     /// of the block's pages.
     Block(RamBlock),
-    /// The list of blocks is whole. Takes no bytes: it comes after the last block (and its payload). Who has page
-    /// channels publishes the list to their readers now.
+    /// The list of blocks is whole. Takes no bytes: it comes after the last block (and its payload). A destination with
+    /// page channels publishes the list to their readers now.
     EndOfBlocks,
     /// A page of zeroes.
     Zero(PageAt),

@@ -5,7 +5,7 @@ fn per_round(channels: u8) -> SyncBarrier {
 }
 
 #[test]
-fn nobody_goes_on_before_everybody_is_there() {
+fn no_channel_goes_on_before_all_are_there() {
     let mut barrier = per_round(3);
     assert_eq!(barrier.channel_sync(2), Ok(Progress::Wait));
     assert_eq!(barrier.waiting(), Waiting::Main(vec![2]));
@@ -54,7 +54,7 @@ fn too_few_sync_packets_are_named() {
     assert_eq!(barrier.main_flush(), Ok(Progress::Wait));
     let error = Err(SyncError::MissingSync { channel: 1, number: 0 });
     assert_eq!(barrier.channel_end(1), error);
-    // Whoever waits for the others learns of it, too.
+    // A channel that waits for the others learns of it, too.
     assert_eq!(barrier.channel_sync(0).map(|_| ()), error);
     assert_eq!(barrier.healthy(), error);
 
@@ -111,7 +111,7 @@ fn a_channel_that_comes_late_catches_up() {
 }
 
 #[test]
-fn a_silent_peer_is_named_by_whoever_has_waited_enough() {
+fn a_silent_peer_is_named_by_a_reader_that_has_waited_enough() {
     let mut barrier = per_round(3);
     assert_eq!(barrier.channel_sync(1), Ok(Progress::Wait));
     assert_eq!(barrier.main_flush(), Ok(Progress::Wait));
@@ -121,7 +121,7 @@ fn a_silent_peer_is_named_by_whoever_has_waited_enough() {
 }
 
 #[test]
-fn whoever_reads_on_although_it_had_to_wait_is_refused() {
+fn a_reader_that_goes_on_although_it_had_to_wait_is_refused() {
     let mut barrier = per_round(2);
     assert_eq!(barrier.channel_sync(0), Ok(Progress::Wait));
     assert!(matches!(barrier.channel_sync(0), Err(SyncError::Order { .. })));

@@ -171,7 +171,7 @@ fn behind_the_end() {
     assert_eq!(error.kind, WireError::LimitExceeded { what: "description length", found: 19, limit: 18 }.into());
 }
 
-/// A source that waits for an answer sends nothing more: whoever would read on waits for ever.
+/// A source that waits for an answer sends nothing more: a reader that went on would wait for ever.
 #[test]
 fn a_live_source_is_not_asked_for_more_than_it_has_to_say() {
     /// Gives byte after byte, then what is not the stream's, and nothing more.
