@@ -115,7 +115,7 @@ impl Output {
     fn line(&self, line: &[u8]) {
         let lost = self.lost.swap(0, Ordering::Relaxed);
         if lost > 0
-            && !self.writer.write_whole(format!("{lost} lines of the log are lost: nobody read them\n").as_bytes())
+            && !self.writer.write_whole(format!("{lost} lines of the log are lost: they were not read\n").as_bytes())
         {
             self.lost.fetch_add(lost + 1, Ordering::Relaxed);
         } else if !self.writer.write_whole(line) {
@@ -270,7 +270,7 @@ mod tests {
     }
 
     #[test]
-    fn lines_that_nobody_reads_are_counted() {
+    fn lines_that_are_not_read_are_counted() {
         let (reader, pipe) = io::pipe().unwrap();
         let writer = NonBlockingWriter::start(1000, Box::new(pipe), |_| (), || ()).unwrap();
         let output = Output { writer, lost: Arc::default(), file: false };

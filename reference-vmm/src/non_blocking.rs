@@ -1,7 +1,7 @@
 //! Output that never blocks its writer: a bounded buffer, and a thread that empties it.
 //!
 //! What a guest or a peer causes to be written (a serial port, the log) goes to a pipe that may not be read, or to a
-//! disk that hangs. The descriptor itself stays blocking: `O_NONBLOCK` would belong to everybody who shares it, a
+//! disk that hangs. The descriptor itself stays blocking: `O_NONBLOCK` would belong to every process that shares it, a
 //! terminal's shell too.
 
 use parking_lot::{Condvar, Mutex, MutexGuard};
@@ -149,7 +149,7 @@ mod tests {
     use std::sync::mpsc;
 
     #[test]
-    fn nobody_reads_and_nobody_waits() {
+    fn output_that_is_not_read_is_not_waited_for() {
         let (mut reader, pipe) = io::pipe().unwrap();
         let (told, room) = mpsc::channel();
         let writer =

@@ -2,7 +2,7 @@
 //! carries.
 
 //!
-//! Output that nobody reads never holds the guest up: it fills a buffer, and then the transmitter is busy (`THRE` and
+//! Output that is not read never holds the guest up: it fills a buffer, and then the transmitter is busy (`THRE` and
 //! `TEMT` are clear) until there is room again, as on QEMU's port. What a guest writes all the same is lost, and
 //! counted in the log.
 
@@ -387,7 +387,7 @@ mod tests {
 
     /// As QEMU's port on a pipe: it is busy until it is read.
     #[test]
-    fn a_pipe_that_nobody_reads_makes_the_transmitter_busy() {
+    fn a_pipe_that_is_not_read_makes_the_transmitter_busy() {
         let (mut reader, pipe) = std::io::pipe().unwrap();
         let (port, line) = port_on(Box::new(pipe));
         port.lock().write(IER, IER_THR_EMPTY);

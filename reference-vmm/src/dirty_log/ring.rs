@@ -1,7 +1,7 @@
 //! A vCPU's dirty ring: memory shared with KVM in which it lists the pages that the vCPU writes to
 //! (KVM API document, "KVM_CAP_DIRTY_LOG_RING", Linux 5.11).
 //!
-//! KVM fills entries in order and sets [`DIRTY`] last. Who harvests takes them in the same order and sets [`RESET`];
+//! KVM fills entries in order and sets [`DIRTY`] last. The harvester takes them in the same order and sets [`RESET`];
 //! `KVM_RESET_DIRTY_RINGS` then protects those pages again and clears the entries, which KVM may fill anew.
 
 use std::ops::Deref;

@@ -52,8 +52,8 @@ pub enum BackendError {
     /// The host cannot back all of it.
     #[error("preallocating memory failed: {}", words(.0))]
     Preallocate(io::Error),
-    /// The predecessor of `cpr-transfer` has not passed this memory, so that nobody knows where it is. A QEMU goes on
-    /// with memory of its own.
+    /// The predecessor of `cpr-transfer` has not passed this memory, so that it is not known where it is. A QEMU goes
+    /// on with memory of its own.
     #[error("the source has passed no descriptor of RAM block '{0}': the guest's memory would be lost")]
     NotPassed(String),
     /// What the predecessor of `cpr-transfer` has passed has another length.

@@ -278,7 +278,7 @@ mod tests {
     }
 
     #[test]
-    fn who_touches_a_page_waits_until_it_is_filled_in() {
+    fn a_thread_that_touches_a_page_waits_until_it_is_filled_in() {
         for memory in memories() {
             memory.ram().write(8192, b"old").unwrap();
             let missing = Userfault::new(memory.clone()).unwrap();
@@ -314,7 +314,7 @@ mod tests {
             missing.stop();
             while missing.wait().unwrap().is_some() {}
             missing.release().unwrap();
-            assert!(memory.ram().page_is_zero(7).unwrap(), "nobody waits any more");
+            assert!(memory.ram().page_is_zero(7).unwrap(), "no thread waits any more");
         }
     }
 

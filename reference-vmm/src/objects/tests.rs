@@ -90,7 +90,7 @@ fn parameters_name_credentials_of_their_side() {
     assert_eq!(refused(&with("server", ""), Endpoint::Client), "Expected TLS credentials for a client endpoint");
     assert_eq!(refused(&with("client", ""), Endpoint::Server), "Expected TLS credentials for a server endpoint");
     assert_eq!(refused(&with("server", "a9"), Endpoint::Server), "No authorization object with id 'a9'");
-    assert!(objects.tls(&with("client", "a9"), Endpoint::Client).unwrap().is_some(), "a source lets nobody in");
+    assert!(objects.tls(&with("client", "a9"), Endpoint::Client).unwrap().is_some(), "a source lets no client in");
     assert_eq!(objects.tls(&with("server", "a0"), Endpoint::Server).unwrap().unwrap().endpoint(), Endpoint::Server);
 }
 

@@ -120,7 +120,7 @@ mod tests {
             }
         }
         for entity in entities.iter().filter(|e| e["meta-type"] != "command" && e["meta-type"] != "event") {
-            assert!(used.contains(entity["name"].as_str().unwrap()), "nobody uses {}", entity["name"]);
+            assert!(used.contains(entity["name"].as_str().unwrap()), "{} is not used", entity["name"]);
         }
     }
 }

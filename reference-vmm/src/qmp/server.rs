@@ -88,7 +88,7 @@ impl Drop for Server {
     fn drop(&mut self) {
         self.vmm.unsubscribe();
         self.speaking.end();
-        // Nothing is ever sent: this is the time limit, or everybody is done.
+        // Nothing is ever sent: this is the time limit, or all are done.
         let _ = self.silent.recv_timeout(LAST_WORDS);
         // It may have been removed already.
         let _ = fs::remove_file(&self.path);

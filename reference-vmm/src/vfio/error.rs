@@ -90,7 +90,7 @@ pub enum Failure {
         expected: &'static str,
     },
     /// It is in a state in which this cannot be done.
-    #[error("it is in {state}, where nobody can {what}")]
+    #[error("it is in {state}, in which it is impossible to {what}")]
     Misplaced {
         /// Its state.
         state: DeviceState,

@@ -355,7 +355,7 @@ fn a_guest_that_is_paused_takes_its_device_with_it() {
 }
 
 #[test]
-fn whoever_watches_is_told_of_each_state() {
+fn a_watcher_is_told_of_each_state() {
     let (double, device) = device(SHAPE);
     let seen = Arc::new(Mutex::new(Vec::new()));
     let sees = seen.clone();

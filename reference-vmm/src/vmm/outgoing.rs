@@ -36,7 +36,7 @@ impl Vmm {
     /// The same, to a process of this host that is passed the guest's memory at `cpr` before (mode `cpr-transfer`).
     ///
     /// # Errors
-    /// As [`migrate`](Self::migrate); and [`MigrationError::Connect`] where nobody waits at `cpr`.
+    /// As [`migrate`](Self::migrate); and [`MigrationError::Connect`] where no process waits at `cpr`.
     pub fn migrate_by(self: &Arc<Self>, address: Address, cpr: Option<Address>) -> Result<(), MigrationError> {
         legality::check(legality::MIGRATE, &self.situation())?;
         cpr::check(&address, cpr.as_ref(), &self.outgoing, &self.machine.memory().passable().1)?;

@@ -12,7 +12,7 @@ impl Vmm {
         *self.origin.lock() = Origin::Waiting(predecessor);
     }
 
-    /// The parameters of an incoming migration. Nobody but the source may write to memory that is the source's.
+    /// The parameters of an incoming migration. Only the source may write to memory that is the source's.
     pub(super) fn settings_of_arrival(&self) -> Parameters {
         let mut parameters = self.outgoing.parameters();
         parameters.mode = match *self.origin.lock() {
@@ -23,7 +23,7 @@ impl Vmm {
         parameters
     }
 
-    /// Somebody listens where it sends the guest to.
+    /// This process listens where it sends the guest to.
     pub(super) fn let_predecessor_go_on(&self) {
         let mut origin = self.origin.lock();
         match std::mem::replace(&mut *origin, Origin::HasGoneOn) {

@@ -155,7 +155,7 @@ fn strangers() {
         wait_for_status(&mut there, "completed");
         assert_eq!(there.status(), "running");
         runs(&there);
-        assert!(TcpStream::connect(("127.0.0.1", port)).is_err(), "nobody is waited for any more");
+        assert!(TcpStream::connect(("127.0.0.1", port)).is_err(), "no source is waited for any more");
     }
 }
 

@@ -13,7 +13,7 @@ pub(crate) const TESTS: &[Test] = &[
     ("snapshot_is_of_one_instant_of_a_guest_that_runs_on", of_one_instant),
     ("snapshot_of_a_stopped_guest_leaves_it_stopped", of_a_stopped_guest),
     ("snapshot_that_fails_leaves_the_guest_running", failed),
-    ("snapshot_for_a_peer_that_takes_nothing_holds_nobody_up", for_nobody),
+    ("snapshot_for_a_peer_that_takes_nothing_does_not_hold_the_guest_up", for_no_peer),
 ];
 
 /// Takes a snapshot at first so slowly that the guest has written to its pages again and again before their turn comes.
@@ -101,7 +101,7 @@ fn failed() {
     take(&mut here, &directory.path().join("guest"), &[]);
 }
 
-fn for_nobody() {
+fn for_no_peer() {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("nobody");
     let _nobody = UnixListener::bind(&path).unwrap();

@@ -18,7 +18,7 @@ use std::time::{Duration, Instant};
 
 pub(crate) const TESTS: &[Test] = &[
     ("source_keeps_a_guest_that_a_silent_peer_was_sent", keeps_a_guest_that_a_silent_peer_was_sent),
-    ("source_refuses_answers_that_nobody_asked_for", refuses_answers_that_nobody_asked_for),
+    ("source_refuses_answers_that_were_not_asked_for", refuses_answers_that_were_not_asked_for),
     ("source_keeps_the_end_back_until_everything_is_loaded", keeps_the_end_back_until_everything_is_loaded),
     ("source_does_not_resume_a_guest_that_may_run_elsewhere", does_not_resume_a_guest_that_may_run_elsewhere),
     ("source_resumes_when_the_destination_says_that_it_failed", resumes_when_the_destination_says_that_it_failed),
@@ -224,7 +224,7 @@ fn keeps_a_guest_that_a_silent_peer_was_sent() {
     source.goes_on();
 }
 
-fn refuses_answers_that_nobody_asked_for() {
+fn refuses_answers_that_were_not_asked_for() {
     let cases: [(Answers, &str); 5] = [
         (|_, n| if n == 0 { message(PONG, 7) } else { Vec::new() }, "PONG 0x7 answers no PING"),
         (|value, _| [pong(value, 0), pong(value, 0)].concat(), "PONG 0x1 answers no PING"),

@@ -151,7 +151,7 @@ fn bars_move_and_are_reached_where_the_guest_has_put_them() {
     log.lock().clear();
     bus.write(0xd000_0008, &[1, 2]);
     set(&mut bus, 0x10, 0xd000_0000);
-    assert_eq!(*log.lock(), ["0+0x8=[1, 2]"], "a write that changes nothing is told to nobody");
+    assert_eq!(*log.lock(), ["0+0x8=[1, 2]"], "a write that changes nothing is not told");
     // Outside of the windows nothing is decoded.
     set(&mut bus, 0x10, 0xf000_0000);
     assert!(!bus.read(0xf000_0004, &mut [0; 4]));

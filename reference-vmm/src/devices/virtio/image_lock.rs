@@ -79,7 +79,7 @@ fn set(file: &File, byte: i64, kind: i32) -> io::Result<bool> {
     }
 }
 
-/// Whether anybody else has a lock there.
+/// Whether another process has a lock there.
 fn is_taken(file: &File, byte: i64) -> io::Result<bool> {
     let mut lock = lock_of(byte, libc::F_WRLCK);
     // SAFETY: the descriptor is open, and the call reads and writes the lock that it is given.

@@ -304,8 +304,8 @@ impl Migration {
         Ok(())
     }
 
-    /// Makes a device stop whose guest has gone, or is paused: one that works on would write to memory that is
-    /// nobody's.
+    /// Makes a device stop whose guest has gone, or is paused: one that works on would write to memory that no
+    /// guest has any more.
     fn halt(&self, inner: &mut Inner, error: VfioError) -> Result<(), VfioError> {
         if inner.state != DeviceState::Error && self.step(inner, DeviceState::Stop).is_ok() {
             tracing::warn!("{error}: it has stopped now");

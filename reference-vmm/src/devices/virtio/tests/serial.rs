@@ -267,7 +267,7 @@ fn a_guest_that_never_stops_adding_gets_one_turn_for_each_notification() {
     let cases: [Case; 3] = [
         ("random numbers", Box::new(Rng::open().unwrap()), 0, 8, WRITE, vec![0; 32]),
         ("control messages", nobody(), 3, 16, 0, control(0, 6, 1)),
-        ("output that nobody takes", nobody(), 1, 16, 0, b"hello".to_vec()),
+        ("output that is not taken", nobody(), 1, 16, 0, b"hello".to_vec()),
     ];
     for (what, model, queue, num, flags, message) in cases {
         let mut harness = Harness::new(model);
@@ -299,7 +299,7 @@ fn a_guest_that_never_stops_adding_gets_one_turn_for_each_notification() {
 }
 
 #[test]
-fn a_pipe_that_nobody_reads_holds_its_port_up_and_no_vcpu() {
+fn a_pipe_that_is_not_read_holds_its_port_up_and_no_vcpu() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("fifo");
     mknodat(CWD, &path, FileType::Fifo, Mode::RUSR | Mode::WUSR, 0).unwrap();
