@@ -13,7 +13,7 @@ pub enum Stop {
     Found,
     /// What is known does not tell: exit code 3.
     Undecided,
-    /// The reader of our output went away: nothing to say to anybody.
+    /// The reader of our output went away: there is none to report to.
     OutputClosed,
 }
 

@@ -66,7 +66,7 @@ Examples:
   By what is known of the destination:
     qevm check guest.qevm --machine pc-q35-10.0 --ram-block pc.ram=4G --capability postcopy-ram=off --qemu 7.2
 
-  Before anybody migrates: two QEMUs that run, by their QMP sockets, or one and the definition of the other:
+  Before a migration: two QEMUs that run, by their QMP sockets, or one and the definition of the other:
     qevm check qmp:/run/source.qmp --against qmp:/run/destination.qmp
     qevm check qmp:/run/source.qmp --against domain.xml
 

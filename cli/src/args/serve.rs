@@ -13,7 +13,7 @@ pub struct Serve {
     #[allow(missing_docs)]
     pub input: Input,
     /// Where to listen: `unix:PATH`, which only the user that runs qevm can connect to, or `tcp:HOST:PORT`, which gives
-    /// the guest's memory, unencrypted, to everybody who reaches it. May be repeated.
+    /// the guest's memory, unencrypted, to every host that reaches it. May be repeated.
     #[arg(long, value_name = "ADDRESS", required = true)]
     pub listen: Vec<String>,
     /// Serve at most this many connections at a time; further ones are dropped. A guest of reference-vmm has two.

@@ -141,7 +141,7 @@ fn verdict(address: &str, answer: Answer, needed: u64, written: &Result<u64, Sto
             format!("the destination failed to load the guest (SHUT {status}); its own log has the reason")
         }
         (Answer::Refused(reason), _) => format!("the destination has ended the TLS session: {reason}"),
-        (Answer::Wrong(reason), _) => format!("the destination said what nobody asked for: {reason}"),
+        (Answer::Wrong(reason), _) => format!("the destination said what was not asked for: {reason}"),
         (Answer::Missing(_), Err(_)) => return Ok(()), // the failed write is the better explanation
         (Answer::Missing(reason), Ok(_)) => {
             format!("the destination did not say that it has loaded the guest: {reason}")

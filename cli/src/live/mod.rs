@@ -1,4 +1,4 @@
-//! Whether a guest can be migrated, before anybody does it: what two running QEMUs say of themselves by QMP, or one of
+//! Whether a guest can be migrated, before it is tried: what two running QEMUs say of themselves by QMP, or one of
 //! them and what else tells of the other.
 //!
 //! Nothing is changed at either side, and no experimental command is used: `x-query-virtio-status` of QEMU 11.1 ends

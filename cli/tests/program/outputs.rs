@@ -48,7 +48,7 @@ fn names(dir: &Path) -> Vec<String> {
 }
 
 #[test]
-fn nobody_else_can_read_them() {
+fn no_other_user_can_read_them() {
     let input = tempfile::tempdir().unwrap();
     let guest = guest(&input);
     for (writer, _) in WRITERS {

@@ -39,7 +39,7 @@ pub(crate) fn say(dir: &tempfile::TempDir, bytes: &[u8]) -> UnixStream {
     let mut socket = loop {
         match UnixStream::connect(dir.path().join("s")) {
             Ok(socket) => break socket,
-            Err(error) => assert!(started.elapsed() < LIMIT, "nobody listens: {error}"),
+            Err(error) => assert!(started.elapsed() < LIMIT, "it does not listen: {error}"),
         }
         std::thread::sleep(Duration::from_millis(5));
     };
@@ -177,7 +177,7 @@ fn message(kind: u16, body: &[u8]) -> Vec<u8> {
 }
 
 #[test]
-fn what_nobody_asked_for_is_refused_by_name() {
+fn what_was_not_asked_for_is_refused_by_name() {
     let (shut, pong, request) = (message(1, &[0; 4]), message(2, &[0; 4]), message(4, &[0; 12]));
     let acknowledge = message(7, &[]);
     for (words, word) in [
@@ -212,7 +212,7 @@ fn destination_in_a_hurry(dir: &Path, word: Vec<u8>) -> Box<dyn FnOnce()> {
         socket.read_exact(&mut [0; 9]).unwrap();
         socket.write_all(&word).unwrap();
         // The answer is read while the source waits for room. It would be as wrong if it had sent all by now, but then
-        // nobody could tell.
+        // the user could not tell.
         std::thread::sleep(Duration::from_millis(500));
         std::io::copy(&mut socket, &mut std::io::sink()).ok();
     });
@@ -281,8 +281,8 @@ fn a_source_connects_and_says_what_it_is_before_it_reads() {
     let sent = file(&dir, "sent", &[&start[..], &rest].concat()).display().to_string();
     assert_eq!(qevm(["verify", &sent]).code, Some(0));
 
-    let nobody = Background::start(["send", "/dev/zero", "unix:/nonexistent/socket"]).end(LIMIT);
-    assert!(nobody.code == Some(2) && nobody.stderr.contains("connect"), "{}", nobody.stderr);
+    let refused = Background::start(["send", "/dev/zero", "unix:/nonexistent/socket"]).end(LIMIT);
+    assert!(refused.code == Some(2) && refused.stderr.contains("connect"), "{}", refused.stderr);
 }
 
 #[test]

@@ -183,7 +183,7 @@ fn registers_of_32_bits_are_in_the_core() {
 }
 
 #[test]
-fn a_description_that_does_not_tell_all_of_a_section_stops_nobody() {
+fn a_description_that_does_not_tell_all_of_a_section_stops_no_command() {
     let dir = TempDir::new().unwrap();
     let stream = file(&dir, "s390x.q", &reported("s390x.q"));
     for words in ["inspect FILE", "verify FILE", "extract --ram DIR/rams FILE"] {

@@ -197,7 +197,7 @@ fn a_flood_costs_a_bounded_number_of_descriptors_and_no_thread_or_file() {
 
 /// What is said of strangers is not read: that is no reason to stop.
 #[test]
-fn a_log_that_nobody_reads_holds_nothing_up() {
+fn a_log_that_is_not_read_holds_nothing_up() {
     let main = stream("7.2-return-path");
     let dir = tempfile::tempdir().unwrap();
     let (address, out) = (format!("unix:{}/s", dir.path().display()), dir.path().join("out").display().to_string());
@@ -224,7 +224,7 @@ fn a_source_that_leaves_early_keeps_its_guest() {
         let dir = tempfile::tempdir().unwrap();
         let options: &[&str] = if kept { &["--keep-partial"] } else { &[] };
         let receiver = receive(&dir, options);
-        // All of the stream, and the connection closed before anybody could answer.
+        // All of the stream, and the connection closed before an answer could come.
         drop(say(&dir, &main));
         let ran = receiver.end(LIMIT);
         assert_eq!(ran.code, Some(1), "{}", ran.stderr);

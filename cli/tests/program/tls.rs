@@ -69,7 +69,7 @@ fn a_guest_goes_over_tls_with_its_page_channels() {
 }
 
 #[test]
-fn whoever_is_not_trusted_is_named_and_nothing_arrives() {
+fn a_peer_that_is_not_trusted_is_named_and_nothing_arrives() {
     let (dir, authority, other) = (tempfile::tempdir().unwrap(), authority(), authority());
     let [server, client] = ["server", "client"].map(|name| side(dir.path(), &authority, &authority, name));
     let foreign = side(&dir.path().join("foreign"), &authority, &other, "client");

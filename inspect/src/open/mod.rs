@@ -20,7 +20,7 @@ use std::fs::File;
 use std::io::{self, Cursor, Read, Seek, SeekFrom};
 use std::path::Path;
 
-/// More compressions around one another than anybody makes are an attempt to use up memory.
+/// More compressions around one another than any tool makes are an attempt to use up memory.
 const MAX_DEPTH: usize = 4;
 
 /// An opened input.

@@ -32,7 +32,7 @@ impl Store {
         read_exact_at(&*self.input, bytes, offset.saturating_sub(self.base))
     }
 
-    /// Fails if somebody has written to it. A file changes after its time of change.
+    /// Fails if it was written to. A file changes after its time of change.
     fn unchanged(&self) -> io::Result<()> {
         if self.stamp.is_some() && self.input.stamp()? != self.stamp {
             let message = "the file has changed since it was opened: its pages may be elsewhere now";

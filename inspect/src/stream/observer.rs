@@ -1,4 +1,4 @@
-//! Who is told of things as they are read.
+//! What is told of things as they are read.
 
 use qevm_savevm::Event;
 use qevm_savevm::command::Command;

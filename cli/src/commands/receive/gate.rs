@@ -123,8 +123,8 @@ impl Gate {
         expected.filter(|stranger| stranger.first.len() < MAX_FIRST).map(|stranger| &stranger.socket)
     }
 
-    /// Looks what everybody has said, and gives those who are known now. Strangers are closed, and those who have said
-    /// too little for too long.
+    /// Looks what each connection has sent, and gives those that are known now. Strangers are closed, and those that
+    /// have sent too little for too long.
     pub(super) fn recognise(&mut self, context: &Context<'_>) -> Vec<Caller> {
         let now = Instant::now();
         let (mut callers, mut silent_channels) = (Vec::new(), 0);

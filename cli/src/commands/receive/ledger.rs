@@ -309,7 +309,7 @@ impl Ledger {
     }
 
     /// Fails if page channels are missing although the main channel has waited for them longer than `patience`, or
-    /// `longer` than anybody should.
+    /// `longer` than any source takes.
     pub(super) fn check_missing(&self, patience: Duration, longer: bool) {
         let state = self.locked();
         let late = state.first_mark.is_some_and(|since| longer || since.elapsed() > patience);

@@ -25,7 +25,7 @@ fn sync(ledger: &Ledger, number: u8) {
 }
 
 #[test]
-fn a_plain_migration_waits_for_nobody() {
+fn a_plain_migration_waits_for_no_channel() {
     for expected in [None, Some(0)] {
         let ledger = ledger(expected);
         ledger.main_page();
@@ -73,7 +73,7 @@ fn the_main_channel_and_the_page_channels_wait_for_each_other() {
 /// A source that is not asked for its number of channels can be done before its last channel was accepted: what
 /// tells of it are the packet numbers, and, if it is the only one, that no page has come.
 #[test]
-fn a_channel_that_nobody_announced_is_waited_for() {
+fn a_channel_that_was_not_announced_is_waited_for() {
     let second = ledger(None);
     open(&second, 0);
     second.channel_sync(0, numbers(3, (0, 4))).unwrap();
@@ -195,7 +195,7 @@ fn a_channel_that_left_before_the_migration_leaves_its_number() {
 }
 
 #[test]
-fn a_failure_wakes_who_waits() {
+fn a_failure_wakes_a_reader_that_waits() {
     let ledger = ledger(Some(1));
     std::thread::scope(|scope| {
         ledger.flush();
