@@ -171,7 +171,7 @@ struct Run {
 }
 
 fn measure(command: &mut Command) -> Result<Run> {
-    // A file for the output, as a pipe that nobody empties would stop the reader.
+    // A file for the output, as a pipe that is not read would stop the reader.
     let output = tempfile::NamedTempFile::new()?;
     command.stdin(Stdio::null()).stdout(output.reopen()?).stderr(Stdio::piped());
     let started = Instant::now();

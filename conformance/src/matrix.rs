@@ -125,7 +125,7 @@ fn play(
 }
 
 fn record_and_judge(scenario: &Scenario, root: &Root, folder: &Path, subject: &Subject) -> Result<Judgement> {
-    // A QEMU that is busy, or loses a race of its own, gets a second chance. Where qevm takes part, nobody does.
+    // A QEMU that is busy, or loses a race of its own, gets a second chance. Where qevm takes part, there is none.
     let takes_part = matches!(scenario.route, Route::ReceiveUnix | Route::ReceiveTcp);
     let again = |first: anyhow::Error| match takes_part {
         true => Err(first),

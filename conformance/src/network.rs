@@ -8,7 +8,7 @@ use std::process::{Command, Stdio};
 use std::time::Duration;
 
 const PATIENCE: Duration = Duration::from_secs(20);
-/// Addresses of the link, for documentation (RFC 5737) and thus nobody's.
+/// Addresses of the link, for documentation (RFC 5737) and thus not in use.
 const ADDRESSES: [&str; 2] = ["192.0.2.1", "192.0.2.2"];
 /// Where the destination listens: its namespace is its alone.
 pub(crate) const PORT: u16 = 4444;

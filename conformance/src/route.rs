@@ -42,7 +42,7 @@ impl Run<'_> {
             Route::Tcp => self.to_dead_end(source, Recorder::tcp(self.scratch, "main")?),
             Route::ReceiveUnix => self.to_qevm(source, &format!("unix:{}", self.scratch.join("qevm.sock").display())),
             Route::ReceiveTcp => {
-                // The port is free again when the listener is dropped, and nobody else is told of it.
+                // The port is free again when the listener is dropped, and no other process is told of it.
                 let port = TcpListener::bind("127.0.0.1:0")?.local_addr()?.port();
                 self.to_qevm(source, &format!("tcp:127.0.0.1:{port}"))
             }
@@ -90,7 +90,7 @@ impl Run<'_> {
         })
     }
 
-    /// QEMU connects once and gives up, and a connection made to find out whether somebody listens would be taken for
+    /// QEMU connects once and gives up, and a connection made to find out whether QEMU listens would be taken for
     /// the migration: so the migration is tried until it gets through.
     fn start_when_listening(&self, source: &mut Qemu, address: &str, gone: impl Fn() -> bool) -> Result<()> {
         let deadline = Instant::now() + PATIENCE;
@@ -105,7 +105,7 @@ impl Run<'_> {
                 Err(e) => e,
             };
             if gone() || Instant::now() > deadline {
-                return Err(refused.context(format!("nobody listens on {address}")));
+                return Err(refused.context(format!("nothing listens on {address}")));
             }
             thread::sleep(Duration::from_millis(50));
         }

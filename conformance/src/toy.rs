@@ -325,7 +325,7 @@ impl Drop for Toy {
     }
 }
 
-/// Whether somebody waits for connections at a UNIX socket. Its file is there before that.
+/// Whether a process waits for connections at a UNIX socket. Its file is there before that.
 fn listens(path: &Path) -> Result<bool> {
     /// `__SO_ACCEPTCON`.
     const ACCEPTS: u32 = 1 << 16;

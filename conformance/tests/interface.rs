@@ -171,7 +171,7 @@ fn answers(ours: &mut Qemu) -> Result<Vec<String>> {
             list.push(json!({ "channel-type": "cpr", "addr": beside }));
         }
         let channels = json!({ "channels": list, "resume": true });
-        // There is nothing to resume: whoever knows the address says so.
+        // There is nothing to resume: a monitor that knows the address says so.
         let said = refusal(ours, "migrate", channels)?.context("a migration was resumed")?;
         let known = said == "Cannot resume if there is no paused migration";
         judge(name, verdict, (!known).then_some(said));

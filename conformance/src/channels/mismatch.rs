@@ -1,4 +1,4 @@
-//! Both ends are set up legally, but not alike. Whoever is qevm says so in time, and no guest is lost.
+//! Both ends are set up legally, but not alike. The side that is qevm says so in time, and no guest is lost.
 
 use super::qevm_to_qemu::{Target, send_arguments};
 use super::receiver::Receiver;
@@ -62,7 +62,7 @@ pub fn at_receiver(
 /// an error.
 ///
 /// # Errors
-/// The source switches over, or somebody hangs after the cancellation.
+/// The source switches over, or a side hangs after the cancellation.
 pub fn no_switchover(source: &mut Source, subject: &Subject, setup: &Setup, options: &[&str]) -> Result<String> {
     if let Err(refusal) = setup.apply(&mut source.qemu, &source.flavor.profile())? {
         bail!("QEMU refuses the set-up: {refusal}");

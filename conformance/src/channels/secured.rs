@@ -48,7 +48,7 @@ pub(super) fn rows() -> Vec<(Flavor, String, Case)> {
 /// A running guest must not get into a `qevm receive`, nor a saved one by `qevm send` into a QEMU.
 ///
 /// # Errors
-/// It does, somebody hangs, or qevm does not say why.
+/// It does, a side hangs, or qevm does not say why.
 pub fn refused(root: &Root, subject: &Subject, version: Version, flaw: Flaw) -> Result<String> {
     let scratch = tempfile::Builder::new().prefix("qevm-").tempdir()?;
     let folder = scratch.path();

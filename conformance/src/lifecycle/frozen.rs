@@ -1,7 +1,7 @@
 //! A peer or a link that is frozen, not closed: it brings nothing, takes nothing and says nothing about it.
 //!
-//! Whoever is one of ours and not frozen itself decides by its deadline, which is set to two seconds here. A QEMU waits
-//! until somebody cancels, or until what was frozen goes on.
+//! A side that is one of ours and not frozen itself decides by its deadline, which is set to two seconds here. A QEMU
+//! waits until the operator cancels, or until what was frozen goes on.
 
 use super::scene::{PATIENCE, Scene, signal};
 use crate::network::Cut;
@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 
 /// What the deadlines are set to, ms.
 const DEADLINE_MS: u64 = 2000;
-/// Bytes per second in postcopy: what is left does not fit in the buffers of the link before everybody has decided.
+/// Bytes per second in postcopy: what is left does not fit in the buffers of the link before both sides have decided.
 const SLOWLY: u64 = 128 << 10;
 /// How long a QEMU is looked at, which does not decide.
 const LOOK: Duration = Duration::from_secs(4);
@@ -75,7 +75,7 @@ pub(super) fn happen(phase: Phase, victim: Victim, scene: &mut Scene<'_>) -> Res
     let start = Instant::now();
     freeze(phase, victim, scene)?;
     let decided = wait(phase, victim, scene, start);
-    // Whatever came of it, nobody stays frozen.
+    // Whatever came of it, no process stays frozen.
     thaw(victim, scene)?;
     scene.decided = Some(describe(victim, scene, decided?));
     match phase {
@@ -172,7 +172,7 @@ fn wait(phase: Phase, victim: Victim, scene: &mut Scene<'_>, start: Instant) -> 
     let mut decided = [None; 2];
     let decides = |end: usize, scene: &Scene<'_>| {
         let ours = [&scene.here, &scene.there][end].stop() == Stop::Reference;
-        // Whoever nobody has called yet waits for that.
+        // A destination without a connection goes on waiting for one.
         ours && victim.leaves()[end] && (phase, end) != (Phase::Setup, 1)
     };
     let waits_for = [decides(0, scene), decides(1, scene)];

@@ -10,10 +10,10 @@ use std::os::unix::fs::symlink;
 use std::path::Path;
 use std::process::Command;
 
-/// Byte of an image whose lock says that nobody else may write (seen in `/proc/locks` of QEMU 11.1).
+/// Byte of an image whose lock says that no other process may write (seen in `/proc/locks` of QEMU 11.1).
 const WRITE_REFUSED: i64 = 201;
 
-/// Gives a process a file system in memory that holds little, or nothing. Who is in a network namespace of `ip netns
+/// Gives a process a file system in memory that holds little, or nothing. A process in a network namespace of `ip netns
 /// exec` has mounts of its own, and what is mounted later elsewhere does not show there.
 fn mount(pid: u32, at: &Path, options: &str) -> Result<()> {
     fs::create_dir_all(at)?;
@@ -47,7 +47,7 @@ pub(super) fn no_memory(scene: &mut Scene<'_>) -> Result<()> {
     scene.until_ended("failed")
 }
 
-/// Somebody else uses the image at the destination's host; when he has gone, the guest can go there.
+/// Another process uses the image at the destination's host; when it has gone, the guest can go there.
 pub(super) fn disk_in_use(scene: &mut Scene<'_>) -> Result<()> {
     // With an image of its own: at one host there is one of which the source has the lock.
     scene.another_destination(1)?;

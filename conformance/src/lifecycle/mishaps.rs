@@ -87,7 +87,7 @@ pub(super) fn cancel_and_go_again(at: At, scene: &mut Scene<'_>) -> Result<()> {
     scene.until_ended("cancelled")?;
     runs_on(scene)?;
     match at {
-        // Whoever called and left was no source, or nobody has called: the destination still waits.
+        // The connection that came and left was no source, or none has come: the destination still waits.
         At::Setup => scene.ground.network.mend()?,
         At::Device => {
             signal(scene.there.monitor().pid(), "CONT")?;

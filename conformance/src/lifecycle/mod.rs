@@ -1,4 +1,4 @@
-//! What becomes of a guest when something goes wrong with its migration, or when somebody wants it to.
+//! What becomes of a guest when something goes wrong with its migration, or when the operator intervenes.
 //!
 //! A [`Row`] of the [`table`] is a moment, the monitors at both ends, and the outcome as it was written down
 //! beforehand: where the guest runs in the end, and what QMP says at the other end. A `scene` has a running guest at

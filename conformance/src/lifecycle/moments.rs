@@ -94,7 +94,7 @@ pub enum Moment {
     TargetFull,
     /// The guest goes to a file that cannot be made, and then to the destination.
     TargetReadOnly,
-    /// Somebody uses the disk at the destination.
+    /// Another process uses the disk at the destination.
     DiskInUse,
     /// The guest is paused before it goes.
     PausedGuest,
@@ -249,7 +249,7 @@ impl Moment {
             scene.let_go()?;
             thread::sleep(Duration::from_secs(3));
         }
-        // Whoever waits for a stranger may notice now that it has gone.
+        // A destination that waits for a stranger may notice now that it has gone.
         drop(strangers);
         Ok(())
     }

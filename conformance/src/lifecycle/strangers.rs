@@ -49,7 +49,7 @@ pub(super) fn idle(network: &Network, count: usize) -> Result<Vec<TcpStream>> {
 pub(super) fn scan(network: &Network, count: usize) -> Result<()> {
     idle(network, 1)?;
     for _ in 1..count {
-        // Whoever ends at the first one is not there for the second.
+        // A destination that ends at the first one is not there for the second.
         let _ = idle(network, 1);
     }
     Ok(())
@@ -66,7 +66,7 @@ pub(super) fn garbage(network: &Network) -> Result<Vec<TcpStream>> {
             let _ = caller.write_all(bytes);
             callers.push(caller);
         }
-        ensure!(!callers.is_empty(), "nobody listens");
+        ensure!(!callers.is_empty(), "it does not listen");
         Ok(callers)
     })
 }

@@ -103,7 +103,8 @@ fn moments() -> Vec<(&'static str, Moment, [Option<Expected>; 3])> {
 }
 
 /// What is frozen and when. Ours decides, and a QEMU waits: as a source until it is cancelled, as a destination until
-/// what was frozen goes on. Where it can bring nobody into doubt, nothing but the guest's place was to be written down.
+/// what was frozen goes on. Where it can bring neither side into doubt, nothing but the guest's place was to be written
+/// down.
 #[rustfmt::skip]
 fn frozen() -> Vec<(&'static str, Moment, [Option<Expected>; 3])> {
     use Runs::{Destination, Source};
@@ -142,7 +143,7 @@ fn mishaps() -> Vec<(&'static str, Moment, [Option<Expected>; 3])> {
         ("3 guest paused", Moment::PausedGuest, arrives()),
         ("3 guest spins", Moment::GuestSpins, arrives()),
         ("3 during boot", Moment::Boots, arrives()),
-        // A QEMU as destination takes whoever calls for its source, and the late connection of a QEMU is one.
+        // A QEMU as destination takes any caller for its source, and the late connection of a QEMU is one.
         // A QEMU that is cancelled before it is connected answers its monitor no more (11.1).
         ("3 cancelled in setup, then again", Moment::CancelAndGoAgain(Setup), [reports(Destination, "completed"), None, reports(Destination, "completed")]),
         ("3 cancelled while active, then again", Moment::CancelAndGoAgain(Active), arrives()),

@@ -65,7 +65,7 @@ impl Departure {
 /// That a destination with `postcopy-blocktime` tells of `cpus` vCPUs and others how long they waited, as QEMU 11.1
 /// does.
 pub(super) fn judge_block_times(there: &Value, cpus: u32) -> Result<()> {
-    // Of a vCPU for which a thread of the kernel waits nobody knows that it is one.
+    // Where a thread of the kernel waits for a vCPU, it cannot be known that it is one.
     let per_vcpu = |name: &str| there[name].as_array().is_some_and(|list| list.len() == cpus as usize);
     let sum = |list: &Vec<Value>| list.iter().filter_map(Value::as_u64).sum::<u64>();
     let figures = ["postcopy-blocktime", "postcopy-latency", "postcopy-non-vcpu-latency"];

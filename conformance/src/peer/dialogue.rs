@@ -177,7 +177,7 @@ struct NobodyReads {
 }
 
 impl NobodyReads {
-    /// At this path, where nobody else is.
+    /// At this path, which is not in use.
     fn at(path: PathBuf) -> Result<NobodyReads> {
         if path.exists() {
             fs::remove_file(&path)?;
@@ -210,7 +210,7 @@ fn story(monitor: &mut Qemu, scratch: &Path) -> Result<Story> {
     told.push(("events up to cancelled", events(monitor, "cancelled")?));
 
     monitor.set_parameters(&json!({ "max-bandwidth": 0, "downtime-limit": 2000 }))?;
-    // Nobody answers at the sink, which QEMU takes for a guest that has arrived.
+    // Nothing answers at the sink, which QEMU takes for a guest that has arrived.
     monitor.execute("migrate", json!({ "uri": "exec:cat > /dev/null" }))?;
     told.push(("query-migrate when it is completed", shape(&wait(monitor, "query-migrate", "completed")?)));
     told.push(("query-status after it was completed", wait(monitor, "query-status", "postmigrate")?));

@@ -39,7 +39,7 @@ impl Doubt {
     /// Plays it.
     ///
     /// # Errors
-    /// No guest runs at the end or two do, or nobody is told who must decide.
+    /// No guest runs at the end or two do, or the operator is not told who must decide.
     pub(super) fn play(&self, env: &Env<'_>) -> Result<Account> {
         let mut here = self.journey.boot(env, &mut |_| ())?;
         let mut there = self.journey.start(env, 1, true)?;
@@ -101,7 +101,7 @@ fn lose_verdict(here: &mut Endpoint, there: &mut Endpoint, env: &Env<'_>) -> Res
     let migration = ended(here, "failed")?;
     ensure!(proxy.join().unwrap_or(false), "the migration ended before it was cut");
     let why = migration["error-desc"].as_str().unwrap_or_default();
-    ensure!(why.contains("may run there") && why.contains("'cont'"), "nobody is told who must decide: {why}");
+    ensure!(why.contains("may run there") && why.contains("'cont'"), "the operator is not told who must decide: {why}");
     let status = here.monitor().execute("query-status", Value::Null)?;
     ensure!(status["status"] == "postmigrate", "the guest may run at the destination, and here it is {status}");
     let status = there.monitor().execute("query-status", Value::Null)?;

@@ -257,7 +257,7 @@ impl Drop for Running {
     }
 }
 
-/// Starts reference-vmm for somebody else to talk to, at the socket that is given back as soon as it is there.
+/// Starts reference-vmm for another program to talk to, at the socket that is given back as soon as it is there.
 pub(super) fn start_reference_process(
     program: &Monitor,
     name: &str,

@@ -98,7 +98,7 @@ impl Journey {
             while !socket.exists() && !starting.is_finished() && Instant::now() < deadline {
                 thread::sleep(POLL);
             }
-            // The file is there a moment before anybody listens.
+            // The file is there a moment before its process listens.
             let mut begin = || here.monitor().execute("migrate", json!({ "channels": channels }));
             let mut begun = begin();
             while begun.is_err() && !starting.is_finished() && Instant::now() < deadline {

@@ -11,7 +11,7 @@
 //! is a copy of a guest that runs on, and one that is [`Served`] starts from what a page server gives of its image. A
 //! [`StoppedLinuxGuest`] is one that never runs in reference-vmm: Linux under TCG. [`VirtioLoad`] is what a guest uses
 //! besides its memory: virtio devices that it keeps busy. An [`Endpoint`] is one of the monitors, controlled by QMP
-//! whoever wrote it.
+//! whichever it is.
 
 pub mod bench;
 pub mod bench_postcopy;

@@ -148,7 +148,7 @@ fn mourn(here: &mut Endpoint, relay: &Relay) -> Result<()> {
     here.monitor().wait_migration(PATIENCE, paused)?;
     is_away(here)?;
     ensure!(here.monitor().execute("cont", Value::Null).is_err(), "it runs what is left of a guest");
-    // Nobody is there, whom the relay hands nothing on to.
+    // No destination is there for the relay to pass anything on to.
     here.monitor().execute("migrate", json!({ "uri": relay.entry().uri(), "resume": true }))?;
     here.monitor().wait_migration(PATIENCE, paused)?;
     ensure!(here.monitor().execute("cont", Value::Null).is_err(), "it runs what is left of a guest");

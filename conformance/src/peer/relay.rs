@@ -22,7 +22,7 @@ pub enum Break {
     Back(u64),
 }
 
-/// Where somebody listens on this host.
+/// Where a process listens on this host.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Place {
     Path(PathBuf),
@@ -30,7 +30,7 @@ pub(super) enum Place {
 }
 
 impl Place {
-    /// A port at which nobody listens.
+    /// A port at which no process listens.
     pub(super) fn free_port() -> Result<Place> {
         Ok(Place::Port(TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?.local_addr()?.port()))
     }
@@ -146,7 +146,7 @@ impl Shared {
 
     fn hand_on(self: &Arc<Self>, source: UnixStream) {
         let mut state = self.lock();
-        // Where nobody listens the source is closed, as where nobody is.
+        // Where no process listens the source's connection is closed, as where no host is.
         let Ok(destination) = state.destination.connect() else { return };
         for (from, to, forth) in [(&source, &destination, true), (&destination, &source, false)] {
             let (Ok(from), Ok(to), Ok(end)) = (from.try_clone(), to.try_clone(), from.try_clone()) else { return };

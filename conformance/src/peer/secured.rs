@@ -60,7 +60,7 @@ pub enum Flaw {
     NoCertificate,
     /// Another authority has signed the source's certificate.
     SourceAuthority,
-    /// The destination expects somebody else.
+    /// The destination expects another source.
     Denied,
     /// TLS at the source alone.
     SourceOnly,

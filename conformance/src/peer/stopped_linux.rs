@@ -88,7 +88,7 @@ impl StoppedLinuxGuest {
 
         setup.stop_over(program, self.to, &first, &second, &door)?;
         let changed = differences(program, &first, &second)?;
-        // Whoever is lodged is stopped.
+        // The guest is stopped.
         let expected = |place: &str| live && place.starts_with("globalstate instance 0 ");
         if let Some(other) = changed.iter().find(|d| !expected(d["place"].as_str().unwrap_or_default())) {
             bail!("reference-vmm gave back another guest: {other} (of {} differences)", changed.len());

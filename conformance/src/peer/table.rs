@@ -180,7 +180,7 @@ fn with_pci_bus() -> Vec<Journey> {
     ways.map(journey).into()
 }
 
-/// Links on which nobody calls: commands, descriptors and files, and the files in which each page has its place.
+/// Links without a connection: commands, descriptors and files, and the files in which each page has its place.
 fn without_callers() -> Vec<Journey> {
     let links = [
         ("exec", Link::Exec, vec![]),

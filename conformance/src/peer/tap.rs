@@ -63,7 +63,7 @@ impl Taps {
     /// A frame from one of the interfaces.
     ///
     /// # Errors
-    /// There is none in time, or the next is somebody else's.
+    /// There is none in time, or the next is another guest's.
     pub(super) fn receive(&mut self, frame: &mut [u8]) -> std::io::Result<usize> {
         let (len, from) = recvfrom::<LinkAddr>(self.socket.as_raw_fd(), frame)?;
         let number = from.map_or(0, |address| address.ifindex());

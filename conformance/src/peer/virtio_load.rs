@@ -141,7 +141,7 @@ pub(super) struct FrameCounter {
 /// Gives a frame, or an error when none comes in time.
 type Receive = Box<dyn FnMut(&mut [u8]) -> io::Result<usize> + Send>;
 
-/// How long one read waits before it looks whether anybody is interested.
+/// How long one read waits before it checks whether the load has ended.
 const PAUSE: Duration = Duration::from_millis(200);
 
 impl FrameCounter {

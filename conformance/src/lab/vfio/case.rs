@@ -254,7 +254,7 @@ impl Case {
         };
         if self.memory != Memory::Unwatched && !self.is_used() {
             let base = DMA_BASE + number as u64 * DMA_PAGES * 4096;
-            // Nobody else says where.
+            // Nothing else says where.
             for (name, value) in [("dma_needs_bus_master", 0), ("dma_iova", base), ("dma_pages", DMA_PAGES)] {
                 settings.push((name.to_owned(), value.to_string()));
             }

@@ -169,7 +169,7 @@ impl Tour<'_> {
         Ok(())
     }
 
-    /// Both begin to migrate, each to a socket of its own from which nobody reads so far.
+    /// Both begin to migrate, each to a socket of its own that is not read so far.
     fn migrate_to_nobody(&mut self) -> Result<[NobodyReads; 2]> {
         let limits = json!({ "max-bandwidth": 0, "downtime-limit": 2000 });
         self.tell_both("migrate-set-parameters", limits)?;
@@ -189,7 +189,7 @@ fn running(tour: &mut Tour<'_>) -> Result<()> {
     tour.at("paused", Some(Status::Failed), &[CANCEL, STOP_AND_GO])?;
     tour.at("running", Some(Status::Failed), &[])?;
 
-    // Nobody accepts the connection, so that it is neither there nor refused.
+    // The connection is not accepted, so that it is neither there nor refused.
     let crowd = Crowd::gather(tour.scratch)?;
     tour.tell("migrate", crowd.addresses())?;
     tour.at("running", Some(Status::Setup), &[REFUSED, STOP_AND_GO])?;
@@ -277,13 +277,13 @@ fn incoming(tour: &mut Tour<'_>) -> Result<()> {
     Ok(())
 }
 
-/// A guest goes before its memory, to somebody who does not say that he has loaded its devices.
+/// A guest goes before its memory, to a destination that does not say that it has loaded its devices.
 fn postcopy_device(tour: &mut Tour<'_>) -> Result<()> {
     tour.capabilities(&[("postcopy-ram", true)])?;
     depart(tour, &FIRST_PINGS, Status::PostcopyDevice)
 }
 
-/// To somebody who says so.
+/// To one that says so.
 fn postcopy_active(tour: &mut Tour<'_>) -> Result<()> {
     tour.capabilities(&[("postcopy-ram", true)])?;
     depart(tour, &[&FIRST_PINGS[..], &[2, 3, 0x42, 4]].concat(), Status::PostcopyActive)
@@ -322,7 +322,7 @@ fn postcopy_paused(tour: &mut Tour<'_>) -> Result<()> {
     drop(crowd);
     paused(tour)?;
 
-    // Nobody says which pages have come.
+    // The peer does not say which pages have come.
     let peer = |who: &str| NobodyReads::at(tour.scratch.join(format!("{who}.recovery")));
     let peers = [peer("qemu")?, peer("ours")?];
     tour.tell("migrate", resume(peers.each_ref().map(|peer| json!({ "uri": peer.uri }))))?;
@@ -375,7 +375,7 @@ const FIRST_PINGS: [u32; 2] = [1, 0x5145_4801];
 const PING: [u8; 5] = [8, 0, 2, 0, 4];
 const PONG: [u8; 4] = [0, 2, 0, 4];
 
-/// From here on somebody is there who takes everything, answers these PINGs, and says nothing else: no guest arrives
+/// From here on there is a peer that takes everything, answers these PINGs, and sends nothing else: no guest arrives
 /// there.
 fn answer(peer: NobodyReads, answered: &[u32]) {
     let answered = answered.to_vec();
@@ -424,7 +424,7 @@ impl Crowd {
             bind(listener.as_raw_fd(), &place)?;
             listen(&listener, Backlog::new(0)?)?;
             sockets.push(listener);
-            // Until nobody else can connect without waiting.
+            // Until no other can connect without waiting.
             loop {
                 let waiting = stream(SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK)?;
                 match connect(waiting.as_raw_fd(), &place) {
