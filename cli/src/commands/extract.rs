@@ -223,6 +223,7 @@ impl Physical {
                 written.notes.push("no CPU registers: the stream has no readable 'cpu' section".into());
             }
             written.notes.extend(guest.left_out());
+            written.notes.extend(physical.vmcoreinfo(ram, guest)?.unread);
         }
         let other_target = physical.is_other_target(machine, ram);
         let source = match guest.cmos {

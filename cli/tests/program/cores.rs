@@ -2,6 +2,11 @@
 //! guests. See `streams/cores/README.md`.
 
 use crate::sample::{Ran, file, path, qevm};
+use qevm_savevm::StreamWriter;
+use qevm_savevm::configuration::Configuration;
+use qevm_savevm::framing::SectionHeader;
+use qevm_savevm::ram::{BlockId, RamBlock};
+use qevm_wire::CountedString;
 use std::path::Path;
 use std::process::Command;
 use tempfile::TempDir;
@@ -136,5 +141,58 @@ fn a_register_that_is_not_in_the_stream_is_named() {
             // These fields tell that it is an Arm: without them the registers could be any target's.
             assert!(named || ran.stderr.contains("no registers of a target"), "{name}: {}", ran.stderr);
         }
+    }
+}
+
+/// A guest of x86 that keeps `note` at 0x2ff4, across two pages, and has told its device `vmcoreinfo` that `len` bytes
+/// are there.
+fn guest_with_note(note: &[u8], len: u32) -> Vec<u8> {
+    let section = |section_id, idstr: &str, version_id| SectionHeader {
+        section_id,
+        idstr: CountedString::new(idstr).unwrap(),
+        instance_id: 0,
+        version_id,
+    };
+    let mut memory = vec![0; 8 * 4096];
+    memory[0x2ff4..0x2ff4 + note.len()].copy_from_slice(note);
+    let mut stream = StreamWriter::default();
+    stream.header(Some(&Configuration::new("microvm"))).unwrap();
+    stream.section_start(&section(1, "ram", 4)).unwrap();
+    stream.ram_setup([RamBlock::new(CountedString::new("microvm.ram").unwrap(), memory.len() as u64)]).unwrap();
+    stream.eos().unwrap();
+    stream.footer().unwrap();
+    stream.section_end(1).unwrap();
+    for (number, page) in memory.chunks(4096).enumerate() {
+        stream.page_header(BlockId(0), number as u64 * 4096).unwrap();
+        stream.payload(page).unwrap();
+    }
+    stream.eos().unwrap();
+    stream.footer().unwrap();
+    // As QEMU 10.0 writes it: told, both formats, length and address.
+    let body = [&[1, 1, 0, 0, 1][..], &len.to_be_bytes(), &0x2ff4_u64.to_be_bytes()].concat();
+    stream.section_full(&section(2, "vmcoreinfo", 1), &body).unwrap();
+    stream.eof().unwrap();
+    stream.bytes().to_vec()
+}
+
+#[test]
+fn a_core_has_the_note_in_which_the_kernel_tells_of_itself() {
+    let dir = TempDir::new().unwrap();
+    let note = [&[11, 0, 0, 0, 7, 0, 0, 0, 0, 0, 0, 0][..], b"VMCOREINFO\0\0", b"TEXT=1\n\0"].concat();
+    let given = file(&dir, "guest", &guest_with_note(&note, 0x1024));
+    let ran = extract(&dir, &given);
+    assert_eq!((ran.code, ran.stdout.contains("VMCOREINFO")), (Some(0), false), "{} {}", ran.stdout, ran.stderr);
+    let core = Core::read(&dir);
+    let (_, _, notes) = core.segments().into_iter().find(|(kind, ..)| *kind == 4).expect("PT_NOTE");
+    assert_eq!(notes, note);
+
+    for (note, len) in [(&note[..], 30), (&note[..], 0), (&note[..20], 0x1024), (&b"no note is here"[..], 0x1024)] {
+        let ran = extract(&dir, &file(&dir, "guest", &guest_with_note(note, len)));
+        assert_eq!(ran.code, Some(0), "{}", ran.stderr);
+        assert!(
+            ran.stdout.contains("not in the core: VMCOREINFO, of which there is no note at 0x2ff4"),
+            "{}",
+            ran.stdout
+        );
     }
 }

@@ -4,6 +4,7 @@ use super::devices::Devices;
 use super::elf_core::{Registers, SegmentRegister};
 use super::memory_devices::MemoryDevices;
 use super::registers::{self, CpuNotes};
+use super::vmcoreinfo::{self, Place};
 use crate::stream::Observer;
 use qevm_devices::{cpu, mc146818rtc};
 use qevm_savevm::Reader;
@@ -27,6 +28,8 @@ pub struct Guest {
     pub cmos: Option<Vec<u8>>,
     /// Where memory devices are.
     pub memory_devices: MemoryDevices,
+    /// Where the kernel tells of itself.
+    pub(super) vmcoreinfo: Option<Place>,
     /// All device sections, if they are asked for.
     pub devices: Option<Devices>,
     /// Sections that were there but could not be read, with the reason.
@@ -137,6 +140,11 @@ impl Observer for GuestObserver<'_> {
         } else if header.idstr == mc146818rtc::Mc146818Rtc::NAME {
             match read::<mc146818rtc::Mc146818Rtc>(header, offset, body) {
                 Ok(state) => self.guest.cmos = Some(state.cmos_data.0.to_vec()),
+                Err(unread) => self.guest.unread.push(unread),
+            }
+        } else if header.idstr == vmcoreinfo::SECTION {
+            match Place::of_section(body) {
+                Ok(place) => self.guest.vmcoreinfo = place,
                 Err(unread) => self.guest.unread.push(unread),
             }
         }

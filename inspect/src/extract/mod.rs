@@ -11,6 +11,7 @@ mod memory_devices;
 mod physical;
 mod piece;
 mod registers;
+mod vmcoreinfo;
 
 pub use devices::Devices;
 pub use guest::{Guest, GuestObserver};
@@ -19,6 +20,7 @@ pub use memory_devices::{MemoryDevices, Tables};
 pub use physical::{MemoryBlock, PhysicalMemory};
 pub use piece::Piece;
 pub use registers::CpuNotes;
+pub use vmcoreinfo::VmCoreInfo;
 
 use crate::failure::{Error, Failure};
 use crate::output_file::{OutputFile, Runs};
@@ -50,12 +52,51 @@ impl PhysicalMemory {
     pub fn write_elf(&self, ram: &mut GuestRam, guest: &Guest, output: OutputFile) -> Result<u64, Error> {
         let (path, file) = (output.path(), output.file());
         let loads: Vec<Load> = self.segments.iter().map(|s| Load { address: s.address, len: s.len }).collect();
-        let (format, notes) = guest.notes();
+        let (format, notes) = self.notes(ram, guest)?;
         let CoreHeader { bytes, offsets } = core_header_of(format, &notes, &loads);
         file.write_all_at(&bytes, 0).map_err(|error| write_error(path, 0, &error))?;
         self.write(ram, path, file, offsets.iter().copied())?;
         let end = offsets.last().zip(loads.last()).map_or(bytes.len() as u64, |(offset, load)| offset + load.len);
         finish(output, end)
+    }
+
+    /// The note in which the kernel of a `guest` with device `vmcoreinfo` tells of itself.
+    /// [`write_elf`](Self::write_elf) and [`write_kdump`](Self::write_kdump) write it.
+    ///
+    /// # Errors
+    /// [`Error::Bad`] with kind `io` if a file cannot be read.
+    pub fn vmcoreinfo(&self, ram: &mut GuestRam, guest: &Guest) -> Result<VmCoreInfo, Error> {
+        let Some(place) = guest.vmcoreinfo else { return Ok(VmCoreInfo::default()) };
+        let len = u64::from(place.len.min(vmcoreinfo::MAX_LEN));
+        let bytes = self.read(ram, place.address, len)?;
+        Ok(VmCoreInfo::read(guest.notes().0, place, &bytes))
+    }
+
+    /// Up to `len` bytes from `address` on, of one piece.
+    fn read(&self, ram: &mut GuestRam, address: u64, len: u64) -> Result<Vec<u8>, Error> {
+        let here = |piece: &&Piece| piece.address <= address && address - piece.address < piece.len;
+        let Some(piece) = self.segments.iter().find(here) else { return Ok(Vec::new()) };
+        let skipped = address - piece.address;
+        let (from, len) = (piece.block_offset + skipped, len.min(piece.len - skipped));
+        let mut bytes = vec![0; len as usize];
+        ram.stretches(piece.block, from, len, |offset, stretch| {
+            if let Stretch::Data(pages) = stretch {
+                // The first page may begin before the first byte.
+                let (to, skipped) = (offset.saturating_sub(from) as usize, from.saturating_sub(offset) as usize);
+                let pages = pages.get(skipped..).unwrap_or_default();
+                let here = pages.len().min(bytes.len() - to);
+                bytes[to..to + here].copy_from_slice(&pages[..here]);
+            }
+            Ok::<(), Error>(())
+        })?;
+        Ok(bytes)
+    }
+
+    /// The kind of file for the `guest`, and all that it tells beside the memory.
+    fn notes(&self, ram: &mut GuestRam, guest: &Guest) -> Result<(Format, Vec<Note>), Error> {
+        let (format, mut notes) = guest.notes();
+        notes.extend(self.vmcoreinfo(ram, guest)?.note);
+        Ok((format, notes))
     }
 
     fn write(

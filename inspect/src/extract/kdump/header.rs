@@ -3,6 +3,7 @@
 use super::parts::PageCompression;
 use crate::extract::elf_core::{EM_386, EM_X86_64, Format, Note, note_bytes};
 use crate::extract::registers::machine;
+use crate::extract::vmcoreinfo::{self, physical_base};
 use std::ops::Range;
 
 const SIGNATURE: &[u8; 8] = b"KDUMP   ";
@@ -69,6 +70,9 @@ impl Header {
         compression: PageCompression,
     ) -> Option<Header> {
         let Shape { format, frame_size, .. } = shape;
+        let kernel = notes.iter().position(|note| note.owner == vmcoreinfo::OWNER);
+        let before = kernel.map_or(0, |kernel| note_bytes(format, &notes[..kernel + 1]).len());
+        let kernel = kernel.map(|kernel| &notes[kernel]);
         let notes = note_bytes(format, notes);
         let (pages, end) = (ranges.iter().map(|r| r.end - r.start).sum::<u64>(), ranges.last().map_or(0, |r| r.end));
         let second_len = if format.narrow { 80 } else { 104 };
@@ -97,12 +101,17 @@ impl Header {
         format.words(&mut bytes, [status, frame_size as u32, second_blocks as u32, both, counted, 0, 0, 0, 0, cpus]);
         bytes.resize(frame_size as usize, 0);
 
-        format.address(&mut bytes, if shape.from_first_address { first_address } else { 0 });
+        let assumed = if shape.from_first_address { first_address } else { 0 };
+        format.address(&mut bytes, kernel.and_then(|kernel| physical_base(format, kernel)).unwrap_or(assumed));
         format.words(&mut bytes, [WITHOUT_ZEROES, 0]);
         format.addresses(&mut bytes, [0, 0]); // not one of several dumps
-        format.long(&mut bytes, 0); // no VMCOREINFO
-        format.address(&mut bytes, 0);
-        format.long(&mut bytes, frame_size + second_len);
+        let notes_at = frame_size + second_len;
+        let len = kernel.map_or(0, |kernel| kernel.content.len() as u64);
+        // The descriptor alone, where it is among the notes: its padding ends with it.
+        let start = notes_at + before as u64 - len.next_multiple_of(4);
+        format.long(&mut bytes, if kernel.is_some() { start } else { 0 });
+        format.address(&mut bytes, len);
+        format.long(&mut bytes, notes_at);
         format.address(&mut bytes, notes.len() as u64);
         format.long(&mut bytes, 0); // nothing was erased
         format.address(&mut bytes, 0);
@@ -152,6 +161,38 @@ mod tests {
         let bytes = Header::new(ppc, &[], 1, 0, std::slice::from_ref(&range), PageCompression::Zstd).unwrap().bytes;
         assert_eq!(bytes[0x19c..0x1b0], [0, 0, 0, 0x20, 0, 0, 16, 0, 0, 0, 0, 1, 0, 0, 0, 0x40, 0, 0x10, 0, 0]);
         assert_eq!(bytes[0x104c..0x1050], [0, 0x10, 0, 0]);
+    }
+
+    /// From dumps by QEMU 10.0 of guests with two CPUs and device `vmcoreinfo`: the lengths of the notes, and where the
+    /// last one is. QEMU reads the decimal number of x86's kernel as a hexadecimal one, which is not followed.
+    #[test]
+    fn the_kernels_note_has_a_place_in_the_header() {
+        let noted = |lengths: &[(&'static str, usize)], kernel: &[u8], len: usize| {
+            let note = |owner, len| Note { owner, kind: 0, content: vec![0; len] };
+            let mut notes: Vec<Note> = lengths.iter().map(|(owner, len)| note(*owner, *len)).collect();
+            let mut content = kernel.to_vec();
+            content.resize(len, b'\n');
+            notes.push(Note { owner: vmcoreinfo::OWNER, kind: 0, content });
+            notes
+        };
+        let x86 = Shape::of(Format { machine: EM_X86_64, big_endian: false, narrow: false });
+        let notes = noted(
+            &[("CORE", 336), ("CORE", 336), ("QEMU", 440), ("QEMU", 440)],
+            b"A=1\nNUMBER(phys_base)=-236978176\n",
+            0xcbf,
+        );
+        let bytes = Header::new(x86, &notes, 2, 0, &[0..1, 2..3], PageCompression::Zlib).unwrap().bytes;
+        let long = |at: usize| u64::from_le_bytes(bytes[at..at + 8].try_into().unwrap());
+        assert_eq!([0x20, 0x28, 0x30, 0x38].map(|at| long(0x1000 + at)), [0x16e0, 0xcbf, 0x1068, 0x1338]);
+        assert_eq!((long(0x1000) as i64, &bytes[0x16e0..0x16e4]), (-236_978_176, &b"A=1\n"[..]));
+
+        let arm = Shape::of(Format { machine: machine::EM_AARCH64, big_endian: false, narrow: false });
+        let cpus = [("CORE", 392), ("CORE", 528), ("CORE", 392), ("CORE", 528)];
+        let notes = noted(&cpus, b"NUMBER(PHYS_OFFSET)=0xfff0d57a00000000\n", 0xd4a);
+        let bytes = Header::new(arm, &notes, 2, 0x4000_0000, &[0..1, 2..3], PageCompression::Zlib).unwrap().bytes;
+        let long = |at: usize| u64::from_le_bytes(bytes[at..at + 8].try_into().unwrap());
+        assert_eq!([0x20, 0x28, 0x30, 0x38].map(|at| long(0x1_0000 + at)), [0x1_0800, 0xd4a, 0x1_0068, 0x14e4]);
+        assert_eq!(long(0x1_0000), 0xfff0_d57a_0000_0000);
     }
 
     #[test]

@@ -35,7 +35,7 @@ impl PhysicalMemory {
         output: OutputFile,
         progress: &mut dyn FnMut(u64),
     ) -> Result<u64, Error> {
-        let (format, notes) = guest.notes();
+        let (format, notes) = self.notes(ram, guest)?;
         let shape = Shape::of(format);
         let ranges = self.frame_ranges(shape.frame_size);
         let first_address = self.segments.first().map_or(0, |first| first.address);
