@@ -65,6 +65,7 @@ conformance-full: setup
 	cargo run --release --package qevm-conformance -- trial
 	cargo run --release --package qevm-conformance -- pairs
 	cargo run --release --package qevm-conformance -- cores
+	cargo run --release --package qevm-conformance -- crash
 	cargo run --release --package qevm-conformance -- targets
 	cargo run --release --package qevm-conformance -- peer --full
 	cargo run --release --package qevm-conformance -- lifecycle --full

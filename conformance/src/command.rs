@@ -2,6 +2,7 @@
 
 mod channels;
 mod common;
+mod crash;
 mod lab;
 mod lifecycle;
 mod link;
@@ -18,6 +19,7 @@ use anyhow::Result;
 use channels::Channels;
 use clap::{Args, Parser, Subcommand};
 use common::{Choice, Reporting, subject, wanted};
+use crash::Crash;
 use lab::Lab;
 use lifecycle::Lifecycle;
 use link::Link;
@@ -85,6 +87,9 @@ pub(crate) enum Command {
         #[arg(long)]
         only: Vec<String>,
     },
+    /// Open dumps of Debian's Linux in `crash`, with the kernel's symbols: QEMU's own and those that qevm makes of a
+    /// stream (about 450 MB of downloads)
+    Crash(Crash),
     /// Measure qevm against QEMU's own tools, several times each in turn, on a machine that does nothing else
     Bench {
         #[command(subcommand)]
@@ -293,6 +298,7 @@ impl Command {
             Command::Pairs(pairs) => pairs.run(),
             Command::Targets(targets) => targets.run(),
             Command::Cores { only } => compare_cores(&only),
+            Command::Crash(crash) => crash.run(),
             Command::Bench { what: BenchCommand::Decode(decode) } => decode.run(),
             Command::Bench { what: BenchCommand::Link(link) } => link.run(),
             Command::Bench { what: BenchCommand::Migrate(migrate) } => migrate.run(),

@@ -25,6 +25,8 @@ const PT_NOTE: u64 = 4;
 const NT_PRSTATUS: u64 = 1;
 
 const X86_64: &str = "x86_64";
+/// Where QEMU has what a guest of x86 reads: ROM, until firmware has copied it to RAM.
+const ROM: Range<u64> = 0xa_0000..0x10_0000;
 /// In arguments: the name of a file with reference-vmm's payload guest, which is in long mode.
 const PAYLOAD: &str = "{payload}";
 /// The suites whose packages are used, and the guests: target, and arguments.
@@ -118,8 +120,7 @@ fn guest(root: &Root, suite: Suite, target: &str, arguments: &str) -> Result<Ali
     migration.write_elf(&place("ours"))?;
     // Those of big-endian targets had the number of the process in the host's byte order.
     let pid_swapped = suite == Suite::Bookworm;
-    // QEMU has what the guest reads there: ROM, until firmware has copied it to RAM.
-    let apart = if target == X86_64 { 0xa_0000..0x10_0000 } else { 0..0 };
+    let apart = if target == X86_64 { ROM } else { 0..0 };
     let (theirs, ours) = (Core::read(&place("theirs"))?, Core::read(&place("ours"))?);
     let (notes, bytes) = same(&theirs, &ours, pid_swapped, &apart)?;
 
@@ -138,6 +139,14 @@ fn guest(root: &Root, suite: Suite, target: &str, arguments: &str) -> Result<Ali
         (alike.pages, alike.more) = (found.pages, found.more);
     }
     Ok(alike)
+}
+
+/// Compares an ELF core of a guest of x86 with QEMU's, and gives how many notes and bytes of memory are the same: all.
+///
+/// # Errors
+/// One is not.
+pub(crate) fn same_elf(theirs: &Path, ours: &Path) -> Result<(usize, u64)> {
+    same(&Core::read(theirs)?, &Core::read(ours)?, false, &ROM)
 }
 
 fn same(theirs: &Core, ours: &Core, pid_swapped: bool, apart: &Range<u64>) -> Result<(usize, u64)> {

@@ -8,10 +8,11 @@
 //! [`matrix`] does it for many scenarios and [`report`] tells the result.
 //!
 //! [`channels`] is a matrix of its own: page channels and return path, with `qevm receive` and `qevm send` as the other
-//! end. [`targets`] captures machines of other targets, and [`cores`] compares their ELF cores. [`lab`] is a machine
-//! with a KVM as on hardware, for what a paravirtual host cannot show. [`peer`] takes running guests to and fro between
-//! these QEMUs and reference-vmm, and [`mod@bench`] measures both; [`toy`] does so with the example of
-//! `qevm-migration`, and [`lifecycle`] is about what becomes of a guest when something goes wrong with that.
+//! end. [`targets`] captures machines of other targets, [`cores`] compares their ELF cores, and [`mod@crash`] has those
+//! of Linux guests opened by the program of that name. [`lab`] is a machine with a KVM as on hardware, for what a
+//! paravirtual host cannot show. [`peer`] takes running guests to and fro between these QEMUs and reference-vmm, and
+//! [`mod@bench`] measures both; [`toy`] does so with the example of `qevm-migration`, and [`lifecycle`] is about what
+//! becomes of a guest when something goes wrong with that.
 
 pub mod analyze;
 pub mod apt;
@@ -21,6 +22,7 @@ pub mod channels;
 pub mod cores;
 pub mod corpus;
 mod cpio;
+pub mod crash;
 pub mod description;
 mod exec;
 pub mod fields;

@@ -198,15 +198,25 @@ impl Packages {
 
     /// The kernel image.
     pub(crate) fn kernel(&self) -> Result<PathBuf> {
-        let mut boot = fs::read_dir(self.0.join("boot"))?.filter_map(Result::ok).map(|e| e.path());
-        boot.find(|p| p.to_string_lossy().contains("vmlinuz-")).context("the package has no kernel")
+        kernel(&self.0)
     }
 
     /// The static busybox.
     pub(crate) fn busybox(&self) -> Result<Vec<u8>> {
-        let busybox = ["usr/bin/busybox", "bin/busybox"].map(|p| self.0.join(p)).into_iter().find(|p| p.exists());
-        Ok(fs::read(busybox.context("the package has no busybox")?)?)
+        busybox(&self.0)
     }
+}
+
+/// The kernel image among unpacked packages.
+pub(crate) fn kernel(root: &Path) -> Result<PathBuf> {
+    let mut boot = fs::read_dir(root.join("boot"))?.filter_map(Result::ok).map(|e| e.path());
+    boot.find(|p| p.to_string_lossy().contains("vmlinuz-")).context("the package has no kernel")
+}
+
+/// The static busybox among unpacked packages.
+pub(crate) fn busybox(root: &Path) -> Result<Vec<u8>> {
+    let busybox = ["usr/bin/busybox", "bin/busybox"].map(|p| root.join(p)).into_iter().find(|p| p.exists());
+    Ok(fs::read(busybox.context("the package has no busybox")?)?)
 }
 
 /// Modules in an order in which each comes after those it needs.

@@ -63,7 +63,7 @@ impl Root {
         }
         let lock = lock(&dir.with_extension("lock"))?;
         if !fs::read_to_string(dir.join(ROOT_STAMP)).is_ok_and(|s| s.starts_with(&stamp)) {
-            make_root(suite, packages, &dir)
+            unpack(suite, packages, &dir)
                 .with_context(|| format!("installing QEMU of Debian {suite} into {}", dir.display()))?;
             let root = Root::open(suite, dir.clone(), target)?;
             fs::write(dir.join(ROOT_STAMP), format!("{stamp}qemu {}\n", root.version))?;
@@ -142,28 +142,35 @@ impl Root {
     }
 
     /// A program of this root, run by the root's own dynamic loader with the root's libraries alone.
-    fn command(&self, program: &str) -> Command {
-        let libraries = LIBRARIES.map(|l| self.dir.join(l));
-        let loader = libraries.iter().map(|l| l.join(LOADER)).find(|l| l.exists());
-        let mut path = OsString::from(libraries[0].join("pulseaudio"));
-        for library in &libraries {
-            path.push(":");
-            path.push(library);
-        }
-        let loader = loader.unwrap_or_else(|| libraries[0].join(LOADER));
+    fn command(&self, name: &str) -> Command {
         let mut command = match &self.namespace {
-            None => Command::new(loader),
+            None => program(&self.dir, name),
             Some(namespace) => {
+                let program = program(&self.dir, name);
                 let mut command = Command::new("ip");
-                command.args(["netns", "exec", namespace]).arg(loader);
+                command.args(["netns", "exec", namespace]).arg(program.get_program()).args(program.get_args());
                 command
             }
         };
-        command.arg("--library-path").arg(path).arg(self.dir.join(program));
-        command.env("QEMU_MODULE_DIR", libraries[0].join("qemu"));
+        command.env("QEMU_MODULE_DIR", self.dir.join(LIBRARIES[0]).join("qemu"));
         command.env_remove("LD_LIBRARY_PATH").env_remove("LD_PRELOAD");
         command
     }
+}
+
+/// A program among unpacked packages, run by the dynamic loader that is there with the libraries that are there.
+pub(crate) fn program(dir: &Path, name: &str) -> Command {
+    let libraries = LIBRARIES.map(|l| dir.join(l));
+    let loader = libraries.iter().map(|l| l.join(LOADER)).find(|l| l.exists());
+    let mut path = OsString::from(libraries[0].join("pulseaudio"));
+    for library in &libraries {
+        path.push(":");
+        path.push(library);
+    }
+    let mut command = Command::new(loader.unwrap_or_else(|| libraries[0].join(LOADER)));
+    command.arg("--library-path").arg(path).arg(dir.join(name));
+    command.env_remove("LD_LIBRARY_PATH").env_remove("LD_PRELOAD");
+    command
 }
 
 /// Where everything that can be made again is kept: `$QEVM_CACHE`, by default `$HOME/.cache/qevm`.
@@ -188,7 +195,11 @@ pub(crate) fn lock(path: &Path) -> Result<fs::File> {
     Ok(file)
 }
 
-fn make_root(suite: Suite, packages: &[&str], dir: &Path) -> Result<()> {
+/// Makes `dir` of packages and all that they depend on.
+///
+/// # Errors
+/// What `apt-get` or `dpkg-deb` report.
+pub(crate) fn unpack(suite: Suite, packages: &[&str], dir: &Path) -> Result<()> {
     let fresh = dir.with_extension("new");
     if fresh.exists() {
         fs::remove_dir_all(&fresh)?;
