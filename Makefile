@@ -31,6 +31,7 @@ lint: setup
 	@scripts/features
 	@scripts/rooms
 	@scripts/columns
+	@scripts/imports
 	@scripts/api
 	@scripts/msrv
 

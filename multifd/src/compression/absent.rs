@@ -27,7 +27,7 @@ macro_rules! encoder {
 
 #[cfg(not(feature = "zlib"))]
 pub(super) mod zlib {
-    use super::*;
+    use super::{Compression, CompressionError, Infallible, not_built};
 
     pub(crate) const MAX_LEVEL: i32 = 9;
 
@@ -56,7 +56,7 @@ pub(super) mod zlib {
 
 #[cfg(not(feature = "zlib"))]
 pub(super) mod gzip {
-    use super::*;
+    use super::{Compression, CompressionError, Infallible, not_built};
 
     pub(crate) struct GzipPacket<'a>(Infallible, core::marker::PhantomData<&'a [u8]>);
 
@@ -73,7 +73,7 @@ pub(super) mod gzip {
 
 #[cfg(not(feature = "zstd"))]
 pub(super) mod zstd {
-    use super::*;
+    use super::{Compression, CompressionError, Infallible, not_built};
 
     pub(crate) const MAX_LEVEL: i32 = 20;
 
