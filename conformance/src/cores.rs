@@ -31,7 +31,7 @@ const ROM: Range<u64> = 0xa_0000..0x10_0000;
 const PAYLOAD: &str = "{payload}";
 /// The suites whose packages are used, and the guests: target, and arguments.
 const SUITES: [Suite; 3] = [Suite::Bookworm, Suite::Trixie, Suite::Sid];
-const GUESTS: [(&str, &str); 13] = [
+const GUESTS: [(&str, &str); 14] = [
     (X86_64, "-M q35,accel=tcg -m 64"),
     // Memory beyond the firmware, so that the last page is the same.
     (
@@ -41,6 +41,7 @@ const GUESTS: [(&str, &str); 13] = [
     (X86_64, "-M microvm,accel=tcg -m 64 -smp 2 -bios {payload}"),
     ("aarch64", "-M virt,gic-version=3 -cpu cortex-a72 -m 32 -smp 2"),
     ("aarch64", "-M virt -cpu cortex-a53 -m 256"),
+    ("aarch64", "-M virt -cpu max -m 32 -smp 2"),
     ("arm", "-M virt -cpu cortex-a15 -m 32 -smp 2"),
     ("riscv64", "-M virt -m 64 -smp 3 -bios none"),
     ("riscv32", "-M virt -m 64 -bios none"),
