@@ -46,6 +46,9 @@ impl Failure {
     /// command was reached, the failure is of kind `limit`; if what the file is wrapped in is damaged, of kind
     /// `malformed`, or `truncated`.
     pub fn io(file: &str, offset: u64, error: &io::Error) -> Self {
+        if let Some(Elsewhere { file, offset, error }) = error.get_ref().and_then(|inner| inner.downcast_ref()) {
+            return Self::io(file, *offset, error);
+        }
         if let Some(exceeded) = error.get_ref().and_then(|inner| inner.downcast_ref::<Exceeded>()) {
             return Self::exceeded(file, offset, "", exceeded.clone());
         }
@@ -69,6 +72,29 @@ impl Failure {
         Failure { file: file.to_owned(), kind: "mismatch", offset, path: path.into(), message: message.into() }
     }
 }
+
+/// What an [`io::Error`] holds that is of another file than the one that is read at the time.
+#[derive(Debug)]
+pub(crate) struct Elsewhere {
+    file: String,
+    offset: u64,
+    error: io::Error,
+}
+
+impl Elsewhere {
+    /// `file` could not be read or written at `offset`.
+    pub(crate) fn failed(file: &str, offset: u64, error: io::Error) -> io::Error {
+        io::Error::other(Elsewhere { file: file.to_owned(), offset, error })
+    }
+}
+
+impl fmt::Display for Elsewhere {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}: {}", printable(&self.file), self.error)
+    }
+}
+
+impl std::error::Error for Elsewhere {}
 
 impl fmt::Display for Failure {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

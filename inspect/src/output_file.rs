@@ -7,8 +7,9 @@
 
 use crate::failure::Error;
 use parking_lot::Mutex;
-use rustix::fs::{AtFlags, CWD, Mode, OFlags, RenameFlags};
+use rustix::fs::{AtFlags, CWD, FallocateFlags, Mode, OFlags, RenameFlags};
 use rustix::io::Errno;
+use std::borrow::Borrow;
 use std::ffi::OsStr;
 use std::fs::{self, File};
 use std::io;
@@ -105,13 +106,13 @@ impl OutputFile {
 
 /// Writes what follows one another in one go.
 #[derive(Debug)]
-pub struct Runs<'f> {
-    file: &'f File,
+pub struct Runs<F> {
+    file: F,
     start: u64,
     held: Vec<u8>,
 }
 
-impl<'f> Runs<'f> {
+impl<F: Borrow<File>> Runs<F> {
     /// Bytes that are gathered.
     const MOST: usize = 1 << 20;
     /// So many are written at once, without a copy.
@@ -121,7 +122,7 @@ impl<'f> Runs<'f> {
     const WRITE: usize = 32 << 10;
 
     /// Nothing is held so far.
-    pub fn new(file: &'f File) -> Self {
+    pub fn new(file: F) -> Self {
         Runs { file, start: 0, held: Vec::new() }
     }
 
@@ -154,11 +155,27 @@ impl<'f> Runs<'f> {
         written
     }
 
+    /// Makes a hole of `len` bytes from `offset` on.
+    ///
+    /// # Errors
+    /// As [`put`](Self::put); of kind `Unsupported` if the file system has no holes.
+    pub fn clear(&mut self, offset: u64, len: u64) -> Result<(), (u64, io::Error)> {
+        self.flush()?;
+        rustix::fs::fallocate(self.file(), FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE, offset, len)
+            .map_err(|error| (offset, error.into()))
+    }
+
+    /// What is written to.
+    pub fn file(&self) -> &File {
+        self.file.borrow()
+    }
+
     fn write(&self, bytes: &[u8], offset: u64) -> Result<(), (u64, io::Error)> {
+        let file = self.file();
         (offset..)
             .step_by(Self::WRITE)
             .zip(bytes.chunks(Self::WRITE))
-            .try_for_each(|(offset, piece)| self.file.write_all_at(piece, offset).map_err(|error| (offset, error)))
+            .try_for_each(|(offset, piece)| file.write_all_at(piece, offset).map_err(|error| (offset, error)))
     }
 }
 

@@ -148,4 +148,4 @@ impl Pages {
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

@@ -19,8 +19,9 @@ pub fn run(convert: &args::Convert) -> Result<(), Stop> {
     let mut inputs = convert.input.open()?;
     let name = convert.out.display().to_string();
     let output = OutputFile::create(&convert.out, convert.force)?;
-    let mut guest = super::read_saved(&mut inputs, &convert.bounds)?;
     let mut file = output.file();
+    let mapped = matches!(convert.format, StreamForm::MappedRam).then_some((file, name.as_str()));
+    let mut guest = super::read_saved(&mut inputs, &convert.bounds, mapped)?;
     let mut bar = Progress::new("writing", Some(guest.data_len()));
     let written = match convert.format {
         StreamForm::Plain => {

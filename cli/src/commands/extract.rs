@@ -4,7 +4,9 @@ use super::Output;
 use crate::args;
 use crate::failure::Stop;
 use crate::progress::Progress;
-use qevm_inspect::extract::{Devices, Guest, GuestObserver, PhysicalMemory, Tables, write_block, write_devices};
+use qevm_inspect::extract::{
+    Devices, Guest, GuestObserver, PhysicalMemory, Tables, Wanted, write_block, write_devices,
+};
 use qevm_inspect::failure::{Failure, printable};
 use qevm_inspect::open::Container;
 use qevm_inspect::output_file::OutputFile;
@@ -51,6 +53,10 @@ pub fn run(extract: &args::Extract) -> Result<(), Stop> {
     let mut bar = Progress::new("reading", inputs.main.source.total());
     let mut position = |at| bar.at(at);
     let mut observer = GuestObserver::new(&mut position, devices);
+    if let Some((output, core)) = physical.first() {
+        let (machine, blocks) = (extract.machine.as_deref(), &extract.memory_block[..]);
+        observer = observer.copying(Wanted { output, core, machine, blocks });
+    }
     // The domain XML is before the stream, which may be cut or damaged.
     let mut analysis = match memory || extract.devices.is_some() {
         true => analyze(&mut inputs, &settings, &mut observer),
@@ -182,6 +188,12 @@ struct Physical {
 impl Physical {
     fn is_wanted(&self) -> bool {
         self.memory.is_some() || self.elf.is_some() || self.kdump.is_some()
+    }
+
+    /// The first file that is no dump, and whether it is a core.
+    fn first(&self) -> Option<(&OutputFile, bool)> {
+        let raw = self.memory.as_ref().map(|output| (output, false));
+        raw.or_else(|| self.elf.as_ref().map(|output| (output, true)))
     }
 
     fn write(

@@ -18,6 +18,7 @@ use qevm_inspect::report::Report;
 use qevm_inspect::rewrite::SavedGuest;
 use qevm_inspect::stream::{Inputs, Observer};
 use serde::Serialize;
+use std::fs::File;
 use std::io::{self, Write};
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -110,9 +111,17 @@ pub(crate) fn open(
 }
 
 /// Reads a guest that is to be written again.
-pub(crate) fn read_saved(inputs: &mut Inputs, bounds: &args::Bounds) -> Result<SavedGuest, Stop> {
+pub(crate) fn read_saved(
+    inputs: &mut Inputs,
+    bounds: &args::Bounds,
+    mapped: Option<(&File, &str)>,
+) -> Result<SavedGuest, Stop> {
     let mut bar = Progress::new("reading", inputs.main.source.total());
-    Ok(SavedGuest::read(inputs, &bounds.of_command(), &mut |at| bar.at(at))?)
+    let (bounds, mut position) = (bounds.of_command(), |at| bar.at(at));
+    Ok(match mapped {
+        Some(file) => SavedGuest::read_to_mapped(inputs, &bounds, file, &mut position)?,
+        None => SavedGuest::read(inputs, &bounds, &mut position)?,
+    })
 }
 
 /// Shows how far the main channel was read.

@@ -58,7 +58,7 @@ pub fn run(send: &args::Send) -> Result<(), Stop> {
     let mut main = connect()?;
     let header = [framing::MAGIC.to_be_bytes(), framing::VERSION.to_be_bytes()].concat();
     main.start(&header).map_err(cannot)?;
-    let mut guest = super::read_saved(&mut inputs, &send.bounds)?;
+    let mut guest = super::read_saved(&mut inputs, &send.bounds, None)?;
     let profile = profile(send, &guest);
     let multifd = match send.multifd_channels {
         None => None,

@@ -2,15 +2,18 @@
 
 use super::devices::Devices;
 use super::elf_core::{Registers, SegmentRegister};
-use super::memory_devices::MemoryDevices;
+use super::memory_devices::{MemoryDevices, Tables};
+use super::physical::{MemoryBlock, PhysicalMemory};
 use super::registers::{self, CpuNotes};
 use super::vmcoreinfo::{self, Place};
+use crate::output_file::OutputFile;
+use crate::ram::{GuestRam, PageCopy};
 use crate::stream::Observer;
 use qevm_devices::{cpu, mc146818rtc};
-use qevm_savevm::Reader;
 use qevm_savevm::framing::SectionHeader;
 use qevm_savevm::vmdesc::{Node, ScalarKind, Value};
 use qevm_savevm::vmstate::{Context, VmState, load};
+use qevm_savevm::{Event, Reader};
 use qevm_wire::QemuVersion;
 use std::fmt;
 
@@ -59,6 +62,21 @@ pub struct GuestObserver<'p> {
     /// What each section `cpu` gave: its instance, and the registers or why they could not be read.
     cpus: Vec<(u32, Result<Found, String>)>,
     position: &'p mut dyn FnMut(u64),
+    machine: Option<String>,
+    wanted: Option<Wanted<'p>>,
+}
+
+/// A file of guest-physical memory that is to be written, as far as it is known beforehand.
+#[derive(Debug, Clone, Copy)]
+pub struct Wanted<'p> {
+    /// The file.
+    pub output: &'p OutputFile,
+    /// It is an ELF core; otherwise raw.
+    pub core: bool,
+    /// The machine type, if not that of the stream is meant.
+    pub machine: Option<&'p str>,
+    /// As [`PhysicalMemory::find`] has it.
+    pub blocks: &'p [MemoryBlock],
 }
 
 #[derive(Debug)]
@@ -80,7 +98,13 @@ impl<'p> GuestObserver<'p> {
     /// to be kept.
     pub fn new(position: &'p mut dyn FnMut(u64), devices: Option<Devices>) -> Self {
         let guest = Guest { devices, ..Guest::default() };
-        GuestObserver { guest, cpus: Vec::new(), position }
+        GuestObserver { guest, cpus: Vec::new(), position, machine: None, wanted: None }
+    }
+
+    /// Writes memory to this file as it comes, if it can be told where it will be: so it need not be read twice.
+    /// [`PhysicalMemory::write_raw`] and [`PhysicalMemory::write_elf`] do the rest.
+    pub fn copying(self, wanted: Wanted<'p>) -> Self {
+        GuestObserver { wanted: Some(wanted), ..self }
     }
 
     /// What was found.
@@ -108,6 +132,30 @@ impl Observer for GuestObserver<'_> {
         devices.iter_mut().for_each(Devices::restarted);
         self.guest = Guest { devices, ..Guest::default() };
         self.cpus.clear();
+    }
+
+    fn event(&mut self, event: &Event<'_>) {
+        if let Event::Configuration(configuration) = event {
+            self.machine = Some(configuration.machine.escape_ascii().to_string());
+        }
+    }
+
+    fn copy(&mut self, ram: &GuestRam, cpus: Option<usize>) -> Option<PageCopy> {
+        let Wanted { output, core, machine, blocks } = self.wanted?;
+        let machine = machine.or(self.machine.as_deref()).unwrap_or_default();
+        let physical = PhysicalMemory::find(machine, ram, &Guest::default(), &Tables::default(), blocks).ok()?;
+        let destinations = match core {
+            false => physical.in_raw(),
+            // Of other targets it is not known what their notes will be.
+            true if physical.is_other_target(machine, ram) => return None,
+            true => {
+                let cpu = Registers { long_mode: true, ..Registers::default() };
+                let (format, notes) = Guest { cpus: vec![cpu; cpus?], ..Guest::default() }.notes();
+                physical.in_core(format, &notes).1
+            }
+        };
+        // If it cannot be copied now, it will be written later.
+        PageCopy::new(output.file(), &output.path().display().to_string(), destinations).ok().flatten()
     }
 
     fn fields(&mut self, header: &SectionHeader, fields: &Node) {

@@ -1,4 +1,5 @@
 use super::*;
+use crate::bounds::Bounds;
 use crate::rewrite::SavedGuest;
 use crate::rewrite::mapped_file::MappedFile;
 use crate::source::Source;
@@ -137,6 +138,7 @@ fn the_mapped_ram_file_is_the_one_that_is_written() {
         assert_eq!(guest.write_mapped(&out, "out", &mut |_| ()).unwrap(), file.len());
         let mut written = vec![0; file.len() as usize];
         out.read_exact_at(&mut written, 0).unwrap();
+        assert!(mapped_in_one_pass(&mut open()) == written, "{name}");
         // In pieces that end anywhere.
         for piece in [7001, 4096, 1 << 20] {
             let mut read = vec![0xee; written.len()];
@@ -220,18 +222,18 @@ fn only_whole_pages_of_a_block_are_read() {
     pages.read(0, len, &mut []).unwrap();
 }
 
-const PAGES: u64 = 700;
+pub(crate) const PAGES: u64 = 700;
 
 /// What a source says of a page.
 #[derive(Debug, Clone)]
-enum Told {
+pub(crate) enum Told {
     Zero,
     Page(u8),
     /// The first byte becomes this one.
     Difference(u8),
 }
 
-fn told() -> impl Strategy<Value = Vec<(u64, Told)>> {
+pub(crate) fn told() -> impl Strategy<Value = Vec<(u64, Told)>> {
     let one = prop_oneof![Just(Told::Zero), any::<u8>().prop_map(Told::Page), any::<u8>().prop_map(Told::Difference)];
     let in_order = (0..PAGES, 1..40u64, any::<u8>()).prop_map(|(first, count, byte)| {
         (first..PAGES.min(first + count)).map(|page| (page, Told::Page(byte))).collect::<Vec<_>>()
@@ -240,7 +242,8 @@ fn told() -> impl Strategy<Value = Vec<(u64, Told)>> {
     prop::collection::vec(step, 0..60).prop_map(|steps| steps.concat())
 }
 
-fn stream(told: &[(u64, Told)]) -> Vec<u8> {
+/// A migration of a guest with one RAM block of [`PAGES`] pages that said this of its pages.
+pub(crate) fn stream(told: &[(u64, Told)]) -> Vec<u8> {
     let mut stream = StreamWriter::new(Encoder::new(PageGeometry::X86), true);
     let header =
         SectionHeader { section_id: 2, idstr: CountedString::new("ram").unwrap(), instance_id: 0, version_id: 4 };
@@ -270,6 +273,28 @@ fn stream(told: &[(u64, Told)]) -> Vec<u8> {
     stream.take()
 }
 
+const UNBOUNDED: fn() -> Bounds = || Bounds::new(u64::MAX, u64::MAX);
+
+/// The mapped-ram file to which pages went as they came.
+fn mapped_in_one_pass(inputs: &mut Inputs) -> Vec<u8> {
+    let out = tempfile::tempfile().unwrap();
+    let guest = SavedGuest::read_to_mapped(inputs, &UNBOUNDED(), (&out, "out"), &mut |_| ()).unwrap();
+    written(guest, &out)
+}
+
+/// The one to which pages go when all have come.
+fn mapped_in_two(inputs: &mut Inputs) -> Vec<u8> {
+    let guest = SavedGuest::read(inputs, &UNBOUNDED(), &mut |_| ()).unwrap();
+    written(guest, &tempfile::tempfile().unwrap())
+}
+
+fn written(mut guest: SavedGuest, out: &File) -> Vec<u8> {
+    let mut written = vec![0; guest.write_mapped(out, "out", &mut |_| ()).unwrap() as usize];
+    assert_eq!(out.metadata().unwrap().len(), written.len() as u64);
+    out.read_exact_at(&mut written, 0).unwrap();
+    written
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(60))]
 
@@ -282,6 +307,7 @@ proptest! {
         };
         let pages = Pages::index(&mut open(), Spool::unlimited(), &mut |_| ()).unwrap();
         let mut extracted = extracted(&mut open());
+        prop_assert!(mapped_in_one_pass(&mut open()) == mapped_in_two(&mut open()));
         let mut all = vec![3; (PAGES * 4096) as usize];
         pages.read(0, 0, &mut all).unwrap();
         for number in 0..PAGES {

@@ -5,23 +5,32 @@
 //! are kept only with [`Keep::Image`]: SHA-256, XBZRLE and extraction need them. Pages that never came cost nothing,
 //! however long a block says it is.
 
+mod block;
 mod chunk;
+mod copy;
 mod crc;
 mod image;
 mod page_table;
 mod places;
 mod stored;
+mod stretch;
 
+pub use block::Block;
+pub use copy::{Destination, PageCopy};
 pub use page_table::PageState;
 pub(crate) use stored::{Lost, StoredPages};
+pub use stretch::Stretch;
 
 use crate::bounds::Spool;
-use crate::failure::Failure;
+use crate::failure::{Error, Failure};
+use crate::read_at::read_exact_at;
 use crate::source::Source;
+use block::no_block;
 use crc::PageCrc;
 use image::Image;
 use page_table::{PageTable, Run};
 use sha2::{Digest, Sha256};
+use std::fs::File;
 use std::io;
 use stored::Stored;
 
@@ -67,20 +76,6 @@ impl RamDigest {
     }
 }
 
-/// One RAM block and the pages it got.
-#[derive(Debug, Clone)]
-pub struct Block {
-    /// Its name; bytes that are not ASCII are escaped.
-    pub name: String,
-    /// Its length in bytes.
-    pub used_length: u64,
-    /// Pages that the stream gave a content.
-    pub pages: u64,
-    /// Those of [`Block::pages`] that are all zeroes in the end.
-    pub zero_pages: u64,
-    first_page: u64,
-}
-
 /// The guest's memory.
 #[derive(Debug)]
 pub struct GuestRam {
@@ -91,19 +86,9 @@ pub struct GuestRam {
     crc: PageCrc,
     image: Option<Image>,
     stored: Option<Stored>,
+    copy: Option<PageCopy>,
     keep: Keep,
     spool: Spool,
-}
-
-/// A stretch of pages of a block, as [`GuestRam::stretches`] tells it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Stretch<'a> {
-    /// This many pages that never came.
-    Absent(u64),
-    /// This many pages of zeroes.
-    Zero(u64),
-    /// Pages, one or more whole ones, with this content, none of which is all zeroes.
-    Data(&'a [u8]),
 }
 
 impl GuestRam {
@@ -117,6 +102,7 @@ impl GuestRam {
             crc: PageCrc::new(page_size),
             image: if keep == Keep::Image { Some(Image::new(page_size)?) } else { None },
             stored: keep.is_by_place().then(|| Stored::new(page_size)),
+            copy: None,
             keep,
             spool,
         })
@@ -154,7 +140,8 @@ impl GuestRam {
                 true => self.put_zero(block, offset),
                 false => {
                     stored.write(page, bytes, &room)?;
-                    self.came(block, offset, 1)
+                    self.came(block, offset, 1)?;
+                    self.copy(block, offset, bytes)
                 }
             };
         }
@@ -194,6 +181,14 @@ impl GuestRam {
         len: u64,
         (name, source, at): (&str, &Source, u64),
     ) -> io::Result<()> {
+        if self.copy.is_some() {
+            let (mut page, (input, base)) =
+                (vec![0; self.page_size as usize], source.shared().ok_or(io::ErrorKind::Unsupported)?);
+            return (0..len).step_by(page.len()).try_for_each(|done| {
+                read_exact_at(&**input, &mut page, (at + done).saturating_sub(base))?;
+                self.put_read(block, offset + done, &page, (name, source, at + done))
+            });
+        }
         let pages = len / self.page_size;
         match self.stored(block, offset)? {
             Some((stored, page)) => {
@@ -202,6 +197,47 @@ impl GuestRam {
             }
             None => Err(io::Error::other("places of pages are not kept")),
         }
+    }
+
+    /// As [`put_place`](Self::put_place), of one page that was read anyway: it holds `bytes`.
+    pub(crate) fn put_read(
+        &mut self,
+        block: usize,
+        offset: u64,
+        bytes: &[u8],
+        (name, source, at): (&str, &Source, u64),
+    ) -> io::Result<()> {
+        if is_zero(bytes) {
+            return self.put_zero(block, offset);
+        }
+        let (stored, page) = self.stored(block, offset)?.ok_or_else(no_block)?;
+        stored.keep(page, 1, name, source, at)?;
+        self.came(block, offset, 1)?;
+        self.copy(block, offset, bytes)
+    }
+
+    /// From now on pages are copied as they come. For [`Keep::Contents`], before the first page.
+    pub(crate) fn copy_to(&mut self, copy: PageCopy) {
+        self.copy = Some(copy);
+    }
+
+    /// Pages are copied as they come, and have to be read for that.
+    pub(crate) fn is_copied(&self) -> bool {
+        self.copy.is_some()
+    }
+
+    /// Ends copying, and tells what is in `file`: the last contents of these parts of the memory, but for pages of
+    /// zeroes where nothing was written.
+    pub(crate) fn copied_to(&mut self, file: &File, name: &str) -> Result<Vec<Destination>, Error> {
+        let is_to = self.copy.as_ref().map_or(Ok(false), |copy| copy.is_to(file));
+        match is_to.map_err(|error| Failure::io(name, 0, &error))? {
+            true => self.copy.take().map_or(Ok(Vec::new()), PageCopy::finish),
+            false => Ok(Vec::new()),
+        }
+    }
+
+    fn copy(&mut self, block: usize, offset: u64, bytes: &[u8]) -> io::Result<()> {
+        self.copy.as_mut().map_or(Ok(()), |copy| copy.put(block, offset, bytes))
     }
 
     /// Pages from `offset` of `block` on have contents that are stored.
@@ -251,58 +287,6 @@ impl GuestRam {
                 Ok(())
             }
         }
-    }
-
-    /// Calls `visit` for the pages in `len` bytes from `offset` of `block`, in order, with the offset of each stretch
-    /// of them; needs [`Keep::Image`] or [`Keep::Contents`]. A page that is cut by the end of `len` comes as a whole.
-    pub fn stretches<E: From<Failure>>(
-        &mut self,
-        block: usize,
-        offset: u64,
-        len: u64,
-        mut visit: impl FnMut(u64, Stretch<'_>) -> Result<(), E>,
-    ) -> Result<(), E> {
-        let temporary = |error: io::Error| Failure::io("temporary file", 0, &error);
-        let first = self.blocks.get(block).ok_or_else(no_block).map_err(temporary)?.first_page;
-        if self.image.is_none() && self.keep != Keep::Contents {
-            return Err(temporary(io::Error::other("page contents were not kept")).into());
-        }
-        let (mut page, end) = (first + offset / self.page_size, first + (offset + len).div_ceil(self.page_size));
-        let mut contents = Vec::new();
-        while page < end {
-            let run = self.table.run_at(page, end).map_err(temporary)?;
-            let place = (page - first) * self.page_size;
-            let pages = match (run.state, &mut self.image, &mut self.stored) {
-                (PageState::Absent, ..) => {
-                    visit(place, Stretch::Absent(run.pages))?;
-                    run.pages
-                }
-                (PageState::Zero, ..) => {
-                    visit(place, Stretch::Zero(run.pages))?;
-                    run.pages
-                }
-                (PageState::Data, _, Some(stored)) => {
-                    let pages = stored.read_run(page, end, &mut contents)?;
-                    visit_contents(&contents, self.page_size, place, &mut visit)?;
-                    pages
-                }
-                (PageState::Data, Some(image), None) => {
-                    // One read for as many pages as lie one after the other.
-                    let most = end.min(Image::run_end(page));
-                    let mut pages = 1;
-                    while page + pages < most && self.table.state(page + pages).map_err(temporary)? == PageState::Data {
-                        pages += 1;
-                    }
-                    contents.resize((pages * self.page_size) as usize, 0);
-                    image.read(page, &mut contents).map_err(temporary)?;
-                    visit(place, Stretch::Data(&contents))?;
-                    pages
-                }
-                (PageState::Data, None, None) => 1,
-            };
-            page += pages;
-        }
-        Ok(())
     }
 
     /// Calls `visit` with the offset of each page of `block` whose content differs from that of the page at the same
@@ -395,7 +379,10 @@ impl GuestRam {
             found.pages += pages;
             found.zero_pages += pages;
         }
-        Ok(())
+        match &mut self.copy {
+            Some(copy) if before.data > 0 => copy.clear(block, offset, len),
+            _ => Ok(()),
+        }
     }
 
     fn set(&mut self, block: usize, offset: u64, state: PageState, crc: u32, bytes: &[u8]) -> io::Result<()> {
@@ -406,7 +393,12 @@ impl GuestRam {
                 return Ok(());
             }
         }
-        let page = self.note(block, offset, state, crc)?;
+        let (page, before) = self.note(block, offset, state, crc)?;
+        if let Some(copy) = &mut self.copy
+            && before == PageState::Data
+        {
+            copy.clear(block, offset, self.page_size)?;
+        }
         if let Some(image) = &mut self.image
             && state == PageState::Data
         {
@@ -418,40 +410,15 @@ impl GuestRam {
         Ok(())
     }
 
-    /// Notes state and digest of a page, and gives its number.
-    fn note(&mut self, block: usize, offset: u64, state: PageState, crc: u32) -> io::Result<u64> {
+    /// Notes state and digest of a page, and gives its number and its state so far.
+    fn note(&mut self, block: usize, offset: u64, state: PageState, crc: u32) -> io::Result<(u64, PageState)> {
         let found = self.blocks.get_mut(block).ok_or_else(no_block)?;
         let page = found.first_page + offset / self.page_size;
         let before = self.table.set(page, state, crc)?;
         found.pages = found.pages + u64::from(state != PageState::Absent) - u64::from(before != PageState::Absent);
         found.zero_pages =
             found.zero_pages + u64::from(state == PageState::Zero) - u64::from(before == PageState::Zero);
-        Ok(page)
-    }
-}
-
-/// Calls `visit` for pages as they were stored, of which some may be all zeroes.
-fn visit_contents<E>(
-    contents: &[u8],
-    page_size: u64,
-    offset: u64,
-    visit: &mut impl FnMut(u64, Stretch<'_>) -> Result<(), E>,
-) -> Result<(), E> {
-    let size = page_size as usize;
-    let (mut at, mut start) = (0, 0);
-    while at < contents.len() {
-        if is_zero(&contents[at..at + size]) {
-            if start < at {
-                visit(offset + start as u64, Stretch::Data(&contents[start..at]))?;
-            }
-            visit(offset + at as u64, Stretch::Zero(1))?;
-            start = at + size;
-        }
-        at += size;
-    }
-    match start < at {
-        true => visit(offset + start as u64, Stretch::Data(&contents[start..at])),
-        false => Ok(()),
+        Ok((page, before))
     }
 }
 
@@ -459,10 +426,6 @@ fn visit_contents<E>(
 fn is_zero(bytes: &[u8]) -> bool {
     let (first, rest) = bytes.split_at(bytes.len().min(64));
     first.iter().all(|byte| *byte == 0) && rest.iter().fold(0, |all, byte| all | byte) == 0
-}
-
-fn no_block() -> io::Error {
-    io::Error::other("no such RAM block")
 }
 
 #[cfg(test)]

@@ -1,8 +1,7 @@
 //! Guest memory that stays where it is: the index of its pages, and the files in which they lie.
 
-use super::Block;
+use super::block::{Block, no_block};
 use super::image::Image;
-use super::no_block;
 use super::places::{Place, Places, Stretch};
 use crate::bounds::{Exceeded, Spool};
 use crate::failure::Failure;

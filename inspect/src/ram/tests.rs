@@ -97,12 +97,17 @@ proptest! {
         // Pages of one byte each, some of them of zeroes.
         let file: Vec<u8> = (0..64 * (SIZE + 8)).map(|at| (at / SIZE % 4) as u8).collect();
         let source = Source::seekable(std::sync::Arc::new(file.clone()), file.len() as u64);
-        let mut kept = [Keep::Image, Keep::Contents].map(|keep| {
+        let mut kept = [Keep::Image, Keep::Contents, Keep::Contents].map(|keep| {
             let mut ram = GuestRam::new(SIZE, keep, Spool::unlimited()).unwrap();
             ram.add_block("first".into(), 3 * SIZE);
             ram.add_block("second".into(), 44 * SIZE);
             ram
         });
+        // The third is copied as it comes: the second block but for its first page, in two parts.
+        let copy = tempfile::tempfile().unwrap();
+        let part = |block_offset, pages: u64, file_offset| Destination { block: 1, block_offset, len: pages * SIZE, file_offset };
+        let parts = vec![part(9 * SIZE, 35, 5000), part(SIZE, 8, 100)];
+        kept[2].copy_to(PageCopy::new(&copy, "copy", parts.clone()).unwrap().unwrap());
         for told in &all {
             for ram in &mut kept {
                 match *told {
@@ -120,8 +125,27 @@ proptest! {
                 .unwrap();
             }
         }
-        let [image, contents] = &mut kept;
-        prop_assert_eq!(pages(image, 1), pages(contents, 1));
+        let [image, contents, copied] = &mut kept;
+        let expected = pages(image, 1);
+        prop_assert_eq!(&expected, &pages(contents, 1));
+        prop_assert_eq!(&expected, &pages(copied, 1));
+        prop_assert_eq!(image.blocks()[1].zero_pages, copied.blocks()[1].zero_pages);
+        let mut found: Vec<u64> = Vec::new();
+        copied.contents(1, |first, count| { found.extend(first..first + count); Ok(()) }).unwrap();
+        let is_there = |page: &u64| expected[*page as usize].as_ref().is_some_and(|page| !is_zero(page));
+        prop_assert_eq!(found, (0..44).filter(is_there).collect::<Vec<u64>>());
+        prop_assert!(copied.copied_to(&tempfile::tempfile().unwrap(), "another").unwrap().is_empty());
+        let mut done = copied.copied_to(&copy, "copy").unwrap();
+        done.reverse();
+        prop_assert_eq!(&done, &parts);
+        copy.set_len(5000 + 35 * SIZE).unwrap();
+        for Destination { block_offset, len, file_offset, .. } in parts {
+            let mut written = vec![9; len as usize];
+            read_exact_at(&copy, &mut written, file_offset).unwrap();
+            let pages = &expected[(block_offset / SIZE) as usize..][..(len / SIZE) as usize];
+            let all: Vec<u8> = pages.iter().flat_map(|page| page.clone().unwrap_or(vec![0; SIZE as usize])).collect();
+            prop_assert_eq!(written, all);
+        }
         prop_assert_eq!(image.blocks()[1].pages, contents.blocks()[1].pages);
         let (mut copied, mut read) = (vec![1; SIZE as usize], vec![2; SIZE as usize]);
         for page in 0..44 {

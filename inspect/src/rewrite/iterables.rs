@@ -1,6 +1,6 @@
 //! Iterable sections beside `ram` that can be rewritten: what they said on the way is said once more, in one go.
 
-use super::cannot_write;
+use super::unwritable::cannot_write;
 use crate::failure::Error;
 use qevm_savevm::framing::{Content, SectionHeader};
 use qevm_savevm::hash_table::HashTableRecord;

@@ -1,11 +1,11 @@
 //! A guest as a mapped-ram file: every page at its own place.
 
-use super::{MAPPED_RAM, SavedGuest, cannot_write, with_capability};
+use super::front::{Front, destinations, front};
+use super::{SavedGuest, cannot_write};
 use crate::failure::{Error, Failure};
 use crate::output_file::Runs;
-use qevm_savevm::event::Event;
+use crate::ram::Stretch;
 use qevm_savevm::mapped_ram::MappedBlock;
-use qevm_savevm::ram::{MappedRamHeader, RamBlock, RamRecord};
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 
@@ -77,20 +77,33 @@ impl SavedGuest {
     pub fn write_mapped(&mut self, file: &File, name: &str, position: &mut dyn FnMut(u64)) -> Result<u64, Error> {
         let place = Place { file, name };
         let layout = self.layout(name)?;
+        let copied = self.ram.copied_to(file, name)?;
+        let is_copied = !copied.is_empty() && copied == destinations(&layout.blocks);
+        if !is_copied {
+            file.set_len(0).map_err(|error| Failure::io(name, 0, &error))?;
+        }
         layout.parts.iter().try_for_each(|(offset, bytes)| place.write_at(bytes, *offset))?;
         let mut done = 0;
         for (block, layout) in layout.blocks.iter().enumerate() {
             let mut present = Present::new(layout.header.bitmap_offset);
-            let pages = self.pages;
+            if is_copied {
+                self.ram.contents(block, |first, pages| {
+                    (first..first + pages).try_for_each(|page| present.set(page, &place))
+                })?;
+                present.write(&place)?;
+                continue;
+            }
+            let size = self.pages.size();
             let failed = |(at, error): (u64, std::io::Error)| Error::from(Failure::io(name, at, &error));
             let mut runs = Runs::new(file);
-            self.each_page(block, |offset, content| {
-                if let Some(content) = content {
-                    present.set(pages.index(offset), &place)?;
-                    runs.put(layout.header.pages_offset + offset, content).map_err(failed)?;
-                    done += content.len() as u64;
-                    position(done);
-                }
+            self.ram.stretches(block, 0, layout.used_length, |offset, stretch| {
+                let Stretch::Data(contents) = stretch else { return Ok::<(), Error>(()) };
+                let first = offset / size;
+                let pages = contents.len() as u64 / size;
+                (first..first + pages).try_for_each(|page| present.set(page, &place))?;
+                runs.put(layout.header.pages_offset + offset, contents).map_err(failed)?;
+                done += contents.len() as u64;
+                position(done);
                 Ok(())
             })?;
             runs.flush().map_err(failed)?;
@@ -101,31 +114,16 @@ impl SavedGuest {
 
     /// What such a file, which is called `name` in errors, has beside pages and bitmaps, and where those are.
     pub(super) fn layout(&self, name: &str) -> Result<Layout, Error> {
-        let mut stream = self.stream();
-        let configuration = self.configuration.clone().map(|c| with_capability(c, MAPPED_RAM));
-        stream.header(configuration.as_ref()).map_err(cannot_write)?;
-        stream.section_start(&self.ram_section).map_err(cannot_write)?;
-        let total = self.blocks.iter().map(|block| block.used_length).sum();
-        stream.event(&Event::Ram(RamRecord::MemSize { total })).map_err(cannot_write)?;
-        let (mut parts, mut offset) = (Vec::new(), 0);
-        let mut blocks = Vec::with_capacity(self.blocks.len());
-        for (index, block) in self.blocks.iter().enumerate() {
-            // What x-ignore-shared has left out stays out.
-            if block.address.is_some() && self.ram.blocks().get(index).is_some_and(|block| block.pages == 0) {
-                let header = MappedRamHeader::absent(self.pages.size());
-                let listed = RamBlock { mapped_ram: Some(header), ..block.clone() };
-                stream.event(&Event::Ram(RamRecord::Block(listed))).map_err(cannot_write)?;
-                blocks.push(MappedBlock { header, used_length: block.used_length });
-                continue;
-            }
-            let layout = MappedBlock::place_record(offset + stream.bytes().len() as u64, block, self.pages)
-                .ok_or_else(|| Error::Usage(format!("{name}: RAM block '{}' does not fit a file", block.name)))?;
-            let listed = RamBlock { mapped_ram: Some(layout.header), ..block.clone() };
-            stream.event(&Event::Ram(RamRecord::Block(listed))).map_err(cannot_write)?;
-            parts.push((offset, stream.take()));
-            offset = layout.end();
-            blocks.push(layout);
-        }
+        let absent = |index: usize| self.ram.blocks().get(index).is_some_and(|block| block.pages == 0);
+        let Front { mut stream, mut parts, blocks, offset } = front(
+            self.stream(),
+            self.configuration.clone(),
+            &self.ram_section,
+            &self.blocks,
+            self.pages,
+            absent,
+            name,
+        )?;
         stream.eos().map_err(cannot_write)?;
         stream.footer().map_err(cannot_write)?;
         self.write_setup(&mut stream)?;

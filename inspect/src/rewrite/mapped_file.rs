@@ -58,7 +58,7 @@ impl MappedFile {
     /// As [`SavedGuest::read`]; [`Error::Bad`] of kind `limit` if `spool` has not enough room.
     pub fn index(inputs: &mut Inputs, spool: Spool, position: &mut dyn FnMut(u64)) -> Result<MappedFile, Error> {
         let name = inputs.main.name.clone();
-        let guest = SavedGuest::read_with(inputs, Keep::Places, spool, u64::MAX, position)?;
+        let guest = SavedGuest::read_with(inputs, Keep::Places, spool, u64::MAX, position, None)?;
         let Layout { parts, blocks, len } = guest.layout(&name)?;
         let stream = parts.into_iter().map(|(offset, bytes)| Part {
             offset,

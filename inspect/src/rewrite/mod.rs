@@ -5,23 +5,29 @@
 //! as a new stream; [`mapped_file`] gives parts of the latter without writing it. Device sections keep their bytes;
 //! memory is written once, each page in its last content.
 
+mod capability;
 pub mod channels;
+mod front;
 mod iterables;
 pub mod mapped;
 pub mod mapped_file;
 pub mod stream;
+mod unwritable;
 
+use self::capability::{MAPPED_RAM, without_capability};
 use self::iterables::Iterable;
+use self::unwritable::{cannot_write, unsupported};
 use crate::bounds::{Bounds, Spool};
-use crate::failure::{Error, Failure};
-use crate::ram::{GuestRam, Keep, Stretch};
+use crate::failure::Error;
+use crate::ram::{GuestRam, Keep, PageCopy, Stretch};
 use crate::stream::{Inputs, Layouts, Observer, Settings, analyze};
 use qevm_multifd::Uuid;
 use qevm_savevm::configuration::{Configuration, ConfigurationSubsection};
 use qevm_savevm::framing::{SectionHeader, SectionKind};
 use qevm_savevm::ram::RamBlock;
 use qevm_savevm::{Encoder, Event, StreamWriter};
-use qevm_wire::{CountedString, PageGeometry};
+use qevm_wire::PageGeometry;
+use std::fs::File;
 
 /// A guest as a migration left it.
 #[derive(Debug)]
@@ -51,7 +57,6 @@ struct Device {
 }
 
 const RAM: &str = "ram";
-const MAPPED_RAM: &str = "mapped-ram";
 
 impl SavedGuest {
     /// Reads a migration to its end, and tells `position` how far the main channel was read.
@@ -60,7 +65,21 @@ impl SavedGuest {
     /// [`Error::Bad`] if the migration is bad, or has sections whose content depends on the form: state of devices that
     /// was still being read (VFIO), disks (`block`) and their bitmaps (`dirty-bitmap`).
     pub fn read(inputs: &mut Inputs, bounds: &Bounds, position: &mut dyn FnMut(u64)) -> Result<SavedGuest, Error> {
-        Self::read_with(inputs, Keep::Contents, bounds.spool(), bounds.max_ram, position)
+        Self::read_with(inputs, Keep::Contents, bounds.spool(), bounds.max_ram, position, None)
+    }
+
+    /// As [`read`](Self::read), to write it to a mapped-ram file: its pages go there as they come where that can be
+    /// told beforehand, so that they need not be read twice. [`write_mapped`](Self::write_mapped) does the rest.
+    ///
+    /// # Errors
+    /// As [`read`](Self::read); of kind `io` if the file, which is called `name` in errors, cannot be written.
+    pub fn read_to_mapped(
+        inputs: &mut Inputs,
+        bounds: &Bounds,
+        (file, name): (&File, &str),
+        position: &mut dyn FnMut(u64),
+    ) -> Result<SavedGuest, Error> {
+        Self::read_with(inputs, Keep::Contents, bounds.spool(), bounds.max_ram, position, Some((file, name)))
     }
 
     /// As [`read`](Self::read), with what `keep` says of memory.
@@ -70,8 +89,9 @@ impl SavedGuest {
         spool: Spool,
         max_ram: u64,
         position: &mut dyn FnMut(u64),
+        mapped: Option<(&File, &str)>,
     ) -> Result<SavedGuest, Error> {
-        let mut capture = Capture::new(position);
+        let mut capture = Capture { mapped, ..Capture::new(position) };
         let settings = Settings {
             keep,
             reencode: false,
@@ -166,6 +186,9 @@ impl SavedGuest {
 }
 
 struct Capture<'p> {
+    /// A mapped-ram file that pages are to be copied to, and its name.
+    mapped: Option<(&'p File, &'p str)>,
+    configuration: Option<Configuration>,
     position: &'p mut dyn FnMut(u64),
     ram_section: Option<SectionHeader>,
     blocks: Vec<RamBlock>,
@@ -181,6 +204,8 @@ struct Capture<'p> {
 impl<'p> Capture<'p> {
     fn new(position: &'p mut dyn FnMut(u64)) -> Self {
         Capture {
+            mapped: None,
+            configuration: None,
             position,
             ram_section: None,
             blocks: Vec::new(),
@@ -205,7 +230,17 @@ impl Observer for Capture<'_> {
         self.devices.clear();
     }
 
+    fn copy(&mut self, ram: &GuestRam, _: Option<usize>) -> Option<PageCopy> {
+        let ((file, name), section) = (self.mapped?, self.ram_section.as_ref()?);
+        let configuration = self.configuration.clone().map(|c| without_capability(c, MAPPED_RAM));
+        let pages = PageGeometry::from_size(ram.page_size())?;
+        front::copy(configuration, section, &self.blocks, pages, file, name)
+    }
+
     fn event(&mut self, event: &Event<'_>) {
+        if let Event::Configuration(configuration) = event {
+            self.configuration = Some(configuration.clone());
+        }
         if let Some(iterable) = self.current.and_then(|current| self.iterables.get_mut(current)) {
             iterable.event(event);
         }
@@ -241,42 +276,4 @@ impl Observer for Capture<'_> {
     fn body(&mut self, header: &SectionHeader, _offset: u64, body: &[u8]) {
         self.devices.push(Device { header: header.clone(), body: body.to_vec(), early: !self.memory_came });
     }
-}
-
-fn unsupported(file: &str, offset: u64, path: &str, message: &str) -> Error {
-    let path = if path.is_empty() { String::new() } else { format!("section '{path}'") };
-    let (file, message) = (file.to_owned(), message.to_owned());
-    Failure { file, kind: "unsupported", offset, path, message }.into()
-}
-
-/// Mistakes of this module, not of a peer: what it writes does not fit the format.
-fn cannot_write(error: qevm_savevm::Error) -> Error {
-    Failure::located("output", error).into()
-}
-
-fn without_capability(mut configuration: Configuration, name: &str) -> Configuration {
-    for subsection in &mut configuration.subsections {
-        if let ConfigurationSubsection::Capabilities(capabilities) = subsection {
-            capabilities.retain(|capability| capability != name);
-        }
-    }
-    configuration
-        .subsections
-        .retain(|subsection| !matches!(subsection, ConfigurationSubsection::Capabilities(c) if c.is_empty()));
-    configuration
-}
-
-fn with_capability(mut configuration: Configuration, name: &str) -> Configuration {
-    let Some(name) = CountedString::new(name) else { return configuration };
-    for subsection in &mut configuration.subsections {
-        if let ConfigurationSubsection::Capabilities(capabilities) = subsection {
-            capabilities.push(name);
-            return configuration;
-        }
-    }
-    // QEMU writes the page size before and the UUID after the capabilities.
-    let before = |s: &ConfigurationSubsection| matches!(s, ConfigurationSubsection::TargetPageBits(_));
-    let place = configuration.subsections.iter().take_while(|s| before(s)).count();
-    configuration.subsections.insert(place, ConfigurationSubsection::Capabilities(vec![name]));
-    configuration
 }

@@ -132,6 +132,11 @@ impl Bodies {
         self.known.as_ref()?.description.page_size
     }
 
+    /// How many CPUs the description tells of that was found.
+    pub(super) fn cpus(&self) -> Option<usize> {
+        Some(self.known.as_ref()?.description.devices.iter().filter(|device| device.name == "cpu").count())
+    }
+
     /// A description was found.
     pub(super) fn is_known(&self) -> bool {
         self.known.is_some()

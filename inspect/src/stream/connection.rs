@@ -1,6 +1,7 @@
 //! One main channel from its first byte to its last: what [`Decoder`] reads, and what becomes of it.
 
 use super::halt::Halt;
+use super::memory::Memory;
 use super::reencode;
 use super::walk::{Payload, Walk};
 use crate::failure::Failure;
@@ -158,12 +159,16 @@ impl Connection<'_> {
         match payload {
             Payload::None => {}
             Payload::Page { block, offset } => {
+                walk.ask_for_copy();
                 let Some(memory) = &mut walk.memory else { return Ok(()) };
                 if memory.ram.keep() == Keep::Nothing {
                     memory.ram.put_unread(block, offset).map_err(|error| Failure::io(&self.file, at, &error))?;
                     return self.jump(remaining);
                 }
                 if memory.ram.keep().is_by_place() && self.source.is_seekable() && self.source.holds(remaining) {
+                    if memory.ram.is_copied() {
+                        return self.read_page(memory, block, offset, remaining as usize);
+                    }
                     let place = (self.file.as_str(), &*self.source, self.source.offset());
                     let kept = memory.ram.put_place(block, offset, remaining, place);
                     kept.map_err(|error| Failure::io(&self.file, at, &error))?;
@@ -214,6 +219,19 @@ impl Connection<'_> {
                 }
             }
             Payload::Other => self.jump(remaining)?,
+        }
+        Ok(())
+    }
+
+    /// Takes a page of `size` bytes that is copied, and could be read again.
+    fn read_page(&mut self, memory: &mut Memory, block: usize, offset: u64, size: usize) -> Result<(), Halt> {
+        self.more(size)?;
+        let at = self.source.offset();
+        if let Some(page) = self.source.window().get(..size) {
+            let kept = memory.ram.put_read(block, offset, page, (&self.file, self.source, at));
+            kept.map_err(|error| Failure::io(&self.file, at, &error))?;
+            self.source.consume(size);
+            self.skipped(size as u64)?;
         }
         Ok(())
     }

@@ -31,6 +31,7 @@ pub(super) fn run(inputs: &mut Inputs, settings: &Settings, observer: &mut dyn O
         pings: HashMap::new(),
         pages_untold: false,
         ended: false,
+        copy_asked: false,
         flush_seen: false,
         first_flush: None,
         bytes_before: 0,

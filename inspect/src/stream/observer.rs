@@ -1,5 +1,6 @@
 //! What is told of things as they are read.
 
+use crate::ram::{GuestRam, PageCopy};
 use qevm_savevm::Event;
 use qevm_savevm::command::Command;
 use qevm_savevm::framing::{SectionHeader, SectionKind};
@@ -26,6 +27,11 @@ pub trait Observer {
     fn end_of_stream(&mut self) {}
     /// The list of RAM blocks has `block`.
     fn ram_block(&mut self, _block: &RamBlock) {}
+    /// The first page of memory is next, and all RAM blocks are in `ram`: says where pages are to be copied as they
+    /// come, if anywhere. `cpus`: how many CPUs the description tells of, if there is one already.
+    fn copy(&mut self, _ram: &GuestRam, _cpus: Option<usize>) -> Option<PageCopy> {
+        None
+    }
     /// The content of a device section, `body`, starts at `offset` of its file.
     fn body(&mut self, _header: &SectionHeader, _offset: u64, _body: &[u8]) {}
     /// The fields of a device section, once they are known: at the latest when the description comes.

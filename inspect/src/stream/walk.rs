@@ -44,6 +44,8 @@ pub(super) struct Walk<'s> {
     pub(super) pages_untold: bool,
     /// The end of the stream came: only a description may follow.
     pub(super) ended: bool,
+    /// The observer was asked where pages are to be copied.
+    pub(super) copy_asked: bool,
     /// MULTIFD_FLUSH came: the channels are in step with it, and not with the ends of sections.
     pub(super) flush_seen: bool,
     /// Where the first one came, if there are no multifd channels that it could wait for.
@@ -334,6 +336,19 @@ impl Walk<'_> {
             _ => {}
         }
         Ok(Payload::None)
+    }
+
+    /// The first page is next that could be read where it lies: asks where pages are to be copied as they come.
+    pub(super) fn ask_for_copy(&mut self) {
+        let Some(memory) = self.memory.as_mut().filter(|_| !std::mem::replace(&mut self.copy_asked, true)) else {
+            return;
+        };
+        if memory.ram.keep() == Keep::Contents
+            && memory.ram.blocks().iter().all(|block| block.pages == block.zero_pages)
+            && let Some(copy) = self.observer.copy(&memory.ram, self.bodies.cpus())
+        {
+            memory.ram.copy_to(copy);
+        }
     }
 
     pub(super) fn close_record(&mut self, end: u64) {

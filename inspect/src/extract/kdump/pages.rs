@@ -13,9 +13,9 @@ const ZSTD_LEVEL: i32 = 1;
 
 /// Writes pages in order.
 pub(super) struct Pages<'f> {
-    descriptors: Runs<'f>,
+    descriptors: Runs<&'f File>,
     next_descriptor: u64,
-    contents: Runs<'f>,
+    contents: Runs<&'f File>,
     end: u64,
     zeroes: Descriptor,
     format: Format,
