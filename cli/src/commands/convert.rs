@@ -6,10 +6,8 @@ use crate::failure::Stop;
 use crate::progress::Progress;
 use qevm_inspect::failure::Failure;
 use qevm_inspect::output_file::OutputFile;
-use qevm_inspect::rewrite::stream::{Multifd, Target};
 use qevm_inspect::size::size;
 use serde_json::{Map, json};
-use std::fs::File;
 
 /// Runs the command.
 ///
@@ -19,15 +17,11 @@ pub fn run(convert: &args::Convert) -> Result<(), Stop> {
     let mut inputs = convert.input.open()?;
     let name = convert.out.display().to_string();
     let output = OutputFile::create(&convert.out, convert.force)?;
-    let mut file = output.file();
-    let mapped = matches!(convert.format, StreamForm::MappedRam).then_some((file, name.as_str()));
-    let mut guest = super::read_saved(&mut inputs, &convert.bounds, mapped)?;
+    let file = output.file();
+    let mut guest = super::read_saved(&mut inputs, &convert.bounds, Some((convert.format, file, &name)))?;
     let mut bar = Progress::new("writing", Some(guest.data_len()));
     let written = match convert.format {
-        StreamForm::Plain => {
-            let target = Target { out: &mut file, name: &name, return_path: false, zero_pages: true };
-            guest.write_stream(target, None::<Multifd<File>>, &mut |at| bar.at(at))
-        }
+        StreamForm::Plain => guest.write_plain(file, &name, &mut |at| bar.at(at)),
         StreamForm::MappedRam => guest.write_mapped(file, &name, &mut |at| bar.at(at)),
     };
     drop(bar);

@@ -11,7 +11,7 @@ pub mod send;
 pub mod serve;
 pub mod verify;
 
-use crate::args;
+use crate::args::{self, StreamForm};
 use crate::failure::Stop;
 use crate::progress::Progress;
 use qevm_inspect::report::Report;
@@ -110,16 +110,21 @@ pub(crate) fn open(
     opened
 }
 
-/// Reads a guest that is to be written again.
+/// Reads a guest that is to be written again, in this form to this file of this name, if that is known.
 pub(crate) fn read_saved(
     inputs: &mut Inputs,
     bounds: &args::Bounds,
-    mapped: Option<(&File, &str)>,
+    to: Option<(StreamForm, &File, &str)>,
 ) -> Result<SavedGuest, Stop> {
     let mut bar = Progress::new("reading", inputs.main.source.total());
     let (bounds, mut position) = (bounds.of_command(), |at| bar.at(at));
-    Ok(match mapped {
-        Some(file) => SavedGuest::read_to_mapped(inputs, &bounds, file, &mut position)?,
+    Ok(match to {
+        Some((StreamForm::MappedRam, file, name)) => {
+            SavedGuest::read_to_mapped(inputs, &bounds, (file, name), &mut position)?
+        }
+        Some((StreamForm::Plain, file, name)) => {
+            SavedGuest::read_to_plain(inputs, &bounds, (file, name), &mut position)?
+        }
         None => SavedGuest::read(inputs, &bounds, &mut position)?,
     })
 }

@@ -7,7 +7,7 @@ use super::physical::{MemoryBlock, PhysicalMemory};
 use super::registers::{self, CpuNotes};
 use super::vmcoreinfo::{self, Place};
 use crate::output_file::OutputFile;
-use crate::ram::{GuestRam, PageCopy};
+use crate::ram::{Copying, GuestRam, PageCopy};
 use crate::stream::Observer;
 use qevm_devices::{cpu, mc146818rtc};
 use qevm_savevm::framing::SectionHeader;
@@ -140,7 +140,7 @@ impl Observer for GuestObserver<'_> {
         }
     }
 
-    fn copy(&mut self, ram: &GuestRam, cpus: Option<usize>) -> Option<PageCopy> {
+    fn copy(&mut self, ram: &GuestRam, cpus: Option<usize>) -> Option<Copying> {
         let Wanted { output, core, machine, blocks } = self.wanted?;
         let machine = machine.or(self.machine.as_deref()).unwrap_or_default();
         let physical = PhysicalMemory::find(machine, ram, &Guest::default(), &Tables::default(), blocks).ok()?;
@@ -155,7 +155,7 @@ impl Observer for GuestObserver<'_> {
             }
         };
         // If it cannot be copied now, it will be written later.
-        PageCopy::new(output.file(), &output.path().display().to_string(), destinations).ok().flatten()
+        PageCopy::new(output.file(), &output.path().display().to_string(), destinations).ok()?.map(Copying::Placed)
     }
 
     fn fields(&mut self, header: &SectionHeader, fields: &Node) {

@@ -139,6 +139,8 @@ fn the_mapped_ram_file_is_the_one_that_is_written() {
         let mut written = vec![0; file.len() as usize];
         out.read_exact_at(&mut written, 0).unwrap();
         assert!(mapped_in_one_pass(&mut open()) == written, "{name}");
+        let (copied, _) = plain_in_one_pass(&mut open());
+        assert!(copied == plain_in_two(&mut open()), "{name}");
         // In pieces that end anywhere.
         for piece in [7001, 4096, 1 << 20] {
             let mut read = vec![0xee; written.len()];
@@ -282,6 +284,46 @@ fn mapped_in_one_pass(inputs: &mut Inputs) -> Vec<u8> {
     written(guest, &out)
 }
 
+/// The plain stream to which pages went as they came, and how long it was when all had come.
+fn plain_in_one_pass(inputs: &mut Inputs) -> (Vec<u8>, u64) {
+    let out = tempfile::tempfile().unwrap();
+    let guest = SavedGuest::read_to_plain(inputs, &UNBOUNDED(), (&out, "out"), &mut |_| ()).unwrap();
+    let came = out.metadata().unwrap().len();
+    (plain_of(guest, &out), came)
+}
+
+/// The one to which pages go when all have come.
+fn plain_in_two(inputs: &mut Inputs) -> Vec<u8> {
+    let guest = SavedGuest::read(inputs, &UNBOUNDED(), &mut |_| ()).unwrap();
+    plain_of(guest, &tempfile::tempfile().unwrap())
+}
+
+fn plain_of(mut guest: SavedGuest, out: &File) -> Vec<u8> {
+    let len = guest.write_plain(out, "out", &mut |_| ()).unwrap();
+    assert_eq!(out.metadata().unwrap().len(), len);
+    let mut written = vec![0; len as usize];
+    out.read_exact_at(&mut written, 0).unwrap();
+    written
+}
+
+#[test]
+fn pages_go_to_a_stream_as_they_come_as_long_as_they_come_in_order() {
+    let page = |page| (page, if page % 7 == 2 { Told::Zero } else { Told::Page(page as u8 | 1) });
+    let in_order: Vec<_> = (1..PAGES).map(page).collect();
+    for more in [vec![], vec![(0, Told::Zero)], vec![(2, Told::Page(1))]] {
+        for first in [true, false] {
+            let told = if first { [&more[..], &in_order[..]].concat() } else { [&in_order[..], &more[..]].concat() };
+            let bytes = stream(&told);
+            let open =
+                || Inputs::single("file", Source::seekable(std::sync::Arc::new(bytes.clone()), bytes.len() as u64));
+            let (copied, came) = plain_in_one_pass(&mut open());
+            assert!(copied == plain_in_two(&mut open()));
+            // What comes late is late.
+            assert!(came > 1 << 20 || first && matches!(more[..], [(2, _)]), "{came}: {more:?}");
+        }
+    }
+}
+
 /// The one to which pages go when all have come.
 fn mapped_in_two(inputs: &mut Inputs) -> Vec<u8> {
     let guest = SavedGuest::read(inputs, &UNBOUNDED(), &mut |_| ()).unwrap();
@@ -308,6 +350,7 @@ proptest! {
         let pages = Pages::index(&mut open(), Spool::unlimited(), &mut |_| ()).unwrap();
         let mut extracted = extracted(&mut open());
         prop_assert!(mapped_in_one_pass(&mut open()) == mapped_in_two(&mut open()));
+        prop_assert!(plain_in_one_pass(&mut open()).0 == plain_in_two(&mut open()));
         let mut all = vec![3; (PAGES * 4096) as usize];
         pages.read(0, 0, &mut all).unwrap();
         for number in 0..PAGES {

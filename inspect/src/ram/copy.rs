@@ -4,7 +4,6 @@ use crate::failure::{Elsewhere, Error, Failure};
 use crate::output_file::Runs;
 use std::fs::File;
 use std::io;
-use std::os::unix::fs::MetadataExt;
 
 /// Shorter stretches of zeroes are written; longer ones become holes.
 const HOLE: u64 = 64 << 10;
@@ -57,10 +56,8 @@ impl PageCopy {
         Ok(Some(PageCopy { runs: Runs::new(file.try_clone()?), name: name.to_owned(), destinations }))
     }
 
-    /// True if this is the file that it copies to.
-    pub(super) fn is_to(&self, file: &File) -> io::Result<bool> {
-        let (ours, theirs) = (self.runs.file().metadata()?, file.metadata()?);
-        Ok((ours.dev(), ours.ino()) == (theirs.dev(), theirs.ino()))
+    pub(super) fn file(&self) -> &File {
+        self.runs.file()
     }
 
     /// The pages from `offset` of `block` on hold `bytes`.

@@ -8,8 +8,10 @@
 mod block;
 mod chunk;
 mod copy;
+mod copying;
 mod crc;
 mod image;
+mod ordered;
 mod page_table;
 mod places;
 mod stored;
@@ -17,6 +19,9 @@ mod stretch;
 
 pub use block::Block;
 pub use copy::{Destination, PageCopy};
+pub use copying::Copying;
+pub(crate) use ordered::Ordered;
+pub use ordered::OrderedCopy;
 pub use page_table::PageState;
 pub(crate) use stored::{Lost, StoredPages};
 pub use stretch::Stretch;
@@ -86,7 +91,7 @@ pub struct GuestRam {
     crc: PageCrc,
     image: Option<Image>,
     stored: Option<Stored>,
-    copy: Option<PageCopy>,
+    copy: Option<Copying>,
     keep: Keep,
     spool: Spool,
 }
@@ -216,9 +221,21 @@ impl GuestRam {
         self.copy(block, offset, bytes)
     }
 
-    /// From now on pages are copied as they come. For [`Keep::Contents`], before the first page.
-    pub(crate) fn copy_to(&mut self, copy: PageCopy) {
-        self.copy = Some(copy);
+    /// From now on pages are copied as they come. For [`Keep::Contents`], before the first page that is not of zeroes.
+    pub(crate) fn copy_to(&mut self, mut copying: Copying) -> io::Result<()> {
+        for (block, Block { first_page, used_length, .. }) in self.blocks.iter().enumerate() {
+            let (size, mut offset) = (self.page_size, 0);
+            self.table.walk(*first_page, used_length / size, |run| {
+                let (len, start) = (run.pages * size, offset);
+                offset += len;
+                match run.state {
+                    PageState::Zero => copying.zeroes(block, start, len, size, false),
+                    _ => Ok(()),
+                }
+            })?;
+        }
+        self.copy = Some(copying);
+        Ok(())
     }
 
     /// Pages are copied as they come, and have to be read for that.
@@ -229,11 +246,24 @@ impl GuestRam {
     /// Ends copying, and tells what is in `file`: the last contents of these parts of the memory, but for pages of
     /// zeroes where nothing was written.
     pub(crate) fn copied_to(&mut self, file: &File, name: &str) -> Result<Vec<Destination>, Error> {
-        let is_to = self.copy.as_ref().map_or(Ok(false), |copy| copy.is_to(file));
-        match is_to.map_err(|error| Failure::io(name, 0, &error))? {
-            true => self.copy.take().map_or(Ok(Vec::new()), PageCopy::finish),
-            false => Ok(Vec::new()),
+        match self.take_copy(file, name)? {
+            Some(Copying::Placed(copy)) => copy.finish(),
+            _ => Ok(Vec::new()),
         }
+    }
+
+    /// Ends copying, and gives the stream in `file` with all pages of the memory.
+    pub(crate) fn streamed_to(&mut self, file: &File, name: &str) -> Result<Option<Ordered>, Error> {
+        match self.take_copy(file, name)? {
+            Some(Copying::Ordered(copy)) => Ok(copy.finish()),
+            _ => Ok(None),
+        }
+    }
+
+    fn take_copy(&mut self, file: &File, name: &str) -> Result<Option<Copying>, Error> {
+        let is_to = self.copy.as_ref().map_or(Ok(false), |copy| copy.is_to(file));
+        let is_to = is_to.map_err(|error| Failure::io(name, 0, &error))?;
+        Ok(self.copy.take_if(|_| is_to))
     }
 
     fn copy(&mut self, block: usize, offset: u64, bytes: &[u8]) -> io::Result<()> {
@@ -379,9 +409,10 @@ impl GuestRam {
             found.pages += pages;
             found.zero_pages += pages;
         }
-        match &mut self.copy {
-            Some(copy) if before.data > 0 => copy.clear(block, offset, len),
-            _ => Ok(()),
+        match (&mut self.copy, state) {
+            (Some(copy), PageState::Zero) => copy.zeroes(block, offset, len, self.page_size, before.data > 0),
+            (Some(copy), _) => copy.discard(block, offset, len, before.data > 0),
+            (None, _) => Ok(()),
         }
     }
 
@@ -395,9 +426,9 @@ impl GuestRam {
         }
         let (page, before) = self.note(block, offset, state, crc)?;
         if let Some(copy) = &mut self.copy
-            && before == PageState::Data
+            && state == PageState::Zero
         {
-            copy.clear(block, offset, self.page_size)?;
+            copy.zeroes(block, offset, self.page_size, self.page_size, before == PageState::Data)?;
         }
         if let Some(image) = &mut self.image
             && state == PageState::Data

@@ -107,7 +107,7 @@ proptest! {
         let copy = tempfile::tempfile().unwrap();
         let part = |block_offset, pages: u64, file_offset| Destination { block: 1, block_offset, len: pages * SIZE, file_offset };
         let parts = vec![part(9 * SIZE, 35, 5000), part(SIZE, 8, 100)];
-        kept[2].copy_to(PageCopy::new(&copy, "copy", parts.clone()).unwrap().unwrap());
+        kept[2].copy_to(Copying::Placed(PageCopy::new(&copy, "copy", parts.clone()).unwrap().unwrap())).unwrap();
         for told in &all {
             for ram in &mut kept {
                 match *told {

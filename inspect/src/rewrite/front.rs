@@ -3,7 +3,7 @@
 use super::capability::{MAPPED_RAM, with_capability};
 use super::unwritable::cannot_write;
 use crate::failure::Error;
-use crate::ram::{Destination, PageCopy};
+use crate::ram::{Copying, Destination, PageCopy};
 use qevm_savevm::configuration::Configuration;
 use qevm_savevm::event::Event;
 use qevm_savevm::framing::SectionHeader;
@@ -78,7 +78,7 @@ pub(super) fn copy(
     pages: PageGeometry,
     file: &File,
     name: &str,
-) -> Option<PageCopy> {
+) -> Option<Copying> {
     // Which blocks x-ignore-shared has left out shows when they do not come.
     if blocks.iter().any(|block| block.address.is_some()) {
         return None;
@@ -86,5 +86,5 @@ pub(super) fn copy(
     let stream = StreamWriter::new(Encoder::new(pages), true);
     let front = front(stream, configuration, ram_section, blocks, pages, |_| false, name).ok()?;
     // If they cannot be copied now, they will be written later.
-    PageCopy::new(file, name, destinations(&front.blocks)).ok().flatten()
+    PageCopy::new(file, name, destinations(&front.blocks)).ok()?.map(Copying::Placed)
 }

@@ -19,7 +19,7 @@ use self::iterables::Iterable;
 use self::unwritable::{cannot_write, unsupported};
 use crate::bounds::{Bounds, Spool};
 use crate::failure::Error;
-use crate::ram::{GuestRam, Keep, PageCopy, Stretch};
+use crate::ram::{Copying, GuestRam, Keep, OrderedCopy, Stretch};
 use crate::stream::{Inputs, Layouts, Observer, Settings, analyze};
 use qevm_multifd::Uuid;
 use qevm_savevm::configuration::{Configuration, ConfigurationSubsection};
@@ -57,6 +57,8 @@ struct Device {
 }
 
 const RAM: &str = "ram";
+/// A stream that is longer than the memory by more than this has pages twice.
+const NOT_MEMORY: u64 = 64 << 20;
 
 impl SavedGuest {
     /// Reads a migration to its end, and tells `position` how far the main channel was read.
@@ -79,7 +81,24 @@ impl SavedGuest {
         (file, name): (&File, &str),
         position: &mut dyn FnMut(u64),
     ) -> Result<SavedGuest, Error> {
-        Self::read_with(inputs, Keep::Contents, bounds.spool(), bounds.max_ram, position, Some((file, name)))
+        let wanted = Wanted { file, name, form: Form::Mapped };
+        Self::read_with(inputs, Keep::Contents, bounds.spool(), bounds.max_ram, position, Some(wanted))
+    }
+
+    /// As [`read_to_mapped`](Self::read_to_mapped), to write it to a file as a plain stream. Pages go there only as
+    /// long as each comes once and they come in order, as those of a guest that is stopped do.
+    /// [`write_plain`](Self::write_plain) does the rest.
+    ///
+    /// # Errors
+    /// As [`read_to_mapped`](Self::read_to_mapped).
+    pub fn read_to_plain(
+        inputs: &mut Inputs,
+        bounds: &Bounds,
+        (file, name): (&File, &str),
+        position: &mut dyn FnMut(u64),
+    ) -> Result<SavedGuest, Error> {
+        let wanted = Wanted { file, name, form: Form::Plain { total: inputs.main.source.total() } };
+        Self::read_with(inputs, Keep::Contents, bounds.spool(), bounds.max_ram, position, Some(wanted))
     }
 
     /// As [`read`](Self::read), with what `keep` says of memory.
@@ -89,9 +108,9 @@ impl SavedGuest {
         spool: Spool,
         max_ram: u64,
         position: &mut dyn FnMut(u64),
-        mapped: Option<(&File, &str)>,
+        wanted: Option<Wanted<'_>>,
     ) -> Result<SavedGuest, Error> {
-        let mut capture = Capture { mapped, ..Capture::new(position) };
+        let mut capture = Capture { wanted, ..Capture::new(position) };
         let settings = Settings {
             keep,
             reencode: false,
@@ -185,9 +204,24 @@ impl SavedGuest {
     }
 }
 
+/// A file that is to be written.
+struct Wanted<'p> {
+    file: &'p File,
+    /// As errors call it.
+    name: &'p str,
+    form: Form,
+}
+
+enum Form {
+    Mapped,
+    Plain {
+        /// Length of the input.
+        total: Option<u64>,
+    },
+}
+
 struct Capture<'p> {
-    /// A mapped-ram file that pages are to be copied to, and its name.
-    mapped: Option<(&'p File, &'p str)>,
+    wanted: Option<Wanted<'p>>,
     configuration: Option<Configuration>,
     position: &'p mut dyn FnMut(u64),
     ram_section: Option<SectionHeader>,
@@ -204,7 +238,7 @@ struct Capture<'p> {
 impl<'p> Capture<'p> {
     fn new(position: &'p mut dyn FnMut(u64)) -> Self {
         Capture {
-            mapped: None,
+            wanted: None,
             configuration: None,
             position,
             ram_section: None,
@@ -230,11 +264,24 @@ impl Observer for Capture<'_> {
         self.devices.clear();
     }
 
-    fn copy(&mut self, ram: &GuestRam, _: Option<usize>) -> Option<PageCopy> {
-        let ((file, name), section) = (self.mapped?, self.ram_section.as_ref()?);
+    fn copy(&mut self, ram: &GuestRam, _: Option<usize>) -> Option<Copying> {
+        let (Wanted { file, name, form }, section) = (self.wanted.as_ref()?, self.ram_section.as_ref()?);
         let configuration = self.configuration.clone().map(|c| without_capability(c, MAPPED_RAM));
         let pages = PageGeometry::from_size(ram.page_size())?;
-        front::copy(configuration, section, &self.blocks, pages, file, name)
+        match form {
+            Form::Mapped => front::copy(configuration, section, &self.blocks, pages, file, name),
+            Form::Plain { total } => {
+                let memory: u64 = self.blocks.iter().map(|block| block.used_length).sum();
+                if total.is_some_and(|total| total > memory + memory / 256 + NOT_MEMORY) {
+                    return None;
+                }
+                let mut stream = StreamWriter::new(Encoder::new(pages), true);
+                let guest = (configuration.as_ref(), section, &self.blocks[..]);
+                stream::front(&mut stream, guest, &self.iterables, &self.devices).ok()?;
+                // If they cannot be copied now, they will be written later.
+                OrderedCopy::new(file, name, stream, pages.size()).ok().map(|copy| Copying::Ordered(Box::new(copy)))
+            }
+        }
     }
 
     fn event(&mut self, event: &Event<'_>) {

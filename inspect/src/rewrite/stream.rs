@@ -1,14 +1,19 @@
 //! A guest as a stream: every page on the main channel, or on page channels beside it.
 
 use super::channels::Channels;
-use super::{SavedGuest, cannot_write};
+use super::iterables::Iterable;
+use super::{Device, SavedGuest, cannot_write};
 use crate::failure::{Error, Failure};
+use crate::ram::Ordered;
 use qevm_multifd::{SourceSync, SyncStep};
 use qevm_savevm::StreamWriter;
 use qevm_savevm::command::Command;
-use qevm_savevm::ram::BlockId;
+use qevm_savevm::configuration::Configuration;
+use qevm_savevm::framing::SectionHeader;
+use qevm_savevm::ram::{BlockId, RamBlock};
 use qevm_wire::Profile;
-use std::io::Write;
+use std::fs::File;
+use std::io::{Seek, Write};
 
 /// Bytes that are gathered before they are written.
 const CHUNK: usize = 256 << 10;
@@ -76,6 +81,32 @@ impl SavedGuest {
                 sink.page(block, &name, offset, content.or((!zero_pages).then_some(&blank)))
             })?;
         }
+        self.write_rest(sink)
+    }
+
+    /// Writes the guest to `file`, which is called `name` in errors, as a plain stream, and returns its length; tells
+    /// `position` how many bytes it has been so far.
+    ///
+    /// # Errors
+    /// [`Error::Bad`] with kind `io` if something cannot be written.
+    pub fn write_plain(&mut self, file: &File, name: &str, position: &mut dyn FnMut(u64)) -> Result<u64, Error> {
+        let mut out = file;
+        let target = Target { out: &mut out, name, return_path: false, zero_pages: true };
+        if let Some(Ordered { stream, front: written, sent }) = self.ram.streamed_to(file, name)? {
+            let mut expected = self.stream();
+            let guest = (self.configuration.as_ref(), &self.ram_section, &self.blocks[..]);
+            front(&mut expected, guest, &self.iterables, &self.devices)?;
+            if expected.bytes() == written {
+                return self.write_rest(Sink { stream, target, sent, multifd: None::<Multifd<File>>, position });
+            }
+        }
+        let failed = |error| Failure::io(name, 0, &error);
+        file.set_len(0).and_then(|()| target.out.rewind()).map_err(failed)?;
+        self.write_stream(target, None::<Multifd<File>>, position)
+    }
+
+    /// Writes what comes after the pages.
+    fn write_rest<M: Write, C: Write>(&self, mut sink: Sink<'_, M, C>) -> Result<u64, Error> {
         sink.steps(SourceSync::completion)?;
         sink.stream.footer().map_err(cannot_write)?;
         self.write_end(&mut sink.stream)?;
@@ -87,11 +118,7 @@ impl SavedGuest {
     /// What comes between the list of RAM blocks and the end of `ram` in every form: the other iterable sections begin,
     /// and devices that precede memory.
     pub(super) fn write_setup(&self, stream: &mut StreamWriter) -> Result<(), Error> {
-        self.iterables.iter().try_for_each(|iterable| iterable.write_start(stream))?;
-        for device in self.devices(true) {
-            stream.section_full(&device.header, &device.body).map_err(cannot_write)?;
-        }
-        Ok(())
+        write_setup(stream, &self.iterables, &self.devices)
     }
 
     /// Ends of iterable sections, device sections, end and description: what follows the guest's memory in every form.
@@ -106,6 +133,31 @@ impl SavedGuest {
         }
         Ok(())
     }
+}
+
+/// Writes what a plain stream has before its pages: `guest` is the configuration, the section of memory, and the
+/// blocks.
+pub(super) fn front(
+    stream: &mut StreamWriter,
+    (configuration, section, blocks): (Option<&Configuration>, &SectionHeader, &[RamBlock]),
+    iterables: &[Iterable],
+    devices: &[Device],
+) -> Result<(), Error> {
+    stream.header(configuration).map_err(cannot_write)?;
+    stream.section_start(section).map_err(cannot_write)?;
+    stream.ram_setup(blocks.iter().cloned()).map_err(cannot_write)?;
+    stream.eos().map_err(cannot_write)?;
+    stream.footer().map_err(cannot_write)?;
+    write_setup(stream, iterables, devices)?;
+    stream.section_end(section.section_id).map_err(cannot_write)
+}
+
+fn write_setup(stream: &mut StreamWriter, iterables: &[Iterable], devices: &[Device]) -> Result<(), Error> {
+    iterables.iter().try_for_each(|iterable| iterable.write_start(stream))?;
+    for device in devices.iter().filter(|device| device.early) {
+        stream.section_full(&device.header, &device.body).map_err(cannot_write)?;
+    }
+    Ok(())
 }
 
 /// A stream on its way.

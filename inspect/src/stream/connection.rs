@@ -159,7 +159,7 @@ impl Connection<'_> {
         match payload {
             Payload::None => {}
             Payload::Page { block, offset } => {
-                walk.ask_for_copy();
+                walk.ask_for_copy().map_err(|error| Failure::io(&self.file, at, &error))?;
                 let Some(memory) = &mut walk.memory else { return Ok(()) };
                 if memory.ram.keep() == Keep::Nothing {
                     memory.ram.put_unread(block, offset).map_err(|error| Failure::io(&self.file, at, &error))?;

@@ -1,6 +1,6 @@
 //! What is told of things as they are read.
 
-use crate::ram::{GuestRam, PageCopy};
+use crate::ram::{Copying, GuestRam};
 use qevm_savevm::Event;
 use qevm_savevm::command::Command;
 use qevm_savevm::framing::{SectionHeader, SectionKind};
@@ -29,7 +29,7 @@ pub trait Observer {
     fn ram_block(&mut self, _block: &RamBlock) {}
     /// The first page of memory is next, and all RAM blocks are in `ram`: says where pages are to be copied as they
     /// come, if anywhere. `cpus`: how many CPUs the description tells of, if there is one already.
-    fn copy(&mut self, _ram: &GuestRam, _cpus: Option<usize>) -> Option<PageCopy> {
+    fn copy(&mut self, _ram: &GuestRam, _cpus: Option<usize>) -> Option<Copying> {
         None
     }
     /// The content of a device section, `body`, starts at `offset` of its file.

@@ -339,16 +339,15 @@ impl Walk<'_> {
     }
 
     /// The first page is next that could be read where it lies: asks where pages are to be copied as they come.
-    pub(super) fn ask_for_copy(&mut self) {
-        let Some(memory) = self.memory.as_mut().filter(|_| !std::mem::replace(&mut self.copy_asked, true)) else {
-            return;
-        };
-        if memory.ram.keep() == Keep::Contents
-            && memory.ram.blocks().iter().all(|block| block.pages == block.zero_pages)
-            && let Some(copy) = self.observer.copy(&memory.ram, self.bodies.cpus())
-        {
-            memory.ram.copy_to(copy);
+    pub(super) fn ask_for_copy(&mut self) -> io::Result<()> {
+        let asked = std::mem::replace(&mut self.copy_asked, true);
+        let Some(memory) = self.memory.as_mut().filter(|_| !asked) else { return Ok(()) };
+        let is_first = memory.ram.blocks().iter().all(|block| block.pages == block.zero_pages);
+        if memory.ram.keep() != Keep::Contents || !is_first {
+            return Ok(());
         }
+        let copying = self.observer.copy(&memory.ram, self.bodies.cpus());
+        copying.map_or(Ok(()), |copying| memory.ram.copy_to(copying))
     }
 
     pub(super) fn close_record(&mut self, end: u64) {
