@@ -11,7 +11,7 @@ use tempfile::SpooledData;
 /// First read after a jump: enough for a few record headers.
 const SMALL_READ: usize = 256;
 /// Largest read: large enough to be cheap, small enough to stay in a processor's cache.
-const LARGE_READ: usize = 256 << 10;
+const LARGE_READ: usize = 64 << 10;
 /// Jumps up to this far are read through: many small reads cost more than one that is not needed.
 const NEAR: u64 = 64 << 10;
 /// A spool larger than this goes to a file.
