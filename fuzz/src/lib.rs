@@ -5,6 +5,7 @@
 mod parts;
 
 mod cli_walk;
+mod migration_lines;
 mod multifd_channel;
 mod multifd_device_state;
 mod multifd_page_area;
@@ -26,6 +27,7 @@ mod savevm_xbzrle;
 mod wire_reader;
 
 pub use cli_walk::cli_walk;
+pub use migration_lines::migration_lines;
 pub use multifd_channel::multifd_channel;
 pub use multifd_device_state::multifd_device_state;
 pub use multifd_page_area::multifd_page_area;
@@ -52,6 +54,7 @@ pub type Target = fn(&[u8]);
 /// Every target by its name, for the replay of the seeds.
 pub const TARGETS: &[(&str, Target)] = &[
     ("cli_walk", cli_walk),
+    ("migration_lines", migration_lines),
     ("multifd_channel", multifd_channel),
     ("multifd_device_state", multifd_device_state),
     ("multifd_page_area", multifd_page_area),
