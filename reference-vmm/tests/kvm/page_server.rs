@@ -103,7 +103,10 @@ fn any_image() {
         // Before it starts, with all of its memory.
         let mut there = Monitor::start(directory.path(), &format!("full{n}"), "", &["--incoming", "defer"]);
         let without = refused(&mut there.qmp, "migrate-incoming", json!({ "uri": "nbd+unix:///x" }));
-        assert_eq!(without, "'nbd+unix:///x' is not nbd://HOST[:PORT]/[EXPORT] or nbd+unix:///[EXPORT]?socket=PATH");
+        assert_eq!(
+            without,
+            "'nbd+unix:///x' is not nbd://HOST[:PORT]/[EXPORT] or nbd+unix:///[EXPORT]?socket=PATH: expected '?socket=' and a path"
+        );
         capabilities(&mut there, &["mapped-ram"]);
         there.execute("migrate-incoming", json!({ "uri": served.uri }));
         wait_for_status(&mut there, "completed");
