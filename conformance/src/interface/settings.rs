@@ -68,7 +68,7 @@ pub const PARAMETERS: &[Row] = &[
     ("max-cpu-throttle", Works("migration/src/converge.rs::it_ends_at_the_most_that_is_allowed")),
     (
         "max-postcopy-bandwidth",
-        Works("migration/src/pair/postcopy.rs::the_rate_limit_of_postcopy_holds_for_what_nobody_waits_for"),
+        Works("migration/src/pair/postcopy.rs::the_rate_limit_of_postcopy_holds_for_what_was_not_requested"),
     ),
     ("mode", Works("migration/src/pair/tests.rs::mode_cpr_reboot_stops_the_guest_before_the_first_page")),
     (
