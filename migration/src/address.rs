@@ -325,7 +325,7 @@ mod tests {
         assert_eq!(parse("exec:"), BadAddress::EmptyCommand);
         assert_eq!(parse("fd:"), BadAddress::EmptyDescriptor);
         assert_eq!(parse("file:"), BadAddress::EmptyFile);
-        for bad in ["", "zz", "-1", "+1", "0x", "1Q", "\u{e9}", "18446744073709551616", "17E"] {
+        for bad in ["", "zz", "-1", "++1", "1.5", ".5", "0x", "1Q", "\u{e9}", "18446744073709551616", "17E"] {
             assert_eq!(parse(&format!("file:a,offset={bad}")), BadAddress::Offset(bad.into()));
         }
         assert!(matches!(parse("defer"), BadAddress::Unknown(_)));

@@ -4,8 +4,8 @@ use crate::grammar::{Misfit, Parsed, whole};
 use nom::Parser;
 use nom::branch::alt;
 use nom::bytes::complete::tag_no_case;
-use nom::character::complete::{anychar, char, digit1, hex_digit1};
-use nom::combinator::{cut, eof, map_opt, opt, value};
+use nom::character::complete::{anychar, char, digit0, hex_digit1};
+use nom::combinator::{cut, eof, map_opt, opt, value, verify};
 use nom::error::context;
 use nom::sequence::preceded;
 use qevm_wire::{Blame, Fault, Located};
@@ -42,7 +42,7 @@ impl Blame for BadSize {
 /// # Errors
 /// The byte at fault, and what should be there.
 pub fn parse_size(text: &str, unit: u64) -> Result<u64, Located<BadSize>> {
-    let size = alt((|text| hexadecimal(text, unit), |text| decimal(text, unit)));
+    let size = preceded(opt(char('+')), alt((|text| hexadecimal(text, unit), |text| decimal(text, unit))));
     whole(text, context("a number", size))
         .map_err(|misfit| Located::new(BadSize { expected: misfit.expected }, misfit.offset(text)))
 }
@@ -56,25 +56,31 @@ fn hexadecimal(text: &str, unit: u64) -> Parsed<'_, u64> {
 }
 
 fn decimal(text: &str, unit: u64) -> Parsed<'_, u64> {
-    let fraction = preceded(char('.'), cut(context("digits", digit1)));
-    let (rest, (number, fraction)) = (digit1, opt(fraction)).parse(text)?;
+    // One of both may have no digits.
+    let number = (digit0, opt(preceded(char('.'), digit0)));
+    let digits = |(number, fraction): &(&str, Option<&str>)| number.len() + fraction.map_or(0, str::len) > 0;
+    let (rest, (number, fraction)) = verify(number, digits).parse(text)?;
     let suffix = map_opt(anychar, |suffix| Some(1 << (10 * "BKMGTPE".find(suffix.to_ascii_uppercase())?)));
     let suffix = alt((value(unit, eof), suffix));
     let (end, unit) = cut(context("one of B, K, M, G, T, P and E, or the end", suffix)).parse(rest)?;
-    let part = match fraction {
-        None => 0,
-        Some(_) if unit == 1 => return Err(Misfit::failure(&text[number.len()..], "a whole number of bytes")),
-        Some(digits) => part(digits, unit).ok_or(Misfit::failure(&text[number.len() + 1..], "at most 19 digits"))?,
+    let part = match fraction.map_or("", |digits| digits.trim_end_matches('0')) {
+        "" => 0,
+        _ if unit == 1 => return Err(Misfit::failure(&text[number.len()..], "a whole number of bytes")),
+        digits => part(digits, unit),
     };
+    let number = if number.is_empty() { "0" } else { number };
     let bytes = number.parse().ok().and_then(|number: u64| number.checked_mul(unit)?.checked_add(part));
     bytes.map(|bytes| (end, bytes)).ok_or(Misfit::failure(text, TOO_LARGE))
 }
 
-/// The bytes of a fraction with these digits.
-fn part(digits: &str, unit: u64) -> Option<u64> {
-    let scale = 10_u64.checked_pow(u32::try_from(digits.len()).ok()?)?;
-    let part = u128::from(digits.parse::<u64>().ok()?) * u128::from(unit) / u128::from(scale);
-    u64::try_from(part).ok()
+/// The bytes of a fraction with these digits, of which 18 say more than 64 bits of a unit can.
+fn part(digits: &str, unit: u64) -> u64 {
+    let (part, scale) = digits
+        .bytes()
+        .take(18)
+        .fold((0_u128, 1_u128), |(part, scale), digit| (10 * part + u128::from(digit - b'0'), 10 * scale));
+    // Less than a unit.
+    (part * u128::from(unit) / scale) as u64
 }
 
 #[cfg(test)]
@@ -97,6 +103,12 @@ mod tests {
             ("0.5", MIB, 512 << 10),
             ("0x1E", 1, 30),
             ("0X1000", 1, 4096),
+            ("+64M", 1, 64 * MIB),
+            ("+0x1000", 1, 4096),
+            ("1.M", 1, MIB),
+            (".5G", 1, 512 * MIB),
+            ("1.", 1, 1),
+            ("1.00000000000000000001G", 1, 1024 * MIB),
             ("15E", 1, 15 << 60),
             ("18446744073709551615", 1, u64::MAX),
         ] {
@@ -110,7 +122,8 @@ mod tests {
             ("", 0, "a number"),
             ("M", 0, "a number"),
             ("-1", 0, "a number"),
-            ("+1", 0, "a number"),
+            ("++1", 1, "a number"),
+            (".", 0, "a number"),
             ("\u{e9}", 0, "a number"),
             ("0x", 2, "hexadecimal digits"),
             ("0x+1", 2, "hexadecimal digits"),
@@ -119,10 +132,8 @@ mod tests {
             ("12Q", 2, "one of B, K, M, G, T, P and E, or the end"),
             ("12\u{212a}", 2, "one of B, K, M, G, T, P and E, or the end"),
             ("1KB", 2, "the end"),
-            ("1.M", 2, "digits"),
             ("12.5", 2, "a whole number of bytes"),
             ("1.5B", 1, "a whole number of bytes"),
-            ("1.00000000000000000001G", 2, "at most 19 digits"),
             ("16E", 0, TOO_LARGE),
             ("18446744073709551616", 0, TOO_LARGE),
         ] {
