@@ -19,12 +19,20 @@ impl Urgent {
     }
 
     fn pages(&mut self, pages: &[(u64, u8)]) {
+        self.put(pages);
+        self.send();
+    }
+
+    fn put(&mut self, pages: &[(u64, u8)]) {
         for (page, content) in pages {
             match content {
                 0 => self.stream.zero_page(BlockId(0), page * PAGE).unwrap(),
                 content => self.stream.page(BlockId(0), page * PAGE, &[*content; PAGE as usize]).unwrap(),
             }
         }
+    }
+
+    fn send(&mut self) {
         self.socket.write_all(&self.stream.take()).unwrap();
     }
 }
@@ -113,10 +121,13 @@ fn pages_come_over_either_channel_and_strangers_count_for_nothing() {
             peer.pages(&others(&[5, 9, 20, 21, 22, 23, 24, 25, 40, 41]));
             peer.end();
             guest.memory.wait_for(63);
-            urgent.pages(&[(40, 40), (41, 41)]);
+            urgent.put(&[(40, 40), (41, 41)]);
             if early {
+                // With the last pages: a destination that has all of them may have closed.
                 urgent.stream.eos().unwrap();
-                urgent.pages(&[]);
+            }
+            urgent.send();
+            if early {
                 drop(urgent);
             }
             rest.load(job).unwrap();
