@@ -42,7 +42,7 @@ impl Run<'_> {
             Route::Tcp => self.to_dead_end(source, Recorder::tcp(self.scratch, "main")?),
             Route::ReceiveUnix => self.to_qevm(source, &format!("unix:{}", self.scratch.join("qevm.sock").display())),
             Route::ReceiveTcp => {
-                // The port is free again when the listener is dropped, and no other process is told of it.
+                // The port is free again when the listener is dropped, and nothing else knows its number.
                 let port = TcpListener::bind("127.0.0.1:0")?.local_addr()?.port();
                 self.to_qevm(source, &format!("tcp:127.0.0.1:{port}"))
             }

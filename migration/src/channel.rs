@@ -204,8 +204,8 @@ pub trait Channel: Send + Sync + fmt::Debug {
     /// Ends the writing direction: the peer reads to the end of what was written.
     fn finish_writing(&self);
 
-    /// Ends the reading direction: a thread that is blocked in a read, or reads later, is told that the peer has
-    /// closed.
+    /// Ends the reading direction: a thread that is blocked in a read, or reads later, reads the end, as if the
+    /// peer had closed.
     fn stop_reading(&self);
 
     /// Ends both directions at once, which wakes every thread that is blocked here.

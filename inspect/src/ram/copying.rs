@@ -6,7 +6,7 @@ use std::fs::File;
 use std::io;
 use std::os::unix::fs::MetadataExt;
 
-/// What is told of pages as they come.
+/// Takes pages as they come.
 #[derive(Debug)]
 pub enum Copying {
     /// Each page has its place.

@@ -29,7 +29,7 @@ pub struct OrderedCopy {
 /// The pages of all blocks, written.
 #[derive(Debug)]
 pub(crate) struct Ordered {
-    /// What goes on behind the pages. What it holds is not written yet.
+    /// Writes what follows the pages. What it holds is not in the file yet.
     pub(crate) stream: StreamWriter,
     /// What precedes the pages.
     pub(crate) front: Vec<u8>,

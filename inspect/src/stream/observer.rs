@@ -1,4 +1,4 @@
-//! What is told of things as they are read.
+//! Sees everything that is read, as it is read.
 
 use crate::ram::{Copying, GuestRam};
 use qevm_savevm::Event;
@@ -7,7 +7,7 @@ use qevm_savevm::framing::{SectionHeader, SectionKind};
 use qevm_savevm::ram::RamBlock;
 use qevm_savevm::vmdesc::Node;
 
-/// Is told of things as they are read.
+/// Sees everything that is read, as it is read.
 pub trait Observer {
     /// The main channel was read up to `offset`.
     fn position(&mut self, _offset: u64) {}

@@ -1,6 +1,6 @@
 //! The deterministic core of the engines: state machines without I/O, threads and clocks.
 //!
-//! A machine is told what arrived, what the guest reported and what time it is, and says what to do next. A driver
+//! A machine takes what arrived, what the guest reported and what time it is, and says what to do next. A driver
 //! does that: [`migrate`](crate::migrate) and [`receive`](crate::receive) with threads and blocking sockets,
 //! the example `async_vmm` with tokio, a simulator with virtual time in a single thread.
 //!
