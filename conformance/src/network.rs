@@ -41,6 +41,8 @@ pub(crate) struct Connection {
     pub(crate) port: u16,
     /// Bytes that the source has sent on it.
     pub(crate) sent: u64,
+    /// Bytes that it was answered.
+    pub(crate) received: u64,
 }
 
 impl Connection {
@@ -48,8 +50,12 @@ impl Connection {
     fn read(line: &str) -> Option<Connection> {
         let local = line.split_whitespace().nth(2)?;
         let port = local.rsplit_once(':')?.1.parse().ok()?;
-        let sent = line.split_whitespace().find_map(|word| word.strip_prefix("bytes_sent:"));
-        Some(Connection { port, sent: sent.map_or(Some(0), |sent| sent.parse().ok())? })
+        // `ss` leaves out what is zero.
+        let bytes = |name: &str| match line.split_whitespace().find_map(|word| word.strip_prefix(name)) {
+            Some(bytes) => bytes.parse().ok(),
+            None => Some(0),
+        };
+        Some(Connection { port, sent: bytes("bytes_sent:")?, received: bytes("bytes_received:")? })
     }
 }
 

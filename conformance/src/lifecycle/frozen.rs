@@ -4,9 +4,9 @@
 //! waits until the operator cancels, or until what was frozen goes on.
 
 use super::scene::{PATIENCE, Scene, signal};
-use crate::network::Cut;
+use crate::network::{Connection, Cut};
 use crate::peer::{Endpoint, Stop};
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Result, bail, ensure};
 use serde_json::{Value, json};
 use std::fmt;
 use std::thread;
@@ -16,6 +16,8 @@ use std::time::{Duration, Instant};
 const DEADLINE_MS: u64 = 2000;
 /// Bytes per second in postcopy: what is left does not fit in the buffers of the link before both sides have decided.
 const SLOWLY: u64 = 128 << 10;
+/// What a channel has carried when pages flow, bytes.
+const SOME_PAGES: u64 = 64 << 10;
 /// How long a QEMU is looked at, which does not decide.
 const LOOK: Duration = Duration::from_secs(4);
 const POLL: Duration = Duration::from_millis(20);
@@ -103,7 +105,12 @@ fn arm(scene: &mut Scene<'_>) -> Result<()> {
 fn reach(phase: Phase, victim: Victim, scene: &mut Scene<'_>) -> Result<()> {
     match phase {
         Phase::Setup => scene.wait_for_guest(Value::Null),
-        Phase::Active => scene.begin(),
+        Phase::Active => {
+            // It must not be over before something is frozen, however little a guest on a busy machine writes.
+            let slowly = json!({ "max-bandwidth": 16 * SLOWLY, "downtime-limit": 1 });
+            scene.here.monitor().set_parameters(&slowly)?;
+            scene.begin()
+        }
         Phase::Device => {
             scene.begin()?;
             scene.let_go()?;
@@ -143,12 +150,7 @@ fn freeze(phase: Phase, victim: Victim, scene: &mut Scene<'_>) -> Result<()> {
         Victim::Destination => signal(scene.there.monitor().pid(), "STOP")?,
         Victim::Link => scene.ground.network.cut(Cut::Now)?,
         Victim::PageChannel | Victim::MainChannel => {
-            // Until it is known which is which.
-            thread::sleep(Duration::from_millis(500));
-            let mut connections = scene.ground.network.connections()?;
-            connections.sort_by_key(|connection| connection.sent);
-            let found = if victim == Victim::MainChannel { connections.first() } else { connections.last() };
-            let port = found.with_context(|| format!("of {} connections", connections.len()))?.port;
+            let port = channel(victim, scene)?;
             scene.ground.network.cut(Cut::Connection(port))?;
         }
     }
@@ -156,6 +158,24 @@ fn freeze(phase: Phase, victim: Victim, scene: &mut Scene<'_>) -> Result<()> {
         (Phase::Setup, _) => scene.leave(),
         (Phase::Device, Victim::Destination | Victim::Link) => go_on(scene),
         _ => Ok(()),
+    }
+}
+
+/// The port of the main channel, which alone is answered, or of the page channel that has carried most; as soon as
+/// pages flow.
+fn channel(victim: Victim, scene: &Scene<'_>) -> Result<u16> {
+    let start = Instant::now();
+    loop {
+        let connections = scene.ground.network.connections()?;
+        let (answered, pages): (Vec<&Connection>, _) = connections.iter().partition(|channel| channel.received > 0);
+        let carried_most = pages.iter().max_by_key(|channel| channel.sent);
+        match (answered.as_slice(), carried_most) {
+            ([main], Some(busiest)) if busiest.sent >= SOME_PAGES => {
+                return Ok(if victim == Victim::MainChannel { main.port } else { busiest.port });
+            }
+            _ => ensure!(start.elapsed() < PATIENCE, "cannot tell the channels apart: {connections:?}"),
+        }
+        thread::sleep(POLL);
     }
 }
 
