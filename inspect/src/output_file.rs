@@ -113,13 +113,10 @@ pub struct Runs<F> {
 }
 
 impl<F: Borrow<File>> Runs<F> {
-    /// Bytes that are gathered: little enough to be in a processor's cache when they are written.
-    const MOST: usize = 64 << 10;
-    /// So many are written at once, without a copy.
-    const LONG: usize = 64 << 10;
-    /// Bytes of one write. The kernel looks for a stretch of memory as long as an aligned write, which took three times
-    /// as long from 256 KiB on where memory was in pieces; pieces of 32 KiB cost a tenth more than these (Linux 6.18,
-    /// ext4).
+    /// Bytes of one write, which ends where a multiple of it ends in the file. Little enough to be in a processor's
+    /// cache when it is written. The kernel looks for a stretch of memory as long as an aligned write, and for several
+    /// short ones where it is not aligned; that took three times as long from 256 KiB on where memory was in pieces,
+    /// and writes of 32 KiB cost a tenth more than these (Linux 6.18, ext4).
     const WRITE: usize = 64 << 10;
 
     /// Nothing is held so far.
@@ -132,17 +129,26 @@ impl<F: Borrow<File>> Runs<F> {
     /// # Errors
     /// What the operating system says, with where in the file.
     pub fn put(&mut self, offset: u64, bytes: &[u8]) -> Result<(), (u64, io::Error)> {
-        let long = bytes.len() >= Self::LONG;
-        let follows = self.start + self.held.len() as u64 == offset;
-        if long || !follows || self.held.len() + bytes.len() > Self::MOST {
+        if self.start + self.held.len() as u64 != offset {
             self.flush()?;
             self.start = offset;
         }
-        if long {
-            self.start += bytes.len() as u64;
-            return self.write(bytes, offset);
+        let mut rest = bytes;
+        while !rest.is_empty() {
+            let end = self.start + self.held.len() as u64;
+            let room = Self::WRITE - (end % Self::WRITE as u64) as usize;
+            let (piece, later) = rest.split_at(room.min(rest.len()));
+            rest = later;
+            if piece.len() == Self::WRITE {
+                self.file().write_all_at(piece, end).map_err(|error| (end, error))?;
+                self.start += piece.len() as u64;
+                continue;
+            }
+            self.held.extend_from_slice(piece);
+            if piece.len() == room {
+                self.flush()?;
+            }
         }
-        self.held.extend_from_slice(bytes);
         Ok(())
     }
 
@@ -151,8 +157,10 @@ impl<F: Borrow<File>> Runs<F> {
     /// # Errors
     /// As [`put`](Self::put).
     pub fn flush(&mut self) -> Result<(), (u64, io::Error)> {
-        let written = self.write(&self.held, self.start);
+        let (start, len) = (self.start, self.held.len() as u64);
+        let written = self.file().write_all_at(&self.held, start).map_err(|error| (start, error));
         self.held.clear();
+        self.start += len;
         written
     }
 
@@ -170,14 +178,12 @@ impl<F: Borrow<File>> Runs<F> {
     pub fn file(&self) -> &File {
         self.file.borrow()
     }
+}
 
-    fn write(&self, bytes: &[u8], offset: u64) -> Result<(), (u64, io::Error)> {
-        let file = self.file();
-        (offset..)
-            .step_by(Self::WRITE)
-            .zip(bytes.chunks(Self::WRITE))
-            .try_for_each(|(offset, piece)| file.write_all_at(piece, offset).map_err(|error| (offset, error)))
-    }
+/// Empties a file. One that is empty is left alone: when a file is closed that was emptied once, ext4 has all of it
+/// written to the disk, which is waited for.
+pub(crate) fn empty(file: &File) -> io::Result<()> {
+    if file.metadata()?.len() > 0 { file.set_len(0) } else { Ok(()) }
 }
 
 /// Waits until the names in `path`'s directory are on the disk.

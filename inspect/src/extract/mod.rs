@@ -23,7 +23,7 @@ pub use registers::CpuNotes;
 pub use vmcoreinfo::VmCoreInfo;
 
 use crate::failure::{Error, Failure};
-use crate::output_file::{OutputFile, Runs};
+use crate::output_file::{OutputFile, Runs, empty};
 use crate::ram::{Destination, GuestRam, Stretch};
 use crate::stream::Analysis;
 use elf_core::{CoreHeader, Format, Load, Note, core_header_of, x86_notes};
@@ -153,7 +153,7 @@ fn write(ram: &mut GuestRam, output: &OutputFile, destinations: &[Destination], 
         copied.clear();
     }
     if copied.is_empty() {
-        file.set_len(0).map_err(|error| write_error(path, 0, &error))?;
+        empty(file).map_err(|error| write_error(path, 0, &error))?;
     }
     file.write_all_at(header, 0).map_err(|error| write_error(path, 0, &error))?;
     let mut left = destinations.iter().filter(|destination| !copied.contains(destination));

@@ -3,7 +3,7 @@
 use super::front::{Front, destinations, front};
 use super::{SavedGuest, cannot_write};
 use crate::failure::{Error, Failure};
-use crate::output_file::Runs;
+use crate::output_file::{Runs, empty};
 use crate::ram::Stretch;
 use qevm_savevm::mapped_ram::MappedBlock;
 use std::fs::File;
@@ -80,7 +80,7 @@ impl SavedGuest {
         let copied = self.ram.copied_to(file, name)?;
         let is_copied = !copied.is_empty() && copied == destinations(&layout.blocks);
         if !is_copied {
-            file.set_len(0).map_err(|error| Failure::io(name, 0, &error))?;
+            empty(file).map_err(|error| Failure::io(name, 0, &error))?;
         }
         layout.parts.iter().try_for_each(|(offset, bytes)| place.write_at(bytes, *offset))?;
         let mut done = 0;

@@ -4,6 +4,7 @@ use super::channels::Channels;
 use super::iterables::Iterable;
 use super::{Device, SavedGuest, cannot_write};
 use crate::failure::{Error, Failure};
+use crate::output_file::empty;
 use crate::ram::Ordered;
 use qevm_multifd::{SourceSync, SyncStep};
 use qevm_savevm::StreamWriter;
@@ -101,7 +102,7 @@ impl SavedGuest {
             }
         }
         let failed = |error| Failure::io(name, 0, &error);
-        file.set_len(0).and_then(|()| target.out.rewind()).map_err(failed)?;
+        empty(file).and_then(|()| target.out.rewind()).map_err(failed)?;
         self.write_stream(target, None::<Multifd<File>>, position)
     }
 
