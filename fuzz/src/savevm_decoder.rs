@@ -1,13 +1,14 @@
 use qevm_savevm::command::Command;
 use qevm_savevm::framing::SectionHeader;
-use qevm_savevm::ram::RamBlock;
+use qevm_savevm::ram::{PageAt, RamBlock, RamRecord};
 use qevm_savevm::{Decoder, DecoderOptions, Encoder, Event, Footers, Step, StreamWriter};
 use qevm_wire::{CountedString, Decode, Fault, Limits, Writer};
 
 /// Reads the input as a main channel, all at once and in pieces, and writes every event again.
 ///
 /// The first byte chooses options of the decoder, the second the length of the pieces; the stream follows. Both ways
-/// must give the same events, and the events the bytes that they came from.
+/// must give the same events, and the events the bytes that they came from. Pages that could be had by the run come one
+/// by one.
 pub fn savevm_decoder(data: &[u8]) {
     let [choice, piece, stream @ ..] = data else { return };
     let whole = run(*choice, stream, stream.len());
@@ -30,7 +31,7 @@ fn run(choice: u8, stream: &[u8], piece: usize) -> (Vec<(u64, String)>, bool) {
     if choice & 0x08 != 0 {
         (decoder, encoder) = resumed(decoder, encoder);
     }
-    let mut pump = Pump { stream, position: 0, shown: piece.min(stream.len()), piece, events: Vec::new() };
+    let mut pump = Pump { stream, position: 0, shown: piece.min(stream.len()), piece, events: Vec::new(), run: None };
     let ended = pump.run(&mut decoder, &mut encoder);
     // Bytes after the end are only reported if they were shown.
     let legal = ended && (choice & 0x80 != 0 || pump.position == stream.len());
@@ -48,7 +49,7 @@ fn resumed(mut decoder: Decoder, mut encoder: Encoder) -> (Decoder, Encoder) {
     first.eos().expect("an end");
     first.footer().expect("a footer");
     let stream = first.take();
-    let mut pump = Pump { stream: &stream, position: 0, shown: stream.len(), piece: 1, events: Vec::new() };
+    let mut pump = Pump { stream: &stream, position: 0, shown: stream.len(), piece: 1, events: Vec::new(), run: None };
     pump.run(&mut decoder, &mut encoder);
     (decoder.recovery(), encoder.recovery())
 }
@@ -59,9 +60,23 @@ struct Pump<'a> {
     shown: usize,
     piece: usize,
     events: Vec<(u64, String)>,
+    /// The last page, and how many are known to follow it.
+    run: Option<(PageAt, u64)>,
 }
 
 impl Pump<'_> {
+    /// The run after `event`, which may be none but the next page as long as some are known to follow.
+    fn follow(&self, event: &Event<'_>, decoder: &Decoder) -> Option<(PageAt, u64)> {
+        let page = match event {
+            Event::Ram(RamRecord::Page(page)) => Some(*page),
+            _ => None,
+        };
+        let Some((last, pages @ 1..)) = &self.run else { return page.map(|page| (page, 0)) };
+        let next = PageAt { offset: last.offset + decoder.page_geometry().size(), named: false, ..*last };
+        assert_eq!(page, Some(next), "a page of a run");
+        Some((next, pages - 1))
+    }
+
     fn run(&mut self, decoder: &mut Decoder, encoder: &mut Encoder) -> bool {
         let mut writer = Writer::new();
         loop {
@@ -75,6 +90,7 @@ impl Pump<'_> {
                     encoder.encode(&event, &mut writer).expect("what was read can be written");
                     assert_eq!(writer.as_bytes(), &self.stream[self.position..self.position + consumed], "{event:?}");
                     self.events.push((offset, format!("{event:?}")));
+                    self.run = self.follow(&event, decoder);
                     let package = matches!(event, Event::Command(Command::Packaged { .. }));
                     self.position += consumed;
                     if package {
@@ -100,6 +116,12 @@ impl Pump<'_> {
                         return false;
                     }
                     self.position += count as usize;
+                    if let Some((page, pages @ 0)) = &mut self.run
+                        && decoder.payload_remaining() == 0
+                    {
+                        let next = page.offset + decoder.page_geometry().size();
+                        *pages = decoder.ahead().take_pages(next, &self.stream[self.position..self.shown]);
+                    }
                 }
                 Ok(Step::NeedMore { at_least }) => {
                     assert!(at_least > self.shown - self.position, "asks for what it was shown");
@@ -109,6 +131,7 @@ impl Pump<'_> {
                 Ok(Step::End) => return true,
                 Err(error) => {
                     assert!(!error.to_string().is_empty());
+                    assert!(self.run.is_none_or(|(_, pages)| pages == 0), "a run ends in {error}");
                     assert_ne!(error.fault(), Fault::Misuse, "a peer cannot misuse a decoder: {error}");
                     return false;
                 }

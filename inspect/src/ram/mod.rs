@@ -191,34 +191,49 @@ impl GuestRam {
                 (vec![0; self.page_size as usize], source.shared().ok_or(io::ErrorKind::Unsupported)?);
             return (0..len).step_by(page.len()).try_for_each(|done| {
                 read_exact_at(&**input, &mut page, (at + done).saturating_sub(base))?;
-                self.put_read(block, offset + done, &page, (name, source, at + done))
+                self.put_read(block, offset + done, &page, 0, (name, source, at + done))
             });
         }
         let pages = len / self.page_size;
         match self.stored(block, offset)? {
             Some((stored, page)) => {
-                stored.keep(page, pages, name, source, at)?;
+                stored.keep((page, pages), (name, source, at), 0)?;
                 self.came(block, offset, pages)
             }
             None => Err(io::Error::other("places of pages are not kept")),
         }
     }
 
-    /// As [`put_place`](Self::put_place), of one page that was read anyway: it holds `bytes`.
+    /// As [`put_place`](Self::put_place), of pages that were read anyway: they are in `bytes`, with `gap` others
+    /// between each two.
     pub(crate) fn put_read(
         &mut self,
         block: usize,
         offset: u64,
         bytes: &[u8],
-        (name, source, at): (&str, &Source, u64),
+        gap: u16,
+        (name, source, mut at): (&str, &Source, u64),
     ) -> io::Result<()> {
-        if is_zero(bytes) {
-            return self.put_zero(block, offset);
+        let (size, each) = (self.page_size as usize, self.page_size + u64::from(gap));
+        let mut pages = (offset..).step_by(size).zip(bytes.chunks(each as usize)).peekable();
+        while let Some((offset, first)) = pages.next() {
+            if is_zero(&first[..size]) {
+                self.put_zero(block, offset)?;
+                at += each;
+                continue;
+            }
+            self.copy(block, offset, &first[..size])?;
+            let mut count = 1;
+            while let Some((offset, next)) = pages.next_if(|(_, next)| !is_zero(&next[..size])) {
+                self.copy(block, offset, &next[..size])?;
+                count += 1;
+            }
+            let (stored, number) = self.stored(block, offset)?.ok_or_else(no_block)?;
+            stored.keep((number, count), (name, source, at), gap)?;
+            self.came(block, offset, count)?;
+            at += count * each;
         }
-        let (stored, page) = self.stored(block, offset)?.ok_or_else(no_block)?;
-        stored.keep(page, 1, name, source, at)?;
-        self.came(block, offset, 1)?;
-        self.copy(block, offset, bytes)
+        Ok(())
     }
 
     /// From now on pages are copied as they come. For [`Keep::Contents`], before the first page that is not of zeroes.

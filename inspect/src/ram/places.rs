@@ -114,14 +114,14 @@ impl Places {
         Places { page_size, chunks: BTreeMap::new() }
     }
 
-    /// `count` pages from `first` on are at `place`, one after the other.
-    pub(super) fn put(&mut self, first: u64, count: u64, place: Place) {
+    /// `count` pages from `first` on are at `place`, one after the other with `gap` bytes between each two.
+    pub(super) fn put(&mut self, first: u64, count: u64, place: Place, gap: u16) {
         let (page_size, mut done) = (self.page_size, 0);
         while done < count {
             let page = first + done;
             let (number, slot) = (page / CHUNK_PAGES, (page % CHUNK_PAGES) as u16);
             let pages = (count - done).min(CHUNK_PAGES - u64::from(slot)) as u16;
-            let run = Run { place: place.0 + done * page_size, slot, pages, gap: 0 };
+            let run = Run { place: place.0 + done * (page_size + u64::from(gap)), slot, pages, gap };
             self.chunks.entry(number).or_insert_with(|| Chunk::Runs(Vec::new())).put(run, page_size);
             done += u64::from(pages);
         }
@@ -271,17 +271,17 @@ mod tests {
         let pages = 100 * CHUNK_PAGES;
         let mut in_order = Places::new(SIZE);
         // As a plain stream has them: a record of eight bytes before each.
-        (0..pages).for_each(|page| in_order.put(page, 1, place(1, 100 + page * (SIZE + 8))));
+        (0..pages).for_each(|page| in_order.put(page, 1, place(1, 100 + page * (SIZE + 8)), 0));
         assert!(bytes(&in_order) < pages as usize, "{}", bytes(&in_order));
         assert_eq!(in_order.stretch(5, pages), Stretch { pages: 507, place: Some(place(1, 100 + 5 * 4104)), gap: 8 });
         let mut scattered = Places::new(SIZE);
         for page in 0..pages {
             let page = page * 7919 % pages;
-            scattered.put(page, 1, place(1, (pages - page) * (SIZE + 8)));
+            scattered.put(page, 1, place(1, (pages - page) * (SIZE + 8)), 0);
         }
         assert!(bytes(&scattered) <= 16 * pages as usize, "{}", bytes(&scattered));
         let mut area = Places::new(SIZE);
-        area.put(0, 1 << 28, place(0, 1 << 20));
+        area.put(0, 1 << 28, place(0, 1 << 20), 0);
         assert_eq!(all(&area, 2000)[1999], (1 << 20) + 1999 * SIZE);
         area.clear(0, 1 << 28);
         assert!(area.chunks.is_empty());
@@ -298,15 +298,16 @@ mod tests {
 
     #[derive(Debug, Clone)]
     enum Step {
-        Put(u64, u64, u16, u64),
+        Put { first: u64, count: u64, store: u16, at: u64, gap: u16 },
         Clear(u64, u64),
     }
 
     fn steps() -> impl Strategy<Value = Vec<Step>> {
         let pages = 3 * CHUNK_PAGES;
         let range = (0..pages, prop_oneof![4 => 1..3u64, 1 => 1..pages]);
-        let put = (range.clone(), 0..3u16, 0..1000u64).prop_map(move |((first, count), store, at)| {
-            Step::Put(first, count.min(pages - first), store, at * (SIZE + 8))
+        let gap = prop_oneof![Just(0u16), Just(8), any::<u16>()];
+        let put = (range.clone(), 0..3u16, 0..1000u64, gap).prop_map(move |((first, count), store, at, gap)| {
+            Step::Put { first, count: count.min(pages - first), store, at: at * (SIZE + 8), gap }
         });
         let clear = range.prop_map(move |(first, count)| Step::Clear(first, count.min(pages - first)));
         prop::collection::vec(prop_oneof![5 => put, 1 => clear], 1..600)
@@ -321,9 +322,10 @@ mod tests {
             let mut expected = vec![NONE; pages as usize];
             for step in steps {
                 match step {
-                    Step::Put(first, count, store, at) => {
-                        places.put(first, count, place(store, at));
-                        (0..count).for_each(|n| expected[(first + n) as usize] = place(store, at + n * SIZE).0);
+                    Step::Put { first, count, store, at, gap } => {
+                        places.put(first, count, place(store, at), gap);
+                        let offset = |n| at + n * (SIZE + u64::from(gap));
+                        (0..count).for_each(|n| expected[(first + n) as usize] = place(store, offset(n)).0);
                     }
                     Step::Clear(first, count) => {
                         places.clear(first, count);

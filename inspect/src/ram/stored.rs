@@ -68,12 +68,17 @@ impl Stored {
             none => none.insert(Image::new(self.page_size)?),
         };
         let offset = image.write(page, bytes, room)?;
-        self.put(page, 1, SPOOLED, offset)
+        self.put(page, 1, SPOOLED, offset, 0)
     }
 
-    /// `count` pages from number `page` on lie one after the other from `offset` of `source` on, which is called
-    /// `name`.
-    pub(super) fn keep(&mut self, page: u64, count: u64, name: &str, source: &Source, offset: u64) -> io::Result<()> {
+    /// `count` pages from number `page` on lie one after the other, with `gap` bytes between each two, from `offset` of
+    /// `source` on, which is called `name`.
+    pub(super) fn keep(
+        &mut self,
+        (page, count): (u64, u64),
+        (name, source, offset): (&str, &Source, u64),
+        gap: u16,
+    ) -> io::Result<()> {
         let (input, base) = source.shared().ok_or(io::ErrorKind::Unsupported)?;
         let known = self.stores.iter().rposition(|store| Arc::ptr_eq(&store.input, input));
         let store = match known {
@@ -84,14 +89,15 @@ impl Stored {
                 self.stores.len() - 1
             }
         };
-        self.put(page, count, u16::try_from(store + 1).unwrap_or(u16::MAX), offset)
+        self.put(page, count, u16::try_from(store + 1).unwrap_or(u16::MAX), offset, gap)
     }
 
-    fn put(&mut self, page: u64, count: u64, store: u16, offset: u64) -> io::Result<()> {
+    fn put(&mut self, page: u64, count: u64, store: u16, offset: u64, gap: u16) -> io::Result<()> {
         let far = || io::Error::other(Exceeded::new(format!("page at byte {offset}, beyond what an index can hold")));
-        let end = count.checked_mul(self.page_size).and_then(|len| offset.checked_add(len)).ok_or_else(far)?;
+        let each = self.page_size + u64::from(gap);
+        let end = count.checked_mul(each).and_then(|len| offset.checked_add(len)).ok_or_else(far)?;
         Place::new(store, end).ok_or_else(far)?;
-        self.places.put(page, count, Place::new(store, offset).ok_or_else(far)?);
+        self.places.put(page, count, Place::new(store, offset).ok_or_else(far)?, gap);
         Ok(())
     }
 

@@ -14,6 +14,9 @@ use qevm_wire::{Decode, DriveError, Limits, Writer, next_event};
 /// How many places in one section's content are tried that look like the start of the next item.
 const MAX_UNMARKED_ENDS: usize = 64;
 
+/// Bytes before each page of a run.
+const PAGE_WORD: u16 = 8;
+
 /// Bytes of payload that are held at a time.
 const PIECE: u64 = 64 << 10;
 
@@ -167,7 +170,8 @@ impl Connection<'_> {
                 }
                 if memory.ram.keep().is_by_place() && self.source.is_seekable() && self.source.holds(remaining) {
                     if memory.ram.is_copied() {
-                        return self.read_page(memory, block, offset, remaining as usize);
+                        let count = (!walk.settings.reencode).then_some(&mut walk.analysis.main_pages.page);
+                        return self.read_pages(memory, (block, offset), remaining as usize, count);
                     }
                     let place = (self.file.as_str(), &*self.source, self.source.offset());
                     let kept = memory.ram.put_place(block, offset, remaining, place);
@@ -223,16 +227,32 @@ impl Connection<'_> {
         Ok(())
     }
 
-    /// Takes a page of `size` bytes that is copied, and could be read again.
-    fn read_page(&mut self, memory: &mut Memory, block: usize, offset: u64, size: usize) -> Result<(), Halt> {
+    /// Takes a page of `size` bytes that is copied, and could be read again. With it those that are held and follow it,
+    /// which are added to `count`, unless every record is to be seen.
+    fn read_pages(
+        &mut self,
+        memory: &mut Memory,
+        (block, offset): (usize, u64),
+        size: usize,
+        count: Option<&mut u64>,
+    ) -> Result<(), Halt> {
         self.more(size)?;
         let at = self.source.offset();
-        if let Some(page) = self.source.window().get(..size) {
-            let kept = memory.ram.put_read(block, offset, page, (&self.file, self.source, at));
-            kept.map_err(|error| Failure::io(&self.file, at, &error))?;
-            self.source.consume(size);
-            self.skipped(size as u64)?;
+        if self.source.window().len() < size {
+            return Ok(());
         }
+        self.skipped(size as u64)?;
+        let mut len = size;
+        if let ([decoder], Some(count)) = (&mut self.decoders[..], count) {
+            let next = offset.saturating_add(size as u64);
+            let pages = decoder.take_pages(next, &self.source.window()[size..]);
+            *count += pages;
+            len += pages as usize * (usize::from(PAGE_WORD) + size);
+        }
+        let pages = &self.source.window()[..len];
+        let kept = memory.ram.put_read(block, offset, pages, PAGE_WORD, (&self.file, self.source, at));
+        kept.map_err(|error| Failure::io(&self.file, at, &error))?;
+        self.source.consume(len);
         Ok(())
     }
 

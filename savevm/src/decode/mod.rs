@@ -13,6 +13,7 @@ mod body_ends;
 mod error;
 mod item;
 mod options;
+mod page_run;
 mod scan;
 mod sections;
 mod totals;
