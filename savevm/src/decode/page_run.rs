@@ -9,7 +9,8 @@ const WORD: usize = 8;
 
 impl Decoder {
     /// Passes over the records at the front of `input` that hold, whole, the page of the present RAM block at byte
-    /// `next` and those that follow it, and gives how many pages that are. Each takes eight bytes and those of the page.
+    /// `next` and those that follow it, and gives how many pages that are. Each takes eight bytes and those of the
+    /// page.
     ///
     /// [`next`](qevm_wire::Decode::next) gives the same pages one by one, with more work for each. Everything else is
     /// left to it: other records, a page that is cut, and what is wrong.
