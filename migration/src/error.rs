@@ -12,7 +12,7 @@ use super::reason::reason;
 use super::{Address, BadCapability, Doubt, Status, TlsError};
 use qevm_wire::Located;
 use std::error::Error;
-use std::io;
+use std::io::{self, ErrorKind};
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -63,6 +63,15 @@ pub enum MigrationError {
          one (its 'tls-authz' and 'verify-peer'): its own log says why"
     )]
     SessionEnded {
+        /// What failed.
+        reason: GuestError,
+    },
+    /// The destination broke the connection with nothing answered: so does one that takes a stream for a bad handshake.
+    /// It may have said so in an alert, which is lost with the connection.
+    #[error(
+        "{reason}, before the destination has answered anything: it may expect TLS (set 'tls-creds' at both sides, or at neither)"
+    )]
+    HungUp {
         /// What failed.
         reason: GuestError,
     },
@@ -229,11 +238,17 @@ impl MigrationError {
         source.get_ref().is_some_and(|inner| inner.is::<TlsError>())
     }
 
-    /// This error of a source in a TLS session, in which the destination has said nothing.
-    pub(crate) fn unheard(self) -> Self {
+    /// This error of a source to which the destination has said nothing, in a TLS session (`tls`) or without.
+    pub(crate) fn unheard(self, tls: bool) -> Self {
+        let is_broken = |error: &io::Error| matches!(error.kind(), ErrorKind::ConnectionReset | ErrorKind::BrokenPipe);
         match self {
-            MigrationError::Send { .. } | MigrationError::NoVerdict | MigrationError::ReturnPath(_) => {
+            MigrationError::Send { .. } | MigrationError::NoVerdict | MigrationError::ReturnPath(_) if tls => {
                 MigrationError::SessionEnded { reason: self.into() }
+            }
+            MigrationError::Send { source: ref error, .. } | MigrationError::ReturnPath(ref error)
+                if is_broken(error) =>
+            {
+                MigrationError::HungUp { reason: self.into() }
             }
             other => other,
         }

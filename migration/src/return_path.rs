@@ -100,22 +100,10 @@ impl ReturnPath {
                 Ok(None) => return Err(MigrationError::NoVerdict),
                 Err(DriveError::Stream(error)) if error.is_truncated() => return Err(MigrationError::NoVerdict),
                 Err(DriveError::Stream(error)) => return Err(named(error).into()),
-                Err(DriveError::Io(error)) if offset == 0 => return Err(MigrationError::ReturnPath(unheard(error))),
                 Err(DriveError::Io(error)) => return Err(MigrationError::ReturnPath(error)),
                 Err(error) => return Err(MigrationError::ReturnPath(io::Error::other(error.to_string()))),
             }
         }
-    }
-}
-
-/// A destination that takes a stream for a bad handshake may reset the connection, and its alert is lost with that.
-fn unheard(error: io::Error) -> io::Error {
-    match error.kind() {
-        kind @ io::ErrorKind::ConnectionReset => {
-            let hint = "it may expect TLS (set 'tls-creds' at both sides, or at neither)";
-            io::Error::new(kind, format!("{error}, before the destination has answered anything: {hint}"))
-        }
-        _ => error,
     }
 }
 
@@ -179,7 +167,18 @@ mod tests {
         here.write(&[crate::WriteSlice::bytes(b"QEVM")]).unwrap();
         drop(there);
         let path = ReturnPath::new(Answers::new(None, true));
-        let ended = path.messages(&here, |_| Ok(false));
-        assert!(ended.unwrap_err().to_string().ends_with("(set 'tls-creds' at both sides, or at neither)"));
+        let broken = path.messages(&here, |_| Ok(false)).unwrap_err();
+        assert!(matches!(&broken, MigrationError::ReturnPath(error) if error.kind() == io::ErrorKind::ConnectionReset));
+        let pipe = || MigrationError::Send { doing: "a page", source: io::ErrorKind::BrokenPipe.into() };
+        for error in [broken, pipe()] {
+            let error = error.unheard(false);
+            assert!(matches!(error, MigrationError::HungUp { .. }), "{error:?}");
+            assert!(error.to_string().ends_with("(set 'tls-creds' at both sides, or at neither)"), "{error}");
+        }
+        assert!(matches!(pipe().unheard(true), MigrationError::SessionEnded { .. }));
+        // Only the destination breaks a connection.
+        let full = MigrationError::Send { doing: "a page", source: io::ErrorKind::StorageFull.into() };
+        assert!(matches!(full.unheard(false), MigrationError::Send { .. }));
+        assert!(matches!(MigrationError::NoVerdict.unheard(false), MigrationError::NoVerdict));
     }
 }

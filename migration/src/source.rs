@@ -238,8 +238,8 @@ impl Engine<'_, '_> {
     fn finish(&mut self, result: Result<(), MigrationError>) -> Result<(), MigrationError> {
         self.devices.iter().for_each(|device| device.end());
         let unheard = self.return_path.as_ref().is_some_and(|path| !path.answers().heard());
-        let refused = self.job.tls().is_some() && unheard;
-        let result = result.map_err(|error| if refused { error.unheard() } else { error });
+        let tls = self.job.tls().is_some();
+        let result = result.map_err(|error| if unheard { error.unheard(tls) } else { error });
         self.job.end(result.as_ref().err());
         // The return path is read to its end: the destination closes when it has taken over, or is not waited for any
         // longer.
