@@ -138,6 +138,6 @@ impl Observer for Bar {
     }
 
     fn restarted(&mut self) {
-        self.0.say("XBZRLE pages found: reading again with page contents kept");
+        self.0.say("XBZRLE pages or COLO checkpoints found: reading again");
     }
 }

@@ -2,6 +2,7 @@
 
 mod bounds;
 mod check;
+mod colo;
 mod cores;
 mod damage;
 mod kdump;

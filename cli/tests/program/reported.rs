@@ -80,23 +80,6 @@ fn a_volume_is_longer_than_the_stream_in_it() {
     }
 }
 
-/// What QEMU 11.1.3 sends at the first checkpoint after a migration with `x-colo`; the memory of later moments is not
-/// taken for the guest's.
-#[test]
-fn checkpoints_of_colo_are_named() {
-    let dir = TempDir::new().unwrap();
-    let whole = base();
-    let plain = file(&dir, "base.q", &whole);
-    let checkpoint = b"\0\0\0\x01\0\0\0\x03\x03\0\0\0\x01\0\0\0\0\0\0\0\x08\x06pc.ram";
-    let followed = file(&dir, "colo.q", &[&whole[..], checkpoint, &[0x53; 4096]].concat());
-    let said = good(&dir, "verify FILE", &followed);
-    assert!(said.contains(&format!("COLO checkpoints follow the end of the stream at byte {}", whole.len())), "{said}");
-    assert_eq!(good(&dir, &format!("diff {} FILE", plain.display()), &followed), "no differences\n");
-    // A part of it is none.
-    let cut = file(&dir, "cut.q", &[&whole[..], &checkpoint[..8]].concat());
-    assert!(good(&dir, "verify FILE", &cut).contains("they are not part of it"));
-}
-
 #[test]
 fn a_stream_that_is_cut_in_its_description_is_whole() {
     let dir = TempDir::new().unwrap();

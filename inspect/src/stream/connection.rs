@@ -1,5 +1,6 @@
 //! One main channel from its first byte to its last: what [`Decoder`] reads, and what becomes of it.
 
+use super::checkpoints::{self, Checkpoints};
 use super::halt::Halt;
 use super::memory::Memory;
 use super::reencode;
@@ -10,6 +11,7 @@ use crate::source::Source;
 use qevm_savevm::framing::{self, Content, SectionHeader};
 use qevm_savevm::{BodyEnds, Decoder, Encoder, Event, Footers};
 use qevm_wire::{Decode, DriveError, Limits, Writer, next_event};
+use std::io;
 
 /// How many places in one section's content are tried that look like the start of the next item.
 const MAX_UNMARKED_ENDS: usize = 64;
@@ -31,8 +33,43 @@ pub(super) struct Connection<'c> {
 }
 
 impl Connection<'_> {
-    /// Reads to the end of the stream or to a fault.
+    /// Reads to the end of the stream, or of the checkpoints that follow it, or to a fault.
     pub(super) fn read(&mut self, walk: &mut Walk<'_>) -> Result<(), Halt> {
+        let Some(checkpoints) = walk.checkpoints.take() else { return self.read_to(None, walk) };
+        self.read_to(Some(checkpoints.instead_of), walk)?;
+        self.checkpoints(&checkpoints, walk)
+    }
+
+    /// Reads checkpoints after the memory of the stream: the memory of each, and the devices of the last.
+    fn checkpoints(&mut self, checkpoints: &Checkpoints, walk: &mut Walk<'_>) -> Result<(), Halt> {
+        let file = self.file.clone();
+        let failed = |error: io::Error| Failure::io(&file, checkpoints.start, &error);
+        self.source.jump(checkpoints.start).map_err(failed)?;
+        for number in 1..=checkpoints.count {
+            self.source.skip(checkpoints::MESSAGES).map_err(failed)?;
+            self.part(walk)?;
+            let len = checkpoints::devices_len(self.source).map_err(failed)?.unwrap_or_default();
+            match number == checkpoints.count {
+                true => self.part(walk)?,
+                false => drop(self.source.skip(len).map_err(failed)?),
+            }
+        }
+        if let Some((offset, text)) = &checkpoints.description {
+            walk.bodies.description(text, *offset, &file, &mut walk.analysis, walk.observer)?;
+        }
+        walk.analysis.note(checkpoints.note(self.source.total()));
+        Ok(())
+    }
+
+    /// Reads a part of a checkpoint, which is next.
+    fn part(&mut self, walk: &mut Walk<'_>) -> Result<(), Halt> {
+        let at = self.source.offset();
+        self.decoders = self.decoders.first().map(|last| last.checkpoint(at)).into_iter().collect();
+        self.read_to(None, walk)
+    }
+
+    /// Reads to the end of the stream, or to the item that starts at `stop`.
+    fn read_to(&mut self, stop: Option<u64>, walk: &mut Walk<'_>) -> Result<(), Halt> {
         loop {
             if let Some(innermost) = self.decoders.last()
                 && innermost.expects_body()
@@ -45,6 +82,9 @@ impl Connection<'_> {
                 return Ok(());
             };
             let at = decoder.offset();
+            if outer.is_empty() && stop == Some(at) {
+                return Ok(());
+            }
             if outer.is_empty() && decoder.expects_page() {
                 let pages = walk.sniff_pages(source).map_err(|error| Failure::io(&self.file, at, &error))?;
                 if let Some(pages) = pages {
@@ -53,7 +93,13 @@ impl Connection<'_> {
                 }
             }
             let total = source.total();
-            let checkpoints = walk.checkpoint_follows(source);
+            let checkpoints = outer.is_empty() && walk.checkpoint_follows(source);
+            if checkpoints
+                && let Some(found) =
+                    walk.checkpoints(source, decoder).map_err(|error| Failure::io(&self.file, at, &error))?
+            {
+                return Err(Halt::Checkpoints(found.into()));
+            }
             let next = match next_event(source, decoder) {
                 Ok(next) => next,
                 Err(DriveError::Stream(error))

@@ -3,6 +3,7 @@
 use super::analysis::Analysis;
 use super::bodies::Bodies;
 use super::channels::Channels;
+use super::checkpoints::Checkpoints;
 use super::connection::Connection;
 use super::halt::{Halt, Outcome};
 use super::inputs::{Inputs, Named};
@@ -17,8 +18,13 @@ use qevm_savevm::{Decoder, DecoderOptions, Encoder};
 use qevm_wire::{Decode, PageGeometry, Writer};
 use std::collections::HashMap;
 
-/// Reads all files of a migration.
-pub(super) fn run(inputs: &mut Inputs, settings: &Settings, observer: &mut dyn Observer) -> Outcome {
+/// Reads all files of a migration, with the checkpoints that were found when they were read before.
+pub(super) fn run(
+    inputs: &mut Inputs,
+    settings: &Settings,
+    observer: &mut dyn Observer,
+    checkpoints: Option<Checkpoints>,
+) -> Outcome {
     let mut walk = Walk {
         analysis: Analysis { reencoded_identical: settings.reencode, page_size: 4096, ..Analysis::default() },
         memory: None,
@@ -31,7 +37,11 @@ pub(super) fn run(inputs: &mut Inputs, settings: &Settings, observer: &mut dyn O
         pings: HashMap::new(),
         pages_untold: false,
         ended: false,
-        copy_asked: false,
+        // The pages of checkpoints come after those of the stream.
+        copy_asked: checkpoints.is_some(),
+        own_devices: None,
+        may_restart: inputs.is_seekable() && checkpoints.is_none(),
+        checkpoints,
         flush_seen: false,
         first_flush: None,
         bytes_before: 0,
@@ -44,6 +54,7 @@ pub(super) fn run(inputs: &mut Inputs, settings: &Settings, observer: &mut dyn O
     match result {
         Ok(()) => {}
         Err(Halt::NeedsImage) => return Outcome::NeedsImage,
+        Err(Halt::Checkpoints(found)) => return Outcome::Checkpoints(found),
         Err(Halt::Failure(failure)) => {
             // What was not read to its end is not known to be identical.
             analysis.reencoded_identical = false;

@@ -1,6 +1,7 @@
 //! How reading ends.
 
 use super::analysis::Analysis;
+use super::checkpoints::Checkpoints;
 use crate::failure::Failure;
 
 /// How reading ended.
@@ -9,6 +10,8 @@ pub(super) enum Outcome {
     Done(Box<Analysis>),
     /// At an XBZRLE page, which needs the contents of pages, and they were not kept.
     NeedsImage,
+    /// At the end of the stream, which checkpoints follow: with them it is to be read again.
+    Checkpoints(Box<Checkpoints>),
 }
 
 /// Why reading stops before the end.
@@ -17,6 +20,8 @@ pub(super) enum Halt {
     Failure(Failure),
     /// See [`Outcome::NeedsImage`].
     NeedsImage,
+    /// See [`Outcome::Checkpoints`].
+    Checkpoints(Box<Checkpoints>),
 }
 
 impl From<Failure> for Halt {

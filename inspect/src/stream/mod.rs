@@ -10,6 +10,7 @@
 //! | `settings`, `observer` | what is to be done, and who is told of what is read |
 //! | `analysis`, `summary` | what is found, and the report about it |
 //! | `files` | all files in their order |
+//! | `checkpoints` | what follows a stream of COLO |
 //! | `connection` | one main channel: the original one or one that resumes postcopy |
 //! | `walk` | what each event of it means |
 //! | `memory` | RAM records and mapped-ram areas applied to [`GuestRam`](crate::ram::GuestRam) |
@@ -29,6 +30,7 @@ pub mod release_guess;
 mod analysis;
 mod bodies;
 mod channels;
+mod checkpoints;
 mod connection;
 mod files;
 mod halt;
@@ -63,24 +65,22 @@ pub fn analyze(inputs: &mut Inputs, settings: &Settings, observer: &mut dyn Obse
     if settings.keep == Keep::Digests && !settings.live && !inputs.is_seekable() {
         settings.keep = Keep::Image;
     }
-    match files::run(inputs, &settings, observer) {
-        Outcome::Done(analysis) => *analysis,
-        Outcome::NeedsImage => {
-            settings.keep = Keep::Image;
-            if let Err(failure) = inputs.rewind() {
-                return Analysis::failed(failure);
+    let mut checkpoints = None;
+    loop {
+        match files::run(inputs, &settings, observer, checkpoints.clone()) {
+            Outcome::Done(analysis) => return *analysis,
+            Outcome::NeedsImage if settings.keep == Keep::Image => {
+                let message = "XBZRLE pages came although page contents are kept";
+                return Analysis::failed(Failure::mismatch(&inputs.main.name, 0, "", message));
             }
-            observer.restarted();
-            match files::run(inputs, &settings, observer) {
-                Outcome::Done(analysis) => *analysis,
-                Outcome::NeedsImage => Analysis::failed(Failure::mismatch(
-                    &inputs.main.name,
-                    0,
-                    "",
-                    "XBZRLE pages came although page contents are kept",
-                )),
-            }
+            Outcome::NeedsImage => settings.keep = Keep::Image,
+            // Once: with them, none are looked for.
+            Outcome::Checkpoints(found) => checkpoints = Some(*found),
         }
+        if let Err(failure) = inputs.rewind() {
+            return Analysis::failed(failure);
+        }
+        observer.restarted();
     }
 }
 

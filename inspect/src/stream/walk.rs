@@ -3,6 +3,7 @@
 use super::analysis::{Analysis, Record, Section};
 use super::bodies::Bodies;
 use super::channels::Channels;
+use super::checkpoints::{self, Checkpoints};
 use super::halt::Halt;
 use super::memory::Memory;
 use super::observer::Observer;
@@ -21,10 +22,6 @@ use qevm_savevm::{Decoder, Error, ErrorKind, Event, Footers, StreamError};
 use qevm_wire::{Decode, PageGeometry};
 use std::collections::HashMap;
 use std::io;
-
-/// What the source of a COLO says at a checkpoint: messages 1 (request) and 3 (state comes), then the last part of a
-/// section.
-const CHECKPOINT: [u8; 9] = [0, 0, 0, 1, 0, 0, 0, 3, 3];
 
 /// The state of reading a migration, over all its files.
 pub(super) struct Walk<'s> {
@@ -46,6 +43,12 @@ pub(super) struct Walk<'s> {
     pub(super) ended: bool,
     /// The observer was asked where pages are to be copied.
     pub(super) copy_asked: bool,
+    /// Where the device sections after the memory start.
+    pub(super) own_devices: Option<u64>,
+    /// Everything can be read a second time.
+    pub(super) may_restart: bool,
+    /// Checkpoints that are to be read after the memory.
+    pub(super) checkpoints: Option<Checkpoints>,
     /// MULTIFD_FLUSH came: the channels are in step with it, and not with the ends of sections.
     pub(super) flush_seen: bool,
     /// Where the first one came, if there are no multifd channels that it could wait for.
@@ -115,11 +118,18 @@ impl Walk<'_> {
     /// True if the stream is over and a checkpoint of COLO follows it. A live source may have nothing more to say, and
     /// is not waited for.
     pub(super) fn checkpoint_follows(&self, source: &mut Source) -> bool {
-        // What cannot be read is nothing that is known.
-        self.ended
-            && !self.settings.live
-            && source.fill(CHECKPOINT.len()).is_ok()
-            && source.window().starts_with(&CHECKPOINT)
+        self.ended && !self.settings.live && checkpoints::follow(source)
+    }
+
+    /// The checkpoints of COLO that are next in `source` and whole, if they can be read in a second go.
+    pub(super) fn checkpoints(&self, source: &mut Source, decoder: &Decoder) -> io::Result<Option<Checkpoints>> {
+        let Some(own_devices) = self.own_devices.filter(|_| self.may_restart && !self.channels.any_multifd()) else {
+            return Ok(None);
+        };
+        let here = source.offset();
+        let found = Checkpoints::find(source, decoder, own_devices, self.analysis.description.clone())?;
+        source.jump(here)?;
+        Ok(found)
     }
 
     /// True, with a note, if an error at `at` is none of the stream's, because that is over: something else follows it,
@@ -133,8 +143,8 @@ impl Walk<'_> {
             let count = total.map_or("more".into(), |total| total.saturating_sub(at).to_string());
             self.analysis.note(match checkpoints {
                 true => format!(
-                    "COLO checkpoints follow the end of the stream at byte {at} ({count} bytes): memory and devices of later moments, \
-                     which are not read; all that is shown is of the first"
+                    "COLO checkpoints follow the end of the stream at byte {at} ({count} bytes), of which none is whole, or which can be read \
+                     only once: memory and devices are those of the stream"
                 ),
                 false => format!("{count} bytes follow the end of the stream at byte {at}: they are not part of it"),
             });
@@ -170,6 +180,7 @@ impl Walk<'_> {
                 self.analysis.signs.section(header);
                 if *kind == SectionKind::Full && !packaged {
                     self.bodies.open(header);
+                    self.own_devices.get_or_insert(at);
                 }
                 let known = self.open.get(&header.section_id).copied();
                 // A resumed stream may open a section again; a new entry is right for everything else.
@@ -193,6 +204,7 @@ impl Walk<'_> {
                     self.record = Some(Record { section, kind: *kind, offset: at, size: 0 });
                 }
                 self.bodies.iterated();
+                self.own_devices = None;
                 if *kind == SectionKind::End {
                     self.analysis.signs.end();
                 }

@@ -10,6 +10,7 @@
 //! Where a stream has no footers, Footer takes no bytes.
 
 mod body_ends;
+mod checkpoint;
 mod error;
 mod item;
 mod options;

@@ -44,7 +44,7 @@ impl Observer for Gather {
 
     fn restarted(&mut self) {
         self.failed = self.aside.clear().err();
-        self.progress.say("XBZRLE pages found: reading again with page contents kept");
+        self.progress.say("XBZRLE pages or COLO checkpoints found: reading again");
     }
 
     fn fields(&mut self, header: &SectionHeader, fields: &Node) {
