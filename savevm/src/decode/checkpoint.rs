@@ -3,9 +3,9 @@
 use super::{Decoder, DecoderOptions, State};
 
 impl Decoder {
-    /// A decoder for a part of a COLO checkpoint, which starts at `offset` of a connection whose stream is over: the end
-    /// of section `ram` with the memory that has changed, or the device sections. Either ends as a stream does. Sections
-    /// and RAM blocks are those of `self`, the decoder of the part before or of the stream.
+    /// A decoder for a part of a COLO checkpoint, which starts at `offset` of a connection whose stream is over: the
+    /// end of section `ram` with the memory that has changed, or the device sections. Either ends as a stream does.
+    /// Sections and RAM blocks are those of `self`, the decoder of the part before or of the stream.
     ///
     /// ```
     /// use qevm_savevm::framing::SectionHeader;
