@@ -21,7 +21,7 @@ const DEVICES_LEN: usize = 12;
 /// Checkpoints that are whole, and what is needed to read them.
 #[derive(Debug, Clone)]
 pub(super) struct Checkpoints {
-    /// Where the stream's own device sections start, behind its memory.
+    /// Where the stream's own device sections start, after its memory.
     pub(super) instead_of: u64,
     /// Where the stream ended, and the first checkpoint starts.
     pub(super) start: u64,
