@@ -28,7 +28,7 @@ pub struct TlsChannel {
 
 #[derive(Default)]
 struct Writing {
-    /// What is sealed next: guest memory may change any time, and has to be the same all through.
+    /// Room for what is sealed next: guest memory may change any time, and has to be the same all through.
     plain: Vec<u8>,
     sealed: Vec<u8>,
     ended: bool,
@@ -36,8 +36,10 @@ struct Writing {
 
 #[derive(Default)]
 struct Reading {
-    /// What has come, of which `used` bytes were given to the session.
+    /// Room for what comes.
     sealed: Vec<u8>,
+    /// How many bytes of it have come, and how many of those were given to the session.
+    filled: usize,
     used: usize,
     /// The peer has closed the connection.
     closed: bool,
@@ -74,8 +76,8 @@ impl TlsChannel {
     /// A session whose handshake is done, and what has come of it that the session has not seen.
     pub(super) fn new(inner: Arc<dyn Channel>, mut session: Connection, sealed: Vec<u8>) -> Self {
         session.set_buffer_limit(None);
-        let (writing, reading) = (Mutex::default(), Mutex::new(Reading { sealed, ..Reading::default() }));
-        TlsChannel { inner, session: Mutex::new(session), writing, reading }
+        let reading = Reading { filled: sealed.len(), sealed, ..Reading::default() };
+        TlsChannel { inner, session: Mutex::new(session), writing: Mutex::default(), reading: Mutex::new(reading) }
     }
 
     fn shake_hands(&self, patience: &dyn Fn() -> Option<Duration>) -> io::Result<()> {
@@ -131,18 +133,17 @@ impl TlsChannel {
 
     /// Waits for more of what the peer sends.
     fn receive(&self, reading: &mut Reading) -> io::Result<()> {
-        reading.used = 0;
+        (reading.filled, reading.used) = (0, 0);
         reading.sealed.resize(READ, 0);
-        let received = self.inner.read(&mut [ReadSlice::bytes(&mut reading.sealed)]);
-        reading.sealed.truncate(*received.as_ref().unwrap_or(&0));
-        reading.closed = received? == 0;
+        reading.filled = self.inner.read(&mut [ReadSlice::bytes(&mut reading.sealed)])?;
+        reading.closed = reading.filled == 0;
         Ok(())
     }
 
     /// Gives what has come to the session, until that has bytes for us or has seen all.
     fn open(&self, reading: &mut Reading) -> io::Result<()> {
         let mut session = self.session.lock();
-        let mut rest = reading.sealed.get(reading.used..).unwrap_or_default();
+        let mut rest = reading.sealed.get(reading.used..reading.filled).unwrap_or_default();
         reading.used += session.read_tls(&mut rest)?;
         let opened = session.process_new_packets();
         let answers = session.wants_write();
@@ -206,17 +207,20 @@ fn client(credentials: &Credentials, tls: &Tls, host: Option<&str>) -> Result<Cl
 impl Channel for TlsChannel {
     fn write(&self, parts: &[WriteSlice<'_>]) -> io::Result<usize> {
         let mut writing = self.writing.lock();
-        writing.plain.clear();
+        let mut len = 0;
         for part in parts {
-            let part = part.first(WRITE - writing.plain.len());
-            let old = writing.plain.len();
-            writing.plain.resize(old + part.len(), 0);
-            part.copy_to(&mut writing.plain[old..]);
+            let part = part.first(WRITE - len);
+            let end = len + part.len();
+            if writing.plain.len() < end {
+                writing.plain.resize(end, 0);
+            }
+            part.copy_to(&mut writing.plain[len..end]);
+            len = end;
         }
-        self.session.lock().writer().write_all(&writing.plain)?;
+        self.session.lock().writer().write_all(&writing.plain[..len])?;
         self.collect(&mut writing)?;
         self.flush(&mut writing)?;
-        Ok(writing.plain.len())
+        Ok(len)
     }
 
     fn read(&self, parts: &mut [ReadSlice<'_>]) -> io::Result<usize> {
@@ -225,7 +229,7 @@ impl Channel for TlsChannel {
             if let Some(count) = self.take(parts)? {
                 return Ok(count);
             }
-            if reading.used < reading.sealed.len() {
+            if reading.used < reading.filled {
                 self.open(&mut reading)?;
                 continue;
             }
