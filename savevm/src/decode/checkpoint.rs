@@ -36,7 +36,7 @@ impl Decoder {
         Decoder {
             pages: self.pages,
             footers: self.footers,
-            sections: self.sections.clone(),
+            sections: self.sections.after_end(),
             ram: self.ram.clone(),
             advised_page_sizes: self.advised_page_sizes,
             hash_table_entries: self.hash_table_entries,
