@@ -5,7 +5,7 @@
 //! device sections of the last one in place of the stream's own.
 
 use crate::source::Source;
-use qevm_savevm::framing;
+use qevm_savevm::framing::{self, SectionKind};
 use qevm_savevm::{Decoder, Event};
 use qevm_wire::{DriveError, next_event};
 use std::io;
@@ -53,12 +53,12 @@ impl Checkpoints {
         while follow(source) {
             source.skip(MESSAGES)?;
             let mut memory = last.checkpoint(source.offset());
-            if !pass(source, &mut memory)? {
+            if !pass(source, &mut memory, Part::Memory)? {
                 break;
             }
             let Some(len) = devices_len(source)? else { break };
             let devices_at = source.offset();
-            let is_whole = pass(source, &mut memory.checkpoint(devices_at))?;
+            let is_whole = pass(source, &mut memory.checkpoint(devices_at), Part::Devices)?;
             if !is_whole || source.offset() - devices_at != len {
                 break;
             }
@@ -81,10 +81,31 @@ impl Checkpoints {
     }
 }
 
+/// What a part of a checkpoint holds.
+#[derive(Debug, Clone, Copy)]
+enum Part {
+    /// Last parts of sections that the stream has opened.
+    Memory,
+    /// Device sections.
+    Devices,
+}
+
+impl Part {
+    fn may_hold(self, event: &Event<'_>) -> bool {
+        match event {
+            Event::Section { kind, .. } => matches!(self, Part::Devices) && *kind == SectionKind::Full,
+            Event::SectionPart { kind, .. } => matches!(self, Part::Memory) && *kind == SectionKind::End,
+            Event::Command(_) => false,
+            _ => true,
+        }
+    }
+}
+
 /// Passes over a part of a checkpoint. False if something is wrong with it, or the input ends.
-fn pass(source: &mut Source, decoder: &mut Decoder) -> io::Result<bool> {
+fn pass(source: &mut Source, decoder: &mut Decoder, part: Part) -> io::Result<bool> {
     loop {
         let (is_end, len) = match next_event(source, decoder) {
+            Ok(Some((event, _))) if !part.may_hold(&event) => return Ok(false),
             Ok(Some((event, read))) => (event == Event::Eof, read.len()),
             Err(DriveError::Io(error)) => return Err(error),
             Ok(None) | Err(_) => return Ok(false),
