@@ -113,11 +113,13 @@ pub struct Runs<F> {
 }
 
 impl<F: Borrow<File>> Runs<F> {
-    /// Bytes of one write, which ends where a multiple of it ends in the file. Little enough to be in a processor's
-    /// cache when it is written. The kernel looks for a stretch of memory as long as an aligned write, and for several
-    /// short ones where it is not aligned; that took three times as long from 256 KiB on where memory was in pieces,
-    /// and writes of 32 KiB cost a tenth more than these (Linux 6.18, ext4).
+    /// Bytes of one write. Little enough to be in a processor's cache when it is written.
     const WRITE: usize = 64 << 10;
+    /// How far after a multiple of [`WRITE`](Self::WRITE) in the file a write ends. The kernel takes memory in
+    /// stretches that lie at multiples of their length and are no longer than the write. Those up to 32 KiB it takes
+    /// from what each processor has at hand, which this leads to. It has to look for one of 64 KiB: where the host
+    /// takes back what is free, that took two to four times as long (Linux 6.18, ext4).
+    const SHIFT: u64 = 16 << 10;
 
     /// Nothing is held so far.
     pub fn new(file: F) -> Self {
@@ -136,7 +138,7 @@ impl<F: Borrow<File>> Runs<F> {
         let mut rest = bytes;
         while !rest.is_empty() {
             let end = self.start + self.held.len() as u64;
-            let room = Self::WRITE - (end % Self::WRITE as u64) as usize;
+            let room = Self::WRITE - (end.wrapping_sub(Self::SHIFT) % Self::WRITE as u64) as usize;
             let (piece, later) = rest.split_at(room.min(rest.len()));
             rest = later;
             if piece.len() == Self::WRITE {

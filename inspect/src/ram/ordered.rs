@@ -7,7 +7,7 @@ use std::fs::File;
 use std::io::{self, Write};
 
 /// Bytes that are gathered before they are written.
-const CHUNK: usize = 256 << 10;
+const CHUNK: usize = 64 << 10;
 
 /// Writes the pages of a plain stream each time one comes. A stream has each page once, in the order of the blocks:
 /// with the first page that comes again or late, this ends, and the memory is read once more when all of it came.

@@ -17,7 +17,7 @@ use std::fs::File;
 use std::io::{Seek, Write};
 
 /// Bytes that are gathered before they are written.
-const CHUNK: usize = 256 << 10;
+const CHUNK: usize = 64 << 10;
 
 /// Page channels and the rules by which they synchronise with the main channel.
 #[derive(Debug)]
