@@ -57,6 +57,8 @@ skipped:
 	else echo "0 tests were skipped."; fi
 
 conformance-full: setup
+	scripts/msrv --build
+	rustup target add x86_64-unknown-none && scripts/no-std
 	scripts/features --test
 	rm -rf target/clone && git clone --quiet . target/clone
 	cargo package --manifest-path target/clone/Cargo.toml --workspace --offline --target-dir target
