@@ -144,7 +144,16 @@ impl TlsChannel {
     fn open(&self, reading: &mut Reading) -> io::Result<()> {
         let mut session = self.session.lock();
         let mut rest = reading.sealed.get(reading.used..reading.filled).unwrap_or_default();
-        reading.used += session.read_tls(&mut rest)?;
+        // It takes 4 KiB each time, and looks then for a whole record, of up to 16 KiB: it gets as much as it has room
+        // for.
+        let mut taken = session.read_tls(&mut rest)?;
+        while taken > 0 && !rest.is_empty() {
+            match session.read_tls(&mut rest) {
+                Ok(0) | Err(_) => break,
+                Ok(count) => taken += count,
+            }
+        }
+        reading.used += taken;
         let opened = session.process_new_packets();
         let answers = session.wants_write();
         drop(session);
