@@ -219,12 +219,16 @@ impl<'g> RamReceiver<'g> {
     }
 
     /// Clears a page, without touching it if it is clear.
+    #[inline]
     pub(crate) fn clear_page(&mut self, page: &PageAt) {
         let block = self.known(page.block);
         let index = PageGeometry::X86.index(page.offset);
         block.received.iter().for_each(|received| received.mark(index..index + 1));
+        if !block.written.contains(index) {
+            return;
+        }
         let memory = block.memory(page);
-        if block.written.contains(index) && !is_zero(&memory) {
+        if !is_zero(&memory) {
             memory.copy_from(&ZERO_PAGE[..memory.len()]);
         }
     }
