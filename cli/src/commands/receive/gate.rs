@@ -15,7 +15,9 @@ use std::time::{Duration, Instant};
 
 /// How long a connection may take to show what it is.
 const SILENCE: Duration = Duration::from_secs(5);
-/// How many may be waiting to show it, if the process may have enough descriptors.
+/// The most connections that a source opens: the main channel, page channels, and the second one of postcopy.
+const OF_A_SOURCE: usize = 1 + u8::MAX as usize + 1;
+/// How many others may be waiting to show it, if the process may have enough descriptors.
 const ROOM: u64 = 256;
 /// The share of the process's descriptors that they may take.
 const SHARE: u64 = 4;
@@ -78,18 +80,15 @@ pub(super) struct Gate {
 impl Gate {
     pub(super) fn new() -> Self {
         let descriptors = getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX);
-        let room = (descriptors / SHARE).clamp(1, ROOM) as usize;
+        // A source may open all of its connections before it says anything on the first.
+        let room = OF_A_SOURCE + (descriptors / SHARE).clamp(1, ROOM) as usize;
         Gate { strangers: VecDeque::new(), room, dropped: Dropped::default() }
     }
 
     /// True if another connection can be taken in, for which the oldest may have to go.
-    pub(super) fn has_room(&mut self) -> bool {
-        let full = self.strangers.len() >= self.room;
+    pub(super) fn has_room(&self) -> bool {
         let oldest = self.strangers.iter().find(|stranger| stranger.closing.is_none());
-        match oldest.map(|stranger| stranger.since.elapsed() > GRACE) {
-            Some(true) if full => self.drop_oldest("others are waiting"),
-            _ => !full,
-        }
+        self.strangers.len() < self.room || oldest.is_some_and(|stranger| stranger.since.elapsed() > GRACE)
     }
 
     /// Closes the connection that has been silent longest; false if there is none.
@@ -104,6 +103,9 @@ impl Gate {
 
     /// Takes in a connection.
     pub(super) fn push(&mut self, socket: Socket, peer: Peer, late: bool) {
+        if self.strangers.len() >= self.room {
+            self.drop_oldest("others are waiting");
+        }
         let (first, since) = (Vec::new(), Instant::now());
         self.strangers.push_back(Stranger { socket, peer, first, since, late, closing: None, unsealed: None });
     }
@@ -211,5 +213,42 @@ impl Stranger {
                 }
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::socket::{Address, Listener};
+    use std::os::unix::net::UnixStream;
+    use std::thread;
+
+    #[test]
+    fn a_source_may_be_silent_on_all_its_connections() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("socket");
+        let listener = Listener::bind(&Address::Unix(path.clone())).unwrap();
+        let mut gate = Gate::new();
+        let mut connect = |gate: &mut Gate| {
+            let source = UnixStream::connect(&path).unwrap();
+            let (socket, peer) = listener.accept().unwrap().unwrap();
+            gate.push(socket, peer, false);
+            source
+        };
+        let _sources: Vec<_> = (0..OF_A_SOURCE).map(|_| connect(&mut gate)).collect();
+        thread::sleep(2 * GRACE);
+        assert!(gate.has_room());
+        let nobody = Context { main: None, preempt: None };
+        assert!(gate.recognise(&nobody).is_empty());
+        assert_eq!((gate.strangers.len(), gate.dropped.summary([].into_iter())), (OF_A_SOURCE, None));
+        // None of them goes as long as nobody else comes.
+        gate.room = OF_A_SOURCE;
+        assert!(gate.has_room());
+        assert_eq!(gate.strangers.len(), OF_A_SOURCE);
+        let _other = connect(&mut gate);
+        assert_eq!(gate.strangers.len(), OF_A_SOURCE);
+        assert!(gate.dropped.summary([].into_iter()).is_some());
+        gate.strangers.iter_mut().for_each(|stranger| stranger.since = Instant::now());
+        assert!(!gate.has_room());
     }
 }
