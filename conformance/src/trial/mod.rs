@@ -1,9 +1,10 @@
 //! Single questions to real QEMUs: whether they load what qevm writes, and whether qevm foresees what they refuse.
 //!
-//! A [`Trial`] has a name, the QEMUs that it needs, and a play that says what was seen or what is wrong. `written` has
-//! the streams that qevm writes, [`machine`] a stream made of nothing but declarations, `foreseen` the pairs of source
-//! and destination that `qevm check` has to judge as QEMU does.
+//! A [`Trial`] has a name, the QEMUs that it needs, and a play that says what was seen or what is wrong. `written` and
+//! `checkpoint` have the streams that qevm writes, [`machine`] a stream made of nothing but declarations, `foreseen`
+//! the pairs of source and destination that `qevm check` has to judge as QEMU does.
 
+mod checkpoint;
 mod foreseen;
 pub mod machine;
 pub mod pairs;
@@ -24,6 +25,7 @@ use crate::subject::Subject;
 /// All trials, in the order of the table.
 pub fn all() -> Vec<Trial> {
     let mut trials = written::trials();
+    trials.extend(checkpoint::trials());
     trials.extend(foreseen::trials());
     trials
 }

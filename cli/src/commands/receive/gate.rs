@@ -229,7 +229,7 @@ mod tests {
         let path = dir.path().join("socket");
         let listener = Listener::bind(&Address::Unix(path.clone())).unwrap();
         let mut gate = Gate::new();
-        let mut connect = |gate: &mut Gate| {
+        let connect = |gate: &mut Gate| {
             let source = UnixStream::connect(&path).unwrap();
             let (socket, peer) = listener.accept().unwrap().unwrap();
             gate.push(socket, peer, false);
