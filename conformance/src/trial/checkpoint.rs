@@ -11,8 +11,8 @@ use std::fs;
 use std::thread;
 use std::time::{Duration, Instant};
 
-/// Of QEMU 11.1.3: a stream, and eight checkpoints after it (`inspect/tests/streams/README.md`). The guest counts in EAX,
-/// stores the count, and does nothing else.
+/// Of QEMU 11.1.3: a stream, and eight checkpoints after it (`inspect/tests/streams/README.md`). The guest counts in
+/// EAX, stores the count, and does nothing else.
 const STREAM: &[u8] = include_bytes!("../../../inspect/tests/streams/11.1-colo.zst");
 /// EAX in the eighth, at byte 200,849 of the stream.
 const COUNTED: u64 = 0x1f36_7d60;
