@@ -17,10 +17,10 @@ use std::time::{Duration, Instant};
 const SILENCE: Duration = Duration::from_secs(5);
 /// The most connections that a source opens: the main channel, page channels, and the second one of postcopy.
 const OF_A_SOURCE: usize = 1 + u8::MAX as usize + 1;
-/// How many others may be waiting to show it, if the process may have enough descriptors.
-const ROOM: u64 = 256;
-/// The share of the process's descriptors that they may take.
-const SHARE: u64 = 4;
+/// How many others may be waiting to show what they are, if the process may have enough descriptors.
+const OTHERS: usize = 128;
+/// The share of the process's descriptors that all of these may take: files need some, too.
+const SHARE: u64 = 2;
 /// How long the oldest of them is let alone when there are more.
 const GRACE: Duration = Duration::from_millis(100);
 /// How long a source is let alone before it learns of a fault. QEMU 7.2 hangs, monitor and guest included, if a page
@@ -81,7 +81,7 @@ impl Gate {
     pub(super) fn new() -> Self {
         let descriptors = getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX);
         // A source may open all of its connections before it says anything on the first.
-        let room = OF_A_SOURCE + (descriptors / SHARE).clamp(1, ROOM) as usize;
+        let room = usize::try_from(descriptors / SHARE).unwrap_or(usize::MAX).clamp(1, OF_A_SOURCE + OTHERS);
         Gate { strangers: VecDeque::new(), room, dropped: Dropped::default() }
     }
 
