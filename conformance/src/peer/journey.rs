@@ -1,12 +1,12 @@
 //! A guest's way over several monitors.
 
 use super::departure::{self, Departure};
+use super::differences;
 use super::endpoint::{Endpoint, POLL, cpr_channel, cpr_socket};
 use super::env::{Account, Env, Hop, Link, Load, Moment, Stop, account};
 use super::resident;
 use super::secured::Secured;
 use super::virtio_load::{self, FrameCounter};
-use super::xbzrle;
 use crate::exec;
 use crate::patience::PATIENCE;
 use crate::scenario::Accel;
@@ -233,7 +233,7 @@ impl Journey {
             departure.start(here)?;
         }
         if self.sends_differences(n) {
-            xbzrle::let_complete(here)?;
+            differences::let_complete(here)?;
         }
         let mut rounds = 0;
         let done = here.monitor().wait_migration(PATIENCE, |migration| {
@@ -279,7 +279,7 @@ impl Journey {
             ensure!(left_out, "the source has sent what is shared: {done}");
         }
         if self.sends_differences(n) {
-            xbzrle::judge(done)?;
+            differences::judge(done)?;
         }
         let stopped = here.monitor().wait_event("STOP", PATIENCE)?.time.context("STOP has no timestamp")?;
         let resumed = there.monitor().wait_event("RESUME", PATIENCE)?.time.context("RESUME has no timestamp")?;

@@ -23,6 +23,7 @@ mod cuts;
 pub mod demo;
 mod departure;
 pub mod dialogue;
+mod differences;
 mod doubt;
 mod endpoint;
 mod env;

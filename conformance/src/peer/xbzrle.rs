@@ -1,17 +1,9 @@
 //! Pages that a source sends as differences to what it has sent of them before (capability `xbzrle`).
 
-use super::endpoint::Endpoint;
 use super::rows::{PEERS, plain};
 use super::{Departure, Journey, Link, Load, Stop};
-use crate::patience::PATIENCE;
 use crate::scenario::Accel;
-use anyhow::{Result, ensure};
-use serde_json::{Map, Value, json};
-
-/// More pages than this have to go as differences, which a guest on a busy host takes long to write to.
-const PAGES: u64 = 100;
-/// `downtime-limit` from then on, ms.
-const DOWNTIME_LIMIT: u64 = 50;
+use serde_json::Map;
 
 /// Each release in both directions, reference-vmm with itself, and every pair of kinds of source and destination one
 /// after the other, so that what each sends can be compared: the guest does the same on every hop.
@@ -49,22 +41,4 @@ pub(super) fn journeys() -> Vec<Journey> {
     let stops = vec![old, old, reference, reference, new, new, reference, new];
     journeys.push(Journey { load: Load { cpus: 2, ..load.clone() }, ..journey("ring/xbzrle".into(), stops) });
     journeys
-}
-
-/// Lets the migration complete when enough was sent as differences.
-pub(super) fn let_complete(source: &mut Endpoint) -> Result<()> {
-    let enough = |migration: &Value| migration["xbzrle-cache"]["pages"].as_u64() > Some(PAGES);
-    source.monitor().wait_migration(PATIENCE, |migration| migration["status"] == "completed" || enough(migration))?;
-    source.monitor().set_parameters(&json!({ "downtime-limit": DOWNTIME_LIMIT }))?;
-    Ok(())
-}
-
-/// What the source of a migration that has completed says must be small differences.
-pub(super) fn judge(done: &Value) -> Result<()> {
-    let cache = &done["xbzrle-cache"];
-    // The guest rewrites six words of most pages, and that is less than 100 bytes.
-    let saved = cache["pages"].as_u64().zip(cache["bytes"].as_u64());
-    let saved = saved.is_some_and(|(pages, bytes)| pages > PAGES && bytes < 400 * pages);
-    ensure!(saved, "the source has not sent small differences: {done}");
-    Ok(())
 }
