@@ -7,6 +7,8 @@ use serde_json::{Value, json};
 
 /// More pages than this have to go as differences, which a guest on a busy host takes long to write to.
 const PAGES: u64 = 100;
+/// `max-bandwidth` from then on, bytes a second.
+const MAX_BANDWIDTH: u64 = 16 << 20;
 /// `downtime-limit` from then on, ms.
 const DOWNTIME_LIMIT: u64 = 50;
 
@@ -14,7 +16,8 @@ const DOWNTIME_LIMIT: u64 = 50;
 pub(super) fn let_complete(source: &mut Endpoint) -> Result<()> {
     let enough = |migration: &Value| migration["xbzrle-cache"]["pages"].as_u64() > Some(PAGES);
     source.monitor().wait_migration(PATIENCE, |migration| migration["status"] == "completed" || enough(migration))?;
-    source.monitor().set_parameters(&json!({ "downtime-limit": DOWNTIME_LIMIT }))?;
+    let limits = json!({ "max-bandwidth": MAX_BANDWIDTH, "downtime-limit": DOWNTIME_LIMIT });
+    source.monitor().set_parameters(&limits)?;
     Ok(())
 }
 

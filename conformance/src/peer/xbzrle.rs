@@ -12,8 +12,9 @@ pub(super) fn journeys() -> Vec<Journey> {
     let [old, _, new] = peers;
     let reference = Stop::Reference;
     // It rewrites a few bytes of each page of 4 MiB, six times a second, which takes longer than that to send in full.
+    // A round is long enough for a guest on a busy host to write in it.
     let payload = "dirty=4M rate=24M hold=4M zero=2M verify=16384 report=20".into();
-    let load = Load { payload, max_bandwidth: 16 << 20, downtime_limit: 1, ..Load::default() };
+    let load = Load { payload, max_bandwidth: 4 << 20, downtime_limit: 1, ..Load::default() };
     let journey = |name: String, stops: Vec<Stop>| Journey {
         name,
         stops,

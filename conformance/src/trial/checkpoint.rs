@@ -7,13 +7,13 @@ use crate::patience::PATIENCE;
 use crate::roots::Suite;
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::{Value, json};
-use std::fs;
+use std::fs::{self, File};
 use std::thread;
 use std::time::{Duration, Instant};
 
 /// Of QEMU 11.1.3: a stream, and eight checkpoints after it (`inspect/tests/streams/README.md`). The guest counts in
 /// EAX, stores the count, and does nothing else.
-const STREAM: &[u8] = include_bytes!("../../../inspect/tests/streams/11.1-colo.zst");
+const STREAM: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../inspect/tests/streams/11.1-colo.zst");
 /// EAX in the eighth, at byte 200,849 of the stream.
 const COUNTED: u64 = 0x1f36_7d60;
 /// Where the guest stores the count.
@@ -34,7 +34,8 @@ fn play(env: &TrialEnv<'_>, form: &str, capabilities: &[&str]) -> Result<String>
     let [checkpoints, written, firmware] =
         ["checkpoints.qevm", "written.qevm", "nothing.bin"].map(|name| env.scratch.join(name));
     // What is compressed can be read only once, and checkpoints are read twice.
-    fs::write(&checkpoints, zstd::decode_all(STREAM)?)?;
+    let stream = File::open(STREAM).context(STREAM)?;
+    fs::write(&checkpoints, zstd::decode_all(stream)?)?;
     fs::write(&firmware, vec![0; FIRMWARE])?;
     let convert = ["convert".as_ref(), "--format".as_ref(), form.as_ref(), "--out".as_ref(), written.as_os_str()];
     let converted = env.subject.run(&convert.into_iter().chain([checkpoints.as_os_str()]).collect::<Vec<_>>())?;
