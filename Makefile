@@ -60,6 +60,8 @@ conformance-full: setup
 	scripts/msrv --build
 	rustup target add x86_64-unknown-none && scripts/no-std
 	scripts/features --test
+	cargo deny --version || cargo install --locked cargo-deny
+	QEVM_REQUIRE_DENY=1 scripts/deny
 	rm -rf target/clone && git clone --quiet . target/clone
 	cargo package --manifest-path target/clone/Cargo.toml --workspace --offline --target-dir target
 	QEVM_WORST=full cargo test --release --package reference-vmm --test kvm -- worst
